@@ -1,0 +1,2596 @@
+"""sniroute: one TCP port in front of many private TLS services.
+
+A client connects with TLS; sniroute reads the name it asks for (SNI) without decrypting
+anything, starts the tunnel that leads to that name if none is up, and passes bytes both ways.
+
+    psql "host=db-123.example.com port=19000 sslmode=require"
+          |  [PROXY header] [GSSENCRequest] [SSLRequest] ClientHello(db-123.example.com)
+          v
+    listener --- Prelude --- Routes --- Scheme --- Flow up, Flow down --- backend
+     accept      who asks    pattern    how to      bytes, both ways       127.0.0.1:20000 (a tunnel)
+                 for what    -> target  get there                          or any HOST:PORT
+
+The one idea: waiting borrows a thread, moving bytes does not.  `Router` is a
+`socketserver.ThreadingTCPServer`, but what is ready runs in one selector loop.  Only a *name*
+that has to wait (a tunnel that starts, a host to resolve) gets a thread from `ThreadingMixIn`;
+its clients park behind it, cost no thread, and are handed back to the loop with it.
+
+Threads.
+    main      settings, signals, start and stop.  Never touches a client's socket.
+    loop      accept, prelude, route, connect, pump, deadlines.  Never blocks: no DNS, no lock.
+    wait-<n>  one for each name that waits, at most WAIT_THREADS.  Touches no socket of a client.
+    reaper    all child processes: see sniroute_tunnels.
+    log       formats and writes log lines, so that a stuck log never stops traffic.
+Locks: this file has none.  Threads hand things to the loop by `Router.call` (a deque and a byte
+in a pipe), and to `log` likewise.  Counters are written by the loop only.
+
+The life of a connection is `Connection.state`:
+
+    PRELUDE -> (PARKED ->) DIALING -> (GREETING ->) OPEN -> CLOSED        LINGERING: after a refusal
+       ^ one deadline       ^ a backend that fails before the client has had a byte goes back to
+         covers all of it     PARKED once: the same bytes are sent again, the client never notices
+
+Seams: I want to ...
+    read another prelude          a parser (pure: a result, None for more, or Malformed), and a row
+                                  in Prelude.OPENERS
+    add a kind of target          a row in SCHEMES
+    run another tunnel program    a Launcher row in sniroute_tunnels, and a row in SCHEMES
+    add a setting                 a row in SETTINGS: it makes the option, the variable and the help
+    refuse for another reason     a row in REFUSALS
+    feed routes from elsewhere    build a Routes and assign it to Router.routes: it is swapped whole
+
+What it does not do: decrypt, look at anything behind the ClientHello, or treat a name as proof
+of who asks.  SNI is not authentication.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import errno
+import functools
+import gc
+import ipaddress
+import json
+import logging
+import os
+import re
+import resource
+import selectors
+import shutil
+import signal
+import socket
+import socketserver
+import stat
+import struct
+import sys
+import threading
+import time
+import types
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
+
+import fcntl
+
+from sniroute_tunnels import Child, Tunnel, TunnelError, TunnelTable, cloudflared_launcher, printable
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("sniroute")
+monotonic = time.monotonic
+
+# Limits, each with its reason.  Sizes in bytes, times in seconds.
+RECORD_MAX = 16384  # RFC 8446 5.1: a plaintext record holds no more
+HELLO_MAX = 16384  # what BoringSSL and Envoy accept; a post-quantum hello is about 2 KB
+HELLO_WIRE_MAX = 32768  # the same in small records: each costs five bytes more
+PROXY_V1_MAX = 107  # PROXY protocol 2.1: the longest line, CRLF included
+PROXY_V2_MAX = 4096  # nginx's limit; real headers with TLVs stay far below
+STARTUP_MAX = 10004  # PostgreSQL's own limit for a startup packet
+ACCEPTS = 64  # connections taken in one go, so that those already open get their turn
+BACKLOG = 4096  # the kernel caps it at somaxconn; 5 or 128 lose a burst
+PAUSE_SAID = 10.0  # between two log lines about that, however often it happens
+ACCEPT_PAUSE = 0.1  # when descriptors are short: an accept loop that spins burns a core
+PRELUDES_MAX = 1024  # clients that have not said their name yet; over it the oldest goes
+LINGER = 0.5  # a refused client may read its alert this long before the close
+CONNECT_TIMEOUT = 5.0  # for each address of a backend
+GREETING_TIMEOUT = 10.0  # for a backend's answer to SSLRequest; a tunnel dials its far end meanwhile
+FIRST_BYTE_TIMEOUT = 30.0  # a tunnel without an answer to the hello by then does not work
+HALF_CLOSED_IDLE = 3600.0  # one side gone, the other silent: nobody will end this but we
+WAIT_THREADS = 32  # names that wait at once; --max-starting lets even fewer start
+WAITS_MAX = 1024  # names that wait for a thread: a crowd of names, each good for one refusal
+PARKS_MAX = 3  # times a connection may wait: its tunnel could be evicted as often as it comes up
+RESOLVED_FOR = 30.0  # a resolved address; getaddrinfo does not tell the TTL
+RESOLVED_MAX = 1024  # resolved hosts kept: names may come from strangers
+ADDRESSES_MAX = 4  # addresses of one host that are tried
+DECISIONS_MAX = 4096  # routed names remembered: names come from strangers
+PEERS_MAX = 4096  # client addresses remembered without a connection
+BULK = 1 << 18  # bytes moved in one go: 256 KiB is where throughput stops growing
+SPLICE_FROM = 1 << 14  # from this size of a read on, the next one is a splice
+SMALL = 1 << 14  # the same while many clients do not read: what they leave has to be kept
+PENDING_MAX = 1 << 22  # bytes kept for clients that do not read, before SMALL applies
+PIPES_MAX = 64  # pipes lent to flows whose sink would block: 256 KiB and two descriptors each
+LOG_LINES_MAX = 10000  # lines that wait for a slow log; over it they are dropped and counted
+LOG_NAP = 0.02  # between two writes of the log: one system call for many lines
+DUMP_MAX = 200  # connections in a dump
+KEEPALIVE = (60, 15, 4)  # idle, interval, count: a dead peer is found in two minutes
+USER_TIMEOUT = 110  # a peer that acknowledges nothing; keepalive does not look while data waits
+SPARE_FDS = 256  # descriptors for listeners, tunnels, pipes and the log
+TUNNEL_MEMORY = 64 << 20  # memory of the host for each tunnel: cloudflared takes about 28 MB
+
+PRELUDE, PARKED, DIALING, GREETING = "prelude", "parked", "dialing", "greeting"
+OPEN, LINGERING, CLOSED = "open", "lingering", "closed"
+BLOCKED, DONE = "blocked", "done"  # states of a Flow, beside OPEN
+RUNNING, DRAINING, STOPPED = "running", "draining", "stopped"  # of the Router
+
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+# errno values of accept() that mean "not now": pause, then go on.
+CAPACITY_ERRNOS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
+
+# TLS alerts, RFC 8446 6.
+UNEXPECTED_MESSAGE, ILLEGAL_PARAMETER, DECODE_ERROR = 10, 47, 50
+PROTOCOL_VERSION, INTERNAL_ERROR, UNRECOGNIZED_NAME = 70, 80, 112
+
+
+class Refused(Exception):
+    """A connection that is refused.
+
+    `kind` is a row of REFUSALS, the message is for the log, `alert` the TLS alert that says why
+    (None: nothing is said), `farewell` what is sent instead where the client speaks no TLS.
+    """
+
+    def __init__(self, kind: str, message: str, alert: int | None = None, farewell: bytes = b""):
+        super().__init__(message)
+        self.kind = kind
+        self.alert = alert
+        self.farewell = farewell
+
+
+class Malformed(Refused):
+    """Bytes from the network that are not what they claim to be."""
+
+    def __init__(self, message: str, alert: int | None = None, kind: str = "malformed"):
+        super().__init__(kind, message, alert)
+
+
+class SettingsError(Exception):
+    """Settings that stop the start; `lines` has one line for each, naming the setting."""
+
+    def __init__(self, *lines: str):
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+# -- wire formats ------------------------------------------------------------------------------
+#
+# All parsers are pure.  They take what has been received so far and give a result, None for "I
+# need more", or raise Malformed, and never anything else.  They ask "complete?" before "valid?",
+# and refuse early only what no further byte can save.  Behind a complete result they look at
+# nothing.  "No name" and "garbage" are different: only a well-formed hello can be routed.
+
+
+def normalise(raw: bytes) -> str:
+    """A host name in its one canonical form.  Every name that enters sniroute passes here.
+
+    Letters, digits, `-`, `_` and dots; at least two labels of 1..63 that neither begin nor end
+    with `-`; 253 bytes at most; no trailing dot; no IP address in any spelling (RFC 6066 3
+    forbids them), so the last label is not a number.  `xn--` is never decoded.
+    Raises Malformed (unrecognized_name).
+    """
+    name = raw.lower()
+    if len(raw) > 253 or not NAME.fullmatch(name):
+        raise Malformed(f"not a host name: {printable(raw.decode('latin-1'), 80)!r}", UNRECOGNIZED_NAME, "bad_name")
+    return name.decode("ascii")
+
+
+_LABEL = rb"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
+NAME = re.compile(rb"(?:%b\.)+(?![0-9]+\Z|0x[0-9a-f]*\Z)%b" % (_LABEL, _LABEL))
+
+
+class Hello(NamedTuple):
+    """A TLS ClientHello."""
+
+    name: str | None  # the host_name it asks for, normalised; None where it names none
+    alpn_data: bytes | None  # the body of its ALPN extension
+    end: int  # bytes on the wire up to its last one
+
+    @property
+    def alpn(self) -> list[bytes] | None:
+        """The protocols it offers (RFC 7301 3.1); None for none, or for a list that is broken."""
+        data = self.alpn_data
+        if data is None or len(data) < 2 or int.from_bytes(data[:2], "big") != len(data) - 2:
+            return None
+        names, at = [], 2
+        while at < len(data):
+            end = at + 1 + data[at]
+            if end > len(data) or end == at + 1:
+                return None
+            names.append(data[at + 1:end])
+            at = end
+        return names or None
+
+
+TLS_HANDSHAKE = 22  # RFC 8446 5.1, ContentType
+CLIENT_HELLO = 1  # RFC 8446 4, HandshakeType
+HELLO_MIN = 41  # version, random, empty session id, one cipher suite, one compression method
+SERVER_NAME, ALPN = 0, 16  # extension types, RFC 6066 3 and RFC 7301 3.1
+_two_shorts = struct.Struct(">HH").unpack_from
+_short = struct.Struct(">H").unpack_from
+
+
+class HelloReader:
+    """Joins the ClientHello of one connection from its records; keeps its place between calls.
+
+    So a hello that comes byte by byte, in records of one byte, costs linear time.
+    """
+
+    __slots__ = ("at", "left", "message")
+
+    def __init__(self) -> None:
+        self.at = 0  # the next byte of the wire
+        self.left = 0  # of the record that `at` is in
+        self.message = bytearray()
+
+    def read(self, data: bytes | bytearray) -> Hello | None:
+        """Parse `data`, which is what earlier calls were given and more.
+
+        Raises Malformed.  RFC 8446 5.1 and 4.1.2; one rule is stricter than OpenSSL's: an empty
+        handshake record, which the RFC forbids, is refused.
+        """
+        message = self.message
+        received = len(data)
+        while True:
+            if not self.left:
+                if not self._record(data):
+                    return None
+            taken = min(self.left, received - self.at)
+            message += data[self.at:self.at + taken]
+            self.at += taken
+            self.left -= taken
+            if message and message[0] != CLIENT_HELLO:
+                raise Malformed(f"handshake message of type {message[0]}, not a ClientHello", UNEXPECTED_MESSAGE)
+            if len(message) >= 4:
+                size = int.from_bytes(message[1:4], "big")
+                if not HELLO_MIN <= size <= HELLO_MAX:
+                    raise Malformed(f"a ClientHello of {size} bytes", DECODE_ERROR)
+                more = len(message) - 4 - size
+                if more >= 0:
+                    if self.at - more > HELLO_WIRE_MAX:
+                        raise Malformed(f"a ClientHello over {HELLO_WIRE_MAX} bytes of records", DECODE_ERROR)
+                    name, alpn = parse_client_hello(bytes(message[4:4 + size]))
+                    return Hello(name, alpn, self.at - more)
+            if self.at >= HELLO_WIRE_MAX:
+                raise Malformed(f"a ClientHello over {HELLO_WIRE_MAX} bytes of records", DECODE_ERROR)
+
+    def _record(self, data: bytes | bytearray) -> bool:
+        """Step over a record header; False where it is not complete."""
+        header = data[self.at:self.at + 5]
+        if header:
+            if header[0] != TLS_HANDSHAKE:
+                raise Malformed(f"a TLS record of type {header[0]} in the hello", UNEXPECTED_MESSAGE)
+            if len(header) > 1 and header[1] != 3:
+                raise Malformed(f"not TLS (record version {header[1]})", kind="not_tls")
+        if len(header) < 5:
+            return False
+        length = _short(header, 3)[0]
+        if not 0 < length <= RECORD_MAX:
+            raise Malformed(f"a TLS record of {length} bytes", DECODE_ERROR)
+        self.left = length
+        self.at += 5
+        return self.at < len(data)
+
+
+def parse_client_hello(body: bytes) -> tuple[str | None, bytes | None]:
+    """The name and the raw ALPN extension in the body of a ClientHello (RFC 8446 4.1.2).
+
+    The framing is checked all the way, so that the name read here is the one that the backend's
+    TLS reads: one host_name, no extension twice.  Raises Malformed.
+    """
+    if body < b"\x03\x01":  # SSL 3.0 and older have no extensions; 3.1 and later negotiate elsewhere
+        raise Malformed(f"TLS version {body[0]}.{body[1]}", PROTOCOL_VERSION)
+    total = len(body)
+    session_end = 35 + body[34]
+    if body[34] > 32 or session_end + 2 > total:
+        raise Malformed("a bad session id", DECODE_ERROR)
+    suites = _short(body, session_end)[0]
+    at = session_end + 2 + suites
+    if not suites or suites % 2 or at >= total:
+        raise Malformed("bad cipher suites", DECODE_ERROR)
+    methods = body[at]
+    at += 1 + methods
+    if not methods or at > total:
+        raise Malformed("bad compression methods", DECODE_ERROR)
+    if at == total:
+        return None, None
+    if at + 2 > total or at + 2 + _short(body, at)[0] != total:
+        raise Malformed("extensions that do not fill the hello", DECODE_ERROR)
+    at += 2
+    places: dict[int, int] = {}  # extension type -> where its header stands
+    while at + 4 <= total:
+        kind, size = _two_shorts(body, at)
+        if kind in places:
+            raise Malformed(f"extension {kind} twice", ILLEGAL_PARAMETER)
+        places[kind] = at
+        at += 4 + size
+    if at != total:
+        raise Malformed("an extension that goes past the hello", DECODE_ERROR)
+    found = []
+    for kind in (SERVER_NAME, ALPN):
+        place = places.get(kind)
+        found.append(None if place is None else body[place + 4:place + 4 + _short(body, place + 2)[0]])
+    names, alpn = found
+    return None if names is None else parse_server_name(names), alpn
+
+
+def parse_server_name(names: bytes) -> str:
+    """The host_name of a server_name extension, RFC 6066 3, normalised.  Raises Malformed.
+
+    Implementations differ on lists with more than one entry, so only one is accepted.
+    """
+    if len(names) < 5 or _short(names, 0)[0] != len(names) - 2:
+        raise Malformed("a server_name list of the wrong length", DECODE_ERROR)
+    kind, size = names[2], _short(names, 3)[0]
+    if kind != 0:
+        raise Malformed(f"a server_name of type {kind}", DECODE_ERROR)
+    if not size or 5 + size > len(names):
+        raise Malformed("a server_name of the wrong length", DECODE_ERROR)
+    if 5 + size < len(names):
+        raise Malformed("more than one server_name", ILLEGAL_PARAMETER)
+    return normalise(names[5:])
+
+
+def tls_alert(description: int, minor: int) -> bytes:
+    """A fatal alert record, RFC 8446 6; `minor` is that of the client's record version."""
+    return bytes((21, 3, min(minor, 3), 0, 2, 2, description))
+
+
+class ProxyHeader(NamedTuple):
+    """A PROXY protocol header (the specification of haproxy.org, versions 1 and 2)."""
+
+    size: int  # bytes on the wire
+    source: ipaddress.IPv4Address | ipaddress.IPv6Address | None  # None: UNKNOWN or LOCAL
+    port: int
+
+
+PROXY_V1 = b"PROXY "
+PROXY_V2 = b"\r\n\r\n\0\r\nQUIT\n"
+PROXY_PORT = re.compile(rb"0|[1-9][0-9]{0,4}")
+PROXY_FAMILIES = {b"TCP4": ipaddress.IPv4Address, b"TCP6": ipaddress.IPv6Address}
+
+
+def parse_proxy_v1(data: bytes) -> ProxyHeader | None:
+    """A version 1 header, PROXY protocol 2.1: one line of text.  Raises Malformed."""
+    end = data.find(b"\r\n", 0, PROXY_V1_MAX)
+    if end < 0:
+        line = data[:PROXY_V1_MAX]
+        if len(line) == PROXY_V1_MAX:
+            raise Malformed("a PROXY line without an end", kind="proxy")
+        if not line.startswith(PROXY_V1[:len(line)]) or b"\n" in line or b"\r" in line[:-1] or b"\0" in line:
+            raise Malformed("a broken PROXY line", kind="proxy")
+        return None
+    word, *fields = data[:end].split(b" ")
+    if word != b"PROXY" or not fields or b"\n" in data[:end] or b"\r" in data[:end] or b"\0" in data[:end]:
+        raise Malformed("a broken PROXY line", kind="proxy")
+    if fields[0] == b"UNKNOWN":
+        return ProxyHeader(end + 2, None, 0)
+    try:
+        family, source, destination, source_port, destination_port = fields
+        address = PROXY_FAMILIES[family]
+        sender = address(proxy_address(source))
+        address(proxy_address(destination))
+    except (ValueError, KeyError):
+        raise Malformed("a PROXY line with bad addresses", kind="proxy") from None
+    for port in (source_port, destination_port):
+        if not PROXY_PORT.fullmatch(port) or int(port) > 65535:
+            raise Malformed("a PROXY line with a bad port", kind="proxy")
+    return ProxyHeader(end + 2, sender, int(source_port))
+
+
+def proxy_address(field: bytes) -> str:
+    """The text of an address field.  Raises ValueError for what ipaddress would let through."""
+    text = field.decode("ascii")
+    if "%" in text:
+        raise ValueError("a scope is not part of an address")
+    return text
+
+
+PROXY_ADDRESSES = {0: 0, 1: 12, 2: 36, 3: 216}  # bytes for each family: UNSPEC, INET, INET6, UNIX
+TLV_AUTHORITY, TLV_CRC32C, TLV_UNIQUE_ID, TLV_SSL = 0x02, 0x03, 0x05, 0x20
+
+
+def parse_proxy_v2(data: bytes) -> ProxyHeader | None:
+    """A version 2 header, PROXY protocol 2.2: binary, with TLVs behind the addresses.
+
+    LOCAL is skipped whatever it carries; PROXY has to be TCP over IPv4 or IPv6, and its TLVs have
+    to fit and to be right, the checksum included.  Raises Malformed.
+    """
+    if not data.startswith(PROXY_V2[:len(data)]):
+        raise Malformed("a broken PROXY signature", kind="proxy")
+    if len(data) < 16:
+        return None
+    version, command = divmod(data[12], 16)
+    family, protocol = divmod(data[13], 16)
+    length = _short(data, 14)[0]
+    size = 16 + length
+    if version != 2 or command > 1:
+        raise Malformed(f"PROXY version {version} command {command}", kind="proxy")
+    if size > PROXY_V2_MAX:
+        raise Malformed(f"a PROXY header of {size} bytes", kind="proxy")
+    if command == 1:
+        if family not in (1, 2) or protocol != 1:
+            raise Malformed(f"PROXY family {family} protocol {protocol}: TCP over IP is needed", kind="proxy")
+        if length < PROXY_ADDRESSES[family]:
+            raise Malformed("a PROXY header too short for its addresses", kind="proxy")
+    if len(data) < size:
+        return None
+    if command == 0:
+        return ProxyHeader(size, None, 0)
+    header = bytes(data[:size])
+    check_proxy_tlvs(header, 16 + PROXY_ADDRESSES[family])
+    if family == 1:
+        return ProxyHeader(size, ipaddress.IPv4Address(header[16:20]), _short(header, 24)[0])
+    return ProxyHeader(size, ipaddress.IPv6Address(header[16:32]), _short(header, 48)[0])
+
+
+def read_tlvs(data: bytes, at: int) -> list[tuple[int, int, bytes]]:
+    """(type, place of the value, value) of TLVs that fill `data` from `at`.  Raises Malformed."""
+    found = []
+    while at < len(data):
+        value = at + 3
+        if value > len(data) or value + _short(data, at + 1)[0] > len(data):
+            raise Malformed("a PROXY TLV that goes past its end", kind="proxy")
+        size = _short(data, at + 1)[0]
+        found.append((data[at], value, data[value:value + size]))
+        at = value + size
+    return found
+
+
+def check_proxy_tlvs(header: bytes, at: int) -> None:
+    """Refuse TLVs that a strict receiver behind us would refuse.  PROXY protocol 2.2.1 to 2.2.7."""
+    checksums = 0
+    for kind, place, value in read_tlvs(header, at):
+        wrong = False
+        if kind == TLV_AUTHORITY:
+            try:
+                wrong = len(value) > 255 or not value.decode("utf-8").isprintable()
+            except UnicodeDecodeError:
+                wrong = True
+        elif kind == TLV_UNIQUE_ID:
+            wrong = len(value) > 128
+        elif kind == TLV_SSL:
+            wrong = len(value) < 5
+            read_tlvs(value, 5)
+        elif kind == TLV_CRC32C:
+            checksums += 1
+            wrong = checksums > 1 or len(value) != 4 or \
+                crc32c(header[:place] + bytes(4) + header[place + 4:]) != int.from_bytes(value, "big")
+        if wrong:
+            raise Malformed(f"a bad PROXY TLV {kind:#04x}", kind="proxy")
+
+
+@functools.cache
+def crc32c_table() -> list[int]:
+    """The 256 remainders of CRC-32C, made when the first checksum comes."""
+    table = []
+    for remainder in range(256):
+        for _ in range(8):
+            remainder = remainder >> 1 ^ (0x82F63B78 if remainder & 1 else 0)
+        table.append(remainder)
+    return table
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C (Castagnoli), RFC 3309; crc32c(b"123456789") is e3069283."""
+    table, crc = crc32c_table(), 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ table[(crc ^ byte) & 255]
+    return crc ^ 0xFFFFFFFF
+
+
+SSL_REQUEST, GSSENC_REQUEST, CANCEL_REQUEST = 80877103, 80877104, 80877102
+STARTUP = 3  # major protocol version
+SSL_REQUEST_BYTES = struct.pack(">II", 8, SSL_REQUEST)
+
+
+def parse_startup(data: bytes) -> int | None:
+    """The first packet of a PostgreSQL client: SSL_REQUEST, GSSENC_REQUEST, CANCEL_REQUEST, STARTUP.
+
+    PostgreSQL "Message Formats": length (4 bytes, itself included), code (4 bytes).  The requests
+    are 8 bytes; a STARTUP is a result when all of it is there.  Raises Malformed.
+    """
+    if len(data) < 4:
+        if any(data[:2]):
+            raise Malformed("not a PostgreSQL startup packet", kind="not_tls")
+        return None
+    length = int.from_bytes(data[:4], "big")
+    if not 8 <= length <= STARTUP_MAX:
+        raise Malformed(f"a PostgreSQL startup packet of {length} bytes", kind="not_tls")
+    if len(data) < 8:
+        return None
+    code = int.from_bytes(data[4:8], "big")
+    if code in (SSL_REQUEST, GSSENC_REQUEST):
+        if length != 8:
+            raise Malformed(f"a PostgreSQL encryption request of {length} bytes")
+        return code
+    if code == CANCEL_REQUEST:
+        return code
+    if code >> 16 != STARTUP:
+        raise Malformed(f"PostgreSQL protocol {code >> 16}.{code & 0xFFFF}")
+    return STARTUP if len(data) >= length else None
+
+
+def postgres_error(message: str, hint: str) -> bytes:
+    """An ErrorResponse, as PostgreSQL's clients show it to people; 08004: connection rejected."""
+    fields = {"S": "FATAL", "V": "FATAL", "C": "08004", "M": message, "H": hint}
+    body = b"".join(f"{key}{value}\0".encode("ascii") for key, value in fields.items()) + b"\0"
+    return b"E" + struct.pack(">I", 4 + len(body)) + body
+
+
+PLAIN_POSTGRES = postgres_error("sniroute routes by the TLS server name: a connection without TLS has none",
+                                "Connect with sslmode=require.")
+
+# What a client that speaks no TLS most likely speaks, by its first byte.
+NOT_TLS = {first: kind for kind, letters in {"HTTP": b"GPHDOCT", "SSH": b"S", "RDP": b"\x03",
+                                             "an SSLv2 hello": range(0x80, 0x100)}.items() for first in letters}
+
+
+class Prelude:
+    """What a client says before it can be routed, as a machine without I/O.
+
+    `feed` takes bytes and returns a Hello, an answer to send at once (b"S", b"N"), or None for
+    more.  `header` and `data` are then what the backend has to be told.  `policy` is what to do
+    about a PROXY header: `allow`, `require` or `refuse` (see PROXY_POLICY).
+    """
+
+    __slots__ = ("policy", "local", "step", "header", "source", "data", "reader", "ssl")
+
+    START, CLIENT, AFTER_GSS, AFTER_SSL = "start", "client", "after GSSENCRequest", "after SSLRequest"
+
+    def __init__(self, policy: str, local: bool):
+        self.policy = policy
+        self.local = local  # the peer is this machine: its header may name this machine
+        self.step = self.START
+        self.header = b""  # the believed PROXY header, as it came
+        self.source: ProxyHeader | None = None
+        self.data = bytearray()  # what came behind it, without what was answered here
+        self.reader: HelloReader | None = None
+        self.ssl = False
+
+    def feed(self, data: bytes | memoryview) -> Hello | bytes | None:
+        """Go on with more bytes.  Raises Malformed, or Refused for what is well-formed but unwanted."""
+        self.data += data
+        while self.data:
+            opener = self.OPENERS.get((self.step, self.data[0]))
+            if opener is None:
+                return self._stranger(self.data[0])
+            if self.policy == "require" and self.step is self.START and opener is not Prelude._proxy:
+                raise Malformed("a PROXY header is required", kind="proxy")
+            result = opener(self)
+            if result is not self:
+                return result
+        return None
+
+    def alert(self, description: int) -> bytes:
+        """The alert to refuse with: nothing where the client has not begun to speak TLS."""
+        return tls_alert(description, self.data[2]) if self.reader is not None and len(self.data) > 2 else b""
+
+    def _stranger(self, first: int) -> None:
+        if self.step is self.AFTER_SSL:
+            raise Malformed("no TLS behind SSLRequest")
+        raise Malformed(f"not TLS: {NOT_TLS.get(first, 'unknown')}", kind="not_tls")
+
+    def _hello(self) -> Hello | None:
+        if self.reader is None:
+            self.reader = HelloReader()
+        return self.reader.read(self.data)
+
+    def _proxy(self) -> Prelude | None:
+        data = bytes(self.data[:PROXY_V2_MAX])
+        parse, signature = (parse_proxy_v1, PROXY_V1) if data[0] == PROXY_V1[0] else (parse_proxy_v2, PROXY_V2)
+        if signature is PROXY_V1 and not data.startswith(signature[:len(data)]):
+            self._stranger(data[0])
+        if self.policy == "refuse":
+            if len(data) < len(signature) and signature.startswith(data):
+                return None
+            raise Malformed("a PROXY header that is not wanted from here", kind="proxy")
+        header = parse(data)
+        if header is None:
+            return None
+        source = header.source
+        if source is not None and not self.local and (source.is_loopback or source.is_unspecified
+                                                      or source.is_multicast):
+            raise Malformed(f"a PROXY header that claims to come from {source}", kind="proxy")
+        self.header = data[:header.size]
+        self.source = header
+        del self.data[:header.size]
+        self.step = self.CLIENT
+        return self
+
+    def _postgres(self) -> bytes | None:
+        request = parse_startup(bytes(self.data[:STARTUP_MAX]))
+        if request is None:
+            return None
+        if request == STARTUP:
+            raise Refused("plain_postgres", "a PostgreSQL client without TLS", farewell=PLAIN_POSTGRES)
+        if request == CANCEL_REQUEST:
+            raise Refused("cancel", "a CancelRequest in clear text names no server")
+        if len(self.data) > 8:  # CVE-2021-23214 and its kin: they would be taken for a part of the TLS
+            raise Malformed("bytes behind a PostgreSQL encryption request")
+        self.data.clear()
+        if request == GSSENC_REQUEST:
+            if self.step is self.AFTER_GSS:
+                raise Malformed("GSSENCRequest twice")
+            self.step = self.AFTER_GSS
+            return b"N"
+        self.ssl = True
+        self.step = self.AFTER_SSL
+        return b"S"
+
+    # (step, first byte) -> what reads it; anything else is a stranger
+    OPENERS: dict[tuple[str, int], Callable[[Prelude], Any]] = {}
+    for _step in (START, CLIENT, AFTER_GSS):
+        OPENERS[_step, 0x16] = _hello
+        OPENERS[_step, 0x00] = _postgres
+    OPENERS[AFTER_SSL, 0x16] = _hello
+    OPENERS[START, PROXY_V1[0]] = OPENERS[START, PROXY_V2[0]] = _proxy
+    del _step
+
+
+# (--proxy-protocol, is the peer in --proxy-from?) -> what becomes of a PROXY header
+PROXY_POLICY = {
+    ("off", False): "refuse", ("off", True): "refuse",
+    ("auto", False): "refuse", ("auto", True): "allow",
+    ("required", False): "close", ("required", True): "require",
+}
+
+
+# -- routes ------------------------------------------------------------------------------------
+
+
+class Decision(NamedTuple):
+    """What becomes of a name."""
+
+    route: Route
+    target: str  # the target with its fields filled in: `scheme:rest`
+    scheme: Scheme
+    rest: str
+
+
+class Route(NamedTuple):
+    """One `PATTERN=TARGET`."""
+
+    pattern: str
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.pattern}={self.target}"
+
+    def decide(self, name: str) -> Decision:
+        """Fill in the target for a name.  Raises Malformed where that gives no valid target."""
+        scheme, _, rest = expand(self.target, name).partition(":")
+        row = SCHEMES[scheme]
+        return Decision(self, f"{scheme}:{rest}", row, row.check(rest))
+
+
+FIELDS = re.compile(r"\{([^{}]*)\}")
+
+
+def expand(template: str, name: str) -> str:
+    """`template` with {name}, {label} (its first label) and {domain} (the rest) filled in."""
+    label, _, domain = name.partition(".")
+    values = {"name": name, "label": label, "domain": domain}
+    return FIELDS.sub(lambda field: values[field[1]], template)
+
+
+def parse_route(text: str) -> Route:
+    """`PATTERN=TARGET`.  Raises ValueError with a sentence for people."""
+    pattern, equals, target = text.partition("=")
+    scheme, colon, rest = target.partition(":")
+    if not equals or not colon:
+        raise ValueError(f"{text!r} is not PATTERN=SCHEME:REST")
+    stars = next((stars for stars in ("**.", "*.") if pattern.startswith(stars)), "")
+    try:
+        if pattern != "*":
+            pattern = stars + normalise(pattern[len(stars):].encode())
+    except Malformed:
+        raise ValueError(f"{pattern!r} is not a name, *.NAME, **.NAME or * (NAME has two labels at least)") from None
+    if scheme not in SCHEMES:
+        raise ValueError(f"{scheme!r} is no kind of target: there are {', '.join(sorted(SCHEMES))}")
+    unknown = [field for field in FIELDS.findall(rest) if field not in ("name", "label", "domain")]
+    if unknown or "{" in FIELDS.sub("", rest) or "}" in FIELDS.sub("", rest):
+        raise ValueError(f"{rest!r} has a field other than {{name}}, {{label}}, {{domain}}")
+    try:  # a sample name shows what no name could make valid
+        SCHEMES[scheme].check(expand(rest, pattern.replace("*", "a") if pattern != "*" else "a.example.com"))
+    except Malformed as error:
+        raise ValueError(f"{target!r}: {error}") from None
+    return Route(pattern, target)
+
+
+class Routes:
+    """An immutable set of routes: exact name, else the longest wildcard.
+
+    `*.example.com` is one label in front, `**.example.com` one or more, `*` any name.
+    Raises ValueError where a pattern is there twice.
+    """
+
+    def __init__(self, routes: Iterable[Route]):
+        self.routes = tuple(routes)
+        self.patterns = {route.pattern: route for route in self.routes}
+        if len(self.patterns) < len(self.routes):
+            patterns = [route.pattern for route in self.routes]
+            raise ValueError(f"{next(p for p in patterns if patterns.count(p) > 1)} is routed twice")
+        self.decisions: dict[str, Decision] = {}  # what was decided; emptied at DECISIONS_MAX
+
+    def find(self, name: str) -> Route | None:
+        """The route for a normalised name."""
+        patterns = self.patterns
+        if name in patterns:
+            return patterns[name]
+        stars, suffix = ("*.", "**."), name
+        while suffix := suffix.partition(".")[2]:
+            for star in stars:
+                if star + suffix in patterns:
+                    return patterns[star + suffix]
+            stars = ("**.",)
+        return patterns.get("*")
+
+    def decide(self, name: str) -> Decision:
+        """What becomes of a normalised name.  Raises Refused where nothing does."""
+        decision = self.decisions.get(name)
+        if decision is None:
+            route = self.find(name)
+            if route is None:
+                raise Refused("no_route", f"no route for {name}", UNRECOGNIZED_NAME)
+            if len(self.decisions) >= DECISIONS_MAX:
+                self.decisions.clear()
+            decision = self.decisions[name] = route.decide(name)
+        return decision
+
+
+# -- targets -----------------------------------------------------------------------------------
+
+
+class Backend(NamedTuple):
+    """Where to connect to now."""
+
+    addresses: tuple[tuple[int, tuple], ...]  # (family, socket address), best first
+    local: bool  # all of them on this machine
+    tunnel: Tunnel | None = None  # leased to the connection
+    child: Child | None = None  # the process that listens there
+
+    def intact(self) -> bool:
+        """Whether what answered the connect was the tunnel's own process.
+
+        Asked after the connect: a child that lives now held its port then, so no byte of a client
+        reaches a stranger that took the port of a tunnel that died.
+        """
+        return self.child is None or self.child.alive() and self.tunnel.child is self.child
+
+
+class Scheme(NamedTuple):
+    """One kind of target, as a row."""
+
+    check: Callable[[str], str]  # the part behind `scheme:`, made canonical; raises Malformed
+    ready: Callable[[Router, Decision], Backend | None]  # loop: None where it has to wait
+    prepare: Callable[[Router, Wait], None]  # wait-<n>: returns when it may be ready; raises Refused
+    waits_on: str  # for people: what a client waits for
+
+
+def check_cloudflared(rest: str) -> str:
+    """A hostname for `cloudflared access tcp`: only the name rules stand between it and argv."""
+    return normalise(rest.encode())
+
+
+def cloudflared_ready(router: Router, decision: Decision) -> Backend | None:
+    tunnel = router.tunnels.lease(decision.target)
+    if tunnel is None:
+        return None
+    child = tunnel.child
+    if child is None:
+        router.tunnels.release(tunnel)
+        return None
+    return Backend(((socket.AF_INET, child.address),), True, tunnel, child)
+
+
+def cloudflared_prepare(router: Router, wait: Wait) -> None:
+    try:
+        router.tunnels.wait(wait.decision.target, wait.client, wait.deadline, wait.doubted)
+    except TunnelError as error:
+        raise Refused("tunnel_" + error.kind, str(error), INTERNAL_ERROR) from None
+
+
+def parse_host_port(text: str, default_host: str | None = None) -> tuple[str, int]:
+    """`HOST:PORT`, `[::1]:PORT`, or `:PORT` where there is a default.  Raises ValueError."""
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = str(ipaddress.IPv6Address(host[1:-1]))
+    elif ":" in host:
+        raise ValueError(f"{text!r}: an IPv6 address goes in brackets, as [::1]:443")
+    host = host or default_host or ""
+    if not colon or not host or not host.isascii() or not PROXY_PORT.fullmatch(port.encode()) or int(port) > 65535:
+        raise ValueError(f"{text!r} is not HOST:PORT")
+    return host, int(port)
+
+
+HOST = re.compile(r"[A-Za-z0-9_.:-]{1,253}")  # a configured host may be an address or one label
+
+
+def check_tcp(rest: str) -> str:
+    try:
+        host, port = parse_host_port(rest)
+    except ValueError as error:
+        raise Malformed(str(error), UNRECOGNIZED_NAME, "bad_name") from None
+    if not port or not HOST.fullmatch(host):
+        raise Malformed(f"{rest!r} is not HOST:PORT", UNRECOGNIZED_NAME, "bad_name")
+    return rest
+
+
+def tcp_ready(router: Router, decision: Decision) -> Backend | None:
+    backend, until = router.resolved.get(decision.target, (None, 0.0))
+    return backend if until > monotonic() else None
+
+
+def tcp_prepare(router: Router, wait: Wait) -> None:
+    """Resolve the host.  A host that was there before stays while the resolver is down."""
+    target = wait.decision.target
+    host, port = parse_host_port(wait.decision.rest)
+    until = monotonic() + RESOLVED_FOR
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        backend = router.resolved.get(target, (None,))[0]
+        if backend is None:
+            raise Refused("unresolved", f"{host} does not resolve: {error}", INTERNAL_ERROR) from None
+        router.resolved[target] = backend, until
+        return
+    addresses = tuple(dict.fromkeys((family, address) for family, _, _, _, address in found))
+    allowed = tuple(a for a in addresses if router.may_dial(wait.decision, a[1]))
+    if not allowed:
+        raise Refused("forbidden", f"{host} is {addresses[0][1][0]}, which this route does not lead to",
+                      UNRECOGNIZED_NAME)
+    if len(router.resolved) >= RESOLVED_MAX:
+        router.resolved.clear()
+    local = all(ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for _, address in allowed)
+    literal = host == addresses[0][1][0]
+    router.resolved[target] = Backend(allowed[:ADDRESSES_MAX], local), float("inf") if literal else until
+
+
+SCHEMES = {
+    "cloudflared": Scheme(check_cloudflared, cloudflared_ready, cloudflared_prepare, "its tunnel"),
+    "tcp": Scheme(check_tcp, tcp_ready, tcp_prepare, "its address"),
+}
+
+
+class Refusal(NamedTuple):
+    """How a kind of refusal is logged."""
+
+    level: int
+    meaning: str
+
+
+# Every reason for which a connection is refused.  What any scanner can cause is for debug only.
+REFUSALS = {
+    "not_tls": Refusal(logging.DEBUG, "the client speaks something else"),
+    "malformed": Refusal(logging.DEBUG, "the client's TLS or PostgreSQL prelude is broken"),
+    "truncated": Refusal(logging.DEBUG, "the client left in the middle of its prelude"),
+    "prelude_timeout": Refusal(logging.DEBUG, "the client did not say its name within --prelude-timeout"),
+    "shed": Refusal(logging.DEBUG, "too many clients had not said their name: the oldest went"),
+    "proxy": Refusal(logging.WARNING, "a PROXY header is missing, broken, or from an untrusted address"),
+    "no_name": Refusal(logging.INFO, "the client's TLS names no server"),
+    "bad_name": Refusal(logging.INFO, "the name is no host name"),
+    "no_route": Refusal(logging.INFO, "no route fits the name"),
+    "forbidden": Refusal(logging.WARNING, "the name resolves to an address that its route does not lead to"),
+    "plain_postgres": Refusal(logging.INFO, "a PostgreSQL client without TLS: it got an ErrorResponse"),
+    "cancel": Refusal(logging.DEBUG, "a PostgreSQL CancelRequest in clear text cannot be routed"),
+    "client_limit": Refusal(logging.WARNING, "the client address has --max-per-client connections"),
+    "busy": Refusal(logging.WARNING, "too many names wait already"),
+    "unresolved": Refusal(logging.WARNING, "the target's host does not resolve"),
+    "backend": Refusal(logging.WARNING, "the backend refused the connection, or did not answer"),
+    "backend_no_tls": Refusal(logging.WARNING, "the PostgreSQL backend does not offer TLS"),
+    "tunnel_failed": Refusal(logging.WARNING, "the tunnel did not start, or gave no answer"),
+    "tunnel_timeout": Refusal(logging.WARNING, "the tunnel was not ready within --start-timeout"),
+    "tunnel_limit": Refusal(logging.WARNING, "--max-tunnels are in use"),
+    "tunnel_budget": Refusal(logging.WARNING, "the client address asked for too many cold tunnels"),
+    "tunnel_stopping": Refusal(logging.INFO, "sniroute is stopping"),
+    "internal": Refusal(logging.ERROR, "a fault in sniroute itself: please report it"),
+}
+
+
+# -- settings ----------------------------------------------------------------------------------
+
+DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?", re.ASCII)
+
+
+def parse_duration(text: str) -> float:
+    """`300s`, `5m`, `1h30m` or `500ms` in seconds, above zero.  Raises ValueError."""
+    match = DURATION.fullmatch(text)
+    hours, minutes, seconds, millis = (float(part or 0) for part in match.groups()) if match else (0,) * 4
+    total = hours * 3600 + minutes * 60 + seconds + millis / 1000
+    if not 0 < total <= 366 * 86400:
+        raise ValueError(f"{text!r} is not a duration such as 300s, 5m, 1h30m or 500ms")
+    return total
+
+
+def parse_off_or_duration(text: str) -> float:
+    """The same, or `off`, which is 0."""
+    return 0.0 if text == "off" else parse_duration(text)
+
+
+def parse_count(text: str) -> int:
+    """A whole number from 1 to a million.  Raises ValueError."""
+    if not re.fullmatch(r"[1-9][0-9]{0,6}", text, re.ASCII) or int(text) > 1_000_000:
+        raise ValueError(f"{text!r} is not a whole number from 1 to 1000000")
+    return int(text)
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """An address to listen on; without a host it is every address.  Raises ValueError."""
+    return parse_host_port(text, default_host="*")
+
+
+def parse_ports(text: str) -> tuple[int, int]:
+    """`FIRST-LAST`.  Raises ValueError."""
+    match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", text, re.ASCII)
+    if not match or not 0 < int(match[1]) <= int(match[2]) < 65536:
+        raise ValueError(f"{text!r} is not FIRST-LAST, ports from 1 to 65535")
+    return int(match[1]), int(match[2])
+
+
+def parse_networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    """`CIDR,...`, or `none`.  Raises ValueError."""
+    return tuple(ipaddress.ip_network(part.strip()) for part in text.split(",")) if text != "none" else ()
+
+
+def parse_program(text: str) -> str:
+    """The tunnel program: a file that runs, and that only root or this user may replace."""
+    path = os.path.abspath(text)
+    if not os.path.isfile(path) or not os.access(path, os.X_OK):
+        raise ValueError(f"{text!r} is not a program")
+    state = os.stat(path)
+    if state.st_mode & stat.S_IWOTH or state.st_uid not in (0, os.geteuid()):
+        raise ValueError(f"{text!r} can be replaced by other users: chown it, and chmod o-w")
+    return path
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """A parser for one of these words."""
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"{text!r} is none of {', '.join(words)}")
+        return text
+    return parse
+
+
+LOCAL_NETWORKS = "127.0.0.0/8,::1/128,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,fc00::/7"
+
+
+class Setting(NamedTuple):
+    """One setting: the option `--name`, the variable `SNIROUTE_NAME`, the attribute `name`."""
+
+    name: str
+    metavar: str
+    parse: Callable[[str], Any]
+    default: str | None  # as text; None where it depends on the host: see derive_settings
+    help: str
+    many: bool = False  # the option may be repeated; the variable holds several, with spaces between
+
+
+SETTINGS = (
+    Setting("listen", "ADDRESS", parse_listen, ":19000",
+            "where to listen: HOST:PORT, [::1]:PORT, or :PORT for every address (default :19000); repeatable", True),
+    Setting("route", "PATTERN=TARGET", parse_route, "*=cloudflared:cft-{name}",
+            "what a name leads to; repeatable; replaces the default route, *=cloudflared:cft-{name}", True),
+    Setting("proxy-protocol", "MODE", one_of("off", "auto", "required"), "auto",
+            "PROXY protocol headers from --proxy-from: off, auto or required (default auto)"),
+    Setting("proxy-from", "CIDR,...", parse_networks, LOCAL_NETWORKS,
+            "whose PROXY headers are believed, or none (default: loopback and the private networks)"),
+    Setting("ports", "FIRST-LAST", parse_ports, "20000-20100",
+            "local ports for the tunnels (default 20000-20100)"),
+    Setting("idle", "DURATION", parse_duration, "5m",
+            "a tunnel that nobody has used for this long is stopped (default 5m)"),
+    Setting("start-timeout", "DURATION", parse_duration, "15s",
+            "how long a tunnel may take to listen, and a client waits for it (default 15s)"),
+    Setting("prelude-timeout", "DURATION", parse_duration, "10s",
+            "how long a client may take to say its name (default 10s)"),
+    Setting("connection-idle", "DURATION", parse_off_or_duration, "off",
+            "a connection that has carried no byte for this long is closed (default off)"),
+    Setting("drain", "DURATION", parse_duration, "30s",
+            "how long open connections may go on after SIGTERM (default 30s)"),
+    Setting("max-connections", "N", parse_count, None,
+            "connections at once (default: what RLIMIT_NOFILE allows)"),
+    Setting("max-per-client", "N", parse_count, "256",
+            "connections at once of one client address (default 256); loopback and --proxy-from are exempt: "
+            "there the address in the PROXY header counts"),
+    Setting("max-tunnels", "N", parse_count, None,
+            "tunnels at once (default: as many as --ports, but one for each 64 MiB of memory at most)"),
+    Setting("max-starting", "N", parse_count, "4",
+            "tunnels that start at once (default 4)"),
+    Setting("no-name", "ANSWER", one_of("refuse", "ok"), "refuse",
+            "TLS without a name: refuse, or for debugging ok, which answers OK and closes (default refuse)"),
+    Setting("cloudflared", "PATH", parse_program, None,
+            "the tunnel program (default: cloudflared on PATH)"),
+    Setting("log-level", "LEVEL", one_of("debug", "info", "warning", "error"), "info",
+            "debug, info, warning or error (default info)"),
+    Setting("log-format", "FORMAT", one_of("text", "json"), "text",
+            "text or json (default text)"),
+)
+
+USAGE = """\
+%(prog)s [serve] [options]
+       %(prog)s check [options]           validate the settings and print the routes
+       %(prog)s explain NAME [options]    what would happen to this name, and why"""
+
+
+def load_settings(argv: Sequence[str], environ: dict[str, str]) -> types.SimpleNamespace:
+    """The settings, by name, and the `command` and `name` of the command line.
+
+    Precedence: command line, environment, default.  Raises SettingsError with one line for each
+    setting that is wrong; exits for --help, --version and a command line that is no command line.
+    """
+    parser = argparse.ArgumentParser(
+        prog="sniroute", usage=USAGE, allow_abbrev=False,
+        description="One TCP port in front of many private TLS services: reads the name a client asks for, "
+                    "starts the tunnel that leads there, and passes bytes.",
+        epilog="Every option has a twin in the environment: --max-tunnels is SNIROUTE_MAX_TUNNELS. "
+               "The command line comes first, then the environment. Durations: 300s, 5m, 1h30m, 500ms.")
+    parser.add_argument("command", nargs="?", default="serve", choices=("serve", "check", "explain"),
+                        help=argparse.SUPPRESS)
+    parser.add_argument("name", nargs="?", help=argparse.SUPPRESS)
+    for row in SETTINGS:
+        parser.add_argument(f"--{row.name}", metavar=row.metavar, help=row.help.replace("%", "%%"),
+                            action="append" if row.many else "store")
+    parser.add_argument("-V", "--version", action="version",
+                        version=f"sniroute {__version__} (Python {sys.version.split()[0]}, {sys.platform})")
+    given = parser.parse_intermixed_args(argv)
+    if (given.command == "explain") != (given.name is not None):
+        parser.error("explain takes one NAME" if given.command == "explain" else f"unexpected {given.name!r}")
+    settings = types.SimpleNamespace(command=given.command, name=given.name)
+    wrong = []
+    for row in SETTINGS:
+        attribute = row.name.replace("-", "_")
+        text, source = getattr(given, attribute), f"--{row.name}"
+        variable = f"SNIROUTE_{attribute.upper()}"
+        if text is None and environ.get(variable):
+            text, source = environ[variable], variable
+            text = text.split() if row.many else text
+        if text is None and row.default is not None:
+            text, source = [row.default] if row.many else row.default, "default"
+        try:
+            value = None if text is None else [row.parse(t) for t in text] if row.many else row.parse(text)
+        except ValueError as error:
+            wrong.append(f"{source}: {error}")
+            value = None
+        setattr(settings, attribute, value)
+        if row.name == "route":
+            settings.open_to_all = source == "default"
+            try:
+                settings.routes = Routes(value or ())
+            except ValueError as error:
+                wrong.append(f"{source}: {error}")
+    if wrong:
+        raise SettingsError(*wrong)
+    derive_settings(settings)
+    return settings
+
+
+def derive_settings(settings: types.SimpleNamespace) -> None:
+    """Fill in the defaults that depend on the host."""
+    first, last = settings.ports
+    if settings.max_tunnels is None:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        settings.max_tunnels = max(1, min(last - first + 1, memory // TUNNEL_MEMORY))
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if descriptors == resource.RLIM_INFINITY:
+        descriptors = 1 << 20
+    fit = max(1, (descriptors - min(SPARE_FDS, descriptors // 2)) // 2)
+    if settings.max_connections is None:
+        settings.max_connections = fit
+    settings.fit = fit
+    for host, port in settings.listen:
+        for route in settings.route:
+            if route.target in (f"tcp:{host}:{port}", f"tcp:[{host}]:{port}"):
+                raise SettingsError(f"--route: {route} leads back to --listen {host}:{port}")
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of open files to the hard one: each connection takes two."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):
+        pass  # macOS has a lower limit of its own; a sandbox may forbid it
+
+
+# -- the log -----------------------------------------------------------------------------------
+
+
+def show_address(address: tuple) -> str:
+    """HOST:PORT, an IPv6 host in brackets."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Ending(NamedTuple):
+    """What the log says of a connection when it is over."""
+
+    level: int
+    when: float
+    client: tuple[str, int]
+    name: str | None
+    route: str | None
+    backend: str | None
+    up: int
+    down: int
+    seconds: float
+    reason: str
+    detail: str | None
+
+
+class Journal(logging.Handler):
+    """Takes log records and Endings from any thread, and writes them from a thread of its own.
+
+    So a slow disk or a pipe that nobody reads never stops traffic: what does not fit into
+    LOG_LINES_MAX is dropped and counted.  Lines are printable ASCII, whatever a client sent.
+    """
+
+    def __init__(self, stream: Any, style: str):
+        super().__init__()
+        self.stream = stream
+        self.style = style
+        self.journald = under_journald(stream)
+        self.lines: collections.deque[logging.LogRecord | Ending] = collections.deque()
+        self.dropped = 0
+        self.asleep = False
+        self.stopping = False
+        self.wake_reader, self.wake_writer = os.pipe()
+        os.set_blocking(self.wake_writer, False)
+        self.thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self.thread.start()
+
+    def emit(self, record: logging.LogRecord | Ending) -> None:
+        """Queue a line.  Any thread; no lock, one system call at most."""
+        if len(self.lines) >= LOG_LINES_MAX:
+            self.dropped += 1
+            return
+        self.lines.append(record)
+        if self.asleep:  # it set this first and looked at `lines` then, so one of us sees the other
+            self.asleep = False
+            self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # full: it is being woken
+            os.write(self.wake_writer, b"\0")
+
+    def stop(self) -> None:
+        """Write what is left, if the stream takes it within a second."""
+        self.stopping = True
+        self._wake()
+        self.thread.join(1.0)
+        if not self.thread.is_alive():
+            os.close(self.wake_reader)
+            os.close(self.wake_writer)
+        self.close()
+
+    def _run(self) -> None:
+        while not self.stopping:
+            if self.lines:
+                self._write()
+                time.sleep(LOG_NAP)  # under load a line finds us awake, and costs no system call
+                continue
+            self.asleep = True
+            if not self.lines and not self.stopping:
+                os.read(self.wake_reader, 4096)
+            self.asleep = False
+        self._write()
+
+    def _write(self) -> None:
+        texts = []
+        while self.lines:
+            line = self.lines.popleft()
+            texts.append(self.ending(line) if isinstance(line, Ending) else self.format(line))
+        if self.dropped:
+            dropped, self.dropped = self.dropped, 0
+            texts.append(self.line(logging.WARNING, time.time(), f"the log was too slow: {dropped} lines dropped", {}))
+        if texts:
+            try:
+                self.stream.write("".join(texts))
+                self.stream.flush()
+            except (OSError, ValueError, AttributeError):
+                pass  # full, gone, or never there: traffic goes on
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A log record as one line, its traceback as indented lines behind it."""
+        text = printable(record.getMessage(), 2000)
+        fields = {}
+        if record.exc_info:
+            trace = self.formatter_for_tracebacks.formatException(record.exc_info)
+            if self.style == "json":
+                fields["traceback"] = trace
+            else:
+                text += "".join("\n  " + printable(line, 2000) for line in trace.split("\n"))
+        return self.line(record.levelno, record.created, text, fields)
+
+    formatter_for_tracebacks = logging.Formatter()
+
+    def ending(self, end: Ending) -> str:
+        """The one line of a connection."""
+        _, _, client, name, route, backend, up, down, seconds, reason, detail = end
+        detail = detail and printable(detail, 500)
+        if self.style == "json":
+            fields = {"client": show_address(client), "name": name, "route": route, "backend": backend, "up": up,
+                      "down": down, "seconds": round(seconds, 3), "reason": reason, "detail": detail}
+            return self.line(end.level, end.when, "", {k: v for k, v in fields.items() if v is not None})
+        text = f"client={show_address(client)} name={name or '-'} route={route or '-'} backend={backend or '-'} " \
+               f"up={up} down={down} seconds={seconds:.3f} reason={reason}"
+        return self.line(end.level, end.when, f"{text} detail={json.dumps(detail)}" if detail else text, {})
+
+    def line(self, level: int, when: float, text: str, fields: dict[str, Any]) -> str:
+        """A finished line.  Under journald it has a syslog level instead of a time of its own."""
+        word = logging.getLevelName(level).lower()
+        stamp = f"{timestamp(int(when))}.{int(when % 1 * 1000):03d}Z"
+        if self.style == "json":
+            record = {"time": stamp, "level": word, **({"message": text} if text else {}), **fields}
+            return json.dumps(record) + "\n"
+        if self.journald:
+            return f"<{SYSLOG_LEVELS.get(level, 6)}>{text}\n"
+        return f"{stamp} {word} {text}\n"
+
+
+@functools.lru_cache(maxsize=2)
+def timestamp(second: int) -> str:
+    """A second in RFC 3339 form, UTC; made once for all the lines of that second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
+SYSLOG_LEVELS = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
+
+
+def under_journald(stream: Any) -> bool:
+    """Whether this stream goes to journald (systemd.exec(5), JOURNAL_STREAM)."""
+    try:
+        state = os.fstat(stream.fileno())
+    except (AttributeError, OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{state.st_dev}:{state.st_ino}"
+
+
+# -- the loop ----------------------------------------------------------------------------------
+
+
+class Flow:
+    """One direction of a connection, from `source` to its twin's.  Loop only.
+
+    Backpressure: while the sink takes no more, what is left waits in `pending` and the source is
+    not read.  End of file travels behind the last byte.  States: OPEN, BLOCKED, DONE.
+    """
+
+    __slots__ = ("connection", "twin", "source", "fd", "total", "state", "pending", "pipe", "watched")
+
+    def __init__(self, connection: Connection):
+        self.connection: Connection | None = connection
+        self.twin: Flow = NO_FLOW
+        self.source: socket.socket | None = None
+        self.fd = -1
+        self.total = 0  # bytes read from the source
+        self.state = DONE
+        self.pending: memoryview | int | None = None  # what the sink did not take; in a pipe: how much
+        self.pipe: tuple[int, int] | None = None  # see SpliceFlow
+        self.watched = 0  # what the selector waits for on the source
+
+    def watch(self, events: int, callback: Callable[[int], None] | None = None) -> None:
+        """Wait for these events on the source; for none, forget it (a hang-up would spin)."""
+        selector = self.connection.router.selector
+        if not events:
+            if self.watched:
+                selector.unregister(self.fd)
+        elif self.watched:
+            selector.modify(self.fd, events, callback)
+        else:
+            selector.register(self.fd, events, callback)
+        self.watched = events
+
+    def rewatch(self) -> None:
+        """Wait for what the two flows that share the source want now."""
+        events = (READ if self.state is OPEN else 0) | (WRITE if self.twin.state is BLOCKED else 0)
+        if events != self.watched:
+            self.watch(events, self.pump if events == READ else self.ready)
+
+    def ready(self, mask: int) -> None:
+        """Called by the loop when the source can be written by the other direction, or read too."""
+        if mask & WRITE and self.twin.state is BLOCKED:
+            self.twin.flush()
+        if mask & READ:
+            self.pump()
+
+    def pump(self, mask: int = READ) -> None:
+        """Move what the source has to the sink.  Called by the loop when there is something to read."""
+        if self.state is not OPEN:
+            return  # an event of the same turn changed that
+        connection = self.connection
+        router = connection.router
+        try:
+            count = self.source.recv_into(router.buffer, router.chunk)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            connection.failed(self, error)
+            return
+        if not count:
+            connection.ended(self)
+            return
+        self.total += count
+        if connection.hello is not None:
+            connection.spoke(self)
+        try:
+            sent = self.twin.source.send(router.view[:count])
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            connection.broken(self, error)
+            return
+        if sent != count:
+            self.hold(memoryview(bytes(router.view[sent:count])))
+
+    def hold(self, rest: memoryview) -> None:
+        """The sink is full: keep the rest, and do not read before it is gone."""
+        self.pending = rest
+        self.connection.router.keep(len(rest))
+        self.block()
+
+    def block(self) -> None:
+        """Wait for the sink instead of the source."""
+        self.state = BLOCKED
+        self.rewatch()
+        self.twin.rewatch()
+
+    def flush(self) -> None:
+        """The sink takes bytes again."""
+        try:
+            sent = self.twin.source.send(self.pending)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.connection.broken(self, error)
+            return
+        self.connection.router.keep(-sent)
+        self.pending = self.pending[sent:]
+        if not self.pending:
+            self.pending = None
+            self.unblock()
+
+    def unblock(self) -> None:
+        """All is with the sink: read on."""
+        self.state = OPEN
+        self.rewatch()
+        self.twin.rewatch()
+
+    def discard(self) -> None:
+        """Forget what the sink did not take, and read no more."""
+        self.state = DONE
+        if self.pending is not None:
+            self.connection.router.keep(-len(self.pending))
+            self.pending = None
+
+
+class SpliceFlow(Flow):
+    """A Flow whose bytes stay in the kernel (splice(2)): half the CPU for each gigabyte.
+
+    All flows of the loop share one pipe.  It is empty between two calls, unless a sink is full:
+    then the pipe is lent to that flow, with the rest in it, and the loop takes another.  Where
+    there is none to spare, the rest is copied out, as in Flow.
+    """
+
+    __slots__ = ("bulk",)
+
+    def __init__(self, connection: Connection):
+        super().__init__(connection)
+        self.bulk = False  # much came at once the last time
+
+    def pump(self, mask: int = READ) -> None:
+        if not self.bulk:  # for a few bytes, two splices cost more than a copy
+            before = self.total
+            super().pump()
+            self.bulk = self.total - before >= SPLICE_FROM
+            return
+        if self.state is not OPEN:
+            return
+        connection = self.connection
+        router = connection.router
+        reader, writer = router.pipe
+        try:
+            count = os.splice(self.fd, writer, router.chunk, flags=SPLICE_FLAGS)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            connection.failed(self, error)
+            return
+        if not count:
+            connection.ended(self)
+            return
+        self.total += count
+        self.bulk = count >= SPLICE_FROM
+        try:
+            sent = os.splice(reader, self.twin.fd, count, flags=SPLICE_FLAGS)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            router.lose_pipe()
+            connection.broken(self, error)
+            return
+        if sent != count:
+            rest = count - sent
+            self.pipe = router.lend_pipe()
+            if self.pipe:
+                self.pending = rest
+                self.block()
+            else:
+                self.hold(memoryview(read_exactly(reader, rest)))
+
+    def flush(self) -> None:
+        if self.pipe is None:
+            super().flush()
+            return
+        try:
+            self.pending -= os.splice(self.pipe[0], self.twin.fd, self.pending, flags=SPLICE_FLAGS)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.connection.broken(self, error)
+            return
+        if not self.pending:
+            self.connection.router.return_pipe(self.pipe)
+            self.pipe = self.pending = None
+            self.unblock()
+
+    def discard(self) -> None:
+        if self.pipe is not None:  # it is not empty: nobody else can use it
+            self.connection.router.drop_pipe(self.pipe)
+            self.pipe = self.pending = None
+        super().discard()
+
+
+def read_exactly(fd: int, count: int) -> bytes:
+    """`count` bytes of a pipe that holds them."""
+    parts = []
+    while count:
+        parts.append(os.read(fd, count))
+        count -= len(parts[-1])
+    return b"".join(parts)
+
+
+def can_splice() -> bool:
+    """Whether splice(2) works here: not everywhere does it, whatever `os` says (gVisor, seccomp)."""
+    if not hasattr(os, "splice"):
+        return False
+    ours, theirs = socket.socketpair()
+    reader, writer = os.pipe()
+    try:
+        theirs.send(b"x")
+        return os.splice(ours.fileno(), writer, 1, flags=SPLICE_FLAGS) == 1
+    except OSError:
+        return False
+    finally:
+        ours.close()
+        theirs.close()
+        os.close(reader)
+        os.close(writer)
+
+
+SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE", 0)
+
+
+def stream_socket(family: int) -> socket.socket:
+    """A TCP socket that does not block; where it can be, it is born so: one system call less."""
+    sock = socket.socket(family, socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0))
+    if not hasattr(socket, "SOCK_NONBLOCK"):
+        sock.setblocking(False)
+    return sock
+
+
+NO_FLOW = Flow.__new__(Flow)  # the twin of a flow whose connection is over
+NO_FLOW.state = DONE
+
+
+class Peer:
+    """An address that connects, and what the settings say of it."""
+
+    __slots__ = ("key", "policy", "local", "exempt", "count")
+
+    def __init__(self, key: str, policy: str, local: bool, exempt: bool):
+        self.key = key  # the address; for IPv6 the /64, which is what one client has
+        self.policy = policy  # what becomes of its PROXY header: see PROXY_POLICY
+        self.local = local
+        self.exempt = exempt  # from the limits for each client
+        self.count = 0  # connections
+
+
+class Wait:
+    """A target that is not ready, and the connections that wait for it."""
+
+    __slots__ = ("decision", "client", "deadline", "doubted", "connections", "error")
+
+    def __init__(self, decision: Decision, client: str | None, deadline: float, doubted: Child | None):
+        self.decision = decision
+        self.client = client  # whom a start is charged to
+        self.deadline = deadline
+        self.doubted = doubted  # the process that gave no answer, where that is why they wait
+        self.connections: dict[Connection, None] = {}  # an ordered set
+        self.error: Refused | None = None  # how it ended
+
+
+class Deadline:
+    """A time that is the same for all, so that those who wait form a queue: no timers."""
+
+    __slots__ = ("seconds", "act", "entries")
+
+    def __init__(self, seconds: float, act: Callable[[Connection], None]):
+        self.seconds = seconds
+        self.act = act
+        self.entries: collections.OrderedDict[Connection, float] = collections.OrderedDict()
+
+
+class Connection:
+    """One client, from accept to close.  Loop only."""
+
+    __slots__ = ("router", "client", "address", "peer", "state", "began", "prelude", "name", "decision", "backend",
+                 "greeting", "hello", "replayable", "retried", "parks", "wait", "up", "down", "deadline",
+                 "refusal", "carried", "quiet_since")
+
+    def __init__(self, router: Router, client: socket.socket, address: tuple[str, int], peer: Peer):
+        self.router = router
+        self.client = client
+        self.address = address
+        self.peer = peer
+        self.state = PRELUDE
+        self.began = monotonic()
+        self.prelude: Prelude | None = Prelude(peer.policy, peer.local)
+        self.name: str | None = None
+        self.decision: Decision | None = None
+        self.backend: Backend | None = None
+        self.greeting = b""  # what the backend is told first: PROXY header, SSLRequest
+        self.hello: bytes | None = None  # the ClientHello and what followed, until the backend answers
+        self.replayable = False  # `hello` is all the client has said: it can be sent again
+        self.retried = False
+        self.parks = 0
+        self.wait: Wait | None = None
+        self.up = router.flow(self)
+        self.down = router.flow(self)
+        self.up.twin, self.down.twin = self.down, self.up
+        self.up.source, self.up.fd = client, client.fileno()
+        self.deadline: Deadline | None = None  # the queue it stands in
+        self.refusal: Refused | None = None
+        self.carried = 0  # bytes at the last sweep
+        self.quiet_since = self.began
+        router.connections.add(self)
+        peer.count += 1
+
+    # -- the prelude
+
+    def on_prelude(self, mask: int = READ) -> None:
+        """Read what the client says before it can be routed.  Tried right after accept, too."""
+        if self.state is not PRELUDE:
+            return
+        router = self.router
+        try:
+            count = self.client.recv_into(router.buffer, HELLO_WIRE_MAX)
+        except BlockingIOError:
+            count = -1
+        except OSError:
+            self.refuse(Refused("truncated", "the client reset the connection"))
+            return
+        try:
+            verdict = self.prelude.feed(router.view[:count]) if count > 0 else None
+            if isinstance(verdict, bytes):
+                self._answer(verdict)
+        except Refused as error:
+            self.refuse(error)
+            return
+        if isinstance(verdict, Hello):
+            self.route(verdict)
+        elif not count:
+            self.refuse(Malformed("the client left in the middle of its prelude", DECODE_ERROR, "truncated"))
+        elif not self.up.watched:
+            router.arm(self, router.prelude_deadline)
+            self.up.watch(READ, self.on_prelude)
+
+    def _answer(self, answer: bytes) -> None:
+        """Send `S` or `N`, unless the client did not wait for it."""
+        try:
+            if self.client.recv(1, socket.MSG_PEEK):
+                raise Malformed("bytes behind a PostgreSQL encryption request")
+        except BlockingIOError:
+            pass
+        except OSError:
+            return  # the next read says so
+        with contextlib.suppress(OSError):  # likewise
+            self.client.send(answer)
+
+    def route(self, hello: Hello) -> None:
+        """The name is known: decide where it leads, and go there."""
+        router, prelude = self.router, self.prelude
+        self.prelude = None
+        self.hello = bytes(prelude.data)
+        self.replayable = hello.end == len(self.hello)
+        self.greeting = prelude.header + SSL_REQUEST_BYTES if prelude.ssl else prelude.header
+        self.name = hello.name
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s:%d says hello: name %s, ALPN %s, %d bytes", *self.address, hello.name, hello.alpn, hello.end)
+        try:
+            if prelude.source is not None and prelude.source.source is not None:
+                self._adopt(prelude.source)
+            self.decision = router.decide(hello.name)
+        except Refused as error:
+            self.refuse(error)
+            return
+        self.dial()
+
+    def _adopt(self, header: ProxyHeader) -> None:
+        """Take the client's address from a believed PROXY header.  Raises Refused."""
+        self.address = (str(header.source), header.port)
+        self.peer.count -= 1
+        self.peer = self.router.peer_of(self.address[0])
+        self.peer.count += 1
+        if self.peer.count > self.router.max_per_client and not self.peer.exempt:
+            raise Refused("client_limit", f"{self.peer.key} has {self.peer.count - 1} connections", INTERNAL_ERROR)
+
+    # -- on the way to the backend
+
+    def dial(self) -> None:
+        """Connect to the backend, or wait until it can be."""
+        self.backend = self.decision.scheme.ready(self.router, self.decision)
+        if self.backend is None:
+            self.park(None)
+        else:
+            self._connect(0)
+
+    def park(self, doubted: Child | None) -> None:
+        """Wait, with all who want the same, until the target is ready."""
+        self.parks += 1
+        if self.parks > PARKS_MAX:
+            self.refuse(Refused("tunnel_failed", f"{self.decision.target} was ready {PARKS_MAX} times, "
+                                                 "and gone each time", INTERNAL_ERROR))
+            return
+        self.state = PARKED
+        self.up.watch(READ, self.on_waiting)
+        self.router.arm(self, self.router.parked_deadline)
+        self.router.join_wait(self, doubted)
+
+    def on_waiting(self, mask: int) -> None:
+        """The client says more, or leaves, while it waits for the backend."""
+        if self.state not in (PARKED, DIALING, GREETING):
+            return
+        if len(self.hello) >= HELLO_WIRE_MAX:
+            self.up.watch(0)  # enough: the rest waits in the kernel
+            return
+        try:
+            count = self.client.recv_into(self.router.buffer, HELLO_WIRE_MAX)
+        except BlockingIOError:
+            return
+        except OSError:
+            count = 0
+        if count:
+            self.hello += self.router.view[:count]
+            self.replayable = False
+        else:
+            self.close("client_left")
+
+    def _connect(self, tried: int) -> None:
+        """Connect to the first address from `tried` on that takes it; loopback does so at once."""
+        error = errno.EHOSTUNREACH
+        addresses = self.backend.addresses
+        for index in range(tried, len(addresses)):
+            family, address = addresses[index]
+            try:
+                server = stream_socket(family)
+            except OSError as failure:  # out of descriptors: the next address would not help
+                error = failure.errno
+                break
+            server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.down.source, self.down.fd = server, server.fileno()
+            error = server.connect_ex(address)
+            if error == errno.EINPROGRESS:
+                error = server.connect_ex(address)  # on loopback the handshake is over by now
+            if not error:
+                self._connected()
+                return
+            if error in (errno.EALREADY, errno.EINPROGRESS):
+                self.state = DIALING
+                self.router.arm(self, self.router.connect_deadline)
+                self.up.watch(READ, self.on_waiting)
+                self.down.watch(WRITE, functools.partial(self.on_connected, index))
+                return
+            self._hang_up()
+        self._unreachable(os.strerror(error))
+
+    def on_connected(self, index: int, mask: int) -> None:
+        """The connect has an answer."""
+        if self.state is not DIALING:
+            return
+        error = self.down.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        self.down.watch(0)
+        if not error:
+            self._connected()
+        elif index + 1 < len(self.backend.addresses):
+            self._hang_up()
+            self._connect(index + 1)
+        else:
+            self._unreachable(os.strerror(error))
+
+    def on_connect_timeout(self) -> None:
+        self._unreachable("no answer to the connect")
+
+    def _unreachable(self, why: str) -> None:
+        if self.backend.tunnel is not None:
+            self.retry(why)
+            return
+        self.router.resolved.pop(self.decision.target, None)  # perhaps it has moved
+        self.refuse(Refused("backend", f"{self.decision.target}: {why}", INTERNAL_ERROR))
+
+    def _connected(self) -> None:
+        """Say what the client said; a PostgreSQL backend is asked for TLS first."""
+        if not self.backend.intact():
+            self.retry("its process ended")
+            return
+        server = self.down.source
+        if not self.backend.local:
+            keep_alive(server)
+        asks = self.greeting.endswith(SSL_REQUEST_BYTES)
+        try:
+            if asks:
+                server.send(self.greeting)  # a few bytes into an empty buffer: it takes them all
+                self.state = GREETING
+                self.router.arm(self, self.router.greeting_deadline)
+                self.up.watch(READ, self.on_waiting)
+                self.down.watch(READ, self.on_greeting)
+            else:
+                self._open(self.greeting + self.hello)
+        except OSError as error:
+            self._unanswered(error.strerror)
+
+    def on_greeting(self, mask: int) -> None:
+        """The backend's answer to SSLRequest: exactly one `S`, or this is no place for a hello."""
+        if self.state is not GREETING:
+            return
+        try:
+            answer = self.down.source.recv(64)
+            if not answer:
+                self._unanswered("it closed the connection without an answer to SSLRequest")
+            elif answer == b"S":
+                self._open(self.hello)
+            else:
+                said = "does not offer TLS" if answer == b"N" else f"answered SSLRequest with {answer[:8]!r}"
+                self.refuse(Refused("backend_no_tls", f"{self.decision.target} {said}", INTERNAL_ERROR))
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._unanswered(error.strerror)
+
+    def on_greeting_timeout(self) -> None:
+        self._unanswered("no answer to SSLRequest")
+
+    def _unanswered(self, why: str) -> None:
+        """The backend failed before the client had a byte of it."""
+        if self.backend.tunnel is not None:
+            self.retry(why)
+        else:
+            self.refuse(Refused("backend", f"{self.decision.target}: {why}", INTERNAL_ERROR))
+
+    def _open(self, said: bytes) -> None:
+        """Hand the backend what the client said, and pump.  Raises OSError."""
+        sent = self.down.source.send(said)
+        self.state = self.up.state = self.down.state = OPEN
+        self.up.total += len(said) if not self.retried else 0
+        self.up.watch(READ, self.up.pump)
+        self.down.watch(READ, self.down.pump)
+        if self.backend.tunnel is not None:
+            self.router.arm(self, self.router.first_byte_deadline)
+        else:
+            self.hello = None
+            if self.deadline is not None:
+                self.router.disarm(self)
+        if sent != len(said):
+            self.up.hold(memoryview(said)[sent:])
+
+    # -- open
+
+    def spoke(self, flow: Flow) -> None:
+        """The first byte behind the hello, either way: from here on nothing can be sent again."""
+        self.hello = None
+        if flow is self.down:
+            self.router.disarm(self)
+            self.backend.child.proven = True
+        else:
+            self.replayable = False
+
+    def ended(self, flow: Flow) -> None:
+        """The source has ended: pass that on behind its last byte."""
+        if flow is self.down and self.hello is not None and self.up.state is not DONE:
+            self._unanswered("it closed the connection without a byte")
+            return
+        flow.state = DONE
+        if flow.twin.state is DONE:
+            self.close("backend_closed" if flow is self.up else "client_closed")  # who was first
+            return
+        with contextlib.suppress(OSError):  # it is gone, and its own flow will say so
+            flow.twin.source.shutdown(socket.SHUT_WR)
+        flow.rewatch()
+
+    def failed(self, flow: Flow, error: OSError) -> None:
+        """The source is gone.  What it sent before is with the sink, and stays there."""
+        if flow is self.up:
+            self.close("client_reset")
+        elif self.hello is not None and self.up.state is not DONE:
+            self._unanswered(error.strerror)
+        else:
+            self.refusal = Refused("backend_reset", error.strerror)
+            self._linger(b"")
+
+    def broken(self, flow: Flow, error: OSError) -> None:
+        """The sink takes no more.  What it sent is still to be read by the other flow."""
+        flow.discard()
+        if flow.twin.state is DONE:
+            self.close("client_reset" if flow is self.down else "backend_reset")
+            return
+        flow.rewatch()
+        flow.twin.rewatch()
+
+    def on_first_byte_timeout(self) -> None:
+        """The tunnel took the hello and is silent.  Only a process that hangs is worth a retry."""
+        if self.hello is not None:
+            self._unanswered(f"no answer within {FIRST_BYTE_TIMEOUT:g} s")
+
+    # -- the end
+
+    def retry(self, why: str) -> None:
+        """A tunnel failed before the client had a byte: once, send the same bytes again."""
+        child = self.backend.child
+        words = self.router.tunnels.words(child, self.began)
+        self._drop_backend()
+        if self.retried or not self.replayable:
+            self.refuse(Refused("tunnel_failed", f"{self.decision.target}: {words or why}", INTERNAL_ERROR))
+            return
+        self.retried = True
+        self.router.counters["retries"] += 1
+        self.park(child)
+
+    def _hang_up(self) -> None:
+        """Let go of the connection to the backend."""
+        if self.down.source is not None:
+            self.down.watch(0)
+            self.down.source.close()
+            self.down.source = None
+
+    def _drop_backend(self) -> None:
+        """Let go of the backend, its lease included."""
+        for flow in (self.up, self.down):
+            flow.discard()
+        self._hang_up()
+        if self.backend is not None and self.backend.tunnel is not None:
+            self.router.tunnels.release(self.backend.tunnel)
+        self.backend = None
+
+    def refuse(self, error: Refused) -> None:
+        """Turn a Refused into bytes, a log line and a counter: all refusals end here."""
+        self.refusal = error
+        farewell = error.farewell
+        if error.alert is not None:
+            if self.prelude is not None:
+                farewell = self.prelude.alert(error.alert)
+            elif self.hello is not None:
+                farewell = tls_alert(error.alert, self.hello[2])
+        if farewell:
+            self._linger(farewell)
+        else:
+            self.close(error.kind)
+
+    def _linger(self, farewell: bytes) -> None:
+        """Say goodbye, and give the client a moment to read it: unread bytes would reset it."""
+        self._drop_backend()
+        self.state = LINGERING
+        try:
+            if farewell:
+                self.client.send(farewell)
+            self.client.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.close(self.refusal.kind)
+            return
+        self.router.arm(self, self.router.linger_deadline)
+        self.up.watch(READ, self.on_linger)
+
+    def on_linger(self, mask: int) -> None:
+        """Read and forget what the client still says."""
+        if self.state is not LINGERING:
+            return
+        try:
+            if self.client.recv_into(self.router.buffer):
+                return
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        self.close(self.refusal.kind)
+
+    def close(self, reason: str) -> None:
+        """Let go of everything, once, and write the one line."""
+        if self.state is CLOSED:
+            return
+        router = self.router
+        backend = self.backend
+        self.state = CLOSED
+        if self.deadline is not None:
+            router.disarm(self)
+        if self.wait is not None:
+            self.wait.connections.pop(self, None)
+        up, down = self.up, self.down
+        if up.pending is not None or down.pending is not None:
+            up.discard()
+            down.discard()
+        up.state = down.state = DONE
+        up.watch(0)
+        self.client.close()
+        if down.source is not None:
+            down.watch(0)
+            down.source.close()
+        if backend is not None and backend.tunnel is not None:
+            router.tunnels.release(backend.tunnel)
+        up.twin = down.twin = NO_FLOW  # no cycles: nothing is left to the collector
+        up.connection = down.connection = self.up = self.down = None
+        self.peer.count -= 1
+        router.closed(self, reason, up.total, down.total)
+
+
+def keep_alive(sock: socket.socket) -> None:
+    """Find a peer that is gone: idle by keepalive, with data under way by TCP_USER_TIMEOUT."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), KEEPALIVE, strict=True):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT * 1000)
+
+
+class Router(socketserver.ThreadingTCPServer):
+    """The server: listeners, the loop, and what all connections share.
+
+    `tunnels` is a TunnelTable; `settings` is what load_settings gives.  `routes` may be assigned at any time.
+    Raises SettingsError where an address cannot be listened on.
+    """
+
+    allow_reuse_address = True
+    request_queue_size = BACKLOG
+    daemon_threads = True  # a resolver that hangs must not keep the process
+    block_on_close = False
+
+    def __init__(self, settings: types.SimpleNamespace, tunnels: TunnelTable):
+        self.settings = settings
+        self.tunnels = tunnels
+        self.routes: Routes = settings.routes
+        self.max_connections: int = settings.max_connections
+        self.max_per_client: int = settings.max_per_client
+        self.phase = RUNNING
+        self.connections: set[Connection] = set()
+        self.counters: collections.Counter[str] = collections.Counter()
+        self.resolved: dict[str, tuple[Backend, float]] = {}  # written by wait-<n>, read by the loop
+        self.peers: dict[str, Peer] = {}
+        self.peers_full = PEERS_MAX
+        self.waits: dict[str, Wait] = {}
+        self.queued_waits: collections.deque[Wait] = collections.deque()
+        self.waiting_threads = 0
+        self.paused = False  # accepting
+        self.pause_said = -PAUSE_SAID
+        self.resume_at = self.drain_until = float("inf")
+        self.buffer = bytearray(BULK)
+        self.view = memoryview(self.buffer)
+        self.chunk = BULK
+        self.pending = 0  # bytes kept for sinks that are full
+        self.pipes: list[tuple[int, int]] = []  # to spare
+        self.pipes_made = 0
+        self.flow: type[Flow] = SpliceFlow if can_splice() else Flow
+        self.pipe = self._make_pipe() if self.flow is SpliceFlow else None
+        self.prelude_deadline = Deadline(settings.prelude_timeout, lambda c: c.refuse(Malformed(
+            "the client did not say its name in time", DECODE_ERROR, "prelude_timeout")))
+        self.parked_deadline = Deadline(settings.start_timeout + 1, lambda c: c.refuse(Refused(
+            "tunnel_timeout", f"{c.decision.target}: waited too long for {c.decision.scheme.waits_on}", INTERNAL_ERROR)))
+        self.connect_deadline = Deadline(CONNECT_TIMEOUT, Connection.on_connect_timeout)
+        self.greeting_deadline = Deadline(GREETING_TIMEOUT, Connection.on_greeting_timeout)
+        self.first_byte_deadline = Deadline(FIRST_BYTE_TIMEOUT, Connection.on_first_byte_timeout)
+        self.linger_deadline = Deadline(LINGER, lambda c: c.close(c.refusal.kind))
+        self.deadlines = (self.prelude_deadline, self.parked_deadline, self.connect_deadline,
+                          self.greeting_deadline, self.first_byte_deadline, self.linger_deadline)
+        self.sweep_every = min(settings.connection_idle or HALF_CLOSED_IDLE, HALF_CLOSED_IDLE) / 8
+        self.next_sweep = monotonic() + self.sweep_every
+        self.next_check = self.next_sweep
+        self.calls: collections.deque[Callable[[], None]] = collections.deque()
+        self.selector = selectors.DefaultSelector()
+        self.wake_reader, self.wake_writer = os.pipe()
+        for end in (self.wake_reader, self.wake_writer):
+            os.set_blocking(end, False)
+        self.selector.register(self.wake_reader, READ, self._woken)
+        self.listeners: list[socket.socket] = []
+        self.addresses = [found for host, port in settings.listen for found in listen_addresses(host, port)]
+        self.own_names = {host.lower() for host, _ in settings.listen} | {os.uname().nodename.lower()}
+        self.address_family = self.addresses[0][0]
+        super().__init__(self.addresses[0][1], None)
+
+    # -- main thread ---------------------------------------------------------------------------
+
+    def server_bind(self) -> None:
+        """Bind every address.  Options set here are inherited by what is accepted."""
+        for family, address in self.addresses:
+            listener = self.socket if not self.listeners else socket.socket(family, socket.SOCK_STREAM)
+            self.listeners.append(listener)
+            try:
+                if family == socket.AF_INET6:
+                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::")
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                keep_alive(listener)
+                listener.bind(address)
+            except OSError as error:
+                raise SettingsError(f"--listen {show_address(address)}: {error.strerror}") from None
+        self.server_address = self.listeners[0].getsockname()
+
+    def server_activate(self) -> None:
+        for listener in self.listeners:
+            listener.listen(self.request_queue_size)
+            listener.setblocking(False)
+            self.selector.register(listener, READ, functools.partial(self._accept, listener))
+
+    def server_close(self) -> None:
+        """Close what is left.  After the loop has ended, or instead of it."""
+        for listener in self.listeners or [self.socket]:
+            listener.close()
+        for pipe in [*self.pipes, *([self.pipe] if self.pipe else [])]:
+            os.close(pipe[0])
+            os.close(pipe[1])
+        self.pipes, self.pipe = [], None
+        self.selector.close()
+        for end in (self.wake_reader, self.wake_writer):
+            os.close(end)
+
+    def call(self, act: Callable[[], None]) -> None:
+        """Have the loop run `act`.  Any thread; returns at once."""
+        self.calls.append(act)
+        with contextlib.suppress(OSError):  # full: it is being woken; closed: there is no loop any more
+            os.write(self.wake_writer, b"\0")
+
+    def shutdown(self) -> None:
+        """End the loop now.  Any thread; returns at once."""
+        self.call(self._stop)
+
+    def drain(self, seconds: float) -> None:
+        """Accept no more, let connections end by themselves for so long, then end.  Any thread."""
+        self.call(lambda: self._drain(seconds))
+
+    # -- threads wait-<n>: ThreadingMixIn's hooks, its `request` is a Wait -------------------------
+
+    def finish_request(self, wait: Wait, number: int) -> None:
+        """Wait until the target may be ready."""
+        threading.current_thread().name = f"wait-{number}"
+        try:
+            wait.decision.scheme.prepare(self, wait)
+        except Refused as error:
+            wait.error = error
+        except Exception:
+            log.exception("while waiting for %s", wait.decision.target)
+            wait.error = Refused("internal", "a fault in sniroute", INTERNAL_ERROR)
+
+    def shutdown_request(self, wait: Wait) -> None:
+        """Hand the connections back to the loop."""
+        self.call(lambda: self._hand_back(wait))
+
+    def may_dial(self, decision: Decision, address: tuple) -> bool:
+        """Whether a resolved address may be dialled.
+
+        Never the router itself.  Where any client's name becomes the host (`*=tcp:{name}:443`),
+        never a private address either: whoever owns a domain can point it at one.
+        """
+        ip = ipaddress.ip_address(address[0].partition("%")[0])
+        for listener in list(self.listeners):
+            try:
+                host, port = listener.getsockname()[:2]
+            except OSError:
+                continue  # closed: we are draining
+            if port == address[1] and (host == address[0] or host in ("::", "0.0.0.0") and ip.is_loopback):
+                return False
+        return ip.is_global or decision.route.pattern != "*" or "{" not in decision.route.target
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Run the loop until `shutdown`, or until all has drained."""
+        select = self.selector.select
+        while self.phase is not STOPPED:
+            now = monotonic()
+            if now >= self.next_check:
+                self._check(now)
+            for key, mask in select(max(0.0, self.next_check - now)):
+                try:
+                    key.data(mask)
+                except Exception:
+                    self.handle_error(key.data, None)
+        for connection in list(self.connections):
+            connection.close("stopped")
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A fault of ours: log it whole, and end only the connection that met it."""
+        log.exception("a fault in sniroute: please report it")
+        owner = getattr(request, "__self__", getattr(getattr(request, "func", None), "__self__", None))
+        connection = owner.connection if isinstance(owner, Flow) else owner
+        if isinstance(connection, Connection):
+            connection.close("internal")
+
+    def _accept(self, listener: socket.socket, mask: int) -> None:
+        """Take the connections that wait."""
+        for _ in range(ACCEPTS):
+            if len(self.connections) >= self.max_connections and not self._shed():
+                self._pause(f"--max-connections ({self.max_connections}) are open", float("inf"))
+                return
+            try:
+                client, address = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in CAPACITY_ERRNOS:
+                    self._pause(error.strerror, monotonic() + ACCEPT_PAUSE)
+                    return
+                continue  # that client is gone (ECONNABORTED), or a firewall took it (EPERM)
+            client.setblocking(False)
+            host = address[0]
+            if host.startswith("::ffff:"):
+                host = host[7:]  # an IPv4 client of a dual-stack listener
+            peer = self.peers.get(host) or self.peer_of(host)
+            self.counters["accepted"] += 1
+            if peer.count >= self.max_per_client and not peer.exempt or peer.policy == "close":
+                kind = "proxy" if peer.policy == "close" else "client_limit"
+                Connection(self, client, (host, address[1]), peer).refuse(Refused(kind, REFUSALS[kind].meaning))
+                continue
+            Connection(self, client, (host, address[1]), peer).on_prelude()
+            if len(self.prelude_deadline.entries) > PRELUDES_MAX:
+                self._shed()
+
+    def _shed(self) -> bool:
+        """Refuse the client that has been silent longest; False where all have said their name."""
+        for connection in self.prelude_deadline.entries:
+            connection.refuse(Refused("shed", REFUSALS["shed"].meaning))
+            return True
+        return False
+
+    def _pause(self, why: str, until: float) -> None:
+        """Stop accepting for a while: a listener that stays readable would spin the loop."""
+        now = monotonic()
+        if not self.paused and now - self.pause_said >= PAUSE_SAID:
+            self.pause_said = now
+            log.warning("not accepting for now: %s", why)
+        self.paused = True
+        for listener in self.listeners:
+            if listener.fileno() in self.selector.get_map():
+                self.selector.unregister(listener)
+        self.resume_at = until
+        self.next_check = min(self.next_check, until)
+
+    def _resume(self) -> None:
+        """Accept again."""
+        self.resume_at = float("inf")
+        self.paused = False
+        for listener in self.listeners:
+            self.selector.register(listener, READ, functools.partial(self._accept, listener))
+
+    def peer_of(self, host: str) -> Peer:
+        """What the settings say of an address.  Remembered, so that it is asked once."""
+        address = ipaddress.ip_address(host.partition("%")[0])
+        address = getattr(address, "ipv4_mapped", None) or address
+        trusted = any(address in network for network in self.settings.proxy_from)
+        exempt = trusted or address.is_loopback
+        key = str(address)
+        if address.version == 6 and not exempt:
+            key = str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))
+        if len(self.peers) >= self.peers_full:
+            self.peers = {name: peer for name, peer in self.peers.items() if peer.count}
+            self.peers_full = max(PEERS_MAX, 2 * len(self.peers))
+        policy = PROXY_POLICY[self.settings.proxy_protocol, trusted]
+        peer = self.peers[host] = self.peers.setdefault(key, Peer(key, policy, address.is_loopback, exempt))
+        return peer
+
+    def decide(self, name: str | None) -> Decision:
+        """What becomes of a name.  Raises Refused."""
+        if name is None:
+            farewell = b"OK\n" if self.settings.no_name == "ok" else b""
+            raise Refused("no_name", REFUSALS["no_name"].meaning, None if farewell else UNRECOGNIZED_NAME, farewell)
+        decision = self.routes.decide(name)
+        if name in self.own_names and decision.route.pattern != name:
+            raise Refused("no_route", f"{name} is this router itself", UNRECOGNIZED_NAME)
+        return decision
+
+    def join_wait(self, connection: Connection, doubted: Child | None) -> None:
+        """Have a connection wait with those that want the same; the first brings a thread."""
+        decision = connection.decision
+        wait = self.waits.get(decision.target)
+        if wait is None:
+            if len(self.waits) >= WAITS_MAX:
+                connection.refuse(Refused("busy", f"{WAITS_MAX} names wait already", INTERNAL_ERROR))
+                return
+            client = None if connection.peer.exempt else connection.peer.key
+            wait = Wait(decision, client, monotonic() + self.settings.start_timeout, doubted)
+            self.waits[decision.target] = wait
+            self.queued_waits.append(wait)
+        wait.connections[connection] = None
+        connection.wait = wait
+        self._start_waits()
+
+    def _start_waits(self) -> None:
+        """Give threads to names that wait for one."""
+        while self.queued_waits and self.waiting_threads < WAIT_THREADS:
+            wait = self.queued_waits.popleft()
+            self.waiting_threads += 1
+            try:
+                self.process_request(wait, self.waiting_threads)
+            except RuntimeError as error:  # no more threads to be had
+                wait.error = Refused("busy", str(error), INTERNAL_ERROR)
+                self.call(functools.partial(self._hand_back, wait))
+
+    def _hand_back(self, wait: Wait) -> None:
+        """A wait is over: go on with its connections."""
+        self.waiting_threads -= 1
+        del self.waits[wait.decision.target]
+        self._start_waits()
+        for connection in list(wait.connections):
+            connection.wait = None
+            if wait.error is not None:
+                connection.refuse(wait.error)
+            else:
+                self.disarm(connection)
+                connection.dial()
+
+    def arm(self, connection: Connection, deadline: Deadline) -> None:
+        """Put a connection into the queue of a deadline, and out of the one it stands in."""
+        if connection.deadline is not None:
+            del connection.deadline.entries[connection]
+        connection.deadline = deadline
+        due = deadline.entries[connection] = monotonic() + deadline.seconds
+        if due < self.next_check:
+            self.next_check = due
+
+    def disarm(self, connection: Connection) -> None:
+        """Take a connection out of its queue."""
+        if connection.deadline is not None:
+            del connection.deadline.entries[connection]
+            connection.deadline = None
+
+    def _check(self, now: float) -> None:
+        """Do what is due, and find out when to look again."""
+        if now >= self.resume_at:
+            self._resume()
+        if now >= self.drain_until:
+            self._stop()
+        if now >= self.next_sweep:
+            self._sweep(now)
+        soonest = min(self.next_sweep, self.resume_at, self.drain_until)
+        for deadline in self.deadlines:
+            entries = deadline.entries
+            while entries:
+                connection, due = next(iter(entries.items()))
+                if due > now:
+                    soonest = min(soonest, due)
+                    break
+                self.disarm(connection)
+                try:
+                    deadline.act(connection)
+                except Exception:
+                    self.handle_error(connection.close, None)
+        self.next_check = soonest
+
+    def _sweep(self, now: float) -> None:
+        """Close what has been silent too long: found by comparing byte counts, free for the pump."""
+        self.next_sweep = now + self.sweep_every
+        idle = self.settings.connection_idle or float("inf")
+        for connection in [c for c in self.connections if c.state is OPEN]:
+            up, down = connection.up, connection.down
+            if up.total + down.total != connection.carried:
+                connection.carried = up.total + down.total
+                connection.quiet_since = now
+            half = DONE in (up.state, down.state)
+            if now - connection.quiet_since >= (min(idle, HALF_CLOSED_IDLE) if half else idle):
+                connection.close("idle")
+
+    def closed(self, connection: Connection, reason: str, up: int, down: int) -> None:
+        """A connection is over: count it, log it, and see who may come in its place."""
+        self.connections.discard(connection)
+        refusal = connection.refusal
+        counters = self.counters
+        counters[reason] += 1
+        counters["bytes_up"] += up
+        counters["bytes_down"] += down
+        level = logging.INFO
+        if refusal is not None and reason in REFUSALS:
+            level = REFUSALS[reason].level
+        if log.isEnabledFor(level):
+            decision = connection.decision
+            self.journal(Ending(
+                level, time.time(), connection.address, connection.name, decision and decision.route.pattern,
+                decision and decision.target, up, down, monotonic() - connection.began, reason,
+                str(refusal) if refusal is not None else None))
+        if self.paused and self.resume_at == float("inf") \
+                and len(self.connections) < self.max_connections - self.max_connections // 20:
+            self.resume_at = self.next_check = 0.0
+        if self.phase is DRAINING and not self.connections:
+            self._stop()
+
+    journal: Callable[[Ending], None] = staticmethod(lambda ending: None)  # Journal.emit, where there is one
+
+    def _woken(self, mask: int) -> None:
+        """Run what other threads asked for."""
+        os.read(self.wake_reader, 4096)
+        while self.calls:
+            self.calls.popleft()()
+
+    def _drain(self, seconds: float) -> None:
+        if self.phase is not RUNNING:
+            return
+        self.phase = DRAINING
+        for listener in self.listeners:
+            if listener.fileno() in self.selector.get_map():
+                self.selector.unregister(listener)
+            listener.close()
+        self.resume_at = float("inf")
+        self.paused = False
+        log.info("draining: %d connections have %g s to end", len(self.connections), seconds)
+        self.drain_until = monotonic() + seconds
+        self.next_check = min(self.next_check, self.drain_until)
+        if not self.connections:
+            self._stop()
+
+    def _stop(self) -> None:
+        self.phase = STOPPED
+
+    def dump(self) -> None:
+        """Log what there is: counters, tunnels, connections."""
+        log.info("counters: %s", dict(sorted((self.counters + self.tunnels.counters).items())))
+        for key, state, leases, port, pid in self.tunnels.snapshot():
+            log.info("tunnel %s: %s, %d connections, port %d, pid %d", key, state, leases, port, pid)
+        now = monotonic()
+        for connection in list(self.connections)[:DUMP_MAX]:
+            log.info("connection %s: %s for %.1f s, name %s, %d bytes up, %d down", show_address(connection.address),
+                     connection.state, now - connection.began, connection.name, connection.up.total,
+                     connection.down.total)
+        if len(self.connections) > DUMP_MAX:
+            log.info("and %d connections more", len(self.connections) - DUMP_MAX)
+
+    # -- pipes and what is kept for slow readers
+
+    def _make_pipe(self) -> tuple[int, int] | None:
+        """A pipe of BULK bytes; None where descriptors are short."""
+        try:
+            pipe = os.pipe()
+        except OSError:
+            return None
+        for end in pipe:
+            os.set_blocking(end, False)
+        with contextlib.suppress(OSError):  # over the user's share of pipe memory: it holds less at a time
+            fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, BULK)
+        self.pipes_made += 1
+        return pipe
+
+    def lend_pipe(self) -> tuple[int, int] | None:
+        """Give the pipe in use away, if there is another."""
+        spare = self.pipes.pop() if self.pipes else self._make_pipe() if self.pipes_made < PIPES_MAX else None
+        if spare is None:
+            return None
+        lent, self.pipe = self.pipe, spare
+        return lent
+
+    def return_pipe(self, pipe: tuple[int, int]) -> None:
+        """Take an empty pipe back."""
+        self.pipes.append(pipe)
+
+    def drop_pipe(self, pipe: tuple[int, int]) -> None:
+        """Close a pipe with bytes in it that nobody wants."""
+        os.close(pipe[0])
+        os.close(pipe[1])
+        self.pipes_made -= 1
+
+    def lose_pipe(self) -> None:
+        """Replace the pipe in use: it holds bytes whose sink is gone."""
+        spare = self.pipes.pop() if self.pipes else self._make_pipe()
+        if spare is None:  # no descriptors: empty it instead
+            try:
+                while os.read(self.pipe[0], BULK):
+                    pass
+            except BlockingIOError:
+                return
+        self.drop_pipe(self.pipe)
+        self.pipe = spare
+
+    def keep(self, count: int) -> None:
+        """Count bytes kept for full sinks; the more there are, the less is read at a time."""
+        self.pending += count
+        self.chunk = BULK if self.pending < PENDING_MAX else SMALL
+
+
+def listen_addresses(host: str, port: int) -> list[tuple[int, tuple]]:
+    """(family, address) of what a --listen means.  Raises SettingsError."""
+    if host == "*":
+        return [(socket.AF_INET6, ("::", port))] if socket.has_dualstack_ipv6() else [(socket.AF_INET, ("0.0.0.0", port))]
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise SettingsError(f"--listen {host}:{port}: {error.strerror}") from None
+    return [(family, address) for family, _, _, _, address in found]
+
+
+# -- commands ----------------------------------------------------------------------------------
+
+
+def check(settings: types.SimpleNamespace) -> int:
+    """`sniroute check`: the settings are valid, or we would not be here."""
+    for route in settings.routes.routes:
+        print(route)
+    return 0
+
+
+def explain(settings: types.SimpleNamespace) -> int:
+    """`sniroute explain NAME`: 0 where the name would be routed, 1 where it would be refused."""
+    try:
+        name = normalise(settings.name.encode())
+        decision = settings.routes.decide(name)
+    except Refused as error:
+        print(f"name:    {printable(settings.name)}\nrefused: {error} ({error.kind}, TLS alert {error.alert})")
+        return 1
+    print(f"name:    {name}\nroute:   {decision.route}\ntarget:  {decision.target}")
+    if decision.target.startswith("cloudflared:"):
+        launcher = cloudflared_launcher(settings.cloudflared or "cloudflared", {})
+        try:
+            print("runs:   ", launcher.find(), *launcher.argv(decision.rest, settings.ports[0]))
+        except TunnelError as error:
+            print(f"refused: {error}")
+            return 1
+    return 0
+
+
+def serve(settings: types.SimpleNamespace) -> int:
+    """`sniroute serve`: run until a signal ends it.  The exit code."""
+    raise_descriptor_limit()
+    journal = Journal(sys.stderr, settings.log_format)
+    log.setLevel(settings.log_level.upper())
+    log.propagate = False
+    log.addHandler(journal)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    try:
+        return run(settings, journal, reader, writer)
+    finally:
+        signal.set_wakeup_fd(-1)
+        os.close(reader)
+        os.close(writer)
+        log.removeHandler(journal)
+        journal.stop()
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+def run(settings: types.SimpleNamespace, journal: Journal, reader: int, writer: int) -> int:
+    """The main thread: start, then do what the signals say, which arrive as bytes in a pipe.
+
+    A handler that did more could meet a lock that this thread holds.
+    """
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    launcher = cloudflared_launcher(settings.cloudflared or "cloudflared", dict(os.environ))
+    tunnels = TunnelTable({"cloudflared": launcher}, settings.ports, idle=settings.idle,
+                          start_timeout=settings.start_timeout, max_tunnels=settings.max_tunnels,
+                          max_starting=settings.max_starting)
+    try:
+        router = Router(settings, tunnels)
+    except SettingsError as error:
+        log.error("%s", error)
+        tunnels.close()
+        return 1
+    router.journal = journal.emit
+    tunnels.start()
+    failed = []
+
+    def loop() -> None:
+        try:
+            router.serve_forever()
+        except BaseException:
+            log.exception("the loop ended: please report it")
+            failed.append(True)
+        finally:
+            os.write(writer, b"\0")
+
+    warn(settings)
+    trim_memory()
+    gc.freeze()  # what is here now lives as long as the process: never look at it again
+    thread = threading.Thread(target=loop, name="loop", daemon=True)
+    thread.start()
+    for listener in router.listeners:
+        log.info("listening on %s", show_address(listener.getsockname()))
+    stopping = 0
+    while thread.is_alive():
+        for number in os.read(reader, 64):
+            if number in (signal.SIGTERM, signal.SIGINT):
+                router.shutdown() if stopping else router.drain(settings.drain)
+                stopping += 1
+            elif number == signal.SIGUSR1:
+                router.call(router.dump)
+            elif number == signal.SIGHUP:
+                log.info("SIGHUP: there is no file of settings to read again")
+            elif number == 0:
+                thread.join()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, hurry_up)
+    try:
+        tunnels.close(now=stopping > 1)
+    except Hurry:
+        tunnels.close(now=True)
+    router.server_close()
+    log.info("stopped")
+    return 1 if failed else 0
+
+
+class Hurry(Exception):
+    """A second signal, while the tunnels are being stopped."""
+
+
+def hurry_up(number: int, frame: types.FrameType | None) -> None:
+    """Break the wait for tunnels that end by themselves; further signals change nothing."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    raise Hurry
+
+
+def trim_memory() -> None:
+    """Give back what compiling this file took: 4 MB that the allocator would keep for ever (glibc)."""
+    with contextlib.suppress(Exception):  # other C libraries, and Pythons built without ctypes
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def warn(settings: types.SimpleNamespace) -> None:
+    """Say what is likely not meant, once, at the start."""
+    if settings.open_to_all:
+        log.warning("no --route: every name is served, each by a tunnel of its own (%s)", settings.routes.routes[0])
+    used = any(route.target.startswith("cloudflared:") for route in settings.routes.routes)
+    if used and settings.cloudflared is None and shutil.which("cloudflared") is None:
+        log.warning("cloudflared is not on PATH: names that need it are refused until it is there (--cloudflared)")
+    if settings.max_connections > settings.fit:
+        log.warning("--max-connections %d is more than the limit of open files allows (%d): raise LimitNOFILE",
+                    settings.max_connections, settings.fit)
+    try:
+        with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+            low, high = map(int, file.read().split())
+    except (OSError, ValueError):
+        return
+    if settings.ports[0] <= high and settings.ports[1] >= low:
+        log.warning("--ports %d-%d overlap the kernel's own (%d-%d): a tunnel's port may be taken at any time",
+                    *settings.ports, low, high)
+
+
+def keep_standard_streams() -> None:
+    """Open descriptors 0 to 2 where they are closed: a client's socket must never become stderr."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+
+
+COMMANDS = {"serve": serve, "check": check, "explain": explain}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line.  Returns the exit code: 0 clean, 1 failed while running, 2 bad settings."""
+    keep_standard_streams()
+    try:
+        settings = load_settings(sys.argv[1:] if argv is None else argv, dict(os.environ))
+        return COMMANDS[settings.command](settings)
+    except SettingsError as error:
+        for line in error.lines:
+            print(f"sniroute: {line}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.modules.setdefault("sniroute", sys.modules["__main__"])  # one module, whoever imports it
+    sys.exit(main())

@@ -1,0 +1,904 @@
+"""sniroute_tunnels: the tunnel programs that sniroute starts, watches and stops.
+
+    router's threads                     Condition `changed`           thread `reaper`
+    ----------------                     -------------------           ---------------
+    loop:   lease / release  ----(no lock: see "Leases")---->  idle stop, eviction
+    wait-n: wait(key)  ------->  tunnels: key -> Tunnel  <----  spawn, ready?, drain, exit, stop
+                                                                   |  Popen, pidfd, output pipe
+                                                                   v
+                                          cloudflared access tcp  :20000, :20001, ...
+
+A tunnel is a name (`scheme:argument`) and, most of the time, one child process that listens on
+a local port.  Its life, always one word in `Tunnel.state`:
+
+    (absent) -> QUEUED -> STARTING -> READY -> STOPPING -> (absent)
+                  ^          |          |                     a start that fails is remembered in
+                  |          |          +-> BACKOFF --+       `failures`, and refused from memory,
+                  |          +-> FAILED (absent)      |       5 s at first, 300 s at most
+                  +-----------------------------------+
+
+Threads.  Everything that can block or that touches a process is done by one thread, `reaper`:
+PR_SET_PDEATHSIG follows the *thread* that forked, so the forking thread has to live as long as
+the process does.  Threads named `wait-<n>` sleep in `wait()`; the router's loop calls `lease`,
+`release` and `Child.alive`, which never block.
+
+The lock.  `TunnelTable.changed` guards `tunnels`, `failures`, `budget` and every `Tunnel.state`;
+nothing else.  It is never held across a fork, a kill, a read or a bind: the reaper claims rows
+under it, works outside, and publishes under it.  The reaper and `close` notify it when a state
+changes; those who sleep on it are in `wait()`.
+
+Leases.  The loop takes a lease without the lock, and the reaper may want to stop the same tunnel
+at that instant.  Both write first and look second: the loop raises `leases`, then reads `state`;
+the reaper sets `state`, then reads `leases`.  So one of them at least sees the other, and gives
+way.  `leases` and `last_used` have one writer, the loop.
+
+Seams.  Another tunnel program is another `Launcher` row; the table knows nothing of cloudflared.
+Another time policy is a constant below; `clock` and `jitter` are arguments, and `step()` is one
+turn of the reaper that a test can make by itself.  This file imports the standard library only
+and knows nothing of routes or TLS.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import heapq
+import json
+import logging
+import os
+import random
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Callable, Iterable, Mapping, NamedTuple
+
+log = logging.getLogger("sniroute")
+
+# Limits and times (seconds), each with its reason.
+POLL = 0.01  # between two looks at a starting child: a tenth of what a start takes
+STOP_GRACE = 2.0  # between TERM and KILL: cloudflared ends 3 ms after TERM
+SELECT_LAST = 3600.0  # one wait of the reaper: epoll takes no more than 24 days
+KILL_GRACE = 5.0  # a killed child that is not gone by then hangs in the kernel: we stop waiting
+QUARANTINE = 2.0  # a used port rests: a late client of the old tunnel must not meet the new one
+TAKEN_REST = 30.0  # a port that somebody else holds is not tried again at once
+PORT_TRIES = 5  # starts on another port after "address already in use"
+FAILURE_FIRST, FAILURE_LAST = 5.0, 300.0  # how long a failed start is refused from memory
+FAILURES_KEPT = 1024  # remembered failures, oldest out: names come from strangers
+BACKOFF_FIRST, BACKOFF_LAST = 1.0, 60.0  # before a tunnel that died in use is started again
+HEALTHY = 60.0  # a tunnel that lived this long starts its back-off from the beginning
+DOUBT_FIRST, DOUBT_LAST = 5.0, 300.0  # youngest age at which doubt restarts a process
+HUNG_LOOK, HUNG_LOOKS = 0.02, 10  # a process accepts nobody: the time between looks, and how many agree
+EVICT_AGE = 1.0  # a tunnel this fresh is not evicted: its client is on the way
+STARTS_BURST, STARTS_REFILL = 8, 1.0  # cold starts one client address may ask for: burst, per second
+BUDGETS_KEPT = 4096  # client addresses with a start budget, least recent out
+TAIL = 4096  # bytes kept of a child's output: its last words
+DRAIN = 65536  # bytes read from a child's output at a time: what a pipe holds
+
+QUEUED, STARTING, READY = "queued", "starting", "ready"
+STOPPING, BACKOFF, FAILED = "stopping", "backoff", "failed"
+LIVE = frozenset((STARTING, READY, STOPPING))  # the states that have, or are given, a process
+
+
+class TunnelError(Exception):
+    """A tunnel that cannot be had now.
+
+    `kind` is one word for counters: `failed`, `timeout`, `limit`, `budget` or `stopping`.
+    The message is for people: what happened, and what to do.
+    """
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+def printable(text: str, limit: int = 253) -> str:
+    """`text` as one line of printable ASCII, at most `limit` characters: fit for a log."""
+    line = "".join(c if " " <= c <= "~" else "?" for c in text[:limit + 1])
+    return line if len(line) <= limit else line[:limit - 3] + "..."
+
+
+def last_words(tail: bytes) -> str:
+    """The last line of a child's output that says something, as one printable line.
+
+    A JSON line (cloudflared with TUNNEL_LOG_OUTPUT=json) is reduced to its message and error.
+    """
+    for line in reversed(tail.decode("utf-8", "replace").split("\n")):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+            line = ": ".join(str(fields[key]) for key in ("message", "error") if key in fields) or line
+        except (ValueError, TypeError, RecursionError):
+            pass
+        return printable(line.strip(), 200)
+    return ""
+
+
+# What cloudflared's own last line means, for people.  Its texts change between versions: what is
+# not here is shown as it came.
+LOGIN_WANTED = "Access wants a login: give the router a service token"
+CLOUDFLARED_REASONS = (
+    ("websocket: bad handshake", "the edge refused it: access denied, no such tunnel, or its connector is down"),
+    ("failed to verify certificate", "the edge's certificate is not trusted"),
+    ("no such host", "the name does not resolve"),
+    ("network is unreachable", "the network is unreachable"),
+    ("connection refused", "the edge refused the connection"),
+    ("connection reset by peer", "the edge reset the connection"),
+    ("Leave cloudflared running to download", LOGIN_WANTED),  # the end of its prompt
+    ("If the browser failed to open", LOGIN_WANTED),  # the same, where it found a browser
+    ("Waiting for login", LOGIN_WANTED),
+    ("already waiting for authentication", LOGIN_WANTED),
+    ("address already in use", "its local port was taken"),
+)
+
+
+def cloudflared_reason(tail: bytes) -> str:
+    """The reason that cloudflared's last output gives, or ''."""
+    words = last_words(tail)
+    for text, reason in CLOUDFLARED_REASONS:
+        if text in words:
+            return f"{reason} ({words})"
+    return words
+
+
+def cloudflared_argv(hostname: str, port: int) -> list[str]:
+    """The words behind the program: `hostname` has passed the name rules, so it is no option."""
+    return ["access", "tcp", "--hostname", hostname, "--url", f"127.0.0.1:{port}", "--loglevel", "info"]
+
+
+class Launcher(NamedTuple):
+    """One kind of tunnel program, as a row."""
+
+    program: str  # a path, or a name that is looked up on PATH at each start
+    argv: Callable[[str, int], list[str]]  # (argument, port) -> the words behind the program
+    environment: Mapping[str, str]  # all that the child gets, but for its private HOME
+    reason: Callable[[bytes], str]  # the child's last output -> the reason, for people
+
+    def find(self) -> str:
+        """The program's absolute path.  Raises TunnelError where there is none."""
+        path = shutil.which(self.program)
+        if path is None:
+            raise TunnelError("failed", f"{self.program} is not there: install it, or name it with --cloudflared")
+        return os.path.abspath(path)
+
+
+# What a cloudflared may inherit: the way out, the trust store, and its Access identity.  Any other
+# TUNNEL_* variable would silently change it, and without PATH it finds no browser to open.
+CLOUDFLARED_ENVIRONMENT = (
+    "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR",
+    "TUNNEL_SERVICE_TOKEN_ID", "TUNNEL_SERVICE_TOKEN_SECRET", "TZ", "LANG",
+)
+
+
+def cloudflared_launcher(program: str, environ: Mapping[str, str]) -> Launcher:
+    """The row for `cloudflared access tcp`, its environment built from nothing."""
+    environment = {key: environ[key] for key in CLOUDFLARED_ENVIRONMENT if key in environ}
+    environment["TUNNEL_LOG_OUTPUT"] = "json"
+    return Launcher(program, cloudflared_argv, environment, cloudflared_reason)
+
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+# Run between fork and exec, in a process of its own: preexec_fn is unsafe beside threads.  Both
+# forms ask again who the parent is, since it may have died before prctl took hold.
+PYTHON_GUARD = (
+    "import ctypes, os, sys\n"
+    f"ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {int(signal.SIGKILL)})\n"
+    "if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[2:])\n"
+)
+SHELL_GUARD = '[ "$PPID" = "$0" ] && exec "$@"'
+
+
+def death_guard() -> list[str]:
+    """Words to put before a child's argv so that the kernel kills it when the router dies.
+
+    util-linux's setpriv takes 3 ms and Python itself 24 ms, so the first is preferred where it
+    works (busybox's has no --pdeathsig).  Empty where there is no PR_SET_PDEATHSIG.
+    """
+    if sys.platform != "linux":
+        return []
+    setpriv = [shutil.which("setpriv", path="/usr/bin:/bin") or "", "--pdeathsig", "KILL", "--"]
+    if setpriv[0] and os.access("/bin/sh", os.X_OK):
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        if subprocess.run([*setpriv, "/bin/sh", "-c", ":"], **quiet).returncode == 0:
+            return [*setpriv, "/bin/sh", "-c", SHELL_GUARD, str(os.getpid())]
+    return [sys.executable, "-I", "-S", "-c", PYTHON_GUARD, str(os.getpid())]
+
+
+def family(pid: int) -> list[int]:
+    """The process and its descendants (a wrapper script's cloudflared is its child)."""
+    pids = [pid]
+    for parent in pids:
+        try:
+            for task in os.listdir(f"/proc/{parent}/task"):
+                with open(f"/proc/{parent}/task/{task}/children") as file:
+                    pids += map(int, file.read().split())
+        except OSError:
+            pass  # it has ended meanwhile
+    return pids
+
+
+def socket_inodes(pids: Iterable[int]) -> set[str]:
+    """The inodes of the sockets that these processes hold."""
+    inodes = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):  # it has closed this one meanwhile
+                    target = os.readlink(f"/proc/{pid}/fd/{fd}")
+                    if target.startswith("socket:["):
+                        inodes.add(target[8:-1])
+    return inodes
+
+
+# The local addresses in /proc/net/tcp and tcp6 that a connect to 127.0.0.1 reaches: that one, and,
+# where nobody listens on it, any.  Each word is printed in the machine's byte order.
+LOOPBACK = frozenset(("0100007F", "7F000001",
+                      "0000000000000000FFFF00000100007F", "00000000000000000000FFFF7F000001"))
+ANY = frozenset(("00000000", "0" * 32))
+
+
+def listeners(port: int) -> dict[str, int]:
+    """The sockets that listen where a connect to 127.0.0.1:`port` arrives.
+
+    Returns {inode: connections that wait to be accepted}.  proc(5): state 0A is LISTEN, and for
+    such a socket rx_queue is its accept backlog.  The kernel lists listeners first, so that
+    reading stops at the first row of another state, however many connections there are.
+    """
+    exact: dict[str, int] = {}
+    wild: dict[str, int] = {}  # one for IPv6 only looks the same, and is in nobody's way
+    for table in ("tcp", "tcp6"):
+        try:
+            with open(f"/proc/self/net/{table}") as file:
+                next(file)
+                for row in file:
+                    fields = row.split()
+                    if fields[3] != "0A":
+                        break
+                    address, _, local = fields[1].rpartition(":")
+                    if int(local, 16) == port and address in LOOPBACK | ANY:
+                        found = exact if address in LOOPBACK else wild
+                        found[fields[9]] = int(fields[4].split(":")[1], 16)
+        except OSError:
+            pass  # a kernel without IPv6, or no descriptor left to look with
+    return exact or wild
+
+
+def listens(pid: int, port: int) -> str:
+    """Who listens on 127.0.0.1:`port`: `own` (the process or a descendant), `other`, `nobody`.
+
+    Never a connect: each one would make cloudflared open a connection to the edge, a stopped
+    process's backlog would take it, and it would not say whose socket answered.
+    """
+    found = listeners(port).keys()  # first: what the child opens after this look is not missed below
+    if not found:
+        return "nobody"
+    inodes = socket_inodes(family(pid))
+    if not inodes:
+        return "nobody"
+    return "own" if found <= inodes else "other"
+
+
+class PortPool:
+    """Local ports for the children, lowest free first.  Used by one thread, the reaper.
+
+    A port is tested by a bind with SO_REUSEADDR: without that, TIME_WAIT looks like "in use".
+    """
+
+    def __init__(self, first: int, last: int, clock: Callable[[], float] = time.monotonic):
+        self.clock = clock
+        self.free = list(range(first, last + 1))  # a heap
+        self.resting: list[tuple[float, int]] = []  # a heap of (until, port)
+
+    def take(self) -> int | None:
+        """A port that nobody holds, or None for now."""
+        now = self.clock()
+        while self.resting and self.resting[0][0] <= now:
+            heapq.heappush(self.free, heapq.heappop(self.resting)[1])
+        while self.free:
+            port = heapq.heappop(self.free)
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("127.0.0.1", port))
+                    return port
+                except OSError as error:
+                    if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                        heapq.heappush(self.free, port)
+                        raise
+            self.give(port, TAKEN_REST)
+        return None
+
+    def give(self, port: int, rest: float = QUARANTINE) -> None:
+        """Take a port back; it is not handed out again for `rest` seconds."""
+        heapq.heappush(self.resting, (self.clock() + rest, port))
+
+    def next_free(self) -> float:
+        """When the next resting port is free again (clock time), or infinity."""
+        return self.resting[0][0] if self.resting else float("inf")
+
+
+class StartBudget:
+    """Cold starts that each client address may still ask for: a token bucket, LRU-bounded."""
+
+    def __init__(self, clock: Callable[[], float]):
+        self.clock = clock
+        self.buckets: collections.OrderedDict[str, tuple[float, float]] = collections.OrderedDict()
+
+    def spend(self, client: str | None) -> bool:
+        """Whether this client may start one more; None is a client without a budget."""
+        if client is None:
+            return True
+        now = self.clock()
+        tokens, then = self.buckets.pop(client, (float(STARTS_BURST), now))
+        tokens = min(STARTS_BURST, tokens + (now - then) * STARTS_REFILL)
+        allowed = tokens >= 1
+        self.buckets[client] = (tokens - allowed, now)
+        if len(self.buckets) > BUDGETS_KEPT:
+            self.buckets.popitem(last=False)
+        return allowed
+
+
+class Failure(NamedTuple):
+    """A start that failed, remembered."""
+
+    until: float
+    count: int
+    message: str
+
+
+class Child:
+    """One process of a tunnel program.  The reaper's, but for `alive` and `proven`."""
+
+    __slots__ = ("process", "pidfd", "address", "output", "tail", "started", "ready", "kill_at", "killed",
+                 "verdict", "proven")
+
+    def __init__(self, process: subprocess.Popen, port: int, now: float):
+        self.process = process
+        self.pidfd = -1  # without one (macOS, an old kernel) the process is polled
+        if hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):
+                self.pidfd = os.pidfd_open(process.pid)
+        self.address = ("127.0.0.1", port)
+        self.output = process.stdout
+        self.tail = b""
+        self.started = now
+        self.ready = 0.0  # when it was found listening
+        self.kill_at = 0.0  # when TERM gives way to KILL, and KILL to despair; 0: not being stopped
+        self.killed = False
+        self.verdict = ""  # why the reaper stopped it, where that was a failure
+        self.proven = False  # the loop: a first byte has come through it
+
+    def alive(self) -> bool:
+        """Whether the process runs, asked of the kernel.  Any thread; one system call."""
+        if self.pidfd < 0:
+            return self.process.returncode is None
+        try:
+            return os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        except OSError:
+            return False
+
+    def signal(self, number: int) -> None:
+        """Signal the whole process group.  Only before the process is reaped: its id is its own."""
+        # All its members may have ended (macOS says EPERM for zombies).
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, number)
+
+
+class Tunnel:
+    """One name and, most of the time, the process that serves it."""
+
+    __slots__ = ("key", "state", "child", "leases", "last_used", "waiters", "since", "until",
+                 "crashes", "failures", "doubts", "tries", "message", "kind")
+
+    def __init__(self, key: str, now: float):
+        self.key = key
+        self.state = QUEUED
+        self.child: Child | None = None
+        self.leases = 0  # written by the loop only
+        self.last_used = now  # written by the loop; by the reaper before it is READY
+        self.waiters = 0  # threads in wait(), under the lock
+        self.since = now  # when this state began
+        self.until = 0.0  # BACKOFF: when to start again
+        self.crashes = 0  # deaths in a row, each within HEALTHY
+        self.failures = 0  # starts in a row that failed
+        self.doubts = 0  # restarts in a row for want of an answer
+        self.tries = 0  # ports found taken in this start
+        self.message = ""  # FAILED: why, for people
+        self.kind = "failed"  # FAILED: why, for counters
+
+
+class TunnelTable:
+    """All tunnels, and the thread that runs their processes.
+
+    `launchers` maps a scheme to its row; a key is `scheme:argument`.  Times are in seconds.
+    `proc` is whether this system tells who listens (/proc); without it a spawned child counts as
+    ready, and the client's own connect, retried, is the test.
+    """
+
+    def __init__(self, launchers: Mapping[str, Launcher], ports: tuple[int, int] = (20000, 20100), *,
+                 idle: float = 300.0, start_timeout: float = 15.0, max_tunnels: int = 101,
+                 max_starting: int = 4, clock: Callable[[], float] = time.monotonic,
+                 jitter: Callable[[], float] = random.random, proc: bool = os.path.exists("/proc/self/net/tcp")):
+        self.launchers = launchers
+        self.idle = idle
+        self.start_timeout = start_timeout
+        self.max_tunnels = max_tunnels
+        self.max_starting = max_starting
+        self.clock = clock
+        self.jitter = jitter
+        self.proc = proc
+        self.changed = threading.Condition()  # see "The lock" at the top
+        self.tunnels: dict[str, Tunnel] = {}
+        self.failures: collections.OrderedDict[str, Failure] = collections.OrderedDict()
+        self.budget = StartBudget(clock)
+        self.closing = ""  # "" -> "drain" (TERM first) -> "now" (KILL)
+        # What follows belongs to the reaper.
+        self.pool = PortPool(*ports, clock=clock)
+        self.children: dict[Child, Tunnel] = {}
+        self.counters: collections.Counter[str] = collections.Counter()
+        self.home = ""
+        self.guard: list[str] | None = None
+        self.selector = selectors.DefaultSelector()
+        self.wake_reader, self.wake_writer = os.pipe()
+        for end in (self.wake_reader, self.wake_writer):
+            os.set_blocking(end, False)
+        self.selector.register(self.wake_reader, selectors.EVENT_READ, (self._woken, None))
+        self.reaper = threading.Thread(target=self._run, name="reaper", daemon=True)
+
+    # -- main thread ---------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the reaper."""
+        self.reaper.start()
+
+    def close(self, now: bool = False) -> None:
+        """Stop every tunnel and wait until no child is left.  A second call may hurry it (`now`)."""
+        with self.changed:
+            self.closing = "now" if now else self.closing or "drain"
+            self.changed.notify_all()  # those in wait(): there will be no tunnel
+            self.wake()
+        if self.reaper.ident is not None:
+            self.reaper.join()
+
+    # -- the loop: nothing here blocks ---------------------------------------------------------
+
+    def lease(self, key: str) -> Tunnel | None:
+        """A lease on a ready tunnel, or None: then somebody has to `wait`.  See "Leases"."""
+        tunnel = self.tunnels.get(key)
+        if tunnel is None or tunnel.state is not READY:
+            return None
+        tunnel.leases += 1
+        if tunnel.state is not READY:
+            tunnel.leases -= 1
+            return None
+        return tunnel
+
+    def release(self, tunnel: Tunnel) -> None:
+        """Give a lease back."""
+        tunnel.last_used = self.clock()
+        tunnel.leases -= 1
+
+    def wake(self) -> None:
+        """Make the reaper look at the table now.  Any thread."""
+        with contextlib.suppress(OSError):  # full: it is being woken already; closed: it has ended
+            os.write(self.wake_writer, b"\0")
+
+    # -- threads wait-<n> ----------------------------------------------------------------------
+
+    def wait(self, key: str, client: str | None, deadline: float, doubted: Child | None = None) -> None:
+        """Sleep until the tunnel `key` is ready, having it started if need be.
+
+        `client` is whom a cold start is charged to (None: nobody), `deadline` a clock time.
+        `doubted` is a child that was ready and gave no answer: it is restarted where it is dead,
+        hung, or serves nobody else; else it is left alone.  Raises TunnelError.
+        """
+        with self.changed:
+            tunnel = self._demand(key, client)
+            tunnel.waiters += 1
+            self.wake()
+            try:
+                if doubted is not None:
+                    self._doubt(tunnel, doubted)
+                while tunnel.state is not READY:
+                    if self.closing:
+                        raise TunnelError("stopping", "sniroute is stopping")
+                    if tunnel.state is FAILED:
+                        raise TunnelError(tunnel.kind, tunnel.message)
+                    remaining = deadline - self.clock()
+                    if remaining <= 0 or tunnel.state is BACKOFF and tunnel.until > deadline:
+                        raise TunnelError("timeout", f"{key} was not ready in time (it is {tunnel.state})")
+                    self.changed.wait(remaining)
+            finally:
+                tunnel.waiters -= 1
+
+    def _demand(self, key: str, client: str | None) -> Tunnel:
+        """The row for `key`, made where there is none.  Under the lock."""
+        if self.closing:
+            raise TunnelError("stopping", "sniroute is stopping")
+        tunnel = self.tunnels.get(key)
+        if tunnel is not None:
+            return tunnel
+        now = self.clock()
+        failure = self.failures.get(key)
+        if failure and failure.until > now:
+            raise TunnelError("failed", f"{failure.message}; next try in {failure.until - now:.0f} s")
+        rows = self.tunnels.values()
+        if len(rows) >= self.max_tunnels and not any(t.state is READY and not t.leases or t.state is STOPPING
+                                                     for t in rows):
+            raise TunnelError("limit", f"all {self.max_tunnels} tunnels are in use: raise --max-tunnels")
+        if not self.budget.spend(client):
+            raise TunnelError("budget", f"{client} asked for too many cold tunnels: wait a few seconds")
+        tunnel = self.tunnels[key] = Tunnel(key, now)
+        tunnel.failures = failure.count if failure else 0
+        return tunnel
+
+    def _doubt(self, tunnel: Tunnel, child: Child) -> None:
+        """`child` gave no answer: have it restarted where that may help.  Under the lock."""
+        if tunnel.child is not child or tunnel.state is not READY:
+            return  # somebody saw to it already
+        if not child.alive():
+            while tunnel.child is child and tunnel.state is READY and not self.closing:
+                self.changed.wait(POLL)  # the reaper is about to find out
+            return
+        if not self.proc and self.clock() - child.started < self.start_timeout and not child.proven:
+            self.changed.wait(5 * POLL)  # perhaps it does not listen yet, and nobody can tell
+            return
+        if child.proven:
+            tunnel.doubts = 0
+        age = min(DOUBT_LAST, DOUBT_FIRST * 2 ** min(tunnel.doubts, 16))
+        hung = self._hung(child)
+        if hung or not tunnel.leases and self.clock() - child.ready >= age:
+            if tunnel.child is child and tunnel.state is READY:
+                self._enter(tunnel, STOPPING)
+                if tunnel.leases and not hung:  # the loop was first: see "Leases"
+                    self._enter(tunnel, READY)
+                    return
+                log.warning("tunnel %s gives no answer: starting it again", tunnel.key)
+                tunnel.doubts += 1
+
+    def _hung(self, child: Child) -> bool:
+        """Whether the process leaves its clients in the backlog.  Lets go of the lock meanwhile.
+
+        A busy process has a backlog too, at one look or two, but it gets shorter now and then.
+        """
+        waiting = 0
+        for _ in range(HUNG_LOOKS if self.proc else 0):
+            before, waiting = waiting, sum(listeners(child.address[1]).values())
+            if waiting < max(before, 1) or self.changed.wait_for(lambda: self.closing, HUNG_LOOK):
+                return False
+        return self.proc
+
+    # -- any thread ----------------------------------------------------------------------------
+
+    def snapshot(self) -> list[tuple[str, str, int, int, int]]:
+        """(key, state, leases, port, pid) of every tunnel; port and pid are 0 without a child."""
+        with self.changed:
+            rows = [(t.key, t.state, t.leases, t.child) for t in self.tunnels.values()]
+        return [(key, state, leases, child.address[1] if child else 0, child.process.pid if child else 0)
+                for key, state, leases, child in rows]
+
+    def words(self, child: Child) -> str:
+        """The reason that a child's last output gives, or ''."""
+        tunnel = self.children.get(child)
+        return self.launchers[tunnel.key.partition(":")[0]].reason(child.tail) if tunnel else child.verdict
+
+    # -- the reaper ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not (self.closing and not self.children):
+            try:
+                self.step(None)
+            except OSError as error:  # out of descriptors, most likely: what was claimed is retried
+                log.error("tunnels: %s", error)
+                time.sleep(0.1)
+        if self.home:
+            shutil.rmtree(self.home, ignore_errors=True)
+        self.selector.close()
+        with self.changed:
+            reader, writer = self.wake_reader, self.wake_writer
+            self.wake_reader = self.wake_writer = -1
+        os.close(reader)
+        os.close(writer)
+
+    def step(self, timeout: float | None = 0.0) -> None:
+        """One turn: decide, act, look at what happened.  None waits until something is due."""
+        now = self.clock()
+        spawn, stop = self._decide(now)
+        for tunnel in spawn:
+            self._spawn(tunnel, now)
+        for tunnel, verdict in stop:
+            self._stop(tunnel.child, verdict, now)
+        for child, tunnel in list(self.children.items()):
+            if child.kill_at and now >= child.kill_at:
+                self._kill(child, now)
+            elif tunnel.state is STARTING and not child.kill_at:
+                self._look(child, tunnel, now)
+        if timeout is None:
+            timeout = self._timeout(self.clock())
+        for key, _ in self.selector.select(timeout):
+            act, child = key.data
+            if child is None or child in self.children:  # an earlier event may have ended it
+                act(child)
+        for child in [child for child in self.children if child.pidfd < 0 and child.process.poll() is not None]:
+            self._exited(child)
+
+    def _decide(self, now: float) -> tuple[list[Tunnel], list[tuple[Tunnel, str]]]:
+        """What is to be started, and what is to be stopped and why ('' is no failure)."""
+        spawn: list[Tunnel] = []
+        stop: list[tuple[Tunnel, str]] = []
+        with self.changed:
+            for tunnel in list(self.tunnels.values()):
+                state = tunnel.state
+                if self.closing and state in (QUEUED, BACKOFF) or state is QUEUED and not tunnel.waiters:
+                    del self.tunnels[tunnel.key]  # nobody waits for it any more
+                elif self.closing and state is not STOPPING:
+                    self._enter(tunnel, STOPPING)
+                elif state is READY and not tunnel.leases and not tunnel.waiters \
+                        and now - tunnel.last_used >= self.idle:
+                    self._retire(tunnel, f"idle for {self.idle:g} s", "idle_stops")
+                elif state is STARTING and tunnel.child and now - tunnel.child.started >= self.start_timeout:
+                    stop.append((tunnel, f"it did not listen within {self.start_timeout:g} s"))
+                if tunnel.state is STOPPING and tunnel.child:
+                    stop.append((tunnel, ""))
+            rows = self.tunnels.values()
+            due = [t for t in rows if t.state is QUEUED or t.state is BACKOFF and t.until <= now]
+            live = sum(t.state in LIVE for t in rows)
+            starting = sum(t.state is STARTING for t in rows)
+            for tunnel in sorted(due, key=lambda t: t.since):
+                if starting >= self.max_starting or self.closing:
+                    break
+                if live >= self.max_tunnels or not (self.pool.free or self.pool.next_free() <= now):
+                    stop += self._evict(now)
+                    break
+                self._enter(tunnel, STARTING)
+                spawn.append(tunnel)
+                live += 1
+                starting += 1
+        return spawn, stop
+
+    def _evict(self, now: float) -> list[tuple[Tunnel, str]]:
+        """Make room for a name that waits: stop the tunnel that has been idle longest."""
+        rows = self.tunnels.values()
+        if any(t.state is STOPPING for t in rows):
+            return []  # room is on its way
+        idle = [t for t in rows if t.state is READY and not t.leases and not t.waiters
+                and now - t.last_used >= EVICT_AGE]
+        for tunnel in sorted(idle, key=lambda t: t.last_used):
+            if self._retire(tunnel, "to make room", "evictions"):
+                return [(tunnel, "")]
+        return []
+
+    def _retire(self, tunnel: Tunnel, why: str, counter: str) -> bool:
+        """Stop a tunnel that has no lease, unless the loop takes one at this instant."""
+        self._enter(tunnel, STOPPING)
+        if tunnel.leases:  # the loop was first: see "Leases"
+            self._enter(tunnel, READY)
+            return False
+        self.counters[counter] += 1
+        log.info("tunnel %s stopped: %s", tunnel.key, why)
+        return True
+
+    def _enter(self, tunnel: Tunnel, state: str) -> None:
+        """Change a state.  Under the lock; wakes those in wait(), and the reaper: it may have room now."""
+        tunnel.state = state
+        tunnel.since = self.clock()
+        self.changed.notify_all()
+        self.wake()
+
+    def _timeout(self, now: float) -> float | None:
+        """Seconds until something is due, None for nothing."""
+        due = [child.kill_at for child in self.children if child.kill_at]
+        if any(child.pidfd < 0 for child in self.children):
+            due.append(now + 10 * POLL)
+        with self.changed:
+            rows = list(self.tunnels.values())
+        wanted = False
+        for tunnel in rows:
+            if tunnel.state is STARTING:
+                due.append(now + POLL)
+            elif tunnel.state is READY and not tunnel.leases and not tunnel.waiters:
+                due.append(tunnel.last_used + self.idle)
+            elif tunnel.state is READY:
+                due.append(now + self.idle)  # releases do not wake the reaper: look again
+            elif tunnel.state is BACKOFF and tunnel.until > now:
+                due.append(tunnel.until)
+            elif tunnel.state in (QUEUED, BACKOFF):
+                wanted = True
+        if wanted:  # it waits for a port, for its turn, for an eviction, or for its waiters to give up
+            due += [now + EVICT_AGE, max(self.pool.next_free(), now + POLL)]
+        return min(max(0.0, min(due) - now), SELECT_LAST) if due else None
+
+    def _spawn(self, tunnel: Tunnel, now: float) -> None:
+        """Start a child for a tunnel that was claimed (STARTING)."""
+        scheme, _, argument = tunnel.key.partition(":")
+        launcher = self.launchers[scheme]
+        port = child = None
+        try:
+            if self.guard is None:
+                self.guard = death_guard()
+            if not self.home:
+                self.home = tempfile.mkdtemp(prefix="sniroute-")  # 0700: a place for its lock files
+            program = launcher.find()
+            port = self.pool.take()
+            if port is None:  # all are in use, or held by others
+                with self.changed:
+                    self._enter(tunnel, QUEUED)
+                return
+            process = subprocess.Popen(
+                [*self.guard, program, *launcher.argv(argument, port)], stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, cwd="/", process_group=0,
+                env={**launcher.environment, "HOME": self.home})
+            child = Child(process, port, now)
+            os.set_blocking(child.output.fileno(), False)
+            self.selector.register(child.output, selectors.EVENT_READ, (self._drain, child))
+            if child.pidfd >= 0:
+                self.selector.register(child.pidfd, selectors.EVENT_READ, (self._exited, child))
+        except (OSError, TunnelError) as error:
+            if child is not None:  # it cannot be watched
+                child.signal(signal.SIGKILL)
+                process.wait()
+                for watched in (child.output, child.pidfd):
+                    with contextlib.suppress(KeyError, ValueError):
+                        self.selector.unregister(watched)
+                child.output.close()
+                if child.pidfd >= 0:
+                    os.close(child.pidfd)
+            if port is not None:
+                self.pool.give(port)
+            self._failed(tunnel, str(error), remember=False)  # the host's fault, not the name's
+            return
+        self.children[child] = tunnel
+        self.counters["starts"] += 1
+        with self.changed:
+            tunnel.child = child
+        log.debug("tunnel %s starts on port %d (pid %d)", tunnel.key, port, process.pid)
+
+    def _look(self, child: Child, tunnel: Tunnel, now: float) -> None:
+        """Whether a starting child listens by now."""
+        found = listens(child.process.pid, child.address[1]) if self.proc else "own"
+        if found == "other":
+            self._stop(child, "address already in use by another process", now)
+        if found != "own" or not child.alive():
+            return
+        with self.changed:
+            if tunnel.state is not STARTING:
+                return  # close() came during the start: it will be stopped
+            self.failures.pop(tunnel.key, None)
+            child.ready = tunnel.last_used = self.clock()
+            tunnel.tries = tunnel.failures = 0
+            self._enter(tunnel, READY)
+        self.counters["ready"] += 1
+        log.info("tunnel %s ready on %s:%d after %.0f ms (pid %d)", tunnel.key, *child.address,
+                 1000 * (child.ready - child.started), child.process.pid)
+
+    def _stop(self, child: Child, verdict: str, now: float) -> None:
+        """Ask a child to end; KILL comes after a while, or at once when hurried."""
+        if not child.kill_at:
+            child.verdict = verdict
+            child.signal(signal.SIGTERM)
+            child.kill_at = now + STOP_GRACE
+        if self.closing == "now" and not child.killed:
+            child.kill_at = min(child.kill_at, now)
+
+    def _kill(self, child: Child, now: float) -> None:
+        """TERM was not enough."""
+        if not child.killed:
+            child.killed = True
+            child.kill_at = now + KILL_GRACE
+            child.signal(signal.SIGKILL)
+            return
+        log.error("process %d does not die: giving it up", child.process.pid)
+        tunnel = self.children[child]
+        self._forget(child)
+        with self.changed:
+            self._remove(tunnel)
+
+    def _woken(self, _: None) -> None:
+        os.read(self.wake_reader, 4096)
+
+    def _drain(self, child: Child) -> None:
+        """Read a child's output for ever, or it would block; keep its end."""
+        try:
+            data = child.output.read(DRAIN)
+        except OSError:
+            data = b""
+        if data:
+            child.tail = (child.tail + data)[-TAIL:]
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("pid %d: %s", child.process.pid, last_words(child.tail))
+        elif data is not None:  # it closed its output, which is no crime
+            self.selector.unregister(child.output)
+            child.output.close()
+
+    def _forget(self, child: Child) -> None:
+        """Let go of everything a child held, and give its port back."""
+        tunnel = self.children.pop(child)
+        if child.pidfd >= 0:
+            self.selector.unregister(child.pidfd)
+        if not child.output.closed:
+            self.selector.unregister(child.output)
+            child.output.close()
+        self.pool.give(child.address[1])
+        with self.changed:
+            tunnel.child = None
+            if tunnel.state is READY:
+                self._enter(tunnel, BACKOFF)  # before the pidfd's number can mean another process
+        if child.pidfd >= 0:
+            pidfd, child.pidfd = child.pidfd, -1
+            os.close(pidfd)
+
+    def _exited(self, child: Child) -> None:
+        """A child has ended: whatever its code, if nobody asked for it, that is a failure."""
+        if not child.output.closed:
+            self._drain(child)
+        child.signal(signal.SIGKILL)  # what is left of its group; until wait() the id is its own
+        code = child.process.wait()
+        tunnel = self.children[child]
+        words = self.launchers[tunnel.key.partition(":")[0]].reason(child.tail)
+        message = child.verdict or f"it ended ({f'signal {-code}' if code < 0 else f'exit {code}'})"
+        if words:
+            message += f": {words}"
+        child.verdict = message
+        state = tunnel.state
+        self._forget(child)
+        if state is STARTING:
+            taken = "address already in use" in message or b"address already in use" in child.tail
+            if taken and tunnel.tries < PORT_TRIES and not self.closing:
+                log.info("tunnel %s: port %d was taken, trying another", tunnel.key, child.address[1])
+                with self.changed:
+                    tunnel.tries += 1
+                    self._enter(tunnel, QUEUED)
+            else:
+                self._failed(tunnel, message)
+        elif state is READY:
+            self._crashed(tunnel, child, message)
+        else:
+            with self.changed:
+                if tunnel.waiters and not self.closing:
+                    self._enter(tunnel, QUEUED)
+                else:
+                    self._remove(tunnel)
+
+    def _failed(self, tunnel: Tunnel, message: str, remember: bool = True) -> None:
+        """A start failed: tell those who wait, and `remember` it for a while."""
+        tunnel.message = f"{tunnel.key} did not start: {message}"
+        self.counters["failures"] += 1
+        with self.changed:
+            if remember:
+                count = tunnel.failures + 1
+                wait = min(FAILURE_LAST, FAILURE_FIRST * 2 ** min(tunnel.failures, 16)) * (0.5 + self.jitter() / 2)
+                self.failures[tunnel.key] = Failure(self.clock() + wait, count, tunnel.message)
+                self.failures.move_to_end(tunnel.key)
+                if len(self.failures) > FAILURES_KEPT:
+                    self.failures.popitem(last=False)
+            self._remove(tunnel)
+        log.warning("tunnel %s%s", tunnel.message, f"; next try in {wait:.0f} s" if remember else "")
+
+    def _remove(self, tunnel: Tunnel) -> None:
+        """Take a row out; whoever still waits on it reads FAILED.  Under the lock."""
+        self.tunnels.pop(tunnel.key, None)
+        tunnel.message = tunnel.message or f"{tunnel.key} was stopped"
+        self._enter(tunnel, FAILED)
+
+    def _crashed(self, tunnel: Tunnel, child: Child, message: str) -> None:
+        """A ready child ended by itself: start it again, later and later, if it was in use."""
+        self.counters["crashes"] += 1
+        if self.clock() - child.ready >= HEALTHY:
+            tunnel.crashes = 0
+        wait = min(BACKOFF_LAST, BACKOFF_FIRST * 2 ** min(tunnel.crashes, 16)) * self.jitter()
+        tunnel.crashes += 1
+        with self.changed:
+            if tunnel.leases or tunnel.waiters:
+                tunnel.until = self.clock() + wait
+                fate = f"starting it again in {wait:.1f} s"
+            else:
+                self._remove(tunnel)
+                fate = "the next client starts it again"
+        log.warning("tunnel %s: %s; %s", tunnel.key, message, fate)
