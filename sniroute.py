@@ -261,6 +261,8 @@ class HelloReader:
                     return Hello(name, alpn, self.at - more)
             if self.at >= HELLO_WIRE_MAX:
                 raise Malformed(f"a ClientHello over {HELLO_WIRE_MAX} bytes of records", DECODE_ERROR)
+            if self.left:  # the rest of this record is still to come
+                return None
 
     def _record(self, data: bytes | bytearray) -> bool:
         """Step over a record header; False where it is not complete."""
@@ -827,7 +829,18 @@ def check_tcp(rest: str) -> str:
 
 def tcp_ready(router: Router, decision: Decision) -> Backend | None:
     backend, until = router.resolved.get(decision.target, (None, 0.0))
-    return backend if until > monotonic() else None
+    if until > monotonic():
+        return backend
+    host, port = parse_host_port(decision.rest)
+    try:
+        literal = ipaddress.ip_address(host)
+    except ValueError:
+        return None  # a name: to be resolved
+    address = (host, port) if literal.version == 4 else (host, port, 0, 0)
+    family = socket.AF_INET if literal.version == 4 else socket.AF_INET6
+    backend = Backend(((family, address),), literal.is_loopback)
+    router.resolved[decision.target] = backend, float("inf")
+    return backend
 
 
 def tcp_prepare(router: Router, wait: Wait) -> None:
@@ -851,8 +864,7 @@ def tcp_prepare(router: Router, wait: Wait) -> None:
     if len(router.resolved) >= RESOLVED_MAX:
         router.resolved.clear()
     local = all(ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for _, address in allowed)
-    literal = host == addresses[0][1][0]
-    router.resolved[target] = Backend(allowed[:ADDRESSES_MAX], local), float("inf") if literal else until
+    router.resolved[target] = Backend(allowed[:ADDRESSES_MAX], local), until
 
 
 SCHEMES = {
@@ -2122,10 +2134,13 @@ class Router(socketserver.ThreadingTCPServer):
 
     def _accept(self, listener: socket.socket, mask: int) -> None:
         """Take the connections that wait."""
-        for _ in range(ACCEPTS):
-            if len(self.connections) >= self.max_connections and not self._shed():
-                self._pause(f"--max-connections ({self.max_connections}) are open", float("inf"))
-                return
+        for turn in range(ACCEPTS):
+            if len(self.connections) >= self.max_connections:
+                if turn:
+                    return  # whether one more waits, the next event tells
+                if not self._shed():
+                    self._pause(f"--max-connections ({self.max_connections}) are open", float("inf"))
+                    return
             try:
                 client, address = listener.accept()
             except BlockingIOError:

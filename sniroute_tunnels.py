@@ -62,6 +62,7 @@ from typing import Callable, Iterable, Mapping, NamedTuple
 log = logging.getLogger("sniroute")
 
 # Limits and times (seconds), each with its reason.
+RETRY = 0.1  # after a fault of the reaper: what was claimed is looked at again
 POLL = 0.01  # between two looks at a starting child: a tenth of what a start takes
 STOP_GRACE = 2.0  # between TERM and KILL: cloudflared ends 3 ms after TERM
 SELECT_LAST = 3600.0  # one wait of the reaper: epoll takes no more than 24 days
@@ -356,7 +357,7 @@ class Failure(NamedTuple):
 class Child:
     """One process of a tunnel program.  The reaper's, but for `alive` and `proven`."""
 
-    __slots__ = ("process", "pidfd", "address", "output", "tail", "started", "ready", "kill_at", "killed",
+    __slots__ = ("process", "pidfd", "address", "output", "tail", "said", "started", "ready", "kill_at", "killed",
                  "verdict", "proven")
 
     def __init__(self, process: subprocess.Popen, port: int, now: float):
@@ -368,6 +369,7 @@ class Child:
         self.address = ("127.0.0.1", port)
         self.output = process.stdout
         self.tail = b""
+        self.said = 0.0  # when it last said something
         self.started = now
         self.ready = 0.0  # when it was found listening
         self.kill_at = 0.0  # when TERM gives way to KILL, and KILL to despair; 0: not being stopped
@@ -584,9 +586,11 @@ class TunnelTable:
         return [(key, state, leases, child.address[1] if child else 0, child.process.pid if child else 0)
                 for key, state, leases, child in rows]
 
-    def words(self, child: Child) -> str:
-        """The reason that a child's last output gives, or ''."""
+    def words(self, child: Child, since: float) -> str:
+        """The reason that a child gives: why it ended, or what it has said `since` (clock time); or ''."""
         tunnel = self.children.get(child)
+        if tunnel is not None and child.said < since:
+            return ""
         return self.launchers[tunnel.key.partition(":")[0]].reason(child.tail) if tunnel else child.verdict
 
     # -- the reaper ----------------------------------------------------------------------------
@@ -597,7 +601,10 @@ class TunnelTable:
                 self.step(None)
             except OSError as error:  # out of descriptors, most likely: what was claimed is retried
                 log.error("tunnels: %s", error)
-                time.sleep(0.1)
+                time.sleep(RETRY)
+            except Exception:  # a thread that ended here would take every child with it
+                log.exception("a fault in the reaper: please report it")
+                time.sleep(RETRY)
         if self.home:
             shutil.rmtree(self.home, ignore_errors=True)
         self.selector.close()
@@ -768,8 +775,6 @@ class TunnelTable:
         if found != "own" or not child.alive():
             return
         with self.changed:
-            if tunnel.state is not STARTING:
-                return  # close() came during the start: it will be stopped
             self.failures.pop(tunnel.key, None)
             child.ready = tunnel.last_used = self.clock()
             tunnel.tries = tunnel.failures = 0
@@ -811,6 +816,7 @@ class TunnelTable:
             data = b""
         if data:
             child.tail = (child.tail + data)[-TAIL:]
+            child.said = self.clock()
             if log.isEnabledFor(logging.DEBUG):
                 log.debug("pid %d: %s", child.process.pid, last_words(child.tail))
         elif data is not None:  # it closed its output, which is no crime

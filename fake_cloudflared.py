@@ -1,0 +1,366 @@
+#!/usr/bin/env python3
+"""fake_cloudflared: a stand-in for `cloudflared access tcp`, for tests.
+
+It has the real program's command line and its habits: it logs before it listens, it listens
+whether or not there is a far end, it accepts before it dials, it dials once per client, it says
+nothing to a client whom it cannot serve, it ends both sides at the first end of either, SIGTERM
+kills it, and wrong usage ends it with exit code 0.
+
+Where a hostname leads, and what goes wrong, is said in JSON files beside the program file, which
+tests copy or wrap; what it did is written there too, a JSON line each:
+
+    far.json       {"hostname": ["127.0.0.1", port], "*": the default}
+    faults.json    {"hostname": {switch: value, ...}, "*": the default}
+    starts.jsonl   one line per start: pid, argv, environment, open descriptors, time
+    clients.jsonl  one line per client: pid, hostname, its number in this process, time
+
+Switches.  At the start:
+    exit: CODE           end at once with this code, after the line `words`
+    in_use: K            claim on the first K starts for this hostname that the port is taken
+    listen_delay: MS     listen late
+    never_listen: true   live, but do not listen
+    wrong_port: true     listen on another port
+    wrong_owner: true    a detached process listens; `detached` in starts.jsonl is its pid
+    child_listens: true  a child process listens and serves, as under a wrapper script
+    ignore_term: true    SIGTERM does nothing
+    flood: MB            write that much output, after listening and before serving
+    stop: true           stop itself (SIGSTOP) once it listens
+    exit_after: MS       end that long after it listens, with `code` (default 1) and `words`
+Per client, looked up anew each time:
+    refuse: true or K    close every client, or this process's first K, with no byte sent
+    error: TEXT          the error that is logged when a client cannot be served
+    hang: true           accept, and never answer
+    login: true          ask for a login in plain text, and never answer
+    exit_on_client: true end at the first client, with `code` and `words`
+    exit_after_bytes: N  end once N bytes have passed, with `code` and `words`
+
+It imports little and uses one thread, because every test waits for it to start.
+"""
+
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+
+CHUNK = 16384  # what the real one reads from a client at a time
+DETACHED_LIFE = 60  # seconds after which a detached process ends, whatever the test forgot
+NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # a closed socket is an error; a closed log kills
+
+FLAGS = {
+    "--hostname": "hostname", "-T": "hostname", "--tunnel-host": "hostname",
+    "--url": "url", "-L": "url", "--listener": "url",
+    "--header": "header", "-H": "header", "--destination": "destination",
+    "--service-token-id": "id", "--id": "id", "--service-token-secret": "secret", "--secret": "secret",
+    "--loglevel": "loglevel", "--log-level": "loglevel", "--logfile": "logfile",
+}
+HELP = """NAME:
+   cloudflared access tcp - stand-in
+
+USAGE:
+   cloudflared access tcp [command options]
+"""
+
+
+def parse_words(words: list) -> dict:
+    """The options of `access tcp`; None for wrong usage."""
+    options = {"header": []}
+    rest = list(words)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        name = FLAGS.get(flag)
+        if name is None or not equals and not rest:
+            return None
+        value = value if equals else rest.pop(0)
+        if name == "header":
+            options["header"].append(value)
+        else:
+            options[name] = value
+    return options
+
+
+def log(level: str, message: str, **fields) -> None:
+    """One log line, as JSON or as people read it."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    if os.environ.get("TUNNEL_LOG_OUTPUT") == "json":
+        line = json.dumps({"level": level, **fields, "time": now, "message": message})
+    else:
+        shown = "".join(f" {key}={json.dumps(value)}" for key, value in fields.items())
+        line = f"{now} {level[:3].upper()} {message}{shown}"
+    say(line)
+
+
+def say(line: str) -> None:
+    """One plain line on stderr."""
+    os.write(2, line.encode() + b"\n")
+
+
+def open_fds() -> dict:
+    """The descriptors this process came with, and what they are; empty without /proc."""
+    found = {}
+    try:
+        for fd in os.listdir("/proc/self/fd"):
+            try:
+                found[fd] = os.readlink(f"/proc/self/fd/{fd}")
+            except OSError:
+                pass  # the one that listdir() used
+    except OSError:
+        pass
+    return found
+
+
+def own_environment() -> dict:
+    """The environment as it was given: Python adds LC_CTYPE to its own copy."""
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            words = file.read().decode("utf-8", "replace").split("\0")
+        return dict(word.split("=", 1) for word in words if "=" in word)
+    except OSError:
+        return dict(os.environ)
+
+
+class Side:
+    """One end of a client's connection: what is to be sent to it, and the opposite end."""
+
+    __slots__ = ("sock", "faults", "other", "out", "ended")
+
+    def __init__(self, sock, faults):
+        self.sock = sock
+        self.faults = faults  # as they were when the client came
+        self.other = None
+        self.out = b""  # waits to be sent to this end
+        self.ended = False  # nothing more is read from either end
+
+
+class Fake:
+    """One run of the program."""
+
+    def __init__(self, directory: str, hostname: str, port: int):
+        self.directory = directory
+        self.hostname = hostname
+        self.port = port
+        self.selector = None  # made in serve(): the descriptors at the start are recorded
+        self.served = 0  # clients
+        self.bytes = 0
+
+    # -- the files -----------------------------------------------------------------------------
+
+    def look_up(self, name: str, default):
+        """This hostname's entry in a JSON file."""
+        try:
+            with open(os.path.join(self.directory, name)) as file:
+                entries = json.load(file)
+        except FileNotFoundError:
+            return default
+        return entries.get(self.hostname, entries.get("*", default))
+
+    def faults(self) -> dict:
+        return self.look_up("faults.json", {})
+
+    def write(self, name: str, **fields) -> None:
+        """Append a line; O_APPEND keeps the lines of several processes apart."""
+        fd = os.open(os.path.join(self.directory, name), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        os.write(fd, json.dumps({"hostname": self.hostname, "pid": os.getpid(),
+                                 "time": time.monotonic(), **fields}).encode() + b"\n")
+        os.close(fd)
+
+    def earlier_starts(self) -> int:
+        """How often this hostname has been started before."""
+        with open(os.path.join(self.directory, "starts.jsonl")) as file:
+            return sum(json.loads(line)["hostname"] == self.hostname for line in file if line.strip()) - 1
+
+    # -- the start -----------------------------------------------------------------------------
+
+    def run(self) -> int:
+        fds, environment = open_fds(), own_environment()
+        faults = self.faults()
+        if faults.get("ignore_term"):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        detached = self.detach() if faults.get("wrong_owner") else 0
+        self.write("starts.jsonl", argv=sys.argv, environment=environment, fds=fds, port=self.port,
+                   detached=detached)
+        if "exit" in faults:
+            return self.end(faults, faults["exit"])
+        if faults.get("child_listens"):
+            child = os.fork()
+            if child:
+                return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF
+        log("info", "Start Websocket listener", host=f"127.0.0.1:{self.port}")  # before it listens
+        if faults.get("never_listen") or detached:
+            keep = socket.socket()  # real programs hold sockets that do not listen
+            signal.pause()
+            keep.close()
+        time.sleep(faults.get("listen_delay", 0) / 1000)
+        if self.earlier_starts() < faults.get("in_use", 0):
+            return self.taken()
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind(("127.0.0.1", 0 if faults.get("wrong_port") else self.port))
+                listener.listen(4096)  # as Go does: what the kernel allows
+            except OSError:
+                return self.taken()
+            return self.serve(listener, faults)
+
+    def taken(self) -> int:
+        error = f"listen tcp 127.0.0.1:{self.port}: bind: address already in use"
+        log("error", "Error on Websocket listener", error=error)
+        say(f"failed to start forwarding server: {error}")
+        return 1
+
+    def end(self, faults: dict, code: int) -> int:
+        """The last words, and the exit code."""
+        if "words" in faults:
+            log("error", faults["words"])
+        return code
+
+    def detach(self) -> int:
+        """Fork twice: the grandchild, which nobody can trace to us, listens.  Its pid."""
+        reader, writer = os.pipe()
+        if not os.fork():
+            os.setsid()
+            if not os.fork():
+                signal.alarm(DETACHED_LIFE)
+                listener = socket.socket()
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(("127.0.0.1", self.port))
+                listener.listen()
+                os.write(writer, str(os.getpid()).encode())
+                for fd in (0, 1, 2, writer):
+                    os.close(fd)
+                signal.pause()
+            os._exit(0)
+        os.wait()
+        pid = int(os.read(reader, 20))
+        os.close(reader)
+        os.close(writer)
+        return pid
+
+    # -- serving -------------------------------------------------------------------------------
+
+    def serve(self, listener, faults: dict) -> int:
+        deadline = time.monotonic() + faults["exit_after"] / 1000 if "exit_after" in faults else None
+        if faults.get("stop"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        flood = b"x" * 1023 + b"\n"
+        for _ in range(1024 * faults.get("flood", 0)):
+            os.write(2, flood)
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(listener, selectors.EVENT_READ)
+        while True:
+            timeout = None if deadline is None else deadline - time.monotonic()
+            if timeout is not None and timeout <= 0:
+                return self.end(faults, faults.get("code", 1))
+            for key, events in self.selector.select(timeout):
+                side = key.data
+                if side is None:
+                    self.accept(listener)
+                    continue
+                if events & selectors.EVENT_WRITE and side.sock.fileno() >= 0:
+                    self.send(side)
+                if events & selectors.EVENT_READ and side.sock.fileno() >= 0 and not side.ended:
+                    self.receive(side)
+
+    def accept(self, listener) -> None:
+        client, _ = listener.accept()
+        self.served += 1
+        self.write("clients.jsonl", number=self.served)
+        faults = self.faults()
+        if faults.get("exit_on_client"):
+            os._exit(self.end(faults, faults.get("code", 1)))
+        if faults.get("login"):
+            say("Please open the following URL and log in with your Cloudflare account:\n\n"
+                f"https://{self.hostname}/cdn-cgi/access/cli\n\n"
+                "Leave cloudflared running to download the token automatically.")
+        if faults.get("login") or faults.get("hang"):
+            client.detach()  # it stays open as long as this process lives
+            return
+        error = faults.get("error", "websocket: bad handshake")
+        address = self.look_up("far.json", None)
+        refuse = faults.get("refuse", 0)
+        far = None
+        if address is not None and refuse is not True and self.served > refuse:
+            try:
+                far = socket.create_connection(tuple(address), 5)
+            except OSError as failure:
+                if "error" not in faults:
+                    error = f"dial tcp: {failure.strerror}"
+        if far is None:
+            log("error", "failed to connect to origin", error=error, originURL=f"https://{self.hostname}")
+            client.close()
+            return
+        ends = Side(client, faults), Side(far, faults)
+        ends[0].other, ends[1].other = ends[1], ends[0]
+        for side in ends:
+            side.sock.setblocking(False)
+            side.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.selector.register(side.sock, selectors.EVENT_READ, side)
+
+    def receive(self, side: Side) -> None:
+        try:
+            data = side.sock.recv(CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:  # no half-close: what is under way to the other end goes out, and that is all
+            side.ended = side.other.ended = True
+            side.out = b""
+        side.other.out += data
+        self.send(side.other)
+        self.bytes += len(data)
+        if 0 < side.faults.get("exit_after_bytes", 0) <= self.bytes:
+            os._exit(self.end(side.faults, side.faults.get("code", 1)))
+
+    def send(self, side: Side) -> None:
+        """Send what waits; then read on from the other end, or close both."""
+        try:
+            side.out = side.out[side.sock.send(side.out, NO_SIGNAL):] if side.out else b""
+        except BlockingIOError:
+            pass
+        except OSError:
+            side.out = b""
+            side.ended = side.other.ended = True
+        if side.ended and not side.out and not side.other.out:
+            for end in (side, side.other):
+                if end.sock.fileno() in self.selector.get_map():
+                    self.selector.unregister(end.sock)
+                end.sock.close()
+            return
+        for end in (side, side.other):
+            reads = selectors.EVENT_READ if not end.ended and not end.other.out else 0
+            events = reads | (selectors.EVENT_WRITE if end.out else 0)
+            registered = end.sock.fileno() in self.selector.get_map()
+            if events and registered:
+                self.selector.modify(end.sock, events, end)
+            elif events:
+                self.selector.register(end.sock, events, end)
+            elif registered:
+                self.selector.unregister(end.sock)
+
+
+def main() -> int:
+    for number in (signal.SIGPIPE, signal.SIGINT):  # Python handles these two; the real one dies of them
+        signal.signal(number, signal.SIG_DFL)
+    words = sys.argv[1:]
+    if words in (["--version"], ["version"]):
+        print("cloudflared version 2026.8.2 (stand-in)")
+        return 0
+    if words[:2] != ["access", "tcp"]:
+        say("stand-in: the real program would start a tunnel to the internet now")
+        return 99
+    options = parse_words(words[2:])
+    if options is None or not options.get("hostname"):
+        print(HELP)
+        return 0
+    host, _, port = options.get("url", "").removeprefix("tcp://").rpartition(":")
+    if host not in ("127.0.0.1", "localhost") or not port.isdigit():
+        say("failed to start forwarding server: bad --url")
+        return 1
+    return Fake(os.path.dirname(os.path.abspath(sys.argv[0])), options["hostname"], int(port)).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1771 @@
+"""Tests of sniroute_tunnels.py, in its order.
+
+Processes and sockets are real; the tunnel program is the stand-in of fake_cloudflared.py.  Most
+tests turn the reaper by hand (`Bench.turn`) under a clock that they move; where waiting itself is
+the subject, the reaper's own thread runs (`live=True`).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+from typing import Any, Callable, Iterator
+
+import pytest
+
+import sniroute_tunnels
+from conftest import HERE, HOST, FakeClock, own_children, wait_until
+from sniroute_tunnels import (BACKOFF, FAILED, QUEUED, READY, STARTING, STOPPING, Launcher, PortPool, StartBudget,
+                              Tunnel, TunnelError, TunnelTable)
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's /proc")
+
+
+def listening(port: int = 0, host: str = HOST, family: int = socket.AF_INET, backlog: int = 5) -> socket.socket:
+    """A listener that is in nobody's way once it is closed."""
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    listener.bind((host, port))
+    listener.listen(backlog)
+    return listener
+
+
+def port_of(sock: socket.socket) -> int:
+    return sock.getsockname()[1]
+
+
+def runs(pid: int) -> bool:
+    """Whether the process is there and not a zombie."""
+    try:
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(") ")[2][0] not in "ZX"
+
+
+def ask(address: tuple[str, int], question: bytes = b"hello") -> bytes:
+    """What a far end that echoes answers through a tunnel; b"" where it refuses."""
+    with socket.create_connection(address, 10) as client:
+        answer = b""
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            client.sendall(question)
+            while len(answer) < len(question) and (data := client.recv(65536)):
+                answer += data
+        return answer
+
+
+class Bench:
+    """A table under test, and the threads that wait on it."""
+
+    def __init__(self, table: TunnelTable, live: bool):
+        self.table = table
+        self.clock = table.clock
+        self.threads: list[threading.Thread] = []
+        if live:
+            table.start()
+
+    def ask(self, name: str, client: str | None = None, timeout: float = 60.0,
+            doubted: sniroute_tunnels.Child | None = None) -> concurrent.futures.Future[None]:
+        """wait() in a thread of its own."""
+        future: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                self.table.wait(f"cf:{name}", client, self.clock() + timeout, doubted)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+
+        self.threads.append(threading.Thread(target=run, name=f"ask-{name}"))
+        self.threads[-1].start()
+        return future
+
+    def turn(self, until: Callable[[], Any], timeout: float = 10.0) -> Any:
+        """Let the reaper work until something is true."""
+        if self.table.reaper.ident is not None:
+            return wait_until(until, timeout)
+        return wait_until(lambda: self.table.step(0.005) or until(), timeout)
+
+    def outcome(self, future: concurrent.futures.Future[None]) -> TunnelError | None:
+        """What became of an ask()."""
+        self.turn(future.done)
+        error = future.exception()
+        assert error is None or isinstance(error, TunnelError), error
+        return error
+
+    def ready(self, name: str, **options: Any) -> Tunnel:
+        """A tunnel that is ready, without a lease."""
+        error = self.outcome(self.ask(name, **options))
+        assert error is None, error
+        return self.table.tunnels[f"cf:{name}"]
+
+    def leased(self, name: str) -> Tunnel:
+        self.ready(name)
+        tunnel = self.table.lease(f"cf:{name}")
+        assert tunnel is not None
+        return tunnel
+
+    def failed(self, name: str, **options: Any) -> TunnelError:
+        error = self.outcome(self.ask(name, **options))
+        assert error is not None
+        return error
+
+    def doubt(self, tunnel: Tunnel) -> bool:
+        """Whether doubt has the tunnel's child started again.  Returns when it is ready again."""
+        child = tunnel.child
+        future = self.ask(tunnel.key.partition(":")[2], doubted=child)
+        wait_until(lambda: tunnel.state is not READY or future.done())
+        assert self.outcome(future) is None
+        assert tunnel.state is READY
+        return tunnel.child is not child
+
+    def states(self) -> dict[str, str]:
+        return {key.partition(":")[2]: state for key, state, *_ in self.table.snapshot()}
+
+    def close(self) -> None:
+        if self.table.reaper.ident is None:
+            self.table.start()  # it ends at once, with all that the table holds
+        self.table.close(now=True)
+        for thread in self.threads:
+            thread.join()
+
+
+@pytest.fixture
+def bench(cloudflared, free_ports) -> Iterator[Callable[..., Bench]]:
+    """bench(live=False, count=20, program=..., **options of TunnelTable) -> Bench."""
+    with contextlib.ExitStack() as stack:
+        def make(live: bool = False, count: int = 20, program: str = cloudflared.path,
+                 environ: dict[str, str] | None = None, **options: Any) -> Bench:
+            if not live:
+                options.setdefault("clock", FakeClock())
+            options.setdefault("jitter", lambda: 1.0)
+            options.setdefault("ports", free_ports(count))
+            launcher = sniroute_tunnels.cloudflared_launcher(program, environ or {})
+            made = Bench(TunnelTable({"cf": launcher}, **options), live)
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+# -- words for people --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, limit, line", [
+    pytest.param("plain", 10, "plain", id="short"),
+    pytest.param("exactly ten"[:10], 10, "exactly te", id="as long as the limit"),
+    pytest.param("eleven long", 10, "eleven ...", id="one too long"),
+    pytest.param("a\nb\rc\x1b[31m\x7f\0", 20, "a?b?c?[31m??", id="control characters"),
+    pytest.param("t\u00e9l\u202e\U0001f600", 20, "t?l??", id="not ASCII"),
+    pytest.param("", 10, "", id="empty"),
+    pytest.param("x" * 10_000_000, 10, "xxxxxxx...", id="huge"),
+])
+def test_printable(text, limit, line):
+    assert sniroute_tunnels.printable(text, limit) == line
+
+
+@pytest.mark.parametrize("tail, words", [
+    pytest.param(b"", "", id="nothing"),
+    pytest.param(b" \n\t\r\n\n", "", id="only blanks"),
+    pytest.param(b"one\ntwo\n\n", "two", id="the last line that says something"),
+    pytest.param(b"one\ntwo", "two", id="no newline at the end"),
+    pytest.param(b'{"level":"error","message":"failed","error":"refused"}\n', "failed: refused",
+                 id="message and error"),
+    pytest.param(b'{"message":"failed"}', "failed", id="message alone"),
+    pytest.param(b'{"error":"refused"}', "refused", id="error alone"),
+    pytest.param(b'{"message":"a\\nb"}', "a?b", id="newline inside JSON"),
+    pytest.param(b'{"message":7,"error":null}', "7: None", id="not strings"),
+    pytest.param(b'{"level":"info"}', '{"level":"info"}', id="JSON that says nothing"),
+    pytest.param(b'{"message":"cut', '{"message":"cut', id="JSON cut short"),
+    pytest.param(b'or":"x"}', 'or":"x"}', id="JSON cut at its start"),
+    pytest.param(b'["message"]', '["message"]', id="a JSON list"),
+    pytest.param(b'"a message"', '"a message"', id="a JSON string"),
+    pytest.param(b"17", "17", id="a JSON number"),
+    pytest.param(b"9" * 4096, "9" * 197 + "...", id="a number beyond int()"),
+    pytest.param(b"[" * 4096, "[" * 197 + "...", id="deep nesting"),
+    pytest.param(b"\xff\xfe caf\xc3\xa9\x1b[0m", "?? caf??[0m", id="not UTF-8, and an escape"),
+    pytest.param(b"windows\r\n", "windows", id="CR LF"),
+])
+def test_last_words(tail, words):
+    assert sniroute_tunnels.last_words(tail) == words
+
+
+@pytest.mark.parametrize("tail, reason", [
+    pytest.param(b'{"message":"failed to connect to origin","error":"websocket: bad handshake"}',
+                 "the edge refused it: access denied, no such tunnel, or its connector is down"
+                 " (failed to connect to origin: websocket: bad handshake)", id="refused"),
+    pytest.param(b'{"message":"m","error":"tls: failed to verify certificate: x509: unknown authority"}',
+                 "the edge's certificate is not trusted"
+                 " (m: tls: failed to verify certificate: x509: unknown authority)", id="certificate"),
+    pytest.param(b"lookup app.example.test: no such host",
+                 "the name does not resolve (lookup app.example.test: no such host)", id="DNS"),
+    pytest.param(b"connect: network is unreachable",
+                 "the network is unreachable (connect: network is unreachable)", id="network"),
+    pytest.param(b"connect: connection refused",
+                 "the edge refused the connection (connect: connection refused)", id="connection refused"),
+    pytest.param(b"read: connection reset by peer",
+                 "the edge reset the connection (read: connection reset by peer)", id="reset"),
+    pytest.param(b"bind: address already in use",
+                 "its local port was taken (bind: address already in use)", id="port"),
+    pytest.param(b"Another cloudflared process (pid 7) is already waiting for authentication.",
+                 "Access wants a login: give the router a service token"
+                 " (Another cloudflared process (pid 7) is already waiting for authentication.)", id="login lock"),
+    pytest.param(b"something new", "something new", id="unknown words are shown as they came"),
+    pytest.param(b"", "", id="nothing"),
+])
+def test_cloudflared_reason(tail, reason):
+    assert sniroute_tunnels.cloudflared_reason(tail) == reason
+
+
+@pytest.mark.parametrize("prompt", [
+    pytest.param("Please open the following URL and log in with your Cloudflare account:\n\n"
+                 "https://app.example.test/cdn-cgi/access/cli?token=x\n\n"
+                 "Leave cloudflared running to download the token automatically.\n", id="no browser"),
+    pytest.param("A browser window should have opened at the following URL:\n\n"
+                 "https://app.example.test/cdn-cgi/access/cli?token=x\n\n"
+                 "If the browser failed to open, please visit the URL above directly in your browser.\n", id="browser"),
+    pytest.param('{"level":"info","message":"Waiting for login..."}\n', id="waiting"),
+])
+def test_a_login_prompt_is_recognised_by_its_last_line(prompt):
+    assert sniroute_tunnels.cloudflared_reason(prompt.encode()).startswith("Access wants a login")
+
+
+# -- the launcher ------------------------------------------------------------------------------
+
+
+def test_argv_names_an_ipv4_listener_and_holds_no_secret():
+    assert sniroute_tunnels.cloudflared_argv("app.example.test", 20000) == [
+        "access", "tcp", "--hostname", "app.example.test", "--url", "127.0.0.1:20000", "--loglevel", "info"]
+
+
+def test_environment_is_built_from_nothing():
+    environ = {name: "x" for name in sniroute_tunnels.CLOUDFLARED_ENVIRONMENT}
+    more = {"PATH": "/bin", "HOME": "/root", "TUNNEL_SERVICE_HOSTNAME": "evil", "TUNNEL_LOG_OUTPUT": "text",
+            "LD_PRELOAD": "x", "HTTP_PROXY": "x"}
+    launcher = sniroute_tunnels.cloudflared_launcher("cloudflared", {**environ, **more})
+    assert launcher.environment == {**environ, "TUNNEL_LOG_OUTPUT": "json"}
+    assert sniroute_tunnels.cloudflared_launcher("cloudflared", more).environment == {"TUNNEL_LOG_OUTPUT": "json"}
+
+
+def test_the_program_is_found_on_path_or_by_its_path(cloudflared, monkeypatch, tmp_path):
+    def found(program: str) -> str:
+        return sniroute_tunnels.cloudflared_launcher(program, {}).find()
+
+    assert found(cloudflared.path) == cloudflared.path
+    monkeypatch.setenv("PATH", str(cloudflared.directory))
+    assert found("cloudflared") == cloudflared.path
+    monkeypatch.chdir(cloudflared.directory)
+    assert found("./cloudflared") == cloudflared.path
+    (tmp_path / "plain").write_text("no program")
+    for missing in ("cloudflared2", str(tmp_path), str(tmp_path / "plain")):
+        with pytest.raises(TunnelError, match="is not there: install it") as caught:
+            found(missing)
+        assert caught.value.kind == "failed"
+
+
+# -- the death guard ---------------------------------------------------------------------------
+
+
+def without_setpriv(monkeypatch: pytest.MonkeyPatch) -> None:
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, **rest: None if name == "setpriv" else which(name, **rest))
+
+
+@pytest.fixture(params=["setpriv", "python"])
+def guard(request, monkeypatch) -> list[str]:
+    """Both forms of the words before a child's argv."""
+    if sys.platform != "linux":
+        pytest.skip("PR_SET_PDEATHSIG is Linux's")
+    if request.param == "python":
+        without_setpriv(monkeypatch)
+    words = sniroute_tunnels.death_guard()
+    if (words[0] == sys.executable) != (request.param == "python"):
+        pytest.skip("no setpriv with --pdeathsig here")
+    return words
+
+
+def test_the_guard_runs_the_program_with_its_words_as_they_are(guard):
+    words = ["--", "$HOME", "a b", "", "-c", "'\""]
+    program = [sys.executable, "-IS", "-c", "import sys; print(sys.argv[1:], end='')", *words]
+    assert subprocess.run([*guard, *program], capture_output=True, text=True, check=True).stdout == str(words)
+
+
+def test_the_guard_runs_nothing_when_the_router_has_died_meanwhile(guard):
+    done = subprocess.run([*guard[:-1], "999999999", "/bin/echo", "ran"], capture_output=True)
+    assert done.stdout == b""
+
+
+def test_a_setpriv_that_knows_no_pdeathsig_is_not_used(monkeypatch, tmp_path):
+    (tmp_path / "setpriv").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "setpriv").chmod(0o700)
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: which(name, path=str(tmp_path)))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert sniroute_tunnels.death_guard()[0] == sys.executable
+
+
+def test_no_guard_where_the_kernel_has_none(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert sniroute_tunnels.death_guard() == []
+
+
+ROUTER = """
+import sys, time
+import sniroute_tunnels
+path, first, form = sys.argv[1:]
+if form == "python":
+    sniroute_tunnels.shutil.which = lambda name, path=None: name if "/" in name else None
+launcher = sniroute_tunnels.cloudflared_launcher(path, {})
+table = sniroute_tunnels.TunnelTable({"cf": launcher}, (int(first), int(first) + 9))
+table.start()
+for name in "abc":
+    table.wait(f"cf:{name}.test", None, time.monotonic() + 20)
+assert (table.guard[0] == sys.executable) == (form == "python"), table.guard
+print(*(row[4] for row in table.snapshot()), flush=True)
+sys.stdin.read()
+"""
+
+
+@linux
+@pytest.mark.parametrize("form", ["setpriv", "python"])
+def test_sigkill_of_the_router_leaves_no_child(form, cloudflared, free_ports, tmp_path):
+    if form == "setpriv" and (not shutil.which("setpriv") or sniroute_tunnels.death_guard()[0] == sys.executable):
+        pytest.skip("no setpriv with --pdeathsig here")
+    cloudflared.fault("a.test", ignore_term=True)
+    words = [sys.executable, "-c", ROUTER, cloudflared.path, str(free_ports()[0]), form]
+    router = subprocess.Popen(words, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              env={**os.environ, "TMPDIR": str(tmp_path)})
+    with router:
+        pids = [int(word) for word in router.stdout.readline().split()]
+        assert len(pids) == 3 and all(map(runs, pids))
+        router.kill()
+    wait_until(lambda: not any(map(runs, pids)), timeout=2)
+
+
+# -- who listens -------------------------------------------------------------------------------
+
+
+@linux
+def test_a_listener_of_this_process_is_own():
+    with listening() as listener:
+        assert sniroute_tunnels.listens(os.getpid(), port_of(listener)) == "own"
+
+
+@linux
+def test_nobody_listens_on_a_port_that_is_only_bound(free_ports):
+    with socket.socket() as bound:
+        bound.bind((HOST, 0))
+        assert sniroute_tunnels.listens(os.getpid(), port_of(bound)) == "nobody"
+
+
+@linux
+@pytest.mark.parametrize("family, host, port_is_reachable", [
+    pytest.param(socket.AF_INET, "127.0.0.1", True, id="loopback"),
+    pytest.param(socket.AF_INET, "0.0.0.0", True, id="any"),
+    pytest.param(socket.AF_INET, "127.0.0.2", False, id="another loopback address"),
+    pytest.param(socket.AF_INET6, "::", True, id="any, dual stack"),
+    pytest.param(socket.AF_INET6, "::ffff:127.0.0.1", True, id="mapped loopback"),
+    pytest.param(socket.AF_INET6, "::1", False, id="IPv6 loopback"),
+])
+def test_listeners_finds_what_a_connect_reaches(family, host, port_is_reachable):
+    if family == socket.AF_INET6 and not pathlib.Path("/proc/self/net/tcp6").exists():
+        pytest.skip("no IPv6 here")
+    try:
+        listener = listening(0, host, family)
+    except OSError:
+        pytest.skip(f"cannot bind {host} here")
+    with listener:
+        inode = os.readlink(f"/proc/self/fd/{listener.fileno()}")[8:-1]
+        assert sniroute_tunnels.listeners(port_of(listener)) == ({inode: 0} if port_is_reachable else {})
+
+
+@linux
+def test_listeners_counts_who_waits_to_be_accepted_beside_many_connections(echo_server):
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):  # rows of other states, on the same port too
+            stack.enter_context(socket.create_connection(echo_server.address))
+        wait_until(lambda: list(sniroute_tunnels.listeners(echo_server.address[1]).values()) == [0])
+        listener = stack.enter_context(listening())
+        for number in range(1, 4):
+            stack.enter_context(socket.create_connection(listener.getsockname()))
+            assert list(sniroute_tunnels.listeners(port_of(listener)).values()) == [number]
+
+
+@linux
+def test_a_kernel_without_ipv6_is_asked_about_ipv4_only(monkeypatch):
+    real = open
+
+    def old_kernel(path, *rest, **options):
+        if str(path).endswith("tcp6"):
+            raise FileNotFoundError(path)
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(sniroute_tunnels, "open", old_kernel, raising=False)
+    with listening() as listener:
+        assert sniroute_tunnels.listens(os.getpid(), port_of(listener)) == "own"
+
+
+@linux
+def test_a_process_without_sockets_is_nobody_even_where_another_listens():
+    with listening() as listener, subprocess.Popen(["sleep", "60"]) as child:
+        try:
+            assert sniroute_tunnels.listens(child.pid, port_of(listener)) == "nobody"
+        finally:
+            child.kill()
+
+
+@linux
+def test_a_process_that_is_gone_is_nobody():
+    with subprocess.Popen(["true"]) as child:
+        child.wait()
+    with listening() as listener:
+        assert sniroute_tunnels.listens(child.pid, port_of(listener)) == "nobody"
+
+
+@linux
+def test_a_listener_that_opens_during_the_look_is_not_taken_for_a_stranger(monkeypatch, free_ports):
+    """The child's sockets, then the listeners: what it opened in between seemed to be another's."""
+    port = free_ports()[0]
+    real = sniroute_tunnels.socket_inodes
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(socket.socket())  # it holds another socket already
+
+        def look_then_open(pids):
+            found = real(pids)
+            stack.enter_context(listening(port))
+            return found
+
+        monkeypatch.setattr(sniroute_tunnels, "socket_inodes", look_then_open)
+        assert sniroute_tunnels.listens(os.getpid(), port) != "other"
+
+
+@linux
+def test_a_descriptor_that_closes_during_the_look_hides_no_other(monkeypatch):
+    """One closed descriptor ended the look at that process, and its listener seemed another's."""
+    with socket.socket() as before, open(os.devnull) as closing, listening() as listener:
+        assert before.fileno() < closing.fileno() < listener.fileno()
+        real = os.readlink
+
+        def readlink(path, *rest, **options):
+            if path == f"/proc/{os.getpid()}/fd/{closing.fileno()}":
+                raise FileNotFoundError(path)
+            return real(path, *rest, **options)
+
+        monkeypatch.setattr(os, "readlink", readlink)
+        assert sniroute_tunnels.listens(os.getpid(), port_of(listener)) == "own"
+
+
+@linux
+def test_a_listener_for_ipv6_only_is_in_nobodys_way():
+    """It looks like one on every address, but a connect to 127.0.0.1 never reaches it."""
+    with listening() as own, socket.socket(socket.AF_INET6) as other:
+        other.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            other.bind(("::", port_of(own)))
+        except OSError:
+            pytest.skip("no IPv6 here")
+        other.listen()
+        inode = os.readlink(f"/proc/self/fd/{own.fileno()}")[8:-1]
+        assert sniroute_tunnels.listeners(port_of(own)) == {inode: 0}
+
+
+@linux
+def test_no_descriptor_left_to_look_with_is_no_answer(monkeypatch):
+    """The look is made by threads that promise to raise TunnelError only."""
+    def exhausted(*_: object, **__: object):
+        raise OSError(24, "Too many open files")
+
+    with listening() as listener:
+        monkeypatch.setattr(sniroute_tunnels, "open", exhausted, raising=False)
+        assert sniroute_tunnels.listeners(port_of(listener)) == {}
+
+
+# -- ports -------------------------------------------------------------------------------------
+
+
+def test_ports_are_given_lowest_first(free_ports):
+    first, last = free_ports(5)
+    pool = PortPool(first, last, FakeClock())
+    assert [pool.take() for _ in range(6)] == [*range(first, last + 1), None]
+    assert pool.next_free() == float("inf")
+
+
+def test_a_port_rests_before_it_is_given_again(free_ports):
+    first, last = free_ports(2)
+    clock = FakeClock()
+    pool = PortPool(first, last, clock)
+    assert pool.take() == first
+    pool.give(first)
+    assert pool.next_free() == clock() + sniroute_tunnels.QUARANTINE
+    assert pool.take() == last
+    assert pool.take() is None
+    clock.jump(sniroute_tunnels.QUARANTINE)
+    assert pool.take() == first
+
+
+def test_a_port_that_another_holds_is_passed_over_and_rests_longer(free_ports):
+    first, last = free_ports(3)
+    clock = FakeClock()
+    pool = PortPool(first, last, clock)
+    with listening(first), listening(first + 1, "0.0.0.0"):
+        assert pool.take() == last
+        assert pool.take() is None
+    clock.jump(sniroute_tunnels.TAKEN_REST - 1)
+    assert pool.take() is None
+    clock.jump(1)
+    assert [pool.take(), pool.take()] == [first, first + 1]
+
+
+def test_time_wait_does_not_count_as_taken(free_ports):
+    first, _ = free_ports(1)
+    with listening(first) as listener, socket.create_connection(listener.getsockname()):
+        listener.accept()[0].close()  # the side that closes first is left in TIME_WAIT
+    with socket.socket() as probe, pytest.raises(OSError):
+        probe.bind((HOST, first))  # it is: without SO_REUSEADDR the bind fails
+    assert PortPool(first, first, FakeClock()).take() == first
+
+
+def test_a_host_that_cannot_make_sockets_loses_no_port(free_ports, monkeypatch):
+    first, last = free_ports(2)
+    pool = PortPool(first, last, FakeClock())
+
+    class Broken(socket.socket):
+        def bind(self, *_: object) -> None:
+            raise OSError(23, "Too many open files in system")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(socket, "socket", Broken)
+        pool.take()
+    assert [pool.take(), pool.take()] == [first, last]
+
+
+# -- start budget ------------------------------------------------------------------------------
+
+
+def test_start_budget_bursts_then_refills_with_the_clock():
+    clock = FakeClock()
+    budget = StartBudget(clock)
+    burst = sniroute_tunnels.STARTS_BURST
+    assert [budget.spend("a") for _ in range(burst + 2)] == [True] * burst + [False] * 2
+    assert budget.spend("b"), "another client has its own"
+    assert all(budget.spend(None) for _ in range(100))
+    clock.jump(1 / sniroute_tunnels.STARTS_REFILL)
+    assert [budget.spend("a"), budget.spend("a")] == [True, False]
+    clock.jump(1e6)
+    assert [budget.spend("a") for _ in range(burst + 1)] == [True] * burst + [False], "never more than a burst"
+
+
+def test_start_budget_forgets_the_least_recent_client(monkeypatch):
+    monkeypatch.setattr(sniroute_tunnels, "BUDGETS_KEPT", 3)
+    budget = StartBudget(FakeClock())
+    for client in "abcad":
+        budget.spend(client)
+    assert list(budget.buckets) == ["c", "a", "d"]
+
+
+def test_a_client_that_asks_for_too_many_cold_tunnels_is_refused(bench):
+    table = bench().table
+    for number in range(sniroute_tunnels.STARTS_BURST):
+        with pytest.raises(TunnelError) as caught:
+            table.wait(f"cf:{number}.test", "192.0.2.1", table.clock())
+        assert caught.value.kind == "timeout"
+    for _ in range(3):
+        with pytest.raises(TunnelError, match="192.0.2.1 asked for too many cold tunnels") as caught:
+            table.wait("cf:more.test", "192.0.2.1", table.clock())
+        assert caught.value.kind == "budget"
+    assert "cf:more.test" not in table.tunnels
+    with pytest.raises(TunnelError, match="not ready in time .it is queued"):  # it joins: no cold start
+        table.wait("cf:0.test", "192.0.2.1", table.clock())
+    table.clock.jump(1)
+    with pytest.raises(TunnelError, match="not ready in time"):
+        table.wait("cf:more.test", "192.0.2.1", table.clock())
+
+
+# -- starting ----------------------------------------------------------------------------------
+
+
+def test_fifty_clients_of_one_cold_name_start_one_process(bench, cloudflared):
+    table = bench(live=True).table
+    barrier = threading.Barrier(50)
+
+    def come() -> None:
+        barrier.wait()
+        table.wait("cf:app.test", None, time.monotonic() + 30)
+
+    with concurrent.futures.ThreadPoolExecutor(50) as pool:
+        for future in [pool.submit(come) for _ in range(50)]:
+            future.result()
+    assert len(cloudflared.starts()) == 1
+    assert table.tunnels["cf:app.test"].waiters == 0
+    assert table.counters["starts"] == table.counters["ready"] == 1
+
+
+def test_twenty_names_start_two_at_a_time(bench, cloudflared, monkeypatch):
+    cloudflared.fault("*", listen_delay=10)
+    monkeypatch.setattr(sniroute_tunnels, "EVICT_AGE", 60.0)  # each start that ends makes room for the next by itself
+    peak = 0
+    enter = TunnelTable._enter
+
+    def entered(self, tunnel, state):
+        nonlocal peak
+        enter(self, tunnel, state)
+        peak = max(peak, sum(t.state is STARTING for t in self.tunnels.values()))
+
+    monkeypatch.setattr(TunnelTable, "_enter", entered)
+    made = bench(live=True, max_starting=2)
+    for future in [made.ask(f"{number}.test") for number in range(20)]:
+        assert future.result(30) is None
+    assert peak == 2
+    assert len(cloudflared.starts()) == len(set(made.states())) == 20
+
+
+def test_names_are_started_in_the_order_in_which_they_were_asked_for(bench, cloudflared):
+    made = bench(max_starting=1)
+    futures = []
+    for name in ("c.test", "a.test", "b.test"):
+        made.clock.jump(0.1)
+        futures.append(made.ask(name))
+        wait_until(lambda: name in made.states())
+    assert [made.outcome(future) for future in futures] == [None] * 3
+    assert [start["hostname"] for start in cloudflared.starts()] == ["c.test", "a.test", "b.test"]
+
+
+def test_a_byte_goes_through_and_back(bench, cloudflared, echo_server):
+    cloudflared.far("app.test", echo_server.address)
+    tunnel = bench(live=True).ready("app.test")
+    assert ask(tunnel.child.address, b"x" * 100_000) == b"x" * 100_000
+
+
+def test_a_child_gets_nothing_but_what_it_needs(bench, cloudflared):
+    secret = "s3cret"
+    environ = {**os.environ, "TUNNEL_SERVICE_TOKEN_ID": "id", "TUNNEL_SERVICE_TOKEN_SECRET": secret,
+               "HTTPS_PROXY": "http://proxy.test:3128", "TUNNEL_SERVICE_URL": "evil", "LD_PRELOAD": ""}
+    made = bench(environ=environ, program=cloudflared.path)
+    made.ready("app.test")
+    start, = cloudflared.starts()
+    assert start["argv"][1:] == ["access", "tcp", "--hostname", "app.test", "--url", f"127.0.0.1:{start['port']}",
+                                 "--loglevel", "info"]
+    assert secret not in " ".join(start["argv"])
+    environment = start["environment"]
+    for noise in ("PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"):  # /bin/sh and Python add these themselves
+        environment.pop(noise, None)
+    home = environment.pop("HOME")
+    for name in ("TZ", "LANG", "SSL_CERT_FILE", "SSL_CERT_DIR", "NO_PROXY", "no_proxy", "https_proxy"):
+        assert environment.pop(name, None) == os.environ.get(name)
+    assert environment == {"TUNNEL_SERVICE_TOKEN_ID": "id", "TUNNEL_SERVICE_TOKEN_SECRET": secret,
+                           "HTTPS_PROXY": "http://proxy.test:3128", "TUNNEL_LOG_OUTPUT": "json"}
+    if start["fds"]:
+        assert start["fds"].keys() == {"0", "1", "2"}
+        assert start["fds"]["0"] == "/dev/null"
+        assert start["fds"]["1"].startswith("pipe:")
+    assert os.getpgid(start["pid"]) == start["pid"], "Ctrl-C in the router's terminal must not reach it"
+    assert home != os.environ.get("HOME")
+    assert os.stat(home).st_mode & 0o777 == 0o700
+    made.close()
+    assert not os.path.exists(home)
+
+
+START_FAILURES = [
+    pytest.param({"exit": 0, "words": "no such flag"}, "it ended (exit 0): no such flag", id="exit 0"),
+    pytest.param({"exit": 3, "words": "bad luck"}, "it ended (exit 3): bad luck", id="exit 3"),
+    pytest.param({"exit": 1}, "it ended (exit 1)", id="no words"),
+    pytest.param({"never_listen": True}, "it did not listen within 15 s: Start Websocket listener", id="never listens"),
+    pytest.param({"never_listen": True, "ignore_term": True}, "it did not listen within 15 s: Start Websocket listener",
+                 id="never listens and ignores TERM"),
+    pytest.param({"wrong_port": True}, "it did not listen within 15 s: Start Websocket listener", id="wrong port"),
+]
+
+
+@pytest.mark.parametrize("switches, message", START_FAILURES)
+def test_a_start_that_fails_says_why(switches, message, bench, cloudflared):
+    cloudflared.fault("app.test", **switches)
+    made = bench()
+    future = made.ask("app.test", timeout=1000)
+    made.turn(cloudflared.starts)
+    made.turn(lambda: not made.table.tunnels or b"Start" in made.table.tunnels["cf:app.test"].child.tail
+              or future.done())
+    made.clock.jump(15)  # start_timeout
+    made.table.step()
+    made.clock.jump(sniroute_tunnels.STOP_GRACE)
+    error = made.outcome(future)
+    assert error.kind == "failed"
+    assert str(error) == f"cf:app.test did not start: {message}"
+    assert made.table.tunnels == {} and made.table.children == {}
+    assert made.table.counters["failures"] == 1
+    if sys.platform == "linux":
+        assert own_children() == set()
+
+
+@linux
+def test_a_port_that_a_stranger_listens_on_is_not_ready(bench, cloudflared):
+    cloudflared.fault("app.test", wrong_owner=True)
+    made = bench()
+    error = made.failed("app.test")
+    assert "address already in use by another process" in str(error)
+    ports = [start["port"] for start in cloudflared.starts()]
+    assert len(ports) == len(set(ports)) == sniroute_tunnels.PORT_TRIES + 1, "another port each time, bounded"
+
+
+@linux
+def test_a_listener_of_a_descendant_is_own(bench, cloudflared, echo_server):
+    cloudflared.fault("app.test", child_listens=True)
+    cloudflared.far("app.test", echo_server.address)
+    made = bench()
+    tunnel = made.ready("app.test")
+    assert ask(tunnel.child.address) == b"hello"
+    pids = {tunnel.child.process.pid, cloudflared.clients()[0]["pid"]}
+    assert len(pids) == 2
+    os.kill(tunnel.child.process.pid, signal.SIGKILL)  # the wrapper alone
+    made.turn(lambda: not made.table.children)
+    wait_until(lambda: not any(map(runs, pids)), timeout=2)
+
+
+def test_address_in_use_is_tried_on_another_port(bench, cloudflared):
+    cloudflared.fault("app.test", in_use=2)
+    made = bench()
+    tunnel = made.ready("app.test")
+    first = made.table.pool.free and min(start["port"] for start in cloudflared.starts())
+    assert [start["port"] for start in cloudflared.starts()] == [first, first + 1, first + 2]
+    assert tunnel.tries == 0 and made.table.failures == {}
+
+
+def test_address_in_use_is_not_tried_for_ever(bench, cloudflared):
+    cloudflared.fault("app.test", in_use=1000)
+    made = bench()
+    error = made.failed("app.test")
+    assert error.kind == "failed" and "its local port was taken" in str(error)
+    assert len(cloudflared.starts()) == sniroute_tunnels.PORT_TRIES + 1
+    assert "cf:app.test" in made.table.failures
+
+
+def test_a_port_stolen_between_the_look_and_the_start_is_tried_on_another(bench, cloudflared, monkeypatch):
+    made = bench()
+    pool = made.table.pool
+    with contextlib.ExitStack() as stack:
+        def robbed() -> int | None:
+            monkeypatch.setattr(pool, "take", take)
+            port = take()
+            stack.enter_context(listening(port))
+            return port
+
+        take = pool.take
+        monkeypatch.setattr(pool, "take", robbed)
+        tunnel = made.ready("app.test")
+    ports = [start["port"] for start in cloudflared.starts()]
+    assert ports[-1] == tunnel.child.address[1]
+    assert len(ports) <= 2
+
+
+def test_ports_that_others_hold_are_passed_over(bench, cloudflared):
+    made = bench(count=4)
+    first = made.table.pool.free[0]
+    with listening(first), listening(first + 1), listening(first + 3):
+        assert made.ready("a.test").child.address == (HOST, first + 2)
+        future = made.ask("b.test", timeout=1000)
+        made.turn(lambda: made.states().get("b.test") is QUEUED and not made.table.pool.free)
+        assert made.states()["a.test"] is READY, "it is too fresh to be evicted"
+        made.clock.jump(sniroute_tunnels.EVICT_AGE)
+        made.turn(lambda: "a.test" not in made.states())
+        made.clock.jump(sniroute_tunnels.QUARANTINE)
+        assert made.outcome(future) is None
+    assert made.states() == {"b.test": READY}
+
+
+def test_no_port_at_all_is_a_timeout(bench):
+    made = bench(live=True, count=1)
+    turns, step = [], made.table.step
+    made.table.step = lambda timeout: turns.append(step(timeout))
+    with listening(made.table.pool.free[0]):
+        error = made.failed("a.test", timeout=0.3)
+    assert error.kind == "timeout"
+    assert len(turns) < 30, "the reaper does not spin meanwhile"
+    wait_until(lambda: made.states() == {})  # nobody waits for it any more
+
+
+def test_a_waiter_that_gives_up_takes_a_queued_name_out(bench):
+    made = bench()
+    assert made.table.lease("cf:a.test") is None
+    with pytest.raises(TunnelError) as caught:
+        made.table.wait("cf:a.test", None, made.clock())
+    assert caught.value.kind == "timeout"
+    made.table.step()
+    assert made.states() == {} and not made.table.children
+
+
+# -- failures that are remembered --------------------------------------------------------------
+
+
+def test_a_failed_start_is_refused_from_memory_and_then_tried_once(bench, cloudflared):
+    cloudflared.fault("app.test", exit=1, words="bad luck")
+    made = bench()
+    made.failed("app.test")
+    for _ in range(1000):
+        with pytest.raises(TunnelError, match="bad luck; next try in 5 s") as caught:
+            made.table.wait("cf:app.test", "192.0.2.1", made.clock() + 60)
+        assert caught.value.kind == "failed"
+    assert len(cloudflared.starts()) == 1
+    made.clock.jump(sniroute_tunnels.FAILURE_FIRST)
+    futures = [made.ask("app.test") for _ in range(20)]
+    assert all(made.outcome(future).kind == "failed" for future in futures)
+    assert len(cloudflared.starts()) == 2
+
+
+@pytest.mark.parametrize("jitter, share", [(0.0, 0.5), (0.5, 0.75), (1.0, 1.0)])
+def test_the_memory_of_failures_grows_to_its_bound(jitter, share, bench):
+    made = bench(program="/bin/false", jitter=lambda: jitter)
+    for wait in (5, 10, 20, 40, 80, 160, 300, 300):
+        made.failed("app.test")
+        failure = made.table.failures["cf:app.test"]
+        assert failure.until - made.clock() == pytest.approx(wait * share)
+        made.clock.jump(wait * share)
+
+
+def test_a_start_that_works_forgets_the_failures_before(bench, cloudflared):
+    made = bench()
+    for wait in (5, 10):
+        cloudflared.fault("app.test", exit=1)
+        made.failed("app.test")
+        made.clock.jump(wait)
+    cloudflared.fault("app.test")
+    tunnel = made.ready("app.test")
+    assert made.table.failures == {} and tunnel.failures == 0
+
+
+def test_remembered_failures_are_bounded(bench, monkeypatch):
+    monkeypatch.setattr(sniroute_tunnels, "FAILURES_KEPT", 3)
+    made = bench(program="/bin/false")
+    for name in "abcd":
+        made.failed(name)
+    made.clock.jump(5)
+    made.failed("b")
+    made.failed("e")
+    assert list(made.table.failures) == ["cf:d", "cf:b", "cf:e"]
+
+
+def test_a_program_that_is_not_there_is_no_failure_of_the_name(bench, tmp_path, cloudflared):
+    program = tmp_path / "later"
+    made = bench(program=str(program))
+    error = made.failed("app.test")
+    assert error.kind == "failed" and "is not there: install it" in str(error)
+    assert made.table.failures == {}
+    program.symlink_to(cloudflared.path)
+    made.ready("app.test")
+
+
+def test_a_program_that_the_kernel_cannot_run_is_no_failure_of_the_name(bench, tmp_path):
+    program = tmp_path / "empty"
+    program.touch(0o700)
+    made = bench(program=str(program))
+    made.table.guard = []  # without one, Popen itself meets the error
+    ports = sorted(made.table.pool.free)
+    error = made.failed("app.test")
+    assert error.kind == "failed" and "Exec format error" in str(error)
+    assert made.table.failures == {} and made.table.children == {}
+    assert sorted(made.table.pool.free + [port for _, port in made.table.pool.resting]) == ports
+
+
+def test_no_descriptors_left_is_no_failure_of_the_name(bench):
+    made = bench()
+    future = made.ask("app.test")
+    wait_until(lambda: made.table.tunnels)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as highest:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest.fileno() + 1, hard))
+        try:
+            made.table.step()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    error = made.outcome(future)
+    assert error.kind == "failed" and "Too many open files" in str(error)
+    assert made.table.failures == {}
+    made.ready("app.test")
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_child_that_cannot_be_watched_is_not_left_behind(calls, bench, monkeypatch):
+    made = bench()
+    register = made.table.selector.register
+
+    def full(*args: object) -> object:
+        nonlocal calls
+        calls -= 1
+        if not calls:
+            raise OSError(28, "No space left on device")
+        return register(*args)
+
+    monkeypatch.setattr(made.table.selector, "register", full)
+    error = made.failed("app.test")
+    assert "No space left" in str(error)
+    assert made.table.children == {} and made.table.failures == {}
+    assert len(made.table.selector.get_map()) == 1, "its own wake pipe"
+    made.ready("app.test")
+
+
+def test_the_reaper_outlives_an_operating_system_error(bench, monkeypatch, caplog):
+    real, errors = sniroute_tunnels.listens, [OSError(24, "Too many open files")] * 2
+
+    def listens(*args: int) -> str:
+        if errors:
+            raise errors.pop()
+        return real(*args)
+
+    monkeypatch.setattr(sniroute_tunnels, "listens", listens)
+    bench(live=True).ready("app.test")
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR] == [
+        "tunnels: [Errno 24] Too many open files"] * 2
+
+
+# -- leases, idle stop, eviction ---------------------------------------------------------------
+
+
+def test_an_idle_tunnel_is_stopped_by_the_clock(bench):
+    made = bench(idle=300)
+    made.leased("used.test")
+    made.ready("idle.test")
+    made.clock.jump(299)
+    made.table.step()
+    assert made.states() == {"used.test": READY, "idle.test": READY}
+    made.clock.jump(1)
+    made.turn(lambda: len(made.table.children) == 1)
+    assert made.states() == {"used.test": READY}
+    assert made.table.counters["idle_stops"] == 1
+
+
+def test_an_idle_tunnel_that_somebody_waits_for_is_not_stopped(bench):
+    made = bench(idle=300)
+    tunnel = made.ready("app.test")
+    with made.table.changed:
+        tunnel.waiters += 1  # a thread on its way out of wait(), say
+    made.clock.jump(1000)
+    made.table.step()
+    assert tunnel.state is READY
+    with made.table.changed:
+        tunnel.waiters -= 1
+    made.turn(lambda: not made.table.tunnels)
+
+
+def test_a_release_starts_the_idle_time_anew(bench):
+    made = bench(idle=300)
+    tunnel = made.leased("app.test")
+    made.clock.jump(1000)
+    made.table.release(tunnel)
+    made.table.step()
+    assert tunnel.state is READY
+    made.clock.jump(300)
+    made.turn(lambda: not made.table.tunnels)
+
+
+def test_the_reaper_wakes_for_an_idle_tunnel_by_itself(bench):
+    made = bench(live=True, idle=0.3)
+    tunnel = made.leased("app.test")
+    started = time.monotonic()
+    made.table.release(tunnel)
+    wait_until(lambda: not made.table.tunnels, timeout=5)
+    assert time.monotonic() - started >= 0.3
+
+
+def test_a_very_long_idle_time_does_not_end_the_reaper(bench):
+    """The system call behind the selector takes no more than 24 days."""
+    made = bench(live=True, idle=1e9)
+    made.ready("a.test")
+    made.ready("b.test")
+    assert made.table.reaper.is_alive()
+
+
+def test_all_tunnels_in_use_is_a_limit(bench, cloudflared):
+    made = bench(max_tunnels=2)
+    made.leased("a.test")
+    tunnel = made.leased("b.test")
+    with pytest.raises(TunnelError, match="all 2 tunnels are in use: raise --max-tunnels") as caught:
+        made.table.wait("cf:c.test", None, made.clock() + 60)
+    assert caught.value.kind == "limit"
+    assert len(cloudflared.starts()) == 2
+    made.table.release(tunnel)
+    made.clock.jump(sniroute_tunnels.EVICT_AGE)
+    made.ready("c.test")
+    assert made.states() == {"a.test": READY, "c.test": READY}
+
+
+@pytest.mark.parametrize("options", [dict(max_tunnels=3), dict(count=3)], ids=["tunnels", "ports"])
+def test_the_longest_idle_tunnel_makes_room(options, bench):
+    made = bench(**options)
+    for name in ("a.test", "b.test", "c.test"):
+        made.leased(name)
+    for name in ("b.test", "a.test", "c.test"):
+        made.clock.jump(2)
+        made.table.release(made.table.tunnels[f"cf:{name}"])
+    future = made.ask("d.test")
+    made.turn(lambda: "b.test" not in made.states())
+    made.clock.jump(sniroute_tunnels.QUARANTINE)
+    assert made.outcome(future) is None
+    assert made.states() == {"a.test": READY, "c.test": READY, "d.test": READY}
+    assert made.table.counters["evictions"] == 1
+
+
+def test_a_fresh_tunnel_is_not_evicted(bench):
+    made = bench(max_tunnels=1)
+    made.ready("a.test")
+    future = made.ask("b.test")
+    made.turn(lambda: "b.test" in made.states())
+    made.table.step()
+    assert made.states() == {"a.test": READY, "b.test": QUEUED}
+    made.clock.jump(sniroute_tunnels.EVICT_AGE)
+    assert made.outcome(future) is None
+    assert made.states() == {"b.test": READY}
+
+
+def test_the_reaper_evicts_by_itself_once_a_lease_is_released(bench):
+    made = bench(live=True, max_tunnels=1)
+    tunnel = made.ready("a.test")
+    future = made.ask("b.test")
+    assert made.table.lease("cf:a.test") is tunnel
+    wait_until(lambda: made.states().get("b.test") is QUEUED)
+    made.table.release(tunnel)
+    assert future.result(10) is None
+    assert made.states() == {"b.test": READY}
+
+
+class Watched(Tunnel):
+    """A tunnel that calls `hook` just before every look at, or change of, its state or leases."""
+
+    __slots__ = ("hook",)
+
+    def __init__(self, key: str, now: float):
+        object.__setattr__(self, "hook", None)
+        super().__init__(key, now)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("state", "leases") and (hook := object.__getattribute__(self, "hook")):
+            hook()
+        return object.__getattribute__(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("state", "leases") and (hook := object.__getattribute__(self, "hook")):
+            hook()
+        object.__setattr__(self, name, value)
+
+
+def bare_tunnel(table: TunnelTable, kind: type[Tunnel] = Tunnel) -> Any:
+    """A ready tunnel without a process, long idle."""
+    tunnel = kind("cf:app.test", table.clock())
+    tunnel.state = READY
+    tunnel.last_used = table.clock() - table.idle
+    table.tunnels = {tunnel.key: tunnel}
+    return tunnel
+
+
+def stopper(table: TunnelTable, tunnel: Tunnel, way: str) -> Callable[[], object]:
+    """One way in which the other threads stop a tunnel that nobody uses."""
+    if way == "idle":
+        return lambda: table._decide(table.clock())
+    if way == "eviction":
+        def evict() -> None:
+            with table.changed:
+                table._evict(table.clock())
+        return evict
+    child = types.SimpleNamespace(alive=lambda: True, proven=False, ready=0.0, started=0.0, address=(HOST, 1))
+    object.__setattr__(tunnel, "child", child)
+
+    def doubt() -> None:
+        with table.changed:
+            table._doubt(tunnel, child)
+    return doubt
+
+
+@pytest.mark.parametrize("inner", ["lease", "stop"])
+@pytest.mark.parametrize("way", ["idle", "eviction", "doubt"])
+def test_a_lease_at_the_instant_of_a_stop_wins_or_is_refused_at_every_interleaving(way, inner, bench):
+    """One side runs whole between any two steps of the other; a tunnel is leased or stopped, never both."""
+    table = bench().table
+    seen = set()
+    for at in range(1000):
+        tunnel = bare_tunnel(table, Watched)
+        stop = stopper(table, tunnel, way)
+        tunnel.child = getattr(tunnel, "child", None)
+        got: list[Tunnel | None] = []
+
+        def lease() -> None:
+            got.append(table.lease("cf:app.test"))
+
+        steps = at
+        outer, between = (stop, lease) if inner == "lease" else (lease, stop)
+
+        def hook() -> None:
+            nonlocal steps
+            if steps == 0:
+                tunnel.hook = None
+                between()
+            steps -= 1
+
+        tunnel.hook = hook
+        try:
+            outer()
+        finally:
+            table.tunnels = {}
+        if tunnel.hook:  # it had fewer steps than that: all are done
+            break
+        assert tunnel.state in (READY, STOPPING)
+        assert (got[0] is tunnel) == (tunnel.state is READY), f"step {at}"
+        assert tunnel.leases == (got[0] is tunnel)
+        seen.add(tunnel.state)
+    assert at > 2
+    assert seen == {READY, STOPPING}
+
+
+def test_ten_thousand_leases_at_the_instant_of_an_idle_stop(bench):
+    table = bench(idle=0).table
+    barrier = threading.Barrier(2)
+    interval = sys.getswitchinterval()
+    rounds, outcomes = 10_000, set()
+
+    def reap() -> None:
+        for _ in range(rounds):
+            barrier.wait()
+            table._decide(table.clock())
+            barrier.wait()
+
+    reaper = threading.Thread(target=reap, name="reap")
+    logging.getLogger("sniroute").setLevel(logging.ERROR)  # ten thousand lines otherwise
+    sys.setswitchinterval(1e-6)
+    reaper.start()
+    try:
+        for _ in range(rounds):
+            tunnel = bare_tunnel(table)
+            barrier.wait()
+            got = table.lease("cf:app.test")
+            barrier.wait()
+            assert (got is tunnel) == (tunnel.state is READY)
+            outcomes.add(tunnel.state)
+    finally:
+        barrier.abort() if sys.exc_info()[0] else None
+        sys.setswitchinterval(interval)
+        logging.getLogger("sniroute").setLevel(logging.NOTSET)
+        reaper.join()
+    table.tunnels = {}
+    assert outcomes <= {READY, STOPPING}
+
+
+def test_a_lease_holds_while_the_reaper_stops_all_that_is_idle(bench, cloudflared, echo_server):
+    """The same race with processes: whoever has a lease gets an answer."""
+    cloudflared.far("*", echo_server.address)
+    made = bench(live=True, idle=0.001)
+    answers = 0
+    deadline = time.monotonic() + 30
+    while answers < 15:
+        assert time.monotonic() < deadline
+        made.table.wait("cf:app.test", None, time.monotonic() + 30)
+        tunnel = made.table.lease("cf:app.test")
+        if tunnel is not None:
+            assert ask(tunnel.child.address) == b"hello"
+            answers += 1
+            made.table.release(tunnel)
+
+
+# -- crashes -----------------------------------------------------------------------------------
+
+
+def crash(made: Bench, tunnel: Tunnel) -> float:
+    """Kill the child of a tunnel in use; the pause before its next start."""
+    child = tunnel.child
+    os.kill(child.process.pid, signal.SIGKILL)
+    made.turn(lambda: tunnel.child is not child)
+    assert tunnel.state is BACKOFF and tunnel.child is None
+    return tunnel.until - made.clock()
+
+
+def test_a_tunnel_that_dies_in_use_comes_back_by_itself_later_and_later(bench):
+    made = bench()
+    tunnel = made.leased("app.test")
+    for wait in (1, 2, 4, 8):
+        assert crash(made, tunnel) == wait
+        made.clock.jump(wait - 0.1)
+        made.table.step()
+        assert tunnel.state is BACKOFF
+        made.clock.jump(0.1)
+        made.turn(lambda: tunnel.state is READY)
+    made.clock.jump(sniroute_tunnels.HEALTHY)
+    assert crash(made, tunnel) == 1, "it was healthy for a minute"
+    tunnel.crashes = 1000
+    made.clock.jump(1)
+    made.turn(lambda: tunnel.state is READY)
+    assert crash(made, tunnel) == sniroute_tunnels.BACKOFF_LAST
+    assert made.table.counters["crashes"] == 6
+
+
+def test_the_reaper_wakes_for_a_tunnel_in_back_off_by_itself(bench):
+    made = bench(live=True, jitter=lambda: 0.1)
+    tunnel = made.leased("app.test")
+    pid = tunnel.child.process.pid
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: tunnel.state is READY and tunnel.child.process.pid != pid)
+
+
+def test_a_tunnel_that_dies_unused_is_forgotten(bench, cloudflared, caplog):
+    made = bench()
+    tunnel = made.ready("app.test")
+    os.kill(tunnel.child.process.pid, signal.SIGTERM)
+    made.turn(lambda: not made.table.tunnels)
+    assert tunnel.state is FAILED
+    assert "it ended (signal 15): Start Websocket listener; the next client starts it again" in caplog.text
+    assert made.table.failures == {}
+    made.ready("app.test")
+    assert len(cloudflared.starts()) == 2
+
+
+def test_nobody_waits_out_a_back_off_that_is_longer_than_the_deadline(bench):
+    made = bench()
+    tunnel = made.leased("app.test")
+    assert crash(made, tunnel) == 1
+    error = made.failed("app.test", timeout=0.5)
+    assert error.kind == "timeout" and "it is backoff" in str(error)
+    future = made.ask("app.test", timeout=60)
+    made.turn(lambda: tunnel.waiters)
+    made.clock.jump(1)
+    assert made.outcome(future) is None
+
+
+def test_a_program_that_ends_at_its_first_client_says_why(bench, cloudflared, caplog):
+    cloudflared.fault("app.test", exit_on_client=True, code=2, words="goroutine panic")
+    made = bench()
+    tunnel = made.leased("app.test")
+    child = tunnel.child
+    assert ask(child.address) == b""
+    made.turn(lambda: tunnel.state is BACKOFF)
+    assert "cf:app.test: it ended (exit 2): goroutine panic; starting it again in 1.0 s" in caplog.text
+    assert made.table.words(child, 0.0) == "it ended (exit 2): goroutine panic"
+
+
+def test_last_words_are_heard_when_the_end_is_noticed_first(bench, cloudflared):
+    cloudflared.fault("app.test", exit_on_client=True, words="goroutine panic")
+    made = bench()
+    child = made.leased("app.test").child
+    made.table.step()
+    ask(child.address)
+    wait_until(lambda: not child.alive())
+    made.table._exited(child)
+    assert child.verdict == "it ended (exit 1): goroutine panic"
+
+
+@pytest.mark.parametrize("switches", [dict(exit_after=500), dict(exit_after_bytes=5)], ids=["time", "bytes"])
+def test_a_program_that_ends_later_is_started_again(switches, bench, cloudflared, echo_server):
+    cloudflared.fault("app.test", code=4, **switches)
+    cloudflared.far("app.test", echo_server.address)
+    made = bench()
+    tunnel = made.leased("app.test")
+    if "exit_after_bytes" in switches:
+        ask(tunnel.child.address, b"hello")
+    made.turn(lambda: tunnel.state is BACKOFF)
+    cloudflared.fault("app.test")
+    made.clock.jump(1)
+    made.turn(lambda: tunnel.state is READY)
+
+
+def test_a_start_after_a_crash_that_fails_is_remembered(bench, cloudflared):
+    made = bench()
+    tunnel = made.leased("app.test")
+    crash(made, tunnel)
+    cloudflared.fault("app.test", exit=1)
+    made.clock.jump(1)
+    made.turn(lambda: not made.table.tunnels)
+    assert tunnel.state is FAILED and "cf:app.test" in made.table.failures
+    made.table.release(tunnel)  # its clients are gone by and by, which disturbs nobody
+
+
+# -- doubt -------------------------------------------------------------------------------------
+
+
+def test_a_dead_child_that_is_doubted_is_started_again(bench):
+    made = bench(jitter=lambda: 0.0)
+    tunnel = made.ready("app.test")
+    child = tunnel.child
+    os.kill(child.process.pid, signal.SIGKILL)
+    wait_until(lambda: not child.alive())  # the reaper does not know yet
+    future = made.ask("app.test", doubted=child)
+    assert made.outcome(future) is None
+    assert tunnel.state is READY and tunnel.child is not child
+
+
+def test_a_hung_child_is_started_again_even_when_others_hold_leases(bench):
+    made = bench()
+    tunnel = made.leased("app.test")
+    child = tunnel.child
+    os.kill(child.process.pid, signal.SIGSTOP)
+    with socket.create_connection(child.address):  # the kernel accepts it, the process does not
+        future = made.ask("app.test", doubted=child)
+        wait_until(lambda: tunnel.state is STOPPING)
+        made.table.step()
+        made.clock.jump(sniroute_tunnels.STOP_GRACE)  # a stopped process does not hear TERM
+        assert made.outcome(future) is None
+    assert tunnel.state is READY and tunnel.child is not child and tunnel.leases == 1
+
+
+@pytest.mark.parametrize("backlog, hung", [
+    pytest.param([1] * 10, True, id="one client stays"),
+    pytest.param([1, 2, 3, 3, 4, 5, 6, 7, 8, 9], True, id="it grows"),
+    pytest.param([0], False, id="nobody waits"),
+    pytest.param([1, 0], False, id="it was only late"),
+    pytest.param([1] * 9 + [0], False, id="it was very late"),
+    pytest.param([5, 6, 4], False, id="it gets shorter"),
+])
+def test_a_backlog_that_never_gets_shorter_is_a_hung_process(backlog, hung, bench, monkeypatch):
+    table = bench(proc=True).table
+    rest = list(backlog)
+    monkeypatch.setattr(sniroute_tunnels, "listeners", lambda port: {"7": rest.pop(0)})
+    with table.changed:
+        assert table._hung(types.SimpleNamespace(address=(HOST, 1))) is hung
+    assert rest == []
+
+
+def test_a_busy_child_is_not_taken_for_a_hung_one(bench, cloudflared, echo_server):
+    """Clients that come all the time are in the backlog now and then, but never stay there."""
+    cloudflared.far("*", echo_server.address)
+    made = bench(live=True)
+    tunnel = made.leased("app.test")
+    child = tunnel.child
+    stop = threading.Event()
+
+    def come() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(OSError):
+                ask(child.address)
+
+    clients = [threading.Thread(target=come, name="client") for _ in range(2)]
+    for client in clients:
+        client.start()
+    try:
+        for _ in range(5):
+            made.table.wait("cf:app.test", None, time.monotonic() + 10, child)
+            assert tunnel.child is child
+    finally:
+        stop.set()
+        for client in clients:
+            client.join()
+
+
+def test_a_live_child_that_serves_others_is_left_alone(bench):
+    made = bench()
+    tunnel = made.leased("app.test")
+    made.clock.jump(100_000)
+    assert not made.doubt(tunnel)
+
+
+def test_doubt_restarts_an_unused_child_only_from_a_growing_age_on(bench):
+    made = bench(idle=1e6)
+    tunnel = made.ready("app.test")
+    for age in (5, 10, 20):
+        made.clock.jump(age - 0.5)
+        assert not made.doubt(tunnel), f"fresh: {age - 0.5} s"
+        made.clock.jump(0.5)
+        assert made.doubt(tunnel), f"old: {age} s"
+    tunnel.doubts = 1000
+    made.clock.jump(299)
+    assert not made.doubt(tunnel)
+    made.clock.jump(1)
+    assert made.doubt(tunnel)
+    made.clock.jump(5)
+    tunnel.child.proven = True  # a byte came through: the old doubts were about something else
+    assert made.doubt(tunnel)
+    assert tunnel.doubts == 1
+
+
+def test_doubt_of_an_earlier_child_does_nothing(bench):
+    made = bench(idle=1e6)
+    tunnel = made.ready("app.test")
+    old = tunnel.child
+    made.clock.jump(5)
+    assert made.doubt(tunnel)
+    made.clock.jump(100)
+    child = tunnel.child
+    made.ready("app.test", doubted=old)
+    assert tunnel.child is child
+
+
+def test_clients_that_doubt_together_cause_one_restart(bench, cloudflared):
+    made = bench(idle=1e6)
+    tunnel = made.ready("app.test")
+    made.clock.jump(5)
+    futures = [made.ask("app.test", doubted=tunnel.child) for _ in range(20)]
+    assert all(made.outcome(future) is None for future in futures)
+    assert len(cloudflared.starts()) == 2
+
+
+def test_doubt_during_close_ends_at_once(bench):
+    made = bench(live=True)
+    tunnel = made.leased("app.test")
+    child = tunnel.child
+    os.kill(child.process.pid, signal.SIGSTOP)
+    with socket.create_connection(child.address):
+        future = made.ask("app.test", doubted=child)
+        wait_until(lambda: tunnel.waiters)
+        made.table.close(now=True)
+        error = made.outcome(future)
+    assert error is None or error.kind == "stopping"
+
+
+# -- stopping ----------------------------------------------------------------------------------
+
+
+def test_close_leaves_no_child_and_releases_all_who_wait(bench, cloudflared):
+    cloudflared.fault("slow.test", never_listen=True)
+    made = bench(live=True, max_starting=1)
+    made.leased("used.test")
+    made.ready("idle.test")
+    waiting = [made.ask("slow.test"), made.ask("queued.test"), made.ask("slow.test")]
+    wait_until(lambda: len(cloudflared.starts()) == 3 and "queued.test" in made.states())
+    started = time.monotonic()
+    made.table.close()
+    assert time.monotonic() - started < sniroute_tunnels.STOP_GRACE, "TERM is enough"
+    for future in waiting:
+        error = made.outcome(future)
+        assert (error.kind, str(error)) == ("stopping", "sniroute is stopping")
+    assert made.table.children == {} and own_children() == set()
+    assert not any(runs(start["pid"]) for start in cloudflared.starts())
+    with pytest.raises(TunnelError, match="sniroute is stopping"):
+        made.table.wait("cf:more.test", None, time.monotonic() + 10)
+    made.table.close()  # again: it has ended
+    made.table.wake()
+
+
+def test_close_without_any_tunnel_returns(bench):
+    bench(live=True).table.close()
+
+
+@pytest.mark.parametrize("moment", ["queued", "claimed", "launched", "in back-off"])
+def test_close_during_a_launch_leaves_no_process(moment, bench, cloudflared, monkeypatch):
+    cloudflared.fault("app.test", listen_delay=0 if moment == "in back-off" else 60_000)
+    made = bench()
+    table = made.table
+    if moment == "in back-off":
+        crash(made, made.leased("app.test"))
+    future = made.ask("app.test")
+    wait_until(lambda: table.tunnels and table.tunnels["cf:app.test"].waiters)
+    if moment == "claimed":
+        spawn = table._spawn
+        monkeypatch.setattr(table, "_spawn", lambda *args: setattr(table, "closing", "drain") or spawn(*args))
+        table.step()
+        assert len(table.children) == 1
+    elif moment == "launched":
+        made.turn(cloudflared.starts)
+    table.start()
+    table.close()
+    assert made.outcome(future).kind == "stopping"
+    assert table.children == {} and own_children() == set()
+
+
+def test_a_child_that_ignores_term_is_killed_after_the_grace(bench, cloudflared):
+    cloudflared.fault("app.test", ignore_term=True)
+    made = bench()
+    tunnel = made.ready("app.test")
+    child = tunnel.child
+    made.clock.jump(made.table.idle)
+    made.table.step()
+    made.clock.jump(sniroute_tunnels.STOP_GRACE - 0.1)
+    made.table.step(0.05)
+    assert tunnel.state is STOPPING and child.alive() and not child.killed
+    made.clock.jump(0.1)
+    made.turn(lambda: not made.table.children)
+    assert child.process.returncode == -signal.SIGKILL
+
+
+def test_close_kills_what_ignores_term_and_at_once_when_hurried(bench, cloudflared, monkeypatch):
+    monkeypatch.setattr(sniroute_tunnels, "STOP_GRACE", 30.0)
+    cloudflared.fault("*", ignore_term=True)
+    made = bench(live=True)
+    made.ready("a.test")
+    made.ready("b.test")
+    closer = threading.Thread(target=made.table.close, name="close")
+    closer.start()
+    wait_until(lambda: all(child.kill_at for child in made.table.children))
+    assert set(made.states().values()) == {STOPPING}
+    started = time.monotonic()
+    made.table.close(now=True)
+    closer.join()
+    assert time.monotonic() - started < 5
+    assert own_children() == set()
+
+
+def test_close_now_does_not_wait_for_term(bench, cloudflared):
+    cloudflared.fault("app.test", ignore_term=True)
+    made = bench(live=True)
+    made.ready("app.test")
+    started = time.monotonic()
+    made.table.close(now=True)
+    assert time.monotonic() - started < sniroute_tunnels.STOP_GRACE
+
+
+def test_a_client_that_comes_while_a_tunnel_stops_has_it_started_again(bench, cloudflared):
+    cloudflared.fault("app.test", ignore_term=True)
+    made = bench()
+    tunnel = made.ready("app.test")
+    made.clock.jump(made.table.idle)
+    made.table.step()
+    assert tunnel.state is STOPPING and made.table.lease("cf:app.test") is None
+    future = made.ask("app.test", timeout=1000)
+    wait_until(lambda: tunnel.waiters)
+    made.clock.jump(sniroute_tunnels.STOP_GRACE)
+    assert made.outcome(future) is None
+    assert len(cloudflared.starts()) == 2
+
+
+def test_a_child_that_does_not_die_is_given_up(bench, monkeypatch, caplog):
+    monkeypatch.setattr(sniroute_tunnels.Child, "signal", lambda *_: None)  # as one that hangs in the kernel
+    made = bench()
+    tunnel = made.ready("app.test")
+    child = tunnel.child
+    try:
+        made.clock.jump(made.table.idle)
+        made.table.step()
+        made.clock.jump(sniroute_tunnels.STOP_GRACE)
+        made.table.step()
+        assert child.killed and tunnel.state is STOPPING
+        made.clock.jump(sniroute_tunnels.KILL_GRACE)
+        made.table.step()
+        assert made.table.children == {} and made.table.tunnels == {}
+        assert f"process {child.process.pid} does not die" in caplog.text
+    finally:
+        child.process.kill()
+        child.process.wait()
+
+
+# -- output ------------------------------------------------------------------------------------
+
+
+def test_a_chatty_child_does_not_block_and_only_its_end_is_kept(bench, cloudflared, echo_server, caplog):
+    caplog.set_level(logging.DEBUG, "sniroute")
+    cloudflared.fault("app.test", flood=20)
+    cloudflared.far("app.test", echo_server.address)
+    tunnel = bench(live=True).ready("app.test")
+    assert ask(tunnel.child.address) == b"hello"  # it serves only when all is written
+    wait_until(lambda: tunnel.child.tail.endswith(b"x\n"))
+    assert len(tunnel.child.tail) == sniroute_tunnels.TAIL
+    assert f"pid {tunnel.child.process.pid}: xxx" in caplog.text
+
+
+def test_words_are_the_reason_for_the_last_refusal(bench, cloudflared, echo_server):
+    cloudflared.far("app.test", echo_server.address)
+    cloudflared.fault("app.test", refuse=1)
+    made = bench(live=True)
+    child = made.ready("app.test").child
+    assert ask(child.address, b"") == b""
+    wait_until(lambda: made.table.words(child, 0.0).startswith("the edge refused it"))
+    assert made.table.words(child, time.monotonic()) == "", "it has said nothing since"
+    assert ask(child.address) == b"hello", "the second client is served"
+
+
+def test_a_child_may_close_its_output(bench, tmp_path, cloudflared):
+    program = tmp_path / "quiet"
+    program.write_text(f'#!/bin/sh\nexec {cloudflared.path} "$@" >/dev/null 2>&1\n')
+    program.chmod(0o700)
+    made = bench(program=str(program))
+    tunnel = made.ready("app.test")
+    made.turn(lambda: tunnel.child.output.closed)
+    assert tunnel.state is READY
+    made.clock.jump(made.table.idle)
+    made.turn(lambda: not made.table.children)
+
+
+def test_an_output_that_fails_is_closed(bench, monkeypatch):
+    made = bench()
+    tunnel = made.ready("app.test")
+    output = tunnel.child.output
+
+    class Broken:
+        closed = property(lambda self: output.closed)
+        fileno, close = output.fileno, output.close
+
+        def read(self, _: int) -> bytes:
+            raise OSError(5, "Input/output error")
+
+    tunnel.child.output = Broken()
+    made.table._drain(tunnel.child)
+    assert output.closed and tunnel.state is READY
+
+
+def test_a_snapshot_names_state_leases_port_and_pid(bench):
+    made = bench(live=True)
+    tunnel = made.leased("app.test")
+    with pytest.raises(TunnelError):
+        made.table.wait("cf:other.test", None, 0.0)
+    rows = {row[0]: row[1:] for row in made.table.snapshot()}
+    assert rows["cf:app.test"] == (READY, 1, tunnel.child.address[1], tunnel.child.process.pid)
+    assert rows.get("cf:other.test", ("queued", 0, 0, 0))[1] == 0
+
+
+# -- all together ------------------------------------------------------------------------------
+
+
+def test_fifty_random_ends_leave_no_zombie_and_lose_no_port(bench, cloudflared):
+    dice = random.Random(20)
+    made = bench(count=8, jitter=lambda: 0.0)
+    table = made.table
+    everything = sorted(table.pool.free)
+    for _ in range(50):
+        name = dice.choice(["a.test", "b.test", "c.test", "d.test"])
+        tunnel = made.ready(name)
+        child = tunnel.child
+        leased = dice.random() < 0.5 and table.lease(tunnel.key)
+        way = dice.choice(["kill", "term", "idle"])
+        if way != "idle":
+            os.kill(child.process.pid, signal.SIGKILL if way == "kill" else signal.SIGTERM)
+        if leased:
+            made.turn(lambda: way == "idle" or tunnel.child is not child and tunnel.state is READY)
+            table.release(tunnel)
+        if way == "idle":
+            made.clock.jump(table.idle)
+        made.turn(lambda: child not in table.children)
+        made.clock.jump(0.5)
+    made.clock.jump(table.idle)
+    made.turn(lambda: not table.children)
+    assert table.tunnels == {}
+    assert sorted(table.pool.free + [port for _, port in table.pool.resting]) == everything
+    assert own_children() == set()
+
+
+def test_without_pidfd_children_are_polled(bench, monkeypatch):
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
+    made = bench(live=True, idle=0.2, jitter=lambda: 0.0)
+    tunnel = made.leased("app.test")
+    child = tunnel.child
+    assert child.pidfd == -1 and child.alive()
+    os.kill(child.process.pid, signal.SIGKILL)
+    wait_until(lambda: tunnel.state is READY and tunnel.child is not child)
+    assert not child.alive()
+    made.table.release(tunnel)
+    wait_until(lambda: not made.table.tunnels)
+
+
+def test_without_proc_a_start_counts_as_ready_and_doubt_is_patient(bench, cloudflared, echo_server):
+    cloudflared.far("app.test", echo_server.address)
+    made = bench(proc=False, idle=1e6)
+    tunnel = made.ready("app.test")
+    child = tunnel.child
+    assert not made.doubt(tunnel), "perhaps it does not listen yet"
+
+    def connected() -> bytes:
+        try:
+            return ask(child.address)
+        except ConnectionRefusedError:
+            return b""
+
+    assert wait_until(connected) == b"hello"
+    made.clock.jump(15)  # start_timeout
+    assert made.doubt(tunnel)
+    tunnel.child.proven = True
+    made.clock.jump(5)
+    assert made.doubt(tunnel), "it did listen: no patience"
+
+
+def test_a_process_that_is_gone_is_not_alive_and_is_not_signalled():
+    with subprocess.Popen(["true"], stdout=subprocess.PIPE) as process:
+        child = sniroute_tunnels.Child(process, 1, 0.0)
+        try:
+            process.wait()
+            assert not child.alive()
+            child.signal(signal.SIGKILL)  # its group has ended
+        finally:
+            if child.pidfd >= 0:
+                os.close(child.pidfd)
+
+
+# -- the stand-in itself -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words, code, says", [
+    pytest.param(["access", "tcp", "--hostname", "a.test", "--no-autoupdate", "true"], 0, "USAGE", id="unknown flag"),
+    pytest.param(["access", "tcp", "--url", "127.0.0.1:1"], 0, "USAGE", id="no hostname"),
+    pytest.param(["access", "tcp", "--hostname", "a.test", "--url", ":1"], 1, "failed to start", id="bad listener"),
+    pytest.param(["acess", "tcp", "--hostname", "a.test"], 99, "to the internet", id="misspelt command"),
+    pytest.param(["--version"], 0, "cloudflared version", id="version"),
+])
+def test_the_stand_in_takes_wrong_usage_as_the_real_one_does(words, code, says, cloudflared):
+    done = subprocess.run([cloudflared.path, *words], capture_output=True, text=True)
+    assert done.returncode == code
+    assert says in done.stdout + done.stderr
+
+
+def test_the_stand_in_logs_before_it_fails_to_listen(cloudflared):
+    with listening() as listener:
+        words = ["access", "tcp", "--hostname", "a.test", "--url", f"127.0.0.1:{port_of(listener)}", "--loglevel=info"]
+        done = subprocess.run([cloudflared.path, *words], capture_output=True, text=True,
+                              env={"TUNNEL_LOG_OUTPUT": "json"})
+    first, second, third = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert json.loads(first)["message"] == "Start Websocket listener"
+    assert json.loads(second)["error"].endswith("bind: address already in use")
+    assert third.startswith("failed to start forwarding server")
+
+
+def test_the_stand_in_flushes_and_ends_both_sides_at_the_first_end(bench, cloudflared, serve):
+    received = []
+
+    def far(sock: socket.socket) -> None:
+        while data := sock.recv(65536):
+            received.append(len(data))
+        received.append(0)
+
+    cloudflared.far("a.test", serve(far).address)
+    cloudflared.far("b.test", serve(lambda sock: sock.sendall(b"x" * 3_000_000)).address)
+    made = bench(live=True)
+    with socket.create_connection(made.ready("a.test").child.address, 10) as client:
+        client.sendall(b"x" * 3_000_000)
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(1) == b""
+    wait_until(lambda: received and received[-1] == 0)
+    assert sum(received) == 3_000_000
+    with socket.create_connection(made.ready("b.test").child.address, 10) as client:
+        assert sum(iter(lambda: len(client.recv(65536)), 0)) == 3_000_000
+
+
+def test_the_stand_in_dies_of_a_closed_log(cloudflared, free_ports):
+    port = free_ports()[0]
+    words = ["access", "tcp", "--hostname", "a.test", "--url", f"127.0.0.1:{port}"]
+    with subprocess.Popen([cloudflared.path, *words], stderr=subprocess.PIPE) as process:
+        assert b"Start Websocket listener" in process.stderr.readline()
+        process.stderr.close()
+
+        def refused() -> bool:  # it has no far end, which it logs
+            with contextlib.suppress(OSError):
+                ask((HOST, port))
+            return process.poll() is not None
+
+        wait_until(refused)
+    assert process.returncode == -signal.SIGPIPE
+
+
+def test_the_stand_in_can_stop_hang_and_ask_for_a_login(bench, cloudflared, echo_server):
+    cloudflared.far("*", echo_server.address)
+    cloudflared.fault("stop.test", stop=True)
+    cloudflared.fault("hang.test", hang=True)
+    cloudflared.fault("login.test", login=True)
+    made = bench(live=True)
+    child = made.ready("login.test").child
+    with socket.create_connection(child.address):
+        wait_until(lambda: made.table.words(child, 0.0).startswith("Access wants a login"))
+    with socket.create_connection(made.ready("hang.test").child.address) as client:
+        client.sendall(b"hello")
+        wait_until(lambda: cloudflared.clients("hang.test"))
+        client.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            client.recv(1)
+    child = made.ready("stop.test").child
+    with socket.create_connection(child.address):
+        wait_until(lambda: any(sniroute_tunnels.listeners(child.address[1]).values()))
+        assert pathlib.Path(f"/proc/{child.process.pid}/stat").read_text().rpartition(") ")[2][0] == "T"
+    assert len(cloudflared.clients()) == 2
