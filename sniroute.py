@@ -51,6 +51,7 @@ import contextlib
 import errno
 import functools
 import gc
+import io
 import ipaddress
 import json
 import logging
@@ -105,7 +106,6 @@ ADDRESSES_MAX = 4  # addresses of one host that are tried
 DECISIONS_MAX = 4096  # routed names remembered: names come from strangers
 PEERS_MAX = 4096  # client addresses remembered without a connection
 BULK = 1 << 18  # bytes moved in one go: 256 KiB is where throughput stops growing
-SPLICE_FROM = 1 << 14  # from this size of a read on, the next one is a splice
 SMALL = 1 << 14  # the same while many clients do not read: what they leave has to be kept
 PENDING_MAX = 1 << 22  # bytes kept for clients that do not read, before SMALL applies
 PIPES_MAX = 64  # pipes lent to flows whose sink would block: 256 KiB and two descriptors each
@@ -216,6 +216,7 @@ HELLO_MIN = 41  # version, random, empty session id, one cipher suite, one compr
 SERVER_NAME, ALPN = 0, 16  # extension types, RFC 6066 3 and RFC 7301 3.1
 _two_shorts = struct.Struct(">HH").unpack_from
 _short = struct.Struct(">H").unpack_from
+_hello_header = struct.Struct(">BBBHBBH").unpack_from  # of a record, and of the handshake message in it
 
 
 class HelloReader:
@@ -239,6 +240,12 @@ class HelloReader:
         """
         message = self.message
         received = len(data)
+        if not self.at and received > 9:  # nearly always the hello is here, whole, in one record
+            first, major, _, length, kind, high, size = _hello_header(data)
+            if first == TLS_HANDSHAKE and major == 3 and kind == CLIENT_HELLO and not high \
+                    and HELLO_MIN <= size <= min(length, RECORD_MAX) - 4 and received >= 9 + size:
+                name, alpn = parse_client_hello(bytes(data[9:9 + size]))
+                return Hello(name, alpn, 9 + size)
         while True:
             if not self.left:
                 if not self._record(data):
@@ -598,7 +605,7 @@ class Prelude:
         header = parse(data)
         if header is None:
             return None
-        source = header.source
+        source = getattr(header.source, "ipv4_mapped", None) or header.source
         if source is not None and not self.local and (source.is_loopback or source.is_unspecified
                                                       or source.is_multicast):
             raise Malformed(f"a PROXY header that claims to come from {source}", kind="proxy")
@@ -671,7 +678,8 @@ class Route(NamedTuple):
         """Fill in the target for a name.  Raises Malformed where that gives no valid target."""
         scheme, _, rest = expand(self.target, name).partition(":")
         row = SCHEMES[scheme]
-        return Decision(self, f"{scheme}:{rest}", row, row.check(rest))
+        rest = row.check(rest)
+        return Decision(self, f"{scheme}:{rest}", row, rest)
 
 
 FIELDS = re.compile(r"\{([^{}]*)\}")
@@ -1238,13 +1246,14 @@ class Journal(logging.Handler):
 
     def line(self, level: int, when: float, text: str, fields: dict[str, Any]) -> str:
         """A finished line.  Under journald it has a syslog level instead of a time of its own."""
-        word = logging.getLevelName(level).lower()
-        stamp = f"{timestamp(int(when))}.{int(when % 1 * 1000):03d}Z"
+        word, syslog_level = LEVELS[level]
+        second = int(when)
+        stamp = f"{timestamp(second)}.{int((when - second) * 1000):03d}Z"
         if self.style == "json":
             record = {"time": stamp, "level": word, **({"message": text} if text else {}), **fields}
             return json.dumps(record) + "\n"
         if self.journald:
-            return f"<{SYSLOG_LEVELS.get(level, 6)}>{text}\n"
+            return f"<{syslog_level}>{text}\n"
         return f"{stamp} {word} {text}\n"
 
 
@@ -1254,7 +1263,9 @@ def timestamp(second: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
-SYSLOG_LEVELS = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
+# the word in a line, and syslog's number (RFC 5424 6.2.1)
+LEVELS = {logging.DEBUG: ("debug", 7), logging.INFO: ("info", 6), logging.WARNING: ("warning", 4),
+          logging.ERROR: ("error", 3)}
 
 
 def under_journald(stream: Any) -> bool:
@@ -1392,18 +1403,9 @@ class SpliceFlow(Flow):
     there is none to spare, the rest is copied out, as in Flow.
     """
 
-    __slots__ = ("bulk",)
-
-    def __init__(self, connection: Connection):
-        super().__init__(connection)
-        self.bulk = False  # much came at once the last time
+    __slots__ = ()
 
     def pump(self, mask: int = READ) -> None:
-        if not self.bulk:  # for a few bytes, two splices cost more than a copy
-            before = self.total
-            super().pump()
-            self.bulk = self.total - before >= SPLICE_FROM
-            return
         if self.state is not OPEN:
             return
         connection = self.connection
@@ -1420,7 +1422,8 @@ class SpliceFlow(Flow):
             connection.ended(self)
             return
         self.total += count
-        self.bulk = count >= SPLICE_FROM
+        if connection.hello is not None:
+            connection.spoke(self)
         try:
             sent = os.splice(reader, self.twin.fd, count, flags=SPLICE_FLAGS)
         except BlockingIOError:
@@ -1490,15 +1493,7 @@ def can_splice() -> bool:
 
 SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE", 0)
 
-
-def stream_socket(family: int) -> socket.socket:
-    """A TCP socket that does not block; where it can be, it is born so: one system call less."""
-    sock = socket.socket(family, socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0))
-    if not hasattr(socket, "SOCK_NONBLOCK"):
-        sock.setblocking(False)
-    return sock
-
-
+STREAM = int(socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0))  # born non-blocking: a call less
 NO_FLOW = Flow.__new__(Flow)  # the twin of a flow whose connection is over
 NO_FLOW.state = DONE
 
@@ -1625,7 +1620,7 @@ class Connection:
         self.replayable = hello.end == len(self.hello)
         self.greeting = prelude.header + SSL_REQUEST_BYTES if prelude.ssl else prelude.header
         self.name = hello.name
-        if log.isEnabledFor(logging.DEBUG):
+        if router.level <= logging.DEBUG:
             log.debug("%s:%d says hello: name %s, ALPN %s, %d bytes", *self.address, hello.name, hello.alpn, hello.end)
         try:
             if prelude.source is not None and prelude.source.source is not None:
@@ -1693,10 +1688,12 @@ class Connection:
         for index in range(tried, len(addresses)):
             family, address = addresses[index]
             try:
-                server = stream_socket(family)
+                server = socket.socket(family, STREAM)
             except OSError as failure:  # out of descriptors: the next address would not help
                 error = failure.errno
                 break
+            if STREAM == socket.SOCK_STREAM:
+                server.setblocking(False)
             server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.down.source, self.down.fd = server, server.fileno()
             error = server.connect_ex(address)
@@ -1961,6 +1958,22 @@ def keep_alive(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT * 1000)
 
 
+class Listener(socket.socket):
+    """A listening socket.  accept() reads these two for each client, and as properties they cost 2 us."""
+
+    family = socket.AF_INET
+    type = socket.SOCK_STREAM
+
+    def __init__(self) -> None:
+        super().__init__(self.family, self.type)
+
+
+class Listener6(Listener):
+    """The same for IPv6."""
+
+    family = socket.AF_INET6
+
+
 class Router(socketserver.ThreadingTCPServer):
     """The server: listeners, the loop, and what all connections share.
 
@@ -1980,6 +1993,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.max_connections: int = settings.max_connections
         self.max_per_client: int = settings.max_per_client
         self.phase = RUNNING
+        self.level = log.getEffectiveLevel()  # asked for each connection: it does not change
         self.connections: set[Connection] = set()
         self.counters: collections.Counter[str] = collections.Counter()
         self.resolved: dict[str, tuple[Backend, float]] = {}  # written by wait-<n>, read by the loop
@@ -2029,7 +2043,7 @@ class Router(socketserver.ThreadingTCPServer):
     def server_bind(self) -> None:
         """Bind every address.  Options set here are inherited by what is accepted."""
         for family, address in self.addresses:
-            listener = self.socket if not self.listeners else socket.socket(family, socket.SOCK_STREAM)
+            listener = (Listener6 if family == socket.AF_INET6 else Listener)()
             self.listeners.append(listener)
             try:
                 if family == socket.AF_INET6:
@@ -2040,7 +2054,9 @@ class Router(socketserver.ThreadingTCPServer):
                 listener.bind(address)
             except OSError as error:
                 raise SettingsError(f"--listen {show_address(address)}: {error.strerror}") from None
-        self.server_address = self.listeners[0].getsockname()
+        self.socket.close()  # TCPServer makes one of its own class
+        self.socket = self.listeners[0]
+        self.server_address = self.socket.getsockname()
 
     def server_activate(self) -> None:
         for listener in self.listeners:
@@ -2050,7 +2066,7 @@ class Router(socketserver.ThreadingTCPServer):
 
     def server_close(self) -> None:
         """Close what is left.  After the loop has ended, or instead of it."""
-        for listener in self.listeners or [self.socket]:
+        for listener in [self.socket, *self.listeners]:
             listener.close()
         for pipe in [*self.pipes, *([self.pipe] if self.pipe else [])]:
             os.close(pipe[0])
@@ -2319,7 +2335,7 @@ class Router(socketserver.ThreadingTCPServer):
         level = logging.INFO
         if refusal is not None and reason in REFUSALS:
             level = REFUSALS[reason].level
-        if log.isEnabledFor(level):
+        if level >= self.level:
             decision = connection.decision
             self.journal(Ending(
                 level, time.time(), connection.address, connection.name, decision and decision.route.pattern,
@@ -2446,7 +2462,7 @@ def check(settings: types.SimpleNamespace) -> int:
 def explain(settings: types.SimpleNamespace) -> int:
     """`sniroute explain NAME`: 0 where the name would be routed, 1 where it would be refused."""
     try:
-        name = normalise(settings.name.encode())
+        name = normalise(os.fsencode(settings.name))
         decision = settings.routes.decide(name)
     except Refused as error:
         print(f"name:    {printable(settings.name)}\nrefused: {error} ({error.kind}, TLS alert {error.alert})")
@@ -2465,7 +2481,9 @@ def explain(settings: types.SimpleNamespace) -> int:
 def serve(settings: types.SimpleNamespace) -> int:
     """`sniroute serve`: run until a signal ends it.  The exit code."""
     raise_descriptor_limit()
-    journal = Journal(sys.stderr, settings.log_format)
+    # Not sys.stderr: Python flushes that at its exit, and hangs or fails there if nobody reads it.
+    stream = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), "ascii", "replace", write_through=True)
+    journal = Journal(stream, settings.log_format)
     log.setLevel(settings.log_level.upper())
     log.propagate = False
     log.addHandler(journal)
@@ -2474,11 +2492,14 @@ def serve(settings: types.SimpleNamespace) -> int:
     try:
         return run(settings, journal, reader, writer)
     finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one more changes nothing now ...
         signal.set_wakeup_fd(-1)
         os.close(reader)
         os.close(writer)
         log.removeHandler(journal)
         journal.stop()
+        for number in SIGNALS:  # ... nor while the interpreter ends, which sets the default again
+            signal.signal(number, signal.SIG_IGN)
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -2513,6 +2534,7 @@ def run(settings: types.SimpleNamespace, journal: Journal, reader: int, writer: 
             log.exception("the loop ended: please report it")
             failed.append(True)
         finally:
+            tunnels.close()  # here, so that the main thread hears a second signal meanwhile
             os.write(writer, b"\0")
 
     warn(settings)
@@ -2522,38 +2544,24 @@ def run(settings: types.SimpleNamespace, journal: Journal, reader: int, writer: 
     thread.start()
     for listener in router.listeners:
         log.info("listening on %s", show_address(listener.getsockname()))
-    stopping = 0
+    stopping = False
     while thread.is_alive():
         for number in os.read(reader, 64):
-            if number in (signal.SIGTERM, signal.SIGINT):
-                router.shutdown() if stopping else router.drain(settings.drain)
-                stopping += 1
+            if number in (signal.SIGTERM, signal.SIGINT) and not stopping:
+                stopping = True
+                router.drain(settings.drain)
+            elif number in (signal.SIGTERM, signal.SIGINT):
+                router.shutdown()
+                tunnels.close(now=True)
             elif number == signal.SIGUSR1:
                 router.call(router.dump)
             elif number == signal.SIGHUP:
                 log.info("SIGHUP: there is no file of settings to read again")
             elif number == 0:
                 thread.join()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, hurry_up)
-    try:
-        tunnels.close(now=stopping > 1)
-    except Hurry:
-        tunnels.close(now=True)
     router.server_close()
     log.info("stopped")
     return 1 if failed else 0
-
-
-class Hurry(Exception):
-    """A second signal, while the tunnels are being stopped."""
-
-
-def hurry_up(number: int, frame: types.FrameType | None) -> None:
-    """Break the wait for tunnels that end by themselves; further signals change nothing."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    raise Hurry
 
 
 def trim_memory() -> None:

@@ -45,6 +45,7 @@ class Running:
     """A Router with its loop in a thread of this process."""
 
     def __init__(self, *argv: str, program: str):
+        sniroute.log.setLevel("DEBUG")
         settings = sniroute.load_settings(["--listen", f"{HOST}:0", *argv], {})
         self.tunnels = TunnelTable({"cloudflared": cloudflared_launcher(program, {})}, settings.ports,
                                    idle=settings.idle, start_timeout=settings.start_timeout,
@@ -56,7 +57,6 @@ class Running:
         self.thread = threading.Thread(target=self.router.serve_forever, name="loop")
 
     def __enter__(self) -> Running:
-        sniroute.log.setLevel("DEBUG")
         self.tunnels.start()
         self.thread.start()
         return self
