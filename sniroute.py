@@ -45,6 +45,17 @@ of who asks.  SNI is not authentication.
 
 from __future__ import annotations
 
+import os
+import sys
+
+AS_MODULE = ("import os, sys; del sys.argv[0]; sys.path.insert(0, os.path.dirname(sys.argv[0])); "
+             "import sniroute; sys.exit(sniroute.main())")
+if __name__ == "__main__" and sys.executable:
+    # Python keeps the syntax tree of a script for as long as the script runs: 6 MB for this one, a
+    # quarter of the process.  A module's is freed, so the same process goes on as one (same pid).
+    flags = sys.orig_argv[1:len(sys.orig_argv) - len(sys.argv)]
+    os.execv(sys.executable, [sys.executable, *flags, "-P", "-c", AS_MODULE, os.path.abspath(__file__), *sys.argv[1:]])
+
 import argparse
 import collections
 import contextlib
@@ -55,7 +66,6 @@ import io
 import ipaddress
 import json
 import logging
-import os
 import re
 import resource
 import selectors
@@ -65,7 +75,6 @@ import socket
 import socketserver
 import stat
 import struct
-import sys
 import threading
 import time
 import types
@@ -2538,7 +2547,6 @@ def run(settings: types.SimpleNamespace, journal: Journal, reader: int, writer: 
             os.write(writer, b"\0")
 
     warn(settings)
-    trim_memory()
     gc.freeze()  # what is here now lives as long as the process: never look at it again
     thread = threading.Thread(target=loop, name="loop", daemon=True)
     thread.start()
@@ -2562,14 +2570,6 @@ def run(settings: types.SimpleNamespace, journal: Journal, reader: int, writer: 
     router.server_close()
     log.info("stopped")
     return 1 if failed else 0
-
-
-def trim_memory() -> None:
-    """Give back what compiling this file took: 4 MB that the allocator would keep for ever (glibc)."""
-    with contextlib.suppress(Exception):  # other C libraries, and Pythons built without ctypes
-        import ctypes
-
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def warn(settings: types.SimpleNamespace) -> None:
@@ -2614,6 +2614,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-if __name__ == "__main__":
-    sys.modules.setdefault("sniroute", sys.modules["__main__"])  # one module, whoever imports it
+if __name__ == "__main__":  # an embedded Python that does not know its own program
     sys.exit(main())
