@@ -104,7 +104,7 @@ PRELUDES_MAX = 1024  # clients that have not said their name yet; over it the ol
 LINGER = 0.5  # a refused client may read its alert this long before the close
 CONNECT_TIMEOUT = 5.0  # for each address of a backend
 GREETING_TIMEOUT = 10.0  # for a backend's answer to SSLRequest; a tunnel dials its far end meanwhile
-FIRST_BYTE_TIMEOUT = 30.0  # a tunnel without an answer to the hello by then does not work
+FIRST_BYTE_TIMEOUT = 15.0  # a tunnel without an answer to the hello by then does not work
 HALF_CLOSED_IDLE = 3600.0  # one side gone, the other silent: nobody will end this but we
 WAIT_THREADS = 32  # names that wait at once; --max-starting lets even fewer start
 WAITS_MAX = 1024  # names that wait for a thread: a crowd of names, each good for one refusal
@@ -252,7 +252,7 @@ class HelloReader:
         if not self.at and received > 9:  # nearly always the hello is here, whole, in one record
             first, major, _, length, kind, high, size = _hello_header(data)
             if first == TLS_HANDSHAKE and major == 3 and kind == CLIENT_HELLO and not high \
-                    and HELLO_MIN <= size <= min(length, RECORD_MAX) - 4 and received >= 9 + size:
+                    and HELLO_MIN + 4 <= size + 4 <= length <= RECORD_MAX and received >= 9 + size:
                 name, alpn = parse_client_hello(bytes(data[9:9 + size]))
                 return Hello(name, alpn, 9 + size)
         while True:
@@ -855,6 +855,8 @@ def tcp_ready(router: Router, decision: Decision) -> Backend | None:
         return None  # a name: to be resolved
     address = (host, port) if literal.version == 4 else (host, port, 0, 0)
     family = socket.AF_INET if literal.version == 4 else socket.AF_INET6
+    if not router.may_dial(decision, address):
+        return None  # tcp_prepare says so
     backend = Backend(((family, address),), literal.is_loopback)
     router.resolved[decision.target] = backend, float("inf")
     return backend
@@ -904,7 +906,7 @@ REFUSALS = {
     "truncated": Refusal(logging.DEBUG, "the client left in the middle of its prelude"),
     "prelude_timeout": Refusal(logging.DEBUG, "the client did not say its name within --prelude-timeout"),
     "shed": Refusal(logging.DEBUG, "too many clients had not said their name: the oldest went"),
-    "proxy": Refusal(logging.WARNING, "a PROXY header is missing, broken, or from an untrusted address"),
+    "proxy": Refusal(logging.INFO, "a PROXY header is missing, broken, or from an untrusted address"),
     "no_name": Refusal(logging.INFO, "the client's TLS names no server"),
     "bad_name": Refusal(logging.INFO, "the name is no host name"),
     "no_route": Refusal(logging.INFO, "no route fits the name"),
@@ -1671,6 +1673,12 @@ class Connection:
         self.router.arm(self, self.router.parked_deadline)
         self.router.join_wait(self, doubted)
 
+    def _leave_wait(self) -> None:
+        """Wait no more: whatever becomes of the target, it is not for this connection."""
+        if self.wait is not None:
+            del self.wait.connections[self]
+            self.wait = None
+
     def on_waiting(self, mask: int) -> None:
         """The client says more, or leaves, while it waits for the backend."""
         if self.state not in (PARKED, DIALING, GREETING):
@@ -1890,6 +1898,7 @@ class Connection:
     def refuse(self, error: Refused) -> None:
         """Turn a Refused into bytes, a log line and a counter: all refusals end here."""
         self.refusal = error
+        self._leave_wait()
         farewell = error.farewell
         if error.alert is not None:
             if self.prelude is not None:
@@ -1937,8 +1946,7 @@ class Connection:
         self.state = CLOSED
         if self.deadline is not None:
             router.disarm(self)
-        if self.wait is not None:
-            self.wait.connections.pop(self, None)
+        self._leave_wait()
         up, down = self.up, self.down
         if up.pending is not None or down.pending is not None:
             up.discard()
@@ -2275,10 +2283,10 @@ class Router(socketserver.ThreadingTCPServer):
         del self.waits[wait.decision.target]
         self._start_waits()
         for connection in list(wait.connections):
-            connection.wait = None
             if wait.error is not None:
                 connection.refuse(wait.error)
-            else:
+            elif connection.wait is wait:  # those before it may have ended it
+                connection._leave_wait()
                 self.disarm(connection)
                 connection.dial()
 

@@ -283,6 +283,21 @@ def test_sink_that_breaks_while_full_gives_its_pipe_back(run, serve, flow):
     assert running.router.pipes_made <= 2
 
 
+def test_options_of_the_listener_are_those_of_its_connections(run, serve):
+    """Set once, inherited: no system call for each client."""
+    running = run(route(serve(answer(b"x")).address))
+    with running.connect(HELLO) as client:
+        assert client.recv(1) == b"x"
+        connection, = running.router.connections
+        for sock in (connection.client, connection.down.source):
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert not sock.getblocking()
+        assert connection.client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            assert connection.client.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 110_000
+            assert connection.client.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+
+
 def test_connection_outlives_the_prelude_deadline(run, echo_server):
     running = run(route(echo_server.address), "--prelude-timeout=100ms")
     with running.connect(HELLO) as client:
@@ -993,6 +1008,23 @@ def test_resolver_that_hangs_holds_nobody_for_ever(run, monkeypatch):
     wait_until(lambda: not running.router.waits)
 
 
+def test_client_that_was_refused_while_it_waited_is_not_dialled_later(run, echo_server, monkeypatch):
+    """It still reads its alert when the target is ready at last."""
+    monkeypatch.setattr(sniroute, "LINGER", 5.0)
+    release = threading.Event()
+    running = run(f"--route=db.example.com=tcp:slow.example.net:{echo_server.address[1]}")
+    monkeypatch.setattr(running.router.parked_deadline, "seconds", 0.1)
+    found = socket.getaddrinfo(*echo_server.address, type=socket.SOCK_STREAM)
+    with running.connect() as client:
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(20) and found)
+        client.sendall(HELLO)
+        assert read_exactly(client, 7) == alert(80)
+        release.set()
+        wait_until(lambda: not running.router.waits)
+        assert [c.state for c in running.router.connections] == ["lingering"]
+        assert echo_server.accepted == 0
+
+
 def test_names_that_wait_are_bounded(run, cloudflared, ports, monkeypatch):
     """Two threads, three names: the third waits for a thread, a fourth is refused."""
     monkeypatch.setattr(sniroute, "WAIT_THREADS", 2)
@@ -1177,3 +1209,43 @@ def test_splice_is_tried_before_it_is_used(monkeypatch):
     assert not sniroute.can_splice()
     monkeypatch.delattr(os, "splice")
     assert not sniroute.can_splice()
+
+
+# -- the README --------------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text()
+
+
+@pytest.mark.parametrize("row", sniroute.SETTINGS, ids=lambda row: row.name)
+def test_every_option_is_in_the_readme_with_its_default(row):
+    line = next((line for line in README.split("\n") if line.startswith(f"| `--{row.name} {row.metavar}` |")), "")
+    assert line, f"--{row.name} {row.metavar} is not in README.md"
+    if row.default is not None and row.name != "proxy-from":
+        assert f"`{row.default}`" in line.split("|")[2]
+
+
+def test_every_refusal_is_in_the_readme():
+    table = README.partition("## What is refused")[2].partition("\n## ")[0]
+    assert {kind for kind in sniroute.REFUSALS if f"`{kind}`" not in table} == set()
+
+
+def test_variables_a_tunnel_may_inherit_are_in_the_readme():
+    import sniroute_tunnels
+
+    names = {name for name in sniroute_tunnels.CLOUDFLARED_ENVIRONMENT if name.isupper()}
+    assert {name for name in names if f"`{name}`" not in README} == set()
+
+
+def test_quick_start_of_the_readme_works_as_pasted(tmp_path, free_ports):
+    for program in ("openssl", "curl", "bash"):
+        if shutil.which(program) is None:
+            pytest.skip(f"needs the Debian package {program}")
+    block = README.partition("<!-- quick start -->\n```sh\n")[2].partition("```")[0]
+    first, _ = free_ports(2)
+    script = block.replace("19000", str(first)).replace("8443", str(first + 1)).replace(
+        "python3 ", f"{sys.executable} ") + "\nwait\n"
+    for name in ("sniroute.py", "sniroute_tunnels.py"):
+        shutil.copy(HERE / name, tmp_path)
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "</HTML>" in done.stdout, done.stderr
+    assert f"listening on {HOST}:{first}" in done.stderr and "reason=client_closed" in done.stderr
