@@ -858,32 +858,29 @@ def tcp_ready(router: Router, decision: Decision) -> Backend | None:
     if not router.may_dial(decision, address):
         return None  # tcp_prepare says so
     backend = Backend(((family, address),), literal.is_loopback)
-    router.resolved[decision.target] = backend, float("inf")
+    router.remember(decision, backend, float("inf"))
     return backend
 
 
 def tcp_prepare(router: Router, wait: Wait) -> None:
     """Resolve the host.  A host that was there before stays while the resolver is down."""
-    target = wait.decision.target
     host, port = parse_host_port(wait.decision.rest)
     until = monotonic() + RESOLVED_FOR
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        backend = router.resolved.get(target, (None,))[0]
+        backend = router.resolved.get(wait.decision.target, (None,))[0]
         if backend is None:
             raise Refused("unresolved", f"{host} does not resolve: {error}", INTERNAL_ERROR) from None
-        router.resolved[target] = backend, until
+        router.remember(wait.decision, backend, until)
         return
     addresses = tuple(dict.fromkeys((family, address) for family, _, _, _, address in found))
     allowed = tuple(a for a in addresses if router.may_dial(wait.decision, a[1]))
     if not allowed:
         raise Refused("forbidden", f"{host} is {addresses[0][1][0]}, which this route does not lead to",
                       UNRECOGNIZED_NAME)
-    if len(router.resolved) >= RESOLVED_MAX:
-        router.resolved.clear()
     local = all(ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for _, address in allowed)
-    router.resolved[target] = Backend(allowed[:ADDRESSES_MAX], local), until
+    router.remember(wait.decision, Backend(allowed[:ADDRESSES_MAX], local), until)
 
 
 SCHEMES = {
@@ -1218,7 +1215,10 @@ class Journal(logging.Handler):
         texts = []
         while self.lines:
             line = self.lines.popleft()
-            texts.append(self.ending(line) if isinstance(line, Ending) else self.format(line))
+            try:
+                texts.append(self.ending(line) if isinstance(line, Ending) else self.format(line))
+            except Exception as error:  # this thread has to outlive any line
+                texts.append(self.line(logging.ERROR, time.time(), f"a log line that cannot be shown: {error!r}", {}))
         if self.dropped:
             dropped, self.dropped = self.dropped, 0
             texts.append(self.line(logging.WARNING, time.time(), f"the log was too slow: {dropped} lines dropped", {}))
@@ -1552,7 +1552,7 @@ class Connection:
 
     __slots__ = ("router", "client", "address", "peer", "state", "began", "prelude", "name", "decision", "backend",
                  "greeting", "hello", "replayable", "retried", "parks", "wait", "up", "down", "deadline",
-                 "refusal", "carried", "quiet_since")
+                 "refusal", "reason", "carried", "quiet_since")
 
     def __init__(self, router: Router, client: socket.socket, address: tuple[str, int], peer: Peer):
         self.router = router
@@ -1577,6 +1577,7 @@ class Connection:
         self.up.source, self.up.fd = client, client.fileno()
         self.deadline: Deadline | None = None  # the queue it stands in
         self.refusal: Refused | None = None
+        self.reason = ""  # why it ends, while it lingers
         self.carried = 0  # bytes at the last sweep
         self.quiet_since = self.began
         router.connections.add(self)
@@ -1848,8 +1849,7 @@ class Connection:
         elif self.hello is not None and self.up.state is not DONE:
             self._unanswered(error.strerror)
         else:
-            self.refusal = Refused("backend_reset", error.strerror)
-            self._linger(b"")
+            self._linger(b"", "backend_reset")
 
     def broken(self, flow: Flow, error: OSError) -> None:
         """The sink takes no more.  What it sent is still to be read by the other flow."""
@@ -1906,20 +1906,21 @@ class Connection:
             elif self.hello is not None:
                 farewell = tls_alert(error.alert, self.hello[2])
         if farewell:
-            self._linger(farewell)
+            self._linger(farewell, error.kind)
         else:
             self.close(error.kind)
 
-    def _linger(self, farewell: bytes) -> None:
+    def _linger(self, farewell: bytes, reason: str) -> None:
         """Say goodbye, and give the client a moment to read it: unread bytes would reset it."""
         self._drop_backend()
         self.state = LINGERING
+        self.reason = reason
         try:
             if farewell:
                 self.client.send(farewell)
             self.client.shutdown(socket.SHUT_WR)
         except OSError:
-            self.close(self.refusal.kind)
+            self.close(reason)
             return
         self.router.arm(self, self.router.linger_deadline)
         self.up.watch(READ, self.on_linger)
@@ -1935,7 +1936,7 @@ class Connection:
             return
         except OSError:
             pass
-        self.close(self.refusal.kind)
+        self.close(self.reason)
 
     def close(self, reason: str) -> None:
         """Let go of everything, once, and write the one line."""
@@ -2013,7 +2014,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.level = log.getEffectiveLevel()  # asked for each connection: it does not change
         self.connections: set[Connection] = set()
         self.counters: collections.Counter[str] = collections.Counter()
-        self.resolved: dict[str, tuple[Backend, float]] = {}  # written by wait-<n>, read by the loop
+        self.resolved: dict[str, tuple[Backend, float]] = {}  # see `remember`
         self.peers: dict[str, Peer] = {}
         self.peers_full = PEERS_MAX
         self.waits: dict[str, Wait] = {}
@@ -2037,7 +2038,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.connect_deadline = Deadline(CONNECT_TIMEOUT, Connection.on_connect_timeout)
         self.greeting_deadline = Deadline(GREETING_TIMEOUT, Connection.on_greeting_timeout)
         self.first_byte_deadline = Deadline(FIRST_BYTE_TIMEOUT, Connection.on_first_byte_timeout)
-        self.linger_deadline = Deadline(LINGER, lambda c: c.close(c.refusal.kind))
+        self.linger_deadline = Deadline(LINGER, lambda c: c.close(c.reason))
         self.deadlines = (self.prelude_deadline, self.parked_deadline, self.connect_deadline,
                           self.greeting_deadline, self.first_byte_deadline, self.linger_deadline)
         self.sweep_every = min(settings.connection_idle or HALF_CLOSED_IDLE, HALF_CLOSED_IDLE) / 8
@@ -2123,6 +2124,12 @@ class Router(socketserver.ThreadingTCPServer):
     def shutdown_request(self, wait: Wait) -> None:
         """Hand the connections back to the loop."""
         self.call(lambda: self._hand_back(wait))
+
+    def remember(self, decision: Decision, backend: Backend, until: float) -> None:
+        """Keep a resolved address until then (clock time).  The loop does so, too."""
+        if len(self.resolved) >= RESOLVED_MAX:
+            self.resolved.clear()
+        self.resolved[decision.target] = backend, until
 
     def may_dial(self, decision: Decision, address: tuple) -> bool:
         """Whether a resolved address may be dialled.
@@ -2350,8 +2357,8 @@ class Router(socketserver.ThreadingTCPServer):
         counters["bytes_up"] += up
         counters["bytes_down"] += down
         level = logging.INFO
-        if refusal is not None and reason in REFUSALS:
-            level = REFUSALS[reason].level
+        if refusal is not None:
+            level = REFUSALS[refusal.kind].level
         if level >= self.level:
             decision = connection.decision
             self.journal(Ending(
