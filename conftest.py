@@ -275,8 +275,6 @@ def cloudflared(tmp_path: pathlib.Path) -> Iterator[Cloudflared]:
 @pytest.fixture
 def single_loop_echo() -> Iterator[Address]:
     """The address of a far end that echoes to any number of clients from one thread."""
-    import selectors
-
     selector = selectors.DefaultSelector()
     stop_reader, stop_writer = socket.socketpair()
     listener = socket.create_server((HOST, 0), backlog=4096)

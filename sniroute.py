@@ -114,10 +114,10 @@ RESOLVED_MAX = 1024  # resolved hosts kept: names may come from strangers
 ADDRESSES_MAX = 4  # addresses of one host that are tried
 DECISIONS_MAX = 4096  # routed names remembered: names come from strangers
 PEERS_MAX = 4096  # client addresses remembered without a connection
-BULK = 1 << 18  # bytes moved in one go: 256 KiB is where throughput stops growing
+BULK = 1 << 20  # bytes moved in one go: a third less CPU for a gigabyte than with 256 KiB
 SMALL = 1 << 14  # the same while many clients do not read: what they leave has to be kept
 PENDING_MAX = 1 << 22  # bytes kept for clients that do not read, before SMALL applies
-PIPES_MAX = 64  # pipes lent to flows whose sink would block: 256 KiB and two descriptors each
+PIPES_MAX = 32  # pipes lent to flows whose sink would block: 1 MiB and two descriptors each
 LOG_LINES_MAX = 10000  # lines that wait for a slow log; over it they are dropped and counted
 LOG_NAP = 0.02  # between two writes of the log: one system call for many lines
 DUMP_MAX = 200  # connections in a dump
@@ -1213,7 +1213,7 @@ class Journal(logging.Handler):
 
     def _write(self) -> None:
         texts = []
-        while self.lines:
+        for _ in range(len(self.lines)):  # not "while there are": they may come as fast as they go
             line = self.lines.popleft()
             try:
                 texts.append(self.ending(line) if isinstance(line, Ending) else self.format(line))

@@ -10,19 +10,26 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import hashlib
 import io
 import ipaddress
 import json
 import logging
 import os
 import pathlib
+import pwd
 import random
 import re
 import resource
+import shutil
+import signal
 import socket
 import ssl
 import stat
 import struct
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 import types
@@ -31,12 +38,14 @@ from typing import Any, Callable, Iterator, NamedTuple
 import pytest
 
 import sniroute
-from conftest import HERE
+import sniroute_tunnels
+from conftest import HERE, HOST, Address, Cloudflared, wait_until
 from sniroute import (GSSENC_REQUEST, PROXY_POLICY, PROXY_V2, REFUSALS, SETTINGS, SSL_REQUEST, Ending, Hello,
                       HelloReader, Journal, Malformed, Prelude, ProxyHeader, Refused, Route, Routes, SettingsError,
                       check_cloudflared, check_tcp, crc32c, expand, load_settings, normalise, parse_client_hello,
                       parse_host_port, parse_proxy_v1, parse_proxy_v2, parse_route, parse_server_name, parse_startup,
                       postgres_error, show_address, tls_alert, under_journald)
+from sniroute_tunnels import TunnelTable, cloudflared_launcher
 
 NAME = "db.example.com"
 
@@ -2065,3 +2074,2042 @@ def test_journald_is_recognised_by_its_inode(journald, tmp_path, monkeypatch):
     assert not under_journald(None) and not under_journald(io.StringIO())
     monkeypatch.delenv("JOURNAL_STREAM")
     assert not under_journald(journald)
+
+
+# -- the router, running -----------------------------------------------------------------------
+
+
+class Running:
+    """A Router with its loop in a thread of this process."""
+
+    def __init__(self, *argv: str, program: str):
+        sniroute.log.setLevel("DEBUG")
+        settings = sniroute.load_settings(["--listen", f"{HOST}:0", *argv], {})
+        self.tunnels = TunnelTable({"cloudflared": cloudflared_launcher(program, {})}, settings.ports,
+                                   idle=settings.idle, start_timeout=settings.start_timeout,
+                                   max_tunnels=settings.max_tunnels, max_starting=settings.max_starting)
+        self.router = sniroute.Router(settings, self.tunnels)
+        self.endings: list[sniroute.Ending] = []
+        self.router.journal = self.endings.append
+        self.address = self.router.server_address
+        self.thread = threading.Thread(target=self.router.serve_forever, name="loop")
+
+    def __enter__(self) -> Running:
+        self.tunnels.start()
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.router.shutdown()
+        self.thread.join()
+        self.tunnels.close(now=True)
+        self.router.server_close()
+        sniroute.log.setLevel("NOTSET")
+
+    def connect(self, said: bytes = b"") -> socket.socket:
+        """A client, with a time-out so that a failing test ends."""
+        client = socket.create_connection(self.address, 20)
+        client.sendall(said)
+        return client
+
+    def ending(self, number: int = 1) -> sniroute.Ending:
+        """The last of `number` endings, once they are there."""
+        wait_until(lambda: len(self.endings) >= number, what=f"{number} endings")
+        return self.endings[number - 1]
+
+    def counter(self, name: str) -> int:
+        return self.router.counters[name]
+
+
+@pytest.fixture
+def run(cloudflared: Cloudflared) -> Iterator[Callable[..., Running]]:
+    """run(*options, program=...) -> Running.  It ends before the stand-in's own end is checked."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *argv, program=cloudflared.path: stack.enter_context(Running(*argv, program=program))
+
+
+ASK_TLS = sniroute.SSL_REQUEST_BYTES
+ASK_GSS = struct.pack(">II", 8, sniroute.GSSENC_REQUEST)
+
+
+def genuine_hello(name: str | None) -> bytes:
+    """The ClientHello that this Python's OpenSSL writes."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    outgoing = ssl.MemoryBIO()
+    tls = context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=name)
+    with contextlib.suppress(ssl.SSLWantReadError):
+        tls.do_handshake()
+    return outgoing.read()
+
+
+HELLO = genuine_hello("db.example.com")
+
+
+def route(address: tuple[str, int], pattern: str = "db.example.com") -> str:
+    return f"--route={pattern}=tcp:{address[0]}:{address[1]}"
+
+
+def read_exactly(sock: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count and (more := sock.recv(count - len(data))):
+        data += more
+    return data
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """What comes until the end; a reset is an end."""
+    parts = []
+    with contextlib.suppress(ConnectionResetError):
+        while data := sock.recv(1 << 18):
+            parts.append(data)
+    return b"".join(parts)
+
+
+def alert(description: int, minor: int = 1) -> bytes:
+    return bytes((21, 3, minor, 0, 2, 2, description))
+
+
+def answer(text: bytes, expected: int = len(HELLO)) -> Callable[[socket.socket], None]:
+    """A far end that reads so many bytes, says `text`, and goes on as an echo."""
+    def handler(sock: socket.socket) -> None:
+        read_exactly(sock, expected)
+        sock.sendall(text)
+        while data := sock.recv(65536):
+            sock.sendall(data)
+    return handler
+
+
+@pytest.fixture(params=["splice", "copy"])
+def flow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The two ways bytes are moved."""
+    if request.param == "copy":
+        monkeypatch.setattr(sniroute, "can_splice", lambda: False)
+    elif not sniroute.can_splice():
+        pytest.skip("no splice(2) here")
+    return request.param
+
+
+# -- bytes -------------------------------------------------------------------------------------
+
+
+def test_bytes_arrive_as_they_were_sent_and_the_end_comes_behind_them(run, serve, flow):
+    """8 MiB each way in pieces of any size; then the client's end, then the answer to it."""
+    def digest(sock: socket.socket) -> None:
+        seen = hashlib.sha256()
+        while data := sock.recv(65536):
+            seen.update(data)
+            sock.sendall(data)
+        sock.sendall(seen.digest())
+    far = serve(digest)
+    running = run(route(far.address))
+    seeded = random.Random(7)
+    payload = seeded.randbytes(8 << 20)
+    received = []
+    with running.connect(HELLO) as client:
+        reader = threading.Thread(target=lambda: received.append(read_all(client)))
+        reader.start()
+        at = 0
+        while at < len(payload):
+            size = seeded.choice((1, 60, 1400, 16384, 100_000, 1 << 20))
+            client.sendall(payload[at:at + size])
+            at += size
+        client.shutdown(socket.SHUT_WR)
+        reader.join()
+    sent = HELLO + payload
+    assert received[0] == sent + hashlib.sha256(sent).digest()
+    end = running.ending()
+    assert (end.up, end.down, end.reason) == (len(sent), len(received[0]), "client_closed")
+
+
+def test_backend_that_ends_first_is_passed_on_and_the_client_may_still_speak(run, serve, flow):
+    heard = []
+    def handler(sock: socket.socket) -> None:
+        read_exactly(sock, len(HELLO))
+        sock.sendall(b"goodbye")
+        sock.shutdown(socket.SHUT_WR)
+        heard.append(read_all(sock))
+    running = run(route(serve(handler).address))
+    with running.connect(HELLO) as client:
+        assert read_all(client) == b"goodbye"
+        client.sendall(b"one more thing")
+    assert running.ending().reason == "backend_closed"
+    assert heard == [b"one more thing"]
+
+
+@pytest.mark.parametrize("pipes", [0, 2, 32], ids=["no pipe to lend", "two pipes", "pipes for all"])
+def test_readers_that_stop_cost_no_memory_and_lose_nothing(run, serve, flow, monkeypatch, pipes):
+    """Twelve clients ask for 8 MiB each and read nothing; then they read, and all of it is there."""
+    monkeypatch.setattr(sniroute, "PIPES_MAX", pipes)
+    monkeypatch.setattr(sniroute, "PENDING_MAX", 1 << 19)
+    payload = random.Random(8).randbytes(8 << 20)
+    def handler(sock: socket.socket) -> None:
+        read_exactly(sock, len(HELLO))
+        sock.sendall(payload)
+    running = run(route(serve(handler).address))
+    router = running.router
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(running.connect(HELLO)) for _ in range(12)]
+        wait_until(lambda: len(router.connections) == 12 and all(
+            c.state == "open" and c.down.state == "blocked" for c in list(router.connections)), what="all blocked")
+        assert router.pending <= (1 << 19) + sniroute.BULK + 12 * sniroute.SMALL
+        for client in clients:
+            assert hashlib.sha256(read_all(client)).digest() == hashlib.sha256(payload).digest()
+    running.ending(12)
+    wait_until(lambda: router.pending == 0)
+    assert router.chunk == sniroute.BULK
+    assert router.pipes_made <= max(1, pipes)
+
+
+def test_backend_that_stops_reading_holds_the_client_back(run, serve, flow):
+    """The other direction; when the backend goes on, every byte is there."""
+    go, total = threading.Event(), []
+    def handler(sock: socket.socket) -> None:
+        go.wait(20)
+        total.append(hashlib.sha256(read_all(sock)).digest())
+    running = run(route(serve(handler).address))
+    payload = random.Random(9).randbytes(1 << 20)
+    sent = hashlib.sha256(HELLO)
+    with running.connect(HELLO) as client:
+        client.settimeout(0.3)
+        count = 0
+        with contextlib.suppress(TimeoutError):
+            while True:
+                sent_now = client.send(payload)
+                sent.update(payload[:sent_now])
+                count += sent_now
+                assert count < 1 << 28, "nothing holds the client back"
+        go.set()
+    wait_until(lambda: total, what="the backend's end")
+    assert total == [sent.digest()]
+
+
+def reset(sock: socket.socket) -> None:
+    """Close with RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def test_client_that_resets_ends_the_backend_too(run, serve, flow):
+    ended = threading.Event()
+    def handler(sock: socket.socket) -> None:
+        read_exactly(sock, len(HELLO))
+        sock.sendall(b"x")
+        read_all(sock)
+        ended.set()
+    running = run(route(serve(handler).address))
+    client = running.connect(HELLO)
+    assert client.recv(1) == b"x"
+    reset(client)
+    assert running.ending().reason == "client_reset"
+    assert ended.wait(10)
+
+
+def test_backend_that_resets_loses_nothing_it_had_said(run, serve, flow):
+    said = threading.Event()
+    def handler(sock: socket.socket) -> None:
+        read_exactly(sock, len(HELLO))
+        sock.sendall(b"last words")
+        said.wait(10)
+        reset(sock)
+    running = run(route(serve(handler).address))
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, 10) == b"last words"
+        said.set()
+        assert client.recv(1) == b""
+    assert running.ending().reason == "backend_reset"
+
+
+def test_sink_that_breaks_while_full_gives_its_pipe_back(run, serve, flow):
+    """The client resets with megabytes on the way to it."""
+    def handler(sock: socket.socket) -> None:
+        read_exactly(sock, len(HELLO))
+        with contextlib.suppress(OSError):
+            sock.sendall(bytes(32 << 20))
+    running = run(route(serve(handler).address))
+    for number in range(1, 4):
+        client = running.connect(HELLO)
+        wait_until(lambda: [c for c in list(running.router.connections) if c.down and c.down.state == "blocked"])
+        reset(client)
+        assert running.ending(number).reason in ("client_reset", "backend_closed")
+    assert running.router.pending == 0
+    assert running.router.pipes_made <= 2
+
+
+def test_options_of_the_listener_are_those_of_its_connections(run, serve):
+    """Set once, inherited: no system call for each client."""
+    running = run(route(serve(answer(b"x")).address))
+    with running.connect(HELLO) as client:
+        assert client.recv(1) == b"x"
+        connection, = running.router.connections
+        for sock in (connection.client, connection.down.source):
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert not sock.getblocking()
+        assert connection.client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            assert connection.client.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 110_000
+            assert connection.client.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+
+
+def test_connection_outlives_the_prelude_deadline(run, echo_server):
+    running = run(route(echo_server.address), "--prelude-timeout=100ms")
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        wait_until(lambda: not running.router.prelude_deadline.entries)
+        with running.connect() as silent:  # its deadline passes meanwhile
+            assert silent.recv(1) == b""
+        client.sendall(b"still here")
+        assert read_exactly(client, 10) == b"still here"
+
+
+def test_bytes_behind_the_hello_go_first(run, serve):
+    """0-RTT data in the segment of the hello, and a large amount of it."""
+    heard = []
+    running = run(route(serve(lambda sock: heard.append(read_all(sock))).address))
+    early = b"\x17\x03\x03\x40\x00" + bytes(16384)
+    with running.connect(HELLO + early):
+        pass
+    wait_until(lambda: heard)
+    assert heard == [HELLO + early]
+
+
+@pytest.mark.parametrize("size", [1, 7, 200])
+def test_hello_in_segments_of_any_size(run, serve, size):
+    running = run(route(serve(answer(b"found")).address))
+    with running.connect() as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for at in range(0, len(HELLO), size):
+            client.send(HELLO[at:at + size])
+        assert read_exactly(client, 5) == b"found"
+
+
+# -- preludes ----------------------------------------------------------------------------------
+
+V1 = b"PROXY TCP4 192.0.2.7 198.51.100.1 50000 443\r\n"
+V2 = sniroute.PROXY_V2 + b"\x21\x11\x00\x0c" + bytes((192, 0, 2, 8, 198, 51, 100, 1)) + struct.pack(">HH", 50001, 443)
+V2_LOCAL = sniroute.PROXY_V2 + b"\x20\x00\x00\x07" + b"healthy"
+
+
+@pytest.mark.parametrize("header, client", [(V1, ("192.0.2.7", 50000)), (V2, ("192.0.2.8", 50001)),
+                                            (V2_LOCAL, None)], ids=["v1", "v2", "local"])
+def test_proxy_header_is_believed_and_replayed(run, serve, header, client):
+    heard = []
+    running = run(route(serve(lambda sock: heard.append(read_all(sock))).address))
+    with running.connect(header + HELLO):
+        pass
+    end = running.ending()
+    assert end.client == client or client is None and end.client[0] == HOST
+    wait_until(lambda: heard)
+    assert heard == [header + HELLO]
+
+
+@pytest.mark.parametrize("mode, trusted, header, served", [
+    ("off", True, b"", True), ("off", True, V1, False), ("off", True, V2, False), ("off", False, V1, False),
+    ("auto", True, b"", True), ("auto", True, V1, True), ("auto", True, V2, True), ("auto", True, V2_LOCAL, True),
+    ("auto", True, b"PROXY nonsense\r\n", False),
+    ("auto", False, b"", True), ("auto", False, V1, False), ("auto", False, V2, False), ("auto", False, V2_LOCAL, False),
+    ("required", True, b"", False), ("required", True, V1, True), ("required", True, V2_LOCAL, True),
+    ("required", True, V1 + V1, False), ("required", False, b"", False), ("required", False, V1, False),
+])
+def test_proxy_modes_and_trust(run, serve, mode, trusted, header, served):
+    far = serve(answer(b"served", len(header + HELLO)))
+    running = run(route(far.address), f"--proxy-protocol={mode}",
+                  f"--proxy-from={'127.0.0.0/8' if trusted else '192.0.2.0/24'}")
+    with running.connect() as client:
+        with contextlib.suppress(OSError):
+            client.sendall(header + HELLO)
+        if served:
+            assert read_exactly(client, 6) == b"served"
+        else:
+            assert read_all(client) == b""
+            assert running.ending().reason in ("proxy", "not_tls")
+            assert far.accepted == 0
+
+
+def postgres_far(reply: bytes, expected: int = 8, then: bytes = b"tls") -> Callable[[socket.socket], None]:
+    """A PostgreSQL far end: SSLRequest, its answer, the hello, and something back."""
+    def handler(sock: socket.socket) -> None:
+        assert read_exactly(sock, expected)[-8:] == ASK_TLS
+        sock.sendall(reply)
+        if read_exactly(sock, len(HELLO)) == HELLO:
+            sock.sendall(then)
+            read_all(sock)
+    return handler
+
+
+@pytest.mark.parametrize("header", [b"", V1, V2], ids=["direct", "v1", "v2"])
+@pytest.mark.parametrize("gss", [False, True], ids=["", "GSSENCRequest first"])
+@pytest.mark.parametrize("together", [True, False], ids=["header with request", "header alone"])
+def test_postgres_client_is_answered_at_once_and_routed(run, serve, header, gss, together):
+    running = run(route(serve(postgres_far(b"S", len(header) + 8)).address))
+    with running.connect() as client:
+        if not together:
+            client.sendall(header)
+            header = b""
+        if gss:
+            client.sendall(header + ASK_GSS)
+            assert read_exactly(client, 1) == b"N"
+            header = b""
+        client.sendall(header + ASK_TLS)
+        assert read_exactly(client, 1) == b"S"
+        client.sendall(HELLO)
+        assert read_exactly(client, 3) == b"tls"
+
+
+@pytest.mark.parametrize("reply, says", [(b"N", "does not offer TLS"), (b"E", "answered"), (b"Sx", "answered"),
+                                         (b"", "without an answer")],
+                         ids=["no TLS", "an error", "more than S", "end"])
+def test_postgres_backend_that_does_not_say_S_gets_no_hello(run, serve, reply, says):
+    heard = []
+    def handler(sock: socket.socket) -> None:
+        read_exactly(sock, 8)
+        sock.sendall(reply)
+        if reply:
+            heard.append(read_all(sock))
+    running = run(route(serve(handler).address))
+    with running.connect(ASK_TLS) as client:
+        assert read_exactly(client, 1) == b"S"
+        client.sendall(HELLO)
+        assert read_all(client) == alert(80)
+    assert says in running.ending().detail
+    assert heard in ([], [b""])
+
+
+def test_postgres_backend_that_is_silent_is_given_up(run, serve, monkeypatch):
+    monkeypatch.setattr(sniroute, "GREETING_TIMEOUT", 0.1)
+    running = run(route(serve(read_all).address))
+    with running.connect(ASK_TLS) as client:
+        assert read_exactly(client, 1) == b"S"
+        client.sendall(HELLO)
+        assert read_all(client) == alert(80)
+    assert "no answer to SSLRequest" in running.ending().detail
+
+
+def test_bytes_that_did_not_wait_for_S_are_refused(run, echo_server):
+    """They sit in the kernel when the request has been read: 8 bytes, then the rest."""
+    running = run(route(echo_server.address))
+    with running.connect() as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.sendall(ASK_TLS + HELLO)
+        assert read_all(client) == b""
+    assert running.ending().reason == "malformed"
+    assert echo_server.accepted == 0
+
+
+def test_answer_to_a_request_is_not_sent_to_a_client_that_did_not_wait():
+    """The peek before `S`: what came between the read and the answer."""
+    ours, theirs = socket.socketpair()
+    connection = sniroute.Connection.__new__(sniroute.Connection)
+    connection.client = ours
+    with ours, theirs:
+        ours.setblocking(False)
+        connection._answer(b"S")
+        assert theirs.recv(1) == b"S"
+        theirs.sendall(b"\x16")
+        with pytest.raises(sniroute.Malformed):
+            connection._answer(b"S")
+
+
+STARTUP_PACKET = struct.pack(">II", 20, 3 << 16) + b"user\0me\0\0\0\0\0"
+
+
+@pytest.mark.parametrize("said, heard, reason", [
+    (STARTUP_PACKET, sniroute.PLAIN_POSTGRES, "plain_postgres"),
+    (ASK_GSS, b"N", "truncated"),
+    (struct.pack(">IIII", 16, sniroute.CANCEL_REQUEST, 1, 2), b"", "cancel"),
+    (b"GET / HTTP/1.1\r\n\r\n", b"", "not_tls"),
+    (b"SSH-2.0-OpenSSH\r\n", b"", "not_tls"),
+    (HELLO[:100], alert(50), "truncated"),
+    (b"", b"", "truncated"),
+    (genuine_hello(None), alert(112), "no_name"),
+    (genuine_hello("other.example.com"), alert(112), "no_route"),
+    (HELLO.replace(b"db.example.com", b"db.example.c\x1bm"), alert(112), "bad_name"),
+    (b"\x16\x03\x01\xff\xff", alert(50), "malformed"),
+], ids=["plain startup", "GSSENCRequest", "CancelRequest", "HTTP", "SSH", "half a hello", "nothing", "no name",
+        "no route", "escape in the name", "record of 65535 bytes"])
+def test_refusals_are_readable_and_counted(run, echo_server, said, heard, reason):
+    running = run(route(echo_server.address))
+    with running.connect(said) as client:
+        if reason == "truncated":
+            client.shutdown(socket.SHUT_WR)
+        assert read_all(client) == heard
+    assert running.ending().reason == reason
+    assert running.ending().level == sniroute.REFUSALS[reason].level
+    assert running.counter(reason) == 1
+    assert echo_server.accepted == 0
+
+
+def test_oversized_record_is_refused_at_its_header(run, echo_server):
+    """The client stalls; nobody waits for the deadline."""
+    running = run(route(echo_server.address))
+    with running.connect(b"\x16\x03\x01\xff\xff") as client:
+        assert read_all(client) == alert(50)
+    assert running.ending().seconds < 5
+
+
+def test_no_name_ok_is_for_debugging(run, echo_server):
+    running = run(route(echo_server.address), "--no-name=ok")
+    with running.connect(genuine_hello(None)) as client:
+        assert read_all(client) == b"OK\n"
+
+
+def test_alert_is_read_though_the_client_goes_on_talking(run, echo_server):
+    """Unread bytes at the close would reset the connection under the alert."""
+    running = run(route(echo_server.address))
+    with running.connect(genuine_hello("other.example.com") + bytes(100_000)) as client:
+        assert read_all(client) == alert(112)
+
+
+def test_client_that_never_reads_its_alert_is_let_go(run, echo_server, monkeypatch):
+    monkeypatch.setattr(sniroute, "LINGER", 0.1)
+    running = run(route(echo_server.address))
+    with running.connect(genuine_hello("other.example.com")) as client:
+        running.ending()
+        assert client.recv(7) == alert(112)
+
+
+@pytest.mark.parametrize("prefix", [1, 5, 8, len(V1), len(V1) + 4, len(V1) + 8, len(V1) + 8 + 60])
+def test_stall_after_any_part_of_the_prelude_ends_at_the_one_deadline(run, echo_server, prefix):
+    """PROXY header, SSLRequest, hello: the deadline runs from accept, whatever is answered."""
+    whole = V1 + ASK_TLS + HELLO
+    running = run(route(echo_server.address), "--prelude-timeout=200ms")
+    with running.connect(whole[:min(prefix, len(V1) + 8)]) as client:
+        if prefix > len(V1) + 8:
+            assert read_exactly(client, 1) == b"S"
+            client.sendall(whole[len(V1) + 8:prefix])
+        assert read_all(client) in (b"", b"S", alert(50))
+    end = running.ending()
+    assert end.reason == "prelude_timeout"
+    assert 0.19 < end.seconds < 5
+
+
+def test_drip_does_not_renew_the_deadline(run, echo_server):
+    running = run(route(echo_server.address), "--prelude-timeout=300ms")
+    with running.connect() as client:
+        with contextlib.suppress(OSError):
+            for at in range(len(HELLO) - 1):
+                client.send(HELLO[at:at + 1])
+                if running.endings:
+                    break
+                threading.Event().wait(0.02)
+    assert running.ending().reason == "prelude_timeout"
+
+
+def test_half_hellos_do_not_hold_up_the_others(run, serve):
+    """300 clients say half a hello and stop: others are served, and all 300 end at the deadline."""
+    running = run(route(serve(answer(b"served")).address), "--prelude-timeout=2s")
+    with contextlib.ExitStack() as stack:
+        stalled = [stack.enter_context(running.connect(HELLO[:200])) for _ in range(300)]
+        wait_until(lambda: len(running.router.prelude_deadline.entries) == 300)
+        for _ in range(20):
+            with running.connect(HELLO) as client:
+                assert read_exactly(client, 6) == b"served"
+        assert running.counter("prelude_timeout") == 0
+        for client in stalled:
+            assert read_all(client) == alert(50)
+    wait_until(lambda: running.counter("prelude_timeout") == 300)
+
+
+# -- limits ------------------------------------------------------------------------------------
+
+
+def test_oldest_prelude_goes_when_there_are_too_many(run, echo_server, monkeypatch):
+    monkeypatch.setattr(sniroute, "PRELUDES_MAX", 5)
+    running = run(route(echo_server.address))
+    with contextlib.ExitStack() as stack:
+        silent = []
+        for number in range(8):
+            silent.append(stack.enter_context(running.connect()))
+            wait_until(lambda: running.counter("accepted") == number + 1)
+        for client in silent[:3]:
+            assert client.recv(1) == b""
+        assert running.counter("shed") == 3
+        silent[-1].sendall(HELLO)
+        assert read_exactly(silent[-1], len(HELLO)) == HELLO
+
+
+def test_clients_are_limited_by_address_and_a_balancer_is_not_one_client(run, echo_server):
+    running = run(route(echo_server.address), "--max-per-client=2")
+    with contextlib.ExitStack() as stack:
+        def from_address(last: int) -> bytes:
+            client = stack.enter_context(running.connect(V1.replace(b"192.0.2.7", b"192.0.2.%d" % last) + HELLO))
+            return client.recv(1)
+        for last in (1, 1, 2, 2):
+            assert from_address(last) == b"P"
+        assert from_address(1) == alert(80)[:1]
+        assert from_address(3) == b"P"
+        for _ in range(4):  # loopback itself is exempt
+            client = stack.enter_context(running.connect(HELLO))
+            assert client.recv(1) == HELLO[:1]
+    wait_until(lambda: running.counter("client_limit") == 1)
+
+
+def test_client_over_its_limit_is_closed_at_accept(run, echo_server, monkeypatch):
+    running = run(route(echo_server.address), "--max-per-client=1")
+    running.router.peers[HOST] = sniroute.Peer("192.0.2.9", "refuse", False, False)
+    with running.connect(HELLO) as first:
+        assert first.recv(1) == HELLO[:1]
+        with running.connect() as second:
+            assert second.recv(1) == b""
+    running.ending(2)
+    assert running.counter("client_limit") == 1
+
+
+def test_accepting_stops_at_max_connections_and_goes_on(run, serve, caplog):
+    running = run(route(serve(answer(b"x")).address), "--max-connections=3")
+    with contextlib.ExitStack() as stack:
+        open_ones = [stack.enter_context(running.connect(HELLO)) for _ in range(3)]
+        for client in open_ones:
+            assert client.recv(1) == b"x"
+        late = stack.enter_context(running.connect(HELLO))
+        wait_until(lambda: running.router.paused)
+        open_ones[0].close()
+        assert late.recv(1) == b"x"
+    assert sum("not accepting" in r.message for r in caplog.records) == 1
+
+
+def test_descriptors_that_run_out_pause_accepting_and_do_not_spin(run, serve, caplog, monkeypatch):
+    """accept() fails with EMFILE: one log line, no spinning, and all is well when there are some again."""
+    running = run(route(serve(answer(b"x")).address))
+    calls, broken = [], threading.Event()
+    broken.set()
+    class Listener:
+        """The real one, but for accept."""
+        def __init__(self, real: socket.socket):
+            self.real = real
+        def accept(self) -> Any:
+            calls.append(1)
+            if broken.is_set():
+                raise OSError(sniroute.errno.EMFILE, "Too many open files")
+            return self.real.accept()
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+    router = running.router
+    def swap() -> None:
+        router.selector.unregister(router.listeners[0])
+        router.listeners[0] = Listener(router.listeners[0])
+        router._resume()
+    router.call(swap)
+    wait_until(lambda: isinstance(router.listeners[0], Listener))
+    with running.connect(HELLO) as client:
+        wait_until(lambda: len(calls) >= 3)
+        assert len(calls) < 50
+        broken.clear()
+        assert client.recv(1) == b"x"
+    assert sum("not accepting" in r.message for r in caplog.records) == 1
+
+
+def test_peers_are_forgotten_when_there_are_many(run, echo_server, monkeypatch):
+    monkeypatch.setattr(sniroute, "PEERS_MAX", 10)
+    running = run(route(echo_server.address))
+    router = running.router
+    for last in range(200):
+        router.peer_of(f"198.51.100.{last}")
+    assert len(router.peers) <= 11
+    one, other = router.peer_of("2001:db8::1"), router.peer_of("2001:db8::2")
+    assert one is other, "a /64 is one client"
+    assert router.peer_of("::ffff:198.51.100.9").key == "198.51.100.9"
+    assert router.peer_of("fe80::1%lo").key
+
+
+# -- tcp targets -------------------------------------------------------------------------------
+
+
+def test_host_name_is_resolved_once_and_kept(run, serve, monkeypatch):
+    far = serve(answer(b"x"))
+    asked = []
+    real = socket.getaddrinfo
+    def getaddrinfo(host: str, *args: Any, **kwargs: Any) -> Any:
+        asked.append(host)
+        return real(host, *args, **kwargs)
+    running = run(f"--route=db.example.com=tcp:localhost:{far.address[1]}")
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    for _ in range(3):
+        with running.connect(HELLO) as client:
+            assert client.recv(1) == b"x"
+    assert asked.count("localhost") == 1
+
+
+def test_host_that_does_not_resolve_is_refused_with_its_reason(run):
+    running = run("--route=db.example.com=tcp:nothing.invalid:1")
+    with running.connect(HELLO) as client:
+        assert read_all(client) == alert(80)
+    assert running.ending().reason == "unresolved"
+    assert "nothing.invalid" in running.ending().detail
+
+
+def test_resolver_that_is_down_for_a_moment_cuts_nobody(run, serve, monkeypatch):
+    far = serve(answer(b"x"))
+    monkeypatch.setattr(sniroute, "RESOLVED_FOR", 0.0)
+    running = run(f"--route=db.example.com=tcp:localhost:{far.address[1]}")
+    monkeypatch.setattr(sniroute, "PARKS_MAX", 10**9)
+    monkeypatch.setattr(sniroute, "RESOLVED_FOR", 0.2)
+    with running.connect(HELLO) as client:
+        assert client.recv(1) == b"x"
+    wait_until(lambda: all(until < time.monotonic() for _, until in running.router.resolved.values()))
+    def broken(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", broken)
+        with socket.socket() as client:  # create_connection would resolve
+            client.settimeout(20)
+            client.connect(running.address)
+            client.sendall(HELLO)
+            assert client.recv(1) == b"x"
+
+
+def closed_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server((HOST, 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def test_next_address_is_tried_and_the_last_failure_is_told(run, serve, monkeypatch):
+    far = serve(answer(b"x"))
+    shut = closed_port()
+    running = run(route((HOST, shut)), route(far.address, "two.example.com"))
+    good = (socket.AF_INET, far.address)
+    bad = (socket.AF_INET, (HOST, shut))
+    running.router.resolved[f"tcp:{HOST}:{far.address[1]}"] = sniroute.Backend((bad, good), False), float("inf")
+    with running.connect(genuine_hello("two.example.com")) as client:
+        assert client.recv(1) == b"x"
+    with running.connect(HELLO) as client:
+        assert read_all(client) == alert(80)
+    end = running.ending(2)
+    assert end.reason == "backend" and "refused" in end.detail
+
+
+def test_connect_without_an_answer_times_out(run, monkeypatch):
+    """A listener whose backlog is full: the kernel drops what comes."""
+    monkeypatch.setattr(sniroute, "CONNECT_TIMEOUT", 0.2)
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind((HOST, 0))
+        full.listen(0)
+        for _ in range(3):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(full.getsockname())
+        running = run(route(full.getsockname()))
+        with running.connect(HELLO) as client:
+            assert read_all(client) == alert(80)
+        assert "no answer to the connect" in running.ending().detail
+
+
+def test_client_that_leaves_during_the_connect_is_noticed(run):
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind((HOST, 0))
+        full.listen(0)
+        for _ in range(3):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(full.getsockname())
+        running = run(route(full.getsockname()))
+        running.connect(HELLO).close()
+        assert running.ending().reason == "client_left"
+
+
+@pytest.mark.parametrize("pattern, target, address, allowed", [
+    ("*", "tcp:{name}:443", ("10.0.0.1", 443), False),
+    ("*", "tcp:{name}:443", ("127.0.0.1", 443), False),
+    ("*", "tcp:{name}:443", ("fd00::1", 443), False),
+    ("*", "tcp:{name}:443", ("8.8.8.8", 443), True),
+    ("*", "tcp:10.0.0.1:443", ("10.0.0.1", 443), True),
+    ("*.example.com", "tcp:{name}:443", ("10.0.0.1", 443), True),
+])
+def test_stranger_cannot_point_a_name_at_the_private_network(run, pattern, target, address, allowed):
+    running = run(f"--route={pattern}={target}")
+    decision = running.router.routes.decide("a.example.com")
+    assert running.router.may_dial(decision, address) is allowed
+
+
+def test_router_does_not_dial_itself(run):
+    running = run("--route=db.example.com=tcp:localhost:1")
+    decision = running.router.routes.decide("db.example.com")
+    assert not running.router.may_dial(decision, running.address)
+    assert running.router.may_dial(decision, (HOST, 1))
+    with pytest.raises(sniroute.SettingsError, match="leads back"):
+        sniroute.load_settings(["--listen=127.0.0.1:19999", "--route=a.example.com=tcp:127.0.0.1:19999"], {})
+
+
+def test_forbidden_address_is_refused(run, monkeypatch):
+    running = run("--route=*=tcp:{name}:443")
+    private = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.1.2.3", 443))]
+    with running.connect() as client:
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: private)
+        client.sendall(HELLO)
+        assert read_all(client) == alert(112)
+    assert running.ending().reason == "forbidden"
+
+
+def test_own_name_needs_a_route_of_its_own(run, echo_server):
+    running = run(route(echo_server.address, "*"), route(echo_server.address, "own.example.com"))
+    running.router.own_names |= {"db.example.com", "own.example.com"}
+    with running.connect(HELLO) as client:
+        assert read_all(client) == alert(112)
+    own = genuine_hello("own.example.com")
+    with running.connect(own) as client:
+        assert read_exactly(client, len(own)) == own
+
+
+# -- tunnels -----------------------------------------------------------------------------------
+
+DB = "cloudflared:db.example.com"
+TUNNEL = "--route=*=cloudflared:{name}"
+
+
+@pytest.fixture
+def ports(free_ports) -> str:
+    first, last = free_ports(30)
+    return f"--ports={first}-{last}"
+
+
+def test_cold_name_starts_its_tunnel_and_idle_stops_it(run, serve, cloudflared, ports):
+    cloudflared.far("*", serve(answer(b"x")).address)
+    running = run(TUNNEL, ports, "--idle=300ms")
+    for _ in range(2):
+        with running.connect(HELLO) as client:
+            assert client.recv(1) == b"x"
+    assert len(cloudflared.starts()) == 1
+    wait_until(lambda: not running.tunnels.snapshot(), what="the idle stop")
+    with running.connect(HELLO) as client:
+        assert client.recv(1) == b"x"
+    assert len(cloudflared.starts()) == 2
+
+
+def crowd(running: Running, hellos: list[bytes]) -> None:
+    """All at once: connect, say hello; then everybody has the echo."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(running.connect(hello)) for hello in hellos]
+        for client, hello in zip(clients, hellos, strict=True):
+            assert read_exactly(client, len(hello)) == hello
+
+
+def test_thousand_clients_of_one_cold_name_start_one_child(run, cloudflared, ports, single_loop_echo):
+    cloudflared.far("*", single_loop_echo)
+    cloudflared.fault("*", listen_delay=300)
+    running = run(TUNNEL, ports)
+    crowd(running, [HELLO] * 1000)
+    assert len(cloudflared.starts()) == 1
+    running.ending(1000)
+    assert {end.reason for end in running.endings} == {"client_closed"}
+    assert running.router.waiting_threads == 0
+
+
+def test_many_cold_names_start_a_few_at_a_time_and_all_are_answered(run, cloudflared, single_loop_echo, free_ports):
+    cloudflared.far("*", single_loop_echo)
+    first, last = free_ports(200)
+    running = run(TUNNEL, f"--ports={first}-{last}", "--max-tunnels=200", "--start-timeout=60s")
+    seen = []
+    enter = running.tunnels._enter
+    def watching(tunnel: Any, state: str) -> None:
+        enter(tunnel, state)
+        seen.append(sum(t.state == "starting" for t in running.tunnels.tunnels.values()))
+    running.tunnels._enter = watching
+    crowd(running, [genuine_hello(f"n{n}.example.com") for n in range(200)])
+    assert max(seen) == 4
+    assert len(cloudflared.starts()) == 200
+
+
+def test_killed_tunnel_is_not_noticed_by_those_who_had_received_nothing(run, serve, cloudflared, ports):
+    """It dies under load; clients whose hello it took and did not answer are served by the next."""
+    release = threading.Event()
+    def handler(sock: socket.socket) -> None:
+        read_exactly(sock, len(HELLO))
+        release.wait(20)
+        sock.sendall(b"x")
+        read_all(sock)
+    far = serve(handler)
+    cloudflared.far("*", far.address)
+    running = run(TUNNEL, ports)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(running.connect(HELLO)) for _ in range(30)]
+        wait_until(lambda: far.accepted == 30)
+        os.kill(cloudflared.starts()[0]["pid"], signal.SIGKILL)
+        late = stack.enter_context(running.connect(HELLO))
+        wait_until(lambda: far.accepted >= 60, what="all of them again")
+        release.set()
+        for client in [*clients, late]:
+            assert client.recv(1) == b"x"
+    assert len(cloudflared.starts()) == 2
+    assert running.counter("retries") >= 30
+    running.ending(31)
+    assert sum(leases for _, _, leases, _, _ in running.tunnels.snapshot()) == 0
+
+
+def test_answer_without_a_byte_is_tried_once_more(run, serve, cloudflared, ports):
+    cloudflared.far("*", serve(answer(b"x")).address)
+    cloudflared.fault("*", refuse=1)
+    running = run(TUNNEL, ports)
+    with running.connect(HELLO) as client:
+        assert client.recv(1) == b"x"
+    assert len(cloudflared.clients()) == 2
+    end = running.ending()
+    assert (end.reason, end.up, end.down) == ("client_closed", len(HELLO), 1)
+
+
+def test_tunnel_that_never_answers_is_refused_with_its_own_words(run, cloudflared, ports):
+    cloudflared.fault("*", refuse=True, error="websocket: bad handshake")
+    running = run(TUNNEL, ports)
+    with running.connect(HELLO) as client:
+        assert read_all(client) == alert(80)
+    assert len(cloudflared.clients()) == 2
+    assert "bad handshake" in running.ending().detail
+
+
+@pytest.mark.parametrize("said, tries", [(HELLO + b"early data", 1), (HELLO, 2)],
+                         ids=["early data behind the hello", "the hello alone"])
+def test_only_a_whole_speech_is_said_twice(run, cloudflared, ports, said, tries):
+    cloudflared.fault("*", refuse=True)
+    running = run(TUNNEL, ports)
+    with running.connect(said) as client:
+        assert read_all(client) == alert(80)
+    assert len(cloudflared.clients()) == tries
+
+
+def test_postgres_through_a_tunnel_is_retried_too(run, serve, cloudflared, ports):
+    cloudflared.far("*", serve(postgres_far(b"S")).address)
+    cloudflared.fault("*", refuse=1)
+    running = run(TUNNEL, ports)
+    with running.connect(ASK_TLS) as client:
+        assert read_exactly(client, 1) == b"S"
+        client.sendall(HELLO)
+        assert read_exactly(client, 3) == b"tls"
+
+
+def test_hung_tunnel_is_found_out_and_restarted(run, serve, cloudflared, ports, monkeypatch):
+    """SIGSTOP: its backlog still takes connections, and nobody answers."""
+    monkeypatch.setattr(sniroute, "FIRST_BYTE_TIMEOUT", 0.5)
+    cloudflared.far("*", serve(answer(b"x")).address)
+    running = run(TUNNEL, ports)
+    with running.connect(HELLO) as client:
+        assert client.recv(1) == b"x"
+    pid = cloudflared.starts()[0]["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    with running.connect(HELLO) as client:
+        assert client.recv(1) == b"x"
+    assert len(cloudflared.starts()) == 2
+
+
+def test_start_that_fails_is_told_and_remembered(run, cloudflared, ports):
+    cloudflared.fault("*", exit=0, words="no such flag")
+    running = run(TUNNEL, ports)
+    for number in (1, 2, 3):
+        with running.connect(HELLO) as client:
+            assert read_all(client) == alert(80)
+        assert running.ending(number).reason == "tunnel_failed"
+        assert "no such flag" in running.ending(number).detail
+    assert len(cloudflared.starts()) == 1
+
+
+def test_missing_program_is_named(run, ports):
+    running = run(TUNNEL, ports, program="/nonexistent")
+    with running.connect(HELLO) as client:
+        assert read_all(client) == alert(80)
+    assert "/nonexistent is not there" in running.ending().detail
+
+
+def test_client_that_leaves_while_it_waits_is_noticed(run, cloudflared, ports):
+    cloudflared.fault("*", never_listen=True)
+    running = run(TUNNEL, ports)
+    first = running.connect(HELLO)
+    with running.connect(HELLO) as second:
+        wait_until(lambda: len(running.router.connections) == 2 and cloudflared.starts())
+        first.close()
+        assert running.ending().reason == "client_left"
+        assert len(running.router.waits[DB].connections) == 1
+        reset(second)
+        assert running.ending(2).reason == "client_left"
+
+
+def test_client_that_goes_on_talking_while_it_waits_loses_nothing(run, serve, cloudflared, ports):
+    """What does not fit waits in the kernel, not in memory."""
+    heard = []
+    cloudflared.far("*", serve(lambda sock: heard.append(read_all(sock))).address)
+    cloudflared.fault("*", listen_delay=500)
+    running = run(TUNNEL, ports)
+    more = random.Random(3).randbytes(200_000)
+    with running.connect(HELLO) as client:
+        wait_until(lambda: running.router.waits)
+        client.sendall(more)
+        wait_until(lambda: [c for c in list(running.router.connections) if not c.up.watched])
+        assert max(len(c.hello) for c in running.router.connections) <= 2 * sniroute.HELLO_WIRE_MAX
+    wait_until(lambda: heard)
+    assert heard == [HELLO + more]
+
+
+def test_start_that_takes_too_long_is_refused(run, cloudflared, ports):
+    cloudflared.fault("*", never_listen=True)
+    running = run(TUNNEL, ports, "--start-timeout=500ms")
+    with running.connect(HELLO) as client:
+        assert read_all(client) == alert(80)
+    assert running.ending().reason in ("tunnel_timeout", "tunnel_failed")
+
+
+def test_resolver_that_hangs_holds_nobody_for_ever(run, monkeypatch):
+    release = threading.Event()
+    running = run("--route=db.example.com=tcp:slow.example.net:1", "--start-timeout=100ms")
+    monkeypatch.setattr(running.router.parked_deadline, "seconds", 0.3)
+    with running.connect() as client:
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(20) and [])
+        client.sendall(HELLO)
+        assert read_all(client) == alert(80)
+    assert "its address" in running.ending().detail
+    monkeypatch.undo()
+    release.set()
+    wait_until(lambda: not running.router.waits)
+
+
+def test_client_that_was_refused_while_it_waited_is_not_dialled_later(run, echo_server, monkeypatch):
+    """It still reads its alert when the target is ready at last."""
+    monkeypatch.setattr(sniroute, "LINGER", 5.0)
+    release = threading.Event()
+    running = run(f"--route=db.example.com=tcp:slow.example.net:{echo_server.address[1]}")
+    monkeypatch.setattr(running.router.parked_deadline, "seconds", 0.1)
+    found = socket.getaddrinfo(*echo_server.address, type=socket.SOCK_STREAM)
+    with running.connect() as client:
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(20) and found)
+        client.sendall(HELLO)
+        assert read_exactly(client, 7) == alert(80)
+        release.set()
+        wait_until(lambda: not running.router.waits)
+        assert [c.state for c in running.router.connections] == ["lingering"]
+        assert echo_server.accepted == 0
+
+
+def test_names_that_wait_are_bounded(run, cloudflared, ports, monkeypatch):
+    """Two threads, three names: the third waits for a thread, a fourth is refused."""
+    monkeypatch.setattr(sniroute, "WAIT_THREADS", 2)
+    monkeypatch.setattr(sniroute, "WAITS_MAX", 3)
+    cloudflared.fault("*", listen_delay=400)
+    cloudflared.fault("n3.example.com", exit=1)
+    running = run(TUNNEL, ports)
+    with contextlib.ExitStack() as stack:
+        for number in range(3):
+            stack.enter_context(running.connect(genuine_hello(f"n{number}.example.com")))
+            wait_until(lambda: len(running.router.waits) == number + 1)
+        assert running.router.waiting_threads == 2
+        with running.connect(genuine_hello("n3.example.com")) as client:
+            assert read_all(client) == alert(80)
+        assert running.ending().reason == "busy"
+        wait_until(lambda: not running.router.waits)
+
+
+def test_thread_that_cannot_start_refuses_and_leaves_nothing_behind(run, cloudflared, ports, monkeypatch):
+    running = run(TUNNEL, ports)
+    def no_thread(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+    monkeypatch.setattr(running.router, "process_request", no_thread)
+    with running.connect(HELLO) as client:
+        assert read_all(client) == alert(80)
+    assert running.ending().reason == "busy"
+    assert running.router.waiting_threads == 0 and not running.router.waits
+
+
+def test_fault_in_a_waiting_thread_ends_its_clients_only(run, cloudflared, ports, serve, monkeypatch, caplog):
+    far = serve(answer(b"x"))
+    running = run(TUNNEL, route(far.address, "ok.example.com"), ports)
+    def fault(*_: Any) -> None:
+        raise ZeroDivisionError("planted")
+    monkeypatch.setattr(running.tunnels, "wait", fault)
+    with running.connect(HELLO) as client:
+        assert read_all(client) == alert(80)
+    assert running.ending().reason == "internal"
+    with running.connect(genuine_hello("ok.example.com")) as client:
+        assert client.recv(1) == b"x"
+    assert "planted" in caplog.text
+
+
+def test_tunnel_that_is_gone_each_time_it_is_ready_is_given_up(run, cloudflared, ports, monkeypatch):
+    running = run(TUNNEL, ports)
+    monkeypatch.setattr(running.tunnels, "wait", lambda *_: None)
+    with running.connect(HELLO) as client:
+        assert read_all(client) == alert(80)
+    assert "gone each time" in running.ending().detail
+
+
+def test_no_byte_reaches_whoever_took_the_port_of_a_dead_tunnel(run, serve, cloudflared, ports):
+    """The child dies, somebody else listens on its port before the reaper has looked."""
+    cloudflared.far("*", serve(answer(b"x")).address)
+    running = run(TUNNEL, ports)
+    with running.connect(HELLO) as client:
+        assert client.recv(1) == b"x"
+    running.ending()
+    port, pid = running.tunnels.snapshot()[0][3:]
+    held = threading.Event()
+    real_exited = running.tunnels._exited
+    def slow(child: Any) -> None:
+        held.wait(10)
+        real_exited(child)
+    for key in list(running.tunnels.selector.get_map().values()):
+        if key.data[0] == real_exited:
+            running.tunnels.selector.modify(key.fileobj, key.events, (slow, key.data[1]))
+    os.kill(pid, signal.SIGKILL)
+    with socket.socket() as thief:
+        thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        def steal() -> bool:
+            with contextlib.suppress(OSError):
+                thief.bind((HOST, port))
+                return True
+            return False
+        wait_until(steal)
+        thief.listen()
+        with running.connect(HELLO) as client:
+            taken, _ = thief.accept()
+            with taken:
+                taken.settimeout(10)
+                assert taken.recv(1) == b"", "a byte for the thief"
+            held.set()
+            assert client.recv(1) == b"x"
+
+
+# -- ends --------------------------------------------------------------------------------------
+
+
+def test_fault_in_the_loop_ends_only_the_connection_that_met_it(run, serve, monkeypatch, caplog):
+    far = serve(answer(b"x"))
+    running = run(route(far.address))
+    with running.connect(HELLO) as other:
+        assert other.recv(1) == b"x"
+        def fault(*_: Any) -> None:
+            raise ZeroDivisionError("planted")
+        with monkeypatch.context() as patch:
+            patch.setattr(sniroute.Connection, "route", fault)
+            with running.connect() as victim:
+                wait_until(lambda: len(running.router.connections) == 2)
+                victim.sendall(HELLO)
+                assert victim.recv(1) == b""
+        assert running.ending().reason == "internal"
+        other.sendall(b"y")
+        assert other.recv(1) == b"y"
+    assert "planted" in caplog.text
+
+
+def test_idle_connections_are_closed_and_busy_ones_are_not(run, echo_server):
+    running = run(route(echo_server.address), "--connection-idle=400ms")
+    with running.connect(HELLO) as idle, running.connect(HELLO) as busy:
+        for client in (idle, busy):
+            assert read_exactly(client, len(HELLO)) == HELLO
+        idle.settimeout(0.02)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            busy.sendall(b"x")
+            assert busy.recv(1) == b"x"
+            with contextlib.suppress(TimeoutError):
+                assert idle.recv(1) == b""
+                break
+        assert running.ending().reason == "idle"
+        busy.sendall(b"y")
+        assert busy.recv(1) == b"y"
+
+
+def test_half_closed_connection_that_is_silent_does_not_stay_for_ever(run, serve, monkeypatch):
+    """The client is gone, the backend says nothing and never ends."""
+    monkeypatch.setattr(sniroute, "HALF_CLOSED_IDLE", 0.2)
+    done = threading.Event()
+    far = serve(lambda sock: done.wait(20))
+    running = run(route(far.address))
+    running.connect(HELLO).close()
+    assert running.ending().reason == "idle"
+    done.set()
+
+
+def test_drain_lets_connections_end_and_accepts_no_more(run, serve, caplog):
+    caplog.set_level("INFO")
+    running = run(route(serve(answer(b"x")).address))
+    with running.connect(HELLO) as client:
+        assert client.recv(1) == b"x"
+        running.router.drain(20)
+        wait_until(lambda: running.router.phase == "draining")
+        with pytest.raises(OSError):
+            running.connect()
+        running.router.drain(20)  # twice is once
+        client.sendall(b"still")
+        assert read_exactly(client, 5) == b"still"
+    running.thread.join(10)
+    assert not running.thread.is_alive()
+
+
+def test_drain_is_bounded(run, serve):
+    running = run(route(serve(answer(b"x")).address))
+    with running.connect(HELLO) as client:
+        assert client.recv(1) == b"x"
+        running.router.drain(0.1)
+        assert client.recv(1) == b""
+    assert running.ending().reason == "stopped"
+    running.thread.join(10)
+    assert not running.thread.is_alive()
+
+
+def test_pipe_that_cannot_be_replaced_is_emptied(run, echo_server, monkeypatch):
+    """A sink broke with bytes in the shared pipe, and there are no descriptors for another."""
+    running = run(route(echo_server.address))
+    router = running.router
+    if router.pipe is None:
+        pytest.skip("no splice(2) here")
+    os.write(router.pipe[1], b"somebody else's bytes")
+    monkeypatch.setattr(router, "_make_pipe", lambda: None)
+    router.lose_pipe()
+    with pytest.raises(BlockingIOError):
+        os.read(router.pipe[0], 1)
+
+
+def test_splice_is_tried_before_it_is_used(monkeypatch):
+    def refused(*_: Any, **__: Any) -> int:
+        raise OSError(22, "Invalid argument")
+    monkeypatch.setattr(os, "splice", refused, raising=False)
+    assert not sniroute.can_splice()
+    monkeypatch.delattr(os, "splice")
+    assert not sniroute.can_splice()
+
+
+# -- the program -------------------------------------------------------------------------------
+
+PROGRAM = HERE / "sniroute.py"
+STOP_GRACE = 2.0  # how long a tunnel may take to end by itself
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """What a router inherits here: nothing that changes Python or sniroute, but for coverage."""
+    kept = {key: value for key, value in os.environ.items()
+            if not key.startswith(("PYTHON", "SNIROUTE_", "TUNNEL_", "JOURNAL_"))}
+    return {**kept, "PYTHONWARNINGS": "default::ResourceWarning", **more}
+
+
+class Program:
+    """A router that is a process of its own; a thread reads what it says on stderr."""
+
+    def __init__(self, command: list[str], **popen: Any):
+        self.lines: list[str] = []
+        self.code = 0  # the exit code that is expected
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL,
+                                        **{"stderr": subprocess.PIPE, **popen})
+        self.pid = self.process.pid
+        self.log_is_read = threading.Event()
+        self.log_is_read.set()
+        self.reader = threading.Thread(target=self._read, name="log-reader")
+        self.reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stderr or ():
+            self.lines.append(line.decode())
+            self.log_is_read.wait()
+
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    def wait_for(self, text: str, count: int = 1) -> None:
+        """Until the log has that text, so often."""
+        wait_until(lambda: self.log().count(text) >= count or not self.reader.is_alive(), what=f"{text!r} in the log")
+        assert self.log().count(text) >= count, f"it ended without {text!r}:\n{self.log()}"
+
+    @property
+    def addresses(self) -> list[Address]:
+        """Where it listens, as its log says."""
+        found = re.findall(r" listening on (\S+):(\d+)$", self.log(), re.MULTILINE)
+        return [(host.strip("[]"), int(port)) for host, port in found]
+
+    @property
+    def address(self) -> Address:
+        return self.addresses[0]
+
+    def connect(self, said: bytes = b"", address: Address | None = None) -> socket.socket:
+        """A client, with a time-out so that a failing test ends."""
+        client = socket.create_connection(address or self.address, 20)
+        client.sendall(said)
+        return client
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout: float = 15) -> int:
+        """The exit code, once there is one, and all of the log."""
+        code = self.process.wait(timeout)
+        self.log_is_read.set()
+        self.reader.join()
+        return code
+
+    def stop(self) -> None:
+        """End it, if it has not ended, and see that it was well."""
+        self.log_is_read.set()
+        try:
+            if self.process.poll() is None:
+                self.signal(signal.SIGTERM)
+            assert self.wait() == self.code, self.log()
+        finally:
+            self.process.kill()
+            self.wait()
+            if self.process.stderr is not None:
+                self.process.stderr.close()
+        for word in ("Traceback", "report it", "ResourceWarning"):
+            assert word not in self.log(), self.log()
+
+
+@pytest.fixture
+def launch(tmp_path: pathlib.Path, cloudflared) -> Iterator[Callable[..., Program]]:
+    """launch(*options) -> Program, which listens on a free port unless the options say where.
+
+    `python` is what runs it, `env` all of its environment, `listeners` how many lines about them
+    are waited for; the rest goes to Popen.
+    """
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    programs = []
+    with contextlib.ExitStack() as stack:
+        def start(*options: str, env: dict[str, str] | None = None, python: tuple[str, ...] = (sys.executable,),
+                  program: pathlib.Path = PROGRAM, listeners: int = 1, **popen: Any) -> Program:
+            env = environment() if env is None else env
+            if "SNIROUTE_LISTEN" not in env and not any(option.startswith("--listen") for option in options):
+                options = (f"--listen={HOST}:0", *options)
+            running = Program([*python, str(program), *options], env={**env, "TMPDIR": str(scratch)}, **popen)
+            programs.append(running)
+            stack.callback(running.stop)
+            running.wait_for(" listening on ", listeners) if listeners else None
+            return running
+
+        yield start
+    if not any(program.code for program in programs):  # none was killed
+        assert list(scratch.iterdir()) == []
+
+
+def execute(*words: str, said: bytes = b"", **more: Any) -> subprocess.CompletedProcess[bytes]:
+    """Run a program to its end, away from this user's own settings."""
+    env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": "/nonexistent", "LC_ALL": "C"}
+    return subprocess.run(words, **{"input": said, "capture_output": True, "timeout": 60, "env": env, **more})
+
+
+def command(*options: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run sniroute to its end."""
+    return execute(sys.executable, str(PROGRAM), *options, env=environment(**more), said="", text=True)
+
+
+def resident(pid: int) -> float:
+    """The memory of a process, in MiB."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
+
+
+def is_pending(pid: int, number: int) -> bool:
+    """Whether a signal has not reached the process yet: a second one would be lost."""
+    mask = re.search(r"ShdPnd:\s+(\w+)", pathlib.Path(f"/proc/{pid}/status").read_text())[1]
+    return bool(int(mask, 16) >> number - 1 & 1)
+
+
+def cpu_seconds(pid: int) -> float:
+    """The time a process has computed; proc(5): utime and stime are fields 14 and 15."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def counter(program: Program, name: str) -> int:
+    """A counter, by way of SIGUSR1."""
+    seen = len(re.findall("counters: ", program.log()))
+    program.signal(signal.SIGUSR1)
+    program.wait_for("counters: ", seen + 1)
+    last = re.findall(r"counters: (\{.*\})\n", program.log())[-1]
+    found = re.search(rf"'{name}': (\d+)", last)
+    return int(found[1]) if found else 0
+
+
+BARE = {"PATH": ""}
+BARE_PYTHON = (sys.executable, "-S", "-E")
+
+
+@pytest.fixture
+def two_files(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A folder with sniroute.py and sniroute_tunnels.py, and nothing else."""
+    folder = tmp_path / "two files"
+    folder.mkdir()
+    for name in ("sniroute.py", "sniroute_tunnels.py"):
+        shutil.copy(HERE / name, folder)
+    return folder / "sniroute.py"
+
+
+def test_two_files_and_a_bare_python_are_all_it_takes(launch, two_files):
+    """No packages, no PATH, no environment, no settings."""
+    began = time.monotonic()
+    program = launch(program=two_files, python=BARE_PYTHON, env=BARE)
+    assert time.monotonic() - began < 3
+    assert " warning cloudflared is not on PATH: " in program.log()
+    assert " warning no --route: every name is served, " in program.log()
+    with program.connect(HELLO) as client:
+        assert read_all(client) == alert(80)
+    program.wait_for("cloudflared is not there: install it, or name it with --cloudflared")
+
+
+def test_two_files_route_bytes(launch, two_files, echo_server):
+    program = launch(route(echo_server.address), program=two_files, python=BARE_PYTHON, env=BARE)
+    with program.connect(HELLO + b"!") as client:
+        assert read_exactly(client, len(HELLO) + 1) == HELLO + b"!"
+
+
+@linux
+def test_router_that_has_just_started_is_small(launch, two_files):
+    program = launch(program=two_files, python=BARE_PYTHON, env=BARE)
+    assert resident(program.pid) < 20
+
+
+# -- addresses ---------------------------------------------------------------------------------
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return socket.has_dualstack_ipv6()
+    return False
+
+
+ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+
+
+def test_port_alone_is_every_address(launch, echo_server):
+    program = launch("--listen=:0", route(echo_server.address))
+    hosts = [HOST, "::1"] if has_ipv6() else [HOST]
+    for host in hosts:
+        with program.connect(HELLO, (host, program.address[1])) as client:
+            assert read_exactly(client, len(HELLO)) == HELLO
+    program.stop()
+    clients = re.findall(r"client=(\S+):\d+ ", program.log())
+    assert clients == [f"[{host}]" if ":" in host else host for host in hosts]
+
+
+@ipv6
+def test_ipv6_address_alone_is_not_reached_by_ipv4(launch, echo_server):
+    program = launch("--listen=[::1]:0", route(echo_server.address))
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+    with pytest.raises(ConnectionRefusedError):
+        program.connect(address=(HOST, program.address[1]))
+
+
+def test_several_addresses_are_one_service(launch, echo_server):
+    program = launch(f"--listen={HOST}:0", f"--listen={HOST}:0", route(echo_server.address), listeners=2)
+    assert len(set(program.addresses)) == 2
+    for address in program.addresses:
+        with program.connect(HELLO, address) as client:
+            assert read_exactly(client, len(HELLO)) == HELLO
+    program.signal(signal.SIGTERM)
+    assert program.wait() == 0
+
+
+def test_address_that_is_taken_is_named_in_one_line(echo_server):
+    ended = command(f"--listen={HOST}:{echo_server.address[1]}", route(echo_server.address, "*"),
+                    SNIROUTE_LISTEN=":1")
+    assert ended.returncode == 2, "that would be a circle"
+    ended = command(f"--listen={HOST}:{echo_server.address[1]}", route((HOST, 1)))
+    assert ended.returncode == 1
+    assert re.fullmatch(rf"\S+ error --listen {HOST}:\d+: Address already in use\n", ended.stderr), ended.stderr
+
+
+def test_address_of_another_machine_is_named_in_one_line():
+    ended = command("--listen=192.0.2.1:19000", route((HOST, 1)))
+    assert ended.returncode == 1
+    assert re.fullmatch(r"\S+ error --listen 192.0.2.1:19000: .+\n", ended.stderr), ended.stderr
+
+
+# -- settings and commands ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, variables, named", [
+    (["--idle=soon"], {}, ["--idle"]),
+    (["--idle=soon", "--ports=9"], {}, ["--ports", "--idle"]),
+    ([], {"SNIROUTE_PORTS": "9"}, ["SNIROUTE_PORTS"]),
+    (["--route=*=http:x"], {}, ["--route"]),
+    (["--cloudflared=/nonexistent"], {}, ["--cloudflared"]),
+    (["--listen=127.0.0.1:9", "--route=*=tcp:127.0.0.1:9"], {}, ["--route"]),
+    (["check", "--max-tunnels=none"], {}, ["--max-tunnels"]),
+], ids=["no duration", "two at once", "a variable", "no such target", "no such program", "a circle", "check"])
+def test_settings_that_are_wrong_are_named_one_a_line(options, variables, named):
+    ended = command(*options, **variables)
+    assert ended.returncode == 2
+    assert [line.split(": ")[:2] for line in ended.stderr.splitlines()] == [["sniroute", name] for name in named]
+
+
+@pytest.mark.parametrize("options", [["--no-such-option"], ["fly"], ["explain"], ["check", "a.example.com"]],
+                         ids=["unknown option", "unknown command", "explain without a name", "check with a name"])
+def test_command_line_that_is_none_is_told_how(options):
+    ended = command(*options)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("usage: sniroute ") and "Traceback" not in ended.stderr
+
+
+def test_check_command_prints_the_routes():
+    ended = command("check", "--route=DB.example.com=tcp:127.0.0.1:1", "--route=*=cloudflared:x-{name}")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == "db.example.com=tcp:127.0.0.1:1\n*=cloudflared:x-{name}\n"
+
+
+def test_explain_says_what_would_run(cloudflared):
+    ended = command("explain", "DB.example.com", f"--cloudflared={cloudflared.path}", "--ports=20001-20002")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == (
+        "name:    db.example.com\nroute:   *=cloudflared:cft-{name}\ntarget:  cloudflared:cft-db.example.com\n"
+        f"runs:    {cloudflared.path} access tcp --hostname cft-db.example.com --url 127.0.0.1:20001 --loglevel info\n")
+
+
+@pytest.mark.parametrize("name, says", [
+    ("other.example.com", "no route for other.example.com (no_route, TLS alert 112)"),
+    ("10.0.0.1", "not a host name: '10.0.0.1' (bad_name, TLS alert 112)"),
+], ids=["no route", "an address"])
+def test_explain_says_why_a_name_is_refused(name, says):
+    ended = command("explain", name, "--route=db.example.com=tcp:127.0.0.1:1")
+    assert (ended.returncode, ended.stderr) == (1, "")
+    assert ended.stdout == f"name:    {name}\nrefused: {says}\n"
+
+
+def test_explain_says_that_the_program_is_missing():
+    ended = command("explain", "db.example.com", PATH="")
+    assert ended.returncode == 1
+    assert ended.stdout.endswith("refused: cloudflared is not there: install it, or name it with --cloudflared\n")
+
+
+def test_version_and_help():
+    version = command("--version")
+    assert version.returncode == 0
+    assert version.stdout.startswith(f"sniroute {sniroute.__version__} (Python {sys.version.split()[0]}, ")
+    usage = command("--help")
+    assert usage.returncode == 0
+    for row in sniroute.SETTINGS:
+        assert f"--{row.name} " in usage.stdout
+
+
+def test_environment_holds_settings_and_the_command_line_comes_first(launch, serve):
+    first, second = serve(answer(b"1")).address, serve(answer(b"2")).address
+    variables = environment(SNIROUTE_LISTEN=f"{HOST}:0 {HOST}:0",
+                            SNIROUTE_ROUTE=" ".join((route(first)[8:], route(second, "web.example.com")[8:])))
+    web = genuine_hello("web.example.com")
+    program = launch(env=variables, listeners=2)
+    for address, hello, said in zip(program.addresses, (HELLO, web), (b"1", b"2"), strict=True):
+        with program.connect(hello, address) as client:
+            assert client.recv(1) == said
+    program = launch(f"--listen={HOST}:0", route(second), env=variables)
+    with program.connect(HELLO) as client:
+        assert client.recv(1) == b"2"
+    with program.connect(web) as client:
+        assert read_all(client) == alert(112)
+    program.stop()
+    assert len(program.addresses) == 1
+
+
+# -- signals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_lets_connections_end_and_stops_the_tunnels_last(launch, cloudflared, ports, echo_server, number):
+    cloudflared.far("*", echo_server.address)
+    program = launch(TUNNEL, ports, f"--cloudflared={cloudflared.path}")
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        program.signal(number)
+        program.wait_for("draining: 1 connections")
+        with pytest.raises(ConnectionRefusedError):
+            program.connect()
+        client.sendall(b"still")
+        assert read_exactly(client, 5) == b"still"
+    assert program.wait() == 0
+    assert "reason=client_closed" in program.lines[-2]
+    assert program.lines[-1].endswith(" info stopped\n")
+    assert not cloudflared.runs(cloudflared.starts()[0]["pid"])
+
+
+@pytest.mark.parametrize("stubborn", [False, True], ids=["tunnel that ends", "tunnel that ignores TERM"])
+def test_second_signal_ends_at_once(launch, cloudflared, ports, echo_server, stubborn):
+    cloudflared.far("*", echo_server.address)
+    cloudflared.fault("*", ignore_term=stubborn)
+    program = launch(TUNNEL, ports, f"--cloudflared={cloudflared.path}")
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        program.signal(signal.SIGTERM)
+        program.wait_for("draining: 1 connections")
+        began = time.monotonic()
+        program.signal(signal.SIGTERM)
+        assert read_all(client) == b""
+        assert program.wait() == 0
+    assert time.monotonic() - began < STOP_GRACE
+    assert not cloudflared.runs(cloudflared.starts()[0]["pid"])
+
+
+def test_second_signal_hurries_tunnels_that_are_being_stopped(launch, cloudflared, ports, serve):
+    """No connection is left, and a child ignores TERM."""
+    cloudflared.far("*", serve(answer(b"x")).address)
+    cloudflared.fault("*", ignore_term=True)
+    program = launch(TUNNEL, ports, f"--cloudflared={cloudflared.path}")
+    with program.connect(HELLO) as client:
+        assert client.recv(1) == b"x"
+    program.wait_for("reason=client_closed")
+    began = time.monotonic()
+    program.signal(signal.SIGTERM)
+    program.wait_for("draining: 0 connections")
+    program.signal(signal.SIGINT)
+    assert program.wait() == 0
+    assert time.monotonic() - began < STOP_GRACE
+    assert not cloudflared.runs(cloudflared.starts()[0]["pid"])
+
+
+def test_signals_that_keep_coming_do_not_break_the_end(launch):
+    """One came while the last lines were being written: exit code 1 and a traceback."""
+    for _ in range(3):
+        program = launch()
+        deadline = time.monotonic() + 15
+        while program.process.poll() is None:
+            assert time.monotonic() < deadline
+            program.signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                program.process.wait(0.001)
+        program.stop()
+
+
+def test_hangup_changes_nothing(launch, echo_server):
+    program = launch(route(echo_server.address))
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        program.signal(signal.SIGHUP)
+        program.wait_for(" info SIGHUP: there is no file of settings to read again\n")
+        client.sendall(b"still")
+        assert read_exactly(client, 5) == b"still"
+        with program.connect(HELLO) as other:
+            assert read_exactly(other, len(HELLO)) == HELLO
+
+
+def test_usr1_tells_counters_tunnels_and_connections(launch, cloudflared, ports, serve):
+    cloudflared.far("*", serve(answer(b"x")).address)
+    program = launch(TUNNEL, ports, f"--cloudflared={cloudflared.path}")
+    with program.connect(HELLO) as client, program.connect(HELLO[:9]) as silent:
+        assert client.recv(1) == b"x"
+        assert counter(program, "accepted") == 2
+        row = cloudflared.starts()[0]
+        program.wait_for(f" info tunnel cloudflared:db.example.com: ready, 1 connections, port {row['port']}, pid ")
+        program.wait_for(f" info connection {HOST}:", 2)
+        open_one, silent_one = (f"connection {HOST}:{sock.getsockname()[1]}: " for sock in (client, silent))
+        assert re.search(rf"{open_one}open for \d+\.\d s, name db\.example\.com, {len(HELLO)} bytes up, 1 down\n",
+                         program.log())
+        assert re.search(rf"{silent_one}prelude for \d+\.\d s, name None, 0 bytes up, 0 down\n", program.log())
+
+
+@linux
+def test_tunnels_die_with_a_router_that_is_killed(launch, cloudflared, ports, serve):
+    """Ready, starting, and deaf to TERM: the kernel sees to all of them."""
+    cloudflared.far("*", serve(answer(b"x")).address)
+    cloudflared.fault("*", ignore_term=True)
+    cloudflared.fault("late.example.com", never_listen=True)
+    program = launch(TUNNEL, ports, f"--cloudflared={cloudflared.path}")
+    with program.connect(HELLO) as client, program.connect(genuine_hello("late.example.com")):
+        assert client.recv(1) == b"x"
+        wait_until(lambda: len(cloudflared.starts()) == 2, what="both starts")
+        pids = [row["pid"] for row in cloudflared.starts()]
+        assert all(map(cloudflared.runs, pids))
+        program.code = -signal.SIGKILL
+        program.signal(signal.SIGKILL)
+        wait_until(lambda: not any(map(cloudflared.runs, pids)), timeout=2, what="the end of its children")
+
+
+# -- a log that nobody takes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["closed", "broken", "full"])
+def test_log_that_cannot_be_written_stops_nothing_and_reaches_no_client(launch, free_ports, echo_server, kind):
+    """stderr is closed before the start, a pipe without a reader, or a disk without room."""
+    address = HOST, free_ports(1)[0]
+    python = (sys.executable,)
+    with contextlib.ExitStack() as stack:
+        popen: dict[str, Any] = {}
+        if kind == "closed":
+            python = ("/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable)
+        elif kind == "broken":
+            reader, writer = os.pipe()
+            os.close(reader)
+            popen["stderr"] = stack.enter_context(open(writer, "wb"))
+        elif os.path.exists("/dev/full"):
+            popen["stderr"] = stack.enter_context(open("/dev/full", "wb"))
+        else:
+            pytest.skip("no /dev/full here")
+        program = launch(f"--listen={HOST}:{address[1]}", route(echo_server.address), "--log-level=debug",
+                         python=python, listeners=0, **popen)
+    def connect() -> socket.socket | None:
+        with contextlib.suppress(ConnectionRefusedError):
+            return program.connect(address=address)
+        return None
+    with wait_until(connect) as client:
+        client.sendall(HELLO)
+        assert read_exactly(client, len(HELLO)) == HELLO
+        for _ in range(20):
+            with program.connect(genuine_hello("other.example.com"), address) as other:
+                assert read_all(other) == alert(112)
+        program.signal(signal.SIGUSR1)
+        client.sendall(b"still")
+        client.shutdown(socket.SHUT_WR)
+        assert read_all(client) == b"still"
+    program.signal(signal.SIGTERM)
+    assert program.wait() == 0
+
+
+def test_log_that_nobody_reads_holds_up_neither_clients_nor_the_end(launch, single_loop_echo):
+    """30,000 lines into a pipe that is full after 500."""
+    program = launch(route(single_loop_echo), "--log-level=debug")
+    program.log_is_read.clear()
+    with contextlib.ExitStack() as stack:
+        for _ in range(200):  # each is a line in every dump
+            client = stack.enter_context(program.connect(HELLO))
+            assert read_exactly(client, len(HELLO)) == HELLO
+        for _ in range(150):
+            program.signal(signal.SIGUSR1)
+            client.sendall(b"?")
+            assert client.recv(1) == b"?"
+        with program.connect(HELLO) as late:
+            assert read_exactly(late, len(HELLO)) == HELLO
+    program.signal(signal.SIGTERM)
+    assert program.process.wait(10) == 0
+
+
+@linux
+def test_log_that_is_read_again_says_how_much_is_missing(launch, single_loop_echo):
+    program = launch(route(single_loop_echo))
+    program.log_is_read.clear()
+    def written() -> int:
+        return sum(program.log().count(f" info {text}") for text in ("counters: ", "connection ", "draining: "))
+    def dropped() -> int:
+        return sum(map(int, re.findall(r" warning the log was too slow: (\d+) lines dropped\n", program.log())))
+    def refused() -> bool:
+        with contextlib.suppress(ConnectionRefusedError):
+            program.connect().close()
+            return False
+        return True
+    with contextlib.ExitStack() as stack:
+        for _ in range(200):
+            client = stack.enter_context(program.connect(HELLO))
+            assert read_exactly(client, len(HELLO)) == HELLO
+        for _ in range(120):  # more lines than wait, are being written, and fit into the pipe
+            program.signal(signal.SIGUSR1)
+            wait_until(lambda: not is_pending(program.pid, signal.SIGUSR1))
+        program.signal(signal.SIGTERM)
+        wait_until(refused, what="the drain, which comes behind all dumps")
+        program.log_is_read.set()
+        wait_until(lambda: written() + dropped() == 120 * 201 + 1, what="word of every line")
+    assert written() > 10_000 and dropped()
+
+
+# -- limits ------------------------------------------------------------------------------------
+
+
+@linux
+@pytest.mark.parametrize("options, says", [([], "--max-connections (16) are open"),
+                                           (["--max-connections=1000"], "Too many open files")],
+                         ids=["limit that fits", "limit that does not"])
+def test_few_descriptors_and_many_clients(launch, single_loop_echo, options, says):
+    """64 descriptors, 100 clients that stay: no crash, no spinning; when they leave it goes on."""
+    program = launch(route(single_loop_echo), *options,
+                     python=("/bin/sh", "-c", 'ulimit -n 64 && exec "$@"', "sh", sys.executable))
+    assert ("raise LimitNOFILE" in program.log()) is bool(options)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(program.connect(HELLO)) for _ in range(100)]
+        assert read_exactly(clients[0], len(HELLO)) == HELLO
+        program.wait_for(says)
+        before = cpu_seconds(program.pid)
+        clients[0].settimeout(1)  # which is the time that is measured
+        with pytest.raises(TimeoutError):
+            clients[0].recv(1)
+        assert cpu_seconds(program.pid) - before < 0.5
+    assert program.log().count("not accepting") <= 1
+    def served() -> bool:
+        with contextlib.suppress(ConnectionResetError), program.connect(HELLO) as client:
+            return read_exactly(client, len(HELLO)) == HELLO
+        return False
+    wait_until(served, timeout=5)
+
+
+@pytest.fixture
+def descriptors() -> Iterator[Callable[[int], None]]:
+    """descriptors(count): let this process open so many files, or skip."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def need(count: int) -> None:
+        if hard != resource.RLIM_INFINITY and hard < count:
+            pytest.skip(f"RLIMIT_NOFILE is {hard}, and {count} are needed")
+        if soft != resource.RLIM_INFINITY and soft < count:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+
+    yield need
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@linux
+def test_thousands_of_idle_connections_are_cheap_and_leave_nothing(launch, two_files, single_loop_echo, descriptors):
+    descriptors(4500)
+    program = launch(route(single_loop_echo), program=two_files, python=BARE_PYTHON, env=BARE)
+    with program.connect(HELLO) as client:  # so that what comes once is there
+        assert read_exactly(client, len(HELLO)) == HELLO
+    wait_until(lambda: counter(program, "client_closed") == 1)
+    before = len(os.listdir(f"/proc/{program.pid}/fd"))
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(program.connect(HELLO)) for _ in range(2000)]
+        for client in clients:
+            assert read_exactly(client, len(HELLO)) == HELLO
+        assert resident(program.pid) < 40
+    wait_until(lambda: counter(program, "client_closed") == 2001, timeout=5, what="the end of all connections")
+    assert len(os.listdir(f"/proc/{program.pid}/fd")) == before
+    assert " connections more" not in program.log().rpartition("counters: ")[2]
+    assert " connection " not in program.log().rpartition("counters: ")[2]
+
+
+def test_tunnel_that_is_killed_under_a_crowd_costs_only_those_it_was_answering(launch, cloudflared, ports, serve):
+    """Twenty clients come again and again: whoever had received nothing is served."""
+    payload = random.Random(11).randbytes(1 << 16)
+    def handler(sock: socket.socket) -> None:
+        read_exactly(sock, len(HELLO))
+        sock.sendall(payload)
+        read_all(sock)
+    cloudflared.far("*", serve(handler).address)
+    program = launch(TUNNEL, ports, f"--cloudflared={cloudflared.path}")
+    enough = threading.Event()
+    served, errors, cut = [0] * 20, [], []
+    def come_again(number: int) -> None:
+        while not enough.is_set():
+            try:
+                with program.connect(HELLO) as client:
+                    data = read_exactly(client, len(payload))
+            except OSError as error:
+                errors.append(error)
+                continue
+            if data == payload:
+                served[number] += 1
+            else:
+                cut.append(len(data))
+    threads = [threading.Thread(target=come_again, args=(number,), name="client") for number in range(20)]
+    for thread in threads:
+        thread.start()
+    try:
+        for kills in range(3):
+            goal = [count + 3 for count in served]
+            wait_until(lambda: all(count >= wanted for count, wanted in zip(served, goal, strict=True)), 20,
+                       f"service for everybody after {kills} kills")
+            assert len(cloudflared.starts()) == kills + 1
+            if kills < 2:
+                os.kill(cloudflared.starts()[-1]["pid"], signal.SIGKILL)
+    finally:
+        enough.set()
+        for thread in threads:
+            thread.join()
+    resets = [error for error in errors if not isinstance(error, ConnectionResetError)]
+    assert not resets and 0 not in cut, (errors, cut)
+    assert len(cut) + len(errors) <= 2 * len(threads)
+    program.wait_for("it ended (signal 9)", 2)
+
+
+# -- real clients, real servers ----------------------------------------------------------------
+
+
+def program_path(name: str, package: str) -> str:
+    """Where a program is; without it the test is skipped."""
+    places = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    places += sorted(map(str, pathlib.Path("/usr/lib/postgresql").glob("*/bin")), key=version_of, reverse=True)
+    found = shutil.which(name, path=os.pathsep.join(places))
+    if found is None:
+        pytest.skip(f"{name} is not here (Debian package {package})")
+    return found
+
+
+def version_of(text: str) -> float:
+    """The first number in it."""
+    return float(re.search(r"\d+(\.\d+)?", text)[0])
+
+
+class Certificate(NamedTuple):
+    """A certificate for *.example.com that vouches for itself, in files."""
+
+    file: pathlib.Path
+    key: pathlib.Path
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    folder = tmp_path_factory.mktemp("certificate")
+    made = Certificate(folder / "server.crt", folder / "server.key")
+    ended = execute(program_path("openssl", "openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt",
+                    "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=sniroute test",
+                    "-addext", "subjectAltName=DNS:*.example.com", "-keyout", str(made.key), "-out", str(made.file))
+    assert ended.returncode == 0, ended.stderr
+    return made
+
+
+@pytest.fixture(scope="module")
+def postgres(certificate: Certificate) -> Iterator[Address]:
+    """The address of a PostgreSQL that speaks TLS.  It does not run as root, so root lends it a user."""
+    initdb, server = program_path("initdb", "postgresql"), program_path("postgres", "postgresql")
+    program_path("psql", "postgresql-client")
+    other_user: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        # Not below pytest's folder, which is closed to other users; and short, for the socket's sake.
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sniroute-pg-")))
+        for file in certificate:
+            shutil.copy(file, folder)
+            (folder / file.name).chmod(0o600)
+        if os.geteuid() == 0:
+            names = {entry.pw_name: entry for entry in pwd.getpwall()}
+            user = names.get("postgres") or names["nobody"]
+            other_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+            for path in (folder, *folder.iterdir()):
+                os.chown(path, user.pw_uid, user.pw_gid)
+        data = folder / "data"
+        ended = execute(initdb, "-D", str(data), "-U", "postgres", "-A", "trust", "--no-sync", "--no-locale",
+                        "-E", "UTF8", cwd=folder, **other_user)
+        assert ended.returncode == 0, ended.stderr
+        log = stack.enter_context(open(folder / "log", "wb"))
+        status = data / "postmaster.pid"
+        for _ in range(5):  # somebody may be faster at taking the port
+            with socket.create_server((HOST, 0)) as free:
+                address = free.getsockname()
+            process = subprocess.Popen(
+                [server, "-D", str(data), "-h", HOST, "-p", str(address[1]), "-k", str(folder), "-c", "fsync=off",
+                 "-c", "ssl=on", "-c", f"ssl_cert_file={folder}/server.crt", "-c", f"ssl_key_file={folder}/server.key"],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder, env={"LC_ALL": "C"}, **other_user)
+            def ready() -> bool:  # the eighth line of that file says it
+                with contextlib.suppress(FileNotFoundError):
+                    return "ready" in "".join(status.read_text().splitlines()[7:]) or process.poll() is not None
+                return process.poll() is not None
+            try:
+                wait_until(ready, timeout=30, what="PostgreSQL")
+                if process.poll() is None:
+                    yield address
+                    return
+            finally:
+                process.send_signal(signal.SIGINT)  # without waiting for clients
+                process.wait()
+        raise AssertionError((folder / "log").read_text())
+
+
+def psql(address: Address, query: list[str], options: str, said: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """Run queries in one session, through `address`, as db.example.com."""
+    where = f"host=db.example.com hostaddr={address[0]} port={address[1]} user=postgres dbname=postgres {options}"
+    commands = [word for line in query for word in ("-c", line)]
+    program = program_path("psql", "postgresql-client")
+    return execute(program, "-XAtq", "-v", "ON_ERROR_STOP=1", *commands, where, said=said)
+
+
+@pytest.fixture
+def database(launch, cloudflared, ports, postgres) -> Program:
+    """A router with the default route, in front of PostgreSQL."""
+    cloudflared.far("cft-db.example.com", postgres)
+    return launch(ports, f"--cloudflared={cloudflared.path}")
+
+
+@pytest.mark.parametrize("verified", [False, True], ids=["require", "verify-full"])
+def test_psql_reads_megabytes_on_a_cold_name_and_on_the_warm_one(database, certificate, cloudflared, verified):
+    options = f"sslmode=verify-full sslrootcert={certificate.file}" if verified else "sslmode=require"
+    query = ["select ssl from pg_stat_ssl where pid = pg_backend_pid()",
+             "select repeat(md5(n::text), 32) from generate_series(1, 12000) n"]
+    for _ in range(2):
+        ended = psql(database.address, query, options)
+        assert (ended.returncode, ended.stderr) == (0, b"")
+        lines = ended.stdout.decode().splitlines()
+        assert lines[0] == "t"
+        assert lines[1:] == [hashlib.md5(b"%d" % n).hexdigest() * 32 for n in range(1, 12001)]
+    assert [row["hostname"] for row in cloudflared.starts()] == ["cft-db.example.com"]
+
+
+def test_psql_copies_megabytes_up(database, cloudflared):
+    rows = [b"%x" % n * 100 for n in random.Random(12).sample(range(1 << 28, 1 << 32), 15_000)]
+    query = ["create temp table t (row text)", r"\copy t from pstdin",
+             "select count(*), sum(length(row)), min(row), max(row) from t"]
+    ended = psql(database.address, query, "sslmode=require", b"".join(row + b"\n" for row in rows))
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert ended.stdout.split() == [b"|".join((b"15000", b"12000000", min(rows), max(rows)))]
+    assert len(cloudflared.starts()) == 1
+
+
+def test_psql_meets_the_certificate_of_the_server_itself(database, certificate, cloudflared, postgres):
+    """sniroute has none: under another name it is the server's that does not fit."""
+    cloudflared.far("cft-db.example.org", postgres)
+    options = f"sslmode=verify-full sslrootcert={certificate.file} host=db.example.org"
+    ended = psql(database.address, ["select 1"], options)
+    assert ended.returncode == 2
+    assert b'server certificate for "*.example.com" does not match host name "db.example.org"' in ended.stderr
+
+
+def test_psql_without_tls_is_told_what_to_do(database):
+    ended = psql(database.address, ["select 1"], "sslmode=disable")
+    assert ended.returncode == 2
+    assert b"FATAL:  sniroute routes by the TLS server name: a connection without TLS has none" in ended.stderr
+    assert b"HINT:  Connect with sslmode=require." in ended.stderr
+
+
+def test_psql_that_begins_with_tls_at_once(database):
+    for name, package in (("psql", "postgresql-client"), ("postgres", "postgresql")):
+        version = execute(program_path(name, package), "--version").stdout.decode()
+        if version_of(version) < 17:
+            pytest.skip(f"{name} is older than 17: {version.strip()}")
+    ended = psql(database.address, ["select 7"], "sslmode=require sslnegotiation=direct")
+    assert (ended.returncode, ended.stderr, ended.stdout) == (0, b"", b"7\n")
+
+
+def test_curl_posts_megabytes_on_a_cold_name_and_on_the_warm_one(launch, cloudflared, ports, serve, certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    def handler(sock: socket.socket) -> None:
+        """Answer a POST with its body, backwards."""
+        sock.settimeout(20)
+        with context.wrap_socket(sock, server_side=True) as tls, tls.makefile("rb") as lines:
+            size = 0
+            while (line := lines.readline()) not in (b"\r\n", b""):
+                if line.lower().startswith(b"content-length:"):
+                    size = int(line.split()[1])
+            body = lines.read(size)[::-1]
+            tls.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            lines.read()  # until the client closes
+    cloudflared.far("cft-web.example.com", serve(handler).address)
+    program = launch(ports, f"--cloudflared={cloudflared.path}")
+    port = program.address[1]
+    payload = random.Random(13).randbytes(4 << 20)
+    for _ in range(2):
+        ended = execute(program_path("curl", "curl"), "-sS", "--noproxy", "*", "--cacert", str(certificate.file),
+                        "--resolve", f"web.example.com:{port}:{HOST}", "--data-binary", "@-", "-H", "Expect:",
+                        f"https://web.example.com:{port}/", said=payload)
+        assert (ended.returncode, ended.stderr) == (0, b"")
+        assert ended.stdout == payload[::-1]
+    assert len(cloudflared.starts()) == 1
+
+
+def test_openssl_shows_the_alert_for_a_name_without_a_route(launch, echo_server):
+    program = launch(route(echo_server.address))
+    ended = execute(program_path("openssl", "openssl"), "s_client", "-servername", "other.example.com", "-connect",
+                    "{}:{}".format(*program.address))
+    assert ended.returncode == 1
+    assert b"unrecognized name" in ended.stderr and b"SSL alert number 112" in ended.stderr
+
+
+# -- the README --------------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text()
+
+
+@pytest.mark.parametrize("row", sniroute.SETTINGS, ids=lambda row: row.name)
+def test_every_option_is_in_the_readme_with_its_default(row):
+    line = next((line for line in README.split("\n") if line.startswith(f"| `--{row.name} {row.metavar}` |")), "")
+    assert line, f"--{row.name} {row.metavar} is not in README.md"
+    if row.default is not None and row.name != "proxy-from":
+        assert f"`{row.default}`" in line.split("|")[2]
+
+
+def test_every_refusal_is_in_the_readme():
+    table = README.partition("## What is refused")[2].partition("\n## ")[0]
+    assert {kind for kind in sniroute.REFUSALS if f"`{kind}`" not in table} == set()
+
+
+def test_variables_a_tunnel_may_inherit_are_in_the_readme():
+    names = {name for name in sniroute_tunnels.CLOUDFLARED_ENVIRONMENT if name.isupper()}
+    assert {name for name in names if f"`{name}`" not in README} == set()
+
+
+def test_quick_start_of_the_readme_works_as_pasted(tmp_path, free_ports):
+    for program in ("openssl", "curl", "bash"):
+        if shutil.which(program) is None:
+            pytest.skip(f"needs the Debian package {program}")
+    block = README.partition("<!-- quick start -->\n```sh\n")[2].partition("```")[0]
+    first, _ = free_ports(2)
+    script = block.replace("19000", str(first)).replace("8443", str(first + 1)).replace(
+        "python3 ", f"{sys.executable} ") + "\nwait\n"
+    for name in ("sniroute.py", "sniroute_tunnels.py"):
+        shutil.copy(HERE / name, tmp_path)
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "</HTML>" in done.stdout, done.stderr
+    assert f"listening on {HOST}:{first}" in done.stderr and "reason=client_closed" in done.stderr

@@ -29,7 +29,7 @@ import pytest
 
 import sniroute_tunnels
 from conftest import HERE, HOST, FakeClock, own_children, wait_until
-from sniroute_tunnels import (BACKOFF, FAILED, QUEUED, READY, STARTING, STOPPING, Launcher, PortPool, StartBudget,
+from sniroute_tunnels import (BACKOFF, FAILED, QUEUED, READY, STARTING, STOPPING, PortPool, StartBudget,
                               Tunnel, TunnelError, TunnelTable)
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's /proc")
