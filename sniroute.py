@@ -50,11 +50,11 @@ import sys
 
 AS_MODULE = ("import os, sys; del sys.argv[0]; sys.path.insert(0, os.path.dirname(sys.argv[0])); "
              "import sniroute; sys.exit(sniroute.main())")
-if __name__ == "__main__" and sys.executable:
+if __name__ == "__main__" and __spec__ is None and os.path.basename(os.path.realpath(__file__)) == "sniroute.py":
     # Python keeps the syntax tree of a script for as long as the script runs: 6 MB for this one, a
     # quarter of the process.  A module's is freed, so the same process goes on as one (same pid).
     flags = sys.orig_argv[1:len(sys.orig_argv) - len(sys.argv)]
-    os.execv(sys.executable, [sys.executable, *flags, "-P", "-c", AS_MODULE, os.path.abspath(__file__), *sys.argv[1:]])
+    os.execv(sys.executable, [sys.executable, *flags, "-P", "-c", AS_MODULE, os.path.realpath(__file__), *sys.argv[1:]])
 
 import argparse
 import collections
@@ -105,8 +105,10 @@ LINGER = 0.5  # a refused client may read its alert this long before the close
 CONNECT_TIMEOUT = 5.0  # for each address of a backend
 GREETING_TIMEOUT = 10.0  # for a backend's answer to SSLRequest; a tunnel dials its far end meanwhile
 FIRST_BYTE_TIMEOUT = 15.0  # a tunnel without an answer to the hello by then does not work
+SWEEP_LAST = 30.0  # between two looks for connections that nothing else would end
 HALF_CLOSED_IDLE = 3600.0  # one side gone, the other silent: nobody will end this but we
 WAIT_THREADS = 32  # names that wait at once; --max-starting lets even fewer start
+WAITS_PER_CLIENT = 8  # of these, names of one client address
 WAITS_MAX = 1024  # names that wait for a thread: a crowd of names, each good for one refusal
 PARKS_MAX = 3  # times a connection may wait: its tunnel could be evicted as often as it comes up
 RESOLVED_FOR = 30.0  # a resolved address; getaddrinfo does not tell the TTL
@@ -122,7 +124,6 @@ LOG_LINES_MAX = 10000  # lines that wait for a slow log; over it they are droppe
 LOG_NAP = 0.02  # between two writes of the log: one system call for many lines
 DUMP_MAX = 200  # connections in a dump
 KEEPALIVE = (60, 15, 4)  # idle, interval, count: a dead peer is found in two minutes
-USER_TIMEOUT = 110  # a peer that acknowledges nothing; keepalive does not look while data waits
 SPARE_FDS = 256  # descriptors for listeners, tunnels, pipes and the log
 TUNNEL_MEMORY = 64 << 20  # memory of the host for each tunnel: cloudflared takes about 28 MB
 
@@ -834,12 +835,21 @@ def parse_host_port(text: str, default_host: str | None = None) -> tuple[str, in
 HOST = re.compile(r"[A-Za-z0-9_.:-]{1,253}")  # a configured host may be an address or one label
 
 
+def is_number(host: str) -> bool:
+    """Whether a resolver would take this for an IPv4 address in one of its odd spellings."""
+    try:
+        ipaddress.ip_address(host)
+        return False
+    except ValueError:
+        return re.fullmatch(r"(?:.*\.)?(?:[0-9]+|0[xX][0-9a-fA-F]*)", host) is not None
+
+
 def check_tcp(rest: str) -> str:
     try:
         host, port = parse_host_port(rest)
     except ValueError as error:
         raise Malformed(str(error), UNRECOGNIZED_NAME, "bad_name") from None
-    if not port or not HOST.fullmatch(host):
+    if not port or not HOST.fullmatch(host) or is_number(host):
         raise Malformed(f"{rest!r} is not HOST:PORT", UNRECOGNIZED_NAME, "bad_name")
     return rest
 
@@ -1525,7 +1535,7 @@ class Peer:
 class Wait:
     """A target that is not ready, and the connections that wait for it."""
 
-    __slots__ = ("decision", "client", "deadline", "doubted", "connections", "error")
+    __slots__ = ("decision", "client", "deadline", "doubted", "connections", "number", "error")
 
     def __init__(self, decision: Decision, client: str | None, deadline: float, doubted: Child | None):
         self.decision = decision
@@ -1533,6 +1543,7 @@ class Wait:
         self.deadline = deadline
         self.doubted = doubted  # the process that gave no answer, where that is why they wait
         self.connections: dict[Connection, None] = {}  # an ordered set
+        self.number = 0  # of its thread; 0 while it waits for one
         self.error: Refused | None = None  # how it ended
 
 
@@ -1551,7 +1562,7 @@ class Connection:
     """One client, from accept to close.  Loop only."""
 
     __slots__ = ("router", "client", "address", "peer", "state", "began", "prelude", "name", "decision", "backend",
-                 "greeting", "hello", "replayable", "retried", "parks", "wait", "up", "down", "deadline",
+                 "greeting", "hello", "replayable", "retried", "tried", "parks", "wait", "up", "down", "deadline",
                  "refusal", "reason", "carried", "quiet_since")
 
     def __init__(self, router: Router, client: socket.socket, address: tuple[str, int], peer: Peer):
@@ -1569,6 +1580,7 @@ class Connection:
         self.hello: bytes | None = None  # the ClientHello and what followed, until the backend answers
         self.replayable = False  # `hello` is all the client has said: it can be sent again
         self.retried = False
+        self.tried = 0  # addresses of the backend
         self.parks = 0
         self.wait: Wait | None = None
         self.up = router.flow(self)
@@ -1674,11 +1686,19 @@ class Connection:
         self.router.arm(self, self.router.parked_deadline)
         self.router.join_wait(self, doubted)
 
+    def resume(self) -> None:
+        """Go on after a wait."""
+        self._leave_wait()
+        self.router.disarm(self)
+        self.dial()
+
     def _leave_wait(self) -> None:
         """Wait no more: whatever becomes of the target, it is not for this connection."""
-        if self.wait is not None:
-            del self.wait.connections[self]
-            self.wait = None
+        wait, self.wait = self.wait, None
+        if wait is not None:
+            del wait.connections[self]
+            if not wait.connections and not wait.number:
+                del self.router.waits[wait.decision.target]  # it waited for a thread, for nobody now
 
     def on_waiting(self, mask: int) -> None:
         """The client says more, or leaves, while it waits for the backend."""
@@ -1707,9 +1727,12 @@ class Connection:
             family, address = addresses[index]
             try:
                 server = socket.socket(family, STREAM)
-            except OSError as failure:  # out of descriptors: the next address would not help
+            except OSError as failure:
                 error = failure.errno
-                break
+                if error in CAPACITY_ERRNOS:  # our own trouble: neither the backend's fault nor its tunnel's
+                    self.refuse(Refused("busy", failure.strerror, INTERNAL_ERROR))
+                    return
+                continue  # no IPv6 here
             if STREAM == socket.SOCK_STREAM:
                 server.setblocking(False)
             server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1724,12 +1747,13 @@ class Connection:
                 self.state = DIALING
                 self.router.arm(self, self.router.connect_deadline)
                 self.up.watch(READ, self.on_waiting)
-                self.down.watch(WRITE, functools.partial(self.on_connected, index))
+                self.tried = index + 1
+                self.down.watch(WRITE, self.on_connected)
                 return
             self._hang_up()
         self._unreachable(os.strerror(error))
 
-    def on_connected(self, index: int, mask: int) -> None:
+    def on_connected(self, mask: int) -> None:
         """The connect has an answer."""
         if self.state is not DIALING:
             return
@@ -1737,14 +1761,18 @@ class Connection:
         self.down.watch(0)
         if not error:
             self._connected()
-        elif index + 1 < len(self.backend.addresses):
-            self._hang_up()
-            self._connect(index + 1)
         else:
-            self._unreachable(os.strerror(error))
+            self._connect_next(os.strerror(error))
 
     def on_connect_timeout(self) -> None:
-        self._unreachable("no answer to the connect")
+        self._connect_next("no answer to the connect")
+
+    def _connect_next(self, why: str) -> None:
+        self._hang_up()
+        if self.tried < len(self.backend.addresses):
+            self._connect(self.tried)
+        else:
+            self._unreachable(why)
 
     def _unreachable(self, why: str) -> None:
         if self.backend.tunnel is not None:
@@ -1967,13 +1995,27 @@ class Connection:
 
 
 def keep_alive(sock: socket.socket) -> None:
-    """Find a peer that is gone: idle by keepalive, with data under way by TCP_USER_TIMEOUT."""
+    """Find a peer that is gone.  While data is under way the kernel's tcp_retries2 does, in 15 minutes.
+
+    Before you add TCP_USER_TIMEOUT: measured, it also ends a client that is alive and does not read
+    for that long (`psql ... | less`), though it acknowledges every probe of its closed window.
+    """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), KEEPALIVE, strict=True):
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT * 1000)
+
+
+def is_local(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether this address is this machine's: then it can be bound."""
+    if ip.is_loopback or ip.is_unspecified:
+        return True
+    try:
+        with socket.socket(socket.AF_INET6 if ip.version == 6 else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(ip), 0))
+        return True
+    except OSError:
+        return False
 
 
 class Listener(socket.socket):
@@ -2041,7 +2083,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.linger_deadline = Deadline(LINGER, lambda c: c.close(c.reason))
         self.deadlines = (self.prelude_deadline, self.parked_deadline, self.connect_deadline,
                           self.greeting_deadline, self.first_byte_deadline, self.linger_deadline)
-        self.sweep_every = min(settings.connection_idle or HALF_CLOSED_IDLE, HALF_CLOSED_IDLE) / 8
+        self.sweep_every = min(SWEEP_LAST, (settings.connection_idle or HALF_CLOSED_IDLE) / 8, HALF_CLOSED_IDLE / 8)
         self.next_sweep = monotonic() + self.sweep_every
         self.next_check = self.next_sweep
         self.calls: collections.deque[Callable[[], None]] = collections.deque()
@@ -2077,8 +2119,12 @@ class Router(socketserver.ThreadingTCPServer):
         self.server_address = self.socket.getsockname()
 
     def server_activate(self) -> None:
+        self.listening = [listener.getsockname()[:2] for listener in self.listeners]
         for listener in self.listeners:
-            listener.listen(self.request_queue_size)
+            try:
+                listener.listen(self.request_queue_size)
+            except OSError as error:  # SO_REUSEADDR lets two bind; only one may listen
+                raise SettingsError(f"--listen {show_address(listener.getsockname())}: {error.strerror}") from None
             listener.setblocking(False)
             self.selector.register(listener, READ, functools.partial(self._accept, listener))
 
@@ -2091,8 +2137,10 @@ class Router(socketserver.ThreadingTCPServer):
             os.close(pipe[1])
         self.pipes, self.pipe = [], None
         self.selector.close()
-        for end in (self.wake_reader, self.wake_writer):
-            os.close(end)
+        reader, writer = self.wake_reader, self.wake_writer
+        self.wake_reader = self.wake_writer = -1  # a late thread must not write to whatever has the number next
+        os.close(reader)
+        os.close(writer)
 
     def call(self, act: Callable[[], None]) -> None:
         """Have the loop run `act`.  Any thread; returns at once."""
@@ -2134,18 +2182,18 @@ class Router(socketserver.ThreadingTCPServer):
     def may_dial(self, decision: Decision, address: tuple) -> bool:
         """Whether a resolved address may be dialled.
 
-        Never the router itself.  Where any client's name becomes the host (`*=tcp:{name}:443`),
-        never a private address either: whoever owns a domain can point it at one.
+        Never the router itself.  Where the client chooses the whole host (`*=tcp:{name}:443`,
+        `tcp:{label}:443`), never a private address either: whoever owns a domain can point it at one.
         """
         ip = ipaddress.ip_address(address[0].partition("%")[0])
-        for listener in list(self.listeners):
-            try:
-                host, port = listener.getsockname()[:2]
-            except OSError:
-                continue  # closed: we are draining
-            if port == address[1] and (host == address[0] or host in ("::", "0.0.0.0") and ip.is_loopback):
+        ip = getattr(ip, "ipv4_mapped", None) or ip
+        for host, port in self.listening:
+            if port == address[1] and (host == str(ip) or host in ("::", "0.0.0.0") and is_local(ip)):
                 return False
-        return ip.is_global or decision.route.pattern != "*" or "{" not in decision.route.target
+        route = decision.route
+        host, _, _ = route.target.partition(":")[2].rpartition(":")
+        chosen = host == "{label}" or host == "{name}" and route.pattern == "*" or host == "{domain}"
+        return ip.is_global or not chosen
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -2156,6 +2204,8 @@ class Router(socketserver.ThreadingTCPServer):
             now = monotonic()
             if now >= self.next_check:
                 self._check(now)
+                if self.phase is STOPPED:
+                    break
             for key, mask in select(max(0.0, self.next_check - now)):
                 try:
                     key.data(mask)
@@ -2174,6 +2224,8 @@ class Router(socketserver.ThreadingTCPServer):
 
     def _accept(self, listener: socket.socket, mask: int) -> None:
         """Take the connections that wait."""
+        if self.phase is not RUNNING:
+            return  # an event of the turn in which the listeners were closed
         for turn in range(ACCEPTS):
             if len(self.connections) >= self.max_connections:
                 if turn:
@@ -2200,7 +2252,11 @@ class Router(socketserver.ThreadingTCPServer):
                 kind = "proxy" if peer.policy == "close" else "client_limit"
                 Connection(self, client, (host, address[1]), peer).refuse(Refused(kind, REFUSALS[kind].meaning))
                 continue
-            Connection(self, client, (host, address[1]), peer).on_prelude()
+            connection = Connection(self, client, (host, address[1]), peer)
+            try:
+                connection.on_prelude()
+            except Exception:
+                self.handle_error(connection.on_prelude, None)
             if len(self.prelude_deadline.entries) > PRELUDES_MAX:
                 self._shed()
 
@@ -2266,6 +2322,9 @@ class Router(socketserver.ThreadingTCPServer):
                 connection.refuse(Refused("busy", f"{WAITS_MAX} names wait already", INTERNAL_ERROR))
                 return
             client = None if connection.peer.exempt else connection.peer.key
+            if client and sum(w.client == client and not w.number for w in self.waits.values()) >= WAITS_PER_CLIENT:
+                connection.refuse(Refused("busy", f"{client} waits for {WAITS_PER_CLIENT} names already", INTERNAL_ERROR))
+                return
             wait = Wait(decision, client, monotonic() + self.settings.start_timeout, doubted)
             self.waits[decision.target] = wait
             self.queued_waits.append(wait)
@@ -2277,9 +2336,12 @@ class Router(socketserver.ThreadingTCPServer):
         """Give threads to names that wait for one."""
         while self.queued_waits and self.waiting_threads < WAIT_THREADS:
             wait = self.queued_waits.popleft()
+            if not wait.connections:
+                continue  # they have left
             self.waiting_threads += 1
+            wait.number = self.waiting_threads
             try:
-                self.process_request(wait, self.waiting_threads)
+                self.process_request(wait, wait.number)
             except RuntimeError as error:  # no more threads to be had
                 wait.error = Refused("busy", str(error), INTERNAL_ERROR)
                 self.call(functools.partial(self._hand_back, wait))
@@ -2290,12 +2352,15 @@ class Router(socketserver.ThreadingTCPServer):
         del self.waits[wait.decision.target]
         self._start_waits()
         for connection in list(wait.connections):
-            if wait.error is not None:
-                connection.refuse(wait.error)
-            elif connection.wait is wait:  # those before it may have ended it
-                connection._leave_wait()
-                self.disarm(connection)
-                connection.dial()
+            if connection.wait is not wait:
+                continue  # those before it have ended it
+            try:
+                if wait.error is None or wait.error.kind == "tunnel_budget" and connection.peer.key != wait.client:
+                    connection.resume()  # a budget that is spent is one client's, not the next one's
+                else:
+                    connection.refuse(wait.error)
+            except Exception:
+                self.handle_error(connection.resume, None)
 
     def arm(self, connection: Connection, deadline: Deadline) -> None:
         """Put a connection into the queue of a deadline, and out of the one it stands in."""
@@ -2320,7 +2385,7 @@ class Router(socketserver.ThreadingTCPServer):
             self._stop()
         if now >= self.next_sweep:
             self._sweep(now)
-        soonest = min(self.next_sweep, self.resume_at, self.drain_until)
+        soonest = float("inf")
         for deadline in self.deadlines:
             entries = deadline.entries
             while entries:
@@ -2333,14 +2398,23 @@ class Router(socketserver.ThreadingTCPServer):
                     deadline.act(connection)
                 except Exception:
                     self.handle_error(connection.close, None)
-        self.next_check = soonest
+        # Looked at last: what was done above may have changed them.
+        self.next_check = min(soonest, self.next_sweep, self.resume_at, self.drain_until)
 
     def _sweep(self, now: float) -> None:
         """Close what has been silent too long: found by comparing byte counts, free for the pump."""
         self.next_sweep = now + self.sweep_every
         idle = self.settings.connection_idle or float("inf")
-        for connection in [c for c in self.connections if c.state is OPEN]:
+        for connection in list(self.connections):
             up, down = connection.up, connection.down
+            for flow, reason in ((up, "client_reset"), (down, "backend_reset")):
+                # A socket that is not watched, because its bytes are not wanted now, cannot say so itself.
+                if not flow.watched and flow.source is not None \
+                        and flow.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                    connection.close(reason)
+                    break
+            if connection.state is not OPEN:
+                continue
             if up.total + down.total != connection.carried:
                 connection.carried = up.total + down.total
                 connection.quiet_since = now
@@ -2377,7 +2451,11 @@ class Router(socketserver.ThreadingTCPServer):
         """Run what other threads asked for."""
         os.read(self.wake_reader, 4096)
         while self.calls:
-            self.calls.popleft()()
+            act = self.calls.popleft()
+            try:
+                act()
+            except Exception:
+                self.handle_error(act, None)
 
     def _drain(self, seconds: float) -> None:
         if self.phase is not RUNNING:
@@ -2629,5 +2707,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-if __name__ == "__main__":  # an embedded Python that does not know its own program
+if __name__ == "__main__":  # `python3 -m sniroute`, or a file of another name
     sys.exit(main())

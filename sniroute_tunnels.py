@@ -52,6 +52,7 @@ import selectors
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,7 @@ log = logging.getLogger("sniroute")
 
 # Limits and times (seconds), each with its reason.
 RETRY = 0.1  # after a fault of the reaper: what was claimed is looked at again
+POLL_LAST = 0.2  # the same for a child that takes long: a look costs 4 ms of kernel time
 POLL = 0.01  # between two looks at a starting child: a tenth of what a start takes
 STOP_GRACE = 2.0  # between TERM and KILL: cloudflared ends 3 ms after TERM
 SELECT_LAST = 3600.0  # one wait of the reaper: epoll takes no more than 24 days
@@ -277,7 +279,9 @@ def listens(pid: int, port: int) -> str:
     Never a connect: each one would make cloudflared open a connection to the edge, a stopped
     process's backlog would take it, and it would not say whose socket answered.
     """
-    found = listeners(port).keys()  # first: what the child opens after this look is not missed below
+    if not socket_inodes(family(pid)):
+        return "nobody"  # and the table of sockets, which costs more, need not be read
+    found = listeners(port).keys()  # before the inodes: what the child opens after this look is not missed
     if not found:
         return "nobody"
     inodes = socket_inodes(family(pid))
@@ -357,8 +361,8 @@ class Failure(NamedTuple):
 class Child:
     """One process of a tunnel program.  The reaper's, but for `alive` and `proven`."""
 
-    __slots__ = ("process", "pidfd", "address", "output", "tail", "said", "started", "ready", "kill_at", "killed",
-                 "verdict", "proven")
+    __slots__ = ("process", "pidfd", "address", "output", "tail", "said", "started", "look_at", "pause", "ready",
+                 "kill_at", "killed", "verdict", "proven")
 
     def __init__(self, process: subprocess.Popen, port: int, now: float):
         self.process = process
@@ -371,6 +375,8 @@ class Child:
         self.tail = b""
         self.said = 0.0  # when it last said something
         self.started = now
+        self.look_at = 0.0  # when to look again whether it listens: pace, not policy, so real time
+        self.pause = POLL  # until then
         self.ready = 0.0  # when it was found listening
         self.kill_at = 0.0  # when TERM gives way to KILL, and KILL to despair; 0: not being stopped
         self.killed = False
@@ -507,7 +513,7 @@ class TunnelTable:
             self.wake()
             try:
                 if doubted is not None:
-                    self._doubt(tunnel, doubted)
+                    self._doubt(tunnel, doubted, client)
                 while tunnel.state is not READY:
                     if self.closing:
                         raise TunnelError("stopping", "sniroute is stopping")
@@ -541,8 +547,12 @@ class TunnelTable:
         tunnel.failures = failure.count if failure else 0
         return tunnel
 
-    def _doubt(self, tunnel: Tunnel, child: Child) -> None:
-        """`child` gave no answer: have it restarted where that may help.  Under the lock."""
+    def _doubt(self, tunnel: Tunnel, child: Child, client: str | None) -> None:
+        """`child` gave no answer: have it restarted where that may help.  Under the lock.
+
+        Where it is hung, or idle and so old that a new one may know more.  A client can make a good
+        tunnel look bad, so it is charged, and a child that has worked has to be the older for it.
+        """
         if tunnel.child is not child or tunnel.state is not READY:
             return  # somebody saw to it already
         if not child.alive():
@@ -554,10 +564,10 @@ class TunnelTable:
             return
         if child.proven:
             tunnel.doubts = 0
-        age = min(DOUBT_LAST, DOUBT_FIRST * 2 ** min(tunnel.doubts, 16))
+        age = DOUBT_LAST if child.proven else min(DOUBT_LAST, DOUBT_FIRST * 2 ** min(tunnel.doubts, 16))
         hung = self._hung(child)
         if hung or not tunnel.leases and self.clock() - child.ready >= age:
-            if tunnel.child is child and tunnel.state is READY:
+            if tunnel.child is child and tunnel.state is READY and self.budget.spend(client):
                 self._enter(tunnel, STOPPING)
                 if tunnel.leases and not hung:  # the loop was first: see "Leases"
                     self._enter(tunnel, READY)
@@ -625,8 +635,10 @@ class TunnelTable:
         for child, tunnel in list(self.children.items()):
             if child.kill_at and now >= child.kill_at:
                 self._kill(child, now)
-            elif tunnel.state is STARTING and not child.kill_at:
+            elif tunnel.state is STARTING and not child.kill_at and time.monotonic() >= child.look_at:
+                child.pause = min(POLL_LAST, child.pause * 1.1)
                 self._look(child, tunnel, now)
+                child.look_at = time.monotonic() + child.pause
         if timeout is None:
             timeout = self._timeout(self.clock())
         for key, _ in self.selector.select(timeout):
@@ -708,8 +720,8 @@ class TunnelTable:
             rows = list(self.tunnels.values())
         wanted = False
         for tunnel in rows:
-            if tunnel.state is STARTING:
-                due.append(now + POLL)
+            if tunnel.state is STARTING and tunnel.child:
+                due.append(now + max(0.0, tunnel.child.look_at - time.monotonic()))
             elif tunnel.state is READY and not tunnel.leases and not tunnel.waiters:
                 due.append(tunnel.last_used + self.idle)
             elif tunnel.state is READY:
@@ -730,7 +742,7 @@ class TunnelTable:
         try:
             if self.guard is None:
                 self.guard = death_guard()
-            if not self.home:
+            if not self._is_home():
                 self.home = tempfile.mkdtemp(prefix="sniroute-")  # 0700: a place for its lock files
             program = launcher.find()
             port = self.pool.take()
@@ -766,6 +778,14 @@ class TunnelTable:
         with self.changed:
             tunnel.child = child
         log.debug("tunnel %s starts on port %d (pid %d)", tunnel.key, port, process.pid)
+
+    def _is_home(self) -> bool:
+        """Whether the children's HOME is still ours: what cleans /tmp may have made room for another."""
+        try:
+            state = os.lstat(self.home)
+        except OSError:
+            return False
+        return stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid() and not state.st_mode & 0o077
 
     def _look(self, child: Child, tunnel: Tunnel, now: float) -> None:
         """Whether a starting child listens by now."""
@@ -823,8 +843,8 @@ class TunnelTable:
             self.selector.unregister(child.output)
             child.output.close()
 
-    def _forget(self, child: Child) -> None:
-        """Let go of everything a child held, and give its port back."""
+    def _forget(self, child: Child) -> str:
+        """Let go of everything a child held, and give its port back.  Returns its tunnel's state."""
         tunnel = self.children.pop(child)
         if child.pidfd >= 0:
             self.selector.unregister(child.pidfd)
@@ -833,12 +853,14 @@ class TunnelTable:
             child.output.close()
         self.pool.give(child.address[1])
         with self.changed:
+            state = tunnel.state  # under the lock: a thread in wait() may have begun to doubt it
             tunnel.child = None
-            if tunnel.state is READY:
+            if state is READY:
                 self._enter(tunnel, BACKOFF)  # before the pidfd's number can mean another process
         if child.pidfd >= 0:
             pidfd, child.pidfd = child.pidfd, -1
             os.close(pidfd)
+        return state
 
     def _exited(self, child: Child) -> None:
         """A child has ended: whatever its code, if nobody asked for it, that is a failure."""
@@ -852,8 +874,7 @@ class TunnelTable:
         if words:
             message += f": {words}"
         child.verdict = message
-        state = tunnel.state
-        self._forget(child)
+        state = self._forget(child)
         if state is STARTING:
             taken = "address already in use" in message or b"address already in use" in child.tail
             if taken and tunnel.tries < PORT_TRIES and not self.closing:

@@ -2346,9 +2346,10 @@ def test_options_of_the_listener_are_those_of_its_connections(run, serve):
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             assert not sock.getblocking()
         assert connection.client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            assert connection.client.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 110_000
+        if hasattr(socket, "TCP_KEEPIDLE"):
             assert connection.client.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # it would end clients that are alive and do not read
+            assert connection.client.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0
 
 
 def test_connection_outlives_the_prelude_deadline(run, echo_server):
@@ -2668,6 +2669,54 @@ def test_accepting_stops_at_max_connections_and_goes_on(run, serve, caplog):
     assert sum("not accepting" in r.message for r in caplog.records) == 1
 
 
+def test_accepting_goes_on_when_a_deadline_made_the_room(run, serve):
+    """Refused clients linger and are closed by the clock: nothing else would wake the listener."""
+    running = run(route(serve(answer(b"x")).address), "--max-connections=3")
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            assert stack.enter_context(running.connect(HELLO)).recv(1) == b"x"
+        refused = stack.enter_context(running.connect(genuine_hello("other.example.com")))
+        assert read_exactly(refused, 7) == alert(112)
+        late = stack.enter_context(running.connect(HELLO))
+        wait_until(lambda: running.router.paused)
+        assert late.recv(1) == b"x"
+
+
+def test_drain_ends_when_a_deadline_ends_the_last_connection(run, echo_server):
+    running = run(route(echo_server.address), "--prelude-timeout=200ms")
+    with running.connect():
+        wait_until(lambda: running.router.connections)
+        running.router.drain(3600)
+        running.thread.join(10)
+        assert not running.thread.is_alive()
+
+
+def test_listener_event_of_the_turn_that_drains_is_ignored(run, echo_server):
+    running = run(route(echo_server.address))
+    router = running.router
+    router.call(lambda: (router._drain(0.2), router._accept(router.listeners[0], sniroute.READ)))
+    running.thread.join(10)
+    assert not running.thread.is_alive() and not router.paused
+
+
+def test_descriptors_for_the_backend_that_run_out_are_not_the_tunnels_fault(run, serve, cloudflared, ports, monkeypatch):
+    cloudflared.far("*", serve(answer(b"x")).address)
+    running = run(TUNNEL, ports)
+    with running.connect(HELLO) as client:
+        assert client.recv(1) == b"x"
+    def none_left(*_: Any) -> socket.socket:
+        raise OSError(sniroute.errno.EMFILE, "Too many open files")
+    with running.connect() as client:
+        wait_until(lambda: len(running.router.connections) == 1)
+        fake = types.SimpleNamespace(**{**vars(socket), "socket": none_left})
+        with monkeypatch.context() as patch:
+            patch.setattr(sniroute, "socket", fake)
+            client.sendall(HELLO)
+            assert read_all(client) == alert(80)
+    assert running.ending(2).reason == "busy"
+    assert len(cloudflared.starts()) == 1
+
+
 def test_descriptors_that_run_out_pause_accepting_and_do_not_spin(run, serve, caplog, monkeypatch):
     """accept() fails with EMFILE: one log line, no spinning, and all is well when there are some again."""
     running = run(route(serve(answer(b"x")).address))
@@ -2796,6 +2845,24 @@ def test_connect_without_an_answer_times_out(run, monkeypatch):
         assert "no answer to the connect" in running.ending().detail
 
 
+def test_next_address_is_tried_when_the_first_does_not_answer(run, serve, monkeypatch):
+    monkeypatch.setattr(sniroute, "CONNECT_TIMEOUT", 0.2)
+    far = serve(answer(b"x"))
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind((HOST, 0))
+        full.listen(0)
+        for _ in range(3):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(full.getsockname())
+        running = run(route((HOST, 9)))
+        addresses = tuple((socket.AF_INET, address) for address in (full.getsockname(), far.address))
+        running.router.resolved[f"tcp:{HOST}:9"] = sniroute.Backend(addresses, True), float("inf")
+        with running.connect(HELLO) as client:
+            assert client.recv(1) == b"x"
+
+
 def test_client_that_leaves_during_the_connect_is_noticed(run):
     with contextlib.ExitStack() as stack:
         full = stack.enter_context(socket.socket())
@@ -2817,11 +2884,32 @@ def test_client_that_leaves_during_the_connect_is_noticed(run):
     ("*", "tcp:{name}:443", ("8.8.8.8", 443), True),
     ("*", "tcp:10.0.0.1:443", ("10.0.0.1", 443), True),
     ("*.example.com", "tcp:{name}:443", ("10.0.0.1", 443), True),
+    ("*.example.com", "tcp:{label}:443", ("10.0.0.1", 443), False),
+    ("*.example.com", "tcp:{label}.internal.example.net:443", ("10.0.0.1", 443), True),
 ])
 def test_stranger_cannot_point_a_name_at_the_private_network(run, pattern, target, address, allowed):
     running = run(f"--route={pattern}={target}")
     decision = running.router.routes.decide("a.example.com")
     assert running.router.may_dial(decision, address) is allowed
+
+
+@pytest.mark.parametrize("label", ["2130706433", "0x7f000001", "017700000001", "0"])
+def test_number_is_no_host(run, label):
+    """A resolver takes it for an address."""
+    running = run("--route=*.example.com=tcp:{label}:443")
+    with running.connect(genuine_hello(f"{label}.example.com")) as client:
+        assert read_all(client) == alert(112)
+    assert running.ending().reason == "bad_name"
+
+
+def test_router_that_listens_everywhere_knows_its_addresses(run):
+    running = run("--route=db.example.com=tcp:localhost:1")
+    decision = running.router.routes.decide("db.example.com")
+    running.router.listening = [("::", 19000)]
+    for address in ("127.0.0.1", "127.0.0.2", "::1", "0.0.0.0", "::ffff:127.0.0.1", "::"):
+        assert not running.router.may_dial(decision, (address, 19000)), address
+    assert running.router.may_dial(decision, ("127.0.0.1", 19001))
+    assert running.router.may_dial(decision, ("192.0.2.1", 19000))
 
 
 def test_router_does_not_dial_itself(run):
@@ -3096,6 +3184,61 @@ def test_names_that_wait_are_bounded(run, cloudflared, ports, monkeypatch):
         wait_until(lambda: not running.router.waits)
 
 
+def test_names_of_clients_that_left_wait_for_nothing(run, monkeypatch):
+    """One thread, held by a resolver; names whose clients have left give their places back."""
+    monkeypatch.setattr(sniroute, "WAIT_THREADS", 1)
+    release = threading.Event()
+    running = run("--route=*.example.com=tcp:{label}.example.net:1")
+    waits = running.router.waits
+    with running.connect() as first:
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(20) and [])
+        first.sendall(HELLO)
+        wait_until(lambda: len(waits) == 1)
+        for number in range(5):
+            with socket.socket() as client:
+                client.connect(running.address)
+                client.sendall(genuine_hello(f"n{number}.example.com"))
+                wait_until(lambda: len(waits) == 2)
+            wait_until(lambda: len(waits) == 1)
+        release.set()
+        wait_until(lambda: not waits and not running.router.waiting_threads)
+
+
+def test_one_client_cannot_fill_the_queue_of_names(run, monkeypatch):
+    monkeypatch.setattr(sniroute, "WAIT_THREADS", 1)
+    monkeypatch.setattr(sniroute, "WAITS_PER_CLIENT", 2)
+    release = threading.Event()
+    running = run("--route=*.example.com=tcp:{label}.example.net:1")
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(running.connect()) for _ in range(5)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(20) and [])
+        for number, client in enumerate(clients):
+            client.sendall(V1 + genuine_hello(f"n{number}.example.com"))
+            wait_until(lambda: len(running.router.waits) == min(number + 1, 3))
+        assert read_all(clients[3]) == read_all(clients[4]) == alert(80)
+        wait_until(lambda: running.counter("busy") == 2)
+        release.set()
+        wait_until(lambda: not running.router.waits)
+
+
+def test_budget_that_is_spent_is_not_the_next_clients(run, serve, cloudflared, ports):
+    """Both wait for one cold name; the first has no start left, the second has."""
+    cloudflared.far("*", serve(lambda sock: (read_exactly(sock, len(V1)), sock.sendall(b"x"), read_all(sock))).address)
+    running = run(TUNNEL, ports)
+    running.tunnels.budget.buckets["192.0.2.7"] = (-100.0, time.monotonic())
+    held = threading.Event()
+    real = running.tunnels.wait
+    running.tunnels.wait = lambda *args: (held.wait(10), real(*args))
+    with running.connect(V1 + HELLO) as spender, running.connect() as other:
+        wait_until(lambda: running.router.waits)
+        other.sendall(V1.replace(b"192.0.2.7", b"192.0.2.6") + HELLO)
+        wait_until(lambda: len(running.router.waits[DB].connections) == 2)
+        held.set()
+        assert read_all(spender) == alert(80)
+        assert other.recv(1) == b"x"
+    assert running.ending().reason == "tunnel_budget"
+
+
 def test_thread_that_cannot_start_refuses_and_leaves_nothing_behind(run, cloudflared, ports, monkeypatch):
     running = run(TUNNEL, ports)
     def no_thread(*_: Any) -> None:
@@ -3215,6 +3358,45 @@ def test_half_closed_connection_that_is_silent_does_not_stay_for_ever(run, serve
     done.set()
 
 
+def test_client_that_resets_while_nobody_reads_it_is_found(run, serve, flow, monkeypatch):
+    """Its bytes wait for a backend that does not read, so its socket is not watched."""
+    monkeypatch.setattr(sniroute, "SWEEP_LAST", 0.1)
+    done = threading.Event()
+    running = run(route(serve(lambda sock: done.wait(20)).address))
+    client = running.connect(HELLO)
+    client.settimeout(0.3)
+    with contextlib.suppress(TimeoutError):
+        while True:
+            client.send(bytes(1 << 20))
+    connection, = running.router.connections
+    assert connection.up.state == "blocked"
+    reset(client)
+    assert running.ending().reason == "client_reset"
+    done.set()
+
+
+def test_fault_at_accept_or_after_a_wait_ends_that_connection_only(run, serve, cloudflared, ports, monkeypatch, caplog):
+    far = serve(answer(b"x"))
+    cloudflared.far("*", far.address)
+    running = run(TUNNEL, route(far.address, "ok.example.com"), ports)
+    def fault(*_: Any) -> None:
+        raise ZeroDivisionError("planted")
+    real = sniroute.Connection.resume
+    with monkeypatch.context() as patch:
+        patch.setattr(sniroute.Connection, "resume", lambda self: fault() if self.name == "db.example.com" else real(self))
+        with running.connect(HELLO) as client:
+            assert client.recv(1) == b""
+    with monkeypatch.context() as patch:
+        patch.setattr(sniroute.Connection, "on_prelude", fault)
+        with running.connect(HELLO) as client:
+            assert read_all(client) == b""
+    running.router.call(fault)
+    with running.connect(genuine_hello("ok.example.com")) as client:
+        assert client.recv(1) == b"x"
+    wait_until(lambda: not running.router.connections)
+    assert caplog.text.count("ZeroDivisionError: planted") == 3
+
+
 def test_drain_lets_connections_end_and_accepts_no_more(run, serve, caplog):
     caplog.set_level("INFO")
     running = run(route(serve(answer(b"x")).address))
@@ -3262,6 +3444,34 @@ def test_splice_is_tried_before_it_is_used(monkeypatch):
     assert not sniroute.can_splice()
     monkeypatch.delattr(os, "splice")
     assert not sniroute.can_splice()
+
+
+@pytest.mark.parametrize("start", ["symlink", "other name", "-m"])
+def test_program_starts_under_any_name(tmp_path, start):
+    """It goes on as a module, where it can be found as one."""
+    for name in ("sniroute.py", "sniroute_tunnels.py"):
+        shutil.copy(HERE / name, tmp_path)
+    command = [str(tmp_path / "router.py")]
+    if start == "symlink":
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "router").symlink_to(tmp_path / "sniroute.py")
+        command = [str(tmp_path / "bin" / "router")]
+    elif start == "-m":
+        command = ["-m", "sniroute"]
+    else:
+        (tmp_path / "sniroute.py").rename(tmp_path / "router.py")
+    done = subprocess.run([sys.executable, *command, "explain", "tcp.example.com", "--route=*=tcp:{name}:443"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "tcp:tcp.example.com:443" in done.stdout
+
+
+def test_address_given_twice_is_refused_in_one_line(tmp_path, free_ports):
+    port, _ = free_ports(2)
+    done = subprocess.run([sys.executable, HERE / "sniroute.py", f"--listen={HOST}:{port}", f"--listen={HOST}:{port}",
+                           "--log-level=error"], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and f"--listen {HOST}:{port}: Address already in use" in done.stderr
 
 
 # -- the program -------------------------------------------------------------------------------
@@ -4112,4 +4322,4 @@ def test_quick_start_of_the_readme_works_as_pasted(tmp_path, free_ports):
         shutil.copy(HERE / name, tmp_path)
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert "</HTML>" in done.stdout, done.stderr
-    assert f"listening on {HOST}:{first}" in done.stderr and "reason=client_closed" in done.stderr
+    assert f"listening on {HOST}:{first}" in done.stderr and "name=web.example.com" in done.stderr
