@@ -17,26 +17,32 @@ its clients park behind it, cost no thread, and are handed back to the loop with
 
 Threads.
     main      settings, signals, start and stop.  Never touches a client's socket.
-    loop      accept, prelude, route, connect, pump, deadlines.  Never blocks: no DNS, no lock.
-    wait-<n>  one for each name that waits, at most WAIT_THREADS.  Touches no socket of a client.
+    loop      accept, prelude, route, connect, pump, deadlines.  Waits for nothing: no DNS, no disk.
+    wait-<n>  one for each target that waits, at most WAIT_THREADS.  Touches no socket of a client.
     reaper    all child processes: see sniroute_tunnels.
     log       formats and writes log lines, so that a stuck log never stops traffic.
-Locks: this file has none.  Threads hand things to the loop by `Router.call` (a deque and a byte
-in a pipe), and to `log` likewise.  Counters are written by the loop only.
+Locks: this file makes none (logging has one, held while a line is queued; the dump for SIGUSR1
+takes the tunnels').  Threads hand things to the loop by `Router.call` (a deque and a byte in a
+pipe), to `log` likewise; the one exception is `Router.resolved`, filled by wait-<n> in single dict
+operations.  `Router.counters` is written by the loop only, `TunnelTable.counters` by the reaper.
 
 The life of a connection is `Connection.state`:
 
-    PRELUDE -> (PARKED ->) DIALING -> (GREETING ->) OPEN -> CLOSED        LINGERING: after a refusal
-       ^ one deadline       ^ a backend that fails before the client has had a byte goes back to
-         covers all of it     PARKED once: the same bytes are sent again, the client never notices
+    PRELUDE -> (PARKED ->) (DIALING ->) (GREETING ->) OPEN -> (LINGERING ->) CLOSED
+      PRELUDE    one deadline from accept on, however many packets it takes
+      DIALING    left out where the connect succeeds at once, as to a tunnel
+      any        -> PARKED, once: a tunnel failed before either side said more than the hello; the
+                 same bytes are sent again, and the client never notices
+      LINGERING  after a refusal or a backend's reset: the client may still read
 
 Seams: I want to ...
-    read another prelude          a parser (pure: a result, None for more, or Malformed), and a row
-                                  in Prelude.OPENERS
+    read another prelude          a parser (pure), a method of Prelude that calls it, and its row in
+                                  Prelude.OPENERS
     add a kind of target          a row in SCHEMES
-    run another tunnel program    a Launcher row in sniroute_tunnels, and a row in SCHEMES
+    run another tunnel program    a Launcher row for the TunnelTable in `run`, and a row in SCHEMES with
+                                  tunnel_ready and tunnel_prepare
     add a setting                 a row in SETTINGS: it makes the option, the variable and the help
-    refuse for another reason     a row in REFUSALS
+    refuse for another reason     a row in REFUSALS, and in the README: a test compares them
     feed routes from elsewhere    build a Routes and assign it to Router.routes: it is swapped whole
 
 What it does not do: decrypt, look at anything behind the ClientHello, or treat a name as proof
@@ -78,7 +84,7 @@ import struct
 import threading
 import time
 import types
-from typing import Any, Callable, Iterable, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, NamedTuple, NoReturn, Sequence
 
 import fcntl
 
@@ -107,24 +113,24 @@ GREETING_TIMEOUT = 10.0  # for a backend's answer to SSLRequest; a tunnel dials 
 FIRST_BYTE_TIMEOUT = 15.0  # a tunnel without an answer to the hello by then does not work
 SWEEP_LAST = 30.0  # between two looks for connections that nothing else would end
 HALF_CLOSED_IDLE = 3600.0  # one side gone, the other silent: nobody will end this but we
-WAIT_THREADS = 32  # names that wait at once; --max-starting lets even fewer start
-WAITS_PER_CLIENT = 8  # of these, names of one client address
-WAITS_MAX = 1024  # names that wait for a thread: a crowd of names, each good for one refusal
+WAIT_THREADS = 32  # targets that wait on a thread at once; --max-starting lets even fewer start
+WAITS_PER_CLIENT = 8  # targets of one client address that still wait for a thread
+WAITS_MAX = 1024  # targets that wait, with a thread or for one: a crowd of names, each good for one refusal
 PARKS_MAX = 3  # times a connection may wait: its tunnel could be evicted as often as it comes up
-RESOLVED_FOR = 30.0  # a resolved address; getaddrinfo does not tell the TTL
+RESOLVED_FOR = 30.0  # a resolved address; getaddrinfo does not tell its TTL
 RESOLVED_MAX = 1024  # resolved hosts kept: names may come from strangers
 ADDRESSES_MAX = 4  # addresses of one host that are tried
 DECISIONS_MAX = 4096  # routed names remembered: names come from strangers
-PEERS_MAX = 4096  # client addresses remembered without a connection
+PEERS_MAX = 4096  # client addresses in memory before those without a connection are dropped
 BULK = 1 << 20  # bytes moved in one go: a third less CPU for a gigabyte than with 256 KiB
 SMALL = 1 << 14  # the same while many clients do not read: what they leave has to be kept
-PENDING_MAX = 1 << 22  # bytes kept for clients that do not read, before SMALL applies
+PENDING_MAX = 1 << 22  # bytes copied out for full sinks (not those in lent pipes), before SMALL applies
 PIPES_MAX = 32  # pipes lent to flows whose sink would block: 1 MiB and two descriptors each
 LOG_LINES_MAX = 10000  # lines that wait for a slow log; over it they are dropped and counted
 LOG_NAP = 0.02  # between two writes of the log: one system call for many lines
 DUMP_MAX = 200  # connections in a dump
 KEEPALIVE = (60, 15, 4)  # idle, interval, count: a dead peer is found in two minutes
-SPARE_FDS = 256  # descriptors for listeners, tunnels, pipes and the log
+SPARE_FDS = 320  # descriptors for 101 tunnels (two each), the pipes, listeners and the log
 TUNNEL_MEMORY = 64 << 20  # memory of the host for each tunnel: cloudflared takes about 28 MB
 
 PRELUDE, PARKED, DIALING, GREETING = "prelude", "parked", "dialing", "greeting"
@@ -173,14 +179,14 @@ class SettingsError(Exception):
 
 # -- wire formats ------------------------------------------------------------------------------
 #
-# All parsers are pure.  They take what has been received so far and give a result, None for "I
-# need more", or raise Malformed, and never anything else.  They ask "complete?" before "valid?",
+# The parsers are pure, but for HelloReader, which keeps its place.  They take what has been received
+# so far and give a result, None for "I need more", or raise Malformed, and never anything else.  They ask "complete?" before "valid?",
 # and refuse early only what no further byte can save.  Behind a complete result they look at
 # nothing.  "No name" and "garbage" are different: only a well-formed hello can be routed.
 
 
 def normalise(raw: bytes) -> str:
-    """A host name in its one canonical form.  Every name that enters sniroute passes here.
+    """A host name in its one canonical form.  Every name that is routed passes here, and every tunnel's.
 
     Letters, digits, `-`, `_` and dots; at least two labels of 1..63 that neither begin nor end
     with `-`; 253 bytes at most; no trailing dot; no IP address in any spelling (RFC 6066 3
@@ -581,11 +587,11 @@ class Prelude:
         while self.data:
             opener = self.OPENERS.get((self.step, self.data[0]))
             if opener is None:
-                return self._stranger(self.data[0])
+                self._stranger(self.data[0])
             if self.policy == "require" and self.step is self.START and opener is not Prelude._proxy:
                 raise Malformed("a PROXY header is required", kind="proxy")
             result = opener(self)
-            if result is not self:
+            if result is not self:  # self: that was one step, and there is more to read
                 return result
         return None
 
@@ -593,7 +599,7 @@ class Prelude:
         """The alert to refuse with: nothing where the client has not begun to speak TLS."""
         return tls_alert(description, self.data[2]) if self.reader is not None and len(self.data) > 2 else b""
 
-    def _stranger(self, first: int) -> None:
+    def _stranger(self, first: int) -> NoReturn:
         if self.step is self.AFTER_SSL:
             raise Malformed("no TLS behind SSLRequest")
         raise Malformed(f"not TLS: {NOT_TLS.get(first, 'unknown')}", kind="not_tls")
@@ -673,6 +679,7 @@ class Decision(NamedTuple):
     target: str  # the target with its fields filled in: `scheme:rest`
     scheme: Scheme
     rest: str
+    key: str  # of what is kept for it: two routes to one target may not be allowed the same addresses
 
 
 class Route(NamedTuple):
@@ -689,7 +696,7 @@ class Route(NamedTuple):
         scheme, _, rest = expand(self.target, name).partition(":")
         row = SCHEMES[scheme]
         rest = row.check(rest)
-        return Decision(self, f"{scheme}:{rest}", row, rest)
+        return Decision(self, f"{scheme}:{rest}", row, rest, f"{self.pattern}={scheme}:{rest}")
 
 
 FIELDS = re.compile(r"\{([^{}]*)\}")
@@ -774,7 +781,7 @@ class Backend(NamedTuple):
     """Where to connect to now."""
 
     addresses: tuple[tuple[int, tuple], ...]  # (family, socket address), best first
-    local: bool  # all of them on this machine
+    local: bool  # all of them loopback
     tunnel: Tunnel | None = None  # leased to the connection
     child: Child | None = None  # the process that listens there
 
@@ -801,18 +808,20 @@ def check_cloudflared(rest: str) -> str:
     return normalise(rest.encode())
 
 
-def cloudflared_ready(router: Router, decision: Decision) -> Backend | None:
+def tunnel_ready(router: Router, decision: Decision) -> Backend | None:
+    """Lease the tunnel, if it is ready; None: it has to be waited for.  Loop."""
     tunnel = router.tunnels.lease(decision.target)
     if tunnel is None:
         return None
     child = tunnel.child
-    if child is None:
+    if child is None:  # the reaper let go of it an instant ago: the state follows
         router.tunnels.release(tunnel)
         return None
     return Backend(((socket.AF_INET, child.address),), True, tunnel, child)
 
 
-def cloudflared_prepare(router: Router, wait: Wait) -> None:
+def tunnel_prepare(router: Router, wait: Wait) -> None:
+    """Sleep until the tunnel is ready; the kind of a TunnelError becomes `tunnel_<kind>` of REFUSALS."""
     try:
         router.tunnels.wait(wait.decision.target, wait.client, wait.deadline, wait.doubted)
     except TunnelError as error:
@@ -845,6 +854,7 @@ def is_number(host: str) -> bool:
 
 
 def check_tcp(rest: str) -> str:
+    """HOST:PORT, as it came.  Raises Malformed, also for numbers that a resolver takes for addresses."""
     try:
         host, port = parse_host_port(rest)
     except ValueError as error:
@@ -855,7 +865,8 @@ def check_tcp(rest: str) -> str:
 
 
 def tcp_ready(router: Router, decision: Decision) -> Backend | None:
-    backend, until = router.resolved.get(decision.target, (None, 0.0))
+    """The remembered addresses, or a literal one at once; None: tcp_prepare resolves it, or refuses.  Loop."""
+    backend, until = router.resolved.get(decision.key, (None, 0.0))
     if until > monotonic():
         return backend
     host, port = parse_host_port(decision.rest)
@@ -879,7 +890,7 @@ def tcp_prepare(router: Router, wait: Wait) -> None:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        backend = router.resolved.get(wait.decision.target, (None,))[0]
+        backend = router.resolved.get(wait.decision.key, (None,))[0]
         if backend is None:
             raise Refused("unresolved", f"{host} does not resolve: {error}", INTERNAL_ERROR) from None
         router.remember(wait.decision, backend, until)
@@ -894,7 +905,7 @@ def tcp_prepare(router: Router, wait: Wait) -> None:
 
 
 SCHEMES = {
-    "cloudflared": Scheme(check_cloudflared, cloudflared_ready, cloudflared_prepare, "its tunnel"),
+    "cloudflared": Scheme(check_cloudflared, tunnel_ready, tunnel_prepare, "its tunnel"),
     "tcp": Scheme(check_tcp, tcp_ready, tcp_prepare, "its address"),
 }
 
@@ -906,7 +917,8 @@ class Refusal(NamedTuple):
     meaning: str
 
 
-# Every reason for which a connection is refused.  What any scanner can cause is for debug only.
+# Every reason for which a connection is refused.  What a client that speaks no TLS, or stops in the
+# middle of it, can cause is for debug only.
 REFUSALS = {
     "not_tls": Refusal(logging.DEBUG, "the client speaks something else"),
     "malformed": Refusal(logging.DEBUG, "the client's TLS or PostgreSQL prelude is broken"),
@@ -921,12 +933,12 @@ REFUSALS = {
     "plain_postgres": Refusal(logging.INFO, "a PostgreSQL client without TLS: it got an ErrorResponse"),
     "cancel": Refusal(logging.DEBUG, "a PostgreSQL CancelRequest in clear text cannot be routed"),
     "client_limit": Refusal(logging.WARNING, "the client address has --max-per-client connections"),
-    "busy": Refusal(logging.WARNING, "too many names wait already"),
+    "busy": Refusal(logging.WARNING, "too many names wait already, or descriptors or threads are short"),
     "unresolved": Refusal(logging.WARNING, "the target's host does not resolve"),
     "backend": Refusal(logging.WARNING, "the backend refused the connection, or did not answer"),
     "backend_no_tls": Refusal(logging.WARNING, "the PostgreSQL backend does not offer TLS"),
     "tunnel_failed": Refusal(logging.WARNING, "the tunnel did not start, or gave no answer"),
-    "tunnel_timeout": Refusal(logging.WARNING, "the tunnel was not ready within --start-timeout"),
+    "tunnel_timeout": Refusal(logging.WARNING, "the target was not ready within --start-timeout: its tunnel, or its address"),
     "tunnel_limit": Refusal(logging.WARNING, "--max-tunnels are in use"),
     "tunnel_budget": Refusal(logging.WARNING, "the client address asked for too many cold tunnels"),
     "tunnel_stopping": Refusal(logging.INFO, "sniroute is stopping"),
@@ -1008,7 +1020,7 @@ class Setting(NamedTuple):
     name: str
     metavar: str
     parse: Callable[[str], Any]
-    default: str | None  # as text; None where it depends on the host: see derive_settings
+    default: str | None  # as text; None where it depends on the host: derive_settings, or PATH
     help: str
     many: bool = False  # the option may be repeated; the variable holds several, with spaces between
 
@@ -1112,7 +1124,7 @@ def load_settings(argv: Sequence[str], environ: dict[str, str]) -> types.SimpleN
 
 
 def derive_settings(settings: types.SimpleNamespace) -> None:
-    """Fill in the defaults that depend on the host."""
+    """Fill in the defaults that depend on the host; refuse a literal route back to --listen."""
     first, last = settings.ports
     if settings.max_tunnels is None:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -1334,7 +1346,7 @@ class Flow:
         self.watched = events
 
     def rewatch(self) -> None:
-        """Wait for what the two flows that share the source want now."""
+        """Wait for what is wanted of the source: each socket is one flow's source and its twin's sink."""
         events = (READ if self.state is OPEN else 0) | (WRITE if self.twin.state is BLOCKED else 0)
         if events != self.watched:
             self.watch(events, self.pump if events == READ else self.ready)
@@ -1369,8 +1381,8 @@ class Flow:
             sent = self.twin.source.send(router.view[:count])
         except BlockingIOError:
             sent = 0
-        except OSError as error:
-            connection.broken(self, error)
+        except OSError:
+            connection.broken(self)
             return
         if sent != count:
             self.hold(memoryview(bytes(router.view[sent:count])))
@@ -1393,8 +1405,8 @@ class Flow:
             sent = self.twin.source.send(self.pending)
         except BlockingIOError:
             return
-        except OSError as error:
-            self.connection.broken(self, error)
+        except OSError:
+            self.connection.broken(self)
             return
         self.connection.router.keep(-sent)
         self.pending = self.pending[sent:]
@@ -1449,9 +1461,9 @@ class SpliceFlow(Flow):
             sent = os.splice(reader, self.twin.fd, count, flags=SPLICE_FLAGS)
         except BlockingIOError:
             sent = 0
-        except OSError as error:
+        except OSError:
             router.lose_pipe()
-            connection.broken(self, error)
+            connection.broken(self)
             return
         if sent != count:
             rest = count - sent
@@ -1470,8 +1482,8 @@ class SpliceFlow(Flow):
             self.pending -= os.splice(self.pipe[0], self.twin.fd, self.pending, flags=SPLICE_FLAGS)
         except BlockingIOError:
             return
-        except OSError as error:
-            self.connection.broken(self, error)
+        except OSError:
+            self.connection.broken(self)
             return
         if not self.pending:
             self.connection.router.return_pipe(self.pipe)
@@ -1543,7 +1555,7 @@ class Wait:
         self.deadline = deadline
         self.doubted = doubted  # the process that gave no answer, where that is why they wait
         self.connections: dict[Connection, None] = {}  # an ordered set
-        self.number = 0  # of its thread; 0 while it waits for one
+        self.number = 0  # how many threads ran when it got its own; 0 while it waits for one
         self.error: Refused | None = None  # how it ended
 
 
@@ -1698,7 +1710,7 @@ class Connection:
         if wait is not None:
             del wait.connections[self]
             if not wait.connections and not wait.number:
-                del self.router.waits[wait.decision.target]  # it waited for a thread, for nobody now
+                del self.router.waits[wait.decision.key]  # it waited for a thread, for nobody now
 
     def on_waiting(self, mask: int) -> None:
         """The client says more, or leaves, while it waits for the backend."""
@@ -1778,7 +1790,7 @@ class Connection:
         if self.backend.tunnel is not None:
             self.retry(why)
             return
-        self.router.resolved.pop(self.decision.target, None)  # perhaps it has moved
+        self.router.resolved.pop(self.decision.key, None)  # perhaps it has moved
         self.refuse(Refused("backend", f"{self.decision.target}: {why}", INTERNAL_ERROR))
 
     def _connected(self) -> None:
@@ -1879,7 +1891,7 @@ class Connection:
         else:
             self._linger(b"", "backend_reset")
 
-    def broken(self, flow: Flow, error: OSError) -> None:
+    def broken(self, flow: Flow) -> None:
         """The sink takes no more.  What it sent is still to be read by the other flow."""
         flow.discard()
         if flow.twin.state is DONE:
@@ -1889,7 +1901,7 @@ class Connection:
         flow.twin.rewatch()
 
     def on_first_byte_timeout(self) -> None:
-        """The tunnel took the hello and is silent.  Only a process that hangs is worth a retry."""
+        """The tunnel took the hello and is silent: say it once more; `TunnelTable.wait` looks at the process."""
         if self.hello is not None:
             self._unanswered(f"no answer within {FIRST_BYTE_TIMEOUT:g} s")
 
@@ -2177,7 +2189,7 @@ class Router(socketserver.ThreadingTCPServer):
         """Keep a resolved address until then (clock time).  The loop does so, too."""
         if len(self.resolved) >= RESOLVED_MAX:
             self.resolved.clear()
-        self.resolved[decision.target] = backend, until
+        self.resolved[decision.key] = backend, until
 
     def may_dial(self, decision: Decision, address: tuple) -> bool:
         """Whether a resolved address may be dialled.
@@ -2314,19 +2326,22 @@ class Router(socketserver.ThreadingTCPServer):
         return decision
 
     def join_wait(self, connection: Connection, doubted: Child | None) -> None:
-        """Have a connection wait with those that want the same; the first brings a thread."""
+        """Have a connection wait with those that want the same; the first brings a thread.
+
+        Who joins later waits for what the first asked for: its doubt, its deadline, its budget.
+        """
         decision = connection.decision
-        wait = self.waits.get(decision.target)
+        wait = self.waits.get(decision.key)
         if wait is None:
             if len(self.waits) >= WAITS_MAX:
                 connection.refuse(Refused("busy", f"{WAITS_MAX} names wait already", INTERNAL_ERROR))
                 return
             client = None if connection.peer.exempt else connection.peer.key
             if client and sum(w.client == client and not w.number for w in self.waits.values()) >= WAITS_PER_CLIENT:
-                connection.refuse(Refused("busy", f"{client} waits for {WAITS_PER_CLIENT} names already", INTERNAL_ERROR))
+                connection.refuse(Refused("busy", f"{client} has {WAITS_PER_CLIENT} names that wait for a thread", INTERNAL_ERROR))
                 return
             wait = Wait(decision, client, monotonic() + self.settings.start_timeout, doubted)
-            self.waits[decision.target] = wait
+            self.waits[decision.key] = wait
             self.queued_waits.append(wait)
         wait.connections[connection] = None
         connection.wait = wait
@@ -2349,7 +2364,7 @@ class Router(socketserver.ThreadingTCPServer):
     def _hand_back(self, wait: Wait) -> None:
         """A wait is over: go on with its connections."""
         self.waiting_threads -= 1
-        del self.waits[wait.decision.target]
+        del self.waits[wait.decision.key]
         self._start_waits()
         for connection in list(wait.connections):
             if connection.wait is not wait:
@@ -2478,7 +2493,7 @@ class Router(socketserver.ThreadingTCPServer):
 
     def dump(self) -> None:
         """Log what there is: counters, tunnels, connections."""
-        log.info("counters: %s", dict(sorted((self.counters + self.tunnels.counters).items())))
+        log.info("counters: %s", dict(sorted({**self.counters, **dict(self.tunnels.counters)}.items())))
         for key, state, leases, port, pid in self.tunnels.snapshot():
             log.info("tunnel %s: %s, %d connections, port %d, pid %d", key, state, leases, port, pid)
         now = monotonic()
@@ -2562,7 +2577,10 @@ def check(settings: types.SimpleNamespace) -> int:
 
 
 def explain(settings: types.SimpleNamespace) -> int:
-    """`sniroute explain NAME`: 0 where the name would be routed, 1 where it would be refused."""
+    """`sniroute explain NAME`: 0 where a route fits the name, 1 where it would be refused.
+
+    What takes a running router is not asked: `forbidden`, and a name that is the router's own.
+    """
     try:
         name = normalise(os.fsencode(settings.name))
         decision = settings.routes.decide(name)
@@ -2696,7 +2714,10 @@ COMMANDS = {"serve": serve, "check": check, "explain": explain}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line.  Returns the exit code: 0 clean, 1 failed while running, 2 bad settings."""
+    """The command line.  Returns the exit code.
+
+    0 clean; 1 could not listen, failed while running, or `explain` found a refusal; 2 bad settings.
+    """
     keep_standard_streams()
     try:
         settings = load_settings(sys.argv[1:] if argv is None else argv, dict(os.environ))

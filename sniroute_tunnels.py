@@ -11,26 +11,30 @@
 A tunnel is a name (`scheme:argument`) and, most of the time, one child process that listens on
 a local port.  Its life, always one word in `Tunnel.state`:
 
-    (absent) -> QUEUED -> STARTING -> READY -> STOPPING -> (absent)
-                  ^          |          |                     a start that fails is remembered in
-                  |          |          +-> BACKOFF --+       `failures`, and refused from memory,
-                  |          +-> FAILED (absent)      |       5 s at first, 300 s at most
-                  +-----------------------------------+
+    QUEUED    -> STARTING  its turn                  -> (absent)  nobody waits for it any more
+    STARTING  -> READY     it listens                -> QUEUED    its port was taken, or none is free
+              -> FAILED    remembered in `failures`, refused from memory: 5 s at first, 300 s at last
+    READY     -> STOPPING  idle, evicted, doubted    -> BACKOFF   its process died
+    BACKOFF   -> STARTING  it was in use: when `until` has come   -> FAILED  it was not
+    STOPPING  -> READY     a lease came first        -> QUEUED    somebody waits   -> FAILED  else
+
+FAILED is the state of a row that is out of `tunnels` already.
 
 Threads.  Everything that can block or that touches a process is done by one thread, `reaper`:
 PR_SET_PDEATHSIG follows the *thread* that forked, so the forking thread has to live as long as
 the process does.  Threads named `wait-<n>` sleep in `wait()`; the router's loop calls `lease`,
 `release` and `Child.alive`, which never block.
 
-The lock.  `TunnelTable.changed` guards `tunnels`, `failures`, `budget` and every `Tunnel.state`;
-nothing else.  It is never held across a fork, a kill, a read or a bind: the reaper claims rows
-under it, works outside, and publishes under it.  The reaper and `close` notify it when a state
-changes; those who sleep on it are in `wait()`.
+The lock.  `TunnelTable.changed` guards `tunnels`, `failures`, `budget`, `closing`, and a Tunnel's
+`state`, `child`, `waiters` and `doubts`; the loop reads three of them without it (see "Leases").  It
+is never held across a fork, a kill or a bind, and across one read: `_hung` looks at /proc.  The
+reaper claims rows under it, works outside, and publishes under it.  Every change of state goes
+through `_enter`, which notifies; those who sleep on it are in `wait()`.
 
-Leases.  The loop takes a lease without the lock, and the reaper may want to stop the same tunnel
-at that instant.  Both write first and look second: the loop raises `leases`, then reads `state`;
-the reaper sets `state`, then reads `leases`.  So one of them at least sees the other, and gives
-way.  `leases` and `last_used` have one writer, the loop.
+Leases.  The loop takes a lease without the lock, and the reaper, or a thread that doubts, may want
+to stop the same tunnel at that instant.  Both write first and look second: the loop raises
+`leases`, then reads `state`; the other sets `state`, then reads `leases`.  So one of them at least
+sees the other, and gives way.  `leases` has one writer, the loop.
 
 Seams.  Another tunnel program is another `Launcher` row; the table knows nothing of cloudflared.
 Another time policy is a constant below; `clock` and `jitter` are arguments, and `step()` is one
@@ -63,9 +67,9 @@ from typing import Callable, Iterable, Mapping, NamedTuple
 log = logging.getLogger("sniroute")
 
 # Limits and times (seconds), each with its reason.
-RETRY = 0.1  # after a fault of the reaper: what was claimed is looked at again
-POLL_LAST = 0.2  # the same for a child that takes long: a look costs 4 ms of kernel time
+RETRY = 0.1  # after a fault of the reaper: it must not spin
 POLL = 0.01  # between two looks at a starting child: a tenth of what a start takes
+POLL_LAST = 0.2  # the same at most, for a child that takes long: a look costs 4 ms of kernel time
 STOP_GRACE = 2.0  # between TERM and KILL: cloudflared ends 3 ms after TERM
 SELECT_LAST = 3600.0  # one wait of the reaper: epoll takes no more than 24 days
 KILL_GRACE = 5.0  # a killed child that is not gone by then hangs in the kernel: we stop waiting
@@ -79,7 +83,7 @@ HEALTHY = 60.0  # a tunnel that lived this long starts its back-off from the beg
 DOUBT_FIRST, DOUBT_LAST = 5.0, 300.0  # youngest age at which doubt restarts a process
 HUNG_LOOK, HUNG_LOOKS = 0.02, 10  # a process accepts nobody: the time between looks, and how many agree
 EVICT_AGE = 1.0  # a tunnel this fresh is not evicted: its client is on the way
-STARTS_BURST, STARTS_REFILL = 8, 1.0  # cold starts one client address may ask for: burst, per second
+STARTS_BURST, STARTS_REFILL = 8, 1.0  # starts one client address may ask for: burst, per second
 BUDGETS_KEPT = 4096  # client addresses with a start budget, least recent out
 TAIL = 4096  # bytes kept of a child's output: its last words
 DRAIN = 65536  # bytes read from a child's output at a time: what a pipe holds
@@ -628,8 +632,15 @@ class TunnelTable:
         """One turn: decide, act, look at what happened.  None waits until something is due."""
         now = self.clock()
         spawn, stop = self._decide(now)
-        for tunnel in spawn:
-            self._spawn(tunnel, now)
+        try:
+            for tunnel in spawn:
+                self._spawn(tunnel, now)
+        except BaseException:
+            with self.changed:
+                for tunnel in spawn:
+                    if tunnel.state is STARTING and tunnel.child is None:
+                        self._enter(tunnel, QUEUED)  # what was claimed is not lost with the fault
+            raise
         for tunnel, verdict in stop:
             self._stop(tunnel.child, verdict, now)
         for child, tunnel in list(self.children.items()):

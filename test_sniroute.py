@@ -1824,7 +1824,7 @@ def test_the_version(capsys):
     assert re.fullmatch(r"sniroute \d+\.\d+\.\d+ \(Python 3\.\d+\.\S+, \S+\)\n", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("limit, fit", [(1024, 384), (256, 64), (2, 1), (1, 1), (1 << 20, (1 << 20) // 2 - 128),
+@pytest.mark.parametrize("limit, fit", [(1024, 352), (256, 64), (2, 1), (1, 1), (1 << 20, (1 << 20) // 2 - 128),
                                         (resource.RLIM_INFINITY, (1 << 20) // 2 - 128)])
 def test_the_connections_that_fit_follow_the_limit_of_open_files(limit, fit, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
@@ -2819,7 +2819,7 @@ def test_next_address_is_tried_and_the_last_failure_is_told(run, serve, monkeypa
     running = run(route((HOST, shut)), route(far.address, "two.example.com"))
     good = (socket.AF_INET, far.address)
     bad = (socket.AF_INET, (HOST, shut))
-    running.router.resolved[f"tcp:{HOST}:{far.address[1]}"] = sniroute.Backend((bad, good), False), float("inf")
+    running.router.resolved[f"two.example.com=tcp:{HOST}:{far.address[1]}"] = sniroute.Backend((bad, good), False), float("inf")
     with running.connect(genuine_hello("two.example.com")) as client:
         assert client.recv(1) == b"x"
     with running.connect(HELLO) as client:
@@ -2855,7 +2855,7 @@ def test_next_address_is_tried_when_the_first_does_not_answer(run, serve, monkey
     far = serve(answer(b"x"))
     running = run(route((HOST, 9)))
     addresses = tuple((socket.AF_INET, address) for address in (deaf, far.address))
-    running.router.resolved[f"tcp:{HOST}:9"] = sniroute.Backend(addresses, True), float("inf")
+    running.router.resolved[f"db.example.com=tcp:{HOST}:9"] = sniroute.Backend(addresses, True), float("inf")
     with running.connect(HELLO) as client:
         assert client.recv(1) == b"x"
 
@@ -3095,7 +3095,7 @@ def test_client_that_leaves_while_it_waits_is_noticed(run, cloudflared, ports):
         wait_until(lambda: len(running.router.connections) == 2 and cloudflared.starts())
         first.close()
         assert running.ending().reason == "client_left"
-        assert len(running.router.waits[DB].connections) == 1
+        assert len(running.router.waits["*=" + DB].connections) == 1
         reset(second)
         assert running.ending(2).reason == "client_left"
 
@@ -3221,7 +3221,7 @@ def test_budget_that_is_spent_is_not_the_next_clients(run, serve, cloudflared, p
     with running.connect(V1 + HELLO) as spender, running.connect() as other:
         wait_until(lambda: running.router.waits)
         other.sendall(V1.replace(b"192.0.2.7", b"192.0.2.6") + HELLO)
-        wait_until(lambda: len(running.router.waits[DB].connections) == 2)
+        wait_until(lambda: len(running.router.waits["*=" + DB].connections) == 2)
         held.set()
         assert read_all(spender) == alert(80)
         assert other.recv(1) == b"x"
