@@ -559,17 +559,20 @@ class TunnelTable:
         """
         if tunnel.child is not child or tunnel.state is not READY:
             return  # somebody saw to it already
-        if not child.alive():
-            while tunnel.child is child and tunnel.state is READY and not self.closing:
-                self.changed.wait(POLL)  # the reaper is about to find out
-            return
+        deaf = self.proc and not listeners(child.address[1])
+        if deaf or not child.alive():
+            # It is dead, and the reaper is about to find out; or dying: a process's sockets close
+            # before its end can be seen, the listener first.
+            if self.changed.wait_for(lambda: self.closing or tunnel.child is not child or tunnel.state is not READY,
+                                     STOP_GRACE):
+                return
         if not self.proc and self.clock() - child.started < self.start_timeout and not child.proven:
             self.changed.wait(5 * POLL)  # perhaps it does not listen yet, and nobody can tell
             return
         if child.proven:
             tunnel.doubts = 0
         age = DOUBT_LAST if child.proven else min(DOUBT_LAST, DOUBT_FIRST * 2 ** min(tunnel.doubts, 16))
-        hung = self._hung(child)
+        hung = deaf or self._hung(child)
         if hung or not tunnel.leases and self.clock() - child.ready >= age:
             if tunnel.child is child and tunnel.state is READY and self.budget.spend(client):
                 self._enter(tunnel, STOPPING)

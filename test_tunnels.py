@@ -1084,8 +1084,10 @@ def stopper(table: TunnelTable, tunnel: Tunnel, way: str) -> Callable[[], object
             with table.changed:
                 table._evict(table.clock())
         return evict
-    child = types.SimpleNamespace(alive=lambda: True, proven=False, ready=0.0, started=0.0, address=(HOST, 1))
+    child = types.SimpleNamespace(alive=lambda: True, proven=True, ready=0.0, started=0.0, address=(HOST, 1))
     object.__setattr__(tunnel, "child", child)
+
+    table.proc = False  # the child above listens nowhere
 
     def doubt() -> None:
         with table.changed:
@@ -1389,6 +1391,21 @@ def test_doubt_restarts_an_unused_child_only_from_a_growing_age_on(bench):
     made.clock.jump(1)
     assert made.doubt(tunnel)
     assert tunnel.doubts == 1, "the old doubts were about something else"
+
+
+@linux
+def test_child_that_is_dying_is_not_taken_for_one_that_serves_others(bench, monkeypatch):
+    """Its clients see the end of their connections before the kernel says that it has ended."""
+    made = bench(idle=1e6, jitter=lambda: 0.0)
+    tunnel = made.leased("app.test")
+    child = tunnel.child
+    os.kill(child.process.pid, signal.SIGKILL)
+    wait_until(lambda: not sniroute_tunnels.listeners(child.address[1]))
+    monkeypatch.setattr(sniroute_tunnels.Child, "alive", lambda self: True)
+    future = made.ask("app.test", doubted=child)
+    assert made.outcome(future) is None
+    assert tunnel.child is not child and tunnel.state is READY
+    made.table.release(tunnel)
 
 
 def test_restart_for_doubt_is_charged_to_the_client(bench):
