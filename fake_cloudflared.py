@@ -174,6 +174,7 @@ class Fake:
     # -- the start -----------------------------------------------------------------------------
 
     def run(self) -> int:
+        """From the start to the exit code."""
         fds, environment = open_fds(), own_environment()
         faults = self.faults()
         if faults.get("ignore_term"):
@@ -241,6 +242,7 @@ class Fake:
     # -- serving -------------------------------------------------------------------------------
 
     def serve(self, listener, faults: dict) -> int:
+        """Serve clients until a fault says otherwise."""
         deadline = time.monotonic() + faults["exit_after"] / 1000 if "exit_after" in faults else None
         if faults.get("stop"):
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -264,6 +266,7 @@ class Fake:
                     self.receive(side)
 
     def accept(self, listener) -> None:
+        """Take a client, and only then dial its far end."""
         client, _ = listener.accept()
         self.served += 1
         self.write("clients.jsonl", number=self.served)
@@ -299,6 +302,7 @@ class Fake:
             self.selector.register(side.sock, selectors.EVENT_READ, side)
 
     def receive(self, side: Side) -> None:
+        """Pass on what one end says; its end is the end of both."""
         try:
             data = side.sock.recv(CHUNK)
         except BlockingIOError:
@@ -342,6 +346,7 @@ class Fake:
 
 
 def main() -> int:
+    """The command line of `cloudflared access tcp`, and its exit codes."""
     for number in (signal.SIGPIPE, signal.SIGINT):  # Python handles these two; the real one dies of them
         signal.signal(number, signal.SIG_DFL)
     words = sys.argv[1:]

@@ -1439,6 +1439,7 @@ class SpliceFlow(Flow):
     __slots__ = ()
 
     def pump(self, mask: int = READ) -> None:
+        """As Flow.pump, written out again: a call for each step would cost more than the step."""
         if self.state is not OPEN:
             return
         connection = self.connection
@@ -1475,6 +1476,7 @@ class SpliceFlow(Flow):
                 self.hold(memoryview(read_exactly(reader, rest)))
 
     def flush(self) -> None:
+        """As Flow.flush, out of the pipe that was lent."""
         if self.pipe is None:
             super().flush()
             return
@@ -2131,6 +2133,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.server_address = self.socket.getsockname()
 
     def server_activate(self) -> None:
+        """Listen on every address, and have the loop accept from it.  Raises SettingsError."""
         self.listening = [listener.getsockname()[:2] for listener in self.listeners]
         for listener in self.listeners:
             try:
