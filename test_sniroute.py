@@ -2704,6 +2704,7 @@ def test_descriptors_for_the_backend_that_run_out_are_not_the_tunnels_fault(run,
     running = run(TUNNEL, ports)
     with running.connect(HELLO) as client:
         assert client.recv(1) == b"x"
+    running.ending()
     def none_left(*_: Any) -> socket.socket:
         raise OSError(sniroute.errno.EMFILE, "Too many open files")
     with running.connect() as client:
@@ -2713,7 +2714,7 @@ def test_descriptors_for_the_backend_that_run_out_are_not_the_tunnels_fault(run,
             patch.setattr(sniroute, "socket", fake)
             client.sendall(HELLO)
             assert read_all(client) == alert(80)
-    assert running.ending(2).reason == "busy"
+    wait_until(lambda: [end for end in running.endings if end.reason == "busy"])
     assert len(cloudflared.starts()) == 1
 
 
@@ -2824,8 +2825,8 @@ def test_next_address_is_tried_and_the_last_failure_is_told(run, serve, monkeypa
         assert client.recv(1) == b"x"
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
-    end = running.ending(2)
-    assert end.reason == "backend" and "refused" in end.detail
+    end, = wait_until(lambda: [end for end in running.endings if end.reason == "backend"])
+    assert "refused" in end.detail
 
 
 @pytest.fixture
