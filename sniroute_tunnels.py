@@ -294,6 +294,24 @@ def listens(pid: int, port: int) -> str:
     return "own" if found <= inodes else "other"
 
 
+PF_EXITING = 4  # of the flags in /proc/PID/stat, proc(5) and <linux/sched.h>
+
+
+def is_exiting(pid: int) -> bool:
+    """Whether a process has begun to end.
+
+    The kernel says so before it closes the process's sockets, and tells its parent only after: in
+    between, its port is free for anybody.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return bool(int(file.read().rpartition(b")")[2].split()[6]) & PF_EXITING)
+    except FileNotFoundError:
+        return False  # there is no /proc
+    except OSError:
+        return True  # nobody can tell: rather ask again than hand a byte to a stranger
+
+
 class PortPool:
     """Local ports for the children, lowest free first.  Used by one thread, the reaper.
 
@@ -388,13 +406,15 @@ class Child:
         self.proven = False  # the loop: a first byte has come through it
 
     def alive(self) -> bool:
-        """Whether the process runs, asked of the kernel.  Any thread; one system call."""
+        """Whether the process runs, and is not on its way out, asked of the kernel.  Any thread."""
         if self.pidfd < 0:
             return self.process.returncode is None
         try:
-            return os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+            if os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                return False
         except OSError:
             return False
+        return not is_exiting(self.process.pid)
 
     def signal(self, number: int) -> None:
         """Signal the whole process group.  Only before the process is reaped: its id is its own."""
