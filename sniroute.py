@@ -1997,7 +1997,7 @@ class Connection:
         up.state = down.state = DONE
         up.watch(0)
         self.client.close()
-        if down.source is not None:
+        if down.source is not None:  # from here on _drop_backend, unrolled: every connection passes here
             down.watch(0)
             down.source.close()
         if backend is not None and backend.tunnel is not None:
@@ -2651,6 +2651,7 @@ def run(settings: types.SimpleNamespace, journal: Journal, reader: int, writer: 
     failed = []
 
     def loop() -> None:
+        """The thread `loop`: run it, then stop the tunnels, and tell the main thread."""
         try:
             router.serve_forever()
         except BaseException:

@@ -27,7 +27,7 @@ the process does.  Threads named `wait-<n>` sleep in `wait()`; the router's loop
 
 The lock.  `TunnelTable.changed` guards `tunnels`, `failures`, `budget`, `closing`, and a Tunnel's
 `state`, `child`, `waiters` and `doubts`; the loop reads three of them without it (see "Leases").  It
-is never held across a fork, a kill or a bind, and across one read: `_hung` looks at /proc.  The
+is never held across a fork, a kill or a bind, and across no read but `_doubt`'s of /proc.  The
 reaper claims rows under it, works outside, and publishes under it.  Every change of state goes
 through `_enter`, which notifies; those who sleep on it are in `wait()`.
 
@@ -427,7 +427,7 @@ class Tunnel:
     """One name and, most of the time, the process that serves it."""
 
     __slots__ = ("key", "state", "child", "leases", "last_used", "waiters", "since", "until",
-                 "crashes", "failures", "doubts", "tries", "message", "kind")
+                 "crashes", "failures", "doubts", "tries", "message")
 
     def __init__(self, key: str, now: float):
         self.key = key
@@ -443,7 +443,6 @@ class Tunnel:
         self.doubts = 0  # restarts in a row for want of an answer
         self.tries = 0  # ports found taken in this start
         self.message = ""  # FAILED: why, for people
-        self.kind = "failed"  # FAILED: why, for counters
 
 
 class TunnelTable:
@@ -542,7 +541,7 @@ class TunnelTable:
                     if self.closing:
                         raise TunnelError("stopping", "sniroute is stopping")
                     if tunnel.state is FAILED:
-                        raise TunnelError(tunnel.kind, tunnel.message)
+                        raise TunnelError("failed", tunnel.message)
                     remaining = deadline - self.clock()
                     if remaining <= 0 or tunnel.state is BACKOFF and tunnel.until > deadline:
                         raise TunnelError("timeout", f"{key} was not ready in time (it is {tunnel.state})")
@@ -579,10 +578,7 @@ class TunnelTable:
         """
         if tunnel.child is not child or tunnel.state is not READY:
             return  # somebody saw to it already
-        deaf = self.proc and not listeners(child.address[1])
-        if deaf or not child.alive():
-            # It is dead, and the reaper is about to find out; or dying: a process's sockets close
-            # before its end can be seen, the listener first.
+        if not child.alive():  # dead or dying, and the reaper is about to find out
             if self.changed.wait_for(lambda: self.closing or tunnel.child is not child or tunnel.state is not READY,
                                      STOP_GRACE):
                 return
@@ -592,7 +588,7 @@ class TunnelTable:
         if child.proven:
             tunnel.doubts = 0
         age = DOUBT_LAST if child.proven else min(DOUBT_LAST, DOUBT_FIRST * 2 ** min(tunnel.doubts, 16))
-        hung = deaf or self._hung(child)
+        hung = self._hung(child)
         if hung or not tunnel.leases and self.clock() - child.ready >= age:
             if tunnel.child is child and tunnel.state is READY and self.budget.spend(client):
                 self._enter(tunnel, STOPPING)

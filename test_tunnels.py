@@ -1401,10 +1401,25 @@ def test_child_that_is_dying_is_not_taken_for_one_that_serves_others(bench, monk
     child = tunnel.child
     os.kill(child.process.pid, signal.SIGKILL)
     wait_until(lambda: not sniroute_tunnels.listeners(child.address[1]))
-    monkeypatch.setattr(sniroute_tunnels.Child, "alive", lambda self: True)
+    monkeypatch.setattr(os, "waitid", lambda *_: None)  # its parent has not been told yet
     future = made.ask("app.test", doubted=child)
     assert made.outcome(future) is None
     assert tunnel.child is not child and tunnel.state is READY
+    made.table.release(tunnel)
+
+
+def test_descriptors_that_run_out_do_not_make_a_good_child_look_bad(bench, monkeypatch):
+    """Then nothing can be read of it, which is our trouble and not its."""
+    made = bench(idle=1e6)
+    tunnel = made.leased("app.test")
+    child = tunnel.child
+    monkeypatch.setattr(sniroute_tunnels, "STOP_GRACE", 0.1)
+    with monkeypatch.context() as patch:
+        def none_left(path, *_, **__):
+            raise OSError(24, "Too many open files", path)
+        patch.setattr(sniroute_tunnels, "open", none_left, raising=False)
+        made.ready("app.test", doubted=child)
+    assert tunnel.child is child and tunnel.state is READY
     made.table.release(tunnel)
 
 
