@@ -1,34 +1,39 @@
 #!/usr/bin/env python3
-"""fake_cloudflared: a stand-in for `cloudflared access tcp`, for tests.
+"""fake_cloudflared: a stand-in for `cloudflared access tcp`, and for a carrier, for tests.
 
 It has the real program's command line and its habits: it logs before it listens, it listens
 whether or not there is a far end, it accepts before it dials, it dials once per client, it says
 nothing to a client whom it cannot serve, it ends both sides at the first end of either, SIGTERM
 kills it, and wrong usage ends it with exit code 0.
 
+With the word `forwarders` it is as `sniroute_carrier.py forwarders` is: it serves the hostnames
+that its stdin names ("Shared processes" in sniroute_tunnels.py), each with switches of its own.
+
 Where a hostname leads, and what goes wrong, is said in JSON files beside the program file, which
 tests copy or wrap; what it did is written there too, a JSON line each:
 
     far.json       {"hostname": ["127.0.0.1", port], "*": the default}
     faults.json    {"hostname": {switch: value, ...}, "*": the default}
-    starts.jsonl   one line per start: pid, argv, environment, open descriptors, time
+    starts.jsonl   one line per start of a hostname: pid, argv, environment, open descriptors, time
     clients.jsonl  one line per client: pid, hostname, its number in this process, time
 
-Switches.  At the start:
+Switches.  At the start of a hostname (* for a process of its own only):
     exit: CODE           end at once with this code, after the line `words`
     in_use: K            claim on the first K starts for this hostname that the port is taken
     listen_delay: MS     listen late
     never_listen: true   live, but do not listen
-    wrong_port: true     listen on another port
-    wrong_owner: true    a detached process listens; `detached` in starts.jsonl is its pid
-    child_listens: true  a child process listens and serves, as under a wrapper script
+    wrong_port: true     * listen on another port
+    wrong_owner: true    * a detached process listens; `detached` in starts.jsonl is its pid
+    child_listens: true  * a child process listens and serves, as under a wrapper script
     ignore_term: true    SIGTERM does nothing
     flood: MB            write that much output, after listening and before serving
     stop: true           stop itself (SIGSTOP) once it listens
     exit_after: MS       end that long after it listens, with `code` (default 1) and `words`
+    ignore_close: true   a shared process does nothing when it is told to close this listener
 Per client, looked up anew each time:
     refuse: true or K    close every client, or this process's first K, with no byte sent
     error: TEXT          the error that is logged when a client cannot be served
+    reason: WORD         and the reason that a shared process gives with it (default down)
     hang: true           accept, and never answer
     login: true          ask for a login in plain text, and never answer
     exit_on_client: true end at the first client, with `code` and `words`
@@ -37,6 +42,8 @@ Per client, looked up anew each time:
 It imports little and uses one thread, because every test waits for it to start.
 """
 
+import heapq
+import itertools
 import json
 import os
 import selectors
@@ -121,6 +128,38 @@ def own_environment() -> dict:
         return dict(os.environ)
 
 
+class Loop:
+    """What the listeners of a process share: one selector, and what is to be done later."""
+
+    def __init__(self):
+        self.selector = selectors.DefaultSelector()
+        self.later = []  # a heap of (time, number, function)
+        self.numbers = itertools.count()
+
+    def at(self, milliseconds: float, act) -> None:
+        """Call `act` that long from now."""
+        heapq.heappush(self.later, (time.monotonic() + milliseconds / 1000, next(self.numbers), act))
+
+    def watch(self, sock, events: int, act) -> None:
+        """Call `act(events)` when there are some; 0 for none."""
+        registered = sock.fileno() in self.selector.get_map()
+        if events and registered:
+            self.selector.modify(sock, events, act)
+        elif events:
+            self.selector.register(sock, events, act)
+        elif registered:
+            self.selector.unregister(sock)
+
+    def run(self) -> None:
+        while True:
+            while self.later and self.later[0][0] <= time.monotonic():
+                heapq.heappop(self.later)[2]()
+            timeout = max(0, self.later[0][0] - time.monotonic()) if self.later else None
+            for key, events in self.selector.select(timeout):
+                if key.fd in self.selector.get_map():  # an earlier event may have closed it
+                    key.data(events)
+
+
 class Side:
     """One end of a client's connection: what is to be sent to it, and the opposite end."""
 
@@ -135,13 +174,16 @@ class Side:
 
 
 class Fake:
-    """One run of the program."""
+    """One hostname on one port: the whole program, or a part of one that is shared."""
 
-    def __init__(self, directory: str, hostname: str, port: int):
+    def __init__(self, directory: str, hostname: str, port: int, loop: Loop | None = None):
         self.directory = directory
         self.hostname = hostname
         self.port = port
-        self.selector = None  # made in serve(): the descriptors at the start are recorded
+        self.loop = loop  # of a shared process; else made in run(): the descriptors at the start are recorded
+        self.shared = loop is not None
+        self.listener = None
+        self.clients = set()  # their sockets, and those of their far ends
         self.served = 0  # clients
         self.bytes = 0
 
@@ -173,8 +215,8 @@ class Fake:
 
     # -- the start -----------------------------------------------------------------------------
 
-    def run(self) -> int:
-        """From the start to the exit code."""
+    def begin(self) -> dict:
+        """Record the start.  Returns the faults."""
         fds, environment = open_fds(), own_environment()
         faults = self.faults()
         if faults.get("ignore_term"):
@@ -183,27 +225,68 @@ class Fake:
         self.write("starts.jsonl", argv=sys.argv, environment=environment, fds=fds, port=self.port,
                    detached=detached)
         if "exit" in faults:
-            return self.end(faults, faults["exit"])
+            os._exit(self.end(faults, faults["exit"]))
+        return faults
+
+    def run(self) -> int:
+        """A process of its own, from the start to the exit code."""
+        faults = self.begin()
         if faults.get("child_listens"):
             child = os.fork()
             if child:
                 return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF
         log("info", "Start Websocket listener", host=f"127.0.0.1:{self.port}")  # before it listens
-        if faults.get("never_listen") or detached:
+        if faults.get("never_listen") or faults.get("wrong_owner"):
             keep = socket.socket()  # real programs hold sockets that do not listen
             signal.pause()
             keep.close()
         time.sleep(faults.get("listen_delay", 0) / 1000)
-        if self.earlier_starts() < faults.get("in_use", 0):
+        if self.listen(faults):
             return self.taken()
-        with socket.socket() as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind(("127.0.0.1", 0 if faults.get("wrong_port") else self.port))
-                listener.listen(4096)  # as Go does: what the kernel allows
-            except OSError:
-                return self.taken()
-            return self.serve(listener, faults)
+        self.loop = Loop()
+        self.serve(faults)
+        self.loop.run()
+
+    def open(self) -> None:
+        """A part of a shared process: begin to listen, sooner or later."""
+        faults = self.begin()
+        if not faults.get("never_listen"):
+            self.loop.at(faults.get("listen_delay", 0), lambda: self.opened(faults))
+
+    def opened(self, faults: dict) -> None:
+        """Listen now, and say so."""
+        error = self.listen(faults)
+        if error:
+            self.say_event("error", "cannot listen", "closed", error=error)
+        else:
+            self.say_event("info", f"listening for {self.hostname}", "listening")
+            self.serve(faults)
+
+    def say_event(self, level: str, message: str, event: str, **fields) -> None:
+        """What a shared process tells of this listener."""
+        log(level, message, event=event, listener=f"127.0.0.1:{self.port}", **fields)
+
+    def listen(self, faults: dict) -> str:
+        """Bind the port.  Returns what went wrong."""
+        if self.earlier_starts() < faults.get("in_use", 0):
+            return "address already in use"
+        self.listener = socket.socket()
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self.listener.bind(("127.0.0.1", 0 if faults.get("wrong_port") else self.port))
+            self.listener.listen(4096)  # as Go does: what the kernel allows
+        except OSError as error:
+            self.listener.close()
+            return error.strerror.lower()
+        return ""
+
+    def close(self) -> None:
+        """A shared process is told to close this listener."""
+        for sock in (self.listener, *self.clients):
+            if sock is not None:
+                self.loop.watch(sock, 0, None)
+                sock.close()
+        self.say_event("info", f"closed {self.hostname}", "closed")
 
     def taken(self) -> int:
         error = f"listen tcp 127.0.0.1:{self.port}: bind: address already in use"
@@ -241,33 +324,20 @@ class Fake:
 
     # -- serving -------------------------------------------------------------------------------
 
-    def serve(self, listener, faults: dict) -> int:
-        """Serve clients until a fault says otherwise."""
-        deadline = time.monotonic() + faults["exit_after"] / 1000 if "exit_after" in faults else None
+    def serve(self, faults: dict) -> None:
+        """Serve clients from now on, until a fault says otherwise."""
+        if "exit_after" in faults:
+            self.loop.at(faults["exit_after"], lambda: os._exit(self.end(faults, faults.get("code", 1))))
         if faults.get("stop"):
             os.kill(os.getpid(), signal.SIGSTOP)
         flood = b"x" * 1023 + b"\n"
         for _ in range(1024 * faults.get("flood", 0)):
             os.write(2, flood)
-        self.selector = selectors.DefaultSelector()
-        self.selector.register(listener, selectors.EVENT_READ)
-        while True:
-            timeout = None if deadline is None else deadline - time.monotonic()
-            if timeout is not None and timeout <= 0:
-                return self.end(faults, faults.get("code", 1))
-            for key, events in self.selector.select(timeout):
-                side = key.data
-                if side is None:
-                    self.accept(listener)
-                    continue
-                if events & selectors.EVENT_WRITE and side.sock.fileno() >= 0:
-                    self.send(side)
-                if events & selectors.EVENT_READ and side.sock.fileno() >= 0 and not side.ended:
-                    self.receive(side)
+        self.loop.watch(self.listener, selectors.EVENT_READ, lambda _: self.accept())
 
-    def accept(self, listener) -> None:
+    def accept(self) -> None:
         """Take a client, and only then dial its far end."""
-        client, _ = listener.accept()
+        client, peer = self.listener.accept()
         self.served += 1
         self.write("clients.jsonl", number=self.served)
         faults = self.faults()
@@ -278,7 +348,7 @@ class Fake:
                 f"https://{self.hostname}/cdn-cgi/access/cli\n\n"
                 "Leave cloudflared running to download the token automatically.")
         if faults.get("login") or faults.get("hang"):
-            client.detach()  # it stays open as long as this process lives
+            self.clients.add(client)
             return
         error = faults.get("error", "websocket: bad handshake")
         address = self.look_up("far.json", None)
@@ -291,7 +361,12 @@ class Fake:
                 if "error" not in faults:
                     error = f"dial tcp: {failure.strerror}"
         if far is None:
-            log("error", "failed to connect to origin", error=error, originURL=f"https://{self.hostname}")
+            message = "failed to connect to origin"
+            if self.shared:
+                self.say_event("error", message, "failed", client=f"{peer[0]}:{peer[1]}", error=error,
+                               reason=faults.get("reason", "down"))
+            else:
+                log("error", message, error=error, originURL=f"https://{self.hostname}")
             client.close()
             return
         ends = Side(client, faults), Side(far, faults)
@@ -299,7 +374,20 @@ class Fake:
         for side in ends:
             side.sock.setblocking(False)
             side.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.selector.register(side.sock, selectors.EVENT_READ, side)
+            self.clients.add(side.sock)
+            self.rewatch(side)
+
+    def rewatch(self, side: Side) -> None:
+        """Read from an end where the other has taken all; send to it what waits."""
+        reads = selectors.EVENT_READ if not side.ended and not side.other.out else 0
+        events = reads | (selectors.EVENT_WRITE if side.out else 0)
+        self.loop.watch(side.sock, events, lambda events: self.on_side(side, events))
+
+    def on_side(self, side: Side, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            self.send(side)
+        if events & selectors.EVENT_READ and side.sock.fileno() >= 0 and not side.ended:
+            self.receive(side)
 
     def receive(self, side: Side) -> None:
         """Pass on what one end says; its end is the end of both."""
@@ -327,32 +415,52 @@ class Fake:
         except OSError:
             side.out = b""
             side.ended = side.other.ended = True
-        if side.ended and not side.out and not side.other.out:
-            for end in (side, side.other):
-                if end.sock.fileno() in self.selector.get_map():
-                    self.selector.unregister(end.sock)
-                end.sock.close()
-            return
+        over = side.ended and not side.out and not side.other.out
         for end in (side, side.other):
-            reads = selectors.EVENT_READ if not end.ended and not end.other.out else 0
-            events = reads | (selectors.EVENT_WRITE if end.out else 0)
-            registered = end.sock.fileno() in self.selector.get_map()
-            if events and registered:
-                self.selector.modify(end.sock, events, end)
-            elif events:
-                self.selector.register(end.sock, events, end)
-            elif registered:
-                self.selector.unregister(end.sock)
+            if over:
+                self.loop.watch(end.sock, 0, None)
+                self.clients.discard(end.sock)
+                end.sock.close()
+            else:
+                self.rewatch(end)
+
+
+class Forwarders:
+    """A shared process: what its stdin says."""
+
+    def __init__(self, directory: str):
+        self.directory = directory
+        self.loop = Loop()
+        self.fakes = {}  # by listener
+        self.part = b""  # of a line
+        self.loop.watch(sys.stdin, selectors.EVENT_READ, lambda _: self.hear())
+
+    def hear(self) -> None:
+        data = os.read(0, 65536)
+        if not data:
+            os._exit(0)
+        *lines, self.part = (self.part + data).split(b"\n")
+        for line in lines:
+            order, listener, *hostname = line.decode().split()
+            if order == "listen":
+                port = int(listener.removeprefix("127.0.0.1:"))
+                self.fakes[listener] = Fake(self.directory, *hostname, port, self.loop)
+                self.fakes[listener].open()
+            elif not self.fakes[listener].faults().get("ignore_close"):
+                self.fakes.pop(listener).close()
 
 
 def main() -> int:
-    """The command line of `cloudflared access tcp`, and its exit codes."""
+    """The command lines of `cloudflared access tcp` and of a carrier, and their exit codes."""
     for number in (signal.SIGPIPE, signal.SIGINT):  # Python handles these two; the real one dies of them
         signal.signal(number, signal.SIG_DFL)
     words = sys.argv[1:]
+    directory = os.path.dirname(os.path.abspath(sys.argv[0]))
     if words in (["--version"], ["version"]):
         print("cloudflared version 2026.8.2 (stand-in)")
         return 0
+    if words == ["forwarders"]:
+        Forwarders(directory).loop.run()
     if words[:2] != ["access", "tcp"]:
         say("stand-in: the real program would start a tunnel to the internet now")
         return 99
@@ -364,7 +472,7 @@ def main() -> int:
     if host not in ("127.0.0.1", "localhost") or not port.isdigit():
         say("failed to start forwarding server: bad --url")
         return 1
-    return Fake(os.path.dirname(os.path.abspath(sys.argv[0])), options["hostname"], int(port)).run()
+    return Fake(directory, options["hostname"], int(port)).run()
 
 
 if __name__ == "__main__":

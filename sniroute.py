@@ -39,7 +39,7 @@ Seams: I want to ...
     read another prelude          a parser (pure), a method of Prelude that calls it, and its row in
                                   Prelude.OPENERS
     add a kind of target          a row in SCHEMES
-    run another tunnel program    a Launcher row for the TunnelTable in `run`, and a row in SCHEMES with
+    run another tunnel program    a Launcher row in `tunnel_launchers`, and a row in SCHEMES with
                                   tunnel_ready and tunnel_prepare
     add a setting                 a row in SETTINGS: it makes the option, the variable and the help
     refuse for another reason     a row in REFUSALS, and in the README: a test compares them
@@ -75,12 +75,13 @@ import logging
 import re
 import resource
 import selectors
-import shutil
+import shlex
 import signal
 import socket
 import socketserver
 import stat
 import struct
+import subprocess
 import threading
 import time
 import types
@@ -88,7 +89,8 @@ from typing import Any, Callable, Iterable, NamedTuple, NoReturn, Sequence
 
 import fcntl
 
-from sniroute_tunnels import Child, Tunnel, TunnelError, TunnelTable, cloudflared_launcher, printable
+from sniroute_tunnels import (Child, Launcher, Tunnel, TunnelError, TunnelTable, carrier_launcher,
+                              cloudflared_launcher, printable)
 
 __version__ = "0.1.0"
 
@@ -109,8 +111,10 @@ ACCEPT_PAUSE = 0.1  # when descriptors are short: an accept loop that spins burn
 PRELUDES_MAX = 1024  # clients that have not said their name yet; over it the oldest goes
 LINGER = 0.5  # a refused client may read its alert this long before the close
 CONNECT_TIMEOUT = 5.0  # for each address of a backend
-GREETING_TIMEOUT = 10.0  # for a backend's answer to SSLRequest; a tunnel dials its far end meanwhile
-FIRST_BYTE_TIMEOUT = 15.0  # a tunnel without an answer to the hello by then does not work
+GREETING_TIMEOUT = 20.0  # for a backend's answer to SSLRequest; a tunnel dials its far end meanwhile
+FIRST_BYTE_TIMEOUT = 20.0  # a tunnel without an answer to the hello by then does not work; the carrier gives up at 15
+WORDS_TIMEOUT = 0.05  # a tunnel has failed: its words are on their way from one process to another
+TRIAL_TIMEOUT = 30.0  # `explain` waits so long for a carrier, which gives up at 15 by itself
 SWEEP_LAST = 30.0  # between two looks for connections that nothing else would end
 HALF_CLOSED_IDLE = 3600.0  # one side gone, the other silent: nobody will end this but we
 WAIT_THREADS = 32  # targets that wait on a thread at once; --max-starting lets even fewer start
@@ -145,7 +149,8 @@ CAPACITY_ERRNOS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENO
 
 # TLS alerts, RFC 8446 6.
 UNEXPECTED_MESSAGE, ILLEGAL_PARAMETER, DECODE_ERROR = 10, 47, 50
-PROTOCOL_VERSION, INTERNAL_ERROR, UNRECOGNIZED_NAME = 70, 80, 112
+ACCESS_DENIED, PROTOCOL_VERSION, INTERNAL_ERROR, UNRECOGNIZED_NAME = 49, 70, 80, 112
+TUNNEL_ALERTS = {"denied": ACCESS_DENIED, "unknown": UNRECOGNIZED_NAME}  # by the kind of a TunnelError; else 80
 
 
 class Refused(Exception):
@@ -803,8 +808,8 @@ class Scheme(NamedTuple):
     waits_on: str  # for people: what a client waits for
 
 
-def check_cloudflared(rest: str) -> str:
-    """A hostname for `cloudflared access tcp`: only the name rules stand between it and argv."""
+def check_tunnel(rest: str) -> str:
+    """A tunnel's hostname: only the name rules stand between it and argv."""
     return normalise(rest.encode())
 
 
@@ -825,7 +830,12 @@ def tunnel_prepare(router: Router, wait: Wait) -> None:
     try:
         router.tunnels.wait(wait.decision.target, wait.client, wait.deadline, wait.doubted)
     except TunnelError as error:
-        raise Refused("tunnel_" + error.kind, str(error), INTERNAL_ERROR) from None
+        raise tunnel_refused(error.kind, str(error)) from None
+
+
+def tunnel_refused(kind: str, message: str) -> Refused:
+    """The refusal for a TunnelError of this kind, or for a Reason."""
+    return Refused("tunnel_" + kind, message, TUNNEL_ALERTS.get(kind, INTERNAL_ERROR))
 
 
 def parse_host_port(text: str, default_host: str | None = None) -> tuple[str, int]:
@@ -905,7 +915,8 @@ def tcp_prepare(router: Router, wait: Wait) -> None:
 
 
 SCHEMES = {
-    "cloudflared": Scheme(check_cloudflared, tunnel_ready, tunnel_prepare, "its tunnel"),
+    "cloudflared": Scheme(check_tunnel, tunnel_ready, tunnel_prepare, "its tunnel"),
+    "carrier": Scheme(check_tunnel, tunnel_ready, tunnel_prepare, "its tunnel"),
     "tcp": Scheme(check_tcp, tcp_ready, tcp_prepare, "its address"),
 }
 
@@ -938,6 +949,8 @@ REFUSALS = {
     "backend": Refusal(logging.WARNING, "the backend refused the connection, or did not answer"),
     "backend_no_tls": Refusal(logging.WARNING, "the PostgreSQL backend does not offer TLS"),
     "tunnel_failed": Refusal(logging.WARNING, "the tunnel did not start, or gave no answer"),
+    "tunnel_denied": Refusal(logging.WARNING, "Access does not let the router in: its token is missing, wrong, or not allowed"),
+    "tunnel_unknown": Refusal(logging.WARNING, "the tunnel's name does not resolve, or the edge does not know it"),
     "tunnel_timeout": Refusal(logging.WARNING, "the target was not ready within --start-timeout: its tunnel, or its address"),
     "tunnel_limit": Refusal(logging.WARNING, "--max-tunnels are in use"),
     "tunnel_budget": Refusal(logging.WARNING, "the client address asked for too many cold tunnels"),
@@ -1058,7 +1071,7 @@ SETTINGS = (
     Setting("no-name", "ANSWER", one_of("refuse", "ok"), "refuse",
             "TLS without a name: refuse, or for debugging ok, which answers OK and closes (default refuse)"),
     Setting("cloudflared", "PATH", parse_program, None,
-            "the tunnel program (default: cloudflared on PATH)"),
+            "the tunnel program (default: cloudflared on PATH; without one, the carrier beside sniroute.py)"),
     Setting("log-level", "LEVEL", one_of("debug", "info", "warning", "error"), "info",
             "debug, info, warning or error (default info)"),
     Setting("log-format", "FORMAT", one_of("text", "json"), "text",
@@ -1526,6 +1539,7 @@ def can_splice() -> bool:
         os.close(writer)
 
 
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST
 SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE", 0)
 
 STREAM = int(socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0))  # born non-blocking: a call less
@@ -1577,7 +1591,7 @@ class Connection:
 
     __slots__ = ("router", "client", "address", "peer", "state", "began", "prelude", "name", "decision", "backend",
                  "greeting", "hello", "replayable", "retried", "tried", "parks", "wait", "up", "down", "deadline",
-                 "refusal", "reason", "carried", "quiet_since")
+                 "refusal", "reason", "failure", "carried", "quiet_since")
 
     def __init__(self, router: Router, client: socket.socket, address: tuple[str, int], peer: Peer):
         self.router = router
@@ -1873,7 +1887,10 @@ class Connection:
 
     def ended(self, flow: Flow) -> None:
         """The source has ended: pass that on behind its last byte."""
-        if flow is self.down and self.hello is not None and self.up.state is not DONE:
+        if self.hello is not None and flow is self.up:
+            self.close("client_left")  # nobody ends TLS in the middle of its handshake, and stays
+            return
+        if self.hello is not None:
             self._unanswered("it closed the connection without a byte")
             return
         flow.state = DONE
@@ -1888,7 +1905,7 @@ class Connection:
         """The source is gone.  What it sent before is with the sink, and stays there."""
         if flow is self.up:
             self.close("client_reset")
-        elif self.hello is not None and self.up.state is not DONE:
+        elif self.hello is not None:
             self._unanswered(error.strerror)
         else:
             self._linger(b"", "backend_reset")
@@ -1910,16 +1927,31 @@ class Connection:
     # -- the end
 
     def retry(self, why: str) -> None:
-        """A tunnel failed before the client had a byte: once, send the same bytes again."""
-        child = self.backend.child
-        words = self.router.tunnels.words(child, self.began)
+        """A tunnel failed before the client had a byte: hear what its program says of that."""
+        child, port = self.backend.child, 0
+        if self.down.source is not None:
+            with contextlib.suppress(OSError):  # it was reset
+                port = self.down.source.getsockname()[1]
+        self.failure = child, port, why  # for on_words
         self._drop_backend()
-        if self.retried or not self.replayable:
-            self.refuse(Refused("tunnel_failed", f"{self.decision.target}: {words or why}", INTERNAL_ERROR))
+        last = self.retried or not self.replayable
+        if self.router.tunnels.words(child, self.began, port).text or not last and not child.names_clients:
+            self.on_words()
+        else:
+            self.state = PARKED
+            self.up.watch(READ, self.on_waiting)
+            self.router.arm(self, self.router.words_deadline)
+
+    def on_words(self) -> None:
+        """Once, and where that may help, send the same bytes again; else refuse, with the reason."""
+        child, port, why = self.failure
+        reason = self.router.tunnels.words(child, self.began, port)
+        if self.retried or not self.replayable or reason.final:
+            self.refuse(tunnel_refused(reason.kind, f"{self.decision.target}: {reason.text or why}"))
             return
         self.retried = True
         self.router.counters["retries"] += 1
-        self.park(child)
+        self.park(None if reason.text and child.names_clients else child)  # what says why is not to be doubted
 
     def _hang_up(self) -> None:
         """Let go of the connection to the backend."""
@@ -1999,6 +2031,8 @@ class Connection:
         self.client.close()
         if down.source is not None:  # from here on _drop_backend, unrolled: every connection passes here
             down.watch(0)
+            if self.hello is not None and backend.tunnel is not None:  # a tunnel that dials for nobody learns so by a reset, not by a half-close
+                down.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             down.source.close()
         if backend is not None and backend.tunnel is not None:
             router.tunnels.release(backend.tunnel)
@@ -2094,9 +2128,10 @@ class Router(socketserver.ThreadingTCPServer):
         self.connect_deadline = Deadline(CONNECT_TIMEOUT, Connection.on_connect_timeout)
         self.greeting_deadline = Deadline(GREETING_TIMEOUT, Connection.on_greeting_timeout)
         self.first_byte_deadline = Deadline(FIRST_BYTE_TIMEOUT, Connection.on_first_byte_timeout)
+        self.words_deadline = Deadline(WORDS_TIMEOUT, Connection.on_words)
         self.linger_deadline = Deadline(LINGER, lambda c: c.close(c.reason))
         self.deadlines = (self.prelude_deadline, self.parked_deadline, self.connect_deadline,
-                          self.greeting_deadline, self.first_byte_deadline, self.linger_deadline)
+                          self.greeting_deadline, self.first_byte_deadline, self.words_deadline, self.linger_deadline)
         self.sweep_every = min(SWEEP_LAST, (settings.connection_idle or HALF_CLOSED_IDLE) / 8, HALF_CLOSED_IDLE / 8)
         self.next_sweep = monotonic() + self.sweep_every
         self.next_check = self.next_sweep
@@ -2579,10 +2614,20 @@ def check(settings: types.SimpleNamespace) -> int:
     return 0
 
 
+def tunnel_launchers(settings: types.SimpleNamespace, environ: dict[str, str]) -> dict[str, Launcher]:
+    """The tunnel programs, by scheme.  Where there is no cloudflared, the carrier stands in for it."""
+    carrier = carrier_launcher(environ)
+    cloudflared = cloudflared_launcher(settings.cloudflared or "cloudflared", environ)
+    if settings.cloudflared is None and not cloudflared.is_there() and carrier.is_there():
+        cloudflared = carrier
+    return {"cloudflared": cloudflared, "carrier": carrier}
+
+
 def explain(settings: types.SimpleNamespace) -> int:
     """`sniroute explain NAME`: 0 where a route fits the name, 1 where it would be refused.
 
-    What takes a running router is not asked: `forbidden`, and a name that is the router's own.
+    Where the carrier would serve it, the far end is tried, once.  What takes a running router is not
+    asked: `forbidden`, and a name that is the router's own.
     """
     try:
         name = normalise(os.fsencode(settings.name))
@@ -2591,14 +2636,31 @@ def explain(settings: types.SimpleNamespace) -> int:
         print(f"name:    {printable(settings.name)}\nrefused: {error} ({error.kind}, TLS alert {error.alert})")
         return 1
     print(f"name:    {name}\nroute:   {decision.route}\ntarget:  {decision.target}")
-    if decision.target.startswith("cloudflared:"):
-        launcher = cloudflared_launcher(settings.cloudflared or "cloudflared", {})
-        try:
-            print("runs:   ", launcher.find(), *launcher.argv(decision.rest, settings.ports[0]))
-        except TunnelError as error:
-            print(f"refused: {error}")
-            return 1
+    launcher = tunnel_launchers(settings, dict(os.environ)).get(decision.target.partition(":")[0])
+    try:
+        if launcher is not None:
+            print("runs:   ", shlex.join([launcher.find(), *launcher.words(decision.rest, settings.ports[0])]))
+            try_tunnel(launcher, decision.rest)
+    except TunnelError as error:
+        refused = tunnel_refused(error.kind, str(error))
+        print(f"refused: {refused} ({refused.kind}, TLS alert {refused.alert})")
+        return 1
     return 0
+
+
+def try_tunnel(launcher: Launcher, hostname: str) -> None:
+    """Dial once, where the program can do that and end.  Raises TunnelError with its reason."""
+    if launcher.trial is None:
+        return
+    try:
+        trial = subprocess.run([launcher.find(), *launcher.trial(hostname)], env=launcher.environment, cwd="/",
+                               stdin=subprocess.DEVNULL, capture_output=True, timeout=TRIAL_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise TunnelError("timeout", f"no answer within {TRIAL_TIMEOUT:g} s") from None
+    if trial.returncode:
+        reason = launcher.reason(trial.stderr)
+        raise TunnelError(reason.kind, reason.text)
+    print("far end: it answers")
 
 
 def serve(settings: types.SimpleNamespace) -> int:
@@ -2636,8 +2698,8 @@ def run(settings: types.SimpleNamespace, journal: Journal, reader: int, writer: 
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    launcher = cloudflared_launcher(settings.cloudflared or "cloudflared", dict(os.environ))
-    tunnels = TunnelTable({"cloudflared": launcher}, settings.ports, idle=settings.idle,
+    launchers = tunnel_launchers(settings, dict(os.environ))
+    tunnels = TunnelTable(launchers, settings.ports, idle=settings.idle,
                           start_timeout=settings.start_timeout, max_tunnels=settings.max_tunnels,
                           max_starting=settings.max_starting)
     try:
@@ -2661,7 +2723,7 @@ def run(settings: types.SimpleNamespace, journal: Journal, reader: int, writer: 
             tunnels.close()  # here, so that the main thread hears a second signal meanwhile
             os.write(writer, b"\0")
 
-    warn(settings)
+    warn(settings, launchers)
     gc.freeze()  # what is here now lives as long as the process: never look at it again
     thread = threading.Thread(target=loop, name="loop", daemon=True)
     thread.start()
@@ -2687,13 +2749,16 @@ def run(settings: types.SimpleNamespace, journal: Journal, reader: int, writer: 
     return 1 if failed else 0
 
 
-def warn(settings: types.SimpleNamespace) -> None:
+def warn(settings: types.SimpleNamespace, launchers: dict[str, Launcher]) -> None:
     """Say what is likely not meant, once, at the start."""
     if settings.open_to_all:
         log.warning("no --route: every name is served, each by a tunnel of its own (%s)", settings.routes.routes[0])
-    used = any(route.target.startswith("cloudflared:") for route in settings.routes.routes)
-    if used and settings.cloudflared is None and shutil.which("cloudflared") is None:
-        log.warning("cloudflared is not on PATH: names that need it are refused until it is there (--cloudflared)")
+    for scheme, launcher in launchers.items():
+        if any(route.target.startswith(f"{scheme}:") for route in settings.routes.routes):
+            if scheme == "cloudflared" and launcher is launchers["carrier"]:
+                log.info("cloudflared is not on PATH: the carrier beside sniroute.py does its work")
+            elif not launcher.is_there():
+                log.warning("%s; names that need it are refused until then", launcher.missing)
     if settings.max_connections > settings.fit:
         log.warning("--max-connections %d is more than the limit of open files allows (%d): raise LimitNOFILE",
                     settings.max_connections, settings.fit)

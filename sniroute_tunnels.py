@@ -4,15 +4,17 @@
     ----------------                     -------------------           ---------------
     loop:   lease / release  ----(no lock: see "Leases")---->  idle stop, eviction
     wait-n: wait(key)  ------->  tunnels: key -> Tunnel  <----  spawn, ready?, drain, exit, stop
-                                                                   |  Popen, pidfd, output pipe
+                                                       Process     |  Popen, pidfd, output, stdin
                                                                    v
-                                          cloudflared access tcp  :20000, :20001, ...
+                               cloudflared access tcp  :20000            one for each tunnel
+                               carrier                 :20001, :20002    one for up to 16
 
-A tunnel is a name (`scheme:argument`) and, most of the time, one child process that listens on
-a local port.  Its life, always one word in `Tunnel.state`:
+A tunnel is a name (`scheme:argument`) and, most of the time, a local port on which a process
+listens for it, its `Child`.  Its life, always one word in `Tunnel.state`:
 
     QUEUED    -> STARTING  its turn                  -> (absent)  nobody waits for it any more
-    STARTING  -> READY     it listens                -> QUEUED    its port was taken, or none is free
+    STARTING  -> READY     it listens                -> QUEUED    its port was taken, or none is free,
+                                                                  or its process died, not for its sake
               -> FAILED    remembered in `failures`, refused from memory: 5 s at first, 300 s at last
     READY     -> STOPPING  idle, evicted, doubted    -> BACKOFF   its process died
     BACKOFF   -> STARTING  it was in use: when `until` has come   -> FAILED  it was not
@@ -23,23 +25,39 @@ FAILED is the state of a row that is out of `tunnels` already.
 Threads.  Everything that can block or that touches a process is done by one thread, `reaper`:
 PR_SET_PDEATHSIG follows the *thread* that forked, so the forking thread has to live as long as
 the process does.  Threads named `wait-<n>` sleep in `wait()`; the router's loop calls `lease`,
-`release` and `Child.alive`, which never block.
+`release`, `words` and `Child.alive`, which never block.
+
+Shared processes.  Where a launcher `carries` several tunnels, its process is told on its stdin, a
+line each, what to open and close, and ends with its stdin:
+
+    listen 127.0.0.1:PORT ARGUMENT        close 127.0.0.1:PORT
+
+It answers on its output, in JSON lines whose "listener" is that address and whose "event" is
+
+    listening   it is ready
+    closed      the listener and its connections are gone; with an "error", there never was one
+    failed      a client could not be served: "client" is its address, "reason" one word, "error" the rest
+
+What else it says is kept as its last words.  A process that takes no line, or does not answer one
+in time, hangs: it is killed.  Its end is the end of all that it carries; one that was starting in
+it beside others that ran is not to blame, and starts anew in another.
 
 The lock.  `TunnelTable.changed` guards `tunnels`, `failures`, `budget`, `closing`, and a Tunnel's
-`state`, `child`, `waiters` and `doubts`; the loop reads three of them without it (see "Leases").  It
-is never held across a fork, a kill or a bind, and across no read but `_doubt`'s of /proc.  The
-reaper claims rows under it, works outside, and publishes under it.  Every change of state goes
-through `_enter`, which notifies; those who sleep on it are in `wait()`.
+`state`, `child`, `waiters` and `doubts`; the loop reads three of them without it (see "Leases"), and
+a Child's `close_at` and `refusals`, which only the reaper writes.  It is never held across a fork, a
+kill or a bind, and across no read but `_doubt`'s of /proc.  The reaper claims rows under it, works
+outside, and publishes under it.  Every change of state goes through `_enter`, which notifies; those
+who sleep on it are in `wait()`.
 
 Leases.  The loop takes a lease without the lock, and the reaper, or a thread that doubts, may want
 to stop the same tunnel at that instant.  Both write first and look second: the loop raises
 `leases`, then reads `state`; the other sets `state`, then reads `leases`.  So one of them at least
 sees the other, and gives way.  `leases` has one writer, the loop.
 
-Seams.  Another tunnel program is another `Launcher` row; the table knows nothing of cloudflared.
-Another time policy is a constant below; `clock` and `jitter` are arguments, and `step()` is one
-turn of the reaper that a test can make by itself.  This file imports the standard library only
-and knows nothing of routes or TLS.
+Seams.  Another tunnel program is another `Launcher` row, one process for each tunnel or for
+several; the table knows nothing of cloudflared.  Another time policy is a constant below; `clock`
+and `jitter` are arguments, and `step()` is one turn of the reaper that a test can make by itself.
+This file imports the standard library only and knows nothing of routes or TLS.
 """
 
 from __future__ import annotations
@@ -85,8 +103,11 @@ HUNG_LOOK, HUNG_LOOKS = 0.02, 10  # a process accepts nobody: the time between l
 EVICT_AGE = 1.0  # a tunnel this fresh is not evicted: its client is on the way
 STARTS_BURST, STARTS_REFILL = 8, 1.0  # starts one client address may ask for: burst, per second
 BUDGETS_KEPT = 4096  # client addresses with a start budget, least recent out
-TAIL = 4096  # bytes kept of a child's output: its last words
-DRAIN = 65536  # bytes read from a child's output at a time: what a pipe holds
+TAIL = 4096  # bytes kept of a process's output: its last words
+DRAIN = 65536  # bytes read from a process's output at a time: what a pipe holds
+LINE = 8192  # bytes of one line of a shared process; it says less, and what is longer is cut
+CARRIES = 16  # names in one carrier: they share its 22 MB, its one core, and its end
+REFUSALS_KEPT = 256  # clients not served, for each tunnel, oldest out: the router asks at once
 
 QUEUED, STARTING, READY = "queued", "starting", "ready"
 STOPPING, BACKOFF, FAILED = "stopping", "backoff", "failed"
@@ -96,7 +117,8 @@ LIVE = frozenset((STARTING, READY, STOPPING))  # the states that have, or are gi
 class TunnelError(Exception):
     """A tunnel that cannot be had now.
 
-    `kind` is one word for counters: `failed`, `timeout`, `limit`, `budget` or `stopping`.
+    `kind` is one word for counters: `failed`, `denied` (Access wants another identity), `unknown` (no
+    such name), `timeout`, `limit`, `budget` or `stopping`.
     The message is for people: what happened, and what to do.
     """
 
@@ -105,54 +127,83 @@ class TunnelError(Exception):
         self.kind = kind
 
 
+class Reason(NamedTuple):
+    """Why a tunnel could not be had, or a client not be served."""
+
+    kind: str = "failed"  # of a TunnelError: `failed`, `denied` or `unknown`
+    text: str = ""  # for people; '' where nothing is known
+    final: bool = False  # asked again, it would be the same
+
+
 def printable(text: str, limit: int = 253) -> str:
     """`text` as one line of printable ASCII, at most `limit` characters: fit for a log."""
     line = "".join(c if " " <= c <= "~" else "?" for c in text[:limit + 1])
     return line if len(line) <= limit else line[:limit - 3] + "..."
 
 
+def last_line(tail: bytes) -> tuple[str, dict]:
+    """The last line of an output that says something, and its fields where it is JSON."""
+    for line in reversed(tail.decode("utf-8", "replace").split("\n")):
+        if line.strip():
+            try:
+                fields = json.loads(line)
+            except (ValueError, RecursionError):
+                fields = {}
+            return line.strip(), fields if isinstance(fields, dict) else {}
+    return "", {}
+
+
 def last_words(tail: bytes) -> str:
-    """The last line of a child's output that says something, as one printable line.
+    """The last line of an output that says something, as one printable line.
 
     A JSON line (cloudflared with TUNNEL_LOG_OUTPUT=json) is reduced to its message and error.
     """
-    for line in reversed(tail.decode("utf-8", "replace").split("\n")):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-            line = ": ".join(str(fields[key]) for key in ("message", "error") if key in fields) or line
-        except (ValueError, TypeError, RecursionError):
-            pass
-        return printable(line.strip(), 200)
-    return ""
+    line, fields = last_line(tail)
+    return printable(": ".join(str(fields[key]) for key in ("message", "error") if key in fields) or line, 200)
 
 
-# What cloudflared's own last line means, for people.  Its texts change between versions: what is
-# not here is shown as it came.
+# What cloudflared's own last line means, and the kind of TunnelError.  Its texts change between
+# versions: what is not here is shown as it came.
 LOGIN_WANTED = "Access wants a login: give the router a service token"
 CLOUDFLARED_REASONS = (
-    ("websocket: bad handshake", "the edge refused it: access denied, no such tunnel, or its connector is down"),
-    ("failed to verify certificate", "the edge's certificate is not trusted"),
-    ("no such host", "the name does not resolve"),
-    ("network is unreachable", "the network is unreachable"),
-    ("connection refused", "the edge refused the connection"),
-    ("connection reset by peer", "the edge reset the connection"),
-    ("Leave cloudflared running to download", LOGIN_WANTED),  # the end of its prompt
-    ("If the browser failed to open", LOGIN_WANTED),  # the same, where it found a browser
-    ("Waiting for login", LOGIN_WANTED),
-    ("already waiting for authentication", LOGIN_WANTED),
-    ("address already in use", "its local port was taken"),
+    ("websocket: bad handshake", "failed",
+     "the edge refused it: access denied, no such tunnel, or its connector is down"),
+    ("failed to verify certificate", "failed", "the edge's certificate is not trusted"),
+    ("no such host", "unknown", "the name does not resolve"),
+    ("network is unreachable", "failed", "the network is unreachable"),
+    ("connection refused", "failed", "the edge refused the connection"),
+    ("connection reset by peer", "failed", "the edge reset the connection"),
+    ("Leave cloudflared running to download", "denied", LOGIN_WANTED),  # the end of its prompt
+    ("If the browser failed to open", "denied", LOGIN_WANTED),  # the same, where it found a browser
+    ("Waiting for login", "denied", LOGIN_WANTED),
+    ("already waiting for authentication", "denied", LOGIN_WANTED),
+    ("address already in use", "failed", "its local port was taken"),
 )
 
 
-def cloudflared_reason(tail: bytes) -> str:
-    """The reason that cloudflared's last output gives, or ''."""
+def cloudflared_reason(tail: bytes) -> Reason:
+    """The reason that cloudflared's last output gives.  Never final: it does not say for which client."""
     words = last_words(tail)
-    for text, reason in CLOUDFLARED_REASONS:
+    for text, kind, meaning in CLOUDFLARED_REASONS:
         if text in words:
-            return f"{reason} ({words})"
-    return words
+            return Reason(kind, f"{meaning} ({words})")
+    return Reason(text=words)
+
+
+# The reasons of the carrier that are not just (`failed`, not final).
+CARRIER_REASONS = {
+    "name": ("unknown", True),
+    "not_found": ("unknown", True),
+    "login": ("denied", True),
+    "denied": ("denied", True),
+    "certificate": ("failed", True),
+}
+
+
+def carrier_reason(tail: bytes) -> Reason:
+    """The reason that the carrier's last line gives."""
+    kind, final = CARRIER_REASONS.get(str(last_line(tail)[1].get("reason")), ("failed", False))
+    return Reason(kind, last_words(tail), final)
 
 
 def cloudflared_argv(hostname: str, port: int) -> list[str]:
@@ -164,16 +215,28 @@ class Launcher(NamedTuple):
     """One kind of tunnel program, as a row."""
 
     program: str  # a path, or a name that is looked up on PATH at each start
-    argv: Callable[[str, int], list[str]]  # (argument, port) -> the words behind the program
-    environment: Mapping[str, str]  # all that the child gets, but for its private HOME
-    reason: Callable[[bytes], str]  # the child's last output -> the reason, for people
+    argv: Callable[..., list[str]]  # (argument, port) -> the words behind the program; () where it is shared
+    environment: Mapping[str, str]  # all that the process gets, but for its private HOME
+    reason: Callable[[bytes], Reason]  # the process's last output, or one line, -> the reason
+    missing: str  # for people, where it is not there
+    script: str = ""  # a file that it runs, which may be missing too
+    carries: int = 1  # tunnels in one process; where more, see "Shared processes"
+    trial: Callable[[str], list[str]] | None = None  # argument -> words with which it dials once, and ends
+
+    def is_there(self) -> bool:
+        """Whether it can be run now."""
+        return shutil.which(self.program) is not None and (not self.script or os.path.isfile(self.script))
 
     def find(self) -> str:
-        """The program's absolute path.  Raises TunnelError where there is none."""
+        """The program's absolute path.  Raises TunnelError where it is not there."""
         path = shutil.which(self.program)
-        if path is None:
-            raise TunnelError("failed", f"{self.program} is not there: install it, or name it with --cloudflared")
+        if path is None or not self.is_there():
+            raise TunnelError("failed", self.missing)
         return os.path.abspath(path)
+
+    def words(self, argument: str, port: int) -> list[str]:
+        """The words behind the program, for a tunnel to `argument` or for all."""
+        return self.argv() if self.carries > 1 else self.argv(argument, port)
 
 
 # What a cloudflared may inherit: the way out, the trust store, and its Access identity.  Any other
@@ -182,13 +245,34 @@ CLOUDFLARED_ENVIRONMENT = (
     "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR",
     "TUNNEL_SERVICE_TOKEN_ID", "TUNNEL_SERVICE_TOKEN_SECRET", "TZ", "LANG",
 )
+CARRIER_ENVIRONMENT = (*CLOUDFLARED_ENVIRONMENT, "CF_ACCESS_TOKEN")  # it takes the token of a login, too
+
+
+def inherited(environ: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """A process's environment, built from nothing."""
+    return {**{name: environ[name] for name in names if name in environ}, "TUNNEL_LOG_OUTPUT": "json"}
 
 
 def cloudflared_launcher(program: str, environ: Mapping[str, str]) -> Launcher:
-    """The row for `cloudflared access tcp`, its environment built from nothing."""
-    environment = {key: environ[key] for key in CLOUDFLARED_ENVIRONMENT if key in environ}
-    environment["TUNNEL_LOG_OUTPUT"] = "json"
-    return Launcher(program, cloudflared_argv, environment, cloudflared_reason)
+    """The row for `cloudflared access tcp`."""
+    return Launcher(program, cloudflared_argv, inherited(environ, CLOUDFLARED_ENVIRONMENT), cloudflared_reason,
+                    f"{program} is not there: install it, or name it with --cloudflared")
+
+
+# Imported, so that it is compiled only once; -I and -S keep out what a user or site has installed.
+# One line, since `sniroute explain` shows it.
+CARRIER_CODE = ("import sys; sys.path.insert(0, sys.argv[1]); sys.argv[:2] = ['sniroute_carrier']; "
+                "import sniroute_carrier; sys.exit(sniroute_carrier.main())")
+
+
+def carrier_launcher(environ: Mapping[str, str]) -> Launcher:
+    """The row for sniroute_carrier.py, which takes cloudflared's place."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    python = ["-I", "-S", "-c", CARRIER_CODE, here]
+    return Launcher(sys.executable, lambda: [*python, "forwarders"], inherited(environ, CARRIER_ENVIRONMENT),
+                    carrier_reason, "sniroute_carrier.py is not beside sniroute.py: copy it there",
+                    os.path.join(here, "sniroute_carrier.py"), CARRIES,
+                    lambda hostname: [*python, "access", "tcp", "--hostname", hostname])
 
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -377,57 +461,105 @@ class Failure(NamedTuple):
 
     until: float
     count: int
-    message: str
+    reason: Reason
 
 
-class Child:
-    """One process of a tunnel program.  The reaper's, but for `alive` and `proven`."""
+class Process:
+    """One process of a tunnel program, and what it carries.  The reaper's, but for `alive` and `verdict`."""
 
-    __slots__ = ("process", "pidfd", "address", "output", "tail", "said", "started", "look_at", "pause", "ready",
-                 "kill_at", "killed", "verdict", "proven")
+    __slots__ = ("launcher", "popen", "pid", "pidfd", "output", "line", "tail", "said", "children", "kill_at",
+                 "killed", "verdict")
 
-    def __init__(self, process: subprocess.Popen, port: int, now: float):
-        self.process = process
+    def __init__(self, launcher: Launcher, popen: subprocess.Popen):
+        self.launcher = launcher
+        self.popen = popen
+        self.pid = popen.pid
         self.pidfd = -1  # without one (macOS, an old kernel) the process is polled
         if hasattr(os, "pidfd_open"):
             with contextlib.suppress(OSError):
-                self.pidfd = os.pidfd_open(process.pid)
-        self.address = ("127.0.0.1", port)
-        self.output = process.stdout
-        self.tail = b""
+                self.pidfd = os.pidfd_open(popen.pid)
+        self.output = popen.stdout
+        self.line = b""  # shared: the beginning of a line
+        self.tail = b""  # the end of what it said; where it is shared, of what concerned no listener
         self.said = 0.0  # when it last said something
-        self.started = now
-        self.look_at = 0.0  # when to look again whether it listens: pace, not policy, so real time
-        self.pause = POLL  # until then
-        self.ready = 0.0  # when it was found listening
+        self.children: dict[str, Child] = {}  # by listener
         self.kill_at = 0.0  # when TERM gives way to KILL, and KILL to despair; 0: not being stopped
         self.killed = False
-        self.verdict = ""  # why the reaper stopped it, where that was a failure
-        self.proven = False  # the loop: a first byte has come through it
+        self.verdict = ""  # why it has to be killed; also written by a thread that doubts
+
+    @property
+    def shared(self) -> bool:
+        """Whether it carries several tunnels, and is told which."""
+        return self.launcher.carries > 1
+
+    def has_room(self) -> bool:
+        """Whether it can take one more tunnel."""
+        return len(self.children) < self.launcher.carries and not self.kill_at and not self.verdict and self.alive()
 
     def alive(self) -> bool:
         """Whether the process runs, and is not on its way out, asked of the kernel.  Any thread."""
         if self.pidfd < 0:
-            return self.process.returncode is None
+            return self.popen.returncode is None
         try:
             if os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
                 return False
         except OSError:
             return False
-        return not is_exiting(self.process.pid)
+        return not is_exiting(self.pid)
 
     def signal(self, number: int) -> None:
         """Signal the whole process group.  Only before the process is reaped: its id is its own."""
         # All its members may have ended (macOS says EPERM for zombies).
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, number)
+            os.killpg(self.pid, number)
+
+    def tell(self, words: str) -> None:
+        """Write a line to a shared process.  A pipe takes so short a line whole or not at all."""
+        try:
+            os.write(self.popen.stdin.fileno(), words.encode() + b"\n")
+        except OSError as error:  # nobody has read for long, or nobody ever will
+            self.verdict = self.verdict or f"it takes no orders ({error.strerror})"
+
+
+class Child:
+    """The place of one tunnel in a process.  The reaper's, but for `alive` and `proven`."""
+
+    __slots__ = ("process", "address", "listener", "started", "look_at", "pause", "ready", "close_at", "verdict",
+                 "proven", "refusals")
+
+    def __init__(self, process: Process, port: int, now: float):
+        self.process = process
+        self.address = ("127.0.0.1", port)
+        self.listener = f"127.0.0.1:{port}"
+        self.started = now
+        # When to look again whether it listens: pace, not policy, so real time.  One that is shared says so.
+        self.look_at = float("inf") if process.shared else 0.0
+        self.pause = POLL  # until then
+        self.ready = 0.0  # when it was found listening
+        self.close_at = 0.0  # when it should be gone; 0: not being stopped
+        self.verdict = Reason()  # why the reaper stopped it, where that was a failure; then why it ended
+        self.proven = False  # the loop: a first byte has come through it
+        self.refusals: collections.OrderedDict[str, tuple[float, Reason]] = collections.OrderedDict()  # by client
+
+    @property
+    def names_clients(self) -> bool:
+        """Whether it says for each client why that was not served."""
+        return self.process.shared
+
+    def alive(self) -> bool:
+        """Whether the listener is still its own.  Any thread.
+
+        A shared process outlives its listeners: one that has been told to close may have done so
+        already, and `close_at` is written first.
+        """
+        return not self.close_at and self.process.alive()
 
 
 class Tunnel:
-    """One name and, most of the time, the process that serves it."""
+    """One name and, most of the time, the child that serves it."""
 
     __slots__ = ("key", "state", "child", "leases", "last_used", "waiters", "since", "until",
-                 "crashes", "failures", "doubts", "tries", "message")
+                 "crashes", "failures", "doubts", "tries", "reason")
 
     def __init__(self, key: str, now: float):
         self.key = key
@@ -441,8 +573,8 @@ class Tunnel:
         self.crashes = 0  # deaths in a row, each within HEALTHY
         self.failures = 0  # starts in a row that failed
         self.doubts = 0  # restarts in a row for want of an answer
-        self.tries = 0  # ports found taken in this start
-        self.message = ""  # FAILED: why, for people
+        self.tries = 0  # in this start: ports found taken, and processes that died for another's sake
+        self.reason = Reason()  # FAILED: why
 
 
 class TunnelTable:
@@ -472,6 +604,7 @@ class TunnelTable:
         self.closing = ""  # "" -> "drain" (TERM first) -> "now" (KILL)
         # What follows belongs to the reaper.
         self.pool = PortPool(*ports, clock=clock)
+        self.processes: list[Process] = []
         self.children: dict[Child, Tunnel] = {}
         self.counters: collections.Counter[str] = collections.Counter()
         self.home = ""
@@ -490,7 +623,7 @@ class TunnelTable:
         self.reaper.start()
 
     def close(self, now: bool = False) -> None:
-        """Stop every tunnel and wait until no child is left.  A second call may hurry it (`now`)."""
+        """Stop every tunnel and wait until no process is left.  A second call may hurry it (`now`)."""
         with self.changed:
             self.closing = "now" if now else self.closing or "drain"
             self.changed.notify_all()  # those in wait(): there will be no tunnel
@@ -541,7 +674,7 @@ class TunnelTable:
                     if self.closing:
                         raise TunnelError("stopping", "sniroute is stopping")
                     if tunnel.state is FAILED:
-                        raise TunnelError("failed", tunnel.message)
+                        raise TunnelError(tunnel.reason.kind, tunnel.reason.text)
                     remaining = deadline - self.clock()
                     if remaining <= 0 or tunnel.state is BACKOFF and tunnel.until > deadline:
                         raise TunnelError("timeout", f"{key} was not ready in time (it is {tunnel.state})")
@@ -559,7 +692,7 @@ class TunnelTable:
         now = self.clock()
         failure = self.failures.get(key)
         if failure and failure.until > now:
-            raise TunnelError("failed", f"{failure.message}; next try in {failure.until - now:.0f} s")
+            raise TunnelError(failure.reason.kind, f"{failure.reason.text}; next try in {failure.until - now:.0f} s")
         rows = self.tunnels.values()
         if len(rows) >= self.max_tunnels and not any(t.state is READY and not t.leases or t.state is STOPPING
                                                      for t in rows):
@@ -573,8 +706,9 @@ class TunnelTable:
     def _doubt(self, tunnel: Tunnel, child: Child, client: str | None) -> None:
         """`child` gave no answer: have it restarted where that may help.  Under the lock.
 
-        Where it is hung, or idle and so old that a new one may know more.  A client can make a good
-        tunnel look bad, so it is charged, and a child that has worked has to be the older for it.
+        Where its process is hung, whoever else is in that, or it is idle and so old that a new one may
+        know more.  A client can make a good tunnel look bad, so it is charged, and a child that has
+        worked has to be the older for it.
         """
         if tunnel.child is not child or tunnel.state is not READY:
             return  # somebody saw to it already
@@ -595,6 +729,8 @@ class TunnelTable:
                 if tunnel.leases and not hung:  # the loop was first: see "Leases"
                     self._enter(tunnel, READY)
                     return
+                if hung:
+                    child.process.verdict = "it leaves its clients waiting"
                 log.warning("tunnel %s gives no answer: starting it again", tunnel.key)
                 tunnel.doubts += 1
 
@@ -619,17 +755,23 @@ class TunnelTable:
         return [(key, state, leases, child.address[1] if child else 0, child.process.pid if child else 0)
                 for key, state, leases, child in rows]
 
-    def words(self, child: Child, since: float) -> str:
-        """The reason that a child gives: why it ended, or what it has said `since` (clock time); or ''."""
-        tunnel = self.children.get(child)
-        if tunnel is not None and child.said < since:
-            return ""
-        return self.launchers[tunnel.key.partition(":")[0]].reason(child.tail) if tunnel else child.verdict
+    def words(self, child: Child, since: float, port: int) -> Reason:
+        """Why the client that connected to a child from `port` after `since` (clock time) was not served.
+
+        Where the program does not say that: why it ended, or what it has said `since` to anybody.
+        """
+        when, refusal = child.refusals.get(f"127.0.0.1:{port}", (0.0, Reason()))
+        if refusal.text and when >= since:  # else it was for a client that had this port before
+            return refusal
+        if child not in self.children:
+            return child.verdict
+        process = child.process
+        return Reason() if process.shared or process.said < since else process.launcher.reason(process.tail)
 
     # -- the reaper ----------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not (self.closing and not self.children):
+        while not (self.closing and not self.processes):
             try:
                 self.step(None)
             except OSError as error:  # out of descriptors, most likely: what was claimed is retried
@@ -660,23 +802,33 @@ class TunnelTable:
                     if tunnel.state is STARTING and tunnel.child is None:
                         self._enter(tunnel, QUEUED)  # what was claimed is not lost with the fault
             raise
-        for tunnel, verdict in stop:
-            self._stop(tunnel.child, verdict, now)
+        for tunnel, why in stop:
+            self._stop(tunnel.child, why, now)
         for child, tunnel in list(self.children.items()):
-            if child.kill_at and now >= child.kill_at:
-                self._kill(child, now)
-            elif tunnel.state is STARTING and not child.kill_at and time.monotonic() >= child.look_at:
+            process = child.process
+            if process.kill_at:
+                continue  # its end is the child's
+            if child.close_at and now >= child.close_at:
+                process.verdict = process.verdict or f"it did not close {child.listener} within {STOP_GRACE:g} s"
+            elif tunnel.state is STARTING and not child.close_at and time.monotonic() >= child.look_at:
                 child.pause = min(POLL_LAST, child.pause * 1.1)
                 self._look(child, tunnel, now)
                 child.look_at = time.monotonic() + child.pause
+        for process in list(self.processes):
+            if not process.children:  # and nobody has taken the place of the last
+                self._end(process, now)
+            hurried = process.verdict or process.kill_at and self.closing == "now"
+            if process.kill_at and now >= process.kill_at or hurried and not process.killed:
+                self._kill(process, now)
         if timeout is None:
             timeout = self._timeout(self.clock())
         for key, _ in self.selector.select(timeout):
-            act, child = key.data
-            if child is None or child in self.children:  # an earlier event may have ended it
-                act(child)
-        for child in [child for child in self.children if child.pidfd < 0 and child.process.poll() is not None]:
-            self._exited(child)
+            act, process = key.data
+            if process is None or process in self.processes:  # an earlier event may have ended it
+                act(process)
+        for process in [process for process in self.processes if process.pidfd < 0]:
+            if process.popen.poll() is not None:
+                self._exited(process)
 
     def _decide(self, now: float) -> tuple[list[Tunnel], list[tuple[Tunnel, str]]]:
         """What is to be started, and what is to be stopped and why ('' is no failure)."""
@@ -743,15 +895,17 @@ class TunnelTable:
 
     def _timeout(self, now: float) -> float | None:
         """Seconds until something is due, None for nothing."""
-        due = [child.kill_at for child in self.children if child.kill_at]
-        if any(child.pidfd < 0 for child in self.children):
+        due = [process.kill_at for process in self.processes if process.kill_at]
+        due += [child.close_at for child in self.children if child.close_at and not child.process.kill_at]
+        if any(process.pidfd < 0 for process in self.processes):
             due.append(now + 10 * POLL)
         with self.changed:
             rows = list(self.tunnels.values())
         wanted = False
         for tunnel in rows:
-            if tunnel.state is STARTING and tunnel.child:
-                due.append(now + max(0.0, tunnel.child.look_at - time.monotonic()))
+            if tunnel.state is STARTING and tunnel.child and not tunnel.child.close_at:
+                due += [now + max(0.0, tunnel.child.look_at - time.monotonic()),
+                        tunnel.child.started + self.start_timeout]
             elif tunnel.state is READY and not tunnel.leases and not tunnel.waiters:
                 due.append(tunnel.last_used + self.idle)
             elif tunnel.state is READY:
@@ -765,52 +919,64 @@ class TunnelTable:
         return min(max(0.0, min(due) - now), SELECT_LAST) if due else None
 
     def _spawn(self, tunnel: Tunnel, now: float) -> None:
-        """Start a child for a tunnel that was claimed (STARTING)."""
+        """Find a port and a process for a tunnel that was claimed (STARTING)."""
         scheme, _, argument = tunnel.key.partition(":")
         launcher = self.launchers[scheme]
-        port = child = None
+        process = next((each for each in self.processes if each.launcher is launcher and each.has_room()), None)
+        port = None
         try:
-            if self.guard is None:
-                self.guard = death_guard()
-            if not self._is_home():
-                self.home = tempfile.mkdtemp(prefix="sniroute-")  # 0700: a place for its lock files
-            program = launcher.find()
+            program = launcher.find() if process is None else ""
             port = self.pool.take()
             if port is None:  # all are in use, or held by others
                 with self.changed:
                     self._enter(tunnel, QUEUED)
                 return
-            process = subprocess.Popen(
-                [*self.guard, program, *launcher.argv(argument, port)], stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, cwd="/", process_group=0,
-                env={**launcher.environment, "HOME": self.home})
-            child = Child(process, port, now)
-            os.set_blocking(child.output.fileno(), False)
-            self.selector.register(child.output, selectors.EVENT_READ, (self._drain, child))
-            if child.pidfd >= 0:
-                self.selector.register(child.pidfd, selectors.EVENT_READ, (self._exited, child))
+            if process is None:
+                process = self._launch(launcher, [program, *launcher.words(argument, port)])
         except (OSError, TunnelError) as error:
-            if child is not None:  # it cannot be watched
-                child.signal(signal.SIGKILL)
-                process.wait()
-                for watched in (child.output, child.pidfd):
-                    with contextlib.suppress(KeyError, ValueError):
-                        self.selector.unregister(watched)
-                child.output.close()
-                if child.pidfd >= 0:
-                    os.close(child.pidfd)
             if port is not None:
                 self.pool.give(port)
-            self._failed(tunnel, str(error), remember=False)  # the host's fault, not the name's
+            self._failed(tunnel, Reason(text=str(error)), remember=False)  # the host's fault, not the name's
             return
+        child = Child(process, port, now)
+        process.children[child.listener] = child
         self.children[child] = tunnel
         self.counters["starts"] += 1
         with self.changed:
             tunnel.child = child
+        if process.shared:
+            process.tell(f"listen {child.listener} {argument}")
         log.debug("tunnel %s starts on port %d (pid %d)", tunnel.key, port, process.pid)
 
+    def _launch(self, launcher: Launcher, words: list[str]) -> Process:
+        """Start a process.  Raises OSError, and leaves nothing behind then."""
+        if self.guard is None:
+            self.guard = death_guard()
+        if not self._is_home():
+            self.home = tempfile.mkdtemp(prefix="sniroute-")  # 0700: a place for its lock files
+        popen = subprocess.Popen(
+            [*self.guard, *words], stdin=subprocess.PIPE if launcher.carries > 1 else subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, cwd="/", process_group=0,
+            env={**launcher.environment, "HOME": self.home})
+        process = Process(launcher, popen)
+        self.processes.append(process)
+        try:
+            for pipe in (popen.stdin, popen.stdout):
+                if pipe is not None:
+                    os.set_blocking(pipe.fileno(), False)
+            self.selector.register(process.output, selectors.EVENT_READ, (self._drain, process))
+            if process.pidfd >= 0:
+                self.selector.register(process.pidfd, selectors.EVENT_READ, (self._exited, process))
+        except OSError:  # it cannot be watched
+            process.signal(signal.SIGKILL)
+            popen.wait()
+            self._forget(process)
+            raise
+        self.counters["processes"] += 1
+        return process
+
     def _is_home(self) -> bool:
-        """Whether the children's HOME is still ours: what cleans /tmp may have made room for another."""
+        """Whether the processes' HOME is still ours: what cleans /tmp may have made room for another."""
         try:
             state = os.lstat(self.home)
         except OSError:
@@ -819,7 +985,9 @@ class TunnelTable:
 
     def _look(self, child: Child, tunnel: Tunnel, now: float) -> None:
         """Whether a starting child listens by now."""
-        found = listens(child.process.pid, child.address[1]) if self.proc else "own"
+        found = "own"  # it has said so, or nobody can tell
+        if self.proc and not child.process.shared:
+            found = listens(child.process.pid, child.address[1])
         if found == "other":
             self._stop(child, "address already in use by another process", now)
         if found != "own" or not child.alive():
@@ -833,89 +1001,152 @@ class TunnelTable:
         log.info("tunnel %s ready on %s:%d after %.0f ms (pid %d)", tunnel.key, *child.address,
                  1000 * (child.ready - child.started), child.process.pid)
 
-    def _stop(self, child: Child, verdict: str, now: float) -> None:
-        """Ask a child to end; KILL comes after a while, or at once when hurried."""
-        if not child.kill_at:
-            child.verdict = verdict
-            child.signal(signal.SIGTERM)
-            child.kill_at = now + STOP_GRACE
-        if self.closing == "now" and not child.killed:
-            child.kill_at = min(child.kill_at, now)
+    def _stop(self, child: Child, why: str, now: float) -> None:
+        """Ask a child to end: its listener, or its process where nobody else needs that."""
+        process = child.process
+        asked = child.close_at
+        if not asked:
+            child.verdict = Reason(text=why)
+            child.close_at = now + STOP_GRACE  # before anybody hears of it: see `Child.alive`
+        if all(each.close_at for each in process.children.values()):
+            self._end(process, now)
+        elif why:
+            process.verdict = process.verdict or f"{child.listener}: {why}"  # it says neither yes nor no
+        elif not asked:
+            process.tell(f"close {child.listener}")
 
-    def _kill(self, child: Child, now: float) -> None:
-        """TERM was not enough."""
-        if not child.killed:
-            child.killed = True
-            child.kill_at = now + KILL_GRACE
-            child.signal(signal.SIGKILL)
+    def _end(self, process: Process, now: float) -> None:
+        """Ask a process to end; KILL comes after a while, or at once when hurried."""
+        if not process.kill_at:
+            process.signal(signal.SIGTERM)
+            process.kill_at = now + STOP_GRACE
+
+    def _kill(self, process: Process, now: float) -> None:
+        """TERM was not enough, or is not to be waited for."""
+        if not process.killed:
+            process.killed = True
+            process.kill_at = now + KILL_GRACE
+            process.signal(signal.SIGKILL)
+            if process.verdict:
+                log.warning("process %d is killed: %s", process.pid, process.verdict)
             return
-        log.error("process %d does not die: giving it up", child.process.pid)
-        tunnel = self.children[child]
-        self._forget(child)
+        log.error("process %d does not die: giving it up", process.pid)
+        tunnels = [self.children[child] for child in process.children.values()]
+        for child in list(process.children.values()):
+            self._vacate(child)
+        self._forget(process)
         with self.changed:
-            self._remove(tunnel)
+            for tunnel in tunnels:
+                self._remove(tunnel)
 
     def _woken(self, _: None) -> None:
         os.read(self.wake_reader, 4096)
 
-    def _drain(self, child: Child) -> None:
-        """Read a child's output for ever, or it would block; keep its end."""
+    def _drain(self, process: Process) -> None:
+        """Read a process's output for ever, or it would block; keep its end, and do what it says."""
         try:
-            data = child.output.read(DRAIN)
+            data = process.output.read(DRAIN)
         except OSError:
             data = b""
         if data:
-            child.tail = (child.tail + data)[-TAIL:]
-            child.said = self.clock()
+            process.said = self.clock()
             if log.isEnabledFor(logging.DEBUG):
-                log.debug("pid %d: %s", child.process.pid, last_words(child.tail))
+                log.debug("pid %d: %s", process.pid, last_words(data[-TAIL:]))
+            if process.shared:
+                *lines, rest = (process.line + data).split(b"\n")
+                process.line = rest[:LINE]
+                for line in lines:
+                    self._heard(process, line[:LINE])
+            else:
+                process.tail = (process.tail + data)[-TAIL:]
         elif data is not None:  # it closed its output, which is no crime
-            self.selector.unregister(child.output)
-            child.output.close()
+            self.selector.unregister(process.output)
+            process.output.close()
 
-    def _forget(self, child: Child) -> str:
-        """Let go of everything a child held, and give its port back.  Returns its tunnel's state."""
+    def _heard(self, process: Process, line: bytes) -> None:
+        """One line of a shared process."""
+        fields = last_line(line)[1] if b'"listener"' in line else {}
+        if "listener" not in fields:
+            process.tail = (process.tail + line + b"\n")[-TAIL:]
+            return
+        child = process.children.get(str(fields["listener"]))
+        if child is None:  # it was let go meanwhile
+            return
+        event = fields.get("event")
+        if event == "listening":
+            child.look_at = 0.0
+        elif event == "closed":
+            self._closed(child, process.launcher.reason(line))
+        elif event == "failed":
+            client = str(fields.get("client"))
+            child.refusals[client] = (self.clock(), process.launcher.reason(line))
+            child.refusals.move_to_end(client)
+            if len(child.refusals) > REFUSALS_KEPT:
+                child.refusals.popitem(last=False)
+
+    def _vacate(self, child: Child) -> str:
+        """Let go of a child, and give its port back.  Returns its tunnel's state."""
         tunnel = self.children.pop(child)
-        if child.pidfd >= 0:
-            self.selector.unregister(child.pidfd)
-        if not child.output.closed:
-            self.selector.unregister(child.output)
-            child.output.close()
+        del child.process.children[child.listener]
         self.pool.give(child.address[1])
         with self.changed:
             state = tunnel.state  # under the lock: a thread in wait() may have begun to doubt it
             tunnel.child = None
             if state is READY:
                 self._enter(tunnel, BACKOFF)  # before the pidfd's number can mean another process
-        if child.pidfd >= 0:
-            pidfd, child.pidfd = child.pidfd, -1
-            os.close(pidfd)
         return state
 
-    def _exited(self, child: Child) -> None:
-        """A child has ended: whatever its code, if nobody asked for it, that is a failure."""
-        if not child.output.closed:
-            self._drain(child)
-        child.signal(signal.SIGKILL)  # what is left of its group; until wait() the id is its own
-        code = child.process.wait()
+    def _forget(self, process: Process) -> None:
+        """Let go of all that a process held.  No tunnel may have a child in it any more."""
+        self.processes.remove(process)
+        for watched in (process.output, process.pidfd):
+            with contextlib.suppress(KeyError, ValueError):  # it is not watched
+                self.selector.unregister(watched)
+        for pipe in (process.output, process.popen.stdin):
+            if pipe is not None:
+                pipe.close()
+        if process.pidfd >= 0:
+            pidfd, process.pidfd = process.pidfd, -1
+            os.close(pidfd)
+
+    def _closed(self, child: Child, reason: Reason) -> None:
+        """A listener of a shared process is gone, or there never was one."""
         tunnel = self.children[child]
-        words = self.launchers[tunnel.key.partition(":")[0]].reason(child.tail)
-        message = child.verdict or f"it ended ({f'signal {-code}' if code < 0 else f'exit {code}'})"
-        if words:
-            message += f": {words}"
-        child.verdict = message
-        state = self._forget(child)
-        if state is STARTING:
-            taken = "address already in use" in message or b"address already in use" in child.tail
-            if taken and tunnel.tries < PORT_TRIES and not self.closing:
-                log.info("tunnel %s: port %d was taken, trying another", tunnel.key, child.address[1])
-                with self.changed:
-                    tunnel.tries += 1
-                    self._enter(tunnel, QUEUED)
-            else:
-                self._failed(tunnel, message)
+        child.verdict = reason
+        self._settle(child, tunnel, self._vacate(child), "address already in use" in reason.text)
+
+    def _exited(self, process: Process) -> None:
+        """A process has ended: whatever its code, if nobody asked for it, that is a failure."""
+        if not process.output.closed:
+            self._drain(process)
+        process.signal(signal.SIGKILL)  # what is left of its group; until wait() the id is its own
+        code = process.popen.wait()
+        ended = f"it ended ({f'signal {-code}' if code < 0 else f'exit {code}'})"
+        if process.verdict and code == -signal.SIGKILL:
+            ended = f"its process was killed: {process.verdict}"
+        reason = process.launcher.reason(process.tail + process.line)
+        used = any(child.ready for child in process.children.values())  # then it did not end for one that starts
+        ends = []
+        for child in list(process.children.values()):
+            why = child.verdict.text or ended
+            child.verdict = reason._replace(text=f"{why}: {reason.text}" if reason.text else why)
+            ends.append((child, self.children[child], self._vacate(child)))
+        self._forget(process)
+        taken = b"address already in use" in process.tail
+        for child, tunnel, state in ends:
+            self._settle(child, tunnel, state, used or taken or "address already in use" in child.verdict.text)
+
+    def _settle(self, child: Child, tunnel: Tunnel, state: str, again: bool) -> None:
+        """What becomes of a tunnel whose child is gone, and the `state` it had; `again`: it was not its fault."""
+        if state is STARTING and again and tunnel.tries < PORT_TRIES and not self.closing:
+            log.info("tunnel %s did not start: %s; trying again", tunnel.key, child.verdict.text)
+            with self.changed:
+                tunnel.tries += 1
+                self._enter(tunnel, QUEUED)
+        elif state is STARTING:
+            self._failed(tunnel, child.verdict)
         elif state is READY:
-            self._crashed(tunnel, child, message)
+            self._crashed(tunnel, child)
         else:
             with self.changed:
                 if tunnel.waiters and not self.closing:
@@ -923,28 +1154,29 @@ class TunnelTable:
                 else:
                     self._remove(tunnel)
 
-    def _failed(self, tunnel: Tunnel, message: str, remember: bool = True) -> None:
+    def _failed(self, tunnel: Tunnel, reason: Reason, remember: bool = True) -> None:
         """A start failed: tell those who wait, and `remember` it for a while."""
-        tunnel.message = f"{tunnel.key} did not start: {message}"
+        tunnel.reason = reason._replace(text=f"{tunnel.key} did not start: {reason.text}")
         self.counters["failures"] += 1
         with self.changed:
             if remember:
                 count = tunnel.failures + 1
                 wait = min(FAILURE_LAST, FAILURE_FIRST * 2 ** min(tunnel.failures, 16)) * (0.5 + self.jitter() / 2)
-                self.failures[tunnel.key] = Failure(self.clock() + wait, count, tunnel.message)
+                self.failures[tunnel.key] = Failure(self.clock() + wait, count, tunnel.reason)
                 self.failures.move_to_end(tunnel.key)
                 if len(self.failures) > FAILURES_KEPT:
                     self.failures.popitem(last=False)
             self._remove(tunnel)
-        log.warning("tunnel %s%s", tunnel.message, f"; next try in {wait:.0f} s" if remember else "")
+        log.warning("tunnel %s%s", tunnel.reason.text, f"; next try in {wait:.0f} s" if remember else "")
 
     def _remove(self, tunnel: Tunnel) -> None:
         """Take a row out; whoever still waits on it reads FAILED.  Under the lock."""
         self.tunnels.pop(tunnel.key, None)
-        tunnel.message = tunnel.message or f"{tunnel.key} was stopped"
+        if not tunnel.reason.text:
+            tunnel.reason = Reason(text=f"{tunnel.key} was stopped")
         self._enter(tunnel, FAILED)
 
-    def _crashed(self, tunnel: Tunnel, child: Child, message: str) -> None:
+    def _crashed(self, tunnel: Tunnel, child: Child) -> None:
         """A ready child ended by itself: start it again, later and later, if it was in use."""
         self.counters["crashes"] += 1
         if self.clock() - child.ready >= HEALTHY:
@@ -958,4 +1190,4 @@ class TunnelTable:
             else:
                 self._remove(tunnel)
                 fate = "the next client starts it again"
-        log.warning("tunnel %s: %s; %s", tunnel.key, message, fate)
+        log.warning("tunnel %s: %s; %s", tunnel.key, child.verdict.text, fate)

@@ -42,7 +42,7 @@ import sniroute_tunnels
 from conftest import HERE, HOST, Address, Cloudflared, wait_until
 from sniroute import (GSSENC_REQUEST, PROXY_POLICY, PROXY_V2, REFUSALS, SETTINGS, SSL_REQUEST, Ending, Hello,
                       HelloReader, Journal, Malformed, Prelude, ProxyHeader, Refused, Route, Routes, SettingsError,
-                      check_cloudflared, check_tcp, crc32c, expand, load_settings, normalise, parse_client_hello,
+                      check_tunnel, check_tcp, crc32c, expand, load_settings, normalise, parse_client_hello,
                       parse_host_port, parse_proxy_v1, parse_proxy_v2, parse_route, parse_server_name, parse_startup,
                       postgres_error, show_address, tls_alert, under_journald)
 from sniroute_tunnels import TunnelTable, cloudflared_launcher
@@ -1457,8 +1457,8 @@ def test_a_host_and_a_port(text, expected):
 @pytest.mark.parametrize("check, rest, good", [
     (check_tcp, "h:1", True), (check_tcp, "[::1]:1", True), (check_tcp, "h:0", False), (check_tcp, "h", False),
     (check_tcp, "a/b:1", False), (check_tcp, "h\n:1", False), (check_tcp, "[fe80::1%eth0]:1", False),
-    (check_cloudflared, "db.example.com", True), (check_cloudflared, "--url.x", False),
-    (check_cloudflared, "localhost", False),
+    (check_tunnel, "db.example.com", True), (check_tunnel, "--url.x", False),
+    (check_tunnel, "localhost", False),
 ])
 def test_a_target_is_checked(check, rest, good):
     assert verdict(check, rest) == (rest if good else Bad("bad_name", 112))
@@ -1562,7 +1562,7 @@ def raised_kinds() -> set[str]:
             if isinstance(kind, ast.Constant):
                 kinds.add(kind.value)
             else:
-                assert ast.unparse(kind) in ("kind", "'tunnel_' + error.kind"), "a kind that this test does not know"
+                assert ast.unparse(kind) in ("kind", "'tunnel_' + kind"), "a kind that this test does not know"
         elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "kind" \
                 and isinstance(node.value, ast.IfExp):
             kinds |= {node.value.body.value, node.value.orelse.value}
@@ -1570,6 +1570,8 @@ def raised_kinds() -> set[str]:
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "TunnelError" \
                 and isinstance(node.args[0], ast.Constant):
             kinds.add("tunnel_" + node.args[0].value)
+    kinds |= {"tunnel_" + kind for kind, _ in sniroute_tunnels.CARRIER_REASONS.values()}
+    kinds |= {"tunnel_" + kind for _, kind, _ in sniroute_tunnels.CLOUDFLARED_REASONS}
     return kinds
 
 
@@ -3632,11 +3634,12 @@ def test_two_files_and_a_bare_python_are_all_it_takes(launch, two_files):
     began = time.monotonic()
     program = launch(program=two_files, python=BARE_PYTHON, env=BARE)
     assert time.monotonic() - began < 3
-    assert " warning cloudflared is not on PATH: " in program.log()
+    missing = "cloudflared is not there: install it, or name it with --cloudflared"
+    assert f" warning {missing}; names that need it are refused until then\n" in program.log()
     assert " warning no --route: every name is served, " in program.log()
     with program.connect(HELLO) as client:
         assert read_all(client) == alert(80)
-    program.wait_for("cloudflared is not there: install it, or name it with --cloudflared")
+    program.wait_for(missing, 2)
 
 
 def test_two_files_route_bytes(launch, two_files, echo_server):
@@ -3764,10 +3767,15 @@ def test_explain_says_why_a_name_is_refused(name, says):
     assert ended.stdout == f"name:    {name}\nrefused: {says}\n"
 
 
-def test_explain_says_that_the_program_is_missing():
-    ended = command("explain", "db.example.com", PATH="")
+@pytest.mark.parametrize("scheme, says", [
+    ("cloudflared", "cloudflared is not there: install it, or name it with --cloudflared"),
+    ("carrier", "sniroute_carrier.py is not beside sniroute.py: copy it there"),
+])
+def test_explain_says_that_the_program_is_missing(two_files, scheme, says):
+    ended = execute(*BARE_PYTHON, str(two_files), "explain", "db.example.com", f"--route=*={scheme}:{{name}}",
+                    env=BARE, text=True, said="")
     assert ended.returncode == 1
-    assert ended.stdout.endswith("refused: cloudflared is not there: install it, or name it with --cloudflared\n")
+    assert ended.stdout.endswith(f"refused: {says} (tunnel_failed, TLS alert 80)\n")
 
 
 def test_version_and_help():
@@ -4061,15 +4069,15 @@ def test_thousands_of_idle_connections_are_cheap_and_leave_nothing(launch, two_f
     assert " connection " not in program.log().rpartition("counters: ")[2]
 
 
-def test_tunnel_that_is_killed_under_a_crowd_costs_only_those_it_was_answering(launch, cloudflared, ports, serve):
+def test_tunnel_that_is_killed_under_a_crowd_costs_only_those_it_was_answering(launch, tunnel_program, ports, serve):
     """Twenty clients come again and again: whoever had received nothing is served."""
     payload = random.Random(11).randbytes(1 << 16)
     def handler(sock: socket.socket) -> None:
         read_exactly(sock, len(HELLO))
         sock.sendall(payload)
         read_all(sock)
-    cloudflared.far("*", serve(handler).address)
-    program = launch(TUNNEL, ports, f"--cloudflared={cloudflared.path}")
+    tunnel_program.far("*", serve(handler).address)
+    program = launch(TUNNEL, ports, *tunnel_program.options, env=environment(**tunnel_program.environ))
     enough = threading.Event()
     served, errors, cut = [0] * 20, [], []
     def come_again(number: int) -> None:
@@ -4092,9 +4100,11 @@ def test_tunnel_that_is_killed_under_a_crowd_costs_only_those_it_was_answering(l
             goal = [count + 3 for count in served]
             wait_until(lambda: all(count >= wanted for count, wanted in zip(served, goal, strict=True)), 20,
                        f"service for everybody after {kills} kills")
-            assert len(cloudflared.starts()) == kills + 1
+            program.wait_for(" ready on ", kills + 1)
+            pids = re.findall(r" ready on .* \(pid (\d+)\)", program.log())
+            assert len(pids) == kills + 1
             if kills < 2:
-                os.kill(cloudflared.starts()[-1]["pid"], signal.SIGKILL)
+                os.kill(int(pids[-1]), signal.SIGKILL)
     finally:
         enough.set()
         for thread in threads:
@@ -4196,14 +4206,21 @@ def psql(address: Address, query: list[str], options: str, said: bytes = b"") ->
 
 
 @pytest.fixture
-def database(launch, cloudflared, ports, postgres) -> Program:
+def database(launch, tunnel_program, ports, postgres) -> Program:
     """A router with the default route, in front of PostgreSQL."""
-    cloudflared.far("cft-db.example.com", postgres)
-    return launch(ports, f"--cloudflared={cloudflared.path}")
+    for name in ("cft-db.example.com", "cft-db.example.org"):
+        tunnel_program.far(name, postgres)
+    return launch(ports, *tunnel_program.options, env=environment(**tunnel_program.environ))
+
+
+def started(program: Program) -> list[str]:
+    """The hostnames whose tunnels were ready, in that order."""
+    program.wait_for(" ready on ")
+    return re.findall(r" tunnel cloudflared:(\S+) ready on ", program.log())
 
 
 @pytest.mark.parametrize("verified", [False, True], ids=["require", "verify-full"])
-def test_psql_reads_megabytes_on_a_cold_name_and_on_the_warm_one(database, certificate, cloudflared, verified):
+def test_psql_reads_megabytes_on_a_cold_name_and_on_the_warm_one(database, certificate, verified):
     options = f"sslmode=verify-full sslrootcert={certificate.file}" if verified else "sslmode=require"
     query = ["select ssl from pg_stat_ssl where pid = pg_backend_pid()",
              "select repeat(md5(n::text), 32) from generate_series(1, 12000) n"]
@@ -4213,28 +4230,28 @@ def test_psql_reads_megabytes_on_a_cold_name_and_on_the_warm_one(database, certi
         lines = ended.stdout.decode().splitlines()
         assert lines[0] == "t"
         assert lines[1:] == [hashlib.md5(b"%d" % n).hexdigest() * 32 for n in range(1, 12001)]
-    assert [row["hostname"] for row in cloudflared.starts()] == ["cft-db.example.com"]
+    assert started(database) == ["cft-db.example.com"]
 
 
-def test_psql_copies_megabytes_up(database, cloudflared):
+def test_psql_copies_megabytes_up(database):
     rows = [b"%x" % n * 100 for n in random.Random(12).sample(range(1 << 28, 1 << 32), 15_000)]
     query = ["create temp table t (row text)", r"\copy t from pstdin",
              "select count(*), sum(length(row)), min(row), max(row) from t"]
     ended = psql(database.address, query, "sslmode=require", b"".join(row + b"\n" for row in rows))
     assert (ended.returncode, ended.stderr) == (0, b"")
     assert ended.stdout.split() == [b"|".join((b"15000", b"12000000", min(rows), max(rows)))]
-    assert len(cloudflared.starts()) == 1
+    assert started(database) == ["cft-db.example.com"]
 
 
-def test_psql_meets_the_certificate_of_the_server_itself(database, certificate, cloudflared, postgres):
+def test_psql_meets_the_certificate_of_the_server_itself(database, certificate):
     """sniroute has none: under another name it is the server's that does not fit."""
-    cloudflared.far("cft-db.example.org", postgres)
     options = f"sslmode=verify-full sslrootcert={certificate.file} host=db.example.org"
     ended = psql(database.address, ["select 1"], options)
     assert ended.returncode == 2
     assert b'server certificate for "*.example.com" does not match host name "db.example.org"' in ended.stderr
 
 
+@pytest.mark.parametrize("tunnel_program", ["stand-in"], indirect=True)
 def test_psql_without_tls_is_told_what_to_do(database):
     ended = psql(database.address, ["select 1"], "sslmode=disable")
     assert ended.returncode == 2
@@ -4242,6 +4259,7 @@ def test_psql_without_tls_is_told_what_to_do(database):
     assert b"HINT:  Connect with sslmode=require." in ended.stderr
 
 
+@pytest.mark.parametrize("tunnel_program", ["stand-in"], indirect=True)
 def test_psql_that_begins_with_tls_at_once(database):
     for name, package in (("psql", "postgresql-client"), ("postgres", "postgresql")):
         version = execute(program_path(name, package), "--version").stdout.decode()
@@ -4251,7 +4269,7 @@ def test_psql_that_begins_with_tls_at_once(database):
     assert (ended.returncode, ended.stderr, ended.stdout) == (0, b"", b"7\n")
 
 
-def test_curl_posts_megabytes_on_a_cold_name_and_on_the_warm_one(launch, cloudflared, ports, serve, certificate):
+def test_curl_posts_megabytes_on_a_cold_name_and_on_the_warm_one(launch, tunnel_program, ports, serve, certificate):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*certificate)
     def handler(sock: socket.socket) -> None:
@@ -4265,8 +4283,8 @@ def test_curl_posts_megabytes_on_a_cold_name_and_on_the_warm_one(launch, cloudfl
             body = lines.read(size)[::-1]
             tls.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
             lines.read()  # until the client closes
-    cloudflared.far("cft-web.example.com", serve(handler).address)
-    program = launch(ports, f"--cloudflared={cloudflared.path}")
+    tunnel_program.far("cft-web.example.com", serve(handler).address)
+    program = launch(ports, *tunnel_program.options, env=environment(**tunnel_program.environ))
     port = program.address[1]
     payload = random.Random(13).randbytes(4 << 20)
     for _ in range(2):
@@ -4275,7 +4293,7 @@ def test_curl_posts_megabytes_on_a_cold_name_and_on_the_warm_one(launch, cloudfl
                         f"https://web.example.com:{port}/", said=payload)
         assert (ended.returncode, ended.stderr) == (0, b"")
         assert ended.stdout == payload[::-1]
-    assert len(cloudflared.starts()) == 1
+    assert started(program) == ["cft-web.example.com"]
 
 
 def test_openssl_shows_the_alert_for_a_name_without_a_route(launch, echo_server):
@@ -4284,6 +4302,168 @@ def test_openssl_shows_the_alert_for_a_name_without_a_route(launch, echo_server)
                     "{}:{}".format(*program.address))
     assert ended.returncode == 1
     assert b"unrecognized name" in ended.stderr and b"SSL alert number 112" in ended.stderr
+
+
+# -- with the carrier, and nothing else --------------------------------------------------------
+
+TRANSFER = int(os.environ.get("SNIROUTE_TEST_TRANSFER", "64"))  # MiB each way; more is for those who have the time
+BLOCK = random.Random(14).randbytes((1 << 20) - 8)
+
+
+def blocks() -> Iterator[bytes]:
+    """TRANSFER blocks of 1 MiB, no two the same."""
+    return (struct.pack(">Q", number) + BLOCK for number in range(TRANSFER))
+
+
+def digest(parts: Iterable[bytes]) -> bytes:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.digest()
+
+
+def depot(sock: socket.socket) -> None:
+    """A far end: behind the hello, `d` asks for the blocks, `u` brings them and asks for their digest."""
+    read_exactly(sock, len(HELLO))
+    if sock.recv(1) == b"d":
+        for block in blocks():
+            sock.sendall(block)
+    else:
+        left = TRANSFER << 20
+        def parts() -> Iterator[bytes]:
+            nonlocal left
+            while left and (data := sock.recv(min(left, 1 << 18))):
+                left -= len(data)
+                yield data
+        sock.sendall(digest(parts()))
+    read_all(sock)
+
+
+@pytest.fixture
+def three_files(two_files) -> pathlib.Path:
+    shutil.copy(HERE / "sniroute_carrier.py", two_files.parent)
+    return two_files
+
+
+@pytest.fixture
+def carried(launch, three_files, edge, ports) -> Callable[..., Program]:
+    """carried(*options) -> a router with the carrier, an empty PATH, and the edge's proxy and certificate."""
+    return lambda *options: launch(ports, *options, program=three_files, python=BARE_PYTHON,
+                                   env={**BARE, **edge.environ})
+
+
+CARRIED = "--route=*.example.com=cloudflared:{name}"
+
+
+def test_three_files_and_an_empty_path_carry_psql(carried, edge, postgres):
+    edge.far("db.example.com", postgres)
+    program = carried(CARRIED)
+    ended = psql(program.address, ["select repeat('x', 1000000)", "select 7"], "sslmode=require")
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert ended.stdout == b"x" * 1_000_000 + b"\n7\n"
+    assert program.log().count("cloudflared is not on PATH: the carrier beside sniroute.py does its work") == 1
+
+
+def test_three_files_and_an_empty_path_carry_many_bytes_each_way(carried, edge, serve):
+    edge.far("db.example.com", serve(depot).address)
+    program = carried(CARRIED)
+    with program.connect(HELLO + b"d") as client:
+        def parts() -> Iterator[bytes]:
+            left = TRANSFER << 20
+            while left and (data := client.recv(min(left, 1 << 18))):
+                left -= len(data)
+                yield data
+        assert digest(parts()) == digest(blocks())
+    with program.connect(HELLO + b"u") as client:
+        for block in blocks():
+            client.sendall(block)
+        assert read_exactly(client, 32) == digest(blocks())
+    ends = wait_until(lambda: len(found := edge.ends()) == 2 and found)
+    assert all(end["largest_up"] <= 16384 and not end["cut"] and not end["client_pings"] for end in ends)
+
+
+def test_names_of_both_schemes_share_one_carrier(carried, edge, echo_server):
+    edge.far("*", echo_server.address)
+    program = carried(CARRIED, "--route=*.example.org=carrier:{name}")
+    hellos = [genuine_hello(f"n{number}.example.{top}") for number in range(3) for top in ("com", "org")]
+    for hello in hellos:
+        with program.connect(hello) as client:
+            assert read_exactly(client, len(hello)) == hello
+    program.wait_for(" ready on ", 6)
+    assert len(set(re.findall(r" ready on .* \(pid (\d+)\)", program.log()))) == 1
+
+
+FAULTS = {  # what goes wrong at the edge -> reason, alert, words, dials
+    "login": ({"service_token": ["id", "secret"]}, "tunnel_denied", 49, "Access wants a login", 1),
+    "403": ({"deny": 403}, "tunnel_denied", 49, "Access denied it", 1),
+    "404": ({"status": 404}, "tunnel_unknown", 112, "the edge knows no such application", 1),
+    "certificate": ({"cert": "expired"}, "tunnel_failed", 80, "the edge's certificate is not trusted: certificate has expired",
+                    1),
+    "502": ({"status": 502}, "tunnel_failed", 80, "its connector runs, but cannot reach the service", 2),
+    "530": ({"status": 530, "body": "error code: 1033"}, "tunnel_failed", 80,
+            "its tunnel is down: does its connector run?: HTTP 530, error 1033", 2),
+    "reset": ({"rst": "tls"}, "tunnel_failed", 80, "the edge closed the connection: in the TLS handshake", 2),
+}
+
+
+@pytest.mark.parametrize("fault, reason, description, words, dials", FAULTS.values(), ids=FAULTS)
+def test_refusal_says_what_the_carrier_met(carried, edge, fault, reason, description, words, dials):
+    edge.fault("db.example.com", **fault)
+    program = carried(CARRIED)
+    with program.connect(HELLO) as client:
+        assert read_all(client) == alert(description)
+    program.wait_for(f" reason={reason} ")
+    assert f"db.example.com: {words}" in program.log()
+    assert len(wait_until(lambda: len(found := edge.ends()) == dials and found)) == dials
+
+
+def test_reasons_of_clients_that_come_together_are_not_mixed_up(carried, edge):
+    """Three names, fifteen clients at once: each line has the words for its own name."""
+    words = {"a": "Access denied it", "b": "the edge knows no such application", "c": "its tunnel is down"}
+    for label, status in zip(words, (403, 404, 530), strict=True):
+        edge.fault(f"{label}.example.com", status=status)
+    program = carried(CARRIED)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(program.connect(genuine_hello(f"{label}.example.com")))
+                   for _ in range(5) for label in words]
+        for client in clients:
+            assert read_all(client)[:1] == b"\x15"
+    program.wait_for(" reason=tunnel_", 15)
+    for line in program.log().splitlines():
+        if " reason=tunnel_" in line:
+            assert words[re.search(r" name=(.)\.", line)[1]] in line
+
+
+def test_client_that_leaves_while_the_edge_hangs_is_let_go_at_once(carried, edge):
+    edge.fault("db.example.com", hang="upgrade")
+    program = carried(CARRIED)
+    with program.connect(HELLO):
+        wait_until(edge.requests)
+    end, = wait_until(edge.ends, timeout=3)
+    assert end["left"] in ("eof", "reset", "close_notify")
+    program.wait_for(" reason=client_left")
+
+
+def explained(three_files: pathlib.Path, edge: Edge) -> subprocess.CompletedProcess[str]:
+    return execute(*BARE_PYTHON, str(three_files), "explain", "db.example.com", CARRIED, env={**BARE, **edge.environ},
+                   text=True, said="")
+
+
+def test_explain_dials_the_far_end_once(three_files, edge, echo_server):
+    edge.far("db.example.com", echo_server.address)
+    ended = explained(three_files, edge)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    lines = ended.stdout.splitlines()
+    assert (lines[2], lines[4:]) == ("target:  cloudflared:db.example.com", ["far end: it answers"])
+    assert len(edge.requests()) == 1
+
+
+def test_explain_says_what_the_far_end_says(three_files, edge):
+    edge.fault("db.example.com", deny=403)
+    ended = explained(three_files, edge)
+    assert (ended.returncode, ended.stderr) == (1, "")
+    assert ended.stdout.endswith("refused: db.example.com: Access denied it: is the token right, and does the "
+                                 "application's policy allow it?: HTTP 403 (tunnel_denied, TLS alert 49)\n")
 
 
 # -- the README --------------------------------------------------------------------------------
@@ -4305,7 +4485,7 @@ def test_every_refusal_is_in_the_readme():
 
 
 def test_variables_a_tunnel_may_inherit_are_in_the_readme():
-    names = {name for name in sniroute_tunnels.CLOUDFLARED_ENVIRONMENT if name.isupper()}
+    names = {name for name in sniroute_tunnels.CARRIER_ENVIRONMENT if name.isupper()}
     assert {name for name in names if f"`{name}`" not in README} == set()
 
 

@@ -1,6 +1,8 @@
 """Tests of sniroute_tunnels.py, in its order.
 
-Processes and sockets are real; the tunnel program is the stand-in of fake_cloudflared.py.  Most
+Processes and sockets are real; the tunnel program is the stand-in of fake_cloudflared.py, which can
+be a process for each tunnel (`own`) or for several (`shared`).  A test that has to hold for both is
+marked `both`, one about the second `shared`; the others have the first.  Most
 tests turn the reaper by hand (`Bench.turn`) under a clock that they move; where waiting itself is
 the subject, the reaper's own thread runs (`live=True`).
 """
@@ -33,6 +35,8 @@ from sniroute_tunnels import (BACKOFF, FAILED, QUEUED, READY, STARTING, STOPPING
                               Tunnel, TunnelError, TunnelTable)
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's /proc")
+both = pytest.mark.parametrize("kind", ["own", "shared"], indirect=True)
+shared = pytest.mark.parametrize("kind", ["shared"], indirect=True)
 
 
 def listening(port: int = 0, host: str = HOST, family: int = socket.AF_INET, backlog: int = 5) -> socket.socket:
@@ -148,7 +152,21 @@ class Bench:
 
 
 @pytest.fixture
-def bench(cloudflared, free_ports) -> Iterator[Callable[..., Bench]]:
+def kind(request) -> str:
+    """How many tunnels a process carries: `own`, or `shared`."""
+    return getattr(request, "param", "own")
+
+
+def stand_in(kind: str, program: str, environ: dict[str, str]) -> sniroute_tunnels.Launcher:
+    """The row for the stand-in."""
+    launcher = sniroute_tunnels.cloudflared_launcher(program, environ)
+    if kind == "shared":
+        launcher = launcher._replace(argv=lambda: ["forwarders"], reason=sniroute_tunnels.carrier_reason, carries=16)
+    return launcher
+
+
+@pytest.fixture
+def bench(kind, cloudflared, free_ports) -> Iterator[Callable[..., Bench]]:
     """bench(live=False, count=20, program=..., **options of TunnelTable) -> Bench."""
     with contextlib.ExitStack() as stack:
         def make(live: bool = False, count: int = 20, program: str = cloudflared.path,
@@ -157,8 +175,8 @@ def bench(cloudflared, free_ports) -> Iterator[Callable[..., Bench]]:
                 options.setdefault("clock", FakeClock())
             options.setdefault("jitter", lambda: 1.0)
             options.setdefault("ports", free_ports(count))
-            launcher = sniroute_tunnels.cloudflared_launcher(program, environ or {})
-            made = Bench(TunnelTable({"cf": launcher}, **options), live)
+            launcher = stand_in(kind, program, environ or {})
+            made = Bench(TunnelTable({"cf": launcher, "too": launcher}, **options), live)
             stack.callback(made.close)
             return made
 
@@ -207,31 +225,31 @@ def test_last_words(tail, words):
     assert sniroute_tunnels.last_words(tail) == words
 
 
-@pytest.mark.parametrize("tail, reason", [
-    pytest.param(b'{"message":"failed to connect to origin","error":"websocket: bad handshake"}',
+@pytest.mark.parametrize("tail, kind_of, text", [
+    pytest.param(b'{"message":"failed to connect to origin","error":"websocket: bad handshake"}', "failed",
                  "the edge refused it: access denied, no such tunnel, or its connector is down"
                  " (failed to connect to origin: websocket: bad handshake)", id="refused"),
-    pytest.param(b'{"message":"m","error":"tls: failed to verify certificate: x509: unknown authority"}',
+    pytest.param(b'{"message":"m","error":"tls: failed to verify certificate: x509: unknown authority"}', "failed",
                  "the edge's certificate is not trusted"
                  " (m: tls: failed to verify certificate: x509: unknown authority)", id="certificate"),
-    pytest.param(b"lookup app.example.test: no such host",
+    pytest.param(b"lookup app.example.test: no such host", "unknown",
                  "the name does not resolve (lookup app.example.test: no such host)", id="DNS"),
-    pytest.param(b"connect: network is unreachable",
+    pytest.param(b"connect: network is unreachable", "failed",
                  "the network is unreachable (connect: network is unreachable)", id="network"),
-    pytest.param(b"connect: connection refused",
+    pytest.param(b"connect: connection refused", "failed",
                  "the edge refused the connection (connect: connection refused)", id="connection refused"),
-    pytest.param(b"read: connection reset by peer",
+    pytest.param(b"read: connection reset by peer", "failed",
                  "the edge reset the connection (read: connection reset by peer)", id="reset"),
-    pytest.param(b"bind: address already in use",
+    pytest.param(b"bind: address already in use", "failed",
                  "its local port was taken (bind: address already in use)", id="port"),
-    pytest.param(b"Another cloudflared process (pid 7) is already waiting for authentication.",
+    pytest.param(b"Another cloudflared process (pid 7) is already waiting for authentication.", "denied",
                  "Access wants a login: give the router a service token"
                  " (Another cloudflared process (pid 7) is already waiting for authentication.)", id="login lock"),
-    pytest.param(b"something new", "something new", id="unknown words are shown as they came"),
-    pytest.param(b"", "", id="nothing"),
+    pytest.param(b"something new", "failed", "something new", id="unknown words are shown as they came"),
+    pytest.param(b"", "failed", "", id="nothing"),
 ])
-def test_cloudflared_reason(tail, reason):
-    assert sniroute_tunnels.cloudflared_reason(tail) == reason
+def test_cloudflared_reason(tail, kind_of, text):
+    assert sniroute_tunnels.cloudflared_reason(tail) == (kind_of, text, False)
 
 
 @pytest.mark.parametrize("prompt", [
@@ -244,7 +262,29 @@ def test_cloudflared_reason(tail, reason):
     pytest.param('{"level":"info","message":"Waiting for login..."}\n', id="waiting"),
 ])
 def test_a_login_prompt_is_recognised_by_its_last_line(prompt):
-    assert sniroute_tunnels.cloudflared_reason(prompt.encode()).startswith("Access wants a login")
+    reason = sniroute_tunnels.cloudflared_reason(prompt.encode())
+    assert reason.kind == "denied" and reason.text.startswith("Access wants a login")
+
+
+@pytest.mark.parametrize("fields, reason", [
+    ({"reason": "name"}, ("unknown", "m: e", True)),
+    ({"reason": "not_found"}, ("unknown", "m: e", True)),
+    ({"reason": "login"}, ("denied", "m: e", True)),
+    ({"reason": "denied"}, ("denied", "m: e", True)),
+    ({"reason": "certificate"}, ("failed", "m: e", True)),
+    *[({"reason": word}, ("failed", "m: e", False))
+      for word in ("refused", "timeout", "tls", "reset", "proxy", "origin", "down", "other", "new", "", None, 7, [])],
+    ({}, ("failed", "m: e", False)),
+    ({"message": "a\nb\x1b", "error": "x" * 300}, ("failed", ("a?b?: " + "x" * 300)[:197] + "...", False)),
+])
+def test_carrier_reason(fields, reason):
+    line = json.dumps({"message": "m", "error": "e", **fields}).encode()
+    assert sniroute_tunnels.carrier_reason(b"before\n" + line + b"\n") == reason
+
+
+@pytest.mark.parametrize("tail, text", [(b"", ""), (b"{", "{"), (b'["reason"]', '["reason"]'), (b"\xff", "?")])
+def test_what_is_no_line_of_the_carrier_is_shown_as_it_came(tail, text):
+    assert sniroute_tunnels.carrier_reason(tail) == ("failed", text, False)
 
 
 # -- the launcher ------------------------------------------------------------------------------
@@ -278,6 +318,33 @@ def test_the_program_is_found_on_path_or_by_its_path(cloudflared, monkeypatch, t
         with pytest.raises(TunnelError, match="is not there: install it") as caught:
             found(missing)
         assert caught.value.kind == "failed"
+
+
+def test_words_are_for_one_tunnel_or_for_all():
+    own = sniroute_tunnels.cloudflared_launcher("cloudflared", {})
+    assert own.words("app.test", 20000) == sniroute_tunnels.cloudflared_argv("app.test", 20000)
+    carrier = sniroute_tunnels.carrier_launcher({})
+    assert carrier.words("app.test", 20000) == carrier.argv()
+    assert (own.carries, own.trial, carrier.carries) == (1, None, sniroute_tunnels.CARRIES)
+
+
+def test_the_carrier_is_run_by_this_python_with_nothing_but_what_it_needs(monkeypatch, tmp_path):
+    monkeypatch.setattr(sniroute_tunnels, "__file__", str(tmp_path / "sniroute_tunnels.py"))
+    environ = {name: "x" for name in sniroute_tunnels.CARRIER_ENVIRONMENT}
+    launcher = sniroute_tunnels.carrier_launcher({**environ, "PATH": "/bin", "TUNNEL_SERVICE_HOSTNAME": "evil"})
+    assert launcher.environment == {**environ, "TUNNEL_LOG_OUTPUT": "json"}
+    assert set(environ) - set(sniroute_tunnels.CLOUDFLARED_ENVIRONMENT) == {"CF_ACCESS_TOKEN"}
+    assert not launcher.is_there()
+    with pytest.raises(TunnelError, match="sniroute_carrier.py is not beside sniroute.py: copy it there") as caught:
+        launcher.find()
+    assert caught.value.kind == "failed"
+    (tmp_path / "sniroute_carrier.py").write_text(
+        "import sys\ndef main():\n    print(sys.argv, sys.flags.isolated, sys.flags.no_site)\n    return 7\n")
+    assert launcher.is_there() and launcher.find() == os.path.abspath(sys.executable)
+    for words, seen in ((launcher.words("a.test", 1), ["forwarders"]),
+                        (launcher.trial("a.test"), ["access", "tcp", "--hostname", "a.test"])):
+        done = subprocess.run([launcher.find(), *words], cwd="/", env=launcher.environment, capture_output=True)
+        assert (done.returncode, done.stdout.decode()) == (7, f"{['sniroute_carrier', *seen]} 1 1\n"), done.stderr
 
 
 # -- the death guard ---------------------------------------------------------------------------
@@ -329,10 +396,12 @@ def test_no_guard_where_the_kernel_has_none(monkeypatch):
 ROUTER = """
 import sys, time
 import sniroute_tunnels
-path, first, form = sys.argv[1:]
+path, first, form, kind = sys.argv[1:]
 if form == "python":
     sniroute_tunnels.shutil.which = lambda name, path=None: name if "/" in name else None
 launcher = sniroute_tunnels.cloudflared_launcher(path, {})
+if kind == "shared":
+    launcher = launcher._replace(argv=lambda: ["forwarders"], reason=sniroute_tunnels.carrier_reason, carries=16)
 table = sniroute_tunnels.TunnelTable({"cf": launcher}, (int(first), int(first) + 9))
 table.start()
 for name in "abc":
@@ -344,17 +413,18 @@ sys.stdin.read()
 
 
 @linux
-@pytest.mark.parametrize("form", ["setpriv", "python"])
-def test_sigkill_of_the_router_leaves_no_child(form, cloudflared, free_ports, tmp_path):
+@pytest.mark.parametrize("form, kind", [("setpriv", "own"), ("python", "own"), ("setpriv", "shared")],
+                         indirect=["kind"])
+def test_sigkill_of_the_router_leaves_no_process(form, kind, cloudflared, free_ports, tmp_path):
     if form == "setpriv" and (not shutil.which("setpriv") or sniroute_tunnels.death_guard()[0] == sys.executable):
         pytest.skip("no setpriv with --pdeathsig here")
     cloudflared.fault("a.test", ignore_term=True)
-    words = [sys.executable, "-c", ROUTER, cloudflared.path, str(free_ports()[0]), form]
+    words = [sys.executable, "-c", ROUTER, cloudflared.path, str(free_ports()[0]), form, kind]
     router = subprocess.Popen(words, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               env={**os.environ, "TMPDIR": str(tmp_path)})
     with router:
         pids = [int(word) for word in router.stdout.readline().split()]
-        assert len(pids) == 3 and all(map(runs, pids))
+        assert len(pids) == 3 and len(set(pids)) == (1 if kind == "shared" else 3) and all(map(runs, pids))
         router.kill()
     wait_until(lambda: not any(map(runs, pids)), timeout=2)
 
@@ -605,6 +675,7 @@ def test_a_client_that_asks_for_too_many_cold_tunnels_is_refused(bench):
 # -- starting ----------------------------------------------------------------------------------
 
 
+@both
 def test_fifty_clients_of_one_cold_name_start_one_process(bench, cloudflared):
     table = bench(live=True).table
     barrier = threading.Barrier(50)
@@ -621,6 +692,7 @@ def test_fifty_clients_of_one_cold_name_start_one_process(bench, cloudflared):
     assert table.counters["starts"] == table.counters["ready"] == 1
 
 
+@both
 def test_twenty_names_start_two_at_a_time(bench, cloudflared, monkeypatch):
     cloudflared.fault("*", listen_delay=10)
     monkeypatch.setattr(sniroute_tunnels, "EVICT_AGE", 60.0)  # each start that ends makes room for the next by itself
@@ -640,6 +712,7 @@ def test_twenty_names_start_two_at_a_time(bench, cloudflared, monkeypatch):
     assert len(cloudflared.starts()) == len(set(made.states())) == 20
 
 
+@both
 def test_names_are_started_in_the_order_in_which_they_were_asked_for(bench, cloudflared):
     made = bench(max_starting=1)
     futures = []
@@ -651,6 +724,7 @@ def test_names_are_started_in_the_order_in_which_they_were_asked_for(bench, clou
     assert [start["hostname"] for start in cloudflared.starts()] == ["c.test", "a.test", "b.test"]
 
 
+@both
 def test_a_byte_goes_through_and_back(bench, cloudflared, echo_server):
     cloudflared.far("app.test", echo_server.address)
     tunnel = bench(live=True).ready("app.test")
@@ -686,35 +760,68 @@ def test_a_child_gets_nothing_but_what_it_needs(bench, cloudflared):
     assert not os.path.exists(home)
 
 
+def test_a_shared_process_gets_nothing_but_what_it_needs(cloudflared, free_ports):
+    """As above, but for its stdin."""
+    launcher = stand_in("shared", cloudflared.path, {"TUNNEL_SERVICE_TOKEN_SECRET": "s3cret", "LD_PRELOAD": ""})
+    made = Bench(TunnelTable({"cf": launcher}, free_ports(), clock=FakeClock()), False)
+    try:
+        made.ready("app.test")
+    finally:
+        made.close()
+    start, = cloudflared.starts()
+    assert start["argv"][1:] == ["forwarders"]
+    assert start["environment"].keys() - {"PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"} == {
+        "HOME", "TUNNEL_SERVICE_TOKEN_SECRET", "TUNNEL_LOG_OUTPUT"}
+    if start["fds"]:
+        pipes = [start["fds"][fd] for fd in "012"]
+        assert all(pipe.startswith("pipe:") for pipe in pipes) and pipes[0] != pipes[1] == pipes[2]
+        assert sum("pipe:" in what for what in start["fds"].values()) == 3
+
+
+NOT_IN_TIME = "it did not listen within 15 s"
 START_FAILURES = [
-    pytest.param({"exit": 0, "words": "no such flag"}, "it ended (exit 0): no such flag", id="exit 0"),
-    pytest.param({"exit": 3, "words": "bad luck"}, "it ended (exit 3): bad luck", id="exit 3"),
-    pytest.param({"exit": 1}, "it ended (exit 1)", id="no words"),
-    pytest.param({"never_listen": True}, "it did not listen within 15 s: Start Websocket listener", id="never listens"),
-    pytest.param({"never_listen": True, "ignore_term": True}, "it did not listen within 15 s: Start Websocket listener",
-                 id="never listens and ignores TERM"),
-    pytest.param({"wrong_port": True}, "it did not listen within 15 s: Start Websocket listener", id="wrong port"),
+    *[pytest.param(kind, *values, id=f"{kind}, {name}") for kind in ("own", "shared") for name, *values in (
+        ("exit 0", {"exit": 0, "words": "no such flag"}, "it ended (exit 0): no such flag"),
+        ("exit 3", {"exit": 3, "words": "bad luck"}, "it ended (exit 3): bad luck"),
+        ("no words", {"exit": 1}, "it ended (exit 1)"))],
+    pytest.param("own", {"never_listen": True}, f"{NOT_IN_TIME}: Start Websocket listener", id="own, never listens"),
+    pytest.param("own", {"never_listen": True, "ignore_term": True}, f"{NOT_IN_TIME}: Start Websocket listener",
+                 id="own, never listens and ignores TERM"),
+    pytest.param("own", {"wrong_port": True}, f"{NOT_IN_TIME}: Start Websocket listener", id="own, wrong port"),
+    pytest.param("shared", {"never_listen": True}, NOT_IN_TIME, id="shared, never listens"),
+    pytest.param("shared", {"never_listen": True, "ignore_term": True}, NOT_IN_TIME,
+                 id="shared, never listens and ignores TERM"),
 ]
 
 
-@pytest.mark.parametrize("switches, message", START_FAILURES)
-def test_a_start_that_fails_says_why(switches, message, bench, cloudflared):
+@pytest.mark.parametrize("kind, switches, message", START_FAILURES, indirect=["kind"])
+def test_a_start_that_fails_says_why(kind, switches, message, bench, cloudflared):
     cloudflared.fault("app.test", **switches)
     made = bench()
     future = made.ask("app.test", timeout=1000)
     made.turn(cloudflared.starts)
-    made.turn(lambda: not made.table.tunnels or b"Start" in made.table.tunnels["cf:app.test"].child.tail
-              or future.done())
+    made.turn(lambda: future.done() or "exit" not in switches and (
+        kind == "shared" or b"Start" in made.table.tunnels["cf:app.test"].child.process.tail))
     made.clock.jump(15)  # start_timeout
     made.table.step()
     made.clock.jump(sniroute_tunnels.STOP_GRACE)
     error = made.outcome(future)
     assert error.kind == "failed"
     assert str(error) == f"cf:app.test did not start: {message}"
-    assert made.table.tunnels == {} and made.table.children == {}
+    assert made.table.tunnels == {}
+    made.turn(lambda: not made.table.processes)
+    assert made.table.children == {}
     assert made.table.counters["failures"] == 1
     if sys.platform == "linux":
         assert own_children() == set()
+
+
+@pytest.mark.parametrize("words, kind_of", [("Waiting for login...", "denied"), ("no such host", "unknown")])
+def test_a_start_that_fails_for_a_known_reason_has_its_kind_also_from_memory(words, kind_of, bench, cloudflared):
+    cloudflared.fault("app.test", exit=1, words=words)
+    made = bench()
+    assert made.failed("app.test").kind == made.failed("app.test").kind == kind_of
+    assert len(cloudflared.starts()) == 1
 
 
 @linux
@@ -741,6 +848,7 @@ def test_a_listener_of_a_descendant_is_own(bench, cloudflared, echo_server):
     wait_until(lambda: not any(map(runs, pids)), timeout=2)
 
 
+@both
 def test_address_in_use_is_tried_on_another_port(bench, cloudflared):
     cloudflared.fault("app.test", in_use=2)
     made = bench()
@@ -750,15 +858,17 @@ def test_address_in_use_is_tried_on_another_port(bench, cloudflared):
     assert tunnel.tries == 0 and made.table.failures == {}
 
 
+@both
 def test_address_in_use_is_not_tried_for_ever(bench, cloudflared):
     cloudflared.fault("app.test", in_use=1000)
     made = bench()
     error = made.failed("app.test")
-    assert error.kind == "failed" and "its local port was taken" in str(error)
+    assert error.kind == "failed" and "address already in use" in str(error)
     assert len(cloudflared.starts()) == sniroute_tunnels.PORT_TRIES + 1
     assert "cf:app.test" in made.table.failures
 
 
+@both
 def test_a_port_stolen_between_the_look_and_the_start_is_tried_on_another(bench, cloudflared, monkeypatch):
     made = bench()
     pool = made.table.pool
@@ -777,6 +887,7 @@ def test_a_port_stolen_between_the_look_and_the_start_is_tried_on_another(bench,
     assert len(ports) <= 2
 
 
+@both
 def test_ports_that_others_hold_are_passed_over(bench, cloudflared):
     made = bench(count=4)
     first = made.table.pool.free[0]
@@ -816,6 +927,7 @@ def test_a_waiter_that_gives_up_takes_a_queued_name_out(bench):
 # -- failures that are remembered --------------------------------------------------------------
 
 
+@both
 def test_a_failed_start_is_refused_from_memory_and_then_tried_once(bench, cloudflared):
     cloudflared.fault("app.test", exit=1, words="bad luck")
     made = bench()
@@ -841,6 +953,7 @@ def test_the_memory_of_failures_grows_to_its_bound(jitter, share, bench):
         made.clock.jump(wait * share)
 
 
+@both
 def test_a_start_that_works_forgets_the_failures_before(bench, cloudflared):
     made = bench()
     for wait in (5, 10):
@@ -863,6 +976,7 @@ def test_remembered_failures_are_bounded(bench, monkeypatch):
     assert list(made.table.failures) == ["cf:d", "cf:b", "cf:e"]
 
 
+@both
 def test_a_program_that_is_not_there_is_no_failure_of_the_name(bench, tmp_path, cloudflared):
     program = tmp_path / "later"
     made = bench(program=str(program))
@@ -873,6 +987,7 @@ def test_a_program_that_is_not_there_is_no_failure_of_the_name(bench, tmp_path, 
     made.ready("app.test")
 
 
+@both
 def test_a_program_that_the_kernel_cannot_run_is_no_failure_of_the_name(bench, tmp_path):
     program = tmp_path / "empty"
     program.touch(0o700)
@@ -885,6 +1000,7 @@ def test_a_program_that_the_kernel_cannot_run_is_no_failure_of_the_name(bench, t
     assert sorted(made.table.pool.free + [port for _, port in made.table.pool.resting]) == ports
 
 
+@both
 def test_no_descriptors_left_is_no_failure_of_the_name(bench):
     made = bench()
     future = made.ask("app.test")
@@ -902,6 +1018,7 @@ def test_no_descriptors_left_is_no_failure_of_the_name(bench):
     made.ready("app.test")
 
 
+@both
 @pytest.mark.parametrize("calls", [1, 2])
 def test_a_child_that_cannot_be_watched_is_not_left_behind(calls, bench, monkeypatch):
     made = bench()
@@ -939,6 +1056,7 @@ def test_the_reaper_outlives_an_operating_system_error(bench, monkeypatch, caplo
 # -- leases, idle stop, eviction ---------------------------------------------------------------
 
 
+@both
 def test_an_idle_tunnel_is_stopped_by_the_clock(bench):
     made = bench(idle=300)
     made.leased("used.test")
@@ -976,6 +1094,7 @@ def test_a_release_starts_the_idle_time_anew(bench):
     made.turn(lambda: not made.table.tunnels)
 
 
+@both
 def test_the_reaper_wakes_for_an_idle_tunnel_by_itself(bench):
     made = bench(live=True, idle=0.3)
     tunnel = made.leased("app.test")
@@ -993,6 +1112,7 @@ def test_a_very_long_idle_time_does_not_end_the_reaper(bench):
     assert made.table.reaper.is_alive()
 
 
+@both
 def test_all_tunnels_in_use_is_a_limit(bench, cloudflared):
     made = bench(max_tunnels=2)
     made.leased("a.test")
@@ -1007,6 +1127,7 @@ def test_all_tunnels_in_use_is_a_limit(bench, cloudflared):
     assert made.states() == {"a.test": READY, "c.test": READY}
 
 
+@both
 @pytest.mark.parametrize("options", [dict(max_tunnels=3), dict(count=3)], ids=["tunnels", "ports"])
 def test_the_longest_idle_tunnel_makes_room(options, bench):
     made = bench(**options)
@@ -1168,6 +1289,7 @@ def test_ten_thousand_leases_at_the_instant_of_an_idle_stop(bench):
     assert outcomes <= {READY, STOPPING}
 
 
+@both
 def test_a_lease_holds_while_the_reaper_stops_all_that_is_idle(bench, cloudflared, echo_server):
     """The same race with processes: whoever has a lease gets an answer."""
     cloudflared.far("*", echo_server.address)
@@ -1196,6 +1318,7 @@ def crash(made: Bench, tunnel: Tunnel) -> float:
     return tunnel.until - made.clock()
 
 
+@both
 def test_a_tunnel_that_dies_in_use_comes_back_by_itself_later_and_later(bench):
     made = bench()
     tunnel = made.leased("app.test")
@@ -1247,6 +1370,7 @@ def test_nobody_waits_out_a_back_off_that_is_longer_than_the_deadline(bench):
     assert made.outcome(future) is None
 
 
+@both
 def test_a_program_that_ends_at_its_first_client_says_why(bench, cloudflared, caplog):
     cloudflared.fault("app.test", exit_on_client=True, code=2, words="goroutine panic")
     made = bench()
@@ -1255,9 +1379,10 @@ def test_a_program_that_ends_at_its_first_client_says_why(bench, cloudflared, ca
     assert ask(child.address) == b""
     made.turn(lambda: tunnel.state is BACKOFF)
     assert "cf:app.test: it ended (exit 2): goroutine panic; starting it again in 1.0 s" in caplog.text
-    assert made.table.words(child, 0.0) == "it ended (exit 2): goroutine panic"
+    assert made.table.words(child, 0.0, 0).text == "it ended (exit 2): goroutine panic"
 
 
+@both
 def test_last_words_are_heard_when_the_end_is_noticed_first(bench, cloudflared):
     cloudflared.fault("app.test", exit_on_client=True, words="goroutine panic")
     made = bench()
@@ -1265,8 +1390,8 @@ def test_last_words_are_heard_when_the_end_is_noticed_first(bench, cloudflared):
     made.table.step()
     ask(child.address)
     wait_until(lambda: not child.alive())
-    made.table._exited(child)
-    assert child.verdict == "it ended (exit 1): goroutine panic"
+    made.table._exited(child.process)
+    assert child.verdict.text == "it ended (exit 1): goroutine panic"
 
 
 @pytest.mark.parametrize("switches", [dict(exit_after=500), dict(exit_after_bytes=5)], ids=["time", "bytes"])
@@ -1283,6 +1408,7 @@ def test_a_program_that_ends_later_is_started_again(switches, bench, cloudflared
     made.turn(lambda: tunnel.state is READY)
 
 
+@both
 def test_a_start_after_a_crash_that_fails_is_remembered(bench, cloudflared):
     made = bench()
     tunnel = made.leased("app.test")
@@ -1297,6 +1423,7 @@ def test_a_start_after_a_crash_that_fails_is_remembered(bench, cloudflared):
 # -- doubt -------------------------------------------------------------------------------------
 
 
+@both
 def test_a_dead_child_that_is_doubted_is_started_again(bench):
     made = bench(jitter=lambda: 0.0)
     tunnel = made.ready("app.test")
@@ -1308,6 +1435,7 @@ def test_a_dead_child_that_is_doubted_is_started_again(bench):
     assert tunnel.state is READY and tunnel.child is not child
 
 
+@both
 def test_a_hung_child_is_started_again_even_when_others_hold_leases(bench):
     made = bench()
     tunnel = made.leased("app.test")
@@ -1315,10 +1443,7 @@ def test_a_hung_child_is_started_again_even_when_others_hold_leases(bench):
     os.kill(child.process.pid, signal.SIGSTOP)
     with socket.create_connection(child.address):  # the kernel accepts it, the process does not
         future = made.ask("app.test", doubted=child)
-        wait_until(lambda: tunnel.state is STOPPING)
-        made.table.step()
-        made.clock.jump(sniroute_tunnels.STOP_GRACE)  # a stopped process does not hear TERM
-        assert made.outcome(future) is None
+        assert made.outcome(future) is None  # at once: it would not hear TERM
     assert tunnel.state is READY and tunnel.child is not child and tunnel.leases == 1
 
 
@@ -1365,6 +1490,7 @@ def test_a_busy_child_is_not_taken_for_a_hung_one(bench, cloudflared, echo_serve
             client.join()
 
 
+@both
 def test_a_live_child_that_serves_others_is_left_alone(bench):
     made = bench()
     tunnel = made.leased("app.test")
@@ -1394,6 +1520,7 @@ def test_doubt_restarts_an_unused_child_only_from_a_growing_age_on(bench):
 
 
 @linux
+@both
 def test_child_that_is_dying_is_not_taken_for_one_that_serves_others(bench, monkeypatch):
     """Its clients see the end of their connections before the kernel says that it has ended."""
     made = bench(idle=1e6, jitter=lambda: 0.0)
@@ -1436,6 +1563,7 @@ def test_restart_for_doubt_is_charged_to_the_client(bench):
     assert tunnel.child is not child
 
 
+@both
 def test_child_that_ends_while_it_is_doubted_leaves_no_row_behind(bench):
     """The doubt sets STOPPING between the exit and the reaper's look at the state."""
     made = bench(idle=1e6)
@@ -1485,6 +1613,7 @@ def test_doubt_of_an_earlier_child_does_nothing(bench):
     assert tunnel.child is child
 
 
+@both
 def test_clients_that_doubt_together_cause_one_restart(bench, cloudflared):
     made = bench(idle=1e6)
     tunnel = made.ready("app.test")
@@ -1494,6 +1623,7 @@ def test_clients_that_doubt_together_cause_one_restart(bench, cloudflared):
     assert len(cloudflared.starts()) == 2
 
 
+@both
 def test_doubt_during_close_ends_at_once(bench):
     made = bench(live=True)
     tunnel = made.leased("app.test")
@@ -1510,6 +1640,7 @@ def test_doubt_during_close_ends_at_once(bench):
 # -- stopping ----------------------------------------------------------------------------------
 
 
+@both
 def test_close_leaves_no_child_and_releases_all_who_wait(bench, cloudflared):
     cloudflared.fault("slow.test", never_listen=True)
     made = bench(live=True, max_starting=1)
@@ -1535,6 +1666,7 @@ def test_close_without_any_tunnel_returns(bench):
     bench(live=True).table.close()
 
 
+@both
 @pytest.mark.parametrize("moment", ["queued", "claimed", "launched", "in back-off"])
 def test_close_during_a_launch_leaves_no_process(moment, bench, cloudflared, monkeypatch):
     cloudflared.fault("app.test", listen_delay=0 if moment == "in back-off" else 60_000)
@@ -1557,6 +1689,7 @@ def test_close_during_a_launch_leaves_no_process(moment, bench, cloudflared, mon
     assert table.children == {} and own_children() == set()
 
 
+@both
 def test_a_child_that_ignores_term_is_killed_after_the_grace(bench, cloudflared):
     cloudflared.fault("app.test", ignore_term=True)
     made = bench()
@@ -1566,12 +1699,13 @@ def test_a_child_that_ignores_term_is_killed_after_the_grace(bench, cloudflared)
     made.table.step()
     made.clock.jump(sniroute_tunnels.STOP_GRACE - 0.1)
     made.table.step(0.05)
-    assert tunnel.state is STOPPING and child.alive() and not child.killed
+    assert tunnel.state is STOPPING and child.process.alive() and not child.process.killed
     made.clock.jump(0.1)
     made.turn(lambda: not made.table.children)
-    assert child.process.returncode == -signal.SIGKILL
+    assert child.process.popen.returncode == -signal.SIGKILL
 
 
+@both
 def test_close_kills_what_ignores_term_and_at_once_when_hurried(bench, cloudflared, monkeypatch):
     monkeypatch.setattr(sniroute_tunnels, "STOP_GRACE", 30.0)
     cloudflared.fault("*", ignore_term=True)
@@ -1580,7 +1714,7 @@ def test_close_kills_what_ignores_term_and_at_once_when_hurried(bench, cloudflar
     made.ready("b.test")
     closer = threading.Thread(target=made.table.close, name="close")
     closer.start()
-    wait_until(lambda: all(child.kill_at for child in made.table.children))
+    wait_until(lambda: all(process.kill_at for process in made.table.processes))
     assert set(made.states().values()) == {STOPPING}
     started = time.monotonic()
     made.table.close(now=True)
@@ -1589,6 +1723,7 @@ def test_close_kills_what_ignores_term_and_at_once_when_hurried(bench, cloudflar
     assert own_children() == set()
 
 
+@both
 def test_close_now_does_not_wait_for_term(bench, cloudflared):
     cloudflared.fault("app.test", ignore_term=True)
     made = bench(live=True)
@@ -1598,6 +1733,7 @@ def test_close_now_does_not_wait_for_term(bench, cloudflared):
     assert time.monotonic() - started < sniroute_tunnels.STOP_GRACE
 
 
+@both
 def test_a_client_that_comes_while_a_tunnel_stops_has_it_started_again(bench, cloudflared):
     cloudflared.fault("app.test", ignore_term=True)
     made = bench()
@@ -1612,8 +1748,9 @@ def test_a_client_that_comes_while_a_tunnel_stops_has_it_started_again(bench, cl
     assert len(cloudflared.starts()) == 2
 
 
+@both
 def test_a_child_that_does_not_die_is_given_up(bench, monkeypatch, caplog):
-    monkeypatch.setattr(sniroute_tunnels.Child, "signal", lambda *_: None)  # as one that hangs in the kernel
+    monkeypatch.setattr(sniroute_tunnels.Process, "signal", lambda *_: None)  # as one that hangs in the kernel
     made = bench()
     tunnel = made.ready("app.test")
     child = tunnel.child
@@ -1622,27 +1759,440 @@ def test_a_child_that_does_not_die_is_given_up(bench, monkeypatch, caplog):
         made.table.step()
         made.clock.jump(sniroute_tunnels.STOP_GRACE)
         made.table.step()
-        assert child.killed and tunnel.state is STOPPING
+        assert child.process.killed and tunnel.state is STOPPING
         made.clock.jump(sniroute_tunnels.KILL_GRACE)
         made.table.step()
         assert made.table.children == {} and made.table.tunnels == {}
         assert f"process {child.process.pid} does not die" in caplog.text
     finally:
-        child.process.kill()
-        child.process.wait()
+        child.process.popen.kill()
+        child.process.popen.wait()
+
+
+# -- shared processes --------------------------------------------------------------------------
+
+
+def pids(*tunnels: Tunnel) -> set[int]:
+    return {tunnel.child.process.pid for tunnel in tunnels}
+
+
+def fill(process: sniroute_tunnels.Process) -> None:
+    """Write to a stopped process until its stdin takes no more."""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(process.popen.stdin.fileno(), b"\n" * 4096)
+
+
+def event(child: sniroute_tunnels.Child, event: str, **fields: Any) -> bytes:
+    """A line that concerns a child's listener."""
+    return json.dumps({"level": "info", "event": event, "listener": child.listener, **fields}).encode()
+
+
+@shared
+def test_sixteen_names_share_a_process_and_the_next_has_another(bench, cloudflared):
+    made = bench(max_starting=20)
+    names = [f"{number}.test" for number in range(17)]
+    assert [made.outcome(future) for future in [made.ask(name) for name in names]] == [None] * 17
+    sizes = sorted(len(process.children) for process in made.table.processes)
+    assert sizes == [1, 16] and sniroute_tunnels.CARRIES == 16
+    assert (made.table.counters["starts"], made.table.counters["processes"]) == (17, 2)
+    assert {row[4] for row in made.table.snapshot()} == {start["pid"] for start in cloudflared.starts()}
+    full = next(process for process in made.table.processes if len(process.children) == 16)
+    leaver, = [made.table.children[child] for child in list(full.children.values())[:1]]
+    for name in names:
+        if made.table.tunnels[f"cf:{name}"] is not leaver:
+            made.table.lease(f"cf:{name}")
+    made.clock.jump(made.table.idle)
+    made.turn(lambda: leaver.state is FAILED)
+    assert made.ready("more.test").child.process is full, "there is room again"
+    assert made.table.counters["processes"] == 2
+
+
+@shared
+def test_schemes_with_the_same_launcher_share_processes(bench):
+    table = bench(live=True).table
+    for key in ("cf:app.test", "too:app.test"):
+        table.wait(key, None, time.monotonic() + 30)
+    assert len(table.tunnels) == 2 and len(table.processes) == 1
+
+
+@shared
+def test_two_clients_that_come_at_the_same_instant_share_one_new_process(bench):
+    table = bench(live=True).table
+    barrier = threading.Barrier(2)
+
+    def come(name: str) -> None:
+        barrier.wait()
+        table.wait(f"cf:{name}", None, time.monotonic() + 30)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(come, name) for name in ("a.test", "b.test")]:
+            future.result()
+    assert (table.counters["starts"], table.counters["processes"]) == (2, 1)
+
+
+@shared
+def test_all_that_a_dead_process_carried_comes_back_in_one_new_process(bench):
+    made = bench()
+    tunnels = [made.leased(f"{number}.test") for number in range(5)]
+    unused = made.ready("unused.test")
+    old, = pids(*tunnels, unused)
+    os.kill(old, signal.SIGKILL)
+    made.turn(lambda: not made.table.processes)
+    assert {tunnel.state for tunnel in tunnels} == {BACKOFF} and unused.state is FAILED
+    assert made.table.counters["crashes"] == 6 and made.table.failures == {}
+    made.clock.jump(1)
+    made.turn(lambda: all(tunnel.state is READY for tunnel in tunnels))
+    assert len(pids(*tunnels)) == 1 and pids(*tunnels) != {old}
+    assert [tunnel.leases for tunnel in tunnels] == [1] * 5
+    assert made.table.counters["processes"] == 2
+
+
+@shared
+def test_closing_one_name_leaves_the_connections_of_the_others(bench, cloudflared, echo_server):
+    cloudflared.far("*", echo_server.address)
+    made = bench()
+    used, idle = made.leased("used.test"), made.ready("idle.test")
+    child = idle.child
+    with socket.create_connection(used.child.address, 10) as client, \
+            socket.create_connection(child.address, 10) as other:
+        client.sendall(b"a")
+        other.sendall(b"a")
+        assert client.recv(1) == other.recv(1) == b"a"
+        made.clock.jump(made.table.idle)
+        made.turn(lambda: idle.state is FAILED)
+        assert other.recv(1) == b""
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(child.address).close()
+        client.sendall(b"b")
+        assert client.recv(1) == b"b"
+    assert not child.alive() and used.child.alive() and used.state is READY
+    assert child.address[1] in [port for _, port in made.table.pool.resting]
+
+
+@shared
+def test_a_listener_is_no_longer_its_own_before_anybody_tells_it_to_close(bench, monkeypatch):
+    """The process lives on, and a stranger may have the port before the answer is read."""
+    made = bench()
+    made.leased("used.test")
+    child = made.ready("idle.test").child
+    told, tell = [], sniroute_tunnels.Process.tell
+
+    def watched(process: sniroute_tunnels.Process, words: str) -> None:
+        told.append((words, child.alive(), process.alive()))
+        tell(process, words)
+
+    monkeypatch.setattr(sniroute_tunnels.Process, "tell", watched)
+    assert child.alive()
+    made.clock.jump(made.table.idle)
+    made.turn(lambda: child not in made.table.children)
+    assert told == [(f"close {child.listener}", False, True)]
+
+
+@shared
+def test_the_process_ends_with_its_last_name(bench):
+    made = bench()
+    first, second = made.leased("a.test"), made.ready("b.test")
+    process = second.child.process
+    made.clock.jump(made.table.idle)
+    made.turn(lambda: second.state is FAILED)
+    assert process.alive() and not process.kill_at
+    made.table.release(first)
+    made.clock.jump(made.table.idle)
+    made.turn(lambda: not made.table.processes)
+    assert process.popen.returncode == -signal.SIGTERM
+
+
+@shared
+def test_the_process_ends_where_all_that_is_left_is_to_close(bench, cloudflared):
+    cloudflared.fault("a.test", ignore_close=True)
+    cloudflared.fault("b.test", never_listen=True)
+    made = bench(start_timeout=1000)
+    closing = made.ready("a.test").child
+    future = made.ask("b.test", timeout=1000)
+    made.turn(lambda: cloudflared.starts("b.test"))
+    made.clock.jump(made.table.idle)
+    made.table.step()
+    assert closing.close_at and not closing.process.kill_at
+    other = made.table.tunnels["cf:b.test"].child
+    made.table._heard(other.process, event(other, "closed", error="permission denied"))
+    assert "permission denied" in str(made.outcome(future))
+    made.turn(lambda: not made.table.processes)
+    assert closing.process.popen.returncode == -signal.SIGTERM
+
+
+@shared
+def test_the_process_of_a_name_that_does_not_start_ends_too(bench, cloudflared):
+    cloudflared.fault("app.test", never_listen=True)
+    made = bench()
+    future = made.ask("app.test")
+    made.turn(cloudflared.starts)
+    child = made.table.tunnels["cf:app.test"].child
+    made.table._heard(child.process, event(child, "closed", message="cannot listen", error="permission denied"))
+    assert str(made.outcome(future)) == "cf:app.test did not start: cannot listen: permission denied"
+    assert "cf:app.test" in made.table.failures
+    made.turn(lambda: not made.table.processes)
+
+
+@shared
+def test_the_process_of_a_name_that_tries_another_port_is_kept(bench, cloudflared):
+    cloudflared.fault("app.test", in_use=2)
+    made = bench()
+    made.ready("app.test")
+    assert (made.table.counters["starts"], made.table.counters["processes"]) == (3, 1)
+
+
+@shared
+def test_a_process_that_is_to_end_takes_no_new_name(bench, cloudflared):
+    cloudflared.fault("a.test", ignore_term=True)
+    made = bench()
+    old = made.ready("a.test").child.process
+    made.clock.jump(made.table.idle)
+    made.table.step()
+    assert old.kill_at and old.alive()
+    assert made.ready("b.test").child.process is not old
+
+
+@shared
+def test_a_process_that_does_not_close_is_killed_and_the_others_come_back(bench, cloudflared, caplog):
+    cloudflared.fault("deaf.test", ignore_close=True)
+    made = bench()
+    used, deaf = made.leased("used.test"), made.ready("deaf.test")
+    process = deaf.child.process
+    made.clock.jump(made.table.idle)
+    made.table.step()
+    assert deaf.state is STOPPING
+    made.clock.jump(sniroute_tunnels.STOP_GRACE - 0.1)
+    made.table.step(0.05)
+    assert not process.killed
+    made.clock.jump(0.1)
+    made.turn(lambda: process not in made.table.processes)
+    assert deaf.state is FAILED and used.state is BACKOFF
+    assert "it did not close 127.0.0.1:" in caplog.text
+    made.clock.jump(1)
+    made.turn(lambda: used.state is READY)
+
+
+@shared
+def test_a_stopped_process_is_found_hung_and_all_its_names_come_back(bench):
+    made = bench(live=True, jitter=lambda: 0.0)
+    tunnels = [made.leased("a.test"), made.leased("b.test")]
+    child = tunnels[0].child
+    os.kill(child.process.pid, signal.SIGSTOP)
+    started = time.monotonic()
+    with socket.create_connection(child.address):  # the kernel accepts it, the process does not
+        assert made.outcome(made.ask("a.test", doubted=child)) is None
+    made.turn(lambda: all(tunnel.state is READY and tunnel.child.alive() for tunnel in tunnels))
+    assert len(pids(*tunnels)) == 1 and pids(*tunnels) != {child.process.pid}
+    assert time.monotonic() - started < sniroute_tunnels.STOP_GRACE, "TERM is not waited for"
+
+
+@shared
+def test_doubt_of_one_name_opens_its_listener_anew_and_no_other(bench):
+    made = bench(idle=1e6)
+    tunnel, other = made.ready("a.test"), made.ready("b.test")
+    process, port, child = tunnel.child.process, tunnel.child.address[1], other.child
+    made.clock.jump(5)
+    assert made.doubt(tunnel)
+    assert tunnel.child.process is process and tunnel.child.address[1] != port
+    assert other.child is child and child.alive() and made.table.counters["processes"] == 1
+
+
+@shared
+def test_a_listener_that_closes_by_itself_is_a_crash_of_that_name(bench):
+    made = bench()
+    tunnel, other = made.leased("a.test"), made.leased("b.test")
+    child = tunnel.child
+    made.table._heard(child.process, event(child, "closed", message="closed", error="bad luck"))
+    assert tunnel.state is BACKOFF and tunnel.child is None and other.child.alive()
+    assert made.table.words(child, 0.0, 1) == ("failed", "closed: bad luck", False)
+
+
+@shared
+def test_a_start_that_is_never_answered_kills_the_process_and_begins_anew(bench, cloudflared, caplog):
+    cloudflared.fault("new.test", never_listen=True)
+    made = bench()
+    used = made.leased("used.test")
+    process = used.child.process
+    future = made.ask("new.test", timeout=1000)
+    made.turn(lambda: cloudflared.starts("new.test"))
+    cloudflared.fault("new.test")
+    made.clock.jump(15)  # start_timeout
+    assert made.outcome(future) is None
+    assert process not in made.table.processes and made.table.failures == {}
+    assert "it did not listen within 15 s" in caplog.text
+    made.clock.jump(1)
+    made.turn(lambda: used.state is READY)
+
+
+@shared
+def test_a_name_is_not_to_blame_for_a_process_that_dies_while_it_starts(bench, cloudflared):
+    cloudflared.fault("new.test", never_listen=True)
+    made = bench()
+    used = made.leased("used.test")
+    future = made.ask("new.test", timeout=1000)
+    made.turn(lambda: cloudflared.starts("new.test"))
+    cloudflared.fault("new.test")
+    os.kill(used.child.process.pid, signal.SIGKILL)
+    assert made.outcome(future) is None
+    assert made.table.failures == {} and made.table.counters["failures"] == 0
+
+
+@shared
+def test_a_name_that_kills_every_process_is_found_out_in_one_of_its_own(bench, cloudflared):
+    cloudflared.fault("evil.test", exit=1, words="assertion failed")
+    made = bench()
+    used = made.leased("used.test")
+    error = made.failed("evil.test")
+    assert str(error) == "cf:evil.test did not start: it ended (exit 1): assertion failed"
+    assert len(cloudflared.starts("evil.test")) == 2 and "cf:evil.test" in made.table.failures
+    made.clock.jump(1)
+    made.turn(lambda: used.state is READY)
+
+
+@shared
+@pytest.mark.parametrize("order", ["close", "listen"])
+def test_a_process_that_reads_no_orders_is_killed(order, bench, caplog):
+    made = bench()
+    used, idle = made.leased("used.test"), made.ready("idle.test")
+    process = used.child.process
+    os.kill(process.pid, signal.SIGSTOP)
+    fill(process)
+    if order == "close":
+        made.clock.jump(made.table.idle)
+        made.turn(lambda: idle.state is FAILED)
+    else:
+        made.ready("new.test")
+        assert made.table.failures == {}
+    assert process not in made.table.processes
+    assert f"process {process.pid} is killed: it takes no orders" in caplog.text
+    made.clock.jump(1)
+    made.turn(lambda: used.state is READY)
+
+
+@shared
+def test_what_ended_by_itself_was_not_killed(bench, cloudflared, caplog):
+    """Its stdin breaks an instant before its end is known."""
+    cloudflared.fault("used.test", exit_on_client=True, code=3, words="bad luck")
+    made = bench()
+    used, idle = made.leased("used.test"), made.ready("idle.test")
+    ask(used.child.address)
+    process = used.child.process
+    wait_until(lambda: not runs(process.pid))
+    process.tell("close 127.0.0.1:1")
+    assert process.verdict.startswith("it takes no orders")
+    made.turn(lambda: not made.table.processes)
+    assert used.state is BACKOFF and idle.state is FAILED
+    assert "tunnel cf:used.test: it ended (exit 3): bad luck" in caplog.text
+
+
+@shared
+def test_fifty_clients_that_fail_together_have_each_its_own_reason(bench, cloudflared):
+    words = {"a.test": "denied", "b.test": "name", "c.test": "down", "d.test": "certificate", "e.test": "timeout"}
+    for name, word in words.items():
+        cloudflared.fault(name, refuse=True, reason=word, error=f"{word} of {name}")
+    made = bench(live=True)
+    children = {name: made.ready(name).child for name in words}
+    assert len(made.table.processes) == 1
+
+    def come(name: str) -> tuple[str, int]:
+        with socket.create_connection(children[name].address, 10) as client:
+            port = port_of(client)
+            assert client.recv(1) == b""
+        return name, port
+
+    with concurrent.futures.ThreadPoolExecutor(50) as pool:
+        came = list(pool.map(come, [name for name in words for _ in range(10)]))
+    for name, port in came:
+        wait_until(lambda: made.table.words(children[name], 0.0, port).text)
+        kind_of, final = sniroute_tunnels.CARRIER_REASONS.get(words[name], ("failed", False))
+        reason = (kind_of, f"failed to connect to origin: {words[name]} of {name}", final)
+        assert made.table.words(children[name], 0.0, port) == reason
+    name, port = came[0]
+    assert made.table.words(children[name], time.monotonic(), port).text == "", "it was an earlier client"
+    os.kill(children[name].process.pid, signal.SIGKILL)
+    wait_until(lambda: not made.table.children)
+    assert made.table.words(children[name], 0.0, port).text.endswith(f"denied of {name}")
+    assert made.table.words(children[name], 0.0, 1).text == "it ended (signal 9)", "no other client's words"
+
+
+@shared
+def test_remembered_refusals_are_bounded(bench, monkeypatch):
+    monkeypatch.setattr(sniroute_tunnels, "REFUSALS_KEPT", 3)
+    made = bench()
+    child = made.ready("app.test").child
+    for number, port in enumerate((1, 2, 3, 1, 4)):
+        line = event(child, "failed", client=f"{HOST}:{port}", reason="down", error=str(number))
+        made.table._heard(child.process, line)
+    assert [made.table.words(child, 0.0, port).text for port in (1, 2, 3, 4)] == ["3", "", "2", "4"]
+
+
+@shared
+@pytest.mark.parametrize("size", [7, 65536])
+def test_output_of_any_shape_is_understood_or_kept_in_bounds(size, bench):
+    made = bench()
+    child = made.ready("app.test").child
+    process, output = child.process, child.process.output
+    text = b"".join(line + b"\n" for line in (
+        b"", b"\xff\xfe", b"{", b'{"listener"', b'["listener"]', b'"listener"', b'{"listener": null}',
+        b'{"listener": ["x"], "event": "closed"}', b'{"listener": "127.0.0.1:1", "event": "closed"}',
+        event(child, "new"), event(child, "listening"), event(child, "failed"), event(child, "failed", client=[7]),
+        b'{"listener": ' + b"[" * 5000, b'{"listener": ' + b"9" * 5000 + b"}",
+        event(child, "closed", message="x" * sniroute_tunnels.LINE),  # longer than a line may be: it is cut
+        event(child, "failed", client=f"{HOST}:7", reason="down", message="in between"),
+        b"y" * 20_000, b"its last words")) + event(child, "closed")[:-1]  # half a line
+    chunks = [text[at:at + size] for at in range(0, len(text), size)]
+
+    class Chunks:
+        closed, fileno, close = False, output.fileno, output.close
+
+        def read(self, _: int) -> bytes:
+            return chunks.pop(0)
+
+    process.output = Chunks()
+    while chunks:
+        made.table._drain(process)
+        assert len(process.tail) <= sniroute_tunnels.TAIL and len(process.line) <= sniroute_tunnels.LINE
+    process.output = output
+    assert made.table.words(child, 0.0, 7).text == "in between"
+    assert sniroute_tunnels.last_words(process.tail) == "its last words"
+    assert child in made.table.children and made.states() == {"app.test": READY}
+
+
+def test_the_carrier_itself_opens_and_closes(cloudflared, free_ports):
+    """The two sides of the protocol, but for what needs an edge."""
+    launcher = sniroute_tunnels.carrier_launcher({})
+    made = Bench(TunnelTable({"cf": launcher}, free_ports(), clock=FakeClock()), False)
+    try:
+        used, idle = made.leased("a.example.test"), made.ready("b.example.test")
+        child = idle.child
+        assert len(pids(used, idle)) == 1
+        assert sniroute_tunnels.listens(used.child.process.pid, used.child.address[1]) == "own"
+        made.clock.jump(made.table.idle)
+        made.turn(lambda: idle.state is FAILED)
+        assert used.child.alive() and not sniroute_tunnels.listeners(child.address[1])
+        pool = made.table.pool
+        with listening(min(pool.free)) as thief:
+            pool.take = types.MethodType(lambda self: self.__dict__.pop("take") and port_of(thief), pool)
+            made.ready("c.example.test")
+        assert made.table.counters["starts"] == 4, "one of them found its port taken"
+    finally:
+        made.close()
+    assert made.table.processes == []
 
 
 # -- output ------------------------------------------------------------------------------------
 
 
+@both
 def test_a_chatty_child_does_not_block_and_only_its_end_is_kept(bench, cloudflared, echo_server, caplog):
     caplog.set_level(logging.DEBUG, "sniroute")
     cloudflared.fault("app.test", flood=20)
     cloudflared.far("app.test", echo_server.address)
     tunnel = bench(live=True).ready("app.test")
     assert ask(tunnel.child.address) == b"hello"  # it serves only when all is written
-    wait_until(lambda: tunnel.child.tail.endswith(b"x\n"))
-    assert len(tunnel.child.tail) == sniroute_tunnels.TAIL
+    wait_until(lambda: tunnel.child.process.tail.endswith(b"x\n"))
+    assert len(tunnel.child.process.tail) == sniroute_tunnels.TAIL
     assert f"pid {tunnel.child.process.pid}: xxx" in caplog.text
 
 
@@ -1652,8 +2202,8 @@ def test_words_are_the_reason_for_the_last_refusal(bench, cloudflared, echo_serv
     made = bench(live=True)
     child = made.ready("app.test").child
     assert ask(child.address, b"") == b""
-    wait_until(lambda: made.table.words(child, 0.0).startswith("the edge refused it"))
-    assert made.table.words(child, time.monotonic()) == "", "it has said nothing since"
+    wait_until(lambda: made.table.words(child, 0.0, 0).text.startswith("the edge refused it"))
+    assert made.table.words(child, time.monotonic(), 0).text == "", "it has said nothing since"
     assert ask(child.address) == b"hello", "the second client is served"
 
 
@@ -1663,7 +2213,7 @@ def test_a_child_may_close_its_output(bench, tmp_path, cloudflared):
     program.chmod(0o700)
     made = bench(program=str(program))
     tunnel = made.ready("app.test")
-    made.turn(lambda: tunnel.child.output.closed)
+    made.turn(lambda: tunnel.child.process.output.closed)
     assert tunnel.state is READY
     made.clock.jump(made.table.idle)
     made.turn(lambda: not made.table.children)
@@ -1672,7 +2222,7 @@ def test_a_child_may_close_its_output(bench, tmp_path, cloudflared):
 def test_an_output_that_fails_is_closed(bench, monkeypatch):
     made = bench()
     tunnel = made.ready("app.test")
-    output = tunnel.child.output
+    output = tunnel.child.process.output
 
     class Broken:
         closed = property(lambda self: output.closed)
@@ -1681,11 +2231,12 @@ def test_an_output_that_fails_is_closed(bench, monkeypatch):
         def read(self, _: int) -> bytes:
             raise OSError(5, "Input/output error")
 
-    tunnel.child.output = Broken()
-    made.table._drain(tunnel.child)
+    tunnel.child.process.output = Broken()
+    made.table._drain(tunnel.child.process)
     assert output.closed and tunnel.state is READY
 
 
+@both
 def test_a_snapshot_names_state_leases_port_and_pid(bench):
     made = bench(live=True)
     tunnel = made.leased("app.test")
@@ -1699,12 +2250,13 @@ def test_a_snapshot_names_state_leases_port_and_pid(bench):
 # -- all together ------------------------------------------------------------------------------
 
 
-def test_fifty_random_ends_leave_no_zombie_and_lose_no_port(bench, cloudflared):
+@both
+def test_random_ends_leave_no_zombie_and_lose_no_port(bench, cloudflared):
     dice = random.Random(20)
     made = bench(count=8, jitter=lambda: 0.0)
     table = made.table
     everything = sorted(table.pool.free)
-    for _ in range(50):
+    for _ in range(25):
         name = dice.choice(["a.test", "b.test", "c.test", "d.test"])
         tunnel = made.ready(name)
         child = tunnel.child
@@ -1726,12 +2278,13 @@ def test_fifty_random_ends_leave_no_zombie_and_lose_no_port(bench, cloudflared):
     assert own_children() == set()
 
 
+@both
 def test_without_pidfd_children_are_polled(bench, monkeypatch):
     monkeypatch.delattr(os, "pidfd_open", raising=False)
     made = bench(live=True, idle=0.2, jitter=lambda: 0.0)
     tunnel = made.leased("app.test")
     child = tunnel.child
-    assert child.pidfd == -1 and child.alive()
+    assert child.process.pidfd == -1 and child.alive()
     os.kill(child.process.pid, signal.SIGKILL)
     wait_until(lambda: tunnel.state is READY and tunnel.child is not child)
     assert not child.alive()
@@ -1761,15 +2314,16 @@ def test_without_proc_a_start_counts_as_ready_and_doubt_is_patient(bench, cloudf
 
 
 def test_a_process_that_is_gone_is_not_alive_and_is_not_signalled():
-    with subprocess.Popen(["true"], stdout=subprocess.PIPE) as process:
-        child = sniroute_tunnels.Child(process, 1, 0.0)
+    launcher = sniroute_tunnels.cloudflared_launcher("true", {})
+    with subprocess.Popen(["true"], stdout=subprocess.PIPE) as popen:
+        process = sniroute_tunnels.Process(launcher, popen)
         try:
-            process.wait()
-            assert not child.alive()
-            child.signal(signal.SIGKILL)  # its group has ended
+            popen.wait()
+            assert not process.alive()
+            process.signal(signal.SIGKILL)  # its group has ended
         finally:
-            if child.pidfd >= 0:
-                os.close(child.pidfd)
+            if process.pidfd >= 0:
+                os.close(process.pidfd)
 
 
 # -- the stand-in itself -----------------------------------------------------------------------
@@ -1845,7 +2399,7 @@ def test_the_stand_in_can_stop_hang_and_ask_for_a_login(bench, cloudflared, echo
     made = bench(live=True)
     child = made.ready("login.test").child
     with socket.create_connection(child.address):
-        wait_until(lambda: made.table.words(child, 0.0).startswith("Access wants a login"))
+        wait_until(lambda: made.table.words(child, 0.0, 0).text.startswith("Access wants a login"))
     with socket.create_connection(made.ready("hang.test").child.address) as client:
         client.sendall(b"hello")
         wait_until(lambda: cloudflared.clients("hang.test"))
