@@ -37,6 +37,7 @@ It answers on its output, in JSON lines whose "listener" is that address and who
     listening   it is ready
     closed      the listener and its connections are gone; with an "error", there never was one
     failed      a client could not be served: "client" is its address, "reason" one word, "error" the rest
+    paused      (of no listener) it accepts nobody for now, for want of descriptors: it is full, not hung
 
 What else it says is kept as its last words.  A process that takes no line, or does not answer one
 in time, hangs: it is killed.  Its end is the end of all that it carries; one that was starting in
@@ -99,6 +100,7 @@ FAILURES_KEPT = 1024  # remembered failures, oldest out: names come from strange
 BACKOFF_FIRST, BACKOFF_LAST = 1.0, 60.0  # before a tunnel that died in use is started again
 HEALTHY = 60.0  # a tunnel that lived this long starts its back-off from the beginning
 DOUBT_FIRST, DOUBT_LAST = 5.0, 300.0  # youngest age at which doubt restarts a process
+PAUSED = 30.0  # a shared process that accepts nobody says so every 10 s, and is not hung for so long
 HUNG_LOOK, HUNG_LOOKS = 0.02, 10  # a process accepts nobody: the time between looks, and how many agree
 EVICT_AGE = 1.0  # a tunnel this fresh is not evicted: its client is on the way
 STARTS_BURST, STARTS_REFILL = 8, 1.0  # starts one client address may ask for: burst, per second
@@ -467,8 +469,8 @@ class Failure(NamedTuple):
 class Process:
     """One process of a tunnel program, and what it carries.  The reaper's, but for `alive` and `verdict`."""
 
-    __slots__ = ("launcher", "popen", "pid", "pidfd", "output", "line", "tail", "said", "children", "kill_at",
-                 "killed", "verdict")
+    __slots__ = ("launcher", "popen", "pid", "pidfd", "output", "line", "tail", "said", "paused", "children",
+                 "kill_at", "killed", "verdict")
 
     def __init__(self, launcher: Launcher, popen: subprocess.Popen):
         self.launcher = launcher
@@ -482,6 +484,7 @@ class Process:
         self.line = b""  # shared: the beginning of a line
         self.tail = b""  # the end of what it said; where it is shared, of what concerned no listener
         self.said = 0.0  # when it last said something
+        self.paused = -PAUSED  # shared: when it last said that it accepts nobody
         self.children: dict[str, Child] = {}  # by listener
         self.kill_at = 0.0  # when TERM gives way to KILL, and KILL to despair; 0: not being stopped
         self.killed = False
@@ -739,6 +742,8 @@ class TunnelTable:
 
         A busy process has a backlog too, at one look or two, but it gets shorter now and then.
         """
+        if self.clock() - child.process.paused < PAUSED:
+            return False
         waiting = 0
         for _ in range(HUNG_LOOKS if self.proc else 0):
             before, waiting = waiting, sum(listeners(child.address[1]).values())
@@ -1065,7 +1070,9 @@ class TunnelTable:
 
     def _heard(self, process: Process, line: bytes) -> None:
         """One line of a shared process."""
-        fields = last_line(line)[1] if b'"listener"' in line else {}
+        fields = last_line(line)[1] if b'"event"' in line else {}
+        if fields.get("event") == "paused":
+            process.paused = self.clock()
         if "listener" not in fields:
             process.tail = (process.tail + line + b"\n")[-TAIL:]
             return

@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import json
 import logging
+import math
 import os
 import pathlib
 import random
@@ -1460,8 +1461,25 @@ def test_a_backlog_that_never_gets_shorter_is_a_hung_process(backlog, hung, benc
     rest = list(backlog)
     monkeypatch.setattr(sniroute_tunnels, "listeners", lambda port: {"7": rest.pop(0)})
     with table.changed:
-        assert table._hung(types.SimpleNamespace(address=(HOST, 1))) is hung
+        child = types.SimpleNamespace(address=(HOST, 1), process=types.SimpleNamespace(paused=-math.inf))
+        assert table._hung(child) is hung
     assert rest == []
+
+
+@shared
+def test_a_shared_process_that_is_full_is_not_taken_for_a_hung_one(bench):
+    """It says so: to kill it would cost the connections that fill it."""
+    made = bench()
+    tunnel = made.leased("app.test")
+    child = tunnel.child
+    os.kill(child.process.pid, signal.SIGSTOP)
+    with socket.create_connection(child.address):
+        made.table._heard(child.process, b'{"event": "paused", "message": "not accepting for now"}')
+        assert made.outcome(made.ask("app.test", doubted=child)) is None
+        assert tunnel.child is child
+        made.clock.jump(sniroute_tunnels.PAUSED)
+        assert made.outcome(made.ask("app.test", doubted=child)) is None
+        assert tunnel.child is not child
 
 
 def test_a_busy_child_is_not_taken_for_a_hung_one(bench, cloudflared, echo_server):
