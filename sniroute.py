@@ -89,8 +89,8 @@ from typing import Any, Callable, Iterable, NamedTuple, NoReturn, Sequence
 
 import fcntl
 
-from sniroute_tunnels import (Child, Launcher, Tunnel, TunnelError, TunnelTable, carrier_launcher,
-                              cloudflared_launcher, printable)
+from sniroute_tunnels import (TUNNEL_IDENTITY, Child, Launcher, Tunnel, TunnelError, TunnelTable,
+                              carrier_launcher, cloudflared_launcher, printable)
 
 __version__ = "0.1.0"
 
@@ -135,7 +135,7 @@ LOG_NAP = 0.02  # between two writes of the log: one system call for many lines
 DUMP_MAX = 200  # connections in a dump
 KEEPALIVE = (60, 15, 4)  # idle, interval, count: a dead peer is found in two minutes
 SPARE_FDS = 320  # descriptors for 101 tunnels (two each), the pipes, listeners and the log
-TUNNEL_MEMORY = 64 << 20  # memory of the host for each tunnel: cloudflared takes about 28 MB
+TUNNEL_MEMORY = 64 << 20  # memory of the host for each process of a tunnel program: cloudflared takes about 28 MB
 
 PRELUDE, PARKED, DIALING, GREETING = "prelude", "parked", "dialing", "greeting"
 OPEN, LINGERING, CLOSED = "open", "lingering", "closed"
@@ -685,6 +685,7 @@ class Decision(NamedTuple):
     scheme: Scheme
     rest: str
     key: str  # of what is kept for it: two routes to one target may not be allowed the same addresses
+    tunnel: str  # where that is a tunnel: its key in the TunnelTable, `launcher:hostname`
 
 
 class Route(NamedTuple):
@@ -696,14 +697,34 @@ class Route(NamedTuple):
     def __str__(self) -> str:
         return f"{self.pattern}={self.target}"
 
-    def decide(self, name: str) -> Decision:
-        """Fill in the target for a name.  Raises Malformed where that gives no valid target."""
+    def decide(self, name: str, identified: bool = False) -> Decision:
+        """Fill in the target for a name.  Raises Malformed where that gives no valid target.
+
+        `identified` is whether the router has an Access token, which is not shown to everybody.
+        """
         scheme, _, rest = expand(self.target, name).partition(":")
         row = SCHEMES[scheme]
         rest = row.check(rest)
-        return Decision(self, f"{scheme}:{rest}", row, rest, f"{self.pattern}={scheme}:{rest}")
+        target = f"{scheme}:{rest}"
+        tunnel = ANONYMOUS + target if identified and not self.is_of_one_domain() else target
+        return Decision(self, target, row, rest, f"{self.pattern}={target}", tunnel)
+
+    def is_of_one_domain(self) -> bool:
+        """Whether all that its names lead to is in one domain, which the operator has chosen.
+
+        Else a client may own the domain that it leads to: `cft-{name}` for any name, or
+        `cft-{label}-{domain}` for `*.example.com`, which is `cft-a-example.com`.
+        """
+        star, _, domain = self.pattern.partition(".")
+        if not star.startswith("*"):
+            return True
+        names = ("a.b.c", "d.e.f") if not domain else (f"a.{domain}", f"b.{'c.' * (star == '**')}{domain}")
+        host = self.target.partition(":")[2]
+        ends = [expand(host, name).split(".")[-2:] for name in names]
+        return ends[0] == ends[1] and len(ends[0]) == 2
 
 
+ANONYMOUS = "anonymous "  # before the launcher of a tunnel that is not given the router's Access token
 FIELDS = re.compile(r"\{([^{}]*)\}")
 
 
@@ -742,11 +763,12 @@ class Routes:
     """An immutable set of routes: exact name, else the longest wildcard.
 
     `*.example.com` is one label in front, `**.example.com` one or more, `*` any name.
-    Raises ValueError where a pattern is there twice.
+    `identified`: see Route.decide.  Raises ValueError where a pattern is there twice.
     """
 
-    def __init__(self, routes: Iterable[Route]):
+    def __init__(self, routes: Iterable[Route], identified: bool = False):
         self.routes = tuple(routes)
+        self.identified = identified
         self.patterns = {route.pattern: route for route in self.routes}
         if len(self.patterns) < len(self.routes):
             patterns = [route.pattern for route in self.routes]
@@ -775,7 +797,7 @@ class Routes:
                 raise Refused("no_route", f"no route for {name}", UNRECOGNIZED_NAME)
             if len(self.decisions) >= DECISIONS_MAX:
                 self.decisions.clear()
-            decision = self.decisions[name] = route.decide(name)
+            decision = self.decisions[name] = route.decide(name, self.identified)
         return decision
 
 
@@ -815,7 +837,7 @@ def check_tunnel(rest: str) -> str:
 
 def tunnel_ready(router: Router, decision: Decision) -> Backend | None:
     """Lease the tunnel, if it is ready; None: it has to be waited for.  Loop."""
-    tunnel = router.tunnels.lease(decision.target)
+    tunnel = router.tunnels.lease(decision.tunnel)
     if tunnel is None:
         return None
     child = tunnel.child
@@ -828,7 +850,7 @@ def tunnel_ready(router: Router, decision: Decision) -> Backend | None:
 def tunnel_prepare(router: Router, wait: Wait) -> None:
     """Sleep until the tunnel is ready; the kind of a TunnelError becomes `tunnel_<kind>` of REFUSALS."""
     try:
-        router.tunnels.wait(wait.decision.target, wait.client, wait.deadline, wait.doubted)
+        router.tunnels.wait(wait.decision.tunnel, wait.client, wait.deadline, wait.doubted)
     except TunnelError as error:
         raise tunnel_refused(error.kind, str(error)) from None
 
@@ -949,7 +971,7 @@ REFUSALS = {
     "backend": Refusal(logging.WARNING, "the backend refused the connection, or did not answer"),
     "backend_no_tls": Refusal(logging.WARNING, "the PostgreSQL backend does not offer TLS"),
     "tunnel_failed": Refusal(logging.WARNING, "the tunnel did not start, or gave no answer"),
-    "tunnel_denied": Refusal(logging.WARNING, "Access does not let the router in: its token is missing, wrong, or not allowed"),
+    "tunnel_denied": Refusal(logging.WARNING, "Access does not let the router in: its token is missing, wrong, not allowed"),
     "tunnel_unknown": Refusal(logging.WARNING, "the tunnel's name does not resolve, or the edge does not know it"),
     "tunnel_timeout": Refusal(logging.WARNING, "the target was not ready within --start-timeout: its tunnel, or its address"),
     "tunnel_limit": Refusal(logging.WARNING, "--max-tunnels are in use"),
@@ -1008,7 +1030,7 @@ def parse_program(text: str) -> str:
     """The tunnel program: a file that runs, and that only root or this user may replace."""
     path = os.path.abspath(text)
     if not os.path.isfile(path) or not os.access(path, os.X_OK):
-        raise ValueError(f"{text!r} is not a program")
+        raise ValueError(f"{text!r} is not a program: there is no such file, or it may not be executed")
     state = os.stat(path)
     if state.st_mode & stat.S_IWOTH or state.st_uid not in (0, os.geteuid()):
         raise ValueError(f"{text!r} can be replaced by other users: chown it, and chmod o-w")
@@ -1065,7 +1087,7 @@ SETTINGS = (
             "connections at once of one client address (default 256); loopback and --proxy-from are exempt: "
             "there the address in the PROXY header counts"),
     Setting("max-tunnels", "N", parse_count, None,
-            "tunnels at once (default: as many as --ports, but one for each 64 MiB of memory at most)"),
+            "tunnels at once (default: as many as --ports; with cloudflared, one for each 64 MiB of memory at most)"),
     Setting("max-starting", "N", parse_count, "4",
             "tunnels that start at once (default 4)"),
     Setting("no-name", "ANSWER", one_of("refuse", "ok"), "refuse",
@@ -1127,21 +1149,40 @@ def load_settings(argv: Sequence[str], environ: dict[str, str]) -> types.SimpleN
         if row.name == "route":
             settings.open_to_all = source == "default"
             try:
-                settings.routes = Routes(value or ())
+                settings.routes = Routes(value or (), any(environ.get(variable) for variable in TUNNEL_IDENTITY))
             except ValueError as error:
                 wrong.append(f"{source}: {error}")
     if wrong:
         raise SettingsError(*wrong)
-    derive_settings(settings)
+    derive_settings(settings, environ)
     return settings
 
 
-def derive_settings(settings: types.SimpleNamespace) -> None:
-    """Fill in the defaults that depend on the host; refuse a literal route back to --listen."""
+def tunnel_launchers(cloudflared: str | None, environ: dict[str, str]) -> dict[str, Launcher]:
+    """The tunnel programs, by scheme, and those that do not get our Access token.
+
+    Where there is no cloudflared, the carrier stands in for it.
+    """
+    rows = {}
+    strangers = {key: value for key, value in environ.items() if key not in TUNNEL_IDENTITY}
+    for prefix, shown in (("", environ), (ANONYMOUS, strangers)):
+        carrier = carrier_launcher(shown)
+        first = cloudflared_launcher(cloudflared or "cloudflared", shown)
+        if cloudflared is None and not first.is_there() and carrier.is_there():
+            first = carrier
+        rows |= {f"{prefix}cloudflared": first, f"{prefix}carrier": carrier}
+    return rows
+
+
+def derive_settings(settings: types.SimpleNamespace, environ: dict[str, str]) -> None:
+    """Fill in what depends on the host; refuse a literal route back to --listen."""
     first, last = settings.ports
+    settings.launchers = tunnel_launchers(settings.cloudflared, environ)
     if settings.max_tunnels is None:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        settings.max_tunnels = max(1, min(last - first + 1, memory // TUNNEL_MEMORY))
+        used = {route.target.partition(":")[0] for route in settings.route}
+        share = min((row.carries for scheme, row in settings.launchers.items() if scheme in used), default=1)
+        settings.max_tunnels = max(1, min(last - first + 1, memory * share // TUNNEL_MEMORY))
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if descriptors == resource.RLIM_INFINITY:
         descriptors = 1 << 20
@@ -2031,8 +2072,9 @@ class Connection:
         self.client.close()
         if down.source is not None:  # from here on _drop_backend, unrolled: every connection passes here
             down.watch(0)
-            if self.hello is not None and backend.tunnel is not None:  # a tunnel that dials for nobody learns so by a reset, not by a half-close
-                down.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            if self.hello is not None and backend.tunnel is not None:
+                with contextlib.suppress(OSError):  # a tunnel that still dials learns by a reset that it does so for nobody
+                    down.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             down.source.close()
         if backend is not None and backend.tunnel is not None:
             router.tunnels.release(backend.tunnel)
@@ -2614,15 +2656,6 @@ def check(settings: types.SimpleNamespace) -> int:
     return 0
 
 
-def tunnel_launchers(settings: types.SimpleNamespace, environ: dict[str, str]) -> dict[str, Launcher]:
-    """The tunnel programs, by scheme.  Where there is no cloudflared, the carrier stands in for it."""
-    carrier = carrier_launcher(environ)
-    cloudflared = cloudflared_launcher(settings.cloudflared or "cloudflared", environ)
-    if settings.cloudflared is None and not cloudflared.is_there() and carrier.is_there():
-        cloudflared = carrier
-    return {"cloudflared": cloudflared, "carrier": carrier}
-
-
 def explain(settings: types.SimpleNamespace) -> int:
     """`sniroute explain NAME`: 0 where a route fits the name, 1 where it would be refused.
 
@@ -2636,10 +2669,12 @@ def explain(settings: types.SimpleNamespace) -> int:
         print(f"name:    {printable(settings.name)}\nrefused: {error} ({error.kind}, TLS alert {error.alert})")
         return 1
     print(f"name:    {name}\nroute:   {decision.route}\ntarget:  {decision.target}")
-    launcher = tunnel_launchers(settings, dict(os.environ)).get(decision.target.partition(":")[0])
+    launcher = settings.launchers.get(decision.tunnel.partition(":")[0])
     try:
         if launcher is not None:
-            print("runs:   ", shlex.join([launcher.find(), *launcher.words(decision.rest, settings.ports[0])]))
+            print("runs:   ", shlex.join([launcher.find(), *launcher.argv(decision.rest, settings.ports[0])]))
+            if decision.tunnel != decision.target:
+                print("token:   not shown there: the client may own that domain")
             try_tunnel(launcher, decision.rest)
     except TunnelError as error:
         refused = tunnel_refused(error.kind, str(error))
@@ -2698,8 +2733,7 @@ def run(settings: types.SimpleNamespace, journal: Journal, reader: int, writer: 
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    launchers = tunnel_launchers(settings, dict(os.environ))
-    tunnels = TunnelTable(launchers, settings.ports, idle=settings.idle,
+    tunnels = TunnelTable(settings.launchers, settings.ports, idle=settings.idle,
                           start_timeout=settings.start_timeout, max_tunnels=settings.max_tunnels,
                           max_starting=settings.max_starting)
     try:
@@ -2723,7 +2757,7 @@ def run(settings: types.SimpleNamespace, journal: Journal, reader: int, writer: 
             tunnels.close()  # here, so that the main thread hears a second signal meanwhile
             os.write(writer, b"\0")
 
-    warn(settings, launchers)
+    warn(settings)
     gc.freeze()  # what is here now lives as long as the process: never look at it again
     thread = threading.Thread(target=loop, name="loop", daemon=True)
     thread.start()
@@ -2749,16 +2783,21 @@ def run(settings: types.SimpleNamespace, journal: Journal, reader: int, writer: 
     return 1 if failed else 0
 
 
-def warn(settings: types.SimpleNamespace, launchers: dict[str, Launcher]) -> None:
+def warn(settings: types.SimpleNamespace) -> None:
     """Say what is likely not meant, once, at the start."""
     if settings.open_to_all:
         log.warning("no --route: every name is served, each by a tunnel of its own (%s)", settings.routes.routes[0])
-    for scheme, launcher in launchers.items():
+    for scheme, launcher in settings.launchers.items():
         if any(route.target.startswith(f"{scheme}:") for route in settings.routes.routes):
-            if scheme == "cloudflared" and launcher is launchers["carrier"]:
+            if scheme == "cloudflared" and launcher is settings.launchers["carrier"]:
                 log.info("cloudflared is not on PATH: the carrier beside sniroute.py does its work")
             elif not launcher.is_there():
                 log.warning("%s; names that need it are refused until then", launcher.missing)
+    for route in settings.routes.routes:
+        tunnels = route.target.partition(":")[0] in settings.launchers
+        if tunnels and settings.routes.identified and not route.is_of_one_domain():
+            log.warning("%s: a client may own the domain this leads to, so the Access token is not shown there: "
+                        "route your own domain, as **.example.com", route)
     if settings.max_connections > settings.fit:
         log.warning("--max-connections %d is more than the limit of open files allows (%d): raise LimitNOFILE",
                     settings.max_connections, settings.fit)

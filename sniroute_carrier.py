@@ -21,13 +21,16 @@ The life of a connection is `Connection.state`:
 
     NAMING -> CONNECTING -> (ASKING ->) SHAKING -> UPGRADING -> OPEN        one deadline for all this
        OPEN -> HALF -> LEAVING      the client has ended: its last bytes, a while for the answer, Close
-       any of these three -> ENDING the edge has ended: its last bytes, then the client may still read
+       OPEN -> LEAVING              the client is gone, and has said its last
+       OPEN, HALF -> DRAINING       the edge takes no more: what it has said before still counts
+       any of these -> ENDING       the edge has ended: its last bytes, then the client may still read
        any -> CLOSED
 
 What the far end is like decides what is sent.  It cuts a message at 16,384 bytes and drops the
 rest; it answers a Ping in the middle of a frame it is writing; it has no half-close.  So messages
-are small, Pings are never sent, Pongs and Close stand between whole frames, and Close is sent only
-when the client has ended and nothing has come down for a while.
+are small, Pings are never sent, and Pongs and Close stand between whole frames.  Of its own accord
+Close is sent only when the client has ended and nothing has come down for a while; else it answers
+a Close or a broken rule, or goes with the listener.
 
 Seams: I want to ...
     tell a failure apart          raise Failed with a word of REASONS; `judge` does it for answers
@@ -89,6 +92,7 @@ ADDRESSES_MAX = 8  # addresses of one host that are tried
 RESOLVED_FOR = 30.0  # an address is used; getaddrinfo does not tell its TTL
 KEEPALIVE = (15, 15, 9)  # idle, interval, count: cloudflared's
 SPARE_FDS = 64  # descriptors that are not for connections: listeners, the selector, resolvers
+LOG_NAP = 0.1  # until it is tried again to write what nobody took
 LINES_MAX = 1000  # log lines that wait for somebody to read them; over it they are dropped and counted
 LINE_MAX = 4095  # a log line, and with its newline what a pipe takes as a whole (PIPE_BUF); none comes near it
 COMMAND_MAX = 1024  # a line on stdin: two words, an address and a name
@@ -96,26 +100,11 @@ COMMAND_MAX = 1024  # a line on stdin: two words, an address and a name
 CAPACITY_ERRNOS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
-NAMING, CONNECTING, ASKING, SHAKING, UPGRADING = "name", "connect", "proxy", "TLS handshake", "upgrade"
-OPEN, HALF, LEAVING, ENDING, CLOSED = "open", "half", "leaving", "ending", "closed"
-CARRYING = frozenset((OPEN, HALF, LEAVING))  # the states in which the edge is read
-
-# Why a client could not be served: the word for programs, and the sentence for people.
-REASONS = {
-    "name": "the name does not resolve",
-    "refused": "the edge cannot be reached",
-    "timeout": "the edge gave no answer in time",
-    "certificate": "the edge's certificate is not trusted",
-    "tls": "the TLS handshake failed",
-    "reset": "the edge closed the connection",
-    "proxy": "the proxy (HTTPS_PROXY) refused",
-    "login": "Access wants a login: give it a service token (TUNNEL_SERVICE_TOKEN_ID, TUNNEL_SERVICE_TOKEN_SECRET)",
-    "denied": "Access denied it: is the token right, and does the application's policy allow it?",
-    "not_found": "the edge knows no such application",
-    "origin": "its connector runs, but cannot reach the service",
-    "down": "its tunnel is down: does its connector run?",
-    "other": "the edge answered something else",
-}
+# The states of a connection; those on the way to the edge are shown to people: "15 s, TLS handshake".
+NAMING, CONNECTING, ASKING = "resolving the name", "connecting", "asking the proxy"
+SHAKING, UPGRADING = "TLS handshake", "upgrade"
+OPEN, HALF, LEAVING, DRAINING, ENDING, CLOSED = "open", "half", "leaving", "draining", "ending", "closed"
+CARRYING = frozenset((OPEN, HALF, LEAVING, DRAINING))  # the states in which the edge is read
 
 
 class Failed(Exception):
@@ -167,27 +156,34 @@ HOST = re.compile(rf"(?=.{{1,253}}\Z)(?!-)(?:{LABEL}\.)*{LABEL}(?<!-)")
 
 def parse_target(text: str) -> Target:
     """`HOST`, `HOST:PORT` or a URL; whatever its scheme, it is https.  Raises ValueError."""
+    wrong = ValueError(f"{printable(text)!r} is not a hostname, HOST:PORT, or a URL")
     if not text.isascii() or not text.isprintable() or " " in text:
-        raise ValueError(f"{printable(text)!r} is not a hostname")
-    url = urllib.parse.urlsplit(text if "://" in text else f"https://{text}")
-    host, port = url.hostname or "", url.port  # both may raise ValueError
+        raise wrong
+    try:
+        url = urllib.parse.urlsplit(text if "://" in text else f"https://{text}")
+        host, port = url.hostname or "", url.port
+    except ValueError:
+        raise wrong from None
     try:
         host = str(ipaddress.ip_address(host))
     except ValueError:
         if not HOST.fullmatch(host):
-            raise ValueError(f"{text!r} is not a hostname") from None
+            raise wrong from None
     if port == 0:
-        raise ValueError(f"{text!r}: there is no port 0")
+        raise wrong
     return Target(host, port or 443, (url.path or "/") + (f"?{url.query}" if url.query else ""))
 
 
 def parse_listen(text: str) -> tuple[str, int]:
     """`HOST:PORT`, where HOST is an address or `localhost`; a scheme and a path are dropped.  Raises ValueError."""
-    url = urllib.parse.urlsplit(text if "://" in text else f"tcp://{text}")
-    if not url.hostname or url.port is None:
-        raise ValueError(f"{printable(text)!r} is not HOST:PORT")
-    host = "127.0.0.1" if url.hostname == "localhost" else url.hostname
-    return str(ipaddress.ip_address(host)), url.port
+    try:
+        url = urllib.parse.urlsplit(text if "://" in text else f"tcp://{text}")
+        host = "127.0.0.1" if url.hostname == "localhost" else str(ipaddress.ip_address(url.hostname or ""))
+        if url.port is not None:
+            return host, url.port
+    except ValueError:
+        pass
+    raise ValueError(f"{printable(text)!r} is not HOST:PORT, with an address or localhost as HOST")
 
 
 # What the upgrade says itself: a --header of this name is dropped, as cloudflared does.
@@ -216,16 +212,18 @@ IDENTITY = (
 )
 
 
-def identity(environ: Mapping[str, str], given: Mapping[str, str] = {}) -> list[tuple[str, str]]:
-    """The headers by which Access knows us.  Raises SettingsError."""
+def identity(environ: Mapping[str, str], given: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The headers by which Access knows us; `given` are the options.  Raises SettingsError."""
     headers = []
     for variable, option, header in IDENTITY:
-        value = given.get(option) or environ.get(variable)
+        value = given.get(option)
+        source = f"--{option.replace('_', '-')}" if value else variable
+        value = value or environ.get(variable)
         if value:
             try:
                 headers.append(parse_header(f"{header}: {value}"))
             except ValueError as error:
-                raise SettingsError(f"{variable}: {error}") from None
+                raise SettingsError(f"{source}: {error}") from None
     return headers
 
 
@@ -308,6 +306,16 @@ def find_proxy(environ: Mapping[str, str]) -> tuple[Proxy | None, str]:
     return proxy, environ.get("NO_PROXY") or environ.get("no_proxy") or ""
 
 
+def alternate(addresses: Iterable[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """The addresses in an order that changes the family at each step.  Source: RFC 8305 section 4."""
+    rows = list(addresses)
+    first = [row for row in rows if row[0] == rows[0][0]]
+    other = [row for row in rows if row[0] != rows[0][0]]
+    mixed = [row for pair in zip(first, other) for row in pair]
+    longer = first[len(other):] + other[len(first):]
+    return (mixed + longer)[:ADDRESSES_MAX]
+
+
 # -- HTTP --------------------------------------------------------------------------------------
 
 
@@ -363,8 +371,7 @@ def connect_request(target: Target, proxy: Proxy) -> bytes:
 
 def request(target: Target, key: str, headers: Iterable[tuple[str, str]]) -> bytes:
     """The request for the upgrade, as cloudflared sends it.  Source: RFC 6455 section 4.1."""
-    host = show_address((target.host, target.port)) if target.port != 443 or ":" in target.host else target.host
-    host = host.removesuffix(":443")
+    host = show_address((target.host, target.port)).removesuffix(":443")
     lines = [f"GET {target.path} HTTP/1.1", f"Host: {host}", f"User-Agent: sniroute/{__version__}"]
     lines += [f"{name}: {value}" for name, value in headers if name.lower() not in OWN_HEADERS]
     lines += ["Connection: Upgrade", f"Sec-WebSocket-Key: {key}", "Sec-WebSocket-Version: 13", "Upgrade: websocket"]
@@ -525,6 +532,27 @@ class FrameReader:
         return opcode, start, size
 
 
+# -- what may go wrong -------------------------------------------------------------------------
+
+# Why a client could not be served: the word for programs, and the sentence for people.
+REASONS = {
+    "name": "the name does not resolve",
+    "resolver": "the host's resolver gives no answer",
+    "refused": "the edge cannot be reached",
+    "timeout": "the edge gave no answer in time",
+    "certificate": "the edge's certificate is not trusted",
+    "tls": "the TLS handshake failed",
+    "reset": "the edge closed the connection",
+    "proxy": "the proxy (HTTPS_PROXY) cannot be reached, or refused",
+    "login": "Access wants a login: give it a service token (TUNNEL_SERVICE_TOKEN_ID, TUNNEL_SERVICE_TOKEN_SECRET)",
+    "denied": "Access denied it (is the token right, and does the application's policy allow it?)",
+    "not_found": "the edge knows no such application",
+    "origin": "its connector runs, but cannot reach the service",
+    "down": "its tunnel is down (does its connector run?)",
+    "other": "the edge answered something else",
+}
+
+
 # -- the log -----------------------------------------------------------------------------------
 
 LEVELS = {"debug": 0, "info": 1, "warn": 2, "error": 3, "fatal": 4}
@@ -576,7 +604,7 @@ class Log:
 
 
 def set_options(sock: socket.socket) -> None:
-    """No delay for small messages; notice a peer that has gone without a word."""
+    """Never wait; no delay for small messages; notice a peer that has gone without a word."""
     sock.setblocking(False)
     if sock.family == socket.AF_UNIX:
         return
@@ -613,11 +641,19 @@ def unsent(sock: socket.socket) -> int:
     return int.from_bytes(answer, sys.byteorder)
 
 
-def connect_failure(error: OSError, place: str) -> Failed:
-    """Why a connect failed."""
-    if error.errno == errno.ETIMEDOUT:
-        return Failed("timeout", f"{place}: no answer to the connect")
-    return Failed("refused", f"{place}: {error.strerror or error}")
+def name_failure(error: OSError, proxy: Proxy | None) -> Failed:
+    """Why the next hop, the proxy where there is one, has no address."""
+    why = error.strerror or str(error)
+    if proxy is not None:
+        return Failed("proxy", f"{proxy}: {why}")
+    return Failed("resolver" if error.errno == socket.EAI_AGAIN else "name", why)
+
+
+def connect_failure(error: OSError, proxy: Proxy | None) -> Failed:
+    """Why the next hop took no connect."""
+    if proxy is not None:
+        return Failed("proxy", f"{proxy}: {error.strerror}")
+    return Failed("timeout" if error.errno == errno.ETIMEDOUT else "refused", error.strerror)
 
 
 class Queue:
@@ -652,7 +688,7 @@ class Connection:
 
     __slots__ = ("carrier", "listener", "target", "client", "address", "edge", "state", "deaf", "early", "ended",
                  "attempts", "todo", "error", "key", "head", "answer", "reader", "out", "pong", "rest", "broken",
-                 "client_events", "edge_events", "unsent", "up", "down")
+                 "client_events", "edge_events", "still_unsent", "up", "down")
 
     def __init__(self, carrier: Carrier, listener: Listener, client: socket.socket, address: Any):
         self.carrier = carrier
@@ -664,7 +700,7 @@ class Connection:
         self.state = NAMING
         self.deaf = False  # the client takes no more; what it has sent is still read
         self.early = b""  # what it has said that is not in a message yet
-        self.ended = False  # it has ended: `early` is its last
+        self.ended = False  # it has ended: what is in `early` is its last
         self.attempts: list[socket.socket] = []  # connects under way
         self.todo: list[tuple[int, Any]] = []  # addresses still to be tried
         self.error: OSError = OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))  # of the last one
@@ -677,7 +713,7 @@ class Connection:
         self.rest = b""  # on its way to the client
         self.broken = False  # the edge broke off: the client is to see that
         self.client_events = self.edge_events = 0
-        self.unsent = 1 << 62  # LEAVING, ENDING: bytes that the kernel held for the other side, when last asked
+        self.still_unsent = 1 << 62  # LEAVING, ENDING: bytes that the kernel held for the other side, when last asked
         self.up = self.down = 0  # bytes
 
     # -- on the way to the edge
@@ -727,7 +763,7 @@ class Connection:
         if self.state is not NAMING:
             return
         if isinstance(found, OSError):
-            self.fail(Failed("name", f"{self.carrier.next_hop(self.target).host}: {found.strerror or found}"))
+            self.fail(name_failure(found, self.carrier.proxy_for(self.target)))
             return
         self.todo = list(found)
         self.state = CONNECTING
@@ -760,8 +796,7 @@ class Connection:
             self.error = OSError(code, os.strerror(code))
             sock.close()
         if not self.attempts:
-            place = self.carrier.next_hop(self.target)
-            self.fail(connect_failure(self.error, str(place)))
+            self.fail(connect_failure(self.error, self.carrier.proxy_for(self.target)))
 
     def on_connected(self, sock: socket.socket, mask: int) -> None:
         """One of the connects has an answer."""
@@ -987,11 +1022,10 @@ class Connection:
                     break
                 self.up += len(data)
                 self.out = memoryview(frame(BINARY, data))
-            else:
+            else:  # the turn is over: the last message goes out, too
                 self._flush()
         except OSError:
-            self._edge_ended(True)
-            return
+            self._edge_refuses()
         self._rewatch()
 
     def _hear(self) -> bytes | None:
@@ -1058,10 +1092,12 @@ class Connection:
         if pieces:
             if self.state is HALF:
                 self.carrier.graced.put(self)  # its answer is still coming
+            elif self.state is DRAINING:
+                self.carrier.lingering.put(self)
             if not self.deaf:
                 self._hand_down(pieces)
         for opcode, payload in controls:
-            if opcode == PING and self.state is not LEAVING:  # nothing follows a Close
+            if opcode == PING and self.state in (OPEN, HALF):  # nothing follows a Close
                 self.pong = payload  # RFC 6455 5.5.3: of several, the last will do
             elif opcode == CLOSE:
                 self._say_close(payload[:2])
@@ -1071,7 +1107,7 @@ class Connection:
             try:
                 self._flush()
             except OSError:
-                self._edge_ended(True)
+                self._edge_refuses()
 
     def _hand_down(self, pieces: list[memoryview]) -> None:
         """Write to the client; keep what it does not take now."""
@@ -1101,6 +1137,7 @@ class Connection:
 
     def _client_ended(self) -> None:
         """All that the client said is in messages.  There is no half-close on this wire."""
+        self.ended = True
         if self.deaf:
             self._leave()
             return
@@ -1125,20 +1162,36 @@ class Connection:
         try:
             self._flush()
         except OSError:
-            self._edge_ended(True)
+            self._edge_refuses()
+
+    def _edge_refuses(self) -> None:
+        """The edge takes no more.  What it has said before is still to be read, its Close perhaps."""
+        self.out = memoryview(b"")
+        self.pong = None
+        if self.state in (OPEN, HALF):
+            self.state = DRAINING
+            self.broken = True
+            self.carrier.graced.drop(self)
+            self.carrier.lingering.put(self)
 
     def on_linger(self) -> None:
         """The other side does not end.  While the kernel still gets rid of what it has to send, there is more time."""
+        if self.state is DRAINING:
+            if self.rest:
+                self.carrier.lingering.put(self)  # the client is slow, and the edge is not read meanwhile
+            else:
+                self._edge_ended(True)
+            return
         waiting = unsent(self.edge or self.client)
-        if 0 < waiting < self.unsent:
-            self.unsent = waiting
+        if 0 < waiting < self.still_unsent:
+            self.still_unsent = waiting
             self.carrier.lingering.put(self)
         else:
             self.close()
 
     def _say_close(self, code: bytes) -> None:
         """Close towards the edge, where nothing else is half sent."""
-        if self.state is LEAVING or self.out:
+        if self.state in (LEAVING, DRAINING) or self.out:
             return  # it has been said, or cannot be
         try:
             self.edge.send(frame(CLOSE, code))
@@ -1160,7 +1213,6 @@ class Connection:
         if self.broken:
             self.carrier.log("info", f"{self.target}: the edge broke off", event="reset",
                              listener=self.listener.address, client=self.address)
-        self.ended = self.state is not OPEN
         self._watch_edge(0)
         self.edge.close()
         self.edge = None
@@ -1285,16 +1337,6 @@ class Names:
             self.known[host, port] = found, now + RESOLVED_FOR
         for connection in self.waiting.pop((host, port)):
             connection.on_addresses(found)
-
-
-def alternate(addresses: Iterable[tuple[int, Any]]) -> list[tuple[int, Any]]:
-    """The addresses in an order that changes the family at each step.  Source: RFC 8305 section 4."""
-    rows = list(addresses)
-    first = [row for row in rows if row[0] == rows[0][0]]
-    other = [row for row in rows if row[0] != rows[0][0]]
-    mixed = [row for pair in zip(first, other) for row in pair]
-    longer = first[len(other):] + other[len(first):]
-    return (mixed + longer)[:ADDRESSES_MAX]
 
 
 class Carrier:
@@ -1502,7 +1544,7 @@ class Carrier:
         if self.resume_at != float("inf"):
             due.append(self.resume_at)
         if self.log.lines:
-            due.append(time.monotonic() + SHORT_OF_FDS)
+            due.append(time.monotonic() + LOG_NAP)
         return max(0.0, min(due) - time.monotonic()) if due else None
 
     def _do_what_is_due(self) -> None:
@@ -1553,7 +1595,7 @@ class Control:
         try:
             carrier.selector.register(0, READ, self.on_input)
         except PermissionError:
-            raise SettingsError("stdin is a file, which cannot be waited for: give it a pipe") from None
+            raise SettingsError("stdin cannot be waited for: give it a pipe") from None
 
     def on_input(self, mask: int) -> None:
         """Lines on stdin."""
@@ -1569,6 +1611,8 @@ class Control:
         """One line."""
         carrier = self.carrier
         try:
+            if not words:
+                return
             if len(words) == 3 and words[0] == "listen":
                 carrier.listen(parse_target(words[2]), parse_listen(words[1]))
             elif len(words) == 2 and words[0] == "close" and words[1] in carrier.listeners:
@@ -1629,7 +1673,7 @@ def parse_words(words: list[str], environ: Mapping[str, str]) -> Any:
     parser = argparse.ArgumentParser(
         prog="sniroute_carrier.py access tcp", allow_abbrev=False,
         description="Carries TCP to a hostname behind a Cloudflare tunnel, as `cloudflared access tcp` does.",
-        epilog="Secrets belong into the environment: TUNNEL_SERVICE_TOKEN_ID, TUNNEL_SERVICE_TOKEN_SECRET, or "
+        epilog="Secrets belong in the environment: TUNNEL_SERVICE_TOKEN_ID, TUNNEL_SERVICE_TOKEN_SECRET, or "
                "CF_ACCESS_TOKEN (what `cloudflared access token` prints). Also read: TUNNEL_SERVICE_HOSTNAME, "
                "TUNNEL_SERVICE_URL, TUNNEL_SERVICE_DESTINATION, TUNNEL_LOG_OUTPUT=json, HTTPS_PROXY, NO_PROXY, "
                "SSL_CERT_FILE, SSL_CERT_DIR.")
@@ -1646,13 +1690,15 @@ def parse_words(words: list[str], environ: Mapping[str, str]) -> Any:
     wrong = []
     for option, parse, variable in (("hostname", parse_target, "TUNNEL_SERVICE_HOSTNAME"),
                                     ("url", parse_listen, "TUNNEL_SERVICE_URL")):
-        text = getattr(given, option) or environ.get(variable)
+        text = getattr(given, option)
+        source = f"--{option}" if text else variable
+        text = text or environ.get(variable)
         try:
             setattr(given, option, parse(text) if text else None)
         except ValueError as error:
-            wrong.append(f"--{option}: {error}")
+            wrong.append(f"{source}: {error}")
     if not given.hostname and not wrong:
-        wrong.append("--hostname: which one?")
+        wrong.append("--hostname is missing (or TUNNEL_SERVICE_HOSTNAME)")
     try:
         given.header = [parse_header(text) for text in given.header]
     except ValueError as error:
@@ -1681,7 +1727,7 @@ def forwarders(words: list[str], environ: Mapping[str, str]) -> int:
     """`forwarders`, which has no options: what varies comes by stdin, what does not by the environment."""
     if words:
         raise SettingsError(f"unexpected {printable(words[0])!r}")
-    carrier = make_carrier("info", identity(environ), environ)
+    carrier = make_carrier("info", identity(environ, {}), environ)
     Control(carrier)
     carrier.run()
     return 0
@@ -1699,6 +1745,8 @@ def make_carrier(level: str, headers: list[tuple[str, str]], environ: Mapping[st
     except (OSError, ValueError):
         pass  # macOS has a lower limit of its own; a sandbox may forbid it
     carrier = Carrier(Log(level, environ.get("TUNNEL_LOG_OUTPUT") == "json"), headers, proxy, no_proxy)
+    if trusted and not carrier.context.cert_store_stats()["x509"]:
+        raise SettingsError(f"SSL_CERT_FILE: there is no certificate in {trusted}")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: carrier.call(carrier.stop))
     return carrier
@@ -1706,9 +1754,13 @@ def make_carrier(level: str, headers: list[tuple[str, str]], environ: Mapping[st
 
 USAGE = """\
 usage: sniroute_carrier.py access tcp --hostname HOST [--url HOST:PORT] [options]
-       sniroute_carrier.py forwarders
+       sniroute_carrier.py access tcp --help
+       sniroute_carrier.py forwarders          told on stdin what to listen for, as sniroute does
        sniroute_carrier.py --version
+
+Does what `cloudflared access tcp` does; instead of tcp, ssh, rdp and smb mean the same.
 """
+HELP = (["-h"], ["--help"], ["access", "-h"], ["access", "--help"], ["forwarders", "-h"], ["forwarders", "--help"])
 COMMANDS = {("access", kind): access for kind in ("tcp", "ssh", "rdp", "smb")} | {("forwarders",): forwarders}
 
 
@@ -1723,6 +1775,9 @@ def main() -> int:
     if words in (["--version"], ["-v"], ["version"]):
         print(f"sniroute_carrier {__version__} (Python {sys.version.split()[0]}, {ssl.OPENSSL_VERSION})")
         return 0
+    if words in HELP:
+        print(USAGE, end="")
+        return 0
     for command, run in COMMANDS.items():
         if tuple(words[:len(command)]) == command:
             try:
@@ -1731,8 +1786,8 @@ def main() -> int:
                 for line in str(error).split("\n"):
                     print(f"sniroute_carrier: {line}", file=sys.stderr)
                 return 2
-    print(USAGE, end="", file=sys.stdout if words in (["-h"], ["--help"]) else sys.stderr)
-    return 0 if words in (["-h"], ["--help"]) else 2
+    print(USAGE, end="", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

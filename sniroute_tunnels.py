@@ -39,9 +39,10 @@ It answers on its output, in JSON lines whose "listener" is that address and who
     failed      a client could not be served: "client" is its address, "reason" one word, "error" the rest
     paused      (of no listener) it accepts nobody for now, for want of descriptors: it is full, not hung
 
-What else it says is kept as its last words.  A process that takes no line, or does not answer one
-in time, hangs: it is killed.  Its end is the end of all that it carries; one that was starting in
-it beside others that ran is not to blame, and starts anew in another.
+Other events are nobody's concern here; what names no listener is kept as its last words. A process
+that takes no line, or does not answer one in time, hangs: it is killed. Its end is the end of all
+that it carries; one that was starting in it beside others that ran is not to blame, and starts anew
+in another.
 
 The lock.  `TunnelTable.changed` guards `tunnels`, `failures`, `budget`, `closing`, and a Tunnel's
 `state`, `child`, `waiters` and `doubts`; the loop reads three of them without it (see "Leases"), and
@@ -108,7 +109,7 @@ BUDGETS_KEPT = 4096  # client addresses with a start budget, least recent out
 TAIL = 4096  # bytes kept of a process's output: its last words
 DRAIN = 65536  # bytes read from a process's output at a time: what a pipe holds
 LINE = 8192  # bytes of one line of a shared process; it says less, and what is longer is cut
-CARRIES = 16  # names in one carrier: they share its 22 MB, its one core, and its end
+CARRIES = 16  # names in one carrier: they share its 20 MB, its one core, and its end
 REFUSALS_KEPT = 256  # clients not served, for each tunnel, oldest out: the router asks at once
 
 QUEUED, STARTING, READY = "queued", "starting", "ready"
@@ -186,6 +187,8 @@ CLOUDFLARED_REASONS = (
 def cloudflared_reason(tail: bytes) -> Reason:
     """The reason that cloudflared's last output gives.  Never final: it does not say for which client."""
     words = last_words(tail)
+    if "reason" in last_line(tail)[1]:  # --cloudflared names a carrier
+        return carrier_reason(tail)._replace(final=False)
     for text, kind, meaning in CLOUDFLARED_REASONS:
         if text in words:
             return Reason(kind, f"{meaning} ({words})")
@@ -217,12 +220,13 @@ class Launcher(NamedTuple):
     """One kind of tunnel program, as a row."""
 
     program: str  # a path, or a name that is looked up on PATH at each start
-    argv: Callable[..., list[str]]  # (argument, port) -> the words behind the program; () where it is shared
+    argv: Callable[[str, int], list[str]]  # (argument, port) -> the words behind the program, for one tunnel
     environment: Mapping[str, str]  # all that the process gets, but for its private HOME
     reason: Callable[[bytes], Reason]  # the process's last output, or one line, -> the reason
     missing: str  # for people, where it is not there
     script: str = ""  # a file that it runs, which may be missing too
-    carries: int = 1  # tunnels in one process; where more, see "Shared processes"
+    carries: int = 1  # tunnels in one process; where more, see "Shared processes", ...
+    shared: tuple[str, ...] = ()  # ... and these are its words
     trial: Callable[[str], list[str]] | None = None  # argument -> words with which it dials once, and ends
 
     def is_there(self) -> bool:
@@ -236,28 +240,23 @@ class Launcher(NamedTuple):
             raise TunnelError("failed", self.missing)
         return os.path.abspath(path)
 
-    def words(self, argument: str, port: int) -> list[str]:
-        """The words behind the program, for a tunnel to `argument` or for all."""
-        return self.argv() if self.carries > 1 else self.argv(argument, port)
+
+# Who the router is to Access; the last one only the carrier reads.
+TUNNEL_IDENTITY = frozenset(("TUNNEL_SERVICE_TOKEN_ID", "TUNNEL_SERVICE_TOKEN_SECRET", "CF_ACCESS_TOKEN"))
+# What a tunnel program may inherit: that, the way out, and the trust store.  Any other TUNNEL_*
+# variable would silently change it, and without PATH cloudflared finds no browser to open.
+TUNNEL_ENVIRONMENT = TUNNEL_IDENTITY | {
+    "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR", "TZ", "LANG"}
 
 
-# What a cloudflared may inherit: the way out, the trust store, and its Access identity.  Any other
-# TUNNEL_* variable would silently change it, and without PATH it finds no browser to open.
-CLOUDFLARED_ENVIRONMENT = (
-    "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR",
-    "TUNNEL_SERVICE_TOKEN_ID", "TUNNEL_SERVICE_TOKEN_SECRET", "TZ", "LANG",
-)
-CARRIER_ENVIRONMENT = (*CLOUDFLARED_ENVIRONMENT, "CF_ACCESS_TOKEN")  # it takes the token of a login, too
-
-
-def inherited(environ: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+def inherited(environ: Mapping[str, str]) -> dict[str, str]:
     """A process's environment, built from nothing."""
-    return {**{name: environ[name] for name in names if name in environ}, "TUNNEL_LOG_OUTPUT": "json"}
+    return {**{name: environ[name] for name in TUNNEL_ENVIRONMENT if name in environ}, "TUNNEL_LOG_OUTPUT": "json"}
 
 
 def cloudflared_launcher(program: str, environ: Mapping[str, str]) -> Launcher:
     """The row for `cloudflared access tcp`."""
-    return Launcher(program, cloudflared_argv, inherited(environ, CLOUDFLARED_ENVIRONMENT), cloudflared_reason,
+    return Launcher(program, cloudflared_argv, inherited(environ), cloudflared_reason,
                     f"{program} is not there: install it, or name it with --cloudflared")
 
 
@@ -270,10 +269,11 @@ CARRIER_CODE = ("import sys; sys.path.insert(0, sys.argv[1]); sys.argv[:2] = ['s
 def carrier_launcher(environ: Mapping[str, str]) -> Launcher:
     """The row for sniroute_carrier.py, which takes cloudflared's place."""
     here = os.path.dirname(os.path.abspath(__file__))
-    python = ["-I", "-S", "-c", CARRIER_CODE, here]
-    return Launcher(sys.executable, lambda: [*python, "forwarders"], inherited(environ, CARRIER_ENVIRONMENT),
-                    carrier_reason, "sniroute_carrier.py is not beside sniroute.py: copy it there",
-                    os.path.join(here, "sniroute_carrier.py"), CARRIES,
+    script = os.path.join(here, "sniroute_carrier.py")
+    python = "-I", "-S", "-c", CARRIER_CODE, here
+    return Launcher(sys.executable, lambda hostname, port: [script, *cloudflared_argv(hostname, port)],
+                    inherited(environ), carrier_reason, "sniroute_carrier.py is not beside sniroute.py: copy it there",
+                    script, CARRIES, (*python, "forwarders"),
                     lambda hostname: [*python, "access", "tcp", "--hostname", hostname])
 
 
@@ -467,7 +467,10 @@ class Failure(NamedTuple):
 
 
 class Process:
-    """One process of a tunnel program, and what it carries.  The reaper's, but for `alive` and `verdict`."""
+    """One process of a tunnel program, and what it carries.
+
+    Written by the reaper only, but for `verdict`; a thread that doubts reads it, and `TunnelTable.words`.
+    """
 
     __slots__ = ("launcher", "popen", "pid", "pidfd", "output", "line", "tail", "said", "paused", "children",
                  "kill_at", "killed", "verdict")
@@ -493,7 +496,7 @@ class Process:
     @property
     def shared(self) -> bool:
         """Whether it carries several tunnels, and is told which."""
-        return self.launcher.carries > 1
+        return bool(self.launcher.shared)
 
     def has_room(self) -> bool:
         """Whether it can take one more tunnel."""
@@ -525,7 +528,10 @@ class Process:
 
 
 class Child:
-    """The place of one tunnel in a process.  The reaper's, but for `alive` and `proven`."""
+    """The place of one tunnel in a process.
+
+    Written by the reaper only, but for `proven`; a thread that doubts reads it, and `TunnelTable.words`.
+    """
 
     __slots__ = ("process", "address", "listener", "started", "look_at", "pause", "ready", "close_at", "verdict",
                  "proven", "refusals")
@@ -605,7 +611,7 @@ class TunnelTable:
         self.failures: collections.OrderedDict[str, Failure] = collections.OrderedDict()
         self.budget = StartBudget(clock)
         self.closing = ""  # "" -> "drain" (TERM first) -> "now" (KILL)
-        # What follows belongs to the reaper.
+        # What follows belongs to the reaper; `words` looks whether a child is among `children`.
         self.pool = PortPool(*ports, clock=clock)
         self.processes: list[Process] = []
         self.children: dict[Child, Tunnel] = {}
@@ -709,9 +715,9 @@ class TunnelTable:
     def _doubt(self, tunnel: Tunnel, child: Child, client: str | None) -> None:
         """`child` gave no answer: have it restarted where that may help.  Under the lock.
 
-        Where its process is hung, whoever else is in that, or it is idle and so old that a new one may
-        know more.  A client can make a good tunnel look bad, so it is charged, and a child that has
-        worked has to be the older for it.
+        That is where its process is hung (with all that it carries), or where nobody uses it and it is so
+        old that a fresh start may help.  A client can make a good tunnel look bad, so this costs it a
+        start, and a child that has worked has to be older.
         """
         if tunnel.child is not child or tunnel.state is not READY:
             return  # somebody saw to it already
@@ -742,14 +748,14 @@ class TunnelTable:
 
         A busy process has a backlog too, at one look or two, but it gets shorter now and then.
         """
-        if self.clock() - child.process.paused < PAUSED:
+        if not self.proc or self.clock() - child.process.paused < PAUSED:
             return False
         waiting = 0
-        for _ in range(HUNG_LOOKS if self.proc else 0):
+        for _ in range(HUNG_LOOKS):
             before, waiting = waiting, sum(listeners(child.address[1]).values())
             if waiting < max(before, 1) or self.changed.wait_for(lambda: self.closing, HUNG_LOOK):
                 return False
-        return self.proc
+        return True
 
     # -- any thread ----------------------------------------------------------------------------
 
@@ -937,7 +943,7 @@ class TunnelTable:
                     self._enter(tunnel, QUEUED)
                 return
             if process is None:
-                process = self._launch(launcher, [program, *launcher.words(argument, port)])
+                process = self._launch(launcher, [program, *(launcher.shared or launcher.argv(argument, port))])
         except (OSError, TunnelError) as error:
             if port is not None:
                 self.pool.give(port)
@@ -960,7 +966,7 @@ class TunnelTable:
         if not self._is_home():
             self.home = tempfile.mkdtemp(prefix="sniroute-")  # 0700: a place for its lock files
         popen = subprocess.Popen(
-            [*self.guard, *words], stdin=subprocess.PIPE if launcher.carries > 1 else subprocess.DEVNULL,
+            [*self.guard, *words], stdin=subprocess.PIPE if launcher.shared else subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, cwd="/", process_group=0,
             env={**launcher.environment, "HOME": self.home})
         process = Process(launcher, popen)
@@ -1016,12 +1022,12 @@ class TunnelTable:
         if all(each.close_at for each in process.children.values()):
             self._end(process, now)
         elif why:
-            process.verdict = process.verdict or f"{child.listener}: {why}"  # it says neither yes nor no
+            process.verdict = process.verdict or f"{child.listener}: {why}"  # it has not answered `listen`: it hangs
         elif not asked:
             process.tell(f"close {child.listener}")
 
     def _end(self, process: Process, now: float) -> None:
-        """Ask a process to end; KILL comes after a while, or at once when hurried."""
+        """Ask a process to end; KILL comes after a while."""
         if not process.kill_at:
             process.signal(signal.SIGTERM)
             process.kill_at = now + STOP_GRACE

@@ -33,13 +33,13 @@ import tempfile
 import threading
 import time
 import types
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import pytest
 
 import sniroute
 import sniroute_tunnels
-from conftest import HERE, HOST, Address, Cloudflared, wait_until
+from conftest import HERE, HOST, Address, Cloudflared, Edge, wait_until
 from sniroute import (GSSENC_REQUEST, PROXY_POLICY, PROXY_V2, REFUSALS, SETTINGS, SSL_REQUEST, Ending, Hello,
                       HelloReader, Journal, Malformed, Prelude, ProxyHeader, Refused, Route, Routes, SettingsError,
                       check_tunnel, check_tcp, crc32c, expand, load_settings, normalise, parse_client_hello,
@@ -1835,11 +1835,14 @@ def test_the_connections_that_fit_follow_the_limit_of_open_files(limit, fit, mon
     assert load_settings(["--max-connections", "7"], {}).max_connections == 7
 
 
-@pytest.mark.parametrize("memory, tunnels", [(1 << 30, 16), (1 << 40, 101), (1, 1)],
-                         ids=["1-GiB", "1-TiB", "hardly-any"])
-def test_the_tunnels_that_fit_follow_the_memory_and_the_ports(memory, tunnels, monkeypatch):
+@pytest.mark.parametrize("scheme, memory, tunnels", [
+    ("cloudflared", 1 << 30, 16), ("cloudflared", 1 << 40, 101), ("cloudflared", 1, 1),
+    ("carrier", 1 << 28, 64), ("carrier", 1 << 30, 101),
+], ids=["1-GiB", "1-TiB", "hardly-any", "carrier-256-MiB", "carrier-1-GiB"])
+def test_the_tunnels_that_fit_follow_the_memory_and_the_ports(scheme, memory, tunnels, cloudflared, monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}[name])
-    assert load_settings([], {}).max_tunnels == tunnels
+    argv = [f"--route=*={scheme}:{{name}}", f"--cloudflared={cloudflared.path}"]
+    assert load_settings(argv, {}).max_tunnels == tunnels
 
 
 def test_the_limit_of_open_files_is_raised_where_it_may_be(monkeypatch):
@@ -4393,6 +4396,47 @@ def test_names_of_both_schemes_share_one_carrier(carried, edge, echo_server):
     assert len(set(re.findall(r" ready on .* \(pid (\d+)\)", program.log()))) == 1
 
 
+TOKEN = {"TUNNEL_SERVICE_TOKEN_ID": "the-id", "TUNNEL_SERVICE_TOKEN_SECRET": "s3cret", "CF_ACCESS_TOKEN": "jwt.jwt"}
+
+
+@pytest.mark.parametrize("pattern, target, own", [
+    ("*", "cft-{name}", False),
+    ("*", "{label}.com", False),
+    ("*", "one.example.com", True),
+    ("*", "{label}.tunnels.example.net", True),
+    ("*.example.com", "{name}", True),
+    ("**.example.com", "cft-{name}", True),
+    ("*.example.com", "cft-{label}-{domain}", False),
+    ("**.example.com", "cft-{label}-{domain}", False),
+    ("**.corp.example.com", "cft-{label}-{domain}", True),
+    ("*.example.com", "{label}.{label}", False),
+    ("a.example.com", "cft-{label}-{domain}", True),
+])
+def test_token_is_shown_only_where_the_operator_has_chosen_the_domain(pattern, target, own):
+    """Whoever owns the domain that a route leads to reads what the router shows there."""
+    route = sniroute.parse_route(f"{pattern}=carrier:{target}")
+    assert route.is_of_one_domain() is own
+    settings = load_settings([f"--route={route}", "--route=x.example.org=carrier:{name}"], TOKEN)
+    decision = settings.routes.decide(pattern.replace("**", "a").replace("*", "a") if "." in pattern else "a.b.c")
+    environment = settings.launchers[decision.tunnel.partition(":")[0]].environment
+    assert TOKEN.items() <= environment.items() if own else not TOKEN.keys() & environment.keys()
+
+
+def test_stranger_with_a_domain_does_not_learn_the_token(launch, three_files, edge, ports):
+    edge.far("*", (HOST, 1))
+    program = launch(ports, "--route=*.example.com=carrier:{name}", "--route=*=carrier:{name}", program=three_files,
+                     python=BARE_PYTHON, env={**BARE, **edge.environ, **TOKEN})
+    shown = {}
+    for name in ("db.example.com", "db.example.org"):
+        with program.connect(genuine_hello(name)) as client:
+            read_all(client)
+        shown[name] = {key.lower(): value for key, value in edge.requests(name)[0]["headers"]}
+    assert shown["db.example.com"]["cf-access-client-secret"] == "s3cret"
+    assert shown["db.example.com"]["cf-access-token"] == "jwt.jwt"
+    assert not [key for key in shown["db.example.org"] if key.startswith("cf-")]
+    assert program.log().count("the Access token is not shown there") == 1
+
+
 FAULTS = {  # what goes wrong at the edge -> reason, alert, words, dials
     "login": ({"service_token": ["id", "secret"]}, "tunnel_denied", 49, "Access wants a login", 1),
     "403": ({"deny": 403}, "tunnel_denied", 49, "Access denied it", 1),
@@ -4401,7 +4445,7 @@ FAULTS = {  # what goes wrong at the edge -> reason, alert, words, dials
                     1),
     "502": ({"status": 502}, "tunnel_failed", 80, "its connector runs, but cannot reach the service", 2),
     "530": ({"status": 530, "body": "error code: 1033"}, "tunnel_failed", 80,
-            "its tunnel is down: does its connector run?: HTTP 530, error 1033", 2),
+            "its tunnel is down (does its connector run?): HTTP 530, error 1033", 2),
     "reset": ({"rst": "tls"}, "tunnel_failed", 80, "the edge closed the connection: in the TLS handshake", 2),
 }
 
@@ -4462,8 +4506,8 @@ def test_explain_says_what_the_far_end_says(three_files, edge):
     edge.fault("db.example.com", deny=403)
     ended = explained(three_files, edge)
     assert (ended.returncode, ended.stderr) == (1, "")
-    assert ended.stdout.endswith("refused: db.example.com: Access denied it: is the token right, and does the "
-                                 "application's policy allow it?: HTTP 403 (tunnel_denied, TLS alert 49)\n")
+    assert ended.stdout.endswith("refused: db.example.com: Access denied it (is the token right, and does the "
+                                 "application's policy allow it?): HTTP 403 (tunnel_denied, TLS alert 49)\n")
 
 
 # -- the README --------------------------------------------------------------------------------
@@ -4485,7 +4529,7 @@ def test_every_refusal_is_in_the_readme():
 
 
 def test_variables_a_tunnel_may_inherit_are_in_the_readme():
-    names = {name for name in sniroute_tunnels.CARRIER_ENVIRONMENT if name.isupper()}
+    names = {name for name in sniroute_tunnels.TUNNEL_ENVIRONMENT if name.isupper()}
     assert {name for name in names if f"`{name}`" not in README} == set()
 
 

@@ -162,7 +162,7 @@ def stand_in(kind: str, program: str, environ: dict[str, str]) -> sniroute_tunne
     """The row for the stand-in."""
     launcher = sniroute_tunnels.cloudflared_launcher(program, environ)
     if kind == "shared":
-        launcher = launcher._replace(argv=lambda: ["forwarders"], reason=sniroute_tunnels.carrier_reason, carries=16)
+        launcher = launcher._replace(shared=("forwarders",), reason=sniroute_tunnels.carrier_reason, carries=16)
     return launcher
 
 
@@ -297,7 +297,7 @@ def test_argv_names_an_ipv4_listener_and_holds_no_secret():
 
 
 def test_environment_is_built_from_nothing():
-    environ = {name: "x" for name in sniroute_tunnels.CLOUDFLARED_ENVIRONMENT}
+    environ = {name: "x" for name in sniroute_tunnels.TUNNEL_ENVIRONMENT}
     more = {"PATH": "/bin", "HOME": "/root", "TUNNEL_SERVICE_HOSTNAME": "evil", "TUNNEL_LOG_OUTPUT": "text",
             "LD_PRELOAD": "x", "HTTP_PROXY": "x"}
     launcher = sniroute_tunnels.cloudflared_launcher("cloudflared", {**environ, **more})
@@ -321,20 +321,19 @@ def test_the_program_is_found_on_path_or_by_its_path(cloudflared, monkeypatch, t
         assert caught.value.kind == "failed"
 
 
-def test_words_are_for_one_tunnel_or_for_all():
-    own = sniroute_tunnels.cloudflared_launcher("cloudflared", {})
-    assert own.words("app.test", 20000) == sniroute_tunnels.cloudflared_argv("app.test", 20000)
+def test_the_carrier_can_also_be_run_for_one_tunnel():
+    """As `explain` shows it."""
     carrier = sniroute_tunnels.carrier_launcher({})
-    assert carrier.words("app.test", 20000) == carrier.argv()
-    assert (own.carries, own.trial, carrier.carries) == (1, None, sniroute_tunnels.CARRIES)
+    assert carrier.argv("app.test", 20000) == [carrier.script, *sniroute_tunnels.cloudflared_argv("app.test", 20000)]
+    done = subprocess.run([carrier.find(), carrier.script, "access", "tcp"], env={}, capture_output=True)
+    assert (done.returncode, done.stdout) == (2, b"") and b"--hostname is missing" in done.stderr
 
 
 def test_the_carrier_is_run_by_this_python_with_nothing_but_what_it_needs(monkeypatch, tmp_path):
     monkeypatch.setattr(sniroute_tunnels, "__file__", str(tmp_path / "sniroute_tunnels.py"))
-    environ = {name: "x" for name in sniroute_tunnels.CARRIER_ENVIRONMENT}
+    environ = {name: "x" for name in sniroute_tunnels.TUNNEL_ENVIRONMENT}
     launcher = sniroute_tunnels.carrier_launcher({**environ, "PATH": "/bin", "TUNNEL_SERVICE_HOSTNAME": "evil"})
     assert launcher.environment == {**environ, "TUNNEL_LOG_OUTPUT": "json"}
-    assert set(environ) - set(sniroute_tunnels.CLOUDFLARED_ENVIRONMENT) == {"CF_ACCESS_TOKEN"}
     assert not launcher.is_there()
     with pytest.raises(TunnelError, match="sniroute_carrier.py is not beside sniroute.py: copy it there") as caught:
         launcher.find()
@@ -342,7 +341,7 @@ def test_the_carrier_is_run_by_this_python_with_nothing_but_what_it_needs(monkey
     (tmp_path / "sniroute_carrier.py").write_text(
         "import sys\ndef main():\n    print(sys.argv, sys.flags.isolated, sys.flags.no_site)\n    return 7\n")
     assert launcher.is_there() and launcher.find() == os.path.abspath(sys.executable)
-    for words, seen in ((launcher.words("a.test", 1), ["forwarders"]),
+    for words, seen in ((launcher.shared, ["forwarders"]),
                         (launcher.trial("a.test"), ["access", "tcp", "--hostname", "a.test"])):
         done = subprocess.run([launcher.find(), *words], cwd="/", env=launcher.environment, capture_output=True)
         assert (done.returncode, done.stdout.decode()) == (7, f"{['sniroute_carrier', *seen]} 1 1\n"), done.stderr
@@ -402,7 +401,7 @@ if form == "python":
     sniroute_tunnels.shutil.which = lambda name, path=None: name if "/" in name else None
 launcher = sniroute_tunnels.cloudflared_launcher(path, {})
 if kind == "shared":
-    launcher = launcher._replace(argv=lambda: ["forwarders"], reason=sniroute_tunnels.carrier_reason, carries=16)
+    launcher = launcher._replace(shared=("forwarders",), reason=sniroute_tunnels.carrier_reason, carries=16)
 table = sniroute_tunnels.TunnelTable({"cf": launcher}, (int(first), int(first) + 9))
 table.start()
 for name in "abc":
