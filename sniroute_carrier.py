@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import base64
 import collections
+import contextlib
 import errno
 import fcntl
 import functools
@@ -87,6 +88,7 @@ PAUSE = 1.0  # in accepting, when descriptors are short; less where a connection
 PAUSE_SAID = 10.0  # between two lines about that
 GRACE = 2.0  # a client has ended: silence from the edge before Close, so that its answer gets through
 SETTLE = 0.05  # until it is asked again whether the client has got everything, and may be reset
+STALL = 60.0  # the edge takes nothing: until it is looked whether the client is still there
 LINGER = 5.0  # after Close, or FIN: the other side may still send what is under way
 ADDRESSES_MAX = 8  # addresses of one host that are tried
 RESOLVED_FOR = 30.0  # an address is used; getaddrinfo does not tell its TTL
@@ -245,6 +247,8 @@ def parse_proxy(text: str) -> Proxy:
         port = url.port
     except ValueError:  # its message may show a part of the password
         raise ValueError("it is not http://[USER:PASSWORD@]HOST[:PORT]") from None
+    if url.path not in ("", "/") or url.query or url.fragment:  # perhaps the end of a password with a slash in it
+        raise ValueError("it is not http://[USER:PASSWORD@]HOST[:PORT]")
     if url.scheme != "http":
         raise ValueError(f"a proxy is reached by http://, not by {printable(url.scheme, 20)}://")
     if not url.hostname or not url.hostname.isascii() or not url.hostname.isprintable():
@@ -335,14 +339,14 @@ def parse_answer(data: bytes | bytearray) -> Answer | None:
 
     Source: RFC 9112 section 2 and 5.
     """
+    if data[:7] != b"HTTP/1."[:len(data)]:
+        raise Malformed("it is no HTTP")
     end = data.find(b"\r\n\r\n", 0, HEAD_MAX)
-    first = bytes(data[:HEAD_MAX].partition(b"\r\n")[0])
     if end < 0:
         if len(data) >= HEAD_MAX:
             raise Malformed(f"a head of more than {HEAD_MAX} bytes")
-        if not b"HTTP/1."[:len(first)] == first[:7]:
-            raise Malformed("it is no HTTP")
         return None
+    first = bytes(data[:data.find(b"\r\n")])
     status = STATUS_LINE.fullmatch(first)
     if status is None:
         raise Malformed("it is no HTTP")
@@ -460,6 +464,10 @@ class FrameReader:
         self.left = 0  # bytes of the current data frame that are still to come
         self.part = b""  # the beginning of a header or of a control frame
         self.fragmented = False  # a message goes on in the next data frame
+
+    def is_inside(self) -> bool:
+        """Whether an end would come in the middle of something."""
+        return bool(self.left or self.part or self.fragmented)
 
     def read(self, data: memoryview) -> tuple[list[memoryview], list[tuple[int, bytes]]]:
         """The payload in `data`, in order, and its control frames.  Raises Malformed.
@@ -618,7 +626,8 @@ def set_options(sock: socket.socket) -> None:
 def reset(sock: socket.socket) -> None:
     """Close a socket so that its peer sees a failure, not an end."""
     if sock.family != socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        with contextlib.suppress(OSError):  # macOS, of a connection that is over
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
 
 
@@ -641,12 +650,20 @@ def unsent(sock: socket.socket) -> int:
     return int.from_bytes(answer, sys.byteorder)
 
 
+def has_left(sock: socket.socket) -> bool:
+    """Whether the peer has ended or is gone, asked without reading what it has said before (only Linux tells)."""
+    poll = select.poll()
+    poll.register(sock, getattr(select, "POLLRDHUP", 0))
+    return bool(poll.poll(0))
+
+
 def name_failure(error: OSError, proxy: Proxy | None) -> Failed:
     """Why the next hop, the proxy where there is one, has no address."""
     why = error.strerror or str(error)
     if proxy is not None:
         return Failed("proxy", f"{proxy}: {why}")
-    return Failed("resolver" if error.errno == socket.EAI_AGAIN else "name", why)
+    unknown = error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
+    return Failed("name" if unknown else "resolver", why)
 
 
 def connect_failure(error: OSError, proxy: Proxy | None) -> Failed:
@@ -688,7 +705,8 @@ class Connection:
 
     __slots__ = ("carrier", "listener", "target", "client", "address", "edge", "state", "deaf", "early", "ended",
                  "attempts", "todo", "error", "key", "head", "answer", "reader", "out", "pong", "rest", "broken",
-                 "client_events", "edge_events", "still_unsent", "up", "down")
+                 "client_events", "edge_events", "stalled_at",
+                 "still_unsent", "up", "down")
 
     def __init__(self, carrier: Carrier, listener: Listener, client: socket.socket, address: Any):
         self.carrier = carrier
@@ -713,6 +731,7 @@ class Connection:
         self.rest = b""  # on its way to the client
         self.broken = False  # the edge broke off: the client is to see that
         self.client_events = self.edge_events = 0
+        self.stalled_at = (0, 0)  # what was sent, and not acknowledged, when that was last asked
         self.still_unsent = 1 << 62  # LEAVING, ENDING: bytes that the kernel held for the other side, when last asked
         self.up = self.down = 0  # bytes
 
@@ -788,8 +807,8 @@ class Connection:
             set_options(sock)
             code = sock.connect_ex(address)
             if code in (0, errno.EINPROGRESS):
-                self.attempts.append(sock)
                 self.carrier.selector.register(sock, WRITE, functools.partial(self.on_connected, sock))
+                self.attempts.append(sock)
                 if self.todo:
                     self.carrier.staggered.put(self)
                 return
@@ -908,7 +927,7 @@ class Connection:
                 self._watch_edge(WRITE, self.on_upgrade)
                 return
             self._watch_edge(READ, self.on_upgrade)
-            while True:
+            for _ in range(TURN):  # each takes a whole record, so that select sees what is left
                 data = self.edge.recv(RECORD)
                 self.head += data
                 if self._answered(not data) or not data:
@@ -1052,6 +1071,8 @@ class Connection:
                 if self.state is LEAVING:
                     self.carrier.lingering.put(self)  # it moves: let it
         except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            if self.state in CARRYING and self not in self.carrier.stalled.due:
+                self.carrier.stalled.put(self)
             return False
         return True
 
@@ -1080,7 +1101,7 @@ class Connection:
         if filled:
             self._take(buffer[:filled])
         if over and self.state in CARRYING:
-            self._edge_ended(lost)
+            self._edge_ended(lost or self.reader.is_inside())
 
     def _take(self, data: memoryview) -> None:
         """Bytes from the edge: hand down what is payload, answer what is control."""
@@ -1174,6 +1195,18 @@ class Connection:
             self.carrier.graced.drop(self)
             self.carrier.lingering.put(self)
 
+    def on_stall(self) -> None:
+        """For a while the edge has taken nothing, or little, and so nobody has listened to the client."""
+        if self.state not in CARRYING or not self.out:
+            return
+        waiting = unsent(self.edge)
+        if has_left(self.client) and (self.up, waiting) == self.stalled_at:
+            self.broken = True
+            self.close()
+            return
+        self.stalled_at = self.up, waiting
+        self.carrier.stalled.put(self)
+
     def on_linger(self) -> None:
         """The other side does not end.  While the kernel still gets rid of what it has to send, there is more time."""
         if self.state is DRAINING:
@@ -1263,19 +1296,21 @@ class Connection:
         if self.state is CLOSED:
             return
         self.state = CLOSED
-        for queue in self.carrier.queues:
-            queue.drop(self)
-        for sock in list(self.attempts):
-            self._drop_attempt(sock)
-        self._watch_client(0)
-        if self.edge is not None:
-            self._watch_edge(0)
-            self.edge.close()
-        if self.broken:
-            reset(self.client)
-        else:
-            self.client.close()
-        self.carrier.closed(self)
+        try:
+            for queue in self.carrier.queues:
+                queue.drop(self)
+            for sock in list(self.attempts):
+                self._drop_attempt(sock)
+            if self.edge is not None:
+                self._watch_edge(0)
+                self.edge.close()
+        finally:  # whatever fault brought us here, the client is let go
+            self._watch_client(0)
+            if self.broken:
+                reset(self.client)
+            else:
+                self.client.close()
+            self.carrier.closed(self)
 
     # -- the selector
 
@@ -1324,7 +1359,7 @@ class Names:
             rows = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             found: Any = alternate(dict.fromkeys((row[0], row[4]) for row in rows))
         except UnicodeError:
-            found = OSError("it is no name")
+            found = OSError(socket.EAI_NONAME, "it is no name")
         except OSError as error:
             found = error
         self.carrier.call(lambda: self._found(host, port, found))
@@ -1336,7 +1371,10 @@ class Names:
         if not isinstance(found, OSError):
             self.known[host, port] = found, now + RESOLVED_FOR
         for connection in self.waiting.pop((host, port)):
-            connection.on_addresses(found)
+            try:
+                connection.on_addresses(found)
+            except Exception:
+                self.carrier.fault(connection.close)
 
 
 class Carrier:
@@ -1352,6 +1390,8 @@ class Carrier:
         self.no_proxy = no_proxy
         self.context = ssl.create_default_context()
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+        # With TLS 1.2 an edge could have a send wait for its next word, while select says "go on".
+        self.context.options |= ssl.OP_NO_RENEGOTIATION
         self.buffer = memoryview(bytearray(BUFFER))
         self.names = Names(self)
         self.listeners: dict[str, Listener] = {}
@@ -1370,11 +1410,12 @@ class Carrier:
         self.hurried = Queue(LINGER, Connection.on_hurry)
         self.staggered = Queue(STAGGER, Connection.connect)
         self.short = Queue(SHORT_OF_FDS, Connection.connect)
+        self.stalled = Queue(STALL, Connection.on_stall)
         self.graced = Queue(GRACE, Connection.on_grace)
         self.lingering = Queue(LINGER, Connection.on_linger)
         self.settling = Queue(SETTLE, Connection._farewell)
-        self.queues = (self.dialling, self.hurried, self.staggered, self.short, self.graced, self.lingering,
-                       self.settling)
+        self.queues = (self.dialling, self.hurried, self.staggered, self.short, self.stalled, self.graced,
+                       self.lingering, self.settling)
         self.calls: collections.deque[Callable[[], None]] = collections.deque()
         self.selector = selectors.DefaultSelector()
         self.wake_reader, self.wake_writer = socket.socketpair()
@@ -1401,7 +1442,7 @@ class Carrier:
                 try:
                     key.data(mask)
                 except Exception:
-                    self._fault(key.data)
+                    self.fault(key.data)
             self._do_what_is_due()
             self.log.flush()
         self.stop()
@@ -1409,7 +1450,7 @@ class Carrier:
         self.wake_reader.close()
         self.wake_writer.close()
 
-    def _fault(self, act: Any) -> None:
+    def fault(self, act: Any) -> None:
         """A fault of ours ends the connection that met it, and no other."""
         places = []
         trace = sys.exc_info()[2]
@@ -1430,6 +1471,17 @@ class Carrier:
             self.unlisten(address, 1001)
         for connection in list(self.connections):
             connection.close()
+
+    def leave(self) -> None:
+        """Stop, as a process that is about to end.
+
+        Its ports stay its own until the kernel closes them: before that, nobody could tell a stranger
+        who takes one from us.
+        """
+        for listener in self.listeners.values():
+            with contextlib.suppress(OSError):  # no descriptor left
+                os.dup(listener.sock.fileno())
+        self.stop()
 
     def listen(self, target: Target, address: tuple[str, int]) -> Listener:
         """Open a listener; once this returns, clients can connect.  Raises OSError."""
@@ -1560,7 +1612,7 @@ class Carrier:
                 try:
                     queue.act(connection)
                 except Exception:
-                    self._fault(connection.close)
+                    self.fault(connection.close)
 
     def _woken(self, mask: int) -> None:
         """Do what other threads, or signals, asked for."""
@@ -1573,7 +1625,7 @@ class Carrier:
             try:
                 act()
             except Exception:
-                self._fault(act)
+                self.fault(act)
 
 
 # -- many hostnames ----------------------------------------------------------------------------
@@ -1602,10 +1654,13 @@ class Control:
         data = os.read(0, 65536)
         *lines, self.part = (self.part + data).split(b"\n")
         if not data or len(self.part) > COMMAND_MAX:
-            self.carrier.stop()
+            self.carrier.leave()
             return
         for line in lines:
-            self.obey(line.decode("ascii", "replace").split())
+            try:
+                self.obey(line.decode("ascii", "replace").split())
+            except Exception:
+                self.carrier.fault(self.obey)
 
     def obey(self, words: list[str]) -> None:
         """One line."""
@@ -1748,7 +1803,7 @@ def make_carrier(level: str, headers: list[tuple[str, str]], environ: Mapping[st
     if trusted and not carrier.context.cert_store_stats()["x509"]:
         raise SettingsError(f"SSL_CERT_FILE: there is no certificate in {trusted}")
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: carrier.call(carrier.stop))
+        signal.signal(number, lambda *_: carrier.call(carrier.leave))
     return carrier
 
 

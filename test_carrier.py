@@ -1897,7 +1897,7 @@ def test_an_edge_that_breaks_the_rules(edge, name, local, echo_server, kind):
                  [(CLOSE, b"\x03\xe9")], id="a Close within a message"),
     pytest.param(server_frame(BINARY, b"whole") + server_frame(CLOSE, b"\x03\xe8bye") + b"\xff" * 100,
                  (b"whole", "FIN"), [(CLOSE, b"\x03\xe8")], id="garbage behind a Close"),
-    pytest.param(server_frame(BINARY, b"x" * 100)[:50], (b"x" * 48, "FIN"), [], id="an end within a frame"),
+    pytest.param(server_frame(BINARY, b"x" * 100)[:50], (b"x" * 48, "RST"), [], id="an end within a frame"),
     pytest.param(server_frame(PING, b"1") + server_frame(PING, b"2") + server_frame(PING, b"3")
                  + server_frame(CLOSE, b""), (b"", "FIN"), [(CLOSE, b"")], id="Pings and a Close"),
     pytest.param(server_frame(BINARY, b"") * 3000 + server_frame(BINARY, b"x") * 3000 + server_frame(CLOSE, b""),
@@ -2188,6 +2188,88 @@ def bare(state: str) -> Iterator[tuple[sniroute_carrier.Connection, socket.socke
             connection.close()
             carrier.stopping = True
             carrier.run()
+
+
+class Dripping(socket.socket):
+    """An edge whose records have one byte each, and come without end."""
+
+    reads = 0
+
+    def recv(self, size: int) -> bytes:
+        self.reads += 1
+        return b"HTTP/1.1 101 "[self.reads - 1:self.reads] or b"x"
+
+
+def test_a_head_that_drips_leaves_others_their_turn():
+    with bare("upgrade") as (connection, _):
+        connection.edge.close()
+        connection.edge = Dripping(socket.AF_UNIX)
+        connection.on_upgrade(sniroute_carrier.WRITE)
+        assert connection.edge.reads == sniroute_carrier.TURN and connection.state == "upgrade"
+        connection.on_upgrade(sniroute_carrier.READ)
+        assert connection.edge.reads == 2 * sniroute_carrier.TURN
+
+
+def test_no_edge_can_begin_a_handshake_anew():
+    """With TLS 1.2 a send would wait for its answer, and the loop spin meanwhile."""
+    with bare("open") as (connection, _):
+        assert connection.carrier.context.options & ssl.OP_NO_RENEGOTIATION
+
+
+def test_ports_stay_ours_until_the_end(monkeypatch):
+    """A process that ends and has closed a port cannot be told from one that listens there."""
+    kept: list[int] = []
+    dup = os.dup
+    monkeypatch.setattr(os, "dup", lambda fd: kept.append(dup(fd)) or kept[-1])
+    carrier = Carrier(Notes(), [], None, "")
+    address = carrier.listen(Target("app.example.test", 443, "/"), (HOST, 0)).sock.getsockname()
+    carrier.leave()
+    carrier.run()
+    try:
+        with pytest.raises(OSError, match="in use"), socket.socket() as stranger:
+            stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            stranger.bind(address)
+    finally:
+        os.close(*kept)
+
+
+def test_a_fault_on_the_way_out_lets_the_client_go_all_the_same(monkeypatch):
+    with bare("connecting") as (connection, client):
+        connection.attempts = [socket.socket()]
+        monkeypatch.setattr(sniroute_carrier.Connection, "_drop_attempt", lambda self, sock: sock.close() or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            connection.close()
+        assert connection not in connection.carrier.connections and receive_all(client) == (b"", "FIN")
+        connection.edge.close()
+
+
+@linux
+@pytest.mark.parametrize("leaves", [True, False], ids=["and leaves", "and stays"])
+def test_a_client_of_an_edge_that_takes_nothing(edge, name, local, leaves, echo_server):
+    """While its bytes are not taken nobody listens to it: whether it is still there is asked now and then."""
+    edge.far(name, echo_server.address)
+    edge.fault(name, slow_reads=True)
+    run = local(name, STALL=0.1, LINGER=0.2)
+    client = run.connect()
+    with client:
+        client.setblocking(False)
+        carried = [0]
+        def full() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    client.send(bytes(1 << 20))
+            carried.append(sum(each.up for each in run.carrier.connections.copy() if each.out))
+            return run.states() == ["open"] and carried[-1] > 0 and len(set(carried[-20:])) == 1
+        wait_until(full)
+        connection, = run.carrier.connections
+        if leaves:
+            reset(client)  # the end of one that only closes comes behind its bytes: keepalive sees to it
+            run.reaches()
+        else:
+            wait_until(lambda: connection.stalled_at[0] == connection.up)
+            connection.stalled_at = connection.up, -1
+            wait_until(lambda: connection.stalled_at[1] != -1, what="another look")
+            assert run.states() == ["open"]
 
 
 @pytest.mark.parametrize("act", [
@@ -2851,6 +2933,7 @@ class Controlled:
         self.stdin = os.dup(0)
         os.dup2(reader, 0)
         os.close(reader)
+        self.carrier.leave = self.carrier.stop  # this process does not end: see test_ports_stay_ours_until_the_end
         sniroute_carrier.Control(self.carrier)
         self.thread = threading.Thread(target=self.carrier.run, name="carrier")
         self.thread.start()
