@@ -1158,7 +1158,7 @@ def load_settings(argv: Sequence[str], environ: dict[str, str]) -> types.SimpleN
     return settings
 
 
-def tunnel_launchers(cloudflared: str | None, environ: dict[str, str]) -> dict[str, Launcher]:
+def tunnel_launchers(program: str | None, environ: dict[str, str]) -> dict[str, Launcher]:
     """The tunnel programs, by scheme, and those that do not get our Access token.
 
     Where there is no cloudflared, the carrier stands in for it.
@@ -1167,10 +1167,10 @@ def tunnel_launchers(cloudflared: str | None, environ: dict[str, str]) -> dict[s
     strangers = {key: value for key, value in environ.items() if key not in TUNNEL_IDENTITY}
     for prefix, shown in (("", environ), (ANONYMOUS, strangers)):
         carrier = carrier_launcher(shown)
-        first = cloudflared_launcher(cloudflared or "cloudflared", shown)
-        if cloudflared is None and not first.is_there() and carrier.is_there():
-            first = carrier
-        rows |= {f"{prefix}cloudflared": first, f"{prefix}carrier": carrier}
+        cloudflared = cloudflared_launcher(program or "cloudflared", shown)
+        if program is None and not cloudflared.is_there() and carrier.is_there():
+            cloudflared = carrier
+        rows |= {f"{prefix}cloudflared": cloudflared, f"{prefix}carrier": carrier}
     return rows
 
 

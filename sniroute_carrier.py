@@ -563,7 +563,7 @@ REASONS = {
 
 # -- the log -----------------------------------------------------------------------------------
 
-LEVELS = {"debug": 0, "info": 1, "warn": 2, "error": 3, "fatal": 4}
+LEVELS = {"debug": 0, "info": 1, "warn": 2, "error": 3, "fatal": 4}  # cloudflared's words
 
 
 class Log:
@@ -705,8 +705,7 @@ class Connection:
 
     __slots__ = ("carrier", "listener", "target", "client", "address", "edge", "state", "deaf", "early", "ended",
                  "attempts", "todo", "error", "key", "head", "answer", "reader", "out", "pong", "rest", "broken",
-                 "client_events", "edge_events", "stalled_at",
-                 "still_unsent", "up", "down")
+                 "client_events", "edge_events", "stalled_at", "still_unsent", "up", "down")
 
     def __init__(self, carrier: Carrier, listener: Listener, client: socket.socket, address: Any):
         self.carrier = carrier
