@@ -1652,6 +1652,8 @@ class Control:
         """Lines on stdin."""
         data = os.read(0, 65536)
         *lines, self.part = (self.part + data).split(b"\n")
+        if len(self.part) > COMMAND_MAX:
+            self.carrier.log("error", f"stdin: a line of more than {COMMAND_MAX} bytes", event="end")
         if not data or len(self.part) > COMMAND_MAX:
             self.carrier.leave()
             return

@@ -709,7 +709,8 @@ class Program(Rows):
                "sys.exit(carrier.main())"
         coverage = {key: value for key, value in os.environ.items() if key.startswith("COVERAGE")}
         environ = {"TUNNEL_LOG_OUTPUT": "json", **coverage, **environ}
-        self.process = subprocess.Popen([sys.executable, "-c", code, *words], stdin=stdin, stdout=stdout,
+        flags = [] if coverage else ["-IS"]  # as the router runs it, but that coverage comes by way of site
+        self.process = subprocess.Popen([sys.executable, *flags, "-c", code, *words], stdin=stdin, stdout=stdout,
                                         stderr=subprocess.PIPE, env=environ, **options)
         self.pid = self.process.pid
         self.errors = b""
@@ -2992,6 +2993,7 @@ def test_a_line_without_end_ends_it(forwarders):
         forwarders.process.stdin.write(b"x" * 5000)
         forwarders.process.stdin.flush()
     assert forwarders.end(None) == 0
+    assert [row["message"] for row in forwarders.rows("end")] == ["stdin: a line of more than 1024 bytes"]
 
 
 def test_signals_end_forwarders(forwarders):
