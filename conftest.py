@@ -161,6 +161,20 @@ def echo_server(serve) -> Server:
     return serve(echo)
 
 
+@pytest.fixture
+def deaf() -> Iterator[Address]:
+    """The address of a listener whose backlog is full: the kernel drops what comes."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind((HOST, 0))
+        full.listen(0)
+        for _ in range(3):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(full.getsockname())
+        yield full.getsockname()
+
+
 # -- ports -------------------------------------------------------------------------------------
 
 BLOCK = 32  # ports per block

@@ -1311,19 +1311,6 @@ def test_answers_that_no_proxy_may_give(local, serve, answer, reason, error):
     assert (row["reason"], row["error"]) == (reason, error)
 
 
-@contextlib.contextmanager
-def dead() -> Iterator[Address]:
-    """An address that answers no connect: its backlog is full."""
-    with socket.socket() as listener, contextlib.ExitStack() as stack:
-        listener.bind((HOST, 0))
-        listener.listen(0)
-        for _ in range(8):
-            client = stack.enter_context(socket.socket())
-            client.setblocking(False)
-            client.connect_ex(listener.getsockname())
-        yield listener.getsockname()
-
-
 PHASES = [
     pytest.param({"proxy_hang": True}, "asking the proxy", id="proxy"),
     pytest.param({"hang": "accept"}, "TLS handshake", id="before the hello"),
@@ -1344,9 +1331,8 @@ def test_timeout(edge, name, local, switches, phase):
 
 
 @linux
-def test_timeout_of_the_connect(local):
-    with dead() as address:
-        row = refused(local(f"localhost:{address[1]}", proxy=False, DIAL_TIMEOUT=0.15))
+def test_timeout_of_the_connect(local, deaf):
+    row = refused(local(f"localhost:{deaf[1]}", proxy=False, DIAL_TIMEOUT=0.15))
     assert (row["reason"], row["error"]) == ("timeout", "0.15 s, connecting")
 
 
@@ -1546,13 +1532,12 @@ def test_a_name_is_resolved_once_for_many_and_forgotten_in_time(edge, name, loca
 
 
 @linux
-def test_an_address_that_does_not_answer_does_not_hold_up_the_next(edge, name, local, monkeypatch, echo_server):
+def test_an_address_that_does_not_answer_does_not_hold_up_the_next(edge, name, local, monkeypatch, echo_server, deaf):
     edge.far(name, echo_server.address)
-    with dead() as address:
-        resolve_as(monkeypatch, lambda: [address, ("::1", 1, 0, 0), (HOST, edge.port)])
-        run = local(name, proxy=False, STAGGER=0.05)
-        assert echoed(run) == b"hello"
-        run.reaches()
+    resolve_as(monkeypatch, lambda: [deaf, ("::1", 1, 0, 0), (HOST, edge.port)])
+    run = local(name, proxy=False, STAGGER=0.05)
+    assert echoed(run) == b"hello"
+    run.reaches()
     assert len(edge.handshakes(name)) == 1 and not run.rows("failed")
 
 
@@ -1603,17 +1588,16 @@ def test_a_client_that_leaves_while_we_dial_is_dropped_at_once(edge, name, local
 
 
 @linux
-def test_a_client_that_leaves_while_we_connect_or_resolve(local, monkeypatch):
+def test_a_client_that_leaves_while_we_connect_or_resolve(local, monkeypatch, deaf):
     release = threading.Event()
-    with dead() as address:
-        resolve_as(monkeypatch, lambda: [address] if release.wait(10) else [])
-        run = local("app.example.test", proxy=False)
-        for phase in ("resolving the name", "connecting"):
-            with run.connect():
-                run.reaches(phase)
-            run.reaches()
-            release.set()
-            wait_until(lambda: not run.carrier.names.waiting)
+    resolve_as(monkeypatch, lambda: [deaf] if release.wait(10) else [])
+    run = local("app.example.test", proxy=False)
+    for phase in ("resolving the name", "connecting"):
+        with run.connect():
+            run.reaches(phase)
+        run.reaches()
+        release.set()
+        wait_until(lambda: not run.carrier.names.waiting)
     assert not run.rows("failed")
 
 
@@ -2135,14 +2119,23 @@ def test_a_long_request_waits_for_an_edge_that_reads_slowly(edge, local, serve, 
 
 @pytest.mark.parametrize("leave", [False, True], ids=["reads", "resets"])
 def test_last_bytes_that_the_client_does_not_take_at_once(local, raw_edge, monkeypatch, leave):
-    with_buffers(monkeypatch, SO_SNDBUF=4096)
+    with_buffers(monkeypatch, SO_SNDBUF=4096, SO_RCVBUF=1 << 20)
     data = NOISE[:120_000]
-    hostname = raw_edge(lambda tls: (tls.sendall(server_frame(BINARY, data) + server_frame(CLOSE, b"")), tls.recv(99)))
-    run = local(hostname, proxy=False)
+    holding, sent = threading.Event(), threading.Event()
+
+    def script(tls: ssl.SSLSocket) -> None:
+        holding.wait(10)
+        tls.sendall(server_frame(BINARY, data) + server_frame(CLOSE, b""))
+        sent.set()
+        tls.recv(99)
+
+    run = local(raw_edge(script), proxy=False)
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.settimeout(10)
         client.connect(run.address)
+        run.reaches("open")
+        run.carrier.call(lambda: (holding.set(), sent.wait(10)))  # what is read at once includes the Close
         run.reaches("ending")
         if leave:
             reset(client)

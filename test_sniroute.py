@@ -2834,20 +2834,6 @@ def test_next_address_is_tried_and_the_last_failure_is_told(run, serve, monkeypa
     assert "refused" in end.detail
 
 
-@pytest.fixture
-def deaf() -> Iterator[tuple[str, int]]:
-    """The address of a listener whose backlog is full: the kernel drops what comes."""
-    with contextlib.ExitStack() as stack:
-        full = stack.enter_context(socket.socket())
-        full.bind((HOST, 0))
-        full.listen(0)
-        for _ in range(3):
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(full.getsockname())
-        yield full.getsockname()
-
-
 def test_connect_without_an_answer_times_out(run, monkeypatch, deaf):
     monkeypatch.setattr(sniroute, "CONNECT_TIMEOUT", 0.2)
     running = run(route(deaf))
