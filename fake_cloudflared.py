@@ -151,6 +151,7 @@ class Loop:
             self.selector.unregister(sock)
 
     def run(self) -> None:
+        """Do what is due, then what has happened, until the process ends."""
         while True:
             while self.later and self.later[0][0] <= time.monotonic():
                 heapq.heappop(self.later)[2]()
@@ -436,6 +437,7 @@ class Forwarders:
         self.loop.watch(sys.stdin, selectors.EVENT_READ, lambda _: self.hear())
 
     def hear(self) -> None:
+        """Obey the lines on stdin; its end is ours."""
         data = os.read(0, 65536)
         if not data:
             os._exit(0)

@@ -243,6 +243,7 @@ class Connection:
                    masks=len(self.masks), **self.counts)
 
     def serve(self) -> None:
+        """From the accept to the end, which is always an Ended."""
         self.point("accept")
         self.hello()
         self.point("accept")
@@ -412,6 +413,7 @@ class Connection:
             self.know(self.sni.lower())
 
     def handshake(self) -> None:
+        """TLS, with the certificate and the version that the faults name."""
         context = self.edge.context(self.faults.get("cert", "edge"), self.faults.get("tls_max"))
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
         while True:
@@ -434,6 +436,7 @@ class Connection:
         self.write("tls", **self.facts)
 
     def request(self) -> None:
+        """Read the request's head, and write down what it says."""
         while b"\r\n\r\n" not in self.input:
             if len(self.input) > HEAD:
                 self.answer(431)
@@ -611,6 +614,7 @@ class Connection:
         return data
 
     def take_control(self, opcode: int, payload: bytes) -> None:
+        """A control frame of the client's."""
         if opcode == PING:
             self.counts["client_pings"] += 1
             self.over, self.error = "protocol", "a Ping"
@@ -661,6 +665,7 @@ class Connection:
         self.say(PING, payload)
 
     def say_message(self, data) -> None:
+        """One message down, in the shape that the faults want."""
         faults = self.faults
         opcode = TEXT if faults.get("text") else BINARY
         size = faults.get("fragment", len(data))

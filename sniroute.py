@@ -185,9 +185,10 @@ class SettingsError(Exception):
 # -- wire formats ------------------------------------------------------------------------------
 #
 # The parsers are pure, but for HelloReader, which keeps its place.  They take what has been received
-# so far and give a result, None for "I need more", or raise Malformed, and never anything else.  They ask "complete?" before "valid?",
-# and refuse early only what no further byte can save.  Behind a complete result they look at
-# nothing.  "No name" and "garbage" are different: only a well-formed hello can be routed.
+# so far and give a result, None for "I need more", or raise Malformed, and never anything else.  They
+# ask "complete?" before "valid?", and refuse early only what no further byte can save.  Behind a
+# complete result they look at nothing.  "No name" and "garbage" are different: only a well-formed
+# hello can be routed.
 
 
 def normalise(raw: bytes) -> str:
@@ -971,7 +972,7 @@ REFUSALS = {
     "backend": Refusal(logging.WARNING, "the backend refused the connection, or did not answer"),
     "backend_no_tls": Refusal(logging.WARNING, "the PostgreSQL backend does not offer TLS"),
     "tunnel_failed": Refusal(logging.WARNING, "the tunnel did not start, or gave no answer"),
-    "tunnel_denied": Refusal(logging.WARNING, "Access does not let the router in: its token is missing, wrong, not allowed"),
+    "tunnel_denied": Refusal(logging.WARNING, "Access does not let the router in: no token, a wrong one, or no right"),
     "tunnel_unknown": Refusal(logging.WARNING, "the tunnel's name does not resolve, or the edge does not know it"),
     "tunnel_timeout": Refusal(logging.WARNING, "the target was not ready within --start-timeout: its tunnel, or its address"),
     "tunnel_limit": Refusal(logging.WARNING, "--max-tunnels are in use"),
@@ -2073,7 +2074,8 @@ class Connection:
         if down.source is not None:  # from here on _drop_backend, unrolled: every connection passes here
             down.watch(0)
             if self.hello is not None and backend.tunnel is not None:
-                with contextlib.suppress(OSError):  # a tunnel that still dials learns by a reset that it does so for nobody
+                # A tunnel that still dials learns by a reset that it does so for nobody.
+                with contextlib.suppress(OSError):
                     down.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             down.source.close()
         if backend is not None and backend.tunnel is not None:

@@ -1000,13 +1000,12 @@ class Connection:
         if first:
             self._take(memoryview(first))
         self.pump_up()
+        self._rewatch()
 
     def on_client(self, mask: int) -> None:
         """The client has said something, or takes more."""
         if mask & WRITE and self.rest:
             self._hand_down([])
-            if not self.rest and self.state in CARRYING:
-                self.pump_down()  # for TLS may hold what poll does not see
         if mask & READ and self.state is OPEN:
             self.pump_up()
         self._rewatch()
@@ -1044,7 +1043,6 @@ class Connection:
                 self._flush()
         except OSError:
             self._edge_refuses()
-        self._rewatch()
 
     def _hear(self) -> bytes | None:
         """What the client says: None for nothing yet, b'' at its end."""

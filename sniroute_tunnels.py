@@ -261,7 +261,6 @@ def cloudflared_launcher(program: str, environ: Mapping[str, str]) -> Launcher:
 
 
 # Imported, so that it is compiled only once; -I and -S keep out what a user or site has installed.
-# One line, since `sniroute explain` shows it.
 CARRIER_CODE = ("import sys; sys.path.insert(0, sys.argv[1]); sys.argv[:2] = ['sniroute_carrier']; "
                 "import sniroute_carrier; sys.exit(sniroute_carrier.main())")
 

@@ -263,6 +263,7 @@ class EdgeWire(Wire):
             raise Failed(f"the edge answered {answer!r}")
 
     def send(self, data: memoryview) -> int:
+        """Send one message from the start of `data`.  Bytes of it that are done, 0 while it is under way."""
         if not self.frame:
             self.size = min(len(data), CHUNK)
             head = struct.pack(">BB", 0x82, 0x80 | self.size) if self.size < 126 else \
@@ -278,6 +279,7 @@ class EdgeWire(Wire):
         return 0 if self.frame else self.size
 
     def receive(self, space: memoryview) -> int:
+        """Put what has come into `space`.  How many bytes of payload that was."""
         filled = 0
         try:
             while filled <= len(self.space) - RECORD:
@@ -383,6 +385,7 @@ def far_end() -> None:
     digest = hashlib.sha256(data).digest()
 
     def serve(sock: socket.socket) -> None:
+        """One connection, in a thread of its own: commands of one byte, until its end."""
         with sock, contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while command := sock.recv(1):
@@ -425,6 +428,7 @@ class Processes:
         self.numbers = itertools.count()
 
     def start(self, argv: list[str], environ: dict[str, str], **streams: Any) -> subprocess.Popen[bytes]:
+        """Start a process whose stderr goes to a file; stop() ends it."""
         log = self.directory / f"log-{next(self.numbers)}"
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, **streams}
         with open(log, "wb") as stderr:
@@ -535,6 +539,7 @@ CARRIER = [sys.executable, "-I", "-S", "-c", CARRIER_CODE, str(PROJECT)]
 
 
 def programs() -> list[Program]:
+    """What is measured here: the carrier both ways, and a real cloudflared where there is one."""
     found = [Program("carrier, a process each", [*CARRIER, "access", "tcp"]),
              Program("carrier, shared", [*CARRIER, "forwarders"], shared=True)]
     path = os.environ.get("SNIROUTE_TEST_CLOUDFLARED") or shutil.which("cloudflared")
@@ -736,6 +741,7 @@ def measure_streams(lab: Lab, dial: Dial, cpu: Callable[[], float] | None) -> Fi
     answer = bytearray(DIGEST)
 
     def down(wire: Wire) -> float:
+        """Seconds for one round down, checked."""
         began = time.perf_counter()
         exchange(Job(wire, b"d", taken))
         took = time.perf_counter() - began
@@ -744,6 +750,7 @@ def measure_streams(lab: Lab, dial: Dial, cpu: Callable[[], float] | None) -> Fi
         return took
 
     def up(wire: Wire) -> float:
+        """Seconds for one round up, checked."""
         began = time.perf_counter()
         exchange(Job(wire, b"u", bytearray()))
         exchange(Job(wire, data, bytearray(1)))
@@ -753,6 +760,7 @@ def measure_streams(lab: Lab, dial: Dial, cpu: Callable[[], float] | None) -> Fi
         return took
 
     def echo(wire: Wire) -> float:
+        """Seconds for one round there and back, checked."""
         began = time.perf_counter()
         exchange(Job(wire, data, taken))
         took = time.perf_counter() - began
@@ -872,6 +880,7 @@ def main() -> int:
     failures: dict[str, str] = {}
 
     def measure(title: str, parts: Iterator[Figures]) -> None:
+        """Fill a column; what goes wrong ends that column only."""
         print(f"{title} ...", file=sys.stderr, flush=True)
         columns[title] = {}
         try:
