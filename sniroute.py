@@ -74,6 +74,7 @@ import json
 import logging
 import re
 import resource
+import select
 import selectors
 import shlex
 import signal
@@ -104,7 +105,8 @@ HELLO_WIRE_MAX = 32768  # the same in small records: each costs five bytes more
 PROXY_V1_MAX = 107  # PROXY protocol 2.1: the longest line, CRLF included
 PROXY_V2_MAX = 4096  # nginx's limit; real headers with TLVs stay far below
 STARTUP_MAX = 10004  # PostgreSQL's own limit for a startup packet
-ACCEPTS = 64  # connections taken in one go, so that those already open get their turn
+EVENTS = 256  # ready descriptors in a turn, so that a turn ends soon
+ACCEPTS = 16  # connections taken in one turn, so that those open get theirs; more is no cheaper
 BACKLOG = 4096  # the kernel caps it at somaxconn; 5 or 128 lose a burst
 PAUSE_SAID = 10.0  # between two log lines about that, however often it happens
 ACCEPT_PAUSE = 0.1  # when descriptors are short: an accept loop that spins burns a core
@@ -124,6 +126,7 @@ PARKS_MAX = 3  # times a connection may wait: its tunnel could be evicted as oft
 RESOLVED_FOR = 30.0  # a resolved address; getaddrinfo does not tell its TTL
 RESOLVED_MAX = 1024  # resolved hosts kept: names may come from strangers
 ADDRESSES_MAX = 4  # addresses of one host that are tried
+NAMES_MAX = 1024  # names remembered as they were spelled: most are asked for again
 DECISIONS_MAX = 4096  # routed names remembered: names come from strangers
 PEERS_MAX = 4096  # client addresses in memory before those without a connection are dropped
 BULK = 1 << 20  # bytes moved in one go: a third less CPU for a gigabyte than with 256 KiB
@@ -137,12 +140,12 @@ KEEPALIVE = (60, 15, 4)  # idle, interval, count: a dead peer is found in two mi
 SPARE_FDS = 320  # descriptors for 101 tunnels (two each), the pipes, listeners and the log
 TUNNEL_MEMORY = 64 << 20  # memory of the host for each process of a tunnel program: cloudflared takes about 28 MB
 
-PRELUDE, PARKED, DIALING, GREETING = "prelude", "parked", "dialing", "greeting"
+PRELUDE, ROUTED, PARKED, DIALING, GREETING = "prelude", "routed", "parked", "dialing", "greeting"
 OPEN, LINGERING, CLOSED = "open", "lingering", "closed"
 BLOCKED, DONE = "blocked", "done"  # states of a Flow, beside OPEN
 RUNNING, DRAINING, STOPPED = "running", "draining", "stopped"  # of the Router
 
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+READ, WRITE = 1, 4  # what a descriptor waits for, as epoll(7) numbers them
 
 # errno values of accept() that mean "not now": pause, then go on.
 CAPACITY_ERRNOS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
@@ -191,6 +194,7 @@ class SettingsError(Exception):
 # hello can be routed.
 
 
+@functools.lru_cache(maxsize=NAMES_MAX)
 def normalise(raw: bytes) -> str:
     """A host name in its one canonical form.  Every name that is routed passes here, and every tunnel's.
 
@@ -241,6 +245,22 @@ _short = struct.Struct(">H").unpack_from
 _hello_header = struct.Struct(">BBBHBBH").unpack_from  # of a record, and of the handshake message in it
 
 
+def whole_hello(data: bytes | bytearray) -> Hello | None:
+    """The hello that `data` begins with, where it is all there and in one record, as nearly always.
+
+    None says nothing but that: HelloReader has to look.  Raises Malformed.
+    """
+    if len(data) <= 9:
+        return None
+    first, major, _, length, kind, high, size = _hello_header(data)
+    end = 9 + size
+    if first != TLS_HANDSHAKE or major != 3 or kind != CLIENT_HELLO or high \
+            or not HELLO_MIN + 4 <= size + 4 <= length <= RECORD_MAX or len(data) < end:
+        return None
+    name, alpn = parse_client_hello(bytes(data[9:end]))
+    return Hello(name, alpn, end)
+
+
 class HelloReader:
     """Joins the ClientHello of one connection from its records; keeps its place between calls.
 
@@ -260,14 +280,12 @@ class HelloReader:
         Raises Malformed.  RFC 8446 5.1 and 4.1.2; one rule is stricter than OpenSSL's: an empty
         handshake record, which the RFC forbids, is refused.
         """
+        if not self.at:
+            hello = whole_hello(data)
+            if hello is not None:
+                return hello
         message = self.message
         received = len(data)
-        if not self.at and received > 9:  # nearly always the hello is here, whole, in one record
-            first, major, _, length, kind, high, size = _hello_header(data)
-            if first == TLS_HANDSHAKE and major == 3 and kind == CLIENT_HELLO and not high \
-                    and HELLO_MIN + 4 <= size + 4 <= length <= RECORD_MAX and received >= 9 + size:
-                name, alpn = parse_client_hello(bytes(data[9:9 + size]))
-                return Hello(name, alpn, 9 + size)
         while True:
             if not self.left:
                 if not self._record(data):
@@ -345,12 +363,14 @@ def parse_client_hello(body: bytes) -> tuple[str | None, bytes | None]:
         at += 4 + size
     if at != total:
         raise Malformed("an extension that goes past the hello", DECODE_ERROR)
-    found = []
-    for kind in (SERVER_NAME, ALPN):
-        place = places.get(kind)
-        found.append(None if place is None else body[place + 4:place + 4 + _short(body, place + 2)[0]])
-    names, alpn = found
-    return None if names is None else parse_server_name(names), alpn
+    name = alpn = None
+    if SERVER_NAME in places:
+        at = places[SERVER_NAME]
+        name = parse_server_name(body[at + 4:at + 4 + _short(body, at + 2)[0]])
+    if ALPN in places:
+        at = places[ALPN]
+        alpn = body[at + 4:at + 4 + _short(body, at + 2)[0]]
+    return name, alpn
 
 
 def parse_server_name(names: bytes) -> str:
@@ -813,13 +833,19 @@ class Backend(NamedTuple):
     tunnel: Tunnel | None = None  # leased to the connection
     child: Child | None = None  # the process that listens there
 
-    def intact(self) -> bool:
+    def intact(self, server: socket.SocketType) -> bool:
         """Whether what answered the connect was the tunnel's own process.
 
-        Asked after the connect: a child that lives now held its port then, so no byte of a client
-        reaches a stranger that took the port of a tunnel that died.
+        Asked after the connect, which has to be over: a child that lives now held its port then, so no
+        byte of a client reaches a stranger that took the port of a tunnel that died.
+        Raises BlockingIOError where the connect is not over, and OSError where it failed.
         """
-        return self.child is None or self.child.alive() and self.tunnel.child is self.child
+        if self.child is None:
+            return True
+        error = server.connect_ex(self.addresses[0][1])
+        if error not in (0, errno.EISCONN):
+            raise OSError(error, os.strerror(error))
+        return self.child.alive() and self.tunnel.child is self.child
 
 
 class Scheme(NamedTuple):
@@ -1368,6 +1394,84 @@ def under_journald(stream: Any) -> bool:
 # -- the loop ----------------------------------------------------------------------------------
 
 
+class Poller:
+    """Whom to call when a descriptor is ready.  Loop only.
+
+    This one is `selectors`, for where there is no epoll.
+    """
+
+    def __init__(self) -> None:
+        self.selector = selectors.DefaultSelector()
+
+    def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
+        """Begin to wait for READ, WRITE or both."""
+        self.selector.register(fd, self._as_selectors_has_them(events), callback)
+
+    def change(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
+        """Wait for something else."""
+        self.selector.modify(fd, self._as_selectors_has_them(events), callback)
+
+    def forget(self, fd: int) -> None:
+        """Wait no more."""
+        self.selector.unregister(fd)
+
+    def closing(self, fd: int) -> None:
+        """The same for a descriptor that is closed next."""
+        self.selector.unregister(fd)
+
+    def poll(self, timeout: float) -> list[tuple[Callable[[int], None], int]]:
+        """Wait so many seconds at most; the callbacks of what is ready, and READ, WRITE or both for each."""
+        return [(key.data, mask & READ | (WRITE if mask & selectors.EVENT_WRITE else 0))
+                for key, mask in self.selector.select(timeout)]
+
+    def close(self) -> None:
+        """Let go of it."""
+        self.selector.close()
+
+    @staticmethod
+    def _as_selectors_has_them(events: int) -> int:
+        return events & READ | (selectors.EVENT_WRITE if events & WRITE else 0)
+
+
+class EpollPoller(Poller):
+    """The same straight on epoll(7).
+
+    `selectors` makes an object for each descriptor and looks it up for each event, and asks the kernel
+    for as many events as there are descriptors: a turn has to end even where 10,000 are ready.
+    """
+
+    def __init__(self) -> None:
+        self.epoll = select.epoll()
+        self.callbacks: dict[int, Callable[[int], None]] = {}
+
+    def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
+        self.epoll.register(fd, events)
+        self.callbacks[fd] = callback
+
+    def change(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
+        self.callbacks[fd] = callback
+        self.epoll.modify(fd, events)
+
+    def forget(self, fd: int) -> None:
+        del self.callbacks[fd]
+        self.epoll.unregister(fd)
+
+    def closing(self, fd: int) -> None:
+        """close(2) makes epoll forget it: a call less.
+
+        While a child process is between fork and exec it holds the socket, too, and epoll goes on; so
+        every callback has to bear being called for nothing.
+        """
+        del self.callbacks[fd]
+
+    def poll(self, timeout: float) -> list[tuple[Callable[[int], None], int]]:
+        callbacks = self.callbacks
+        return [(callbacks[fd], mask) for fd, mask in self.epoll.poll(timeout, EVENTS) if fd in callbacks]
+
+    def close(self) -> None:
+        self.epoll.close()
+
+
 class Flow:
     """One direction of a connection, from `source` to its twin's.  Loop only.
 
@@ -1390,14 +1494,14 @@ class Flow:
 
     def watch(self, events: int, callback: Callable[[int], None] | None = None) -> None:
         """Wait for these events on the source; for none, forget it (a hang-up would spin)."""
-        selector = self.connection.router.selector
+        poller = self.connection.router.poller
         if not events:
             if self.watched:
-                selector.unregister(self.fd)
+                poller.forget(self.fd)
         elif self.watched:
-            selector.modify(self.fd, events, callback)
+            poller.change(self.fd, events, callback)
         else:
-            selector.register(self.fd, events, callback)
+            poller.watch(self.fd, events, callback)
         self.watched = events
 
     def rewatch(self) -> None:
@@ -1408,9 +1512,9 @@ class Flow:
 
     def ready(self, mask: int) -> None:
         """Called by the loop when the source can be written by the other direction, or read too."""
-        if mask & WRITE and self.twin.state is BLOCKED:
+        if mask != READ and self.twin.state is BLOCKED:
             self.twin.flush()
-        if mask & READ:
+        if mask != WRITE:
             self.pump()
 
     def pump(self, mask: int = READ) -> None:
@@ -1635,14 +1739,14 @@ class Connection:
                  "greeting", "hello", "replayable", "retried", "tried", "parks", "wait", "up", "down", "deadline",
                  "refusal", "reason", "failure", "carried", "quiet_since")
 
-    def __init__(self, router: Router, client: socket.socket, address: tuple[str, int], peer: Peer):
+    def __init__(self, router: Router, client: socket.SocketType, address: tuple[str, int], peer: Peer):
         self.router = router
         self.client = client
         self.address = address
         self.peer = peer
         self.state = PRELUDE
         self.began = monotonic()
-        self.prelude: Prelude | None = Prelude(peer.policy, peer.local)
+        self.prelude: Prelude | None = None  # where its first bytes are not all of a hello
         self.name: str | None = None
         self.decision: Decision | None = None
         self.backend: Backend | None = None
@@ -1680,7 +1784,7 @@ class Connection:
             self.refuse(Refused("truncated", "the client reset the connection"))
             return
         try:
-            verdict = self.prelude.feed(router.view[:count]) if count > 0 else None
+            verdict = self._read(router.view[:count]) if count > 0 else None
             if isinstance(verdict, bytes):
                 self._answer(verdict)
         except Refused as error:
@@ -1693,6 +1797,20 @@ class Connection:
         elif not self.up.watched:
             router.arm(self, router.prelude_deadline)
             self.up.watch(READ, self.on_prelude)
+            if len(router.prelude_deadline.entries) > PRELUDES_MAX:
+                router.shed()
+
+    def _read(self, data: memoryview) -> Hello | bytes | None:
+        """See Prelude.feed, which does this where the first bytes are not all of a hello."""
+        if self.prelude is None:
+            if self.peer.policy != "require":
+                self.hello = bytes(data)
+                hello = whole_hello(self.hello)
+                if hello is not None:
+                    return hello
+                self.hello = None
+            self.prelude = Prelude(self.peer.policy, self.peer.local)
+        return self.prelude.feed(data)
 
     def _answer(self, answer: bytes) -> None:
         """Send `S` or `N`, unless the client did not wait for it."""
@@ -1708,25 +1826,30 @@ class Connection:
 
     def route(self, hello: Hello) -> None:
         """The name is known: decide where it leads, and go there."""
-        router, prelude = self.router, self.prelude
-        self.prelude = None
-        self.hello = bytes(prelude.data)
-        self.replayable = hello.end == len(self.hello)
-        self.greeting = prelude.header + SSL_REQUEST_BYTES if prelude.ssl else prelude.header
+        router = self.router
         self.name = hello.name
         if router.level <= logging.DEBUG:
             log.debug("%s:%d says hello: name %s, ALPN %s, %d bytes", *self.address, hello.name, hello.alpn, hello.end)
         try:
-            if prelude.source is not None and prelude.source.source is not None:
-                self._adopt(prelude.source)
+            if self.prelude is not None:
+                self._adopt()
+            self.replayable = hello.end == len(self.hello)
             self.decision = router.decide(hello.name)
         except Refused as error:
             self.refuse(error)
             return
-        self.dial()
+        if self.deadline is not None:
+            router.disarm(self)
+        self.go_on()
 
-    def _adopt(self, header: ProxyHeader) -> None:
-        """Take the client's address from a believed PROXY header.  Raises Refused."""
+    def _adopt(self) -> None:
+        """Take over what the prelude has found out.  Raises Refused."""
+        prelude, self.prelude = self.prelude, None
+        self.hello = bytes(prelude.data)
+        self.greeting = prelude.header + SSL_REQUEST_BYTES if prelude.ssl else prelude.header
+        header = prelude.source
+        if header is None or header.source is None:
+            return
         self.address = (str(header.source), header.port)
         self.peer.count -= 1
         self.peer = self.router.peer_of(self.address[0])
@@ -1736,13 +1859,21 @@ class Connection:
 
     # -- on the way to the backend
 
+    def go_on(self) -> None:
+        """Have `dial` called in this turn."""
+        self.state = ROUTED
+        self.router.to_dial.append(self)
+
     def dial(self) -> None:
         """Connect to the backend, or wait until it can be."""
+        if self.state is not ROUTED:
+            return  # something in this turn has ended it
+        self.tried = 0
         self.backend = self.decision.scheme.ready(self.router, self.decision)
         if self.backend is None:
             self.park(None)
         else:
-            self._connect(0)
+            self._connect()
 
     def park(self, doubted: Child | None) -> None:
         """Wait, with all who want the same, until the target is ready."""
@@ -1760,7 +1891,7 @@ class Connection:
         """Go on after a wait."""
         self._leave_wait()
         self.router.disarm(self)
-        self.dial()
+        self.go_on()
 
     def _leave_wait(self) -> None:
         """Wait no more: whatever becomes of the target, it is not for this connection."""
@@ -1789,17 +1920,17 @@ class Connection:
         else:
             self.close("client_left")
 
-    def _connect(self, tried: int) -> None:
-        """Connect to the first address from `tried` on that takes it; loopback does so at once."""
+    def _connect(self) -> None:
+        """Connect to the next address that does not refuse at once; `speak` sees what becomes of it."""
         error = errno.EHOSTUNREACH
-        addresses = self.backend.addresses
-        for index in range(tried, len(addresses)):
-            family, address = addresses[index]
+        for family, address in self.backend.addresses[self.tried:]:
+            self.tried += 1
             try:
-                server = socket.socket(family, STREAM)
+                server = socket.SocketType(family, STREAM)
             except OSError as failure:
                 error = failure.errno
                 if error in CAPACITY_ERRNOS:  # our own trouble: neither the backend's fault nor its tunnel's
+                    self.router.pause(failure.strerror, monotonic() + ACCEPT_PAUSE)
                     self.refuse(Refused("busy", failure.strerror, INTERNAL_ERROR))
                     return
                 continue  # no IPv6 here
@@ -1808,31 +1939,46 @@ class Connection:
             server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.down.source, self.down.fd = server, server.fileno()
             error = server.connect_ex(address)
-            if error == errno.EINPROGRESS:
-                error = server.connect_ex(address)  # on loopback the handshake is over by now
-            if not error:
-                self._connected()
-                return
-            if error in (errno.EALREADY, errno.EINPROGRESS):
+            if error in (0, errno.EINPROGRESS):
                 self.state = DIALING
-                self.router.arm(self, self.router.connect_deadline)
-                self.up.watch(READ, self.on_waiting)
-                self.tried = index + 1
-                self.down.watch(WRITE, self.on_connected)
+                self.router.to_speak.append(self)
                 return
             self._hang_up()
         self._unreachable(os.strerror(error))
 
-    def on_connected(self, mask: int) -> None:
-        """The connect has an answer."""
+    def speak(self, mask: int = WRITE) -> None:
+        """Say what the client said, once the connect is over: loopback's is by the end of the turn.
+
+        A PostgreSQL backend is asked for TLS first.
+        """
         if self.state is not DIALING:
             return
-        error = self.down.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        self.down.watch(0)
-        if not error:
-            self._connected()
+        server = self.down.source
+        asks = self.greeting.endswith(SSL_REQUEST_BYTES)
+        said = self.greeting if asks else self.greeting + self.hello
+        try:
+            if not self.backend.intact(server):
+                self.retry("its process ended")
+                return
+            sent = server.send(said)
+        except BlockingIOError:  # it is not over
+            if not self.down.watched:
+                self.router.arm(self, self.router.connect_deadline)
+                self.up.watch(READ, self.on_waiting)
+                self.down.watch(WRITE, self.speak)
+            return
+        except OSError as error:
+            self._connect_next(error.strerror)
+            return
+        if not self.backend.local:
+            keep_alive(server)
+        if asks:  # a few bytes into an empty buffer: it took them all
+            self.state = GREETING
+            self.router.arm(self, self.router.greeting_deadline)
+            self.up.watch(READ, self.on_waiting)
+            self.down.watch(READ, self.on_greeting)
         else:
-            self._connect_next(os.strerror(error))
+            self._open(said, sent)
 
     def on_connect_timeout(self) -> None:
         self._connect_next("no answer to the connect")
@@ -1840,7 +1986,7 @@ class Connection:
     def _connect_next(self, why: str) -> None:
         self._hang_up()
         if self.tried < len(self.backend.addresses):
-            self._connect(self.tried)
+            self._connect()
         else:
             self._unreachable(why)
 
@@ -1851,27 +1997,6 @@ class Connection:
         self.router.resolved.pop(self.decision.key, None)  # perhaps it has moved
         self.refuse(Refused("backend", f"{self.decision.target}: {why}", INTERNAL_ERROR))
 
-    def _connected(self) -> None:
-        """Say what the client said; a PostgreSQL backend is asked for TLS first."""
-        if not self.backend.intact():
-            self.retry("its process ended")
-            return
-        server = self.down.source
-        if not self.backend.local:
-            keep_alive(server)
-        asks = self.greeting.endswith(SSL_REQUEST_BYTES)
-        try:
-            if asks:
-                server.send(self.greeting)  # a few bytes into an empty buffer: it takes them all
-                self.state = GREETING
-                self.router.arm(self, self.router.greeting_deadline)
-                self.up.watch(READ, self.on_waiting)
-                self.down.watch(READ, self.on_greeting)
-            else:
-                self._open(self.greeting + self.hello)
-        except OSError as error:
-            self._unanswered(error.strerror)
-
     def on_greeting(self, mask: int) -> None:
         """The backend's answer to SSLRequest: exactly one `S`, or this is no place for a hello."""
         if self.state is not GREETING:
@@ -1881,7 +2006,7 @@ class Connection:
             if not answer:
                 self._unanswered("it closed the connection without an answer to SSLRequest")
             elif answer == b"S":
-                self._open(self.hello)
+                self._open(self.hello, self.down.source.send(self.hello))
             else:
                 said = "does not offer TLS" if answer == b"N" else f"answered SSLRequest with {answer[:8]!r}"
                 self.refuse(Refused("backend_no_tls", f"{self.decision.target} {said}", INTERNAL_ERROR))
@@ -1900,9 +2025,8 @@ class Connection:
         else:
             self.refuse(Refused("backend", f"{self.decision.target}: {why}", INTERNAL_ERROR))
 
-    def _open(self, said: bytes) -> None:
-        """Hand the backend what the client said, and pump.  Raises OSError."""
-        sent = self.down.source.send(said)
+    def _open(self, said: bytes, sent: int) -> None:
+        """Pump: the backend has `sent` bytes of what the client said."""
         self.state = self.up.state = self.down.state = OPEN
         self.up.total += len(said) if not self.retried else 0
         self.up.watch(READ, self.up.pump)
@@ -1998,7 +2122,9 @@ class Connection:
     def _hang_up(self) -> None:
         """Let go of the connection to the backend."""
         if self.down.source is not None:
-            self.down.watch(0)
+            if self.down.watched:
+                self.router.poller.closing(self.down.fd)
+                self.down.watched = 0
             self.down.source.close()
             self.down.source = None
 
@@ -2069,10 +2195,12 @@ class Connection:
             up.discard()
             down.discard()
         up.state = down.state = DONE
-        up.watch(0)
+        if up.watched:
+            router.poller.closing(up.fd)
         self.client.close()
         if down.source is not None:  # from here on _drop_backend, unrolled: every connection passes here
-            down.watch(0)
+            if down.watched:
+                router.poller.closing(down.fd)
             if self.hello is not None and backend.tunnel is not None:
                 # A tunnel that still dials learns by a reset that it does so for nobody.
                 with contextlib.suppress(OSError):
@@ -2111,13 +2239,21 @@ def is_local(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 
 
 class Listener(socket.socket):
-    """A listening socket.  accept() reads these two for each client, and as properties they cost 2 us."""
+    """A listening socket whose family and type are known, not asked for at each accept()."""
 
     family = socket.AF_INET
     type = socket.SOCK_STREAM
 
     def __init__(self) -> None:
         super().__init__(self.family, self.type)
+
+    def accept(self) -> tuple[socket.SocketType, tuple]:
+        """The next client, as the interpreter's own kind of socket, and its address.
+
+        socket.socket is a class written in Python around that one: 4 us for each connection.
+        """
+        fd, address = self._accept()
+        return socket.SocketType(self.family, self.type, 0, fd), address
 
 
 class Listener6(Listener):
@@ -2180,11 +2316,14 @@ class Router(socketserver.ThreadingTCPServer):
         self.next_sweep = monotonic() + self.sweep_every
         self.next_check = self.next_sweep
         self.calls: collections.deque[Callable[[], None]] = collections.deque()
-        self.selector = selectors.DefaultSelector()
+        self.steps: tuple[tuple[list[Connection], Callable[[Connection], None]], ...] = tuple(
+            ([], step) for step in (Connection.on_prelude, Connection.dial, Connection.speak))
+        self.to_read, self.to_dial, self.to_speak = (waiting for waiting, _ in self.steps)
+        self.poller = EpollPoller() if hasattr(select, "epoll") else Poller()
         self.wake_reader, self.wake_writer = os.pipe()
         for end in (self.wake_reader, self.wake_writer):
             os.set_blocking(end, False)
-        self.selector.register(self.wake_reader, READ, self._woken)
+        self.poller.watch(self.wake_reader, READ, self._woken)
         self.listeners: list[socket.socket] = []
         self.addresses = [found for host, port in settings.listen for found in listen_addresses(host, port)]
         self.own_names = {host.lower() for host, _ in settings.listen} | {os.uname().nodename.lower()}
@@ -2220,7 +2359,7 @@ class Router(socketserver.ThreadingTCPServer):
             except OSError as error:  # SO_REUSEADDR lets two bind; only one may listen
                 raise SettingsError(f"--listen {show_address(listener.getsockname())}: {error.strerror}") from None
             listener.setblocking(False)
-            self.selector.register(listener, READ, functools.partial(self._accept, listener))
+            self.poller.watch(listener.fileno(), READ, functools.partial(self._accept, listener))
 
     def server_close(self) -> None:
         """Close what is left.  After the loop has ended, or instead of it."""
@@ -2230,7 +2369,7 @@ class Router(socketserver.ThreadingTCPServer):
             os.close(pipe[0])
             os.close(pipe[1])
         self.pipes, self.pipe = [], None
-        self.selector.close()
+        self.poller.close()
         reader, writer = self.wake_reader, self.wake_writer
         self.wake_reader = self.wake_writer = -1  # a late thread must not write to whatever has the number next
         os.close(reader)
@@ -2293,18 +2432,23 @@ class Router(socketserver.ThreadingTCPServer):
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Run the loop until `shutdown`, or until all has drained."""
-        select = self.selector.select
+        poll = self.poller.poll
         while self.phase is not STOPPED:
+            for callback, mask in poll(max(0.0, self.next_check - monotonic())):
+                try:
+                    callback(mask)
+                except Exception:
+                    self.handle_error(callback, None)
             now = monotonic()
             if now >= self.next_check:
                 self._check(now)
-                if self.phase is STOPPED:
-                    break
-            for key, mask in select(max(0.0, self.next_check - now)):
-                try:
-                    key.data(mask)
-                except Exception:
-                    self.handle_error(key.data, None)
+            for connections, step in self.steps:  # see Connection, "Steps"
+                for connection in connections:
+                    try:
+                        step(connection)
+                    except Exception:
+                        self.handle_error(connection.close, None)
+                connections.clear()
         for connection in list(self.connections):
             connection.close("stopped")
 
@@ -2318,14 +2462,14 @@ class Router(socketserver.ThreadingTCPServer):
 
     def _accept(self, listener: socket.socket, mask: int) -> None:
         """Take the connections that wait."""
-        if self.phase is not RUNNING:
-            return  # an event of the turn in which the listeners were closed
+        if self.phase is not RUNNING or self.paused:
+            return  # an event of the turn in which that changed
         for turn in range(ACCEPTS):
             if len(self.connections) >= self.max_connections:
                 if turn:
                     return  # whether one more waits, the next event tells
-                if not self._shed():
-                    self._pause(f"--max-connections ({self.max_connections}) are open", float("inf"))
+                if not self.shed():
+                    self.pause(f"--max-connections ({self.max_connections}) are open", float("inf"))
                     return
             try:
                 client, address = listener.accept()
@@ -2333,7 +2477,7 @@ class Router(socketserver.ThreadingTCPServer):
                 return
             except OSError as error:
                 if error.errno in CAPACITY_ERRNOS:
-                    self._pause(error.strerror, monotonic() + ACCEPT_PAUSE)
+                    self.pause(error.strerror, monotonic() + ACCEPT_PAUSE)
                     return
                 continue  # that client is gone (ECONNABORTED), or a firewall took it (EPERM)
             client.setblocking(False)
@@ -2346,31 +2490,26 @@ class Router(socketserver.ThreadingTCPServer):
                 kind = "proxy" if peer.policy == "close" else "client_limit"
                 Connection(self, client, (host, address[1]), peer).refuse(Refused(kind, REFUSALS[kind].meaning))
                 continue
-            connection = Connection(self, client, (host, address[1]), peer)
-            try:
-                connection.on_prelude()
-            except Exception:
-                self.handle_error(connection.on_prelude, None)
-            if len(self.prelude_deadline.entries) > PRELUDES_MAX:
-                self._shed()
+            self.to_read.append(Connection(self, client, (host, address[1]), peer))
 
-    def _shed(self) -> bool:
+    def shed(self) -> bool:
         """Refuse the client that has been silent longest; False where all have said their name."""
         for connection in self.prelude_deadline.entries:
             connection.refuse(Refused("shed", REFUSALS["shed"].meaning))
             return True
         return False
 
-    def _pause(self, why: str, until: float) -> None:
+    def pause(self, why: str, until: float) -> None:
         """Stop accepting for a while: a listener that stays readable would spin the loop."""
+        if self.paused or self.phase is not RUNNING:
+            return
         now = monotonic()
-        if not self.paused and now - self.pause_said >= PAUSE_SAID:
+        if now - self.pause_said >= PAUSE_SAID:
             self.pause_said = now
             log.warning("not accepting for now: %s", why)
         self.paused = True
         for listener in self.listeners:
-            if listener.fileno() in self.selector.get_map():
-                self.selector.unregister(listener)
+            self.poller.forget(listener.fileno())
         self.resume_at = until
         self.next_check = min(self.next_check, until)
 
@@ -2379,7 +2518,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.resume_at = float("inf")
         self.paused = False
         for listener in self.listeners:
-            self.selector.register(listener, READ, functools.partial(self._accept, listener))
+            self.poller.watch(listener.fileno(), READ, functools.partial(self._accept, listener))
 
     def peer_of(self, host: str) -> Peer:
         """What the settings say of an address.  Remembered, so that it is asked once."""
@@ -2559,8 +2698,8 @@ class Router(socketserver.ThreadingTCPServer):
             return
         self.phase = DRAINING
         for listener in self.listeners:
-            if listener.fileno() in self.selector.get_map():
-                self.selector.unregister(listener)
+            if not self.paused:
+                self.poller.closing(listener.fileno())
             listener.close()
         self.resume_at = float("inf")
         self.paused = False

@@ -1496,7 +1496,7 @@ def test_a_host_is_resolved_once_and_stays_while_the_resolver_is_down(monkeypatc
     assert (caught.value.kind, caught.value.alert) == ("unresolved", 80)
     backend = resolve(monkeypatch, "tcp:h:1", ["192.0.2.1", "192.0.2.1", "2001:db8::1"], router)
     assert backend.addresses == ((socket.AF_INET, ("192.0.2.1", 1)), (socket.AF_INET6, ("2001:db8::1", 1)))
-    assert not backend.local and backend.intact()
+    assert not backend.local and backend.intact(None)
     assert resolve(monkeypatch, "tcp:h:1", OSError("down"), router) is backend
     now = sniroute.monotonic()
     monkeypatch.setattr(sniroute, "monotonic", lambda: now + sniroute.RESOLVED_FOR + 1)
@@ -2714,7 +2714,7 @@ def test_descriptors_for_the_backend_that_run_out_are_not_the_tunnels_fault(run,
         raise OSError(sniroute.errno.EMFILE, "Too many open files")
     with running.connect() as client:
         wait_until(lambda: len(running.router.connections) == 1)
-        fake = types.SimpleNamespace(**{**vars(socket), "socket": none_left})
+        fake = types.SimpleNamespace(**{**vars(socket), "SocketType": none_left})
         with monkeypatch.context() as patch:
             patch.setattr(sniroute, "socket", fake)
             client.sendall(HELLO)
@@ -2741,7 +2741,7 @@ def test_descriptors_that_run_out_pause_accepting_and_do_not_spin(run, serve, ca
             return getattr(self.real, name)
     router = running.router
     def swap() -> None:
-        router.selector.unregister(router.listeners[0])
+        router.poller.forget(router.listeners[0].fileno())
         router.listeners[0] = Listener(router.listeners[0])
         router._resume()
     router.call(swap)
