@@ -126,10 +126,12 @@ PARKS_MAX = 3  # times a connection may wait: its tunnel could be evicted as oft
 RESOLVED_FOR = 30.0  # a resolved address; getaddrinfo does not tell its TTL
 RESOLVED_MAX = 1024  # resolved hosts kept: names may come from strangers
 ADDRESSES_MAX = 4  # addresses of one host that are tried
-NAMES_MAX = 1024  # names remembered as they were spelled: most are asked for again
+NAMES_MAX = 1024  # server_name extensions remembered: most are seen again
 DECISIONS_MAX = 4096  # routed names remembered: names come from strangers
 PEERS_MAX = 4096  # client addresses in memory before those without a connection are dropped
 BULK = 1 << 20  # bytes moved in one go: a third less CPU for a gigabyte than with 256 KiB
+MESSAGE = 1 << 12  # bytes read in one go; what is more is spliced, where that can be done ...
+READ_MAX = 1 << 16  # ... and read in larger pieces where not
 SMALL = 1 << 14  # the same while many clients do not read: what they leave has to be kept
 PENDING_MAX = 1 << 22  # bytes copied out for full sinks (not those in lent pipes), before SMALL applies
 PIPES_MAX = 32  # pipes lent to flows whose sink would block: 1 MiB and two descriptors each
@@ -142,7 +144,7 @@ TUNNEL_MEMORY = 64 << 20  # memory of the host for each process of a tunnel prog
 
 PRELUDE, ROUTED, PARKED, DIALING, GREETING = "prelude", "routed", "parked", "dialing", "greeting"
 OPEN, LINGERING, CLOSED = "open", "lingering", "closed"
-BLOCKED, DONE = "blocked", "done"  # states of a Flow, beside OPEN
+BULKY, BLOCKED, DONE = "bulky", "blocked", "done"  # states of a Flow, beside OPEN
 RUNNING, DRAINING, STOPPED = "running", "draining", "stopped"  # of the Router
 
 READ, WRITE = 1, 4  # what a descriptor waits for, as epoll(7) numbers them
@@ -194,7 +196,6 @@ class SettingsError(Exception):
 # hello can be routed.
 
 
-@functools.lru_cache(maxsize=NAMES_MAX)
 def normalise(raw: bytes) -> str:
     """A host name in its one canonical form.  Every name that is routed passes here, and every tunnel's.
 
@@ -245,7 +246,7 @@ _short = struct.Struct(">H").unpack_from
 _hello_header = struct.Struct(">BBBHBBH").unpack_from  # of a record, and of the handshake message in it
 
 
-def whole_hello(data: bytes | bytearray) -> Hello | None:
+def whole_hello(data: bytes) -> Hello | None:
     """The hello that `data` begins with, where it is all there and in one record, as nearly always.
 
     None says nothing but that: HelloReader has to look.  Raises Malformed.
@@ -257,7 +258,7 @@ def whole_hello(data: bytes | bytearray) -> Hello | None:
     if first != TLS_HANDSHAKE or major != 3 or kind != CLIENT_HELLO or high \
             or not HELLO_MIN + 4 <= size + 4 <= length <= RECORD_MAX or len(data) < end:
         return None
-    name, alpn = parse_client_hello(bytes(data[9:end]))
+    name, alpn = parse_client_hello(data[9:end])
     return Hello(name, alpn, end)
 
 
@@ -281,7 +282,7 @@ class HelloReader:
         handshake record, which the RFC forbids, is refused.
         """
         if not self.at:
-            hello = whole_hello(data)
+            hello = whole_hello(bytes(data))
             if hello is not None:
                 return hello
         message = self.message
@@ -373,6 +374,7 @@ def parse_client_hello(body: bytes) -> tuple[str | None, bytes | None]:
     return name, alpn
 
 
+@functools.lru_cache(maxsize=NAMES_MAX)
 def parse_server_name(names: bytes) -> str:
     """The host_name of a server_name extension, RFC 6066 3, normalised.  Raises Malformed.
 
@@ -834,14 +836,12 @@ class Backend(NamedTuple):
     child: Child | None = None  # the process that listens there
 
     def intact(self, server: socket.SocketType) -> bool:
-        """Whether what answered the connect was the tunnel's own process.
+        """Whether what answered the connect to a tunnel was its own process.
 
         Asked after the connect, which has to be over: a child that lives now held its port then, so no
         byte of a client reaches a stranger that took the port of a tunnel that died.
         Raises BlockingIOError where the connect is not over, and OSError where it failed.
         """
-        if self.child is None:
-            return True
         error = server.connect_ex(self.addresses[0][1])
         if error not in (0, errno.EISCONN):
             raise OSError(error, os.strerror(error))
@@ -1348,33 +1348,35 @@ class Journal(logging.Handler):
 
     def ending(self, end: Ending) -> str:
         """The one line of a connection."""
-        _, _, client, name, route, backend, up, down, seconds, reason, detail = end
+        level, when, (host, port), name, route, backend, up, down, seconds, reason, detail = end
+        if ":" in host:
+            host = f"[{host}]"
         detail = detail and printable(detail, 500)
         if self.style == "json":
-            fields = {"client": show_address(client), "name": name, "route": route, "backend": backend, "up": up,
+            fields = {"client": f"{host}:{port}", "name": name, "route": route, "backend": backend, "up": up,
                       "down": down, "seconds": round(seconds, 3), "reason": reason, "detail": detail}
-            return self.line(end.level, end.when, "", {k: v for k, v in fields.items() if v is not None})
-        text = f"client={show_address(client)} name={name or '-'} route={route or '-'} backend={backend or '-'} " \
+            return self.line(level, when, "", {k: v for k, v in fields.items() if v is not None})
+        text = f"client={host}:{port} name={name or '-'} route={route or '-'} backend={backend or '-'} " \
                f"up={up} down={down} seconds={seconds:.3f} reason={reason}"
-        return self.line(end.level, end.when, f"{text} detail={json.dumps(detail)}" if detail else text, {})
+        return self.line(level, when, f"{text} detail={json.dumps(detail)}" if detail else text, {})
 
     def line(self, level: int, when: float, text: str, fields: dict[str, Any]) -> str:
         """A finished line.  Under journald it has a syslog level instead of a time of its own."""
         word, syslog_level = LEVELS[level]
-        second = int(when)
-        stamp = f"{timestamp(second)}.{int((when - second) * 1000):03d}Z"
+        if self.journald and self.style == "text":
+            return f"<{syslog_level}>{text}\n"
+        stamp = timestamp(int(when * 1000))
         if self.style == "json":
             record = {"time": stamp, "level": word, **({"message": text} if text else {}), **fields}
             return json.dumps(record) + "\n"
-        if self.journald:
-            return f"<{syslog_level}>{text}\n"
         return f"{stamp} {word} {text}\n"
 
 
-@functools.lru_cache(maxsize=2)
-def timestamp(second: int) -> str:
-    """A second in RFC 3339 form, UTC; made once for all the lines of that second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+@functools.lru_cache(maxsize=8)
+def timestamp(millisecond: int) -> str:
+    """A millisecond since 1970 in RFC 3339 form, UTC; made once for all its lines."""
+    second, rest = divmod(millisecond, 1000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(second))}.{rest:03d}Z"
 
 
 # the word in a line, and syslog's number (RFC 5424 6.2.1)
@@ -1410,6 +1412,10 @@ class Poller:
     def change(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
         """Wait for something else."""
         self.selector.modify(fd, self._as_selectors_has_them(events), callback)
+
+    def redirect(self, fd: int, callback: Callable[[int], None]) -> None:
+        """Call another for the same events."""
+        self.selector.modify(fd, self.selector.get_key(fd).events, callback)
 
     def forget(self, fd: int) -> None:
         """Wait no more."""
@@ -1452,6 +1458,9 @@ class EpollPoller(Poller):
         self.callbacks[fd] = callback
         self.epoll.modify(fd, events)
 
+    def redirect(self, fd: int, callback: Callable[[int], None]) -> None:
+        self.callbacks[fd] = callback
+
     def forget(self, fd: int) -> None:
         del self.callbacks[fd]
         self.epoll.unregister(fd)
@@ -1476,7 +1485,8 @@ class Flow:
     """One direction of a connection, from `source` to its twin's.  Loop only.
 
     Backpressure: while the sink takes no more, what is left waits in `pending` and the source is
-    not read.  End of file travels behind the last byte.  States: OPEN, BLOCKED, DONE.
+    not read.  End of file travels behind the last byte.  States: OPEN, BULKY (see SpliceFlow),
+    BLOCKED, DONE.
     """
 
     __slots__ = ("connection", "twin", "source", "fd", "total", "state", "pending", "pipe", "watched")
@@ -1495,27 +1505,28 @@ class Flow:
     def watch(self, events: int, callback: Callable[[int], None] | None = None) -> None:
         """Wait for these events on the source; for none, forget it (a hang-up would spin)."""
         poller = self.connection.router.poller
-        if not events:
-            if self.watched:
-                poller.forget(self.fd)
+        if events:
+            (poller.change if self.watched else poller.watch)(self.fd, events, callback)
         elif self.watched:
-            poller.change(self.fd, events, callback)
-        else:
-            poller.watch(self.fd, events, callback)
+            poller.forget(self.fd)
         self.watched = events
 
     def rewatch(self) -> None:
         """Wait for what is wanted of the source: each socket is one flow's source and its twin's sink."""
-        events = (READ if self.state is OPEN else 0) | (WRITE if self.twin.state is BLOCKED else 0)
+        events = (READ if self.state in (OPEN, BULKY) else 0) | (WRITE if self.twin.state is BLOCKED else 0)
         if events != self.watched:
-            self.watch(events, self.pump if events == READ else self.ready)
+            self.watch(events, self.mover() if events == READ else self.ready)
+
+    def mover(self) -> Callable[[int], None]:
+        """What moves bytes in this state."""
+        return self.pump
 
     def ready(self, mask: int) -> None:
         """Called by the loop when the source can be written by the other direction, or read too."""
         if mask != READ and self.twin.state is BLOCKED:
             self.twin.flush()
         if mask != WRITE:
-            self.pump()
+            self.mover()(mask)
 
     def pump(self, mask: int = READ) -> None:
         """Move what the source has to the sink.  Called by the loop when there is something to read."""
@@ -1524,27 +1535,33 @@ class Flow:
         connection = self.connection
         router = connection.router
         try:
-            count = self.source.recv_into(router.buffer, router.chunk)
+            data = self.source.recv(router.chunk)
         except BlockingIOError:
             return
         except OSError as error:
             connection.failed(self, error)
             return
-        if not count:
+        if not data:
             connection.ended(self)
             return
+        count = len(data)
         self.total += count
         if connection.hello is not None:
             connection.spoke(self)
         try:
-            sent = self.twin.source.send(router.view[:count])
+            sent = self.twin.source.send(data)
         except BlockingIOError:
             sent = 0
         except OSError:
             connection.broken(self)
             return
         if sent != count:
-            self.hold(memoryview(bytes(router.view[sent:count])))
+            self.hold(memoryview(data)[sent:])
+        elif count == router.chunk:
+            self.swell()
+
+    def swell(self) -> None:
+        """There is more than one read takes: nothing to be done about it here."""
 
     def hold(self, rest: memoryview) -> None:
         """The sink is full: keep the rest, and do not read before it is gone."""
@@ -1573,9 +1590,9 @@ class Flow:
             self.pending = None
             self.unblock()
 
-    def unblock(self) -> None:
+    def unblock(self, state: str = OPEN) -> None:
         """All is with the sink: read on."""
-        self.state = OPEN
+        self.state = state
         self.rewatch()
         self.twin.rewatch()
 
@@ -1588,24 +1605,37 @@ class Flow:
 
 
 class SpliceFlow(Flow):
-    """A Flow whose bytes stay in the kernel (splice(2)): half the CPU for each gigabyte.
+    """A Flow that is BULKY while there is much to move: then its bytes stay in the kernel (splice(2)).
 
-    All flows of the loop share one pipe.  It is empty between two calls, unless a sink is full:
-    then the pipe is lent to that flow, with the rest in it, and the loop takes another.  Where
+    That is half the CPU for each gigabyte, and a tenth more for a message of 64 bytes: the two meet
+    at 3 KiB.  All flows of the loop share one pipe.  It is empty between two calls, unless a sink is
+    full: then the pipe is lent to that flow, with the rest in it, and the loop takes another.  Where
     there is none to spare, the rest is copied out, as in Flow.
     """
 
     __slots__ = ()
 
-    def pump(self, mask: int = READ) -> None:
-        """As Flow.pump, written out again: a call for each step would cost more than the step."""
-        if self.state is not OPEN:
+    def mover(self) -> Callable[[int], None]:
+        return self.splice if self.state is BULKY else self.pump
+
+    def swell(self) -> None:
+        """There is more than one read takes: splice it."""
+        self._become(BULKY)
+
+    def _become(self, state: str) -> None:
+        self.state = state
+        if self.watched == READ:
+            self.connection.router.poller.redirect(self.fd, self.mover())
+
+    def splice(self, mask: int = READ) -> None:
+        """As `pump`, written out again: a call for each step would cost more than the step."""
+        if self.state is not BULKY:
             return
         connection = self.connection
         router = connection.router
         reader, writer = router.pipe
         try:
-            count = os.splice(self.fd, writer, router.chunk, flags=SPLICE_FLAGS)
+            count = os.splice(self.fd, writer, router.bulk, flags=SPLICE_FLAGS)
         except BlockingIOError:
             return
         except OSError as error:
@@ -1633,6 +1663,8 @@ class SpliceFlow(Flow):
                 self.block()
             else:
                 self.hold(memoryview(read_exactly(reader, rest)))
+        elif count < MESSAGE:
+            self._become(OPEN)
 
     def flush(self) -> None:
         """As Flow.flush, out of the pipe that was lent."""
@@ -1649,7 +1681,7 @@ class SpliceFlow(Flow):
         if not self.pending:
             self.connection.router.return_pipe(self.pipe)
             self.pipe = self.pending = None
-            self.unblock()
+            self.unblock(BULKY)
 
     def discard(self) -> None:
         if self.pipe is not None:  # it is not empty: nobody else can use it
@@ -1776,36 +1808,36 @@ class Connection:
         if self.state is not PRELUDE:
             return
         router = self.router
+        verdict = None
         try:
-            count = self.client.recv_into(router.buffer, HELLO_WIRE_MAX)
-        except BlockingIOError:
-            count = -1
-        except OSError:
-            self.refuse(Refused("truncated", "the client reset the connection"))
-            return
-        try:
-            verdict = self._read(router.view[:count]) if count > 0 else None
+            data = self.client.recv(MESSAGE)
+            if not data:
+                raise Malformed("the client left in the middle of its prelude", DECODE_ERROR, "truncated")
+            verdict = self._read(data)
             if isinstance(verdict, bytes):
                 self._answer(verdict)
         except Refused as error:
             self.refuse(error)
             return
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.refuse(Refused("truncated", "the client reset the connection"))
+            return
         if isinstance(verdict, Hello):
             self.route(verdict)
-        elif not count:
-            self.refuse(Malformed("the client left in the middle of its prelude", DECODE_ERROR, "truncated"))
         elif not self.up.watched:
             router.arm(self, router.prelude_deadline)
             self.up.watch(READ, self.on_prelude)
             if len(router.prelude_deadline.entries) > PRELUDES_MAX:
                 router.shed()
 
-    def _read(self, data: memoryview) -> Hello | bytes | None:
+    def _read(self, data: bytes) -> Hello | bytes | None:
         """See Prelude.feed, which does this where the first bytes are not all of a hello."""
         if self.prelude is None:
             if self.peer.policy != "require":
-                self.hello = bytes(data)
-                hello = whole_hello(self.hello)
+                self.hello = data
+                hello = whole_hello(data)
                 if hello is not None:
                     return hello
                 self.hello = None
@@ -1909,13 +1941,13 @@ class Connection:
             self.up.watch(0)  # enough: the rest waits in the kernel
             return
         try:
-            count = self.client.recv_into(self.router.buffer, HELLO_WIRE_MAX)
+            data = self.client.recv(MESSAGE)
         except BlockingIOError:
             return
         except OSError:
-            count = 0
-        if count:
-            self.hello += self.router.view[:count]
+            data = b""
+        if data:
+            self.hello += data
             self.replayable = False
         else:
             self.close("client_left")
@@ -1957,7 +1989,7 @@ class Connection:
         asks = self.greeting.endswith(SSL_REQUEST_BYTES)
         said = self.greeting if asks else self.greeting + self.hello
         try:
-            if not self.backend.intact(server):
+            if self.backend.child is not None and not self.backend.intact(server):
                 self.retry("its process ended")
                 return
             sent = server.send(said)
@@ -2027,10 +2059,11 @@ class Connection:
 
     def _open(self, said: bytes, sent: int) -> None:
         """Pump: the backend has `sent` bytes of what the client said."""
-        self.state = self.up.state = self.down.state = OPEN
-        self.up.total += len(said) if not self.retried else 0
-        self.up.watch(READ, self.up.pump)
-        self.down.watch(READ, self.down.pump)
+        up, down = self.up, self.down
+        self.state = up.state = down.state = OPEN
+        up.total += len(said) if not self.retried else 0
+        up.watch(READ, up.pump)
+        down.watch(READ, down.pump)
         if self.backend.tunnel is not None:
             self.router.arm(self, self.router.first_byte_deadline)
         else:
@@ -2053,18 +2086,17 @@ class Connection:
 
     def ended(self, flow: Flow) -> None:
         """The source has ended: pass that on behind its last byte."""
-        if self.hello is not None and flow is self.up:
-            self.close("client_left")  # nobody ends TLS in the middle of its handshake, and stays
-            return
         if self.hello is not None:
-            self._unanswered("it closed the connection without a byte")
+            if flow is self.up:
+                self.close("client_left")  # nobody ends TLS in the middle of its handshake, and stays
+            else:
+                self._unanswered("it closed the connection without a byte")
             return
         flow.state = DONE
         if flow.twin.state is DONE:
             self.close("backend_closed" if flow is self.up else "client_closed")  # who was first
             return
-        with contextlib.suppress(OSError):  # it is gone, and its own flow will say so
-            flow.twin.source.shutdown(socket.SHUT_WR)
+        self.router.to_end.append(flow.twin.source)
         flow.rewatch()
 
     def failed(self, flow: Flow, error: OSError) -> None:
@@ -2172,7 +2204,7 @@ class Connection:
         if self.state is not LINGERING:
             return
         try:
-            if self.client.recv_into(self.router.buffer):
+            if self.client.recv(READ_MAX):
                 return
         except BlockingIOError:
             return
@@ -2189,7 +2221,8 @@ class Connection:
         self.state = CLOSED
         if self.deadline is not None:
             router.disarm(self)
-        self._leave_wait()
+        if self.wait is not None:
+            self._leave_wait()
         up, down = self.up, self.down
         if up.pending is not None or down.pending is not None:
             up.discard()
@@ -2293,14 +2326,12 @@ class Router(socketserver.ThreadingTCPServer):
         self.paused = False  # accepting
         self.pause_said = -PAUSE_SAID
         self.resume_at = self.drain_until = float("inf")
-        self.buffer = bytearray(BULK)
-        self.view = memoryview(self.buffer)
-        self.chunk = BULK
         self.pending = 0  # bytes kept for sinks that are full
         self.pipes: list[tuple[int, int]] = []  # to spare
         self.pipes_made = 0
         self.flow: type[Flow] = SpliceFlow if can_splice() else Flow
         self.pipe = self._make_pipe() if self.flow is SpliceFlow else None
+        self.keep(0)
         self.prelude_deadline = Deadline(settings.prelude_timeout, lambda c: c.refuse(Malformed(
             "the client did not say its name in time", DECODE_ERROR, "prelude_timeout")))
         self.parked_deadline = Deadline(settings.start_timeout + 1, lambda c: c.refuse(Refused(
@@ -2318,6 +2349,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.calls: collections.deque[Callable[[], None]] = collections.deque()
         self.steps: tuple[tuple[list[Connection], Callable[[Connection], None]], ...] = tuple(
             ([], step) for step in (Connection.on_prelude, Connection.dial, Connection.speak))
+        self.to_end: list[socket.SocketType] = []
         self.to_read, self.to_dial, self.to_speak = (waiting for waiting, _ in self.steps)
         self.poller = EpollPoller() if hasattr(select, "epoll") else Poller()
         self.wake_reader, self.wake_writer = os.pipe()
@@ -2442,8 +2474,16 @@ class Router(socketserver.ThreadingTCPServer):
             now = monotonic()
             if now >= self.next_check:
                 self._check(now)
-            for connections, step in self.steps:  # see Connection, "Steps"
-                for connection in connections:
+            for sink in self.to_end:
+                try:
+                    sink.shutdown(socket.SHUT_WR)
+                except OSError:
+                    pass  # it is gone, and its own flow will say so
+            self.to_end.clear()
+            for connections, step in self.steps:
+                if not connections:
+                    continue
+                for connection in connections:  # may grow meanwhile
                     try:
                         step(connection)
                     except Exception:
@@ -2773,7 +2813,8 @@ class Router(socketserver.ThreadingTCPServer):
     def keep(self, count: int) -> None:
         """Count bytes kept for full sinks; the more there are, the less is read at a time."""
         self.pending += count
-        self.chunk = BULK if self.pending < PENDING_MAX else SMALL
+        self.bulk = BULK if self.pending < PENDING_MAX else SMALL  # for one splice
+        self.chunk = MESSAGE if self.pipe else min(self.bulk, READ_MAX)  # for one read
 
 
 def listen_addresses(host: str, port: int) -> list[tuple[int, tuple]]:

@@ -1496,7 +1496,7 @@ def test_a_host_is_resolved_once_and_stays_while_the_resolver_is_down(monkeypatc
     assert (caught.value.kind, caught.value.alert) == ("unresolved", 80)
     backend = resolve(monkeypatch, "tcp:h:1", ["192.0.2.1", "192.0.2.1", "2001:db8::1"], router)
     assert backend.addresses == ((socket.AF_INET, ("192.0.2.1", 1)), (socket.AF_INET6, ("2001:db8::1", 1)))
-    assert not backend.local and backend.intact(None)
+    assert not backend.local
     assert resolve(monkeypatch, "tcp:h:1", OSError("down"), router) is backend
     now = sniroute.monotonic()
     monkeypatch.setattr(sniroute, "monotonic", lambda: now + sniroute.RESOLVED_FOR + 1)
@@ -2262,7 +2262,7 @@ def test_readers_that_stop_cost_no_memory_and_lose_nothing(run, serve, flow, mon
             assert hashlib.sha256(read_all(client)).digest() == hashlib.sha256(payload).digest()
     running.ending(12)
     wait_until(lambda: router.pending == 0)
-    assert router.chunk == sniroute.BULK
+    assert router.bulk == sniroute.BULK
     assert router.pipes_made <= max(1, pipes)
 
 

@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""All measurements, one after the other: `python3 bench [--quick] [--json FILE]`.
+
+    python3 bench routers ...    bench/routers.py alone, with its own options
+    python3 bench tunnels ...    bench/tunnels.py alone
+
+The exit code is 1 where either could not measure something.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+
+PARTS = ("routers", "tunnels")  # in this order
+
+
+def argv_of(part: str, *options: str) -> list[str]:
+    """The command line of a part."""
+    return [sys.executable, str(pathlib.Path(__file__).resolve().with_name(f"{part}.py")), *options]
+
+
+def run(part: str, *options: str) -> int:
+    """Run a part to its end, which it reaches by itself also when this process is told to end.  Its exit code."""
+    process = subprocess.Popen(argv_of(part, *options))
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+
+
+def main() -> int:
+    """The command line.  Returns the exit code."""
+    if sys.argv[1:2] and sys.argv[1] in PARTS:
+        os.execv(sys.executable, argv_of(*sys.argv[1:]))
+    parser = argparse.ArgumentParser(prog="bench", description="Measures the routers, and then the tunnel programs.",
+                                     epilog=f"One alone, with its own options: bench {'|'.join(PARTS)} --help")
+    parser.add_argument("--quick", action="store_true", help="less of everything")
+    parser.add_argument("--json", metavar="FILE", help="write all figures there, too")
+    given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    figures, code = {}, 0
+    with tempfile.TemporaryDirectory(prefix="sniroute-bench-") as folder:
+        for part in PARTS:
+            path = pathlib.Path(folder, part)
+            try:
+                code = max(code, run(part, "--json", str(path), *["--quick"] * given.quick))
+            except KeyboardInterrupt:
+                return 130
+            print(flush=True)
+            if path.exists():
+                figures[part] = json.loads(path.read_text())
+    if given.json:
+        with open(given.json, "w") as file:
+            json.dump(figures, file, indent=1)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
