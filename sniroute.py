@@ -139,7 +139,7 @@ LOG_LINES_MAX = 10000  # lines that wait for a slow log; over it they are droppe
 LOG_NAP = 0.02  # between two writes of the log: one system call for many lines
 DUMP_MAX = 200  # connections in a dump
 KEEPALIVE = (60, 15, 4)  # idle, interval, count: a dead peer is found in two minutes
-SPARE_FDS = 320  # descriptors for 101 tunnels (two each), the pipes, listeners and the log
+SPARE_FDS = 400  # descriptors for 101 tunnels (three each), the pipes, listeners and the log
 TUNNEL_MEMORY = 64 << 20  # memory of the host for each process of a tunnel program: cloudflared takes about 28 MB
 
 PRELUDE, ROUTED, PARKED, DIALING, GREETING = "prelude", "routed", "parked", "dialing", "greeting"
@@ -796,7 +796,8 @@ class Routes:
         if len(self.patterns) < len(self.routes):
             patterns = [route.pattern for route in self.routes]
             raise ValueError(f"{next(p for p in patterns if patterns.count(p) > 1)} is routed twice")
-        self.decisions: dict[str, Decision] = {}  # what was decided; emptied at DECISIONS_MAX
+        self.decisions: dict[str, Decision] = {}  # what was decided; emptied when there are ...
+        self.decisions_max = max(DECISIONS_MAX, 2 * len(self.routes))
 
     def find(self, name: str) -> Route | None:
         """The route for a normalised name."""
@@ -818,7 +819,7 @@ class Routes:
             route = self.find(name)
             if route is None:
                 raise Refused("no_route", f"no route for {name}", UNRECOGNIZED_NAME)
-            if len(self.decisions) >= DECISIONS_MAX:
+            if len(self.decisions) >= self.decisions_max:
                 self.decisions.clear()
             decision = self.decisions[name] = route.decide(name, self.identified)
         return decision
@@ -2440,7 +2441,7 @@ class Router(socketserver.ThreadingTCPServer):
 
     def remember(self, decision: Decision, backend: Backend, until: float) -> None:
         """Keep a resolved address until then (clock time).  The loop does so, too."""
-        if len(self.resolved) >= RESOLVED_MAX:
+        if len(self.resolved) >= max(RESOLVED_MAX, 2 * len(self.routes.routes)):
             self.resolved.clear()
         self.resolved[decision.key] = backend, until
 

@@ -379,24 +379,6 @@ def listens(pid: int, port: int) -> str:
     return "own" if found <= inodes else "other"
 
 
-PF_EXITING = 4  # of the flags in /proc/PID/stat, proc(5) and <linux/sched.h>
-
-
-def is_exiting(pid: int) -> bool:
-    """Whether a process has begun to end.
-
-    The kernel says so before it closes the process's sockets, and tells its parent only after: in
-    between, its port is free for anybody.
-    """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return bool(int(file.read().rpartition(b")")[2].split()[6]) & PF_EXITING)
-    except FileNotFoundError:
-        return False  # there is no /proc
-    except OSError:
-        return True  # nobody can tell: rather ask again than hand a byte to a stranger
-
-
 class PortPool:
     """Local ports for the children, lowest free first.  Used by one thread, the reaper.
 
@@ -471,7 +453,7 @@ class Process:
     Written by the reaper only, but for `verdict`; a thread that doubts reads it, and `TunnelTable.words`.
     """
 
-    __slots__ = ("launcher", "popen", "pid", "pidfd", "output", "line", "tail", "said", "paused", "children",
+    __slots__ = ("launcher", "popen", "pid", "pidfd", "statm", "output", "line", "tail", "said", "paused", "children",
                  "kill_at", "killed", "verdict")
 
     def __init__(self, launcher: Launcher, popen: subprocess.Popen):
@@ -482,6 +464,9 @@ class Process:
         if hasattr(os, "pidfd_open"):
             with contextlib.suppress(OSError):
                 self.pidfd = os.pidfd_open(popen.pid)
+        self.statm = -1  # /proc/PID/statm of this process, whoever has its number later; without /proc there is none
+        with contextlib.suppress(OSError):
+            self.statm = os.open(f"/proc/{popen.pid}/statm", os.O_RDONLY)
         self.output = popen.stdout
         self.line = b""  # shared: the beginning of a line
         self.tail = b""  # the end of what it said; where it is shared, of what concerned no listener
@@ -502,15 +487,27 @@ class Process:
         return len(self.children) < self.launcher.carries and not self.kill_at and not self.verdict and self.alive()
 
     def alive(self) -> bool:
-        """Whether the process runs, and is not on its way out, asked of the kernel.  Any thread."""
-        if self.pidfd < 0:
-            return self.popen.returncode is None
+        """Whether the process runs, and is not on its way out, asked of the kernel.  Any thread.
+
+        One that ends has no memory any more before its sockets are closed (exit_mm and exit_files in
+        the kernel's do_exit), and only then is its parent told: in between, its port is free for
+        anybody.  statm is the cheapest file that shows it: asked for each connection.
+        """
         try:
-            if os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-                return False
+            if self.statm >= 0:
+                return os.pread(self.statm, 2, 0) != b"0 "
+            if self.pidfd >= 0:
+                return os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
         except OSError:
             return False
-        return not is_exiting(self.pid)
+        return self.popen.returncode is None
+
+    def close(self) -> None:
+        """Let go of what was opened to watch it."""
+        watched, self.pidfd, self.statm = (self.pidfd, self.statm), -1, -1
+        for fd in watched:
+            if fd >= 0:
+                os.close(fd)
 
     def signal(self, number: int) -> None:
         """Signal the whole process group.  Only before the process is reaped: its id is its own."""
@@ -1105,7 +1102,7 @@ class TunnelTable:
             state = tunnel.state  # under the lock: a thread in wait() may have begun to doubt it
             tunnel.child = None
             if state is READY:
-                self._enter(tunnel, BACKOFF)  # before the pidfd's number can mean another process
+                self._enter(tunnel, BACKOFF)  # before the numbers of its descriptors can mean another process
         return state
 
     def _forget(self, process: Process) -> None:
@@ -1117,9 +1114,7 @@ class TunnelTable:
         for pipe in (process.output, process.popen.stdin):
             if pipe is not None:
                 pipe.close()
-        if process.pidfd >= 0:
-            pidfd, process.pidfd = process.pidfd, -1
-            os.close(pidfd)
+        process.close()
 
     def _closed(self, child: Child, reason: Reason) -> None:
         """A listener of a shared process is gone, or there never was one."""

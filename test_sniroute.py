@@ -1426,6 +1426,14 @@ def test_decisions_are_remembered_for_a_limited_number_of_names(monkeypatch):
         assert len(routes.decisions) <= 3
 
 
+def test_decisions_are_remembered_for_all_names_that_have_a_route_of_their_own(monkeypatch):
+    monkeypatch.setattr(sniroute, "DECISIONS_MAX", 3)
+    names = [f"n{number}.example.com" for number in range(10)]
+    routes = Routes([parse_route(f"{name}=tcp:h:1") for name in names])
+    decisions = [routes.decide(name) for name in names]
+    assert all(routes.decide(name) is decision for name, decision in zip(names, decisions, strict=True))
+
+
 def test_a_name_that_makes_its_target_too_long_is_refused():
     routes = Routes([parse_route("*=cloudflared:cft-{name}")])
     assert verdict(routes.decide, LONGEST) == Bad("bad_name", 112)
@@ -1486,7 +1494,7 @@ class Resolved(types.SimpleNamespace):
     remember = sniroute.Router.remember
 
     def __init__(self, **more: object):
-        super().__init__(resolved={}, **more)
+        super().__init__(resolved={}, routes=Routes([]), **more)
 
 
 def test_a_host_is_resolved_once_and_stays_while_the_resolver_is_down(monkeypatch):
@@ -1542,6 +1550,10 @@ def test_resolved_hosts_and_their_addresses_are_limited(monkeypatch):
     for number in range(5):
         backend = resolve(monkeypatch, f"tcp:h{number}:1", [f"192.0.2.{n}" for n in range(1, 9)], router)
         assert len(backend.addresses) == sniroute.ADDRESSES_MAX and len(router.resolved) <= 2
+    router.routes = Routes([parse_route(f"n{number}.example.com=tcp:h:1") for number in range(3)])
+    for number in range(6):
+        resolve(monkeypatch, f"tcp:h{number}:1", ["192.0.2.1"], router)
+    assert len(router.resolved) == 6, "there is room for those of all routes"
 
 
 # -- refusals ----------------------------------------------------------------------------------
@@ -1826,8 +1838,8 @@ def test_the_version(capsys):
     assert re.fullmatch(r"sniroute \d+\.\d+\.\d+ \(Python 3\.\d+\.\S+, \S+\)\n", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("limit, fit", [(1024, 352), (256, 64), (2, 1), (1, 1), (1 << 20, (1 << 20) // 2 - 160),
-                                        (resource.RLIM_INFINITY, (1 << 20) // 2 - 160)])
+@pytest.mark.parametrize("limit, fit", [(1024, 312), (256, 64), (2, 1), (1, 1), (1 << 20, (1 << 20) // 2 - 200),
+                                        (resource.RLIM_INFINITY, (1 << 20) // 2 - 200)])
 def test_the_connections_that_fit_follow_the_limit_of_open_files(limit, fit, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
     settings = load_settings([], {})

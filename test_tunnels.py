@@ -2339,8 +2339,7 @@ def test_a_process_that_is_gone_is_not_alive_and_is_not_signalled():
             assert not process.alive()
             process.signal(signal.SIGKILL)  # its group has ended
         finally:
-            if process.pidfd >= 0:
-                os.close(process.pidfd)
+            process.close()
 
 
 # -- the stand-in itself -----------------------------------------------------------------------
