@@ -135,6 +135,7 @@ READ_MAX = 1 << 16  # ... and read in larger pieces where not
 SMALL = 1 << 14  # the same while many clients do not read: what they leave has to be kept
 PENDING_MAX = 1 << 22  # bytes copied out for full sinks (not those in lent pipes), before SMALL applies
 PIPES_MAX = 32  # pipes lent to flows whose sink would block: 1 MiB and two descriptors each
+SWITCH_INTERVAL = 0.0005  # so long may another thread keep the interpreter while the loop wants it
 LOG_LINES_MAX = 10000  # lines that wait for a slow log; over it they are dropped and counted
 LOG_NAP = 0.02  # between two writes of the log: one system call for many lines
 DUMP_MAX = 200  # connections in a dump
@@ -2610,7 +2611,7 @@ class Router(socketserver.ThreadingTCPServer):
         self._start_waits()
 
     def _start_waits(self) -> None:
-        """Give threads to names that wait for one."""
+        """Give a thread to a name that waits for one; to the next in the next turn, for each takes a while."""
         while self.queued_waits and self.waiting_threads < WAIT_THREADS:
             wait = self.queued_waits.popleft()
             if not wait.connections:
@@ -2622,6 +2623,9 @@ class Router(socketserver.ThreadingTCPServer):
             except RuntimeError as error:  # no more threads to be had
                 wait.error = Refused("busy", str(error), INTERNAL_ERROR)
                 self.call(functools.partial(self._hand_back, wait))
+            if self.queued_waits:
+                self.call(self._start_waits)
+            return
 
     def _hand_back(self, wait: Wait) -> None:
         """A wait is over: go on with its connections."""
@@ -2941,6 +2945,7 @@ def run(settings: types.SimpleNamespace, journal: Journal, reader: int, writer: 
             os.write(writer, b"\0")
 
     warn(settings)
+    sys.setswitchinterval(SWITCH_INTERVAL)
     gc.freeze()  # what is here now lives as long as the process: never look at it again
     thread = threading.Thread(target=loop, name="loop", daemon=True)
     thread.start()

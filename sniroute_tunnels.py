@@ -77,6 +77,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -88,6 +89,7 @@ log = logging.getLogger("sniroute")
 
 # Limits and times (seconds), each with its reason.
 RETRY = 0.1  # after a fault of the reaper: it must not spin
+REAPER_NAP = 0.005  # between two turns, which cost as much as there are tunnels, and hold the interpreter
 POLL = 0.01  # between two looks at a starting child: a tenth of what a start takes
 POLL_LAST = 0.2  # the same at most, for a child that takes long: a look costs 4 ms of kernel time
 STOP_GRACE = 2.0  # between TERM and KILL: cloudflared ends 3 ms after TERM
@@ -336,12 +338,48 @@ LOOPBACK = frozenset(("0100007F", "7F000001",
 ANY = frozenset(("00000000", "0" * 32))
 
 
+# sock_diag(7), <linux/inet_diag.h>: asked for one TCP socket by its addresses, without a cookie.
+DIAG_ASK = struct.Struct("=IHHIIBBBBIHH4s12x4s12xIII")
+DIAG_TOLD = struct.Struct("=IH10xBBBB48xIIIII")
+SOCK_DIAG, SOCK_DIAG_BY_FAMILY, NLM_REQUEST, NO_COOKIE = 4, 20, 1, 0xFFFFFFFF
+
+
 def listeners(port: int) -> dict[str, int]:
     """The sockets that listen where a connect to 127.0.0.1:`port` arrives.
 
-    Returns {inode: connections that wait to be accepted}.  proc(5): state 0A is LISTEN, and for
-    such a socket rx_queue is its accept backlog.  The kernel lists listeners first, so that
-    reading stops at the first row of another state, however many connections there are.
+    Returns {inode: connections that wait to be accepted}.
+    """
+    try:
+        return ask_for_listener(port) or read_listeners(port)  # "none" also means "I cannot tell"
+    except OSError:  # not Linux, or a sandbox without AF_NETLINK
+        return read_listeners(port)
+
+
+def ask_for_listener(port: int) -> dict[str, int]:
+    """The socket that the kernel itself would choose: 20 us, where its table takes 7 ms for 500 listeners.
+
+    Empty where there is none, or where the kernel has no tcp_diag.  Raises OSError.
+    """
+    with socket.socket(getattr(socket, "AF_NETLINK", -1), socket.SOCK_RAW, SOCK_DIAG) as kernel:
+        kernel.send(DIAG_ASK.pack(DIAG_ASK.size, SOCK_DIAG_BY_FAMILY, NLM_REQUEST, 0, 0,
+                                  socket.AF_INET, socket.IPPROTO_TCP, 0, 0, 0,
+                                  socket.htons(port), 0, b"\x7f\0\0\1", b"", 0, NO_COOKIE, NO_COOKIE))
+        told = kernel.recv(4096, socket.MSG_DONTWAIT)
+    if len(told) < DIAG_TOLD.size:
+        return {}
+    _, kind, _, state, _, _, _, backlog, _, _, inode = DIAG_TOLD.unpack_from(told)
+    return {str(inode): backlog} if kind == SOCK_DIAG_BY_FAMILY and state == TCP_LISTEN else {}
+
+
+TCP_LISTEN = 10  # <net/tcp_states.h>
+
+
+def read_listeners(port: int) -> dict[str, int]:
+    """The same out of /proc/net.
+
+    proc(5): state 0A is LISTEN, and for such a socket rx_queue is its accept backlog.  The kernel
+    lists listeners first, so that reading stops at the first row of another state, however many
+    connections there are.
     """
     exact: dict[str, int] = {}
     wild: dict[str, int] = {}  # one for IPv6 only looks the same, and is in nobody's way
@@ -781,6 +819,7 @@ class TunnelTable:
         while not (self.closing and not self.processes):
             try:
                 self.step(None)
+                time.sleep(REAPER_NAP)  # many names at once: one turn for what all of them want
             except OSError as error:  # out of descriptors, most likely: what was claimed is retried
                 log.error("tunnels: %s", error)
                 time.sleep(RETRY)
@@ -867,8 +906,7 @@ class TunnelTable:
                     break
                 self._enter(tunnel, STARTING)
                 spawn.append(tunnel)
-                live += 1
-                starting += 1
+                break  # the next in the next turn: many that start in one instant stop everything else
         return spawn, stop
 
     def _evict(self, now: float) -> list[tuple[Tunnel, str]]:

@@ -3379,15 +3379,16 @@ def test_fault_at_accept_or_after_a_wait_ends_that_connection_only(run, serve, c
         patch.setattr(sniroute.Connection, "resume", lambda self: fault() if self.name == "db.example.com" else real(self))
         with running.connect(HELLO) as client:
             assert client.recv(1) == b""
-    with monkeypatch.context() as patch:
-        patch.setattr(sniroute.Connection, "on_prelude", fault)
-        with running.connect(HELLO) as client:
-            assert read_all(client) == b""
+    for step in ("_read", "_connect", "_open"):  # each is called by another of the loop's steps
+        with monkeypatch.context() as patch:
+            patch.setattr(sniroute.Connection, step, fault)
+            with running.connect(genuine_hello("ok.example.com")) as client:
+                assert read_all(client) == b""
     running.router.call(fault)
     with running.connect(genuine_hello("ok.example.com")) as client:
         assert client.recv(1) == b"x"
     wait_until(lambda: not running.router.connections)
-    assert caplog.text.count("ZeroDivisionError: planted") == 3
+    assert caplog.text.count("ZeroDivisionError: planted") == 5
 
 
 def test_drain_lets_connections_end_and_accepts_no_more(run, serve, caplog):

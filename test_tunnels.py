@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -432,14 +433,24 @@ def test_sigkill_of_the_router_leaves_no_process(form, kind, cloudflared, free_p
 # -- who listens -------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["asked for", "read"])
+def looked(request, monkeypatch):
+    """Listeners are found by sock_diag, and where that cannot be had, in /proc/net."""
+    def sandbox(port: int) -> dict[str, int]:
+        raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+
+    if request.param == "read":
+        monkeypatch.setattr(sniroute_tunnels, "ask_for_listener", sandbox)
+
+
 @linux
-def test_a_listener_of_this_process_is_own():
+def test_a_listener_of_this_process_is_own(looked):
     with listening() as listener:
         assert sniroute_tunnels.listens(os.getpid(), port_of(listener)) == "own"
 
 
 @linux
-def test_nobody_listens_on_a_port_that_is_only_bound(free_ports):
+def test_nobody_listens_on_a_port_that_is_only_bound(free_ports, looked):
     with socket.socket() as bound:
         bound.bind((HOST, 0))
         assert sniroute_tunnels.listens(os.getpid(), port_of(bound)) == "nobody"
@@ -454,7 +465,7 @@ def test_nobody_listens_on_a_port_that_is_only_bound(free_ports):
     pytest.param(socket.AF_INET6, "::ffff:127.0.0.1", True, id="mapped loopback"),
     pytest.param(socket.AF_INET6, "::1", False, id="IPv6 loopback"),
 ])
-def test_listeners_finds_what_a_connect_reaches(family, host, port_is_reachable):
+def test_listeners_finds_what_a_connect_reaches(family, host, port_is_reachable, looked):
     if family == socket.AF_INET6 and not pathlib.Path("/proc/self/net/tcp6").exists():
         pytest.skip("no IPv6 here")
     try:
@@ -467,7 +478,7 @@ def test_listeners_finds_what_a_connect_reaches(family, host, port_is_reachable)
 
 
 @linux
-def test_listeners_counts_who_waits_to_be_accepted_beside_many_connections(echo_server):
+def test_listeners_counts_who_waits_to_be_accepted_beside_many_connections(echo_server, looked):
     with contextlib.ExitStack() as stack:
         for _ in range(20):  # rows of other states, on the same port too
             stack.enter_context(socket.create_connection(echo_server.address))
@@ -476,6 +487,18 @@ def test_listeners_counts_who_waits_to_be_accepted_beside_many_connections(echo_
         for number in range(1, 4):
             stack.enter_context(socket.create_connection(listener.getsockname()))
             assert list(sniroute_tunnels.listeners(port_of(listener)).values()) == [number]
+
+
+@linux
+def test_the_kernel_is_asked_for_one_listener_where_it_can_be():
+    try:
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, sniroute_tunnels.SOCK_DIAG).close()
+    except OSError:
+        pytest.skip("no sock_diag here")
+    with listening() as listener:
+        inode = os.readlink(f"/proc/self/fd/{listener.fileno()}")[8:-1]
+        assert sniroute_tunnels.ask_for_listener(port_of(listener)) == {inode: 0}
+    assert sniroute_tunnels.ask_for_listener(1) == {}
 
 
 @linux
@@ -493,7 +516,7 @@ def test_a_kernel_without_ipv6_is_asked_about_ipv4_only(monkeypatch):
 
 
 @linux
-def test_a_process_without_sockets_is_nobody_even_where_another_listens():
+def test_a_process_without_sockets_is_nobody_even_where_another_listens(looked):
     with listening() as listener, subprocess.Popen(["sleep", "60"]) as child:
         try:
             assert sniroute_tunnels.listens(child.pid, port_of(listener)) == "nobody"
@@ -568,6 +591,7 @@ def test_no_descriptor_left_to_look_with_is_no_answer(monkeypatch):
 
     with listening() as listener:
         monkeypatch.setattr(sniroute_tunnels, "open", exhausted, raising=False)
+        monkeypatch.setattr(sniroute_tunnels.socket, "socket", exhausted)
         assert sniroute_tunnels.listeners(port_of(listener)) == {}
 
 
