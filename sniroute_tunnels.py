@@ -351,7 +351,7 @@ def listeners(port: int) -> dict[str, int]:
     """
     try:
         return ask_for_listener(port) or read_listeners(port)  # "none" also means "I cannot tell"
-    except OSError:  # not Linux, or a sandbox without AF_NETLINK
+    except OSError:  # a sandbox without AF_NETLINK
         return read_listeners(port)
 
 
@@ -360,7 +360,9 @@ def ask_for_listener(port: int) -> dict[str, int]:
 
     Empty where there is none, or where the kernel has no tcp_diag.  Raises OSError.
     """
-    with socket.socket(getattr(socket, "AF_NETLINK", -1), socket.SOCK_RAW, SOCK_DIAG) as kernel:
+    if not hasattr(socket, "AF_NETLINK"):
+        return {}
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, SOCK_DIAG) as kernel:
         kernel.send(DIAG_ASK.pack(DIAG_ASK.size, SOCK_DIAG_BY_FAMILY, NLM_REQUEST, 0, 0,
                                   socket.AF_INET, socket.IPPROTO_TCP, 0, 0, 0,
                                   socket.htons(port), 0, b"\x7f\0\0\1", b"", 0, NO_COOKIE, NO_COOKIE))
@@ -502,9 +504,6 @@ class Process:
         if hasattr(os, "pidfd_open"):
             with contextlib.suppress(OSError):
                 self.pidfd = os.pidfd_open(popen.pid)
-        self.statm = -1  # /proc/PID/statm of this process, whoever has its number later; without /proc there is none
-        with contextlib.suppress(OSError):
-            self.statm = os.open(f"/proc/{popen.pid}/statm", os.O_RDONLY)
         self.output = popen.stdout
         self.line = b""  # shared: the beginning of a line
         self.tail = b""  # the end of what it said; where it is shared, of what concerned no listener
@@ -514,6 +513,13 @@ class Process:
         self.kill_at = 0.0  # when TERM gives way to KILL, and KILL to despair; 0: not being stopped
         self.killed = False
         self.verdict = ""  # why it has to be killed; also written by a thread that doubts
+        self.statm = -1  # /proc/PID/statm of this process, whoever has its number later
+        try:
+            self.statm = os.open(f"/proc/{popen.pid}/statm", os.O_RDONLY)
+        except FileNotFoundError:
+            pass  # there is no /proc
+        except OSError as error:
+            self.verdict = f"it cannot be watched ({error.strerror})"
 
     @property
     def shared(self) -> bool:

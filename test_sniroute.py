@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -2764,6 +2765,126 @@ def test_descriptors_that_run_out_pause_accepting_and_do_not_spin(run, serve, ca
         broken.clear()
         assert client.recv(1) == b"x"
     assert sum("not accepting" in r.message for r in caplog.records) == 1
+
+
+def test_silent_clients_of_one_turn_are_shed_at_the_other_listener_too(run):
+    """They have been accepted and not been read yet, when the second listener finds the table full."""
+    running = run(route((HOST, 9)), f"--listen={HOST}:0", "--max-connections=8")
+    router, held = running.router, threading.Event()
+    addresses = [listener.getsockname() for listener in router.listeners]
+    router.call(lambda: held.wait(20))
+    with contextlib.ExitStack() as stack:
+        for address in [addresses[0]] * 8 + [addresses[1]]:
+            stack.enter_context(socket.create_connection(address, 20))
+        held.set()
+        with running.connect(genuine_hello("nope.example.org")) as client:
+            assert read_all(client) == alert(112)
+    assert router.counters["shed"] >= 1 and not router.paused
+
+
+def test_a_deadline_that_another_one_sets_is_not_forgotten(run):
+    """What is due in a later queue may put a connection into an earlier one."""
+    router = run(route((HOST, 9))).router
+    found, done = [], threading.Event()
+    class Late:
+        deadline = None
+    def look() -> None:
+        late = Late()
+        router.greeting_deadline.act = lambda late: router.arm(late, router.parked_deadline)
+        router.arm(late, router.greeting_deadline)
+        router.greeting_deadline.entries[late] = 0.0
+        router._check(sniroute.monotonic())
+        found.extend((router.next_check, router.parked_deadline.entries[late]))
+        router.disarm(late)
+        done.set()
+    router.call(look)
+    assert done.wait(20)
+    assert found[0] <= found[1]
+
+
+def unresolved(go: threading.Event) -> Callable[..., Any]:
+    """A getaddrinfo that does not find example.com, and takes until `go` to find out."""
+    real = socket.getaddrinfo
+    def getaddrinfo(host: str, *rest: Any, **options: Any) -> Any:
+        if not host.endswith(".example.com"):
+            return real(host, *rest, **options)
+        go.wait(20)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    return getaddrinfo
+
+
+def test_threads_for_names_that_wait_are_started_one_in_a_turn(run, monkeypatch):
+    """Each start waits for the interpreter, and with it all who are served."""
+    turns, starts, go = [], [], threading.Event()
+    real = sniroute.EpollPoller.poll
+    monkeypatch.setattr(sniroute.EpollPoller, "poll", lambda self, timeout: turns.append(1) or real(self, timeout))
+    running = run("--route=*.example.com=tcp:{name}:443", "--max-per-client=100")
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved(go))
+    process = running.router.process_request
+    running.router.process_request = lambda *wait: starts.append(len(turns)) or process(*wait)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(running.connect()) for _ in range(20)]
+        wait_until(lambda: len(running.router.connections) == 20)
+        held = threading.Event()
+        running.router.call(lambda: held.wait(20))
+        for number, client in enumerate(clients):
+            client.sendall(genuine_hello(f"n{number}.example.com"))
+        held.set()
+        wait_until(lambda: len(starts) == 20)
+        assert len(set(starts)) == 20
+        go.set()
+        running.ending(20)
+
+
+def test_who_leaves_while_its_name_waits_for_a_thread_is_forgotten(run, monkeypatch):
+    go = threading.Event()
+    monkeypatch.setattr(sniroute, "WAIT_THREADS", 1)
+    router = (running := run("--route=*.example.com=tcp:{name}:443")).router
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved(go))
+    with running.connect(genuine_hello("first.example.com")):
+        wait_until(lambda: router.waiting_threads == 1)
+        with running.connect(genuine_hello("second.example.com")):
+            wait_until(lambda: len(router.queued_waits) == 1)
+        wait_until(lambda: len(router.connections) == 1)
+        assert not router.queued_waits and len(router.waits) == 1
+        go.set()
+        running.ending(2)
+
+
+def test_a_connect_under_way_may_also_be_told_as_bsd_does(run, serve, deaf, monkeypatch):
+    """There, send() on a socket that still connects is ENOTCONN."""
+    class Bsd(socket.SocketType):
+        def send(self, *said: Any) -> int:
+            try:
+                return super().send(*said)
+            except BlockingIOError:
+                raise OSError(errno.ENOTCONN, "Socket is not connected") from None
+    monkeypatch.setattr(socket, "SocketType", Bsd)
+    monkeypatch.setattr(sniroute, "CONNECT_TIMEOUT", 0.1)
+    running = run(route(deaf))
+    with running.connect(HELLO) as client:
+        assert read_all(client) == alert(80)
+    assert "no answer to the connect" in str(running.ending().detail)
+
+
+def test_a_flow_that_has_much_to_move_is_spliced_and_goes_back_to_messages(run, echo_server):
+    if not sniroute.can_splice():
+        pytest.skip("no splice here")
+    running = run(route(echo_server.address))
+    payload = random.Random(4).randbytes(1 << 20)
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        [connection] = running.router.connections
+        for size in (1, sniroute.MESSAGE - 1, sniroute.MESSAGE, sniroute.MESSAGE + 1, 1 << 20, 1, 64):
+            sender = threading.Thread(target=client.sendall, args=(payload[:size],))
+            sender.start()
+            assert read_exactly(client, size) == payload[:size]
+            sender.join()
+            assert connection.up.state in ("open", "bulky")
+            if size == sniroute.MESSAGE:
+                assert connection.up.state == "bulky"
+        assert connection.up.state == connection.down.state == "open"
+    assert running.ending().up == len(HELLO) + 3 * sniroute.MESSAGE + (1 << 20) + 66
 
 
 def test_peers_are_forgotten_when_there_are_many(run, echo_server, monkeypatch):

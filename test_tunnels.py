@@ -2319,6 +2319,21 @@ def test_random_ends_leave_no_zombie_and_lose_no_port(bench, cloudflared):
     assert own_children() == set()
 
 
+def test_a_process_that_cannot_be_watched_is_not_used(bench, monkeypatch):
+    """Without descriptors nobody can tell later whether its port is still its own."""
+    real = os.open
+    def exhausted(path: str, *rest: Any) -> int:
+        if str(path).endswith("statm"):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path, *rest)
+    made = bench()
+    with monkeypatch.context() as patch:
+        patch.setattr(sniroute_tunnels.os, "open", exhausted)
+        future = made.ask("app.test")
+        made.turn(lambda: future.done())
+    assert "it cannot be watched (Too many open files)" in str(made.outcome(future))
+
+
 @both
 def test_without_pidfd_children_are_polled(bench, monkeypatch):
     monkeypatch.delattr(os, "pidfd_open", raising=False)
