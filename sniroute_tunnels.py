@@ -89,7 +89,7 @@ log = logging.getLogger("sniroute")
 
 # Limits and times (seconds), each with its reason.
 RETRY = 0.1  # after a fault of the reaper: it must not spin
-REAPER_NAP = 0.005  # between two turns, which cost as much as there are tunnels, and hold the interpreter
+REAPER_NAP = 0.005  # between two turns while names queue: each costs as much as there are tunnels
 POLL = 0.01  # between two looks at a starting child: a tenth of what a start takes
 POLL_LAST = 0.2  # the same at most, for a child that takes long: a look costs 4 ms of kernel time
 STOP_GRACE = 2.0  # between TERM and KILL: cloudflared ends 3 ms after TERM
@@ -647,6 +647,7 @@ class TunnelTable:
         self.jitter = jitter
         self.proc = proc
         self.changed = threading.Condition()  # see "The lock" at the top
+        self.crowded = False  # names wait for their turn to start; reaper only
         self.tunnels: dict[str, Tunnel] = {}
         self.failures: collections.OrderedDict[str, Failure] = collections.OrderedDict()
         self.budget = StartBudget(clock)
@@ -825,7 +826,8 @@ class TunnelTable:
         while not (self.closing and not self.processes):
             try:
                 self.step(None)
-                time.sleep(REAPER_NAP)  # many names at once: one turn for what all of them want
+                if self.crowded:
+                    time.sleep(REAPER_NAP)
             except OSError as error:  # out of descriptors, most likely: what was claimed is retried
                 log.error("tunnels: %s", error)
                 time.sleep(RETRY)
@@ -913,6 +915,7 @@ class TunnelTable:
                 self._enter(tunnel, STARTING)
                 spawn.append(tunnel)
                 break  # the next in the next turn: many that start in one instant stop everything else
+            self.crowded = len(due) > len(spawn)
         return spawn, stop
 
     def _evict(self, now: float) -> list[tuple[Tunnel, str]]:
