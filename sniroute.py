@@ -17,8 +17,9 @@ its clients park behind it, cost no thread, and are handed back to the loop with
 
 Threads.
     main      settings, signals, start and stop.  Never touches a client's socket.
-    loop      accept, prelude, route, connect, pump, deadlines.  Waits for nothing: no DNS, no disk.
-    wait-<n>  one for each target that waits, at most WAIT_THREADS.  Touches no socket of a client.
+    loop      accept, read, route, dial, speak, pump, deadlines.  Waits for nothing: no DNS, no disk.
+    wait-<n>  one for each target that waits, at most WAIT_THREADS, one started in a turn.  Touches
+              no socket of a client.
     reaper    all child processes: see sniroute_tunnels.
     log       formats and writes log lines, so that a stuck log never stops traffic.
 Locks: this file makes none (logging has one, held while a line is queued; the dump for SIGUSR1
@@ -36,9 +37,10 @@ The life of a connection is `Connection.state`:
                  same bytes are sent again, and the client never notices
       LINGERING  after a refusal or a backend's reset: the client may still read
 
-A turn of the loop: whatever is ready is called back, and then the connections of this turn take
-each step together: all are read, all that are routed dial, all that have dialled speak.  So a backend
-is woken once for many of them, and not for each: a fifth of the CPU of a connection.
+A turn of the loop: what is ready is called back, deadlines are looked at, ends are passed on; then
+the connections of this turn take each step together: all that were accepted are read, all that are
+routed dial, all that have dialled speak.  So a backend is woken once for many of them, and not for
+each: a fifth of the CPU of a connection.
 
 Seams: I want to ...
     read another prelude          a parser (pure), a method of Prelude that calls it, and its row in
@@ -110,8 +112,8 @@ HELLO_WIRE_MAX = 32768  # the same in small records: each costs five bytes more
 PROXY_V1_MAX = 107  # PROXY protocol 2.1: the longest line, CRLF included
 PROXY_V2_MAX = 4096  # nginx's limit; real headers with TLVs stay far below
 STARTUP_MAX = 10004  # PostgreSQL's own limit for a startup packet
-EVENTS = 256  # ready descriptors in a turn, so that a turn ends soon
-ACCEPTS = 16  # connections taken in one turn, so that those open get theirs; more is no cheaper
+EVENTS = 256  # ready descriptors in a turn, so that a turn ends soon (epoll only)
+ACCEPTS = 16  # connections taken from a listener in one turn, so that the rest is served too; more is no cheaper
 BACKLOG = 4096  # the kernel caps it at somaxconn; 5 or 128 lose a burst
 PAUSE_SAID = 10.0  # between two log lines about that, however often it happens
 ACCEPT_PAUSE = 0.1  # when descriptors are short: an accept loop that spins burns a core
@@ -137,9 +139,10 @@ PEERS_MAX = 4096  # client addresses in memory before those without a connection
 BULK = 1 << 20  # bytes moved in one go: a third less CPU for a gigabyte than with 256 KiB
 MESSAGE = 1 << 12  # bytes read in one go; what is more is spliced, where that can be done ...
 READ_MAX = 1 << 16  # ... and read in larger pieces where not
-SMALL = 1 << 14  # the same while many clients do not read: what they leave has to be kept
+SMALL = 1 << 14  # in the place of both while many clients do not read: what they leave has to be kept
 PENDING_MAX = 1 << 22  # bytes copied out for full sinks (not those in lent pipes), before SMALL applies
 PIPES_MAX = 32  # pipes lent to flows whose sink would block: 1 MiB and two descriptors each
+GC_THRESHOLD = 20000  # objects between two looks for cycles: connections leave none
 SWITCH_INTERVAL = 0.0005  # so long may another thread keep the interpreter while the loop wants it
 LOG_LINES_MAX = 10000  # lines that wait for a slow log; over it they are dropped and counted
 LOG_NAP = 0.02  # between two writes of the log: one system call for many lines
@@ -854,7 +857,8 @@ class Backend(NamedTuple):
         """
         error = server.connect_ex(self.addresses[0][1])
         if error not in (0, errno.EISCONN):
-            raise OSError(error, os.strerror(error))
+            raise OSError(error, os.strerror(error))  # of EALREADY, a BlockingIOError
+        # In this order: the reaper takes the child away before it closes what alive() reads.
         return self.child.alive() and self.tunnel.child is self.child
 
 
@@ -1359,7 +1363,7 @@ class Journal(logging.Handler):
     def ending(self, end: Ending) -> str:
         """The one line of a connection."""
         level, when, (host, port), name, route, backend, up, down, seconds, reason, detail = end
-        if ":" in host:
+        if ":" in host:  # show_address, unrolled: once for each connection
             host = f"[{host}]"
         detail = detail and printable(detail, 500)
         if self.style == "json":
@@ -1407,46 +1411,46 @@ def under_journald(stream: Any) -> bool:
 
 
 class Poller:
-    """Whom to call when a descriptor is ready.  Loop only.
+    """What descriptors wait for, and whom to call then (`callbacks`).  Loop only.
 
     This one is `selectors`, for where there is no epoll.
     """
 
     def __init__(self) -> None:
+        self.callbacks: dict[int, Callable[[int], None]] = {}
         self.selector = selectors.DefaultSelector()
 
     def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
         """Begin to wait for READ, WRITE or both."""
-        self.selector.register(fd, self._as_selectors_has_them(events), callback)
+        self.selector.register(fd, AS_SELECTORS[events])
+        self.callbacks[fd] = callback
 
     def change(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
         """Wait for something else."""
-        self.selector.modify(fd, self._as_selectors_has_them(events), callback)
-
-    def redirect(self, fd: int, callback: Callable[[int], None]) -> None:
-        """Call another for the same events."""
-        self.selector.modify(fd, self.selector.get_key(fd).events, callback)
+        self.selector.modify(fd, AS_SELECTORS[events])
+        self.callbacks[fd] = callback
 
     def forget(self, fd: int) -> None:
         """Wait no more."""
+        del self.callbacks[fd]
         self.selector.unregister(fd)
 
     def closing(self, fd: int) -> None:
         """The same for a descriptor that is closed next."""
-        self.selector.unregister(fd)
+        self.forget(fd)
 
-    def poll(self, timeout: float) -> list[tuple[Callable[[int], None], int]]:
-        """Wait so many seconds at most; the callbacks of what is ready, and READ, WRITE or both for each."""
-        return [(key.data, mask & READ | (WRITE if mask & selectors.EVENT_WRITE else 0))
-                for key, mask in self.selector.select(timeout)]
+    def poll(self, timeout: float) -> list[tuple[int, int]]:
+        """Wait so many seconds at most; what is ready, and READ, WRITE or both for each (from epoll also ERR, HUP)."""
+        return [(key.fd, AS_EPOLL[mask]) for key, mask in self.selector.select(timeout)]
 
     def close(self) -> None:
         """Let go of it."""
         self.selector.close()
 
-    @staticmethod
-    def _as_selectors_has_them(events: int) -> int:
-        return events & READ | (selectors.EVENT_WRITE if events & WRITE else 0)
+
+AS_SELECTORS = {READ: selectors.EVENT_READ, WRITE: selectors.EVENT_WRITE,
+                READ | WRITE: selectors.EVENT_READ | selectors.EVENT_WRITE}
+AS_EPOLL = {mask: events for events, mask in AS_SELECTORS.items()}
 
 
 class EpollPoller(Poller):
@@ -1457,18 +1461,15 @@ class EpollPoller(Poller):
     """
 
     def __init__(self) -> None:
+        self.callbacks = {}
         self.epoll = select.epoll()
-        self.callbacks: dict[int, Callable[[int], None]] = {}
 
     def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
         self.epoll.register(fd, events)
         self.callbacks[fd] = callback
 
     def change(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
-        self.callbacks[fd] = callback
         self.epoll.modify(fd, events)
-
-    def redirect(self, fd: int, callback: Callable[[int], None]) -> None:
         self.callbacks[fd] = callback
 
     def forget(self, fd: int) -> None:
@@ -1478,14 +1479,13 @@ class EpollPoller(Poller):
     def closing(self, fd: int) -> None:
         """close(2) makes epoll forget it: a call less.
 
-        While a child process is between fork and exec it holds the socket, too, and epoll goes on; so
-        every callback has to bear being called for nothing.
+        While a child process is between fork and exec it holds the socket, too, and epoll goes on; and
+        the number may be another socket's by then: every callback has to bear being called for nothing.
         """
         del self.callbacks[fd]
 
-    def poll(self, timeout: float) -> list[tuple[Callable[[int], None], int]]:
-        callbacks = self.callbacks
-        return [(callbacks[fd], mask) for fd, mask in self.epoll.poll(timeout, EVENTS) if fd in callbacks]
+    def poll(self, timeout: float) -> list[tuple[int, int]]:
+        return self.epoll.poll(timeout, EVENTS)
 
     def close(self) -> None:
         self.epoll.close()
@@ -1510,7 +1510,7 @@ class Flow:
         self.state = DONE
         self.pending: memoryview | int | None = None  # what the sink did not take; in a pipe: how much
         self.pipe: tuple[int, int] | None = None  # see SpliceFlow
-        self.watched = 0  # what the selector waits for on the source
+        self.watched = 0  # what the poller waits for on the source
 
     def watch(self, events: int, callback: Callable[[int], None] | None = None) -> None:
         """Wait for these events on the source; for none, forget it (a hang-up would spin)."""
@@ -1635,7 +1635,7 @@ class SpliceFlow(Flow):
     def _become(self, state: str) -> None:
         self.state = state
         if self.watched == READ:
-            self.connection.router.poller.redirect(self.fd, self.mover())
+            self.connection.router.poller.callbacks[self.fd] = self.mover()
 
     def splice(self, mask: int = READ) -> None:
         """As `pump`, written out again: a call for each step would cost more than the step."""
@@ -1730,6 +1730,7 @@ def can_splice() -> bool:
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST
 SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE", 0)
 
+# socket.SocketType is the class that socket.socket is written around, whatever the manual says.
 STREAM = int(socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0))  # born non-blocking: a call less
 NO_FLOW = Flow.__new__(Flow)  # the twin of a flow whose connection is over
 NO_FLOW.state = DONE
@@ -1782,7 +1783,7 @@ class Connection:
 
     __slots__ = ("router", "client", "address", "peer", "state", "began", "prelude", "name", "decision", "backend",
                  "greeting", "hello", "replayable", "retried", "tried", "parks", "wait", "up", "down", "deadline",
-                 "refusal", "reason", "failure", "carried", "quiet_since")
+                 "refusal", "reason", "failure", "carried", "quiet_since", "dialled")
 
     def __init__(self, router: Router, client: socket.SocketType, address: tuple[str, int], peer: Peer):
         self.router = router
@@ -1796,7 +1797,7 @@ class Connection:
         self.decision: Decision | None = None
         self.backend: Backend | None = None
         self.greeting = b""  # what the backend is told first: PROXY header, SSLRequest
-        self.hello: bytes | None = None  # the ClientHello and what followed, until the backend answers
+        self.hello: bytes | None = None  # the ClientHello and what followed, until either side says more
         self.replayable = False  # `hello` is all the client has said: it can be sent again
         self.retried = False
         self.tried = 0  # addresses of the backend
@@ -1817,7 +1818,10 @@ class Connection:
     # -- the prelude
 
     def on_prelude(self, mask: int = READ) -> None:
-        """Read what the client says before it can be routed.  Tried right after accept, too."""
+        """Read what the client says before it can be routed.
+
+        In the turn of its accept it is a step: the hello is often there.
+        """
         if self.state is not PRELUDE:
             return
         router = self.router
@@ -1826,7 +1830,7 @@ class Connection:
             data = self.client.recv(MESSAGE)
             if not data:
                 raise Malformed("the client left in the middle of its prelude", DECODE_ERROR, "truncated")
-            verdict = self._read(data)
+            verdict = self._parse(data)
             if isinstance(verdict, bytes):
                 self._answer(verdict)
         except Refused as error:
@@ -1845,11 +1849,11 @@ class Connection:
             if len(router.prelude_deadline.entries) > PRELUDES_MAX:
                 router.shed()
 
-    def _read(self, data: bytes) -> Hello | bytes | None:
+    def _parse(self, data: bytes) -> Hello | bytes | None:
         """See Prelude.feed, which does this where the first bytes are not all of a hello."""
         if self.prelude is None:
             if self.peer.policy != "require":
-                self.hello = data
+                self.hello = data  # before it is parsed: an alert for a broken one has its version
                 hello = whole_hello(data)
                 if hello is not None:
                     return hello
@@ -1968,6 +1972,7 @@ class Connection:
 
     def _connect(self) -> None:
         """Connect to the next address that does not refuse at once; `speak` sees what becomes of it."""
+        self.dialled = monotonic()
         error = errno.EHOSTUNREACH
         for family, address in self.backend.addresses[self.tried:]:
             self.tried += 1
@@ -2010,12 +2015,12 @@ class Connection:
                 return
             sent = server.send(said)
         except OSError as error:
-            waits = self.down.watched
-            if not waits and error.errno in NOT_CONNECTED:
+            watched = self.down.watched
+            if not watched and error.errno in NOT_CONNECTED:
                 self.router.arm(self, self.router.connect_deadline)
                 self.up.watch(READ, self.on_waiting)
                 self.down.watch(WRITE, self.speak)
-            elif not waits or not isinstance(error, BlockingIOError):
+            elif not watched or not isinstance(error, BlockingIOError):
                 self._connect_next(error.strerror)
             return
         if asks:  # a few bytes into an empty buffer: it took them all
@@ -2147,7 +2152,7 @@ class Connection:
         self.failure = child, port, why  # for on_words
         self._drop_backend()
         last = self.retried or not self.replayable
-        if self.router.tunnels.words(child, self.began, port).text or not last and not child.names_clients:
+        if self.router.tunnels.words(child, self.dialled, port).text or not last and not child.names_clients:
             self.on_words()
         else:
             self.state = PARKED
@@ -2157,7 +2162,7 @@ class Connection:
     def on_words(self) -> None:
         """Once, and where that may help, send the same bytes again; else refuse, with the reason."""
         child, port, why = self.failure
-        reason = self.router.tunnels.words(child, self.began, port)
+        reason = self.router.tunnels.words(child, self.dialled, port)
         if self.retried or not self.replayable or reason.final:
             self.refuse(tunnel_refused(reason.kind, f"{self.decision.target}: {reason.text or why}"))
             return
@@ -2364,10 +2369,12 @@ class Router(socketserver.ThreadingTCPServer):
         self.next_sweep = monotonic() + self.sweep_every
         self.next_check = self.next_sweep
         self.calls: collections.deque[Callable[[], None]] = collections.deque()
-        self.steps: tuple[tuple[list[Connection], Callable[[Connection], None]], ...] = tuple(
-            ([], step) for step in (Connection.on_prelude, Connection.dial, Connection.speak))
-        self.to_end: list[socket.SocketType] = []
-        self.to_read, self.to_dial, self.to_speak = (waiting for waiting, _ in self.steps)
+        self.to_end: list[socket.SocketType] = []  # shut down together: their readers are woken once
+        self.to_read: list[Connection] = []
+        self.to_dial: list[Connection] = []
+        self.to_speak: list[Connection] = []
+        self.steps = ((self.to_read, Connection.on_prelude), (self.to_dial, Connection.dial),
+                      (self.to_speak, Connection.speak))
         self.poller = EpollPoller() if hasattr(select, "epoll") else Poller()
         self.wake_reader, self.wake_writer = os.pipe()
         for end in (self.wake_reader, self.wake_writer):
@@ -2481,9 +2488,12 @@ class Router(socketserver.ThreadingTCPServer):
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Run the loop until `shutdown`, or until all has drained."""
-        poll = self.poller.poll
+        poll, callbacks = self.poller.poll, self.poller.callbacks
         while self.phase is not STOPPED:
-            for callback, mask in poll(max(0.0, self.next_check - monotonic())):
+            for fd, mask in poll(max(0.0, self.next_check - monotonic())):
+                callback = callbacks.get(fd)
+                if callback is None:
+                    continue  # closed in this turn; what has its number since then is watched from the steps on
                 try:
                     callback(mask)
                 except Exception:
@@ -2497,15 +2507,15 @@ class Router(socketserver.ThreadingTCPServer):
                 except OSError:
                     pass  # it is gone, and its own flow will say so
             self.to_end.clear()
-            for connections, step in self.steps:
-                if not connections:
+            for waiting, step in self.steps:
+                if not waiting:
                     continue
-                for connection in connections:  # may grow meanwhile
+                for connection in waiting:  # may grow meanwhile
                     try:
                         step(connection)
                     except Exception:
                         self.handle_error(connection.close, None)
-                connections.clear()
+                waiting.clear()
         for connection in list(self.connections):
             connection.close("stopped")
 
@@ -2521,9 +2531,9 @@ class Router(socketserver.ThreadingTCPServer):
         """Take the connections that wait."""
         if self.phase is not RUNNING or self.paused:
             return  # an event of the turn in which that changed
-        for turn in range(ACCEPTS):
+        for taken in range(ACCEPTS):
             if len(self.connections) >= self.max_connections:
-                if turn or self.to_read:
+                if taken or self.to_read:
                     return  # whether one more waits, the next event tells; who is silent, the next step
                 if not self.shed():
                     self.pause(f"--max-connections ({self.max_connections}) are open", float("inf"))
@@ -2964,6 +2974,7 @@ def run(settings: types.SimpleNamespace, journal: Journal, reader: int, writer: 
 
     warn(settings)
     sys.setswitchinterval(SWITCH_INTERVAL)
+    gc.set_threshold(GC_THRESHOLD)
     gc.freeze()  # what is here now lives as long as the process: never look at it again
     thread = threading.Thread(target=loop, name="loop", daemon=True)
     thread.start()

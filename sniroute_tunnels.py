@@ -4,7 +4,7 @@
     ----------------                     -------------------           ---------------
     loop:   lease / release  ----(no lock: see "Leases")---->  idle stop, eviction
     wait-n: wait(key)  ------->  tunnels: key -> Tunnel  <----  spawn, ready?, drain, exit, stop
-                                                       Process     |  Popen, pidfd, output, stdin
+                                                       Process     |  Popen, pidfd, statm, output, stdin
                                                                    v
                                cloudflared access tcp  :20000            one for each tunnel
                                carrier                 :20001, :20002    one for up to 16
@@ -47,7 +47,7 @@ in another.
 The lock.  `TunnelTable.changed` guards `tunnels`, `failures`, `budget`, `closing`, and a Tunnel's
 `state`, `child`, `waiters` and `doubts`; the loop reads three of them without it (see "Leases"), and
 a Child's `close_at` and `refusals`, which only the reaper writes.  It is never held across a fork, a
-kill or a bind, and across no read but `_doubt`'s of /proc.  The reaper claims rows under it, works
+kill or a bind; and while the kernel is asked only in `_doubt`: who lives, and who waits.  The reaper claims rows under it, works
 outside, and publishes under it.  Every change of state goes through `_enter`, which notifies; those
 who sleep on it are in `wait()`.
 
@@ -91,7 +91,7 @@ log = logging.getLogger("sniroute")
 RETRY = 0.1  # after a fault of the reaper: it must not spin
 REAPER_NAP = 0.005  # between two turns while names queue: each costs as much as there are tunnels
 POLL = 0.01  # between two looks at a starting child: a tenth of what a start takes
-POLL_LAST = 0.2  # the same at most, for a child that takes long: a look costs 4 ms of kernel time
+POLL_LAST = 0.2  # the same at most, for a child that takes long: a look costs up to 4 ms
 STOP_GRACE = 2.0  # between TERM and KILL: cloudflared ends 3 ms after TERM
 SELECT_LAST = 3600.0  # one wait of the reaper: epoll takes no more than 24 days
 KILL_GRACE = 5.0  # a killed child that is not gone by then hangs in the kernel: we stop waiting
@@ -347,7 +347,8 @@ SOCK_DIAG, SOCK_DIAG_BY_FAMILY, NLM_REQUEST, NO_COOKIE = 4, 20, 1, 0xFFFFFFFF
 def listeners(port: int) -> dict[str, int]:
     """The sockets that listen where a connect to 127.0.0.1:`port` arrives.
 
-    Returns {inode: connections that wait to be accepted}.
+    Returns {inode: connections that wait to be accepted}.  The kernel, asked, names the one that it would
+    choose; /proc has all of them (SO_REUSEPORT).
     """
     try:
         return ask_for_listener(port) or read_listeners(port)  # "none" also means "I cannot tell"
@@ -409,7 +410,7 @@ def listens(pid: int, port: int) -> str:
     process's backlog would take it, and it would not say whose socket answered.
     """
     if not socket_inodes(family(pid)):
-        return "nobody"  # and the table of sockets, which costs more, need not be read
+        return "nobody"  # and the kernel need not be asked who listens
     found = listeners(port).keys()  # before the inodes: what the child opens after this look is not missed
     if not found:
         return "nobody"
@@ -848,13 +849,12 @@ class TunnelTable:
         now = self.clock()
         spawn, stop = self._decide(now)
         try:
-            for tunnel in spawn:
-                self._spawn(tunnel, now)
+            if spawn is not None:
+                self._spawn(spawn, now)
         except BaseException:
             with self.changed:
-                for tunnel in spawn:
-                    if tunnel.state is STARTING and tunnel.child is None:
-                        self._enter(tunnel, QUEUED)  # what was claimed is not lost with the fault
+                if spawn.state is STARTING and spawn.child is None:
+                    self._enter(spawn, QUEUED)  # what was claimed is not lost with the fault
             raise
         for tunnel, why in stop:
             self._stop(tunnel.child, why, now)
@@ -884,9 +884,9 @@ class TunnelTable:
             if process.popen.poll() is not None:
                 self._exited(process)
 
-    def _decide(self, now: float) -> tuple[list[Tunnel], list[tuple[Tunnel, str]]]:
+    def _decide(self, now: float) -> tuple[Tunnel | None, list[tuple[Tunnel, str]]]:
         """What is to be started, and what is to be stopped and why ('' is no failure)."""
-        spawn: list[Tunnel] = []
+        spawn: Tunnel | None = None
         stop: list[tuple[Tunnel, str]] = []
         with self.changed:
             for tunnel in list(self.tunnels.values()):
@@ -904,18 +904,14 @@ class TunnelTable:
                     stop.append((tunnel, ""))
             rows = self.tunnels.values()
             due = [t for t in rows if t.state is QUEUED or t.state is BACKOFF and t.until <= now]
-            live = sum(t.state in LIVE for t in rows)
-            starting = sum(t.state is STARTING for t in rows)
-            for tunnel in sorted(due, key=lambda t: t.since):
-                if starting >= self.max_starting or self.closing:
-                    break
+            if due and not self.closing and sum(t.state is STARTING for t in rows) < self.max_starting:
+                live = sum(t.state in LIVE for t in rows)
                 if live >= self.max_tunnels or not (self.pool.free or self.pool.next_free() <= now):
                     stop += self._evict(now)
-                    break
-                self._enter(tunnel, STARTING)
-                spawn.append(tunnel)
-                break  # the next in the next turn: many that start in one instant stop everything else
-            self.crowded = len(due) > len(spawn)
+                else:  # one; the next in the next turn: many that start in one instant stop everything else
+                    spawn = min(due, key=lambda t: t.since)
+                    self._enter(spawn, STARTING)
+            self.crowded = len(due) > 1
         return spawn, stop
 
     def _evict(self, now: float) -> list[tuple[Tunnel, str]]:

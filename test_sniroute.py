@@ -2198,10 +2198,12 @@ def answer(text: bytes, expected: int = len(HELLO)) -> Callable[[socket.socket],
     return handler
 
 
-@pytest.fixture(params=["splice", "copy"])
+@pytest.fixture(params=["splice", "copy", "selectors"])
 def flow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The two ways bytes are moved."""
-    if request.param == "copy":
+    """The ways bytes are moved; the last is that of a system without epoll, which has no splice(2) either."""
+    if request.param == "selectors":
+        monkeypatch.setattr(sniroute, "EpollPoller", sniroute.Poller)
+    if request.param != "splice":
         monkeypatch.setattr(sniroute, "can_splice", lambda: False)
     elif not sniroute.can_splice():
         pytest.skip("no splice(2) here")
@@ -2887,6 +2889,76 @@ def test_a_flow_that_has_much_to_move_is_spliced_and_goes_back_to_messages(run, 
     assert running.ending().up == len(HELLO) + 3 * sniroute.MESSAGE + (1 << 20) + 66
 
 
+def test_connections_of_a_turn_take_each_step_together(run, serve):
+    """Three that come in one turn: all are read, then all dial, then all speak."""
+    running = run(route(serve(answer(b"x")).address))
+    router, taken = running.router, []
+    def noted(step: Callable[..., None]) -> Callable[..., None]:
+        def take(connection: sniroute.Connection, *args: Any) -> None:
+            taken.append(step.__name__)
+            step(connection, *args)
+        return take
+    router.steps = tuple((waiting, noted(step)) for waiting, step in router.steps)
+    held, go = threading.Event(), threading.Event()
+    router.call(lambda: (held.set(), go.wait(20)))
+    assert held.wait(20)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(running.connect(HELLO)) for _ in range(3)]
+        go.set()
+        assert [client.recv(1) for client in clients] == [b"x"] * 3
+    assert taken == ["on_prelude"] * 3 + ["dial"] * 3 + ["speak"] * 3
+
+
+@pytest.mark.parametrize("step", ["go_on", "_connect"])
+def test_connection_that_ends_between_two_steps_of_a_turn_takes_no_further_one(run, echo_server, monkeypatch, step):
+    running = run(route(echo_server.address))
+    real = getattr(sniroute.Connection, step)
+    monkeypatch.setattr(sniroute.Connection, step, lambda self: (real(self), self.close("shed")))
+    with running.connect(HELLO) as client:
+        assert read_all(client) == b""
+    assert running.ending().reason == "shed" and running.ending().up == 0
+    assert not running.router.to_dial and not running.router.to_speak
+
+
+def test_callback_bears_being_called_for_nothing(run, serve, caplog):
+    """epoll reports a socket that is closed here and held by a child between fork and exec."""
+    running = run(route(serve(answer(b"x")).address))
+    def call_all(connection: sniroute.Connection, flows: tuple[sniroute.Flow, ...]) -> None:
+        for mask in (sniroute.READ, sniroute.WRITE, sniroute.READ | sniroute.WRITE | 16):  # EPOLLHUP
+            for name in ("on_prelude", "on_waiting", "speak", "on_greeting", "on_linger"):
+                getattr(connection, name)(mask)
+            for flow in flows:
+                flow.pump(mask), flow.ready(mask), flow.mover()(mask)
+    with running.connect(HELLO) as client:
+        assert client.recv(1) == b"x"
+        connection, = running.router.connections
+        flows = connection.up, connection.down
+        running.router.call(lambda: call_all(connection, flows))
+        client.sendall(b"still")
+        assert read_exactly(client, 5) == b"still"
+    assert running.ending().reason == "client_closed"
+    done = threading.Event()
+    running.router.call(lambda: (call_all(connection, flows), done.set()))
+    assert done.wait(20) and "please report it" not in caplog.text and len(running.endings) == 1
+
+
+def test_intact_tells_a_connect_that_is_not_over_from_one_that_failed(deaf, free_ports):
+    def backend(address: Address) -> sniroute.Backend:
+        child = types.SimpleNamespace(alive=lambda: True)
+        return sniroute.Backend(((socket.AF_INET, address),), True, types.SimpleNamespace(child=child), child)
+    with socket.socket() as server:
+        server.setblocking(False)
+        assert server.connect_ex(deaf) == errno.EINPROGRESS
+        with pytest.raises(BlockingIOError):
+            backend(deaf).intact(server)
+    nobody = HOST, free_ports(1)[0]
+    with socket.socket() as server:
+        server.setblocking(False)
+        server.connect_ex(nobody)
+        with pytest.raises(ConnectionRefusedError):
+            backend(nobody).intact(server)
+
+
 def test_peers_are_forgotten_when_there_are_many(run, echo_server, monkeypatch):
     monkeypatch.setattr(sniroute, "PEERS_MAX", 10)
     running = run(route(echo_server.address))
@@ -3489,7 +3561,7 @@ def test_client_that_resets_while_nobody_reads_it_is_found(run, serve, flow, mon
     done.set()
 
 
-def test_fault_at_accept_or_after_a_wait_ends_that_connection_only(run, serve, cloudflared, ports, monkeypatch, caplog):
+def test_fault_in_a_step_or_after_a_wait_ends_that_connection_only(run, serve, cloudflared, ports, monkeypatch, caplog):
     far = serve(answer(b"x"))
     cloudflared.far("*", far.address)
     running = run(TUNNEL, route(far.address, "ok.example.com"), ports)
@@ -3500,7 +3572,7 @@ def test_fault_at_accept_or_after_a_wait_ends_that_connection_only(run, serve, c
         patch.setattr(sniroute.Connection, "resume", lambda self: fault() if self.name == "db.example.com" else real(self))
         with running.connect(HELLO) as client:
             assert client.recv(1) == b""
-    for step in ("_read", "_connect", "_open"):  # each is called by another of the loop's steps
+    for step in ("_parse", "_connect", "_open"):  # each is called by another of the loop's steps
         with monkeypatch.context() as patch:
             patch.setattr(sniroute.Connection, step, fault)
             with running.connect(genuine_hello("ok.example.com")) as client:

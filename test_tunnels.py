@@ -2334,6 +2334,43 @@ def test_a_process_that_cannot_be_watched_is_not_used(bench, monkeypatch):
     assert "it cannot be watched (Too many open files)" in str(made.outcome(future))
 
 
+@linux
+@pytest.mark.parametrize("told_by", ["statm", "pidfd", "wait"])
+def test_a_process_is_alive_until_it_ends_however_that_is_told(told_by, monkeypatch):
+    real = os.open
+    def no_proc(path: str, *rest: Any) -> int:
+        if str(path).endswith("/statm"):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+        return real(path, *rest)
+    if told_by != "statm":
+        monkeypatch.setattr(os, "open", no_proc)
+    if told_by == "wait":
+        monkeypatch.delattr(os, "pidfd_open", raising=False)
+    launcher = sniroute_tunnels.cloudflared_launcher("cat", {})
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as popen:
+        process = sniroute_tunnels.Process(launcher, popen)
+        try:
+            assert (process.statm >= 0, process.pidfd >= 0) == (told_by == "statm", told_by != "wait")
+            assert process.alive()
+            popen.stdin.close()
+            wait_until(lambda: popen.poll() is not None if told_by == "wait" else not process.alive())
+            assert not process.alive()
+        finally:
+            process.close()
+            assert (process.statm, process.pidfd) == (-1, -1)
+
+
+@both
+def test_one_process_is_started_in_a_turn(bench, cloudflared):
+    made = bench(max_starting=4)
+    futures = [made.ask(f"app{number}.test") for number in range(3)]
+    wait_until(lambda: len(made.table.tunnels) == 3)
+    for count in range(1, 4):
+        made.table.step()
+        assert made.table.counters["starts"] == count
+    made.turn(lambda: all(future.done() for future in futures))
+
+
 @both
 def test_without_pidfd_children_are_polled(bench, monkeypatch):
     monkeypatch.delattr(os, "pidfd_open", raising=False)
