@@ -47,9 +47,9 @@ in another.
 The lock.  `TunnelTable.changed` guards `tunnels`, `failures`, `budget`, `closing`, and a Tunnel's
 `state`, `child`, `waiters` and `doubts`; the loop reads three of them without it (see "Leases"), and
 a Child's `close_at` and `refusals`, which only the reaper writes.  It is never held across a fork, a
-kill or a bind; and while the kernel is asked only in `_doubt`: who lives, and who waits.  The reaper claims rows under it, works
-outside, and publishes under it.  Every change of state goes through `_enter`, which notifies; those
-who sleep on it are in `wait()`.
+kill or a bind, and while the kernel is asked only in `_doubt`: who lives, and who waits.  The reaper
+claims rows under it, works outside, and publishes under it.  Every change of state goes through
+`_enter`, which notifies; those who sleep on it are in `wait()`.
 
 Leases.  The loop takes a lease without the lock, and the reaper, or a thread that doubts, may want
 to stop the same tunnel at that instant.  Both write first and look second: the loop raises

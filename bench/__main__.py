@@ -43,14 +43,16 @@ def main() -> int:
                                      epilog=f"One alone, with its own options: bench {'|'.join(PARTS)} --help")
     parser.add_argument("--quick", action="store_true", help="less of everything")
     parser.add_argument("--json", metavar="FILE", help="write all figures there, too")
-    given = parser.parse_args()
+    given, rest = parser.parse_known_args()
+    if rest:
+        parser.error(f"{' '.join(rest)}: not for both; perhaps bench {'|'.join(PARTS)} {' '.join(rest)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    figures, code = {}, 0
+    figures, failed = {}, False
     with tempfile.TemporaryDirectory(prefix="sniroute-bench-") as folder:
         for part in PARTS:
             path = pathlib.Path(folder, part)
             try:
-                code = max(code, run(part, "--json", str(path), *["--quick"] * given.quick))
+                failed |= run(part, "--json", str(path), *["--quick"] * given.quick) != 0
             except KeyboardInterrupt:
                 return 130
             print(flush=True)
@@ -59,7 +61,7 @@ def main() -> int:
     if given.json:
         with open(given.json, "w") as file:
             json.dump(figures, file, indent=1)
-    return code
+    return int(failed)
 
 
 if __name__ == "__main__":

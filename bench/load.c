@@ -440,6 +440,13 @@ static void read_hellos(const char *path)
     if (!(hellos = malloc(hellos_size)) || fread(hellos, 1, hellos_size, file) != hellos_size)
         fail(path);
     fclose(file);
+    size_t at = 0;
+    while (at + RECORD_HEADER <= hellos_size)
+        at += RECORD_HEADER + (((unsigned char)hellos[at + 3] << 8) | (unsigned char)hellos[at + 4]);
+    if (!hellos_size || at != hellos_size) {
+        fprintf(stderr, "%s: not TLS records\n", path);
+        exit(1);
+    }
 }
 
 static int ascending(const void *one, const void *other)
@@ -529,7 +536,9 @@ static bool run_as_client(int count, char **words)
             return false;
     router = address_of(words[1], words[2]);
     read_hellos(words[3]);
-    for (int i = 4; i < count - 1; i += 2) {
+    if (count % 2) /* an option without its value */
+        return false;
+    for (int i = 4; i < count; i += 2) {
         double value = atof(words[i + 1]);
         if (!strcmp(words[i], "--clients"))
             clients_count = value;

@@ -64,6 +64,7 @@ LONG = 3600  # seconds: until it is ended
 PORTS = range(10000, 20000)  # for listeners: below the ephemeral ports, and apart from those of bench/tunnels.py
 TUNNEL_PORTS = range(20000, 32000, 1000)  # the first port of each sniroute that runs tunnels
 DESCRIPTORS = 2.5  # for a connection: two sockets, and HAProxy keeps half of one for its pipes
+FILES_MIN = 4096  # open files: 500 tunnels take three each, and as many clients
 SPARE = 200  # descriptors for anything else, and connections beside those that are held
 CONNECTIONS_MAX = 10000  # that a router is set up for, where descriptors allow it
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"  # on PATH only for root
@@ -741,6 +742,8 @@ def main() -> int:
         parser.error(f"--only: {', '.join(sorted(unknown))}: there is {', '.join(EXPERIMENTS)}")
     if not shutil.which("cc"):
         parser.error("there is no C compiler (Debian: apt install gcc libc6-dev)")
+    if given.rounds is not None and given.rounds < 1:
+        parser.error("--rounds: one at least")
     scale = QUICK if given.quick else FULL
     scale = scale._replace(rounds=given.rounds or scale.rounds)
     facts = host_facts() | {"cc": output_of("cc", "--version").split("\n")[0], "hello": len(hello_of_first()),
@@ -750,6 +753,8 @@ def main() -> int:
         parser.error("one core for the router and one for the load: there is only one here")
     os.sched_setaffinity(0, {cores[1]})
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard < FILES_MIN:
+        parser.error(f"needs {FILES_MIN} open files, and the hard limit is {hard}: raise ulimit -Hn")
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results = Results()
@@ -761,7 +766,7 @@ def main() -> int:
             results.measure(lab, columns_of(lab, f"sniroute {facts['sniroute']}", given.pythons), wanted)
         except KeyboardInterrupt:
             return 130
-        except Failed as error:
+        except (Failed, OSError) as error:
             results.failed["the benchmark"] = str(error)
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
