@@ -1504,7 +1504,7 @@ class Flow:
     def __init__(self, connection: Connection):
         self.connection: Connection | None = connection
         self.twin: Flow = NO_FLOW
-        self.source: socket.socket | None = None
+        self.source: socket.SocketType | None = None
         self.fd = -1
         self.total = 0  # bytes read from the source
         self.state = DONE
@@ -1538,7 +1538,7 @@ class Flow:
         if mask != WRITE:
             self.mover()(mask)
 
-    def pump(self, mask: int = READ) -> None:
+    def pump(self, mask: int) -> None:
         """Move what the source has to the sink.  Called by the loop when there is something to read."""
         if self.state is not OPEN:
             return  # an event of the same turn changed that
@@ -1637,7 +1637,7 @@ class SpliceFlow(Flow):
         if self.watched == READ:
             self.connection.router.poller.callbacks[self.fd] = self.mover()
 
-    def splice(self, mask: int = READ) -> None:
+    def splice(self, mask: int) -> None:
         """As `pump`, written out again: a call for each step would cost more than the step."""
         if self.state is not BULKY:
             return
@@ -2100,8 +2100,6 @@ class Connection:
         if flow is self.down:
             self.router.disarm(self)
             self.backend.child.proven = True
-        else:
-            self.replayable = False
 
     def ended(self, flow: Flow) -> None:
         """The source has ended: pass that on behind its last byte."""
@@ -2266,7 +2264,7 @@ class Connection:
         router.closed(self, reason, up.total, down.total)
 
 
-def keep_alive(sock: socket.socket) -> None:
+def keep_alive(sock: socket.SocketType) -> None:
     """Find a peer that is gone.  While data is under way the kernel's tcp_retries2 does, in 15 minutes.
 
     Before you add TCP_USER_TIMEOUT: measured, it also ends a client that is alive and does not read
