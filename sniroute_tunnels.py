@@ -91,7 +91,7 @@ log = logging.getLogger("sniroute")
 RETRY = 0.1  # after a fault of the reaper: it must not spin
 REAPER_NAP = 0.005  # between two turns while names queue: each costs as much as there are tunnels
 POLL = 0.01  # between two looks at a starting child: a tenth of what a start takes
-POLL_LAST = 0.2  # the same at most, for a child that takes long: a look costs up to 4 ms
+POLL_LAST = 0.2  # the same at most, for a child that takes long: a look that finds nobody reads /proc/net, up to 7 ms
 STOP_GRACE = 2.0  # between TERM and KILL: cloudflared ends 3 ms after TERM
 SELECT_LAST = 3600.0  # one wait of the reaper: epoll takes no more than 24 days
 KILL_GRACE = 5.0  # a killed child that is not gone by then hangs in the kernel: we stop waiting
@@ -342,6 +342,7 @@ ANY = frozenset(("00000000", "0" * 32))
 DIAG_ASK = struct.Struct("=IHHIIBBBBIHH4s12x4s12xIII")
 DIAG_TOLD = struct.Struct("=IH10xBBBB48xIIIII")
 SOCK_DIAG, SOCK_DIAG_BY_FAMILY, NLM_REQUEST, NO_COOKIE = 4, 20, 1, 0xFFFFFFFF
+TCP_LISTEN = 10  # <net/tcp_states.h>
 
 
 def listeners(port: int) -> dict[str, int]:
@@ -357,7 +358,7 @@ def listeners(port: int) -> dict[str, int]:
 
 
 def ask_for_listener(port: int) -> dict[str, int]:
-    """The socket that the kernel itself would choose: 20 us, where its table takes 7 ms for 500 listeners.
+    """The socket that the kernel itself would choose: 14 us, where its table takes 7 ms for 500 listeners.
 
     Empty where there is none, or where the kernel has no tcp_diag.  Raises OSError.
     """
@@ -372,9 +373,6 @@ def ask_for_listener(port: int) -> dict[str, int]:
         return {}
     _, kind, _, state, _, _, _, backlog, _, _, inode = DIAG_TOLD.unpack_from(told)
     return {str(inode): backlog} if kind == SOCK_DIAG_BY_FAMILY and state == TCP_LISTEN else {}
-
-
-TCP_LISTEN = 10  # <net/tcp_states.h>
 
 
 def read_listeners(port: int) -> dict[str, int]:

@@ -48,7 +48,8 @@ import sys
 import tempfile
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
-from tunnels import HOST, MIB, PROJECT, SILENCE, Failed, Processes, cpu_seconds, host_facts, memory, wait_for
+from tunnels import (HOST, MIB, PROJECT, SILENCE, Failed, Processes, cpu_seconds, free_port, host_facts, memory,
+                     wait_for)
 
 LOAD = pathlib.Path(__file__).resolve().with_name("load.c")
 
@@ -258,12 +259,7 @@ class Lab:
 
     def port(self) -> int:
         """A port that nobody holds."""
-        for port in itertools.islice(self.candidates, len(PORTS)):
-            with socket.socket() as probe, contextlib.suppress(OSError):
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((HOST, port))
-                return port
-        raise Failed("no free port")
+        return free_port(itertools.islice(self.candidates, len(PORTS)))
 
     def write_hellos(self, numbers: Sequence[int]) -> pathlib.Path:
         """A file with the hellos for these names."""

@@ -52,7 +52,7 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 HOST = "127.0.0.1"
 HERE = pathlib.Path(__file__).resolve()
@@ -564,6 +564,16 @@ class Tunnel:
         return Wire((HOST, self.ports[index])).ready()
 
 
+def free_port(candidates: Iterable[int]) -> int:
+    """The first that nobody holds.  Raises Failed."""
+    for port in candidates:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((HOST, port))
+            return port
+    raise Failed("no free port")
+
+
 class Lab:
     """The edge, and the tunnels to it."""
 
@@ -579,12 +589,7 @@ class Lab:
 
     def port(self) -> int:
         """A port that nobody holds."""
-        for port in itertools.islice(self.candidates, len(PORTS)):
-            with socket.socket() as probe, contextlib.suppress(OSError):
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((HOST, port))
-                return port
-        raise Failed("no free port")
+        return free_port(itertools.islice(self.candidates, len(PORTS)))
 
     def launch(self, program: Program, trust: bool = False) -> tuple[Tunnel, float]:
         """A process with one name, and the seconds until it listened.  `trust`: it has the host's certificates."""
