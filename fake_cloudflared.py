@@ -212,7 +212,8 @@ class Fake:
     def earlier_starts(self) -> int:
         """How often this hostname has been started before."""
         with open(os.path.join(self.directory, "starts.jsonl")) as file:
-            return sum(json.loads(line)["hostname"] == self.hostname for line in file if line.strip()) - 1
+            return sum(json.loads(line)["hostname"] == self.hostname
+                       for line in file if line.endswith("\n")) - 1  # a reader may see a line that is being written
 
     # -- the start -----------------------------------------------------------------------------
 

@@ -146,7 +146,7 @@ GC_THRESHOLD = 20000  # objects between two looks for cycles: connections leave 
 SWITCH_INTERVAL = 0.0005  # so long may another thread keep the interpreter while the loop wants it
 LOG_LINES_MAX = 10000  # lines that wait for a slow log; over it they are dropped and counted
 LOG_NAP = 0.02  # between two writes of the log: one system call for many lines
-DUMP_MAX = 200  # connections in a dump
+DUMP_MAX = 200  # connections, and tunnels, in a dump
 KEEPALIVE = (60, 15, 4)  # idle, interval, count: a dead peer is found in two minutes
 SPARE_FDS = 400  # descriptors for 101 tunnels (three each), the pipes, listeners and the log
 TUNNEL_MEMORY = 64 << 20  # memory of the host for each process of a tunnel program: cloudflared takes about 28 MB
@@ -415,6 +415,7 @@ class ProxyHeader(NamedTuple):
     size: int  # bytes on the wire
     source: ipaddress.IPv4Address | ipaddress.IPv6Address | None  # None: UNKNOWN or LOCAL
     port: int
+    destination: tuple[str, int] | None = None  # where the client connected to
 
 
 PROXY_V1 = b"PROXY "
@@ -442,13 +443,13 @@ def parse_proxy_v1(data: bytes) -> ProxyHeader | None:
         family, source, destination, source_port, destination_port = fields
         address = PROXY_FAMILIES[family]
         sender = address(proxy_address(source))
-        address(proxy_address(destination))
+        target = address(proxy_address(destination))
     except (ValueError, KeyError):
         raise Malformed("a PROXY line with bad addresses", kind="proxy") from None
     for port in (source_port, destination_port):
         if not PROXY_PORT.fullmatch(port) or int(port) > 65535:
             raise Malformed("a PROXY line with a bad port", kind="proxy")
-    return ProxyHeader(end + 2, sender, int(source_port))
+    return ProxyHeader(end + 2, sender, int(source_port), (str(target), int(destination_port)))
 
 
 def proxy_address(field: bytes) -> str:
@@ -492,9 +493,10 @@ def parse_proxy_v2(data: bytes) -> ProxyHeader | None:
         return ProxyHeader(size, None, 0)
     header = bytes(data[:size])
     check_proxy_tlvs(header, 16 + PROXY_ADDRESSES[family])
-    if family == 1:
-        return ProxyHeader(size, ipaddress.IPv4Address(header[16:20]), _short(header, 24)[0])
-    return ProxyHeader(size, ipaddress.IPv6Address(header[16:32]), _short(header, 48)[0])
+    address, width = (ipaddress.IPv4Address, 4) if family == 1 else (ipaddress.IPv6Address, 16)
+    ports = 16 + 2 * width
+    destination = str(address(header[16 + width:ports])), _short(header, ports + 2)[0]
+    return ProxyHeader(size, address(header[16:16 + width]), _short(header, ports)[0], destination)
 
 
 def read_tlvs(data: bytes, at: int) -> list[tuple[int, int, bytes]]:
@@ -534,6 +536,37 @@ def check_proxy_tlvs(header: bytes, at: int) -> None:
 
 
 @functools.cache
+def proxy_v1(source: tuple[str, int] | None, destination: tuple[str, int]) -> bytes:
+    """A version 1 header, PROXY protocol 2.1; without a source, UNKNOWN."""
+    if source is None:
+        return PROXY_V1 + b"UNKNOWN\r\n"
+    (sender, receiver), version = proxy_ends(source, destination)
+    return PROXY_V1 + f"TCP{version} {sender} {receiver} {source[1]} {destination[1]}\r\n".encode()
+
+
+def proxy_v2(source: tuple[str, int] | None, destination: tuple[str, int]) -> bytes:
+    """A version 2 header, PROXY protocol 2.2; without a source, LOCAL."""
+    if source is None:
+        return PROXY_V2 + b"\x20\0\0\0"
+    (sender, receiver), version = proxy_ends(source, destination)
+    block = sender.packed + receiver.packed + struct.pack("!HH", source[1], destination[1])
+    return PROXY_V2 + struct.pack("!BBH", 0x21, 0x11 if version == 4 else 0x21, len(block)) + block
+
+
+def proxy_ends(*ends: tuple[str, int]) -> tuple[list[ipaddress.IPv4Address | ipaddress.IPv6Address], int]:
+    """The addresses of both ends in one family, which a header needs, and its version."""
+    addresses = [ipaddress.ip_address(host.partition("%")[0]) for host, _ in ends]
+    addresses = [getattr(address, "ipv4_mapped", None) or address for address in addresses]
+    if len({address.version for address in addresses}) > 1:
+        addresses = [ipaddress.IPv6Address(f"::ffff:{a}") if a.version == 4 else a for a in addresses]
+    return addresses, addresses[0].version
+
+
+# What a route may want its backend to be told of the client, and what writes it; as-received says
+# what a believed header said, none nothing.
+PROXY_WRITERS = {"as-received": None, "none": None, "v1": proxy_v1, "v2": proxy_v2}
+
+
 def crc32c_table() -> list[int]:
     """The 256 remainders of CRC-32C, made when the first checksum comes."""
     table = []
@@ -721,18 +754,38 @@ class Decision(NamedTuple):
     rest: str
     key: str  # of what is kept for it: two routes to one target may not be allowed the same addresses
     tunnel: str  # where that is a tunnel: its key in the TunnelTable, `launcher:hostname`
+    tally: Tally
+    plain: bool  # the route asks for nothing that the prelude has to be looked at for
+
+
+class Tally:
+    """What came of a route.  Written by the loop only."""
+
+    __slots__ = ("active", "total", "refused", "up", "down")
+
+    def __init__(self) -> None:
+        self.active = 0  # connections now
+        self.total = 0  # that are over, those that were refused included
+        self.refused = 0
+        self.up = 0  # bytes, of those that are over
+        self.down = 0
 
 
 class Route(NamedTuple):
-    """One `PATTERN=TARGET`."""
+    """One `PATTERN=TARGET`, and what a file of settings may say of it beside that: ROUTE_OPTIONS."""
 
     pattern: str
     target: str
+    send_proxy: str = "as-received"  # see PROXY_WRITERS
+    allow: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] | None = None  # client networks; None: all
+    max_connections: int | None = None
+    idle: float | None = None  # in the place of --idle
+    connection_idle: float | None = None  # in the place of --connection-idle
 
     def __str__(self) -> str:
         return f"{self.pattern}={self.target}"
 
-    def decide(self, name: str, identified: bool = False) -> Decision:
+    def decide(self, name: str, identified: bool = False, tally: Tally | None = None) -> Decision:
         """Fill in the target for a name.  Raises Malformed where that gives no valid target.
 
         `identified` is whether the router has an Access token, which is not shown to everybody.
@@ -742,7 +795,8 @@ class Route(NamedTuple):
         rest = row.check(rest)
         target = f"{scheme}:{rest}"
         tunnel = ANONYMOUS + target if identified and not self.is_of_one_domain() else target
-        return Decision(self, target, row, rest, f"{self.pattern}={target}", tunnel)
+        plain = self.send_proxy == "as-received" and self.allow is None and self.max_connections is None
+        return Decision(self, target, row, rest, f"{self.pattern}={target}", tunnel, tally or Tally(), plain)
 
     def is_of_one_domain(self) -> bool:
         """Whether all that its names lead to is in one domain, which the operator has chosen.
@@ -808,6 +862,7 @@ class Routes:
         if len(self.patterns) < len(self.routes):
             patterns = [route.pattern for route in self.routes]
             raise ValueError(f"{next(p for p in patterns if patterns.count(p) > 1)} is routed twice")
+        self.tallies = {route.pattern: Tally() for route in self.routes}
         self.decisions: dict[str, Decision] = {}  # what was decided; emptied when there are ...
         self.decisions_max = max(DECISIONS_MAX, 2 * len(self.routes))
 
@@ -833,8 +888,12 @@ class Routes:
                 raise Refused("no_route", f"no route for {name}", UNRECOGNIZED_NAME)
             if len(self.decisions) >= self.decisions_max:
                 self.decisions.clear()
-            decision = self.decisions[name] = route.decide(name, self.identified)
+            decision = self.decisions[name] = route.decide(name, self.identified, self.tallies[route.pattern])
         return decision
+
+    def succeed(self, former: Routes) -> None:
+        """Go on counting where other routes ended, pattern by pattern.  Before any name is decided."""
+        self.tallies |= {pattern: tally for pattern, tally in former.tallies.items() if pattern in self.tallies}
 
 
 # -- targets -----------------------------------------------------------------------------------
@@ -891,7 +950,7 @@ def tunnel_ready(router: Router, decision: Decision) -> Backend | None:
 def tunnel_prepare(router: Router, wait: Wait) -> None:
     """Sleep until the tunnel is ready; the kind of a TunnelError becomes `tunnel_<kind>` of REFUSALS."""
     try:
-        router.tunnels.wait(wait.decision.tunnel, wait.client, wait.deadline, wait.doubted)
+        router.tunnels.wait(wait.decision.tunnel, wait.client, wait.deadline, wait.doubted, wait.decision.route.idle)
     except TunnelError as error:
         raise tunnel_refused(error.kind, str(error)) from None
 
@@ -1003,6 +1062,8 @@ REFUSALS = {
     "no_name": Refusal(logging.INFO, "the client's TLS names no server"),
     "bad_name": Refusal(logging.INFO, "the name is no host name"),
     "no_route": Refusal(logging.INFO, "no route fits the name"),
+    "not_allowed": Refusal(logging.INFO, "the client's address is none that its route allows"),
+    "route_limit": Refusal(logging.WARNING, "the route has as many connections as it may have"),
     "forbidden": Refusal(logging.WARNING, "the name resolves to an address that its route does not lead to"),
     "plain_postgres": Refusal(logging.INFO, "a PostgreSQL client without TLS: it got an ErrorResponse"),
     "cancel": Refusal(logging.DEBUG, "a PostgreSQL CancelRequest in clear text cannot be routed"),
@@ -1269,6 +1330,7 @@ class Ending(NamedTuple):
     seconds: float
     reason: str
     detail: str | None
+    waited: float | None = None  # seconds from its accept to its last dial
 
 
 class Journal(logging.Handler):
@@ -1362,7 +1424,7 @@ class Journal(logging.Handler):
 
     def ending(self, end: Ending) -> str:
         """The one line of a connection."""
-        level, when, (host, port), name, route, backend, up, down, seconds, reason, detail = end
+        level, when, (host, port), name, route, backend, up, down, seconds, reason, detail, _ = end
         if ":" in host:  # show_address, unrolled: once for each connection
             host = f"[{host}]"
         detail = detail and printable(detail, 500)
@@ -1783,7 +1845,7 @@ class Connection:
 
     __slots__ = ("router", "client", "address", "peer", "state", "began", "prelude", "name", "decision", "backend",
                  "greeting", "hello", "replayable", "retried", "tried", "parks", "wait", "up", "down", "deadline",
-                 "refusal", "reason", "failure", "carried", "quiet_since", "dialled")
+                 "refusal", "reason", "failure", "carried", "quiet_since", "dialled", "header")
 
     def __init__(self, router: Router, client: socket.SocketType, address: tuple[str, int], peer: Peer):
         self.router = router
@@ -1796,7 +1858,9 @@ class Connection:
         self.name: str | None = None
         self.decision: Decision | None = None
         self.backend: Backend | None = None
+        self.header: ProxyHeader | None = None  # a believed one
         self.greeting = b""  # what the backend is told first: PROXY header, SSLRequest
+        self.dialled = 0.0  # when it last was
         self.hello: bytes | None = None  # the ClientHello and what followed, until either side says more
         self.replayable = False  # `hello` is all the client has said: it can be sent again
         self.retried = False
@@ -1883,7 +1947,10 @@ class Connection:
             if self.prelude is not None:
                 self._adopt()
             self.replayable = hello.end == len(self.hello)
-            self.decision = router.decide(hello.name)
+            self.decision = decision = router.decide(hello.name)
+            decision.tally.active += 1
+            if not decision.plain:
+                self._admit(decision)
         except Refused as error:
             self.refuse(error)
             return
@@ -1896,7 +1963,7 @@ class Connection:
         prelude, self.prelude = self.prelude, None
         self.hello = bytes(prelude.data)
         self.greeting = prelude.header + SSL_REQUEST_BYTES if prelude.ssl else prelude.header
-        header = prelude.source
+        self.header = header = prelude.source
         if header is None or header.source is None:
             return
         self.address = (str(header.source), header.port)
@@ -1905,6 +1972,25 @@ class Connection:
         self.peer.count += 1
         if self.peer.count > self.router.max_per_client and not self.peer.exempt:
             raise Refused("client_limit", f"{self.peer.key} has {self.peer.count - 1} connections", INTERNAL_ERROR)
+
+    def _admit(self, decision: Decision) -> None:
+        """Do what the route asks for beside its target.  Raises Refused."""
+        route, host = decision.route, self.address[0].partition("%")[0]
+        if route.allow is not None:
+            address = ipaddress.ip_address(host)
+            address = getattr(address, "ipv4_mapped", None) or address
+            if not any(address in network for network in route.allow):
+                raise Refused("not_allowed", f"{route.pattern} does not allow {address}", ACCESS_DENIED)
+        if route.max_connections is not None and decision.tally.active > route.max_connections:
+            raise Refused("route_limit", f"{route.pattern} has {route.max_connections} connections", INTERNAL_ERROR)
+        if route.send_proxy == "as-received":
+            return
+        self.greeting = SSL_REQUEST_BYTES if self.greeting.endswith(SSL_REQUEST_BYTES) else b""
+        write = PROXY_WRITERS[route.send_proxy]
+        if write is not None:
+            header = self.header
+            source = None if header is not None and header.source is None else self.address
+            self.greeting = write(source, header and header.destination or self.client.getsockname()[:2]) + self.greeting
 
     # -- on the way to the backend
 
@@ -2183,7 +2269,7 @@ class Connection:
             flow.discard()
         self._hang_up()
         if self.backend is not None and self.backend.tunnel is not None:
-            self.router.tunnels.release(self.backend.tunnel)
+            self.router.tunnels.release(self.backend.tunnel, self.decision.route.idle)
         self.backend = None
 
     def refuse(self, error: Refused) -> None:
@@ -2257,7 +2343,7 @@ class Connection:
                     down.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             down.source.close()
         if backend is not None and backend.tunnel is not None:
-            router.tunnels.release(backend.tunnel)
+            router.tunnels.release(backend.tunnel, self.decision.route.idle)
         up.twin = down.twin = NO_FLOW  # no cycles: nothing is left to the collector
         up.connection = down.connection = self.up = self.down = None
         self.peer.count -= 1
@@ -2334,6 +2420,10 @@ class Router(socketserver.ThreadingTCPServer):
         self.level = log.getEffectiveLevel()  # asked for each connection: it does not change
         self.connections: set[Connection] = set()
         self.counters: collections.Counter[str] = collections.Counter()
+        self.endings: collections.deque[Ending] | None = None  # bounded, of whoever asks: every connection's
+        self.started = time.time()
+        self.reloads: collections.Counter[str] = collections.Counter()  # `ok`, `failed`
+        self.last_reload = True, self.started  # whether it went well, and when it was
         self.resolved: dict[str, tuple[Backend, float]] = {}  # see `remember`
         self.peers: dict[str, Peer] = {}
         self.peers_full = PEERS_MAX
@@ -2738,14 +2828,27 @@ class Router(socketserver.ThreadingTCPServer):
         counters["bytes_up"] += up
         counters["bytes_down"] += down
         level = logging.INFO
+        decision = connection.decision
+        if decision is not None:
+            tally = decision.tally
+            tally.active -= 1
+            tally.total += 1
+            tally.up += up
+            tally.down += down
         if refusal is not None:
             level = REFUSALS[refusal.kind].level
-        if level >= self.level:
-            decision = connection.decision
-            self.journal(Ending(
+            if decision is not None:
+                tally.refused += 1
+        if level >= self.level or self.endings is not None:
+            began, dialled = connection.began, connection.dialled
+            ending = Ending(
                 level, time.time(), connection.address, connection.name, decision and decision.route.pattern,
-                decision and decision.target, up, down, monotonic() - connection.began, reason,
-                str(refusal) if refusal is not None else None))
+                decision and decision.target, up, down, monotonic() - began, reason,
+                str(refusal) if refusal is not None else None, dialled - began if dialled else None)
+            if level >= self.level:
+                self.journal(ending)
+            if self.endings is not None:
+                self.endings.append(ending)
         if self.paused and self.resume_at == float("inf") \
                 and len(self.connections) < self.max_connections - self.max_connections // 20:
             self.resume_at = self.next_check = 0.0
@@ -2753,6 +2856,7 @@ class Router(socketserver.ThreadingTCPServer):
             self._stop()
 
     journal: Callable[[Ending], None] = staticmethod(lambda ending: None)  # Journal.emit, where there is one
+    reload: Callable[[], list[str]] = staticmethod(lambda: [])  # any thread; what is wrong, a line each: see Daemon
 
     def _woken(self, mask: int) -> None:
         """Run what other threads asked for."""
@@ -2784,17 +2888,21 @@ class Router(socketserver.ThreadingTCPServer):
         self.phase = STOPPED
 
     def dump(self) -> None:
-        """Log what there is: counters, tunnels, connections."""
-        log.info("counters: %s", dict(sorted({**self.counters, **dict(self.tunnels.counters)}.items())))
-        for key, state, leases, port, pid in self.tunnels.snapshot():
-            log.info("tunnel %s: %s, %d connections, port %d, pid %d", key, state, leases, port, pid)
+        """Log what there is, at most DUMP_MAX of a kind and whatever --log-level: somebody asked for it."""
+        level = max(logging.INFO, log.level)
+        log.log(level, "counters: %s", dict(sorted({**self.counters, **dict(self.tunnels.counters)}.items())))
+        tunnels = [*self.tunnels.snapshot(), *self.tunnels.failed()]
+        for view in tunnels[:DUMP_MAX]:
+            log.log(level, "tunnel %s: %s for %.0f s, %d connections, port %d, pid %d%s", view.key, view.state, view.age,
+                    view.leases, view.port, view.pid, f": {view.words}" if view.words else "")
         now = monotonic()
         for connection in list(self.connections)[:DUMP_MAX]:
-            log.info("connection %s: %s for %.1f s, name %s, %d bytes up, %d down", show_address(connection.address),
-                     connection.state, now - connection.began, connection.name, connection.up.total,
-                     connection.down.total)
-        if len(self.connections) > DUMP_MAX:
-            log.info("and %d connections more", len(self.connections) - DUMP_MAX)
+            log.log(level, "connection %s: %s for %.1f s, name %s, %d bytes up, %d down",
+                    show_address(connection.address), connection.state, now - connection.began, connection.name,
+                    connection.up.total, connection.down.total)
+        for what, count in (("tunnels", len(tunnels)), ("connections", len(self.connections))):
+            if count > DUMP_MAX:
+                log.log(level, "and %d %s more", count - DUMP_MAX, what)
 
     # -- pipes and what is kept for slow readers
 

@@ -112,6 +112,7 @@ TAIL = 4096  # bytes kept of a process's output: its last words
 DRAIN = 65536  # bytes read from a process's output at a time: what a pipe holds
 LINE = 8192  # bytes of one line of a shared process; it says less, and what is longer is cut
 CARRIES = 16  # names in one carrier: they share its 20 MB, its one core, and its end
+STARTS_KEPT = 1024  # starts remembered for whoever wants to know how long they took
 REFUSALS_KEPT = 256  # clients not served, for each tunnel, oldest out: the router asks at once
 
 QUEUED, STARTING, READY = "queued", "starting", "ready"
@@ -486,6 +487,29 @@ class Failure(NamedTuple):
     reason: Reason
 
 
+class Start(NamedTuple):
+    """A tunnel that became ready."""
+
+    key: str
+    when: float  # wall-clock time
+    seconds: float
+
+
+class View(NamedTuple):
+    """A tunnel, or the memory of one that failed, as it is at one moment.  Times are in seconds."""
+
+    key: str
+    state: str  # of the Tunnel; FAILED: refused from memory
+    leases: int  # connections
+    port: int  # 0 without a process
+    pid: int
+    waiters: int  # threads that wait for it
+    age: float  # in this state
+    next: float  # until it is started again (BACKOFF), may be (FAILED), or is stopped (READY and unused); else 0
+    crashes: int  # deaths in a row; FAILED: starts in a row that failed
+    words: str  # FAILED: why; else the last words of its process, or of the one before
+
+
 class Process:
     """One process of a tunnel program, and what it carries.
 
@@ -606,7 +630,7 @@ class Child:
 class Tunnel:
     """One name and, most of the time, the child that serves it."""
 
-    __slots__ = ("key", "state", "child", "leases", "last_used", "waiters", "since", "until",
+    __slots__ = ("key", "state", "child", "leases", "last_used", "waiters", "since", "until", "idle",
                  "crashes", "failures", "doubts", "tries", "reason")
 
     def __init__(self, key: str, now: float):
@@ -618,6 +642,7 @@ class Tunnel:
         self.waiters = 0  # threads in wait(), under the lock
         self.since = now  # when this state began
         self.until = 0.0  # BACKOFF: when to start again
+        self.idle: float | None = None  # how long it may idle, where not the table's: who used it last said so
         self.crashes = 0  # deaths in a row, each within HEALTHY
         self.failures = 0  # starts in a row that failed
         self.doubts = 0  # restarts in a row for want of an answer
@@ -656,6 +681,7 @@ class TunnelTable:
         self.processes: list[Process] = []
         self.children: dict[Child, Tunnel] = {}
         self.counters: collections.Counter[str] = collections.Counter()
+        self.started: collections.deque[Start] = collections.deque(maxlen=STARTS_KEPT)
         self.home = ""
         self.guard: list[str] | None = None
         self.selector = selectors.DefaultSelector()
@@ -693,8 +719,9 @@ class TunnelTable:
             return None
         return tunnel
 
-    def release(self, tunnel: Tunnel) -> None:
-        """Give a lease back."""
+    def release(self, tunnel: Tunnel, idle: float | None = None) -> None:
+        """Give a lease back.  `idle`: how long it may be unused from now on; None: as long as any."""
+        tunnel.idle = idle
         tunnel.last_used = self.clock()
         tunnel.leases -= 1
 
@@ -705,15 +732,17 @@ class TunnelTable:
 
     # -- threads wait-<n> ----------------------------------------------------------------------
 
-    def wait(self, key: str, client: str | None, deadline: float, doubted: Child | None = None) -> None:
+    def wait(self, key: str, client: str | None, deadline: float, doubted: Child | None = None,
+             idle: float | None = None) -> None:
         """Sleep until the tunnel `key` is ready, having it started if need be.
 
-        `client` is whom a cold start is charged to (None: nobody), `deadline` a clock time.
+        `client` is whom a cold start is charged to (None: nobody), `deadline` a clock time, `idle` as for `release`.
         `doubted` is a child that was ready and gave no answer: it is restarted where it is dead,
         hung, or serves nobody else; else it is left alone.  Raises TunnelError.
         """
         with self.changed:
             tunnel = self._demand(key, client)
+            tunnel.idle = idle
             tunnel.waiters += 1
             self.wake()
             try:
@@ -799,12 +828,49 @@ class TunnelTable:
 
     # -- any thread ----------------------------------------------------------------------------
 
-    def snapshot(self) -> list[tuple[str, str, int, int, int]]:
-        """(key, state, leases, port, pid) of every tunnel; port and pid are 0 without a child."""
+    def snapshot(self) -> list[View]:
+        """Every tunnel."""
         with self.changed:
-            rows = [(t.key, t.state, t.leases, t.child) for t in self.tunnels.values()]
-        return [(key, state, leases, child.address[1] if child else 0, child.process.pid if child else 0)
-                for key, state, leases, child in rows]
+            now = self.clock()
+            rows = [(t.child, View(t.key, t.state, t.leases, 0, 0, t.waiters, now - t.since, self._next(t, now),
+                                   t.crashes, t.reason.text)) for t in self.tunnels.values()]
+        views = []
+        for child, view in rows:
+            if child is not None:
+                process = child.process
+                said = "" if process.shared else process.launcher.reason(process.tail).text
+                view = view._replace(port=child.address[1], pid=process.pid, words=said or view.words)
+            views.append(view)
+        return views
+
+    def failed(self) -> list[View]:
+        """Every start that failed and is refused from memory."""
+        with self.changed:
+            now = self.clock()
+            return [View(key, FAILED, 0, 0, 0, 0, 0.0, failure.until - now, failure.count, failure.reason.text)
+                    for key, failure in self.failures.items() if failure.until > now]
+
+    def _next(self, tunnel: Tunnel, now: float) -> float:
+        if tunnel.state is BACKOFF:
+            return max(0.0, tunnel.until - now)
+        if tunnel.state is READY and not tunnel.leases:
+            return max(0.0, tunnel.last_used + self._may_idle(tunnel) - now)
+        return 0.0
+
+    def stop(self, key: str) -> bool:
+        """Stop a tunnel, its connections included, and forget that it failed: an operator wants it.
+
+        The next client starts it again.  Returns whether there was anything to stop or forget.
+        """
+        with self.changed:
+            failure, tunnel = self.failures.pop(key, None), self.tunnels.get(key)
+            if tunnel is not None and tunnel.state in (READY, STARTING):
+                self._enter(tunnel, STOPPING)
+            elif tunnel is not None and tunnel.state in (QUEUED, BACKOFF):
+                self._remove(tunnel)
+        if tunnel is not None:
+            log.info("tunnel %s stopped: an operator asked for it", key)
+        return failure is not None or tunnel is not None
 
     def words(self, child: Child, since: float, port: int) -> Reason:
         """Why the client that connected to a child from `port` after `since` (clock time) was not served.
@@ -894,8 +960,8 @@ class TunnelTable:
                 elif self.closing and state is not STOPPING:
                     self._enter(tunnel, STOPPING)
                 elif state is READY and not tunnel.leases and not tunnel.waiters \
-                        and now - tunnel.last_used >= self.idle:
-                    self._retire(tunnel, f"idle for {self.idle:g} s", "idle_stops")
+                        and now - tunnel.last_used >= self._may_idle(tunnel):
+                    self._retire(tunnel, f"idle for {self._may_idle(tunnel):g} s", "idle_stops")
                 elif state is STARTING and tunnel.child and now - tunnel.child.started >= self.start_timeout:
                     stop.append((tunnel, f"it did not listen within {self.start_timeout:g} s"))
                 if tunnel.state is STOPPING and tunnel.child:
@@ -923,6 +989,10 @@ class TunnelTable:
             if self._retire(tunnel, "to make room", "evictions"):
                 return [(tunnel, "")]
         return []
+
+    def _may_idle(self, tunnel: Tunnel) -> float:
+        """Seconds that a tunnel may be unused."""
+        return self.idle if tunnel.idle is None else tunnel.idle
 
     def _retire(self, tunnel: Tunnel, why: str, counter: str) -> bool:
         """Stop a tunnel that has no lease, unless the loop takes one at this instant."""
@@ -955,9 +1025,9 @@ class TunnelTable:
                 due += [now + max(0.0, tunnel.child.look_at - time.monotonic()),
                         tunnel.child.started + self.start_timeout]
             elif tunnel.state is READY and not tunnel.leases and not tunnel.waiters:
-                due.append(tunnel.last_used + self.idle)
+                due.append(tunnel.last_used + self._may_idle(tunnel))
             elif tunnel.state is READY:
-                due.append(now + self.idle)  # releases do not wake the reaper: look again
+                due.append(now + self._may_idle(tunnel))  # releases do not wake the reaper: look again
             elif tunnel.state is BACKOFF and tunnel.until > now:
                 due.append(tunnel.until)
             elif tunnel.state in (QUEUED, BACKOFF):
@@ -1046,6 +1116,7 @@ class TunnelTable:
             tunnel.tries = tunnel.failures = 0
             self._enter(tunnel, READY)
         self.counters["ready"] += 1
+        self.started.append(Start(tunnel.key, time.time(), child.ready - child.started))
         log.info("tunnel %s ready on %s:%d after %.0f ms (pid %d)", tunnel.key, *child.address,
                  1000 * (child.ready - child.started), child.process.pid)
 

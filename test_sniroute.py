@@ -746,6 +746,11 @@ def tcp4(source: str = "192.0.2.1", destination: str = "192.0.2.2", port: str = 
     return v1(f"TCP4 {source} {destination} {port} {other}")
 
 
+def without_destination(parse: Callable[[bytes], ProxyHeader | None]) -> Callable[[bytes], ProxyHeader | None]:
+    """The parser, but for what test_a_proxy_header_that_we_write_is_read_again looks at."""
+    return lambda data: (header := parse(data)) and header._replace(destination=None)
+
+
 BAD_LINES: dict[str, bytes] = {
     **{f"P5-{word}": v1(f"{word} 192.0.2.1 192.0.2.2 1 2")
        for word in ("UNKNOWNX", "unknown", "TCP5", "UDP4", "tcp4", "TCP")},
@@ -785,7 +790,7 @@ BAD_LINES: dict[str, bytes] = {
 
 @pytest.mark.parametrize("line, source, port", GOOD_LINES.values(), ids=GOOD_LINES)
 def test_a_proxy_line_is_read(line, source, port):
-    check_parser(parse_proxy_v1, line, ProxyHeader(len(line), source and ANY(source), port))
+    check_parser(without_destination(parse_proxy_v1), line, ProxyHeader(len(line), source and ANY(source), port))
 
 
 @pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
@@ -868,12 +873,31 @@ BAD_BLOCKS: dict[str, bytes] = {
 def test_a_proxy_header_is_read(header, source, port, monkeypatch):
     for name in ("socket", "inet_ntop", "getaddrinfo"):  # Q17: a family that this host lacks is data, too
         monkeypatch.delattr(socket, name)
-    check_parser(parse_proxy_v2, header, ProxyHeader(len(header), source and ANY(source), port))
+    check_parser(without_destination(parse_proxy_v2), header, ProxyHeader(len(header), source and ANY(source), port))
 
 
 @pytest.mark.parametrize("header", BAD_BLOCKS.values(), ids=BAD_BLOCKS)
 def test_a_broken_proxy_header_is_refused(header):
     check_parser(parse_proxy_v2, header, Bad("proxy"))
+
+
+@pytest.mark.parametrize("write, parse", [(sniroute.proxy_v1, parse_proxy_v1), (sniroute.proxy_v2, parse_proxy_v2)],
+                         ids=["v1", "v2"])
+@pytest.mark.parametrize("source, destination, read", [
+    (("192.0.2.1", 1111), ("192.0.2.9", 443), ("192.0.2.1", "192.0.2.9")),
+    (("2001:db8::1", 65535), ("2001:db8::9", 1), ("2001:db8::1", "2001:db8::9")),
+    (("fe80::1%eth0", 1), ("fe80::2%eth0", 2), ("fe80::1", "fe80::2")),
+    (("::ffff:192.0.2.1", 1), ("::ffff:192.0.2.9", 2), ("192.0.2.1", "192.0.2.9")),
+    (("192.0.2.1", 1), ("2001:db8::9", 2), ("::ffff:192.0.2.1", "2001:db8::9")),
+], ids=["IPv4", "IPv6", "scoped", "mapped", "mixed"])
+def test_a_proxy_header_that_we_write_is_read_again(write, parse, source, destination, read):
+    header = write(source, destination)
+    assert parse(header) == ProxyHeader(len(header), ANY(read[0]), source[1], (str(ANY(read[1])), destination[1]))
+
+
+def test_a_proxy_header_of_nobody_is_written_as_such():
+    assert sniroute.proxy_v1(None, ("192.0.2.9", 443)) == b"PROXY UNKNOWN\r\n"
+    assert parse_proxy_v2(sniroute.proxy_v2(None, ("192.0.2.9", 443))) == ProxyHeader(16, None, 0)
 
 
 def test_a_proxy_header_too_long_is_refused_at_byte_16_Q10():
@@ -3209,7 +3233,7 @@ def test_killed_tunnel_is_not_noticed_by_those_who_had_received_nothing(run, ser
     assert len(cloudflared.starts()) == 2
     assert running.counter("retries") >= 30
     running.ending(31)
-    assert sum(leases for _, _, leases, _, _ in running.tunnels.snapshot()) == 0
+    assert sum(view.leases for view in running.tunnels.snapshot()) == 0
 
 
 def test_answer_without_a_byte_is_tried_once_more(run, serve, cloudflared, ports):
@@ -3465,7 +3489,7 @@ def test_no_byte_reaches_whoever_took_the_port_of_a_dead_tunnel(run, serve, clou
     with running.connect(HELLO) as client:
         assert client.recv(1) == b"x"
     running.ending()
-    port, pid = running.tunnels.snapshot()[0][3:]
+    port, pid = running.tunnels.snapshot()[0][3:5]
     held = threading.Event()
     real_exited = running.tunnels._exited
     def slow(child: Any) -> None:

@@ -2283,7 +2283,7 @@ def test_a_snapshot_names_state_leases_port_and_pid(bench):
     tunnel = made.leased("app.test")
     with pytest.raises(TunnelError):
         made.table.wait("cf:other.test", None, 0.0)
-    rows = {row[0]: row[1:] for row in made.table.snapshot()}
+    rows = {row[0]: row[1:5] for row in made.table.snapshot()}
     assert rows["cf:app.test"] == (READY, 1, tunnel.child.address[1], tunnel.child.process.pid)
     assert rows.get("cf:other.test", ("queued", 0, 0, 0))[1] == 0
 
