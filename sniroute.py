@@ -148,7 +148,13 @@ LOG_LINES_MAX = 10000  # lines that wait for a slow log; over it they are droppe
 LOG_NAP = 0.02  # between two writes of the log: one system call for many lines
 DUMP_MAX = 200  # connections, and tunnels, in a dump
 KEEPALIVE = (60, 15, 4)  # idle, interval, count: a dead peer is found in two minutes
+STATUS_EVERY = 10.0  # between two words to systemd about how it stands; the watchdog may want more
+STOP_TIME = 20.0  # what the end takes at most, once all has drained: TERM, KILL, and the tunnels' last words
+LISTEN_FDS_START = 3  # sd_listen_fds(3)
+HANDOVER_TIMEOUT = 5.0  # for each word of a predecessor or successor: both are on this host
+HANDOVER_MAX = 128  # listening sockets in one message; the kernel lets 253 pass
 SPARE_FDS = 400  # descriptors for 101 tunnels (three each), the pipes, listeners and the log
+UNIX_PATH_MAX = 90  # sun_path of unix(7) has 108 bytes, or 104; some are for the name it has before it is ready
 TUNNEL_MEMORY = 64 << 20  # memory of the host for each process of a tunnel program: cloudflared takes about 28 MB
 
 PRELUDE, ROUTED, PARKED, DIALING, GREETING = "prelude", "routed", "parked", "dialing", "greeting"
@@ -879,6 +885,13 @@ class Routes:
             stars = ("**.",)
         return patterns.get("*")
 
+    def in_order(self) -> list[Route]:
+        """The routes as `find` prefers them: names, then wildcards, the longest first."""
+        def rank(route: Route) -> tuple[int, int, str, str]:
+            stars, star, suffix = route.pattern.rpartition("*")
+            return (1, -suffix.count("."), stars, suffix) if star else (0, 0, "", suffix)
+        return sorted(self.routes, key=rank)
+
     def decide(self, name: str) -> Decision:
         """What becomes of a normalised name.  Raises Refused where nothing does."""
         decision = self.decisions.get(name)
@@ -1125,7 +1138,10 @@ def parse_ports(text: str) -> tuple[int, int]:
 
 def parse_networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
     """`CIDR,...`, or `none`.  Raises ValueError."""
-    return tuple(ipaddress.ip_network(part.strip()) for part in text.split(",")) if text != "none" else ()
+    try:
+        return tuple(ipaddress.ip_network(part.strip()) for part in text.split(",")) if text != "none" else ()
+    except ValueError as error:
+        raise ValueError(f"{error}: a network is 192.0.2.0/24, or one address") from None
 
 
 def parse_program(text: str) -> str:
@@ -1137,6 +1153,23 @@ def parse_program(text: str) -> str:
     if state.st_mode & stat.S_IWOTH or state.st_uid not in (0, os.geteuid()):
         raise ValueError(f"{text!r} can be replaced by other users: chown it, and chmod o-w")
     return path
+
+
+def parse_admin(text: str) -> str | tuple[str, int]:
+    """`unix:PATH`, which gives the path, or a loopback HOST:PORT.  Raises ValueError."""
+    if text.startswith("unix:"):
+        path = os.path.abspath(text[5:])
+        if not text[5:] or len(os.fsencode(path)) > UNIX_PATH_MAX:
+            raise ValueError(f"{text!r} is not unix:PATH with at most {UNIX_PATH_MAX} bytes")
+        return path
+    host, port = parse_host_port(text)
+    try:
+        loopback = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ValueError(f"{text!r} is neither a loopback address, as 127.0.0.1:19001, nor unix:PATH")
+    return host, port
 
 
 def one_of(*words: str) -> Callable[[str], str]:
@@ -1160,11 +1193,19 @@ class Setting(NamedTuple):
     default: str | None  # as text; None where it depends on the host: derive_settings, or PATH
     help: str
     many: bool = False  # the option may be repeated; the variable holds several, with spaces between
+    fixed: bool = False  # a reload cannot change it
+
+    @property
+    def attribute(self) -> str:
+        """Its name in the file, and in the program."""
+        return self.name.replace("-", "_")
 
 
 SETTINGS = (
+    Setting("config", "FILE", os.path.abspath, None,
+            "a file of settings (TOML): all of these, and routes with options of their own", fixed=True),
     Setting("listen", "ADDRESS", parse_listen, ":19000",
-            "where to listen: HOST:PORT, [::1]:PORT, or :PORT for every address (default :19000); repeatable", True),
+            "where to listen: HOST:PORT, [::1]:PORT, or :PORT for every address (default :19000); repeatable", True, True),
     Setting("route", "PATTERN=TARGET", parse_route, "*=cloudflared:cft-{name}",
             "what a name leads to; repeatable; replaces the default route, *=cloudflared:cft-{name}", True),
     Setting("proxy-protocol", "MODE", one_of("off", "auto", "required"), "auto",
@@ -1172,7 +1213,7 @@ SETTINGS = (
     Setting("proxy-from", "CIDR,...", parse_networks, LOCAL_NETWORKS,
             "whose PROXY headers are believed, or none (default: loopback and the private networks)"),
     Setting("ports", "FIRST-LAST", parse_ports, "20000-20100",
-            "local ports for the tunnels (default 20000-20100)"),
+            "local ports for the tunnels (default 20000-20100)", fixed=True),
     Setting("idle", "DURATION", parse_duration, "5m",
             "a tunnel that nobody has used for this long is stopped (default 5m)"),
     Setting("start-timeout", "DURATION", parse_duration, "15s",
@@ -1195,58 +1236,165 @@ SETTINGS = (
     Setting("no-name", "ANSWER", one_of("refuse", "ok"), "refuse",
             "TLS without a name: refuse, or for debugging ok, which answers OK and closes (default refuse)"),
     Setting("cloudflared", "PATH", parse_program, None,
-            "the tunnel program (default: cloudflared on PATH; without one, the carrier beside sniroute.py)"),
+            "the tunnel program (default: cloudflared on PATH; without one, the carrier beside sniroute.py)", fixed=True),
+    Setting("admin", "ADDRESS", parse_admin, None,
+            "metrics, status and control by HTTP: a loopback HOST:PORT, or unix:PATH (default off); "
+            "needs sniroute_admin.py", fixed=True),
     Setting("log-level", "LEVEL", one_of("debug", "info", "warning", "error"), "info",
             "debug, info, warning or error (default info)"),
     Setting("log-format", "FORMAT", one_of("text", "json"), "text",
-            "text or json (default text)"),
+            "text or json (default text)", fixed=True),
 )
+
+# What a route in a file may have beside its target: an attribute of Route, and its parser.
+ROUTE_OPTIONS = {"send_proxy": one_of(*PROXY_WRITERS), "allow": parse_networks, "max_connections": parse_count,
+                 "idle": parse_duration, "connection_idle": parse_off_or_duration}
+ADMIN_TOKEN = "SNIROUTE_ADMIN_TOKEN"  # the variable; a secret is no option, which every user of the host can read
+
+
+def as_text(value: Any) -> str:
+    """A TOML value as the command line would have it, so that one parser does for both."""
+    if isinstance(value, list):
+        return ",".join(map(as_text, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def meant(word: str, words: Iterable[str]) -> str:
+    """What somebody may have meant, as the end of a sentence about an unknown word."""
+    import difflib  # for those who mistype only
+    close = difflib.get_close_matches(word.replace("-", "_"), words, 1)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(words)}"
+
+
+def read_routes(table: Any, wrong: list[str]) -> list[Route]:
+    """The table `routes` of a file.  What is wrong with it is added to `wrong`."""
+    if not isinstance(table, dict) or not table:
+        wrong.append("routes: is no table of routes, as \"*.example.com\" = \"cloudflared:{name}\"")
+        return []
+    routes = []
+    for pattern, value in table.items():
+        where = f'routes."{printable(pattern)}"'
+        options = dict(value) if isinstance(value, dict) else {"target": value}
+        if "target" not in options:
+            wrong.append(f"{where}: has no target (a pattern goes in quotes, as \"db.example.com\" = \"tcp:192.0.2.10:5432\")")
+            continue
+        try:
+            route = parse_route(f"{pattern}={as_text(options.pop('target'))}")
+        except ValueError as error:
+            wrong.append(f"{where}: {error}")
+            continue
+        for name, option in options.items():
+            if name not in ROUTE_OPTIONS:
+                wrong.append(f"{where}.{printable(name)}: there is no such option{meant(name, ('target', *ROUTE_OPTIONS))}")
+            elif name == "idle" and SCHEMES[route.target.partition(":")[0]].ready is not tunnel_ready:
+                wrong.append(f"{where}.idle: is for tunnels; here connection_idle closes what is silent")
+            else:
+                try:
+                    route = route._replace(**{name: ROUTE_OPTIONS[name](as_text(option))})
+                except ValueError as error:
+                    wrong.append(f"{where}.{name}: {error}")
+        routes.append(route)
+    return routes
+
+
+def read_settings(path: str, wrong: list[str]) -> dict[str, Any]:
+    """What a file says, parsed, by attribute.  What is wrong with it is added to `wrong`, a line each."""
+    import tomllib  # a megabyte, for those who have a file
+    faults: list[str] = []
+    values: dict[str, Any] = {}
+    table: dict[str, Any] = {}
+    try:
+        with open(path, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISREG(mode) and mode & stat.S_IWOTH:
+                raise ValueError("can be changed by other users: chmod o-w")
+            table = tomllib.load(file)
+    except OSError as error:
+        faults.append(error.strerror)
+    except (ValueError, RecursionError) as error:  # no TOML, or no UTF-8
+        faults.append(str(error))
+    rows = {row.attribute: row for row in SETTINGS if row.name not in ("config", "route")}
+    for key, value in table.items():
+        row = rows.get(key)
+        try:
+            if key == "routes":
+                values["route"] = read_routes(value, faults)
+            elif row is None:
+                faults.append(f"{printable(key)}: there is no such setting{meant(key, (*rows, 'routes'))}")
+            elif row.many:
+                texts = [as_text(each) for each in (value if isinstance(value, list) else [value])]
+                values[key] = [row.parse(text) for text in texts or [""]]
+            else:
+                values[key] = row.parse(as_text(value))
+        except ValueError as error:
+            faults.append(f"{key}: {error}")
+    wrong += [f"{path}: {fault}" for fault in faults]
+    return values
+
 
 USAGE = """\
 %(prog)s [serve] [options]
        %(prog)s check [options]           validate the settings and print the routes
-       %(prog)s explain NAME [options]    what would happen to this name, and why"""
+       %(prog)s explain NAME [options]    what would happen to this name, and why
+       %(prog)s selftest                  the hard cases, against itself, on loopback"""
 
 
-def load_settings(argv: Sequence[str], environ: dict[str, str]) -> types.SimpleNamespace:
-    """The settings, by name, and the `command` and `name` of the command line.
-
-    Precedence: command line, environment, default.  Raises SettingsError with one line for each
-    setting that is wrong; exits for --help, --version and a command line that is no command line.
-    """
+def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line as it was given.  Exits for --help, --version, and what is no command line."""
     parser = argparse.ArgumentParser(
         prog="sniroute", usage=USAGE, allow_abbrev=False,
         description="One TCP port in front of many private TLS services: reads the name a client asks for, "
                     "starts the tunnel that leads there, and passes bytes.",
-        epilog="Every option has a twin in the environment: --max-tunnels is SNIROUTE_MAX_TUNNELS. "
-               "The command line comes first, then the environment. Durations: 300s, 5m, 1h30m, 500ms.")
-    parser.add_argument("command", nargs="?", default="serve", choices=("serve", "check", "explain"),
-                        help=argparse.SUPPRESS)
+        epilog="Every option has a twin in the environment, --max-tunnels is SNIROUTE_MAX_TUNNELS, and one in the "
+               "file, max_tunnels. The command line comes first, then the environment, then the file. "
+               "Durations: 300s, 5m, 1h30m, 500ms.")
+    parser.add_argument("command", nargs="?", default="serve", choices=tuple(COMMANDS), help=argparse.SUPPRESS)
     parser.add_argument("name", nargs="?", help=argparse.SUPPRESS)
     for row in SETTINGS:
-        parser.add_argument(f"--{row.name}", metavar=row.metavar, help=row.help.replace("%", "%%"),
+        short = ["-c"] if row.name == "config" else []
+        parser.add_argument(*short, f"--{row.name}", metavar=row.metavar, help=row.help.replace("%", "%%"),
                             action="append" if row.many else "store")
     parser.add_argument("-V", "--version", action="version",
                         version=f"sniroute {__version__} (Python {sys.version.split()[0]}, {sys.platform})")
     given = parser.parse_intermixed_args(argv)
     if (given.command == "explain") != (given.name is not None):
         parser.error("explain takes one NAME" if given.command == "explain" else f"unexpected {given.name!r}")
-    settings = types.SimpleNamespace(command=given.command, name=given.name)
-    wrong = []
+    return given
+
+
+def load_settings(argv: Sequence[str], environ: dict[str, str],
+                  running: types.SimpleNamespace | None = None) -> types.SimpleNamespace:
+    """The settings, by name, and the `command` and `name` of the command line.
+
+    Precedence: command line, environment, file, default.  `running` are those of a router that runs: what it
+    cannot change stays as it is there, and `kept` has a line for each.  Raises SettingsError with one line
+    for each setting that is wrong; exits for --help, --version and a command line that is no command line.
+    """
+    given = parse_command_line(argv)
+    settings = types.SimpleNamespace(command=given.command, name=given.name, kept=[])
+    wrong: list[str] = []
+    path = given.config or environ.get("SNIROUTE_CONFIG")
+    file = read_settings(path, wrong) if path else {}
     for row in SETTINGS:
-        attribute = row.name.replace("-", "_")
+        attribute = row.attribute
         text, source = getattr(given, attribute), f"--{row.name}"
         variable = f"SNIROUTE_{attribute.upper()}"
         if text is None and environ.get(variable):
             text, source = environ[variable], variable
             text = text.split() if row.many else text
-        if text is None and row.default is not None:
-            text, source = [row.default] if row.many else row.default, "default"
-        try:
-            value = None if text is None else [row.parse(t) for t in text] if row.many else row.parse(text)
-        except ValueError as error:
-            wrong.append(f"{source}: {error}")
-            value = None
+        if text is None and attribute in file:
+            value, source = file[attribute], f"{path}: {'routes' if row.name == 'route' else attribute}"
+        else:
+            if text is None and row.default is not None:
+                text, source = [row.default] if row.many else row.default, "default"
+            try:
+                value = None if text is None else [row.parse(t) for t in text] if row.many else row.parse(text)
+            except ValueError as error:
+                wrong.append(f"{source}: {error}")
+                value = None
+        if running is not None and row.fixed and value != getattr(running, attribute):
+            settings.kept.append(f"{source}: is for the next start; it stays as it is")
+            value = getattr(running, attribute)
         setattr(settings, attribute, value)
         if row.name == "route":
             settings.open_to_all = source == "default"
@@ -1254,9 +1402,15 @@ def load_settings(argv: Sequence[str], environ: dict[str, str]) -> types.SimpleN
                 settings.routes = Routes(value or (), any(environ.get(variable) for variable in TUNNEL_IDENTITY))
             except ValueError as error:
                 wrong.append(f"{source}: {error}")
+    settings.admin_token = environ.get(ADMIN_TOKEN)
+    if settings.admin_token and not re.fullmatch(r"[!-~]{16,}", settings.admin_token):
+        wrong.append(f"{ADMIN_TOKEN}: has to be 16 printable characters or more, without spaces")
     if wrong:
         raise SettingsError(*wrong)
     derive_settings(settings, environ)
+    if running is not None:
+        settings.launchers = running.launchers
+    settings.again = functools.partial(load_settings, argv, environ)  # for a reload
     return settings
 
 
@@ -2380,8 +2534,8 @@ class Listener(socket.socket):
     family = socket.AF_INET
     type = socket.SOCK_STREAM
 
-    def __init__(self) -> None:
-        super().__init__(self.family, self.type)
+    def __init__(self, fd: int | None = None) -> None:
+        super().__init__(self.family, self.type, 0, fd)
 
     def accept(self) -> tuple[socket.SocketType, tuple]:
         """The next client, as the interpreter's own kind of socket, and its address.
@@ -2402,15 +2556,20 @@ class Router(socketserver.ThreadingTCPServer):
     """The server: listeners, the loop, and what all connections share.
 
     `tunnels` is a TunnelTable; `settings` is what load_settings gives.  `routes` may be assigned at any time.
+    `inherited` are sockets that listen already: those of the addresses in `settings.listen` that another
+    process had, or, where there are `activated` ones (systemd), all that there are.
     Raises SettingsError where an address cannot be listened on.
     """
 
+    version = __version__
+    refusal_kinds = frozenset(REFUSALS)  # of what `counters` counts, what is a refusal
     allow_reuse_address = True
     request_queue_size = BACKLOG
     daemon_threads = True  # a resolver that hangs must not keep the process
     block_on_close = False
 
-    def __init__(self, settings: types.SimpleNamespace, tunnels: TunnelTable):
+    def __init__(self, settings: types.SimpleNamespace, tunnels: TunnelTable,
+                 inherited: Sequence[socket.socket] = (), activated: bool = False):
         self.settings = settings
         self.tunnels = tunnels
         self.routes: Routes = settings.routes
@@ -2453,8 +2612,9 @@ class Router(socketserver.ThreadingTCPServer):
         self.linger_deadline = Deadline(LINGER, lambda c: c.close(c.reason))
         self.deadlines = (self.prelude_deadline, self.parked_deadline, self.connect_deadline,
                           self.greeting_deadline, self.first_byte_deadline, self.words_deadline, self.linger_deadline)
-        self.sweep_every = min(SWEEP_LAST, (settings.connection_idle or HALF_CLOSED_IDLE) / 8, HALF_CLOSED_IDLE / 8)
+        self.sweep_every = self._sweep_interval()
         self.next_sweep = monotonic() + self.sweep_every
+        self.next_beat = float("inf")
         self.next_check = self.next_sweep
         self.calls: collections.deque[Callable[[], None]] = collections.deque()
         self.to_end: list[socket.SocketType] = []  # shut down together: their readers are woken once
@@ -2469,7 +2629,9 @@ class Router(socketserver.ThreadingTCPServer):
             os.set_blocking(end, False)
         self.poller.watch(self.wake_reader, READ, self._woken)
         self.listeners: list[socket.socket] = []
-        self.addresses = [found for host, port in settings.listen for found in listen_addresses(host, port)]
+        self.inherited = {listener.getsockname()[:2]: listener for listener in inherited}
+        self.addresses = [(listener.family, listener.getsockname()) for listener in inherited] if activated else [
+            found for host, port in settings.listen for found in listen_addresses(host, port)]
         self.own_names = {host.lower() for host, _ in settings.listen} | {os.uname().nodename.lower()}
         self.address_family = self.addresses[0][0]
         super().__init__(self.addresses[0][1], None)
@@ -2479,14 +2641,17 @@ class Router(socketserver.ThreadingTCPServer):
     def server_bind(self) -> None:
         """Bind every address.  Options set here are inherited by what is accepted."""
         for family, address in self.addresses:
-            listener = (Listener6 if family == socket.AF_INET6 else Listener)()
+            inherited = self.inherited.pop(address[:2], None)
+            listener = (Listener6 if family == socket.AF_INET6 else Listener)(inherited and inherited.detach())
             self.listeners.append(listener)
             try:
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                keep_alive(listener)
+                if inherited is not None:
+                    continue
                 if family == socket.AF_INET6:
                     listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::")
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                keep_alive(listener)
                 listener.bind(address)
             except OSError as error:
                 raise SettingsError(f"--listen {show_address(address)}: {error.strerror}") from None
@@ -2507,7 +2672,7 @@ class Router(socketserver.ThreadingTCPServer):
 
     def server_close(self) -> None:
         """Close what is left.  After the loop has ended, or instead of it."""
-        for listener in [self.socket, *self.listeners]:
+        for listener in [self.socket, *self.listeners, *self.inherited.values()]:
             listener.close()
         for pipe in [*self.pipes, *([self.pipe] if self.pipe else [])]:
             os.close(pipe[0])
@@ -2572,7 +2737,50 @@ class Router(socketserver.ThreadingTCPServer):
         chosen = host == "{label}" or host == "{name}" and route.pattern == "*" or host == "{domain}"
         return ip.is_global or not chosen
 
+    # -- any thread ----------------------------------------------------------------------------
+
+    def tunnel_of(self, name: str) -> str:
+        """The tunnel that a client's name leads to: its key in the table.  Raises ValueError."""
+        try:
+            decision = self.decide(normalise(name.encode("ascii", "replace")))
+        except Refused as error:
+            raise ValueError(str(error)) from None
+        if decision.scheme.ready is not tunnel_ready:
+            raise ValueError(f"{name} leads to {decision.target}, which is no tunnel")
+        return decision.tunnel
+
+    def standing(self) -> str:
+        """How it stands, in one line for people."""
+        ready = sum(tunnel.state == "ready" for tunnel in list(self.tunnels.tunnels.values()))
+        return f"{self.phase}: {len(self.connections)} connections, {ready} tunnels"
+
     # -- the loop ------------------------------------------------------------------------------
+
+    def adopt(self, settings: types.SimpleNamespace) -> None:
+        """Go on with other settings; what is open stays as it is."""
+        former, self.settings = self.settings, settings
+        settings.routes.succeed(self.routes)
+        self.routes = settings.routes
+        self.level = log.getEffectiveLevel()
+        # Who stands in these queues already keeps its time: so they may fire late by as much as the times shrank.
+        self.prelude_deadline.seconds = settings.prelude_timeout
+        self.parked_deadline.seconds = settings.start_timeout + 1
+        self.sweep_every = self._sweep_interval()
+        self.next_sweep = min(self.next_sweep, monotonic() + self.sweep_every)
+        self.max_connections, self.max_per_client = settings.max_connections, settings.max_per_client
+        if self.paused and self.resume_at == float("inf"):
+            self.resume_at = 0.0  # there may be room now
+        if (former.proxy_from, former.proxy_protocol) != (settings.proxy_from, settings.proxy_protocol):
+            self.peers = {}
+            for connection in self.connections:
+                connection.peer = self.peer_of(connection.address[0])
+                connection.peer.count += 1
+        self.next_check = 0.0
+
+    def _sweep_interval(self) -> float:
+        """Seconds between two looks for silent connections: an eighth of the shortest silence that ends one."""
+        idle = [route.connection_idle for route in self.routes.routes] + [self.settings.connection_idle]
+        return min(SWEEP_LAST, *(each / 8 for each in idle if each), HALF_CLOSED_IDLE / 8)
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Run the loop until `shutdown`, or until all has drained."""
@@ -2782,6 +2990,8 @@ class Router(socketserver.ThreadingTCPServer):
             self._stop()
         if now >= self.next_sweep:
             self._sweep(now)
+        if now >= self.next_beat:
+            self.next_beat = now + self.beat()
         self.next_check = float("inf")  # what is armed from here on lowers it
         for deadline in self.deadlines:
             entries = deadline.entries
@@ -2796,12 +3006,11 @@ class Router(socketserver.ThreadingTCPServer):
                 except Exception:
                     self.handle_error(connection.close, None)
         # Looked at last: what was done above may have changed them.
-        self.next_check = min(self.next_check, self.next_sweep, self.resume_at, self.drain_until)
+        self.next_check = min(self.next_check, self.next_sweep, self.next_beat, self.resume_at, self.drain_until)
 
     def _sweep(self, now: float) -> None:
         """Close what has been silent too long: found by comparing byte counts, free for the pump."""
         self.next_sweep = now + self.sweep_every
-        idle = self.settings.connection_idle or float("inf")
         for connection in list(self.connections):
             up, down = connection.up, connection.down
             for flow, reason in ((up, "client_reset"), (down, "backend_reset")):
@@ -2815,6 +3024,8 @@ class Router(socketserver.ThreadingTCPServer):
             if up.total + down.total != connection.carried:
                 connection.carried = up.total + down.total
                 connection.quiet_since = now
+            idle = connection.decision.route.connection_idle
+            idle = (self.settings.connection_idle if idle is None else idle) or float("inf")
             half = DONE in (up.state, down.state)
             if now - connection.quiet_since >= (min(idle, HALF_CLOSED_IDLE) if half else idle):
                 connection.close("idle")
@@ -2856,6 +3067,7 @@ class Router(socketserver.ThreadingTCPServer):
             self._stop()
 
     journal: Callable[[Ending], None] = staticmethod(lambda ending: None)  # Journal.emit, where there is one
+    beat: Callable[[], float] = staticmethod(lambda: float("inf"))  # the loop; seconds to the next: see Supervisor
     reload: Callable[[], list[str]] = staticmethod(lambda: [])  # any thread; what is wrong, a line each: see Daemon
 
     def _woken(self, mask: int) -> None:
@@ -2874,7 +3086,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.phase = DRAINING
         for listener in self.listeners:
             if not self.paused:
-                self.poller.closing(listener.fileno())
+                self.poller.forget(listener.fileno())  # not `closing`: another process may hold it, and epoll goes on
             listener.close()
         self.resume_at = float("inf")
         self.paused = False
@@ -2970,10 +3182,19 @@ def listen_addresses(host: str, port: int) -> list[tuple[int, tuple]]:
 # -- commands ----------------------------------------------------------------------------------
 
 
+def show_option(value: Any) -> str:
+    """An option of a route, for people."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return f"{value:g} s" if isinstance(value, float) and value else str(value or "off")
+
+
 def check(settings: types.SimpleNamespace) -> int:
-    """`sniroute check`: the settings are valid, or we would not be here."""
-    for route in settings.routes.routes:
-        print(route)
+    """`sniroute check`: the settings are valid, or we would not be here.  The routes, as they are matched."""
+    for route in settings.routes.in_order():
+        options = [f"{name} {show_option(value)}" for name in ROUTE_OPTIONS
+                   if (value := getattr(route, name)) != Route._field_defaults[name]]
+        print(route, f" ({'; '.join(options)})" if options else "", sep="")
     return 0
 
 
@@ -3028,82 +3249,409 @@ def serve(settings: types.SimpleNamespace) -> int:
     log.setLevel(settings.log_level.upper())
     log.propagate = False
     log.addHandler(journal)
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
     try:
-        return run(settings, journal, reader, writer)
+        return Daemon(settings, journal).run()
     finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one more changes nothing now ...
-        signal.set_wakeup_fd(-1)
-        os.close(reader)
-        os.close(writer)
         log.removeHandler(journal)
         journal.stop()
-        for number in SIGNALS:  # ... nor while the interpreter ends, which sets the default again
+        for number in SIGNALS:  # until now they were blocked; the interpreter sets the default again at its end
             signal.signal(number, signal.SIG_IGN)
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
-def run(settings: types.SimpleNamespace, journal: Journal, reader: int, writer: int) -> int:
-    """The main thread: start, then do what the signals say, which arrive as bytes in a pipe.
+class Supervisor:
+    """What systemd is told (sd_notify(3)), where it asks.  Any thread: a message is one datagram."""
 
-    A handler that did more could meet a lock that this thread holds.
+    def __init__(self, environ: dict[str, str]):
+        self.socket: socket.socket | None = None
+        self.watchdog = False
+        self.every = STATUS_EVERY
+        self.status = ""  # as it was last told
+        address = environ.get("NOTIFY_SOCKET")
+        if not address:
+            return
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.setblocking(False)
+        try:
+            self.socket.connect("\0" + address[1:] if address[0] == "@" else address)
+        except OSError as error:
+            log.warning("NOTIFY_SOCKET %s: %s", printable(address), error.strerror)
+            self.close()
+            return
+        usec = environ.get("WATCHDOG_USEC", "")
+        if usec.isdecimal() and int(usec) and environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+            self.watchdog = True
+            self.every = min(STATUS_EVERY, int(usec) / 2e6)
+
+    def tell(self, *lines: str) -> None:
+        """Send a message.  Nobody to hear it, or no room for it, is no reason to fail."""
+        if self.socket is not None:
+            with contextlib.suppress(OSError):
+                self.socket.send("\n".join(lines).encode())
+
+    def ready(self, router: Router) -> None:
+        """It serves, or does so again with other settings."""
+        self.status = router.standing()
+        self.tell("READY=1", f"STATUS={self.status}")
+
+    def beat(self, router: Router) -> float:
+        """The loop lives: it says so itself.  Returns the seconds until it has to again."""
+        lines = ["WATCHDOG=1"] if self.watchdog else []
+        if router.phase is DRAINING:
+            lines.append(f"EXTEND_TIMEOUT_USEC={int(1e6 * (2 * self.every + STOP_TIME))}")
+        status = router.standing()
+        if status != self.status:
+            self.status = status
+            lines.append(f"STATUS={status}")
+        if lines:
+            self.tell(*lines)
+        return self.every
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self.socket is not None:
+            self.socket.close()
+            self.socket = None
+
+
+def activated_sockets(environ: dict[str, str]) -> dict[str, list[socket.socket]]:
+    """The sockets that systemd listens on for us (sd_listen_fds(3)): those named `admin`, and all others under ''.
+
+    Raises SettingsError where one is no listening TCP socket (the admin's may be a unix one).
     """
-    for number in SIGNALS:
-        signal.signal(number, lambda *_: None)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    tunnels = TunnelTable(settings.launchers, settings.ports, idle=settings.idle,
-                          start_timeout=settings.start_timeout, max_tunnels=settings.max_tunnels,
-                          max_starting=settings.max_starting)
-    try:
-        router = Router(settings, tunnels)
-    except SettingsError as error:
-        log.error("%s", error)
-        tunnels.close()
-        return 1
-    router.journal = journal.emit
-    tunnels.start()
-    failed = []
+    found: dict[str, list[socket.socket]] = {"": [], "admin": []}
+    count = environ.get("LISTEN_FDS", "")
+    if environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdecimal():
+        return found
+    names = environ.get("LISTEN_FDNAMES", "").split(":")
+    for number, fd in enumerate(range(LISTEN_FDS_START, LISTEN_FDS_START + int(count))):
+        name = names[number] if number < len(names) else ""
+        use = name if name in found else ""
+        families = [socket.AF_INET, socket.AF_INET6, *([socket.AF_UNIX] if use else [])]
+        try:
+            sock = socket.socket(fileno=fd)
+            sock.set_inheritable(False)
+            found[use].append(sock)
+            if sock.family in families and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                continue
+        except OSError:
+            pass
+        raise SettingsError(f"LISTEN_FDS: descriptor {fd} ({printable(name) or 'no name'}) is no listening TCP socket")
+    return found
 
-    def loop() -> None:
+
+class Handover:
+    """Passes the listening sockets on to a successor, so that a restart refuses nobody.  Main thread.
+
+    A second process of the same user with the same --listen is that successor:
+
+        successor                               predecessor
+        connects to the address's name  ---->
+                                        <----   all its listening sockets (SCM_RIGHTS)
+        accepts, too
+        "drain"                         ---->   lets go of its names and of the admin address
+                                        <----   end of file, and drains
+
+    If it dies before that word, nothing has changed.  A name is one of unix(7)'s abstract ones: no file
+    that outlives its owner, and as wide as TCP ports are, one network namespace.  Both look who the other
+    is, since any user may take such a name.  Without them (macOS) there is no hand-over.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[socket.socket] = []
+        self.predecessors: list[socket.socket] = []
+        self.successors: list[socket.socket] = []
+
+    @staticmethod
+    def name(address: tuple) -> str:
+        """The name of the process that listens on an address."""
+        return f"\0sniroute {show_address(address)}"
+
+    @staticmethod
+    def is_ours(peer: socket.socket) -> bool:
+        """Whether the other end is a process of this user."""
+        _, user, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return user == os.geteuid()
+
+    def take(self, addresses: Iterable[tuple[str, int]]) -> list[socket.socket]:
+        """The sockets that predecessors have for these addresses."""
+        wanted = {address for address in addresses if address[1]}
+        taken: dict[tuple, socket.socket] = {}
+        for address in wanted if sys.platform == "linux" else ():
+            if address in taken:
+                continue
+            channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            channel.settimeout(HANDOVER_TIMEOUT)
+            try:
+                channel.connect(self.name(address))
+                if not self.is_ours(channel):
+                    raise PermissionError(errno.EPERM, "another user has its name")
+                _, fds, _, _ = socket.recv_fds(channel, 16, HANDOVER_MAX)
+            except OSError as error:
+                channel.close()
+                if not isinstance(error, ConnectionRefusedError):  # that is nobody
+                    log.warning("%s is not handed over: %s", show_address(address), error)
+                continue
+            self.predecessors.append(channel)
+            for fd in fds:
+                listener = socket.socket(fileno=fd)
+                if listener.getsockname()[:2] in wanted.difference(taken):
+                    taken[listener.getsockname()[:2]] = listener
+                else:
+                    listener.close()
+        return list(taken.values())
+
+    def dismiss(self) -> bool:
+        """Have the predecessors drain, now that we accept.  Whether there were any."""
+        for channel in self.predecessors:
+            with channel, contextlib.suppress(OSError):
+                channel.sendall(b"drain")
+                channel.recv(1)
+        count, self.predecessors = len(self.predecessors), []
+        return count > 0
+
+    def offer(self, addresses: Iterable[tuple]) -> None:
+        """Be found by a successor under each of these addresses."""
+        for address in addresses if sys.platform == "linux" else ():
+            name = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                name.bind(self.name(address))
+                name.listen()
+                name.setblocking(False)
+            except OSError as error:
+                name.close()
+                log.info("no successor will be able to take %s over: %s", show_address(address), error.strerror)
+                continue
+            self.names.append(name)
+
+    def give(self, name: socket.socket, listeners: Iterable[socket.socket]) -> socket.socket | None:
+        """Pass the sockets on to who has connected to a name.  None where that is not a successor."""
+        try:
+            channel, _ = name.accept()
+        except OSError:
+            return None
+        channel.settimeout(HANDOVER_TIMEOUT)
+        try:
+            if not self.is_ours(channel):
+                raise PermissionError
+            fds = [listener.fileno() for listener in listeners]
+            socket.send_fds(channel, [b"sockets"], fds) if fds else channel.send(b"none")
+        except OSError:
+            channel.close()
+            return None
+        self.successors.append(channel)
+        return channel
+
+    def withdraw(self) -> None:
+        """Let go of the names."""
+        for name in self.names:
+            name.close()
+        self.names = []
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.withdraw()
+        for channel in self.predecessors + self.successors:
+            channel.close()
+
+
+class Daemon:
+    """The main thread of `serve`: it starts the others, and then does what signals and a successor say.
+
+    Signals arrive as bytes in a pipe: a handler that did more could meet a lock that this thread holds.
+    """
+
+    def __init__(self, settings: types.SimpleNamespace, journal: Journal):
+        self.settings = settings
+        self.journal = journal
+        self.supervisor = Supervisor(dict(os.environ))
+        self.handover = Handover()
+        self.admin: Any = None
+        self.stopping = False
+        self.failed = False
+        self.reloading = threading.Lock()  # one at a time: the admin's threads reload, too
+        self.selector = selectors.DefaultSelector()
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        self.selector.register(self.reader, selectors.EVENT_READ, self._on_signals)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+        self.tunnels = TunnelTable(settings.launchers, settings.ports, idle=settings.idle,
+                                   start_timeout=settings.start_timeout, max_tunnels=settings.max_tunnels,
+                                   max_starting=settings.max_starting)
+
+    def run(self) -> int:
+        """Serve.  The exit code."""
+        try:
+            try:
+                self._start()
+            except SettingsError as error:
+                for line in error.lines:
+                    log.error("%s", line)
+                return 1
+            while self.thread.is_alive():
+                for key, _ in self.selector.select():
+                    key.data(key.fileobj)
+            return 1 if self.failed else 0
+        finally:
+            self._close()
+
+    def _start(self) -> None:
+        """Listen, start the threads, and take the place of a predecessor.  Raises SettingsError."""
+        settings = self.settings
+        sockets = activated_sockets(dict(os.environ))
+        activated = bool(sockets[""])
+        inherited = sockets[""] if activated else self.handover.take(
+            address[:2] for host, port in settings.listen for _, address in listen_addresses(host, port))
+        self.router = router = Router(settings, self.tunnels, inherited, activated)
+        router.journal = self.journal.emit
+        router.reload = self.reload
+        if self.supervisor.socket is not None:
+            router.beat = functools.partial(self.supervisor.beat, router)
+            router.next_beat = router.next_check = 0.0
+        self.tunnels.start()
+        warn(settings)
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        gc.set_threshold(GC_THRESHOLD)
+        gc.freeze()  # what is here now lives as long as the process: never look at it again
+        self.thread = threading.Thread(target=self._loop, name="loop", daemon=True)
+        self.thread.start()
+        for listener in router.listeners:
+            log.info("listening on %s", show_address(listener.getsockname()))
+        succeeded = self.handover.dismiss()
+        if succeeded:
+            log.info("another sniroute listened there: it drains, and ends")
+        if not activated:
+            self.handover.offer(router.listening)
+        for name in self.handover.names:
+            self.selector.register(name, selectors.EVENT_READ, self._on_successor)
+        if settings.admin is not None or sockets["admin"]:
+            try:
+                import sniroute_admin
+                self.admin = sniroute_admin.attach(router, settings, *sockets["admin"][:1])
+                log.info("admin on %s", self.admin.address if isinstance(self.admin.address, str)
+                         else show_address(self.admin.address))
+            except (OSError, ImportError) as error:
+                if not succeeded:  # else there is nobody to go back to
+                    raise SettingsError(f"--admin: {error}") from None
+                log.error("--admin: %s", error)
+        self.supervisor.ready(router)
+
+    def _loop(self) -> None:
         """The thread `loop`: run it, then stop the tunnels, and tell the main thread."""
         try:
-            router.serve_forever()
+            self.router.serve_forever()
         except BaseException:
             log.exception("the loop ended: please report it")
-            failed.append(True)
+            self.failed = True
         finally:
-            tunnels.close()  # here, so that the main thread hears a second signal meanwhile
-            os.write(writer, b"\0")
+            self.tunnels.close()  # here, so that the main thread hears a second signal meanwhile
+            with contextlib.suppress(OSError):
+                os.write(self.writer, b"\0")
 
-    warn(settings)
-    sys.setswitchinterval(SWITCH_INTERVAL)
-    gc.set_threshold(GC_THRESHOLD)
-    gc.freeze()  # what is here now lives as long as the process: never look at it again
-    thread = threading.Thread(target=loop, name="loop", daemon=True)
-    thread.start()
-    for listener in router.listeners:
-        log.info("listening on %s", show_address(listener.getsockname()))
-    stopping = False
-    while thread.is_alive():
+    def _on_signals(self, reader: int) -> None:
         for number in os.read(reader, 64):
-            if number in (signal.SIGTERM, signal.SIGINT) and not stopping:
-                stopping = True
-                router.drain(settings.drain)
-            elif number in (signal.SIGTERM, signal.SIGINT):
-                router.shutdown()
-                tunnels.close(now=True)
+            if number in (signal.SIGTERM, signal.SIGINT):
+                self.stop()
             elif number == signal.SIGUSR1:
-                router.call(router.dump)
+                self.router.call(self.router.dump)
             elif number == signal.SIGHUP:
-                log.info("SIGHUP: there is no file of settings to read again")
-            elif number == 0:
-                thread.join()
-    router.server_close()
-    log.info("stopped")
-    return 1 if failed else 0
+                self.reload()
+            elif number == 0:  # from `_loop`: all that is left of that thread is its end
+                self.thread.join()
+
+    def stop(self) -> None:
+        """Drain; asked a second time, end now."""
+        if self.stopping:
+            self.router.shutdown()
+            self.tunnels.close(now=True)
+            return
+        self.stopping = True
+        self.supervisor.tell("STOPPING=1")
+        self.router.drain(self.settings.drain)
+
+    def _on_successor(self, name: socket.socket) -> None:
+        """A process like this one has come for the sockets."""
+        if self.stopping:  # there are none: it can listen itself, once ours are closed
+            closed = threading.Event()
+            self.router.call(closed.set)
+            closed.wait(HANDOVER_TIMEOUT)
+        channel = self.handover.give(name, () if self.stopping else self.router.listeners)
+        if channel is not None:
+            self.selector.register(channel, selectors.EVENT_READ, self._on_word)
+
+    def _on_word(self, channel: socket.socket) -> None:
+        """The successor accepts, or is gone."""
+        self.selector.unregister(channel)
+        self.handover.successors.remove(channel)
+        with channel, contextlib.suppress(OSError):
+            if channel.recv(16) != b"drain":
+                return
+            for name in self.handover.names:
+                self.selector.unregister(name)
+            self.handover.withdraw()
+            if self.admin is not None:
+                self.admin.close()
+            if not self.stopping:
+                log.info("another sniroute listens here now")
+                self.stop()
+
+    def reload(self) -> list[str]:
+        """Read the settings again, and go on with them; what is wrong with them, a line each.  Any thread."""
+        with self.reloading:
+            self.supervisor.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            faults: list[str] = []
+            try:
+                settings = self.settings.again(self.settings)
+            except SettingsError as error:
+                faults = list(error.lines)
+            for fault in faults:
+                log.error("reload: %s", fault)
+            if faults:
+                log.error("reload: nothing has changed")
+            else:
+                self._adopt(settings)
+            self.router.reloads["failed" if faults else "ok"] += 1
+            self.router.last_reload = not faults, time.time()
+            self.supervisor.ready(self.router)
+            return faults
+
+    def _adopt(self, settings: types.SimpleNamespace) -> None:
+        self.settings = settings
+        log.setLevel(settings.log_level.upper())
+        for line in settings.kept:
+            log.warning("reload: %s", line)
+        tunnels = self.tunnels
+        tunnels.idle, tunnels.start_timeout = settings.idle, settings.start_timeout
+        tunnels.max_tunnels, tunnels.max_starting = settings.max_tunnels, settings.max_starting
+        tunnels.wake()  # what idles may have to stop sooner
+        self.router.call(functools.partial(self.router.adopt, settings))
+        warn(settings)
+        log.info("reload: done, %d routes%s", len(settings.routes.routes),
+                 "" if settings.config else " (there is no file of settings to read again)")
+
+    def _close(self) -> None:
+        """Let go of everything, also where the start failed."""
+        if self.admin is not None:
+            self.admin.close()
+        if hasattr(self, "thread"):
+            self.router.shutdown()
+            self.thread.join()
+        else:
+            self.tunnels.close()
+        self.handover.close()
+        if hasattr(self, "router"):
+            self.router.server_close()
+            log.info("stopped")
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one more changes nothing now
+        signal.set_wakeup_fd(-1)
+        self.supervisor.close()
+        self.selector.close()
+        os.close(self.reader)
+        os.close(self.writer)
 
 
 def warn(settings: types.SimpleNamespace) -> None:

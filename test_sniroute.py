@@ -1701,6 +1701,7 @@ def test_the_tunnel_program_is_one_that_strangers_cannot_replace(tmp_path, monke
 
 # name -> on the command line, its value; in the environment, its value
 SAMPLES: dict[str, tuple[list[str], Any, str, Any]] = {
+    "config": ([os.devnull], os.devnull, os.devnull, os.devnull),
     "listen": (["127.0.0.1:1", ":2"], [("127.0.0.1", 1), ("*", 2)], "[::1]:3  h:4", [("::1", 3), ("h", 4)]),
     "route": (["a.b=tcp:h:1", "*.c.d=tcp:h:2"], [Route("a.b", "tcp:h:1"), Route("*.c.d", "tcp:h:2")],
               "e.f=tcp:h:3\n*=tcp:h:4", [Route("e.f", "tcp:h:3"), Route("*", "tcp:h:4")]),
@@ -1718,6 +1719,7 @@ SAMPLES: dict[str, tuple[list[str], Any, str, Any]] = {
     "max-starting": (["16"], 16, "17", 17),
     "no-name": (["ok"], "ok", "refuse", "refuse"),
     "cloudflared": (["/bin/sh"], "/bin/sh", "/bin/cat", "/bin/cat"),
+    "admin": (["127.0.0.1:1"], ("127.0.0.1", 1), "unix:/run/admin", "/run/admin"),
     "log-level": (["debug"], "debug", "error", "error"),
     "log-format": (["json"], "json", "text", "text"),
 }
@@ -1795,7 +1797,7 @@ def test_routes_that_contradict_are_refused(argv, environ, line):
     (["explain"], "explain takes one NAME"), (["check", "a.b"], "unexpected 'a.b'"),
     (["serve", "a.b"], "unexpected 'a.b'"),
     (["route"], "invalid choice"), (["explain", "a.b", "c.d"], "unrecognized"), (["--idl=1s"], "unrecognized"),
-    (["--idle"], "expected one argument"), (["--config=x"], "unrecognized"), (["--config", "x"], "error: "),
+    (["--idle"], "expected one argument"), (["--colour=x"], "unrecognized"), (["--colour", "x"], "error: "),
 ], ids=["explain-nothing", "check-a-name", "serve-a-name", "no-command", "explain-two", "abbreviation", "no-value",
         "no-option", "no-option-and-a-value"])
 def test_a_command_line_that_is_none_ends_with_2(argv, complaint, capsys):
@@ -4098,7 +4100,7 @@ def test_hangup_changes_nothing(launch, echo_server):
     with program.connect(HELLO) as client:
         assert read_exactly(client, len(HELLO)) == HELLO
         program.signal(signal.SIGHUP)
-        program.wait_for(" info SIGHUP: there is no file of settings to read again\n")
+        program.wait_for(" info reload: done, 1 routes (there is no file of settings to read again)\n")
         client.sendall(b"still")
         assert read_exactly(client, 5) == b"still"
         with program.connect(HELLO) as other:
@@ -4112,7 +4114,8 @@ def test_usr1_tells_counters_tunnels_and_connections(launch, cloudflared, ports,
         assert client.recv(1) == b"x"
         assert counter(program, "accepted") == 2
         row = cloudflared.starts()[0]
-        program.wait_for(f" info tunnel cloudflared:db.example.com: ready, 1 connections, port {row['port']}, pid ")
+        program.wait_for(f" 1 connections, port {row['port']}, pid ")
+        assert re.search(r" info tunnel cloudflared:db\.example\.com: ready for \d+ s, 1 connections, ", program.log())
         program.wait_for(f" info connection {HOST}:", 2)
         open_one, silent_one = (f"connection {HOST}:{sock.getsockname()[1]}: " for sock in (client, silent))
         assert re.search(rf"{open_one}open for \d+\.\d s, name db\.example\.com, {len(HELLO)} bytes up, 1 down\n",
