@@ -145,6 +145,10 @@ PIPES_MAX = 32  # pipes lent to flows whose sink would block: 1 MiB and two desc
 GC_THRESHOLD = 20000  # objects between two looks for cycles: connections leave none
 SWITCH_INTERVAL = 0.0005  # so long may another thread keep the interpreter while the loop wants it
 LOG_LINES_MAX = 10000  # lines that wait for a slow log; over it they are dropped and counted
+LOG_PERIOD = 1.0  # in which a class of lines may have so many:
+LOG_ENDINGS = 10000  # connections that ended by themselves; what journald takes by default in 30 s
+LOG_REFUSALS = 100  # connections refused for one reason: strangers can cause them
+LOG_EVENTS = 250  # events of one kind; a dump has DUMP_MAX
 LOG_NAP = 0.02  # between two writes of the log: one system call for many lines
 DUMP_MAX = 200  # connections, and tunnels, in a dump
 KEEPALIVE = (60, 15, 4)  # idle, interval, count: a dead peer is found in two minutes
@@ -1487,15 +1491,30 @@ class Ending(NamedTuple):
     waited: float | None = None  # seconds from its accept to its last dial
 
 
+class Pace:
+    """How many lines of one class were written in a second, and what was left out."""
+
+    __slots__ = ("limit", "began", "lines", "suppressed")
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.began = -1.0
+        self.lines = 0
+        self.suppressed = 0
+
+
 class Journal(logging.Handler):
     """Takes log records and Endings from any thread, and writes them from a thread of its own.
 
     So a slow disk or a pipe that nobody reads never stops traffic: what does not fit into
-    LOG_LINES_MAX is dropped and counted.  Lines are printable ASCII, whatever a client sent.
+    LOG_LINES_MAX is dropped and counted.  Nor does one kind of event drown the others: each has a limit
+    for a second, and a line says how many were suppressed.  Lines are printable ASCII, whatever a client sent.
     """
 
-    def __init__(self, stream: Any, style: str):
+    def __init__(self, stream: Any, style: str, clock: Callable[[], float] = time.monotonic):
         super().__init__()
+        self.clock = clock
+        self.paces: dict[str, Pace] = {}  # by class: how a connection ended, or the words of an event
         self.stream = stream
         self.style = style
         self.journald = under_journald(stream)
@@ -1540,18 +1559,26 @@ class Journal(logging.Handler):
                 continue
             self.asleep = True
             if not self.lines and not self.stopping:
-                os.read(self.wake_reader, 4096)
+                owing = any(pace.suppressed for pace in self.paces.values())
+                if select.select([self.wake_reader], [], [], LOG_PERIOD if owing else None)[0]:
+                    os.read(self.wake_reader, 4096)
+                else:
+                    self._write()  # nothing but what is owed
             self.asleep = False
         self._write()
 
     def _write(self) -> None:
-        texts = []
+        now = self.clock()
+        texts = self._settle(now)
         for _ in range(len(self.lines)):  # not "while there are": they may come as fast as they go
             line = self.lines.popleft()
             try:
-                texts.append(self.ending(line) if isinstance(line, Ending) else self.format(line))
+                if self._may_pass(line, now):
+                    texts.append(self.ending(line) if isinstance(line, Ending) else self.format(line))
             except Exception as error:  # this thread has to outlive any line
                 texts.append(self.line(logging.ERROR, time.time(), f"a log line that cannot be shown: {error!r}", {}))
+        if self.stopping:
+            texts += self._settle(now)
         if self.dropped:
             dropped, self.dropped = self.dropped, 0
             texts.append(self.line(logging.WARNING, time.time(), f"the log was too slow: {dropped} lines dropped", {}))
@@ -1562,10 +1589,34 @@ class Journal(logging.Handler):
             except (OSError, ValueError, AttributeError):
                 pass  # full, gone, or never there: traffic goes on
 
+    def _may_pass(self, line: logging.LogRecord | Ending, now: float) -> bool:
+        """Whether the class of a line has room in this second."""
+        kind = line.reason if isinstance(line, Ending) else str(line.msg)
+        pace = self.paces.get(kind)
+        if pace is None:
+            limit = LOG_EVENTS if not isinstance(line, Ending) else LOG_REFUSALS if kind in REFUSALS else LOG_ENDINGS
+            pace = self.paces[kind] = Pace(limit)
+        if now - pace.began >= LOG_PERIOD:
+            pace.began, pace.lines = now, 0  # `_settle` has said what was suppressed
+        pace.lines += 1
+        pace.suppressed += pace.lines > pace.limit
+        return pace.lines <= pace.limit
+
+    def _settle(self, now: float) -> list[str]:
+        """The lines that are owed for what was suppressed in a period that is over, or at the end."""
+        texts = []
+        for kind, pace in self.paces.items():
+            if pace.suppressed and (now - pace.began >= LOG_PERIOD or self.stopping):
+                texts.append(self.line(logging.WARNING, time.time(), f"{pace.suppressed} suppressed",
+                                       {"suppressed": pace.suppressed, "class": printable(kind)}))
+                pace.suppressed = 0
+        return texts
+
     def format(self, record: logging.LogRecord) -> str:
         """A log record as one line, its traceback as indented lines behind it."""
         text = printable(record.getMessage(), 2000)
-        fields = {}
+        fields = {name: printable(value, 2000) if isinstance(value, str) else value
+                  for name, value in getattr(record, "fields", {}).items()}
         if record.exc_info:
             trace = self.formatter_for_tracebacks.formatException(record.exc_info)
             if self.style == "json":
@@ -1591,15 +1642,22 @@ class Journal(logging.Handler):
         return self.line(level, when, f"{text} detail={json.dumps(detail)}" if detail else text, {})
 
     def line(self, level: int, when: float, text: str, fields: dict[str, Any]) -> str:
-        """A finished line.  Under journald it has a syslog level instead of a time of its own."""
+        """A finished line, its fields behind its text.  Under journald it begins with a syslog level (sd-daemon(3))."""
         word, syslog_level = LEVELS[level]
-        if self.journald and self.style == "text":
-            return f"<{syslog_level}>{text}\n"
+        priority = f"<{syslog_level}>" if self.journald else ""
         stamp = timestamp(int(when * 1000))
         if self.style == "json":
             record = {"time": stamp, "level": word, **({"message": text} if text else {}), **fields}
-            return json.dumps(record) + "\n"
-        return f"{stamp} {word} {text}\n"
+            return f"{priority}{json.dumps(record)}\n"
+        first, newline, trace = text.partition("\n")
+        first += "".join(f" {name}={as_field(value)}" for name, value in fields.items())
+        return (priority or f"{stamp} {word} ") + first + newline + trace + "\n"
+
+
+def as_field(value: object) -> str:
+    """The value of a field in a text line: quoted where it is more than one word."""
+    text = str(value)
+    return text if re.fullmatch(r"[!#-~]+", text) else json.dumps(text)
 
 
 @functools.lru_cache(maxsize=8)

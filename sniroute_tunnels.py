@@ -147,6 +147,11 @@ def printable(text: str, limit: int = 253) -> str:
     return line if len(line) <= limit else line[:limit - 3] + "..."
 
 
+def tell(level: int, what: str, **fields: object) -> None:
+    """Log an event: `what` in words that are always the same, and its particulars as fields of the line."""
+    log.log(level, what, extra={"fields": fields})
+
+
 def last_line(tail: bytes) -> tuple[str, dict]:
     """The last line of an output that says something, and its fields where it is JSON."""
     for line in reversed(tail.decode("utf-8", "replace").split("\n")):
@@ -809,7 +814,7 @@ class TunnelTable:
                     return
                 if hung:
                     child.process.verdict = "it leaves its clients waiting"
-                log.warning("tunnel %s gives no answer: starting it again", tunnel.key)
+                tell(logging.WARNING, "tunnel gives no answer: it is started again", tunnel=tunnel.key)
                 tunnel.doubts += 1
 
     def _hung(self, child: Child) -> bool:
@@ -869,7 +874,7 @@ class TunnelTable:
             elif tunnel is not None and tunnel.state in (QUEUED, BACKOFF):
                 self._remove(tunnel)
         if tunnel is not None:
-            log.info("tunnel %s stopped: an operator asked for it", key)
+            tell(logging.INFO, "tunnel stopped", tunnel=key, reason="an operator asked for it")
         return failure is not None or tunnel is not None
 
     def words(self, child: Child, since: float, port: int) -> Reason:
@@ -1001,7 +1006,7 @@ class TunnelTable:
             self._enter(tunnel, READY)
             return False
         self.counters[counter] += 1
-        log.info("tunnel %s stopped: %s", tunnel.key, why)
+        tell(logging.INFO, "tunnel stopped", tunnel=tunnel.key, reason=why)
         return True
 
     def _enter(self, tunnel: Tunnel, state: str) -> None:
@@ -1117,8 +1122,8 @@ class TunnelTable:
             self._enter(tunnel, READY)
         self.counters["ready"] += 1
         self.started.append(Start(tunnel.key, time.time(), child.ready - child.started))
-        log.info("tunnel %s ready on %s:%d after %.0f ms (pid %d)", tunnel.key, *child.address,
-                 1000 * (child.ready - child.started), child.process.pid)
+        tell(logging.INFO, "tunnel ready", tunnel=tunnel.key, address=child.listener,
+             seconds=round(child.ready - child.started, 3), pid=child.process.pid)
 
     def _stop(self, child: Child, why: str, now: float) -> None:
         """Ask a child to end: its listener, or its process where nobody else needs that."""
@@ -1147,7 +1152,7 @@ class TunnelTable:
             process.kill_at = now + KILL_GRACE
             process.signal(signal.SIGKILL)
             if process.verdict:
-                log.warning("process %d is killed: %s", process.pid, process.verdict)
+                tell(logging.WARNING, "process killed", pid=process.pid, reason=process.verdict)
             return
         log.error("process %d does not die: giving it up", process.pid)
         tunnels = [self.children[child] for child in process.children.values()]
@@ -1258,7 +1263,7 @@ class TunnelTable:
     def _settle(self, child: Child, tunnel: Tunnel, state: str, again: bool) -> None:
         """What becomes of a tunnel whose child is gone, and the `state` it had; `again`: it was not its fault."""
         if state is STARTING and again and tunnel.tries < PORT_TRIES and not self.closing:
-            log.info("tunnel %s did not start: %s; trying again", tunnel.key, child.verdict.text)
+            tell(logging.INFO, "tunnel did not start: it is tried again", tunnel=tunnel.key, reason=child.verdict.text)
             with self.changed:
                 tunnel.tries += 1
                 self._enter(tunnel, QUEUED)
@@ -1286,7 +1291,8 @@ class TunnelTable:
                 if len(self.failures) > FAILURES_KEPT:
                     self.failures.popitem(last=False)
             self._remove(tunnel)
-        log.warning("tunnel %s%s", tunnel.reason.text, f"; next try in {wait:.0f} s" if remember else "")
+        tell(logging.WARNING, "tunnel did not start", tunnel=tunnel.key, reason=reason.text,
+             **({"next": round(wait)} if remember else {}))
 
     def _remove(self, tunnel: Tunnel) -> None:
         """Take a row out; whoever still waits on it reads FAILED.  Under the lock."""
@@ -1309,4 +1315,4 @@ class TunnelTable:
             else:
                 self._remove(tunnel)
                 fate = "the next client starts it again"
-        log.warning("tunnel %s: %s; %s", tunnel.key, child.verdict.text, fate)
+        tell(logging.WARNING, "tunnel ended", tunnel=tunnel.key, reason=child.verdict.text, then=fate)

@@ -40,7 +40,7 @@ import pytest
 
 import sniroute
 import sniroute_tunnels
-from conftest import HERE, HOST, Address, Cloudflared, Edge, wait_until
+from conftest import HERE, HOST, Address, Cloudflared, Edge, FakeClock, wait_until
 from sniroute import (GSSENC_REQUEST, PROXY_POLICY, PROXY_V2, REFUSALS, SETTINGS, SSL_REQUEST, Ending, Hello,
                       HelloReader, Journal, Malformed, Prelude, ProxyHeader, Refused, Route, Routes, SettingsError,
                       check_tunnel, check_tcp, crc32c, expand, load_settings, normalise, parse_client_hello,
@@ -1955,8 +1955,50 @@ def test_a_line_under_journald_has_a_level_for_it_and_no_time(journald):
     assert re.findall("^<(.)>", text, re.MULTILINE) == ["7", "6", "4", "3", "7"] and text.startswith("<7>x\n")
 
 
-def test_a_line_of_json_is_the_same_under_journald(journald):
-    assert json.loads(written("json", said("x"), stream=journald))["message"] == "x"
+def test_a_line_of_json_has_a_level_for_journald_too(journald):
+    text = written("json", said("x", level=logging.WARNING), stream=journald)
+    assert text.startswith("<4>{") and json.loads(text[3:])["message"] == "x"
+
+
+def test_an_event_has_the_same_fields_in_text_and_json():
+    event = said("tunnel ready", level=logging.INFO)
+    event.fields = {"tunnel": "cf:x.test", "seconds": 0.117, "reason": "two \"words\"\x1b", "pid": 7}
+    assert written("text", event) == "2023-11-14T22:13:20.062Z info tunnel ready tunnel=cf:x.test seconds=0.117 " \
+        'reason="two \\"words\\"?" pid=7\n'
+    assert json.loads(written("json", event)) == {
+        "time": "2023-11-14T22:13:20.062Z", "level": "info", "message": "tunnel ready", "tunnel": "cf:x.test",
+        "seconds": 0.117, "reason": "two \"words\"?", "pid": 7}
+
+
+@pytest.mark.parametrize("row, limit, kind", [
+    (ended(reason="no_name"), sniroute.LOG_REFUSALS, "no_name"),
+    (ended(), sniroute.LOG_ENDINGS, "client_closed"),
+    (said("an event of %d", 1), sniroute.LOG_EVENTS, '"an event of %d"'),
+], ids=["refusals", "endings", "events"])
+def test_a_class_of_lines_has_a_limit_and_what_was_suppressed_is_said(row, limit, kind, monkeypatch):
+    monkeypatch.setattr(sniroute, "LOG_LINES_MAX", 1 << 20)
+    clock, stream = FakeClock(), io.StringIO()
+    journal = Journal(stream, "text", clock)
+    def lines() -> list[str]:
+        return stream.getvalue().splitlines()
+    for _ in range(limit + 5):
+        journal.emit(row)
+    journal.emit(said("something else"))
+    wait_until(lambda: lines()[-1:] and "something else" in lines()[-1], what="all of them")
+    assert len(lines()) == limit + 1
+    clock.jump(1)
+    wait_until(lambda: len(lines()) == limit + 2, what="the word of what is missing, though nothing follows")
+    assert lines()[-1].partition("Z ")[2] == f"warning 5 suppressed suppressed=5 class={kind}"
+    journal.emit(row)
+    wait_until(lambda: len(lines()) == limit + 3, what="the class's next period")
+    journal.stop()
+    assert len(lines()) == limit + 3
+
+
+def test_what_is_suppressed_at_the_end_is_said_there(monkeypatch):
+    monkeypatch.setattr(sniroute, "LOG_EVENTS", 1)
+    lines = written("json", said("x"), said("x"), said("x")).splitlines()
+    assert [json.loads(line).get("suppressed") for line in lines] in ([None, 2], [None, None, 1])
 
 
 def test_the_line_of_a_connection():
@@ -2017,7 +2059,8 @@ def test_an_address_for_people(address, text):
     assert show_address(address) == text
 
 
-def test_a_log_of_many_threads_has_every_line():
+def test_a_log_of_many_threads_has_every_line(monkeypatch):
+    monkeypatch.setattr(sniroute, "LOG_EVENTS", 400)
     stream = io.StringIO()
     journal = Journal(stream, "text")
     barrier = threading.Barrier(4)
@@ -4206,6 +4249,8 @@ def test_log_that_is_read_again_says_how_much_is_missing(launch, single_loop_ech
         return sum(program.log().count(f" info {text}") for text in ("counters: ", "connection ", "draining: "))
     def dropped() -> int:
         return sum(map(int, re.findall(r" warning the log was too slow: (\d+) lines dropped\n", program.log())))
+    def suppressed() -> int:
+        return sum(map(int, re.findall(r" suppressed=(\d+) class=", program.log())))
     def refused() -> bool:
         try:
             program.connect().close()
@@ -4224,8 +4269,8 @@ def test_log_that_is_read_again_says_how_much_is_missing(launch, single_loop_ech
         program.signal(signal.SIGTERM)
         wait_until(refused, what="the drain, which comes behind all dumps")
         program.log_is_read.set()
-        wait_until(lambda: written() + dropped() == 120 * 201 + 1, what="word of every line")
-    assert written() > 10_000 and dropped()
+        wait_until(lambda: written() + dropped() + suppressed() == 120 * 201 + 1, what="word of every line")
+    assert written() > 200 and suppressed()
 
 
 # -- limits ------------------------------------------------------------------------------------
@@ -4322,8 +4367,8 @@ def test_tunnel_that_is_killed_under_a_crowd_costs_only_those_it_was_answering(l
             goal = [count + 3 for count in served]
             wait_until(lambda: all(count >= wanted for count, wanted in zip(served, goal, strict=True)), 20,
                        f"service for everybody after {kills} kills")
-            program.wait_for(" ready on ", kills + 1)
-            pids = re.findall(r" ready on .* \(pid (\d+)\)", program.log())
+            program.wait_for(" tunnel ready ", kills + 1)
+            pids = re.findall(r" tunnel ready .* pid=(\d+)$", program.log(), re.MULTILINE)
             assert len(pids) == kills + 1
             if kills < 2:
                 os.kill(int(pids[-1]), signal.SIGKILL)
@@ -4437,8 +4482,8 @@ def database(launch, tunnel_program, ports, postgres) -> Program:
 
 def started(program: Program) -> list[str]:
     """The hostnames whose tunnels were ready, in that order."""
-    program.wait_for(" ready on ")
-    return re.findall(r" tunnel cloudflared:(\S+) ready on ", program.log())
+    program.wait_for(" tunnel ready ")
+    return re.findall(r" tunnel ready tunnel=cloudflared:(\S+) ", program.log())
 
 
 @pytest.mark.parametrize("verified", [False, True], ids=["require", "verify-full"])
@@ -4611,8 +4656,8 @@ def test_names_of_both_schemes_share_one_carrier(carried, edge, echo_server):
     for hello in hellos:
         with program.connect(hello) as client:
             assert read_exactly(client, len(hello)) == hello
-    program.wait_for(" ready on ", 6)
-    assert len(set(re.findall(r" ready on .* \(pid (\d+)\)", program.log()))) == 1
+    program.wait_for(" tunnel ready ", 6)
+    assert len(set(re.findall(r" tunnel ready .* pid=(\d+)$", program.log(), re.MULTILINE))) == 1
 
 
 TOKEN = {"TUNNEL_SERVICE_TOKEN_ID": "the-id", "TUNNEL_SERVICE_TOKEN_SECRET": "s3cret", "CF_ACCESS_TOKEN": "jwt.jwt"}

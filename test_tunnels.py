@@ -76,6 +76,11 @@ def ask(address: tuple[str, int], question: bytes = b"hello") -> bytes:
         return answer
 
 
+def events(caplog: pytest.LogCaptureFixture) -> list[tuple[str, dict[str, Any]]]:
+    """What was logged: (what happened, its fields)."""
+    return [(record.getMessage(), getattr(record, "fields", {})) for record in caplog.records]
+
+
 class Bench:
     """A table under test, and the threads that wait on it."""
 
@@ -1376,7 +1381,8 @@ def test_a_tunnel_that_dies_unused_is_forgotten(bench, cloudflared, caplog):
     os.kill(tunnel.child.process.pid, signal.SIGTERM)
     made.turn(lambda: not made.table.tunnels)
     assert tunnel.state is FAILED
-    assert "it ended (signal 15): Start Websocket listener; the next client starts it again" in caplog.text
+    assert ("tunnel ended", {"tunnel": "cf:app.test", "reason": "it ended (signal 15): Start Websocket listener",
+                             "then": "the next client starts it again"}) in events(caplog)
     assert made.table.failures == {}
     made.ready("app.test")
     assert len(cloudflared.starts()) == 2
@@ -1402,7 +1408,8 @@ def test_a_program_that_ends_at_its_first_client_says_why(bench, cloudflared, ca
     child = tunnel.child
     assert ask(child.address) == b""
     made.turn(lambda: tunnel.state is BACKOFF)
-    assert "cf:app.test: it ended (exit 2): goroutine panic; starting it again in 1.0 s" in caplog.text
+    assert ("tunnel ended", {"tunnel": "cf:app.test", "reason": "it ended (exit 2): goroutine panic",
+                             "then": "starting it again in 1.0 s"}) in events(caplog)
     assert made.table.words(child, 0.0, 0).text == "it ended (exit 2): goroutine panic"
 
 
@@ -2009,7 +2016,7 @@ def test_a_process_that_does_not_close_is_killed_and_the_others_come_back(bench,
     made.clock.jump(0.1)
     made.turn(lambda: process not in made.table.processes)
     assert deaf.state is FAILED and used.state is BACKOFF
-    assert "it did not close 127.0.0.1:" in caplog.text
+    assert "it did not close 127.0.0.1:" in str(events(caplog))
     made.clock.jump(1)
     made.turn(lambda: used.state is READY)
 
@@ -2061,7 +2068,7 @@ def test_a_start_that_is_never_answered_kills_the_process_and_begins_anew(bench,
     made.clock.jump(15)  # start_timeout
     assert made.outcome(future) is None
     assert process not in made.table.processes and made.table.failures == {}
-    assert "it did not listen within 15 s" in caplog.text
+    assert "it did not listen within 15 s" in str(events(caplog))
     made.clock.jump(1)
     made.turn(lambda: used.state is READY)
 
@@ -2106,7 +2113,8 @@ def test_a_process_that_reads_no_orders_is_killed(order, bench, caplog):
         made.ready("new.test")
         assert made.table.failures == {}
     assert process not in made.table.processes
-    assert f"process {process.pid} is killed: it takes no orders" in caplog.text
+    killed = [fields for what, fields in events(caplog) if what == "process killed"]
+    assert [fields["pid"] for fields in killed] == [process.pid] and "it takes no orders" in killed[0]["reason"]
     made.clock.jump(1)
     made.turn(lambda: used.state is READY)
 
@@ -2124,7 +2132,8 @@ def test_what_ended_by_itself_was_not_killed(bench, cloudflared, caplog):
     assert process.verdict.startswith("it takes no orders")
     made.turn(lambda: not made.table.processes)
     assert used.state is BACKOFF and idle.state is FAILED
-    assert "tunnel cf:used.test: it ended (exit 3): bad luck" in caplog.text
+    assert ("cf:used.test", "it ended (exit 3): bad luck") in [
+        (fields["tunnel"], fields["reason"]) for what, fields in events(caplog) if what == "tunnel ended"]
 
 
 @shared
