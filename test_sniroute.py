@@ -22,6 +22,7 @@ import pwd
 import random
 import re
 import resource
+import selectors
 import shutil
 import signal
 import socket
@@ -1831,8 +1832,10 @@ def test_check_prints_the_routes(capsys, no_variables):
 @pytest.mark.parametrize("name, code, line", [
     ("DB.Example.com", 0, "name:    db.example.com\nroute:   *.example.com=tcp:{label}:1\ntarget:  tcp:db:1\n"),
     ("db.example.org", 1,
-     "name:    db.example.org\nrefused: no route for db.example.org (no_route, TLS alert 112)\n"),
-    ("\udcff\x1b.org", 1, "name:    ??.org\nrefused: not a host name: '??.org' (bad_name, TLS alert 112)\n"),
+     "name:    db.example.org\nrefused: no route for db.example.org (no_route, TLS alert 112)\n"
+     f"to do:   {sniroute.ADVICE['no_route']}\n"),
+    ("\udcff\x1b.org", 1, "name:    ??.org\nrefused: not a host name: '??.org' (bad_name, TLS alert 112)\n"
+     f"to do:   {sniroute.ADVICE['bad_name']}\n"),
 ], ids=["routed", "not-routed", "bytes-that-are-no-text"])
 def test_explain_says_what_becomes_of_a_name(name, code, line, capsys, no_variables):
     assert sniroute.main(["explain", name, "--route", "*.example.com=tcp:{label}:1"]) == code
@@ -4028,7 +4031,7 @@ def test_explain_says_what_would_run(cloudflared):
 def test_explain_says_why_a_name_is_refused(name, says):
     ended = command("explain", name, "--route=db.example.com=tcp:127.0.0.1:1")
     assert (ended.returncode, ended.stderr) == (1, "")
-    assert ended.stdout == f"name:    {name}\nrefused: {says}\n"
+    assert ended.stdout.startswith(f"name:    {name}\nrefused: {says}\nto do:   ")
 
 
 @pytest.mark.parametrize("scheme, says", [
@@ -4039,7 +4042,7 @@ def test_explain_says_that_the_program_is_missing(two_files, scheme, says):
     ended = execute(*BARE_PYTHON, str(two_files), "explain", "db.example.com", f"--route=*={scheme}:{{name}}",
                     env=BARE, text=True, said="")
     assert ended.returncode == 1
-    assert ended.stdout.endswith(f"refused: {says} (tunnel_failed, TLS alert 80)\n")
+    assert f"refused: {says} (tunnel_failed, TLS alert 80)\nto do:   " in ended.stdout
 
 
 def test_version_and_help():
@@ -4771,7 +4774,740 @@ def test_explain_says_what_the_far_end_says(three_files, edge):
     ended = explained(three_files, edge)
     assert (ended.returncode, ended.stderr) == (1, "")
     assert ended.stdout.endswith("refused: db.example.com: Access denied it (is the token right, and does the "
-                                 "application's policy allow it?): HTTP 403 (tunnel_denied, TLS alert 49)\n")
+                                 "application's policy allow it?): HTTP 403 (tunnel_denied, TLS alert 49)\n"
+                                 f"to do:   {sniroute.ADVICE['tunnel_denied']}\n")
+
+
+# -- a file of settings ------------------------------------------------------------------------
+
+
+def toml(value: Any) -> str:
+    """A list of texts, or a text, as TOML."""
+    return json.dumps(value)
+
+
+@pytest.fixture
+def settings_file(tmp_path: pathlib.Path) -> Callable[[str], str]:
+    """settings_file(text) -> the path of a file with it; each call replaces the last."""
+    path = tmp_path / "sniroute.toml"
+
+    def write(text: str) -> str:
+        new = tmp_path / "new.toml"
+        new.write_text(text)
+        new.replace(path)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("name", [row.name for row in SETTINGS if row.name not in ("config", "route")])
+def test_a_setting_in_the_file_is_what_it_is_in_the_environment_which_comes_first(name, settings_file):
+    _, _, text, value = SAMPLES[name]
+    given, on_line = SAMPLES[name][:2]
+    row = next(row for row in SETTINGS if row.name == name)
+    path = settings_file(f"{row.attribute} = {toml(text.split() if row.many else text)}\n")
+    assert getattr(load_settings(["--config", path], {}), row.attribute) == value
+    assert getattr(load_settings([], {"SNIROUTE_CONFIG": path}), row.attribute) == value
+    argv = [word for each in given for word in (f"--{name}", each)]
+    assert getattr(load_settings(["-c", path, *argv], {}), row.attribute) == on_line
+    other = " ".join(given)
+    assert getattr(load_settings(["-c", path], {variable(name): other}), row.attribute) == on_line
+
+
+def test_the_file_has_types_of_its_own(settings_file):
+    settings = load_settings(["-c", settings_file(
+        'listen = ":1"\nmax_tunnels = 7\nproxy_from = ["192.0.2.0/24", "2001:db8::/32"]\n')], {})
+    assert (settings.listen, settings.max_tunnels) == ([("*", 1)], 7)
+    assert [str(network) for network in settings.proxy_from] == ["192.0.2.0/24", "2001:db8::/32"]
+
+
+ROUTES_FILE = """
+[routes]
+"DB.example.com" = "tcp:192.0.2.10:5432"
+"*.example.com" = { target = "cloudflared:{name}", idle = "1h", allow = ["192.0.2.0/24", "198.51.100.7"] }
+[routes."**.example.org"]
+target = "tcp:{label}.internal:443"
+send_proxy = "v2"
+max_connections = 50
+connection_idle = "off"
+"""
+
+
+def test_routes_in_the_file_have_options(settings_file):
+    path = settings_file(ROUTES_FILE)
+    settings = load_settings(["-c", path], {})
+    network = ipaddress.ip_network
+    assert settings.routes.routes == (
+        Route("db.example.com", "tcp:192.0.2.10:5432"),
+        Route("*.example.com", "cloudflared:{name}", idle=3600.0,
+              allow=(network("192.0.2.0/24"), network("198.51.100.7/32"))),
+        Route("**.example.org", "tcp:{label}.internal:443", send_proxy="v2", max_connections=50, connection_idle=0.0))
+    assert not settings.open_to_all
+    replaced = load_settings(["-c", path, "--route", "a.b=tcp:h:1"], {})
+    assert replaced.routes.routes == (Route("a.b", "tcp:h:1"),)
+
+
+def test_all_that_is_wrong_with_the_file_is_said_at_once(settings_file):
+    path = settings_file("""
+listen = 19000
+max-tunnels = 50
+max_starting = true
+idel = "10m"
+colour = 1
+log_level = 3
+proxy_from = ["192.0.2.1/24"]
+config = "other"
+[routes]
+db.example.com = "cloudflared:cft-{name}"
+"*.example.com" = { target = "cloudflared:{name}", idle = "1", allow = ["x"], sendproxy = "v2" }
+"c.example.com" = { target = "tcp:192.0.2.10:5432", send_proxy = "v3", max_connections = 0, idle = "1h" }
+"*.*" = "tcp:h:1"
+"d.example.com" = 5
+"a\\u001bb" = "tcp:h:1"
+""")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(["-c", path, "--drain", "soon"], {})
+    lines = [line.removeprefix(f"{path}: ") for line in caught.value.lines]
+    assert lines == [
+        "listen: '19000' is not HOST:PORT",
+        "max-tunnels: there is no such setting; did you mean max_tunnels?",
+        "max_starting: 'true' is not a whole number from 1 to 1000000",
+        "idel: there is no such setting; did you mean idle?",
+        "colour: there is no such setting; there are " + ", ".join(
+            [row.attribute for row in SETTINGS if row.name not in ("config", "route")] + ["routes"]),
+        "log_level: '3' is none of debug, info, warning, error",
+        "proxy_from: 192.0.2.1/24 has host bits set: a network is 192.0.2.0/24, or one address",
+        "config: there is no such setting" + lines[7].removeprefix("config: there is no such setting"),
+        'routes."db": has no target (a pattern goes in quotes, as "db.example.com" = "tcp:192.0.2.10:5432")',
+        "routes.\"*.example.com\".idle: '1' is not a duration such as 300s, 5m, 1h30m or 500ms",
+        "routes.\"*.example.com\".allow: 'x' does not appear to be an IPv4 or IPv6 network: "
+        "a network is 192.0.2.0/24, or one address",
+        "routes.\"*.example.com\".sendproxy: there is no such option; did you mean send_proxy?",
+        "routes.\"c.example.com\".send_proxy: 'v3' is none of as-received, none, v1, v2",
+        "routes.\"c.example.com\".max_connections: '0' is not a whole number from 1 to 1000000",
+        'routes."c.example.com".idle: is for tunnels; here connection_idle closes what is silent',
+        "routes.\"*.*\": '*.*' is not a name, *.NAME, **.NAME or * (NAME has two labels at least)",
+        "routes.\"d.example.com\": 'd.example.com=5' is not PATTERN=SCHEME:REST",
+        'routes."a?b": ' + lines[17].partition(": ")[2],
+        "--drain: 'soon' is not a duration such as 300s, 5m, 1h30m or 500ms"]
+    assert all(re.fullmatch("[ -~]+", line) for line in lines)
+
+
+@pytest.mark.parametrize("text, complaint", [
+    ("a = [", r"sniroute\.toml: Invalid value \(at end of document\)"),
+    ("idle = '1s'\nidle = '2s'\n", r"Cannot overwrite a value \(at line 2"),
+    ("[routes]\n*.example.com = 'tcp:h:1'\n", r"Invalid .* \(at line 2, column 1\)"),
+    ("routes = 3", r"routes: is no table of routes, as "),
+    ("[routes]\n", r"routes: is no table of routes, as "),
+    ("listen = []", r"listen: '' is not HOST:PORT"),
+    ('[routes]\n"a.b" = "tcp:h:1"\n"A.b" = "tcp:h:1"\n', r"sniroute\.toml: routes: a\.b is routed twice"),
+    ("x = " + "[" * 5000, r"sniroute\.toml: "),
+], ids=["syntax", "twice", "no-quotes", "no-table", "no-routes", "no-address", "one-name-twice", "deep"])
+def test_a_file_that_is_none_is_refused(settings_file, text, complaint):
+    with pytest.raises(SettingsError, match=complaint) as caught:
+        load_settings(["-c", settings_file(text)], {})
+    assert len(caught.value.lines) == 1
+
+
+def test_a_file_that_cannot_be_used_is_named(tmp_path):
+    missing, binary, public = (str(tmp_path / name) for name in ("missing", "binary", "public"))
+    pathlib.Path(binary).write_bytes(b"\xff\xfe")
+    pathlib.Path(public).write_text("")
+    os.chmod(public, 0o666)
+    for path, complaint in ((missing, "No such file"), (str(tmp_path), "Is a directory"), (binary, "codec can't"),
+                            (public, "can be changed by other users: chmod o-w")):
+        with pytest.raises(SettingsError, match=re.escape(path) + ": .*" + complaint):
+            load_settings(["-c", path], {})
+
+
+def test_every_beginning_of_a_file_is_settings_or_a_complaint(settings_file):
+    whole = 'max_tunnels = 5\nlisten = [":1", "[::1]:2"]\n' + ROUTES_FILE
+    good = 0
+    for end in range(0, len(whole), 3):
+        path = settings_file(whole[:end])
+        try:
+            load_settings(["-c", path], {})
+            good += 1
+        except SettingsError as error:
+            assert all(line.startswith(path) for line in error.lines)
+    assert 3 < good < end / 3
+
+
+@pytest.mark.parametrize("text, good", [
+    ("unix:/run/sniroute/admin.sock", "/run/sniroute/admin.sock"), ("127.0.0.1:1", ("127.0.0.1", 1)),
+    ("[::1]:0", ("::1", 0)), ("localhost:1", ("localhost", 1)), ("192.0.2.1:1", None), (":1", None), ("unix:", None),
+    ("unix:/" + "x" * 90, None), ("example.com:1", None), ("0.0.0.0:1", None),
+])
+def test_an_admin_address_is_loopback_or_a_path(text, good):
+    if good is None:
+        with pytest.raises(ValueError):
+            sniroute.parse_admin(text)
+    else:
+        assert sniroute.parse_admin(text) == good
+
+
+def test_a_token_for_the_admin_is_no_joke():
+    assert load_settings([], {"SNIROUTE_ADMIN_TOKEN": "0123456789abcdef"}).admin_token == "0123456789abcdef"
+    assert load_settings([], {}).admin_token is None
+    for token in ("short", "with spaces in it, many", "\x1b0123456789abcdef"):
+        with pytest.raises(SettingsError) as caught:
+            load_settings([], {"SNIROUTE_ADMIN_TOKEN": token})
+        assert token not in str(caught.value)
+
+
+def test_check_prints_the_routes_as_they_are_matched(settings_file, capsys):
+    path = settings_file(ROUTES_FILE + '[routes."*"]\ntarget = "tcp:192.0.2.1:1"\n[routes."**.example.com"]\n'
+                         'target = "cloudflared:{name}"\n[routes."*.a.example.com"]\ntarget = "tcp:{name}:1"\n'
+                         'allow = "none"\n')
+    assert sniroute.main(["check", "-c", path]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "db.example.com=tcp:192.0.2.10:5432",
+        "*.a.example.com=tcp:{name}:1 (allow none)",
+        "*.example.com=cloudflared:{name} (allow 192.0.2.0/24,198.51.100.7/32; idle 3600 s)",
+        "**.example.com=cloudflared:{name}",
+        "**.example.org=tcp:{label}.internal:443 (send_proxy v2; max_connections 50; connection_idle off)",
+        "*=tcp:192.0.2.1:1"]
+
+
+# -- what a route may ask for ------------------------------------------------------------------
+
+ROUTED_HEADER = v1("TCP4 192.0.2.1 192.0.2.9 1111 443")
+LOCAL_HEADER = v2(0x20, 0x00)
+
+
+@pytest.fixture
+def run_file(run, settings_file) -> Callable[..., Running]:
+    """run_file(address, *options): a router with one route, db.example.com to that address, with options in TOML."""
+    return lambda address, *options, **more: run("-c", settings_file(
+        f'[routes."db.example.com"]\ntarget = "tcp:{address[0]}:{address[1]}"\n' + "\n".join(options)), **more)
+
+
+@pytest.mark.parametrize("how, said, expected", [
+    ("as-received", b"", lambda own: b""),
+    ("as-received", ROUTED_HEADER, lambda own: ROUTED_HEADER),
+    ("none", ROUTED_HEADER, lambda own: b""),
+    ("none", b"", lambda own: b""),
+    ("v1", b"", lambda own: sniroute.proxy_v1(*own)),
+    ("v2", b"", lambda own: sniroute.proxy_v2(*own)),
+    ("v1", LOCAL_HEADER, lambda own: b"PROXY UNKNOWN\r\n"),
+    ("v2", v1("UNKNOWN"), lambda own: v2(0x20, 0x00)),
+    ("v2", ROUTED_HEADER, lambda own: sniroute.proxy_v2(("192.0.2.1", 1111), ("192.0.2.9", 443))),
+    ("v1", v2(0x21, 0x11, INET), lambda own: v1("TCP4 192.0.2.1 192.0.2.2 1111 443")),
+])
+def test_a_route_says_what_its_backend_hears_of_the_client(run_file, echo_server, how, said, expected):
+    running = run_file(echo_server.address, f'send_proxy = "{how}"')
+    with running.connect(said + HELLO) as client:
+        header = expected((client.getsockname(), client.getpeername()))
+        assert read_exactly(client, len(header + HELLO)) == header + HELLO
+
+
+def test_a_header_of_ours_goes_before_the_question_for_tls(run_file, serve):
+    header = sniroute.proxy_v2(("192.0.2.1", 1111), ("192.0.2.9", 443))
+    heard = []
+
+    def backend(sock: socket.socket) -> None:
+        heard.append(read_exactly(sock, len(header + ASK_TLS)))
+        sock.sendall(b"S")
+        heard.append(read_exactly(sock, len(HELLO)))
+        sock.sendall(b"x")
+
+    running = run_file(serve(backend).address, 'send_proxy = "v2"')
+    with running.connect(ROUTED_HEADER + ASK_TLS) as client:
+        assert client.recv(1) == b"S"
+        client.sendall(HELLO)
+        assert client.recv(1) == b"x"
+    assert heard == [header + ASK_TLS, HELLO]
+
+
+@pytest.mark.parametrize("source, allowed", [
+    ("192.0.2.1", True), ("198.51.100.7", True), ("198.51.100.8", False), ("2001:db8::5", True), ("2001:db9::5", False),
+    ("::ffff:192.0.2.1", True), ("::ffff:203.0.113.1", False),
+])
+def test_a_route_may_be_for_some_clients_only(run_file, echo_server, source, allowed):
+    running = run_file(echo_server.address, 'allow = ["192.0.2.0/24", "198.51.100.7", "2001:db8::/32"]')
+    family = "TCP6" if ":" in source else "TCP4"
+    other = "::1" if ":" in source else "192.0.2.9"
+    header = v1(f"{family} {source} {other} 1 2")
+    with running.connect(header + HELLO) as client:
+        if allowed:
+            assert read_exactly(client, len(header + HELLO)) == header + HELLO
+        else:
+            assert read_all(client) == alert(49)
+            assert running.ending().reason == "not_allowed" and running.ending().route == "db.example.com"
+            assert echo_server.accepted == 0
+
+
+def test_a_route_has_as_many_connections_as_it_may_have(run_file, echo_server):
+    running = run_file(echo_server.address, "max_connections = 2")
+    tally = running.router.routes.tallies["db.example.com"]
+    with running.connect(HELLO) as one, running.connect(HELLO) as two:
+        for client in (one, two):
+            assert read_exactly(client, len(HELLO)) == HELLO
+        with running.connect(HELLO) as third:
+            assert read_all(third) == alert(80)
+        assert running.ending().reason == "route_limit" and tally.active == 2
+    running.ending(3)
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+    running.ending(4)
+    assert (tally.active, tally.total, tally.refused) == (0, 4, 1)
+    assert tally.up == tally.down == 3 * len(HELLO)
+
+
+def test_a_route_has_an_idle_time_of_its_own(run_file, echo_server):
+    running = run_file(echo_server.address, 'connection_idle = "400ms"', "[routes.\"x.example.com\"]",
+                       f'target = "tcp:{HOST}:{echo_server.address[1]}"')
+    with running.connect(HELLO) as short, running.connect(genuine_hello("x.example.com")) as long:
+        assert read_exactly(short, len(HELLO)) == HELLO
+        assert read_exactly(long, len(HELLO) + 0)
+        assert running.ending().reason == "idle" and running.ending().name == "db.example.com"
+        long.sendall(b"still")
+        assert long.recv(9)
+
+
+# -- other settings for a router that runs -----------------------------------------------------
+
+
+def test_hangup_brings_other_settings_and_cuts_nothing(launch, settings_file, echo_server, serve):
+    port, other = echo_server.address[1], serve(answer(b"new", len(HELLO))).address[1]
+    path = settings_file(f'log_level = "debug"\nports = "11000-11001"\n[routes]\n"db.example.com" = "tcp:{HOST}:{port}"\n')
+    program = launch("-c", path)
+    new_hello = genuine_hello("new.example.com")
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        with program.connect(new_hello) as early:
+            assert read_all(early) == alert(112)
+        settings_file('log_level = "info"\nports = "12000-12001"\nmax_per_client = 7\nlisten = ":1"\n'
+                      f'[routes]\n"new.example.com" = "tcp:{HOST}:{other}"\n')
+        program.signal(signal.SIGHUP)
+        program.wait_for(" info reload: done, 1 routes\n")
+        assert f" warning reload: {path}: ports: is for the next start; it stays as it is\n" in program.log()
+        assert " listen: is for" not in program.log(), "that one is on the command line"
+        with program.connect(new_hello) as late:
+            assert late.recv(3) == b"new"
+        with program.connect(HELLO) as gone:
+            assert read_all(gone) == alert(112)
+        client.sendall(b"still here")
+        assert read_exactly(client, 10) == b"still here"
+
+
+@pytest.mark.parametrize("text, complaint", [
+    ("[routes]\n'db.example.com' = 'tcp:h'\n", "is not HOST:PORT"), ("idle = ", "Invalid value"),
+    ("idel = 1\nmax_tunnels = 'x'\n", "did you mean idle?"), (None, "No such file or directory"),
+], ids=["route", "syntax", "keys", "gone"])
+def test_a_bad_file_changes_nothing_and_says_why(launch, settings_file, echo_server, text, complaint):
+    good = f'[routes]\n"db.example.com" = "tcp:{HOST}:{echo_server.address[1]}"\n'
+    path = settings_file(good)
+    program = launch("-c", path)
+    if text is None:
+        os.unlink(path)
+    else:
+        settings_file(text)
+    program.signal(signal.SIGHUP)
+    program.wait_for(" error reload: nothing has changed\n")
+    assert f" error reload: {path}: " in program.log() and complaint in program.log()
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+    settings_file(good)
+    program.signal(signal.SIGHUP)
+    program.wait_for(" info reload: done, 1 routes\n")
+
+
+def adopted(running: Running, *argv: str) -> None:
+    """Have the router go on with other settings."""
+    done = threading.Event()
+    settings = load_settings(["--listen", f"{HOST}:0", *argv], {}, running.router.settings)
+    running.router.call(lambda: (running.router.adopt(settings), done.set()))
+    assert done.wait(10)
+
+
+def test_other_settings_apply_from_the_next_connection_on(run, echo_server):
+    running = run(route(echo_server.address), "--no-name=refuse")
+    with running.connect(HELLO) as client, running.connect(ROUTED_HEADER + HELLO) as proxied:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        assert read_exactly(proxied, len(ROUTED_HEADER + HELLO)) == ROUTED_HEADER + HELLO
+        tally = running.router.routes.tallies["db.example.com"]
+        adopted(running, route(echo_server.address), "--no-name=ok", "--proxy-protocol=off", "--prelude-timeout=300ms",
+                "--max-per-client=3")
+        assert running.router.routes.tallies["db.example.com"] is tally and tally.active == 2
+        with running.connect(genuine_hello(None)) as nameless:
+            assert read_all(nameless) == b"OK\n"
+        with running.connect(ROUTED_HEADER + HELLO) as refused:
+            assert read_all(refused) == b"" and running.counter("proxy") == 1
+        with running.connect() as silent:
+            assert read_all(silent) == b"" and running.counter("prelude_timeout") == 1
+        for each in (client, proxied):
+            each.sendall(b"on")
+            assert read_exactly(each, 2) == b"on"
+        counts = {peer.key: peer.count for peer in running.router.peers.values()}
+        assert counts["192.0.2.1"] == 1, "who is connected counts on"
+    wait_until(lambda: not running.router.connections)
+    assert all(peer.count == 0 for peer in running.router.peers.values()) and tally.active == 0
+
+
+def test_more_connections_are_taken_at_once_when_more_may_be(run, echo_server):
+    running = run(route(echo_server.address), "--max-connections=1")
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        with running.connect(HELLO) as waiting:
+            wait_until(lambda: running.router.paused, what="the pause")
+            adopted(running, route(echo_server.address), "--max-connections=2")
+            assert read_exactly(waiting, len(HELLO)) == HELLO
+
+
+# -- a successor -------------------------------------------------------------------------------
+
+
+class Customers:
+    """Clients that come one after the other, in several threads, and note who was refused or cut."""
+
+    def __init__(self, address: Address, threads: int = 4):
+        self.address = address
+        self.served = 0
+        self.failures: list[str] = []
+        self.stop = threading.Event()
+        self.threads = [threading.Thread(target=self._come, name="customer") for _ in range(threads)]
+
+    def __enter__(self) -> Customers:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        for thread in self.threads:
+            thread.join()
+
+    def _come(self) -> None:
+        while not self.stop.is_set():
+            try:
+                with socket.create_connection(self.address, 20) as client:
+                    client.sendall(HELLO)
+                    assert read_exactly(client, len(HELLO)) == HELLO
+                self.served += 1
+            except (OSError, AssertionError) as error:
+                self.failures.append(repr(error))
+                return
+
+
+@linux
+def test_ten_restarts_refuse_nobody_and_cut_nobody(launch, free_ports, single_loop_echo):
+    """Each is a second process with the same --listen, which takes over."""
+    port = free_ports(1)[0]
+    options = f"--listen={HOST}:{port}", route(single_loop_echo), "--drain=60s"
+    programs = [launch(*options)]
+    with Customers((HOST, port)) as customers, programs[0].connect(HELLO) as old:
+        assert read_exactly(old, len(HELLO)) == HELLO
+        for _ in range(10):
+            programs.append(launch(*options))
+            programs[-1].wait_for(" info another sniroute listened there: it drains, and ends\n")
+            goal = customers.served + 100
+            wait_until(lambda: customers.served >= goal or customers.failures, timeout=20, what="a hundred customers")
+        for program in programs[1:-1]:
+            assert program.wait() == 0
+        old.sendall(b"the first is still there for me")
+        assert read_exactly(old, 31) == b"the first is still there for me"
+    assert customers.failures == [] and customers.served >= 1000
+    assert programs[0].wait() == 0
+    assert programs[0].log().count(" reason=client_closed") >= 1
+
+
+@linux
+def test_a_successor_that_fails_changes_nothing(launch, free_ports, echo_server):
+    port = free_ports(1)[0]
+    program = launch(f"--listen={HOST}:{port}", route(echo_server.address))
+    ended = command(f"--listen={HOST}:{port}", f"--listen=192.0.2.1:{port}", route(echo_server.address))
+    assert ended.returncode == 1 and f"--listen 192.0.2.1:{port}: Cannot assign requested address" in ended.stderr
+    with socket.socket(socket.AF_UNIX) as curious:
+        curious.connect(sniroute.Handover.name((HOST, port)))
+        assert socket.recv_fds(curious, 16, 0)[0] == b"sockets"
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+    assert "another sniroute" not in program.log()
+
+
+@linux
+def test_a_successor_may_come_while_the_first_drains(launch, free_ports, echo_server):
+    port = free_ports(1)[0]
+    options = f"--listen={HOST}:{port}", route(echo_server.address)
+    first = launch(*options)
+    with first.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        first.signal(signal.SIGTERM)
+        first.wait_for(" info draining: ")
+        second = launch(*options)
+        with second.connect(HELLO) as other:
+            assert read_exactly(other, len(HELLO)) == HELLO
+        client.sendall(b"on")
+        assert read_exactly(client, 2) == b"on"
+    assert first.wait() == 0
+    third = launch(*options)
+    with third.connect(HELLO) as other:
+        assert read_exactly(other, len(HELLO)) == HELLO
+    assert second.wait() == 0
+
+
+@linux
+def test_sockets_are_neither_given_to_nor_taken_from_another_user(monkeypatch, free_ports):
+    address = HOST, free_ports(1)[0]
+    with contextlib.closing(sniroute.Handover()) as giver, contextlib.closing(sniroute.Handover()) as taker, \
+            socket.create_server(address) as listener:
+        giver.offer([address])
+        results = []
+        for users in ([os.geteuid() + 1], [os.geteuid(), os.geteuid() + 1], [os.geteuid()]):
+            answers = iter(users + users[-1:])
+            monkeypatch.setattr(os, "geteuid", lambda: next(answers))
+            thread = threading.Thread(target=lambda: results.append(taker.take([address])))
+            thread.start()
+            wait_until(lambda: select_readable(giver.names[0]))
+            channel = giver.give(giver.names[0], [listener])
+            thread.join()
+            results.append(channel is not None)
+            monkeypatch.undo()
+        for sock in [sock for found in results if isinstance(found, list) for sock in found]:
+            sock.close()
+    given, taken = results[-1], results[-2]
+    assert given and len(taken) == 1 or taken and len(given) == 1
+    assert [found for found in results[:4] if found and isinstance(found, list)] == []
+
+
+def select_readable(sock: socket.socket) -> bool:
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        return bool(selector.select(0))
+
+
+SYSTEMD = """
+import fcntl, os, sys
+names, fds, command = sys.argv[1], [int(fd) for fd in sys.argv[2].split(",")], sys.argv[3:]
+for number, fd in enumerate([fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in fds]):
+    os.dup2(fd, 3 + number)
+    os.close(fd)
+os.execve(command[0], command, {**os.environ, "LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(fds)),
+                                "LISTEN_FDNAMES": names})
+"""
+
+
+def activated(*sockets: tuple[str, Any]) -> dict[str, Any]:
+    """What starts a program with these named sockets, as systemd passes them: words before it, and for Popen."""
+    fds = [sock.fileno() for _, sock in sockets]
+    return {"python": (sys.executable, "-S", "-c", SYSTEMD, ":".join(name for name, _ in sockets),
+                       ",".join(map(str, fds)), sys.executable), "pass_fds": fds}
+
+
+@pytest.fixture
+def held() -> Iterator[socket.socket]:
+    """A listening socket that systemd would hold."""
+    with socket.create_server((HOST, 0), backlog=512) as listener:
+        os.set_inheritable(listener.fileno(), True)
+        yield listener
+
+
+def test_five_restarts_below_systemd_refuse_nobody(launch, held, single_loop_echo):
+    """The socket is systemd's: who comes while nobody runs waits in its backlog."""
+    with Customers(held.getsockname()) as customers:
+        for _ in range(5):
+            program = launch("--listen=192.0.2.1:9", route(single_loop_echo), **activated(("sniroute", held)))
+            assert program.address == held.getsockname()
+            goal = customers.served + 40
+            wait_until(lambda: customers.served >= goal or customers.failures, timeout=20, what="forty customers")
+            cpu = cpu_seconds(program.pid)
+            program.signal(signal.SIGTERM)
+            assert program.wait() == 0 and cpu < 5
+        program = launch(route(single_loop_echo), **activated(("sniroute", held)))
+        customers.stop.set()
+    assert customers.failures == [] and customers.served >= 200
+
+
+@linux
+def test_a_draining_router_does_not_spin_over_a_socket_that_systemd_holds(launch, held, echo_server):
+    program = launch(route(echo_server.address), **activated(("", held)))
+    with program.connect(HELLO) as client, contextlib.ExitStack() as stack:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        program.signal(signal.SIGTERM)
+        program.wait_for(" info draining: 1 ")
+        stack.enter_context(socket.create_connection(held.getsockname()))  # it waits in the backlog
+        before = cpu_seconds(program.pid)
+        for _ in range(50):
+            client.sendall(b"?")
+            assert client.recv(1) == b"?"
+            time.sleep(0.005)
+        assert cpu_seconds(program.pid) - before < 0.15
+
+
+@pytest.mark.parametrize("kind", ["datagrams", "connected", "file", "beyond"])
+def test_what_is_no_listening_socket_is_refused(kind, held, tmp_path):
+    with contextlib.ExitStack() as stack:
+        if kind == "datagrams":
+            wrong: Any = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        elif kind == "connected":
+            wrong = stack.enter_context(socket.create_connection(held.getsockname()))
+        else:
+            wrong = stack.enter_context(open(tmp_path / "file", "w"))
+        made = activated(("", held), ("x\x1b", wrong))
+        if kind == "beyond":
+            made = activated(("", held))
+            made["python"] = tuple(word.replace("str(len(fds))", "'2'") for word in made["python"])
+        ended = execute(*made["python"], str(PROGRAM), "--route=a.b=tcp:h:1", env=environment(), text=True,
+                        said="", pass_fds=made["pass_fds"])
+    shown = "no name" if kind == "beyond" else "x?"
+    assert ended.returncode == 1
+    assert f"LISTEN_FDS: descriptor 4 ({shown}) is no listening TCP socket\n" in ended.stderr
+
+
+def test_sockets_for_another_process_are_left_alone(monkeypatch):
+    assert sniroute.activated_sockets({"LISTEN_PID": "1", "LISTEN_FDS": "3"}) == {"": [], "admin": []}
+    assert sniroute.activated_sockets({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "x"}) == {"": [], "admin": []}
+
+
+# -- systemd -----------------------------------------------------------------------------------
+
+
+class Manager:
+    """A service manager's end of NOTIFY_SOCKET."""
+
+    def __init__(self, address: str):
+        self.address = address
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind("\0" + address[1:] if address[0] == "@" else address)
+        self.socket.settimeout(10)
+        self.words: list[str] = []
+
+    def hear(self, beginning: str) -> str:
+        """The next assignment that begins so."""
+        while True:
+            for number, word in enumerate(self.words):
+                if word.startswith(beginning):
+                    del self.words[:number + 1]
+                    return word
+            self.words += self.socket.recv(4096).decode().split("\n")
+
+
+@pytest.fixture(params=["path", pytest.param("abstract", marks=linux)])
+def manager(request, tmp_path) -> Iterator[Manager]:
+    made = Manager(str(tmp_path / "notify") if request.param == "path" else f"@sniroute test {os.getpid()}")
+    with made.socket:
+        yield made
+
+
+def test_systemd_is_told_how_it_goes(launch, manager, echo_server, settings_file):
+    path = settings_file(f'[routes]\n"db.example.com" = "tcp:{HOST}:{echo_server.address[1]}"\n')
+    program = launch("-c", path, "--drain=30s", env=environment(
+        NOTIFY_SOCKET=manager.address, WATCHDOG_USEC="200000"))
+    manager.hear("READY=1")
+    assert manager.hear("STATUS=") == "STATUS=running: 0 connections, 0 tunnels"
+    for _ in range(3):
+        manager.hear("WATCHDOG=1")
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        assert manager.hear("STATUS=") == "STATUS=running: 1 connections, 0 tunnels"
+        before = time.monotonic_ns() // 1000
+        program.signal(signal.SIGHUP)
+        manager.hear("RELOADING=1")
+        assert before <= int(manager.hear("MONOTONIC_USEC=").partition("=")[2]) <= time.monotonic_ns() // 1000
+        manager.hear("READY=1")
+        program.signal(signal.SIGTERM)
+        manager.hear("STOPPING=1")
+        assert int(manager.hear("EXTEND_TIMEOUT_USEC=").partition("=")[2]) > 10e6
+        assert manager.hear("STATUS=") == "STATUS=draining: 1 connections, 0 tunnels"
+        manager.hear("EXTEND_TIMEOUT_USEC=")
+        client.sendall(b"on")
+        assert read_exactly(client, 2) == b"on"
+    assert program.wait() == 0
+
+
+def test_a_loop_that_hangs_does_not_feed_the_watchdog(run, echo_server):
+    running = run(route(echo_server.address))
+    beats, stuck, let_go = [], threading.Event(), threading.Event()
+
+    def beat() -> float:
+        beats.append(time.monotonic())
+        return 0.02
+
+    running.router.beat = beat
+    running.router.call(lambda: (setattr(running.router, "next_beat", 0.0), setattr(running.router, "next_check", 0.0)))
+    wait_until(lambda: len(beats) >= 3, what="a few beats")
+    running.router.call(lambda: (stuck.set(), let_go.wait(20)))
+    stuck.wait(10)
+    count = len(beats)
+    with running.connect(HELLO) as client:
+        client.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        assert len(beats) == count
+        let_go.set()
+        client.settimeout(20)
+        assert read_exactly(client, len(HELLO)) == HELLO
+    wait_until(lambda: len(beats) > count)
+
+
+@pytest.mark.parametrize("address", ["/nonexistent/notify", "@nobody", "x" * 200], ids=["gone", "nobody", "long"])
+def test_a_manager_that_is_not_there_is_no_reason_to_fail(launch, echo_server, address):
+    program = launch(route(echo_server.address), env=environment(NOTIFY_SOCKET=address, WATCHDOG_USEC="x"))
+    assert " warning NOTIFY_SOCKET " in program.log()
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+
+
+def test_a_watchdog_for_another_process_is_not_fed():
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear:
+        ear.bind("")
+        address = "@" + ear.getsockname()[1:].decode()
+        for environ, watchdog in (({"WATCHDOG_PID": "1", "WATCHDOG_USEC": "1000"}, False),
+                                  ({"WATCHDOG_PID": str(os.getpid()), "WATCHDOG_USEC": "1000"}, True),
+                                  ({"WATCHDOG_USEC": "0"}, False), ({}, False)):
+            with contextlib.closing(sniroute.Supervisor({"NOTIFY_SOCKET": address, **environ})) as supervisor:
+                assert supervisor.watchdog is watchdog
+                assert supervisor.every == (0.0005 if watchdog else sniroute.STATUS_EVERY)
+
+
+# -- a dump, and a test of itself --------------------------------------------------------------
+
+
+def test_a_dump_is_bounded_and_comes_whatever_the_log_level(launch, free_ports, single_loop_echo):
+    address = HOST, free_ports(1)[0]
+    program = launch(f"--listen={address[0]}:{address[1]}", route(single_loop_echo), "--log-level=error", listeners=0)
+
+    def connect() -> socket.socket | None:
+        with contextlib.suppress(ConnectionRefusedError):
+            return program.connect(HELLO, address)
+        return None
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(sniroute.DUMP_MAX + 3):
+            client = stack.enter_context(wait_until(connect))
+            assert read_exactly(client, len(HELLO)) == HELLO
+        program.signal(signal.SIGUSR1)
+        program.wait_for(" error and 3 connections more\n")
+        assert program.log().count(" error connection ") == sniroute.DUMP_MAX
+
+
+def test_the_self_test_needs_two_files_and_less_than_ten_seconds(two_files):
+    began = time.monotonic()
+    ended = execute(*BARE_PYTHON, str(two_files), "selftest", env=BARE, text=True, said="")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    lines = ended.stdout.splitlines()
+    assert len(lines) == len(sniroute.SELF_TESTS) + 1 and all(line.startswith("ok ") for line in lines[:-1])
+    assert lines[-1].startswith(f"{len(lines) - 1} of {len(lines) - 1} went well, in ")
+    assert time.monotonic() - began < 10 and ended.stderr == ""
+
+
+def test_the_self_test_fails_where_the_router_does(monkeypatch, capsys):
+    said = sniroute.HELLO_SAMPLE
+    monkeypatch.setattr(sniroute, "SELF_TESTS", (
+        ("right", lambda test: test.talk(said)),
+        ("wrong", lambda test: test.talk((said, said[::-1]))),
+        ("short", lambda test: test.talk((sniroute.sample_hello(None), b"more than an alert"))),
+        ("right again", lambda test: test.talk(said))))
+    handlers = list(sniroute.log.handlers)
+    try:
+        assert sniroute.main(["selftest"]) == 1
+    finally:
+        sniroute.log.handlers[:] = handlers
+        sniroute.log.propagate = True
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:4] for line in lines] == ["ok  ", "FAIL", "FAIL", "ok  ", "2 of"]
+    assert "in the place of 97" in lines[1] or "bytes" in lines[1]
 
 
 # -- the README --------------------------------------------------------------------------------
