@@ -16,14 +16,16 @@ that has to wait (a tunnel that starts, a host to resolve) gets a thread from `T
 its clients park behind it, cost no thread, and are handed back to the loop with it.
 
 Threads.
-    main      settings, signals, start and stop.  Never touches a client's socket.
+    main      settings, signals, start and stop, the hand-over to a successor: class Daemon.  Never touches
+              a client's socket.
     loop      accept, read, route, dial, speak, pump, deadlines.  Waits for nothing: no DNS, no disk.
     wait-<n>  one for each target that waits, at most WAIT_THREADS, one started in a turn.  Touches
               no socket of a client.
     reaper    all child processes: see sniroute_tunnels.
     log       formats and writes log lines, so that a stuck log never stops traffic.
-Locks: this file makes none (logging has one, held while a line is queued; the dump for SIGUSR1
-takes the tunnels').  Threads hand things to the loop by `Router.call` (a deque and a byte in a
+    (and those of sniroute_admin.py, where --admin asks for it: they read, and ask through `Router.call`)
+Locks: this file makes one, Daemon.reloading, for reloads only (logging has one, held while a line is queued;
+the dump for SIGUSR1 takes the tunnels').  Threads hand things to the loop by `Router.call` (a deque and a byte in a
 pipe), to `log` likewise; the one exception is `Router.resolved`, filled by wait-<n> in single dict
 operations.  `Router.counters` is written by the loop only, `TunnelTable.counters` by the reaper.
 
@@ -48,7 +50,11 @@ Seams: I want to ...
     add a kind of target          a row in SCHEMES
     run another tunnel program    a Launcher row in `tunnel_launchers`, and a row in SCHEMES with
                                   tunnel_ready and tunnel_prepare
-    add a setting                 a row in SETTINGS: it makes the option, the variable and the help
+    add a setting                 a row in SETTINGS: it makes the option, the variable, the key in the file
+                                  and the help; what a reload changes is in Router.adopt
+    add an option of a route      a field of Route, and its row in ROUTE_OPTIONS
+    test another hard case        a row in SELF_TESTS
+    show or steer it otherwise    attach(router, settings) of another file, as sniroute_admin.py has it
     refuse for another reason     a row in REFUSALS, and in the README: a test compares them
     feed routes from elsewhere    build a Routes and assign it to Router.routes: it is swapped whole
 
@@ -1254,6 +1260,7 @@ SETTINGS = (
 # What a route in a file may have beside its target: an attribute of Route, and its parser.
 ROUTE_OPTIONS = {"send_proxy": one_of(*PROXY_WRITERS), "allow": parse_networks, "max_connections": parse_count,
                  "idle": parse_duration, "connection_idle": parse_off_or_duration}
+HERE = os.path.dirname(os.path.abspath(__file__))
 ADMIN_TOKEN = "SNIROUTE_ADMIN_TOKEN"  # the variable; a secret is no option, which every user of the host can read
 
 
@@ -1407,6 +1414,8 @@ def load_settings(argv: Sequence[str], environ: dict[str, str],
                 settings.routes = Routes(value or (), any(environ.get(variable) for variable in TUNNEL_IDENTITY))
             except ValueError as error:
                 wrong.append(f"{source}: {error}")
+    if settings.admin is not None and not os.path.isfile(os.path.join(HERE, "sniroute_admin.py")):
+        wrong.append("--admin: sniroute_admin.py is not beside sniroute.py: copy it there")
     settings.admin_token = environ.get(ADMIN_TOKEN)
     if settings.admin_token and not re.fullmatch(r"[!-~]{16,}", settings.admin_token):
         wrong.append(f"{ADMIN_TOKEN}: has to be 16 printable characters or more, without spaces")

@@ -5517,10 +5517,25 @@ README = (HERE / "README.md").read_text()
 
 @pytest.mark.parametrize("row", sniroute.SETTINGS, ids=lambda row: row.name)
 def test_every_option_is_in_the_readme_with_its_default(row):
-    line = next((line for line in README.split("\n") if line.startswith(f"| `--{row.name} {row.metavar}` |")), "")
+    line = next((line for line in README.split("\n") if line.startswith(f"| `--{row.name} {row.metavar}`")), "")
     assert line, f"--{row.name} {row.metavar} is not in README.md"
     if row.default is not None and row.name != "proxy-from":
         assert f"`{row.default}`" in line.split("|")[2]
+
+
+def test_the_settings_file_of_the_readme_has_every_setting_and_its_default(settings_file):
+    text = README.partition("<!-- settings file -->\n```toml\n")[2].partition("```")[0]
+    settings, default = load_settings(["-c", settings_file(text)], {}), load_settings([], {})
+    named = re.findall(r"^#?(\w+) = ", text.partition("[routes]")[0], re.MULTILINE)
+    assert sorted(named) == sorted(row.attribute for row in SETTINGS if row.name not in ("config", "route"))
+    for attribute in named:
+        if f"#{attribute} = " not in text:
+            assert getattr(settings, attribute) == getattr(default, attribute), attribute
+    assert [str(route) for route in settings.routes.routes] == [
+        "db.example.com=tcp:192.0.2.10:5432", "*.example.com=cloudflared:cft-{name}",
+        "reports.example.com=cloudflared:reports.example.com"]
+    options = text.partition('[routes."reports.example.com"]')[2]
+    assert set(re.findall(r"^(\w+) = ", options, re.MULTILINE)) == {"target", *sniroute.ROUTE_OPTIONS}
 
 
 def test_every_refusal_is_in_the_readme():
