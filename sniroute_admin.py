@@ -599,3 +599,989 @@ class Pulse:
         return heard.wait(PULSE_TIME)
 
 
+# -- the page ----------------------------------------------------------------------------------
+#
+# It is one document, which asks for nothing but /status.  All text goes in with textContent, and the
+# browser holds SCRIPT to that (Trusted Types): names come from strangers.
+
+STYLE = """
+:root { color-scheme: light dark; --ground: #f4f5f7; --card: #fff; --ink: #1c2128; --quiet: #5a6572; --line: #e1e5ea;
+  --accent: #2459c4; --good: #17784a; --warn: #8f5b00; --bad: #b3261e; --fill: #2459c41a; --hover: #f0f3f8; }
+@media (prefers-color-scheme: dark) { :root { --ground: #101317; --card: #181c22; --ink: #e3e7ec; --quiet: #98a3b0;
+  --line: #2a3038; --accent: #82aaff; --good: #56c68f; --warn: #e0b050; --bad: #ff8a7d; --fill: #82aaff1f;
+  --hover: #1f252d; } }
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 14px/1.45 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums; }
+header { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; align-items: center; gap: 8px 16px;
+  padding: 10px 24px; background: var(--card); border-bottom: 1px solid var(--line); }
+h1 { margin: 0; font-size: 17px; letter-spacing: -.01em; }
+h2 { margin: 0; font-size: 14px; font-weight: 600; }
+h2 + span { color: var(--quiet); }
+.about { color: var(--quiet); flex: 1 1 240px; overflow-wrap: anywhere; }
+.phase { display: inline-flex; align-items: center; gap: 6px; font-weight: 600; }
+.dot { flex: none; display: inline-block; width: 9px; height: 9px; border-radius: 50%; background: currentColor; }
+.good { color: var(--good); } .warn { color: var(--warn); } .bad { color: var(--bad); } .quiet { color: var(--quiet); }
+.warn > .dot { border-radius: 2px; } .bad > .dot { border-radius: 0; transform: rotate(45deg); }
+.quiet > .dot { background: none; border: 2px solid currentColor; }
+main { max-width: 1480px; margin: 0 auto; padding: 16px 24px 40px; display: grid; gap: 16px;
+  grid-template-columns: minmax(0, 7fr) minmax(0, 3fr); align-items: start; }
+main > .all { grid-column: 1 / -1; }
+.column { display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr); }
+.lost main { opacity: .45; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px; }
+.head { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 10px; min-height: 30px; margin-bottom: 4px; }
+.head form { display: flex; gap: 6px; margin-left: auto; }
+ul { list-style: none; margin: 0; padding: 0; }
+.troubles li { display: flex; align-items: baseline; gap: 9px; padding: 1px 0; overflow-wrap: anywhere; }
+.troubles li > span:last-child { color: var(--ink); min-width: 0; }
+.tiles { display: grid; gap: 12px; grid-template-columns: repeat(6, minmax(0, 1fr)); }
+.tile { padding: 10px 14px 8px; min-width: 0; }
+.tile h2 { font-weight: 400; color: var(--quiet); font-size: 13px; }
+.tile .figure { font-size: 24px; font-weight: 600; line-height: 1.25; letter-spacing: -.02em; white-space: nowrap; }
+.tile .note { color: var(--quiet); font-size: 12px; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.tile svg { display: block; width: 100%; height: 34px; margin-top: 4px; overflow: visible; }
+.plot-line { fill: none; stroke: var(--accent); stroke-width: 1.5; vector-effect: non-scaling-stroke;
+  stroke-linejoin: round; }
+.plot-area { fill: var(--fill); } .plot-base { stroke: var(--line); vector-effect: non-scaling-stroke; }
+.scroll { overflow: auto; max-height: 480px; margin: 0 -16px -12px; border-radius: 0 0 8px 8px; }
+table { width: 100%; border-collapse: collapse; }
+th { position: sticky; top: 0; background: var(--card); color: var(--quiet); font-weight: 400; font-size: 12px;
+  text-align: left; white-space: nowrap; box-shadow: inset 0 -1px var(--line); }
+th, td { padding: 5px 8px; vertical-align: top; } th:first-child, td:first-child { padding-left: 16px; }
+th:last-child, td:last-child { padding-right: 16px; }
+td { border-top: 1px solid var(--line); overflow-wrap: anywhere; } tbody tr:first-child td { border-top: 0; }
+tbody tr:hover { background: var(--hover); }
+.number { text-align: right; white-space: nowrap; } .short { white-space: nowrap; } .act { text-align: right; }
+td.act { padding-top: 3px; padding-bottom: 3px; }
+.words { display: block; color: var(--quiet); font-size: 13px; } .words.bad { color: var(--bad); }
+.state { display: inline-flex; align-items: center; gap: 7px; white-space: nowrap; }
+.name { min-width: 9em; }
+.empty { margin: 0; padding: 4px 0 2px; color: var(--quiet); }
+.bars li { position: relative; display: flex; gap: 12px; padding: 3px 8px; margin: 2px -8px; overflow-wrap: anywhere; }
+.bars li > svg { position: absolute; inset: 0; width: 100%; height: 100%; } .bars rect { fill: var(--fill); }
+.bars li > span { position: relative; } .bars li > span:last-child { margin-left: auto; white-space: nowrap; }
+button, input { font: inherit; color: inherit; border-radius: 6px; border: 1px solid var(--line); padding: 3px 10px;
+  background: var(--card); min-width: 0; }
+button { cursor: pointer; white-space: nowrap; } button:hover:enabled { border-color: var(--accent); }
+button:disabled { opacity: .5; cursor: default; }
+input { background: var(--ground); } input::placeholder { color: var(--quiet); opacity: 1; }
+td button { padding: 1px 9px; font-size: 13px; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+dialog { border: 1px solid var(--line); border-radius: 10px; background: var(--card); color: var(--ink); padding: 20px;
+  width: min(440px, calc(100vw - 32px)); }
+dialog::backdrop { background: #0007; }
+dialog p { margin: 8px 0 12px; color: var(--quiet); overflow-wrap: anywhere; } dialog label { display: block; }
+dialog input { width: 100%; margin-top: 4px; padding: 6px 10px; }
+dialog .buttons { display: flex; flex-direction: row-reverse; justify-content: flex-start; gap: 8px; margin-top: 16px; }
+.primary { background: var(--accent); border-color: var(--accent); color: var(--card); }
+.said { position: fixed; z-index: 2; left: 50%; bottom: 20px; translate: -50% 0; width: max-content;
+  max-width: calc(100vw - 32px); padding: 9px 16px; border-radius: 8px; background: var(--ink); color: var(--card);
+  overflow-wrap: anywhere; } .said:empty { display: none; }
+@media (max-width: 1000px) { main { grid-template-columns: minmax(0, 1fr); }
+  .tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); } }
+@media (max-width: 620px) { header { position: static; padding: 10px 14px; } main { padding: 12px 12px 32px; gap: 12px; }
+  .column { gap: 12px; } .card { padding: 10px 14px; } .tiles { gap: 8px; grid-template-columns: repeat(2, 1fr); }
+  #filter { flex: 1; } .head form { margin-left: 0; width: 100%; } .head form input { flex: 1; }
+  .scroll { max-height: 70vh; margin: 0 -14px -10px; } thead { display: none; } table, tbody { display: block; }
+  tr { display: grid; grid-template-columns: 1fr 1fr; gap: 2px 12px; padding: 8px 14px;
+    border-top: 1px solid var(--line); }
+  td, td:first-child, td:last-child { display: block; padding: 0; border: 0; text-align: left; white-space: normal; }
+  td:empty { display: none; } td.name, td.long { grid-column: 1 / -1; } td.name { font-weight: 500; }
+  td.act { align-self: end; text-align: right; }
+  td:not(.name, .act, .state-cell, .bare)::before { content: attr(data-label) " "; color: var(--quiet);
+    font-size: 12px; } }
+@media (prefers-reduced-motion: no-preference) { main { transition: opacity .3s; } }
+"""
+
+SCRIPT = r"""
+"use strict";
+const EVERY = 2000, PATIENCE = 4000, TOKEN = "sniroute-token";
+const $ = (id) => document.getElementById(id);
+const SVG = "http://www.w3.org/2000/svg";
+
+function make(tag, name, text) {
+  const node = document.createElement(tag);
+  if (name) node.className = name;
+  if (text !== undefined) node.textContent = text;
+  return node;
+}
+function put(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+function vector(tag, attributes) {
+  const node = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  return node;
+}
+
+// How numbers are written.
+const whole = new Intl.NumberFormat("en-GB");
+function count(value, one, many) { return whole.format(value) + " " + (value === 1 ? one : many); }
+function rate(value) { return value >= 9.95 || value === 0 ? whole.format(Math.round(value)) : value.toFixed(1); }
+function bytes(value) {
+  const units = ["B", "kB", "MB", "GB", "TB", "PB"];
+  let at = 0;
+  while (value >= 999.5 && at < units.length - 1) { value /= 1000; at += 1; }
+  return (at === 0 || value >= 99.5 ? Math.round(value) : value.toFixed(1)) + " " + units[at];
+}
+function span(seconds) {
+  if (seconds < 0.9995) return Math.round(seconds * 1000) + " ms";
+  if (seconds < 9.95) return seconds.toFixed(1) + " s";
+  seconds = Math.round(seconds);
+  if (seconds < 60) return seconds + " s";
+  for (const [size, unit, next, small] of [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "s"]]) {
+    if (seconds < size) continue;
+    const rest = Math.floor(seconds % size / next);
+    return Math.floor(seconds / size) + " " + unit + (rest ? " " + rest + " " + small : "");
+  }
+}
+function clock(when) { return new Date(when * 1000).toLocaleTimeString("en-GB"); }
+const plain = (word) => word.replaceAll("_", " ");
+
+// Tables: the rows stay where they are, so that focus and selection do, too.
+const KINDS = { ready: "good", starting: "warn", queued: "warn", backoff: "bad", failed: "bad", stopping: "quiet" };
+const RANK = ["failed", "backoff", "starting", "queued", "stopping", "ready"];
+function showState(cell, word, kind) {
+  if (!cell.firstChild) {
+    cell.append(make("span", "state"));
+    cell.firstChild.append(make("span", "dot"), make("span"));
+  }
+  cell.firstChild.className = "state " + kind;
+  put(cell.firstChild.lastChild, word);
+}
+function showWithWords(cell, text, words, kind) {
+  if (!cell.firstChild) cell.append(make("span"), make("span"));
+  put(cell.firstChild, text);
+  put(cell.lastChild, words);
+  cell.lastChild.className = "words " + kind;
+  cell.lastChild.hidden = !words;
+}
+function whatNext(row) {
+  if (row.state === "backoff") return "next try in " + span(row.next);
+  if (row.state === "failed") return "refused for " + span(row.next);
+  return row.next ? "stops in " + span(row.next) : "";
+}
+function act(cell, row) {
+  if (!cell.firstChild) {
+    cell.append(make("button"));
+    cell.firstChild.addEventListener("click", () => cell.act());
+  }
+  const bad = row.state === "failed" || row.state === "backoff";
+  const button = cell.firstChild;
+  put(button, bad ? "Start" : "Stop");
+  button.setAttribute("aria-label", (bad ? "Start " : "Stop ") + row.key);
+  allow(button);
+  cell.act = () => bad ? command("/tunnels/" + encodeURIComponent(row.key) + "/start", "Start this tunnel?",
+      row.key + " is tried again now.", "Start")
+    : command("/tunnels/" + encodeURIComponent(row.key) + "/stop", "Stop this tunnel?",
+      row.key + (row.leases ? " carries " + count(row.leases, "connection, which ends.", "connections, which end.")
+        : " carries no connection.") + " The next client starts it again.", "Stop");
+}
+// A column: its title, its class, and the text of a cell or what fills it.
+const TABLES = {
+  tunnels: { key: (row) => row.key, columns: [
+    ["State", "state-cell short", (row, cell) => showState(cell, row.state, KINDS[row.state] || "quiet")],
+    ["Tunnel", "name", (row, cell) => showWithWords(cell, row.key, row.words,
+      row.state === "failed" || row.state === "backoff" ? "bad" : "")],
+    ["Clients", "number", (row) => row.state === "failed" ? "" : whole.format(row.leases)],
+    ["Port", "number", (row) => row.port ? String(row.port) : ""],
+    ["For", "number", (row) => row.age ? span(row.age) : ""],
+    ["Next", "short", whatNext],
+    ["", "act", (row, cell) => act(cell, row)] ] },
+  refusals: { key: (row) => row.id, columns: [
+    ["At", "short bare", (row) => clock(row.when)],
+    ["Client", "short bare", (row) => row.client],
+    ["Name", "name", (row) => row.name || "no name"],
+    ["Reason", "long bare", (row, cell) => showWithWords(cell, plain(row.reason), row.detail, "")] ] },
+  routes: { key: (row) => row.pattern, columns: [
+    ["Pattern", "name", (row) => row.pattern],
+    ["Target", "long bare", (row) => row.target],
+    ["Open", "number", (row) => whole.format(row.active)],
+    ["Over", "number", (row) => whole.format(row.total)],
+    ["Refused", "number", (row) => whole.format(row.refused)],
+    ["Up", "number", (row) => bytes(row.up)],
+    ["Down", "number", (row) => bytes(row.down)] ] },
+  connections: { key: (row) => row.client, columns: [
+    ["State", "state-cell short", (row, cell) => showState(cell, row.state, row.state === "open" ? "good"
+      : row.state === "lingering" ? "quiet" : "warn")],
+    ["Client", "short", (row) => row.client],
+    ["Name", "name", (row) => row.name || "not known yet"],
+    ["Backend", "long", (row) => row.backend],
+    ["For", "number", (row) => span(row.seconds)],
+    ["Up", "number", (row) => bytes(row.up)],
+    ["Down", "number", (row) => bytes(row.down)] ] },
+  starts: { key: (row) => row.key + row.when, columns: [
+    ["Tunnel", "name", (row) => row.key],
+    ["At", "short", (row) => clock(row.when)],
+    ["Took", "number", (row) => span(row.seconds)] ] },
+};
+function showTable(id, rows) {
+  const { key, columns } = TABLES[id], body = $(id).tBodies[0];
+  const known = new Map(Array.from(body.rows, (line) => [line.key, line]));
+  rows.forEach((row, at) => {
+    let line = known.get(key(row));
+    if (line) known.delete(key(row));
+    else {
+      line = make("tr");
+      line.key = key(row);
+      for (const [title, name] of columns) line.append(make("td", name));
+      columns.forEach(([title], n) => { line.cells[n].dataset.label = title; });
+    }
+    columns.forEach(([, , show], n) => {
+      const text = show(row, line.cells[n]);
+      if (text !== undefined) put(line.cells[n], text);
+    });
+    if (body.rows[at] !== line) body.insertBefore(line, body.rows[at] || null);
+  });
+  for (const line of known.values()) line.remove();
+  sift(body.rows);
+  $(id).parentNode.hidden = !rows.length;
+  $(id + "-empty").hidden = rows.length > 0;
+}
+function showBars(id, rows) {
+  const most = Math.max(1, ...rows.map((row) => row[1]));
+  $(id).replaceChildren(...rows.map(([name, value]) => {
+    const line = make("li"), bar = vector("svg", { "aria-hidden": "true" });
+    bar.append(vector("rect", { width: 100 * value / most + "%", height: "100%", rx: 4 }));
+    line.append(bar, make("span", "", name), make("span", "", whole.format(value)));
+    return line;
+  }));
+  sift($(id).children);
+  $(id + "-empty").hidden = rows.length > 0;
+}
+function sift(lines) {
+  const wanted = $("filter").value.trim().toLowerCase();
+  for (const line of lines) line.hidden = !line.textContent.toLowerCase().includes(wanted);
+}
+
+// Plots: the last two minutes, the newest at the right.
+const WIDTH = 119, HEIGHT = 30;
+function plot(id, values, unit) {
+  const top = Math.max(...values, 1e-9), room = WIDTH + 1 - values.length;
+  const points = values.map((value, at) => (room + at) + " " + (HEIGHT - HEIGHT * value / top).toFixed(2));
+  let figure = $(id).querySelector("svg");
+  if (!figure) {
+    figure = vector("svg", { viewBox: "0 0 " + WIDTH + " " + HEIGHT, preserveAspectRatio: "none", role: "img" });
+    figure.append(vector("path", { class: "plot-area" }),
+      vector("path", { class: "plot-base", d: "M0 " + HEIGHT + "H" + WIDTH }), vector("path", { class: "plot-line" }));
+    $(id).append(figure);
+  }
+  const most = values.length ? unit(Math.max(...values)) : "none yet";
+  figure.setAttribute("aria-label", "the last two minutes; most: " + most);
+  const drawn = points.length > 1;
+  figure.firstChild.setAttribute("d", drawn ? "M" + room + " " + HEIGHT + "L" + points.join("L") + "V" + HEIGHT + "Z" : "");
+  figure.lastChild.setAttribute("d", drawn ? "M" + points.join("L") : "");
+  return most;
+}
+function tile(id, figure, note) {
+  put($(id).querySelector(".figure"), figure);
+  put($(id).querySelector(".note"), note);
+}
+
+// What fails, and why.
+function troubles(now) {
+  const found = [], held = now.connections.active;
+  if (now.phase !== "running")
+    found.push(["warn", "It is " + now.phase + ": nobody is accepted any more, " + count(held, "connection is", "connections are") + " left."]);
+  if (now.paused) found.push(["bad", "It accepts nobody for now: --max-connections are open, or descriptors are short."]);
+  else if (held > 0.9 * now.limits.connections)
+    found.push(["warn", "Nine tenths of --max-connections (" + whole.format(now.limits.connections) + ") are open."]);
+  if (!now.reloads.last_ok)
+    found.push(["bad", "The reload at " + clock(now.reloads.last) + " failed, and nothing changed: the log says why."]);
+  const bad = now.tunnels.filter((row) => row.state === "failed" || row.state === "backoff");
+  for (const row of bad.slice(0, 4))
+    found.push(["bad", (row.words.startsWith(row.key) ? row.words : row.key + ": " + (row.words || "it ended"))
+      + " (" + whatNext(row) + ")"]);
+  if (bad.length > 4) found.push(["bad", "And " + count(bad.length - 4, "tunnel", "tunnels") + " more."]);
+  return found.length ? found : [["good", "Nothing fails."]];
+}
+function showTroubles(rows) {
+  const said = JSON.stringify(rows.map(([kind, text]) => kind + text.replace(/[\d.]+ (ms|s|min|h)\b/g, "")));
+  const list = $("troubles");
+  if (list.said !== said) {  // else only a count-down went on: it is not read out again
+    list.replaceChildren(...rows.map(([kind]) => {
+      const line = make("li", kind);
+      line.append(make("span", "dot"), make("span"));
+      return line;
+    }));
+    list.said = said;
+  }
+  rows.forEach(([, text], at) => put(list.children[at].lastChild, text));
+}
+
+// The page as a whole.
+let control = false;
+function allow(button) {
+  button.disabled = !control;
+  button.title = control ? "" : "SNIROUTE_ADMIN_TOKEN is not set: this router takes no orders";
+}
+function showPhase(word, kind) {
+  $("phase").className = "phase " + kind;
+  put($("phase").lastChild, word);
+  document.title = (word === "running" ? "" : word + " - ") + "sniroute";
+}
+function show(now) {
+  control = now.control;
+  document.body.classList.remove("lost");
+  showPhase(now.paused ? "not accepting" : now.phase, now.paused ? "bad" : now.phase === "running" ? "good" : "warn");
+  put($("about"), "version " + now.version + ", up for " + span(now.uptime) + ", pid " + now.pid + ", on "
+    + now.listening.join(", "));
+  showTroubles(troubles(now));
+  const rates = now.rates, last = (name) => rates[name].at(-1) || 0, per = (unit) => (value) => unit(value) + "/s";
+  const most = Object.fromEntries([["active", whole.format], ["accepted", per(rate)], ["refused", per(rate)],
+    ["up", per(bytes)], ["down", per(bytes)]].map(([name, unit]) => [name, plot("tile-" + name, rates[name], unit)]));
+  tile("tile-active", whole.format(now.connections.active), "of " + whole.format(now.limits.connections));
+  tile("tile-accepted", rate(last("accepted")) + "/s", "most " + most.accepted);
+  tile("tile-refused", rate(last("refused")) + "/s", "most " + most.refused);
+  tile("tile-up", bytes(last("up")) + "/s", bytes(now.bytes.up) + " in all");
+  tile("tile-down", bytes(last("down")) + "/s", bytes(now.bytes.down) + " in all");
+  const states = now.tunnel_states, failing = states.failed + states.backoff;
+  tile("tile-tunnels", whole.format(states.ready), "of " + whole.format(now.limits.tunnels));
+  showSegments([["good", states.ready], ["warn", states.starting + states.queued], ["quiet", states.stopping],
+    ["bad", failing]], now.limits.tunnels);
+  put($("tunnels-count"), RANK.filter((state) => states[state]).map((state) => whole.format(states[state]) + " " + state).join(", "));
+  put($("routes-count"), whole.format(now.routes.length));
+  put($("connections-count"), now.oldest_connections.length < now.connections.active
+    ? "the oldest " + now.oldest_connections.length + " of " + whole.format(now.connections.active)
+    : whole.format(now.connections.active));
+  showTable("tunnels", now.tunnels.sort((a, b) => RANK.indexOf(a.state) - RANK.indexOf(b.state)
+    || a.key.localeCompare(b.key)));
+  const seen = new Map();
+  for (const row of now.last_refusals) {  // several may be alike in all that is shown
+    const like = row.when + row.client + row.name;
+    seen.set(like, (seen.get(like) || 0) + 1);
+    row.id = like + " " + seen.get(like);
+  }
+  showTable("refusals", now.last_refusals);
+  showTable("routes", now.routes);
+  showTable("connections", now.oldest_connections);
+  showTable("starts", now.slowest_starts);
+  showBars("reasons", Object.entries(now.refusals).sort((a, b) => b[1] - a[1]).map(([kind, value]) => [plain(kind), value]));
+  showBars("names", now.refused_names.map((row) => [row.name, row.count]));
+  allow($("reload"));
+  allow($("start"));
+}
+function showSegments(parts, limit) {
+  const all = Math.max(limit, parts.reduce((sum, [, value]) => sum + value, 0), 1);
+  const figure = vector("svg", { viewBox: "0 0 " + WIDTH + " " + HEIGHT, preserveAspectRatio: "none", role: "img",
+    "aria-label": "tunnels by state" });
+  figure.append(vector("rect", { y: 22, width: WIDTH, height: 6, fill: "var(--line)" }));
+  let at = 0;
+  for (const [kind, value] of parts) {
+    figure.append(vector("rect", { class: kind, x: at, y: 22, width: WIDTH * value / all, height: 6, fill: "currentColor" }));
+    at += WIDTH * value / all;
+  }
+  $("tile-tunnels").querySelector("svg").replaceWith(figure);
+}
+let since = 0, waiting = 0, asking = false;
+async function refresh() {
+  clearTimeout(waiting);
+  if (asking) return;
+  asking = true;
+  try {
+    const answer = await fetch("/status", { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
+    if (!answer.ok) throw new Error("it answers " + answer.status);
+    show(await answer.json());
+    since = 0;
+  } catch (error) {
+    since ||= Date.now() / 1000;
+    document.body.classList.add("lost");
+    showPhase("no answer", "bad");
+    put($("about"), "since " + clock(since) + ": " + error.message);
+  } finally {
+    asking = false;
+    waiting = setTimeout(refresh, document.hidden ? 5 * EVERY : EVERY);
+  }
+}
+
+// Orders.
+let saying = 0;
+function say(text) {
+  clearTimeout(saying);
+  put($("said"), text);
+  saying = setTimeout(() => put($("said"), ""), 8000);
+}
+function ask(title, text, verb) {
+  put($("ask-title"), title);
+  put($("ask-text"), text);
+  put($("ask-go"), verb);
+  $("ask-label").hidden = sessionStorage.getItem(TOKEN) !== null;
+  $("ask-token").value = "";
+  $("ask").returnValue = "";
+  $("ask").showModal();
+  return new Promise((settle) => $("ask").addEventListener("close", () => {
+    if ($("ask").returnValue === "go" && $("ask-token").value) sessionStorage.setItem(TOKEN, $("ask-token").value);
+    $("ask-token").value = "";
+    settle($("ask").returnValue === "go");
+  }, { once: true }));
+}
+async function command(path, title, text, verb) {
+  if (!await ask(title, text, verb)) return;
+  say(verb + " ...");
+  try {
+    const token = (sessionStorage.getItem(TOKEN) || "").replace(/[^!-~]/g, "");
+    const answer = await fetch(path, { method: "POST", headers: { Authorization: "Bearer " + token } });
+    const told = await answer.json();
+    if (answer.status === 401) sessionStorage.removeItem(TOKEN);
+    say(answer.ok ? told.done : told.error);
+  } catch (error) {
+    say("There was no answer: " + error.message);
+  }
+  refresh();
+}
+
+for (const [id, { columns }] of Object.entries(TABLES)) {
+  const line = make("tr");
+  for (const [title, name] of columns) {
+    const cell = make("th", name, title);
+    cell.scope = "col";
+    line.append(cell);
+  }
+  $(id).tHead.append(line);
+}
+$("reload").addEventListener("click", () => command("/reload", "Reload the settings?",
+  "The file of settings is read again. Where something is wrong with it, nothing changes.", "Reload"));
+$("starter").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const name = $("start-name").value.trim();
+  if (name) command("/tunnels/" + encodeURIComponent(name) + "/start", "Start a tunnel?",
+    "The tunnel that " + name + " leads to is started, as by a client.", "Start");
+});
+$("filter").addEventListener("input", () => {
+  for (const list of document.querySelectorAll("tbody, .bars")) sift(list.children);
+});
+document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
+refresh();
+"""
+
+ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath d='M1 8h5c3 0 3-5 9-5M6 "
+        "8c3 0 3 5 9 5M6 8h9' fill='none' stroke='%234c7fe0' stroke-width='2'/%3E%3C/svg%3E")
+
+
+def card(title: str, body: str, mark: str = "", head: str = "") -> str:
+    """A section of the page."""
+    return f'<section class="card {mark}"><div class="head"><h2>{title}</h2>{head}</div>{body}</section>'
+
+
+def table(name: str, empty: str) -> str:
+    """A table that SCRIPT fills, and what is there instead of an empty one."""
+    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{name}" hidden><table id="{name}"><thead></thead>'
+            f'<tbody></tbody></table></div><p class="empty" id="{name}-empty">{empty}</p>')
+
+
+def tile(name: str, title: str) -> str:
+    """A number of the page, with a plot."""
+    figure = "<svg></svg>" if name == "tunnels" else ""
+    return (f'<section class="card tile" id="tile-{name}"><h2>{title}</h2><div class="figure">-</div>'
+            f'<div class="note">&nbsp;</div>{figure}</section>')
+
+
+PAGE = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>sniroute</title>
+<link rel="icon" href="{ICON}">
+<style>{STYLE}</style>
+</head>
+<body>
+<header>
+<h1>sniroute</h1>
+<span class="phase quiet" id="phase" role="status"><span class="dot"></span><span>asking</span></span>
+<span class="about" id="about"></span>
+<input type="search" id="filter" placeholder="Filter rows" aria-label="Filter rows">
+<button id="reload" disabled>Reload settings</button>
+</header>
+<main>
+<section class="card all" aria-label="What fails"><ul class="troubles" id="troubles" aria-live="polite"></ul></section>
+<div class="tiles all">
+{tile("active", "Connections")}
+{tile("accepted", "New")}
+{tile("refused", "Refused")}
+{tile("up", "To backends")}
+{tile("down", "To clients")}
+{tile("tunnels", "Tunnels ready")}
+</div>
+<div class="column">
+{card("Tunnels", table("tunnels", "None is up: the first client of a name starts one."), head='''
+<span id="tunnels-count"></span>
+<form id="starter"><input id="start-name" placeholder="client's name" aria-label="A client's name" autocomplete="off"
+spellcheck="false"><button id="start" disabled>Start</button></form>''')}
+{card("Last refusals", table("refusals", "Nobody was refused."))}
+{card("Routes", table("routes", "There is none."), head='<span id="routes-count"></span>')}
+</div>
+<div class="column">
+{card("Refusals by reason", '<ul class="bars" id="reasons"></ul><p class="empty" id="reasons-empty">None.</p>')}
+{card("Most refused names", '<ul class="bars" id="names"></ul><p class="empty" id="names-empty">None.</p>')}
+{card("Slowest starts", table("starts", "No tunnel has started."))}
+</div>
+{card("Connections", table("connections", "None is open."), "all", '<span id="connections-count"></span>')}
+</main>
+<dialog id="ask" aria-labelledby="ask-title"><form method="dialog">
+<h2 id="ask-title"></h2><p id="ask-text"></p>
+<label id="ask-label">Token (SNIROUTE_ADMIN_TOKEN), kept until this tab is closed
+<input type="password" id="ask-token" autocomplete="off"></label>
+<div class="buttons"><button class="primary" id="ask-go" value="go"></button><button value="no">Cancel</button></div>
+</form></dialog>
+<div class="said" id="said" role="status"></div>
+<script>{SCRIPT}</script>
+</body>
+</html>
+""".encode()
+
+
+def content_hash(text: str) -> str:
+    """What a Content-Security-Policy allows an inline style or script by."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+POLICY = "; ".join((
+    "default-src 'none'", f"style-src {content_hash(STYLE)}", f"script-src {content_hash(SCRIPT)}", "connect-src 'self'",
+    "img-src data:", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
+    "require-trusted-types-for 'script'", "trusted-types 'none'"))
+HEADERS = "".join(f"{name}: {value}\r\n" for name, value in (
+    ("Content-Security-Policy", POLICY), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
+    ("X-Frame-Options", "DENY"), ("Cross-Origin-Resource-Policy", "same-origin"), ("Cache-Control", "no-store"),
+    ("Connection", "close")))
+
+
+# -- requests ----------------------------------------------------------------------------------
+
+
+def page(admin: Admin, name: str) -> Answer:
+    """GET /"""
+    return Answer(200, PAGE, "text/html; charset=utf-8")
+
+
+def metrics(admin: Admin, name: str) -> Answer:
+    """GET /metrics"""
+    return Answer(200, admin.metrics.get(), "text/plain; version=0.0.4; charset=utf-8")
+
+
+def show_status(admin: Admin, name: str) -> Answer:
+    """GET /status"""
+    return Answer(200, admin.status.get(), "application/json")
+
+
+def health(admin: Admin, name: str) -> Answer:
+    """GET /healthz: whether the loop answers."""
+    if admin.router.phase == "stopped" or not admin.pulse.beats():
+        return Answer(503, b"the loop does not answer\n")
+    return Answer(200, b"ok\n")
+
+
+def readiness(admin: Admin, name: str) -> Answer:
+    """GET /readyz: whether it accepts connections."""
+    if admin.router.phase != "running":
+        return Answer(503, f"{admin.router.phase}\n".encode())
+    if admin.router.paused:
+        return Answer(503, b"not accepting for now: connections or descriptors are short\n")
+    return Answer(200, b"ok\n")
+
+
+def reload(admin: Admin, name: str) -> Answer:
+    """POST /reload"""
+    faults = [printable(fault, 1000) for fault in admin.router.reload()]
+    if faults:
+        return Answer.json({"error": "; ".join(faults), "faults": faults}, 409)
+    return Answer.json({"done": "The settings were read again."})
+
+
+def tunnel_key(admin: Admin, name: str) -> str:
+    """The tunnel that a path names, by its key or by a client's name.  Raises Declined.
+
+    A key has to be one of the table's: it became that by way of a name, which is checked.
+    """
+    if ":" not in name:
+        try:
+            return admin.router.tunnel_of(name)
+        except ValueError as error:
+            raise Declined(404, printable(str(error), 500)) from None
+    tunnels = admin.router.tunnels
+    if not any(view.key == name for view in (*tunnels.snapshot(), *tunnels.failed())):
+        raise Declined(404, f"{printable(name)} is not in the table; a client's name may start it")
+    return name
+
+
+def stop_tunnel(admin: Admin, name: str) -> Answer:
+    """POST /tunnels/NAME/stop"""
+    key = tunnel_key(admin, name)
+    if not admin.router.tunnels.stop(key):
+        raise Declined(404, f"{key} is not up, and did not fail")
+    return Answer.json({"done": f"{key} is stopped.", "tunnel": key})
+
+
+def start_tunnel(admin: Admin, name: str) -> Answer:
+    """POST /tunnels/NAME/start: answers when it is up.  One that failed, or waits for its next try, is tried now."""
+    key = tunnel_key(admin, name)
+    tunnels = admin.router.tunnels
+    if any(view.key == key for view in tunnels.failed()) \
+            or any(view.key == key and view.state == "backoff" for view in tunnels.snapshot()):
+        tunnels.stop(key)
+    began = tunnels.clock()
+    try:
+        tunnels.wait(key, None, began + tunnels.start_timeout)
+    except Exception as error:
+        kind = getattr(error, "kind", None)  # of a TunnelError
+        if kind is None:
+            raise
+        raise Declined(409 if kind in ("limit", "budget", "stopping") else 502, printable(str(error), 500)) from None
+    return Answer.json({"done": f"{key} is ready.", "tunnel": key, "seconds": round(tunnels.clock() - began, 3)})
+
+
+class Endpoint(NamedTuple):
+    """What is done for a method and a path."""
+
+    method: str  # GET is HEAD, too
+    path: re.Pattern[str]
+    act: Callable[[Admin, str], Answer]  # given the path's first group, percent-decoded
+
+
+ENDPOINTS = (
+    Endpoint("GET", re.compile(r"/()"), page),
+    Endpoint("GET", re.compile(r"/metrics()"), metrics),
+    Endpoint("GET", re.compile(r"/status()"), show_status),
+    Endpoint("GET", re.compile(r"/healthz()"), health),
+    Endpoint("GET", re.compile(r"/readyz()"), readiness),
+    Endpoint("POST", re.compile(r"/reload()"), reload),
+    Endpoint("POST", re.compile(r"/tunnels/([^/]+)/stop"), stop_tunnel),
+    Endpoint("POST", re.compile(r"/tunnels/([^/]+)/start"), start_tunnel),
+)
+ALLOW = {"GET": "GET, HEAD", "POST": "POST"}
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(?::[0-9]{1,5})?")
+BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)
+
+
+class Timed(io.RawIOBase):
+    """What a client sends, until a deadline and up to a number of bytes; its end before that is an error."""
+
+    def __init__(self, sock: socket.socket, seconds: float, limit: int):
+        self.sock = sock
+        self.deadline = time.monotonic() + seconds
+        self.left = limit
+
+    def readable(self) -> bool:
+        """As io wants it."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """As io wants it.  Raises OSError."""
+        remaining = self.deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError("the request took too long")
+        self.sock.settimeout(remaining)
+        count = self.sock.recv_into(memoryview(buffer)[:self.left])
+        if not count:
+            raise ConnectionAbortedError("the request ended early, or is too long")
+        self.left -= count
+        return count
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One request.  Threads `admin-<n>`."""
+
+    protocol_version = "HTTP/1.1"
+    server: Server
+    raw_requestline: bytes
+
+    def setup(self) -> None:
+        """Limit what the client may say."""
+        self.connection: socket.socket = self.request
+        self.rfile = io.BufferedReader(Timed(self.connection, REQUEST_TIME, HEAD_MAX + BODY_MAX))
+        self.body_left = True  # or what else the client said may not have been read
+
+    def handle(self) -> None:
+        """Read a request, answer it, and end: a connection kept alive would keep a thread."""
+        self.raw_requestline = self.rfile.readline(HEAD_MAX)
+        if not self.parse_request():
+            return  # send_error has answered
+        try:
+            self.reply(self.answer())
+        except Declined as declined:
+            self.reply(declined.answer)
+
+    def finish(self) -> None:
+        """Let a client that was declined early read why: unread bytes would reset it."""
+        if self.body_left:
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_WR)
+                deadline = time.monotonic() + LINGER
+                for _ in range(LINGER_READS):
+                    self.connection.settimeout(max(0.001, deadline - time.monotonic()))
+                    if not self.connection.recv(BODY_MAX):
+                        break
+        self.rfile.close()
+
+    def answer(self) -> Answer:
+        """What this request gets.  Raises Declined, and OSError where the client is gone."""
+        self.check_origin()
+        path = self.path.partition("?")[0]
+        found = [(endpoint, match) for endpoint in ENDPOINTS if (match := endpoint.path.fullmatch(path))]
+        if not found:
+            raise Declined(404, "there is no such path")
+        endpoint, match = found[0]
+        if endpoint.method != self.command.replace("HEAD", "GET"):
+            raise Declined(405, f"this path is for {ALLOW[endpoint.method]}", Allow=ALLOW[endpoint.method])
+        if endpoint.method == "POST":
+            self.check_token()
+        self.skip_body()
+        try:
+            name = urllib.parse.unquote(match[1], errors="strict")
+        except ValueError:
+            raise Declined(400, "the name in the path is not UTF-8") from None
+        admin = self.server.admin
+        try:
+            return endpoint.act(admin, name)
+        except Declined:
+            raise
+        except Exception:
+            log.exception("admin: a fault in sniroute: please report it")
+            raise Declined(500, "a fault in sniroute: its log says which") from None
+        finally:
+            if endpoint.method == "POST":
+                admin.status.forget()
+
+    def field(self, name: str) -> str | None:
+        """A header field, which may be there once.  Raises Declined."""
+        values = self.headers.get_all(name, [])
+        if len(values) > 1:
+            raise Declined(400, f"{name} is there twice")
+        return values[0].strip() if values else None
+
+    def check_origin(self) -> None:
+        """Decline what a page of another origin may have sent.  Raises Declined.
+
+        A page may have its own name resolve to this host (DNS rebinding), but that name is in Host.  The port
+        tells nothing: it may be forwarded by ssh.
+        """
+        if self.headers.defects:
+            raise Declined(400, "the header is malformed")
+        host = (self.field("Host") or "").lower()
+        if not host:
+            raise Declined(400, "Host is missing")
+        match = HOST.fullmatch(host)
+        if match is None or match[1] not in self.server.admin.hosts:
+            raise Declined(421, "Host is not this router's address: ask for localhost")
+        if self.field("Origin") not in (None, f"http://{host}") \
+                or self.field("Sec-Fetch-Site") not in (None, "same-origin", "none"):
+            raise Declined(403, "a page of another origin may not ask")
+
+    def check_token(self) -> None:
+        """Decline who may not give orders.  Raises Declined."""
+        token = self.server.admin.token
+        if not token:
+            raise Declined(403, "the router takes no orders: start it with SNIROUTE_ADMIN_TOKEN in its environment")
+        match = BEARER.fullmatch(self.field("Authorization") or "")
+        if match is None or not hmac.compare_digest(match[1].encode("utf-8", "replace"), token.encode()):
+            raise Declined(401, "the token is missing or wrong", WWW_Authenticate='Bearer realm="sniroute"')
+
+    def skip_body(self) -> None:
+        """Read the body, which says nothing here.  Raises Declined, OSError."""
+        if self.field("Transfer-Encoding") is not None:
+            raise Declined(411, "a body wants a Content-Length")
+        length = self.field("Content-Length") or "0"
+        if not re.fullmatch(r"[0-9]{1,18}", length, re.ASCII):
+            raise Declined(400, "Content-Length is no number")
+        if int(length) > BODY_MAX:
+            raise Declined(413, f"the body is over {BODY_MAX} bytes")
+        self.rfile.read(int(length))
+        self.body_left = False
+
+    def reply(self, answer: Answer) -> None:
+        """Send an answer, all at once.  Raises OSError where the client is gone, or does not read."""
+        status = http.HTTPStatus(answer.status)
+        head = "".join(f"{name}: {value}\r\n" for name, value in (
+            ("Date", self.date_time_string()), ("Content-Type", answer.kind),
+            ("Content-Length", str(len(answer.body))), *answer.headers))
+        body = b"" if self.command == "HEAD" else answer.body
+        log.debug("admin: %s: %d", printable(self.requestline, 200), status)
+        self.connection.settimeout(ANSWER_TIME)
+        self.connection.sendall(f"HTTP/1.1 {status.value} {status.phrase}\r\n{HEADERS}{head}\r\n".encode() + body)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Where the base class cannot parse a request."""
+        self.reply(Declined(code, printable(message or http.HTTPStatus(code).phrase)).answer)
+
+    def handle_expect_100(self) -> bool:
+        """Let the client send its body."""
+        self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return True
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Accepts, collects, and hands each connection to a thread.  Thread `admin`, but for `_serve`."""
+
+    def __init__(self, admin: Admin, listener: socket.socket):
+        super().__init__(("", 0), Handler, bind_and_activate=False)
+        self.socket.close()  # TCPServer makes one of its own
+        self.socket = listener
+        listener.setblocking(False)  # another process may listen on it, too, and be faster
+        self.admin = admin
+        self.free = collections.deque(range(REQUESTS_MAX))  # numbers of threads that do not run
+        self.live: dict[int, tuple[threading.Thread, socket.socket]] = {}
+
+    def service_actions(self) -> None:
+        """Collect.  Called after each wait for a client, COLLECT at the longest."""
+        try:
+            self.admin.collect()
+        except Exception:
+            log.exception("admin: a fault in sniroute: please report it")
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """The next client.  Raises OSError where there is none."""
+        try:
+            return self.socket.accept()
+        except BlockingIOError:
+            raise
+        except OSError:
+            time.sleep(ACCEPT_PAUSE)
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give a client a thread, or none of it where all are taken."""
+        try:
+            number = self.free.pop()
+        except IndexError:
+            self.shutdown_request(request)
+            return
+        thread = threading.Thread(target=self._serve, args=(number, request, client_address), name=f"admin-{number}",
+                                  daemon=True)
+        self.live[number] = thread, request
+        try:
+            thread.start()
+        except RuntimeError:  # threads are short
+            self._end(number, request)
+
+    def _serve(self, number: int, request: socket.socket, client_address: Any) -> None:
+        """A thread `admin-<n>`."""
+        try:
+            self.finish_request(request, client_address)
+        except Exception:
+            self.handle_error(request, client_address)
+        finally:
+            self._end(number, request)
+
+    def _end(self, number: int, request: socket.socket) -> None:
+        self.shutdown_request(request)
+        del self.live[number]
+        self.free.append(number)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is none of ours; the rest is."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            log.debug("admin: %s", printable(str(error)))
+        else:
+            log.exception("admin: a fault in sniroute: please report it")
+
+    def hang_up(self) -> None:
+        """End what is under way, and wait for its threads, for a while."""
+        deadline = time.monotonic() + CLOSE_TIME
+        for thread, request in copied(self.live, dict).values():
+            with contextlib.suppress(OSError):
+                request.shutdown(socket.SHUT_RDWR)
+        for thread, _ in copied(self.live, dict).values():
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def listen(where: str | tuple[str, int]) -> tuple[socket.socket, tuple[int, int] | None]:
+    """A socket that listens there, and the identity of its file.  Raises OSError with a sentence for people."""
+    try:
+        return listen_unix(where) if isinstance(where, str) else (listen_tcp(*where), None)
+    except OSError as error:
+        shown = where if isinstance(where, str) else show_address(where)
+        raise OSError(f"{shown}: {error.strerror or error}") from None
+
+
+def listen_tcp(host: str, port: int) -> socket.socket:
+    """A socket that listens on a loopback address."""
+    host = "127.0.0.1" if host == "localhost" else host  # that name may resolve to anything
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=BACKLOG)
+
+
+def listen_unix(path: str) -> tuple[socket.socket, tuple[int, int]]:
+    """A socket that listens at `path`, in the place of what an earlier process left there.
+
+    It gets its name when it listens, and has its mode: nobody sees it before that.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise OSError("there is something else than a socket")
+    early = f"{path}.{os.getpid()}"
+    with contextlib.ExitStack() as undo:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(early)
+        listener = undo.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(early)
+        undo.callback(os.unlink, early)
+        os.chmod(early, 0o660)
+        listener.listen(BACKLOG)
+        identity = os.stat(early)
+        os.rename(early, path)
+        undo.pop_all()
+    return listener, (identity.st_dev, identity.st_ino)
+
+
+class Admin:
+    """The admin's server, while it runs.  See `attach`."""
+
+    def __init__(self, router: Any, settings: Any, listener: socket.socket | None = None):
+        self.router = router
+        self.token: str | None = settings.admin_token
+        self.identity: tuple[int, int] | None = None  # of a socket file that is ours
+        if listener is None:
+            listener, self.identity = listen(settings.admin)
+        name = listener.getsockname()
+        self.address: str | tuple[str, int] = name[:2] if isinstance(name, tuple) else settings.admin or name
+        self.hosts = LOCAL_HOSTS | ({"sniroute"} if isinstance(self.address, str)
+                                    else {show_address(self.address).rpartition(":")[0]})
+        self.collector = Collector(router)
+        self.due = 0.0  # when to collect again
+        self.metrics = Cached(lambda: expose(Facts(router, self.collector)))
+        self.status = Cached(lambda: render_json(status(Facts(router, self.collector)) | {"control": bool(self.token)}))
+        self.pulse = Pulse(router.call)
+        self.closing = threading.Lock()  # guards `closed`
+        self.closed = False
+        self.server = Server(self, listener)
+        router.endings = self.collector.endings
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(COLLECT,), name="admin", daemon=True)
+        self.thread.start()
+
+    def collect(self) -> None:
+        """Collect, when it is time.  Thread `admin`."""
+        now = time.monotonic()
+        if now >= self.due:
+            self.due = now + COLLECT
+            self.collector.collect()
+
+    def close(self) -> None:
+        """End it.  Any thread; a second call does nothing."""
+        with self.closing:
+            if self.closed:
+                return
+            self.closed = True
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+        if self.identity is not None:
+            with contextlib.suppress(OSError):
+                state = os.stat(self.address)
+                if (state.st_dev, state.st_ino) == self.identity:  # else a successor's
+                    os.unlink(self.address)
+        self.server.hang_up()
+        if self.router.endings is self.collector.endings:
+            self.router.endings = None
+
+
+def attach(router: Any, settings: Any, listener: socket.socket | None = None) -> Admin:
+    """Serve the admin's requests at `settings.admin`, or on `listener`, until Admin.close().
+
+    `settings.admin` is a loopback (host, port), or the path of a unix socket.  Raises OSError with a
+    sentence for people where that cannot be listened on.
+    """
+    return Admin(router, settings, listener)
