@@ -2297,6 +2297,104 @@ def test_a_snapshot_names_state_leases_port_and_pid(bench):
     assert rows.get("cf:other.test", ("queued", 0, 0, 0))[1] == 0
 
 
+@both
+def test_a_view_has_the_time_to_the_idle_stop_and_the_last_words(bench, cloudflared):
+    made = bench()
+    tunnel = made.ready("app.test")
+    view = made.table.snapshot()[0]
+    assert (view.key, view.state, view.leases, view.waiters, view.next) == ("cf:app.test", READY, 0, 0, 300.0)
+    assert made.table.lease("cf:app.test") is tunnel
+    made.clock.jump(7)
+    assert (view := made.table.snapshot()[0]).age == 7.0 and view.next == 0.0 and view.leases == 1
+    made.table.release(tunnel)
+    assert made.table.failed() == []
+    cloudflared.fault("evil.test", exit=1, words="goroutine panic")
+    made.failed("evil.test")
+    made.clock.jump(1)
+    (failed,) = made.table.failed()
+    assert (failed.key, failed.state, failed.crashes) == ("cf:evil.test", FAILED, 1)
+    assert "evil.test did not start" in failed.words and "goroutine panic" in failed.words and 1 < failed.next < 5
+
+
+@both
+def test_starts_are_remembered_for_who_asks(bench):
+    made = bench()
+    made.ready("app.test")
+    (start,) = made.table.started
+    assert start.key == "cf:app.test" and start.seconds >= 0 and abs(start.when - time.time()) < 60
+
+
+@both
+def test_who_used_a_tunnel_last_says_how_long_it_may_idle(bench):
+    made = bench()
+    tunnel = made.leased("app.test")
+    made.table.release(tunnel, 20.0)
+    made.clock.jump(19)
+    made.table.step()
+    assert tunnel.state is READY and made.table.snapshot()[0].next == 1.0
+    assert made.table.lease("cf:app.test") is tunnel
+    made.table.release(tunnel, 400.0)
+    made.clock.jump(399)
+    made.table.step()
+    assert tunnel.state is READY, "longer than the table's own"
+    made.clock.jump(1)
+    made.turn(lambda: not made.table.tunnels)
+
+
+def test_a_cold_start_says_it_too(bench):
+    made = bench()
+    with contextlib.suppress(TunnelError):
+        made.table.wait("cf:app.test", None, 0.0, None, 7.0)
+    assert made.table.tunnels["cf:app.test"].idle == 7.0
+
+
+@both
+def test_an_operator_stops_a_tunnel_that_is_in_use(bench, cloudflared, echo_server):
+    cloudflared.far("*", echo_server.address)
+    made = bench()
+    tunnel = made.leased("app.test")
+    pid = tunnel.child.process.pid
+    with socket.create_connection(tunnel.child.address, 10) as client:
+        client.sendall(b"hello")
+        assert client.recv(5) == b"hello"
+        assert made.table.stop("cf:app.test")
+        assert made.table.lease("cf:app.test") is None, "nobody new"
+        made.turn(lambda: not made.table.tunnels)
+        with contextlib.suppress(ConnectionResetError):
+            assert client.recv(1) == b""
+    made.table.release(tunnel)
+    made.turn(lambda: not runs(pid))
+    made.ready("app.test")
+    assert len(cloudflared.starts("app.test")) == 2
+
+
+@both
+def test_an_operator_stops_what_starts_and_what_waits(bench, cloudflared):
+    cloudflared.fault("app.test", never_listen=True)
+    made = bench(max_starting=1)
+    starting = made.ask("app.test")
+    made.turn(lambda: cloudflared.starts("app.test"))
+    queued = made.ask("late.test")
+    made.turn(lambda: made.states().get("late.test") == "queued")
+    assert made.table.stop("cf:late.test")
+    assert "was stopped" in str(made.outcome(queued))
+    cloudflared.fault("app.test")
+    assert made.table.stop("cf:app.test")
+    assert made.outcome(starting) is None, "somebody waits for it: it is started again"
+    assert len(cloudflared.starts("app.test")) == 2
+
+
+@both
+def test_an_operator_may_have_a_failure_forgotten(bench, cloudflared):
+    cloudflared.fault("app.test", exit=1)
+    made = bench()
+    made.failed("app.test")
+    cloudflared.fault("app.test")
+    assert "next try in" in str(made.failed("app.test"))
+    assert made.table.stop("cf:app.test") and not made.table.stop("cf:app.test")
+    made.ready("app.test")
+
+
 # -- all together ------------------------------------------------------------------------------
 
 
