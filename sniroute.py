@@ -1216,7 +1216,8 @@ SETTINGS = (
     Setting("config", "FILE", os.path.abspath, None,
             "a file of settings (TOML): all of these, and routes with options of their own", fixed=True),
     Setting("listen", "ADDRESS", parse_listen, ":19000",
-            "where to listen: HOST:PORT, [::1]:PORT, or :PORT for every address (default :19000); repeatable", True, True),
+            "where to listen: HOST:PORT, [::1]:PORT, or :PORT for every address (default :19000); repeatable",
+            many=True, fixed=True),
     Setting("route", "PATTERN=TARGET", parse_route, "*=cloudflared:cft-{name}",
             "what a name leads to; repeatable; replaces the default route, *=cloudflared:cft-{name}", True),
     Setting("proxy-protocol", "MODE", one_of("off", "auto", "required"), "auto",
@@ -1247,7 +1248,8 @@ SETTINGS = (
     Setting("no-name", "ANSWER", one_of("refuse", "ok"), "refuse",
             "TLS without a name: refuse, or for debugging ok, which answers OK and closes (default refuse)"),
     Setting("cloudflared", "PATH", parse_program, None,
-            "the tunnel program (default: cloudflared on PATH; without one, the carrier beside sniroute.py)", fixed=True),
+            "the tunnel program (default: cloudflared on PATH; without one, the carrier beside sniroute.py)",
+            fixed=True),
     Setting("admin", "ADDRESS", parse_admin, None,
             "metrics, status and control by HTTP: a loopback HOST:PORT, or unix:PATH (default off); "
             "needs sniroute_admin.py", fixed=True),
@@ -1288,7 +1290,7 @@ def read_routes(table: Any, wrong: list[str]) -> list[Route]:
         where = f'routes."{printable(pattern)}"'
         options = dict(value) if isinstance(value, dict) else {"target": value}
         if "target" not in options:
-            wrong.append(f"{where}: has no target (a pattern goes in quotes, as \"db.example.com\" = \"tcp:192.0.2.10:5432\")")
+            wrong.append(f'{where}: has no target (a pattern goes in quotes, as "db.example.com" = "tcp:192.0.2.10:5432")')
             continue
         try:
             route = parse_route(f"{pattern}={as_text(options.pop('target'))}")
@@ -1297,7 +1299,8 @@ def read_routes(table: Any, wrong: list[str]) -> list[Route]:
             continue
         for name, option in options.items():
             if name not in ROUTE_OPTIONS:
-                wrong.append(f"{where}.{printable(name)}: there is no such option{meant(name, ('target', *ROUTE_OPTIONS))}")
+                others = meant(name, ("target", *ROUTE_OPTIONS))
+                wrong.append(f"{where}.{printable(name)}: there is no such option{others}")
             elif name == "idle" and SCHEMES[route.target.partition(":")[0]].ready is not tunnel_ready:
                 wrong.append(f"{where}.idle: is for tunnels; here connection_idle closes what is silent")
             else:
@@ -2212,7 +2215,8 @@ class Connection:
         if write is not None:
             header = self.header
             source = None if header is not None and header.source is None else self.address
-            self.greeting = write(source, header and header.destination or self.client.getsockname()[:2]) + self.greeting
+            destination = header and header.destination or self.client.getsockname()[:2]
+            self.greeting = write(source, destination) + self.greeting
 
     # -- on the way to the backend
 
@@ -3173,8 +3177,8 @@ class Router(socketserver.ThreadingTCPServer):
         log.log(level, "counters: %s", dict(sorted({**self.counters, **dict(self.tunnels.counters)}.items())))
         tunnels = [*self.tunnels.snapshot(), *self.tunnels.failed()]
         for view in tunnels[:DUMP_MAX]:
-            log.log(level, "tunnel %s: %s for %.0f s, %d connections, port %d, pid %d%s", view.key, view.state, view.age,
-                    view.leases, view.port, view.pid, f": {view.words}" if view.words else "")
+            log.log(level, "tunnel %s: %s for %.0f s, %d connections, port %d, pid %d%s", view.key, view.state,
+                    view.age, view.leases, view.port, view.pid, f": {view.words}" if view.words else "")
         now = monotonic()
         for connection in list(self.connections)[:DUMP_MAX]:
             log.log(level, "connection %s: %s for %.1f s, name %s, %d bytes up, %d down",
@@ -3346,10 +3350,10 @@ def ask_admin(admin: str | tuple[str, int]) -> dict[str, Any]:
     import http.client  # a megabyte, for this one question
     connection = http.client.HTTPConnection("localhost", timeout=HANDOVER_TIMEOUT)
     try:
-        connection.sock = socket.socket(socket.AF_UNIX) if isinstance(admin, str) else socket.create_connection(admin, 5)
-        if isinstance(admin, str):
-            connection.sock.settimeout(HANDOVER_TIMEOUT)
-            connection.sock.connect(admin)
+        family = socket.AF_UNIX if isinstance(admin, str) else socket.AF_INET6 if ":" in admin[0] else socket.AF_INET
+        connection.sock = socket.socket(family)
+        connection.sock.settimeout(HANDOVER_TIMEOUT)
+        connection.sock.connect(admin)
         connection.request("GET", "/status")
         answer = connection.getresponse()
         if answer.status != 200:
@@ -3472,7 +3476,7 @@ class SelfTest:
             raise AssertionError(f"{len(data)} bytes, {data[:20].hex(' ')}..., in the place of {len(expected)}")
 
     def talk(self, *steps: bytes | tuple[bytes, bytes], end: bool = False, piece: int = 0) -> None:
-        """Say each step, in pieces of so many bytes, and hear the same, or what stands behind it; then, perhaps, the end."""
+        """Say each step, in pieces of so many bytes, and hear the same, or what stands behind it; then the `end`."""
         with self.connect() as client:
             for step in steps:
                 said, heard = step if isinstance(step, tuple) else (step, step)
@@ -3541,7 +3545,8 @@ SELF_TESTS: tuple[tuple[str, Callable[[SelfTest], None]], ...] = (
     ("a hello", lambda t: t.talk(HELLO_SAMPLE, b"and more")),
     ("a hello in one-byte segments", lambda t: t.talk(HELLO_SAMPLE, piece=1)),
     ("a hello over many records", lambda t: t.talk(sample_hello("echo.example.com", 600, 16))),
-    ("a hello of post-quantum size, in two segments", lambda t: t.talk(sample_hello("echo.example.com", 1800), piece=1460)),
+    ("a hello of post-quantum size, in two segments",
+     lambda t: t.talk(sample_hello("echo.example.com", 1800), piece=1460)),
     ("a hello of 16 KiB", lambda t: t.talk(sample_hello("echo.example.com", HELLO_MAX - 100))),
     ("a PROXY header, version 1", lambda t: t.talk(PROXY_SAMPLES[0] + HELLO_SAMPLE)),
     ("a PROXY header, version 2", lambda t: t.talk(PROXY_SAMPLES[1] + HELLO_SAMPLE)),
@@ -3549,7 +3554,8 @@ SELF_TESTS: tuple[tuple[str, Callable[[SelfTest], None]], ...] = (
     ("PostgreSQL: SSLRequest", lambda t: t.talk(NEGOTIATED, HELLO_SAMPLE, b"query")),
     ("PostgreSQL: GSSENCRequest, then SSLRequest",
      lambda t: t.talk((struct.pack("!II", 8, GSSENC_REQUEST), b"N"), NEGOTIATED, HELLO_SAMPLE)),
-    ("PostgreSQL: PROXY header, SSLRequest", lambda t: t.talk((PROXY_SAMPLES[1] + SSL_REQUEST_BYTES, b"S"), HELLO_SAMPLE)),
+    ("PostgreSQL: PROXY header, SSLRequest",
+     lambda t: t.talk((PROXY_SAMPLES[1] + SSL_REQUEST_BYTES, b"S"), HELLO_SAMPLE)),
     ("PostgreSQL without TLS is told why",
      lambda t: t.talk((struct.pack("!II", 20, STARTUP << 16) + b"user\0selft\0\0", PLAIN_POSTGRES), end=True)),
     ("no name: an alert", lambda t: t.talk((sample_hello(None), NO_NAME_ALERT), end=True)),
@@ -3559,7 +3565,8 @@ SELF_TESTS: tuple[tuple[str, Callable[[SelfTest], None]], ...] = (
     ("half-close", SelfTest.half_close),
     ("4 MiB there and back", SelfTest.megabytes),
     ("a tunnel for a crowd: one process", SelfTest.crowd),
-    ("a tunnel that dies at its first client: nobody notices", lambda t: t.talk(sample_hello("dies.tunnel.example.com"))),
+    ("a tunnel that dies at its first client: nobody notices",
+     lambda t: t.talk(sample_hello("dies.tunnel.example.com"))),
     ("a tunnel that is killed is started again", SelfTest.killed),
 )
 
@@ -3950,6 +3957,9 @@ class Daemon:
                 settings = self.settings.again(self.settings)
             except SettingsError as error:
                 faults = list(error.lines)
+            except Exception as error:  # a fault of ours is no reason to end
+                log.exception("while reading the settings again: please report it")
+                faults = [repr(error)]
             for fault in faults:
                 log.error("reload: %s", fault)
             if faults:
