@@ -5361,6 +5361,68 @@ def test_sockets_for_another_process_are_left_alone(monkeypatch):
     assert sniroute.activated_sockets({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "x"}) == {"": [], "admin": []}
 
 
+# -- the admin's address, as a router has it ---------------------------------------------------
+
+
+@pytest.fixture
+def admin_path() -> Iterator[str]:
+    """A path for a unix socket; pytest's own folders are too deep for one."""
+    with tempfile.TemporaryDirectory(prefix="sniroute-admin-") as folder:
+        yield os.path.join(folder, "socket")
+
+
+@linux
+def test_explain_asks_a_router_that_runs(launch, cloudflared, ports, serve, admin_path):
+    cloudflared.far("*", serve(answer(b"x")).address)
+    cloudflared.fault("evil.example.com", exit=1, words="goroutine panic")
+    options = TUNNEL, ports, f"--cloudflared={cloudflared.path}", f"--admin=unix:{admin_path}"
+    program = launch(*options)
+    program.wait_for(f" info admin on {admin_path}\n")
+    with program.connect(HELLO) as client, program.connect(genuine_hello("evil.example.com")) as other:
+        assert client.recv(1) == b"x" and read_all(other) == alert(80)
+        ready, failed, absent = (command("explain", name, *options).stdout
+                                 for name in (NAME, "evil.example.com", "cold.example.com"))
+    assert re.search(rf"\nrouter:  running, pid {program.pid}, \d connections\n"
+                     r"tunnel:  ready, for \d+ s, 1 connections\n", ready)
+    assert re.search(r"\ntunnel:  failed, next in \d s\nsaid:    .*goroutine panic.*\nto do:   mend what it says", failed)
+    assert "\ntunnel:  absent\nto do:   nothing: the next client starts it\n" in absent
+    program.stop()
+    assert "\nrouter:  no answer from its admin address: " in command("explain", NAME, *options).stdout
+
+
+@linux
+def test_the_admin_address_goes_to_the_successor(launch, free_ports, echo_server, admin_path):
+    options = f"--listen={HOST}:{free_ports(1)[0]}", route(echo_server.address), f"--admin=unix:{admin_path}"
+    first = launch(*options)
+    with first.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        second = launch(*options)
+        second.wait_for(" info admin on ")
+        first.wait_for(" info draining: ")
+        assert sniroute.ask_admin(admin_path)["pid"] == second.pid
+    assert first.wait() == 0
+    assert sniroute.ask_admin(admin_path)["pid"] == second.pid, "the first one left the second's socket alone"
+    second.stop()
+    assert not os.path.exists(admin_path)
+
+
+def test_the_admin_address_may_be_systemd_s(launch, held, echo_server):
+    with socket.create_server((HOST, 0)) as admin:
+        launch(route(echo_server.address), **activated(("sniroute", held), ("admin", admin)))
+        assert sniroute.ask_admin(admin.getsockname())["listening"] == ["%s:%d" % held.getsockname()]
+
+
+def test_an_admin_address_that_is_taken_stops_the_start(launch, echo_server, held):
+    ended = command(f"--listen={HOST}:0", route(echo_server.address), "--admin=%s:%d" % held.getsockname())
+    assert ended.returncode == 1 and " error --admin: " in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_an_admin_address_needs_the_admin_s_file(two_files):
+    ended = execute(*BARE_PYTHON, str(two_files), "check", "--admin=127.0.0.1:1", env=BARE, text=True, said="")
+    assert ended.returncode == 2
+    assert ended.stderr == "sniroute: --admin: sniroute_admin.py is not beside sniroute.py: copy it there\n"
+
+
 # -- systemd -----------------------------------------------------------------------------------
 
 
