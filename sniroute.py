@@ -1505,15 +1505,14 @@ class Ending(NamedTuple):
 
 
 class Pace:
-    """How many lines of one class were written in a second, and what was left out."""
+    """How many lines there were of one class in a period."""
 
-    __slots__ = ("limit", "began", "lines", "suppressed")
+    __slots__ = ("limit", "began", "lines")
 
-    def __init__(self, limit: int):
-        self.limit = limit
-        self.began = -1.0
+    def __init__(self, limit: int, now: float):
+        self.limit = limit  # of those that are written
+        self.began = now
         self.lines = 0
-        self.suppressed = 0
 
 
 class Journal(logging.Handler):
@@ -1572,7 +1571,7 @@ class Journal(logging.Handler):
                 continue
             self.asleep = True
             if not self.lines and not self.stopping:
-                owing = any(pace.suppressed for pace in self.paces.values())
+                owing = any(pace.lines > pace.limit for pace in self.paces.values())
                 if select.select([self.wake_reader], [], [], LOG_PERIOD if owing else None)[0]:
                     os.read(self.wake_reader, 4096)
                 else:
@@ -1583,11 +1582,19 @@ class Journal(logging.Handler):
     def _write(self) -> None:
         now = self.clock()
         texts = self._settle(now)
+        paces = self.paces
         for _ in range(len(self.lines)):  # not "while there are": they may come as fast as they go
             line = self.lines.popleft()
             try:
-                if self._may_pass(line, now):
-                    texts.append(self.ending(line) if isinstance(line, Ending) else self.format(line))
+                is_ending = isinstance(line, Ending)
+                kind = line.reason if is_ending else str(line.msg)
+                pace = paces.get(kind)
+                if pace is None:
+                    limit = LOG_EVENTS if not is_ending else LOG_REFUSALS if kind in REFUSALS else LOG_ENDINGS
+                    pace = paces[kind] = Pace(limit, now)
+                pace.lines += 1
+                if pace.lines <= pace.limit:
+                    texts.append(self.ending(line) if is_ending else self.format(line))
             except Exception as error:  # this thread has to outlive any line
                 texts.append(self.line(logging.ERROR, time.time(), f"a log line that cannot be shown: {error!r}", {}))
         if self.stopping:
@@ -1602,27 +1609,16 @@ class Journal(logging.Handler):
             except (OSError, ValueError, AttributeError):
                 pass  # full, gone, or never there: traffic goes on
 
-    def _may_pass(self, line: logging.LogRecord | Ending, now: float) -> bool:
-        """Whether the class of a line has room in this second."""
-        kind = line.reason if isinstance(line, Ending) else str(line.msg)
-        pace = self.paces.get(kind)
-        if pace is None:
-            limit = LOG_EVENTS if not isinstance(line, Ending) else LOG_REFUSALS if kind in REFUSALS else LOG_ENDINGS
-            pace = self.paces[kind] = Pace(limit)
-        if now - pace.began >= LOG_PERIOD:
-            pace.began, pace.lines = now, 0  # `_settle` has said what was suppressed
-        pace.lines += 1
-        pace.suppressed += pace.lines > pace.limit
-        return pace.lines <= pace.limit
-
     def _settle(self, now: float) -> list[str]:
-        """The lines that are owed for what was suppressed in a period that is over, or at the end."""
+        """Begin anew with classes whose period is over; the lines that are owed for what was suppressed in it."""
         texts = []
         for kind, pace in self.paces.items():
-            if pace.suppressed and (now - pace.began >= LOG_PERIOD or self.stopping):
-                texts.append(self.line(logging.WARNING, time.time(), f"{pace.suppressed} suppressed",
-                                       {"suppressed": pace.suppressed, "class": printable(kind)}))
-                pace.suppressed = 0
+            if now - pace.began >= LOG_PERIOD or self.stopping:
+                suppressed = pace.lines - pace.limit
+                pace.began, pace.lines = now, 0
+                if suppressed > 0:
+                    texts.append(self.line(logging.WARNING, time.time(), f"{suppressed} suppressed",
+                                           {"suppressed": suppressed, "class": printable(kind)}))
         return texts
 
     def format(self, record: logging.LogRecord) -> str:

@@ -45,7 +45,6 @@ import base64
 import bisect
 import collections
 import contextlib
-import functools
 import hashlib
 import heapq
 import hmac
@@ -143,8 +142,8 @@ def render_json(value: dict[str, Any]) -> bytes:
     """A JSON object.  A list in it is encoded row by row: json.dumps of it all would hold up the loop."""
     members = []
     for name, member in value.items():
-        rows = (",\n ".join(map(json.dumps, member))).join(("[", "]")) if isinstance(member, list) else json.dumps(member)
-        members.append(f"{json.dumps(name)}: {rows}")
+        text = "[" + ",\n ".join(map(json.dumps, member)) + "]" if isinstance(member, list) else json.dumps(member)
+        members.append(f"{json.dumps(name)}: {text}")
     return ("{" + ",\n".join(members) + "}\n").encode()
 
 
@@ -168,6 +167,12 @@ def copied(live: Any, kind: Callable[[Any], Any] = list) -> Any:
         with contextlib.suppress(RuntimeError):
             return kind(live)
     return kind(live)
+
+
+def passed_on(connection: Any) -> tuple[int, int]:
+    """The bytes up and down of a connection; none once it is over, as then others count them."""
+    up, down = connection.up, connection.down
+    return (up.total, down.total) if up is not None and down is not None else (0, 0)
 
 
 # -- what is collected -------------------------------------------------------------------------
@@ -289,10 +294,9 @@ class Collector:
         counters = copied(router.counters, dict)  # first: what ends meanwhile is missed, not counted twice
         up, down = counters.get("bytes_up", 0), counters.get("bytes_down", 0)
         for connection in copied(router.connections):
-            flows = connection.up, connection.down
-            if None not in flows:  # else it has just ended
-                up += flows[0].total
-                down += flows[1].total
+            more = passed_on(connection)
+            up += more[0]
+            down += more[1]
         return [counters.get("accepted", 0), sum(counters.get(kind, 0) for kind in router.refusal_kinds), up, down]
 
     def _sample(self, passed: float) -> None:
@@ -492,12 +496,12 @@ def expose(facts: Facts) -> bytes:
 
 def show_connection(connection: Any, now: float) -> dict[str, Any]:
     """A row of /status; `now` is a clock time."""
-    decision, up, down = connection.decision, connection.up, connection.down
+    decision = connection.decision
+    up, down = passed_on(connection)
     return {"client": printable(show_address(connection.address)), "name": printable(connection.name),
             "route": printable(decision.route.pattern if decision else ""),
             "backend": printable(decision.target if decision else ""), "state": connection.state,
-            "seconds": round(now - connection.began, 3),
-            "up": up.total if up is not None else 0, "down": down.total if down is not None else 0}
+            "seconds": round(now - connection.began, 3), "up": up, "down": down}
 
 
 def show_tunnel(view: Any) -> dict[str, Any]:
@@ -514,16 +518,23 @@ def show_refusal(ending: Any) -> dict[str, Any]:
             "detail": printable(ending.detail, 300)}
 
 
-def show_route(route: Any, tally: Any) -> dict[str, Any]:
-    """A row of /status."""
-    return {"pattern": printable(route.pattern), "target": printable(route.target),
-            **{name: getattr(tally, name) for name in ("active", "total", "refused", "up", "down")}}
+def show_route(route: Any, tally: Any, up: int, down: int) -> dict[str, Any]:
+    """A row of /status; `up` and `down` are the bytes of open connections, which a Tally does not have yet."""
+    return {"pattern": printable(route.pattern), "target": printable(route.target), "active": tally.active,
+            "total": tally.total, "refused": tally.refused, "up": tally.up + up, "down": tally.down + down}
 
 
 def status(facts: Facts) -> dict[str, Any]:
     """What /status says, without what may change the router: the token."""
     router, collector, counters = facts.router, facts.collector, facts.counters
     now = time.monotonic()
+    live: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+    for connection in facts.connections:
+        if connection.decision is not None:
+            up, down = passed_on(connection)
+            row = live[connection.decision.route.pattern]
+            row[0] += up
+            row[1] += down
     oldest = heapq.nsmallest(CONNECTIONS_SHOWN, facts.connections, key=lambda connection: connection.began)
     refused = {kind: counters[kind] for kind in sorted(router.refusal_kinds) if counters.get(kind)}
     names = heapq.nlargest(NAMES_SHOWN, collector.names.counts.items(), key=lambda item: item[1])
@@ -552,7 +563,7 @@ def status(facts: Facts) -> dict[str, Any]:
             {"key": printable(start.key), "when": round(start.when, 3), "seconds": round(start.seconds, 3)}
             for start in heapq.nlargest(STARTS_SHOWN, facts.starts, key=lambda start: start.seconds)],
         "tunnels": list(map(show_tunnel, (*facts.tunnels, *facts.failed)[:TUNNELS_SHOWN])),
-        "routes": [show_route(route, facts.routes.tallies[route.pattern])
+        "routes": [show_route(route, facts.routes.tallies[route.pattern], *live[route.pattern])
                    for route in facts.routes.routes[:ROUTES_SHOWN]],
         "oldest_connections": [show_connection(connection, now) for connection in oldest],
     }
@@ -655,9 +666,11 @@ td { border-top: 1px solid var(--line); overflow-wrap: anywhere; } tbody tr:firs
 tbody tr:hover { background: var(--hover); }
 .number { text-align: right; white-space: nowrap; } .short { white-space: nowrap; } .act { text-align: right; }
 td.act { padding-top: 3px; padding-bottom: 3px; }
-.words { display: block; color: var(--quiet); font-size: 13px; } .words.bad { color: var(--bad); }
+.words { display: block; font-size: 13px; } .words:not(.bad) { color: var(--quiet); }
 .state { display: inline-flex; align-items: center; gap: 7px; white-space: nowrap; }
-.name { min-width: 9em; }
+.name { width: 34%; min-width: 9em; } #tunnels .name { width: 55%; } #starts .name { width: 100%; }
+.state-cell { width: 7em; }
+.inline .words { display: inline; margin-left: 8px; }
 .empty { margin: 0; padding: 4px 0 2px; color: var(--quiet); }
 .bars li { position: relative; display: flex; gap: 12px; padding: 3px 8px; margin: 2px -8px; overflow-wrap: anywhere; }
 .bars li > svg { position: absolute; inset: 0; width: 100%; height: 100%; } .bars rect { fill: var(--fill); }
@@ -681,15 +694,16 @@ dialog .buttons { display: flex; flex-direction: row-reverse; justify-content: f
   overflow-wrap: anywhere; } .said:empty { display: none; }
 @media (max-width: 1000px) { main { grid-template-columns: minmax(0, 1fr); }
   .tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); } }
-@media (max-width: 620px) { header { position: static; padding: 10px 14px; } main { padding: 12px 12px 32px; gap: 12px; }
+@media (max-width: 620px) { header { position: static; padding: 10px 14px; }
+  main { padding: 12px 12px 32px; gap: 12px; }
   .column { gap: 12px; } .card { padding: 10px 14px; } .tiles { gap: 8px; grid-template-columns: repeat(2, 1fr); }
-  #filter { flex: 1; } .head form { margin-left: 0; width: 100%; } .head form input { flex: 1; }
+  .about { flex-basis: 100%; } #filter { flex: 1; } .head form { margin-left: 0; width: 100%; } .head form input { flex: 1; }
   .scroll { max-height: 70vh; margin: 0 -14px -10px; } thead { display: none; } table, tbody { display: block; }
-  tr { display: grid; grid-template-columns: 1fr 1fr; gap: 2px 12px; padding: 8px 14px;
-    border-top: 1px solid var(--line); }
-  td, td:first-child, td:last-child { display: block; padding: 0; border: 0; text-align: left; white-space: normal; }
-  td:empty { display: none; } td.name, td.long { grid-column: 1 / -1; } td.name { font-weight: 500; }
-  td.act { align-self: end; text-align: right; }
+  tr { display: flex; flex-wrap: wrap; gap: 2px 14px; padding: 8px 14px; border-top: 1px solid var(--line); }
+  td, td:first-child, td:last-child { display: block; width: auto; padding: 0; border: 0; text-align: left;
+    white-space: normal; }
+  td:empty { display: none; } td.name, td.long { flex: 1 1 100%; } td.name { font-weight: 500; }
+  td.act { margin-left: auto; }
   td:not(.name, .act, .state-cell, .bare)::before { content: attr(data-label) " "; color: var(--quiet);
     font-size: 12px; } }
 @media (prefers-reduced-motion: no-preference) { main { transition: opacity .3s; } }
@@ -751,6 +765,10 @@ function showState(cell, word, kind) {
   cell.firstChild.className = "state " + kind;
   put(cell.firstChild.lastChild, word);
 }
+function ownWords(row) {  // a failure's words begin with the tunnel they are about
+  const about = row.key + " did not start: ";
+  return row.words.startsWith(about) ? row.words.slice(about.length) : row.words;
+}
 function showWithWords(cell, text, words, kind) {
   if (!cell.firstChild) cell.append(make("span"), make("span"));
   put(cell.firstChild, text);
@@ -783,8 +801,10 @@ function act(cell, row) {
 const TABLES = {
   tunnels: { key: (row) => row.key, columns: [
     ["State", "state-cell short", (row, cell) => showState(cell, row.state, KINDS[row.state] || "quiet")],
-    ["Tunnel", "name", (row, cell) => showWithWords(cell, row.key, row.words,
-      row.state === "failed" || row.state === "backoff" ? "bad" : "")],
+    ["Tunnel", "name", (row, cell) => {
+      showWithWords(cell, row.key, row.state === "ready" ? "" : ownWords(row), KINDS[row.state]);
+      cell.title = row.words;
+    }],
     ["Clients", "number", (row) => row.state === "failed" ? "" : whole.format(row.leases)],
     ["Port", "number", (row) => row.port ? String(row.port) : ""],
     ["For", "number", (row) => row.age ? span(row.age) : ""],
@@ -794,7 +814,7 @@ const TABLES = {
     ["At", "short bare", (row) => clock(row.when)],
     ["Client", "short bare", (row) => row.client],
     ["Name", "name", (row) => row.name || "no name"],
-    ["Reason", "long bare", (row, cell) => showWithWords(cell, plain(row.reason), row.detail, "")] ] },
+    ["Reason", "long bare inline", (row, cell) => showWithWords(cell, plain(row.reason), row.detail, "")] ] },
   routes: { key: (row) => row.pattern, columns: [
     ["Pattern", "name", (row) => row.pattern],
     ["Target", "long bare", (row) => row.target],
@@ -813,8 +833,7 @@ const TABLES = {
     ["Up", "number", (row) => bytes(row.up)],
     ["Down", "number", (row) => bytes(row.down)] ] },
   starts: { key: (row) => row.key + row.when, columns: [
-    ["Tunnel", "name", (row) => row.key],
-    ["At", "short", (row) => clock(row.when)],
+    ["Tunnel", "name", (row, cell) => showWithWords(cell, row.key, "at " + clock(row.when), "")],
     ["Took", "number", (row) => span(row.seconds)] ] },
 };
 function showTable(id, rows) {
@@ -871,7 +890,8 @@ function plot(id, values, unit) {
   const most = values.length ? unit(Math.max(...values)) : "none yet";
   figure.setAttribute("aria-label", "the last two minutes; most: " + most);
   const drawn = points.length > 1;
-  figure.firstChild.setAttribute("d", drawn ? "M" + room + " " + HEIGHT + "L" + points.join("L") + "V" + HEIGHT + "Z" : "");
+  figure.firstChild.setAttribute("d", drawn ? "M" + room + " " + HEIGHT + "L" + points.join("L") + "V" + HEIGHT + "Z"
+    : "");
   figure.lastChild.setAttribute("d", drawn ? "M" + points.join("L") : "");
   return most;
 }
@@ -884,16 +904,17 @@ function tile(id, figure, note) {
 function troubles(now) {
   const found = [], held = now.connections.active;
   if (now.phase !== "running")
-    found.push(["warn", "It is " + now.phase + ": nobody is accepted any more, " + count(held, "connection is", "connections are") + " left."]);
-  if (now.paused) found.push(["bad", "It accepts nobody for now: --max-connections are open, or descriptors are short."]);
+    found.push(["warn", "It is " + now.phase + ": nobody is accepted any more, "
+      + count(held, "connection is", "connections are") + " left."]);
+  if (now.paused)
+    found.push(["bad", "It accepts nobody for now: --max-connections are open, or descriptors are short."]);
   else if (held > 0.9 * now.limits.connections)
     found.push(["warn", "Nine tenths of --max-connections (" + whole.format(now.limits.connections) + ") are open."]);
   if (!now.reloads.last_ok)
     found.push(["bad", "The reload at " + clock(now.reloads.last) + " failed, and nothing changed: the log says why."]);
   const bad = now.tunnels.filter((row) => row.state === "failed" || row.state === "backoff");
   for (const row of bad.slice(0, 4))
-    found.push(["bad", (row.words.startsWith(row.key) ? row.words : row.key + ": " + (row.words || "it ended"))
-      + " (" + whatNext(row) + ")"]);
+    found.push(["bad", row.key + ": " + (ownWords(row) || "it ended") + " (" + whatNext(row) + ")"]);
   if (bad.length > 4) found.push(["bad", "And " + count(bad.length - 4, "tunnel", "tunnels") + " more."]);
   return found.length ? found : [["good", "Nothing fails."]];
 }
@@ -941,7 +962,8 @@ function show(now) {
   tile("tile-tunnels", whole.format(states.ready), "of " + whole.format(now.limits.tunnels));
   showSegments([["good", states.ready], ["warn", states.starting + states.queued], ["quiet", states.stopping],
     ["bad", failing]], now.limits.tunnels);
-  put($("tunnels-count"), RANK.filter((state) => states[state]).map((state) => whole.format(states[state]) + " " + state).join(", "));
+  put($("tunnels-count"), RANK.filter((state) => states[state])
+    .map((state) => whole.format(states[state]) + " " + state).join(", "));
   put($("routes-count"), whole.format(now.routes.length));
   put($("connections-count"), now.oldest_connections.length < now.connections.active
     ? "the oldest " + now.oldest_connections.length + " of " + whole.format(now.connections.active)
@@ -958,7 +980,8 @@ function show(now) {
   showTable("routes", now.routes);
   showTable("connections", now.oldest_connections);
   showTable("starts", now.slowest_starts);
-  showBars("reasons", Object.entries(now.refusals).sort((a, b) => b[1] - a[1]).map(([kind, value]) => [plain(kind), value]));
+  showBars("reasons", Object.entries(now.refusals).sort((a, b) => b[1] - a[1])
+    .map(([kind, value]) => [plain(kind), value]));
   showBars("names", now.refused_names.map((row) => [row.name, row.count]));
   allow($("reload"));
   allow($("start"));
@@ -970,7 +993,8 @@ function showSegments(parts, limit) {
   figure.append(vector("rect", { y: 22, width: WIDTH, height: 6, fill: "var(--line)" }));
   let at = 0;
   for (const [kind, value] of parts) {
-    figure.append(vector("rect", { class: kind, x: at, y: 22, width: WIDTH * value / all, height: 6, fill: "currentColor" }));
+    figure.append(vector("rect", { class: kind, x: at, y: 22, width: WIDTH * value / all, height: 6,
+      fill: "currentColor" }));
     at += WIDTH * value / all;
   }
   $("tile-tunnels").querySelector("svg").replaceWith(figure);
@@ -1056,8 +1080,8 @@ document.addEventListener("visibilitychange", () => { if (!document.hidden) refr
 refresh();
 """
 
-ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath d='M1 8h5c3 0 3-5 9-5M6 "
-        "8c3 0 3 5 9 5M6 8h9' fill='none' stroke='%234c7fe0' stroke-width='2'/%3E%3C/svg%3E")
+ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath "
+        "d='M1 8h5c3 0 3-5 9-5M6 8c3 0 3 5 9 5M6 8h9' fill='none' stroke='%234c7fe0' stroke-width='2'/%3E%3C/svg%3E")
 
 
 def card(title: str, body: str, mark: str = "", head: str = "") -> str:
@@ -1067,8 +1091,8 @@ def card(title: str, body: str, mark: str = "", head: str = "") -> str:
 
 def table(name: str, empty: str) -> str:
     """A table that SCRIPT fills, and what is there instead of an empty one."""
-    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{name}" hidden><table id="{name}"><thead></thead>'
-            f'<tbody></tbody></table></div><p class="empty" id="{name}-empty">{empty}</p>')
+    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{name}" hidden><table id="{name}">'
+            f'<thead></thead><tbody></tbody></table></div><p class="empty" id="{name}-empty">{empty}</p>')
 
 
 def tile(name: str, title: str) -> str:
@@ -1139,8 +1163,8 @@ def content_hash(text: str) -> str:
 
 
 POLICY = "; ".join((
-    "default-src 'none'", f"style-src {content_hash(STYLE)}", f"script-src {content_hash(SCRIPT)}", "connect-src 'self'",
-    "img-src data:", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
+    "default-src 'none'", f"style-src {content_hash(STYLE)}", f"script-src {content_hash(SCRIPT)}",
+    "connect-src 'self'", "img-src data:", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
     "require-trusted-types-for 'script'", "trusted-types 'none'"))
 HEADERS = "".join(f"{name}: {value}\r\n" for name, value in (
     ("Content-Security-Policy", POLICY), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
@@ -1291,11 +1315,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Limit what the client may say."""
         self.connection: socket.socket = self.request
         self.rfile = io.BufferedReader(Timed(self.connection, REQUEST_TIME, HEAD_MAX + BODY_MAX))
-        self.body_left = True  # or what else the client said may not have been read
+        self.unread = True  # what the client said, in part
+        self.replied = False
 
     def handle(self) -> None:
         """Read a request, answer it, and end: a connection kept alive would keep a thread."""
         self.raw_requestline = self.rfile.readline(HEAD_MAX)
+        self.requestline = self.command = self.path = ""
+        if not self.raw_requestline.endswith(b"\n"):
+            self.send_error(414)
+            return
         if not self.parse_request():
             return  # send_error has answered
         try:
@@ -1305,7 +1334,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def finish(self) -> None:
         """Let a client that was declined early read why: unread bytes would reset it."""
-        if self.body_left:
+        if self.replied and self.unread:
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_WR)
                 deadline = time.monotonic() + LINGER
@@ -1388,7 +1417,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if int(length) > BODY_MAX:
             raise Declined(413, f"the body is over {BODY_MAX} bytes")
         self.rfile.read(int(length))
-        self.body_left = False
+        self.unread = False
 
     def reply(self, answer: Answer) -> None:
         """Send an answer, all at once.  Raises OSError where the client is gone, or does not read."""
@@ -1400,6 +1429,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         log.debug("admin: %s: %d", printable(self.requestline, 200), status)
         self.connection.settimeout(ANSWER_TIME)
         self.connection.sendall(f"HTTP/1.1 {status.value} {status.phrase}\r\n{HEADERS}{head}\r\n".encode() + body)
+        self.replied = True
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Where the base class cannot parse a request."""
@@ -1420,7 +1450,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket = listener
         listener.setblocking(False)  # another process may listen on it, too, and be faster
         self.admin = admin
-        self.free = collections.deque(range(REQUESTS_MAX))  # numbers of threads that do not run
+        self.free = collections.deque(range(REQUESTS_MAX, 0, -1))  # numbers of threads that do not run
         self.live: dict[int, tuple[threading.Thread, socket.socket]] = {}
 
     def service_actions(self) -> None:
@@ -1447,8 +1477,8 @@ class Server(http.server.ThreadingHTTPServer):
         except IndexError:
             self.shutdown_request(request)
             return
-        thread = threading.Thread(target=self._serve, args=(number, request, client_address), name=f"admin-{number}",
-                                  daemon=True)
+        thread = threading.Thread(target=self._serve, args=(number, request, client_address), daemon=True,
+                                  name=f"admin-{number}")
         self.live[number] = thread, request
         try:
             thread.start()
@@ -1537,13 +1567,17 @@ class Admin:
         if listener is None:
             listener, self.identity = listen(settings.admin)
         name = listener.getsockname()
-        self.address: str | tuple[str, int] = name[:2] if isinstance(name, tuple) else settings.admin or name
+        self.address: str | tuple[str, int] = settings.admin if self.identity else \
+            name[:2] if isinstance(name, tuple) else os.fsdecode(name)
+        if isinstance(name, tuple) and not ipaddress.ip_address(name[0]).is_loopback:
+            raise OSError(f"{show_address(name)}: not a loopback address, but open to other hosts")
         self.hosts = LOCAL_HOSTS | ({"sniroute"} if isinstance(self.address, str)
                                     else {show_address(self.address).rpartition(":")[0]})
         self.collector = Collector(router)
         self.due = 0.0  # when to collect again
         self.metrics = Cached(lambda: expose(Facts(router, self.collector)))
-        self.status = Cached(lambda: render_json(status(Facts(router, self.collector)) | {"control": bool(self.token)}))
+        self.status = Cached(lambda: render_json(
+            {**status(Facts(router, self.collector)), "control": bool(self.token)}))
         self.pulse = Pulse(router.call)
         self.closing = threading.Lock()  # guards `closed`
         self.closed = False
