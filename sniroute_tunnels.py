@@ -25,7 +25,9 @@ FAILED is the state of a row that is out of `tunnels` already.
 Threads.  Everything that can block or that touches a process is done by one thread, `reaper`:
 PR_SET_PDEATHSIG follows the *thread* that forked, so the forking thread has to live as long as
 the process does.  Threads named `wait-<n>` sleep in `wait()`; the router's loop calls `lease`,
-`release`, `words` and `Child.alive`, which never block.
+`release`, `words` and `Child.alive`, which never block.  Who looks or steers from outside, an operator,
+calls `snapshot`, `failed` and `stop`, and may assign `idle`, `start_timeout`, `max_tunnels` and
+`max_starting`, from any thread.
 
 Shared processes.  Where a launcher `carries` several tunnels, its process is told on its stdin, a
 line each, what to open and close, and ends with its stdin:
@@ -647,7 +649,7 @@ class Tunnel:
         self.waiters = 0  # threads in wait(), under the lock
         self.since = now  # when this state began
         self.until = 0.0  # BACKOFF: when to start again
-        self.idle: float | None = None  # how long it may idle, where not the table's: who used it last said so
+        self.idle: float | None = None  # how long it may idle, where not the table's: whoever asked for it last
         self.crashes = 0  # deaths in a row, each within HEALTHY
         self.failures = 0  # starts in a row that failed
         self.doubts = 0  # restarts in a row for want of an answer
