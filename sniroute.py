@@ -163,6 +163,7 @@ STOP_TIME = 20.0  # what the end takes at most, once all has drained: TERM, KILL
 LISTEN_FDS_START = 3  # sd_listen_fds(3)
 SELF_TEST_TIME = 9.0  # for all of `selftest`: a case that hangs takes less than what is left
 HANDOVER_TIMEOUT = 5.0  # for each word of a predecessor or successor: both are on this host
+OFFER_AGAIN = 5.0  # between two tries to get a name that another process has
 HANDOVER_MAX = 128  # listening sockets in one message; the kernel lets 253 pass
 SPARE_FDS = 400  # descriptors for 101 tunnels (three each), the pipes, listeners and the log
 UNIX_PATH_MAX = 90  # sun_path of unix(7) has 108 bytes, or 104; some are for the name it has before it is ready
@@ -552,7 +553,6 @@ def check_proxy_tlvs(header: bytes, at: int) -> None:
             raise Malformed(f"a bad PROXY TLV {kind:#04x}", kind="proxy")
 
 
-@functools.cache
 def proxy_v1(source: tuple[str, int] | None, destination: tuple[str, int]) -> bytes:
     """A version 1 header, PROXY protocol 2.1; without a source, UNKNOWN."""
     if source is None:
@@ -584,6 +584,7 @@ def proxy_ends(*ends: tuple[str, int]) -> tuple[list[ipaddress.IPv4Address | ipa
 PROXY_WRITERS = {"as-received": None, "none": None, "v1": proxy_v1, "v2": proxy_v2}
 
 
+@functools.cache
 def crc32c_table() -> list[int]:
     """The 256 remainders of CRC-32C, made when the first checksum comes."""
     table = []
@@ -704,7 +705,7 @@ class Prelude:
         parse, signature = (parse_proxy_v1, PROXY_V1) if data[0] == PROXY_V1[0] else (parse_proxy_v2, PROXY_V2)
         if signature is PROXY_V1 and not data.startswith(signature[:len(data)]):
             self._stranger(data[0])
-        if self.policy == "refuse":
+        if self.policy not in ("allow", "require"):
             if len(data) < len(signature) and signature.startswith(data):
                 return None
             raise Malformed("a PROXY header that is not wanted from here", kind="proxy")
@@ -916,8 +917,12 @@ class Routes:
         return decision
 
     def succeed(self, former: Routes) -> None:
-        """Go on counting where other routes ended, pattern by pattern.  Before any name is decided."""
-        self.tallies |= {pattern: tally for pattern, tally in former.tallies.items() if pattern in self.tallies}
+        """Go on counting where other routes ended, pattern by pattern.  Before any name is decided.
+
+        A pattern that is gone is kept while it has connections: it may come back.
+        """
+        self.tallies |= {pattern: tally for pattern, tally in former.tallies.items()
+                         if pattern in self.tallies or tally.active}
 
 
 # -- targets -----------------------------------------------------------------------------------
@@ -1170,8 +1175,8 @@ def parse_admin(text: str) -> str | tuple[str, int]:
     """`unix:PATH`, which gives the path, or a loopback HOST:PORT.  Raises ValueError."""
     if text.startswith("unix:"):
         path = os.path.abspath(text[5:])
-        if not text[5:] or len(os.fsencode(path)) > UNIX_PATH_MAX:
-            raise ValueError(f"{text!r} is not unix:PATH with at most {UNIX_PATH_MAX} bytes")
+        if not re.fullmatch(r"[!-~]+", text[5:]) or len(path) > UNIX_PATH_MAX:
+            raise ValueError(f"{text!r} is not unix:PATH with at most {UNIX_PATH_MAX} characters, without spaces")
         return path
     host, port = parse_host_port(text)
     try:
@@ -1312,13 +1317,18 @@ def read_routes(table: Any, wrong: list[str]) -> list[Route]:
     return routes
 
 
-def read_settings(path: str, wrong: list[str]) -> dict[str, Any]:
-    """What a file says, parsed, by attribute.  What is wrong with it is added to `wrong`, a line each."""
+def read_settings(path: str, wrong: list[str], again: bool) -> dict[str, Any]:
+    """What a file says, parsed, by attribute.  What is wrong with it is added to `wrong`, a line each.
+
+    Read `again`, it has to be a file: a pipe, as `-c <(...)` gives, would be empty, or be waited for.
+    """
     import tomllib  # a megabyte, for those who have a file
     faults: list[str] = []
     values: dict[str, Any] = {}
     table: dict[str, Any] = {}
     try:
+        if again and not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("is no regular file, and cannot be read again")
         with open(path, "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             if stat.S_ISREG(mode) and mode & stat.S_IWOTH:
@@ -1389,7 +1399,7 @@ def load_settings(argv: Sequence[str], environ: dict[str, str],
     settings = types.SimpleNamespace(command=given.command, name=given.name, kept=[])
     wrong: list[str] = []
     path = given.config or environ.get("SNIROUTE_CONFIG")
-    file = read_settings(path, wrong) if path else {}
+    file = read_settings(path, wrong, running is not None) if path else {}
     for row in SETTINGS:
         attribute = row.attribute
         text, source = getattr(given, attribute), f"--{row.name}"
@@ -1422,6 +1432,8 @@ def load_settings(argv: Sequence[str], environ: dict[str, str],
     settings.admin_token = environ.get(ADMIN_TOKEN)
     if settings.admin_token and not re.fullmatch(r"[!-~]{16,}", settings.admin_token):
         wrong.append(f"{ADMIN_TOKEN}: has to be 16 printable characters or more, without spaces")
+    if running is not None and settings.open_to_all and not running.open_to_all:
+        wrong.append("there are no routes any more: every name would be served")  # a file that is being written
     if wrong:
         raise SettingsError(*wrong)
     derive_settings(settings, environ)
@@ -2066,7 +2078,7 @@ class Connection:
 
     __slots__ = ("router", "client", "address", "peer", "state", "began", "prelude", "name", "decision", "backend",
                  "greeting", "hello", "replayable", "retried", "tried", "parks", "wait", "up", "down", "deadline",
-                 "refusal", "reason", "failure", "carried", "quiet_since", "dialled", "header")
+                 "refusal", "reason", "failure", "carried", "quiet_since", "dialled", "header", "admitted")
 
     def __init__(self, router: Router, client: socket.SocketType, address: tuple[str, int], peer: Peer):
         self.router = router
@@ -2082,6 +2094,7 @@ class Connection:
         self.header: ProxyHeader | None = None  # a believed one
         self.greeting = b""  # what the backend is told first: PROXY header, SSLRequest
         self.dialled = 0.0  # when it last was
+        self.admitted = False  # it counts among its route's
         self.hello: bytes | None = None  # the ClientHello and what followed, until either side says more
         self.replayable = False  # `hello` is all the client has said: it can be sent again
         self.retried = False
@@ -2169,9 +2182,10 @@ class Connection:
                 self._adopt()
             self.replayable = hello.end == len(self.hello)
             self.decision = decision = router.decide(hello.name)
-            decision.tally.active += 1
             if not decision.plain:
                 self._admit(decision)
+            self.admitted = True
+            decision.tally.active += 1
         except Refused as error:
             self.refuse(error)
             return
@@ -2202,7 +2216,7 @@ class Connection:
             address = getattr(address, "ipv4_mapped", None) or address
             if not any(address in network for network in route.allow):
                 raise Refused("not_allowed", f"{route.pattern} does not allow {address}", ACCESS_DENIED)
-        if route.max_connections is not None and decision.tally.active > route.max_connections:
+        if route.max_connections is not None and decision.tally.active >= route.max_connections:
             raise Refused("route_limit", f"{route.pattern} has {route.max_connections} connections", INTERNAL_ERROR)
         if route.send_proxy == "as-received":
             return
@@ -2697,7 +2711,7 @@ class Router(socketserver.ThreadingTCPServer):
             os.set_blocking(end, False)
         self.poller.watch(self.wake_reader, READ, self._woken)
         self.listeners: list[socket.socket] = []
-        self.inherited = {listener.getsockname()[:2]: listener for listener in inherited}
+        self.inherited = list(inherited)
         self.addresses = [(listener.family, listener.getsockname()) for listener in inherited] if activated else [
             found for host, port in settings.listen for found in listen_addresses(host, port)]
         self.own_names = {host.lower() for host, _ in settings.listen} | {os.uname().nodename.lower()}
@@ -2709,7 +2723,9 @@ class Router(socketserver.ThreadingTCPServer):
     def server_bind(self) -> None:
         """Bind every address.  Options set here are inherited by what is accepted."""
         for family, address in self.addresses:
-            inherited = self.inherited.pop(address[:2], None)
+            inherited = next((each for each in self.inherited if each.getsockname() == address), None)
+            if inherited is not None:
+                self.inherited.remove(inherited)
             listener = (Listener6 if family == socket.AF_INET6 else Listener)(inherited and inherited.detach())
             self.listeners.append(listener)
             try:
@@ -2740,7 +2756,7 @@ class Router(socketserver.ThreadingTCPServer):
 
     def server_close(self) -> None:
         """Close what is left.  After the loop has ended, or instead of it."""
-        for listener in [self.socket, *self.listeners, *self.inherited.values()]:
+        for listener in [self.socket, *self.listeners, *self.inherited]:
             listener.close()
         for pipe in [*self.pipes, *([self.pipe] if self.pipe else [])]:
             os.close(pipe[0])
@@ -2840,9 +2856,11 @@ class Router(socketserver.ThreadingTCPServer):
             self.resume_at = 0.0  # there may be room now
         if (former.proxy_from, former.proxy_protocol) != (settings.proxy_from, settings.proxy_protocol):
             self.peers = {}
-            for connection in self.connections:
+            for connection in list(self.connections):
                 connection.peer = self.peer_of(connection.address[0])
                 connection.peer.count += 1
+                if connection.state is PRELUDE and connection.peer.policy == "close":
+                    connection.refuse(Refused("proxy", REFUSALS["proxy"].meaning))
         self.next_check = 0.0
 
     def _sweep_interval(self) -> float:
@@ -3110,7 +3128,7 @@ class Router(socketserver.ThreadingTCPServer):
         decision = connection.decision
         if decision is not None:
             tally = decision.tally
-            tally.active -= 1
+            tally.active -= connection.admitted
             tally.total += 1
             tally.up += up
             tally.down += down
@@ -3151,11 +3169,11 @@ class Router(socketserver.ThreadingTCPServer):
     def _drain(self, seconds: float) -> None:
         if self.phase is not RUNNING:
             return
-        self.phase = DRAINING
         for listener in self.listeners:
             if not self.paused:
                 self.poller.forget(listener.fileno())  # not `closing`: another process may hold it, and epoll goes on
             listener.close()
+        self.phase = DRAINING  # not before: Daemon reads it
         self.resume_at = float("inf")
         self.paused = False
         log.info("draining: %d connections have %g s to end", len(self.connections), seconds)
@@ -3242,8 +3260,8 @@ def listen_addresses(host: str, port: int) -> list[tuple[int, tuple]]:
         return [(socket.AF_INET6, ("::", port))] if socket.has_dualstack_ipv6() else [(socket.AF_INET, ("0.0.0.0", port))]
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise SettingsError(f"--listen {host}:{port}: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(f"--listen {host}:{port}: {getattr(error, 'strerror', error)}") from None
     return [(family, address) for family, _, _, _, address in found]
 
 
@@ -3707,7 +3725,7 @@ class Handover:
     def __init__(self) -> None:
         self.names: list[socket.socket] = []
         self.predecessors: list[socket.socket] = []
-        self.successors: list[socket.socket] = []
+        self.successor: socket.socket | None = None  # one at a time: others wait in the backlog of the names
 
     @staticmethod
     def name(address: tuple) -> str:
@@ -3725,28 +3743,46 @@ class Handover:
         wanted = {address for address in addresses if address[1]}
         taken: dict[tuple, socket.socket] = {}
         for address in wanted if sys.platform == "linux" else ():
-            if address in taken:
-                continue
+            if address not in taken:
+                try:
+                    self._take(address, wanted, taken)
+                except OSError as error:
+                    log.warning("%s is not handed over: %s", show_address(address), error)
+        return list(taken.values())
+
+    def _take(self, address: tuple[str, int], wanted: set[tuple[str, int]], taken: dict[tuple, socket.socket]) -> None:
+        """Ask who has one address, and add what of all that it has is wanted.  Raises OSError."""
+        deadline = monotonic() + HANDOVER_TIMEOUT
+        rival = False  # another successor came first: it will have the name in a moment
+        while True:
             channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             channel.settimeout(HANDOVER_TIMEOUT)
             try:
                 channel.connect(self.name(address))
                 if not self.is_ours(channel):
                     raise PermissionError(errno.EPERM, "another user has its name")
-                _, fds, _, _ = socket.recv_fds(channel, 16, HANDOVER_MAX)
-            except OSError as error:
+                word, fds, _, _ = socket.recv_fds(channel, 16, HANDOVER_MAX)
+                if word:
+                    break
+                rival = True
+            except (ConnectionRefusedError, ConnectionResetError) as error:
+                rival = rival or isinstance(error, ConnectionResetError)
+            except OSError:
                 channel.close()
-                if not isinstance(error, ConnectionRefusedError):  # that is nobody
-                    log.warning("%s is not handed over: %s", show_address(address), error)
-                continue
-            self.predecessors.append(channel)
-            for fd in fds:
-                listener = socket.socket(fileno=fd)
-                if listener.getsockname()[:2] in wanted.difference(taken):
-                    taken[listener.getsockname()[:2]] = listener
-                else:
-                    listener.close()
-        return list(taken.values())
+                raise
+            channel.close()
+            if not rival:
+                return  # nobody has it
+            if monotonic() > deadline:
+                raise TimeoutError(errno.ETIMEDOUT, "another successor came first, and did not get ready")
+            time.sleep(ACCEPT_PAUSE)
+        self.predecessors.append(channel)
+        for fd in fds:
+            listener = socket.socket(fileno=fd)
+            if listener.getsockname()[:2] in wanted.difference(taken):
+                taken[listener.getsockname()[:2]] = listener
+            else:
+                listener.close()
 
     def dismiss(self) -> bool:
         """Have the predecessors drain, now that we accept.  Whether there were any."""
@@ -3757,37 +3793,45 @@ class Handover:
         count, self.predecessors = len(self.predecessors), []
         return count > 0
 
-    def offer(self, addresses: Iterable[tuple]) -> None:
-        """Be found by a successor under each of these addresses."""
+    def offer(self, addresses: Iterable[tuple]) -> list[tuple]:
+        """Be found by a successor under each of these addresses.  Returns those whose name somebody else has."""
+        others = []
         for address in addresses if sys.platform == "linux" else ():
             name = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 name.bind(self.name(address))
                 name.listen()
                 name.setblocking(False)
-            except OSError as error:
+                self.names.append(name)
+            except OSError:
                 name.close()
-                log.info("no successor will be able to take %s over: %s", show_address(address), error.strerror)
-                continue
-            self.names.append(name)
+                others.append(address)
+        return others
 
-    def give(self, name: socket.socket, listeners: Iterable[socket.socket]) -> socket.socket | None:
-        """Pass the sockets on to who has connected to a name.  None where that is not a successor."""
+    def accept(self, name: socket.socket) -> socket.socket | None:
+        """Who has connected to a name, where that is a process of this user."""
         try:
             channel, _ = name.accept()
-        except OSError:
+        except OSError as error:
+            if error.errno in CAPACITY_ERRNOS:
+                time.sleep(ACCEPT_PAUSE)  # it is still there: do not spin
             return None
         channel.settimeout(HANDOVER_TIMEOUT)
+        if self.is_ours(channel):
+            return channel
+        channel.close()
+        return None
+
+    def give(self, channel: socket.socket, listeners: Iterable[socket.socket]) -> bool:
+        """Pass the sockets on to a successor, whose word is then waited for.  Whether that went well."""
         try:
-            if not self.is_ours(channel):
-                raise PermissionError
             fds = [listener.fileno() for listener in listeners]
             socket.send_fds(channel, [b"sockets"], fds) if fds else channel.send(b"none")
         except OSError:
             channel.close()
-            return None
-        self.successors.append(channel)
-        return channel
+            return False
+        self.successor = channel
+        return True
 
     def withdraw(self) -> None:
         """Let go of the names."""
@@ -3798,8 +3842,9 @@ class Handover:
     def close(self) -> None:
         """Let go of everything."""
         self.withdraw()
-        for channel in self.predecessors + self.successors:
-            channel.close()
+        for channel in (*self.predecessors, self.successor):
+            if channel is not None:
+                channel.close()
 
 
 class Daemon:
@@ -3814,7 +3859,9 @@ class Daemon:
         self.supervisor = Supervisor(dict(os.environ))
         self.handover = Handover()
         self.admin: Any = None
-        self.stopping = False
+        self.stopping = False  # it drains, or more
+        self.asked = False  # by a signal; by a second one, it ends now
+        self.unnamed: list[tuple] = []  # addresses whose name another process has: see Handover
         self.failed = False
         self.reloading = threading.Lock()  # one at a time: the admin's threads reload, too
         self.selector = selectors.DefaultSelector()
@@ -3838,8 +3885,11 @@ class Daemon:
                     log.error("%s", line)
                 return 1
             while self.thread.is_alive():
-                for key, _ in self.selector.select():
-                    key.data(key.fileobj)
+                for key, _ in self.selector.select(OFFER_AGAIN if self.unnamed else None):
+                    if self.selector.get_map().get(key.fd) is key:  # else an event before it has unregistered it
+                        key.data(key.fileobj)
+                if self.unnamed and self.handover.successor is None:
+                    self._offer()
             return 1 if self.failed else 0
         finally:
             self._close()
@@ -3857,6 +3907,12 @@ class Daemon:
         if self.supervisor.socket is not None:
             router.beat = functools.partial(self.supervisor.beat, router)
             router.next_beat = router.next_check = 0.0
+        with_admin = settings.admin is not None or bool(sockets["admin"])
+        if with_admin:
+            try:
+                import sniroute_admin  # noqa: F401 - what is wrong with the file shows before anybody is dismissed
+            except Exception as error:
+                raise SettingsError(f"--admin: sniroute_admin.py: {error}") from None
         self.tunnels.start()
         warn(settings)
         sys.setswitchinterval(SWITCH_INTERVAL)
@@ -3869,21 +3925,26 @@ class Daemon:
         succeeded = self.handover.dismiss()
         if succeeded:
             log.info("another sniroute listened there: it drains, and ends")
-        if not activated:
-            self.handover.offer(router.listening)
-        for name in self.handover.names:
-            self.selector.register(name, selectors.EVENT_READ, self._on_successor)
-        if settings.admin is not None or sockets["admin"]:
-            try:
-                import sniroute_admin
-                self.admin = sniroute_admin.attach(router, settings, *sockets["admin"][:1])
-                log.info("admin on %s", self.admin.address if isinstance(self.admin.address, str)
-                         else show_address(self.admin.address))
-            except (OSError, ImportError) as error:
-                if not succeeded:  # else there is nobody to go back to
-                    raise SettingsError(f"--admin: {error}") from None
-                log.error("--admin: %s", error)
+        self.unnamed = [] if activated else router.listening
+        self._offer()
+        if self.unnamed:
+            log.warning("no successor can take over for now: another process has the name for %s",
+                        ", ".join(map(show_address, self.unnamed)))
+        if with_admin:
+            self._attach(sockets["admin"][:1], alone=not succeeded)
         self.supervisor.ready(router)
+
+    def _attach(self, listener: Sequence[socket.socket], alone: bool) -> None:
+        """Open the admin's address.  Raises SettingsError, but for a successor: there is nobody to go back to."""
+        import sniroute_admin
+        try:
+            self.admin = sniroute_admin.attach(self.router, self.settings, *listener)
+            log.info("admin on %s", self.admin.address if isinstance(self.admin.address, str)
+                     else show_address(self.admin.address))
+        except Exception as error:
+            if alone:
+                raise SettingsError(f"--admin: {error}") from None
+            log.error("--admin: %s", error)
 
     def _loop(self) -> None:
         """The thread `loop`: run it, then stop the tunnels, and tell the main thread."""
@@ -3898,51 +3959,71 @@ class Daemon:
                 os.write(self.writer, b"\0")
 
     def _on_signals(self, reader: int) -> None:
-        for number in os.read(reader, 64):
+        numbers = os.read(reader, 64)
+        for number in numbers:
             if number in (signal.SIGTERM, signal.SIGINT):
                 self.stop()
             elif number == signal.SIGUSR1:
                 self.router.call(self.router.dump)
-            elif number == signal.SIGHUP:
-                self.reload()
-            elif number == 0:  # from `_loop`: all that is left of that thread is its end
-                self.thread.join()
+        if signal.SIGHUP in numbers:  # last, and once: it may take a while
+            self.reload()
+        if 0 in numbers:  # from `_loop`: all that is left of that thread is its end
+            self.thread.join()
 
     def stop(self) -> None:
         """Drain; asked a second time, end now."""
-        if self.stopping:
+        if self.asked:
             self.router.shutdown()
             self.tunnels.close(now=True)
             return
+        self.asked = True
+        if not self.stopping:
+            self._drain()
+
+    def _drain(self) -> None:
         self.stopping = True
         self.supervisor.tell("STOPPING=1")
+        self.tunnels.retiring = True  # what nobody uses gives its port to a successor
+        self.tunnels.wake()
         self.router.drain(self.settings.drain)
+
+    def _offer(self) -> None:
+        """Take the names that are free by now, and hear who comes."""
+        known = len(self.handover.names)
+        self.unnamed = self.handover.offer(self.unnamed)
+        for name in self.handover.names[known:]:
+            self.selector.register(name, selectors.EVENT_READ, self._on_successor)
 
     def _on_successor(self, name: socket.socket) -> None:
         """A process like this one has come for the sockets."""
-        if self.stopping:  # there are none: it can listen itself, once ours are closed
+        channel = self.handover.accept(name)
+        if channel is None:
+            return
+        if self.stopping and self.router.phase is RUNNING:  # it can listen itself, once the loop has closed them
             closed = threading.Event()
             self.router.call(closed.set)
             closed.wait(HANDOVER_TIMEOUT)
-        channel = self.handover.give(name, () if self.stopping else self.router.listeners)
-        if channel is not None:
+        if self.handover.give(channel, () if self.stopping else self.router.listeners):
+            for each in self.handover.names:
+                self.selector.unregister(each)
             self.selector.register(channel, selectors.EVENT_READ, self._on_word)
 
     def _on_word(self, channel: socket.socket) -> None:
         """The successor accepts, or is gone."""
         self.selector.unregister(channel)
-        self.handover.successors.remove(channel)
+        self.handover.successor = None
         with channel, contextlib.suppress(OSError):
             if channel.recv(16) != b"drain":
+                for name in self.handover.names:
+                    self.selector.register(name, selectors.EVENT_READ, self._on_successor)
                 return
-            for name in self.handover.names:
-                self.selector.unregister(name)
+            self.unnamed = []
             self.handover.withdraw()
             if self.admin is not None:
                 self.admin.close()
             if not self.stopping:
                 log.info("another sniroute listens here now")
-                self.stop()
+                self._drain()
 
     def reload(self) -> list[str]:
         """Read the settings again, and go on with them; what is wrong with them, a line each.  Any thread."""
@@ -4017,6 +4098,10 @@ def warn(settings: types.SimpleNamespace) -> None:
         if tunnels and settings.routes.identified and not route.is_of_one_domain():
             log.warning("%s: a client may own the domain this leads to, so the Access token is not shown there: "
                         "route your own domain, as **.example.com", route)
+    if settings.proxy_protocol != "off" and settings.proxy_from == parse_networks(LOCAL_NETWORKS) \
+            and any(route.allow is not None for route in settings.routes.routes):
+        log.warning("routes with `allow`: whoever is in --proxy-from, by default loopback and the private networks, can "
+                    "claim any address in a PROXY header: name your balancers there, or none")
     if settings.max_connections > settings.fit:
         log.warning("--max-connections %d is more than the limit of open files allows (%d): raise LimitNOFILE",
                     settings.max_connections, settings.fit)

@@ -19,8 +19,9 @@ Threads.  `admin` accepts, and is the only one that writes to the Collector.  `a
 request, and takes its deadline with it: 5 s for all of the request, 5 s for all of the answer.  None of
 them touches a client's socket, or shares a lock with the loop: what the loop writes is copied in one
 step of the interpreter (see `copied`), and what it should do is handed to it by `Router.call`.  The
-table of tunnels has a lock, which the loop never takes.  The two locks of this file (in Cached, in
-Pulse) are held by these threads alone, never both by one.
+table of tunnels has a lock, which the loop never takes.  This file's own (in Cached, Pulse and Admin) are
+no other thread's business; Cached's is held while the table is looked at, and nobody takes the two the
+other way round.
 
 What is bounded.  Requests, their sizes and times; rings; names (TopNames); rows of /status; and by
 the cache the work: whoever asks more often than twice a second gets what the last one got.  No JSON is
@@ -272,7 +273,7 @@ class Collector:
                 if ending.name is not None:
                     self.names.add(ending.name)
         starts = copied(self.router.tunnels.started)
-        for start in reversed(list(itertools.takewhile(lambda one: one is not self.last_start, reversed(starts)))):
+        for start in reversed(list(itertools.takewhile(lambda seen: seen is not self.last_start, reversed(starts)))):
             self._observe("start", start)
             self.last_start = start
         succeeded, when = self.router.last_reload
@@ -697,7 +698,8 @@ dialog .buttons { display: flex; flex-direction: row-reverse; justify-content: f
 @media (max-width: 620px) { header { position: static; padding: 10px 14px; }
   main { padding: 12px 12px 32px; gap: 12px; }
   .column { gap: 12px; } .card { padding: 10px 14px; } .tiles { gap: 8px; grid-template-columns: repeat(2, 1fr); }
-  .about { flex-basis: 100%; } #filter { flex: 1; } .head form { margin-left: 0; width: 100%; } .head form input { flex: 1; }
+  .about { flex-basis: 100%; } #filter { flex: 1; }
+  .head form { margin-left: 0; width: 100%; } .head form input { flex: 1; }
   .scroll { max-height: 70vh; margin: 0 -14px -10px; } thead { display: none; } table, tbody { display: block; }
   tr { display: flex; flex-wrap: wrap; gap: 2px 14px; padding: 8px 14px; border-top: 1px solid var(--line); }
   td, td:first-child, td:last-child { display: block; width: auto; padding: 0; border: 0; text-align: left;
@@ -1510,7 +1512,7 @@ class Server(http.server.ThreadingHTTPServer):
     def hang_up(self) -> None:
         """End what is under way, and wait for its threads, for a while."""
         deadline = time.monotonic() + CLOSE_TIME
-        for thread, request in copied(self.live, dict).values():
+        for _, request in copied(self.live, dict).values():
             with contextlib.suppress(OSError):
                 request.shutdown(socket.SHUT_RDWR)
         for thread, _ in copied(self.live, dict).values():
@@ -1524,7 +1526,7 @@ def listen(where: str | tuple[str, int]) -> tuple[socket.socket, tuple[int, int]
         return listen_unix(where) if isinstance(where, str) else (listen_tcp(*where), None)
     except OSError as error:
         shown = where if isinstance(where, str) else show_address(where)
-        raise OSError(f"{shown}: {error.strerror or error}") from None
+        raise OSError(f"{shown}: {os.strerror(error.errno) if error.errno else error}") from None
 
 
 def listen_tcp(host: str, port: int) -> socket.socket:
@@ -1601,12 +1603,12 @@ class Admin:
             self.closed = True
         self.server.shutdown()
         self.thread.join()
-        self.server.server_close()
         if self.identity is not None:
             with contextlib.suppress(OSError):
-                state = os.stat(self.address)
+                state = os.stat(self.address)  # before the socket is closed: until then nothing else has its number
                 if (state.st_dev, state.st_ino) == self.identity:  # else a successor's
                     os.unlink(self.address)
+        self.server.server_close()
         self.server.hang_up()
         if self.router.endings is self.collector.endings:
             self.router.endings = None
@@ -1615,7 +1617,7 @@ class Admin:
 def attach(router: Any, settings: Any, listener: socket.socket | None = None) -> Admin:
     """Serve the admin's requests at `settings.admin`, or on `listener`, until Admin.close().
 
-    `settings.admin` is a loopback (host, port), or the path of a unix socket.  Raises OSError with a
-    sentence for people where that cannot be listened on.
+    `settings.admin` is a loopback (host, port), or the path of a unix socket.  The listener is closed with the
+    Admin.  Raises OSError with a sentence for people where nothing can be listened on.
     """
     return Admin(router, settings, listener)

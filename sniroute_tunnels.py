@@ -98,7 +98,7 @@ STOP_GRACE = 2.0  # between TERM and KILL: cloudflared ends 3 ms after TERM
 SELECT_LAST = 3600.0  # one wait of the reaper: epoll takes no more than 24 days
 KILL_GRACE = 5.0  # a killed child that is not gone by then hangs in the kernel: we stop waiting
 QUARANTINE = 2.0  # a used port rests: a late client of the old tunnel must not meet the new one
-TAKEN_REST = 30.0  # a port that somebody else holds is not tried again at once
+TAKEN_REST = 3.0  # a port that somebody else holds is not tried again at once; a predecessor lets go of its own soon
 PORT_TRIES = 5  # starts on another port after "address already in use"
 FAILURE_FIRST, FAILURE_LAST = 5.0, 300.0  # how long a failed start is refused from memory
 FAILURES_KEPT = 1024  # remembered failures, oldest out: names come from strangers
@@ -682,6 +682,7 @@ class TunnelTable:
         self.tunnels: dict[str, Tunnel] = {}
         self.failures: collections.OrderedDict[str, Failure] = collections.OrderedDict()
         self.budget = StartBudget(clock)
+        self.retiring = False  # we drain: what nobody uses is stopped; written by the main thread
         self.closing = ""  # "" -> "drain" (TERM first) -> "now" (KILL)
         # What follows belongs to the reaper; `words` looks whether a child is among `children`.
         self.pool = PortPool(*ports, clock=clock)
@@ -728,9 +729,11 @@ class TunnelTable:
 
     def release(self, tunnel: Tunnel, idle: float | None = None) -> None:
         """Give a lease back.  `idle`: how long it may be unused from now on; None: as long as any."""
-        tunnel.idle = idle
         tunnel.last_used = self.clock()
         tunnel.leases -= 1
+        if idle != tunnel.idle:
+            tunnel.idle = idle
+            self.wake()  # it may be due sooner than the reaper thinks
 
     def wake(self) -> None:
         """Make the reaper look at the table now.  Any thread."""
@@ -867,7 +870,7 @@ class TunnelTable:
     def stop(self, key: str) -> bool:
         """Stop a tunnel, its connections included, and forget that it failed: an operator wants it.
 
-        The next client starts it again.  Returns whether there was anything to stop or forget.
+        The next client starts it again, or one that waits for it now.  Returns whether there was anything to stop or forget.
         """
         with self.changed:
             failure, tunnel = self.failures.pop(key, None), self.tunnels.get(key)
@@ -999,6 +1002,8 @@ class TunnelTable:
 
     def _may_idle(self, tunnel: Tunnel) -> float:
         """Seconds that a tunnel may be unused."""
+        if self.retiring:
+            return 0.0
         return self.idle if tunnel.idle is None else tunnel.idle
 
     def _retire(self, tunnel: Tunnel, why: str, counter: str) -> bool:
@@ -1118,6 +1123,8 @@ class TunnelTable:
         if found != "own" or not child.alive():
             return
         with self.changed:
+            if tunnel.state is not STARTING:
+                return  # an operator stops it
             self.failures.pop(tunnel.key, None)
             child.ready = tunnel.last_used = self.clock()
             tunnel.tries = tunnel.failures = 0
@@ -1298,7 +1305,8 @@ class TunnelTable:
 
     def _remove(self, tunnel: Tunnel) -> None:
         """Take a row out; whoever still waits on it reads FAILED.  Under the lock."""
-        self.tunnels.pop(tunnel.key, None)
+        if self.tunnels.get(tunnel.key) is tunnel:  # an operator may have removed it, and a client have come since
+            del self.tunnels[tunnel.key]
         if not tunnel.reason.text:
             tunnel.reason = Reason(text=f"{tunnel.key} was stopped")
         self._enter(tunnel, FAILED)

@@ -4921,6 +4921,17 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path):
             load_settings(["-c", path], {})
 
 
+def test_a_reload_reads_a_file_again_and_nothing_else(settings_file, tmp_path):
+    running = load_settings(["-c", settings_file(ROUTES_FILE)], {})
+    settings_file("")  # somebody is writing it
+    with pytest.raises(SettingsError, match="there are no routes any more: every name would be served"):
+        running.again(running)
+    os.unlink(running.config)
+    os.mkfifo(running.config)
+    with pytest.raises(SettingsError, match="is no regular file, and cannot be read again"):
+        running.again(running)
+
+
 def test_every_beginning_of_a_file_is_settings_or_a_complaint(settings_file):
     whole = 'max_tunnels = 5\nlisten = [":1", "[::1]:2"]\n' + ROUTES_FILE
     good = 0
@@ -4937,7 +4948,7 @@ def test_every_beginning_of_a_file_is_settings_or_a_complaint(settings_file):
 @pytest.mark.parametrize("text, good", [
     ("unix:/run/sniroute/admin.sock", "/run/sniroute/admin.sock"), ("127.0.0.1:1", ("127.0.0.1", 1)),
     ("[::1]:0", ("::1", 0)), ("localhost:1", ("localhost", 1)), ("192.0.2.1:1", None), (":1", None), ("unix:", None),
-    ("unix:/" + "x" * 90, None), ("example.com:1", None), ("0.0.0.0:1", None),
+    ("unix:/" + "x" * 90, None), ("unix:/a\0b", None), ("unix:/a b", None), ("example.com:1", None), ("0.0.0.0:1", None),
 ])
 def test_an_admin_address_is_loopback_or_a_path(text, good):
     if good is None:
@@ -5055,6 +5066,21 @@ def test_a_route_has_as_many_connections_as_it_may_have(run_file, echo_server):
     assert tally.up == tally.down == 3 * len(HELLO)
 
 
+def test_who_is_not_allowed_takes_no_place_on_the_route(run_file, echo_server):
+    running = run_file(echo_server.address, 'allow = ["192.0.2.1"]', "max_connections = 1")
+    tally = running.router.routes.tallies["db.example.com"]
+    with running.connect(HELLO) as stranger:  # it does not close: its connection lingers
+        wait_until(lambda: running.counter("accepted") == 1 and any(
+            c.state == "lingering" for c in list(running.router.connections)))
+        assert tally.active == 0
+        with running.connect(ROUTED_HEADER + HELLO) as client:
+            assert read_exactly(client, len(ROUTED_HEADER + HELLO)) == ROUTED_HEADER + HELLO
+            assert tally.active == 1
+        assert read_all(stranger) == alert(49)
+    running.ending(2)
+    assert (tally.active, tally.total, tally.refused) == (0, 2, 1)
+
+
 def test_a_route_has_an_idle_time_of_its_own(run_file, echo_server):
     running = run_file(echo_server.address, 'connection_idle = "400ms"', "[routes.\"x.example.com\"]",
                        f'target = "tcp:{HOST}:{echo_server.address[1]}"')
@@ -5144,6 +5170,28 @@ def test_other_settings_apply_from_the_next_connection_on(run, echo_server):
         assert counts["192.0.2.1"] == 1, "who is connected counts on"
     wait_until(lambda: not running.router.connections)
     assert all(peer.count == 0 for peer in running.router.peers.values()) and tally.active == 0
+
+
+def test_who_is_silent_meets_the_new_rules_for_proxy_headers(run, echo_server, monkeypatch):
+    running = run(route(echo_server.address), "--proxy-from=192.0.2.0/24")
+    with running.connect() as silent:
+        wait_until(lambda: running.counter("accepted") == 1)
+        adopted(running, route(echo_server.address), "--proxy-protocol=required", "--proxy-from=192.0.2.0/24")
+        assert read_all(silent) == b"" and running.ending().reason == "proxy"
+
+
+def test_a_route_that_comes_back_has_its_connections_still(run, echo_server):
+    running = run(route(echo_server.address))
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        tally = running.router.routes.tallies["db.example.com"]
+        adopted(running, "--route=x.example.com=tcp:127.0.0.1:1")
+        adopted(running, route(echo_server.address))
+        assert running.router.routes.tallies["db.example.com"] is tally and tally.active == 1
+        adopted(running, "--route=x.example.com=tcp:127.0.0.1:1")
+    wait_until(lambda: not running.router.connections)
+    adopted(running, "--route=x.example.com=tcp:127.0.0.1:1")
+    assert set(running.router.routes.tallies) == {"x.example.com"}
 
 
 def test_more_connections_are_taken_at_once_when_more_may_be(run, echo_server):
@@ -5249,33 +5297,86 @@ def test_a_successor_may_come_while_the_first_drains(launch, free_ports, echo_se
 
 
 @linux
-def test_sockets_are_neither_given_to_nor_taken_from_another_user(monkeypatch, free_ports):
+@pytest.mark.parametrize("giver_sees, taker_sees, taken", [(0, 0, True), (1, 0, False), (0, 1, False)])
+def test_sockets_are_neither_given_to_nor_taken_from_another_user(giver_sees, taker_sees, taken, monkeypatch, free_ports):
     address = HOST, free_ports(1)[0]
+    found: list[socket.socket] = []
     with contextlib.closing(sniroute.Handover()) as giver, contextlib.closing(sniroute.Handover()) as taker, \
             socket.create_server(address) as listener:
-        giver.offer([address])
-        results = []
-        for users in ([os.geteuid() + 1], [os.geteuid(), os.geteuid() + 1], [os.geteuid()]):
-            answers = iter(users + users[-1:])
-            monkeypatch.setattr(os, "geteuid", lambda: next(answers))
-            thread = threading.Thread(target=lambda: results.append(taker.take([address])))
-            thread.start()
-            wait_until(lambda: select_readable(giver.names[0]))
-            channel = giver.give(giver.names[0], [listener])
-            thread.join()
-            results.append(channel is not None)
-            monkeypatch.undo()
-        for sock in [sock for found in results if isinstance(found, list) for sock in found]:
+        assert giver.offer([address]) == [] and taker.offer([address]) == [address], "the name has one owner"
+        monkeypatch.setattr(giver, "is_ours", lambda peer: not giver_sees)
+        monkeypatch.setattr(taker, "is_ours", lambda peer: not taker_sees)
+        monkeypatch.setattr(sniroute, "HANDOVER_TIMEOUT", 0.3)
+        thread = threading.Thread(target=lambda: found.extend(taker.take([address])))
+        thread.start()
+        while thread.is_alive():
+            channel = giver.accept(giver.names[0])
+            if channel is not None:
+                assert giver.give(channel, [listener])
+            time.sleep(0.001)
+        thread.join()
+        assert [sock.getsockname() for sock in found] == [address] * taken
+        for sock in found:
             sock.close()
-    given, taken = results[-1], results[-2]
-    assert given and len(taken) == 1 or taken and len(given) == 1
-    assert [found for found in results[:4] if found and isinstance(found, list)] == []
 
 
-def select_readable(sock: socket.socket) -> bool:
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
-        return bool(selector.select(0))
+@linux
+def test_it_is_told_whose_process_the_other_is(monkeypatch):
+    one, other = socket.socketpair()
+    with one, other:
+        assert sniroute.Handover.is_ours(one)
+        monkeypatch.setattr(os, "geteuid", lambda: 4321)
+        assert not sniroute.Handover.is_ours(one)
+
+
+@linux
+def test_of_two_successors_at_once_the_second_follows_the_first(launch, free_ports, single_loop_echo):
+    port = free_ports(1)[0]
+    options = f"--listen={HOST}:{port}", route(single_loop_echo)
+    first = launch(*options)
+    with Customers((HOST, port)) as customers:
+        both = [launch(*options, listeners=0) for _ in range(2)]
+        for program in both:
+            program.wait_for(" info another sniroute listened there: it drains, and ends\n")
+        wait_until(lambda: any(program.process.poll() == 0 for program in both), what="the end of the one between")
+        goal = customers.served + 20
+        wait_until(lambda: customers.served >= goal or customers.failures)
+    assert first.wait() == 0 and customers.failures == []
+    assert sum(program.process.poll() is None for program in both) == 1
+
+
+@linux
+def test_a_name_that_another_process_has_is_taken_later(launch, free_ports, echo_server, monkeypatch):
+    address = HOST, free_ports(1)[0]
+    with socket.socket(socket.AF_UNIX) as squatter:
+        squatter.bind(sniroute.Handover.name(address))
+        squatter.listen()
+        with contextlib.closing(sniroute.Handover()) as taker:
+            monkeypatch.setattr(sniroute, "HANDOVER_TIMEOUT", 0.1)
+            assert taker.take([address]) == [], "it says nothing: that is no predecessor"
+    with contextlib.closing(sniroute.Handover()) as handover:
+        assert handover.offer([address]) == []
+
+
+@linux
+def test_a_predecessor_that_drains_hears_a_signal_and_lets_idle_tunnels_go(launch, free_ports, cloudflared, ports, serve):
+    """Its first SIGTERM is no second one, and the ports of tunnels that nobody uses are free for the successor."""
+    cloudflared.far("*", serve(answer(b"x")).address)
+    options = f"--listen={HOST}:{free_ports(1)[0]}", TUNNEL, ports, f"--cloudflared={cloudflared.path}"
+    first = launch(*options)
+    with first.connect(HELLO) as client:
+        with first.connect(genuine_hello("idle.example.com")) as other:
+            assert client.recv(1) == other.recv(1) == b"x"
+        idle = cloudflared.starts("idle.example.com")[0]["pid"]
+        second = launch(*options)
+        wait_until(lambda: not cloudflared.runs(idle), what="the end of the tunnel that nobody uses")
+        first.signal(signal.SIGTERM)
+        with second.connect(HELLO) as new:
+            assert new.recv(1) == b"x"
+        client.sendall(b"still")
+        assert read_exactly(client, 5) == b"still"
+        first.signal(signal.SIGTERM)
+        assert first.wait() == 0
 
 
 SYSTEMD = """
@@ -5502,6 +5603,13 @@ def test_a_loop_that_hangs_does_not_feed_the_watchdog(run, echo_server):
         client.settimeout(20)
         assert read_exactly(client, len(HELLO)) == HELLO
     wait_until(lambda: len(beats) > count)
+
+
+def test_a_warning_where_the_allowed_can_be_claimed(settings_file, caplog):
+    for option, warned in (("", True), ('proxy_from = "none"\n', False), ('proxy_protocol = "off"\n', False)):
+        caplog.clear()
+        sniroute.warn(load_settings(["-c", settings_file(option + ROUTES_FILE)], {}))
+        assert ("can claim any address in a PROXY header" in caplog.text) is warned
 
 
 @pytest.mark.parametrize("address", ["/nonexistent/notify", "@nobody", "x" * 200], ids=["gone", "nobody", "long"])

@@ -2341,6 +2341,24 @@ def test_who_used_a_tunnel_last_says_how_long_it_may_idle(bench):
     made.turn(lambda: not made.table.tunnels)
 
 
+def test_a_shorter_idle_time_wakes_the_reaper(bench):
+    made = bench(live=True)
+    tunnel = made.leased("app.test")
+    made.table.release(tunnel, 3600.0)
+    assert made.table.lease("cf:app.test") is tunnel
+    made.table.release(tunnel, 0.05)
+    wait_until(lambda: not made.table.tunnels, timeout=2)
+
+
+@both
+def test_who_retires_keeps_no_tunnel_that_nobody_uses(bench):
+    made = bench()
+    used, unused = made.leased("used.test"), made.ready("unused.test")
+    made.table.retiring = True
+    made.turn(lambda: list(made.table.tunnels.values()) == [used])
+    assert unused.state is FAILED and used.state is READY
+
+
 def test_a_cold_start_says_it_too(bench):
     made = bench()
     with contextlib.suppress(TunnelError):
@@ -2382,6 +2400,47 @@ def test_an_operator_stops_what_starts_and_what_waits(bench, cloudflared):
     assert made.table.stop("cf:app.test")
     assert made.outcome(starting) is None, "somebody waits for it: it is started again"
     assert len(cloudflared.starts("app.test")) == 2
+
+
+@both
+def test_a_stop_at_the_instant_of_ready_is_a_stop(bench):
+    made = bench()
+    future = made.ask("app.test")
+    look = made.table._look
+
+    def stop_first(child: Any, tunnel: Tunnel, now: float) -> None:
+        alive = child.alive
+        made.table._look = look
+        if child.look_at != float("inf"):
+            made.table.stop(tunnel.key)
+        look(child, tunnel, now)
+        assert tunnel.state == "stopping" and alive is not None
+
+    made.table._look = stop_first
+    assert made.outcome(future) is None, "it waits: so it is started again"
+    assert made.table.counters["starts"] == 2 and made.table.counters["ready"] == 1
+
+
+@both
+def test_who_comes_after_a_stop_has_a_tunnel_of_its_own(bench):
+    """The operator removes the row between the process's end and what becomes of it."""
+    made = bench()
+    tunnel = made.ready("app.test")
+    crashed = made.table._crashed
+    asked = []
+
+    def stop_first(of: Tunnel, child: Any) -> None:
+        made.table._crashed = crashed
+        made.table.stop(of.key)
+        asked.append(made.ask("app.test"))
+        wait_until(lambda: made.table.tunnels.get("cf:app.test") not in (None, tunnel))
+        crashed(of, child)
+
+    made.table._crashed = stop_first
+    os.kill(tunnel.child.process.pid, signal.SIGKILL)
+    made.turn(lambda: asked)
+    assert made.outcome(asked[0]) is None
+    assert made.table.tunnels["cf:app.test"] is not tunnel
 
 
 @both
