@@ -26,8 +26,9 @@ Threads.
     (and those of sniroute_admin.py, where --admin asks for it: they read, and ask through `Router.call`)
 Locks: this file makes one, Daemon.reloading, for reloads only (logging has one, held while a line is queued;
 the dump for SIGUSR1 takes the tunnels').  Threads hand things to the loop by `Router.call` (a deque and a byte in a
-pipe), to `log` likewise; the one exception is `Router.resolved`, filled by wait-<n> in single dict
-operations.  `Router.counters` is written by the loop only, `TunnelTable.counters` by the reaper.
+pipe), to `log` likewise; the exceptions are single assignments: `Router.resolved`, filled by wait-<n>, what
+a reload leaves in `Router.last_reload`, `Router.reloads` and the TunnelTable, and `Router.endings`, which the
+admin sets.  `Router.counters` is written by the loop only, `TunnelTable.counters` by the reaper.
 
 The life of a connection is `Connection.state`:
 
@@ -51,10 +52,10 @@ Seams: I want to ...
     run another tunnel program    a Launcher row in `tunnel_launchers`, and a row in SCHEMES with
                                   tunnel_ready and tunnel_prepare
     add a setting                 a row in SETTINGS: it makes the option, the variable, the key in the file
-                                  and the help; what a reload changes is in Router.adopt
+                                  and the help; what a reload changes is in Daemon._adopt and Router.adopt
     add an option of a route      a field of Route, and its row in ROUTE_OPTIONS
     test another hard case        a row in SELF_TESTS
-    show or steer it otherwise    attach(router, settings) of another file, as sniroute_admin.py has it
+    show or steer it otherwise    attach(router, settings) of another file, called in Daemon._attach
     refuse for another reason     a row in REFUSALS, and in the README: a test compares them
     feed routes from elsewhere    build a Routes and assign it to Router.routes: it is swapped whole
 
@@ -152,7 +153,7 @@ GC_THRESHOLD = 20000  # objects between two looks for cycles: connections leave 
 SWITCH_INTERVAL = 0.0005  # so long may another thread keep the interpreter while the loop wants it
 LOG_LINES_MAX = 10000  # lines that wait for a slow log; over it they are dropped and counted
 LOG_PERIOD = 1.0  # in which a class of lines may have so many:
-LOG_ENDINGS = 10000  # connections that ended by themselves; what journald takes by default in 30 s
+LOG_ENDINGS = 10000  # connections that ended by themselves: more than a core serves
 LOG_REFUSALS = 100  # connections refused for one reason: strangers can cause them
 LOG_EVENTS = 250  # events of one kind; a dump has DUMP_MAX
 LOG_NAP = 0.02  # between two writes of the log: one system call for many lines
@@ -164,6 +165,7 @@ LISTEN_FDS_START = 3  # sd_listen_fds(3)
 SELF_TEST_TIME = 9.0  # for all of `selftest`: a case that hangs takes less than what is left
 HANDOVER_TIMEOUT = 5.0  # for each word of a predecessor or successor: both are on this host
 OFFER_AGAIN = 5.0  # between two tries to get a name that another process has
+ADMIN_TIMEOUT = 5.0  # for what `explain` asks of a running router
 HANDOVER_MAX = 128  # listening sockets in one message; the kernel lets 253 pass
 SPARE_FDS = 400  # descriptors for 101 tunnels (three each), the pipes, listeners and the log
 UNIX_PATH_MAX = 90  # sun_path of unix(7) has 108 bytes, or 104; some are for the name it has before it is ready
@@ -553,8 +555,30 @@ def check_proxy_tlvs(header: bytes, at: int) -> None:
             raise Malformed(f"a bad PROXY TLV {kind:#04x}", kind="proxy")
 
 
+@functools.cache
+def crc32c_table() -> list[int]:
+    """The 256 remainders of CRC-32C, made when the first checksum comes."""
+    table = []
+    for remainder in range(256):
+        for _ in range(8):
+            remainder = remainder >> 1 ^ (0x82F63B78 if remainder & 1 else 0)
+        table.append(remainder)
+    return table
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C (Castagnoli), RFC 3309; crc32c(b"123456789") is e3069283."""
+    table, crc = crc32c_table(), 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ table[(crc ^ byte) & 255]
+    return crc ^ 0xFFFFFFFF
+
+
 def proxy_v1(source: tuple[str, int] | None, destination: tuple[str, int]) -> bytes:
-    """A version 1 header, PROXY protocol 2.1; without a source, UNKNOWN."""
+    """A version 1 header (PROXY protocol 2.1) for a connection from `source` to `destination`, both (host, port).
+
+    Without a source, UNKNOWN.  Raises ValueError where a host is no address.
+    """
     if source is None:
         return PROXY_V1 + b"UNKNOWN\r\n"
     (sender, receiver), version = proxy_ends(source, destination)
@@ -562,7 +586,7 @@ def proxy_v1(source: tuple[str, int] | None, destination: tuple[str, int]) -> by
 
 
 def proxy_v2(source: tuple[str, int] | None, destination: tuple[str, int]) -> bytes:
-    """A version 2 header, PROXY protocol 2.2; without a source, LOCAL."""
+    """The same in version 2 (PROXY protocol 2.2).  Without a source, LOCAL."""
     if source is None:
         return PROXY_V2 + b"\x20\0\0\0"
     (sender, receiver), version = proxy_ends(source, destination)
@@ -582,25 +606,6 @@ def proxy_ends(*ends: tuple[str, int]) -> tuple[list[ipaddress.IPv4Address | ipa
 # What a route may want its backend to be told of the client, and what writes it; as-received says
 # what a believed header said, none nothing.
 PROXY_WRITERS = {"as-received": None, "none": None, "v1": proxy_v1, "v2": proxy_v2}
-
-
-@functools.cache
-def crc32c_table() -> list[int]:
-    """The 256 remainders of CRC-32C, made when the first checksum comes."""
-    table = []
-    for remainder in range(256):
-        for _ in range(8):
-            remainder = remainder >> 1 ^ (0x82F63B78 if remainder & 1 else 0)
-        table.append(remainder)
-    return table
-
-
-def crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli), RFC 3309; crc32c(b"123456789") is e3069283."""
-    table, crc = crc32c_table(), 0xFFFFFFFF
-    for byte in data:
-        crc = crc >> 8 ^ table[(crc ^ byte) & 255]
-    return crc ^ 0xFFFFFFFF
 
 
 SSL_REQUEST, GSSENC_REQUEST, CANCEL_REQUEST = 80877103, 80877104, 80877102
@@ -916,7 +921,7 @@ class Routes:
             decision = self.decisions[name] = route.decide(name, self.identified, self.tallies[route.pattern])
         return decision
 
-    def succeed(self, former: Routes) -> None:
+    def take_tallies(self, former: Routes) -> None:
         """Go on counting where other routes ended, pattern by pattern.  Before any name is decided.
 
         A pattern that is gone is kept while it has connections: it may come back.
@@ -1201,7 +1206,10 @@ LOCAL_NETWORKS = "127.0.0.0/8,::1/128,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,fc
 
 
 class Setting(NamedTuple):
-    """One setting: the option `--name`, the variable `SNIROUTE_NAME`, the attribute `name`."""
+    """One setting: the option `--name`, the variable `SNIROUTE_NAME`, the attribute `name`, and a key in the file.
+
+    But for `config`, which is no key, and `route`, which is the table `routes` there.
+    """
 
     name: str
     metavar: str
@@ -1213,13 +1221,13 @@ class Setting(NamedTuple):
 
     @property
     def attribute(self) -> str:
-        """Its name in the file, and in the program."""
+        """Its name in the program."""
         return self.name.replace("-", "_")
 
 
 SETTINGS = (
     Setting("config", "FILE", os.path.abspath, None,
-            "a file of settings (TOML): all of these, and routes with options of their own", fixed=True),
+            "a file of settings (TOML): all of these, and routes with options of their own"),
     Setting("listen", "ADDRESS", parse_listen, ":19000",
             "where to listen: HOST:PORT, [::1]:PORT, or :PORT for every address (default :19000); repeatable",
             many=True, fixed=True),
@@ -1295,18 +1303,20 @@ def read_routes(table: Any, wrong: list[str]) -> list[Route]:
         where = f'routes."{printable(pattern)}"'
         options = dict(value) if isinstance(value, dict) else {"target": value}
         if "target" not in options:
-            wrong.append(f'{where}: has no target (a pattern goes in quotes, as "db.example.com" = "tcp:192.0.2.10:5432")')
+            wrong.append(f"{where}: has no target (a pattern goes in quotes, "
+                         'as "db.example.com" = "tcp:192.0.2.10:5432")')
             continue
+        target = as_text(options.pop("target"))
         try:
-            route = parse_route(f"{pattern}={as_text(options.pop('target'))}")
+            route = parse_route(f"{pattern}={target}")
         except ValueError as error:
             wrong.append(f"{where}: {error}")
-            continue
+            route = Route(pattern, "tcp:")  # for what else is wrong
         for name, option in options.items():
             if name not in ROUTE_OPTIONS:
                 others = meant(name, ("target", *ROUTE_OPTIONS))
                 wrong.append(f"{where}.{printable(name)}: there is no such option{others}")
-            elif name == "idle" and SCHEMES[route.target.partition(":")[0]].ready is not tunnel_ready:
+            elif name == "idle" and SCHEMES.get(target.partition(":")[0], SCHEMES["tcp"]).ready is not tunnel_ready:
                 wrong.append(f"{where}.idle: is for tunnels; here connection_idle closes what is silent")
             else:
                 try:
@@ -1396,7 +1406,7 @@ def load_settings(argv: Sequence[str], environ: dict[str, str],
     for each setting that is wrong; exits for --help, --version and a command line that is no command line.
     """
     given = parse_command_line(argv)
-    settings = types.SimpleNamespace(command=given.command, name=given.name, kept=[])
+    settings = types.SimpleNamespace(command=given.command, name=given.name, kept=[], covered=[])
     wrong: list[str] = []
     path = given.config or environ.get("SNIROUTE_CONFIG")
     file = read_settings(path, wrong, running is not None) if path else {}
@@ -1407,8 +1417,11 @@ def load_settings(argv: Sequence[str], environ: dict[str, str],
         if text is None and environ.get(variable):
             text, source = environ[variable], variable
             text = text.split() if row.many else text
+        key = "routes" if row.name == "route" else attribute
+        if text is not None and attribute in file:
+            settings.covered.append(f"{path}: {key} is not used: {source} goes first")
         if text is None and attribute in file:
-            value, source = file[attribute], f"{path}: {'routes' if row.name == 'route' else attribute}"
+            value, source = file[attribute], f"{path}: {key}"
         else:
             if text is None and row.default is not None:
                 text, source = [row.default] if row.many else row.default, "default"
@@ -1422,7 +1435,7 @@ def load_settings(argv: Sequence[str], environ: dict[str, str],
             value = getattr(running, attribute)
         setattr(settings, attribute, value)
         if row.name == "route":
-            settings.open_to_all = source == "default"
+            routes_from, settings.open_to_all = source, source == "default"
             try:
                 settings.routes = Routes(value or (), any(environ.get(variable) for variable in TUNNEL_IDENTITY))
             except ValueError as error:
@@ -1432,6 +1445,9 @@ def load_settings(argv: Sequence[str], environ: dict[str, str],
     settings.admin_token = environ.get(ADMIN_TOKEN)
     if settings.admin_token and not re.fullmatch(r"[!-~]{16,}", settings.admin_token):
         wrong.append(f"{ADMIN_TOKEN}: has to be 16 printable characters or more, without spaces")
+    wrong += [f"{routes_from}: {route} leads back to --listen {show_address(address)}"
+              for address in settings.listen or () for route in settings.route or ()
+              if route.target == f"tcp:{show_address(address)}"]
     if running is not None and settings.open_to_all and not running.open_to_all:
         wrong.append("there are no routes any more: every name would be served")  # a file that is being written
     if wrong:
@@ -1460,7 +1476,7 @@ def tunnel_launchers(program: str | None, environ: dict[str, str]) -> dict[str, 
 
 
 def derive_settings(settings: types.SimpleNamespace, environ: dict[str, str]) -> None:
-    """Fill in what depends on the host; refuse a literal route back to --listen."""
+    """Fill in what depends on the host."""
     first, last = settings.ports
     settings.launchers = tunnel_launchers(settings.cloudflared, environ)
     if settings.max_tunnels is None:
@@ -1475,10 +1491,6 @@ def derive_settings(settings: types.SimpleNamespace, environ: dict[str, str]) ->
     if settings.max_connections is None:
         settings.max_connections = fit
     settings.fit = fit
-    for host, port in settings.listen:
-        for route in settings.route:
-            if route.target in (f"tcp:{host}:{port}", f"tcp:[{host}]:{port}"):
-                raise SettingsError(f"--route: {route} leads back to --listen {host}:{port}")
 
 
 def raise_descriptor_limit() -> None:
@@ -2658,7 +2670,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.max_connections: int = settings.max_connections
         self.max_per_client: int = settings.max_per_client
         self.phase = RUNNING
-        self.level = log.getEffectiveLevel()  # asked for each connection: it does not change
+        self.level = log.getEffectiveLevel()  # needed for each connection; `adopt` asks again
         self.connections: set[Connection] = set()
         self.counters: collections.Counter[str] = collections.Counter()
         self.endings: collections.deque[Ending] | None = None  # bounded, of whoever asks: every connection's
@@ -2843,7 +2855,7 @@ class Router(socketserver.ThreadingTCPServer):
     def adopt(self, settings: types.SimpleNamespace) -> None:
         """Go on with other settings; what is open stays as it is."""
         former, self.settings = self.settings, settings
-        settings.routes.succeed(self.routes)
+        settings.routes.take_tallies(self.routes)
         self.routes = settings.routes
         self.level = log.getEffectiveLevel()
         # Who stands in these queues already keeps its time: so they may fire late by as much as the times shrank.
@@ -3275,12 +3287,22 @@ def show_option(value: Any) -> str:
     return f"{value:g} s" if isinstance(value, float) and value else str(value or "off")
 
 
+def show_route(route: Route) -> str:
+    """A route and its options, for people."""
+    options = [f"{name} {show_option(value)}" for name in ROUTE_OPTIONS
+               if (value := getattr(route, name)) != Route._field_defaults[name]]
+    return f"{route} ({'; '.join(options)})" if options else str(route)
+
+
 def check(settings: types.SimpleNamespace) -> int:
     """`sniroute check`: the settings are valid, or we would not be here.  The routes, as they are matched."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("sniroute: %(message)s"))
+    log.addHandler(handler)
+    warn(settings)
+    log.removeHandler(handler)
     for route in settings.routes.in_order():
-        options = [f"{name} {show_option(value)}" for name in ROUTE_OPTIONS
-                   if (value := getattr(route, name)) != Route._field_defaults[name]]
-        print(route, f" ({'; '.join(options)})" if options else "", sep="")
+        print(show_route(route))
     return 0
 
 
@@ -3302,7 +3324,7 @@ def explain(settings: types.SimpleNamespace) -> int:
     except Refused as error:
         print(f"name:    {printable(settings.name)}")
         return refuse(error)
-    print(f"name:    {name}\nroute:   {decision.route}\ntarget:  {decision.target}")
+    print(f"name:    {name}\nroute:   {show_route(decision.route)}\ntarget:  {decision.target}")
     launcher = settings.launchers.get(decision.tunnel.partition(":")[0])
     if settings.admin is not None:
         explain_live(settings.admin, None if launcher is None else decision.tunnel)
@@ -3362,11 +3384,11 @@ def explain_live(admin: str | tuple[str, int], key: str | None) -> None:
 def ask_admin(admin: str | tuple[str, int]) -> dict[str, Any]:
     """GET /status.  Raises OSError, or ValueError for an answer that is none."""
     import http.client  # a megabyte, for this one question
-    connection = http.client.HTTPConnection("localhost", timeout=HANDOVER_TIMEOUT)
+    connection = http.client.HTTPConnection("localhost")
     try:
         family = socket.AF_UNIX if isinstance(admin, str) else socket.AF_INET6 if ":" in admin[0] else socket.AF_INET
         connection.sock = socket.socket(family)
-        connection.sock.settimeout(HANDOVER_TIMEOUT)
+        connection.sock.settimeout(ADMIN_TIMEOUT)
         connection.sock.connect(admin)
         connection.request("GET", "/status")
         answer = connection.getresponse()
@@ -3859,6 +3881,8 @@ class Daemon:
         self.supervisor = Supervisor(dict(os.environ))
         self.handover = Handover()
         self.admin: Any = None
+        self.router: Router | None = None
+        self.thread: threading.Thread | None = None
         self.stopping = False  # it drains, or more
         self.asked = False  # by a signal; by a second one, it ends now
         self.unnamed: list[tuple] = []  # addresses whose name another process has: see Handover
@@ -3925,6 +3949,8 @@ class Daemon:
         succeeded = self.handover.dismiss()
         if succeeded:
             log.info("another sniroute listened there: it drains, and ends")
+        if activated:
+            log.info("systemd holds the sockets: --listen is not used")
         self.unnamed = [] if activated else router.listening
         self._offer()
         if self.unnamed:
@@ -3944,7 +3970,7 @@ class Daemon:
         except Exception as error:
             if alone:
                 raise SettingsError(f"--admin: {error}") from None
-            log.error("--admin: %s", error)
+            log.error("--admin: %s: going on without it", error)
 
     def _loop(self) -> None:
         """The thread `loop`: run it, then stop the tunnels, and tell the main thread."""
@@ -4059,20 +4085,22 @@ class Daemon:
         tunnels.wake()  # what idles may have to stop sooner
         self.router.call(functools.partial(self.router.adopt, settings))
         warn(settings)
-        log.info("reload: done, %d routes%s", len(settings.routes.routes),
-                 "" if settings.config else " (there is no file of settings to read again)")
+        log.info("reload: done, routes: %d", len(settings.routes.routes))
+        if not settings.config:
+            log.warning("reload: there is no file of settings to read again; "
+                        "options and variables are for the next start")
 
     def _close(self) -> None:
         """Let go of everything, also where the start failed."""
         if self.admin is not None:
             self.admin.close()
-        if hasattr(self, "thread"):
+        if self.thread is not None:
             self.router.shutdown()
             self.thread.join()
         else:
             self.tunnels.close()
         self.handover.close()
-        if hasattr(self, "router"):
+        if self.router is not None:
             self.router.server_close()
             log.info("stopped")
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one more changes nothing now
@@ -4084,7 +4112,9 @@ class Daemon:
 
 
 def warn(settings: types.SimpleNamespace) -> None:
-    """Say what is likely not meant, once, at the start."""
+    """Say what is likely not meant, at the start, after a reload, and in `check`."""
+    for line in settings.covered:
+        log.warning("%s", line)
     if settings.open_to_all:
         log.warning("no --route: every name is served, each by a tunnel of its own (%s)", settings.routes.routes[0])
     for scheme, launcher in settings.launchers.items():
@@ -4100,8 +4130,8 @@ def warn(settings: types.SimpleNamespace) -> None:
                         "route your own domain, as **.example.com", route)
     if settings.proxy_protocol != "off" and settings.proxy_from == parse_networks(LOCAL_NETWORKS) \
             and any(route.allow is not None for route in settings.routes.routes):
-        log.warning("routes with `allow`: whoever is in --proxy-from, by default loopback and the private networks, can "
-                    "claim any address in a PROXY header: name your balancers there, or none")
+        log.warning("routes with `allow`: whoever is in --proxy-from, by default loopback and the private networks, "
+                    "can claim any address in a PROXY header: name your balancers there, or none")
     if settings.max_connections > settings.fit:
         log.warning("--max-connections %d is more than the limit of open files allows (%d): raise LimitNOFILE",
                     settings.max_connections, settings.fit)
@@ -4128,7 +4158,7 @@ COMMANDS = {"serve": serve, "check": check, "explain": explain, "selftest": self
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line.  Returns the exit code.
 
-    0 clean; 1 could not listen, failed while running, or `explain` found a refusal; 2 bad settings.
+    0 clean; 1 could not listen, failed while running, or `explain` or `selftest` found something; 2 bad settings.
     """
     keep_standard_streams()
     try:

@@ -26,8 +26,8 @@ Threads.  Everything that can block or that touches a process is done by one thr
 PR_SET_PDEATHSIG follows the *thread* that forked, so the forking thread has to live as long as
 the process does.  Threads named `wait-<n>` sleep in `wait()`; the router's loop calls `lease`,
 `release`, `words` and `Child.alive`, which never block.  Who looks or steers from outside, an operator,
-calls `snapshot`, `failed` and `stop`, and may assign `idle`, `start_timeout`, `max_tunnels` and
-`max_starting`, from any thread.
+calls `snapshot`, `failed`, `stop`, `wait` and `wake`, reads `counters` and `started`, and may assign `idle`,
+`start_timeout`, `max_tunnels`, `max_starting` and `retiring`, from any thread.
 
 Shared processes.  Where a launcher `carries` several tunnels, its process is told on its stdin, a
 line each, what to open and close, and ends with its stdin:
@@ -149,7 +149,7 @@ def printable(text: str, limit: int = 253) -> str:
     return line if len(line) <= limit else line[:limit - 3] + "..."
 
 
-def tell(level: int, what: str, **fields: object) -> None:
+def log_event(level: int, what: str, **fields: object) -> None:
     """Log an event: `what` in words that are always the same, and its particulars as fields of the line."""
     log.log(level, what, extra={"fields": fields})
 
@@ -511,7 +511,7 @@ class View(NamedTuple):
     port: int  # 0 without a process
     pid: int
     waiters: int  # threads that wait for it
-    age: float  # in this state
+    age: float  # in this state; 0 for FAILED
     next: float  # until it is started again (BACKOFF), may be (FAILED), or is stopped (READY and unused); else 0
     crashes: int  # deaths in a row; FAILED: starts in a row that failed
     words: str  # FAILED: why; else the last words of its process, or of the one before
@@ -752,7 +752,8 @@ class TunnelTable:
         """
         with self.changed:
             tunnel = self._demand(key, client)
-            tunnel.idle = idle
+            if idle is not None:
+                tunnel.idle = idle
             tunnel.waiters += 1
             self.wake()
             try:
@@ -819,7 +820,7 @@ class TunnelTable:
                     return
                 if hung:
                     child.process.verdict = "it leaves its clients waiting"
-                tell(logging.WARNING, "tunnel gives no answer: it is started again", tunnel=tunnel.key)
+                log_event(logging.WARNING, "tunnel gives no answer: it is started again", tunnel=tunnel.key)
                 tunnel.doubts += 1
 
     def _hung(self, child: Child) -> bool:
@@ -870,16 +871,20 @@ class TunnelTable:
     def stop(self, key: str) -> bool:
         """Stop a tunnel, its connections included, and forget that it failed: an operator wants it.
 
-        The next client starts it again, or one that waits for it now.  Returns whether there was anything to stop or forget.
+        The next client starts it again, or one that waits for it now.  Returns whether there was anything
+        to stop or forget.
         """
         with self.changed:
             failure, tunnel = self.failures.pop(key, None), self.tunnels.get(key)
-            if tunnel is not None and tunnel.state in (READY, STARTING):
+            state = tunnel.state if tunnel is not None else None
+            if state in (READY, STARTING):
                 self._enter(tunnel, STOPPING)
-            elif tunnel is not None and tunnel.state in (QUEUED, BACKOFF):
+            elif state in (QUEUED, BACKOFF):
                 self._remove(tunnel)
-        if tunnel is not None:
-            tell(logging.INFO, "tunnel stopped", tunnel=key, reason="an operator asked for it")
+        if state is not None and state is not STOPPING:
+            log_event(logging.INFO, "tunnel is stopped", tunnel=key, reason="an operator asked for it")
+        if failure is not None:
+            log_event(logging.INFO, "failed start forgotten", tunnel=key, reason="an operator asked for it")
         return failure is not None or tunnel is not None
 
     def words(self, child: Child, since: float, port: int) -> Reason:
@@ -1013,7 +1018,7 @@ class TunnelTable:
             self._enter(tunnel, READY)
             return False
         self.counters[counter] += 1
-        tell(logging.INFO, "tunnel stopped", tunnel=tunnel.key, reason=why)
+        log_event(logging.INFO, "tunnel stopped", tunnel=tunnel.key, reason=why)
         return True
 
     def _enter(self, tunnel: Tunnel, state: str) -> None:
@@ -1131,7 +1136,7 @@ class TunnelTable:
             self._enter(tunnel, READY)
         self.counters["ready"] += 1
         self.started.append(Start(tunnel.key, time.time(), child.ready - child.started))
-        tell(logging.INFO, "tunnel ready", tunnel=tunnel.key, address=child.listener,
+        log_event(logging.INFO, "tunnel ready", tunnel=tunnel.key, address=child.listener,
              seconds=round(child.ready - child.started, 3), pid=child.process.pid)
 
     def _stop(self, child: Child, why: str, now: float) -> None:
@@ -1161,7 +1166,7 @@ class TunnelTable:
             process.kill_at = now + KILL_GRACE
             process.signal(signal.SIGKILL)
             if process.verdict:
-                tell(logging.WARNING, "process killed", pid=process.pid, reason=process.verdict)
+                log_event(logging.WARNING, "process killed", pid=process.pid, reason=process.verdict)
             return
         log.error("process %d does not die: giving it up", process.pid)
         tunnels = [self.children[child] for child in process.children.values()]
@@ -1272,7 +1277,8 @@ class TunnelTable:
     def _settle(self, child: Child, tunnel: Tunnel, state: str, again: bool) -> None:
         """What becomes of a tunnel whose child is gone, and the `state` it had; `again`: it was not its fault."""
         if state is STARTING and again and tunnel.tries < PORT_TRIES and not self.closing:
-            tell(logging.INFO, "tunnel did not start: it is tried again", tunnel=tunnel.key, reason=child.verdict.text)
+            log_event(logging.INFO, "tunnel did not start: it is tried again", tunnel=tunnel.key,
+                      reason=child.verdict.text)
             with self.changed:
                 tunnel.tries += 1
                 self._enter(tunnel, QUEUED)
@@ -1300,7 +1306,7 @@ class TunnelTable:
                 if len(self.failures) > FAILURES_KEPT:
                     self.failures.popitem(last=False)
             self._remove(tunnel)
-        tell(logging.WARNING, "tunnel did not start", tunnel=tunnel.key, reason=reason.text,
+        log_event(logging.WARNING, "tunnel did not start", tunnel=tunnel.key, reason=reason.text,
              **({"next": round(wait)} if remember else {}))
 
     def _remove(self, tunnel: Tunnel) -> None:
@@ -1325,4 +1331,4 @@ class TunnelTable:
             else:
                 self._remove(tunnel)
                 fate = "the next client starts it again"
-        tell(logging.WARNING, "tunnel ended", tunnel=tunnel.key, reason=child.verdict.text, then=fate)
+        log_event(logging.WARNING, "tunnel ended", tunnel=tunnel.key, reason=child.verdict.text, then=fate)

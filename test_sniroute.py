@@ -1050,7 +1050,7 @@ def test_every_prelude_gives_the_name_and_the_bytes_however_it_is_cut(header, re
     message = handshake(body(SNI, suites=vector(2, b"\x13\x01")))
     answers = {0: b"", 1: b"S", 2: b"NS"}[len(requests)]
     shapes = [records(message), records(message, *[1] * len(message))]
-    shapes += [records(message, at) for at in range(1, len(message))]
+    shapes += [records(message, at) for at in range(1, len(message), 3)]
     for shape in shapes:
         waves = [*requests, shape + EARLY]
         waves[0] = header + waves[0]
@@ -1304,7 +1304,7 @@ def test_a_mutated_hello_is_a_name_that_openssl_reads_or_is_refused():
     rng = random.Random(20260801)
     short = hello(SNI, alpn(b"h2"), suites=vector(2, b"\x13\x01"))
     tried, accepted, names = 0, 0, set()
-    for data in [*substitutions([short, records(short[5:], 40)]), *mutations(HELLO_SEEDS, rng, 40_000)]:
+    for data in [*substitutions([short, records(short[5:], 40)]), *mutations(HELLO_SEEDS, rng, 30_000)]:
         tried += 1
         found = verdict(HelloReader().read, data)
         reader = HelloReader()
@@ -1317,7 +1317,7 @@ def test_a_mutated_hello_is_a_name_that_openssl_reads_or_is_refused():
             check_against_openssl(data[:found.end], found.name)
         else:
             assert found is None or isinstance(found, Bad)
-    assert tried > 100_000 and accepted > 10_000 and len(names) > 500, "it tries what matters"
+    assert tried > 70_000 and accepted > 10_000 and len(names) > 500, "it tries what matters"
 
 
 def test_mutated_input_is_a_result_or_None_or_a_refusal_for_every_parser():
@@ -1786,7 +1786,7 @@ def test_everything_that_is_wrong_is_said_at_once_a_line_for_each():
     (["--route", "a.b=tcp:127.0.0.1:7", "--listen", "127.0.0.1:7"], {},
      "--route: a.b=tcp:127.0.0.1:7 leads back to --listen 127.0.0.1:7"),
     (["--route", "a.b=tcp:[::1]:7", "--listen", "[::1]:7"], {},
-     "--route: a.b=tcp:[::1]:7 leads back to --listen ::1:7"),
+     "--route: a.b=tcp:[::1]:7 leads back to --listen [::1]:7"),
 ], ids=["twice", "twice-in-the-environment", "a-circle", "a-circle-over-v6"])
 def test_routes_that_contradict_are_refused(argv, environ, line):
     with pytest.raises(SettingsError) as caught:
@@ -3737,6 +3737,9 @@ def test_address_given_twice_is_refused_in_one_line(tmp_path, free_ports):
 # -- the program -------------------------------------------------------------------------------
 
 PROGRAM = HERE / "sniroute.py"
+# What `python3 sniroute.py` makes of itself.  Python compiles a script at each start, and that is half of the start;
+# tests that are about it, and all that name a `program` or `python`, begin there.
+STARTED = (sys.executable, "-P", "-c", sniroute.AS_MODULE, str(PROGRAM))
 STOP_GRACE = 2.0  # how long a tunnel may take to end by itself
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 
@@ -3828,12 +3831,16 @@ def launch(tmp_path: pathlib.Path, cloudflared) -> Iterator[Callable[..., Progra
     scratch.mkdir()
     programs = []
     with contextlib.ExitStack() as stack:
-        def start(*options: str, env: dict[str, str] | None = None, python: tuple[str, ...] = (sys.executable,),
+        def start(*options: str, env: dict[str, str] | None = None, python: tuple[str, ...] = (),
                   program: pathlib.Path = PROGRAM, listeners: int = 1, **popen: Any) -> Program:
             env = environment() if env is None else env
             if "SNIROUTE_LISTEN" not in env and not any(option.startswith("--listen") for option in options):
                 options = (f"--listen={HOST}:0", *options)
-            running = Program([*python, str(program), *options], env={**env, "TMPDIR": str(scratch)}, **popen)
+            if python or program != PROGRAM:
+                words = [*(python or (sys.executable,)), str(program)]
+            else:
+                words = [*STARTED]
+            running = Program([*words, *options], env={**env, "TMPDIR": str(scratch)}, **popen)
             programs.append(running)
             stack.callback(running.stop)
             running.wait_for(" listening on ", listeners) if listeners else None
@@ -3852,7 +3859,7 @@ def execute(*words: str, said: bytes = b"", **more: Any) -> subprocess.Completed
 
 def command(*options: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Run sniroute to its end."""
-    return execute(sys.executable, str(PROGRAM), *options, env=environment(**more), said="", text=True)
+    return execute(*STARTED, *options, env=environment(**more), said="", text=True)
 
 
 def resident(pid: int) -> float:
@@ -3887,14 +3894,17 @@ BARE = {"PATH": ""}
 BARE_PYTHON = (sys.executable, "-S", "-E")
 
 
-@pytest.fixture
-def two_files(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A folder with sniroute.py and sniroute_tunnels.py, and nothing else."""
-    folder = tmp_path / "two files"
-    folder.mkdir()
-    for name in ("sniroute.py", "sniroute_tunnels.py"):
+def installed(folder: pathlib.Path, *names: str) -> pathlib.Path:
+    """Copy these files, and no others, into a folder.  The path of sniroute.py."""
+    for name in ("sniroute.py", "sniroute_tunnels.py", *names):
         shutil.copy(HERE / name, folder)
     return folder / "sniroute.py"
+
+
+@pytest.fixture(scope="session")  # so that they are compiled once
+def two_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The program in a folder of two files."""
+    return installed(tmp_path_factory.mktemp("two files"))
 
 
 def test_two_files_and_a_bare_python_are_all_it_takes(launch, two_files):
@@ -4147,7 +4157,7 @@ def test_hangup_changes_nothing(launch, echo_server):
     with program.connect(HELLO) as client:
         assert read_exactly(client, len(HELLO)) == HELLO
         program.signal(signal.SIGHUP)
-        program.wait_for(" info reload: done, 1 routes (there is no file of settings to read again)\n")
+        program.wait_for(" warning reload: there is no file of settings to read again; options and variables are for the next start\n")
         client.sendall(b"still")
         assert read_exactly(client, 5) == b"still"
         with program.connect(HELLO) as other:
@@ -4267,13 +4277,13 @@ def test_log_that_is_read_again_says_how_much_is_missing(launch, single_loop_ech
         for _ in range(200):
             client = stack.enter_context(program.connect(HELLO))
             assert read_exactly(client, len(HELLO)) == HELLO
-        for _ in range(120):  # more lines than wait, are being written, and fit into the pipe
+        for _ in range(70):  # more lines than wait, are being written, and fit into the pipe
             program.signal(signal.SIGUSR1)
             wait_until(lambda: not is_pending(program.pid, signal.SIGUSR1))
         program.signal(signal.SIGTERM)
         wait_until(refused, what="the drain, which comes behind all dumps")
         program.log_is_read.set()
-        wait_until(lambda: written() + dropped() + suppressed() == 120 * 201 + 1, what="word of every line")
+        wait_until(lambda: written() + dropped() + suppressed() == 70 * 201 + 1, what="word of every line")
     assert written() > 200 and suppressed()
 
 
@@ -4340,6 +4350,7 @@ def test_thousands_of_idle_connections_are_cheap_and_leave_nothing(launch, two_f
     assert " connection " not in program.log().rpartition("counters: ")[2]
 
 
+@pytest.mark.parametrize("tunnel_program", ["stand-in", "carrier"], indirect=True)
 def test_tunnel_that_is_killed_under_a_crowd_costs_only_those_it_was_answering(launch, tunnel_program, ports, serve):
     """Twenty clients come again and again: whoever had received nothing is served."""
     payload = random.Random(11).randbytes(1 << 16)
@@ -4367,14 +4378,14 @@ def test_tunnel_that_is_killed_under_a_crowd_costs_only_those_it_was_answering(l
     for thread in threads:
         thread.start()
     try:
-        for kills in range(3):
-            goal = [count + 3 for count in served]
+        for kills in range(2):
+            goal = [count + 2 for count in served]
             wait_until(lambda: all(count >= wanted for count, wanted in zip(served, goal, strict=True)), 20,
                        f"service for everybody after {kills} kills")
             program.wait_for(" tunnel ready ", kills + 1)
             pids = re.findall(r" tunnel ready .* pid=(\d+)$", program.log(), re.MULTILINE)
             assert len(pids) == kills + 1
-            if kills < 2:
+            if kills < 1:
                 os.kill(int(pids[-1]), signal.SIGKILL)
     finally:
         enough.set()
@@ -4382,8 +4393,8 @@ def test_tunnel_that_is_killed_under_a_crowd_costs_only_those_it_was_answering(l
             thread.join()
     resets = [error for error in errors if not isinstance(error, ConnectionResetError)]
     assert not resets and 0 not in cut, (errors, cut)
-    assert len(cut) + len(errors) <= 2 * len(threads)
-    program.wait_for("it ended (signal 9)", 2)
+    assert len(cut) + len(errors) <= len(threads)
+    program.wait_for("it ended (signal 9)")
 
 
 # -- real clients, real servers ----------------------------------------------------------------
@@ -4494,26 +4505,28 @@ def started(program: Program) -> list[str]:
 def test_psql_reads_megabytes_on_a_cold_name_and_on_the_warm_one(database, certificate, verified):
     options = f"sslmode=verify-full sslrootcert={certificate.file}" if verified else "sslmode=require"
     query = ["select ssl from pg_stat_ssl where pid = pg_backend_pid()",
-             "select repeat(md5(n::text), 32) from generate_series(1, 12000) n"]
+             "select repeat(md5(n::text), 32) from generate_series(1, 6000) n"]
     for _ in range(2):
         ended = psql(database.address, query, options)
         assert (ended.returncode, ended.stderr) == (0, b"")
         lines = ended.stdout.decode().splitlines()
         assert lines[0] == "t"
-        assert lines[1:] == [hashlib.md5(b"%d" % n).hexdigest() * 32 for n in range(1, 12001)]
+        assert lines[1:] == [hashlib.md5(b"%d" % n).hexdigest() * 32 for n in range(1, 6001)]
     assert started(database) == ["cft-db.example.com"]
 
 
+@pytest.mark.parametrize("tunnel_program", ["stand-in", "carrier"], indirect=True)
 def test_psql_copies_megabytes_up(database):
-    rows = [b"%x" % n * 100 for n in random.Random(12).sample(range(1 << 28, 1 << 32), 15_000)]
+    rows = [b"%x" % n * 100 for n in random.Random(12).sample(range(1 << 28, 1 << 32), 8_000)]
     query = ["create temp table t (row text)", r"\copy t from pstdin",
              "select count(*), sum(length(row)), min(row), max(row) from t"]
     ended = psql(database.address, query, "sslmode=require", b"".join(row + b"\n" for row in rows))
     assert (ended.returncode, ended.stderr) == (0, b"")
-    assert ended.stdout.split() == [b"|".join((b"15000", b"12000000", min(rows), max(rows)))]
+    assert ended.stdout.split() == [b"|".join((b"8000", b"6400000", min(rows), max(rows)))]
     assert started(database) == ["cft-db.example.com"]
 
 
+@pytest.mark.parametrize("tunnel_program", ["stand-in"], indirect=True)
 def test_psql_meets_the_certificate_of_the_server_itself(database, certificate):
     """sniroute has none: under another name it is the server's that does not fit."""
     options = f"sslmode=verify-full sslrootcert={certificate.file} host=db.example.org"
@@ -4577,7 +4590,7 @@ def test_openssl_shows_the_alert_for_a_name_without_a_route(launch, echo_server)
 
 # -- with the carrier, and nothing else --------------------------------------------------------
 
-TRANSFER = int(os.environ.get("SNIROUTE_TEST_TRANSFER", "64"))  # MiB each way; more is for those who have the time
+TRANSFER = int(os.environ.get("SNIROUTE_TEST_TRANSFER", "32"))  # MiB each way; more is for those who have the time
 BLOCK = random.Random(14).randbytes((1 << 20) - 8)
 
 
@@ -4610,10 +4623,10 @@ def depot(sock: socket.socket) -> None:
     read_all(sock)
 
 
-@pytest.fixture
-def three_files(two_files) -> pathlib.Path:
-    shutil.copy(HERE / "sniroute_carrier.py", two_files.parent)
-    return two_files
+@pytest.fixture(scope="session")
+def three_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The same with the carrier."""
+    return installed(tmp_path_factory.mktemp("three files"), "sniroute_carrier.py")
 
 
 @pytest.fixture
@@ -5045,8 +5058,8 @@ def test_a_route_may_be_for_some_clients_only(run_file, echo_server, source, all
             assert read_exactly(client, len(header + HELLO)) == header + HELLO
         else:
             assert read_all(client) == alert(49)
-            assert running.ending().reason == "not_allowed" and running.ending().route == "db.example.com"
-            assert echo_server.accepted == 0
+    assert running.ending().reason == ("client_closed" if allowed else "not_allowed")
+    assert running.ending().route == "db.example.com" and echo_server.accepted == allowed
 
 
 def test_a_route_has_as_many_connections_as_it_may_have(run_file, echo_server):
@@ -5107,7 +5120,7 @@ def test_hangup_brings_other_settings_and_cuts_nothing(launch, settings_file, ec
         settings_file('log_level = "info"\nports = "12000-12001"\nmax_per_client = 7\nlisten = ":1"\n'
                       f'[routes]\n"new.example.com" = "tcp:{HOST}:{other}"\n')
         program.signal(signal.SIGHUP)
-        program.wait_for(" info reload: done, 1 routes\n")
+        program.wait_for(" info reload: done, routes: 1\n")
         assert f" warning reload: {path}: ports: is for the next start; it stays as it is\n" in program.log()
         assert " listen: is for" not in program.log(), "that one is on the command line"
         with program.connect(new_hello) as late:
@@ -5118,26 +5131,22 @@ def test_hangup_brings_other_settings_and_cuts_nothing(launch, settings_file, ec
         assert read_exactly(client, 10) == b"still here"
 
 
-@pytest.mark.parametrize("text, complaint", [
-    ("[routes]\n'db.example.com' = 'tcp:h'\n", "is not HOST:PORT"), ("idle = ", "Invalid value"),
-    ("idel = 1\nmax_tunnels = 'x'\n", "did you mean idle?"), (None, "No such file or directory"),
-], ids=["route", "syntax", "keys", "gone"])
-def test_a_bad_file_changes_nothing_and_says_why(launch, settings_file, echo_server, text, complaint):
+def test_a_bad_file_changes_nothing_and_says_why(launch, settings_file, echo_server):
     good = f'[routes]\n"db.example.com" = "tcp:{HOST}:{echo_server.address[1]}"\n'
     path = settings_file(good)
     program = launch("-c", path)
-    if text is None:
-        os.unlink(path)
-    else:
-        settings_file(text)
-    program.signal(signal.SIGHUP)
-    program.wait_for(" error reload: nothing has changed\n")
-    assert f" error reload: {path}: " in program.log() and complaint in program.log()
-    with program.connect(HELLO) as client:
-        assert read_exactly(client, len(HELLO)) == HELLO
+    for number, (text, complaint) in enumerate((
+            ("[routes]\n'db.example.com' = 'tcp:h'\n", "is not HOST:PORT"), ("idle = ", "Invalid value"),
+            ("idel = 1\nmax_tunnels = 'x'\n", "did you mean idle?"), (None, "No such file or directory")), 1):
+        os.unlink(path) if text is None else settings_file(text)
+        program.signal(signal.SIGHUP)
+        program.wait_for(" error reload: nothing has changed\n", number)
+        assert re.search(f" error reload: {path}: .*{re.escape(complaint)}", program.log())
+        with program.connect(HELLO) as client:
+            assert read_exactly(client, len(HELLO)) == HELLO
     settings_file(good)
     program.signal(signal.SIGHUP)
-    program.wait_for(" info reload: done, 1 routes\n")
+    program.wait_for(" info reload: done, routes: 1\n")
 
 
 def adopted(running: Running, *argv: str) -> None:
@@ -5613,11 +5622,11 @@ def test_a_warning_where_the_allowed_can_be_claimed(settings_file, caplog):
 
 
 @pytest.mark.parametrize("address", ["/nonexistent/notify", "@nobody", "x" * 200], ids=["gone", "nobody", "long"])
-def test_a_manager_that_is_not_there_is_no_reason_to_fail(launch, echo_server, address):
-    program = launch(route(echo_server.address), env=environment(NOTIFY_SOCKET=address, WATCHDOG_USEC="x"))
-    assert " warning NOTIFY_SOCKET " in program.log()
-    with program.connect(HELLO) as client:
-        assert read_exactly(client, len(HELLO)) == HELLO
+def test_a_manager_that_is_not_there_is_no_reason_to_fail(address, caplog):
+    supervisor = sniroute.Supervisor({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "x"})
+    assert f"NOTIFY_SOCKET {address[:20]}" in caplog.text
+    supervisor.tell("READY=1")
+    supervisor.close()
 
 
 def test_a_watchdog_for_another_process_is_not_fed():

@@ -2463,7 +2463,7 @@ def test_random_ends_leave_no_zombie_and_lose_no_port(bench, cloudflared):
     made = bench(count=8, jitter=lambda: 0.0)
     table = made.table
     everything = sorted(table.pool.free)
-    for _ in range(25):
+    for _ in range(15):
         name = dice.choice(["a.test", "b.test", "c.test", "d.test"])
         tunnel = made.ready(name)
         child = tunnel.child
