@@ -1133,3 +1133,18 @@ def test_page_in_a_browser(browser, run, serve, cloudflared, ports):
     assert {url for url in asked if not url.startswith((origin + "/", "data:"))} == set()
     running.admin.close()
     wait_until(lambda: browser.evaluate("refresh()") or browser.text("phase") == "no answer", what="the page to notice")
+
+
+# -- the README --------------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text()
+
+
+def test_readme_names_metrics_and_paths_that_there_are():
+    alerts = README.partition("<!-- alerts -->")[2].partition("\n## ")[0]
+    asked = {re.sub("_bucket$", "", name) for name in re.findall(r"\bsniroute_\w+", alerts)}
+    assert len(asked) > 8 and asked <= {metric.name for metric in sniroute_admin.METRICS}
+    section = README.partition("### Metrics, status, and a page")[2].partition("```")[0]
+    for word in ("GET /`", "GET /metrics`", "GET /status`", "GET /healthz`", "GET /readyz`", "POST /reload`",
+                 "POST /tunnels/NAME/stop`", "/start`"):
+        assert f"`{word}" in section
