@@ -378,6 +378,7 @@ def tunnels_counted(name: str) -> Callable[[Facts], Iterable[Sample]]:
 def read_histogram(name: str) -> Callable[[Facts], Iterable[Sample]]:
     """The samples of a histogram: its buckets, cumulative, its sum and its count."""
     def read(facts: Facts) -> Iterator[Sample]:
+        """As Metric.read."""
         histogram = facts.collector.histograms[name]
         total = 0
         for bound, count in zip((*histogram.bounds, float("inf")), copied(histogram.counts)):
