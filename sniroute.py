@@ -1610,7 +1610,7 @@ class Journal(logging.Handler):
         for _ in range(len(self.lines)):  # not "while there are": they may come as fast as they go
             line = self.lines.popleft()
             try:
-                is_ending = isinstance(line, Ending)
+                is_ending = type(line) is Ending
                 kind = line.reason if is_ending else str(line.msg)
                 pace = paces.get(kind)
                 if pace is None:
@@ -1682,9 +1682,10 @@ class Journal(logging.Handler):
         if self.style == "json":
             record = {"time": stamp, "level": word, **({"message": text} if text else {}), **fields}
             return f"{priority}{json.dumps(record)}\n"
-        first, newline, trace = text.partition("\n")
-        first += "".join(f" {name}={as_field(value)}" for name, value in fields.items())
-        return (priority or f"{stamp} {word} ") + first + newline + trace + "\n"
+        if fields:  # a connection's line has its own in the text
+            first, newline, trace = text.partition("\n")
+            text = first + "".join(f" {name}={as_field(value)}" for name, value in fields.items()) + newline + trace
+        return f"{priority}{text}\n" if priority else f"{stamp} {word} {text}\n"
 
 
 def as_field(value: object) -> str:
@@ -3148,7 +3149,8 @@ class Router(socketserver.ThreadingTCPServer):
             level = REFUSALS[refusal.kind].level
             if decision is not None:
                 tally.refused += 1
-        if level >= self.level or self.endings is not None:
+        endings = self.endings
+        if level >= self.level or endings is not None:
             began, dialled = connection.began, connection.dialled
             ending = Ending(
                 level, time.time(), connection.address, connection.name, decision and decision.route.pattern,
@@ -3156,8 +3158,8 @@ class Router(socketserver.ThreadingTCPServer):
                 str(refusal) if refusal is not None else None, dialled - began if dialled else None)
             if level >= self.level:
                 self.journal(ending)
-            if self.endings is not None:
-                self.endings.append(ending)
+            if endings is not None:
+                endings.append(ending)
         if self.paused and self.resume_at == float("inf") \
                 and len(self.connections) < self.max_connections - self.max_connections // 20:
             self.resume_at = self.next_check = 0.0
