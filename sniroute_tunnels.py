@@ -1044,7 +1044,7 @@ class TunnelTable:
             elif tunnel.state is READY and not tunnel.leases and not tunnel.waiters:
                 due.append(tunnel.last_used + self._may_idle(tunnel))
             elif tunnel.state is READY:
-                due.append(now + self._may_idle(tunnel))  # releases do not wake the reaper: look again
+                due.append(now + max(POLL_LAST, self._may_idle(tunnel)))  # releases do not wake the reaper: look again
             elif tunnel.state is BACKOFF and tunnel.until > now:
                 due.append(tunnel.until)
             elif tunnel.state in (QUEUED, BACKOFF):
@@ -1137,7 +1137,7 @@ class TunnelTable:
         self.counters["ready"] += 1
         self.started.append(Start(tunnel.key, time.time(), child.ready - child.started))
         log_event(logging.INFO, "tunnel ready", tunnel=tunnel.key, address=child.listener,
-             seconds=round(child.ready - child.started, 3), pid=child.process.pid)
+                  seconds=round(child.ready - child.started, 3), pid=child.process.pid)
 
     def _stop(self, child: Child, why: str, now: float) -> None:
         """Ask a child to end: its listener, or its process where nobody else needs that."""
@@ -1307,7 +1307,7 @@ class TunnelTable:
                     self.failures.popitem(last=False)
             self._remove(tunnel)
         log_event(logging.WARNING, "tunnel did not start", tunnel=tunnel.key, reason=reason.text,
-             **({"next": round(wait)} if remember else {}))
+                  **({"next": round(wait)} if remember else {}))
 
     def _remove(self, tunnel: Tunnel) -> None:
         """Take a row out; whoever still waits on it reads FAILED.  Under the lock."""

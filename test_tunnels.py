@@ -2357,6 +2357,9 @@ def test_who_retires_keeps_no_tunnel_that_nobody_uses(bench):
     made.table.retiring = True
     made.turn(lambda: list(made.table.tunnels.values()) == [used])
     assert unused.state is FAILED and used.state is READY
+    assert made.table._timeout(made.clock()) >= sniroute_tunnels.POLL_LAST, "it does not spin over what is in use"
+    made.table.release(used)
+    made.turn(lambda: not made.table.tunnels)
 
 
 def test_a_cold_start_says_it_too(bench):
