@@ -46,7 +46,7 @@ from sniroute import (GSSENC_REQUEST, PROXY_POLICY, PROXY_V2, REFUSALS, SETTINGS
                       HelloReader, Journal, Malformed, Prelude, ProxyHeader, Refused, Route, Routes, SettingsError,
                       check_tunnel, check_tcp, crc32c, expand, load_settings, normalise, parse_client_hello,
                       parse_host_port, parse_proxy_v1, parse_proxy_v2, parse_route, parse_server_name, parse_startup,
-                      postgres_error, show_address, tls_alert, under_journald)
+                      postgres_error, show_address, tls_alert, under_journald, whole_hello)
 from sniroute_tunnels import TunnelTable, cloudflared_launcher
 
 NAME = "db.example.com"
@@ -488,6 +488,68 @@ def test_a_second_message_in_the_record_of_the_hello_is_left_alone_T13(behind):
 ], ids=["0-RTT", "empty-record", "zeros", "a-header-of-no-version"])
 def test_records_behind_the_hello_are_not_looked_at_T14(behind):
     assert read_hello(PLAIN + behind) == (NAME, len(PLAIN))
+
+
+@pytest.fixture
+def shapes() -> Iterator[dict[bytes, sniroute.Shape]]:
+    """The shapes of hellos that are remembered: none yet, and none afterwards."""
+    sniroute.SHAPES.clear()
+    yield sniroute.SHAPES
+    sniroute.SHAPES.clear()
+
+
+@pytest.mark.parametrize("how", GENUINE.values(), ids=GENUINE)
+def test_a_hello_of_a_shape_that_is_known_is_read_without_a_walk_through_it(shapes, monkeypatch, how):
+    whole_hello(genuine(**how))
+    walked = []
+    monkeypatch.setattr(sniroute, "parse_client_hello", lambda data: walked.append(data) or parse_client_hello(data))
+    wire = genuine(**how)  # with other random bytes and keys
+    name = how.get("name", NAME)
+    assert whole_hello(wire).name == (name and name.lower())
+    if name is None:
+        assert walked and not shapes, "it is refused in any case"
+        return
+    other = wire.replace(name.encode(), b"x" * (len(name) - 4) + b".org") if len(name) < 60 else wire
+    assert other is wire or whole_hello(other).name == "x" * (len(name) - 4) + ".org"
+    assert whole_hello(wire + b"more") == whole_hello(wire)
+    assert not walked and len(shapes) == 1
+    assert whole_hello(wire) == verdict(Prelude("allow", True).feed, wire)
+    assert whole_hello(wire).alpn == ([text.encode() for text in how.get("protocols", ())] or None)
+
+
+@pytest.mark.parametrize("wire", [
+    PLAIN, genuine(("h2", "http/1.1")), hello(*OTHERS, SNI, alpn(b"h2"), session=vector(1, b"s" * 32)),
+    record(MESSAGE + handshake(b"", 20)),
+], ids=["hand-made", "genuine", "name-in-the-middle", "more-in-the-record"])
+def test_what_is_nearly_of_a_known_shape_has_the_verdict_it_has_otherwise(shapes, wire):
+    """Each byte of it changed, each beginning of it, and something behind it."""
+    assert whole_hello(wire).name == NAME
+    known = dict(shapes)
+    assert len(known) == 1
+    nearly = [wire[:at] + bytes([byte]) + wire[at + 1:] for at in range(len(wire))
+              for byte in {0, 1, 255, wire[at] ^ 1, wire[at] ^ 128, (wire[at] + 1) % 256}]
+    for data in [*nearly, *(wire[:end] for end in range(len(wire))), wire + b"\x16\3\1", wire + wire]:
+        shapes.clear()
+        shapes.update(known)
+        found = verdict(whole_hello, data)
+        shapes.clear()
+        assert verdict(whole_hello, data) == found, data
+
+
+def test_a_hello_as_long_as_a_known_one_and_of_another_shape_is_read_too(shapes):
+    """As of a browser that shuffles its extensions: the first stays known."""
+    wires = [hello(SNI, *OTHERS, alpn(b"h2")), hello(*OTHERS, alpn(b"h2"), SNI), hello(alpn(b"h2"), SNI, *OTHERS)]
+    assert len({wire[:11] for wire in wires}) == 1
+    for wire in wires * 2:
+        assert whole_hello(wire) == Hello(NAME, b"\0\3\2h2", len(wire))
+    assert len(shapes) == 1
+
+
+def test_so_many_shapes_are_remembered_at_most(shapes):
+    for size in range(500, 500 + 3 * sniroute.SHAPES_MAX):
+        wire = records(hello_of(size))
+        assert whole_hello(wire).name == whole_hello(wire).name == NAME
+        assert len(shapes) <= sniroute.SHAPES_MAX
 
 
 def cut(message: bytes, at: int, byte: int) -> bytes:
@@ -2960,6 +3022,31 @@ def test_a_flow_that_has_much_to_move_is_spliced_and_goes_back_to_messages(run, 
                 assert connection.up.state == "bulky"
         assert connection.up.state == connection.down.state == "open"
     assert running.ending().up == len(HELLO) + 3 * sniroute.MESSAGE + (1 << 20) + 66
+
+
+def test_a_flow_of_small_messages_reads_little_at_a_time_until_there_is_more(run, echo_server, flow):
+    running = run(route(echo_server.address))
+    payload = random.Random(5).randbytes(1 << 18)
+    def say(client: socket.socket, size: int) -> int:
+        sender = threading.Thread(target=client.sendall, args=(payload[:size],))
+        sender.start()
+        assert read_exactly(client, size) == payload[:size]
+        sender.join()
+        return connection.up.room
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        [connection] = running.router.connections
+        for _ in range(2):
+            for _ in range(sniroute.FEW_RUN):
+                assert sniroute.FEW < say(client, 64) <= sniroute.MESSAGE
+            assert say(client, 64) == say(client, sniroute.FEW - 1) == say(client, 1) == sniroute.FEW
+            for size in (sniroute.FEW, sniroute.FEW + 1, sniroute.MESSAGE - 1):
+                assert say(client, size) >= sniroute.MESSAGE - 1, "its last byte may be a small message"
+                connection.up.room = sniroute.FEW  # the loop has nothing to read meanwhile
+            say(client, len(payload))
+            say(client, 1000)
+        assert connection.up.state == "open"
+    assert running.ending().down == running.ending().up
 
 
 def test_connections_of_a_turn_take_each_step_together(run, serve):
