@@ -84,6 +84,7 @@ import functools
 import gc
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import re
@@ -142,7 +143,9 @@ RESOLVED_FOR = 30.0  # a resolved address; getaddrinfo does not tell its TTL
 RESOLVED_MAX = 1024  # resolved hosts kept: names may come from strangers
 ADDRESSES_MAX = 4  # addresses of one host that are tried
 NAMES_MAX = 1024  # server_name extensions remembered: most are seen again
-SHAPES_MAX = 64  # shapes of hellos remembered: one for each program that asks, and length of a name
+SHAPES_MAX = 512  # shapes of hellos remembered, 3 KB each: one for each program that asks, and length of a name
+SHAPES_LEARNT = 16  # of so many hellos of unknown shape one is remembered: that takes four times as long as to read it
+EXTENSIONS_MAX = 32  # in a hello whose shape is remembered: browsers have about 20, and 900 would fit
 DECISIONS_MAX = 4096  # routed names remembered: names come from strangers
 PEERS_MAX = 4096  # client addresses in memory before those without a connection are dropped
 BULK = 1 << 20  # bytes moved in one go: a fifth to a third less CPU for a gigabyte than with 256 KiB
@@ -296,8 +299,8 @@ class Shape(NamedTuple):
     alpn: slice | None
 
 
-def shape_of(hello: bytes) -> Shape:
-    """The shape of a whole hello in one record that has a name, and has been parsed."""
+def shape_of(hello: bytes) -> Shape | None:
+    """The shape of a whole hello in one record that has a name, and has been parsed; None for one too odd to keep."""
     layout, at = ["32x"], 43  # the random bytes, RFC 8446 4.1.2
     for width in (1, 2, 1):  # session id, cipher suites, compression methods
         size = int.from_bytes(hello[at:at + width], "big")
@@ -311,12 +314,29 @@ def shape_of(hello: bytes) -> Shape:
         bodies[kind] = slice(at + 4, at + 4 + size)
         layout.append(f"4s{size}x")
         at += 4 + size
+        if len(bodies) > EXTENSIONS_MAX:
+            return None
     framing_of = struct.Struct("".join(layout)).unpack_from
     return Shape(len(hello), framing_of, framing_of(hello, 11), bodies[SERVER_NAME], bodies.get(ALPN))
 
 
 # Of hellos that were parsed, by their first 11 bytes: both headers, and the version.  Loop only.
 SHAPES: dict[bytes, Shape] = {}
+unknown_shapes = itertools.count(1)
+
+
+def learn_shape(hello: bytes) -> None:
+    """Remember the shape of one in SHAPES_LEARNT, in the place of another one as long, or of the oldest.
+
+    So a crowd of shapes that never come again costs little, and keeps nobody's out for long.
+    """
+    if next(unknown_shapes) % SHAPES_LEARNT:
+        return
+    shape = shape_of(hello)
+    if shape is not None:
+        if len(SHAPES) >= SHAPES_MAX and hello[:11] not in SHAPES:
+            del SHAPES[next(iter(SHAPES))]
+        SHAPES[hello[:11]] = shape
 
 
 def whole_hello(data: bytes) -> Hello | None:
@@ -337,10 +357,8 @@ def whole_hello(data: bytes) -> Hello | None:
             or not HELLO_MIN + 4 <= size + 4 <= length <= RECORD_MAX or len(data) < end:
         return None
     name, alpn = parse_client_hello(data[9:end])
-    if shape is None and name is not None:
-        if len(SHAPES) >= SHAPES_MAX:
-            SHAPES.clear()
-        SHAPES[data[:11]] = shape_of(data[:end])
+    if name is not None:
+        learn_shape(data[:end])
     return new_tuple(Hello, (name, alpn, end))
 
 
@@ -1956,7 +1974,9 @@ class Flow:
     def hold(self, rest: memoryview) -> None:
         """The sink is full: keep the rest, and do not read before it is gone."""
         self.pending = rest
-        self.connection.router.keep(len(rest))
+        router = self.connection.router
+        router.keep(len(rest))
+        self.room = min(self.room, router.chunk)
         self.block()
 
     def block(self) -> None:

@@ -425,7 +425,7 @@ def test_metrics_count_what_happened(run, serve, cloudflared, ports):
         assert len(client.recv(65536)) == hello
         running.refused("a.nowhere.test")
         running.refused("b.nowhere.test")
-        wait_until(lambda: running.router.counters["no_route"] == 2, what="refusals")
+        wait_until(lambda: running.router.counters.get("no_route") == 2, what="refusals")
         wait_until(lambda: running.admin.collector.totals[2] >= hello, what="bytes of a connection that is open")
         running.admin.metrics.forget()
         seen = metrics(running)

@@ -491,8 +491,9 @@ def test_records_behind_the_hello_are_not_looked_at_T14(behind):
 
 
 @pytest.fixture
-def shapes() -> Iterator[dict[bytes, sniroute.Shape]]:
-    """The shapes of hellos that are remembered: none yet, and none afterwards."""
+def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[bytes, sniroute.Shape]]:
+    """The shapes of hellos that are remembered, each at once: none yet, and none afterwards."""
+    monkeypatch.setattr(sniroute, "SHAPES_LEARNT", 1)
     sniroute.SHAPES.clear()
     yield sniroute.SHAPES
     sniroute.SHAPES.clear()
@@ -536,20 +537,38 @@ def test_what_is_nearly_of_a_known_shape_has_the_verdict_it_has_otherwise(shapes
         assert verdict(whole_hello, data) == found, data
 
 
-def test_a_hello_as_long_as_a_known_one_and_of_another_shape_is_read_too(shapes):
-    """As of a browser that shuffles its extensions: the first stays known."""
+def test_a_hello_as_long_as_a_known_one_and_of_another_shape_is_read_and_takes_its_place(shapes):
+    """As of a browser that shuffles its extensions."""
     wires = [hello(SNI, *OTHERS, alpn(b"h2")), hello(*OTHERS, alpn(b"h2"), SNI), hello(alpn(b"h2"), SNI, *OTHERS)]
     assert len({wire[:11] for wire in wires}) == 1
     for wire in wires * 2:
         assert whole_hello(wire) == Hello(NAME, b"\0\3\2h2", len(wire))
-    assert len(shapes) == 1
+        [shape] = shapes.values()
+        assert shape == shape._replace(framing=shape.framing_of(wire, 11)), "it is this one's"
 
 
-def test_so_many_shapes_are_remembered_at_most(shapes):
-    for size in range(500, 500 + 3 * sniroute.SHAPES_MAX):
+def test_so_many_shapes_are_remembered_at_most_and_the_oldest_goes(shapes, monkeypatch):
+    monkeypatch.setattr(sniroute, "SHAPES_MAX", 5)
+    for size in range(500, 512):
         wire = records(hello_of(size))
         assert whole_hello(wire).name == whole_hello(wire).name == NAME
-        assert len(shapes) <= sniroute.SHAPES_MAX
+        assert [shape.end for shape in shapes.values()] == list(range(max(509, size + 5), size + 10))[-5:]
+
+
+def test_one_in_so_many_unknown_shapes_is_remembered(shapes, monkeypatch):
+    """Who never comes again should cost no more than it has to."""
+    monkeypatch.setattr(sniroute, "SHAPES_LEARNT", 8)
+    for size in range(500, 580):
+        whole_hello(records(hello_of(size)))
+    assert len(shapes) == 10
+
+
+def test_the_shape_of_a_hello_with_very_many_extensions_is_not_remembered(shapes):
+    """A stranger would have it made, and compared, again and again."""
+    for count in (sniroute.EXTENSIONS_MAX - 1, sniroute.EXTENSIONS_MAX, 900):
+        wire = hello(SNI, *(extension(1000 + number, b"") for number in range(count)))
+        assert whole_hello(wire).name == whole_hello(wire).name == NAME
+        assert len(shapes) == 1
 
 
 def cut(message: bytes, at: int, byte: int) -> bytes:
@@ -2271,7 +2290,7 @@ class Running:
         return self.endings[number - 1]
 
     def counter(self, name: str) -> int:
-        return self.router.counters[name]
+        return self.router.counters.get(name, 0)
 
 
 @pytest.fixture
@@ -2916,7 +2935,7 @@ def test_silent_clients_of_one_turn_are_shed_at_the_other_listener_too(run):
         held.set()
         with running.connect(genuine_hello("nope.example.org")) as client:
             assert read_all(client) == alert(112)
-    assert router.counters["shed"] >= 1 and not router.paused
+    assert router.counters.get("shed", 0) >= 1 and not router.paused
 
 
 def test_a_deadline_that_another_one_sets_is_not_forgotten(run):
@@ -3047,6 +3066,28 @@ def test_a_flow_of_small_messages_reads_little_at_a_time_until_there_is_more(run
             say(client, 1000)
         assert connection.up.state == "open"
     assert running.ending().down == running.ending().up
+
+
+def test_what_a_flow_without_splice_reads_is_less_once_much_is_kept(run, serve, monkeypatch):
+    """65536 bytes at a time, and 16384 while many clients do not read."""
+    monkeypatch.setattr(sniroute, "can_splice", lambda: False)
+    go = threading.Event()
+    def talk(sock: socket.socket) -> None:
+        read_exactly(sock, len(HELLO))
+        with contextlib.suppress(OSError):
+            while True:
+                sock.sendall(bytes(1 << 20))
+    running = run(route(serve(talk).address))
+    with running.connect(HELLO) as client:
+        connection = wait_until(lambda: list(running.router.connections))[0]
+        wait_until(lambda: connection.down.state == "blocked")
+        assert connection.down.room == sniroute.READ_MAX
+        running.router.call(lambda: (running.router.keep(sniroute.PENDING_MAX), go.set()))
+        assert go.wait(20)
+        read_exactly(client, 1 << 22)
+        wait_until(lambda: connection.down.state == "blocked" and connection.down.room == sniroute.SMALL)
+        reset(client)
+    running.ending()
 
 
 def test_connections_of_a_turn_take_each_step_together(run, serve):
