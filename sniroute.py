@@ -149,7 +149,7 @@ EXTENSIONS_MAX = 32  # in a hello whose shape is remembered: browsers have about
 DECISIONS_MAX = 4096  # routed names remembered: names come from strangers
 PEERS_MAX = 4096  # client addresses in memory before those without a connection are dropped
 BULK = 1 << 20  # bytes moved in one go: a fifth to a third less CPU for a gigabyte than with 256 KiB
-FEW = 512 - sys.getsizeof(b"")  # bytes read in one go while messages are small: malloc() is a tenth of such a message
+FEW = 512 - sys.getsizeof(b"")  # bytes read in one go while messages are small: what is more is malloc's, 5 % of such a message
 FEW_RUN = 32  # messages in a row that are as small: one that is larger then takes two reads, which costs as much as 16 save
 MESSAGE = 1 << 12  # bytes read in one go; what is more is spliced, where that can be done ...
 READ_MAX = 1 << 16  # ... and read in larger pieces where not
@@ -286,10 +286,11 @@ _hello_header = struct.Struct(">BBBHBBH").unpack_from  # of a record, and of the
 
 
 class Shape(NamedTuple):
-    """How a hello is framed: all that one program's next hello repeats for a name as long, and all that is judged.
+    """How a hello is framed: each length and type in it.
 
-    A program changes its random bytes, keys and tickets, and the name.  (A browser may shuffle its extensions, too,
-    and gains nothing here.)
+    That is all that `parse_client_hello` judges but the name itself, and a program's next hello for a name as long has
+    the same again: only random bytes, keys, tickets and the name are others.  So it need not be walked through, and
+    its name stands where the last one stood.  (A browser that shuffles its extensions gains nothing.)
     """
 
     end: int  # bytes on the wire
