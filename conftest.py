@@ -22,6 +22,7 @@ import pytest
 
 HERE = pathlib.Path(__file__).resolve().parent
 HOST = "127.0.0.1"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # what is started a hundred times is compiled once
 Address = tuple[str, int]
 
 
