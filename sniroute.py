@@ -143,14 +143,14 @@ RESOLVED_FOR = 30.0  # a resolved address; getaddrinfo does not tell its TTL
 RESOLVED_MAX = 1024  # resolved hosts kept: names may come from strangers
 ADDRESSES_MAX = 4  # addresses of one host that are tried
 NAMES_MAX = 1024  # server_name extensions remembered: most are seen again
-SHAPES_MAX = 512  # shapes of hellos remembered, 3 KB each: one for each program that asks, and length of a name
-SHAPES_LEARNT = 16  # of so many hellos of unknown shape one is remembered: that takes four times as long as to read it
+SHAPES_MAX = 512  # shapes of hellos remembered, 3 KB each: one for each length; who is as long takes the place
+SHAPES_LEARNT = 16  # of so many hellos of unknown shape one is remembered: that takes 3 to 5 times as long as to read it
 EXTENSIONS_MAX = 32  # in a hello whose shape is remembered: browsers have about 20, and 900 would fit
 DECISIONS_MAX = 4096  # routed names remembered: names come from strangers
 PEERS_MAX = 4096  # client addresses in memory before those without a connection are dropped
 BULK = 1 << 20  # bytes moved in one go: a fifth to a third less CPU for a gigabyte than with 256 KiB
 FEW = 512 - sys.getsizeof(b"")  # bytes read in one go while messages are small: what is more is malloc's, 5 % of such a message
-FEW_RUN = 32  # messages in a row that are as small: one that is larger then takes two reads, which costs as much as 16 save
+FEW_RUN = 32  # more than so many small ones in a row: a larger one then takes two reads, which cost what 16 save
 MESSAGE = 1 << 12  # bytes read in one go; what is more is spliced, where that can be done ...
 READ_MAX = 1 << 16  # ... and read in larger pieces where not
 SMALL = 1 << 14  # in the place of both while many clients do not read: what they leave has to be kept
@@ -335,7 +335,8 @@ def learn_shape(hello: bytes) -> None:
         return
     shape = shape_of(hello)
     if shape is not None:
-        if len(SHAPES) >= SHAPES_MAX and hello[:11] not in SHAPES:
+        SHAPES.pop(hello[:11], None)  # what is learnt again is the newest
+        if len(SHAPES) >= SHAPES_MAX:
             del SHAPES[next(iter(SHAPES))]
         SHAPES[hello[:11]] = shape
 
@@ -1889,7 +1890,7 @@ class Flow:
         self.source: socket.SocketType | None = None
         self.fd = -1
         self.total = 0  # bytes read from the source
-        self.room = MESSAGE  # for the next read: each small one takes a byte off, and after FEW_RUN of them FEW are left
+        self.room = MESSAGE  # for the next read: each small one takes a byte off, and after more than FEW_RUN it is FEW
         self.state = DONE
         self.pending: memoryview | int | None = None  # what the sink did not take; in a pipe: how much
         self.pipe: tuple[int, int] | None = None  # see SpliceFlow
@@ -1927,7 +1928,8 @@ class Flow:
     def pump(self, mask: int) -> None:
         """Move what the source has to the sink.  Called by the loop when there is something to read.
 
-        By number: a socket's own methods take half as many instructions again.  A flow that is not DONE has both.
+        os.read and os.write, not the sockets' methods: fewer instructions.  Safe only because both descriptors are
+        open, and nobody else's, while the flow is not DONE.
         """
         if self.state is not OPEN:
             return  # an event of the same turn changed that
@@ -2766,7 +2768,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.phase = RUNNING
         self.level = log.getEffectiveLevel()  # needed for each connection; `adopt` asks again
         self.connections: set[Connection] = set()
-        self.counters: dict[str, int] = collections.defaultdict(int)  # a Counter's item assignment is Python's: 1 us
+        self.counters: dict[str, int] = collections.defaultdict(int)  # others: .get, [] inserts.  No Counter: it assigns slower
         self.endings: collections.deque[Ending] | None = None  # bounded, of whoever asks: every connection's
         self.started = time.time()
         self.reloads: collections.Counter[str] = collections.Counter()  # `ok`, `failed`
