@@ -112,7 +112,7 @@ __version__ = "0.1.0"
 
 log = logging.getLogger("sniroute")
 monotonic = time.monotonic
-new_tuple = tuple.__new__  # makes a NamedTuple as its class does, without a call into Python: half a microsecond
+new_tuple = tuple.__new__  # makes a NamedTuple without a call into Python: half a microsecond; give it all fields
 
 # Limits, each with its reason.  Sizes in bytes, times in seconds.
 RECORD_MAX = 16384  # RFC 8446 5.1: a plaintext record holds no more
@@ -144,13 +144,13 @@ RESOLVED_MAX = 1024  # resolved hosts kept: names may come from strangers
 ADDRESSES_MAX = 4  # addresses of one host that are tried
 NAMES_MAX = 1024  # server_name extensions remembered: most are seen again
 SHAPES_MAX = 512  # shapes of hellos remembered, 3 KB each: one for each length; who is as long takes the place
-SHAPES_LEARNT = 16  # of so many hellos of unknown shape one is remembered: that takes 3 to 5 times as long as to read it
+LEARN_EVERY = 16  # of so many hellos of unknown shape one is remembered: it takes 3 to 5 times as long as to read it
 EXTENSIONS_MAX = 32  # in a hello whose shape is remembered: browsers have about 20, and 900 would fit
 DECISIONS_MAX = 4096  # routed names remembered: names come from strangers
 PEERS_MAX = 4096  # client addresses in memory before those without a connection are dropped
 BULK = 1 << 20  # bytes moved in one go: a fifth to a third less CPU for a gigabyte than with 256 KiB
-FEW = 512 - sys.getsizeof(b"")  # bytes read in one go while messages are small: what is more is malloc's, 5 % of such a message
-FEW_RUN = 32  # more than so many small ones in a row: a larger one then takes two reads, which cost what 16 save
+FEW = 512 - sys.getsizeof(b"")  # bytes read in one go while messages are small: more is malloc's, 5 % of a message
+FEW_RUN = 32  # so many small ones in a row: a larger one then takes two reads, which cost what 16 save
 MESSAGE = 1 << 12  # bytes read in one go; what is more is spliced, where that can be done ...
 READ_MAX = 1 << 16  # ... and read in larger pieces where not
 SMALL = 1 << 14  # in the place of both while many clients do not read: what they leave has to be kept
@@ -288,13 +288,14 @@ _hello_header = struct.Struct(">BBBHBBH").unpack_from  # of a record, and of the
 class Shape(NamedTuple):
     """How a hello is framed: each length and type in it.
 
-    That is all that `parse_client_hello` judges but the name itself, and a program's next hello for a name as long has
-    the same again: only random bytes, keys, tickets and the name are others.  So it need not be walked through, and
-    its name stands where the last one stood.  (A browser that shuffles its extensions gains nothing.)
+    With the version, which is in its key, that is all that `parse_client_hello` judges but the name itself; and a
+    program's next hello for a name as long has the same again: only random bytes, keys, tickets and the name are
+    others.  So it need not be walked through, and its name stands where the last one stood.  (A browser that
+    shuffles its extensions gains nothing.)
     """
 
     end: int  # bytes on the wire
-    framing_of: Callable[[bytes, int], tuple[bytes, ...]]  # lengths and types in such a hello, behind its first 11 bytes
+    framing_of: Callable[[bytes, int], tuple[bytes, ...]]  # a struct's: lengths and types in such a hello, from KEY on
     framing: tuple[bytes, ...]  # what they have to be
     name: slice  # where a server_name extension stands
     alpn: slice | None
@@ -302,12 +303,12 @@ class Shape(NamedTuple):
 
 def shape_of(hello: bytes) -> Shape | None:
     """The shape of a whole hello in one record that has a name, and has been parsed; None for one too odd to keep."""
-    layout, at = ["32x"], 43  # the random bytes, RFC 8446 4.1.2
+    layout, at = ["32x"], KEY + 32  # the random bytes, RFC 8446 4.1.2
     for width in (1, 2, 1):  # session id, cipher suites, compression methods
         size = int.from_bytes(hello[at:at + width], "big")
         layout.append(f"{width}s{size}x")
         at += width + size
-    layout.append("2s")
+    layout.append("2s")  # the length of all extensions
     at += 2
     bodies = {}
     while at < len(hello):
@@ -318,27 +319,27 @@ def shape_of(hello: bytes) -> Shape | None:
         if len(bodies) > EXTENSIONS_MAX:
             return None
     framing_of = struct.Struct("".join(layout)).unpack_from
-    return Shape(len(hello), framing_of, framing_of(hello, 11), bodies[SERVER_NAME], bodies.get(ALPN))
+    return Shape(len(hello), framing_of, framing_of(hello, KEY), bodies[SERVER_NAME], bodies.get(ALPN))
 
 
-# Of hellos that were parsed, by their first 11 bytes: both headers, and the version.  Loop only.
-SHAPES: dict[bytes, Shape] = {}
-unknown_shapes = itertools.count(1)
+KEY = 11  # bytes of both headers and the version: what begins a hello, and what its shape is found by
+SHAPES: dict[bytes, Shape] = {}  # of hellos that were parsed.  Loop only
+unknown_hellos = itertools.count(1)
 
 
 def learn_shape(hello: bytes) -> None:
-    """Remember the shape of one in SHAPES_LEARNT, in the place of another one as long, or of the oldest.
+    """Remember the shape of one in LEARN_EVERY, in the place of another one as long, or of the oldest.
 
     So a crowd of shapes that never come again costs little, and keeps nobody's out for long.
     """
-    if next(unknown_shapes) % SHAPES_LEARNT:
+    if next(unknown_hellos) % LEARN_EVERY:
         return
     shape = shape_of(hello)
     if shape is not None:
-        SHAPES.pop(hello[:11], None)  # what is learnt again is the newest
+        SHAPES.pop(hello[:KEY], None)  # what is learnt again is the newest
         if len(SHAPES) >= SHAPES_MAX:
             del SHAPES[next(iter(SHAPES))]
-        SHAPES[hello[:11]] = shape
+        SHAPES[hello[:KEY]] = shape
 
 
 def whole_hello(data: bytes) -> Hello | None:
@@ -346,10 +347,10 @@ def whole_hello(data: bytes) -> Hello | None:
 
     None says nothing but that: HelloReader has to look.  Raises Malformed.
     """
-    shape = SHAPES.get(data[:11])
+    shape = SHAPES.get(data[:KEY])
     if shape is not None:
         end, framing_of, framing, name, alpn = shape
-        if len(data) >= end and framing_of(data, 11) == framing:  # a third of what it takes to read it all
+        if len(data) >= end and framing_of(data, KEY) == framing:  # a third of what it takes to read it all
             return new_tuple(Hello, (parse_server_name(data[name]), data[alpn] if alpn is not None else None, end))
     if len(data) <= 9:
         return None
@@ -1795,7 +1796,8 @@ def ignore(mask: int) -> None:
 class Poller:
     """What descriptors wait for, and whom to call then (`callbacks`).  Loop only.
 
-    What waits no more keeps a callback that does nothing: it may be among what is ready in this turn.
+    What waits no more keeps a callback that does nothing, since it may be among what is ready in this turn: so there
+    are as many as the highest descriptor at most.
     This one is `selectors`, for where there is no epoll.
     """
 
@@ -1890,7 +1892,7 @@ class Flow:
         self.source: socket.SocketType | None = None
         self.fd = -1
         self.total = 0  # bytes read from the source
-        self.room = MESSAGE  # for the next read: each small one takes a byte off, and after more than FEW_RUN it is FEW
+        self.room = MESSAGE  # bytes for the next read, see `shrink`; 0: see `swell`
         self.state = DONE
         self.pending: memoryview | int | None = None  # what the sink did not take; in a pipe: how much
         self.pipe: tuple[int, int] | None = None  # see SpliceFlow
@@ -1934,7 +1936,7 @@ class Flow:
         if self.state is not OPEN:
             return  # an event of the same turn changed that
         connection = self.connection
-        room = self.room
+        room = self.room or connection.router.chunk
         try:
             data = os.read(self.fd, room)
         except BlockingIOError:
@@ -1960,26 +1962,31 @@ class Flow:
             self.hold(memoryview(data[sent:]))
         elif count < FEW:
             if room > FEW:
-                self.room = min(room, MESSAGE) - 1 if room > MESSAGE - FEW_RUN else FEW
+                self.shrink(room)
         else:
             self.room = MESSAGE
-            if count < room:
-                return
-            if room == FEW:
-                self.pump(mask)
-            else:
-                self.swell()
+            if count == room:
+                if room == FEW:
+                    self.pump(mask)  # the rest of the message; once only: there is room for MESSAGE now
+                else:
+                    self.swell()
+
+    def shrink(self, room: int) -> None:
+        """A small message.  After FEW_RUN in a row there is room for no more than such a one.
+
+        They are counted in `room` itself, from MESSAGE down: a slot less in each flow.
+        """
+        room = min(room, MESSAGE) - 1
+        self.room = room if room > MESSAGE - FEW_RUN else FEW
 
     def swell(self) -> None:
-        """There is more than one read takes."""
-        self.room = self.connection.router.chunk
+        """There is more than one read takes: read as much as the router allows at that time."""
+        self.room = 0
 
     def hold(self, rest: memoryview) -> None:
         """The sink is full: keep the rest, and do not read before it is gone."""
         self.pending = rest
-        router = self.connection.router
-        router.keep(len(rest))
-        self.room = min(self.room, router.chunk)
+        self.connection.router.keep(len(rest))
         self.block()
 
     def block(self) -> None:
@@ -2768,7 +2775,8 @@ class Router(socketserver.ThreadingTCPServer):
         self.phase = RUNNING
         self.level = log.getEffectiveLevel()  # needed for each connection; `adopt` asks again
         self.connections: set[Connection] = set()
-        self.counters: dict[str, int] = collections.defaultdict(int)  # others: .get, [] inserts.  No Counter: it assigns slower
+        # No Counter, which assigns slower.  Other threads use .get: [] would insert.
+        self.counters: collections.defaultdict[str, int] = collections.defaultdict(int)
         self.endings: collections.deque[Ending] | None = None  # bounded, of whoever asks: every connection's
         self.started = time.time()
         self.reloads: collections.Counter[str] = collections.Counter()  # `ok`, `failed`
@@ -2981,7 +2989,8 @@ class Router(socketserver.ThreadingTCPServer):
         poll, callbacks = self.poller.poll, self.poller.callbacks
         while self.phase is not STOPPED:
             for fd, mask in poll(max(0.0, self.next_check - monotonic())):
-                callback = callbacks[fd]  # of one closed in this turn: what has its number waits from the steps on
+                # Of a descriptor closed in this turn it is `ignore`: who gets its number waits only from the steps on.
+                callback = callbacks[fd]
                 try:
                     callback(mask)
                 except Exception:
