@@ -3088,7 +3088,8 @@ def test_a_flow_without_splice_reads_less_from_the_moment_that_much_is_kept(run,
                 sock.sendall(bytes(1 << 20))
     running = run(route(serve(talk).address))
     with running.connect(HELLO) as client:
-        connection = wait_until(lambda: list(running.router.connections))[0]
+        assert client.recv(1) == b"\0"
+        connection, = running.router.connections
         source = connection.down.fd
         def sizes() -> set[int]:
             read_exactly(client, 1 << 20)
