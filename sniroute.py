@@ -2142,6 +2142,9 @@ SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE"
 
 # socket.SocketType is the class that socket.socket is written around, whatever the manual says.
 STREAM = int(socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0))  # born non-blocking: a call less
+# Off at a socket that connects: the handshake's last ACK goes out with the hello, and the backend is woken once for
+# both (tcp(7); HAProxy's tcp-smart-connect).  Only for that one ACK: whoever connects has to speak first.
+LATE_ACK = getattr(socket, "TCP_QUICKACK", None)
 NO_FLOW = Flow.__new__(Flow)  # the twin of a flow whose connection is over
 NO_FLOW.state = DONE
 
@@ -2425,6 +2428,8 @@ class Connection:
             if STREAM == socket.SOCK_STREAM:
                 server.setblocking(False)
             server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if LATE_ACK is not None:
+                server.setsockopt(socket.IPPROTO_TCP, LATE_ACK, 0)
             if not self.backend.local:
                 keep_alive(server)
             self.down.source, self.down.fd = server, server.fileno()

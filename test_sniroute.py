@@ -22,6 +22,7 @@ import pwd
 import random
 import re
 import resource
+import select
 import selectors
 import shutil
 import signal
@@ -3138,6 +3139,26 @@ def test_connection_that_ends_between_two_steps_of_a_turn_takes_no_further_one(r
         assert read_all(client) == b""
     assert running.ending().reason == "shed" and running.ending().up == 0
     assert not running.router.to_dial and not running.router.to_speak
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="no TCP_QUICKACK here")
+def test_backend_is_woken_by_the_hello_not_by_the_connect(run, monkeypatch):
+    """The handshake's last ACK waits for it: two packets less for each connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        woken: list[bool] = []
+        real = sniroute.Connection._connect
+        def connect(self: sniroute.Connection) -> None:
+            real(self)
+            woken.append(bool(select.select([listener], [], [], 0)[0]))
+        monkeypatch.setattr(sniroute.Connection, "_connect", connect)
+        running = run(route(listener.getsockname()))
+        with running.connect(HELLO) as client:
+            server = listener.accept()[0]
+            with server:
+                assert server.recv(len(HELLO), socket.MSG_DONTWAIT) == HELLO
+                server.sendall(b"x")
+            assert woken == [False] and client.recv(1) == b"x"
+        running.ending()
 
 
 def test_callback_bears_being_called_for_nothing(run, serve, caplog):
