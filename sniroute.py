@@ -150,7 +150,7 @@ DECISIONS_MAX = 4096  # routed names remembered: names come from strangers
 PEERS_MAX = 4096  # client addresses in memory before those without a connection are dropped
 BULK = 1 << 20  # bytes moved in one go: a fifth to a third less CPU for a gigabyte than with 256 KiB
 FEW = 512 - sys.getsizeof(b"")  # bytes read in one go while messages are small: more is malloc's, 5 % of a message
-FEW_RUN = 32  # so many small ones in a row: a larger one then takes two reads, which cost what 16 save
+FEW_AFTER = 32  # so many small ones in a row: a larger one then takes two reads, which cost what 16 save
 MESSAGE = 1 << 12  # bytes read in one go; what is more is spliced, where that can be done ...
 READ_MAX = 1 << 16  # ... and read in larger pieces where not
 SMALL = 1 << 14  # in the place of both while many clients do not read: what they leave has to be kept
@@ -180,7 +180,7 @@ TUNNEL_MEMORY = 64 << 20  # memory of the host for each process of a tunnel prog
 
 PRELUDE, ROUTED, PARKED, DIALING, GREETING = "prelude", "routed", "parked", "dialing", "greeting"
 OPEN, LINGERING, CLOSED = "open", "lingering", "closed"
-BULKY, BLOCKED, DONE = "bulky", "blocked", "done"  # states of a Flow, beside OPEN
+CHATTY, BULKY, BLOCKED, DONE = "chatty", "bulky", "blocked", "done"  # states of a Flow, beside OPEN
 RUNNING, DRAINING, STOPPED = "running", "draining", "stopped"  # of the Router
 
 READ, WRITE = 1, 4  # what a descriptor waits for, as epoll(7) numbers them
@@ -1879,12 +1879,12 @@ class EpollPoller(Poller):
 class Flow:
     """One direction of a connection, from `source` to its twin's.  Loop only.
 
-    Backpressure: while the sink takes no more, what is left waits in `pending` and the source is
-    not read.  End of file travels behind the last byte.  States: OPEN, BULKY (see SpliceFlow),
-    BLOCKED, DONE.
+    States: OPEN, of which it becomes CHATTY by small messages and BULKY by reads that are full, each with its
+    own way of moving bytes (`mover`); BLOCKED; DONE.  Backpressure: while the sink takes no more, what is left
+    waits in `pending` and the source is not read.  End of file travels behind the last byte.
     """
 
-    __slots__ = ("connection", "twin", "source", "fd", "total", "room", "state", "pending", "pipe", "watched")
+    __slots__ = ("connection", "twin", "source", "fd", "total", "few", "state", "pending", "pipe", "watched")
 
     def __init__(self, connection: Connection):
         self.connection: Connection | None = connection
@@ -1892,7 +1892,7 @@ class Flow:
         self.source: socket.SocketType | None = None
         self.fd = -1
         self.total = 0  # bytes read from the source
-        self.room = MESSAGE  # bytes for the next read, see `shrink`; 0: see `swell`
+        self.few = 0  # small messages in a row, while OPEN
         self.state = DONE
         self.pending: memoryview | int | None = None  # what the sink did not take; in a pipe: how much
         self.pipe: tuple[int, int] | None = None  # see SpliceFlow
@@ -1912,22 +1912,29 @@ class Flow:
 
     def rewatch(self) -> None:
         """Wait for what is wanted of the source: each socket is one flow's source and its twin's sink."""
-        events = (READ if self.state in (OPEN, BULKY) else 0) | (WRITE if self.twin.state is BLOCKED else 0)
+        events = (READ if self.state in READING else 0) | (WRITE if self.twin.state is BLOCKED else 0)
         if events != self.watched:
             self.watch(events, self.mover() if events == READ else self.ready)
 
     def mover(self) -> Callable[[int], None]:
         """What moves bytes in this state."""
-        return self.pump
+        return self.chat if self.state is CHATTY else self.move_bulk if self.state is BULKY else self.pump
+
+    def become(self, state: str) -> None:
+        """Move bytes otherwise from here on."""
+        self.state = state
+        self.few = 0
+        if self.watched == READ:
+            self.connection.router.poller.callbacks[self.fd] = self.mover()
 
     def ready(self, mask: int) -> None:
         """Called by the loop when the source can be written by the other direction, or read too."""
         if mask != READ and self.twin.state is BLOCKED:
             self.twin.flush()
-        if mask != WRITE:
+        if mask != WRITE and self.state in READING:
             self.mover()(mask)
 
-    def pump(self, mask: int) -> None:
+    def pump(self, mask: int, size: int = MESSAGE) -> None:
         """Move what the source has to the sink.  Called by the loop when there is something to read.
 
         os.read and os.write, not the sockets' methods: fewer instructions.  Safe only because both descriptors are
@@ -1936,9 +1943,8 @@ class Flow:
         if self.state is not OPEN:
             return  # an event of the same turn changed that
         connection = self.connection
-        room = self.room or connection.router.chunk
         try:
-            data = os.read(self.fd, room)
+            data = os.read(self.fd, size)
         except BlockingIOError:
             return
         except OSError as error:
@@ -1961,27 +1967,50 @@ class Flow:
         if sent != count:
             self.hold(memoryview(data[sent:]))
         elif count < FEW:
-            if room > FEW:
-                self.shrink(room)
+            self.few += 1
+            if self.few == FEW_AFTER:
+                self.become(CHATTY)
         else:
-            self.room = MESSAGE
-            if count == room:
-                if room == FEW:
-                    self.pump(mask)  # the rest of the message; once only: there is room for MESSAGE now
-                else:
-                    self.swell()
+            self.few = 0
+            if count == size:
+                self.become(BULKY)
 
-    def shrink(self, room: int) -> None:
-        """A small message.  After FEW_RUN in a row there is room for no more than such a one.
+    def chat(self, mask: int) -> None:
+        """As `pump`, for small messages, with nothing that does without: a fifth of a message's instructions.
 
-        They are counted in `room` itself, from MESSAGE down: a slot less in each flow.
+        Written out, since a call for each step would cost more than the step.  It is called in no other state:
+        who leaves CHATTY takes the callback away.  And both sides have spoken.
         """
-        room = min(room, MESSAGE) - 1
-        self.room = room if room > MESSAGE - FEW_RUN else FEW
+        try:
+            data = os.read(self.fd, FEW)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.connection.failed(self, error)
+            return
+        if not data:
+            self.connection.ended(self)
+            return
+        count = len(data)
+        self.total += count
+        try:
+            sent = os.write(self.twin.fd, data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.connection.broken(self)
+            return
+        if sent != count:
+            self.hold(memoryview(data[sent:]))
+        elif count == FEW:
+            self.become(OPEN)
+            self.pump(mask)  # the rest of the message
 
-    def swell(self) -> None:
-        """There is more than one read takes: read as much as the router allows at that time."""
-        self.room = 0
+    def move_bulk(self, mask: int) -> None:
+        """There was more than one read takes: read as much as the router allows at this time."""
+        if self.state is BULKY:
+            self.become(OPEN)
+            self.pump(mask, self.connection.router.chunk)
 
     def hold(self, rest: memoryview) -> None:
         """The sink is full: keep the rest, and do not read before it is gone."""
@@ -2025,7 +2054,7 @@ class Flow:
 
 
 class SpliceFlow(Flow):
-    """A Flow that is BULKY while there is much to move: then its bytes stay in the kernel (splice(2)).
+    """A Flow whose bytes stay in the kernel while it is BULKY (splice(2)).
 
     That is half the CPU for each gigabyte, and a tenth more for a message of 64 bytes: the two meet
     at 3 KiB.  All flows of the loop share one pipe.  It is empty between two calls, unless a sink is
@@ -2035,19 +2064,7 @@ class SpliceFlow(Flow):
 
     __slots__ = ()
 
-    def mover(self) -> Callable[[int], None]:
-        return self.splice if self.state is BULKY else self.pump
-
-    def swell(self) -> None:
-        """There is more than one read takes: splice it."""
-        self._become(BULKY)
-
-    def _become(self, state: str) -> None:
-        self.state = state
-        if self.watched == READ:
-            self.connection.router.poller.callbacks[self.fd] = self.mover()
-
-    def splice(self, mask: int) -> None:
+    def move_bulk(self, mask: int) -> None:
         """As `pump`, written out again: a call for each step would cost more than the step."""
         if self.state is not BULKY:
             return
@@ -2084,7 +2101,7 @@ class SpliceFlow(Flow):
             else:
                 self.hold(memoryview(read_exactly(reader, rest)))
         elif count < MESSAGE:
-            self._become(OPEN)
+            self.become(OPEN)
 
     def flush(self) -> None:
         """As Flow.flush, out of the pipe that was lent."""
@@ -2137,6 +2154,7 @@ def can_splice() -> bool:
         os.close(writer)
 
 
+READING = (OPEN, CHATTY, BULKY)  # states of a flow whose source is read
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST
 SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE", 0)
 

@@ -3051,29 +3051,62 @@ def test_a_flow_that_has_much_to_move_is_spliced_and_goes_back_to_messages(run, 
     assert running.ending().up == len(HELLO) + 3 * sniroute.MESSAGE + (1 << 20) + 66
 
 
-def test_a_flow_of_small_messages_reads_little_at_a_time_until_there_is_more(run, echo_server, flow):
+def test_a_flow_of_small_messages_is_chatty_until_there_is_a_larger_one(run, echo_server, flow):
     running = run(route(echo_server.address))
     payload = random.Random(5).randbytes(1 << 18)
-    def say(client: socket.socket, size: int) -> int:
+    def say(client: socket.socket, size: int) -> str:
         sender = threading.Thread(target=client.sendall, args=(payload[:size],))
         sender.start()
         assert read_exactly(client, size) == payload[:size]
         sender.join()
-        return connection.up.room
+        return connection.up.state
     with running.connect(HELLO) as client:
         assert read_exactly(client, len(HELLO)) == HELLO
         [connection] = running.router.connections
-        for _ in range(2):
-            for _ in range(sniroute.FEW_RUN - 1):
-                assert sniroute.FEW < say(client, 64) <= sniroute.MESSAGE
-            assert say(client, 64) == say(client, sniroute.FEW - 1) == say(client, 1) == sniroute.FEW
-            for size in (sniroute.FEW, sniroute.FEW + 1, sniroute.MESSAGE - 1):
-                assert say(client, size) >= sniroute.MESSAGE - 1, "a second read of few bytes counts as small"
-                connection.up.room = sniroute.FEW  # the loop has nothing to read meanwhile
-            say(client, len(payload))
-            say(client, 1000)
-        assert connection.up.state == "open"
+        for larger in (sniroute.FEW, sniroute.FEW + 1, sniroute.MESSAGE - 1, len(payload)):
+            say(client, sniroute.FEW)  # counting begins
+            for _ in range(sniroute.FEW_AFTER - 1):
+                assert say(client, 64) == "open"
+            assert say(client, 64) == say(client, sniroute.FEW - 1) == say(client, 1) == "chatty"
+            assert say(client, larger) != "chatty"
+            say(client, sniroute.MESSAGE - 1)  # nor bulky
     assert running.ending().down == running.ending().up
+
+
+def test_chatty_flow_whose_sink_is_full_waits_and_goes_on(run, serve, flow, monkeypatch):
+    """Small messages to a server that does not read: all arrive, in order, once it does."""
+    held, hold = [], sniroute.Flow.hold
+    monkeypatch.setattr(sniroute.Flow, "hold", lambda self, rest: (held.append(self.state), hold(self, rest)))
+    go, heard = threading.Event(), []
+    def server(sock: socket.socket) -> None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        assert read_exactly(sock, len(HELLO)) == HELLO
+        sock.sendall(b"!")
+        go.wait(20)
+        heard.append(hashlib.sha256(read_all(sock)).digest())
+        sock.sendall(b"all")
+    running = run(route(serve(server).address))
+    said = hashlib.sha256()
+    with running.connect(HELLO) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        assert client.recv(1) == b"!"
+        connection, = running.router.connections
+        up = connection.up
+        def say(size: int) -> None:
+            data, before = random.Random(up.total).randbytes(size), up.total
+            client.sendall(data)
+            said.update(data)
+            wait_until(lambda: up.total > before or held)
+        while up.state is not sniroute.CHATTY:
+            say(64)
+        connection.down.source.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        while not held:
+            say(sniroute.FEW - 1)
+        assert held == [sniroute.CHATTY]
+        go.set()
+        client.shutdown(socket.SHUT_WR)
+        assert read_all(client) == b"all"
+    assert heard == [said.digest()] and running.ending().reason == "client_closed"
 
 
 def test_a_flow_without_splice_reads_less_from_the_moment_that_much_is_kept(run, serve, monkeypatch):
@@ -3098,7 +3131,6 @@ def test_a_flow_without_splice_reads_less_from_the_moment_that_much_is_kept(run,
         wait_until(lambda: sniroute.READ_MAX in sizes())
         held = threading.Event()
         def congest() -> None:
-            connection.down.room = 0  # it was swollen when it came to that
             running.router.keep(sniroute.PENDING_MAX)
             asked.clear()
             held.set()
