@@ -3109,6 +3109,57 @@ def test_chatty_flow_whose_sink_is_full_waits_and_goes_on(run, serve, flow, monk
     assert heard == [said.digest()] and running.ending().reason == "client_closed"
 
 
+@pytest.mark.parametrize("fault", ["nothing to read", "client resets", "sink is full", "sink is gone"])
+def test_chatty_flow_meets_what_any_flow_does(run, serve, fault, caplog):
+    heard = []
+    def server(sock: socket.socket) -> None:
+        assert read_exactly(sock, len(HELLO)) == HELLO
+        sock.sendall(b"!")
+        assert go.wait(20)
+        with contextlib.suppress(ConnectionResetError):
+            heard.append(read_all(sock))
+            sock.sendall(b"bye")
+    go, prepared = threading.Event(), threading.Event()
+    running = run(route(serve(server).address))
+    with running.connect(HELLO) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        assert client.recv(1) == b"!"
+        connection, = running.router.connections
+        up, filled = connection.up, 0
+        while up.state is not sniroute.CHATTY:
+            before = up.total
+            client.sendall(b"x")
+            wait_until(lambda: up.total > before)
+        said = up.total - len(HELLO)
+        def prepare() -> None:
+            nonlocal filled
+            if fault == "nothing to read":
+                up.chat(sniroute.READ)
+            elif fault == "sink is gone":
+                connection.down.source.shutdown(socket.SHUT_WR)
+            elif fault == "sink is full":
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        filled += os.write(connection.down.fd, b"x" * 4096)
+            prepared.set()
+        running.router.call(prepare)
+        assert prepared.wait(20)
+        if fault == "client resets":
+            reset(client)
+        else:
+            client.sendall(b"x")
+            wait_until(lambda: up.total == len(HELLO) + said + 1)
+            client.shutdown(socket.SHUT_WR)
+        go.set()
+        if fault != "client resets":
+            assert read_all(client) == b"bye"
+    reason = running.ending().reason
+    assert reason == ("client_reset" if fault == "client resets" else "client_closed")
+    if fault != "client resets":
+        assert heard == [b"x" * (said + filled + (fault != "sink is gone"))]
+    assert running.router.pending == 0 and "a fault" not in caplog.text
+
+
 def test_a_flow_without_splice_reads_less_from_the_moment_that_much_is_kept(run, serve, monkeypatch):
     """65536 bytes at a time, and 16384 while many clients do not read."""
     monkeypatch.setattr(sniroute, "can_splice", lambda: False)
