@@ -1879,9 +1879,11 @@ class EpollPoller(Poller):
 class Flow:
     """One direction of a connection, from `source` to its twin's.  Loop only.
 
-    States: OPEN, of which it becomes CHATTY by small messages and BULKY by reads that are full, each with its
-    own way of moving bytes (`mover`); BLOCKED; DONE.  Backpressure: while the sink takes no more, what is left
-    waits in `pending` and the source is not read.  End of file travels behind the last byte.
+    States: OPEN; CHATTY after FEW_AFTER small messages in a row, until there is a larger one; BULKY after a read
+    that was full, until there is less to read; each of these has its own way of moving bytes (`mover`).
+    BLOCKED: the sink takes no more, so what is left waits in `pending` and the source is not read (backpressure);
+    then OPEN (BULKY, if that was in a pipe).  DONE: the source has ended, which the sink is told behind the last
+    byte, or the sink is gone.
     """
 
     __slots__ = ("connection", "twin", "source", "fd", "total", "few", "state", "pending", "pipe", "watched")
@@ -1892,7 +1894,7 @@ class Flow:
         self.source: socket.SocketType | None = None
         self.fd = -1
         self.total = 0  # bytes read from the source
-        self.few = 0  # small messages in a row, while OPEN
+        self.few = 0  # small messages in a row
         self.state = DONE
         self.pending: memoryview | int | None = None  # what the sink did not take; in a pipe: how much
         self.pipe: tuple[int, int] | None = None  # see SpliceFlow
@@ -1931,7 +1933,7 @@ class Flow:
         """Called by the loop when the source can be written by the other direction, or read too."""
         if mask != READ and self.twin.state is BLOCKED:
             self.twin.flush()
-        if mask != WRITE and self.state in READING:
+        if mask != WRITE:
             self.mover()(mask)
 
     def pump(self, mask: int, size: int = MESSAGE) -> None:
@@ -1976,10 +1978,10 @@ class Flow:
                 self.become(BULKY)
 
     def chat(self, mask: int) -> None:
-        """As `pump`, for small messages, with nothing that does without: a fifth of a message's instructions.
+        """As `pump`, for small messages: 44 operations of the interpreter in the place of 64.
 
-        Written out, since a call for each step would cost more than the step.  It is called in no other state:
-        who leaves CHATTY takes the callback away.  And both sides have spoken.
+        Written out, since a call for each step would cost more than the step.  Two of the checks that are left out:
+        the state, since whoever leaves CHATTY takes this callback away; `hello`, which `pump` has seen to be None.
         """
         try:
             data = os.read(self.fd, FEW)
@@ -2009,7 +2011,7 @@ class Flow:
     def move_bulk(self, mask: int) -> None:
         """There was more than one read takes: read as much as the router allows at this time."""
         if self.state is BULKY:
-            self.become(OPEN)
+            self.become(OPEN)  # `pump` makes it BULKY again, if this read is full too
             self.pump(mask, self.connection.router.chunk)
 
     def hold(self, rest: memoryview) -> None:
@@ -2160,8 +2162,9 @@ SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE"
 
 # socket.SocketType is the class that socket.socket is written around, whatever the manual says.
 STREAM = int(socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0))  # born non-blocking: a call less
-# Off at a socket that connects: the handshake's last ACK goes out with the hello, and the backend is woken once for
-# both (tcp(7); HAProxy's tcp-smart-connect).  Only for that one ACK: whoever connects has to speak first.
+# Off while a socket connects: the handshake's last ACK goes out with the hello, and the backend is woken once for both
+# (tcp(7); HAProxy's tcp-smart-connect).  On again once the hello is out: Linux would go on to delay ACKs, and a backend
+# with Nagle's algorithm waits 40 ms for one between two small writes of its first answer.
 LATE_ACK = getattr(socket, "TCP_QUICKACK", None)
 NO_FLOW = Flow.__new__(Flow)  # the twin of a flow whose connection is over
 NO_FLOW.state = DONE
@@ -2539,6 +2542,8 @@ class Connection:
     def _open(self, said: bytes, sent: int) -> None:
         """Pump: the backend has `sent` bytes of what the client said."""
         up, down = self.up, self.down
+        if LATE_ACK is not None:
+            down.source.setsockopt(socket.IPPROTO_TCP, LATE_ACK, 1)
         self.state = up.state = down.state = OPEN
         up.total += len(said) if not self.retried else 0
         up.watch(READ, up.pump)
