@@ -1,7 +1,7 @@
 """sniroute_tunnels: the tunnel programs that sniroute starts, watches and stops.
 
-    router's threads                     Condition `changed`           thread `reaper`
-    ----------------                     -------------------           ---------------
+    router's threads               `lock`, a Condition for each        thread `reaper`
+    ----------------               ----------------------------        ---------------
     loop:   lease / release  ----(no lock: see "Leases")---->  idle stop, eviction
     wait-n: wait(key)  ------->  tunnels: key -> Tunnel  <----  spawn, ready?, drain, exit, stop
                                                        Process     |  Popen, pidfd, statm, output, stdin
@@ -46,12 +46,14 @@ that takes no line, or does not answer one in time, hangs: it is killed. Its end
 that it carries; one that was starting in it beside others that ran is not to blame, and starts anew
 in another.
 
-The lock.  `TunnelTable.changed` guards `tunnels`, `failures`, `budget`, `closing`, and a Tunnel's
+The lock.  `TunnelTable.lock` guards `tunnels`, `failures`, `budget`, `closing`, and a Tunnel's
 `state`, `child`, `waiters` and `doubts`; the loop reads three of them without it (see "Leases"), and
 a Child's `close_at` and `refusals`, which only the reaper writes.  It is never held across a fork, a
 kill or a bind, and while the kernel is asked only in `_doubt`: who lives, and who waits.  The reaper
 claims rows under it, works outside, and publishes under it.  Every change of state goes through
-`_enter`, which notifies; those who sleep on it are in `wait()`.
+`_enter`, which notifies `Tunnel.changed`, a Condition of that lock; those who sleep on it are in `wait()`.
+One Condition for all of them would wake 32 threads for each change of any tunnel, each to find that it
+is not the one: in the time of 500 cold names the loop waited behind them more than for all else.
 
 Leases.  The loop takes a lease without the lock, and the reaper, or a thread that doubts, may want
 to stop the same tunnel at that instant.  Both write first and look second: the loop raises
@@ -637,11 +639,12 @@ class Child:
 class Tunnel:
     """One name and, most of the time, the child that serves it."""
 
-    __slots__ = ("key", "state", "child", "leases", "last_used", "waiters", "since", "until", "idle",
+    __slots__ = ("key", "changed", "state", "child", "leases", "last_used", "waiters", "since", "until", "idle",
                  "crashes", "failures", "doubts", "tries", "reason")
 
-    def __init__(self, key: str, now: float):
+    def __init__(self, key: str, now: float, lock: threading.RLock):
         self.key = key
+        self.changed = threading.Condition(lock)  # its state has
         self.state = QUEUED
         self.child: Child | None = None
         self.leases = 0  # written by the loop only
@@ -677,7 +680,7 @@ class TunnelTable:
         self.clock = clock
         self.jitter = jitter
         self.proc = proc
-        self.changed = threading.Condition()  # see "The lock" at the top
+        self.lock = threading.RLock()  # see "The lock" at the top
         self.crowded = False  # names wait for their turn to start; reaper only
         self.tunnels: dict[str, Tunnel] = {}
         self.failures: collections.OrderedDict[str, Failure] = collections.OrderedDict()
@@ -707,9 +710,10 @@ class TunnelTable:
 
     def close(self, now: bool = False) -> None:
         """Stop every tunnel and wait until no process is left.  A second call may hurry it (`now`)."""
-        with self.changed:
+        with self.lock:
             self.closing = "now" if now else self.closing or "drain"
-            self.changed.notify_all()  # those in wait(): there will be no tunnel
+            for tunnel in self.tunnels.values():
+                tunnel.changed.notify_all()  # those in wait(): there will be no tunnel
             self.wake()
         if self.reaper.ident is not None:
             self.reaper.join()
@@ -750,7 +754,7 @@ class TunnelTable:
         `doubted` is a child that was ready and gave no answer: it is restarted where it is dead,
         hung, or serves nobody else; else it is left alone.  Raises TunnelError.
         """
-        with self.changed:
+        with self.lock:
             tunnel = self._demand(key, client)
             if idle is not None:
                 tunnel.idle = idle
@@ -767,7 +771,7 @@ class TunnelTable:
                     remaining = deadline - self.clock()
                     if remaining <= 0 or tunnel.state is BACKOFF and tunnel.until > deadline:
                         raise TunnelError("timeout", f"{key} was not ready in time (it is {tunnel.state})")
-                    self.changed.wait(remaining)
+                    tunnel.changed.wait(remaining)
             finally:
                 tunnel.waiters -= 1
 
@@ -788,7 +792,7 @@ class TunnelTable:
             raise TunnelError("limit", f"all {self.max_tunnels} tunnels are in use: raise --max-tunnels")
         if not self.budget.spend(client):
             raise TunnelError("budget", f"{client} asked for too many cold tunnels: wait a few seconds")
-        tunnel = self.tunnels[key] = Tunnel(key, now)
+        tunnel = self.tunnels[key] = Tunnel(key, now, self.lock)
         tunnel.failures = failure.count if failure else 0
         return tunnel
 
@@ -802,16 +806,16 @@ class TunnelTable:
         if tunnel.child is not child or tunnel.state is not READY:
             return  # somebody saw to it already
         if not child.alive():  # dead or dying, and the reaper is about to find out
-            if self.changed.wait_for(lambda: self.closing or tunnel.child is not child or tunnel.state is not READY,
+            if tunnel.changed.wait_for(lambda: self.closing or tunnel.child is not child or tunnel.state is not READY,
                                      STOP_GRACE):
                 return
         if not self.proc and self.clock() - child.started < self.start_timeout and not child.proven:
-            self.changed.wait(5 * POLL)  # perhaps it does not listen yet, and nobody can tell
+            tunnel.changed.wait(5 * POLL)  # perhaps it does not listen yet, and nobody can tell
             return
         if child.proven:
             tunnel.doubts = 0
         age = DOUBT_LAST if child.proven else min(DOUBT_LAST, DOUBT_FIRST * 2 ** min(tunnel.doubts, 16))
-        hung = self._hung(child)
+        hung = self._hung(tunnel, child)
         if hung or not tunnel.leases and self.clock() - child.ready >= age:
             if tunnel.child is child and tunnel.state is READY and self.budget.spend(client):
                 self._enter(tunnel, STOPPING)
@@ -823,8 +827,8 @@ class TunnelTable:
                 log_event(logging.WARNING, "tunnel gives no answer: it is started again", tunnel=tunnel.key)
                 tunnel.doubts += 1
 
-    def _hung(self, child: Child) -> bool:
-        """Whether the process leaves its clients in the backlog.  Lets go of the lock meanwhile.
+    def _hung(self, tunnel: Tunnel, child: Child) -> bool:
+        """Whether the process of `child`, the tunnel's, leaves its clients in the backlog.  Lets go of the lock meanwhile.
 
         A busy process has a backlog too, at one look or two, but it gets shorter now and then.
         """
@@ -833,7 +837,7 @@ class TunnelTable:
         waiting = 0
         for _ in range(HUNG_LOOKS):
             before, waiting = waiting, sum(listeners(child.address[1]).values())
-            if waiting < max(before, 1) or self.changed.wait_for(lambda: self.closing, HUNG_LOOK):
+            if waiting < max(before, 1) or tunnel.changed.wait_for(lambda: self.closing, HUNG_LOOK):
                 return False
         return True
 
@@ -841,7 +845,7 @@ class TunnelTable:
 
     def snapshot(self) -> list[View]:
         """Every tunnel."""
-        with self.changed:
+        with self.lock:
             now = self.clock()
             rows = [(t.child, View(t.key, t.state, t.leases, 0, 0, t.waiters, now - t.since, self._next(t, now),
                                    t.crashes, t.reason.text)) for t in self.tunnels.values()]
@@ -856,7 +860,7 @@ class TunnelTable:
 
     def failed(self) -> list[View]:
         """Every start that failed and is refused from memory."""
-        with self.changed:
+        with self.lock:
             now = self.clock()
             return [View(key, FAILED, 0, 0, 0, 0, 0.0, failure.until - now, failure.count, failure.reason.text)
                     for key, failure in self.failures.items() if failure.until > now]
@@ -874,7 +878,7 @@ class TunnelTable:
         The next client starts it again, or one that waits for it now.  Returns whether there was anything
         to stop or forget.
         """
-        with self.changed:
+        with self.lock:
             failure, tunnel = self.failures.pop(key, None), self.tunnels.get(key)
             state = tunnel.state if tunnel is not None else None
             if state in (READY, STARTING):
@@ -917,7 +921,7 @@ class TunnelTable:
         if self.home:
             shutil.rmtree(self.home, ignore_errors=True)
         self.selector.close()
-        with self.changed:
+        with self.lock:
             reader, writer = self.wake_reader, self.wake_writer
             self.wake_reader = self.wake_writer = -1
         os.close(reader)
@@ -931,7 +935,7 @@ class TunnelTable:
             if spawn is not None:
                 self._spawn(spawn, now)
         except BaseException:
-            with self.changed:
+            with self.lock:
                 if spawn.state is STARTING and spawn.child is None:
                     self._enter(spawn, QUEUED)  # what was claimed is not lost with the fault
             raise
@@ -967,7 +971,7 @@ class TunnelTable:
         """What is to be started, and what is to be stopped and why ('' is no failure)."""
         spawn: Tunnel | None = None
         stop: list[tuple[Tunnel, str]] = []
-        with self.changed:
+        with self.lock:
             for tunnel in list(self.tunnels.values()):
                 state = tunnel.state
                 if self.closing and state in (QUEUED, BACKOFF) or state is QUEUED and not tunnel.waiters:
@@ -1025,7 +1029,7 @@ class TunnelTable:
         """Change a state.  Under the lock; wakes those in wait(), and the reaper: it may have room now."""
         tunnel.state = state
         tunnel.since = self.clock()
-        self.changed.notify_all()
+        tunnel.changed.notify_all()
         self.wake()
 
     def _timeout(self, now: float) -> float | None:
@@ -1034,7 +1038,7 @@ class TunnelTable:
         due += [child.close_at for child in self.children if child.close_at and not child.process.kill_at]
         if any(process.pidfd < 0 for process in self.processes):
             due.append(now + 10 * POLL)
-        with self.changed:
+        with self.lock:
             rows = list(self.tunnels.values())
         wanted = False
         for tunnel in rows:
@@ -1063,7 +1067,7 @@ class TunnelTable:
             program = launcher.find() if process is None else ""
             port = self.pool.take()
             if port is None:  # all are in use, or held by others
-                with self.changed:
+                with self.lock:
                     self._enter(tunnel, QUEUED)
                 return
             if process is None:
@@ -1077,7 +1081,7 @@ class TunnelTable:
         process.children[child.listener] = child
         self.children[child] = tunnel
         self.counters["starts"] += 1
-        with self.changed:
+        with self.lock:
             tunnel.child = child
         if process.shared:
             process.tell(f"listen {child.listener} {argument}")
@@ -1127,7 +1131,7 @@ class TunnelTable:
             self._stop(child, "address already in use by another process", now)
         if found != "own" or not child.alive():
             return
-        with self.changed:
+        with self.lock:
             if tunnel.state is not STARTING:
                 return  # an operator stops it
             self.failures.pop(tunnel.key, None)
@@ -1173,7 +1177,7 @@ class TunnelTable:
         for child in list(process.children.values()):
             self._vacate(child)
         self._forget(process)
-        with self.changed:
+        with self.lock:
             for tunnel in tunnels:
                 self._remove(tunnel)
 
@@ -1229,7 +1233,7 @@ class TunnelTable:
         tunnel = self.children.pop(child)
         del child.process.children[child.listener]
         self.pool.give(child.address[1])
-        with self.changed:
+        with self.lock:
             state = tunnel.state  # under the lock: a thread in wait() may have begun to doubt it
             tunnel.child = None
             if state is READY:
@@ -1279,7 +1283,7 @@ class TunnelTable:
         if state is STARTING and again and tunnel.tries < PORT_TRIES and not self.closing:
             log_event(logging.INFO, "tunnel did not start: it is tried again", tunnel=tunnel.key,
                       reason=child.verdict.text)
-            with self.changed:
+            with self.lock:
                 tunnel.tries += 1
                 self._enter(tunnel, QUEUED)
         elif state is STARTING:
@@ -1287,7 +1291,7 @@ class TunnelTable:
         elif state is READY:
             self._crashed(tunnel, child)
         else:
-            with self.changed:
+            with self.lock:
                 if tunnel.waiters and not self.closing:
                     self._enter(tunnel, QUEUED)
                 else:
@@ -1297,7 +1301,7 @@ class TunnelTable:
         """A start failed: tell those who wait, and `remember` it for a while."""
         tunnel.reason = reason._replace(text=f"{tunnel.key} did not start: {reason.text}")
         self.counters["failures"] += 1
-        with self.changed:
+        with self.lock:
             if remember:
                 count = tunnel.failures + 1
                 wait = min(FAILURE_LAST, FAILURE_FIRST * 2 ** min(tunnel.failures, 16)) * (0.5 + self.jitter() / 2)
@@ -1324,7 +1328,7 @@ class TunnelTable:
             tunnel.crashes = 0
         wait = min(BACKOFF_LAST, BACKOFF_FIRST * 2 ** min(tunnel.crashes, 16)) * self.jitter()
         tunnel.crashes += 1
-        with self.changed:
+        with self.lock:
             if tunnel.leases or tunnel.waiters:
                 tunnel.until = self.clock() + wait
                 fate = f"starting it again in {wait:.1f} s"

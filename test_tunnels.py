@@ -943,6 +943,19 @@ def test_no_port_at_all_is_a_timeout(bench):
     wait_until(lambda: made.states() == {})  # nobody waits for it any more
 
 
+def test_a_change_of_one_tunnel_wakes_nobody_who_waits_for_another(bench, cloudflared):
+    """32 threads that wake for each change of 500 keep the interpreter from the loop."""
+    cloudflared.fault("slow.test", never_listen=True)
+    made = bench()
+    made.ask("slow.test")
+    made.turn(lambda: made.states().get("slow.test") is STARTING)
+    looked, clock = [], made.clock
+    made.table.clock = lambda: looked.append(threading.current_thread().name) or clock()
+    for name in ("a.test", "b.test", "c.test"):
+        made.ready(name)
+    assert looked.count("ask-slow.test") <= 1  # of its own start
+
+
 def test_a_waiter_that_gives_up_takes_a_queued_name_out(bench):
     made = bench()
     assert made.table.lease("cf:a.test") is None
@@ -1102,12 +1115,12 @@ def test_an_idle_tunnel_is_stopped_by_the_clock(bench):
 def test_an_idle_tunnel_that_somebody_waits_for_is_not_stopped(bench):
     made = bench(idle=300)
     tunnel = made.ready("app.test")
-    with made.table.changed:
+    with made.table.lock:
         tunnel.waiters += 1  # a thread on its way out of wait(), say
     made.clock.jump(1000)
     made.table.step()
     assert tunnel.state is READY
-    with made.table.changed:
+    with made.table.lock:
         tunnel.waiters -= 1
     made.turn(lambda: not made.table.tunnels)
 
@@ -1201,9 +1214,9 @@ class Watched(Tunnel):
 
     __slots__ = ("hook",)
 
-    def __init__(self, key: str, now: float):
+    def __init__(self, key: str, now: float, lock: threading.RLock):
         object.__setattr__(self, "hook", None)
-        super().__init__(key, now)
+        super().__init__(key, now, lock)
 
     def __getattribute__(self, name: str) -> Any:
         if name in ("state", "leases") and (hook := object.__getattribute__(self, "hook")):
@@ -1218,7 +1231,7 @@ class Watched(Tunnel):
 
 def bare_tunnel(table: TunnelTable, kind: type[Tunnel] = Tunnel) -> Any:
     """A ready tunnel without a process, long idle."""
-    tunnel = kind("cf:app.test", table.clock())
+    tunnel = kind("cf:app.test", table.clock(), table.lock)
     tunnel.state = READY
     tunnel.last_used = table.clock() - table.idle
     table.tunnels = {tunnel.key: tunnel}
@@ -1231,7 +1244,7 @@ def stopper(table: TunnelTable, tunnel: Tunnel, way: str) -> Callable[[], object
         return lambda: table._decide(table.clock())
     if way == "eviction":
         def evict() -> None:
-            with table.changed:
+            with table.lock:
                 table._evict(table.clock())
         return evict
     child = types.SimpleNamespace(alive=lambda: True, proven=True, ready=0.0, started=0.0, address=(HOST, 1))
@@ -1240,7 +1253,7 @@ def stopper(table: TunnelTable, tunnel: Tunnel, way: str) -> Callable[[], object
     table.proc = False  # the child above listens nowhere
 
     def doubt() -> None:
-        with table.changed:
+        with table.lock:
             table._doubt(tunnel, child, None)
     return doubt
 
@@ -1490,9 +1503,9 @@ def test_a_backlog_that_never_gets_shorter_is_a_hung_process(backlog, hung, benc
     table = bench(proc=True).table
     rest = list(backlog)
     monkeypatch.setattr(sniroute_tunnels, "listeners", lambda port: {"7": rest.pop(0)})
-    with table.changed:
+    with table.lock:
         child = types.SimpleNamespace(address=(HOST, 1), process=types.SimpleNamespace(paused=-math.inf))
-        assert table._hung(child) is hung
+        assert table._hung(bare_tunnel(table), child) is hung
     assert rest == []
 
 
@@ -1620,7 +1633,7 @@ def test_child_that_ends_while_it_is_doubted_leaves_no_row_behind(bench):
     give = made.table.pool.give
 
     def doubt_then_give(*port):
-        with made.table.changed:
+        with made.table.lock:
             made.table._enter(tunnel, STOPPING)
         give(*port)
 
