@@ -241,7 +241,8 @@ class Lab:
         self.scale = scale._replace(idle=min(scale.idle, room), held=min(scale.held, room))
         self.core, load_core = cores
         self.failures: collections.Counter[str] = collections.Counter()
-        self.environ = {key: value for key, value in os.environ.items() if not key.startswith(("SNIROUTE_", "TUNNEL_"))}
+        self.environ = {key: value for key, value in os.environ.items()
+                        if not key.startswith(("SNIROUTE_", "TUNNEL_", "PYTHONDONTWRITEBYTECODE"))}
         self.environ["TMPDIR"] = str(processes.directory)  # what a router leaves there goes with it
         self.candidates = itertools.cycle(PORTS)
         self.tunnel_ports = itertools.cycle(TUNNEL_PORTS)
@@ -373,7 +374,9 @@ stream {{
         if not any(option.startswith("--route") for option in options):
             backends = {NAME: self.backend, BULK_NAME: self.bulk_backend}
             options += tuple(f"--route={key}=tcp:{HOST}:{value}" for key, value in backends.items())
-        words = [python, str(PROJECT / "sniroute.py"), f"--listen={HOST}:{port}", "--drain=1ms", *options]
+        program = [python, str(PROJECT / "sniroute.py")]
+        subprocess.run([*program, "--version"], env=self.environ, stdout=subprocess.DEVNULL)  # a first start compiles
+        words = [*program, f"--listen={HOST}:{port}", "--drain=1ms", *options]
         with on_core(self.core):
             process = self.processes.start(words, self.environ)
         log = self.processes.logs[process.pid]
