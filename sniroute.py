@@ -1879,8 +1879,8 @@ class EpollPoller(Poller):
 class Flow:
     """One direction of a connection, from `source` to its twin's.  Loop only.
 
-    States: OPEN; CHATTY after FEW_AFTER small messages in a row, until there is a larger one; BULKY after a read
-    that was full, until there is less to read; each of these has its own way of moving bytes (`mover`).
+    States: OPEN; CHATTY after FEW_AFTER reads in a row of less than FEW bytes, until there is more to read; BULKY
+    after a read that was full, until there is less to read; each of these has its own way of moving bytes (`mover`).
     BLOCKED: the sink takes no more, so what is left waits in `pending` and the source is not read (backpressure);
     then OPEN (BULKY, if that was in a pipe).  DONE: the source has ended, which the sink is told behind the last
     byte, or the sink is gone.
@@ -1894,7 +1894,7 @@ class Flow:
         self.source: socket.SocketType | None = None
         self.fd = -1
         self.total = 0  # bytes read from the source
-        self.few = 0  # small messages in a row
+        self.few = 0  # reads of less than FEW bytes in a row
         self.state = DONE
         self.pending: memoryview | int | None = None  # what the sink did not take; in a pipe: how much
         self.pipe: tuple[int, int] | None = None  # see SpliceFlow
@@ -1919,7 +1919,7 @@ class Flow:
             self.watch(events, self.mover() if events == READ else self.ready)
 
     def mover(self) -> Callable[[int], None]:
-        """What moves bytes in this state."""
+        """What moves bytes in this state.  In BLOCKED and DONE that is `pump`, which does nothing then."""
         return self.chat if self.state is CHATTY else self.move_bulk if self.state is BULKY else self.pump
 
     def become(self, state: str) -> None:
@@ -1978,10 +1978,11 @@ class Flow:
                 self.become(BULKY)
 
     def chat(self, mask: int) -> None:
-        """As `pump`, for small messages: 44 operations of the interpreter in the place of 64.
+        """As `pump`, for small messages: 45 operations of the interpreter in the place of 68.
 
-        Written out, since a call for each step would cost more than the step.  Two of the checks that are left out:
-        the state, since whoever leaves CHATTY takes this callback away; `hello`, which `pump` has seen to be None.
+        Written out, since a call for each step would cost more than the step.  Two checks of `pump` are left out:
+        of the state, since whoever leaves CHATTY takes this callback away, and of `hello`, which `pump` has seen to
+        be None.
         """
         try:
             data = os.read(self.fd, FEW)
@@ -2162,10 +2163,6 @@ SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE"
 
 # socket.SocketType is the class that socket.socket is written around, whatever the manual says.
 STREAM = int(socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0))  # born non-blocking: a call less
-# Off while a socket connects: the handshake's last ACK goes out with the hello, and the backend is woken once for both
-# (tcp(7); HAProxy's tcp-smart-connect).  On again once the hello is out: Linux would go on to delay ACKs, and a backend
-# with Nagle's algorithm waits 40 ms for one between two small writes of its first answer.
-LATE_ACK = getattr(socket, "TCP_QUICKACK", None)
 NO_FLOW = Flow.__new__(Flow)  # the twin of a flow whose connection is over
 NO_FLOW.state = DONE
 
@@ -2449,8 +2446,6 @@ class Connection:
             if STREAM == socket.SOCK_STREAM:
                 server.setblocking(False)
             server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if LATE_ACK is not None:
-                server.setsockopt(socket.IPPROTO_TCP, LATE_ACK, 0)
             if not self.backend.local:
                 keep_alive(server)
             self.down.source, self.down.fd = server, server.fileno()
@@ -2542,8 +2537,6 @@ class Connection:
     def _open(self, said: bytes, sent: int) -> None:
         """Pump: the backend has `sent` bytes of what the client said."""
         up, down = self.up, self.down
-        if LATE_ACK is not None:
-            down.source.setsockopt(socket.IPPROTO_TCP, LATE_ACK, 1)
         self.state = up.state = down.state = OPEN
         up.total += len(said) if not self.retried else 0
         up.watch(READ, up.pump)

@@ -51,7 +51,8 @@ The lock.  `TunnelTable.lock` guards `tunnels`, `failures`, `budget`, `closing`,
 a Child's `close_at` and `refusals`, which only the reaper writes.  It is never held across a fork, a
 kill or a bind, and while the kernel is asked only in `_doubt`: who lives, and who waits.  The reaper
 claims rows under it, works outside, and publishes under it.  Every change of state goes through
-`_enter`, which notifies `Tunnel.changed`, a Condition of that lock; those who sleep on it are in `wait()`.
+`_enter`, which notifies `Tunnel.changed`, a Condition of that lock; those who sleep on it are in `wait()`,
+or below it.
 One Condition for all of them would wake 32 threads for each change of any tunnel, each to find that it
 is not the one: in the time of 500 cold names the loop waited behind them more than for all else.
 
@@ -644,7 +645,7 @@ class Tunnel:
 
     def __init__(self, key: str, now: float, lock: threading.RLock):
         self.key = key
-        self.changed = threading.Condition(lock)  # its state has
+        self.changed = threading.Condition(lock)  # notified when `state` changes
         self.state = QUEUED
         self.child: Child | None = None
         self.leases = 0  # written by the loop only
@@ -807,7 +808,7 @@ class TunnelTable:
             return  # somebody saw to it already
         if not child.alive():  # dead or dying, and the reaper is about to find out
             if tunnel.changed.wait_for(lambda: self.closing or tunnel.child is not child or tunnel.state is not READY,
-                                     STOP_GRACE):
+                                       STOP_GRACE):
                 return
         if not self.proc and self.clock() - child.started < self.start_timeout and not child.proven:
             tunnel.changed.wait(5 * POLL)  # perhaps it does not listen yet, and nobody can tell
@@ -828,9 +829,9 @@ class TunnelTable:
                 tunnel.doubts += 1
 
     def _hung(self, tunnel: Tunnel, child: Child) -> bool:
-        """Whether the process of `child`, the tunnel's, leaves its clients in the backlog.  Lets go of the lock meanwhile.
+        """Whether the process of `child` leaves its clients in the backlog.  Lets go of the lock meanwhile.
 
-        A busy process has a backlog too, at one look or two, but it gets shorter now and then.
+        `child` is the tunnel's.  A busy process has a backlog too, at one look or two, but it gets shorter now and then.
         """
         if not self.proc or self.clock() - child.process.paused < PAUSED:
             return False

@@ -3274,46 +3274,25 @@ def test_connection_that_ends_between_two_steps_of_a_turn_takes_no_further_one(r
     assert not running.router.to_dial and not running.router.to_speak
 
 
-@pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="no TCP_QUICKACK here")
-def test_backend_is_woken_by_the_hello_not_by_the_connect(run, monkeypatch):
-    """The handshake's last ACK waits for it: a packet less for each connection."""
-    with socket.create_server((HOST, 0)) as listener:
-        woken: list[bool] = []
-        real = sniroute.Connection._connect
-        def connect(self: sniroute.Connection) -> None:
-            real(self)
-            woken.append(bool(select.select([listener], [], [], 0)[0]))
-        monkeypatch.setattr(sniroute.Connection, "_connect", connect)
-        running = run(route(listener.getsockname()))
-        for _ in range(20):  # the first ones are seldom woken, whatever is set
-            with running.connect(HELLO) as client, listener.accept()[0] as server:
-                assert server.recv(len(HELLO), socket.MSG_DONTWAIT) == HELLO
-                server.sendall(b"x")
-                assert client.recv(1) == b"x"
-        assert sum(woken) < 10  # all 20 without it; the kernel sends the ACK after 40 ms, whoever sleeps so long
-
-
-@pytest.mark.parametrize("greeting", [b"", sniroute.SSL_REQUEST_BYTES])
-def test_backend_with_nagle_does_not_wait_between_two_small_writes(run, serve, greeting):
+@pytest.mark.parametrize("early", [b"", b"0-RTT"])
+def test_backend_with_nagle_does_not_wait_between_two_small_writes(run, serve, early):
     """Its kernel keeps the second until the first is acknowledged, so that ACK must not be one that Linux delays."""
     def server(sock: socket.socket) -> None:
-        if greeting:
-            read_exactly(sock, len(greeting))
-            sock.sendall(b"S")
-        read_exactly(sock, len(HELLO))
+        read_exactly(sock, len(HELLO) + len(early))
         sock.sendall(b"a")
         sock.sendall(b"b")
         read_all(sock)
     running = run(route(serve(server).address))
     took = []
-    for _ in range(5):
-        with running.connect(greeting) as client:
-            if greeting:
-                assert client.recv(1) == b"S"
-            began = time.monotonic()
-            client.sendall(HELLO)
+    for number in range(5):
+        began = time.monotonic()
+        with running.connect(HELLO) as client:
+            if early:
+                wait_until(lambda: [each.state for each in running.router.connections] == ["open"])
+                client.sendall(early)
             assert read_exactly(client, 2) == b"ab"
             took.append(time.monotonic() - began)
+        running.ending(number + 1)
     assert min(took) < 0.04  # Linux delays an ACK for so long at least
 
 
