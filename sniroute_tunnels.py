@@ -54,7 +54,7 @@ claims rows under it, works outside, and publishes under it.  Every change of st
 `_enter`, which notifies `Tunnel.changed`, a Condition of that lock; those who sleep on it are in `wait()`,
 or below it.
 One Condition for all of them would wake 32 threads for each change of any tunnel, each to find that it
-is not the one: in the time of 500 cold names the loop waited behind them more than for all else.
+is not the one: while 500 cold names start, that took a quarter of a core, and the loop waited for it.
 
 Leases.  The loop takes a lease without the lock, and the reaper, or a thread that doubts, may want
 to stop the same tunnel at that instant.  Both write first and look second: the loop raises
