@@ -173,7 +173,7 @@ SELF_TEST_TIME = 9.0  # for all of `selftest`: a case that hangs takes less than
 HANDOVER_TIMEOUT = 5.0  # for each word of a predecessor or successor: both are on this host
 OFFER_AGAIN = 5.0  # between two tries to get a name that another process has
 ADMIN_TIMEOUT = 5.0  # for what `explain` asks of a running router
-HANDOVER_MAX = 128  # listening sockets in one message; the kernel lets 253 pass
+HANDOVER_MAX = 253  # sockets in one message: the kernel's SCM_MAX_FD
 SPARE_FDS = 400  # descriptors for 101 tunnels (three each), the pipes, listeners and the log
 UNIX_PATH_MAX = 90  # sun_path of unix(7) has 108 bytes, or 104; some are for the name it has before it is ready
 TUNNEL_MEMORY = 64 << 20  # memory of the host for each process of a tunnel program: cloudflared takes about 28 MB
@@ -3863,18 +3863,21 @@ class Handover:
 
         successor                               predecessor
         connects to the address's name  ---->
-                                        <----   all its listening sockets (SCM_RIGHTS)
+                                        <----   all its sockets: those that listen, and its names' (SCM_RIGHTS)
         accepts, too
         "drain"                         ---->   lets go of its names and of the admin address
                                         <----   end of file, and drains
+        has the names
 
-    If it dies before that word, nothing has changed.  A name is one of unix(7)'s abstract ones: no file
+    If it dies before that word, nothing has changed.  The names are handed on, not taken anew, so that there is
+    no moment without: who comes next waits in their backlog for whoever has them then.  A name is one of unix(7)'s abstract ones: no file
     that outlives its owner, and as wide as TCP ports are, one network namespace.  Both look who the other
     is, since any user may take such a name.  Without them (macOS) there is no hand-over.
     """
 
     def __init__(self) -> None:
         self.names: list[socket.socket] = []
+        self.inherited: dict[tuple[str, int], socket.socket] = {}  # names by address, until they are offered
         self.predecessors: list[socket.socket] = []
         self.successor: socket.socket | None = None  # one at a time: others wait in the backlog of the names
 
@@ -3894,7 +3897,7 @@ class Handover:
         wanted = {address for address in addresses if address[1]}
         taken: dict[tuple, socket.socket] = {}
         for address in wanted if sys.platform == "linux" else ():
-            if address not in taken:
+            if address not in taken and address not in self.inherited:
                 try:
                     self._take(address, wanted, taken)
                 except OSError as error:
@@ -3904,7 +3907,6 @@ class Handover:
     def _take(self, address: tuple[str, int], wanted: set[tuple[str, int]], taken: dict[tuple, socket.socket]) -> None:
         """Ask who has one address, and add what of all that it has is wanted.  Raises OSError."""
         deadline = monotonic() + HANDOVER_TIMEOUT
-        rival = False  # another successor came first: it will have the name in a moment
         while True:
             channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             channel.settimeout(HANDOVER_TIMEOUT)
@@ -3915,25 +3917,29 @@ class Handover:
                 word, fds, _, _ = socket.recv_fds(channel, 16, HANDOVER_MAX)
                 if word:
                     break
-                rival = True
-            except (ConnectionRefusedError, ConnectionResetError) as error:
-                rival = rival or isinstance(error, ConnectionResetError)
+            except ConnectionRefusedError:
+                channel.close()
+                return  # nobody has it
+            except ConnectionResetError:
+                pass  # it has ended: perhaps there is another
             except OSError:
                 channel.close()
                 raise
             channel.close()
-            if not rival:
-                return  # nobody has it
             if monotonic() > deadline:
-                raise TimeoutError(errno.ETIMEDOUT, "another successor came first, and did not get ready")
+                raise TimeoutError(errno.ETIMEDOUT, "who has its name says nothing")
             time.sleep(ACCEPT_PAUSE)
         self.predecessors.append(channel)
+        names = {self.name(each).encode(): each for each in wanted}
         for fd in fds:
-            listener = socket.socket(fileno=fd)
-            if listener.getsockname()[:2] in wanted.difference(taken):
-                taken[listener.getsockname()[:2]] = listener
+            sock = socket.socket(fileno=fd)
+            kept, found = taken, sock.getsockname()
+            if sock.family == socket.AF_UNIX:
+                kept, found = self.inherited, names.get(found, ())
+            if found[:2] in wanted.difference(kept):
+                kept[found[:2]] = sock
             else:
-                listener.close()
+                sock.close()
 
     def dismiss(self) -> bool:
         """Have the predecessors drain, now that we accept.  Whether there were any."""
@@ -3948,15 +3954,18 @@ class Handover:
         """Be found by a successor under each of these addresses.  Returns those whose name somebody else has."""
         others = []
         for address in addresses if sys.platform == "linux" else ():
-            name = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                name.bind(self.name(address))
-                name.listen()
-                name.setblocking(False)
-                self.names.append(name)
-            except OSError:
-                name.close()
-                others.append(address)
+            name = self.inherited.pop(address, None)
+            if name is None:
+                name = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                try:
+                    name.bind(self.name(address))
+                    name.listen()
+                except OSError:
+                    name.close()
+                    others.append(address)
+                    continue
+            name.setblocking(False)
+            self.names.append(name)
         return others
 
     def accept(self, name: socket.socket) -> socket.socket | None:
@@ -3976,8 +3985,7 @@ class Handover:
     def give(self, channel: socket.socket, listeners: Iterable[socket.socket]) -> bool:
         """Pass the sockets on to a successor, whose word is then waited for.  Whether that went well."""
         try:
-            fds = [listener.fileno() for listener in listeners]
-            socket.send_fds(channel, [b"sockets"], fds) if fds else channel.send(b"none")
+            socket.send_fds(channel, [b"sockets"], [sock.fileno() for sock in (*listeners, *self.names)])
         except OSError:
             channel.close()
             return False
@@ -3993,9 +4001,9 @@ class Handover:
     def close(self) -> None:
         """Let go of everything."""
         self.withdraw()
-        for channel in (*self.predecessors, self.successor):
-            if channel is not None:
-                channel.close()
+        for sock in (*self.predecessors, *self.inherited.values(), self.successor):
+            if sock is not None:
+                sock.close()
 
 
 class Daemon:
@@ -4231,10 +4239,10 @@ class Daemon:
             self.thread.join()
         else:
             self.tunnels.close()
-        self.handover.close()
         if self.router is not None:
             self.router.server_close()
             log.info("stopped")
+        self.handover.close()  # after the listeners: who finds no name listens there itself
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one more changes nothing now
         signal.set_wakeup_fd(-1)
         self.supervisor.close()

@@ -5591,8 +5591,8 @@ def test_a_successor_that_fails_changes_nothing(launch, free_ports, echo_server)
 
 @linux
 def test_a_successor_may_come_while_the_first_drains(launch, free_ports, echo_server):
-    port = free_ports(1)[0]
-    options = f"--listen={HOST}:{port}", route(echo_server.address)
+    options = *(f"--listen={HOST}:{port}" for port in free_ports(2)), route(echo_server.address)
+    launch = functools.partial(launch, listeners=2)
     first = launch(*options)
     with first.connect(HELLO) as client:
         assert read_exactly(client, len(HELLO)) == HELLO
@@ -5608,6 +5608,7 @@ def test_a_successor_may_come_while_the_first_drains(launch, free_ports, echo_se
     with third.connect(HELLO) as other:
         assert read_exactly(other, len(HELLO)) == HELLO
     assert second.wait() == 0
+    assert "not handed over" not in second.log() + third.log()
 
 
 @linux
@@ -5657,6 +5658,33 @@ def test_of_two_successors_at_once_the_second_follows_the_first(launch, free_por
         wait_until(lambda: customers.served >= goal or customers.failures)
     assert first.wait() == 0 and customers.failures == []
     assert sum(program.process.poll() is None for program in both) == 1
+
+
+@linux
+def test_there_is_no_moment_without_a_name_between_two_owners(free_ports):
+    """Who came then found nobody, and the address in use."""
+    address, other = ((HOST, port) for port in free_ports(2))
+    with contextlib.ExitStack() as stack:
+        first, second, third = (stack.enter_context(contextlib.closing(sniroute.Handover())) for _ in range(3))
+        listener = stack.enter_context(socket.create_server(address))
+        assert first.offer([other, address]) == []
+        def give(giver: sniroute.Handover, taker: sniroute.Handover, name: int) -> None:
+            found: list[socket.socket] = []
+            thread = threading.Thread(target=lambda: found.extend(taker.take([address])))
+            thread.start()
+            channel = wait_until(lambda: giver.accept(giver.names[name]))
+            assert giver.give(channel, [listener])
+            thread.join()
+            assert [sock.getsockname() for sock in found] == [address]
+            found[0].close()
+            giver.withdraw()
+        give(first, second, 1)
+        waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+        waiting.connect(sniroute.Handover.name(address))  # in the backlog of whoever comes
+        assert second.offer([address]) == [] and len(second.names) == 1 and not second.inherited
+        assert stack.enter_context(second.accept(second.names[0])) is not None
+        give(second, third, 0)
+        assert third.offer([other, address]) == [], "the one that nobody wanted is free"
 
 
 @linux
