@@ -3870,9 +3870,11 @@ class Handover:
         has the names
 
     If it dies before that word, nothing has changed.  The names are handed on, not taken anew, so that there is
-    no moment without: who comes next waits in their backlog for whoever has them then.  A name is one of unix(7)'s abstract ones: no file
-    that outlives its owner, and as wide as TCP ports are, one network namespace.  Both look who the other
-    is, since any user may take such a name.  Without them (macOS) there is no hand-over.
+    no moment without: who comes next waits in their backlog for whoever has them then.
+
+    A name is one of unix(7)'s abstract ones: no file that outlives its owner, and as wide as TCP ports are, one
+    network namespace.  Both look who the other is, since any user may take such a name.  Without them (macOS)
+    there is no hand-over.
     """
 
     def __init__(self) -> None:
