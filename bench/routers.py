@@ -19,7 +19,8 @@ What is compared is the CPU that a router spends for the same work, by the kerne
 
 In the second table sniroute is compared with itself, in pairs: without and with something, turn by turn (A B,
 B A, ...), since a shared machine drifts by more within a minute than what is looked for.  The third has what
-clients of names that are up notice while many cold names are asked for.
+clients of names that are up notice while many cold names are asked for, and what those of the first column's
+router do that has nothing to do with it, but shares the core on which so many programs start.
 
 Linux, and a C compiler.  Everything stays on 127.0.0.1, and everything that was started is stopped, also after
 Ctrl-C.  The exit code is 1 where something failed, or could not be measured.
@@ -548,18 +549,28 @@ COLD_ROWS = (
 )
 
 
-def measure_cold(lab: Lab) -> Figures:
-    """Many names at once that have no tunnel yet, in sniroute as it comes."""
+def measure_cold(lab: Lab, neighbour: Column | None = None) -> Figures:
+    """Many names at once that have no tunnel yet, in sniroute as it comes.
+
+    The clients that notice are its own, or those of a neighbour on its core: that one has no part in the starts, so
+    what it costs them is the core's share.
+    """
     count = lab.scale.cold
     up, cold = lab.write_hellos(range(TALKERS)), lab.write_hellos(range(TALKERS, TALKERS + count))
     messages = {"clients": TALKERS, "size": MESSAGE, "every": PACE}
-    with lab.tunnelled("sniroute with cold names", TALKERS + count) as router:
-        alone = lab.run(router, "ping", up, seconds=lab.scale.seconds, **messages)
-        talkers = lab.start(router, "ping", up, seconds=LONG, **messages)
+    with contextlib.ExitStack() as stack:
+        router = talked_to = stack.enter_context(lab.tunnelled("sniroute with cold names", TALKERS + count))
+        if neighbour:
+            talked_to, up = stack.enter_context(neighbour.start(neighbour.title)), lab.hellos
+        alone = lab.run(talked_to, "ping", up, seconds=lab.scale.seconds, **messages)
+        talkers = lab.start(talked_to, "ping", up, seconds=LONG, **messages)
         asked = lab.run(router, "connect", cold, strict=False, clients=count, seconds=0)
         beside = talkers.end()
-    return {"alone_p50_us": alone["p50_us"], "alone_p99_us": alone["p99_us"], "cold_p50_us": beside["p50_us"],
-            "cold_p99_us": beside["p99_us"], "answered": asked["n"], "refused": asked["failures"], "seconds": asked["seconds"]}
+    figures = {"alone_p50_us": alone["p50_us"], "alone_p99_us": alone["p99_us"], "cold_p50_us": beside["p50_us"],
+               "cold_p99_us": beside["p99_us"]}
+    if not neighbour:
+        figures |= {"answered": asked["n"], "refused": asked["failures"], "seconds": asked["seconds"]}
+    return figures
 
 
 COLUMN_EXPERIMENTS: dict[str, Callable[[Lab, Column, Router], Figures]] = {
@@ -638,8 +649,8 @@ def lay_out(lines: Sequence[Sequence[str]]) -> str:
                      for label, *texts in lines)
 
 
-def show_columns(columns: dict[str, Figures]) -> str:
-    """The first table: a title has a line for each of its words."""
+def show_columns(columns: dict[str, Figures], known: Sequence[Row]) -> str:
+    """The first table, or the third: a title has a line for each of its words."""
     reference = next(iter(columns.values()))
 
     def cell(row: Row, figures: Figures) -> str:
@@ -654,7 +665,7 @@ def show_columns(columns: dict[str, Figures]) -> str:
     heads = [[word + " " * 7 for word in title.split()] for title in columns]
     height = max(map(len, heads))
     above = zip(*([""] * (height - len(head)) + head for head in heads))
-    rows = [row for row in ROWS if any(row.key in figures for figures in columns.values())]
+    rows = [row for row in known if any(row.key in figures for figures in columns.values())]
     return lay_out([("", *words) for words in above] +
                    [(row.label, *(cell(row, figures) for figures in columns.values())) for row in rows]) + \
         "\n(n.nn): times the first column's"
@@ -665,12 +676,6 @@ def show_changes(changes: Sequence[Change]) -> str:
     return lay_out([("sniroute: CPU of a new connection, us", "without", "with", "change, %", "of single pairs")] + [
         (change.label, f"{change.without:.0f}", f"{change.beside:.0f}", f"{change.percent:+.1f}",
          f"{change.least:+.0f} .. {change.most:+.0f}") for change in changes])
-
-
-def show_cold(count: int, figures: Figures) -> str:
-    """The third table."""
-    return lay_out([(f"sniroute: {count} cold names asked for at once", "")] +
-                   [(row.label, f"{figures[row.key]:.{row.digits}f}") for row in COLD_ROWS])
 
 
 def medians(rounds: Sequence[Figures]) -> Figures:
@@ -685,7 +690,7 @@ class Results:
     def __init__(self) -> None:
         self.columns: dict[str, Figures] = {}
         self.changes: list[Change] = []
-        self.cold: Figures = {}
+        self.cold: dict[str, Figures] = {}
         self.failed: dict[str, str] = {}
 
     @contextlib.contextmanager
@@ -718,8 +723,10 @@ class Results:
                 self.changes += CHANGE_EXPERIMENTS[key](lab)
         if "cold" in wanted:
             with self.attempt(lab, "cold"):
-                self.cold = medians([measure_cold(lab) for _ in range(lab.scale.rounds)])
-                self.cold["cold_p99_ratio"] = self.cold["cold_p99_us"] / self.cold["alone_p99_us"]
+                found = [(measure_cold(lab, columns[0]), measure_cold(lab)) for _ in range(lab.scale.rounds)]
+                for title, figures in zip((f"beside: {columns[0].title}", "sniroute itself"), map(medians, zip(*found))):
+                    figures["cold_p99_ratio"] = figures["cold_p99_us"] / figures["alone_p99_us"]
+                    self.cold[title] = figures
         self.failed |= {title: f"{count} connections failed" for title, count in lab.failures.items() if count}
         self.failed |= {title: f"{figures['failures']:.0f} connections failed"
                         for title, figures in self.columns.items() if figures["failures"]}
@@ -776,11 +783,11 @@ def main() -> int:
           f"{facts['cores']} x {facts['cpu']}, Linux {facts['kernel']}, load {facts['load'][0]} at the start\n"
           f"{scale}, a ClientHello of {facts['hello']} bytes ({facts['openssl']})")
     if results.columns:
-        print(f"\n{show_columns(results.columns)}")
+        print(f"\n{show_columns(results.columns, ROWS)}")
     if results.changes:
         print(f"\n{show_changes(results.changes)}")
     if results.cold:
-        print(f"\n{show_cold(scale.cold, results.cold)}")
+        print(f"\n{scale.cold} cold names asked for at once, in sniroute\n{show_columns(results.cold, COLD_ROWS)}")
     for title, why in results.failed.items():
         print(f"{title}: FAILED: {why}", file=sys.stderr)
     if given.json:
