@@ -305,7 +305,11 @@ def make_certificates(directory: pathlib.Path) -> None:
     (directory / "openssl.cnf").write_text(
         "[req]\ndistinguished_name = name\nx509_extensions = ca\n[name]\n"
         "[ca]\nbasicConstraints = critical, CA:TRUE\nkeyUsage = critical, keyCertSign\nsubjectKeyIdentifier = hash\n"
-        f"[right]\n{usual}{names}[wrong]\n{usual}subjectAltName = DNS:other.example.org\n")
+        f"[right]\n{usual}{names}[wrong]\n{usual}subjectAltName = DNS:other.example.org\n"
+        "[issue]\ndatabase = issued\nrand_serial = yes\nunique_subject = no\nnew_certs_dir = .\n"
+        "default_md = sha256\npolicy = subject\n"
+        "[subject]\ncommonName = supplied\n")
+    (directory / "issued").touch()
 
     def openssl(*words: str) -> None:
         done = subprocess.run(["openssl", *words], cwd=directory, capture_output=True, text=True, timeout=60)
@@ -316,11 +320,12 @@ def make_certificates(directory: pathlib.Path) -> None:
         openssl("req", "-x509", *key, "-days", "2", "-subj", f"/CN={authority}", "-keyout", f"{authority}.key",
                 "-out", f"{authority}.pem")
     openssl("req", *key, "-subj", "/CN=edge", "-keyout", "edge.key", "-out", "edge.csr")
-    for name, authority, section, days in (("edge", "ca", "right", "2"), ("untrusted", "stranger", "right", "2"),
-                                           ("expired", "ca", "right", "-1"), ("wrong_name", "ca", "wrong", "2")):
-        openssl("x509", "-req", "-in", "edge.csr", "-CA", f"{authority}.pem", "-CAkey", f"{authority}.key",
-                "-set_serial", "1", "-days", days, "-extfile", "openssl.cnf", "-extensions", section,
-                "-out", f"{name}.pem")
+    for name, authority, section, end in (("edge", "ca", "right", "2099"), ("untrusted", "stranger", "right", "2099"),
+                                          ("expired", "ca", "right", "2021"), ("wrong_name", "ca", "wrong", "2099")):
+        openssl("ca", "-batch", "-notext", "-config", "openssl.cnf", "-name", "issue", "-in", "edge.csr",
+                "-cert", f"{authority}.pem", "-keyfile", f"{authority}.key",
+                "-startdate", "20200101000000Z", "-enddate", f"{end}0101000000Z",  # `x509 -days` takes no past
+                "-extensions", section, "-out", f"{name}.pem")
         with open(directory / f"{name}.pem", "a") as file:
             file.write((directory / "edge.key").read_text())
 

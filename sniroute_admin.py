@@ -1349,6 +1349,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self) -> Answer:
         """What this request gets.  Raises Declined, and OSError where the client is gone."""
+        if self.request_version == "HTTP/0.9":  # Python 3.14 has no header then, not even an empty one
+            raise Declined(400, "HTTP/0.9 has no header, and Host is needed")
         self.check_origin()
         path = self.path.partition("?")[0]
         found = [(endpoint, match) for endpoint in ENDPOINTS if (match := endpoint.path.fullmatch(path))]

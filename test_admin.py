@@ -284,6 +284,7 @@ FRAMES = {
     "two lengths": (request(*POST, "Content-Length: 0", "Content-Length: 3"), 400),
     "chunks": (request(*POST, "Transfer-Encoding: chunked", body="0\r\n\r\n"), 411),
     "HTTP/0.9": ("GET /healthz\r\n\r\n", 400),
+    "HTTP/0.9 with a header": ("GET /healthz\r\nHost: localhost\r\n\r\n", 400),
     "HTTP/2.0": (request("GET /healthz HTTP/2.0", "Host: localhost"), 505),
     "HTTP/x": (request("GET /healthz HTTP/x", "Host: localhost"), 400),
     "four words": (request("GET /healthz HTTP/1.1 more", "Host: localhost"), 400),

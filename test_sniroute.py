@@ -4233,12 +4233,17 @@ def test_two_files_route_bytes(launch, two_files, echo_server):
 def test_router_that_has_just_started_is_small(launch, two_files):
     """Not at its first start, when Python compiles it: that leaves up to 3 MiB more."""
     assert execute(*BARE_PYTHON, str(two_files), "check", env=BARE).returncode == 0
+    with subprocess.Popen([*BARE_PYTHON, "-c", "print(flush=True); input()"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, env=BARE) as empty:
+        empty.stdout.readline()
+        least = resident(empty.pid)
+        empty.communicate(b"\n")
     sizes = []
     for _ in range(3):  # what the allocator takes varies by some MiB under load: the smallest is the program's
         program = launch(program=two_files, python=BARE_PYTHON, env=BARE)
         sizes.append(resident(program.pid))
         program.stop()
-    assert min(sizes) < 20, sizes
+    assert min(sizes) - least < 13, (least, sizes)  # 3.11: below 8; 3.14: 12, its logging imports inspect
 
 
 # -- addresses ---------------------------------------------------------------------------------
@@ -5400,9 +5405,10 @@ def test_who_is_not_allowed_takes_no_place_on_the_route(run_file, echo_server):
 def test_a_route_has_an_idle_time_of_its_own(run_file, echo_server):
     running = run_file(echo_server.address, 'connection_idle = "400ms"', "[routes.\"x.example.com\"]",
                        f'target = "tcp:{HOST}:{echo_server.address[1]}"')
-    with running.connect(HELLO) as short, running.connect(genuine_hello("x.example.com")) as long:
+    other = genuine_hello("x.example.com")
+    with running.connect(HELLO) as short, running.connect(other) as long:
         assert read_exactly(short, len(HELLO)) == HELLO
-        assert read_exactly(long, len(HELLO) + 0)
+        assert read_exactly(long, len(other)) == other
         assert running.ending().reason == "idle" and running.ending().name == "db.example.com"
         long.sendall(b"still")
         assert long.recv(9)
