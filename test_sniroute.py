@@ -33,6 +33,7 @@ import stat
 import struct
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -4243,7 +4244,8 @@ def test_router_that_has_just_started_is_small(launch, two_files):
         program = launch(program=two_files, python=BARE_PYTHON, env=BARE)
         sizes.append(resident(program.pid))
         program.stop()
-    assert min(sizes) - least < 13, (least, sizes)  # 3.11: below 8; 3.14: 12, its logging imports inspect
+    limit = 16 if sysconfig.get_config_var("Py_GIL_DISABLED") else 13
+    assert min(sizes) - least < limit, (least, sizes)  # 3.11: below 8; 3.14: 12, its logging imports inspect
 
 
 # -- addresses ---------------------------------------------------------------------------------
@@ -5633,7 +5635,7 @@ def test_sockets_are_neither_given_to_nor_taken_from_another_user(giver_sees, ta
         while thread.is_alive():
             channel = giver.accept(giver.names[0])
             if channel is not None:
-                assert giver.give(channel, [listener])
+                giver.give(channel, [listener])  # in vain, where the other has seen who this is, and left
             time.sleep(0.001)
         thread.join()
         assert [sock.getsockname() for sock in found] == [address] * taken
