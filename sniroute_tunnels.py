@@ -59,7 +59,8 @@ is not the one: while 500 cold names start, that took a quarter of a core, and t
 Leases.  The loop takes a lease without the lock, and the reaper, or a thread that doubts, may want
 to stop the same tunnel at that instant.  Both write first and look second: the loop raises
 `leases`, then reads `state`; the other sets `state`, then reads `leases`.  So one of them at least
-sees the other, and gives way.  `leases` has one writer, the loop.
+sees the other, and gives way.  Where both do, the tunnel is ready again, and the loop's client finds
+it so in `wait()`, at once.  `leases` has one writer, the loop.
 
 Seams.  Another tunnel program is another `Launcher` row, one process for each tunnel or for
 several; the table knows nothing of cloudflared.  Another time policy is a constant below; `clock`
