@@ -4234,18 +4234,15 @@ def test_two_files_route_bytes(launch, two_files, echo_server):
 def test_router_that_has_just_started_is_small(launch, two_files):
     """Not at its first start, when Python compiles it: that leaves up to 3 MiB more."""
     assert execute(*BARE_PYTHON, str(two_files), "check", env=BARE).returncode == 0
-    with subprocess.Popen([*BARE_PYTHON, "-c", "print(flush=True); input()"], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, env=BARE) as empty:
-        empty.stdout.readline()
-        least = resident(empty.pid)
-        empty.communicate(b"\n")
     sizes = []
     for _ in range(3):  # what the allocator takes varies by some MiB under load: the smallest is the program's
         program = launch(program=two_files, python=BARE_PYTHON, env=BARE)
         sizes.append(resident(program.pid))
         program.stop()
-    limit = 16 if sysconfig.get_config_var("Py_GIL_DISABLED") else 13
-    assert min(sizes) - least < limit, (least, sizes)  # 3.11: below 8; 3.14: 12, its logging imports inspect
+    limit = 20
+    if sys.version_info >= (3, 14):  # its logging imports inspect; without the interpreter's lock, it is larger still
+        limit = 26 if sysconfig.get_config_var("Py_GIL_DISABLED") else 22
+    assert min(sizes) < limit, sizes
 
 
 # -- addresses ---------------------------------------------------------------------------------
@@ -5635,7 +5632,8 @@ def test_sockets_are_neither_given_to_nor_taken_from_another_user(giver_sees, ta
         while thread.is_alive():
             channel = giver.accept(giver.names[0])
             if channel is not None:
-                giver.give(channel, [listener])  # in vain, where the other has seen who this is, and left
+                given = giver.give(channel, [listener])
+                assert given or taker_sees, "one that has seen who this is may have left"
             time.sleep(0.001)
         thread.join()
         assert [sock.getsockname() for sock in found] == [address] * taken
