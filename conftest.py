@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import pathlib
+import queue
 import selectors
 import shutil
 import signal
@@ -95,12 +96,15 @@ class Server:
     """A TCP server on a free port; `handler` serves each connection in a thread of its own.
 
     Used with `with`.  `accepted` counts connections.  A handler that raises OSError has lost
-    its client, which is no failure; leaving the block closes every connection.
+    its client, which is no failure; leaving the block closes every connection.  What a handler
+    heard, it returns, and the test asks for it with `result()`: its thread may get there long
+    after the test has seen the connection end.
     """
 
     def __init__(self, handler: Callable[[socket.socket], object]):
         self.handler = handler
         self.accepted = 0
+        self.results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.listener = socket.create_server((HOST, 0))
         self.address: Address = self.listener.getsockname()[:2]
         self.lock = threading.Lock()  # guards what follows
@@ -137,10 +141,17 @@ class Server:
                 self.threads[-1].start()
 
     def serve(self, sock: socket.socket) -> None:
-        with sock, contextlib.suppress(OSError):
-            self.handler(sock)
+        with sock:
+            try:
+                self.results.put(self.handler(sock))
+            except OSError as error:
+                self.results.put(error)
         with self.lock:
             self.live.discard(sock)
+
+    def result(self) -> Any:
+        """What the next handler to end returned, or the OSError it ended with; fails after ten seconds."""
+        return self.results.get(timeout=10)
 
 
 def echo(sock: socket.socket) -> None:

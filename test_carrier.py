@@ -1072,18 +1072,17 @@ def test_64_mib_down(edge, name, carrier, serve):
 
 
 def test_both_ways_at_once_byte_for_byte(edge, name, local, serve):
-    received = []
-
-    def far(sock: socket.socket) -> None:
+    def backend(sock: socket.socket) -> bytes:
         with beside(lambda: send_blocks(6)(sock)):
-            received.append(receive(sock, 6 << 20))
+            return receive(sock, 6 << 20)
 
-    edge.far(name, serve(far).address)
+    far = serve(backend)
+    edge.far(name, far.address)
     edge.fault(name, fragment=5000, ping=7)
     data = NOISE * 6
     with local(name).connect() as client, beside(lambda: client.sendall(data)):
         answer = receive_all(client)
-    assert answer == (b"".join(blocks(6)), "FIN") and received == [data]
+    assert answer == (b"".join(blocks(6)), "FIN") and far.result() == data
 
 
 def test_200_connections_at_once(edge, name, carrier, single_loop_echo):
@@ -1503,11 +1502,11 @@ def test_what_is_set_on_both_legs(edge, name, local, echo_server):
 
 
 def test_no_tls_before_1_2_is_offered(local, serve):
-    hellos = []
-    run = local(f"localhost:{serve(lambda sock: hellos.append(sock.recv(4096))).address[1]}", proxy=False)
+    far = serve(lambda sock: sock.recv(4096))
+    run = local(f"localhost:{far.address[1]}", proxy=False)
     assert refused(run)["reason"] == "reset"
     assert run.carrier.context.minimum_version == ssl.TLSVersion.TLSv1_2
-    assert b"\x00\x2b\x00\x05\x04\x03\x04\x03\x03" in hellos[0], "supported_versions: 1.3, 1.2 (RFC 8446 4.2.1)"
+    assert b"\x00\x2b\x00\x05\x04\x03\x04\x03\x03" in far.result(), "supported_versions: 1.3, 1.2 (RFC 8446 4.2.1)"
 
 
 def test_certificates_in_a_directory(edge, name, carrier, certificates, tmp_path, echo_server):
@@ -1690,8 +1689,8 @@ def test_the_log_of_an_upload_that_cannot_be_delivered(edge, name, local):
 
 def test_an_upload_arrives_whole(edge, name, local, serve):
     """Nothing comes down: the grace, then Close 1000, and only behind the last byte."""
-    received = []
-    edge.far(name, serve(lambda sock: received.append(receive_all(sock)[0])).address)
+    far = serve(lambda sock: receive_all(sock)[0])
+    edge.far(name, far.address)
     run = local(name)
     data = NOISE * 4
     with run.connect() as client:
@@ -1699,20 +1698,18 @@ def test_an_upload_arrives_whole(edge, name, local, serve):
         client.shutdown(socket.SHUT_WR)
         assert receive_all(client) == (b"", "FIN")
     end = end_of(edge, name)
-    wait_until(lambda: received)
-    assert received == [data]
+    assert far.result() == data
     assert (end["how"], end["close"], end["bytes_up"]) == ("client", 1000, len(data))
 
 
 def test_an_upload_arrives_whole_while_data_comes_down(edge, name, local, serve):
     """6 of 6: a close with unread bytes would reset, and destroy the last megabytes."""
-    received = []
-
-    def far(sock: socket.socket) -> None:
+    def backend(sock: socket.socket) -> bytes:
         with beside(lambda: send_blocks(2)(sock)):
-            received.append(hashlib.sha256(receive(sock, 9 << 20)).digest())
+            return hashlib.sha256(receive(sock, 9 << 20)).digest()
 
-    edge.far(name, serve(far).address)
+    far = serve(backend)
+    edge.far(name, far.address)
     edge.fault(name, frame=1000)
     run = local(name)
     data = NOISE * 8
@@ -1730,27 +1727,24 @@ def test_an_upload_arrives_whole_while_data_comes_down(edge, name, local, serve)
 
     for _ in range(6):
         upload()
-    wait_until(lambda: len(received) == 6)
-    assert received == [expected] * 6
+    assert [far.result() for _ in range(6)] == [expected] * 6
 
 
 def test_an_upload_arrives_whole_from_a_client_that_does_not_listen(edge, name, local, serve):
     """It closes with bytes unread, which resets it; what it had sent still counts."""
-    received = []
-
-    def far(sock: socket.socket) -> None:
+    def backend(sock: socket.socket) -> bytes:
         sock.sendall(NOISE)
-        received.append(receive_all(sock)[0])
+        return receive_all(sock)[0]
 
-    edge.far(name, serve(far).address)
+    far = serve(backend)
+    edge.far(name, far.address)
     run = local(name)
     client = run.connect()
     client.sendall(NOISE[:100_000])
     assert receive(client, 10) == NOISE[:10]
     wait_until(lambda: [connection.up for connection in run.carrier.connections.copy()] == [100_000])
     client.close()
-    wait_until(lambda: received)
-    assert received == [NOISE[:100_000]]
+    assert far.result() == NOISE[:100_000]
     assert end_of(edge, name)["close"] == 1000
 
 
