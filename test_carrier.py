@@ -1967,12 +1967,12 @@ def test_a_client_that_resets_while_its_answer_comes(local, raw_edge):
 
     def script(tls: ssl.SSLSocket) -> None:
         go.wait(10)
-        for _ in range(20):
+        for _ in range(5):
             tls.sendall(server_frame(BINARY, b"answer"))
             time.sleep(0.01)
         read_frames(tls, frames)
 
-    run = local(raw_edge(script), proxy=False, GRACE=60.0, LINGER=0.2)
+    run = local(raw_edge(script), proxy=False, GRACE=60.0, LINGER=0.5)
     client = run.connect()
     client.shutdown(socket.SHUT_WR) if run.reaches("open") is None else None
     run.reaches("half")

@@ -1532,6 +1532,7 @@ def test_a_dead_child_that_is_doubted_is_started_again(bench):
     os.kill(child.process.pid, signal.SIGKILL)
     wait_until(lambda: not child.alive())  # the reaper does not know yet
     future = made.ask("app.test", doubted=child)
+    wait_until(lambda: tunnel.waiters)  # nor will it before somebody asks
     assert made.outcome(future) is None
     assert tunnel.state is READY and tunnel.child is not child
 
