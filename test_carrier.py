@@ -1223,8 +1223,11 @@ def test_failures_are_told_apart(edge, name, local, echo_server, switches, reaso
 
 def test_a_failure_is_seen_also_by_a_client_that_has_spoken(edge, name, local):
     edge.fault(name, deny=403)
-    with local(name).connect() as client:
+    run, said = local(name), threading.Event()
+    run.carrier.call(lambda: said.wait(10))  # its loop cannot fail before the client has spoken
+    with run.connect() as client:
         client.sendall(b"hello")
+        said.set()
         assert receive_all(client) == (b"", "RST")
 
 
