@@ -3549,6 +3549,8 @@ def test_thousand_clients_of_one_cold_name_start_one_child(run, cloudflared, por
 
 def test_many_cold_names_start_a_few_at_a_time_and_all_are_answered(run, cloudflared, single_loop_echo, free_ports):
     cloudflared.far("*", single_loop_echo)
+    for n in range(4):  # however slow this machine is, these are under way together
+        cloudflared.fault(f"n{n}.example.com", listen_delay=1000)
     first, last = free_ports(120)
     running = run(TUNNEL, f"--ports={first}-{last}", "--max-tunnels=120", "--start-timeout=60s")
     seen = []
