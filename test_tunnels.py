@@ -20,8 +20,8 @@ import os
 import pathlib
 import random
 import resource
-import shutil
 import select
+import shutil
 import signal
 import socket
 import subprocess
