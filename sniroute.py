@@ -170,10 +170,10 @@ STATUS_EVERY = 10.0  # between two words to systemd about how it stands; the wat
 STOP_TIME = 20.0  # what the end takes at most, once all has drained: TERM, KILL, and the tunnels' last words
 LISTEN_FDS_START = 3  # sd_listen_fds(3)
 SELF_TEST_TIME = 9.0  # for all of `selftest`: a case that hangs takes less than what is left
-HANDOVER_TIMEOUT = 5.0  # for each word of a predecessor or successor: both are on this host
+HANDOVER_TIMEOUT = 5.0  # for all that predecessors have, and for a last word: all of them are on this host
 OFFER_AGAIN = 5.0  # between two tries to get a name that another process has
 ADMIN_TIMEOUT = 5.0  # for what `explain` asks of a running router
-HANDOVER_MAX = 253  # sockets in one message: the kernel's SCM_MAX_FD
+HANDOVER_MAX = 253  # sockets in one message: the kernel's SCM_MAX_FD; an address needs two
 SPARE_FDS = 400  # descriptors for 101 tunnels (three each), the pipes, listeners and the log
 UNIX_PATH_MAX = 90  # sun_path of unix(7) has 108 bytes, or 104; some are for the name it has before it is ready
 TUNNEL_MEMORY = 64 << 20  # memory of the host for each process of a tunnel program: cloudflared takes about 28 MB
@@ -2794,6 +2794,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.max_connections: int = settings.max_connections
         self.max_per_client: int = settings.max_per_client
         self.phase = RUNNING
+        self.deaf = threading.Event()  # its listeners are closed: it drains
         self.level = log.getEffectiveLevel()  # needed for each connection; `adopt` asks again
         self.connections: set[Connection] = set()
         # No Counter, which assigns slower.  Other threads use .get: [] would insert.
@@ -3310,7 +3311,8 @@ class Router(socketserver.ThreadingTCPServer):
             if not self.paused:
                 self.poller.forget(listener.fileno())  # not `closing`: another process may hold it, and epoll goes on
             listener.close()
-        self.phase = DRAINING  # not before: Daemon reads it
+        self.deaf.set()
+        self.phase = DRAINING
         self.resume_at = float("inf")
         self.paused = False
         log.info("draining: %d connections have %g s to end", len(self.connections), seconds)
@@ -3393,8 +3395,8 @@ class Router(socketserver.ThreadingTCPServer):
 
 def listen_addresses(host: str, port: int) -> list[tuple[int, tuple]]:
     """(family, address) of what a --listen means.  Raises SettingsError."""
-    if host == "*":
-        return [(socket.AF_INET6, ("::", port))] if socket.has_dualstack_ipv6() else [(socket.AF_INET, ("0.0.0.0", port))]
+    if host == "*":  # as getsockname() says it: so a socket that is handed over is known again
+        return [(socket.AF_INET6, ("::", port, 0, 0)) if socket.has_dualstack_ipv6() else (socket.AF_INET, ("0.0.0.0", port))]
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
@@ -3898,20 +3900,21 @@ class Handover:
         """The sockets that predecessors have for these addresses."""
         wanted = {address for address in addresses if address[1]}
         taken: dict[tuple, socket.socket] = {}
-        for address in wanted if sys.platform == "linux" else ():
+        deadline = monotonic() + HANDOVER_TIMEOUT
+        for address in sorted(wanted) if sys.platform == "linux" else ():  # in one order: two never wait for each other
             if address not in taken and address not in self.inherited:
                 try:
-                    self._take(address, wanted, taken)
+                    self._take(address, wanted, taken, deadline)
                 except OSError as error:
                     log.warning("%s is not handed over: %s", show_address(address), error)
         return list(taken.values())
 
-    def _take(self, address: tuple[str, int], wanted: set[tuple[str, int]], taken: dict[tuple, socket.socket]) -> None:
+    def _take(self, address: tuple[str, int], wanted: set[tuple[str, int]], taken: dict[tuple, socket.socket],
+              deadline: float) -> None:
         """Ask who has one address, and add what of all that it has is wanted.  Raises OSError."""
-        deadline = monotonic() + HANDOVER_TIMEOUT
         while True:
             channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            channel.settimeout(HANDOVER_TIMEOUT)
+            channel.settimeout(max(deadline - monotonic(), ACCEPT_PAUSE))
             try:
                 channel.connect(self.name(address))
                 if not self.is_ours(channel):
@@ -3922,8 +3925,8 @@ class Handover:
             except ConnectionRefusedError:
                 channel.close()
                 return  # nobody has it
-            except ConnectionResetError:
-                pass  # it has ended: perhaps there is another
+            except (ConnectionResetError, BlockingIOError):
+                pass  # it has ended: perhaps there is another; or its backlog is full, which any user can see to
             except OSError:
                 channel.close()
                 raise
@@ -3947,6 +3950,7 @@ class Handover:
         """Have the predecessors drain, now that we accept.  Whether there were any."""
         for channel in self.predecessors:
             with channel, contextlib.suppress(OSError):
+                channel.settimeout(HANDOVER_TIMEOUT)
                 channel.sendall(b"drain")
                 channel.recv(1)
         count, self.predecessors = len(self.predecessors), []
@@ -4062,8 +4066,13 @@ class Daemon:
         settings = self.settings
         sockets = activated_sockets(dict(os.environ))
         activated = bool(sockets[""])
-        inherited = sockets[""] if activated else self.handover.take(
-            address[:2] for host, port in settings.listen for _, address in listen_addresses(host, port))
+        inherited = sockets[""]
+        if not activated:
+            addresses = [address[:2] for host, port in settings.listen for _, address in listen_addresses(host, port)]
+            if len(addresses) > HANDOVER_MAX // 2:
+                raise SettingsError(f"--listen: {len(addresses)} addresses, and only {HANDOVER_MAX // 2} can be handed over "
+                                    "to a successor: name fewer, or all of them as :PORT")
+            inherited = self.handover.take(addresses)
         self.router = router = Router(settings, self.tunnels, inherited, activated)
         router.journal = self.journal.emit
         router.reload = self.reload
@@ -4164,10 +4173,8 @@ class Daemon:
         channel = self.handover.accept(name)
         if channel is None:
             return
-        if self.stopping and self.router.phase is RUNNING:  # it can listen itself, once the loop has closed them
-            closed = threading.Event()
-            self.router.call(closed.set)
-            closed.wait(HANDOVER_TIMEOUT)
+        if self.stopping:  # it can listen itself then
+            self.router.deaf.wait(HANDOVER_TIMEOUT)
         if self.handover.give(channel, () if self.stopping else self.router.listeners):
             for each in self.handover.names:
                 self.selector.unregister(each)
@@ -4186,12 +4193,13 @@ class Daemon:
                     self.selector.register(name, selectors.EVENT_READ, self._on_successor)
                 return
             self.unnamed = []
-            self.handover.withdraw()
-            if self.admin is not None:
-                self.admin.close()
             if not self.stopping:
                 log.info("another sniroute listens here now")
                 self._drain()
+            self.router.deaf.wait(HANDOVER_TIMEOUT)  # first: who finds no name listens there itself
+            self.handover.withdraw()
+            if self.admin is not None:
+                self.admin.close()
 
     def reload(self) -> list[str]:
         """Read the settings again, and go on with them; what is wrong with them, a line each.  Any thread."""

@@ -5596,6 +5596,108 @@ def test_a_successor_that_fails_changes_nothing(launch, free_ports, echo_server)
 
 
 @linux
+@pytest.mark.parametrize("host", ["", "0.0.0.0", pytest.param("[::]", marks=ipv6), pytest.param("[::1]", marks=ipv6)])
+def test_a_successor_of_any_address_takes_over(launch, free_ports, echo_server, host):
+    """The default, every address, is one of two families."""
+    options = f"--listen={host}:{free_ports(1)[0]}", route(echo_server.address)
+    first = launch(*options)
+    second = launch(*options)
+    assert first.wait() == 0 and " info another sniroute listens here now\n" in first.log()
+    with second.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+
+
+@linux
+def test_more_addresses_than_can_be_handed_over_stop_the_start(free_ports, echo_server):
+    port = free_ports(1)[0]
+    ended = command(*(f"--listen=127.0.1.{n}:{port}" for n in range(127)), route(echo_server.address))
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("--listen: 127 addresses, and only 126 can be handed over to a successor: "
+                                 "name fewer, or all of them as :PORT\n")
+
+
+@linux
+def test_as_many_addresses_as_that_are_handed_over(launch, free_ports, echo_server):
+    port = free_ports(1)[0]
+    options = *(f"--listen=127.0.1.{n}:{port}" for n in range(126)), route(echo_server.address)
+    first = launch(*options, listeners=126)
+    second = launch(*options, listeners=126)
+    assert first.wait() == 0 and "not handed over" not in second.log()
+
+
+@linux
+def test_silent_owners_of_many_names_cost_one_time_out_in_all_and_are_asked_in_one_order(free_ports, monkeypatch):
+    """Two successors that asked in two orders could each have what the other waits for."""
+    monkeypatch.setattr(sniroute, "HANDOVER_TIMEOUT", 1.0)
+    monkeypatch.setattr(sniroute, "ACCEPT_PAUSE", 0.01)
+    asked: list[Address] = []
+    name = sniroute.Handover.name
+    monkeypatch.setattr(sniroute.Handover, "name", staticmethod(lambda address: asked.append(address) or name(address)))
+    first, last = free_ports(8)
+    addresses = [(HOST, port) for port in range(first, last + 1)]
+    with contextlib.ExitStack() as stack:
+        silent, taker = (stack.enter_context(contextlib.closing(sniroute.Handover())) for _ in range(2))
+        assert silent.offer(addresses) == []
+        asked.clear()
+        began = time.monotonic()
+        assert taker.take(reversed(addresses)) == [] and time.monotonic() - began < 4
+    assert asked == addresses
+
+
+@linux
+def test_who_fills_the_backlog_of_a_name_only_holds_a_successor_up(free_ports, monkeypatch):
+    """Any user of the host may connect to it; the kernel then tells a successor to try again."""
+    address = HOST, free_ports(1)[0]
+    found: list[socket.socket] = []
+    with contextlib.ExitStack() as stack:
+        giver, taker = (stack.enter_context(contextlib.closing(sniroute.Handover())) for _ in range(2))
+        listener = stack.enter_context(socket.create_server(address))
+        assert giver.offer([address]) == []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                filler = stack.enter_context(socket.socket(socket.AF_UNIX))
+                filler.setblocking(False)
+                filler.connect(giver.name(address))
+                filler.close()
+        again, sleep = threading.Event(), time.sleep
+        monkeypatch.setattr(time, "sleep", lambda seconds: again.set() or sleep(seconds))
+        thread = threading.Thread(target=lambda: found.extend(taker.take([address])))
+        thread.start()
+        assert again.wait(10)
+        while thread.is_alive():
+            channel = giver.accept(giver.names[0])
+            if channel is not None:
+                giver.give(channel, [listener])
+            sleep(0.001)
+        thread.join()
+        assert [sock.getsockname() for sock in found] == [address]
+        found[0].close()
+
+
+@linux
+def test_an_address_is_free_once_its_name_is(launch, free_ports, echo_server):
+    """Of two that share a router's addresses, the second finds no name then, and listens itself."""
+    first, last = free_ports(3)
+    mine, free, admin = ((HOST, port) for port in range(first, last + 1))
+    program = launch(f"--listen={HOST}:{mine[1]}", f"--listen={HOST}:{free[1]}", f"--admin={HOST}:{admin[1]}",
+                     route(echo_server.address), listeners=2)
+    program.wait_for(" info admin on ")
+    with contextlib.closing(sniroute.Handover()) as taker, socket.socket(socket.AF_UNIX) as waiting:
+        taken, = wait_until(lambda: taker.take([mine]))
+        waiting.connect(taker.name(free))
+        thread = threading.Thread(target=taker.dismiss)
+        thread.start()
+        with taken, pytest.raises(ConnectionResetError):
+            waiting.recv(1)
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(free)
+            listener.listen()
+        thread.join()
+    assert program.wait() == 0
+
+
+@linux
 def test_a_successor_may_come_while_the_first_drains(launch, free_ports, echo_server):
     options = *(f"--listen={HOST}:{port}" for port in free_ports(2)), route(echo_server.address)
     launch = functools.partial(launch, listeners=2)
