@@ -3396,7 +3396,8 @@ class Router(socketserver.ThreadingTCPServer):
 def listen_addresses(host: str, port: int) -> list[tuple[int, tuple]]:
     """(family, address) of what a --listen means.  Raises SettingsError."""
     if host == "*":  # as getsockname() says it: so a socket that is handed over is known again
-        return [(socket.AF_INET6, ("::", port, 0, 0)) if socket.has_dualstack_ipv6() else (socket.AF_INET, ("0.0.0.0", port))]
+        both = socket.has_dualstack_ipv6()
+        return [(socket.AF_INET6, ("::", port, 0, 0)) if both else (socket.AF_INET, ("0.0.0.0", port))]
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
@@ -4070,8 +4071,8 @@ class Daemon:
         if not activated:
             addresses = [address[:2] for host, port in settings.listen for _, address in listen_addresses(host, port)]
             if len(addresses) > HANDOVER_MAX // 2:
-                raise SettingsError(f"--listen: {len(addresses)} addresses, and only {HANDOVER_MAX // 2} can be handed over "
-                                    "to a successor: name fewer, or all of them as :PORT")
+                raise SettingsError(f"--listen: {len(addresses)} addresses, and only {HANDOVER_MAX // 2} can be handed "
+                                    "over to a successor: name fewer, or all of them as :PORT")
             inherited = self.handover.take(addresses)
         self.router = router = Router(settings, self.tunnels, inherited, activated)
         router.journal = self.journal.emit
