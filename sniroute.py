@@ -3868,8 +3868,8 @@ class Handover:
         connects to the address's name  ---->
                                         <----   all its sockets: those that listen, and its names' (SCM_RIGHTS)
         accepts, too
-        "drain"                         ---->   lets go of its names and of the admin address
-                                        <----   end of file, and drains
+        "drain"                         ---->   closes its listeners, and drains
+                                        <----   lets go of its names and of the admin address: end of file
         has the names
 
     If it dies before that word, nothing has changed.  The names are handed on, not taken anew, so that there is
@@ -3915,7 +3915,7 @@ class Handover:
         """Ask who has one address, and add what of all that it has is wanted.  Raises OSError."""
         while True:
             channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            channel.settimeout(max(deadline - monotonic(), ACCEPT_PAUSE))
+            channel.settimeout(max(deadline - monotonic(), ACCEPT_PAUSE))  # whoever is asked last has a moment, too
             try:
                 channel.connect(self.name(address))
                 if not self.is_ours(channel):
@@ -4174,7 +4174,7 @@ class Daemon:
         channel = self.handover.accept(name)
         if channel is None:
             return
-        if self.stopping:  # it can listen itself then
+        if self.stopping:  # it gets none: it can listen itself once ours are closed
             self.router.deaf.wait(HANDOVER_TIMEOUT)
         if self.handover.give(channel, () if self.stopping else self.router.listeners):
             for each in self.handover.names:

@@ -5683,7 +5683,7 @@ def test_an_address_is_free_once_its_name_is(launch, free_ports, echo_server):
                      route(echo_server.address), listeners=2)
     program.wait_for(" info admin on ")
     with contextlib.closing(sniroute.Handover()) as taker, socket.socket(socket.AF_UNIX) as waiting:
-        taken, = wait_until(lambda: taker.take([mine]))
+        taken, = taker.take([mine])
         waiting.connect(taker.name(free))
         thread = threading.Thread(target=taker.dismiss)
         thread.start()
