@@ -105,10 +105,14 @@ from typing import Any, Callable, Iterable, NamedTuple, NoReturn, Sequence
 
 import fcntl
 
+from sniroute_log import Ending, Journal
+from sniroute_loop import READ, WRITE, EpollPoller, Poller
+from sniroute_names import HOST, __version__, is_local, is_number, normalise, parse_host_port, printable, show_address
+from sniroute_refusals import (DECODE_ERROR, ILLEGAL_PARAMETER, PROTOCOL_VERSION,
+                               REFUSALS, UNEXPECTED_MESSAGE, UNRECOGNIZED_NAME, Malformed, Refused, SettingsError,
+                               POSTGRES, NOTHING, TLS, told, tls_alert, tunnel_refused)
 from sniroute_tunnels import (TUNNEL_IDENTITY, Child, Launcher, Reason, Tunnel, TunnelError, TunnelTable,
-                              carrier_launcher, cloudflared_launcher, printable)
-
-__version__ = "0.1.0"
+                              carrier_launcher, cloudflared_launcher)
 
 log = logging.getLogger("sniroute")
 monotonic = time.monotonic
@@ -121,7 +125,6 @@ HELLO_WIRE_MAX = 32768  # the same in small records: each costs five bytes more
 PROXY_V1_MAX = 107  # PROXY protocol 2.1: the longest line, CRLF included
 PROXY_V2_MAX = 4096  # nginx's limit; real headers with TLVs stay far below
 STARTUP_MAX = 10004  # PostgreSQL's own limit for a startup packet
-EVENTS = 256  # ready descriptors in a turn, so that a turn ends soon (epoll only)
 ACCEPTS = 16  # connections taken from a listener in one turn, so that the rest is served too; more is no cheaper
 BACKLOG = 4096  # the kernel caps it at somaxconn; 5 or 128 lose a burst
 PAUSE_SAID = 10.0  # between two log lines about that, however often it happens
@@ -158,12 +161,6 @@ PENDING_MAX = 1 << 22  # bytes copied out for full sinks (not those in lent pipe
 PIPES_MAX = 32  # pipes lent to flows whose sink would block: 1 MiB and two descriptors each
 GC_THRESHOLD = 20000  # objects between two looks for cycles: connections leave none
 SWITCH_INTERVAL = 0.0005  # so long may another thread keep the interpreter while the loop wants it
-LOG_LINES_MAX = 10000  # lines that wait for a slow log; over it they are dropped and counted
-LOG_PERIOD = 1.0  # in which a class of lines may have so many:
-LOG_ENDINGS = 10000  # connections that ended by themselves: more than a core serves
-LOG_REFUSALS = 100  # connections refused for one reason: strangers can cause them
-LOG_EVENTS = 250  # events of one kind; a dump has DUMP_MAX
-LOG_NAP = 0.02  # between two writes of the log: one system call for many lines
 DUMP_MAX = 200  # connections, and tunnels, in a dump
 KEEPALIVE = (60, 15, 4)  # idle, interval, count: a dead peer is found in two minutes
 STATUS_EVERY = 10.0  # between two words to systemd about how it stands; the watchdog may want more
@@ -183,74 +180,14 @@ OPEN, LINGERING, CLOSED = "open", "lingering", "closed"
 CHATTY, BULKY, BLOCKED, DONE = "chatty", "bulky", "blocked", "done"  # states of a Flow, beside OPEN
 RUNNING, DRAINING, STOPPED = "running", "draining", "stopped"  # of the Router
 
-READ, WRITE = 1, 4  # what a descriptor waits for, as epoll(7) numbers them
-
 # errno values of accept() that mean "not now": pause, then go on.
 CAPACITY_ERRNOS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
 
 # errno values of send() and connect() that mean "the connect is not over"; the last is BSD's.
 NOT_CONNECTED = frozenset((errno.EAGAIN, errno.EALREADY, errno.EINPROGRESS, errno.ENOTCONN))
 
-# TLS alerts, RFC 8446 6.
-UNEXPECTED_MESSAGE, ILLEGAL_PARAMETER, DECODE_ERROR = 10, 47, 50
-ACCESS_DENIED, PROTOCOL_VERSION, INTERNAL_ERROR, UNRECOGNIZED_NAME = 49, 70, 80, 112
-TUNNEL_ALERTS = {"denied": ACCESS_DENIED, "unknown": UNRECOGNIZED_NAME}  # by the kind of a TunnelError; else 80
-
-
-class Refused(Exception):
-    """A connection that is refused.
-
-    `kind` is a row of REFUSALS, the message is for the log, `alert` the TLS alert that says why
-    (None: nothing is said), `farewell` what is sent instead where the client speaks no TLS.
-    """
-
-    def __init__(self, kind: str, message: str, alert: int | None = None, farewell: bytes = b""):
-        super().__init__(message)
-        self.kind = kind
-        self.alert = alert
-        self.farewell = farewell
-
-
-class Malformed(Refused):
-    """Bytes from the network that are not what they claim to be."""
-
-    def __init__(self, message: str, alert: int | None = None, kind: str = "malformed"):
-        super().__init__(kind, message, alert)
-
-
-class SettingsError(Exception):
-    """Settings that stop the start; `lines` has one line for each, naming the setting."""
-
-    def __init__(self, *lines: str):
-        super().__init__("\n".join(lines))
-        self.lines = lines
-
 
 # -- wire formats ------------------------------------------------------------------------------
-#
-# The parsers are pure, but for HelloReader, which keeps its place.  They take what has been received
-# so far and give a result, None for "I need more", or raise Malformed, and never anything else.  They
-# ask "complete?" before "valid?", and refuse early only what no further byte can save.  Behind a
-# complete result they look at nothing.  "No name" and "garbage" are different: only a well-formed
-# hello can be routed.
-
-
-def normalise(raw: bytes) -> str:
-    """A host name in its one canonical form.  Every name that is routed passes here, and every tunnel's.
-
-    Letters, digits, `-`, `_` and dots; at least two labels of 1..63 that neither begin nor end
-    with `-`; 253 bytes at most; no trailing dot; no IP address in any spelling (RFC 6066 3
-    forbids them), so the last label is not a number.  `xn--` is never decoded.
-    Raises Malformed (unrecognized_name).
-    """
-    name = raw.lower()
-    if len(raw) > 253 or not NAME.fullmatch(name):
-        raise Malformed(f"not a host name: {printable(raw.decode('latin-1'), 80)!r}", UNRECOGNIZED_NAME, "bad_name")
-    return name.decode("ascii")
-
-
-_LABEL = rb"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
-NAME = re.compile(rb"(?:%b\.)+(?![0-9]+\Z|0x[0-9a-f]*\Z)%b" % (_LABEL, _LABEL))
 
 
 class Hello(NamedTuple):
@@ -495,11 +432,6 @@ def parse_server_name(names: bytes) -> str:
     return normalise(names[5:])
 
 
-def tls_alert(description: int, minor: int) -> bytes:
-    """A fatal alert record, RFC 8446 6; `minor` is that of the client's record version."""
-    return bytes((21, 3, min(minor, 3), 0, 2, 2, description))
-
-
 class ProxyHeader(NamedTuple):
     """A PROXY protocol header (the specification of haproxy.org, versions 1 and 2)."""
 
@@ -711,16 +643,6 @@ def parse_startup(data: bytes) -> int | None:
     return STARTUP if len(data) >= length else None
 
 
-def postgres_error(message: str, hint: str) -> bytes:
-    """An ErrorResponse, as PostgreSQL's clients show it to people; 08004: connection rejected."""
-    fields = {"S": "FATAL", "V": "FATAL", "C": "08004", "M": message, "H": hint}
-    body = b"".join(f"{key}{value}\0".encode("ascii") for key, value in fields.items()) + b"\0"
-    return b"E" + struct.pack(">I", 4 + len(body)) + body
-
-
-PLAIN_POSTGRES = postgres_error("sniroute routes by the TLS server name: a connection without TLS has none",
-                                "Connect with sslmode=require.")
-
 # What a client that speaks no TLS most likely speaks, by its first byte.
 NOT_TLS = {first: kind for kind, letters in {"HTTP": b"GPHDOCT", "SSH": b"S", "RDP": b"\x03",
                                              "an SSLv2 hello": range(0x80, 0x100)}.items() for first in letters}
@@ -737,6 +659,7 @@ class Prelude:
     __slots__ = ("policy", "local", "step", "header", "source", "data", "reader", "ssl")
 
     START, CLIENT, AFTER_GSS, AFTER_SSL = "start", "client", "after GSSENCRequest", "after SSLRequest"
+    PLAIN = "PostgreSQL in clear text"
 
     def __init__(self, policy: str, local: bool):
         self.policy = policy
@@ -762,9 +685,11 @@ class Prelude:
                 return result
         return None
 
-    def alert(self, description: int) -> bytes:
-        """The alert to refuse with: nothing where the client has not begun to speak TLS."""
-        return tls_alert(description, self.data[2]) if self.reader is not None and len(self.data) > 2 else b""
+    def language(self) -> tuple[str, int]:
+        """What a refused client is told in (see `told`), and the minor version of its TLS record."""
+        if self.reader is not None:
+            return (TLS, self.data[2]) if len(self.data) > 2 else (NOTHING, 0)
+        return (POSTGRES if self.step is self.PLAIN else NOTHING), 0
 
     def _stranger(self, first: int) -> NoReturn:
         if self.step is self.AFTER_SSL:
@@ -803,7 +728,8 @@ class Prelude:
         if request is None:
             return None
         if request == STARTUP:
-            raise Refused("plain_postgres", "a PostgreSQL client without TLS", farewell=PLAIN_POSTGRES)
+            self.step = self.PLAIN
+            raise Refused("plain_postgres", "a PostgreSQL client without TLS")
         if request == CANCEL_REQUEST:
             raise Refused("cancel", "a CancelRequest in clear text names no server")
         if len(self.data) > 8:  # CVE-2021-23214 and its kin: they would be taken for a part of the TLS
@@ -986,7 +912,7 @@ class Routes:
         if decision is None:
             route = self.find(name)
             if route is None:
-                raise Refused("no_route", f"no route for {name}", UNRECOGNIZED_NAME)
+                raise Refused("no_route", f"no route for {name}")
             if len(self.decisions) >= self.decisions_max:
                 self.decisions.clear()
             decision = self.decisions[name] = route.decide(name, self.identified, self.tallies[route.pattern])
@@ -1060,44 +986,14 @@ def tunnel_prepare(router: Router, wait: Wait) -> None:
         raise tunnel_refused(error.kind, str(error)) from None
 
 
-def tunnel_refused(kind: str, message: str) -> Refused:
-    """The refusal for a TunnelError of this kind, or for a Reason."""
-    return Refused("tunnel_" + kind, message, TUNNEL_ALERTS.get(kind, INTERNAL_ERROR))
-
-
-def parse_host_port(text: str, default_host: str | None = None) -> tuple[str, int]:
-    """`HOST:PORT`, `[::1]:PORT`, or `:PORT` where there is a default.  Raises ValueError."""
-    host, colon, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = str(ipaddress.IPv6Address(host[1:-1]))
-    elif ":" in host:
-        raise ValueError(f"{text!r}: an IPv6 address goes in brackets, as [::1]:443")
-    host = host or default_host or ""
-    if not colon or not host or not host.isascii() or not PROXY_PORT.fullmatch(port.encode()) or int(port) > 65535:
-        raise ValueError(f"{text!r} is not HOST:PORT")
-    return host, int(port)
-
-
-HOST = re.compile(r"[A-Za-z0-9_.:-]{1,253}")  # a configured host may be an address or one label
-
-
-def is_number(host: str) -> bool:
-    """Whether a resolver would take this for an IPv4 address in one of its odd spellings."""
-    try:
-        ipaddress.ip_address(host)
-        return False
-    except ValueError:
-        return re.fullmatch(r"(?:.*\.)?(?:[0-9]+|0[xX][0-9a-fA-F]*)", host) is not None
-
-
 def check_tcp(rest: str) -> str:
     """HOST:PORT, as it came.  Raises Malformed, also for numbers that a resolver takes for addresses."""
     try:
         host, port = parse_host_port(rest)
     except ValueError as error:
-        raise Malformed(str(error), UNRECOGNIZED_NAME, "bad_name") from None
+        raise Malformed(str(error), kind="bad_name") from None
     if not port or not HOST.fullmatch(host) or is_number(host):
-        raise Malformed(f"{rest!r} is not HOST:PORT", UNRECOGNIZED_NAME, "bad_name")
+        raise Malformed(f"{rest!r} is not HOST:PORT", kind="bad_name")
     return rest
 
 
@@ -1129,14 +1025,13 @@ def tcp_prepare(router: Router, wait: Wait) -> None:
     except (OSError, UnicodeError) as error:
         backend = router.resolved.get(wait.decision.key, (None,))[0]
         if backend is None:
-            raise Refused("unresolved", f"{host} does not resolve: {error}", INTERNAL_ERROR) from None
+            raise Refused("unresolved", f"{host} does not resolve: {error}") from None
         router.remember(wait.decision, backend, until)
         return
     addresses = tuple(dict.fromkeys((family, address) for family, _, _, _, address in found))
     allowed = tuple(a for a in addresses if router.may_dial(wait.decision, a[1]))
     if not allowed:
-        raise Refused("forbidden", f"{host} is {addresses[0][1][0]}, which this route does not lead to",
-                      UNRECOGNIZED_NAME)
+        raise Refused("forbidden", f"{host} is {addresses[0][1][0]}, which this route does not lead to")
     local = all(ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for _, address in allowed)
     router.remember(wait.decision, Backend(allowed[:ADDRESSES_MAX], local), until)
 
@@ -1145,46 +1040,6 @@ SCHEMES = {
     "cloudflared": Scheme(check_tunnel, tunnel_ready, tunnel_prepare, "its tunnel"),
     "carrier": Scheme(check_tunnel, tunnel_ready, tunnel_prepare, "its tunnel"),
     "tcp": Scheme(check_tcp, tcp_ready, tcp_prepare, "its address"),
-}
-
-
-class Refusal(NamedTuple):
-    """How a kind of refusal is logged."""
-
-    level: int
-    meaning: str
-
-
-# Every reason for which a connection is refused.  What a client that speaks no TLS, or stops in the
-# middle of it, can cause is for debug only.
-REFUSALS = {
-    "not_tls": Refusal(logging.DEBUG, "the client speaks something else"),
-    "malformed": Refusal(logging.DEBUG, "the client's TLS or PostgreSQL prelude is broken"),
-    "truncated": Refusal(logging.DEBUG, "the client left in the middle of its prelude"),
-    "prelude_timeout": Refusal(logging.DEBUG, "the client did not say its name within --prelude-timeout"),
-    "shed": Refusal(logging.DEBUG, "too many clients had not said their name: the oldest went"),
-    "proxy": Refusal(logging.INFO, "a PROXY header is missing, broken, or from an untrusted address"),
-    "no_name": Refusal(logging.INFO, "the client's TLS names no server"),
-    "bad_name": Refusal(logging.INFO, "the name is no host name"),
-    "no_route": Refusal(logging.INFO, "no route fits the name"),
-    "not_allowed": Refusal(logging.INFO, "the client's address is none that its route allows"),
-    "route_limit": Refusal(logging.WARNING, "the route has as many connections as it may have"),
-    "forbidden": Refusal(logging.WARNING, "the name resolves to an address that its route does not lead to"),
-    "plain_postgres": Refusal(logging.INFO, "a PostgreSQL client without TLS: it got an ErrorResponse"),
-    "cancel": Refusal(logging.DEBUG, "a PostgreSQL CancelRequest in clear text cannot be routed"),
-    "client_limit": Refusal(logging.WARNING, "the client address has --max-per-client connections"),
-    "busy": Refusal(logging.WARNING, "too many names wait already, or descriptors or threads are short"),
-    "unresolved": Refusal(logging.WARNING, "the target's host does not resolve"),
-    "backend": Refusal(logging.WARNING, "the backend refused the connection, or did not answer"),
-    "backend_no_tls": Refusal(logging.WARNING, "the PostgreSQL backend does not offer TLS"),
-    "tunnel_failed": Refusal(logging.WARNING, "the tunnel did not start, or gave no answer"),
-    "tunnel_denied": Refusal(logging.WARNING, "Access does not let the router in: no token, a wrong one, or no right"),
-    "tunnel_unknown": Refusal(logging.WARNING, "the tunnel's name does not resolve, or the edge does not know it"),
-    "tunnel_timeout": Refusal(logging.WARNING, "the target was not ready within --start-timeout: its tunnel, or its address"),
-    "tunnel_limit": Refusal(logging.WARNING, "--max-tunnels are in use"),
-    "tunnel_budget": Refusal(logging.WARNING, "the client address asked for too many cold tunnels"),
-    "tunnel_stopping": Refusal(logging.INFO, "sniroute is stopping"),
-    "internal": Refusal(logging.ERROR, "a fault in sniroute itself: please report it"),
 }
 
 
@@ -1576,304 +1431,7 @@ def raise_descriptor_limit() -> None:
 # -- the log -----------------------------------------------------------------------------------
 
 
-def show_address(address: tuple) -> str:
-    """HOST:PORT, an IPv6 host in brackets."""
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-class Ending(NamedTuple):
-    """What the log says of a connection when it is over."""
-
-    level: int
-    when: float
-    client: tuple[str, int]
-    name: str | None
-    route: str | None
-    backend: str | None
-    up: int
-    down: int
-    seconds: float
-    reason: str
-    detail: str | None
-    waited: float | None = None  # seconds from its accept to its last dial
-
-
-class Pace:
-    """How many lines there were of one class in a period."""
-
-    __slots__ = ("limit", "began", "lines")
-
-    def __init__(self, limit: int, now: float):
-        self.limit = limit  # of those that are written
-        self.began = now
-        self.lines = 0
-
-
-class Journal(logging.Handler):
-    """Takes log records and Endings from any thread, and writes them from a thread of its own.
-
-    So a slow disk or a pipe that nobody reads never stops traffic: what does not fit into
-    LOG_LINES_MAX is dropped and counted.  Nor does one kind of event drown the others: each has a limit
-    for a second, and a line says how many were suppressed.  Lines are printable ASCII, whatever a client sent.
-    """
-
-    def __init__(self, stream: Any, style: str, clock: Callable[[], float] = time.monotonic):
-        super().__init__()
-        self.clock = clock
-        self.paces: dict[str, Pace] = {}  # by class: how a connection ended, or the words of an event
-        self.stream = stream
-        self.style = style
-        self.journald = under_journald(stream)
-        self.lines: collections.deque[logging.LogRecord | Ending] = collections.deque()
-        self.dropped = 0
-        self.asleep = False
-        self.stopping = False
-        self.wake_reader, self.wake_writer = os.pipe()
-        os.set_blocking(self.wake_writer, False)
-        self.thread = threading.Thread(target=self._run, name="log", daemon=True)
-        self.thread.start()
-
-    def emit(self, record: logging.LogRecord | Ending) -> None:
-        """Queue a line.  Any thread; no lock, one system call at most."""
-        if len(self.lines) >= LOG_LINES_MAX:
-            self.dropped += 1
-            return
-        self.lines.append(record)
-        if self.asleep:  # it set this first and looked at `lines` then, so one of us sees the other
-            self.asleep = False
-            self._wake()
-
-    def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # full: it is being woken
-            os.write(self.wake_writer, b"\0")
-
-    def stop(self) -> None:
-        """Write what is left, if the stream takes it within a second."""
-        self.stopping = True
-        self._wake()
-        self.thread.join(1.0)
-        if not self.thread.is_alive():
-            os.close(self.wake_reader)
-            os.close(self.wake_writer)
-        self.close()
-
-    def _run(self) -> None:
-        while not self.stopping:
-            if self.lines:
-                self._write()
-                time.sleep(LOG_NAP)  # under load a line finds us awake, and costs no system call
-                continue
-            self.asleep = True
-            if not self.lines and not self.stopping:
-                owing = any(pace.lines > pace.limit for pace in self.paces.values())
-                if select.select([self.wake_reader], [], [], LOG_PERIOD if owing else None)[0]:
-                    os.read(self.wake_reader, 4096)
-                else:
-                    self._write()  # nothing but what is owed
-            self.asleep = False
-        self._write()
-
-    def _write(self) -> None:
-        now = self.clock()
-        texts = self._settle(now)
-        paces = self.paces
-        for _ in range(len(self.lines)):  # not "while there are": they may come as fast as they go
-            line = self.lines.popleft()
-            try:
-                is_ending = type(line) is Ending
-                kind = line.reason if is_ending else str(line.msg)
-                pace = paces.get(kind)
-                if pace is None:
-                    limit = LOG_EVENTS if not is_ending else LOG_REFUSALS if kind in REFUSALS else LOG_ENDINGS
-                    pace = paces[kind] = Pace(limit, now)
-                pace.lines += 1
-                if pace.lines <= pace.limit:
-                    texts.append(self.ending(line) if is_ending else self.format(line))
-            except Exception as error:  # this thread has to outlive any line
-                texts.append(self.line(logging.ERROR, time.time(), f"a log line that cannot be shown: {error!r}", {}))
-        if self.stopping:
-            texts += self._settle(now)
-        if self.dropped:
-            dropped, self.dropped = self.dropped, 0
-            texts.append(self.line(logging.WARNING, time.time(), f"the log was too slow: {dropped} lines dropped", {}))
-        if texts:
-            try:
-                self.stream.write("".join(texts))
-                self.stream.flush()
-            except (OSError, ValueError, AttributeError):
-                pass  # full, gone, or never there: traffic goes on
-
-    def _settle(self, now: float) -> list[str]:
-        """Begin anew with classes whose period is over; the lines that are owed for what was suppressed in it."""
-        texts = []
-        for kind, pace in self.paces.items():
-            if now - pace.began >= LOG_PERIOD or self.stopping:
-                suppressed = pace.lines - pace.limit
-                pace.began, pace.lines = now, 0
-                if suppressed > 0:
-                    texts.append(self.line(logging.WARNING, time.time(), f"{suppressed} suppressed",
-                                           {"suppressed": suppressed, "class": printable(kind)}))
-        return texts
-
-    def format(self, record: logging.LogRecord) -> str:
-        """A log record as one line, its traceback as indented lines behind it."""
-        text = printable(record.getMessage(), 2000)
-        fields = {name: printable(value, 2000) if isinstance(value, str) else value
-                  for name, value in getattr(record, "fields", {}).items()}
-        if record.exc_info:
-            trace = self.formatter_for_tracebacks.formatException(record.exc_info)
-            if self.style == "json":
-                fields["traceback"] = trace
-            else:
-                text += "".join("\n  " + printable(line, 2000) for line in trace.split("\n"))
-        return self.line(record.levelno, record.created, text, fields)
-
-    formatter_for_tracebacks = logging.Formatter()
-
-    def ending(self, end: Ending) -> str:
-        """The one line of a connection."""
-        level, when, (host, port), name, route, backend, up, down, seconds, reason, detail, _ = end
-        if ":" in host:  # show_address, unrolled: once for each connection
-            host = f"[{host}]"
-        detail = detail and printable(detail, 500)
-        if self.style == "json":
-            fields = {"client": f"{host}:{port}", "name": name, "route": route, "backend": backend, "up": up,
-                      "down": down, "seconds": round(seconds, 3), "reason": reason, "detail": detail}
-            return self.line(level, when, "", {k: v for k, v in fields.items() if v is not None})
-        text = f"client={host}:{port} name={name or '-'} route={route or '-'} backend={backend or '-'} " \
-               f"up={up} down={down} seconds={seconds:.3f} reason={reason}"
-        return self.line(level, when, f"{text} detail={json.dumps(detail)}" if detail else text, {})
-
-    def line(self, level: int, when: float, text: str, fields: dict[str, Any]) -> str:
-        """A finished line, its fields behind its text.  Under journald it begins with a syslog level (sd-daemon(3))."""
-        word, syslog_level = LEVELS[level]
-        priority = f"<{syslog_level}>" if self.journald else ""
-        stamp = timestamp(int(when * 1000))
-        if self.style == "json":
-            record = {"time": stamp, "level": word, **({"message": text} if text else {}), **fields}
-            return f"{priority}{json.dumps(record)}\n"
-        if fields:  # a connection's line has its own in the text
-            first, newline, trace = text.partition("\n")
-            text = first + "".join(f" {name}={as_field(value)}" for name, value in fields.items()) + newline + trace
-        return f"{priority}{text}\n" if priority else f"{stamp} {word} {text}\n"
-
-
-def as_field(value: object) -> str:
-    """The value of a field in a text line: quoted where it is more than one word."""
-    text = str(value)
-    return text if re.fullmatch(r"[!#-~]+", text) else json.dumps(text)
-
-
-@functools.lru_cache(maxsize=8)
-def timestamp(millisecond: int) -> str:
-    """A millisecond since 1970 in RFC 3339 form, UTC; made once for all its lines."""
-    second, rest = divmod(millisecond, 1000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(second))}.{rest:03d}Z"
-
-
-# the word in a line, and syslog's number (RFC 5424 6.2.1)
-LEVELS = {logging.DEBUG: ("debug", 7), logging.INFO: ("info", 6), logging.WARNING: ("warning", 4),
-          logging.ERROR: ("error", 3)}
-
-
-def under_journald(stream: Any) -> bool:
-    """Whether this stream goes to journald (systemd.exec(5), JOURNAL_STREAM)."""
-    try:
-        state = os.fstat(stream.fileno())
-    except (AttributeError, OSError, ValueError):
-        return False
-    return os.environ.get("JOURNAL_STREAM") == f"{state.st_dev}:{state.st_ino}"
-
-
 # -- the loop ----------------------------------------------------------------------------------
-
-
-def ignore(mask: int) -> None:
-    """The callback of a descriptor that waits for nothing."""
-
-
-class Poller:
-    """What descriptors wait for, and whom to call then (`callbacks`).  Loop only.
-
-    What waits no more keeps a callback that does nothing, since it may be among what is ready in this turn: so there
-    are as many as the highest descriptor at most.
-    This one is `selectors`, for where there is no epoll.
-    """
-
-    def __init__(self) -> None:
-        self.callbacks: dict[int, Callable[[int], None]] = {}
-        self.selector = selectors.DefaultSelector()
-
-    def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
-        """Begin to wait for READ, WRITE or both."""
-        self.selector.register(fd, AS_SELECTORS[events])
-        self.callbacks[fd] = callback
-
-    def change(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
-        """Wait for something else."""
-        self.selector.modify(fd, AS_SELECTORS[events])
-        self.callbacks[fd] = callback
-
-    def forget(self, fd: int) -> None:
-        """Wait no more."""
-        self.callbacks[fd] = ignore
-        self.selector.unregister(fd)
-
-    def closing(self, fd: int) -> None:
-        """The same for a descriptor that is closed next."""
-        self.forget(fd)
-
-    def poll(self, timeout: float) -> list[tuple[int, int]]:
-        """Wait so many seconds at most; what is ready, and READ, WRITE or both for each (from epoll also ERR, HUP)."""
-        return [(key.fd, AS_EPOLL[mask]) for key, mask in self.selector.select(timeout)]
-
-    def close(self) -> None:
-        """Let go of it."""
-        self.selector.close()
-
-
-AS_SELECTORS = {READ: selectors.EVENT_READ, WRITE: selectors.EVENT_WRITE,
-                READ | WRITE: selectors.EVENT_READ | selectors.EVENT_WRITE}
-AS_EPOLL = {mask: events for events, mask in AS_SELECTORS.items()}
-
-
-class EpollPoller(Poller):
-    """The same straight on epoll(7).
-
-    `selectors` makes an object for each descriptor and looks it up for each event, and asks the kernel
-    for as many events as there are descriptors: a turn has to end even where 10,000 are ready.
-    """
-
-    def __init__(self) -> None:
-        self.callbacks = {}
-        self.epoll = select.epoll()
-
-    def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
-        self.epoll.register(fd, events)
-        self.callbacks[fd] = callback
-
-    def change(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
-        self.epoll.modify(fd, events)
-        self.callbacks[fd] = callback
-
-    def forget(self, fd: int) -> None:
-        self.callbacks[fd] = ignore
-        self.epoll.unregister(fd)
-
-    def closing(self, fd: int) -> None:
-        """close(2) makes epoll forget it: a call less.
-
-        While a child process is between fork and exec it holds the socket, too, and epoll goes on; and
-        the number may be another socket's by then: every callback has to bear being called for nothing.
-        """
-        self.callbacks[fd] = ignore
-
-    def poll(self, timeout: float) -> list[tuple[int, int]]:
-        return self.epoll.poll(timeout, EVENTS)
-
-    def close(self) -> None:
-        self.epoll.close()
 
 
 class Flow:
@@ -2263,7 +1821,7 @@ class Connection:
         try:
             data = os.read(self.up.fd, MESSAGE)
             if not data:
-                raise Malformed("the client left in the middle of its prelude", DECODE_ERROR, "truncated")
+                raise Malformed("the client left in the middle of its prelude", kind="truncated")
             verdict = self._parse(data)
             if isinstance(verdict, bytes):
                 self._answer(verdict)
@@ -2342,7 +1900,7 @@ class Connection:
         self.peer = self.router.peer_of(self.address[0])
         self.peer.count += 1
         if self.peer.count > self.router.max_per_client and not self.peer.exempt:
-            raise Refused("client_limit", f"{self.peer.key} has {self.peer.count - 1} connections", INTERNAL_ERROR)
+            raise Refused("client_limit", f"{self.peer.key} has {self.peer.count - 1} connections")
 
     def _admit(self, decision: Decision) -> None:
         """Do what the route asks for beside its target.  Raises Refused."""
@@ -2351,9 +1909,9 @@ class Connection:
             address = ipaddress.ip_address(host)
             address = getattr(address, "ipv4_mapped", None) or address
             if not any(address in network for network in route.allow):
-                raise Refused("not_allowed", f"{route.pattern} does not allow {address}", ACCESS_DENIED)
+                raise Refused("not_allowed", f"{route.pattern} does not allow {address}")
         if route.max_connections is not None and decision.tally.active >= route.max_connections:
-            raise Refused("route_limit", f"{route.pattern} has {route.max_connections} connections", INTERNAL_ERROR)
+            raise Refused("route_limit", f"{route.pattern} has {route.max_connections} connections")
         if route.send_proxy == "as-received":
             return
         self.greeting = SSL_REQUEST_BYTES if self.greeting.endswith(SSL_REQUEST_BYTES) else b""
@@ -2387,7 +1945,7 @@ class Connection:
         self.parks += 1
         if self.parks > PARKS_MAX:
             self.refuse(Refused("tunnel_failed", f"{self.decision.target} was ready {PARKS_MAX} times, "
-                                                 "and gone each time", INTERNAL_ERROR))
+                                                 "and gone each time"))
             return
         self.state = PARKED
         self.up.watch(READ, self.on_waiting)
@@ -2440,7 +1998,7 @@ class Connection:
                 error = failure.errno
                 if error in CAPACITY_ERRNOS:  # our own trouble: neither the backend's fault nor its tunnel's
                     self.router.pause(failure.strerror, monotonic() + ACCEPT_PAUSE)
-                    self.refuse(Refused("busy", failure.strerror, INTERNAL_ERROR))
+                    self.refuse(Refused("busy", failure.strerror))
                     return
                 continue  # no IPv6 here
             if STREAM == socket.SOCK_STREAM:
@@ -2504,7 +2062,7 @@ class Connection:
             self.retry(why)
             return
         self.router.resolved.pop(self.decision.key, None)  # perhaps it has moved
-        self.refuse(Refused("backend", f"{self.decision.target}: {why}", INTERNAL_ERROR))
+        self.refuse(Refused("backend", f"{self.decision.target}: {why}"))
 
     def on_greeting(self, mask: int) -> None:
         """The backend's answer to SSLRequest: exactly one `S`, or this is no place for a hello."""
@@ -2518,7 +2076,7 @@ class Connection:
                 self._open(self.hello, self.down.source.send(self.hello))
             else:
                 said = "does not offer TLS" if answer == b"N" else f"answered SSLRequest with {answer[:8]!r}"
-                self.refuse(Refused("backend_no_tls", f"{self.decision.target} {said}", INTERNAL_ERROR))
+                self.refuse(Refused("backend_no_tls", f"{self.decision.target} {said}"))
         except BlockingIOError:
             pass
         except OSError as error:
@@ -2532,7 +2090,7 @@ class Connection:
         if self.backend.tunnel is not None:
             self.retry(why)
         else:
-            self.refuse(Refused("backend", f"{self.decision.target}: {why}", INTERNAL_ERROR))
+            self.refuse(Refused("backend", f"{self.decision.target}: {why}"))
 
     def _open(self, said: bytes, sent: int) -> None:
         """Pump: the backend has `sent` bytes of what the client said."""
@@ -2648,12 +2206,12 @@ class Connection:
         """Turn a Refused into bytes, a log line and a counter: all refusals end here."""
         self.refusal = error
         self._leave_wait()
-        farewell = error.farewell
-        if error.alert is not None:
-            if self.prelude is not None:
-                farewell = self.prelude.alert(error.alert)
-            elif self.hello is not None:
-                farewell = tls_alert(error.alert, self.hello[2])
+        speaks, minor = NOTHING, 0
+        if self.prelude is not None:
+            speaks, minor = self.prelude.language()
+        elif self.hello is not None:
+            speaks, minor = TLS, self.hello[2]
+        farewell = told(error, speaks, minor)
         if farewell:
             self._linger(farewell, error.kind)
         else:
@@ -2734,18 +2292,6 @@ def keep_alive(sock: socket.SocketType) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def is_local(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether this address is this machine's: then it can be bound."""
-    if ip.is_loopback or ip.is_unspecified:
-        return True
-    try:
-        with socket.socket(socket.AF_INET6 if ip.version == 6 else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind((str(ip), 0))
-        return True
-    except OSError:
-        return False
-
-
 class Listener(socket.socket):
     """A listening socket whose family and type are known, not asked for at each accept()."""
 
@@ -2822,9 +2368,9 @@ class Router(socketserver.ThreadingTCPServer):
             self.flow = Flow
         self.keep(0)
         self.prelude_deadline = Deadline(settings.prelude_timeout, lambda c: c.refuse(Malformed(
-            "the client did not say its name in time", DECODE_ERROR, "prelude_timeout")))
+            "the client did not say its name in time", kind="prelude_timeout")))
         self.parked_deadline = Deadline(settings.start_timeout + 1, lambda c: c.refuse(Refused(
-            "tunnel_timeout", f"{c.decision.target}: waited too long for {c.decision.scheme.waits_on}", INTERNAL_ERROR)))
+            "tunnel_timeout", f"{c.decision.target}: waited too long for {c.decision.scheme.waits_on}")))
         self.connect_deadline = Deadline(CONNECT_TIMEOUT, Connection.on_connect_timeout)
         self.greeting_deadline = Deadline(GREETING_TIMEOUT, Connection.on_greeting_timeout)
         self.first_byte_deadline = Deadline(FIRST_BYTE_TIMEOUT, Connection.on_first_byte_timeout)
@@ -2931,7 +2477,7 @@ class Router(socketserver.ThreadingTCPServer):
             wait.error = error
         except Exception:
             log.exception("while waiting for %s", wait.decision.target)
-            wait.error = Refused("internal", "a fault in sniroute", INTERNAL_ERROR)
+            wait.error = Refused("internal", "a fault in sniroute")
 
     def shutdown_request(self, wait: Wait) -> None:
         """Hand the connections back to the loop."""
@@ -3126,10 +2672,10 @@ class Router(socketserver.ThreadingTCPServer):
         """What becomes of a name.  Raises Refused."""
         if name is None:
             farewell = b"OK\n" if self.settings.no_name == "ok" else b""
-            raise Refused("no_name", REFUSALS["no_name"].meaning, None if farewell else UNRECOGNIZED_NAME, farewell)
+            raise Refused("no_name", REFUSALS["no_name"].meaning, farewell=farewell)
         decision = self.routes.decide(name)
         if name in self.own_names and decision.route.pattern != name:
-            raise Refused("no_route", f"{name} is this router itself", UNRECOGNIZED_NAME)
+            raise Refused("no_route", f"{name} is this router itself")
         return decision
 
     def join_wait(self, connection: Connection, doubted: Child | None) -> None:
@@ -3141,11 +2687,11 @@ class Router(socketserver.ThreadingTCPServer):
         wait = self.waits.get(decision.key)
         if wait is None:
             if len(self.waits) >= WAITS_MAX:
-                connection.refuse(Refused("busy", f"{WAITS_MAX} names wait already", INTERNAL_ERROR))
+                connection.refuse(Refused("busy", f"{WAITS_MAX} names wait already"))
                 return
             client = None if connection.peer.exempt else connection.peer.key
             if client and sum(w.client == client and not w.number for w in self.waits.values()) >= WAITS_PER_CLIENT:
-                connection.refuse(Refused("busy", f"{client} has {WAITS_PER_CLIENT} names that wait for a thread", INTERNAL_ERROR))
+                connection.refuse(Refused("busy", f"{client} has {WAITS_PER_CLIENT} names that wait for a thread"))
                 return
             wait = Wait(decision, client, monotonic() + self.settings.start_timeout, doubted)
             self.waits[decision.key] = wait
@@ -3170,7 +2716,7 @@ class Router(socketserver.ThreadingTCPServer):
         try:
             self.process_request(wait, wait.number)
         except RuntimeError as error:  # no more threads to be had
-            wait.error = Refused("busy", str(error), INTERNAL_ERROR)
+            wait.error = Refused("busy", str(error))
             self.call(functools.partial(self._hand_back, wait))
         self._want_thread()
 
@@ -3443,7 +2989,7 @@ def explain(settings: types.SimpleNamespace) -> int:
     """
     def refuse(error: Refused) -> int:
         print(f"refused: {error} ({error.kind}, TLS alert {error.alert})")
-        print("to do:  ", ADVICE.get(error.kind, "see the README"))
+        print("to do:  ", REFUSALS[error.kind].advice)
         return 1
 
     try:
@@ -3466,16 +3012,6 @@ def explain(settings: types.SimpleNamespace) -> int:
         return refuse(tunnel_refused(error.kind, str(error)))
     return 0
 
-
-# What to do about a refusal that `explain` meets.
-ADVICE = {
-    "bad_name": "ask for a host name of two labels at least, of letters, digits and hyphens",
-    "no_route": "add a route, as --route 'NAME=TARGET', or to [routes] in the file of settings",
-    "tunnel_failed": "mend what it says; if that is at the far end: does `cloudflared tunnel run` run there?",
-    "tunnel_denied": "check TUNNEL_SERVICE_TOKEN_ID and _SECRET, and that the application has a Service Auth policy",
-    "tunnel_unknown": "check the hostname in the target, and that the tunnel has it as a public hostname of type TCP",
-    "tunnel_timeout": "check the way out of this host: firewall, HTTPS_PROXY, resolver",
-}
 
 # What to do about a tunnel in a running router, by its state.
 TUNNEL_ADVICE = {
@@ -3725,7 +3261,7 @@ SELF_TESTS: tuple[tuple[str, Callable[[SelfTest], None]], ...] = (
     ("PostgreSQL: PROXY header, SSLRequest",
      lambda t: t.talk((PROXY_SAMPLES[1] + SSL_REQUEST_BYTES, b"S"), HELLO_SAMPLE)),
     ("PostgreSQL without TLS is told why",
-     lambda t: t.talk((struct.pack("!II", 20, STARTUP << 16) + b"user\0selft\0\0", PLAIN_POSTGRES), end=True)),
+     lambda t: t.talk((struct.pack("!II", 20, STARTUP << 16) + b"user\0selft\0\0", told(Refused("plain_postgres", ""), POSTGRES)), end=True)),
     ("no name: an alert", lambda t: t.talk((sample_hello(None), NO_NAME_ALERT), end=True)),
     ("a name without a route: an alert", lambda t: t.talk((sample_hello("a.example.net"), NO_NAME_ALERT), end=True)),
     ("a broken hello: an alert", lambda t: t.talk((b"\x16\3\1\0\4\1\0\0\0", BROKEN_ALERT), end=True)),

@@ -29,11 +29,14 @@ from typing import Any, Callable, Iterator, NamedTuple
 import pytest
 
 import sniroute
+import sniroute_log
+import sniroute_names
+import sniroute_refusals
+from sniroute import sample_hello
+from sniroute_tunnels import Start, TunnelTable, View, cloudflared_launcher
 import sniroute_admin
 from conftest import HERE, HOST, Address, Cloudflared, FakeClock, echo, wait_until
-from sniroute import sample_hello
 from sniroute_admin import Admin, Collector, Histogram, TopNames, attach, escape_label, printable, show_number
-from sniroute_tunnels import Start, TunnelTable, View, cloudflared_launcher
 
 TOKEN = "a-token-of-the-tests"
 HOSTILE = "<b>x</b>\"\\\x1b[31m\n\r\u202e\u00e9{}"
@@ -436,7 +439,7 @@ def test_metrics_count_what_happened(run, serve, cloudflared, ports):
         assert value(seen, "sniroute_tunnels", state="ready") == 1
     running.collected()
     seen = metrics(running)
-    assert value(seen, "sniroute_build_info", version=sniroute.__version__, python=sys.version.split()[0]) == 1
+    assert value(seen, "sniroute_build_info", version=sniroute_names.__version__, python=sys.version.split()[0]) == 1
     assert value(seen, "sniroute_connections_active") == 0
     assert value(seen, "sniroute_accepted_total") == 3
     assert value(seen, "sniroute_connections_total", result="no_route") == 2
@@ -455,7 +458,7 @@ def test_metrics_count_what_happened(run, serve, cloudflared, ports):
     assert value(seen, "process_resident_memory_bytes") > 1 << 20
     assert abs(value(seen, "process_start_time_seconds") - time.time()) < 86400
     assert {dict(labels)["result"] for labels in seen["sniroute_connections_total"]} \
-        == {*sniroute.REFUSALS, *sniroute_admin.ENDS}
+        == {*sniroute_refusals.REFUSALS, *sniroute_admin.ENDS}
 
 
 def test_labels_do_not_grow_with_what_clients_say(run):
@@ -485,8 +488,8 @@ def test_label_values_are_escaped():
     assert parse_metrics(text) == {"a": {(("route", HOSTILE),): 1.0}}
 
 
-def hostile_ending(reason: str = "no_route", name: str | None = HOSTILE) -> sniroute.Ending:
-    return sniroute.Ending(20, time.time(), (HOST, 4711), name, HOSTILE, HOSTILE, 1, 2, 3.0, reason, HOSTILE, None)
+def hostile_ending(reason: str = "no_route", name: str | None = HOSTILE) -> sniroute_log.Ending:
+    return sniroute_log.Ending(20, time.time(), (HOST, 4711), name, HOSTILE, HOSTILE, 1, 2, 3.0, reason, HOSTILE, None)
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -534,7 +537,7 @@ def test_status_shows_connections_tunnels_and_what_failed(run, serve, cloudflare
         status = ask(running.admin, "/status").json
         client_port, silent_port = client.getsockname()[1], silent.getsockname()[1]
     assert (status["phase"], status["paused"], status["pid"], status["version"]) \
-        == ("running", False, os.getpid(), sniroute.__version__)
+        == ("running", False, os.getpid(), sniroute_names.__version__)
     assert status["listening"] == [f"{HOST}:{running.router.server_address[1]}"]
     assert status["limits"] == {"connections": 100, "tunnels": running.tunnels.max_tunnels, "ports": 20}
     assert status["connections"]["active"] == 2 and status["connections"]["states"] == {"open": 1, "prelude": 1}

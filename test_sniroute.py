@@ -14,6 +14,7 @@ import functools
 import hashlib
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -23,7 +24,6 @@ import queue
 import random
 import re
 import resource
-import select
 import selectors
 import shutil
 import signal
@@ -43,14 +43,20 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 import pytest
 
 import sniroute
+import sniroute_log
+import sniroute_loop
+import sniroute_names
+import sniroute_refusals
 import sniroute_tunnels
-from conftest import HERE, HOST, Address, Cloudflared, Edge, FakeClock, wait_until
-from sniroute import (GSSENC_REQUEST, PROXY_POLICY, PROXY_V2, REFUSALS, SETTINGS, SSL_REQUEST, Ending, Hello,
-                      HelloReader, Journal, Malformed, Prelude, ProxyHeader, Refused, Route, Routes, SettingsError,
-                      check_tunnel, check_tcp, crc32c, expand, load_settings, normalise, parse_client_hello,
-                      parse_host_port, parse_proxy_v1, parse_proxy_v2, parse_route, parse_server_name, parse_startup,
-                      postgres_error, show_address, tls_alert, under_journald, whole_hello)
+from sniroute import (GSSENC_REQUEST, PROXY_POLICY, PROXY_V2, SETTINGS, SSL_REQUEST, Hello, HelloReader, Prelude,
+                      ProxyHeader, Route, Routes, check_tcp, check_tunnel, crc32c, expand, load_settings,
+                      parse_client_hello, parse_proxy_v1, parse_proxy_v2, parse_route, parse_server_name,
+                      parse_startup, whole_hello)
+from sniroute_log import Ending, Journal, under_journald
+from sniroute_names import normalise, parse_host_port, show_address
+from sniroute_refusals import REFUSALS, Malformed, Refused, SettingsError, postgres_error, tls_alert, told
 from sniroute_tunnels import TunnelTable, cloudflared_launcher
+from conftest import CORE, HERE, HOST, Address, Cloudflared, Edge, FakeClock, wait_until
 
 NAME = "db.example.com"
 
@@ -1261,9 +1267,11 @@ def test_after_an_answer_the_next_step_is_free_or_not(waves, expected):
 
 
 def test_a_postgres_client_without_TLS_reads_why_G10():
+    prelude = Prelude("refuse", False)
     with pytest.raises(Refused) as caught:
-        Prelude("refuse", False).feed(PLAIN_STARTUP)
-    assert caught.value.farewell.startswith(b"E") and b"sslmode=require" in caught.value.farewell
+        prelude.feed(PLAIN_STARTUP)
+    said = told(caught.value, *prelude.language())
+    assert said.startswith(b"E") and b"sslmode=require" in said
     assert not isinstance(caught.value, Malformed)
 
 
@@ -1309,7 +1317,7 @@ def test_an_alert_is_only_for_who_has_begun_with_TLS(waves, expected):
     prelude = Prelude("allow", False)
     for wave in waves:
         prelude.feed(wave)
-    assert prelude.alert(40) == expected
+    assert told(Malformed("broken", 40), *prelude.language()) == expected
 
 
 class Meter(bytearray):
@@ -1679,7 +1687,8 @@ def test_resolved_hosts_and_their_addresses_are_limited(monkeypatch):
 def raised_kinds() -> set[str]:
     """Every kind of refusal in the source."""
     kinds = set()
-    for node in ast.walk(ast.parse((HERE / "sniroute.py").read_text())):
+    rooms = [ast.parse((HERE / name).read_text()) for name in CORE]
+    for node in itertools.chain.from_iterable(map(ast.walk, rooms)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             words = {keyword.arg: keyword.value for keyword in node.keywords}
             if node.func.id == "Refused":
@@ -1695,7 +1704,7 @@ def raised_kinds() -> set[str]:
         elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "kind" \
                 and isinstance(node.value, ast.IfExp) and isinstance(node.value.body, ast.Constant):
             kinds |= {node.value.body.value, node.value.orelse.value}
-    for node in ast.walk(ast.parse((HERE / "sniroute_tunnels.py").read_text())):
+    for node in itertools.chain.from_iterable(map(ast.walk, rooms)):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "TunnelError" \
                 and isinstance(node.args[0], ast.Constant):
             kinds.add("tunnel_" + node.args[0].value)
@@ -1924,9 +1933,9 @@ def test_check_prints_the_routes(capsys, no_variables):
     ("DB.Example.com", 0, "name:    db.example.com\nroute:   *.example.com=tcp:{label}:1\ntarget:  tcp:db:1\n"),
     ("db.example.org", 1,
      "name:    db.example.org\nrefused: no route for db.example.org (no_route, TLS alert 112)\n"
-     f"to do:   {sniroute.ADVICE['no_route']}\n"),
+     f"to do:   {REFUSALS['no_route'].advice}\n"),
     ("\udcff\x1b.org", 1, "name:    ??.org\nrefused: not a host name: '??.org' (bad_name, TLS alert 112)\n"
-     f"to do:   {sniroute.ADVICE['bad_name']}\n"),
+     f"to do:   {REFUSALS['bad_name'].advice}\n"),
 ], ids=["routed", "not-routed", "bytes-that-are-no-text"])
 def test_explain_says_what_becomes_of_a_name(name, code, line, capsys, no_variables):
     assert sniroute.main(["explain", name, "--route", "*.example.com=tcp:{label}:1"]) == code
@@ -2065,13 +2074,13 @@ def test_an_event_has_the_same_fields_in_text_and_json():
 
 
 @pytest.mark.parametrize("row, limit, kind", [
-    (ended(reason="no_name"), sniroute.LOG_REFUSALS, "no_name"),
-    (ended(), sniroute.LOG_ENDINGS, "client_closed"),
-    (said("an event of %d", 1), sniroute.LOG_EVENTS, '"an event of %d"'),
+    (ended(reason="no_name"), sniroute_log.LOG_REFUSALS, "no_name"),
+    (ended(), sniroute_log.LOG_ENDINGS, "client_closed"),
+    (said("an event of %d", 1), sniroute_log.LOG_EVENTS, '"an event of %d"'),
 ], ids=["refusals", "endings", "events"])
 def test_a_class_of_lines_has_a_limit_and_what_was_suppressed_is_said(row, limit, kind, monkeypatch):
-    monkeypatch.setattr(sniroute, "LOG_LINES_MAX", 1 << 20)
-    monkeypatch.setattr(sniroute, "LOG_PERIOD", 0.05)
+    monkeypatch.setattr(sniroute_log, "LOG_LINES_MAX", 1 << 20)
+    monkeypatch.setattr(sniroute_log, "LOG_PERIOD", 0.05)
     clock, stream = FakeClock(), io.StringIO()
     journal = Journal(stream, "text", clock)
     def lines() -> list[str]:
@@ -2091,7 +2100,7 @@ def test_a_class_of_lines_has_a_limit_and_what_was_suppressed_is_said(row, limit
 
 
 def test_what_is_suppressed_at_the_end_is_said_there(monkeypatch):
-    monkeypatch.setattr(sniroute, "LOG_EVENTS", 1)
+    monkeypatch.setattr(sniroute_log, "LOG_EVENTS", 1)
     lines = written("json", said("x"), said("x"), said("x")).splitlines()
     assert [json.loads(line).get("suppressed") for line in lines] in ([None, 2], [None, None, 1])
 
@@ -2155,7 +2164,7 @@ def test_an_address_for_people(address, text):
 
 
 def test_a_log_of_many_threads_has_every_line(monkeypatch):
-    monkeypatch.setattr(sniroute, "LOG_EVENTS", 400)
+    monkeypatch.setattr(sniroute_log, "LOG_EVENTS", 400)
     stream = io.StringIO()
     journal = Journal(stream, "text")
     barrier = threading.Barrier(4)
@@ -2191,7 +2200,7 @@ class Stuck(io.StringIO):
 
 
 def test_a_log_that_is_stuck_drops_lines_and_counts_them(monkeypatch):
-    monkeypatch.setattr(sniroute, "LOG_LINES_MAX", 5)
+    monkeypatch.setattr(sniroute_log, "LOG_LINES_MAX", 5)
     stream = Stuck()
     journal = Journal(stream, "text")
     journal.emit(said("first"))
@@ -2215,8 +2224,7 @@ def test_a_log_that_stays_stuck_does_not_hold_up_the_end():
     assert journal.thread.is_alive() and journal.thread.daemon
     stream.free.set()
     journal.thread.join()
-    os.close(journal.wake_reader)
-    os.close(journal.wake_writer)
+    journal.pipe.close()
 
 
 @pytest.mark.parametrize("failure", [
@@ -2271,7 +2279,7 @@ class Running:
                                    idle=settings.idle, start_timeout=settings.start_timeout,
                                    max_tunnels=settings.max_tunnels, max_starting=settings.max_starting)
         self.router = sniroute.Router(settings, self.tunnels)
-        self.endings: list[sniroute.Ending] = []
+        self.endings: list[sniroute_log.Ending] = []
         self.router.journal = self.endings.append
         self.address = self.router.server_address
         self.thread = threading.Thread(target=self.router.serve_forever, name="loop")
@@ -2294,7 +2302,7 @@ class Running:
         client.sendall(said)
         return client
 
-    def ending(self, number: int = 1) -> sniroute.Ending:
+    def ending(self, number: int = 1) -> sniroute_log.Ending:
         """The last of `number` endings, once they are there."""
         wait_until(lambda: len(self.endings) >= number, what=f"{number} endings")
         return self.endings[number - 1]
@@ -2366,7 +2374,7 @@ def answer(text: bytes, expected: int = len(HELLO)) -> Callable[[socket.socket],
 def flow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The ways bytes are moved; the last is that of a system without epoll, which has no splice(2) either."""
     if request.param == "selectors":
-        monkeypatch.setattr(sniroute, "EpollPoller", sniroute.Poller)
+        monkeypatch.setattr(sniroute_loop, "EpollPoller", sniroute_loop.Poller)
     if request.param != "splice":
         monkeypatch.setattr(sniroute, "can_splice", lambda: False)
     elif not sniroute.can_splice():
@@ -2688,7 +2696,7 @@ def test_answer_to_a_request_is_not_sent_to_a_client_that_did_not_wait():
         connection._answer(b"S")
         assert theirs.recv(1) == b"S"
         theirs.sendall(b"\x16")
-        with pytest.raises(sniroute.Malformed):
+        with pytest.raises(sniroute_refusals.Malformed):
             connection._answer(b"S")
 
 
@@ -2696,7 +2704,7 @@ STARTUP_PACKET = struct.pack(">II", 20, 3 << 16) + b"user\0me\0\0\0\0\0"
 
 
 @pytest.mark.parametrize("said, heard, reason", [
-    (STARTUP_PACKET, sniroute.PLAIN_POSTGRES, "plain_postgres"),
+    (STARTUP_PACKET, told(Refused("plain_postgres", ""), sniroute_refusals.POSTGRES), "plain_postgres"),
     (ASK_GSS, b"N", "truncated"),
     (struct.pack(">IIII", 16, sniroute.CANCEL_REQUEST, 1, 2), b"", "cancel"),
     (b"GET / HTTP/1.1\r\n\r\n", b"", "not_tls"),
@@ -2716,7 +2724,7 @@ def test_refusals_are_readable_and_counted(run, echo_server, said, heard, reason
             client.shutdown(socket.SHUT_WR)
         assert read_all(client) == heard
     assert running.ending().reason == reason
-    assert running.ending().level == sniroute.REFUSALS[reason].level
+    assert running.ending().level == sniroute_refusals.REFUSALS[reason].level
     assert running.counter(reason) == 1
     assert echo_server.accepted == 0
 
@@ -2875,7 +2883,7 @@ def test_drain_ends_when_a_deadline_ends_the_last_connection(run, echo_server):
 def test_listener_event_of_the_turn_that_drains_is_ignored(run, echo_server):
     running = run(route(echo_server.address))
     router = running.router
-    router.call(lambda: (router._drain(0.2), router._accept(router.listeners[0], sniroute.READ)))
+    router.call(lambda: (router._drain(0.2), router._accept(router.listeners[0], sniroute_loop.READ)))
     running.thread.join(10)
     assert not running.thread.is_alive() and not router.paused
 
@@ -2979,8 +2987,8 @@ def unresolved(go: threading.Event) -> Callable[..., Any]:
 def test_threads_for_names_that_wait_are_started_one_in_a_turn(run, monkeypatch):
     """Each start waits for the interpreter, and with it all who are served."""
     turns, starts, go = [], [], threading.Event()
-    real = sniroute.EpollPoller.poll
-    monkeypatch.setattr(sniroute.EpollPoller, "poll", lambda self, timeout: turns.append(1) or real(self, timeout))
+    real = sniroute_loop.EpollPoller.poll
+    monkeypatch.setattr(sniroute_loop.EpollPoller, "poll", lambda self, timeout: turns.append(1) or real(self, timeout))
     running = run("--route=*.example.com=tcp:{name}:443", "--max-per-client=100")
     monkeypatch.setattr(socket, "getaddrinfo", unresolved(go))
     process = running.router.process_request
@@ -3182,7 +3190,7 @@ def test_chatty_flow_meets_what_any_flow_does(run, serve, fault, caplog):
         def prepare() -> None:
             nonlocal filled
             if fault == "nothing to read":
-                up.chat(sniroute.READ)
+                up.chat(sniroute_loop.READ)
             elif fault == "sink is gone":
                 connection.down.source.shutdown(socket.SHUT_WR)
             elif fault == "sink is full":
@@ -3300,7 +3308,7 @@ def test_callback_bears_being_called_for_nothing(run, serve, caplog):
     """epoll reports a socket that is closed here and held by a child between fork and exec."""
     running = run(route(serve(answer(b"x")).address))
     def call_all(connection: sniroute.Connection, flows: tuple[sniroute.Flow, ...]) -> None:
-        for mask in (sniroute.READ, sniroute.WRITE, sniroute.READ | sniroute.WRITE | 16):  # EPOLLHUP
+        for mask in (sniroute_loop.READ, sniroute_loop.WRITE, sniroute_loop.READ | sniroute_loop.WRITE | 16):  # EPOLLHUP
             for name in ("on_prelude", "on_waiting", "speak", "on_greeting", "on_linger"):
                 getattr(connection, name)(mask)
             for flow in flows:
@@ -3479,7 +3487,7 @@ def test_router_does_not_dial_itself(run):
     decision = running.router.routes.decide("db.example.com")
     assert not running.router.may_dial(decision, running.address)
     assert running.router.may_dial(decision, (HOST, 1))
-    with pytest.raises(sniroute.SettingsError, match="leads back"):
+    with pytest.raises(sniroute_refusals.SettingsError, match="leads back"):
         sniroute.load_settings(["--listen=127.0.0.1:19999", "--route=a.example.com=tcp:127.0.0.1:19999"], {})
 
 
@@ -4013,7 +4021,7 @@ def test_splice_is_tried_before_it_is_used(monkeypatch):
 @pytest.mark.parametrize("start", ["symlink", "other name", "-m"])
 def test_program_starts_under_any_name(tmp_path, start):
     """It goes on as a module, where it can be found as one."""
-    for name in ("sniroute.py", "sniroute_tunnels.py"):
+    for name in CORE:
         shutil.copy(HERE / name, tmp_path)
     command = [str(tmp_path / "router.py")]
     if start == "symlink":
@@ -4200,7 +4208,7 @@ BARE_PYTHON = (sys.executable, "-S", "-E")
 
 def installed(folder: pathlib.Path, *names: str) -> pathlib.Path:
     """Copy these files, and no others, into a folder.  The path of sniroute.py."""
-    for name in ("sniroute.py", "sniroute_tunnels.py", *names):
+    for name in (*CORE, *names):
         shutil.copy(HERE / name, folder)
     return folder / "sniroute.py"
 
@@ -4366,7 +4374,7 @@ def test_explain_says_that_the_program_is_missing(two_files, scheme, says):
 def test_version_and_help():
     version = command("--version")
     assert version.returncode == 0
-    assert version.stdout.startswith(f"sniroute {sniroute.__version__} (Python {sys.version.split()[0]}, ")
+    assert version.stdout.startswith(f"sniroute {sniroute_names.__version__} (Python {sys.version.split()[0]}, ")
     usage = command("--help")
     assert usage.returncode == 0
     for row in sniroute.SETTINGS:
@@ -5096,7 +5104,7 @@ def test_explain_says_what_the_far_end_says(three_files, edge):
     assert (ended.returncode, ended.stderr) == (1, "")
     assert ended.stdout.endswith("refused: db.example.com: Access denied it (is the token right, and does the "
                                  "application's policy allow it?): HTTP 403 (tunnel_denied, TLS alert 49)\n"
-                                 f"to do:   {sniroute.ADVICE['tunnel_denied']}\n")
+                                 f"to do:   {REFUSALS['tunnel_denied'].advice}\n")
 
 
 # -- a file of settings ------------------------------------------------------------------------
@@ -6162,7 +6170,7 @@ def test_the_settings_file_of_the_readme_has_every_setting_and_its_default(setti
 
 def test_every_refusal_is_in_the_readme():
     table = README.partition("## What is refused")[2].partition("\n## ")[0]
-    assert {kind for kind in sniroute.REFUSALS if f"`{kind}`" not in table} == set()
+    assert {kind for kind in sniroute_refusals.REFUSALS if f"`{kind}`" not in table} == set()
 
 
 def test_variables_a_tunnel_may_inherit_are_in_the_readme():
@@ -6178,7 +6186,7 @@ def test_quick_start_of_the_readme_works_as_pasted(tmp_path, free_ports):
     first, _ = free_ports(2)
     script = block.replace("19000", str(first)).replace("8443", str(first + 1)).replace(
         "python3 ", f"{sys.executable} ") + "\nwait\n"
-    for name in ("sniroute.py", "sniroute_tunnels.py"):
+    for name in CORE:
         shutil.copy(HERE / name, tmp_path)
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert "</HTML>" in done.stdout, done.stderr

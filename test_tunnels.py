@@ -33,10 +33,12 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
+import sniroute
+import sniroute_names
 import sniroute_tunnels
+from sniroute_tunnels import (BACKOFF, FAILED, QUEUED, READY, STARTING, STOPPING, PortPool, StartBudget, Tunnel,
+                              TunnelError, TunnelTable)
 from conftest import HERE, HOST, FakeClock, own_children, wait_until
-from sniroute_tunnels import (BACKOFF, FAILED, QUEUED, READY, STARTING, STOPPING, PortPool, StartBudget,
-                              Tunnel, TunnelError, TunnelTable)
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's /proc")
 both = pytest.mark.parametrize("kind", ["own", "shared"], indirect=True)
@@ -205,7 +207,7 @@ def bench(kind, cloudflared, free_ports) -> Iterator[Callable[..., Bench]]:
     pytest.param("x" * 10_000_000, 10, "xxxxxxx...", id="huge"),
 ])
 def test_printable(text, limit, line):
-    assert sniroute_tunnels.printable(text, limit) == line
+    assert sniroute_names.printable(text, limit) == line
 
 
 @pytest.mark.parametrize("tail, words", [

@@ -1,0 +1,316 @@
+"""sniroute_loop: one loop over many sockets: what is ready, what is due, what other threads ask for.
+
+    a turn    1  poll      ready descriptors are called back    Poller: descriptor -> callback(mask)
+              2  due       times that have come                 Timer: one time; Queue: many that wait equally long
+              3  batches   what several do together             Loop.batch: a list and a step, in order
+
+    other threads --- call(act) ---> a deque, and a byte in a pipe (WakePipe) ---> phase 1 of the next turn
+
+Batches exist because a neighbour that is woken once for many connections costs less than one that is
+woken for each: all that were accepted in a turn are read together, then all that were routed dial, then
+all that have dialled speak.  That is a fifth of the CPU of a connection.
+
+Threads: `call` and `WakePipe.wake` are for any thread; all else is for the thread that runs the loop.
+No locks: a deque's append and popleft are each one step of the interpreter.
+
+A fault in a callback, a timer, a queue or a step ends with `fault(owner)`, given to Loop(): the owner is
+the object that met it, so that one connection ends and not the loop.
+
+This room imports the standard library only, and knows nothing of connections.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import select
+import selectors
+import time
+from typing import Any, Callable
+
+monotonic = time.monotonic
+
+EVENTS = 256  # ready descriptors in a turn, so that a turn ends soon (epoll only)
+WAIT_LAST = 3600.0  # seconds of one wait: epoll takes no more than 24 days
+NEVER = float("inf")
+
+READ, WRITE = 1, 4  # what a descriptor waits for, as epoll(7) numbers them
+
+
+class WakePipe:
+    """A pipe by which any thread wakes the one that waits for its reading end."""
+
+    __slots__ = ("reader", "writer")
+
+    def __init__(self) -> None:
+        self.reader, self.writer = os.pipe()
+        for end in (self.reader, self.writer):
+            os.set_blocking(end, False)
+
+    def wake(self) -> None:
+        """Any thread; never waits."""
+        with contextlib.suppress(OSError):  # full: the thread is being woken already; closed: it has ended
+            os.write(self.writer, b"\0")
+
+    def clear(self) -> None:
+        """Read what woke us."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.reader, 4096)
+
+    def close(self) -> None:
+        """Close both ends.  The number goes first: a late `wake` must not write to whatever has it next."""
+        reader, writer = self.reader, self.writer
+        self.reader = self.writer = -1
+        for end in (reader, writer):
+            if end >= 0:
+                os.close(end)
+
+
+def ignore(mask: int) -> None:
+    """The callback of a descriptor that waits for nothing."""
+
+
+class Poller:
+    """What descriptors wait for, and what to call then (`callbacks`).
+
+    A forgotten descriptor keeps the callback `ignore`: this turn's events may still name it.
+    The table never outgrows the highest descriptor.
+    This one is `selectors`, for systems without epoll.
+    """
+
+    def __init__(self) -> None:
+        self.callbacks: dict[int, Callable[[int], None]] = {}
+        self.selector = selectors.DefaultSelector()
+
+    def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
+        """Begin to wait for READ, WRITE or both."""
+        self.selector.register(fd, AS_SELECTORS[events])
+        self.callbacks[fd] = callback
+
+    def change(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
+        """Wait for something else."""
+        self.selector.modify(fd, AS_SELECTORS[events])
+        self.callbacks[fd] = callback
+
+    def forget(self, fd: int) -> None:
+        """Wait no more."""
+        self.callbacks[fd] = ignore
+        self.selector.unregister(fd)
+
+    def closing(self, fd: int) -> None:
+        """The same for a descriptor that is closed next."""
+        self.forget(fd)
+
+    def poll(self, timeout: float) -> list[tuple[int, int]]:
+        """Wait so many seconds at most; what is ready, and READ, WRITE or both for each (from epoll also ERR, HUP)."""
+        return [(key.fd, AS_EPOLL[mask]) for key, mask in self.selector.select(timeout)]
+
+    def close(self) -> None:
+        """Close the selector; the descriptors stay open."""
+        self.selector.close()
+
+
+AS_SELECTORS = {READ: selectors.EVENT_READ, WRITE: selectors.EVENT_WRITE,
+                READ | WRITE: selectors.EVENT_READ | selectors.EVENT_WRITE}
+AS_EPOLL = {mask: events for events, mask in AS_SELECTORS.items()}
+
+
+class EpollPoller(Poller):
+    """The same straight on epoll(7).
+
+    `selectors` makes an object for each descriptor and looks it up for each event, and asks the kernel
+    for as many events as there are descriptors: a turn has to end even where 10,000 are ready.
+    """
+
+    def __init__(self) -> None:
+        self.callbacks = {}
+        self.epoll = select.epoll()
+
+    def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
+        self.epoll.register(fd, events)
+        self.callbacks[fd] = callback
+
+    def change(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
+        self.epoll.modify(fd, events)
+        self.callbacks[fd] = callback
+
+    def forget(self, fd: int) -> None:
+        self.callbacks[fd] = ignore
+        self.epoll.unregister(fd)
+
+    def closing(self, fd: int) -> None:
+        """close(2) makes epoll forget the descriptor: a system call less than `forget`.
+
+        While a child process is between fork and exec it holds the socket too, and epoll goes on naming the
+        number, which may be another socket's by then: so every callback has to bear being called for nothing.
+        """
+        self.callbacks[fd] = ignore
+
+    def poll(self, timeout: float) -> list[tuple[int, int]]:
+        return self.epoll.poll(timeout, EVENTS)
+
+    def close(self) -> None:
+        self.epoll.close()
+
+
+class Timer:
+    """One thing that the loop does at a time, `when` (clock seconds; NEVER: not now)."""
+
+    __slots__ = ("loop", "act", "when")
+
+    def __init__(self, loop: Loop, act: Callable[[], Any]):
+        self.loop = loop
+        self.act = act
+        self.when = NEVER
+
+    def set(self, when: float) -> None:
+        """Do it then, instead of when it was due before."""
+        self.when = when
+        if when < self.loop.next_check:
+            self.loop.next_check = when
+
+
+class Queue:
+    """Items that wait equally long (`seconds`) for the same `act`: the first in is the first due.
+
+    An OrderedDict instead of a dict, because the first key of a dict that loses keys at its front
+    takes longer and longer to find.
+    """
+
+    __slots__ = ("loop", "seconds", "act", "due")
+
+    def __init__(self, loop: Loop, seconds: float, act: Callable[[Any], Any]):
+        self.loop = loop
+        self.seconds = seconds  # may change: items already here keep their time, so they may be called late
+        self.act = act
+        self.due: collections.OrderedDict[Any, float] = collections.OrderedDict()
+
+    def put(self, item: Any) -> None:
+        """Begin to wait, or begin anew."""
+        self.due.pop(item, None)
+        when = self.due[item] = monotonic() + self.seconds
+        if when < self.loop.next_check:
+            self.loop.next_check = when
+
+    def drop(self, item: Any) -> None:
+        """Wait no more; nothing where the item does not wait."""
+        self.due.pop(item, None)
+
+
+class Loop:
+    """The loop.  `fault(owner)` is called inside `except` with the object that met an exception, or None."""
+
+    def __init__(self, fault: Callable[[Any], None]):
+        self.fault = fault
+        self.poller: Poller = EpollPoller() if hasattr(select, "epoll") else Poller()
+        self.calls: collections.deque[Callable[[], None]] = collections.deque()
+        self.timers: list[Timer] = []
+        self.queues: list[Queue] = []
+        self.batches: list[tuple[list[Any], Callable[[Any], Any]]] = []
+        self.next_check = 0.0  # no timer and no queue is due before this clock time
+        self.stopping = False
+        self.pipe = WakePipe()
+        self.poller.watch(self.pipe.reader, READ, self._woken)
+
+    # -- any thread ----------------------------------------------------------------------------
+
+    def call(self, act: Callable[[], None]) -> None:
+        """Have the loop run `act` in its next turn; returns at once."""
+        self.calls.append(act)
+        self.pipe.wake()
+
+    # -- the thread of the loop ----------------------------------------------------------------
+
+    def timer(self, act: Callable[[], Any]) -> Timer:
+        """A new Timer, which is not set yet."""
+        self.timers.append(Timer(self, act))
+        return self.timers[-1]
+
+    def queue(self, seconds: float, act: Callable[[Any], Any]) -> Queue:
+        """A new Queue."""
+        self.queues.append(Queue(self, seconds, act))
+        return self.queues[-1]
+
+    def batch(self, step: Callable[[Any], Any]) -> list[Any]:
+        """A new batch: `step` is called for what has been appended to it, once a turn, after the batches before it."""
+        self.batches.append(([], step))
+        return self.batches[-1][0]
+
+    def run(self) -> None:
+        """Turn until `stop` is called."""
+        while not self.stopping:
+            self.turn()
+
+    def stop(self) -> None:
+        """Let `run` return after this turn."""
+        self.stopping = True
+
+    def turn(self) -> None:
+        """Wait for something to do, and do it."""
+        callbacks = self.poller.callbacks
+        for fd, mask in self.poller.poll(max(0.0, self.next_check - monotonic())):
+            # A descriptor closed earlier in this turn maps to `ignore`; its number is not watched again
+            # before the batches below.
+            callback = callbacks[fd]
+            try:
+                callback(mask)
+            except Exception:
+                self.fault(owner_of(callback))
+        now = monotonic()
+        if now >= self.next_check:
+            self._check(now)
+        for batch, step in self.batches:
+            if not batch:
+                continue
+            for item in batch:  # may grow meanwhile
+                try:
+                    step(item)
+                except Exception:
+                    self.fault(item)
+            batch.clear()
+
+    def _check(self, now: float) -> None:
+        """Do what is due, and find out when to look again."""
+        self.next_check = now + WAIT_LAST  # what is set or put from here on lowers it
+        for timer in self.timers:
+            if now >= timer.when:
+                timer.when = NEVER
+                try:
+                    timer.act()
+                except Exception:
+                    self.fault(owner_of(timer.act))
+        for queue in self.queues:
+            due = queue.due
+            while due:
+                item, when = next(iter(due.items()))
+                if when > now:
+                    self.next_check = min(self.next_check, when)
+                    break
+                del due[item]
+                try:
+                    queue.act(item)
+                except Exception:
+                    self.fault(item)
+        # Looked at last: what was done above may have changed them.
+        self.next_check = min(self.next_check, *(timer.when for timer in self.timers), NEVER)
+
+    def _woken(self, mask: int) -> None:
+        """Run what other threads asked for."""
+        self.pipe.clear()
+        for _ in range(len(self.calls)):  # what these ask for is for the next turn
+            act = self.calls.popleft()
+            try:
+                act()
+            except Exception:
+                self.fault(owner_of(act))
+
+    def close(self) -> None:
+        """Close the selector and the pipe.  After `run` has returned, or instead of it."""
+        self.poller.close()
+        self.pipe.close()
+
+
+def owner_of(callback: Any) -> Any:
+    """The object whose method this is, also inside a functools.partial; else None."""
+    return getattr(getattr(callback, "func", callback), "__self__", None)
