@@ -28,11 +28,13 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 import pytest
 
-import sniroute
 import sniroute_log
 import sniroute_names
 import sniroute_refusals
-from sniroute import sample_hello
+import sniroute_router
+import sniroute_routes
+import sniroute_settings
+from sniroute_doctor import sample_hello
 from sniroute_tunnels import Start, TunnelTable, View, cloudflared_launcher
 import sniroute_admin
 from conftest import HERE, HOST, Address, Cloudflared, FakeClock, echo, wait_until
@@ -48,14 +50,14 @@ class Running:
     """A Router with its loop in a thread of this process, and its admin."""
 
     def __init__(self, *argv: str, program: str, token: str | None = TOKEN, listener: socket.socket | None = None):
-        settings = sniroute.load_settings(["--listen", f"{HOST}:0", f"--admin={HOST}:0", *argv],
+        settings = sniroute_settings.load_settings(["--listen", f"{HOST}:0", f"--admin={HOST}:0", *argv],
                                           {"SNIROUTE_ADMIN_TOKEN": token} if token else {})
         self.tunnels = TunnelTable({"cloudflared": cloudflared_launcher(program, {})}, settings.ports,
                                    idle=settings.idle, start_timeout=settings.start_timeout,
                                    max_tunnels=settings.max_tunnels, max_starting=settings.max_starting)
         self.settings = settings
         self.listener = listener
-        self.router = sniroute.Router(settings, self.tunnels)
+        self.router = sniroute_router.Router(settings, self.tunnels)
         self.thread = threading.Thread(target=self.router.serve_forever, name="loop")
 
     def __enter__(self) -> Running:
@@ -504,7 +506,7 @@ def test_hostile_text_is_shown_printable(run):
     running = run()
     router = running.router
     router.routes = types.SimpleNamespace(
-        routes=(sniroute.Route(HOSTILE, HOSTILE),), tallies={HOSTILE: sniroute.Tally()})
+        routes=(sniroute_routes.Route(HOSTILE, HOSTILE),), tallies={HOSTILE: sniroute_routes.Tally()})
     running.tunnels.failed = lambda: [View(HOSTILE, "failed", 0, 0, 0, 0, 0.0, 4.0, 1, HOSTILE)]
     running.tunnels.started.append(Start(HOSTILE, time.time(), 1.5))
     router.endings.extend([hostile_ending(), hostile_ending(name=None), hostile_ending("client_closed")])

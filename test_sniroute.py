@@ -43,19 +43,28 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 import pytest
 
 import sniroute
+import sniroute_connection
+import sniroute_daemon
+import sniroute_doctor
+import sniroute_flow
 import sniroute_log
 import sniroute_loop
 import sniroute_names
 import sniroute_refusals
+import sniroute_router
+import sniroute_routes
+import sniroute_settings
 import sniroute_tunnels
-from sniroute import (GSSENC_REQUEST, PROXY_POLICY, PROXY_V2, SETTINGS, SSL_REQUEST, Hello, HelloReader, Prelude,
-                      ProxyHeader, Route, Routes, check_tcp, check_tunnel, crc32c, expand, load_settings,
-                      parse_client_hello, parse_proxy_v1, parse_proxy_v2, parse_route, parse_server_name,
-                      parse_startup, whole_hello)
+import sniroute_wire
 from sniroute_log import Ending, Journal, under_journald
 from sniroute_names import normalise, parse_host_port, show_address
 from sniroute_refusals import REFUSALS, Malformed, Refused, SettingsError, postgres_error, tls_alert, told
+from sniroute_routes import Route, Routes, check_tcp, check_tunnel, expand, parse_route
+from sniroute_settings import SETTINGS, load_settings
 from sniroute_tunnels import TunnelTable, cloudflared_launcher
+from sniroute_wire import (GSSENC_REQUEST, PROXY_POLICY, PROXY_V2, SSL_REQUEST, Hello, HelloReader, Prelude,
+                           ProxyHeader, crc32c, parse_client_hello, parse_proxy_v1, parse_proxy_v2,
+                           parse_server_name, parse_startup, whole_hello)
 from conftest import CORE, HERE, HOST, Address, Cloudflared, Edge, FakeClock, wait_until
 
 NAME = "db.example.com"
@@ -500,12 +509,12 @@ def test_records_behind_the_hello_are_not_looked_at_T14(behind):
 
 
 @pytest.fixture
-def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[bytes, sniroute.Shape]]:
+def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[bytes, sniroute_wire.Shape]]:
     """The shapes of hellos that are remembered: every unknown one is learnt, and there is none yet."""
-    monkeypatch.setattr(sniroute, "LEARN_EVERY", 1)
-    sniroute.SHAPES.clear()
-    yield sniroute.SHAPES
-    sniroute.SHAPES.clear()
+    monkeypatch.setattr(sniroute_wire, "LEARN_EVERY", 1)
+    sniroute_wire.SHAPES.clear()
+    yield sniroute_wire.SHAPES
+    sniroute_wire.SHAPES.clear()
 
 
 NAMED = {key: how for key, how in GENUINE.items() if how.get("name", NAME)}
@@ -516,7 +525,7 @@ def test_a_hello_of_a_shape_that_is_known_is_read_without_a_walk_through_it(shap
     first = genuine(**how)
     whole_hello(first)
     walked = []
-    monkeypatch.setattr(sniroute, "parse_client_hello", lambda data: walked.append(data) or parse_client_hello(data))
+    monkeypatch.setattr(sniroute_wire, "parse_client_hello", lambda data: walked.append(data) or parse_client_hello(data))
     wire = genuine.__wrapped__(**how)  # not the remembered one: with other random bytes and keys
     assert wire != first
     name = how.get("name", NAME)
@@ -564,7 +573,7 @@ def test_a_hello_as_long_as_a_known_one_and_of_another_shape_is_read_and_takes_i
 
 
 def test_so_many_shapes_are_remembered_at_most_and_the_oldest_goes(shapes, monkeypatch):
-    monkeypatch.setattr(sniroute, "SHAPES_MAX", 5)
+    monkeypatch.setattr(sniroute_wire, "SHAPES_MAX", 5)
     for size in range(500, 512):
         wire = records(hello_of(size))
         assert whole_hello(wire).name == whole_hello(wire).name == NAME
@@ -573,7 +582,7 @@ def test_so_many_shapes_are_remembered_at_most_and_the_oldest_goes(shapes, monke
 
 def test_one_in_so_many_unknown_shapes_is_remembered(shapes, monkeypatch):
     """Who never comes again should cost no more than it has to."""
-    monkeypatch.setattr(sniroute, "LEARN_EVERY", 8)
+    monkeypatch.setattr(sniroute_wire, "LEARN_EVERY", 8)
     for size in range(500, 580):
         whole_hello(records(hello_of(size)))
     assert len(shapes) == 10
@@ -581,7 +590,7 @@ def test_one_in_so_many_unknown_shapes_is_remembered(shapes, monkeypatch):
 
 def test_the_shape_of_a_hello_with_very_many_extensions_is_not_remembered(shapes):
     """A stranger would have it made, and compared, again and again."""
-    for count in (sniroute.EXTENSIONS_MAX - 1, sniroute.EXTENSIONS_MAX, 900):
+    for count in (sniroute_wire.EXTENSIONS_MAX - 1, sniroute_wire.EXTENSIONS_MAX, 900):
         wire = hello(SNI, *(extension(1000 + number, b"") for number in range(count)))
         assert whole_hello(wire).name == whole_hello(wire).name == NAME
         assert len(shapes) == 1
@@ -979,7 +988,7 @@ def test_a_broken_proxy_header_is_refused(header):
     check_parser(parse_proxy_v2, header, Bad("proxy"))
 
 
-@pytest.mark.parametrize("write, parse", [(sniroute.proxy_v1, parse_proxy_v1), (sniroute.proxy_v2, parse_proxy_v2)],
+@pytest.mark.parametrize("write, parse", [(sniroute_wire.proxy_v1, parse_proxy_v1), (sniroute_wire.proxy_v2, parse_proxy_v2)],
                          ids=["v1", "v2"])
 @pytest.mark.parametrize("source, destination, read", [
     (("192.0.2.1", 1111), ("192.0.2.9", 443), ("192.0.2.1", "192.0.2.9")),
@@ -994,8 +1003,8 @@ def test_a_proxy_header_that_we_write_is_read_again(write, parse, source, destin
 
 
 def test_a_proxy_header_of_nobody_is_written_as_such():
-    assert sniroute.proxy_v1(None, ("192.0.2.9", 443)) == b"PROXY UNKNOWN\r\n"
-    assert parse_proxy_v2(sniroute.proxy_v2(None, ("192.0.2.9", 443))) == ProxyHeader(16, None, 0)
+    assert sniroute_wire.proxy_v1(None, ("192.0.2.9", 443)) == b"PROXY UNKNOWN\r\n"
+    assert parse_proxy_v2(sniroute_wire.proxy_v2(None, ("192.0.2.9", 443))) == ProxyHeader(16, None, 0)
 
 
 def test_a_proxy_header_too_long_is_refused_at_byte_16_Q10():
@@ -1044,14 +1053,14 @@ POSTGRES: dict[str, tuple[bytes, Any]] = {
     **{f"G4-SSLRequest-of-{size}": (startup(SSL_REQUEST, b"1234", size), Bad()) for size in (9, 12)},
     **{f"G4-GSSENCRequest-of-{size}": (startup(GSSENC_REQUEST, b"1234", size), Bad()) for size in (9, 12)},
     "G4-SSLRequest-of-7": (startup(SSL_REQUEST, size=7), Bad("not_tls")),
-    "G8-CancelRequest": (CANCEL, sniroute.CANCEL_REQUEST),
-    **{f"G9-CancelRequest-with-a-key-of-{size}": (startup(80877102, bytes(4 + size)), sniroute.CANCEL_REQUEST)
+    "G8-CancelRequest": (CANCEL, sniroute_wire.CANCEL_REQUEST),
+    **{f"G9-CancelRequest-with-a-key-of-{size}": (startup(80877102, bytes(4 + size)), sniroute_wire.CANCEL_REQUEST)
        for size in (4, 32, 256)},
-    "G9-CancelRequest-of-a-wrong-length": (startup(80877102, size=9), sniroute.CANCEL_REQUEST),
-    "G10-startup-3.0": (PLAIN_STARTUP, sniroute.STARTUP),
-    "G10-startup-3.2": (startup(0x30002, b"user\0me\0\0"), sniroute.STARTUP),
-    "G10-startup-of-8": (startup(0x30000), sniroute.STARTUP),
-    "G10-startup-of-10004": (startup(0x30000, bytes(9996)), sniroute.STARTUP),
+    "G9-CancelRequest-of-a-wrong-length": (startup(80877102, size=9), sniroute_wire.CANCEL_REQUEST),
+    "G10-startup-3.0": (PLAIN_STARTUP, sniroute_wire.STARTUP),
+    "G10-startup-3.2": (startup(0x30002, b"user\0me\0\0"), sniroute_wire.STARTUP),
+    "G10-startup-of-8": (startup(0x30000), sniroute_wire.STARTUP),
+    "G10-startup-of-10004": (startup(0x30000, bytes(9996)), sniroute_wire.STARTUP),
     "G11-startup-2.0": (startup(0x20000, bytes(288)), Bad()),
     "G11-startup-4.0": (startup(0x40000, bytes(4)), Bad()),
     "G11-code-1234.5681": (startup(80877105), Bad()),
@@ -1539,12 +1548,12 @@ def test_a_decision_is_made_once_and_names_its_target():
     routes = Routes([parse_route("**.example.com=cloudflared:CFT-{label}.{domain}")])
     decision = routes.decide("db.eu.example.com")
     assert decision.target == "cloudflared:cft-db.eu.example.com" and decision.rest == "cft-db.eu.example.com"
-    assert decision.scheme is sniroute.SCHEMES["cloudflared"] and decision.route is routes.routes[0]
+    assert decision.scheme is sniroute_routes.SCHEMES["cloudflared"] and decision.route is routes.routes[0]
     assert routes.decide("db.eu.example.com") is decision
 
 
 def test_decisions_are_remembered_for_a_limited_number_of_names(monkeypatch):
-    monkeypatch.setattr(sniroute, "DECISIONS_MAX", 3)
+    monkeypatch.setattr(sniroute_routes, "DECISIONS_MAX", 3)
     routes = Routes([parse_route("*=tcp:h:1")])
     for number in range(10):
         routes.decide(f"n{number}.example.com")
@@ -1552,7 +1561,7 @@ def test_decisions_are_remembered_for_a_limited_number_of_names(monkeypatch):
 
 
 def test_decisions_are_remembered_for_all_names_that_have_a_route_of_their_own(monkeypatch):
-    monkeypatch.setattr(sniroute, "DECISIONS_MAX", 3)
+    monkeypatch.setattr(sniroute_routes, "DECISIONS_MAX", 3)
     names = [f"n{number}.example.com" for number in range(10)]
     routes = Routes([parse_route(f"{name}=tcp:h:1") for name in names])
     decisions = [routes.decide(name) for name in names]
@@ -1609,14 +1618,14 @@ def resolve(monkeypatch: pytest.MonkeyPatch, target: str, found: list[str] | OSE
     monkeypatch.setattr(socket, "getaddrinfo", answer)
     router.may_dial = lambda decision, address: allowed(address)
     decision = Routes([Route("a.b", target)]).decide("a.b")
-    sniroute.tcp_prepare(router, types.SimpleNamespace(decision=decision))
-    return sniroute.tcp_ready(router, decision)
+    sniroute_routes.tcp_prepare(router, types.SimpleNamespace(decision=decision))
+    return sniroute_routes.tcp_ready(router, decision)
 
 
 class Resolved(types.SimpleNamespace):
     """As much of a Router as resolving needs."""
 
-    remember = sniroute.Router.remember
+    remember = sniroute_router.Router.remember
 
     def __init__(self, **more: object):
         super().__init__(resolved={}, routes=Routes([]), **more)
@@ -1631,10 +1640,10 @@ def test_a_host_is_resolved_once_and_stays_while_the_resolver_is_down(monkeypatc
     assert backend.addresses == ((socket.AF_INET, ("192.0.2.1", 1)), (socket.AF_INET6, ("2001:db8::1", 1)))
     assert not backend.local
     assert resolve(monkeypatch, "tcp:h:1", OSError("down"), router) is backend
-    now = sniroute.monotonic()
-    monkeypatch.setattr(sniroute, "monotonic", lambda: now + sniroute.RESOLVED_FOR + 1)
-    assert sniroute.tcp_ready(router, Routes([Route("a.b", "tcp:h:1")]).decide("a.b")) is None, "its time is over"
-    assert sniroute.tcp_ready(router, Routes([Route("a.b", "tcp:other:1")]).decide("a.b")) is None
+    now = time.monotonic()
+    monkeypatch.setattr(sniroute_routes, "monotonic", lambda: now + sniroute_routes.RESOLVED_FOR + 1)
+    assert sniroute_routes.tcp_ready(router, Routes([Route("a.b", "tcp:h:1")]).decide("a.b")) is None, "its time is over"
+    assert sniroute_routes.tcp_ready(router, Routes([Route("a.b", "tcp:other:1")]).decide("a.b")) is None
 
 
 @pytest.mark.parametrize("target, family, address, local", [
@@ -1645,15 +1654,15 @@ def test_a_host_is_resolved_once_and_stays_while_the_resolver_is_down(monkeypatc
 def test_an_address_is_never_resolved(target, family, address, local):
     router = Resolved(may_dial=lambda decision, address: True)
     decision = Routes([Route("a.b", target)]).decide("a.b")
-    backend = sniroute.tcp_ready(router, decision)
+    backend = sniroute_routes.tcp_ready(router, decision)
     assert (backend.addresses, backend.local) == (((family, address),), local)
-    assert sniroute.tcp_ready(router, decision) is backend
+    assert sniroute_routes.tcp_ready(router, decision) is backend
 
 
 def test_an_address_that_the_route_does_not_lead_to_is_not_ready_and_never_will_be(monkeypatch):
     router = Resolved(may_dial=lambda decision, address: False)
     decision = Routes([Route("a.b", "tcp:127.0.0.1:19000")]).decide("a.b")  # where the router listens itself
-    assert sniroute.tcp_ready(router, decision) is None
+    assert sniroute_routes.tcp_ready(router, decision) is None
     with pytest.raises(Refused) as caught:
         resolve(monkeypatch, decision.target, ["127.0.0.1"], router, lambda address: False)
     assert caught.value.kind == "forbidden" and not router.resolved
@@ -1670,11 +1679,11 @@ def test_only_addresses_that_the_route_leads_to_are_dialled(monkeypatch):
 
 
 def test_resolved_hosts_and_their_addresses_are_limited(monkeypatch):
-    monkeypatch.setattr(sniroute, "RESOLVED_MAX", 2)
+    monkeypatch.setattr(sniroute_router, "RESOLVED_MAX", 2)
     router = Resolved()
     for number in range(5):
         backend = resolve(monkeypatch, f"tcp:h{number}:1", [f"192.0.2.{n}" for n in range(1, 9)], router)
-        assert len(backend.addresses) == sniroute.ADDRESSES_MAX and len(router.resolved) <= 2
+        assert len(backend.addresses) == sniroute_routes.ADDRESSES_MAX and len(router.resolved) <= 2
     router.routes = Routes([parse_route(f"n{number}.example.com=tcp:h:1") for number in range(3)])
     for number in range(6):
         resolve(monkeypatch, f"tcp:h{number}:1", ["192.0.2.1"], router)
@@ -1734,34 +1743,34 @@ def test_every_kind_of_refusal_is_a_row_and_every_row_is_used():
 def test_durations(text, seconds):
     if seconds is None:
         with pytest.raises(ValueError, match="is not a duration"):
-            sniroute.parse_duration(text)
+            sniroute_settings.parse_duration(text)
     else:
-        assert sniroute.parse_duration(text) == sniroute.parse_off_or_duration(text) == pytest.approx(seconds)
+        assert sniroute_settings.parse_duration(text) == sniroute_settings.parse_off_or_duration(text) == pytest.approx(seconds)
 
 
 PARSERS = {
-    "off": (sniroute.parse_off_or_duration, "off", 0.0),
-    "count-1": (sniroute.parse_count, "1", 1),
-    "count-a-million": (sniroute.parse_count, "1000000", 1_000_000),
-    **{f"no-count-{text!r}": (sniroute.parse_count, text, ValueError)
+    "off": (sniroute_settings.parse_off_or_duration, "off", 0.0),
+    "count-1": (sniroute_settings.parse_count, "1", 1),
+    "count-a-million": (sniroute_settings.parse_count, "1000000", 1_000_000),
+    **{f"no-count-{text!r}": (sniroute_settings.parse_count, text, ValueError)
        for text in ("0", "-1", "01", "1.0", "1000001", "9999999", "", "x", "\u0661", "1_0", " 1")},
-    "listen-everywhere": (sniroute.parse_listen, ":19000", ("*", 19000)),
-    "listen-on-a-host": (sniroute.parse_listen, "127.0.0.1:0", ("127.0.0.1", 0)),
-    "listen-on-v6": (sniroute.parse_listen, "[::]:443", ("::", 443)),
-    **{f"no-listen-{text!r}": (sniroute.parse_listen, text, ValueError)
+    "listen-everywhere": (sniroute_settings.parse_listen, ":19000", ("*", 19000)),
+    "listen-on-a-host": (sniroute_settings.parse_listen, "127.0.0.1:0", ("127.0.0.1", 0)),
+    "listen-on-v6": (sniroute_settings.parse_listen, "[::]:443", ("::", 443)),
+    **{f"no-listen-{text!r}": (sniroute_settings.parse_listen, text, ValueError)
        for text in ("19000", "::1:443", ":", "h:x", "")},
-    "ports": (sniroute.parse_ports, "20000-20100", (20000, 20100)),
-    "one-port": (sniroute.parse_ports, "1-1", (1, 1)),
-    **{f"no-ports-{text!r}": (sniroute.parse_ports, text, ValueError)
+    "ports": (sniroute_settings.parse_ports, "20000-20100", (20000, 20100)),
+    "one-port": (sniroute_settings.parse_ports, "1-1", (1, 1)),
+    **{f"no-ports-{text!r}": (sniroute_settings.parse_ports, text, ValueError)
        for text in ("20000", "2-1", "0-5", "1-65536", "a-b", "1-2-3", "", "1--2", "\u0661-5")},
-    "no-networks": (sniroute.parse_networks, "none", ()),
-    "networks": (sniroute.parse_networks, "10.0.0.0/8, fc00::/7",
+    "no-networks": (sniroute_settings.parse_networks, "none", ()),
+    "networks": (sniroute_settings.parse_networks, "10.0.0.0/8, fc00::/7",
                  (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fc00::/7"))),
-    "an-address-is-a-network": (sniroute.parse_networks, "192.0.2.1", (ipaddress.ip_network("192.0.2.1/32"),)),
-    **{f"no-networks-{text!r}": (sniroute.parse_networks, text, ValueError)
+    "an-address-is-a-network": (sniroute_settings.parse_networks, "192.0.2.1", (ipaddress.ip_network("192.0.2.1/32"),)),
+    **{f"no-networks-{text!r}": (sniroute_settings.parse_networks, text, ValueError)
        for text in ("", "10.0.0.1/8", "10.0.0.0/33", "10.0.0.0/8,", "x", "none,10.0.0.0/8")},
-    "a-word": (sniroute.one_of("a", "b"), "b", "b"),
-    "no-word": (sniroute.one_of("a", "b"), "B", ValueError),
+    "a-word": (sniroute_settings.one_of("a", "b"), "b", "b"),
+    "no-word": (sniroute_settings.one_of("a", "b"), "B", ValueError),
 }
 
 
@@ -1778,26 +1787,26 @@ def test_the_text_of_a_setting(parse, text, expected):
 def test_the_tunnel_program_is_one_that_strangers_cannot_replace(tmp_path, monkeypatch):
     program = tmp_path / "cloudflared"
     with pytest.raises(ValueError, match="is not a program"):
-        sniroute.parse_program(str(program))
+        sniroute_settings.parse_program(str(program))
     program.write_text("")
     program.chmod(0o644)
     monkeypatch.setattr(os, "access", lambda path, mode: bool(os.stat(path).st_mode & stat.S_IXUSR))  # for root
     with pytest.raises(ValueError, match="is not a program"):
-        sniroute.parse_program(str(program))
+        sniroute_settings.parse_program(str(program))
     with pytest.raises(ValueError, match="is not a program"):
-        sniroute.parse_program(str(tmp_path))
+        sniroute_settings.parse_program(str(tmp_path))
     program.chmod(0o755)
     monkeypatch.chdir(tmp_path)
-    assert sniroute.parse_program("./cloudflared") == str(program)
+    assert sniroute_settings.parse_program("./cloudflared") == str(program)
     program.chmod(0o757)
     with pytest.raises(ValueError, match="chown it, and chmod o-w"):
-        sniroute.parse_program(str(program))
+        sniroute_settings.parse_program(str(program))
     program.chmod(0o755)
     if os.geteuid() == 0:
         os.chown(program, 4321, -1)
     monkeypatch.setattr(os, "geteuid", lambda: 4322)
     with pytest.raises(ValueError, match="chown it, and chmod o-w"):
-        sniroute.parse_program(str(program))
+        sniroute_settings.parse_program(str(program))
 
 
 # name -> on the command line, its value; in the environment, its value
@@ -1991,14 +2000,14 @@ def test_the_limit_of_open_files_is_raised_where_it_may_be(monkeypatch):
     asked = []
     monkeypatch.setattr(resource, "getrlimit", lambda which: (10, 20))
     monkeypatch.setattr(resource, "setrlimit", lambda which, limits: asked.append(limits))
-    sniroute.raise_descriptor_limit()
+    sniroute_settings.raise_descriptor_limit()
     assert asked == [(20, 20)]
 
     def forbid(which: int, limits: tuple[int, int]) -> None:
         raise ValueError("not allowed")
 
     monkeypatch.setattr(resource, "setrlimit", forbid)
-    sniroute.raise_descriptor_limit()
+    sniroute_settings.raise_descriptor_limit()
 
 
 # -- the log -----------------------------------------------------------------------------------
@@ -2273,12 +2282,12 @@ class Running:
     """A Router with its loop in a thread of this process."""
 
     def __init__(self, *argv: str, program: str):
-        sniroute.log.setLevel("DEBUG")
-        settings = sniroute.load_settings(["--listen", f"{HOST}:0", *argv], {})
+        sniroute_log.log.setLevel("DEBUG")
+        settings = sniroute_settings.load_settings(["--listen", f"{HOST}:0", *argv], {})
         self.tunnels = TunnelTable({"cloudflared": cloudflared_launcher(program, {})}, settings.ports,
                                    idle=settings.idle, start_timeout=settings.start_timeout,
                                    max_tunnels=settings.max_tunnels, max_starting=settings.max_starting)
-        self.router = sniroute.Router(settings, self.tunnels)
+        self.router = sniroute_router.Router(settings, self.tunnels)
         self.endings: list[sniroute_log.Ending] = []
         self.router.journal = self.endings.append
         self.address = self.router.server_address
@@ -2294,7 +2303,7 @@ class Running:
         self.thread.join()
         self.tunnels.close(now=True)
         self.router.server_close()
-        sniroute.log.setLevel("NOTSET")
+        sniroute_log.log.setLevel("NOTSET")
 
     def connect(self, said: bytes = b"") -> socket.socket:
         """A client, with a time-out so that a failing test ends."""
@@ -2318,8 +2327,8 @@ def run(cloudflared: Cloudflared) -> Iterator[Callable[..., Running]]:
         yield lambda *argv, program=cloudflared.path: stack.enter_context(Running(*argv, program=program))
 
 
-ASK_TLS = sniroute.SSL_REQUEST_BYTES
-ASK_GSS = struct.pack(">II", 8, sniroute.GSSENC_REQUEST)
+ASK_TLS = sniroute_wire.SSL_REQUEST_BYTES
+ASK_GSS = struct.pack(">II", 8, sniroute_wire.GSSENC_REQUEST)
 
 
 def genuine_hello(name: str | None) -> bytes:
@@ -2376,8 +2385,8 @@ def flow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "selectors":
         monkeypatch.setattr(sniroute_loop, "EpollPoller", sniroute_loop.Poller)
     if request.param != "splice":
-        monkeypatch.setattr(sniroute, "can_splice", lambda: False)
-    elif not sniroute.can_splice():
+        monkeypatch.setattr(sniroute_router, "can_splice", lambda: False)
+    elif not sniroute_flow.can_splice():
         pytest.skip("no splice(2) here")
     return request.param
 
@@ -2432,8 +2441,8 @@ def test_backend_that_ends_first_is_passed_on_and_the_client_may_still_speak(run
 @pytest.mark.parametrize("pipes", [0, 2, 32], ids=["no pipe to lend", "two pipes", "pipes for all"])
 def test_readers_that_stop_cost_no_memory_and_lose_nothing(run, serve, flow, monkeypatch, pipes):
     """Twelve clients ask for 8 MiB each and read nothing; then they read, and all of it is there."""
-    monkeypatch.setattr(sniroute, "PIPES_MAX", pipes)
-    monkeypatch.setattr(sniroute, "PENDING_MAX", 1 << 19)
+    monkeypatch.setattr(sniroute_router, "PIPES_MAX", pipes)
+    monkeypatch.setattr(sniroute_router, "PENDING_MAX", 1 << 19)
     payload = random.Random(8).randbytes(8 << 20)
     def handler(sock: socket.socket) -> None:
         read_exactly(sock, len(HELLO))
@@ -2444,12 +2453,12 @@ def test_readers_that_stop_cost_no_memory_and_lose_nothing(run, serve, flow, mon
         clients = [stack.enter_context(running.connect(HELLO)) for _ in range(12)]
         wait_until(lambda: len(router.connections) == 12 and all(
             c.state == "open" and c.down.state == "blocked" for c in list(router.connections)), what="all blocked")
-        assert router.pending <= (1 << 19) + sniroute.BULK + 12 * sniroute.SMALL
+        assert router.pending <= (1 << 19) + sniroute_flow.BULK + 12 * sniroute_flow.SMALL
         for client in clients:
             assert hashlib.sha256(read_all(client)).digest() == hashlib.sha256(payload).digest()
     running.ending(12)
     wait_until(lambda: router.pending == 0)
-    assert router.bulk == sniroute.BULK
+    assert router.bulk == sniroute_flow.BULK
     assert router.pipes_made <= max(1, pipes)
 
 
@@ -2578,8 +2587,8 @@ def test_hello_in_segments_of_any_size(run, serve, size):
 # -- preludes ----------------------------------------------------------------------------------
 
 V1 = b"PROXY TCP4 192.0.2.7 198.51.100.1 50000 443\r\n"
-V2 = sniroute.PROXY_V2 + b"\x21\x11\x00\x0c" + bytes((192, 0, 2, 8, 198, 51, 100, 1)) + struct.pack(">HH", 50001, 443)
-V2_LOCAL = sniroute.PROXY_V2 + b"\x20\x00\x00\x07" + b"healthy"
+V2 = sniroute_wire.PROXY_V2 + b"\x21\x11\x00\x0c" + bytes((192, 0, 2, 8, 198, 51, 100, 1)) + struct.pack(">HH", 50001, 443)
+V2_LOCAL = sniroute_wire.PROXY_V2 + b"\x20\x00\x00\x07" + b"healthy"
 
 
 @pytest.mark.parametrize("header, client", [(V1, ("192.0.2.7", 50000)), (V2, ("192.0.2.8", 50001)),
@@ -2666,7 +2675,7 @@ def test_postgres_backend_that_does_not_say_S_gets_no_hello(run, serve, reply, s
 
 
 def test_postgres_backend_that_is_silent_is_given_up(run, serve, monkeypatch):
-    monkeypatch.setattr(sniroute, "GREETING_TIMEOUT", 0.1)
+    monkeypatch.setattr(sniroute_router, "GREETING_TIMEOUT", 0.1)
     running = run(route(serve(read_all).address))
     with running.connect(ASK_TLS) as client:
         assert read_exactly(client, 1) == b"S"
@@ -2689,7 +2698,7 @@ def test_bytes_that_did_not_wait_for_S_are_refused(run, echo_server):
 def test_answer_to_a_request_is_not_sent_to_a_client_that_did_not_wait():
     """The peek before `S`: what came between the read and the answer."""
     ours, theirs = socket.socketpair()
-    connection = sniroute.Connection.__new__(sniroute.Connection)
+    connection = sniroute_connection.Connection.__new__(sniroute_connection.Connection)
     connection.client = ours
     with ours, theirs:
         ours.setblocking(False)
@@ -2706,7 +2715,7 @@ STARTUP_PACKET = struct.pack(">II", 20, 3 << 16) + b"user\0me\0\0\0\0\0"
 @pytest.mark.parametrize("said, heard, reason", [
     (STARTUP_PACKET, told(Refused("plain_postgres", ""), sniroute_refusals.POSTGRES), "plain_postgres"),
     (ASK_GSS, b"N", "truncated"),
-    (struct.pack(">IIII", 16, sniroute.CANCEL_REQUEST, 1, 2), b"", "cancel"),
+    (struct.pack(">IIII", 16, sniroute_wire.CANCEL_REQUEST, 1, 2), b"", "cancel"),
     (b"GET / HTTP/1.1\r\n\r\n", b"", "not_tls"),
     (b"SSH-2.0-OpenSSH\r\n", b"", "not_tls"),
     (HELLO[:100], alert(50), "truncated"),
@@ -2751,7 +2760,7 @@ def test_alert_is_read_though_the_client_goes_on_talking(run, echo_server):
 
 
 def test_client_that_never_reads_its_alert_is_let_go(run, echo_server, monkeypatch):
-    monkeypatch.setattr(sniroute, "LINGER", 0.1)
+    monkeypatch.setattr(sniroute_router, "LINGER", 0.1)
     running = run(route(echo_server.address))
     with running.connect(genuine_hello("other.example.com")) as client:
         running.ending()
@@ -2804,7 +2813,7 @@ def test_half_hellos_do_not_hold_up_the_others(run, serve):
 
 
 def test_oldest_prelude_goes_when_there_are_too_many(run, echo_server, monkeypatch):
-    monkeypatch.setattr(sniroute, "PRELUDES_MAX", 5)
+    monkeypatch.setattr(sniroute_connection, "PRELUDES_MAX", 5)
     running = run(route(echo_server.address))
     with contextlib.ExitStack() as stack:
         silent = []
@@ -2836,7 +2845,7 @@ def test_clients_are_limited_by_address_and_a_balancer_is_not_one_client(run, ec
 
 def test_client_over_its_limit_is_closed_at_accept(run, echo_server, monkeypatch):
     running = run(route(echo_server.address), "--max-per-client=1")
-    running.router.peers[HOST] = sniroute.Peer("192.0.2.9", "refuse", False, False)
+    running.router.peers[HOST] = sniroute_router.Peer("192.0.2.9", "refuse", False, False)
     with running.connect(HELLO) as first:
         assert first.recv(1) == HELLO[:1]
         with running.connect() as second:
@@ -2895,12 +2904,12 @@ def test_descriptors_for_the_backend_that_run_out_are_not_the_tunnels_fault(run,
         assert client.recv(1) == b"x"
     running.ending()
     def none_left(*_: Any) -> socket.socket:
-        raise OSError(sniroute.errno.EMFILE, "Too many open files")
+        raise OSError(errno.EMFILE, "Too many open files")
     with running.connect() as client:
         wait_until(lambda: len(running.router.connections) == 1)
         fake = types.SimpleNamespace(**{**vars(socket), "SocketType": none_left})
         with monkeypatch.context() as patch:
-            patch.setattr(sniroute, "socket", fake)
+            patch.setattr(sniroute_connection, "socket", fake)
             client.sendall(HELLO)
             assert read_all(client) == alert(80)
     wait_until(lambda: [end for end in running.endings if end.reason == "busy"])
@@ -2919,7 +2928,7 @@ def test_descriptors_that_run_out_pause_accepting_and_do_not_spin(run, serve, ca
         def accept(self) -> Any:
             calls.append(1)
             if broken.is_set():
-                raise OSError(sniroute.errno.EMFILE, "Too many open files")
+                raise OSError(errno.EMFILE, "Too many open files")
             return self.real.accept()
         def __getattr__(self, name: str) -> Any:
             return getattr(self.real, name)
@@ -2964,7 +2973,7 @@ def test_a_deadline_that_another_one_sets_is_not_forgotten(run):
         router.greeting_deadline.act = lambda late: router.arm(late, router.parked_deadline)
         router.arm(late, router.greeting_deadline)
         router.greeting_deadline.entries[late] = 0.0
-        router._check(sniroute.monotonic())
+        router._check(time.monotonic())
         found.extend((router.next_check, router.parked_deadline.entries[late]))
         router.disarm(late)
         done.set()
@@ -3009,7 +3018,7 @@ def test_threads_for_names_that_wait_are_started_one_in_a_turn(run, monkeypatch)
 
 def test_who_leaves_while_its_name_waits_for_a_thread_is_forgotten(run, monkeypatch):
     go = threading.Event()
-    monkeypatch.setattr(sniroute, "WAIT_THREADS", 1)
+    monkeypatch.setattr(sniroute_router, "WAIT_THREADS", 1)
     router = (running := run("--route=*.example.com=tcp:{name}:443")).router
     monkeypatch.setattr(socket, "getaddrinfo", unresolved(go))
     with running.connect(genuine_hello("first.example.com")):
@@ -3031,7 +3040,7 @@ def test_a_connect_under_way_may_also_be_told_as_bsd_does(run, serve, deaf, monk
             except BlockingIOError:
                 raise OSError(errno.ENOTCONN, "Socket is not connected") from None
     monkeypatch.setattr(socket, "SocketType", Bsd)
-    monkeypatch.setattr(sniroute, "CONNECT_TIMEOUT", 0.1)
+    monkeypatch.setattr(sniroute_router, "CONNECT_TIMEOUT", 0.1)
     running = run(route(deaf))
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
@@ -3039,23 +3048,23 @@ def test_a_connect_under_way_may_also_be_told_as_bsd_does(run, serve, deaf, monk
 
 
 def test_a_flow_that_has_much_to_move_is_spliced_and_goes_back_to_messages(run, echo_server):
-    if not sniroute.can_splice():
+    if not sniroute_flow.can_splice():
         pytest.skip("no splice here")
     running = run(route(echo_server.address))
     payload = random.Random(4).randbytes(1 << 20)
     with running.connect(HELLO) as client:
         assert read_exactly(client, len(HELLO)) == HELLO
         [connection] = running.router.connections
-        for size in (1, sniroute.MESSAGE - 1, sniroute.MESSAGE, sniroute.MESSAGE + 1, 1 << 20, 1, 64):
+        for size in (1, sniroute_flow.MESSAGE - 1, sniroute_flow.MESSAGE, sniroute_flow.MESSAGE + 1, 1 << 20, 1, 64):
             sender = threading.Thread(target=client.sendall, args=(payload[:size],))
             sender.start()
             assert read_exactly(client, size) == payload[:size]
             sender.join()
             assert connection.up.state in ("open", "bulky")
-            if size == sniroute.MESSAGE:
+            if size == sniroute_flow.MESSAGE:
                 assert connection.up.state == "bulky"
         assert connection.up.state == connection.down.state == "open"
-    assert running.ending().up == len(HELLO) + 3 * sniroute.MESSAGE + (1 << 20) + 66
+    assert running.ending().up == len(HELLO) + 3 * sniroute_flow.MESSAGE + (1 << 20) + 66
 
 
 def test_a_flow_of_small_messages_is_chatty_until_there_is_a_larger_one(run, echo_server, flow):
@@ -3070,16 +3079,16 @@ def test_a_flow_of_small_messages_is_chatty_until_there_is_a_larger_one(run, ech
     with running.connect(HELLO) as client:
         assert read_exactly(client, len(HELLO)) == HELLO
         [connection] = running.router.connections
-        for larger in (sniroute.FEW, sniroute.FEW + 1, sniroute.MESSAGE - 1, len(payload)):
-            say(client, sniroute.FEW)  # counting begins
-            for _ in range(sniroute.FEW_AFTER - 1):
+        for larger in (sniroute_flow.FEW, sniroute_flow.FEW + 1, sniroute_flow.MESSAGE - 1, len(payload)):
+            say(client, sniroute_flow.FEW)  # counting begins
+            for _ in range(sniroute_flow.FEW_AFTER - 1):
                 assert say(client, 64) == "open"
-            assert say(client, 64) == say(client, sniroute.FEW - 1) == say(client, 1) == "chatty"
+            assert say(client, 64) == say(client, sniroute_flow.FEW - 1) == say(client, 1) == "chatty"
             assert say(client, larger) != "chatty"
-            say(client, sniroute.MESSAGE - 1)  # nor bulky
+            say(client, sniroute_flow.MESSAGE - 1)  # nor bulky
         for _ in range(2):  # it is counted from the beginning, each time
-            states = [say(client, size) for size in [64] * sniroute.FEW_AFTER + [sniroute.FEW]]
-            assert states == ["open"] * (sniroute.FEW_AFTER - 1) + ["chatty", "open"]
+            states = [say(client, size) for size in [64] * sniroute_flow.FEW_AFTER + [sniroute_flow.FEW]]
+            assert states == ["open"] * (sniroute_flow.FEW_AFTER - 1) + ["chatty", "open"]
     assert running.ending().down == running.ending().up
 
 
@@ -3102,7 +3111,7 @@ def test_chatty_flow_goes_on_while_the_other_direction_is_blocked(run, serve, fl
         client.sendall(HELLO)
         wait_until(lambda: running.router.connections)
         connection, = running.router.connections
-        wait_until(lambda: connection.down is not None and connection.down.state is sniroute.BLOCKED)
+        wait_until(lambda: connection.down is not None and connection.down.state is sniroute_flow.BLOCKED)
         up = connection.up
         def say(size: int) -> str:
             data, got = random.Random(size).randbytes(size), b""
@@ -3115,9 +3124,9 @@ def test_chatty_flow_goes_on_while_the_other_direction_is_blocked(run, serve, fl
             assert turned.wait(20)  # the server hears of a message before the loop is done with it
             return up.state
         def chat() -> None:
-            states = [say(64) for _ in range(sniroute.FEW_AFTER + 1)]
+            states = [say(64) for _ in range(sniroute_flow.FEW_AFTER + 1)]
             assert states[-1] == "chatty" and connection.down.state == "blocked"
-        for larger in (sniroute.FEW, sniroute.MESSAGE - 1, 70_000):
+        for larger in (sniroute_flow.FEW, sniroute_flow.MESSAGE - 1, 70_000):
             chat()
             assert say(larger) != "chatty"
         chat()
@@ -3128,8 +3137,8 @@ def test_chatty_flow_goes_on_while_the_other_direction_is_blocked(run, serve, fl
 
 def test_chatty_flow_whose_sink_is_full_waits_and_goes_on(run, serve, flow, monkeypatch):
     """Small messages to a server that does not read: all arrive, in order, once it does."""
-    held, hold = [], sniroute.Flow.hold
-    monkeypatch.setattr(sniroute.Flow, "hold", lambda self, rest: (held.append(self.state), hold(self, rest)))
+    held, hold = [], sniroute_flow.Flow.hold
+    monkeypatch.setattr(sniroute_flow.Flow, "hold", lambda self, rest: (held.append(self.state), hold(self, rest)))
     go = threading.Event()
     def server(sock: socket.socket) -> bytes:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -3152,12 +3161,12 @@ def test_chatty_flow_whose_sink_is_full_waits_and_goes_on(run, serve, flow, monk
             client.sendall(data)
             said.update(data)
             wait_until(lambda: up.total > before or held)
-        while up.state is not sniroute.CHATTY:
+        while up.state is not sniroute_flow.CHATTY:
             say(64)
         connection.down.source.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         while not held:
-            say(sniroute.FEW - 1)
-        assert held == [sniroute.CHATTY]
+            say(sniroute_flow.FEW - 1)
+        assert held == [sniroute_flow.CHATTY]
         go.set()
         client.shutdown(socket.SHUT_WR)
         assert read_all(client) == b"all"
@@ -3182,7 +3191,7 @@ def test_chatty_flow_meets_what_any_flow_does(run, serve, fault, caplog):
         assert client.recv(1) == b"!"
         connection, = running.router.connections
         up, filled = connection.up, 0
-        while up.state is not sniroute.CHATTY:
+        while up.state is not sniroute_flow.CHATTY:
             before = up.total
             client.sendall(b"x")
             wait_until(lambda: up.total > before)
@@ -3206,7 +3215,7 @@ def test_chatty_flow_meets_what_any_flow_does(run, serve, fault, caplog):
             client.sendall(b"x")
             wait_until(lambda: up.total == len(HELLO) + said + 1)
             if fault == "sink is gone":
-                wait_until(lambda: up.state is sniroute.DONE)
+                wait_until(lambda: up.state is sniroute_flow.DONE)
             client.shutdown(socket.SHUT_WR)
         go.set()
         if fault != "client resets":
@@ -3220,7 +3229,7 @@ def test_chatty_flow_meets_what_any_flow_does(run, serve, fault, caplog):
 
 def test_a_flow_without_splice_reads_less_from_the_moment_that_much_is_kept(run, serve, monkeypatch):
     """65536 bytes at a time, and 16384 while many clients do not read."""
-    monkeypatch.setattr(sniroute, "can_splice", lambda: False)
+    monkeypatch.setattr(sniroute_router, "can_splice", lambda: False)
     asked: list[tuple[int, int]] = []
     real = os.read
     monkeypatch.setattr(os, "read", lambda fd, size: asked.append((fd, size)) or real(fd, size))
@@ -3237,16 +3246,16 @@ def test_a_flow_without_splice_reads_less_from_the_moment_that_much_is_kept(run,
         def sizes() -> set[int]:
             read_exactly(client, 1 << 20)
             return {size for fd, size in asked if fd == source}
-        wait_until(lambda: sniroute.READ_MAX in sizes())
+        wait_until(lambda: sniroute_flow.READ_MAX in sizes())
         held = threading.Event()
         def congest() -> None:
-            running.router.keep(sniroute.PENDING_MAX)
+            running.router.keep(sniroute_flow.PENDING_MAX)
             asked.clear()
             held.set()
         running.router.call(congest)
         assert held.wait(20)
-        wait_until(lambda: sniroute.SMALL in sizes())
-        assert max(sizes()) == sniroute.SMALL
+        wait_until(lambda: sniroute_flow.SMALL in sizes())
+        assert max(sizes()) == sniroute_flow.SMALL
         reset(client)
     running.ending()
 
@@ -3256,7 +3265,7 @@ def test_connections_of_a_turn_take_each_step_together(run, serve):
     running = run(route(serve(answer(b"x")).address))
     router, taken = running.router, []
     def noted(step: Callable[..., None]) -> Callable[..., None]:
-        def take(connection: sniroute.Connection, *args: Any) -> None:
+        def take(connection: sniroute_connection.Connection, *args: Any) -> None:
             taken.append(step.__name__)
             step(connection, *args)
         return take
@@ -3274,8 +3283,8 @@ def test_connections_of_a_turn_take_each_step_together(run, serve):
 @pytest.mark.parametrize("step", ["go_on", "_connect"])
 def test_connection_that_ends_between_two_steps_of_a_turn_takes_no_further_one(run, echo_server, monkeypatch, step):
     running = run(route(echo_server.address))
-    real = getattr(sniroute.Connection, step)
-    monkeypatch.setattr(sniroute.Connection, step, lambda self: (real(self), self.close("shed")))
+    real = getattr(sniroute_connection.Connection, step)
+    monkeypatch.setattr(sniroute_connection.Connection, step, lambda self: (real(self), self.close("shed")))
     with running.connect(HELLO) as client:
         assert read_all(client) == b""
     assert running.ending().reason == "shed" and running.ending().up == 0
@@ -3307,7 +3316,7 @@ def test_backend_with_nagle_does_not_wait_between_two_small_writes(run, serve, e
 def test_callback_bears_being_called_for_nothing(run, serve, caplog):
     """epoll reports a socket that is closed here and held by a child between fork and exec."""
     running = run(route(serve(answer(b"x")).address))
-    def call_all(connection: sniroute.Connection, flows: tuple[sniroute.Flow, ...]) -> None:
+    def call_all(connection: sniroute_connection.Connection, flows: tuple[sniroute_flow.Flow, ...]) -> None:
         for mask in (sniroute_loop.READ, sniroute_loop.WRITE, sniroute_loop.READ | sniroute_loop.WRITE | 16):  # EPOLLHUP
             for name in ("on_prelude", "on_waiting", "speak", "on_greeting", "on_linger"):
                 getattr(connection, name)(mask)
@@ -3327,9 +3336,9 @@ def test_callback_bears_being_called_for_nothing(run, serve, caplog):
 
 
 def test_intact_tells_a_connect_that_is_not_over_from_one_that_failed(deaf, free_ports):
-    def backend(address: Address) -> sniroute.Backend:
+    def backend(address: Address) -> sniroute_routes.Backend:
         child = types.SimpleNamespace(alive=lambda: True)
-        return sniroute.Backend(((socket.AF_INET, address),), True, types.SimpleNamespace(child=child), child)
+        return sniroute_routes.Backend(((socket.AF_INET, address),), True, types.SimpleNamespace(child=child), child)
     with socket.socket() as server:
         server.setblocking(False)
         assert server.connect_ex(deaf) == errno.EINPROGRESS
@@ -3344,7 +3353,7 @@ def test_intact_tells_a_connect_that_is_not_over_from_one_that_failed(deaf, free
 
 
 def test_peers_are_forgotten_when_there_are_many(run, echo_server, monkeypatch):
-    monkeypatch.setattr(sniroute, "PEERS_MAX", 10)
+    monkeypatch.setattr(sniroute_router, "PEERS_MAX", 10)
     running = run(route(echo_server.address))
     router = running.router
     for last in range(200):
@@ -3384,10 +3393,10 @@ def test_host_that_does_not_resolve_is_refused_with_its_reason(run):
 
 def test_resolver_that_is_down_for_a_moment_cuts_nobody(run, serve, monkeypatch):
     far = serve(answer(b"x"))
-    monkeypatch.setattr(sniroute, "RESOLVED_FOR", 0.0)
+    monkeypatch.setattr(sniroute_routes, "RESOLVED_FOR", 0.0)
     running = run(f"--route=db.example.com=tcp:localhost:{far.address[1]}")
-    monkeypatch.setattr(sniroute, "PARKS_MAX", 10**9)
-    monkeypatch.setattr(sniroute, "RESOLVED_FOR", 0.2)
+    monkeypatch.setattr(sniroute_connection, "PARKS_MAX", 10**9)
+    monkeypatch.setattr(sniroute_routes, "RESOLVED_FOR", 0.2)
     with running.connect(HELLO) as client:
         assert client.recv(1) == b"x"
     wait_until(lambda: all(until < time.monotonic() for _, until in running.router.resolved.values()))
@@ -3414,7 +3423,7 @@ def test_next_address_is_tried_and_the_last_failure_is_told(run, serve, monkeypa
     running = run(route((HOST, shut)), route(far.address, "two.example.com"))
     good = (socket.AF_INET, far.address)
     bad = (socket.AF_INET, (HOST, shut))
-    running.router.resolved[f"two.example.com=tcp:{HOST}:{far.address[1]}"] = sniroute.Backend((bad, good), False), float("inf")
+    running.router.resolved[f"two.example.com=tcp:{HOST}:{far.address[1]}"] = sniroute_routes.Backend((bad, good), False), float("inf")
     with running.connect(genuine_hello("two.example.com")) as client:
         assert client.recv(1) == b"x"
     with running.connect(HELLO) as client:
@@ -3424,7 +3433,7 @@ def test_next_address_is_tried_and_the_last_failure_is_told(run, serve, monkeypa
 
 
 def test_connect_without_an_answer_times_out(run, monkeypatch, deaf):
-    monkeypatch.setattr(sniroute, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setattr(sniroute_router, "CONNECT_TIMEOUT", 0.2)
     running = run(route(deaf))
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
@@ -3432,11 +3441,11 @@ def test_connect_without_an_answer_times_out(run, monkeypatch, deaf):
 
 
 def test_next_address_is_tried_when_the_first_does_not_answer(run, serve, monkeypatch, deaf):
-    monkeypatch.setattr(sniroute, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setattr(sniroute_router, "CONNECT_TIMEOUT", 0.2)
     far = serve(answer(b"x"))
     running = run(route((HOST, 9)))
     addresses = tuple((socket.AF_INET, address) for address in (deaf, far.address))
-    running.router.resolved[f"db.example.com=tcp:{HOST}:9"] = sniroute.Backend(addresses, True), float("inf")
+    running.router.resolved[f"db.example.com=tcp:{HOST}:9"] = sniroute_routes.Backend(addresses, True), float("inf")
     with running.connect(HELLO) as client:
         assert client.recv(1) == b"x"
 
@@ -3488,7 +3497,7 @@ def test_router_does_not_dial_itself(run):
     assert not running.router.may_dial(decision, running.address)
     assert running.router.may_dial(decision, (HOST, 1))
     with pytest.raises(sniroute_refusals.SettingsError, match="leads back"):
-        sniroute.load_settings(["--listen=127.0.0.1:19999", "--route=a.example.com=tcp:127.0.0.1:19999"], {})
+        sniroute_settings.load_settings(["--listen=127.0.0.1:19999", "--route=a.example.com=tcp:127.0.0.1:19999"], {})
 
 
 def test_forbidden_address_is_refused(run, monkeypatch):
@@ -3640,7 +3649,7 @@ def test_postgres_through_a_tunnel_is_retried_too(run, serve, cloudflared, ports
 
 def test_hung_tunnel_is_found_out_and_restarted(run, serve, cloudflared, ports, monkeypatch):
     """SIGSTOP: its backlog still takes connections, and nobody answers."""
-    monkeypatch.setattr(sniroute, "FIRST_BYTE_TIMEOUT", 0.5)
+    monkeypatch.setattr(sniroute_router, "FIRST_BYTE_TIMEOUT", 0.5)
     cloudflared.far("*", serve(answer(b"x")).address)
     running = run(TUNNEL, ports)
     with running.connect(HELLO) as client:
@@ -3694,7 +3703,7 @@ def test_client_that_goes_on_talking_while_it_waits_loses_nothing(run, serve, cl
         wait_until(lambda: running.router.waits)
         client.sendall(more)
         wait_until(lambda: [c for c in list(running.router.connections) if not c.up.watched])
-        assert max(len(c.hello) for c in running.router.connections) <= 2 * sniroute.HELLO_WIRE_MAX
+        assert max(len(c.hello) for c in running.router.connections) <= 2 * sniroute_wire.HELLO_WIRE_MAX
     assert far.result() == HELLO + more
 
 
@@ -3722,7 +3731,7 @@ def test_resolver_that_hangs_holds_nobody_for_ever(run, monkeypatch):
 
 def test_client_that_was_refused_while_it_waited_is_not_dialled_later(run, echo_server, monkeypatch):
     """It still reads its alert when the target is ready at last."""
-    monkeypatch.setattr(sniroute, "LINGER", 5.0)
+    monkeypatch.setattr(sniroute_router, "LINGER", 5.0)
     release = threading.Event()
     running = run(f"--route=db.example.com=tcp:slow.example.net:{echo_server.address[1]}")
     monkeypatch.setattr(running.router.parked_deadline, "seconds", 0.1)
@@ -3739,8 +3748,8 @@ def test_client_that_was_refused_while_it_waited_is_not_dialled_later(run, echo_
 
 def test_names_that_wait_are_bounded(run, cloudflared, ports, monkeypatch):
     """Two threads, three names: the third waits for a thread, a fourth is refused."""
-    monkeypatch.setattr(sniroute, "WAIT_THREADS", 2)
-    monkeypatch.setattr(sniroute, "WAITS_MAX", 3)
+    monkeypatch.setattr(sniroute_router, "WAIT_THREADS", 2)
+    monkeypatch.setattr(sniroute_router, "WAITS_MAX", 3)
     cloudflared.fault("*", listen_delay=400)
     cloudflared.fault("n3.example.com", exit=1)
     running = run(TUNNEL, ports)
@@ -3757,7 +3766,7 @@ def test_names_that_wait_are_bounded(run, cloudflared, ports, monkeypatch):
 
 def test_names_of_clients_that_left_wait_for_nothing(run, monkeypatch):
     """One thread, held by a resolver; names whose clients have left give their places back."""
-    monkeypatch.setattr(sniroute, "WAIT_THREADS", 1)
+    monkeypatch.setattr(sniroute_router, "WAIT_THREADS", 1)
     release = threading.Event()
     running = run("--route=*.example.com=tcp:{label}.example.net:1")
     waits = running.router.waits
@@ -3776,8 +3785,8 @@ def test_names_of_clients_that_left_wait_for_nothing(run, monkeypatch):
 
 
 def test_one_client_cannot_fill_the_queue_of_names(run, monkeypatch):
-    monkeypatch.setattr(sniroute, "WAIT_THREADS", 1)
-    monkeypatch.setattr(sniroute, "WAITS_PER_CLIENT", 2)
+    monkeypatch.setattr(sniroute_router, "WAIT_THREADS", 1)
+    monkeypatch.setattr(sniroute_router, "WAITS_PER_CLIENT", 2)
     release = threading.Event()
     running = run("--route=*.example.com=tcp:{label}.example.net:1")
     with contextlib.ExitStack() as stack:
@@ -3889,7 +3898,7 @@ def test_fault_in_the_loop_ends_only_the_connection_that_met_it(run, serve, monk
         def fault(*_: Any) -> None:
             raise ZeroDivisionError("planted")
         with monkeypatch.context() as patch:
-            patch.setattr(sniroute.Connection, "route", fault)
+            patch.setattr(sniroute_connection.Connection, "route", fault)
             with running.connect() as victim:
                 wait_until(lambda: len(running.router.connections) == 2)
                 victim.sendall(HELLO)
@@ -3920,7 +3929,7 @@ def test_idle_connections_are_closed_and_busy_ones_are_not(run, echo_server):
 
 def test_half_closed_connection_that_is_silent_does_not_stay_for_ever(run, serve, monkeypatch):
     """The client is gone, the backend says nothing and never ends."""
-    monkeypatch.setattr(sniroute, "HALF_CLOSED_IDLE", 0.2)
+    monkeypatch.setattr(sniroute_router, "HALF_CLOSED_IDLE", 0.2)
     done = threading.Event()
     far = serve(lambda sock: done.wait(20))
     running = run(route(far.address))
@@ -3931,7 +3940,7 @@ def test_half_closed_connection_that_is_silent_does_not_stay_for_ever(run, serve
 
 def test_client_that_resets_while_nobody_reads_it_is_found(run, serve, flow, monkeypatch):
     """Its bytes wait for a backend that does not read, so its socket is not watched."""
-    monkeypatch.setattr(sniroute, "SWEEP_LAST", 0.1)
+    monkeypatch.setattr(sniroute_router, "SWEEP_LAST", 0.1)
     done = threading.Event()
     running = run(route(serve(lambda sock: done.wait(20)).address))
     client = running.connect(HELLO)
@@ -3952,14 +3961,14 @@ def test_fault_in_a_step_or_after_a_wait_ends_that_connection_only(run, serve, c
     running = run(TUNNEL, route(far.address, "ok.example.com"), ports)
     def fault(*_: Any) -> None:
         raise ZeroDivisionError("planted")
-    real = sniroute.Connection.resume
+    real = sniroute_connection.Connection.resume
     with monkeypatch.context() as patch:
-        patch.setattr(sniroute.Connection, "resume", lambda self: fault() if self.name == "db.example.com" else real(self))
+        patch.setattr(sniroute_connection.Connection, "resume", lambda self: fault() if self.name == "db.example.com" else real(self))
         with running.connect(HELLO) as client:
             assert client.recv(1) == b""
     for step in ("_parse", "_connect", "_open"):  # each is called by another of the loop's steps
         with monkeypatch.context() as patch:
-            patch.setattr(sniroute.Connection, step, fault)
+            patch.setattr(sniroute_connection.Connection, step, fault)
             with running.connect(genuine_hello("ok.example.com")) as client:
                 assert read_all(client) == b""
     running.router.call(fault)
@@ -4013,9 +4022,9 @@ def test_splice_is_tried_before_it_is_used(monkeypatch):
     def refused(*_: Any, **__: Any) -> int:
         raise OSError(22, "Invalid argument")
     monkeypatch.setattr(os, "splice", refused, raising=False)
-    assert not sniroute.can_splice()
+    assert not sniroute_flow.can_splice()
     monkeypatch.delattr(os, "splice")
-    assert not sniroute.can_splice()
+    assert not sniroute_flow.can_splice()
 
 
 @pytest.mark.parametrize("start", ["symlink", "other name", "-m"])
@@ -4051,7 +4060,7 @@ def test_address_given_twice_is_refused_in_one_line(tmp_path, free_ports):
 PROGRAM = HERE / "sniroute.py"
 # What `python3 sniroute.py` makes of itself.  Python compiles a script at each start, and that is half of the start;
 # tests that are about it, and all that name a `program` or `python`, begin there.
-STARTED = (sys.executable, "-P", "-c", sniroute.AS_MODULE, str(PROGRAM))
+STARTED = (sys.executable, str(PROGRAM))
 STOP_GRACE = 2.0  # how long a tunnel may take to end by itself
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 
@@ -4377,7 +4386,7 @@ def test_version_and_help():
     assert version.stdout.startswith(f"sniroute {sniroute_names.__version__} (Python {sys.version.split()[0]}, ")
     usage = command("--help")
     assert usage.returncode == 0
-    for row in sniroute.SETTINGS:
+    for row in sniroute_settings.SETTINGS:
         assert f"--{row.name} " in usage.stdout
 
 
@@ -5010,7 +5019,7 @@ TOKEN = {"TUNNEL_SERVICE_TOKEN_ID": "the-id", "TUNNEL_SERVICE_TOKEN_SECRET": "s3
 ])
 def test_token_is_shown_only_where_the_operator_has_chosen_the_domain(pattern, target, own):
     """Whoever owns the domain that a route leads to reads what the router shows there."""
-    route = sniroute.parse_route(f"{pattern}=carrier:{target}")
+    route = sniroute_routes.parse_route(f"{pattern}=carrier:{target}")
     assert route.is_of_one_domain() is own
     settings = load_settings([f"--route={route}", "--route=x.example.org=carrier:{name}"], TOKEN)
     decision = settings.routes.decide(pattern.replace("**", "a").replace("*", "a") if "." in pattern else "a.b.c")
@@ -5281,9 +5290,9 @@ def test_every_beginning_of_a_file_is_settings_or_a_complaint(settings_file):
 def test_an_admin_address_is_loopback_or_a_path(text, good):
     if good is None:
         with pytest.raises(ValueError):
-            sniroute.parse_admin(text)
+            sniroute_settings.parse_admin(text)
     else:
-        assert sniroute.parse_admin(text) == good
+        assert sniroute_settings.parse_admin(text) == good
 
 
 def test_a_token_for_the_admin_is_no_joke():
@@ -5327,11 +5336,11 @@ def run_file(run, settings_file) -> Callable[..., Running]:
     ("as-received", ROUTED_HEADER, lambda own: ROUTED_HEADER),
     ("none", ROUTED_HEADER, lambda own: b""),
     ("none", b"", lambda own: b""),
-    ("v1", b"", lambda own: sniroute.proxy_v1(*own)),
-    ("v2", b"", lambda own: sniroute.proxy_v2(*own)),
+    ("v1", b"", lambda own: sniroute_wire.proxy_v1(*own)),
+    ("v2", b"", lambda own: sniroute_wire.proxy_v2(*own)),
     ("v1", LOCAL_HEADER, lambda own: b"PROXY UNKNOWN\r\n"),
     ("v2", v1("UNKNOWN"), lambda own: v2(0x20, 0x00)),
-    ("v2", ROUTED_HEADER, lambda own: sniroute.proxy_v2(("192.0.2.1", 1111), ("192.0.2.9", 443))),
+    ("v2", ROUTED_HEADER, lambda own: sniroute_wire.proxy_v2(("192.0.2.1", 1111), ("192.0.2.9", 443))),
     ("v1", v2(0x21, 0x11, INET), lambda own: v1("TCP4 192.0.2.1 192.0.2.2 1111 443")),
 ])
 def test_a_route_says_what_its_backend_hears_of_the_client(run_file, echo_server, how, said, expected):
@@ -5342,7 +5351,7 @@ def test_a_route_says_what_its_backend_hears_of_the_client(run_file, echo_server
 
 
 def test_a_header_of_ours_goes_before_the_question_for_tls(run_file, serve):
-    header = sniroute.proxy_v2(("192.0.2.1", 1111), ("192.0.2.9", 443))
+    header = sniroute_wire.proxy_v2(("192.0.2.1", 1111), ("192.0.2.9", 443))
 
     def backend(sock: socket.socket) -> list[bytes]:
         asked = read_exactly(sock, len(header + ASK_TLS))
@@ -5596,7 +5605,7 @@ def test_a_successor_that_fails_changes_nothing(launch, free_ports, echo_server)
     ended = command(f"--listen={HOST}:{port}", f"--listen=192.0.2.1:{port}", route(echo_server.address))
     assert ended.returncode == 1 and f"--listen 192.0.2.1:{port}: Cannot assign requested address" in ended.stderr
     with socket.socket(socket.AF_UNIX) as curious:
-        curious.connect(sniroute.Handover.name((HOST, port)))
+        curious.connect(sniroute_daemon.Handover.name((HOST, port)))
         assert socket.recv_fds(curious, 16, 0)[0] == b"sockets"
     with program.connect(HELLO) as client:
         assert read_exactly(client, len(HELLO)) == HELLO
@@ -5636,15 +5645,15 @@ def test_as_many_addresses_as_that_are_handed_over(launch, free_ports, echo_serv
 @linux
 def test_silent_owners_of_many_names_cost_one_time_out_in_all_and_are_asked_in_one_order(free_ports, monkeypatch):
     """Two successors that asked in two orders could each have what the other waits for."""
-    monkeypatch.setattr(sniroute, "HANDOVER_TIMEOUT", 1.0)
-    monkeypatch.setattr(sniroute, "ACCEPT_PAUSE", 0.01)
+    monkeypatch.setattr(sniroute_daemon, "HANDOVER_TIMEOUT", 1.0)
+    monkeypatch.setattr(sniroute_daemon, "ACCEPT_PAUSE", 0.01)
     asked: list[Address] = []
-    name = sniroute.Handover.name
-    monkeypatch.setattr(sniroute.Handover, "name", staticmethod(lambda address: asked.append(address) or name(address)))
+    name = sniroute_daemon.Handover.name
+    monkeypatch.setattr(sniroute_daemon.Handover, "name", staticmethod(lambda address: asked.append(address) or name(address)))
     first, last = free_ports(8)
     addresses = [(HOST, port) for port in range(first, last + 1)]
     with contextlib.ExitStack() as stack:
-        silent, taker = (stack.enter_context(contextlib.closing(sniroute.Handover())) for _ in range(2))
+        silent, taker = (stack.enter_context(contextlib.closing(sniroute_daemon.Handover())) for _ in range(2))
         assert silent.offer(addresses) == []
         asked.clear()
         began = time.monotonic()
@@ -5658,7 +5667,7 @@ def test_who_fills_the_backlog_of_a_name_only_holds_a_successor_up(free_ports, m
     address = HOST, free_ports(1)[0]
     found: list[socket.socket] = []
     with contextlib.ExitStack() as stack:
-        giver, taker = (stack.enter_context(contextlib.closing(sniroute.Handover())) for _ in range(2))
+        giver, taker = (stack.enter_context(contextlib.closing(sniroute_daemon.Handover())) for _ in range(2))
         listener = stack.enter_context(socket.create_server(address))
         assert giver.offer([address]) == []
         with contextlib.suppress(BlockingIOError):
@@ -5690,7 +5699,7 @@ def test_an_address_is_free_once_its_name_is(launch, free_ports, echo_server):
     program = launch(f"--listen={HOST}:{mine[1]}", f"--listen={HOST}:{free[1]}", f"--admin={HOST}:{admin[1]}",
                      route(echo_server.address), listeners=2)
     program.wait_for(" info admin on ")
-    with contextlib.closing(sniroute.Handover()) as taker, socket.socket(socket.AF_UNIX) as waiting:
+    with contextlib.closing(sniroute_daemon.Handover()) as taker, socket.socket(socket.AF_UNIX) as waiting:
         taken, = taker.take([mine])
         waiting.connect(taker.name(free))
         thread = threading.Thread(target=taker.dismiss)
@@ -5732,12 +5741,12 @@ def test_a_successor_may_come_while_the_first_drains(launch, free_ports, echo_se
 def test_sockets_are_neither_given_to_nor_taken_from_another_user(giver_sees, taker_sees, taken, monkeypatch, free_ports):
     address = HOST, free_ports(1)[0]
     found: list[socket.socket] = []
-    with contextlib.closing(sniroute.Handover()) as giver, contextlib.closing(sniroute.Handover()) as taker, \
+    with contextlib.closing(sniroute_daemon.Handover()) as giver, contextlib.closing(sniroute_daemon.Handover()) as taker, \
             socket.create_server(address) as listener:
         assert giver.offer([address]) == [] and taker.offer([address]) == [address], "the name has one owner"
         monkeypatch.setattr(giver, "is_ours", lambda peer: not giver_sees)
         monkeypatch.setattr(taker, "is_ours", lambda peer: not taker_sees)
-        monkeypatch.setattr(sniroute, "HANDOVER_TIMEOUT", 0.3)
+        monkeypatch.setattr(sniroute_daemon, "HANDOVER_TIMEOUT", 0.3)
         thread = threading.Thread(target=lambda: found.extend(taker.take([address])))
         thread.start()
         while thread.is_alive():
@@ -5756,9 +5765,9 @@ def test_sockets_are_neither_given_to_nor_taken_from_another_user(giver_sees, ta
 def test_it_is_told_whose_process_the_other_is(monkeypatch):
     one, other = socket.socketpair()
     with one, other:
-        assert sniroute.Handover.is_ours(one)
+        assert sniroute_daemon.Handover.is_ours(one)
         monkeypatch.setattr(os, "geteuid", lambda: 4321)
-        assert not sniroute.Handover.is_ours(one)
+        assert not sniroute_daemon.Handover.is_ours(one)
 
 
 @linux
@@ -5782,10 +5791,10 @@ def test_there_is_no_moment_without_a_name_between_two_owners(free_ports):
     """Who came then found nobody, and the address in use."""
     address, other = ((HOST, port) for port in free_ports(2))
     with contextlib.ExitStack() as stack:
-        first, second, third = (stack.enter_context(contextlib.closing(sniroute.Handover())) for _ in range(3))
+        first, second, third = (stack.enter_context(contextlib.closing(sniroute_daemon.Handover())) for _ in range(3))
         listener = stack.enter_context(socket.create_server(address))
         assert first.offer([other, address]) == []
-        def give(giver: sniroute.Handover, taker: sniroute.Handover, name: int) -> None:
+        def give(giver: sniroute_daemon.Handover, taker: sniroute_daemon.Handover, name: int) -> None:
             found: list[socket.socket] = []
             thread = threading.Thread(target=lambda: found.extend(taker.take([address])))
             thread.start()
@@ -5797,7 +5806,7 @@ def test_there_is_no_moment_without_a_name_between_two_owners(free_ports):
             giver.withdraw()
         give(first, second, 1)
         waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
-        waiting.connect(sniroute.Handover.name(address))  # in the backlog of whoever comes
+        waiting.connect(sniroute_daemon.Handover.name(address))  # in the backlog of whoever comes
         assert second.offer([address]) == [] and len(second.names) == 1 and not second.inherited
         assert stack.enter_context(second.accept(second.names[0])) is not None
         give(second, third, 0)
@@ -5808,12 +5817,12 @@ def test_there_is_no_moment_without_a_name_between_two_owners(free_ports):
 def test_a_name_that_another_process_has_is_taken_later(launch, free_ports, echo_server, monkeypatch):
     address = HOST, free_ports(1)[0]
     with socket.socket(socket.AF_UNIX) as squatter:
-        squatter.bind(sniroute.Handover.name(address))
+        squatter.bind(sniroute_daemon.Handover.name(address))
         squatter.listen()
-        with contextlib.closing(sniroute.Handover()) as taker:
-            monkeypatch.setattr(sniroute, "HANDOVER_TIMEOUT", 0.1)
+        with contextlib.closing(sniroute_daemon.Handover()) as taker:
+            monkeypatch.setattr(sniroute_daemon, "HANDOVER_TIMEOUT", 0.1)
             assert taker.take([address]) == [], "it says nothing: that is no predecessor"
-    with contextlib.closing(sniroute.Handover()) as handover:
+    with contextlib.closing(sniroute_daemon.Handover()) as handover:
         assert handover.offer([address]) == []
 
 
@@ -5917,8 +5926,8 @@ def test_what_is_no_listening_socket_is_refused(kind, held, tmp_path):
 
 
 def test_sockets_for_another_process_are_left_alone(monkeypatch):
-    assert sniroute.activated_sockets({"LISTEN_PID": "1", "LISTEN_FDS": "3"}) == {"": [], "admin": []}
-    assert sniroute.activated_sockets({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "x"}) == {"": [], "admin": []}
+    assert sniroute_daemon.activated_sockets({"LISTEN_PID": "1", "LISTEN_FDS": "3"}) == {"": [], "admin": []}
+    assert sniroute_daemon.activated_sockets({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "x"}) == {"": [], "admin": []}
 
 
 # -- the admin's address, as a router has it ---------------------------------------------------
@@ -5959,9 +5968,9 @@ def test_the_admin_address_goes_to_the_successor(launch, free_ports, echo_server
         second = launch(*options)
         second.wait_for(" info admin on ")
         first.wait_for(" info draining: ")
-        assert sniroute.ask_admin(admin_path)["pid"] == second.pid
+        assert sniroute_doctor.ask_admin(admin_path)["pid"] == second.pid
     assert first.wait() == 0
-    assert sniroute.ask_admin(admin_path)["pid"] == second.pid, "the first one left the second's socket alone"
+    assert sniroute_doctor.ask_admin(admin_path)["pid"] == second.pid, "the first one left the second's socket alone"
     second.stop()
     assert not os.path.exists(admin_path)
 
@@ -5969,7 +5978,7 @@ def test_the_admin_address_goes_to_the_successor(launch, free_ports, echo_server
 def test_the_admin_address_may_be_systemd_s(launch, held, echo_server):
     with socket.create_server((HOST, 0)) as admin:
         launch(route(echo_server.address), **activated(("sniroute", held), ("admin", admin)))
-        assert sniroute.ask_admin(admin.getsockname())["listening"] == ["%s:%d" % held.getsockname()]
+        assert sniroute_doctor.ask_admin(admin.getsockname())["listening"] == ["%s:%d" % held.getsockname()]
 
 
 def test_an_admin_address_that_is_taken_stops_the_start(launch, echo_server, held):
@@ -6067,13 +6076,13 @@ def test_a_loop_that_hangs_does_not_feed_the_watchdog(run, echo_server):
 def test_a_warning_where_the_allowed_can_be_claimed(settings_file, caplog):
     for option, warned in (("", True), ('proxy_from = "none"\n', False), ('proxy_protocol = "off"\n', False)):
         caplog.clear()
-        sniroute.warn(load_settings(["-c", settings_file(option + ROUTES_FILE)], {}))
+        sniroute_settings.warn(load_settings(["-c", settings_file(option + ROUTES_FILE)], {}))
         assert ("can claim any address in a PROXY header" in caplog.text) is warned
 
 
 @pytest.mark.parametrize("address", ["/nonexistent/notify", "@nobody", "x" * 200], ids=["gone", "nobody", "long"])
 def test_a_manager_that_is_not_there_is_no_reason_to_fail(address, caplog):
-    supervisor = sniroute.Supervisor({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "x"})
+    supervisor = sniroute_daemon.Supervisor({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "x"})
     assert f"NOTIFY_SOCKET {address[:20]}" in caplog.text
     supervisor.tell("READY=1")
     supervisor.close()
@@ -6086,9 +6095,9 @@ def test_a_watchdog_for_another_process_is_not_fed():
         for environ, watchdog in (({"WATCHDOG_PID": "1", "WATCHDOG_USEC": "1000"}, False),
                                   ({"WATCHDOG_PID": str(os.getpid()), "WATCHDOG_USEC": "1000"}, True),
                                   ({"WATCHDOG_USEC": "0"}, False), ({}, False)):
-            with contextlib.closing(sniroute.Supervisor({"NOTIFY_SOCKET": address, **environ})) as supervisor:
+            with contextlib.closing(sniroute_daemon.Supervisor({"NOTIFY_SOCKET": address, **environ})) as supervisor:
                 assert supervisor.watchdog is watchdog
-                assert supervisor.every == (0.0005 if watchdog else sniroute.STATUS_EVERY)
+                assert supervisor.every == (0.0005 if watchdog else sniroute_daemon.STATUS_EVERY)
 
 
 # -- a dump, and a test of itself --------------------------------------------------------------
@@ -6104,12 +6113,12 @@ def test_a_dump_is_bounded_and_comes_whatever_the_log_level(launch, free_ports, 
         return None
 
     with contextlib.ExitStack() as stack:
-        for _ in range(sniroute.DUMP_MAX + 3):
+        for _ in range(sniroute_router.DUMP_MAX + 3):
             client = stack.enter_context(wait_until(connect))
             assert read_exactly(client, len(HELLO)) == HELLO
         program.signal(signal.SIGUSR1)
         program.wait_for(" error and 3 connections more\n")
-        assert program.log().count(" error connection ") == sniroute.DUMP_MAX
+        assert program.log().count(" error connection ") == sniroute_router.DUMP_MAX
 
 
 def test_the_self_test_needs_two_files_and_less_than_ten_seconds(two_files):
@@ -6117,24 +6126,24 @@ def test_the_self_test_needs_two_files_and_less_than_ten_seconds(two_files):
     ended = execute(*BARE_PYTHON, str(two_files), "selftest", env=BARE, text=True, said="")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     lines = ended.stdout.splitlines()
-    assert len(lines) == len(sniroute.SELF_TESTS) + 1 and all(line.startswith("ok ") for line in lines[:-1])
+    assert len(lines) == len(sniroute_doctor.SELF_TESTS) + 1 and all(line.startswith("ok ") for line in lines[:-1])
     assert lines[-1].startswith(f"{len(lines) - 1} of {len(lines) - 1} went well, in ")
     assert time.monotonic() - began < 10 and ended.stderr == ""
 
 
 def test_the_self_test_fails_where_the_router_does(monkeypatch, capsys):
-    said = sniroute.HELLO_SAMPLE
-    monkeypatch.setattr(sniroute, "SELF_TESTS", (
+    said = sniroute_doctor.HELLO_SAMPLE
+    monkeypatch.setattr(sniroute_doctor, "SELF_TESTS", (
         ("right", lambda test: test.talk(said)),
         ("wrong", lambda test: test.talk((said, said[::-1]))),
-        ("short", lambda test: test.talk((sniroute.sample_hello(None), b"more than an alert"))),
+        ("short", lambda test: test.talk((sniroute_doctor.sample_hello(None), b"more than an alert"))),
         ("right again", lambda test: test.talk(said))))
-    handlers = list(sniroute.log.handlers)
+    handlers = list(sniroute_log.log.handlers)
     try:
         assert sniroute.main(["selftest"]) == 1
     finally:
-        sniroute.log.handlers[:] = handlers
-        sniroute.log.propagate = True
+        sniroute_log.log.handlers[:] = handlers
+        sniroute_log.log.propagate = True
     lines = capsys.readouterr().out.splitlines()
     assert [line[:4] for line in lines] == ["ok  ", "FAIL", "FAIL", "ok  ", "2 of"]
     assert "in the place of 97" in lines[1] or "bytes" in lines[1]
@@ -6145,7 +6154,7 @@ def test_the_self_test_fails_where_the_router_does(monkeypatch, capsys):
 README = (HERE / "README.md").read_text()
 
 
-@pytest.mark.parametrize("row", sniroute.SETTINGS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", sniroute_settings.SETTINGS, ids=lambda row: row.name)
 def test_every_option_is_in_the_readme_with_its_default(row):
     line = next((line for line in README.split("\n") if line.startswith(f"| `--{row.name} {row.metavar}`")), "")
     assert line, f"--{row.name} {row.metavar} is not in README.md"
@@ -6165,7 +6174,7 @@ def test_the_settings_file_of_the_readme_has_every_setting_and_its_default(setti
         "db.example.com=tcp:192.0.2.10:5432", "*.example.com=cloudflared:cft-{name}",
         "reports.example.com=cloudflared:reports.example.com"]
     options = text.partition('[routes."reports.example.com"]')[2]
-    assert set(re.findall(r"^(\w+) = ", options, re.MULTILINE)) == {"target", *sniroute.ROUTE_OPTIONS}
+    assert set(re.findall(r"^(\w+) = ", options, re.MULTILINE)) == {"target", *sniroute_settings.ROUTE_OPTIONS}
 
 
 def test_every_refusal_is_in_the_readme():

@@ -1,0 +1,375 @@
+"""sniroute_doctor: check, explain, selftest, bundle: what a person asks about a router.
+"""
+
+from __future__ import annotations
+
+import time
+import contextlib
+import json
+import logging
+import os
+import shlex
+import signal
+import socket
+import socketserver
+import struct
+import subprocess
+import sys
+import threading
+import types
+from typing import Any, Callable
+
+from sniroute_flow import READ_MAX
+from sniroute_names import normalise
+from sniroute_refusals import (DECODE_ERROR, POSTGRES, REFUSALS, UNRECOGNIZED_NAME, Refused, tls_alert, told,
+                               tunnel_refused)
+from sniroute_router import Router
+from sniroute_routes import Route
+from sniroute_settings import ROUTE_OPTIONS, load_settings, warn
+from sniroute_tunnels import Launcher, Reason, TunnelError, TunnelTable, printable
+from sniroute_wire import GSSENC_REQUEST, HELLO_MAX, RECORD_MAX, SSL_REQUEST_BYTES, STARTUP, proxy_v1, proxy_v2
+
+log = logging.getLogger("sniroute")
+monotonic = time.monotonic
+TRIAL_TIMEOUT = 30.0  # `explain` waits so long for a carrier, which gives up at 15 by itself
+SELF_TEST_TIME = 9.0  # for all of `selftest`: a case that hangs takes less than what is left
+ADMIN_TIMEOUT = 5.0  # for what `explain` asks of a running router
+
+
+def show_option(value: Any) -> str:
+    """An option of a route, for people."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return f"{value:g} s" if isinstance(value, float) and value else str(value or "off")
+
+
+def show_route(route: Route) -> str:
+    """A route and its options, for people."""
+    options = [f"{name} {show_option(value)}" for name in ROUTE_OPTIONS
+               if (value := getattr(route, name)) != Route._field_defaults[name]]
+    return f"{route} ({'; '.join(options)})" if options else str(route)
+
+
+def check(settings: types.SimpleNamespace) -> int:
+    """`sniroute check`: the settings are valid, or we would not be here.  The routes, as they are matched."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("sniroute: %(message)s"))
+    log.addHandler(handler)
+    warn(settings)
+    log.removeHandler(handler)
+    for route in settings.routes.in_order():
+        print(show_route(route))
+    return 0
+
+
+def explain(settings: types.SimpleNamespace) -> int:
+    """`sniroute explain NAME`: 0 where a route fits the name, 1 where it would be refused.
+
+    Where the carrier would serve it, the far end is tried, once.  Where a router runs with an admin address,
+    it is asked how that tunnel stands there.  What else takes a running router is not asked: `forbidden`,
+    `not_allowed`, and a name that is the router's own.
+    """
+    def refuse(error: Refused) -> int:
+        print(f"refused: {error} ({error.kind}, TLS alert {error.alert})")
+        print("to do:  ", REFUSALS[error.kind].advice)
+        return 1
+
+    try:
+        name = normalise(os.fsencode(settings.name))
+        decision = settings.routes.decide(name)
+    except Refused as error:
+        print(f"name:    {printable(settings.name)}")
+        return refuse(error)
+    print(f"name:    {name}\nroute:   {show_route(decision.route)}\ntarget:  {decision.target}")
+    launcher = settings.launchers.get(decision.tunnel.partition(":")[0])
+    if settings.admin is not None:
+        explain_live(settings.admin, None if launcher is None else decision.tunnel)
+    try:
+        if launcher is not None:
+            print("runs:   ", shlex.join([launcher.find(), *launcher.argv(decision.rest, settings.ports[0])]))
+            if decision.tunnel != decision.target:
+                print("token:   not shown there: the client may own that domain")
+            try_tunnel(launcher, decision.rest)
+    except TunnelError as error:
+        return refuse(tunnel_refused(error.kind, str(error)))
+    return 0
+
+
+# What to do about a tunnel in a running router, by its state.
+TUNNEL_ADVICE = {
+    "absent": "nothing: the next client starts it",
+    "queued": "nothing, it waits for its turn; if it stays so: --max-starting, --max-tunnels, --ports",
+    "starting": "nothing yet: it may take --start-timeout",
+    "ready": "nothing; if clients fail all the same: the far end, see the log's lines for this name",
+    "stopping": "nothing: the next client starts it again",
+    "backoff": "see why it ended; it is started again by itself",
+    "failed": "mend what it says; then POST /tunnels/NAME/stop forgets it, or wait",
+}
+
+
+def explain_live(admin: str | tuple[str, int], key: str | None) -> None:
+    """Print how a tunnel stands in the router whose admin address this is."""
+    try:
+        status = ask_admin(admin)
+        rows = [row for row in status["tunnels"] if row["key"] == key]
+        print(f"router:  {status['phase']}, pid {status['pid']}, {status['connections']['active']} connections")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        print(f"router:  no answer from its admin address: {printable(str(error))}")
+        return
+    if key is None:
+        return
+    row = rows[0] if rows else {"state": "absent", "age": 0, "leases": 0, "next": 0, "words": ""}
+    facts = [f"for {row['age']:.0f} s"] * (row["age"] > 0) + [f"{row['leases']} connections"] * (row["leases"] > 0)
+    facts += [f"next in {row['next']:.0f} s"] * (row["next"] > 0)
+    print("tunnel: ", ", ".join([printable(row["state"]), *facts]))
+    if row["words"]:
+        print("said:   ", printable(row["words"], 500))
+    print("to do:  ", TUNNEL_ADVICE.get(row["state"], "see the README"))
+
+
+def ask_admin(admin: str | tuple[str, int]) -> dict[str, Any]:
+    """GET /status.  Raises OSError, or ValueError for an answer that is none."""
+    import http.client  # a megabyte, for this one question
+    connection = http.client.HTTPConnection("localhost")
+    try:
+        family = socket.AF_UNIX if isinstance(admin, str) else socket.AF_INET6 if ":" in admin[0] else socket.AF_INET
+        connection.sock = socket.socket(family)
+        connection.sock.settimeout(ADMIN_TIMEOUT)
+        connection.sock.connect(admin)
+        connection.request("GET", "/status")
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise ValueError(f"{answer.status} {answer.reason}")
+        return json.loads(answer.read())
+    except http.client.HTTPException as error:
+        raise ValueError(repr(error)) from None
+    finally:
+        connection.close()
+
+
+def try_tunnel(launcher: Launcher, hostname: str) -> None:
+    """Dial once, where the program can do that and end.  Raises TunnelError with its reason."""
+    if launcher.trial is None:
+        return
+    try:
+        trial = subprocess.run([launcher.find(), *launcher.trial(hostname)], env=launcher.environment, cwd="/",
+                               stdin=subprocess.DEVNULL, capture_output=True, timeout=TRIAL_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise TunnelError("timeout", f"no answer within {TRIAL_TIMEOUT:g} s") from None
+    if trial.returncode:
+        reason = launcher.reason(trial.stderr)
+        raise TunnelError(reason.kind, reason.text)
+    print("far end: it answers")
+
+
+def sample_hello(name: str | None, size: int = 0, record: int = RECORD_MAX) -> bytes:
+    """A ClientHello (RFC 8446 4.1.2), padded to so many bytes (RFC 7685) and cut into records of so many."""
+    host = (name or "").encode()
+    names = struct.pack("!HHHBH", 0, len(host) + 5, len(host) + 3, 0, len(host)) + host if name else b""
+    head = b"\3\3" + bytes(32) + b"\0" + b"\0\2\x13\1" + b"\1\0"
+    pad = max(0, size - len(head) - len(names) - 15)
+    extensions = names + struct.pack("!HH", 21, pad) + bytes(pad)
+    body = head + struct.pack("!H", len(extensions)) + extensions
+    message = b"\1" + len(body).to_bytes(3, "big") + body
+    parts = [message[at:at + record] for at in range(0, len(message), record)]
+    return b"".join(struct.pack("!BHH", 22, 0x0301, len(part)) + part for part in parts)
+
+
+class SelfTestBackend(socketserver.BaseRequestHandler):
+    """Sends everything back, PostgreSQL's question for TLS apart; ends when its client ends."""
+
+    def handle(self) -> None:
+        """Serve one connection."""
+        with contextlib.suppress(OSError):
+            while data := self.request.recv(READ_MAX):
+                self.request.sendall(b"S" if data.endswith(SSL_REQUEST_BYTES) else data)
+
+
+# A tunnel program for the self-test: it echoes.  The name that begins with `dies` ends its first process at
+# the first client, without a word.
+SELF_TEST_TUNNEL = """
+import os, socket, sys, threading
+name, port = sys.argv[1], int(sys.argv[2])
+mark = os.path.join(os.environ["HOME"], name)
+def serve(client):
+    with client:
+        while data := client.recv(65536):
+            client.sendall(data)
+listener = socket.create_server(("127.0.0.1", port))
+while True:
+    client, _ = listener.accept()
+    if name.startswith("dies") and not os.path.exists(mark):
+        open(mark, "w").close()
+        os._exit(1)
+    threading.Thread(target=serve, args=(client,)).start()
+"""
+
+
+class SelfTest:
+    """A router on loopback, with routes to an echo and to tunnels that echo, and a client for it."""
+
+    ROUTES = ("--route", "echo.example.com=tcp:127.0.0.1:{port}",
+              "--route", "**.tunnel.example.com=cloudflared:{{name}}")
+
+    def __init__(self) -> None:
+        self.deadline = monotonic() + SELF_TEST_TIME
+        self.backend = socketserver.ThreadingTCPServer(("127.0.0.1", 0), SelfTestBackend)
+        self.backend.daemon_threads = True
+        port = self.backend.server_address[1]
+        settings = load_settings(["--listen", "127.0.0.1:0", *(word.format(port=port) for word in self.ROUTES)], {})
+        launcher = Launcher(sys.executable, lambda name, port: ["-I", "-S", "-c", SELF_TEST_TUNNEL, name, str(port)],
+                            {}, lambda tail: Reason(text=printable(tail.decode(errors="replace"))), "no Python")
+        self.tunnels = TunnelTable({"cloudflared": launcher}, settings.ports)
+        self.router = Router(settings, self.tunnels)
+        self.threads = [threading.Thread(target=self.backend.serve_forever, args=(0.05,), name="backend"),
+                        threading.Thread(target=self.router.serve_forever, name="loop")]
+
+    def __enter__(self) -> SelfTest:
+        self.tunnels.start()
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.router.shutdown()
+        self.backend.shutdown()
+        for thread in self.threads:
+            thread.join()
+        self.tunnels.close(now=True)
+        self.router.server_close()
+        self.backend.server_close()
+
+    def connect(self) -> socket.socket:
+        """A client, which gives up when the time for the whole test is over."""
+        client = socket.create_connection(self.router.server_address, 2)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.settimeout(max(0.1, min(3.0, self.deadline - monotonic())))
+        return client
+
+    def expect(self, client: socket.socket, expected: bytes) -> None:
+        """Read exactly that.  Raises AssertionError with what came instead."""
+        data = b""
+        try:
+            while len(data) < len(expected) and (more := client.recv(len(expected) - len(data))):
+                data += more
+        except OSError as error:
+            raise AssertionError(f"{error} after {len(data)} of {len(expected)} bytes") from None
+        if data != expected:
+            raise AssertionError(f"{len(data)} bytes, {data[:20].hex(' ')}..., in the place of {len(expected)}")
+
+    def talk(self, *steps: bytes | tuple[bytes, bytes], end: bool = False, piece: int = 0) -> None:
+        """Say each step, in pieces of so many bytes, and hear the same, or what stands behind it; then the `end`."""
+        with self.connect() as client:
+            for step in steps:
+                said, heard = step if isinstance(step, tuple) else (step, step)
+                for at in range(0, len(said), piece or len(said)):
+                    client.sendall(said[at:at + (piece or len(said))])
+                self.expect(client, heard)
+            if end and client.recv(1):
+                raise AssertionError("more than that")
+
+    # -- the cases that are more than a talk
+
+    def half_close(self) -> None:
+        """The client ends; what is on its way back still arrives, and then the backend's end."""
+        with self.connect() as client:
+            client.sendall(HELLO_SAMPLE + b"last words")
+            client.shutdown(socket.SHUT_WR)
+            self.expect(client, HELLO_SAMPLE + b"last words")
+            if client.recv(1):
+                raise AssertionError("no end")
+
+    def megabytes(self) -> None:
+        """Four MiB there and back, by a client that reads late."""
+        data = os.urandom(1 << 22)
+        with self.connect() as client:
+            def write() -> None:
+                with contextlib.suppress(OSError):  # `expect` says what is missing
+                    client.sendall(HELLO_SAMPLE + data)
+
+            writer = threading.Thread(target=write)
+            writer.start()
+            try:
+                self.expect(client, HELLO_SAMPLE + data)
+            finally:
+                client.shutdown(socket.SHUT_RDWR)
+                writer.join()
+
+    def crowd(self) -> None:
+        """Twenty clients of one cold name: one process, and all are answered."""
+        said = sample_hello("crowd.tunnel.example.com")
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(self.connect()) for _ in range(20)]
+            for client in clients:
+                client.sendall(said)
+            for client in clients:
+                self.expect(client, said)
+                client.close()
+        if self.tunnels.counters["starts"] != 1:
+            raise AssertionError(f"{self.tunnels.counters['starts']} processes were started")
+
+    def killed(self) -> None:
+        """A tunnel is killed while it is in use: its client hears the end, the next is served by another process."""
+        said = sample_hello("killed.tunnel.example.com")
+        with self.connect() as client:
+            client.sendall(said)
+            self.expect(client, said)
+            os.kill(next(v.pid for v in self.tunnels.snapshot() if "killed" in v.key), signal.SIGKILL)
+            with contextlib.suppress(ConnectionResetError):
+                if client.recv(1):
+                    raise AssertionError("no end")
+        self.talk(said)
+
+
+HELLO_SAMPLE = sample_hello("echo.example.com")
+NEGOTIATED = (SSL_REQUEST_BYTES, b"S")
+NO_NAME_ALERT, BROKEN_ALERT = tls_alert(UNRECOGNIZED_NAME, 1), tls_alert(DECODE_ERROR, 1)
+PROXY_SAMPLES = (proxy_v1(("192.0.2.1", 1111), ("192.0.2.9", 443)), proxy_v2(("192.0.2.1", 1111), ("192.0.2.9", 443)))
+
+# What `selftest` tries: (for people, what to do).
+SELF_TESTS: tuple[tuple[str, Callable[[SelfTest], None]], ...] = (
+    ("a hello", lambda t: t.talk(HELLO_SAMPLE, b"and more")),
+    ("a hello in one-byte segments", lambda t: t.talk(HELLO_SAMPLE, piece=1)),
+    ("a hello over many records", lambda t: t.talk(sample_hello("echo.example.com", 600, 16))),
+    ("a hello of post-quantum size, in two segments",
+     lambda t: t.talk(sample_hello("echo.example.com", 1800), piece=1460)),
+    ("a hello of 16 KiB", lambda t: t.talk(sample_hello("echo.example.com", HELLO_MAX - 100))),
+    ("a PROXY header, version 1", lambda t: t.talk(PROXY_SAMPLES[0] + HELLO_SAMPLE)),
+    ("a PROXY header, version 2", lambda t: t.talk(PROXY_SAMPLES[1] + HELLO_SAMPLE)),
+    ("a PROXY header from itself twice is refused", lambda t: t.talk((PROXY_SAMPLES[0] * 2, b""), end=True)),
+    ("PostgreSQL: SSLRequest", lambda t: t.talk(NEGOTIATED, HELLO_SAMPLE, b"query")),
+    ("PostgreSQL: GSSENCRequest, then SSLRequest",
+     lambda t: t.talk((struct.pack("!II", 8, GSSENC_REQUEST), b"N"), NEGOTIATED, HELLO_SAMPLE)),
+    ("PostgreSQL: PROXY header, SSLRequest",
+     lambda t: t.talk((PROXY_SAMPLES[1] + SSL_REQUEST_BYTES, b"S"), HELLO_SAMPLE)),
+    ("PostgreSQL without TLS is told why",
+     lambda t: t.talk((struct.pack("!II", 20, STARTUP << 16) + b"user\0selft\0\0", told(Refused("plain_postgres", ""), POSTGRES)), end=True)),
+    ("no name: an alert", lambda t: t.talk((sample_hello(None), NO_NAME_ALERT), end=True)),
+    ("a name without a route: an alert", lambda t: t.talk((sample_hello("a.example.net"), NO_NAME_ALERT), end=True)),
+    ("a broken hello: an alert", lambda t: t.talk((b"\x16\3\1\0\4\1\0\0\0", BROKEN_ALERT), end=True)),
+    ("HTTP is refused", lambda t: t.talk((b"GET / HTTP/1.1\r\n", b""), end=True)),
+    ("half-close", SelfTest.half_close),
+    ("4 MiB there and back", SelfTest.megabytes),
+    ("a tunnel for a crowd: one process", SelfTest.crowd),
+    ("a tunnel that dies at its first client: nobody notices",
+     lambda t: t.talk(sample_hello("dies.tunnel.example.com"))),
+    ("a tunnel that is killed is started again", SelfTest.killed),
+)
+
+
+def selftest(settings: types.SimpleNamespace) -> int:
+    """`sniroute selftest`: the real router against its hard cases, on loopback.  0 where all went well, else 1."""
+    log.addHandler(logging.NullHandler())
+    log.propagate = False
+    began, failed = monotonic(), 0
+    with SelfTest() as test:
+        for title, run in SELF_TESTS:
+            start, fault = monotonic(), ""
+            try:
+                run(test)
+            except (AssertionError, OSError, StopIteration) as error:
+                fault = f": {printable(str(error) or repr(error))}"
+                failed += 1
+            print(f"{'FAIL' if fault else 'ok':4}  {monotonic() - start:5.2f} s  {title}{fault}", flush=True)
+    print(f"{len(SELF_TESTS) - failed} of {len(SELF_TESTS)} went well, in {monotonic() - began:.1f} s")
+    return 1 if failed else 0

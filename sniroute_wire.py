@@ -1,0 +1,620 @@
+"""sniroute_wire: what a client says before it can be routed, as machines and functions without I/O.
+
+    bytes --> Prelude.feed --+--> Hello(name, ...)      it can be routed; `header` and `data` are for the backend
+                             +--> b"S" or b"N"          an answer to send at once (PostgreSQL)
+                             +--> None                  need more bytes
+                             +--> raises Refused        well-formed, but unwanted; Malformed: broken
+
+    [PROXY header, version 1 or 2] [GSSENCRequest] [SSLRequest] ClientHello
+
+The parsers take what has been received so far and give a result, None for "I need more", or raise
+Malformed, and nothing else.  They ask "complete?" before "valid?", and refuse early only what no further
+byte can save.  They look at nothing behind a complete result.  "No name" and "garbage" are different:
+only a well-formed hello can be routed.
+
+Threads: none of its own.  A Prelude belongs to one connection; HelloMemory to the loop.
+
+Seams: I want to ...
+    read another prelude       a pure parser, a method of Prelude that calls it, and a row in Prelude.OPENERS
+                               for (step, first byte)
+    write another header       a row in PROXY_WRITERS
+"""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import itertools
+import re
+import struct
+from typing import Any, Callable, NamedTuple, NoReturn
+
+from sniroute_names import normalise
+from sniroute_refusals import (DECODE_ERROR, ILLEGAL_PARAMETER, NOTHING, POSTGRES, PROTOCOL_VERSION, TLS,
+                               UNEXPECTED_MESSAGE, Malformed, Refused)
+
+new_tuple = tuple.__new__  # makes a NamedTuple without a call into Python: half a microsecond; give it all fields
+
+# Limits, each with its reason.  Sizes in bytes, times in seconds.
+RECORD_MAX = 16384  # RFC 8446 5.1: a plaintext record holds no more
+HELLO_MAX = 16384  # what BoringSSL and Envoy accept; a post-quantum hello is about 2 KB
+HELLO_WIRE_MAX = 32768  # the same in small records: each costs five bytes more
+PROXY_V1_MAX = 107  # PROXY protocol 2.1: the longest line, CRLF included
+PROXY_V2_MAX = 4096  # nginx's limit; real headers with TLVs stay far below
+STARTUP_MAX = 10004  # PostgreSQL's own limit for a startup packet
+NAMES_MAX = 1024  # server_name extensions remembered: most are seen again
+SHAPES_MAX = 512  # shapes of hellos remembered, 3 KB each: one for each length; who is as long takes the place
+LEARN_EVERY = 16  # of so many hellos of unknown shape one is remembered: it takes 3 to 5 times as long as to read it
+EXTENSIONS_MAX = 32  # in a hello whose shape is remembered: browsers have about 20, and 900 would fit
+
+
+class Hello(NamedTuple):
+    """A TLS ClientHello."""
+
+    name: str | None  # the host_name it asks for, normalised; None where it names none
+    alpn_data: bytes | None  # the body of its ALPN extension
+    end: int  # bytes on the wire up to its last one
+
+    @property
+    def alpn(self) -> list[bytes] | None:
+        """The protocols it offers (RFC 7301 3.1); None for none, or for a list that is broken."""
+        data = self.alpn_data
+        if data is None or len(data) < 2 or int.from_bytes(data[:2], "big") != len(data) - 2:
+            return None
+        names, at = [], 2
+        while at < len(data):
+            end = at + 1 + data[at]
+            if end > len(data) or end == at + 1:
+                return None
+            names.append(data[at + 1:end])
+            at = end
+        return names or None
+
+
+TLS_HANDSHAKE = 22  # RFC 8446 5.1, ContentType
+CLIENT_HELLO = 1  # RFC 8446 4, HandshakeType
+HELLO_MIN = 41  # version, random, empty session id, one cipher suite, one compression method
+SERVER_NAME, ALPN = 0, 16  # extension types, RFC 6066 3 and RFC 7301 3.1
+_two_shorts = struct.Struct(">HH").unpack_from
+_short = struct.Struct(">H").unpack_from
+_hello_header = struct.Struct(">BBBHBBH").unpack_from  # of a record, and of the handshake message in it
+
+
+class Shape(NamedTuple):
+    """How a hello is framed: each length and type in it.
+
+    With the version, which is in its key, that is all that `parse_client_hello` judges but the name itself; and a
+    program's next hello for a name as long has the same again: only random bytes, keys, tickets and the name are
+    others.  So it need not be walked through, and its name stands where the last one stood.  (A browser that
+    shuffles its extensions gains nothing.)
+    """
+
+    end: int  # bytes on the wire
+    framing_of: Callable[[bytes, int], tuple[bytes, ...]]  # a struct's: lengths and types in such a hello, from KEY on
+    framing: tuple[bytes, ...]  # what they have to be
+    name: slice  # where a server_name extension stands
+    alpn: slice | None
+
+
+def shape_of(hello: bytes) -> Shape | None:
+    """The shape of a whole hello in one record that has a name, and has been parsed; None for one too odd to keep."""
+    layout, at = ["32x"], KEY + 32  # the random bytes, RFC 8446 4.1.2
+    for width in (1, 2, 1):  # session id, cipher suites, compression methods
+        size = int.from_bytes(hello[at:at + width], "big")
+        layout.append(f"{width}s{size}x")
+        at += width + size
+    layout.append("2s")  # the length of all extensions
+    at += 2
+    bodies = {}
+    while at < len(hello):
+        kind, size = _two_shorts(hello, at)
+        bodies[kind] = slice(at + 4, at + 4 + size)
+        layout.append(f"4s{size}x")
+        at += 4 + size
+        if len(bodies) > EXTENSIONS_MAX:
+            return None
+    framing_of = struct.Struct("".join(layout)).unpack_from
+    return Shape(len(hello), framing_of, framing_of(hello, KEY), bodies[SERVER_NAME], bodies.get(ALPN))
+
+
+KEY = 11  # bytes of both headers and the version: what begins a hello, and what its shape is found by
+SHAPES: dict[bytes, Shape] = {}  # of hellos that were parsed.  Loop only
+unknown_hellos = itertools.count(1)
+
+
+def learn_shape(hello: bytes) -> None:
+    """Remember the shape of one in LEARN_EVERY, in the place of another one as long, or of the oldest.
+
+    So a crowd of shapes that never come again costs little, and keeps nobody's out for long.
+    """
+    if next(unknown_hellos) % LEARN_EVERY:
+        return
+    shape = shape_of(hello)
+    if shape is not None:
+        SHAPES.pop(hello[:KEY], None)  # what is learnt again is the newest
+        if len(SHAPES) >= SHAPES_MAX:
+            del SHAPES[next(iter(SHAPES))]
+        SHAPES[hello[:KEY]] = shape
+
+
+def whole_hello(data: bytes) -> Hello | None:
+    """The hello that `data` begins with, where it is all there and in one record, as nearly always.
+
+    None says nothing but that: HelloReader has to look.  Raises Malformed.
+    """
+    shape = SHAPES.get(data[:KEY])
+    if shape is not None:
+        end, framing_of, framing, name, alpn = shape
+        if len(data) >= end and framing_of(data, KEY) == framing:  # a third of what it takes to read it all
+            return new_tuple(Hello, (parse_server_name(data[name]), data[alpn] if alpn is not None else None, end))
+    if len(data) <= 9:
+        return None
+    first, major, _, length, kind, high, size = _hello_header(data)
+    end = 9 + size
+    if first != TLS_HANDSHAKE or major != 3 or kind != CLIENT_HELLO or high \
+            or not HELLO_MIN + 4 <= size + 4 <= length <= RECORD_MAX or len(data) < end:
+        return None
+    name, alpn = parse_client_hello(data[9:end])
+    if name is not None:
+        learn_shape(data[:end])
+    return new_tuple(Hello, (name, alpn, end))
+
+
+class HelloReader:
+    """Joins the ClientHello of one connection from its records; keeps its place between calls.
+
+    So a hello that comes byte by byte, in records of one byte, costs linear time.
+    """
+
+    __slots__ = ("at", "left", "message")
+
+    def __init__(self) -> None:
+        self.at = 0  # the next byte of the wire
+        self.left = 0  # of the record that `at` is in
+        self.message = bytearray()
+
+    def read(self, data: bytes | bytearray) -> Hello | None:
+        """Parse `data`, which is what earlier calls were given and more.
+
+        Raises Malformed.  RFC 8446 5.1 and 4.1.2; one rule is stricter than OpenSSL's: an empty
+        handshake record, which the RFC forbids, is refused.
+        """
+        if not self.at:
+            hello = whole_hello(bytes(data))
+            if hello is not None:
+                return hello
+        message = self.message
+        received = len(data)
+        while True:
+            if not self.left:
+                if not self._record(data):
+                    return None
+            taken = min(self.left, received - self.at)
+            message += data[self.at:self.at + taken]
+            self.at += taken
+            self.left -= taken
+            if message and message[0] != CLIENT_HELLO:
+                raise Malformed(f"handshake message of type {message[0]}, not a ClientHello", UNEXPECTED_MESSAGE)
+            if len(message) >= 4:
+                size = int.from_bytes(message[1:4], "big")
+                if not HELLO_MIN <= size <= HELLO_MAX:
+                    raise Malformed(f"a ClientHello of {size} bytes", DECODE_ERROR)
+                more = len(message) - 4 - size
+                if more >= 0:
+                    if self.at - more > HELLO_WIRE_MAX:
+                        raise Malformed(f"a ClientHello over {HELLO_WIRE_MAX} bytes of records", DECODE_ERROR)
+                    name, alpn = parse_client_hello(bytes(message[4:4 + size]))
+                    return Hello(name, alpn, self.at - more)
+            if self.at >= HELLO_WIRE_MAX:
+                raise Malformed(f"a ClientHello over {HELLO_WIRE_MAX} bytes of records", DECODE_ERROR)
+            if self.left:  # the rest of this record is still to come
+                return None
+
+    def _record(self, data: bytes | bytearray) -> bool:
+        """Step over a record header; False where it is not complete."""
+        header = data[self.at:self.at + 5]
+        if header:
+            if header[0] != TLS_HANDSHAKE:
+                raise Malformed(f"a TLS record of type {header[0]} in the hello", UNEXPECTED_MESSAGE)
+            if len(header) > 1 and header[1] != 3:
+                raise Malformed(f"not TLS (record version {header[1]})", kind="not_tls")
+        if len(header) < 5:
+            return False
+        length = _short(header, 3)[0]
+        if not 0 < length <= RECORD_MAX:
+            raise Malformed(f"a TLS record of {length} bytes", DECODE_ERROR)
+        self.left = length
+        self.at += 5
+        return self.at < len(data)
+
+
+def parse_client_hello(body: bytes) -> tuple[str | None, bytes | None]:
+    """The name and the raw ALPN extension in the body of a ClientHello (RFC 8446 4.1.2).
+
+    The framing is checked all the way, so that the name read here is the one that the backend's
+    TLS reads: one host_name, no extension twice.  Raises Malformed.
+    """
+    if body < b"\x03\x01":  # SSL 3.0 and older have no extensions; 3.1 and later negotiate elsewhere
+        raise Malformed(f"TLS version {body[0]}.{body[1]}", PROTOCOL_VERSION)
+    total = len(body)
+    session_end = 35 + body[34]
+    if body[34] > 32 or session_end + 2 > total:
+        raise Malformed("a bad session id", DECODE_ERROR)
+    suites = _short(body, session_end)[0]
+    at = session_end + 2 + suites
+    if not suites or suites % 2 or at >= total:
+        raise Malformed("bad cipher suites", DECODE_ERROR)
+    methods = body[at]
+    at += 1 + methods
+    if not methods or at > total:
+        raise Malformed("bad compression methods", DECODE_ERROR)
+    if at == total:
+        return None, None
+    if at + 2 > total or at + 2 + _short(body, at)[0] != total:
+        raise Malformed("extensions that do not fill the hello", DECODE_ERROR)
+    at += 2
+    places: dict[int, int] = {}  # extension type -> where its header stands
+    while at + 4 <= total:
+        kind, size = _two_shorts(body, at)
+        if kind in places:
+            raise Malformed(f"extension {kind} twice", ILLEGAL_PARAMETER)
+        places[kind] = at
+        at += 4 + size
+    if at != total:
+        raise Malformed("an extension that goes past the hello", DECODE_ERROR)
+    name = alpn = None
+    if SERVER_NAME in places:
+        at = places[SERVER_NAME]
+        name = parse_server_name(body[at + 4:at + 4 + _short(body, at + 2)[0]])
+    if ALPN in places:
+        at = places[ALPN]
+        alpn = body[at + 4:at + 4 + _short(body, at + 2)[0]]
+    return name, alpn
+
+
+@functools.lru_cache(maxsize=NAMES_MAX)
+def parse_server_name(names: bytes) -> str:
+    """The host_name of a server_name extension, RFC 6066 3, normalised.  Raises Malformed.
+
+    Implementations differ on lists with more than one entry, so only one is accepted.
+    """
+    if len(names) < 5 or _short(names, 0)[0] != len(names) - 2:
+        raise Malformed("a server_name list of the wrong length", DECODE_ERROR)
+    kind, size = names[2], _short(names, 3)[0]
+    if kind != 0:
+        raise Malformed(f"a server_name of type {kind}", DECODE_ERROR)
+    if not size or 5 + size > len(names):
+        raise Malformed("a server_name of the wrong length", DECODE_ERROR)
+    if 5 + size < len(names):
+        raise Malformed("more than one server_name", ILLEGAL_PARAMETER)
+    return normalise(names[5:])
+
+
+class ProxyHeader(NamedTuple):
+    """A PROXY protocol header (the specification of haproxy.org, versions 1 and 2)."""
+
+    size: int  # bytes on the wire
+    source: ipaddress.IPv4Address | ipaddress.IPv6Address | None  # None: UNKNOWN or LOCAL
+    port: int
+    destination: tuple[str, int] | None = None  # where the client connected to
+
+
+PROXY_V1 = b"PROXY "
+PROXY_V2 = b"\r\n\r\n\0\r\nQUIT\n"
+PROXY_PORT = re.compile(rb"0|[1-9][0-9]{0,4}")
+PROXY_FAMILIES = {b"TCP4": ipaddress.IPv4Address, b"TCP6": ipaddress.IPv6Address}
+
+
+def parse_proxy_v1(data: bytes) -> ProxyHeader | None:
+    """A version 1 header, PROXY protocol 2.1: one line of text.  Raises Malformed."""
+    end = data.find(b"\r\n", 0, PROXY_V1_MAX)
+    if end < 0:
+        line = data[:PROXY_V1_MAX]
+        if len(line) == PROXY_V1_MAX:
+            raise Malformed("a PROXY line without an end", kind="proxy")
+        if not line.startswith(PROXY_V1[:len(line)]) or b"\n" in line or b"\r" in line[:-1] or b"\0" in line:
+            raise Malformed("a broken PROXY line", kind="proxy")
+        return None
+    word, *fields = data[:end].split(b" ")
+    if word != b"PROXY" or not fields or b"\n" in data[:end] or b"\r" in data[:end] or b"\0" in data[:end]:
+        raise Malformed("a broken PROXY line", kind="proxy")
+    if fields[0] == b"UNKNOWN":
+        return ProxyHeader(end + 2, None, 0)
+    try:
+        family, source, destination, source_port, destination_port = fields
+        address = PROXY_FAMILIES[family]
+        sender = address(proxy_address(source))
+        target = address(proxy_address(destination))
+    except (ValueError, KeyError):
+        raise Malformed("a PROXY line with bad addresses", kind="proxy") from None
+    for port in (source_port, destination_port):
+        if not PROXY_PORT.fullmatch(port) or int(port) > 65535:
+            raise Malformed("a PROXY line with a bad port", kind="proxy")
+    return ProxyHeader(end + 2, sender, int(source_port), (str(target), int(destination_port)))
+
+
+def proxy_address(field: bytes) -> str:
+    """The text of an address field.  Raises ValueError for what ipaddress would let through."""
+    text = field.decode("ascii")
+    if "%" in text:
+        raise ValueError("a scope is not part of an address")
+    return text
+
+
+PROXY_ADDRESSES = {0: 0, 1: 12, 2: 36, 3: 216}  # bytes for each family: UNSPEC, INET, INET6, UNIX
+TLV_AUTHORITY, TLV_CRC32C, TLV_UNIQUE_ID, TLV_SSL = 0x02, 0x03, 0x05, 0x20
+
+
+def parse_proxy_v2(data: bytes) -> ProxyHeader | None:
+    """A version 2 header, PROXY protocol 2.2: binary, with TLVs behind the addresses.
+
+    LOCAL is skipped whatever it carries; PROXY has to be TCP over IPv4 or IPv6, and its TLVs have
+    to fit and to be right, the checksum included.  Raises Malformed.
+    """
+    if not data.startswith(PROXY_V2[:len(data)]):
+        raise Malformed("a broken PROXY signature", kind="proxy")
+    if len(data) < 16:
+        return None
+    version, command = divmod(data[12], 16)
+    family, protocol = divmod(data[13], 16)
+    length = _short(data, 14)[0]
+    size = 16 + length
+    if version != 2 or command > 1:
+        raise Malformed(f"PROXY version {version} command {command}", kind="proxy")
+    if size > PROXY_V2_MAX:
+        raise Malformed(f"a PROXY header of {size} bytes", kind="proxy")
+    if command == 1:
+        if family not in (1, 2) or protocol != 1:
+            raise Malformed(f"PROXY family {family} protocol {protocol}: TCP over IP is needed", kind="proxy")
+        if length < PROXY_ADDRESSES[family]:
+            raise Malformed("a PROXY header too short for its addresses", kind="proxy")
+    if len(data) < size:
+        return None
+    if command == 0:
+        return ProxyHeader(size, None, 0)
+    header = bytes(data[:size])
+    check_proxy_tlvs(header, 16 + PROXY_ADDRESSES[family])
+    address, width = (ipaddress.IPv4Address, 4) if family == 1 else (ipaddress.IPv6Address, 16)
+    ports = 16 + 2 * width
+    destination = str(address(header[16 + width:ports])), _short(header, ports + 2)[0]
+    return ProxyHeader(size, address(header[16:16 + width]), _short(header, ports)[0], destination)
+
+
+def read_tlvs(data: bytes, at: int) -> list[tuple[int, int, bytes]]:
+    """(type, place of the value, value) of TLVs that fill `data` from `at`.  Raises Malformed."""
+    found = []
+    while at < len(data):
+        value = at + 3
+        if value > len(data) or value + _short(data, at + 1)[0] > len(data):
+            raise Malformed("a PROXY TLV that goes past its end", kind="proxy")
+        size = _short(data, at + 1)[0]
+        found.append((data[at], value, data[value:value + size]))
+        at = value + size
+    return found
+
+
+def check_proxy_tlvs(header: bytes, at: int) -> None:
+    """Refuse TLVs that a strict receiver behind us would refuse.  PROXY protocol 2.2.1 to 2.2.7."""
+    checksums = 0
+    for kind, place, value in read_tlvs(header, at):
+        wrong = False
+        if kind == TLV_AUTHORITY:
+            try:
+                wrong = len(value) > 255 or not value.decode("utf-8").isprintable()
+            except UnicodeDecodeError:
+                wrong = True
+        elif kind == TLV_UNIQUE_ID:
+            wrong = len(value) > 128
+        elif kind == TLV_SSL:
+            wrong = len(value) < 5
+            read_tlvs(value, 5)
+        elif kind == TLV_CRC32C:
+            checksums += 1
+            wrong = checksums > 1 or len(value) != 4 or \
+                crc32c(header[:place] + bytes(4) + header[place + 4:]) != int.from_bytes(value, "big")
+        if wrong:
+            raise Malformed(f"a bad PROXY TLV {kind:#04x}", kind="proxy")
+
+
+@functools.cache
+def crc32c_table() -> list[int]:
+    """The 256 remainders of CRC-32C, made when the first checksum comes."""
+    table = []
+    for remainder in range(256):
+        for _ in range(8):
+            remainder = remainder >> 1 ^ (0x82F63B78 if remainder & 1 else 0)
+        table.append(remainder)
+    return table
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C (Castagnoli), RFC 3309; crc32c(b"123456789") is e3069283."""
+    table, crc = crc32c_table(), 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ table[(crc ^ byte) & 255]
+    return crc ^ 0xFFFFFFFF
+
+
+def proxy_v1(source: tuple[str, int] | None, destination: tuple[str, int]) -> bytes:
+    """A version 1 header (PROXY protocol 2.1) for a connection from `source` to `destination`, both (host, port).
+
+    Without a source, UNKNOWN.  Raises ValueError where a host is no address.
+    """
+    if source is None:
+        return PROXY_V1 + b"UNKNOWN\r\n"
+    (sender, receiver), version = proxy_ends(source, destination)
+    return PROXY_V1 + f"TCP{version} {sender} {receiver} {source[1]} {destination[1]}\r\n".encode()
+
+
+def proxy_v2(source: tuple[str, int] | None, destination: tuple[str, int]) -> bytes:
+    """The same in version 2 (PROXY protocol 2.2).  Without a source, LOCAL."""
+    if source is None:
+        return PROXY_V2 + b"\x20\0\0\0"
+    (sender, receiver), version = proxy_ends(source, destination)
+    block = sender.packed + receiver.packed + struct.pack("!HH", source[1], destination[1])
+    return PROXY_V2 + struct.pack("!BBH", 0x21, 0x11 if version == 4 else 0x21, len(block)) + block
+
+
+def proxy_ends(*ends: tuple[str, int]) -> tuple[list[ipaddress.IPv4Address | ipaddress.IPv6Address], int]:
+    """The addresses of both ends in one family, which a header needs, and its version."""
+    addresses = [ipaddress.ip_address(host.partition("%")[0]) for host, _ in ends]
+    addresses = [getattr(address, "ipv4_mapped", None) or address for address in addresses]
+    if len({address.version for address in addresses}) > 1:
+        addresses = [ipaddress.IPv6Address(f"::ffff:{a}") if a.version == 4 else a for a in addresses]
+    return addresses, addresses[0].version
+
+
+# What a route may want its backend to be told of the client, and what writes it; as-received says
+# what a believed header said, none nothing.
+PROXY_WRITERS = {"as-received": None, "none": None, "v1": proxy_v1, "v2": proxy_v2}
+
+
+SSL_REQUEST, GSSENC_REQUEST, CANCEL_REQUEST = 80877103, 80877104, 80877102
+STARTUP = 3  # major protocol version
+SSL_REQUEST_BYTES = struct.pack(">II", 8, SSL_REQUEST)
+
+
+def parse_startup(data: bytes) -> int | None:
+    """The first packet of a PostgreSQL client: SSL_REQUEST, GSSENC_REQUEST, CANCEL_REQUEST, STARTUP.
+
+    PostgreSQL "Message Formats": length (4 bytes, itself included), code (4 bytes).  The requests
+    are 8 bytes; a STARTUP is a result when all of it is there.  Raises Malformed.
+    """
+    if len(data) < 4:
+        if any(data[:2]):
+            raise Malformed("not a PostgreSQL startup packet", kind="not_tls")
+        return None
+    length = int.from_bytes(data[:4], "big")
+    if not 8 <= length <= STARTUP_MAX:
+        raise Malformed(f"a PostgreSQL startup packet of {length} bytes", kind="not_tls")
+    if len(data) < 8:
+        return None
+    code = int.from_bytes(data[4:8], "big")
+    if code in (SSL_REQUEST, GSSENC_REQUEST):
+        if length != 8:
+            raise Malformed(f"a PostgreSQL encryption request of {length} bytes")
+        return code
+    if code == CANCEL_REQUEST:
+        return code
+    if code >> 16 != STARTUP:
+        raise Malformed(f"PostgreSQL protocol {code >> 16}.{code & 0xFFFF}")
+    return STARTUP if len(data) >= length else None
+
+
+# What a client that speaks no TLS most likely speaks, by its first byte.
+NOT_TLS = {first: kind for kind, letters in {"HTTP": b"GPHDOCT", "SSH": b"S", "RDP": b"\x03",
+                                             "an SSLv2 hello": range(0x80, 0x100)}.items() for first in letters}
+
+
+class Prelude:
+    """What a client says before it can be routed, as a machine without I/O.
+
+    `feed` takes bytes and returns a Hello, an answer to send at once (b"S", b"N"), or None for
+    more.  `header` and `data` are then what the backend has to be told.  `policy` is what to do
+    about a PROXY header: `allow`, `require` or `refuse` (see PROXY_POLICY).
+    """
+
+    __slots__ = ("policy", "local", "step", "header", "source", "data", "reader", "ssl")
+
+    START, CLIENT, AFTER_GSS, AFTER_SSL = "start", "client", "after GSSENCRequest", "after SSLRequest"
+    PLAIN = "PostgreSQL in clear text"
+
+    def __init__(self, policy: str, local: bool):
+        self.policy = policy
+        self.local = local  # the peer is this machine: its header may name this machine
+        self.step = self.START
+        self.header = b""  # the believed PROXY header, as it came
+        self.source: ProxyHeader | None = None
+        self.data = bytearray()  # what came behind it, without what was answered here
+        self.reader: HelloReader | None = None
+        self.ssl = False
+
+    def feed(self, data: bytes | memoryview) -> Hello | bytes | None:
+        """Go on with more bytes.  Raises Malformed, or Refused for what is well-formed but unwanted."""
+        self.data += data
+        while self.data:
+            opener = self.OPENERS.get((self.step, self.data[0]))
+            if opener is None:
+                self._stranger(self.data[0])
+            if self.policy == "require" and self.step is self.START and opener is not Prelude._proxy:
+                raise Malformed("a PROXY header is required", kind="proxy")
+            result = opener(self)
+            if result is not self:  # self: that was one step, and there is more to read
+                return result
+        return None
+
+    def language(self) -> tuple[str, int]:
+        """What a refused client is told in (see `told`), and the minor version of its TLS record."""
+        if self.reader is not None:
+            return (TLS, self.data[2]) if len(self.data) > 2 else (NOTHING, 0)
+        return (POSTGRES if self.step is self.PLAIN else NOTHING), 0
+
+    def _stranger(self, first: int) -> NoReturn:
+        if self.step is self.AFTER_SSL:
+            raise Malformed("no TLS behind SSLRequest")
+        raise Malformed(f"not TLS: {NOT_TLS.get(first, 'unknown')}", kind="not_tls")
+
+    def _hello(self) -> Hello | None:
+        if self.reader is None:
+            self.reader = HelloReader()
+        return self.reader.read(self.data)
+
+    def _proxy(self) -> Prelude | None:
+        data = bytes(self.data[:PROXY_V2_MAX])
+        parse, signature = (parse_proxy_v1, PROXY_V1) if data[0] == PROXY_V1[0] else (parse_proxy_v2, PROXY_V2)
+        if signature is PROXY_V1 and not data.startswith(signature[:len(data)]):
+            self._stranger(data[0])
+        if self.policy not in ("allow", "require"):
+            if len(data) < len(signature) and signature.startswith(data):
+                return None
+            raise Malformed("a PROXY header that is not wanted from here", kind="proxy")
+        header = parse(data)
+        if header is None:
+            return None
+        source = getattr(header.source, "ipv4_mapped", None) or header.source
+        if source is not None and not self.local and (source.is_loopback or source.is_unspecified
+                                                      or source.is_multicast):
+            raise Malformed(f"a PROXY header that claims to come from {source}", kind="proxy")
+        self.header = data[:header.size]
+        self.source = header
+        del self.data[:header.size]
+        self.step = self.CLIENT
+        return self
+
+    def _postgres(self) -> bytes | None:
+        request = parse_startup(bytes(self.data[:STARTUP_MAX]))
+        if request is None:
+            return None
+        if request == STARTUP:
+            self.step = self.PLAIN
+            raise Refused("plain_postgres", "a PostgreSQL client without TLS")
+        if request == CANCEL_REQUEST:
+            raise Refused("cancel", "a CancelRequest in clear text names no server")
+        if len(self.data) > 8:  # CVE-2021-23214 and its kin: they would be taken for a part of the TLS
+            raise Malformed("bytes behind a PostgreSQL encryption request")
+        self.data.clear()
+        if request == GSSENC_REQUEST:
+            if self.step is self.AFTER_GSS:
+                raise Malformed("GSSENCRequest twice")
+            self.step = self.AFTER_GSS
+            return b"N"
+        self.ssl = True
+        self.step = self.AFTER_SSL
+        return b"S"
+
+    # (step, first byte) -> what reads it; anything else is a stranger
+    OPENERS: dict[tuple[str, int], Callable[[Prelude], Any]] = {}
+    for _step in (START, CLIENT, AFTER_GSS):
+        OPENERS[_step, 0x16] = _hello
+        OPENERS[_step, 0x00] = _postgres
+    OPENERS[AFTER_SSL, 0x16] = _hello
+    OPENERS[START, PROXY_V1[0]] = OPENERS[START, PROXY_V2[0]] = _proxy
+    del _step
+
+
+# (--proxy-protocol, is the peer in --proxy-from?) -> what becomes of a PROXY header
+PROXY_POLICY = {
+    ("off", False): "refuse", ("off", True): "refuse",
+    ("auto", False): "refuse", ("auto", True): "allow",
+    ("required", False): "close", ("required", True): "require",
+}
