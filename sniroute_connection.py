@@ -1,67 +1,78 @@
 """sniroute_connection: one client, from accept to close.
 
+    PRELUDE -> ROUTED -> (PARKED -> ROUTED ->) DIALING -> (GREETING ->) (UNANSWERED ->) OPEN -> (LINGERING ->) CLOSED
+
+      PRELUDE     the client says its name; one deadline from accept on, however many packets it takes
+      ROUTED      its target is known, and is dialled in the same turn of the loop
+      PARKED      it waits, with all that want the same: for its target, or for the last words of a tunnel that failed
+      DIALING     the connect is under way; over by the end of the turn where it succeeds at once, as on loopback
+      GREETING    PostgreSQL only: the backend was asked for TLS
+      UNANSWERED  a tunnel only: it took the hello, and has not said a byte.  If it fails now, the same bytes are sent
+                  again, once, and the client never notices: -> PARKED
+      OPEN        two flows pass bytes, until both sides have ended
+      LINGERING   after a refusal, or a backend's reset: the client may still read
+
+`on_prelude`, `dial` and `speak` are steps of a turn: the loop runs each of them for all connections that have come so
+far, then the next (see Loop.batch).  A connection never asks what kind its target is: its Backend is told what
+happens, and says what is to be done.
+
 Threads: the loop only.
+
+Seams: I want to ...
+    let a connection wait for something else     a queue in Deadlines, and `wait_in`
+    end a connection otherwise                   a word in ENDINGS of sniroute_log, and `close`
+    skip the prelude                             `route_to`, as a listener with one target does
 """
 
 from __future__ import annotations
 
-import time
 import contextlib
 import errno
-import ipaddress
 import logging
 import os
 import socket
-import struct
+import time
 from typing import TYPE_CHECKING
 
-from sniroute_flow import DONE, MESSAGE, NO_FLOW, READ_MAX, Flow
-from sniroute_loop import READ, WRITE
-from sniroute_refusals import NOTHING, TLS, Malformed, Refused, told, tunnel_refused
-from sniroute_routes import Backend, Decision
-from sniroute_wire import HELLO_WIRE_MAX, PROXY_WRITERS, SSL_REQUEST_BYTES, Hello, Prelude, ProxyHeader, whole_hello
+from sniroute_flow import DONE, MESSAGE, NO_FLOW, OPEN, READ_MAX, UNANSWERED, Flow
+from sniroute_log import BACKEND_CLOSED, BACKEND_RESET, CLIENT_CLOSED, CLIENT_LEFT, CLIENT_RESET
+from sniroute_loop import CAPACITY_PAUSE, READ, WRITE, Loop, Queue
+from sniroute_names import parse_ip
+from sniroute_refusals import NOTHING, TLS, Malformed, Refused, told
+from sniroute_routes import Backend, Decision, Retry, Unreachable
+from sniroute_wire import HELLO_WIRE_MAX, PROXY_WRITERS, SSL_REQUEST_BYTES, Hello, Prelude, ProxyHeader
 
 if TYPE_CHECKING:
-    from sniroute_router import Deadline, Peer, Router, Wait
+    from sniroute_router import Peer, Router, Wait
     from sniroute_tunnels import Child
 
 log = logging.getLogger("sniroute")
 monotonic = time.monotonic
-ACCEPT_PAUSE = 0.1  # when descriptors are short: an accept loop that spins burns a core
+
+# Limits, each with its reason.  Times in seconds.
 PRELUDES_MAX = 1024  # clients that have not said their name yet; over it the oldest goes
-LINGER = 0.5  # a refused client may read its alert this long before the close
+PARKS_MAX = 3  # times a connection may wait: its tunnel could be evicted as often as it comes up
 CONNECT_TIMEOUT = 5.0  # for each address of a backend
 GREETING_TIMEOUT = 20.0  # for a backend's answer to SSLRequest; a tunnel dials its far end meanwhile
 FIRST_BYTE_TIMEOUT = 20.0  # a tunnel without an answer to the hello by then does not work; the carrier gives up at 15
 WORDS_TIMEOUT = 0.05  # a tunnel has failed: its words are on their way from one process to another
-PARKS_MAX = 3  # times a connection may wait: its tunnel could be evicted as often as it comes up
-KEEPALIVE = (60, 15, 4)  # idle, interval, count: a dead peer is found in two minutes
+LINGER = 0.5  # a refused client may read its alert this long before the close
 
 PRELUDE, ROUTED, PARKED, DIALING, GREETING = "prelude", "routed", "parked", "dialing", "greeting"
-OPEN, LINGERING, CLOSED = "open", "lingering", "closed"
+LINGERING, CLOSED = "lingering", "closed"
+WAITING_FOR_BACKEND = (PARKED, DIALING, GREETING)  # states in which the client has nobody to talk to
+ABANDONED = (DIALING, GREETING, UNANSWERED)  # states in which a close leaves a backend that has not answered
 
-# errno values of accept() that mean "not now": pause, then go on.
-CAPACITY_ERRNOS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
-
-# errno values of send() and connect() that mean "the connect is not over"; the last is BSD's.
+# errno values of send() that mean "the connect is not over"; the last is BSD's.
 NOT_CONNECTED = frozenset((errno.EAGAIN, errno.EALREADY, errno.EINPROGRESS, errno.ENOTCONN))
 
 
-RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST
-
-# socket.SocketType is the class that socket.socket is written around, whatever the manual says.
-STREAM = int(socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0))  # born non-blocking: a call less
-
-
 class Connection:
-    """One client, from accept to close.  Loop only.
-
-    `on_prelude`, `dial` and `speak` are the steps of Router.serve_forever.
-    """
+    """One client.  Its two sockets are `up.source` (the client's) and `down.source` (the backend's); it closes both."""
 
     __slots__ = ("router", "client", "address", "peer", "state", "began", "prelude", "name", "decision", "backend",
-                 "greeting", "hello", "replayable", "retried", "tried", "parks", "wait", "up", "down", "deadline",
-                 "refusal", "reason", "failure", "carried", "quiet_since", "dialled", "header", "admitted")
+                 "greeting", "hello", "replayable", "retried", "parks", "wait", "up", "down", "queue", "refusal",
+                 "reason", "carried", "quiet_since", "dialled", "header", "admitted")
 
     def __init__(self, router: Router, client: socket.SocketType, address: tuple[str, int], peer: Peer):
         self.router = router
@@ -70,7 +81,7 @@ class Connection:
         self.peer = peer
         self.state = PRELUDE
         self.began = monotonic()
-        self.prelude: Prelude | None = None  # where its first bytes are not all of a hello
+        self.prelude: Prelude | None = None  # only where the first bytes are not all of a hello
         self.name: str | None = None
         self.decision: Decision | None = None
         self.backend: Backend | None = None
@@ -78,23 +89,37 @@ class Connection:
         self.greeting = b""  # what the backend is told first: PROXY header, SSLRequest
         self.dialled = 0.0  # when it last was
         self.admitted = False  # it counts among its route's
-        self.hello: bytes | None = None  # the ClientHello and what followed, until either side says more
+        self.hello: bytes | None = None  # the ClientHello and what followed, until a byte has passed either way
         self.replayable = False  # `hello` is all the client has said: it can be sent again
         self.retried = False
-        self.tried = 0  # addresses of the backend
         self.parks = 0
         self.wait: Wait | None = None
-        self.up = router.flow(self)
-        self.down = router.flow(self)
+        self.up: Flow = router.pipes.flow(self, router.pipes)
+        self.down: Flow = router.pipes.flow(self, router.pipes)
         self.up.twin, self.down.twin = self.down, self.up
         self.up.source, self.up.fd = client, client.fileno()
-        self.deadline: Deadline | None = None  # the queue it stands in
+        self.queue: Queue | None = None  # the deadline that it stands in
         self.refusal: Refused | None = None
         self.reason = ""  # why it ends, while it lingers
         self.carried = 0  # bytes at the last sweep
         self.quiet_since = self.began
         router.connections.add(self)
         peer.count += 1
+
+    # -- deadlines
+
+    def wait_in(self, queue: Queue) -> None:
+        """Stand in the queue of a deadline, and in no other."""
+        if self.queue is not None:
+            self.queue.drop(self)
+        self.queue = queue
+        queue.put(self)
+
+    def leave_queue(self) -> None:
+        """Have no deadline."""
+        if self.queue is not None:
+            self.queue.drop(self)
+            self.queue = None
 
     # -- the prelude
 
@@ -105,7 +130,6 @@ class Connection:
         """
         if self.state is not PRELUDE:
             return
-        router = self.router
         verdict = None
         try:
             data = os.read(self.up.fd, MESSAGE)
@@ -123,23 +147,23 @@ class Connection:
             self.refuse(Refused("truncated", "the client reset the connection"))
             return
         if isinstance(verdict, Hello):
-            self.route(verdict)
+            self._route(verdict)
         elif not self.up.watched:
-            router.arm(self, router.prelude_deadline)
+            self.wait_in(self.router.deadlines.prelude)
             self.up.watch(READ, self.on_prelude)
-            if len(router.prelude_deadline.entries) > PRELUDES_MAX:
-                router.shed()
+            if len(self.router.deadlines.prelude.due) > PRELUDES_MAX:
+                self.router.shed()
 
     def _parse(self, data: bytes) -> Hello | bytes | None:
         """See Prelude.feed, which does this where the first bytes are not all of a hello."""
         if self.prelude is None:
             if self.peer.policy != "require":
                 self.hello = data  # before it is parsed: an alert for a broken one has its version
-                hello = whole_hello(data)
+                hello = self.router.hellos.find(data)
                 if hello is not None:
                     return hello
                 self.hello = None
-            self.prelude = Prelude(self.peer.policy, self.peer.local)
+            self.prelude = Prelude(self.peer.policy, self.peer.local, self.router.hellos)
         return self.prelude.feed(data)
 
     def _answer(self, answer: bytes) -> None:
@@ -154,7 +178,7 @@ class Connection:
         with contextlib.suppress(OSError):  # likewise
             self.client.send(answer)
 
-    def route(self, hello: Hello) -> None:
+    def _route(self, hello: Hello) -> None:
         """The name is known: decide where it leads, and go there."""
         router = self.router
         self.name = hello.name
@@ -162,23 +186,30 @@ class Connection:
             log.debug("%s:%d says hello: name %s, ALPN %s, %d bytes", *self.address, hello.name, hello.alpn, hello.end)
         try:
             if self.prelude is not None:
-                self._adopt()
+                self._take_prelude(self.prelude)
             self.replayable = hello.end == len(self.hello)
-            self.decision = decision = router.decide(hello.name)
-            if not decision.plain:
-                self._admit(decision)
-            self.admitted = True
-            decision.tally.active += 1
+            self._admit(router.decide(hello.name))
         except Refused as error:
             self.refuse(error)
             return
-        if self.deadline is not None:
-            router.disarm(self)
+        if self.queue is not None:
+            self.leave_queue()
         self.go_on()
 
-    def _adopt(self) -> None:
+    def route_to(self, decision: Decision) -> None:
+        """Go where the listener leads, and read nothing of the client first."""
+        self.hello = b""
+        self.replayable = True
+        try:
+            self._admit(decision)
+        except Refused as error:
+            self.refuse(error)
+            return
+        self.go_on()
+
+    def _take_prelude(self, prelude: Prelude) -> None:
         """Take over what the prelude has found out.  Raises Refused."""
-        prelude, self.prelude = self.prelude, None
+        self.prelude = None
         self.hello = bytes(prelude.data)
         self.greeting = prelude.header + SSL_REQUEST_BYTES if prelude.ssl else prelude.header
         self.header = header = prelude.source
@@ -186,17 +217,24 @@ class Connection:
             return
         self.address = (str(header.source), header.port)
         self.peer.count -= 1
-        self.peer = self.router.peer_of(self.address[0])
+        self.peer = self.router.peers.find(self.address[0])
         self.peer.count += 1
         if self.peer.count > self.router.max_per_client and not self.peer.exempt:
             raise Refused("client_limit", f"{self.peer.key} has {self.peer.count - 1} connections")
 
     def _admit(self, decision: Decision) -> None:
+        """Count among the connections of the route, where its options let the client in.  Raises Refused."""
+        self.decision = decision
+        if not decision.plain:
+            self._obey_route(decision)
+        self.admitted = True
+        decision.tally.active += 1
+
+    def _obey_route(self, decision: Decision) -> None:
         """Do what the route asks for beside its target.  Raises Refused."""
-        route, host = decision.route, self.address[0].partition("%")[0]
+        route = decision.route
         if route.allow is not None:
-            address = ipaddress.ip_address(host)
-            address = getattr(address, "ipv4_mapped", None) or address
+            address = parse_ip(self.address[0])
             if not any(address in network for network in route.allow):
                 raise Refused("not_allowed", f"{route.pattern} does not allow {address}")
         if route.max_connections is not None and decision.tally.active >= route.max_connections:
@@ -219,18 +257,22 @@ class Connection:
         self.router.to_dial.append(self)
 
     def dial(self) -> None:
-        """Connect to the backend, or wait until it can be."""
+        """Connect to the backend, or wait until that can be done."""
         if self.state is not ROUTED:
             return  # something in this turn has ended it
-        self.tried = 0
-        self.backend = self.decision.scheme.ready(self.router, self.decision)
+        decision = self.decision
+        try:
+            self.backend = decision.scheme.ready(self.router.targets, decision)
+        except Refused as error:
+            self.refuse(error)
+            return
         if self.backend is None:
             self.park(None)
         else:
-            self._connect()
+            self._connect("")
 
     def park(self, doubted: Child | None) -> None:
-        """Wait, with all who want the same, until the target is ready."""
+        """Wait, with all that want the same, until the target is ready."""
         self.parks += 1
         if self.parks > PARKS_MAX:
             self.refuse(Refused("tunnel_failed", f"{self.decision.target} was ready {PARKS_MAX} times, "
@@ -238,27 +280,18 @@ class Connection:
             return
         self.state = PARKED
         self.up.watch(READ, self.on_waiting)
-        self.router.arm(self, self.router.parked_deadline)
-        self.router.join_wait(self, doubted)
+        self.wait_in(self.router.deadlines.parked)
+        self.router.waits.join(self, doubted)
 
     def resume(self) -> None:
-        """Go on after a wait."""
-        self._leave_wait()
-        self.router.disarm(self)
+        """The target may be ready: go on."""
+        self.router.waits.leave(self)
+        self.leave_queue()
         self.go_on()
-
-    def _leave_wait(self) -> None:
-        """Wait no more: whatever becomes of the target, it is not for this connection."""
-        wait, self.wait = self.wait, None
-        if wait is not None:
-            del wait.connections[self]
-            if not wait.connections and not wait.number:
-                del self.router.waits[wait.decision.key]  # it waited for a thread, for nobody now
-                self.router.queued_waits.remove(wait)
 
     def on_waiting(self, mask: int) -> None:
         """The client says more, or leaves, while it waits for the backend."""
-        if self.state not in (PARKED, DIALING, GREETING):
+        if self.state not in WAITING_FOR_BACKEND:
             return
         if len(self.hello) >= HELLO_WIRE_MAX:
             self.up.watch(0)  # enough: the rest waits in the kernel
@@ -273,36 +306,23 @@ class Connection:
             self.hello += data
             self.replayable = False
         else:
-            self.close("client_left")
+            self.close(CLIENT_LEFT)
 
-    def _connect(self) -> None:
-        """Connect to the next address that does not refuse at once; `speak` sees what becomes of it."""
+    def _connect(self, why: str) -> None:
+        """Connect to the next address; `why` is what became of the one before.  `speak` sees what becomes of it."""
         self.dialled = monotonic()
-        error = errno.EHOSTUNREACH
-        for family, address in self.backend.addresses[self.tried:]:
-            self.tried += 1
-            try:
-                server = socket.SocketType(family, STREAM)
-            except OSError as failure:
-                error = failure.errno
-                if error in CAPACITY_ERRNOS:  # our own trouble: neither the backend's fault nor its tunnel's
-                    self.router.pause(failure.strerror, monotonic() + ACCEPT_PAUSE)
-                    self.refuse(Refused("busy", failure.strerror))
-                    return
-                continue  # no IPv6 here
-            if STREAM == socket.SOCK_STREAM:
-                server.setblocking(False)
-            server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if not self.backend.local:
-                keep_alive(server)
-            self.down.source, self.down.fd = server, server.fileno()
-            error = server.connect_ex(address)
-            if error in (0, errno.EINPROGRESS):
-                self.state = DIALING
-                self.router.to_speak.append(self)
-                return
-            self._hang_up()
-        self._unreachable(os.strerror(error))
+        try:
+            server = self.backend.open(why)
+        except Unreachable as error:
+            self._backend_failed(str(error))
+            return
+        except OSError as error:  # our own trouble: neither the backend's fault nor its tunnel's
+            self.router.pause(error.strerror, monotonic() + CAPACITY_PAUSE)
+            self.refuse(Refused("busy", error.strerror))
+            return
+        self.down.source, self.down.fd = server, server.fileno()
+        self.state = DIALING
+        self.router.to_speak.append(self)
 
     def speak(self, mask: int = WRITE) -> None:
         """Say what the client said, once the connect is over: loopback's is by the end of the turn.
@@ -315,14 +335,15 @@ class Connection:
         asks = self.greeting.endswith(SSL_REQUEST_BYTES)
         said = self.greeting if asks else self.greeting + self.hello
         try:
-            if self.backend.child is not None and not self.backend.intact(server):
-                self.retry("its process ended")
-                return
+            self.backend.connected(server)
             sent = server.send(said)
+        except Unreachable as error:
+            self._backend_failed(str(error))
+            return
         except OSError as error:
             watched = self.down.watched
             if not watched and error.errno in NOT_CONNECTED:
-                self.router.arm(self, self.router.connect_deadline)
+                self.wait_in(self.router.deadlines.connect)
                 self.up.watch(READ, self.on_waiting)
                 self.down.watch(WRITE, self.speak)
             elif not watched or not isinstance(error, BlockingIOError):
@@ -330,28 +351,19 @@ class Connection:
             return
         if asks:  # a few bytes into an empty buffer: it took them all
             self.state = GREETING
-            self.router.arm(self, self.router.greeting_deadline)
+            self.wait_in(self.router.deadlines.greeting)
             self.up.watch(READ, self.on_waiting)
             self.down.watch(READ, self.on_greeting)
         else:
             self._open(said, sent)
 
     def on_connect_timeout(self) -> None:
+        """No address may take longer than that."""
         self._connect_next("no answer to the connect")
 
     def _connect_next(self, why: str) -> None:
         self._hang_up()
-        if self.tried < len(self.backend.addresses):
-            self._connect()
-        else:
-            self._unreachable(why)
-
-    def _unreachable(self, why: str) -> None:
-        if self.backend.tunnel is not None:
-            self.retry(why)
-            return
-        self.router.resolved.pop(self.decision.key, None)  # perhaps it has moved
-        self.refuse(Refused("backend", f"{self.decision.target}: {why}"))
+        self._connect(why)
 
     def on_greeting(self, mask: int) -> None:
         """The backend's answer to SSLRequest: exactly one `S`, or this is no place for a hello."""
@@ -360,7 +372,7 @@ class Connection:
         try:
             answer = self.down.source.recv(64)
             if not answer:
-                self._unanswered("it closed the connection without an answer to SSLRequest")
+                self._backend_failed("it closed the connection without an answer to SSLRequest")
             elif answer == b"S":
                 self._open(self.hello, self.down.source.send(self.hello))
             else:
@@ -369,54 +381,81 @@ class Connection:
         except BlockingIOError:
             pass
         except OSError as error:
-            self._unanswered(error.strerror)
+            self._backend_failed(error.strerror)
 
     def on_greeting_timeout(self) -> None:
-        self._unanswered("no answer to SSLRequest")
-
-    def _unanswered(self, why: str) -> None:
-        """The backend failed before the client had a byte of it."""
-        if self.backend.tunnel is not None:
-            self.retry(why)
-        else:
-            self.refuse(Refused("backend", f"{self.decision.target}: {why}"))
+        """No backend may think about TLS longer than that."""
+        self._backend_failed("no answer to SSLRequest")
 
     def _open(self, said: bytes, sent: int) -> None:
-        """Pump: the backend has `sent` bytes of what the client said."""
+        """Pass bytes: the backend has `sent` bytes of what the client `said`."""
         up, down = self.up, self.down
-        self.state = up.state = down.state = OPEN
         up.total += len(said) if not self.retried else 0
-        up.watch(READ, up.pump)
-        down.watch(READ, down.pump)
-        if self.backend.tunnel is not None:
-            self.router.arm(self, self.router.first_byte_deadline)
-        else:
+        up.state = down.state = OPEN
+        if self.backend.proven_by_connect:
+            self.state = OPEN
             self.hello = None
-            if self.deadline is not None:
-                self.router.disarm(self)
+            if self.queue is not None:
+                self.leave_queue()
+        else:
+            self.state = UNANSWERED
+            self.wait_in(self.router.deadlines.first_byte)
+        up.watch(READ, up.mover())
+        down.watch(READ, down.mover())
         if sent != len(said):
-            self.up.hold(memoryview(said)[sent:])
+            up.hold(memoryview(said)[sent:])
 
-    # -- open
+    def on_first_byte_timeout(self) -> None:
+        """The tunnel took the hello and is silent: say it once more; `TunnelTable.wait` looks at the process."""
+        self._backend_failed(f"no answer within {FIRST_BYTE_TIMEOUT:g} s")
 
-    def spoke(self, flow: Flow) -> None:
+    # -- a backend that failed before the client had a byte of it
+
+    def _backend_failed(self, why: str) -> None:
+        """Ask the backend what that means, and do it."""
+        verdict = self.backend.failed(why, self.down.source, self.retried or not self.replayable)
+        self._drop_backend()
+        self._obey_backend(verdict)
+
+    def on_words(self) -> None:
+        """Its words have had their time: ask again."""
+        self._obey_backend(self.backend.failed("", None, self.retried or not self.replayable))
+
+    def _obey_backend(self, verdict: Retry | Refused | None) -> None:
+        if verdict is None:
+            self.state = PARKED
+            self.up.watch(READ, self.on_waiting)
+            self.wait_in(self.router.deadlines.words)
+        elif isinstance(verdict, Refused):
+            self.refuse(verdict)
+        else:
+            self.retried = True
+            self.router.counters["retries"] += 1
+            self.park(verdict.doubted)
+
+    # -- what the flows meet
+
+    def answered(self, flow: Flow) -> None:
         """The first byte behind the hello, either way: from here on nothing can be sent again."""
         self.hello = None
+        self.state = OPEN
+        self.leave_queue()
         if flow is self.down:
-            self.router.disarm(self)
-            self.backend.child.proven = True
+            self.backend.answered()
+        self.up.install()
+        self.down.install()
 
     def ended(self, flow: Flow) -> None:
         """The source has ended: pass that on behind its last byte."""
-        if self.hello is not None:
+        if self.state is UNANSWERED:
             if flow is self.up:
-                self.close("client_left")  # nobody ends TLS in the middle of its handshake, and stays
+                self.close(CLIENT_LEFT)  # nobody ends TLS in the middle of its handshake, and stays
             else:
-                self._unanswered("it closed the connection without a byte")
+                self._backend_failed("it closed the connection without a byte")
             return
         flow.state = DONE
         if flow.twin.state is DONE:
-            self.close("backend_closed" if flow is self.up else "client_closed")  # who was first
+            self.close(BACKEND_CLOSED if flow is self.up else CLIENT_CLOSED)  # whoever was first
             return
         self.router.to_end.append(flow.twin.source)
         flow.rewatch()
@@ -424,81 +463,59 @@ class Connection:
     def failed(self, flow: Flow, error: OSError) -> None:
         """The source is gone.  What it sent before is with the sink, and stays there."""
         if flow is self.up:
-            self.close("client_reset")
-        elif self.hello is not None:
-            self._unanswered(error.strerror)
+            self.close(CLIENT_RESET)
+        elif self.state is UNANSWERED:
+            self._backend_failed(error.strerror)
         else:
-            self._linger(b"", "backend_reset")
+            self._linger(b"", BACKEND_RESET)
 
     def broken(self, flow: Flow) -> None:
         """The sink takes no more.  What it sent is still to be read by the other flow."""
         flow.discard()
         if flow.twin.state is DONE:
-            self.close("client_reset" if flow is self.down else "backend_reset")
+            self.close(CLIENT_RESET if flow is self.down else BACKEND_RESET)
             return
         flow.rewatch()
         flow.twin.rewatch()
 
-    def on_first_byte_timeout(self) -> None:
-        """The tunnel took the hello and is silent: say it once more; `TunnelTable.wait` looks at the process."""
-        if self.hello is not None:
-            self._unanswered(f"no answer within {FIRST_BYTE_TIMEOUT:g} s")
-
     # -- the end
 
-    def retry(self, why: str) -> None:
-        """A tunnel failed before the client had a byte: hear what its program says of that."""
-        child, port = self.backend.child, 0
-        if self.down.source is not None:
-            with contextlib.suppress(OSError):  # it was reset
-                port = self.down.source.getsockname()[1]
-        self.failure = child, port, why  # for on_words
-        self._drop_backend()
-        last = self.retried or not self.replayable
-        if self.router.tunnels.words(child, self.dialled, port).text or not last and not child.names_clients:
-            self.on_words()
-        else:
-            self.state = PARKED
-            self.up.watch(READ, self.on_waiting)
-            self.router.arm(self, self.router.words_deadline)
-
-    def on_words(self) -> None:
-        """Once, and where that may help, send the same bytes again; else refuse, with the reason."""
-        child, port, why = self.failure
-        reason = self.router.tunnels.words(child, self.dialled, port)
-        if self.retried or not self.replayable or reason.final:
-            self.refuse(tunnel_refused(reason.kind, f"{self.decision.target}: {reason.text or why}"))
-            return
-        self.retried = True
-        self.router.counters["retries"] += 1
-        self.park(None if reason.text and child.names_clients else child)  # what says why is not to be doubted
-
     def _hang_up(self) -> None:
-        """Let go of the connection to the backend."""
-        if self.down.source is not None:
-            if self.down.watched:
-                self.router.poller.closing(self.down.fd)
-                self.down.watched = 0
-            self.down.source.close()
-            self.down.source = None
+        """Close the connection to the backend."""
+        down = self.down
+        if down.source is not None:
+            if down.watched:
+                self.router.loop.poller.closing(down.fd)
+                down.watched = 0
+            down.source.close()
+            down.source = None
 
     def _drop_backend(self) -> None:
-        """Let go of the backend, its lease included."""
-        for flow in (self.up, self.down):
-            flow.discard()
+        """Close the connection to the backend, and give its lease back; the backend may still be asked why it failed."""
+        self.up.discard()
+        self.down.discard()
         self._hang_up()
-        if self.backend is not None and self.backend.tunnel is not None:
-            self.router.tunnels.release(self.backend.tunnel, self.decision.route.idle)
-        self.backend = None
+        if self.backend is not None:
+            self.backend.release()
+
+    def on_prelude_timeout(self) -> None:
+        """Its one deadline has come, and the client has not said its name."""
+        self.refuse(Refused("prelude_timeout", "the client did not say its name in time"))
+
+    def on_parked_timeout(self) -> None:
+        """The thread that waits for the target should have given up by now: a resolver may hang in it."""
+        decision = self.decision
+        self.refuse(Refused("tunnel_timeout",
+                            f"{decision.target}: waited too long for {decision.scheme.waits_on}"))
 
     def refuse(self, error: Refused) -> None:
         """Turn a Refused into bytes, a log line and a counter: all refusals end here."""
         self.refusal = error
-        self._leave_wait()
+        self.router.waits.leave(self)
         speaks, minor = NOTHING, 0
         if self.prelude is not None:
             speaks, minor = self.prelude.language()
-        elif self.hello is not None:
+        elif self.hello:
             speaks, minor = TLS, self.hello[2]
         farewell = told(error, speaks, minor)
         if farewell:
@@ -518,7 +535,7 @@ class Connection:
         except OSError:
             self.close(reason)
             return
-        self.router.arm(self, self.router.linger_deadline)
+        self.wait_in(self.router.deadlines.linger)
         self.up.watch(READ, self.on_linger)
 
     def on_linger(self, mask: int) -> None:
@@ -534,48 +551,47 @@ class Connection:
             pass
         self.close(self.reason)
 
+    def on_linger_timeout(self) -> None:
+        """The client had its moment."""
+        self.close(self.reason)
+
     def close(self, reason: str) -> None:
-        """Let go of everything, once, and write the one line."""
-        if self.state is CLOSED:
+        """Give everything back, once, and write the one line."""
+        state = self.state
+        if state is CLOSED:
             return
-        router = self.router
-        backend = self.backend
         self.state = CLOSED
-        if self.deadline is not None:
-            router.disarm(self)
+        router = self.router
+        self.leave_queue()
         if self.wait is not None:
-            self._leave_wait()
+            router.waits.leave(self)
         up, down = self.up, self.down
-        if up.pending is not None or down.pending is not None:
-            up.discard()
-            down.discard()
-        up.state = down.state = DONE
+        if state in ABANDONED and down.source is not None:
+            self.backend.abandon(down.source)
         if up.watched:
-            router.poller.closing(up.fd)
+            router.loop.poller.closing(up.fd)
         self.client.close()
-        if down.source is not None:  # from here on _drop_backend, unrolled: every connection passes here
-            if down.watched:
-                router.poller.closing(down.fd)
-            if self.hello is not None and backend.tunnel is not None:
-                # A tunnel that still dials learns by a reset that it does so for nobody.
-                with contextlib.suppress(OSError):
-                    down.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-            down.source.close()
-        if backend is not None and backend.tunnel is not None:
-            router.tunnels.release(backend.tunnel, self.decision.route.idle)
+        self._drop_backend()
         up.twin = down.twin = NO_FLOW  # no cycles: nothing is left to the collector
         up.connection = down.connection = self.up = self.down = None
         self.peer.count -= 1
         router.closed(self, reason, up.total, down.total)
 
 
-def keep_alive(sock: socket.SocketType) -> None:
-    """Find a peer that is gone.  While data is under way the kernel's tcp_retries2 does, in 15 minutes.
+class Deadlines:
+    """The queues in which connections stand, one for each thing that they may wait for.  Loop only."""
 
-    Before you add TCP_USER_TIMEOUT: measured, it also ends a client that is alive and does not read
-    for that long (`psql ... | less`), though it acknowledges every probe of its closed window.
-    """
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), KEEPALIVE, strict=True):
-        if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    def __init__(self, loop: Loop, prelude_timeout: float, start_timeout: float):
+        self.prelude = loop.queue(prelude_timeout, Connection.on_prelude_timeout)
+        self.parked = loop.queue(0.0, Connection.on_parked_timeout)
+        self.connect = loop.queue(CONNECT_TIMEOUT, Connection.on_connect_timeout)
+        self.greeting = loop.queue(GREETING_TIMEOUT, Connection.on_greeting_timeout)
+        self.first_byte = loop.queue(FIRST_BYTE_TIMEOUT, Connection.on_first_byte_timeout)
+        self.words = loop.queue(WORDS_TIMEOUT, Connection.on_words)
+        self.linger = loop.queue(LINGER, Connection.on_linger_timeout)
+        self.adopt(prelude_timeout, start_timeout)
+
+    def adopt(self, prelude_timeout: float, start_timeout: float) -> None:
+        """Use other times, in seconds; connections already queued keep their old deadline."""
+        self.prelude.seconds = prelude_timeout
+        self.parked.seconds = start_timeout + 1  # the thread that waits is the first to say so

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import logging
 import contextlib
 import errno
 import functools
 import gc
 import io
+import logging
 import os
 import selectors
 import signal
@@ -17,16 +17,15 @@ import struct
 import sys
 import threading
 import time
-import types
 from typing import Any, Iterable, Sequence
 
-from sniroute_connection import ACCEPT_PAUSE, CAPACITY_ERRNOS
 from sniroute_log import Journal
-from sniroute_names import show_address
+from sniroute_loop import CAPACITY_ERRNOS, CAPACITY_PAUSE, NEVER, WakePipe
+from sniroute_names import printable, show_address
 from sniroute_refusals import SettingsError
-from sniroute_router import DRAINING, Router, listen_addresses
-from sniroute_settings import raise_descriptor_limit, warn
-from sniroute_tunnels import TunnelTable, printable
+from sniroute_router import DRAINING, Hooks, Router, listen_addresses
+from sniroute_settings import Settings, raise_descriptor_limit, warn
+from sniroute_tunnels import TunnelTable
 
 log = logging.getLogger("sniroute")
 monotonic = time.monotonic
@@ -37,10 +36,11 @@ STOP_TIME = 20.0  # what the end takes at most, once all has drained: TERM, KILL
 LISTEN_FDS_START = 3  # sd_listen_fds(3)
 HANDOVER_TIMEOUT = 5.0  # for all that predecessors have, and for a last word: all of them are on this host
 OFFER_AGAIN = 5.0  # between two tries to get a name that another process has
+DUMP_MAX = 200  # connections, and tunnels, in a dump
 HANDOVER_MAX = 253  # sockets in one message: the kernel's SCM_MAX_FD; an address needs two
 
 
-def serve(settings: types.SimpleNamespace) -> int:
+def serve(settings: Settings) -> int:
     """`sniroute serve`: run until a signal ends it.  The exit code."""
     raise_descriptor_limit()
     # Not sys.stderr: Python flushes that at its exit, and hangs or fails there if nobody reads it.
@@ -56,6 +56,15 @@ def serve(settings: types.SimpleNamespace) -> int:
         journal.stop()
         for number in SIGNALS:  # until now they were blocked; the interpreter sets the default again at its end
             signal.signal(number, signal.SIG_IGN)
+
+
+def tune_interpreter() -> None:
+    """Ask for what an interpreter has: not every one is CPython."""
+    # `freeze`: what is here now lives as long as the process, so the collector need not look at it again.
+    for module, name, values in ((sys, "setswitchinterval", (SWITCH_INTERVAL,)),
+                                 (gc, "set_threshold", (GC_THRESHOLD,)), (gc, "freeze", ())):
+        if hasattr(module, name):
+            getattr(module, name)(*values)
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -98,6 +107,8 @@ class Supervisor:
 
     def beat(self, router: Router) -> float:
         """The loop lives: it says so itself.  Returns the seconds until it has to again."""
+        if self.socket is None:
+            return NEVER
         lines = ["WATCHDOG=1"] if self.watchdog else []
         if router.phase is DRAINING:
             lines.append(f"EXTEND_TIMEOUT_USEC={int(1e6 * (2 * self.every + STOP_TIME))}")
@@ -198,7 +209,7 @@ class Handover:
         """Ask who has one address, and add what of all that it has is wanted.  Raises OSError."""
         while True:
             channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            channel.settimeout(max(deadline - monotonic(), ACCEPT_PAUSE))  # whoever is asked last has a moment, too
+            channel.settimeout(max(deadline - monotonic(), CAPACITY_PAUSE))  # whoever is asked last has a moment, too
             try:
                 channel.connect(self.name(address))
                 if not self.is_ours(channel):
@@ -217,7 +228,7 @@ class Handover:
             channel.close()
             if monotonic() > deadline:
                 raise TimeoutError(errno.ETIMEDOUT, "who has its name says nothing")
-            time.sleep(ACCEPT_PAUSE)
+            time.sleep(CAPACITY_PAUSE)
         self.predecessors.append(channel)
         names = {self.name(each).encode(): each for each in wanted}
         for fd in fds:
@@ -264,7 +275,7 @@ class Handover:
             channel, _ = name.accept()
         except OSError as error:
             if error.errno in CAPACITY_ERRNOS:
-                time.sleep(ACCEPT_PAUSE)  # it is still there: do not spin
+                time.sleep(CAPACITY_PAUSE)  # it is still there: do not spin
             return None
         channel.settimeout(HANDOVER_TIMEOUT)
         if self.is_ours(channel):
@@ -302,7 +313,7 @@ class Daemon:
     Signals arrive as bytes in a pipe: a handler that did more could meet a lock that this thread holds.
     """
 
-    def __init__(self, settings: types.SimpleNamespace, journal: Journal):
+    def __init__(self, settings: Settings, journal: Journal):
         self.settings = settings
         self.journal = journal
         self.supervisor = Supervisor(dict(os.environ))
@@ -316,12 +327,11 @@ class Daemon:
         self.failed = False
         self.reloading = threading.Lock()  # one at a time: the admin's threads reload, too
         self.selector = selectors.DefaultSelector()
-        self.reader, self.writer = os.pipe()
-        os.set_blocking(self.writer, False)
-        self.selector.register(self.reader, selectors.EVENT_READ, self._on_signals)
+        self.pipe = WakePipe()
+        self.selector.register(self.pipe.reader, selectors.EVENT_READ, self._on_signals)
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self.pipe.writer, warn_on_full_buffer=False)
         self.tunnels = TunnelTable(settings.launchers, settings.ports, idle=settings.idle,
                                    start_timeout=settings.start_timeout, max_tunnels=settings.max_tunnels,
                                    max_starting=settings.max_starting)
@@ -357,12 +367,8 @@ class Daemon:
                 raise SettingsError(f"--listen: {len(addresses)} addresses, and only {HANDOVER_MAX // 2} can be handed "
                                     "over to a successor: name fewer, or all of them as :PORT")
             inherited = self.handover.take(addresses)
-        self.router = router = Router(settings, self.tunnels, inherited, activated)
-        router.journal = self.journal.emit
-        router.reload = self.reload
-        if self.supervisor.socket is not None:
-            router.beat = functools.partial(self.supervisor.beat, router)
-            router.next_beat = router.next_check = 0.0
+        hooks = Hooks(self.journal.emit, self.supervisor.beat, self.reload)
+        self.router = router = Router(settings, self.tunnels, hooks, inherited, activated)
         with_admin = settings.admin is not None or bool(sockets["admin"])
         if with_admin:
             try:
@@ -371,9 +377,7 @@ class Daemon:
                 raise SettingsError(f"--admin: sniroute_admin.py: {error}") from None
         self.tunnels.start()
         warn(settings)
-        sys.setswitchinterval(SWITCH_INTERVAL)
-        gc.set_threshold(GC_THRESHOLD)
-        gc.freeze()  # what is here now lives as long as the process: never look at it again
+        tune_interpreter()
         self.thread = threading.Thread(target=self._loop, name="loop", daemon=True)
         self.thread.start()
         for listener in router.listeners:
@@ -383,7 +387,7 @@ class Daemon:
             log.info("another sniroute listened there: it drains, and ends")
         if activated:
             log.info("systemd holds the sockets: --listen is not used")
-        self.unnamed = [] if activated else router.listening
+        self.unnamed = [] if activated else router.targets.own
         self._offer()
         if self.unnamed:
             log.warning("no successor can take over for now: another process has the name for %s",
@@ -413,8 +417,7 @@ class Daemon:
             self.failed = True
         finally:
             self.tunnels.close()  # here, so that the main thread hears a second signal meanwhile
-            with contextlib.suppress(OSError):
-                os.write(self.writer, b"\0")
+            self.pipe.wake()
 
     def _on_signals(self, reader: int) -> None:
         numbers = os.read(reader, 64)
@@ -422,7 +425,7 @@ class Daemon:
             if number in (signal.SIGTERM, signal.SIGINT):
                 self.stop()
             elif number == signal.SIGUSR1:
-                self.router.call(self.router.dump)
+                self.router.call(functools.partial(dump, self.router))
         if signal.SIGHUP in numbers:  # last, and once: it may take a while
             self.reload()
         if 0 in numbers:  # from `_loop`: all that is left of that thread is its end
@@ -508,7 +511,7 @@ class Daemon:
             self.supervisor.ready(self.router)
             return faults
 
-    def _adopt(self, settings: types.SimpleNamespace) -> None:
+    def _adopt(self, settings: Settings) -> None:
         self.settings = settings
         log.setLevel(settings.log_level.upper())
         for line in settings.kept:
@@ -541,5 +544,21 @@ class Daemon:
         signal.set_wakeup_fd(-1)
         self.supervisor.close()
         self.selector.close()
-        os.close(self.reader)
-        os.close(self.writer)
+        self.pipe.close()
+
+def dump(router: Router) -> None:
+    """Log what there is, at most DUMP_MAX of a kind and whatever --log-level: somebody asked for it.  The loop."""
+    level = max(logging.INFO, log.level)
+    log.log(level, "counters: %s", dict(sorted({**router.counters, **dict(router.tunnels.counters)}.items())))
+    tunnels = [*router.tunnels.snapshot(), *router.tunnels.failed()]
+    for view in tunnels[:DUMP_MAX]:
+        log.log(level, "tunnel %s: %s for %.0f s, %d connections, port %d, pid %d%s", view.key, view.state,
+                view.age, view.leases, view.port, view.pid, f": {view.words}" if view.words else "")
+    now = monotonic()
+    for connection in list(router.connections)[:DUMP_MAX]:
+        log.log(level, "connection %s: %s for %.1f s, name %s, %d bytes up, %d down",
+                show_address(connection.address), connection.state, now - connection.began, connection.name,
+                connection.up.total, connection.down.total)
+    for what, count in (("tunnels", len(tunnels)), ("connections", len(router.connections))):
+        if count > DUMP_MAX:
+            log.log(level, "and %d %s more", count - DUMP_MAX, what)

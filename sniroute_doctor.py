@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 import contextlib
 import json
 import logging
@@ -16,17 +15,17 @@ import struct
 import subprocess
 import sys
 import threading
-import types
+import time
 from typing import Any, Callable
 
 from sniroute_flow import READ_MAX
-from sniroute_names import normalise
+from sniroute_names import normalise, printable
 from sniroute_refusals import (DECODE_ERROR, POSTGRES, REFUSALS, UNRECOGNIZED_NAME, Refused, tls_alert, told,
                                tunnel_refused)
 from sniroute_router import Router
 from sniroute_routes import Route
-from sniroute_settings import ROUTE_OPTIONS, load_settings, warn
-from sniroute_tunnels import Launcher, Reason, TunnelError, TunnelTable, printable
+from sniroute_settings import ROUTE_OPTIONS, Settings, load_settings, warn
+from sniroute_tunnels import Launcher, Reason, TunnelError, TunnelTable
 from sniroute_wire import GSSENC_REQUEST, HELLO_MAX, RECORD_MAX, SSL_REQUEST_BYTES, STARTUP, proxy_v1, proxy_v2
 
 log = logging.getLogger("sniroute")
@@ -50,7 +49,7 @@ def show_route(route: Route) -> str:
     return f"{route} ({'; '.join(options)})" if options else str(route)
 
 
-def check(settings: types.SimpleNamespace) -> int:
+def check(settings: Settings) -> int:
     """`sniroute check`: the settings are valid, or we would not be here.  The routes, as they are matched."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("sniroute: %(message)s"))
@@ -62,7 +61,7 @@ def check(settings: types.SimpleNamespace) -> int:
     return 0
 
 
-def explain(settings: types.SimpleNamespace) -> int:
+def explain(settings: Settings) -> int:
     """`sniroute explain NAME`: 0 where a route fits the name, 1 where it would be refused.
 
     Where the carrier would serve it, the far end is tried, once.  Where a router runs with an admin address,
@@ -357,7 +356,7 @@ SELF_TESTS: tuple[tuple[str, Callable[[SelfTest], None]], ...] = (
 )
 
 
-def selftest(settings: types.SimpleNamespace) -> int:
+def selftest(settings: Settings) -> int:
     """`sniroute selftest`: the real router against its hard cases, on loopback.  0 where all went well, else 1."""
     log.addHandler(logging.NullHandler())
     log.propagate = False

@@ -1,71 +1,92 @@
 """sniroute_flow: bytes one way, from a socket to its twin's, with backpressure and half-close.
 
-       client socket                                     backend socket
-          source  ---- Flow `up`:   read, write ----->      sink
-          sink   <---- Flow `down`: write, read ------     source
+       client socket                                      backend socket
+          source  -----> Flow `up`   : read, write ----->     sink
+          sink    <----- Flow `down` : write, read <-----     source
 
-    small reads --> copied through a bytes object (`pump`)
-    full reads  --> moved inside the kernel through one pipe that all flows share (splice(2))
+    small reads --> copied through a bytes object (Flow.pump); the size of a read follows the traffic
+    full reads  --> moved inside the kernel (splice(2)) through one pipe that all flows share: Pipes
 
-A Flow tells its connection what it meets: `ended` (the source has ended), `failed` (the source is gone),
-`broken` (the sink takes no more), and the first byte of each side.
+A connection has two flows, each other's twin: one's source is the other's sink.  A flow tells its connection
+what it meets: `answered` (the first byte of a backend that has proven nothing yet), `ended` (the source has
+ended), `failed` (the source is gone), `broken` (the sink takes no more).
+
+The state of a flow, and what is called when its source can be read (`mover`):
+
+    OPEN      pump       reads at most `size` bytes: SMALL_READ after many small ones, else MESSAGE
+    BULKY     move_bulk  the last read was full: as much as Pipes allows at this time
+    BLOCKED   -          the sink is full: the rest waits in `pending`, and the source is not read (backpressure)
+    DONE      -          the source has ended, which the sink is told behind the last byte, or the sink is gone
+
+While its connection is UNANSWERED, `first` is called instead of `pump`.
+
+A change of state replaces the callback in the poller, so no mover asks which state it is in.
 
 Threads: the loop only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-import sys
-from typing import Callable, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Callable
 
-from sniroute_loop import READ, WRITE
+import fcntl
+
+from sniroute_loop import READ, WRITE, Poller
 
 if TYPE_CHECKING:
     from sniroute_connection import Connection
 
-BULK = 1 << 20  # bytes moved in one go: a fifth to a third less CPU for a gigabyte than with 256 KiB
-FEW = 512 - sys.getsizeof(b"")  # bytes read in one go while messages are small: more is malloc's, 5 % of a message
-FEW_AFTER = 32  # so many small ones in a row: a larger one then takes two reads, which cost what 16 save
-MESSAGE = 1 << 12  # bytes read in one go; what is more is spliced, where that can be done ...
-READ_MAX = 1 << 16  # ... and read in larger pieces where not
-SMALL = 1 << 14  # in the place of both while many clients do not read: what they leave has to be kept
-PENDING_MAX = 1 << 22  # bytes copied out for full sinks (not those in lent pipes), before SMALL applies
-PIPES_MAX = 32  # pipes lent to flows whose sink would block: 1 MiB and two descriptors each
-OPEN, CHATTY, BULKY, BLOCKED, DONE = "open", "chatty", "bulky", "blocked", "done"  # states of a Flow
+# Limits, each with its reason.  Sizes in bytes.
+MESSAGE = 1 << 12  # bytes read in one go; larger reads are spliced, where that works
+SMALL_READ = 479  # the same while messages are small: CPython's fast allocator takes 512, of which 33 are its head
+SMALL_AFTER = 32  # so many small messages in a row: one that is larger then takes two reads, which cost what 16 save
+BULK = 1 << 20  # bytes of one splice: a fifth to a third less CPU for a gigabyte than with 256 KiB
+READ_MAX = 1 << 16  # bytes of one read of a BULKY flow that cannot splice
+CAREFUL = 1 << 14  # bytes of both while many clients do not read: their bytes have to be kept
+PENDING_MAX = 1 << 22  # bytes kept for full sinks (those in lent pipes not counted) before CAREFUL applies
+PIPES_MAX = 32  # pipes lent to flows whose sink is full: 1 MiB and two descriptors each
+
+OPEN, BULKY, BLOCKED, DONE = "open", "bulky", "blocked", "done"  # states of a flow
+UNANSWERED = "unanswered"  # a connection's state: its backend has not said a byte yet
+READING = (OPEN, BULKY)  # states of a flow whose source is read
+
+SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE", 0)
 
 
 class Flow:
-    """One direction of a connection, from `source` to its twin's.  Loop only.
+    """One direction of a connection, from `source` to its twin's source."""
 
-    States: OPEN; CHATTY after FEW_AFTER reads in a row of less than FEW bytes, until there is more to read; BULKY
-    after a read that was full, until there is less to read; each of these has its own way of moving bytes (`mover`).
-    BLOCKED: the sink takes no more, so what is left waits in `pending` and the source is not read (backpressure);
-    then OPEN (BULKY, if that was in a pipe).  DONE: the source has ended, which the sink is told behind the last
-    byte, or the sink is gone.
-    """
+    __slots__ = ("connection", "pipes", "twin", "source", "fd", "total", "size", "small", "state", "pending", "lent",
+                 "watched")
 
-    __slots__ = ("connection", "twin", "source", "fd", "total", "few", "state", "pending", "pipe", "watched")
-
-    def __init__(self, connection: Connection):
+    def __init__(self, connection: Connection, pipes: Pipes):
         self.connection: Connection | None = connection
+        self.pipes = pipes
         self.twin: Flow = NO_FLOW
-        self.source: socket.SocketType | None = None
+        self.source: Any = None  # a socket; its owner is the connection
         self.fd = -1
         self.total = 0  # bytes read from the source
-        self.few = 0  # reads of less than FEW bytes in a row
+        self.size = MESSAGE  # of the next read
+        self.small = 0  # small messages in a row
         self.state = DONE
-        self.pending: memoryview | int | None = None  # what the sink did not take; in a pipe: how much
-        self.pipe: tuple[int, int] | None = None  # see SpliceFlow
+        self.pending: memoryview | int | None = None  # the bytes that the sink did not take; in a pipe: how many
+        self.lent: tuple[int, int] | None = None  # the pipe they are in
         self.watched = 0  # what the poller waits for on the source
+
+    # -- the poller
 
     def watch(self, events: int, callback: Callable[[int], None] | None = None) -> None:
         """Wait for these events on the source; for none, forget it (a hang-up would spin)."""
-        poller = self.connection.router.poller
+        poller = self.pipes.poller
+        if events == self.watched:
+            if events:
+                poller.callbacks[self.fd] = callback
+            return
         if not events:
-            if self.watched:
-                poller.forget(self.fd)
+            poller.forget(self.fd)
         elif self.watched:
             poller.change(self.fd, events, callback)
         else:
@@ -73,87 +94,70 @@ class Flow:
         self.watched = events
 
     def rewatch(self) -> None:
-        """Wait for what is wanted of the source: each socket is one flow's source and its twin's sink."""
+        """Wait for what is wanted of the source, which is also the twin's sink."""
         events = (READ if self.state in READING else 0) | (WRITE if self.twin.state is BLOCKED else 0)
         if events != self.watched:
             self.watch(events, self.mover() if events == READ else self.ready)
 
     def mover(self) -> Callable[[int], None]:
-        """What moves bytes in this state.  In BLOCKED and DONE that is `pump`, which does nothing then."""
-        return self.chat if self.state is CHATTY else self.move_bulk if self.state is BULKY else self.pump
+        """What moves bytes in this state."""
+        if self.connection.state is UNANSWERED:
+            return self.first
+        return self.move_bulk if self.state is BULKY else self.pump
 
     def become(self, state: str) -> None:
-        """Move bytes otherwise from here on."""
+        """Move bytes otherwise from the next event on."""
         self.state = state
-        self.few = 0
+        self.size, self.small = MESSAGE, 0
+        self.install()
+
+    def install(self) -> None:
+        """Have the poller call the mover of this state."""
         if self.watched == READ:
-            self.connection.router.poller.callbacks[self.fd] = self.mover()
+            self.pipes.poller.callbacks[self.fd] = self.mover()
 
     def ready(self, mask: int) -> None:
-        """Called by the loop when the source can be written by the other direction, or read too."""
+        """The source can be written for the twin, and perhaps read too."""
         if mask != READ and self.twin.state is BLOCKED:
             self.twin.flush()
-        if mask != WRITE:
+        if mask != WRITE and self.state in READING:
             self.mover()(mask)
 
-    def pump(self, mask: int, size: int = MESSAGE) -> None:
-        """Move what the source has to the sink.  Called by the loop when there is something to read.
+    # -- moving bytes
+
+    def first(self, mask: int) -> None:
+        """As `pump`, for the first bytes behind the hello, whichever side they come from."""
+        data = self._read(MESSAGE)
+        if data:
+            self.connection.answered(self)
+            self._pass_on(data, MESSAGE)
+
+    def pump(self, mask: int) -> None:
+        """Move what the source has to the sink."""
+        size = self.size
+        data = self._read(size)
+        if data:
+            self._pass_on(data, size)
+
+    def _read(self, size: int) -> bytes:
+        """Bytes of the source; b"" where there are none now, or none any more, which the connection is told.
 
         os.read and os.write, not the sockets' methods: fewer instructions.  Safe only because both descriptors are
         open, and nobody else's, while the flow is not DONE.
         """
-        if self.state is not OPEN:
-            return  # an event of the same turn changed that
-        connection = self.connection
         try:
             data = os.read(self.fd, size)
         except BlockingIOError:
-            return
-        except OSError as error:
-            connection.failed(self, error)
-            return
-        if not data:
-            connection.ended(self)
-            return
-        count = len(data)
-        self.total += count
-        if connection.hello is not None:
-            connection.spoke(self)
-        try:
-            sent = os.write(self.twin.fd, data)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            connection.broken(self)
-            return
-        if sent != count:
-            self.hold(memoryview(data[sent:]))
-        elif count < FEW:
-            self.few += 1
-            if self.few == FEW_AFTER:
-                self.become(CHATTY)
-        else:
-            self.few = 0
-            if count == size:
-                self.become(BULKY)
-
-    def chat(self, mask: int) -> None:
-        """As `pump`, for small messages: 45 operations of the interpreter in the place of 68.
-
-        Written out, since a call for each step would cost more than the step.  Two checks of `pump` are left out:
-        of the state, since whoever leaves CHATTY takes this callback away, and of `hello`, which `pump` has seen to
-        be None.
-        """
-        try:
-            data = os.read(self.fd, FEW)
-        except BlockingIOError:
-            return
+            return b""
         except OSError as error:
             self.connection.failed(self, error)
-            return
+            return b""
         if not data:
             self.connection.ended(self)
-            return
+        return data
+
+    def _pass_on(self, data: bytes, size: int) -> None:
+        """Write to the sink what a read of at most `size` bytes gave, and choose the size of the next."""
         count = len(data)
         self.total += count
         try:
@@ -165,20 +169,41 @@ class Flow:
             return
         if sent != count:
             self.hold(memoryview(data[sent:]))
-        elif count == FEW:
+        elif count == size:
+            self._read_more(size)
+        elif size != SMALL_READ:
+            self._read_less(count)
+
+    def _read_more(self, size: int) -> None:
+        """The read was full."""
+        if size == SMALL_READ:
+            self.size, self.small = MESSAGE, 0
+            self.pump(READ)  # the rest of the message
+        elif self.state is OPEN:
+            self.become(BULKY)
+
+    def _read_less(self, count: int) -> None:
+        """The read was not full."""
+        if self.state is BULKY:
             self.become(OPEN)
-            self.pump(mask)  # the rest of the message
+        if count >= SMALL_READ:
+            self.small = 0
+            return
+        self.small += 1
+        if self.small == SMALL_AFTER:
+            self.size = SMALL_READ
 
     def move_bulk(self, mask: int) -> None:
-        """There was more than one read takes: read as much as the router allows at this time."""
-        if self.state is BULKY:
-            self.become(OPEN)  # `pump` makes it BULKY again, if this read is full too
-            self.pump(mask, self.connection.router.chunk)
+        """As `pump`, with as large a read as is allowed at this time."""
+        self.size = self.pipes.chunk
+        self.pump(mask)
+
+    # -- a full sink
 
     def hold(self, rest: memoryview) -> None:
-        """The sink is full: keep the rest, and do not read before it is gone."""
+        """Keep what the sink did not take, and do not read before it is gone."""
         self.pending = rest
-        self.connection.router.keep(len(rest))
+        self.pipes.keep(len(rest))
         self.block()
 
     def block(self) -> None:
@@ -196,15 +221,16 @@ class Flow:
         except OSError:
             self.connection.broken(self)
             return
-        self.connection.router.keep(-sent)
+        self.pipes.keep(-sent)
         self.pending = self.pending[sent:]
         if not self.pending:
             self.pending = None
             self.unblock()
 
     def unblock(self, state: str = OPEN) -> None:
-        """All is with the sink: read on."""
+        """The sink has everything: read on."""
         self.state = state
+        self.size, self.small = MESSAGE, 0
         self.rewatch()
         self.twin.rewatch()
 
@@ -212,7 +238,7 @@ class Flow:
         """Forget what the sink did not take, and read no more."""
         self.state = DONE
         if self.pending is not None:
-            self.connection.router.keep(-len(self.pending))
+            self.pipes.keep(-len(self.pending))
             self.pending = None
 
 
@@ -220,45 +246,39 @@ class SpliceFlow(Flow):
     """A Flow whose bytes stay in the kernel while it is BULKY (splice(2)).
 
     That is half the CPU for each gigabyte, and a tenth more for a message of 64 bytes: the two meet
-    at 3 KiB.  All flows of the loop share one pipe.  It is empty between two calls, unless a sink is
-    full: then the pipe is lent to that flow, with the rest in it, and the loop takes another.  Where
-    there is none to spare, the rest is copied out, as in Flow.
+    at 3 KiB.  The shared pipe is empty between two calls, unless a sink is full: then the pipe is lent
+    to that flow, with the rest in it.  Where there is no other pipe, the rest is copied out, as in Flow.
     """
 
     __slots__ = ()
 
     def move_bulk(self, mask: int) -> None:
-        """As `pump`, written out again: a call for each step would cost more than the step."""
-        if self.state is not BULKY:
-            return
-        connection = self.connection
-        router = connection.router
-        reader, writer = router.pipe
+        """Move up to `Pipes.bulk` bytes from the source into the shared pipe, and on to the sink."""
+        pipes = self.pipes
+        reader, writer = pipes.shared
         try:
-            count = os.splice(self.fd, writer, router.bulk, flags=SPLICE_FLAGS)
+            count = os.splice(self.fd, writer, pipes.bulk, flags=SPLICE_FLAGS)
         except BlockingIOError:
             return
         except OSError as error:
-            connection.failed(self, error)
+            self.connection.failed(self, error)
             return
         if not count:
-            connection.ended(self)
+            self.connection.ended(self)
             return
         self.total += count
-        if connection.hello is not None:
-            connection.spoke(self)
         try:
             sent = os.splice(reader, self.twin.fd, count, flags=SPLICE_FLAGS)
         except BlockingIOError:
             sent = 0
         except OSError:
-            router.lose_pipe()
-            connection.broken(self)
+            pipes.replace()
+            self.connection.broken(self)
             return
         if sent != count:
             rest = count - sent
-            self.pipe = router.lend_pipe()
-            if self.pipe:
+            self.lent = pipes.lend()
+            if self.lent:
                 self.pending = rest
                 self.block()
             else:
@@ -268,26 +288,102 @@ class SpliceFlow(Flow):
 
     def flush(self) -> None:
         """As Flow.flush, out of the pipe that was lent."""
-        if self.pipe is None:
+        if self.lent is None:
             super().flush()
             return
         try:
-            self.pending -= os.splice(self.pipe[0], self.twin.fd, self.pending, flags=SPLICE_FLAGS)
+            self.pending -= os.splice(self.lent[0], self.twin.fd, self.pending, flags=SPLICE_FLAGS)
         except BlockingIOError:
             return
         except OSError:
             self.connection.broken(self)
             return
         if not self.pending:
-            self.connection.router.return_pipe(self.pipe)
-            self.pipe = self.pending = None
+            self.pipes.take_back(self.lent)
+            self.lent = self.pending = None
             self.unblock(BULKY)
 
     def discard(self) -> None:
-        if self.pipe is not None:  # it is not empty: nobody else can use it
-            self.connection.router.drop_pipe(self.pipe)
-            self.pipe = self.pending = None
+        if self.lent is not None:  # it is not empty: nobody else can use it
+            self.pipes.drop(self.lent)
+            self.lent = self.pending = None
         super().discard()
+
+
+NO_FLOW = Flow.__new__(Flow)  # the twin of a flow whose connection is over
+NO_FLOW.state = DONE
+
+
+class Pipes:
+    """What all flows of a loop share: the pipe that they splice through, and the count of bytes kept for full sinks.
+
+    `shared` is the pipe in use, None where splice(2) does not work; `flow` makes a Flow of the right kind.
+    """
+
+    def __init__(self, poller: Poller):
+        self.poller = poller
+        self.pending = 0  # bytes kept for sinks that are full
+        self.bulk = self.chunk = 0  # bytes of one splice; of one read of a BULKY flow that cannot splice
+        self.spare: list[tuple[int, int]] = []
+        self.made = 0  # pipes that are open
+        self.shared = self._make() if can_splice() else None
+        self.flow: type[Flow] = SpliceFlow if self.shared else Flow
+        self.keep(0)
+
+    def keep(self, count: int) -> None:
+        """Count bytes kept for full sinks; the more there are, the less is read at a time."""
+        self.pending += count
+        self.bulk = BULK if self.pending < PENDING_MAX else CAREFUL
+        self.chunk = min(self.bulk, READ_MAX)
+
+    def _make(self) -> tuple[int, int] | None:
+        """A pipe of BULK bytes; None where descriptors are short."""
+        try:
+            pipe = os.pipe()
+        except OSError:
+            return None
+        for end in pipe:
+            os.set_blocking(end, False)
+        with contextlib.suppress(OSError):  # over the user's share of pipe memory: it holds less at a time
+            fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, BULK)
+        self.made += 1
+        return pipe
+
+    def lend(self) -> tuple[int, int] | None:
+        """Give the shared pipe to a flow, bytes included, if there is another to take its place."""
+        spare = self.spare.pop() if self.spare else self._make() if self.made < PIPES_MAX else None
+        if spare is None:
+            return None
+        lent, self.shared = self.shared, spare
+        return lent
+
+    def take_back(self, pipe: tuple[int, int]) -> None:
+        """A lent pipe is empty again."""
+        self.spare.append(pipe)
+
+    def drop(self, pipe: tuple[int, int]) -> None:
+        """Close a pipe whose bytes nobody wants."""
+        os.close(pipe[0])
+        os.close(pipe[1])
+        self.made -= 1
+
+    def replace(self) -> None:
+        """The sink of the bytes in the shared pipe is gone: share another, or empty this one."""
+        spare = self.spare.pop() if self.spare else self._make()
+        if spare is None:  # no descriptors
+            try:
+                while os.read(self.shared[0], BULK):
+                    pass
+            except BlockingIOError:
+                return
+        self.drop(self.shared)
+        self.shared = spare
+
+    def close(self) -> None:
+        """Close what is not lent.  After the last connection."""
+        for pipe in [*self.spare, *([self.shared] if self.shared else [])]:
+            self.drop(pipe)
+        self.spare, self.shared = [], None
 
 
 def read_exactly(fd: int, count: int) -> bytes:
@@ -315,9 +411,3 @@ def can_splice() -> bool:
         theirs.close()
         os.close(reader)
         os.close(writer)
-
-
-READING = (OPEN, CHATTY, BULKY)  # states of a flow whose source is read
-SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE", 0)
-NO_FLOW = Flow.__new__(Flow)  # the twin of a flow whose connection is over
-NO_FLOW.state = DONE

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import os
 import select
 import selectors
@@ -34,6 +35,10 @@ monotonic = time.monotonic
 EVENTS = 256  # ready descriptors in a turn, so that a turn ends soon (epoll only)
 WAIT_LAST = 3600.0  # seconds of one wait: epoll takes no more than 24 days
 NEVER = float("inf")
+CAPACITY_PAUSE = 0.1  # seconds until an accept is tried again when descriptors are short: a loop that spins burns a core
+
+# errno values that mean "not now": descriptors or memory are short on this host.
+CAPACITY_ERRNOS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
 
 READ, WRITE = 1, 4  # what a descriptor waits for, as epoll(7) numbers them
 

@@ -1,47 +1,61 @@
 """sniroute_routes: where a name leads.
 
-    name --- Routes.decide ---> Decision(route, target, kind of target) --- ready ---> Backend
-             pattern -> target        fields filled in                      or: wait
+    name --- Routes.decide ---> Decision --- Scheme.ready ---> Backend: one connection's way there
+             pattern -> target  fields filled in    |
+                                                    +--> None: wait; a thread runs Scheme.prepare, then asks again
 
-Threads: the loop decides and asks `ready`; a thread wait-<n> runs `prepare`.
+    Routes    ordered layers of patterns, the configured one first; a decision is made once for each name
+    SCHEMES   the kinds of target, a row each: how to check one, to be ready for it, to wait for it
+    Backend   told what came of it: open, connected, answered, failed, release.  The loop never asks what kind it is
+    Targets   what the kinds share: the tunnel table, resolved hosts, the router's own addresses
+
+Threads.  The loop decides, asks `ready`, and owns every Backend.  A thread wait-<n> runs `prepare`.  `Targets.resolved`
+is written by both, one assignment each.  Other threads may decide too (an operator asks for a name's tunnel): what
+they see is whole, since a Routes is swapped as one object and a layer changes by single assignments.
+
+Seams: I want to ...
+    add a kind of target          a row in SCHEMES; where it has no Backend to share, a subclass of Backend
+    add an option of a route      a field of Route, and its row in ROUTE_OPTIONS of sniroute_settings
+    feed routes from elsewhere    a Layer behind the configured one: Routes.add_layer, then Layer.put and Layer.drop
+
+What a name is worth: nothing.  SNI is not authentication; `allow` looks at addresses only.
 """
 
 from __future__ import annotations
 
-import time
+import contextlib
 import errno
 import ipaddress
 import os
 import re
 import socket
-from typing import Callable, Iterable, NamedTuple, TYPE_CHECKING
+import struct
+import time
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
-from sniroute_names import HOST, is_number, normalise, parse_host_port
+from sniroute_loop import CAPACITY_ERRNOS, NEVER
+from sniroute_names import HOST, Network, is_local, is_number, normalise, parse_host_port, parse_ip
 from sniroute_refusals import Malformed, Refused, tunnel_refused
-from sniroute_tunnels import Child, Tunnel, TunnelError
+from sniroute_tunnels import Child, Tunnel, TunnelError, TunnelTable
+
+if TYPE_CHECKING:
+    from sniroute_router import Wait
 
 monotonic = time.monotonic
 
-if TYPE_CHECKING:
-    from sniroute_router import Router, Wait
-
-RESOLVED_FOR = 30.0  # a resolved address; getaddrinfo does not tell its TTL
+# Limits, each with its reason.  Times in seconds.
+RESOLVED_FOR = 30.0  # a resolved address is used; getaddrinfo does not tell its TTL
 RESOLVED_MAX = 1024  # resolved hosts kept: names may come from strangers
 ADDRESSES_MAX = 4  # addresses of one host that are tried
 DECISIONS_MAX = 4096  # routed names remembered: names come from strangers
+KEEPALIVE = (60, 15, 4)  # idle, interval, count: a dead peer is found in two minutes
+
+# socket.SocketType is the class that socket.socket is written around: it is made without a call into Python.
+STREAM = int(socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0))  # born non-blocking: a system call less
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST
 
 
-class Decision(NamedTuple):
-    """What becomes of a name."""
-
-    route: Route
-    target: str  # the target with its fields filled in: `scheme:rest`
-    scheme: Scheme
-    rest: str
-    key: str  # of what is kept for it: two routes to one target may not be allowed the same addresses
-    tunnel: str  # where that is a tunnel: its key in the TunnelTable, `launcher:hostname`
-    tally: Tally
-    plain: bool  # the route asks for nothing that the prelude has to be looked at for
+# -- routes ------------------------------------------------------------------------------------
 
 
 class Tally:
@@ -57,24 +71,42 @@ class Tally:
         self.down = 0
 
 
+class Decision(NamedTuple):
+    """What becomes of a name."""
+
+    route: Route
+    target: str  # the target with its fields filled in: `scheme:rest`
+    scheme: Scheme
+    rest: str
+    key: str  # of what is cached for it; holds the pattern, since two routes to one target may differ in what they allow
+    tunnel: str  # where that is a tunnel: its key in the TunnelTable
+    tally: Tally
+    plain: bool  # the route has no option that each connection has to be checked for
+
+
 class Route(NamedTuple):
-    """One `PATTERN=TARGET`, and what a file of settings may say of it beside that: ROUTE_OPTIONS."""
+    """One `PATTERN=TARGET`, and its options: ROUTE_OPTIONS of sniroute_settings."""
 
     pattern: str
     target: str
     send_proxy: str = "as-received"  # see PROXY_WRITERS
-    allow: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] | None = None  # client networks; None: all
+    allow: tuple[Network, ...] | None = None  # client networks; None: all
     max_connections: int | None = None
-    idle: float | None = None  # in the place of --idle
-    connection_idle: float | None = None  # in the place of --connection-idle
+    idle: float | None = None  # seconds, instead of --idle
+    connection_idle: float | None = None  # seconds, instead of --connection-idle
 
     def __str__(self) -> str:
         return f"{self.pattern}={self.target}"
 
+    @property
+    def scheme(self) -> Scheme:
+        """The row of its kind of target."""
+        return SCHEMES[self.target.partition(":")[0]]
+
     def decide(self, name: str, identified: bool = False, tally: Tally | None = None) -> Decision:
         """Fill in the target for a name.  Raises Malformed where that gives no valid target.
 
-        `identified` is whether the router has an Access token, which is not shown to everybody.
+        `identified`: the router has an Access token, which is not shown to everybody.
         """
         scheme, _, rest = expand(self.target, name).partition(":")
         row = SCHEMES[scheme]
@@ -85,9 +117,9 @@ class Route(NamedTuple):
         return Decision(self, target, row, rest, f"{self.pattern}={target}", tunnel, tally or Tally(), plain)
 
     def is_of_one_domain(self) -> bool:
-        """Whether all that its names lead to is in one domain, which the operator has chosen.
+        """Whether all its names lead into one domain, which the operator has chosen.
 
-        Else a client may own the domain that it leads to: `cft-{name}` for any name, or
+        Else a client may own the domain that it is led to: `cft-{name}` for any name, or
         `cft-{label}-{domain}` for `*.example.com`, which is `cft-a-example.com`.
         """
         star, _, domain = self.pattern.partition(".")
@@ -97,6 +129,11 @@ class Route(NamedTuple):
         host = self.target.partition(":")[2]
         ends = [expand(host, name).split(".")[-2:] for name in names]
         return ends[0] == ends[1] and len(ends[0]) == 2
+
+    def lets_clients_choose(self) -> bool:
+        """Whether the client chooses the whole host of a HOST:PORT target, as with `*=tcp:{name}:443`."""
+        host, _, _ = self.target.partition(":")[2].rpartition(":")
+        return host in ("{label}", "{domain}") or host == "{name}" and self.pattern == "*"
 
 
 ANONYMOUS = "anonymous "  # before the launcher of a tunnel that is not given the router's Access token
@@ -134,23 +171,33 @@ def parse_route(text: str) -> Route:
     return Route(pattern, target)
 
 
-class Routes:
-    """An immutable set of routes: exact name, else the longest wildcard.
+class Layer:
+    """Some routes by their pattern: exact name, else the longest wildcard.  Changed in O(1), by the loop.
 
     `*.example.com` is one label in front, `**.example.com` one or more, `*` any name.
-    `identified`: see Route.decide.  Raises ValueError where a pattern is there twice.
     """
 
-    def __init__(self, routes: Iterable[Route], identified: bool = False):
-        self.routes = tuple(routes)
-        self.identified = identified
-        self.patterns = {route.pattern: route for route in self.routes}
-        if len(self.patterns) < len(self.routes):
-            patterns = [route.pattern for route in self.routes]
-            raise ValueError(f"{next(p for p in patterns if patterns.count(p) > 1)} is routed twice")
-        self.tallies = {route.pattern: Tally() for route in self.routes}
-        self.decisions: dict[str, Decision] = {}  # what was decided; emptied when there are ...
-        self.decisions_max = max(DECISIONS_MAX, 2 * len(self.routes))
+    def __init__(self, routes: Iterable[Route] = ()):
+        self.patterns: dict[str, Route] = {}
+        self.tallies: dict[str, Tally] = {}
+        self.forget: Callable[[str], None] = lambda pattern: None  # what was decided for it: set by its Routes
+        for route in routes:
+            if route.pattern in self.patterns:
+                raise ValueError(f"{route.pattern} is routed twice")
+            self.put(route)
+
+    def put(self, route: Route) -> None:
+        """Add a route, or replace the one of its pattern."""
+        self.patterns[route.pattern] = route
+        self.tallies.setdefault(route.pattern, Tally())
+        self.forget(route.pattern)
+
+    def drop(self, pattern: str) -> None:
+        """Take a route out.  Raises KeyError where there is none."""
+        del self.patterns[pattern]
+        self.forget(pattern)
+        if not self.tallies[pattern].active:  # else its connections still count there
+            del self.tallies[pattern]
 
     def find(self, name: str) -> Route | None:
         """The route for a normalised name."""
@@ -165,8 +212,49 @@ class Routes:
             stars = ("**.",)
         return patterns.get("*")
 
+
+class Routes:
+    """The layers of routes, in order; the first layer, `configured`, is that of the settings.
+
+    `identified`: see Route.decide.  Raises ValueError where a pattern is there twice.
+    """
+
+    def __init__(self, routes: Iterable[Route], identified: bool = False):
+        self.routes = tuple(routes)  # the configured ones
+        self.identified = identified
+        self.layers: list[Layer] = []
+        self.decisions: dict[str, Decision] = {}  # what was decided, by name; emptied when there are too many
+        self.decisions_max = max(DECISIONS_MAX, 2 * len(self.routes))
+        self.configured = Layer(self.routes)
+        self.add_layer(self.configured)
+
+    def add_layer(self, layer: Layer) -> None:
+        """Ask this layer too, where those before it have no route."""
+        layer.forget = self.forget
+        self.layers.append(layer)
+
+    def forget(self, pattern: str) -> None:
+        """A route has changed: decide anew for the names that it fits."""
+        if "*" in pattern:
+            self.decisions.clear()
+        else:
+            self.decisions.pop(pattern, None)
+
+    def find(self, name: str) -> tuple[Route, Tally] | None:
+        """The route for a normalised name, and what came of it so far."""
+        for layer in self.layers:
+            route = layer.find(name)
+            if route is not None:
+                return route, layer.tallies[route.pattern]
+        return None
+
+    @property
+    def tallies(self) -> dict[str, Tally]:
+        """What came of the configured routes, by pattern."""
+        return self.configured.tallies
+
     def in_order(self) -> list[Route]:
-        """The routes as `find` prefers them: names, then wildcards, the longest first."""
+        """The configured routes as they are preferred: names, then wildcards, the longest first."""
         def rank(route: Route) -> tuple[int, int, str, str]:
             stars, star, suffix = route.pattern.rpartition("*")
             return (1, -suffix.count("."), stars, suffix) if star else (0, 0, "", suffix)
@@ -176,52 +264,257 @@ class Routes:
         """What becomes of a normalised name.  Raises Refused where nothing does."""
         decision = self.decisions.get(name)
         if decision is None:
-            route = self.find(name)
-            if route is None:
+            found = self.find(name)
+            if found is None:
                 raise Refused("no_route", f"no route for {name}")
             if len(self.decisions) >= self.decisions_max:
                 self.decisions.clear()
-            decision = self.decisions[name] = route.decide(name, self.identified, self.tallies[route.pattern])
+            route, tally = found
+            decision = self.decisions[name] = route.decide(name, self.identified, tally)
         return decision
 
-    def take_tallies(self, former: Routes) -> None:
-        """Go on counting where other routes ended, pattern by pattern.  Before any name is decided.
+    def succeed(self, former: Routes) -> None:
+        """Take the place of other routes: go on counting where they ended, and keep their other layers.
 
-        A pattern that is gone is kept while it has connections: it may come back.
+        Before any name is decided.  A configured pattern that is gone is kept while it has connections: it may
+        come back.
         """
-        self.tallies |= {pattern: tally for pattern, tally in former.tallies.items()
-                         if pattern in self.tallies or tally.active}
+        tallies = self.configured.tallies
+        tallies |= {pattern: tally for pattern, tally in former.tallies.items() if pattern in tallies or tally.active}
+        for layer in former.layers[1:]:
+            self.add_layer(layer)
 
 
-class Backend(NamedTuple):
-    """Where to connect to now."""
+# -- backends ----------------------------------------------------------------------------------
 
-    addresses: tuple[tuple[int, tuple], ...]  # (family, socket address), best first
-    local: bool  # all of them loopback
-    tunnel: Tunnel | None = None  # leased to the connection
-    child: Child | None = None  # the process that listens there
 
-    def intact(self, server: socket.SocketType) -> bool:
-        """Whether what answered the connect to a tunnel was its own process.
+class Unreachable(Exception):
+    """No address of a backend is left to try; the message says why the last one failed."""
 
-        Asked after the connect, which has to be over: a child that lives now held its port then, so no
-        byte of a client reaches a stranger that took the port of a tunnel that died.
-        Raises BlockingIOError where the connect is not over, and OSError where it failed.
+
+class Retry(NamedTuple):
+    """A backend that failed may be tried once more, after a wait."""
+
+    doubted: Child | None  # the process that gave no answer, where it has to be looked at first
+
+
+class Backend:
+    """One connection's way to its target, told what came of it.  Loop only.
+
+    In this order: `open` as often as it takes, `connected`, `answered`; `failed` at any time before that;
+    `release` at the end, once or more.  This base tries addresses of TCP one after another.
+    """
+
+    proven_by_connect = True  # False: a connect shows nothing; only the first byte shows that somebody is there
+
+    def __init__(self, target: str, addresses: Sequence[tuple[int, Any]], local: bool):
+        self.target = target  # for people
+        self.addresses: Iterator[tuple[int, Any]] = iter(addresses)  # (family, socket address), best first
+        self.local = local  # loopback: no keep-alive is needed
+
+    def open(self, why: str = "") -> socket.SocketType:
+        """A non-blocking socket whose connect has begun, to the next address that does not refuse at once.
+
+        `why` is what became of the address before.  Raises Unreachable where no address is left, and OSError
+        with one of CAPACITY_ERRNOS where this host has no descriptors.
         """
-        error = server.connect_ex(self.addresses[0][1])
+        for family, address in self.addresses:
+            try:
+                server = socket.SocketType(family, STREAM)
+            except OSError as error:
+                if error.errno in CAPACITY_ERRNOS:
+                    raise
+                why = error.strerror  # no IPv6 here
+                continue
+            if STREAM == socket.SOCK_STREAM:
+                server.setblocking(False)
+            self.prepare(server)
+            error = server.connect_ex(address)
+            if error in (0, errno.EINPROGRESS):
+                return server
+            why = os.strerror(error)
+            server.close()
+        raise Unreachable(why or os.strerror(errno.EHOSTUNREACH))
+
+    def prepare(self, server: socket.SocketType) -> None:
+        """Set the options of a socket that is about to connect."""
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if not self.local:
+            keep_alive(server)
+
+    def connected(self, server: socket.SocketType) -> None:
+        """The connect may be over: is this the right peer?
+
+        Raises BlockingIOError where the connect is not over, OSError where it failed, Unreachable where the peer is
+        not the one that was meant.
+        """
+
+    def answered(self) -> None:
+        """The first byte has come back."""
+
+    def failed(self, why: str, server: socket.SocketType | None, last: bool) -> Retry | Refused | None:
+        """It failed before the client had a byte of it.  `last`: the client cannot be served by trying again.
+
+        `server` is the socket, where there is one still.  None: the reason is on its way; ask again in WORDS_TIMEOUT.
+        """
+        return Refused("backend", f"{self.target}: {why}")
+
+    def abandon(self, server: socket.SocketType) -> None:
+        """The client has left before the backend answered; the socket is closed next."""
+
+    def release(self) -> None:
+        """The connection does without it from here on."""
+
+
+class TcpBackend(Backend):
+    """A host and port; its addresses are forgotten where none can be reached: perhaps it has moved."""
+
+    def __init__(self, targets: Targets, key: str, target: str, found: Resolved):
+        super().__init__(target, found.addresses, found.local)
+        self.targets = targets
+        self.key = key
+
+    def open(self, why: str = "") -> socket.SocketType:
+        try:
+            return super().open(why)
+        except Unreachable:
+            self.targets.resolved.pop(self.key, None)
+            raise
+
+
+class TunnelBackend(Backend):
+    """A leased tunnel: a local port on which a tunnel program listens, accepts, and only then dials its far end."""
+
+    proven_by_connect = False
+
+    def __init__(self, tunnels: TunnelTable, target: str, idle: float | None, tunnel: Tunnel, child: Child):
+        super().__init__(target, ((socket.AF_INET, child.address),), True)
+        self.tunnels = tunnels
+        self.idle = idle
+        self.lease: Tunnel | None = tunnel
+        self.tunnel = tunnel
+        self.child = child
+        self.dialled = 0.0
+        self.failure: tuple[str, int] | None = None  # why, and the port from which it was dialled
+
+    def open(self, why: str = "") -> socket.SocketType:
+        self.dialled = monotonic()
+        return super().open(why)
+
+    def connected(self, server: socket.SocketType) -> None:
+        """Whether the child's own process took the connect.
+
+        Asked after the connect, which has to be over: a child that lives now held its port then, so no byte of a
+        client reaches a stranger that took the port of a tunnel that died.
+        """
+        error = server.connect_ex(self.child.address)
         if error not in (0, errno.EISCONN):
             raise OSError(error, os.strerror(error))  # of EALREADY, a BlockingIOError
         # In this order: the reaper takes the child away before it closes what alive() reads.
-        return self.child.alive() and self.tunnel.child is self.child
+        if not (self.child.alive() and self.tunnel.child is self.child):
+            raise Unreachable("its process ended")
+
+    def answered(self) -> None:
+        self.child.proven = True
+
+    def failed(self, why: str, server: socket.SocketType | None, last: bool) -> Retry | Refused | None:
+        """Hear what the program says of it; once, and where that may help, try again with the same bytes.
+
+        Asked a second time, it is what the program has said by then.
+        """
+        child = self.child
+        asked_before = self.failure is not None
+        if not asked_before:
+            port = 0
+            if server is not None:
+                with contextlib.suppress(OSError):  # it was reset
+                    port = server.getsockname()[1]
+            self.failure = why, port
+        why, port = self.failure
+        reason = self.tunnels.words(child, self.dialled, port)
+        if not reason.text and not asked_before and (last or child.names_clients):
+            return None
+        if last or reason.final:
+            return tunnel_refused(reason.kind, f"{self.target}: {reason.text or why}")
+        # A tunnel program that gave a reason for this client is alive: do not restart it.
+        return Retry(None if reason.text and child.names_clients else child)
+
+    def abandon(self, server: socket.SocketType) -> None:
+        """A tunnel that still dials learns by a reset that it does so for nobody."""
+        with contextlib.suppress(OSError):
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+    def release(self) -> None:
+        lease, self.lease = self.lease, None
+        if lease is not None:
+            self.tunnels.release(lease, self.idle)
+
+
+def keep_alive(sock: socket.SocketType) -> None:
+    """Find a peer that is gone.  While data is under way the kernel's tcp_retries2 does, in 15 minutes.
+
+    Before you add TCP_USER_TIMEOUT: measured, it also ends a client that is alive and does not read
+    for that long (`psql ... | less`), though it acknowledges every probe of its closed window.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), KEEPALIVE, strict=True):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+# -- kinds of target ---------------------------------------------------------------------------
+
+
+class Resolved(NamedTuple):
+    """The addresses of a host, until a clock time."""
+
+    addresses: tuple[tuple[int, Any], ...]  # (family, socket address), best first
+    local: bool  # all of them loopback
+    until: float
+
+
+class Targets:
+    """What the kinds of target share.  `own` are the addresses on which the router listens."""
+
+    def __init__(self, tunnels: TunnelTable):
+        self.tunnels = tunnels
+        self.own: list[tuple[str, int]] = []
+        self.resolved: dict[str, Resolved] = {}  # by Decision.key
+        self.make_room(0)
+
+    def make_room(self, routes: int) -> None:
+        """Keep as many as so many routes can need."""
+        self.resolved_max = max(RESOLVED_MAX, 2 * routes)
+
+    def remember(self, decision: Decision, found: Resolved) -> Resolved:
+        """Keep resolved addresses.  The loop, and threads wait-<n>."""
+        if len(self.resolved) >= self.resolved_max:
+            self.resolved.clear()
+        self.resolved[decision.key] = found
+        return found
+
+    def may_dial(self, decision: Decision, address: tuple) -> bool:
+        """Whether a resolved address may be dialled: never the router itself.
+
+        Where the client chooses the whole host, never a private address either: whoever owns a domain can point
+        it at one.
+        """
+        ip = parse_ip(address[0])
+        for host, port in self.own:
+            if port == address[1] and (host == str(ip) or host in ("::", "0.0.0.0") and is_local(ip)):
+                return False
+        return ip.is_global or not decision.route.lets_clients_choose()
 
 
 class Scheme(NamedTuple):
     """One kind of target, as a row."""
 
     check: Callable[[str], str]  # the part behind `scheme:`, made canonical; raises Malformed
-    ready: Callable[[Router, Decision], Backend | None]  # loop: None where it has to wait
-    prepare: Callable[[Router, Wait], None]  # wait-<n>: returns when it may be ready; raises Refused
+    ready: Callable[[Targets, Decision], Backend | None]  # loop: None where it has to wait; raises Refused
+    prepare: Callable[[Targets, Wait], None]  # wait-<n>: returns when it may be ready; raises Refused
     waits_on: str  # for people: what a client waits for
+    leads_back: Callable[[str, str], bool]  # (rest, HOST:PORT of --listen): whether it leads to the router itself
+    is_tunnel: bool = False  # it has a tunnel in the TunnelTable
 
 
 def check_tunnel(rest: str) -> str:
@@ -229,22 +522,24 @@ def check_tunnel(rest: str) -> str:
     return normalise(rest.encode())
 
 
-def tunnel_ready(router: Router, decision: Decision) -> Backend | None:
-    """Lease the tunnel, if it is ready; None: it has to be waited for.  Loop."""
-    tunnel = router.tunnels.lease(decision.tunnel)
+def tunnel_ready(targets: Targets, decision: Decision) -> Backend | None:
+    """Lease the tunnel, if it is ready."""
+    tunnels = targets.tunnels
+    tunnel = tunnels.lease(decision.tunnel)
     if tunnel is None:
         return None
     child = tunnel.child
-    if child is None:  # the reaper let go of it an instant ago: the state follows
-        router.tunnels.release(tunnel)
+    if child is None:  # the reaper took it away an instant ago: the state follows
+        tunnels.release(tunnel)
         return None
-    return Backend(((socket.AF_INET, child.address),), True, tunnel, child)
+    return TunnelBackend(tunnels, decision.target, decision.route.idle, tunnel, child)
 
 
-def tunnel_prepare(router: Router, wait: Wait) -> None:
+def tunnel_prepare(targets: Targets, wait: Wait) -> None:
     """Sleep until the tunnel is ready; the kind of a TunnelError becomes `tunnel_<kind>` of REFUSALS."""
+    decision = wait.decision
     try:
-        router.tunnels.wait(wait.decision.tunnel, wait.client, wait.deadline, wait.doubted, wait.decision.route.idle)
+        targets.tunnels.wait(decision.tunnel, wait.client, wait.deadline, wait.doubted, decision.route.idle)
     except TunnelError as error:
         raise tunnel_refused(error.kind, str(error)) from None
 
@@ -260,47 +555,57 @@ def check_tcp(rest: str) -> str:
     return rest
 
 
-def tcp_ready(router: Router, decision: Decision) -> Backend | None:
-    """The remembered addresses, or a literal one at once; None: tcp_prepare resolves it, or refuses.  Loop."""
-    backend, until = router.resolved.get(decision.key, (None, 0.0))
-    if until > monotonic():
-        return backend
+def tcp_ready(targets: Targets, decision: Decision) -> Backend | None:
+    """The remembered addresses, or a literal one at once; a name that is not remembered has to be resolved."""
+    found = targets.resolved.get(decision.key)
+    if found is None or found.until <= monotonic():
+        host, port = parse_host_port(decision.rest)
+        try:
+            literal = ipaddress.ip_address(host)
+        except ValueError:
+            return None
+        address = (host, port) if literal.version == 4 else (host, port, 0, 0)
+        family = socket.AF_INET if literal.version == 4 else socket.AF_INET6
+        if not targets.may_dial(decision, address):
+            raise forbidden(host, address)
+        found = targets.remember(decision, Resolved(((family, address),), literal.is_loopback, NEVER))
+    return TcpBackend(targets, decision.key, decision.target, found)
+
+
+def tcp_prepare(targets: Targets, wait: Wait) -> None:
+    """Resolve the host.  Its last addresses stay while the resolver is down."""
+    decision = wait.decision
     host, port = parse_host_port(decision.rest)
-    try:
-        literal = ipaddress.ip_address(host)
-    except ValueError:
-        return None  # a name: to be resolved
-    address = (host, port) if literal.version == 4 else (host, port, 0, 0)
-    family = socket.AF_INET if literal.version == 4 else socket.AF_INET6
-    if not router.may_dial(decision, address):
-        return None  # tcp_prepare says so
-    backend = Backend(((family, address),), literal.is_loopback)
-    router.remember(decision, backend, float("inf"))
-    return backend
-
-
-def tcp_prepare(router: Router, wait: Wait) -> None:
-    """Resolve the host.  A host that was there before stays while the resolver is down."""
-    host, port = parse_host_port(wait.decision.rest)
     until = monotonic() + RESOLVED_FOR
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        rows = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        backend = router.resolved.get(wait.decision.key, (None,))[0]
-        if backend is None:
+        known = targets.resolved.get(decision.key)
+        if known is None:
             raise Refused("unresolved", f"{host} does not resolve: {error}") from None
-        router.remember(wait.decision, backend, until)
+        targets.remember(decision, known._replace(until=until))
         return
-    addresses = tuple(dict.fromkeys((family, address) for family, _, _, _, address in found))
-    allowed = tuple(a for a in addresses if router.may_dial(wait.decision, a[1]))
+    addresses = tuple(dict.fromkeys((family, address) for family, _, _, _, address in rows))
+    allowed = tuple(row for row in addresses if targets.may_dial(decision, row[1]))
     if not allowed:
-        raise Refused("forbidden", f"{host} is {addresses[0][1][0]}, which this route does not lead to")
-    local = all(ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for _, address in allowed)
-    router.remember(wait.decision, Backend(allowed[:ADDRESSES_MAX], local), until)
+        raise forbidden(host, addresses[0][1])
+    local = all(parse_ip(address[0]).is_loopback for _, address in allowed)
+    targets.remember(decision, Resolved(allowed[:ADDRESSES_MAX], local, until))
 
 
+def forbidden(host: str, address: tuple) -> Refused:
+    """The refusal for a host whose address the route may not reach."""
+    return Refused("forbidden", f"{host} is {address[0]}, which this route does not lead to")
+
+
+def never(rest: str, listen: str) -> bool:
+    """A tunnel's far end is elsewhere."""
+    return False
+
+
+TUNNEL = Scheme(check_tunnel, tunnel_ready, tunnel_prepare, "its tunnel", never, is_tunnel=True)
 SCHEMES = {
-    "cloudflared": Scheme(check_tunnel, tunnel_ready, tunnel_prepare, "its tunnel"),
-    "carrier": Scheme(check_tunnel, tunnel_ready, tunnel_prepare, "its tunnel"),
-    "tcp": Scheme(check_tcp, tcp_ready, tcp_prepare, "its address"),
+    "cloudflared": TUNNEL,
+    "carrier": TUNNEL,
+    "tcp": Scheme(check_tcp, tcp_ready, tcp_prepare, "its address", lambda rest, listen: rest == listen),
 }

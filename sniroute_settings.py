@@ -1,35 +1,51 @@
-"""sniroute_settings: one table of settings: options, variables, and keys of the file.
+"""sniroute_settings: one table of settings: options, variables, keys of the file; checked, and explained where wrong.
 
-Threads: main; a reload may come from any thread, one at a time.
+    command line, environment, file --- sources ---> what was given, and where
+                                    --- parsed ----> values                         faults: one line each, all at once
+                                    --- cross_checked --> what contradicts
+                                    --- derived ---> what depends on the host  ---> Settings
+
+A row of SETTINGS makes the option `--name`, the variable `SNIROUTE_NAME`, the key `name` of the file, the help, and
+the field of Settings.  A secret is no setting: every user of a host can read a command line.
+
+Threads: main; a reload may come from any thread, one at a time (Daemon.reloading).
+
+Seams: I want to ...
+    add a setting               a row in SETTINGS, a field of Settings, and its use; a reload applies it where
+                                Router.adopt or TunnelTable.adopt takes it over, else the row says `fixed`
+    add an option of a route    a row in ROUTE_OPTIONS, and a field of Route
+    warn about a combination    `warn`; refuse one: `cross_checked`
 """
 
 from __future__ import annotations
 
-import logging
 import argparse
 import functools
 import ipaddress
+import logging
 import os
 import re
 import resource
 import stat
 import sys
-import types
-from typing import Any, Callable, Iterable, NamedTuple, Sequence, TYPE_CHECKING
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
-from sniroute_names import __version__, parse_host_port, show_address
+from sniroute_names import Network, __version__, is_here, parse_host_port, printable, show_address
 from sniroute_refusals import SettingsError
-from sniroute_routes import ANONYMOUS, SCHEMES, Route, Routes, parse_route, tunnel_ready
-from sniroute_tunnels import TUNNEL_IDENTITY, carrier_launcher, cloudflared_launcher, printable
+from sniroute_routes import ANONYMOUS, Route, Routes, parse_route
+from sniroute_tunnels import TUNNEL_IDENTITY, Launcher, carrier_launcher, cloudflared_launcher
 from sniroute_wire import PROXY_WRITERS
 
-if TYPE_CHECKING:
-    from sniroute_tunnels import Launcher
-
 log = logging.getLogger("sniroute")
+
+# Limits, each with its reason.
 SPARE_FDS = 400  # descriptors for 101 tunnels (three each), the pipes, listeners and the log
 UNIX_PATH_MAX = 90  # sun_path of unix(7) has 108 bytes, or 104; some are for the name it has before it is ready
-TUNNEL_MEMORY = 64 << 20  # memory of the host for each process of a tunnel program: cloudflared takes about 28 MB
+TUNNEL_MEMORY = 64 << 20  # bytes of the host for each process of a tunnel program: cloudflared takes about 28 MB
+SECRET = re.compile(r"[!-~]{16,}")  # a token: printable, and too long to be guessed
+
+
+# -- values ------------------------------------------------------------------------------------
 
 
 DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?", re.ASCII)
@@ -70,7 +86,7 @@ def parse_ports(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def parse_networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+def parse_networks(text: str) -> tuple[Network, ...]:
     """`CIDR,...`, or `none`.  Raises ValueError."""
     try:
         return tuple(ipaddress.ip_network(part.strip()) for part in text.split(",")) if text != "none" else ()
@@ -118,34 +134,54 @@ def one_of(*words: str) -> Callable[[str], str]:
 LOCAL_NETWORKS = "127.0.0.0/8,::1/128,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,fc00::/7"
 
 
+# -- the table ---------------------------------------------------------------------------------
+
+
 class Setting(NamedTuple):
-    """One setting: the option `--name`, the variable `SNIROUTE_NAME`, the attribute `name`, and a key in the file.
+    """One setting, as a row."""
 
-    But for `config`, which is no key, and `route`, which is the table `routes` there.
-    """
-
-    name: str
+    name: str  # of the option
     metavar: str
     parse: Callable[[str], Any]
-    default: str | None  # as text; None where it depends on the host: derive_settings, or PATH
+    default: str | None  # as text; None where it depends on the host: `derived`, or PATH
     help: str
     many: bool = False  # the option may be repeated; the variable holds several, with spaces between
     fixed: bool = False  # a reload cannot change it
+    key: str | None = None  # in the file, where it is not the field's name; "" where the file has none
+    short: tuple[str, ...] = ()  # other names of the option
 
     @property
-    def attribute(self) -> str:
-        """Its name in the program."""
+    def field(self) -> str:
+        """Its name in Settings."""
         return self.name.replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        """Its name in the environment."""
+        return f"SNIROUTE_{self.field.upper()}"
+
+    @property
+    def file_key(self) -> str:
+        """Its name in the file."""
+        return self.field if self.key is None else self.key
+
+    def read(self, value: Any) -> Any:
+        """The value of its key in the file.  Raises ValueError."""
+        if not self.many:
+            return self.parse(as_text(value))
+        texts = [as_text(each) for each in (value if isinstance(value, list) else [value])]
+        return [self.parse(text) for text in texts or [""]]
 
 
 SETTINGS = (
     Setting("config", "FILE", os.path.abspath, None,
-            "a file of settings (TOML): all of these, and routes with options of their own"),
+            "a file of settings (TOML): all of these, and routes with options of their own", key="", short=("-c",)),
     Setting("listen", "ADDRESS", parse_listen, ":19000",
             "where to listen: HOST:PORT, [::1]:PORT, or :PORT for every address (default :19000); repeatable",
             many=True, fixed=True),
     Setting("route", "PATTERN=TARGET", parse_route, "*=cloudflared:cft-{name}",
-            "what a name leads to; repeatable; replaces the default route, *=cloudflared:cft-{name}", True),
+            "what a name leads to; repeatable; replaces the default route, *=cloudflared:cft-{name}",
+            many=True, key="routes"),
     Setting("proxy-protocol", "MODE", one_of("off", "auto", "required"), "auto",
             "PROXY protocol headers from --proxy-from: off, auto or required (default auto)"),
     Setting("proxy-from", "CIDR,...", parse_networks, LOCAL_NETWORKS,
@@ -178,18 +214,60 @@ SETTINGS = (
             fixed=True),
     Setting("admin", "ADDRESS", parse_admin, None,
             "metrics, status and control by HTTP: a loopback HOST:PORT, or unix:PATH (default off); "
-            "needs sniroute_admin.py", fixed=True),
+            "needs sniroute_admin.py, sniroute_metrics.py and sniroute_page.py", fixed=True),
     Setting("log-level", "LEVEL", one_of("debug", "info", "warning", "error"), "info",
             "debug, info, warning or error (default info)"),
     Setting("log-format", "FORMAT", one_of("text", "json"), "text",
             "text or json (default text)", fixed=True),
 )
 
-# What a route in a file may have beside its target: an attribute of Route, and its parser.
+# What a route in a file may have beside its target: a field of Route, and its parser.
 ROUTE_OPTIONS = {"send_proxy": one_of(*PROXY_WRITERS), "allow": parse_networks, "max_connections": parse_count,
                  "idle": parse_duration, "connection_idle": parse_off_or_duration}
-HERE = os.path.dirname(os.path.abspath(__file__))
 ADMIN_TOKEN = "SNIROUTE_ADMIN_TOKEN"  # the variable; a secret is no option, which every user of the host can read
+ADMIN_ROOMS = ("sniroute_admin", "sniroute_metrics", "sniroute_page")
+
+
+class Settings(NamedTuple):
+    """The settings, checked.  Durations in seconds; a field whose row has no default may be None before `derived`.
+
+    A NamedTuple instead of a dataclass, because that module takes a megabyte of every router.
+    """
+
+    command: str
+    name: str | None  # what `explain` is about
+    config: str | None
+    listen: list[tuple[str, int]]
+    route: list[Route]
+    proxy_protocol: str
+    proxy_from: tuple[Network, ...]
+    ports: tuple[int, int]
+    idle: float
+    start_timeout: float
+    prelude_timeout: float
+    connection_idle: float  # 0: off
+    drain: float
+    max_connections: int
+    max_per_client: int
+    max_tunnels: int
+    max_starting: int
+    no_name: str
+    cloudflared: str | None
+    admin: str | tuple[str, int] | None  # the path of a unix socket, or (host, port)
+    log_level: str
+    log_format: str
+    # What follows is no row of SETTINGS.
+    routes: Routes
+    open_to_all: bool  # nobody has named a route
+    admin_token: str | None
+    launchers: dict[str, Launcher]  # by scheme
+    fit: int  # connections that the limit of open files allows
+    covered: list[str]  # keys of the file that something else overrides, a line each
+    kept: list[str]  # what a reload asked for and cannot change, a line each
+    again: Callable[[Settings], Settings]  # read them anew, given those that run; raises SettingsError
+
+
+# -- the file ----------------------------------------------------------------------------------
 
 
 def as_text(value: Any) -> str:
@@ -204,6 +282,47 @@ def meant(word: str, words: Iterable[str]) -> str:
     import difflib  # for those who mistype only
     close = difflib.get_close_matches(word.replace("-", "_"), words, 1)
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(words)}"
+
+
+def read_settings(path: str, wrong: list[str], again: bool) -> dict[str, Any]:
+    """What a file says, parsed, by key.  What is wrong with it is added to `wrong`, a line each.
+
+    Read `again`, it has to be a file: a pipe, as `-c <(...)` gives, would be empty, or be waited for.
+    """
+    faults: list[str] = []
+    values: dict[str, Any] = {}
+    rows = {row.file_key: row for row in SETTINGS if row.file_key}
+    table = read_toml(path, faults, again)
+    if "routes" in table:
+        values["routes"] = read_routes(table.pop("routes"), faults)
+    for key, value in table.items():
+        if key not in rows:
+            faults.append(f"{printable(key)}: there is no such setting{meant(key, rows)}")
+            continue
+        try:
+            values[key] = rows[key].read(value)
+        except ValueError as error:
+            faults.append(f"{key}: {error}")
+    wrong += [f"{path}: {fault}" for fault in faults]
+    return values
+
+
+def read_toml(path: str, faults: list[str], again: bool) -> dict[str, Any]:
+    """The tables of a TOML file that only its owner can write; empty, and a fault, where that cannot be had."""
+    import tomllib  # a megabyte, for those who have a file
+    try:
+        if again and not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("is no regular file, and cannot be read again")
+        with open(path, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISREG(mode) and mode & stat.S_IWOTH:
+                raise ValueError("can be changed by other users: chmod o-w")
+            return tomllib.load(file)
+    except OSError as error:
+        faults.append(error.strerror)
+    except (ValueError, RecursionError) as error:  # no TOML, or no UTF-8
+        faults.append(str(error))
+    return {}
 
 
 def read_routes(table: Any, wrong: list[str]) -> list[Route]:
@@ -229,7 +348,7 @@ def read_routes(table: Any, wrong: list[str]) -> list[Route]:
             if name not in ROUTE_OPTIONS:
                 others = meant(name, ("target", *ROUTE_OPTIONS))
                 wrong.append(f"{where}.{printable(name)}: there is no such option{others}")
-            elif name == "idle" and SCHEMES.get(target.partition(":")[0], SCHEMES["tcp"]).ready is not tunnel_ready:
+            elif name == "idle" and not route.scheme.is_tunnel:
                 wrong.append(f"{where}.idle: is for tunnels; here connection_idle closes what is silent")
             else:
                 try:
@@ -240,45 +359,7 @@ def read_routes(table: Any, wrong: list[str]) -> list[Route]:
     return routes
 
 
-def read_settings(path: str, wrong: list[str], again: bool) -> dict[str, Any]:
-    """What a file says, parsed, by attribute.  What is wrong with it is added to `wrong`, a line each.
-
-    Read `again`, it has to be a file: a pipe, as `-c <(...)` gives, would be empty, or be waited for.
-    """
-    import tomllib  # a megabyte, for those who have a file
-    faults: list[str] = []
-    values: dict[str, Any] = {}
-    table: dict[str, Any] = {}
-    try:
-        if again and not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("is no regular file, and cannot be read again")
-        with open(path, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if stat.S_ISREG(mode) and mode & stat.S_IWOTH:
-                raise ValueError("can be changed by other users: chmod o-w")
-            table = tomllib.load(file)
-    except OSError as error:
-        faults.append(error.strerror)
-    except (ValueError, RecursionError) as error:  # no TOML, or no UTF-8
-        faults.append(str(error))
-    rows = {row.attribute: row for row in SETTINGS if row.name not in ("config", "route")}
-    for key, value in table.items():
-        row = rows.get(key)
-        try:
-            if key == "routes":
-                values["route"] = read_routes(value, faults)
-            elif row is None:
-                faults.append(f"{printable(key)}: there is no such setting{meant(key, (*rows, 'routes'))}")
-            elif row.many:
-                texts = [as_text(each) for each in (value if isinstance(value, list) else [value])]
-                values[key] = [row.parse(text) for text in texts or [""]]
-            else:
-                values[key] = row.parse(as_text(value))
-        except ValueError as error:
-            faults.append(f"{key}: {error}")
-    wrong += [f"{path}: {fault}" for fault in faults]
-    return values
-
+# -- the command line --------------------------------------------------------------------------
 
 COMMANDS = ("serve", "check", "explain", "selftest")
 USAGE = """\
@@ -300,8 +381,7 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("command", nargs="?", default="serve", choices=COMMANDS, help=argparse.SUPPRESS)
     parser.add_argument("name", nargs="?", help=argparse.SUPPRESS)
     for row in SETTINGS:
-        short = ["-c"] if row.name == "config" else []
-        parser.add_argument(*short, f"--{row.name}", metavar=row.metavar, help=row.help.replace("%", "%%"),
+        parser.add_argument(*row.short, f"--{row.name}", metavar=row.metavar, help=row.help.replace("%", "%%"),
                             action="append" if row.many else "store")
     parser.add_argument("-V", "--version", action="version",
                         version=f"sniroute {__version__} (Python {sys.version.split()[0]}, {sys.platform})")
@@ -311,69 +391,138 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     return given
 
 
-def load_settings(argv: Sequence[str], environ: dict[str, str],
-                  running: types.SimpleNamespace | None = None) -> types.SimpleNamespace:
-    """The settings, by name, and the `command` and `name` of the command line.
+# -- from what was given to Settings -----------------------------------------------------------
 
-    Precedence: command line, environment, file, default.  `running` are those of a router that runs: what it
-    cannot change stays as it is there, and `kept` has a line for each.  Raises SettingsError with one line
-    for each setting that is wrong; exits for --help, --version and a command line that is no command line.
+
+class Given(NamedTuple):
+    """A setting as it was found."""
+
+    source: str  # for people: --idle, SNIROUTE_IDLE, FILE: idle, default
+    text: str | Sequence[str] | None = None  # to be parsed, several where it may repeat
+    value: Any = None  # where the file gave it, parsed already
+
+
+def load_settings(argv: Sequence[str], environ: Mapping[str, str], running: Settings | None = None) -> Settings:
+    """The settings, from the command line, the environment, the file, the defaults, in this order of precedence.
+
+    `running` are those of a router that runs: what it cannot change stays as it is there, and `kept` has a line for
+    each.  Raises SettingsError with one line for each setting that is wrong; exits for --help, --version and a command
+    line that is none.
     """
-    given = parse_command_line(argv)
-    settings = types.SimpleNamespace(command=given.command, name=given.name, kept=[], covered=[])
+    asked = parse_command_line(argv)
     wrong: list[str] = []
-    path = given.config or environ.get("SNIROUTE_CONFIG")
+    path = asked.config or environ.get("SNIROUTE_CONFIG")
     file = read_settings(path, wrong, running is not None) if path else {}
-    for row in SETTINGS:
-        attribute = row.attribute
-        text, source = getattr(given, attribute), f"--{row.name}"
-        variable = f"SNIROUTE_{attribute.upper()}"
-        if text is None and environ.get(variable):
-            text, source = environ[variable], variable
-            text = text.split() if row.many else text
-        key = "routes" if row.name == "route" else attribute
-        if text is not None and attribute in file:
-            settings.covered.append(f"{path}: {key} is not used: {source} goes first")
-        if text is None and attribute in file:
-            value, source = file[attribute], f"{path}: {key}"
-        else:
-            if text is None and row.default is not None:
-                text, source = [row.default] if row.many else row.default, "default"
-            try:
-                value = None if text is None else [row.parse(t) for t in text] if row.many else row.parse(text)
-            except ValueError as error:
-                wrong.append(f"{source}: {error}")
-                value = None
-        if running is not None and row.fixed and value != getattr(running, attribute):
-            settings.kept.append(f"{source}: is for the next start; it stays as it is")
-            value = getattr(running, attribute)
-        setattr(settings, attribute, value)
-        if row.name == "route":
-            routes_from, settings.open_to_all = source, source == "default"
-            try:
-                settings.routes = Routes(value or (), any(environ.get(variable) for variable in TUNNEL_IDENTITY))
-            except ValueError as error:
-                wrong.append(f"{source}: {error}")
-    if settings.admin is not None and not os.path.isfile(os.path.join(HERE, "sniroute_admin.py")):
-        wrong.append("--admin: sniroute_admin.py is not beside sniroute.py: copy it there")
-    settings.admin_token = environ.get(ADMIN_TOKEN)
-    if settings.admin_token and not re.fullmatch(r"[!-~]{16,}", settings.admin_token):
-        wrong.append(f"{ADMIN_TOKEN}: has to be 16 printable characters or more, without spaces")
-    wrong += [f"{routes_from}: {route} leads back to --listen {show_address(address)}"
-              for address in settings.listen or () for route in settings.route or ()
-              if route.target == f"tcp:{show_address(address)}"]
-    if running is not None and settings.open_to_all and not running.open_to_all:
-        wrong.append("there are no routes any more: every name would be served")  # a file that is being written
+    given, covered = sources(asked, environ, file, path)
+    values = parsed(given, wrong)
+    kept = keep_fixed(values, given, running)
+    values["admin_token"] = environ.get(ADMIN_TOKEN)
+    values["open_to_all"] = given["route"].source == "default"
+    values["routes"] = configured_routes(values, given["route"].source, environ, wrong)
+    cross_checked(values, given, running, wrong)
     if wrong:
         raise SettingsError(*wrong)
-    derive_settings(settings, environ)
-    if running is not None:
-        settings.launchers = running.launchers
-    settings.again = functools.partial(load_settings, argv, environ)  # for a reload
-    return settings
+    values["launchers"] = running.launchers if running else tunnel_launchers(values["cloudflared"], environ)
+    return Settings(command=asked.command, name=asked.name, covered=covered, kept=kept,
+                    again=functools.partial(load_settings, argv, environ), **derived(values))
 
 
-def tunnel_launchers(program: str | None, environ: dict[str, str]) -> dict[str, Launcher]:
+def sources(asked: argparse.Namespace, environ: Mapping[str, str], file: Mapping[str, Any],
+            path: str | None) -> tuple[dict[str, Given], list[str]]:
+    """Where each setting comes from, by field, and a line for each key of the file that is not used."""
+    given, covered = {}, []
+    for row in SETTINGS:
+        text, source = getattr(asked, row.field), f"--{row.name}"
+        if text is None and environ.get(row.variable):
+            text, source = environ[row.variable], row.variable
+            text = text.split() if row.many else text
+        in_file = row.file_key in file
+        if text is not None:
+            if in_file:
+                covered.append(f"{path}: {row.file_key} is not used: {source} goes first")
+            given[row.field] = Given(source, text)
+        elif in_file:
+            given[row.field] = Given(f"{path}: {row.file_key}", value=file[row.file_key])
+        else:
+            given[row.field] = Given("default", [row.default] if row.many else row.default)
+    return given, covered
+
+
+def parsed(given: Mapping[str, Given], wrong: list[str]) -> dict[str, Any]:
+    """The values, by field; None for what is wrong, which is added to `wrong`."""
+    values = {}
+    for row in SETTINGS:
+        source, text, value = given[row.field]
+        if text is not None:
+            try:
+                value = [row.parse(each) for each in text] if row.many else row.parse(text)
+            except ValueError as error:
+                wrong.append(f"{source}: {error}")
+        values[row.field] = value
+    return values
+
+
+def keep_fixed(values: dict[str, Any], given: Mapping[str, Given], running: Settings | None) -> list[str]:
+    """Put back what a router that runs cannot change; a line for each that would be another."""
+    kept = []
+    for row in SETTINGS:
+        if running is not None and row.fixed and values[row.field] != getattr(running, row.field):
+            kept.append(f"{given[row.field].source}: is for the next start; it stays as it is")
+            values[row.field] = getattr(running, row.field)
+    return kept
+
+
+def configured_routes(values: Mapping[str, Any], source: str, environ: Mapping[str, str], wrong: list[str]) -> Routes:
+    """The routes as they are matched."""
+    try:
+        return Routes(values["route"] or (), any(environ.get(variable) for variable in TUNNEL_IDENTITY))
+    except ValueError as error:
+        wrong.append(f"{source}: {error}")
+        return Routes(())
+
+
+def cross_checked(values: Mapping[str, Any], given: Mapping[str, Given], running: Settings | None,
+                  wrong: list[str]) -> None:
+    """Add to `wrong` what each setting alone does not show."""
+    if values["admin"] is not None:
+        missing = [f"{room}.py" for room in ADMIN_ROOMS if not is_here(room)]
+        if missing:
+            wrong.append(f"--admin: {' and '.join(missing)} is not beside sniroute.py: copy it there")
+    if values["admin_token"] and not SECRET.fullmatch(values["admin_token"]):
+        wrong.append(f"{ADMIN_TOKEN}: has to be 16 printable characters or more, without spaces")
+    for address in map(show_address, values["listen"] or ()):
+        for route in values["route"] or ():
+            if route.scheme.leads_back(route.target.partition(":")[2], address):
+                wrong.append(f"{given['route'].source}: {route} leads back to --listen {address}")
+    if running is not None and values["open_to_all"] and not running.open_to_all:
+        wrong.append("there are no routes any more: every name would be served")  # a file that is being written
+
+
+def derived(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, and what depends on the host."""
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if descriptors == resource.RLIM_INFINITY:
+        descriptors = 1 << 20
+    fit = max(1, (descriptors - min(SPARE_FDS, descriptors // 2)) // 2)
+    values["fit"] = fit
+    values["max_connections"] = values["max_connections"] or fit
+    values["max_tunnels"] = values["max_tunnels"] or tunnels_that_fit(values)
+    return values
+
+
+def tunnels_that_fit(values: Mapping[str, Any]) -> int:
+    """As many as there are ports; where each has a process of its own, as many as fit into the host's memory."""
+    first, last = values["ports"]
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    used = {route.target.partition(":")[0] for route in values["route"]}
+    share = min((row.carries for scheme, row in values["launchers"].items() if scheme in used), default=1)
+    return max(1, min(last - first + 1, memory * share // TUNNEL_MEMORY))
+
+
+# -- the host ----------------------------------------------------------------------------------
+
+
+def tunnel_launchers(program: str | None, environ: Mapping[str, str]) -> dict[str, Launcher]:
     """The tunnel programs, by scheme, and those that do not get our Access token.
 
     Where there is no cloudflared, the carrier stands in for it.
@@ -389,24 +538,6 @@ def tunnel_launchers(program: str | None, environ: dict[str, str]) -> dict[str, 
     return rows
 
 
-def derive_settings(settings: types.SimpleNamespace, environ: dict[str, str]) -> None:
-    """Fill in what depends on the host."""
-    first, last = settings.ports
-    settings.launchers = tunnel_launchers(settings.cloudflared, environ)
-    if settings.max_tunnels is None:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        used = {route.target.partition(":")[0] for route in settings.route}
-        share = min((row.carries for scheme, row in settings.launchers.items() if scheme in used), default=1)
-        settings.max_tunnels = max(1, min(last - first + 1, memory * share // TUNNEL_MEMORY))
-    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    if descriptors == resource.RLIM_INFINITY:
-        descriptors = 1 << 20
-    fit = max(1, (descriptors - min(SPARE_FDS, descriptors // 2)) // 2)
-    if settings.max_connections is None:
-        settings.max_connections = fit
-    settings.fit = fit
-
-
 def raise_descriptor_limit() -> None:
     """Raise the soft limit of open files to the hard one: each connection takes two."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -416,7 +547,7 @@ def raise_descriptor_limit() -> None:
         pass  # macOS has a lower limit of its own; a sandbox may forbid it
 
 
-def warn(settings: types.SimpleNamespace) -> None:
+def warn(settings: Settings) -> None:
     """Say what is likely not meant, at the start, after a reload, and in `check`."""
     for line in settings.covered:
         log.warning("%s", line)

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import functools
 import ipaddress
-import itertools
 import re
 import struct
 from typing import Any, Callable, NamedTuple, NoReturn
@@ -32,8 +31,6 @@ from typing import Any, Callable, NamedTuple, NoReturn
 from sniroute_names import normalise
 from sniroute_refusals import (DECODE_ERROR, ILLEGAL_PARAMETER, NOTHING, POSTGRES, PROTOCOL_VERSION, TLS,
                                UNEXPECTED_MESSAGE, Malformed, Refused)
-
-new_tuple = tuple.__new__  # makes a NamedTuple without a call into Python: half a microsecond; give it all fields
 
 # Limits, each with its reason.  Sizes in bytes, times in seconds.
 RECORD_MAX = 16384  # RFC 8446 5.1: a plaintext record holds no more
@@ -78,154 +75,6 @@ SERVER_NAME, ALPN = 0, 16  # extension types, RFC 6066 3 and RFC 7301 3.1
 _two_shorts = struct.Struct(">HH").unpack_from
 _short = struct.Struct(">H").unpack_from
 _hello_header = struct.Struct(">BBBHBBH").unpack_from  # of a record, and of the handshake message in it
-
-
-class Shape(NamedTuple):
-    """How a hello is framed: each length and type in it.
-
-    With the version, which is in its key, that is all that `parse_client_hello` judges but the name itself; and a
-    program's next hello for a name as long has the same again: only random bytes, keys, tickets and the name are
-    others.  So it need not be walked through, and its name stands where the last one stood.  (A browser that
-    shuffles its extensions gains nothing.)
-    """
-
-    end: int  # bytes on the wire
-    framing_of: Callable[[bytes, int], tuple[bytes, ...]]  # a struct's: lengths and types in such a hello, from KEY on
-    framing: tuple[bytes, ...]  # what they have to be
-    name: slice  # where a server_name extension stands
-    alpn: slice | None
-
-
-def shape_of(hello: bytes) -> Shape | None:
-    """The shape of a whole hello in one record that has a name, and has been parsed; None for one too odd to keep."""
-    layout, at = ["32x"], KEY + 32  # the random bytes, RFC 8446 4.1.2
-    for width in (1, 2, 1):  # session id, cipher suites, compression methods
-        size = int.from_bytes(hello[at:at + width], "big")
-        layout.append(f"{width}s{size}x")
-        at += width + size
-    layout.append("2s")  # the length of all extensions
-    at += 2
-    bodies = {}
-    while at < len(hello):
-        kind, size = _two_shorts(hello, at)
-        bodies[kind] = slice(at + 4, at + 4 + size)
-        layout.append(f"4s{size}x")
-        at += 4 + size
-        if len(bodies) > EXTENSIONS_MAX:
-            return None
-    framing_of = struct.Struct("".join(layout)).unpack_from
-    return Shape(len(hello), framing_of, framing_of(hello, KEY), bodies[SERVER_NAME], bodies.get(ALPN))
-
-
-KEY = 11  # bytes of both headers and the version: what begins a hello, and what its shape is found by
-SHAPES: dict[bytes, Shape] = {}  # of hellos that were parsed.  Loop only
-unknown_hellos = itertools.count(1)
-
-
-def learn_shape(hello: bytes) -> None:
-    """Remember the shape of one in LEARN_EVERY, in the place of another one as long, or of the oldest.
-
-    So a crowd of shapes that never come again costs little, and keeps nobody's out for long.
-    """
-    if next(unknown_hellos) % LEARN_EVERY:
-        return
-    shape = shape_of(hello)
-    if shape is not None:
-        SHAPES.pop(hello[:KEY], None)  # what is learnt again is the newest
-        if len(SHAPES) >= SHAPES_MAX:
-            del SHAPES[next(iter(SHAPES))]
-        SHAPES[hello[:KEY]] = shape
-
-
-def whole_hello(data: bytes) -> Hello | None:
-    """The hello that `data` begins with, where it is all there and in one record, as nearly always.
-
-    None says nothing but that: HelloReader has to look.  Raises Malformed.
-    """
-    shape = SHAPES.get(data[:KEY])
-    if shape is not None:
-        end, framing_of, framing, name, alpn = shape
-        if len(data) >= end and framing_of(data, KEY) == framing:  # a third of what it takes to read it all
-            return new_tuple(Hello, (parse_server_name(data[name]), data[alpn] if alpn is not None else None, end))
-    if len(data) <= 9:
-        return None
-    first, major, _, length, kind, high, size = _hello_header(data)
-    end = 9 + size
-    if first != TLS_HANDSHAKE or major != 3 or kind != CLIENT_HELLO or high \
-            or not HELLO_MIN + 4 <= size + 4 <= length <= RECORD_MAX or len(data) < end:
-        return None
-    name, alpn = parse_client_hello(data[9:end])
-    if name is not None:
-        learn_shape(data[:end])
-    return new_tuple(Hello, (name, alpn, end))
-
-
-class HelloReader:
-    """Joins the ClientHello of one connection from its records; keeps its place between calls.
-
-    So a hello that comes byte by byte, in records of one byte, costs linear time.
-    """
-
-    __slots__ = ("at", "left", "message")
-
-    def __init__(self) -> None:
-        self.at = 0  # the next byte of the wire
-        self.left = 0  # of the record that `at` is in
-        self.message = bytearray()
-
-    def read(self, data: bytes | bytearray) -> Hello | None:
-        """Parse `data`, which is what earlier calls were given and more.
-
-        Raises Malformed.  RFC 8446 5.1 and 4.1.2; one rule is stricter than OpenSSL's: an empty
-        handshake record, which the RFC forbids, is refused.
-        """
-        if not self.at:
-            hello = whole_hello(bytes(data))
-            if hello is not None:
-                return hello
-        message = self.message
-        received = len(data)
-        while True:
-            if not self.left:
-                if not self._record(data):
-                    return None
-            taken = min(self.left, received - self.at)
-            message += data[self.at:self.at + taken]
-            self.at += taken
-            self.left -= taken
-            if message and message[0] != CLIENT_HELLO:
-                raise Malformed(f"handshake message of type {message[0]}, not a ClientHello", UNEXPECTED_MESSAGE)
-            if len(message) >= 4:
-                size = int.from_bytes(message[1:4], "big")
-                if not HELLO_MIN <= size <= HELLO_MAX:
-                    raise Malformed(f"a ClientHello of {size} bytes", DECODE_ERROR)
-                more = len(message) - 4 - size
-                if more >= 0:
-                    if self.at - more > HELLO_WIRE_MAX:
-                        raise Malformed(f"a ClientHello over {HELLO_WIRE_MAX} bytes of records", DECODE_ERROR)
-                    name, alpn = parse_client_hello(bytes(message[4:4 + size]))
-                    return Hello(name, alpn, self.at - more)
-            if self.at >= HELLO_WIRE_MAX:
-                raise Malformed(f"a ClientHello over {HELLO_WIRE_MAX} bytes of records", DECODE_ERROR)
-            if self.left:  # the rest of this record is still to come
-                return None
-
-    def _record(self, data: bytes | bytearray) -> bool:
-        """Step over a record header; False where it is not complete."""
-        header = data[self.at:self.at + 5]
-        if header:
-            if header[0] != TLS_HANDSHAKE:
-                raise Malformed(f"a TLS record of type {header[0]} in the hello", UNEXPECTED_MESSAGE)
-            if len(header) > 1 and header[1] != 3:
-                raise Malformed(f"not TLS (record version {header[1]})", kind="not_tls")
-        if len(header) < 5:
-            return False
-        length = _short(header, 3)[0]
-        if not 0 < length <= RECORD_MAX:
-            raise Malformed(f"a TLS record of {length} bytes", DECODE_ERROR)
-        self.left = length
-        self.at += 5
-        return self.at < len(data)
 
 
 def parse_client_hello(body: bytes) -> tuple[str | None, bytes | None]:
@@ -288,6 +137,86 @@ def parse_server_name(names: bytes) -> str:
     if 5 + size < len(names):
         raise Malformed("more than one server_name", ILLEGAL_PARAMETER)
     return normalise(names[5:])
+
+
+def whole_hello(data: bytes) -> Hello | None:
+    """The hello that `data` begins with, where it is all there and in one record, as nearly always.
+
+    None says nothing but that: HelloReader has to look.  Raises Malformed.
+    """
+    if len(data) <= 9:
+        return None
+    first, major, _, length, kind, high, size = _hello_header(data)
+    end = 9 + size
+    if first != TLS_HANDSHAKE or major != 3 or kind != CLIENT_HELLO or high \
+            or not HELLO_MIN + 4 <= size + 4 <= length <= RECORD_MAX or len(data) < end:
+        return None
+    name, alpn = parse_client_hello(data[9:end])
+    return Hello(name, alpn, end)
+
+
+class HelloReader:
+    """Joins the ClientHello of one connection from its records; keeps its place between calls.
+
+    So a hello that comes byte by byte, in records of one byte, costs linear time.
+    """
+
+    __slots__ = ("at", "left", "message")
+
+    def __init__(self) -> None:
+        self.at = 0  # the next byte of the wire
+        self.left = 0  # of the record that `at` is in
+        self.message = bytearray()
+
+    def read(self, data: bytes | bytearray) -> Hello | None:
+        """Parse `data`, which is what earlier calls were given and more.
+
+        Raises Malformed.  RFC 8446 5.1 and 4.1.2; one rule is stricter than OpenSSL's: an empty
+        handshake record, which the RFC forbids, is refused.
+        """
+        message = self.message
+        received = len(data)
+        while True:
+            if not self.left:
+                if not self._record(data):
+                    return None
+            taken = min(self.left, received - self.at)
+            message += data[self.at:self.at + taken]
+            self.at += taken
+            self.left -= taken
+            if message and message[0] != CLIENT_HELLO:
+                raise Malformed(f"handshake message of type {message[0]}, not a ClientHello", UNEXPECTED_MESSAGE)
+            if len(message) >= 4:
+                size = int.from_bytes(message[1:4], "big")
+                if not HELLO_MIN <= size <= HELLO_MAX:
+                    raise Malformed(f"a ClientHello of {size} bytes", DECODE_ERROR)
+                more = len(message) - 4 - size
+                if more >= 0:
+                    if self.at - more > HELLO_WIRE_MAX:
+                        raise Malformed(f"a ClientHello over {HELLO_WIRE_MAX} bytes of records", DECODE_ERROR)
+                    name, alpn = parse_client_hello(bytes(message[4:4 + size]))
+                    return Hello(name, alpn, self.at - more)
+            if self.at >= HELLO_WIRE_MAX:
+                raise Malformed(f"a ClientHello over {HELLO_WIRE_MAX} bytes of records", DECODE_ERROR)
+            if self.left:  # the rest of this record is still to come
+                return None
+
+    def _record(self, data: bytes | bytearray) -> bool:
+        """Step over a record header; False where it is not complete."""
+        header = data[self.at:self.at + 5]
+        if header:
+            if header[0] != TLS_HANDSHAKE:
+                raise Malformed(f"a TLS record of type {header[0]} in the hello", UNEXPECTED_MESSAGE)
+            if len(header) > 1 and header[1] != 3:
+                raise Malformed(f"not TLS (record version {header[1]})", kind="not_tls")
+        if len(header) < 5:
+            return False
+        length = _short(header, 3)[0]
+        if not 0 < length <= RECORD_MAX:
+            raise Malformed(f"a TLS record of {length} bytes", DECODE_ERROR)
+        self.left = length
+        self.at += 5
+        return self.at < len(data)
 
 
 class ProxyHeader(NamedTuple):
@@ -502,7 +431,8 @@ def parse_startup(data: bytes) -> int | None:
 
 
 # What a client that speaks no TLS most likely speaks, by its first byte.
-NOT_TLS = {first: kind for kind, letters in {"HTTP": b"GPHDOCT", "SSH": b"S", "RDP": b"\x03",
+HTTP_METHODS = b"GPHDOCT"  # the first letters of GET, POST, PUT, PATCH, HEAD, DELETE, OPTIONS, CONNECT, TRACE
+NOT_TLS = {first: kind for kind, letters in {"HTTP": HTTP_METHODS, "SSH": b"S", "RDP": b"\x03",
                                              "an SSLv2 hello": range(0x80, 0x100)}.items() for first in letters}
 
 
@@ -514,13 +444,14 @@ class Prelude:
     about a PROXY header: `allow`, `require` or `refuse` (see PROXY_POLICY).
     """
 
-    __slots__ = ("policy", "local", "step", "header", "source", "data", "reader", "ssl")
+    __slots__ = ("policy", "local", "hellos", "step", "header", "source", "data", "reader", "ssl")
 
     START, CLIENT, AFTER_GSS, AFTER_SSL = "start", "client", "after GSSENCRequest", "after SSLRequest"
     PLAIN = "PostgreSQL in clear text"
 
-    def __init__(self, policy: str, local: bool):
+    def __init__(self, policy: str, local: bool, hellos: HelloMemory | None = None):
         self.policy = policy
+        self.hellos = hellos  # None: every hello is read in full
         self.local = local  # the peer is this machine: its header may name this machine
         self.step = self.START
         self.header = b""  # the believed PROXY header, as it came
@@ -557,13 +488,20 @@ class Prelude:
     def _hello(self) -> Hello | None:
         if self.reader is None:
             self.reader = HelloReader()
+            hello = self.hellos.find(bytes(self.data)) if self.hellos is not None else whole_hello(bytes(self.data))
+            if hello is not None:
+                return hello
         return self.reader.read(self.data)
+
+    def _http(self) -> NoReturn:
+        """A request of plain HTTP: refused."""
+        self._stranger(self.data[0])
 
     def _proxy(self) -> Prelude | None:
         data = bytes(self.data[:PROXY_V2_MAX])
         parse, signature = (parse_proxy_v1, PROXY_V1) if data[0] == PROXY_V1[0] else (parse_proxy_v2, PROXY_V2)
         if signature is PROXY_V1 and not data.startswith(signature[:len(data)]):
-            self._stranger(data[0])
+            return self._http()
         if self.policy not in ("allow", "require"):
             if len(data) < len(signature) and signature.startswith(data):
                 return None
@@ -607,9 +545,11 @@ class Prelude:
     for _step in (START, CLIENT, AFTER_GSS):
         OPENERS[_step, 0x16] = _hello
         OPENERS[_step, 0x00] = _postgres
+        for _letter in HTTP_METHODS:
+            OPENERS[_step, _letter] = _http
     OPENERS[AFTER_SSL, 0x16] = _hello
     OPENERS[START, PROXY_V1[0]] = OPENERS[START, PROXY_V2[0]] = _proxy
-    del _step
+    del _step, _letter
 
 
 # (--proxy-protocol, is the peer in --proxy-from?) -> what becomes of a PROXY header
@@ -618,3 +558,79 @@ PROXY_POLICY = {
     ("auto", False): "refuse", ("auto", True): "allow",
     ("required", False): "close", ("required", True): "require",
 }
+
+# -- hellos seen before ------------------------------------------------------------------------
+
+KEY = 11  # bytes of both headers and the version: they begin a hello, and its shape is found by them
+
+
+class Shape(NamedTuple):
+    """How a hello is framed: each length and type in it.
+
+    With the version, which is in its key, that is all that `parse_client_hello` judges but the name itself.  A
+    program's next hello for a name as long has the same shape: only random bytes, keys, tickets and the name differ.
+    So it need not be walked through, and its name stands where the last one stood.  (A browser that shuffles its
+    extensions gains nothing.)
+    """
+
+    end: int  # bytes on the wire
+    framing_of: Callable[[bytes, int], tuple[bytes, ...]]  # a struct's: lengths and types in such a hello, from KEY on
+    framing: tuple[bytes, ...]  # what they have to be
+    name: slice  # where a server_name extension stands
+    alpn: slice | None
+
+
+def shape_of(hello: bytes) -> Shape | None:
+    """The shape of a whole hello in one record that has a name, and has been parsed; None for one too odd to keep."""
+    layout, at = ["32x"], KEY + 32  # the random bytes, RFC 8446 4.1.2
+    for width in (1, 2, 1):  # session id, cipher suites, compression methods
+        size = int.from_bytes(hello[at:at + width], "big")
+        layout.append(f"{width}s{size}x")
+        at += width + size
+    layout.append("2s")  # the length of all extensions
+    at += 2
+    bodies = {}
+    while at < len(hello):
+        kind, size = _two_shorts(hello, at)
+        bodies[kind] = slice(at + 4, at + 4 + size)
+        layout.append(f"4s{size}x")
+        at += 4 + size
+        if len(bodies) > EXTENSIONS_MAX:
+            return None
+    framing_of = struct.Struct("".join(layout)).unpack_from
+    return Shape(len(hello), framing_of, framing_of(hello, KEY), bodies[SERVER_NAME], bodies.get(ALPN))
+
+
+class HelloMemory:
+    """Hellos whose shape is known are read by one struct call: a third of what it takes to read them all.
+
+    One in LEARN_EVERY unknown shapes is remembered, instead of another one as long, or of the oldest: so a crowd of
+    shapes that never come again costs little, and keeps nobody's out for long.  Loop only.
+    """
+
+    def __init__(self) -> None:
+        self.shapes: dict[bytes, Shape] = {}
+        self.unknown = 0  # hellos of unknown shape so far
+
+    def find(self, data: bytes) -> Hello | None:
+        """As `whole_hello`, which it calls for what is of no known shape."""
+        shape = self.shapes.get(data[:KEY])
+        if shape is not None:
+            end, framing_of, framing, name, alpn = shape
+            if len(data) >= end and framing_of(data, KEY) == framing:
+                return Hello(parse_server_name(data[name]), data[alpn] if alpn is not None else None, end)
+        hello = whole_hello(data)
+        if hello is not None and hello.name is not None:
+            self.unknown += 1
+            if self.unknown % LEARN_EVERY == 0:
+                self.learn(data[:hello.end])
+        return hello
+
+    def learn(self, hello: bytes) -> None:
+        """Remember the shape of a hello that has been read."""
+        shape = shape_of(hello)
+        if shape is not None:
+            self.shapes.pop(hello[:KEY], None)  # what is learnt again is the newest
+            if len(self.shapes) >= SHAPES_MAX:
+                del self.shapes[next(iter(self.shapes))]
+            self.shapes[hello[:KEY]] = shape

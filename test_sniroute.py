@@ -56,13 +56,14 @@ import sniroute_routes
 import sniroute_settings
 import sniroute_tunnels
 import sniroute_wire
+from sniroute_loop import NEVER
 from sniroute_log import Ending, Journal, under_journald
 from sniroute_names import normalise, parse_host_port, show_address
 from sniroute_refusals import REFUSALS, Malformed, Refused, SettingsError, postgres_error, tls_alert, told
-from sniroute_routes import Route, Routes, check_tcp, check_tunnel, expand, parse_route
+from sniroute_routes import Resolved, Route, Routes, Targets, check_tcp, check_tunnel, expand, parse_route
 from sniroute_settings import SETTINGS, load_settings
 from sniroute_tunnels import TunnelTable, cloudflared_launcher
-from sniroute_wire import (GSSENC_REQUEST, PROXY_POLICY, PROXY_V2, SSL_REQUEST, Hello, HelloReader, Prelude,
+from sniroute_wire import (GSSENC_REQUEST, PROXY_POLICY, PROXY_V2, SSL_REQUEST, Hello, HelloMemory, HelloReader, Prelude,
                            ProxyHeader, crc32c, parse_client_hello, parse_proxy_v1, parse_proxy_v2,
                            parse_server_name, parse_startup, whole_hello)
 from conftest import CORE, HERE, HOST, Address, Cloudflared, Edge, FakeClock, wait_until
@@ -509,91 +510,89 @@ def test_records_behind_the_hello_are_not_looked_at_T14(behind):
 
 
 @pytest.fixture
-def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[bytes, sniroute_wire.Shape]]:
-    """The shapes of hellos that are remembered: every unknown one is learnt, and there is none yet."""
+def hellos(monkeypatch: pytest.MonkeyPatch) -> HelloMemory:
+    """A memory of hellos that learns every unknown shape, and knows none yet."""
     monkeypatch.setattr(sniroute_wire, "LEARN_EVERY", 1)
-    sniroute_wire.SHAPES.clear()
-    yield sniroute_wire.SHAPES
-    sniroute_wire.SHAPES.clear()
+    return HelloMemory()
 
 
 NAMED = {key: how for key, how in GENUINE.items() if how.get("name", NAME)}
 
 
 @pytest.mark.parametrize("how", NAMED.values(), ids=NAMED)
-def test_a_hello_of_a_shape_that_is_known_is_read_without_a_walk_through_it(shapes, monkeypatch, how):
+def test_a_hello_of_a_shape_that_is_known_is_read_without_a_walk_through_it(hellos, monkeypatch, how):
     first = genuine(**how)
-    whole_hello(first)
+    hellos.find(first)
     walked = []
     monkeypatch.setattr(sniroute_wire, "parse_client_hello", lambda data: walked.append(data) or parse_client_hello(data))
     wire = genuine.__wrapped__(**how)  # not the remembered one: with other random bytes and keys
     assert wire != first
     name = how.get("name", NAME)
     other = "other" + name[5:].lower()
-    assert whole_hello(wire).name == name.lower() != other
-    assert whole_hello(wire.replace(name.encode(), other.encode())).name == other
-    assert whole_hello(wire + b"more") == whole_hello(wire)
-    assert not walked and len(shapes) == 1
-    assert whole_hello(wire) == verdict(Prelude("allow", True).feed, wire)
-    assert whole_hello(wire).alpn == ([text.encode() for text in how.get("protocols", ())] or None)
+    assert hellos.find(wire).name == name.lower() != other
+    assert hellos.find(wire.replace(name.encode(), other.encode())).name == other
+    assert hellos.find(wire + b"more") == hellos.find(wire)
+    assert not walked and len(hellos.shapes) == 1
+    assert hellos.find(wire) == verdict(Prelude("allow", True).feed, wire)
+    assert hellos.find(wire).alpn == ([text.encode() for text in how.get("protocols", ())] or None)
 
 
-def test_the_shape_of_a_hello_without_a_name_is_not_remembered(shapes):
+def test_the_shape_of_a_hello_without_a_name_is_not_remembered(hellos):
     """It is refused in any case."""
-    assert whole_hello(genuine(name=None)).name is None and not shapes
+    assert hellos.find(genuine(name=None)).name is None and not hellos.shapes
 
 
 @pytest.mark.parametrize("wire", [
     PLAIN, genuine(("h2", "http/1.1")), hello(*OTHERS, SNI, alpn(b"h2"), session=vector(1, b"s" * 32)),
     record(MESSAGE + handshake(b"", 20)),
 ], ids=["hand-made", "genuine", "name-in-the-middle", "more-in-the-record"])
-def test_what_is_nearly_of_a_known_shape_has_the_verdict_it_has_otherwise(shapes, wire):
+def test_what_is_nearly_of_a_known_shape_has_the_verdict_it_has_otherwise(hellos, wire):
     """Each byte of it changed, each beginning of it, and something behind it."""
-    assert whole_hello(wire).name == NAME
-    known = dict(shapes)
+    assert hellos.find(wire).name == NAME
+    known = dict(hellos.shapes)
     assert len(known) == 1
     nearly = [wire[:at] + bytes([byte]) + wire[at + 1:] for at in range(len(wire))
               for byte in {0, 1, 255, wire[at] ^ 1, wire[at] ^ 128, (wire[at] + 1) % 256}]
     for data in [*nearly, *(wire[:end] for end in range(len(wire))), wire + b"\x16\3\1", wire + wire]:
-        shapes.clear()
-        shapes.update(known)
-        found = verdict(whole_hello, data)
-        shapes.clear()
-        assert verdict(whole_hello, data) == found, data
+        hellos.shapes.clear()
+        hellos.shapes.update(known)
+        found = verdict(hellos.find, data)
+        hellos.shapes.clear()
+        assert verdict(hellos.find, data) == found, data
 
 
-def test_a_hello_as_long_as_a_known_one_and_of_another_shape_is_read_and_takes_its_place(shapes):
+def test_a_hello_as_long_as_a_known_one_and_of_another_shape_is_read_and_takes_its_place(hellos):
     """As of a browser that shuffles its extensions."""
     wires = [hello(SNI, *OTHERS, alpn(b"h2")), hello(*OTHERS, alpn(b"h2"), SNI), hello(alpn(b"h2"), SNI, *OTHERS)]
     assert len({wire[:11] for wire in wires}) == 1
     for wire in wires * 2:
-        assert whole_hello(wire) == Hello(NAME, b"\0\3\2h2", len(wire))
-        [shape] = shapes.values()
+        assert hellos.find(wire) == Hello(NAME, b"\0\3\2h2", len(wire))
+        [shape] = hellos.shapes.values()
         assert shape == shape._replace(framing=shape.framing_of(wire, 11)), "it is this one's"
 
 
-def test_so_many_shapes_are_remembered_at_most_and_the_oldest_goes(shapes, monkeypatch):
+def test_so_many_shapes_are_remembered_at_most_and_the_oldest_goes(hellos, monkeypatch):
     monkeypatch.setattr(sniroute_wire, "SHAPES_MAX", 5)
     for size in range(500, 512):
         wire = records(hello_of(size))
-        assert whole_hello(wire).name == whole_hello(wire).name == NAME
-        assert [shape.end for shape in shapes.values()] == list(range(max(509, size + 5), size + 10))[-5:]
+        assert hellos.find(wire).name == hellos.find(wire).name == NAME
+        assert [shape.end for shape in hellos.shapes.values()] == list(range(max(509, size + 5), size + 10))[-5:]
 
 
-def test_one_in_so_many_unknown_shapes_is_remembered(shapes, monkeypatch):
+def test_one_in_so_many_unknown_shapes_is_remembered(hellos, monkeypatch):
     """Who never comes again should cost no more than it has to."""
     monkeypatch.setattr(sniroute_wire, "LEARN_EVERY", 8)
     for size in range(500, 580):
-        whole_hello(records(hello_of(size)))
-    assert len(shapes) == 10
+        hellos.find(records(hello_of(size)))
+    assert len(hellos.shapes) == 10
 
 
-def test_the_shape_of_a_hello_with_very_many_extensions_is_not_remembered(shapes):
+def test_the_shape_of_a_hello_with_very_many_extensions_is_not_remembered(hellos):
     """A stranger would have it made, and compared, again and again."""
     for count in (sniroute_wire.EXTENSIONS_MAX - 1, sniroute_wire.EXTENSIONS_MAX, 900):
         wire = hello(SNI, *(extension(1000 + number, b"") for number in range(count)))
-        assert whole_hello(wire).name == whole_hello(wire).name == NAME
-        assert len(shapes) == 1
+        assert hellos.find(wire).name == hellos.find(wire).name == NAME
+        assert len(hellos.shapes) == 1
 
 
 def cut(message: bytes, at: int, byte: int) -> bytes:
@@ -1535,7 +1534,7 @@ EVERY = Routes([parse_route("*=tcp:{name}:1"), parse_route("a.b=tcp:h:1")])
 ])
 def test_the_most_exact_route_is_taken(routes, name, pattern):
     found = routes.find(name)
-    assert (found and found.pattern) == pattern
+    assert (found and found[0].pattern) == pattern
 
 
 def test_a_name_without_a_route_is_refused():
@@ -1606,7 +1605,7 @@ def test_a_target_is_checked(check, rest, good):
     assert verdict(check, rest) == (rest if good else Bad("bad_name", 112))
 
 
-def resolve(monkeypatch: pytest.MonkeyPatch, target: str, found: list[str] | OSError, router: Any,
+def resolve(monkeypatch: pytest.MonkeyPatch, target: str, found: list[str] | OSError, targets: Targets,
             allowed: Callable[[tuple], bool] = lambda address: True) -> Any:
     """Prepare a tcp target while the resolver answers `found`."""
     def answer(host: str, port: int, **_: Any) -> list[tuple]:
@@ -1616,34 +1615,30 @@ def resolve(monkeypatch: pytest.MonkeyPatch, target: str, found: list[str] | OSE
                 for text in found]
 
     monkeypatch.setattr(socket, "getaddrinfo", answer)
-    router.may_dial = lambda decision, address: allowed(address)
+    targets.may_dial = lambda decision, address: allowed(address)
     decision = Routes([Route("a.b", target)]).decide("a.b")
-    sniroute_routes.tcp_prepare(router, types.SimpleNamespace(decision=decision))
-    return sniroute_routes.tcp_ready(router, decision)
+    sniroute_routes.tcp_prepare(targets, types.SimpleNamespace(decision=decision))
+    return sniroute_routes.tcp_ready(targets, decision)
 
 
-class Resolved(types.SimpleNamespace):
-    """As much of a Router as resolving needs."""
-
-    remember = sniroute_router.Router.remember
-
-    def __init__(self, **more: object):
-        super().__init__(resolved={}, routes=Routes([]), **more)
+def addresses(backend: sniroute_routes.Backend) -> list[tuple]:
+    """Those that it would try, in order."""
+    return list(backend.addresses)
 
 
 def test_a_host_is_resolved_once_and_stays_while_the_resolver_is_down(monkeypatch):
-    router = Resolved()
+    targets = Targets(None)
     with pytest.raises(Refused) as caught:
-        resolve(monkeypatch, "tcp:h:1", OSError("down"), router)
+        resolve(monkeypatch, "tcp:h:1", OSError("down"), targets)
     assert (caught.value.kind, caught.value.alert) == ("unresolved", 80)
-    backend = resolve(monkeypatch, "tcp:h:1", ["192.0.2.1", "192.0.2.1", "2001:db8::1"], router)
-    assert backend.addresses == ((socket.AF_INET, ("192.0.2.1", 1)), (socket.AF_INET6, ("2001:db8::1", 1)))
+    backend = resolve(monkeypatch, "tcp:h:1", ["192.0.2.1", "192.0.2.1", "2001:db8::1"], targets)
     assert not backend.local
-    assert resolve(monkeypatch, "tcp:h:1", OSError("down"), router) is backend
+    for known in (backend, resolve(monkeypatch, "tcp:h:1", OSError("down"), targets)):
+        assert addresses(known) == [(socket.AF_INET, ("192.0.2.1", 1)), (socket.AF_INET6, ("2001:db8::1", 1))]
     now = time.monotonic()
     monkeypatch.setattr(sniroute_routes, "monotonic", lambda: now + sniroute_routes.RESOLVED_FOR + 1)
-    assert sniroute_routes.tcp_ready(router, Routes([Route("a.b", "tcp:h:1")]).decide("a.b")) is None, "its time is over"
-    assert sniroute_routes.tcp_ready(router, Routes([Route("a.b", "tcp:other:1")]).decide("a.b")) is None
+    assert sniroute_routes.tcp_ready(targets, Routes([Route("a.b", "tcp:h:1")]).decide("a.b")) is None, "its time is over"
+    assert sniroute_routes.tcp_ready(targets, Routes([Route("a.b", "tcp:other:1")]).decide("a.b")) is None
 
 
 @pytest.mark.parametrize("target, family, address, local", [
@@ -1652,42 +1647,46 @@ def test_a_host_is_resolved_once_and_stays_while_the_resolver_is_down(monkeypatc
     ("tcp:[::1]:3", socket.AF_INET6, ("::1", 3, 0, 0), True),
 ], ids=["loopback", "elsewhere", "v6"])
 def test_an_address_is_never_resolved(target, family, address, local):
-    router = Resolved(may_dial=lambda decision, address: True)
+    targets = Targets(None)
     decision = Routes([Route("a.b", target)]).decide("a.b")
-    backend = sniroute_routes.tcp_ready(router, decision)
-    assert (backend.addresses, backend.local) == (((family, address),), local)
-    assert sniroute_routes.tcp_ready(router, decision) is backend
+    for _ in range(2):
+        backend = sniroute_routes.tcp_ready(targets, decision)
+        assert (addresses(backend), backend.local) == ([(family, address)], local)
+    assert list(targets.resolved) == [decision.key]
 
 
 def test_an_address_that_the_route_does_not_lead_to_is_not_ready_and_never_will_be(monkeypatch):
-    router = Resolved(may_dial=lambda decision, address: False)
-    decision = Routes([Route("a.b", "tcp:127.0.0.1:19000")]).decide("a.b")  # where the router listens itself
-    assert sniroute_routes.tcp_ready(router, decision) is None
+    targets = Targets(None)
+    targets.own = [("127.0.0.1", 19000)]
+    decision = Routes([Route("a.b", "tcp:127.0.0.1:19000")]).decide("a.b")
     with pytest.raises(Refused) as caught:
-        resolve(monkeypatch, decision.target, ["127.0.0.1"], router, lambda address: False)
-    assert caught.value.kind == "forbidden" and not router.resolved
+        sniroute_routes.tcp_ready(targets, decision)
+    assert caught.value.kind == "forbidden", "at once: no thread is needed to say so"
+    with pytest.raises(Refused) as caught:
+        resolve(monkeypatch, decision.target, ["127.0.0.1"], targets, lambda address: False)
+    assert caught.value.kind == "forbidden" and not targets.resolved
 
 
 def test_only_addresses_that_the_route_leads_to_are_dialled(monkeypatch):
-    router = Resolved()
+    targets = Targets(None)
     with pytest.raises(Refused) as caught:
-        resolve(monkeypatch, "tcp:h:1", ["10.0.0.1"], router, lambda address: False)
+        resolve(monkeypatch, "tcp:h:1", ["10.0.0.1"], targets, lambda address: False)
     assert (caught.value.kind, caught.value.alert) == ("forbidden", 112)
-    backend = resolve(monkeypatch, "tcp:h:1", ["10.0.0.1", "192.0.2.1"], router,
+    backend = resolve(monkeypatch, "tcp:h:1", ["10.0.0.1", "192.0.2.1"], targets,
                       lambda address: address[0] != "10.0.0.1")
-    assert [address[0] for _, address in backend.addresses] == ["192.0.2.1"]
+    assert [address[0] for _, address in addresses(backend)] == ["192.0.2.1"]
 
 
 def test_resolved_hosts_and_their_addresses_are_limited(monkeypatch):
-    monkeypatch.setattr(sniroute_router, "RESOLVED_MAX", 2)
-    router = Resolved()
+    monkeypatch.setattr(sniroute_routes, "RESOLVED_MAX", 2)
+    targets = Targets(None)
     for number in range(5):
-        backend = resolve(monkeypatch, f"tcp:h{number}:1", [f"192.0.2.{n}" for n in range(1, 9)], router)
-        assert len(backend.addresses) == sniroute_routes.ADDRESSES_MAX and len(router.resolved) <= 2
-    router.routes = Routes([parse_route(f"n{number}.example.com=tcp:h:1") for number in range(3)])
+        backend = resolve(monkeypatch, f"tcp:h{number}:1", [f"192.0.2.{n}" for n in range(1, 9)], targets)
+        assert len(addresses(backend)) == sniroute_routes.ADDRESSES_MAX and len(targets.resolved) <= 2
+    targets.make_room(3)
     for number in range(6):
-        resolve(monkeypatch, f"tcp:h{number}:1", ["192.0.2.1"], router)
-    assert len(router.resolved) == 6, "there is room for those of all routes"
+        resolve(monkeypatch, f"tcp:h{number}:1", ["192.0.2.1"], targets)
+    assert len(targets.resolved) == 6, "there is room for those of all routes"
 
 
 # -- refusals ----------------------------------------------------------------------------------
@@ -2287,9 +2286,8 @@ class Running:
         self.tunnels = TunnelTable({"cloudflared": cloudflared_launcher(program, {})}, settings.ports,
                                    idle=settings.idle, start_timeout=settings.start_timeout,
                                    max_tunnels=settings.max_tunnels, max_starting=settings.max_starting)
-        self.router = sniroute_router.Router(settings, self.tunnels)
         self.endings: list[sniroute_log.Ending] = []
-        self.router.journal = self.endings.append
+        self.router = sniroute_router.Router(settings, self.tunnels, sniroute_router.Hooks(self.endings.append))
         self.address = self.router.server_address
         self.thread = threading.Thread(target=self.router.serve_forever, name="loop")
 
@@ -2385,7 +2383,7 @@ def flow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "selectors":
         monkeypatch.setattr(sniroute_loop, "EpollPoller", sniroute_loop.Poller)
     if request.param != "splice":
-        monkeypatch.setattr(sniroute_router, "can_splice", lambda: False)
+        monkeypatch.setattr(sniroute_flow, "can_splice", lambda: False)
     elif not sniroute_flow.can_splice():
         pytest.skip("no splice(2) here")
     return request.param
@@ -2441,8 +2439,8 @@ def test_backend_that_ends_first_is_passed_on_and_the_client_may_still_speak(run
 @pytest.mark.parametrize("pipes", [0, 2, 32], ids=["no pipe to lend", "two pipes", "pipes for all"])
 def test_readers_that_stop_cost_no_memory_and_lose_nothing(run, serve, flow, monkeypatch, pipes):
     """Twelve clients ask for 8 MiB each and read nothing; then they read, and all of it is there."""
-    monkeypatch.setattr(sniroute_router, "PIPES_MAX", pipes)
-    monkeypatch.setattr(sniroute_router, "PENDING_MAX", 1 << 19)
+    monkeypatch.setattr(sniroute_flow, "PIPES_MAX", pipes)
+    monkeypatch.setattr(sniroute_flow, "PENDING_MAX", 1 << 19)
     payload = random.Random(8).randbytes(8 << 20)
     def handler(sock: socket.socket) -> None:
         read_exactly(sock, len(HELLO))
@@ -2453,13 +2451,13 @@ def test_readers_that_stop_cost_no_memory_and_lose_nothing(run, serve, flow, mon
         clients = [stack.enter_context(running.connect(HELLO)) for _ in range(12)]
         wait_until(lambda: len(router.connections) == 12 and all(
             c.state == "open" and c.down.state == "blocked" for c in list(router.connections)), what="all blocked")
-        assert router.pending <= (1 << 19) + sniroute_flow.BULK + 12 * sniroute_flow.SMALL
+        assert router.pipes.pending <= (1 << 19) + sniroute_flow.BULK + 12 * sniroute_flow.CAREFUL
         for client in clients:
             assert hashlib.sha256(read_all(client)).digest() == hashlib.sha256(payload).digest()
     running.ending(12)
-    wait_until(lambda: router.pending == 0)
-    assert router.bulk == sniroute_flow.BULK
-    assert router.pipes_made <= max(1, pipes)
+    wait_until(lambda: router.pipes.pending == 0)
+    assert router.pipes.bulk == sniroute_flow.BULK
+    assert router.pipes.made <= max(1, pipes)
 
 
 def test_backend_that_stops_reading_holds_the_client_back(run, serve, flow):
@@ -2533,8 +2531,8 @@ def test_sink_that_breaks_while_full_gives_its_pipe_back(run, serve, flow):
         wait_until(lambda: [c for c in list(running.router.connections) if c.down and c.down.state == "blocked"])
         reset(client)
         assert running.ending(number).reason in ("client_reset", "backend_closed")
-    assert running.router.pending == 0
-    assert running.router.pipes_made <= 2
+    assert running.router.pipes.pending == 0
+    assert running.router.pipes.made <= 2
 
 
 def test_options_of_the_listener_are_those_of_its_connections(run, serve):
@@ -2557,7 +2555,7 @@ def test_connection_outlives_the_prelude_deadline(run, echo_server):
     running = run(route(echo_server.address), "--prelude-timeout=100ms")
     with running.connect(HELLO) as client:
         assert read_exactly(client, len(HELLO)) == HELLO
-        wait_until(lambda: not running.router.prelude_deadline.entries)
+        wait_until(lambda: not running.router.deadlines.prelude.due)
         with running.connect() as silent:  # its deadline passes meanwhile
             assert silent.recv(1) == b""
         client.sendall(b"still here")
@@ -2675,7 +2673,7 @@ def test_postgres_backend_that_does_not_say_S_gets_no_hello(run, serve, reply, s
 
 
 def test_postgres_backend_that_is_silent_is_given_up(run, serve, monkeypatch):
-    monkeypatch.setattr(sniroute_router, "GREETING_TIMEOUT", 0.1)
+    monkeypatch.setattr(sniroute_connection, "GREETING_TIMEOUT", 0.1)
     running = run(route(serve(read_all).address))
     with running.connect(ASK_TLS) as client:
         assert read_exactly(client, 1) == b"S"
@@ -2760,7 +2758,7 @@ def test_alert_is_read_though_the_client_goes_on_talking(run, echo_server):
 
 
 def test_client_that_never_reads_its_alert_is_let_go(run, echo_server, monkeypatch):
-    monkeypatch.setattr(sniroute_router, "LINGER", 0.1)
+    monkeypatch.setattr(sniroute_connection, "LINGER", 0.1)
     running = run(route(echo_server.address))
     with running.connect(genuine_hello("other.example.com")) as client:
         running.ending()
@@ -2799,7 +2797,7 @@ def test_half_hellos_do_not_hold_up_the_others(run, serve):
     running = run(route(serve(answer(b"served")).address), "--prelude-timeout=2s")
     with contextlib.ExitStack() as stack:
         stalled = [stack.enter_context(running.connect(HELLO[:200])) for _ in range(300)]
-        wait_until(lambda: len(running.router.prelude_deadline.entries) == 300)
+        wait_until(lambda: len(running.router.deadlines.prelude.due) == 300)
         for _ in range(20):
             with running.connect(HELLO) as client:
                 assert read_exactly(client, 6) == b"served"
@@ -2845,7 +2843,7 @@ def test_clients_are_limited_by_address_and_a_balancer_is_not_one_client(run, ec
 
 def test_client_over_its_limit_is_closed_at_accept(run, echo_server, monkeypatch):
     running = run(route(echo_server.address), "--max-per-client=1")
-    running.router.peers[HOST] = sniroute_router.Peer("192.0.2.9", "refuse", False, False)
+    running.router.peers.known[HOST] = sniroute_router.Peer("192.0.2.9", "refuse", False, False)
     with running.connect(HELLO) as first:
         assert first.recv(1) == HELLO[:1]
         with running.connect() as second:
@@ -2909,7 +2907,7 @@ def test_descriptors_for_the_backend_that_run_out_are_not_the_tunnels_fault(run,
         wait_until(lambda: len(running.router.connections) == 1)
         fake = types.SimpleNamespace(**{**vars(socket), "SocketType": none_left})
         with monkeypatch.context() as patch:
-            patch.setattr(sniroute_connection, "socket", fake)
+            patch.setattr(sniroute_routes, "socket", fake)
             client.sendall(HELLO)
             assert read_all(client) == alert(80)
     wait_until(lambda: [end for end in running.endings if end.reason == "busy"])
@@ -2934,7 +2932,7 @@ def test_descriptors_that_run_out_pause_accepting_and_do_not_spin(run, serve, ca
             return getattr(self.real, name)
     router = running.router
     def swap() -> None:
-        router.poller.forget(router.listeners[0].fileno())
+        router.loop.poller.forget(router.listeners[0].fileno())
         router.listeners[0] = Listener(router.listeners[0])
         router._resume()
     router.call(swap)
@@ -2962,24 +2960,19 @@ def test_silent_clients_of_one_turn_are_shed_at_the_other_listener_too(run):
     assert router.counters.get("shed", 0) >= 1 and not router.paused
 
 
-def test_a_deadline_that_another_one_sets_is_not_forgotten(run):
-    """What is due in a later queue may put a connection into an earlier one."""
-    router = run(route((HOST, 9))).router
-    found, done = [], threading.Event()
-    class Late:
-        deadline = None
-    def look() -> None:
-        late = Late()
-        router.greeting_deadline.act = lambda late: router.arm(late, router.parked_deadline)
-        router.arm(late, router.greeting_deadline)
-        router.greeting_deadline.entries[late] = 0.0
-        router._check(time.monotonic())
-        found.extend((router.next_check, router.parked_deadline.entries[late]))
-        router.disarm(late)
-        done.set()
-    router.call(look)
-    assert done.wait(20)
-    assert found[0] <= found[1]
+def test_a_deadline_that_another_one_sets_is_not_forgotten():
+    """What is due in a later queue may put an item into an earlier one."""
+    loop = sniroute_loop.Loop(lambda owner: None)
+    try:
+        earlier = loop.queue(60, lambda item: None)
+        later = loop.queue(0, earlier.put)
+        loop.next_check = time.monotonic() + 3600
+        later.put("item")
+        loop.turn()
+        assert list(earlier.due) == ["item"] and not later.due
+        assert loop.next_check <= earlier.due["item"]
+    finally:
+        loop.close()
 
 
 def unresolved(go: threading.Event) -> Callable[..., Any]:
@@ -3022,11 +3015,11 @@ def test_who_leaves_while_its_name_waits_for_a_thread_is_forgotten(run, monkeypa
     router = (running := run("--route=*.example.com=tcp:{name}:443")).router
     monkeypatch.setattr(socket, "getaddrinfo", unresolved(go))
     with running.connect(genuine_hello("first.example.com")):
-        wait_until(lambda: router.waiting_threads == 1)
+        wait_until(lambda: router.waits.threads == 1)
         with running.connect(genuine_hello("second.example.com")):
-            wait_until(lambda: len(router.queued_waits) == 1)
+            wait_until(lambda: len(router.waits.queued) == 1)
         wait_until(lambda: len(router.connections) == 1)
-        assert not router.queued_waits and len(router.waits) == 1
+        assert not router.waits.queued and len(router.waits.by_key) == 1
         go.set()
         running.ending(2)
 
@@ -3040,7 +3033,7 @@ def test_a_connect_under_way_may_also_be_told_as_bsd_does(run, serve, deaf, monk
             except BlockingIOError:
                 raise OSError(errno.ENOTCONN, "Socket is not connected") from None
     monkeypatch.setattr(socket, "SocketType", Bsd)
-    monkeypatch.setattr(sniroute_router, "CONNECT_TIMEOUT", 0.1)
+    monkeypatch.setattr(sniroute_connection, "CONNECT_TIMEOUT", 0.1)
     running = run(route(deaf))
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
@@ -3067,7 +3060,12 @@ def test_a_flow_that_has_much_to_move_is_spliced_and_goes_back_to_messages(run, 
     assert running.ending().up == len(HELLO) + 3 * sniroute_flow.MESSAGE + (1 << 20) + 66
 
 
-def test_a_flow_of_small_messages_is_chatty_until_there_is_a_larger_one(run, echo_server, flow):
+def way(flow: sniroute_flow.Flow) -> str:
+    """How it moves bytes: its state, or `small` where it reads little at a time."""
+    return "small" if flow.state == "open" and flow.size == sniroute_flow.SMALL_READ else flow.state
+
+
+def test_a_flow_of_small_messages_makes_small_reads_until_there_is_a_larger_one(run, echo_server, flow):
     running = run(route(echo_server.address))
     payload = random.Random(5).randbytes(1 << 18)
     def say(client: socket.socket, size: int) -> str:
@@ -3075,24 +3073,24 @@ def test_a_flow_of_small_messages_is_chatty_until_there_is_a_larger_one(run, ech
         sender.start()
         assert read_exactly(client, size) == payload[:size]
         sender.join()
-        return connection.up.state
+        return way(connection.up)
     with running.connect(HELLO) as client:
         assert read_exactly(client, len(HELLO)) == HELLO
         [connection] = running.router.connections
-        for larger in (sniroute_flow.FEW, sniroute_flow.FEW + 1, sniroute_flow.MESSAGE - 1, len(payload)):
-            say(client, sniroute_flow.FEW)  # counting begins
-            for _ in range(sniroute_flow.FEW_AFTER - 1):
+        for larger in (sniroute_flow.SMALL_READ, sniroute_flow.SMALL_READ + 1, sniroute_flow.MESSAGE - 1, len(payload)):
+            say(client, sniroute_flow.SMALL_READ)  # counting begins
+            for _ in range(sniroute_flow.SMALL_AFTER - 1):
                 assert say(client, 64) == "open"
-            assert say(client, 64) == say(client, sniroute_flow.FEW - 1) == say(client, 1) == "chatty"
-            assert say(client, larger) != "chatty"
+            assert say(client, 64) == say(client, sniroute_flow.SMALL_READ - 1) == say(client, 1) == "small"
+            assert say(client, larger) != "small"
             say(client, sniroute_flow.MESSAGE - 1)  # nor bulky
         for _ in range(2):  # it is counted from the beginning, each time
-            states = [say(client, size) for size in [64] * sniroute_flow.FEW_AFTER + [sniroute_flow.FEW]]
-            assert states == ["open"] * (sniroute_flow.FEW_AFTER - 1) + ["chatty", "open"]
+            states = [say(client, size) for size in [64] * sniroute_flow.SMALL_AFTER + [sniroute_flow.SMALL_READ]]
+            assert states == ["open"] * (sniroute_flow.SMALL_AFTER - 1) + ["small", "open"]
     assert running.ending().down == running.ending().up
 
 
-def test_chatty_flow_goes_on_while_the_other_direction_is_blocked(run, serve, flow):
+def test_flow_of_small_messages_goes_on_while_the_other_direction_is_blocked(run, serve, flow):
     """Its client does not read a download, and speaks: in small messages, larger ones, small ones."""
     download = random.Random(6).randbytes(8 << 20)
     heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
@@ -3122,23 +3120,23 @@ def test_chatty_flow_goes_on_while_the_other_direction_is_blocked(run, serve, fl
             turned = threading.Event()
             running.router.call(turned.set)
             assert turned.wait(20)  # the server hears of a message before the loop is done with it
-            return up.state
+            return way(up)
         def chat() -> None:
-            states = [say(64) for _ in range(sniroute_flow.FEW_AFTER + 1)]
-            assert states[-1] == "chatty" and connection.down.state == "blocked"
-        for larger in (sniroute_flow.FEW, sniroute_flow.MESSAGE - 1, 70_000):
+            states = [say(64) for _ in range(sniroute_flow.SMALL_AFTER + 1)]
+            assert states[-1] == "small" and connection.down.state == "blocked"
+        for larger in (sniroute_flow.SMALL_READ, sniroute_flow.MESSAGE - 1, 70_000):
             chat()
-            assert say(larger) != "chatty"
+            assert say(larger) != "small"
         chat()
         assert read_exactly(client, len(download)) == download
-        assert say(64) == "chatty"
+        assert say(64) == "small"
     running.ending()
 
 
-def test_chatty_flow_whose_sink_is_full_waits_and_goes_on(run, serve, flow, monkeypatch):
+def test_flow_of_small_messages_whose_sink_is_full_waits_and_goes_on(run, serve, flow, monkeypatch):
     """Small messages to a server that does not read: all arrive, in order, once it does."""
     held, hold = [], sniroute_flow.Flow.hold
-    monkeypatch.setattr(sniroute_flow.Flow, "hold", lambda self, rest: (held.append(self.state), hold(self, rest)))
+    monkeypatch.setattr(sniroute_flow.Flow, "hold", lambda self, rest: (held.append(way(self)), hold(self, rest)))
     go = threading.Event()
     def server(sock: socket.socket) -> bytes:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -3161,12 +3159,12 @@ def test_chatty_flow_whose_sink_is_full_waits_and_goes_on(run, serve, flow, monk
             client.sendall(data)
             said.update(data)
             wait_until(lambda: up.total > before or held)
-        while up.state is not sniroute_flow.CHATTY:
+        while way(up) != "small":
             say(64)
         connection.down.source.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         while not held:
-            say(sniroute_flow.FEW - 1)
-        assert held == [sniroute_flow.CHATTY]
+            say(sniroute_flow.SMALL_READ - 1)
+        assert held == ["small"]
         go.set()
         client.shutdown(socket.SHUT_WR)
         assert read_all(client) == b"all"
@@ -3174,7 +3172,7 @@ def test_chatty_flow_whose_sink_is_full_waits_and_goes_on(run, serve, flow, monk
 
 
 @pytest.mark.parametrize("fault", ["nothing to read", "client resets", "sink is full", "sink is gone"])
-def test_chatty_flow_meets_what_any_flow_does(run, serve, fault, caplog):
+def test_flow_of_small_messages_meets_what_any_flow_does(run, serve, fault, caplog):
     def server(sock: socket.socket) -> bytes:
         assert read_exactly(sock, len(HELLO)) == HELLO
         sock.sendall(b"!")
@@ -3191,7 +3189,7 @@ def test_chatty_flow_meets_what_any_flow_does(run, serve, fault, caplog):
         assert client.recv(1) == b"!"
         connection, = running.router.connections
         up, filled = connection.up, 0
-        while up.state is not sniroute_flow.CHATTY:
+        while way(up) != "small":
             before = up.total
             client.sendall(b"x")
             wait_until(lambda: up.total > before)
@@ -3199,7 +3197,7 @@ def test_chatty_flow_meets_what_any_flow_does(run, serve, fault, caplog):
         def prepare() -> None:
             nonlocal filled
             if fault == "nothing to read":
-                up.chat(sniroute_loop.READ)
+                up.pump(sniroute_loop.READ)
             elif fault == "sink is gone":
                 connection.down.source.shutdown(socket.SHUT_WR)
             elif fault == "sink is full":
@@ -3224,12 +3222,12 @@ def test_chatty_flow_meets_what_any_flow_does(run, serve, fault, caplog):
     assert reason == ("client_reset" if fault == "client resets" else "client_closed")
     if fault != "client resets":
         assert far.result() == b"x" * (said + filled + (fault != "sink is gone"))
-    assert running.router.pending == 0 and "a fault" not in caplog.text
+    assert running.router.pipes.pending == 0 and "a fault" not in caplog.text
 
 
 def test_a_flow_without_splice_reads_less_from_the_moment_that_much_is_kept(run, serve, monkeypatch):
     """65536 bytes at a time, and 16384 while many clients do not read."""
-    monkeypatch.setattr(sniroute_router, "can_splice", lambda: False)
+    monkeypatch.setattr(sniroute_flow, "can_splice", lambda: False)
     asked: list[tuple[int, int]] = []
     real = os.read
     monkeypatch.setattr(os, "read", lambda fd, size: asked.append((fd, size)) or real(fd, size))
@@ -3249,13 +3247,13 @@ def test_a_flow_without_splice_reads_less_from_the_moment_that_much_is_kept(run,
         wait_until(lambda: sniroute_flow.READ_MAX in sizes())
         held = threading.Event()
         def congest() -> None:
-            running.router.keep(sniroute_flow.PENDING_MAX)
+            running.router.pipes.keep(sniroute_flow.PENDING_MAX)
             asked.clear()
             held.set()
         running.router.call(congest)
         assert held.wait(20)
-        wait_until(lambda: sniroute_flow.SMALL in sizes())
-        assert max(sizes()) == sniroute_flow.SMALL
+        wait_until(lambda: sniroute_flow.CAREFUL in sizes())
+        assert max(sizes()) == sniroute_flow.CAREFUL
         reset(client)
     running.ending()
 
@@ -3269,7 +3267,7 @@ def test_connections_of_a_turn_take_each_step_together(run, serve):
             taken.append(step.__name__)
             step(connection, *args)
         return take
-    router.steps = tuple((waiting, noted(step)) for waiting, step in router.steps)
+    router.loop.batches[:] = [(waiting, noted(step)) for waiting, step in router.loop.batches]
     held, go = threading.Event(), threading.Event()
     router.call(lambda: (held.set(), go.wait(20)))
     assert held.wait(20)
@@ -3277,14 +3275,14 @@ def test_connections_of_a_turn_take_each_step_together(run, serve):
         clients = [stack.enter_context(running.connect(HELLO)) for _ in range(3)]
         go.set()
         assert [client.recv(1) for client in clients] == [b"x"] * 3
-    assert taken == ["on_prelude"] * 3 + ["dial"] * 3 + ["speak"] * 3
+    assert taken[:9] == ["on_prelude"] * 3 + ["dial"] * 3 + ["speak"] * 3
 
 
 @pytest.mark.parametrize("step", ["go_on", "_connect"])
 def test_connection_that_ends_between_two_steps_of_a_turn_takes_no_further_one(run, echo_server, monkeypatch, step):
     running = run(route(echo_server.address))
     real = getattr(sniroute_connection.Connection, step)
-    monkeypatch.setattr(sniroute_connection.Connection, step, lambda self: (real(self), self.close("shed")))
+    monkeypatch.setattr(sniroute_connection.Connection, step, lambda self, *why: (real(self, *why), self.close("shed")))
     with running.connect(HELLO) as client:
         assert read_all(client) == b""
     assert running.ending().reason == "shed" and running.ending().up == 0
@@ -3321,7 +3319,7 @@ def test_callback_bears_being_called_for_nothing(run, serve, caplog):
             for name in ("on_prelude", "on_waiting", "speak", "on_greeting", "on_linger"):
                 getattr(connection, name)(mask)
             for flow in flows:
-                flow.pump(mask), flow.ready(mask), flow.mover()(mask)
+                running.router.loop.poller.callbacks[flow.fd](mask), flow.ready(mask)
     with running.connect(HELLO) as client:
         assert client.recv(1) == b"x"
         connection, = running.router.connections
@@ -3331,25 +3329,27 @@ def test_callback_bears_being_called_for_nothing(run, serve, caplog):
         assert read_exactly(client, 5) == b"still"
     assert running.ending().reason == "client_closed"
     done = threading.Event()
+    callbacks = running.router.loop.poller.callbacks
+    assert [callbacks[flow.fd] for flow in flows] == [sniroute_loop.ignore] * 2
     running.router.call(lambda: (call_all(connection, flows), done.set()))
     assert done.wait(20) and "please report it" not in caplog.text and len(running.endings) == 1
 
 
-def test_intact_tells_a_connect_that_is_not_over_from_one_that_failed(deaf, free_ports):
+def test_tunnels_backend_tells_a_connect_that_is_not_over_from_one_that_failed(deaf, free_ports):
     def backend(address: Address) -> sniroute_routes.Backend:
-        child = types.SimpleNamespace(alive=lambda: True)
-        return sniroute_routes.Backend(((socket.AF_INET, address),), True, types.SimpleNamespace(child=child), child)
+        child = types.SimpleNamespace(alive=lambda: True, address=address)
+        return sniroute_routes.TunnelBackend(None, "", None, types.SimpleNamespace(child=child), child)
     with socket.socket() as server:
         server.setblocking(False)
         assert server.connect_ex(deaf) == errno.EINPROGRESS
         with pytest.raises(BlockingIOError):
-            backend(deaf).intact(server)
+            backend(deaf).connected(server)
     nobody = HOST, free_ports(1)[0]
     with socket.socket() as server:
         server.setblocking(False)
         server.connect_ex(nobody)
         with pytest.raises(ConnectionRefusedError):
-            backend(nobody).intact(server)
+            backend(nobody).connected(server)
 
 
 def test_peers_are_forgotten_when_there_are_many(run, echo_server, monkeypatch):
@@ -3357,12 +3357,12 @@ def test_peers_are_forgotten_when_there_are_many(run, echo_server, monkeypatch):
     running = run(route(echo_server.address))
     router = running.router
     for last in range(200):
-        router.peer_of(f"198.51.100.{last}")
-    assert len(router.peers) <= 11
-    one, other = router.peer_of("2001:db8::1"), router.peer_of("2001:db8::2")
+        router.peers.find(f"198.51.100.{last}")
+    assert len(router.peers.known) <= 11
+    one, other = router.peers.find("2001:db8::1"), router.peers.find("2001:db8::2")
     assert one is other, "a /64 is one client"
-    assert router.peer_of("::ffff:198.51.100.9").key == "198.51.100.9"
-    assert router.peer_of("fe80::1%lo").key
+    assert router.peers.find("::ffff:198.51.100.9").key == "198.51.100.9"
+    assert router.peers.find("fe80::1%lo").key
 
 
 # -- tcp targets -------------------------------------------------------------------------------
@@ -3399,7 +3399,7 @@ def test_resolver_that_is_down_for_a_moment_cuts_nobody(run, serve, monkeypatch)
     monkeypatch.setattr(sniroute_routes, "RESOLVED_FOR", 0.2)
     with running.connect(HELLO) as client:
         assert client.recv(1) == b"x"
-    wait_until(lambda: all(until < time.monotonic() for _, until in running.router.resolved.values()))
+    wait_until(lambda: all(found.until < time.monotonic() for found in running.router.targets.resolved.values()))
     def broken(*_: Any, **__: Any) -> Any:
         raise socket.gaierror(-3, "Temporary failure in name resolution")
     with monkeypatch.context() as patch:
@@ -3423,7 +3423,7 @@ def test_next_address_is_tried_and_the_last_failure_is_told(run, serve, monkeypa
     running = run(route((HOST, shut)), route(far.address, "two.example.com"))
     good = (socket.AF_INET, far.address)
     bad = (socket.AF_INET, (HOST, shut))
-    running.router.resolved[f"two.example.com=tcp:{HOST}:{far.address[1]}"] = sniroute_routes.Backend((bad, good), False), float("inf")
+    running.router.targets.resolved[f"two.example.com=tcp:{HOST}:{far.address[1]}"] = Resolved((bad, good), False, NEVER)
     with running.connect(genuine_hello("two.example.com")) as client:
         assert client.recv(1) == b"x"
     with running.connect(HELLO) as client:
@@ -3433,7 +3433,7 @@ def test_next_address_is_tried_and_the_last_failure_is_told(run, serve, monkeypa
 
 
 def test_connect_without_an_answer_times_out(run, monkeypatch, deaf):
-    monkeypatch.setattr(sniroute_router, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setattr(sniroute_connection, "CONNECT_TIMEOUT", 0.2)
     running = run(route(deaf))
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
@@ -3441,11 +3441,11 @@ def test_connect_without_an_answer_times_out(run, monkeypatch, deaf):
 
 
 def test_next_address_is_tried_when_the_first_does_not_answer(run, serve, monkeypatch, deaf):
-    monkeypatch.setattr(sniroute_router, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setattr(sniroute_connection, "CONNECT_TIMEOUT", 0.2)
     far = serve(answer(b"x"))
     running = run(route((HOST, 9)))
     addresses = tuple((socket.AF_INET, address) for address in (deaf, far.address))
-    running.router.resolved[f"db.example.com=tcp:{HOST}:9"] = sniroute_routes.Backend(addresses, True), float("inf")
+    running.router.targets.resolved[f"db.example.com=tcp:{HOST}:9"] = Resolved(addresses, True, NEVER)
     with running.connect(HELLO) as client:
         assert client.recv(1) == b"x"
 
@@ -3469,7 +3469,7 @@ def test_client_that_leaves_during_the_connect_is_noticed(run, deaf):
 def test_stranger_cannot_point_a_name_at_the_private_network(run, pattern, target, address, allowed):
     running = run(f"--route={pattern}={target}")
     decision = running.router.routes.decide("a.example.com")
-    assert running.router.may_dial(decision, address) is allowed
+    assert running.router.targets.may_dial(decision, address) is allowed
 
 
 @pytest.mark.parametrize("label", ["2130706433", "0x7f000001", "017700000001", "0"])
@@ -3484,18 +3484,18 @@ def test_number_is_no_host(run, label):
 def test_router_that_listens_everywhere_knows_its_addresses(run):
     running = run("--route=db.example.com=tcp:localhost:1")
     decision = running.router.routes.decide("db.example.com")
-    running.router.listening = [("::", 19000)]
+    running.router.targets.own = [("::", 19000)]
     for address in ("127.0.0.1", "127.0.0.2", "::1", "0.0.0.0", "::ffff:127.0.0.1", "::"):
-        assert not running.router.may_dial(decision, (address, 19000)), address
-    assert running.router.may_dial(decision, ("127.0.0.1", 19001))
-    assert running.router.may_dial(decision, ("192.0.2.1", 19000))
+        assert not running.router.targets.may_dial(decision, (address, 19000)), address
+    assert running.router.targets.may_dial(decision, ("127.0.0.1", 19001))
+    assert running.router.targets.may_dial(decision, ("192.0.2.1", 19000))
 
 
 def test_router_does_not_dial_itself(run):
     running = run("--route=db.example.com=tcp:localhost:1")
     decision = running.router.routes.decide("db.example.com")
-    assert not running.router.may_dial(decision, running.address)
-    assert running.router.may_dial(decision, (HOST, 1))
+    assert not running.router.targets.may_dial(decision, running.address)
+    assert running.router.targets.may_dial(decision, (HOST, 1))
     with pytest.raises(sniroute_refusals.SettingsError, match="leads back"):
         sniroute_settings.load_settings(["--listen=127.0.0.1:19999", "--route=a.example.com=tcp:127.0.0.1:19999"], {})
 
@@ -3561,7 +3561,7 @@ def test_thousand_clients_of_one_cold_name_start_one_child(run, cloudflared, por
     assert len(cloudflared.starts()) == 1
     running.ending(1000)
     assert {end.reason for end in running.endings} == {"client_closed"}
-    assert running.router.waiting_threads == 0
+    assert running.router.waits.threads == 0
 
 
 def test_many_cold_names_start_a_few_at_a_time_and_all_are_answered(run, cloudflared, single_loop_echo, free_ports):
@@ -3649,7 +3649,7 @@ def test_postgres_through_a_tunnel_is_retried_too(run, serve, cloudflared, ports
 
 def test_hung_tunnel_is_found_out_and_restarted(run, serve, cloudflared, ports, monkeypatch):
     """SIGSTOP: its backlog still takes connections, and nobody answers."""
-    monkeypatch.setattr(sniroute_router, "FIRST_BYTE_TIMEOUT", 0.5)
+    monkeypatch.setattr(sniroute_connection, "FIRST_BYTE_TIMEOUT", 0.5)
     cloudflared.far("*", serve(answer(b"x")).address)
     running = run(TUNNEL, ports)
     with running.connect(HELLO) as client:
@@ -3687,7 +3687,7 @@ def test_client_that_leaves_while_it_waits_is_noticed(run, cloudflared, ports):
         wait_until(lambda: len(running.router.connections) == 2 and cloudflared.starts())
         first.close()
         assert running.ending().reason == "client_left"
-        assert len(running.router.waits["*=" + DB].connections) == 1
+        assert len(running.router.waits.by_key["*=" + DB].connections) == 1
         reset(second)
         assert running.ending(2).reason == "client_left"
 
@@ -3700,7 +3700,7 @@ def test_client_that_goes_on_talking_while_it_waits_loses_nothing(run, serve, cl
     running = run(TUNNEL, ports)
     more = random.Random(3).randbytes(200_000)
     with running.connect(HELLO) as client:
-        wait_until(lambda: running.router.waits)
+        wait_until(lambda: running.router.waits.by_key)
         client.sendall(more)
         wait_until(lambda: [c for c in list(running.router.connections) if not c.up.watched])
         assert max(len(c.hello) for c in running.router.connections) <= 2 * sniroute_wire.HELLO_WIRE_MAX
@@ -3718,7 +3718,7 @@ def test_start_that_takes_too_long_is_refused(run, cloudflared, ports):
 def test_resolver_that_hangs_holds_nobody_for_ever(run, monkeypatch):
     release = threading.Event()
     running = run("--route=db.example.com=tcp:slow.example.net:1", "--start-timeout=100ms")
-    monkeypatch.setattr(running.router.parked_deadline, "seconds", 0.3)
+    monkeypatch.setattr(running.router.deadlines.parked, "seconds", 0.3)
     with running.connect() as client:
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(20) and [])
         client.sendall(HELLO)
@@ -3726,22 +3726,22 @@ def test_resolver_that_hangs_holds_nobody_for_ever(run, monkeypatch):
     assert "its address" in running.ending().detail
     monkeypatch.undo()
     release.set()
-    wait_until(lambda: not running.router.waits)
+    wait_until(lambda: not running.router.waits.by_key)
 
 
 def test_client_that_was_refused_while_it_waited_is_not_dialled_later(run, echo_server, monkeypatch):
     """It still reads its alert when the target is ready at last."""
-    monkeypatch.setattr(sniroute_router, "LINGER", 5.0)
+    monkeypatch.setattr(sniroute_connection, "LINGER", 5.0)
     release = threading.Event()
     running = run(f"--route=db.example.com=tcp:slow.example.net:{echo_server.address[1]}")
-    monkeypatch.setattr(running.router.parked_deadline, "seconds", 0.1)
+    monkeypatch.setattr(running.router.deadlines.parked, "seconds", 0.1)
     found = socket.getaddrinfo(*echo_server.address, type=socket.SOCK_STREAM)
     with running.connect() as client:
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(20) and found)
         client.sendall(HELLO)
         assert read_exactly(client, 7) == alert(80)
         release.set()
-        wait_until(lambda: not running.router.waits)
+        wait_until(lambda: not running.router.waits.by_key)
         assert [c.state for c in running.router.connections] == ["lingering"]
         assert echo_server.accepted == 0
 
@@ -3756,12 +3756,12 @@ def test_names_that_wait_are_bounded(run, cloudflared, ports, monkeypatch):
     with contextlib.ExitStack() as stack:
         for number in range(3):
             stack.enter_context(running.connect(genuine_hello(f"n{number}.example.com")))
-            wait_until(lambda: len(running.router.waits) == number + 1)
-        assert running.router.waiting_threads == 2
+            wait_until(lambda: len(running.router.waits.by_key) == number + 1)
+        assert running.router.waits.threads == 2
         with running.connect(genuine_hello("n3.example.com")) as client:
             assert read_all(client) == alert(80)
         assert running.ending().reason == "busy"
-        wait_until(lambda: not running.router.waits)
+        wait_until(lambda: not running.router.waits.by_key)
 
 
 def test_names_of_clients_that_left_wait_for_nothing(run, monkeypatch):
@@ -3769,7 +3769,7 @@ def test_names_of_clients_that_left_wait_for_nothing(run, monkeypatch):
     monkeypatch.setattr(sniroute_router, "WAIT_THREADS", 1)
     release = threading.Event()
     running = run("--route=*.example.com=tcp:{label}.example.net:1")
-    waits = running.router.waits
+    waits = running.router.waits.by_key
     with running.connect() as first:
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(20) and [])
         first.sendall(HELLO)
@@ -3781,7 +3781,7 @@ def test_names_of_clients_that_left_wait_for_nothing(run, monkeypatch):
                 wait_until(lambda: len(waits) == 2)
             wait_until(lambda: len(waits) == 1)
         release.set()
-        wait_until(lambda: not waits and not running.router.waiting_threads)
+        wait_until(lambda: not waits and not running.router.waits.threads)
 
 
 def test_one_client_cannot_fill_the_queue_of_names(run, monkeypatch):
@@ -3794,11 +3794,11 @@ def test_one_client_cannot_fill_the_queue_of_names(run, monkeypatch):
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(20) and [])
         for number, client in enumerate(clients):
             client.sendall(V1 + genuine_hello(f"n{number}.example.com"))
-            wait_until(lambda: len(running.router.waits) == min(number + 1, 3))
+            wait_until(lambda: len(running.router.waits.by_key) == min(number + 1, 3))
         assert read_all(clients[3]) == read_all(clients[4]) == alert(80)
         wait_until(lambda: running.counter("busy") == 2)
         release.set()
-        wait_until(lambda: not running.router.waits)
+        wait_until(lambda: not running.router.waits.by_key)
 
 
 def test_budget_that_is_spent_is_not_the_next_clients(run, serve, cloudflared, ports):
@@ -3810,9 +3810,9 @@ def test_budget_that_is_spent_is_not_the_next_clients(run, serve, cloudflared, p
     real = running.tunnels.wait
     running.tunnels.wait = lambda *args: (held.wait(10), real(*args))
     with running.connect(V1 + HELLO) as spender, running.connect() as other:
-        wait_until(lambda: running.router.waits)
+        wait_until(lambda: running.router.waits.by_key)
         other.sendall(V1.replace(b"192.0.2.7", b"192.0.2.6") + HELLO)
-        wait_until(lambda: len(running.router.waits["*=" + DB].connections) == 2)
+        wait_until(lambda: len(running.router.waits.by_key["*=" + DB].connections) == 2)
         held.set()
         assert read_all(spender) == alert(80)
         assert other.recv(1) == b"x"
@@ -3827,7 +3827,7 @@ def test_thread_that_cannot_start_refuses_and_leaves_nothing_behind(run, cloudfl
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
     assert running.ending().reason == "busy"
-    assert running.router.waiting_threads == 0 and not running.router.waits
+    assert running.router.waits.threads == 0 and not running.router.waits.by_key
 
 
 def test_fault_in_a_waiting_thread_ends_its_clients_only(run, cloudflared, ports, serve, monkeypatch, caplog):
@@ -3898,7 +3898,7 @@ def test_fault_in_the_loop_ends_only_the_connection_that_met_it(run, serve, monk
         def fault(*_: Any) -> None:
             raise ZeroDivisionError("planted")
         with monkeypatch.context() as patch:
-            patch.setattr(sniroute_connection.Connection, "route", fault)
+            patch.setattr(sniroute_connection.Connection, "_route", fault)
             with running.connect() as victim:
                 wait_until(lambda: len(running.router.connections) == 2)
                 victim.sendall(HELLO)
@@ -4009,13 +4009,13 @@ def test_pipe_that_cannot_be_replaced_is_emptied(run, echo_server, monkeypatch):
     """A sink broke with bytes in the shared pipe, and there are no descriptors for another."""
     running = run(route(echo_server.address))
     router = running.router
-    if router.pipe is None:
+    if router.pipes.shared is None:
         pytest.skip("no splice(2) here")
-    os.write(router.pipe[1], b"somebody else's bytes")
-    monkeypatch.setattr(router, "_make_pipe", lambda: None)
-    router.lose_pipe()
+    os.write(router.pipes.shared[1], b"somebody else's bytes")
+    monkeypatch.setattr(router.pipes, "_make", lambda: None)
+    router.pipes.replace()
     with pytest.raises(BlockingIOError):
-        os.read(router.pipe[0], 1)
+        os.read(router.pipes.shared[0], 1)
 
 
 def test_splice_is_tried_before_it_is_used(monkeypatch):
@@ -5143,13 +5143,13 @@ def test_a_setting_in_the_file_is_what_it_is_in_the_environment_which_comes_firs
     _, _, text, value = SAMPLES[name]
     given, on_line = SAMPLES[name][:2]
     row = next(row for row in SETTINGS if row.name == name)
-    path = settings_file(f"{row.attribute} = {toml(text.split() if row.many else text)}\n")
-    assert getattr(load_settings(["--config", path], {}), row.attribute) == value
-    assert getattr(load_settings([], {"SNIROUTE_CONFIG": path}), row.attribute) == value
+    path = settings_file(f"{row.field} = {toml(text.split() if row.many else text)}\n")
+    assert getattr(load_settings(["--config", path], {}), row.field) == value
+    assert getattr(load_settings([], {"SNIROUTE_CONFIG": path}), row.field) == value
     argv = [word for each in given for word in (f"--{name}", each)]
-    assert getattr(load_settings(["-c", path, *argv], {}), row.attribute) == on_line
+    assert getattr(load_settings(["-c", path, *argv], {}), row.field) == on_line
     other = " ".join(given)
-    assert getattr(load_settings(["-c", path], {variable(name): other}), row.attribute) == on_line
+    assert getattr(load_settings(["-c", path], {variable(name): other}), row.field) == on_line
 
 
 def test_the_file_has_types_of_its_own(settings_file):
@@ -5212,7 +5212,7 @@ db.example.com = "cloudflared:cft-{name}"
         "max_starting: 'true' is not a whole number from 1 to 1000000",
         "idel: there is no such setting; did you mean idle?",
         "colour: there is no such setting; there are " + ", ".join(
-            [row.attribute for row in SETTINGS if row.name not in ("config", "route")] + ["routes"]),
+            [row.field for row in SETTINGS if row.name not in ("config", "route")] + ["routes"]),
         "log_level: '3' is none of debug, info, warning, error",
         "proxy_from: 192.0.2.1/24 has host bits set: a network is 192.0.2.0/24, or one address",
         "config: there is no such setting" + lines[7].removeprefix("config: there is no such setting"),
@@ -5503,10 +5503,10 @@ def test_other_settings_apply_from_the_next_connection_on(run, echo_server):
         for each in (client, proxied):
             each.sendall(b"on")
             assert read_exactly(each, 2) == b"on"
-        counts = {peer.key: peer.count for peer in running.router.peers.values()}
+        counts = {peer.key: peer.count for peer in running.router.peers.known.values()}
         assert counts["192.0.2.1"] == 1, "who is connected counts on"
     wait_until(lambda: not running.router.connections)
-    assert all(peer.count == 0 for peer in running.router.peers.values()) and tally.active == 0
+    assert all(peer.count == 0 for peer in running.router.peers.known.values()) and tally.active == 0
 
 
 def test_who_is_silent_meets_the_new_rules_for_proxy_headers(run, echo_server, monkeypatch):
@@ -5646,7 +5646,7 @@ def test_as_many_addresses_as_that_are_handed_over(launch, free_ports, echo_serv
 def test_silent_owners_of_many_names_cost_one_time_out_in_all_and_are_asked_in_one_order(free_ports, monkeypatch):
     """Two successors that asked in two orders could each have what the other waits for."""
     monkeypatch.setattr(sniroute_daemon, "HANDOVER_TIMEOUT", 1.0)
-    monkeypatch.setattr(sniroute_daemon, "ACCEPT_PAUSE", 0.01)
+    monkeypatch.setattr(sniroute_loop, "CAPACITY_PAUSE", 0.01)
     asked: list[Address] = []
     name = sniroute_daemon.Handover.name
     monkeypatch.setattr(sniroute_daemon.Handover, "name", staticmethod(lambda address: asked.append(address) or name(address)))
@@ -6052,12 +6052,12 @@ def test_a_loop_that_hangs_does_not_feed_the_watchdog(run, echo_server):
     running = run(route(echo_server.address))
     beats, stuck, let_go = [], threading.Event(), threading.Event()
 
-    def beat() -> float:
+    def beat(router: sniroute_router.Router) -> float:
         beats.append(time.monotonic())
         return 0.02
 
-    running.router.beat = beat
-    running.router.call(lambda: (setattr(running.router, "next_beat", 0.0), setattr(running.router, "next_check", 0.0)))
+    running.router.hooks = running.router.hooks._replace(beat=beat)
+    running.router.call(lambda: running.router.heartbeat.set(0.0))
     wait_until(lambda: len(beats) >= 3, what="a few beats")
     running.router.call(lambda: (stuck.set(), let_go.wait(20)))
     stuck.wait(10)
@@ -6113,12 +6113,12 @@ def test_a_dump_is_bounded_and_comes_whatever_the_log_level(launch, free_ports, 
         return None
 
     with contextlib.ExitStack() as stack:
-        for _ in range(sniroute_router.DUMP_MAX + 3):
+        for _ in range(sniroute_daemon.DUMP_MAX + 3):
             client = stack.enter_context(wait_until(connect))
             assert read_exactly(client, len(HELLO)) == HELLO
         program.signal(signal.SIGUSR1)
         program.wait_for(" error and 3 connections more\n")
-        assert program.log().count(" error connection ") == sniroute_router.DUMP_MAX
+        assert program.log().count(" error connection ") == sniroute_daemon.DUMP_MAX
 
 
 def test_the_self_test_needs_two_files_and_less_than_ten_seconds(two_files):
@@ -6166,7 +6166,7 @@ def test_the_settings_file_of_the_readme_has_every_setting_and_its_default(setti
     text = README.partition("<!-- settings file -->\n```toml\n")[2].partition("```")[0]
     settings, default = load_settings(["-c", settings_file(text)], {}), load_settings([], {})
     named = re.findall(r"^#?(\w+) = ", text.partition("[routes]")[0], re.MULTILINE)
-    assert sorted(named) == sorted(row.attribute for row in SETTINGS if row.name not in ("config", "route"))
+    assert sorted(named) == sorted(row.field for row in SETTINGS if row.name not in ("config", "route"))
     for attribute in named:
         if f"#{attribute} = " not in text:
             assert getattr(settings, attribute) == getattr(default, attribute), attribute
