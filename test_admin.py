@@ -968,12 +968,17 @@ def test_log_says_who_asked_for_what_without_the_token(run, caplog):
     assert TOKEN not in caplog.text
 
 
-def test_it_imports_nothing_of_its_siblings():
-    tree = ast.parse((HERE / "sniroute_admin.py").read_text())
+def imported(room: str) -> set[str]:
+    """The modules that a room imports, those of the standard library left out."""
+    tree = ast.parse((HERE / f"{room}.py").read_text())
     modules = {alias.name.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
                for alias in node.names} | {node.module.partition(".")[0] for node in ast.walk(tree)
                                            if isinstance(node, ast.ImportFrom)}
-    assert modules <= sys.stdlib_module_names
+    return modules - sys.stdlib_module_names
+
+
+def test_it_imports_its_page_alone():
+    assert imported("sniroute_admin") == {"sniroute_page"} and imported("sniroute_page") == set()
 
 
 # -- the page ----------------------------------------------------------------------------------
