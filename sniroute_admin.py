@@ -42,30 +42,27 @@ routes and fixed words, never what a client said.
 
 from __future__ import annotations
 
-import bisect
 import collections
 import contextlib
-import heapq
 import hmac
 import http
 import http.server
 import io
 import ipaddress
-import itertools
 import json
 import logging
 import os
-import platform
 import re
-import resource
 import socket
 import stat
 import sys
 import threading
 import time
 import urllib.parse
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, NamedTuple
 
+from sniroute_metrics import Collector, Facts, copied, expose, status
+from sniroute_names import printable, show_address
 from sniroute_page import PAGE, POLICY
 
 log = logging.getLogger("sniroute")
@@ -79,25 +76,12 @@ LINGER_READS = 64  # ... while so many pieces of it are thrown away
 HEAD_MAX = 32768  # request line and header fields
 BODY_MAX = 65536  # no request needs one
 COLLECT = 0.25  # between two looks at what has ended: the router keeps ENDINGS_MAX meanwhile
-ENDINGS_MAX = 65536  # ten times what ends in that time at full load
-SAMPLE = 1.0  # between two samples of the rates
-SAMPLES = 120  # kept: two minutes
 CACHE_TIME = 0.5  # an answer is given again for so long: a scraping storm costs nothing
 ACCEPT_PAUSE = 0.1  # when descriptors are short: an accept loop that spins burns a core
 PULSE_TIME = 1.0  # the loop answers within microseconds, or hangs
 CLOSE_TIME = 1.0  # for the threads at the end; one that waits for a tunnel's start ends later, with nobody to tell
 BACKLOG = 64
-COPY_TRIES = 100
-NAMES_KEPT = 512  # names in the sketch of refused ones: they come from strangers
-NAMES_SHOWN = 20
-REFUSALS_SHOWN = 50
-STARTS_SHOWN = 10
-CONNECTIONS_SHOWN = 200  # in /status, the oldest
-TUNNELS_SHOWN = 1000
-ROUTES_SHOWN = 1000
 
-TUNNEL_STATES = ("queued", "starting", "ready", "stopping", "backoff", "failed")
-ENDS = ("client_closed", "backend_closed", "client_reset", "backend_reset", "client_left", "idle", "stopped")
 LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "[::1]"))
 
 
@@ -127,18 +111,6 @@ class Answer(NamedTuple):
 # -- text --------------------------------------------------------------------------------------
 
 
-def printable(text: str | None, limit: int = 253) -> str:
-    """`text` as one line of printable ASCII, at most `limit` characters."""
-    line = "".join(c if " " <= c <= "~" else "?" for c in (text or "")[:limit + 1])
-    return line if len(line) <= limit else line[:limit - 3] + "..."
-
-
-def show_address(address: tuple[str, int]) -> str:
-    """HOST:PORT, an IPv6 host in brackets."""
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def render_json(value: dict[str, Any]) -> bytes:
     """A JSON object.  A list in it is encoded row by row: json.dumps of it all would hold up the loop."""
     members = []
@@ -146,429 +118,6 @@ def render_json(value: dict[str, Any]) -> bytes:
         text = "[" + ",\n ".join(map(json.dumps, member)) + "]" if isinstance(member, list) else json.dumps(member)
         members.append(f"{json.dumps(name)}: {text}")
     return ("{" + ",\n".join(members) + "}\n").encode()
-
-
-def escape_label(value: str) -> str:
-    """A label's value as the exposition format has it."""
-    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
-def show_number(value: float) -> str:
-    """A sample's value as the exposition format has it."""
-    return "+Inf" if value == float("inf") else repr(value)
-
-
-def copied(live: Any, kind: Callable[[Any], Any] = list) -> Any:
-    """A copy of what another thread changes at the same time.
-
-    list() and dict() of a built-in container run no Python code on the way, so that CPython copies it in
-    one step; where it does not, they find out that it changed.
-    """
-    for _ in range(COPY_TRIES - 1):
-        with contextlib.suppress(RuntimeError):
-            return kind(live)
-    return kind(live)
-
-
-def passed_on(connection: Any) -> tuple[int, int]:
-    """The bytes up and down of a connection; none once it is over, as then others count them."""
-    up, down = connection.up, connection.down
-    return (up.total, down.total) if up is not None and down is not None else (0, 0)
-
-
-# -- what is collected -------------------------------------------------------------------------
-
-
-class Histogram:
-    """Counts of observed values, by bucket.  Written by one thread."""
-
-    def __init__(self, bounds: tuple[float, ...]):
-        self.bounds = bounds  # the upper ones; above the last is one bucket more
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
-
-    def observe(self, value: float) -> None:
-        """Count a value."""
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-
-class TopNames:
-    """The most frequent of any number of names, in bounded space (Misra and Gries, 1982).
-
-    Counts are too low, by a 513th of all that was added at most.  A name costs constant time on average,
-    whoever chooses it; in a space-saving sketch, which counts too high, a new one costs a search.
-    """
-
-    def __init__(self, limit: int = NAMES_KEPT):
-        self.limit = limit
-        self.counts: dict[str, int] = {}
-
-    def add(self, name: str) -> None:
-        """Count a name."""
-        if name in self.counts or len(self.counts) < self.limit:
-            self.counts[name] = self.counts.get(name, 0) + 1
-        else:
-            self.counts = {kept: count - 1 for kept, count in self.counts.items() if count > 1}
-
-
-class HistogramRow(NamedTuple):
-    """A histogram of finished connections, or of tunnels that started."""
-
-    help: str
-    bounds: tuple[float, ...]
-    value: Callable[[Any], float | None]  # of an Ending or a Start; None is not counted
-    of: str = "ending"
-
-
-HISTOGRAMS = {
-    "sniroute_route_wait_seconds": HistogramRow(
-        "Time from a connection's accept to the dial of its backend, waiting for a tunnel or resolver included.",
-        (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0, 30.0),
-        lambda ending: ending.waited),
-    "sniroute_connection_duration_seconds": HistogramRow(
-        "Time from a connection's accept to its end, refused ones included.",
-        (0.01, 0.1, 1.0, 10.0, 60.0, 300.0, 1800.0, 3600.0, 14400.0, 86400.0), lambda ending: ending.seconds),
-    "sniroute_tunnel_start_seconds": HistogramRow(
-        "Time from a tunnel's start until it listens.",
-        (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 15.0, 30.0), lambda start: start.seconds, "start"),
-}
-
-
-class Rates(NamedTuple):
-    """What happened in a second: a sample."""
-
-    accepted: float
-    refused: float
-    up: float  # bytes
-    down: float
-    active: int
-
-
-class Collector:
-    """Makes numbers of what the loop and the reaper leave behind.  Thread `admin`; others read copies."""
-
-    def __init__(self, router: Any, clock: Callable[[], float] = time.monotonic):
-        self.router = router
-        self.clock = clock
-        self.endings: collections.deque[Any] = collections.deque(maxlen=ENDINGS_MAX)
-        self.histograms = {name: Histogram(row.bounds) for name, row in HISTOGRAMS.items()}
-        self.observers = {of: [(self.histograms[name].observe, row.value) for name, row in HISTOGRAMS.items()
-                               if row.of == of] for of in ("ending", "start")}
-        self.names = TopNames()
-        self.refusals: collections.deque[Any] = collections.deque(maxlen=REFUSALS_SHOWN)
-        self.samples: collections.deque[Rates] = collections.deque(maxlen=SAMPLES)
-        self.last_start: Any = None
-        self.last_success = router.started
-        self.sampled = clock()
-        self.totals = self._totals()
-
-    def collect(self) -> None:
-        """Take what there is, and sample the rates when it is time."""
-        for _ in range(len(self.endings)):  # what comes meanwhile is for the next time
-            ending = self.endings.popleft()
-            self._observe("ending", ending)
-            if ending.reason in self.router.refusal_kinds:
-                self.refusals.append(ending)
-                if ending.name is not None:
-                    self.names.add(ending.name)
-        starts = copied(self.router.tunnels.started)
-        for start in reversed(list(itertools.takewhile(lambda seen: seen is not self.last_start, reversed(starts)))):
-            self._observe("start", start)
-            self.last_start = start
-        succeeded, when = self.router.last_reload
-        if succeeded:
-            self.last_success = when
-        passed = self.clock() - self.sampled
-        if passed >= SAMPLE:
-            self._sample(passed)
-
-    def _observe(self, of: str, what: Any) -> None:
-        for observe, value in self.observers[of]:
-            seen = value(what)
-            if seen is not None:
-                observe(seen)
-
-    def _totals(self) -> list[int]:
-        """Accepted, refused, bytes up and down so far, the bytes of open connections included."""
-        router = self.router
-        counters = copied(router.counters, dict)  # first: what ends meanwhile is missed, not counted twice
-        up, down = counters.get("bytes_up", 0), counters.get("bytes_down", 0)
-        for connection in copied(router.connections):
-            more = passed_on(connection)
-            up += more[0]
-            down += more[1]
-        return [counters.get("accepted", 0), sum(counters.get(kind, 0) for kind in router.refusal_kinds), up, down]
-
-    def _sample(self, passed: float) -> None:
-        """A sample of the rates.  Totals never fall: what was missed once is in the next one."""
-        self.sampled += passed
-        totals = [max(pair) for pair in zip(self.totals, self._totals())]
-        rates = ((after - before) / passed for before, after in zip(self.totals, totals))
-        self.samples.append(Rates(*rates, active=len(self.router.connections)))
-        self.totals = totals
-
-
-class Facts:
-    """The router at one moment, copied: what is computed from it is of one piece."""
-
-    def __init__(self, router: Any, collector: Collector):
-        self.router = router
-        self.collector = collector
-        self.now = time.time()
-        self.routes = router.routes
-        self.counters: dict[str, int] = copied(router.counters, dict)
-        self.tunnel_counters: dict[str, int] = copied(router.tunnels.counters, dict)
-        self.connections: list[Any] = copied(router.connections)
-        self.tunnels: list[Any] = router.tunnels.snapshot()
-        self.failed: list[Any] = router.tunnels.failed()
-        self.starts: list[Any] = copied(router.tunnels.started)
-        self.states = collections.Counter(view.state for view in (*self.tunnels, *self.failed))
-        first, last = router.settings.ports
-        self.ports = last - first + 1
-        self.ports_used = sum(view.port > 0 for view in self.tunnels)
-
-
-# -- /metrics ----------------------------------------------------------------------------------
-
-
-class Sample(NamedTuple):
-    """One value of a metric."""
-
-    value: float
-    labels: dict[str, str] = {}
-    suffix: str = ""
-
-
-class Metric(NamedTuple):
-    """One metric, as a row."""
-
-    name: str
-    kind: str
-    help: str
-    read: Callable[[Facts], Iterable[Sample]]
-
-
-def one(value: Callable[[Facts], float | None]) -> Callable[[Facts], Iterable[Sample]]:
-    """A metric without labels; None is a value that this system does not tell."""
-    return lambda facts: [Sample(found) for found in (value(facts),) if found is not None]
-
-
-def each(label: str, values: Callable[[Facts], dict[str, float]]) -> Callable[[Facts], Iterable[Sample]]:
-    """A metric with one label."""
-    return lambda facts: [Sample(value, {label: name}) for name, value in values(facts).items()]
-
-
-def each_route(value: Callable[[Any], float], **labels: str) -> Callable[[Facts], Iterable[Sample]]:
-    """A metric of each configured route, out of its Tally."""
-    return lambda facts: [Sample(value(tally), {"route": pattern, **labels})
-                          for pattern, tally in facts.routes.tallies.items()]
-
-
-def counted(name: str) -> Callable[[Facts], Iterable[Sample]]:
-    """One of the router's counters."""
-    return one(lambda facts: facts.counters.get(name, 0))
-
-
-def tunnels_counted(name: str) -> Callable[[Facts], Iterable[Sample]]:
-    """One of the tunnels' counters."""
-    return one(lambda facts: facts.tunnel_counters.get(name, 0))
-
-
-def read_histogram(name: str) -> Callable[[Facts], Iterable[Sample]]:
-    """The samples of a histogram: its buckets, cumulative, its sum and its count."""
-    def read(facts: Facts) -> Iterator[Sample]:
-        """As Metric.read."""
-        histogram = facts.collector.histograms[name]
-        total = 0
-        for bound, count in zip((*histogram.bounds, float("inf")), copied(histogram.counts)):
-            total += count
-            yield Sample(total, {"le": show_number(bound)}, "_bucket")
-        yield Sample(histogram.sum, suffix="_sum")
-        yield Sample(total, suffix="_count")
-    return read
-
-
-def resident_memory() -> int | None:
-    """Bytes of memory that this process has; None without /proc."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return None
-
-
-def open_descriptors() -> int | None:
-    """The descriptors that this process has open; None without /proc."""
-    try:
-        return os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd"))  # the first since Linux 6.2
-    except OSError:
-        return None
-
-
-def process_started(otherwise: float) -> float:
-    """When this process began (wall time), by proc(5)."""
-    try:
-        with open("/proc/self/stat") as file:
-            ticks = int(file.read().rpartition(")")[2].split()[19])
-        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError):
-        return otherwise
-
-
-METRICS = (
-    Metric("sniroute_build_info", "gauge", "What runs, as labels; always 1.", lambda facts: [
-        Sample(1, {"version": facts.router.version, "python": platform.python_version()})]),
-    Metric("sniroute_up_since_timestamp_seconds", "gauge", "When the router started.",
-           one(lambda facts: facts.router.started)),
-    Metric("sniroute_draining", "gauge", "Whether the router accepts no more because it is about to end.",
-           one(lambda facts: int(facts.router.phase != "running"))),
-    Metric("sniroute_paused", "gauge", "Whether it accepts nobody for now: connections or descriptors are short.",
-           one(lambda facts: int(facts.router.paused))),
-    Metric("sniroute_connections_active", "gauge", "Connections now.", one(lambda facts: len(facts.connections))),
-    Metric("sniroute_max_connections", "gauge", "Connections that there may be (--max-connections).",
-           one(lambda facts: facts.router.max_connections)),
-    Metric("sniroute_accepted_total", "counter", "Connections accepted.", counted("accepted")),
-    Metric("sniroute_connections_total", "counter", "Connections that are over, by how they ended.",
-           each("result", lambda facts: {result: facts.counters.get(result, 0) for result in (
-               *ENDS, *sorted(facts.router.refusal_kinds))})),
-    Metric("sniroute_retries_total", "counter", "Connections that were dialled again, unnoticed by the client.",
-           counted("retries")),
-    Metric("sniroute_bytes_total", "counter", "Bytes passed on, as of the last second.",
-           each("direction", lambda facts: dict(zip(("up", "down"), facts.collector.totals[2:])))),
-    Metric("sniroute_route_connections_active", "gauge", "Connections of a route now.",
-           each_route(lambda tally: tally.active)),
-    Metric("sniroute_route_connections_total", "counter", "Connections of a route that are over.",
-           each_route(lambda tally: tally.total)),
-    Metric("sniroute_route_refused_total", "counter", "Connections of a route that were refused.",
-           each_route(lambda tally: tally.refused)),
-    Metric("sniroute_route_bytes_total", "counter", "Bytes of a route's connections that are over.",
-           lambda facts: (*each_route(lambda tally: tally.up, direction="up")(facts),
-                          *each_route(lambda tally: tally.down, direction="down")(facts))),
-    Metric("sniroute_tunnels", "gauge", "Tunnels by state; a failed one is refused from memory for a while.",
-           each("state", lambda facts: {state: facts.states[state] for state in TUNNEL_STATES})),
-    Metric("sniroute_max_tunnels", "gauge", "Tunnels that there may be (--max-tunnels).",
-           one(lambda facts: facts.router.tunnels.max_tunnels)),
-    Metric("sniroute_tunnel_starts_total", "counter", "Starts of tunnels, by how they went.",
-           each("result", lambda facts: {"ready": facts.tunnel_counters.get("ready", 0),
-                                         "failed": facts.tunnel_counters.get("failures", 0)})),
-    Metric("sniroute_tunnel_launches_total", "counter", "Tries to start a tunnel: one start may take several.",
-           tunnels_counted("starts")),
-    Metric("sniroute_tunnel_processes_total", "counter", "Processes of tunnel programs that were started.",
-           tunnels_counted("processes")),
-    Metric("sniroute_tunnel_restarts_total", "counter", "Ready tunnels whose process ended by itself.",
-           tunnels_counted("crashes")),
-    Metric("sniroute_tunnel_stops_total", "counter", "Tunnels stopped for want of use, or to make room.",
-           each("reason", lambda facts: {"idle": facts.tunnel_counters.get("idle_stops", 0),
-                                         "evicted": facts.tunnel_counters.get("evictions", 0)})),
-    Metric("sniroute_port_pool_size", "gauge", "Local ports for tunnels (--ports).", one(lambda facts: facts.ports)),
-    Metric("sniroute_port_pool_used", "gauge", "Local ports that tunnels have.", one(lambda facts: facts.ports_used)),
-    *(Metric(name, "histogram", row.help, read_histogram(name)) for name, row in HISTOGRAMS.items()),
-    Metric("sniroute_reloads_total", "counter", "Reloads of the settings, by how they went.",
-           each("result", lambda facts: {result: facts.router.reloads[result] for result in ("ok", "failed")})),
-    Metric("sniroute_config_last_reload_successful", "gauge", "Whether the last reload went well.",
-           one(lambda facts: int(facts.router.last_reload[0]))),
-    Metric("sniroute_config_last_reload_success_timestamp_seconds", "gauge", "When settings were last taken over.",
-           one(lambda facts: facts.collector.last_success)),
-    Metric("process_start_time_seconds", "gauge", "When the process began.",
-           one(lambda facts: process_started(facts.router.started))),
-    Metric("process_cpu_seconds_total", "counter", "CPU time of the process; tunnels are processes of their own.",
-           one(lambda facts: time.process_time())),
-    Metric("process_resident_memory_bytes", "gauge", "Memory of the process; without that of the tunnels.",
-           one(lambda facts: resident_memory())),
-    Metric("process_open_fds", "gauge", "Open descriptors.", one(lambda facts: open_descriptors())),
-    Metric("process_max_fds", "gauge", "Descriptors that may be open.",
-           one(lambda facts: resource.getrlimit(resource.RLIMIT_NOFILE)[0])),
-)
-
-
-def expose(facts: Facts) -> bytes:
-    """All metrics in Prometheus' text format, version 0.0.4."""
-    lines = []
-    for metric in METRICS:
-        lines.append(f"# HELP {metric.name} {metric.help}\n# TYPE {metric.name} {metric.kind}\n")
-        for sample in metric.read(facts):
-            labels = ",".join(f'{name}="{escape_label(value)}"' for name, value in sample.labels.items())
-            lines.append(f"{metric.name}{sample.suffix}{labels and f'{{{labels}}}'} {show_number(sample.value)}\n")
-    return "".join(lines).encode()
-
-
-# -- /status -----------------------------------------------------------------------------------
-
-
-def show_connection(connection: Any, now: float) -> dict[str, Any]:
-    """A row of /status; `now` is a clock time."""
-    decision = connection.decision
-    up, down = passed_on(connection)
-    return {"client": printable(show_address(connection.address)), "name": printable(connection.name),
-            "route": printable(decision.route.pattern if decision else ""),
-            "backend": printable(decision.target if decision else ""), "state": connection.state,
-            "seconds": round(now - connection.began, 3), "up": up, "down": down}
-
-
-def show_tunnel(view: Any) -> dict[str, Any]:
-    """A row of /status."""
-    row = view._asdict()
-    return {**row, "key": printable(view.key), "words": printable(view.words, 300),
-            "age": round(view.age, 3), "next": round(view.next, 3)}
-
-
-def show_refusal(ending: Any) -> dict[str, Any]:
-    """A row of /status."""
-    return {"when": round(ending.when, 3), "client": printable(show_address(ending.client)),
-            "name": printable(ending.name), "route": printable(ending.route), "reason": ending.reason,
-            "detail": printable(ending.detail, 300)}
-
-
-def show_route(route: Any, tally: Any, up: int, down: int) -> dict[str, Any]:
-    """A row of /status; `up` and `down` are the bytes of open connections, which a Tally does not have yet."""
-    return {"pattern": printable(route.pattern), "target": printable(route.target), "active": tally.active,
-            "total": tally.total, "refused": tally.refused, "up": tally.up + up, "down": tally.down + down}
-
-
-def status(facts: Facts) -> dict[str, Any]:
-    """What /status says, without what may change the router: the token."""
-    router, collector, counters = facts.router, facts.collector, facts.counters
-    now = time.monotonic()
-    live: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
-    for connection in facts.connections:
-        if connection.decision is not None:
-            up, down = passed_on(connection)
-            row = live[connection.decision.route.pattern]
-            row[0] += up
-            row[1] += down
-    oldest = heapq.nsmallest(CONNECTIONS_SHOWN, facts.connections, key=lambda connection: connection.began)
-    refused = {kind: counters[kind] for kind in sorted(router.refusal_kinds) if counters.get(kind)}
-    names = heapq.nlargest(NAMES_SHOWN, collector.names.counts.items(), key=lambda item: item[1])
-    samples = copied(collector.samples)
-    return {
-        "version": router.version, "pid": os.getpid(), "started": router.started, "now": facts.now,
-        "uptime": round(facts.now - router.started, 3), "phase": router.phase, "paused": router.paused,
-        "listening": [show_address(address) for address in router.listening],
-        "limits": {"connections": router.max_connections, "tunnels": router.tunnels.max_tunnels, "ports": facts.ports},
-        "connections": {
-            "active": len(facts.connections), "accepted": counters.get("accepted", 0),
-            "states": collections.Counter(connection.state for connection in facts.connections),
-            "results": {result: counters[result] for result in ENDS if counters.get(result)} | refused,
-            "retries": counters.get("retries", 0)},
-        "bytes": {"up": collector.totals[2], "down": collector.totals[3]},
-        "reloads": {"ok": router.reloads["ok"], "failed": router.reloads["failed"],
-                    "last_ok": router.last_reload[0], "last": router.last_reload[1]},
-        "tunnel_states": {state: facts.states[state] for state in TUNNEL_STATES},
-        "tunnel_counters": facts.tunnel_counters, "ports_used": facts.ports_used,
-        "refusals": refused,
-        "rates": {"every": SAMPLE, **{name: [round(getattr(sample, name), 3) for sample in samples]
-                                      for name in Rates._fields}},
-        "refused_names": [{"name": printable(name), "count": count} for name, count in names],
-        "last_refusals": [show_refusal(ending) for ending in reversed(copied(collector.refusals))],
-        "slowest_starts": [
-            {"key": printable(start.key), "when": round(start.when, 3), "seconds": round(start.seconds, 3)}
-            for start in heapq.nlargest(STARTS_SHOWN, facts.starts, key=lambda start: start.seconds)],
-        "tunnels": list(map(show_tunnel, (*facts.tunnels, *facts.failed)[:TUNNELS_SHOWN])),
-        "routes": [show_route(route, facts.routes.tallies[route.pattern], *live[route.pattern])
-                   for route in facts.routes.routes[:ROUTES_SHOWN]],
-        "oldest_connections": [show_connection(connection, now) for connection in oldest],
-    }
 
 
 class Cached:

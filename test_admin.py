@@ -35,8 +35,11 @@ import sniroute_refusals
 from sniroute import sample_hello
 from sniroute_tunnels import Start, TunnelTable, View, cloudflared_launcher
 import sniroute_admin
+import sniroute_metrics
 from conftest import HERE, HOST, Address, Cloudflared, FakeClock, echo, wait_until
-from sniroute_admin import Admin, Collector, Histogram, TopNames, attach, escape_label, printable, show_number
+from sniroute_admin import Admin, attach
+from sniroute_metrics import Collector, Histogram, TopNames, escape_label, show_number
+from sniroute_names import printable
 
 TOKEN = "a-token-of-the-tests"
 HOSTILE = "<b>x</b>\"\\\x1b[31m\n\r\u202e\u00e9{}"
@@ -108,7 +111,7 @@ class Running:
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """The end of an admin waits for its next look at the endings."""
     monkeypatch.setattr(sniroute_admin, "COLLECT", 0.02)
-    monkeypatch.setattr(sniroute_admin, "SAMPLE", 0.1)
+    monkeypatch.setattr(sniroute_metrics, "SAMPLE", 0.1)
 
 
 @pytest.fixture
@@ -458,7 +461,7 @@ def test_metrics_count_what_happened(run, serve, cloudflared, ports):
     assert value(seen, "process_resident_memory_bytes") > 1 << 20
     assert abs(value(seen, "process_start_time_seconds") - time.time()) < 86400
     assert {dict(labels)["result"] for labels in seen["sniroute_connections_total"]} \
-        == {*sniroute_refusals.REFUSALS, *sniroute_admin.ENDS}
+        == {*sniroute_refusals.REFUSALS, *sniroute_log.ENDINGS}
 
 
 def test_labels_do_not_grow_with_what_clients_say(run):
@@ -477,7 +480,7 @@ def test_labels_do_not_grow_with_what_clients_say(run):
     assert b"nowhere" not in text and b"127.0.0.1" not in text and TOKEN.encode() not in text
     status = ask(running.admin, "/status").body
     assert b"nowhere" in status and TOKEN.encode() not in status
-    assert len(running.admin.collector.names.counts) <= sniroute_admin.NAMES_KEPT
+    assert len(running.admin.collector.names.counts) <= sniroute_metrics.NAMES_KEPT
 
 
 def test_label_values_are_escaped():
@@ -565,9 +568,9 @@ def test_status_shows_connections_tunnels_and_what_failed(run, serve, cloudflare
 
 
 def test_lists_of_status_are_bounded(run, monkeypatch):
-    monkeypatch.setattr(sniroute_admin, "CONNECTIONS_SHOWN", 3)
+    monkeypatch.setattr(sniroute_metrics, "CONNECTIONS_SHOWN", 3)
     running = run(*(f"--route=n{number}.example.com=tcp:127.0.0.1:9" for number in range(5)))
-    monkeypatch.setattr(sniroute_admin, "ROUTES_SHOWN", 4)
+    monkeypatch.setattr(sniroute_metrics, "ROUTES_SHOWN", 4)
     with contextlib.ExitStack() as stack:
         for number in range(5):
             stack.enter_context(socket.create_connection(running.router.server_address))
@@ -580,7 +583,7 @@ def test_lists_of_status_are_bounded(run, monkeypatch):
     ages = [row["seconds"] for row in status["oldest_connections"]]
     assert len(ages) == 3 and ages == sorted(ages, reverse=True) and status["connections"]["active"] == 5
     assert began == sorted(began)
-    assert len(status["last_refusals"]) == sniroute_admin.REFUSALS_SHOWN
+    assert len(status["last_refusals"]) == sniroute_metrics.REFUSALS_SHOWN
     assert len(status["routes"]) == 4
 
 
@@ -622,7 +625,7 @@ def test_histogram_counts_up_to_and_with_its_bounds():
 
 def stub_router() -> types.SimpleNamespace:
     return types.SimpleNamespace(
-        counters=collections.Counter(), connections=[], refusal_kinds=frozenset(("no_route",)), started=100.0,
+        counters=collections.Counter(), connections=[], started=100.0,
         last_reload=(True, 100.0), tunnels=types.SimpleNamespace(started=collections.deque(maxlen=3)))
 
 
@@ -646,7 +649,7 @@ def test_rates_count_the_bytes_of_open_connections_and_never_fall():
     one.up = None  # between the loop's two steps at its end
     clock.jump(1.0)
     collector.collect()
-    assert collector.samples[-1] == (0.0, 0.0, 0.0, 0.0, 1) and collector.totals[2:] == [1000, 50]
+    assert collector.samples[-1] == (0.0, 0.0, 0.0, 0.0, 1) and collector.totals[2:] == (1000, 50)
     router.connections = []
     router.counters.update(bytes_up=1500, bytes_down=50)
     clock.jump(1.0)
@@ -977,8 +980,10 @@ def imported(room: str) -> set[str]:
     return modules - sys.stdlib_module_names
 
 
-def test_it_imports_its_page_alone():
-    assert imported("sniroute_admin") == {"sniroute_page"} and imported("sniroute_page") == set()
+def test_it_imports_downward_alone():
+    assert imported("sniroute_admin") == {"sniroute_metrics", "sniroute_page", "sniroute_names"}
+    assert imported("sniroute_metrics") == {"sniroute_names", "sniroute_log", "sniroute_refusals"}
+    assert imported("sniroute_page") == set()
 
 
 # -- the page ----------------------------------------------------------------------------------
@@ -1152,7 +1157,7 @@ README = (HERE / "README.md").read_text()
 def test_readme_names_metrics_and_paths_that_there_are():
     alerts = README.partition("<!-- alerts -->")[2].partition("\n## ")[0]
     asked = {re.sub("_bucket$", "", name) for name in re.findall(r"\bsniroute_\w+", alerts)}
-    assert len(asked) > 8 and asked <= {metric.name for metric in sniroute_admin.METRICS}
+    assert len(asked) > 8 and asked <= {metric.name for metric in sniroute_metrics.METRICS}
     section = README.partition("### Metrics, status, and a page")[2].partition("```")[0]
     for word in ("GET /`", "GET /metrics`", "GET /status`", "GET /healthz`", "GET /readyz`", "POST /reload`",
                  "POST /tunnels/NAME/stop`", "/start`"):
