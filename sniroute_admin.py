@@ -1,43 +1,43 @@
-"""sniroute_admin: metrics, status, health and control of a running sniroute, by HTTP on this host only.
+"""sniroute_admin: metrics, status, health and control of a running router, by HTTP for this host's own users.
 
     browser, curl, Prometheus
-          |  HTTP/1.1 on a loopback port or a unix socket, one request for each connection
+          |  HTTP/1.1 on a loopback port or a unix socket; one request for each connection
           v
-      listener ---> thread `admin` ---------------> threads `admin-<n>`, 16 at most
-                    accepts                          Handler: Host, Origin, path, token
-                    every 0.25 s:                      |           |            |
-                    Collector.collect()                |           |            +- POST: Router.reload,
-                      ^             |  histograms,     v           v                     TunnelTable.stop, wait
-     Router.endings --+             +- rings, --->   METRICS     status()
-     TunnelTable.started               rates           ^           ^
-                                                       +-- Facts --+-- copies of what the router counts
+      listener --> thread `admin`: Server -----------> threads `admin-<n>`, at most 16: Handler
+                   accepts; every 0.25 s it            checks Host, Origin, path, method and token,
+                   calls Collector.collect             then calls the path's row in ENDPOINTS:
 
-A drop-in: sniroute.py loads it where --admin is given, and hands it the router.  It imports neither
-sniroute nor its siblings, and without it the router lacks nothing else.
+          GET /                             PAGE of sniroute_page
+          GET /metrics, /status             Cached: sniroute_metrics makes it of Facts
+          GET /healthz                      Pulse: does the router's loop answer?
+          GET /readyz                       Router.phase, Router.paused
+          POST /reload                      Router.reload
+          POST /tunnels/NAME/start, stop    TunnelTable.wait, TunnelTable.stop
 
-Threads.  `admin` accepts, and is the only one that writes to the Collector.  `admin-<n>` answers one
-request, and takes its deadline with it: 5 s for all of the request, 5 s for all of the answer.  None of
-them touches a client's socket, or shares a lock with the loop: what the loop writes is copied in one
-step of the interpreter (see `copied`), and what it should do is handed to it by `Router.call`.  The
-table of tunnels has a lock, which the loop never takes.  This file's own (in Cached, Pulse and Admin) are
-no other thread's business; Cached's is held while the table is looked at, and nobody takes the two the
-other way round.
+An option: the daemon imports this file if --admin is given, and calls `attach(router, settings)`.  The router and
+its tunnel table are arguments: their classes are not imported.  It imports sniroute_metrics, sniroute_page and
+sniroute_names.
 
-What is bounded.  Requests, their sizes and times; rings; names (TopNames); rows of /status; and by
-the cache the work: whoever asks more often than twice a second gets what the last one got.  No JSON is
-made in one long step, which would keep the interpreter from the loop.
+Threads.  `admin` accepts clients, and is the only thread that writes to the Collector.  Each `admin-<n>` answers one
+request; it has 5 s to read the request and 5 s to send the answer.  None of them touches a socket of the router's
+clients.  To have the loop do something they hand it a function by `Router.call`.
 
-Who may ask.  The host's own users: a loopback address is open to all of them, a unix socket (0660) to
-its group.  A page in a browser is a stranger on this host, so Host, Origin and Sec-Fetch-Site are looked
-at before all else.  What changes something wants the token, too.
+Locks.  Cached, Pulse and Admin have one each.  While Cached's is held, Facts takes the tunnel table's; nothing
+takes these two in the other order.  The router's loop takes none of them.
+
+What is bounded.  The number of requests at once, their sizes and their times.  Work: `Cached` gives the same answer
+again for half a second, so asking more often costs almost nothing.  Single steps of the interpreter, as the
+router's loop cannot run during one: `render_json` encodes long lists row by row.
+
+Who may ask.  This host's own users: any of them on a loopback port, owner and group (0660) on a unix socket.  A page
+that somebody's browser shows is a stranger on this host, so Host, Origin and Sec-Fetch-Site are checked before
+everything else.  A request that changes something also needs the token.
 
 Seams: I want to ...
-    export another number         a row in METRICS; out of each connection's ending: a row in HISTOGRAMS
     answer on another path        a function, and its row in ENDPOINTS
-    show something on the page    a field in `status`, and an element in HTML that SCRIPT fills
-
-Names, addresses and words of others are shown as printable ASCII; labels of metrics are configured
-routes and fixed words, never what a client said.
+    export another number         see sniroute_metrics
+    show something on the page    see sniroute_page
+    let somebody else ask         `Handler.check_origin`, `Handler.check_token`, LOCAL_HOSTS
 """
 
 from __future__ import annotations
@@ -68,34 +68,52 @@ from sniroute_page import PAGE, POLICY
 log = logging.getLogger("sniroute")
 
 # Limits, each with its reason.  Sizes in bytes, times in seconds.
-REQUESTS_MAX = 16  # at once; a browser uses six, and a scraper one
-REQUEST_TIME = 5.0  # for all of a request, however it trickles in
-ANSWER_TIME = 5.0  # for all of an answer: the largest is a few hundred kilobytes, to this host
-LINGER = 1.0  # a client whose request was not read may read why ...
-LINGER_READS = 64  # ... while so many pieces of it are thrown away
-HEAD_MAX = 32768  # request line and header fields
-BODY_MAX = 65536  # no request needs one
-COLLECT = 0.25  # between two looks at what has ended: the router keeps ENDINGS_MAX meanwhile
-CACHE_TIME = 0.5  # an answer is given again for so long: a scraping storm costs nothing
-ACCEPT_PAUSE = 0.1  # when descriptors are short: an accept loop that spins burns a core
-PULSE_TIME = 1.0  # the loop answers within microseconds, or hangs
-CLOSE_TIME = 1.0  # for the threads at the end; one that waits for a tunnel's start ends later, with nobody to tell
-BACKLOG = 64
+REQUESTS_MAX = 16  # at once: a browser uses six, a scraper one
+REQUEST_TIME = 5.0  # to read a whole request, however slowly it comes
+ANSWER_TIME = 5.0  # to send a whole answer: the largest has a few hundred kilobytes, and stays on this host
+LINGER = 1.0  # a client that was declined while it still sends gets this time to read why ...
+LINGER_READS = 64  # ... and at most so many pieces of its request are thrown away meanwhile
+HEAD_MAX = 32768  # request line and header fields: a browser adds the cookies of every other port (RFC 6265, 8.5)
+BODY_MAX = 65536  # no request needs a body, but some clients send one
+COLLECT = 0.25  # between two calls of Collector.collect, which can keep ten times what ends meanwhile
+CACHE_TIME = 0.5  # an answer is given again for so long: the page and several scrapers cost no more than one of them
+ACCEPT_PAUSE = 0.1  # after an accept that failed for want of descriptors: without it the thread would spin
+PULSE_TIME = 1.0  # for the loop to answer: it does so within microseconds, unless it hangs
+CLOSE_TIME = 1.0  # for threads to end in Admin.close(); one that waits for a tunnel may end later, unheard
+BACKLOG = 64  # connections that wait for accept: a few times what is served at once
 
-LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "[::1]"))
+LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "[::1]"))  # names in Host that mean this host
+ALLOW = {"GET": "GET, HEAD", "POST": "POST"}  # an endpoint's method: what Allow says of it
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(?::[0-9]{1,5})?")  # RFC 9110 section 7.2, in lower case
+BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)  # RFC 6750 section 2.1
+FAULT = "admin: a fault in sniroute: please report it"
+
+# Header fields of every answer.  So a browser keeps no copy, guesses no content type, lets no other page show or
+# load an answer, and runs no script but ours.
+HEADERS = "".join(f"{name}: {value}\r\n" for name, value in (
+    ("Content-Security-Policy", POLICY), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
+    ("X-Frame-Options", "DENY"), ("Cross-Origin-Resource-Policy", "same-origin"), ("Cache-Control", "no-store"),
+    ("Connection", "close")))
 
 
-class Declined(Exception):
-    """A request that gets no more than a sentence: a status, that sentence, and header fields."""
+# -- answers -----------------------------------------------------------------------------------
 
-    def __init__(self, status: int, sentence: str, **headers: str):
-        super().__init__(sentence)
-        self.answer = Answer.json({"error": sentence}, status,
-                                  tuple((name.replace("_", "-"), value) for name, value in headers.items()))
+
+def render_json(value: dict[str, Any]) -> bytes:
+    """A JSON object.
+
+    A list in it is encoded row by row.  json.dumps of a long list is one step of the interpreter, in which the
+    router's loop could not run.
+    """
+    members = []
+    for name, member in value.items():
+        text = "[" + ",\n ".join(map(json.dumps, member)) + "]" if isinstance(member, list) else json.dumps(member)
+        members.append(f"{json.dumps(name)}: {text}")
+    return ("{" + ",\n".join(members) + "}\n").encode()
 
 
 class Answer(NamedTuple):
-    """What a request gets."""
+    """What a request gets: a status, a body, its Content-Type, and further header fields."""
 
     status: int
     body: bytes
@@ -108,29 +126,29 @@ class Answer(NamedTuple):
         return cls(status, render_json(value), "application/json", headers)
 
 
-# -- text --------------------------------------------------------------------------------------
+class Declined(Exception):
+    """A request that is not done.  `answer` tells its client why, as {"error": sentence}.
 
+    `headers` are further header fields of the answer, with `_` for `-`.
+    """
 
-def render_json(value: dict[str, Any]) -> bytes:
-    """A JSON object.  A list in it is encoded row by row: json.dumps of it all would hold up the loop."""
-    members = []
-    for name, member in value.items():
-        text = "[" + ",\n ".join(map(json.dumps, member)) + "]" if isinstance(member, list) else json.dumps(member)
-        members.append(f"{json.dumps(name)}: {text}")
-    return ("{" + ",\n".join(members) + "}\n").encode()
+    def __init__(self, status: int, sentence: str, **headers: str):
+        super().__init__(sentence)
+        self.answer = Answer.json({"error": sentence}, status,
+                                  tuple((name.replace("_", "-"), value) for name, value in headers.items()))
 
 
 class Cached:
-    """What `make` gave last, for CACHE_TIME."""
+    """The result of `make`, made anew after CACHE_TIME.  Any thread."""
 
     def __init__(self, make: Callable[[], bytes]):
         self.make = make
-        self.lock = threading.Lock()  # guards the rest; held while it is made, so that many who ask make one
+        self.lock = threading.Lock()  # guards the rest; held during `make`: those who ask meanwhile get its result, too
         self.until = 0.0
         self.made = b""
 
     def get(self) -> bytes:
-        """It, made anew where it is old."""
+        """The result, at most CACHE_TIME old."""
         with self.lock:
             if time.monotonic() >= self.until:
                 self.made = self.make()
@@ -138,21 +156,25 @@ class Cached:
             return self.made
 
     def forget(self) -> None:
-        """Make it anew next time."""
+        """Have the next `get` make it anew: something has changed."""
         with self.lock:
             self.until = 0.0
 
 
 class Pulse:
-    """Whether the loop answers.  Those who ask while it does not share one question: none piles up there."""
+    """Asks the router's loop whether it still runs.  `call` is Router.call.  Any thread.
+
+    While the loop has not answered, everybody waits for the same question, so questions do not pile up in a loop
+    that hangs.
+    """
 
     def __init__(self, call: Callable[[Callable[[], None]], None]):
         self.call = call
-        self.lock = threading.Lock()  # guards `heard`; never held while waiting
-        self.heard: threading.Event | None = None
+        self.lock = threading.Lock()  # guards `heard`; not held while waiting
+        self.heard: threading.Event | None = None  # set when the loop has answered the last question
 
     def beats(self) -> bool:
-        """Ask the loop, and wait for its answer for PULSE_TIME."""
+        """Whether the loop answers within PULSE_TIME."""
         with self.lock:
             if self.heard is None or self.heard.is_set():
                 self.heard = threading.Event()
@@ -161,39 +183,36 @@ class Pulse:
         return heard.wait(PULSE_TIME)
 
 
-# -- requests ----------------------------------------------------------------------------------
-
-HEADERS = "".join(f"{name}: {value}\r\n" for name, value in (
-    ("Content-Security-Policy", POLICY), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
-    ("X-Frame-Options", "DENY"), ("Cross-Origin-Resource-Policy", "same-origin"), ("Cache-Control", "no-store"),
-    ("Connection", "close")))
-
+# -- endpoints ---------------------------------------------------------------------------------
+#
+# One function for each path.  It runs in a thread `admin-<n>`, and is given the Admin and what the path names: the
+# tunnel, for the others "".
 
 
 def page(admin: Admin, name: str) -> Answer:
-    """GET /"""
+    """GET /: the page."""
     return Answer(200, PAGE, "text/html; charset=utf-8")
 
 
 def metrics(admin: Admin, name: str) -> Answer:
-    """GET /metrics"""
+    """GET /metrics: all numbers for Prometheus."""
     return Answer(200, admin.metrics.get(), "text/plain; version=0.0.4; charset=utf-8")
 
 
 def show_status(admin: Admin, name: str) -> Answer:
-    """GET /status"""
+    """GET /status: `sniroute_metrics.status` as JSON, and `control`."""
     return Answer(200, admin.status.get(), "application/json")
 
 
 def health(admin: Admin, name: str) -> Answer:
-    """GET /healthz: whether the loop answers."""
+    """GET /healthz: 200 if the router's loop answers, else 503."""
     if admin.router.phase == "stopped" or not admin.pulse.beats():
         return Answer(503, b"the loop does not answer\n")
     return Answer(200, b"ok\n")
 
 
 def readiness(admin: Admin, name: str) -> Answer:
-    """GET /readyz: whether it accepts connections."""
+    """GET /readyz: 200 if the router accepts connections, else 503."""
     if admin.router.phase != "running":
         return Answer(503, f"{admin.router.phase}\n".encode())
     if admin.router.paused:
@@ -202,7 +221,7 @@ def readiness(admin: Admin, name: str) -> Answer:
 
 
 def reload(admin: Admin, name: str) -> Answer:
-    """POST /reload"""
+    """POST /reload: read the settings again.  409 if they have faults; then the router keeps those it has."""
     faults = [printable(fault, 1000) for fault in admin.router.reload()]
     if faults:
         return Answer.json({"error": "; ".join(faults), "faults": faults}, 409)
@@ -210,9 +229,10 @@ def reload(admin: Admin, name: str) -> Answer:
 
 
 def tunnel_key(admin: Admin, name: str) -> str:
-    """The tunnel that a path names, by its key or by a client's name.  Raises Declined.
+    """The key of the tunnel that a path names, by a client's name or by the key itself.  Raises Declined (404).
 
-    A key has to be one of the table's: it became that by way of a name, which is checked.
+    A key is accepted only if the table has it.  It came there from a client's name, so it was checked; a key from the
+    path would go unchecked into a program's command line.
     """
     if ":" not in name:
         try:
@@ -221,12 +241,12 @@ def tunnel_key(admin: Admin, name: str) -> str:
             raise Declined(404, printable(str(error), 500)) from None
     tunnels = admin.router.tunnels
     if not any(view.key == name for view in (*tunnels.snapshot(), *tunnels.failed())):
-        raise Declined(404, f"{printable(name)} is not in the table; a client's name may start it")
+        raise Declined(404, f"there is no tunnel {printable(name)} now; give a client's name to start one")
     return name
 
 
 def stop_tunnel(admin: Admin, name: str) -> Answer:
-    """POST /tunnels/NAME/stop"""
+    """POST /tunnels/NAME/stop: stop it, and cut its connections; if its start failed, forget that."""
     key = tunnel_key(admin, name)
     if not admin.router.tunnels.stop(key):
         raise Declined(404, f"{key} is not up, and did not fail")
@@ -234,7 +254,11 @@ def stop_tunnel(admin: Admin, name: str) -> Answer:
 
 
 def start_tunnel(admin: Admin, name: str) -> Answer:
-    """POST /tunnels/NAME/start: answers when it is up.  One that failed, or waits for its next try, is tried now."""
+    """POST /tunnels/NAME/start: start it, and answer when it is ready.
+
+    If its last start failed, or if it waits for its next try, it is tried now.  409 if there is no room
+    for another tunnel, or sniroute is stopping; 502 if the start fails.
+    """
     key = tunnel_key(admin, name)
     tunnels = admin.router.tunnels
     if any(view.key == key for view in tunnels.failed()) \
@@ -244,7 +268,7 @@ def start_tunnel(admin: Admin, name: str) -> Answer:
     try:
         tunnels.wait(key, None, began + tunnels.start_timeout)
     except Exception as error:
-        kind = getattr(error, "kind", None)  # of a TunnelError
+        kind = getattr(error, "kind", None)  # only a TunnelError has one, and its class is not imported here
         if kind is None:
             raise
         raise Declined(409 if kind in ("limit", "budget", "stopping") else 502, printable(str(error), 500)) from None
@@ -252,11 +276,11 @@ def start_tunnel(admin: Admin, name: str) -> Answer:
 
 
 class Endpoint(NamedTuple):
-    """What is done for a method and a path."""
+    """A method, a path, and the function that answers them."""
 
-    method: str  # GET is HEAD, too
-    path: re.Pattern[str]
-    act: Callable[[Admin, str], Answer]  # given the path's first group, percent-decoded
+    method: str  # GET means HEAD, too
+    path: re.Pattern[str]  # its first group is what the path names
+    act: Callable[[Admin, str], Answer]  # is given that group, percent-decoded; may raise Declined
 
 
 ENDPOINTS = (
@@ -269,13 +293,29 @@ ENDPOINTS = (
     Endpoint("POST", re.compile(r"/tunnels/([^/]+)/stop"), stop_tunnel),
     Endpoint("POST", re.compile(r"/tunnels/([^/]+)/start"), start_tunnel),
 )
-ALLOW = {"GET": "GET, HEAD", "POST": "POST"}
-HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(?::[0-9]{1,5})?")
-BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)
+
+
+def find_endpoint(method: str, path: str) -> tuple[Endpoint, str]:
+    """The endpoint for a request, and what its path names, not yet decoded.  Raises Declined (404, 405)."""
+    for endpoint in ENDPOINTS:
+        match = endpoint.path.fullmatch(path)
+        if match is None:
+            continue
+        if endpoint.method != method.replace("HEAD", "GET"):
+            allowed = ALLOW[endpoint.method]
+            raise Declined(405, f"this path is for {allowed}", Allow=allowed)
+        return endpoint, match[1]
+    raise Declined(404, "there is no such path")
+
+
+# -- one request -------------------------------------------------------------------------------
 
 
 class Timed(io.RawIOBase):
-    """What a client sends, until a deadline and up to a number of bytes; its end before that is an error."""
+    """What a client sends, as a raw stream that ends with an OSError after `seconds`, or after `limit` bytes.
+
+    A client that closes early is an error, too: the stream never has a normal end.
+    """
 
     def __init__(self, sock: socket.socket, seconds: float, limit: int):
         self.sock = sock
@@ -283,11 +323,11 @@ class Timed(io.RawIOBase):
         self.left = limit
 
     def readable(self) -> bool:
-        """As io wants it."""
+        """As io.RawIOBase wants it."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """As io wants it.  Raises OSError."""
+        """As io.RawIOBase wants it.  Raises OSError."""
         remaining = self.deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError("the request took too long")
@@ -300,35 +340,43 @@ class Timed(io.RawIOBase):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One request.  Threads `admin-<n>`."""
+    """One connection, with one request.  Thread `admin-<n>`.
+
+    The base class calls setup, handle and finish.  It parses the request line and the header fields; all the rest is
+    checked here.
+    """
 
     protocol_version = "HTTP/1.1"
     server: Server
     raw_requestline: bytes
 
     def setup(self) -> None:
-        """Limit what the client may say."""
+        """Bound the size and time of the request."""
         self.connection: socket.socket = self.request
         self.rfile = io.BufferedReader(Timed(self.connection, REQUEST_TIME, HEAD_MAX + BODY_MAX))
-        self.unread = True  # what the client said, in part
+        self.unread = True  # the client may still be sending its request
         self.replied = False
 
     def handle(self) -> None:
-        """Read a request, answer it, and end: a connection kept alive would keep a thread."""
+        """Read the request and answer it.  A connection that stayed open for another would keep its thread."""
         self.raw_requestline = self.rfile.readline(HEAD_MAX)
-        self.requestline = self.command = self.path = ""
+        self.requestline = self.command = self.path = ""  # `reply` reads them, and parsing may fail before it sets them
         if not self.raw_requestline.endswith(b"\n"):
             self.send_error(414)
             return
         if not self.parse_request():
-            return  # send_error has answered
+            return  # parse_request has called send_error
         try:
             self.reply(self.answer())
         except Declined as declined:
             self.reply(declined.answer)
 
     def finish(self) -> None:
-        """Let a client that was declined early read why: unread bytes would reset it."""
+        """Let a client that was declined early read why (RFC 9112 section 9.6).
+
+        Closing a socket that has unread bytes resets the connection, and the client may lose the answer.
+        So its bytes are read first, for a while.
+        """
         if self.replied and self.unread:
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_WR)
@@ -340,22 +388,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.rfile.close()
 
     def answer(self) -> Answer:
-        """What this request gets.  Raises Declined, and OSError where the client is gone."""
-        if self.request_version == "HTTP/0.9":  # Python 3.14 has no header then, not even an empty one
+        """What this request gets.  Raises Declined, and OSError if the client is gone."""
+        if self.request_version == "HTTP/0.9":  # it has no header; from Python 3.14 on, `self.headers` is missing then
             raise Declined(400, "HTTP/0.9 has no header, and Host is needed")
         self.check_origin()
-        path = self.path.partition("?")[0]
-        found = [(endpoint, match) for endpoint in ENDPOINTS if (match := endpoint.path.fullmatch(path))]
-        if not found:
-            raise Declined(404, "there is no such path")
-        endpoint, match = found[0]
-        if endpoint.method != self.command.replace("HEAD", "GET"):
-            raise Declined(405, f"this path is for {ALLOW[endpoint.method]}", Allow=ALLOW[endpoint.method])
+        endpoint, quoted = find_endpoint(self.command, self.path.partition("?")[0])
         if endpoint.method == "POST":
             self.check_token()
         self.skip_body()
         try:
-            name = urllib.parse.unquote(match[1], errors="strict")
+            name = urllib.parse.unquote(quoted, errors="strict")
         except ValueError:
             raise Declined(400, "the name in the path is not UTF-8") from None
         admin = self.server.admin
@@ -364,24 +406,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Declined:
             raise
         except Exception:
-            log.exception("admin: a fault in sniroute: please report it")
+            log.exception(FAULT)
             raise Declined(500, "a fault in sniroute: its log says which") from None
         finally:
             if endpoint.method == "POST":
-                admin.status.forget()
+                admin.status.forget()  # the page asks for it next, and should see what came of the order
 
     def field(self, name: str) -> str | None:
-        """A header field, which may be there once.  Raises Declined."""
+        """A header field; None if it is missing.  Raises Declined if it is there twice: two readers may differ."""
         values = self.headers.get_all(name, [])
         if len(values) > 1:
             raise Declined(400, f"{name} is there twice")
         return values[0].strip() if values else None
 
     def check_origin(self) -> None:
-        """Decline what a page of another origin may have sent.  Raises Declined.
+        """Decline a request that a page of another origin may have sent.  Raises Declined.
 
-        A page may have its own name resolve to this host (DNS rebinding), but that name is in Host.  The port
-        tells nothing: it may be forwarded by ssh.
+        A browser tells where the page came from in Origin (RFC 6454 section 7) and Sec-Fetch-Site (W3C, Fetch
+        Metadata).  A page may also have its own name resolve to this host (DNS rebinding).  Then the request seems
+        to be of the same origin, but Host has that name.  Host may have any port: ssh may forward another one here.
         """
         if self.headers.defects:
             raise Declined(400, "the header is malformed")
@@ -396,7 +439,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Declined(403, "a page of another origin may not ask")
 
     def check_token(self) -> None:
-        """Decline who may not give orders.  Raises Declined."""
+        """Decline an order without the right token.  Raises Declined."""
         token = self.server.admin.token
         if not token:
             raise Declined(403, "the router takes no orders: start it with SNIROUTE_ADMIN_TOKEN in its environment")
@@ -405,7 +448,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Declined(401, "the token is missing or wrong", WWW_Authenticate='Bearer realm="sniroute"')
 
     def skip_body(self) -> None:
-        """Read the body, which says nothing here.  Raises Declined, OSError."""
+        """Read the body and ignore it.  Raises Declined, and OSError if it does not come."""
         if self.field("Transfer-Encoding") is not None:
             raise Declined(411, "a body wants a Content-Length")
         length = self.field("Content-Length") or "0"
@@ -417,7 +460,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.unread = False
 
     def reply(self, answer: Answer) -> None:
-        """Send an answer, all at once.  Raises OSError where the client is gone, or does not read."""
+        """Send an answer, in one call.  Raises OSError if the client is gone, or does not read for ANSWER_TIME."""
         status = http.HTTPStatus(answer.status)
         head = "".join(f"{name}: {value}\r\n" for name, value in (
             ("Date", self.date_time_string()), ("Content-Type", answer.kind),
@@ -429,36 +472,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.replied = True
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Where the base class cannot parse a request."""
+        """Answer a request that could not be parsed.  The base class calls it; its own would answer in HTML."""
         self.reply(Declined(code, printable(message or http.HTTPStatus(code).phrase)).answer)
 
     def handle_expect_100(self) -> bool:
-        """Let the client send its body."""
+        """Let the client send its body (RFC 9110 section 10.1.1).  The base class needs `wfile`, which is not made."""
         self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         return True
 
 
+# -- the server --------------------------------------------------------------------------------
+
+
 class Server(http.server.ThreadingHTTPServer):
-    """Accepts, collects, and hands each connection to a thread.  Thread `admin`, but for `_serve`."""
+    """Accepts clients, and gives each a thread.  Thread `admin`, but for `_serve` and what that calls."""
 
     def __init__(self, admin: Admin, listener: socket.socket):
         super().__init__(("", 0), Handler, bind_and_activate=False)
-        self.socket.close()  # TCPServer makes one of its own
+        self.socket.close()  # the base class has made one
         self.socket = listener
-        listener.setblocking(False)  # another process may listen on it, too, and be faster
+        listener.setblocking(False)  # select may name a client that another process on this listener then accepts
         self.admin = admin
-        self.free = collections.deque(range(REQUESTS_MAX, 0, -1))  # numbers of threads that do not run
-        self.live: dict[int, tuple[threading.Thread, socket.socket]] = {}
+        self.free = collections.deque(range(REQUESTS_MAX, 0, -1))  # the numbers n of threads that are not running
+        self.live: dict[int, tuple[threading.Thread, socket.socket]] = {}  # those that are; the keys are not in `free`
 
     def service_actions(self) -> None:
-        """Collect.  Called after each wait for a client, COLLECT at the longest."""
+        """Collect.  The base class calls it after each wait for a client, which takes COLLECT at most."""
         try:
             self.admin.collect()
         except Exception:
-            log.exception("admin: a fault in sniroute: please report it")
+            log.exception(FAULT)
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """The next client.  Raises OSError where there is none."""
+        """The next client.  Raises OSError if there is none; the base class then goes on."""
         try:
             return self.socket.accept()
         except BlockingIOError:
@@ -468,7 +514,7 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a client a thread, or none of it where all are taken."""
+        """Give a client a thread, or close its connection if all are taken."""
         try:
             number = self.free.pop()
         except IndexError:
@@ -479,11 +525,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.live[number] = thread, request
         try:
             thread.start()
-        except RuntimeError:  # threads are short
+        except RuntimeError:  # the system has no thread to spare
             self._end(number, request)
 
     def _serve(self, number: int, request: socket.socket, client_address: Any) -> None:
-        """A thread `admin-<n>`."""
+        """What a thread `admin-<n>` runs."""
         try:
             self.finish_request(request, client_address)
         except Exception:
@@ -492,20 +538,21 @@ class Server(http.server.ThreadingHTTPServer):
             self._end(number, request)
 
     def _end(self, number: int, request: socket.socket) -> None:
+        """Close a client's connection; its number may be used again."""
         self.shutdown_request(request)
         del self.live[number]
         self.free.append(number)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is none of ours; the rest is."""
+        """Log an error.  Any OSError is a client that went away: no fault of ours."""
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
             log.debug("admin: %s", printable(str(error)))
         else:
-            log.exception("admin: a fault in sniroute: please report it")
+            log.exception(FAULT)
 
     def hang_up(self) -> None:
-        """End what is under way, and wait for its threads, for a while."""
+        """Cut all requests short, and wait up to CLOSE_TIME for their threads.  Any thread, also one of them."""
         deadline = time.monotonic() + CLOSE_TIME
         for _, request in copied(self.live, dict).values():
             with contextlib.suppress(OSError):
@@ -516,7 +563,10 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 def listen(where: str | tuple[str, int]) -> tuple[socket.socket, tuple[int, int] | None]:
-    """A socket that listens there, and the identity of its file.  Raises OSError with a sentence for people."""
+    """Listen on a loopback (host, port), or at the path of a unix socket.
+
+    Returns the socket, and for a unix one its file's (device, inode).  Raises OSError with a sentence for people.
+    """
     try:
         return listen_unix(where) if isinstance(where, str) else (listen_tcp(*where), None)
     except OSError as error:
@@ -525,16 +575,17 @@ def listen(where: str | tuple[str, int]) -> tuple[socket.socket, tuple[int, int]
 
 
 def listen_tcp(host: str, port: int) -> socket.socket:
-    """A socket that listens on a loopback address."""
-    host = "127.0.0.1" if host == "localhost" else host  # that name may resolve to anything
+    """Listen on a loopback address.  Raises OSError."""
+    host = "127.0.0.1" if host == "localhost" else host  # a resolver may give it any address
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=BACKLOG)
 
 
 def listen_unix(path: str) -> tuple[socket.socket, tuple[int, int]]:
-    """A socket that listens at `path`, in the place of what an earlier process left there.
+    """Listen at `path`, and replace a socket that an earlier process left there.  Raises OSError.
 
-    It gets its name when it listens, and has its mode: nobody sees it before that.
+    Returns the socket, and its file's (device, inode).  It is made under another name and renamed when it listens and
+    has its mode: nobody can connect to it before that.
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
@@ -555,12 +606,12 @@ def listen_unix(path: str) -> tuple[socket.socket, tuple[int, int]]:
 
 
 class Admin:
-    """The admin's server, while it runs.  See `attach`."""
+    """The admin of one router, from `attach` to close().  It owns its server, listener and Collector."""
 
     def __init__(self, router: Any, settings: Any, listener: socket.socket | None = None):
         self.router = router
         self.token: str | None = settings.admin_token
-        self.identity: tuple[int, int] | None = None  # of a socket file that is ours
+        self.identity: tuple[int, int] | None = None  # (device, inode) of the socket file, if we made it
         if listener is None:
             listener, self.identity = listen(settings.admin)
         name = listener.getsockname()
@@ -568,6 +619,7 @@ class Admin:
             name[:2] if isinstance(name, tuple) else os.fsdecode(name)
         if isinstance(name, tuple) and not ipaddress.ip_address(name[0]).is_loopback:
             raise OSError(f"{show_address(name)}: not a loopback address, but open to other hosts")
+        # What Host may say.  On a unix socket no name is the right one, so `sniroute` is allowed, too.
         self.hosts = LOCAL_HOSTS | ({"sniroute"} if isinstance(self.address, str)
                                     else {show_address(self.address).rpartition(":")[0]})
         self.collector = Collector(router)
@@ -584,14 +636,14 @@ class Admin:
         self.thread.start()
 
     def collect(self) -> None:
-        """Collect, when it is time.  Thread `admin`."""
+        """Collect, if it is time: many clients must not make it more frequent.  Thread `admin`."""
         now = time.monotonic()
         if now >= self.due:
             self.due = now + COLLECT
             self.collector.collect()
 
     def close(self) -> None:
-        """End it.  Any thread; a second call does nothing."""
+        """End the server and its threads, and remove its socket file.  Any thread; a second call does nothing."""
         with self.closing:
             if self.closed:
                 return
@@ -600,8 +652,9 @@ class Admin:
         self.thread.join()
         if self.identity is not None:
             with contextlib.suppress(OSError):
-                state = os.stat(self.address)  # before the socket is closed: until then nothing else has its number
-                if (state.st_dev, state.st_ino) == self.identity:  # else a successor's
+                # While our socket is open, no other file gets its inode.  Another inode: the file is a successor's.
+                state = os.stat(self.address)
+                if (state.st_dev, state.st_ino) == self.identity:
                     os.unlink(self.address)
         self.server.server_close()
         self.server.hang_up()
@@ -610,9 +663,10 @@ class Admin:
 
 
 def attach(router: Any, settings: Any, listener: socket.socket | None = None) -> Admin:
-    """Serve the admin's requests at `settings.admin`, or on `listener`, until Admin.close().
+    """Answer requests about `router` until Admin.close().
 
-    `settings.admin` is a loopback (host, port), or the path of a unix socket.  The listener is closed with the
-    Admin.  Raises OSError with a sentence for people where nothing can be listened on.
+    `settings.admin` says where to listen: a loopback (host, port), or the path of a unix socket.  It is not used if
+    `listener` is given, a socket that listens already; the Admin closes either.  `settings.admin_token` is what
+    orders need; None: there are none.  Raises OSError with a sentence for people if it cannot listen there.
     """
     return Admin(router, settings, listener)
