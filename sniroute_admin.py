@@ -1,117 +1,119 @@
-"""sniroute_admin: metrics, status, health and control of a running sniroute, by HTTP on this host only.
+"""sniroute_admin: metrics, status, health and control of a running router, by HTTP for this host's own users.
 
     browser, curl, Prometheus
-          |  HTTP/1.1 on a loopback port or a unix socket, one request for each connection
+          |  HTTP/1.1 on a loopback port or a unix socket; one request for each connection
           v
-      listener ---> thread `admin` ---------------> threads `admin-<n>`, 16 at most
-                    accepts                          Handler: Host, Origin, path, token
-                    every 0.25 s:                      |           |            |
-                    Collector.collect()                |           |            +- POST: Router.reload,
-                      ^             |  histograms,     v           v                     TunnelTable.stop, wait
-     Router.endings --+             +- rings, --->   METRICS     status()
-     TunnelTable.started               rates           ^           ^
-                                                       +-- Facts --+-- copies of what the router counts
+      listener --> thread `admin`: Server -----------> threads `admin-<n>`, at most 16: Handler
+                   accepts; every 0.25 s it            checks Host, Origin, path, method and token,
+                   calls Collector.collect             then calls the path's row in ENDPOINTS:
 
-A drop-in: sniroute.py loads it where --admin is given, and hands it the router.  It imports neither
-sniroute nor its siblings, and without it the router lacks nothing else.
+          GET /                             PAGE of sniroute_page
+          GET /metrics, /status             Cached: sniroute_metrics makes it of Facts
+          GET /healthz                      Pulse: does the router's loop answer?
+          GET /readyz                       Router.phase, Router.paused
+          POST /reload                      Router.reload
+          POST /tunnels/NAME/start, stop    TunnelTable.wait, TunnelTable.stop
 
-Threads.  `admin` accepts, and is the only one that writes to the Collector.  `admin-<n>` answers one
-request, and takes its deadline with it: 5 s for all of the request, 5 s for all of the answer.  None of
-them touches a client's socket, or shares a lock with the loop: what the loop writes is copied in one
-step of the interpreter (see `copied`), and what it should do is handed to it by `Router.call`.  The
-table of tunnels has a lock, which the loop never takes.  This file's own (in Cached, Pulse and Admin) are
-no other thread's business; Cached's is held while the table is looked at, and nobody takes the two the
-other way round.
+An option: the daemon imports this file if --admin is given, and calls `attach(router, settings)`.  The router and
+its tunnel table are arguments: their classes are not imported.  It imports sniroute_metrics, sniroute_page and
+sniroute_names.
 
-What is bounded.  Requests, their sizes and times; rings; names (TopNames); rows of /status; and by
-the cache the work: whoever asks more often than twice a second gets what the last one got.  No JSON is
-made in one long step, which would keep the interpreter from the loop.
+Threads.  `admin` accepts clients, and is the only thread that writes to the Collector.  Each `admin-<n>` answers one
+request; it has 5 s to read the request and 5 s to send the answer.  None of them touches a socket of the router's
+clients.  To have the loop do something they hand it a function by `Router.call`.
 
-Who may ask.  The host's own users: a loopback address is open to all of them, a unix socket (0660) to
-its group.  A page in a browser is a stranger on this host, so Host, Origin and Sec-Fetch-Site are looked
-at before all else.  What changes something wants the token, too.
+Locks.  Cached, Pulse and Admin have one each.  While Cached's is held, Facts takes the tunnel table's; nothing
+takes these two in the other order.  The router's loop takes none of them.
+
+What is bounded.  The number of requests at once, their sizes and their times.  Work: `Cached` gives the same answer
+again for half a second, so asking more often costs almost nothing.  Single steps of the interpreter, as the
+router's loop cannot run during one: `render_json` encodes long lists row by row.
+
+Who may ask.  This host's own users: any of them on a loopback port, owner and group (0660) on a unix socket.  A page
+that somebody's browser shows is a stranger on this host, so Host, Origin and Sec-Fetch-Site are checked before
+everything else.  A request that changes something also needs the token.
 
 Seams: I want to ...
-    export another number         a row in METRICS; out of each connection's ending: a row in HISTOGRAMS
     answer on another path        a function, and its row in ENDPOINTS
-    show something on the page    a field in `status`, and an element in HTML that SCRIPT fills
-
-Names, addresses and words of others are shown as printable ASCII; labels of metrics are configured
-routes and fixed words, never what a client said.
+    export another number         see sniroute_metrics
+    show something on the page    see sniroute_page
+    let somebody else ask         `Handler.check_origin`, `Handler.check_token`, LOCAL_HOSTS
 """
 
 from __future__ import annotations
 
-import base64
-import bisect
 import collections
 import contextlib
-import hashlib
-import heapq
 import hmac
 import http
 import http.server
 import io
 import ipaddress
-import itertools
 import json
 import logging
 import os
-import platform
 import re
-import resource
 import socket
 import stat
 import sys
 import threading
 import time
 import urllib.parse
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, NamedTuple
+
+from sniroute_metrics import Collector, Facts, copied, expose, status
+from sniroute_names import printable, show_address
+from sniroute_page import PAGE, POLICY
 
 log = logging.getLogger("sniroute")
 
 # Limits, each with its reason.  Sizes in bytes, times in seconds.
-REQUESTS_MAX = 16  # at once; a browser uses six, and a scraper one
-REQUEST_TIME = 5.0  # for all of a request, however it trickles in
-ANSWER_TIME = 5.0  # for all of an answer: the largest is a few hundred kilobytes, to this host
-LINGER = 1.0  # a client whose request was not read may read why ...
-LINGER_READS = 64  # ... while so many pieces of it are thrown away
-HEAD_MAX = 32768  # request line and header fields
-BODY_MAX = 65536  # no request needs one
-COLLECT = 0.25  # between two looks at what has ended: the router keeps ENDINGS_MAX meanwhile
-ENDINGS_MAX = 65536  # ten times what ends in that time at full load
-SAMPLE = 1.0  # between two samples of the rates
-SAMPLES = 120  # kept: two minutes
-CACHE_TIME = 0.5  # an answer is given again for so long: a scraping storm costs nothing
-ACCEPT_PAUSE = 0.1  # when descriptors are short: an accept loop that spins burns a core
-PULSE_TIME = 1.0  # the loop answers within microseconds, or hangs
-CLOSE_TIME = 1.0  # for the threads at the end; one that waits for a tunnel's start ends later, with nobody to tell
-BACKLOG = 64
-COPY_TRIES = 100
-NAMES_KEPT = 512  # names in the sketch of refused ones: they come from strangers
-NAMES_SHOWN = 20
-REFUSALS_SHOWN = 50
-STARTS_SHOWN = 10
-CONNECTIONS_SHOWN = 200  # in /status, the oldest
-TUNNELS_SHOWN = 1000
-ROUTES_SHOWN = 1000
+REQUESTS_MAX = 16  # at once: a browser uses six, a scraper one
+REQUEST_TIME = 5.0  # to read a whole request, however slowly it comes
+ANSWER_TIME = 5.0  # to send a whole answer: the largest has a few hundred kilobytes, and stays on this host
+LINGER = 1.0  # a client that was declined while it still sends gets this time to read why ...
+LINGER_READS = 64  # ... and at most so many pieces of its request are thrown away meanwhile
+HEAD_MAX = 32768  # request line and header fields: a browser adds the cookies of every other port (RFC 6265, 8.5)
+BODY_MAX = 65536  # no request needs a body, but some clients send one
+COLLECT = 0.25  # between two calls of Collector.collect, which can keep ten times what ends meanwhile
+CACHE_TIME = 0.5  # an answer is given again for so long: the page and several scrapers cost no more than one of them
+ACCEPT_PAUSE = 0.1  # after an accept that failed for want of descriptors: without it the thread would spin
+PULSE_TIME = 1.0  # for the loop to answer: it does so within microseconds, unless it hangs
+CLOSE_TIME = 1.0  # for threads to end in Admin.close(); one that waits for a tunnel may end later, unheard
+BACKLOG = 64  # connections that wait for accept: a few times what is served at once
 
-TUNNEL_STATES = ("queued", "starting", "ready", "stopping", "backoff", "failed")
-ENDS = ("client_closed", "backend_closed", "client_reset", "backend_reset", "client_left", "idle", "stopped")
-LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "[::1]"))
+LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "[::1]"))  # names in Host that mean this host
+ALLOW = {"GET": "GET, HEAD", "POST": "POST"}  # an endpoint's method: what Allow says of it
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(?::[0-9]{1,5})?")  # RFC 9110 section 7.2, in lower case
+BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)  # RFC 6750 section 2.1
+FAULT = "admin: a fault in sniroute: please report it"
+
+# Header fields of every answer.  So a browser keeps no copy, guesses no content type, lets no other page show or
+# load an answer, and runs no script but ours.
+HEADERS = "".join(f"{name}: {value}\r\n" for name, value in (
+    ("Content-Security-Policy", POLICY), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
+    ("X-Frame-Options", "DENY"), ("Cross-Origin-Resource-Policy", "same-origin"), ("Cache-Control", "no-store"),
+    ("Connection", "close")))
 
 
-class Declined(Exception):
-    """A request that gets no more than a sentence: a status, that sentence, and header fields."""
+# -- answers -----------------------------------------------------------------------------------
 
-    def __init__(self, status: int, sentence: str, **headers: str):
-        super().__init__(sentence)
-        self.answer = Answer.json({"error": sentence}, status,
-                                  tuple((name.replace("_", "-"), value) for name, value in headers.items()))
+
+def render_json(value: dict[str, Any]) -> bytes:
+    """A JSON object.
+
+    A list in it is encoded row by row.  json.dumps of a long list is one step of the interpreter, in which the
+    router's loop could not run.
+    """
+    members = []
+    for name, member in value.items():
+        text = "[" + ",\n ".join(map(json.dumps, member)) + "]" if isinstance(member, list) else json.dumps(member)
+        members.append(f"{json.dumps(name)}: {text}")
+    return ("{" + ",\n".join(members) + "}\n").encode()
 
 
 class Answer(NamedTuple):
-    """What a request gets."""
+    """What a request gets: a status, a body, its Content-Type, and further header fields."""
 
     status: int
     body: bytes
@@ -124,464 +126,29 @@ class Answer(NamedTuple):
         return cls(status, render_json(value), "application/json", headers)
 
 
-# -- text --------------------------------------------------------------------------------------
+class Declined(Exception):
+    """A request that is not done.  `answer` tells its client why, as {"error": sentence}.
 
-
-def printable(text: str | None, limit: int = 253) -> str:
-    """`text` as one line of printable ASCII, at most `limit` characters."""
-    line = "".join(c if " " <= c <= "~" else "?" for c in (text or "")[:limit + 1])
-    return line if len(line) <= limit else line[:limit - 3] + "..."
-
-
-def show_address(address: tuple[str, int]) -> str:
-    """HOST:PORT, an IPv6 host in brackets."""
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def render_json(value: dict[str, Any]) -> bytes:
-    """A JSON object.  A list in it is encoded row by row: json.dumps of it all would hold up the loop."""
-    members = []
-    for name, member in value.items():
-        text = "[" + ",\n ".join(map(json.dumps, member)) + "]" if isinstance(member, list) else json.dumps(member)
-        members.append(f"{json.dumps(name)}: {text}")
-    return ("{" + ",\n".join(members) + "}\n").encode()
-
-
-def escape_label(value: str) -> str:
-    """A label's value as the exposition format has it."""
-    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
-def show_number(value: float) -> str:
-    """A sample's value as the exposition format has it."""
-    return "+Inf" if value == float("inf") else repr(value)
-
-
-def copied(live: Any, kind: Callable[[Any], Any] = list) -> Any:
-    """A copy of what another thread changes at the same time.
-
-    list() and dict() of a built-in container run no Python code on the way, so that CPython copies it in
-    one step; where it does not, they find out that it changed.
-    """
-    for _ in range(COPY_TRIES - 1):
-        with contextlib.suppress(RuntimeError):
-            return kind(live)
-    return kind(live)
-
-
-def passed_on(connection: Any) -> tuple[int, int]:
-    """The bytes up and down of a connection; none once it is over, as then others count them."""
-    up, down = connection.up, connection.down
-    return (up.total, down.total) if up is not None and down is not None else (0, 0)
-
-
-# -- what is collected -------------------------------------------------------------------------
-
-
-class Histogram:
-    """Counts of observed values, by bucket.  Written by one thread."""
-
-    def __init__(self, bounds: tuple[float, ...]):
-        self.bounds = bounds  # the upper ones; above the last is one bucket more
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
-
-    def observe(self, value: float) -> None:
-        """Count a value."""
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-
-class TopNames:
-    """The most frequent of any number of names, in bounded space (Misra and Gries, 1982).
-
-    Counts are too low, by a 513th of all that was added at most.  A name costs constant time on average,
-    whoever chooses it; in a space-saving sketch, which counts too high, a new one costs a search.
+    `headers` are further header fields of the answer, with `_` for `-`.
     """
 
-    def __init__(self, limit: int = NAMES_KEPT):
-        self.limit = limit
-        self.counts: dict[str, int] = {}
-
-    def add(self, name: str) -> None:
-        """Count a name."""
-        if name in self.counts or len(self.counts) < self.limit:
-            self.counts[name] = self.counts.get(name, 0) + 1
-        else:
-            self.counts = {kept: count - 1 for kept, count in self.counts.items() if count > 1}
-
-
-class HistogramRow(NamedTuple):
-    """A histogram of finished connections, or of tunnels that started."""
-
-    help: str
-    bounds: tuple[float, ...]
-    value: Callable[[Any], float | None]  # of an Ending or a Start; None is not counted
-    of: str = "ending"
-
-
-HISTOGRAMS = {
-    "sniroute_route_wait_seconds": HistogramRow(
-        "Time from a connection's accept to the dial of its backend, waiting for a tunnel or resolver included.",
-        (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0, 30.0),
-        lambda ending: ending.waited),
-    "sniroute_connection_duration_seconds": HistogramRow(
-        "Time from a connection's accept to its end, refused ones included.",
-        (0.01, 0.1, 1.0, 10.0, 60.0, 300.0, 1800.0, 3600.0, 14400.0, 86400.0), lambda ending: ending.seconds),
-    "sniroute_tunnel_start_seconds": HistogramRow(
-        "Time from a tunnel's start until it listens.",
-        (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 15.0, 30.0), lambda start: start.seconds, "start"),
-}
-
-
-class Rates(NamedTuple):
-    """What happened in a second: a sample."""
-
-    accepted: float
-    refused: float
-    up: float  # bytes
-    down: float
-    active: int
-
-
-class Collector:
-    """Makes numbers of what the loop and the reaper leave behind.  Thread `admin`; others read copies."""
-
-    def __init__(self, router: Any, clock: Callable[[], float] = time.monotonic):
-        self.router = router
-        self.clock = clock
-        self.endings: collections.deque[Any] = collections.deque(maxlen=ENDINGS_MAX)
-        self.histograms = {name: Histogram(row.bounds) for name, row in HISTOGRAMS.items()}
-        self.observers = {of: [(self.histograms[name].observe, row.value) for name, row in HISTOGRAMS.items()
-                               if row.of == of] for of in ("ending", "start")}
-        self.names = TopNames()
-        self.refusals: collections.deque[Any] = collections.deque(maxlen=REFUSALS_SHOWN)
-        self.samples: collections.deque[Rates] = collections.deque(maxlen=SAMPLES)
-        self.last_start: Any = None
-        self.last_success = router.started
-        self.sampled = clock()
-        self.totals = self._totals()
-
-    def collect(self) -> None:
-        """Take what there is, and sample the rates when it is time."""
-        for _ in range(len(self.endings)):  # what comes meanwhile is for the next time
-            ending = self.endings.popleft()
-            self._observe("ending", ending)
-            if ending.reason in self.router.refusal_kinds:
-                self.refusals.append(ending)
-                if ending.name is not None:
-                    self.names.add(ending.name)
-        starts = copied(self.router.tunnels.started)
-        for start in reversed(list(itertools.takewhile(lambda seen: seen is not self.last_start, reversed(starts)))):
-            self._observe("start", start)
-            self.last_start = start
-        succeeded, when = self.router.last_reload
-        if succeeded:
-            self.last_success = when
-        passed = self.clock() - self.sampled
-        if passed >= SAMPLE:
-            self._sample(passed)
-
-    def _observe(self, of: str, what: Any) -> None:
-        for observe, value in self.observers[of]:
-            seen = value(what)
-            if seen is not None:
-                observe(seen)
-
-    def _totals(self) -> list[int]:
-        """Accepted, refused, bytes up and down so far, the bytes of open connections included."""
-        router = self.router
-        counters = copied(router.counters, dict)  # first: what ends meanwhile is missed, not counted twice
-        up, down = counters.get("bytes_up", 0), counters.get("bytes_down", 0)
-        for connection in copied(router.connections):
-            more = passed_on(connection)
-            up += more[0]
-            down += more[1]
-        return [counters.get("accepted", 0), sum(counters.get(kind, 0) for kind in router.refusal_kinds), up, down]
-
-    def _sample(self, passed: float) -> None:
-        """A sample of the rates.  Totals never fall: what was missed once is in the next one."""
-        self.sampled += passed
-        totals = [max(pair) for pair in zip(self.totals, self._totals())]
-        rates = ((after - before) / passed for before, after in zip(self.totals, totals))
-        self.samples.append(Rates(*rates, active=len(self.router.connections)))
-        self.totals = totals
-
-
-class Facts:
-    """The router at one moment, copied: what is computed from it is of one piece."""
-
-    def __init__(self, router: Any, collector: Collector):
-        self.router = router
-        self.collector = collector
-        self.now = time.time()
-        self.routes = router.routes
-        self.counters: dict[str, int] = copied(router.counters, dict)
-        self.tunnel_counters: dict[str, int] = copied(router.tunnels.counters, dict)
-        self.connections: list[Any] = copied(router.connections)
-        self.tunnels: list[Any] = router.tunnels.snapshot()
-        self.failed: list[Any] = router.tunnels.failed()
-        self.starts: list[Any] = copied(router.tunnels.started)
-        self.states = collections.Counter(view.state for view in (*self.tunnels, *self.failed))
-        first, last = router.settings.ports
-        self.ports = last - first + 1
-        self.ports_used = sum(view.port > 0 for view in self.tunnels)
-
-
-# -- /metrics ----------------------------------------------------------------------------------
-
-
-class Sample(NamedTuple):
-    """One value of a metric."""
-
-    value: float
-    labels: dict[str, str] = {}
-    suffix: str = ""
-
-
-class Metric(NamedTuple):
-    """One metric, as a row."""
-
-    name: str
-    kind: str
-    help: str
-    read: Callable[[Facts], Iterable[Sample]]
-
-
-def one(value: Callable[[Facts], float | None]) -> Callable[[Facts], Iterable[Sample]]:
-    """A metric without labels; None is a value that this system does not tell."""
-    return lambda facts: [Sample(found) for found in (value(facts),) if found is not None]
-
-
-def each(label: str, values: Callable[[Facts], dict[str, float]]) -> Callable[[Facts], Iterable[Sample]]:
-    """A metric with one label."""
-    return lambda facts: [Sample(value, {label: name}) for name, value in values(facts).items()]
-
-
-def each_route(value: Callable[[Any], float], **labels: str) -> Callable[[Facts], Iterable[Sample]]:
-    """A metric of each configured route, out of its Tally."""
-    return lambda facts: [Sample(value(tally), {"route": pattern, **labels})
-                          for pattern, tally in facts.routes.tallies.items()]
-
-
-def counted(name: str) -> Callable[[Facts], Iterable[Sample]]:
-    """One of the router's counters."""
-    return one(lambda facts: facts.counters.get(name, 0))
-
-
-def tunnels_counted(name: str) -> Callable[[Facts], Iterable[Sample]]:
-    """One of the tunnels' counters."""
-    return one(lambda facts: facts.tunnel_counters.get(name, 0))
-
-
-def read_histogram(name: str) -> Callable[[Facts], Iterable[Sample]]:
-    """The samples of a histogram: its buckets, cumulative, its sum and its count."""
-    def read(facts: Facts) -> Iterator[Sample]:
-        """As Metric.read."""
-        histogram = facts.collector.histograms[name]
-        total = 0
-        for bound, count in zip((*histogram.bounds, float("inf")), copied(histogram.counts)):
-            total += count
-            yield Sample(total, {"le": show_number(bound)}, "_bucket")
-        yield Sample(histogram.sum, suffix="_sum")
-        yield Sample(total, suffix="_count")
-    return read
-
-
-def resident_memory() -> int | None:
-    """Bytes of memory that this process has; None without /proc."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return None
-
-
-def open_descriptors() -> int | None:
-    """The descriptors that this process has open; None without /proc."""
-    try:
-        return os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd"))  # the first since Linux 6.2
-    except OSError:
-        return None
-
-
-def process_started(otherwise: float) -> float:
-    """When this process began (wall time), by proc(5)."""
-    try:
-        with open("/proc/self/stat") as file:
-            ticks = int(file.read().rpartition(")")[2].split()[19])
-        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError):
-        return otherwise
-
-
-METRICS = (
-    Metric("sniroute_build_info", "gauge", "What runs, as labels; always 1.", lambda facts: [
-        Sample(1, {"version": facts.router.version, "python": platform.python_version()})]),
-    Metric("sniroute_up_since_timestamp_seconds", "gauge", "When the router started.",
-           one(lambda facts: facts.router.started)),
-    Metric("sniroute_draining", "gauge", "Whether the router accepts no more because it is about to end.",
-           one(lambda facts: int(facts.router.phase != "running"))),
-    Metric("sniroute_paused", "gauge", "Whether it accepts nobody for now: connections or descriptors are short.",
-           one(lambda facts: int(facts.router.paused))),
-    Metric("sniroute_connections_active", "gauge", "Connections now.", one(lambda facts: len(facts.connections))),
-    Metric("sniroute_max_connections", "gauge", "Connections that there may be (--max-connections).",
-           one(lambda facts: facts.router.max_connections)),
-    Metric("sniroute_accepted_total", "counter", "Connections accepted.", counted("accepted")),
-    Metric("sniroute_connections_total", "counter", "Connections that are over, by how they ended.",
-           each("result", lambda facts: {result: facts.counters.get(result, 0) for result in (
-               *ENDS, *sorted(facts.router.refusal_kinds))})),
-    Metric("sniroute_retries_total", "counter", "Connections that were dialled again, unnoticed by the client.",
-           counted("retries")),
-    Metric("sniroute_bytes_total", "counter", "Bytes passed on, as of the last second.",
-           each("direction", lambda facts: dict(zip(("up", "down"), facts.collector.totals[2:])))),
-    Metric("sniroute_route_connections_active", "gauge", "Connections of a route now.",
-           each_route(lambda tally: tally.active)),
-    Metric("sniroute_route_connections_total", "counter", "Connections of a route that are over.",
-           each_route(lambda tally: tally.total)),
-    Metric("sniroute_route_refused_total", "counter", "Connections of a route that were refused.",
-           each_route(lambda tally: tally.refused)),
-    Metric("sniroute_route_bytes_total", "counter", "Bytes of a route's connections that are over.",
-           lambda facts: (*each_route(lambda tally: tally.up, direction="up")(facts),
-                          *each_route(lambda tally: tally.down, direction="down")(facts))),
-    Metric("sniroute_tunnels", "gauge", "Tunnels by state; a failed one is refused from memory for a while.",
-           each("state", lambda facts: {state: facts.states[state] for state in TUNNEL_STATES})),
-    Metric("sniroute_max_tunnels", "gauge", "Tunnels that there may be (--max-tunnels).",
-           one(lambda facts: facts.router.tunnels.max_tunnels)),
-    Metric("sniroute_tunnel_starts_total", "counter", "Starts of tunnels, by how they went.",
-           each("result", lambda facts: {"ready": facts.tunnel_counters.get("ready", 0),
-                                         "failed": facts.tunnel_counters.get("failures", 0)})),
-    Metric("sniroute_tunnel_launches_total", "counter", "Tries to start a tunnel: one start may take several.",
-           tunnels_counted("starts")),
-    Metric("sniroute_tunnel_processes_total", "counter", "Processes of tunnel programs that were started.",
-           tunnels_counted("processes")),
-    Metric("sniroute_tunnel_restarts_total", "counter", "Ready tunnels whose process ended by itself.",
-           tunnels_counted("crashes")),
-    Metric("sniroute_tunnel_stops_total", "counter", "Tunnels stopped for want of use, or to make room.",
-           each("reason", lambda facts: {"idle": facts.tunnel_counters.get("idle_stops", 0),
-                                         "evicted": facts.tunnel_counters.get("evictions", 0)})),
-    Metric("sniroute_port_pool_size", "gauge", "Local ports for tunnels (--ports).", one(lambda facts: facts.ports)),
-    Metric("sniroute_port_pool_used", "gauge", "Local ports that tunnels have.", one(lambda facts: facts.ports_used)),
-    *(Metric(name, "histogram", row.help, read_histogram(name)) for name, row in HISTOGRAMS.items()),
-    Metric("sniroute_reloads_total", "counter", "Reloads of the settings, by how they went.",
-           each("result", lambda facts: {result: facts.router.reloads[result] for result in ("ok", "failed")})),
-    Metric("sniroute_config_last_reload_successful", "gauge", "Whether the last reload went well.",
-           one(lambda facts: int(facts.router.last_reload[0]))),
-    Metric("sniroute_config_last_reload_success_timestamp_seconds", "gauge", "When settings were last taken over.",
-           one(lambda facts: facts.collector.last_success)),
-    Metric("process_start_time_seconds", "gauge", "When the process began.",
-           one(lambda facts: process_started(facts.router.started))),
-    Metric("process_cpu_seconds_total", "counter", "CPU time of the process; tunnels are processes of their own.",
-           one(lambda facts: time.process_time())),
-    Metric("process_resident_memory_bytes", "gauge", "Memory of the process; without that of the tunnels.",
-           one(lambda facts: resident_memory())),
-    Metric("process_open_fds", "gauge", "Open descriptors.", one(lambda facts: open_descriptors())),
-    Metric("process_max_fds", "gauge", "Descriptors that may be open.",
-           one(lambda facts: resource.getrlimit(resource.RLIMIT_NOFILE)[0])),
-)
-
-
-def expose(facts: Facts) -> bytes:
-    """All metrics in Prometheus' text format, version 0.0.4."""
-    lines = []
-    for metric in METRICS:
-        lines.append(f"# HELP {metric.name} {metric.help}\n# TYPE {metric.name} {metric.kind}\n")
-        for sample in metric.read(facts):
-            labels = ",".join(f'{name}="{escape_label(value)}"' for name, value in sample.labels.items())
-            lines.append(f"{metric.name}{sample.suffix}{labels and f'{{{labels}}}'} {show_number(sample.value)}\n")
-    return "".join(lines).encode()
-
-
-# -- /status -----------------------------------------------------------------------------------
-
-
-def show_connection(connection: Any, now: float) -> dict[str, Any]:
-    """A row of /status; `now` is a clock time."""
-    decision = connection.decision
-    up, down = passed_on(connection)
-    return {"client": printable(show_address(connection.address)), "name": printable(connection.name),
-            "route": printable(decision.route.pattern if decision else ""),
-            "backend": printable(decision.target if decision else ""), "state": connection.state,
-            "seconds": round(now - connection.began, 3), "up": up, "down": down}
-
-
-def show_tunnel(view: Any) -> dict[str, Any]:
-    """A row of /status."""
-    row = view._asdict()
-    return {**row, "key": printable(view.key), "words": printable(view.words, 300),
-            "age": round(view.age, 3), "next": round(view.next, 3)}
-
-
-def show_refusal(ending: Any) -> dict[str, Any]:
-    """A row of /status."""
-    return {"when": round(ending.when, 3), "client": printable(show_address(ending.client)),
-            "name": printable(ending.name), "route": printable(ending.route), "reason": ending.reason,
-            "detail": printable(ending.detail, 300)}
-
-
-def show_route(route: Any, tally: Any, up: int, down: int) -> dict[str, Any]:
-    """A row of /status; `up` and `down` are the bytes of open connections, which a Tally does not have yet."""
-    return {"pattern": printable(route.pattern), "target": printable(route.target), "active": tally.active,
-            "total": tally.total, "refused": tally.refused, "up": tally.up + up, "down": tally.down + down}
-
-
-def status(facts: Facts) -> dict[str, Any]:
-    """What /status says, without what may change the router: the token."""
-    router, collector, counters = facts.router, facts.collector, facts.counters
-    now = time.monotonic()
-    live: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
-    for connection in facts.connections:
-        if connection.decision is not None:
-            up, down = passed_on(connection)
-            row = live[connection.decision.route.pattern]
-            row[0] += up
-            row[1] += down
-    oldest = heapq.nsmallest(CONNECTIONS_SHOWN, facts.connections, key=lambda connection: connection.began)
-    refused = {kind: counters[kind] for kind in sorted(router.refusal_kinds) if counters.get(kind)}
-    names = heapq.nlargest(NAMES_SHOWN, collector.names.counts.items(), key=lambda item: item[1])
-    samples = copied(collector.samples)
-    return {
-        "version": router.version, "pid": os.getpid(), "started": router.started, "now": facts.now,
-        "uptime": round(facts.now - router.started, 3), "phase": router.phase, "paused": router.paused,
-        "listening": [show_address(address) for address in router.listening],
-        "limits": {"connections": router.max_connections, "tunnels": router.tunnels.max_tunnels, "ports": facts.ports},
-        "connections": {
-            "active": len(facts.connections), "accepted": counters.get("accepted", 0),
-            "states": collections.Counter(connection.state for connection in facts.connections),
-            "results": {result: counters[result] for result in ENDS if counters.get(result)} | refused,
-            "retries": counters.get("retries", 0)},
-        "bytes": {"up": collector.totals[2], "down": collector.totals[3]},
-        "reloads": {"ok": router.reloads["ok"], "failed": router.reloads["failed"],
-                    "last_ok": router.last_reload[0], "last": router.last_reload[1]},
-        "tunnel_states": {state: facts.states[state] for state in TUNNEL_STATES},
-        "tunnel_counters": facts.tunnel_counters, "ports_used": facts.ports_used,
-        "refusals": refused,
-        "rates": {"every": SAMPLE, **{name: [round(getattr(sample, name), 3) for sample in samples]
-                                      for name in Rates._fields}},
-        "refused_names": [{"name": printable(name), "count": count} for name, count in names],
-        "last_refusals": [show_refusal(ending) for ending in reversed(copied(collector.refusals))],
-        "slowest_starts": [
-            {"key": printable(start.key), "when": round(start.when, 3), "seconds": round(start.seconds, 3)}
-            for start in heapq.nlargest(STARTS_SHOWN, facts.starts, key=lambda start: start.seconds)],
-        "tunnels": list(map(show_tunnel, (*facts.tunnels, *facts.failed)[:TUNNELS_SHOWN])),
-        "routes": [show_route(route, facts.routes.tallies[route.pattern], *live[route.pattern])
-                   for route in facts.routes.routes[:ROUTES_SHOWN]],
-        "oldest_connections": [show_connection(connection, now) for connection in oldest],
-    }
+    def __init__(self, status: int, sentence: str, **headers: str):
+        super().__init__(sentence)
+        self.answer = Answer.json({"error": sentence}, status,
+                                  tuple((name.replace("_", "-"), value) for name, value in headers.items()))
 
 
 class Cached:
-    """What `make` gave last, for CACHE_TIME."""
+    """The result of `make`, made anew after CACHE_TIME.  Any thread."""
 
     def __init__(self, make: Callable[[], bytes]):
         self.make = make
-        self.lock = threading.Lock()  # guards the rest; held while it is made, so that many who ask make one
+        self.lock = threading.Lock()  # guards the rest; held during `make`: those who ask meanwhile get its result, too
         self.until = 0.0
         self.made = b""
 
     def get(self) -> bytes:
-        """It, made anew where it is old."""
+        """The result, at most CACHE_TIME old."""
         with self.lock:
             if time.monotonic() >= self.until:
                 self.made = self.make()
@@ -589,21 +156,25 @@ class Cached:
             return self.made
 
     def forget(self) -> None:
-        """Make it anew next time."""
+        """Have the next `get` make it anew: something has changed."""
         with self.lock:
             self.until = 0.0
 
 
 class Pulse:
-    """Whether the loop answers.  Those who ask while it does not share one question: none piles up there."""
+    """Asks the router's loop whether it still runs.  `call` is Router.call.  Any thread.
+
+    While the loop has not answered, everybody waits for the same question, so questions do not pile up in a loop
+    that hangs.
+    """
 
     def __init__(self, call: Callable[[Callable[[], None]], None]):
         self.call = call
-        self.lock = threading.Lock()  # guards `heard`; never held while waiting
-        self.heard: threading.Event | None = None
+        self.lock = threading.Lock()  # guards `heard`; not held while waiting
+        self.heard: threading.Event | None = None  # set when the loop has answered the last question
 
     def beats(self) -> bool:
-        """Ask the loop, and wait for its answer for PULSE_TIME."""
+        """Whether the loop answers within PULSE_TIME."""
         with self.lock:
             if self.heard is None or self.heard.is_set():
                 self.heard = threading.Event()
@@ -612,596 +183,36 @@ class Pulse:
         return heard.wait(PULSE_TIME)
 
 
-# -- the page ----------------------------------------------------------------------------------
+# -- endpoints ---------------------------------------------------------------------------------
 #
-# It is one document, which asks for nothing but /status.  All text goes in with textContent, and the
-# browser holds SCRIPT to that (Trusted Types): names come from strangers.
-
-STYLE = """
-:root { color-scheme: light dark; --ground: #f4f5f7; --card: #fff; --ink: #1c2128; --quiet: #5a6572; --line: #e1e5ea;
-  --accent: #2459c4; --good: #17784a; --warn: #8f5b00; --bad: #b3261e; --fill: #2459c41a; --hover: #f0f3f8; }
-@media (prefers-color-scheme: dark) { :root { --ground: #101317; --card: #181c22; --ink: #e3e7ec; --quiet: #98a3b0;
-  --line: #2a3038; --accent: #82aaff; --good: #56c68f; --warn: #e0b050; --bad: #ff8a7d; --fill: #82aaff1f;
-  --hover: #1f252d; } }
-* { box-sizing: border-box; }
-[hidden] { display: none !important; }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 14px/1.45 system-ui, sans-serif;
-  font-variant-numeric: tabular-nums; }
-header { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; align-items: center; gap: 8px 16px;
-  padding: 10px 24px; background: var(--card); border-bottom: 1px solid var(--line); }
-h1 { margin: 0; font-size: 17px; letter-spacing: -.01em; }
-h2 { margin: 0; font-size: 14px; font-weight: 600; }
-h2 + span { color: var(--quiet); }
-.about { color: var(--quiet); flex: 1 1 240px; overflow-wrap: anywhere; }
-.phase { display: inline-flex; align-items: center; gap: 6px; font-weight: 600; }
-.dot { flex: none; display: inline-block; width: 9px; height: 9px; border-radius: 50%; background: currentColor; }
-.good { color: var(--good); } .warn { color: var(--warn); } .bad { color: var(--bad); } .quiet { color: var(--quiet); }
-.warn > .dot { border-radius: 2px; } .bad > .dot { border-radius: 0; transform: rotate(45deg); }
-.quiet > .dot { background: none; border: 2px solid currentColor; }
-main { max-width: 1480px; margin: 0 auto; padding: 16px 24px 40px; display: grid; gap: 16px;
-  grid-template-columns: minmax(0, 7fr) minmax(0, 3fr); align-items: start; }
-main > .all { grid-column: 1 / -1; }
-.column { display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr); }
-.lost main { opacity: .45; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px; }
-.head { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 10px; min-height: 30px; margin-bottom: 4px; }
-.head form { display: flex; gap: 6px; margin-left: auto; }
-ul { list-style: none; margin: 0; padding: 0; }
-.troubles li { display: flex; align-items: baseline; gap: 9px; padding: 1px 0; overflow-wrap: anywhere; }
-.troubles li > span:last-child { color: var(--ink); min-width: 0; }
-.tiles { display: grid; gap: 12px; grid-template-columns: repeat(6, minmax(0, 1fr)); }
-.tile { padding: 10px 14px 8px; min-width: 0; }
-.tile h2 { font-weight: 400; color: var(--quiet); font-size: 13px; }
-.tile .figure { font-size: 24px; font-weight: 600; line-height: 1.25; letter-spacing: -.02em; white-space: nowrap; }
-.tile .note { color: var(--quiet); font-size: 12px; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
-.tile svg { display: block; width: 100%; height: 34px; margin-top: 4px; overflow: visible; }
-.plot-line { fill: none; stroke: var(--accent); stroke-width: 1.5; vector-effect: non-scaling-stroke;
-  stroke-linejoin: round; }
-.plot-area { fill: var(--fill); } .plot-base { stroke: var(--line); vector-effect: non-scaling-stroke; }
-.scroll { overflow: auto; max-height: 480px; margin: 0 -16px -12px; border-radius: 0 0 8px 8px; }
-table { width: 100%; border-collapse: collapse; }
-th { position: sticky; top: 0; background: var(--card); color: var(--quiet); font-weight: 400; font-size: 12px;
-  text-align: left; white-space: nowrap; box-shadow: inset 0 -1px var(--line); }
-th, td { padding: 5px 8px; vertical-align: top; } th:first-child, td:first-child { padding-left: 16px; }
-th:last-child, td:last-child { padding-right: 16px; }
-td { border-top: 1px solid var(--line); overflow-wrap: anywhere; } tbody tr:first-child td { border-top: 0; }
-tbody tr:hover { background: var(--hover); }
-.number { text-align: right; white-space: nowrap; } .short { white-space: nowrap; } .act { text-align: right; }
-td.act { padding-top: 3px; padding-bottom: 3px; }
-.words { display: block; font-size: 13px; } .words:not(.bad) { color: var(--quiet); }
-.state { display: inline-flex; align-items: center; gap: 7px; white-space: nowrap; }
-.name { width: 34%; min-width: 9em; } #tunnels .name { width: 55%; } #starts .name { width: 100%; }
-.state-cell { width: 7em; }
-.inline .words { display: inline; margin-left: 8px; }
-.empty { margin: 0; padding: 4px 0 2px; color: var(--quiet); }
-.bars li { position: relative; display: flex; gap: 12px; padding: 3px 8px; margin: 2px -8px; overflow-wrap: anywhere; }
-.bars li > svg { position: absolute; inset: 0; width: 100%; height: 100%; } .bars rect { fill: var(--fill); }
-.bars li > span { position: relative; } .bars li > span:last-child { margin-left: auto; white-space: nowrap; }
-button, input { font: inherit; color: inherit; border-radius: 6px; border: 1px solid var(--line); padding: 3px 10px;
-  background: var(--card); min-width: 0; }
-button { cursor: pointer; white-space: nowrap; } button:hover:enabled { border-color: var(--accent); }
-button:disabled { opacity: .5; cursor: default; }
-input { background: var(--ground); } input::placeholder { color: var(--quiet); opacity: 1; }
-td button { padding: 1px 9px; font-size: 13px; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
-dialog { border: 1px solid var(--line); border-radius: 10px; background: var(--card); color: var(--ink); padding: 20px;
-  width: min(440px, calc(100vw - 32px)); }
-dialog::backdrop { background: #0007; }
-dialog p { margin: 8px 0 12px; color: var(--quiet); overflow-wrap: anywhere; } dialog label { display: block; }
-dialog input { width: 100%; margin-top: 4px; padding: 6px 10px; }
-dialog .buttons { display: flex; flex-direction: row-reverse; justify-content: flex-start; gap: 8px; margin-top: 16px; }
-.primary { background: var(--accent); border-color: var(--accent); color: var(--card); }
-.said { position: fixed; z-index: 2; left: 50%; bottom: 20px; translate: -50% 0; width: max-content;
-  max-width: calc(100vw - 32px); padding: 9px 16px; border-radius: 8px; background: var(--ink); color: var(--card);
-  overflow-wrap: anywhere; } .said:empty { display: none; }
-@media (max-width: 1000px) { main { grid-template-columns: minmax(0, 1fr); }
-  .tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); } }
-@media (max-width: 620px) { header { position: static; padding: 10px 14px; }
-  main { padding: 12px 12px 32px; gap: 12px; }
-  .column { gap: 12px; } .card { padding: 10px 14px; } .tiles { gap: 8px; grid-template-columns: repeat(2, 1fr); }
-  .about { flex-basis: 100%; } #filter { flex: 1; }
-  .head form { margin-left: 0; width: 100%; } .head form input { flex: 1; }
-  .scroll { max-height: 70vh; margin: 0 -14px -10px; } thead { display: none; } table, tbody { display: block; }
-  tr { display: flex; flex-wrap: wrap; gap: 2px 14px; padding: 8px 14px; border-top: 1px solid var(--line); }
-  td, td:first-child, td:last-child { display: block; width: auto; padding: 0; border: 0; text-align: left;
-    white-space: normal; }
-  td:empty { display: none; } td.name, td.long { flex: 1 1 100%; } td.name { font-weight: 500; }
-  td.act { margin-left: auto; }
-  td:not(.name, .act, .state-cell, .bare)::before { content: attr(data-label) " "; color: var(--quiet);
-    font-size: 12px; } }
-@media (prefers-reduced-motion: no-preference) { main { transition: opacity .3s; } }
-"""
-
-SCRIPT = r"""
-"use strict";
-const EVERY = 2000, PATIENCE = 4000, TOKEN = "sniroute-token";
-const $ = (id) => document.getElementById(id);
-const SVG = "http://www.w3.org/2000/svg";
-
-function make(tag, name, text) {
-  const node = document.createElement(tag);
-  if (name) node.className = name;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
-function put(node, text) {
-  if (node.textContent !== text) node.textContent = text;
-}
-function vector(tag, attributes) {
-  const node = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  return node;
-}
-
-// How numbers are written.
-const whole = new Intl.NumberFormat("en-GB");
-function count(value, one, many) { return whole.format(value) + " " + (value === 1 ? one : many); }
-function rate(value) { return value >= 9.95 || value === 0 ? whole.format(Math.round(value)) : value.toFixed(1); }
-function bytes(value) {
-  const units = ["B", "kB", "MB", "GB", "TB", "PB"];
-  let at = 0;
-  while (value >= 999.5 && at < units.length - 1) { value /= 1000; at += 1; }
-  return (at === 0 || value >= 99.5 ? Math.round(value) : value.toFixed(1)) + " " + units[at];
-}
-function span(seconds) {
-  if (seconds < 0.9995) return Math.round(seconds * 1000) + " ms";
-  if (seconds < 9.95) return seconds.toFixed(1) + " s";
-  seconds = Math.round(seconds);
-  if (seconds < 60) return seconds + " s";
-  for (const [size, unit, next, small] of [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "s"]]) {
-    if (seconds < size) continue;
-    const rest = Math.floor(seconds % size / next);
-    return Math.floor(seconds / size) + " " + unit + (rest ? " " + rest + " " + small : "");
-  }
-}
-function clock(when) { return new Date(when * 1000).toLocaleTimeString("en-GB"); }
-const plain = (word) => word.replaceAll("_", " ");
-
-// Tables: the rows stay where they are, so that focus and selection do, too.
-const KINDS = { ready: "good", starting: "warn", queued: "warn", backoff: "bad", failed: "bad", stopping: "quiet" };
-const RANK = ["failed", "backoff", "starting", "queued", "stopping", "ready"];
-function showState(cell, word, kind) {
-  if (!cell.firstChild) {
-    cell.append(make("span", "state"));
-    cell.firstChild.append(make("span", "dot"), make("span"));
-  }
-  cell.firstChild.className = "state " + kind;
-  put(cell.firstChild.lastChild, word);
-}
-function ownWords(row) {  // a failure's words begin with the tunnel they are about
-  const about = row.key + " did not start: ";
-  return row.words.startsWith(about) ? row.words.slice(about.length) : row.words;
-}
-function showWithWords(cell, text, words, kind) {
-  if (!cell.firstChild) cell.append(make("span"), make("span"));
-  put(cell.firstChild, text);
-  put(cell.lastChild, words);
-  cell.lastChild.className = "words " + kind;
-  cell.lastChild.hidden = !words;
-}
-function whatNext(row) {
-  if (row.state === "backoff") return "next try in " + span(row.next);
-  if (row.state === "failed") return "refused for " + span(row.next);
-  return row.next ? "stops in " + span(row.next) : "";
-}
-function act(cell, row) {
-  if (!cell.firstChild) {
-    cell.append(make("button"));
-    cell.firstChild.addEventListener("click", () => cell.act());
-  }
-  const bad = row.state === "failed" || row.state === "backoff";
-  const button = cell.firstChild;
-  put(button, bad ? "Start" : "Stop");
-  button.setAttribute("aria-label", (bad ? "Start " : "Stop ") + row.key);
-  allow(button);
-  cell.act = () => bad ? command("/tunnels/" + encodeURIComponent(row.key) + "/start", "Start this tunnel?",
-      row.key + " is tried again now.", "Start")
-    : command("/tunnels/" + encodeURIComponent(row.key) + "/stop", "Stop this tunnel?",
-      row.key + (row.leases ? " carries " + count(row.leases, "connection, which ends.", "connections, which end.")
-        : " carries no connection.") + " The next client starts it again.", "Stop");
-}
-// A column: its title, its class, and the text of a cell or what fills it.
-const TABLES = {
-  tunnels: { key: (row) => row.key, columns: [
-    ["State", "state-cell short", (row, cell) => showState(cell, row.state, KINDS[row.state] || "quiet")],
-    ["Tunnel", "name", (row, cell) => {
-      showWithWords(cell, row.key, row.state === "ready" ? "" : ownWords(row), KINDS[row.state]);
-      cell.title = row.words;
-    }],
-    ["Clients", "number", (row) => row.state === "failed" ? "" : whole.format(row.leases)],
-    ["Port", "number", (row) => row.port ? String(row.port) : ""],
-    ["For", "number", (row) => row.age ? span(row.age) : ""],
-    ["Next", "short", whatNext],
-    ["", "act", (row, cell) => act(cell, row)] ] },
-  refusals: { key: (row) => row.id, columns: [
-    ["At", "short bare", (row) => clock(row.when)],
-    ["Client", "short bare", (row) => row.client],
-    ["Name", "name", (row) => row.name || "no name"],
-    ["Reason", "long bare inline", (row, cell) => showWithWords(cell, plain(row.reason), row.detail, "")] ] },
-  routes: { key: (row) => row.pattern, columns: [
-    ["Pattern", "name", (row) => row.pattern],
-    ["Target", "long bare", (row) => row.target],
-    ["Open", "number", (row) => whole.format(row.active)],
-    ["Over", "number", (row) => whole.format(row.total)],
-    ["Refused", "number", (row) => whole.format(row.refused)],
-    ["Up", "number", (row) => bytes(row.up)],
-    ["Down", "number", (row) => bytes(row.down)] ] },
-  connections: { key: (row) => row.client, columns: [
-    ["State", "state-cell short", (row, cell) => showState(cell, row.state, row.state === "open" ? "good"
-      : row.state === "lingering" ? "quiet" : "warn")],
-    ["Client", "short", (row) => row.client],
-    ["Name", "name", (row) => row.name || "not known yet"],
-    ["Backend", "long", (row) => row.backend],
-    ["For", "number", (row) => span(row.seconds)],
-    ["Up", "number", (row) => bytes(row.up)],
-    ["Down", "number", (row) => bytes(row.down)] ] },
-  starts: { key: (row) => row.key + row.when, columns: [
-    ["Tunnel", "name", (row, cell) => showWithWords(cell, row.key, "at " + clock(row.when), "")],
-    ["Took", "number", (row) => span(row.seconds)] ] },
-};
-function showTable(id, rows) {
-  const { key, columns } = TABLES[id], body = $(id).tBodies[0];
-  const known = new Map(Array.from(body.rows, (line) => [line.key, line]));
-  rows.forEach((row, at) => {
-    let line = known.get(key(row));
-    if (line) known.delete(key(row));
-    else {
-      line = make("tr");
-      line.key = key(row);
-      for (const [title, name] of columns) line.append(make("td", name));
-      columns.forEach(([title], n) => { line.cells[n].dataset.label = title; });
-    }
-    columns.forEach(([, , show], n) => {
-      const text = show(row, line.cells[n]);
-      if (text !== undefined) put(line.cells[n], text);
-    });
-    if (body.rows[at] !== line) body.insertBefore(line, body.rows[at] || null);
-  });
-  for (const line of known.values()) line.remove();
-  sift(body.rows);
-  $(id).parentNode.hidden = !rows.length;
-  $(id + "-empty").hidden = rows.length > 0;
-}
-function showBars(id, rows) {
-  const most = Math.max(1, ...rows.map((row) => row[1]));
-  $(id).replaceChildren(...rows.map(([name, value]) => {
-    const line = make("li"), bar = vector("svg", { "aria-hidden": "true" });
-    bar.append(vector("rect", { width: 100 * value / most + "%", height: "100%", rx: 4 }));
-    line.append(bar, make("span", "", name), make("span", "", whole.format(value)));
-    return line;
-  }));
-  sift($(id).children);
-  $(id + "-empty").hidden = rows.length > 0;
-}
-function sift(lines) {
-  const wanted = $("filter").value.trim().toLowerCase();
-  for (const line of lines) line.hidden = !line.textContent.toLowerCase().includes(wanted);
-}
-
-// Plots: the last two minutes, the newest at the right.
-const WIDTH = 119, HEIGHT = 30;
-function plot(id, values, unit) {
-  const top = Math.max(...values, 1e-9), room = WIDTH + 1 - values.length;
-  const points = values.map((value, at) => (room + at) + " " + (HEIGHT - HEIGHT * value / top).toFixed(2));
-  let figure = $(id).querySelector("svg");
-  if (!figure) {
-    figure = vector("svg", { viewBox: "0 0 " + WIDTH + " " + HEIGHT, preserveAspectRatio: "none", role: "img" });
-    figure.append(vector("path", { class: "plot-area" }),
-      vector("path", { class: "plot-base", d: "M0 " + HEIGHT + "H" + WIDTH }), vector("path", { class: "plot-line" }));
-    $(id).append(figure);
-  }
-  const most = values.length ? unit(Math.max(...values)) : "none yet";
-  figure.setAttribute("aria-label", "the last two minutes; most: " + most);
-  const drawn = points.length > 1;
-  figure.firstChild.setAttribute("d", drawn ? "M" + room + " " + HEIGHT + "L" + points.join("L") + "V" + HEIGHT + "Z"
-    : "");
-  figure.lastChild.setAttribute("d", drawn ? "M" + points.join("L") : "");
-  return most;
-}
-function tile(id, figure, note) {
-  put($(id).querySelector(".figure"), figure);
-  put($(id).querySelector(".note"), note);
-}
-
-// What fails, and why.
-function troubles(now) {
-  const found = [], held = now.connections.active;
-  if (now.phase !== "running")
-    found.push(["warn", "It is " + now.phase + ": nobody is accepted any more, "
-      + count(held, "connection is", "connections are") + " left."]);
-  if (now.paused)
-    found.push(["bad", "It accepts nobody for now: --max-connections are open, or descriptors are short."]);
-  else if (held > 0.9 * now.limits.connections)
-    found.push(["warn", "Nine tenths of --max-connections (" + whole.format(now.limits.connections) + ") are open."]);
-  if (!now.reloads.last_ok)
-    found.push(["bad", "The reload at " + clock(now.reloads.last) + " failed, and nothing changed: the log says why."]);
-  const bad = now.tunnels.filter((row) => row.state === "failed" || row.state === "backoff");
-  for (const row of bad.slice(0, 4))
-    found.push(["bad", row.key + ": " + (ownWords(row) || "it ended") + " (" + whatNext(row) + ")"]);
-  if (bad.length > 4) found.push(["bad", "And " + count(bad.length - 4, "tunnel", "tunnels") + " more."]);
-  return found.length ? found : [["good", "Nothing fails."]];
-}
-function showTroubles(rows) {
-  const said = JSON.stringify(rows.map(([kind, text]) => kind + text.replace(/[\d.]+ (ms|s|min|h)\b/g, "")));
-  const list = $("troubles");
-  if (list.said !== said) {  // else only a count-down went on: it is not read out again
-    list.replaceChildren(...rows.map(([kind]) => {
-      const line = make("li", kind);
-      line.append(make("span", "dot"), make("span"));
-      return line;
-    }));
-    list.said = said;
-  }
-  rows.forEach(([, text], at) => put(list.children[at].lastChild, text));
-}
-
-// The page as a whole.
-let control = false;
-function allow(button) {
-  button.disabled = !control;
-  button.title = control ? "" : "SNIROUTE_ADMIN_TOKEN is not set: this router takes no orders";
-}
-function showPhase(word, kind) {
-  $("phase").className = "phase " + kind;
-  put($("phase").lastChild, word);
-  document.title = (word === "running" ? "" : word + " - ") + "sniroute";
-}
-function show(now) {
-  control = now.control;
-  document.body.classList.remove("lost");
-  showPhase(now.paused ? "not accepting" : now.phase, now.paused ? "bad" : now.phase === "running" ? "good" : "warn");
-  put($("about"), "version " + now.version + ", up for " + span(now.uptime) + ", pid " + now.pid + ", on "
-    + now.listening.join(", "));
-  showTroubles(troubles(now));
-  const rates = now.rates, last = (name) => rates[name].at(-1) || 0, per = (unit) => (value) => unit(value) + "/s";
-  const most = Object.fromEntries([["active", whole.format], ["accepted", per(rate)], ["refused", per(rate)],
-    ["up", per(bytes)], ["down", per(bytes)]].map(([name, unit]) => [name, plot("tile-" + name, rates[name], unit)]));
-  tile("tile-active", whole.format(now.connections.active), "of " + whole.format(now.limits.connections));
-  tile("tile-accepted", rate(last("accepted")) + "/s", "most " + most.accepted);
-  tile("tile-refused", rate(last("refused")) + "/s", "most " + most.refused);
-  tile("tile-up", bytes(last("up")) + "/s", bytes(now.bytes.up) + " in all");
-  tile("tile-down", bytes(last("down")) + "/s", bytes(now.bytes.down) + " in all");
-  const states = now.tunnel_states, failing = states.failed + states.backoff;
-  tile("tile-tunnels", whole.format(states.ready), "of " + whole.format(now.limits.tunnels));
-  showSegments([["good", states.ready], ["warn", states.starting + states.queued], ["quiet", states.stopping],
-    ["bad", failing]], now.limits.tunnels);
-  put($("tunnels-count"), RANK.filter((state) => states[state])
-    .map((state) => whole.format(states[state]) + " " + state).join(", "));
-  put($("routes-count"), whole.format(now.routes.length));
-  put($("connections-count"), now.oldest_connections.length < now.connections.active
-    ? "the oldest " + now.oldest_connections.length + " of " + whole.format(now.connections.active)
-    : whole.format(now.connections.active));
-  showTable("tunnels", now.tunnels.sort((a, b) => RANK.indexOf(a.state) - RANK.indexOf(b.state)
-    || a.key.localeCompare(b.key)));
-  const seen = new Map();
-  for (const row of now.last_refusals) {  // several may be alike in all that is shown
-    const like = row.when + row.client + row.name;
-    seen.set(like, (seen.get(like) || 0) + 1);
-    row.id = like + " " + seen.get(like);
-  }
-  showTable("refusals", now.last_refusals);
-  showTable("routes", now.routes);
-  showTable("connections", now.oldest_connections);
-  showTable("starts", now.slowest_starts);
-  showBars("reasons", Object.entries(now.refusals).sort((a, b) => b[1] - a[1])
-    .map(([kind, value]) => [plain(kind), value]));
-  showBars("names", now.refused_names.map((row) => [row.name, row.count]));
-  allow($("reload"));
-  allow($("start"));
-}
-function showSegments(parts, limit) {
-  const all = Math.max(limit, parts.reduce((sum, [, value]) => sum + value, 0), 1);
-  const figure = vector("svg", { viewBox: "0 0 " + WIDTH + " " + HEIGHT, preserveAspectRatio: "none", role: "img",
-    "aria-label": "tunnels by state" });
-  figure.append(vector("rect", { y: 22, width: WIDTH, height: 6, fill: "var(--line)" }));
-  let at = 0;
-  for (const [kind, value] of parts) {
-    figure.append(vector("rect", { class: kind, x: at, y: 22, width: WIDTH * value / all, height: 6,
-      fill: "currentColor" }));
-    at += WIDTH * value / all;
-  }
-  $("tile-tunnels").querySelector("svg").replaceWith(figure);
-}
-let since = 0, waiting = 0, asking = false;
-async function refresh() {
-  clearTimeout(waiting);
-  if (asking) return;
-  asking = true;
-  try {
-    const answer = await fetch("/status", { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
-    if (!answer.ok) throw new Error("it answers " + answer.status);
-    show(await answer.json());
-    since = 0;
-  } catch (error) {
-    since ||= Date.now() / 1000;
-    document.body.classList.add("lost");
-    showPhase("no answer", "bad");
-    put($("about"), "since " + clock(since) + ": " + error.message);
-  } finally {
-    asking = false;
-    waiting = setTimeout(refresh, document.hidden ? 5 * EVERY : EVERY);
-  }
-}
-
-// Orders.
-let saying = 0;
-function say(text) {
-  clearTimeout(saying);
-  put($("said"), text);
-  saying = setTimeout(() => put($("said"), ""), 8000);
-}
-function ask(title, text, verb) {
-  put($("ask-title"), title);
-  put($("ask-text"), text);
-  put($("ask-go"), verb);
-  $("ask-label").hidden = sessionStorage.getItem(TOKEN) !== null;
-  $("ask-token").value = "";
-  $("ask").returnValue = "";
-  $("ask").showModal();
-  return new Promise((settle) => $("ask").addEventListener("close", () => {
-    if ($("ask").returnValue === "go" && $("ask-token").value) sessionStorage.setItem(TOKEN, $("ask-token").value);
-    $("ask-token").value = "";
-    settle($("ask").returnValue === "go");
-  }, { once: true }));
-}
-async function command(path, title, text, verb) {
-  if (!await ask(title, text, verb)) return;
-  say(verb + " ...");
-  try {
-    const token = (sessionStorage.getItem(TOKEN) || "").replace(/[^!-~]/g, "");
-    const answer = await fetch(path, { method: "POST", headers: { Authorization: "Bearer " + token } });
-    const told = await answer.json();
-    if (answer.status === 401) sessionStorage.removeItem(TOKEN);
-    say(answer.ok ? told.done : told.error);
-  } catch (error) {
-    say("There was no answer: " + error.message);
-  }
-  refresh();
-}
-
-for (const [id, { columns }] of Object.entries(TABLES)) {
-  const line = make("tr");
-  for (const [title, name] of columns) {
-    const cell = make("th", name, title);
-    cell.scope = "col";
-    line.append(cell);
-  }
-  $(id).tHead.append(line);
-}
-$("reload").addEventListener("click", () => command("/reload", "Reload the settings?",
-  "The file of settings is read again. Where something is wrong with it, nothing changes.", "Reload"));
-$("starter").addEventListener("submit", (event) => {
-  event.preventDefault();
-  const name = $("start-name").value.trim();
-  if (name) command("/tunnels/" + encodeURIComponent(name) + "/start", "Start a tunnel?",
-    "The tunnel that " + name + " leads to is started, as by a client.", "Start");
-});
-$("filter").addEventListener("input", () => {
-  for (const list of document.querySelectorAll("tbody, .bars")) sift(list.children);
-});
-document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
-refresh();
-"""
-
-ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath "
-        "d='M1 8h5c3 0 3-5 9-5M6 8c3 0 3 5 9 5M6 8h9' fill='none' stroke='%234c7fe0' stroke-width='2'/%3E%3C/svg%3E")
-
-
-def card(title: str, body: str, mark: str = "", head: str = "") -> str:
-    """A section of the page."""
-    return f'<section class="card {mark}"><div class="head"><h2>{title}</h2>{head}</div>{body}</section>'
-
-
-def table(name: str, empty: str) -> str:
-    """A table that SCRIPT fills, and what is there instead of an empty one."""
-    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{name}" hidden><table id="{name}">'
-            f'<thead></thead><tbody></tbody></table></div><p class="empty" id="{name}-empty">{empty}</p>')
-
-
-def tile(name: str, title: str) -> str:
-    """A number of the page, with a plot."""
-    figure = "<svg></svg>" if name == "tunnels" else ""
-    return (f'<section class="card tile" id="tile-{name}"><h2>{title}</h2><div class="figure">-</div>'
-            f'<div class="note">&nbsp;</div>{figure}</section>')
-
-
-PAGE = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>sniroute</title>
-<link rel="icon" href="{ICON}">
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
-<h1>sniroute</h1>
-<span class="phase quiet" id="phase" role="status"><span class="dot"></span><span>asking</span></span>
-<span class="about" id="about"></span>
-<input type="search" id="filter" placeholder="Filter rows" aria-label="Filter rows">
-<button id="reload" disabled>Reload settings</button>
-</header>
-<main>
-<section class="card all" aria-label="What fails"><ul class="troubles" id="troubles" aria-live="polite"></ul></section>
-<div class="tiles all">
-{tile("active", "Connections")}
-{tile("accepted", "New")}
-{tile("refused", "Refused")}
-{tile("up", "To backends")}
-{tile("down", "To clients")}
-{tile("tunnels", "Tunnels ready")}
-</div>
-<div class="column">
-{card("Tunnels", table("tunnels", "None is up: the first client of a name starts one."), head='''
-<span id="tunnels-count"></span>
-<form id="starter"><input id="start-name" placeholder="client's name" aria-label="A client's name" autocomplete="off"
-spellcheck="false"><button id="start" disabled>Start</button></form>''')}
-{card("Last refusals", table("refusals", "Nobody was refused."))}
-{card("Routes", table("routes", "There is none."), head='<span id="routes-count"></span>')}
-</div>
-<div class="column">
-{card("Refusals by reason", '<ul class="bars" id="reasons"></ul><p class="empty" id="reasons-empty">None.</p>')}
-{card("Most refused names", '<ul class="bars" id="names"></ul><p class="empty" id="names-empty">None.</p>')}
-{card("Slowest starts", table("starts", "No tunnel has started."))}
-</div>
-{card("Connections", table("connections", "None is open."), "all", '<span id="connections-count"></span>')}
-</main>
-<dialog id="ask" aria-labelledby="ask-title"><form method="dialog">
-<h2 id="ask-title"></h2><p id="ask-text"></p>
-<label id="ask-label">Token (SNIROUTE_ADMIN_TOKEN), kept until this tab is closed
-<input type="password" id="ask-token" autocomplete="off"></label>
-<div class="buttons"><button class="primary" id="ask-go" value="go"></button><button value="no">Cancel</button></div>
-</form></dialog>
-<div class="said" id="said" role="status"></div>
-<script>{SCRIPT}</script>
-</body>
-</html>
-""".encode()
-
-
-def content_hash(text: str) -> str:
-    """What a Content-Security-Policy allows an inline style or script by."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-POLICY = "; ".join((
-    "default-src 'none'", f"style-src {content_hash(STYLE)}", f"script-src {content_hash(SCRIPT)}",
-    "connect-src 'self'", "img-src data:", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
-    "require-trusted-types-for 'script'", "trusted-types 'none'"))
-HEADERS = "".join(f"{name}: {value}\r\n" for name, value in (
-    ("Content-Security-Policy", POLICY), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
-    ("X-Frame-Options", "DENY"), ("Cross-Origin-Resource-Policy", "same-origin"), ("Cache-Control", "no-store"),
-    ("Connection", "close")))
-
-
-# -- requests ----------------------------------------------------------------------------------
+# One function for each path.  It runs in a thread `admin-<n>`, and is given the Admin and what the path names: the
+# tunnel, for the others "".
 
 
 def page(admin: Admin, name: str) -> Answer:
-    """GET /"""
+    """GET /: the page."""
     return Answer(200, PAGE, "text/html; charset=utf-8")
 
 
 def metrics(admin: Admin, name: str) -> Answer:
-    """GET /metrics"""
+    """GET /metrics: all numbers for Prometheus."""
     return Answer(200, admin.metrics.get(), "text/plain; version=0.0.4; charset=utf-8")
 
 
 def show_status(admin: Admin, name: str) -> Answer:
-    """GET /status"""
+    """GET /status: `sniroute_metrics.status` as JSON, and `control`."""
     return Answer(200, admin.status.get(), "application/json")
 
 
 def health(admin: Admin, name: str) -> Answer:
-    """GET /healthz: whether the loop answers."""
+    """GET /healthz: 200 if the router's loop answers, else 503."""
     if admin.router.phase == "stopped" or not admin.pulse.beats():
         return Answer(503, b"the loop does not answer\n")
     return Answer(200, b"ok\n")
 
 
 def readiness(admin: Admin, name: str) -> Answer:
-    """GET /readyz: whether it accepts connections."""
+    """GET /readyz: 200 if the router accepts connections, else 503."""
     if admin.router.phase != "running":
         return Answer(503, f"{admin.router.phase}\n".encode())
     if admin.router.paused:
@@ -1210,7 +221,7 @@ def readiness(admin: Admin, name: str) -> Answer:
 
 
 def reload(admin: Admin, name: str) -> Answer:
-    """POST /reload"""
+    """POST /reload: read the settings again.  409 if they have faults; then the router keeps those it has."""
     faults = [printable(fault, 1000) for fault in admin.router.reload()]
     if faults:
         return Answer.json({"error": "; ".join(faults), "faults": faults}, 409)
@@ -1218,9 +229,10 @@ def reload(admin: Admin, name: str) -> Answer:
 
 
 def tunnel_key(admin: Admin, name: str) -> str:
-    """The tunnel that a path names, by its key or by a client's name.  Raises Declined.
+    """The key of the tunnel that a path names, by a client's name or by the key itself.  Raises Declined (404).
 
-    A key has to be one of the table's: it became that by way of a name, which is checked.
+    A key is accepted only if the table has it.  It came there from a client's name, so it was checked; a key from the
+    path would go unchecked into a program's command line.
     """
     if ":" not in name:
         try:
@@ -1229,12 +241,12 @@ def tunnel_key(admin: Admin, name: str) -> str:
             raise Declined(404, printable(str(error), 500)) from None
     tunnels = admin.router.tunnels
     if not any(view.key == name for view in (*tunnels.snapshot(), *tunnels.failed())):
-        raise Declined(404, f"{printable(name)} is not in the table; a client's name may start it")
+        raise Declined(404, f"there is no tunnel {printable(name)} now; give a client's name to start one")
     return name
 
 
 def stop_tunnel(admin: Admin, name: str) -> Answer:
-    """POST /tunnels/NAME/stop"""
+    """POST /tunnels/NAME/stop: stop it, and cut its connections; if its start failed, forget that."""
     key = tunnel_key(admin, name)
     if not admin.router.tunnels.stop(key):
         raise Declined(404, f"{key} is not up, and did not fail")
@@ -1242,7 +254,11 @@ def stop_tunnel(admin: Admin, name: str) -> Answer:
 
 
 def start_tunnel(admin: Admin, name: str) -> Answer:
-    """POST /tunnels/NAME/start: answers when it is up.  One that failed, or waits for its next try, is tried now."""
+    """POST /tunnels/NAME/start: start it, and answer when it is ready.
+
+    If its last start failed, or if it waits for its next try, it is tried now.  409 if there is no room
+    for another tunnel, or sniroute is stopping; 502 if the start fails.
+    """
     key = tunnel_key(admin, name)
     tunnels = admin.router.tunnels
     if any(view.key == key for view in tunnels.failed()) \
@@ -1252,7 +268,7 @@ def start_tunnel(admin: Admin, name: str) -> Answer:
     try:
         tunnels.wait(key, None, began + tunnels.start_timeout)
     except Exception as error:
-        kind = getattr(error, "kind", None)  # of a TunnelError
+        kind = getattr(error, "kind", None)  # only a TunnelError has one, and its class is not imported here
         if kind is None:
             raise
         raise Declined(409 if kind in ("limit", "budget", "stopping") else 502, printable(str(error), 500)) from None
@@ -1260,11 +276,11 @@ def start_tunnel(admin: Admin, name: str) -> Answer:
 
 
 class Endpoint(NamedTuple):
-    """What is done for a method and a path."""
+    """A method, a path, and the function that answers them."""
 
-    method: str  # GET is HEAD, too
-    path: re.Pattern[str]
-    act: Callable[[Admin, str], Answer]  # given the path's first group, percent-decoded
+    method: str  # GET means HEAD, too
+    path: re.Pattern[str]  # its first group is what the path names
+    act: Callable[[Admin, str], Answer]  # is given that group, percent-decoded; may raise Declined
 
 
 ENDPOINTS = (
@@ -1277,13 +293,29 @@ ENDPOINTS = (
     Endpoint("POST", re.compile(r"/tunnels/([^/]+)/stop"), stop_tunnel),
     Endpoint("POST", re.compile(r"/tunnels/([^/]+)/start"), start_tunnel),
 )
-ALLOW = {"GET": "GET, HEAD", "POST": "POST"}
-HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(?::[0-9]{1,5})?")
-BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)
+
+
+def find_endpoint(method: str, path: str) -> tuple[Endpoint, str]:
+    """The endpoint for a request, and what its path names, not yet decoded.  Raises Declined (404, 405)."""
+    for endpoint in ENDPOINTS:
+        match = endpoint.path.fullmatch(path)
+        if match is None:
+            continue
+        if endpoint.method != method.replace("HEAD", "GET"):
+            allowed = ALLOW[endpoint.method]
+            raise Declined(405, f"this path is for {allowed}", Allow=allowed)
+        return endpoint, match[1]
+    raise Declined(404, "there is no such path")
+
+
+# -- one request -------------------------------------------------------------------------------
 
 
 class Timed(io.RawIOBase):
-    """What a client sends, until a deadline and up to a number of bytes; its end before that is an error."""
+    """What a client sends, as a raw stream that ends with an OSError after `seconds`, or after `limit` bytes.
+
+    A client that closes early is an error, too: the stream never has a normal end.
+    """
 
     def __init__(self, sock: socket.socket, seconds: float, limit: int):
         self.sock = sock
@@ -1291,11 +323,11 @@ class Timed(io.RawIOBase):
         self.left = limit
 
     def readable(self) -> bool:
-        """As io wants it."""
+        """As io.RawIOBase wants it."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """As io wants it.  Raises OSError."""
+        """As io.RawIOBase wants it.  Raises OSError."""
         remaining = self.deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError("the request took too long")
@@ -1308,35 +340,43 @@ class Timed(io.RawIOBase):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One request.  Threads `admin-<n>`."""
+    """One connection, with one request.  Thread `admin-<n>`.
+
+    The base class calls setup, handle and finish.  It parses the request line and the header fields; all the rest is
+    checked here.
+    """
 
     protocol_version = "HTTP/1.1"
     server: Server
     raw_requestline: bytes
 
     def setup(self) -> None:
-        """Limit what the client may say."""
+        """Bound the size and time of the request."""
         self.connection: socket.socket = self.request
         self.rfile = io.BufferedReader(Timed(self.connection, REQUEST_TIME, HEAD_MAX + BODY_MAX))
-        self.unread = True  # what the client said, in part
+        self.unread = True  # the client may still be sending its request
         self.replied = False
 
     def handle(self) -> None:
-        """Read a request, answer it, and end: a connection kept alive would keep a thread."""
+        """Read the request and answer it.  A connection that stayed open for another would keep its thread."""
         self.raw_requestline = self.rfile.readline(HEAD_MAX)
-        self.requestline = self.command = self.path = ""
+        self.requestline = self.command = self.path = ""  # `reply` reads them, and parsing may fail before it sets them
         if not self.raw_requestline.endswith(b"\n"):
             self.send_error(414)
             return
         if not self.parse_request():
-            return  # send_error has answered
+            return  # parse_request has called send_error
         try:
             self.reply(self.answer())
         except Declined as declined:
             self.reply(declined.answer)
 
     def finish(self) -> None:
-        """Let a client that was declined early read why: unread bytes would reset it."""
+        """Let a client that was declined early read why (RFC 9112 section 9.6).
+
+        Closing a socket that has unread bytes resets the connection, and the client may lose the answer.
+        So its bytes are read first, for a while.
+        """
         if self.replied and self.unread:
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_WR)
@@ -1348,22 +388,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.rfile.close()
 
     def answer(self) -> Answer:
-        """What this request gets.  Raises Declined, and OSError where the client is gone."""
-        if self.request_version == "HTTP/0.9":  # Python 3.14 has no header then, not even an empty one
+        """What this request gets.  Raises Declined, and OSError if the client is gone."""
+        if self.request_version == "HTTP/0.9":  # it has no header; from Python 3.14 on, `self.headers` is missing then
             raise Declined(400, "HTTP/0.9 has no header, and Host is needed")
         self.check_origin()
-        path = self.path.partition("?")[0]
-        found = [(endpoint, match) for endpoint in ENDPOINTS if (match := endpoint.path.fullmatch(path))]
-        if not found:
-            raise Declined(404, "there is no such path")
-        endpoint, match = found[0]
-        if endpoint.method != self.command.replace("HEAD", "GET"):
-            raise Declined(405, f"this path is for {ALLOW[endpoint.method]}", Allow=ALLOW[endpoint.method])
+        endpoint, quoted = find_endpoint(self.command, self.path.partition("?")[0])
         if endpoint.method == "POST":
             self.check_token()
         self.skip_body()
         try:
-            name = urllib.parse.unquote(match[1], errors="strict")
+            name = urllib.parse.unquote(quoted, errors="strict")
         except ValueError:
             raise Declined(400, "the name in the path is not UTF-8") from None
         admin = self.server.admin
@@ -1372,24 +406,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Declined:
             raise
         except Exception:
-            log.exception("admin: a fault in sniroute: please report it")
+            log.exception(FAULT)
             raise Declined(500, "a fault in sniroute: its log says which") from None
         finally:
             if endpoint.method == "POST":
-                admin.status.forget()
+                admin.status.forget()  # the page asks for it next, and should see what came of the order
 
     def field(self, name: str) -> str | None:
-        """A header field, which may be there once.  Raises Declined."""
+        """A header field; None if it is missing.  Raises Declined if it is there twice: two readers may differ."""
         values = self.headers.get_all(name, [])
         if len(values) > 1:
             raise Declined(400, f"{name} is there twice")
         return values[0].strip() if values else None
 
     def check_origin(self) -> None:
-        """Decline what a page of another origin may have sent.  Raises Declined.
+        """Decline a request that a page of another origin may have sent.  Raises Declined.
 
-        A page may have its own name resolve to this host (DNS rebinding), but that name is in Host.  The port
-        tells nothing: it may be forwarded by ssh.
+        A browser tells where the page came from in Origin (RFC 6454 section 7) and Sec-Fetch-Site (W3C, Fetch
+        Metadata).  A page may also have its own name resolve to this host (DNS rebinding).  Then the request seems
+        to be of the same origin, but Host has that name.  Host may have any port: ssh may forward another one here.
         """
         if self.headers.defects:
             raise Declined(400, "the header is malformed")
@@ -1404,7 +439,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Declined(403, "a page of another origin may not ask")
 
     def check_token(self) -> None:
-        """Decline who may not give orders.  Raises Declined."""
+        """Decline an order without the right token.  Raises Declined."""
         token = self.server.admin.token
         if not token:
             raise Declined(403, "the router takes no orders: start it with SNIROUTE_ADMIN_TOKEN in its environment")
@@ -1413,7 +448,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Declined(401, "the token is missing or wrong", WWW_Authenticate='Bearer realm="sniroute"')
 
     def skip_body(self) -> None:
-        """Read the body, which says nothing here.  Raises Declined, OSError."""
+        """Read the body and ignore it.  Raises Declined, and OSError if it does not come."""
         if self.field("Transfer-Encoding") is not None:
             raise Declined(411, "a body wants a Content-Length")
         length = self.field("Content-Length") or "0"
@@ -1425,7 +460,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.unread = False
 
     def reply(self, answer: Answer) -> None:
-        """Send an answer, all at once.  Raises OSError where the client is gone, or does not read."""
+        """Send an answer, in one call.  Raises OSError if the client is gone, or does not read for ANSWER_TIME."""
         status = http.HTTPStatus(answer.status)
         head = "".join(f"{name}: {value}\r\n" for name, value in (
             ("Date", self.date_time_string()), ("Content-Type", answer.kind),
@@ -1437,36 +472,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.replied = True
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Where the base class cannot parse a request."""
+        """Answer a request that could not be parsed.  The base class calls it; its own would answer in HTML."""
         self.reply(Declined(code, printable(message or http.HTTPStatus(code).phrase)).answer)
 
     def handle_expect_100(self) -> bool:
-        """Let the client send its body."""
+        """Let the client send its body (RFC 9110 section 10.1.1).  The base class needs `wfile`, which is not made."""
         self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         return True
 
 
+# -- the server --------------------------------------------------------------------------------
+
+
 class Server(http.server.ThreadingHTTPServer):
-    """Accepts, collects, and hands each connection to a thread.  Thread `admin`, but for `_serve`."""
+    """Accepts clients, and gives each a thread.  Thread `admin`, but for `_serve` and what that calls."""
 
     def __init__(self, admin: Admin, listener: socket.socket):
         super().__init__(("", 0), Handler, bind_and_activate=False)
-        self.socket.close()  # TCPServer makes one of its own
+        self.socket.close()  # the base class has made one
         self.socket = listener
-        listener.setblocking(False)  # another process may listen on it, too, and be faster
+        listener.setblocking(False)  # select may name a client that another process on this listener then accepts
         self.admin = admin
-        self.free = collections.deque(range(REQUESTS_MAX, 0, -1))  # numbers of threads that do not run
-        self.live: dict[int, tuple[threading.Thread, socket.socket]] = {}
+        self.free = collections.deque(range(REQUESTS_MAX, 0, -1))  # the numbers n of threads that are not running
+        self.live: dict[int, tuple[threading.Thread, socket.socket]] = {}  # those that are; the keys are not in `free`
 
     def service_actions(self) -> None:
-        """Collect.  Called after each wait for a client, COLLECT at the longest."""
+        """Collect.  The base class calls it after each wait for a client, which takes COLLECT at most."""
         try:
             self.admin.collect()
         except Exception:
-            log.exception("admin: a fault in sniroute: please report it")
+            log.exception(FAULT)
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """The next client.  Raises OSError where there is none."""
+        """The next client.  Raises OSError if there is none; the base class then goes on."""
         try:
             return self.socket.accept()
         except BlockingIOError:
@@ -1476,7 +514,7 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a client a thread, or none of it where all are taken."""
+        """Give a client a thread, or close its connection if all are taken."""
         try:
             number = self.free.pop()
         except IndexError:
@@ -1487,11 +525,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.live[number] = thread, request
         try:
             thread.start()
-        except RuntimeError:  # threads are short
+        except RuntimeError:  # the system has no thread to spare
             self._end(number, request)
 
     def _serve(self, number: int, request: socket.socket, client_address: Any) -> None:
-        """A thread `admin-<n>`."""
+        """What a thread `admin-<n>` runs."""
         try:
             self.finish_request(request, client_address)
         except Exception:
@@ -1500,20 +538,21 @@ class Server(http.server.ThreadingHTTPServer):
             self._end(number, request)
 
     def _end(self, number: int, request: socket.socket) -> None:
+        """Close a client's connection; its number may be used again."""
         self.shutdown_request(request)
         del self.live[number]
         self.free.append(number)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is none of ours; the rest is."""
+        """Log an error.  Any OSError is a client that went away: no fault of ours."""
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
             log.debug("admin: %s", printable(str(error)))
         else:
-            log.exception("admin: a fault in sniroute: please report it")
+            log.exception(FAULT)
 
     def hang_up(self) -> None:
-        """End what is under way, and wait for its threads, for a while."""
+        """Cut all requests short, and wait up to CLOSE_TIME for their threads.  Any thread, also one of them."""
         deadline = time.monotonic() + CLOSE_TIME
         for _, request in copied(self.live, dict).values():
             with contextlib.suppress(OSError):
@@ -1524,7 +563,10 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 def listen(where: str | tuple[str, int]) -> tuple[socket.socket, tuple[int, int] | None]:
-    """A socket that listens there, and the identity of its file.  Raises OSError with a sentence for people."""
+    """Listen on a loopback (host, port), or at the path of a unix socket.
+
+    Returns the socket, and for a unix one its file's (device, inode).  Raises OSError with a sentence for people.
+    """
     try:
         return listen_unix(where) if isinstance(where, str) else (listen_tcp(*where), None)
     except OSError as error:
@@ -1533,16 +575,17 @@ def listen(where: str | tuple[str, int]) -> tuple[socket.socket, tuple[int, int]
 
 
 def listen_tcp(host: str, port: int) -> socket.socket:
-    """A socket that listens on a loopback address."""
-    host = "127.0.0.1" if host == "localhost" else host  # that name may resolve to anything
+    """Listen on a loopback address.  Raises OSError."""
+    host = "127.0.0.1" if host == "localhost" else host  # a resolver may give it any address
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=BACKLOG)
 
 
 def listen_unix(path: str) -> tuple[socket.socket, tuple[int, int]]:
-    """A socket that listens at `path`, in the place of what an earlier process left there.
+    """Listen at `path`, and replace a socket that an earlier process left there.  Raises OSError.
 
-    It gets its name when it listens, and has its mode: nobody sees it before that.
+    Returns the socket, and its file's (device, inode).  It is made under another name and renamed when it listens and
+    has its mode: nobody can connect to it before that.
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
@@ -1563,12 +606,12 @@ def listen_unix(path: str) -> tuple[socket.socket, tuple[int, int]]:
 
 
 class Admin:
-    """The admin's server, while it runs.  See `attach`."""
+    """The admin of one router, from `attach` to close().  It owns its server, listener and Collector."""
 
     def __init__(self, router: Any, settings: Any, listener: socket.socket | None = None):
         self.router = router
         self.token: str | None = settings.admin_token
-        self.identity: tuple[int, int] | None = None  # of a socket file that is ours
+        self.identity: tuple[int, int] | None = None  # (device, inode) of the socket file, if we made it
         if listener is None:
             listener, self.identity = listen(settings.admin)
         name = listener.getsockname()
@@ -1576,6 +619,7 @@ class Admin:
             name[:2] if isinstance(name, tuple) else os.fsdecode(name)
         if isinstance(name, tuple) and not ipaddress.ip_address(name[0]).is_loopback:
             raise OSError(f"{show_address(name)}: not a loopback address, but open to other hosts")
+        # What Host may say.  On a unix socket no name is the right one, so `sniroute` is allowed, too.
         self.hosts = LOCAL_HOSTS | ({"sniroute"} if isinstance(self.address, str)
                                     else {show_address(self.address).rpartition(":")[0]})
         self.collector = Collector(router)
@@ -1592,14 +636,14 @@ class Admin:
         self.thread.start()
 
     def collect(self) -> None:
-        """Collect, when it is time.  Thread `admin`."""
+        """Collect, if it is time: many clients must not make it more frequent.  Thread `admin`."""
         now = time.monotonic()
         if now >= self.due:
             self.due = now + COLLECT
             self.collector.collect()
 
     def close(self) -> None:
-        """End it.  Any thread; a second call does nothing."""
+        """End the server and its threads, and remove its socket file.  Any thread; a second call does nothing."""
         with self.closing:
             if self.closed:
                 return
@@ -1608,8 +652,9 @@ class Admin:
         self.thread.join()
         if self.identity is not None:
             with contextlib.suppress(OSError):
-                state = os.stat(self.address)  # before the socket is closed: until then nothing else has its number
-                if (state.st_dev, state.st_ino) == self.identity:  # else a successor's
+                # While our socket is open, no other file gets its inode.  Another inode: the file is a successor's.
+                state = os.stat(self.address)
+                if (state.st_dev, state.st_ino) == self.identity:
                     os.unlink(self.address)
         self.server.server_close()
         self.server.hang_up()
@@ -1618,9 +663,10 @@ class Admin:
 
 
 def attach(router: Any, settings: Any, listener: socket.socket | None = None) -> Admin:
-    """Serve the admin's requests at `settings.admin`, or on `listener`, until Admin.close().
+    """Answer requests about `router` until Admin.close().
 
-    `settings.admin` is a loopback (host, port), or the path of a unix socket.  The listener is closed with the
-    Admin.  Raises OSError with a sentence for people where nothing can be listened on.
+    `settings.admin` says where to listen: a loopback (host, port), or the path of a unix socket.  It is not used if
+    `listener` is given, a socket that listens already; the Admin closes either.  `settings.admin_token` is what
+    orders need; None: there are none.  Raises OSError with a sentence for people if it cannot listen there.
     """
     return Admin(router, settings, listener)

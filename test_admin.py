@@ -1,176 +1,29 @@
-"""Tests of sniroute_admin.py: a real router and real tunnels behind it, and real sockets and a browser in front."""
+"""Tests of sniroute_admin.py: a real router and real tunnels behind it, and real sockets in front."""
 
 from __future__ import annotations
 
-import ast
-import base64
-import collections
 import contextlib
-import hashlib
-import http.client
-import json
 import logging
-import math
 import os
-import pathlib
 import re
 import select
-import shutil
-import signal
 import socket
 import stat
 import subprocess
 import sys
 import threading
 import time
-import types
-from typing import Any, Callable, Iterator, NamedTuple
+import zipfile
+from typing import Any
 
 import pytest
 
-import sniroute_log
-import sniroute_names
-import sniroute_refusals
-import sniroute_router
-import sniroute_routes
-import sniroute_settings
-from sniroute_doctor import sample_hello
-from sniroute_tunnels import Start, TunnelTable, View, cloudflared_launcher
 import sniroute_admin
-from conftest import HERE, HOST, Address, Cloudflared, FakeClock, echo, wait_until
-from sniroute_admin import Admin, Collector, Histogram, TopNames, attach, escape_label, printable, show_number
-
-TOKEN = "a-token-of-the-tests"
-HOSTILE = "<b>x</b>\"\\\x1b[31m\n\r\u202e\u00e9{}"
-TUNNEL = "--route=*.example.com=cloudflared:{name}"
-DB = "cloudflared:db.example.com"
-
-
-class Running:
-    """A Router with its loop in a thread of this process, and its admin."""
-
-    def __init__(self, *argv: str, program: str, token: str | None = TOKEN, listener: socket.socket | None = None):
-        settings = sniroute_settings.load_settings(["--listen", f"{HOST}:0", f"--admin={HOST}:0", *argv],
-                                          {"SNIROUTE_ADMIN_TOKEN": token} if token else {})
-        self.tunnels = TunnelTable({"cloudflared": cloudflared_launcher(program, {})}, settings.ports,
-                                   idle=settings.idle, start_timeout=settings.start_timeout,
-                                   max_tunnels=settings.max_tunnels, max_starting=settings.max_starting)
-        self.settings = settings
-        self.listener = listener
-        self.router = sniroute_router.Router(settings, self.tunnels)
-        self.thread = threading.Thread(target=self.router.serve_forever, name="loop")
-
-    def __enter__(self) -> Running:
-        self.tunnels.start()
-        self.thread.start()
-        try:
-            self.admin = attach(self.router, self.settings, self.listener)
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.admin.close()
-        self.stop()
-
-    def stop(self) -> None:
-        self.router.shutdown()
-        self.thread.join()
-        self.tunnels.close(now=True)
-        self.router.server_close()
-
-    def connect(self, name: str) -> socket.socket:
-        """A client that has said its name."""
-        client = socket.create_connection(self.router.server_address, 20)
-        client.sendall(sample_hello(name))
-        return client
-
-    def refused(self, name: str) -> None:
-        """A client that is refused."""
-        with self.connect(name) as client:
-            with contextlib.suppress(ConnectionResetError):
-                while client.recv(4096):
-                    pass
-
-    def collected(self) -> None:
-        """Wait until all that has ended is counted, and no answer is one of before."""
-        admin = self.admin
-        wait_until(lambda: not self.router.connections, what="the end of all connections")
-        wait_until(lambda: not admin.collector.endings, what="the collector")
-        turn = admin.due
-        wait_until(lambda: admin.due != turn, what="the collector's next turn")
-        turn = admin.due
-        wait_until(lambda: admin.due != turn, what="the collector's next turn")
-        admin.status.forget()
-        admin.metrics.forget()
-
-
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The end of an admin waits for its next look at the endings."""
-    monkeypatch.setattr(sniroute_admin, "COLLECT", 0.02)
-    monkeypatch.setattr(sniroute_admin, "SAMPLE", 0.1)
-
-
-@pytest.fixture
-def run(cloudflared: Cloudflared) -> Iterator[Callable[..., Running]]:
-    """run(*options, program=..., token=..., listener=...) -> Running.  It ends before the stand-in's end is checked."""
-    with contextlib.ExitStack() as stack:
-        yield lambda *argv, program=cloudflared.path, **more: stack.enter_context(
-            Running(*argv, program=program, **more))
-
-
-@pytest.fixture
-def ports(free_ports) -> str:
-    first, last = free_ports(20)
-    return f"--ports={first}-{last}"
-
-
-class Reply(NamedTuple):
-    status: int
-    headers: http.client.HTTPMessage
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-def dial(address: Address | str) -> socket.socket:
-    """A connection to the admin, with a time-out so that a failing test ends."""
-    if isinstance(address, tuple):
-        return socket.create_connection(address, 20)
-    sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(20)
-    sock.connect(address)
-    return sock
-
-
-def read_reply(sock: socket.socket, method: str = "GET") -> Reply:
-    response = http.client.HTTPResponse(sock, method=method)
-    try:
-        response.begin()
-        return Reply(response.status, response.headers, response.read())
-    finally:
-        response.close()
-
-
-def tell(address: Address | str, text: str | bytes, method: str = "GET") -> Reply:
-    """What comes back for these bytes."""
-    with dial(address) as sock:
-        sock.sendall(text.encode("latin-1") if isinstance(text, str) else text)
-        return read_reply(sock, method)
-
-
-def ask(admin: Admin, path: str, method: str = "GET", host: str | None = "localhost", token: str | None = TOKEN,
-        **fields: str) -> Reply:
-    """One request.  `fields` are more header fields, with `_` for `-`."""
-    lines = [f"{method} {path} HTTP/1.1", *([f"Host: {host}"] if host is not None else [])]
-    if token is not None:
-        lines.append(f"Authorization: Bearer {token}")
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
-    return tell(admin.address, "\r\n".join([*lines, "", ""]), method)
+import sniroute_metrics
+from conftest import HERE, HOST, echo, wait_until
+from sniroute_names import printable
+from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, ask, dial, imported, metrics, read_reply, tell, value
+from testbed.admin import fixture_hurry, fixture_ports, fixture_run  # noqa: F401
 
 
 # -- who may ask -------------------------------------------------------------------------------
@@ -357,233 +210,7 @@ def test_head_is_get_without_the_body(run):
         assert int(head.headers["Content-Length"]) > 0 and int(got.headers["Content-Length"]) == len(got.body)
 
 
-def test_policy_names_what_the_page_has(run):
-    page = ask(run().admin, "/")
-    text = page.body.decode()
-    for tag in ("style", "script"):
-        (inline,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
-        assert f"{tag}-src 'sha256-{digest}'" in page.headers["Content-Security-Policy"]
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|\son[a-z]+=|style=", text)
-    assert re.findall(r"""(?:src|href)=["'](?!data:)""", text) == []
-
-
-# -- what it shows -----------------------------------------------------------------------------
-
-NAME = "[a-zA-Z_:][a-zA-Z0-9_:]*"
-LABEL = r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\[\\"n])*)"'
-SAMPLE = re.compile(rf"({NAME})(?:\{{({LABEL}(?:,{LABEL})*)\}})? (\S+)")
-
-
-def parse_metrics(text: str) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
-    """The exposition format, version 0.0.4, read strictly: {sample name: {labels: value}}."""
-    assert text.endswith("\n")
-    samples: dict[str, dict[tuple[tuple[str, str], ...], float]] = collections.defaultdict(dict)
-    kinds: dict[str, str] = {}
-    helped = name = ""
-    for line in text[:-1].split("\n"):
-        if line.startswith("# HELP "):
-            _, _, helped, words = line.split(" ", 3)
-            assert helped not in kinds and words
-        elif line.startswith("# TYPE "):
-            _, _, name, kind = line.split(" ")
-            assert name == helped and kind in ("counter", "gauge", "histogram")
-            kinds[name] = kind
-        else:
-            match = SAMPLE.fullmatch(line)
-            assert match, line
-            family = re.sub("_(bucket|sum|count)$", "", match[1]) if kinds[name] == "histogram" else match[1]
-            assert family == name, f"{line}: not behind its TYPE"
-            labels = tuple((key, re.sub(r"\\(.)", lambda escaped: {"n": "\n"}.get(escaped[1], escaped[1]), value))
-                           for key, value in re.findall(LABEL, match[2] or ""))
-            assert len(dict(labels)) == len(labels) and labels not in samples[match[1]], line
-            samples[match[1]][labels] = float(match[match.re.groups])
-    for name, kind in kinds.items():
-        assert kind != "counter" or name.endswith("_total"), name
-        if kind == "histogram":
-            buckets = samples[f"{name}_bucket"]
-            bounds = [float(dict(labels)["le"]) for labels in buckets]
-            assert bounds == sorted(bounds) and math.isinf(bounds[-1])
-            assert list(buckets.values()) == sorted(buckets.values()), "cumulative"
-            assert buckets[("le", "+Inf"),] == samples[f"{name}_count"][()]
-            assert samples[f"{name}_sum"][()] >= 0
-        else:
-            assert all(value >= 0 for value in samples[name].values())
-    return dict(samples)
-
-
-def metrics(running: Running) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
-    reply = ask(running.admin, "/metrics")
-    assert reply.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
-    return parse_metrics(reply.body.decode())
-
-
-def value(samples: dict, name: str, **labels: str) -> float:
-    return samples[name][tuple(labels.items())]
-
-
-def test_metrics_count_what_happened(run, serve, cloudflared, ports):
-    far = serve(echo)
-    cloudflared.far("*", far.address)
-    running = run(TUNNEL, f"--route=web.test.test=tcp:{far.address[0]}:{far.address[1]}", ports)
-    hello = len(sample_hello("db.example.com"))
-    with running.connect("db.example.com") as client:
-        assert len(client.recv(65536)) == hello
-        running.refused("a.nowhere.test")
-        running.refused("b.nowhere.test")
-        wait_until(lambda: running.router.counters.get("no_route") == 2, what="refusals")
-        wait_until(lambda: running.admin.collector.totals[2] >= hello, what="bytes of a connection that is open")
-        running.admin.metrics.forget()
-        seen = metrics(running)
-        assert value(seen, "sniroute_connections_active") == 1
-        assert value(seen, "sniroute_route_connections_active", route="*.example.com") == 1
-        assert value(seen, "sniroute_bytes_total", direction="up") == hello
-        assert value(seen, "sniroute_tunnels", state="ready") == 1
-    running.collected()
-    seen = metrics(running)
-    assert value(seen, "sniroute_build_info", version=sniroute_names.__version__, python=sys.version.split()[0]) == 1
-    assert value(seen, "sniroute_connections_active") == 0
-    assert value(seen, "sniroute_accepted_total") == 3
-    assert value(seen, "sniroute_connections_total", result="no_route") == 2
-    assert sum(seen["sniroute_connections_total"].values()) == 3
-    assert value(seen, "sniroute_route_connections_total", route="*.example.com") == 1
-    assert value(seen, "sniroute_route_connections_total", route="web.test.test") == 0
-    assert value(seen, "sniroute_route_bytes_total", route="*.example.com", direction="down") == hello
-    assert value(seen, "sniroute_tunnel_starts_total", result="ready") == 1
-    assert value(seen, "sniroute_port_pool_size") == 20
-    assert value(seen, "sniroute_port_pool_used") == 1
-    assert seen["sniroute_route_wait_seconds_count"][()] == 1
-    assert seen["sniroute_connection_duration_seconds_count"][()] == 3
-    assert seen["sniroute_tunnel_start_seconds_count"][()] == 1
-    assert 0 < seen["sniroute_tunnel_start_seconds_sum"][()] < 20
-    assert value(seen, "process_open_fds") > 5
-    assert value(seen, "process_resident_memory_bytes") > 1 << 20
-    assert abs(value(seen, "process_start_time_seconds") - time.time()) < 86400
-    assert {dict(labels)["result"] for labels in seen["sniroute_connections_total"]} \
-        == {*sniroute_refusals.REFUSALS, *sniroute_admin.ENDS}
-
-
-def test_labels_do_not_grow_with_what_clients_say(run):
-    """1000 names that nobody has a route for, and some more in what failed: no label more."""
-    running = run("--route=*.example.com=tcp:127.0.0.1:9")
-    before = metrics(running)
-    for number in range(1000):
-        running.refused(f"n{number}.x{number % 7}.nowhere.test")
-    running.refused("some.example.com")
-    running.collected()
-    after = metrics(running)
-    assert {name: set(samples) for name, samples in before.items()} == {
-        name: set(samples) for name, samples in after.items()}
-    assert value(after, "sniroute_connections_total", result="no_route") == 1000
-    text = ask(running.admin, "/metrics").body
-    assert b"nowhere" not in text and b"127.0.0.1" not in text and TOKEN.encode() not in text
-    status = ask(running.admin, "/status").body
-    assert b"nowhere" in status and TOKEN.encode() not in status
-    assert len(running.admin.collector.names.counts) <= sniroute_admin.NAMES_KEPT
-
-
-def test_label_values_are_escaped():
-    assert escape_label('a"b\\c\nd') == 'a\\"b\\\\c\\nd'
-    assert [show_number(number) for number in (1, 0.25, 1e-07, float("inf"), 12345678901234567890)] \
-        == ["1", "0.25", "1e-07", "+Inf", "12345678901234567890"]
-    text = f'# HELP a b\n# TYPE a gauge\na{{route="{escape_label(HOSTILE)}"}} 1\n'
-    assert parse_metrics(text) == {"a": {(("route", HOSTILE),): 1.0}}
-
-
-def hostile_ending(reason: str = "no_route", name: str | None = HOSTILE) -> sniroute_log.Ending:
-    return sniroute_log.Ending(20, time.time(), (HOST, 4711), name, HOSTILE, HOSTILE, 1, 2, 3.0, reason, HOSTILE, None)
-
-
-def strings(value: Any) -> Iterator[str]:
-    """Every string in a JSON value."""
-    if isinstance(value, str):
-        yield value
-    for part in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from strings(part)
-
-
-def test_hostile_text_is_shown_printable(run):
-    running = run()
-    router = running.router
-    router.routes = types.SimpleNamespace(
-        routes=(sniroute_routes.Route(HOSTILE, HOSTILE),), tallies={HOSTILE: sniroute_routes.Tally()})
-    running.tunnels.failed = lambda: [View(HOSTILE, "failed", 0, 0, 0, 0, 0.0, 4.0, 1, HOSTILE)]
-    running.tunnels.started.append(Start(HOSTILE, time.time(), 1.5))
-    router.endings.extend([hostile_ending(), hostile_ending(name=None), hostile_ending("client_closed")])
-    running.collected()
-    seen = metrics(running)
-    assert value(seen, "sniroute_route_connections_active", route=HOSTILE) == 0
-    reply = ask(running.admin, "/status")
-    assert not re.search(rb"[^\n -~]", reply.body)
-    status = reply.json
-    assert all(printable(text, 10_000) == text for text in strings(status))
-    shown = printable(HOSTILE)
-    assert shown == '<b>x</b>"\\?[31m????{}'
-    assert status["last_refusals"][0]["name"] == "" and status["last_refusals"][1]["name"] == shown
-    assert status["refused_names"] == [{"name": shown, "count": 1}]
-    assert status["routes"][0]["pattern"] == status["tunnels"][0]["words"] == shown
-    assert status["slowest_starts"][0]["key"] == shown
-    router.routes = router.settings.routes
-
-
-def test_status_shows_connections_tunnels_and_what_failed(run, serve, cloudflared, ports):
-    cloudflared.far("*", serve(echo).address)
-    cloudflared.fault("bad.example.com", exit=1, words="lookup bad.example.com: no such host")
-    running = run(TUNNEL, ports, "--max-connections=100")
-    with running.connect("db.example.com") as client, socket.create_connection(running.router.server_address) as silent:
-        hello = len(client.recv(65536))
-        running.refused("bad.example.com")
-        running.refused("scan.test.test")
-        wait_until(lambda: len(running.admin.collector.refusals) == 2, what="refusals")
-        running.admin.status.forget()
-        status = ask(running.admin, "/status").json
-        client_port, silent_port = client.getsockname()[1], silent.getsockname()[1]
-    assert (status["phase"], status["paused"], status["pid"], status["version"]) \
-        == ("running", False, os.getpid(), sniroute_names.__version__)
-    assert status["listening"] == [f"{HOST}:{running.router.server_address[1]}"]
-    assert status["limits"] == {"connections": 100, "tunnels": running.tunnels.max_tunnels, "ports": 20}
-    assert status["connections"]["active"] == 2 and status["connections"]["states"] == {"open": 1, "prelude": 1}
-    rows = {row["client"]: row for row in status["oldest_connections"]}
-    row = rows[f"{HOST}:{client_port}"]
-    assert 0 <= row.pop("seconds") < 20
-    assert row == {"client": f"{HOST}:{client_port}", "name": "db.example.com", "route": "*.example.com", "backend": DB,
-                   "state": "open", "up": hello, "down": hello}
-    assert rows[f"{HOST}:{silent_port}"]["name"] == ""
-    up, failed = status["tunnels"]
-    assert (up["key"], up["state"], up["leases"]) == (DB, "ready", 1) and up["port"] > 0 and up["pid"] > 0
-    assert (failed["key"], failed["state"]) == ("cloudflared:bad.example.com", "failed")
-    assert "no such host" in failed["words"] and failed["next"] > 0
-    assert status["tunnel_states"]["ready"] == status["tunnel_states"]["failed"] == 1
-    assert status["refusals"] == {"no_route": 1, "tunnel_unknown": 1}
-    assert status["refused_names"] == [{"name": "bad.example.com", "count": 1}, {"name": "scan.test.test", "count": 1}]
-    last, first = status["last_refusals"]
-    assert (last["name"], last["reason"]) == ("scan.test.test", "no_route")
-    assert last["detail"] == "no route for scan.test.test"
-    assert first["reason"] == "tunnel_unknown" and "no such host" in first["detail"]
-    assert [row["key"] for row in status["slowest_starts"]] == [DB]
-    (route,) = status["routes"]
-    assert (route["pattern"], route["active"], route["total"], route["refused"], route["up"]) \
-        == ("*.example.com", 1, 1, 1, hello)
-
-
-def test_lists_of_status_are_bounded(run, monkeypatch):
-    monkeypatch.setattr(sniroute_admin, "CONNECTIONS_SHOWN", 3)
-    running = run(*(f"--route=n{number}.example.com=tcp:127.0.0.1:9" for number in range(5)))
-    monkeypatch.setattr(sniroute_admin, "ROUTES_SHOWN", 4)
-    with contextlib.ExitStack() as stack:
-        for number in range(5):
-            stack.enter_context(socket.create_connection(running.router.server_address))
-            wait_until(lambda: len(running.router.connections) == number + 1)
-        running.router.endings.extend(hostile_ending() for _ in range(200))
-        wait_until(lambda: not running.router.endings)
-        running.admin.status.forget()
-        status = ask(running.admin, "/status").json
-        began = sorted(connection.began for connection in running.router.connections)
-    ages = [row["seconds"] for row in status["oldest_connections"]]
-    assert len(ages) == 3 and ages == sorted(ages, reverse=True) and status["connections"]["active"] == 5
-    assert began == sorted(began)
-    assert len(status["last_refusals"]) == sniroute_admin.REFUSALS_SHOWN
-    assert len(status["routes"]) == 4
+# -- what is asked often -----------------------------------------------------------------------
 
 
 def test_asking_often_costs_one_rendering(run, monkeypatch):
@@ -598,91 +225,6 @@ def test_asking_often_costs_one_rendering(run, monkeypatch):
     ask(running.admin, "/reload", "POST")
     ask(running.admin, "/status")
     assert len(made) == 3, "after an order it is made anew"
-
-
-# -- the collector -----------------------------------------------------------------------------
-
-
-def test_frequent_names_survive_any_number_of_others():
-    names = TopNames(16)
-    for number in range(20_000):
-        names.add(f"n{number}.test")
-        if number % 10 == 0:
-            names.add("often.test")
-        assert len(names.counts) <= 16
-    added = 22_000
-    assert 2000 - added // 17 <= names.counts["often.test"] <= 2000
-    assert max(names.counts, key=names.counts.get) == "often.test"
-
-
-def test_histogram_counts_up_to_and_with_its_bounds():
-    histogram = Histogram((1.0, 2.0))
-    for seen in (0.5, 1.0, 1.5, 2.0, 99.0):
-        histogram.observe(seen)
-    assert (histogram.counts, histogram.sum) == ([2, 2, 1], 104.0)
-
-
-def stub_router() -> types.SimpleNamespace:
-    return types.SimpleNamespace(
-        counters=collections.Counter(), connections=[], refusal_kinds=frozenset(("no_route",)), started=100.0,
-        last_reload=(True, 100.0), tunnels=types.SimpleNamespace(started=collections.deque(maxlen=3)))
-
-
-def connection(up: int, down: int) -> types.SimpleNamespace:
-    return types.SimpleNamespace(up=types.SimpleNamespace(total=up), down=types.SimpleNamespace(total=down))
-
-
-def test_rates_count_the_bytes_of_open_connections_and_never_fall():
-    router, clock = stub_router(), FakeClock()
-    collector = Collector(router, clock)
-    one = connection(1000, 50)
-    router.connections = [types.SimpleNamespace(up=None, down=None)]  # it has just ended, and is not counted yet
-    router.counters.update(accepted=4, no_route=2)
-    clock.jump(0.09)
-    collector.collect()
-    assert not collector.samples
-    router.connections = [one]
-    clock.jump(1.91)
-    collector.collect()
-    assert collector.samples[-1] == (2.0, 1.0, 500.0, 25.0, 1)
-    one.up = None  # between the loop's two steps at its end
-    clock.jump(1.0)
-    collector.collect()
-    assert collector.samples[-1] == (0.0, 0.0, 0.0, 0.0, 1) and collector.totals[2:] == [1000, 50]
-    router.connections = []
-    router.counters.update(bytes_up=1500, bytes_down=50)
-    clock.jump(1.0)
-    collector.collect()
-    assert collector.samples[-1] == (0.0, 0.0, 500.0, 0.0, 0)
-
-
-def test_each_start_is_counted_once():
-    router = stub_router()
-    starts = router.tunnels.started
-    collector = Collector(router, FakeClock())
-    histogram = collector.histograms["sniroute_tunnel_start_seconds"]
-    for _ in range(2):
-        collector.collect()
-        assert sum(histogram.counts) == 0
-    starts.append(Start("a", 1.0, 0.5))
-    starts.append(Start("a", 1.0, 0.5))
-    for _ in range(2):
-        collector.collect()
-        assert sum(histogram.counts) == 2
-    starts.extend(Start("b", 2.0, 0.5) for _ in range(5))  # more than are kept: the one last seen is gone
-    collector.collect()
-    collector.collect()
-    assert sum(histogram.counts) == 5
-
-
-def test_time_of_the_last_good_reload_outlives_a_bad_one():
-    router = stub_router()
-    collector = Collector(router, FakeClock())
-    router.last_reload = True, 200.0
-    collector.collect()
-    router.last_reload = False, 300.0
-    collector.collect()
-    assert collector.last_success == 200.0
 
 
 # -- health and orders -------------------------------------------------------------------------
@@ -970,175 +512,21 @@ def test_log_says_who_asked_for_what_without_the_token(run, caplog):
     assert TOKEN not in caplog.text
 
 
-def test_it_imports_nothing_of_its_siblings():
-    tree = ast.parse((HERE / "sniroute_admin.py").read_text())
-    modules = {alias.name.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
-               for alias in node.names} | {node.module.partition(".")[0] for node in ast.walk(tree)
-                                           if isinstance(node, ast.ImportFrom)}
-    assert modules <= sys.stdlib_module_names
+# -- the file ----------------------------------------------------------------------------------
 
 
-# -- the page ----------------------------------------------------------------------------------
-
-# Chromium reads its orders from descriptor 3, and writes to 4.
-ON_3_AND_4 = ("import fcntl, os, sys; "
-              "reader, writer = (fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]); "
-              "os.dup2(reader, 3); os.dup2(writer, 4); os.execv(sys.argv[3], sys.argv[3:])")
+def test_it_imports_downward():
+    assert imported("sniroute_admin") == {"sniroute_metrics", "sniroute_page", "sniroute_names"}
 
 
-class Browser:
-    """A headless Chromium with one page, driven by the DevTools protocol over pipes."""
-
-    def __init__(self, program: str, directory: pathlib.Path):
-        orders, self.writer = os.pipe()
-        self.reader, answers = os.pipe()
-        self.process = subprocess.Popen(
-            [sys.executable, "-IS", "-c", ON_3_AND_4, str(orders), str(answers), program, "--headless=new",
-             "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions",
-             "--disable-background-networking", "--remote-debugging-pipe", f"--user-data-dir={directory}"],
-            pass_fds=(orders, answers), start_new_session=True, env={**os.environ, "HOME": str(directory)},
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        os.close(orders)
-        os.close(answers)
-        self.said = b""
-        self.number = 0
-        self.session: str | None = None
-        self.events: list[dict[str, Any]] = []
-
-    def __enter__(self) -> Browser:
-        try:
-            target = self.call("Target.createTarget", url="about:blank")["targetId"]
-            self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-            for domain in ("Page", "Runtime", "Log", "Network"):
-                self.call(f"{domain}.enable")
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        os.close(self.reader)
-        os.close(self.writer)
-
-    def read(self) -> dict[str, Any]:
-        """The next message."""
-        while b"\0" not in self.said:
-            assert select.select([self.reader], [], [], 20)[0], "the browser says nothing"
-            data = os.read(self.reader, 1 << 20)
-            assert data, "the browser has ended"
-            self.said += data
-        message, _, self.said = self.said.partition(b"\0")
-        return json.loads(message)
-
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Have something done, and wait for its answer."""
-        self.number += 1
-        order = {"id": self.number, "method": method, "params": parameters}
-        if self.session is not None:
-            order["sessionId"] = self.session
-        os.write(self.writer, json.dumps(order).encode() + b"\0")
-        while (message := self.read()).get("id") != self.number:
-            self.events.append(message)
-        assert "error" not in message, message
-        return message["result"]
-
-    def evaluate(self, expression: str) -> Any:
-        """The value of an expression of the page."""
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def text(self, element: str) -> str:
-        return self.evaluate(f"document.getElementById({element!r}).innerText")
-
-    def happened(self, *methods: str) -> list[dict[str, Any]]:
-        return [event["params"] for event in self.events if event["method"] in methods]
-
-
-@pytest.fixture
-def browser(tmp_path) -> Iterator[Browser]:
-    """A page in a browser."""
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("chromium is not here (Debian package chromium)")
-    directory = tmp_path / "browser"
-    directory.mkdir()
-    with Browser(program, directory) as page:
-        yield page
-
-
-def test_page_in_a_browser(browser, run, serve, cloudflared, ports):
-    """It shows what is there, as text; its orders are followed; it asks nobody else, and complains of nothing."""
-    cloudflared.far("*", serve(echo).address)
-    cloudflared.fault("bad.example.com", exit=1, words="lookup bad.example.com: no such host")
-    running = run(TUNNEL, ports)
-    origin = f"http://{HOST}:{running.admin.address[1]}"
-    with running.connect("db.example.com") as client:
-        assert client.recv(1)
-        running.refused("bad.example.com")
-        running.refused("scan.test.test")
-        running.refused("<img/src=x/onerror=alert(1)>.test")
-        running.router.endings.append(hostile_ending(name="<img src=x onerror=alert(2)>"))
-        wait_until(lambda: len(running.admin.collector.refusals) == 4, what="refusals")
-        running.admin.status.forget()
-        browser.call("Page.navigate", url=origin + "/")
-        wait_until(lambda: browser.evaluate("document.getElementById('phase')?.innerText") == "running",
-                   what="the page")
-        assert "db.example.com" in browser.text("connections")
-        assert DB in browser.text("tunnels") and "ready" in browser.text("tunnels")
-        assert "no such host" in browser.text("tunnels") and "no such host" in browser.text("troubles")
-        assert "no route for scan.test.test" in browser.text("refusals") and "no route" in browser.text("reasons")
-        assert "scan.test.test" in browser.text("names")
-        assert "<img src=x onerror=alert(2)>" in browser.text("refusals")
-        assert "<img/src=x/onerror=alert(1)>" in browser.text("refusals")
-        assert browser.evaluate("document.images.length") == 0
-        assert "*.example.com" in browser.text("routes") and DB in browser.text("starts")
-        assert browser.text("tile-active").split("\n")[1] == "1"
-
-        colours = {}
-        for scheme in ("light", "dark"):
-            browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-            colours[scheme] = browser.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert colours["light"] != colours["dark"]
-        browser.call("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=True)
-        assert browser.evaluate("document.documentElement.scrollWidth") <= 400
-        browser.call("Emulation.clearDeviceMetricsOverride")
-
-        def press(row: str, verb: str, token: str | None) -> None:
-            browser.evaluate(f"[...document.querySelectorAll('#tunnels button')]"
-                             f".find((one) => one.ariaLabel === {verb + ' ' + row!r}).click()")
-            assert browser.evaluate("document.getElementById('ask').open")
-            assert browser.evaluate("document.getElementById('ask-label').hidden") is (token is None)
-            browser.evaluate(f"document.getElementById('ask-token').value = {token or ''!r};"
-                             "document.getElementById('ask-go').click()")
-
-        def said(what: str) -> None:
-            wait_until(lambda: what in browser.text("said"), what=what)
-
-        press(DB, "Stop", "not the token of it")
-        said("the token is missing or wrong")
-        assert running.tunnels.snapshot()[0].state == "ready"
-        press(DB, "Stop", TOKEN)
-        said(f"{DB} is stopped.")
-        while client.recv(65536):
-            pass
-    wait_until(lambda: browser.evaluate("refresh()") or DB not in browser.text("tunnels"), what="its end")
-    cloudflared.fault("bad.example.com")
-    press("cloudflared:bad.example.com", "Start", None)
-    said("cloudflared:bad.example.com is ready.")
-    assert browser.evaluate("Object.values(sessionStorage).concat(Object.values(localStorage))") == [TOKEN]
-    assert TOKEN not in browser.evaluate("document.documentElement.outerHTML")
-
-    complaints = browser.happened("Runtime.exceptionThrown", "Runtime.consoleAPICalled")
-    complaints += [event for event in browser.happened("Log.entryAdded") if event["entry"]["source"] != "network"]
-    assert complaints == []  # but for the 401 that it was given
-    asked = {event["request"]["url"] for event in browser.happened("Network.requestWillBeSent")}
-    assert {url for url in asked if not url.startswith((origin + "/", "data:"))} == set()
-    running.admin.close()
-    wait_until(lambda: browser.evaluate("refresh()") or browser.text("phase") == "no answer", what="the page to notice")
+def test_it_works_from_inside_a_zip_file(tmp_path):
+    with zipfile.ZipFile(tmp_path / "rooms.zip", "w") as rooms:
+        for path in HERE.glob("sniroute*.py"):
+            rooms.write(path, path.name)
+    code = "import sys; sys.path[0] = 'rooms.zip'; import sniroute_admin; print(sniroute_admin.__file__)"
+    done = subprocess.run([sys.executable, "-S", "-E", "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=60)
+    assert (done.stdout, done.stderr) == ("rooms.zip/sniroute_admin.py\n", "")
 
 
 # -- the README --------------------------------------------------------------------------------
@@ -1149,7 +537,7 @@ README = (HERE / "README.md").read_text()
 def test_readme_names_metrics_and_paths_that_there_are():
     alerts = README.partition("<!-- alerts -->")[2].partition("\n## ")[0]
     asked = {re.sub("_bucket$", "", name) for name in re.findall(r"\bsniroute_\w+", alerts)}
-    assert len(asked) > 8 and asked <= {metric.name for metric in sniroute_admin.METRICS}
+    assert len(asked) > 8 and asked <= {metric.name for metric in sniroute_metrics.METRICS}
     section = README.partition("### Metrics, status, and a page")[2].partition("```")[0]
     for word in ("GET /`", "GET /metrics`", "GET /status`", "GET /healthz`", "GET /readyz`", "POST /reload`",
                  "POST /tunnels/NAME/stop`", "/start`"):

@@ -1,0 +1,284 @@
+"""Tests of sniroute_metrics.py: the collector with a stub for a router, the rest with a real one, asked by HTTP."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import re
+import socket
+import sys
+import time
+import types
+from typing import Any, Iterator
+
+import sniroute
+import sniroute_log
+import sniroute_metrics
+import sniroute_names
+import sniroute_refusals
+from conftest import HOST, FakeClock, echo, wait_until
+from sniroute import sample_hello
+from sniroute_metrics import Collector, Histogram, TopNames, escape_label, show_number
+from sniroute_names import printable
+from sniroute_tunnels import Start, View
+from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, ask, hostile_ending, imported, metrics, parse_metrics, value
+from testbed.admin import fixture_hurry, fixture_ports, fixture_run  # noqa: F401
+
+
+# -- the collector -----------------------------------------------------------------------------
+
+
+def test_frequent_names_survive_any_number_of_others():
+    names = TopNames(16)
+    for number in range(20_000):
+        names.add(f"n{number}.test")
+        if number % 10 == 0:
+            names.add("often.test")
+        assert len(names.counts) <= 16
+    added = 22_000
+    assert 2000 - added // 17 <= names.counts["often.test"] <= 2000
+    assert max(names.counts, key=names.counts.get) == "often.test"
+
+
+def test_histogram_counts_up_to_and_with_its_bounds():
+    histogram = Histogram((1.0, 2.0))
+    for seen in (0.5, 1.0, 1.5, 2.0, 99.0):
+        histogram.observe(seen)
+    assert (histogram.counts, histogram.sum) == ([2, 2, 1], 104.0)
+
+
+def stub_router() -> types.SimpleNamespace:
+    return types.SimpleNamespace(
+        counters=collections.Counter(), connections=[], started=100.0,
+        last_reload=(True, 100.0), tunnels=types.SimpleNamespace(started=collections.deque(maxlen=3)))
+
+
+def connection(up: int, down: int) -> types.SimpleNamespace:
+    return types.SimpleNamespace(up=types.SimpleNamespace(total=up), down=types.SimpleNamespace(total=down))
+
+
+def test_rates_count_the_bytes_of_open_connections_and_never_fall():
+    router, clock = stub_router(), FakeClock()
+    collector = Collector(router, clock)
+    one = connection(1000, 50)
+    router.connections = [types.SimpleNamespace(up=None, down=None)]  # it has just ended, and is not counted yet
+    router.counters.update(accepted=4, no_route=2)
+    clock.jump(0.09)
+    collector.collect()
+    assert not collector.samples
+    router.connections = [one]
+    clock.jump(1.91)
+    collector.collect()
+    assert collector.samples[-1] == (2.0, 1.0, 500.0, 25.0, 1)
+    one.up = None  # between the loop's two steps at its end
+    clock.jump(1.0)
+    collector.collect()
+    assert collector.samples[-1] == (0.0, 0.0, 0.0, 0.0, 1) and collector.totals[2:] == (1000, 50)
+    router.connections = []
+    router.counters.update(bytes_up=1500, bytes_down=50)
+    clock.jump(1.0)
+    collector.collect()
+    assert collector.samples[-1] == (0.0, 0.0, 500.0, 0.0, 0)
+
+
+def test_each_start_is_counted_once():
+    router = stub_router()
+    starts = router.tunnels.started
+    collector = Collector(router, FakeClock())
+    histogram = collector.histograms["sniroute_tunnel_start_seconds"]
+    for _ in range(2):
+        collector.collect()
+        assert sum(histogram.counts) == 0
+    starts.append(Start("a", 1.0, 0.5))
+    starts.append(Start("a", 1.0, 0.5))
+    for _ in range(2):
+        collector.collect()
+        assert sum(histogram.counts) == 2
+    starts.extend(Start("b", 2.0, 0.5) for _ in range(5))  # more than are kept: the one last seen is gone
+    collector.collect()
+    collector.collect()
+    assert sum(histogram.counts) == 5
+
+
+def test_time_of_the_last_good_reload_outlives_a_bad_one():
+    router = stub_router()
+    collector = Collector(router, FakeClock())
+    router.last_reload = True, 200.0
+    collector.collect()
+    router.last_reload = False, 300.0
+    collector.collect()
+    assert collector.last_success == 200.0
+
+
+# -- /metrics ----------------------------------------------------------------------------------
+
+
+def test_metrics_count_what_happened(run, serve, cloudflared, ports):
+    far = serve(echo)
+    cloudflared.far("*", far.address)
+    running = run(TUNNEL, f"--route=web.test.test=tcp:{far.address[0]}:{far.address[1]}", ports)
+    hello = len(sample_hello("db.example.com"))
+    with running.connect("db.example.com") as client:
+        assert len(client.recv(65536)) == hello
+        running.refused("a.nowhere.test")
+        running.refused("b.nowhere.test")
+        wait_until(lambda: running.router.counters.get("no_route") == 2, what="refusals")
+        wait_until(lambda: running.admin.collector.totals[2] >= hello, what="bytes of a connection that is open")
+        running.admin.metrics.forget()
+        seen = metrics(running)
+        assert value(seen, "sniroute_connections_active") == 1
+        assert value(seen, "sniroute_route_connections_active", route="*.example.com") == 1
+        assert value(seen, "sniroute_bytes_total", direction="up") == hello
+        assert value(seen, "sniroute_tunnels", state="ready") == 1
+    running.collected()
+    seen = metrics(running)
+    assert value(seen, "sniroute_build_info", version=sniroute_names.__version__, python=sys.version.split()[0]) == 1
+    assert value(seen, "sniroute_connections_active") == 0
+    assert value(seen, "sniroute_accepted_total") == 3
+    assert value(seen, "sniroute_connections_total", result="no_route") == 2
+    assert sum(seen["sniroute_connections_total"].values()) == 3
+    assert value(seen, "sniroute_route_connections_total", route="*.example.com") == 1
+    assert value(seen, "sniroute_route_connections_total", route="web.test.test") == 0
+    assert value(seen, "sniroute_route_bytes_total", route="*.example.com", direction="down") == hello
+    assert value(seen, "sniroute_tunnel_starts_total", result="ready") == 1
+    assert value(seen, "sniroute_port_pool_size") == 20
+    assert value(seen, "sniroute_port_pool_used") == 1
+    assert seen["sniroute_route_wait_seconds_count"][()] == 1
+    assert seen["sniroute_connection_duration_seconds_count"][()] == 3
+    assert seen["sniroute_tunnel_start_seconds_count"][()] == 1
+    assert 0 < seen["sniroute_tunnel_start_seconds_sum"][()] < 20
+    assert value(seen, "process_open_fds") > 5
+    assert value(seen, "process_resident_memory_bytes") > 1 << 20
+    assert abs(value(seen, "process_start_time_seconds") - time.time()) < 86400
+    assert {dict(labels)["result"] for labels in seen["sniroute_connections_total"]} \
+        == {*sniroute_refusals.REFUSALS, *sniroute_log.ENDINGS}
+
+
+def test_labels_do_not_grow_with_what_clients_say(run):
+    """1000 names that nobody has a route for, and some more in what failed: no label more."""
+    running = run("--route=*.example.com=tcp:127.0.0.1:9")
+    before = metrics(running)
+    for number in range(1000):
+        running.refused(f"n{number}.x{number % 7}.nowhere.test")
+    running.refused("some.example.com")
+    running.collected()
+    after = metrics(running)
+    assert {name: set(samples) for name, samples in before.items()} == {
+        name: set(samples) for name, samples in after.items()}
+    assert value(after, "sniroute_connections_total", result="no_route") == 1000
+    text = ask(running.admin, "/metrics").body
+    assert b"nowhere" not in text and b"127.0.0.1" not in text and TOKEN.encode() not in text
+    status = ask(running.admin, "/status").body
+    assert b"nowhere" in status and TOKEN.encode() not in status
+    assert len(running.admin.collector.names.counts) <= sniroute_metrics.NAMES_KEPT
+
+
+def test_label_values_are_escaped():
+    assert escape_label('a"b\\c\nd') == 'a\\"b\\\\c\\nd'
+    assert [show_number(number) for number in (1, 0.25, 1e-07, float("inf"), 12345678901234567890)] \
+        == ["1", "0.25", "1e-07", "+Inf", "12345678901234567890"]
+    text = f'# HELP a b\n# TYPE a gauge\na{{route="{escape_label(HOSTILE)}"}} 1\n'
+    assert parse_metrics(text) == {"a": {(("route", HOSTILE),): 1.0}}
+
+
+# -- /status -----------------------------------------------------------------------------------
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every string in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    for part in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from strings(part)
+
+
+def test_hostile_text_is_shown_printable(run):
+    running = run()
+    router = running.router
+    router.routes = types.SimpleNamespace(
+        routes=(sniroute.Route(HOSTILE, HOSTILE),), tallies={HOSTILE: sniroute.Tally()})
+    running.tunnels.failed = lambda: [View(HOSTILE, "failed", 0, 0, 0, 0, 0.0, 4.0, 1, HOSTILE)]
+    running.tunnels.started.append(Start(HOSTILE, time.time(), 1.5))
+    router.endings.extend([hostile_ending(), hostile_ending(name=None), hostile_ending("client_closed")])
+    running.collected()
+    seen = metrics(running)
+    assert value(seen, "sniroute_route_connections_active", route=HOSTILE) == 0
+    reply = ask(running.admin, "/status")
+    assert not re.search(rb"[^\n -~]", reply.body)
+    status = reply.json
+    assert all(printable(text, 10_000) == text for text in strings(status))
+    shown = printable(HOSTILE)
+    assert shown == '<b>x</b>"\\?[31m????{}'
+    assert status["last_refusals"][0]["name"] == "" and status["last_refusals"][1]["name"] == shown
+    assert status["refused_names"] == [{"name": shown, "count": 1}]
+    assert status["routes"][0]["pattern"] == status["tunnels"][0]["words"] == shown
+    assert status["slowest_starts"][0]["key"] == shown
+    router.routes = router.settings.routes
+
+
+def test_status_shows_connections_tunnels_and_what_failed(run, serve, cloudflared, ports):
+    cloudflared.far("*", serve(echo).address)
+    cloudflared.fault("bad.example.com", exit=1, words="lookup bad.example.com: no such host")
+    running = run(TUNNEL, ports, "--max-connections=100")
+    with running.connect("db.example.com") as client, socket.create_connection(running.router.server_address) as silent:
+        hello = len(client.recv(65536))
+        running.refused("bad.example.com")
+        running.refused("scan.test.test")
+        wait_until(lambda: len(running.admin.collector.refusals) == 2, what="refusals")
+        running.admin.status.forget()
+        status = ask(running.admin, "/status").json
+        client_port, silent_port = client.getsockname()[1], silent.getsockname()[1]
+    assert (status["phase"], status["paused"], status["pid"], status["version"]) \
+        == ("running", False, os.getpid(), sniroute_names.__version__)
+    assert status["listening"] == [f"{HOST}:{running.router.server_address[1]}"]
+    assert status["limits"] == {"connections": 100, "tunnels": running.tunnels.max_tunnels, "ports": 20}
+    assert status["connections"]["active"] == 2 and status["connections"]["states"] == {"open": 1, "prelude": 1}
+    rows = {row["client"]: row for row in status["oldest_connections"]}
+    row = rows[f"{HOST}:{client_port}"]
+    assert 0 <= row.pop("seconds") < 20
+    assert row == {"client": f"{HOST}:{client_port}", "name": "db.example.com", "route": "*.example.com", "backend": DB,
+                   "state": "open", "up": hello, "down": hello}
+    assert rows[f"{HOST}:{silent_port}"]["name"] == ""
+    up, failed = status["tunnels"]
+    assert (up["key"], up["state"], up["leases"]) == (DB, "ready", 1) and up["port"] > 0 and up["pid"] > 0
+    assert (failed["key"], failed["state"]) == ("cloudflared:bad.example.com", "failed")
+    assert "no such host" in failed["words"] and failed["next"] > 0
+    assert status["tunnel_states"]["ready"] == status["tunnel_states"]["failed"] == 1
+    assert status["refusals"] == {"no_route": 1, "tunnel_unknown": 1}
+    assert status["refused_names"] == [{"name": "bad.example.com", "count": 1}, {"name": "scan.test.test", "count": 1}]
+    last, first = status["last_refusals"]
+    assert (last["name"], last["reason"]) == ("scan.test.test", "no_route")
+    assert last["detail"] == "no route for scan.test.test"
+    assert first["reason"] == "tunnel_unknown" and "no such host" in first["detail"]
+    assert [row["key"] for row in status["slowest_starts"]] == [DB]
+    (route,) = status["routes"]
+    assert (route["pattern"], route["active"], route["total"], route["refused"], route["up"]) \
+        == ("*.example.com", 1, 1, 1, hello)
+
+
+def test_lists_of_status_are_bounded(run, monkeypatch):
+    monkeypatch.setattr(sniroute_metrics, "CONNECTIONS_SHOWN", 3)
+    running = run(*(f"--route=n{number}.example.com=tcp:127.0.0.1:9" for number in range(5)))
+    monkeypatch.setattr(sniroute_metrics, "ROUTES_SHOWN", 4)
+    with contextlib.ExitStack() as stack:
+        for number in range(5):
+            stack.enter_context(socket.create_connection(running.router.server_address))
+            wait_until(lambda: len(running.router.connections) == number + 1)
+        running.router.endings.extend(hostile_ending() for _ in range(200))
+        wait_until(lambda: not running.router.endings)
+        running.admin.status.forget()
+        status = ask(running.admin, "/status").json
+        began = sorted(connection.began for connection in running.router.connections)
+    ages = [row["seconds"] for row in status["oldest_connections"]]
+    assert len(ages) == 3 and ages == sorted(ages, reverse=True) and status["connections"]["active"] == 5
+    assert began == sorted(began)
+    assert len(status["last_refusals"]) == sniroute_metrics.REFUSALS_SHOWN
+    assert len(status["routes"]) == 4
+
+
+# -- the file ----------------------------------------------------------------------------------
+
+
+def test_it_imports_downward():
+    assert imported("sniroute_metrics") == {"sniroute_names", "sniroute_log", "sniroute_refusals"}

@@ -1,0 +1,348 @@
+"""What the tests of admin, metrics and page share: a router with its admin, a client of it, readers, a browser.
+
+A test module imports the fixtures it uses as `fixture_<name>`; their own names are left to the tests' arguments.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections
+import contextlib
+import http.client
+import json
+import math
+import os
+import pathlib
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, Callable, Iterator, NamedTuple
+
+import pytest
+
+import sniroute
+import sniroute_admin
+import sniroute_log
+import sniroute_metrics
+from conftest import HERE, HOST, Address, Cloudflared, wait_until
+from sniroute import sample_hello
+from sniroute_admin import Admin, attach
+from sniroute_tunnels import TunnelTable, cloudflared_launcher
+
+TOKEN = "a-token-of-the-tests"  # that orders need
+HOSTILE = "<b>x</b>\"\\\x1b[31m\n\r\u202e\u00e9{}"
+TUNNEL = "--route=*.example.com=cloudflared:{name}"
+DB = "cloudflared:db.example.com"
+
+
+# -- a router and its admin --------------------------------------------------------------------
+
+
+class Running:
+    """A Router and its admin, with the router's loop in a thread of this process.  Used with `with`."""
+
+    def __init__(self, *argv: str, program: str, token: str | None = TOKEN, listener: socket.socket | None = None):
+        settings = sniroute.load_settings(["--listen", f"{HOST}:0", f"--admin={HOST}:0", *argv],
+                                          {"SNIROUTE_ADMIN_TOKEN": token} if token else {})
+        self.tunnels = TunnelTable({"cloudflared": cloudflared_launcher(program, {})}, settings.ports,
+                                   idle=settings.idle, start_timeout=settings.start_timeout,
+                                   max_tunnels=settings.max_tunnels, max_starting=settings.max_starting)
+        self.settings = settings
+        self.listener = listener
+        self.router = sniroute.Router(settings, self.tunnels)
+        self.thread = threading.Thread(target=self.router.serve_forever, name="loop")
+
+    def __enter__(self) -> Running:
+        self.tunnels.start()
+        self.thread.start()
+        try:
+            self.admin = attach(self.router, self.settings, self.listener)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.admin.close()
+        self.stop()
+
+    def stop(self) -> None:
+        self.router.shutdown()
+        self.thread.join()
+        self.tunnels.close(now=True)
+        self.router.server_close()
+
+    def connect(self, name: str) -> socket.socket:
+        """A client that has said its name."""
+        client = socket.create_connection(self.router.server_address, 20)
+        client.sendall(sample_hello(name))
+        return client
+
+    def refused(self, name: str) -> None:
+        """Ask for a name as a client, and wait for the refusal."""
+        with self.connect(name) as client:
+            with contextlib.suppress(ConnectionResetError):
+                while client.recv(4096):
+                    pass
+
+    def collected(self) -> None:
+        """Wait until all connections have ended and are counted; then drop the answers that are kept."""
+        admin = self.admin
+        wait_until(lambda: not self.router.connections, what="the end of all connections")
+        wait_until(lambda: not admin.collector.endings, what="the collector")
+        turn = admin.due
+        wait_until(lambda: admin.due != turn, what="the collector's next turn")
+        turn = admin.due
+        wait_until(lambda: admin.due != turn, what="the collector's next turn")
+        admin.status.forget()
+        admin.metrics.forget()
+
+
+@pytest.fixture(name="hurry", autouse=True)
+def fixture_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collect and sample more often: closing an admin waits for its next turn."""
+    monkeypatch.setattr(sniroute_admin, "COLLECT", 0.02)
+    monkeypatch.setattr(sniroute_metrics, "SAMPLE", 0.1)
+
+
+@pytest.fixture(name="run")
+def fixture_run(cloudflared: Cloudflared) -> Iterator[Callable[..., Running]]:
+    """run(*options, program=..., token=..., listener=...) -> Running, until the test ends.
+
+    It needs `cloudflared`, which checks at its own end, after this one's, that all stand-ins have ended.
+    """
+    with contextlib.ExitStack() as stack:
+        yield lambda *argv, program=cloudflared.path, **more: stack.enter_context(
+            Running(*argv, program=program, **more))
+
+
+@pytest.fixture(name="ports")
+def fixture_ports(free_ports) -> str:
+    """The option --ports, with twenty free ones."""
+    first, last = free_ports(20)
+    return f"--ports={first}-{last}"
+
+
+# -- a client of the admin ---------------------------------------------------------------------
+
+
+class Reply(NamedTuple):
+    """An answer of the admin."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def dial(address: Address | str) -> socket.socket:
+    """A connection to the admin, with a time-out so that a failing test ends."""
+    if isinstance(address, tuple):
+        return socket.create_connection(address, 20)
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(20)
+    sock.connect(address)
+    return sock
+
+
+def read_reply(sock: socket.socket, method: str = "GET") -> Reply:
+    """The answer that comes next; that to HEAD has no body."""
+    response = http.client.HTTPResponse(sock, method=method)
+    try:
+        response.begin()
+        return Reply(response.status, response.headers, response.read())
+    finally:
+        response.close()
+
+
+def tell(address: Address | str, text: str | bytes, method: str = "GET") -> Reply:
+    """Send these bytes, and read the answer."""
+    with dial(address) as sock:
+        sock.sendall(text.encode("latin-1") if isinstance(text, str) else text)
+        return read_reply(sock, method)
+
+
+def ask(admin: Admin, path: str, method: str = "GET", host: str | None = "localhost", token: str | None = TOKEN,
+        **fields: str) -> Reply:
+    """Send one request, and read its answer.  `fields` are further header fields, with `_` for `-`."""
+    lines = [f"{method} {path} HTTP/1.1", *([f"Host: {host}"] if host is not None else [])]
+    if token is not None:
+        lines.append(f"Authorization: Bearer {token}")
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
+    return tell(admin.address, "\r\n".join([*lines, "", ""]), method)
+
+
+# -- what it answers ---------------------------------------------------------------------------
+
+NAME = "[a-zA-Z_:][a-zA-Z0-9_:]*"
+LABEL = r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\[\\"n])*)"'
+SAMPLE = re.compile(rf"({NAME})(?:\{{({LABEL}(?:,{LABEL})*)\}})? (\S+)")
+
+
+def parse_metrics(text: str) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
+    """Read Prometheus' text format, version 0.0.4, strictly: {sample name: {labels: value}}."""
+    assert text.endswith("\n")
+    samples: dict[str, dict[tuple[tuple[str, str], ...], float]] = collections.defaultdict(dict)
+    kinds: dict[str, str] = {}
+    helped = name = ""
+    for line in text[:-1].split("\n"):
+        if line.startswith("# HELP "):
+            _, _, helped, words = line.split(" ", 3)
+            assert helped not in kinds and words
+        elif line.startswith("# TYPE "):
+            _, _, name, kind = line.split(" ")
+            assert name == helped and kind in ("counter", "gauge", "histogram")
+            kinds[name] = kind
+        else:
+            match = SAMPLE.fullmatch(line)
+            assert match, line
+            family = re.sub("_(bucket|sum|count)$", "", match[1]) if kinds[name] == "histogram" else match[1]
+            assert family == name, f"{line}: not behind its TYPE"
+            labels = tuple((key, re.sub(r"\\(.)", lambda escaped: {"n": "\n"}.get(escaped[1], escaped[1]), value))
+                           for key, value in re.findall(LABEL, match[2] or ""))
+            assert len(dict(labels)) == len(labels) and labels not in samples[match[1]], line
+            samples[match[1]][labels] = float(match[match.re.groups])
+    for name, kind in kinds.items():
+        assert kind != "counter" or name.endswith("_total"), name
+        if kind == "histogram":
+            buckets = samples[f"{name}_bucket"]
+            bounds = [float(dict(labels)["le"]) for labels in buckets]
+            assert bounds == sorted(bounds) and math.isinf(bounds[-1])
+            assert list(buckets.values()) == sorted(buckets.values()), "cumulative"
+            assert buckets[("le", "+Inf"),] == samples[f"{name}_count"][()]
+            assert samples[f"{name}_sum"][()] >= 0
+        else:
+            assert all(value >= 0 for value in samples[name].values())
+    return dict(samples)
+
+
+def metrics(running: Running) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
+    """What /metrics says, as parse_metrics gives it."""
+    reply = ask(running.admin, "/metrics")
+    assert reply.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    return parse_metrics(reply.body.decode())
+
+
+def value(samples: dict, name: str, **labels: str) -> float:
+    """One sample out of `metrics`; its labels have to be in the order of the text."""
+    return samples[name][tuple(labels.items())]
+
+
+def hostile_ending(reason: str = "no_route", name: str | None = HOSTILE) -> sniroute_log.Ending:
+    """A connection that has ended, with HOSTILE wherever it can have text."""
+    return sniroute_log.Ending(20, time.time(), (HOST, 4711), name, HOSTILE, HOSTILE, 1, 2, 3.0, reason, HOSTILE, None)
+
+
+# -- a browser ---------------------------------------------------------------------------------
+
+# Chromium reads its orders from descriptor 3, and writes to 4.
+ON_3_AND_4 = ("import fcntl, os, sys; "
+              "reader, writer = (fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]); "
+              "os.dup2(reader, 3); os.dup2(writer, 4); os.execv(sys.argv[3], sys.argv[3:])")
+
+
+class Browser:
+    """A headless Chromium with one page, driven by the DevTools protocol over pipes."""
+
+    def __init__(self, program: str, directory: pathlib.Path):
+        orders, self.writer = os.pipe()
+        self.reader, answers = os.pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, "-IS", "-c", ON_3_AND_4, str(orders), str(answers), program, "--headless=new",
+             "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions",
+             "--disable-background-networking", "--remote-debugging-pipe", f"--user-data-dir={directory}"],
+            pass_fds=(orders, answers), start_new_session=True, env={**os.environ, "HOME": str(directory)},
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(orders)
+        os.close(answers)
+        self.said = b""
+        self.number = 0
+        self.session: str | None = None
+        self.events: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Browser:
+        try:
+            target = self.call("Target.createTarget", url="about:blank")["targetId"]
+            self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                self.call(f"{domain}.enable")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        os.close(self.reader)
+        os.close(self.writer)
+
+    def read(self) -> dict[str, Any]:
+        """The next message."""
+        while b"\0" not in self.said:
+            assert select.select([self.reader], [], [], 20)[0], "the browser says nothing"
+            data = os.read(self.reader, 1 << 20)
+            assert data, "the browser has ended"
+            self.said += data
+        message, _, self.said = self.said.partition(b"\0")
+        return json.loads(message)
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Call a method of the protocol, and return its result; events that come first are kept in `events`."""
+        self.number += 1
+        order = {"id": self.number, "method": method, "params": parameters}
+        if self.session is not None:
+            order["sessionId"] = self.session
+        os.write(self.writer, json.dumps(order).encode() + b"\0")
+        while (message := self.read()).get("id") != self.number:
+            self.events.append(message)
+        assert "error" not in message, message
+        return message["result"]
+
+    def evaluate(self, expression: str) -> Any:
+        """The value of a JavaScript expression in the page; a promise is awaited."""
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def text(self, element: str) -> str:
+        """The text of the element with this id, as it is shown."""
+        return self.evaluate(f"document.getElementById({element!r}).innerText")
+
+    def happened(self, *methods: str) -> list[dict[str, Any]]:
+        """The parameters of all events so far that have one of these names."""
+        return [event["params"] for event in self.events if event["method"] in methods]
+
+
+@pytest.fixture(name="browser")
+def fixture_browser(tmp_path) -> Iterator[Browser]:
+    """A browser with an empty page; without a Chromium the test is skipped."""
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("chromium is not here (Debian package chromium)")
+    directory = tmp_path / "browser"
+    directory.mkdir()
+    with Browser(program, directory) as page:
+        yield page
+
+
+# -- what a room imports -----------------------------------------------------------------------
+
+
+def imported(room: str) -> set[str]:
+    """The modules that a room imports, without those of the standard library."""
+    tree = ast.parse((HERE / f"{room}.py").read_text())
+    modules = {alias.name.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
+               for alias in node.names} | {node.module.partition(".")[0] for node in ast.walk(tree)
+                                           if isinstance(node, ast.ImportFrom)}
+    return modules - sys.stdlib_module_names
