@@ -105,14 +105,15 @@ from typing import Any, Callable, Iterable, NamedTuple, NoReturn, Sequence
 
 import fcntl
 
+from sniroute_launchers import TUNNEL_IDENTITY, Launcher, Reason, TunnelError, carrier_launcher, cloudflared_launcher
 from sniroute_log import Ending, Journal
 from sniroute_loop import READ, WRITE, EpollPoller, Poller
 from sniroute_names import HOST, __version__, is_local, is_number, normalise, parse_host_port, printable, show_address
+from sniroute_processes import Child
 from sniroute_refusals import (DECODE_ERROR, ILLEGAL_PARAMETER, PROTOCOL_VERSION,
                                REFUSALS, UNEXPECTED_MESSAGE, UNRECOGNIZED_NAME, Malformed, Refused, SettingsError,
                                POSTGRES, NOTHING, TLS, told, tls_alert, tunnel_refused)
-from sniroute_tunnels import (TUNNEL_IDENTITY, Child, Launcher, Reason, Tunnel, TunnelError, TunnelTable,
-                              carrier_launcher, cloudflared_launcher)
+from sniroute_tunnels import Tunnel, TunnelTable
 
 log = logging.getLogger("sniroute")
 monotonic = time.monotonic
@@ -3766,10 +3767,7 @@ class Daemon:
         log.setLevel(settings.log_level.upper())
         for line in settings.kept:
             log.warning("reload: %s", line)
-        tunnels = self.tunnels
-        tunnels.idle, tunnels.start_timeout = settings.idle, settings.start_timeout
-        tunnels.max_tunnels, tunnels.max_starting = settings.max_tunnels, settings.max_starting
-        tunnels.wake()  # what idles may have to stop sooner
+        self.tunnels.adopt(settings)
         self.router.call(functools.partial(self.router.adopt, settings))
         warn(settings)
         log.info("reload: done, routes: %d", len(settings.routes.routes))

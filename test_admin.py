@@ -33,7 +33,8 @@ import sniroute_log
 import sniroute_names
 import sniroute_refusals
 from sniroute import sample_hello
-from sniroute_tunnels import Start, TunnelTable, View, cloudflared_launcher
+from sniroute_launchers import cloudflared_launcher
+from sniroute_tunnels import Start, TunnelTable, View
 import sniroute_admin
 from conftest import HERE, HOST, Address, Cloudflared, FakeClock, echo, wait_until
 from sniroute_admin import Admin, Collector, Histogram, TopNames, attach, escape_label, printable, show_number

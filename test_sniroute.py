@@ -43,19 +43,20 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 import pytest
 
 import sniroute
+import sniroute_launchers
 import sniroute_log
 import sniroute_loop
 import sniroute_names
 import sniroute_refusals
-import sniroute_tunnels
 from sniroute import (GSSENC_REQUEST, PROXY_POLICY, PROXY_V2, SETTINGS, SSL_REQUEST, Hello, HelloReader, Prelude,
                       ProxyHeader, Route, Routes, check_tcp, check_tunnel, crc32c, expand, load_settings,
                       parse_client_hello, parse_proxy_v1, parse_proxy_v2, parse_route, parse_server_name,
                       parse_startup, whole_hello)
+from sniroute_launchers import cloudflared_launcher
 from sniroute_log import Ending, Journal, under_journald
 from sniroute_names import normalise, parse_host_port, show_address
 from sniroute_refusals import REFUSALS, Malformed, Refused, SettingsError, postgres_error, tls_alert, told
-from sniroute_tunnels import TunnelTable, cloudflared_launcher
+from sniroute_tunnels import TunnelTable
 from conftest import CORE, HERE, HOST, Address, Cloudflared, Edge, FakeClock, wait_until
 
 NAME = "db.example.com"
@@ -1708,8 +1709,8 @@ def raised_kinds() -> set[str]:
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "TunnelError" \
                 and isinstance(node.args[0], ast.Constant):
             kinds.add("tunnel_" + node.args[0].value)
-    kinds |= {"tunnel_" + kind for kind, _ in sniroute_tunnels.CARRIER_REASONS.values()}
-    kinds |= {"tunnel_" + kind for _, kind, _ in sniroute_tunnels.CLOUDFLARED_REASONS}
+    kinds |= {"tunnel_" + kind for kind, _ in sniroute_launchers.CARRIER_REASONS.values()}
+    kinds |= {"tunnel_" + kind for _, kind, _ in sniroute_launchers.CLOUDFLARED_REASONS}
     return kinds
 
 
@@ -3852,13 +3853,13 @@ def test_no_byte_reaches_whoever_took_the_port_of_a_dead_tunnel(run, serve, clou
     running.ending()
     port, pid = running.tunnels.snapshot()[0][3:5]
     held = threading.Event()
-    real_exited = running.tunnels._exited
+    real_exited = running.tunnels.processes._exited
     def slow(child: Any) -> None:
         held.wait(10)
         real_exited(child)
-    for key in list(running.tunnels.selector.get_map().values()):
+    for key in list(running.tunnels.processes.selector.get_map().values()):
         if key.data[0] == real_exited:
-            running.tunnels.selector.modify(key.fileobj, key.events, (slow, key.data[1]))
+            running.tunnels.processes.selector.modify(key.fileobj, key.events, (slow, key.data[1]))
     os.kill(pid, signal.SIGKILL)
     with socket.socket() as thief:
         thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -6174,7 +6175,7 @@ def test_every_refusal_is_in_the_readme():
 
 
 def test_variables_a_tunnel_may_inherit_are_in_the_readme():
-    names = {name for name in sniroute_tunnels.TUNNEL_ENVIRONMENT if name.isupper()}
+    names = {name for name in sniroute_launchers.TUNNEL_ENVIRONMENT if name.isupper()}
     assert {name for name in names if f"`{name}`" not in README} == set()
 
 

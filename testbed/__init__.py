@@ -1,0 +1,1 @@
+"""What the tests bring along: far ends, stand-ins, builders."""
