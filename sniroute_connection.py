@@ -43,8 +43,8 @@ from sniroute_routes import Backend, Decision, Retry, Unreachable
 from sniroute_wire import HELLO_WIRE_MAX, PROXY_WRITERS, SSL_REQUEST_BYTES, Hello, Prelude, ProxyHeader
 
 if TYPE_CHECKING:
+    from sniroute_processes import Child
     from sniroute_router import Peer, Router, Wait
-    from sniroute_tunnels import Child
 
 log = logging.getLogger("sniroute")
 monotonic = time.monotonic

@@ -516,10 +516,7 @@ class Daemon:
         log.setLevel(settings.log_level.upper())
         for line in settings.kept:
             log.warning("reload: %s", line)
-        tunnels = self.tunnels
-        tunnels.idle, tunnels.start_timeout = settings.idle, settings.start_timeout
-        tunnels.max_tunnels, tunnels.max_starting = settings.max_tunnels, settings.max_starting
-        tunnels.wake()  # what idles may have to stop sooner
+        self.tunnels.adopt(settings)
         self.router.call(functools.partial(self.router.adopt, settings))
         warn(settings)
         log.info("reload: done, routes: %d", len(settings.routes.routes))

@@ -19,13 +19,14 @@ import time
 from typing import Any, Callable
 
 from sniroute_flow import READ_MAX
+from sniroute_launchers import Launcher, Reason, TunnelError
 from sniroute_names import normalise, printable
 from sniroute_refusals import (DECODE_ERROR, POSTGRES, REFUSALS, UNRECOGNIZED_NAME, Refused, tls_alert, told,
                                tunnel_refused)
 from sniroute_router import Router
 from sniroute_routes import Route
 from sniroute_settings import ROUTE_OPTIONS, Settings, load_settings, warn
-from sniroute_tunnels import Launcher, Reason, TunnelError, TunnelTable
+from sniroute_tunnels import TunnelTable
 from sniroute_wire import GSSENC_REQUEST, HELLO_MAX, RECORD_MAX, SSL_REQUEST_BYTES, STARTUP, proxy_v1, proxy_v2
 
 log = logging.getLogger("sniroute")

@@ -45,8 +45,8 @@ from sniroute_tunnels import TunnelTable
 from sniroute_wire import PROXY_POLICY, HelloMemory
 
 if TYPE_CHECKING:
+    from sniroute_processes import Child
     from sniroute_settings import Settings
-    from sniroute_tunnels import Child
 
 log = logging.getLogger("sniroute")
 monotonic = time.monotonic

@@ -33,10 +33,12 @@ import struct
 import time
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
+from sniroute_launchers import TunnelError
 from sniroute_loop import CAPACITY_ERRNOS, NEVER
 from sniroute_names import HOST, Network, is_local, is_number, normalise, parse_host_port, parse_ip
+from sniroute_processes import Child
 from sniroute_refusals import Malformed, Refused, tunnel_refused
-from sniroute_tunnels import Child, Tunnel, TunnelError, TunnelTable
+from sniroute_tunnels import Tunnel, TunnelTable
 
 if TYPE_CHECKING:
     from sniroute_router import Wait

@@ -30,10 +30,10 @@ import stat
 import sys
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
+from sniroute_launchers import TUNNEL_IDENTITY, Launcher, carrier_launcher, cloudflared_launcher
 from sniroute_names import Network, __version__, is_here, parse_host_port, printable, show_address
 from sniroute_refusals import SettingsError
 from sniroute_routes import ANONYMOUS, Route, Routes, parse_route
-from sniroute_tunnels import TUNNEL_IDENTITY, Launcher, carrier_launcher, cloudflared_launcher
 from sniroute_wire import PROXY_WRITERS
 
 log = logging.getLogger("sniroute")

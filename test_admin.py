@@ -20,8 +20,8 @@ import pytest
 
 import sniroute_admin
 import sniroute_metrics
-from conftest import HERE, HOST, echo, wait_until
 from sniroute_names import printable
+from conftest import HERE, HOST, echo, wait_until
 from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, ask, dial, imported, metrics, read_reply, tell, value
 from testbed.admin import fixture_hurry, fixture_ports, fixture_run  # noqa: F401
 

@@ -12,16 +12,16 @@ import time
 import types
 from typing import Any, Iterator
 
-import sniroute
 import sniroute_log
 import sniroute_metrics
 import sniroute_names
 import sniroute_refusals
-from conftest import HOST, FakeClock, echo, wait_until
-from sniroute import sample_hello
+import sniroute_routes
+from sniroute_doctor import sample_hello
 from sniroute_metrics import Collector, Histogram, TopNames, escape_label, show_number
 from sniroute_names import printable
 from sniroute_tunnels import Start, View
+from conftest import HOST, FakeClock, echo, wait_until
 from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, ask, hostile_ending, imported, metrics, parse_metrics, value
 from testbed.admin import fixture_hurry, fixture_ports, fixture_run  # noqa: F401
 
@@ -197,7 +197,7 @@ def test_hostile_text_is_shown_printable(run):
     running = run()
     router = running.router
     router.routes = types.SimpleNamespace(
-        routes=(sniroute.Route(HOSTILE, HOSTILE),), tallies={HOSTILE: sniroute.Tally()})
+        routes=(sniroute_routes.Route(HOSTILE, HOSTILE),), tallies={HOSTILE: sniroute_routes.Tally()})
     running.tunnels.failed = lambda: [View(HOSTILE, "failed", 0, 0, 0, 0, 0.0, 4.0, 1, HOSTILE)]
     running.tunnels.started.append(Start(HOSTILE, time.time(), 1.5))
     router.endings.extend([hostile_ending(), hostile_ending(name=None), hostile_ending("client_closed")])

@@ -43,10 +43,12 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 import pytest
 
 import sniroute
+import sniroute_admin
 import sniroute_connection
 import sniroute_daemon
 import sniroute_doctor
 import sniroute_flow
+import sniroute_launchers
 import sniroute_log
 import sniroute_loop
 import sniroute_names
@@ -54,17 +56,17 @@ import sniroute_refusals
 import sniroute_router
 import sniroute_routes
 import sniroute_settings
-import sniroute_tunnels
 import sniroute_wire
-from sniroute_loop import NEVER
+from sniroute_launchers import cloudflared_launcher
 from sniroute_log import Ending, Journal, under_journald
+from sniroute_loop import NEVER
 from sniroute_names import normalise, parse_host_port, show_address
 from sniroute_refusals import REFUSALS, Malformed, Refused, SettingsError, postgres_error, tls_alert, told
 from sniroute_routes import Resolved, Route, Routes, Targets, check_tcp, check_tunnel, expand, parse_route
 from sniroute_settings import SETTINGS, load_settings
-from sniroute_tunnels import TunnelTable, cloudflared_launcher
-from sniroute_wire import (GSSENC_REQUEST, PROXY_POLICY, PROXY_V2, SSL_REQUEST, Hello, HelloMemory, HelloReader, Prelude,
-                           ProxyHeader, crc32c, parse_client_hello, parse_proxy_v1, parse_proxy_v2,
+from sniroute_tunnels import TunnelTable
+from sniroute_wire import (GSSENC_REQUEST, PROXY_POLICY, PROXY_V2, SSL_REQUEST, Hello, HelloMemory, HelloReader,
+                           Prelude, ProxyHeader, crc32c, parse_client_hello, parse_proxy_v1, parse_proxy_v2,
                            parse_server_name, parse_startup, whole_hello)
 from conftest import CORE, HERE, HOST, Address, Cloudflared, Edge, FakeClock, wait_until
 
@@ -1716,8 +1718,8 @@ def raised_kinds() -> set[str]:
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "TunnelError" \
                 and isinstance(node.args[0], ast.Constant):
             kinds.add("tunnel_" + node.args[0].value)
-    kinds |= {"tunnel_" + kind for kind, _ in sniroute_tunnels.CARRIER_REASONS.values()}
-    kinds |= {"tunnel_" + kind for _, kind, _ in sniroute_tunnels.CLOUDFLARED_REASONS}
+    kinds |= {"tunnel_" + kind for kind, _ in sniroute_launchers.CARRIER_REASONS.values()}
+    kinds |= {"tunnel_" + kind for _, kind, _ in sniroute_launchers.CLOUDFLARED_REASONS}
     return kinds
 
 
@@ -3861,13 +3863,13 @@ def test_no_byte_reaches_whoever_took_the_port_of_a_dead_tunnel(run, serve, clou
     running.ending()
     port, pid = running.tunnels.snapshot()[0][3:5]
     held = threading.Event()
-    real_exited = running.tunnels._exited
+    real_exited = running.tunnels.processes._exited
     def slow(child: Any) -> None:
         held.wait(10)
         real_exited(child)
-    for key in list(running.tunnels.selector.get_map().values()):
+    for key in list(running.tunnels.processes.selector.get_map().values()):
         if key.data[0] == real_exited:
-            running.tunnels.selector.modify(key.fileobj, key.events, (slow, key.data[1]))
+            running.tunnels.processes.selector.modify(key.fileobj, key.events, (slow, key.data[1]))
     os.kill(pid, signal.SIGKILL)
     with socket.socket() as thief:
         thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -6183,7 +6185,7 @@ def test_every_refusal_is_in_the_readme():
 
 
 def test_variables_a_tunnel_may_inherit_are_in_the_readme():
-    names = {name for name in sniroute_tunnels.TUNNEL_ENVIRONMENT if name.isupper()}
+    names = {name for name in sniroute_launchers.TUNNEL_ENVIRONMENT if name.isupper()}
     assert {name for name in names if f"`{name}`" not in README} == set()
 
 

@@ -26,14 +26,16 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 import pytest
 
-import sniroute
 import sniroute_admin
 import sniroute_log
 import sniroute_metrics
-from conftest import HERE, HOST, Address, Cloudflared, wait_until
-from sniroute import sample_hello
+import sniroute_router
+import sniroute_settings
 from sniroute_admin import Admin, attach
-from sniroute_tunnels import TunnelTable, cloudflared_launcher
+from sniroute_doctor import sample_hello
+from sniroute_launchers import cloudflared_launcher
+from sniroute_tunnels import TunnelTable
+from conftest import HERE, HOST, Address, Cloudflared, wait_until
 
 TOKEN = "a-token-of-the-tests"  # that orders need
 HOSTILE = "<b>x</b>\"\\\x1b[31m\n\r\u202e\u00e9{}"
@@ -48,14 +50,14 @@ class Running:
     """A Router and its admin, with the router's loop in a thread of this process.  Used with `with`."""
 
     def __init__(self, *argv: str, program: str, token: str | None = TOKEN, listener: socket.socket | None = None):
-        settings = sniroute.load_settings(["--listen", f"{HOST}:0", f"--admin={HOST}:0", *argv],
+        settings = sniroute_settings.load_settings(["--listen", f"{HOST}:0", f"--admin={HOST}:0", *argv],
                                           {"SNIROUTE_ADMIN_TOKEN": token} if token else {})
         self.tunnels = TunnelTable({"cloudflared": cloudflared_launcher(program, {})}, settings.ports,
                                    idle=settings.idle, start_timeout=settings.start_timeout,
                                    max_tunnels=settings.max_tunnels, max_starting=settings.max_starting)
         self.settings = settings
         self.listener = listener
-        self.router = sniroute.Router(settings, self.tunnels)
+        self.router = sniroute_router.Router(settings, self.tunnels)
         self.thread = threading.Thread(target=self.router.serve_forever, name="loop")
 
     def __enter__(self) -> Running:

@@ -1,0 +1,224 @@
+"""sniroute_launchers: tunnel programs as rows: how one is started, and what its last words mean.
+
+    Launcher   program ---+--> find() --> the absolute path --+
+               argv     (hostname, port) -> words             +--> the process   (started by sniroute_processes)
+               shared, carries    words for many hostnames    |
+               environment        all that it gets -----------+
+               reason   last output -> Reason(kind, text, final) --> the log, the refusal, a counter
+               trial    (hostname) -> words of a run that dials once and ends (`explain`)
+
+Two rows are here: `cloudflared access tcp`, a process for each hostname, and our own carrier
+(sniroute_carrier.py), a process for up to CARRIES hostnames.
+
+The carrier is an option: its files may be missing.  Whether they are there is asked of the import system, so
+the answer is the same in a folder and in a .pyz file.  It is started by a short program text that imports it
+from `place()`: the folder, or the .pyz file.
+
+Threads: none.  `is_there` and `find` look at the disk; nothing else does I/O.
+
+Seams: I want to ...
+    run another tunnel program      a function like `cloudflared_launcher`, and its row in the caller's table
+    understand a new last line      a row in CLOUDFLARED_REASONS or CARRIER_REASONS
+    let a variable through          TUNNEL_ENVIRONMENT
+
+This room imports sniroute_names (`printable`) and the standard library.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from typing import Callable, Mapping, NamedTuple
+
+from sniroute_names import printable
+
+CARRIES = 16  # hostnames in one carrier: they share its 20 MB, its one core, and its end
+WORDS_MAX = 200  # characters of a program's last words: one line of a log
+
+# -- words into reasons ------------------------------------------------------------------------
+
+
+class TunnelError(Exception):
+    """A tunnel that cannot be had now.
+
+    `kind` is one word for counters: `failed`, `denied` (Access wants another identity), `unknown` (no
+    such name), `timeout`, `limit`, `budget` or `stopping`.
+    The message is for people: what happened, and what to do.
+    """
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+class Reason(NamedTuple):
+    """Why a tunnel could not be had, or why a client was not served."""
+
+    kind: str = "failed"  # of a TunnelError: `failed`, `denied` or `unknown`
+    text: str = ""  # for people; '' where nothing is known
+    final: bool = False  # another try would end the same way
+
+
+def last_line(tail: bytes) -> tuple[str, dict]:
+    """The last line of an output that is not blank; and its fields where it is a JSON object, else {}."""
+    for line in reversed(tail.decode("utf-8", "replace").split("\n")):
+        if line.strip():
+            try:
+                fields = json.loads(line)
+            except (ValueError, RecursionError):
+                fields = {}
+            return line.strip(), fields if isinstance(fields, dict) else {}
+    return "", {}
+
+
+def last_words(tail: bytes) -> str:
+    """The last line of an output that is not blank, as one printable line of at most WORDS_MAX characters.
+
+    A JSON line (cloudflared with TUNNEL_LOG_OUTPUT=json) is reduced to its message and error.
+    """
+    line, fields = last_line(tail)
+    return printable(": ".join(str(fields[key]) for key in ("message", "error") if key in fields) or line, WORDS_MAX)
+
+
+TAKEN = "address already in use"  # EADDRINUSE, in the words of cloudflared and of the carrier
+
+# What cloudflared's last line contains, the kind of TunnelError, and what it means.  Its texts change between
+# versions: a line that is not here is shown as it came.
+LOGIN_WANTED = "Access wants a login: give the router a service token"
+CLOUDFLARED_REASONS = (
+    ("websocket: bad handshake", "failed",
+     "the edge refused it: access denied, no such tunnel, or its connector is down"),
+    ("failed to verify certificate", "failed", "the edge's certificate is not trusted"),
+    ("no such host", "unknown", "the name does not resolve"),
+    ("network is unreachable", "failed", "the network is unreachable"),
+    ("connection refused", "failed", "the edge refused the connection"),
+    ("connection reset by peer", "failed", "the edge reset the connection"),
+    ("Leave cloudflared running to download", "denied", LOGIN_WANTED),  # the end of its prompt
+    ("If the browser failed to open", "denied", LOGIN_WANTED),  # the same, where it found a browser
+    ("Waiting for login", "denied", LOGIN_WANTED),
+    ("already waiting for authentication", "denied", LOGIN_WANTED),
+    (TAKEN, "failed", "its local port was taken"),
+)
+
+
+def cloudflared_reason(tail: bytes) -> Reason:
+    """The reason in cloudflared's last output.  Never final: it does not say for which client."""
+    words = last_words(tail)
+    if "reason" in last_line(tail)[1]:  # --cloudflared names a carrier
+        return carrier_reason(tail)._replace(final=False)
+    for text, kind, meaning in CLOUDFLARED_REASONS:
+        if text in words:
+            return Reason(kind, f"{meaning} ({words})")
+    return Reason(text=words)
+
+
+# The carrier's reasons: (kind, final).  A reason that is not here is ("failed", False).
+CARRIER_REASONS = {
+    "name": ("unknown", True),
+    "not_found": ("unknown", True),
+    "login": ("denied", True),
+    "denied": ("denied", True),
+    "certificate": ("failed", True),
+}
+
+
+def carrier_reason(tail: bytes) -> Reason:
+    """The reason in the carrier's last line."""
+    kind, final = CARRIER_REASONS.get(str(last_line(tail)[1].get("reason")), ("failed", False))
+    return Reason(kind, last_words(tail), final)
+
+
+# -- the row -----------------------------------------------------------------------------------
+
+
+class Launcher(NamedTuple):
+    """One kind of tunnel program."""
+
+    program: str  # a path, or a name that is looked up on PATH at each start
+    argv: Callable[[str, int], list[str]]  # (hostname, port) -> the words after the program, for one tunnel
+    environment: Mapping[str, str]  # all that the process gets, except HOME: that is a private folder
+    reason: Callable[[bytes], Reason]  # the process's last output, or one line of it -> the reason
+    missing: str  # the sentence for people where the program is not there
+    module: str = ""  # a file of ours that it runs, by its module name; may be missing, too
+    carries: int = 1  # tunnels in one process; more than one: see "Shared processes" in sniroute_processes, ...
+    shared: tuple[str, ...] = ()  # ... and these are the words after the program
+    trial: Callable[[str], list[str]] | None = None  # hostname -> words for a run that dials once and ends
+
+    def is_there(self) -> bool:
+        """Whether it can be run now."""
+        return shutil.which(self.program) is not None and (
+            not self.module or importlib.util.find_spec(self.module) is not None)
+
+    def find(self) -> str:
+        """The program's absolute path.  Raises TunnelError where it cannot be run."""
+        path = shutil.which(self.program)
+        if path is None or not self.is_there():
+            raise TunnelError("failed", self.missing)
+        return os.path.abspath(path)
+
+
+# The router's identity for Cloudflare Access.  Only the carrier reads CF_ACCESS_TOKEN.
+TUNNEL_IDENTITY = frozenset(("TUNNEL_SERVICE_TOKEN_ID", "TUNNEL_SERVICE_TOKEN_SECRET", "CF_ACCESS_TOKEN"))
+# All that a tunnel program may inherit: the identity, the way out, the trust store.  Any other TUNNEL_*
+# variable would silently change what it does, and without PATH cloudflared finds no browser to open.
+TUNNEL_ENVIRONMENT = TUNNEL_IDENTITY | {
+    "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR", "TZ", "LANG"}
+
+
+def inherited(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a tunnel program, built from nothing."""
+    return {**{name: environ[name] for name in TUNNEL_ENVIRONMENT if name in environ}, "TUNNEL_LOG_OUTPUT": "json"}
+
+
+# -- cloudflared -------------------------------------------------------------------------------
+
+
+def cloudflared_argv(hostname: str, port: int) -> list[str]:
+    """The words after the program.  `hostname` has passed the name rules, so it cannot be an option."""
+    return ["access", "tcp", "--hostname", hostname, "--url", f"127.0.0.1:{port}", "--loglevel", "info"]
+
+
+def cloudflared_launcher(program: str, environ: Mapping[str, str]) -> Launcher:
+    """The row for `cloudflared access tcp`."""
+    return Launcher(program, cloudflared_argv, inherited(environ), cloudflared_reason,
+                    f"{program} is not there: install it, or name it with --cloudflared")
+
+
+# -- the carrier -------------------------------------------------------------------------------
+
+CARRIER = "sniroute_carrier"
+# The carrier is imported instead of run as a script, so that Python compiles it only once and finds it in a
+# .pyz file, too.  The options -I and -S keep out what a user or a site has installed.
+CARRIER_CODE = ("import sys; sys.path.insert(0, sys.argv[1]); sys.argv[:2] = ['sniroute_carrier']; "
+                "import sniroute_carrier; sys.exit(sniroute_carrier.main())")
+
+
+def place() -> str:
+    """Where our files are, as an absolute entry for sys.path: their folder, or the .pyz file that holds them.
+
+    In a zip file, __file__ is the path of that file followed by a name inside it (zipimport).
+    """
+    return os.path.dirname(os.path.abspath(__file__))
+
+
+def carrier_words(*words: str) -> list[str]:
+    """The words after Python that run the carrier from `place()`."""
+    return ["-I", "-S", "-c", CARRIER_CODE, place(), *words]
+
+
+def carrier_argv(hostname: str, port: int) -> list[str]:
+    """The words after Python for one tunnel.  `explain` prints them for people, so a file is named where it is one."""
+    script = os.path.join(place(), f"{CARRIER}.py")
+    words = cloudflared_argv(hostname, port)
+    return [script, *words] if os.path.isfile(script) else carrier_words(*words)
+
+
+def carrier_launcher(environ: Mapping[str, str]) -> Launcher:
+    """The row for sniroute_carrier.py, which does what cloudflared does."""
+    return Launcher(sys.executable, carrier_argv, inherited(environ), carrier_reason,
+                    f"{CARRIER}.py is not beside sniroute.py: copy it there", CARRIER, CARRIES,
+                    tuple(carrier_words("forwarders")),
+                    lambda hostname: carrier_words("access", "tcp", "--hostname", hostname))

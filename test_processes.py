@@ -1,0 +1,812 @@
+"""Tests of sniroute_processes.py, in its order; see testbed/tunnels.py for `bench`, `both` and `shared`."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any, Callable, Iterator
+
+import pytest
+
+import sniroute_launchers
+import sniroute_processes
+import sniroute_tunnels
+from sniroute_launchers import Launcher, Reason
+from sniroute_loop import WakePipe
+from sniroute_processes import LOST, NO_FAULT, OWN_FAULT, Child, Ends, PortPool, Process, Processes
+from sniroute_tunnels import BACKOFF, FAILED, READY, STOPPING, TunnelTable
+from conftest import HERE, HOST, FakeClock, wait_until
+from testbed.tunnels import (Bench, ask, bench, both, event, events, kind, linux, listening, port_of, runs, shared,
+                             stand_in)
+
+# -- the death guard ---------------------------------------------------------------------------
+
+
+def without_setpriv(monkeypatch: pytest.MonkeyPatch) -> None:
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, **rest: None if name == "setpriv" else which(name, **rest))
+
+
+@pytest.fixture(params=["setpriv", "python"])
+def guard(request, monkeypatch) -> list[str]:
+    """Both forms of the words before a child's argv."""
+    if sys.platform != "linux":
+        pytest.skip("PR_SET_PDEATHSIG is Linux's")
+    if request.param == "python":
+        without_setpriv(monkeypatch)
+    words = sniroute_processes.death_guard()
+    if (words[0] == sys.executable) != (request.param == "python"):
+        pytest.skip("no setpriv with --pdeathsig here")
+    return words
+
+
+def test_the_guard_runs_the_program_with_its_words_as_they_are(guard):
+    words = ["--", "$HOME", "a b", "", "-c", "'\""]
+    program = [sys.executable, "-IS", "-c", "import sys; print(sys.argv[1:], end='')", *words]
+    assert subprocess.run([*guard, *program], capture_output=True, text=True, check=True).stdout == str(words)
+
+
+def test_the_guard_runs_nothing_when_the_router_has_died_meanwhile(guard):
+    done = subprocess.run([*guard[:-1], "999999999", "/bin/echo", "ran"], capture_output=True)
+    assert done.stdout == b""
+
+
+def test_a_setpriv_that_knows_no_pdeathsig_is_not_used(monkeypatch, tmp_path):
+    (tmp_path / "setpriv").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "setpriv").chmod(0o700)
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: which(name, path=str(tmp_path)))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert sniroute_processes.death_guard()[0] == sys.executable
+
+
+def test_no_guard_where_the_kernel_has_none(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert sniroute_processes.death_guard() == []
+
+
+ROUTER = """
+import shutil, sys, time
+import sniroute_launchers, sniroute_tunnels
+path, first, form, kind = sys.argv[1:]
+if form == "python":
+    shutil.which = lambda name, path=None: name if "/" in name else None
+launcher = sniroute_launchers.cloudflared_launcher(path, {})
+if kind == "shared":
+    launcher = launcher._replace(shared=("forwarders",), reason=sniroute_launchers.carrier_reason, carries=16)
+table = sniroute_tunnels.TunnelTable({"cf": launcher}, (int(first), int(first) + 9))
+table.start()
+for name in "abc":
+    table.wait(f"cf:{name}.test", None, time.monotonic() + 20)
+assert (table.processes.guard[0] == sys.executable) == (form == "python"), table.processes.guard
+print(*(row[4] for row in table.snapshot()), flush=True)
+sys.stdin.read()
+"""
+
+
+@linux
+@pytest.mark.parametrize("form, kind", [("setpriv", "own"), ("python", "own"), ("setpriv", "shared")],
+                         indirect=["kind"])
+def test_sigkill_of_the_router_leaves_no_process(form, kind, cloudflared, free_ports, tmp_path):
+    if form == "setpriv" and (not shutil.which("setpriv") or sniroute_processes.death_guard()[0] == sys.executable):
+        pytest.skip("no setpriv with --pdeathsig here")
+    cloudflared.fault("a.test", ignore_term=True)
+    words = [sys.executable, "-c", ROUTER, cloudflared.path, str(free_ports()[0]), form, kind]
+    router = subprocess.Popen(words, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              env={**os.environ, "TMPDIR": str(tmp_path)})
+    with router:
+        pids = [int(word) for word in router.stdout.readline().split()]
+        assert len(pids) == 3 and len(set(pids)) == (1 if kind == "shared" else 3) and all(map(runs, pids))
+        router.kill()
+    wait_until(lambda: not any(map(runs, pids)), timeout=2)
+
+
+# -- who listens -------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["asked for", "read"])
+def looked(request, monkeypatch):
+    """Listeners are found by sock_diag, and where that cannot be had, in /proc/net."""
+    def sandbox(port: int) -> dict[str, int]:
+        raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+
+    if request.param == "read":
+        monkeypatch.setattr(sniroute_processes, "ask_for_listener", sandbox)
+
+
+@linux
+def test_a_listener_of_this_process_is_own(looked):
+    with listening() as listener:
+        assert sniroute_processes.listens(os.getpid(), port_of(listener)) == "own"
+
+
+@linux
+def test_nobody_listens_on_a_port_that_is_only_bound(free_ports, looked):
+    with socket.socket() as bound:
+        bound.bind((HOST, 0))
+        assert sniroute_processes.listens(os.getpid(), port_of(bound)) == "nobody"
+
+
+@linux
+@pytest.mark.parametrize("family, host, port_is_reachable", [
+    pytest.param(socket.AF_INET, "127.0.0.1", True, id="loopback"),
+    pytest.param(socket.AF_INET, "0.0.0.0", True, id="any"),
+    pytest.param(socket.AF_INET, "127.0.0.2", False, id="another loopback address"),
+    pytest.param(socket.AF_INET6, "::", True, id="any, dual stack"),
+    pytest.param(socket.AF_INET6, "::ffff:127.0.0.1", True, id="mapped loopback"),
+    pytest.param(socket.AF_INET6, "::1", False, id="IPv6 loopback"),
+])
+def test_listeners_finds_what_a_connect_reaches(family, host, port_is_reachable, looked):
+    if family == socket.AF_INET6 and not pathlib.Path("/proc/self/net/tcp6").exists():
+        pytest.skip("no IPv6 here")
+    try:
+        listener = listening(0, host, family)
+    except OSError:
+        pytest.skip(f"cannot bind {host} here")
+    with listener:
+        inode = os.readlink(f"/proc/self/fd/{listener.fileno()}")[8:-1]
+        assert sniroute_processes.listeners(port_of(listener)) == ({inode: 0} if port_is_reachable else {})
+
+
+@linux
+def test_listeners_counts_who_waits_to_be_accepted_beside_many_connections(echo_server, looked):
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):  # rows of other states, on the same port too
+            stack.enter_context(socket.create_connection(echo_server.address))
+        wait_until(lambda: list(sniroute_processes.listeners(echo_server.address[1]).values()) == [0])
+        listener = stack.enter_context(listening())
+        for number in range(1, 4):
+            stack.enter_context(socket.create_connection(listener.getsockname()))
+            assert list(sniroute_processes.listeners(port_of(listener)).values()) == [number]
+
+
+@linux
+def test_the_kernel_is_asked_for_one_listener_where_it_can_be():
+    try:
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, sniroute_processes.SOCK_DIAG).close()
+    except OSError:
+        pytest.skip("no sock_diag here")
+    with listening() as listener:
+        inode = os.readlink(f"/proc/self/fd/{listener.fileno()}")[8:-1]
+        assert sniroute_processes.ask_for_listener(port_of(listener)) == {inode: 0}
+    assert sniroute_processes.ask_for_listener(1) == {}
+
+
+@linux
+def test_a_kernel_without_ipv6_is_asked_about_ipv4_only(monkeypatch):
+    real = open
+
+    def old_kernel(path, *rest, **options):
+        if str(path).endswith("tcp6"):
+            raise FileNotFoundError(path)
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(sniroute_processes, "open", old_kernel, raising=False)
+    with listening() as listener:
+        assert sniroute_processes.listens(os.getpid(), port_of(listener)) == "own"
+
+
+@linux
+def test_a_process_without_sockets_is_nobody_even_where_another_listens(looked):
+    with listening() as listener, subprocess.Popen(["sleep", "60"]) as child:
+        try:
+            assert sniroute_processes.listens(child.pid, port_of(listener)) == "nobody"
+        finally:
+            child.kill()
+
+
+@linux
+def test_a_process_that_is_gone_is_nobody():
+    with subprocess.Popen(["true"]) as child:
+        child.wait()
+    with listening() as listener:
+        assert sniroute_processes.listens(child.pid, port_of(listener)) == "nobody"
+
+
+@linux
+def test_a_listener_that_opens_during_the_look_is_not_taken_for_a_stranger(monkeypatch, free_ports):
+    """The child's sockets, then the listeners: what it opened in between seemed to be another's."""
+    port = free_ports()[0]
+    real = sniroute_processes.socket_inodes
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(socket.socket())  # it holds another socket already
+
+        looks = []
+
+        def look_then_open(pids):
+            found = real(pids)
+            looks.append(found)
+            if len(looks) == 2:  # the first only asks whether there is any socket
+                stack.enter_context(listening(port))
+            return found
+
+        monkeypatch.setattr(sniroute_processes, "socket_inodes", look_then_open)
+        assert sniroute_processes.listens(os.getpid(), port) != "other"
+
+
+@linux
+def test_a_descriptor_that_closes_during_the_look_hides_no_other(monkeypatch):
+    """One closed descriptor ended the look at that process, and its listener seemed another's."""
+    with socket.socket() as before, open(os.devnull) as closing, listening() as listener:
+        assert before.fileno() < closing.fileno() < listener.fileno()
+        real = os.readlink
+
+        def readlink(path, *rest, **options):
+            if path == f"/proc/{os.getpid()}/fd/{closing.fileno()}":
+                raise FileNotFoundError(path)
+            return real(path, *rest, **options)
+
+        monkeypatch.setattr(os, "readlink", readlink)
+        assert sniroute_processes.listens(os.getpid(), port_of(listener)) == "own"
+
+
+@linux
+def test_a_listener_for_ipv6_only_is_in_nobodys_way():
+    """It looks like one on every address, but a connect to 127.0.0.1 never reaches it."""
+    with listening() as own, socket.socket(socket.AF_INET6) as other:
+        other.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            other.bind(("::", port_of(own)))
+        except OSError:
+            pytest.skip("no IPv6 here")
+        other.listen()
+        inode = os.readlink(f"/proc/self/fd/{own.fileno()}")[8:-1]
+        assert sniroute_processes.listeners(port_of(own)) == {inode: 0}
+
+
+@linux
+def test_no_descriptor_left_to_look_with_is_no_answer(monkeypatch):
+    """The look is made by threads that promise to raise TunnelError only."""
+    def exhausted(*_: object, **__: object):
+        raise OSError(24, "Too many open files")
+
+    with listening() as listener:
+        monkeypatch.setattr(sniroute_processes, "open", exhausted, raising=False)
+        monkeypatch.setattr(sniroute_processes.socket, "socket", exhausted)
+        assert sniroute_processes.listeners(port_of(listener)) == {}
+
+
+@pytest.mark.parametrize("backlog, hung", [
+    pytest.param([1] * 10, True, id="one client stays"),
+    pytest.param([1, 2, 3, 3, 4, 5, 6, 7, 8, 9], True, id="it grows"),
+    pytest.param([0], False, id="nobody waits"),
+    pytest.param([1, 0], False, id="it was only late"),
+    pytest.param([1] * 9 + [0], False, id="it was very late"),
+    pytest.param([5, 6, 4], False, id="it gets shorter"),
+])
+def test_a_backlog_that_never_gets_shorter_is_a_hung_process(backlog, hung, monkeypatch):
+    rest = list(backlog)
+    monkeypatch.setattr(sniroute_processes, "listeners", lambda port: {"7": rest.pop(0)})
+    assert sniroute_processes.leaves_waiting(1, lambda seconds: False) is hung
+    assert rest == []
+
+
+def test_the_look_at_a_backlog_ends_when_it_is_told_to(monkeypatch):
+    """The router stops meanwhile, say."""
+    monkeypatch.setattr(sniroute_processes, "listeners", lambda port: {"7": 1})
+    pauses = iter([False, False, True])
+    assert sniroute_processes.leaves_waiting(1, lambda seconds: next(pauses)) is False
+    assert next(pauses, None) is None
+
+
+# -- ports -------------------------------------------------------------------------------------
+
+
+def test_ports_are_given_lowest_first(free_ports):
+    first, last = free_ports(5)
+    pool = PortPool(first, last, FakeClock())
+    assert [pool.take() for _ in range(6)] == [*range(first, last + 1), None]
+    assert pool.next_free() == float("inf")
+
+
+def test_a_port_rests_before_it_is_given_again(free_ports):
+    first, last = free_ports(2)
+    clock = FakeClock()
+    pool = PortPool(first, last, clock)
+    assert pool.take() == first
+    pool.give(first)
+    assert pool.next_free() == clock() + sniroute_processes.QUARANTINE
+    assert pool.take() == last
+    assert pool.take() is None
+    clock.jump(sniroute_processes.QUARANTINE)
+    assert pool.take() == first
+
+
+def test_a_port_that_another_holds_is_passed_over_and_rests_longer(free_ports):
+    first, last = free_ports(3)
+    clock = FakeClock()
+    pool = PortPool(first, last, clock)
+    with listening(first), listening(first + 1, "0.0.0.0"):
+        assert pool.take() == last
+        assert pool.take() is None
+    clock.jump(sniroute_processes.TAKEN_REST - 1)
+    assert pool.take() is None
+    clock.jump(1)
+    assert [pool.take(), pool.take()] == [first, first + 1]
+
+
+def test_time_wait_does_not_count_as_taken(free_ports):
+    first, _ = free_ports(1)
+    with listening(first) as listener, socket.create_connection(listener.getsockname()):
+        listener.accept()[0].close()  # the side that closes first is left in TIME_WAIT
+    with socket.socket() as probe, pytest.raises(OSError):
+        probe.bind((HOST, first))  # it is: without SO_REUSEADDR the bind fails
+    assert PortPool(first, first, FakeClock()).take() == first
+
+
+def test_a_host_that_cannot_make_sockets_loses_no_port(free_ports, monkeypatch):
+    first, last = free_ports(2)
+    pool = PortPool(first, last, FakeClock())
+
+    class Broken(socket.socket):
+        def bind(self, *_: object) -> None:
+            raise OSError(23, "Too many open files in system")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(socket, "socket", Broken)
+        pool.take()
+    assert [pool.take(), pool.take()] == [first, last]
+
+
+# -- start and watch ---------------------------------------------------------------------------
+
+
+def test_a_child_gets_nothing_but_what_it_needs(bench, cloudflared):
+    secret = "s3cret"
+    environ = {**os.environ, "TUNNEL_SERVICE_TOKEN_ID": "id", "TUNNEL_SERVICE_TOKEN_SECRET": secret,
+               "HTTPS_PROXY": "http://proxy.test:3128", "TUNNEL_SERVICE_URL": "evil", "LD_PRELOAD": ""}
+    made = bench(environ=environ, program=cloudflared.path)
+    made.ready("app.test")
+    start, = cloudflared.starts()
+    assert start["argv"][1:] == ["access", "tcp", "--hostname", "app.test", "--url", f"127.0.0.1:{start['port']}",
+                                 "--loglevel", "info"]
+    assert secret not in " ".join(start["argv"])
+    environment = start["environment"]
+    for noise in ("PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"):  # /bin/sh and Python add these themselves
+        environment.pop(noise, None)
+    home = environment.pop("HOME")
+    for name in ("TZ", "LANG", "SSL_CERT_FILE", "SSL_CERT_DIR", "NO_PROXY", "no_proxy", "https_proxy"):
+        assert environment.pop(name, None) == os.environ.get(name)
+    assert environment == {"TUNNEL_SERVICE_TOKEN_ID": "id", "TUNNEL_SERVICE_TOKEN_SECRET": secret,
+                           "HTTPS_PROXY": "http://proxy.test:3128", "TUNNEL_LOG_OUTPUT": "json"}
+    if start["fds"]:
+        assert start["fds"].keys() == {"0", "1", "2"}
+        assert start["fds"]["0"] == "/dev/null"
+        assert start["fds"]["1"].startswith("pipe:")
+    assert os.getpgid(start["pid"]) == start["pid"], "Ctrl-C in the router's terminal must not reach it"
+    assert home != os.environ.get("HOME")
+    assert os.stat(home).st_mode & 0o777 == 0o700
+    made.close()
+    assert not os.path.exists(home)
+
+
+def test_a_shared_process_gets_nothing_but_what_it_needs(cloudflared, free_ports):
+    """As above, but for its stdin."""
+    launcher = stand_in("shared", cloudflared.path, {"TUNNEL_SERVICE_TOKEN_SECRET": "s3cret", "LD_PRELOAD": ""})
+    made = Bench(TunnelTable({"cf": launcher}, free_ports(), clock=FakeClock()), False)
+    try:
+        made.ready("app.test")
+    finally:
+        made.close()
+    start, = cloudflared.starts()
+    assert start["argv"][1:] == ["forwarders"]
+    assert start["environment"].keys() - {"PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"} == {
+        "HOME", "TUNNEL_SERVICE_TOKEN_SECRET", "TUNNEL_LOG_OUTPUT"}
+    if start["fds"]:
+        pipes = [start["fds"][fd] for fd in "012"]
+        assert all(pipe.startswith("pipe:") for pipe in pipes) and pipes[0] != pipes[1] == pipes[2]
+        assert sum("pipe:" in what for what in start["fds"].values()) == 3
+
+
+@both
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_child_that_cannot_be_watched_is_not_left_behind(calls, bench, monkeypatch):
+    made = bench()
+    register = made.table.processes.selector.register
+
+    def full(*args: object) -> object:
+        nonlocal calls
+        calls -= 1
+        if not calls:
+            raise OSError(28, "No space left on device")
+        return register(*args)
+
+    monkeypatch.setattr(made.table.processes.selector, "register", full)
+    error = made.failed("app.test")
+    assert "No space left" in str(error)
+    assert made.table.children == {} and made.table.failures == {}
+    assert len(made.table.processes.selector.get_map()) == 1, "its own wake pipe"
+    made.ready("app.test")
+
+
+def test_a_process_that_cannot_be_watched_is_not_used(bench, monkeypatch):
+    """Without descriptors nobody can tell later whether its port is still its own."""
+    real = os.open
+    def exhausted(path: str, *rest: Any) -> int:
+        if str(path).endswith("statm"):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path, *rest)
+    made = bench()
+    with monkeypatch.context() as patch:
+        patch.setattr(sniroute_processes.os, "open", exhausted)
+        future = made.ask("app.test")
+        made.turn(lambda: future.done())
+    assert "it cannot be watched (Too many open files)" in str(made.outcome(future))
+
+
+@pytest.mark.parametrize("change", ["removed", "opened", "replaced"])
+def test_home_that_is_no_longer_ours_is_made_anew(bench, tmp_path, change):
+    made = bench()
+    made.ready("one.test")
+    home = pathlib.Path(made.table.processes.home)
+    if change == "opened":
+        home.chmod(0o777)
+    else:
+        shutil.rmtree(home)
+    if change == "replaced":
+        home.symlink_to(tmp_path)
+    made.ready("two.test")
+    assert made.table.processes.home != str(home)
+    shutil.rmtree(home) if change == "opened" else home.unlink(missing_ok=True)
+
+
+@linux
+@pytest.mark.parametrize("told_by", ["statm", "pidfd", "wait"])
+def test_a_process_is_alive_until_it_ends_however_that_is_told(told_by, monkeypatch):
+    real = os.open
+    def no_proc(path: str, *rest: Any) -> int:
+        if str(path).endswith("/statm"):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+        return real(path, *rest)
+    if told_by != "statm":
+        monkeypatch.setattr(os, "open", no_proc)
+    if told_by == "wait":
+        monkeypatch.delattr(os, "pidfd_open", raising=False)
+    launcher = sniroute_launchers.cloudflared_launcher("cat", {})
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as popen:
+        process = Process(launcher, popen)
+        try:
+            assert (process.statm >= 0, process.pidfd >= 0) == (told_by == "statm", told_by != "wait")
+            assert process.alive()
+            popen.stdin.close()
+            wait_until(lambda: popen.poll() is not None if told_by == "wait" else not process.alive())
+            assert not process.alive()
+        finally:
+            process.close()
+            assert (process.statm, process.pidfd) == (-1, -1)
+
+
+@both
+def test_without_pidfd_children_are_polled(bench, monkeypatch):
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
+    made = bench(live=True, idle=0.2, jitter=lambda: 0.0)
+    tunnel = made.leased("app.test")
+    child = tunnel.child
+    assert child.process.pidfd == -1 and child.alive()
+    os.kill(child.process.pid, signal.SIGKILL)
+    wait_until(lambda: tunnel.state is READY and tunnel.child is not child)
+    assert not child.alive()
+    made.table.release(tunnel)
+    wait_until(lambda: not made.table.tunnels)
+
+
+def test_a_process_that_is_gone_is_not_alive_and_is_not_signalled():
+    launcher = sniroute_launchers.cloudflared_launcher("true", {})
+    with subprocess.Popen(["true"], stdout=subprocess.PIPE) as popen:
+        process = Process(launcher, popen)
+        try:
+            popen.wait()
+            assert not process.alive()
+            process.signal(signal.SIGKILL)  # its group has ended
+        finally:
+            process.close()
+
+
+# -- stop --------------------------------------------------------------------------------------
+
+
+def fill(process: Process) -> None:
+    """Write to a stopped process until its stdin takes no more."""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(process.popen.stdin.fileno(), b"\n" * 4096)
+
+
+@shared
+def test_a_listener_is_no_longer_its_own_before_anybody_tells_it_to_close(bench, monkeypatch):
+    """The process lives on, and a stranger may have the port before the answer is read."""
+    made = bench()
+    made.leased("used.test")
+    child = made.ready("idle.test").child
+    told, tell = [], Process.tell
+
+    def watched(process: Process, words: str) -> None:
+        told.append((words, child.alive(), process.alive()))
+        tell(process, words)
+
+    monkeypatch.setattr(Process, "tell", watched)
+    assert child.alive()
+    made.clock.jump(made.table.idle)
+    made.turn(lambda: child not in made.table.children)
+    assert told == [(f"close {child.listener}", False, True)]
+
+
+@both
+def test_a_child_that_does_not_die_is_given_up(bench, monkeypatch, caplog):
+    monkeypatch.setattr(Process, "signal", lambda *_: None)  # as one that hangs in the kernel
+    made = bench()
+    tunnel = made.ready("app.test")
+    child = tunnel.child
+    try:
+        made.clock.jump(made.table.idle)
+        made.table.step()
+        made.clock.jump(sniroute_processes.STOP_GRACE)
+        made.table.step()
+        assert child.process.killed and tunnel.state is STOPPING
+        made.clock.jump(sniroute_processes.KILL_GRACE)
+        made.table.step()
+        assert made.table.children == {} and made.table.tunnels == {}
+        assert f"process {child.process.pid} does not die" in caplog.text
+    finally:
+        child.process.popen.kill()
+        child.process.popen.wait()
+
+
+@shared
+@pytest.mark.parametrize("order", ["close", "listen"])
+def test_a_process_that_reads_no_orders_is_killed(order, bench, caplog):
+    made = bench()
+    used, idle = made.leased("used.test"), made.ready("idle.test")
+    process = used.child.process
+    os.kill(process.pid, signal.SIGSTOP)
+    fill(process)
+    if order == "close":
+        made.clock.jump(made.table.idle)
+        made.turn(lambda: idle.state is FAILED)
+    else:
+        made.ready("new.test")
+        assert made.table.failures == {}
+    assert process not in made.table.processes.running
+    killed = [fields for what, fields in events(caplog) if what == "process killed"]
+    assert [fields["pid"] for fields in killed] == [process.pid] and "it takes no orders" in killed[0]["reason"]
+    made.clock.jump(1)
+    made.turn(lambda: used.state is READY)
+
+
+@shared
+def test_what_ended_by_itself_was_not_killed(bench, cloudflared, caplog):
+    """Its stdin breaks an instant before its end is known."""
+    cloudflared.fault("used.test", exit_on_client=True, code=3, words="bad luck")
+    made = bench()
+    used, idle = made.leased("used.test"), made.ready("idle.test")
+    ask(used.child.address)
+    process = used.child.process
+    wait_until(lambda: not runs(process.pid))
+    process.tell("close 127.0.0.1:1")
+    assert process.verdict.startswith("it takes no orders")
+    made.turn(lambda: not made.table.processes.running)
+    assert used.state is BACKOFF and idle.state is FAILED
+    assert ("cf:used.test", "it ended (exit 3): bad luck") in [
+        (fields["tunnel"], fields["reason"]) for what, fields in events(caplog) if what == "tunnel ended"]
+
+
+# -- hear --------------------------------------------------------------------------------------
+
+
+@both
+def test_last_words_are_heard_when_the_end_is_noticed_first(bench, cloudflared):
+    cloudflared.fault("app.test", exit_on_client=True, words="goroutine panic")
+    made = bench()
+    child = made.leased("app.test").child
+    made.table.step()
+    ask(child.address)
+    wait_until(lambda: not child.alive())
+    made.table.processes._exited(child.process)
+    assert child.verdict.text == "it ended (exit 1): goroutine panic"
+
+
+@shared
+def test_remembered_refusals_are_bounded(bench, monkeypatch):
+    monkeypatch.setattr(sniroute_processes, "REFUSALS_KEPT", 3)
+    made = bench()
+    child = made.ready("app.test").child
+    for number, port in enumerate((1, 2, 3, 1, 4)):
+        line = event(child, "failed", client=f"{HOST}:{port}", reason="down", error=str(number))
+        made.table.processes._heard(child.process, line)
+    assert [made.table.words(child, 0.0, port).text for port in (1, 2, 3, 4)] == ["3", "", "2", "4"]
+
+
+@shared
+@pytest.mark.parametrize("size", [7, 65536])
+def test_output_of_any_shape_is_understood_or_kept_in_bounds(size, bench):
+    made = bench()
+    child = made.ready("app.test").child
+    process, output = child.process, child.process.output
+    text = b"".join(line + b"\n" for line in (
+        b"", b"\xff\xfe", b"{", b'{"listener"', b'["listener"]', b'"listener"', b'{"listener": null}',
+        b'{"listener": ["x"], "event": "closed"}', b'{"listener": "127.0.0.1:1", "event": "closed"}',
+        event(child, "new"), event(child, "listening"), event(child, "failed"), event(child, "failed", client=[7]),
+        b'{"listener": ' + b"[" * 5000, b'{"listener": ' + b"9" * 5000 + b"}",
+        event(child, "closed", message="x" * sniroute_processes.LINE),  # longer than a line may be: it is cut
+        event(child, "failed", client=f"{HOST}:7", reason="down", message="in between"),
+        b"y" * 20_000, b"its last words")) + event(child, "closed")[:-1]  # half a line
+    chunks = [text[at:at + size] for at in range(0, len(text), size)]
+
+    class Chunks:
+        closed, fileno, close = False, output.fileno, output.close
+
+        def read(self, _: int) -> bytes:
+            return chunks.pop(0)
+
+    process.output = Chunks()
+    while chunks:
+        made.table.processes._drain(process)
+        assert len(process.tail) <= sniroute_processes.TAIL and len(process.line) <= sniroute_processes.LINE
+    process.output = output
+    assert made.table.words(child, 0.0, 7).text == "in between"
+    assert sniroute_launchers.last_words(process.tail) == "its last words"
+    assert child in made.table.children and made.states() == {"app.test": READY}
+
+
+@both
+def test_a_chatty_child_does_not_block_and_only_its_end_is_kept(bench, cloudflared, echo_server, caplog):
+    caplog.set_level(logging.DEBUG, "sniroute")
+    cloudflared.fault("app.test", flood=20)
+    cloudflared.far("app.test", echo_server.address)
+    tunnel = bench(live=True).ready("app.test")
+    assert ask(tunnel.child.address) == b"hello"  # it serves only when all is written
+    wait_until(lambda: tunnel.child.process.tail.endswith(b"x\n"))
+    assert len(tunnel.child.process.tail) == sniroute_processes.TAIL
+    assert f"pid {tunnel.child.process.pid}: xxx" in caplog.text
+
+
+def test_a_child_may_close_its_output(bench, tmp_path, cloudflared):
+    program = tmp_path / "quiet"
+    program.write_text(f'#!/bin/sh\nexec {cloudflared.path} "$@" >/dev/null 2>&1\n')
+    program.chmod(0o700)
+    made = bench(program=str(program))
+    tunnel = made.ready("app.test")
+    made.turn(lambda: tunnel.child.process.output.closed)
+    assert tunnel.state is READY
+    made.clock.jump(made.table.idle)
+    made.turn(lambda: not made.table.children)
+
+
+def test_an_output_that_fails_is_closed(bench, monkeypatch):
+    made = bench()
+    tunnel = made.ready("app.test")
+    output = tunnel.child.process.output
+
+    class Broken:
+        closed = property(lambda self: output.closed)
+        fileno, close = output.fileno, output.close
+
+        def read(self, _: int) -> bytes:
+            raise OSError(5, "Input/output error")
+
+    tunnel.child.process.output = Broken()
+    made.table.processes._drain(tunnel.child.process)
+    assert output.closed and tunnel.state is READY
+
+
+# -- what the owner is told --------------------------------------------------------------------
+
+
+class Told:
+    """An owner that writes down what it is told, and whether the descriptors were open then."""
+
+    def __init__(self) -> None:
+        self.pipe = WakePipe()
+        self.processes = Processes(self, self.pipe)
+        self.heard: list[tuple[Any, ...]] = []
+        self.fault = False
+
+    def closed(self, child: Child, reason: Reason) -> None:
+        self.heard.append(("closed", child, reason))
+
+    def exited(self, process: Process, ends: Ends) -> None:
+        self.heard.append(("exited", process, ends, process.statm >= 0))
+        if self.fault:
+            raise RuntimeError("a fault of the owner")
+
+    def turn_until(self, done: Callable[[], Any]) -> None:
+        wait_until(lambda: self.processes.turn(0.005) or done())
+
+    def start(self, launcher: Launcher, program: str, *names: str, first: int) -> list[Child]:
+        """A process with a child for each name, on ports from `first` on."""
+        process = self.processes.launch(launcher, [program, *launcher.shared])
+        children = [process.seat(first + number, 0.0) for number in range(len(names))]
+        for child, name in zip(children, names):
+            process.listen(child, name)
+        return children
+
+
+@pytest.fixture
+def owner() -> Iterator[Told]:
+    told = Told()
+    yield told
+    for process in told.processes.running:
+        process.signal(signal.SIGKILL)
+    told.fault = False
+    told.turn_until(lambda: not told.processes.running)
+    told.processes.close()
+    told.pipe.close()
+
+
+def plain(program: str) -> Launcher:
+    return stand_in("own", program, {})
+
+
+def test_the_owner_is_told_of_a_listener_that_closes(cloudflared, free_ports, owner):
+    launcher = stand_in("shared", cloudflared.path, {})
+    first, second = owner.start(launcher, cloudflared.path, "a.test", "b.test", first=free_ports()[0])
+    owner.turn_until(lambda: first.look_at == second.look_at == 0.0)  # both have said that they listen
+    owner.processes.stop(first, "", 10.0)
+    assert first.close_at == 10.0 + sniroute_processes.STOP_GRACE and not first.alive() and second.alive()
+    owner.turn_until(lambda: owner.heard)
+    (what, child, reason), = owner.heard
+    assert (what, child, reason) == ("closed", first, first.verdict)
+    assert first.process.children == {second.listener: second} and owner.processes.running == [first.process]
+
+
+@linux
+def test_the_owner_is_told_of_an_end_before_the_descriptors_are_closed(owner):
+    child, = owner.start(plain("false"), "/bin/false", "a.test", first=1)
+    process = child.process
+    owner.turn_until(lambda: owner.heard)
+    assert owner.heard == [("exited", process, [(child, OWN_FAULT)], True)]
+    assert child.verdict.text == "it ended (exit 1)"
+    assert process.popen.stdout.closed and (process.pidfd, process.statm) == (-1, -1)
+    assert owner.processes.running == [] and process.children == {}
+
+
+def test_a_fault_of_the_owner_leaves_no_process_half_watched(owner):
+    owner.fault = True
+    child, = owner.start(plain("false"), "/bin/false", "a.test", first=1)
+    with pytest.raises(RuntimeError):
+        owner.turn_until(lambda: False)
+    assert owner.processes.running == [] and child.process.popen.stdout.closed
+    owner.processes.turn(0.0)  # and nothing is told twice
+    assert len(owner.heard) == 1
+
+
+@pytest.mark.parametrize("ready, words, fault", [
+    pytest.param(False, "bad luck", OWN_FAULT, id="it starts alone"),
+    pytest.param(True, "bad luck", NO_FAULT, id="it starts beside one that is ready"),
+    pytest.param(False, "bind: address already in use", NO_FAULT, id="its port was taken"),
+])
+def test_the_owner_is_told_whose_fault_an_end_was(ready, words, fault, owner):
+    launcher = plain("sh")._replace(shared=("-c", f"read line; echo {words}"))
+    first, second = owner.start(launcher, "/bin/sh", "", "", first=1)
+    first.ready = 1.0 if ready else 0.0
+    owner.turn_until(lambda: owner.heard)
+    (_, _, ends, _), = owner.heard
+    assert (second, fault) in ends
+    assert second.verdict.text.startswith("it ended (exit 0): ") and words in second.verdict.text
+
+
+def test_the_owner_is_told_of_a_process_that_does_not_die(owner, monkeypatch, caplog):
+    child, = owner.start(plain("sleep")._replace(shared=("60",)), "/bin/sleep", "a.test", first=1)
+    popen = child.process.popen
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Process, "signal", lambda *_: None)  # as one that hangs in the kernel
+            now = 10.0
+            owner.processes.stop(child, "", now)
+            for grace in (sniroute_processes.STOP_GRACE, sniroute_processes.KILL_GRACE):
+                assert owner.heard == [] and owner.processes.due(now) == [now + grace]
+                now += grace
+                owner.processes.tend(now, False)
+        assert [heard[:3] for heard in owner.heard] == [("exited", child.process, [(child, LOST)])]
+        assert f"process {popen.pid} does not die" in caplog.text
+    finally:
+        popen.kill()
+        popen.wait()
