@@ -11,7 +11,7 @@
           GET /metrics, /status             Cached: sniroute_metrics makes it of Facts
           GET /healthz                      Pulse: does the router's loop answer?
           GET /readyz                       Router.phase, Router.paused
-          POST /reload                      Router.reload
+          POST /reload                      Hooks.reload
           POST /tunnels/NAME/start, stop    TunnelTable.wait, TunnelTable.stop
 
 An option: the daemon imports this file if --admin is given, and calls `attach(router, settings)`.  The router and
@@ -222,7 +222,7 @@ def readiness(admin: Admin, name: str) -> Answer:
 
 def reload(admin: Admin, name: str) -> Answer:
     """POST /reload: read the settings again.  409 if they have faults; then the router keeps those it has."""
-    faults = [printable(fault, 1000) for fault in admin.router.reload()]
+    faults = [printable(fault, 1000) for fault in admin.router.hooks.reload()]
     if faults:
         return Answer.json({"error": "; ".join(faults), "faults": faults}, 409)
     return Answer.json({"done": "The settings were read again."})

@@ -504,7 +504,7 @@ def status(facts: Facts) -> dict[str, Any]:
     return {
         "version": __version__, "pid": os.getpid(), "started": router.started, "now": facts.now,
         "uptime": round(facts.now - router.started, 3), "phase": router.phase, "paused": router.paused,
-        "listening": [show_address(address) for address in router.listening],
+        "listening": [show_address(address) for address in router.targets.own],
         "limits": {"connections": router.max_connections, "tunnels": router.tunnels.max_tunnels, "ports": facts.ports},
         "connections": {
             "active": len(facts.connections), "accepted": counters.get("accepted", 0),

@@ -63,7 +63,7 @@ def test_table_of_methods_and_paths(token, run, cloudflared, ports, serve):
 def test_every_order_wants_the_token(path, run):
     running = run()
     calls: list[str] = []
-    running.router.reload = lambda: calls.append("reload") or []
+    running.router.hooks = running.router.hooks._replace(reload=lambda: calls.append("reload") or [])
     running.tunnels.stop = running.tunnels.wait = lambda *_: calls.append("tunnels") or True
     found = {}
     for said in (None, "", "Bearer", "Bearer ", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", f"Basic {TOKEN}", TOKEN,
@@ -221,7 +221,7 @@ def test_asking_often_costs_one_rendering(run, monkeypatch):
     running.tunnels.snapshot = lambda: made.append(1) or snapshot()
     bodies = {ask(running.admin, path).body for path in ("/status", "/metrics") for _ in range(50)}
     assert len(bodies) == len(made) == 2
-    running.router.reload = lambda: []
+    running.router.hooks = running.router.hooks._replace(reload=lambda: [])
     ask(running.admin, "/reload", "POST")
     ask(running.admin, "/status")
     assert len(made) == 3, "after an order it is made anew"
@@ -271,10 +271,10 @@ def test_loop_that_hangs_is_found_out_and_not_asked_twice(run, monkeypatch):
 
 def test_reload(run):
     running = run()
-    running.router.reload = lambda: []
+    running.router.hooks = running.router.hooks._replace(reload=lambda: [])
     reply = ask(running.admin, "/reload", "POST")
     assert (reply.status, reply.json["done"]) == (200, "The settings were read again.")
-    running.router.reload = lambda: ["idle: 'x' is not a duration", f"routes: {HOSTILE}"]
+    running.router.hooks = running.router.hooks._replace(reload=lambda: ["idle: 'x' is not a duration", f"routes: {HOSTILE}"])
     reply = ask(running.admin, "/reload", "POST")
     assert reply.status == 409
     assert reply.json["faults"] == ["idle: 'x' is not a duration", f"routes: {printable(HOSTILE)}"]
@@ -282,7 +282,7 @@ def test_reload(run):
 
 def test_fault_of_ours_is_told_to_the_log_alone(run, caplog):
     running = run()
-    running.router.reload = lambda: 1 // 0
+    running.router.hooks = running.router.hooks._replace(reload=lambda: 1 // 0)
     reply = ask(running.admin, "/reload", "POST")
     assert reply.status == 500 and reply.json == {"error": "a fault in sniroute: its log says which"}
     assert "ZeroDivisionError" in caplog.text
