@@ -23,7 +23,8 @@ import pytest
 
 HERE = pathlib.Path(__file__).resolve().parent
 HOST = "127.0.0.1"
-OPTIONS = {"sniroute_admin.py", "sniroute_carrier.py"}  # drop-in files that may be missing
+OPTIONS = {"sniroute_admin.py", "sniroute_carrier.py", "sniroute_dial.py", "sniroute_edge.py", "sniroute_forwarder.py",
+           "sniroute_http.py"}  # drop-in files that may be missing
 CORE = sorted({path.name for path in HERE.glob("sniroute*.py")} - OPTIONS)  # the files that serve
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # what is started a hundred times is compiled once
 Address = tuple[str, int]

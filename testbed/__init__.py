@@ -1,0 +1,1 @@
+"""What the tests bring along: stand-ins and fixtures that several test modules share."""
