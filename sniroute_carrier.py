@@ -519,6 +519,7 @@ class Connection:
                 queue.drop(self)
             if self.dial is not None:
                 self.dial.cancel()
+                self.dial = None
             if self.edge is not None:
                 self.edge_watch.closing()
                 self.edge.close()

@@ -5,8 +5,8 @@
                    `name`         families      the first answer wins      a proxy        done(Failed)
 
 A Dial makes one TCP connection to HOST:PORT.  A WayOut holds what all dials of one loop share: the proxy,
-the addresses of names (Names), and the queues of those that wait.  Whoever uses the connection, and what
-for, is not known here.
+the addresses of names (Names), and the queues of dials that wait.  What the connections are for is not known
+here.
 
 The life of a dial is `Dial.phase`, in words for people:
 
@@ -182,7 +182,7 @@ class Names:
         self.waiting: dict[tuple[str, int], list[Callable[[Addresses | OSError], None]]] = {}
 
     def ask(self, host: str, port: int, found: Callable[[Addresses | OSError], None]) -> None:
-        """Call `found` with the addresses, or with why there are none: before this returns, or later.  Loop."""
+        """Call `found` with the addresses, or with why there are none; perhaps before this returns.  Loop's thread."""
         addresses, until = self.known.get((host, port), ([], 0.0))
         if until > monotonic():
             found(addresses)
@@ -198,7 +198,7 @@ class Names:
             self._resolved(host, port, OSError(str(error)))
 
     def _resolve(self, host: str, port: int) -> None:
-        """Thread `name`."""
+        """Ask the resolver, which may take long.  Thread `name`."""
         result: Addresses | OSError
         try:
             rows = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -210,7 +210,7 @@ class Names:
         self.loop.call(functools.partial(self._resolved, host, port, result))
 
     def _resolved(self, host: str, port: int, result: Addresses | OSError) -> None:
-        """Tell everybody who waits for this name.  Loop."""
+        """Tell everybody who waits for this name.  Loop's thread."""
         now = monotonic()
         self.known = {place: row for place, row in self.known.items() if row[1] > now}
         if not isinstance(result, OSError):
@@ -283,7 +283,7 @@ class WayOut:
 
 
 class Dial:
-    """One connection to HOST:PORT in the making.  Loop.
+    """One connection to HOST:PORT in the making.  All methods run in the loop.
 
     After `start`, unless it is cancelled, `done` is called once, perhaps before `start` returns:
 
@@ -393,7 +393,7 @@ class Dial:
                 self._fail(Failed("reset", "the proxy closed the connection"))
         elif not 200 <= answer.status < 300:
             self._fail(Failed("proxy", f"HTTP {answer.status}"))
-        elif len(self.head) > answer.end:  # the far end may speak first, but TLS servers do not
+        elif len(self.head) > answer.end:  # whoever gets the socket would miss it; a TLS server does not speak first
             self._fail(Failed("proxy", "it said more than its answer"))
         else:
             self._end(sock)

@@ -16,7 +16,7 @@ The life of an upgrade is `Upgrade.phase`, in words for people:
 
 An upgrade has no deadline.  Its owner has one for the whole way to the edge, and cancels it.
 
-Threads: all runs in the loop.
+Threads: the loop's only.
 
 Seams: I want to ...
     tell a failure apart          a row in REASONS, and in `judge` or where Failed is raised
@@ -209,7 +209,7 @@ class Upgraded(NamedTuple):
 
 
 class Upgrade:
-    """TLS, and the upgrade to WebSocket, over a connected socket, which it owns.  Loop.
+    """TLS and the upgrade to WebSocket over a connected socket, which it owns.  All methods run in the loop.
 
     After `start`, unless it is cancelled, `done` is called once, perhaps before `start` returns:
 

@@ -9,13 +9,14 @@ A Forwarder has the loop, the listeners, and the clients.  It is given the class
 program and speaks with it as sniroute_tunnels, "Shared processes", says.  By itself a program may also listen
 where its command line says, or serve one client between stdin and stdout (`bridge`).
 
-The events, by which sniroute understands the log.  Each is one word, with the fields that the line has:
+A line of the log has an `event`, one word, and fields.  sniroute reads these:
 
     listening   listener                          clients can connect
     closed      listener                          it is closed; with `error`, it could not be opened
     failed      listener, client, reason, error   a client could not be served
     paused                                        no client is accepted for now
-    open, reset, broken, end, fault               for people, and for tests
+
+The others are for people and tests: open, reset, broken, end, fault.
 
 Threads: `main` runs the loop, which owns every socket.  `bridge` has two more, which copy stdin and stdout.
 There are no locks.
@@ -28,8 +29,8 @@ Seams: I want to ...
     tell sniroute another thing    an event here, a row in sniroute_tunnels
     take another command           `Control.obey`
 
-This room imports sniroute_dial (set_options stands there), sniroute_loop, sniroute_names and
-sniroute_refusals (SettingsError).
+This room imports sniroute_dial (CAPACITY_ERRNOS), sniroute_loop, sniroute_names and sniroute_refusals
+(SettingsError).
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ class Listener:
 class Served(Protocol):
     """What a Forwarder wants of the class that serves a client.  All methods run in the loop.
 
-    It owns `client`, an accepted socket, and calls `Forwarder.closed(self)` once, when it has closed it.
+    An instance owns the accepted socket `client`.  When it has closed it, it calls `Forwarder.closed(self)`, once.
     """
 
     listener: Listener
@@ -248,7 +249,8 @@ class Forwarder:
     def fault(self, owner: Any) -> None:
         """A fault of ours ends the client that met it, and no other.  Called inside `except`.
 
-        `owner` is the object that met it.  It may work for another one and tell that by `done`, as a Dial does.
+        `owner` is the object that met it.  It may work for another object, as a Dial does: then the method that
+        it calls at its end, `done`, is that object's.
         """
         places = []
         trace = sys.exc_info()[2]
@@ -338,7 +340,10 @@ class Forwarder:
         """Serve one client."""
         connection = self.serve(self, listener, client, address)
         self.connections.add(connection)
-        connection.start()
+        try:
+            connection.start()
+        except Exception:
+            self.fault(connection)
 
     def tell(self, connection: Served, level: str, event: str, message: str, **fields: str) -> None:
         """One line of the log about a client."""
@@ -356,7 +361,7 @@ class Forwarder:
 
 
 class Control:
-    """Opens and closes listeners as stdin says; ends with it.
+    """Opens and closes listeners as stdin says.  The end of stdin ends the program.
 
         listen 127.0.0.1:20000 db-1.example.com
         close 127.0.0.1:20000

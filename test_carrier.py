@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from typing import Any, Callable, Iterator
 
 import pytest
@@ -172,7 +173,7 @@ def test_200_connections_at_once(edge, name, carrier, single_loop_echo):
 def test_what_is_set_on_both_legs(edge, name, local, echo_server):
     edge.far(name, echo_server.address)
     run = local(name)
-    with run.connect() as client:
+    with run.connect():
         run.reaches("open")
         connection, = run.carrier.connections
         for sock in (connection.client, connection.edge):
@@ -1145,6 +1146,23 @@ def test_usage(words, monkeypatch, capsys):
     assert code == (0 if good else 2)
     text, nothing = (out, err) if good else (err, out)
     assert nothing == "" and text.startswith("sniroute_carrier 0." if words == ["--version"] else "usage: ")
+
+
+def test_the_words_may_be_given_by_another_program(capsys):
+    assert sniroute_carrier.main(["forwarders", "x"]) == 2
+    assert capsys.readouterr().err == "sniroute_carrier: unexpected 'x'\n"
+
+
+def test_it_runs_inside_a_zip_file(tmp_path):
+    """These are all the files that it needs."""
+    rooms = "carrier", "edge", "forwarder", "dial", "http", "loop", "names", "refusals"
+    with zipfile.ZipFile(tmp_path / "sniroute.pyz", "w") as archive:
+        for room in rooms:
+            archive.write(HERE / f"sniroute_{room}.py", f"sniroute_{room}.py")
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import sniroute_carrier; sniroute_carrier.main(['--version'])"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code, tmp_path / "sniroute.pyz"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("sniroute_carrier 0.")
 
 
 def test_it_runs_as_a_script_from_any_folder(tmp_path):

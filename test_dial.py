@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 import threading
-from typing import Any
+import time
+from typing import Any, Callable, Iterator
 
 import pytest
 
 import sniroute_dial
 import testbed.carrier as bed
-from conftest import HOST, wait_until
-from sniroute_dial import Proxy
+from conftest import HOST, echo, wait_until
+from sniroute_dial import Dial, Failed, Proxy, WayOut
 from sniroute_edge import REASONS
+from sniroute_loop import READ, WRITE, Loop, Watch, ignore
 from sniroute_refusals import SettingsError
 from testbed.carrier import Address, echoed, linux, parallel, receive_all, refused, resolve_as
 
@@ -133,6 +136,271 @@ def test_alternate(families, order):
 def test_a_connect_that_the_kernel_gives_up_is_a_timeout(proxy, reason, text):
     failure = sniroute_dial.connect_failure(OSError(errno.ETIMEDOUT, "no answer"), proxy)
     assert (failure.reason, str(failure)) == (reason, text)
+
+
+class Recorder:
+    """A poller that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.callbacks: dict[int, Callable[[int], None]] = {}
+        self.told: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *words: self.told.append((name, *words))
+
+
+def test_a_watch_tells_the_poller_only_what_changes():
+    poller = Recorder()
+    watch = Watch(poller, 7)
+    watch.set(0)
+    watch.closing()
+    assert poller.told == []
+    watch.set(READ, print)
+    watch.set(READ, repr)
+    assert poller.told == [("watch", 7, READ, print)] and poller.callbacks == {7: repr}
+    watch.set(READ | WRITE, print)
+    watch.set(0)
+    watch.set(0)
+    watch.set(WRITE, print)
+    watch.closing()
+    watch.closing()
+    assert poller.told[1:] == [("change", 7, READ | WRITE, print), ("forget", 7), ("watch", 7, WRITE, print),
+                               ("closing", 7)]
+
+
+class Dials:
+    """A loop that this thread turns, its way out, and what the dials on it have told."""
+
+    def __init__(self, proxy: Proxy | None = None, no_proxy: str = ""):
+        self.faults: list[Any] = []
+        self.loop = Loop(self.faults.append)
+        self.tick = self.loop.timer(lambda: None)
+        self.way = WayOut(self.loop, proxy, no_proxy)
+        self.results: list[socket.socket | Failed] = []
+
+    def dial(self, host: str, port: int) -> Dial:
+        """Begin one."""
+        dial = Dial(self.way, host, port, self.results.append)
+        dial.start()
+        return dial
+
+    def turn(self) -> None:
+        """Turn once, within a moment."""
+        self.tick.set(time.monotonic() + 0.02)
+        self.loop.turn()
+
+    def turn_until(self, predicate: Callable[[], Any]) -> None:
+        wait_until(lambda: predicate() or self.turn())
+
+    def result(self) -> socket.socket | Failed:
+        """What the one dial tells; nothing more comes after it."""
+        self.turn_until(lambda: self.results)
+        for _ in range(3):
+            self.turn()
+        result, = self.results
+        return result
+
+    def close(self) -> None:
+        for result in self.results:
+            if isinstance(result, socket.socket):
+                result.close()
+        assert not self.faults and not any(queue.due for queue in self.loop.queues)
+        assert {fd for fd, act in self.loop.poller.callbacks.items() if act is not ignore} == {self.loop.pipe.reader}
+        self.loop.close()
+
+
+@pytest.fixture
+def dials() -> Iterator[Callable[..., Dials]]:
+    """dials(proxy=None, no_proxy="") -> Dials."""
+    with contextlib.ExitStack() as stack:
+        def make(*words: Any, **options: Any) -> Dials:
+            made = Dials(*words, **options)
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+def failure(dials: Dials) -> tuple[str, str]:
+    result = dials.result()
+    assert isinstance(result, Failed)
+    return result.reason, str(result)
+
+
+def test_a_dial_hands_over_a_socket_and_forgets_it(dials, echo_server):
+    made = dials()
+    dial = made.dial("localhost", echo_server.address[1])
+    phases = [dial.phase]
+    made.turn_until(lambda: phases.append(dial.phase) or made.results)
+    sock = made.result()
+    assert list(dict.fromkeys(phases)) == ["resolving the name", "connecting", "over"]
+    assert not sock.getblocking() and sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    dial.cancel()  # is too late: the socket is ours
+    sock.settimeout(10)
+    sock.sendall(b"hello")
+    assert sock.recv(9) == b"hello"
+
+
+def test_all_addresses_are_refused(dials, monkeypatch, free_ports):
+    port, _ = free_ports(3)
+    asked = resolve_as(monkeypatch, lambda: [(HOST, port), (HOST, port + 1), (HOST, port + 2)])
+    made = dials()
+    dial = made.dial("app.example.test", 443)
+    assert failure(made) == ("refused", "Connection refused")
+    assert (asked, dial.phase, dial.attempts, dial.todo) == (["app.example.test"], "over", [], [])
+
+
+@linux
+def test_a_refusal_brings_the_next_address_at_once(dials, monkeypatch, free_ports, echo_server):
+    monkeypatch.setattr(sniroute_dial, "STAGGER", 60.0)
+    resolve_as(monkeypatch, lambda: [(HOST, free_ports(1)[0]), echo_server.address])
+    made = dials()
+    made.dial("app.example.test", 443)
+    assert made.result().getpeername() == echo_server.address
+
+
+@linux
+def test_silence_brings_the_next_address_after_a_while_and_the_first_answer_wins(dials, monkeypatch, deaf, echo_server):
+    monkeypatch.setattr(sniroute_dial, "STAGGER", 0.1)
+    resolve_as(monkeypatch, lambda: [deaf, echo_server.address])
+    made = dials()
+    dial = made.dial("app.example.test", 443)
+    made.turn_until(lambda: dial.attempts)
+    began = time.monotonic()
+    first, = dial.attempts
+    assert made.result().getpeername() == echo_server.address
+    assert time.monotonic() - began >= 0.1 and first.fileno() == -1, "the others are closed"
+
+
+@linux
+def test_a_refusal_beside_a_silence_waits_for_the_silent_one(dials, monkeypatch, deaf, free_ports):
+    monkeypatch.setattr(sniroute_dial, "STAGGER", 0.01)
+    resolve_as(monkeypatch, lambda: [deaf, (HOST, free_ports(1)[0])])
+    made = dials()
+    dial = made.dial("app.example.test", 443)
+    made.turn_until(lambda: dial.error.errno == errno.ECONNREFUSED)
+    made.turn()
+    assert dial.phase == "connecting" and len(dial.attempts) == 1 and not made.results
+    dial.cancel()
+
+
+@linux
+@pytest.mark.parametrize("phase", ["resolving the name", "connecting", "asking the proxy"])
+def test_a_cancelled_dial_closes_everything_and_tells_nothing(dials, monkeypatch, serve, deaf, phase):
+    release, hung_up = threading.Event(), threading.Event()
+    proxy = serve(lambda sock: receive_all(sock) and hung_up.set())
+    place = proxy.address if phase == "asking the proxy" else deaf
+    resolve_as(monkeypatch, lambda: [place] if phase != "resolving the name" or release.wait(10) else [])
+    made = dials(Proxy("proxy.example.test", 3128, ""))
+    dial = made.dial("app.example.test", 443)
+    made.turn_until(lambda: dial.phase == phase and (phase == "resolving the name" or dial.attempts))
+    attempts = dial.attempts.copy()
+    dial.cancel()
+    dial.cancel()
+    release.set()
+    made.turn_until(lambda: not made.way.names.waiting)
+    assert dial.phase == "over" and not made.results and all(sock.fileno() == -1 for sock in attempts)
+    assert phase != "asking the proxy" or hung_up.wait(10)
+
+
+def test_a_cancelled_dial_leaves_others_that_wait_for_the_same_name(dials, monkeypatch, echo_server):
+    release = threading.Event()
+    asked = resolve_as(monkeypatch, lambda: [echo_server.address] if release.wait(10) else [])
+    made = dials()
+    first, second = made.dial("app.example.test", 443), made.dial("app.example.test", 443)
+    first.cancel()
+    release.set()
+    assert made.result().getpeername() == echo_server.address
+    assert (first.phase, second.phase, asked) == ("over", "over", ["app.example.test"])
+
+
+def test_a_proxy_is_asked_and_the_socket_leads_through_it(dials, serve):
+    def proxy(sock: socket.socket) -> bytes:
+        request = b""
+        while b"\r\n\r\n" not in request:
+            request += sock.recv(4096)
+        for byte in b"HTTP/1.1 200 Connection established\r\n\r\n":
+            sock.sendall(bytes([byte]))
+        echo(sock)
+        return request
+
+    far = serve(proxy)
+    made = dials(Proxy(*far.address, "Basic dTpw"))
+    dial = made.dial("nothing.invalid", 5432)  # only the proxy resolves it
+    made.turn_until(lambda: dial.phase == "asking the proxy")
+    sock = made.result()
+    sock.settimeout(10)
+    sock.sendall(b"hello")
+    assert sock.recv(9) == b"hello"
+    sock.close()
+    assert far.result() == (b"CONNECT nothing.invalid:5432 HTTP/1.1\r\nHost: nothing.invalid:5432\r\n"
+                            b"Proxy-Authorization: Basic dTpw\r\n\r\n")
+
+
+@pytest.mark.parametrize("answer, reason, error", [
+    pytest.param(b"HTTP/1.1 407 Who?\r\n\r\n", "proxy", "HTTP 407", id="no"),
+    pytest.param(b"SSH-2.0-x\r\n", "proxy", "it is no HTTP", id="something else"),
+    pytest.param(b"HTTP/1.1 200 OK\r\n\r\nx", "proxy", "it said more than its answer", id="more"),
+    pytest.param(b"HTTP/1.1 200 OK\r\n", "reset", "the proxy closed the connection", id="less"),
+])
+def test_a_proxy_that_does_not_connect(dials, serve, answer, reason, error):
+    def proxy(sock: socket.socket) -> None:
+        sock.recv(4096)
+        sock.sendall(answer)
+        sock.shutdown(socket.SHUT_WR)
+        receive_all(sock)
+
+    made = dials(Proxy(*serve(proxy).address, ""))
+    made.dial("app.example.test", 443)
+    assert failure(made) == (reason, error)
+
+
+def test_no_proxy_means_straight(dials, echo_server):
+    made = dials(Proxy("proxy.invalid", 1, ""), "192.0.2.1")
+    assert made.way.proxy_for("192.0.2.2", 443) and not made.way.proxy_for("192.0.2.1", 443)
+    made.dial(*echo_server.address)
+    assert made.result().getpeername() == echo_server.address
+
+
+def test_a_dial_without_a_descriptor_waits_for_one(dials, monkeypatch, echo_server):
+    monkeypatch.setattr(sniroute_dial, "SHORT_OF_FDS", 0.01)
+    made = dials()
+    dial = made.dial(*echo_server.address)
+    real, left = socket.socket, [errno.EMFILE, errno.ENFILE]
+
+    def scarce(*words: Any, **options: Any) -> socket.socket:
+        if left:
+            code = left.pop()
+            raise OSError(code, os.strerror(code))
+        return real(*words, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "socket", scarce)
+        made.turn_until(lambda: dial.attempts)
+    assert not left and made.result().getpeername() == echo_server.address
+
+
+def test_a_fault_when_a_name_is_resolved_is_told_of_each_dial(dials, monkeypatch):
+    def fail() -> list[Address]:
+        raise socket.gaierror(socket.EAI_NONAME, "why not")
+
+    resolve_as(monkeypatch, fail)
+    monkeypatch.setattr(sniroute_dial, "name_failure", lambda *_: 1 // 0)
+    made = dials()
+    both = [made.dial("app.example.test", 443), made.dial("app.example.test", 443)]
+    made.turn_until(lambda: len(made.faults) == 2)
+    assert made.faults == both and not made.results
+    made.faults.clear()
+
+
+def test_no_socket_is_opened_in_the_first_phase_of_a_turn(dials, echo_server):
+    """There its number could be that of an event which is still to come: it would count as the answer."""
+    made = dials()
+    made.way.names.known[echo_server.address] = [(socket.AF_INET, echo_server.address)], time.monotonic() + 60
+    opened: list[list[socket.socket]] = []
+    made.loop.call(lambda: opened.append(made.dial(*echo_server.address).attempts.copy()))
+    made.result()
+    assert opened == [[]]
 
 
 # -- as the carrier uses it ------------------------------------------------------------------

@@ -18,6 +18,8 @@ from typing import Any, Iterator
 
 import pytest
 
+import sniroute_carrier
+import sniroute_dial
 import sniroute_edge
 import sniroute_forwarder
 import sniroute_names
@@ -306,14 +308,19 @@ def test_a_listener_that_comes_while_accepting_pauses(edge, name, local, echo_se
 # -- faults ----------------------------------------------------------------------------------
 
 
-def test_a_fault_of_ours_ends_one_connection_and_is_told(edge, name, local, monkeypatch, echo_server):
+@pytest.mark.parametrize("room, act", [
+    pytest.param(sniroute_dial, "connect_request", id="in its Dial"),
+    pytest.param(sniroute_edge, "upgrade_request", id="in its Upgrade"),
+    pytest.param(sniroute_carrier, "Dial", id="in its start"),
+])
+def test_a_fault_of_ours_ends_one_connection_and_is_told(edge, name, local, monkeypatch, echo_server, room, act):
     edge.far(name, echo_server.address)
     run = local(name)
     with run.connect() as live:
         live.sendall(b"hello")
         assert receive(live, 5) == b"hello"
         with monkeypatch.context() as patch:
-            patch.setattr(sniroute_edge, "upgrade_request", lambda *_: 1 // 0)
+            patch.setattr(room, act, lambda *_: 1 // 0)
             with contextlib.suppress(ConnectionResetError), run.connect() as client:
                 assert receive_all(client) == (b"", "RST")
             wait_until(lambda: run.rows("fault"))
