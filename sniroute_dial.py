@@ -26,7 +26,8 @@ an event would be taken for the answer of its connect.
 Seams: I want to ...
     another kind of proxy        `parse_proxy`, and a phase beside ASKING
     another order of addresses   `alternate`
-    another reason to fail       a word in Failed's table; whoever shows reasons to people has it in a table too
+    another reason to fail       a word in Failed's table, and a sentence for people in each program's table of
+                                 reasons (sniroute_edge.REASONS)
 
 This room imports sniroute_http, sniroute_loop, sniroute_names and sniroute_refusals (SettingsError).
 """
@@ -393,7 +394,7 @@ class Dial:
                 self._fail(Failed("reset", "the proxy closed the connection"))
         elif not 200 <= answer.status < 300:
             self._fail(Failed("proxy", f"HTTP {answer.status}"))
-        elif len(self.head) > answer.end:  # whoever gets the socket would miss it; a TLS server does not speak first
+        elif len(self.head) > answer.end:  # it would be lost; a TLS server does not speak first
             self._fail(Failed("proxy", "it said more than its answer"))
         else:
             self._end(sock)

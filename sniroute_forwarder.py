@@ -297,7 +297,11 @@ class Forwarder:
         listener.watch.set(READ, functools.partial(self._accept, listener))
 
     def _accept(self, listener: Listener, mask: int) -> None:
-        """Take the clients that wait."""
+        """Take the clients that wait.
+
+        The number of a new socket may be that of one closed in this turn, whose event is still to come.  Then the
+        class that serves it is called for nothing, and finds that out when it reads.
+        """
         for _ in range(ACCEPTS):
             if self.paused or listener.address not in self.listeners:
                 return
