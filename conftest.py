@@ -25,7 +25,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 HOST = "127.0.0.1"
 OPTIONS = {  # drop-in files that may be missing
     "sniroute_doctor.py", "sniroute_admin.py", "sniroute_metrics.py", "sniroute_page.py",
-    "sniroute_carrier.py", "sniroute_dial.py", "sniroute_forwarder.py", "sniroute_http.py",
+    "sniroute_carrier.py", "sniroute_dial.py", "sniroute_edge.py", "sniroute_forwarder.py", "sniroute_http.py",
 }
 CORE = sorted({path.name for path in HERE.glob("sniroute*.py")} - OPTIONS)  # the files that serve
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # what is started a hundred times is compiled once

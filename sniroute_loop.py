@@ -159,6 +159,36 @@ class EpollPoller(Poller):
         self.epoll.close()
 
 
+class Watch:
+    """What one descriptor waits for, with a memory: the kernel is asked only for what changes."""
+
+    __slots__ = ("poller", "fd", "events")
+
+    def __init__(self, poller: Poller, fd: int):
+        self.poller = poller
+        self.fd = fd
+        self.events = 0  # READ, WRITE, both, or 0 for nothing
+
+    def set(self, events: int, callback: Callable[[int], None] = ignore) -> None:
+        """Wait for READ, WRITE or both, and call back then; or, with 0, for nothing."""
+        before, self.events = self.events, events
+        if not events:
+            if before:
+                self.poller.forget(self.fd)
+        elif events == before:
+            self.poller.callbacks[self.fd] = callback
+        elif before:
+            self.poller.change(self.fd, events, callback)
+        else:
+            self.poller.watch(self.fd, events, callback)
+
+    def closing(self) -> None:
+        """The descriptor is closed next."""
+        if self.events:
+            self.events = 0
+            self.poller.closing(self.fd)
+
+
 class Timer:
     """One thing that the loop does at a time, `when` (clock seconds; NEVER: not now)."""
 

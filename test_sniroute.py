@@ -4952,7 +4952,8 @@ def depot(sock: socket.socket) -> None:
 @pytest.fixture(scope="session")
 def three_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The same with the carrier."""
-    return installed(tmp_path_factory.mktemp("three files"), "sniroute_carrier.py")
+    return installed(tmp_path_factory.mktemp("three files"), *(f"sniroute_{room}.py" for room in (
+        "carrier", "edge", "forwarder", "dial", "http")))
 
 
 @pytest.fixture

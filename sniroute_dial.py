@@ -1,0 +1,427 @@
+"""sniroute_dial: the way out of this host: resolve a name, try its addresses, ask HTTPS_PROXY.
+
+    Dial.start --- Names.ask ---> addresses --- connect, connect, ... ---> CONNECT -----> done(socket)
+                   a thread       both          a new one each STAGGER,    only with      or
+                   `name`         families      the first answer wins      a proxy        done(Failed)
+
+A Dial makes one TCP connection to HOST:PORT.  A WayOut holds what all dials of one loop share: the proxy,
+the addresses of names (Names), and the queues of dials that wait.  What the connections are for is not known
+here.
+
+The life of a dial is `Dial.phase`, in words for people:
+
+    NAMING -> CONNECTING -> OVER            straight, or by a proxy that ...
+              CONNECTING -> ASKING -> OVER  ... is asked for the connection
+    any -> OVER                             it failed, or it was cancelled
+
+A dial has no deadline.  Its owner has one for more than this, and cancels it.
+
+Threads: all runs in the loop, but one thread `name` for each host name that is being resolved; it hands its
+result to the loop by `Loop.call`.  There are no locks.
+
+Sockets are opened in the second phase of a turn only (`WayOut.soon`).  In the first phase the loop may
+still have an event for a number that was closed in this turn, and a new socket may get that number: such
+an event would be taken for the answer of its connect.
+
+Seams: I want to ...
+    another kind of proxy        `parse_proxy`, and a phase beside ASKING
+    another order of addresses   `alternate`
+    another reason to fail       a word in Failed's table, and a sentence for people in each program's table of
+                                 reasons (sniroute_edge.REASONS)
+
+This room imports sniroute_http, sniroute_loop, sniroute_names and sniroute_refusals (SettingsError).
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import functools
+import ipaddress
+import os
+import socket
+import threading
+import urllib.parse
+from typing import Any, Callable, Iterable, Mapping, NamedTuple
+
+from sniroute_http import HEAD_MAX, connect_request, parse_answer
+from sniroute_loop import READ, WRITE, Loop, monotonic, owner_of
+from sniroute_names import printable, show_address
+from sniroute_refusals import Malformed, SettingsError
+
+STAGGER = 0.25  # seconds until the next address is tried beside one that does not answer, RFC 8305 section 5
+SHORT_OF_FDS = 0.1  # seconds until a connect without a descriptor is tried again: whatever ends makes room
+RESOLVED_FOR = 30.0  # seconds for which addresses are used: getaddrinfo does not tell their TTL
+ADDRESSES_MAX = 8  # addresses of one host that are tried
+KEEPALIVE = (15, 15, 9)  # idle and interval in seconds, and count: cloudflared's
+
+CAPACITY_ERRNOS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
+
+Addresses = list[tuple[int, Any]]  # family, and address as `socket` takes it
+
+
+class Failed(Exception):
+    """There is no connection: `reason` is a word for programs, the message says more.
+
+    The words of this room; its users may have more:
+
+        name       the host name does not resolve
+        resolver   this host's resolver gives no answer
+        refused    no address took the connection
+        timeout    no address answered before the kernel gave up
+        proxy      HTTPS_PROXY cannot be reached, or refused
+        reset      the proxy closed the connection
+    """
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+
+
+# -- the proxy ---------------------------------------------------------------------------------
+
+
+class Proxy(NamedTuple):
+    """HTTPS_PROXY."""
+
+    host: str
+    port: int
+    authorization: str  # the value of Proxy-Authorization, "" for none
+
+    def __str__(self) -> str:
+        return show_address((self.host, self.port))
+
+
+def parse_proxy(text: str) -> Proxy:
+    """`http://[USER:PASSWORD@]HOST[:PORT]`.  Raises ValueError, which does not repeat the password."""
+    try:
+        url = urllib.parse.urlsplit(text if "://" in text else f"http://{text}")
+        port = url.port
+    except ValueError:  # its message may show a part of the password
+        raise ValueError("it is not http://[USER:PASSWORD@]HOST[:PORT]") from None
+    if url.path not in ("", "/") or url.query or url.fragment:  # perhaps the end of a password with a slash in it
+        raise ValueError("it is not http://[USER:PASSWORD@]HOST[:PORT]")
+    if url.scheme != "http":
+        raise ValueError(f"a proxy is reached by http://, not by {printable(url.scheme, 20)}://")
+    if not url.hostname or not url.hostname.isascii() or not url.hostname.isprintable():
+        raise ValueError("it names no host")
+    userinfo = url.netloc.rpartition("@")[0]
+    plain = urllib.parse.unquote_to_bytes(userinfo if ":" in userinfo else userinfo + ":")
+    authorization = "Basic " + base64.b64encode(plain).decode() if userinfo else ""
+    return Proxy(url.hostname, port or 80, authorization)
+
+
+def find_proxy(environ: Mapping[str, str]) -> tuple[Proxy | None, str]:
+    """HTTPS_PROXY, and the text of NO_PROXY.  Raises SettingsError."""
+    text = environ.get("HTTPS_PROXY") or environ.get("https_proxy")
+    try:
+        proxy = parse_proxy(text) if text else None
+    except ValueError as error:
+        raise SettingsError(f"HTTPS_PROXY: {error}") from None
+    return proxy, environ.get("NO_PROXY") or environ.get("no_proxy") or ""
+
+
+def goes_direct(host: str, port: int, no_proxy: str) -> bool:
+    """Whether a host is reached without the proxy: loopback always, else by the words of NO_PROXY.
+
+    Each word is `*`, a domain, an address, or a network.  A domain means its subdomains too; with a dot in
+    front it means those only.  A domain or an address may have a port.
+    """
+    host = host.lower().rstrip(".")
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        address = None
+    if host == "localhost" or address is not None and address.is_loopback:
+        return True
+    words = no_proxy.lower().replace(",", " ").split()
+    return any(_means(word, host, address, port) for word in words)
+
+
+def _means(word: str, host: str, address: ipaddress.IPv4Address | ipaddress.IPv6Address | None, port: int) -> bool:
+    """Whether one word of NO_PROXY means this host; `address` is the host, where that is an address."""
+    if word == "*":
+        return True
+    if "/" in word:
+        try:
+            return address is not None and address in ipaddress.ip_network(word, strict=False)
+        except ValueError:
+            return False
+    name, colon, digits = word.rpartition(":")
+    if colon and digits.isdecimal() and ("]" in name or ":" not in name):
+        if int(digits) != port:
+            return False
+        word = name
+    word = word.strip("[]")
+    try:
+        return ipaddress.ip_address(word) == address
+    except ValueError:
+        pass  # a domain
+    word = word[1:] if word.startswith("*.") else word
+    return host == word or host.endswith(word if word.startswith(".") else f".{word}")
+
+
+# -- names -------------------------------------------------------------------------------------
+
+
+def alternate(addresses: Iterable[tuple[int, Any]]) -> Addresses:
+    """The addresses in an order that changes the family at each step.  Source: RFC 8305 section 4."""
+    rows = list(addresses)
+    first = [row for row in rows if row[0] == rows[0][0]]
+    other = [row for row in rows if row[0] != rows[0][0]]
+    mixed = [row for pair in zip(first, other) for row in pair]
+    longer = first[len(other):] + other[len(first):]
+    return (mixed + longer)[:ADDRESSES_MAX]
+
+
+class Names:
+    """Resolves host names, one thread for each at a time, and remembers their addresses for a while."""
+
+    def __init__(self, loop: Loop):
+        self.loop = loop
+        self.known: dict[tuple[str, int], tuple[Addresses, float]] = {}  # and until when
+        self.waiting: dict[tuple[str, int], list[Callable[[Addresses | OSError], None]]] = {}
+
+    def ask(self, host: str, port: int, found: Callable[[Addresses | OSError], None]) -> None:
+        """Call `found` with the addresses, or with why there are none; perhaps before this returns.  Loop's thread."""
+        addresses, until = self.known.get((host, port), ([], 0.0))
+        if until > monotonic():
+            found(addresses)
+            return
+        waiting = self.waiting.get((host, port))
+        if waiting is not None:
+            waiting.append(found)
+            return
+        self.waiting[host, port] = [found]
+        try:
+            threading.Thread(target=self._resolve, args=(host, port), name="name", daemon=True).start()
+        except RuntimeError as error:  # there are too many threads
+            self._resolved(host, port, OSError(str(error)))
+
+    def _resolve(self, host: str, port: int) -> None:
+        """Ask the resolver, which may take long.  Thread `name`."""
+        result: Addresses | OSError
+        try:
+            rows = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            result = alternate(dict.fromkeys((row[0], row[4]) for row in rows))
+        except UnicodeError:  # of a label that is too long
+            result = OSError(socket.EAI_NONAME, "it is no name")
+        except OSError as error:
+            result = error
+        self.loop.call(functools.partial(self._resolved, host, port, result))
+
+    def _resolved(self, host: str, port: int, result: Addresses | OSError) -> None:
+        """Tell everybody who waits for this name.  Loop's thread."""
+        now = monotonic()
+        self.known = {place: row for place, row in self.known.items() if row[1] > now}
+        if not isinstance(result, OSError):
+            self.known[host, port] = result, now + RESOLVED_FOR
+        for found in self.waiting.pop((host, port)):
+            try:
+                found(result)
+            except Exception:
+                self.loop.fault(owner_of(found))
+
+
+# -- connections -------------------------------------------------------------------------------
+
+# The phases of a dial.
+NAMING, CONNECTING, ASKING, OVER = "resolving the name", "connecting", "asking the proxy", "over"
+
+
+def set_options(sock: socket.socket) -> None:
+    """Never wait; no delay for small messages; notice a peer that has gone without a word.
+
+    Raises OSError on macOS, where the peer has left already.
+    """
+    sock.setblocking(False)
+    if sock.family == socket.AF_UNIX:
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), KEEPALIVE):
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def name_failure(error: OSError, proxy: Proxy | None) -> Failed:
+    """Why the host, or the proxy on the way to it, has no address."""
+    why = error.strerror or str(error)
+    if proxy is not None:
+        return Failed("proxy", f"{proxy}: {why}")
+    unknown = error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
+    return Failed("name" if unknown else "resolver", why)
+
+
+def connect_failure(error: OSError, proxy: Proxy | None) -> Failed:
+    """Why the host, or the proxy on the way to it, took no connection."""
+    if proxy is not None:
+        return Failed("proxy", f"{proxy}: {error.strerror}")
+    return Failed("timeout" if error.errno == errno.ETIMEDOUT else "refused", error.strerror)
+
+
+class WayOut:
+    """How connections leave this host, and what the dials of one loop share.
+
+    `proxy` and `no_proxy` are what `find_proxy` gives.
+    """
+
+    def __init__(self, loop: Loop, proxy: Proxy | None, no_proxy: str):
+        self.loop = loop
+        self.proxy = proxy
+        self.no_proxy = no_proxy
+        self.names = Names(loop)
+        self.soon = loop.queue(0.0, Dial.connect)
+        self.staggered = loop.queue(STAGGER, Dial.connect)
+        self.short = loop.queue(SHORT_OF_FDS, Dial.connect)
+        self.queues = self.soon, self.staggered, self.short
+
+    def proxy_for(self, host: str, port: int) -> Proxy | None:
+        """The proxy on the way to this host, if there is one."""
+        if self.proxy is None or goes_direct(host, port, self.no_proxy):
+            return None
+        return self.proxy
+
+
+class Dial:
+    """One connection to HOST:PORT in the making.  All methods run in the loop.
+
+    After `start`, unless it is cancelled, `done` is called once, perhaps before `start` returns:
+
+        done(socket)   connected, non-blocking, with `set_options`; the caller owns it from here on
+        done(Failed)   nothing is left open
+    """
+
+    __slots__ = ("way", "host", "port", "proxy", "done", "phase", "todo", "attempts", "error", "out", "head")
+
+    def __init__(self, way: WayOut, host: str, port: int, done: Callable[[socket.socket | Failed], None]):
+        self.way = way
+        self.host = host
+        self.port = port
+        self.proxy = way.proxy_for(host, port)
+        self.done = done
+        self.phase = NAMING
+        self.todo: Addresses = []  # still to be tried
+        self.attempts: list[socket.socket] = []  # connects under way; while ASKING, the one to the proxy
+        self.error = OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))  # of the last connect
+        self.out = b""  # what is still to be sent to the proxy
+        self.head = bytearray()  # what the proxy has answered
+
+    def start(self) -> None:
+        """Begin."""
+        self.way.names.ask(*((self.host, self.port) if self.proxy is None else self.proxy[:2]), self._found)
+
+    def cancel(self) -> None:
+        """Close everything, and never call `done`.  Does nothing when the dial is over."""
+        if self.phase is not OVER:
+            self._end(None)
+
+    def _found(self, found: Addresses | OSError) -> None:
+        if self.phase is not NAMING:
+            return  # cancelled meanwhile
+        if isinstance(found, OSError):
+            self._fail(name_failure(found, self.proxy))
+            return
+        self.phase = CONNECTING
+        self.todo = list(found)
+        self.way.soon.put(self)
+
+    def connect(self) -> None:
+        """Try one address more, beside those that have not answered yet.  Source: RFC 8305 section 5."""
+        self.way.staggered.drop(self)
+        while self.todo:
+            family, address = self.todo[0]
+            try:
+                sock = socket.socket(family, socket.SOCK_STREAM)
+            except OSError as error:
+                if error.errno in CAPACITY_ERRNOS:
+                    self.way.short.put(self)
+                    return
+                self.error = error  # this host has no IPv6, for example
+                del self.todo[0]
+                continue
+            del self.todo[0]
+            set_options(sock)
+            code = sock.connect_ex(address)
+            if code in (0, errno.EINPROGRESS):
+                self.attempts.append(sock)
+                self.way.loop.poller.watch(sock.fileno(), WRITE, functools.partial(self._on_connected, sock))
+                if self.todo:
+                    self.way.staggered.put(self)
+                return
+            self.error = OSError(code, os.strerror(code))
+            sock.close()
+        if not self.attempts:
+            self._fail(connect_failure(self.error, self.proxy))
+
+    def _on_connected(self, sock: socket.socket, mask: int) -> None:
+        """One of the connects has an answer."""
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self.error = OSError(code, os.strerror(code))
+            self._drop(sock)
+            self.way.soon.put(self)
+        elif self.proxy is None:
+            self._end(sock)
+            self.done(sock)
+        else:
+            self.phase = ASKING
+            self._stop(sock)
+            self.out = connect_request(self.host, self.port, self.proxy.authorization)
+            self.way.loop.poller.change(sock.fileno(), WRITE, functools.partial(self._on_proxy, sock))
+
+    def _on_proxy(self, sock: socket.socket, mask: int) -> None:
+        """Ask the proxy, and read its answer."""
+        try:
+            if self.out:
+                self.out = self.out[sock.send(self.out):]
+                if not self.out:
+                    self.way.loop.poller.change(sock.fileno(), READ, functools.partial(self._on_proxy, sock))
+                return
+            data = sock.recv(HEAD_MAX - len(self.head))
+            self.head += data
+            answer = parse_answer(self.head)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._fail(Failed("reset", f"the proxy: {error.strerror}"))
+            return
+        except Malformed as error:
+            self._fail(Failed("proxy", str(error)))
+            return
+        if answer is None:
+            if not data:
+                self._fail(Failed("reset", "the proxy closed the connection"))
+        elif not 200 <= answer.status < 300:
+            self._fail(Failed("proxy", f"HTTP {answer.status}"))
+        elif len(self.head) > answer.end:  # it would be lost; a TLS server does not speak first
+            self._fail(Failed("proxy", "it said more than its answer"))
+        else:
+            self._end(sock)
+            self.done(sock)
+
+    def _fail(self, why: Failed) -> None:
+        self._end(None)
+        self.done(why)
+
+    def _end(self, kept: socket.socket | None) -> None:
+        """The dial is over: close everything but `kept`, which the loop watches no more."""
+        self.phase = OVER
+        self._stop(kept)
+        if kept is not None:
+            self.way.loop.poller.forget(kept.fileno())
+            self.attempts = []
+
+    def _stop(self, kept: socket.socket | None) -> None:
+        """Try no more addresses: only the connect of `kept` goes on."""
+        for queue in self.way.queues:
+            queue.drop(self)
+        self.todo = []
+        for sock in [sock for sock in self.attempts if sock is not kept]:
+            self._drop(sock)
+
+    def _drop(self, sock: socket.socket) -> None:
+        """Close a connect that is under way, or has failed."""
+        self.attempts.remove(sock)
+        self.way.loop.poller.forget(sock.fileno())
+        sock.close()
