@@ -1,103 +1,131 @@
 """sniroute: one TCP port in front of many private TLS services.
 
-A client connects with TLS; sniroute reads the name it asks for (SNI) without decrypting
-anything, starts the tunnel that leads to that name if none is up, and passes bytes both ways.
+A client connects with TLS; sniroute reads the name it asks for (SNI) without decrypting anything,
+starts the tunnel that leads to that name if none is up, and passes bytes both ways.
 
     psql "host=db-123.example.com port=19000 sslmode=require"
           |  [PROXY header] [GSSENCRequest] [SSLRequest] ClientHello(db-123.example.com)
           v
-    listener --- Prelude --- Routes --- Scheme --- Flow up, Flow down --- backend
-     accept      who asks    pattern    how to      bytes, both ways       127.0.0.1:20000 (a tunnel)
-                 for what    -> target  get there                          or any HOST:PORT
+    Listener ---- Prelude ---- Routes ---- Backend ---- Flow up, Flow down ---- 127.0.0.1:20000 (a tunnel)
+     accept       the name     pattern     the way      bytes, both ways         or any HOST:PORT
+                               -> target   there
 
-The one idea: waiting borrows a thread, moving bytes does not.  `Router` is a
-`socketserver.ThreadingTCPServer`, but what is ready runs in one loop over epoll.  Only a *name*
-that has to wait (a tunnel that starts, a host to resolve) gets a thread from `ThreadingMixIn`;
-its clients park behind it, cost no thread, and are handed back to the loop with it.
+This file is the face: it opens the room that a command needs.  The house is flat: one subject a file, all beside
+this one (or with it in one sniroute.pyz).  Imports run down this table only:
 
-Threads.
-    main      settings, signals, start and stop, the hand-over to a successor: class Daemon.  Never touches
-              a client's socket.
-    loop      accept, read, route, dial, speak, pump, deadlines.  Waits for nothing: no DNS, no disk.
-    wait-<n>  one for each target that waits, at most WAIT_THREADS, one started in a turn.  Touches
-              no socket of a client.
-    reaper    all child processes: see sniroute_tunnels.
-    log       formats and writes log lines, so that a stuck log never stops traffic.
-    (and those of sniroute_admin.py, where --admin asks for it: they read, and ask through `Router.call`)
-Locks: this file makes one, Daemon.reloading, for reloads only (logging has one, held while a line is queued;
-the dump for SIGUSR1 takes the tunnels').  Threads hand things to the loop by `Router.call` (a deque and a byte in a
-pipe), to `log` likewise; the exceptions are single assignments: `Router.resolved`, filled by wait-<n>, what
-a reload leaves in `Router.last_reload`, `Router.reloads` and the TunnelTable, and `Router.endings`, which the
-admin sets.  `Router.counters` is written by the loop only, `TunnelTable.counters` by the reaper.
+    sniroute               the face                            python3 sniroute.py [serve | check | explain | ...]
+    sniroute_daemon        the main thread of `serve`          signals, systemd, hand-over to a successor, reload
+    sniroute_doctor   *    check, explain, selftest, bundle
+    sniroute_router        the server                          listeners, limits, waits, the count of what came of it
+    sniroute_settings      options, variables, the file        one table
+    sniroute_connection    one client, accept to close         the states of its life
+    sniroute_routes        where a name leads                  routes in layers, kinds of target, backends
+    sniroute_tunnels       names that have a tunnel            states, leases, waiting, the reaper's turn
+    sniroute_processes     child processes                     start, watch, hear, stop; who listens on a port
+    sniroute_launchers     tunnel programs, a row each
+    sniroute_flow          bytes one way                       pump, splice, backpressure
+    sniroute_loop          what is ready, due, asked for       epoll, timers, queues
+    sniroute_log           the journal
+    sniroute_wire          TLS, PROXY, PostgreSQL preludes     pure parsers
+    sniroute_names         names and addresses; the version
+    sniroute_refusals      why, and how a client is told
 
-The life of a connection is `Connection.state`:
+    sniroute_admin    *    HTTP for the host's own users       with sniroute_metrics and sniroute_page
+    sniroute_carrier  *    a tunnel program of our own         with sniroute_edge, _forwarder, _dial and _http
 
-    PRELUDE -> ROUTED -> (PARKED -> ROUTED ->) DIALING -> (GREETING ->) OPEN -> (LINGERING ->) CLOSED
-      PRELUDE    one deadline from accept on, however many packets it takes
-      ROUTED     its name is known, and it is dialled in the same turn of the loop
-      DIALING    over by the end of the turn where the connect succeeds at once, as to a tunnel
-      any        -> PARKED, once: a tunnel failed before either side said more than the hello; the
-                 same bytes are sent again, and the client never notices
-      LINGERING  after a refusal or a backend's reset: the client may still read
+A room with a * is an option: leave it out, and one sentence says so where it is asked for.
 
-A turn of the loop: what is ready is called back, deadlines are looked at, ends are passed on; then
-the connections of this turn take each step together: all that were accepted are read, all that are
-routed dial, all that have dialled speak.  So a backend is woken once for many of them, and not for
-each: a fifth of the CPU of a connection.
+The one idea: waiting borrows a thread, moving bytes does not.  All that is ready runs in one loop over epoll; only a
+target that has to wait (a tunnel that starts, a host to resolve) gets a thread, one for each target, its clients
+parked behind it.
 
-Seams: I want to ...
-    read another prelude          a parser (pure), a method of Prelude that calls it, and its row in
-                                  Prelude.OPENERS
-    add a kind of target          a row in SCHEMES
-    run another tunnel program    a Launcher row in `tunnel_launchers`, and a row in SCHEMES with
-                                  tunnel_ready and tunnel_prepare
-    add a setting                 a row in SETTINGS: it makes the option, the variable, the key in the file
-                                  and the help; what a reload changes is in Daemon._adopt and Router.adopt
-    add an option of a route      a field of Route, and its row in ROUTE_OPTIONS
-    test another hard case        a row in SELF_TESTS
-    show or steer it otherwise    attach(router, settings) of another file, called in Daemon._attach
-    refuse for another reason     a row in REFUSALS, and in the README: a test compares them
-    feed routes from elsewhere    build a Routes and assign it to Router.routes: it is swapped whole
+    thread      runs                                                          never
+    main        settings, signals, start and stop                             touches a client's socket
+    loop        accept, prelude, route, connect, pump, deadlines              waits: no DNS, no disk, no lock
+    wait-<n>    one for each target that has to wait, 32 at most              touches a client's socket
+    reaper      child processes: starts, watches, stops, drains               ends before its children
+    log         formats and writes log lines                                  stops traffic
 
-What it does not do: decrypt, look at anything behind the ClientHello, or treat a name as proof
-of who asks.  SNI is not authentication.
+What it does not do: decrypt, look at anything behind the ClientHello, or treat a name as proof of who asks.
+SNI is not authentication.
 """
 
-import os
 import sys
 
-COMMANDS = {  # the room and the function that each command runs
+# Before anything else, and in words that Python 3.6 understands.
+if sys.version_info < (3, 11):
+    sys.stderr.write("sniroute needs Python 3.11 or newer; this is Python %d.%d\n" % sys.version_info[:2])
+    sys.exit(2)
+
+import importlib
+import os
+import re
+
+__version__ = "0.1.0"  # every file has it, so that a folder of old and new ones can be told
+
+COMMANDS = {  # command: (room, function of its settings)
     "serve": ("sniroute_daemon", "serve"),
     "check": ("sniroute_doctor", "check"),
     "explain": ("sniroute_doctor", "explain"),
     "selftest": ("sniroute_doctor", "selftest"),
 }
+PROGRAMS = {  # command: (room, function of the words behind it); these have no settings
+    "bundle": ("sniroute_doctor", "bundle"),
+    "carrier": ("sniroute_carrier", "main"),
+}
 
 
 def keep_standard_streams() -> None:
     """Open descriptors 0 to 2 where they are closed: a client's socket must never become stderr."""
-    fd = os.open(os.devnull, os.O_RDWR)
+    fd = 0
     while fd <= 2:
         fd = os.open(os.devnull, os.O_RDWR)
     os.close(fd)
 
 
-def main(argv=None):
+def misfit(error: ImportError) -> str:
+    """What is wrong with the files where one of ours cannot be imported; "" where it is none of ours."""
+    room = error.name or ""
+    if not re.fullmatch(r"sniroute_\w+", room):
+        return ""
+    here = os.path.dirname(os.path.realpath(__file__))
+    if isinstance(error, ModuleNotFoundError):
+        return f"{room}.py is not beside sniroute.py: copy it there ({here})"
+    versions = {}
+    for file in sorted(name for name in os.listdir(here) if re.fullmatch(r"sniroute(_\w+)?\.py", name)):
+        with open(os.path.join(here, file), encoding="utf-8", errors="replace") as source:
+            mark = re.search(r'^__version__ = "([^"]*)"', source.read(), re.MULTILINE)
+        versions.setdefault(mark[1] if mark else "an unknown version", []).append(file)
+    files = "; ".join(f"{version}: {', '.join(names)}" for version, names in sorted(versions.items()))
+    return f"the files in {here} do not fit together ({error.msg}): copy all of them again; there are {files}"
+
+
+def main(argv: list[str] | None = None) -> int:
     """The command line.  Returns the exit code.
 
-    0 clean; 1 could not listen, failed while running, or `explain` or `selftest` found something; 2 bad settings.
+    0 clean; 1 could not listen, failed while running, or `explain` or `selftest` found something; 2 bad settings,
+    or a file of ours that is missing.
     """
-    import importlib
-    from sniroute_refusals import SettingsError
-    from sniroute_settings import load_settings
     keep_standard_streams()
+    words = sys.argv[1:] if argv is None else argv
     try:
-        settings = load_settings(sys.argv[1:] if argv is None else argv, dict(os.environ))
-        room, command = COMMANDS[settings.command]
-        return getattr(importlib.import_module(room), command)(settings)
-    except SettingsError as error:
-        for line in error.lines:
-            print(f"sniroute: {line}", file=sys.stderr)
+        if words and words[0] in PROGRAMS:
+            room, program = PROGRAMS[words[0]]
+            return getattr(importlib.import_module(room), program)(words[1:])
+        from sniroute_refusals import SettingsError
+        from sniroute_settings import load_settings
+        try:
+            settings = load_settings(words, dict(os.environ))
+            room, command = COMMANDS[settings.command]
+            return getattr(importlib.import_module(room), command)(settings)
+        except SettingsError as error:
+            for line in error.lines:
+                print(f"sniroute: {line}", file=sys.stderr)
+            return 2
+    except ImportError as error:
+        if not misfit(error):
+            raise
+        print(f"sniroute: {misfit(error)}", file=sys.stderr)
         return 2
 
 

@@ -65,6 +65,8 @@ from sniroute_metrics import Collector, Facts, copied, expose, status
 from sniroute_names import printable, show_address
 from sniroute_page import PAGE, POLICY
 
+__version__ = "0.1.0"
+
 log = logging.getLogger("sniroute")
 
 # Limits, each with its reason.  Sizes in bytes, times in seconds.

@@ -59,8 +59,10 @@ from sniroute_forwarder import (LEVELS, Control, Forwarder, Listener, Log, bridg
                                 parse_listen, raise_descriptor_limit, reset)
 from sniroute_http import BINARY, CHUNK, CLOSE, PING, PONG, FrameReader, frame, parse_header
 from sniroute_loop import READ, WRITE, Watch
-from sniroute_names import __version__, printable, show_address
+from sniroute_names import printable, show_address
 from sniroute_refusals import Malformed, SettingsError
+
+__version__ = "0.1.0"
 
 BUFFER = 8 * RECORD  # bytes from the edge in one go: eight reads, one write
 TURN = 8  # messages from one client before the others have their turn

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from sniroute_processes import Child
     from sniroute_router import Peer, Router, Wait
 
+__version__ = "0.1.0"
+
 log = logging.getLogger("sniroute")
 monotonic = time.monotonic
 

@@ -27,6 +27,8 @@ from sniroute_router import DRAINING, Hooks, Router, listen_addresses
 from sniroute_settings import Settings, raise_descriptor_limit, warn
 from sniroute_tunnels import TunnelTable
 
+__version__ = "0.1.0"
+
 log = logging.getLogger("sniroute")
 monotonic = time.monotonic
 GC_THRESHOLD = 20000  # objects between two looks for cycles: connections leave none

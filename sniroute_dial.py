@@ -49,6 +49,8 @@ from sniroute_loop import READ, WRITE, Loop, monotonic, owner_of
 from sniroute_names import printable, show_address
 from sniroute_refusals import Malformed, SettingsError
 
+__version__ = "0.1.0"
+
 STAGGER = 0.25  # seconds until the next address is tried beside one that does not answer, RFC 8305 section 5
 SHORT_OF_FDS = 0.1  # seconds until a connect without a descriptor is tried again: whatever ends makes room
 RESOLVED_FOR = 30.0  # seconds for which addresses are used: getaddrinfo does not tell their TTL

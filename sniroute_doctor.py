@@ -29,6 +29,8 @@ from sniroute_settings import ROUTE_OPTIONS, Settings, load_settings, warn
 from sniroute_tunnels import TunnelTable
 from sniroute_wire import GSSENC_REQUEST, HELLO_MAX, RECORD_MAX, SSL_REQUEST_BYTES, STARTUP, proxy_v1, proxy_v2
 
+__version__ = "0.1.0"
+
 log = logging.getLogger("sniroute")
 monotonic = time.monotonic
 TRIAL_TIMEOUT = 30.0  # `explain` waits so long for a carrier, which gives up at 15 by itself

@@ -42,6 +42,8 @@ from sniroute_loop import READ, WRITE, Loop, Watch
 from sniroute_names import printable, show_address
 from sniroute_refusals import Malformed, SettingsError
 
+__version__ = "0.1.0"
+
 RECORD = 16384  # bytes that one read of a TLS socket gives at most, RFC 8446 section 5.1
 READS = 8  # of an answer before others have their turn: each may give one byte
 BODY_MAX = 8192  # bytes of an error page: enough to find its error code

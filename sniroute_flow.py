@@ -39,6 +39,8 @@ from sniroute_loop import READ, WRITE, Poller
 if TYPE_CHECKING:
     from sniroute_connection import Connection
 
+__version__ = "0.1.0"
+
 # Limits, each with its reason.  Sizes in bytes.
 MESSAGE = 1 << 12  # bytes read in one go; larger reads are spliced, where that works
 SMALL_READ = 479  # the same while messages are small: CPython's fast allocator takes 512, of which 33 are its head

@@ -57,6 +57,8 @@ from sniroute_loop import READ, Loop, Watch, monotonic, owner_of
 from sniroute_names import printable, show_address
 from sniroute_refusals import SettingsError
 
+__version__ = "0.1.0"
+
 ACCEPTS = 64  # clients taken in one go, so that those already here get their turn
 BACKLOG = 4096  # clients that wait to be accepted; the kernel caps it at somaxconn
 SPARE_FDS = 64  # descriptors that are not for clients: listeners, the selector, resolvers

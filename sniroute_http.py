@@ -27,8 +27,10 @@ import re
 import struct
 from typing import Iterable, NamedTuple
 
-from sniroute_names import __version__, show_address
+from sniroute_names import show_address
 from sniroute_refusals import Malformed
+
+__version__ = "0.1.0"
 
 # -- heads -------------------------------------------------------------------------------------
 

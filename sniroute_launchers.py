@@ -35,6 +35,8 @@ from typing import Callable, Mapping, NamedTuple
 
 from sniroute_names import printable
 
+__version__ = "0.1.0"
+
 CARRIES = 16  # hostnames in one carrier: they share its 20 MB, its one core, and its end
 WORDS_MAX = 200  # characters of a program's last words: one line of a log
 

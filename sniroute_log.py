@@ -32,6 +32,8 @@ from sniroute_loop import WakePipe
 from sniroute_names import printable, show_address
 from sniroute_refusals import REFUSALS
 
+__version__ = "0.1.0"
+
 log = logging.getLogger("sniroute")
 
 # Limits, each with its reason.  Times in seconds.

@@ -30,6 +30,8 @@ import selectors
 import time
 from typing import Any, Callable
 
+__version__ = "0.1.0"
+
 monotonic = time.monotonic
 
 EVENTS = 256  # ready descriptors in a turn, so that a turn ends soon (epoll only)

@@ -42,8 +42,10 @@ import time
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 from sniroute_log import ENDINGS
-from sniroute_names import __version__, printable, show_address
+from sniroute_names import printable, show_address
 from sniroute_refusals import REFUSALS
+
+__version__ = "0.1.0"
 
 # Limits, each with its reason.  Times in seconds.
 ENDINGS_MAX = 65536  # endings kept until `collect` takes them: ten times what a full load ends in 0.25 s

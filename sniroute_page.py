@@ -25,6 +25,8 @@ from __future__ import annotations
 import base64
 import hashlib
 
+__version__ = "0.1.0"
+
 # -- how it looks ------------------------------------------------------------------------------
 
 STYLE = """

@@ -70,6 +70,8 @@ from sniroute_launchers import TAKEN, Launcher, Reason, last_line, last_words
 from sniroute_log import log, log_event
 from sniroute_loop import WakePipe
 
+__version__ = "0.1.0"
+
 # Limits and times (seconds), each with its reason.
 POLL = 0.01  # between two looks at a starting child: a tenth of what a start takes
 UNWATCHED_POLL = 0.1  # between two looks whether a process has ended, where there is no pidfd

@@ -27,6 +27,8 @@ import logging
 import struct
 from typing import Callable, NamedTuple
 
+__version__ = "0.1.0"
+
 # TLS alerts, RFC 8446 section 6.
 UNEXPECTED_MESSAGE, ILLEGAL_PARAMETER, DECODE_ERROR = 10, 47, 50
 ACCESS_DENIED, PROTOCOL_VERSION, INTERNAL_ERROR, UNRECOGNIZED_NAME = 49, 70, 80, 112

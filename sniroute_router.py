@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from sniroute_processes import Child
     from sniroute_settings import Settings
 
+__version__ = "0.1.0"
+
 log = logging.getLogger("sniroute")
 monotonic = time.monotonic
 

@@ -43,6 +43,8 @@ from sniroute_tunnels import Tunnel, TunnelTable
 if TYPE_CHECKING:
     from sniroute_router import Wait
 
+__version__ = "0.1.0"
+
 monotonic = time.monotonic
 
 # Limits, each with its reason.  Times in seconds.

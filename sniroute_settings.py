@@ -31,10 +31,12 @@ import sys
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 from sniroute_launchers import TUNNEL_IDENTITY, Launcher, carrier_launcher, cloudflared_launcher
-from sniroute_names import Network, __version__, is_here, parse_host_port, printable, show_address
+from sniroute_names import Network, is_here, parse_host_port, printable, show_address
 from sniroute_refusals import SettingsError
 from sniroute_routes import ANONYMOUS, Route, Routes, parse_route
 from sniroute_wire import PROXY_WRITERS
+
+__version__ = "0.1.0"
 
 log = logging.getLogger("sniroute")
 
@@ -291,18 +293,19 @@ def read_settings(path: str, wrong: list[str], again: bool) -> dict[str, Any]:
     """
     faults: list[str] = []
     values: dict[str, Any] = {}
-    rows = {row.file_key: row for row in SETTINGS if row.file_key}
+    rows = {row.file_key: row for row in SETTINGS if row.file_key and row.file_key != "routes"}
     table = read_toml(path, faults, again)
-    if "routes" in table:
-        values["routes"] = read_routes(table.pop("routes"), faults)
+    routes = table.pop("routes", None)
     for key, value in table.items():
         if key not in rows:
-            faults.append(f"{printable(key)}: there is no such setting{meant(key, rows)}")
+            faults.append(f"{printable(key)}: there is no such setting{meant(key, (*rows, 'routes'))}")
             continue
         try:
             values[key] = rows[key].read(value)
         except ValueError as error:
             faults.append(f"{key}: {error}")
+    if routes is not None:
+        values["routes"] = read_routes(routes, faults)
     wrong += [f"{path}: {fault}" for fault in faults]
     return values
 
@@ -487,7 +490,7 @@ def cross_checked(values: Mapping[str, Any], given: Mapping[str, Given], running
     if values["admin"] is not None:
         missing = [f"{room}.py" for room in ADMIN_ROOMS if not is_here(room)]
         if missing:
-            wrong.append(f"--admin: {' and '.join(missing)} is not beside sniroute.py: copy it there")
+            wrong += [f"--admin: {file} is not beside sniroute.py: copy it there" for file in missing]
     if values["admin_token"] and not SECRET.fullmatch(values["admin_token"]):
         wrong.append(f"{ADMIN_TOKEN}: has to be 16 printable characters or more, without spaces")
     for address in map(show_address, values["listen"] or ()):

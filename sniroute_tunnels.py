@@ -69,6 +69,8 @@ from sniroute_loop import WAIT_LAST, WakePipe
 from sniroute_processes import (LOST, NO_FAULT, OWN_FAULT, POLL, STOP_GRACE, Child, Ends, PortPool, Process,
                                 Processes, leaves_waiting, listens)
 
+__version__ = "0.1.0"
+
 # Limits and times (seconds), each with its reason.
 RETRY = 0.1  # after a fault of the reaper: it must not spin
 REAPER_NAP = 0.005  # between two turns while names queue: each costs as much as there are tunnels

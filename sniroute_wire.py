@@ -32,6 +32,8 @@ from sniroute_names import normalise
 from sniroute_refusals import (DECODE_ERROR, ILLEGAL_PARAMETER, NOTHING, POSTGRES, PROTOCOL_VERSION, TLS,
                                UNEXPECTED_MESSAGE, Malformed, Refused)
 
+__version__ = "0.1.0"
+
 # Limits, each with its reason.  Sizes in bytes, times in seconds.
 RECORD_MAX = 16384  # RFC 8446 5.1: a plaintext record holds no more
 HELLO_MAX = 16384  # what BoringSSL and Envoy accept; a post-quantum hello is about 2 KB

@@ -12,7 +12,6 @@ import zipfile
 
 import pytest
 
-import sniroute
 import sniroute_launchers
 import sniroute_names
 from sniroute_launchers import TunnelError

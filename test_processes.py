@@ -18,7 +18,6 @@ import pytest
 
 import sniroute_launchers
 import sniroute_processes
-import sniroute_tunnels
 from sniroute_launchers import Launcher, Reason
 from sniroute_loop import WakePipe
 from sniroute_processes import LOST, NO_FAULT, OWN_FAULT, Child, Ends, PortPool, Process, Processes

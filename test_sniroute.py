@@ -68,7 +68,7 @@ from sniroute_tunnels import TunnelTable
 from sniroute_wire import (GSSENC_REQUEST, PROXY_POLICY, PROXY_V2, SSL_REQUEST, Hello, HelloMemory, HelloReader,
                            Prelude, ProxyHeader, crc32c, parse_client_hello, parse_proxy_v1, parse_proxy_v2,
                            parse_server_name, parse_startup, whole_hello)
-from conftest import CORE, HERE, HOST, Address, Cloudflared, Edge, FakeClock, wait_until
+from conftest import CORE, DOCTOR, HERE, HOST, Address, Cloudflared, Edge, FakeClock, wait_until
 
 NAME = "db.example.com"
 
@@ -4032,7 +4032,7 @@ def test_splice_is_tried_before_it_is_used(monkeypatch):
 @pytest.mark.parametrize("start", ["symlink", "other name", "-m"])
 def test_program_starts_under_any_name(tmp_path, start):
     """It goes on as a module, where it can be found as one."""
-    for name in CORE:
+    for name in (*CORE, DOCTOR):
         shutil.copy(HERE / name, tmp_path)
     command = [str(tmp_path / "router.py")]
     if start == "symlink":
@@ -4219,7 +4219,7 @@ BARE_PYTHON = (sys.executable, "-S", "-E")
 
 def installed(folder: pathlib.Path, *names: str) -> pathlib.Path:
     """Copy these files, and no others, into a folder.  The path of sniroute.py."""
-    for name in (*CORE, *names):
+    for name in (*CORE, DOCTOR, *names):
         shutil.copy(HERE / name, folder)
     return folder / "sniroute.py"
 
@@ -5992,7 +5992,8 @@ def test_an_admin_address_that_is_taken_stops_the_start(launch, echo_server, hel
 def test_an_admin_address_needs_the_admin_s_file(two_files):
     ended = execute(*BARE_PYTHON, str(two_files), "check", "--admin=127.0.0.1:1", env=BARE, text=True, said="")
     assert ended.returncode == 2
-    assert ended.stderr == "sniroute: --admin: sniroute_admin.py is not beside sniroute.py: copy it there\n"
+    assert ended.stderr == "".join(f"sniroute: --admin: {file} is not beside sniroute.py: copy it there\n"
+                                   for file in ("sniroute_admin.py", "sniroute_metrics.py", "sniroute_page.py"))
 
 
 # -- systemd -----------------------------------------------------------------------------------
@@ -6198,7 +6199,7 @@ def test_quick_start_of_the_readme_works_as_pasted(tmp_path, free_ports):
     first, _ = free_ports(2)
     script = block.replace("19000", str(first)).replace("8443", str(first + 1)).replace(
         "python3 ", f"{sys.executable} ") + "\nwait\n"
-    for name in CORE:
+    for name in (*CORE, DOCTOR):
         shutil.copy(HERE / name, tmp_path)
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert "</HTML>" in done.stdout, done.stderr

@@ -393,7 +393,7 @@ def test_the_reaper_outlives_an_operating_system_error(bench, monkeypatch, caplo
             raise errors.pop()
         return real(*args)
 
-    monkeypatch.setattr(sniroute_processes, "listens", listens)
+    monkeypatch.setattr(sniroute_tunnels, "listens", listens)
     bench(live=True).ready("app.test")
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR] == [
         "tunnels: [Errno 24] Too many open files"] * 2
@@ -931,7 +931,7 @@ def test_descriptors_that_run_out_do_not_make_a_good_child_look_bad(bench, monke
     made = bench(idle=1e6)
     tunnel = made.leased("app.test")
     child = tunnel.child
-    monkeypatch.setattr(sniroute_processes, "STOP_GRACE", 0.1)
+    monkeypatch.setattr(sniroute_tunnels, "STOP_GRACE", 0.1)
     with monkeypatch.context() as patch:
         def none_left(path, *_, **__):
             raise OSError(24, "Too many open files", path)
