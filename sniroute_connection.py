@@ -399,11 +399,13 @@ class Connection:
             self.hello = None
             if self.queue is not None:
                 self.leave_queue()
+            up.watch(READ, up.pump)
+            down.watch(READ, down.pump)
         else:
             self.state = UNANSWERED
             self.wait_in(self.router.deadlines.first_byte)
-        up.watch(READ, up.mover())
-        down.watch(READ, down.mover())
+            up.watch(READ, up.first)
+            down.watch(READ, down.first)
         if sent != len(said):
             up.hold(memoryview(said)[sent:])
 
@@ -564,16 +566,22 @@ class Connection:
             return
         self.state = CLOSED
         router = self.router
-        self.leave_queue()
+        if self.queue is not None:
+            self.leave_queue()
         if self.wait is not None:
             router.waits.leave(self)
         up, down = self.up, self.down
-        if state in ABANDONED and down.source is not None:
-            self.backend.abandon(down.source)
+        up.discard()
+        down.discard()
         if up.watched:
             router.loop.poller.closing(up.fd)
         self.client.close()
-        self._drop_backend()
+        backend = self.backend
+        if backend is not None:
+            if state in ABANDONED and down.source is not None:
+                backend.abandon(down.source)
+            self._hang_up()
+            backend.release()
         up.twin = down.twin = NO_FLOW  # no cycles: nothing is left to the collector
         up.connection = down.connection = self.up = self.down = None
         self.peer.count -= 1

@@ -129,37 +129,36 @@ class Flow:
 
     def first(self, mask: int) -> None:
         """As `pump`, for the first bytes behind the hello, whichever side they come from."""
-        data = self._read(MESSAGE)
-        if data:
-            self.connection.answered(self)
-            self._pass_on(data, MESSAGE)
+        try:
+            data = self.source.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.connection.failed(self, error)
+            return
+        if not data:
+            self.connection.ended(self)
+            return
+        self.connection.answered(self)  # before a byte is passed on: the hello cannot be sent again then
+        self.pump(mask)
 
     def pump(self, mask: int) -> None:
-        """Move what the source has to the sink."""
-        size = self.size
-        data = self._read(size)
-        if data:
-            self._pass_on(data, size)
-
-    def _read(self, size: int) -> bytes:
-        """Bytes of the source; b"" where there are none now, or none any more, which the connection is told.
+        """Move what the source has to the sink, and choose the size of the next read.
 
         os.read and os.write, not the sockets' methods: fewer instructions.  Safe only because both descriptors are
         open, and nobody else's, while the flow is not DONE.
         """
+        size = self.size
         try:
             data = os.read(self.fd, size)
         except BlockingIOError:
-            return b""
+            return
         except OSError as error:
             self.connection.failed(self, error)
-            return b""
+            return
         if not data:
             self.connection.ended(self)
-        return data
-
-    def _pass_on(self, data: bytes, size: int) -> None:
-        """Write to the sink what a read of at most `size` bytes gave, and choose the size of the next."""
+            return
         count = len(data)
         self.total += count
         try:
@@ -240,8 +239,11 @@ class Flow:
         """Forget what the sink did not take, and read no more."""
         self.state = DONE
         if self.pending is not None:
-            self.pipes.keep(-len(self.pending))
-            self.pending = None
+            self._forget_pending()
+
+    def _forget_pending(self) -> None:
+        self.pipes.keep(-len(self.pending))
+        self.pending = None
 
 
 class SpliceFlow(Flow):
@@ -305,11 +307,12 @@ class SpliceFlow(Flow):
             self.lent = self.pending = None
             self.unblock(BULKY)
 
-    def discard(self) -> None:
-        if self.lent is not None:  # it is not empty: nobody else can use it
-            self.pipes.drop(self.lent)
-            self.lent = self.pending = None
-        super().discard()
+    def _forget_pending(self) -> None:
+        if self.lent is None:
+            super()._forget_pending()
+            return
+        self.pipes.drop(self.lent)  # it is not empty: nobody else can use it
+        self.lent = self.pending = None
 
 
 NO_FLOW = Flow.__new__(Flow)  # the twin of a flow whose connection is over

@@ -22,13 +22,13 @@ This room imports the standard library only, and knows nothing of connections.
 from __future__ import annotations
 
 import collections
-import contextlib
 import errno
+import itertools
 import os
 import select
 import selectors
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 __version__ = "0.1.0"
 
@@ -57,13 +57,17 @@ class WakePipe:
 
     def wake(self) -> None:
         """Any thread; never waits."""
-        with contextlib.suppress(OSError):  # full: the thread is being woken already; closed: it has ended
+        try:
             os.write(self.writer, b"\0")
+        except OSError:
+            pass  # full: the thread is being woken already; closed: it has ended
 
     def clear(self) -> None:
         """Read what woke us."""
-        with contextlib.suppress(BlockingIOError):
+        try:
             os.read(self.reader, 4096)
+        except BlockingIOError:
+            pass
 
     def close(self) -> None:
         """Close both ends.  The number goes first: a late `wake` must not write to whatever has it next."""
@@ -274,38 +278,42 @@ class Loop:
         self.batches.append(([], step))
         return self.batches[-1][0]
 
-    def run(self) -> None:
-        """Turn until `stop` is called."""
-        while not self.stopping:
-            self.turn()
+    def run(self, turns: Iterable[Any] = itertools.repeat(None)) -> None:
+        """Turn until `stop` is called: wait for something to do, and do it.  `turns`: once for each of these at most."""
+        poll, callbacks, batches, fault = self.poller.poll, self.poller.callbacks, self.batches, self.fault
+        now = monotonic()
+        for _ in turns:
+            if self.stopping:
+                return
+            timeout = self.next_check - now  # of the last turn's poll: a deadline may be late by what that turn took
+            for fd, mask in poll(timeout if timeout > 0.0 else 0.0):
+                # A descriptor closed earlier in this turn maps to `ignore`; its number is not watched again
+                # before the batches below.
+                callback = callbacks[fd]
+                try:
+                    callback(mask)
+                except Exception:
+                    fault(owner_of(callback))
+            now = monotonic()
+            if now >= self.next_check:
+                self._check(now)
+            for batch, step in batches:
+                if not batch:
+                    continue
+                for item in batch:  # may grow meanwhile
+                    try:
+                        step(item)
+                    except Exception:
+                        fault(item)
+                batch.clear()
+
+    def turn(self) -> None:
+        """Turn once."""
+        self.run((None,))
 
     def stop(self) -> None:
         """Let `run` return after this turn."""
         self.stopping = True
-
-    def turn(self) -> None:
-        """Wait for something to do, and do it."""
-        callbacks = self.poller.callbacks
-        for fd, mask in self.poller.poll(max(0.0, self.next_check - monotonic())):
-            # A descriptor closed earlier in this turn maps to `ignore`; its number is not watched again
-            # before the batches below.
-            callback = callbacks[fd]
-            try:
-                callback(mask)
-            except Exception:
-                self.fault(owner_of(callback))
-        now = monotonic()
-        if now >= self.next_check:
-            self._check(now)
-        for batch, step in self.batches:
-            if not batch:
-                continue
-            for item in batch:  # may grow meanwhile
-                try:
-                    step(item)
-                except Exception:
-                    self.fault(item)
-            batch.clear()
 
     def _check(self, now: float) -> None:
         """Do what is due, and find out when to look again."""

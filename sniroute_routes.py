@@ -309,6 +309,7 @@ class Backend:
     `release` at the end, once or more.  This base tries addresses of TCP one after another.
     """
 
+    __slots__ = ("target", "addresses", "local")
     proven_by_connect = True  # False: a connect shows nothing; only the first byte shows that somebody is there
 
     def __init__(self, target: str, addresses: Sequence[tuple[int, Any]], local: bool):
@@ -338,7 +339,11 @@ class Backend:
                 return server
             why = os.strerror(error)
             server.close()
+        self.exhausted()
         raise Unreachable(why or os.strerror(errno.EHOSTUNREACH))
+
+    def exhausted(self) -> None:
+        """None of its addresses can be reached."""
 
     def prepare(self, server: socket.SocketType) -> None:
         """Set the options of a socket that is about to connect."""
@@ -373,22 +378,23 @@ class Backend:
 class TcpBackend(Backend):
     """A host and port; its addresses are forgotten where none can be reached: perhaps it has moved."""
 
+    __slots__ = ("targets", "key")
+
     def __init__(self, targets: Targets, key: str, target: str, found: Resolved):
-        super().__init__(target, found.addresses, found.local)
+        self.target = target
+        self.addresses = iter(found.addresses)
+        self.local = found.local
         self.targets = targets
         self.key = key
 
-    def open(self, why: str = "") -> socket.SocketType:
-        try:
-            return super().open(why)
-        except Unreachable:
-            self.targets.resolved.pop(self.key, None)
-            raise
+    def exhausted(self) -> None:
+        self.targets.resolved.pop(self.key, None)
 
 
 class TunnelBackend(Backend):
     """A leased tunnel: a local port on which a tunnel program listens, accepts, and only then dials its far end."""
 
+    __slots__ = ("tunnels", "idle", "lease", "tunnel", "child", "dialled", "failure")
     proven_by_connect = False
 
     def __init__(self, tunnels: TunnelTable, target: str, idle: float | None, tunnel: Tunnel, child: Child):
@@ -401,9 +407,9 @@ class TunnelBackend(Backend):
         self.dialled = 0.0
         self.failure: tuple[str, int] | None = None  # why, and the port from which it was dialled
 
-    def open(self, why: str = "") -> socket.SocketType:
+    def prepare(self, server: socket.SocketType) -> None:
+        super().prepare(server)
         self.dialled = monotonic()
-        return super().open(why)
 
     def connected(self, server: socket.SocketType) -> None:
         """Whether the child's own process took the connect.
