@@ -68,7 +68,8 @@ from sniroute_tunnels import TunnelTable
 from sniroute_wire import (GSSENC_REQUEST, PROXY_POLICY, PROXY_V2, SSL_REQUEST, Hello, HelloMemory, HelloReader,
                            Prelude, ProxyHeader, crc32c, parse_client_hello, parse_proxy_v1, parse_proxy_v2,
                            parse_server_name, parse_startup, whole_hello)
-from conftest import CORE, DOCTOR, HERE, HOST, Address, Cloudflared, Edge, FakeClock, wait_until
+from conftest import CORE, DOCTOR, HERE, HOST, Address, FakeClock, linux, wait_until
+from testbed.standins import Cloudflared, Edge
 
 NAME = "db.example.com"
 
@@ -3528,12 +3529,6 @@ DB = "cloudflared:db.example.com"
 TUNNEL = "--route=*=cloudflared:{name}"
 
 
-@pytest.fixture
-def ports(free_ports) -> str:
-    first, last = free_ports(30)
-    return f"--ports={first}-{last}"
-
-
 def test_cold_name_starts_its_tunnel_and_idle_stops_it(run, serve, cloudflared, ports):
     cloudflared.far("*", serve(answer(b"x")).address)
     running = run(TUNNEL, ports, "--idle=300ms")
@@ -4064,7 +4059,6 @@ PROGRAM = HERE / "sniroute.py"
 # tests that are about it, and all that name a `program` or `python`, begin there.
 STARTED = (sys.executable, str(PROGRAM))
 STOP_GRACE = 2.0  # how long a tunnel may take to end by itself
-linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -4957,17 +4951,17 @@ def three_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture
-def carried(launch, three_files, edge, ports) -> Callable[..., Program]:
+def carried(launch, three_files, own_edge, ports) -> Callable[..., Program]:
     """carried(*options) -> a router with the carrier, an empty PATH, and the edge's proxy and certificate."""
     return lambda *options: launch(ports, *options, program=three_files, python=BARE_PYTHON,
-                                   env={**BARE, **edge.environ})
+                                   env={**BARE, **own_edge.environ})
 
 
 CARRIED = "--route=*.example.com=cloudflared:{name}"
 
 
-def test_three_files_and_an_empty_path_carry_psql(carried, edge, postgres):
-    edge.far("db.example.com", postgres)
+def test_three_files_and_an_empty_path_carry_psql(carried, own_edge, postgres):
+    own_edge.far("db.example.com", postgres)
     program = carried(CARRIED)
     ended = psql(program.address, ["select repeat('x', 1000000)", "select 7"], "sslmode=require")
     assert (ended.returncode, ended.stderr) == (0, b"")
@@ -4975,8 +4969,8 @@ def test_three_files_and_an_empty_path_carry_psql(carried, edge, postgres):
     assert program.log().count("cloudflared is not on PATH: the carrier beside sniroute.py does its work") == 1
 
 
-def test_three_files_and_an_empty_path_carry_many_bytes_each_way(carried, edge, serve):
-    edge.far("db.example.com", serve(depot).address)
+def test_three_files_and_an_empty_path_carry_many_bytes_each_way(carried, own_edge, serve):
+    own_edge.far("db.example.com", serve(depot).address)
     program = carried(CARRIED)
     with program.connect(HELLO + b"d") as client:
         def parts() -> Iterator[bytes]:
@@ -4989,12 +4983,12 @@ def test_three_files_and_an_empty_path_carry_many_bytes_each_way(carried, edge, 
         for block in blocks():
             client.sendall(block)
         assert read_exactly(client, 32) == digest(blocks())
-    ends = wait_until(lambda: len(found := edge.ends()) == 2 and found)
+    ends = wait_until(lambda: len(found := own_edge.ends()) == 2 and found)
     assert all(end["largest_up"] <= 16384 and not end["cut"] and not end["client_pings"] for end in ends)
 
 
-def test_names_of_both_schemes_share_one_carrier(carried, edge, echo_server):
-    edge.far("*", echo_server.address)
+def test_names_of_both_schemes_share_one_carrier(carried, own_edge, echo_server):
+    own_edge.far("*", echo_server.address)
     program = carried(CARRIED, "--route=*.example.org=carrier:{name}")
     hellos = [genuine_hello(f"n{number}.example.{top}") for number in range(3) for top in ("com", "org")]
     for hello in hellos:
@@ -5030,15 +5024,15 @@ def test_token_is_shown_only_where_the_operator_has_chosen_the_domain(pattern, t
     assert TOKEN.items() <= environment.items() if own else not TOKEN.keys() & environment.keys()
 
 
-def test_stranger_with_a_domain_does_not_learn_the_token(launch, three_files, edge, ports):
-    edge.far("*", (HOST, 1))
+def test_stranger_with_a_domain_does_not_learn_the_token(launch, three_files, own_edge, ports):
+    own_edge.far("*", (HOST, 1))
     program = launch(ports, "--route=*.example.com=carrier:{name}", "--route=*=carrier:{name}", program=three_files,
-                     python=BARE_PYTHON, env={**BARE, **edge.environ, **TOKEN})
+                     python=BARE_PYTHON, env={**BARE, **own_edge.environ, **TOKEN})
     shown = {}
     for name in ("db.example.com", "db.example.org"):
         with program.connect(genuine_hello(name)) as client:
             read_all(client)
-        shown[name] = {key.lower(): value for key, value in edge.requests(name)[0]["headers"]}
+        shown[name] = {key.lower(): value for key, value in own_edge.requests(name)[0]["headers"]}
     assert shown["db.example.com"]["cf-access-client-secret"] == "s3cret"
     assert shown["db.example.com"]["cf-access-token"] == "jwt.jwt"
     assert not [key for key in shown["db.example.org"] if key.startswith("cf-")]
@@ -5059,21 +5053,21 @@ FAULTS = {  # what goes wrong at the edge -> reason, alert, words, dials
 
 
 @pytest.mark.parametrize("fault, reason, description, words, dials", FAULTS.values(), ids=FAULTS)
-def test_refusal_says_what_the_carrier_met(carried, edge, fault, reason, description, words, dials):
-    edge.fault("db.example.com", **fault)
+def test_refusal_says_what_the_carrier_met(carried, own_edge, fault, reason, description, words, dials):
+    own_edge.fault("db.example.com", **fault)
     program = carried(CARRIED)
     with program.connect(HELLO) as client:
         assert read_all(client) == alert(description)
     program.wait_for(f" reason={reason} ")
     assert f"db.example.com: {words}" in program.log()
-    assert len(wait_until(lambda: len(found := edge.ends()) == dials and found)) == dials
+    assert len(wait_until(lambda: len(found := own_edge.ends()) == dials and found)) == dials
 
 
-def test_reasons_of_clients_that_come_together_are_not_mixed_up(carried, edge):
+def test_reasons_of_clients_that_come_together_are_not_mixed_up(carried, own_edge):
     """Three names, fifteen clients at once: each line has the words for its own name."""
     words = {"a": "Access denied it", "b": "the edge knows no such application", "c": "its tunnel is down"}
     for label, status in zip(words, (403, 404, 530), strict=True):
-        edge.fault(f"{label}.example.com", status=status)
+        own_edge.fault(f"{label}.example.com", status=status)
     program = carried(CARRIED)
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(program.connect(genuine_hello(f"{label}.example.com")))
@@ -5086,33 +5080,33 @@ def test_reasons_of_clients_that_come_together_are_not_mixed_up(carried, edge):
             assert words[re.search(r" name=(.)\.", line)[1]] in line
 
 
-def test_client_that_leaves_while_the_edge_hangs_is_let_go_at_once(carried, edge):
-    edge.fault("db.example.com", hang="upgrade")
+def test_client_that_leaves_while_the_edge_hangs_is_let_go_at_once(carried, own_edge):
+    own_edge.fault("db.example.com", hang="upgrade")
     program = carried(CARRIED)
     with program.connect(HELLO):
-        wait_until(edge.requests)
-    end, = wait_until(edge.ends, timeout=3)
+        wait_until(own_edge.requests)
+    end, = wait_until(own_edge.ends, timeout=3)
     assert end["left"] in ("eof", "reset", "close_notify")
     program.wait_for(" reason=client_left")
 
 
-def explained(three_files: pathlib.Path, edge: Edge) -> subprocess.CompletedProcess[str]:
-    return execute(*BARE_PYTHON, str(three_files), "explain", "db.example.com", CARRIED, env={**BARE, **edge.environ},
+def explained(three_files: pathlib.Path, own_edge: Edge) -> subprocess.CompletedProcess[str]:
+    return execute(*BARE_PYTHON, str(three_files), "explain", "db.example.com", CARRIED, env={**BARE, **own_edge.environ},
                    text=True, said="")
 
 
-def test_explain_dials_the_far_end_once(three_files, edge, echo_server):
-    edge.far("db.example.com", echo_server.address)
-    ended = explained(three_files, edge)
+def test_explain_dials_the_far_end_once(three_files, own_edge, echo_server):
+    own_edge.far("db.example.com", echo_server.address)
+    ended = explained(three_files, own_edge)
     assert (ended.returncode, ended.stderr) == (0, "")
     lines = ended.stdout.splitlines()
     assert (lines[2], lines[4:]) == ("target:  cloudflared:db.example.com", ["far end: it answers"])
-    assert len(edge.requests()) == 1
+    assert len(own_edge.requests()) == 1
 
 
-def test_explain_says_what_the_far_end_says(three_files, edge):
-    edge.fault("db.example.com", deny=403)
-    ended = explained(three_files, edge)
+def test_explain_says_what_the_far_end_says(three_files, own_edge):
+    own_edge.fault("db.example.com", deny=403)
+    ended = explained(three_files, own_edge)
     assert (ended.returncode, ended.stderr) == (1, "")
     assert ended.stdout.endswith("refused: db.example.com: Access denied it (is the token right, and does the "
                                  "application's policy allow it?): HTTP 403 (tunnel_denied, TLS alert 49)\n"
