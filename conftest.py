@@ -21,7 +21,7 @@ from typing import Any, Callable, Iterator
 import pytest
 
 pytest.register_assert_rewrite("testbed")  # an assert in a helper shows its values
-pytest_plugins = [f"testbed.{module}" for module in ("standins", "tunnels", "carrier", "admin")]
+pytest_plugins = [f"testbed.{module}" for module in ("standins", "running", "program", "tunnels", "carrier", "admin")]
 
 HERE = pathlib.Path(__file__).resolve().parent
 HOST = "127.0.0.1"
