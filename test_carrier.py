@@ -31,8 +31,9 @@ from sniroute_forwarder import Listener
 from sniroute_http import BINARY, CHUNK, CLOSE, PING, PONG
 from sniroute_loop import READ, WRITE, Watch
 from testbed.carrier import (NOISE, PHASES, Local, Notes, beside, blocks, digest, digest_upload, echoed, end_of,
-                             parallel, read_frames, receive, receive_all, reset, send_blocks, server_frame,
+                             parallel, read_frames, receive, receive_all, send_blocks, server_frame,
                              wait_for_end, with_buffers)
+from testbed.running import reset
 
 
 # -- what comes through ----------------------------------------------------------------------

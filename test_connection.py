@@ -29,7 +29,7 @@ from sniroute_loop import NEVER
 from sniroute_refusals import Refused, told
 from sniroute_routes import Resolved
 from conftest import HOST, wait_until
-from testbed.hellos import ASK_GSS, ASK_TLS, HELLO, V1, V2, V2_LOCAL, genuine_hello
+from testbed.hellos import ASK_GSS, ASK_TLS, HELLO, V1, V2, V2_LOCAL, genuine
 from testbed.running import DB, TUNNEL, Running, alert, answer, read_all, read_exactly, reset, route
 
 
@@ -196,8 +196,8 @@ STARTUP_PACKET = struct.pack(">II", 20, 3 << 16) + b"user\0me\0\0\0\0\0"
     (b"SSH-2.0-OpenSSH\r\n", b"", "not_tls"),
     (HELLO[:100], alert(50), "truncated"),
     (b"", b"", "truncated"),
-    (genuine_hello(None), alert(112), "no_name"),
-    (genuine_hello("other.example.com"), alert(112), "no_route"),
+    (genuine(name=None), alert(112), "no_name"),
+    (genuine(name="other.example.com"), alert(112), "no_route"),
     (HELLO.replace(b"db.example.com", b"db.example.c\x1bm"), alert(112), "bad_name"),
     (b"\x16\x03\x01\xff\xff", alert(50), "malformed"),
 ], ids=["plain startup", "GSSENCRequest", "CancelRequest", "HTTP", "SSH", "half a hello", "nothing", "no name",
@@ -224,21 +224,21 @@ def test_oversized_record_is_refused_at_its_header(run, echo_server):
 
 def test_no_name_ok_is_for_debugging(run, echo_server):
     running = run(route(echo_server.address), "--no-name=ok")
-    with running.connect(genuine_hello(None)) as client:
+    with running.connect(genuine(name=None)) as client:
         assert read_all(client) == b"OK\n"
 
 
 def test_alert_is_read_though_the_client_goes_on_talking(run, echo_server):
     """Unread bytes at the close would reset the connection under the alert."""
     running = run(route(echo_server.address))
-    with running.connect(genuine_hello("other.example.com") + bytes(100_000)) as client:
+    with running.connect(genuine(name="other.example.com") + bytes(100_000)) as client:
         assert read_all(client) == alert(112)
 
 
 def test_client_that_never_reads_its_alert_is_let_go(run, echo_server, monkeypatch):
     monkeypatch.setattr(sniroute_connection, "LINGER", 0.1)
     running = run(route(echo_server.address))
-    with running.connect(genuine_hello("other.example.com")) as client:
+    with running.connect(genuine(name="other.example.com")) as client:
         running.ending()
         assert client.recv(7) == alert(112)
 
@@ -339,7 +339,7 @@ def test_next_address_is_tried_and_the_last_failure_is_told(run, serve, monkeypa
     good = (socket.AF_INET, far.address)
     bad = (socket.AF_INET, (HOST, shut))
     running.router.targets.resolved[f"two.example.com=tcp:{HOST}:{far.address[1]}"] = Resolved((bad, good), False, NEVER)
-    with running.connect(genuine_hello("two.example.com")) as client:
+    with running.connect(genuine(name="two.example.com")) as client:
         assert client.recv(1) == b"x"
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
@@ -437,7 +437,7 @@ def test_many_cold_names_start_a_few_at_a_time_and_all_are_answered(run, cloudfl
         enter(tunnel, state)
         seen.append(sum(t.state == "starting" for t in running.tunnels.tunnels.values()))
     running.tunnels._enter = watching
-    crowd(running, [genuine_hello(f"n{n}.example.com") for n in range(120)])
+    crowd(running, [genuine(name=f"n{n}.example.com") for n in range(120)])
     assert max(seen) == 4
     assert len(cloudflared.starts()) == 120
 

@@ -1,6 +1,7 @@
-"""Tests of sniroute_daemon.py, in its order, with the real program (`launch` of testbed/program.py).
+"""Tests of sniroute_daemon.py with the real program (`launch` of testbed/program.py).
 
-Signals, other settings for a router that runs, a log that nobody takes, a successor, systemd.
+Signals, a reload, a log that nobody takes, a successor, sockets that systemd passes on, the admin's address, and
+what systemd is told.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import sniroute_doctor
 import sniroute_loop
 import sniroute_router
 from conftest import HOST, Address, linux, wait_until
-from testbed.hellos import HELLO, genuine_hello
+from testbed.hellos import HELLO, genuine
 from testbed.program import (BARE, BARE_PYTHON, PROGRAM, STOP_GRACE, command, counter, cpu_seconds, environment,
                              execute, ipv6, is_pending)
 from testbed.running import TUNNEL, alert, answer, read_all, read_exactly, route
@@ -121,7 +122,7 @@ def test_tunnels_die_with_a_router_that_is_killed(launch, cloudflared, ports, se
     cloudflared.fault("*", ignore_term=True)
     cloudflared.fault("late.example.com", never_listen=True)
     program = launch(TUNNEL, ports, f"--cloudflared={cloudflared.path}")
-    with program.connect(HELLO) as client, program.connect(genuine_hello("late.example.com")):
+    with program.connect(HELLO) as client, program.connect(genuine(name="late.example.com")):
         assert client.recv(1) == b"x"
         wait_until(lambda: len(cloudflared.starts()) == 2, what="both starts")
         pids = [row["pid"] for row in cloudflared.starts()]
@@ -168,7 +169,7 @@ def test_hangup_brings_other_settings_and_cuts_nothing(launch, settings_file, ec
     port, other = echo_server.address[1], serve(answer(b"new", len(HELLO))).address[1]
     path = settings_file(f'log_level = "debug"\nports = "11000-11001"\n[routes]\n"db.example.com" = "tcp:{HOST}:{port}"\n')
     program = launch("-c", path)
-    new_hello = genuine_hello("new.example.com")
+    new_hello = genuine(name="new.example.com")
     with program.connect(HELLO) as client:
         assert read_exactly(client, len(HELLO)) == HELLO
         with program.connect(new_hello) as early:
@@ -235,7 +236,7 @@ def test_log_that_cannot_be_written_stops_nothing_and_reaches_no_client(launch, 
         client.sendall(HELLO)
         assert read_exactly(client, len(HELLO)) == HELLO
         for _ in range(20):
-            with program.connect(genuine_hello("other.example.com"), address) as other:
+            with program.connect(genuine(name="other.example.com"), address) as other:
                 assert read_all(other) == alert(112)
         program.signal(signal.SIGUSR1)
         client.sendall(b"still")
@@ -587,7 +588,7 @@ def test_a_predecessor_that_drains_hears_a_signal_and_lets_idle_tunnels_go(launc
     options = f"--listen={HOST}:{free_ports(1)[0]}", TUNNEL, ports, f"--cloudflared={cloudflared.path}"
     first = launch(*options)
     with first.connect(HELLO) as client:
-        with first.connect(genuine_hello("idle.example.com")) as other:
+        with first.connect(genuine(name="idle.example.com")) as other:
             assert client.recv(1) == other.recv(1) == b"x"
         idle = cloudflared.starts("idle.example.com")[0]["pid"]
         second = launch(*options)

@@ -16,7 +16,7 @@ import sniroute_dial
 from conftest import HOST, echo, linux, wait_until
 from sniroute_dial import Dial, Failed, Proxy, WayOut
 from sniroute_edge import REASONS
-from sniroute_loop import READ, WRITE, Loop, Watch, ignore
+from sniroute_loop import Loop, ignore
 from sniroute_refusals import SettingsError
 from testbed.carrier import Address, echoed, parallel, receive_all, refused, resolve_as
 
@@ -131,36 +131,6 @@ def test_alternate(families, order):
 def test_a_connect_that_the_kernel_gives_up_is_a_timeout(proxy, reason, text):
     failure = sniroute_dial.connect_failure(OSError(errno.ETIMEDOUT, "no answer"), proxy)
     assert (failure.reason, str(failure)) == (reason, text)
-
-
-class Recorder:
-    """A poller that notes what it is told."""
-
-    def __init__(self) -> None:
-        self.callbacks: dict[int, Callable[[int], None]] = {}
-        self.told: list[tuple[Any, ...]] = []
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *words: self.told.append((name, *words))
-
-
-def test_a_watch_tells_the_poller_only_what_changes():
-    poller = Recorder()
-    watch = Watch(poller, 7)
-    watch.set(0)
-    watch.closing()
-    assert poller.told == []
-    watch.set(READ, print)
-    watch.set(READ, repr)
-    assert poller.told == [("watch", 7, READ, print)] and poller.callbacks == {7: repr}
-    watch.set(READ | WRITE, print)
-    watch.set(0)
-    watch.set(0)
-    watch.set(WRITE, print)
-    watch.closing()
-    watch.closing()
-    assert poller.told[1:] == [("change", 7, READ | WRITE, print), ("forget", 7), ("watch", 7, WRITE, print),
-                               ("closing", 7)]
 
 
 class Dials:

@@ -12,7 +12,7 @@ import sniroute_doctor
 import sniroute_log
 from sniroute_refusals import REFUSALS
 from conftest import linux
-from testbed.hellos import HELLO, NAME, genuine_hello
+from testbed.hellos import HELLO, NAME, genuine
 from testbed.program import BARE, BARE_PYTHON, command, execute
 from testbed.running import ROUTES_FILE, TUNNEL, alert, answer, read_all
 
@@ -97,7 +97,7 @@ def test_explain_asks_a_router_that_runs(launch, cloudflared, ports, serve, admi
     options = TUNNEL, ports, f"--cloudflared={cloudflared.path}", f"--admin=unix:{admin_path}"
     program = launch(*options)
     program.wait_for(f" info admin on {admin_path}\n")
-    with program.connect(HELLO) as client, program.connect(genuine_hello("evil.example.com")) as other:
+    with program.connect(HELLO) as client, program.connect(genuine(name="evil.example.com")) as other:
         assert client.recv(1) == b"x" and read_all(other) == alert(80)
         ready, failed, absent = (command("explain", name, *options).stdout
                                  for name in (NAME, "evil.example.com", "cold.example.com"))

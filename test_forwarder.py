@@ -27,8 +27,9 @@ from conftest import HOST, linux, wait_until
 from sniroute_carrier import Carrier
 from sniroute_edge import Target
 from sniroute_forwarder import LINES_MAX, Log
-from testbed.carrier import (NOISE, Notes, Program, beside, echoed, end_of, numbers, receive, receive_all, reset,
+from testbed.carrier import (NOISE, Notes, Program, beside, echoed, end_of, numbers, receive, receive_all,
                              send_blocks)
+from testbed.running import reset
 
 
 # -- the log ---------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ import pytest
 import sniroute_connection
 import sniroute_flow
 import sniroute_loop
+from sniroute_loop import READ, WRITE, Watch
 from conftest import wait_until
-from testbed.hellos import HELLO, genuine_hello
+from testbed.hellos import HELLO, genuine
 from testbed.running import TUNNEL, answer, read_all, read_exactly, route
 
 
@@ -33,6 +34,39 @@ def test_a_deadline_that_another_one_sets_is_not_forgotten():
         assert loop.next_check <= earlier.due["item"]
     finally:
         loop.close()
+
+
+# -- what is watched ----------------------------------------------------------------------------
+
+
+class Recorder:
+    """A poller that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.callbacks: dict[int, Callable[[int], None]] = {}
+        self.told: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *words: self.told.append((name, *words))
+
+
+def test_a_watch_tells_the_poller_only_what_changes():
+    poller = Recorder()
+    watch = Watch(poller, 7)
+    watch.set(0)
+    watch.closing()
+    assert poller.told == []
+    watch.set(READ, print)
+    watch.set(READ, repr)
+    assert poller.told == [("watch", 7, READ, print)] and poller.callbacks == {7: repr}
+    watch.set(READ | WRITE, print)
+    watch.set(0)
+    watch.set(0)
+    watch.set(WRITE, print)
+    watch.closing()
+    watch.closing()
+    assert poller.told[1:] == [("change", 7, READ | WRITE, print), ("forget", 7), ("watch", 7, WRITE, print),
+                               ("closing", 7)]
 
 
 # -- a turn ------------------------------------------------------------------------------------
@@ -126,10 +160,10 @@ def test_fault_in_a_step_or_after_a_wait_ends_that_connection_only(run, serve, c
     for step in ("_parse", "_connect", "_open"):  # each is called by another of the loop's steps
         with monkeypatch.context() as patch:
             patch.setattr(sniroute_connection.Connection, step, fault)
-            with running.connect(genuine_hello("ok.example.com")) as client:
+            with running.connect(genuine(name="ok.example.com")) as client:
                 assert read_all(client) == b""
     running.router.call(fault)
-    with running.connect(genuine_hello("ok.example.com")) as client:
+    with running.connect(genuine(name="ok.example.com")) as client:
         assert client.recv(1) == b"x"
     wait_until(lambda: not running.router.connections)
     assert caplog.text.count("ZeroDivisionError: planted") == 5

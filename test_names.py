@@ -1,4 +1,4 @@
-"""Tests of sniroute_names.py, in its order: names, addresses, and text that is shown."""
+"""Tests of sniroute_names.py: names, addresses, and text that is shown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from sniroute_names import normalise, parse_host_port, show_address
+from sniroute_names import normalise, parse_host_port, printable, show_address
 from sniroute_refusals import Malformed
 from testbed.hellos import BAD_NAMES, GOOD_NAMES, Bad, verdict
 
@@ -59,3 +59,19 @@ def test_a_host_and_a_port(text, expected):
                                            (("fe80::1%eth0", 3, 0, 2), "[fe80::1%eth0]:3")])
 def test_an_address_for_people(address, text):
     assert show_address(address) == text
+
+
+# -- text that is shown ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, limit, line", [
+    pytest.param("plain", 10, "plain", id="short"),
+    pytest.param("exactly ten"[:10], 10, "exactly te", id="as long as the limit"),
+    pytest.param("eleven long", 10, "eleven ...", id="one too long"),
+    pytest.param("a\nb\rc\x1b[31m\x7f\0", 20, "a?b?c?[31m??", id="control characters"),
+    pytest.param("t\u00e9l\u202e\U0001f600", 20, "t?l??", id="not ASCII"),
+    pytest.param("", 10, "", id="empty"),
+    pytest.param("x" * 10_000_000, 10, "xxxxxxx...", id="huge"),
+])
+def test_printable(text, limit, line):
+    assert printable(text, limit) == line

@@ -24,7 +24,7 @@ import sniroute_loop
 import sniroute_router
 from sniroute_settings import load_settings
 from conftest import HERE, HOST, wait_until
-from testbed.hellos import HELLO, ROUTED_HEADER, V1, genuine_hello
+from testbed.hellos import HELLO, ROUTED_HEADER, V1, genuine
 from testbed.program import command, has_ipv6, ipv6
 from testbed.running import DB, TUNNEL, Running, alert, answer, read_all, read_exactly, reset, route
 
@@ -138,7 +138,7 @@ def test_accepting_goes_on_when_a_deadline_made_the_room(run, serve):
     with contextlib.ExitStack() as stack:
         for _ in range(2):
             assert stack.enter_context(running.connect(HELLO)).recv(1) == b"x"
-        refused = stack.enter_context(running.connect(genuine_hello("other.example.com")))
+        refused = stack.enter_context(running.connect(genuine(name="other.example.com")))
         assert read_exactly(refused, 7) == alert(112)
         late = stack.enter_context(running.connect(HELLO))
         wait_until(lambda: running.router.paused)
@@ -186,7 +186,7 @@ def test_silent_clients_of_one_turn_are_shed_at_the_other_listener_too(run):
         for address in [addresses[0]] * 8 + [addresses[1]]:
             stack.enter_context(socket.create_connection(address, 20))
         held.set()
-        with running.connect(genuine_hello("nope.example.org")) as client:
+        with running.connect(genuine(name="nope.example.org")) as client:
             assert read_all(client) == alert(112)
     assert router.counters.get("shed", 0) >= 1 and not router.paused
 
@@ -263,7 +263,7 @@ def test_threads_for_names_that_wait_are_started_one_in_a_turn(run, monkeypatch)
         held = threading.Event()
         running.router.call(lambda: held.wait(20))
         for number, client in enumerate(clients):
-            client.sendall(genuine_hello(f"n{number}.example.com"))
+            client.sendall(genuine(name=f"n{number}.example.com"))
         held.set()
         wait_until(lambda: len(starts) == 20)
         assert len(set(starts)) == 20
@@ -276,9 +276,9 @@ def test_who_leaves_while_its_name_waits_for_a_thread_is_forgotten(run, monkeypa
     monkeypatch.setattr(sniroute_router, "WAIT_THREADS", 1)
     router = (running := run("--route=*.example.com=tcp:{name}:443")).router
     monkeypatch.setattr(socket, "getaddrinfo", unresolved(go))
-    with running.connect(genuine_hello("first.example.com")):
+    with running.connect(genuine(name="first.example.com")):
         wait_until(lambda: router.waits.threads == 1)
-        with running.connect(genuine_hello("second.example.com")):
+        with running.connect(genuine(name="second.example.com")):
             wait_until(lambda: len(router.waits.queued) == 1)
         wait_until(lambda: len(router.connections) == 1)
         assert not router.waits.queued and len(router.waits.by_key) == 1
@@ -326,10 +326,10 @@ def test_names_that_wait_are_bounded(run, cloudflared, ports, monkeypatch):
     running = run(TUNNEL, ports)
     with contextlib.ExitStack() as stack:
         for number in range(3):
-            stack.enter_context(running.connect(genuine_hello(f"n{number}.example.com")))
+            stack.enter_context(running.connect(genuine(name=f"n{number}.example.com")))
             wait_until(lambda: len(running.router.waits.by_key) == number + 1)
         assert running.router.waits.threads == 2
-        with running.connect(genuine_hello("n3.example.com")) as client:
+        with running.connect(genuine(name="n3.example.com")) as client:
             assert read_all(client) == alert(80)
         assert running.ending().reason == "busy"
         wait_until(lambda: not running.router.waits.by_key)
@@ -348,7 +348,7 @@ def test_names_of_clients_that_left_wait_for_nothing(run, monkeypatch):
         for number in range(5):
             with socket.socket() as client:
                 client.connect(running.address)
-                client.sendall(genuine_hello(f"n{number}.example.com"))
+                client.sendall(genuine(name=f"n{number}.example.com"))
                 wait_until(lambda: len(waits) == 2)
             wait_until(lambda: len(waits) == 1)
         release.set()
@@ -364,7 +364,7 @@ def test_one_client_cannot_fill_the_queue_of_names(run, monkeypatch):
         clients = [stack.enter_context(running.connect()) for _ in range(5)]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(20) and [])
         for number, client in enumerate(clients):
-            client.sendall(V1 + genuine_hello(f"n{number}.example.com"))
+            client.sendall(V1 + genuine(name=f"n{number}.example.com"))
             wait_until(lambda: len(running.router.waits.by_key) == min(number + 1, 3))
         assert read_all(clients[3]) == read_all(clients[4]) == alert(80)
         wait_until(lambda: running.counter("busy") == 2)
@@ -410,7 +410,7 @@ def test_fault_in_a_waiting_thread_ends_its_clients_only(run, cloudflared, ports
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
     assert running.ending().reason == "internal"
-    with running.connect(genuine_hello("ok.example.com")) as client:
+    with running.connect(genuine(name="ok.example.com")) as client:
         assert client.recv(1) == b"x"
     assert "planted" in caplog.text
 
@@ -531,7 +531,7 @@ def test_other_settings_apply_from_the_next_connection_on(run, echo_server):
         adopted(running, route(echo_server.address), "--no-name=ok", "--proxy-protocol=off", "--prelude-timeout=300ms",
                 "--max-per-client=3")
         assert running.router.routes.tallies["db.example.com"] is tally and tally.active == 2
-        with running.connect(genuine_hello(None)) as nameless:
+        with running.connect(genuine(name=None)) as nameless:
             assert read_all(nameless) == b"OK\n"
         with running.connect(ROUTED_HEADER + HELLO) as refused:
             assert read_all(refused) == b""

@@ -1,4 +1,4 @@
-"""Tests of sniroute_routes.py, in its order.
+"""Tests of sniroute_routes.py: routes, targets and backends.
 
 The first half asks the module itself.  The second half asks a router in a thread (`run` of testbed/running.py):
 where a client's bytes go, and what a route allows.
@@ -22,7 +22,7 @@ import sniroute_wire
 from sniroute_refusals import Refused
 from sniroute_routes import Route, Routes, Targets, check_tcp, check_tunnel, expand, parse_route
 from conftest import HOST, Address, wait_until
-from testbed.hellos import (ASK_TLS, HELLO, INET, LOCAL_HEADER, LONGEST, ROUTED_HEADER, Bad, genuine_hello, v1, v2,
+from testbed.hellos import (ASK_TLS, HELLO, INET, LOCAL, LONGEST, ROUTED_HEADER, Bad, genuine, v1, v2,
                             verdict)
 from testbed.running import Running, alert, answer, read_all, read_exactly, route
 
@@ -228,6 +228,26 @@ def test_resolved_hosts_and_their_addresses_are_limited(monkeypatch):
     assert len(targets.resolved) == 6, "there is room for those of all routes"
 
 
+# -- backends ----------------------------------------------------------------------------------
+
+
+def test_tunnels_backend_tells_a_connect_that_is_not_over_from_one_that_failed(deaf, free_ports):
+    def backend(address: Address) -> sniroute_routes.Backend:
+        child = types.SimpleNamespace(alive=lambda: True, address=address)
+        return sniroute_routes.TunnelBackend(None, "", None, types.SimpleNamespace(child=child), child)
+    with socket.socket() as server:
+        server.setblocking(False)
+        assert server.connect_ex(deaf) == errno.EINPROGRESS
+        with pytest.raises(BlockingIOError):
+            backend(deaf).connected(server)
+    nobody = HOST, free_ports(1)[0]
+    with socket.socket() as server:
+        server.setblocking(False)
+        server.connect_ex(nobody)
+        with pytest.raises(ConnectionRefusedError):
+            backend(nobody).connected(server)
+
+
 # -- tcp targets -------------------------------------------------------------------------------
 
 
@@ -294,7 +314,7 @@ def test_stranger_cannot_point_a_name_at_the_private_network(run, pattern, targe
 def test_number_is_no_host(run, label):
     """A resolver takes it for an address."""
     running = run("--route=*.example.com=tcp:{label}:443")
-    with running.connect(genuine_hello(f"{label}.example.com")) as client:
+    with running.connect(genuine(name=f"{label}.example.com")) as client:
         assert read_all(client) == alert(112)
     assert running.ending().reason == "bad_name"
 
@@ -333,7 +353,7 @@ def test_own_name_needs_a_route_of_its_own(run, echo_server):
     running.router.own_names |= {"db.example.com", "own.example.com"}
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(112)
-    own = genuine_hello("own.example.com")
+    own = genuine(name="own.example.com")
     with running.connect(own) as client:
         assert read_exactly(client, len(own)) == own
 
@@ -355,7 +375,7 @@ def run_file(run, settings_file) -> Callable[..., Running]:
     ("none", b"", lambda own: b""),
     ("v1", b"", lambda own: sniroute_wire.proxy_v1(*own)),
     ("v2", b"", lambda own: sniroute_wire.proxy_v2(*own)),
-    ("v1", LOCAL_HEADER, lambda own: b"PROXY UNKNOWN\r\n"),
+    ("v1", LOCAL, lambda own: b"PROXY UNKNOWN\r\n"),
     ("v2", v1("UNKNOWN"), lambda own: v2(0x20, 0x00)),
     ("v2", ROUTED_HEADER, lambda own: sniroute_wire.proxy_v2(("192.0.2.1", 1111), ("192.0.2.9", 443))),
     ("v1", v2(0x21, 0x11, INET), lambda own: v1("TCP4 192.0.2.1 192.0.2.2 1111 443")),
@@ -439,30 +459,10 @@ def test_who_is_not_allowed_takes_no_place_on_the_route(run_file, echo_server):
 def test_a_route_has_an_idle_time_of_its_own(run_file, echo_server):
     running = run_file(echo_server.address, 'connection_idle = "400ms"', "[routes.\"x.example.com\"]",
                        f'target = "tcp:{HOST}:{echo_server.address[1]}"')
-    other = genuine_hello("x.example.com")
+    other = genuine(name="x.example.com")
     with running.connect(HELLO) as short, running.connect(other) as long:
         assert read_exactly(short, len(HELLO)) == HELLO
         assert read_exactly(long, len(other)) == other
         assert running.ending().reason == "idle" and running.ending().name == "db.example.com"
         long.sendall(b"still")
         assert long.recv(9)
-
-
-# -- backends ----------------------------------------------------------------------------------
-
-
-def test_tunnels_backend_tells_a_connect_that_is_not_over_from_one_that_failed(deaf, free_ports):
-    def backend(address: Address) -> sniroute_routes.Backend:
-        child = types.SimpleNamespace(alive=lambda: True, address=address)
-        return sniroute_routes.TunnelBackend(None, "", None, types.SimpleNamespace(child=child), child)
-    with socket.socket() as server:
-        server.setblocking(False)
-        assert server.connect_ex(deaf) == errno.EINPROGRESS
-        with pytest.raises(BlockingIOError):
-            backend(deaf).connected(server)
-    nobody = HOST, free_ports(1)[0]
-    with socket.socket() as server:
-        server.setblocking(False)
-        server.connect_ex(nobody)
-        with pytest.raises(ConnectionRefusedError):
-            backend(nobody).connected(server)

@@ -20,7 +20,7 @@ from sniroute_refusals import SettingsError
 from sniroute_routes import Route
 from sniroute_settings import SETTINGS, load_settings
 from conftest import HOST
-from testbed.hellos import HELLO, genuine_hello
+from testbed.hellos import HELLO, genuine
 from testbed.program import command, environment
 from testbed.running import ROUTES_FILE, alert, answer, read_all, route, toml
 
@@ -486,7 +486,7 @@ def test_environment_holds_settings_and_the_command_line_comes_first(launch, ser
     first, second = serve(answer(b"1")).address, serve(answer(b"2")).address
     variables = environment(SNIROUTE_LISTEN=f"{HOST}:0 {HOST}:0",
                             SNIROUTE_ROUTE=" ".join((route(first)[8:], route(second, "web.example.com")[8:])))
-    web = genuine_hello("web.example.com")
+    web = genuine(name="web.example.com")
     program = launch(env=variables, listeners=2)
     for address, hello, said in zip(program.addresses, (HELLO, web), (b"1", b"2"), strict=True):
         with program.connect(hello, address) as client:

@@ -36,9 +36,9 @@ import sniroute_routes
 import sniroute_settings
 from sniroute_refusals import REFUSALS
 from sniroute_settings import SETTINGS, load_settings
-from conftest import CORE, DOCTOR, HERE, HOST, Address, linux, wait_until
-from testbed.hellos import HELLO, genuine_hello
-from testbed.program import BARE, BARE_PYTHON, Program, counter, cpu_seconds, environment, execute, resident
+from conftest import HERE, HOST, Address, linux, wait_until
+from testbed.hellos import HELLO, genuine
+from testbed.program import BARE, BARE_PYTHON, Program, counter, cpu_seconds, environment, execute, installed, resident
 from testbed.running import TUNNEL, alert, read_all, read_exactly, route
 from testbed.standins import Edge
 
@@ -48,9 +48,7 @@ from testbed.standins import Edge
 
 @pytest.mark.parametrize("start", ["symlink", "other name", "-m"])
 def test_program_starts_under_any_name(tmp_path, start):
-    """It goes on as a module, where it can be found as one."""
-    for name in (*CORE, DOCTOR):
-        shutil.copy(HERE / name, tmp_path)
+    installed(tmp_path)
     command = [str(tmp_path / "router.py")]
     if start == "symlink":
         (tmp_path / "bin").mkdir()
@@ -476,7 +474,7 @@ def test_three_files_and_an_empty_path_carry_many_bytes_each_way(carried, own_ed
 def test_names_of_both_schemes_share_one_carrier(carried, own_edge, echo_server):
     own_edge.far("*", echo_server.address)
     program = carried(CARRIED, "--route=*.example.org=carrier:{name}")
-    hellos = [genuine_hello(f"n{number}.example.{top}") for number in range(3) for top in ("com", "org")]
+    hellos = [genuine(name=f"n{number}.example.{top}") for number in range(3) for top in ("com", "org")]
     for hello in hellos:
         with program.connect(hello) as client:
             assert read_exactly(client, len(hello)) == hello
@@ -516,7 +514,7 @@ def test_stranger_with_a_domain_does_not_learn_the_token(launch, three_files, ow
                      python=BARE_PYTHON, env={**BARE, **own_edge.environ, **TOKEN})
     shown = {}
     for name in ("db.example.com", "db.example.org"):
-        with program.connect(genuine_hello(name)) as client:
+        with program.connect(genuine(name=name)) as client:
             read_all(client)
         shown[name] = {key.lower(): value for key, value in own_edge.requests(name)[0]["headers"]}
     assert shown["db.example.com"]["cf-access-client-secret"] == "s3cret"
@@ -556,7 +554,7 @@ def test_reasons_of_clients_that_come_together_are_not_mixed_up(carried, own_edg
         own_edge.fault(f"{label}.example.com", status=status)
     program = carried(CARRIED)
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(program.connect(genuine_hello(f"{label}.example.com")))
+        clients = [stack.enter_context(program.connect(genuine(name=f"{label}.example.com")))
                    for _ in range(5) for label in words]
         for client in clients:
             assert read_all(client)[:1] == b"\x15"
@@ -577,8 +575,8 @@ def test_client_that_leaves_while_the_edge_hangs_is_let_go_at_once(carried, own_
 
 
 def explained(three_files: pathlib.Path, own_edge: Edge) -> subprocess.CompletedProcess[str]:
-    return execute(*BARE_PYTHON, str(three_files), "explain", "db.example.com", CARRIED, env={**BARE, **own_edge.environ},
-                   text=True, said="")
+    return execute(*BARE_PYTHON, str(three_files), "explain", "db.example.com", CARRIED, text=True, said="",
+                   env={**BARE, **own_edge.environ})
 
 
 def test_explain_dials_the_far_end_once(three_files, own_edge, echo_server):
@@ -645,8 +643,7 @@ def test_quick_start_of_the_readme_works_as_pasted(tmp_path, free_ports):
     first, _ = free_ports(2)
     script = block.replace("19000", str(first)).replace("8443", str(first + 1)).replace(
         "python3 ", f"{sys.executable} ") + "\nwait\n"
-    for name in (*CORE, DOCTOR):
-        shutil.copy(HERE / name, tmp_path)
+    installed(tmp_path)
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert "</HTML>" in done.stdout, done.stderr
     assert f"listening on {HOST}:{first}" in done.stderr and "name=web.example.com" in done.stderr

@@ -1,4 +1,4 @@
-"""Tests of sniroute_wire.py, in its order.
+"""Tests of sniroute_wire.py: ClientHello, PROXY headers, PostgreSQL packets, the prelude; last, mutations of all.
 
 The builders are in testbed/hellos.py, and OpenSSL, which judges the names that are read, in testbed/openssl.py.
 Most inputs are seen whole, cut at every byte, and with something behind them (`check_parser`, `check_prelude`).
@@ -22,11 +22,10 @@ from sniroute_refusals import REFUSALS, Malformed, Refused, postgres_error, tls_
 from sniroute_wire import (GSSENC_REQUEST, PROXY_POLICY, PROXY_V2, SSL_REQUEST, Hello, HelloMemory, HelloReader,
                            Prelude, ProxyHeader, crc32c, parse_client_hello, parse_proxy_v1, parse_proxy_v2,
                            parse_server_name, parse_startup)
-from testbed.hellos import (BAD_NAMES, GOOD_NAMES, GROUPS, GSS_ASKED, HEADER, HEADER6, HEADERS, INET, INET6, LINE,
-                            LOCAL, LONGEST, NAME, SIGNATURES, SNI, SOURCE, SOURCE6, SSL_ASKED, VERSIONS, Bad, alpn,
-                            body, check_hello, check_parser, extension, genuine, handshake, hello, hello_of, host_name,
-                            named, read_hello, record, records, server_name, settled, summed, tlv, v1, v2, vector,
-                            verdict)
+from testbed.hellos import (ASK_GSS, ASK_TLS, BAD_NAMES, GOOD_NAMES, GROUPS, HEADER, HEADER6, HEADERS, INET, INET6,
+                            LINE, LOCAL, LONGEST, NAME, SIGNATURES, SNI, SOURCE, SOURCE6, VERSIONS, Bad, alpn, body,
+                            check_hello, check_parser, extension, genuine, handshake, hello, hello_of, host_name, named,
+                            read_hello, record, records, server_name, settled, summed, tlv, v1, v2, vector, verdict)
 from testbed.openssl import check_against_openssl, openssl
 
 
@@ -671,8 +670,8 @@ def startup(code: int, data: bytes = b"", size: int | None = None) -> bytes:
 PLAIN_STARTUP = startup(0x30000, b"user\0me\0database\0db\0\0")
 CANCEL = startup(80877102, bytes(8))
 POSTGRES: dict[str, tuple[bytes, Any]] = {
-    "G1-SSLRequest": (SSL_ASKED, SSL_REQUEST),
-    "G5-GSSENCRequest": (GSS_ASKED, GSSENC_REQUEST),
+    "G1-SSLRequest": (ASK_TLS, SSL_REQUEST),
+    "G5-GSSENCRequest": (ASK_GSS, GSSENC_REQUEST),
     **{f"G4-SSLRequest-of-{size}": (startup(SSL_REQUEST, b"1234", size), Bad()) for size in (9, 12)},
     **{f"G4-GSSENCRequest-of-{size}": (startup(GSSENC_REQUEST, b"1234", size), Bad()) for size in (9, 12)},
     "G4-SSLRequest-of-7": (startup(SSL_REQUEST, size=7), Bad("not_tls")),
@@ -690,7 +689,7 @@ POSTGRES: dict[str, tuple[bytes, Any]] = {
     "G11-code-1234.0": (startup(1234 << 16), Bad()),
     **{f"G12-length-{size:#x}": (size.to_bytes(4, "big"), Bad("not_tls"))
        for size in (*range(8), 10005, 0x7FFFFFFF, 0x80000000)},
-    "G14-seven-bytes": (SSL_ASKED[:7], None),
+    "G14-seven-bytes": (ASK_TLS[:7], None),
 }
 
 
@@ -768,7 +767,7 @@ def check_prelude(waves: list[bytes], expected: Told, **how: Any) -> None:
         assert talk(parts, **how) == expected, parts
 
 
-REQUESTS = {"no-request": [], "SSLRequest": [SSL_ASKED], "GSSENCRequest-and-SSLRequest": [GSS_ASKED, SSL_ASKED]}
+REQUESTS = {"no-request": [], "SSLRequest": [ASK_TLS], "GSSENCRequest-and-SSLRequest": [ASK_GSS, ASK_TLS]}
 EARLY = CCS + record(b"early data", 23, b"\3\3")  # 0-RTT, in the segment of the hello
 
 
@@ -866,8 +865,8 @@ def test_a_proxy_header_that_is_not_wanted_is_refused_when_its_signature_is_comp
 
 
 @pytest.mark.parametrize("waves", [
-    [SSL_ASKED + PLAIN], [SSL_ASKED + b"\0"], [SSL_ASKED + SSL_ASKED], [GSS_ASKED + b"\x16"], [GSS_ASKED + SSL_ASKED],
-    [HEADER + SSL_ASKED + PLAIN], [GSS_ASKED, SSL_ASKED + PLAIN],
+    [ASK_TLS + PLAIN], [ASK_TLS + b"\0"], [ASK_TLS + ASK_TLS], [ASK_GSS + b"\x16"], [ASK_GSS + ASK_TLS],
+    [HEADER + ASK_TLS + PLAIN], [ASK_GSS, ASK_TLS + PLAIN],
 ], ids=["G2-hello-behind-SSLRequest", "G3-one-byte-behind", "G7-SSLRequest-behind",
         "G5b-one-byte-behind-GSSENCRequest",
         "G5b-SSLRequest-behind-GSSENCRequest", "G2-with-a-header", "G2-behind-GSSENCRequest"])
@@ -876,10 +875,10 @@ def test_bytes_that_do_not_wait_for_the_answer_are_refused(waves):
 
 
 @pytest.mark.parametrize("waves, answers", [
-    ([SSL_ASKED, SSL_ASKED], b"S"), ([GSS_ASKED, GSS_ASKED], b"N"), ([SSL_ASKED, GSS_ASKED], b"S"),
-    ([GSS_ASKED, SSL_ASKED, GSS_ASKED], b"NS"), ([SSL_ASKED, PLAIN_STARTUP], b"S"),
-    ([SSL_ASKED, HEADER + PLAIN], b"S"), ([SSL_ASKED, LINE + PLAIN], b"S"),
-    ([SSL_ASKED, b"GET / HTTP/1.1\r\n"], b"S"),
+    ([ASK_TLS, ASK_TLS], b"S"), ([ASK_GSS, ASK_GSS], b"N"), ([ASK_TLS, ASK_GSS], b"S"),
+    ([ASK_GSS, ASK_TLS, ASK_GSS], b"NS"), ([ASK_TLS, PLAIN_STARTUP], b"S"),
+    ([ASK_TLS, HEADER + PLAIN], b"S"), ([ASK_TLS, LINE + PLAIN], b"S"),
+    ([ASK_TLS, b"GET / HTTP/1.1\r\n"], b"S"),
 ], ids=["G7-SSLRequest-twice", "G7-GSSENCRequest-twice", "G7-GSSENCRequest-after-S", "G7-GSSENCRequest-again-after-S",
         "G16-startup-after-S", "header-after-S", "line-after-S", "HTTP-after-S"])
 def test_after_an_answer_only_what_may_follow_is_accepted(waves, answers):
@@ -887,11 +886,11 @@ def test_after_an_answer_only_what_may_follow_is_accepted(waves, answers):
 
 
 @pytest.mark.parametrize("waves, expected", [
-    ([GSS_ASKED, PLAIN], Told(NAME, b"N", b"", PLAIN)),
-    ([GSS_ASKED, PLAIN_STARTUP], Told(Bad("plain_postgres"), b"N")),
-    ([GSS_ASKED, CANCEL], Told(Bad("cancel"), b"N")),
-    ([GSS_ASKED, HEADER + PLAIN], Told(Bad("not_tls"), b"N")),
-    ([SSL_ASKED, hello(VERSIONS)], Told(None, b"S", b"", hello(VERSIONS))),
+    ([ASK_GSS, PLAIN], Told(NAME, b"N", b"", PLAIN)),
+    ([ASK_GSS, PLAIN_STARTUP], Told(Bad("plain_postgres"), b"N")),
+    ([ASK_GSS, CANCEL], Told(Bad("cancel"), b"N")),
+    ([ASK_GSS, HEADER + PLAIN], Told(Bad("not_tls"), b"N")),
+    ([ASK_TLS, hello(VERSIONS)], Told(None, b"S", b"", hello(VERSIONS))),
 ], ids=["G13-direct-TLS-after-N", "G10-startup-after-N", "G8-CancelRequest-after-N", "header-after-N",
         "G21-hello-without-a-name-after-S"])
 def test_after_an_answer_the_next_step_is_free_or_not(waves, expected):
@@ -937,12 +936,12 @@ def test_the_prelude_says_who_the_header_speaks_for():
         assert prelude.source.source == source and prelude.ssl is False
     prelude.feed(b"")
     prelude = Prelude("allow", False)
-    assert (prelude.feed(GSS_ASKED), prelude.ssl, prelude.feed(SSL_ASKED), prelude.ssl) == (b"N", False, b"S", True)
+    assert (prelude.feed(ASK_GSS), prelude.ssl, prelude.feed(ASK_TLS), prelude.ssl) == (b"N", False, b"S", True)
 
 
 @pytest.mark.parametrize("waves, expected", [
     ([b""], b""), ([b"\x16\3"], b""), ([b"\x16\3\1"], tls_alert(40, 1)), ([HEADER + b"\x16\3\3"], tls_alert(40, 3)),
-    ([SSL_ASKED, b"\x16\3\4"], tls_alert(40, 3)), ([SSL_ASKED], b""), ([HEADER], b""), ([SSL_ASKED[:7]], b""),
+    ([ASK_TLS, b"\x16\3\4"], tls_alert(40, 3)), ([ASK_TLS], b""), ([HEADER], b""), ([ASK_TLS[:7]], b""),
 ], ids=["nothing", "two-bytes", "a-record", "behind-a-header", "behind-SSLRequest", "SSLRequest", "header",
         "half-a-request"])
 def test_an_alert_is_only_for_who_has_begun_with_TLS(waves, expected):
@@ -1082,7 +1081,7 @@ def test_mutated_input_is_a_result_or_None_or_a_refusal_for_every_parser():
 
 def test_a_mutated_prelude_has_one_verdict_however_it_is_cut():
     rng = random.Random(20260803)
-    seeds = [header + request + wire for header in HEADERS.values() for request in (b"", SSL_ASKED, GSS_ASKED)
+    seeds = [header + request + wire for header in HEADERS.values() for request in (b"", ASK_TLS, ASK_GSS)
              for wire in HELLO_SEEDS[:1] + HELLO_SEEDS[4:8]] + LINE_SEEDS + BLOCK_SEEDS + POSTGRES_SEEDS
     for data in mutations(seeds, rng, 25_000):
         policy, local = rng.choice(("allow", "allow", "refuse", "require")), rng.random() < 0.5

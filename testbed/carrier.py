@@ -21,7 +21,6 @@ import selectors
 import signal
 import socket
 import ssl
-import struct
 import subprocess
 import sys
 import threading
@@ -333,12 +332,6 @@ def parallel(address: Address, payloads: list[bytes], timeout: float = 30.0) -> 
                     if len(answers[number]) >= len(payloads[number]):
                         selector.unregister(key.fileobj)
     return [bytes(answer) for answer in answers]
-
-
-def reset(sock: socket.socket) -> None:
-    """Close with RST."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
 
 
 def with_buffers(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:

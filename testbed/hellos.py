@@ -14,7 +14,6 @@ import ssl
 import struct
 from typing import Any, Callable, NamedTuple
 
-import sniroute_wire
 from sniroute_refusals import REFUSALS, Refused
 from sniroute_wire import GSSENC_REQUEST, PROXY_V2, SSL_REQUEST, Hello, HelloReader, crc32c
 
@@ -150,7 +149,7 @@ def hello_of(size: int) -> bytes:
 
 @functools.cache
 def genuine(protocols: tuple[str, ...] = (), newest: str = "TLSv1_3", name: str | None = NAME) -> bytes:
-    """What OpenSSL's client says first."""
+    """What OpenSSL's client says first: the same bytes each time it is asked for the same."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.maximum_version = ssl.TLSVersion[newest]
@@ -162,6 +161,9 @@ def genuine(protocols: tuple[str, ...] = (), newest: str = "TLSv1_3", name: str 
     return out.read()
 
 
+HELLO = genuine()  # for NAME
+
+
 def settled(wire: bytes) -> bytes:
     """A genuine hello with zeros for what is another in each run: so a mutation can be repeated."""
     wire = wire[:11] + bytes(32) + wire[43:44] + bytes(wire[43]) + wire[44 + wire[43]:]
@@ -169,7 +171,7 @@ def settled(wire: bytes) -> bytes:
     return head + share + (bytes(32) + tail[32:] if share else b"")
 
 
-SSL_ASKED, GSS_ASKED = struct.pack(">II", 8, SSL_REQUEST), struct.pack(">II", 8, GSSENC_REQUEST)
+ASK_TLS, ASK_GSS = struct.pack(">II", 8, SSL_REQUEST), struct.pack(">II", 8, GSSENC_REQUEST)
 
 
 def v1(text: str) -> bytes:
@@ -200,29 +202,10 @@ HEADER, HEADER6 = v2(0x21, 0x11, INET), v2(0x21, 0x21, INET6)
 LOCAL = v2(0x20, 0x00)
 HEADERS = {"no-header": b"", "v1": LINE, "v2": HEADER, "LOCAL": LOCAL}
 
-ASK_TLS = sniroute_wire.SSL_REQUEST_BYTES
-ASK_GSS = struct.pack(">II", 8, sniroute_wire.GSSENC_REQUEST)
-
-
-def genuine_hello(name: str | None) -> bytes:
-    """The ClientHello that this Python's OpenSSL writes."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    outgoing = ssl.MemoryBIO()
-    tls = context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=name)
-    with contextlib.suppress(ssl.SSLWantReadError):
-        tls.do_handshake()
-    return outgoing.read()
-
-
-HELLO = genuine_hello("db.example.com")
-
 V1 = b"PROXY TCP4 192.0.2.7 198.51.100.1 50000 443\r\n"
-V2 = sniroute_wire.PROXY_V2 + b"\x21\x11\x00\x0c" + bytes((192, 0, 2, 8, 198, 51, 100, 1)) + struct.pack(">HH", 50001, 443)
-V2_LOCAL = sniroute_wire.PROXY_V2 + b"\x20\x00\x00\x07" + b"healthy"
-
+V2 = v2(0x21, 0x11, bytes((192, 0, 2, 8, 198, 51, 100, 1)) + struct.pack(">HH", 50001, 443))
+V2_LOCAL = v2(0x20, 0x00, b"healthy")
 ROUTED_HEADER = v1("TCP4 192.0.2.1 192.0.2.9 1111 443")
-LOCAL_HEADER = v2(0x20, 0x00)
 
 
 # -- verdicts ----------------------------------------------------------------------------------

@@ -27,18 +27,7 @@ import pytest
 from conftest import CORE, DOCTOR, HERE, HOST, Address, wait_until
 
 
-@pytest.fixture
-def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting from the environment of whoever runs the tests."""
-    for name in os.environ:
-        if name.startswith("SNIROUTE_"):
-            monkeypatch.delenv(name)
-
-
 PROGRAM = HERE / "sniroute.py"
-# What `python3 sniroute.py` makes of itself.  Python compiles a script at each start, and that is half of the start;
-# tests that are about it, and all that name a `program` or `python`, begin there.
-STARTED = (sys.executable, str(PROGRAM))
 STOP_GRACE = 2.0  # how long a tunnel may take to end by itself
 
 
@@ -47,6 +36,14 @@ def environment(**more: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items()
             if not key.startswith(("PYTHON", "SNIROUTE_", "TUNNEL_", "JOURNAL_"))}
     return {**kept, "PYTHONWARNINGS": "default::ResourceWarning", **more}
+
+
+@pytest.fixture
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting from the environment of whoever runs the tests."""
+    for name in os.environ:
+        if name.startswith("SNIROUTE_"):
+            monkeypatch.delenv(name)
 
 
 class Program:
@@ -134,11 +131,8 @@ def launch(tmp_path: pathlib.Path, cloudflared) -> Iterator[Callable[..., Progra
             env = environment() if env is None else env
             if "SNIROUTE_LISTEN" not in env and not any(option.startswith("--listen") for option in options):
                 options = (f"--listen={HOST}:0", *options)
-            if python or program != PROGRAM:
-                words = [*(python or (sys.executable,)), str(program)]
-            else:
-                words = [*STARTED]
-            running = Program([*words, *options], env={**env, "TMPDIR": str(scratch)}, **popen)
+            words = [*(python or (sys.executable,)), str(program), *options]
+            running = Program(words, env={**env, "TMPDIR": str(scratch)}, **popen)
             programs.append(running)
             stack.callback(running.stop)
             running.wait_for(" listening on ", listeners) if listeners else None
@@ -157,7 +151,7 @@ def execute(*words: str, said: bytes = b"", **more: Any) -> subprocess.Completed
 
 def command(*options: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Run sniroute to its end."""
-    return execute(*STARTED, *options, env=environment(**more), said="", text=True)
+    return execute(sys.executable, str(PROGRAM), *options, env=environment(**more), said="", text=True)
 
 
 def resident(pid: int) -> float:
@@ -188,24 +182,8 @@ def counter(program: Program, name: str) -> int:
     return int(found[1]) if found else 0
 
 
-BARE = {"PATH": ""}
-BARE_PYTHON = (sys.executable, "-S", "-E")
-
-
-def installed(folder: pathlib.Path, *names: str) -> pathlib.Path:
-    """Copy these files, and no others, into a folder.  The path of sniroute.py."""
-    for name in (*CORE, DOCTOR, *names):
-        shutil.copy(HERE / name, folder)
-    return folder / "sniroute.py"
-
-
-@pytest.fixture(scope="session")  # so that they are compiled once
-def two_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The program in a folder of two files."""
-    return installed(tmp_path_factory.mktemp("two files"))
-
-
 def has_ipv6() -> bool:
+    """Whether this host has the address ::1, and sockets for both families."""
     with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
         return socket.has_dualstack_ipv6()
     return False
@@ -214,9 +192,26 @@ def has_ipv6() -> bool:
 ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
 
 
+BARE = {"PATH": ""}  # an environment with nothing in it
+BARE_PYTHON = (sys.executable, "-S", "-E")  # without packages
+
+
+def installed(folder: pathlib.Path, *names: str) -> pathlib.Path:
+    """Copy the files that serve, the doctor and these into a folder, and no others.  The path of sniroute.py."""
+    for name in (*CORE, DOCTOR, *names):
+        shutil.copy(HERE / name, folder)
+    return folder / "sniroute.py"
+
+
+@pytest.fixture(scope="session")  # so that they are compiled once
+def two_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """sniroute.py in a folder with what it needs to serve, and the doctor."""
+    return installed(tmp_path_factory.mktemp("two files"))
+
+
 @pytest.fixture(scope="session")
 def three_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The same with the carrier."""
+    """sniroute.py in a folder with the same files, and the carrier's."""
     return installed(tmp_path_factory.mktemp("three files"), *(f"sniroute_{room}.py" for room in (
         "carrier", "edge", "forwarder", "dial", "http")))
 

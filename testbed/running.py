@@ -24,9 +24,12 @@ import sniroute_router
 import sniroute_settings
 from sniroute_launchers import cloudflared_launcher
 from sniroute_tunnels import TunnelTable
-from conftest import HOST, wait_until
-from testbed.hellos import HELLO
+from conftest import HOST, Address, wait_until
+from testbed.hellos import HELLO, NAME
 from testbed.standins import Cloudflared
+
+DB = "cloudflared:db.example.com"
+TUNNEL = "--route=*=cloudflared:{name}"
 
 
 class Running:
@@ -77,11 +80,13 @@ def run(cloudflared: Cloudflared) -> Iterator[Callable[..., Running]]:
         yield lambda *argv, program=cloudflared.path: stack.enter_context(Running(*argv, program=program))
 
 
-def route(address: tuple[str, int], pattern: str = "db.example.com") -> str:
+def route(address: Address, pattern: str = NAME) -> str:
+    """The option --route: `pattern` leads to this address."""
     return f"--route={pattern}=tcp:{address[0]}:{address[1]}"
 
 
 def read_exactly(sock: socket.socket, count: int) -> bytes:
+    """So many bytes, or less at the end."""
     data = b""
     while len(data) < count and (more := sock.recv(count - len(data))):
         data += more
@@ -97,7 +102,14 @@ def read_all(sock: socket.socket) -> bytes:
     return b"".join(parts)
 
 
+def reset(sock: socket.socket) -> None:
+    """Close with RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
 def alert(description: int, minor: int = 1) -> bytes:
+    """The TLS alert that a client reads when it is refused, as the record of version 3.`minor`."""
     return bytes((21, 3, minor, 0, 2, 2, description))
 
 
@@ -121,16 +133,6 @@ def flow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     elif not sniroute_flow.can_splice():
         pytest.skip("no splice(2) here")
     return request.param
-
-
-def reset(sock: socket.socket) -> None:
-    """Close with RST."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
-DB = "cloudflared:db.example.com"
-TUNNEL = "--route=*=cloudflared:{name}"
 
 
 # -- settings ----------------------------------------------------------------------------------
