@@ -23,7 +23,8 @@ import sniroute_metrics
 from sniroute_names import printable
 from conftest import HERE, HOST, echo, wait_until
 from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, ask, dial, imported, metrics, read_reply, tell, value
-from testbed.admin import fixture_hurry, fixture_ports, fixture_run  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("hurry")
 
 
 # -- who may ask -------------------------------------------------------------------------------
@@ -35,10 +36,10 @@ RIGHT = {"/tunnels/db.example.com/stop": 404}  # it is not up
 
 
 @pytest.mark.parametrize("token", [TOKEN, None], ids=["with a token", "without a token"])
-def test_table_of_methods_and_paths(token, run, cloudflared, ports, serve):
+def test_table_of_methods_and_paths(token, run_admin, cloudflared, ports, serve):
     """(method, path) -> status: with the right token, without one, and where the router has none."""
     cloudflared.far("*", serve(echo).address)
-    running = run(TUNNEL, ports, token=token)
+    running = run_admin(TUNNEL, ports, token=token)
     found, expected = {}, {}
     for path, right in PATHS.items():
         for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "TRACE", "CONNECT", "get", "PROPFIND"):
@@ -60,8 +61,8 @@ def test_table_of_methods_and_paths(token, run, cloudflared, ports, serve):
 
 
 @pytest.mark.parametrize("path", [path for path, method in PATHS.items() if method == "POST"])
-def test_every_order_wants_the_token(path, run):
-    running = run()
+def test_every_order_wants_the_token(path, run_admin):
+    running = run_admin()
     calls: list[str] = []
     running.router.hooks = running.router.hooks._replace(reload=lambda: calls.append("reload") or [])
     running.tunnels.stop = running.tunnels.wait = lambda *_: calls.append("tunnels") or True
@@ -88,9 +89,9 @@ HOSTS = {
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/status", "/metrics", "/", "/nothing", "POST /reload"])
-def test_host_has_to_be_this_host(path, run):
+def test_host_has_to_be_this_host(path, run_admin):
     """A page that has its own name resolve to 127.0.0.1 says that name (DNS rebinding)."""
-    running = run()
+    running = run_admin()
     method, _, path = path.rpartition(" ")
     port = str(running.admin.address[1])
     right = 404 if path == "/nothing" else 200
@@ -110,8 +111,8 @@ ORIGINS = {
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/status", "/metrics", "/", "/nothing", "POST /reload"])
-def test_page_of_another_origin_may_not_ask(path, run):
-    running = run()
+def test_page_of_another_origin_may_not_ask(path, run_admin):
+    running = run_admin()
     method, _, path = path.rpartition(" ")
     port = str(running.admin.address[1])
     right = 404 if path == "/nothing" else 200
@@ -159,9 +160,9 @@ FRAMES = {
 }
 
 
-def test_table_of_frames(run):
+def test_table_of_frames(run_admin):
     """Each gets its status, and all that follows is well-formed, names no file, and shows no traceback."""
-    running = run()
+    running = run_admin()
     found = {}
     for name, (text, _) in FRAMES.items():
         reply = tell(running.admin.address, text)
@@ -171,9 +172,9 @@ def test_table_of_frames(run):
     assert found == {name: status for name, (_, status) in FRAMES.items()}
 
 
-def test_client_that_is_declined_early_may_finish_its_request(run):
+def test_client_that_is_declined_early_may_finish_its_request(run_admin):
     """It is not reset while it sends, and reads why."""
-    running = run()
+    running = run_admin()
     with dial(running.admin.address) as sock:
         sock.sendall(request(*POST, "Content-Length: 300000", body="x" * 100_000).encode())
         assert select.select([sock], [], [], 20)[0]
@@ -184,8 +185,8 @@ def test_client_that_is_declined_early_may_finish_its_request(run):
         assert read_reply(sock).status == 413
 
 
-def test_every_answer_has_the_headers_of_its_safety(run):
-    running = run()
+def test_every_answer_has_the_headers_of_its_safety(run_admin):
+    running = run_admin()
     for path in (*PATHS, "/x"):
         for method in ("GET", "HEAD", "POST"):
             headers = ask(running.admin, path, method, token=None).headers
@@ -198,8 +199,8 @@ def test_every_answer_has_the_headers_of_its_safety(run):
             assert "Server" not in headers and "Access-Control-Allow-Origin" not in headers
 
 
-def test_head_is_get_without_the_body(run):
-    running = run()
+def test_head_is_get_without_the_body(run_admin):
+    running = run_admin()
     for path in (path for path, method in PATHS.items() if method == "GET"):
         got, head = ask(running.admin, path), ask(running.admin, path, "HEAD")
         assert head.status == 200
@@ -213,9 +214,9 @@ def test_head_is_get_without_the_body(run):
 # -- what is asked often -----------------------------------------------------------------------
 
 
-def test_asking_often_costs_one_rendering(run, monkeypatch):
+def test_asking_often_costs_one_rendering(run_admin, monkeypatch):
     monkeypatch.setattr(sniroute_admin, "CACHE_TIME", 60.0)
-    running = run()
+    running = run_admin()
     made = []
     snapshot = running.tunnels.snapshot
     running.tunnels.snapshot = lambda: made.append(1) or snapshot()
@@ -230,8 +231,8 @@ def test_asking_often_costs_one_rendering(run, monkeypatch):
 # -- health and orders -------------------------------------------------------------------------
 
 
-def test_health_and_readiness(run, echo_server):
-    running = run(f"--route=web.test.test=tcp:{HOST}:{echo_server.address[1]}")
+def test_health_and_readiness(run_admin, echo_server):
+    running = run_admin(f"--route=web.test.test=tcp:{HOST}:{echo_server.address[1]}")
     router, admin = running.router, running.admin
 
     def both() -> tuple[int, int]:
@@ -253,9 +254,9 @@ def test_health_and_readiness(run, echo_server):
     assert both() == (503, 503)
 
 
-def test_loop_that_hangs_is_found_out_and_not_asked_twice(run, monkeypatch):
+def test_loop_that_hangs_is_found_out_and_not_asked_twice(run_admin, monkeypatch):
     monkeypatch.setattr(sniroute_admin, "PULSE_TIME", 0.05)
-    running = run()
+    running = run_admin()
     hangs, go_on = threading.Event(), threading.Event()
     try:
         running.router.call(lambda: hangs.set() or go_on.wait(20))
@@ -269,8 +270,8 @@ def test_loop_that_hangs_is_found_out_and_not_asked_twice(run, monkeypatch):
     wait_until(lambda: ask(running.admin, "/healthz").status == 200)
 
 
-def test_reload(run):
-    running = run()
+def test_reload(run_admin):
+    running = run_admin()
     running.router.hooks = running.router.hooks._replace(reload=lambda: [])
     reply = ask(running.admin, "/reload", "POST")
     assert (reply.status, reply.json["done"]) == (200, "The settings were read again.")
@@ -280,8 +281,8 @@ def test_reload(run):
     assert reply.json["faults"] == ["idle: 'x' is not a duration", f"routes: {printable(HOSTILE)}"]
 
 
-def test_fault_of_ours_is_told_to_the_log_alone(run, caplog):
-    running = run()
+def test_fault_of_ours_is_told_to_the_log_alone(run_admin, caplog):
+    running = run_admin()
     running.router.hooks = running.router.hooks._replace(reload=lambda: 1 // 0)
     reply = ask(running.admin, "/reload", "POST")
     assert reply.status == 500 and reply.json == {"error": "a fault in sniroute: its log says which"}
@@ -292,9 +293,9 @@ def test_fault_of_ours_is_told_to_the_log_alone(run, caplog):
     assert ask(running.admin, "/healthz").status == 200
 
 
-def test_tunnels_are_started_and_stopped(run, serve, cloudflared, ports):
+def test_tunnels_are_started_and_stopped(run_admin, serve, cloudflared, ports):
     cloudflared.far("*", serve(echo).address)
-    running = run(TUNNEL, ports, f"--route=web.test.test=tcp:{HOST}:9")
+    running = run_admin(TUNNEL, ports, f"--route=web.test.test=tcp:{HOST}:9")
     admin = running.admin
 
     def order(name: str, verb: str) -> tuple[int, str]:
@@ -319,10 +320,10 @@ def test_tunnels_are_started_and_stopped(run, serve, cloudflared, ports):
     assert len(cloudflared.starts()) == 2
 
 
-def test_failed_tunnel_is_tried_again_at_once(run, serve, cloudflared, ports):
+def test_failed_tunnel_is_tried_again_at_once(run_admin, serve, cloudflared, ports):
     cloudflared.far("*", serve(echo).address)
     cloudflared.fault("db.example.com", exit=1, words="lookup db.example.com: no such host")
-    running = run(TUNNEL, ports)
+    running = run_admin(TUNNEL, ports)
     reply = ask(running.admin, "/tunnels/db.example.com/start", "POST")
     assert reply.status == 502 and "no such host" in reply.json["error"]
     assert [view.key for view in running.tunnels.failed()] == [DB]
@@ -331,9 +332,9 @@ def test_failed_tunnel_is_tried_again_at_once(run, serve, cloudflared, ports):
     assert running.tunnels.failed() == []
 
 
-def test_start_without_room_is_a_conflict(run, serve, cloudflared, ports):
+def test_start_without_room_is_a_conflict(run_admin, serve, cloudflared, ports):
     cloudflared.far("*", serve(echo).address)
-    running = run(TUNNEL, ports, "--max-tunnels=1")
+    running = run_admin(TUNNEL, ports, "--max-tunnels=1")
     with running.connect("db.example.com") as client:
         assert client.recv(1)
         reply = ask(running.admin, "/tunnels/other.example.com/start", "POST")
@@ -343,10 +344,10 @@ def test_start_without_room_is_a_conflict(run, serve, cloudflared, ports):
 # -- sockets -----------------------------------------------------------------------------------
 
 
-def test_slow_request_is_ended_in_time(run, monkeypatch):
+def test_slow_request_is_ended_in_time(run_admin, monkeypatch):
     """A byte now and then does not keep it: the time is for all of the request."""
     monkeypatch.setattr(sniroute_admin, "REQUEST_TIME", 0.3)
-    running = run()
+    running = run_admin()
     for text in (b"", request(*GET).encode()[:-2], request(*POST, "Content-Length: 9").encode()):
         with dial(running.admin.address) as sock:
             began = time.monotonic()
@@ -363,8 +364,8 @@ def test_slow_request_is_ended_in_time(run, monkeypatch):
             assert ended and 0.25 < time.monotonic() - began < 2
 
 
-def test_more_than_16_requests_at_once_are_closed(run):
-    running = run()
+def test_more_than_16_requests_at_once_are_closed(run_admin):
+    running = run_admin()
     server = running.admin.server
     with contextlib.ExitStack() as stack:
         held = [stack.enter_context(dial(running.admin.address)) for _ in range(16)]
@@ -380,9 +381,9 @@ def test_more_than_16_requests_at_once_are_closed(run):
     wait_until(lambda: not server.live)
 
 
-def test_client_that_does_not_read_is_left(run, monkeypatch, caplog):
+def test_client_that_does_not_read_is_left(run_admin, monkeypatch, caplog):
     monkeypatch.setattr(sniroute_admin, "ANSWER_TIME", 0.2)
-    running = run()
+    running = run_admin()
     running.admin.status.make = lambda: bytes(20 << 20)
     with dial(running.admin.address) as sock:
         sock.sendall(request("GET /status HTTP/1.1", "Host: localhost").encode())
@@ -390,44 +391,44 @@ def test_client_that_does_not_read_is_left(run, monkeypatch, caplog):
         wait_until(lambda: not running.admin.server.live, timeout=5)
 
 
-def test_address_that_is_taken(run):
+def test_address_that_is_taken(run_admin):
     with socket.create_server((HOST, 0)) as taken:
         with pytest.raises(OSError, match=rf"^127\.0\.0\.1:{taken.getsockname()[1]}: Address already in use$"):
-            run(f"--admin={HOST}:{taken.getsockname()[1]}")
+            run_admin(f"--admin={HOST}:{taken.getsockname()[1]}")
 
 
-def test_localhost_and_ipv6(run):
-    running = run("--admin=localhost:0")
+def test_localhost_and_ipv6(run_admin):
+    running = run_admin("--admin=localhost:0")
     assert running.admin.address[0] == "127.0.0.1" and ask(running.admin, "/healthz").status == 200
     with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
-        running = run("--admin=[::1]:0")
+        running = run_admin("--admin=[::1]:0")
         assert running.admin.address[0] == "::1"
         assert ask(running.admin, "/healthz", host=f"[::1]:{running.admin.address[1]}").status == 200
 
 
-def test_listener_that_is_given_is_used(run, tmp_path):
+def test_listener_that_is_given_is_used(run_admin, tmp_path):
     with socket.create_server((HOST, 0)) as listener:
-        running = run(listener=listener)
+        running = run_admin(listener=listener)
         assert running.admin.address == listener.getsockname()
         assert ask(running.admin, "/healthz").status == 200
     path = str(tmp_path / "given.sock")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
-        running = run(listener=listener)
+        running = run_admin(listener=listener)
         assert running.admin.address == path
         assert ask(running.admin, "/healthz", host="sniroute").status == 200
         running.admin.close()
     assert os.path.exists(path)  # it is the giver's
     with socket.create_server(("0.0.0.0", 0)) as listener, pytest.raises(OSError, match="not a loopback address"):
-        run(listener=listener)
+        run_admin(listener=listener)
 
 
-def test_unix_socket(run, tmp_path):
+def test_unix_socket(run_admin, tmp_path):
     path = str(tmp_path / "admin.sock")
     umask = os.umask(0)
     try:
-        running = run(f"--admin=unix:{path}")
+        running = run_admin(f"--admin=unix:{path}")
     finally:
         os.umask(umask)
     assert running.admin.address == path
@@ -439,13 +440,13 @@ def test_unix_socket(run, tmp_path):
     assert not os.path.exists(path)
 
 
-def test_stale_socket_is_replaced_and_a_successors_is_left_alone(run, tmp_path):
+def test_stale_socket_is_replaced_and_a_successors_is_left_alone(run_admin, tmp_path):
     path = str(tmp_path / "admin.sock")
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(path)
-    first = run(f"--admin=unix:{path}")
+    first = run_admin(f"--admin=unix:{path}")
     assert ask(first.admin, "/healthz").status == 200
-    second = run(f"--admin=unix:{path}")
+    second = run_admin(f"--admin=unix:{path}")
     first.admin.close()
     assert os.path.exists(path) and ask(second.admin, "/healthz").status == 200
     second.admin.close()
@@ -453,18 +454,18 @@ def test_stale_socket_is_replaced_and_a_successors_is_left_alone(run, tmp_path):
     second.admin.close()
 
 
-def test_file_that_is_no_socket_is_not_replaced(run, tmp_path):
+def test_file_that_is_no_socket_is_not_replaced(run_admin, tmp_path):
     path = tmp_path / "admin.sock"
     path.write_text("precious")
     with pytest.raises(OSError, match="something else than a socket"):
-        run(f"--admin=unix:{path}")
+        run_admin(f"--admin=unix:{path}")
     assert path.read_text() == "precious"
     with pytest.raises(OSError, match="No such file or directory"):
-        run(f"--admin=unix:{tmp_path}/nowhere/admin.sock")
+        run_admin(f"--admin=unix:{tmp_path}/nowhere/admin.sock")
 
 
-def test_close_ends_what_is_under_way(run):
-    running = run()
+def test_close_ends_what_is_under_way(run_admin):
+    running = run_admin()
     with dial(running.admin.address) as sock:
         sock.sendall(b"GET /")
         wait_until(lambda: running.admin.server.live)
@@ -481,9 +482,9 @@ def test_close_ends_what_is_under_way(run):
         dial(running.admin.address)
 
 
-def test_accept_that_fails_does_not_spin(run, monkeypatch):
+def test_accept_that_fails_does_not_spin(run_admin, monkeypatch):
     monkeypatch.setattr(sniroute_admin, "ACCEPT_PAUSE", 0.01)
-    running = run()
+    running = run_admin()
     tried = []
 
     class Exhausted:
@@ -502,9 +503,9 @@ def test_accept_that_fails_does_not_spin(run, monkeypatch):
     assert tried[5] - tried[0] >= 0.05
 
 
-def test_log_says_who_asked_for_what_without_the_token(run, caplog):
+def test_log_says_who_asked_for_what_without_the_token(run_admin, caplog):
     caplog.set_level(logging.DEBUG, "sniroute")
-    running = run()
+    running = run_admin()
     ask(running.admin, "/tunnels/%1b%0a/stop?\x9b31m", "POST")
     wait_until(lambda: "admin: POST" in caplog.text)
     (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("admin: POST")]

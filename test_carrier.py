@@ -23,50 +23,46 @@ import pytest
 
 import sniroute_carrier
 import sniroute_names
-import testbed.carrier as bed
-from conftest import HERE, HOST, echo, wait_until
+from conftest import HERE, HOST, echo, linux, wait_until
 from sniroute_carrier import Carrier
 from sniroute_dial import Dial
 from sniroute_edge import Target, was_reset
 from sniroute_forwarder import Listener
 from sniroute_http import BINARY, CHUNK, CLOSE, PING, PONG
 from sniroute_loop import READ, WRITE, Watch
-from testbed.carrier import (NOISE, PHASES, Local, Notes, beside, blocks, digest, digest_upload, echoed, end_of, linux,
-                             parallel, read_frames, receive, receive_all, reset, send_blocks, server_frame,
+from testbed.carrier import (NOISE, PHASES, Local, Notes, beside, blocks, digest, digest_upload, echoed, end_of,
+                             parallel, read_frames, receive, receive_all, send_blocks, server_frame,
                              wait_for_end, with_buffers)
-
-
-edge, name, local, program, carrier, raw_edge = (
-    bed.edge, bed.name, bed.local, bed.program, bed.carrier, bed.raw_edge)  # fixtures
+from testbed.running import reset
 
 
 # -- what comes through ----------------------------------------------------------------------
 
 
-def test_bytes_are_carried_in_messages_that_the_far_end_takes(edge, name, carrier, echo_server):
-    edge.far(name, echo_server.address)
-    run = carrier(name)
+def test_bytes_are_carried_in_messages_that_the_far_end_takes(edge, hostname, carrier, echo_server):
+    edge.far(hostname, echo_server.address)
+    run = carrier(hostname)
     data = NOISE[:700_000]
     assert echoed(run, data) == data
-    end = end_of(edge, name)
+    end = end_of(edge, hostname)
     assert end["bytes_up"] == end["bytes_down"] == len(data)
     assert end["largest_up"] <= CHUNK and not end["cut"] and end["texts"] == 0
     assert end["frames_up"] == end["messages_up"] + 1, "whole messages, and a Close"
     assert end["masks"] == end["frames_up"], "a fresh key for each"
     assert end["client_pings"] == end["unsolicited"] == 0
     assert (end["how"], end["close"]) == ("client", 1000)
-    request, = edge.requests(name)
-    assert (request["host"], request["method"], request["path"]) == (name, "GET", "/")
-    assert (request["sni"], request["alpn"], request["tls"]) == (name, None, "TLSv1.3")
+    request, = edge.requests(hostname)
+    assert (request["host"], request["method"], request["path"]) == (hostname, "GET", "/")
+    assert (request["sni"], request["alpn"], request["tls"]) == (hostname, None, "TLSv1.3")
     assert [header[0] for header in request["headers"]] == [
         "Host", "User-Agent", "Connection", "Sec-WebSocket-Key", "Sec-WebSocket-Version", "Upgrade"]
     row, = run.ends() if run.rows("end") else [{}]
     assert row == {} or (row["up"], row["down"]) == ("700000", "700000")
 
 
-def test_a_service_may_speak_first(edge, name, local, serve):
-    edge.far(name, serve(lambda sock: sock.sendall(b"banner")).address)
-    with local(name).connect() as client:
+def test_a_service_may_speak_first(edge, hostname, local, serve):
+    edge.far(hostname, serve(lambda sock: sock.sendall(b"banner")).address)
+    with local(hostname).connect() as client:
         assert receive_all(client) == (b"banner", "FIN")
 
 
@@ -83,61 +79,61 @@ def test_a_service_may_speak_first(edge, name, local, serve):
     pytest.param({"together": True}, id="in one record with the answer"),
     pytest.param({"tls_max": "1.2"}, id="TLS 1.2"),
 ])
-def test_shapes_of_what_comes_down(edge, name, local, serve, switches):
-    edge.fault(name, **switches)
+def test_shapes_of_what_comes_down(edge, hostname, local, serve, switches):
+    edge.fault(hostname, **switches)
     data = NOISE[:40_000 if switches.get("fragment") == 5 or switches.get("frame") == 125 else len(NOISE)]
-    edge.far(name, serve(lambda sock: sock.sendall(data)).address)
-    with local(name).connect() as client:
+    edge.far(hostname, serve(lambda sock: sock.sendall(data)).address)
+    with local(hostname).connect() as client:
         assert receive_all(client) == (data, "FIN")
-    end = end_of(edge, name)
+    end = end_of(edge, hostname)
     assert (end["how"], end["close"], end["client_pings"], end["unsolicited"]) == ("origin", 1000, 0, 0)
     assert "ping" not in switches or end["pings"] > 0
 
 
-def test_pings_are_answered_between_whole_frames(edge, name, local, echo_server):
+def test_pings_are_answered_between_whole_frames(edge, hostname, local, echo_server):
     """The edge understands every frame, and finds the payload of its Pings in the Pongs."""
-    edge.fault(name, ping=100, ping_every=1)
-    edge.far(name, echo_server.address)
-    run = local(name)
+    edge.fault(hostname, ping=100, ping_every=1)
+    edge.far(hostname, echo_server.address)
+    run = local(hostname)
     data = NOISE * 4
     with run.connect() as client:
         with beside(lambda: client.sendall(data)):
             assert receive(client, len(data)) == data
         client.sendall(b"last")
         assert receive(client, 4) == b"last"
-    end = end_of(edge, name)
+    end = end_of(edge, hostname)
     assert end["pongs"] > 0 and end["unsolicited"] == 0 and (end["how"], end["close"]) == ("client", 1000)
     assert end["bytes_up"] == len(data) + 4 and end["frames_up"] == end["messages_up"] + end["pongs"] + 1
 
 
-def test_an_idle_connection_answers_each_ping(edge, name, local, echo_server):
-    edge.fault(name, ping=4, ping_every=20)
-    edge.far(name, echo_server.address)
-    with local(name).connect() as client:
+def test_an_idle_connection_answers_each_ping(edge, hostname, local, echo_server):
+    edge.fault(hostname, ping=4, ping_every=20)
+    edge.far(hostname, echo_server.address)
+    with local(hostname).connect() as client:
         client.sendall(b"x")
         receive(client, 1)
         time.sleep(0.2)  # some pings
         client.sendall(b"y")
         receive(client, 1)
-    end = end_of(edge, name)
+    end = end_of(edge, hostname)
     assert end["pongs"] >= end["pings"] - 1 >= 3 and end["unsolicited"] == 0
 
 
-def test_64_mib_up(edge, name, carrier, serve):
-    edge.far(name, serve(digest_upload).address)
-    run = carrier(name)
+def test_64_mib_up(edge, hostname, carrier, serve):
+    edge.far(hostname, serve(digest_upload).address)
+    run = carrier(hostname)
     with run.connect() as client:
         client.sendall((64 << 20).to_bytes(8, "big"))
         for block in blocks(64):
             client.sendall(block)
         assert receive(client, 32) == digest(64)
-    end = end_of(edge, name)
+    end = end_of(edge, hostname)
     assert not end["cut"] and end["masks"] == 1000
 
 
-def test_64_mib_down(edge, name, carrier, serve):
-    edge.far(name, serve(send_blocks(64)).address)
-    run = carrier(name)
+def test_64_mib_down(edge, hostname, carrier, serve):
+    edge.far(hostname, serve(send_blocks(64)).address)
+    run = carrier(hostname)
     whole, size = hashlib.sha256(), 0
     with run.connect() as client:
         while data := client.recv(1 << 20):
@@ -146,33 +142,33 @@ def test_64_mib_down(edge, name, carrier, serve):
     assert (size, whole.digest()) == (64 << 20, digest(64))
 
 
-def test_both_ways_at_once_byte_for_byte(edge, name, local, serve):
+def test_both_ways_at_once_byte_for_byte(edge, hostname, local, serve):
     def backend(sock: socket.socket) -> bytes:
         with beside(lambda: send_blocks(6)(sock)):
             return receive(sock, 6 << 20)
 
     far = serve(backend)
-    edge.far(name, far.address)
-    edge.fault(name, fragment=5000, ping=7)
+    edge.far(hostname, far.address)
+    edge.fault(hostname, fragment=5000, ping=7)
     data = NOISE * 6
-    with local(name).connect() as client, beside(lambda: client.sendall(data)):
+    with local(hostname).connect() as client, beside(lambda: client.sendall(data)):
         answer = receive_all(client)
     assert answer == (b"".join(blocks(6)), "FIN") and far.result() == data
 
 
-def test_200_connections_at_once(edge, name, carrier, single_loop_echo):
-    edge.far(name, single_loop_echo)
-    run = carrier(name)
+def test_200_connections_at_once(edge, hostname, carrier, single_loop_echo):
+    edge.far(hostname, single_loop_echo)
+    run = carrier(hostname)
     payloads = [number.to_bytes(4, "big") + NOISE[number:number + (128 << 10)] for number in range(200)]
     answers = parallel(run.address, payloads)
     assert [got == sent for got, sent in zip(answers, payloads)] == [True] * 200
-    wait_until(lambda: len(edge.ends(name)) == 200)
-    assert {(end["how"], end["cut"]) for end in edge.ends(name)} == {("client", False)}
+    wait_until(lambda: len(edge.ends(hostname)) == 200)
+    assert {(end["how"], end["cut"]) for end in edge.ends(hostname)} == {("client", False)}
 
 
-def test_what_is_set_on_both_legs(edge, name, local, echo_server):
-    edge.far(name, echo_server.address)
-    run = local(name)
+def test_what_is_set_on_both_legs(edge, hostname, local, echo_server):
+    edge.far(hostname, echo_server.address)
+    run = local(hostname)
     with run.connect():
         run.reaches("open")
         connection, = run.carrier.connections
@@ -200,11 +196,11 @@ def settled(count: Callable[[], int]) -> int:
 
 
 @linux
-def test_an_edge_that_does_not_read_stops_the_client_and_costs_nothing(edge, name, carrier, echo_server):
-    edge.far(name, echo_server.address)
-    run = carrier(name)
+def test_an_edge_that_does_not_read_stops_the_client_and_costs_nothing(edge, hostname, carrier, echo_server):
+    edge.far(hostname, echo_server.address)
+    run = carrier(hostname)
     assert echoed(run) == b"hello"
-    edge.fault(name, slow_reads=True)
+    edge.fault(hostname, slow_reads=True)
     sent = 0
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(run.connect()) for _ in range(4)]
@@ -227,7 +223,7 @@ def test_an_edge_that_does_not_read_stops_the_client_and_costs_nothing(edge, nam
 
 
 @linux
-def test_a_client_that_does_not_read_stops_the_service_and_loses_nothing(edge, name, carrier, serve):
+def test_a_client_that_does_not_read_stops_the_service_and_loses_nothing(edge, hostname, carrier, serve):
     sent = 0
 
     def far(sock: socket.socket) -> None:
@@ -236,8 +232,8 @@ def test_a_client_that_does_not_read_stops_the_service_and_loses_nothing(edge, n
             for at in range(0, len(block), 1 << 16):
                 sent += sock.send(block[at:at + (1 << 16)])
 
-    edge.far(name, serve(far).address)
-    run = carrier(name)
+    edge.far(hostname, serve(far).address)
+    run = carrier(hostname)
     with run.connect() as client:
         assert receive(client, 8) == bytes(8)
         memory = run.memory()
@@ -255,50 +251,50 @@ def test_a_client_that_does_not_read_stops_the_service_and_loses_nothing(edge, n
 
 @pytest.mark.parametrize("switches, phase", PHASES)
 @pytest.mark.parametrize("leave", [socket.socket.close, reset], ids=["FIN", "RST"])
-def test_a_client_that_leaves_while_we_dial_is_dropped_at_once(edge, name, local, switches, phase, leave):
-    edge.far(name, edge.proxy)
-    edge.fault(name, **switches)
-    run = local(name)
+def test_a_client_that_leaves_while_we_dial_is_dropped_at_once(edge, hostname, local, switches, phase, leave):
+    edge.far(hostname, edge.proxy)
+    edge.fault(hostname, **switches)
+    run = local(hostname)
     client = run.connect()
     run.reaches(phase)
-    wait_until(lambda: edge.proxied(name))
+    wait_until(lambda: edge.proxied(hostname))
     leave(client)
     run.reaches()
-    wait_until(lambda: edge.ends(name) or edge.lines("proxy.jsonl", name)[-1]["event"] == "end", timeout=2)
+    wait_until(lambda: edge.ends(hostname) or edge.lines("proxy.jsonl", hostname)[-1]["event"] == "end", timeout=2)
     assert not run.rows("failed")
 
 
 @linux
-def test_clients_that_leave_take_their_descriptors_along(edge, name, carrier):
-    edge.far(name, edge.proxy)
-    run = carrier(name)
-    edge.fault(name, hang="tls")
+def test_clients_that_leave_take_their_descriptors_along(edge, hostname, carrier):
+    edge.far(hostname, edge.proxy)
+    run = carrier(hostname)
+    edge.fault(hostname, hang="tls")
     with run.connect():
-        wait_until(lambda: edge.accepted(name))
-    edge.fault(name, hang="upgrade")
-    wait_until(lambda: edge.ends(name))
+        wait_until(lambda: edge.accepted(hostname))
+    edge.fault(hostname, hang="upgrade")
+    wait_until(lambda: edge.ends(hostname))
     before = run.fds()
     with contextlib.ExitStack() as stack:
         for _ in range(20):
             stack.enter_context(run.connect())
-        wait_until(lambda: len(edge.requests(name)) == 20)
+        wait_until(lambda: len(edge.requests(hostname)) == 20)
         assert run.fds() == before + 40
     wait_until(lambda: run.fds() == before, what="the descriptors")
-    wait_until(lambda: len(edge.ends(name)) == 21)
+    wait_until(lambda: len(edge.ends(hostname)) == 21)
     assert run.memory() < 64 << 10 and not run.rows("failed")
 
 
-def test_a_port_probe_costs_no_upgrade(edge, name, local, echo_server):
-    edge.far(name, echo_server.address)
-    edge.fault(name, hang="accept")  # the edge is slow enough to see who has left
-    run = local(name)
+def test_a_port_probe_costs_no_upgrade(edge, hostname, local, echo_server):
+    edge.far(hostname, echo_server.address)
+    edge.fault(hostname, hang="accept")  # the edge is slow enough to see who has left
+    run = local(hostname)
     for leave in (socket.socket.close, reset) * 5:
         with contextlib.suppress(ConnectionResetError):
             leave(run.connect())
     run.reaches()
-    edge.fault(name)
+    edge.fault(hostname)
     assert echoed(run) == b"hello"
-    assert len(edge.requests(name)) == echo_server.accepted == 1
+    assert len(edge.requests(hostname)) == echo_server.accepted == 1
 
 
 def test_a_client_that_has_gone_before_it_is_accepted(local):
@@ -311,19 +307,19 @@ def test_a_client_that_has_gone_before_it_is_accepted(local):
 
 
 @pytest.mark.parametrize("size", [1, 60_000])
-def test_an_upload_that_ends_while_we_dial_is_delivered(edge, name, local, echo_server, size):
-    edge.far(name, echo_server.address)
-    edge.fault(name, delay=100)
-    with local(name, GRACE=2.0).connect() as client:
+def test_an_upload_that_ends_while_we_dial_is_delivered(edge, hostname, local, echo_server, size):
+    edge.far(hostname, echo_server.address)
+    edge.fault(hostname, delay=100)
+    with local(hostname, GRACE=2.0).connect() as client:
         client.sendall(NOISE[:size])
         client.shutdown(socket.SHUT_WR)
         assert receive(client, size) == NOISE[:size]
 
 
-def test_a_large_upload_waits_in_the_kernel_while_we_dial(edge, name, local, serve):
-    edge.far(name, serve(digest_upload).address)
-    edge.fault(name, delay=100)
-    run = local(name)
+def test_a_large_upload_waits_in_the_kernel_while_we_dial(edge, hostname, local, serve):
+    edge.far(hostname, serve(digest_upload).address)
+    edge.fault(hostname, delay=100)
+    run = local(hostname)
     with run.connect() as client:
         with beside(lambda: client.sendall((4 << 20).to_bytes(8, "big") + b"".join(blocks(4)))):
             run.reaches("upgrade")
@@ -332,19 +328,19 @@ def test_a_large_upload_waits_in_the_kernel_while_we_dial(edge, name, local, ser
             assert receive(client, 32) == digest(4)
 
 
-def test_an_upload_that_cannot_be_delivered_is_a_failure(edge, name, local):
+def test_an_upload_that_cannot_be_delivered_is_a_failure(edge, hostname, local):
     """Its client has ended, and would take FIN for success."""
-    edge.fault(name, hang="upgrade")
-    with local(name, LINGER=0.15).connect() as client:
+    edge.fault(hostname, hang="upgrade")
+    with local(hostname, LINGER=0.15).connect() as client:
         client.sendall(b"hello")
         client.shutdown(socket.SHUT_WR)
         assert receive_all(client) == (b"", "RST")
-    assert edge.requests(name)
+    assert edge.requests(hostname)
 
 
-def test_the_log_of_an_upload_that_cannot_be_delivered(edge, name, local):
-    edge.fault(name, hang="upgrade")
-    run = local(name, LINGER=0.15)
+def test_the_log_of_an_upload_that_cannot_be_delivered(edge, hostname, local):
+    edge.fault(hostname, hang="upgrade")
+    run = local(hostname, LINGER=0.15)
     with run.connect() as client:
         client.sendall(b"hello")
         client.shutdown(socket.SHUT_WR)
@@ -355,31 +351,31 @@ def test_the_log_of_an_upload_that_cannot_be_delivered(edge, name, local):
 # -- the end ---------------------------------------------------------------------------------
 
 
-def test_an_upload_arrives_whole(edge, name, local, serve):
+def test_an_upload_arrives_whole(edge, hostname, local, serve):
     """Nothing comes down: the grace, then Close 1000, and only behind the last byte."""
     far = serve(lambda sock: receive_all(sock)[0])
-    edge.far(name, far.address)
-    run = local(name)
+    edge.far(hostname, far.address)
+    run = local(hostname)
     data = NOISE * 4
     with run.connect() as client:
         client.sendall(data)
         client.shutdown(socket.SHUT_WR)
         assert receive_all(client) == (b"", "FIN")
-    end = end_of(edge, name)
+    end = end_of(edge, hostname)
     assert far.result() == data
     assert (end["how"], end["close"], end["bytes_up"]) == ("client", 1000, len(data))
 
 
-def test_an_upload_arrives_whole_while_data_comes_down(edge, name, local, serve):
+def test_an_upload_arrives_whole_while_data_comes_down(edge, hostname, local, serve):
     """6 of 6: a close with unread bytes would reset, and destroy the last megabytes."""
     def backend(sock: socket.socket) -> bytes:
         with beside(lambda: send_blocks(2)(sock)):
             return hashlib.sha256(receive(sock, 9 << 20)).digest()
 
     far = serve(backend)
-    edge.far(name, far.address)
-    edge.fault(name, frame=1000)
-    run = local(name)
+    edge.far(hostname, far.address)
+    edge.fault(hostname, frame=1000)
+    run = local(hostname)
     data = NOISE * 8
     expected = hashlib.sha256(data).digest()
     down = b"".join(blocks(2))
@@ -398,25 +394,25 @@ def test_an_upload_arrives_whole_while_data_comes_down(edge, name, local, serve)
     assert [far.result() for _ in range(6)] == [expected] * 6
 
 
-def test_an_upload_arrives_whole_from_a_client_that_does_not_listen(edge, name, local, serve):
+def test_an_upload_arrives_whole_from_a_client_that_does_not_listen(edge, hostname, local, serve):
     """It closes with bytes unread, which resets it; what it had sent still counts."""
     def backend(sock: socket.socket) -> bytes:
         sock.sendall(NOISE)
         return receive_all(sock)[0]
 
     far = serve(backend)
-    edge.far(name, far.address)
-    run = local(name)
+    edge.far(hostname, far.address)
+    run = local(hostname)
     client = run.connect()
     client.sendall(NOISE[:100_000])
     assert receive(client, 10) == NOISE[:10]
     wait_until(lambda: [connection.up for connection in run.carrier.connections.copy()] == [100_000])
     client.close()
     assert far.result() == NOISE[:100_000]
-    assert end_of(edge, name)["close"] == 1000
+    assert end_of(edge, hostname)["close"] == 1000
 
 
-def test_a_request_and_its_end_get_their_answer(edge, name, local, serve):
+def test_a_request_and_its_end_get_their_answer(edge, hostname, local, serve):
     """As `nc -N` does it: there is no half-close on the wire, so Close waits for the answer."""
     def far(sock: socket.socket) -> None:
         assert receive(sock, 7) == b"request"
@@ -427,17 +423,17 @@ def test_a_request_and_its_end_get_their_answer(edge, name, local, serve):
         done.set()
 
     done = threading.Event()
-    edge.far(name, serve(far).address)
-    with local(name, GRACE=0.5).connect() as client:
+    edge.far(hostname, serve(far).address)
+    with local(hostname, GRACE=0.5).connect() as client:
         client.sendall(b"request")
         client.shutdown(socket.SHUT_WR)
         assert receive_all(client) == (NOISE, "FIN")
-    assert done.wait(5) and end_of(edge, name)["close"] == 1000
+    assert done.wait(5) and end_of(edge, hostname)["close"] == 1000
 
 
-def test_a_client_that_has_ended_and_reads_slowly_gets_everything(edge, name, local, serve):
-    edge.far(name, serve(send_blocks(16)).address)
-    run = local(name, GRACE=0.2, LINGER=0.1)  # what a busy host may make the far end pause is no silence
+def test_a_client_that_has_ended_and_reads_slowly_gets_everything(edge, hostname, local, serve):
+    edge.far(hostname, serve(send_blocks(16)).address)
+    run = local(hostname, GRACE=0.2, LINGER=0.1)  # what a busy host may make the far end pause is no silence
     with run.connect() as client:
         assert receive(client, 8) == bytes(8)
         client.shutdown(socket.SHUT_WR)
@@ -451,7 +447,7 @@ def test_a_client_that_has_ended_and_reads_slowly_gets_everything(edge, name, lo
 
 
 @pytest.mark.parametrize("no_close", [False, True], ids=["Close", "no Close"])
-def test_the_service_ends_first(edge, name, local, serve, no_close):
+def test_the_service_ends_first(edge, hostname, local, serve, no_close):
     """The client gets everything, and then FIN, even while it is sending."""
     def far(sock: socket.socket) -> None:
         receive(sock, 1 << 16)
@@ -459,44 +455,44 @@ def test_the_service_ends_first(edge, name, local, serve, no_close):
         sock.shutdown(socket.SHUT_WR)
         receive_all(sock)
 
-    edge.far(name, serve(far).address)
-    edge.fault(name, **({"no_close": True} if no_close else {}))
-    with local(name).connect() as client, beside(lambda: [client.sendall(NOISE) for _ in range(1000)]):
+    edge.far(hostname, serve(far).address)
+    edge.fault(hostname, **({"no_close": True} if no_close else {}))
+    with local(hostname).connect() as client, beside(lambda: [client.sendall(NOISE) for _ in range(1000)]):
         assert receive(client, 4 << 20) == b"".join(blocks(4))
         assert client.recv(1) == b"", "FIN"
         client.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 1011, 4999, 0])
-def test_a_close_is_answered_with_its_code(edge, name, local, echo_server, code):
-    edge.far(name, echo_server.address)
-    edge.fault(name, close=code, close_reason="going away" if code else "", close_after=5)
-    with local(name).connect() as client:
+def test_a_close_is_answered_with_its_code(edge, hostname, local, echo_server, code):
+    edge.far(hostname, echo_server.address)
+    edge.fault(hostname, close=code, close_reason="going away" if code else "", close_after=5)
+    with local(hostname).connect() as client:
         client.sendall(b"hello")
         assert receive_all(client) == (b"hello", "FIN")
-    end = end_of(edge, name)
+    end = end_of(edge, hostname)
     assert (end["how"], end["close"]) == ("fault", code or 1005)
 
 
 @pytest.mark.parametrize("size", [0, 1, 3 << 20])
-def test_an_edge_that_resets(edge, name, local, serve, size):
+def test_an_edge_that_resets(edge, hostname, local, serve, size):
     """The client gets what came, and then RST."""
     data = (NOISE * 3)[:size]
-    edge.far(name, serve(lambda sock: sock.sendall(data) or sock.recv(1)).address)
-    edge.fault(name, rst="open", rst_after=size)
-    run = local(name)
+    edge.far(hostname, serve(lambda sock: sock.sendall(data) or sock.recv(1)).address)
+    edge.fault(hostname, rst="open", rst_after=size)
+    run = local(hostname)
     with contextlib.suppress(ConnectionResetError) if not size else contextlib.nullcontext():
         with run.connect() as client:
             assert receive_all(client) == (data, "RST")
     assert len(run.rows("reset")) == 1 or not size
 
 
-def test_a_slow_client_gets_what_came_before_the_reset(edge, name, local, serve):
+def test_a_slow_client_gets_what_came_before_the_reset(edge, hostname, local, serve):
     """A reset destroys what is still under way to the client, so it waits until nothing is."""
     data = NOISE
-    edge.far(name, serve(lambda sock: sock.sendall(data) or sock.recv(1)).address)
-    edge.fault(name, rst="open", rst_after=len(data))
-    run = local(name)
+    edge.far(hostname, serve(lambda sock: sock.sendall(data) or sock.recv(1)).address)
+    edge.fault(hostname, rst="open", rst_after=len(data))
+    run = local(hostname)
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         client.settimeout(10)
@@ -506,10 +502,10 @@ def test_a_slow_client_gets_what_came_before_the_reset(edge, name, local, serve)
         assert receive_all(client) == (data[1 << 16:], "RST")
 
 
-def test_a_client_that_never_reads_is_reset_in_the_end(edge, name, local, serve):
-    edge.far(name, serve(lambda sock: sock.sendall(NOISE[:500_000]) or sock.recv(1)).address)
-    edge.fault(name, rst="open", rst_after=500_000)
-    run = local(name, LINGER=0.1, SETTLE=0.01)
+def test_a_client_that_never_reads_is_reset_in_the_end(edge, hostname, local, serve):
+    edge.far(hostname, serve(lambda sock: sock.sendall(NOISE[:500_000]) or sock.recv(1)).address)
+    edge.fault(hostname, rst="open", rst_after=500_000)
+    run = local(hostname, LINGER=0.1, SETTLE=0.01)
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
         client.connect(run.address)
@@ -517,24 +513,24 @@ def test_a_client_that_never_reads_is_reset_in_the_end(edge, name, local, serve)
         assert receive_all(client)[1] == "RST"
 
 
-def test_an_edge_that_ends_without_a_close(edge, name, local, serve):
-    edge.far(name, serve(lambda sock: sock.sendall(NOISE) or sock.recv(1)).address)
-    edge.fault(name, eof="open", eof_after=len(NOISE))
-    with local(name).connect() as client:
+def test_an_edge_that_ends_without_a_close(edge, hostname, local, serve):
+    edge.far(hostname, serve(lambda sock: sock.sendall(NOISE) or sock.recv(1)).address)
+    edge.fault(hostname, eof="open", eof_after=len(NOISE))
+    with local(hostname).connect() as client:
         assert receive_all(client) == (NOISE, "FIN")
 
 
 @pytest.mark.parametrize("kind", ["rsv", "masked", "opcode", "long_control", "fragmented_control", "continuation",
                                   "close_1"])
-def test_an_edge_that_breaks_the_rules(edge, name, local, echo_server, kind):
-    edge.far(name, echo_server.address)
-    edge.fault(name, bad_frame=kind, bad_after=5)
-    run = local(name)
+def test_an_edge_that_breaks_the_rules(edge, hostname, local, echo_server, kind):
+    edge.far(hostname, echo_server.address)
+    edge.fault(hostname, bad_frame=kind, bad_after=5)
+    run = local(hostname)
     with run.connect() as client:
         client.sendall(b"hello")
         received, end = receive_all(client)
     assert end == "RST" and received in (b"", b"hello")
-    assert end_of(edge, name)["close"] == 1002
+    assert end_of(edge, hostname)["close"] == 1002
     row, = run.rows("broken")
     assert row["reason"] == "other" and row["error"]
 
@@ -601,32 +597,32 @@ def test_no_pong_follows_our_close(local, raw_edge):
     assert closed.is_set() and ended.wait(5) and said == []
 
 
-def test_a_client_that_resets_while_data_comes_down(edge, name, local, serve):
+def test_a_client_that_resets_while_data_comes_down(edge, hostname, local, serve):
     def far(sock: socket.socket) -> None:
         with contextlib.suppress(OSError):
             send_blocks(1000)(sock)
         gone.set()
 
     gone = threading.Event()
-    edge.far(name, serve(far).address)
-    run = local(name)
+    edge.far(hostname, serve(far).address)
+    run = local(hostname)
     client = run.connect()
     receive(client, 1000)
     reset(client)
     run.reaches()
     assert gone.wait(10)
-    end = end_of(edge, name)
+    end = end_of(edge, hostname)
     assert end["how"] == "client" and end["close"] in (1000, 1006)
 
 
-def test_a_client_that_resets_while_nothing_happens(edge, name, local, echo_server):
-    edge.far(name, echo_server.address)
-    run = local(name, GRACE=60.0)
+def test_a_client_that_resets_while_nothing_happens(edge, hostname, local, echo_server):
+    edge.far(hostname, echo_server.address)
+    run = local(hostname, GRACE=60.0)
     client = run.connect()
     run.reaches("open")
     reset(client)
     run.reaches()
-    assert end_of(edge, name)["close"] == 1000
+    assert end_of(edge, hostname)["close"] == 1000
 
 
 def test_a_client_that_resets_while_its_answer_comes(local, raw_edge):
@@ -667,9 +663,9 @@ def test_an_edge_that_never_answers_a_close_is_left(local, raw_edge):
     assert left.wait(5)
 
 
-def test_a_client_that_never_ends_is_left(edge, name, local, serve):
-    edge.far(name, serve(lambda sock: sock.sendall(b"bye")).address)
-    run = local(name, LINGER=0.1)
+def test_a_client_that_never_ends_is_left(edge, hostname, local, serve):
+    edge.far(hostname, serve(lambda sock: sock.sendall(b"bye")).address)
+    run = local(hostname, LINGER=0.1)
     with run.connect() as client:
         assert receive_all(client) == (b"bye", "FIN")
         run.ends()
@@ -712,15 +708,15 @@ def test_an_edge_that_stops_reading_an_upload_is_left(local, raw_edge):
     stop.set()
 
 
-def test_one_connection_that_is_busy_leaves_the_others_their_turn(edge, name, local, serve):
+def test_one_connection_that_is_busy_leaves_the_others_their_turn(edge, hostname, local, serve):
     def far(sock: socket.socket) -> None:
         if receive(sock, 4) == b"echo":
             echo(sock)
         else:
             receive_all(sock)
 
-    edge.far(name, serve(far).address)
-    run = local(name)
+    edge.far(hostname, serve(far).address)
+    run = local(hostname)
     stop = threading.Event()
 
     def flood(client: socket.socket) -> None:
@@ -762,9 +758,9 @@ def test_last_bytes_that_the_client_does_not_take_at_once(local, raw_edge, monke
     run.reaches()
 
 
-def test_a_client_that_resets_after_the_service_has_ended(edge, name, local, serve):
-    edge.far(name, serve(lambda sock: sock.sendall(b"bye")).address)
-    run = local(name, LINGER=60.0)
+def test_a_client_that_resets_after_the_service_has_ended(edge, hostname, local, serve):
+    edge.far(hostname, serve(lambda sock: sock.sendall(b"bye")).address)
+    run = local(hostname, LINGER=60.0)
     with run.connect() as client:
         assert receive_all(client) == (b"bye", "FIN")
         client.sendall(b"more")
@@ -814,11 +810,11 @@ def test_a_fault_on_the_way_out_lets_the_client_go_all_the_same(monkeypatch):
 
 @linux
 @pytest.mark.parametrize("leaves", [True, False], ids=["and leaves", "and stays"])
-def test_a_client_of_an_edge_that_takes_nothing(edge, name, local, leaves, echo_server):
+def test_a_client_of_an_edge_that_takes_nothing(edge, hostname, local, leaves, echo_server):
     """While its bytes are not taken nobody listens to it: whether it is still there is asked now and then."""
-    edge.far(name, echo_server.address)
-    edge.fault(name, slow_reads=True)
-    run = local(name, STALL=0.1, LINGER=0.2)
+    edge.far(hostname, echo_server.address)
+    edge.fault(hostname, slow_reads=True)
+    run = local(hostname, STALL=0.1, LINGER=0.2)
     client = run.connect()
     with client:
         client.setblocking(False)
@@ -1058,13 +1054,13 @@ def test_what_the_kernel_does_not_tell():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_end_it_and_everything(edge, name, carrier, echo_server, number):
-    edge.far(name, echo_server.address)
-    run = carrier(name)
-    edge.fault(name, hang="upgrade")
+def test_signals_end_it_and_everything(edge, hostname, carrier, echo_server, number):
+    edge.far(hostname, echo_server.address)
+    run = carrier(hostname)
+    edge.fault(hostname, hang="upgrade")
     with run.connect() as dialling:
-        wait_until(lambda: edge.requests(name))
-        edge.fault(name)
+        wait_until(lambda: edge.requests(hostname))
+        edge.fault(hostname)
         with run.connect() as client:
             client.sendall(b"hello")
             assert receive(client, 5) == b"hello"
@@ -1072,17 +1068,17 @@ def test_signals_end_it_and_everything(edge, name, carrier, echo_server, number)
             assert receive_all(client)[0] == receive_all(dialling)[0] == b""
     with pytest.raises(ConnectionRefusedError):
         run.connect()
-    ends = wait_until(lambda: len(edge.ends(name)) == 2 and edge.ends(name))
+    ends = wait_until(lambda: len(edge.ends(hostname)) == 2 and edge.ends(hostname))
     assert sorted(row["close"] for row in ends) == [1001, 1006]
 
 
-def test_variables_in_place_of_options(edge, name, program, echo_server):
-    edge.far(name, echo_server.address)
-    run = program("access", "ssh", environ={**edge.environ, "TUNNEL_SERVICE_HOSTNAME": f"http://{name}/x",
+def test_variables_in_place_of_options(edge, hostname, program, echo_server):
+    edge.far(hostname, echo_server.address)
+    run = program("access", "ssh", environ={**edge.environ, "TUNNEL_SERVICE_HOSTNAME": f"http://{hostname}/x",
                                             "TUNNEL_SERVICE_URL": "tcp://localhost:0"})
     run.listening()
     assert echoed(run) == b"hello"
-    assert edge.requests(name)[0]["path"] == "/x"
+    assert edge.requests(hostname)[0]["path"] == "/x"
 
 
 @pytest.mark.parametrize("words", [
@@ -1090,12 +1086,12 @@ def test_variables_in_place_of_options(edge, name, program, echo_server):
     pytest.param(["access", "rdp", "-T", "{}", "-L", "127.0.0.1:0", "--log-level", "warn"], id="short"),
     pytest.param(["access", "smb", "--tunnel-host", "{}", "--listener", "[::1]:0"], id="aliases"),
 ])
-def test_words(name, words, monkeypatch, edge):
+def test_words(hostname, words, monkeypatch, edge):
     monkeypatch.setenv("SSL_CERT_FILE", edge.environ["SSL_CERT_FILE"])
-    command, given = words[:2], [word.format(name) for word in words[2:]]
+    command, given = words[:2], [word.format(hostname) for word in words[2:]]
     parsed = sniroute_carrier.parse_words(given, {})
     assert sniroute_carrier.COMMANDS[tuple(command)] is sniroute_carrier.access
-    assert parsed.hostname.host == name and parsed.url[1] == 0
+    assert parsed.hostname.host == hostname and parsed.url[1] == 0
     assert parsed.loglevel == ("warn" if "warn" in words else "info")
 
 

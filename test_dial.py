@@ -13,17 +13,12 @@ from typing import Any, Callable, Iterator
 import pytest
 
 import sniroute_dial
-import testbed.carrier as bed
-from conftest import HOST, echo, wait_until
+from conftest import HOST, echo, linux, wait_until
 from sniroute_dial import Dial, Failed, Proxy, WayOut
 from sniroute_edge import REASONS
-from sniroute_loop import READ, WRITE, Loop, Watch, ignore
+from sniroute_loop import Loop, ignore
 from sniroute_refusals import SettingsError
-from testbed.carrier import Address, echoed, linux, parallel, receive_all, refused, resolve_as
-
-
-edge, name, local, program, carrier, raw_edge = (
-    bed.edge, bed.name, bed.local, bed.program, bed.carrier, bed.raw_edge)  # fixtures
+from testbed.carrier import Address, echoed, parallel, receive_all, refused, resolve_as
 
 
 # -- the proxy -------------------------------------------------------------------------------
@@ -136,36 +131,6 @@ def test_alternate(families, order):
 def test_a_connect_that_the_kernel_gives_up_is_a_timeout(proxy, reason, text):
     failure = sniroute_dial.connect_failure(OSError(errno.ETIMEDOUT, "no answer"), proxy)
     assert (failure.reason, str(failure)) == (reason, text)
-
-
-class Recorder:
-    """A poller that notes what it is told."""
-
-    def __init__(self) -> None:
-        self.callbacks: dict[int, Callable[[int], None]] = {}
-        self.told: list[tuple[Any, ...]] = []
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *words: self.told.append((name, *words))
-
-
-def test_a_watch_tells_the_poller_only_what_changes():
-    poller = Recorder()
-    watch = Watch(poller, 7)
-    watch.set(0)
-    watch.closing()
-    assert poller.told == []
-    watch.set(READ, print)
-    watch.set(READ, repr)
-    assert poller.told == [("watch", 7, READ, print)] and poller.callbacks == {7: repr}
-    watch.set(READ | WRITE, print)
-    watch.set(0)
-    watch.set(0)
-    watch.set(WRITE, print)
-    watch.closing()
-    watch.closing()
-    assert poller.told[1:] == [("change", 7, READ | WRITE, print), ("forget", 7), ("watch", 7, WRITE, print),
-                               ("closing", 7)]
 
 
 class Dials:
@@ -498,56 +463,57 @@ def test_timeout_of_the_name(local, monkeypatch):
     wait_until(lambda: not run.carrier.way.names.waiting)
 
 
-def test_no_proxy(edge, name, local, monkeypatch, echo_server):
-    edge.far(name, echo_server.address)
+def test_no_proxy(edge, hostname, local, monkeypatch, echo_server):
+    edge.far(hostname, echo_server.address)
     resolve_as(monkeypatch, lambda: [(HOST, edge.port)])
-    assert echoed(local(name, no_proxy="example.test")) == b"hello"
-    assert not edge.proxied(name) and edge.requests(name)[0]["sni"] == name
+    assert echoed(local(hostname, no_proxy="example.test")) == b"hello"
+    assert not edge.proxied(hostname) and edge.requests(hostname)[0]["sni"] == hostname
 
 
-def test_a_name_is_resolved_once_for_many_and_forgotten_in_time(edge, name, local, monkeypatch, echo_server):
-    edge.far(name, echo_server.address)
+def test_a_name_is_resolved_once_for_many_and_forgotten_in_time(edge, hostname, local, monkeypatch, echo_server):
+    edge.far(hostname, echo_server.address)
     asked = resolve_as(monkeypatch, lambda: [(HOST, edge.port)])
-    run = local(name, proxy=False, RESOLVED_FOR=1000.0)
+    run = local(hostname, proxy=False, RESOLVED_FOR=1000.0)
     payloads = [b"hello"] * 10
-    assert parallel(run.address, payloads) == payloads and asked == [name]
+    assert parallel(run.address, payloads) == payloads and asked == [hostname]
     monkeypatch.setattr(sniroute_dial, "RESOLVED_FOR", 0.0)
     run.carrier.loop.call(run.carrier.way.names.known.clear)
-    assert echoed(run) == echoed(run) == b"hello" and asked == [name] * 3
+    assert echoed(run) == echoed(run) == b"hello" and asked == [hostname] * 3
 
 
 @linux
-def test_an_address_that_does_not_answer_does_not_hold_up_the_next(edge, name, local, monkeypatch, echo_server, deaf):
-    edge.far(name, echo_server.address)
+def test_an_address_that_does_not_answer_does_not_hold_up_the_next(edge, hostname, local, monkeypatch, echo_server,
+                                                                   deaf):
+    edge.far(hostname, echo_server.address)
     resolve_as(monkeypatch, lambda: [deaf, ("::1", 1, 0, 0), (HOST, edge.port)])
-    run = local(name, proxy=False, STAGGER=0.05)
+    run = local(hostname, proxy=False, STAGGER=0.05)
     assert echoed(run) == b"hello"
     run.reaches()
-    assert len(edge.handshakes(name)) == 1 and not run.rows("failed")
+    assert len(edge.handshakes(hostname)) == 1 and not run.rows("failed")
 
 
-def test_all_addresses_are_tried_and_the_last_failure_is_told(name, local, monkeypatch, free_ports):
+def test_all_addresses_are_tried_and_the_last_failure_is_told(hostname, local, monkeypatch, free_ports):
     port, _ = free_ports(2)
     resolve_as(monkeypatch, lambda: [(HOST, port), (HOST, port + 1)])
-    row = refused(local(name, proxy=False))
+    row = refused(local(hostname, proxy=False))
     assert (row["reason"], row["error"]) == ("refused", "Connection refused")
 
 
-def test_no_address_at_all(name, local, monkeypatch):
+def test_no_address_at_all(hostname, local, monkeypatch):
     resolve_as(monkeypatch, lambda: [])
-    assert refused(local(name, proxy=False))["reason"] == "refused"
+    assert refused(local(hostname, proxy=False))["reason"] == "refused"
 
 
-def test_an_address_that_the_kernel_refuses_at_once(edge, name, local, monkeypatch, echo_server):
+def test_an_address_that_the_kernel_refuses_at_once(edge, hostname, local, monkeypatch, echo_server):
     """A broadcast address is refused in connect() itself; a family that is not here, in socket()."""
-    edge.far(name, echo_server.address)
+    edge.far(hostname, echo_server.address)
     resolve = socket.getaddrinfo
     rows = [(0xFFFF, socket.SOCK_STREAM, 6, "", ("::1", 1, 0, 0)),
             (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("255.255.255.255", 1)),
             (socket.AF_INET, socket.SOCK_STREAM, 6, "", (HOST, edge.port))]
     monkeypatch.setattr(socket, "getaddrinfo",
-                        lambda host, *rest, **options: rows if host == name else resolve(host, *rest, **options))
-    run = local(name, proxy=False)
+                        lambda host, *rest, **options: rows if host == hostname else resolve(host, *rest, **options))
+    run = local(hostname, proxy=False)
     assert echoed(run) == b"hello"
     del rows[2]
     run.carrier.loop.call(run.carrier.way.names.known.clear)

@@ -16,7 +16,6 @@ import pytest
 
 import sniroute_edge
 import sniroute_names
-import testbed.carrier as bed
 from conftest import HOST, wait_until
 from sniroute_dial import Failed
 from sniroute_edge import REASONS, Upgrade
@@ -28,10 +27,6 @@ from testbed.carrier import PHASES, echoed, receive_all, refused, wait_for_end, 
 
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # and its answer: RFC 6455 section 1.3
 ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
-
-
-edge, name, local, program, carrier, raw_edge = (
-    bed.edge, bed.name, bed.local, bed.program, bed.carrier, bed.raw_edge)  # fixtures
 
 
 # -- settings --------------------------------------------------------------------------------
@@ -208,21 +203,21 @@ def test_no_answer_but_an_upgrade_is_let_through_and_none_breaks_the_program():
     pytest.param({"answer": "garbage"}, "other", "it is no HTTP", id="garbage"),
     pytest.param({"answer": "huge"}, "other", "a head of more than 65536 bytes", id="a head without end"),
 ])
-def test_failures_are_told_apart(edge, name, local, echo_server, switches, reason, error):
+def test_failures_are_told_apart(edge, hostname, local, echo_server, switches, reason, error):
     if "far" not in switches:
-        edge.far(name, echo_server.address)
-    edge.fault(name, **switches)
-    run = local(name, headers=[("Cf-Access-Client-Id", "id"), ("Cf-Access-Client-Secret", "s3cret")])
+        edge.far(hostname, echo_server.address)
+    edge.fault(hostname, **switches)
+    run = local(hostname, headers=[("Cf-Access-Client-Id", "id"), ("Cf-Access-Client-Secret", "s3cret")])
     row = refused(run)
     assert row["reason"] == reason and re.fullmatch(error, row["error"]), row
-    assert row["message"] == f"{name}: {REASONS[reason]}" and row["level"] == "error"
+    assert row["message"] == f"{hostname}: {REASONS[reason]}" and row["level"] == "error"
     assert row["listener"] == sniroute_names.show_address(run.address) and row["client"].startswith(HOST)
     assert "s3cret" not in str(run.log.rows)
 
 
-def test_a_failure_is_seen_also_by_a_client_that_has_spoken(edge, name, local):
-    edge.fault(name, deny=403)
-    run, said = local(name), threading.Event()
+def test_a_failure_is_seen_also_by_a_client_that_has_spoken(edge, hostname, local):
+    edge.fault(hostname, deny=403)
+    run, said = local(hostname), threading.Event()
     run.carrier.loop.call(lambda: said.wait(10))  # its loop cannot fail before the client has spoken
     with run.connect() as client:
         client.sendall(b"hello")
@@ -237,19 +232,19 @@ def test_what_speaks_no_tls(local, serve):
 
 
 @pytest.mark.parametrize("switches, phase", PHASES)
-def test_timeout(edge, name, local, switches, phase):
-    edge.far(name, edge.proxy)
-    edge.fault(name, **switches)
+def test_timeout(edge, hostname, local, switches, phase):
+    edge.far(hostname, edge.proxy)
+    edge.fault(hostname, **switches)
     began = time.monotonic()
-    row = refused(local(name, DIAL_TIMEOUT=0.15))
+    row = refused(local(hostname, DIAL_TIMEOUT=0.15))
     assert (row["reason"], row["error"]) == ("timeout", f"0.15 s, {phase}") and time.monotonic() - began >= 0.15
-    wait_until(lambda: edge.ends(name) or edge.lines("proxy.jsonl", name)[-1]["event"] == "end")
+    wait_until(lambda: edge.ends(hostname) or edge.lines("proxy.jsonl", hostname)[-1]["event"] == "end")
 
 
-def test_timeout_of_an_error_page_tells_what_is_known(edge, name, local):
+def test_timeout_of_an_error_page_tells_what_is_known(edge, hostname, local):
     """The status has come, and only the words behind it have not."""
-    edge.fault(name, status=530, body="error code: 1033", split_body=400)
-    row = refused(local(name, DIAL_TIMEOUT=0.15))
+    edge.fault(hostname, status=530, body="error code: 1033", split_body=400)
+    row = refused(local(hostname, DIAL_TIMEOUT=0.15))
     assert (row["reason"], row["error"]) == ("down", "HTTP 530")
 
 
@@ -331,30 +326,30 @@ def test_a_long_request_waits_for_an_edge_that_reads_slowly(edge, local, serve, 
     pytest.param(["-H", "CF-Access-Token: s3cret-jwt", "--header", "X: a,b"], {"TUNNEL_SERVICE_DESTINATION": "db:1"},
                  {"token": "s3cret-jwt"}, id="headers"),
 ])
-def test_access_lets_us_through_and_no_secret_is_told(edge, name, carrier, echo_server, words, environ, wanted):
-    edge.far(name, echo_server.address)
-    edge.fault(name, **wanted)
-    run = carrier(name, "--loglevel", "debug", *words, environ={**edge.environ, **environ})
+def test_access_lets_us_through_and_no_secret_is_told(edge, hostname, carrier, echo_server, words, environ, wanted):
+    edge.far(hostname, echo_server.address)
+    edge.fault(hostname, **wanted)
+    run = carrier(hostname, "--loglevel", "debug", *words, environ={**edge.environ, **environ})
     assert echoed(run) == b"hello"
-    headers = dict(edge.requests(name)[0]["headers"])
+    headers = dict(edge.requests(hostname)[0]["headers"])
     assert ("X" in headers) == ("-H" in words) and headers.get("X", "a,b") == "a,b"
     assert headers.get("Cf-Access-Jump-Destination") == ("db:1" if "db:1" in str((words, environ)) else None)
-    edge.fault(name, service_token=["x", "y"])
+    edge.fault(hostname, service_token=["x", "y"])
     assert refused(run)["reason"] == "login"
     assert run.rows("open") and run.end() == 0
     assert b"s3cret" not in run.errors
 
 
-def test_a_proxy_with_credentials(edge, name, carrier, echo_server):
-    edge.far(name, echo_server.address)
+def test_a_proxy_with_credentials(edge, hostname, carrier, echo_server):
+    edge.far(hostname, echo_server.address)
     url = edge.environ["HTTPS_PROXY"].replace("//", "//user:s3cret%40x@")
-    run = carrier(name, "--loglevel", "debug", environ={**edge.environ, "HTTPS_PROXY": "", "https_proxy": url})
+    run = carrier(hostname, "--loglevel", "debug", environ={**edge.environ, "HTTPS_PROXY": "", "https_proxy": url})
     assert echoed(run) == b"hello"
-    row, = edge.proxied(name)
-    assert row["target"] == f"{name}:443"
-    assert row["headers"] == [["Host", f"{name}:443"],
+    row, = edge.proxied(hostname)
+    assert row["target"] == f"{hostname}:443"
+    assert row["headers"] == [["Host", f"{hostname}:443"],
                               ["Proxy-Authorization", "Basic " + base64.b64encode(b"user:s3cret@x").decode()]]
-    edge.fault(name, proxy_status=407)
+    edge.fault(hostname, proxy_status=407)
     assert refused(run)["reason"] == "proxy"
     assert run.end() == 0 and b"s3cret" not in run.errors and b"dXNlc" not in run.errors
 
@@ -378,35 +373,35 @@ def test_an_address_has_no_sni_and_its_certificate_is_checked(edge, local, echo_
 
 
 @pytest.mark.parametrize("newest", ["1.2", "1.3"])
-def test_the_second_connection_resumes_tls(edge, name, local, echo_server, newest):
-    edge.far(name, echo_server.address)
-    edge.fault(name, tls_max=newest)
-    run = local(name)
+def test_the_second_connection_resumes_tls(edge, hostname, local, echo_server, newest):
+    edge.far(hostname, echo_server.address)
+    edge.fault(hostname, tls_max=newest)
+    run = local(hostname)
     for _ in range(3):
         assert echoed(run) == b"hello"
-    assert [(row["tls"], row["session_reused"]) for row in edge.handshakes(name)] == [
+    assert [(row["tls"], row["session_reused"]) for row in edge.handshakes(hostname)] == [
         (f"TLSv{newest}", reused) for reused in (False, True, True)]
     assert [row.get("error") for row in run.rows("open")] == [None, "resumed", "resumed"]
 
 
-def test_a_session_is_read_once_and_replaced_when_the_edge_has_forgotten_it(edge, name, local, monkeypatch,
+def test_a_session_is_read_once_and_replaced_when_the_edge_has_forgotten_it(edge, hostname, local, monkeypatch,
                                                                             echo_server):
     """Reading one costs more than all else; one that is not taken up is no failure."""
-    edge.far(name, echo_server.address)
+    edge.far(hostname, echo_server.address)
     reads, session = [], ssl.SSLSocket.session
     monkeypatch.setattr(ssl.SSLSocket, "session", property(lambda tls: reads.append(tls) or session.fget(tls),
                                                            session.fset))
-    run = local(name)
+    run = local(hostname)
     listener, = run.carrier.listeners.values()
     kept = []
     for newest in ("1.3", "1.3", "1.3", "1.2", "1.2"):
-        edge.fault(name, tls_max=newest)
+        edge.fault(hostname, tls_max=newest)
         assert echoed(run) == b"hello"
         kept.append((listener.kept, len(reads)))
     first, last = kept[0][0], kept[-1][0]
     assert first.has_ticket and last.has_ticket and first != last
     assert kept == [(first, 1)] * 3 + [(last, 2)] * 2
-    assert [row["session_reused"] for row in edge.handshakes(name)] == [False, True, True, False, True]
+    assert [row["session_reused"] for row in edge.handshakes(hostname)] == [False, True, True, False, True]
 
 
 def test_no_tls_before_1_2_is_offered(local, serve):
@@ -422,9 +417,9 @@ def test_no_edge_can_begin_a_handshake_anew():
     assert sniroute_edge.make_context().options & ssl.OP_NO_RENEGOTIATION
 
 
-def test_certificates_in_a_directory(edge, name, carrier, certificates, tmp_path, echo_server):
-    edge.far(name, echo_server.address)
-    run = carrier(name, environ={"HTTPS_PROXY": edge.environ["HTTPS_PROXY"], "SSL_CERT_DIR": str(tmp_path)})
+def test_certificates_in_a_directory(edge, hostname, carrier, certificates, tmp_path, echo_server):
+    edge.far(hostname, echo_server.address)
+    run = carrier(hostname, environ={"HTTPS_PROXY": edge.environ["HTTPS_PROXY"], "SSL_CERT_DIR": str(tmp_path)})
     assert refused(run)["reason"] == "certificate"
     number = subprocess.run(["openssl", "x509", "-hash", "-noout", "-in", certificates / "ca.pem"],
                             capture_output=True, text=True, timeout=20).stdout.strip()

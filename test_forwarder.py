@@ -23,17 +23,13 @@ import sniroute_dial
 import sniroute_edge
 import sniroute_forwarder
 import sniroute_names
-import testbed.carrier as bed
-from conftest import HOST, wait_until
+from conftest import HOST, linux, wait_until
 from sniroute_carrier import Carrier
 from sniroute_edge import Target
 from sniroute_forwarder import LINES_MAX, Log
-from testbed.carrier import (NOISE, Notes, Program, beside, echoed, end_of, linux, numbers, receive, receive_all, reset,
+from testbed.carrier import (NOISE, Notes, Program, beside, echoed, end_of, numbers, receive, receive_all,
                              send_blocks)
-
-
-edge, name, local, program, carrier, raw_edge = (
-    bed.edge, bed.name, bed.local, bed.program, bed.carrier, bed.raw_edge)  # fixtures
+from testbed.running import reset
 
 
 # -- the log ---------------------------------------------------------------------------------
@@ -114,13 +110,13 @@ def test_a_log_that_nobody_can_read_forgets():
         assert not log.lines
 
 
-def test_a_log_that_nobody_reads_holds_up_nobody(edge, name, program, echo_server):
-    edge.far(name, echo_server.address)
+def test_a_log_that_nobody_reads_holds_up_nobody(edge, hostname, program, echo_server):
+    edge.far(hostname, echo_server.address)
     with contextlib.ExitStack() as stack:
         reader, writer = os.pipe()
         stack.callback(os.close, reader)
         stack.callback(os.close, writer)
-        run = program("access", "tcp", "--hostname", name, "--url", f"{HOST}:0", "--loglevel", "debug",
+        run = program("access", "tcp", "--hostname", hostname, "--url", f"{HOST}:0", "--loglevel", "debug",
                       prepare=f"import os; os.dup2({writer}, 2)", pass_fds=[writer])
         line = os.read(reader, 4096)
         run.address = HOST, int(json.loads(line)["listener"].rpartition(":")[2])
@@ -137,12 +133,12 @@ def test_a_log_that_nobody_reads_holds_up_nobody(edge, name, program, echo_serve
         assert run.end() == 0
 
 
-def test_a_log_whose_reader_has_gone_holds_up_nobody(edge, name, carrier, echo_server):
-    edge.far(name, echo_server.address)
+def test_a_log_whose_reader_has_gone_holds_up_nobody(edge, hostname, carrier, echo_server):
+    edge.far(hostname, echo_server.address)
     reader, writer = os.pipe()
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, writer)
-        run = carrier(name, "--loglevel", "debug", pass_fds=[writer],
+        run = carrier(hostname, "--loglevel", "debug", pass_fds=[writer],
                       prepare="import os; listen = carrier.Carrier.listen; carrier.Carrier.listen = "
                               f"lambda self, *rest: (listen(self, *rest), os.dup2({writer}, 2))[0]")
         os.close(reader)
@@ -214,10 +210,10 @@ def test_a_port_that_is_taken(program, edge, echo_server):
 
 
 @linux
-def test_who_comes_when_it_is_full_waits_and_is_served(edge, name, carrier, echo_server):
-    edge.far(name, echo_server.address)
+def test_who_comes_when_it_is_full_waits_and_is_served(edge, hostname, carrier, echo_server):
+    edge.far(hostname, echo_server.address)
     limit = sniroute_forwarder.SPARE_FDS + 2 * 3
-    run = carrier(name, prepare=f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))")
+    run = carrier(hostname, prepare=f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))")
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(run.connect()) for _ in range(5)]
         for client in clients[:3]:
@@ -232,7 +228,7 @@ def test_who_comes_when_it_is_full_waits_and_is_served(edge, name, carrier, echo
         assert receive(clients[2], 5) == b"again"
         time.sleep(0.2)
         assert run.cpu() - cpu <= 0.05, "it spins"
-        assert len(edge.requests(name)) == 3
+        assert len(edge.requests(hostname)) == 3
         for at in (0, 1):
             reset(clients[at])
             assert receive(clients[3 + at], 5) == b"later"
@@ -240,10 +236,10 @@ def test_who_comes_when_it_is_full_waits_and_is_served(edge, name, carrier, echo
 
 
 @linux
-def test_descriptors_that_are_really_gone(edge, name, carrier, echo_server):
+def test_descriptors_that_are_really_gone(edge, hostname, carrier, echo_server):
     """As when other programs have taken them all (ENFILE): accept() fails, and so does the socket to the edge."""
-    edge.far(name, echo_server.address)
-    run = carrier(name, prepare="import sniroute_forwarder; sniroute_forwarder.PAUSE = 0.05; carrier.GRACE = 0.1")
+    edge.far(hostname, echo_server.address)
+    run = carrier(hostname, prepare="import sniroute_forwarder; sniroute_forwarder.PAUSE = 0.05; carrier.GRACE = 0.1")
     limits = resource.prlimit(run.pid, resource.RLIMIT_NOFILE)
     with run.connect() as live:
         live.sendall(b"hello")
@@ -268,9 +264,9 @@ def test_descriptors_that_are_really_gone(edge, name, carrier, echo_server):
             assert receive(waits, 5) == receive(too, 5) == b"later"
 
 
-def test_other_errors_of_accept_cost_one_client_and_not_the_listener(edge, name, local, echo_server):
-    edge.far(name, echo_server.address)
-    run = local(name)
+def test_other_errors_of_accept_cost_one_client_and_not_the_listener(edge, hostname, local, echo_server):
+    edge.far(hostname, echo_server.address)
+    run = local(hostname)
     listener, = run.carrier.listeners.values()
     real = listener.sock
     errors = iter([OSError(errno.ECONNABORTED, "gone"), OSError(errno.EPROTO, "broken")])
@@ -289,11 +285,11 @@ def test_other_errors_of_accept_cost_one_client_and_not_the_listener(edge, name,
     listener.sock = real
 
 
-def test_a_listener_that_comes_while_accepting_pauses(edge, name, local, echo_server):
-    edge.far(name, echo_server.address)
-    run = local(name, PAUSE=0.1)
+def test_a_listener_that_comes_while_accepting_pauses(edge, hostname, local, echo_server):
+    edge.far(hostname, echo_server.address)
+    run = local(hostname, PAUSE=0.1)
     run.carrier.loop.call(lambda: run.carrier._pause("of the test"))
-    target = sniroute_edge.parse_target(name)
+    target = sniroute_edge.parse_target(hostname)
     opened: list[Any] = []
     run.carrier.loop.call(lambda: opened.append(run.carrier.listen(target, (HOST, 0))))
     run.carrier.loop.call(lambda: opened.append(run.carrier.listen(target, (HOST, 0))))
@@ -313,9 +309,9 @@ def test_a_listener_that_comes_while_accepting_pauses(edge, name, local, echo_se
     pytest.param(sniroute_edge, "upgrade_request", id="in its Upgrade"),
     pytest.param(sniroute_carrier, "Dial", id="in its start"),
 ])
-def test_a_fault_of_ours_ends_one_connection_and_is_told(edge, name, local, monkeypatch, echo_server, room, act):
-    edge.far(name, echo_server.address)
-    run = local(name)
+def test_a_fault_of_ours_ends_one_connection_and_is_told(edge, hostname, local, monkeypatch, echo_server, room, act):
+    edge.far(hostname, echo_server.address)
+    run = local(hostname)
     with run.connect() as live:
         live.sendall(b"hello")
         assert receive(live, 5) == b"hello"
@@ -332,9 +328,9 @@ def test_a_fault_of_ours_ends_one_connection_and_is_told(edge, name, local, monk
     run.log.rows.remove(row)
 
 
-def test_a_fault_in_what_another_thread_asked_for(edge, name, local, echo_server):
-    edge.far(name, echo_server.address)
-    run = local(name)
+def test_a_fault_in_what_another_thread_asked_for(edge, hostname, local, echo_server):
+    edge.far(hostname, echo_server.address)
+    run = local(hostname)
     run.carrier.loop.call(lambda: 1 // 0)
     done = threading.Event()
     run.carrier.loop.call(done.set)
@@ -385,11 +381,11 @@ def test_sixteen_names_in_one_process(edge, forwarders, echo_server):
     assert forwarders.end(None) == 0
 
 
-def test_closing_one_name_leaves_the_others(edge, name, forwarders, echo_server):
-    other = f"other-{name}"
-    for hostname in (name, other):
-        edge.far(hostname, echo_server.address)
-    forwarders.tell(f"listen {HOST}:0 {name}", f"listen [::1]:0 {other}")
+def test_closing_one_name_leaves_the_others(edge, hostname, forwarders, echo_server):
+    other = f"other-{hostname}"
+    for each in (hostname, other):
+        edge.far(each, echo_server.address)
+    forwarders.tell(f"listen {HOST}:0 {hostname}", f"listen [::1]:0 {other}")
     first, (_, port) = forwarders.listening(2)
     with socket.create_connection(first) as one, socket.create_connection(("::1", port)) as two:
         for client in (one, two):
@@ -403,7 +399,7 @@ def test_closing_one_name_leaves_the_others(edge, name, forwarders, echo_server)
             socket.create_connection(first)
         two.sendall(b"again")
         assert receive(two, 5) == b"again"
-        assert end_of(edge, name)["close"] == 1000
+        assert end_of(edge, hostname)["close"] == 1000
         forwarders.tell(f"listen {HOST}:{first[1]} {other}")
         assert forwarders.listening(3)[2] == first
         with socket.create_connection(first) as third:
@@ -483,10 +479,10 @@ def test_lines_in_any_portions(control):
     assert not control.rows("closed")
 
 
-def test_a_port_that_is_taken_is_told_and_nothing_else_suffers(edge, name, forwarders, echo_server):
-    edge.far(name, echo_server.address)
+def test_a_port_that_is_taken_is_told_and_nothing_else_suffers(edge, hostname, forwarders, echo_server):
+    edge.far(hostname, echo_server.address)
     port = echo_server.address[1]
-    forwarders.tell(f"listen {HOST}:{port} {name}", f"listen {HOST}:0 {name}")
+    forwarders.tell(f"listen {HOST}:{port} {hostname}", f"listen {HOST}:0 {hostname}")
     forwarders.listening()
     row, = forwarders.rows("closed")
     assert (row["listener"], row["error"]) == (f"{HOST}:{port}", "address already in use")
@@ -524,13 +520,13 @@ def test_forwarders_want_a_pipe(program, tmp_path, edge):
     assert run.errors == b"sniroute_carrier: stdin cannot be waited for: give it a pipe\n"
 
 
-def test_forwarders_give_their_identity(edge, name, program, echo_server):
-    edge.far(name, echo_server.address)
-    edge.fault(name, service_token=["s3cret-id", "s3cret-word"])
+def test_forwarders_give_their_identity(edge, hostname, program, echo_server):
+    edge.far(hostname, echo_server.address)
+    edge.fault(hostname, service_token=["s3cret-id", "s3cret-word"])
     run = program("forwarders", stdin=subprocess.PIPE,
                   environ={**edge.environ, "TUNNEL_SERVICE_TOKEN_ID": "s3cret-id",
                            "TUNNEL_SERVICE_TOKEN_SECRET": "s3cret-word"})
-    run.tell(f"listen {HOST}:0 {name}")
+    run.tell(f"listen {HOST}:0 {hostname}")
     run.listening()
     assert echoed(run) == b"hello"
     run.process.stdin.close()
@@ -541,10 +537,10 @@ def test_forwarders_give_their_identity(edge, name, program, echo_server):
 
 
 @linux
-def test_closed_standard_streams_do_not_become_sockets(edge, name, program, echo_server):
+def test_closed_standard_streams_do_not_become_sockets(edge, hostname, program, echo_server):
     """A log written to descriptor 2 would else land in somebody's connection."""
-    edge.far(name, echo_server.address)
-    run = program("access", "tcp", "--hostname", name, "--url", f"{HOST}:0", "--loglevel", "debug",
+    edge.far(hostname, echo_server.address)
+    run = program("access", "tcp", "--hostname", hostname, "--url", f"{HOST}:0", "--loglevel", "debug",
                   prepare="import os, threading; kept = os.dup(2); [os.close(fd) for fd in range(3)]; listen = "
                           "carrier.Carrier.listen; carrier.Carrier.listen = lambda self, *rest: (lambda listener: "
                           "os.write(kept, b'{\"event\": \"listening\", \"listener\": \"%s\"}\\n' "
@@ -555,46 +551,46 @@ def test_closed_standard_streams_do_not_become_sockets(edge, name, program, echo
     assert run.end() == 0
 
 
-def test_one_connection_between_stdin_and_stdout(edge, name, program, echo_server):
-    edge.far(name, echo_server.address)
-    run = program("access", "tcp", "--hostname", name, stdin=subprocess.PIPE, prepare="carrier.GRACE = 0.5")
+def test_one_connection_between_stdin_and_stdout(edge, hostname, program, echo_server):
+    edge.far(hostname, echo_server.address)
+    run = program("access", "tcp", "--hostname", hostname, stdin=subprocess.PIPE, prepare="carrier.GRACE = 0.5")
     with beside(lambda: (run.process.stdin.write(NOISE), run.process.stdin.close())):
         assert run.process.stdout.read() == NOISE
     assert run.end(None) == 0 and run.errors == b""
-    assert end_of(edge, name)["close"] == 1000
+    assert end_of(edge, hostname)["close"] == 1000
 
 
-def test_without_stdin_it_waits_for_the_banner(edge, name, program, serve):
-    edge.far(name, serve(lambda sock: sock.sendall(b"banner")).address)
-    edge.fault(name, delay=200)
-    run = program("access", "tcp", "--hostname", name, prepare="")
+def test_without_stdin_it_waits_for_the_banner(edge, hostname, program, serve):
+    edge.far(hostname, serve(lambda sock: sock.sendall(b"banner")).address)
+    edge.fault(hostname, delay=200)
+    run = program("access", "tcp", "--hostname", hostname, prepare="")
     assert run.process.stdout.read() == b"banner"
     assert run.end(None) == 0
 
 
-def test_without_an_edge_it_fails(edge, name, program):
-    edge.fault(name, deny=403)
-    run = program("access", "tcp", "--hostname", name, stdin=subprocess.PIPE)
+def test_without_an_edge_it_fails(edge, hostname, program):
+    edge.fault(hostname, deny=403)
+    run = program("access", "tcp", "--hostname", hostname, stdin=subprocess.PIPE)
     assert run.process.stdout.read() == b""
     assert run.end(None) == 1
     row, = run.rows("failed")
     assert row["reason"] == "denied"
 
 
-def test_a_service_that_ends_ends_it_though_stdin_goes_on(edge, name, program, serve):
-    edge.far(name, serve(lambda sock: sock.sendall(NOISE)).address)
-    run = program("access", "tcp", "--hostname", name, stdin=subprocess.PIPE, prepare="carrier.LINGER = 0.1")
+def test_a_service_that_ends_ends_it_though_stdin_goes_on(edge, hostname, program, serve):
+    edge.far(hostname, serve(lambda sock: sock.sendall(NOISE)).address)
+    run = program("access", "tcp", "--hostname", hostname, stdin=subprocess.PIPE, prepare="carrier.LINGER = 0.1")
     assert run.process.stdout.read() == NOISE
     assert run.end(None) == 0
 
 
 @pytest.mark.parametrize("phase", ["dialling", "open", "nobody reads stdout", "nobody reads stdout any more"])
-def test_signals_end_it_between_stdin_and_stdout(edge, name, program, serve, phase):
-    edge.far(name, serve(lambda sock: [sock.sendall(NOISE[:1 << 17]), "any more" in phase or sock.recv(1)]).address)
+def test_signals_end_it_between_stdin_and_stdout(edge, hostname, program, serve, phase):
+    edge.far(hostname, serve(lambda sock: [sock.sendall(NOISE[:1 << 17]), "any more" in phase or sock.recv(1)]).address)
     if phase == "dialling":
-        edge.fault(name, hang="upgrade")
-    run = program("access", "tcp", "--hostname", name, "--loglevel", "debug", stdin=subprocess.PIPE)
-    wait_until(lambda: edge.requests(name) if phase == "dialling" else run.rows("open"))
+        edge.fault(hostname, hang="upgrade")
+    run = program("access", "tcp", "--hostname", hostname, "--loglevel", "debug", stdin=subprocess.PIPE)
+    wait_until(lambda: edge.requests(hostname) if phase == "dialling" else run.rows("open"))
     if phase == "open":
         assert len(run.process.stdout.read(1 << 17)) == 1 << 17
     if "any more" in phase:  # half of it is in the pipe, and the connection is over
@@ -603,9 +599,9 @@ def test_signals_end_it_between_stdin_and_stdout(edge, name, program, serve, pha
     assert run.end() in ((0, -signal.SIGTERM) if "any more" in phase else (0,))
 
 
-def test_a_stdout_that_is_closed_ends_it(edge, name, program, serve):
-    edge.far(name, serve(send_blocks(50)).address)
-    run = program("access", "tcp", "--hostname", name, stdin=subprocess.PIPE, prepare="carrier.GRACE = 0.1")
+def test_a_stdout_that_is_closed_ends_it(edge, hostname, program, serve):
+    edge.far(hostname, serve(send_blocks(50)).address)
+    run = program("access", "tcp", "--hostname", hostname, stdin=subprocess.PIPE, prepare="carrier.GRACE = 0.1")
     run.process.stdout.read(1000)
     run.process.stdout.close()
     run.process.stdin.close()

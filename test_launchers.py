@@ -13,24 +13,10 @@ import zipfile
 import pytest
 
 import sniroute_launchers
-import sniroute_names
 from sniroute_launchers import TunnelError
 from conftest import HERE
 
 # -- words for people --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text, limit, line", [
-    pytest.param("plain", 10, "plain", id="short"),
-    pytest.param("exactly ten"[:10], 10, "exactly te", id="as long as the limit"),
-    pytest.param("eleven long", 10, "eleven ...", id="one too long"),
-    pytest.param("a\nb\rc\x1b[31m\x7f\0", 20, "a?b?c?[31m??", id="control characters"),
-    pytest.param("t\u00e9l\u202e\U0001f600", 20, "t?l??", id="not ASCII"),
-    pytest.param("", 10, "", id="empty"),
-    pytest.param("x" * 10_000_000, 10, "xxxxxxx...", id="huge"),
-])
-def test_printable(text, limit, line):
-    assert sniroute_names.printable(text, limit) == line
 
 
 @pytest.mark.parametrize("tail, words", [

@@ -12,6 +12,8 @@ import time
 import types
 from typing import Any, Iterator
 
+import pytest
+
 import sniroute_log
 import sniroute_metrics
 import sniroute_names
@@ -23,7 +25,8 @@ from sniroute_names import printable
 from sniroute_tunnels import Start, View
 from conftest import HOST, FakeClock, echo, wait_until
 from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, ask, hostile_ending, imported, metrics, parse_metrics, value
-from testbed.admin import fixture_hurry, fixture_ports, fixture_run  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("hurry")
 
 
 # -- the collector -----------------------------------------------------------------------------
@@ -114,10 +117,10 @@ def test_time_of_the_last_good_reload_outlives_a_bad_one():
 # -- /metrics ----------------------------------------------------------------------------------
 
 
-def test_metrics_count_what_happened(run, serve, cloudflared, ports):
+def test_metrics_count_what_happened(run_admin, serve, cloudflared, ports):
     far = serve(echo)
     cloudflared.far("*", far.address)
-    running = run(TUNNEL, f"--route=web.test.test=tcp:{far.address[0]}:{far.address[1]}", ports)
+    running = run_admin(TUNNEL, f"--route=web.test.test=tcp:{far.address[0]}:{far.address[1]}", ports)
     hello = len(sample_hello("db.example.com"))
     with running.connect("db.example.com") as client:
         assert len(client.recv(65536)) == hello
@@ -142,7 +145,7 @@ def test_metrics_count_what_happened(run, serve, cloudflared, ports):
     assert value(seen, "sniroute_route_connections_total", route="web.test.test") == 0
     assert value(seen, "sniroute_route_bytes_total", route="*.example.com", direction="down") == hello
     assert value(seen, "sniroute_tunnel_starts_total", result="ready") == 1
-    assert value(seen, "sniroute_port_pool_size") == 20
+    assert value(seen, "sniroute_port_pool_size") == 30
     assert value(seen, "sniroute_port_pool_used") == 1
     assert seen["sniroute_route_wait_seconds_count"][()] == 1
     assert seen["sniroute_connection_duration_seconds_count"][()] == 3
@@ -155,9 +158,9 @@ def test_metrics_count_what_happened(run, serve, cloudflared, ports):
         == {*sniroute_refusals.REFUSALS, *sniroute_log.ENDINGS}
 
 
-def test_labels_do_not_grow_with_what_clients_say(run):
+def test_labels_do_not_grow_with_what_clients_say(run_admin):
     """1000 names that nobody has a route for, and some more in what failed: no label more."""
-    running = run("--route=*.example.com=tcp:127.0.0.1:9")
+    running = run_admin("--route=*.example.com=tcp:127.0.0.1:9")
     before = metrics(running)
     for number in range(1000):
         running.refused(f"n{number}.x{number % 7}.nowhere.test")
@@ -193,8 +196,8 @@ def strings(value: Any) -> Iterator[str]:
         yield from strings(part)
 
 
-def test_hostile_text_is_shown_printable(run):
-    running = run()
+def test_hostile_text_is_shown_printable(run_admin):
+    running = run_admin()
     router = running.router
     router.routes = types.SimpleNamespace(
         routes=(sniroute_routes.Route(HOSTILE, HOSTILE),), tallies={HOSTILE: sniroute_routes.Tally()})
@@ -217,10 +220,10 @@ def test_hostile_text_is_shown_printable(run):
     router.routes = router.settings.routes
 
 
-def test_status_shows_connections_tunnels_and_what_failed(run, serve, cloudflared, ports):
+def test_status_shows_connections_tunnels_and_what_failed(run_admin, serve, cloudflared, ports):
     cloudflared.far("*", serve(echo).address)
     cloudflared.fault("bad.example.com", exit=1, words="lookup bad.example.com: no such host")
-    running = run(TUNNEL, ports, "--max-connections=100")
+    running = run_admin(TUNNEL, ports, "--max-connections=100")
     with running.connect("db.example.com") as client, socket.create_connection(running.router.server_address) as silent:
         hello = len(client.recv(65536))
         running.refused("bad.example.com")
@@ -232,7 +235,7 @@ def test_status_shows_connections_tunnels_and_what_failed(run, serve, cloudflare
     assert (status["phase"], status["paused"], status["pid"], status["version"]) \
         == ("running", False, os.getpid(), sniroute_names.__version__)
     assert status["listening"] == [f"{HOST}:{running.router.server_address[1]}"]
-    assert status["limits"] == {"connections": 100, "tunnels": running.tunnels.max_tunnels, "ports": 20}
+    assert status["limits"] == {"connections": 100, "tunnels": running.tunnels.max_tunnels, "ports": 30}
     assert status["connections"]["active"] == 2 and status["connections"]["states"] == {"open": 1, "prelude": 1}
     rows = {row["client"]: row for row in status["oldest_connections"]}
     row = rows[f"{HOST}:{client_port}"]
@@ -257,9 +260,9 @@ def test_status_shows_connections_tunnels_and_what_failed(run, serve, cloudflare
         == ("*.example.com", 1, 1, 1, hello)
 
 
-def test_lists_of_status_are_bounded(run, monkeypatch):
+def test_lists_of_status_are_bounded(run_admin, monkeypatch):
     monkeypatch.setattr(sniroute_metrics, "CONNECTIONS_SHOWN", 3)
-    running = run(*(f"--route=n{number}.example.com=tcp:127.0.0.1:9" for number in range(5)))
+    running = run_admin(*(f"--route=n{number}.example.com=tcp:127.0.0.1:9" for number in range(5)))
     monkeypatch.setattr(sniroute_metrics, "ROUTES_SHOWN", 4)
     with contextlib.ExitStack() as stack:
         for number in range(5):

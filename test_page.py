@@ -6,13 +6,16 @@ import base64
 import hashlib
 import re
 
+import pytest
+
 from conftest import HOST, echo, wait_until
 from testbed.admin import DB, TOKEN, TUNNEL, ask, hostile_ending, imported
-from testbed.admin import fixture_browser, fixture_hurry, fixture_ports, fixture_run  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("hurry")
 
 
-def test_policy_names_what_the_page_has(run):
-    page = ask(run().admin, "/")
+def test_policy_names_what_the_page_has(run_admin):
+    page = ask(run_admin().admin, "/")
     text = page.body.decode()
     for tag in ("style", "script"):
         (inline,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
@@ -22,11 +25,11 @@ def test_policy_names_what_the_page_has(run):
     assert re.findall(r"""(?:src|href)=["'](?!data:)""", text) == []
 
 
-def test_page_in_a_browser(browser, run, serve, cloudflared, ports):
+def test_page_in_a_browser(browser, run_admin, serve, cloudflared, ports):
     """It shows what is there, as text; its orders are followed; it asks nobody else, and complains of nothing."""
     cloudflared.far("*", serve(echo).address)
     cloudflared.fault("bad.example.com", exit=1, words="lookup bad.example.com: no such host")
-    running = run(TUNNEL, ports)
+    running = run_admin(TUNNEL, ports)
     origin = f"http://{HOST}:{running.admin.address[1]}"
     with running.connect("db.example.com") as client:
         assert client.recv(1)

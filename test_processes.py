@@ -22,9 +22,8 @@ from sniroute_launchers import Launcher, Reason
 from sniroute_loop import WakePipe
 from sniroute_processes import LOST, NO_FAULT, OWN_FAULT, Child, Ends, PortPool, Process, Processes
 from sniroute_tunnels import BACKOFF, FAILED, READY, STOPPING, TunnelTable
-from conftest import HERE, HOST, FakeClock, wait_until
-from testbed.tunnels import (Bench, ask, bench, both, event, events, kind, linux, listening, port_of, runs, shared,
-                             stand_in)
+from conftest import HERE, HOST, FakeClock, linux, wait_until
+from testbed.tunnels import Bench, ask, both, event, events, listening, port_of, runs, shared, stand_in
 
 # -- the death guard ---------------------------------------------------------------------------
 

@@ -28,8 +28,8 @@ import sniroute_processes
 import sniroute_tunnels
 from sniroute_launchers import TunnelError
 from sniroute_tunnels import BACKOFF, FAILED, QUEUED, READY, STARTING, STOPPING, StartBudget, Tunnel, TunnelTable
-from conftest import HOST, FakeClock, own_children, wait_until
-from testbed.tunnels import Bench, ask, bench, both, event, events, kind, linux, listening, port_of, runs, shared
+from conftest import HOST, FakeClock, linux, own_children, wait_until
+from testbed.tunnels import Bench, ask, both, event, events, listening, port_of, runs, shared
 
 # -- start budget ------------------------------------------------------------------------------
 

@@ -504,7 +504,8 @@ class Edge:
             raise Failed(f"the far end: {processes.words(far)}")
         self.far = HOST, int(line)
         (directory / "far.json").write_text(json.dumps({"*": self.far}))
-        edge = processes.start([*python, str(PROJECT / "fake_edge.py"), str(directory)], {}, stdin=subprocess.PIPE)
+        program = PROJECT / "testbed" / "fake_edge.py"
+        edge = processes.start([*python, str(program), str(directory)], {}, stdin=subprocess.PIPE)
         ready = directory / "edge.json"
         wait_for(lambda: ready.exists() or edge.poll() is not None, SILENCE, "the edge")
         if not ready.exists():

@@ -1,6 +1,6 @@
 """What the tests of admin, metrics and page share: a router with its admin, a client of it, readers, a browser.
 
-A test module imports the fixtures it uses as `fixture_<name>`; their own names are left to the tests' arguments.
+A test module asks for `hurry` once for all its tests: `pytestmark = pytest.mark.usefixtures("hurry")`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from sniroute_admin import Admin, attach
 from sniroute_doctor import sample_hello
 from sniroute_launchers import cloudflared_launcher
 from sniroute_tunnels import TunnelTable
-from conftest import HERE, HOST, Address, Cloudflared, wait_until
+from conftest import HERE, HOST, Address, wait_until
+from testbed.standins import Cloudflared
 
 TOKEN = "a-token-of-the-tests"  # that orders need
 HOSTILE = "<b>x</b>\"\\\x1b[31m\n\r\u202e\u00e9{}"
@@ -106,29 +107,22 @@ class Running:
         admin.metrics.forget()
 
 
-@pytest.fixture(name="hurry", autouse=True)
-def fixture_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Collect and sample more often: closing an admin waits for its next turn."""
     monkeypatch.setattr(sniroute_admin, "COLLECT", 0.02)
     monkeypatch.setattr(sniroute_metrics, "SAMPLE", 0.1)
 
 
-@pytest.fixture(name="run")
-def fixture_run(cloudflared: Cloudflared) -> Iterator[Callable[..., Running]]:
-    """run(*options, program=..., token=..., listener=...) -> Running, until the test ends.
+@pytest.fixture
+def run_admin(cloudflared: Cloudflared) -> Iterator[Callable[..., Running]]:
+    """run_admin(*options, program=..., token=..., listener=...) -> Running, until the test ends.
 
     It needs `cloudflared`, which checks at its own end, after this one's, that all stand-ins have ended.
     """
     with contextlib.ExitStack() as stack:
         yield lambda *argv, program=cloudflared.path, **more: stack.enter_context(
             Running(*argv, program=program, **more))
-
-
-@pytest.fixture(name="ports")
-def fixture_ports(free_ports) -> str:
-    """The option --ports, with twenty free ones."""
-    first, last = free_ports(20)
-    return f"--ports={first}-{last}"
 
 
 # -- a client of the admin ---------------------------------------------------------------------
@@ -326,8 +320,8 @@ class Browser:
         return [event["params"] for event in self.events if event["method"] in methods]
 
 
-@pytest.fixture(name="browser")
-def fixture_browser(tmp_path) -> Iterator[Browser]:
+@pytest.fixture
+def browser(tmp_path) -> Iterator[Browser]:
     """A browser with an empty page; without a Chromium the test is skipped."""
     program = shutil.which("chromium")
     if program is None:

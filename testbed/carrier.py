@@ -1,8 +1,7 @@
 """What the tests of the carrier's rooms share: carriers in a thread or as a program, and odd edges.
 
-A test module makes the fixtures its own by an assignment: `edge, name, local = bed.edge, bed.name, bed.local`.
-The far end is the stand-in of fake_edge.py, one for each test module, where each test has a hostname of its
-own (`name`).  The carrier runs in a thread of the test where its times are shortened or its state is looked
+The far end is the stand-in of fake_edge.py, one for each test module (`edge`), where each test has a hostname of
+its own (`hostname`).  The carrier runs in a thread of the test where its times are shortened or its state is looked
 at (`local`), and as the real program where that is the subject (`carrier`).  What no edge of ours would say,
 an edge that is a function of the test says (`raw_edge`).
 """
@@ -22,7 +21,6 @@ import selectors
 import signal
 import socket
 import ssl
-import struct
 import subprocess
 import sys
 import threading
@@ -35,13 +33,12 @@ import sniroute_carrier
 import sniroute_dial
 import sniroute_forwarder
 import sniroute_http
-from conftest import HERE, HOST, Edge, wait_until
+from conftest import HERE, HOST, Address, wait_until
 from sniroute_carrier import Carrier
 from sniroute_dial import Proxy
 from sniroute_forwarder import Log
+from testbed.standins import Edge
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's /proc")
-Address = tuple[str, int]
 NOISE = random.Random(1).randbytes(1 << 20)  # what has no pattern that a lost piece could fit
 ROOMS = sniroute_carrier, sniroute_forwarder, sniroute_dial  # each has its times
 numbers = itertools.count(1)  # for names
@@ -59,7 +56,7 @@ def edge(tmp_path_factory, certificates) -> Iterator[Edge]:
 
 
 @pytest.fixture
-def name() -> str:
+def hostname() -> str:
     """A hostname that no other test uses."""
     return f"app-{next(numbers)}.example.test"
 
@@ -335,12 +332,6 @@ def parallel(address: Address, payloads: list[bytes], timeout: float = 30.0) -> 
                     if len(answers[number]) >= len(payloads[number]):
                         selector.unregister(key.fileobj)
     return [bytes(answer) for answer in answers]
-
-
-def reset(sock: socket.socket) -> None:
-    """Close with RST."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
 
 
 def with_buffers(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:

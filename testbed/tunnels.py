@@ -5,8 +5,6 @@ be a process for each tunnel (`own`) or for several (`shared`).  A test that has
 marked `both`, one about the second `shared`; the others have the first.  Most
 tests turn the reaper by hand (`Bench.turn`) under a clock that they move; where waiting itself is
 the subject, the reaper's own thread runs (`live=True`).
-
-A test file that uses the fixtures `bench` and `kind` imports both.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import contextlib
 import json
 import pathlib
 import socket
-import sys
 import threading
 from typing import Any, Callable, Iterator
 
@@ -28,7 +25,6 @@ from sniroute_launchers import TunnelError
 from sniroute_tunnels import READY, Tunnel, TunnelTable
 from conftest import HOST, FakeClock, wait_until
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's /proc")
 both = pytest.mark.parametrize("kind", ["own", "shared"], indirect=True)
 shared = pytest.mark.parametrize("kind", ["shared"], indirect=True)
 

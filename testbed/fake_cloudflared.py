@@ -7,7 +7,7 @@ nothing to a client whom it cannot serve, it ends both sides at the first end of
 kills it, and wrong usage ends it with exit code 0.
 
 With the word `forwarders` it is as `sniroute_carrier.py forwarders` is: it serves the hostnames
-that its stdin names ("Shared processes" in sniroute_tunnels.py), each with switches of its own.
+that its stdin names ("Shared processes" in sniroute_processes.py), each with switches of its own.
 
 Where a hostname leads, and what goes wrong, is said in JSON files beside the program file, which
 tests copy or wrap; what it did is written there too, a JSON line each:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """fake_edge: the far end of a tunnel, for tests: Cloudflare's edge, and cloudflared behind it.
 
-    python3 -I -S fake_edge.py DIRECTORY
+    python3 -I -S testbed/fake_edge.py DIRECTORY
 
 A TLS server that answers an upgrade to WebSocket, dials the hostname's target and passes bytes:
 the client's binary messages to the target, the target's bytes in binary messages to the client.
@@ -12,7 +12,7 @@ Its habits are the real far end's: a message beyond 16384 bytes is cut there and
 text messages are dropped, a client's Ping ends the connection (the real one's answer may land
 inside a data frame), the first end of either side ends both, and a Close is answered with its code.
 
-The directory has the certificates (see conftest.make_certificates()) and two JSON files, which are
+The directory has the certificates (see make_certificates() in testbed/standins.py) and two JSON files, which are
 read anew for each connection.  The hostname is the SNI, else the Host header's.
 
     far.json           {"hostname": ["127.0.0.1", port], "*": the default}; without one: 502

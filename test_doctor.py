@@ -1,0 +1,140 @@
+"""Tests of sniroute_doctor.py: check, explain and selftest, as functions and as commands."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+
+import sniroute
+import sniroute_doctor
+import sniroute_log
+from sniroute_refusals import REFUSALS
+from conftest import linux
+from testbed.hellos import HELLO, NAME, genuine
+from testbed.program import BARE, BARE_PYTHON, command, execute
+from testbed.running import ROUTES_FILE, TUNNEL, alert, answer, read_all
+
+
+# -- check -------------------------------------------------------------------------------------
+
+
+def test_check_prints_the_routes(capsys, no_variables):
+    assert sniroute.main(["check", "--route", "A.b=tcp:h:1", "--route", "*=cloudflared:x.{name}"]) == 0
+    assert capsys.readouterr().out == "a.b=tcp:h:1\n*=cloudflared:x.{name}\n"
+
+
+def test_check_command_prints_the_routes():
+    ended = command("check", "--route=DB.example.com=tcp:127.0.0.1:1", "--route=*=cloudflared:x-{name}")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == "db.example.com=tcp:127.0.0.1:1\n*=cloudflared:x-{name}\n"
+
+
+def test_check_prints_the_routes_as_they_are_matched(settings_file, capsys):
+    path = settings_file(ROUTES_FILE + '[routes."*"]\ntarget = "tcp:192.0.2.1:1"\n[routes."**.example.com"]\n'
+                         'target = "cloudflared:{name}"\n[routes."*.a.example.com"]\ntarget = "tcp:{name}:1"\n'
+                         'allow = "none"\n')
+    assert sniroute.main(["check", "-c", path]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "db.example.com=tcp:192.0.2.10:5432",
+        "*.a.example.com=tcp:{name}:1 (allow none)",
+        "*.example.com=cloudflared:{name} (allow 192.0.2.0/24,198.51.100.7/32; idle 3600 s)",
+        "**.example.com=cloudflared:{name}",
+        "**.example.org=tcp:{label}.internal:443 (send_proxy v2; max_connections 50; connection_idle off)",
+        "*=tcp:192.0.2.1:1"]
+
+
+# -- explain -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, code, line", [
+    ("DB.Example.com", 0, "name:    db.example.com\nroute:   *.example.com=tcp:{label}:1\ntarget:  tcp:db:1\n"),
+    ("db.example.org", 1,
+     "name:    db.example.org\nrefused: no route for db.example.org (no_route, TLS alert 112)\n"
+     f"to do:   {REFUSALS['no_route'].advice}\n"),
+    ("\udcff\x1b.org", 1, "name:    ??.org\nrefused: not a host name: '??.org' (bad_name, TLS alert 112)\n"
+     f"to do:   {REFUSALS['bad_name'].advice}\n"),
+], ids=["routed", "not-routed", "bytes-that-are-no-text"])
+def test_explain_says_what_becomes_of_a_name(name, code, line, capsys, no_variables):
+    assert sniroute.main(["explain", name, "--route", "*.example.com=tcp:{label}:1"]) == code
+    assert capsys.readouterr().out == line
+
+
+def test_explain_says_what_would_run(cloudflared):
+    ended = command("explain", "DB.example.com", f"--cloudflared={cloudflared.path}", "--ports=20001-20002")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == (
+        "name:    db.example.com\nroute:   *=cloudflared:cft-{name}\ntarget:  cloudflared:cft-db.example.com\n"
+        f"runs:    {cloudflared.path} access tcp --hostname cft-db.example.com --url 127.0.0.1:20001 --loglevel info\n")
+
+
+@pytest.mark.parametrize("name, says", [
+    ("other.example.com", "no route for other.example.com (no_route, TLS alert 112)"),
+    ("10.0.0.1", "not a host name: '10.0.0.1' (bad_name, TLS alert 112)"),
+], ids=["no route", "an address"])
+def test_explain_says_why_a_name_is_refused(name, says):
+    ended = command("explain", name, "--route=db.example.com=tcp:127.0.0.1:1")
+    assert (ended.returncode, ended.stderr) == (1, "")
+    assert ended.stdout.startswith(f"name:    {name}\nrefused: {says}\nto do:   ")
+
+
+@pytest.mark.parametrize("scheme, says", [
+    ("cloudflared", "cloudflared is not there: install it, or name it with --cloudflared"),
+    ("carrier", "sniroute_carrier.py is not beside sniroute.py: copy it there"),
+])
+def test_explain_says_that_the_program_is_missing(two_files, scheme, says):
+    ended = execute(*BARE_PYTHON, str(two_files), "explain", "db.example.com", f"--route=*={scheme}:{{name}}",
+                    env=BARE, text=True, said="")
+    assert ended.returncode == 1
+    assert f"refused: {says} (tunnel_failed, TLS alert 80)\nto do:   " in ended.stdout
+
+
+@linux
+def test_explain_asks_a_router_that_runs(launch, cloudflared, ports, serve, admin_path):
+    cloudflared.far("*", serve(answer(b"x")).address)
+    cloudflared.fault("evil.example.com", exit=1, words="goroutine panic")
+    options = TUNNEL, ports, f"--cloudflared={cloudflared.path}", f"--admin=unix:{admin_path}"
+    program = launch(*options)
+    program.wait_for(f" info admin on {admin_path}\n")
+    with program.connect(HELLO) as client, program.connect(genuine(name="evil.example.com")) as other:
+        assert client.recv(1) == b"x" and read_all(other) == alert(80)
+        ready, failed, absent = (command("explain", name, *options).stdout
+                                 for name in (NAME, "evil.example.com", "cold.example.com"))
+    assert re.search(rf"\nrouter:  running, pid {program.pid}, \d connections\n"
+                     r"tunnel:  ready, for \d+ s, 1 connections\n", ready)
+    assert re.search(r"\ntunnel:  failed, next in \d s\nsaid:    .*goroutine panic.*\nto do:   mend what it says", failed)
+    assert "\ntunnel:  absent\nto do:   nothing: the next client starts it\n" in absent
+    program.stop()
+    assert "\nrouter:  no answer from its admin address: " in command("explain", NAME, *options).stdout
+
+
+# -- a test of itself --------------------------------------------------------------------------
+
+
+def test_the_self_test_needs_two_files_and_less_than_ten_seconds(two_files):
+    began = time.monotonic()
+    ended = execute(*BARE_PYTHON, str(two_files), "selftest", env=BARE, text=True, said="")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    lines = ended.stdout.splitlines()
+    assert len(lines) == len(sniroute_doctor.SELF_TESTS) + 1 and all(line.startswith("ok ") for line in lines[:-1])
+    assert lines[-1].startswith(f"{len(lines) - 1} of {len(lines) - 1} went well, in ")
+    assert time.monotonic() - began < 10 and ended.stderr == ""
+
+
+def test_the_self_test_fails_where_the_router_does(monkeypatch, capsys):
+    said = sniroute_doctor.HELLO_SAMPLE
+    monkeypatch.setattr(sniroute_doctor, "SELF_TESTS", (
+        ("right", lambda test: test.talk(said)),
+        ("wrong", lambda test: test.talk((said, said[::-1]))),
+        ("short", lambda test: test.talk((sniroute_doctor.sample_hello(None), b"more than an alert"))),
+        ("right again", lambda test: test.talk(said))))
+    handlers = list(sniroute_log.log.handlers)
+    try:
+        assert sniroute.main(["selftest"]) == 1
+    finally:
+        sniroute_log.log.handlers[:] = handlers
+        sniroute_log.log.propagate = True
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:4] for line in lines] == ["ok  ", "FAIL", "FAIL", "ok  ", "2 of"]
+    assert "in the place of 97" in lines[1] or "bytes" in lines[1]

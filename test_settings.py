@@ -1,0 +1,500 @@
+"""Tests of sniroute_settings.py: single settings, what the host can bear, the file, and the program's own words."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import pathlib
+import re
+import resource
+import stat
+import sys
+from typing import Any
+
+import pytest
+
+import sniroute
+import sniroute_names
+import sniroute_settings
+from sniroute_refusals import SettingsError
+from sniroute_routes import Route
+from sniroute_settings import SETTINGS, load_settings
+from conftest import HOST
+from testbed.hellos import HELLO, genuine
+from testbed.program import command, environment
+from testbed.running import ROUTES_FILE, alert, answer, read_all, route, toml
+
+
+# -- settings ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, seconds", [
+    ("300s", 300), ("5m", 300), ("1h30m", 5400), ("500ms", 0.5), ("1.5s", 1.5), ("1h2m3s4ms", 3723.004),
+    ("8784h", 366 * 86400),
+    ("", None), ("0s", None), ("5", None), ("-5s", None), ("5 s", None), ("5S", None), ("1m1h", None), ("1e3s", None),
+    ("8785h", None), ("9" * 400 + "h", None), ("\u0661s", None), ("5s\n", None), ("nans", None), ("infs", None),
+    ("off", None),
+])
+def test_durations(text, seconds):
+    if seconds is None:
+        with pytest.raises(ValueError, match="is not a duration"):
+            sniroute_settings.parse_duration(text)
+    else:
+        assert sniroute_settings.parse_duration(text) == sniroute_settings.parse_off_or_duration(text) == pytest.approx(seconds)
+
+
+PARSERS = {
+    "off": (sniroute_settings.parse_off_or_duration, "off", 0.0),
+    "count-1": (sniroute_settings.parse_count, "1", 1),
+    "count-a-million": (sniroute_settings.parse_count, "1000000", 1_000_000),
+    **{f"no-count-{text!r}": (sniroute_settings.parse_count, text, ValueError)
+       for text in ("0", "-1", "01", "1.0", "1000001", "9999999", "", "x", "\u0661", "1_0", " 1")},
+    "listen-everywhere": (sniroute_settings.parse_listen, ":19000", ("*", 19000)),
+    "listen-on-a-host": (sniroute_settings.parse_listen, "127.0.0.1:0", ("127.0.0.1", 0)),
+    "listen-on-v6": (sniroute_settings.parse_listen, "[::]:443", ("::", 443)),
+    **{f"no-listen-{text!r}": (sniroute_settings.parse_listen, text, ValueError)
+       for text in ("19000", "::1:443", ":", "h:x", "")},
+    "ports": (sniroute_settings.parse_ports, "20000-20100", (20000, 20100)),
+    "one-port": (sniroute_settings.parse_ports, "1-1", (1, 1)),
+    **{f"no-ports-{text!r}": (sniroute_settings.parse_ports, text, ValueError)
+       for text in ("20000", "2-1", "0-5", "1-65536", "a-b", "1-2-3", "", "1--2", "\u0661-5")},
+    "no-networks": (sniroute_settings.parse_networks, "none", ()),
+    "networks": (sniroute_settings.parse_networks, "10.0.0.0/8, fc00::/7",
+                 (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fc00::/7"))),
+    "an-address-is-a-network": (sniroute_settings.parse_networks, "192.0.2.1", (ipaddress.ip_network("192.0.2.1/32"),)),
+    **{f"no-networks-{text!r}": (sniroute_settings.parse_networks, text, ValueError)
+       for text in ("", "10.0.0.1/8", "10.0.0.0/33", "10.0.0.0/8,", "x", "none,10.0.0.0/8")},
+    "a-word": (sniroute_settings.one_of("a", "b"), "b", "b"),
+    "no-word": (sniroute_settings.one_of("a", "b"), "B", ValueError),
+}
+
+
+@pytest.mark.parametrize("parse, text, expected", PARSERS.values(), ids=PARSERS)
+def test_the_text_of_a_setting(parse, text, expected):
+    if expected is ValueError:
+        with pytest.raises(ValueError) as caught:
+            parse(text)
+        assert "\n" not in str(caught.value)
+    else:
+        assert parse(text) == expected
+
+
+def test_the_tunnel_program_is_one_that_strangers_cannot_replace(tmp_path, monkeypatch):
+    program = tmp_path / "cloudflared"
+    with pytest.raises(ValueError, match="is not a program"):
+        sniroute_settings.parse_program(str(program))
+    program.write_text("")
+    program.chmod(0o644)
+    monkeypatch.setattr(os, "access", lambda path, mode: bool(os.stat(path).st_mode & stat.S_IXUSR))  # for root
+    with pytest.raises(ValueError, match="is not a program"):
+        sniroute_settings.parse_program(str(program))
+    with pytest.raises(ValueError, match="is not a program"):
+        sniroute_settings.parse_program(str(tmp_path))
+    program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    assert sniroute_settings.parse_program("./cloudflared") == str(program)
+    program.chmod(0o757)
+    with pytest.raises(ValueError, match="chown it, and chmod o-w"):
+        sniroute_settings.parse_program(str(program))
+    program.chmod(0o755)
+    if os.geteuid() == 0:
+        os.chown(program, 4321, -1)
+    monkeypatch.setattr(os, "geteuid", lambda: 4322)
+    with pytest.raises(ValueError, match="chown it, and chmod o-w"):
+        sniroute_settings.parse_program(str(program))
+
+
+# name -> on the command line, its value; in the environment, its value
+SAMPLES: dict[str, tuple[list[str], Any, str, Any]] = {
+    "config": ([os.devnull], os.devnull, os.devnull, os.devnull),
+    "listen": (["127.0.0.1:1", ":2"], [("127.0.0.1", 1), ("*", 2)], "[::1]:3  h:4", [("::1", 3), ("h", 4)]),
+    "route": (["a.b=tcp:h:1", "*.c.d=tcp:h:2"], [Route("a.b", "tcp:h:1"), Route("*.c.d", "tcp:h:2")],
+              "e.f=tcp:h:3\n*=tcp:h:4", [Route("e.f", "tcp:h:3"), Route("*", "tcp:h:4")]),
+    "proxy-protocol": (["off"], "off", "required", "required"),
+    "proxy-from": (["none"], (), "192.0.2.0/24", (ipaddress.ip_network("192.0.2.0/24"),)),
+    "ports": (["1-2"], (1, 2), "3-4", (3, 4)),
+    "idle": (["1s"], 1.0, "2s", 2.0),
+    "start-timeout": (["3s"], 3.0, "4s", 4.0),
+    "prelude-timeout": (["5s"], 5.0, "6s", 6.0),
+    "connection-idle": (["7s"], 7.0, "off", 0.0),
+    "drain": (["8s"], 8.0, "9s", 9.0),
+    "max-connections": (["10"], 10, "11", 11),
+    "max-per-client": (["12"], 12, "13", 13),
+    "max-tunnels": (["14"], 14, "15", 15),
+    "max-starting": (["16"], 16, "17", 17),
+    "no-name": (["ok"], "ok", "refuse", "refuse"),
+    "cloudflared": (["/bin/sh"], "/bin/sh", "/bin/cat", "/bin/cat"),
+    "admin": (["127.0.0.1:1"], ("127.0.0.1", 1), "unix:/run/admin", "/run/admin"),
+    "log-level": (["debug"], "debug", "error", "error"),
+    "log-format": (["json"], "json", "text", "text"),
+}
+
+
+def variable(name: str) -> str:
+    return "SNIROUTE_" + name.upper().replace("-", "_")
+
+
+@pytest.mark.parametrize("name", [row.name for row in SETTINGS])
+def test_a_setting_comes_from_the_command_line_then_the_environment(name):
+    given, on_line, text, in_environment = SAMPLES[name]
+    attribute = name.replace("-", "_")
+    argv = [word for value in given for word in (f"--{name}", value)]
+    assert getattr(load_settings(argv, {}), attribute) == on_line
+    assert getattr(load_settings([], {variable(name): text}), attribute) == in_environment
+    assert getattr(load_settings(argv, {variable(name): text}), attribute) == on_line
+    default = getattr(load_settings([], {}), attribute)
+    assert getattr(load_settings([], {variable(name): ""}), attribute) == default, "an empty variable is none"
+    joined = [f"--{name}={value}" for value in given]
+    assert getattr(load_settings(joined, {}), attribute) == on_line
+
+
+def test_the_settings_without_any():
+    settings = load_settings([], {"HOME": "/"})
+    assert (settings.command, settings.name, settings.listen) == ("serve", None, [("*", 19000)])
+    assert settings.routes.routes == (Route("*", "cloudflared:cft-{name}"),) and settings.open_to_all
+    assert (settings.ports, settings.idle, settings.connection_idle) == ((20000, 20100), 300.0, 0.0)
+    assert (settings.proxy_protocol, settings.max_per_client, settings.cloudflared) == ("auto", 256, None)
+    assert ipaddress.ip_address("127.0.0.1") in settings.proxy_from[0] and len(settings.proxy_from) == 6
+    assert not load_settings(["--route", "a.b=tcp:h:1"], {}).open_to_all
+    assert not load_settings([], {"SNIROUTE_ROUTE": "a.b=tcp:h:1"}).open_to_all
+
+
+def test_the_last_of_an_option_that_does_not_repeat_counts():
+    assert load_settings(["--idle", "1s", "--idle", "2s"], {}).idle == 2.0
+
+
+@pytest.mark.parametrize("argv, command, name", [
+    ([], "serve", None), (["serve"], "serve", None), (["check"], "check", None),
+    (["explain", "a.b"], "explain", "a.b"), (["--idle", "1s", "check"], "check", None),
+    (["explain", "--idle", "1s", "a.b"], "explain", "a.b"),
+])
+def test_the_command(argv, command, name):
+    settings = load_settings(argv, {})
+    assert (settings.command, settings.name) == (command, name)
+
+
+def test_everything_that_is_wrong_is_said_at_once_a_line_for_each():
+    with pytest.raises(SettingsError) as caught:
+        load_settings(["--idle", "soon", "--ports=9-1", "--route", "a.b=tcp:h:1", "--route", "x",
+                       "--listen", "here\n"],
+                      {"SNIROUTE_MAX_TUNNELS": "many", "SNIROUTE_DRAIN": "\x1b[2J", "SNIROUTE_IDLE": "never"})
+    lines = caught.value.lines
+    assert [line.partition(":")[0] for line in lines] == \
+        ["--listen", "--route", "--ports", "--idle", "SNIROUTE_DRAIN", "SNIROUTE_MAX_TUNNELS"]
+    assert all(re.fullmatch("[ -~]+", line) for line in lines) and str(caught.value) == "\n".join(lines)
+
+
+@pytest.mark.parametrize("argv, environ, line", [
+    (["--route", "a.b=tcp:h:1", "--route", "A.b=tcp:h:2"], {}, "--route: a.b is routed twice"),
+    ([], {"SNIROUTE_ROUTE": "a.b=tcp:h:1 a.b=tcp:h:2"}, "SNIROUTE_ROUTE: a.b is routed twice"),
+    (["--route", "a.b=tcp:127.0.0.1:7", "--listen", "127.0.0.1:7"], {},
+     "--route: a.b=tcp:127.0.0.1:7 leads back to --listen 127.0.0.1:7"),
+    (["--route", "a.b=tcp:[::1]:7", "--listen", "[::1]:7"], {},
+     "--route: a.b=tcp:[::1]:7 leads back to --listen [::1]:7"),
+], ids=["twice", "twice-in-the-environment", "a-circle", "a-circle-over-v6"])
+def test_routes_that_contradict_are_refused(argv, environ, line):
+    with pytest.raises(SettingsError) as caught:
+        load_settings(argv, environ)
+    assert caught.value.lines == (line,)
+
+
+@pytest.mark.parametrize("argv, complaint", [
+    (["explain"], "explain takes one NAME"), (["check", "a.b"], "unexpected 'a.b'"),
+    (["serve", "a.b"], "unexpected 'a.b'"),
+    (["route"], "invalid choice"), (["explain", "a.b", "c.d"], "unrecognized"), (["--idl=1s"], "unrecognized"),
+    (["--idle"], "expected one argument"), (["--colour=x"], "unrecognized"), (["--colour", "x"], "error: "),
+], ids=["explain-nothing", "check-a-name", "serve-a-name", "no-command", "explain-two", "abbreviation", "no-value",
+        "no-option", "no-option-and-a-value"])
+def test_a_command_line_that_is_none_ends_with_2(argv, complaint, capsys):
+    with pytest.raises(SystemExit) as caught:
+        sniroute.main(argv)
+    assert caught.value.code == 2 and complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["serve"], ["check"], ["explain", "a.b"]], ids=["serve", "check", "explain"])
+def test_settings_that_are_wrong_end_with_2_and_a_line_for_each(command, capsys, monkeypatch, no_variables):
+    monkeypatch.setenv("SNIROUTE_DRAIN", "never")
+    assert sniroute.main([*command, "--idle=soon"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err == "sniroute: --idle: 'soon' is not a duration such as 300s, 5m, 1h30m or 500ms\n" \
+        "sniroute: SNIROUTE_DRAIN: 'never' is not a duration such as 300s, 5m, 1h30m or 500ms\n"
+
+
+def test_the_help_lists_every_setting(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as caught:
+        load_settings(["--help"], {})
+    text = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0
+    assert SAMPLES.keys() == {row.name for row in SETTINGS}
+    for row in SETTINGS:
+        assert f"--{row.name} {row.metavar} " in text
+        assert " ".join(row.help.split()) in text or "-" in row.help, row.name  # argparse breaks at hyphens
+    assert "explain NAME" in text and "SNIROUTE_MAX_TUNNELS" in text
+
+
+def test_every_default_is_in_the_help_of_its_setting():
+    for row in SETTINGS:
+        if row.default is not None and row.name != "proxy-from":
+            assert row.default in row.help, row.name
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        load_settings(["-V"], {})
+    assert caught.value.code == 0
+    assert re.fullmatch(r"sniroute \d+\.\d+\.\d+ \(Python 3\.\d+\.\S+, \S+\)\n", capsys.readouterr().out)
+
+
+# -- the limits of the host --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit, fit", [(1024, 312), (256, 64), (2, 1), (1, 1), (1 << 20, (1 << 20) // 2 - 200),
+                                        (resource.RLIM_INFINITY, (1 << 20) // 2 - 200)])
+def test_the_connections_that_fit_follow_the_limit_of_open_files(limit, fit, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
+    settings = load_settings([], {})
+    assert settings.max_connections == settings.fit == fit
+    assert load_settings(["--max-connections", "7"], {}).max_connections == 7
+
+
+@pytest.mark.parametrize("scheme, memory, tunnels", [
+    ("cloudflared", 1 << 30, 16), ("cloudflared", 1 << 40, 101), ("cloudflared", 1, 1),
+    ("carrier", 1 << 28, 64), ("carrier", 1 << 30, 101),
+], ids=["1-GiB", "1-TiB", "hardly-any", "carrier-256-MiB", "carrier-1-GiB"])
+def test_the_tunnels_that_fit_follow_the_memory_and_the_ports(scheme, memory, tunnels, cloudflared, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}[name])
+    argv = [f"--route=*={scheme}:{{name}}", f"--cloudflared={cloudflared.path}"]
+    assert load_settings(argv, {}).max_tunnels == tunnels
+
+
+def test_the_limit_of_open_files_is_raised_where_it_may_be(monkeypatch):
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (10, 20))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: asked.append(limits))
+    sniroute_settings.raise_descriptor_limit()
+    assert asked == [(20, 20)]
+
+    def forbid(which: int, limits: tuple[int, int]) -> None:
+        raise ValueError("not allowed")
+
+    monkeypatch.setattr(resource, "setrlimit", forbid)
+    sniroute_settings.raise_descriptor_limit()
+
+
+# -- a file of settings ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [row.name for row in SETTINGS if row.name not in ("config", "route")])
+def test_a_setting_in_the_file_is_what_it_is_in_the_environment_which_comes_first(name, settings_file):
+    _, _, text, value = SAMPLES[name]
+    given, on_line = SAMPLES[name][:2]
+    row = next(row for row in SETTINGS if row.name == name)
+    path = settings_file(f"{row.field} = {toml(text.split() if row.many else text)}\n")
+    assert getattr(load_settings(["--config", path], {}), row.field) == value
+    assert getattr(load_settings([], {"SNIROUTE_CONFIG": path}), row.field) == value
+    argv = [word for each in given for word in (f"--{name}", each)]
+    assert getattr(load_settings(["-c", path, *argv], {}), row.field) == on_line
+    other = " ".join(given)
+    assert getattr(load_settings(["-c", path], {variable(name): other}), row.field) == on_line
+
+
+def test_the_file_has_types_of_its_own(settings_file):
+    settings = load_settings(["-c", settings_file(
+        'listen = ":1"\nmax_tunnels = 7\nproxy_from = ["192.0.2.0/24", "2001:db8::/32"]\n')], {})
+    assert (settings.listen, settings.max_tunnels) == ([("*", 1)], 7)
+    assert [str(network) for network in settings.proxy_from] == ["192.0.2.0/24", "2001:db8::/32"]
+
+
+def test_routes_in_the_file_have_options(settings_file):
+    path = settings_file(ROUTES_FILE)
+    settings = load_settings(["-c", path], {})
+    network = ipaddress.ip_network
+    assert settings.routes.routes == (
+        Route("db.example.com", "tcp:192.0.2.10:5432"),
+        Route("*.example.com", "cloudflared:{name}", idle=3600.0,
+              allow=(network("192.0.2.0/24"), network("198.51.100.7/32"))),
+        Route("**.example.org", "tcp:{label}.internal:443", send_proxy="v2", max_connections=50, connection_idle=0.0))
+    assert not settings.open_to_all
+    replaced = load_settings(["-c", path, "--route", "a.b=tcp:h:1"], {})
+    assert replaced.routes.routes == (Route("a.b", "tcp:h:1"),)
+
+
+def test_all_that_is_wrong_with_the_file_is_said_at_once(settings_file):
+    path = settings_file("""
+listen = 19000
+max-tunnels = 50
+max_starting = true
+idel = "10m"
+colour = 1
+log_level = 3
+proxy_from = ["192.0.2.1/24"]
+config = "other"
+[routes]
+db.example.com = "cloudflared:cft-{name}"
+"*.example.com" = { target = "cloudflared:{name}", idle = "1", allow = ["x"], sendproxy = "v2" }
+"c.example.com" = { target = "tcp:192.0.2.10:5432", send_proxy = "v3", max_connections = 0, idle = "1h" }
+"*.*" = "tcp:h:1"
+"d.example.com" = 5
+"a\\u001bb" = "tcp:h:1"
+""")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(["-c", path, "--drain", "soon"], {})
+    lines = [line.removeprefix(f"{path}: ") for line in caught.value.lines]
+    assert lines == [
+        "listen: '19000' is not HOST:PORT",
+        "max-tunnels: there is no such setting; did you mean max_tunnels?",
+        "max_starting: 'true' is not a whole number from 1 to 1000000",
+        "idel: there is no such setting; did you mean idle?",
+        "colour: there is no such setting; there are " + ", ".join(
+            [row.field for row in SETTINGS if row.name not in ("config", "route")] + ["routes"]),
+        "log_level: '3' is none of debug, info, warning, error",
+        "proxy_from: 192.0.2.1/24 has host bits set: a network is 192.0.2.0/24, or one address",
+        "config: there is no such setting" + lines[7].removeprefix("config: there is no such setting"),
+        'routes."db": has no target (a pattern goes in quotes, as "db.example.com" = "tcp:192.0.2.10:5432")',
+        "routes.\"*.example.com\".idle: '1' is not a duration such as 300s, 5m, 1h30m or 500ms",
+        "routes.\"*.example.com\".allow: 'x' does not appear to be an IPv4 or IPv6 network: "
+        "a network is 192.0.2.0/24, or one address",
+        "routes.\"*.example.com\".sendproxy: there is no such option; did you mean send_proxy?",
+        "routes.\"c.example.com\".send_proxy: 'v3' is none of as-received, none, v1, v2",
+        "routes.\"c.example.com\".max_connections: '0' is not a whole number from 1 to 1000000",
+        'routes."c.example.com".idle: is for tunnels; here connection_idle closes what is silent',
+        "routes.\"*.*\": '*.*' is not a name, *.NAME, **.NAME or * (NAME has two labels at least)",
+        "routes.\"d.example.com\": 'd.example.com=5' is not PATTERN=SCHEME:REST",
+        'routes."a?b": ' + lines[17].partition(": ")[2],
+        "--drain: 'soon' is not a duration such as 300s, 5m, 1h30m or 500ms"]
+    assert all(re.fullmatch("[ -~]+", line) for line in lines)
+
+
+@pytest.mark.parametrize("text, complaint", [
+    ("a = [", r"sniroute\.toml: Invalid value \(at end of document\)"),
+    ("idle = '1s'\nidle = '2s'\n", r"Cannot overwrite a value \(at line 2"),
+    ("[routes]\n*.example.com = 'tcp:h:1'\n", r"Invalid .* \(at line 2, column 1\)"),
+    ("routes = 3", r"routes: is no table of routes, as "),
+    ("[routes]\n", r"routes: is no table of routes, as "),
+    ("listen = []", r"listen: '' is not HOST:PORT"),
+    ('[routes]\n"a.b" = "tcp:h:1"\n"A.b" = "tcp:h:1"\n', r"sniroute\.toml: routes: a\.b is routed twice"),
+    ("x = " + "[" * 5000, r"sniroute\.toml: "),
+], ids=["syntax", "twice", "no-quotes", "no-table", "no-routes", "no-address", "one-name-twice", "deep"])
+def test_a_file_that_is_none_is_refused(settings_file, text, complaint):
+    with pytest.raises(SettingsError, match=complaint) as caught:
+        load_settings(["-c", settings_file(text)], {})
+    assert len(caught.value.lines) == 1
+
+
+def test_a_file_that_cannot_be_used_is_named(tmp_path):
+    missing, binary, public = (str(tmp_path / name) for name in ("missing", "binary", "public"))
+    pathlib.Path(binary).write_bytes(b"\xff\xfe")
+    pathlib.Path(public).write_text("")
+    os.chmod(public, 0o666)
+    for path, complaint in ((missing, "No such file"), (str(tmp_path), "Is a directory"), (binary, "codec can't"),
+                            (public, "can be changed by other users: chmod o-w")):
+        with pytest.raises(SettingsError, match=re.escape(path) + ": .*" + complaint):
+            load_settings(["-c", path], {})
+
+
+def test_a_reload_reads_a_file_again_and_nothing_else(settings_file, tmp_path):
+    running = load_settings(["-c", settings_file(ROUTES_FILE)], {})
+    settings_file("")  # somebody is writing it
+    with pytest.raises(SettingsError, match="there are no routes any more: every name would be served"):
+        running.again(running)
+    os.unlink(running.config)
+    os.mkfifo(running.config)
+    with pytest.raises(SettingsError, match="is no regular file, and cannot be read again"):
+        running.again(running)
+
+
+def test_every_beginning_of_a_file_is_settings_or_a_complaint(settings_file):
+    whole = 'max_tunnels = 5\nlisten = [":1", "[::1]:2"]\n' + ROUTES_FILE
+    good = 0
+    for end in range(0, len(whole), 3):
+        path = settings_file(whole[:end])
+        try:
+            load_settings(["-c", path], {})
+            good += 1
+        except SettingsError as error:
+            assert all(line.startswith(path) for line in error.lines)
+    assert 3 < good < end / 3
+
+
+@pytest.mark.parametrize("text, good", [
+    ("unix:/run/sniroute/admin.sock", "/run/sniroute/admin.sock"), ("127.0.0.1:1", ("127.0.0.1", 1)),
+    ("[::1]:0", ("::1", 0)), ("localhost:1", ("localhost", 1)), ("192.0.2.1:1", None), (":1", None), ("unix:", None),
+    ("unix:/" + "x" * 90, None), ("unix:/a\0b", None), ("unix:/a b", None), ("example.com:1", None), ("0.0.0.0:1", None),
+])
+def test_an_admin_address_is_loopback_or_a_path(text, good):
+    if good is None:
+        with pytest.raises(ValueError):
+            sniroute_settings.parse_admin(text)
+    else:
+        assert sniroute_settings.parse_admin(text) == good
+
+
+def test_a_token_for_the_admin_is_no_joke():
+    assert load_settings([], {"SNIROUTE_ADMIN_TOKEN": "0123456789abcdef"}).admin_token == "0123456789abcdef"
+    assert load_settings([], {}).admin_token is None
+    for token in ("short", "with spaces in it, many", "\x1b0123456789abcdef"):
+        with pytest.raises(SettingsError) as caught:
+            load_settings([], {"SNIROUTE_ADMIN_TOKEN": token})
+        assert token not in str(caught.value)
+
+
+def test_a_warning_where_the_allowed_can_be_claimed(settings_file, caplog):
+    for option, warned in (("", True), ('proxy_from = "none"\n', False), ('proxy_protocol = "off"\n', False)):
+        caplog.clear()
+        sniroute_settings.warn(load_settings(["-c", settings_file(option + ROUTES_FILE)], {}))
+        assert ("can claim any address in a PROXY header" in caplog.text) is warned
+
+
+# -- the program's settings --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, variables, named", [
+    (["--idle=soon"], {}, ["--idle"]),
+    (["--idle=soon", "--ports=9"], {}, ["--ports", "--idle"]),
+    ([], {"SNIROUTE_PORTS": "9"}, ["SNIROUTE_PORTS"]),
+    (["--route=*=http:x"], {}, ["--route"]),
+    (["--cloudflared=/nonexistent"], {}, ["--cloudflared"]),
+    (["--listen=127.0.0.1:9", "--route=*=tcp:127.0.0.1:9"], {}, ["--route"]),
+    (["check", "--max-tunnels=none"], {}, ["--max-tunnels"]),
+], ids=["no duration", "two at once", "a variable", "no such target", "no such program", "a circle", "check"])
+def test_settings_that_are_wrong_are_named_one_a_line(options, variables, named):
+    ended = command(*options, **variables)
+    assert ended.returncode == 2
+    assert [line.split(": ")[:2] for line in ended.stderr.splitlines()] == [["sniroute", name] for name in named]
+
+
+@pytest.mark.parametrize("options", [["--no-such-option"], ["fly"], ["explain"], ["check", "a.example.com"]],
+                         ids=["unknown option", "unknown command", "explain without a name", "check with a name"])
+def test_command_line_that_is_none_is_told_how(options):
+    ended = command(*options)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("usage: sniroute ") and "Traceback" not in ended.stderr
+
+
+def test_version_and_help():
+    version = command("--version")
+    assert version.returncode == 0
+    assert version.stdout.startswith(f"sniroute {sniroute_names.__version__} (Python {sys.version.split()[0]}, ")
+    usage = command("--help")
+    assert usage.returncode == 0
+    for row in sniroute_settings.SETTINGS:
+        assert f"--{row.name} " in usage.stdout
+
+
+def test_environment_holds_settings_and_the_command_line_comes_first(launch, serve):
+    first, second = serve(answer(b"1")).address, serve(answer(b"2")).address
+    variables = environment(SNIROUTE_LISTEN=f"{HOST}:0 {HOST}:0",
+                            SNIROUTE_ROUTE=" ".join((route(first)[8:], route(second, "web.example.com")[8:])))
+    web = genuine(name="web.example.com")
+    program = launch(env=variables, listeners=2)
+    for address, hello, said in zip(program.addresses, (HELLO, web), (b"1", b"2"), strict=True):
+        with program.connect(hello, address) as client:
+            assert client.recv(1) == said
+    program = launch(f"--listen={HOST}:0", route(second), env=variables)
+    with program.connect(HELLO) as client:
+        assert client.recv(1) == b"2"
+    with program.connect(web) as client:
+        assert read_all(client) == alert(112)
+    program.stop()
+    assert len(program.addresses) == 1

@@ -1,0 +1,223 @@
+"""The real program as a child process.
+
+    launch           launch(*options) -> Program that listens, until the test ends
+    two_files        sniroute.py in a folder with the files that serve, and the doctor: Path
+    three_files      the same, with the carrier: Path
+    no_variables     no setting comes from the environment of whoever runs the tests
+    admin_path       a path for a unix socket
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from typing import Any, Callable, Iterator
+
+import pytest
+
+from conftest import CORE, DOCTOR, HERE, HOST, Address, wait_until
+
+
+PROGRAM = HERE / "sniroute.py"
+STOP_GRACE = 2.0  # how long a tunnel may take to end by itself
+
+
+def environment(**more: str) -> dict[str, str]:
+    """What a router inherits here: nothing that changes Python or sniroute, but for coverage."""
+    kept = {key: value for key, value in os.environ.items()
+            if not key.startswith(("PYTHON", "SNIROUTE_", "TUNNEL_", "JOURNAL_"))}
+    return {**kept, "PYTHONWARNINGS": "default::ResourceWarning", **more}
+
+
+@pytest.fixture
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting from the environment of whoever runs the tests."""
+    for name in os.environ:
+        if name.startswith("SNIROUTE_"):
+            monkeypatch.delenv(name)
+
+
+class Program:
+    """A router that is a process of its own; a thread reads what it says on stderr."""
+
+    def __init__(self, command: list[str], **popen: Any):
+        self.lines: list[str] = []
+        self.code = 0  # the exit code that is expected
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL,
+                                        **{"stderr": subprocess.PIPE, **popen})
+        self.pid = self.process.pid
+        self.log_is_read = threading.Event()
+        self.log_is_read.set()
+        self.reader = threading.Thread(target=self._read, name="log-reader")
+        self.reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stderr or ():
+            self.lines.append(line.decode())
+            self.log_is_read.wait()
+
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    def wait_for(self, text: str, count: int = 1) -> None:
+        """Until the log has that text, so often."""
+        wait_until(lambda: self.log().count(text) >= count or not self.reader.is_alive(), what=f"{text!r} in the log")
+        assert self.log().count(text) >= count, f"it ended without {text!r}:\n{self.log()}"
+
+    @property
+    def addresses(self) -> list[Address]:
+        """Where it listens, as its log says."""
+        found = re.findall(r" listening on (\S+):(\d+)$", self.log(), re.MULTILINE)
+        return [(host.strip("[]"), int(port)) for host, port in found]
+
+    @property
+    def address(self) -> Address:
+        return self.addresses[0]
+
+    def connect(self, said: bytes = b"", address: Address | None = None) -> socket.socket:
+        """A client, with a time-out so that a failing test ends."""
+        client = socket.create_connection(address or self.address, 20)
+        client.sendall(said)
+        return client
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout: float = 15) -> int:
+        """The exit code, once there is one, and all of the log."""
+        code = self.process.wait(timeout)
+        self.log_is_read.set()
+        self.reader.join()
+        return code
+
+    def stop(self) -> None:
+        """End it, if it has not ended, and see that it was well."""
+        self.log_is_read.set()
+        try:
+            if self.process.poll() is None:
+                self.signal(signal.SIGTERM)
+            assert self.wait() == self.code, self.log()
+        finally:
+            self.process.kill()
+            self.wait()
+            if self.process.stderr is not None:
+                self.process.stderr.close()
+        for word in ("Traceback", "report it", "ResourceWarning"):
+            assert word not in self.log(), self.log()
+
+
+@pytest.fixture
+def launch(tmp_path: pathlib.Path, cloudflared) -> Iterator[Callable[..., Program]]:
+    """launch(*options) -> Program, which listens on a free port unless the options say where.
+
+    `python` is what runs it, `env` all of its environment, `listeners` how many lines about them
+    are waited for; the rest goes to Popen.
+    """
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    programs = []
+    with contextlib.ExitStack() as stack:
+        def start(*options: str, env: dict[str, str] | None = None, python: tuple[str, ...] = (),
+                  program: pathlib.Path = PROGRAM, listeners: int = 1, **popen: Any) -> Program:
+            env = environment() if env is None else env
+            if "SNIROUTE_LISTEN" not in env and not any(option.startswith("--listen") for option in options):
+                options = (f"--listen={HOST}:0", *options)
+            words = [*(python or (sys.executable,)), str(program), *options]
+            running = Program(words, env={**env, "TMPDIR": str(scratch)}, **popen)
+            programs.append(running)
+            stack.callback(running.stop)
+            running.wait_for(" listening on ", listeners) if listeners else None
+            return running
+
+        yield start
+    if not any(program.code for program in programs):  # none was killed
+        assert list(scratch.iterdir()) == []
+
+
+def execute(*words: str, said: bytes = b"", **more: Any) -> subprocess.CompletedProcess[bytes]:
+    """Run a program to its end, away from this user's own settings."""
+    env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": "/nonexistent", "LC_ALL": "C"}
+    return subprocess.run(words, **{"input": said, "capture_output": True, "timeout": 60, "env": env, **more})
+
+
+def command(*options: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run sniroute to its end."""
+    return execute(sys.executable, str(PROGRAM), *options, env=environment(**more), said="", text=True)
+
+
+def resident(pid: int) -> float:
+    """The memory of a process, in MiB."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
+
+
+def is_pending(pid: int, number: int) -> bool:
+    """Whether a signal has not reached the process yet: a second one would be lost."""
+    mask = re.search(r"ShdPnd:\s+(\w+)", pathlib.Path(f"/proc/{pid}/status").read_text())[1]
+    return bool(int(mask, 16) >> number - 1 & 1)
+
+
+def cpu_seconds(pid: int) -> float:
+    """The time a process has computed; proc(5): utime and stime are fields 14 and 15."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def counter(program: Program, name: str) -> int:
+    """A counter, by way of SIGUSR1."""
+    seen = len(re.findall("counters: ", program.log()))
+    program.signal(signal.SIGUSR1)
+    program.wait_for("counters: ", seen + 1)
+    last = re.findall(r"counters: (\{.*\})\n", program.log())[-1]
+    found = re.search(rf"'{name}': (\d+)", last)
+    return int(found[1]) if found else 0
+
+
+def has_ipv6() -> bool:
+    """Whether this host has the address ::1, and sockets for both families."""
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return socket.has_dualstack_ipv6()
+    return False
+
+
+ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+
+
+BARE = {"PATH": ""}  # an environment with nothing in it
+BARE_PYTHON = (sys.executable, "-S", "-E")  # without packages
+
+
+def installed(folder: pathlib.Path, *names: str) -> pathlib.Path:
+    """Copy the files that serve, the doctor and these into a folder, and no others.  The path of sniroute.py."""
+    for name in (*CORE, DOCTOR, *names):
+        shutil.copy(HERE / name, folder)
+    return folder / "sniroute.py"
+
+
+@pytest.fixture(scope="session")  # so that they are compiled once
+def two_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """sniroute.py in a folder with what it needs to serve, and the doctor."""
+    return installed(tmp_path_factory.mktemp("two files"))
+
+
+@pytest.fixture(scope="session")
+def three_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """sniroute.py in a folder with the same files, and the carrier's."""
+    return installed(tmp_path_factory.mktemp("three files"), *(f"sniroute_{room}.py" for room in (
+        "carrier", "edge", "forwarder", "dial", "http")))
+
+
+@pytest.fixture
+def admin_path() -> Iterator[str]:
+    """A path for a unix socket; pytest's own folders are too deep for one."""
+    with tempfile.TemporaryDirectory(prefix="sniroute-admin-") as folder:
+        yield os.path.join(folder, "socket")

@@ -1,0 +1,250 @@
+"""The far ends of tunnels: stand-ins for cloudflared and for Cloudflare's edge, and the fixtures that start them.
+
+    cloudflared      the stand-in for the program (testbed/fake_cloudflared.py), for one test
+    own_edge         the stand-in for the edge (testbed/fake_edge.py), for one test
+    certificates     those that edges use, for all tests
+    tunnel_program   what a router may run for a tunnel, one after the other
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+from typing import Any, Callable, Iterator, NamedTuple
+
+import pytest
+
+from conftest import HERE, HOST, Address, wait_until
+
+TESTBED = HERE / "testbed"
+
+
+# -- the stand-in for cloudflared --------------------------------------------------------------
+
+
+class StandIn:
+    """A directory in which a stand-in finds its switches, and leaves its records."""
+
+    def __init__(self, directory: pathlib.Path):
+        self.directory = directory
+        self.tables: dict[str, dict[str, Any]] = {"far.json": {}, "faults.json": {}}
+
+    def set(self, name: str, hostname: str, value: Any) -> None:
+        """Change one entry; the file is replaced as a whole, since somebody may be reading it."""
+        self.tables[name][hostname] = value
+        new = self.directory / f"{name}.new"
+        new.write_text(json.dumps(self.tables[name]))
+        new.replace(self.directory / name)
+
+    def far(self, hostname: str, address: Address) -> None:
+        """Where `hostname` ("*": any other) leads."""
+        self.set("far.json", hostname, list(address))
+
+    def fault(self, hostname: str, **switches: Any) -> None:
+        """What goes wrong with `hostname` ("*": any other) from now on; no switches: nothing."""
+        self.set("faults.json", hostname, switches)
+
+    def lines(self, name: str, hostname: str | None) -> list[dict[str, Any]]:
+        try:
+            text = (self.directory / name).read_text()
+        except FileNotFoundError:
+            return []
+        rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return [row for row in rows if hostname in (None, row["hostname"])]
+
+
+class Cloudflared(StandIn):
+    """The stand-in for the program; see fake_cloudflared.py for the switches."""
+
+    def __init__(self, directory: pathlib.Path):
+        super().__init__(directory)
+        self.path = str(directory / "cloudflared")
+        # A wrapper, as an import of the compiled file starts faster than the file itself.
+        pathlib.Path(self.path).write_text(
+            f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(TESTBED)!r})\n"
+            "import fake_cloudflared\nsys.exit(fake_cloudflared.main())\n")
+        os.chmod(self.path, 0o700)
+
+    def runs(self, pid: int) -> bool:
+        """Whether this process is there, and is this program; False without /proc."""
+        try:
+            return self.path.encode() in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            return False
+
+    def starts(self, hostname: str | None = None) -> list[dict[str, Any]]:
+        """One row per start: hostname, pid, port, argv, environment, fds, time, detached."""
+        return self.lines("starts.jsonl", hostname)
+
+    def clients(self, hostname: str | None = None) -> list[dict[str, Any]]:
+        """One row per accepted client: hostname, pid, number (in its process), time."""
+        return self.lines("clients.jsonl", hostname)
+
+
+@pytest.fixture
+def cloudflared(tmp_path: pathlib.Path) -> Iterator[Cloudflared]:
+    """The stand-in: .path, .far(hostname, address), .fault(hostname, **switches), .starts(), .clients()."""
+    directory = tmp_path / "cloudflared"
+    directory.mkdir()
+    program = Cloudflared(directory)
+    yield program
+    for row in program.starts():
+        if program.runs(row["detached"]):  # nobody's child: only the test's end ends it
+            os.kill(row["detached"], signal.SIGKILL)
+    pids = {row["pid"] for row in program.starts() + program.clients()}
+    try:
+        wait_until(lambda: not any(map(program.runs, pids)), timeout=2, what="the end of all stand-ins")
+    finally:
+        for pid in filter(program.runs, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+# -- the stand-in for the edge -----------------------------------------------------------------
+
+
+def make_certificates(directory: pathlib.Path) -> None:
+    """What fake_edge.py wants: ca.pem, edge.pem, and three that are wrong, each with its key."""
+    usual = "basicConstraints = critical, CA:FALSE\nkeyUsage = digitalSignature\nextendedKeyUsage = serverAuth\n" \
+            "subjectKeyIdentifier = hash\nauthorityKeyIdentifier = keyid\n"
+    names = "subjectAltName = DNS:*.example.test, DNS:example.test, DNS:*.example.com, DNS:*.example.org, " \
+            "DNS:localhost, IP:127.0.0.1\n"
+    (directory / "openssl.cnf").write_text(
+        "[req]\ndistinguished_name = name\nx509_extensions = ca\n[name]\n"
+        "[ca]\nbasicConstraints = critical, CA:TRUE\nkeyUsage = critical, keyCertSign\nsubjectKeyIdentifier = hash\n"
+        f"[right]\n{usual}{names}[wrong]\n{usual}subjectAltName = DNS:other.example.org\n"
+        "[issue]\ndatabase = issued\nrand_serial = yes\nunique_subject = no\nnew_certs_dir = .\n"
+        "default_md = sha256\npolicy = subject\n"
+        "[subject]\ncommonName = supplied\n")
+    (directory / "issued").touch()
+
+    def openssl(*words: str) -> None:
+        done = subprocess.run(["openssl", *words], cwd=directory, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+
+    key = "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-config", "openssl.cnf"
+    for authority in ("ca", "stranger"):
+        openssl("req", "-x509", *key, "-days", "2", "-subj", f"/CN={authority}", "-keyout", f"{authority}.key",
+                "-out", f"{authority}.pem")
+    openssl("req", *key, "-subj", "/CN=edge", "-keyout", "edge.key", "-out", "edge.csr")
+    for name, authority, section, end in (("edge", "ca", "right", "2099"), ("untrusted", "stranger", "right", "2099"),
+                                          ("expired", "ca", "right", "2021"), ("wrong_name", "ca", "wrong", "2099")):
+        openssl("ca", "-batch", "-notext", "-config", "openssl.cnf", "-name", "issue", "-in", "edge.csr",
+                "-cert", f"{authority}.pem", "-keyfile", f"{authority}.key",
+                "-startdate", "20200101000000Z", "-enddate", f"{end}0101000000Z",  # `x509 -days` takes no past
+                "-extensions", section, "-out", f"{name}.pem")
+        with open(directory / f"{name}.pem", "a") as file:
+            file.write((directory / "edge.key").read_text())
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The directory with the certificates that the edge uses."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not here (Debian package openssl)")
+    directory = tmp_path_factory.mktemp("certificates")
+    make_certificates(directory)
+    return directory
+
+
+class Edge(StandIn):
+    """The stand-in for Cloudflare's edge, which is up; see fake_edge.py for the switches and the rows."""
+
+    def __init__(self, directory: pathlib.Path, certificates: pathlib.Path):
+        super().__init__(directory)
+        for file in certificates.glob("*.pem"):
+            (directory / file.name).symlink_to(file)
+        self.errors = directory / "errors"
+        code = f"import sys; sys.path.insert(0, {str(TESTBED)!r}); import fake_edge; fake_edge.main()"
+        with open(self.errors, "wb") as errors:
+            self.process = subprocess.Popen([sys.executable, "-IS", "-c", code, directory],
+                                            stdin=subprocess.PIPE, stderr=errors)
+        ready = directory / "edge.json"
+        try:
+            wait_until(lambda: ready.exists() or self.process.poll() is not None, what="the edge")
+            ports = json.loads(ready.read_text())
+        except BaseException:
+            self.stop()
+            raise
+        self.port: int = ports["tls"]
+        self.proxy: Address = HOST, ports["proxy"]
+        self.environ = {"HTTPS_PROXY": f"http://{HOST}:{ports['proxy']}", "SSL_CERT_FILE": str(directory / "ca.pem")}
+
+    def stop(self) -> None:
+        """End it at once, as often as you like; what it complained of is a failure."""
+        self.process.terminate()
+        self.process.wait(10)
+        self.process.stdin.close()
+        assert self.errors.read_text() == ""
+
+    def events(self, event: str, hostname: str | None) -> list[dict[str, Any]]:
+        return [row for row in self.lines("connections.jsonl", hostname) if row["event"] == event]
+
+    def accepted(self, hostname: str | None = None) -> list[dict[str, Any]]:
+        """One row per TCP connection; it has a hostname only where it came through the proxy."""
+        return self.events("accepted", hostname)
+
+    def handshakes(self, hostname: str | None = None) -> list[dict[str, Any]]:
+        """One row per TLS handshake: sni, tls, alpn, session_reused."""
+        return self.events("tls", hostname)
+
+    def requests(self, hostname: str | None = None) -> list[dict[str, Any]]:
+        """One row per request: path, headers, and what handshakes() says."""
+        return self.events("request", hostname)
+
+    def ends(self, hostname: str | None = None) -> list[dict[str, Any]]:
+        """One row per connection that is over: who ended it and how, and what it carried."""
+        return self.events("end", hostname)
+
+    def proxied(self, hostname: str | None = None) -> list[dict[str, Any]]:
+        """One row per CONNECT: target, headers."""
+        return [row for row in self.lines("proxy.jsonl", hostname) if row["event"] == "request"]
+
+
+@pytest.fixture
+def own_edge(tmp_path: pathlib.Path, certificates: pathlib.Path) -> Iterator[Edge]:
+    """An edge for this test alone: .far(hostname, address), .fault(hostname, **switches), .port, .proxy, .environ,
+    .requests(), ...
+    """
+    directory = tmp_path / "edge"
+    directory.mkdir()
+    program = Edge(directory, certificates)
+    yield program
+    program.stop()
+
+
+# -- tunnel programs, one like the other -------------------------------------------------------
+
+
+class TunnelProgram(NamedTuple):
+    """A tunnel program, as a router is told of it: what drives it needs no more."""
+
+    options: tuple[str, ...]
+    environ: dict[str, str]
+    far: Callable[[str, Address], None]  # where a hostname leads
+
+
+REAL = "SNIROUTE_TEST_CLOUDFLARED"  # the variable that names a real cloudflared, which no CI has
+PROGRAMS = ("stand-in", "carrier", "carrier by its path", *(["cloudflared"] if REAL in os.environ else []))
+
+
+@pytest.fixture(params=PROGRAMS)
+def tunnel_program(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> TunnelProgram:
+    """The stand-in, the carrier, and a real cloudflared where there is one."""
+    if request.param == "stand-in":
+        stand_in = request.getfixturevalue("cloudflared")
+        return TunnelProgram((f"--cloudflared={stand_in.path}",), {}, stand_in.far)
+    edge = request.getfixturevalue("own_edge")
+    if request.param == "carrier":  # no cloudflared is found
+        return TunnelProgram((), {**edge.environ, "PATH": ""}, edge.far)
+    path = os.environ.get(REAL, "")
+    if request.param == "carrier by its path":
+        path = str(tmp_path / "sniroute_carrier.py")  # its own first line may find another Python
+        pathlib.Path(path).write_text(f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(HERE)!r})\n"
+                                      "import sniroute_carrier\nsys.exit(sniroute_carrier.main())\n")
+        os.chmod(path, 0o700)
+    return TunnelProgram((f"--cloudflared={path}",), edge.environ, edge.far)
