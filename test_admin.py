@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 
 import sniroute_admin
-import sniroute_metrics
 from sniroute_names import printable
 from conftest import HERE, HOST, echo, wait_until
 from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, ask, dial, imported, metrics, read_reply, tell, value
@@ -528,18 +527,3 @@ def test_it_works_from_inside_a_zip_file(tmp_path):
     done = subprocess.run([sys.executable, "-S", "-E", "-c", code], cwd=tmp_path, capture_output=True, text=True,
                           timeout=60)
     assert (done.stdout, done.stderr) == ("rooms.zip/sniroute_admin.py\n", "")
-
-
-# -- the README --------------------------------------------------------------------------------
-
-README = (HERE / "README.md").read_text()
-
-
-def test_readme_names_metrics_and_paths_that_there_are():
-    alerts = README.partition("<!-- alerts -->")[2].partition("\n## ")[0]
-    asked = {re.sub("_bucket$", "", name) for name in re.findall(r"\bsniroute_\w+", alerts)}
-    assert len(asked) > 8 and asked <= {metric.name for metric in sniroute_metrics.METRICS}
-    section = README.partition("### Metrics, status, and a page")[2].partition("```")[0]
-    for word in ("GET /`", "GET /metrics`", "GET /status`", "GET /healthz`", "GET /readyz`", "POST /reload`",
-                 "POST /tunnels/NAME/stop`", "/start`"):
-        assert f"`{word}" in section

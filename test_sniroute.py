@@ -30,13 +30,10 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import pytest
 
-import sniroute_launchers
-import sniroute_refusals
 import sniroute_routes
-import sniroute_settings
 from sniroute_refusals import REFUSALS
-from sniroute_settings import SETTINGS, load_settings
-from conftest import HERE, HOST, Address, linux, wait_until
+from sniroute_settings import load_settings
+from conftest import HOST, Address, linux, wait_until
 from testbed.hellos import HELLO, genuine
 from testbed.program import BARE, BARE_PYTHON, Program, counter, cpu_seconds, environment, execute, installed, resident
 from testbed.running import TUNNEL, alert, read_all, read_exactly, route
@@ -595,55 +592,3 @@ def test_explain_says_what_the_far_end_says(three_files, own_edge):
     assert ended.stdout.endswith("refused: db.example.com: Access denied it (is the token right, and does the "
                                  "application's policy allow it?): HTTP 403 (tunnel_denied, TLS alert 49)\n"
                                  f"to do:   {REFUSALS['tunnel_denied'].advice}\n")
-
-
-# -- the README --------------------------------------------------------------------------------
-
-README = (HERE / "README.md").read_text()
-
-
-@pytest.mark.parametrize("row", sniroute_settings.SETTINGS, ids=lambda row: row.name)
-def test_every_option_is_in_the_readme_with_its_default(row):
-    line = next((line for line in README.split("\n") if line.startswith(f"| `--{row.name} {row.metavar}`")), "")
-    assert line, f"--{row.name} {row.metavar} is not in README.md"
-    if row.default is not None and row.name != "proxy-from":
-        assert f"`{row.default}`" in line.split("|")[2]
-
-
-def test_the_settings_file_of_the_readme_has_every_setting_and_its_default(settings_file):
-    text = README.partition("<!-- settings file -->\n```toml\n")[2].partition("```")[0]
-    settings, default = load_settings(["-c", settings_file(text)], {}), load_settings([], {})
-    named = re.findall(r"^#?(\w+) = ", text.partition("[routes]")[0], re.MULTILINE)
-    assert sorted(named) == sorted(row.field for row in SETTINGS if row.name not in ("config", "route"))
-    for attribute in named:
-        if f"#{attribute} = " not in text:
-            assert getattr(settings, attribute) == getattr(default, attribute), attribute
-    assert [str(route) for route in settings.routes.routes] == [
-        "db.example.com=tcp:192.0.2.10:5432", "*.example.com=cloudflared:cft-{name}",
-        "reports.example.com=cloudflared:reports.example.com"]
-    options = text.partition('[routes."reports.example.com"]')[2]
-    assert set(re.findall(r"^(\w+) = ", options, re.MULTILINE)) == {"target", *sniroute_settings.ROUTE_OPTIONS}
-
-
-def test_every_refusal_is_in_the_readme():
-    table = README.partition("## What is refused")[2].partition("\n## ")[0]
-    assert {kind for kind in sniroute_refusals.REFUSALS if f"`{kind}`" not in table} == set()
-
-
-def test_variables_a_tunnel_may_inherit_are_in_the_readme():
-    names = {name for name in sniroute_launchers.TUNNEL_ENVIRONMENT if name.isupper()}
-    assert {name for name in names if f"`{name}`" not in README} == set()
-
-
-def test_quick_start_of_the_readme_works_as_pasted(tmp_path, free_ports):
-    for program in ("openssl", "curl", "bash"):
-        if shutil.which(program) is None:
-            pytest.skip(f"needs the Debian package {program}")
-    block = README.partition("<!-- quick start -->\n```sh\n")[2].partition("```")[0]
-    first, _ = free_ports(2)
-    script = block.replace("19000", str(first)).replace("8443", str(first + 1)).replace(
-        "python3 ", f"{sys.executable} ") + "\nwait\n"
-    installed(tmp_path)
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert "</HTML>" in done.stdout, done.stderr
-    assert f"listening on {HOST}:{first}" in done.stderr and "name=web.example.com" in done.stderr

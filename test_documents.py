@@ -1,0 +1,370 @@
+"""Tests of README.md, OPERATING.md and CONTRIBUTING.md: what they promise is what the code does.
+
+Marks in the documents (`<!-- quick start -->` and so on) name the blocks that are read here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pathlib
+import re
+import shlex
+import shutil
+import socket
+import socketserver
+import struct
+import subprocess
+import sys
+import threading
+from typing import Iterator
+
+import pytest
+
+import sniroute
+import sniroute_carrier
+import sniroute_edge
+import sniroute_launchers
+import sniroute_log
+import sniroute_metrics
+import sniroute_refusals
+import sniroute_routes
+import sniroute_settings
+from sniroute_doctor import sample_hello
+from sniroute_names import parse_host_port
+from sniroute_settings import SETTINGS, load_settings
+from conftest import CORE, DOCTOR, HERE, HOST, wait_until
+
+README, OPERATING, CONTRIBUTING = (
+    (HERE / name).read_text() for name in ("README.md", "OPERATING.md", "CONTRIBUTING.md"))
+DOCUMENTS = {"README.md": README, "OPERATING.md": OPERATING, "CONTRIBUTING.md": CONTRIBUTING}
+
+
+def marked(document: str, mark: str) -> str:
+    """The block behind `<!-- mark -->`; it has to be there once."""
+    (block,) = re.findall(rf"^<!-- {mark} -->\n```\w+\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
+    return block
+
+
+def section(document: str, heading: str) -> str:
+    """What stands below a heading, up to the next one of any level."""
+    assert f"\n{heading}\n" in document
+    return re.split(r"\n#+ ", document.partition(f"\n{heading}\n")[2])[0]
+
+
+def blocks(document: str, language: str) -> list[str]:
+    """The code blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
+
+
+def code(document: str) -> list[str]:
+    """The spans of code in the text, without the blocks."""
+    text = re.sub(r"^```.*?^```$", "", document, flags=re.MULTILINE | re.DOTALL)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+
+
+# -- all three ---------------------------------------------------------------------------------
+
+
+def test_the_readme_can_be_read_at_once():
+    assert len(README.encode()) <= 10 * 1024
+
+
+def anchor(heading: str) -> str:
+    """The anchor that GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)]+)\)", DOCUMENTS[name]):
+        path, _, fragment = target.partition("#")
+        assert (HERE / (path or name)).is_file(), target
+        if fragment:
+            headings = re.findall(r"^#+ (.*)$", DOCUMENTS[path or name], re.MULTILINE)
+            assert fragment in map(anchor, headings), target
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_files_that_are_named_are_there(name):
+    files = {file for file in re.findall(r"[\w./-]*\w\.(?:py|md|service|socket)\b", DOCUMENTS[name])
+             if not file.startswith("/etc")}
+    assert len(files) > 2
+    for file in files:
+        if re.fullmatch(r"(/opt/sniroute/|DIR/)?sniroute\w*\.(py|service|socket)|\w+\.md|bench/README\.md", file):
+            assert (HERE / file.removeprefix("/opt/sniroute/").removeprefix("DIR/")).is_file(), file
+
+
+def command_lines() -> Iterator[list[str]]:
+    """The words behind `sniroute` of each command line in the documents, in blocks and in the text."""
+    for document in DOCUMENTS.values():
+        text = "\n".join(blocks(document, "sh")).replace("\\\n", " ") + "\n" + "\n".join(code(document))
+        for line in text.split("\n"):
+            found = re.match(r"(?:python3[\d.]* )(\S*sniroute\w*\.pyz?)( .*)?$", line.strip())
+            if found:
+                words = shlex.split((found[2] or "").partition(" & ")[0].removesuffix("&"), comments=True)
+                yield [found[1].rpartition("/")[2], *(word for word in words if word not in ("...", "&"))]
+
+
+def test_command_lines_parse():
+    lines = list(command_lines())
+    assert len(lines) > 20
+    router = 0
+    for program, *words in lines:
+        words = [re.sub(r"^/.*\.toml$", "/dev/null", word) for word in words]
+        if words and words[-1] == "--route":
+            words.pop()  # `--route ...`
+        if program == "sniroute_carrier.py" or words[:1] == ["carrier"]:
+            words = words[words[:1] == ["carrier"]:]
+            assert words[:2] == ["access", "tcp"]
+            sniroute_carrier.parse_words(words[2:], {})
+        elif words[:1] == ["bundle"]:
+            assert "bundle" in sniroute.PROGRAMS
+        elif words[:1] in (["--help"], ["--version"]):
+            with pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(io.StringIO()):
+                load_settings(words, {})
+            assert ended.value.code == 0
+        elif not any("unix:" in word for word in words):  # an example of CONTRIBUTING.md: tried below
+            settings = load_settings(words, {})
+            assert settings.command in sniroute.COMMANDS
+            router += 1
+    assert router > 12
+
+
+def options(program: str, *words: str) -> set[str]:
+    """The options that a --help names."""
+    done = subprocess.run([sys.executable, str(HERE / program), *words, "--help"], capture_output=True, text=True,
+                          timeout=60, check=True)
+    return set(re.findall(r"--[a-z][a-z-]+", done.stdout))
+
+
+def test_options_that_are_named_are_there():
+    known = options("sniroute.py") | {"--with", "--help", "--version"}
+    # What other programs, or an option that CONTRIBUTING.md adds, have; and the one that is not wanted.
+    others = {"--app", "--hostname", "--url", "--unix-socket", "--quick", "--half-closed-idle", "--workers"}
+    for name, document in DOCUMENTS.items():
+        named = {option for span in code(document) for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", span)}
+        assert len(named) > 2 and named <= known | others, (name, named - known - others)
+    assert {"--hostname", "--url"} <= options("sniroute_carrier.py", "access", "tcp")
+
+
+# -- README.md ---------------------------------------------------------------------------------
+
+
+def test_the_test_command_of_the_readme_is_where_ci_looks_for_it():
+    assert marked(README, "test command").strip().endswith(".venv/bin/python -m pytest")
+    assert "/^<!-- test command -->$/" in (HERE / ".ci/run").read_text()
+
+
+def test_quick_start_of_the_readme_works_as_pasted(tmp_path, free_ports):
+    for program in ("openssl", "curl", "bash"):
+        if shutil.which(program) is None:
+            pytest.skip(f"needs the Debian package {program}")
+    block = marked(README, "quick start")
+    first, _ = free_ports(2)
+    script = block.replace("19000", str(first)).replace("8443", str(first + 1)).replace(
+        "python3 ", f"{sys.executable} ") + "\nwait\n"
+    for name in (*CORE, DOCTOR):
+        shutil.copy(HERE / name, tmp_path)
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "</HTML>" in done.stdout, done.stderr
+    assert f"listening on {HOST}:{first}" in done.stderr and "name=web.example.com" in done.stderr
+
+
+# -- OPERATING.md ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", SETTINGS, ids=lambda row: row.name)
+def test_every_option_is_there_with_its_default(row):
+    line = next((line for line in OPERATING.split("\n") if line.startswith(f"| `--{row.name} {row.metavar}`")), "")
+    assert line, f"--{row.name} {row.metavar} is not in OPERATING.md"
+    if row.default is not None and row.name != "proxy-from":
+        assert f"`{row.default}`" in line.split("|")[2]
+
+
+def test_every_command_is_there():
+    table = section(OPERATING, "## Options")
+    for command in (*sniroute.COMMANDS, *sniroute.PROGRAMS):
+        assert re.search(rf"^\| `{command}\b", table, re.MULTILINE), command
+
+
+def test_every_kind_of_target_is_there():
+    table = section(OPERATING, "## Routes")
+    assert {kind for kind in sniroute_routes.SCHEMES if f"\n| `{kind}:" not in table} == set()
+
+
+def test_the_settings_file_has_every_setting_and_its_default(tmp_path):
+    text = marked(OPERATING, "settings file")
+    path = tmp_path / "sniroute.toml"
+    path.write_text(text)
+    settings, default = load_settings(["-c", str(path)], {}), load_settings([], {})
+    named = re.findall(r"^#?(\w+) = ", text.partition("[routes]")[0], re.MULTILINE)
+    assert sorted(named) == sorted(row.field for row in SETTINGS if row.name not in ("config", "route"))
+    for attribute in named:
+        if f"#{attribute} = " not in text:
+            assert getattr(settings, attribute) == getattr(default, attribute), attribute
+    assert [str(route) for route in settings.routes.routes] == [
+        "db.example.com=tcp:192.0.2.10:5432", "*.example.com=cloudflared:cft-{name}",
+        "reports.example.com=cloudflared:reports.example.com"]
+    route_options = text.partition('[routes."reports.example.com"]')[2]
+    assert set(re.findall(r"^(\w+) = ", route_options, re.MULTILINE)) == {"target", *sniroute_settings.ROUTE_OPTIONS}
+
+
+def test_settings_that_a_reload_cannot_change_are_there():
+    (listed,) = re.findall(r"wait for the next\s+start \(([^)]*)\)", section(OPERATING, "### Reload"))
+    assert set(re.findall(r"`(\w+)`", listed)) == {row.field for row in SETTINGS if row.fixed}
+
+
+def test_every_refusal_is_there():
+    table = section(OPERATING, "## What is refused, and how it looks")
+    named = {kind for line in table.split("\n") if line.startswith("| `") for kind in
+             re.findall(r"`(\w+)`", line.split("|")[1])}
+    assert named == set(sniroute_refusals.REFUSALS)
+
+
+def test_every_ending_is_there():
+    table = section(OPERATING, "## The log")
+    named = {kind for line in table.split("\n") if line.startswith("| `") for kind in
+             re.findall(r"`(\w+)`", line.split("|")[1])}
+    assert named == set(sniroute_log.ENDINGS)
+
+
+def test_limits_of_the_log_are_there():
+    text = " ".join(section(OPERATING, "## The log").split())
+    assert (f"at most {sniroute_log.LOG_REFUSALS} refusals for one reason are logged, {sniroute_log.LOG_EVENTS} "
+            f"events of one kind, {sniroute_log.LOG_ENDINGS} connections") in text
+
+
+def test_variables_a_tunnel_may_inherit_are_there():
+    names = {name for name in sniroute_launchers.TUNNEL_ENVIRONMENT if name.isupper()}
+    assert {name for name in names if f"`{name}`" not in OPERATING} == set()
+
+
+def test_what_the_carrier_says_is_there():
+    table = section(OPERATING, "### What the carrier says")
+    words = {word for line in table.split("\n") if line.startswith("| `") for word in
+             re.findall(r"`([^`]+)`", line.split("|")[1])} - {"HTTP 301 to ...: a web application?"}
+    sentences = set(sniroute_edge.REASONS.values())
+    assert {word for word in words if not any(sentence.startswith(word) for sentence in sentences)} == set()
+    assert {sentence for sentence in sentences if not sentence.startswith(tuple(words))} == set()
+
+
+def test_files_that_may_be_left_out_are_the_options():
+    table = section(OPERATING, "## Files")
+    assert set(re.findall(r"`(sniroute_\w+\.py)`", table.partition("\n\nA file")[0])) == {
+        path.name for path in HERE.glob("sniroute*.py")} - set(CORE)
+
+
+def test_metrics_and_paths_are_there():
+    alerts = marked(OPERATING, "alerts")
+    asked = {re.sub("_bucket$", "", name) for name in re.findall(r"\bsniroute_\w+", alerts)}
+    assert len(asked) > 8 and asked <= {metric.name for metric in sniroute_metrics.METRICS}
+    table = section(OPERATING, "## Metrics, status, and a page")
+    for word in ("GET /`", "GET /metrics`", "GET /status`", "GET /healthz`", "GET /readyz`", "POST /reload`",
+                 "POST /tunnels/NAME/stop`", "/start`"):
+        assert f"`{word}" in table
+
+
+def test_prometheus_asks_where_the_example_serves():
+    (target,) = re.findall(r'targets: \["(.*)"\]', marked(OPERATING, "prometheus"))
+    assert sniroute_settings.parse_admin(target) == parse_host_port(target)
+    assert f'admin = "{target}"' in section(OPERATING, "## Under systemd")
+
+
+def test_the_unit_points_to_it():
+    unit = (HERE / "sniroute.service").read_text()
+    assert "\nDocumentation=file:/opt/sniroute/OPERATING.md\n" in unit and "README.md" not in unit
+    assert "OPERATING.md" in next(line for line in OPERATING.split("\n") if line.startswith("install -D"))
+
+
+# -- the examples of CONTRIBUTING.md -----------------------------------------------------------
+
+
+def apply_examples(folder: pathlib.Path) -> None:
+    """Change the rooms in `folder` as the diffs of CONTRIBUTING.md say: `---` names a file, `@@` begins a hunk."""
+    found = blocks(CONTRIBUTING, "diff")
+    assert len(found) == 5
+    for part in re.split(r"^--- ", "".join(found), flags=re.MULTILINE)[1:]:
+        name, *hunks = re.split(r"\n@@\n", part)
+        path = folder / name
+        text = path.read_text()
+        for hunk in hunks:
+            lines = [line for line in hunk.split("\n") if line]
+            before = "".join(f"{line[1:]}\n" for line in lines if line[0] in " -")
+            after = "".join(f"{line[1:]}\n" for line in lines if line[0] in " +")
+            assert text.count(before) == 1, f"{name} has this {text.count(before)} times:\n{before}"
+            text = text.replace(before, after)
+        path.write_text(text)
+        compile(text, name, "exec")
+
+
+class Echo(socketserver.BaseRequestHandler):
+    """Sends everything back."""
+
+    def handle(self) -> None:
+        while data := self.request.recv(65536):
+            self.request.sendall(data)
+
+
+def exchange(port: int, *steps: tuple[bytes, bytes]) -> None:
+    """Say and hear each step, as a client of the router."""
+    with socket.create_connection((HOST, port), timeout=10) as client:
+        for said, heard in steps:
+            client.sendall(said)
+            answer = b""
+            while len(answer) < len(heard) and (data := client.recv(len(heard) - len(answer))):
+                answer += data
+            assert answer == heard
+
+
+def acme_hello() -> bytes:
+    """A hello that offers acme-tls/1: the sample's padding, which is last, becomes an ALPN extension."""
+    hello = sample_hello("db.example.com", 200)
+    names = b"\x0aacme-tls/1"
+    alpn = struct.pack("!HHH", 16, len(names) + 2, len(names)) + names  # RFC 7301 section 3.1
+    at = hello.index(struct.pack("!H", 21), hello.index(b"db.example.com"))
+    pad = len(hello) - at - len(alpn) - 4
+    return hello[:at] + alpn + struct.pack("!HH", 21, pad) + bytes(pad)
+
+
+def test_the_examples_can_be_followed(tmp_path, free_ports):
+    for name in (*CORE, DOCTOR):
+        shutil.copy(HERE / name, tmp_path)
+    apply_examples(tmp_path)
+    port, _ = free_ports(1)
+    program = [sys.executable, "-S", "-E", str(tmp_path / "sniroute.py")]
+    # A path of its own, since that of a test's folder may be too long for a unix socket.
+    path = f"/tmp/sniroute-test-{port}.sock"
+    route = ["--route", f"db.example.com=unix:{path}"]
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*program, *words], capture_output=True, text=True, timeout=60)
+
+    assert run("check", *route).stdout == f"db.example.com=unix:{path}\n"
+    assert run("explain", "db.example.com", *route).returncode == 0
+    assert "is not the absolute path of a unix socket" in run("check", "--route", "db.example.com=unix:x.sock").stderr
+    file = tmp_path / "sniroute.toml"
+    file.write_text('half_closed_idle = "2m"\n[routes]\n"a.example.com" = "socat:b.example.com"\n')
+    done = run("check", "-c", str(file))
+    assert (done.returncode, done.stdout) == (0, "a.example.com=socat:b.example.com\n")
+    log = tmp_path / "log"
+    with socketserver.ThreadingUnixStreamServer(path, Echo) as echo, open(log, "wb") as stderr:
+        echo.daemon_threads = True
+        thread = threading.Thread(target=echo.serve_forever, args=(0.05,))
+        thread.start()
+        router = subprocess.Popen([*program, "--listen", f"{HOST}:{port}", "--half-closed-idle", "2m", *route],
+                                  stderr=stderr)
+        try:
+            wait_until(lambda: f"listening on {HOST}:{port}\n" in log.read_text())
+            hello = sample_hello("db.example.com")
+            exchange(port, (hello, hello), (b"more", b"more"))
+            exchange(port, (b"CONNECT db.example.com:443 HTTP/1.1\r\nHost: db.example.com:443\r\n\r\n",
+                            b"HTTP/1.1 200 OK\r\n\r\n"), (hello, hello))
+            exchange(port, (acme_hello(), b"\x15\3\1\0\2\2\x78"))
+        finally:
+            router.terminate()
+            router.wait()
+            echo.shutdown()
+            thread.join()
+            pathlib.Path(path).unlink()
+    assert log.read_text().count(f"backend=unix:{path} ") == 2 and "reason=acme" in log.read_text()
