@@ -150,9 +150,9 @@ class Connection:
             return
         if isinstance(verdict, Hello):
             self._route(verdict)
-        elif not self.up.watched:
+        elif not self.up.events:
             self.wait_in(self.router.deadlines.prelude)
-            self.up.watch(READ, self.on_prelude)
+            self.up.wait_for(READ, self.on_prelude)
             if len(self.router.deadlines.prelude.due) > PRELUDES_MAX:
                 self.router.shed()
 
@@ -172,7 +172,7 @@ class Connection:
         """Send `S` or `N`, unless the client did not wait for it."""
         try:
             if self.client.recv(1, socket.MSG_PEEK):
-                raise Malformed("bytes behind a PostgreSQL encryption request")
+                raise Malformed("bytes that did not wait for the answer")
         except BlockingIOError:
             pass
         except OSError:
@@ -281,7 +281,7 @@ class Connection:
                                                  "and gone each time"))
             return
         self.state = PARKED
-        self.up.watch(READ, self.on_waiting)
+        self.up.wait_for(READ, self.on_waiting)
         self.wait_in(self.router.deadlines.parked)
         self.router.waits.join(self, doubted)
 
@@ -296,7 +296,7 @@ class Connection:
         if self.state not in WAITING_FOR_BACKEND:
             return
         if len(self.hello) >= HELLO_WIRE_MAX:
-            self.up.watch(0)  # enough: the rest waits in the kernel
+            self.up.wait_for(0)  # enough: the rest waits in the kernel
             return
         try:
             data = self.client.recv(MESSAGE)
@@ -343,19 +343,19 @@ class Connection:
             self._backend_failed(str(error))
             return
         except OSError as error:
-            watched = self.down.watched
+            watched = self.down.events
             if not watched and error.errno in NOT_CONNECTED:
                 self.wait_in(self.router.deadlines.connect)
-                self.up.watch(READ, self.on_waiting)
-                self.down.watch(WRITE, self.speak)
+                self.up.wait_for(READ, self.on_waiting)
+                self.down.wait_for(WRITE, self.speak)
             elif not watched or not isinstance(error, BlockingIOError):
                 self._connect_next(error.strerror)
             return
         if asks:  # a few bytes into an empty buffer: it took them all
             self.state = GREETING
             self.wait_in(self.router.deadlines.greeting)
-            self.up.watch(READ, self.on_waiting)
-            self.down.watch(READ, self.on_greeting)
+            self.up.wait_for(READ, self.on_waiting)
+            self.down.wait_for(READ, self.on_greeting)
         else:
             self._open(said, sent)
 
@@ -399,13 +399,13 @@ class Connection:
             self.hello = None
             if self.queue is not None:
                 self.leave_queue()
-            up.watch(READ, up.pump)
-            down.watch(READ, down.pump)
+            up.wait_for(READ, up.pump)
+            down.wait_for(READ, down.pump)
         else:
             self.state = UNANSWERED
             self.wait_in(self.router.deadlines.first_byte)
-            up.watch(READ, up.first)
-            down.watch(READ, down.first)
+            up.wait_for(READ, up.first)
+            down.wait_for(READ, down.first)
         if sent != len(said):
             up.hold(memoryview(said)[sent:])
 
@@ -428,7 +428,7 @@ class Connection:
     def _obey_backend(self, verdict: Retry | Refused | None) -> None:
         if verdict is None:
             self.state = PARKED
-            self.up.watch(READ, self.on_waiting)
+            self.up.wait_for(READ, self.on_waiting)
             self.wait_in(self.router.deadlines.words)
         elif isinstance(verdict, Refused):
             self.refuse(verdict)
@@ -488,9 +488,7 @@ class Connection:
         """Close the connection to the backend."""
         down = self.down
         if down.source is not None:
-            if down.watched:
-                self.router.loop.poller.closing(down.fd)
-                down.watched = 0
+            down.closing()
             down.source.close()
             down.source = None
 
@@ -540,7 +538,7 @@ class Connection:
             self.close(reason)
             return
         self.wait_in(self.router.deadlines.linger)
-        self.up.watch(READ, self.on_linger)
+        self.up.wait_for(READ, self.on_linger)
 
     def on_linger(self, mask: int) -> None:
         """Read and forget what the client still says."""
@@ -573,8 +571,7 @@ class Connection:
         up, down = self.up, self.down
         up.discard()
         down.discard()
-        if up.watched:
-            router.loop.poller.closing(up.fd)
+        up.closing()
         self.client.close()
         backend = self.backend
         if backend is not None:

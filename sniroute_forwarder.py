@@ -296,7 +296,7 @@ class Forwarder:
             connection.dismiss()
 
     def _watch(self, listener: Listener) -> None:
-        listener.watch.set(READ, functools.partial(self._accept, listener))
+        listener.watch.wait_for(READ, functools.partial(self._accept, listener))
 
     def _accept(self, listener: Listener, mask: int) -> None:
         """Take the clients that wait.
@@ -328,7 +328,7 @@ class Forwarder:
         """
         self.paused = True
         for listener in self.listeners.values():
-            listener.watch.set(0)
+            listener.watch.wait_for(0)
         now = monotonic()
         self.resuming.set(now + PAUSE)
         if now - self.pause_said >= PAUSE_SAID:

@@ -175,7 +175,7 @@ class Watch:
         self.fd = fd
         self.events = 0  # READ, WRITE, both, or 0 for nothing
 
-    def set(self, events: int, callback: Callable[[int], None] = ignore) -> None:
+    def wait_for(self, events: int, callback: Callable[[int], None] = ignore) -> None:
         """Wait for READ, WRITE or both, and call back then; or, with 0, for nothing."""
         before, self.events = self.events, events
         if not events:

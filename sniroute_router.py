@@ -543,7 +543,7 @@ class Router(socketserver.ThreadingTCPServer):
             up, down = connection.up, connection.down
             for flow, reason in ((up, CLIENT_RESET), (down, BACKEND_RESET)):
                 # A socket that is not watched, because its bytes are not wanted now, cannot say so itself.
-                if not flow.watched and flow.source is not None \
+                if not flow.events and flow.source is not None \
                         and flow.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                     connection.close(reason)
                     break

@@ -306,7 +306,8 @@ class Backend:
     """One connection's way to its target, told what came of it.  Loop only.
 
     In this order: `open` as often as it takes, `connected`, `answered`; `failed` at any time before that;
-    `release` at the end, once or more.  This base tries addresses of TCP one after another.
+    `release` at the end, once or more.  This base tries (family, address) pairs one after another; where none is left
+    the client is refused with `backend`.
     """
 
     __slots__ = ("target", "addresses", "local")
@@ -333,7 +334,7 @@ class Backend:
                 continue
             if STREAM == socket.SOCK_STREAM:
                 server.setblocking(False)
-            self.prepare(server)
+            self.set_options(server)
             error = server.connect_ex(address)
             if error in (0, errno.EINPROGRESS):
                 return server
@@ -345,7 +346,7 @@ class Backend:
     def exhausted(self) -> None:
         """None of its addresses can be reached."""
 
-    def prepare(self, server: socket.SocketType) -> None:
+    def set_options(self, server: socket.SocketType) -> None:
         """Set the options of a socket that is about to connect."""
         server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not self.local:
@@ -407,8 +408,8 @@ class TunnelBackend(Backend):
         self.dialled = 0.0
         self.failure: tuple[str, int] | None = None  # why, and the port from which it was dialled
 
-    def prepare(self, server: socket.SocketType) -> None:
-        super().prepare(server)
+    def set_options(self, server: socket.SocketType) -> None:
+        super().set_options(server)
         self.dialled = monotonic()
 
     def connected(self, server: socket.SocketType) -> None:
@@ -521,7 +522,8 @@ class Scheme(NamedTuple):
 
     check: Callable[[str], str]  # the part behind `scheme:`, made canonical; raises Malformed
     ready: Callable[[Targets, Decision], Backend | None]  # loop: None where it has to wait; raises Refused
-    prepare: Callable[[Targets, Wait], None]  # wait-<n>: returns when it may be ready; raises Refused
+    prepare: Callable[[Targets, Wait], None]  # wait-<n>: returns when it may be ready; raises Refused.  Never
+    # called for a kind whose `ready` never returns None
     waits_on: str  # for people: what a client waits for
     leads_back: Callable[[str, str], bool]  # (rest, HOST:PORT of --listen): whether it leads to the router itself
     is_tunnel: bool = False  # it has a tunnel in the TunnelTable

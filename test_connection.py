@@ -563,7 +563,7 @@ def test_client_that_goes_on_talking_while_it_waits_loses_nothing(run, serve, cl
     with running.connect(HELLO) as client:
         wait_until(lambda: running.router.waits.by_key)
         client.sendall(more)
-        wait_until(lambda: [c for c in list(running.router.connections) if not c.up.watched])
+        wait_until(lambda: [c for c in list(running.router.connections) if not c.up.events])
         assert max(len(c.hello) for c in running.router.connections) <= 2 * sniroute_wire.HELLO_WIRE_MAX
     assert far.result() == HELLO + more
 

@@ -53,16 +53,16 @@ class Recorder:
 def test_a_watch_tells_the_poller_only_what_changes():
     poller = Recorder()
     watch = Watch(poller, 7)
-    watch.set(0)
+    watch.wait_for(0)
     watch.closing()
     assert poller.told == []
-    watch.set(READ, print)
-    watch.set(READ, repr)
+    watch.wait_for(READ, print)
+    watch.wait_for(READ, repr)
     assert poller.told == [("watch", 7, READ, print)] and poller.callbacks == {7: repr}
-    watch.set(READ | WRITE, print)
-    watch.set(0)
-    watch.set(0)
-    watch.set(WRITE, print)
+    watch.wait_for(READ | WRITE, print)
+    watch.wait_for(0)
+    watch.wait_for(0)
+    watch.wait_for(WRITE, print)
     watch.closing()
     watch.closing()
     assert poller.told[1:] == [("change", 7, READ | WRITE, print), ("forget", 7), ("watch", 7, WRITE, print),
