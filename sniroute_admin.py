@@ -59,11 +59,14 @@ import sys
 import threading
 import time
 import urllib.parse
-from typing import Any, Callable, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 from sniroute_metrics import Collector, Facts, copied, expose, status
 from sniroute_names import printable, show_address
 from sniroute_page import PAGE, POLICY
+
+if TYPE_CHECKING:
+    from sniroute_launchers import TunnelKey
 
 __version__ = "0.1.0"
 
@@ -230,7 +233,7 @@ def reload(admin: Admin, name: str) -> Answer:
     return Answer.json({"done": "The settings were read again."})
 
 
-def tunnel_key(admin: Admin, name: str) -> str:
+def tunnel_key(admin: Admin, name: str) -> TunnelKey:
     """The key of the tunnel that a path names, by a client's name or by the key itself.  Raises Declined (404).
 
     A key is accepted only if the table has it.  It came there from a client's name, so it was checked; a key from the
@@ -242,9 +245,10 @@ def tunnel_key(admin: Admin, name: str) -> str:
         except ValueError as error:
             raise Declined(404, printable(str(error), 500)) from None
     tunnels = admin.router.tunnels
-    if not any(view.key == name for view in (*tunnels.snapshot(), *tunnels.failed())):
-        raise Declined(404, f"there is no tunnel {printable(name)} now; give a client's name to start one")
-    return name
+    for view in (*tunnels.snapshot(), *tunnels.failed()):
+        if str(view.key) == name:
+            return view.key
+    raise Declined(404, f"there is no tunnel {printable(name)} now; give a client's name to start one")
 
 
 def stop_tunnel(admin: Admin, name: str) -> Answer:
@@ -252,7 +256,7 @@ def stop_tunnel(admin: Admin, name: str) -> Answer:
     key = tunnel_key(admin, name)
     if not admin.router.tunnels.stop(key):
         raise Declined(404, f"{key} is not up, and did not fail")
-    return Answer.json({"done": f"{key} is stopped.", "tunnel": key})
+    return Answer.json({"done": f"{key} is stopped.", "tunnel": str(key)})
 
 
 def start_tunnel(admin: Admin, name: str) -> Answer:
@@ -274,7 +278,7 @@ def start_tunnel(admin: Admin, name: str) -> Answer:
         if kind is None:
             raise
         raise Declined(409 if kind in ("limit", "budget", "stopping") else 502, printable(str(error), 500)) from None
-    return Answer.json({"done": f"{key} is ready.", "tunnel": key, "seconds": round(tunnels.clock() - began, 3)})
+    return Answer.json({"done": f"{key} is ready.", "tunnel": str(key), "seconds": round(tunnels.clock() - began, 3)})
 
 
 class Endpoint(NamedTuple):

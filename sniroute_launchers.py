@@ -64,6 +64,17 @@ class Reason(NamedTuple):
     final: bool = False  # another try would end the same way
 
 
+class TunnelKey(NamedTuple):
+    """What tells one tunnel from another."""
+
+    launcher: str  # the scheme of its program's row
+    hostname: str
+    identified: bool = True  # it is given the router's Access token, if there is one
+
+    def __str__(self) -> str:
+        return f"{'' if self.identified else 'anonymous '}{self.launcher}:{self.hostname}"
+
+
 def last_line(tail: bytes) -> tuple[str, dict]:
     """The last line of an output that is not blank; and its fields where it is a JSON object, else {}."""
     for line in reversed(tail.decode("utf-8", "replace").split("\n")):
@@ -148,6 +159,10 @@ class Launcher(NamedTuple):
     carries: int = 1  # tunnels in one process; more than one: see "Shared processes" in sniroute_processes, ...
     shared: tuple[str, ...] = ()  # ... and these are the words after the program
     trial: Callable[[str], list[str]] | None = None  # hostname -> words for a run that dials once and ends
+
+    def environment_for(self, identified: bool) -> dict[str, str]:
+        """The environment of a process, with or without what identifies the router to Access."""
+        return {name: value for name, value in self.environment.items() if identified or name not in TUNNEL_IDENTITY}
 
     def is_there(self) -> bool:
         """Whether it can be run now."""

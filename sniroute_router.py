@@ -45,6 +45,7 @@ from sniroute_tunnels import TunnelTable
 from sniroute_wire import PROXY_POLICY, HelloMemory
 
 if TYPE_CHECKING:
+    from sniroute_launchers import TunnelKey
     from sniroute_processes import Child
     from sniroute_settings import Settings
 
@@ -383,8 +384,8 @@ class Router(socketserver.ThreadingTCPServer):
         """Accept no more, let connections end by themselves for so long, then end."""
         self.call(lambda: self._drain(seconds))
 
-    def tunnel_of(self, name: str) -> str:
-        """The tunnel that a client's name leads to: its key in the table.  Raises ValueError."""
+    def tunnel_of(self, name: str) -> TunnelKey:
+        """The tunnel that a client's name leads to.  Raises ValueError."""
         try:
             decision = self.decide(normalise(name.encode("ascii", "replace")))
         except Refused as error:

@@ -33,7 +33,7 @@ import struct
 import time
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
-from sniroute_launchers import TunnelError
+from sniroute_launchers import TunnelError, TunnelKey
 from sniroute_loop import CAPACITY_ERRNOS, NEVER
 from sniroute_names import HOST, Network, is_local, is_number, normalise, parse_host_port, parse_ip
 from sniroute_processes import Child
@@ -83,7 +83,7 @@ class Decision(NamedTuple):
     scheme: Scheme
     rest: str
     key: str  # of what is cached for it; holds the pattern, since two routes to one target may differ in what they allow
-    tunnel: str  # where that is a tunnel: its key in the TunnelTable
+    tunnel: TunnelKey | None  # where that is a tunnel
     tally: Tally
     plain: bool  # the route has no option that each connection has to be checked for
 
@@ -116,7 +116,7 @@ class Route(NamedTuple):
         row = SCHEMES[scheme]
         rest = row.check(rest)
         target = f"{scheme}:{rest}"
-        tunnel = ANONYMOUS + target if identified and not self.is_of_one_domain() else target
+        tunnel = TunnelKey(scheme, rest, not identified or self.is_of_one_domain()) if row.is_tunnel else None
         plain = self.send_proxy == "as-received" and self.allow is None and self.max_connections is None
         return Decision(self, target, row, rest, f"{self.pattern}={target}", tunnel, tally or Tally(), plain)
 
@@ -140,7 +140,6 @@ class Route(NamedTuple):
         return host in ("{label}", "{domain}") or host == "{name}" and self.pattern == "*"
 
 
-ANONYMOUS = "anonymous "  # before the launcher of a tunnel that is not given the router's Access token
 FIELDS = re.compile(r"\{([^{}]*)\}")
 
 

@@ -102,9 +102,11 @@ def test_explain_asks_a_router_that_runs(launch, cloudflared, ports, serve, admi
         ready, failed, absent = (command("explain", name, *options).stdout
                                  for name in (NAME, "evil.example.com", "cold.example.com"))
     assert re.search(rf"\nrouter:  running, pid {program.pid}, \d connections\n"
-                     r"tunnel:  ready, for \d+ s, 1 connections\n", ready)
+                     r"tunnel:  ready \(its local port is open\), for \d+ s, 1 connections\n", ready)
     assert re.search(r"\ntunnel:  failed, next in \d s\nsaid:    .*goroutine panic.*\nto do:   mend what it says", failed)
     assert "\ntunnel:  absent\nto do:   nothing: the next client starts it\n" in absent
+    for told in (ready, failed, absent):
+        assert told.count("to do:") == 1, "one thing"
     program.stop()
     assert "\nrouter:  no answer from its admin address: " in command("explain", NAME, *options).stdout
 

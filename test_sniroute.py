@@ -501,7 +501,7 @@ def test_token_is_shown_only_where_the_operator_has_chosen_the_domain(pattern, t
     assert route.is_of_one_domain() is own
     settings = load_settings([f"--route={route}", "--route=x.example.org=carrier:{name}"], TOKEN)
     decision = settings.routes.decide(pattern.replace("**", "a").replace("*", "a") if "." in pattern else "a.b.c")
-    environment = settings.launchers[decision.tunnel.partition(":")[0]].environment
+    environment = settings.launchers[decision.tunnel.launcher].environment_for(decision.tunnel.identified)
     assert TOKEN.items() <= environment.items() if own else not TOKEN.keys() & environment.keys()
 
 

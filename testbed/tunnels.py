@@ -21,7 +21,7 @@ import pytest
 
 import sniroute_launchers
 import sniroute_processes
-from sniroute_launchers import TunnelError
+from sniroute_launchers import TunnelError, TunnelKey
 from sniroute_tunnels import READY, Tunnel, TunnelTable
 from conftest import HOST, FakeClock, wait_until
 
@@ -69,6 +69,11 @@ def events(caplog: pytest.LogCaptureFixture) -> list[tuple[str, dict[str, Any]]]
     return [(record.getMessage(), getattr(record, "fields", {})) for record in caplog.records]
 
 
+def key(hostname: str) -> TunnelKey:
+    """The key of a tunnel in a Bench's table."""
+    return TunnelKey("cf", hostname)
+
+
 class Bench:
     """A table under test, and the threads that wait on it."""
 
@@ -86,7 +91,7 @@ class Bench:
 
         def run() -> None:
             try:
-                self.table.wait(f"cf:{name}", client, self.clock() + timeout, doubted)
+                self.table.wait(key(f"{name}"), client, self.clock() + timeout, doubted)
             except BaseException as error:
                 future.set_exception(error)
             else:
@@ -113,11 +118,11 @@ class Bench:
         """A tunnel that is ready, without a lease."""
         error = self.outcome(self.ask(name, **options))
         assert error is None, error
-        return self.table.tunnels[f"cf:{name}"]
+        return self.table.tunnels[key(f"{name}")]
 
     def leased(self, name: str) -> Tunnel:
         self.ready(name)
-        tunnel = self.table.lease(f"cf:{name}")
+        tunnel = self.table.lease(key(f"{name}"))
         assert tunnel is not None
         return tunnel
 
@@ -129,14 +134,14 @@ class Bench:
     def doubt(self, tunnel: Tunnel) -> bool:
         """Whether doubt has the tunnel's child started again.  Returns when it is ready again."""
         child = tunnel.child
-        future = self.ask(tunnel.key.partition(":")[2], doubted=child)
+        future = self.ask(tunnel.key.hostname, doubted=child)
         wait_until(lambda: tunnel.state is not READY or future.done())
         assert self.outcome(future) is None
         assert tunnel.state is READY
         return tunnel.child is not child
 
     def states(self) -> dict[str, str]:
-        return {key.partition(":")[2]: state for key, state, *_ in self.table.snapshot()}
+        return {view.key.hostname: view.state for view in self.table.snapshot()}
 
     def close(self) -> None:
         if self.table.reaper.ident is None:
