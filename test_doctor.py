@@ -1,9 +1,13 @@
-"""Tests of sniroute_doctor.py: check, explain and selftest, as functions and as commands."""
+"""Tests of sniroute_doctor.py: check, explain, selftest and bundle, as functions and as commands."""
 
 from __future__ import annotations
 
+import glob
+import os
 import re
+import sys
 import time
+import zipfile
 
 import pytest
 
@@ -11,9 +15,9 @@ import sniroute
 import sniroute_doctor
 import sniroute_log
 from sniroute_refusals import REFUSALS
-from conftest import linux
+from conftest import CORE, HOST, linux
 from testbed.hellos import HELLO, NAME, genuine
-from testbed.program import BARE, BARE_PYTHON, command, execute
+from testbed.program import BARE, BARE_PYTHON, PROGRAM, command, environment, execute
 from testbed.running import ROUTES_FILE, TUNNEL, alert, answer, read_all
 
 
@@ -140,3 +144,65 @@ def test_the_self_test_fails_where_the_router_does(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line[:4] for line in lines] == ["ok  ", "FAIL", "FAIL", "ok  ", "2 of"]
     assert "in the place of 97" in lines[1] or "bytes" in lines[1]
+
+
+# -- bundle ------------------------------------------------------------------------------------
+
+
+def test_the_same_sources_give_the_same_bytes(one_file, tmp_path):
+    """Whoever runs it, from wherever, however Python hashes, and also from inside itself."""
+    first, inside = tmp_path / "first.pyz", tmp_path / "inside.pyz"
+    for how, path, seed in ((PROGRAM, first, "1"), (one_file, inside, "2")):
+        ended = execute(sys.executable, str(how), "bundle", f"--output={path}", "--with=all", cwd="/",
+                        env={"PYTHONHASHSEED": seed}, said="", text=True)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert ended.stdout == f"{path}: sniroute 0.1.0 with doctor, admin, carrier, {path.stat().st_size >> 10} KiB\n"
+    assert first.read_bytes() == inside.read_bytes() == one_file.read_bytes()
+
+
+def test_a_bundle_has_what_it_was_asked_for(tmp_path):
+    path = tmp_path / "small.pyz"
+    assert command("bundle", "-o", str(path), "--with", "none").returncode == 0
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    assert names == sorted(["__main__.py", "__main__.pyc", *CORE, *(f"{name}c" for name in CORE)])
+    assert os.access(path, os.X_OK)
+    version = execute(*BARE_PYTHON, str(path), "--version", env=BARE, said="", text=True)
+    assert version.stdout.endswith("; with no options)\n")
+    for words, says in ((["check"], f"sniroute_doctor is not in {path}: write it with `bundle --with all`"),
+                        (["carrier"], f"sniroute_carrier is not in {path}: write it with `bundle --with all`")):
+        ended = execute(*BARE_PYTHON, str(path), *words, env=BARE, said="", text=True)
+        assert (ended.returncode, ended.stderr) == (2, f"sniroute: {says}\n")
+
+
+@pytest.mark.parametrize("words, code, says", [
+    (["--with", "everything"], 2, "'everything' is none of doctor, admin, carrier, all and none"),
+    (["-o", "/nonexistent/sniroute.pyz"], 1, "sniroute: /nonexistent/sniroute.pyz: No such file or directory"),
+], ids=["option", "folder"])
+def test_a_bundle_that_cannot_be_written_is_one_sentence(words, code, says, tmp_path):
+    ended = execute(sys.executable, str(PROGRAM), "bundle", *words, cwd=tmp_path, said="", text=True)
+    assert ended.returncode == code and says in ended.stderr and "Traceback" not in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_runs_on_every_python_that_is_here(one_file):
+    places = [*os.environ.get("PATH", "").split(":"), *glob.glob(os.path.expanduser("~/.pyenv/versions/*/bin"))]
+    pythons = {os.path.realpath(path) for place in places for path in glob.glob(f"{place}/python3.1[1-9]")}
+    for python in sorted(pythons - {os.path.realpath(sys.executable)}):
+        if execute(python, "-c", "", env=BARE).returncode:  # a shim, of a version manager
+            continue
+        ended = execute(python, "-S", "-E", str(one_file), "selftest", env=BARE, said="", text=True)
+        assert (ended.returncode, ended.stderr) == (0, ""), python
+
+
+def test_one_verdict_where_the_tunnel_is_up_and_its_far_end_is_not(launch, own_edge, ports, admin_path):
+    """A local port that is open is not "nothing to do"."""
+    own_edge.far("*", (HOST, 1))
+    options = "--route=*.example.com=carrier:{name}", f"--admin=unix:{admin_path}", ports
+    program = launch(*options, env=environment(**own_edge.environ))
+    with program.connect(HELLO) as client:
+        read_all(client)
+    told = command("explain", NAME, *options, **own_edge.environ)
+    assert told.returncode == 1 and "\ntunnel:  ready (its local port is open)" in told.stdout
+    assert re.search(r"\nrefused: .*its connector runs, but cannot reach the service.*\nto do: .*\n$", told.stdout)
+    assert told.stdout.count("to do:") == 1

@@ -3,6 +3,7 @@
     launch           launch(*options) -> Program that listens, until the test ends
     two_files        sniroute.py in a folder with the files that serve, and the doctor: Path
     three_files      the same, with the carrier: Path
+    form             each form in which it is handed on, complete: `cp sniroute*.py`, and sniroute.pyz: Path
     no_variables     no setting comes from the environment of whoever runs the tests
     admin_path       a path for a unix socket
 """
@@ -214,6 +215,30 @@ def three_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """sniroute.py in a folder with the same files, and the carrier's."""
     return installed(tmp_path_factory.mktemp("three files"), *(f"sniroute_{room}.py" for room in (
         "carrier", "edge", "forwarder", "dial", "http")))
+
+
+@pytest.fixture(scope="session")
+def all_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """What `cp sniroute*.py FOLDER` gives."""
+    folder = tmp_path_factory.mktemp("all files")
+    for path in HERE.glob("sniroute*.py"):
+        shutil.copy(path, folder)
+    return folder / "sniroute.py"
+
+
+@pytest.fixture(scope="session")
+def one_file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """What `sniroute.py bundle --with all` gives, alone in its folder."""
+    path = tmp_path_factory.mktemp("one file") / "sniroute.pyz"
+    ended = command("bundle", "-o", str(path), "--with", "all")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return path
+
+
+@pytest.fixture(params=["all_files", "one_file"])
+def form(request: pytest.FixtureRequest) -> pathlib.Path:
+    """What is run, in each form in which it is handed on."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
