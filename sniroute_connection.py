@@ -73,7 +73,7 @@ class Connection:
     """One client.  Its two sockets are `up.source` (the client's) and `down.source` (the backend's); it closes both."""
 
     __slots__ = ("router", "client", "address", "peer", "state", "began", "prelude", "name", "decision", "backend",
-                 "greeting", "hello", "replayable", "retried", "parks", "wait", "up", "down", "queue", "refusal",
+                 "preface", "hello", "replayable", "retried", "parks", "wait", "up", "down", "queue", "refusal",
                  "reason", "carried", "quiet_since", "dialled", "header", "admitted")
 
     def __init__(self, router: Router, client: socket.SocketType, address: tuple[str, int], peer: Peer):
@@ -88,7 +88,7 @@ class Connection:
         self.decision: Decision | None = None
         self.backend: Backend | None = None
         self.header: ProxyHeader | None = None  # a believed one
-        self.greeting = b""  # what the backend is told first: PROXY header, SSLRequest
+        self.preface = b""  # what the backend is told first: PROXY header, SSLRequest
         self.dialled = 0.0  # when it last was
         self.admitted = False  # it counts among its route's
         self.hello: bytes | None = None  # the ClientHello and what followed, until a byte has passed either way
@@ -213,7 +213,7 @@ class Connection:
         """Take over what the prelude has found out.  Raises Refused."""
         self.prelude = None
         self.hello = bytes(prelude.data)
-        self.greeting = prelude.header + SSL_REQUEST_BYTES if prelude.ssl else prelude.header
+        self.preface = prelude.header + SSL_REQUEST_BYTES if prelude.ssl else prelude.header
         self.header = header = prelude.source
         if header is None or header.source is None:
             return
@@ -243,13 +243,13 @@ class Connection:
             raise Refused("route_limit", f"{route.pattern} has {route.max_connections} connections")
         if route.send_proxy == "as-received":
             return
-        self.greeting = SSL_REQUEST_BYTES if self.greeting.endswith(SSL_REQUEST_BYTES) else b""
+        self.preface = SSL_REQUEST_BYTES if self.preface.endswith(SSL_REQUEST_BYTES) else b""
         write = PROXY_WRITERS[route.send_proxy]
         if write is not None:
             header = self.header
             source = None if header is not None and header.source is None else self.address
             destination = header and header.destination or self.client.getsockname()[:2]
-            self.greeting = write(source, destination) + self.greeting
+            self.preface = write(source, destination) + self.preface
 
     # -- on the way to the backend
 
@@ -334,8 +334,8 @@ class Connection:
         if self.state is not DIALING:
             return
         server = self.down.source
-        asks = self.greeting.endswith(SSL_REQUEST_BYTES)
-        said = self.greeting if asks else self.greeting + self.hello
+        asks = self.preface.endswith(SSL_REQUEST_BYTES)
+        said = self.preface if asks else self.preface + self.hello
         try:
             self.backend.connected(server)
             sent = server.send(said)
@@ -355,7 +355,7 @@ class Connection:
             self.state = GREETING
             self.wait_in(self.router.deadlines.greeting)
             self.up.wait_for(READ, self.on_waiting)
-            self.down.wait_for(READ, self.on_greeting)
+            self.down.wait_for(READ, self.on_ssl_answer)
         else:
             self._open(said, sent)
 
@@ -367,7 +367,7 @@ class Connection:
         self._hang_up()
         self._connect(why)
 
-    def on_greeting(self, mask: int) -> None:
+    def on_ssl_answer(self, mask: int) -> None:
         """The backend's answer to SSLRequest: exactly one `S`, or this is no place for a hello."""
         if self.state is not GREETING:
             return
@@ -385,7 +385,7 @@ class Connection:
         except OSError as error:
             self._backend_failed(error.strerror)
 
-    def on_greeting_timeout(self) -> None:
+    def on_ssl_answer_timeout(self) -> None:
         """No backend may think about TLS longer than that."""
         self._backend_failed("no answer to SSLRequest")
 
@@ -592,7 +592,7 @@ class Deadlines:
         self.prelude = loop.queue(prelude_timeout, Connection.on_prelude_timeout)
         self.parked = loop.queue(0.0, Connection.on_parked_timeout)
         self.connect = loop.queue(CONNECT_TIMEOUT, Connection.on_connect_timeout)
-        self.greeting = loop.queue(GREETING_TIMEOUT, Connection.on_greeting_timeout)
+        self.greeting = loop.queue(GREETING_TIMEOUT, Connection.on_ssl_answer_timeout)
         self.first_byte = loop.queue(FIRST_BYTE_TIMEOUT, Connection.on_first_byte_timeout)
         self.words = loop.queue(WORDS_TIMEOUT, Connection.on_words)
         self.linger = loop.queue(LINGER, Connection.on_linger_timeout)

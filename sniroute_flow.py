@@ -84,7 +84,7 @@ class Flow(Watch):
         """Wait for what is wanted of the source, which is also the twin's sink."""
         events = (READ if self.state in READING else 0) | (WRITE if self.twin.state is BLOCKED else 0)
         if events != self.events:
-            self.wait_for(events, self.mover() if events == READ else self.ready)
+            self.wait_for(events, self.mover() if events == READ else self.on_writable)
 
     def mover(self) -> Callable[[int], None]:
         """What moves bytes in this state."""
@@ -103,7 +103,7 @@ class Flow(Watch):
         if self.events == READ:
             self.poller.callbacks[self.fd] = self.mover()
 
-    def ready(self, mask: int) -> None:
+    def on_writable(self, mask: int) -> None:
         """The source can be written for the twin, and perhaps read too."""
         if mask != READ and self.twin.state is BLOCKED:
             self.twin.flush()

@@ -108,10 +108,10 @@ def test_callback_bears_being_called_for_nothing(run, serve, caplog):
     running = run(route(serve(answer(b"x")).address))
     def call_all(connection: sniroute_connection.Connection, flows: tuple[sniroute_flow.Flow, ...]) -> None:
         for mask in (sniroute_loop.READ, sniroute_loop.WRITE, sniroute_loop.READ | sniroute_loop.WRITE | 16):  # EPOLLHUP
-            for name in ("on_prelude", "on_waiting", "speak", "on_greeting", "on_linger"):
+            for name in ("on_prelude", "on_waiting", "speak", "on_ssl_answer", "on_linger"):
                 getattr(connection, name)(mask)
             for flow in flows:
-                running.router.loop.poller.callbacks[flow.fd](mask), flow.ready(mask)
+                running.router.loop.poller.callbacks[flow.fd](mask), flow.on_writable(mask)
     with running.connect(HELLO) as client:
         assert client.recv(1) == b"x"
         connection, = running.router.connections
