@@ -22,8 +22,8 @@ The start.  A failure in the steps 1 to 3 leaves a predecessor as it was:
     5  open the admin's address (threads `admin` and `admin-<n>`), then tell systemd READY=1
 
 The end.  The thread `loop` runs until all has drained, or until a second signal.  It stops all tunnels, which ends
-`reaper`, and wakes the main thread.  The main thread joins `loop`, and closes the admin, the listeners and the names, in
-this order.  The thread `log` begins first and ends last: `serve` owns it.  The threads wait-<n> are the Router's.
+`reaper`, and wakes the main thread.  The main thread joins `loop`, and closes the admin, the listeners and the names,
+in this order.  The thread `log` begins first and ends last: `serve` owns it.  The threads wait-<n> are the Router's.
 
 Threads: main, but for four functions.  `Supervisor.beat` and `dump` run in the loop, `Daemon._loop` is the thread
 `loop`, and any thread may call `Daemon.reload`.  One lock, Daemon.reloading: one reload at a time.
@@ -68,6 +68,7 @@ __version__ = "0.1.0"
 
 log = logging.getLogger("sniroute")
 monotonic = time.monotonic
+
 
 # -- systemd -----------------------------------------------------------------------------------
 
