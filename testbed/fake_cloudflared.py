@@ -214,7 +214,7 @@ class Fake:
         """How often this hostname has been started before."""
         with open(os.path.join(self.directory, "starts.jsonl")) as file:
             return sum(json.loads(line)["hostname"] == self.hostname
-                       for line in file if line.endswith("\n")) - 1  # the last line may still be being written
+                       for line in file if line.endswith("\n")) - 1  # the last line may be incomplete
 
     # -- the start -----------------------------------------------------------------------------
 
@@ -238,7 +238,7 @@ class Fake:
             child = os.fork()
             if child:
                 return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF
-        log("info", "Start Websocket listener", host=f"127.0.0.1:{self.port}")  # the real one logs this before it listens
+        log("info", "Start Websocket listener", host=f"127.0.0.1:{self.port}")  # as the real one, before it listens
         if faults.get("never_listen") or faults.get("wrong_owner"):
             keep = socket.socket()  # real programs hold sockets that do not listen
             signal.pause()
