@@ -490,7 +490,7 @@ class Prelude:
         self.local = local  # the peer is this machine, so its PROXY header may say that the client is, too
         self.step = self.START
         self.header = b""  # the bytes of a believed PROXY header
-        self.source: ProxyHeader | None = None  # the same, parsed
+        self.source: ProxyHeader | None = None  # that header, parsed
         self.data = bytearray()  # the bytes behind the header, without requests that were answered here
         self.reader: HelloReader | None = None  # from the first byte of a hello on
         self.ssl = False  # the client has sent SSLRequest, so the backend has to be sent one, too

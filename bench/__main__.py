@@ -25,7 +25,7 @@ def argv_of(part: str, *options: str) -> list[str]:
 
 
 def run(part: str, *options: str) -> int:
-    """Run a part to its end.  Returns its exit code.  If this process is told to end, the part is told, too."""
+    """Run a part to its end.  Returns its exit code.  If this process is told to end, it ends the part first."""
     process = subprocess.Popen(argv_of(part, *options))
     try:
         return process.wait()
