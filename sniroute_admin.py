@@ -82,7 +82,7 @@ HEAD_MAX = 32768  # request line and header fields: a browser adds the cookies o
 BODY_MAX = 65536  # no request needs a body, but some clients send one
 COLLECT = 0.25  # between two calls of Collector.collect, which can keep ten times what ends meanwhile
 CACHE_TIME = 0.5  # an answer is given again for so long: the page and several scrapers cost no more than one of them
-ACCEPT_PAUSE = 0.1  # after an accept that failed for want of descriptors: without it the thread would spin
+ACCEPT_PAUSE = 0.1  # after an accept that failed since descriptors ran out: without it the thread would spin
 PULSE_TIME = 1.0  # for the loop to answer: it does so within microseconds, unless it hangs
 CLOSE_TIME = 1.0  # for threads to end in Admin.close(); one that waits for a tunnel may end later, unheard
 BACKLOG = 64  # connections that wait for accept: a few times what is served at once
@@ -148,7 +148,7 @@ class Cached:
 
     def __init__(self, make: Callable[[], bytes]):
         self.make = make
-        self.lock = threading.Lock()  # guards the rest; held during `make`: those who ask meanwhile get its result, too
+        self.lock = threading.Lock()  # guards the rest; held during `make`: threads that wait get its result, too
         self.until = 0.0
         self.made = b""
 

@@ -123,7 +123,7 @@ class Connection:
         self.edge_watch: Watch | None = None
         self.state = DIALLING
         self.deaf = False  # the client takes no more; what it has sent is still read
-        self.early = b""  # what the client has said that is not in a message yet
+        self.early = b""  # bytes of the client that are not in a message yet
         self.ended = False  # the client has ended: its last bytes are in `early`
         self.reader = FrameReader()
         self.out = memoryview(b"")  # on its way to the edge

@@ -89,7 +89,7 @@ class Connection:
         self.backend: Backend | None = None
         self.header: ProxyHeader | None = None  # a believed one
         self.preface = b""  # what the backend is told first: PROXY header, SSLRequest
-        self.dialled = 0.0  # when it last was
+        self.dialled = 0.0  # clock time of its last dial
         self.admitted = False  # it counts among its route's
         self.hello: bytes | None = None  # the ClientHello and what followed, until a byte has passed either way
         self.replayable = False  # `hello` is all the client has said: it can be sent again
@@ -157,7 +157,7 @@ class Connection:
                 self.router.shed()
 
     def _parse(self, data: bytes) -> Hello | bytes | None:
-        """See Prelude.feed, which does this where the first bytes are not all of a hello."""
+        """Read the first bytes: a whole hello directly, all else by a Prelude.  Returns what `Prelude.feed` does."""
         if self.prelude is None:
             if self.peer.policy != "require":
                 self.hello = data  # before it is parsed: an alert for a broken one has its version
@@ -176,8 +176,8 @@ class Connection:
         except BlockingIOError:
             pass
         except OSError:
-            return  # the next read says so
-        with contextlib.suppress(OSError):  # likewise
+            return  # the client is gone: the next read says so
+        with contextlib.suppress(OSError):  # the client is gone: the next read says so
             self.client.send(answer)
 
     def _route(self, hello: Hello) -> None:
@@ -416,13 +416,13 @@ class Connection:
     # -- a backend that failed before the client had a byte of it
 
     def _backend_failed(self, why: str) -> None:
-        """Ask the backend what that means, and do it."""
+        """Ask the backend what to do about its failure, and do it."""
         verdict = self.backend.failed(why, self.down.source, self.retried or not self.replayable)
         self._drop_backend()
         self._obey_backend(verdict)
 
     def on_words(self) -> None:
-        """Its words have had their time: ask again."""
+        """WORDS_TIMEOUT is over: ask the backend once more why it failed."""
         self._obey_backend(self.backend.failed("", None, self.retried or not self.replayable))
 
     def _obey_backend(self, verdict: Retry | Refused | None) -> None:
@@ -459,7 +459,7 @@ class Connection:
             return
         flow.state = DONE
         if flow.twin.state is DONE:
-            self.close(BACKEND_CLOSED if flow is self.up else CLIENT_CLOSED)  # whoever was first
+            self.close(BACKEND_CLOSED if flow is self.up else CLIENT_CLOSED)  # this flow is the second to end
             return
         self.router.to_end.append(flow.twin.source)
         flow.rewatch()

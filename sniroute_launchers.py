@@ -110,7 +110,7 @@ CLOUDFLARED_REASONS = (
     ("connection refused", "failed", "the edge refused the connection"),
     ("connection reset by peer", "failed", "the edge reset the connection"),
     ("Leave cloudflared running to download", "denied", LOGIN_WANTED),  # the end of its prompt
-    ("If the browser failed to open", "denied", LOGIN_WANTED),  # the same, where it found a browser
+    ("If the browser failed to open", "denied", LOGIN_WANTED),  # its prompt after it has opened a browser
     ("Waiting for login", "denied", LOGIN_WANTED),
     ("already waiting for authentication", "denied", LOGIN_WANTED),
     (TAKEN, "failed", "its local port was taken"),

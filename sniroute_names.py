@@ -126,7 +126,7 @@ OPTIONS = {
 
 def is_here(room: str) -> bool:
     """Whether a drop-in file is beside the others, or with them in one zip file: asked by name, never by a path."""
-    import importlib.util  # for those who ask for an option only
+    import importlib.util  # imported late: needed only for an option
     return importlib.util.find_spec(room) is not None
 
 

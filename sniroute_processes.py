@@ -361,7 +361,7 @@ class Process:
         return child
 
     def listen(self, child: Child, hostname: str) -> None:
-        """Have it listen for a child.  A process of its own knows from its words."""
+        """Tell a shared process to listen for a child.  A process for one tunnel knows that from its command line."""
         if self.shared:
             self.tell(f"listen {child.listener} {hostname}")
 

@@ -69,7 +69,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.active = 0  # connections now
-        self.total = 0  # that are over, those that were refused included
+        self.total = 0  # connections that are over, refused ones included
         self.refused = 0
         self.up = 0  # bytes, of those that are over
         self.down = 0
@@ -82,7 +82,7 @@ class Decision(NamedTuple):
     target: str  # the target with its fields filled in: `scheme:rest`
     scheme: Scheme
     rest: str
-    key: str  # of what is cached for it; holds the pattern, since two routes to one target may differ in what they allow
+    key: str  # cache key; holds the pattern, too: two routes to one target may differ in the addresses they allow
     tunnel: TunnelKey | None  # where that is a tunnel
     tally: Tally
     plain: bool  # the route has no option that each connection has to be checked for
@@ -372,7 +372,7 @@ class Backend:
         """The client has left before the backend answered; the socket is closed next."""
 
     def release(self) -> None:
-        """The connection does without it from here on."""
+        """The connection needs the backend no longer."""
 
 
 class TcpBackend(Backend):
@@ -450,7 +450,7 @@ class TunnelBackend(Backend):
         return Retry(None if reason.text and child.names_clients else child)
 
     def abandon(self, server: socket.SocketType) -> None:
-        """A tunnel that still dials learns by a reset that it does so for nobody."""
+        """Have the close send RST: so a tunnel program that still dials its far end learns that the client has left."""
         with contextlib.suppress(OSError):
             server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
@@ -610,7 +610,7 @@ def forbidden(host: str, address: tuple) -> Refused:
 
 
 def never(rest: str, listen: str) -> bool:
-    """A tunnel's far end is elsewhere."""
+    """A tunnel never leads back to the router."""
     return False
 
 

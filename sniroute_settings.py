@@ -63,7 +63,7 @@ def parse_duration(text: str) -> float:
 
 
 def parse_off_or_duration(text: str) -> float:
-    """The same, or `off`, which is 0."""
+    """A duration as above, or `off`, which is 0.  Raises ValueError."""
     return 0.0 if text == "off" else parse_duration(text)
 
 
@@ -279,7 +279,7 @@ def as_text(value: Any) -> str:
 
 def meant(word: str, words: Iterable[str]) -> str:
     """What somebody may have meant, as the end of a sentence about an unknown word."""
-    import difflib  # for those who mistype only
+    import difflib  # imported late: only a mistyped word needs it
     close = difflib.get_close_matches(word.replace("-", "_"), words, 1)
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(words)}"
 
@@ -310,7 +310,7 @@ def read_settings(path: str, wrong: list[str], again: bool) -> dict[str, Any]:
 
 def read_toml(path: str, faults: list[str], again: bool) -> dict[str, Any]:
     """The tables of a TOML file that only its owner can write; empty, and a fault, where that cannot be had."""
-    import tomllib  # a megabyte, for those who have a file
+    import tomllib  # imported late: a megabyte that only a file of settings needs
     try:
         if again and not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("is no regular file, and cannot be read again")
@@ -344,7 +344,7 @@ def read_routes(table: Any, wrong: list[str]) -> list[Route]:
             route = parse_route(f"{pattern}={target}")
         except ValueError as error:
             wrong.append(f"{where}: {error}")
-            route = Route(pattern, "tcp:")  # for what else is wrong
+            route = Route(pattern, "tcp:")  # a stand-in, so that the options are checked, too
         for name, option in options.items():
             if name not in ROUTE_OPTIONS:
                 others = meant(name, ("target", *ROUTE_OPTIONS))

@@ -84,7 +84,7 @@ DOUBT_FIRST, DOUBT_LAST = 5.0, 300.0  # youngest age at which doubt restarts a p
 EVICT_AGE = 1.0  # a tunnel this fresh is not evicted: its client is on the way
 STARTS_BURST, STARTS_REFILL = 8, 1.0  # starts one client address may ask for: burst, per second
 BUDGETS_KEPT = 4096  # client addresses with a start budget, least recent out
-STARTS_KEPT = 1024  # starts remembered for whoever wants to know how long they took
+STARTS_KEPT = 1024  # starts remembered, so that the metrics can tell how long they took
 
 QUEUED, STARTING, READY = "queued", "starting", "ready"
 STOPPING, BACKOFF, FAILED = "stopping", "backoff", "failed"
@@ -162,7 +162,7 @@ class Tunnel:
         self.idle: float | None = None  # how long it may be unused, as its last client's route says; None: the table's
         self.crashes = 0  # deaths in a row, each within HEALTHY
         self.failures = 0  # starts in a row that failed
-        self.doubts = 0  # restarts in a row for want of an answer
+        self.doubts = 0  # restarts in a row because a client got no answer
         self.tries = 0  # in this start: ports found taken, and processes that died by no fault of its own
         self.reason = Reason()  # FAILED: why
 
@@ -328,7 +328,7 @@ class TunnelTable:
         Called under the lock, and releases it while it waits.
         """
         if tunnel.child is not child or tunnel.state is not READY:
-            return  # another thread has seen to it
+            return  # another thread has had it restarted already
         if not child.alive():  # dead or dying, and the reaper is about to find out
             if tunnel.changed.wait_for(lambda: self.closing or tunnel.child is not child or tunnel.state is not READY,
                                        STOP_GRACE):
@@ -421,7 +421,7 @@ class TunnelTable:
         except BaseException:
             with self.lock:
                 if spawn.state is STARTING and spawn.child is None:
-                    self._enter(spawn, QUEUED)  # what was claimed is not lost with the fault
+                    self._enter(spawn, QUEUED)  # the fault must not lose a tunnel that was claimed
             raise
         for tunnel, why in stop:
             self.processes.stop(tunnel.child, why, now)
@@ -469,7 +469,7 @@ class TunnelTable:
         """Make room for a name that waits: stop the tunnel that has been idle longest."""
         rows = self.tunnels.values()
         if any(t.state is STOPPING for t in rows):
-            return []  # room is on its way
+            return []  # it will make room
         idle = [t for t in rows if t.state is READY and not t.leases and not t.waiters
                 and now - t.last_used >= EVICT_AGE]
         for tunnel in sorted(idle, key=lambda t: t.last_used):
