@@ -174,15 +174,13 @@ def test_bytes_that_did_not_wait_for_S_are_refused(run, echo_server):
 def test_answer_to_a_request_is_not_sent_to_a_client_that_did_not_wait():
     """The peek before `S`: what came between the read and the answer."""
     ours, theirs = socket.socketpair()
-    connection = sniroute_connection.Connection.__new__(sniroute_connection.Connection)
-    connection.client = ours
     with ours, theirs:
         ours.setblocking(False)
-        connection._answer(b"S")
+        sniroute_connection.answer_now(ours, b"S")
         assert theirs.recv(1) == b"S"
         theirs.sendall(b"\x16")
         with pytest.raises(sniroute_refusals.Malformed):
-            connection._answer(b"S")
+            sniroute_connection.answer_now(ours, b"S")
 
 
 STARTUP_PACKET = struct.pack(">II", 20, 3 << 16) + b"user\0me\0\0\0\0\0"

@@ -92,7 +92,7 @@ def test_connections_of_a_turn_take_each_step_together(run, serve):
     assert taken[:9] == ["on_prelude"] * 3 + ["dial"] * 3 + ["speak"] * 3
 
 
-@pytest.mark.parametrize("step", ["go_on", "_connect"])
+@pytest.mark.parametrize("step", ["_admit", "connect"])
 def test_connection_that_ends_between_two_steps_of_a_turn_takes_no_further_one(run, echo_server, monkeypatch, step):
     running = run(route(echo_server.address))
     real = getattr(sniroute_connection.Connection, step)
@@ -157,7 +157,7 @@ def test_fault_in_a_step_or_after_a_wait_ends_that_connection_only(run, serve, c
         patch.setattr(sniroute_connection.Connection, "resume", lambda self: fault() if self.name == "db.example.com" else real(self))
         with running.connect(HELLO) as client:
             assert client.recv(1) == b""
-    for step in ("_parse", "_connect", "_open"):  # each is called by another of the loop's steps
+    for step in ("_parse", "connect", "_open"):  # each is called by another of the loop's steps
         with monkeypatch.context() as patch:
             patch.setattr(sniroute_connection.Connection, step, fault)
             with running.connect(genuine(name="ok.example.com")) as client:
