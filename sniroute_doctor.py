@@ -303,7 +303,7 @@ class SelfTest:
         except OSError as error:
             raise AssertionError(f"{error} after {len(data)} of {len(expected)} bytes") from None
         if data != expected:
-            raise AssertionError(f"{len(data)} bytes, {data[:20].hex(' ')}..., in the place of {len(expected)}")
+            raise AssertionError(f"{len(data)} bytes, {data[:20].hex(' ')}..., instead of {len(expected)}")
 
     def talk(self, *steps: bytes | tuple[bytes, bytes], end: bool = False, piece: int = 0) -> None:
         """Say each step, in pieces of so many bytes, and hear the same, or what stands behind it; then the `end`."""

@@ -143,7 +143,7 @@ def test_the_self_test_fails_where_the_router_does(monkeypatch, capsys):
         sniroute_log.log.propagate = True
     lines = capsys.readouterr().out.splitlines()
     assert [line[:4] for line in lines] == ["ok  ", "FAIL", "FAIL", "ok  ", "2 of"]
-    assert "in the place of 97" in lines[1] or "bytes" in lines[1]
+    assert "instead of 97" in lines[1] or "bytes" in lines[1]
 
 
 # -- bundle ------------------------------------------------------------------------------------
