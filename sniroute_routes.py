@@ -516,16 +516,26 @@ class Targets:
         return ip.is_global or not decision.route.lets_clients_choose()
 
 
+def never_waits(targets: Targets, wait: Wait) -> None:
+    """`Scheme.prepare` of a kind whose `ready` never returns None: it is not called."""
+
+
+def leads_elsewhere(rest: str, listen: str) -> bool:
+    """`Scheme.leads_back` of a kind that has no HOST:PORT of this router's."""
+    return False
+
+
 class Scheme(NamedTuple):
     """One kind of target, as a row."""
 
-    check: Callable[[str], str]  # the part behind `scheme:`, made canonical; raises Malformed
+    # The part behind `scheme:`, in the form that is used and shown; raises Malformed.  Called for a sample name when
+    # the settings are read, and for each name with its fields filled in.
+    check: Callable[[str], str]
     ready: Callable[[Targets, Decision], Backend | None]  # loop: None where it has to wait; raises Refused
-    prepare: Callable[[Targets, Wait], None]  # wait-<n>: returns when it may be ready; raises Refused.  Never
-    # called for a kind whose `ready` never returns None
-    waits_on: str  # for people: what a client waits for
-    leads_back: Callable[[str, str], bool]  # (rest, HOST:PORT of --listen): whether it leads to the router itself
-    is_tunnel: bool = False  # it has a tunnel in the TunnelTable
+    prepare: Callable[[Targets, Wait], None] = never_waits  # wait-<n>: returns when it may be ready; raises Refused
+    waits_on: str = "nothing"  # for people: what a client waits for
+    leads_back: Callable[[str, str], bool] = leads_elsewhere  # (rest, HOST:PORT of --listen): it is the router itself
+    is_tunnel: bool = False  # it has a tunnel in the TunnelTable, and so an idle time
 
 
 def check_tunnel(rest: str) -> str:
@@ -609,12 +619,7 @@ def forbidden(host: str, address: tuple) -> Refused:
     return Refused("forbidden", f"{host} is {address[0]}, which this route does not lead to")
 
 
-def never(rest: str, listen: str) -> bool:
-    """A tunnel never leads back to the router."""
-    return False
-
-
-TUNNEL = Scheme(check_tunnel, tunnel_ready, tunnel_prepare, "its tunnel", never, is_tunnel=True)
+TUNNEL = Scheme(check_tunnel, tunnel_ready, tunnel_prepare, "its tunnel", is_tunnel=True)
 SCHEMES = {
     "cloudflared": TUNNEL,
     "carrier": TUNNEL,
