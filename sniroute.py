@@ -24,8 +24,8 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
     sniroute_processes     child processes                     start, watch, hear, stop; who listens on a port
     sniroute_launchers     tunnel programs, a row each
     sniroute_flow          bytes one way                       pump, splice, backpressure
-    sniroute_loop          what is ready, due, asked for       epoll, timers, queues
     sniroute_log           the journal
+    sniroute_loop          what is ready, due, asked for       epoll, timers, queues
     sniroute_wire          TLS, PROXY, PostgreSQL preludes     pure parsers
     sniroute_names         names and addresses; the version
     sniroute_refusals      why, and how a client is told
@@ -33,7 +33,8 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
     sniroute_admin    *    HTTP for the host's own users       with sniroute_metrics and sniroute_page
     sniroute_carrier  *    a tunnel program of our own         with sniroute_edge, _forwarder, _dial and _http
 
-A room with a * is an option: leave it out, and one sentence says so where it is asked for.
+A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The last two rows, which
+stand apart, import the lower rooms of the table.
 
 The one idea: waiting borrows a thread, moving bytes does not.  All that is ready runs in one loop over epoll; only a
 target that has to wait (a tunnel that starts, a host to resolve) gets a thread, one for each target, its clients

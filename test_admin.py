@@ -21,7 +21,7 @@ import pytest
 import sniroute_admin
 from sniroute_names import printable
 from conftest import HERE, HOST, echo, wait_until
-from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, ask, dial, imported, metrics, read_reply, tell, value
+from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, ask, dial, metrics, read_reply, tell, value
 
 pytestmark = pytest.mark.usefixtures("hurry")
 
@@ -513,10 +513,6 @@ def test_log_says_who_asked_for_what_without_the_token(run_admin, caplog):
 
 
 # -- the file ----------------------------------------------------------------------------------
-
-
-def test_it_imports_downward():
-    assert imported("sniroute_admin") == {"sniroute_metrics", "sniroute_page", "sniroute_names"}
 
 
 def test_it_works_from_inside_a_zip_file(tmp_path):

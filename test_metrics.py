@@ -24,7 +24,7 @@ from sniroute_metrics import Collector, Histogram, TopNames, escape_label, show_
 from sniroute_names import printable
 from sniroute_tunnels import Start, View
 from conftest import HOST, FakeClock, echo, wait_until
-from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, ask, hostile_ending, imported, metrics, parse_metrics, value
+from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, ask, hostile_ending, metrics, parse_metrics, value
 
 pytestmark = pytest.mark.usefixtures("hurry")
 
@@ -278,10 +278,3 @@ def test_lists_of_status_are_bounded(run_admin, monkeypatch):
     assert began == sorted(began)
     assert len(status["last_refusals"]) == sniroute_metrics.REFUSALS_SHOWN
     assert len(status["routes"]) == 4
-
-
-# -- the file ----------------------------------------------------------------------------------
-
-
-def test_it_imports_downward():
-    assert imported("sniroute_metrics") == {"sniroute_names", "sniroute_log", "sniroute_refusals"}

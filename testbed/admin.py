@@ -5,7 +5,6 @@ A test module asks for `hurry` once for all its tests: `pytestmark = pytest.mark
 
 from __future__ import annotations
 
-import ast
 import collections
 import contextlib
 import http.client
@@ -35,7 +34,7 @@ from sniroute_admin import Admin, attach
 from sniroute_doctor import sample_hello
 from sniroute_launchers import cloudflared_launcher
 from sniroute_tunnels import TunnelTable
-from conftest import HERE, HOST, Address, wait_until
+from conftest import HOST, Address, wait_until
 from testbed.standins import Cloudflared
 
 TOKEN = "a-token-of-the-tests"  # that orders need
@@ -330,15 +329,3 @@ def browser(tmp_path) -> Iterator[Browser]:
     directory.mkdir()
     with Browser(program, directory) as page:
         yield page
-
-
-# -- what a room imports -----------------------------------------------------------------------
-
-
-def imported(room: str) -> set[str]:
-    """The modules that a room imports, without those of the standard library."""
-    tree = ast.parse((HERE / f"{room}.py").read_text())
-    modules = {alias.name.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
-               for alias in node.names} | {node.module.partition(".")[0] for node in ast.walk(tree)
-                                           if isinstance(node, ast.ImportFrom)}
-    return modules - sys.stdlib_module_names
