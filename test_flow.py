@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import queue
@@ -261,8 +262,12 @@ def test_flow_of_small_messages_whose_sink_is_full_waits_and_goes_on(run, serve,
     assert far.result() == said.digest() and running.ending().reason == "client_closed"
 
 
+@pytest.mark.parametrize("size", [1, sniroute_flow.MESSAGE], ids=["small", "bulky"])
 @pytest.mark.parametrize("fault", ["nothing to read", "client resets", "sink is full", "sink is gone"])
-def test_flow_of_small_messages_meets_what_any_flow_does(run, serve, fault, caplog):
+def test_flow_of_messages_of_one_size_meets_what_any_flow_does(run, serve, size, fault, caplog):
+    expected = "small" if size == 1 else "bulky"
+    if expected == "bulky" and not sniroute_flow.can_splice():
+        pytest.skip("no splice(2) here")
     def server(sock: socket.socket) -> bytes:
         assert read_exactly(sock, len(HELLO)) == HELLO
         sock.sendall(b"!")
@@ -279,15 +284,15 @@ def test_flow_of_small_messages_meets_what_any_flow_does(run, serve, fault, capl
         assert client.recv(1) == b"!"
         connection, = running.router.connections
         up, filled = connection.up, 0
-        while way(up) != "small":
+        while way(up) != expected:
             before = up.total
-            client.sendall(b"x")
-            wait_until(lambda: up.total > before)
+            client.sendall(b"x" * size)
+            wait_until(lambda: up.total == before + size)
         said = up.total - len(HELLO)
         def prepare() -> None:
             nonlocal filled
             if fault == "nothing to read":
-                up.pump(sniroute_loop.READ)
+                running.router.loop.poller.callbacks[up.fd](sniroute_loop.READ)
             elif fault == "sink is gone":
                 connection.down.source.shutdown(socket.SHUT_WR)
             elif fault == "sink is full":
@@ -304,6 +309,11 @@ def test_flow_of_small_messages_meets_what_any_flow_does(run, serve, fault, capl
             wait_until(lambda: up.total == len(HELLO) + said + 1)
             if fault == "sink is gone":
                 wait_until(lambda: up.state is sniroute_flow.DONE)
+            elif fault == "sink is full":
+                wait_until(lambda: up.state is sniroute_flow.BLOCKED)
+                called = threading.Event()
+                running.router.call(lambda: (up.flush(), called.set()))  # it is full still
+                assert called.wait(20) and up.state is sniroute_flow.BLOCKED
             client.shutdown(socket.SHUT_WR)
         go.set()
         if fault != "client resets":
@@ -394,8 +404,12 @@ def test_pipe_that_cannot_be_replaced_is_emptied(run, echo_server, monkeypatch):
     if router.pipes.shared is None:
         pytest.skip("no splice(2) here")
     os.write(router.pipes.shared[1], b"somebody else's bytes")
-    monkeypatch.setattr(router.pipes, "_make", lambda: None)
-    router.pipes.replace()
+    def short() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pipe", short)
+        router.pipes.replace()
+        assert router.pipes.lend() is None, "none is left to be shared"
     with pytest.raises(BlockingIOError):
         os.read(router.pipes.shared[0], 1)
 

@@ -23,6 +23,7 @@ import pytest
 import sniroute_connection
 import sniroute_loop
 import sniroute_router
+from sniroute_refusals import SettingsError
 from sniroute_routes import Decision, parse_route
 from sniroute_settings import load_settings
 from conftest import HERE, HOST, wait_until
@@ -101,6 +102,28 @@ def test_address_of_another_machine_is_named_in_one_line():
     ended = command("--listen=192.0.2.1:19000", route((HOST, 1)))
     assert ended.returncode == 1
     assert re.fullmatch(r"\S+ error --listen 192.0.2.1:19000: .+\n", ended.stderr), ended.stderr
+
+
+def test_listen_address_that_does_not_resolve_is_named_in_one_line(monkeypatch):
+    def getaddrinfo(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with pytest.raises(SettingsError, match="^--listen no-such-host:1: Name or service not known$"):
+        sniroute_router.listen_addresses("no-such-host", 1)
+
+
+def test_client_that_is_gone_before_its_accept_holds_up_nobody(run, echo_server, monkeypatch, caplog):
+    """ECONNABORTED; EPERM is a firewall's."""
+    real, errors = sniroute_router.Listener.accept, [errno.ECONNABORTED, errno.EPERM]
+    def accept(self: sniroute_router.Listener) -> Any:
+        if errors:
+            raise OSError(errors.pop(), "gone")
+        return real(self)
+    monkeypatch.setattr(sniroute_router.Listener, "accept", accept)
+    running = run(route(echo_server.address))
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+    assert not errors and not running.router.paused and "not accepting" not in caplog.text
 
 
 # -- listeners with one target -----------------------------------------------------------------
