@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from typing import Iterator, NamedTuple
 
@@ -210,9 +211,59 @@ def test_a_folder_of_two_versions_is_explained_in_one_sentence(folder):
     assert current.split(", ") == sorted({*CORE, *OPTIONS} - {"sniroute_wire.py", "sniroute_http.py"})
 
 
-def test_an_import_that_is_none_of_ours_is_not_explained_away():
+def test_the_versions_in_a_folder_are_listed(tmp_path, monkeypatch):
+    for name, text in {"sniroute.py": '__version__ = "2.0"\n', "sniroute_a.py": 'x = 1\n__version__ = "10.0"  # new\n',
+                       "sniroute_b.py": '__version__ = "2.0"\n', "sniroute_c.py": "\n", "sniroute_c.pyc": "",
+                       "other.py": '__version__ = "3.0"\n'}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "sniroute_d.py").write_bytes(b"\xff\xfe\n")
+    monkeypatch.setattr(sniroute, "__file__", str(tmp_path / "sniroute.py"))
+    fault = ImportError("cannot import name 'x' from 'sniroute_a'", name="sniroute_a")
+    assert sniroute.misfit(fault) == (
+        f"the files in {tmp_path} do not fit together (cannot import name 'x' from 'sniroute_a'): copy all of them again; "
+        "there are 10.0: sniroute_a.py; 2.0: sniroute.py, sniroute_b.py; an unknown version: sniroute_c.py, sniroute_d.py")
+    fault = ModuleNotFoundError("No module named 'sniroute_a'", name="sniroute_a")
+    assert sniroute.misfit(fault) == f"sniroute_a.py is not beside sniroute.py: copy it there ({tmp_path})"
+
+
+def test_an_import_that_is_none_of_ours_is_not_explained_away(monkeypatch):
     assert sniroute.misfit(ModuleNotFoundError("No module named 'ssl'", name="ssl")) == ""
     assert sniroute.misfit(ImportError("whatever")) == ""
+    monkeypatch.setitem(sniroute.PROGRAMS, "carrier", ("no_such_module", "main"))
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        sniroute.main(["carrier"])
+
+
+@pytest.mark.parametrize("words, room", [(["carrier", "--version"], "sniroute_carrier"), (["check"], "sniroute_doctor")])
+def test_a_room_that_is_not_there_is_one_sentence(words, room, monkeypatch, capsys, no_variables):
+    monkeypatch.setitem(sys.modules, room, None)  # an import says that there is none
+    assert sniroute.main(words) == 2
+    assert capsys.readouterr() == ("", f"{missing(f'{room}.py', HERE)}\n")
+
+
+# Closes some of its standard streams, and tells what stands there once `keep_standard_streams` has run.
+CLOSED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import sniroute
+says = os.open(sys.argv[2], os.O_WRONLY)
+before = [os.fstat(fd) for fd in range(3)]
+for fd in map(int, sys.argv[3:]):
+    os.close(fd)
+sniroute.keep_standard_streams()
+null = os.stat(os.devnull)
+opened = sum(os.path.samestat(os.fstat(fd), null) and not os.path.samestat(before[fd], null) for fd in range(3))
+assert not os.path.exists(f"/dev/fd/{says + 1}"), "and nothing more"
+os.write(says, f"{os.devnull} {opened}\\n".encode())
+"""
+
+
+def test_streams_that_are_closed_are_opened_before_anything_else():
+    """A client's socket must never become stderr."""
+    for closed in ((0,), (1,), (2,), (0, 1, 2)):
+        with tempfile.NamedTemporaryFile() as said:
+            execute(sys.executable, "-S", "-E", "-c", CLOSED, str(HERE), said.name, *map(str, closed))
+            assert said.read().decode() == f"{os.devnull} {len(closed)}\n"
 
 
 def test_the_face_can_be_read_by_a_python_that_is_too_old():

@@ -114,6 +114,33 @@ def test_time_of_the_last_good_reload_outlives_a_bad_one():
     assert collector.last_success == 200.0
 
 
+def test_what_another_thread_changes_meanwhile_is_copied_again():
+    """As interpreters other than CPython may find it."""
+    faults = [RuntimeError("dictionary changed size during iteration")] * (sniroute_metrics.COPY_TRIES - 1)
+    def kind(live: list[int]) -> list[int]:
+        if faults:
+            raise faults.pop()
+        return list(live)
+    live = [1, 2]
+    found = sniroute_metrics.copied(live, kind)
+    assert found == live and found is not live and not faults
+    faults += [RuntimeError()] * sniroute_metrics.COPY_TRIES
+    with pytest.raises(RuntimeError):
+        sniroute_metrics.copied(live, kind)
+
+
+def test_without_proc_what_it_tells_is_not_there(monkeypatch):
+    def nothing(*_: Any) -> Any:
+        raise FileNotFoundError
+    assert sniroute_metrics.resident_memory() and sniroute_metrics.open_descriptors()
+    assert 0 < sniroute_metrics.process_started(1.0) <= time.time()
+    monkeypatch.setattr(sniroute_metrics, "open", nothing, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", nothing)
+        assert sniroute_metrics.open_descriptors() is None
+    assert sniroute_metrics.resident_memory() is None and sniroute_metrics.process_started(1.0) == 1.0
+
+
 # -- /metrics ----------------------------------------------------------------------------------
 
 
