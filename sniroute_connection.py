@@ -472,7 +472,7 @@ class Connection:
         speaks, minor = NOTHING, 0
         if self.prelude is not None:
             speaks, minor = self.prelude.language()
-        elif self.hello:
+        elif self.hello and self.hello[0] == 0x16 and len(self.hello) > 2:  # see `route_to`: it may be anything
             speaks, minor = TLS, self.hello[2]
         farewell = told(error, speaks, minor)
         if farewell:

@@ -10,11 +10,11 @@
 Two rows are here: `cloudflared access tcp`, a process for each hostname, and our own carrier
 (sniroute_carrier.py), a process for up to CARRIES hostnames.
 
-The carrier is an option: its files may be missing.  Whether they are there is asked of the import system, so
-the answer is the same in a folder and in a .pyz file.  It is started by a short program text that imports it
-from `place()`: the folder, or the .pyz file.
+The carrier is an option: any of its files (CARRIER_ROOMS) may be missing.  The import system is asked whether they
+are there, so the answer is the same in a folder and in a .pyz file.  The carrier is started by a short program text
+that imports it from `place()`: the folder, or the .pyz file.
 
-Threads: none.  `is_there` and `find` look at the disk; nothing else does I/O.
+Threads: none.  `is_there`, `missing` and `find` look at the disk; nothing else does I/O.
 
 Seams: I want to ...
     run another tunnel program      a function like `cloudflared_launcher`, its row in `tunnel_launchers` of
@@ -22,19 +22,18 @@ Seams: I want to ...
     understand a new last line      a row in CLOUDFLARED_REASONS or CARRIER_REASONS
     let a variable through          TUNNEL_ENVIRONMENT
 
-This room imports sniroute_names (`printable`) and the standard library.
+This room imports sniroute_names (`printable`, `is_here`) and the standard library.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
 import sys
 from typing import Callable, Mapping, NamedTuple
 
-from sniroute_names import printable
+from sniroute_names import is_here, printable
 
 __version__ = "0.1.0"
 
@@ -155,8 +154,8 @@ class Launcher(NamedTuple):
     argv: Callable[[str, int], list[str]]  # (hostname, port) -> the words after the program, for one tunnel
     environment: Mapping[str, str]  # all that the process gets, except HOME: that is a private folder
     reason: Callable[[bytes], Reason]  # the process's last output, or one line of it -> the reason
-    missing: str  # the sentence for people where the program is not there
-    module: str = ""  # a file of ours that it runs, by its module name; may be missing, too
+    not_there: str  # the sentence for people where there is no such program
+    rooms: tuple[str, ...] = ()  # files of ours that it runs, by their module names; each may be missing, too
     carries: int = 1  # tunnels in one process; more than one: see "Shared processes" in sniroute_processes, ...
     shared: tuple[str, ...] = ()  # ... and these are the words after the program
     trial: Callable[[str], list[str]] | None = None  # hostname -> words for a run that dials once and ends
@@ -167,8 +166,16 @@ class Launcher(NamedTuple):
 
     def is_there(self) -> bool:
         """Whether it can be run now."""
-        return shutil.which(self.program) is not None and (
-            not self.module or importlib.util.find_spec(self.module) is not None)
+        return shutil.which(self.program) is not None and all(map(is_here, self.rooms))
+
+    @property
+    def missing(self) -> str:
+        """Why it cannot be run now, as a sentence for people."""
+        files = [f"{room}.py" for room in self.rooms if not is_here(room)]
+        if not files:
+            return self.not_there
+        are, them = ("is", "it") if len(files) == 1 else ("are", "them")
+        return f"{', '.join(files)} {are} not beside sniroute.py: copy {them} there"
 
     def find(self) -> str:
         """The program's absolute path.  Raises TunnelError where it cannot be run."""
@@ -208,6 +215,7 @@ def cloudflared_launcher(program: str, environ: Mapping[str, str]) -> Launcher:
 # -- the carrier -------------------------------------------------------------------------------
 
 CARRIER = "sniroute_carrier"
+CARRIER_ROOMS = (CARRIER, "sniroute_edge", "sniroute_forwarder", "sniroute_dial", "sniroute_http")
 # The carrier is imported instead of run as a script, so that Python compiles it only once and finds it in a
 # .pyz file, too.  The options -I and -S keep out what a user or a site has installed.
 CARRIER_CODE = ("import sys; sys.path.insert(0, sys.argv[1]); sys.argv[:2] = ['sniroute_carrier']; "
@@ -237,6 +245,5 @@ def carrier_argv(hostname: str, port: int) -> list[str]:
 def carrier_launcher(environ: Mapping[str, str]) -> Launcher:
     """The row for sniroute_carrier.py, which does what cloudflared does."""
     return Launcher(sys.executable, carrier_argv, inherited(environ), carrier_reason,
-                    f"{CARRIER}.py is not beside sniroute.py: copy it there", CARRIER, CARRIES,
-                    tuple(carrier_words("forwarders")),
+                    f"{sys.executable} is not there", CARRIER_ROOMS, CARRIES, tuple(carrier_words("forwarders")),
                     lambda hostname: carrier_words("access", "tcp", "--hostname", hostname))

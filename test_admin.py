@@ -21,7 +21,7 @@ import pytest
 import sniroute_admin
 from sniroute_names import printable
 from conftest import HERE, HOST, echo, wait_until
-from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, ask, dial, imported, metrics, read_reply, tell, value
+from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, ask, dial, metrics, read_reply, tell, value
 
 pytestmark = pytest.mark.usefixtures("hurry")
 

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import random
+import select
 import signal
 import socket
 import struct
@@ -25,11 +26,12 @@ import sniroute_connection
 import sniroute_refusals
 import sniroute_routes
 import sniroute_wire
+from sniroute_doctor import sample_hello
 from sniroute_loop import NEVER
 from sniroute_refusals import Refused, told
 from sniroute_routes import Resolved
 from conftest import HOST, wait_until
-from testbed.hellos import ASK_GSS, ASK_TLS, HELLO, V1, V2, V2_LOCAL, genuine
+from testbed.hellos import ASK_GSS, ASK_TLS, HELLO, NAME, V1, V2, V2_LOCAL, genuine
 from testbed.running import DB, TUNNEL, Running, alert, answer, read_all, read_exactly, reset, route
 
 
@@ -181,6 +183,49 @@ def test_answer_to_a_request_is_not_sent_to_a_client_that_did_not_wait():
         theirs.sendall(b"\x16")
         with pytest.raises(sniroute_refusals.Malformed):
             sniroute_connection.answer_now(ours, b"S")
+
+
+def test_client_that_resets_in_its_prelude_is_counted_among_those_that_left(run, echo_server):
+    running = run(route(echo_server.address))
+    client = running.connect(HELLO[:100])
+    wait_until(lambda: [c for c in list(running.router.connections) if c.prelude is not None])
+    reset(client)
+    assert running.ending().reason == "truncated" and "reset the connection" in running.ending().detail
+
+
+def test_answer_to_a_request_of_a_client_that_has_reset_is_nobodys():
+    """The next read says so."""
+    connection = sniroute_connection.Connection.__new__(sniroute_connection.Connection)
+    with socket.create_server((HOST, 0)) as listener, socket.create_connection(listener.getsockname()) as client:
+        ours, _ = listener.accept()
+        with ours:
+            reset(client)
+            ours.setblocking(False)
+            wait_until(lambda: select.select([ours], [], [], 0)[0])
+            connection.client = ours
+            connection._answer(b"S")
+
+
+def test_hello_that_the_backend_does_not_take_at_once_arrives_whole(run, monkeypatch):
+    """Buffers are small on the way there, and the backend reads late."""
+    said = sample_hello(NAME, sniroute_wire.HELLO_MAX - 100) + bytes(40_000)
+    def small(sock: socket.SocketType) -> None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    monkeypatch.setattr(sniroute_routes, "keep_alive", small)
+    with socket.create_server((HOST, 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        running = run(route(listener.getsockname()))
+        targets = running.router.targets
+        targets.remember(running.router.decide(NAME), Resolved(  # not local: so `keep_alive` is called
+            ((socket.AF_INET, listener.getsockname()),), False, NEVER))
+        with running.connect(said) as client:
+            far, _ = listener.accept()
+            with far:
+                wait_until(lambda: [c for c in list(running.router.connections) if c.up.state == "blocked"])
+                assert read_exactly(far, len(said)) == said
+                far.sendall(b"all")
+                assert read_exactly(client, 3) == b"all"
+    assert running.ending().up == len(said)
 
 
 STARTUP_PACKET = struct.pack(">II", 20, 3 << 16) + b"user\0me\0\0\0\0\0"

@@ -6,7 +6,9 @@ what systemd is told.
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from typing import Any, Iterator
 
 import pytest
@@ -24,7 +27,7 @@ import sniroute_daemon
 import sniroute_doctor
 import sniroute_loop
 import sniroute_router
-from conftest import HOST, Address, linux, wait_until
+from conftest import HERE, HOST, Address, linux, wait_until
 from testbed.hellos import HELLO, genuine
 from testbed.program import (BARE, BARE_PYTHON, PROGRAM, STOP_GRACE, command, counter, cpu_seconds, environment,
                              execute, ipv6, is_pending)
@@ -722,6 +725,74 @@ def test_an_admin_address_needs_the_admin_s_file(two_files):
     assert ended.returncode == 2
     assert ended.stderr == "".join(f"sniroute: --admin: {file} is not beside sniroute.py: copy it there\n"
                                    for file in ("sniroute_admin.py", "sniroute_metrics.py", "sniroute_page.py"))
+
+
+def planted(where: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run the program to its end, after this text of Python."""
+    code = f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{where}\nimport sniroute\nsys.exit(sniroute.main())"
+    return execute(sys.executable, "-c", code, f"--listen={HOST}:0", *words, env=environment(), text=True, said="")
+
+
+def test_a_loop_that_ends_by_a_fault_ends_the_program():
+    """A service manager starts it again."""
+    ended = planted("import sniroute_router\ndef fault(self): raise ZeroDivisionError('planted')\n"
+                    "sniroute_router.Router.serve_forever = fault")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert " error the loop ended: please report it\n" in ended.stderr and "ZeroDivisionError: planted" in ended.stderr
+    assert ended.stderr.endswith(" info stopped\n")
+
+
+@pytest.mark.parametrize("where, says", [
+    ("import sniroute_page\ndel sniroute_page.PAGE",
+     f"sniroute_admin.py: cannot import name 'PAGE' from 'sniroute_page' ({HERE}/sniroute_page.py)"),
+    ("import sniroute_admin\nsniroute_admin.attach = None", "'NoneType' object is not callable"),
+], ids=["import", "start"])
+def test_an_admin_that_is_broken_stops_the_start_in_one_line(where, says):
+    """Before anybody is dismissed, where that can be known."""
+    ended = planted(where, "--admin=127.0.0.1:0")
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    errors = [line for line in ended.stderr.splitlines() if " error " in line]
+    assert len(errors) == 1 and errors[0].endswith(f" error --admin: {says}")
+
+
+def test_a_successor_whose_admin_is_broken_goes_on_without_it(launch, free_ports, echo_server):
+    """Its predecessor is dismissed already: there is nobody to go back to."""
+    options = route(echo_server.address), f"--listen={HOST}:{free_ports(1)[0]}"
+    first = launch(*options)
+    code = (f"import sys; sys.path.insert(0, {str(HERE)!r}); del sys.argv[0]; import sniroute_admin, sniroute; "
+            "sniroute_admin.attach = None; sys.exit(sniroute.main())")
+    second = launch(*options, "--admin=127.0.0.1:0", python=(sys.executable, "-c", code))
+    second.wait_for(" error --admin: 'NoneType' object is not callable: going on without it\n")
+    assert first.wait() == 0
+    with second.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+
+
+def test_a_fault_of_ours_in_a_reload_changes_nothing(caplog):
+    """It is no reason to end."""
+    def again(running: Any) -> Any:
+        raise ZeroDivisionError("planted")
+    told: list[str] = []
+    settings = types.SimpleNamespace(again=again)
+    router = types.SimpleNamespace(reloads=collections.Counter(), last_reload=(True, 0.0))
+    supervisor = types.SimpleNamespace(tell=lambda *words: told.extend(words), ready=lambda router: told.append("READY=1"))
+    daemon = types.SimpleNamespace(reloading=threading.Lock(), supervisor=supervisor, settings=settings, router=router)
+    assert sniroute_daemon.Daemon.reload(daemon) == ["ZeroDivisionError('planted')"]
+    assert daemon.settings is settings and router.reloads == {"failed": 1} and not router.last_reload[0]
+    assert told[0] == "RELOADING=1" and told[-1] == "READY=1", "a manager would wait for ever"
+    assert "please report it" in caplog.text and "reload: nothing has changed" in caplog.text
+
+
+def test_a_successor_that_cannot_be_accepted_for_want_of_descriptors_does_not_make_it_spin(monkeypatch):
+    monkeypatch.setattr(sniroute_daemon, "CAPACITY_PAUSE", 0.01)
+    naps: list[float] = []
+    monkeypatch.setattr(sniroute_daemon.time, "sleep", naps.append)
+    with contextlib.closing(sniroute_daemon.Handover()) as handover:
+        for number, napped in ((errno.EMFILE, [0.01]), (errno.ECONNABORTED, [])):
+            def accept(number: int = number) -> Any:
+                raise OSError(number, "short")
+            naps.clear()
+            assert handover.accept(types.SimpleNamespace(accept=accept)) is None and naps == napped
 
 
 # -- systemd -----------------------------------------------------------------------------------

@@ -5,15 +5,19 @@ from __future__ import annotations
 import glob
 import os
 import re
+import socket
 import sys
 import time
+import types
 import zipfile
+from typing import Callable, Iterator
 
 import pytest
 
 import sniroute
 import sniroute_doctor
 import sniroute_log
+from sniroute_launchers import Launcher, Reason, TunnelError
 from sniroute_refusals import REFUSALS
 from conftest import CORE, HOST, linux
 from testbed.hellos import HELLO, NAME, genuine
@@ -85,7 +89,8 @@ def test_explain_says_why_a_name_is_refused(name, says):
 
 @pytest.mark.parametrize("scheme, says", [
     ("cloudflared", "cloudflared is not there: install it, or name it with --cloudflared"),
-    ("carrier", "sniroute_carrier.py is not beside sniroute.py: copy it there"),
+    ("carrier", "sniroute_carrier.py, sniroute_edge.py, sniroute_forwarder.py, sniroute_dial.py, sniroute_http.py "
+                "are not beside sniroute.py: copy them there"),
 ])
 def test_explain_says_that_the_program_is_missing(two_files, scheme, says):
     ended = execute(*BARE_PYTHON, str(two_files), "explain", "db.example.com", f"--route=*={scheme}:{{name}}",
@@ -115,6 +120,64 @@ def test_explain_asks_a_router_that_runs(launch, cloudflared, ports, serve, admi
     assert "\nrouter:  no answer from its admin address: " in command("explain", NAME, *options).stdout
 
 
+@pytest.mark.parametrize("answer, says", [
+    (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", "403 Forbidden"),
+    (b"SSH-2.0-OpenSSH\r\n", "BadStatusLine"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", "list indices must be integers or slices, not str"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "'tunnels'"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nno JS", "Expecting value"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", "IncompleteRead"),
+    (b"", "RemoteDisconnected"),
+], ids=["forbidden", "another protocol", "a list", "nothing in it", "no JSON", "cut", "nothing"])
+def test_explain_bears_any_answer_of_an_admin_address(serve, capsys, answer, says):
+    def far(sock: socket.socket) -> None:
+        sock.recv(65536)
+        sock.sendall(answer)
+    sniroute_doctor.explain_live(serve(far).address, "cloudflared:db.example.com")
+    said = capsys.readouterr().out
+    assert said.startswith("router:  no answer from its admin address: ") and says in said and said.count("\n") == 1
+
+
+def test_explain_says_that_a_router_runs_where_the_name_has_no_tunnel(serve, capsys):
+    body = b'{"tunnels": [], "phase": "running", "pid": 7, "connections": {"active": 3}}'
+    def far(sock: socket.socket) -> None:
+        sock.recv(65536)
+        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    sniroute_doctor.explain_live(serve(far).address, None)
+    assert capsys.readouterr().out == "router:  running, pid 7, 3 connections\n"
+
+
+def test_explain_says_that_the_token_is_not_shown(cloudflared):
+    options = f"--cloudflared={cloudflared.path}", "--route=*=cloudflared:{name}", "--route=*.example.com=cloudflared:{name}"
+    for name, said in (("db.example.org", True), ("db.example.com", False)):
+        ended = command("explain", name, *options, TUNNEL_SERVICE_TOKEN_ID="id", TUNNEL_SERVICE_TOKEN_SECRET="s3cret")
+        assert (ended.returncode, ended.stderr) == (0, "") and "s3cret" not in ended.stdout
+        assert ("\ntoken:   not shown there: the client may own that domain\n" in ended.stdout) is said
+
+
+def launcher(code: str) -> Launcher:
+    """A tunnel program whose trial is this text of Python."""
+    return Launcher(sys.executable, lambda hostname, port: [], {}, lambda tail: Reason("denied", tail.decode().strip()),
+                    "", trial=lambda hostname: ["-I", "-S", "-c", code, hostname])
+
+
+def test_a_far_end_is_tried_by_a_run_of_the_program(capsys):
+    sniroute_doctor.try_tunnel(launcher("import sys; assert sys.argv[1] == 'db.example.com'"), "db.example.com")
+    assert capsys.readouterr().out == "far end: it answers\n"
+    with pytest.raises(TunnelError, match="^Access denied it$") as caught:
+        sniroute_doctor.try_tunnel(launcher("import sys; sys.exit('Access denied it')"), "db.example.com")
+    assert caught.value.kind == "denied"
+    sniroute_doctor.try_tunnel(launcher("")._replace(trial=None), "db.example.com")
+    assert capsys.readouterr().out == "", "a program that cannot be tried is not"
+
+
+def test_a_far_end_that_does_not_answer_is_given_up(monkeypatch):
+    monkeypatch.setattr(sniroute_doctor, "TRIAL_TIMEOUT", 0.2)
+    with pytest.raises(TunnelError, match="^no answer within 0.2 s$") as caught:
+        sniroute_doctor.try_tunnel(launcher("import time; time.sleep(60)"), "db.example.com")
+    assert caught.value.kind == "timeout"
+
+
 # -- a test of itself --------------------------------------------------------------------------
 
 
@@ -128,20 +191,69 @@ def test_the_self_test_needs_two_files_and_less_than_ten_seconds(two_files):
     assert time.monotonic() - began < 10 and ended.stderr == ""
 
 
-def test_the_self_test_fails_where_the_router_does(monkeypatch, capsys):
+@pytest.fixture
+def selftest(capsys) -> Iterator[Callable[[], tuple[int, list[str]]]]:
+    """selftest() -> its exit code, and its lines.  It is the last that a process does: the log is put back here."""
+    handlers = list(sniroute_log.log.handlers)
+    def run() -> tuple[int, list[str]]:
+        code = sniroute.main(["selftest"])
+        return code, capsys.readouterr().out.splitlines()
+    yield run
+    sniroute_log.log.handlers[:] = handlers
+    sniroute_log.log.propagate = True
+
+
+def test_the_self_test_can_be_run_again_and_again(selftest):
+    for _ in range(2):
+        code, lines = selftest()
+        assert code == 0 and len(lines) == len(sniroute_doctor.SELF_TESTS) + 1
+        assert all(line.startswith("ok ") for line in lines[:-1])
+
+
+WRONG: dict[str, tuple[Callable[[bytes], bytes], set[str]]] = {  # what comes back, and what notices it
+    "nothing": (lambda data: b"", {"a hello", "half-close", "4 MiB there and back", "PostgreSQL: SSLRequest"}),
+    "another byte": (lambda data: data[:-1] + bytes([data[-1] ^ 1]), {"a hello", "4 MiB there and back", "half-close"}),
+    "one more": (lambda data: data + b"!", {"half-close", "4 MiB there and back"}),
+}
+
+
+@pytest.mark.parametrize("change, notices", WRONG.values(), ids=WRONG)
+def test_the_self_test_notices_bytes_that_are_wrong(selftest, monkeypatch, change, notices):
+    """And ends in its time, whatever hangs."""
+    class Backend(sniroute_doctor.SelfTestBackend):
+        def handle(self) -> None:
+            request = self.request
+            self.request = types.SimpleNamespace(recv=request.recv, sendall=lambda data: request.sendall(change(data)))
+            super().handle()
+    monkeypatch.setattr(sniroute_doctor, "SelfTestBackend", Backend)
+    monkeypatch.setattr(sniroute_doctor, "SELF_TEST_TIME", 1.0)  # after it, a case that hangs has a tenth of a second
+    monkeypatch.setattr(sniroute_doctor, "SELF_TESTS", tuple(
+        row for row in sniroute_doctor.SELF_TESTS if row[0] in notices or row[0] == "a broken hello: an alert"))
+    code, lines = selftest()
+    failed = {line.partition(" s  ")[2].partition(": ")[0] for line in lines if line.startswith("FAIL")}
+    assert code == 1 and failed == {title.partition(": ")[0] for title in notices}
+    assert lines[-1].startswith(f"1 of {len(lines) - 1} went well")
+
+
+def test_the_self_test_notices_a_crowd_that_shared_no_process(selftest, monkeypatch):
+    monkeypatch.setattr(sniroute_doctor, "SELF_TESTS", tuple(
+        row for row in sniroute_doctor.SELF_TESTS if row[0].startswith(("a tunnel for a crowd", "a tunnel that is"))))
+    code, lines = selftest()
+    assert code == 0
+    monkeypatch.setattr(sniroute_doctor, "SELF_TESTS", tuple(reversed(sniroute_doctor.SELF_TESTS)))
+    code, lines = selftest()
+    assert code == 1 and " processes were started" in lines[1], "another case had started some"
+
+
+def test_the_self_test_fails_where_the_router_does(selftest, monkeypatch):
     said = sniroute_doctor.HELLO_SAMPLE
     monkeypatch.setattr(sniroute_doctor, "SELF_TESTS", (
         ("right", lambda test: test.talk(said)),
         ("wrong", lambda test: test.talk((said, said[::-1]))),
         ("short", lambda test: test.talk((sniroute_doctor.sample_hello(None), b"more than an alert"))),
         ("right again", lambda test: test.talk(said))))
-    handlers = list(sniroute_log.log.handlers)
-    try:
-        assert sniroute.main(["selftest"]) == 1
-    finally:
-        sniroute_log.log.handlers[:] = handlers
-        sniroute_log.log.propagate = True
-    lines = capsys.readouterr().out.splitlines()
+    code, lines = selftest()
+    assert code == 1
     assert [line[:4] for line in lines] == ["ok  ", "FAIL", "FAIL", "ok  ", "2 of"]
     assert "instead of 97" in lines[1] or "bytes" in lines[1]
 

@@ -151,19 +151,26 @@ def test_the_carrier_can_also_be_run_for_one_tunnel():
 def test_the_carrier_is_run_by_this_python_with_nothing_but_what_it_needs(monkeypatch, tmp_path):
     monkeypatch.setattr(sniroute_launchers, "__file__", str(tmp_path / "sniroute_launchers.py"))
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "sniroute_carrier", raising=False)  # another test may have imported it
+    for room in sniroute_launchers.CARRIER_ROOMS:
+        monkeypatch.delitem(sys.modules, room, raising=False)  # another test may have imported it
     environ = {name: "x" for name in sniroute_launchers.TUNNEL_ENVIRONMENT}
     launcher = sniroute_launchers.carrier_launcher({**environ, "PATH": "/bin", "TUNNEL_SERVICE_HOSTNAME": "evil"})
     assert launcher.environment == {**environ, "TUNNEL_LOG_OUTPUT": "json"}
     assert not launcher.is_there()
-    with pytest.raises(TunnelError, match="sniroute_carrier.py is not beside sniroute.py: copy it there") as caught:
+    with pytest.raises(TunnelError) as caught:
         launcher.find()
-    assert caught.value.kind == "failed"
+    assert caught.value.kind == "failed" and str(caught.value) == (
+        "sniroute_carrier.py, sniroute_edge.py, sniroute_forwarder.py, sniroute_dial.py, sniroute_http.py "
+        "are not beside sniroute.py: copy them there")
     words = launcher.argv("a.test", 20000)
     assert words[-9:] == [str(tmp_path), *sniroute_launchers.cloudflared_argv("a.test", 20000)], "there is no script"
     (tmp_path / "sniroute_carrier.py").write_text(
         "import sys\ndef main():\n    print(sys.argv, sys.flags.isolated, sys.flags.no_site)\n    return 7\n")
-    importlib.invalidate_caches()  # the folder has been looked at in this instant
+    for room in sniroute_launchers.CARRIER_ROOMS[1:]:
+        importlib.invalidate_caches()  # the folder has been looked at in this instant
+        assert not launcher.is_there() and f"{room}.py" in launcher.missing
+        (tmp_path / f"{room}.py").touch()
+    importlib.invalidate_caches()
     assert launcher.is_there() and launcher.find() == os.path.abspath(sys.executable)
     assert launcher.argv("a.test", 20000)[0] == str(tmp_path / "sniroute_carrier.py")
     for words, seen in ((launcher.shared, ["forwarders"]),

@@ -258,6 +258,13 @@ def test_a_log_that_fails_goes_on(failure):
     assert stream.getvalue().endswith(" second\n")
 
 
+def test_a_line_that_cannot_be_shown_costs_no_other():
+    """A fault of ours: the thread that writes has to outlive it."""
+    text = written("text", said("%d clients", "three"), said("next"))
+    first, second = text.splitlines()
+    assert " error a log line that cannot be shown: TypeError(" in first and second.endswith(" info next")
+
+
 def test_a_log_without_a_stream_is_silent():
     journal = Journal(None, "text")
     journal.emit(said("x"))

@@ -3,22 +3,187 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import threading
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import pytest
 
 import sniroute_connection
 import sniroute_flow
 import sniroute_loop
-from sniroute_loop import READ, WRITE, Watch
-from conftest import wait_until
+from sniroute_loop import NEVER, READ, WRITE, Loop, WakePipe, Watch
+from conftest import FakeClock, wait_until
 from testbed.hellos import HELLO, genuine
 from testbed.running import TUNNEL, answer, read_all, read_exactly, route
 
 
+class Bench:
+    """A loop that a test turns by hand, under a clock that it moves, and the faults that it met."""
+
+    def __init__(self, clock: FakeClock):
+        self.clock = clock
+        self.faults: list[Any] = []
+        self.loop = Loop(self.faults.append)
+        self.turn()  # the first one looks at all timers and queues
+
+    def turn(self, seconds: float = 0.0) -> None:
+        """So many seconds later, turn once, whether something is due or not."""
+        self.clock.jump(seconds)
+        self.loop.call(lambda: None)
+        self.loop.turn()
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    clock = FakeClock()
+    monkeypatch.setattr(sniroute_loop, "monotonic", clock)
+    made = Bench(clock)
+    yield made
+    made.loop.close()
+
+
+@pytest.fixture
+def live() -> Iterator[Loop]:
+    """A loop that runs in a thread of its own; a fault there fails the test."""
+    faults: list[Any] = []
+    loop = Loop(faults.append)
+    thread = threading.Thread(target=loop.run, name="loop")
+    thread.start()
+    yield loop
+    loop.call(loop.stop)
+    thread.join()
+    loop.close()
+    assert not faults
+
+
+# -- timers ------------------------------------------------------------------------------------
+
+
+def test_a_timer_acts_once_at_its_time_and_not_before(bench):
+    acted = []
+    timer = bench.loop.timer(lambda: acted.append(bench.clock()))
+    bench.turn(10_000)
+    assert not acted and timer.when == NEVER, "a new one is not set"
+    began = bench.clock()
+    timer.set(began + 5)
+    bench.turn(4.9)
+    assert not acted
+    bench.turn(0.1)
+    bench.turn(100)
+    assert acted == [began + 5] and timer.when == NEVER
+
+
+@pytest.mark.parametrize("again", [3, 7], ids=["sooner", "later"])
+def test_a_timer_that_is_set_again_forgets_its_time_before(bench, again):
+    acted = []
+    timer = bench.loop.timer(lambda: acted.append(bench.clock()))
+    began = bench.clock()
+    timer.set(began + 5)
+    bench.turn(1)
+    timer.set(began + again)
+    for _ in range(10):
+        bench.turn(1)
+    assert acted == [began + again]
+
+
+def test_a_timer_that_sets_itself_acts_again_and_again(bench):
+    acted = []
+    def act() -> None:
+        acted.append(bench.clock())
+        timer.set(bench.clock() + 2)
+    timer = bench.loop.timer(act)
+    began = bench.clock()
+    timer.set(began)
+    for _ in range(8):
+        bench.turn(1)
+    assert acted == [began + seconds for seconds in (1, 3, 5, 7)]
+    timer.set(NEVER)
+    bench.turn(100)
+    assert len(acted) == 4
+
+
+def test_the_loop_wakes_by_itself_for_what_is_due(live):
+    """A timer, and a queue whose item puts itself again."""
+    timed, queued = threading.Event(), []
+    done = threading.Event()
+    def again(item: str) -> None:
+        queued.append(item)
+        queue.put(item) if len(queued) < 3 else done.set()
+    def begin() -> None:
+        live.timer(timed.set).set(time.monotonic() + 0.02)
+        queue.put("item")
+    queue = live.queue(0.01, again)
+    live.call(begin)
+    assert timed.wait(10) and done.wait(10)
+    assert queued == ["item"] * 3 and not queue.due
+
+
 # -- queues ------------------------------------------------------------------------------------
+
+
+def test_items_of_a_queue_are_due_in_the_order_in_which_they_came(bench):
+    acted = []
+    queue = bench.loop.queue(5, acted.append)
+    for item in ("a", "b", "c"):
+        queue.put(item)
+        bench.turn(1)
+    queue.drop("b")
+    queue.drop("b")  # what does not wait is dropped without a word
+    bench.turn(2)
+    assert acted == ["a"]
+    bench.turn(2)
+    assert acted == ["a", "c"] and not queue.due
+
+
+def test_an_item_that_is_put_again_waits_anew_behind_the_others(bench):
+    acted = []
+    queue = bench.loop.queue(5, acted.append)
+    queue.put("a")
+    queue.put("b")
+    bench.turn(4)
+    queue.put("a")
+    bench.turn(1)
+    assert acted == ["b"] and list(queue.due) == ["a"]
+    bench.turn(4)
+    assert acted == ["b", "a"]
+
+
+def test_an_item_that_puts_itself_again_while_it_is_due_acts_once_in_a_turn(bench):
+    """As a deadline that finds that it is not time to act yet."""
+    acted = []
+    queue = bench.loop.queue(5, lambda item: (acted.append(item), queue.put(item)))
+    queue.put("a")
+    queue.put("b")
+    bench.turn(5)
+    assert acted == ["a", "b"] and list(queue.due) == ["a", "b"]
+    bench.turn(4.9)
+    assert len(acted) == 2
+    bench.turn(0.1)
+    assert acted == ["a", "b"] * 2
+
+
+def test_an_item_that_another_one_drops_while_both_are_due_does_not_act(bench):
+    acted = []
+    queue = bench.loop.queue(5, lambda item: (acted.append(item), queue.drop("b")))
+    queue.put("a")
+    queue.put("b")
+    bench.turn(5)
+    assert acted == ["a"] and not queue.due
+
+
+def test_other_seconds_hold_for_what_is_put_from_then_on(bench):
+    acted = []
+    queue = bench.loop.queue(5, acted.append)
+    queue.put("a")
+    queue.seconds = 60
+    queue.put("b")
+    bench.turn(5)
+    assert acted == ["a"]
+    bench.turn(55)
+    assert acted == ["a", "b"]
 
 
 def test_a_deadline_that_another_one_sets_is_not_forgotten():
@@ -34,6 +199,164 @@ def test_a_deadline_that_another_one_sets_is_not_forgotten():
         assert loop.next_check <= earlier.due["item"]
     finally:
         loop.close()
+
+
+# -- faults ------------------------------------------------------------------------------------
+
+
+class Owner:
+    """Something of ours that meets a fault."""
+
+    def fail(self, *_: Any) -> None:
+        raise ZeroDivisionError("planted")
+
+
+def fail(*_: Any) -> None:
+    """A fault that is nobody's."""
+    raise ZeroDivisionError("planted")
+
+
+@pytest.mark.parametrize("place", ["descriptor", "call", "timer"])
+@pytest.mark.parametrize("how", ["method", "partial", "partial of a partial", "function", "lambda"])
+def test_a_fault_names_its_owner(bench, place, how):
+    """The object whose method it was; None for what belongs to nobody."""
+    owner = Owner()
+    act = {"method": owner.fail, "partial": functools.partial(owner.fail, 1), "function": fail,
+           "partial of a partial": functools.partial(functools.partial(owner.fail, 1), 2),
+           "lambda": lambda *_: fail()}[how]
+    loop, after = bench.loop, []
+    if place == "descriptor":
+        pipe = WakePipe()
+        pipe.wake()
+        loop.poller.watch(pipe.reader, READ, act)
+    elif place == "call":
+        loop.call(act)
+    else:
+        loop.timer(act).set(bench.clock())
+    loop.call(lambda: after.append("calls"))
+    loop.timer(lambda: after.append("timers")).set(bench.clock())
+    bench.turn()
+    assert bench.faults == [owner if how in ("method", "partial", "partial of a partial") else None]
+    assert after == ["calls", "timers"], "the others have their turn"
+    if place == "descriptor":
+        loop.poller.forget(pipe.reader)
+        pipe.close()
+
+
+def test_a_fault_of_a_queue_or_a_batch_is_its_items(bench):
+    loop, other = bench.loop, []
+    queue = loop.queue(5, lambda item: fail() if item == "bad" else other.append(item))
+    batch = loop.batch(lambda item: fail() if item == "worse" else other.append(item))
+    for item in ("bad", "good"):
+        queue.put(item)
+    batch += ["worse", "better"]
+    bench.turn(5)
+    assert bench.faults == ["bad", "worse"] and other == ["good", "better"]
+    assert not queue.due and not batch
+
+
+# -- batches -----------------------------------------------------------------------------------
+
+
+def test_batches_are_done_in_order_and_may_fill_those_behind_them(bench):
+    """In one turn; what comes into an earlier one is for the next turn."""
+    done: list[str] = []
+    first = bench.loop.batch(lambda item: (done.append(item), second.append("second")))
+    second = bench.loop.batch(lambda item: (done.append(item), first.append("late")))
+    first.append("first")
+    bench.turn()
+    assert done == ["first", "second"] and (first, second) == (["late"], [])
+
+
+# -- other threads -----------------------------------------------------------------------------
+
+
+def test_a_call_of_another_thread_wakes_the_loop(live):
+    """Which has nothing else to do for an hour."""
+    for _ in range(3):
+        heard = []
+        done = threading.Event()
+        live.call(lambda: (heard.append(threading.current_thread().name), done.set()))
+        assert done.wait(10) and heard == ["loop"]
+
+
+def test_what_a_call_asks_for_is_for_the_next_turn(bench):
+    """Else one that asks for itself would keep the turn from ending."""
+    done = []
+    def again() -> None:
+        done.append(1)
+        bench.loop.call(again)
+    bench.loop.call(again)
+    for count in (1, 2, 3):
+        bench.turn()
+        assert len(done) == count
+
+
+def test_calls_of_many_threads_are_all_made(live):
+    made: list[int] = []
+    done = threading.Event()
+    def ask(number: int) -> None:
+        for each in range(200):
+            live.call(functools.partial(made.append, number * 200 + each))
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    live.call(done.set)
+    assert done.wait(10) and sorted(made) == list(range(800))
+
+
+def test_a_loop_may_be_closed_while_another_thread_still_wakes_it():
+    loop = Loop(lambda owner: None)
+    enough, errors, calls = threading.Event(), [], []
+    def hammer() -> None:
+        try:
+            while not enough.is_set():
+                loop.call(lambda: None)
+                calls.append(1)
+        except BaseException as error:
+            errors.append(error)
+    thread = threading.Thread(target=hammer)
+    thread.start()
+    wait_until(lambda: calls)
+    loop.close()
+    count = len(calls)
+    wait_until(lambda: len(calls) > count + 10)
+    enough.set()
+    thread.join()
+    assert not errors
+
+
+def test_a_pipe_that_is_closed_wakes_nobody_who_has_its_number_next():
+    pipe, other = WakePipe(), os.pipe()
+    number = pipe.writer
+    pipe.close()
+    os.dup2(other[1], number)
+    try:
+        os.set_blocking(other[0], False)
+        pipe.wake()
+        pipe.close()  # as often as you like
+        with pytest.raises(BlockingIOError):
+            os.read(other[0], 1)
+    finally:
+        for end in (*other, number):
+            os.close(end)
+
+
+def test_a_pipe_that_is_full_still_wakes():
+    pipe = WakePipe()
+    try:
+        for _ in range(1 << 17):  # more than a pipe holds
+            pipe.wake()
+        while True:
+            before = os.read(pipe.reader, 1)
+            assert before == b"\0"
+            pipe.clear()
+    except BlockingIOError:
+        pipe.clear()  # nothing is there to clear
+    finally:
+        pipe.close()
 
 
 # -- what is watched ----------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from sniroute_metrics import Collector, Histogram, TopNames, escape_label, show_
 from sniroute_names import printable
 from sniroute_tunnels import Start, View
 from conftest import HOST, FakeClock, echo, wait_until
-from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, ask, hostile_ending, imported, metrics, parse_metrics, value
+from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, ask, hostile_ending, metrics, parse_metrics, value
 
 pytestmark = pytest.mark.usefixtures("hurry")
 
@@ -112,6 +112,33 @@ def test_time_of_the_last_good_reload_outlives_a_bad_one():
     router.last_reload = False, 300.0
     collector.collect()
     assert collector.last_success == 200.0
+
+
+def test_what_another_thread_changes_meanwhile_is_copied_again():
+    """As interpreters other than CPython may find it."""
+    faults = [RuntimeError("dictionary changed size during iteration")] * (sniroute_metrics.COPY_TRIES - 1)
+    def kind(live: list[int]) -> list[int]:
+        if faults:
+            raise faults.pop()
+        return list(live)
+    live = [1, 2]
+    found = sniroute_metrics.copied(live, kind)
+    assert found == live and found is not live and not faults
+    faults += [RuntimeError()] * sniroute_metrics.COPY_TRIES
+    with pytest.raises(RuntimeError):
+        sniroute_metrics.copied(live, kind)
+
+
+def test_without_proc_what_it_tells_is_not_there(monkeypatch):
+    def nothing(*_: Any) -> Any:
+        raise FileNotFoundError
+    assert sniroute_metrics.resident_memory() and sniroute_metrics.open_descriptors()
+    assert 0 < sniroute_metrics.process_started(1.0) <= time.time()
+    monkeypatch.setattr(sniroute_metrics, "open", nothing, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", nothing)
+        assert sniroute_metrics.open_descriptors() is None
+    assert sniroute_metrics.resident_memory() is None and sniroute_metrics.process_started(1.0) == 1.0
 
 
 # -- /metrics ----------------------------------------------------------------------------------
@@ -278,10 +305,3 @@ def test_lists_of_status_are_bounded(run_admin, monkeypatch):
     assert began == sorted(began)
     assert len(status["last_refusals"]) == sniroute_metrics.REFUSALS_SHOWN
     assert len(status["routes"]) == 4
-
-
-# -- the file ----------------------------------------------------------------------------------
-
-
-def test_it_imports_downward():
-    assert imported("sniroute_metrics") == {"sniroute_names", "sniroute_log", "sniroute_refusals"}

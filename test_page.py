@@ -9,7 +9,7 @@ import re
 import pytest
 
 from conftest import HOST, echo, wait_until
-from testbed.admin import DB, TOKEN, TUNNEL, ask, hostile_ending, imported
+from testbed.admin import DB, TOKEN, TUNNEL, ask, hostile_ending
 
 pytestmark = pytest.mark.usefixtures("hurry")
 
@@ -94,7 +94,3 @@ def test_page_in_a_browser(browser, run_admin, serve, cloudflared, ports):
     assert {url for url in asked if not url.startswith((origin + "/", "data:"))} == set()
     running.admin.close()
     wait_until(lambda: browser.evaluate("refresh()") or browser.text("phase") == "no answer", what="the page to notice")
-
-
-def test_it_imports_nothing_of_ours():
-    assert imported("sniroute_page") == set()

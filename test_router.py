@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import re
 import signal
 import socket
@@ -22,6 +23,8 @@ import pytest
 import sniroute_connection
 import sniroute_loop
 import sniroute_router
+from sniroute_refusals import SettingsError
+from sniroute_routes import Decision, parse_route
 from sniroute_settings import load_settings
 from conftest import HERE, HOST, wait_until
 from testbed.hellos import HELLO, ROUTED_HEADER, V1, genuine
@@ -99,6 +102,132 @@ def test_address_of_another_machine_is_named_in_one_line():
     ended = command("--listen=192.0.2.1:19000", route((HOST, 1)))
     assert ended.returncode == 1
     assert re.fullmatch(r"\S+ error --listen 192.0.2.1:19000: .+\n", ended.stderr), ended.stderr
+
+
+def test_listen_address_that_does_not_resolve_is_named_in_one_line(monkeypatch):
+    def getaddrinfo(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with pytest.raises(SettingsError, match="^--listen no-such-host:1: Name or service not known$"):
+        sniroute_router.listen_addresses("no-such-host", 1)
+
+
+def test_client_that_is_gone_before_its_accept_holds_up_nobody(run, echo_server, monkeypatch, caplog):
+    """ECONNABORTED; EPERM is a firewall's."""
+    real, errors = sniroute_router.Listener.accept, [errno.ECONNABORTED, errno.EPERM]
+    def accept(self: sniroute_router.Listener) -> Any:
+        if errors:
+            raise OSError(errors.pop(), "gone")
+        return real(self)
+    monkeypatch.setattr(sniroute_router.Listener, "accept", accept)
+    running = run(route(echo_server.address))
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+    assert not errors and not running.router.paused and "not accepting" not in caplog.text
+
+
+# -- listeners with one target -----------------------------------------------------------------
+
+
+def lead(running: Running, target: str, **options: Any) -> Decision:
+    """Have the listener lead all its clients to one target, by a route with these options."""
+    decision = parse_route(f"x.example.com={target}")._replace(**options).decide("x.example.com")
+    listener, = running.router.listeners
+    listener.decision = decision
+    return decision
+
+
+def greeting(sock: socket.socket) -> None:
+    """A far end that speaks first, as those of SMTP and MySQL do, and then sends everything back."""
+    sock.sendall(b"220 hello\r\n")
+    while data := sock.recv(65536):
+        sock.sendall(data)
+
+
+def tcp(address: tuple[str, int]) -> str:
+    """A target."""
+    return "tcp:{}:{}".format(*address)
+
+
+def test_client_of_a_listener_with_one_target_need_not_speak_first(run, serve):
+    running = run(route((HOST, 1)), "--proxy-protocol=required", "--proxy-from=192.0.2.0/24")
+    decision = lead(running, tcp(serve(greeting).address))
+    with running.connect() as client:
+        assert read_exactly(client, 11) == b"220 hello\r\n"
+        assert decision.tally.active == 1
+        client.sendall(b"EHLO")
+        assert read_exactly(client, 4) == b"EHLO"
+    end = running.ending()
+    assert (end.reason, end.name, end.route, end.backend) == (
+        "client_closed", None, "x.example.com", decision.target)
+    assert (end.up, end.down) == (4, 15) and decision.tally.active == 0
+
+
+def test_client_that_speaks_first_there_is_not_read_as_tls(run, echo_server):
+    running = run(route((HOST, 1)))
+    lead(running, tcp(echo_server.address))
+    for said in (b"GET / HTTP/1.1\r\n", HELLO, b"\x16", V1):
+        with running.connect(said) as client:
+            assert read_exactly(client, len(said)) == said
+
+
+def test_options_of_the_route_hold_there_too(run, serve):
+    far = serve(greeting)
+    running = run(route((HOST, 1)))
+    lead(running, tcp(far.address), allow=(ipaddress.ip_network("192.0.2.0/24"),))
+    with running.connect() as client:
+        assert read_all(client) == b"", "nobody knows what it speaks"
+    assert running.ending().reason == "not_allowed" and far.accepted == 0
+    decision = lead(running, tcp(far.address), max_connections=1)
+    with running.connect() as client, running.connect() as other:
+        assert client.recv(1) == b"2" and read_all(other) == b""
+        assert running.ending(2).reason == "route_limit"
+    running.ending(3)
+    assert (decision.tally.active, decision.tally.total, decision.tally.refused) == (0, 2, 1)
+    lead(running, tcp(serve(lambda sock: sock.sendall(sock.recv(100))).address), send_proxy="v1")
+    with running.connect() as client:
+        said = "PROXY TCP4 {} {} {} {}\r\n".format(HOST, HOST, client.getsockname()[1], running.address[1])
+        assert read_all(client).decode() == said
+
+
+@pytest.mark.parametrize("target", [f"tcp:{HOST}:1", "tcp:no-such-host.example.com:1"], ids=["address", "name"])
+def test_target_that_is_down_closes_its_clients(run, monkeypatch, target):
+    running = run(route((HOST, 1)))
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved(go := threading.Event()))
+    go.set()
+    lead(running, target)
+    with running.connect() as client:
+        assert read_all(client) == b""
+    assert running.ending().reason == ("backend" if HOST in target else "unresolved")
+
+
+def test_tunnel_of_one_target_that_fails_once_is_tried_again(run, serve, cloudflared, ports):
+    cloudflared.far("*", serve(greeting).address)
+    cloudflared.fault("*", refuse=1)
+    running = run(TUNNEL, ports)
+    lead(running, DB)
+    with running.connect() as client:
+        assert read_exactly(client, 11) == b"220 hello\r\n"
+    assert len(cloudflared.clients()) == 2 and running.counter("retries") == 1
+    assert running.ending().reason == "client_closed"
+    assert sum(view.leases for view in running.tunnels.snapshot()) == 0
+
+
+@pytest.mark.parametrize("said, heard", [
+    (b"", b""), (b"\x16", b""), (b"EHLO x\r\n", b""), (HELLO, alert(80)), (b"\x16\x03", b""),
+], ids=["nothing", "a byte of TLS", "clear text", "TLS", "two bytes of TLS"])
+def test_client_that_speaks_while_its_tunnel_fails_is_told_what_it_can_read(run, cloudflared, ports, caplog, said, heard):
+    cloudflared.fault("*", exit=0, words="no such flag", never_listen=True)
+    running = run(TUNNEL, ports)
+    lead(running, DB)
+    held = threading.Event()
+    wait = running.tunnels.wait
+    running.tunnels.wait = lambda *words: held.wait(20) and wait(*words)
+    with running.connect(said) as client:
+        wait_until(lambda: said in [connection.hello for connection in list(running.router.connections)])
+        held.set()
+        assert read_all(client) == heard
+    assert running.ending().reason == "tunnel_failed" and "please report it" not in caplog.text
 
 
 # -- limits ------------------------------------------------------------------------------------

@@ -19,8 +19,10 @@ import sniroute_refusals
 import sniroute_routes
 import sniroute_settings
 import sniroute_wire
+from sniroute_launchers import Reason
 from sniroute_refusals import Refused
-from sniroute_routes import Route, Routes, Targets, check_tcp, check_tunnel, expand, parse_route
+from sniroute_routes import (Backend, Layer, Retry, Route, Routes, Targets, TcpBackend, TunnelBackend, Unreachable,
+                             check_tcp, check_tunnel, expand, parse_route)
 from conftest import HOST, Address, wait_until
 from testbed.hellos import (ASK_TLS, HELLO, INET, LOCAL, LONGEST, ROUTED_HEADER, Bad, genuine, v1, v2,
                             verdict)
@@ -131,6 +133,132 @@ def test_a_pattern_is_routed_once():
         Routes([parse_route("c.d=tcp:h:1"), parse_route("a.b=tcp:h:1"), parse_route("A.B=tcp:h:2")])
 
 
+# -- layers ------------------------------------------------------------------------------------
+
+
+def to(pattern: str, port: int) -> Route:
+    """A route to this port of a host."""
+    return parse_route(f"{pattern}=tcp:h:{port}")
+
+
+def leads(routes: Routes, name: str) -> int:
+    """The port that a name leads to; 0 for none."""
+    try:
+        return int(routes.decide(name).rest.partition(":")[2])
+    except Refused as error:
+        assert error.kind == "no_route"
+        return 0
+
+
+def test_layers_are_asked_in_order_and_the_configured_one_first():
+    routes = Routes([to("*.example.com", 1), to("a.example.org", 2)])
+    second, third = Layer([to("a.example.com", 3), to("*.example.org", 4)]), Layer([to("*", 5)])
+    routes.add_layer(second)
+    routes.add_layer(third)
+    names = ["a.example.com", "a.example.org", "b.example.org", "example.net"]
+    assert [leads(routes, name) for name in names] == [1, 2, 4, 5], "a wildcard of the first goes before a name behind"
+    assert routes.layers == [routes.configured, second, third]
+    assert routes.find("b.example.org") == (second.patterns["*.example.org"], second.tallies["*.example.org"])
+    assert list(routes.tallies) == ["*.example.com", "a.example.org"], "what is told of routes is about the configured"
+
+
+@pytest.mark.parametrize("pattern", ["a.b.c.d", "*.b.c.d", "**.c.d", "*"])
+def test_a_route_that_is_put_or_dropped_counts_from_the_next_decision_on(pattern):
+    routes = Routes([to("other.example.com", 9)])
+    layer = Layer()
+    routes.add_layer(layer)
+    assert leads(routes, "a.b.c.d") == 0
+    for port in (1, 2, 3):  # 1 is new, the others replace it
+        layer.put(to(pattern, port))
+        assert leads(routes, "a.b.c.d") == leads(routes, "a.b.c.d") == port
+        assert leads(routes, "other.example.com") == 9
+    layer.drop(pattern)
+    assert leads(routes, "a.b.c.d") == 0
+    with pytest.raises(KeyError):
+        layer.drop(pattern)
+
+
+def test_a_route_that_is_dropped_uncovers_those_behind_it():
+    routes = Routes([to("a.b.c.d", 1)])
+    layer = Layer([to("*.b.c.d", 2), to("**.c.d", 3)])
+    last = Layer([to("a.b.c.d", 4)])
+    routes.add_layer(layer)
+    routes.add_layer(last)
+    for drop, port in ((None, 1), ((routes.configured, "a.b.c.d"), 2), ((layer, "*.b.c.d"), 3), ((layer, "**.c.d"), 4),
+                       ((last, "a.b.c.d"), 0)):
+        if drop is not None:
+            drop[0].drop(drop[1])
+        assert leads(routes, "a.b.c.d") == port
+
+
+def test_a_name_that_gets_a_route_leaves_what_was_decided_for_others():
+    """A registry may put thousands of names a minute."""
+    routes = Routes([to("*", 1)])
+    layer = Layer()
+    routes.add_layer(layer)
+    kept, changed = routes.decide("a.example.com"), routes.decide("b.example.com")
+    routes.configured.put(to("b.example.com", 2))
+    assert routes.decide("a.example.com") is kept and routes.decide("b.example.com") is not changed
+    layer.put(to("*.example.net", 3))
+    assert routes.decide("a.example.com") == kept is not routes.decide("a.example.com")
+
+
+class Unwalked(dict):
+    """A dict that must not be walked through."""
+
+    def __iter__(self, *_: Any) -> Any:
+        raise AssertionError("walked through")
+
+    keys = values = items = copy = __iter__
+
+
+def test_a_change_of_a_layer_takes_as_long_with_many_routes_as_with_few():
+    routes = Routes([to("x.y", 1)])
+    layer = Layer(to(f"n{number}.example.com", 1) for number in range(1000))
+    routes.add_layer(layer)
+    for number in range(1000):
+        routes.decide(f"n{number}.example.com")
+    layer.patterns, layer.tallies = Unwalked(layer.patterns), Unwalked(layer.tallies)
+    routes.decisions = Unwalked(routes.decisions)
+    layer.put(to("n7.example.com", 2))
+    layer.put(to("new.example.com", 3))
+    layer.drop("n8.example.com")
+    assert [leads(routes, f"{name}.example.com") for name in ("n6", "n7", "n8", "new")] == [1, 2, 0, 3]
+
+
+def test_the_tally_of_a_route_that_is_dropped_stays_while_it_has_connections():
+    layer = Layer([to("a.b", 1), to("c.d", 1)])
+    routes = Routes([])
+    routes.add_layer(layer)
+    busy, idle = routes.decide("a.b").tally, routes.decide("c.d").tally
+    busy.active = busy.total = idle.total = 1
+    layer.put(to("a.b", 2))
+    assert routes.decide("a.b").tally is busy, "a route that is replaced goes on counting"
+    layer.drop("a.b")
+    layer.drop("c.d")
+    layer.put(to("a.b", 3))
+    layer.put(to("c.d", 3))
+    assert routes.decide("a.b").tally is busy, "its connections are still there"
+    assert routes.decide("c.d").tally is not idle and layer.tallies["c.d"].total == 0
+
+
+def test_routes_that_succeed_others_keep_their_counts_and_their_other_layers():
+    former = Routes([to("kept.b", 1), to("gone.b", 1), to("busy.b", 1)])
+    layer = Layer([to("*", 2)])
+    former.add_layer(layer)
+    tallies = {label: former.decide(f"{label}.b").tally for label in ("kept", "gone", "busy")}
+    tallies["busy"].active = 1
+    other = former.decide("x.y").tally
+    routes = Routes([to("kept.b", 3), to("new.b", 3)])
+    routes.succeed(former)
+    assert routes.decide("kept.b").tally is tallies["kept"] and leads(routes, "kept.b") == 3
+    assert set(routes.tallies) == {"kept.b", "new.b", "busy.b"} and routes.tallies["busy.b"] is tallies["busy"]
+    assert routes.layers == [routes.configured, layer] and routes.decide("x.y").tally is other
+    assert leads(routes, "busy.b") == 2, "it has a tally, and no route of its own"
+    layer.drop("*")
+    assert leads(routes, "x.y") == 0, "the layer tells these routes now"
+
+
 # -- targets -----------------------------------------------------------------------------------
 
 
@@ -229,6 +357,175 @@ def test_resolved_hosts_and_their_addresses_are_limited(monkeypatch):
 
 
 # -- backends ----------------------------------------------------------------------------------
+
+
+def test_a_backend_goes_on_to_the_next_address_where_one_refuses_at_once(echo_server):
+    """No such family here, and an address to which nothing may be sent; then the echo."""
+    nobody = socket.AF_INET, ("255.255.255.255", 1)
+    backend = Backend("tcp:h:1", [(9999, ("", 0)), nobody, (socket.AF_INET, echo_server.address)], True)
+    server = backend.open()
+    try:
+        assert server.gettimeout() == 0.0, "it never blocks"
+        server.settimeout(10)
+        assert server.getpeername() == echo_server.address
+        with pytest.raises(Unreachable, match="what became of the last one"):
+            backend.open("what became of the last one")
+    finally:
+        server.close()
+
+
+def test_a_socket_never_blocks_where_it_cannot_be_born_so(echo_server, monkeypatch):
+    """macOS has no SOCK_NONBLOCK."""
+    monkeypatch.setattr(sniroute_routes, "STREAM", socket.SOCK_STREAM)
+    server = Backend("tcp:h:1", [(socket.AF_INET, echo_server.address)], False).open()
+    try:
+        assert server.gettimeout() == 0.0
+        assert server.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), "it is not on loopback, as far as is known"
+    finally:
+        server.close()
+
+
+def test_a_backend_without_an_address_says_so():
+    with pytest.raises(Unreachable, match="No route to host"):
+        Backend("tcp:h:1", [], True).open()
+
+
+def test_addresses_that_cannot_be_reached_are_forgotten():
+    """Perhaps the host has moved: the next client has it resolved again."""
+    targets = Targets(None)
+    decision = Routes([Route("a.b", "tcp:192.0.2.1:1")]).decide("a.b")
+    found = targets.remember(decision, sniroute_routes.Resolved((), True, sniroute_routes.NEVER))
+    for _ in range(2):  # two clients had the same
+        with pytest.raises(Unreachable):
+            TcpBackend(targets, decision.key, decision.target, found).open()
+        assert not targets.resolved
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_backend_of_addresses_is_not_tried_again(last):
+    verdict = Backend("tcp:h:1", [], True).failed("Connection refused", None, last)
+    assert (verdict.kind, str(verdict)) == ("backend", "tcp:h:1: Connection refused")
+
+
+class Lessor:
+    """A table of tunnels, as a backend sees it."""
+
+    def __init__(self, *reasons: Reason):
+        self.reasons = list(reasons)  # what the program has said each time it is asked
+        self.asked: list[tuple[float, int]] = []
+        self.given_back: list[tuple[Any, float | None]] = []
+
+    def words(self, child: Any, since: float, port: int) -> Reason:
+        self.asked.append((since, port))
+        return self.reasons.pop(0)
+
+    def release(self, tunnel: Any, idle: float | None) -> None:
+        self.given_back.append((tunnel, idle))
+
+
+def leased(lessor: Lessor, address: Address = (HOST, 1), names_clients: bool = False) -> TunnelBackend:
+    """A backend with a lease."""
+    child = types.SimpleNamespace(alive=lambda: True, address=address, names_clients=names_clients, proven=False)
+    return TunnelBackend(lessor, "carrier:t.example.com", 7.0, types.SimpleNamespace(child=child), child)
+
+
+SILENT, SAID, FINAL = Reason(), Reason("denied", "Access denied it"), Reason("unknown", "no such name", True)
+WAIT, AGAIN, DOUBT = "wait for its words", "try again", "try again, once the process was looked at"
+
+
+@pytest.mark.parametrize("names_clients, last, reasons, verdicts", [
+    (False, False, [SILENT], [DOUBT]),
+    (False, False, [SAID], [DOUBT]),  # it does not say for whom: it may have been another client
+    (False, True, [SAID], [("tunnel_denied", "Access denied it")]),
+    (False, True, [SILENT, SILENT], [WAIT, ("tunnel_failed", "why")]),
+    (False, True, [SILENT, SAID], [WAIT, ("tunnel_denied", "Access denied it")]),
+    (True, False, [SAID], [AGAIN]),
+    (True, False, [SILENT, SAID], [WAIT, AGAIN]),
+    (True, False, [SILENT, SILENT], [WAIT, DOUBT]),
+    (True, False, [FINAL], [("tunnel_unknown", "no such name")]),
+    (True, False, [SILENT, FINAL], [WAIT, ("tunnel_unknown", "no such name")]),
+    (True, True, [SILENT, SILENT], [WAIT, ("tunnel_failed", "why")]),
+])
+def test_a_tunnel_that_failed_is_asked_for_its_words_at_most_twice(names_clients, last, reasons, verdicts, echo_server):
+    lessor = Lessor(*reasons)
+    backend = leased(lessor, echo_server.address, names_clients)
+    server = backend.open()
+    try:
+        port = server.getsockname()[1]
+        found = []
+        for why, sock in (("why", server), ("", None))[:len(verdicts)]:
+            verdict = backend.failed(why, sock, last)
+            if isinstance(verdict, Retry):
+                assert verdict.doubted in (None, backend.child)
+                found.append(AGAIN if verdict.doubted is None else DOUBT)
+            else:
+                assert verdict is None or str(verdict).startswith("carrier:t.example.com: ")
+                found.append(WAIT if verdict is None else (verdict.kind, str(verdict).partition(": ")[2]))
+            backend.release()  # as a connection does: the lease is not needed for the words
+    finally:
+        server.close()
+    assert found == verdicts and not lessor.reasons
+    assert lessor.asked == [(backend.dialled, port)] * len(verdicts), "the port it was dialled from is remembered"
+    assert lessor.given_back == [(backend.tunnel, 7.0)], "one lease, once"
+
+
+def test_a_tunnel_that_could_not_be_dialled_has_no_port():
+    lessor = Lessor(SAID)
+    assert leased(lessor).failed("Connection refused", None, True).kind == "tunnel_denied"
+    closed = socket.socket()
+    closed.close()
+    lessor.reasons.append(SAID)
+    assert leased(lessor).failed("Connection reset by peer", closed, True).kind == "tunnel_denied"
+    assert lessor.asked == [(0.0, 0), (0.0, 0)]
+
+
+def test_a_tunnel_that_answered_is_proven():
+    backend = leased(Lessor())
+    assert not backend.proven_by_connect and not backend.child.proven
+    backend.answered()
+    assert backend.child.proven
+
+
+def test_a_tunnel_whose_process_has_ended_is_not_the_one_that_was_meant(echo_server):
+    for alive, is_its_child in ((False, True), (True, False)):
+        backend = leased(Lessor(), echo_server.address)
+        backend.child.alive = lambda alive=alive: alive
+        if not is_its_child:
+            backend.tunnel.child = None  # the reaper took it away
+        server = backend.open()
+        try:
+            server.setblocking(True)
+            with pytest.raises(Unreachable, match="its process ended"):
+                backend.connected(server)
+        finally:
+            server.close()
+
+
+@pytest.mark.parametrize("kind", [TunnelBackend, Backend])
+def test_only_a_tunnel_learns_by_a_reset_that_its_client_has_left(kind, serve):
+    """It may still dial for it."""
+    def far(sock: socket.socket) -> str:
+        sock.settimeout(10)
+        return repr(sock.recv(1))
+
+    listening = serve(far)
+    backend = leased(Lessor(), listening.address) if kind is TunnelBackend else Backend(
+        "tcp:h:1", [(socket.AF_INET, listening.address)], True)
+    server = backend.open()
+    backend.abandon(server)
+    server.close()
+    heard = listening.result()
+    assert isinstance(heard, ConnectionResetError) if kind is TunnelBackend else heard == "b''"
+    backend.abandon(server)  # closed already: nothing to say
+
+
+def test_a_tunnel_that_is_taken_away_in_the_instant_of_its_lease_is_given_back():
+    """The reaper sets its state next; until then a client waits."""
+    tunnel = types.SimpleNamespace(child=None)
+    given_back = []
+    targets = Targets(types.SimpleNamespace(lease=lambda key: tunnel, release=given_back.append))
+    assert sniroute_routes.tunnel_ready(targets, Routes([parse_route("*=carrier:{name}")]).decide("a.b.c")) is None
+    assert given_back == [tunnel]
 
 
 def test_tunnels_backend_tells_a_connect_that_is_not_over_from_one_that_failed(deaf, free_ports):
@@ -346,6 +643,17 @@ def test_forbidden_address_is_refused(run, monkeypatch):
         client.sendall(HELLO)
         assert read_all(client) == alert(112)
     assert running.ending().reason == "forbidden"
+
+
+def test_an_address_that_leads_nowhere_is_refused_at_once(run):
+    """By `ready`, in the loop: no thread is needed to say so."""
+    running = run("--route=db.example.com=tcp:127.0.0.1:1")
+    running.router.targets.own.append(("127.0.0.1", 1))
+    with running.connect(HELLO) as client:
+        assert read_all(client) == alert(112)
+    assert running.ending().reason == "forbidden" and not running.router.waits.threads
+    assert "127.0.0.1 is 127.0.0.1, which this route does not lead to" in running.ending().detail
+    assert running.router.routes.tallies["db.example.com"].active == 0
 
 
 def test_own_name_needs_a_route_of_its_own(run, echo_server):

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 import sniroute
+import sniroute_launchers
 import sniroute_names
 import sniroute_settings
 from sniroute_refusals import SettingsError
 from sniroute_routes import Route
 from sniroute_settings import SETTINGS, load_settings
-from conftest import HOST
+from conftest import HOST, linux
 from testbed.hellos import HELLO, genuine
 from testbed.program import command, environment
 from testbed.running import ROUTES_FILE, alert, answer, read_all, route, toml
@@ -404,6 +405,38 @@ def test_a_reload_reads_a_file_again_and_nothing_else(settings_file, tmp_path):
         running.again(running)
 
 
+@pytest.mark.parametrize("row", [row for row in SETTINGS if row.name not in ("config", "route")], ids=lambda row: row.name)
+def test_a_reload_keeps_what_a_router_that_runs_cannot_change_and_says_so(row, settings_file):
+    """All else is as the file says."""
+    text, routes = SAMPLES[row.name][2], '[routes]\n"a.b" = "tcp:h:1"\n'
+    path = settings_file(routes)
+    running = load_settings(["-c", path], {})
+    before = getattr(running, row.field)
+    settings_file(f"{row.field} = {toml(text.split() if row.many else text)}\n{routes}")
+    again = running.again(running)
+    if row.fixed:
+        assert getattr(again, row.field) == before
+        assert again.kept == [f"{path}: {row.file_key}: is for the next start; it stays as it is"] * (
+            SAMPLES[row.name][3] != before)
+    else:
+        assert getattr(again, row.field) == SAMPLES[row.name][3] and again.kept == []
+    others = [other.field for other in SETTINGS if other is not row]
+    assert [getattr(again, field) for field in others] == [getattr(running, field) for field in others]
+    assert again.launchers is running.launchers
+
+
+def test_what_goes_before_the_file_goes_before_it_in_a_reload_too(settings_file):
+    path = settings_file('idle = "1s"\ndrain = "1s"\n')
+    running = load_settings(["-c", path, "--idle=2s"], {"SNIROUTE_DRAIN": "3s"})
+    settings_file('idle = "4s"\ndrain = "4s"\nlisten = ":1"\n')
+    again = running.again(running)
+    assert (again.idle, again.drain, again.listen) == (2.0, 3.0, running.listen)
+    assert again.covered == [f"{path}: idle is not used: --idle goes first",
+                             f"{path}: drain is not used: SNIROUTE_DRAIN goes first"]
+    assert again.kept == [f"{path}: listen: is for the next start; it stays as it is"]
+    assert again.again(again).covered == again.covered, "the next reload begins where the first did"
+
+
 def test_every_beginning_of_a_file_is_settings_or_a_complaint(settings_file):
     whole = 'max_tunnels = 5\nlisten = [":1", "[::1]:2"]\n' + ROUTES_FILE
     good = 0
@@ -444,6 +477,53 @@ def test_a_warning_where_the_allowed_can_be_claimed(settings_file, caplog):
         caplog.clear()
         sniroute_settings.warn(load_settings(["-c", settings_file(option + ROUTES_FILE)], {}))
         assert ("can claim any address in a PROXY header" in caplog.text) is warned
+
+
+@linux
+def test_a_warning_where_the_kernel_may_take_a_tunnels_port(caplog):
+    low, high = map(int, pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    for first, last, warned in ((low - 9, low - 1, False), (low - 9, low, True), (high, high, True), (low, high, True)):
+        caplog.clear()
+        sniroute_settings.warn(load_settings([f"--ports={first}-{last}", "--route=a.b=tcp:h:1"], {}))
+        assert (f"--ports {first}-{last} overlap the kernel's own ({low}-{high})" in caplog.text) is warned
+
+
+def test_without_proc_nobody_knows_the_kernels_ports(caplog, monkeypatch):
+    def nothing(*_: Any) -> Any:
+        raise FileNotFoundError
+    monkeypatch.setattr(sniroute_settings, "open", nothing, raising=False)
+    sniroute_settings.warn(load_settings(["--ports=1-65535", "--route=a.b=tcp:h:1"], {}))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--route=*.a.b=cloudflared:{name}"], "cloudflared is not on PATH: the carrier beside sniroute.py does its work"),
+    (["--route=*.a.b=carrier:{name}"], ""),
+    (["--route=a.b=tcp:h:1"], ""),
+], ids=["cloudflared", "carrier", "tcp"])
+def test_a_word_where_the_carrier_stands_in_for_cloudflared(words, said, caplog, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    caplog.set_level("INFO")
+    sniroute_settings.warn(load_settings(words, {}))
+    assert [record.getMessage() for record in caplog.records] == [said] * bool(said)
+
+
+def test_a_warning_where_the_program_is_missing(caplog, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sniroute_launchers, "is_here", lambda room: room != "sniroute_edge")
+    sniroute_settings.warn(load_settings(["--route=*.a.b=cloudflared:{name}", "--route=*.c.d=carrier:{name}"], {}))
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == [
+        "cloudflared is not there: install it, or name it with --cloudflared",
+        "sniroute_edge.py is not beside sniroute.py: copy it there"]
+
+
+def test_an_admin_address_without_its_files_is_refused_a_line_for_each(monkeypatch):
+    monkeypatch.setattr(sniroute_settings, "is_here", lambda room: room == "sniroute_metrics")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(["--admin=127.0.0.1:1"], {})
+    assert caught.value.lines == tuple(f"--admin: sniroute_{room}.py is not beside sniroute.py: copy it there"
+                                       for room in ("admin", "page"))
+    load_settings([], {})  # nobody asks for it
 
 
 # -- the program's settings --------------------------------------------------------------------

@@ -399,6 +399,21 @@ def test_the_reaper_outlives_an_operating_system_error(bench, monkeypatch, caplo
         "tunnels: [Errno 24] Too many open files"] * 2
 
 
+def test_the_reaper_outlives_a_fault_of_ours_and_loses_no_name(bench, monkeypatch, caplog):
+    """If it ended, every child would end with it."""
+    real, faults = sniroute_processes.Processes.launch, [ZeroDivisionError("planted")] * 2
+
+    def launch(*words: Any, **more: Any) -> Any:
+        if faults:
+            raise faults.pop()
+        return real(*words, **more)
+
+    monkeypatch.setattr(sniroute_processes.Processes, "launch", launch)
+    bench(live=True).ready("app.test")
+    assert caplog.text.count("a fault in the reaper: please report it") == 2
+    assert caplog.text.count("ZeroDivisionError: planted") == 2
+
+
 # -- leases, idle stop, eviction ---------------------------------------------------------------
 
 

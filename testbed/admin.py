@@ -11,7 +11,6 @@ A test module asks for `hurry` once for all its tests: `pytestmark = pytest.mark
 
 from __future__ import annotations
 
-import ast
 import collections
 import contextlib
 import http.client
@@ -41,7 +40,7 @@ from sniroute_admin import Admin, attach
 from sniroute_doctor import sample_hello
 from sniroute_launchers import cloudflared_launcher
 from sniroute_tunnels import TunnelTable
-from conftest import HERE, HOST, Address, wait_until
+from conftest import HOST, Address, wait_until
 from testbed.standins import Cloudflared
 
 TOKEN = "a-token-of-the-tests"  # a request that changes something needs it
@@ -336,15 +335,3 @@ def browser(tmp_path) -> Iterator[Browser]:
     directory.mkdir()
     with Browser(program, directory) as page:
         yield page
-
-
-# -- what a room imports -----------------------------------------------------------------------
-
-
-def imported(room: str) -> set[str]:
-    """The modules that a room imports, without those of the standard library."""
-    tree = ast.parse((HERE / f"{room}.py").read_text())
-    modules = {alias.name.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
-               for alias in node.names} | {node.module.partition(".")[0] for node in ast.walk(tree)
-                                           if isinstance(node, ast.ImportFrom)}
-    return modules - sys.stdlib_module_names
