@@ -78,14 +78,6 @@ PROGRAMS = {  # command: (room, function of the words behind it); these have no 
 }
 
 
-def keep_standard_streams() -> None:
-    """Open descriptors 0 to 2 where they are closed: a client's socket must never become stderr."""
-    fd = 0
-    while fd <= 2:
-        fd = os.open(os.devnull, os.O_RDWR)
-    os.close(fd)
-
-
 def misfit(error: ImportError) -> str:
     """What is wrong with the files where one of ours cannot be imported; "" where it is none of ours."""
     room = error.name or ""
@@ -111,9 +103,10 @@ def main(argv: list[str] | None = None) -> int:
     0 clean; 1 could not listen, failed while running, or `explain` or `selftest` found something; 2 bad settings,
     or a file of ours that is missing.
     """
-    keep_standard_streams()
     words = sys.argv[1:] if argv is None else argv
     try:
+        from sniroute_loop import open_standard_streams
+        open_standard_streams()
         if words and words[0] in PROGRAMS:
             room, program = PROGRAMS[words[0]]
             return getattr(importlib.import_module(room), program)(words[1:])

@@ -55,10 +55,9 @@ from typing import Any, Mapping
 
 from sniroute_dial import Dial, Failed, Proxy, WayOut, find_proxy, set_options
 from sniroute_edge import REASONS, RECORD, Upgrade, Upgraded, identity, make_context, parse_target, was_reset
-from sniroute_forwarder import (LEVELS, Control, Forwarder, Listener, Log, bridge, open_standard_streams,
-                                parse_listen, raise_descriptor_limit, reset)
+from sniroute_forwarder import LEVELS, Control, Forwarder, Listener, Log, bridge, parse_listen, reset
 from sniroute_http import BINARY, CHUNK, CLOSE, PING, PONG, FrameReader, frame, parse_header
-from sniroute_loop import READ, WRITE, Watch
+from sniroute_loop import READ, WRITE, Watch, open_standard_streams, raise_descriptor_limit
 from sniroute_names import printable, show_address
 from sniroute_refusals import Malformed, SettingsError
 

@@ -74,7 +74,7 @@ class Connection:
 
     __slots__ = ("router", "client", "address", "peer", "state", "began", "prelude", "name", "decision", "backend",
                  "preface", "hello", "replayable", "retried", "parks", "wait", "up", "down", "queue", "refusal",
-                 "reason", "carried", "quiet_since", "dialled", "header", "admitted")
+                 "reason", "carried", "quiet_since", "dialled", "proxy", "admitted")
 
     def __init__(self, router: Router, client: socket.SocketType, address: tuple[str, int], peer: Peer):
         self.router = router
@@ -87,7 +87,7 @@ class Connection:
         self.name: str | None = None
         self.decision: Decision | None = None
         self.backend: Backend | None = None
-        self.header: ProxyHeader | None = None  # the client's, where it is believed
+        self.proxy: ProxyHeader | None = None  # the client's, where it is believed
         self.preface = b""  # what the backend is told first: PROXY header, SSLRequest
         self.dialled = 0.0  # clock time of its last dial
         self.admitted = False  # it counts among its route's
@@ -199,7 +199,7 @@ class Connection:
         self.prelude = None
         self.hello = bytes(prelude.data)
         self.preface = prelude.header + SSL_REQUEST_BYTES if prelude.ssl else prelude.header
-        self.header = header = prelude.source
+        self.proxy = header = prelude.proxy
         if header is None or header.source is None:
             return
         self.address = (str(header.source), header.port)
@@ -233,7 +233,7 @@ class Connection:
         self.preface = SSL_REQUEST_BYTES if self.preface.endswith(SSL_REQUEST_BYTES) else b""
         write = PROXY_WRITERS[route.send_proxy]
         if write is not None:
-            header = self.header
+            header = self.proxy
             source = None if header is not None and header.source is None else self.address
             destination = header and header.destination or self.client.getsockname()[:2]
             self.preface = write(source, destination) + self.preface

@@ -59,11 +59,11 @@ import time
 from typing import Any, Iterable, Sequence
 
 from sniroute_log import Journal
-from sniroute_loop import CAPACITY_ERRNOS, CAPACITY_PAUSE, NEVER, WakePipe
+from sniroute_loop import CAPACITY_ERRNOS, CAPACITY_PAUSE, NEVER, WakePipe, raise_descriptor_limit
 from sniroute_names import printable, show_address
 from sniroute_refusals import SettingsError
 from sniroute_router import DRAINING, Hooks, Router, listen_addresses
-from sniroute_settings import Settings, raise_descriptor_limit, warn
+from sniroute_settings import Settings, warn
 from sniroute_tunnels import TunnelTable
 
 __version__ = "0.1.0"

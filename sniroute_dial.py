@@ -45,7 +45,7 @@ import urllib.parse
 from typing import Any, Callable, Iterable, Mapping, NamedTuple
 
 from sniroute_http import HEAD_MAX, connect_request, parse_answer
-from sniroute_loop import READ, WRITE, Loop, monotonic, owner_of
+from sniroute_loop import CAPACITY_ERRNOS, READ, WRITE, Loop, monotonic, owner_of
 from sniroute_names import printable, show_address
 from sniroute_refusals import Malformed, SettingsError
 
@@ -56,8 +56,6 @@ SHORT_OF_FDS = 0.1  # seconds until a connect without a descriptor is tried agai
 RESOLVED_FOR = 30.0  # seconds for which addresses are used: getaddrinfo does not tell their TTL
 ADDRESSES_MAX = 8  # addresses of one host that are tried
 KEEPALIVE = (15, 15, 9)  # idle and interval in seconds, and count: cloudflared's
-
-CAPACITY_ERRNOS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
 
 Addresses = list[tuple[int, Any]]  # family, and address as `socket` takes it
 

@@ -142,27 +142,27 @@ def explain_tunnel(settings: Settings, key: TunnelKey) -> str:
     print("runs:   ", shlex.join([launcher.find(), *launcher.argv(key.hostname, settings.ports[0])]))
     if not key.identified:
         print("token:   not shown there: the client may own that domain")
-    status = ask_router(settings.admin) if settings.admin is not None else None
-    advice = show_standing(status, key) if status is not None else ""
+    rows = ask_router(settings.admin) if settings.admin is not None else None
+    advice = show_standing(rows.get(str(key))) if rows is not None else ""
     try_far_end(launcher, key)
     return advice
 
 
 def ask_router(admin: str | tuple[str, int]) -> dict[str, Any] | None:
-    """Print how the router stands whose admin address this is.  Its status; None where it gives none."""
+    """Print how the router stands whose admin address this is.  Its tunnels, by key; None where it does not say."""
     try:
         status = ask_admin(admin)
+        rows = {row["key"]: row for row in status["tunnels"]}
         print(f"router:  {status['phase']}, pid {status['pid']}, {status['connections']['active']} connections")
-        return status
+        return rows
     except (OSError, ValueError, LookupError, TypeError) as error:
         print(f"router:  no answer from its admin address: {printable(str(error))}")
         return None
 
 
-def show_standing(status: dict[str, Any], key: TunnelKey) -> str:
-    """Print how a tunnel stands, by the status of a router.  Returns what to do about it."""
-    rows = [row for row in status.get("tunnels", ()) if row["key"] == str(key)]
-    row = rows[0] if rows else {"state": "absent", "age": 0, "leases": 0, "next": 0, "words": ""}
+def show_standing(row: dict[str, Any] | None) -> str:
+    """Print how a tunnel stands, by its row in the status of a router.  Returns what to do about it."""
+    row = row or {"state": "absent", "age": 0, "leases": 0, "next": 0, "words": ""}
     state = printable(row["state"])
     facts = [f"for {row['age']:.0f} s"] * (row["age"] > 0) + [f"{row['leases']} connections"] * (row["leases"] > 0)
     facts += [f"next in {row['next']:.0f} s"] * (row["next"] > 0)

@@ -29,8 +29,7 @@ Seams: I want to ...
     tell sniroute another thing    an event here, and a branch in `Processes._heard` of sniroute_processes
     take another command           `Control.obey`
 
-This room imports sniroute_dial (CAPACITY_ERRNOS), sniroute_loop, sniroute_names and sniroute_refusals
-(SettingsError).
+This room imports sniroute_loop, sniroute_names and sniroute_refusals (SettingsError).
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ import functools
 import ipaddress
 import json
 import os
-import resource
 import select
 import signal
 import socket
@@ -52,8 +50,7 @@ import time
 import urllib.parse
 from typing import Any, Callable, Protocol
 
-from sniroute_dial import CAPACITY_ERRNOS
-from sniroute_loop import READ, Loop, Watch, monotonic, owner_of
+from sniroute_loop import CAPACITY_ERRNOS, READ, Loop, Watch, descriptor_limits, monotonic, owner_of
 from sniroute_names import printable, show_address
 from sniroute_refusals import SettingsError
 
@@ -203,10 +200,7 @@ class Forwarder:
         self.loop = Loop(self.fault)
         self.listeners: dict[str, Listener] = {}  # by address
         self.connections: set[Served] = set()
-        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if descriptors == resource.RLIM_INFINITY:
-            descriptors = 1 << 20
-        self.room = max(1, (descriptors - SPARE_FDS) // 2)  # clients: each has one socket to the far end, too
+        self.room = max(1, (descriptor_limits()[0] - SPARE_FDS) // 2)  # clients: each has one socket to the far end, too
         self.paused = False  # accepting
         self.resuming = self.loop.timer(self._resume)
         self.pause_said = -PAUSE_SAID
@@ -420,24 +414,6 @@ class Control:
 
 
 # -- stdin and stdout --------------------------------------------------------------------------
-
-
-def open_standard_streams() -> None:
-    """Open those of descriptors 0 to 2 that are closed: else a socket would get the number, and the log with it."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-
-
-def raise_descriptor_limit() -> None:
-    """Allow this process as many descriptors as it may have: two for each client."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError):
-        pass  # macOS has a lower limit of its own; a sandbox may forbid it
 
 
 def copy(reader: Callable[[int], bytes], writer: Callable[[bytes], Any], end: Callable[[], Any]) -> None:

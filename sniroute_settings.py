@@ -25,11 +25,11 @@ import ipaddress
 import logging
 import os
 import re
-import resource
 import stat
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 from sniroute_launchers import TUNNEL_IDENTITY, Launcher, carrier_launcher, cloudflared_launcher
+from sniroute_loop import descriptor_limits
 from sniroute_names import OPTIONS, Network, describe_version, is_here, parse_host_port, printable, show_address
 from sniroute_refusals import SettingsError
 from sniroute_routes import Route, Routes, parse_route
@@ -368,7 +368,7 @@ USAGE = """\
        %(prog)s check [options]           validate the settings and print the routes
        %(prog)s explain NAME [options]    what would happen to this name, and why
        %(prog)s selftest                  the hard cases, against itself, on loopback
-       %(prog)s bundle [-o FILE]          all of it in one file, which any Python from 3.11 runs
+       %(prog)s bundle [-o FILE] [--with OPTION,...]   one file, which any Python from 3.11 runs
        %(prog)s carrier ...               what `cloudflared access tcp` does"""
 
 
@@ -505,9 +505,7 @@ def cross_checked(values: Mapping[str, Any], given: Mapping[str, Given], running
 
 def derived(values: dict[str, Any]) -> dict[str, Any]:
     """The values, and what depends on the host."""
-    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    if descriptors == resource.RLIM_INFINITY:
-        descriptors = 1 << 20
+    _, descriptors = descriptor_limits()
     fit = max(1, (descriptors - min(SPARE_FDS, descriptors // 2)) // 2)
     values["fit"] = fit
     values["max_connections"] = values["max_connections"] or fit
@@ -534,15 +532,6 @@ def tunnel_launchers(program: str | None, environ: Mapping[str, str]) -> dict[st
     if program is None and not cloudflared.is_there() and carrier.is_there():
         cloudflared = carrier
     return {"cloudflared": cloudflared, "carrier": carrier}
-
-
-def raise_descriptor_limit() -> None:
-    """Raise the soft limit of open files to the hard one: each connection takes two."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError):
-        pass  # macOS has a lower limit of its own; a sandbox may forbid it
 
 
 def warn(settings: Settings) -> None:

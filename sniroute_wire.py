@@ -39,7 +39,7 @@ import re
 import struct
 from typing import Any, Callable, NamedTuple, NoReturn
 
-from sniroute_names import normalise
+from sniroute_names import Address, normalise, parse_ip, unmapped
 from sniroute_refusals import (DECODE_ERROR, ILLEGAL_PARAMETER, NOTHING, POSTGRES, PROTOCOL_VERSION, TLS,
                                UNEXPECTED_MESSAGE, Malformed, Refused)
 
@@ -241,7 +241,7 @@ class ProxyHeader(NamedTuple):
     """A PROXY protocol header of version 1 or 2."""
 
     size: int  # bytes on the wire
-    source: ipaddress.IPv4Address | ipaddress.IPv6Address | None  # the client; None: UNKNOWN or LOCAL
+    source: Address | None  # the client; None: UNKNOWN or LOCAL
     port: int  # the client's
     destination: tuple[str, int] | None = None  # the address that the client connected to
 
@@ -402,13 +402,12 @@ def proxy_v2(source: tuple[str, int] | None, destination: tuple[str, int]) -> by
     return PROXY_V2 + struct.pack("!BBH", 0x21, 0x11 if version == 4 else 0x21, len(block)) + block
 
 
-def proxy_ends(*ends: tuple[str, int]) -> tuple[list[ipaddress.IPv4Address | ipaddress.IPv6Address], int]:
+def proxy_ends(*ends: tuple[str, int]) -> tuple[list[Address], int]:
     """The addresses of both ends, and their IP version, 4 or 6.
 
     A header has one family: where the ends differ, the IPv4 one is written as IPv6.
     """
-    addresses = [ipaddress.ip_address(host.partition("%")[0]) for host, _ in ends]
-    addresses = [getattr(address, "ipv4_mapped", None) or address for address in addresses]
+    addresses = [parse_ip(host) for host, _ in ends]
     if len({address.version for address in addresses}) > 1:
         addresses = [ipaddress.IPv6Address(f"::ffff:{a}") if a.version == 4 else a for a in addresses]
     return addresses, addresses[0].version
@@ -479,7 +478,7 @@ class Prelude:
     "require" or "refuse" (see PROXY_POLICY).
     """
 
-    __slots__ = ("policy", "local", "hellos", "step", "header", "source", "data", "reader", "ssl")
+    __slots__ = ("policy", "local", "hellos", "step", "header", "proxy", "data", "reader", "ssl")
 
     START, CLIENT, AFTER_GSS, AFTER_SSL = "start", "client", "after GSSENCRequest", "after SSLRequest"
     PLAIN = "PostgreSQL in clear text"
@@ -490,7 +489,7 @@ class Prelude:
         self.local = local  # the peer is this machine, so its PROXY header may say that the client is, too
         self.step = self.START
         self.header = b""  # the bytes of a believed PROXY header
-        self.source: ProxyHeader | None = None  # that header, parsed
+        self.proxy: ProxyHeader | None = None  # that header, parsed
         self.data = bytearray()  # the bytes behind the header, without requests that were answered here
         self.reader: HelloReader | None = None  # from the first byte of a hello on
         self.ssl = False  # the client has sent SSLRequest, so the backend has to be sent one, too
@@ -547,12 +546,12 @@ class Prelude:
         header = parse(data)
         if header is None:
             return None
-        source = getattr(header.source, "ipv4_mapped", None) or header.source
+        source = header.source and unmapped(header.source)
         if source is not None and not self.local and (source.is_loopback or source.is_unspecified
                                                       or source.is_multicast):
             raise Malformed(f"a PROXY header that claims to come from {source}", kind="proxy")
         self.header = data[:header.size]
-        self.source = header
+        self.proxy = header
         del self.data[:header.size]
         self.step = self.CLIENT
         return self

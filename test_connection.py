@@ -195,15 +195,13 @@ def test_client_that_resets_in_its_prelude_is_counted_among_those_that_left(run,
 
 def test_answer_to_a_request_of_a_client_that_has_reset_is_nobodys():
     """The next read says so."""
-    connection = sniroute_connection.Connection.__new__(sniroute_connection.Connection)
     with socket.create_server((HOST, 0)) as listener, socket.create_connection(listener.getsockname()) as client:
         ours, _ = listener.accept()
         with ours:
             reset(client)
             ours.setblocking(False)
             wait_until(lambda: select.select([ours], [], [], 0)[0])
-            connection.client = ours
-            connection._answer(b"S")
+            sniroute_connection.answer_now(ours, b"S")
 
 
 def test_hello_that_the_backend_does_not_take_at_once_arrives_whole(run, monkeypatch):

@@ -17,7 +17,7 @@ import pytest
 import sniroute
 import sniroute_doctor
 import sniroute_log
-from sniroute_launchers import Launcher, Reason, TunnelError
+from sniroute_launchers import Launcher, Reason, TunnelError, TunnelKey
 from sniroute_refusals import REFUSALS
 from conftest import CORE, HOST, linux
 from testbed.hellos import HELLO, NAME, genuine
@@ -133,7 +133,7 @@ def test_explain_bears_any_answer_of_an_admin_address(serve, capsys, answer, say
     def far(sock: socket.socket) -> None:
         sock.recv(65536)
         sock.sendall(answer)
-    sniroute_doctor.explain_live(serve(far).address, "cloudflared:db.example.com")
+    assert sniroute_doctor.ask_router(serve(far).address) is None
     said = capsys.readouterr().out
     assert said.startswith("router:  no answer from its admin address: ") and says in said and said.count("\n") == 1
 
@@ -143,7 +143,7 @@ def test_explain_says_that_a_router_runs_where_the_name_has_no_tunnel(serve, cap
     def far(sock: socket.socket) -> None:
         sock.recv(65536)
         sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-    sniroute_doctor.explain_live(serve(far).address, None)
+    assert sniroute_doctor.ask_router(serve(far).address) == {}
     assert capsys.readouterr().out == "router:  running, pid 7, 3 connections\n"
 
 
@@ -162,19 +162,19 @@ def launcher(code: str) -> Launcher:
 
 
 def test_a_far_end_is_tried_by_a_run_of_the_program(capsys):
-    sniroute_doctor.try_tunnel(launcher("import sys; assert sys.argv[1] == 'db.example.com'"), "db.example.com")
+    sniroute_doctor.try_far_end(launcher("import sys; assert sys.argv[1] == 'db.example.com'"), TunnelKey("carrier", "db.example.com"))
     assert capsys.readouterr().out == "far end: it answers\n"
     with pytest.raises(TunnelError, match="^Access denied it$") as caught:
-        sniroute_doctor.try_tunnel(launcher("import sys; sys.exit('Access denied it')"), "db.example.com")
+        sniroute_doctor.try_far_end(launcher("import sys; sys.exit('Access denied it')"), TunnelKey("carrier", "db.example.com"))
     assert caught.value.kind == "denied"
-    sniroute_doctor.try_tunnel(launcher("")._replace(trial=None), "db.example.com")
+    sniroute_doctor.try_far_end(launcher("")._replace(trial=None), TunnelKey("carrier", "db.example.com"))
     assert capsys.readouterr().out == "", "a program that cannot be tried is not"
 
 
 def test_a_far_end_that_does_not_answer_is_given_up(monkeypatch):
     monkeypatch.setattr(sniroute_doctor, "TRIAL_TIMEOUT", 0.2)
     with pytest.raises(TunnelError, match="^no answer within 0.2 s$") as caught:
-        sniroute_doctor.try_tunnel(launcher("import time; time.sleep(60)"), "db.example.com")
+        sniroute_doctor.try_far_end(launcher("import time; time.sleep(60)"), TunnelKey("carrier", "db.example.com"))
     assert caught.value.kind == "timeout"
 
 

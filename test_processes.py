@@ -23,7 +23,7 @@ from sniroute_loop import WakePipe
 from sniroute_processes import LOST, NO_FAULT, OWN_FAULT, Child, Ends, PortPool, Process, Processes
 from sniroute_tunnels import BACKOFF, FAILED, READY, STOPPING, TunnelTable
 from conftest import HERE, HOST, FakeClock, linux, wait_until
-from testbed.tunnels import Bench, ask, both, event, events, key, listening, port_of, runs, shared, stand_in
+from testbed.tunnels import Bench, ask, both, event, events, listening, port_of, runs, shared, stand_in
 
 # -- the death guard ---------------------------------------------------------------------------
 

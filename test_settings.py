@@ -16,6 +16,7 @@ import pytest
 import sniroute
 import sniroute_launchers
 import sniroute_names
+import sniroute_loop
 import sniroute_settings
 from sniroute_refusals import SettingsError
 from sniroute_routes import Route
@@ -273,14 +274,14 @@ def test_the_limit_of_open_files_is_raised_where_it_may_be(monkeypatch):
     asked = []
     monkeypatch.setattr(resource, "getrlimit", lambda which: (10, 20))
     monkeypatch.setattr(resource, "setrlimit", lambda which, limits: asked.append(limits))
-    sniroute_settings.raise_descriptor_limit()
+    sniroute_loop.raise_descriptor_limit()
     assert asked == [(20, 20)]
 
     def forbid(which: int, limits: tuple[int, int]) -> None:
         raise ValueError("not allowed")
 
     monkeypatch.setattr(resource, "setrlimit", forbid)
-    sniroute_settings.raise_descriptor_limit()
+    sniroute_loop.raise_descriptor_limit()
 
 
 # -- a file of settings ------------------------------------------------------------------------

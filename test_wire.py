@@ -931,9 +931,9 @@ def test_the_prelude_says_who_the_header_speaks_for():
     for header, source in ((LINE, SOURCE), (HEADER, SOURCE), (HEADER6, SOURCE6), (LOCAL, None),
                            (v1("UNKNOWN"), None)):
         prelude = Prelude("allow", False)
-        assert prelude.source is None
+        assert prelude.proxy is None
         prelude.feed(memoryview(header + PLAIN))
-        assert prelude.source.source == source and prelude.ssl is False
+        assert prelude.proxy.source == source and prelude.ssl is False
     prelude.feed(b"")
     prelude = Prelude("allow", False)
     assert (prelude.feed(ASK_GSS), prelude.ssl, prelude.feed(ASK_TLS), prelude.ssl) == (b"N", False, b"S", True)
