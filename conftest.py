@@ -1,6 +1,15 @@
-"""What all tests share: where the files are, waiting, a clock, a meter for leaks, real far ends, and ports.
+"""What all tests share.
 
-What the tests of one area bring along is in the modules of testbed/; their fixtures are found by name.
+    HERE, CORE, OPTIONS    where the files are, and which of them serve
+    wait_until             wait for an event, never for a time
+    FakeClock              a clock that a test moves
+    no_leaks               each test leaves no thread, process or descriptor behind; always on
+    serve, echo_server     a far end in a thread: a handler is given a socket
+    deaf                   the address of a listener that takes no more connections
+    free_ports, ports      blocks of TCP ports
+    single_loop_echo       a far end for crowds
+
+The modules of testbed/ have more fixtures, each for one area.  pytest finds all of them by name.
 """
 
 from __future__ import annotations
@@ -26,18 +35,18 @@ pytest_plugins = [f"testbed.{module}" for module in ("standins", "running", "pro
 HERE = pathlib.Path(__file__).resolve().parent
 HOST = "127.0.0.1"
 DOCTOR = "sniroute_doctor.py"
-OPTIONS = {  # drop-in files that may be missing
+OPTIONS = {  # files that an installation may leave out
     DOCTOR, "sniroute_admin.py", "sniroute_metrics.py", "sniroute_page.py",
     "sniroute_carrier.py", "sniroute_dial.py", "sniroute_edge.py", "sniroute_forwarder.py", "sniroute_http.py",
 }
 CORE = sorted({path.name for path in HERE.glob("sniroute*.py")} - OPTIONS)  # the files that serve
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # what is started a hundred times is compiled once
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the tests start programs a hundred times: compile them once
 Address = tuple[str, int]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 
 
 def wait_until(predicate: Callable[[], Any], timeout: float = 10.0, what: str = "") -> Any:
-    """What `predicate` returns, once that is true; fails after `timeout` seconds."""
+    """Wait until `predicate` is true, and return its value.  Fails after `timeout` seconds, naming `what`."""
     deadline = time.monotonic() + timeout
     while not (result := predicate()):
         assert time.monotonic() < deadline, f"not within {timeout:g} s: {what or predicate}"
@@ -46,7 +55,7 @@ def wait_until(predicate: Callable[[], Any], timeout: float = 10.0, what: str = 
 
 
 class FakeClock:
-    """A clock that moves when it is told to."""
+    """A clock that moves only by `jump`."""
 
     def __init__(self, now: float = 1000.0):
         self.now = now
@@ -65,7 +74,7 @@ def own_children() -> set[int]:
     """The children of this process, zombies too; empty without /proc."""
     pids: set[int] = set()
     for tasks in pathlib.Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # that thread has ended
+        with contextlib.suppress(OSError):  # the thread has ended meanwhile
             pids.update(map(int, tasks.read_text().split()))
     return pids
 
@@ -75,7 +84,7 @@ def own_fds() -> dict[str, str]:
     found = {}
     with contextlib.suppress(FileNotFoundError):
         for fd in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):  # the one that listdir() used
+            with contextlib.suppress(OSError):  # listdir() has closed the descriptor that it used itself
                 found[fd] = os.readlink(f"/proc/self/fd/{fd}")
     return found
 
@@ -89,8 +98,8 @@ def no_leaks() -> Iterator[None]:
     before, fds = state(), own_fds()
     yield
     if state() != before:
-        gc.collect()  # an object that only a cycle keeps is closed here, with its warning
-        with contextlib.suppress(AssertionError):  # the comparison below says more
+        gc.collect()  # closes what only a cycle keeps alive; its ResourceWarning fails the test
+        with contextlib.suppress(AssertionError):  # the comparisons below say what has leaked
             wait_until(lambda: state() == before, timeout=5)
     threads, children, count = state()
     assert threads == before[0], "threads"
@@ -104,10 +113,9 @@ def no_leaks() -> Iterator[None]:
 class Server:
     """A TCP server on a free port; `handler` serves each connection in a thread of its own.
 
-    Used with `with`.  `accepted` counts connections.  A handler that raises OSError has lost
-    its client, which is no failure; leaving the block closes every connection.  What a handler
-    heard, it returns, and the test asks for it with `result()`: its thread may get there long
-    after the test has seen the connection end.
+    Used with `with`; leaving the block closes every connection.  `accepted` counts connections.  A handler that raises
+    OSError has lost its client, which is no failure.  A handler returns what it has heard, and the test waits for that
+    with `result()`: the handler may end later than the test sees the connection end.
     """
 
     def __init__(self, handler: Callable[[socket.socket], object]):
@@ -131,7 +139,7 @@ class Server:
             for sock in self.live:
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
-        with contextlib.suppress(OSError):  # the last client is ours, and wakes accept()
+        with contextlib.suppress(OSError):  # one more client wakes the thread in accept()
             socket.create_connection(self.address, 5).close()
         for thread in self.threads:
             thread.join()
@@ -164,14 +172,14 @@ class Server:
 
 
 def echo(sock: socket.socket) -> None:
-    """A handler that sends everything back, and ends when its client ends."""
+    """A handler that sends everything back until its client ends."""
     while data := sock.recv(65536):
         sock.sendall(data)
 
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[Callable[[socket.socket], object]], Server]]:
-    """serve(handler) -> Server: a far end whose peer is a function that is given a socket."""
+    """serve(handler) -> Server, until the test ends.  `handler` is given the socket of each connection."""
     with contextlib.ExitStack() as stack:
         yield lambda handler: stack.enter_context(Server(handler))
 
@@ -184,7 +192,7 @@ def echo_server(serve) -> Server:
 
 @pytest.fixture
 def deaf() -> Iterator[Address]:
-    """The address of a listener whose backlog is full: the kernel drops what comes."""
+    """The address of a listener whose backlog is full: the kernel drops further SYNs, so a connect hangs."""
     with contextlib.ExitStack() as stack:
         full = stack.enter_context(socket.socket())
         full.bind((HOST, 0))
@@ -207,8 +215,8 @@ block_numbers = itertools.count(os.getpid() * 37)
 def free_ports() -> Iterator[Callable[..., tuple[int, int]]]:
     """free_ports(count=20) -> (first, last): consecutive TCP ports that nobody holds.
 
-    Each call has a block of its own, also among test runs side by side: a UDP socket on the
-    block's first port marks it as taken, until the test ends.
+    Each call gets blocks of its own, also where several test runs go on at once: a UDP socket on a block's first port
+    marks it as taken until the test ends.
     """
     with contextlib.ExitStack() as stack:
         def reserve(count: int = 20) -> tuple[int, int]:

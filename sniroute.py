@@ -89,7 +89,9 @@ def misfit(error: ImportError) -> str:
     room = error.name or ""
     if not re.fullmatch(r"sniroute_\w+", room):
         return ""
-    here = os.path.dirname(os.path.realpath(__file__))
+    here = os.path.dirname(os.path.realpath(__file__))  # a folder, or sniroute.pyz
+    if os.path.isfile(here):
+        return f"{room} is not in {here}: write it with `bundle --with all`"
     if isinstance(error, ModuleNotFoundError):
         return f"{room}.py is not beside sniroute.py: copy it there ({here})"
     versions = {}

@@ -59,11 +59,14 @@ import sys
 import threading
 import time
 import urllib.parse
-from typing import Any, Callable, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 from sniroute_metrics import Collector, Facts, copied, expose, status
 from sniroute_names import printable, show_address
 from sniroute_page import PAGE, POLICY
+
+if TYPE_CHECKING:
+    from sniroute_launchers import TunnelKey
 
 __version__ = "0.1.0"
 
@@ -79,7 +82,7 @@ HEAD_MAX = 32768  # request line and header fields: a browser adds the cookies o
 BODY_MAX = 65536  # no request needs a body, but some clients send one
 COLLECT = 0.25  # between two calls of Collector.collect, which can keep ten times what ends meanwhile
 CACHE_TIME = 0.5  # an answer is given again for so long: the page and several scrapers cost no more than one of them
-ACCEPT_PAUSE = 0.1  # after an accept that failed for want of descriptors: without it the thread would spin
+ACCEPT_PAUSE = 0.1  # after an accept that failed since descriptors ran out: without it the thread would spin
 PULSE_TIME = 1.0  # for the loop to answer: it does so within microseconds, unless it hangs
 CLOSE_TIME = 1.0  # for threads to end in Admin.close(); one that waits for a tunnel may end later, unheard
 BACKLOG = 64  # connections that wait for accept: a few times what is served at once
@@ -145,7 +148,7 @@ class Cached:
 
     def __init__(self, make: Callable[[], bytes]):
         self.make = make
-        self.lock = threading.Lock()  # guards the rest; held during `make`: those who ask meanwhile get its result, too
+        self.lock = threading.Lock()  # guards the rest; held during `make`: threads that wait get its result, too
         self.until = 0.0
         self.made = b""
 
@@ -230,7 +233,7 @@ def reload(admin: Admin, name: str) -> Answer:
     return Answer.json({"done": "The settings were read again."})
 
 
-def tunnel_key(admin: Admin, name: str) -> str:
+def tunnel_key(admin: Admin, name: str) -> TunnelKey:
     """The key of the tunnel that a path names, by a client's name or by the key itself.  Raises Declined (404).
 
     A key is accepted only if the table has it.  It came there from a client's name, so it was checked; a key from the
@@ -242,9 +245,10 @@ def tunnel_key(admin: Admin, name: str) -> str:
         except ValueError as error:
             raise Declined(404, printable(str(error), 500)) from None
     tunnels = admin.router.tunnels
-    if not any(view.key == name for view in (*tunnels.snapshot(), *tunnels.failed())):
-        raise Declined(404, f"there is no tunnel {printable(name)} now; give a client's name to start one")
-    return name
+    for view in (*tunnels.snapshot(), *tunnels.failed()):
+        if str(view.key) == name:
+            return view.key
+    raise Declined(404, f"there is no tunnel {printable(name)} now; give a client's name to start one")
 
 
 def stop_tunnel(admin: Admin, name: str) -> Answer:
@@ -252,7 +256,7 @@ def stop_tunnel(admin: Admin, name: str) -> Answer:
     key = tunnel_key(admin, name)
     if not admin.router.tunnels.stop(key):
         raise Declined(404, f"{key} is not up, and did not fail")
-    return Answer.json({"done": f"{key} is stopped.", "tunnel": key})
+    return Answer.json({"done": f"{key} is stopped.", "tunnel": str(key)})
 
 
 def start_tunnel(admin: Admin, name: str) -> Answer:
@@ -274,7 +278,7 @@ def start_tunnel(admin: Admin, name: str) -> Answer:
         if kind is None:
             raise
         raise Declined(409 if kind in ("limit", "budget", "stopping") else 502, printable(str(error), 500)) from None
-    return Answer.json({"done": f"{key} is ready.", "tunnel": key, "seconds": round(tunnels.clock() - began, 3)})
+    return Answer.json({"done": f"{key} is ready.", "tunnel": str(key), "seconds": round(tunnels.clock() - began, 3)})
 
 
 class Endpoint(NamedTuple):

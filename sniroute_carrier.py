@@ -123,7 +123,7 @@ class Connection:
         self.edge_watch: Watch | None = None
         self.state = DIALLING
         self.deaf = False  # the client takes no more; what it has sent is still read
-        self.early = b""  # what the client has said that is not in a message yet
+        self.early = b""  # bytes of the client that are not in a message yet
         self.ended = False  # the client has ended: its last bytes are in `early`
         self.reader = FrameReader()
         self.out = memoryview(b"")  # on its way to the edge
@@ -144,7 +144,7 @@ class Connection:
             self.close()  # it has left already
             return
         self.carrier.dialling.put(self)
-        self.client_watch.set(READ, self.on_early)
+        self.client_watch.wait_for(READ, self.on_early)
         self.dial = Dial(self.carrier.way, self.listener.target.host, self.listener.target.port, self.on_dialled)
         self.dial.start()
 
@@ -160,10 +160,10 @@ class Connection:
         if data:
             self.early += data
             if len(self.early) >= EARLY_MAX:
-                self.client_watch.set(0)
+                self.client_watch.wait_for(0)
             return
         self.ended = True
-        self.client_watch.set(0)
+        self.client_watch.wait_for(0)
         if self.listener.sock is None:
             return  # the end of stdin does not mean that somebody has left
         if not self.early:
@@ -371,8 +371,8 @@ class Connection:
         """Watch for what can be done now: this is the whole of backpressure."""
         if self.state in CARRYING:
             hears = READ if self.state is OPEN and not self.out else 0
-            self.client_watch.set(hears | (WRITE if self.rest else 0), self.on_client)
-            self.edge_watch.set((0 if self.rest else READ) | (WRITE if self.out else 0), self.on_edge)
+            self.client_watch.wait_for(hears | (WRITE if self.rest else 0), self.on_client)
+            self.edge_watch.wait_for((0 if self.rest else READ) | (WRITE if self.out else 0), self.on_edge)
 
     # -- the end
 
@@ -466,14 +466,14 @@ class Connection:
         if self.deaf:
             self.close()
         elif self.rest:
-            self.client_watch.set(WRITE, self.on_client)
+            self.client_watch.wait_for(WRITE, self.on_client)
         else:
             self._farewell()
 
     def _farewell(self) -> None:
         """The kernel has the client's last bytes.  A reset, or a close with unread bytes, would destroy them."""
         if self.broken and unsent(self.client):
-            self.client_watch.set(0)
+            self.client_watch.wait_for(0)
             self.carrier.settling.put(self)
             if self not in self.carrier.lingering.due:
                 self.carrier.lingering.put(self)
@@ -487,7 +487,7 @@ class Connection:
             self.close()
             return
         self.carrier.lingering.put(self)
-        self.client_watch.set(READ, self.on_farewell)
+        self.client_watch.wait_for(READ, self.on_farewell)
 
     def on_farewell(self, mask: int) -> None:
         """Read and forget what the client still says."""

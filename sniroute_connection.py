@@ -73,7 +73,7 @@ class Connection:
     """One client.  Its two sockets are `up.source` (the client's) and `down.source` (the backend's); it closes both."""
 
     __slots__ = ("router", "client", "address", "peer", "state", "began", "prelude", "name", "decision", "backend",
-                 "greeting", "hello", "replayable", "retried", "parks", "wait", "up", "down", "queue", "refusal",
+                 "preface", "hello", "replayable", "retried", "parks", "wait", "up", "down", "queue", "refusal",
                  "reason", "carried", "quiet_since", "dialled", "header", "admitted")
 
     def __init__(self, router: Router, client: socket.SocketType, address: tuple[str, int], peer: Peer):
@@ -88,8 +88,8 @@ class Connection:
         self.decision: Decision | None = None
         self.backend: Backend | None = None
         self.header: ProxyHeader | None = None  # a believed one
-        self.greeting = b""  # what the backend is told first: PROXY header, SSLRequest
-        self.dialled = 0.0  # when it last was
+        self.preface = b""  # what the backend is told first: PROXY header, SSLRequest
+        self.dialled = 0.0  # clock time of its last dial
         self.admitted = False  # it counts among its route's
         self.hello: bytes | None = None  # the ClientHello and what followed, until a byte has passed either way
         self.replayable = False  # `hello` is all the client has said: it can be sent again
@@ -139,7 +139,7 @@ class Connection:
                 raise Malformed("the client left in the middle of its prelude", kind="truncated")
             verdict = self._parse(data)
             if isinstance(verdict, bytes):
-                self._answer(verdict)
+                answer_now(self.client, verdict)
         except Refused as error:
             self.refuse(error)
             return
@@ -150,14 +150,14 @@ class Connection:
             return
         if isinstance(verdict, Hello):
             self._route(verdict)
-        elif not self.up.watched:
+        elif not self.up.events:
             self.wait_in(self.router.deadlines.prelude)
-            self.up.watch(READ, self.on_prelude)
+            self.up.wait_for(READ, self.on_prelude)
             if len(self.router.deadlines.prelude.due) > PRELUDES_MAX:
                 self.router.shed()
 
     def _parse(self, data: bytes) -> Hello | bytes | None:
-        """See Prelude.feed, which does this where the first bytes are not all of a hello."""
+        """Read the first bytes: a whole hello directly, all else by a Prelude.  Returns what `Prelude.feed` does."""
         if self.prelude is None:
             if self.peer.policy != "require":
                 self.hello = data  # before it is parsed: an alert for a broken one has its version
@@ -167,18 +167,6 @@ class Connection:
                 self.hello = None
             self.prelude = Prelude(self.peer.policy, self.peer.local, self.router.hellos)
         return self.prelude.feed(data)
-
-    def _answer(self, answer: bytes) -> None:
-        """Send `S` or `N`, unless the client did not wait for it."""
-        try:
-            if self.client.recv(1, socket.MSG_PEEK):
-                raise Malformed("bytes behind a PostgreSQL encryption request")
-        except BlockingIOError:
-            pass
-        except OSError:
-            return  # the next read says so
-        with contextlib.suppress(OSError):  # likewise
-            self.client.send(answer)
 
     def _route(self, hello: Hello) -> None:
         """The name is known: decide where it leads, and go there."""
@@ -196,7 +184,6 @@ class Connection:
             return
         if self.queue is not None:
             self.leave_queue()
-        self.go_on()
 
     def route_to(self, decision: Decision) -> None:
         """Go where the listener leads, and read nothing of the client first."""
@@ -206,14 +193,12 @@ class Connection:
             self._admit(decision)
         except Refused as error:
             self.refuse(error)
-            return
-        self.go_on()
 
     def _take_prelude(self, prelude: Prelude) -> None:
         """Take over what the prelude has found out.  Raises Refused."""
         self.prelude = None
         self.hello = bytes(prelude.data)
-        self.greeting = prelude.header + SSL_REQUEST_BYTES if prelude.ssl else prelude.header
+        self.preface = prelude.header + SSL_REQUEST_BYTES if prelude.ssl else prelude.header
         self.header = header = prelude.source
         if header is None or header.source is None:
             return
@@ -225,12 +210,14 @@ class Connection:
             raise Refused("client_limit", f"{self.peer.key} has {self.peer.count - 1} connections")
 
     def _admit(self, decision: Decision) -> None:
-        """Count among the connections of the route, where its options let the client in.  Raises Refused."""
+        """Have it dialled in this turn, where the route's options let the client in.  Raises Refused."""
         self.decision = decision
         if not decision.plain:
             self._obey_route(decision)
         self.admitted = True
         decision.tally.active += 1
+        self.state = ROUTED
+        self.router.to_dial.append(self)
 
     def _obey_route(self, decision: Decision) -> None:
         """Do what the route asks for beside its target.  Raises Refused."""
@@ -243,20 +230,15 @@ class Connection:
             raise Refused("route_limit", f"{route.pattern} has {route.max_connections} connections")
         if route.send_proxy == "as-received":
             return
-        self.greeting = SSL_REQUEST_BYTES if self.greeting.endswith(SSL_REQUEST_BYTES) else b""
+        self.preface = SSL_REQUEST_BYTES if self.preface.endswith(SSL_REQUEST_BYTES) else b""
         write = PROXY_WRITERS[route.send_proxy]
         if write is not None:
             header = self.header
             source = None if header is not None and header.source is None else self.address
             destination = header and header.destination or self.client.getsockname()[:2]
-            self.greeting = write(source, destination) + self.greeting
+            self.preface = write(source, destination) + self.preface
 
     # -- on the way to the backend
-
-    def go_on(self) -> None:
-        """Have `dial` called in this turn."""
-        self.state = ROUTED
-        self.router.to_dial.append(self)
 
     def dial(self) -> None:
         """Connect to the backend, or wait until that can be done."""
@@ -271,7 +253,7 @@ class Connection:
         if self.backend is None:
             self.park(None)
         else:
-            self._connect("")
+            self.connect("")
 
     def park(self, doubted: Child | None) -> None:
         """Wait, with all that want the same, until the target is ready."""
@@ -281,7 +263,7 @@ class Connection:
                                                  "and gone each time"))
             return
         self.state = PARKED
-        self.up.watch(READ, self.on_waiting)
+        self.up.wait_for(READ, self.on_waiting)
         self.wait_in(self.router.deadlines.parked)
         self.router.waits.join(self, doubted)
 
@@ -289,14 +271,15 @@ class Connection:
         """The target may be ready: go on."""
         self.router.waits.leave(self)
         self.leave_queue()
-        self.go_on()
+        self.state = ROUTED
+        self.router.to_dial.append(self)
 
     def on_waiting(self, mask: int) -> None:
         """The client says more, or leaves, while it waits for the backend."""
         if self.state not in WAITING_FOR_BACKEND:
             return
         if len(self.hello) >= HELLO_WIRE_MAX:
-            self.up.watch(0)  # enough: the rest waits in the kernel
+            self.up.wait_for(0)  # enough: the rest waits in the kernel
             return
         try:
             data = self.client.recv(MESSAGE)
@@ -310,13 +293,14 @@ class Connection:
         else:
             self.close(CLIENT_LEFT)
 
-    def _connect(self, why: str) -> None:
+    def connect(self, why: str) -> None:
         """Connect to the next address; `why` is what became of the one before.  `speak` sees what becomes of it."""
+        self._hang_up()
         self.dialled = monotonic()
         try:
             server = self.backend.open(why)
         except Unreachable as error:
-            self._backend_failed(str(error))
+            self.backend_failed(str(error))
             return
         except OSError as error:  # our own trouble: neither the backend's fault nor its tunnel's
             self.router.pause(error.strerror, monotonic() + CAPACITY_PAUSE)
@@ -334,47 +318,39 @@ class Connection:
         if self.state is not DIALING:
             return
         server = self.down.source
-        asks = self.greeting.endswith(SSL_REQUEST_BYTES)
-        said = self.greeting if asks else self.greeting + self.hello
+        asks = self.preface.endswith(SSL_REQUEST_BYTES)
+        said = self.preface if asks else self.preface + self.hello
         try:
             self.backend.connected(server)
             sent = server.send(said)
         except Unreachable as error:
-            self._backend_failed(str(error))
+            self.backend_failed(str(error))
             return
         except OSError as error:
-            watched = self.down.watched
+            watched = self.down.events
             if not watched and error.errno in NOT_CONNECTED:
                 self.wait_in(self.router.deadlines.connect)
-                self.up.watch(READ, self.on_waiting)
-                self.down.watch(WRITE, self.speak)
+                self.up.wait_for(READ, self.on_waiting)
+                self.down.wait_for(WRITE, self.speak)
             elif not watched or not isinstance(error, BlockingIOError):
-                self._connect_next(error.strerror)
+                self.connect(error.strerror)
             return
         if asks:  # a few bytes into an empty buffer: it took them all
             self.state = GREETING
             self.wait_in(self.router.deadlines.greeting)
-            self.up.watch(READ, self.on_waiting)
-            self.down.watch(READ, self.on_greeting)
+            self.up.wait_for(READ, self.on_waiting)
+            self.down.wait_for(READ, self.on_ssl_answer)
         else:
             self._open(said, sent)
 
-    def on_connect_timeout(self) -> None:
-        """No address may take longer than that."""
-        self._connect_next("no answer to the connect")
-
-    def _connect_next(self, why: str) -> None:
-        self._hang_up()
-        self._connect(why)
-
-    def on_greeting(self, mask: int) -> None:
+    def on_ssl_answer(self, mask: int) -> None:
         """The backend's answer to SSLRequest: exactly one `S`, or this is no place for a hello."""
         if self.state is not GREETING:
             return
         try:
             answer = self.down.source.recv(64)
             if not answer:
-                self._backend_failed("it closed the connection without an answer to SSLRequest")
+                self.backend_failed("it closed the connection without an answer to SSLRequest")
             elif answer == b"S":
                 self._open(self.hello, self.down.source.send(self.hello))
             else:
@@ -383,11 +359,7 @@ class Connection:
         except BlockingIOError:
             pass
         except OSError as error:
-            self._backend_failed(error.strerror)
-
-    def on_greeting_timeout(self) -> None:
-        """No backend may think about TLS longer than that."""
-        self._backend_failed("no answer to SSLRequest")
+            self.backend_failed(error.strerror)
 
     def _open(self, said: bytes, sent: int) -> None:
         """Pass bytes: the backend has `sent` bytes of what the client `said`."""
@@ -399,36 +371,28 @@ class Connection:
             self.hello = None
             if self.queue is not None:
                 self.leave_queue()
-            up.watch(READ, up.pump)
-            down.watch(READ, down.pump)
+            up.wait_for(READ, up.pump)
+            down.wait_for(READ, down.pump)
         else:
             self.state = UNANSWERED
             self.wait_in(self.router.deadlines.first_byte)
-            up.watch(READ, up.first)
-            down.watch(READ, down.first)
+            up.wait_for(READ, up.first)
+            down.wait_for(READ, down.first)
         if sent != len(said):
             up.hold(memoryview(said)[sent:])
 
-    def on_first_byte_timeout(self) -> None:
-        """The tunnel took the hello and is silent: say it once more; `TunnelTable.wait` looks at the process."""
-        self._backend_failed(f"no answer within {FIRST_BYTE_TIMEOUT:g} s")
-
     # -- a backend that failed before the client had a byte of it
 
-    def _backend_failed(self, why: str) -> None:
-        """Ask the backend what that means, and do it."""
+    def backend_failed(self, why: str) -> None:
+        """Ask the backend what to do about its failure, and do it."""
         verdict = self.backend.failed(why, self.down.source, self.retried or not self.replayable)
         self._drop_backend()
-        self._obey_backend(verdict)
+        self.obey(verdict)
 
-    def on_words(self) -> None:
-        """Its words have had their time: ask again."""
-        self._obey_backend(self.backend.failed("", None, self.retried or not self.replayable))
-
-    def _obey_backend(self, verdict: Retry | Refused | None) -> None:
+    def obey(self, verdict: Retry | Refused | None) -> None:
         if verdict is None:
             self.state = PARKED
-            self.up.watch(READ, self.on_waiting)
+            self.up.wait_for(READ, self.on_waiting)
             self.wait_in(self.router.deadlines.words)
         elif isinstance(verdict, Refused):
             self.refuse(verdict)
@@ -455,11 +419,11 @@ class Connection:
             if flow is self.up:
                 self.close(CLIENT_LEFT)  # nobody ends TLS in the middle of its handshake, and stays
             else:
-                self._backend_failed("it closed the connection without a byte")
+                self.backend_failed("it closed the connection without a byte")
             return
         flow.state = DONE
         if flow.twin.state is DONE:
-            self.close(BACKEND_CLOSED if flow is self.up else CLIENT_CLOSED)  # whoever was first
+            self.close(BACKEND_CLOSED if flow is self.up else CLIENT_CLOSED)  # this flow is the second to end
             return
         self.router.to_end.append(flow.twin.source)
         flow.rewatch()
@@ -469,7 +433,7 @@ class Connection:
         if flow is self.up:
             self.close(CLIENT_RESET)
         elif self.state is UNANSWERED:
-            self._backend_failed(error.strerror)
+            self.backend_failed(error.strerror)
         else:
             self._linger(b"", BACKEND_RESET)
 
@@ -488,9 +452,7 @@ class Connection:
         """Close the connection to the backend."""
         down = self.down
         if down.source is not None:
-            if down.watched:
-                self.router.loop.poller.closing(down.fd)
-                down.watched = 0
+            down.closing()
             down.source.close()
             down.source = None
 
@@ -501,16 +463,6 @@ class Connection:
         self._hang_up()
         if self.backend is not None:
             self.backend.release()
-
-    def on_prelude_timeout(self) -> None:
-        """Its one deadline has come, and the client has not said its name."""
-        self.refuse(Refused("prelude_timeout", "the client did not say its name in time"))
-
-    def on_parked_timeout(self) -> None:
-        """The thread that waits for the target should have given up by now: a resolver may hang in it."""
-        decision = self.decision
-        self.refuse(Refused("tunnel_timeout",
-                            f"{decision.target}: waited too long for {decision.scheme.waits_on}"))
 
     def refuse(self, error: Refused) -> None:
         """Turn a Refused into bytes, a log line and a counter: all refusals end here."""
@@ -540,7 +492,7 @@ class Connection:
             self.close(reason)
             return
         self.wait_in(self.router.deadlines.linger)
-        self.up.watch(READ, self.on_linger)
+        self.up.wait_for(READ, self.on_linger)
 
     def on_linger(self, mask: int) -> None:
         """Read and forget what the client still says."""
@@ -553,10 +505,6 @@ class Connection:
             return
         except OSError:
             pass
-        self.close(self.reason)
-
-    def on_linger_timeout(self) -> None:
-        """The client had its moment."""
         self.close(self.reason)
 
     def close(self, reason: str) -> None:
@@ -573,8 +521,7 @@ class Connection:
         up, down = self.up, self.down
         up.discard()
         down.discard()
-        if up.watched:
-            router.loop.poller.closing(up.fd)
+        up.closing()
         self.client.close()
         backend = self.backend
         if backend is not None:
@@ -588,20 +535,68 @@ class Connection:
         router.closed(self, reason, up.total, down.total)
 
 
+def answer_now(client: socket.SocketType, answer: bytes) -> None:
+    """Send `S` or `N`, unless the client did not wait for it: then it raises Malformed."""
+    try:
+        if client.recv(1, socket.MSG_PEEK):
+            raise Malformed("bytes that did not wait for the answer")
+    except BlockingIOError:
+        pass
+    except OSError:
+        return  # the client is gone: the next read says so
+    with contextlib.suppress(OSError):  # likewise
+        client.send(answer)
+
+
+# -- deadlines ---------------------------------------------------------------------------------
+
+
 class Deadlines:
     """The queues in which connections stand, one for each thing that they may wait for.  Loop only."""
 
     def __init__(self, loop: Loop, prelude_timeout: float, start_timeout: float):
-        self.prelude = loop.queue(prelude_timeout, Connection.on_prelude_timeout)
-        self.parked = loop.queue(0.0, Connection.on_parked_timeout)
-        self.connect = loop.queue(CONNECT_TIMEOUT, Connection.on_connect_timeout)
-        self.greeting = loop.queue(GREETING_TIMEOUT, Connection.on_greeting_timeout)
-        self.first_byte = loop.queue(FIRST_BYTE_TIMEOUT, Connection.on_first_byte_timeout)
-        self.words = loop.queue(WORDS_TIMEOUT, Connection.on_words)
-        self.linger = loop.queue(LINGER, Connection.on_linger_timeout)
+        self.prelude = loop.queue(prelude_timeout, late_prelude)
+        self.parked = loop.queue(0.0, late_target)
+        self.connect = loop.queue(CONNECT_TIMEOUT, late_connect)
+        self.greeting = loop.queue(GREETING_TIMEOUT, late_ssl_answer)
+        self.first_byte = loop.queue(FIRST_BYTE_TIMEOUT, late_first_byte)
+        self.words = loop.queue(WORDS_TIMEOUT, words_are_due)
+        self.linger = loop.queue(LINGER, lambda connection: connection.close(connection.reason))
         self.adopt(prelude_timeout, start_timeout)
 
     def adopt(self, prelude_timeout: float, start_timeout: float) -> None:
         """Use other times, in seconds; connections already queued keep their old deadline."""
         self.prelude.seconds = prelude_timeout
         self.parked.seconds = start_timeout + 1  # the thread that waits is the first to say so
+
+
+def late_prelude(connection: Connection) -> None:
+    """Its one deadline has come, and the client has not said its name."""
+    connection.refuse(Refused("prelude_timeout", "the client did not say its name in time"))
+
+
+def late_target(connection: Connection) -> None:
+    """The thread that waits for the target should have given up by now: a resolver may hang in it."""
+    decision = connection.decision
+    connection.refuse(Refused("tunnel_timeout",
+                              f"{decision.target}: waited too long for {decision.scheme.waits_on}"))
+
+
+def late_connect(connection: Connection) -> None:
+    """No address may take longer than that: try the next."""
+    connection.connect("no answer to the connect")
+
+
+def late_ssl_answer(connection: Connection) -> None:
+    """No backend may think about TLS longer than that."""
+    connection.backend_failed("no answer to SSLRequest")
+
+
+def late_first_byte(connection: Connection) -> None:
+    """The tunnel took the hello and is silent: say it once more; `TunnelTable.wait` looks at the process."""
+    connection.backend_failed(f"no answer within {FIRST_BYTE_TIMEOUT:g} s")
+
+
+def words_are_due(connection: Connection) -> None:
+    """The last words of its tunnel have had their time: ask the backend again."""
+    connection.obey(connection.backend.failed("", None, connection.retried or not connection.replayable))

@@ -1,4 +1,41 @@
-"""sniroute_daemon: the main thread of `serve`: signals, systemd, the hand-over to a successor, reloads.
+"""sniroute_daemon: the main thread of `serve`: start and end, signals, systemd, reload, the hand-over to a successor.
+
+    SIGTERM, SIGINT -----+                                        +--> drain; at a second signal: end now
+    SIGHUP --------------+--> bytes in a pipe --+                 +--> reload
+    SIGUSR1 -------------+                      +--> Daemon.run --+--> dump what there is into the log
+    the loop has ended --+                      |                 +--> close everything
+    a successor ------------> one of our names -+                 +--> give it the listening sockets
+
+    Supervisor           what systemd is told: ready, reloading, stopping, alive
+    activated_sockets    the listening sockets that systemd holds for us, where there is a sniroute.socket
+    Handover             how a restart refuses nobody: passes the listening sockets from process to process
+    Daemon               the main thread: owns all of these, the Router and the TunnelTable
+    dump                 counters, tunnels and connections into the log
+
+The start.  A failure in the steps 1 to 3 leaves a predecessor as it was:
+
+    1  get the listening sockets: systemd's, else those of a predecessor
+    2  Router: takes these sockets over, and opens those that are missing
+    3  import the admin's room, if --admin asks for it; start the thread `reaper` (TunnelTable.start), then `loop`,
+       which accepts clients from here on
+    4  tell the predecessor to drain; listen on its names, and bind those that are missing
+    5  open the admin's address (threads `admin` and `admin-<n>`), then tell systemd READY=1
+
+The end.  The thread `loop` runs until all has drained, or until a second signal.  It stops all tunnels, which ends
+`reaper`, and wakes the main thread.  The main thread joins `loop`, and closes the admin, the listeners and the names,
+in this order.  The thread `log` begins first and ends last: `serve` owns it.  The threads wait-<n> are the Router's.
+
+Threads: main, but for four functions.  `Supervisor.beat` and `dump` run in the loop, `Daemon._loop` is the thread
+`loop`, and any thread may call `Daemon.reload`.  One lock, Daemon.reloading: one reload at a time.
+
+Seams: I want to ...
+    react to another signal          a number in SIGNALS, and a branch in Daemon._on_signals
+    tell systemd something else      Supervisor.ready for what changes with a reload, Supervisor.beat for what recurs
+    apply a setting at a reload      Router.adopt or TunnelTable.adopt; `_adopt` calls both
+    show more in a dump              `dump`
+    start something else             Daemon._start, and in the opposite order Daemon._close
+
+It imports the router, tunnels, settings, log, loop, names and refusals; sniroute_admin only where --admin asks for it.
 """
 
 from __future__ import annotations
@@ -31,55 +68,27 @@ __version__ = "0.1.0"
 
 log = logging.getLogger("sniroute")
 monotonic = time.monotonic
-GC_THRESHOLD = 20000  # objects between two looks for cycles: connections leave none
-SWITCH_INTERVAL = 0.0005  # so long may another thread keep the interpreter while the loop wants it
-STATUS_EVERY = 10.0  # between two words to systemd about how it stands; the watchdog may want more
-STOP_TIME = 20.0  # what the end takes at most, once all has drained: TERM, KILL, and the tunnels' last words
-LISTEN_FDS_START = 3  # sd_listen_fds(3)
-HANDOVER_TIMEOUT = 5.0  # for all that predecessors have, and for a last word: all of them are on this host
-OFFER_AGAIN = 5.0  # between two tries to get a name that another process has
-DUMP_MAX = 200  # connections, and tunnels, in a dump
-HANDOVER_MAX = 253  # sockets in one message: the kernel's SCM_MAX_FD; an address needs two
 
 
-def serve(settings: Settings) -> int:
-    """`sniroute serve`: run until a signal ends it.  The exit code."""
-    raise_descriptor_limit()
-    # Not sys.stderr: Python flushes that at its exit, and hangs or fails there if nobody reads it.
-    stream = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), "ascii", "replace", write_through=True)
-    journal = Journal(stream, settings.log_format)
-    log.setLevel(settings.log_level.upper())
-    log.propagate = False
-    log.addHandler(journal)
-    try:
-        return Daemon(settings, journal).run()
-    finally:
-        log.removeHandler(journal)
-        journal.stop()
-        for number in SIGNALS:  # until now they were blocked; the interpreter sets the default again at its end
-            signal.signal(number, signal.SIG_IGN)
+# -- systemd -----------------------------------------------------------------------------------
 
-
-def tune_interpreter() -> None:
-    """Ask for what an interpreter has: not every one is CPython."""
-    # `freeze`: what is here now lives as long as the process, so the collector need not look at it again.
-    for module, name, values in ((sys, "setswitchinterval", (SWITCH_INTERVAL,)),
-                                 (gc, "set_threshold", (GC_THRESHOLD,)), (gc, "freeze", ())):
-        if hasattr(module, name):
-            getattr(module, name)(*values)
-
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# Times in seconds.
+STATUS_EVERY = 10.0  # between two status messages to systemd; a short WatchdogSec makes them more frequent
+STOP_TIME = 20.0  # the end takes at most this, once all has drained: SIGTERM, SIGKILL, the tunnels' last words
+LISTEN_FDS_START = 3  # the first descriptor that systemd passes: sd_listen_fds(3)
 
 
 class Supervisor:
-    """What systemd is told (sd_notify(3)), where it asks.  Any thread: a message is one datagram."""
+    """Tells systemd how the daemon is (sd_notify(3)).  Does nothing where NOTIFY_SOCKET is not set.
+
+    Any thread: a message is one datagram.
+    """
 
     def __init__(self, environ: dict[str, str]):
-        self.socket: socket.socket | None = None
+        self.socket: socket.socket | None = None  # None: nobody asks
         self.watchdog = False
-        self.every = STATUS_EVERY
-        self.status = ""  # as it was last told
+        self.every = STATUS_EVERY  # seconds between two calls of `beat`
+        self.status = ""  # the last one that systemd was told
         address = environ.get("NOTIFY_SOCKET")
         if not address:
             return
@@ -97,18 +106,21 @@ class Supervisor:
             self.every = min(STATUS_EVERY, int(usec) / 2e6)
 
     def tell(self, *lines: str) -> None:
-        """Send a message.  Nobody to hear it, or no room for it, is no reason to fail."""
+        """Send lines as one message.  It is lost without a word where systemd is gone, or does not keep up."""
         if self.socket is not None:
             with contextlib.suppress(OSError):
                 self.socket.send("\n".join(lines).encode())
 
     def ready(self, router: Router) -> None:
-        """It serves, or does so again with other settings."""
+        """Say that the router serves: at the start, and again after each reload."""
         self.status = router.standing()
         self.tell("READY=1", f"STATUS={self.status}")
 
     def beat(self, router: Router) -> float:
-        """The loop lives: it says so itself.  Returns the seconds until it has to again."""
+        """Say that the loop is alive, and its status where that has changed.  The loop calls this.
+
+        Returns the seconds until the next call is due.
+        """
         if self.socket is None:
             return NEVER
         lines = ["WATCHDOG=1"] if self.watchdog else []
@@ -123,16 +135,17 @@ class Supervisor:
         return self.every
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the socket; later messages are dropped."""
         if self.socket is not None:
             self.socket.close()
             self.socket = None
 
 
 def activated_sockets(environ: dict[str, str]) -> dict[str, list[socket.socket]]:
-    """The sockets that systemd listens on for us (sd_listen_fds(3)): those named `admin`, and all others under ''.
+    """The listening sockets that systemd has opened for us (sd_listen_fds(3)); they are the caller's to close.
 
-    Raises SettingsError where one is no listening TCP socket (the admin's may be a unix one).
+    Two lists: "admin" has those that FileDescriptorName= calls so, "" has all others.  Both are empty without systemd.
+    Raises SettingsError where a descriptor is no listening TCP socket; the admin's may be a unix socket.
     """
     found: dict[str, list[socket.socket]] = {"": [], "admin": []}
     count = environ.get("LISTEN_FDS", "")
@@ -155,36 +168,45 @@ def activated_sockets(environ: dict[str, str]) -> dict[str, list[socket.socket]]
     return found
 
 
+# -- how a restart refuses nobody --------------------------------------------------------------
+
+# Times in seconds.
+HANDOVER_TIMEOUT = 5.0  # for the sockets of all predecessors together, and for each last word: all are on this host
+OFFER_AGAIN = 5.0  # between two tries to bind a name that another process has
+HANDOVER_MAX = 253  # sockets in one message: the kernel's SCM_MAX_FD; an address needs two, its listener and its name
+
+
 class Handover:
     """Passes the listening sockets on to a successor, so that a restart refuses nobody.  Main thread.
 
-    A second process of the same user with the same --listen is that successor:
+    A successor is a second process of the same user with the same --listen:
 
         successor                               predecessor
-        connects to the address's name  ---->
-                                        <----   all its sockets: those that listen, and its names' (SCM_RIGHTS)
-        accepts, too
+        connects to an address's name   ---->
+                                        <----   sends all its sockets: its listeners and its names (SCM_RIGHTS)
+        accepts clients, too
         "drain"                         ---->   closes its listeners, and drains
-                                        <----   lets go of its names and of the admin address: end of file
-        has the names
+                                        <----   closes its names and the admin's address, then the connection
+        listens on the names
 
-    If it dies before that word, nothing has changed.  The names are handed on, not taken anew, so that there is
-    no moment without: who comes next waits in their backlog for whoever has them then.
+    If the successor dies before it says "drain", nothing has changed.
 
-    A name is one of unix(7)'s abstract ones: no file that outlives its owner, and as wide as TCP ports are, one
-    network namespace.  Both look who the other is, since any user may take such a name.  Without them (macOS)
-    there is no hand-over.
+    A name is an abstract unix address (unix(7)) that belongs to one TCP address.  It leaves no file behind, and is
+    known in one network namespace, as a TCP port is.  The names are passed as sockets instead of bound again, so each
+    exists at every moment: a third process that connects meanwhile waits in the name's backlog.  Any user may bind or
+    connect to such a name, so both sides check whose process the other is.  Without abstract names (macOS) there is
+    no hand-over.
     """
 
     def __init__(self) -> None:
-        self.names: list[socket.socket] = []
-        self.inherited: dict[tuple[str, int], socket.socket] = {}  # names by address, until they are offered
-        self.predecessors: list[socket.socket] = []
+        self.names: list[socket.socket] = []  # ours: a successor connects to these
+        self.inherited: dict[tuple[str, int], socket.socket] = {}  # a predecessor's names, by address, until `offer`
+        self.predecessors: list[socket.socket] = []  # connections to those that gave us sockets, until `dismiss`
         self.successor: socket.socket | None = None  # one at a time: others wait in the backlog of the names
 
     @staticmethod
     def name(address: tuple) -> str:
-        """The name of the process that listens on an address."""
+        """The abstract unix address that belongs to a TCP address."""
         return f"\0sniroute {show_address(address)}"
 
     @staticmethod
@@ -194,7 +216,10 @@ class Handover:
         return user == os.geteuid()
 
     def take(self, addresses: Iterable[tuple[str, int]]) -> list[socket.socket]:
-        """The sockets that predecessors have for these addresses."""
+        """Get the listeners that predecessors have for these addresses; the caller owns them.
+
+        Their names are kept in `inherited`.  Addresses with port 0 are skipped: nobody can have them before us.
+        """
         wanted = {address for address in addresses if address[1]}
         taken: dict[tuple, socket.socket] = {}
         deadline = monotonic() + HANDOVER_TIMEOUT
@@ -208,10 +233,13 @@ class Handover:
 
     def _take(self, address: tuple[str, int], wanted: set[tuple[str, int]], taken: dict[tuple, socket.socket],
               deadline: float) -> None:
-        """Ask who has one address, and add what of all that it has is wanted.  Raises OSError."""
+        """Ask the process that has this address's name for all its sockets.
+
+        Listeners for `wanted` addresses go to `taken`, names to `inherited`; the rest is closed.  Raises OSError.
+        """
         while True:
             channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            channel.settimeout(max(deadline - monotonic(), CAPACITY_PAUSE))  # whoever is asked last has a moment, too
+            channel.settimeout(max(deadline - monotonic(), CAPACITY_PAUSE))  # even the last one asked gets a moment
             try:
                 channel.connect(self.name(address))
                 if not self.is_ours(channel):
@@ -223,7 +251,7 @@ class Handover:
                 channel.close()
                 return  # nobody has it
             except (ConnectionResetError, BlockingIOError):
-                pass  # it has ended: perhaps there is another; or its backlog is full, which any user can see to
+                pass  # reset: it has ended, perhaps another has the name; blocking: any user can fill its backlog
             except OSError:
                 channel.close()
                 raise
@@ -244,7 +272,7 @@ class Handover:
                 sock.close()
 
     def dismiss(self) -> bool:
-        """Have the predecessors drain, now that we accept.  Whether there were any."""
+        """Have the predecessors drain, now that we accept.  Returns whether there were any."""
         for channel in self.predecessors:
             with channel, contextlib.suppress(OSError):
                 channel.settimeout(HANDOVER_TIMEOUT)
@@ -254,7 +282,7 @@ class Handover:
         return count > 0
 
     def offer(self, addresses: Iterable[tuple]) -> list[tuple]:
-        """Be found by a successor under each of these addresses.  Returns those whose name somebody else has."""
+        """Listen on the name of each of these addresses, for a successor.  Returns those whose name another has."""
         others = []
         for address in addresses if sys.platform == "linux" else ():
             name = self.inherited.pop(address, None)
@@ -272,12 +300,12 @@ class Handover:
         return others
 
     def accept(self, name: socket.socket) -> socket.socket | None:
-        """Who has connected to a name, where that is a process of this user."""
+        """The connection of a successor to a name; None where it has gone again, or is another user's process."""
         try:
             channel, _ = name.accept()
         except OSError as error:
             if error.errno in CAPACITY_ERRNOS:
-                time.sleep(CAPACITY_PAUSE)  # it is still there: do not spin
+                time.sleep(CAPACITY_PAUSE)  # it still waits in the backlog: without a pause the selector would spin
             return None
         channel.settimeout(HANDOVER_TIMEOUT)
         if self.is_ours(channel):
@@ -286,7 +314,10 @@ class Handover:
         return None
 
     def give(self, channel: socket.socket, listeners: Iterable[socket.socket]) -> bool:
-        """Pass the sockets on to a successor, whose word is then waited for.  Whether that went well."""
+        """Send a successor these listeners and all names, and keep its connection: it will say "drain".
+
+        Returns whether they could be sent.
+        """
         try:
             socket.send_fds(channel, [b"sockets"], [sock.fileno() for sock in (*listeners, *self.names)])
         except OSError:
@@ -296,23 +327,62 @@ class Handover:
         return True
 
     def withdraw(self) -> None:
-        """Let go of the names."""
+        """Close the names: no successor finds us any more."""
         for name in self.names:
             name.close()
         self.names = []
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close all sockets that nobody has taken over."""
         self.withdraw()
         for sock in (*self.predecessors, *self.inherited.values(), self.successor):
             if sock is not None:
                 sock.close()
 
 
-class Daemon:
-    """The main thread of `serve`: it starts the others, and then does what signals and a successor say.
+# -- the daemon --------------------------------------------------------------------------------
 
-    Signals arrive as bytes in a pipe: a handler that did more could meet a lock that this thread holds.
+GC_THRESHOLD = 20000  # objects between two searches for cycles: connections leave none
+SWITCH_INTERVAL = 0.0005  # seconds that another thread may keep the interpreter while the loop wants it
+DUMP_MAX = 200  # connections in a dump, and as many tunnels
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+def tune_interpreter() -> None:
+    """Set what suits a loop of many short-lived objects.  An interpreter other than CPython may have none of these."""
+    # `freeze`: all objects of the start live as long as the process, so the collector need not look at them again.
+    for module, name, values in ((sys, "setswitchinterval", (SWITCH_INTERVAL,)),
+                                 (gc, "set_threshold", (GC_THRESHOLD,)), (gc, "freeze", ())):
+        if hasattr(module, name):
+            getattr(module, name)(*values)
+
+
+def dump(router: Router) -> None:
+    """Log the counters, and DUMP_MAX tunnels and connections at most.  Runs in the loop.
+
+    The level is at least the one that --log-level shows: somebody has asked for these lines.
+    """
+    level = max(logging.INFO, log.level)
+    log.log(level, "counters: %s", dict(sorted({**router.counters, **dict(router.tunnels.counters)}.items())))
+    tunnels = [*router.tunnels.snapshot(), *router.tunnels.failed()]
+    for view in tunnels[:DUMP_MAX]:
+        log.log(level, "tunnel %s: %s for %.0f s, %d connections, port %d, pid %d%s", view.key, view.state,
+                view.age, view.leases, view.port, view.pid, f": {view.words}" if view.words else "")
+    now = monotonic()
+    for connection in list(router.connections)[:DUMP_MAX]:
+        log.log(level, "connection %s: %s for %.1f s, name %s, %d bytes up, %d down",
+                show_address(connection.address), connection.state, now - connection.began, connection.name,
+                connection.up.total, connection.down.total)
+    for what, count in (("tunnels", len(tunnels)), ("connections", len(router.connections))):
+        if count > DUMP_MAX:
+            log.log(level, "and %d %s more", count - DUMP_MAX, what)
+
+
+class Daemon:
+    """The main thread of `serve`: it starts the others, and then does what signals and a successor ask for.
+
+    Signals arrive as bytes in a pipe (signal.set_wakeup_fd).  A handler that did the work itself would run in the
+    middle of anything, and could wait for a lock that this same thread holds.
     """
 
     def __init__(self, settings: Settings, journal: Journal):
@@ -323,11 +393,11 @@ class Daemon:
         self.admin: Any = None
         self.router: Router | None = None
         self.thread: threading.Thread | None = None
-        self.stopping = False  # it drains, or more
-        self.asked = False  # by a signal; by a second one, it ends now
-        self.unnamed: list[tuple] = []  # addresses whose name another process has: see Handover
-        self.failed = False
-        self.reloading = threading.Lock()  # one at a time: the admin's threads reload, too
+        self.stopping = False  # it drains: a signal or a successor has asked for it
+        self.asked = False  # a signal has asked for the end; a second one ends it now
+        self.unnamed: list[tuple] = []  # addresses whose name another process has (see Handover): tried again
+        self.failed = False  # the loop ended by an exception
+        self.reloading = threading.Lock()  # one reload at a time: the admin's threads reload, too
         self.selector = selectors.DefaultSelector()
         self.pipe = WakePipe()
         self.selector.register(self.pipe.reader, selectors.EVENT_READ, self._on_signals)
@@ -338,8 +408,10 @@ class Daemon:
                                    start_timeout=settings.start_timeout, max_tunnels=settings.max_tunnels,
                                    max_starting=settings.max_starting)
 
+    # -- main thread: start and end ------------------------------------------------------------
+
     def run(self) -> int:
-        """Serve.  The exit code."""
+        """Serve until the thread `loop` has ended.  Returns the exit code."""
         try:
             try:
                 self._start()
@@ -349,7 +421,7 @@ class Daemon:
                 return 1
             while self.thread.is_alive():
                 for key, _ in self.selector.select(OFFER_AGAIN if self.unnamed else None):
-                    if self.selector.get_map().get(key.fd) is key:  # else an event before it has unregistered it
+                    if self.selector.get_map().get(key.fd) is key:  # an earlier event may have unregistered it
                         key.data(key.fileobj)
                 if self.unnamed and self.handover.successor is None:
                     self._offer()
@@ -358,7 +430,7 @@ class Daemon:
             self._close()
 
     def _start(self) -> None:
-        """Listen, start the threads, and take the place of a predecessor.  Raises SettingsError."""
+        """Listen, start the threads, and replace a predecessor.  Raises SettingsError."""
         settings = self.settings
         sockets = activated_sockets(dict(os.environ))
         activated = bool(sockets[""])
@@ -374,7 +446,7 @@ class Daemon:
         with_admin = settings.admin is not None or bool(sockets["admin"])
         if with_admin:
             try:
-                import sniroute_admin  # noqa: F401 - what is wrong with the file shows before anybody is dismissed
+                import sniroute_admin  # noqa: F401 - a fault in the file shows while a predecessor still serves
             except Exception as error:
                 raise SettingsError(f"--admin: sniroute_admin.py: {error}") from None
         self.tunnels.start()
@@ -399,7 +471,10 @@ class Daemon:
         self.supervisor.ready(router)
 
     def _attach(self, listener: Sequence[socket.socket], alone: bool) -> None:
-        """Open the admin's address.  Raises SettingsError, but for a successor: there is nobody to go back to."""
+        """Open the admin's address, or use the `listener` that systemd has.
+
+        Raises SettingsError if we are `alone`.  A successor goes on without it: its predecessor drains already.
+        """
         import sniroute_admin
         try:
             self.admin = sniroute_admin.attach(self.router, self.settings, *listener)
@@ -410,31 +485,42 @@ class Daemon:
                 raise SettingsError(f"--admin: {error}") from None
             log.error("--admin: %s: going on without it", error)
 
-    def _loop(self) -> None:
-        """The thread `loop`: run it, then stop the tunnels, and tell the main thread."""
-        try:
-            self.router.serve_forever()
-        except BaseException:
-            log.exception("the loop ended: please report it")
-            self.failed = True
-        finally:
-            self.tunnels.close()  # here, so that the main thread hears a second signal meanwhile
-            self.pipe.wake()
+    def _close(self) -> None:
+        """End the threads and close everything, also after a start that failed."""
+        if self.admin is not None:
+            self.admin.close()
+        if self.thread is not None:
+            self.router.shutdown()
+            self.thread.join()
+        else:
+            self.tunnels.close()
+        if self.router is not None:
+            self.router.server_close()
+            log.info("stopped")
+        self.handover.close()  # after the listeners: a process that finds no name opens the address itself
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one more must not interrupt the end: see `serve`
+        signal.set_wakeup_fd(-1)
+        self.supervisor.close()
+        self.selector.close()
+        self.pipe.close()
+
+    # -- main thread: signals ------------------------------------------------------------------
 
     def _on_signals(self, reader: int) -> None:
+        """Act on the bytes in the pipe: numbers of signals, and 0 for the end of the loop."""
         numbers = os.read(reader, 64)
         for number in numbers:
             if number in (signal.SIGTERM, signal.SIGINT):
                 self.stop()
             elif number == signal.SIGUSR1:
                 self.router.call(functools.partial(dump, self.router))
-        if signal.SIGHUP in numbers:  # last, and once: it may take a while
+        if signal.SIGHUP in numbers:  # last, and once for many: a reload may take a while
             self.reload()
-        if 0 in numbers:  # from `_loop`: all that is left of that thread is its end
+        if 0 in numbers:  # the last act of `_loop`, so this does not wait
             self.thread.join()
 
     def stop(self) -> None:
-        """Drain; asked a second time, end now."""
+        """Drain; at a second call, end now."""
         if self.asked:
             self.router.shutdown()
             self.tunnels.close(now=True)
@@ -444,25 +530,28 @@ class Daemon:
             self._drain()
 
     def _drain(self) -> None:
+        """Accept no more; the loop ends with its last connection, or when --drain is over."""
         self.stopping = True
         self.supervisor.tell("STOPPING=1")
-        self.tunnels.retiring = True  # what nobody uses gives its port to a successor
+        self.tunnels.retiring = True  # unused tunnels stop at once: a successor may need their ports
         self.tunnels.wake()
         self.router.drain(self.settings.drain)
 
+    # -- main thread: a successor --------------------------------------------------------------
+
     def _offer(self) -> None:
-        """Take the names that are free by now, and hear who comes."""
+        """Bind the names that are free by now, and wait for a successor on them."""
         known = len(self.handover.names)
         self.unnamed = self.handover.offer(self.unnamed)
         for name in self.handover.names[known:]:
             self.selector.register(name, selectors.EVENT_READ, self._on_successor)
 
     def _on_successor(self, name: socket.socket) -> None:
-        """A process like this one has come for the sockets."""
+        """A successor has connected: give it our sockets, and wait for its word."""
         channel = self.handover.accept(name)
         if channel is None:
             return
-        if self.stopping:  # it gets none: it can listen itself once ours are closed
+        if self.stopping:  # our listeners are being closed: it gets the names only, and opens the addresses itself
             self.router.deaf.wait(HANDOVER_TIMEOUT)
         if self.handover.give(channel, () if self.stopping else self.router.listeners):
             for each in self.handover.names:
@@ -470,7 +559,7 @@ class Daemon:
             self.selector.register(channel, selectors.EVENT_READ, self._on_word)
 
     def _on_word(self, channel: socket.socket) -> None:
-        """The successor accepts, or is gone."""
+        """The successor says "drain", since it accepts now; or it has gone, and we serve on."""
         self.selector.unregister(channel)
         self.handover.successor = None
         word = b""
@@ -485,13 +574,31 @@ class Daemon:
             if not self.stopping:
                 log.info("another sniroute listens here now")
                 self._drain()
-            self.router.deaf.wait(HANDOVER_TIMEOUT)  # first: who finds no name listens there itself
+            self.router.deaf.wait(HANDOVER_TIMEOUT)  # listeners first: see the end of `_close`
             self.handover.withdraw()
             if self.admin is not None:
                 self.admin.close()
 
+    # -- thread loop ---------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        """The thread `loop`: run the router's loop, then stop the tunnels, and wake the main thread."""
+        try:
+            self.router.serve_forever()
+        except BaseException:
+            log.exception("the loop ended: please report it")
+            self.failed = True
+        finally:
+            self.tunnels.close()  # waits for them: not in the main thread, which a second signal may hurry meanwhile
+            self.pipe.wake()
+
+    # -- any thread ----------------------------------------------------------------------------
+
     def reload(self) -> list[str]:
-        """Read the settings again, and go on with them; what is wrong with them, a line each.  Any thread."""
+        """Read the settings again, and go on with them if they are right.
+
+        Returns what is wrong with them, a line each; then nothing has changed.
+        """
         with self.reloading:
             self.supervisor.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
             faults: list[str] = []
@@ -499,7 +606,7 @@ class Daemon:
                 settings = self.settings.again(self.settings)
             except SettingsError as error:
                 faults = list(error.lines)
-            except Exception as error:  # a fault of ours is no reason to end
+            except Exception as error:  # a fault in our own code must not end a router that serves
                 log.exception("while reading the settings again: please report it")
                 faults = [repr(error)]
             for fault in faults:
@@ -514,6 +621,7 @@ class Daemon:
             return faults
 
     def _adopt(self, settings: Settings) -> None:
+        """Hand new settings to all that read them."""
         self.settings = settings
         log.setLevel(settings.log_level.upper())
         for line in settings.kept:
@@ -526,38 +634,22 @@ class Daemon:
             log.warning("reload: there is no file of settings to read again; "
                         "options and variables are for the next start")
 
-    def _close(self) -> None:
-        """Let go of everything, also where the start failed."""
-        if self.admin is not None:
-            self.admin.close()
-        if self.thread is not None:
-            self.router.shutdown()
-            self.thread.join()
-        else:
-            self.tunnels.close()
-        if self.router is not None:
-            self.router.server_close()
-            log.info("stopped")
-        self.handover.close()  # after the listeners: who finds no name listens there itself
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one more changes nothing now
-        signal.set_wakeup_fd(-1)
-        self.supervisor.close()
-        self.selector.close()
-        self.pipe.close()
 
-def dump(router: Router) -> None:
-    """Log what there is, at most DUMP_MAX of a kind and whatever --log-level: somebody asked for it.  The loop."""
-    level = max(logging.INFO, log.level)
-    log.log(level, "counters: %s", dict(sorted({**router.counters, **dict(router.tunnels.counters)}.items())))
-    tunnels = [*router.tunnels.snapshot(), *router.tunnels.failed()]
-    for view in tunnels[:DUMP_MAX]:
-        log.log(level, "tunnel %s: %s for %.0f s, %d connections, port %d, pid %d%s", view.key, view.state,
-                view.age, view.leases, view.port, view.pid, f": {view.words}" if view.words else "")
-    now = monotonic()
-    for connection in list(router.connections)[:DUMP_MAX]:
-        log.log(level, "connection %s: %s for %.1f s, name %s, %d bytes up, %d down",
-                show_address(connection.address), connection.state, now - connection.began, connection.name,
-                connection.up.total, connection.down.total)
-    for what, count in (("tunnels", len(tunnels)), ("connections", len(router.connections))):
-        if count > DUMP_MAX:
-            log.log(level, "and %d %s more", count - DUMP_MAX, what)
+def serve(settings: Settings) -> int:
+    """`sniroute serve`: run until a signal ends it.  Returns the exit code."""
+    raise_descriptor_limit()
+    # Instead of sys.stderr: Python flushes that one at its exit, and hangs or fails there if nobody reads it.
+    stream = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), "ascii", "replace", write_through=True)
+    journal = Journal(stream, settings.log_format)
+    log.setLevel(settings.log_level.upper())
+    log.propagate = False
+    log.addHandler(journal)
+    try:
+        return Daemon(settings, journal).run()
+    finally:
+        log.removeHandler(journal)
+        journal.stop()
+        # The interpreter replaces our handlers by the default at its end, but leaves an ignored signal ignored: one
+        # that came late, while `Daemon._close` had them blocked, must not change the exit code.
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)

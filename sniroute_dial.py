@@ -310,7 +310,7 @@ class Dial:
         self.head = bytearray()  # what the proxy has answered
 
     def start(self) -> None:
-        """Begin."""
+        """Begin to resolve the host, or its proxy."""
         self.way.names.ask(*((self.host, self.port) if self.proxy is None else self.proxy[:2]), self._found)
 
     def cancel(self) -> None:

@@ -1,9 +1,27 @@
-"""sniroute_doctor: check, explain, selftest, bundle: what a person asks about a router.
+"""sniroute_doctor: what a person asks about a router: check, explain, selftest; and bundle, which packs it.
+
+    check           the settings, valid by now ----------> warnings, the routes as they are matched
+    explain NAME    routes, tunnel program, a running router's admin address, the far end ----> facts, one verdict
+    selftest        a real Router on loopback, an echo behind it, SELF_TESTS in front ---------> ok or FAIL, line by line
+    bundle          the rooms' sources and bytecode -----> sniroute.pyz
+
+An option: without this file a router serves all the same.
+
+Threads.  check, explain and bundle have one.  selftest runs the router's loop, the reaper of its tunnels and an echo
+server in threads of their own, and ends them all.
+
+Seams: I want to ...
+    test another hard case          a row in SELF_TESTS
+    advise about a tunnel's state   a row in TUNNEL_ADVICE; about a refusal: the row in REFUSALS
+    pack another file               CORE or OPTIONS of sniroute_names
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import errno
+import itertools
 import json
 import logging
 import os
@@ -16,11 +34,11 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 from sniroute_flow import READ_MAX
-from sniroute_launchers import Launcher, Reason, TunnelError
-from sniroute_names import normalise, printable
+from sniroute_launchers import Launcher, Reason, TunnelError, TunnelKey
+from sniroute_names import CORE, OPTIONS, describe_version, normalise, printable
 from sniroute_refusals import (DECODE_ERROR, POSTGRES, REFUSALS, UNRECOGNIZED_NAME, Refused, tls_alert, told,
                                tunnel_refused)
 from sniroute_router import Router
@@ -67,34 +85,39 @@ def check(settings: Settings) -> int:
 def explain(settings: Settings) -> int:
     """`sniroute explain NAME`: 0 where a route fits the name, 1 where it would be refused.
 
-    Where the carrier would serve it, the far end is tried, once.  Where a router runs with an admin address,
-    it is asked how that tunnel stands there.  What else takes a running router is not asked: `forbidden`,
-    `not_allowed`, and a name that is the router's own.
+    The facts first, then one verdict: what the name would be refused for, or what is to be done, if anything.
+    Where the carrier would serve it, the far end is tried, once.  Where a router runs with an admin address, it is
+    asked how that tunnel stands there.  Only a router that runs can tell `forbidden`, `not_allowed`, and a name that
+    is its own.
     """
-    def refuse(error: Refused) -> int:
-        print(f"refused: {error} ({error.kind}, TLS alert {error.alert})")
-        print("to do:  ", REFUSALS[error.kind].advice)
-        return 1
-
+    advice = ""
     try:
-        name = normalise(os.fsencode(settings.name))
+        try:
+            name = normalise(os.fsencode(settings.name))
+            print(f"name:    {name}")
+        except Refused:
+            print(f"name:    {printable(settings.name)}")
+            raise
         decision = settings.routes.decide(name)
-    except Refused as error:
-        print(f"name:    {printable(settings.name)}")
-        return refuse(error)
-    print(f"name:    {name}\nroute:   {show_route(decision.route)}\ntarget:  {decision.target}")
-    launcher = settings.launchers.get(decision.tunnel.partition(":")[0])
-    if settings.admin is not None:
-        explain_live(settings.admin, None if launcher is None else decision.tunnel)
-    try:
-        if launcher is not None:
-            print("runs:   ", shlex.join([launcher.find(), *launcher.argv(decision.rest, settings.ports[0])]))
-            if decision.tunnel != decision.target:
-                print("token:   not shown there: the client may own that domain")
-            try_tunnel(launcher, decision.rest)
+        print(f"route:   {show_route(decision.route)}\ntarget:  {decision.target}")
+        if decision.tunnel is not None:
+            advice = explain_tunnel(settings, decision.tunnel)
+        elif settings.admin is not None:
+            ask_router(settings.admin)
     except TunnelError as error:
-        return refuse(tunnel_refused(error.kind, str(error)))
+        return show_refusal(tunnel_refused(error.kind, str(error)))
+    except Refused as error:
+        return show_refusal(error)
+    if advice:
+        print("to do:  ", advice)
     return 0
+
+
+def show_refusal(error: Refused) -> int:
+    """Print what a name is refused for, and what can be done about it.  Returns the exit code."""
+    print(f"refused: {error} ({error.kind}, TLS alert {error.alert})")
+    print("to do:  ", REFUSALS[error.kind].advice)
+    return 1
 
 
 # What to do about a tunnel in a running router, by its state.
@@ -102,31 +125,51 @@ TUNNEL_ADVICE = {
     "absent": "nothing: the next client starts it",
     "queued": "nothing, it waits for its turn; if it stays so: --max-starting, --max-tunnels, --ports",
     "starting": "nothing yet: it may take --start-timeout",
-    "ready": "nothing; if clients fail all the same: the far end, see the log's lines for this name",
+    "ready": "nothing; if clients fail all the same: see the log's lines for this name",
     "stopping": "nothing: the next client starts it again",
     "backoff": "see why it ended; it is started again by itself",
     "failed": "mend what it says; then POST /tunnels/NAME/stop forgets it, or wait",
 }
+LOCAL_ONLY = {"ready": "ready (its local port is open)"}  # a state that says less than people read into it
 
 
-def explain_live(admin: str | tuple[str, int], key: str | None) -> None:
-    """Print how a tunnel stands in the router whose admin address this is."""
+def explain_tunnel(settings: Settings, key: TunnelKey) -> str:
+    """Print what a tunnel runs, and how it stands in a router that runs; try its far end.  Returns what to do.
+
+    Raises TunnelError where it cannot be had.
+    """
+    launcher = settings.launchers[key.launcher]
+    print("runs:   ", shlex.join([launcher.find(), *launcher.argv(key.hostname, settings.ports[0])]))
+    if not key.identified:
+        print("token:   not shown there: the client may own that domain")
+    status = ask_router(settings.admin) if settings.admin is not None else None
+    advice = show_standing(status, key) if status is not None else ""
+    try_far_end(launcher, key)
+    return advice
+
+
+def ask_router(admin: str | tuple[str, int]) -> dict[str, Any] | None:
+    """Print how the router stands whose admin address this is.  Its status; None where it gives none."""
     try:
         status = ask_admin(admin)
-        rows = [row for row in status["tunnels"] if row["key"] == key]
         print(f"router:  {status['phase']}, pid {status['pid']}, {status['connections']['active']} connections")
+        return status
     except (OSError, ValueError, LookupError, TypeError) as error:
         print(f"router:  no answer from its admin address: {printable(str(error))}")
-        return
-    if key is None:
-        return
+        return None
+
+
+def show_standing(status: dict[str, Any], key: TunnelKey) -> str:
+    """Print how a tunnel stands, by the status of a router.  Returns what to do about it."""
+    rows = [row for row in status.get("tunnels", ()) if row["key"] == str(key)]
     row = rows[0] if rows else {"state": "absent", "age": 0, "leases": 0, "next": 0, "words": ""}
+    state = printable(row["state"])
     facts = [f"for {row['age']:.0f} s"] * (row["age"] > 0) + [f"{row['leases']} connections"] * (row["leases"] > 0)
     facts += [f"next in {row['next']:.0f} s"] * (row["next"] > 0)
-    print("tunnel: ", ", ".join([printable(row["state"]), *facts]))
+    print("tunnel: ", ", ".join([LOCAL_ONLY.get(state, state), *facts]))
     if row["words"]:
         print("said:   ", printable(row["words"], 500))
-    print("to do:  ", TUNNEL_ADVICE.get(row["state"], "see the README"))
+    return TUNNEL_ADVICE.get(state, "see OPERATING.md")
 
 
 def ask_admin(admin: str | tuple[str, int]) -> dict[str, Any]:
@@ -149,19 +192,22 @@ def ask_admin(admin: str | tuple[str, int]) -> dict[str, Any]:
         connection.close()
 
 
-def try_tunnel(launcher: Launcher, hostname: str) -> None:
+def try_far_end(launcher: Launcher, key: TunnelKey) -> None:
     """Dial once, where the program can do that and end.  Raises TunnelError with its reason."""
     if launcher.trial is None:
         return
     try:
-        trial = subprocess.run([launcher.find(), *launcher.trial(hostname)], env=launcher.environment, cwd="/",
-                               stdin=subprocess.DEVNULL, capture_output=True, timeout=TRIAL_TIMEOUT)
+        trial = subprocess.run([launcher.find(), *launcher.trial(key.hostname)], cwd="/", stdin=subprocess.DEVNULL,
+                               env=launcher.environment_for(key.identified), capture_output=True, timeout=TRIAL_TIMEOUT)
     except subprocess.TimeoutExpired:
         raise TunnelError("timeout", f"no answer within {TRIAL_TIMEOUT:g} s") from None
     if trial.returncode:
         reason = launcher.reason(trial.stderr)
         raise TunnelError(reason.kind, reason.text)
     print("far end: it answers")
+
+
+# -- selftest ----------------------------------------------------------------------------------
 
 
 def sample_hello(name: str | None, size: int = 0, record: int = RECORD_MAX) -> bytes:
@@ -257,7 +303,7 @@ class SelfTest:
         except OSError as error:
             raise AssertionError(f"{error} after {len(data)} of {len(expected)} bytes") from None
         if data != expected:
-            raise AssertionError(f"{len(data)} bytes, {data[:20].hex(' ')}..., in the place of {len(expected)}")
+            raise AssertionError(f"{len(data)} bytes, {data[:20].hex(' ')}..., instead of {len(expected)}")
 
     def talk(self, *steps: bytes | tuple[bytes, bytes], end: bool = False, piece: int = 0) -> None:
         """Say each step, in pieces of so many bytes, and hear the same, or what stands behind it; then the `end`."""
@@ -316,7 +362,7 @@ class SelfTest:
         with self.connect() as client:
             client.sendall(said)
             self.expect(client, said)
-            os.kill(next(v.pid for v in self.tunnels.snapshot() if "killed" in v.key), signal.SIGKILL)
+            os.kill(next(v.pid for v in self.tunnels.snapshot() if "killed" in v.key.hostname), signal.SIGKILL)
             with contextlib.suppress(ConnectionResetError):
                 if client.recv(1):
                     raise AssertionError("no end")
@@ -375,3 +421,84 @@ def selftest(settings: Settings) -> int:
             print(f"{'FAIL' if fault else 'ok':4}  {monotonic() - start:5.2f} s  {title}{fault}", flush=True)
     print(f"{len(SELF_TESTS) - failed} of {len(SELF_TESTS)} went well, in {monotonic() - began:.1f} s")
     return 1 if failed else 0
+
+
+# -- bundle ------------------------------------------------------------------------------------
+
+BUNDLE_MAIN = "import sys\n\nimport sniroute\n\nsys.exit(sniroute.main())\n"
+BUNDLE_START = b"#!/usr/bin/env python3\n"  # zipapp's: the system runs the file, Python finds the zip behind it
+BUNDLE_DATE = (1980, 1, 1, 0, 0, 0)  # the first that a zip file can say: no clock in the file
+
+# Compiles sources: JSON {file: text} on stdin, {file: bytecode in hex} on stdout.  In a fresh interpreter, because
+# the bytes that `marshal` writes depend on which strings the interpreter already shares.
+BUNDLE_COMPILER = """
+import importlib._bootstrap_external as form, importlib.util, json, marshal, sys
+def pyc(name, text):  # PEP 552, "unchecked": valid whatever its date
+    code = compile(text, name, "exec", dont_inherit=True)
+    return form._code_to_hash_pyc(code, importlib.util.source_hash(text.encode()), False)
+print(json.dumps({name: bytes(pyc(name, text)).hex() for name, text in json.load(sys.stdin).items()}))
+"""
+
+
+def bundle(words: Sequence[str]) -> int:
+    """`sniroute bundle`: write the rooms that are here into one file, `python3 sniroute.pyz`.
+
+    A zip file with each room's source, for any Python from 3.11, and its bytecode, for the one that wrote it.  The
+    same sources and the same Python give the same bytes.  Returns the exit code.
+    """
+    parser = argparse.ArgumentParser(prog="sniroute bundle", allow_abbrev=False,
+                                     description="Writes sniroute into one file that any Python from 3.11 runs.")
+    parser.add_argument("-o", "--output", metavar="FILE", default="sniroute.pyz", help="default: sniroute.pyz")
+    parser.add_argument("--with", dest="options", metavar="OPTION,...", default="doctor",
+                        help=f"what it can do beside serving: {', '.join(OPTIONS)}, all or none (default doctor)")
+    given = parser.parse_args(words)
+    options = {"all": list(OPTIONS), "none": []}.get(given.options, given.options.split(","))
+    unknown = [option for option in options if option not in OPTIONS]
+    if unknown:
+        parser.error(f"--with: {printable(unknown[0])!r} is none of {', '.join(OPTIONS)}, all and none")
+    rooms = [*CORE, *itertools.chain.from_iterable(OPTIONS[option] for option in options)]
+    try:
+        sources = {f"{room}.py": source_of(room) for room in rooms}
+        write_bundle(given.output, {**sources, "__main__.py": BUNDLE_MAIN})
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"sniroute: {printable(given.output)}: {printable(getattr(error, 'strerror', None) or str(error))}", file=sys.stderr)
+        return 1
+    print(f"{given.output}: {describe_version().partition(' (')[0]} with {', '.join(options) or 'no options'}, "
+          f"{os.path.getsize(given.output) >> 10} KiB")
+    return 0
+
+
+def source_of(room: str) -> str:
+    """The text of a room, from its folder or from the bundle that it is in.  Raises OSError."""
+    import importlib.util
+    spec = importlib.util.find_spec(room)
+    source = spec.loader.get_source(room) if spec is not None else None
+    if source is None:
+        raise FileNotFoundError(errno.ENOENT, f"{room}.py is not here")
+    return source
+
+
+def write_bundle(path: str, sources: dict[str, str]) -> None:
+    """Write a zip file of these sources and their bytecode.  Raises OSError, or SubprocessError."""
+    import zipfile
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", BUNDLE_COMPILER], input=json.dumps(sources), text=True,
+                          capture_output=True, check=True)
+    files = {name: text.encode() for name, text in sources.items()}
+    files |= {f"{name}c": bytes.fromhex(code) for name, code in json.loads(done.stdout).items()}
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as file:
+            file.write(BUNDLE_START)
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+                for name in sorted(files):
+                    entry = zipfile.ZipInfo(name, BUNDLE_DATE)
+                    entry.compress_type = zipfile.ZIP_DEFLATED
+                    entry.create_system = 3  # Unix, whatever writes it
+                    entry.external_attr = 0o644 << 16
+                    archive.writestr(entry, files[name])
+        os.chmod(part, 0o755)
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise

@@ -261,9 +261,9 @@ class Upgrade:
         try:
             self.sock.do_handshake()
         except ssl.SSLWantReadError:
-            self.watch.set(READ, self.on_shake)
+            self.watch.wait_for(READ, self.on_shake)
         except ssl.SSLWantWriteError:
-            self.watch.set(WRITE, self.on_shake)
+            self.watch.wait_for(WRITE, self.on_shake)
         except ssl.SSLCertVerificationError as error:
             self._end(Failed("certificate", error.verify_message))
         except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
@@ -283,9 +283,9 @@ class Upgrade:
         try:
             self.out = send_some(self.sock, self.out)
             if self.out:
-                self.watch.set(WRITE, self.on_upgrade)
+                self.watch.wait_for(WRITE, self.on_upgrade)
                 return
-            self.watch.set(READ, self.on_upgrade)
+            self.watch.wait_for(READ, self.on_upgrade)
             for _ in range(READS):  # each takes a whole record, so that the loop sees what is left
                 data = self.sock.recv(RECORD)
                 self.head += data

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import fcntl
 
-from sniroute_loop import READ, WRITE, Poller
+from sniroute_loop import READ, WRITE, Poller, Watch
 
 if TYPE_CHECKING:
     from sniroute_connection import Connection
@@ -58,48 +58,33 @@ READING = (OPEN, BULKY)  # states of a flow whose source is read
 SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE", 0)
 
 
-class Flow:
-    """One direction of a connection, from `source` to its twin's source."""
+class Flow(Watch):
+    """One direction of a connection, from `source` to its twin's source.  What it waits for is the source's events."""
 
-    __slots__ = ("connection", "pipes", "twin", "source", "fd", "total", "size", "small", "state", "pending", "lent",
-                 "watched")
+    __slots__ = ("connection", "pipes", "twin", "source", "total", "size", "small", "state", "pending", "lent")
 
     def __init__(self, connection: Connection, pipes: Pipes):
+        self.poller = pipes.poller
+        self.fd = -1
+        self.events = 0
         self.connection: Connection | None = connection
         self.pipes = pipes
         self.twin: Flow = NO_FLOW
         self.source: Any = None  # a socket; its owner is the connection
-        self.fd = -1
         self.total = 0  # bytes read from the source
         self.size = MESSAGE  # of the next read
         self.small = 0  # small messages in a row
         self.state = DONE
         self.pending: memoryview | int | None = None  # the bytes that the sink did not take; in a pipe: how many
         self.lent: tuple[int, int] | None = None  # the pipe they are in
-        self.watched = 0  # what the poller waits for on the source
 
     # -- the poller
-
-    def watch(self, events: int, callback: Callable[[int], None] | None = None) -> None:
-        """Wait for these events on the source; for none, forget it (a hang-up would spin)."""
-        poller = self.pipes.poller
-        if events == self.watched:
-            if events:
-                poller.callbacks[self.fd] = callback
-            return
-        if not events:
-            poller.forget(self.fd)
-        elif self.watched:
-            poller.change(self.fd, events, callback)
-        else:
-            poller.watch(self.fd, events, callback)
-        self.watched = events
 
     def rewatch(self) -> None:
         """Wait for what is wanted of the source, which is also the twin's sink."""
         events = (READ if self.state in READING else 0) | (WRITE if self.twin.state is BLOCKED else 0)
-        if events != self.watched:
-            self.watch(events, self.mover() if events == READ else self.ready)
+        if events != self.events:
+            self.wait_for(events, self.mover() if events == READ else self.on_writable)
 
     def mover(self) -> Callable[[int], None]:
         """What moves bytes in this state."""
@@ -115,10 +100,10 @@ class Flow:
 
     def install(self) -> None:
         """Have the poller call the mover of this state."""
-        if self.watched == READ:
-            self.pipes.poller.callbacks[self.fd] = self.mover()
+        if self.events == READ:
+            self.poller.callbacks[self.fd] = self.mover()
 
-    def ready(self, mask: int) -> None:
+    def on_writable(self, mask: int) -> None:
         """The source can be written for the twin, and perhaps read too."""
         if mask != READ and self.twin.state is BLOCKED:
             self.twin.flush()

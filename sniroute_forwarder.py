@@ -296,7 +296,7 @@ class Forwarder:
             connection.dismiss()
 
     def _watch(self, listener: Listener) -> None:
-        listener.watch.set(READ, functools.partial(self._accept, listener))
+        listener.watch.wait_for(READ, functools.partial(self._accept, listener))
 
     def _accept(self, listener: Listener, mask: int) -> None:
         """Take the clients that wait.
@@ -328,7 +328,7 @@ class Forwarder:
         """
         self.paused = True
         for listener in self.listeners.values():
-            listener.watch.set(0)
+            listener.watch.wait_for(0)
         now = monotonic()
         self.resuming.set(now + PAUSE)
         if now - self.pause_said >= PAUSE_SAID:
@@ -352,7 +352,7 @@ class Forwarder:
             self.fault(connection)
 
     def tell(self, connection: Served, level: str, event: str, message: str, **fields: str) -> None:
-        """One line of the log about a client."""
+        """Log one line about a client."""
         self.log(level, f"{connection.listener.target}: {message}", event=event,
                  listener=connection.listener.address, client=connection.address, **fields)
 
@@ -386,7 +386,7 @@ class Control:
             raise SettingsError("stdin cannot be waited for: give it a pipe") from None
 
     def on_input(self, mask: int) -> None:
-        """Lines on stdin."""
+        """Read lines from stdin, and obey them."""
         data = os.read(0, 65536)
         *lines, self.part = (self.part + data).split(b"\n")
         if len(self.part) > COMMAND_MAX:
@@ -401,7 +401,7 @@ class Control:
                 self.forwarder.fault(self)
 
     def obey(self, words: list[str]) -> None:
-        """One line."""
+        """Act on one line from stdin."""
         forwarder = self.forwarder
         try:
             if not words:
@@ -453,7 +453,7 @@ def copy(reader: Callable[[int], bytes], writer: Callable[[bytes], Any], end: Ca
 
 
 def write_stdout(data: bytes) -> None:
-    """All of it; waits for the reader."""
+    """Write all of it; waits for the reader."""
     while data:
         data = data[os.write(1, data):]
 

@@ -10,9 +10,9 @@
 Two rows are here: `cloudflared access tcp`, a process for each hostname, and our own carrier
 (sniroute_carrier.py), a process for up to CARRIES hostnames.
 
-The carrier is an option: any of its files (CARRIER_ROOMS) may be missing.  The import system is asked whether they
-are there, so the answer is the same in a folder and in a .pyz file.  The carrier is started by a short program text
-that imports it from `place()`: the folder, or the .pyz file.
+The carrier is an option: any of its files may be missing.  The import system is asked whether they are there, so the
+answer is the same in a folder and in a .pyz file.  The carrier is started by a short program text that imports it
+from `place()`: the folder, or the .pyz file.
 
 Threads: none.  `is_there`, `missing` and `find` look at the disk; nothing else does I/O.
 
@@ -21,7 +21,7 @@ Seams: I want to ...
     understand a new last line      a row in CLOUDFLARED_REASONS or CARRIER_REASONS
     let a variable through          TUNNEL_ENVIRONMENT
 
-This room imports sniroute_names (`printable`, `is_here`) and the standard library.
+This room imports sniroute_names (`printable`, `is_here`, OPTIONS) and the standard library.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import shutil
 import sys
 from typing import Callable, Mapping, NamedTuple
 
-from sniroute_names import is_here, printable
+from sniroute_names import OPTIONS, is_here, printable
 
 __version__ = "0.1.0"
 
@@ -61,6 +61,17 @@ class Reason(NamedTuple):
     kind: str = "failed"  # of a TunnelError: `failed`, `denied` or `unknown`
     text: str = ""  # for people; '' where nothing is known
     final: bool = False  # another try would end the same way
+
+
+class TunnelKey(NamedTuple):
+    """What tells one tunnel from another."""
+
+    launcher: str  # the scheme of its program's row
+    hostname: str
+    identified: bool = True  # it is given the router's Access token, if there is one
+
+    def __str__(self) -> str:
+        return f"{'' if self.identified else 'anonymous '}{self.launcher}:{self.hostname}"
 
 
 def last_line(tail: bytes) -> tuple[str, dict]:
@@ -98,7 +109,7 @@ CLOUDFLARED_REASONS = (
     ("connection refused", "failed", "the edge refused the connection"),
     ("connection reset by peer", "failed", "the edge reset the connection"),
     ("Leave cloudflared running to download", "denied", LOGIN_WANTED),  # the end of its prompt
-    ("If the browser failed to open", "denied", LOGIN_WANTED),  # the same, where it found a browser
+    ("If the browser failed to open", "denied", LOGIN_WANTED),  # its prompt after it has opened a browser
     ("Waiting for login", "denied", LOGIN_WANTED),
     ("already waiting for authentication", "denied", LOGIN_WANTED),
     (TAKEN, "failed", "its local port was taken"),
@@ -147,6 +158,10 @@ class Launcher(NamedTuple):
     carries: int = 1  # tunnels in one process; more than one: see "Shared processes" in sniroute_processes, ...
     shared: tuple[str, ...] = ()  # ... and these are the words after the program
     trial: Callable[[str], list[str]] | None = None  # hostname -> words for a run that dials once and ends
+
+    def environment_for(self, identified: bool) -> dict[str, str]:
+        """The environment of a process, with or without what identifies the router to Access."""
+        return {name: value for name, value in self.environment.items() if identified or name not in TUNNEL_IDENTITY}
 
     def is_there(self) -> bool:
         """Whether it can be run now."""
@@ -199,7 +214,6 @@ def cloudflared_launcher(program: str, environ: Mapping[str, str]) -> Launcher:
 # -- the carrier -------------------------------------------------------------------------------
 
 CARRIER = "sniroute_carrier"
-CARRIER_ROOMS = (CARRIER, "sniroute_edge", "sniroute_forwarder", "sniroute_dial", "sniroute_http")
 # The carrier is imported instead of run as a script, so that Python compiles it only once and finds it in a
 # .pyz file, too.  The options -I and -S keep out what a user or a site has installed.
 CARRIER_CODE = ("import sys; sys.path.insert(0, sys.argv[1]); sys.argv[:2] = ['sniroute_carrier']; "
@@ -229,5 +243,5 @@ def carrier_argv(hostname: str, port: int) -> list[str]:
 def carrier_launcher(environ: Mapping[str, str]) -> Launcher:
     """The row for sniroute_carrier.py, which does what cloudflared does."""
     return Launcher(sys.executable, carrier_argv, inherited(environ), carrier_reason,
-                    f"{sys.executable} is not there", CARRIER_ROOMS, CARRIES, tuple(carrier_words("forwarders")),
+                    f"{sys.executable} is not there", OPTIONS["carrier"], CARRIES, tuple(carrier_words("forwarders")),
                     lambda hostname: carrier_words("access", "tcp", "--hostname", hostname))

@@ -1,18 +1,21 @@
-"""sniroute_log: the journal: log lines from any thread, written by one that may wait for its reader.
+"""sniroute_log: the journal: any thread hands in log lines, one thread writes them.
 
     any thread --- log.info(...), log_event(...) ---+
     loop ------- one Ending for each connection ----+---> Journal.emit --> a bounded queue --> thread `log` --> stderr
 
-A slow disk or a pipe that nobody reads never stops traffic: what does not fit is dropped and counted.  Nor does
-one kind of event drown the others: each has a limit for a second, and a line says how many were suppressed.
-Text and JSON lines have the same fields; both are printable ASCII, whatever a client sent.
+The thread `log` may be stopped by a slow disk, or by a pipe that nobody reads; traffic goes on.  The lines that do not
+fit into the queue meanwhile are dropped and counted.  Each kind of event has a limit for a second, so that one cannot
+drown the others; a line says how many were suppressed.  Text and JSON lines have the same fields.  Both are printable
+ASCII, whatever a client sent.
 
-Threads: `Journal.emit` is for any thread and takes no lock of ours; formatting and writing is done by `log`.
+Threads: any thread may call `Journal.emit`, which takes no lock of ours.  The thread `log` formats and writes.
 
 Seams: I want to ...
-    log another event              log_event(level, "words that never change", field=value)
-    end a connection otherwise     a row in ENDINGS, and in OPERATING.md
-    add a field to every line      `Ending` and `Journal.ending`
+    log another event                      log_event(level, "words that never change", field=value)
+    add a way for a connection to end      a row in ENDINGS, and in OPERATING.md
+    add a field to each connection's line  `Ending` and `Journal.ending`
+
+It imports the loop (for WakePipe), names and refusals.
 """
 
 from __future__ import annotations
@@ -37,17 +40,18 @@ __version__ = "0.1.0"
 log = logging.getLogger("sniroute")
 
 # Limits, each with its reason.  Times in seconds.
-LOG_LINES_MAX = 10000  # lines that wait for a slow log; over it they are dropped and counted
-LOG_PERIOD = 1.0  # in which a class of lines may have so many:
-LOG_ENDINGS = 10000  # connections that ended by themselves: more than a core serves
+LOG_LINES_MAX = 10000  # lines in the queue: some MB at most; more are dropped and counted
+LOG_PERIOD = 1.0  # the three limits below count the lines of one class in such a period
+LOG_ENDINGS = 10000  # connections that ended in one way, refusals aside: more than a core serves
 LOG_REFUSALS = 100  # connections refused for one reason: strangers can cause them
-LOG_EVENTS = 250  # events of one kind; a dump has a limit of its own
-LOG_NAP = 0.02  # between two writes of the log: one system call for many lines
-LAST_WRITE = 1.0  # for what is left when the program ends
+LOG_EVENTS = 250  # events with the same words: a dump has at most 200 lines of a kind
+LOG_NAP = 0.02  # between two writes: one system call for many lines
+LAST_WRITE = 1.0  # for the lines that are left when the program ends
 
-# How a connection ends that was not refused: the word in its line, and what it means.
+# The ways a connection can end, refusals aside: the word in its line, and what it means.
 CLIENT_CLOSED, BACKEND_CLOSED = "client_closed", "backend_closed"
-CLIENT_RESET, BACKEND_RESET, CLIENT_LEFT, IDLE, STOPPED = "client_reset", "backend_reset", "client_left", "idle", "stopped"
+CLIENT_RESET, BACKEND_RESET, CLIENT_LEFT = "client_reset", "backend_reset", "client_left"
+IDLE, STOPPED = "idle", "stopped"
 ENDINGS = {
     CLIENT_CLOSED: "both sides have ended, the client first",
     BACKEND_CLOSED: "both sides have ended, the backend first",
@@ -60,44 +64,42 @@ ENDINGS = {
 
 
 def log_event(level: int, what: str, **fields: object) -> None:
-    """Log an event: `what` in words that are always the same, and its particulars as fields of the line."""
+    """Log an event.  `what` never changes, so that it can be searched for and counted; the fields hold what does."""
     log.log(level, what, extra={"fields": fields})
 
 
 class Ending(NamedTuple):
-    """What the log says of a connection when it is over."""
+    """What the log says of a connection that is over."""
 
-    level: int
-    when: float
-    client: tuple[str, int]
-    name: str | None
+    level: int  # of logging
+    when: float  # it ended: seconds since 1970
+    client: tuple[str, int]  # address and port; those of a believed PROXY header
+    name: str | None  # these three: None where it did not get so far
     route: str | None
     backend: str | None
-    up: int
-    down: int
-    seconds: float
-    reason: str
-    detail: str | None
-    waited: float | None = None  # seconds from its accept to its last dial
+    up: int  # bytes
+    down: int  # bytes
+    seconds: float  # from its accept to its end
+    reason: str  # a key of ENDINGS or of REFUSALS
+    detail: str | None  # more about the reason, for people
+    waited: float | None = None  # seconds from its accept to its last dial; for the metrics, not in the line
 
 
 class Pace:
-    """How many lines there were of one class in a period."""
+    """Counts the lines of one class in a period."""
 
     __slots__ = ("limit", "began", "lines")
 
     def __init__(self, limit: int, now: float):
-        self.limit = limit  # of those that are written
-        self.began = now
+        self.limit = limit  # lines that are written; more are only counted
+        self.began = now  # when the period began
         self.lines = 0
 
 
 class Journal(logging.Handler):
     """Takes log records and Endings from any thread, and writes them from a thread of its own.
 
-    So a slow disk or a pipe that nobody reads never stops traffic: what does not fit into
-    LOG_LINES_MAX is dropped and counted.  Nor does one kind of event drown the others: each has a limit
-    for a second, and a line says how many were suppressed.  Lines are printable ASCII, whatever a client sent.
+    `stream` is a text stream, `style` is "text" or "json".  `stop` ends the thread; the stream stays open.
     """
 
     def __init__(self, stream: Any, style: str, clock: Callable[[], float] = time.monotonic):
@@ -109,19 +111,19 @@ class Journal(logging.Handler):
         self.journald = under_journald(stream)
         self.lines: collections.deque[logging.LogRecord | Ending] = collections.deque()
         self.dropped = 0
-        self.asleep = False  # whether `emit` has to wake the thread
+        self.asleep = False  # the thread waits in select, or is about to: `emit` has to wake it
         self.stopping = False
         self.pipe = WakePipe()
         self.thread = threading.Thread(target=self._run, name="log", daemon=True)
         self.thread.start()
 
     def emit(self, record: logging.LogRecord | Ending) -> None:
-        """Queue a line.  Any thread; no lock, one system call at most."""
+        """Put a line into the queue.  Any thread; no lock, one system call at most."""
         if len(self.lines) >= LOG_LINES_MAX:
             self.dropped += 1
             return
         self.lines.append(record)
-        if self.asleep:  # it set this first and looked at `lines` then, so one of us sees the other
+        if self.asleep:  # `_run` sets this and then looks at `lines`, we do it the other way round: no line is missed
             self.asleep = False
             self.pipe.wake()
 
@@ -135,6 +137,7 @@ class Journal(logging.Handler):
         self.close()
 
     def _run(self) -> None:
+        """The thread `log`."""
         while not self.stopping:
             if self.lines:
                 self._write()
@@ -146,15 +149,16 @@ class Journal(logging.Handler):
                 if select.select([self.pipe.reader], [], [], LOG_PERIOD if owing else None)[0]:
                     self.pipe.clear()
                 else:
-                    self._write()  # nothing but what is owed
+                    self._write()  # the queue is empty; this writes how many lines the last period suppressed
             self.asleep = False
         self._write()
 
     def _write(self) -> None:
+        """Write all that is in the queue, as far as each class has not reached its limit."""
         now = self.clock()
         texts = self._settle(now)
         paces = self.paces
-        for _ in range(len(self.lines)):  # not "while there are": they may come as fast as they go
+        for _ in range(len(self.lines)):  # instead of `while self.lines`: lines may come as fast as we take them
             line = self.lines.popleft()
             try:
                 is_ending = type(line) is Ending
@@ -166,7 +170,7 @@ class Journal(logging.Handler):
                 pace.lines += 1
                 if pace.lines <= pace.limit:
                     texts.append(self.ending(line) if is_ending else self.format(line))
-            except Exception as error:  # this thread has to outlive any line
+            except Exception as error:  # a line that cannot be formatted must not end this thread
                 texts.append(self.line(logging.ERROR, time.time(), f"a log line that cannot be shown: {error!r}", {}))
         if self.stopping:
             texts += self._settle(now)
@@ -178,10 +182,13 @@ class Journal(logging.Handler):
                 self.stream.write("".join(texts))
                 self.stream.flush()
             except (OSError, ValueError, AttributeError):
-                pass  # full, gone, or never there: traffic goes on
+                pass  # the disk is full, the pipe closed, or there never was a stream: traffic goes on
 
     def _settle(self, now: float) -> list[str]:
-        """Begin anew with classes whose period is over; the lines that are owed for what was suppressed in it."""
+        """Begin a new period for each class whose last one is over.
+
+        Returns a line for each class that had suppressed lines.
+        """
         texts = []
         for kind, pace in self.paces.items():
             if now - pace.began >= LOG_PERIOD or self.stopping:
@@ -193,7 +200,7 @@ class Journal(logging.Handler):
         return texts
 
     def format(self, record: logging.LogRecord) -> str:
-        """A log record as one line, its traceback as indented lines behind it."""
+        """A log record as one line.  A traceback follows it in indented lines, or is a field of the JSON."""
         text = printable(record.getMessage(), 2000)
         fields = {name: printable(value, 2000) if isinstance(value, str) else value
                   for name, value in getattr(record, "fields", {}).items()}
@@ -208,7 +215,7 @@ class Journal(logging.Handler):
     formatter_for_tracebacks = logging.Formatter()
 
     def ending(self, end: Ending) -> str:
-        """The one line of a connection."""
+        """The line of a connection that is over."""
         level, when, address, name, route, backend, up, down, seconds, reason, detail, _ = end
         client = show_address(address)
         detail = detail and printable(detail, 500)
@@ -221,14 +228,17 @@ class Journal(logging.Handler):
         return self.line(level, when, f"{text} detail={json.dumps(detail)}" if detail else text, {})
 
     def line(self, level: int, when: float, text: str, fields: dict[str, Any]) -> str:
-        """A finished line, its fields behind its text.  Under journald it begins with a syslog level (sd-daemon(3))."""
+        """A finished line: its text, then its fields.  `level` is one of logging's, `when` in seconds since 1970.
+
+        Under journald it begins with a syslog level (sd-daemon(3)) and has no time stamp: journald adds one.
+        """
         word, syslog_level = LEVELS[level]
         priority = f"<{syslog_level}>" if self.journald else ""
         stamp = timestamp(int(when * 1000))
         if self.style == "json":
             record = {"time": stamp, "level": word, **({"message": text} if text else {}), **fields}
             return f"{priority}{json.dumps(record)}\n"
-        if fields:  # a connection's line has its own in the text
+        if fields:  # none for a connection's line: `ending` has put them into the text
             first, newline, trace = text.partition("\n")
             text = first + "".join(f" {name}={as_field(value)}" for name, value in fields.items()) + newline + trace
         return f"{priority}{text}\n" if priority else f"{stamp} {word} {text}\n"
@@ -242,12 +252,12 @@ def as_field(value: object) -> str:
 
 @functools.lru_cache(maxsize=8)
 def timestamp(millisecond: int) -> str:
-    """A millisecond since 1970 in RFC 3339 form, UTC; made once for all its lines."""
+    """A time in RFC 3339 form, UTC; `millisecond` counts since 1970.  Cached: many lines have the same one."""
     second, rest = divmod(millisecond, 1000)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(second))}.{rest:03d}Z"
 
 
-# the word in a line, and syslog's number (RFC 5424 6.2.1)
+# A level of logging, its word in a line, and syslog's number for it (RFC 5424 6.2.1).
 LEVELS = {logging.DEBUG: ("debug", 7), logging.INFO: ("info", 6), logging.WARNING: ("warning", 4),
           logging.ERROR: ("error", 3)}
 

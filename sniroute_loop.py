@@ -110,7 +110,7 @@ class Poller:
         self.selector.unregister(fd)
 
     def closing(self, fd: int) -> None:
-        """The same for a descriptor that is closed next."""
+        """Forget a descriptor that is closed next."""
         self.forget(fd)
 
     def poll(self, timeout: float) -> list[tuple[int, int]]:
@@ -154,7 +154,7 @@ class EpollPoller(Poller):
         """close(2) makes epoll forget the descriptor: a system call less than `forget`.
 
         While a child process is between fork and exec it holds the socket too, and epoll goes on naming the
-        number, which may be another socket's by then: so every callback has to bear being called for nothing.
+        number, which may be another socket's by then: so a callback may be called for nothing.
         """
         self.callbacks[fd] = ignore
 
@@ -175,7 +175,7 @@ class Watch:
         self.fd = fd
         self.events = 0  # READ, WRITE, both, or 0 for nothing
 
-    def set(self, events: int, callback: Callable[[int], None] = ignore) -> None:
+    def wait_for(self, events: int, callback: Callable[[int], None] = ignore) -> None:
         """Wait for READ, WRITE or both, and call back then; or, with 0, for nothing."""
         before, self.events = self.events, events
         if not events:
@@ -337,13 +337,13 @@ class Loop:
                     queue.act(item)
                 except Exception:
                     self.fault(item)
-        # Looked at last: what was done above may have changed them.
+        # The timers come last: the steps above may have changed them.
         self.next_check = min(self.next_check, *(timer.when for timer in self.timers), NEVER)
 
     def _woken(self, mask: int) -> None:
         """Run what other threads asked for."""
         self.pipe.clear()
-        for _ in range(len(self.calls)):  # what these ask for is for the next turn
+        for _ in range(len(self.calls)):  # calls that these add wait for the next turn
             act = self.calls.popleft()
             try:
                 act()

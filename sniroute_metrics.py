@@ -466,7 +466,7 @@ def show_connection(connection: Any, now: float) -> dict[str, Any]:
 def show_tunnel(view: Any) -> dict[str, Any]:
     """A row of `tunnels`: the fields of a View."""
     row = view._asdict()
-    return {**row, "key": printable(view.key), "words": printable(view.words, 300),
+    return {**row, "key": printable(str(view.key)), "words": printable(view.words, 300),
             "age": round(view.age, 3), "next": round(view.next, 3)}
 
 
@@ -523,7 +523,7 @@ def status(facts: Facts) -> dict[str, Any]:
         "refused_names": [{"name": printable(name), "count": count} for name, count in names],
         "last_refusals": [show_refusal(ending) for ending in reversed(copied(collector.refusals))],
         "slowest_starts": [
-            {"key": printable(start.key), "when": round(start.when, 3), "seconds": round(start.seconds, 3)}
+            {"key": printable(str(start.key)), "when": round(start.when, 3), "seconds": round(start.seconds, 3)}
             for start in heapq.nlargest(STARTS_SHOWN, facts.starts, key=lambda start: start.seconds)],
         "tunnels": list(map(show_tunnel, (*facts.tunnels, *facts.failed)[:TUNNELS_SHOWN])),
         "routes": [show_route(route, facts.routes.tallies[route.pattern], *live[route.pattern])

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
+import sys
 
 from sniroute_refusals import Malformed
 
@@ -112,7 +113,24 @@ def is_local(ip: Address) -> bool:
         return False
 
 
+# The files: those that serve, and the drop-in ones that may be missing, by the option that they make.
+CORE = ("sniroute", "sniroute_daemon", "sniroute_router", "sniroute_settings", "sniroute_connection", "sniroute_routes",
+        "sniroute_tunnels", "sniroute_processes", "sniroute_launchers", "sniroute_flow", "sniroute_loop", "sniroute_log",
+        "sniroute_wire", "sniroute_names", "sniroute_refusals")
+OPTIONS = {
+    "doctor": ("sniroute_doctor",),
+    "admin": ("sniroute_admin", "sniroute_metrics", "sniroute_page"),
+    "carrier": ("sniroute_carrier", "sniroute_edge", "sniroute_forwarder", "sniroute_dial", "sniroute_http"),
+}
+
+
 def is_here(room: str) -> bool:
     """Whether a drop-in file is beside the others, or with them in one zip file: asked by name, never by a path."""
-    import importlib.util  # for those who ask for an option only
+    import importlib.util  # imported late: needed only for an option
     return importlib.util.find_spec(room) is not None
+
+
+def describe_version() -> str:
+    """The version, the Python that runs it, and which options are here."""
+    options = [option for option, rooms in OPTIONS.items() if all(map(is_here, rooms))]
+    return f"sniroute {__version__} (Python {sys.version.split()[0]}, {sys.platform}; with {', '.join(options) or 'no options'})"

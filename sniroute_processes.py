@@ -2,7 +2,7 @@
 
     the owner (TunnelTable)                Processes                          the system
     -----------------------                ---------                          ----------
-    launch(launcher, words) ------------>  Popen behind the death guard  --->  cloudflared access tcp   :20000
+    launch(launcher, ..., words) -------->  Popen behind the death guard  --->  cloudflared access tcp   :20000
     Process.listen(child, hostname) ---->  a line on its stdin           --->  carrier          :20001, :20002
     stop(child, why, now) -------------->  `close` on stdin, or TERM
     tend(now, hurry) ------------------->  TERM, later KILL, for what is due
@@ -296,11 +296,12 @@ class Process:
     The reaper writes it; a thread that doubts a child reads it, and may write `verdict`.
     """
 
-    __slots__ = ("launcher", "popen", "pid", "pidfd", "statm", "output", "line", "tail", "said", "paused", "children",
+    __slots__ = ("launcher", "identified", "popen", "pid", "pidfd", "statm", "output", "line", "tail", "said", "paused", "children",
                  "kill_at", "killed", "verdict")
 
-    def __init__(self, launcher: Launcher, popen: subprocess.Popen):
+    def __init__(self, launcher: Launcher, identified: bool, popen: subprocess.Popen):
         self.launcher = launcher
+        self.identified = identified  # it has the router's Access token, if there is one
         self.popen = popen
         self.pid = popen.pid
         self.pidfd = -1  # without one (macOS, an old kernel) the process is polled
@@ -360,7 +361,7 @@ class Process:
         return child
 
     def listen(self, child: Child, hostname: str) -> None:
-        """Have it listen for a child.  A process of its own knows from its words."""
+        """Tell a shared process to listen for a child.  A process for one tunnel knows that from its command line."""
         if self.shared:
             self.tell(f"listen {child.listener} {hostname}")
 
@@ -464,11 +465,12 @@ class Processes:
 
     # -- start ---------------------------------------------------------------------------------
 
-    def with_room(self, launcher: Launcher) -> Process | None:
-        """A process of this launcher that can take one more child."""
-        return next((process for process in self.running if process.launcher is launcher and process.has_room()), None)
+    def with_room(self, launcher: Launcher, identified: bool) -> Process | None:
+        """A process of this launcher, as `identified` as this, that can take one more child."""
+        return next((process for process in self.running if process.launcher is launcher
+                     and process.identified is identified and process.has_room()), None)
 
-    def launch(self, launcher: Launcher, words: list[str]) -> Process:
+    def launch(self, launcher: Launcher, identified: bool, words: list[str]) -> Process:
         """Start a process; `words` are its program and arguments.  Raises OSError, and leaves nothing behind then."""
         if self.guard is None:
             self.guard = death_guard()
@@ -477,8 +479,8 @@ class Processes:
         popen = subprocess.Popen(
             [*self.guard, *words], stdin=subprocess.PIPE if launcher.shared else subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, cwd="/", process_group=0,
-            env={**launcher.environment, "HOME": self.home})
-        process = Process(launcher, popen)
+            env={**launcher.environment_for(identified), "HOME": self.home})
+        process = Process(launcher, identified, popen)
         self.running.append(process)
         try:
             for pipe in (popen.stdin, popen.stdout):

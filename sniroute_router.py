@@ -45,6 +45,7 @@ from sniroute_tunnels import TunnelTable
 from sniroute_wire import PROXY_POLICY, HelloMemory
 
 if TYPE_CHECKING:
+    from sniroute_launchers import TunnelKey
     from sniroute_processes import Child
     from sniroute_settings import Settings
 
@@ -118,7 +119,7 @@ class Wait:
 
     def __init__(self, decision: Decision, client: str | None, deadline: float, doubted: Child | None):
         self.decision = decision
-        self.client = client  # who is charged for a start
+        self.client = client  # the client address that is charged for a start
         self.deadline = deadline
         self.doubted = doubted  # the process that gave no answer, where that is why they wait
         self.connections: dict[Connection, None] = {}  # an ordered set
@@ -194,10 +195,10 @@ class Waits:
         self._want_thread()
         for connection in list(wait.connections):
             if connection.wait is not wait:
-                continue  # those before it have ended it
+                continue  # a connection earlier in this list has ended it
             try:
                 if wait.error is None or wait.error.kind == "tunnel_budget" and connection.peer.key != wait.client:
-                    connection.resume()  # a budget that is spent is one client's, not the next one's
+                    connection.resume()  # the spent budget was another client's
                 else:
                     connection.refuse(wait.error)
             except Exception:
@@ -238,7 +239,7 @@ class Listener(socket.socket):
 
 
 class Listener6(Listener):
-    """The same for IPv6."""
+    """A Listener for IPv6."""
 
     family = socket.AF_INET6
 
@@ -287,11 +288,11 @@ class Router(socketserver.ThreadingTCPServer):
         self.phase = RUNNING
         self.deaf = threading.Event()  # its listeners are closed: it drains
         self.level = log.getEffectiveLevel()  # needed for each connection; `adopt` asks again
-        # What came of it.
+        # The connections, and what came of them.
         self.connections: set[Connection] = set()
         # No Counter, which assigns slower.  Other threads use .get: [] would insert.
         self.counters: collections.defaultdict[str, int] = collections.defaultdict(int)
-        self.endings: collections.deque[Ending] | None = None  # bounded, made by whoever wants every connection's
+        self.endings: collections.deque[Ending] | None = None  # bounded; the admin sets it to get every Ending
         self.started = time.time()
         self.reloads: collections.Counter[str] = collections.Counter()  # `ok`, `failed`
         self.last_reload = True, self.started  # whether it went well, and when it was
@@ -308,8 +309,8 @@ class Router(socketserver.ThreadingTCPServer):
         self.to_read: list[Connection] = self.loop.batch(Connection.on_prelude)
         self.to_dial: list[Connection] = self.loop.batch(Connection.dial)
         self.to_speak: list[Connection] = self.loop.batch(Connection.speak)
-        # When the loop does what.
-        self.paused = False  # accepting
+        # Timers of the loop.
+        self.paused = False  # accepting is paused
         self.pause_said = -PAUSE_SAID
         self.resumption = self.loop.timer(self._resume)  # NEVER while paused: as soon as a connection ends
         self.drain_end = self.loop.timer(self._stop)
@@ -383,8 +384,8 @@ class Router(socketserver.ThreadingTCPServer):
         """Accept no more, let connections end by themselves for so long, then end."""
         self.call(lambda: self._drain(seconds))
 
-    def tunnel_of(self, name: str) -> str:
-        """The tunnel that a client's name leads to: its key in the table.  Raises ValueError."""
+    def tunnel_of(self, name: str) -> TunnelKey:
+        """The tunnel that a client's name leads to.  Raises ValueError."""
         try:
             decision = self.decide(normalise(name.encode("ascii", "replace")))
         except Refused as error:
@@ -461,11 +462,11 @@ class Router(socketserver.ThreadingTCPServer):
     def _accept(self, listener: Listener, mask: int) -> None:
         """Take the connections that wait."""
         if self.phase is not RUNNING or self.paused:
-            return  # an event of the turn in which that changed
+            return  # the state changed in this turn, and the event is older
         for taken in range(ACCEPTS):
             if len(self.connections) >= self.max_connections:
                 if taken or self.to_read:
-                    return  # the next event tells whether one more waits; the next step, who is silent
+                    return  # `shed` needs the clients of this turn read first; the next event accepts on
                 if not self.shed():
                     self.pause(f"--max-connections ({self.max_connections}) are open", NEVER)
                     return
@@ -543,7 +544,7 @@ class Router(socketserver.ThreadingTCPServer):
             up, down = connection.up, connection.down
             for flow, reason in ((up, CLIENT_RESET), (down, BACKEND_RESET)):
                 # A socket that is not watched, because its bytes are not wanted now, cannot say so itself.
-                if not flow.watched and flow.source is not None \
+                if not flow.events and flow.source is not None \
                         and flow.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                     connection.close(reason)
                     break
@@ -559,7 +560,7 @@ class Router(socketserver.ThreadingTCPServer):
                 connection.close(IDLE)
 
     def closed(self, connection: Connection, reason: str, up: int, down: int) -> None:
-        """A connection is over: count it, log it, and see who may come instead."""
+        """A connection is over: count it and log it; accept again if that was paused, and end if all has drained."""
         self.connections.discard(connection)
         refusal = connection.refusal
         counters = self.counters

@@ -33,7 +33,7 @@ import struct
 import time
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
-from sniroute_launchers import TunnelError
+from sniroute_launchers import TunnelError, TunnelKey
 from sniroute_loop import CAPACITY_ERRNOS, NEVER
 from sniroute_names import HOST, Network, is_local, is_number, normalise, parse_host_port, parse_ip
 from sniroute_processes import Child
@@ -69,7 +69,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.active = 0  # connections now
-        self.total = 0  # that are over, those that were refused included
+        self.total = 0  # connections that are over, refused ones included
         self.refused = 0
         self.up = 0  # bytes, of those that are over
         self.down = 0
@@ -82,8 +82,8 @@ class Decision(NamedTuple):
     target: str  # the target with its fields filled in: `scheme:rest`
     scheme: Scheme
     rest: str
-    key: str  # of what is cached for it; holds the pattern, since two routes to one target may differ in what they allow
-    tunnel: str  # where that is a tunnel: its key in the TunnelTable
+    key: str  # cache key; holds the pattern, too: two routes to one target may differ in the addresses they allow
+    tunnel: TunnelKey | None  # where that is a tunnel
     tally: Tally
     plain: bool  # the route has no option that each connection has to be checked for
 
@@ -116,7 +116,7 @@ class Route(NamedTuple):
         row = SCHEMES[scheme]
         rest = row.check(rest)
         target = f"{scheme}:{rest}"
-        tunnel = ANONYMOUS + target if identified and not self.is_of_one_domain() else target
+        tunnel = TunnelKey(scheme, rest, not identified or self.is_of_one_domain()) if row.is_tunnel else None
         plain = self.send_proxy == "as-received" and self.allow is None and self.max_connections is None
         return Decision(self, target, row, rest, f"{self.pattern}={target}", tunnel, tally or Tally(), plain)
 
@@ -140,7 +140,6 @@ class Route(NamedTuple):
         return host in ("{label}", "{domain}") or host == "{name}" and self.pattern == "*"
 
 
-ANONYMOUS = "anonymous "  # before the launcher of a tunnel that is not given the router's Access token
 FIELDS = re.compile(r"\{([^{}]*)\}")
 
 
@@ -306,7 +305,8 @@ class Backend:
     """One connection's way to its target, told what came of it.  Loop only.
 
     In this order: `open` as often as it takes, `connected`, `answered`; `failed` at any time before that;
-    `release` at the end, once or more.  This base tries addresses of TCP one after another.
+    `release` at the end, once or more.  This base tries (family, address) pairs one after another; where none is left
+    the client is refused with `backend`.
     """
 
     __slots__ = ("target", "addresses", "local")
@@ -333,7 +333,7 @@ class Backend:
                 continue
             if STREAM == socket.SOCK_STREAM:
                 server.setblocking(False)
-            self.prepare(server)
+            self.set_options(server)
             error = server.connect_ex(address)
             if error in (0, errno.EINPROGRESS):
                 return server
@@ -345,7 +345,7 @@ class Backend:
     def exhausted(self) -> None:
         """None of its addresses can be reached."""
 
-    def prepare(self, server: socket.SocketType) -> None:
+    def set_options(self, server: socket.SocketType) -> None:
         """Set the options of a socket that is about to connect."""
         server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not self.local:
@@ -372,7 +372,7 @@ class Backend:
         """The client has left before the backend answered; the socket is closed next."""
 
     def release(self) -> None:
-        """The connection does without it from here on."""
+        """The connection needs the backend no longer."""
 
 
 class TcpBackend(Backend):
@@ -407,8 +407,8 @@ class TunnelBackend(Backend):
         self.dialled = 0.0
         self.failure: tuple[str, int] | None = None  # why, and the port from which it was dialled
 
-    def prepare(self, server: socket.SocketType) -> None:
-        super().prepare(server)
+    def set_options(self, server: socket.SocketType) -> None:
+        super().set_options(server)
         self.dialled = monotonic()
 
     def connected(self, server: socket.SocketType) -> None:
@@ -450,7 +450,7 @@ class TunnelBackend(Backend):
         return Retry(None if reason.text and child.names_clients else child)
 
     def abandon(self, server: socket.SocketType) -> None:
-        """A tunnel that still dials learns by a reset that it does so for nobody."""
+        """Have the close send RST: so a tunnel program that still dials its far end learns that the client has left."""
         with contextlib.suppress(OSError):
             server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
@@ -516,15 +516,26 @@ class Targets:
         return ip.is_global or not decision.route.lets_clients_choose()
 
 
+def never_waits(targets: Targets, wait: Wait) -> None:
+    """`Scheme.prepare` of a kind whose `ready` never returns None: it is not called."""
+
+
+def leads_elsewhere(rest: str, listen: str) -> bool:
+    """`Scheme.leads_back` of a kind that has no HOST:PORT of this router's."""
+    return False
+
+
 class Scheme(NamedTuple):
     """One kind of target, as a row."""
 
-    check: Callable[[str], str]  # the part behind `scheme:`, made canonical; raises Malformed
+    # The part behind `scheme:`, in the form that is used and shown; raises Malformed.  Called for a sample name when
+    # the settings are read, and for each name with its fields filled in.
+    check: Callable[[str], str]
     ready: Callable[[Targets, Decision], Backend | None]  # loop: None where it has to wait; raises Refused
-    prepare: Callable[[Targets, Wait], None]  # wait-<n>: returns when it may be ready; raises Refused
-    waits_on: str  # for people: what a client waits for
-    leads_back: Callable[[str, str], bool]  # (rest, HOST:PORT of --listen): whether it leads to the router itself
-    is_tunnel: bool = False  # it has a tunnel in the TunnelTable
+    prepare: Callable[[Targets, Wait], None] = never_waits  # wait-<n>: returns when it may be ready; raises Refused
+    waits_on: str = "nothing"  # for people: what a client waits for
+    leads_back: Callable[[str, str], bool] = leads_elsewhere  # (rest, HOST:PORT of --listen): it is the router itself
+    is_tunnel: bool = False  # it has a tunnel in the TunnelTable, and so an idle time
 
 
 def check_tunnel(rest: str) -> str:
@@ -608,12 +619,7 @@ def forbidden(host: str, address: tuple) -> Refused:
     return Refused("forbidden", f"{host} is {address[0]}, which this route does not lead to")
 
 
-def never(rest: str, listen: str) -> bool:
-    """A tunnel's far end is elsewhere."""
-    return False
-
-
-TUNNEL = Scheme(check_tunnel, tunnel_ready, tunnel_prepare, "its tunnel", never, is_tunnel=True)
+TUNNEL = Scheme(check_tunnel, tunnel_ready, tunnel_prepare, "its tunnel", is_tunnel=True)
 SCHEMES = {
     "cloudflared": TUNNEL,
     "carrier": TUNNEL,

@@ -27,13 +27,12 @@ import os
 import re
 import resource
 import stat
-import sys
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 from sniroute_launchers import TUNNEL_IDENTITY, Launcher, carrier_launcher, cloudflared_launcher
-from sniroute_names import Network, is_here, parse_host_port, printable, show_address
+from sniroute_names import OPTIONS, Network, describe_version, is_here, parse_host_port, printable, show_address
 from sniroute_refusals import SettingsError
-from sniroute_routes import ANONYMOUS, Route, Routes, parse_route
+from sniroute_routes import Route, Routes, parse_route
 from sniroute_wire import PROXY_WRITERS
 
 __version__ = "0.1.0"
@@ -64,7 +63,7 @@ def parse_duration(text: str) -> float:
 
 
 def parse_off_or_duration(text: str) -> float:
-    """The same, or `off`, which is 0."""
+    """A duration as above, or `off`, which is 0.  Raises ValueError."""
     return 0.0 if text == "off" else parse_duration(text)
 
 
@@ -227,7 +226,6 @@ SETTINGS = (
 ROUTE_OPTIONS = {"send_proxy": one_of(*PROXY_WRITERS), "allow": parse_networks, "max_connections": parse_count,
                  "idle": parse_duration, "connection_idle": parse_off_or_duration}
 ADMIN_TOKEN = "SNIROUTE_ADMIN_TOKEN"  # the variable; a secret is no option, which every user of the host can read
-ADMIN_ROOMS = ("sniroute_admin", "sniroute_metrics", "sniroute_page")
 
 
 class Settings(NamedTuple):
@@ -281,7 +279,7 @@ def as_text(value: Any) -> str:
 
 def meant(word: str, words: Iterable[str]) -> str:
     """What somebody may have meant, as the end of a sentence about an unknown word."""
-    import difflib  # for those who mistype only
+    import difflib  # imported late: only a mistyped word needs it
     close = difflib.get_close_matches(word.replace("-", "_"), words, 1)
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(words)}"
 
@@ -312,7 +310,7 @@ def read_settings(path: str, wrong: list[str], again: bool) -> dict[str, Any]:
 
 def read_toml(path: str, faults: list[str], again: bool) -> dict[str, Any]:
     """The tables of a TOML file that only its owner can write; empty, and a fault, where that cannot be had."""
-    import tomllib  # a megabyte, for those who have a file
+    import tomllib  # imported late: a megabyte that only a file of settings needs
     try:
         if again and not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("is no regular file, and cannot be read again")
@@ -346,7 +344,7 @@ def read_routes(table: Any, wrong: list[str]) -> list[Route]:
             route = parse_route(f"{pattern}={target}")
         except ValueError as error:
             wrong.append(f"{where}: {error}")
-            route = Route(pattern, "tcp:")  # for what else is wrong
+            route = Route(pattern, "tcp:")  # a stand-in, so that the options are checked, too
         for name, option in options.items():
             if name not in ROUTE_OPTIONS:
                 others = meant(name, ("target", *ROUTE_OPTIONS))
@@ -369,7 +367,9 @@ USAGE = """\
 %(prog)s [serve] [options]
        %(prog)s check [options]           validate the settings and print the routes
        %(prog)s explain NAME [options]    what would happen to this name, and why
-       %(prog)s selftest                  the hard cases, against itself, on loopback"""
+       %(prog)s selftest                  the hard cases, against itself, on loopback
+       %(prog)s bundle [-o FILE]          all of it in one file, which any Python from 3.11 runs
+       %(prog)s carrier ...               what `cloudflared access tcp` does"""
 
 
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
@@ -386,9 +386,11 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     for row in SETTINGS:
         parser.add_argument(*row.short, f"--{row.name}", metavar=row.metavar, help=row.help.replace("%", "%%"),
                             action="append" if row.many else "store")
-    parser.add_argument("-V", "--version", action="version",
-                        version=f"sniroute {__version__} (Python {sys.version.split()[0]}, {sys.platform})")
+    parser.add_argument("-V", "--version", action="store_true", help="show the version, and which options are here")
     given = parser.parse_intermixed_args(argv)
+    if given.version:  # argparse's own action would look for the options at each start
+        print(describe_version())
+        parser.exit()
     if (given.command == "explain") != (given.name is not None):
         parser.error("explain takes one NAME" if given.command == "explain" else f"unexpected {given.name!r}")
     return given
@@ -488,7 +490,7 @@ def cross_checked(values: Mapping[str, Any], given: Mapping[str, Given], running
                   wrong: list[str]) -> None:
     """Add to `wrong` what each setting alone does not show."""
     if values["admin"] is not None:
-        missing = [f"{room}.py" for room in ADMIN_ROOMS if not is_here(room)]
+        missing = [f"{room}.py" for room in OPTIONS["admin"] if not is_here(room)]
         if missing:
             wrong += [f"--admin: {file} is not beside sniroute.py: copy it there" for file in missing]
     if values["admin_token"] and not SECRET.fullmatch(values["admin_token"]):
@@ -526,19 +528,12 @@ def tunnels_that_fit(values: Mapping[str, Any]) -> int:
 
 
 def tunnel_launchers(program: str | None, environ: Mapping[str, str]) -> dict[str, Launcher]:
-    """The tunnel programs, by scheme, and those that do not get our Access token.
-
-    Where there is no cloudflared, the carrier stands in for it.
-    """
-    rows = {}
-    strangers = {key: value for key, value in environ.items() if key not in TUNNEL_IDENTITY}
-    for prefix, shown in (("", environ), (ANONYMOUS, strangers)):
-        carrier = carrier_launcher(shown)
-        cloudflared = cloudflared_launcher(program or "cloudflared", shown)
-        if program is None and not cloudflared.is_there() and carrier.is_there():
-            cloudflared = carrier
-        rows |= {f"{prefix}cloudflared": cloudflared, f"{prefix}carrier": carrier}
-    return rows
+    """The tunnel programs, by scheme.  Where there is no cloudflared, the carrier stands in for it."""
+    carrier = carrier_launcher(environ)
+    cloudflared = cloudflared_launcher(program or "cloudflared", environ)
+    if program is None and not cloudflared.is_there() and carrier.is_there():
+        cloudflared = carrier
+    return {"cloudflared": cloudflared, "carrier": carrier}
 
 
 def raise_descriptor_limit() -> None:
@@ -563,8 +558,7 @@ def warn(settings: Settings) -> None:
             elif not launcher.is_there():
                 log.warning("%s; names that need it are refused until then", launcher.missing)
     for route in settings.routes.routes:
-        tunnels = route.target.partition(":")[0] in settings.launchers
-        if tunnels and settings.routes.identified and not route.is_of_one_domain():
+        if route.scheme.is_tunnel and settings.routes.identified and not route.is_of_one_domain():
             log.warning("%s: a client may own the domain this leads to, so the Access token is not shown there: "
                         "route your own domain, as **.example.com", route)
     if settings.proxy_protocol != "off" and settings.proxy_from == parse_networks(LOCAL_NETWORKS) \

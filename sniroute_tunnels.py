@@ -63,7 +63,7 @@ import threading
 import time
 from typing import Callable, Mapping, NamedTuple, Protocol
 
-from sniroute_launchers import TAKEN, Launcher, Reason, TunnelError
+from sniroute_launchers import TAKEN, Launcher, Reason, TunnelError, TunnelKey
 from sniroute_log import log, log_event
 from sniroute_loop import WAIT_LAST, WakePipe
 from sniroute_processes import (LOST, NO_FAULT, OWN_FAULT, POLL, STOP_GRACE, Child, Ends, PortPool, Process,
@@ -84,7 +84,7 @@ DOUBT_FIRST, DOUBT_LAST = 5.0, 300.0  # youngest age at which doubt restarts a p
 EVICT_AGE = 1.0  # a tunnel this fresh is not evicted: its client is on the way
 STARTS_BURST, STARTS_REFILL = 8, 1.0  # starts one client address may ask for: burst, per second
 BUDGETS_KEPT = 4096  # client addresses with a start budget, least recent out
-STARTS_KEPT = 1024  # starts remembered for whoever wants to know how long they took
+STARTS_KEPT = 1024  # starts remembered, so that the metrics can tell how long they took
 
 QUEUED, STARTING, READY = "queued", "starting", "ready"
 STOPPING, BACKOFF, FAILED = "stopping", "backoff", "failed"
@@ -123,7 +123,7 @@ class Failure(NamedTuple):
 class Start(NamedTuple):
     """A tunnel that became ready."""
 
-    key: str
+    key: TunnelKey
     when: float  # wall-clock time
     seconds: float  # from its start until it listened
 
@@ -131,7 +131,7 @@ class Start(NamedTuple):
 class View(NamedTuple):
     """A tunnel, or the memory of one that failed, as it is at one moment.  Times are in seconds."""
 
-    key: str
+    key: TunnelKey
     state: str  # of the Tunnel; FAILED: refused from memory
     leases: int  # connections
     port: int  # 0 without a process
@@ -149,7 +149,7 @@ class Tunnel:
     __slots__ = ("key", "changed", "state", "child", "leases", "last_used", "waiters", "since", "until", "idle",
                  "crashes", "failures", "doubts", "tries", "reason")
 
-    def __init__(self, key: str, now: float, lock: threading.RLock):
+    def __init__(self, key: TunnelKey, now: float, lock: threading.RLock):
         self.key = key
         self.changed = threading.Condition(lock)  # of the table's lock; notified when `state` changes
         self.state = QUEUED
@@ -162,7 +162,7 @@ class Tunnel:
         self.idle: float | None = None  # how long it may be unused, as its last client's route says; None: the table's
         self.crashes = 0  # deaths in a row, each within HEALTHY
         self.failures = 0  # starts in a row that failed
-        self.doubts = 0  # restarts in a row for want of an answer
+        self.doubts = 0  # restarts in a row because a client got no answer
         self.tries = 0  # in this start: ports found taken, and processes that died by no fault of its own
         self.reason = Reason()  # FAILED: why
 
@@ -206,8 +206,8 @@ class TunnelTable:
         self.proc = proc
         self.lock = threading.RLock()  # see "The lock" at the top
         self.crowded = False  # names wait for their turn to start; reaper only
-        self.tunnels: dict[str, Tunnel] = {}
-        self.failures: collections.OrderedDict[str, Failure] = collections.OrderedDict()
+        self.tunnels: dict[TunnelKey, Tunnel] = {}
+        self.failures: collections.OrderedDict[TunnelKey, Failure] = collections.OrderedDict()
         self.budget = StartBudget(clock)
         self.retiring = False  # the router drains: a tunnel that nobody uses is stopped; written by the main thread
         self.closing = ""  # "" -> "drain" (TERM first) -> "now" (KILL)
@@ -244,7 +244,7 @@ class TunnelTable:
 
     # -- the loop: nothing here blocks ---------------------------------------------------------
 
-    def lease(self, key: str) -> Tunnel | None:
+    def lease(self, key: TunnelKey) -> Tunnel | None:
         """A lease on a ready tunnel; None where there is none, then a thread has to `wait`.  See "Leases"."""
         tunnel = self.tunnels.get(key)
         if tunnel is None or tunnel.state is not READY:
@@ -269,7 +269,7 @@ class TunnelTable:
 
     # -- threads wait-<n> ----------------------------------------------------------------------
 
-    def wait(self, key: str, client: str | None, deadline: float, doubted: Child | None = None,
+    def wait(self, key: TunnelKey, client: str | None, deadline: float, doubted: Child | None = None,
              idle: float | None = None) -> None:
         """Sleep until the tunnel `key` is ready; have it started if need be.
 
@@ -298,7 +298,7 @@ class TunnelTable:
             finally:
                 tunnel.waiters -= 1
 
-    def _demand(self, key: str, client: str | None) -> Tunnel:
+    def _demand(self, key: TunnelKey, client: str | None) -> Tunnel:
         """The row for `key`, made where there is none.  Under the lock."""
         if self.closing:
             raise TunnelError("stopping", "sniroute is stopping")
@@ -328,7 +328,7 @@ class TunnelTable:
         Called under the lock, and releases it while it waits.
         """
         if tunnel.child is not child or tunnel.state is not READY:
-            return  # another thread has seen to it
+            return  # another thread has had it restarted already
         if not child.alive():  # dead or dying, and the reaper is about to find out
             if tunnel.changed.wait_for(lambda: self.closing or tunnel.child is not child or tunnel.state is not READY,
                                        STOP_GRACE):
@@ -349,7 +349,7 @@ class TunnelTable:
                     return
                 if hung:
                     child.process.verdict = "it leaves its clients waiting"
-                log_event(logging.WARNING, "tunnel gives no answer: it is started again", tunnel=tunnel.key)
+                log_event(logging.WARNING, "tunnel gives no answer: it is started again", tunnel=str(tunnel.key))
                 tunnel.doubts += 1
 
     # -- any thread ----------------------------------------------------------------------------
@@ -377,7 +377,7 @@ class TunnelTable:
             return [View(key, FAILED, 0, 0, 0, 0, 0.0, failure.until - now, failure.count, failure.reason.text)
                     for key, failure in self.failures.items() if failure.until > now]
 
-    def stop(self, key: str) -> bool:
+    def stop(self, key: TunnelKey) -> bool:
         """Stop a tunnel and its connections, or forget that its start failed: an operator asks for it.
 
         The next client starts it again, or one that waits for it now.  Returns whether there was anything
@@ -391,9 +391,9 @@ class TunnelTable:
             elif state in (QUEUED, BACKOFF):
                 self._remove(tunnel)
         if state is not None and state is not STOPPING:
-            log_event(logging.INFO, "tunnel is stopped", tunnel=key, reason="an operator asked for it")
+            log_event(logging.INFO, "tunnel is stopped", tunnel=str(key), reason="an operator asked for it")
         if failure is not None:
-            log_event(logging.INFO, "failed start forgotten", tunnel=key, reason="an operator asked for it")
+            log_event(logging.INFO, "failed start forgotten", tunnel=str(key), reason="an operator asked for it")
         return failure is not None or tunnel is not None
 
     def words(self, child: Child, since: float, port: int) -> Reason:
@@ -421,7 +421,7 @@ class TunnelTable:
         except BaseException:
             with self.lock:
                 if spawn.state is STARTING and spawn.child is None:
-                    self._enter(spawn, QUEUED)  # what was claimed is not lost with the fault
+                    self._enter(spawn, QUEUED)  # the fault must not lose a tunnel that was claimed
             raise
         for tunnel, why in stop:
             self.processes.stop(tunnel.child, why, now)
@@ -469,7 +469,7 @@ class TunnelTable:
         """Make room for a name that waits: stop the tunnel that has been idle longest."""
         rows = self.tunnels.values()
         if any(t.state is STOPPING for t in rows):
-            return []  # room is on its way
+            return []  # it will make room
         idle = [t for t in rows if t.state is READY and not t.leases and not t.waiters
                 and now - t.last_used >= EVICT_AGE]
         for tunnel in sorted(idle, key=lambda t: t.last_used):
@@ -490,7 +490,7 @@ class TunnelTable:
             self._enter(tunnel, READY)
             return False
         self.counters[counter] += 1
-        log_event(logging.INFO, "tunnel stopped", tunnel=tunnel.key, reason=why)
+        log_event(logging.INFO, "tunnel stopped", tunnel=str(tunnel.key), reason=why)
         return True
 
     def _enter(self, tunnel: Tunnel, state: str) -> None:
@@ -524,9 +524,9 @@ class TunnelTable:
 
     def _spawn(self, tunnel: Tunnel, now: float) -> None:
         """Find a port and a process for a tunnel that was claimed (STARTING)."""
-        scheme, _, hostname = tunnel.key.partition(":")
+        scheme, hostname, identified = tunnel.key
         launcher = self.launchers[scheme]
-        process = self.processes.with_room(launcher)
+        process = self.processes.with_room(launcher, identified)
         port = None
         try:
             program = launcher.find() if process is None else ""
@@ -537,7 +537,7 @@ class TunnelTable:
                 return
             if process is None:
                 process = self.processes.launch(
-                    launcher, [program, *(launcher.shared or launcher.argv(hostname, port))])
+                    launcher, identified, [program, *(launcher.shared or launcher.argv(hostname, port))])
                 self.counters["processes"] += 1
         except (OSError, TunnelError) as error:
             if port is not None:
@@ -570,7 +570,7 @@ class TunnelTable:
             self._enter(tunnel, READY)
         self.counters["ready"] += 1
         self.started.append(Start(tunnel.key, time.time(), child.ready - child.started))
-        log_event(logging.INFO, "tunnel ready", tunnel=tunnel.key, address=child.listener,
+        log_event(logging.INFO, "tunnel ready", tunnel=str(tunnel.key), address=child.listener,
                   seconds=round(child.ready - child.started, 3), pid=child.process.pid)
 
     # -- the reaper, told by Processes -----------------------------------------------------------
@@ -603,7 +603,7 @@ class TunnelTable:
             with self.lock:
                 self._remove(tunnel)
         elif state is STARTING and fault is NO_FAULT and tunnel.tries < PORT_TRIES and not self.closing:
-            log_event(logging.INFO, "tunnel did not start: it is tried again", tunnel=tunnel.key,
+            log_event(logging.INFO, "tunnel did not start: it is tried again", tunnel=str(tunnel.key),
                       reason=child.verdict.text)
             with self.lock:
                 tunnel.tries += 1
@@ -632,7 +632,7 @@ class TunnelTable:
                 if len(self.failures) > FAILURES_KEPT:
                     self.failures.popitem(last=False)
             self._remove(tunnel)
-        log_event(logging.WARNING, "tunnel did not start", tunnel=tunnel.key, reason=reason.text,
+        log_event(logging.WARNING, "tunnel did not start", tunnel=str(tunnel.key), reason=reason.text,
                   **({"next": round(wait)} if remember else {}))
 
     def _remove(self, tunnel: Tunnel) -> None:
@@ -657,7 +657,7 @@ class TunnelTable:
             else:
                 self._remove(tunnel)
                 fate = "the next client starts it again"
-        log_event(logging.WARNING, "tunnel ended", tunnel=tunnel.key, reason=child.verdict.text, then=fate)
+        log_event(logging.WARNING, "tunnel ended", tunnel=str(tunnel.key), reason=child.verdict.text, then=fate)
 
 
 def reap(table: TunnelTable) -> None:

@@ -1,23 +1,34 @@
-"""sniroute_wire: what a client says before it can be routed, as machines and functions without I/O.
+"""sniroute_wire: reads what a client says before it can be routed: pure parsers, no I/O.
+
+A client says, with each part in brackets left out or not:
+
+    [PROXY header, version 1 or 2] [GSSENCRequest] [SSLRequest] ClientHello
 
     bytes --> Prelude.feed --+--> Hello(name, ...)      it can be routed; `header` and `data` are for the backend
                              +--> b"S" or b"N"          an answer to send at once (PostgreSQL)
                              +--> None                  need more bytes
-                             +--> raises Refused        well-formed, but unwanted; Malformed: broken
+                             +--> raises Malformed      broken
+                             +--> raises Refused        well-formed, but unwanted
 
-    [PROXY header, version 1 or 2] [GSSENCRequest] [SSLRequest] ClientHello
+    parse_client_hello     the body of a hello, plainly; whole_hello and HelloReader unpack it from its TLS records
+    parse_proxy_v1, _v2    a PROXY header; proxy_v1, proxy_v2 write one
+    parse_startup          the first packet of a PostgreSQL client
+    Prelude                which parser comes next: OPENERS, a table of (step, first byte)
+    HelloMemory            reads hellos of a known shape faster than the plain reader; gives the same results
 
-The parsers take what has been received so far and give a result, None for "I need more", or raise
-Malformed, and nothing else.  They ask "complete?" before "valid?", and refuse early only what no further
-byte can save.  They look at nothing behind a complete result.  "No name" and "garbage" are different:
-only a well-formed hello can be routed.
+What all parsers promise.  They take all bytes received so far.  They return a result, return None for "I need more",
+or raise Malformed, and nothing else.  They ask "complete?" before "valid?", and refuse early only what no further byte
+can save.  They look at nothing behind a complete result.  "No name" is a result and garbage is an error: only a
+well-formed hello can be routed.
 
-Threads: none of its own.  A Prelude belongs to one connection; HelloMemory to the loop.
+Threads: none of its own.  A Prelude belongs to one connection, HelloMemory to the loop.
 
 Seams: I want to ...
-    read another prelude       a pure parser, a method of Prelude that calls it, and a row in Prelude.OPENERS
-                               for (step, first byte)
-    write another header       a row in PROXY_WRITERS
+    read another prelude            a pure parser, a method of Prelude that calls it, and a row in Prelude.OPENERS
+    write another PROXY header      a row in PROXY_WRITERS
+    change who may send a header    PROXY_POLICY
+
+It imports names and refusals.
 """
 
 from __future__ import annotations
@@ -34,29 +45,26 @@ from sniroute_refusals import (DECODE_ERROR, ILLEGAL_PARAMETER, NOTHING, POSTGRE
 
 __version__ = "0.1.0"
 
-# Limits, each with its reason.  Sizes in bytes, times in seconds.
+
+# -- the TLS hello -----------------------------------------------------------------------------
+
+# Limits, each with its reason.  Sizes in bytes.
 RECORD_MAX = 16384  # RFC 8446 5.1: a plaintext record holds no more
 HELLO_MAX = 16384  # what BoringSSL and Envoy accept; a post-quantum hello is about 2 KB
-HELLO_WIRE_MAX = 32768  # the same in small records: each costs five bytes more
-PROXY_V1_MAX = 107  # PROXY protocol 2.1: the longest line, CRLF included
-PROXY_V2_MAX = 4096  # nginx's limit; real headers with TLVs stay far below
-STARTUP_MAX = 10004  # PostgreSQL's own limit for a startup packet
-NAMES_MAX = 1024  # server_name extensions remembered: most are seen again
-SHAPES_MAX = 512  # shapes of hellos remembered, 3 KB each: one for each length; who is as long takes the place
-LEARN_EVERY = 16  # of so many hellos of unknown shape one is remembered: it takes 3 to 5 times as long as to read it
-EXTENSIONS_MAX = 32  # in a hello whose shape is remembered: browsers have about 20, and 900 would fit
+HELLO_WIRE_MAX = 32768  # a hello with its record headers: in small records each costs five bytes more
+NAMES_MAX = 1024  # server_name extensions in the cache: most are seen again
 
 
 class Hello(NamedTuple):
-    """A TLS ClientHello."""
+    """A TLS ClientHello, as far as routing needs it."""
 
-    name: str | None  # the host_name it asks for, normalised; None where it names none
+    name: str | None  # the host_name it asks for, normalised; None where it asks for none
     alpn_data: bytes | None  # the body of its ALPN extension
-    end: int  # bytes on the wire up to its last one
+    end: int  # its size on the wire, record headers included; what follows belongs to somebody else
 
     @property
     def alpn(self) -> list[bytes] | None:
-        """The protocols it offers (RFC 7301 3.1); None for none, or for a list that is broken."""
+        """The protocols it offers (RFC 7301 3.1); None without a list, or with a broken one."""
         data = self.alpn_data
         if data is None or len(data) < 2 or int.from_bytes(data[:2], "big") != len(data) - 2:
             return None
@@ -76,16 +84,16 @@ HELLO_MIN = 41  # version, random, empty session id, one cipher suite, one compr
 SERVER_NAME, ALPN = 0, 16  # extension types, RFC 6066 3 and RFC 7301 3.1
 _two_shorts = struct.Struct(">HH").unpack_from
 _short = struct.Struct(">H").unpack_from
-_hello_header = struct.Struct(">BBBHBBH").unpack_from  # of a record, and of the handshake message in it
+_hello_header = struct.Struct(">BBBHBBH").unpack_from  # a record's header, and that of the handshake message in it
 
 
 def parse_client_hello(body: bytes) -> tuple[str | None, bytes | None]:
-    """The name and the raw ALPN extension in the body of a ClientHello (RFC 8446 4.1.2).
+    """The name and the body of the ALPN extension in a ClientHello (RFC 8446 4.1.2).
 
-    The framing is checked all the way, so that the name read here is the one that the backend's
-    TLS reads: one host_name, no extension twice.  Raises Malformed.
+    `body` is the handshake message without its header.  All of its framing is checked, and an extension that comes
+    twice is refused: so the name read here is the one that the backend's TLS reads.  Raises Malformed.
     """
-    if body < b"\x03\x01":  # SSL 3.0 and older have no extensions; 3.1 and later negotiate elsewhere
+    if body < b"\x03\x01":  # SSL 3.0 and older have no extensions; newer versions are the backend's business
         raise Malformed(f"TLS version {body[0]}.{body[1]}", PROTOCOL_VERSION)
     total = len(body)
     session_end = 35 + body[34]
@@ -125,9 +133,9 @@ def parse_client_hello(body: bytes) -> tuple[str | None, bytes | None]:
 
 @functools.lru_cache(maxsize=NAMES_MAX)
 def parse_server_name(names: bytes) -> str:
-    """The host_name of a server_name extension, RFC 6066 3, normalised.  Raises Malformed.
+    """The host_name in the body of a server_name extension (RFC 6066 3), normalised.  Raises Malformed.
 
-    Implementations differ on lists with more than one entry, so only one is accepted.
+    Implementations differ on which entry of a longer list counts, so a list has to have one entry.
     """
     if len(names) < 5 or _short(names, 0)[0] != len(names) - 2:
         raise Malformed("a server_name list of the wrong length", DECODE_ERROR)
@@ -142,9 +150,9 @@ def parse_server_name(names: bytes) -> str:
 
 
 def whole_hello(data: bytes) -> Hello | None:
-    """The hello that `data` begins with, where it is all there and in one record, as nearly always.
+    """The hello at the start of `data`, if all of it is there and in one record, as nearly always.
 
-    None says nothing but that: HelloReader has to look.  Raises Malformed.
+    None for anything else, right or wrong: HelloReader has to read it.  Raises Malformed.
     """
     if len(data) <= 9:
         return None
@@ -158,23 +166,24 @@ def whole_hello(data: bytes) -> Hello | None:
 
 
 class HelloReader:
-    """Joins the ClientHello of one connection from its records; keeps its place between calls.
+    """Joins the ClientHello of one connection from its records; one for each connection.
 
-    So a hello that comes byte by byte, in records of one byte, costs linear time.
+    It keeps its place between calls, so that a hello in records of one byte, each in a packet of its own, costs linear
+    time.
     """
 
     __slots__ = ("at", "left", "message")
 
     def __init__(self) -> None:
-        self.at = 0  # the next byte of the wire
-        self.left = 0  # of the record that `at` is in
-        self.message = bytearray()
+        self.at = 0  # the first byte of `data` that has not been read
+        self.left = 0  # bytes of the current record behind `at`
+        self.message = bytearray()  # the handshake message so far, without record headers
 
     def read(self, data: bytes | bytearray) -> Hello | None:
-        """Parse `data`, which is what earlier calls were given and more.
+        """Read on in `data`, which has all bytes of earlier calls and more behind them.
 
-        Raises Malformed.  RFC 8446 5.1 and 4.1.2; one rule is stricter than OpenSSL's: an empty
-        handshake record, which the RFC forbids, is refused.
+        RFC 8446 5.1 and 4.1.2.  One rule is stricter than OpenSSL's: an empty handshake record, which the RFC
+        forbids, is refused.  Raises Malformed.
         """
         message = self.message
         received = len(data)
@@ -200,11 +209,11 @@ class HelloReader:
                     return Hello(name, alpn, self.at - more)
             if self.at >= HELLO_WIRE_MAX:
                 raise Malformed(f"a ClientHello over {HELLO_WIRE_MAX} bytes of records", DECODE_ERROR)
-            if self.left:  # the rest of this record is still to come
+            if self.left:  # the rest of this record has not come yet
                 return None
 
     def _record(self, data: bytes | bytearray) -> bool:
-        """Step over a record header; False where it is not complete."""
+        """Step over a record header.  Returns whether it is complete and a byte of the record follows."""
         header = data[self.at:self.at + 5]
         if header:
             if header[0] != TLS_HANDSHAKE:
@@ -221,13 +230,20 @@ class HelloReader:
         return self.at < len(data)
 
 
+# -- the PROXY header --------------------------------------------------------------------------
+
+# "PROXY protocol" and a section mean haproxy.org's specification, doc/proxy-protocol.txt.
+PROXY_V1_MAX = 107  # bytes; PROXY protocol 2.1: the longest line, CRLF included
+PROXY_V2_MAX = 4096  # bytes; nginx's limit: real headers with TLVs stay far below
+
+
 class ProxyHeader(NamedTuple):
-    """A PROXY protocol header (the specification of haproxy.org, versions 1 and 2)."""
+    """A PROXY protocol header of version 1 or 2."""
 
     size: int  # bytes on the wire
-    source: ipaddress.IPv4Address | ipaddress.IPv6Address | None  # None: UNKNOWN or LOCAL
-    port: int
-    destination: tuple[str, int] | None = None  # where the client connected to
+    source: ipaddress.IPv4Address | ipaddress.IPv6Address | None  # the client; None: UNKNOWN or LOCAL
+    port: int  # the client's
+    destination: tuple[str, int] | None = None  # the address that the client connected to
 
 
 PROXY_V1 = b"PROXY "
@@ -237,7 +253,7 @@ PROXY_FAMILIES = {b"TCP4": ipaddress.IPv4Address, b"TCP6": ipaddress.IPv6Address
 
 
 def parse_proxy_v1(data: bytes) -> ProxyHeader | None:
-    """A version 1 header, PROXY protocol 2.1: one line of text.  Raises Malformed."""
+    """A version 1 header: one line of text (PROXY protocol 2.1).  Raises Malformed."""
     end = data.find(b"\r\n", 0, PROXY_V1_MAX)
     if end < 0:
         line = data[:PROXY_V1_MAX]
@@ -265,7 +281,7 @@ def parse_proxy_v1(data: bytes) -> ProxyHeader | None:
 
 
 def proxy_address(field: bytes) -> str:
-    """The text of an address field.  Raises ValueError for what ipaddress would let through."""
+    """The text of an address field.  Raises ValueError for a scope (`%eth0`), which ipaddress would accept."""
     text = field.decode("ascii")
     if "%" in text:
         raise ValueError("a scope is not part of an address")
@@ -277,10 +293,10 @@ TLV_AUTHORITY, TLV_CRC32C, TLV_UNIQUE_ID, TLV_SSL = 0x02, 0x03, 0x05, 0x20
 
 
 def parse_proxy_v2(data: bytes) -> ProxyHeader | None:
-    """A version 2 header, PROXY protocol 2.2: binary, with TLVs behind the addresses.
+    """A version 2 header: binary, with TLVs (type, length, value) behind the addresses (PROXY protocol 2.2).
 
-    LOCAL is skipped whatever it carries; PROXY has to be TCP over IPv4 or IPv6, and its TLVs have
-    to fit and to be right, the checksum included.  Raises Malformed.
+    The command LOCAL is skipped with all that it carries.  The command PROXY has to be TCP over IPv4 or IPv6; its TLVs
+    have to fit and to be right, the checksum included.  Raises Malformed.
     """
     if not data.startswith(PROXY_V2[:len(data)]):
         raise Malformed("a broken PROXY signature", kind="proxy")
@@ -312,7 +328,7 @@ def parse_proxy_v2(data: bytes) -> ProxyHeader | None:
 
 
 def read_tlvs(data: bytes, at: int) -> list[tuple[int, int, bytes]]:
-    """(type, place of the value, value) of TLVs that fill `data` from `at`.  Raises Malformed."""
+    """The TLVs in `data` from `at` to its end, as (type, place of the value, value).  Raises Malformed."""
     found = []
     while at < len(data):
         value = at + 3
@@ -325,7 +341,7 @@ def read_tlvs(data: bytes, at: int) -> list[tuple[int, int, bytes]]:
 
 
 def check_proxy_tlvs(header: bytes, at: int) -> None:
-    """Refuse TLVs that a strict receiver behind us would refuse.  PROXY protocol 2.2.1 to 2.2.7."""
+    """Raise Malformed for TLVs that a strict receiver behind us would refuse (PROXY protocol 2.2.1 to 2.2.7)."""
     checksums = 0
     for kind, place, value in read_tlvs(header, at):
         wrong = False
@@ -349,7 +365,7 @@ def check_proxy_tlvs(header: bytes, at: int) -> None:
 
 @functools.cache
 def crc32c_table() -> list[int]:
-    """The 256 remainders of CRC-32C, made when the first checksum comes."""
+    """The remainder of each byte in CRC-32C.  Made when the first checksum comes: few headers have one."""
     table = []
     for remainder in range(256):
         for _ in range(8):
@@ -359,7 +375,7 @@ def crc32c_table() -> list[int]:
 
 
 def crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli), RFC 3309; crc32c(b"123456789") is e3069283."""
+    """The checksum CRC-32C (Castagnoli, RFC 3309); that of b"123456789" is 0xe3069283."""
     table, crc = crc32c_table(), 0xFFFFFFFF
     for byte in data:
         crc = crc >> 8 ^ table[(crc ^ byte) & 255]
@@ -369,7 +385,7 @@ def crc32c(data: bytes) -> int:
 def proxy_v1(source: tuple[str, int] | None, destination: tuple[str, int]) -> bytes:
     """A version 1 header (PROXY protocol 2.1) for a connection from `source` to `destination`, both (host, port).
 
-    Without a source, UNKNOWN.  Raises ValueError where a host is no address.
+    Without a source the header says UNKNOWN.  Raises ValueError where a host is no address.
     """
     if source is None:
         return PROXY_V1 + b"UNKNOWN\r\n"
@@ -378,7 +394,7 @@ def proxy_v1(source: tuple[str, int] | None, destination: tuple[str, int]) -> by
 
 
 def proxy_v2(source: tuple[str, int] | None, destination: tuple[str, int]) -> bytes:
-    """The same in version 2 (PROXY protocol 2.2).  Without a source, LOCAL."""
+    """A version 2 header (PROXY protocol 2.2), from the same arguments.  Without a source it says LOCAL."""
     if source is None:
         return PROXY_V2 + b"\x20\0\0\0"
     (sender, receiver), version = proxy_ends(source, destination)
@@ -387,7 +403,10 @@ def proxy_v2(source: tuple[str, int] | None, destination: tuple[str, int]) -> by
 
 
 def proxy_ends(*ends: tuple[str, int]) -> tuple[list[ipaddress.IPv4Address | ipaddress.IPv6Address], int]:
-    """The addresses of both ends in one family, which a header needs, and its version."""
+    """The addresses of both ends, and their IP version, 4 or 6.
+
+    A header has one family: where the ends differ, the IPv4 one is written as IPv6.
+    """
     addresses = [ipaddress.ip_address(host.partition("%")[0]) for host, _ in ends]
     addresses = [getattr(address, "ipv4_mapped", None) or address for address in addresses]
     if len({address.version for address in addresses}) > 1:
@@ -395,21 +414,33 @@ def proxy_ends(*ends: tuple[str, int]) -> tuple[list[ipaddress.IPv4Address | ipa
     return addresses, addresses[0].version
 
 
-# What a route may want its backend to be told of the client, and what writes it; as-received says
-# what a believed header said, none nothing.
+# A route's send_proxy, and the function that writes its header.  Two need no function: `as-received` passes on the
+# bytes of a believed header, `none` passes on nothing.
 PROXY_WRITERS = {"as-received": None, "none": None, "v1": proxy_v1, "v2": proxy_v2}
 
+# (--proxy-protocol, is the peer in --proxy-from?) -> what becomes of the peer.  "close": it is closed unread.  The
+# others are policies of Prelude: its PROXY header is refused, allowed, or required.
+PROXY_POLICY = {
+    ("off", False): "refuse", ("off", True): "refuse",
+    ("auto", False): "refuse", ("auto", True): "allow",
+    ("required", False): "close", ("required", True): "require",
+}
 
+
+# -- PostgreSQL --------------------------------------------------------------------------------
+
+STARTUP_MAX = 10004  # PostgreSQL's own limit for a startup packet
 SSL_REQUEST, GSSENC_REQUEST, CANCEL_REQUEST = 80877103, 80877104, 80877102
 STARTUP = 3  # major protocol version
 SSL_REQUEST_BYTES = struct.pack(">II", 8, SSL_REQUEST)
 
 
 def parse_startup(data: bytes) -> int | None:
-    """The first packet of a PostgreSQL client: SSL_REQUEST, GSSENC_REQUEST, CANCEL_REQUEST, STARTUP.
+    """Which first packet a PostgreSQL client sends: SSL_REQUEST, GSSENC_REQUEST, CANCEL_REQUEST or STARTUP.
 
-    PostgreSQL "Message Formats": length (4 bytes, itself included), code (4 bytes).  The requests
-    are 8 bytes; a STARTUP is a result when all of it is there.  Raises Malformed.
+    PostgreSQL's documentation, "Message Formats": length (4 bytes, itself included), code (4 bytes).  The two
+    encryption requests have nothing more.  CANCEL_REQUEST is returned as soon as its code is there, STARTUP only when
+    all of it is there.  Raises Malformed.
     """
     if len(data) < 4:
         if any(data[:2]):
@@ -432,18 +463,20 @@ def parse_startup(data: bytes) -> int | None:
     return STARTUP if len(data) >= length else None
 
 
-# What a client that speaks no TLS most likely speaks, by its first byte.
+# -- the prelude -------------------------------------------------------------------------------
+
+# First byte -> what a client without TLS most likely speaks.
 HTTP_METHODS = b"GPHDOCT"  # the first letters of GET, POST, PUT, PATCH, HEAD, DELETE, OPTIONS, CONNECT, TRACE
 NOT_TLS = {first: kind for kind, letters in {"HTTP": HTTP_METHODS, "SSH": b"S", "RDP": b"\x03",
                                              "an SSLv2 hello": range(0x80, 0x100)}.items() for first in letters}
 
 
 class Prelude:
-    """What a client says before it can be routed, as a machine without I/O.
+    """Reads what one client says before it can be routed.  A machine without I/O.
 
-    `feed` takes bytes and returns a Hello, an answer to send at once (b"S", b"N"), or None for
-    more.  `header` and `data` are then what the backend has to be told.  `policy` is what to do
-    about a PROXY header: `allow`, `require` or `refuse` (see PROXY_POLICY).
+    `feed` takes bytes.  It returns a Hello, or an answer to send at once (b"S", b"N"), or None for "more".  After a
+    Hello, `header` and `data` are the bytes for the backend.  `policy` says what to do about a PROXY header: "allow",
+    "require" or "refuse" (see PROXY_POLICY).
     """
 
     __slots__ = ("policy", "local", "hellos", "step", "header", "source", "data", "reader", "ssl")
@@ -453,17 +486,17 @@ class Prelude:
 
     def __init__(self, policy: str, local: bool, hellos: HelloMemory | None = None):
         self.policy = policy
-        self.hellos = hellos  # None: every hello is read in full
-        self.local = local  # the peer is this machine: its header may name this machine
+        self.hellos = hellos  # None: every hello is read plainly
+        self.local = local  # the peer is this machine, so its PROXY header may say that the client is, too
         self.step = self.START
-        self.header = b""  # the believed PROXY header, as it came
-        self.source: ProxyHeader | None = None
-        self.data = bytearray()  # what came behind it, without what was answered here
-        self.reader: HelloReader | None = None
-        self.ssl = False
+        self.header = b""  # the bytes of a believed PROXY header
+        self.source: ProxyHeader | None = None  # that header, parsed
+        self.data = bytearray()  # the bytes behind the header, without requests that were answered here
+        self.reader: HelloReader | None = None  # from the first byte of a hello on
+        self.ssl = False  # the client has sent SSLRequest, so the backend has to be sent one, too
 
     def feed(self, data: bytes | memoryview) -> Hello | bytes | None:
-        """Go on with more bytes.  Raises Malformed, or Refused for what is well-formed but unwanted."""
+        """Read on with more bytes.  Raises Malformed; Refused for a request that is well-formed, but unwanted."""
         self.data += data
         while self.data:
             opener = self.OPENERS.get((self.step, self.data[0]))
@@ -472,22 +505,24 @@ class Prelude:
             if self.policy == "require" and self.step is self.START and opener is not Prelude._proxy:
                 raise Malformed("a PROXY header is required", kind="proxy")
             result = opener(self)
-            if result is not self:  # self: that was one step, and there is more to read
+            if result is not self:  # `self` means: one part was read, go on with the rest of `data`
                 return result
         return None
 
     def language(self) -> tuple[str, int]:
-        """What a refused client is told in (see `told`), and the minor version of its TLS record."""
+        """The language for a refusal (see `told` in sniroute_refusals), and the minor version of its TLS record."""
         if self.reader is not None:
             return (TLS, self.data[2]) if len(self.data) > 2 else (NOTHING, 0)
         return (POSTGRES if self.step is self.PLAIN else NOTHING), 0
 
     def _stranger(self, first: int) -> NoReturn:
+        """No row of OPENERS fits the first byte: refuse it."""
         if self.step is self.AFTER_SSL:
             raise Malformed("no TLS behind SSLRequest")
         raise Malformed(f"not TLS: {NOT_TLS.get(first, 'unknown')}", kind="not_tls")
 
     def _hello(self) -> Hello | None:
+        """A ClientHello.  Most are complete at the first call, and need no HelloReader."""
         if self.reader is None:
             self.reader = HelloReader()
             hello = self.hellos.find(bytes(self.data)) if self.hellos is not None else whole_hello(bytes(self.data))
@@ -496,10 +531,11 @@ class Prelude:
         return self.reader.read(self.data)
 
     def _http(self) -> NoReturn:
-        """A request of plain HTTP: refused."""
+        """A request in plain HTTP, which has no hello: refused."""
         self._stranger(self.data[0])
 
     def _proxy(self) -> Prelude | None:
+        """A PROXY header; or an HTTP request, since POST begins with the same letter."""
         data = bytes(self.data[:PROXY_V2_MAX])
         parse, signature = (parse_proxy_v1, PROXY_V1) if data[0] == PROXY_V1[0] else (parse_proxy_v2, PROXY_V2)
         if signature is PROXY_V1 and not data.startswith(signature[:len(data)]):
@@ -522,6 +558,7 @@ class Prelude:
         return self
 
     def _postgres(self) -> bytes | None:
+        """The first packet of a PostgreSQL client.  GSSENCRequest is answered "no": psql then asks for TLS."""
         request = parse_startup(bytes(self.data[:STARTUP_MAX]))
         if request is None:
             return None
@@ -530,7 +567,7 @@ class Prelude:
             raise Refused("plain_postgres", "a PostgreSQL client without TLS")
         if request == CANCEL_REQUEST:
             raise Refused("cancel", "a CancelRequest in clear text names no server")
-        if len(self.data) > 8:  # CVE-2021-23214 and its kin: they would be taken for a part of the TLS
+        if len(self.data) > 8:  # CVE-2021-23214: bytes in clear text would be taken for a part of the TLS
             raise Malformed("bytes behind a PostgreSQL encryption request")
         self.data.clear()
         if request == GSSENC_REQUEST:
@@ -542,7 +579,7 @@ class Prelude:
         self.step = self.AFTER_SSL
         return b"S"
 
-    # (step, first byte) -> what reads it; anything else is a stranger
+    # (step, first byte) -> the method that reads on; other first bytes are refused by `_stranger`
     OPENERS: dict[tuple[str, int], Callable[[Prelude], Any]] = {}
     for _step in (START, CLIENT, AFTER_GSS):
         OPENERS[_step, 0x16] = _hello
@@ -554,37 +591,34 @@ class Prelude:
     del _step, _letter
 
 
-# (--proxy-protocol, is the peer in --proxy-from?) -> what becomes of a PROXY header
-PROXY_POLICY = {
-    ("off", False): "refuse", ("off", True): "refuse",
-    ("auto", False): "refuse", ("auto", True): "allow",
-    ("required", False): "close", ("required", True): "require",
-}
 
 # -- hellos seen before ------------------------------------------------------------------------
 
-KEY = 11  # bytes of both headers and the version: they begin a hello, and its shape is found by them
+KEY = 11  # the first bytes of a hello, both headers and the version: its shape is looked up by them
+SHAPES_MAX = 512  # shapes remembered, 3 KB each.  The key holds the length, so there is one shape for each length
+LEARN_EVERY = 16  # one in so many hellos of unknown shape is remembered: that takes 3 to 5 times as long as reading it
+EXTENSIONS_MAX = 32  # in a hello whose shape is remembered: browsers have about 20, and 900 would fit
 
 
 class Shape(NamedTuple):
-    """How a hello is framed: each length and type in it.
+    """The framing of a hello: each length and each type in it, and where its name is.
 
-    With the version, which is in its key, that is all that `parse_client_hello` judges but the name itself.  A
-    program's next hello for a name as long has the same shape: only random bytes, keys, tickets and the name differ.
-    So it need not be walked through, and its name stands where the last one stood.  (A browser that shuffles its
-    extensions gains nothing.)
+    `parse_client_hello` judges nothing else, but for the version, which is a part of the key, and the name itself.
+    When a program connects again to a name of the same length, its hello has the same framing: only random bytes,
+    keys, tickets and the name differ.  So one comparison is enough to know that it is right, and where its name is.
+    A browser that shuffles its extensions has another framing each time, and is read plainly.
     """
 
-    end: int  # bytes on the wire
-    framing_of: Callable[[bytes, int], tuple[bytes, ...]]  # a struct's: lengths and types in such a hello, from KEY on
-    framing: tuple[bytes, ...]  # what they have to be
-    name: slice  # where a server_name extension stands
-    alpn: slice | None
+    end: int  # the hello's size on the wire
+    framing_of: Callable[[bytes, int], tuple[bytes, ...]]  # Struct.unpack_from: a hello's lengths and types from KEY on
+    framing: tuple[bytes, ...]  # the lengths and types of this shape
+    name: slice  # the body of the server_name extension
+    alpn: slice | None  # the body of the ALPN extension
 
 
 def shape_of(hello: bytes) -> Shape | None:
-    """The shape of a whole hello in one record that has a name, and has been parsed; None for one too odd to keep."""
-    layout, at = ["32x"], KEY + 32  # the random bytes, RFC 8446 4.1.2
+    """The shape of a hello that has been parsed, is in one record, and has a name; None with too many extensions."""
+    layout, at = ["32x"], KEY + 32  # skip the random bytes, RFC 8446 4.1.2
     for width in (1, 2, 1):  # session id, cipher suites, compression methods
         size = int.from_bytes(hello[at:at + width], "big")
         layout.append(f"{width}s{size}x")
@@ -604,10 +638,11 @@ def shape_of(hello: bytes) -> Shape | None:
 
 
 class HelloMemory:
-    """Hellos whose shape is known are read by one struct call: a third of what it takes to read them all.
+    """Reads a hello of a known shape with one struct call, in a third of the time that `whole_hello` takes.
 
-    One in LEARN_EVERY unknown shapes is remembered, instead of another one as long, or of the oldest: so a crowd of
-    shapes that never come again costs little, and keeps nobody's out for long.  Loop only.
+    One in LEARN_EVERY hellos of unknown shape is remembered.  Its shape replaces one of the same length, or else the
+    oldest.  So many shapes that never come again cost little, and a useful one that they push out is soon learnt
+    again.  Loop only.
     """
 
     def __init__(self) -> None:
@@ -615,7 +650,7 @@ class HelloMemory:
         self.unknown = 0  # hellos of unknown shape so far
 
     def find(self, data: bytes) -> Hello | None:
-        """As `whole_hello`, which it calls for what is of no known shape."""
+        """What `whole_hello` returns, which is called for a hello of unknown shape.  Raises Malformed."""
         shape = self.shapes.get(data[:KEY])
         if shape is not None:
             end, framing_of, framing, name, alpn = shape
@@ -629,10 +664,10 @@ class HelloMemory:
         return hello
 
     def learn(self, hello: bytes) -> None:
-        """Remember the shape of a hello that has been read."""
+        """Remember the shape of a hello that `whole_hello` has read."""
         shape = shape_of(hello)
         if shape is not None:
-            self.shapes.pop(hello[:KEY], None)  # what is learnt again is the newest
+            self.shapes.pop(hello[:KEY], None)  # a shape that is learnt again becomes the newest
             if len(self.shapes) >= SHAPES_MAX:
                 del self.shapes[next(iter(self.shapes))]
             self.shapes[hello[:KEY]] = shape

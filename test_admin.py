@@ -325,7 +325,7 @@ def test_failed_tunnel_is_tried_again_at_once(run_admin, serve, cloudflared, por
     running = run_admin(TUNNEL, ports)
     reply = ask(running.admin, "/tunnels/db.example.com/start", "POST")
     assert reply.status == 502 and "no such host" in reply.json["error"]
-    assert [view.key for view in running.tunnels.failed()] == [DB]
+    assert [str(view.key) for view in running.tunnels.failed()] == [DB]
     cloudflared.fault("db.example.com")
     assert ask(running.admin, f"/tunnels/{DB}/start", "POST").status == 200
     assert running.tunnels.failed() == []

@@ -1014,7 +1014,7 @@ def test_one_event_closes_and_the_other_of_the_same_turn_does_nothing():
         loop = connection.carrier.loop
         calls = []
         for watch in (connection.client_watch, connection.edge_watch):
-            watch.set(READ | WRITE, lambda mask: calls.append(mask) or connection.close())
+            watch.wait_for(READ | WRITE, lambda mask: calls.append(mask) or connection.close())
         loop.turn()
         assert len(calls) == 1 and connection.state == "closed" and receive_all(client) == (b"", "FIN")
 

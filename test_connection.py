@@ -176,15 +176,13 @@ def test_bytes_that_did_not_wait_for_S_are_refused(run, echo_server):
 def test_answer_to_a_request_is_not_sent_to_a_client_that_did_not_wait():
     """The peek before `S`: what came between the read and the answer."""
     ours, theirs = socket.socketpair()
-    connection = sniroute_connection.Connection.__new__(sniroute_connection.Connection)
-    connection.client = ours
     with ours, theirs:
         ours.setblocking(False)
-        connection._answer(b"S")
+        sniroute_connection.answer_now(ours, b"S")
         assert theirs.recv(1) == b"S"
         theirs.sendall(b"\x16")
         with pytest.raises(sniroute_refusals.Malformed):
-            connection._answer(b"S")
+            sniroute_connection.answer_now(ours, b"S")
 
 
 def test_client_that_resets_in_its_prelude_is_counted_among_those_that_left(run, echo_server):
@@ -197,15 +195,13 @@ def test_client_that_resets_in_its_prelude_is_counted_among_those_that_left(run,
 
 def test_answer_to_a_request_of_a_client_that_has_reset_is_nobodys():
     """The next read says so."""
-    connection = sniroute_connection.Connection.__new__(sniroute_connection.Connection)
     with socket.create_server((HOST, 0)) as listener, socket.create_connection(listener.getsockname()) as client:
         ours, _ = listener.accept()
         with ours:
             reset(client)
             ours.setblocking(False)
             wait_until(lambda: select.select([ours], [], [], 0)[0])
-            connection.client = ours
-            connection._answer(b"S")
+            sniroute_connection.answer_now(ours, b"S")
 
 
 def test_hello_that_the_backend_does_not_take_at_once_arrives_whole(run, monkeypatch):
@@ -608,7 +604,7 @@ def test_client_that_goes_on_talking_while_it_waits_loses_nothing(run, serve, cl
     with running.connect(HELLO) as client:
         wait_until(lambda: running.router.waits.by_key)
         client.sendall(more)
-        wait_until(lambda: [c for c in list(running.router.connections) if not c.up.watched])
+        wait_until(lambda: [c for c in list(running.router.connections) if not c.up.events])
         assert max(len(c.hello) for c in running.router.connections) <= 2 * sniroute_wire.HELLO_WIRE_MAX
     assert far.result() == HELLO + more
 

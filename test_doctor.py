@@ -1,12 +1,15 @@
-"""Tests of sniroute_doctor.py: check, explain and selftest, as functions and as commands."""
+"""Tests of sniroute_doctor.py: check, explain, selftest and bundle, as functions and as commands."""
 
 from __future__ import annotations
 
+import glob
+import os
 import re
 import socket
 import sys
 import time
 import types
+import zipfile
 from typing import Callable, Iterator
 
 import pytest
@@ -14,11 +17,11 @@ import pytest
 import sniroute
 import sniroute_doctor
 import sniroute_log
-from sniroute_launchers import Launcher, Reason, TunnelError
+from sniroute_launchers import Launcher, Reason, TunnelError, TunnelKey
 from sniroute_refusals import REFUSALS
-from conftest import linux
+from conftest import CORE, HOST, linux
 from testbed.hellos import HELLO, NAME, genuine
-from testbed.program import BARE, BARE_PYTHON, command, execute
+from testbed.program import BARE, BARE_PYTHON, PROGRAM, command, environment, execute
 from testbed.running import ROUTES_FILE, TUNNEL, alert, answer, read_all
 
 
@@ -108,9 +111,11 @@ def test_explain_asks_a_router_that_runs(launch, cloudflared, ports, serve, admi
         ready, failed, absent = (command("explain", name, *options).stdout
                                  for name in (NAME, "evil.example.com", "cold.example.com"))
     assert re.search(rf"\nrouter:  running, pid {program.pid}, \d connections\n"
-                     r"tunnel:  ready, for \d+ s, 1 connections\n", ready)
+                     r"tunnel:  ready \(its local port is open\), for \d+ s, 1 connections\n", ready)
     assert re.search(r"\ntunnel:  failed, next in \d s\nsaid:    .*goroutine panic.*\nto do:   mend what it says", failed)
     assert "\ntunnel:  absent\nto do:   nothing: the next client starts it\n" in absent
+    for told in (ready, failed, absent):
+        assert told.count("to do:") == 1, "one thing"
     program.stop()
     assert "\nrouter:  no answer from its admin address: " in command("explain", NAME, *options).stdout
 
@@ -119,7 +124,7 @@ def test_explain_asks_a_router_that_runs(launch, cloudflared, ports, serve, admi
     (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", "403 Forbidden"),
     (b"SSH-2.0-OpenSSH\r\n", "BadStatusLine"),
     (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", "list indices must be integers or slices, not str"),
-    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "'tunnels'"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "'phase'"),
     (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nno JS", "Expecting value"),
     (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", "IncompleteRead"),
     (b"", "RemoteDisconnected"),
@@ -128,18 +133,19 @@ def test_explain_bears_any_answer_of_an_admin_address(serve, capsys, answer, say
     def far(sock: socket.socket) -> None:
         sock.recv(65536)
         sock.sendall(answer)
-    sniroute_doctor.explain_live(serve(far).address, "cloudflared:db.example.com")
+    assert sniroute_doctor.ask_router(serve(far).address) is None
     said = capsys.readouterr().out
     assert said.startswith("router:  no answer from its admin address: ") and says in said and said.count("\n") == 1
 
 
-def test_explain_says_that_a_router_runs_where_the_name_has_no_tunnel(serve, capsys):
+def test_explain_says_that_a_router_runs_where_the_name_has_no_tunnel(serve, capsys, no_variables):
     body = b'{"tunnels": [], "phase": "running", "pid": 7, "connections": {"active": 3}}'
     def far(sock: socket.socket) -> None:
         sock.recv(65536)
         sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-    sniroute_doctor.explain_live(serve(far).address, None)
-    assert capsys.readouterr().out == "router:  running, pid 7, 3 connections\n"
+    host, port = serve(far).address
+    assert sniroute.main(["explain", "a.example.com", "--route=*=tcp:h:1", f"--admin={host}:{port}"]) == 0
+    assert capsys.readouterr().out.endswith("\ntarget:  tcp:h:1\nrouter:  running, pid 7, 3 connections\n")
 
 
 def test_explain_says_that_the_token_is_not_shown(cloudflared):
@@ -150,6 +156,9 @@ def test_explain_says_that_the_token_is_not_shown(cloudflared):
         assert ("\ntoken:   not shown there: the client may own that domain\n" in ended.stdout) is said
 
 
+KEY = TunnelKey("carrier", "db.example.com")
+
+
 def launcher(code: str) -> Launcher:
     """A tunnel program whose trial is this text of Python."""
     return Launcher(sys.executable, lambda hostname, port: [], {}, lambda tail: Reason("denied", tail.decode().strip()),
@@ -157,19 +166,19 @@ def launcher(code: str) -> Launcher:
 
 
 def test_a_far_end_is_tried_by_a_run_of_the_program(capsys):
-    sniroute_doctor.try_tunnel(launcher("import sys; assert sys.argv[1] == 'db.example.com'"), "db.example.com")
+    sniroute_doctor.try_far_end(launcher("import sys; assert sys.argv[1] == 'db.example.com'"), KEY)
     assert capsys.readouterr().out == "far end: it answers\n"
     with pytest.raises(TunnelError, match="^Access denied it$") as caught:
-        sniroute_doctor.try_tunnel(launcher("import sys; sys.exit('Access denied it')"), "db.example.com")
+        sniroute_doctor.try_far_end(launcher("import sys; sys.exit('Access denied it')"), KEY)
     assert caught.value.kind == "denied"
-    sniroute_doctor.try_tunnel(launcher("")._replace(trial=None), "db.example.com")
+    sniroute_doctor.try_far_end(launcher("")._replace(trial=None), KEY)
     assert capsys.readouterr().out == "", "a program that cannot be tried is not"
 
 
 def test_a_far_end_that_does_not_answer_is_given_up(monkeypatch):
     monkeypatch.setattr(sniroute_doctor, "TRIAL_TIMEOUT", 0.2)
     with pytest.raises(TunnelError, match="^no answer within 0.2 s$") as caught:
-        sniroute_doctor.try_tunnel(launcher("import time; time.sleep(60)"), "db.example.com")
+        sniroute_doctor.try_far_end(launcher("import time; time.sleep(60)"), KEY)
     assert caught.value.kind == "timeout"
 
 
@@ -250,4 +259,66 @@ def test_the_self_test_fails_where_the_router_does(selftest, monkeypatch):
     code, lines = selftest()
     assert code == 1
     assert [line[:4] for line in lines] == ["ok  ", "FAIL", "FAIL", "ok  ", "2 of"]
-    assert "in the place of 97" in lines[1] or "bytes" in lines[1]
+    assert "instead of 97" in lines[1] or "bytes" in lines[1]
+
+
+# -- bundle ------------------------------------------------------------------------------------
+
+
+def test_the_same_sources_give_the_same_bytes(one_file, tmp_path):
+    """Whoever runs it, from wherever, however Python hashes, and also from inside itself."""
+    first, inside = tmp_path / "first.pyz", tmp_path / "inside.pyz"
+    for how, path, seed in ((PROGRAM, first, "1"), (one_file, inside, "2")):
+        ended = execute(sys.executable, str(how), "bundle", f"--output={path}", "--with=all", cwd="/",
+                        env={"PYTHONHASHSEED": seed}, said="", text=True)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert ended.stdout == f"{path}: sniroute 0.1.0 with doctor, admin, carrier, {path.stat().st_size >> 10} KiB\n"
+    assert first.read_bytes() == inside.read_bytes() == one_file.read_bytes()
+
+
+def test_a_bundle_has_what_it_was_asked_for(tmp_path):
+    path = tmp_path / "small.pyz"
+    assert command("bundle", "-o", str(path), "--with", "none").returncode == 0
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    assert names == sorted(["__main__.py", "__main__.pyc", *CORE, *(f"{name}c" for name in CORE)])
+    assert os.access(path, os.X_OK)
+    version = execute(*BARE_PYTHON, str(path), "--version", env=BARE, said="", text=True)
+    assert version.stdout.endswith("; with no options)\n")
+    for words, says in ((["check"], f"sniroute_doctor is not in {path}: write it with `bundle --with all`"),
+                        (["carrier"], f"sniroute_carrier is not in {path}: write it with `bundle --with all`")):
+        ended = execute(*BARE_PYTHON, str(path), *words, env=BARE, said="", text=True)
+        assert (ended.returncode, ended.stderr) == (2, f"sniroute: {says}\n")
+
+
+@pytest.mark.parametrize("words, code, says", [
+    (["--with", "everything"], 2, "'everything' is none of doctor, admin, carrier, all and none"),
+    (["-o", "/nonexistent/sniroute.pyz"], 1, "sniroute: /nonexistent/sniroute.pyz: No such file or directory"),
+], ids=["option", "folder"])
+def test_a_bundle_that_cannot_be_written_is_one_sentence(words, code, says, tmp_path):
+    ended = execute(sys.executable, str(PROGRAM), "bundle", *words, cwd=tmp_path, said="", text=True)
+    assert ended.returncode == code and says in ended.stderr and "Traceback" not in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_runs_on_every_python_that_is_here(one_file):
+    places = [*os.environ.get("PATH", "").split(":"), *glob.glob(os.path.expanduser("~/.pyenv/versions/*/bin"))]
+    pythons = {os.path.realpath(path) for place in places for path in glob.glob(f"{place}/python3.1[1-9]")}
+    for python in sorted(pythons - {os.path.realpath(sys.executable)}):
+        if execute(python, "-c", "", env=BARE).returncode:  # a shim, of a version manager
+            continue
+        ended = execute(python, "-S", "-E", str(one_file), "selftest", env=BARE, said="", text=True)
+        assert (ended.returncode, ended.stderr) == (0, ""), python
+
+
+def test_one_verdict_where_the_tunnel_is_up_and_its_far_end_is_not(launch, own_edge, ports, admin_path):
+    """A local port that is open is not "nothing to do"."""
+    own_edge.far("*", (HOST, 1))
+    options = "--route=*.example.com=carrier:{name}", f"--admin=unix:{admin_path}", ports
+    program = launch(*options, env=environment(**own_edge.environ))
+    with program.connect(HELLO) as client:
+        read_all(client)
+    told = command("explain", NAME, *options, **own_edge.environ)
+    assert told.returncode == 1 and "\ntunnel:  ready (its local port is open)" in told.stdout
+    assert re.search(r"\nrefused: .*its connector runs, but cannot reach the service.*\nto do: .*\n$", told.stdout)
+    assert told.stdout.count("to do:") == 1

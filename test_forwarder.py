@@ -47,7 +47,7 @@ def test_printable(text, limit, line):
 
 @contextlib.contextmanager
 def captured() -> Iterator[int]:
-    """A pipe in the place of stderr: its reading end."""
+    """A pipe instead of stderr: its reading end."""
     reader, writer = os.pipe()
     kept = os.dup(2)
     os.dup2(writer, 2)

@@ -35,10 +35,7 @@ CARRIER = OPTIONS - ADMIN - {DOCTOR}
 # What is larger than the house allows, and why.
 FILE_MAX, CLASS_MAX = 900, 30  # lines, methods
 LARGE_FILES: dict[str, str] = {}
-LARGE_CLASSES = {
-    "sniroute_connection.Connection": "one client from accept to close: its states are one machine, and each event "
-                                      "of a socket, a queue or a backend is a short method",
-}
+LARGE_CLASSES: dict[str, str] = {}
 
 
 # -- imports -----------------------------------------------------------------------------------
@@ -114,6 +111,14 @@ def test_nothing_but_the_face_imports_by_a_name_in_a_text():
     for room, source in SOURCES.items():
         if room != FACE:
             assert not re.search(r"import_module|__import__", source), room
+
+
+def test_the_files_of_each_option_are_known_by_name():
+    """`bundle` packs them, and --version says which are there."""
+    assert {f"{room}.py" for rooms in sniroute_names.OPTIONS.values() for room in rooms} == OPTIONS
+    assert sorted(f"{room}.py" for room in sniroute_names.CORE) == CORE
+    for option, rooms in sniroute_names.OPTIONS.items():
+        assert rooms[0] == full(option) and sum(len(each) for each in sniroute_names.OPTIONS.values()) == len(OPTIONS)
 
 
 def test_imports_run_down_the_map():
@@ -476,8 +481,7 @@ def test_a_carrier_without_one_of_its_files_says_so(launch, folder, name):
     assert "cloudflared is not on PATH: the carrier" not in program.log()
 
 
-@pytest.mark.parametrize("command", [pytest.param(name, marks=pytest.mark.xfail(
-    name == "bundle", reason="it is not written yet", strict=True)) for name in (*sniroute.COMMANDS, *sniroute.PROGRAMS)])
+@pytest.mark.parametrize("command", [*sniroute.COMMANDS, *sniroute.PROGRAMS])
 def test_what_a_command_names_is_there(command):
     room, function = {**sniroute.COMMANDS, **sniroute.PROGRAMS}[command]
     assert function in {node.name for node in TREES[room].body if isinstance(node, ast.FunctionDef)}

@@ -376,16 +376,16 @@ class Recorder:
 def test_a_watch_tells_the_poller_only_what_changes():
     poller = Recorder()
     watch = Watch(poller, 7)
-    watch.set(0)
+    watch.wait_for(0)
     watch.closing()
     assert poller.told == []
-    watch.set(READ, print)
-    watch.set(READ, repr)
+    watch.wait_for(READ, print)
+    watch.wait_for(READ, repr)
     assert poller.told == [("watch", 7, READ, print)] and poller.callbacks == {7: repr}
-    watch.set(READ | WRITE, print)
-    watch.set(0)
-    watch.set(0)
-    watch.set(WRITE, print)
+    watch.wait_for(READ | WRITE, print)
+    watch.wait_for(0)
+    watch.wait_for(0)
+    watch.wait_for(WRITE, print)
     watch.closing()
     watch.closing()
     assert poller.told[1:] == [("change", 7, READ | WRITE, print), ("forget", 7), ("watch", 7, WRITE, print),
@@ -415,7 +415,7 @@ def test_connections_of_a_turn_take_each_step_together(run, serve):
     assert taken[:9] == ["on_prelude"] * 3 + ["dial"] * 3 + ["speak"] * 3
 
 
-@pytest.mark.parametrize("step", ["go_on", "_connect"])
+@pytest.mark.parametrize("step", ["_admit", "connect"])
 def test_connection_that_ends_between_two_steps_of_a_turn_takes_no_further_one(run, echo_server, monkeypatch, step):
     running = run(route(echo_server.address))
     real = getattr(sniroute_connection.Connection, step)
@@ -431,10 +431,10 @@ def test_callback_bears_being_called_for_nothing(run, serve, caplog):
     running = run(route(serve(answer(b"x")).address))
     def call_all(connection: sniroute_connection.Connection, flows: tuple[sniroute_flow.Flow, ...]) -> None:
         for mask in (sniroute_loop.READ, sniroute_loop.WRITE, sniroute_loop.READ | sniroute_loop.WRITE | 16):  # EPOLLHUP
-            for name in ("on_prelude", "on_waiting", "speak", "on_greeting", "on_linger"):
+            for name in ("on_prelude", "on_waiting", "speak", "on_ssl_answer", "on_linger"):
                 getattr(connection, name)(mask)
             for flow in flows:
-                running.router.loop.poller.callbacks[flow.fd](mask), flow.ready(mask)
+                running.router.loop.poller.callbacks[flow.fd](mask), flow.on_writable(mask)
     with running.connect(HELLO) as client:
         assert client.recv(1) == b"x"
         connection, = running.router.connections
@@ -480,7 +480,7 @@ def test_fault_in_a_step_or_after_a_wait_ends_that_connection_only(run, serve, c
         patch.setattr(sniroute_connection.Connection, "resume", lambda self: fault() if self.name == "db.example.com" else real(self))
         with running.connect(HELLO) as client:
             assert client.recv(1) == b""
-    for step in ("_parse", "_connect", "_open"):  # each is called by another of the loop's steps
+    for step in ("_parse", "connect", "_open"):  # each is called by another of the loop's steps
         with monkeypatch.context() as patch:
             patch.setattr(sniroute_connection.Connection, step, fault)
             with running.connect(genuine(name="ok.example.com")) as client:

@@ -83,7 +83,7 @@ if kind == "shared":
 table = sniroute_tunnels.TunnelTable({"cf": launcher}, (int(first), int(first) + 9))
 table.start()
 for name in "abc":
-    table.wait(f"cf:{name}.test", None, time.monotonic() + 20)
+    table.wait(sniroute_launchers.TunnelKey("cf", f"{name}.test"), None, time.monotonic() + 20)
 assert (table.processes.guard[0] == sys.executable) == (form == "python"), table.processes.guard
 print(*(row[4] for row in table.snapshot()), flush=True)
 sys.stdin.read()
@@ -470,7 +470,7 @@ def test_a_process_is_alive_until_it_ends_however_that_is_told(told_by, monkeypa
         monkeypatch.delattr(os, "pidfd_open", raising=False)
     launcher = sniroute_launchers.cloudflared_launcher("cat", {})
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as popen:
-        process = Process(launcher, popen)
+        process = Process(launcher, True, popen)
         try:
             assert (process.statm >= 0, process.pidfd >= 0) == (told_by == "statm", told_by != "wait")
             assert process.alive()
@@ -499,7 +499,7 @@ def test_without_pidfd_children_are_polled(bench, monkeypatch):
 def test_a_process_that_is_gone_is_not_alive_and_is_not_signalled():
     launcher = sniroute_launchers.cloudflared_launcher("true", {})
     with subprocess.Popen(["true"], stdout=subprocess.PIPE) as popen:
-        process = Process(launcher, popen)
+        process = Process(launcher, True, popen)
         try:
             popen.wait()
             assert not process.alive()
@@ -720,7 +720,7 @@ class Told:
 
     def start(self, launcher: Launcher, program: str, *names: str, first: int) -> list[Child]:
         """A process with a child for each name, on ports from `first` on."""
-        process = self.processes.launch(launcher, [program, *launcher.shared])
+        process = self.processes.launch(launcher, True, [program, *launcher.shared])
         children = [process.seat(first + number, 0.0) for number in range(len(names))]
         for child, name in zip(children, names):
             process.listen(child, name)

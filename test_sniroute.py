@@ -34,7 +34,7 @@ import sniroute_routes
 from sniroute_refusals import REFUSALS
 from sniroute_settings import load_settings
 from conftest import HOST, Address, linux, wait_until
-from testbed.hellos import HELLO, genuine
+from testbed.hellos import HELLO, NAME, genuine
 from testbed.program import BARE, BARE_PYTHON, Program, counter, cpu_seconds, environment, execute, installed, resident
 from testbed.running import TUNNEL, alert, read_all, read_exactly, route
 from testbed.standins import Edge
@@ -361,11 +361,11 @@ def test_psql_that_begins_with_tls_at_once(database):
     assert (ended.returncode, ended.stderr, ended.stdout) == (0, b"", b"7\n")
 
 
-def test_curl_posts_megabytes_on_a_cold_name_and_on_the_warm_one(launch, tunnel_program, ports, serve, certificate):
+def backwards(certificate: Certificate) -> Callable[[socket.socket], None]:
+    """A handler that speaks HTTPS and answers a POST with its body, backwards."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*certificate)
     def handler(sock: socket.socket) -> None:
-        """Answer a POST with its body, backwards."""
         sock.settimeout(20)
         with context.wrap_socket(sock, server_side=True) as tls, tls.makefile("rb") as lines:
             size = 0
@@ -375,16 +375,25 @@ def test_curl_posts_megabytes_on_a_cold_name_and_on_the_warm_one(launch, tunnel_
             body = lines.read(size)[::-1]
             tls.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
             lines.read()  # until the client closes
-    tunnel_program.far("cft-web.example.com", serve(handler).address)
-    program = launch(ports, *tunnel_program.options, env=environment(**tunnel_program.environ))
+    return handler
+
+
+def post(program: Program, certificate: Certificate, payload: bytes) -> bytes:
+    """What curl gets when it posts that to web.example.com."""
     port = program.address[1]
+    ended = execute(program_path("curl", "curl"), "-sS", "--noproxy", "*", "--cacert", str(certificate.file),
+                    "--resolve", f"web.example.com:{port}:{HOST}", "--data-binary", "@-", "-H", "Expect:",
+                    f"https://web.example.com:{port}/", said=payload)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    return ended.stdout
+
+
+def test_curl_posts_megabytes_on_a_cold_name_and_on_the_warm_one(launch, tunnel_program, ports, serve, certificate):
+    tunnel_program.far("cft-web.example.com", serve(backwards(certificate)).address)
+    program = launch(ports, *tunnel_program.options, env=environment(**tunnel_program.environ))
     payload = random.Random(13).randbytes(4 << 20)
     for _ in range(2):
-        ended = execute(program_path("curl", "curl"), "-sS", "--noproxy", "*", "--cacert", str(certificate.file),
-                        "--resolve", f"web.example.com:{port}:{HOST}", "--data-binary", "@-", "-H", "Expect:",
-                        f"https://web.example.com:{port}/", said=payload)
-        assert (ended.returncode, ended.stderr) == (0, b"")
-        assert ended.stdout == payload[::-1]
+        assert post(program, certificate, payload) == payload[::-1]
     assert started(program) == ["cft-web.example.com"]
 
 
@@ -394,6 +403,70 @@ def test_openssl_shows_the_alert_for_a_name_without_a_route(launch, echo_server)
                     "{}:{}".format(*program.address))
     assert ended.returncode == 1
     assert b"unrecognized name" in ended.stderr and b"SSL alert number 112" in ended.stderr
+
+
+# -- in every form, with nothing else ----------------------------------------------------------
+
+
+def test_every_form_carries_psql(form, launch, own_edge, postgres, ports):
+    own_edge.far("db.example.com", postgres)
+    program = launch(ports, CARRIED, program=form, python=BARE_PYTHON, env={**BARE, **own_edge.environ})
+    ended = psql(program.address, ["select repeat('x', 1000000)", "select 7"], "sslmode=require")
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert ended.stdout == b"x" * 1_000_000 + b"\n7\n"
+
+
+def test_every_form_serves_curl(form, launch, serve, certificate):
+    program = launch(route(serve(backwards(certificate)).address, "web.example.com"), program=form,
+                     python=BARE_PYTHON, env=BARE)
+    assert post(program, certificate, b"stressed") == b"desserts"
+
+
+def test_every_form_shows_its_page_in_a_browser(form, launch, echo_server, browser, free_ports):
+    port, _ = free_ports(2)
+    program = launch(route(echo_server.address), f"--admin={HOST}:{port}", program=form, python=BARE_PYTHON, env=BARE)
+    program.wait_for(f" info admin on {HOST}:{port}\n")
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        browser.call("Page.navigate", url=f"http://{HOST}:{port}/")
+        wait_until(lambda: browser.evaluate("document.getElementById('phase')?.innerText") == "running",
+                   what="the page")
+        wait_until(lambda: browser.evaluate("refresh()") or NAME in browser.text("connections"), what="the connection")
+
+
+def test_every_form_has_every_command(form, own_edge, echo_server):
+    """In a folder that it may not write to, and where nothing is left behind."""
+    own_edge.far("db.example.com", echo_server.address)
+    before = sorted(path.name for path in form.parent.iterdir() if path.name != "__pycache__")
+    def run(*words: str) -> str:
+        ended = execute(*BARE_PYTHON, "-B", str(form), *words, env={**BARE, **own_edge.environ}, said="", text=True)
+        assert (ended.returncode, ended.stderr) == (0, ""), words
+        return ended.stdout
+    assert run("check", "--route=a.b=tcp:h:1") == "a.b=tcp:h:1\n"
+    assert run("explain", NAME, CARRIED).endswith("\nfar end: it answers\n")
+    assert re.search(r"^(\d+) of \1 went well", run("selftest"), re.MULTILINE)
+    assert run("--version").endswith("; with doctor, admin, carrier)\n")
+    assert run("carrier", "--version").startswith("sniroute_carrier ")
+    assert "--route" in run("--help") and "access tcp" in run("carrier", "--help")
+    assert sorted(path.name for path in form.parent.iterdir() if path.name != "__pycache__") == before
+
+
+def test_one_file_serves_where_nothing_can_be_written(one_file, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    copy = pathlib.Path(shutil.copy(one_file, folder))
+    folder.chmod(0o555)
+    as_others = ()
+    if os.geteuid() == 0:  # root may write anywhere, unless it gives that up
+        as_others = program_path("setpriv", "util-linux"), "--bounding-set=-dac_override,-dac_read_search"
+    try:
+        may = execute(*as_others, sys.executable, "-c", "import os, sys; open(sys.argv[1], 'w')", str(folder / "x"))
+        assert b"PermissionError" in may.stderr, "else the test shows nothing"
+        ended = execute(*as_others, *BARE_PYTHON, str(copy), "selftest", cwd=folder, env=BARE, said="", text=True)
+        assert (ended.returncode, ended.stderr) == (0, ""), ended.stdout
+        assert os.listdir(folder) == ["sniroute.pyz"]
+    finally:
+        folder.chmod(0o755)
 
 
 # -- with the carrier, and nothing else --------------------------------------------------------
@@ -501,7 +574,7 @@ def test_token_is_shown_only_where_the_operator_has_chosen_the_domain(pattern, t
     assert route.is_of_one_domain() is own
     settings = load_settings([f"--route={route}", "--route=x.example.org=carrier:{name}"], TOKEN)
     decision = settings.routes.decide(pattern.replace("**", "a").replace("*", "a") if "." in pattern else "a.b.c")
-    environment = settings.launchers[decision.tunnel.partition(":")[0]].environment
+    environment = settings.launchers[decision.tunnel.launcher].environment_for(decision.tunnel.identified)
     assert TOKEN.items() <= environment.items() if own else not TOKEN.keys() & environment.keys()
 
 

@@ -26,10 +26,10 @@ import pytest
 import sniroute_launchers
 import sniroute_processes
 import sniroute_tunnels
-from sniroute_launchers import TunnelError
+from sniroute_launchers import TunnelError, TunnelKey
 from sniroute_tunnels import BACKOFF, FAILED, QUEUED, READY, STARTING, STOPPING, StartBudget, Tunnel, TunnelTable
 from conftest import HOST, FakeClock, linux, own_children, wait_until
-from testbed.tunnels import Bench, ask, both, event, events, listening, port_of, runs, shared
+from testbed.tunnels import Bench, ask, both, event, events, key, listening, port_of, runs, shared
 
 # -- start budget ------------------------------------------------------------------------------
 
@@ -59,18 +59,18 @@ def test_a_client_that_asks_for_too_many_cold_tunnels_is_refused(bench):
     table = bench().table
     for number in range(sniroute_tunnels.STARTS_BURST):
         with pytest.raises(TunnelError) as caught:
-            table.wait(f"cf:{number}.test", "192.0.2.1", table.clock())
+            table.wait(key(f"{number}.test"), "192.0.2.1", table.clock())
         assert caught.value.kind == "timeout"
     for _ in range(3):
         with pytest.raises(TunnelError, match="192.0.2.1 asked for too many cold tunnels") as caught:
-            table.wait("cf:more.test", "192.0.2.1", table.clock())
+            table.wait(key("more.test"), "192.0.2.1", table.clock())
         assert caught.value.kind == "budget"
-    assert "cf:more.test" not in table.tunnels
+    assert key("more.test") not in table.tunnels
     with pytest.raises(TunnelError, match="not ready in time .it is queued"):  # it joins: no cold start
-        table.wait("cf:0.test", "192.0.2.1", table.clock())
+        table.wait(key("0.test"), "192.0.2.1", table.clock())
     table.clock.jump(1)
     with pytest.raises(TunnelError, match="not ready in time"):
-        table.wait("cf:more.test", "192.0.2.1", table.clock())
+        table.wait(key("more.test"), "192.0.2.1", table.clock())
 
 
 # -- starting ----------------------------------------------------------------------------------
@@ -83,13 +83,13 @@ def test_fifty_clients_of_one_cold_name_start_one_process(bench, cloudflared):
 
     def come() -> None:
         barrier.wait()
-        table.wait("cf:app.test", None, time.monotonic() + 30)
+        table.wait(key("app.test"), None, time.monotonic() + 30)
 
     with concurrent.futures.ThreadPoolExecutor(50) as pool:
         for future in [pool.submit(come) for _ in range(50)]:
             future.result()
     assert len(cloudflared.starts()) == 1
-    assert table.tunnels["cf:app.test"].waiters == 0
+    assert table.tunnels[key("app.test")].waiters == 0
     assert table.counters["starts"] == table.counters["ready"] == 1
 
 
@@ -155,7 +155,7 @@ def test_a_start_that_fails_says_why(kind, switches, message, bench, cloudflared
     future = made.ask("app.test", timeout=1000)
     made.turn(cloudflared.starts)
     made.turn(lambda: future.done() or "exit" not in switches and (
-        kind == "shared" or b"Start" in made.table.tunnels["cf:app.test"].child.process.tail))
+        kind == "shared" or b"Start" in made.table.tunnels[key("app.test")].child.process.tail))
     made.clock.jump(15)  # start_timeout
     made.table.step()
     made.clock.jump(sniroute_processes.STOP_GRACE)
@@ -219,7 +219,7 @@ def test_address_in_use_is_not_tried_for_ever(bench, cloudflared):
     error = made.failed("app.test")
     assert error.kind == "failed" and "address already in use" in str(error)
     assert len(cloudflared.starts()) == sniroute_tunnels.PORT_TRIES + 1
-    assert "cf:app.test" in made.table.failures
+    assert key("app.test") in made.table.failures
 
 
 @both
@@ -283,9 +283,9 @@ def test_a_change_of_one_tunnel_wakes_nobody_who_waits_for_another(bench, cloudf
 
 def test_a_waiter_that_gives_up_takes_a_queued_name_out(bench):
     made = bench()
-    assert made.table.lease("cf:a.test") is None
+    assert made.table.lease(key("a.test")) is None
     with pytest.raises(TunnelError) as caught:
-        made.table.wait("cf:a.test", None, made.clock())
+        made.table.wait(key("a.test"), None, made.clock())
     assert caught.value.kind == "timeout"
     made.table.step()
     assert made.states() == {} and not made.table.children
@@ -301,7 +301,7 @@ def test_a_failed_start_is_refused_from_memory_and_then_tried_once(bench, cloudf
     made.failed("app.test")
     for _ in range(1000):
         with pytest.raises(TunnelError, match="bad luck; next try in 5 s") as caught:
-            made.table.wait("cf:app.test", "192.0.2.1", made.clock() + 60)
+            made.table.wait(key("app.test"), "192.0.2.1", made.clock() + 60)
         assert caught.value.kind == "failed"
     assert len(cloudflared.starts()) == 1
     made.clock.jump(sniroute_tunnels.FAILURE_FIRST)
@@ -315,7 +315,7 @@ def test_the_memory_of_failures_grows_to_its_bound(jitter, share, bench):
     made = bench(program="/bin/false", jitter=lambda: jitter)
     for wait in (5, 10, 20, 40, 80, 160, 300, 300):
         made.failed("app.test")
-        failure = made.table.failures["cf:app.test"]
+        failure = made.table.failures[key("app.test")]
         assert failure.until - made.clock() == pytest.approx(wait * share)
         made.clock.jump(wait * share)
 
@@ -340,7 +340,7 @@ def test_remembered_failures_are_bounded(bench, monkeypatch):
     made.clock.jump(5)
     made.failed("b")
     made.failed("e")
-    assert list(made.table.failures) == ["cf:d", "cf:b", "cf:e"]
+    assert list(made.table.failures) == [key("d"), key("b"), key("e")]
 
 
 @both
@@ -479,7 +479,7 @@ def test_all_tunnels_in_use_is_a_limit(bench, cloudflared):
     made.leased("a.test")
     tunnel = made.leased("b.test")
     with pytest.raises(TunnelError, match="all 2 tunnels are in use: raise --max-tunnels") as caught:
-        made.table.wait("cf:c.test", None, made.clock() + 60)
+        made.table.wait(key("c.test"), None, made.clock() + 60)
     assert caught.value.kind == "limit"
     assert len(cloudflared.starts()) == 2
     made.table.release(tunnel)
@@ -496,7 +496,7 @@ def test_the_longest_idle_tunnel_makes_room(options, bench):
         made.leased(name)
     for name in ("b.test", "a.test", "c.test"):
         made.clock.jump(2)
-        made.table.release(made.table.tunnels[f"cf:{name}"])
+        made.table.release(made.table.tunnels[key(f"{name}")])
     future = made.ask("d.test")
     made.turn(lambda: "b.test" not in made.states())
     made.clock.jump(sniroute_processes.QUARANTINE)
@@ -522,7 +522,7 @@ def test_the_reaper_evicts_by_itself_once_a_lease_is_released(bench):
     tunnel = made.ready("a.test")
     future = made.ask("b.test")
     wait_until(lambda: made.states().get("b.test") is QUEUED)  # asked for beside a leased one it were refused
-    assert made.table.lease("cf:a.test") is tunnel
+    assert made.table.lease(key("a.test")) is tunnel
     for _ in range(2):  # it hears the second after a whole turn with the lease
         made.table.wake()
         wait_until(lambda: not select.select([made.table.pipe.reader], [], [], 0)[0])
@@ -537,7 +537,7 @@ class Watched(Tunnel):
 
     __slots__ = ("hook",)
 
-    def __init__(self, key: str, now: float, lock: threading.RLock):
+    def __init__(self, key: TunnelKey, now: float, lock: threading.RLock):
         object.__setattr__(self, "hook", None)
         super().__init__(key, now, lock)
 
@@ -554,7 +554,7 @@ class Watched(Tunnel):
 
 def bare_tunnel(table: TunnelTable, kind: type[Tunnel] = Tunnel) -> Any:
     """A ready tunnel without a process, long idle."""
-    tunnel = kind("cf:app.test", table.clock(), table.lock)
+    tunnel = kind(key("app.test"), table.clock(), table.lock)
     tunnel.state = READY
     tunnel.last_used = table.clock() - table.idle
     table.tunnels = {tunnel.key: tunnel}
@@ -600,7 +600,7 @@ def test_a_lease_at_the_instant_of_a_stop_wins_or_is_refused_at_every_interleavi
         got: list[Tunnel | None] = []
 
         def lease() -> None:
-            got.append(table.lease("cf:app.test"))
+            got.append(table.lease(key("app.test")))
 
         steps = at
         outer, between = (stop, lease) if inner == "lease" else (lease, stop)
@@ -636,7 +636,7 @@ def test_where_a_lease_and_a_stop_both_give_way_the_client_need_not_wait(way, be
         tunnel, stop = watched(table, way)
         got: list[Tunnel | None] = []
         looked, go, looked_again, stopped = (threading.Event() for _ in range(4))
-        loop = threading.Thread(target=lambda: (got.append(table.lease("cf:app.test")), looked_again.set()))
+        loop = threading.Thread(target=lambda: (got.append(table.lease(key("app.test"))), looked_again.set()))
         pauses = {(loop, 1): (looked, go), (loop, 4): (looked_again, stopped),  # after each look at the state
                   (threading.current_thread(), at): (go, looked_again)}
         steps: collections.Counter[threading.Thread] = collections.Counter()
@@ -663,7 +663,7 @@ def test_where_a_lease_and_a_stop_both_give_way_the_client_need_not_wait(way, be
         state, leases = tunnel.state, tunnel.leases
         assert leases == (got[0] is tunnel) and (got[0] is None or state is READY)
         if got[0] is None and state is READY:
-            assert table.wait("cf:app.test", None, table.clock()) is None, "it is there: at once"
+            assert table.wait(key("app.test"), None, table.clock()) is None, "it is there: at once"
         seen.add((got[0] is tunnel, state))
     table.tunnels = {}
     assert (False, READY) in seen
@@ -689,10 +689,10 @@ def test_ten_thousand_leases_at_the_instant_of_an_idle_stop(bench):
         for _ in range(rounds):
             tunnel = bare_tunnel(table)
             barrier.wait()
-            got = table.lease("cf:app.test")
+            got = table.lease(key("app.test"))
             barrier.wait()
             if got is None and tunnel.state is READY:  # both gave way
-                got = table.lease("cf:app.test")
+                got = table.lease(key("app.test"))
             assert (got is tunnel) == (tunnel.state is READY)
             assert tunnel.leases == (got is tunnel)
             outcomes.add(tunnel.state)
@@ -714,8 +714,8 @@ def test_a_lease_holds_while_the_reaper_stops_all_that_is_idle(bench, cloudflare
     deadline = time.monotonic() + 30
     while answers < 15:
         assert time.monotonic() < deadline
-        made.table.wait("cf:app.test", None, time.monotonic() + 30)
-        tunnel = made.table.lease("cf:app.test")
+        made.table.wait(key("app.test"), None, time.monotonic() + 30)
+        tunnel = made.table.lease(key("app.test"))
         if tunnel is not None:
             assert ask(tunnel.child.address) == b"hello"
             answers += 1
@@ -822,7 +822,7 @@ def test_a_start_after_a_crash_that_fails_is_remembered(bench, cloudflared):
     cloudflared.fault("app.test", exit=1)
     made.clock.jump(1)
     made.turn(lambda: not made.table.tunnels)
-    assert tunnel.state is FAILED and "cf:app.test" in made.table.failures
+    assert tunnel.state is FAILED and key("app.test") in made.table.failures
     made.table.release(tunnel)  # its clients are gone by and by, which disturbs nobody
 
 
@@ -888,7 +888,7 @@ def test_a_busy_child_is_not_taken_for_a_hung_one(bench, cloudflared, echo_serve
         client.start()
     try:
         for _ in range(5):
-            made.table.wait("cf:app.test", None, time.monotonic() + 10, child)
+            made.table.wait(key("app.test"), None, time.monotonic() + 10, child)
             assert tunnel.child is child
     finally:
         stop.set()
@@ -1047,7 +1047,7 @@ def test_close_leaves_no_child_and_releases_all_who_wait(bench, cloudflared):
     assert made.table.children == {} and own_children() == set()
     assert not any(runs(start["pid"]) for start in cloudflared.starts())
     with pytest.raises(TunnelError, match="sniroute is stopping"):
-        made.table.wait("cf:more.test", None, time.monotonic() + 10)
+        made.table.wait(key("more.test"), None, time.monotonic() + 10)
     made.table.close()  # again: it has ended
     made.table.wake()
 
@@ -1065,7 +1065,7 @@ def test_close_during_a_launch_leaves_no_process(moment, bench, cloudflared, mon
     if moment == "in back-off":
         crash(made, made.leased("app.test"))
     future = made.ask("app.test")
-    wait_until(lambda: table.tunnels and table.tunnels["cf:app.test"].waiters)
+    wait_until(lambda: table.tunnels and table.tunnels[key("app.test")].waiters)
     if moment == "claimed":
         spawn = table._spawn
         monkeypatch.setattr(table, "_spawn", lambda *args: setattr(table, "closing", "drain") or spawn(*args))
@@ -1130,7 +1130,7 @@ def test_a_client_that_comes_while_a_tunnel_stops_has_it_started_again(bench, cl
     tunnel = made.ready("app.test")
     made.clock.jump(made.table.idle)
     made.table.step()
-    assert tunnel.state is STOPPING and made.table.lease("cf:app.test") is None
+    assert tunnel.state is STOPPING and made.table.lease(key("app.test")) is None
     future = made.ask("app.test", timeout=1000)
     wait_until(lambda: tunnel.waiters)
     made.clock.jump(sniroute_processes.STOP_GRACE)
@@ -1156,8 +1156,8 @@ def test_sixteen_names_share_a_process_and_the_next_has_another(bench, cloudflar
     full = next(process for process in made.table.processes.running if len(process.children) == 16)
     leaver, = [made.table.children[child] for child in list(full.children.values())[:1]]
     for name in names:
-        if made.table.tunnels[f"cf:{name}"] is not leaver:
-            made.table.lease(f"cf:{name}")
+        if made.table.tunnels[key(f"{name}")] is not leaver:
+            made.table.lease(key(f"{name}"))
     made.clock.jump(made.table.idle)
     made.turn(lambda: leaver.state is FAILED)
     assert made.ready("more.test").child.process is full, "there is room again"
@@ -1167,9 +1167,21 @@ def test_sixteen_names_share_a_process_and_the_next_has_another(bench, cloudflar
 @shared
 def test_schemes_with_the_same_launcher_share_processes(bench):
     table = bench(live=True).table
-    for key in ("cf:app.test", "too:app.test"):
-        table.wait(key, None, time.monotonic() + 30)
+    for each in (key("app.test"), TunnelKey("too", "app.test")):
+        table.wait(each, None, time.monotonic() + 30)
     assert len(table.tunnels) == 2 and len(table.processes.running) == 1
+
+
+@shared
+def test_a_tunnel_without_the_token_has_a_process_of_its_own_that_does_not_know_it(bench, cloudflared):
+    made = bench(live=True, environ={"TUNNEL_SERVICE_TOKEN_ID": "id", "LANG": "C"})
+    for each in (key("app.test"), key("app.test")._replace(identified=False), key("more.test")):
+        made.table.wait(each, None, time.monotonic() + 30)
+    assert len(made.table.processes.running) == 2
+    own, stranger, more = cloudflared.starts()
+    assert own["pid"] == more["pid"] != stranger["pid"]
+    assert own["environment"]["TUNNEL_SERVICE_TOKEN_ID"] == "id"
+    assert "TUNNEL_SERVICE_TOKEN_ID" not in stranger["environment"] and stranger["environment"]["LANG"] == "C"
 
 
 @shared
@@ -1179,7 +1191,7 @@ def test_two_clients_that_come_at_the_same_instant_share_one_new_process(bench):
 
     def come(name: str) -> None:
         barrier.wait()
-        table.wait(f"cf:{name}", None, time.monotonic() + 30)
+        table.wait(key(f"{name}"), None, time.monotonic() + 30)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for future in [pool.submit(come, name) for name in ("a.test", "b.test")]:
@@ -1251,7 +1263,7 @@ def test_the_process_ends_where_all_that_is_left_is_to_close(bench, cloudflared)
     made.clock.jump(made.table.idle)
     made.table.step()
     assert closing.close_at and not closing.process.kill_at
-    other = made.table.tunnels["cf:b.test"].child
+    other = made.table.tunnels[key("b.test")].child
     made.table.processes._heard(other.process, event(other, "closed", error="permission denied"))
     assert "permission denied" in str(made.outcome(future))
     made.turn(lambda: not made.table.processes.running)
@@ -1264,11 +1276,11 @@ def test_the_process_of_a_name_that_does_not_start_ends_too(bench, cloudflared):
     made = bench()
     future = made.ask("app.test")
     made.turn(cloudflared.starts)
-    child = made.table.tunnels["cf:app.test"].child
+    child = made.table.tunnels[key("app.test")].child
     line = event(child, "closed", message="cannot listen", error="permission denied")
     made.table.processes._heard(child.process, line)
     assert str(made.outcome(future)) == "cf:app.test did not start: cannot listen: permission denied"
-    assert "cf:app.test" in made.table.failures
+    assert key("app.test") in made.table.failures
     made.turn(lambda: not made.table.processes.running)
 
 
@@ -1383,7 +1395,7 @@ def test_a_name_that_kills_every_process_is_found_out_in_one_of_its_own(bench, c
     used = made.leased("used.test")
     error = made.failed("evil.test")
     assert str(error) == "cf:evil.test did not start: it ended (exit 1): assertion failed"
-    assert len(cloudflared.starts("evil.test")) == 2 and "cf:evil.test" in made.table.failures
+    assert len(cloudflared.starts("evil.test")) == 2 and key("evil.test") in made.table.failures
     made.clock.jump(1)
     made.turn(lambda: used.state is READY)
 
@@ -1459,10 +1471,10 @@ def test_a_snapshot_names_state_leases_port_and_pid(bench):
     made = bench(live=True)
     tunnel = made.leased("app.test")
     with pytest.raises(TunnelError):
-        made.table.wait("cf:other.test", None, 0.0)
+        made.table.wait(key("other.test"), None, 0.0)
     rows = {row[0]: row[1:5] for row in made.table.snapshot()}
-    assert rows["cf:app.test"] == (READY, 1, tunnel.child.address[1], tunnel.child.process.pid)
-    assert rows.get("cf:other.test", ("queued", 0, 0, 0))[1] == 0
+    assert rows[key("app.test")] == (READY, 1, tunnel.child.address[1], tunnel.child.process.pid)
+    assert rows.get(key("other.test"), ("queued", 0, 0, 0))[1] == 0
 
 
 @both
@@ -1470,8 +1482,8 @@ def test_a_view_has_the_time_to_the_idle_stop_and_the_last_words(bench, cloudfla
     made = bench()
     tunnel = made.ready("app.test")
     view = made.table.snapshot()[0]
-    assert (view.key, view.state, view.leases, view.waiters, view.next) == ("cf:app.test", READY, 0, 0, 300.0)
-    assert made.table.lease("cf:app.test") is tunnel
+    assert (view.key, view.state, view.leases, view.waiters, view.next) == (key("app.test"), READY, 0, 0, 300.0)
+    assert made.table.lease(key("app.test")) is tunnel
     made.clock.jump(7)
     assert (view := made.table.snapshot()[0]).age == 7.0 and view.next == 0.0 and view.leases == 1
     made.table.release(tunnel)
@@ -1480,7 +1492,7 @@ def test_a_view_has_the_time_to_the_idle_stop_and_the_last_words(bench, cloudfla
     made.failed("evil.test")
     made.clock.jump(1)
     (failed,) = made.table.failed()
-    assert (failed.key, failed.state, failed.crashes) == ("cf:evil.test", FAILED, 1)
+    assert (failed.key, failed.state, failed.crashes) == (key("evil.test"), FAILED, 1)
     assert "evil.test did not start" in failed.words and "goroutine panic" in failed.words and 1 < failed.next < 5
 
 
@@ -1489,7 +1501,7 @@ def test_starts_are_remembered_for_who_asks(bench):
     made = bench()
     made.ready("app.test")
     (start,) = made.table.started
-    assert start.key == "cf:app.test" and start.seconds >= 0 and abs(start.when - time.time()) < 60
+    assert start.key == key("app.test") and start.seconds >= 0 and abs(start.when - time.time()) < 60
 
 
 @both
@@ -1500,7 +1512,7 @@ def test_who_used_a_tunnel_last_says_how_long_it_may_idle(bench):
     made.clock.jump(19)
     made.table.step()
     assert tunnel.state is READY and made.table.snapshot()[0].next == 1.0
-    assert made.table.lease("cf:app.test") is tunnel
+    assert made.table.lease(key("app.test")) is tunnel
     made.table.release(tunnel, 400.0)
     made.clock.jump(399)
     made.table.step()
@@ -1513,7 +1525,7 @@ def test_a_shorter_idle_time_wakes_the_reaper(bench):
     made = bench(live=True)
     tunnel = made.leased("app.test")
     made.table.release(tunnel, 3600.0)
-    assert made.table.lease("cf:app.test") is tunnel
+    assert made.table.lease(key("app.test")) is tunnel
     made.table.release(tunnel, 0.05)
     wait_until(lambda: not made.table.tunnels, timeout=2)
 
@@ -1542,8 +1554,8 @@ def test_settings_that_a_reload_changes_hold_for_tunnels_that_run(bench):
 def test_a_cold_start_says_it_too(bench):
     made = bench()
     with contextlib.suppress(TunnelError):
-        made.table.wait("cf:app.test", None, 0.0, None, 7.0)
-    assert made.table.tunnels["cf:app.test"].idle == 7.0
+        made.table.wait(key("app.test"), None, 0.0, None, 7.0)
+    assert made.table.tunnels[key("app.test")].idle == 7.0
 
 
 @both
@@ -1555,8 +1567,8 @@ def test_an_operator_stops_a_tunnel_that_is_in_use(bench, cloudflared, echo_serv
     with socket.create_connection(tunnel.child.address, 10) as client:
         client.sendall(b"hello")
         assert client.recv(5) == b"hello"
-        assert made.table.stop("cf:app.test")
-        assert made.table.lease("cf:app.test") is None, "nobody new"
+        assert made.table.stop(key("app.test"))
+        assert made.table.lease(key("app.test")) is None, "nobody new"
         made.turn(lambda: not made.table.tunnels)
         with contextlib.suppress(ConnectionResetError):
             assert client.recv(1) == b""
@@ -1574,10 +1586,10 @@ def test_an_operator_stops_what_starts_and_what_waits(bench, cloudflared):
     made.turn(lambda: cloudflared.starts("app.test"))
     queued = made.ask("late.test")
     made.turn(lambda: made.states().get("late.test") == "queued")
-    assert made.table.stop("cf:late.test")
+    assert made.table.stop(key("late.test"))
     assert "was stopped" in str(made.outcome(queued))
     cloudflared.fault("app.test")
-    assert made.table.stop("cf:app.test")
+    assert made.table.stop(key("app.test"))
     assert made.outcome(starting) is None, "somebody waits for it: it is started again"
     assert len(cloudflared.starts("app.test")) == 2
 
@@ -1613,14 +1625,14 @@ def test_who_comes_after_a_stop_has_a_tunnel_of_its_own(bench):
         made.table._crashed = crashed
         made.table.stop(of.key)
         asked.append(made.ask("app.test"))
-        wait_until(lambda: made.table.tunnels.get("cf:app.test") not in (None, tunnel))
+        wait_until(lambda: made.table.tunnels.get(key("app.test")) not in (None, tunnel))
         crashed(of, child)
 
     made.table._crashed = stop_first
     os.kill(tunnel.child.process.pid, signal.SIGKILL)
     made.turn(lambda: asked)
     assert made.outcome(asked[0]) is None
-    assert made.table.tunnels["cf:app.test"] is not tunnel
+    assert made.table.tunnels[key("app.test")] is not tunnel
 
 
 @both
@@ -1630,7 +1642,7 @@ def test_an_operator_may_have_a_failure_forgotten(bench, cloudflared):
     made.failed("app.test")
     cloudflared.fault("app.test")
     assert "next try in" in str(made.failed("app.test"))
-    assert made.table.stop("cf:app.test") and not made.table.stop("cf:app.test")
+    assert made.table.stop(key("app.test")) and not made.table.stop(key("app.test"))
     made.ready("app.test")
 
 

@@ -4,7 +4,7 @@
     python3 bench routers ...    bench/routers.py alone, with its own options
     python3 bench tunnels ...    bench/tunnels.py alone
 
-The exit code is 1 where either could not measure something.
+The exit code is 0, or 1 if a part could not measure something.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def argv_of(part: str, *options: str) -> list[str]:
 
 
 def run(part: str, *options: str) -> int:
-    """Run a part to its end, which it reaches by itself also when this process is told to end.  Its exit code."""
+    """Run a part to its end.  Returns its exit code.  If this process is told to end, it ends the part first."""
     process = subprocess.Popen(argv_of(part, *options))
     try:
         return process.wait()

@@ -1,7 +1,7 @@
 /* load: clients that load a TCP router, and the server behind it.
 
        load MODE ------ router, which is measured ------ load backend
-                                                   or -- load access tcp, in the place of cloudflared
+                                                   or -- load access tcp, instead of cloudflared
 
    load backend ADDRESS PORT
    load access tcp --hostname NAME --url ADDRESS:PORT ...     the same server; all but --url is ignored

@@ -1,29 +1,31 @@
 #!/usr/bin/env python3
-"""routers: what sniroute costs beside HAProxy and nginx, and beside itself under a burden, in one run.
+"""routers: what sniroute costs, compared with HAProxy and nginx, and with itself under a burden; in one run.
 
     python3 bench/routers.py [--quick] [--only NAME,...] [--pythons [PATH ...]] [--json FILE]
 
     load.c, MODE --------- router --------- load.c, backend
-      core B              core A      `---- load.c, access tcp: in cloudflared's place
+      core B              core A      `---- load.c, access tcp: instead of cloudflared
                        is measured            core B
 
-The columns:
+The first table compares routers.  Its columns:
 
-    HAProxy, nginx      where they are installed, set up to do the same: the name decides, the bytes pass
-    sniroute            with `tcp:` routes, and otherwise as it comes: with a line in its log for each connection
-    sniroute, tunnel    with a `cloudflared:` route; the tunnel program is load.c, and in no figure
+    HAProxy, nginx      if they are installed; set up to do the same: the name decides, the bytes pass
+    sniroute            with `tcp:` routes and its defaults: it logs a line for each connection
+    sniroute, tunnel    with a `cloudflared:` route; load.c is the tunnel program, and not in the figures
     more of sniroute    one for each interpreter of --pythons
 
-What is compared is the CPU that a router spends for the same work, by the kernel's CPU clock of its processes
-(user and system).  Rates and times are a router's that is alone on its core, with the load on another.
+It compares the CPU that a router spends for the same work: the kernel's CPU clock of its processes (user and
+system).  Rates and times are those of a router that is alone on its core, while the load runs on another.
 
-In the second table sniroute is compared with itself, in pairs: without and with something, turn by turn (A B,
-B A, ...), since a shared machine drifts by more within a minute than what is looked for.  The third has what
-clients of names that are up notice while many cold names are asked for, and what those of the first column's
-router do that has nothing to do with it, but shares the core on which so many programs start.
+The second table compares sniroute with itself, in pairs: without and with a burden, in turns (A B, B A, ...).  A
+shared machine drifts within a minute by more than the difference that is looked for.
 
-Linux, and a C compiler.  Everything stays on 127.0.0.1, and everything that was started is stopped, also after
-Ctrl-C.  The exit code is 1 where something failed, or could not be measured.
+The third table is about cold names: names without a tunnel yet.  While many of them are asked for, how long do the
+messages of other clients take?  Two columns: clients of sniroute itself, whose names are up; and clients of the first
+column's router, which shares the core but not the work, and so shows what all those starting programs cost the core.
+
+Needs Linux and a C compiler.  Everything stays on 127.0.0.1, and everything that was started is stopped, also after
+Ctrl-C.  The exit code is 0, or 1 if something failed or could not be measured.
 """
 
 from __future__ import annotations
@@ -54,22 +56,22 @@ from tunnels import (HOST, MIB, PROJECT, SILENCE, Failed, Processes, cpu_seconds
 
 LOAD = pathlib.Path(__file__).resolve().with_name("load.c")
 
-CLIENTS = 64  # that connect at once: enough to keep a router busy
-TALKERS = 16  # that exchange small messages at once
-STREAMS = 4  # that move bulk at once
+CLIENTS = 64  # clients that connect at once: enough to keep a router busy
+TALKERS = 16  # clients that exchange small messages at once
+STREAMS = 4  # connections that move bulk at once
 MESSAGE = 64  # bytes
-PACE = 10  # ms between two messages of a client where the time is measured: no queue of our own making
-STREAM = 64 * MIB  # what a stream moves before it connects anew, beside small messages
-WAITING = 900  # clients without a word: with CLIENTS that is below sniroute's PRELUDES_MAX (1024)
-PATIENT = "--max-starting=16", "--start-timeout=10m"  # where the start of a crowd of tunnels is not what is measured
-LONG = 3600  # seconds: until it is ended
+PACE = 10  # ms between two messages of a client whose times are measured: they must not queue behind each other
+STREAM = 64 * MIB  # bytes that a download beside small messages moves before it connects anew
+WAITING = 900  # clients that say nothing; WAITING + CLIENTS stays below sniroute's PRELUDES_MAX (1024)
+PATIENT = "--max-starting=16", "--start-timeout=10m"  # start a crowd of tunnels where their start is not measured
+LONG = 3600  # seconds; for load that is ended by Load.end
 PORTS = range(10000, 20000)  # for listeners: below the ephemeral ports, and apart from those of bench/tunnels.py
-TUNNEL_PORTS = range(20000, 32000, 1000)  # the first port of each sniroute that runs tunnels
-DESCRIPTORS = 2.5  # for a connection: two sockets, and HAProxy keeps half of one for its pipes
-FILES_MIN = 4096  # open files: 500 tunnels take three each, and as many clients
-SPARE = 200  # descriptors for anything else, and connections beside those that are held
-CONNECTIONS_MAX = 10000  # that a router is set up for, where descriptors allow it
-SBIN = "/usr/local/sbin:/usr/sbin:/sbin"  # on PATH only for root
+TUNNEL_PORTS = range(20000, 32000, 1000)  # first ports for the tunnels of each sniroute that runs some
+DESCRIPTORS = 2.5  # for each connection: two sockets; HAProxy's pipes take half of one more
+FILES_MIN = 4096  # open files that are needed: three for each of 500 tunnels, and as many for their clients
+SPARE = 200  # descriptors for anything else; also, connections beside those that are held open
+CONNECTIONS_MAX = 10000  # connections that routers are set up for, if descriptors allow it
+SBIN = "/usr/local/sbin:/usr/sbin:/sbin"  # folders that only root has on PATH
 OLDEST = [3, 11]  # the first Python that runs sniroute
 
 Figures = dict[str, float]
@@ -79,15 +81,15 @@ class Scale(NamedTuple):
     """How much is measured."""
 
     rounds: int
-    seconds: float  # of each piece
+    seconds: float  # of each measurement
     gigabyte: int  # bytes each way
-    idle: int  # connections whose memory is measured
-    pairs: int  # of a comparison
+    idle: int  # open connections whose memory is measured
+    pairs: int  # in each comparison of the second table
     pair_seconds: float  # of each half of a pair
-    held: int  # idle connections beside
-    routes: int
-    tunnels: int
-    cold: int  # names asked for at once
+    held: int  # idle connections, as a burden
+    routes: int  # as a burden
+    tunnels: int  # as a burden
+    cold: int  # cold names asked for at once
 
     def __str__(self) -> str:
         return (f"{self.rounds} rounds of {self.seconds:g} s, {self.gigabyte / 1e9:g} GB each way, "
@@ -99,11 +101,11 @@ QUICK = Scale(1, 1.0, 400 * 10**6, 1000, 4, 0.4, 2000, 10000, 100, 100)
 
 
 class Row(NamedTuple):
-    """A line of the first table."""
+    """A line of the first or the third table."""
 
-    key: str
+    key: str  # in Figures
     label: str
-    digits: int
+    digits: int  # behind the point
 
 
 ROWS = (
@@ -128,11 +130,11 @@ ROWS = (
 
 
 def name(number: int) -> str:
-    """All names have the same length, so that the hello of one is a template for all."""
+    """A host name.  All have the same length, so that the hello for one can be made into that for another."""
     return f"db-{number:05}.example.com"
 
 
-NAME, BULK_NAME = name(0), name(1)  # each has a backend of its own
+NAME, BULK_NAME = name(0), name(1)  # each leads to a backend of its own
 
 
 @functools.cache
@@ -149,16 +151,16 @@ def hello_of_first() -> bytes:
 
 
 def give_way(process: subprocess.Popen[bytes]) -> None:
-    """Run a process where no other of its core wants to: sched(7).
+    """Let a process run only when no other wants its core (SCHED_IDLE, sched(7)).
 
-    Bulk beside small messages does, so that these wait for the router and not for the load's core.
+    For bulk beside small messages: the small ones must wait for the router only, not for the core that makes the load.
     """
     os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
 
 
 @contextlib.contextmanager
 def on_core(core: int) -> Iterator[None]:
-    """What is started meanwhile stays on this core."""
+    """Processes that are started within the block stay on this core."""
     own = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
     try:
@@ -173,28 +175,28 @@ def find(program: str) -> str | None:
 
 
 def output_of(*argv: str) -> str:
-    """What a program says, on either stream."""
+    """The output of a program, stdout and stderr."""
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                           timeout=SILENCE)
     return done.stdout
 
 
 def version(text: str) -> str:
-    """The first thing in a text that looks like one."""
+    """The first thing in a text that looks like a version."""
     found = re.search(r"\d+\.\d+(\.\d+)?", text)
     return found[0] if found else "(no version)"
 
 
 class Router(NamedTuple):
-    """A router that runs."""
+    """A running router."""
 
     title: str
     process: subprocess.Popen[bytes]
     port: int
-    pids: list[int]  # whose CPU and memory are the router's
+    pids: list[int]  # its processes: their CPU and memory are added up
 
     def cpu(self) -> float:
-        """Seconds of CPU, so far."""
+        """CPU it has used so far, in seconds."""
         return sum(map(cpu_seconds, self.pids))
 
     def rss(self) -> int:
@@ -203,7 +205,7 @@ class Router(NamedTuple):
 
 
 class Load:
-    """A load generator that runs, and its clock too.  `strict`: failed connections are failures of the benchmark."""
+    """A running load generator.  Its clock starts with it.  `strict`: a failed connection counts as a failure."""
 
     def __init__(self, lab: Lab, router: Router, mode: str, hellos: pathlib.Path, strict: bool = True,
                  **options: float):
@@ -215,7 +217,7 @@ class Load:
             raise Failed(f"{router.title}, {mode}: {lab.processes.words(self.process)}")
 
     def figures(self) -> Figures:
-        """What it says at its end, which is waited for."""
+        """Wait for its end, and return the figures that it then prints."""
         words = self.process.stdout.read().decode().split()
         if self.process.wait() or not words:
             raise Failed(f"{self.router.title}, {self.mode}: {self.lab.processes.words(self.process)}")
@@ -226,13 +228,13 @@ class Load:
         return figures
 
     def end(self) -> Figures:
-        """The same, without waiting for its time to be over."""
+        """End it before its time is over, and return its figures."""
         self.process.stdin.close()
         return self.figures()
 
 
 class Lab:
-    """The load generator, its backends, and what is told to those that run beside them."""
+    """The load generator and its backends; starts routers, and load on them."""
 
     def __init__(self, processes: Processes, scale: Scale, cores: Sequence[int]):
         self.processes = processes
@@ -244,7 +246,7 @@ class Lab:
         self.failures: collections.Counter[str] = collections.Counter()
         self.environ = {key: value for key, value in os.environ.items()
                         if not key.startswith(("SNIROUTE_", "TUNNEL_", "PYTHONDONTWRITEBYTECODE"))}
-        self.environ["TMPDIR"] = str(processes.directory)  # what a router leaves there goes with it
+        self.environ["TMPDIR"] = str(processes.directory)  # files that a router leaves are removed with this folder
         self.candidates = itertools.cycle(PORTS)
         self.tunnel_ports = itertools.cycle(TUNNEL_PORTS)
         self.numbers = itertools.count()
@@ -264,26 +266,26 @@ class Lab:
         return free_port(itertools.islice(self.candidates, len(PORTS)))
 
     def write_hellos(self, numbers: Sequence[int]) -> pathlib.Path:
-        """A file with the hellos for these names."""
+        """Write a file with the hellos for these names."""
         path = self.processes.directory / f"hellos-{next(self.numbers)}"
         path.write_bytes(b"".join(hello_of_first().replace(NAME.encode(), name(number).encode()) for number in numbers))
         return path
 
     def start_backend(self) -> tuple[subprocess.Popen[bytes], int]:
-        """One more backend, and its port."""
+        """Start one more backend.  Returns its process and its port."""
         port = self.port()
         process = self.processes.start([self.load, "backend", HOST, str(port)], self.environ)
         self.wait_connects(process, port)
         return process, port
 
     def wait_for(self, process: subprocess.Popen[bytes], predicate: Callable[[], bool], what: str) -> None:
-        """Wait until a process has come so far, or raise Failed with its last words."""
+        """Wait until `predicate` is true.  Raises Failed with the process's last words if it ends before."""
         wait_for(lambda: predicate() or process.poll() is not None, SILENCE, what)
         if process.returncode is not None:
             raise Failed(f"{what}: it exited with {process.returncode}: {self.processes.words(process)}")
 
     def wait_connects(self, process: subprocess.Popen[bytes], port: int) -> None:
-        """Wait until a port answers."""
+        """Wait until the process accepts connections on a port."""
         def connects() -> bool:
             with socket.socket() as probe:
                 return not probe.connect_ex((HOST, port))
@@ -295,11 +297,11 @@ class Lab:
         return Load(self, router, mode, hellos or self.hellos, **options)
 
     def run(self, router: Router, mode: str, hellos: pathlib.Path | None = None, **options: Any) -> Figures:
-        """The same, to its end."""
+        """Put load on a router to its end.  Returns its figures."""
         return self.start(router, mode, hellos, **options).figures()
 
     def ready(self, title: str, process: subprocess.Popen[bytes], port: int) -> Router:
-        """A router that listens, after its first connection: then all its processes are there."""
+        """Make the first connection through a router, so that all its processes are there."""
         router = Router(title, process, port, [process.pid])
         if not self.run(router, "connect", seconds=0)["n"]:
             raise Failed(f"{title} does not lead to the backend: {self.processes.words(process)}")
@@ -370,13 +372,13 @@ stream {{
 
     @contextlib.contextmanager
     def sniroute(self, title: str, *options: str, python: str = sys.executable) -> Iterator[Router]:
-        """sniroute with `tcp:` routes, or with what the options say instead.  Its log is a file."""
+        """sniroute with `tcp:` routes, unless the options name others.  Its log is a file."""
         port = self.port()
         if not any(option.startswith("--route") for option in options):
             backends = {NAME: self.backend, BULK_NAME: self.bulk_backend}
             options += tuple(f"--route={key}=tcp:{HOST}:{value}" for key, value in backends.items())
         program = [python, str(PROJECT / "sniroute.py")]
-        subprocess.run([*program, "--version"], env=self.environ, stdout=subprocess.DEVNULL)  # a first start compiles
+        subprocess.run([*program, "--version"], env=self.environ, stdout=subprocess.DEVNULL)  # this start compiles
         words = [*program, f"--listen={HOST}:{port}", "--drain=1ms", *options]
         with on_core(self.core):
             process = self.processes.start(words, self.environ)
@@ -402,11 +404,11 @@ stream {{
 
 
 class Column(NamedTuple):
-    """A router of the first table."""
+    """A column of the first table: how to start its router."""
 
     title: str
     start: Callable[[str], contextlib.AbstractContextManager[Router]]
-    has_bulk: bool = True  # BULK_NAME leads to a backend that gives way
+    has_bulk: bool = True  # BULK_NAME leads to a backend of its own (see `give_way`)
 
 
 def measure_connection(lab: Lab, column: Column, router: Router) -> Figures:
@@ -419,7 +421,7 @@ def measure_connection(lab: Lab, column: Column, router: Router) -> Figures:
 
 
 def measure_message(lab: Lab, column: Column, router: Router) -> Figures:
-    """Small messages: many clients for the CPU, one for the time."""
+    """Small messages: many clients to measure the CPU, one to measure the time."""
     load = lab.start(router, "ping", clients=TALKERS, size=MESSAGE, seconds=lab.scale.seconds)
     before = router.cpu()
     found = load.figures()
@@ -429,7 +431,7 @@ def measure_message(lab: Lab, column: Column, router: Router) -> Figures:
 
 
 def measure_gigabyte(lab: Lab, column: Column, router: Router) -> Figures:
-    """Bulk, down and then up."""
+    """Bulk, first down, then up."""
     before = router.cpu()
     down, up = (lab.run(router, mode, clients=STREAMS, size=lab.scale.gigabyte // STREAMS, seconds=0)
                 for mode in ("down", "up"))
@@ -438,7 +440,7 @@ def measure_gigabyte(lab: Lab, column: Column, router: Router) -> Figures:
 
 
 def measure_idle(lab: Lab, column: Column, router: Router) -> Figures:
-    """Memory, of a router that is new: one that has worked has memory to spare."""
+    """Memory of a new router: one that has worked would have freed memory at hand."""
     with column.start(column.title) as fresh:
         before = fresh.rss()
         crowd = lab.start(fresh, "hold", clients=lab.scale.idle, seconds=LONG)
@@ -448,7 +450,7 @@ def measure_idle(lab: Lab, column: Column, router: Router) -> Figures:
 
 
 def measure_beside(lab: Lab, column: Column, router: Router) -> Figures:
-    """Small messages while others load at full speed."""
+    """Small messages while other clients download at full speed."""
     if not column.has_bulk:
         return {}
     streams = lab.start(router, "down", lab.bulk_hellos, clients=STREAMS, size=STREAM, seconds=LONG)
@@ -464,15 +466,15 @@ class Change(NamedTuple):
     """A line of the second table: CPU for a new connection, in us."""
 
     label: str
-    without: float
-    beside: float
-    percent: float
-    least: float  # of a single pair
-    most: float
+    without: float  # without the burden
+    beside: float  # with it
+    percent: float  # the median of the changes of all pairs
+    least: float  # percent, of a single pair
+    most: float  # percent, of a single pair
 
 
 def compare(lab: Lab, label: str, plain: Router, other: Router, hellos: pathlib.Path | None = None) -> Change:
-    """New connections to one and the other, in turns; the second is asked for the names in `hellos`."""
+    """Compare new connections to `plain` and to `other`, in turns; `other` is asked for the names in `hellos`."""
     def cost(router: Router) -> float:
         """CPU for a connection, in us."""
         load = lab.start(router, "connect", hellos if router is other else None, clients=CLIENTS,
@@ -492,13 +494,13 @@ def compare(lab: Lab, label: str, plain: Router, other: Router, hellos: pathlib.
 
 
 def change_log(lab: Lab) -> Iterator[Change]:
-    """What the line at the end of a connection costs."""
+    """What does the log line of each connection cost?"""
     with lab.sniroute("sniroute without its line", "--log-level=error") as plain, lab.sniroute("sniroute") as other:
         yield compare(lab, "its line in the log (without: --log-level error)", plain, other)
 
 
 def change_held(lab: Lab) -> Iterator[Change]:
-    """Connections that are open, and silent."""
+    """What do open, silent connections cost a new one?"""
     count = lab.scale.held
     with lab.sniroute("sniroute alone") as plain, lab.sniroute("sniroute beside idle connections") as other:
         crowd = lab.start(other, "hold", clients=count, seconds=LONG)
@@ -507,7 +509,7 @@ def change_held(lab: Lab) -> Iterator[Change]:
 
 
 def change_routes(lab: Lab) -> Iterator[Change]:
-    """A long list of routes; asked for one of its names, then for all of them in turn."""
+    """What does a long list of routes cost?  Asked for one of its names, then for each name in turn."""
     count = lab.scale.routes
     routes = [f"--route={name(number)}=tcp:{HOST}:{lab.backend}" for number in range(count)]
     with lab.sniroute("sniroute with one route") as plain, lab.sniroute("sniroute with many routes", *routes) as other:
@@ -516,7 +518,7 @@ def change_routes(lab: Lab) -> Iterator[Change]:
 
 
 def change_tunnels(lab: Lab) -> Iterator[Change]:
-    """A long table of tunnels, all of them up; connections to one of them."""
+    """What do many tunnels that are up cost a connection to one of them?"""
     count = lab.scale.tunnels
     with lab.tunnelled("sniroute with one tunnel", 1) as plain, \
             lab.tunnelled("sniroute with many tunnels", count, *PATIENT) as other:
@@ -527,7 +529,7 @@ def change_tunnels(lab: Lab) -> Iterator[Change]:
 
 
 def change_queue(lab: Lab) -> Iterator[Change]:
-    """Clients that have not said a word yet: each has a deadline."""
+    """What do clients cost that have not said a word yet?  Each has a deadline."""
     patience = "--prelude-timeout=1h"
     with lab.sniroute("sniroute alone") as plain, lab.sniroute("sniroute beside silent clients", patience) as other:
         crowd = lab.start(other, "stand", clients=WAITING, seconds=LONG)
@@ -550,10 +552,10 @@ COLD_ROWS = (
 
 
 def measure_cold(lab: Lab, neighbour: Column | None = None) -> Figures:
-    """Many names at once that have no tunnel yet, in sniroute as it comes.
+    """Ask sniroute, with its defaults, for many names at once that have no tunnel yet; measure messages meanwhile.
 
-    The clients that notice are its own, or those of a neighbour on its core: that one has no part in the starts, so
-    what it costs them is the core's share.
+    The messages pass through sniroute itself, to names that are up.  With `neighbour` they pass through that router
+    on the same core instead: it starts nothing, so their delay is what the busy core alone costs.
     """
     count = lab.scale.cold
     up, cold = lab.write_hellos(range(TALKERS)), lab.write_hellos(range(TALKERS, TALKERS + count))
@@ -581,11 +583,11 @@ CHANGE_EXPERIMENTS: dict[str, Callable[[Lab], Iterator[Change]]] = {
 EXPERIMENTS = (*COLUMN_EXPERIMENTS, *CHANGE_EXPERIMENTS, "cold")
 
 
-# -- who takes part ----------------------------------------------------------------------------
+# -- the columns -------------------------------------------------------------------------------
 
 
 def interpreters(given: Sequence[str]) -> dict[str, str]:
-    """{version: path} of these Pythons, or of all that are found and not too old; `t` is free-threaded."""
+    """{version: path} of these Pythons, or of all that are found and not too old.  A `t`: free-threaded."""
     ask = ("import json, sys, sysconfig; free = sysconfig.get_config_var('Py_GIL_DISABLED'); "
            "print(json.dumps([sys.version_info[:2], sys.version.split()[0] + 't' * bool(free), sys.executable]))")
     folders = os.environ.get("PATH", os.defpath).split(":")
@@ -596,7 +598,7 @@ def interpreters(given: Sequence[str]) -> dict[str, str]:
     for path in paths:
         try:
             numbers, shown, executable = json.loads(output_of(path, "-I", "-c", ask))
-        except (OSError, ValueError, subprocess.TimeoutExpired):  # it is no Python, or a shim for none
+        except (OSError, ValueError, subprocess.TimeoutExpired):  # it is no Python, or a pyenv shim without one
             numbers = []
         if numbers >= OLDEST:
             found.setdefault(shown, executable)
@@ -606,7 +608,7 @@ def interpreters(given: Sequence[str]) -> dict[str, str]:
 
 
 def nginx_module() -> str | None:
-    """The line that brings nginx its stream module, '' where it is built in, None where there is none."""
+    """The configuration line that loads nginx's stream module; "" if it is built in, None if there is none."""
     built = output_of(find("nginx"), "-V") if find("nginx") else ""
     folder = re.search(r"--modules-path=(\S+)", built)
     module = f"{folder[1]}/ngx_stream_module.so" if folder else ""
@@ -616,7 +618,7 @@ def nginx_module() -> str | None:
 
 
 def columns_of(lab: Lab, sniroute: str, pythons: Sequence[str] | None) -> list[Column]:
-    """The routers that are here; `sniroute` is what its columns are called."""
+    """The columns for the routers that are installed; `sniroute` begins the titles of its columns."""
     columns, missing = [], []
     if find("haproxy"):
         columns.append(Column(f"HAProxy {version(output_of(find('haproxy'), '-v'))}", lab.haproxy))
@@ -643,18 +645,18 @@ def columns_of(lab: Lab, sniroute: str, pythons: Sequence[str] | None) -> list[C
 
 
 def lay_out(lines: Sequence[Sequence[str]]) -> str:
-    """Texts as a table: the first column to the left, the others to the right."""
+    """Rows of texts as a table: the first column flush left, the others flush right."""
     first, *widths = [max(map(len, texts)) for texts in zip(*lines)]
     return "\n".join("  ".join((label.ljust(first), *map(str.rjust, texts, widths))).rstrip()
                      for label, *texts in lines)
 
 
 def show_columns(columns: dict[str, Figures], known: Sequence[Row]) -> str:
-    """The first table, or the third: a title has a line for each of its words."""
+    """The first or the third table, with a line for each word of a title."""
     reference = next(iter(columns.values()))
 
     def cell(row: Row, figures: Figures) -> str:
-        """A figure, and how many times the first column's it is."""
+        """A figure, and its ratio to that of the first column."""
         if row.key not in figures:
             return "-"
         ratio = " " * 7
@@ -679,13 +681,13 @@ def show_changes(changes: Sequence[Change]) -> str:
 
 
 def medians(rounds: Sequence[Figures]) -> Figures:
-    """Of each figure, over all rounds."""
+    """The median of each figure over all rounds."""
     return {key: statistics.median(figures[key] for figures in rounds if key in figures)
             for key in dict.fromkeys(itertools.chain(*rounds))}
 
 
 class Results:
-    """What has been measured, and what could not be."""
+    """All figures so far, and what could not be measured."""
 
     def __init__(self) -> None:
         self.columns: dict[str, Figures] = {}
@@ -695,7 +697,7 @@ class Results:
 
     @contextlib.contextmanager
     def attempt(self, lab: Lab, what: str) -> Iterator[None]:
-        """What goes wrong ends this part only; it is over with all that it started."""
+        """Run a part.  A failure is noted, and ends this part and its processes only."""
         print(f"{what} ...", file=sys.stderr, flush=True)
         running = len(lab.processes.running)
         try:
@@ -705,7 +707,7 @@ class Results:
             lab.processes.stop(*lab.processes.running[running:])
 
     def measure(self, lab: Lab, columns: Sequence[Column], wanted: Sequence[str]) -> None:
-        """All that is wanted, router by router within each round."""
+        """Measure the `wanted` experiments; each round goes through all routers."""
         with contextlib.ExitStack() as stack:
             routers: dict[Column, Router] = {}
             for column in columns if set(COLUMN_EXPERIMENTS).intersection(wanted) else ():
@@ -733,7 +735,7 @@ class Results:
 
 
 def main() -> int:
-    """The command line.  Returns the exit code: 0 clean, 1 something failed, or could not be measured."""
+    """The command line.  Returns the exit code: 0, or 1 if something failed or could not be measured."""
     parser = argparse.ArgumentParser(description="Measures sniroute beside HAProxy and nginx, and beside itself.")
     parser.add_argument("--quick", action="store_true", help="less of everything, and one round")
     parser.add_argument("--rounds", type=int, metavar="N", help="the median of so many is shown (default 3)")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""tunnels: what a tunnel program costs, several of them side by side in one run.
+"""tunnels: what a tunnel program costs; compares several of them in one run.
 
     python3 bench/tunnels.py [--quick] [--json FILE]
 
@@ -10,20 +10,21 @@ The columns:
 
     carrier, a process each     `sniroute_carrier.py access tcp`, one process for each name
     carrier, shared             `sniroute_carrier.py forwarders`, one process for all names
-    cloudflared                 `cloudflared access tcp`: the one SNIROUTE_TEST_CLOUDFLARED names,
-                                or the one on PATH; without either there is no such column
+    cloudflared                 `cloudflared access tcp`: the program that SNIROUTE_TEST_CLOUDFLARED names,
+                                else the one on PATH; without either there is no such column
     cloudflared, as published   constants, measured on another machine: see PUBLISHED_ON
-    edge alone, mask 0          this process speaks TLS and WebSocket itself, as cheaply as Python can
-    edge alone, masked          the same with masks that the edge has to undo, as with any program: where
-                                a program comes near these figures, the edge is the limit
-    far end alone               no tunnel at all: what client and far end are capable of
+    edge alone, mask 0          no tunnel program: this process speaks TLS and WebSocket itself, as cheaply
+                                as Python can
+    edge alone, masked          likewise, but with masks that the edge has to undo, as with any program.  A
+                                program that comes near these figures is limited by the edge
+    far end alone               no tunnel at all: the limit of client and far end
 
-All figures are from outside the program: its clock is the client's, its CPU the kernel's CPU clock
-of the process, its memory /proc/PID/smaps_rollup.  A port counts as listening once the kernel says
-so of a socket that is the program's; nobody connects to find out.
+All figures are taken outside the program.  Times are the client's, CPU is the kernel's CPU clock of the process,
+memory is /proc/PID/smaps_rollup.  The kernel is asked which sockets listen on a port: a port counts as listening once
+one of them is the program's, and nobody has to connect to find out.
 
-Linux, and the openssl program for the certificates.  Everything stays on 127.0.0.1, and everything
-that was started is stopped, also after Ctrl-C.
+Needs Linux, and the openssl program for the certificates.  Everything stays on 127.0.0.1, and everything that was
+started is stopped, also after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -59,32 +60,32 @@ HERE = pathlib.Path(__file__).resolve()
 PROJECT = HERE.parent.parent
 MIB = 1 << 20
 
-ROUND = 64 * MIB  # bytes in one clocked piece: the receiver keeps them, and hashes them after the clock has stopped
+ROUND = 64 * MIB  # bytes of one timed transfer: the receiver keeps them, and hashes them after the clock has stopped
 DIGEST = hashlib.sha256().digest_size
-CROWD, CROWD_SIZE = 200, MIB  # connections at once, and what each echoes
+CROWD, CROWD_SIZE = 200, MIB  # connections at once, and the bytes that each echoes
 IDLE = 200  # open connections whose memory is measured
-FEW, MANY = 10, 100  # names at once
+FEW, MANY = 10, 100  # names that are served at once
 PORTS = range(3000, 10000)  # for listeners: below the ephemeral ports, and apart from those of the tests
-CHUNK = 16376  # a message that fills one TLS record with its header, as the carrier's do
+CHUNK = 16376  # bytes of a message: with its header it fills one TLS record, as the carrier's messages do
 RECORD = 16384  # RFC 8446 5.1: room for each read, so that TLS holds nothing back that poll(2) does not see
-SILENCE = 60.0  # seconds without a byte, or without a listener: it has failed
-SETTLING = 30.0  # seconds until the edge has seen the end of all connections; the carrier takes 2 for each
+SILENCE = 60.0  # seconds without a byte, or without a listener, after which a measurement has failed
+SETTLING = 30.0  # seconds in which the edge has to see the end of all connections; the carrier takes 2 for each
 
 
 class Failed(Exception):
-    """A program did not do what is measured here; the message says what."""
+    """Something could not be measured; the message says why."""
 
 
 class Row(NamedTuple):
     """A line of the table."""
 
-    key: str
+    key: str  # in Figures
     label: str
-    digits: int
-    published: str = ""
+    digits: int  # behind the point
+    published: str = ""  # cloudflared's figure from elsewhere
 
 
-# cloudflared's figures are constants: they say how large things are, not which of two is faster.
+# cloudflared's published figures show an order of magnitude only: they are from another machine.
 PUBLISHED = "cloudflared 2026.8.2, as published"
 PUBLISHED_ON = "measured earlier on ANOTHER machine (two cores, loopback, TLS 1.3, cloudflared's own code as far end)"
 ROWS = (
@@ -121,8 +122,8 @@ class Scale(NamedTuple):
     starts: int
     connections: int
     round_trips: int
-    stream: int  # rounds down, and rounds up
-    echo: int  # rounds
+    stream: int  # rounds down, and as many up
+    echo: int  # rounds echoed
 
     def __str__(self) -> str:
         return (f"{self.starts} starts, {self.connections} connections, {self.round_trips} round trips, "
@@ -133,11 +134,11 @@ FULL = Scale(10, 50, 5000, 16, 4)
 QUICK = Scale(5, 20, 1000, 4, 1)
 
 
-# -- what the kernel knows ---------------------------------------------------------------------
+# -- figures of the kernel ---------------------------------------------------------------------
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU that a process has used, its ended threads included: its CPU clock, finer than /proc/PID/stat's ticks.
+    """CPU that a process has used, with its ended threads, in seconds.  Finer than the ticks of /proc/PID/stat.
 
     Source: linux/posix-timers.h, make_process_cpuclock(pid, CPUCLOCK_SCHED), as clock_getcpuclockid(3) makes it.
     """
@@ -145,13 +146,14 @@ def cpu_seconds(pid: int) -> float:
 
 
 class Memory(NamedTuple):
-    """Of one process, in KiB."""
+    """The memory of one process, in KiB."""
 
     rss: int
-    private: int  # dirty, and mapped by nobody else: what this process costs
+    private: int  # private dirty pages: the memory that this process alone costs
 
 
 def memory(pid: int) -> Memory:
+    """The memory of a process now."""
     text = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
     return Memory(*(int(re.search(rf"^{name}: +(\d+) kB", text, re.MULTILINE)[1]) for name in ("Rss", "Private_Dirty")))
 
@@ -163,8 +165,8 @@ TCP_LISTEN = 10  # net/tcp_states.h
 def listening(port: int) -> set[int]:
     """The inodes of the sockets that listen on this port of HOST.
 
-    Source: sock_diag(7).  /proc/net/tcp says the same, but takes milliseconds where many connections
-    have just ended: longer than what is measured here.
+    Source: sock_diag(7).  Used instead of /proc/net/tcp, which takes milliseconds after many connections have ended:
+    longer than the times that are measured here.
     """
     found = set()
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4) as kernel:  # 4: NETLINK_SOCK_DIAG
@@ -203,22 +205,22 @@ class Wire:
     def __init__(self, address: tuple[str, int]):
         self.sock: Any = socket.create_connection(address, SILENCE)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.rest = b""  # has been received, and nobody has taken it
+        self.rest = b""  # bytes that have been received, and wait for the next Job
 
     def ready(self) -> Wire:
-        """The wire, from now on without blocking."""
+        """Stop blocking.  Returns the wire."""
         self.sock.setblocking(False)
         return self
 
     def send(self, data: memoryview) -> int:
-        """How much of it has been sent."""
+        """Send what the socket takes now.  Returns the bytes of `data` that are sent."""
         try:
             return self.sock.send(data)
         except BlockingIOError:
             return 0
 
     def receive(self, space: memoryview) -> int:
-        """How much of the space has been filled."""
+        """Fill `space` with what has come.  Returns the count of bytes, 0 for nothing yet; raises Failed at the end."""
         try:
             count = self.sock.recv_into(space)
         except BlockingIOError:
@@ -229,10 +231,10 @@ class Wire:
 
 
 class EdgeWire(Wire):
-    """A connection to the edge without a program between.
+    """A connection to the edge without a tunnel program in between.
 
-    All keys are `key` four times: 0 changes nothing, and with any other the edge has its full work
-    while this end has a quarter of it.
+    The mask of every frame is the byte `key`, four times.  0 changes nothing.  With any other the edge has the full
+    work of four bytes, and this end the work of one.
     """
 
     def __init__(self, edge: Edge, hostname: str, key: int):
@@ -245,13 +247,13 @@ class EdgeWire(Wire):
         self.key = bytes([key]) * 4
         self.table = bytes(byte ^ key for byte in range(256))
         self.space = memoryview(bytearray(8 * RECORD))
-        self.frame = memoryview(b"")  # waits to be sent
-        self.size = 0  # of its payload
-        self.part = b""  # of a frame's header
-        self.left = 0  # bytes of the current frame that are still to come
+        self.frame = memoryview(b"")  # the rest of a frame that is being sent
+        self.size = 0  # bytes of payload in that frame
+        self.part = b""  # an incomplete header of a received frame
+        self.left = 0  # bytes of the received frame that have not come yet
 
     def ask(self, request: str, status: int) -> None:
-        """A request, and an answer that nothing follows."""
+        """Send a request, and check the status of the answer."""
         self.sock.sendall(request.encode())
         answer = b""
         while not answer.endswith(b"\r\n\r\n"):
@@ -263,7 +265,7 @@ class EdgeWire(Wire):
             raise Failed(f"the edge answered {answer!r}")
 
     def send(self, data: memoryview) -> int:
-        """Send one message from the start of `data`.  Bytes of it that are done, 0 while it is under way."""
+        """Send a message from the start of `data`.  Returns the bytes of `data` in it; 0 until all of it is sent."""
         if not self.frame:
             self.size = min(len(data), CHUNK)
             head = struct.pack(">BB", 0x82, 0x80 | self.size) if self.size < 126 else \
@@ -279,7 +281,7 @@ class EdgeWire(Wire):
         return 0 if self.frame else self.size
 
     def receive(self, space: memoryview) -> int:
-        """Put what has come into `space`.  How many bytes of payload that was."""
+        """Fill `space` with payload that has come.  Returns the count of bytes."""
         filled = 0
         try:
             while filled <= len(self.space) - RECORD:
@@ -298,7 +300,7 @@ class EdgeWire(Wire):
         return done
 
     def payload(self, data: memoryview) -> list[memoryview]:
-        """What the frames carry; this edge sends none beyond 65535 bytes."""
+        """The payload of the frames in `data`, in pieces.  This edge sends no frame beyond 65535 bytes."""
         if self.part:
             data, self.part = memoryview(self.part + data), b""
         pieces, at = [], 0
@@ -323,7 +325,7 @@ Dial = Callable[[], Wire]
 
 
 class Job:
-    """What is to go over a wire: bytes to send, and space to be filled."""
+    """A transfer over a wire: bytes to send, and space to fill."""
 
     def __init__(self, wire: Wire, data: bytes | memoryview, space: bytearray):
         self.wire = wire
@@ -334,10 +336,11 @@ class Job:
         self.space, wire.rest = self.space[count:], wire.rest[count:]
 
     def events(self) -> int:
-        """What is to be waited for; 0 when all is done."""
+        """The events of poll(2) to wait for; 0 when all is done."""
         return (select.POLLOUT if self.data else 0) | (select.POLLIN if self.space else 0)
 
     def act(self, mask: int) -> None:
+        """Send and receive what these events allow."""
         if mask & select.POLLOUT and self.data:
             self.data = self.data[self.wire.send(self.data):]
         if mask & ~select.POLLOUT and self.space:
@@ -345,7 +348,7 @@ class Job:
 
 
 def exchange(*jobs: Job) -> None:
-    """Do all of them at once, both ways."""
+    """Do all transfers at once, both ways."""
     poll = select.poll()
     by_fd = {job.wire.sock.fileno(): job for job in jobs if job.events()}
     watched = {fd: job.events() for fd, job in by_fd.items()}
@@ -367,6 +370,7 @@ def exchange(*jobs: Job) -> None:
 
 
 def same(ours: bytes, theirs: bytes, what: str) -> None:
+    """Raise Failed where bytes or digests differ."""
     if ours != theirs:
         raise Failed(f"{what}: the bytes have changed on the way")
 
@@ -377,9 +381,9 @@ def same(ours: bytes, theirs: bytes, what: str) -> None:
 def far_end() -> None:
     """A server that obeys single bytes, until its standard input ends.
 
-        d    here is a round, and its digest
-        u    take a round; answered by one byte when all is there, then by its digest
-        e    from now on, everything comes back
+        d    send a round of bytes, then its digest
+        u    receive a round of bytes; answer one byte when all is there, then its digest
+        e    from now on, send everything back
     """
     data = os.urandom(ROUND)
     digest = hashlib.sha256(data).digest()
@@ -393,7 +397,7 @@ def far_end() -> None:
                     sock.sendall(data)
                     sock.sendall(digest)
                 elif command == b"u":
-                    taken = bytearray(data)  # a copy, so that its pages are there
+                    taken = bytearray(data)  # a copy, so that the kernel has given it pages before the transfer
                     space = memoryview(taken)
                     while space and (count := sock.recv_into(space)):
                         space = space[count:]
@@ -412,14 +416,14 @@ def far_end() -> None:
     threading.Thread(target=accept, daemon=True).start()
     print(listener.getsockname()[1], flush=True)
     sys.stdin.read()
-    os._exit(0)  # whatever the threads are at
+    os._exit(0)  # without waiting for the threads
 
 
 # -- what is started ---------------------------------------------------------------------------
 
 
 class Processes:
-    """All that has been started, each with its log."""
+    """The processes that have been started, each with its log."""
 
     def __init__(self, directory: pathlib.Path):
         self.directory = directory
@@ -438,11 +442,11 @@ class Processes:
         return process
 
     def words(self, process: subprocess.Popen[bytes]) -> str:
-        """The last that a process said."""
+        """The end of a process's log."""
         return self.logs[process.pid].read_text(errors="replace").strip()[-300:] or "it said nothing"
 
     def stop(self, *processes: subprocess.Popen[bytes]) -> None:
-        """End these; a second later by force."""
+        """End these processes; kill them if that takes longer than a second."""
         for process in processes:
             process.terminate()
         for process in processes:
@@ -480,7 +484,7 @@ def make_certificates(directory: pathlib.Path) -> None:
 
 
 def wait_for(predicate: Callable[[], Any], seconds: float, what: str) -> Any:
-    """What `predicate` returns, once it is true; asked ever more rarely, so that the answer is 5 % late at most."""
+    """Wait until `predicate` is true, and return its value.  Pauses grow with the time: at most 5 % late."""
     began = time.perf_counter()
     while not (result := predicate()):
         waited = time.perf_counter() - began
@@ -514,33 +518,33 @@ class Edge:
         self.records = directory / "connections.jsonl"
         self.environ = {"HTTPS_PROXY": f"http://{HOST}:{self.proxy[1]}", "SSL_CERT_FILE": str(directory / "ca.pem")}
         self.context = ssl.create_default_context(cafile=str(directory / "ca.pem"))
-        self.session: ssl.SSLSession | None = None  # of the last EdgeWire
+        self.session: ssl.SSLSession | None = None  # the last EdgeWire's, to be resumed
 
     def rows(self, event: str) -> list[dict[str, Any]]:
-        """What the edge has recorded of this kind."""
+        """The edge's records with this event."""
         lines = self.records.read_text().splitlines(keepends=True)
         return [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if row["event"] == event]
 
     def settle(self) -> None:
-        """Wait until all connections have ended, and the tunnel with them."""
+        """Wait until the edge has seen the end of all connections."""
         wait_for(lambda: len(self.rows("end")) == len(self.rows("accepted")), SETTLING, "the end of all connections")
 
 
 class Program(NamedTuple):
-    """A column."""
+    """A tunnel program: a column of the table."""
 
     title: str
     argv: list[str]
     shared: bool = False  # one process carries many names, told on its standard input
 
 
-# As sniroute starts it: an import of the compiled file is faster than the file itself.
+# As sniroute starts it: importing the compiled file is faster than running the source.
 CARRIER_CODE = "import sys; sys.path.insert(0, sys.argv.pop(1)); import sniroute_carrier as c; sys.exit(c.main())"
 CARRIER = [sys.executable, "-I", "-S", "-c", CARRIER_CODE, str(PROJECT)]
 
 
 def programs() -> list[Program]:
-    """What is measured here: the carrier both ways, and a real cloudflared where there is one."""
+    """The programs to measure: the carrier both ways, and a real cloudflared if there is one."""
     found = [Program("carrier, a process each", [*CARRIER, "access", "tcp"]),
              Program("carrier, shared", [*CARRIER, "forwarders"], shared=True)]
     path = os.environ.get("SNIROUTE_TEST_CLOUDFLARED") or shutil.which("cloudflared")
@@ -553,7 +557,7 @@ def programs() -> list[Program]:
 
 
 class Tunnel:
-    """A running process of a program, and its listeners."""
+    """A running tunnel program, and the ports it listens on, one for each name."""
 
     def __init__(self, process: subprocess.Popen[bytes]):
         self.process = process
@@ -561,12 +565,12 @@ class Tunnel:
         self.ports: list[int] = []
 
     def dial(self, index: int = 0) -> Wire:
-        """A connection through it, to one of its names."""
+        """Connect through it to one of its names."""
         return Wire((HOST, self.ports[index])).ready()
 
 
 def free_port(candidates: Iterable[int]) -> int:
-    """The first that nobody holds.  Raises Failed."""
+    """The first of these ports that nobody holds.  Raises Failed."""
     for port in candidates:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -582,7 +586,7 @@ class Lab:
         self.processes = processes
         self.scale = scale
         self.edge = Edge(processes)
-        self.own = len(processes.running)  # edge and far end; what comes behind them are tunnels
+        self.own = len(processes.running)  # edge and far end; all further processes are tunnels
         self.home = processes.directory / "home"
         self.home.mkdir()
         self.names = (f"name-{number}.example.test" for number in itertools.count())
@@ -593,7 +597,10 @@ class Lab:
         return free_port(itertools.islice(self.candidates, len(PORTS)))
 
     def launch(self, program: Program, trust: bool = False) -> tuple[Tunnel, float]:
-        """A process with one name, and the seconds until it listened.  `trust`: it has the host's certificates."""
+        """Start a process with one name.  Returns it, and the seconds until it listened.
+
+        `trust`: it loads the host's certificates instead of the one of our own authority.
+        """
         environ = {"HOME": str(self.home), **self.edge.environ}
         if trust:
             del environ["SSL_CERT_FILE"]
@@ -608,7 +615,7 @@ class Lab:
         return tunnel, time.perf_counter() - began
 
     def add(self, tunnel: Tunnel, port: int = 0, began: float = 0.0) -> float:
-        """One more name in a shared process: the seconds that it took."""
+        """Add a name to a shared process.  Returns the seconds until it listened for it."""
         port = port or self.port()
         began = began or time.perf_counter()
         tunnel.process.stdin.write(f"listen {HOST}:{port} {next(self.names)}\n".encode())
@@ -617,6 +624,7 @@ class Lab:
         return time.perf_counter() - began
 
     def wait_listening(self, tunnel: Tunnel, port: int) -> None:
+        """Wait until the process listens on the port.  Raises Failed."""
         process = tunnel.process
         wait_for(lambda: listens(tunnel.pid, port) or process.poll() is not None, SILENCE, f"a listener on {port}")
         if process.returncode is not None:
@@ -635,7 +643,7 @@ Figures = dict[str, float]
 
 
 def first_byte(dial: Dial) -> tuple[Wire, float]:
-    """An echoing connection, and the seconds until its first byte was back."""
+    """Open an echoing connection.  Returns it, and the seconds until its first byte was back."""
     space = bytearray(1)
     began = time.perf_counter()
     wire = dial()
@@ -653,9 +661,9 @@ def connect_once(dial: Dial) -> float:
 
 
 def measure_starts(lab: Lab, program: Program) -> Figures:
-    """How long a process takes to listen, and its first connection."""
+    """How long does a process take to listen, and its first connection to answer?"""
     lab.launch(program)
-    lab.stop()  # from now on it is in the page cache, and compiled
+    lab.stop()  # this first start has compiled the program, and filled the page cache
     starts, cpu, firsts, more = [], [], [], []
     for _ in range(lab.scale.starts):
         tunnel, took = lab.launch(program)
@@ -677,11 +685,11 @@ def measure_starts(lab: Lab, program: Program) -> Figures:
 
 
 def measure_memory(lab: Lab, program: Program) -> Figures:
-    """One process with one name, then with more, and with open connections."""
+    """Memory: with one name, with open connections, and with more names."""
     tunnel, _ = lab.launch(program)
     one = memory(tunnel.pid)
     figures = {"rss_mib": one.rss / 1024, "private_mib": one.private / 1024}
-    wires = [first_byte(tunnel.dial)[0]]  # what the first connection brings in stays out of what each one takes
+    wires = [first_byte(tunnel.dial)[0]]  # the first one loads code that all share: not counted
     before = memory(tunnel.pid)
     wires += [first_byte(tunnel.dial)[0] for _ in range(IDLE)]
     figures["idle_kib"] = (memory(tunnel.pid).rss - before.rss) / IDLE
@@ -709,7 +717,7 @@ def measure_memory(lab: Lab, program: Program) -> Figures:
 
 
 def measure_connections(lab: Lab, dial: Dial, cpu: Callable[[], float] | None) -> Figures:
-    """Connections one after the other, behind a first one.  `cpu`: what the program has used."""
+    """Connections one after the other, the first one not counted.  `cpu` returns the CPU used so far, in seconds."""
     connect_once(dial)
     lab.edge.settle()
     before = cpu() if cpu else 0.0
@@ -740,10 +748,10 @@ def measure_round_trips(lab: Lab, dial: Dial) -> Figures:
 
 
 def measure_streams(lab: Lab, dial: Dial, cpu: Callable[[], float] | None) -> Figures:
-    """Large transfers on one connection; each round is clocked, then hashed."""
+    """Large transfers on one connection.  Each round is timed, then hashed."""
     data = os.urandom(ROUND)
     digest = hashlib.sha256(data).digest()
-    taken = bytearray(data)  # its pages are there
+    taken = bytearray(data)  # filled, so that the kernel has given it pages before the transfer
     answer = bytearray(DIGEST)
 
     def down(wire: Wire) -> float:
@@ -804,7 +812,7 @@ def measure_crowd(dial: Dial) -> Figures:
 
 
 def measure_program(lab: Lab, program: Program) -> Iterator[Figures]:
-    """A column, part by part."""
+    """The figures of a program's column, part by part."""
     yield measure_starts(lab, program)
     yield measure_memory(lab, program)
     tunnel, _ = lab.launch(program)
@@ -816,7 +824,7 @@ def measure_program(lab: Lab, program: Program) -> Iterator[Figures]:
 
 
 def measure_edge(lab: Lab, key: int) -> Iterator[Figures]:
-    """A column without a program; 200 handshakes one after the other would be no crowd."""
+    """The figures of the edge alone.  No crowd: this process would do its 200 handshakes one after the other."""
     def dial() -> Wire:
         return EdgeWire(lab.edge, "bare.example.test", key).ready()
 
@@ -828,7 +836,7 @@ def measure_edge(lab: Lab, key: int) -> Iterator[Figures]:
 
 
 def measure_far(lab: Lab) -> Iterator[Figures]:
-    """The column without an edge."""
+    """The figures of the far end alone."""
     def dial() -> Wire:
         return Wire(lab.edge.far).ready()
 
@@ -842,7 +850,7 @@ def measure_far(lab: Lab) -> Iterator[Figures]:
 
 
 def host_facts() -> dict[str, Any]:
-    """Where and when."""
+    """What to know about this machine and this run."""
     cpu = re.search(r"^model name\s*: (.*)$", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "python": platform.python_version(), "openssl": ssl.OPENSSL_VERSION, "kernel": platform.release(),
@@ -851,7 +859,7 @@ def host_facts() -> dict[str, Any]:
 
 
 def show(columns: dict[str, dict[str, Any]]) -> str:
-    """The table: a title has a line for each of its words."""
+    """The table, with a line for each word of a title."""
     def cell(row: Row, figures: dict[str, Any]) -> str:
         value = figures.get(row.key, "-")
         return value if isinstance(value, str) else f"{value:.{row.digits}f}"
@@ -867,7 +875,7 @@ def show(columns: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    """The command line.  Returns the exit code: 0 clean, 1 something could not be measured."""
+    """The command line.  Returns the exit code: 0, or 1 if something could not be measured."""
     parser = argparse.ArgumentParser(description="Measures tunnel programs on the project's own edge, side by side.")
     parser.add_argument("--quick", action="store_true", help="a quarter of everything")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
@@ -886,7 +894,7 @@ def main() -> int:
     failures: dict[str, str] = {}
 
     def measure(title: str, parts: Iterator[Figures]) -> None:
-        """Fill a column; what goes wrong ends that column only."""
+        """Fill a column.  A failure is noted, and ends that column only."""
         print(f"{title} ...", file=sys.stderr, flush=True)
         columns[title] = {}
         try:

@@ -1,13 +1,13 @@
-"""What the tests bring along.  Their fixtures are found by name: conftest.py lists the modules that have some.
+"""Helpers and fixtures of the tests.  pytest finds the fixtures by name: conftest.py lists the modules that have some.
 
-    hellos              bytes for the wire: ClientHellos, PROXY headers, PostgreSQL packets; verdicts of parsers
-    openssl             OpenSSL as the judge of hellos
+    hellos              bytes for the wire: ClientHellos, PROXY headers, PostgreSQL packets; what a parser says to them
+    openssl             asks OpenSSL which name it reads in a hello
     running             a router in a thread of the test, its clients and far ends, files of settings
     program             the real program as a child process
-    standins            stand-ins for cloudflared and for the edge; tunnel programs, one like the other
-    fake_cloudflared    the first of them, a program
-    fake_edge           the second
+    standins            starts the two stand-ins below; every tunnel program that a router may run
+    fake_cloudflared    a program that behaves as cloudflared
+    fake_edge           a program that behaves as Cloudflare's edge, with cloudflared behind it
     tunnels             a table of tunnels under test
-    carrier             carriers in a thread or as a program, and odd edges
-    admin               a router with its admin, a client of that, a browser
+    carrier             carriers in a thread or as a program, and edges that break rules
+    admin               a router with its admin, HTTP clients of the admin, a browser
 """

@@ -1,4 +1,10 @@
-"""What the tests of admin, metrics and page share: a router with its admin, a client of it, readers, a browser.
+"""What the tests of admin, metrics and page share.
+
+    run_admin                    run_admin(*options) -> Running: a router and its admin
+    ask, tell, metrics           send a request to the admin, read the answer
+    parse_metrics                a strict reader of Prometheus' text format
+    browser                      a headless Chromium with one page
+    hurry                        shorter pauses in the admin
 
 A test module asks for `hurry` once for all its tests: `pytestmark = pytest.mark.usefixtures("hurry")`.
 """
@@ -37,7 +43,7 @@ from sniroute_tunnels import TunnelTable
 from conftest import HOST, Address, wait_until
 from testbed.standins import Cloudflared
 
-TOKEN = "a-token-of-the-tests"  # that orders need
+TOKEN = "a-token-of-the-tests"  # a request that changes something needs it
 HOSTILE = "<b>x</b>\"\\\x1b[31m\n\r\u202e\u00e9{}"
 TUNNEL = "--route=*.example.com=cloudflared:{name}"
 DB = "cloudflared:db.example.com"
@@ -81,7 +87,7 @@ class Running:
         self.router.server_close()
 
     def connect(self, name: str) -> socket.socket:
-        """A client that has said its name."""
+        """A client that has sent its hello for `name`."""
         client = socket.create_connection(self.router.server_address, 20)
         client.sendall(sample_hello(name))
         return client
@@ -94,7 +100,7 @@ class Running:
                     pass
 
     def collected(self) -> None:
-        """Wait until all connections have ended and are counted; then drop the answers that are kept."""
+        """Wait until all connections have ended and the admin has counted them; then drop its cached answers."""
         admin = self.admin
         wait_until(lambda: not self.router.connections, what="the end of all connections")
         wait_until(lambda: not admin.collector.endings, what="the collector")
@@ -108,7 +114,7 @@ class Running:
 
 @pytest.fixture
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Collect and sample more often: closing an admin waits for its next turn."""
+    """Let the admin collect and sample more often: to close it takes until its next turn."""
     monkeypatch.setattr(sniroute_admin, "COLLECT", 0.02)
     monkeypatch.setattr(sniroute_metrics, "SAMPLE", 0.1)
 
@@ -117,7 +123,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_admin(cloudflared: Cloudflared) -> Iterator[Callable[..., Running]]:
     """run_admin(*options, program=..., token=..., listener=...) -> Running, until the test ends.
 
-    It needs `cloudflared`, which checks at its own end, after this one's, that all stand-ins have ended.
+    `cloudflared` is torn down after this fixture, and then checks that all stand-ins have ended.
     """
     with contextlib.ExitStack() as stack:
         yield lambda *argv, program=cloudflared.path, **more: stack.enter_context(
@@ -150,7 +156,7 @@ def dial(address: Address | str) -> socket.socket:
 
 
 def read_reply(sock: socket.socket, method: str = "GET") -> Reply:
-    """The answer that comes next; that to HEAD has no body."""
+    """Read one answer.  `method` is that of the request: an answer to HEAD has no body."""
     response = http.client.HTTPResponse(sock, method=method)
     try:
         response.begin()
@@ -168,7 +174,7 @@ def tell(address: Address | str, text: str | bytes, method: str = "GET") -> Repl
 
 def ask(admin: Admin, path: str, method: str = "GET", host: str | None = "localhost", token: str | None = TOKEN,
         **fields: str) -> Reply:
-    """Send one request, and read its answer.  `fields` are further header fields, with `_` for `-`."""
+    """Send one request, and read its answer.  `fields` are further header fields, with `_` instead of `-`."""
     lines = [f"{method} {path} HTTP/1.1", *([f"Host: {host}"] if host is not None else [])]
     if token is not None:
         lines.append(f"Authorization: Bearer {token}")
@@ -221,7 +227,7 @@ def parse_metrics(text: str) -> dict[str, dict[tuple[tuple[str, str], ...], floa
 
 
 def metrics(running: Running) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
-    """What /metrics says, as parse_metrics gives it."""
+    """Ask for /metrics, and parse the answer with `parse_metrics`."""
     reply = ask(running.admin, "/metrics")
     assert reply.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
     return parse_metrics(reply.body.decode())
@@ -233,13 +239,13 @@ def value(samples: dict, name: str, **labels: str) -> float:
 
 
 def hostile_ending(reason: str = "no_route", name: str | None = HOSTILE) -> sniroute_log.Ending:
-    """A connection that has ended, with HOSTILE wherever it can have text."""
+    """The Ending of a connection with HOSTILE in every field that holds text."""
     return sniroute_log.Ending(20, time.time(), (HOST, 4711), name, HOSTILE, HOSTILE, 1, 2, 3.0, reason, HOSTILE, None)
 
 
 # -- a browser ---------------------------------------------------------------------------------
 
-# Chromium reads its orders from descriptor 3, and writes to 4.
+# Chromium reads DevTools requests from descriptor 3, and writes answers and events to 4.
 ON_3_AND_4 = ("import fcntl, os, sys; "
               "reader, writer = (fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]); "
               "os.dup2(reader, 3); os.dup2(writer, 4); os.execv(sys.argv[3], sys.argv[3:])")
@@ -293,7 +299,7 @@ class Browser:
         return json.loads(message)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Call a method of the protocol, and return its result; events that come first are kept in `events`."""
+        """Call a method of the protocol, and return its result.  Events that come before it are kept in `events`."""
         self.number += 1
         order = {"id": self.number, "method": method, "params": parameters}
         if self.session is not None:

@@ -1,9 +1,10 @@
-"""What the tests of the carrier's rooms share: carriers in a thread or as a program, and odd edges.
+"""What the tests of the carrier's rooms share: carriers in a thread or as a program, and edges that break rules.
 
-The far end is the stand-in of fake_edge.py, one for each test module (`edge`), where each test has a hostname of
-its own (`hostname`).  The carrier runs in a thread of the test where its times are shortened or its state is looked
-at (`local`), and as the real program where that is the subject (`carrier`).  What no edge of ours would say,
-an edge that is a function of the test says (`raw_edge`).
+    edge        the stand-in of fake_edge.py, one for each test module
+    hostname    a name for each test, so that tests share the edge without meeting
+    local       a carrier in a thread of the test, for tests that shorten its times or look at its state
+    program     the real program with any command line; `carrier`: one that listens for a hostname
+    raw_edge    an edge that is a function of the test, for answers that fake_edge.py cannot give
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from sniroute_dial import Proxy
 from sniroute_forwarder import Log
 from testbed.standins import Edge
 
-NOISE = random.Random(1).randbytes(1 << 20)  # what has no pattern that a lost piece could fit
-ROOMS = sniroute_carrier, sniroute_forwarder, sniroute_dial  # each has its times
+NOISE = random.Random(1).randbytes(1 << 20)  # no two pieces are alike, so a lost or repeated one shows
+ROOMS = sniroute_carrier, sniroute_forwarder, sniroute_dial  # `local` patches times in the room that reads them
 numbers = itertools.count(1)  # for names
 
 
@@ -49,7 +50,7 @@ numbers = itertools.count(1)  # for names
 
 @pytest.fixture(scope="module")
 def edge(tmp_path_factory, certificates) -> Iterator[Edge]:
-    """One edge for all: it reads its switches anew for each connection, and they go by hostname."""
+    """One edge for all tests of a module: its switches are for one hostname each, and read anew for each connection."""
     program = Edge(tmp_path_factory.mktemp("edge"), certificates)
     yield program
     program.stop()
@@ -62,7 +63,7 @@ def hostname() -> str:
 
 
 class Notes(Log):
-    """A log that is kept."""
+    """A Log that keeps its rows instead of writing them."""
 
     def __init__(self) -> None:
         super().__init__("debug", as_json=True)
@@ -73,7 +74,7 @@ class Notes(Log):
 
 
 class Rows:
-    """What both kinds of carriers tell."""
+    """What a test can ask of both kinds of carriers."""
 
     address: Address
 
@@ -116,7 +117,7 @@ class Local(Rows):
         return [row for row in self.log.rows if row.get("event") == event]
 
     def states(self) -> list[str]:
-        """Of each connection; of one that dials, the phase."""
+        """The state of each connection; the phase of the dial where it is dialling."""
         return [connection.dial.phase if connection.state == "dialling" and connection.dial else connection.state
                 for connection in self.carrier.connections.copy()]
 
@@ -159,7 +160,7 @@ class Program(Rows):
                "sys.exit(carrier.main())"
         coverage = {key: value for key, value in os.environ.items() if key.startswith("COVERAGE")}
         environ = {"TUNNEL_LOG_OUTPUT": "json", **coverage, **environ}
-        flags = [] if coverage else ["-IS"]  # as the router runs it, but that coverage comes by way of site
+        flags = [] if coverage else ["-IS"]  # as the router runs it; coverage needs `site`, which -S leaves out
         self.process = subprocess.Popen([sys.executable, *flags, "-c", code, *words], stdin=stdin, stdout=stdout,
                                         stderr=subprocess.PIPE, env=environ, **options)
         self.pid = self.process.pid
@@ -180,7 +181,7 @@ class Program(Rows):
         return [row for row in self.all_rows() if row.get("event") == event]
 
     def listening(self, count: int = 1) -> list[Address]:
-        """Where it listens; these are ready, since the line comes after the fact."""
+        """Where it listens.  These ports accept: the carrier logs the line after listen()."""
         rows = wait_until(lambda: len(self.rows("listening")) >= count and self.rows("listening")
                           or self.process.poll() is not None, what=f"{count} listeners")
         assert rows is not True, self.errors
@@ -196,16 +197,16 @@ class Program(Rows):
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     def memory(self) -> int:
-        """KiB."""
+        """Its resident memory in KiB."""
         return int(re.search(r"VmRSS:\s*(\d+)", pathlib.Path(f"/proc/{self.pid}/status").read_text())[1])
 
     def cpu(self) -> float:
-        """Seconds."""
+        """The CPU time it has used, in seconds."""
         words = pathlib.Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2].split()
         return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
     def end(self, number: int | None = signal.SIGTERM) -> int:
-        """Its exit code; without a signal it ends by itself."""
+        """Send a signal, wait for the end, and return the exit code.  None: it ends without a signal."""
         if number is not None:
             self.process.send_signal(number)
         code = self.process.wait(20)
@@ -213,7 +214,7 @@ class Program(Rows):
         return code
 
     def close(self) -> None:
-        """However the test went."""
+        """End it if the test has not, and fail if its log has a traceback."""
         if self.ended:
             return
         self.ended = True
@@ -222,12 +223,13 @@ class Program(Rows):
         self.thread.join(10)
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             if pipe is not None:
-                with contextlib.suppress(OSError):  # what is in its buffer has no reader
+                with contextlib.suppress(OSError):  # flushing its buffer fails: the reader has gone
                     pipe.close()
         for word in (b"Traceback", b"Fatal", b"a fault in the carrier"):
             assert word not in self.errors, self.errors.decode()
 
     def quits(self) -> bool:
+        """Send SIGTERM.  Returns whether it ends within ten seconds."""
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(10)
@@ -261,7 +263,7 @@ def carrier(program) -> Callable[..., Program]:
 
 
 def receive(sock: socket.socket, size: int) -> bytes:
-    """So many bytes, or less at the end."""
+    """Read `size` bytes, or less if the peer ends before."""
     data = bytearray()
     while len(data) < size and (more := sock.recv(min(1 << 20, size - len(data)))):
         data += more
@@ -269,7 +271,7 @@ def receive(sock: socket.socket, size: int) -> bytes:
 
 
 def receive_all(sock: socket.socket) -> tuple[bytes, str]:
-    """Everything, and what the end was."""
+    """Read until the peer ends.  Returns the bytes, and how it ended: "FIN" or "RST"."""
     data = bytearray()
     try:
         while more := sock.recv(1 << 20):
@@ -281,7 +283,7 @@ def receive_all(sock: socket.socket) -> tuple[bytes, str]:
 
 @contextlib.contextmanager
 def beside(act: Callable[[], Any]) -> Iterator[None]:
-    """Do something in a thread meanwhile; a lost connection is no failure."""
+    """Run `act` in a thread while the block runs; a lost connection is no failure."""
     def run() -> None:
         with contextlib.suppress(OSError):
             act()
@@ -296,13 +298,13 @@ def beside(act: Callable[[], Any]) -> Iterator[None]:
 
 
 def echoed(rows: Rows, data: bytes = b"hello") -> bytes:
-    """What comes back."""
+    """Send `data` on a new connection, and return what comes back."""
     with rows.connect() as client, beside(lambda: client.sendall(data)):
         return receive(client, len(data))
 
 
 def refused(run: Rows) -> dict[str, str]:
-    """The log's line, after the client has seen RST and not a byte."""
+    """Connect a client that has to get RST and no byte.  Returns the log's line about it."""
     with contextlib.suppress(ConnectionResetError):  # it may come before connect() has returned
         with run.connect() as client:
             assert receive_all(client) == (b"", "RST")
@@ -310,7 +312,7 @@ def refused(run: Rows) -> dict[str, str]:
 
 
 def parallel(address: Address, payloads: list[bytes], timeout: float = 30.0) -> list[bytes]:
-    """What comes back on as many connections at once."""
+    """Send each payload on a connection of its own, all at once.  Returns what comes back on each."""
     answers = [bytearray() for _ in payloads]
     with contextlib.ExitStack() as stack:
         selector = stack.enter_context(selectors.DefaultSelector())
@@ -335,9 +337,9 @@ def parallel(address: Address, payloads: list[bytes], timeout: float = 30.0) -> 
 
 
 def with_buffers(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
-    """How much the kernel takes of what the carrier sends (SO_SNDBUF=), and holds for it (SO_RCVBUF=).
+    """Set the kernel's buffers of the carrier's sockets: SO_SNDBUF=bytes, SO_RCVBUF=bytes.
 
-    Little of the one, and it has to wait; much of the other, and all is there at once.
+    With a small SO_SNDBUF the carrier has to wait for its peer.  With a large SO_RCVBUF all is there at once.
     """
     set_options = sniroute_dial.set_options
 
@@ -354,12 +356,13 @@ def with_buffers(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
 
 
 def blocks(count: int) -> Iterator[bytes]:
-    """So many MiB, no two the same."""
+    """`count` blocks of a MiB, no two the same."""
     for number in range(count):
         yield number.to_bytes(8, "big") + NOISE[8:]
 
 
 def digest(count: int) -> bytes:
+    """The SHA-256 of `blocks(count)`."""
     whole = hashlib.sha256()
     for block in blocks(count):
         whole.update(block)
@@ -367,7 +370,7 @@ def digest(count: int) -> bytes:
 
 
 def send_blocks(count: int) -> Callable[[socket.socket], None]:
-    """A handler that says so many MiB, and ends."""
+    """A handler that sends `blocks(count)`, and ends."""
     def handler(sock: socket.socket) -> None:
         for block in blocks(count):
             sock.sendall(block)
@@ -376,7 +379,7 @@ def send_blocks(count: int) -> Callable[[socket.socket], None]:
 
 
 def digest_upload(sock: socket.socket) -> None:
-    """A handler that is told a size, and answers with the digest of that many bytes."""
+    """A handler that reads a size (8 bytes), then as many bytes, and answers with their SHA-256."""
     left = int.from_bytes(receive(sock, 8), "big")
     whole = hashlib.sha256()
     while left and (data := sock.recv(1 << 18)):
@@ -387,7 +390,7 @@ def digest_upload(sock: socket.socket) -> None:
 
 
 def resolve_as(monkeypatch: pytest.MonkeyPatch, found: Callable[[], list[Address]]) -> list[str]:
-    """Names resolve to what `found` says, addresses as ever: the list of names that were asked for."""
+    """Let names resolve to what `found` returns; HOST still resolves to itself.  Returns the names asked for."""
     asked, resolve = [], socket.getaddrinfo
 
     def getaddrinfo(host: str, *rest: Any, **options: Any) -> Any:
@@ -416,16 +419,16 @@ PHASES = [
 ]
 
 
-# -- edges that are functions of the test ----------------------------------------------------
+# -- edges that are functions of a test ------------------------------------------------------
 
 
 def masked(data: bytes, key: bytes) -> bytes:
-    """As RFC 6455 section 5.3 has it."""
+    """Mask or unmask a payload with a key of four bytes (RFC 6455 section 5.3)."""
     return bytes(byte ^ key[at % 4] for at, byte in enumerate(data))
 
 
 def server_frame(opcode: int, data: bytes, fin: bool = True, extended: int | None = None) -> bytes:
-    """A frame as servers send it; `extended`: how many bytes its length has, beside the usual one."""
+    """A frame as servers send it.  `extended`: bytes of the extended length, 0, 2 or 8; None: the shortest form."""
     size = len(data)
     extended = extended if extended is not None else 0 if size < 126 else 2 if size < 65536 else 8
     short = {0: size, 2: 126, 8: 127}[extended]
@@ -434,7 +437,10 @@ def server_frame(opcode: int, data: bytes, fin: bool = True, extended: int | Non
 
 @pytest.fixture
 def raw_edge(serve, certificates) -> Callable[..., str]:
-    """raw_edge(script) -> hostname: an edge that upgrades, and then does what `script(its TLS socket)` does."""
+    """raw_edge(script, answer=None) -> hostname: an edge that answers the upgrade, then calls `script(TLS socket)`.
+
+    `answer` is sent instead of a right 101.
+    """
     def make(script: Callable[[ssl.SSLSocket], None], answer: bytes | None = None) -> str:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificates / "edge.pem")
@@ -465,7 +471,7 @@ def wait_for_end(tls: ssl.SSLSocket) -> None:
 
 
 def read_frames(tls: ssl.SSLSocket, frames: list[tuple[int, bytes]]) -> None:
-    """Note the client's frames until it has left."""
+    """Append the client's frames to `frames`, as (opcode, payload), until it has left."""
     data = b""
     while more := tls.recv(65536):
         data += more

@@ -2,26 +2,26 @@
 """fake_cloudflared: a stand-in for `cloudflared access tcp`, and for a carrier, for tests.
 
 It has the real program's command line and its habits: it logs before it listens, it listens
-whether or not there is a far end, it accepts before it dials, it dials once per client, it says
-nothing to a client whom it cannot serve, it ends both sides at the first end of either, SIGTERM
-kills it, and wrong usage ends it with exit code 0.
+whether or not there is a far end, it accepts before it dials, it dials once per client, it closes
+a client that it cannot serve without a byte, it ends both sides at the first end of either,
+SIGTERM kills it, and wrong usage ends it with exit code 0.
 
-With the word `forwarders` it is as `sniroute_carrier.py forwarders` is: it serves the hostnames
+With the word `forwarders` it behaves as `sniroute_carrier.py forwarders`: it serves the hostnames
 that its stdin names ("Shared processes" in sniroute_processes.py), each with switches of its own.
 
-Where a hostname leads, and what goes wrong, is said in JSON files beside the program file, which
-tests copy or wrap; what it did is written there too, a JSON line each:
+A test copies or wraps the program file.  JSON files beside that file say where a hostname leads,
+and what goes wrong; the program records there what it did, a JSON line for each event:
 
     far.json       {"hostname": ["127.0.0.1", port], "*": the default}
     faults.json    {"hostname": {switch: value, ...}, "*": the default}
     starts.jsonl   one line per start of a hostname: pid, argv, environment, open descriptors, time
     clients.jsonl  one line per client: pid, hostname, its number in this process, time
 
-Switches.  At the start of a hostname (* for a process of its own only):
+Switches.  At the start of a hostname (those with * only where a process serves one hostname):
     exit: CODE           end at once with this code, after the line `words`
     in_use: K            claim on the first K starts for this hostname that the port is taken
     listen_delay: MS     listen late
-    never_listen: true   live, but do not listen
+    never_listen: true   run, but do not listen
     wrong_port: true     * listen on another port
     wrong_owner: true    * a detached process listens; `detached` in starts.jsonl is its pid
     child_listens: true  * a child process listens and serves, as under a wrapper script
@@ -29,17 +29,17 @@ Switches.  At the start of a hostname (* for a process of its own only):
     flood: MB            write that much output, after listening and before serving
     stop: true           stop itself (SIGSTOP) once it listens
     exit_after: MS       end that long after it listens, with `code` (default 1) and `words`
-    ignore_close: true   a shared process does nothing when it is told to close this listener
-Per client, looked up anew each time:
+    ignore_close: true   (shared process) ignore the order to close this listener
+For each client, looked up anew each time:
     refuse: true or K    close every client, or this process's first K, with no byte sent
-    error: TEXT          the error that is logged when a client cannot be served
-    reason: WORD         and the reason that a shared process gives with it (default down)
+    error: TEXT          log this error when a client cannot be served
+    reason: WORD         (shared process) give this reason with it (default down)
     hang: true           accept, and never answer
     login: true          ask for a login in plain text, and never answer
     exit_on_client: true end at the first client, with `code` and `words`
     exit_after_bytes: N  end once N bytes have passed, with `code` and `words`
 
-It imports little and uses one thread, because every test waits for it to start.
+It imports little and uses one thread, so that it starts fast: every test waits for it.
 """
 
 import heapq
@@ -52,9 +52,9 @@ import socket
 import sys
 import time
 
-CHUNK = 16384  # what the real one reads from a client at a time
-DETACHED_LIFE = 60  # seconds after which a detached process ends, whatever the test forgot
-NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # a closed socket is an error; a closed log kills
+CHUNK = 16384  # bytes that the real one reads from a client at a time
+DETACHED_LIFE = 60  # seconds; a detached process ends by itself, should a test forget it
+NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE is for a closed log only; a closed socket is an error
 
 FLAGS = {
     "--hostname": "hostname", "-T": "hostname", "--tunnel-host": "hostname",
@@ -72,7 +72,7 @@ USAGE:
 
 
 def parse_words(words: list) -> dict:
-    """The options of `access tcp`; None for wrong usage."""
+    """The options of `access tcp`, by name; None for wrong usage."""
     options = {"header": []}
     rest = list(words)
     while rest:
@@ -89,7 +89,7 @@ def parse_words(words: list) -> dict:
 
 
 def log(level: str, message: str, **fields) -> None:
-    """One log line, as JSON or as people read it."""
+    """Write one log line, as JSON or as text for people."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     if os.environ.get("TUNNEL_LOG_OUTPUT") == "json":
         line = json.dumps({"level": level, **fields, "time": now, "message": message})
@@ -100,26 +100,26 @@ def log(level: str, message: str, **fields) -> None:
 
 
 def say(line: str) -> None:
-    """One plain line on stderr."""
+    """Write one plain line to stderr."""
     os.write(2, line.encode() + b"\n")
 
 
 def open_fds() -> dict:
-    """The descriptors this process came with, and what they are; empty without /proc."""
+    """The descriptors that are open, and what they are; empty without /proc."""
     found = {}
     try:
         for fd in os.listdir("/proc/self/fd"):
             try:
                 found[fd] = os.readlink(f"/proc/self/fd/{fd}")
             except OSError:
-                pass  # the one that listdir() used
+                pass  # listdir() has closed the descriptor that it used itself
     except OSError:
         pass
     return found
 
 
 def own_environment() -> dict:
-    """The environment as it was given: Python adds LC_CTYPE to its own copy."""
+    """The environment that the process was started with.  Not os.environ: Python adds LC_CTYPE to that."""
     try:
         with open("/proc/self/environ", "rb") as file:
             words = file.read().decode("utf-8", "replace").split("\0")
@@ -129,7 +129,7 @@ def own_environment() -> dict:
 
 
 class Loop:
-    """What the listeners of a process share: one selector, and what is to be done later."""
+    """What the listeners of a process share: one selector, and a heap of timers."""
 
     def __init__(self):
         self.selector = selectors.DefaultSelector()
@@ -141,7 +141,7 @@ class Loop:
         heapq.heappush(self.later, (time.monotonic() + milliseconds / 1000, next(self.numbers), act))
 
     def watch(self, sock, events: int, act) -> None:
-        """Call `act(events)` when there are some; 0 for none."""
+        """Call `act(events)` when the socket has one of these events; with 0, stop to watch it."""
         registered = sock.fileno() in self.selector.get_map()
         if events and registered:
             self.selector.modify(sock, events, act)
@@ -151,7 +151,7 @@ class Loop:
             self.selector.unregister(sock)
 
     def run(self) -> None:
-        """Do what is due, then what has happened, until the process ends."""
+        """Run the timers that are due, then the callbacks of sockets, until the process ends."""
         while True:
             while self.later and self.later[0][0] <= time.monotonic():
                 heapq.heappop(self.later)[2]()
@@ -168,25 +168,25 @@ class Side:
 
     def __init__(self, sock, faults):
         self.sock = sock
-        self.faults = faults  # as they were when the client came
-        self.other = None
-        self.out = b""  # waits to be sent to this end
+        self.faults = faults  # the switches, as they were when the client came
+        self.other = None  # the opposite Side
+        self.out = b""  # bytes that wait to be sent to this end
         self.ended = False  # nothing more is read from either end
 
 
 class Fake:
-    """One hostname on one port: the whole program, or a part of one that is shared."""
+    """One hostname on one port: the whole program, or one listener of a shared process."""
 
     def __init__(self, directory: str, hostname: str, port: int, loop: Loop | None = None):
         self.directory = directory
         self.hostname = hostname
         self.port = port
-        self.loop = loop  # of a shared process; else made in run(): the descriptors at the start are recorded
+        self.loop = loop  # else run() makes one, after the descriptors of the start are recorded
         self.shared = loop is not None
         self.listener = None
-        self.clients = set()  # their sockets, and those of their far ends
-        self.served = 0  # clients
-        self.bytes = 0
+        self.clients = set()  # the sockets of clients and of their far ends
+        self.served = 0  # clients so far
+        self.bytes = 0  # passed so far, both ways
 
     # -- the files -----------------------------------------------------------------------------
 
@@ -200,6 +200,7 @@ class Fake:
         return entries.get(self.hostname, entries.get("*", default))
 
     def faults(self) -> dict:
+        """The switches of this hostname."""
         return self.look_up("faults.json", {})
 
     def write(self, name: str, **fields) -> None:
@@ -213,12 +214,12 @@ class Fake:
         """How often this hostname has been started before."""
         with open(os.path.join(self.directory, "starts.jsonl")) as file:
             return sum(json.loads(line)["hostname"] == self.hostname
-                       for line in file if line.endswith("\n")) - 1  # a reader may see a line that is being written
+                       for line in file if line.endswith("\n")) - 1  # the last line may be incomplete
 
     # -- the start -----------------------------------------------------------------------------
 
     def begin(self) -> dict:
-        """Record the start.  Returns the faults."""
+        """Record the start, and act on the first switches.  Returns all of them."""
         fds, environment = open_fds(), own_environment()
         faults = self.faults()
         if faults.get("ignore_term"):
@@ -231,13 +232,13 @@ class Fake:
         return faults
 
     def run(self) -> int:
-        """A process of its own, from the start to the exit code."""
+        """Serve one hostname as a process of its own.  Returns the exit code."""
         faults = self.begin()
         if faults.get("child_listens"):
             child = os.fork()
             if child:
                 return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF
-        log("info", "Start Websocket listener", host=f"127.0.0.1:{self.port}")  # before it listens
+        log("info", "Start Websocket listener", host=f"127.0.0.1:{self.port}")  # as the real one, before it listens
         if faults.get("never_listen") or faults.get("wrong_owner"):
             keep = socket.socket()  # real programs hold sockets that do not listen
             signal.pause()
@@ -250,13 +251,13 @@ class Fake:
         self.loop.run()
 
     def open(self) -> None:
-        """A part of a shared process: begin to listen, sooner or later."""
+        """In a shared process: begin to listen, now or after `listen_delay`."""
         faults = self.begin()
         if not faults.get("never_listen"):
             self.loop.at(faults.get("listen_delay", 0), lambda: self.opened(faults))
 
     def opened(self, faults: dict) -> None:
-        """Listen now, and say so."""
+        """In a shared process: listen, and report it."""
         error = self.listen(faults)
         if error:
             self.say_event("error", "cannot listen", "closed", error=error)
@@ -265,11 +266,11 @@ class Fake:
             self.serve(faults)
 
     def say_event(self, level: str, message: str, event: str, **fields) -> None:
-        """What a shared process tells of this listener."""
+        """In a shared process: report an event of this listener."""
         log(level, message, event=event, listener=f"127.0.0.1:{self.port}", **fields)
 
     def listen(self, faults: dict) -> str:
-        """Bind the port.  Returns what went wrong."""
+        """Listen on the port.  Returns what went wrong, or ""."""
         if self.earlier_starts() < faults.get("in_use", 0):
             return "address already in use"
         self.listener = socket.socket()
@@ -283,7 +284,7 @@ class Fake:
         return ""
 
     def close(self) -> None:
-        """A shared process is told to close this listener."""
+        """In a shared process: obey the order to close this listener."""
         for sock in (self.listener, *self.clients):
             if sock is not None:
                 self.loop.watch(sock, 0, None)
@@ -291,19 +292,20 @@ class Fake:
         self.say_event("info", f"closed {self.hostname}", "closed")
 
     def taken(self) -> int:
+        """Say that the port is in use.  Returns the exit code."""
         error = f"listen tcp 127.0.0.1:{self.port}: bind: address already in use"
         log("error", "Error on Websocket listener", error=error)
         say(f"failed to start forwarding server: {error}")
         return 1
 
     def end(self, faults: dict, code: int) -> int:
-        """The last words, and the exit code."""
+        """Say the last words of the switch `words`.  Returns the exit code."""
         if "words" in faults:
             log("error", faults["words"])
         return code
 
     def detach(self) -> int:
-        """Fork twice: the grandchild, which nobody can trace to us, listens.  Its pid."""
+        """Let a grandchild listen, which nobody can trace to us since its parent has ended.  Returns its pid."""
         reader, writer = os.pipe()
         if not os.fork():
             os.setsid()
@@ -327,7 +329,7 @@ class Fake:
     # -- serving -------------------------------------------------------------------------------
 
     def serve(self, faults: dict) -> None:
-        """Serve clients from now on, until a fault says otherwise."""
+        """Serve clients from now on, as the switches say."""
         if "exit_after" in faults:
             self.loop.at(faults["exit_after"], lambda: os._exit(self.end(faults, faults.get("code", 1))))
         if faults.get("stop"):
@@ -338,7 +340,7 @@ class Fake:
         self.loop.watch(self.listener, selectors.EVENT_READ, lambda _: self.accept())
 
     def accept(self) -> None:
-        """Take a client, and only then dial its far end."""
+        """Accept a client, and dial its far end."""
         client, peer = self.listener.accept()
         self.served += 1
         self.write("clients.jsonl", number=self.served)
@@ -380,26 +382,27 @@ class Fake:
             self.rewatch(side)
 
     def rewatch(self, side: Side) -> None:
-        """Read from an end where the other has taken all; send to it what waits."""
+        """Read from an end if nothing waits for the other one; write to it if something waits for it."""
         reads = selectors.EVENT_READ if not side.ended and not side.other.out else 0
         events = reads | (selectors.EVENT_WRITE if side.out else 0)
         self.loop.watch(side.sock, events, lambda events: self.on_side(side, events))
 
     def on_side(self, side: Side, events: int) -> None:
+        """One end can be read, or written."""
         if events & selectors.EVENT_WRITE:
             self.send(side)
         if events & selectors.EVENT_READ and side.sock.fileno() >= 0 and not side.ended:
             self.receive(side)
 
     def receive(self, side: Side) -> None:
-        """Pass on what one end says; its end is the end of both."""
+        """Pass on bytes of one end.  When it ends, both are closed."""
         try:
             data = side.sock.recv(CHUNK)
         except BlockingIOError:
             return
         except OSError:
             data = b""
-        if not data:  # no half-close: what is under way to the other end goes out, and that is all
+        if not data:  # as the real one: no half-close.  Bytes for the other end are still sent, then both are closed
             side.ended = side.other.ended = True
             side.out = b""
         side.other.out += data
@@ -409,7 +412,7 @@ class Fake:
             os._exit(self.end(side.faults, side.faults.get("code", 1)))
 
     def send(self, side: Side) -> None:
-        """Send what waits; then read on from the other end, or close both."""
+        """Send bytes that wait for this end; then read on from the other one, or close both."""
         try:
             side.out = side.out[side.sock.send(side.out, NO_SIGNAL):] if side.out else b""
         except BlockingIOError:
@@ -428,17 +431,17 @@ class Fake:
 
 
 class Forwarders:
-    """A shared process: what its stdin says."""
+    """A shared process, which opens and closes listeners as its stdin says."""
 
     def __init__(self, directory: str):
         self.directory = directory
         self.loop = Loop()
-        self.fakes = {}  # by listener
-        self.part = b""  # of a line
+        self.fakes = {}  # the Fake of each listener, by its address
+        self.part = b""  # a line that is not complete
         self.loop.watch(sys.stdin, selectors.EVENT_READ, lambda _: self.hear())
 
     def hear(self) -> None:
-        """Obey the lines on stdin; its end is ours."""
+        """Obey the lines on stdin; when stdin ends, the process ends."""
         data = os.read(0, 65536)
         if not data:
             os._exit(0)
@@ -455,7 +458,7 @@ class Forwarders:
 
 def main() -> int:
     """The command lines of `cloudflared access tcp` and of a carrier, and their exit codes."""
-    for number in (signal.SIGPIPE, signal.SIGINT):  # Python handles these two; the real one dies of them
+    for number in (signal.SIGPIPE, signal.SIGINT):  # the real program dies of these two; Python would handle them
         signal.signal(number, signal.SIG_DFL)
     words = sys.argv[1:]
     directory = os.path.dirname(os.path.abspath(sys.argv[0]))

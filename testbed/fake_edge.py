@@ -5,76 +5,82 @@
 
 A TLS server that answers an upgrade to WebSocket, dials the hostname's target and passes bytes:
 the client's binary messages to the target, the target's bytes in binary messages to the client.
-In front of it is a CONNECT proxy that leads here whatever it is asked for.  It runs until SIGTERM,
-or until its standard input ends, so it never outlives a test.
+A CONNECT proxy in front of it leads here, whatever host it is asked for.  The program runs until
+SIGTERM, or until its standard input ends, so it never outlives a test.
 
-Its habits are the real far end's: a message beyond 16384 bytes is cut there and nobody is told,
-text messages are dropped, a client's Ping ends the connection (the real one's answer may land
-inside a data frame), the first end of either side ends both, and a Close is answered with its code.
+It has the habits of the real far end.  It silently drops what a message has beyond 16384 bytes.
+It drops text messages.  A client's Ping ends the connection (the real one's answer may land inside
+a data frame).  The first end of either side ends both.  A Close is answered with its own code.
 
 The directory has the certificates (see make_certificates() in testbed/standins.py) and two JSON files, which are
-read anew for each connection.  The hostname is the SNI, else the Host header's.
+read anew for each connection.  The hostname is the SNI, or without one the host of the Host header.
 
-    far.json           {"hostname": ["127.0.0.1", port], "*": the default}; without one: 502
+    far.json           {"hostname": ["127.0.0.1", port], "*": the default}; without an entry: 502
     faults.json        {"hostname": {switch: value, ...}, "*": the default}
 
 It writes:
 
     edge.json          once both ports listen: tls, proxy, pid
     proxy.jsonl        event "request" for each CONNECT: hostname, target, headers;
-                       "end" where the client never got through: how
-    connections.jsonl  each line with the connection's number, and the hostname as far as it is known:
-      accepted         a TCP connection is there: proxied
+                       event "end" for a client that did not get through to the edge: how
+    connections.jsonl  each line with the connection's number, and its hostname once that is known:
+      accepted         a TCP connection has come: proxied (it has come through the proxy)
       tls              the handshake is done: sni, tls, alpn, session_reused
-      request          also host, method, path, headers ([name, value] each)
-      end              bytes_up, frames_up, messages_up (binary ones), largest_up, cut (whether any
-                       was), texts, masks (distinct keys, counted up to 1000), client_pings; bytes_down,
-                       pings, pongs (with a Ping's payload), unsolicited (other pongs);
-                       close: the client's code, 1005 for none in its Close, 1006 where it left without
-                       one, null where it had not left;
-                       left: how it did: "close_notify", "eof", "reset", "tls: ...", null;
-                       how: whose end it was: "client", "origin", "fault", "refused" (an answer other
-                       than 101), "protocol" (the client broke the rules); error: more about that
+      request          the request is read: the fields of "tls", host, method, path,
+                       headers ([name, value] each)
+      end              the connection is over:
+        bytes_up, frames_up, messages_up (binary ones), largest_up, cut (a message was too long),
+        texts, masks (distinct keys, counted up to 1000), client_pings
+        bytes_down, pings, pongs (with a Ping's payload), unsolicited (other pongs)
+        close          the code in the client's Close; 1005: a Close without a code; 1006: the client
+                       left without a Close; null: it had not left
+        left           how the client left: "close_notify", "eof", "reset", "tls: ..."; null: it had not
+        how            who or what ended it: "client", "origin" (the target), "fault" (a switch),
+                       "refused" (an answer other than 101), "protocol" (the client broke the rules)
+        error          more about that
 
 Switches.  At the proxy, by the host of the CONNECT:
-    proxy_status: N      any other answer than 200
-    proxy_hang, proxy_rst, proxy_garbage: true
-At these points: "accept" before a byte is read (without the proxy the name is known once the hello is
-there, so switches for "*" act earlier), "tls" at the hello, "upgrade" at the request:
-    hang: POINT          nothing more comes; also "head": half of the answer's head has come
-    rst: POINT           the connection is reset; also "open": after `rst_after` bytes down
-    eof: POINT           its end, without a close_notify; also "open": after `eof_after` bytes down
+    proxy_status: N      answer this instead of 200
+    proxy_hang: true     never answer
+    proxy_rst: true      reset the connection
+    proxy_garbage: true  answer bytes that are no HTTP
+Three switches act at a point of the connection's life.  The points are "accept" (before a byte is read; without
+the proxy a hostname's own switches act only once its hello is there, those of "*" at once), "tls" (after the
+hello) and "upgrade" (after the request):
+    hang: POINT          say nothing more; also "head": after half of the answer's head
+    rst: POINT           reset the connection; also "open": after `rst_after` bytes down
+    eof: POINT           end it without a close_notify; also "open": after `eof_after` bytes down
 TLS:
     cert: NAME           "untrusted", "expired" or "wrong_name"
     tls_max: "1.2"       no newer version
 The answer:
-    delay: MS            comes late
-    status: N            another answer, with `body: TEXT` and `location: URL`
-    split_body: MS       its body comes that long after its head
+    delay: MS            answer that late
+    status: N            answer this instead of 101, with `body: TEXT` and `location: URL`
+    split_body: MS       send its body that long after its head
     service_token: [ID, SECRET], token: JWT
-                         what Access wants, either will do; anybody else is sent to the login (302)
-    deny: 401 or 403     Access says no
-    answer: KIND         a 101 that is wrong: "bad_accept", "no_upgrade", "no_connection", "extensions",
+                         let in only clients with one of these, as Access does; send others to the login (302)
+    deny: 401 or 403     refuse as Access does
+    answer: KIND         send a wrong 101: "bad_accept", "no_upgrade", "no_connection", "extensions",
                          "http10", "garbage" (no HTTP), "huge" (its head never ends)
-    together: true       waits for the target's first bytes, and comes in one record with them
+    together: true       wait for the target's first bytes, and send the answer in one record with them
 Frames down:
-    drip: true           the first 200 bytes of answer and frames have a TLS record each
-    text: true           text messages
-    empty: true          an empty message before each
-    frame: N             messages of N bytes (default: up to 16384); waits for them, but not for long
-    fragment: N          messages in frames of up to N bytes
-    ping: N              a Ping with N bytes after every message, and between its frames
-    ping_every: MS       a Ping that often, with `ping` bytes (default 0); then not after messages
-    bad_frame: KIND      after `bad_after` bytes down (default 0): "rsv", "masked", "opcode",
+    drip: true           send the first 200 bytes of answer and frames in a TLS record each
+    text: true           send text messages
+    empty: true          send an empty message before each message
+    frame: N             send messages of N bytes (default: up to 16384); a shorter one after 20 ms of silence
+    fragment: N          send messages in frames of up to N bytes
+    ping: N              send a Ping with N bytes after every message, and between its frames
+    ping_every: MS       send a Ping that often, with `ping` bytes (default 0), and none after messages
+    bad_frame: KIND      send this after `bad_after` bytes down (default 0): "rsv", "masked", "opcode",
                          "long_control", "fragmented_control", "continuation" or "close_1"
-    close: CODE          after `close_after` bytes down, with `close_reason`; 0 for a Close without a code
-    no_close: true       no Close when the target ends, but TLS's end
+    close: CODE          send a Close after `close_after` bytes down, with `close_reason`; 0: without a code
+    no_close: true       when the target ends, end TLS without a Close
 Reading:
-    slow_reads: true     nothing is read after the upgrade
-    no_read_after: N     nothing more is read after N bytes up, or a few more
+    slow_reads: true     read nothing after the upgrade
+    no_read_after: N     read no more after N bytes up, or a few more
 
-One thread for each connection owns its two sockets.  TLS is done in memory, so that it is known which
-byte leaves when, and because it is faster: one system call moves many records.
+One thread for each connection owns its two sockets.  TLS is done in memory (ssl.MemoryBIO): so this program
+decides which byte leaves when, and one system call moves many records.
 """
 
 import base64
@@ -95,16 +101,16 @@ import termios
 import threading
 import time
 
-CHUNK = 16384  # what cloudflared reads from its target at a time, and takes of a message
-SPACE = 65536  # what is read from a socket at a time
-HEAD = 65536  # a request's head is shorter
-LINGER = 2.0  # seconds for the other side to end as well
-DELIVERY = 10.0  # seconds for what is under way when somebody ends
-GATHER = 0.02  # seconds without a byte after which a message is sent though it is short of `frame`
-DRIP, DRIP_PAUSE = 200, 0.0005  # bytes; seconds after each, so that most arrive alone
+CHUNK = 16384  # bytes that cloudflared reads from its target at a time, and that it takes of a message
+SPACE = 65536  # bytes read from a socket at a time
+HEAD = 65536  # bytes of a request's head at most
+LINGER = 2.0  # seconds that the other side may take to end, too
+DELIVERY = 10.0  # seconds that the target may take for the last bytes, after the client has ended
+GATHER = 0.02  # seconds of silence after which a message is sent that is shorter than `frame`
+DRIP, DRIP_PAUSE = 200, 0.0005  # bytes; the pause after each, in seconds, so that most arrive alone
 KEYS = 1000  # distinct mask keys that are counted
 NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
-CLIENT_LEFT = getattr(select, "POLLRDHUP", 0)  # seen without reading; only Linux has it
+CLIENT_LEFT = getattr(select, "POLLRDHUP", 0)  # tells the client's end without reading; only Linux has it
 
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
@@ -125,17 +131,17 @@ REASONS = {200: "OK", 301: "Moved Permanently", 302: "Found", 400: "Bad Request"
 
 
 class Ended(Exception):
-    """The connection is over, and all has been said: whose end it was, and more about it."""
+    """The connection is over.  Arguments: the fields `how` and, if there is one, `error` of its record."""
 
 
 @functools.cache
 def xor_table(key: int) -> bytes:
-    """For bytes.translate(): every byte XOR `key`."""
+    """A table for bytes.translate() that XORs every byte with `key`."""
     return bytes(byte ^ key for byte in range(256))
 
 
 def unmasked(data: bytes, start: int, size: int) -> bytes:
-    """The payload there, whose key is before it.  Four lanes, as nothing in Python is faster."""
+    """The payload at `start`; its key is the four bytes before.  Each byte of the key XORs every fourth byte."""
     if data.startswith(b"\0\0\0\0", start - 4):
         return data[start:start + size]
     payload, end = bytearray(size), start + size
@@ -145,31 +151,32 @@ def unmasked(data: bytes, start: int, size: int) -> bytes:
 
 
 def frame_head(first: int, size: int) -> bytes:
-    """The head of a server's frame: `first` is FIN and opcode."""
+    """The head of a server's frame (RFC 6455 section 5.2); `first` has FIN and the opcode."""
     if size < 126:
         return bytes((first, size))
     return struct.pack("!BBH", first, 126, size) if size < 65536 else struct.pack("!BBQ", first, 127, size)
 
 
 def read_head(data: bytes) -> tuple:
-    """The words of the first line, and the headers as [name, value] each."""
+    """The words of a request's first line, and its headers, [name, value] each."""
     first, *lines = data.decode("latin-1").split("\r\n")
     pairs = [line.partition(":") for line in lines]
     return first.split(" "), [[name, value.strip()] for name, _, value in pairs]
 
 
 def host_of(authority: str) -> str:
-    """HOST of HOST, HOST:PORT, [HOST] or [HOST]:PORT."""
+    """The host in HOST, HOST:PORT, [HOST] or [HOST]:PORT."""
     host, bracket, _ = authority.rpartition("]")
     return host[1:] if bracket else authority.partition(":")[0]
 
 
 def answer_head(status: int, *lines: str) -> bytes:
+    """The head of an answer, its empty line included."""
     return "\r\n".join((f"HTTP/1.1 {status} {REASONS.get(status, 'Status')}", *lines, "", "")).encode("latin-1")
 
 
 def reset(sock) -> None:
-    """Close with RST; what has not been read yet may be lost at the other end."""
+    """Close with RST; the other end may lose bytes that it has not read yet."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
 
@@ -181,33 +188,33 @@ class Connection:
         self.edge = edge
         self.number = number
         self.sock = sock
-        self.early = early  # came right behind the CONNECT
+        self.early = early  # bytes that came right behind the CONNECT
         self.sni = None
-        self.facts = {}  # about the handshake, for the records
+        self.facts = {}  # the fields of the record `tls`
         self.space = memoryview(bytearray(SPACE))  # every read goes here first
         # Down
         self.tls = None
-        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()  # TLS, from and to the client
-        self.plain = []  # is to be encrypted
-        self.waiting = memoryview(b"")  # is encrypted, and waits to be sent
-        self.deaf = False  # the client takes no more
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()  # encrypted bytes from and to the client
+        self.plain = []  # pieces that have to be encrypted
+        self.waiting = memoryview(b"")  # encrypted bytes that wait to be sent
+        self.deaf = False  # sending to the client has failed
         self.said_close = False
         self.gathered = bytearray()  # a part of a message of `frame` bytes
-        self.drip = 0  # bytes that still get a record of their own
+        self.drip = 0  # so many further bytes get a record of their own
         self.triggers = []  # see find_triggers()
-        self.expected = collections.deque()  # payloads of Pings
+        self.expected = collections.deque()  # payloads of Pings that have no Pong yet
         # Up
-        self.input = b""  # is decrypted, and not a whole frame yet
-        self.skip = 0  # bytes of a frame's payload that are still to come, and are dropped
-        self.message = None  # the parts of a message that is not complete; its size; whether it is text
+        self.input = b""  # decrypted bytes that are no whole frame yet
+        self.skip = 0  # so many further bytes of a frame's payload are dropped
+        self.message = None  # the parts of a message that is not complete; below, its size and kind
         self.size = 0
         self.is_text = False
-        self.up = memoryview(b"")  # waits to be sent to the target
+        self.up = memoryview(b"")  # bytes that wait to be sent to the target
         self.target = None
         self.masks = set()
         # Ends
-        self.left = None  # how the client left
-        self.over = None  # "client" after its Close, or "protocol"
+        self.left = None  # how the client left: the field of the record
+        self.over = None  # "client" after its Close, "protocol" after it broke the rules
         self.error = None
         self.counts = dict.fromkeys(("bytes_up", "frames_up", "messages_up", "largest_up", "texts", "client_pings",
                                      "bytes_down", "pings", "pongs", "unsolicited"), 0)
@@ -216,15 +223,16 @@ class Connection:
         self.know(host)
 
     def know(self, hostname) -> None:
-        """From now on this is whom the client wants."""
+        """The client wants this hostname: look up its switches."""
         self.hostname = hostname
         self.faults = self.edge.look_up("faults.json", hostname, {})
 
     def write(self, event: str, **fields) -> None:
+        """Record an event of this connection."""
         self.edge.write("connections.jsonl", event=event, number=self.number, hostname=self.hostname, **fields)
 
     def run(self) -> None:
-        """From TCP's beginning to its end, and the record of it."""
+        """Serve the connection to its end, and record that."""
         self.write("accepted", proxied=self.hostname is not None)
         try:
             self.sock.setblocking(False)
@@ -243,7 +251,7 @@ class Connection:
                    masks=len(self.masks), **self.counts)
 
     def serve(self) -> None:
-        """From the accept to the end, which is always an Ended."""
+        """The connection's life, step by step.  Always raises Ended."""
         self.point("accept")
         self.hello()
         self.point("accept")
@@ -260,7 +268,7 @@ class Connection:
         raise Ended(how)
 
     def point(self, name: str) -> None:
-        """A place where the connection may hang or end."""
+        """Hang, reset or end the connection if a switch names this point."""
         if self.faults.get("hang") == name:
             self.hold(reads=name != "accept")
         if self.faults.get("rst") == name:
@@ -273,7 +281,7 @@ class Connection:
     # -- bytes from and to the client ----------------------------------------------------------
 
     def watch(self, client: int, target: int = 0, timeout=None) -> tuple:
-        """Wait for these events of the two sockets, or `timeout` seconds: what has come of each."""
+        """Wait for these events of the two sockets, at most `timeout` seconds.  Returns the events of each."""
         poll = select.poll()
         if client:
             poll.register(self.sock, client)
@@ -283,7 +291,7 @@ class Connection:
         return found.get(self.sock.fileno(), 0), target and found.get(self.target.fileno(), 0)
 
     def take(self) -> memoryview:
-        """What the client has sent, as it came; empty for nothing now, or its end."""
+        """Read encrypted bytes of the client.  Empty: there is nothing now, or it has left (`left`)."""
         try:
             count = self.sock.recv_into(self.space)
             self.left = None if count else "eof"
@@ -294,7 +302,7 @@ class Connection:
         return self.space[:count]
 
     def receive(self) -> None:
-        """Add what the client has sent to the input, or note that it has left."""
+        """Read and decrypt: adds to `input`, or notes in `left` that the client has left."""
         self.incoming.write(self.take())
         parts = [self.input]
         try:
@@ -308,12 +316,12 @@ class Connection:
         self.input = b"".join(parts)
 
     def push(self) -> None:
-        """Encrypt what is to be said."""
+        """Encrypt the pieces in `plain`."""
         if not self.plain:
             return
         data = memoryview(b"".join(self.plain))
         self.plain.clear()
-        with contextlib.suppress(ssl.SSLError):  # the client broke TLS, and reading will say so
+        with contextlib.suppress(ssl.SSLError):  # the client broke TLS: the next read says so
             while data:
                 if self.drip:
                     self.drip -= self.tls.write(data[:1])
@@ -324,7 +332,7 @@ class Connection:
                     data = data[self.tls.write(data):]
 
     def flush(self) -> bool:
-        """Send what waits, as far as it goes now: whether all has gone."""
+        """Send encrypted bytes, as many as the socket takes now.  Returns whether all are sent."""
         while True:
             if not self.waiting:
                 self.waiting = memoryview(self.outgoing.read())
@@ -334,21 +342,22 @@ class Connection:
                 self.waiting = self.waiting[self.sock.send(self.waiting, NO_SIGNAL):]
             except BlockingIOError:
                 return False
-            except OSError:  # what it has sent before can still be read
+            except OSError:  # go on reading: its earlier bytes are still there
                 self.deaf, self.waiting = True, memoryview(b"")
 
     def flush_all(self) -> None:
-        """Send what waits, however long the client takes to read it."""
+        """Send all encrypted bytes, however long the client takes to read them."""
         while not self.flush():
             self.watch(select.POLLOUT)
 
     def pause(self, seconds: float) -> None:
+        """Wait; raises Ended if the client leaves meanwhile."""
         if seconds and self.watch(CLIENT_LEFT, timeout=seconds)[0]:
             self.left = "eof"
             raise Ended("client", "left while it waited")
 
     def hold(self, reads: bool) -> None:
-        """Say nothing more until the client has left."""
+        """Say nothing more until the client has left, then raise Ended."""
         while not self.left:
             if reads:
                 self.watch(select.POLLIN)
@@ -358,8 +367,8 @@ class Connection:
         raise Ended("client")
 
     def finish(self, notify: bool = True, expects_close: bool = False) -> None:
-        """Say the rest and our end, and read on until the client's: an early close() could reset it."""
-        if self.left == "close_notify":  # it may wait for ours
+        """Send all that is left, and end our side.  Then read until the client ends: close() before could reset it."""
+        if self.left == "close_notify":  # the client may wait for our close_notify
             with contextlib.suppress(ssl.SSLError):
                 self.tls.unwrap()
             self.flush()
@@ -371,7 +380,7 @@ class Connection:
             late = deadline is not None and time.monotonic() >= deadline
             if flushed and not ended and (late or not expects_close or self.close_code is not None):
                 if notify:
-                    with contextlib.suppress(ssl.SSLError):  # it wants the client's close_notify
+                    with contextlib.suppress(ssl.SSLError):  # unwrap() sends ours, then wants the client's
                         self.tls.unwrap()
                 self.flush()
                 with contextlib.suppress(OSError):
@@ -391,7 +400,7 @@ class Connection:
     # -- TLS and the request -------------------------------------------------------------------
 
     def hello(self) -> None:
-        """Read the ClientHello, and learn the name, before anything is answered to it."""
+        """Read the ClientHello and learn the name, before a byte is answered: the switches depend on the name."""
         hello = ssl.MemoryBIO()
         reader = self.edge.reader.wrap_bio(hello, ssl.MemoryBIO(), server_side=True)
         data = self.early
@@ -402,7 +411,7 @@ class Connection:
                 reader.do_handshake()
             except ssl.SSLWantReadError:
                 pass
-            except ssl.SSLError:  # the name is known, or this is not TLS
+            except ssl.SSLError:  # note_name() has ended the handshake, or this is not TLS
                 break
             self.watch(select.POLLIN)
             data = self.take()
@@ -413,7 +422,7 @@ class Connection:
             self.know(self.sni.lower())
 
     def handshake(self) -> None:
-        """TLS, with the certificate and the version that the faults name."""
+        """The TLS handshake, with the certificate and the version that the switches name."""
         context = self.edge.context(self.faults.get("cert", "edge"), self.faults.get("tls_max"))
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
         while True:
@@ -436,7 +445,7 @@ class Connection:
         self.write("tls", **self.facts)
 
     def request(self) -> None:
-        """Read the request's head, and write down what it says."""
+        """Read the request's head, and record it."""
         while b"\r\n\r\n" not in self.input:
             if len(self.input) > HEAD:
                 self.answer(431)
@@ -455,7 +464,7 @@ class Connection:
         self.write("request", host=self.headers.get("host"), method=method, path=path, headers=pairs, **self.facts)
 
     def answer(self, status: int, *lines: str, body: str = "") -> None:
-        """Any answer but 101, which is the end."""
+        """Send an answer other than 101, and raise Ended."""
         content = body.encode()
         self.plain.append(answer_head(status, *lines, f"Content-Length: {len(content)}", "Connection: close"))
         if "split_body" in self.faults:
@@ -468,7 +477,7 @@ class Connection:
         raise Ended("refused", f"{status} {body}".strip())
 
     def judge(self) -> None:
-        """Answer the client whom the edge does not let through."""
+        """Refuse the client, if a switch or its request says so."""
         faults, headers = self.faults, self.headers
         if "status" in faults:
             self.answer(faults["status"], *([f"Location: {faults['location']}"] if "location" in faults else []),
@@ -486,7 +495,7 @@ class Connection:
                              "?kid=stand-in&redirect_url=%2F")
 
     def wrong_in_request(self) -> str:
-        """What is wrong with the request for an upgrade, or nothing."""
+        """What is wrong with the request for an upgrade; "" if nothing."""
         def tokens(name: str) -> list:
             return [token.strip().lower() for token in self.headers.get(name, "").split(",")]
 
@@ -505,7 +514,7 @@ class Connection:
         return "" if len(key) == 16 else "not a Sec-WebSocket-Key"
 
     def dial(self) -> None:
-        """Connect to the hostname's target, or answer that there is none."""
+        """Connect to the hostname's target, or answer 502."""
         address = self.edge.look_up("far.json", self.hostname, None)
         if address is None:
             self.answer(502, body="no target")
@@ -517,7 +526,7 @@ class Connection:
         self.target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def upgrade(self) -> None:
-        """Answer 101, or what is to come instead."""
+        """Answer 101, or the wrong answer that a switch asks for."""
         kind = self.faults.get("answer")
         digest = hashlib.sha1(self.headers["sec-websocket-key"].encode() + GUID).digest()
         accept = base64.b64encode(digest[::-1] if kind == "bad_accept" else digest).decode()
@@ -553,7 +562,7 @@ class Connection:
     # -- frames up -----------------------------------------------------------------------------
 
     def take_frames(self) -> None:
-        """Take the whole frames of the input: what they say goes to `up`."""
+        """Take the whole frames out of `input`.  Their payload goes to `up`."""
         data, at, parts, counts = self.input, 0, [], self.counts
         while self.over is None:
             if self.skip:
@@ -600,7 +609,7 @@ class Connection:
         self.up = memoryview(b"".join(parts))
 
     def take_message(self) -> bytes:
-        """The message that has become complete, as far as the target gets to see it."""
+        """The message that has become complete: the bytes of it that go to the target."""
         data = self.message[0] if len(self.message) == 1 else b"".join(self.message)
         self.message, counts = None, self.counts
         if self.is_text:
@@ -614,7 +623,7 @@ class Connection:
         return data
 
     def take_control(self, opcode: int, payload: bytes) -> None:
-        """A control frame of the client's."""
+        """Act on a Close, Ping or Pong of the client."""
         if opcode == PING:
             self.counts["client_pings"] += 1
             self.over, self.error = "protocol", "a Ping"
@@ -631,33 +640,34 @@ class Connection:
             self.say_close(payload[:2])
 
     def break_off(self, error: str) -> None:
-        """The client broke the rules."""
+        """The client broke the rules: end the connection with a Close of code 1002."""
         self.over, self.error = "protocol", error
         self.say_close(struct.pack("!H", 1002))
 
     def deliver(self) -> None:
-        """Send the target what waits, as far as it goes now."""
+        """Send the target bytes that wait, as many as it takes now."""
         try:
             while self.up:
                 self.up = self.up[self.target.send(self.up, NO_SIGNAL):]
         except BlockingIOError:
             pass
-        except OSError:  # its end is seen where it is read
+        except OSError:  # the target has ended: take_target() sees that
             self.up = memoryview(b"")
 
     # -- frames down ---------------------------------------------------------------------------
 
     def say(self, opcode: int, payload) -> None:
-        """One whole frame."""
+        """Queue one whole frame for the client."""
         self.plain += (frame_head(FIN | opcode, len(payload)), payload)
 
     def say_close(self, payload: bytes) -> None:
-        """A Close, unless this one of the client's answers ours."""
+        """Queue a Close, unless we have said one: then the client's is the answer to it."""
         if not self.said_close:
             self.said_close = True
             self.say(CLOSE, payload)
 
     def ping(self, size: int) -> None:
+        """Queue a Ping with a payload of its own."""
         number = self.counts["pings"]
         self.counts["pings"] = number + 1
         payload = (number.to_bytes(4, "little") * 32)[:size]
@@ -665,7 +675,7 @@ class Connection:
         self.say(PING, payload)
 
     def say_message(self, data) -> None:
-        """One message down, in the shape that the faults want."""
+        """Queue one message for the client, in the shape that the switches ask for."""
         faults = self.faults
         opcode = TEXT if faults.get("text") else BINARY
         size = faults.get("fragment", len(data))
@@ -680,7 +690,7 @@ class Connection:
                 self.ping(faults["ping"])
 
     def take_target(self) -> bool:
-        """Make messages of what the target has sent: whether it goes on."""
+        """Read from the target, and make messages of that.  Returns False when the target has ended."""
         room = self.triggers[0][0] - self.counts["bytes_down"] if self.triggers else SPACE
         try:
             count = self.target.recv_into(self.space[:room])
@@ -698,23 +708,24 @@ class Connection:
         else:
             for start in range(0, count, CHUNK):
                 self.say_message(data[start:start + CHUNK])
-        self.push()  # `data` is gone with the next read
+        self.push()  # now: the next read overwrites `data`
         self.fire()
         return count > 0
 
     def say_gathered(self, size: int) -> None:
+        """Queue a message of the first `size` bytes that have gathered."""
         self.say_message(bytes(self.gathered[:size]))
         del self.gathered[:size]
 
     def find_triggers(self) -> list:
-        """What happens after how many bytes down, the nearest first."""
+        """(bytes down, what then happens) for each switch with a count of bytes, in order."""
         faults = self.faults
         actions = (("bad", "bad_frame" in faults), ("close", "close" in faults),
                    ("rst", faults.get("rst") == "open"), ("eof", faults.get("eof") == "open"))
         return sorted((faults.get(f"{name}_after", 0), name) for name, wanted in actions if wanted)
 
     def fire(self) -> None:
-        """Do what is to happen after the bytes that have gone down."""
+        """Act on the triggers whose count of bytes has gone down."""
         while self.triggers and self.triggers[0][0] <= self.counts["bytes_down"]:
             _, name = self.triggers.pop(0)
             if self.gathered:
@@ -742,7 +753,7 @@ class Connection:
     # -- both ways -----------------------------------------------------------------------------
 
     def carry(self) -> str:
-        """Pass bytes both ways until somebody ends it: who."""
+        """Pass bytes both ways until one side ends it.  Returns the field `how` of the record."""
         faults = self.faults
         limit = 0 if faults.get("slow_reads") else faults.get("no_read_after")
         every = faults.get("ping_every", 0) / 1000
@@ -782,7 +793,7 @@ class Connection:
                 ping_at = time.monotonic() + every
 
     def part(self, how: str) -> None:
-        """End both sides: first the one that has not ended, so that it gets all that was meant for it."""
+        """End both sides; first the one that has not ended, so that it gets all bytes for it."""
         if how == "origin":
             if not self.faults.get("no_close"):
                 self.say_close(struct.pack("!H", 1000))
@@ -803,7 +814,7 @@ class Connection:
             going = self.drop_target() if self.watch(0, select.POLLIN, rest)[1] else False
 
     def drop_target(self) -> bool:
-        """Read what nobody gets any more, as a target that cannot send does not read: whether it goes on."""
+        """Read from the target, and drop that: one that cannot send may not read either.  Returns False at its end."""
         try:
             return self.target.recv_into(self.space) > 0
         except BlockingIOError:
@@ -813,16 +824,16 @@ class Connection:
 
 
 class Proxied:
-    """A client of the CONNECT proxy, until it is through."""
+    """A client of the CONNECT proxy, until it gets through to the edge."""
 
     def __init__(self, edge, sock):
         self.edge = edge
         self.sock = sock
         self.hostname = None
-        self.early = b""  # came right behind the CONNECT
+        self.early = b""  # bytes that came right behind the CONNECT
 
     def run(self) -> None:
-        """Answer the CONNECT; who is through is the edge's client."""
+        """Answer the CONNECT, and hand the client to the edge; or record how it ended here."""
         try:
             how = self.answer()
         except OSError:
@@ -834,7 +845,7 @@ class Proxied:
         self.edge.write("proxy.jsonl", event="end", hostname=self.hostname, how=how)
 
     def answer(self):
-        """Read the request and answer it: whose end this is, or None."""
+        """Read the request and answer it.  Returns None if the client gets through, else how it ended."""
         head = b""
         while b"\r\n\r\n" not in head:
             data = self.sock.recv(4096)
@@ -865,7 +876,7 @@ class Proxied:
         return None
 
     def hold(self, how: str) -> str:
-        """Say nothing more until the client has left."""
+        """Say nothing more until the client has left.  Returns `how`."""
         while self.sock.recv(4096):
             pass
         return how
@@ -887,7 +898,7 @@ class Edge:
     # -- the files -----------------------------------------------------------------------------
 
     def look_up(self, name: str, hostname, default):
-        """A hostname's entry in a JSON file."""
+        """A hostname's entry in a JSON file, or that of "*"."""
         try:
             with open(os.path.join(self.directory, name)) as file:
                 entries = json.load(file)
@@ -900,7 +911,7 @@ class Edge:
         os.write(self.files[name], json.dumps({"time": time.monotonic(), **fields}).encode() + b"\n")
 
     def context(self, name: str, newest) -> ssl.SSLContext:
-        """The TLS settings with this certificate; the same ones each time, so that sessions are reused."""
+        """The TLS context with this certificate.  Kept, so that sessions are resumed."""
         with self.lock:
             if (name, newest) not in self.contexts:
                 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -914,7 +925,7 @@ class Edge:
     # -- the clients ---------------------------------------------------------------------------
 
     def connect(self, sock, host=None, early: bytes = b"") -> None:
-        """Serve a client of the edge; through the proxy `host` is whom it asked for."""
+        """Serve a client of the edge.  `host`: the host of its CONNECT, if it came through the proxy."""
         with self.lock:
             self.accepted += 1
             number = self.accepted
@@ -944,7 +955,7 @@ class Edge:
 
 
 def note_name(reader, name, _context) -> int:
-    """Keep the name that a hello asks for, and end this handshake, which is only there to learn it."""
+    """SNI callback of a handshake that only serves to learn the name: note it, and end the handshake."""
     reader.asked = name
     return ssl.ALERT_DESCRIPTION_USER_CANCELLED
 
@@ -955,7 +966,7 @@ def main() -> None:
         sys.exit("usage: fake_edge.py DIRECTORY")
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     Edge(sys.argv[1]).run()
-    os._exit(0)  # whatever the threads are at
+    os._exit(0)  # without waiting for the threads
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""Bytes for the wire: names, ClientHellos, PROXY headers and PostgreSQL packets, and what a parser makes of them.
+"""Bytes for the wire: names, ClientHellos, PROXY headers and PostgreSQL packets; and checks of what a parser says.
 
-Hellos come from OpenSSL where they can (`genuine`), else field by field from a builder whose default is a good
-one (`hello`).  HELLO is a genuine one for NAME.  Rows of tables carry an id: T for TLS, P and Q for PROXY
-versions 1 and 2, G for PostgreSQL.
+    genuine          a hello that OpenSSL has written; HELLO is such a one, for NAME
+    hello            a hello built field by field, for what OpenSSL would never write; without arguments a good one
+    v1, v2, tlv      PROXY headers; LINE, HEADER, HEADER6 and others are good ones
+    check_parser     asks a parser about the whole, about each prefix, and about the whole with bytes behind it
+
+The ids in tables of tests begin with a letter: T for TLS, P and Q for PROXY versions 1 and 2, G for PostgreSQL.
 """
 
 from __future__ import annotations
@@ -79,20 +82,22 @@ BAD_NAMES = {
 
 
 def vector(width: int, data: bytes) -> bytes:
-    """`data` behind its length."""
+    """`data` with its length in front, in `width` bytes."""
     return len(data).to_bytes(width, "big") + data
 
 
 def extension(kind: int, data: bytes) -> bytes:
+    """An extension of a hello, RFC 8446 section 4.2."""
     return kind.to_bytes(2, "big") + vector(2, data)
 
 
 def host_name(name: bytes, kind: int = 0) -> bytes:
+    """An entry of the server_name extension, RFC 6066 section 3."""
     return bytes([kind]) + vector(2, name)
 
 
 def server_name(*entries: bytes) -> bytes:
-    """The server_name extension."""
+    """The server_name extension with these entries."""
     return extension(0, vector(2, b"".join(entries)))
 
 
@@ -102,6 +107,7 @@ def named(name: bytes) -> bytes:
 
 
 def alpn(*names: bytes) -> bytes:
+    """The ALPN extension, RFC 7301 section 3.1."""
     return extension(16, vector(2, b"".join(vector(1, name) for name in names)))
 
 
@@ -114,22 +120,23 @@ SIGNATURES = extension(13, vector(2, b"\x04\x03\x08\x04\x04\x01"))
 def body(*extensions: bytes, version: bytes = b"\3\3", session: bytes = vector(1, b""),
          suites: bytes = vector(2, b"\x13\x01\xc0\x2f"), methods: bytes = vector(1, b"\0"),
          block: bytes | None = None) -> bytes:
-    """The body of a ClientHello; `block` stands for its extensions, their length included."""
+    """The body of a ClientHello, RFC 8446 section 4.1.2.  `block` replaces the extensions and their length."""
     block = vector(2, b"".join(extensions)) if block is None else block
     return version + bytes(range(32)) + session + suites + methods + block
 
 
 def handshake(data: bytes, kind: int = 1, size: int | None = None) -> bytes:
-    """A handshake message."""
+    """A handshake message with this body.  `size` is the length that it claims, by default the right one."""
     return bytes([kind]) + (len(data) if size is None else size).to_bytes(3, "big") + data
 
 
 def record(data: bytes, kind: int = 22, version: bytes = b"\3\1", size: int | None = None) -> bytes:
+    """A TLS record.  `size` is the length that it claims, by default the right one."""
     return bytes([kind]) + version + (len(data) if size is None else size).to_bytes(2, "big") + data
 
 
 def records(message: bytes, *sizes: int) -> bytes:
-    """A message in records of these sizes, the rest in one more."""
+    """A message split into records of these sizes; the rest is one more record."""
     parts, at = [], 0
     for size in sizes:
         parts.append(record(message[at:at + size]))
@@ -138,7 +145,7 @@ def records(message: bytes, *sizes: int) -> bytes:
 
 
 def hello(*extensions: bytes, **fields: Any) -> bytes:
-    """A ClientHello in one record; without arguments, a good one that names NAME."""
+    """A ClientHello in one record; without arguments, a good one that asks for NAME."""
     return records(handshake(body(*(extensions or (SNI,)), **fields)))
 
 
@@ -149,7 +156,7 @@ def hello_of(size: int) -> bytes:
 
 @functools.cache
 def genuine(protocols: tuple[str, ...] = (), newest: str = "TLSv1_3", name: str | None = NAME) -> bytes:
-    """What OpenSSL's client says first: the same bytes each time it is asked for the same."""
+    """The hello of OpenSSL's client.  Cached: the same arguments give the same bytes."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.maximum_version = ssl.TLSVersion[newest]
@@ -165,7 +172,7 @@ HELLO = genuine()  # for NAME
 
 
 def settled(wire: bytes) -> bytes:
-    """A genuine hello with zeros for what is another in each run: so a mutation can be repeated."""
+    """A genuine hello with its random bytes and keys replaced by zeros, so that a mutation of it can be repeated."""
     wire = wire[:11] + bytes(32) + wire[43:44] + bytes(wire[43]) + wire[44 + wire[43]:]
     head, share, tail = wire.partition(b"\0\x24\0\x1d\0\x20")  # X25519
     return head + share + (bytes(32) + tail[32:] if share else b"")
@@ -175,19 +182,22 @@ ASK_TLS, ASK_GSS = struct.pack(">II", 8, SSL_REQUEST), struct.pack(">II", 8, GSS
 
 
 def v1(text: str) -> bytes:
+    """A PROXY header of version 1: `text` is the line behind "PROXY"."""
     return b"PROXY " + text.encode() + b"\r\n"
 
 
 def v2(version_command: int, family: int, data: bytes = b"", size: int | None = None) -> bytes:
+    """A PROXY header of version 2.  `size` is the length that it claims, by default the right one."""
     return PROXY_V2 + struct.pack(">BBH", version_command, family, len(data) if size is None else size) + data
 
 
 def tlv(kind: int, data: bytes) -> bytes:
+    """A TLV of a version 2 header."""
     return bytes([kind]) + vector(2, data)
 
 
 def summed(header: bytes, behind: bytes = b"") -> bytes:
-    """A version 2 header with a checksum TLV that is right, and `behind` after it."""
+    """Add to a version 2 header a TLV with the right checksum, and the bytes `behind` after that."""
     size = struct.unpack_from(">H", header, 14)[0] + 7 + len(behind)
     whole = header[:14] + struct.pack(">H", size) + header[16:] + tlv(3, bytes(4)) + behind
     return whole.replace(tlv(3, bytes(4)), tlv(3, crc32c(whole).to_bytes(4, "big")))
@@ -212,14 +222,14 @@ ROUTED_HEADER = v1("TCP4 192.0.2.1 192.0.2.9 1111 443")
 
 
 class Bad(NamedTuple):
-    """A refusal, as it is expected."""
+    """A refusal that a test expects: its row of REFUSALS, and its alert."""
 
     kind: str = "malformed"
     alert: int | None = None
 
 
 def verdict(parse: Callable[[bytes], Any], data: bytes) -> Any:
-    """A result, None or a Bad; no other exception ever leaves a parser."""
+    """What a parser says: its result, None, or a Bad for a refusal.  Any other exception fails the test."""
     try:
         return parse(data)
     except Refused as error:
@@ -228,7 +238,10 @@ def verdict(parse: Callable[[bytes], Any], data: bytes) -> Any:
 
 
 def check_parser(parse: Callable[[bytes], Any], data: bytes, expected: Any) -> None:
-    """Three questions: the whole; every prefix; the whole with something behind it."""
+    """Ask the parser three questions: the whole; every prefix of it; the whole with bytes behind it.
+
+    Each prefix has to give None or already the expected verdict, and a verdict never changes.
+    """
     assert verdict(parse, data) == expected
     decided = False
     for end in range(len(data)):
@@ -241,12 +254,13 @@ def check_parser(parse: Callable[[bytes], Any], data: bytes, expected: Any) -> N
 
 
 def read_hello(data: bytes) -> tuple[str | None, int] | None:
+    """The name and the end of a hello, by a new HelloReader."""
     found = HelloReader().read(data)
     return found and (found.name, found.end)
 
 
 def check_hello(data: bytes, expected: Any) -> None:
-    """The three questions, and a fourth: one reader that sees the bytes come one by one."""
+    """Ask the three questions of `check_parser`, and give one HelloReader the bytes one by one."""
     check_parser(read_hello, data, expected)
     reader = HelloReader()
     for end in range(len(data) + 1):

@@ -1,4 +1,4 @@
-"""OpenSSL as the judge: which name its server reads in a hello, and what it refuses."""
+"""OpenSSL as the judge: which name does its server read in a hello, and what does it refuse?"""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from testbed.hellos import records
 
 
 class Answer(NamedTuple):
-    """What OpenSSL's server makes of a hello."""
+    """What OpenSSL's server does with a hello."""
 
-    asked: bool  # it got as far as to ask for the certificate of a name
-    name: str | None
-    reason: str | None  # None: it wants more bytes
-    alert: bytes
+    asked: bool  # it has read the hello and called its SNI callback
+    name: str | None  # given to that callback
+    reason: str | None  # of its error; None: it wants more bytes
+    alert: bytes  # the record it sends
 
 
 @functools.cache
 def openssl_context() -> tuple[ssl.SSLContext, list[str | None]]:
+    """A server's context that ends each handshake at the name, and the list in which it notes the names."""
     seen: list[str | None] = []
 
     def note(sock: Any, name: str | None, context: Any) -> int:
@@ -32,7 +33,7 @@ def openssl_context() -> tuple[ssl.SSLContext, list[str | None]]:
 
 
 def openssl(data: bytes) -> Answer:
-    """Ask OpenSSL.  Not for names beyond ASCII: CPython cannot pass them on, and says so."""
+    """Give a hello to OpenSSL's server.  Not one with a name beyond ASCII: CPython cannot pass that to the callback."""
     context, seen = openssl_context()
     seen.clear()
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -48,10 +49,10 @@ def openssl(data: bytes) -> Answer:
 
 
 def blinded(data: bytes) -> bytes:
-    """The hello with the same framing and name, but nothing else in it that OpenSSL knows.
+    """The hello with the same framing and the same name; all else is replaced by what OpenSSL accepts or ignores.
 
-    OpenSSL also judges the contents of the other extensions, the cipher suites and the version.
-    sniroute leaves that to the backend, which does not make the name another one.
+    OpenSSL also judges the version, the cipher suites and the contents of other extensions.  sniroute leaves that to
+    the backend: none of it changes the name.
     """
     message, at = bytearray(), 0
     while len(message) < 4 or len(message) < 4 + int.from_bytes(message[1:4], "big"):
@@ -78,10 +79,10 @@ def blinded(data: bytes) -> bytes:
 
 
 def check_against_openssl(data: bytes, name: str | None) -> None:
-    """A name that we accept is the one that OpenSSL reads, and where we see none it sees none.
+    """Check that OpenSSL reads the same name in a hello that we accept, or none if we read none.
 
-    In a second try it is asked without what it alone looks at, and with whole records: it waits
-    for the end of the last one.
+    If OpenSSL refuses the hello, it gets a second one: `blinded`, and in whole records, since it waits for the end of
+    the last record where we do not.
     """
     answer = openssl(data)
     if not answer.asked:

@@ -1,9 +1,11 @@
 """The real program as a child process.
 
     launch           launch(*options) -> Program that listens, until the test ends
-    two_files        sniroute.py in a folder with the files that serve, and the doctor: Path
-    three_files      the same, with the carrier: Path
-    no_variables     no setting comes from the environment of whoever runs the tests
+    command          run sniroute to its end
+    two_files        the path of sniroute.py in a folder with the files that serve, and the doctor
+    three_files      the path of sniroute.py in a folder with those files, and the carrier's
+    form             the path of each form in which it is handed on, complete: `cp sniroute*.py`, and sniroute.pyz
+    no_variables     the test's own environment has no SNIROUTE_ variable
     admin_path       a path for a unix socket
 """
 
@@ -28,11 +30,11 @@ from conftest import CORE, DOCTOR, HERE, HOST, Address, wait_until
 
 
 PROGRAM = HERE / "sniroute.py"
-STOP_GRACE = 2.0  # how long a tunnel may take to end by itself
+STOP_GRACE = 2.0  # seconds that a tunnel may take to end by itself
 
 
 def environment(**more: str) -> dict[str, str]:
-    """What a router inherits here: nothing that changes Python or sniroute, but for coverage."""
+    """The environment for a router: without variables that change Python or sniroute; coverage's stay."""
     kept = {key: value for key, value in os.environ.items()
             if not key.startswith(("PYTHON", "SNIROUTE_", "TUNNEL_", "JOURNAL_"))}
     return {**kept, "PYTHONWARNINGS": "default::ResourceWarning", **more}
@@ -40,18 +42,18 @@ def environment(**more: str) -> dict[str, str]:
 
 @pytest.fixture
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting from the environment of whoever runs the tests."""
+    """Remove the SNIROUTE_ variables of the user who runs the tests."""
     for name in os.environ:
         if name.startswith("SNIROUTE_"):
             monkeypatch.delenv(name)
 
 
 class Program:
-    """A router that is a process of its own; a thread reads what it says on stderr."""
+    """A router that is a process of its own.  A thread reads its log, unless a test clears `log_is_read`."""
 
     def __init__(self, command: list[str], **popen: Any):
         self.lines: list[str] = []
-        self.code = 0  # the exit code that is expected
+        self.code = 0  # the exit code that `stop` expects
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL,
                                         **{"stderr": subprocess.PIPE, **popen})
         self.pid = self.process.pid
@@ -69,13 +71,13 @@ class Program:
         return "".join(self.lines)
 
     def wait_for(self, text: str, count: int = 1) -> None:
-        """Until the log has that text, so often."""
+        """Wait until the log has this text `count` times."""
         wait_until(lambda: self.log().count(text) >= count or not self.reader.is_alive(), what=f"{text!r} in the log")
         assert self.log().count(text) >= count, f"it ended without {text!r}:\n{self.log()}"
 
     @property
     def addresses(self) -> list[Address]:
-        """Where it listens, as its log says."""
+        """Where it listens, by its log."""
         found = re.findall(r" listening on (\S+):(\d+)$", self.log(), re.MULTILINE)
         return [(host.strip("[]"), int(port)) for host, port in found]
 
@@ -84,7 +86,7 @@ class Program:
         return self.addresses[0]
 
     def connect(self, said: bytes = b"", address: Address | None = None) -> socket.socket:
-        """A client, with a time-out so that a failing test ends."""
+        """A client that has sent `said`; with a time-out, so that a failing test ends."""
         client = socket.create_connection(address or self.address, 20)
         client.sendall(said)
         return client
@@ -93,14 +95,14 @@ class Program:
         self.process.send_signal(number)
 
     def wait(self, timeout: float = 15) -> int:
-        """The exit code, once there is one, and all of the log."""
+        """Wait for its end, and read the rest of its log.  Returns the exit code."""
         code = self.process.wait(timeout)
         self.log_is_read.set()
         self.reader.join()
         return code
 
     def stop(self) -> None:
-        """End it, if it has not ended, and see that it was well."""
+        """End it, if it has not ended.  Check its exit code, and that its log reports no fault of ours."""
         self.log_is_read.set()
         try:
             if self.process.poll() is None:
@@ -117,10 +119,10 @@ class Program:
 
 @pytest.fixture
 def launch(tmp_path: pathlib.Path, cloudflared) -> Iterator[Callable[..., Program]]:
-    """launch(*options) -> Program, which listens on a free port unless the options say where.
+    """launch(*options, env=, python=, program=, listeners=1, ...) -> Program.
 
-    `python` is what runs it, `env` all of its environment, `listeners` how many lines about them
-    are waited for; the rest goes to Popen.
+    It listens on a free port unless the options name one.  `python` is the command that runs the file `program`, `env`
+    its whole environment.  The call waits until the log names so many `listeners`.  Further arguments go to Popen.
     """
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -139,12 +141,12 @@ def launch(tmp_path: pathlib.Path, cloudflared) -> Iterator[Callable[..., Progra
             return running
 
         yield start
-    if not any(program.code for program in programs):  # none was killed
+    if not any(program.code for program in programs):  # a killed one cannot remove its files
         assert list(scratch.iterdir()) == []
 
 
 def execute(*words: str, said: bytes = b"", **more: Any) -> subprocess.CompletedProcess[bytes]:
-    """Run a program to its end, away from this user's own settings."""
+    """Run a program to its end, with an environment that has nothing of the user's but PATH."""
     env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": "/nonexistent", "LC_ALL": "C"}
     return subprocess.run(words, **{"input": said, "capture_output": True, "timeout": 60, "env": env, **more})
 
@@ -155,25 +157,25 @@ def command(*options: str, **more: str) -> subprocess.CompletedProcess[str]:
 
 
 def resident(pid: int) -> float:
-    """The memory of a process, in MiB."""
+    """The resident memory of a process, in MiB."""
     status = pathlib.Path(f"/proc/{pid}/status").read_text()
     return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
 
 
 def is_pending(pid: int, number: int) -> bool:
-    """Whether a signal has not reached the process yet: a second one would be lost."""
+    """Whether a signal still waits for the process.  Until it is delivered, a second one like it would be lost."""
     mask = re.search(r"ShdPnd:\s+(\w+)", pathlib.Path(f"/proc/{pid}/status").read_text())[1]
     return bool(int(mask, 16) >> number - 1 & 1)
 
 
 def cpu_seconds(pid: int) -> float:
-    """The time a process has computed; proc(5): utime and stime are fields 14 and 15."""
+    """The CPU time of a process, user and system: fields 14 and 15 of its stat (proc(5))."""
     fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def counter(program: Program, name: str) -> int:
-    """A counter, by way of SIGUSR1."""
+    """The value of a counter, from the dump that SIGUSR1 asks for; 0 where it is not there yet."""
     seen = len(re.findall("counters: ", program.log()))
     program.signal(signal.SIGUSR1)
     program.wait_for("counters: ", seen + 1)
@@ -192,32 +194,56 @@ def has_ipv6() -> bool:
 ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
 
 
-BARE = {"PATH": ""}  # an environment with nothing in it
-BARE_PYTHON = (sys.executable, "-S", "-E")  # without packages
+BARE = {"PATH": ""}  # an environment in which no program is found
+BARE_PYTHON = (sys.executable, "-S", "-E")  # without installed packages and PYTHON variables
 
 
 def installed(folder: pathlib.Path, *names: str) -> pathlib.Path:
-    """Copy the files that serve, the doctor and these into a folder, and no others.  The path of sniroute.py."""
+    """Copy the files that serve, the doctor and `names` into a folder.  Returns the path of sniroute.py there."""
     for name in (*CORE, DOCTOR, *names):
         shutil.copy(HERE / name, folder)
     return folder / "sniroute.py"
 
 
-@pytest.fixture(scope="session")  # so that they are compiled once
+@pytest.fixture(scope="session")  # one folder, so that the files are compiled once
 def two_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """sniroute.py in a folder with what it needs to serve, and the doctor."""
+    """The path of sniroute.py in a folder with the files that serve, and the doctor."""
     return installed(tmp_path_factory.mktemp("two files"))
 
 
 @pytest.fixture(scope="session")
 def three_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """sniroute.py in a folder with the same files, and the carrier's."""
+    """The path of sniroute.py in a folder with those files, and the carrier's."""
     return installed(tmp_path_factory.mktemp("three files"), *(f"sniroute_{room}.py" for room in (
         "carrier", "edge", "forwarder", "dial", "http")))
 
 
+@pytest.fixture(scope="session")
+def all_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """What `cp sniroute*.py FOLDER` gives."""
+    folder = tmp_path_factory.mktemp("all files")
+    for path in HERE.glob("sniroute*.py"):
+        shutil.copy(path, folder)
+    return folder / "sniroute.py"
+
+
+@pytest.fixture(scope="session")
+def one_file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """What `sniroute.py bundle --with all` gives, alone in its folder."""
+    path = tmp_path_factory.mktemp("one file") / "sniroute.pyz"
+    ended = command("bundle", "-o", str(path), "--with", "all")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return path
+
+
+@pytest.fixture(params=["all_files", "one_file"])
+def form(request: pytest.FixtureRequest) -> pathlib.Path:
+    """What is run, in each form in which it is handed on."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture
 def admin_path() -> Iterator[str]:
-    """A path for a unix socket; pytest's own folders are too deep for one."""
+    """A path for a unix socket.  Not in tmp_path: that may be too long for one (unix(7), sun_path)."""
     with tempfile.TemporaryDirectory(prefix="sniroute-admin-") as folder:
         yield os.path.join(folder, "socket")

@@ -1,7 +1,7 @@
 """A router in a thread of the test, its clients and far ends, and files of settings for it.
 
     run              run(*options) -> Running, until the test ends
-    flow             the ways bytes are moved: a test that takes it runs once with each
+    flow             a test that takes it runs once with each way to move bytes
     settings_file    settings_file(text) -> the path of a file with it
 """
 
@@ -59,13 +59,13 @@ class Running:
         sniroute_log.log.setLevel("NOTSET")
 
     def connect(self, said: bytes = b"") -> socket.socket:
-        """A client, with a time-out so that a failing test ends."""
+        """A client that has sent `said`; with a time-out, so that a failing test ends."""
         client = socket.create_connection(self.address, 20)
         client.sendall(said)
         return client
 
     def ending(self, number: int = 1) -> sniroute_log.Ending:
-        """The last of `number` endings, once they are there."""
+        """Wait for `number` endings, and return the last of them."""
         wait_until(lambda: len(self.endings) >= number, what=f"{number} endings")
         return self.endings[number - 1]
 
@@ -75,7 +75,7 @@ class Running:
 
 @pytest.fixture
 def run(cloudflared: Cloudflared) -> Iterator[Callable[..., Running]]:
-    """run(*options, program=...) -> Running.  It ends before the stand-in's own end is checked."""
+    """run(*options, program=...) -> Running.  It is torn down before `cloudflared`, which checks for processes left."""
     with contextlib.ExitStack() as stack:
         yield lambda *argv, program=cloudflared.path: stack.enter_context(Running(*argv, program=program))
 
@@ -86,7 +86,7 @@ def route(address: Address, pattern: str = NAME) -> str:
 
 
 def read_exactly(sock: socket.socket, count: int) -> bytes:
-    """So many bytes, or less at the end."""
+    """Read `count` bytes, or less if the peer ends before."""
     data = b""
     while len(data) < count and (more := sock.recv(count - len(data))):
         data += more
@@ -94,7 +94,7 @@ def read_exactly(sock: socket.socket, count: int) -> bytes:
 
 
 def read_all(sock: socket.socket) -> bytes:
-    """What comes until the end; a reset is an end."""
+    """Read until the peer ends; a reset is an end, too."""
     parts = []
     with contextlib.suppress(ConnectionResetError):
         while data := sock.recv(1 << 18):
@@ -109,12 +109,12 @@ def reset(sock: socket.socket) -> None:
 
 
 def alert(description: int, minor: int = 1) -> bytes:
-    """The TLS alert that a client reads when it is refused, as the record of version 3.`minor`."""
+    """The TLS record with a fatal alert that a refused client reads; its version is 3.`minor`."""
     return bytes((21, 3, minor, 0, 2, 2, description))
 
 
 def answer(text: bytes, expected: int = len(HELLO)) -> Callable[[socket.socket], None]:
-    """A far end that reads so many bytes, says `text`, and goes on as an echo."""
+    """A handler that reads `expected` bytes, sends `text`, and then sends everything back."""
     def handler(sock: socket.socket) -> None:
         read_exactly(sock, expected)
         sock.sendall(text)
@@ -125,7 +125,7 @@ def answer(text: bytes, expected: int = len(HELLO)) -> Callable[[socket.socket],
 
 @pytest.fixture(params=["splice", "copy", "selectors"])
 def flow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The ways bytes are moved; the last is that of a system without epoll, which has no splice(2) either."""
+    """Each way to move bytes: with splice(2); without it; without epoll, where there is no splice(2) either."""
     if request.param == "selectors":
         monkeypatch.setattr(sniroute_loop, "EpollPoller", sniroute_loop.Poller)
     if request.param != "splice":
@@ -139,13 +139,13 @@ def flow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def toml(value: Any) -> str:
-    """A list of texts, or a text, as TOML."""
+    """A text or a list of texts in TOML, which writes both as JSON does."""
     return json.dumps(value)
 
 
 @pytest.fixture
 def settings_file(tmp_path: pathlib.Path) -> Callable[[str], str]:
-    """settings_file(text) -> the path of a file with it; each call replaces the last."""
+    """settings_file(text) -> the path of a file with that text.  Each call replaces the file."""
     path = tmp_path / "sniroute.toml"
 
     def write(text: str) -> str:

@@ -2,8 +2,8 @@
 
     cloudflared      the stand-in for the program (testbed/fake_cloudflared.py), for one test
     own_edge         the stand-in for the edge (testbed/fake_edge.py), for one test
-    certificates     those that edges use, for all tests
-    tunnel_program   what a router may run for a tunnel, one after the other
+    certificates     the folder with the certificates of edges, for all tests
+    tunnel_program   a test that takes it runs once with each tunnel program: stand-in, carrier, a real cloudflared
 """
 
 from __future__ import annotations
@@ -28,28 +28,29 @@ TESTBED = HERE / "testbed"
 
 
 class StandIn:
-    """A directory in which a stand-in finds its switches, and leaves its records."""
+    """The directory of a stand-in, which reads its switches there and writes its records."""
 
     def __init__(self, directory: pathlib.Path):
         self.directory = directory
         self.tables: dict[str, dict[str, Any]] = {"far.json": {}, "faults.json": {}}
 
     def set(self, name: str, hostname: str, value: Any) -> None:
-        """Change one entry; the file is replaced as a whole, since somebody may be reading it."""
+        """Change one entry.  The file is replaced, so that the stand-in never reads half of one."""
         self.tables[name][hostname] = value
         new = self.directory / f"{name}.new"
         new.write_text(json.dumps(self.tables[name]))
         new.replace(self.directory / name)
 
     def far(self, hostname: str, address: Address) -> None:
-        """Where `hostname` ("*": any other) leads."""
+        """Let `hostname` lead to an address; "*" stands for every hostname without an entry."""
         self.set("far.json", hostname, list(address))
 
     def fault(self, hostname: str, **switches: Any) -> None:
-        """What goes wrong with `hostname` ("*": any other) from now on; no switches: nothing."""
+        """Set the switches of `hostname` from now on; "*" stands for every hostname without an entry."""
         self.set("faults.json", hostname, switches)
 
     def lines(self, name: str, hostname: str | None) -> list[dict[str, Any]]:
+        """The records in a file, of one hostname or of all (None)."""
         try:
             text = (self.directory / name).read_text()
         except FileNotFoundError:
@@ -59,12 +60,12 @@ class StandIn:
 
 
 class Cloudflared(StandIn):
-    """The stand-in for the program; see fake_cloudflared.py for the switches."""
+    """The stand-in for the program cloudflared; see fake_cloudflared.py for the switches."""
 
     def __init__(self, directory: pathlib.Path):
         super().__init__(directory)
         self.path = str(directory / "cloudflared")
-        # A wrapper, as an import of the compiled file starts faster than the file itself.
+        # A wrapper: importing the compiled file is faster than running the source.
         pathlib.Path(self.path).write_text(
             f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(TESTBED)!r})\n"
             "import fake_cloudflared\nsys.exit(fake_cloudflared.main())\n")
@@ -94,7 +95,7 @@ def cloudflared(tmp_path: pathlib.Path) -> Iterator[Cloudflared]:
     program = Cloudflared(directory)
     yield program
     for row in program.starts():
-        if program.runs(row["detached"]):  # nobody's child: only the test's end ends it
+        if program.runs(row["detached"]):  # it is nobody's child, so nobody else ends it
             os.kill(row["detached"], signal.SIGKILL)
     pids = {row["pid"] for row in program.starts() + program.clients()}
     try:
@@ -108,7 +109,7 @@ def cloudflared(tmp_path: pathlib.Path) -> Iterator[Cloudflared]:
 
 
 def make_certificates(directory: pathlib.Path) -> None:
-    """What fake_edge.py wants: ca.pem, edge.pem, and three that are wrong, each with its key."""
+    """Make the certificates of fake_edge.py: ca.pem, edge.pem, and three wrong ones; each file has its key."""
     usual = "basicConstraints = critical, CA:FALSE\nkeyUsage = digitalSignature\nextendedKeyUsage = serverAuth\n" \
             "subjectKeyIdentifier = hash\nauthorityKeyIdentifier = keyid\n"
     names = "subjectAltName = DNS:*.example.test, DNS:example.test, DNS:*.example.com, DNS:*.example.org, " \
@@ -135,7 +136,7 @@ def make_certificates(directory: pathlib.Path) -> None:
                                           ("expired", "ca", "right", "2021"), ("wrong_name", "ca", "wrong", "2099")):
         openssl("ca", "-batch", "-notext", "-config", "openssl.cnf", "-name", "issue", "-in", "edge.csr",
                 "-cert", f"{authority}.pem", "-keyfile", f"{authority}.key",
-                "-startdate", "20200101000000Z", "-enddate", f"{end}0101000000Z",  # `x509 -days` takes no past
+                "-startdate", "20200101000000Z", "-enddate", f"{end}0101000000Z",  # `x509 -days` cannot set a past date
                 "-extensions", section, "-out", f"{name}.pem")
         with open(directory / f"{name}.pem", "a") as file:
             file.write((directory / "edge.key").read_text())
@@ -143,7 +144,7 @@ def make_certificates(directory: pathlib.Path) -> None:
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The directory with the certificates that the edge uses."""
+    """The directory with the certificates of `make_certificates`."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not here (Debian package openssl)")
     directory = tmp_path_factory.mktemp("certificates")
@@ -152,7 +153,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 class Edge(StandIn):
-    """The stand-in for Cloudflare's edge, which is up; see fake_edge.py for the switches and the rows."""
+    """The stand-in for Cloudflare's edge, running; see fake_edge.py for the switches and the records."""
 
     def __init__(self, directory: pathlib.Path, certificates: pathlib.Path):
         super().__init__(directory)
@@ -175,13 +176,14 @@ class Edge(StandIn):
         self.environ = {"HTTPS_PROXY": f"http://{HOST}:{ports['proxy']}", "SSL_CERT_FILE": str(directory / "ca.pem")}
 
     def stop(self) -> None:
-        """End it at once, as often as you like; what it complained of is a failure."""
+        """End it; a second call does nothing.  Fails if it wrote to stderr."""
         self.process.terminate()
         self.process.wait(10)
         self.process.stdin.close()
         assert self.errors.read_text() == ""
 
     def events(self, event: str, hostname: str | None) -> list[dict[str, Any]]:
+        """The records of connections with this event."""
         return [row for row in self.lines("connections.jsonl", hostname) if row["event"] == event]
 
     def accepted(self, hostname: str | None = None) -> list[dict[str, Any]]:
@@ -193,7 +195,7 @@ class Edge(StandIn):
         return self.events("tls", hostname)
 
     def requests(self, hostname: str | None = None) -> list[dict[str, Any]]:
-        """One row per request: path, headers, and what handshakes() says."""
+        """One row per request: path, headers, and the fields of handshakes()."""
         return self.events("request", hostname)
 
     def ends(self, hostname: str | None = None) -> list[dict[str, Any]]:
@@ -217,18 +219,18 @@ def own_edge(tmp_path: pathlib.Path, certificates: pathlib.Path) -> Iterator[Edg
     program.stop()
 
 
-# -- tunnel programs, one like the other -------------------------------------------------------
+# -- every tunnel program ----------------------------------------------------------------------
 
 
 class TunnelProgram(NamedTuple):
-    """A tunnel program, as a router is told of it: what drives it needs no more."""
+    """A tunnel program, as a test uses it: the router's options and variables for it, and `far`."""
 
     options: tuple[str, ...]
     environ: dict[str, str]
-    far: Callable[[str, Address], None]  # where a hostname leads
+    far: Callable[[str, Address], None]  # far(hostname, address) lets a hostname lead there
 
 
-REAL = "SNIROUTE_TEST_CLOUDFLARED"  # the variable that names a real cloudflared, which no CI has
+REAL = "SNIROUTE_TEST_CLOUDFLARED"  # the variable that names a real cloudflared; CI has none
 PROGRAMS = ("stand-in", "carrier", "carrier by its path", *(["cloudflared"] if REAL in os.environ else []))
 
 
@@ -239,11 +241,11 @@ def tunnel_program(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Tu
         stand_in = request.getfixturevalue("cloudflared")
         return TunnelProgram((f"--cloudflared={stand_in.path}",), {}, stand_in.far)
     edge = request.getfixturevalue("own_edge")
-    if request.param == "carrier":  # no cloudflared is found
+    if request.param == "carrier":  # an empty PATH: the router finds no cloudflared, and uses the carrier
         return TunnelProgram((), {**edge.environ, "PATH": ""}, edge.far)
     path = os.environ.get(REAL, "")
     if request.param == "carrier by its path":
-        path = str(tmp_path / "sniroute_carrier.py")  # its own first line may find another Python
+        path = str(tmp_path / "sniroute_carrier.py")  # a wrapper: the file's `#!` line may find another Python
         pathlib.Path(path).write_text(f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(HERE)!r})\n"
                                       "import sniroute_carrier\nsys.exit(sniroute_carrier.main())\n")
         os.chmod(path, 0o700)

@@ -1,10 +1,9 @@
 """What the tests of tunnels and their processes share: a table under test, listeners, the stand-in's row.
 
-Processes and sockets are real; the tunnel program is the stand-in of fake_cloudflared.py, which can
-be a process for each tunnel (`own`) or for several (`shared`).  A test that has to hold for both is
-marked `both`, one about the second `shared`; the others have the first.  Most
-tests turn the reaper by hand (`Bench.turn`) under a clock that they move; where waiting itself is
-the subject, the reaper's own thread runs (`live=True`).
+Processes and sockets are real.  The tunnel program is the stand-in of fake_cloudflared.py: a process for each tunnel
+(`own`), or one process for several (`shared`).  Tests marked `both` run with each, tests marked `shared` with the
+second, all others with the first.  Most tests call the reaper's steps themselves (`Bench.turn`), with a clock that they
+move.  Tests about waiting itself run the reaper's thread (`live=True`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import pytest
 
 import sniroute_launchers
 import sniroute_processes
-from sniroute_launchers import TunnelError
+from sniroute_launchers import TunnelError, TunnelKey
 from sniroute_tunnels import READY, Tunnel, TunnelTable
 from conftest import HOST, FakeClock, wait_until
 
@@ -30,7 +29,7 @@ shared = pytest.mark.parametrize("kind", ["shared"], indirect=True)
 
 
 def listening(port: int = 0, host: str = HOST, family: int = socket.AF_INET, backlog: int = 5) -> socket.socket:
-    """A listener that is in nobody's way once it is closed."""
+    """A listener whose port is free as soon as it is closed."""
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family == socket.AF_INET6:
@@ -54,7 +53,7 @@ def runs(pid: int) -> bool:
 
 
 def ask(address: tuple[str, int], question: bytes = b"hello") -> bytes:
-    """What a far end that echoes answers through a tunnel; b"" where it refuses."""
+    """Send `question` through a tunnel, and return the echo of the far end; b"" where the client is refused."""
     with socket.create_connection(address, 10) as client:
         answer = b""
         with contextlib.suppress(ConnectionResetError, BrokenPipeError):
@@ -65,8 +64,13 @@ def ask(address: tuple[str, int], question: bytes = b"hello") -> bytes:
 
 
 def events(caplog: pytest.LogCaptureFixture) -> list[tuple[str, dict[str, Any]]]:
-    """What was logged: (what happened, its fields)."""
+    """The log so far: (message, fields) of each line."""
     return [(record.getMessage(), getattr(record, "fields", {})) for record in caplog.records]
+
+
+def key(hostname: str) -> TunnelKey:
+    """The key of a tunnel in a Bench's table."""
+    return TunnelKey("cf", hostname)
 
 
 class Bench:
@@ -81,12 +85,12 @@ class Bench:
 
     def ask(self, name: str, client: str | None = None, timeout: float = 60.0,
             doubted: sniroute_processes.Child | None = None) -> concurrent.futures.Future[None]:
-        """wait() in a thread of its own."""
+        """Call TunnelTable.wait in a thread of its own; the future has its outcome."""
         future: concurrent.futures.Future[None] = concurrent.futures.Future()
 
         def run() -> None:
             try:
-                self.table.wait(f"cf:{name}", client, self.clock() + timeout, doubted)
+                self.table.wait(key(f"{name}"), client, self.clock() + timeout, doubted)
             except BaseException as error:
                 future.set_exception(error)
             else:
@@ -97,13 +101,13 @@ class Bench:
         return future
 
     def turn(self, until: Callable[[], Any], timeout: float = 10.0) -> Any:
-        """Let the reaper work until something is true."""
+        """Let the reaper work until `until` is true, and return its value."""
         if self.table.reaper.ident is not None:
             return wait_until(until, timeout)
         return wait_until(lambda: self.table.step(0.005) or until(), timeout)
 
     def outcome(self, future: concurrent.futures.Future[None]) -> TunnelError | None:
-        """What became of an ask()."""
+        """Wait for the end of an `ask`.  Returns its TunnelError, None where the tunnel is ready."""
         self.turn(future.done)
         error = future.exception()
         assert error is None or isinstance(error, TunnelError), error
@@ -113,34 +117,36 @@ class Bench:
         """A tunnel that is ready, without a lease."""
         error = self.outcome(self.ask(name, **options))
         assert error is None, error
-        return self.table.tunnels[f"cf:{name}"]
+        return self.table.tunnels[key(f"{name}")]
 
     def leased(self, name: str) -> Tunnel:
+        """A tunnel that is ready, with a lease."""
         self.ready(name)
-        tunnel = self.table.lease(f"cf:{name}")
+        tunnel = self.table.lease(key(f"{name}"))
         assert tunnel is not None
         return tunnel
 
     def failed(self, name: str, **options: Any) -> TunnelError:
+        """The error of a tunnel that has to fail."""
         error = self.outcome(self.ask(name, **options))
         assert error is not None
         return error
 
     def doubt(self, tunnel: Tunnel) -> bool:
-        """Whether doubt has the tunnel's child started again.  Returns when it is ready again."""
+        """Doubt the tunnel's child, and wait until the tunnel is ready.  Returns whether it has a new child."""
         child = tunnel.child
-        future = self.ask(tunnel.key.partition(":")[2], doubted=child)
+        future = self.ask(tunnel.key.hostname, doubted=child)
         wait_until(lambda: tunnel.state is not READY or future.done())
         assert self.outcome(future) is None
         assert tunnel.state is READY
         return tunnel.child is not child
 
     def states(self) -> dict[str, str]:
-        return {key.partition(":")[2]: state for key, state, *_ in self.table.snapshot()}
+        return {view.key.hostname: view.state for view in self.table.snapshot()}
 
     def close(self) -> None:
         if self.table.reaper.ident is None:
-            self.table.start()  # it ends at once, with all that the table holds
+            self.table.start()  # close() leaves the stopping to the reaper's thread
         self.table.close(now=True)
         for thread in self.threads:
             thread.join()
@@ -148,12 +154,12 @@ class Bench:
 
 @pytest.fixture
 def kind(request) -> str:
-    """How many tunnels a process carries: `own`, or `shared`."""
+    """Which stand-in: "own", a process for each tunnel; or "shared", one for several."""
     return getattr(request, "param", "own")
 
 
 def stand_in(kind: str, program: str, environ: dict[str, str]) -> sniroute_launchers.Launcher:
-    """The row for the stand-in."""
+    """The Launcher of the stand-in."""
     launcher = sniroute_launchers.cloudflared_launcher(program, environ)
     if kind == "shared":
         launcher = launcher._replace(shared=("forwarders",), reason=sniroute_launchers.carrier_reason, carries=16)
@@ -179,5 +185,5 @@ def bench(kind, cloudflared, free_ports) -> Iterator[Callable[..., Bench]]:
 
 
 def event(child: sniroute_processes.Child, event: str, **fields: Any) -> bytes:
-    """A line that concerns a child's listener."""
+    """A line as a shared process writes it about the listener of `child`."""
     return json.dumps({"level": "info", "event": event, "listener": child.listener, **fields}).encode()
