@@ -11,7 +11,8 @@ starts the tunnel that leads to that name if none is up, and passes bytes both w
                                -> target   there
 
 This file is the face: it opens the room that a command needs.  The house is flat: one subject a file, all beside
-this one (or with it in one sniroute.pyz).  Imports run down this table only:
+this one (or with it in one sniroute.pyz).  Imports run down this table only; of the rooms above them, the two at its
+end use log, loop, names and refusals:
 
     sniroute               the face                            python3 sniroute.py [serve | check | explain | ...]
     sniroute_daemon        the main thread of `serve`          signals, systemd, hand-over to a successor, reload
@@ -28,7 +29,7 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
     sniroute_loop          what is ready, due, asked for       epoll, timers, queues
     sniroute_wire          TLS, PROXY, PostgreSQL preludes     pure parsers
     sniroute_names         names and addresses; the version
-    sniroute_refusals      why, and how a client is told
+    sniroute_refusals      why a client is refused             and how it is told
 
     sniroute_admin    *    HTTP for the host's own users       with sniroute_metrics and sniroute_page
     sniroute_carrier  *    a tunnel program of our own         with sniroute_edge, _forwarder, _dial and _http
@@ -46,6 +47,7 @@ parked behind it.
     wait-<n>    one for each target that has to wait, 32 at most              touches a client's socket
     reaper      child processes: starts, watches, stops, drains               ends before its children
     log         formats and writes log lines                                  stops traffic
+    admin       HTTP, where --admin asks for it; `admin-<n>`, too             touches a client's socket
 
 What it does not do: decrypt, look at anything behind the ClientHello, or treat a name as proof of who asks.
 SNI is not authentication.
@@ -62,7 +64,7 @@ import importlib
 import os
 import re
 
-__version__ = "0.1.0"  # every file has it, so that a folder of old and new ones can be told
+__version__ = "0.1.0"  # every file has it, so that `misfit` can say which files are of another version
 
 COMMANDS = {  # command: (room, function of its settings)
     "serve": ("sniroute_daemon", "serve"),

@@ -14,9 +14,9 @@
           POST /reload                      Hooks.reload
           POST /tunnels/NAME/start, stop    TunnelTable.wait, TunnelTable.stop
 
-An option: the daemon imports this file if --admin is given, and calls `attach(router, settings)`.  The router and
-its tunnel table are arguments: their classes are not imported.  It imports sniroute_metrics, sniroute_page and
-sniroute_names.
+An option: the daemon imports this file if --admin is given, or if systemd has a socket for it, and calls
+`attach(router, settings)`.  The router and its tunnel table are arguments: their classes are not imported.  It imports
+sniroute_metrics, sniroute_page and sniroute_names.
 
 Threads.  `admin` accepts clients, and is the only thread that writes to the Collector.  Each `admin-<n>` answers one
 request; it has 5 s to read the request and 5 s to send the answer.  None of them touches a socket of the router's

@@ -70,8 +70,8 @@ EARLY_MAX = 1 << 16  # bytes that a client says before the edge is there; the re
 PIECES_MAX = 64  # buffers in one write: far under the kernel's 1,024
 DIAL_TIMEOUT = 15.0  # seconds from accept to the edge's answer: name, connect, proxy, TLS and upgrade together
 GRACE = 2.0  # seconds of silence from the edge after a client's end, before Close: its answer gets through
-SETTLE = 0.05  # seconds until it is asked again whether a client has got everything, and may be reset
-STALL = 60.0  # seconds in which the edge takes nothing, until it is asked whether the client is still there
+SETTLE = 0.05  # seconds between two looks whether a client that is to be reset has got its last bytes
+STALL = 60.0  # seconds in which the edge takes nothing; then we look whether the client is still there
 LINGER = 5.0  # seconds after Close, or FIN: the other side may still send what is under way
 
 
@@ -130,8 +130,8 @@ class Connection:
         self.pong: bytes | None = None  # the payload of the last Ping, when it is not answered yet
         self.rest = b""  # on its way to the client
         self.broken = False  # the edge broke off: the client is to see a reset
-        self.stalled_at = (0, 0)  # bytes that were sent, and not acknowledged, when that was last asked
-        self.still_unsent = 1 << 62  # LEAVING, ENDING: bytes that the kernel held for the other side, when last asked
+        self.stalled_at = (0, 0)  # at the last `on_stall`: `up`, and bytes that the edge had not acknowledged
+        self.still_unsent = 1 << 62  # LEAVING, ENDING: bytes that the kernel held for the other side at the last look
         self.up = self.down = 0  # bytes
 
     # -- on the way to the edge

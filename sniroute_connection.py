@@ -87,7 +87,7 @@ class Connection:
         self.name: str | None = None
         self.decision: Decision | None = None
         self.backend: Backend | None = None
-        self.header: ProxyHeader | None = None  # a believed one
+        self.header: ProxyHeader | None = None  # the client's, where it is believed
         self.preface = b""  # what the backend is told first: PROXY header, SSLRequest
         self.dialled = 0.0  # clock time of its last dial
         self.admitted = False  # it counts among its route's
@@ -390,6 +390,7 @@ class Connection:
         self.obey(verdict)
 
     def obey(self, verdict: Retry | Refused | None) -> None:
+        """Do what `Backend.failed` has said; None: wait for the tunnel's last words, then ask again."""
         if verdict is None:
             self.state = PARKED
             self.up.wait_for(READ, self.on_waiting)
@@ -457,7 +458,7 @@ class Connection:
             down.source = None
 
     def _drop_backend(self) -> None:
-        """Close the connection to the backend, and give its lease back; the backend may still be asked why it failed."""
+        """Close the connection to the backend, and give its lease back.  `backend.failed` may still be called."""
         self.up.discard()
         self.down.discard()
         self._hang_up()
@@ -567,7 +568,7 @@ class Deadlines:
     def adopt(self, prelude_timeout: float, start_timeout: float) -> None:
         """Use other times, in seconds; connections already queued keep their old deadline."""
         self.prelude.seconds = prelude_timeout
-        self.parked.seconds = start_timeout + 1  # the thread that waits is the first to say so
+        self.parked.seconds = start_timeout + 1  # so the thread that waits gives up first: it knows why
 
 
 def late_prelude(connection: Connection) -> None:
@@ -576,7 +577,7 @@ def late_prelude(connection: Connection) -> None:
 
 
 def late_target(connection: Connection) -> None:
-    """The thread that waits for the target should have given up by now: a resolver may hang in it."""
+    """The thread that waits for the target should have given up by now; perhaps it hangs in the resolver."""
     decision = connection.decision
     connection.refuse(Refused("tunnel_timeout",
                               f"{decision.target}: waited too long for {decision.scheme.waits_on}"))

@@ -8,7 +8,8 @@
 
     Supervisor           what systemd is told: ready, reloading, stopping, alive
     activated_sockets    the listening sockets that systemd holds for us, where there is a sniroute.socket
-    Handover             how a restart refuses nobody: passes the listening sockets from process to process
+    Handover             how a restart refuses nobody: passes the listening sockets from process to process; a
+                         successor finds us by our names, which are unix addresses
     Daemon               the main thread: owns all of these, the Router and the TunnelTable
     dump                 counters, tunnels and connections into the log
 
@@ -16,8 +17,8 @@ The start.  A failure in the steps 1 to 3 leaves a predecessor as it was:
 
     1  get the listening sockets: systemd's, else those of a predecessor
     2  Router: takes these sockets over, and opens those that are missing
-    3  import the admin's room, if --admin asks for it; start the thread `reaper` (TunnelTable.start), then `loop`,
-       which accepts clients from here on
+    3  import the admin's room, if --admin or systemd asks for it; start the thread `reaper` (TunnelTable.start), then
+       `loop`, which accepts clients from here on
     4  tell the predecessor to drain; listen on its names, and bind those that are missing
     5  open the admin's address (threads `admin` and `admin-<n>`), then tell systemd READY=1
 
@@ -35,7 +36,8 @@ Seams: I want to ...
     show more in a dump              `dump`
     start something else             Daemon._start, and in the opposite order Daemon._close
 
-It imports the router, tunnels, settings, log, loop, names and refusals; sniroute_admin only where --admin asks for it.
+It imports the router, tunnels, settings, log, loop, names and refusals; sniroute_admin only where --admin or systemd
+asks for it.
 """
 
 from __future__ import annotations
@@ -171,7 +173,7 @@ def activated_sockets(environ: dict[str, str]) -> dict[str, list[socket.socket]]
 # -- how a restart refuses nobody --------------------------------------------------------------
 
 # Times in seconds.
-HANDOVER_TIMEOUT = 5.0  # for the sockets of all predecessors together, and for each last word: all are on this host
+HANDOVER_TIMEOUT = 5.0  # for all predecessors to send sockets, and for each later answer: all are on this host
 OFFER_AGAIN = 5.0  # between two tries to bind a name that another process has
 HANDOVER_MAX = 253  # sockets in one message: the kernel's SCM_MAX_FD; an address needs two, its listener and its name
 
@@ -223,7 +225,7 @@ class Handover:
         wanted = {address for address in addresses if address[1]}
         taken: dict[tuple, socket.socket] = {}
         deadline = monotonic() + HANDOVER_TIMEOUT
-        for address in sorted(wanted) if sys.platform == "linux" else ():  # in one order: two never wait for each other
+        for address in sorted(wanted) if sys.platform == "linux" else ():  # in one order: no two wait for each other
             if address not in taken and address not in self.inherited:
                 try:
                     self._take(address, wanted, taken, deadline)
@@ -251,7 +253,7 @@ class Handover:
                 channel.close()
                 return  # nobody has it
             except (ConnectionResetError, BlockingIOError):
-                pass  # reset: it has ended, perhaps another has the name; blocking: any user can fill its backlog
+                pass  # try again: it has just ended, or its backlog is full, which any user can bring about
             except OSError:
                 channel.close()
                 raise
@@ -272,7 +274,7 @@ class Handover:
                 sock.close()
 
     def dismiss(self) -> bool:
-        """Have the predecessors drain, now that we accept.  Returns whether there were any."""
+        """Tell the predecessors to drain, now that we accept.  Returns whether there were any."""
         for channel in self.predecessors:
             with channel, contextlib.suppress(OSError):
                 channel.settimeout(HANDOVER_TIMEOUT)
@@ -282,7 +284,7 @@ class Handover:
         return count > 0
 
     def offer(self, addresses: Iterable[tuple]) -> list[tuple]:
-        """Listen on the name of each of these addresses, for a successor.  Returns those whose name another has."""
+        """Listen on the name of each address, for a successor.  Returns addresses whose name another process has."""
         others = []
         for address in addresses if sys.platform == "linux" else ():
             name = self.inherited.pop(address, None)

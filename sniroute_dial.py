@@ -5,8 +5,8 @@
                    `name`         families      the first answer wins      a proxy        done(Failed)
 
 A Dial makes one TCP connection to HOST:PORT.  A WayOut holds what all dials of one loop share: the proxy,
-the addresses of names (Names), and the queues of dials that wait.  What the connections are for is not known
-here.
+the addresses of names (Names), and the queues of dials that wait.  This room does not know what the connections are
+for.
 
 The life of a dial is `Dial.phase`, in words for people:
 

@@ -1,8 +1,8 @@
 """sniroute_doctor: what a person asks about a router: check, explain, selftest; and bundle, which packs it.
 
-    check           the settings, valid by now ----------> warnings, the routes as they are matched
+    check           settings, read without a fault ------> warnings, the routes as they are matched
     explain NAME    routes, tunnel program, a running router's admin address, the far end ----> facts, one verdict
-    selftest        a real Router on loopback, an echo behind it, SELF_TESTS in front ---------> ok or FAIL, line by line
+    selftest        a real Router on loopback, an echo behind it, SELF_TESTS in front ---------> ok or FAIL, a line each
     bundle          the rooms' sources and bytecode -----> sniroute.pyz
 
 An option: without this file a router serves all the same.
@@ -52,7 +52,7 @@ __version__ = "0.1.0"
 log = logging.getLogger("sniroute")
 monotonic = time.monotonic
 TRIAL_TIMEOUT = 30.0  # `explain` waits so long for a carrier, which gives up at 15 by itself
-SELF_TEST_TIME = 9.0  # for all of `selftest`: a case that hangs takes less than what is left
+SELF_TEST_TIME = 9.0  # for all of `selftest`: no case waits longer than what is left of it
 ADMIN_TIMEOUT = 5.0  # for what `explain` asks of a running router
 
 
@@ -71,7 +71,7 @@ def show_route(route: Route) -> str:
 
 
 def check(settings: Settings) -> int:
-    """`sniroute check`: the settings are valid, or we would not be here.  The routes, as they are matched."""
+    """`sniroute check`: print warnings, and the routes as they are matched.  `load_settings` has found the faults."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("sniroute: %(message)s"))
     log.addHandler(handler)
@@ -130,7 +130,7 @@ TUNNEL_ADVICE = {
     "backoff": "see why it ended; it is started again by itself",
     "failed": "mend what it says; then POST /tunnels/NAME/stop forgets it, or wait",
 }
-LOCAL_ONLY = {"ready": "ready (its local port is open)"}  # a state that says less than people read into it
+LOCAL_ONLY = {"ready": "ready (its local port is open)"}  # `ready` tells nothing of the far end
 
 
 def explain_tunnel(settings: Settings, key: TunnelKey) -> str:
@@ -306,7 +306,10 @@ class SelfTest:
             raise AssertionError(f"{len(data)} bytes, {data[:20].hex(' ')}..., instead of {len(expected)}")
 
     def talk(self, *steps: bytes | tuple[bytes, bytes], end: bool = False, piece: int = 0) -> None:
-        """Say each step, in pieces of so many bytes, and hear the same, or what stands behind it; then the `end`."""
+        """Send each step and expect it back; of a step (sent, expected), expect the second.
+
+        `piece`: bytes to send at a time, 0 for all.  `end`: then expect the end of the connection.
+        """
         with self.connect() as client:
             for step in steps:
                 said, heard = step if isinstance(step, tuple) else (step, step)
@@ -316,7 +319,7 @@ class SelfTest:
             if end and client.recv(1):
                 raise AssertionError("more than that")
 
-    # -- the cases that are more than a talk
+    # -- the cases for which `talk` is not enough
 
     def half_close(self) -> None:
         """The client ends; what is on its way back still arrives, and then the backend's end."""

@@ -7,7 +7,7 @@
                             (from a Dial)                                                 or done(Failed)
 
 The edge answers with the upgrade, or with a status and a page that tell why not; `judge` makes of these
-one of REASONS.  sniroute knows the words (sniroute_tunnels), people read the sentences.
+one of REASONS.  Its key is for sniroute (CARRIER_REASONS of sniroute_launchers), its sentence for people.
 
 The life of an upgrade is `Upgrade.phase`, in words for people:
 
@@ -113,8 +113,8 @@ def identity(environ: Mapping[str, str], given: Mapping[str, Any]) -> list[tuple
 
 # -- the edge's answer -------------------------------------------------------------------------
 
-# Why a client could not be served: the word for programs (sniroute_tunnels knows them), and the sentence
-# for people.
+# Why a client could not be served: a word for programs (see CARRIER_REASONS of sniroute_launchers), and a
+# sentence for people.
 REASONS = {
     "name": "the name does not resolve",
     "resolver": "the host's resolver gives no answer",

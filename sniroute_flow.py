@@ -23,6 +23,12 @@ While its connection is UNANSWERED, `first` is called instead of `pump`.
 A change of state replaces the callback in the poller, so no mover asks which state it is in.
 
 Threads: the loop only.
+
+Seams: I want to ...
+    read or keep more at a time   a constant below
+    move bytes by another call    a subclass of Flow, as SpliceFlow, chosen in Pipes
+
+It imports the loop.
 """
 
 from __future__ import annotations
@@ -44,10 +50,10 @@ __version__ = "0.1.0"
 # Limits, each with its reason.  Sizes in bytes.
 MESSAGE = 1 << 12  # bytes read in one go; larger reads are spliced, where that works
 SMALL_READ = 479  # the same while messages are small: CPython's fast allocator takes 512, of which 33 are its head
-SMALL_AFTER = 32  # so many small messages in a row: one that is larger then takes two reads, which cost what 16 save
+SMALL_AFTER = 32  # so many small messages before reads are small: a larger one then takes two reads, the gain of 16
 BULK = 1 << 20  # bytes of one splice: a fifth to a third less CPU for a gigabyte than with 256 KiB
 READ_MAX = 1 << 16  # bytes of one read of a BULKY flow that cannot splice
-CAREFUL = 1 << 14  # bytes of both while many clients do not read: their bytes have to be kept
+CAREFUL = 1 << 14  # instead of BULK and READ_MAX while many sinks are full: their bytes have to be kept
 PENDING_MAX = 1 << 22  # bytes kept for full sinks (those in lent pipes not counted) before CAREFUL applies
 PIPES_MAX = 32  # pipes lent to flows whose sink is full: 1 MiB and two descriptors each
 
@@ -93,7 +99,7 @@ class Flow(Watch):
         return self.move_bulk if self.state is BULKY else self.pump
 
     def become(self, state: str) -> None:
-        """Move bytes otherwise from the next event on."""
+        """Enter a state in which the source is read; its mover is called from the next event on."""
         self.state = state
         self.size, self.small = MESSAGE, 0
         self.install()

@@ -6,7 +6,7 @@
 
 A Forwarder has the loop, the listeners, and the clients.  It is given the class that serves one client
 (`Served` says what that class needs), and knows nothing of what lies behind it.  sniroute starts such a
-program and speaks with it as sniroute_tunnels, "Shared processes", says.  By itself a program may also listen
+program and speaks with it as sniroute_processes, "Shared processes", says.  By itself a program may also listen
 where its command line says, or serve one client between stdin and stdout (`bridge`).
 
 A line of the log has an `event`, one word, and fields.  sniroute reads these:
@@ -26,7 +26,7 @@ A fault in a callback ends the client that it is for, and no other: `fault` find
 Seams: I want to ...
     write another tunnel program   a class like Served, a subclass of Forwarder with what its clients share,
                                    and a `main` like sniroute_carrier's
-    tell sniroute another thing    an event here, a row in sniroute_tunnels
+    tell sniroute another thing    an event here, and a branch in `Processes._heard` of sniroute_processes
     take another command           `Control.obey`
 
 This room imports sniroute_dial (CAPACITY_ERRNOS), sniroute_loop, sniroute_names and sniroute_refusals

@@ -17,7 +17,8 @@ from `place()`: the folder, or the .pyz file.
 Threads: none.  `is_there`, `missing` and `find` look at the disk; nothing else does I/O.
 
 Seams: I want to ...
-    run another tunnel program      a function like `cloudflared_launcher`, and its row in the caller's table
+    run another tunnel program      a function like `cloudflared_launcher`, its row in `tunnel_launchers` of
+                                    sniroute_settings, and its name in SCHEMES of sniroute_routes
     understand a new last line      a row in CLOUDFLARED_REASONS or CARRIER_REASONS
     let a variable through          TUNNEL_ENVIRONMENT
 
@@ -119,7 +120,7 @@ CLOUDFLARED_REASONS = (
 def cloudflared_reason(tail: bytes) -> Reason:
     """The reason in cloudflared's last output.  Never final: it does not say for which client."""
     words = last_words(tail)
-    if "reason" in last_line(tail)[1]:  # --cloudflared names a carrier
+    if "reason" in last_line(tail)[1]:  # --cloudflared names our carrier, whose lines have this field
         return carrier_reason(tail)._replace(final=False)
     for text, kind, meaning in CLOUDFLARED_REASONS:
         if text in words:

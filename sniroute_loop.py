@@ -6,15 +6,20 @@
 
     other threads --- call(act) ---> a deque, and a byte in a pipe (WakePipe) ---> phase 1 of the next turn
 
-Batches exist because a neighbour that is woken once for many connections costs less than one that is
-woken for each: all that were accepted in a turn are read together, then all that were routed dial, then
-all that have dialled speak.  That is a fifth of the CPU of a connection.
+Batches exist because it costs less to wake another process once for many connections than once for each: all
+that were accepted in a turn are read together, then all that were routed dial, then all that have dialled
+speak.  That saves a fifth of the CPU of a connection.
 
 Threads: `call` and `WakePipe.wake` are for any thread; all else is for the thread that runs the loop.
 No locks: a deque's append and popleft are each one step of the interpreter.
 
 A fault in a callback, a timer, a queue or a step ends with `fault(owner)`, given to Loop(): the owner is
 the object that met it, so that one connection ends and not the loop.
+
+Seams: I want to ...
+    do something at a time       Loop.timer; where many items wait equally long, Loop.queue
+    do something once a turn     Loop.batch; its place among the batches is that of its call
+    wait otherwise               a subclass of Poller, chosen in Loop
 
 This room imports the standard library only, and knows nothing of connections.
 """
@@ -37,7 +42,7 @@ monotonic = time.monotonic
 EVENTS = 256  # ready descriptors in a turn, so that a turn ends soon (epoll only)
 WAIT_LAST = 3600.0  # seconds of one wait: epoll takes no more than 24 days
 NEVER = float("inf")
-CAPACITY_PAUSE = 0.1  # seconds until an accept is tried again when descriptors are short: a loop that spins burns a core
+CAPACITY_PAUSE = 0.1  # seconds until an accept is tried again when descriptors are short; else the loop would spin
 
 # errno values that mean "not now": descriptors or memory are short on this host.
 CAPACITY_ERRNOS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
@@ -279,13 +284,13 @@ class Loop:
         return self.batches[-1][0]
 
     def run(self, turns: Iterable[Any] = itertools.repeat(None)) -> None:
-        """Turn until `stop` is called: wait for something to do, and do it.  `turns`: once for each of these at most."""
+        """Turn until `stop` is called: wait for something to do, and do it; one turn for each item of `turns`."""
         poll, callbacks, batches, fault = self.poller.poll, self.poller.callbacks, self.batches, self.fault
         now = monotonic()
         for _ in turns:
             if self.stopping:
                 return
-            timeout = self.next_check - now  # of the last turn's poll: a deadline may be late by what that turn took
+            timeout = self.next_check - now  # read in the last turn: a deadline may be late by what that took
             for fd, mask in poll(timeout if timeout > 0.0 else 0.0):
                 # A descriptor closed earlier in this turn maps to `ignore`; its number is not watched again
                 # before the batches below.

@@ -5,9 +5,16 @@
     anything that others said                --- printable ---> one line of printable ASCII
 
 Every name that is routed passes `normalise`, and every tunnel's: it is the only thing that stands between
-a stranger's bytes and a program's command line.  All functions are pure, but `is_local`, which binds a socket.
+a stranger's bytes and a program's command line.  All functions are pure but three: `is_local` binds a socket;
+`is_here` and `describe_version` ask the import system which files are there.
 
 Threads: none.
+
+Seams: I want to ...
+    allow another character in names   NAME, and the docstring of `normalise`
+    add a file                         CORE, or OPTIONS if it may be missing; and py-modules in pyproject.toml
+
+It imports refusals (Malformed).
 """
 
 from __future__ import annotations
@@ -44,7 +51,7 @@ def normalise(raw: bytes) -> str:
     Letters, digits, `-`, `_` and dots; at least two labels of 1..63 that neither begin nor end
     with `-`; 253 bytes at most; no trailing dot; no IP address in any spelling (RFC 6066 section 3
     forbids them), so the last label is not a number.  `xn--` is never decoded.
-    Raises Malformed (unrecognized_name).
+    Raises Malformed, of the kind `bad_name`.
     """
     name = raw.lower()
     if len(raw) > NAME_MAX or not NAME.fullmatch(name):

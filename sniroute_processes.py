@@ -196,7 +196,7 @@ def read_listeners(port: int) -> dict[str, int]:
     connections there are.
     """
     exact: dict[str, int] = {}
-    wild: dict[str, int] = {}  # a listener for IPv6 only looks the same: it counts only where there is no exact one
+    wild: dict[str, int] = {}  # on ANY, if IPv6-only too: it counts only where none is exact
     for table in ("tcp", "tcp6"):
         try:
             with open(f"/proc/self/net/{table}") as file:
@@ -403,7 +403,8 @@ class Child:
         self.address = ("127.0.0.1", port)
         self.listener = f"127.0.0.1:{port}"
         self.started = now
-        # When to look again whether it listens: pace, not policy, so real time.  A shared process says so itself.
+        # When to look again whether it listens, in real time instead of `clock`, which tests replace: no decision
+        # hangs on it.  A shared process says itself that it listens.
         self.look_at = float("inf") if process.shared else 0.0
         self.pause = POLL  # until the next look
         self.ready = 0.0  # when it was found listening

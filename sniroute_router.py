@@ -17,7 +17,7 @@ only.  No locks.
 
 Seams: I want to ...
     open a listener with one target       set `Listener.decision` before it listens
-    hear what happens                     Hooks, given to Router(); `endings`, for each connection that ends
+    hear what happens                     Hooks, given to Router(); Router.endings, for each connection that ends
     limit something else                  `_accept` (before a byte is read), Connection._admit (once the name is known)
 """
 
@@ -91,7 +91,7 @@ class Peers:
         self.proxy_from = settings.proxy_from
         self.proxy_protocol = settings.proxy_protocol
         self.known: dict[str, Peer] = {}  # by address, and by key
-        self.full = PEERS_MAX
+        self.full = PEERS_MAX  # how many may be known before those without a connection are dropped
 
     def find(self, host: str) -> Peer:
         """What the settings say of an address."""
@@ -257,7 +257,7 @@ def listen_addresses(host: str, port: int) -> list[tuple[int, tuple]]:
 
 
 def end_sink(sink: socket.SocketType) -> None:
-    """Pass an end on.  A step of a turn: the readers of many ends are woken once."""
+    """Tell a sink that its source has ended.  A step of a turn: a process that reads many sinks is woken once."""
     try:
         sink.shutdown(socket.SHUT_WR)
     except OSError:
@@ -312,7 +312,7 @@ class Router(socketserver.ThreadingTCPServer):
         # Timers of the loop.
         self.paused = False  # accepting is paused
         self.pause_said = -PAUSE_SAID
-        self.resumption = self.loop.timer(self._resume)  # NEVER while paused: as soon as a connection ends
+        self.resumption = self.loop.timer(self._resume)  # paused, and NEVER: when connections have ended, see `closed`
         self.drain_end = self.loop.timer(self._stop)
         self.heartbeat = self.loop.timer(self._beat)
         self.heartbeat.set(0.0)
@@ -537,7 +537,7 @@ class Router(socketserver.ThreadingTCPServer):
         return min(SWEEP_LAST, *(each / 8 for each in idle if each), HALF_CLOSED_IDLE / 8)
 
     def _sweep(self) -> None:
-        """Close what has been silent too long: found by comparing byte counts, free for the pump."""
+        """Close what has been silent too long.  It compares byte counts, so that the pump needs no clock."""
         now = monotonic()
         self.sweeping.set(now + self._sweep_interval())
         for connection in list(self.connections):

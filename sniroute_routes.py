@@ -6,7 +6,7 @@
 
     Routes    ordered layers of patterns, the configured one first; a decision is made once for each name
     SCHEMES   the kinds of target, a row each: how to check one, to be ready for it, to wait for it
-    Backend   told what came of it: open, connected, answered, failed, release.  The loop never asks what kind it is
+    Backend   is told what happens on its way: open, connected, answered, failed, release.  Nobody asks its kind
     Targets   what the kinds share: the tunnel table, resolved hosts, the router's own addresses
 
 Threads.  The loop decides, asks `ready`, and owns every Backend.  A thread wait-<n> runs `prepare`.  `Targets.resolved`
@@ -14,7 +14,7 @@ is written by both, one assignment each.  Other threads may decide too (an opera
 they see is whole, since a Routes is swapped as one object and a layer changes by single assignments.
 
 Seams: I want to ...
-    add a kind of target          a row in SCHEMES; where it has no Backend to share, a subclass of Backend
+    add a kind of target          a row in SCHEMES; a subclass of Backend where none of those here fits
     add an option of a route      a field of Route, and its row in ROUTE_OPTIONS of sniroute_settings
     feed routes from elsewhere    a Layer behind the configured one: Routes.add_layer, then Layer.put and Layer.drop
 
@@ -63,7 +63,7 @@ RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST
 
 
 class Tally:
-    """What came of a route.  Written by the loop only."""
+    """Counts of a route's connections.  Written by the loop only."""
 
     __slots__ = ("active", "total", "refused", "up", "down")
 
@@ -183,7 +183,7 @@ class Layer:
     def __init__(self, routes: Iterable[Route] = ()):
         self.patterns: dict[str, Route] = {}
         self.tallies: dict[str, Tally] = {}
-        self.forget: Callable[[str], None] = lambda pattern: None  # what was decided for it: set by its Routes
+        self.forget: Callable[[str], None] = lambda pattern: None  # drops the decisions that it made; set by Routes
         for route in routes:
             if route.pattern in self.patterns:
                 raise ValueError(f"{route.pattern} is routed twice")
@@ -244,7 +244,7 @@ class Routes:
             self.decisions.pop(pattern, None)
 
     def find(self, name: str) -> tuple[Route, Tally] | None:
-        """The route for a normalised name, and what came of it so far."""
+        """The route for a normalised name, and its Tally."""
         for layer in self.layers:
             route = layer.find(name)
             if route is not None:
@@ -253,7 +253,7 @@ class Routes:
 
     @property
     def tallies(self) -> dict[str, Tally]:
-        """What came of the configured routes, by pattern."""
+        """The tallies of the configured routes, by pattern."""
         return self.configured.tallies
 
     def in_order(self) -> list[Route]:
@@ -302,11 +302,11 @@ class Retry(NamedTuple):
 
 
 class Backend:
-    """One connection's way to its target, told what came of it.  Loop only.
+    """One connection's way to its target, told what happens on it.  Loop only.
 
-    In this order: `open` as often as it takes, `connected`, `answered`; `failed` at any time before that;
-    `release` at the end, once or more.  This base tries (family, address) pairs one after another; where none is left
-    the client is refused with `backend`.
+    Called in this order: `open`, again for each address that fails; `connected`; `answered`; `release`, perhaps more
+    than once.  `failed` may come at any time before `answered`.  This base tries (family, address) pairs one after
+    another; where none is left the client is refused with `backend`.
     """
 
     __slots__ = ("target", "addresses", "local")
@@ -428,9 +428,9 @@ class TunnelBackend(Backend):
         self.child.proven = True
 
     def failed(self, why: str, server: socket.SocketType | None, last: bool) -> Retry | Refused | None:
-        """Hear what the program says of it; once, and where that may help, try again with the same bytes.
+        """Decide by what the tunnel program has said: refuse, or try the same bytes again, unless `last`.
 
-        Asked a second time, it is what the program has said by then.
+        Where the program has not said why yet, None.  The second call decides by what it has said until then.
         """
         child = self.child
         asked_before = self.failure is not None
@@ -493,7 +493,7 @@ class Targets:
         self.make_room(0)
 
     def make_room(self, routes: int) -> None:
-        """Keep as many as so many routes can need."""
+        """Keep as many resolved hosts as this number of routes can need."""
         self.resolved_max = max(RESOLVED_MAX, 2 * routes)
 
     def remember(self, decision: Decision, found: Resolved) -> Resolved:
@@ -550,7 +550,7 @@ def tunnel_ready(targets: Targets, decision: Decision) -> Backend | None:
     if tunnel is None:
         return None
     child = tunnel.child
-    if child is None:  # the reaper took it away an instant ago: the state follows
+    if child is None:  # the reaper has just taken it away, and changes the state next
         tunnels.release(tunnel)
         return None
     return TunnelBackend(tunnels, decision.target, decision.route.idle, tunnel, child)

@@ -19,7 +19,8 @@ local port on which a process listens for it.  `Tunnel.state` is always one word
     BACKOFF   -> STARTING  it was in use: once `until` has come   -> FAILED  it was not in use
     STOPPING  -> READY     a lease came first        -> QUEUED    somebody waits   -> FAILED  nobody waits
 
-A row in state FAILED is not in `tunnels` any more.
+Besides: `stop` and `close` move a STARTING or READY tunnel to STOPPING; a QUEUED or BACKOFF one goes at once.  Any
+tunnel whose process cannot be killed becomes FAILED.  A row in state FAILED is not in `tunnels` any more.
 
 Threads.  The thread `reaper` does everything that can block or that touches a process; it runs `step` in a
 loop.  Threads named `wait-<n>` sleep in `wait`.  The router's loop calls `lease`, `release`, `words` and
@@ -46,7 +47,7 @@ goes to `wait`, which returns at once.  Only the loop writes `leases`.
 
 Seams: I want to ...
     run another tunnel program     a Launcher row (sniroute_launchers): this room knows nothing of cloudflared
-    wait, retry or forget otherwise   a constant below
+    wait, retry or forget later    a constant below
     test without waiting           `clock` and `jitter` are arguments; `step()` is one turn of the reaper
 
 This room imports sniroute_launchers, sniroute_processes, sniroute_log, WakePipe and WAIT_LAST of

@@ -1,6 +1,6 @@
 """sniroute_wire: reads what a client says before it can be routed: pure parsers, no I/O.
 
-A client says, with each part in brackets left out or not:
+A client says, where the parts in brackets may be missing:
 
     [PROXY header, version 1 or 2] [GSSENCRequest] [SSLRequest] ClientHello
 
@@ -60,7 +60,7 @@ class Hello(NamedTuple):
 
     name: str | None  # the host_name it asks for, normalised; None where it asks for none
     alpn_data: bytes | None  # the body of its ALPN extension
-    end: int  # its size on the wire, record headers included; what follows belongs to somebody else
+    end: int  # its size on the wire, record headers included; bytes behind it are not looked at
 
     @property
     def alpn(self) -> list[bytes] | None:
