@@ -375,6 +375,7 @@ class SelfTest:
 HELLO_SAMPLE = sample_hello("echo.example.com")
 NEGOTIATED = (SSL_REQUEST_BYTES, b"S")
 NO_NAME_ALERT, BROKEN_ALERT = tls_alert(UNRECOGNIZED_NAME, 1), tls_alert(DECODE_ERROR, 1)
+PLAIN_TOLD = told(Refused("plain_postgres", ""), POSTGRES)
 PROXY_SAMPLES = (proxy_v1(("192.0.2.1", 1111), ("192.0.2.9", 443)), proxy_v2(("192.0.2.1", 1111), ("192.0.2.9", 443)))
 
 # What `selftest` tries: (for people, what to do).
@@ -394,7 +395,7 @@ SELF_TESTS: tuple[tuple[str, Callable[[SelfTest], None]], ...] = (
     ("PostgreSQL: PROXY header, SSLRequest",
      lambda t: t.talk((PROXY_SAMPLES[1] + SSL_REQUEST_BYTES, b"S"), HELLO_SAMPLE)),
     ("PostgreSQL without TLS is told why",
-     lambda t: t.talk((struct.pack("!II", 20, STARTUP << 16) + b"user\0selft\0\0", told(Refused("plain_postgres", ""), POSTGRES)), end=True)),
+     lambda t: t.talk((struct.pack("!II", 20, STARTUP << 16) + b"user\0selft\0\0", PLAIN_TOLD), end=True)),
     ("no name: an alert", lambda t: t.talk((sample_hello(None), NO_NAME_ALERT), end=True)),
     ("a name without a route: an alert", lambda t: t.talk((sample_hello("a.example.net"), NO_NAME_ALERT), end=True)),
     ("a broken hello: an alert", lambda t: t.talk((b"\x16\3\1\0\4\1\0\0\0", BROKEN_ALERT), end=True)),
@@ -464,7 +465,8 @@ def bundle(words: Sequence[str]) -> int:
         sources = {f"{room}.py": source_of(room) for room in rooms}
         write_bundle(given.output, {**sources, "__main__.py": BUNDLE_MAIN})
     except (OSError, subprocess.SubprocessError) as error:
-        print(f"sniroute: {printable(given.output)}: {printable(getattr(error, 'strerror', None) or str(error))}", file=sys.stderr)
+        why = getattr(error, "strerror", None) or str(error)
+        print(f"sniroute: {printable(given.output)}: {printable(why)}", file=sys.stderr)
         return 1
     print(f"{given.output}: {describe_version().partition(' (')[0]} with {', '.join(options) or 'no options'}, "
           f"{os.path.getsize(given.output) >> 10} KiB")

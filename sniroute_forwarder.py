@@ -200,7 +200,7 @@ class Forwarder:
         self.loop = Loop(self.fault)
         self.listeners: dict[str, Listener] = {}  # by address
         self.connections: set[Served] = set()
-        self.room = max(1, (descriptor_limits()[0] - SPARE_FDS) // 2)  # clients: each has one socket to the far end, too
+        self.room = max(1, (descriptor_limits()[0] - SPARE_FDS) // 2)  # clients, each with a socket to the far end
         self.paused = False  # accepting
         self.resuming = self.loop.timer(self._resume)
         self.pause_said = -PAUSE_SAID

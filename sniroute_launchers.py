@@ -10,9 +10,9 @@
 Two rows are here: `cloudflared access tcp`, a process for each hostname, and our own carrier
 (sniroute_carrier.py), a process for up to CARRIES hostnames.
 
-The carrier is an option: any of its files (CARRIER_ROOMS) may be missing.  The import system is asked whether they
-are there, so the answer is the same in a folder and in a .pyz file.  The carrier is started by a short program text
-that imports it from `place()`: the folder, or the .pyz file.
+The carrier is an option: any of its files may be missing.  The import system is asked whether they are there, so the
+answer is the same in a folder and in a .pyz file.  The carrier is started by a short program text that imports it
+from `place()`: the folder, or the .pyz file.
 
 Threads: none.  `is_there`, `missing` and `find` look at the disk; nothing else does I/O.
 
@@ -22,7 +22,7 @@ Seams: I want to ...
     understand a new last line      a row in CLOUDFLARED_REASONS or CARRIER_REASONS
     let a variable through          TUNNEL_ENVIRONMENT
 
-This room imports sniroute_names (`printable`, `is_here`) and the standard library.
+This room imports sniroute_names (`printable`, `is_here`, OPTIONS) and the standard library.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import shutil
 import sys
 from typing import Callable, Mapping, NamedTuple
 
-from sniroute_names import is_here, printable
+from sniroute_names import OPTIONS, is_here, printable
 
 __version__ = "0.1.0"
 
@@ -215,7 +215,6 @@ def cloudflared_launcher(program: str, environ: Mapping[str, str]) -> Launcher:
 # -- the carrier -------------------------------------------------------------------------------
 
 CARRIER = "sniroute_carrier"
-CARRIER_ROOMS = (CARRIER, "sniroute_edge", "sniroute_forwarder", "sniroute_dial", "sniroute_http")
 # The carrier is imported instead of run as a script, so that Python compiles it only once and finds it in a
 # .pyz file, too.  The options -I and -S keep out what a user or a site has installed.
 CARRIER_CODE = ("import sys; sys.path.insert(0, sys.argv[1]); sys.argv[:2] = ['sniroute_carrier']; "
@@ -245,5 +244,5 @@ def carrier_argv(hostname: str, port: int) -> list[str]:
 def carrier_launcher(environ: Mapping[str, str]) -> Launcher:
     """The row for sniroute_carrier.py, which does what cloudflared does."""
     return Launcher(sys.executable, carrier_argv, inherited(environ), carrier_reason,
-                    f"{sys.executable} is not there", CARRIER_ROOMS, CARRIES, tuple(carrier_words("forwarders")),
+                    f"{sys.executable} is not there", OPTIONS["carrier"], CARRIES, tuple(carrier_words("forwarders")),
                     lambda hostname: carrier_words("access", "tcp", "--hostname", hostname))

@@ -121,9 +121,11 @@ def is_local(ip: Address) -> bool:
 
 
 # The files: those that serve, and the drop-in ones that may be missing, by the option that they make.
-CORE = ("sniroute", "sniroute_daemon", "sniroute_router", "sniroute_settings", "sniroute_connection", "sniroute_routes",
-        "sniroute_tunnels", "sniroute_processes", "sniroute_launchers", "sniroute_flow", "sniroute_loop", "sniroute_log",
-        "sniroute_wire", "sniroute_names", "sniroute_refusals")
+CORE = (
+    "sniroute", "sniroute_daemon", "sniroute_router", "sniroute_settings", "sniroute_connection", "sniroute_routes",
+    "sniroute_tunnels", "sniroute_processes", "sniroute_launchers", "sniroute_flow", "sniroute_loop", "sniroute_log",
+    "sniroute_wire", "sniroute_names", "sniroute_refusals",
+)
 OPTIONS = {
     "doctor": ("sniroute_doctor",),
     "admin": ("sniroute_admin", "sniroute_metrics", "sniroute_page"),
@@ -140,4 +142,5 @@ def is_here(room: str) -> bool:
 def describe_version() -> str:
     """The version, the Python that runs it, and which options are here."""
     options = [option for option, rooms in OPTIONS.items() if all(map(is_here, rooms))]
-    return f"sniroute {__version__} (Python {sys.version.split()[0]}, {sys.platform}; with {', '.join(options) or 'no options'})"
+    runs_on = f"Python {sys.version.split()[0]}, {sys.platform}"
+    return f"sniroute {__version__} ({runs_on}; with {', '.join(options) or 'no options'})"

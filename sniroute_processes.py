@@ -296,8 +296,8 @@ class Process:
     The reaper writes it; a thread that doubts a child reads it, and may write `verdict`.
     """
 
-    __slots__ = ("launcher", "identified", "popen", "pid", "pidfd", "statm", "output", "line", "tail", "said", "paused", "children",
-                 "kill_at", "killed", "verdict")
+    __slots__ = ("launcher", "identified", "popen", "pid", "pidfd", "statm", "output", "line", "tail", "said", "paused",
+                 "children", "kill_at", "killed", "verdict")
 
     def __init__(self, launcher: Launcher, identified: bool, popen: subprocess.Popen):
         self.launcher = launcher

@@ -102,7 +102,7 @@ REFUSALS = {
                            "add the client's network to the route's allow"),
     "route_limit": Refusal(WARNING, INTERNAL_ERROR, 503, "the route has as many connections as it may have",
                            "raise the route's max_connections"),
-    "forbidden": Refusal(WARNING, UNRECOGNIZED_NAME, 403, "the name resolves to an address that its route may not reach",
+    "forbidden": Refusal(WARNING, UNRECOGNIZED_NAME, 403, "the name resolves to an address its route may not reach",
                          "name the host in the target, instead of letting the client choose it"),
     "plain_postgres": Refusal(INFO, None, 400,
                               "sniroute routes by the TLS server name: a connection without TLS has none",
@@ -121,7 +121,7 @@ REFUSALS = {
                               "set ssl = on there: the client is never downgraded"),
     "tunnel_failed": Refusal(WARNING, INTERNAL_ERROR, 502, "the tunnel did not start, or gave no answer",
                              "mend what it says; if that is at the far end: does `cloudflared tunnel run` run there?"),
-    "tunnel_denied": Refusal(WARNING, ACCESS_DENIED, 502, "Access refuses the router: no token, a wrong one, or no right",
+    "tunnel_denied": Refusal(WARNING, ACCESS_DENIED, 502, "Access refuses the router: no token, a wrong one, no right",
                              "check TUNNEL_SERVICE_TOKEN_ID and _SECRET, "
                              "and that the application has a Service Auth policy"),
     "tunnel_unknown": Refusal(WARNING, UNRECOGNIZED_NAME, 502,

@@ -31,6 +31,7 @@ import re
 import socket
 import struct
 import time
+import weakref
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 from sniroute_launchers import TunnelError, TunnelKey
@@ -65,7 +66,7 @@ RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST
 class Tally:
     """Counts of a route's connections.  Written by the loop only."""
 
-    __slots__ = ("active", "total", "refused", "up", "down")
+    __slots__ = ("active", "total", "refused", "up", "down", "__weakref__")
 
     def __init__(self) -> None:
         self.active = 0  # connections now
@@ -183,6 +184,8 @@ class Layer:
     def __init__(self, routes: Iterable[Route] = ()):
         self.patterns: dict[str, Route] = {}
         self.tallies: dict[str, Tally] = {}
+        # Of routes that were dropped with connections: a tally is here until the last of them ends.
+        self.leaving: weakref.WeakValueDictionary[str, Tally] = weakref.WeakValueDictionary()
         self.forget: Callable[[str], None] = lambda pattern: None  # drops the decisions that it made; set by Routes
         for route in routes:
             if route.pattern in self.patterns:
@@ -192,15 +195,17 @@ class Layer:
     def put(self, route: Route) -> None:
         """Add a route, or replace the one of its pattern."""
         self.patterns[route.pattern] = route
-        self.tallies.setdefault(route.pattern, Tally())
+        if route.pattern not in self.tallies:
+            self.tallies[route.pattern] = self.leaving.pop(route.pattern, None) or Tally()
         self.forget(route.pattern)
 
     def drop(self, pattern: str) -> None:
         """Take a route out.  Raises KeyError where there is none."""
         del self.patterns[pattern]
         self.forget(pattern)
-        if not self.tallies[pattern].active:  # else its connections still count there
-            del self.tallies[pattern]
+        tally = self.tallies.pop(pattern)
+        if tally.active:
+            self.leaving[pattern] = tally
 
     def find(self, name: str) -> Route | None:
         """The route for a normalised name."""

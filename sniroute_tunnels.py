@@ -545,6 +545,10 @@ class TunnelTable:
                 self.pool.give(port)
             self._failed(tunnel, Reason(text=str(error)), remember=False)  # the host's fault, not the name's
             return
+        except BaseException:
+            if port is not None:
+                self.pool.give(port)
+            raise
         child = process.seat(port, now)
         self.children[child] = tunnel
         self.counters["starts"] += 1

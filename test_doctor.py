@@ -138,13 +138,14 @@ def test_explain_bears_any_answer_of_an_admin_address(serve, capsys, answer, say
     assert said.startswith("router:  no answer from its admin address: ") and says in said and said.count("\n") == 1
 
 
-def test_explain_says_that_a_router_runs_where_the_name_has_no_tunnel(serve, capsys):
+def test_explain_says_that_a_router_runs_where_the_name_has_no_tunnel(serve, capsys, no_variables):
     body = b'{"tunnels": [], "phase": "running", "pid": 7, "connections": {"active": 3}}'
     def far(sock: socket.socket) -> None:
         sock.recv(65536)
         sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-    assert sniroute_doctor.ask_router(serve(far).address) == {}
-    assert capsys.readouterr().out == "router:  running, pid 7, 3 connections\n"
+    host, port = serve(far).address
+    assert sniroute.main(["explain", "a.example.com", "--route=*=tcp:h:1", f"--admin={host}:{port}"]) == 0
+    assert capsys.readouterr().out.endswith("\ntarget:  tcp:h:1\nrouter:  running, pid 7, 3 connections\n")
 
 
 def test_explain_says_that_the_token_is_not_shown(cloudflared):
@@ -155,6 +156,9 @@ def test_explain_says_that_the_token_is_not_shown(cloudflared):
         assert ("\ntoken:   not shown there: the client may own that domain\n" in ended.stdout) is said
 
 
+KEY = TunnelKey("carrier", "db.example.com")
+
+
 def launcher(code: str) -> Launcher:
     """A tunnel program whose trial is this text of Python."""
     return Launcher(sys.executable, lambda hostname, port: [], {}, lambda tail: Reason("denied", tail.decode().strip()),
@@ -162,19 +166,19 @@ def launcher(code: str) -> Launcher:
 
 
 def test_a_far_end_is_tried_by_a_run_of_the_program(capsys):
-    sniroute_doctor.try_far_end(launcher("import sys; assert sys.argv[1] == 'db.example.com'"), TunnelKey("carrier", "db.example.com"))
+    sniroute_doctor.try_far_end(launcher("import sys; assert sys.argv[1] == 'db.example.com'"), KEY)
     assert capsys.readouterr().out == "far end: it answers\n"
     with pytest.raises(TunnelError, match="^Access denied it$") as caught:
-        sniroute_doctor.try_far_end(launcher("import sys; sys.exit('Access denied it')"), TunnelKey("carrier", "db.example.com"))
+        sniroute_doctor.try_far_end(launcher("import sys; sys.exit('Access denied it')"), KEY)
     assert caught.value.kind == "denied"
-    sniroute_doctor.try_far_end(launcher("")._replace(trial=None), TunnelKey("carrier", "db.example.com"))
+    sniroute_doctor.try_far_end(launcher("")._replace(trial=None), KEY)
     assert capsys.readouterr().out == "", "a program that cannot be tried is not"
 
 
 def test_a_far_end_that_does_not_answer_is_given_up(monkeypatch):
     monkeypatch.setattr(sniroute_doctor, "TRIAL_TIMEOUT", 0.2)
     with pytest.raises(TunnelError, match="^no answer within 0.2 s$") as caught:
-        sniroute_doctor.try_far_end(launcher("import time; time.sleep(60)"), TunnelKey("carrier", "db.example.com"))
+        sniroute_doctor.try_far_end(launcher("import time; time.sleep(60)"), KEY)
     assert caught.value.kind == "timeout"
 
 

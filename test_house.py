@@ -113,6 +113,13 @@ def test_nothing_but_the_face_imports_by_a_name_in_a_text():
             assert not re.search(r"import_module|__import__", source), room
 
 
+def test_the_files_of_each_option_are_known_by_name():
+    """`bundle` packs them, and --version says which are there."""
+    options = [f"{room}.py" for rooms in sniroute_names.OPTIONS.values() for room in rooms]
+    assert sorted(options) == sorted(OPTIONS) and sorted(f"{room}.py" for room in sniroute_names.CORE) == CORE
+    assert all(rooms[0] == full(option) for option, rooms in sniroute_names.OPTIONS.items())
+
+
 def test_imports_run_down_the_map():
     """So there is no circle, and nobody imports the face."""
     order = list(table())

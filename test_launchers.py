@@ -14,6 +14,7 @@ import pytest
 
 import sniroute_launchers
 from sniroute_launchers import TunnelError
+from sniroute_names import OPTIONS
 from conftest import HERE
 
 # -- words for people --------------------------------------------------------------------------
@@ -151,7 +152,7 @@ def test_the_carrier_can_also_be_run_for_one_tunnel():
 def test_the_carrier_is_run_by_this_python_with_nothing_but_what_it_needs(monkeypatch, tmp_path):
     monkeypatch.setattr(sniroute_launchers, "__file__", str(tmp_path / "sniroute_launchers.py"))
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    for room in sniroute_launchers.CARRIER_ROOMS:
+    for room in OPTIONS["carrier"]:
         monkeypatch.delitem(sys.modules, room, raising=False)  # another test may have imported it
     environ = {name: "x" for name in sniroute_launchers.TUNNEL_ENVIRONMENT}
     launcher = sniroute_launchers.carrier_launcher({**environ, "PATH": "/bin", "TUNNEL_SERVICE_HOSTNAME": "evil"})
@@ -166,7 +167,7 @@ def test_the_carrier_is_run_by_this_python_with_nothing_but_what_it_needs(monkey
     assert words[-9:] == [str(tmp_path), *sniroute_launchers.cloudflared_argv("a.test", 20000)], "there is no script"
     (tmp_path / "sniroute_carrier.py").write_text(
         "import sys\ndef main():\n    print(sys.argv, sys.flags.isolated, sys.flags.no_site)\n    return 7\n")
-    for room in sniroute_launchers.CARRIER_ROOMS[1:]:
+    for room in OPTIONS["carrier"][1:]:
         importlib.invalidate_caches()  # the folder has been looked at in this instant
         assert not launcher.is_there() and f"{room}.py" in launcher.missing
         (tmp_path / f"{room}.py").touch()

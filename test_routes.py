@@ -240,6 +240,10 @@ def test_the_tally_of_a_route_that_is_dropped_stays_while_it_has_connections():
     layer.put(to("c.d", 3))
     assert routes.decide("a.b").tally is busy, "its connections are still there"
     assert routes.decide("c.d").tally is not idle and layer.tallies["c.d"].total == 0
+    layer.drop("a.b")
+    assert list(layer.leaving) == ["a.b"] and "a.b" not in layer.tallies
+    del busy
+    assert not layer.leaving, "nothing is left of it once its last connection is gone"
 
 
 def test_routes_that_succeed_others_keep_their_counts_and_their_other_layers():
