@@ -295,7 +295,8 @@ class Connection:
 
     def connect(self, why: str) -> None:
         """Connect to the next address; `why` is what became of the one before.  `speak` sees what becomes of it."""
-        self._hang_up()
+        if self.down.source is not None:
+            self._hang_up()
         self.dialled = monotonic()
         try:
             server = self.backend.open(why)
@@ -520,8 +521,10 @@ class Connection:
         if self.wait is not None:
             router.waits.leave(self)
         up, down = self.up, self.down
-        up.discard()
-        down.discard()
+        if up.pending is not None or down.pending is not None:
+            up.discard()
+            down.discard()
+        up.state = down.state = DONE
         up.closing()
         self.client.close()
         backend = self.backend
