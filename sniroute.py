@@ -90,8 +90,11 @@ def misfit(error: ImportError) -> str:
         return f"{room}.py is not beside sniroute.py: copy it there ({here})"
     versions = {}
     for file in sorted(name for name in os.listdir(here) if re.fullmatch(r"sniroute(_\w+)?\.py", name)):
-        with open(os.path.join(here, file), encoding="utf-8", errors="replace") as source:
-            mark = re.search(r'^__version__ = "([^"]*)"', source.read(), re.MULTILINE)
+        try:
+            with open(os.path.join(here, file), encoding="utf-8", errors="replace") as source:
+                mark = re.search(r'^__version__ = "([^"]*)"', source.read(), re.MULTILINE)
+        except OSError:
+            mark = None
         versions.setdefault(mark[1] if mark else "an unknown version", []).append(file)
     files = "; ".join(f"{version}: {', '.join(names)}" for version, names in sorted(versions.items()))
     return f"the files in {here} do not fit together ({error.msg}): copy all of them again; there are {files}"

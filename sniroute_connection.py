@@ -40,7 +40,7 @@ from sniroute_loop import CAPACITY_PAUSE, READ, WRITE, Loop, Queue
 from sniroute_names import parse_ip
 from sniroute_refusals import NOTHING, TLS, Malformed, Refused, told
 from sniroute_routes import Backend, Decision, Retry, Unreachable
-from sniroute_wire import HELLO_WIRE_MAX, PROXY_WRITERS, SSL_REQUEST_BYTES, Hello, Prelude, ProxyHeader
+from sniroute_wire import HELLO_WIRE_MAX, TLS_HANDSHAKE, PROXY_WRITERS, SSL_REQUEST_BYTES, Hello, Prelude, ProxyHeader
 
 if TYPE_CHECKING:
     from sniroute_processes import Child
@@ -96,8 +96,9 @@ class Connection:
         self.retried = False
         self.parks = 0
         self.wait: Wait | None = None
-        self.up: Flow = router.pipes.flow(self, router.pipes)
-        self.down: Flow = router.pipes.flow(self, router.pipes)
+        flow = router.pipes.flow
+        self.up: Flow = flow(self, router.loop.poller)
+        self.down: Flow = flow(self, router.loop.poller)
         self.up.twin, self.down.twin = self.down, self.up
         self.up.source, self.up.fd = client, client.fileno()
         self.queue: Queue | None = None  # the deadline that it stands in
@@ -297,7 +298,9 @@ class Connection:
         """Connect to the next address; `why` is what became of the one before.  `speak` sees what becomes of it."""
         if self.down.source is not None:
             self._hang_up()
-        self.dialled = monotonic()
+        now = monotonic()
+        if not why:
+            self.dialled = now
         try:
             server = self.backend.open(why)
         except Unreachable as error:
@@ -307,6 +310,7 @@ class Connection:
             self.router.pause(error.strerror, monotonic() + CAPACITY_PAUSE)
             self.refuse(Refused("busy", error.strerror))
             return
+        self.dialled = now
         self.down.source, self.down.fd = server, server.fileno()
         self.state = DIALING
         self.router.to_speak.append(self)
@@ -370,6 +374,7 @@ class Connection:
         if self.backend.proven_by_connect:
             self.state = OPEN
             self.hello = None
+            self.backend = self.backend.settled()
             if self.queue is not None:
                 self.leave_queue()
             up.wait_for(READ, up.pump)
@@ -473,7 +478,7 @@ class Connection:
         speaks, minor = NOTHING, 0
         if self.prelude is not None:
             speaks, minor = self.prelude.language()
-        elif self.hello and self.hello[0] == 0x16 and len(self.hello) > 2:  # see `route_to`: it may be anything
+        elif self.hello and self.hello[0] == TLS_HANDSHAKE and len(self.hello) > 2:  # after `route_to` it may be anything
             speaks, minor = TLS, self.hello[2]
         farewell = told(error, speaks, minor)
         if farewell:
@@ -516,27 +521,30 @@ class Connection:
             return
         self.state = CLOSED
         router = self.router
-        if self.queue is not None:
-            self.leave_queue()
-        if self.wait is not None:
-            router.waits.leave(self)
         up, down = self.up, self.down
-        if up.pending is not None or down.pending is not None:
-            up.discard()
-            down.discard()
-        up.state = down.state = DONE
-        up.closing()
-        self.client.close()
-        backend = self.backend
-        if backend is not None:
-            if state in ABANDONED and down.source is not None:
-                backend.abandon(down.source)
-            self._hang_up()
-            backend.release()
-        up.twin = down.twin = NO_FLOW  # no cycles: nothing is left to the collector
-        up.connection = down.connection = self.up = self.down = None
-        self.peer.count -= 1
-        router.closed(self, reason, up.total, down.total)
+        try:
+            if self.queue is not None:
+                self.leave_queue()
+            if self.wait is not None:
+                router.waits.leave(self)
+            up.closing()
+            self.client.close()
+            if up.pending is not None or down.pending is not None:
+                up.discard()
+                down.discard()
+            up.state = down.state = DONE
+            backend = self.backend
+            if backend is not None:
+                if state in ABANDONED and down.source is not None:
+                    backend.abandon(down.source)
+                backend.release()
+            if down.source is not None:
+                self._hang_up()
+        finally:  # whatever fault of ours this met, it is over for everybody who counts
+            up.twin = down.twin = NO_FLOW  # no cycles: nothing is left to the collector
+            up.connection = down.connection = self.up = self.down = None
+            self.peer.count -= 1
+            router.closed(self, reason, up.total, down.total)
 
 
 def answer_now(client: socket.SocketType, answer: bytes) -> None:

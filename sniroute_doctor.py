@@ -464,11 +464,14 @@ def bundle(words: Sequence[str]) -> int:
     try:
         sources = {f"{room}.py": source_of(room) for room in rooms}
         write_bundle(given.output, {**sources, "__main__.py": BUNDLE_MAIN})
-    except (OSError, subprocess.SubprocessError) as error:
+    except subprocess.CalledProcessError as error:  # the sources do not compile: its last line says where
+        print(f"sniroute: bundle: {printable(error.stderr.strip().rpartition(chr(10))[2])}", file=sys.stderr)
+        return 1
+    except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or str(error)
         print(f"sniroute: {printable(given.output)}: {printable(why)}", file=sys.stderr)
         return 1
-    print(f"{given.output}: {describe_version().partition(' (')[0]} with {', '.join(options) or 'no options'}, "
+    print(f"{printable(given.output)}: {describe_version().partition(' (')[0]} with {', '.join(options) or 'no options'}, "
           f"{os.path.getsize(given.output) >> 10} KiB")
     return 0
 

@@ -67,14 +67,13 @@ SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE"
 class Flow(Watch):
     """One direction of a connection, from `source` to its twin's source.  What it waits for is the source's events."""
 
-    __slots__ = ("connection", "pipes", "twin", "source", "total", "size", "small", "state", "pending", "lent")
+    __slots__ = ("connection", "twin", "source", "total", "size", "small", "state", "pending", "lent")
 
-    def __init__(self, connection: Connection, pipes: Pipes):
-        self.poller = pipes.poller
+    def __init__(self, connection: Connection, poller: Poller):
+        self.poller = poller
         self.fd = -1
         self.events = 0
         self.connection: Connection | None = connection
-        self.pipes = pipes
         self.twin: Flow = NO_FLOW
         self.source: Any = None  # a socket; its owner is the connection
         self.total = 0  # bytes read from the source
@@ -83,6 +82,11 @@ class Flow(Watch):
         self.state = DONE
         self.pending: memoryview | int | None = None  # the bytes that the sink did not take; in a pipe: how many
         self.lent: tuple[int, int] | None = None  # the pipe they are in
+
+    @property
+    def pipes(self) -> Pipes:
+        """What all flows share.  No slot of its own: 10,000 idle connections have two flows each."""
+        return self.connection.router.pipes
 
     # -- the poller
 

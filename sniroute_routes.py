@@ -231,6 +231,7 @@ class Routes:
         self.routes = tuple(routes)  # the configured ones
         self.identified = identified
         self.layers: list[Layer] = []
+        self.generation = 0  # counts `forget`: another thread that decides meanwhile keeps nothing
         self.decisions: dict[str, Decision] = {}  # what was decided, by name; emptied when there are too many
         self.decisions_max = max(DECISIONS_MAX, 2 * len(self.routes))
         self.configured = Layer(self.routes)
@@ -243,6 +244,7 @@ class Routes:
 
     def forget(self, pattern: str) -> None:
         """A route has changed: decide anew for the names that it fits."""
+        self.generation += 1
         if "*" in pattern:
             self.decisions.clear()
         else:
@@ -272,13 +274,16 @@ class Routes:
         """What becomes of a normalised name.  Raises Refused where nothing does."""
         decision = self.decisions.get(name)
         if decision is None:
+            generation = self.generation
             found = self.find(name)
             if found is None:
                 raise Refused("no_route", f"no route for {name}")
             if len(self.decisions) >= self.decisions_max:
                 self.decisions.clear()
             route, tally = found
-            decision = self.decisions[name] = route.decide(name, self.identified, tally)
+            decision = route.decide(name, self.identified, tally)
+            if generation == self.generation:
+                self.decisions[name] = decision
         return decision
 
     def succeed(self, former: Routes) -> None:
@@ -309,8 +314,8 @@ class Retry(NamedTuple):
 class Backend:
     """One connection's way to its target, told what happens on it.  Loop only.
 
-    Called in this order: `open`, again for each address that fails; `connected`; `answered`; `release`, perhaps more
-    than once.  `failed` may come at any time before `answered`.  This base tries (family, address) pairs one after
+    Called in this order: `open`, again for each address that fails; `connected`; `settled`, or, where a connect proves
+    nothing, `answered`; `release`, perhaps more than once.  `failed` may come at any time before those two.  This base tries (family, address) pairs one after
     another; where none is left the client is refused with `backend`.
     """
 
@@ -362,6 +367,10 @@ class Backend:
         Raises BlockingIOError where the connect is not over, OSError where it failed, Unreachable where the peer is
         not the one that was meant.
         """
+
+    def settled(self) -> Backend | None:
+        """The connect has proven it, and bytes pass.  None: it need not be told any more, so it need not be kept."""
+        return None
 
     def answered(self) -> None:
         """The first byte has come back."""

@@ -32,7 +32,7 @@ from sniroute_launchers import TUNNEL_IDENTITY, Launcher, carrier_launcher, clou
 from sniroute_loop import descriptor_limits
 from sniroute_names import OPTIONS, Network, describe_version, is_here, parse_host_port, printable, show_address
 from sniroute_refusals import SettingsError
-from sniroute_routes import Route, Routes, parse_route
+from sniroute_routes import SCHEMES, Route, Routes, parse_route
 from sniroute_wire import PROXY_WRITERS
 
 __version__ = "0.1.0"
@@ -344,7 +344,8 @@ def read_routes(table: Any, wrong: list[str]) -> list[Route]:
             route = parse_route(f"{pattern}={target}")
         except ValueError as error:
             wrong.append(f"{where}: {error}")
-            route = Route(pattern, "tcp:")  # a stand-in, so that the options are checked, too
+            scheme = target.partition(":")[0]
+            route = Route(pattern, f"{scheme if scheme in SCHEMES else 'tcp'}:")  # so that the options are checked, too
         for name, option in options.items():
             if name not in ROUTE_OPTIONS:
                 others = meant(name, ("target", *ROUTE_OPTIONS))
@@ -372,6 +373,14 @@ USAGE = """\
        %(prog)s carrier ...               what `cloudflared access tcp` does"""
 
 
+class ShowVersion(argparse.Action):
+    """argparse's own action for this takes its text at each start; this one looks for the options when it is asked."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(describe_version())
+        parser.exit()
+
+
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     """The command line as it was given.  Exits for --help, --version, and what is no command line."""
     parser = argparse.ArgumentParser(
@@ -386,11 +395,9 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     for row in SETTINGS:
         parser.add_argument(*row.short, f"--{row.name}", metavar=row.metavar, help=row.help.replace("%", "%%"),
                             action="append" if row.many else "store")
-    parser.add_argument("-V", "--version", action="store_true", help="show the version, and which options are here")
+    parser.add_argument("-V", "--version", action=ShowVersion, nargs=0,
+                        help="show the version, and which options are here")
     given = parser.parse_intermixed_args(argv)
-    if given.version:  # argparse's own action would look for the options at each start
-        print(describe_version())
-        parser.exit()
     if (given.command == "explain") != (given.name is not None):
         parser.error("explain takes one NAME" if given.command == "explain" else f"unexpected {given.name!r}")
     return given

@@ -501,7 +501,7 @@ class Prelude:
             opener = self.OPENERS.get((self.step, self.data[0]))
             if opener is None:
                 self._stranger(self.data[0])
-            if self.policy == "require" and self.step is self.START and opener is not Prelude._proxy:
+            if self.policy == "require" and self.step is self.START and opener not in (Prelude._proxy, Prelude._http):
                 raise Malformed("a PROXY header is required", kind="proxy")
             result = opener(self)
             if result is not self:  # `self` means: one part was read, go on with the rest of `data`
