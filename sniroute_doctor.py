@@ -467,7 +467,7 @@ def bundle(words: Sequence[str]) -> int:
     except subprocess.CalledProcessError as error:  # the sources do not compile: its last line says where
         print(f"sniroute: bundle: {printable(error.stderr.strip().rpartition(chr(10))[2])}", file=sys.stderr)
         return 1
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:  # the last two: a room that is no text
         why = getattr(error, "strerror", None) or str(error)
         print(f"sniroute: {printable(given.output)}: {printable(why)}", file=sys.stderr)
         return 1

@@ -394,6 +394,7 @@ def test_connect_without_an_answer_times_out(run, monkeypatch, deaf):
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
     assert "no answer to the connect" in running.ending().detail
+    assert running.ending().waited < 0.2, "what it waited for is the time until its last dial"
 
 
 def test_next_address_is_tried_when_the_first_does_not_answer(run, serve, monkeypatch, deaf):

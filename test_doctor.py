@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import shutil
 import socket
 import sys
 import time
@@ -21,7 +22,7 @@ from sniroute_launchers import Launcher, Reason, TunnelError, TunnelKey
 from sniroute_refusals import REFUSALS
 from conftest import CORE, HOST, linux
 from testbed.hellos import HELLO, NAME, genuine
-from testbed.program import BARE, BARE_PYTHON, PROGRAM, command, environment, execute
+from testbed.program import BARE, BARE_PYTHON, PROGRAM, command, environment, execute, installed
 from testbed.running import ROUTES_FILE, TUNNEL, alert, answer, read_all
 
 
@@ -299,6 +300,19 @@ def test_a_bundle_that_cannot_be_written_is_one_sentence(words, code, says, tmp_
     ended = execute(sys.executable, str(PROGRAM), "bundle", *words, cwd=tmp_path, said="", text=True)
     assert ended.returncode == code and says in ended.stderr and "Traceback" not in ended.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("said, says", [
+    (b"def x(:\n", "SyntaxError: invalid syntax"), (b"# \xff\n", "sniroute.pyz: "),
+], ids=["no Python", "no text"])
+def test_a_bundle_of_a_broken_room_is_one_sentence(said, says, tmp_path):
+    program = installed(tmp_path)
+    (tmp_path / "sniroute_page.py").write_bytes(said)
+    for room in ("admin", "metrics"):
+        shutil.copy(PROGRAM.parent / f"sniroute_{room}.py", tmp_path)
+    ended = execute(sys.executable, str(program), "bundle", "--with=admin", cwd=tmp_path, said="", text=True)
+    assert ended.returncode == 1 and ended.stderr.startswith("sniroute: ") and ended.stderr.count("\n") == 1
+    assert says in ended.stderr and not (tmp_path / "sniroute.pyz").exists()
 
 
 def test_a_bundle_runs_on_every_python_that_is_here(one_file):

@@ -221,11 +221,13 @@ def test_the_versions_in_a_folder_are_listed(tmp_path, monkeypatch):
                        "other.py": '__version__ = "3.0"\n'}.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "sniroute_d.py").write_bytes(b"\xff\xfe\n")
+    (tmp_path / "sniroute_e.py").mkdir()
     monkeypatch.setattr(sniroute, "__file__", str(tmp_path / "sniroute.py"))
     fault = ImportError("cannot import name 'x' from 'sniroute_a'", name="sniroute_a")
     assert sniroute.misfit(fault) == (
         f"the files in {tmp_path} do not fit together (cannot import name 'x' from 'sniroute_a'): copy all of them again; "
-        "there are 10.0: sniroute_a.py; 2.0: sniroute.py, sniroute_b.py; an unknown version: sniroute_c.py, sniroute_d.py")
+        "there are 10.0: sniroute_a.py; 2.0: sniroute.py, sniroute_b.py; an unknown version: sniroute_c.py, sniroute_d.py, "
+        "sniroute_e.py")
     fault = ModuleNotFoundError("No module named 'sniroute_a'", name="sniroute_a")
     assert sniroute.misfit(fault) == f"sniroute_a.py is not beside sniroute.py: copy it there ({tmp_path})"
 

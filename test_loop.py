@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import socket
 import threading
 import time
 from typing import Any, Callable, Iterator
@@ -467,6 +468,23 @@ def test_fault_in_the_loop_ends_only_the_connection_that_met_it(run, serve, monk
         other.sendall(b"y")
         assert other.recv(1) == b"y"
     assert "planted" in caplog.text
+
+
+def test_connection_that_meets_a_fault_while_it_closes_is_over_all_the_same(run, echo_server, monkeypatch, caplog):
+    """Its client sees the end, and nobody counts it any more: a drain would wait for it."""
+    running = run(route(echo_server.address))
+    def fault(*_: Any) -> None:
+        raise ZeroDivisionError("planted")
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        monkeypatch.setattr(sniroute_connection.Connection, "_hang_up", fault)
+        connection, = running.router.connections
+        server = connection.down.source
+        client.shutdown(socket.SHUT_WR)
+        assert read_all(client) == b""
+    wait_until(lambda: not running.router.connections)
+    assert connection.peer.count == connection.decision.tally.active == 0 and "planted" in caplog.text
+    server.close()
 
 
 def test_fault_in_a_step_or_after_a_wait_ends_that_connection_only(run, serve, cloudflared, ports, monkeypatch, caplog):

@@ -178,6 +178,21 @@ def test_a_route_that_is_put_or_dropped_counts_from_the_next_decision_on(pattern
         layer.drop(pattern)
 
 
+def test_a_decision_that_is_made_while_a_layer_changes_is_not_kept(monkeypatch):
+    """An admin's thread decides, and the loop puts a route at that instant."""
+    routes = Routes([])
+    layer = Layer([to("a.b.c.d", 1)])
+    routes.add_layer(layer)
+    real = Route.decide
+    def late(route: Route, *rest: Any) -> Any:
+        layer.put(to("a.b.c.d", 2))
+        return real(route, *rest)
+    with monkeypatch.context() as patch:
+        patch.setattr(Route, "decide", late)
+        assert routes.decide("a.b.c.d").target == to("a.b.c.d", 1).target
+    assert routes.decide("a.b.c.d").target == to("a.b.c.d", 2).target
+
+
 def test_a_route_that_is_dropped_uncovers_those_behind_it():
     routes = Routes([to("a.b.c.d", 1)])
     layer = Layer([to("*.b.c.d", 2), to("**.c.d", 3)])

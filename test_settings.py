@@ -245,7 +245,24 @@ def test_the_version(capsys):
     with pytest.raises(SystemExit) as caught:
         load_settings(["-V"], {})
     assert caught.value.code == 0
-    assert re.fullmatch(r"sniroute \d+\.\d+\.\d+ \(Python 3\.\d+\.\S+, \w+; with doctor, admin, carrier\)\n", capsys.readouterr().out)
+    assert re.fullmatch(r"sniroute \d+\.\d+\.\d+ \(Python 3\.\d+\.\S+, \w+; with doctor, admin, carrier\)\n",
+                        capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("words", [["--version", "--bogus"], ["--bogus", "--version"], ["foo", "--version"],
+                                   ["--version", "a", "b", "c"]], ids=" ".join)
+def test_the_version_goes_before_whatever_else_is_wrong(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        load_settings(words, {})
+    assert caught.value.code == 0 and capsys.readouterr().out.startswith("sniroute ")
+
+
+def test_a_route_whose_target_is_wrong_is_not_told_that_it_is_no_tunnel(settings_file):
+    path = settings_file('[routes."*.example.com"]\ntarget = "cloudflared:{nme}"\nidle = "5m"\n')
+    with pytest.raises(SettingsError) as caught:
+        load_settings(["-c", path], {})
+    [line] = caught.value.lines
+    assert "has a field other than" in line
 
 
 # -- the limits of the host --------------------------------------------------------------------

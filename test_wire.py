@@ -794,6 +794,12 @@ def test_a_genuine_hello_behind_every_request_however_it_is_cut(requests):
     check_prelude(waves, Told(NAME, b"NS"[2 - len(requests):], HEADER, wire))
 
 
+@pytest.mark.parametrize("method", [b"GET", b"POST", b"PUT", b"OPTIONS"])
+def test_http_is_no_proxy_fault_where_a_header_is_required(method):
+    """A scanner's request is for debug only."""
+    assert verdict(Prelude("require", True).feed, method + b" / HTTP/1.1\r\n") == Bad("not_tls")
+
+
 @pytest.mark.parametrize("mode", ["off", "auto", "required"])
 @pytest.mark.parametrize("trusted", [False, True], ids=["untrusted", "trusted"])
 @pytest.mark.parametrize("kind", [*HEADERS, "bad-v1", "bad-v2"])
