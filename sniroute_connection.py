@@ -523,24 +523,25 @@ class Connection:
         router = self.router
         up, down = self.up, self.down
         try:
-            if self.queue is not None:
-                self.leave_queue()
-            if self.wait is not None:
-                router.waits.leave(self)
+            # The sockets first: one that stays open and watched would be called back for ever.
             up.closing()
             self.client.close()
+            backend = self.backend
+            if down.source is not None:
+                if state in ABANDONED:
+                    backend.abandon(down.source)
+                self._hang_up()
             if up.pending is not None or down.pending is not None:
                 up.discard()
                 down.discard()
             up.state = down.state = DONE
-            backend = self.backend
+            if self.queue is not None:
+                self.leave_queue()
+            if self.wait is not None:
+                router.waits.leave(self)
             if backend is not None:
-                if state in ABANDONED and down.source is not None:
-                    backend.abandon(down.source)
                 backend.release()
-            if down.source is not None:
-                self._hang_up()
-        finally:  # whatever fault of ours this met, it is over for everybody who counts
+        finally:  # whatever fault of ours this met, the connection is counted out
             up.twin = down.twin = NO_FLOW  # no cycles: nothing is left to the collector
             up.connection = down.connection = self.up = self.down = None
             self.peer.count -= 1

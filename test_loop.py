@@ -16,7 +16,7 @@ import sniroute_connection
 import sniroute_flow
 import sniroute_loop
 from sniroute_loop import NEVER, READ, WRITE, Loop, WakePipe, Watch
-from conftest import FakeClock, wait_until
+from conftest import HOST, FakeClock, wait_until
 from testbed.hellos import HELLO, genuine
 from testbed.running import TUNNEL, answer, read_all, read_exactly, route
 
@@ -470,21 +470,19 @@ def test_fault_in_the_loop_ends_only_the_connection_that_met_it(run, serve, monk
     assert "planted" in caplog.text
 
 
-def test_connection_that_meets_a_fault_while_it_closes_is_over_all_the_same(run, echo_server, monkeypatch, caplog):
+def test_connection_that_meets_a_fault_while_it_closes_is_over_all_the_same(run, monkeypatch, caplog):
     """Its client sees the end, and nobody counts it any more: a drain would wait for it."""
-    running = run(route(echo_server.address))
+    running = run(route((HOST, 9)))
     def fault(*_: Any) -> None:
         raise ZeroDivisionError("planted")
-    with running.connect(HELLO) as client:
-        assert read_exactly(client, len(HELLO)) == HELLO
-        monkeypatch.setattr(sniroute_connection.Connection, "_hang_up", fault)
+    with running.connect(b"\x16") as client:
+        wait_until(lambda: running.router.deadlines.prelude.due)
         connection, = running.router.connections
-        server = connection.down.source
+        monkeypatch.setattr(sniroute_connection.Connection, "leave_queue", fault)
         client.shutdown(socket.SHUT_WR)
         assert read_all(client) == b""
-    wait_until(lambda: not running.router.connections)
-    assert connection.peer.count == connection.decision.tally.active == 0 and "planted" in caplog.text
-    server.close()
+    wait_until(lambda: "planted" in caplog.text and not running.router.connections)
+    assert connection.peer.count == 0 and running.ending().reason == "truncated"
 
 
 def test_fault_in_a_step_or_after_a_wait_ends_that_connection_only(run, serve, cloudflared, ports, monkeypatch, caplog):
