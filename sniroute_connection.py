@@ -299,7 +299,7 @@ class Connection:
         if self.down.source is not None:
             self._hang_up()
         now = monotonic()
-        if not why:
+        if not why:  # else it counts as a dial only where an address is left: a time-out is no wait for the target
             self.dialled = now
         try:
             server = self.backend.open(why)
