@@ -12,21 +12,25 @@ starts the tunnel that leads to that name if none is up, and passes bytes both w
 
 This file is the face: it opens the room that a command needs.  The house is flat: one subject a file, all beside
 this one (or with it in one sniroute.pyz).  Imports run down this table only; of the rooms above them, the two at its
-end use log, loop, names and refusals:
+end use log, loop, host, names and refusals:
 
     sniroute               the face                            python3 sniroute.py [serve | check | explain | ...]
-    sniroute_daemon        the main thread of `serve`          signals, systemd, hand-over to a successor, reload
+    sniroute_daemon        the main thread of `serve`          signals, reload, start and end
+    sniroute_systemd       what systemd is told                and the sockets that it holds for us
+    sniroute_handover      a restart that refuses nobody       listening sockets from process to process
     sniroute_doctor   *    check, explain, selftest, bundle
     sniroute_router        the server                          listeners, limits, waits, the count of what came of it
     sniroute_settings      options, variables, the file        one table
     sniroute_connection    one client, accept to close         the states of its life
-    sniroute_routes        where a name leads                  routes in layers, kinds of target, backends
+    sniroute_routes        where a name leads                  routes in layers
+    sniroute_targets       kinds of target, backends           one connection's way there
     sniroute_tunnels       names that have a tunnel            states, leases, waiting, the reaper's turn
     sniroute_processes     child processes                     start, watch, hear, stop; who listens on a port
     sniroute_launchers     tunnel programs, a row each
     sniroute_flow          bytes one way                       pump, splice, backpressure
     sniroute_log           the journal
     sniroute_loop          what is ready, due, asked for       epoll, timers, queues
+    sniroute_host          what this host allows               descriptors
     sniroute_wire          TLS, PROXY, PostgreSQL preludes     pure parsers
     sniroute_names         names and addresses; the version
     sniroute_refusals      why a client is refused             and how it is told
@@ -108,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else argv
     try:
-        from sniroute_loop import open_standard_streams
+        from sniroute_host import open_standard_streams
         open_standard_streams()
         if words and words[0] in PROGRAMS:
             room, program = PROGRAMS[words[0]]

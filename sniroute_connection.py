@@ -39,10 +39,11 @@ from sniroute_log import BACKEND_CLOSED, BACKEND_RESET, CLIENT_CLOSED, CLIENT_LE
 from sniroute_loop import CAPACITY_PAUSE, READ, WRITE, Loop, Queue
 from sniroute_names import parse_ip
 from sniroute_refusals import NOTHING, TLS, Malformed, Refused, told
-from sniroute_routes import Backend, Decision, Retry, Unreachable
+from sniroute_targets import Backend, Retry, Unreachable
 from sniroute_wire import HELLO_WIRE_MAX, TLS_HANDSHAKE, PROXY_WRITERS, SSL_REQUEST_BYTES, Hello, Prelude, ProxyHeader
 
 if TYPE_CHECKING:
+    from sniroute_routes import Decision
     from sniroute_processes import Child
     from sniroute_router import Peer, Router, Wait
 

@@ -6,12 +6,8 @@
     the loop has ended --+                      |                 +--> close everything
     a successor ------------> one of our names -+                 +--> give it the listening sockets
 
-    Supervisor           what systemd is told: ready, reloading, stopping, alive
-    activated_sockets    the listening sockets that systemd holds for us, where there is a sniroute.socket
-    Handover             how a restart refuses nobody: passes the listening sockets from process to process; a
-                         successor finds us by our names, which are unix addresses
-    Daemon               the main thread: owns all of these, the Router and the TunnelTable
-    dump                 counters, tunnels and connections into the log
+    Daemon   the main thread: owns the Router, the TunnelTable, the Supervisor (systemd) and the Handover
+    dump     counters, tunnels and connections into the log
 
 The start.  A failure in the steps 1 to 3 leaves a predecessor as it was:
 
@@ -31,19 +27,17 @@ Threads: main, but for four functions.  `Supervisor.beat` and `dump` run in the 
 
 Seams: I want to ...
     react to another signal          a number in SIGNALS, and a branch in Daemon._on_signals
-    tell systemd something else      Supervisor.ready for what changes with a reload, Supervisor.beat for what recurs
     apply a setting at a reload      Router.adopt or TunnelTable.adopt; `_adopt` calls both
     show more in a dump              `dump`
     start something else             Daemon._start, and in the opposite order Daemon._close
 
-It imports the router, tunnels, settings, log, loop, names and refusals; sniroute_admin only where --admin or systemd
-asks for it.
+It imports the router, tunnels, settings, systemd, handover, log, host, loop, names and refusals; sniroute_admin only
+where --admin or systemd asks for it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import gc
 import io
@@ -52,297 +46,26 @@ import os
 import selectors
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
-from typing import Any, Iterable, Sequence
+from typing import Any, Sequence
 
+from sniroute_handover import HANDOVER_MAX, HANDOVER_TIMEOUT, OFFER_AGAIN, Handover
+from sniroute_host import raise_descriptor_limit
 from sniroute_log import Journal
-from sniroute_loop import CAPACITY_ERRNOS, CAPACITY_PAUSE, NEVER, WakePipe, raise_descriptor_limit
-from sniroute_names import printable, show_address
+from sniroute_loop import WakePipe
+from sniroute_names import show_address
 from sniroute_refusals import SettingsError
-from sniroute_router import DRAINING, Hooks, Router, listen_addresses
+from sniroute_router import Hooks, Router, listen_addresses
 from sniroute_settings import Settings, warn
+from sniroute_systemd import Supervisor, activated_sockets
 from sniroute_tunnels import TunnelTable
 
 __version__ = "0.1.0"
 
 log = logging.getLogger("sniroute")
 monotonic = time.monotonic
-
-
-# -- systemd -----------------------------------------------------------------------------------
-
-# Times in seconds.
-STATUS_EVERY = 10.0  # between two status messages to systemd; a short WatchdogSec makes them more frequent
-STOP_TIME = 20.0  # the end takes at most this, once all has drained: SIGTERM, SIGKILL, the tunnels' last words
-LISTEN_FDS_START = 3  # the first descriptor that systemd passes: sd_listen_fds(3)
-
-
-class Supervisor:
-    """Tells systemd how the daemon is (sd_notify(3)).  Does nothing where NOTIFY_SOCKET is not set.
-
-    Any thread: a message is one datagram.
-    """
-
-    def __init__(self, environ: dict[str, str]):
-        self.socket: socket.socket | None = None  # None: nobody asks
-        self.watchdog = False
-        self.every = STATUS_EVERY  # seconds between two calls of `beat`
-        self.status = ""  # the last one that systemd was told
-        address = environ.get("NOTIFY_SOCKET")
-        if not address:
-            return
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.setblocking(False)
-        try:
-            self.socket.connect("\0" + address[1:] if address[0] == "@" else address)
-        except OSError as error:
-            log.warning("NOTIFY_SOCKET %s: %s", printable(address), error.strerror)
-            self.close()
-            return
-        usec = environ.get("WATCHDOG_USEC", "")
-        if usec.isdecimal() and int(usec) and environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
-            self.watchdog = True
-            self.every = min(STATUS_EVERY, int(usec) / 2e6)
-
-    def tell(self, *lines: str) -> None:
-        """Send lines as one message.  It is lost without a word where systemd is gone, or does not keep up."""
-        if self.socket is not None:
-            with contextlib.suppress(OSError):
-                self.socket.send("\n".join(lines).encode())
-
-    def ready(self, router: Router) -> None:
-        """Say that the router serves: at the start, and again after each reload."""
-        self.status = router.standing()
-        self.tell("READY=1", f"STATUS={self.status}")
-
-    def beat(self, router: Router) -> float:
-        """Say that the loop is alive, and its status where that has changed.  The loop calls this.
-
-        Returns the seconds until the next call is due.
-        """
-        if self.socket is None:
-            return NEVER
-        lines = ["WATCHDOG=1"] if self.watchdog else []
-        if router.phase is DRAINING:
-            lines.append(f"EXTEND_TIMEOUT_USEC={int(1e6 * (2 * self.every + STOP_TIME))}")
-        status = router.standing()
-        if status != self.status:
-            self.status = status
-            lines.append(f"STATUS={status}")
-        if lines:
-            self.tell(*lines)
-        return self.every
-
-    def close(self) -> None:
-        """Close the socket; later messages are dropped."""
-        if self.socket is not None:
-            self.socket.close()
-            self.socket = None
-
-
-def activated_sockets(environ: dict[str, str]) -> dict[str, list[socket.socket]]:
-    """The listening sockets that systemd has opened for us (sd_listen_fds(3)); they are the caller's to close.
-
-    Two lists: "admin" has those that FileDescriptorName= calls so, "" has all others.  Both are empty without systemd.
-    Raises SettingsError where a descriptor is no listening TCP socket; the admin's may be a unix socket.
-    """
-    found: dict[str, list[socket.socket]] = {"": [], "admin": []}
-    count = environ.get("LISTEN_FDS", "")
-    if environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdecimal():
-        return found
-    names = environ.get("LISTEN_FDNAMES", "").split(":")
-    for number, fd in enumerate(range(LISTEN_FDS_START, LISTEN_FDS_START + int(count))):
-        name = names[number] if number < len(names) else ""
-        use = name if name in found else ""
-        families = [socket.AF_INET, socket.AF_INET6, *([socket.AF_UNIX] if use else [])]
-        try:
-            sock = socket.socket(fileno=fd)
-            sock.set_inheritable(False)
-            found[use].append(sock)
-            if sock.family in families and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                continue
-        except OSError:
-            pass
-        raise SettingsError(f"LISTEN_FDS: descriptor {fd} ({printable(name) or 'no name'}) is no listening TCP socket")
-    return found
-
-
-# -- how a restart refuses nobody --------------------------------------------------------------
-
-# Times in seconds.
-HANDOVER_TIMEOUT = 5.0  # for all predecessors to send sockets, and for each later answer: all are on this host
-OFFER_AGAIN = 5.0  # between two tries to bind a name that another process has
-HANDOVER_MAX = 253  # sockets in one message: the kernel's SCM_MAX_FD; an address needs two, its listener and its name
-
-
-class Handover:
-    """Passes the listening sockets on to a successor, so that a restart refuses nobody.  Main thread.
-
-    A successor is a second process of the same user with the same --listen:
-
-        successor                               predecessor
-        connects to an address's name   ---->
-                                        <----   sends all its sockets: its listeners and its names (SCM_RIGHTS)
-        accepts clients, too
-        "drain"                         ---->   closes its listeners, and drains
-                                        <----   closes its names and the admin's address, then the connection
-        listens on the names
-
-    If the successor dies before it says "drain", nothing has changed.
-
-    A name is an abstract unix address (unix(7)) that belongs to one TCP address.  It leaves no file behind, and is
-    known in one network namespace, as a TCP port is.  The names are passed as sockets instead of bound again, so each
-    exists at every moment: a third process that connects meanwhile waits in the name's backlog.  Any user may bind or
-    connect to such a name, so both sides check whose process the other is.  Without abstract names (macOS) there is
-    no hand-over.
-    """
-
-    def __init__(self) -> None:
-        self.names: list[socket.socket] = []  # ours: a successor connects to these
-        self.inherited: dict[tuple[str, int], socket.socket] = {}  # a predecessor's names, by address, until `offer`
-        self.predecessors: list[socket.socket] = []  # connections to those that gave us sockets, until `dismiss`
-        self.successor: socket.socket | None = None  # one at a time: others wait in the backlog of the names
-
-    @staticmethod
-    def name(address: tuple) -> str:
-        """The abstract unix address that belongs to a TCP address."""
-        return f"\0sniroute {show_address(address)}"
-
-    @staticmethod
-    def is_ours(peer: socket.socket) -> bool:
-        """Whether the other end is a process of this user."""
-        _, user, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        return user == os.geteuid()
-
-    def take(self, addresses: Iterable[tuple[str, int]]) -> list[socket.socket]:
-        """Get the listeners that predecessors have for these addresses; the caller owns them.
-
-        Their names are kept in `inherited`.  Addresses with port 0 are skipped: nobody can have them before us.
-        """
-        wanted = {address for address in addresses if address[1]}
-        taken: dict[tuple, socket.socket] = {}
-        deadline = monotonic() + HANDOVER_TIMEOUT
-        for address in sorted(wanted) if sys.platform == "linux" else ():  # in one order: no two wait for each other
-            if address not in taken and address not in self.inherited:
-                try:
-                    self._take(address, wanted, taken, deadline)
-                except OSError as error:
-                    log.warning("%s is not handed over: %s", show_address(address), error)
-        return list(taken.values())
-
-    def _take(self, address: tuple[str, int], wanted: set[tuple[str, int]], taken: dict[tuple, socket.socket],
-              deadline: float) -> None:
-        """Ask the process that has this address's name for all its sockets.
-
-        Listeners for `wanted` addresses go to `taken`, names to `inherited`; the rest is closed.  Raises OSError.
-        """
-        while True:
-            channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            channel.settimeout(max(deadline - monotonic(), CAPACITY_PAUSE))  # even the last one asked gets a moment
-            try:
-                channel.connect(self.name(address))
-                if not self.is_ours(channel):
-                    raise PermissionError(errno.EPERM, "another user has its name")
-                word, fds, _, _ = socket.recv_fds(channel, 16, HANDOVER_MAX)
-                if word:
-                    break
-            except ConnectionRefusedError:
-                channel.close()
-                return  # nobody has it
-            except (ConnectionResetError, BlockingIOError):
-                pass  # try again: it has just ended, or its backlog is full, which any user can bring about
-            except OSError:
-                channel.close()
-                raise
-            channel.close()
-            if monotonic() > deadline:
-                raise TimeoutError(errno.ETIMEDOUT, "who has its name says nothing")
-            time.sleep(CAPACITY_PAUSE)
-        self.predecessors.append(channel)
-        names = {self.name(each).encode(): each for each in wanted}
-        for fd in fds:
-            sock = socket.socket(fileno=fd)
-            kept, found = taken, sock.getsockname()
-            if sock.family == socket.AF_UNIX:
-                kept, found = self.inherited, names.get(found, ())
-            if found[:2] in wanted.difference(kept):
-                kept[found[:2]] = sock
-            else:
-                sock.close()
-
-    def dismiss(self) -> bool:
-        """Tell the predecessors to drain, now that we accept.  Returns whether there were any."""
-        for channel in self.predecessors:
-            with channel, contextlib.suppress(OSError):
-                channel.settimeout(HANDOVER_TIMEOUT)
-                channel.sendall(b"drain")
-                channel.recv(1)
-        count, self.predecessors = len(self.predecessors), []
-        return count > 0
-
-    def offer(self, addresses: Iterable[tuple]) -> list[tuple]:
-        """Listen on the name of each address, for a successor.  Returns addresses whose name another process has."""
-        others = []
-        for address in addresses if sys.platform == "linux" else ():
-            name = self.inherited.pop(address, None)
-            if name is None:
-                name = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                try:
-                    name.bind(self.name(address))
-                    name.listen()
-                except OSError:
-                    name.close()
-                    others.append(address)
-                    continue
-            name.setblocking(False)
-            self.names.append(name)
-        return others
-
-    def accept(self, name: socket.socket) -> socket.socket | None:
-        """The connection of a successor to a name; None where it has gone again, or is another user's process."""
-        try:
-            channel, _ = name.accept()
-        except OSError as error:
-            if error.errno in CAPACITY_ERRNOS:
-                time.sleep(CAPACITY_PAUSE)  # it still waits in the backlog: without a pause the selector would spin
-            return None
-        channel.settimeout(HANDOVER_TIMEOUT)
-        if self.is_ours(channel):
-            return channel
-        channel.close()
-        return None
-
-    def give(self, channel: socket.socket, listeners: Iterable[socket.socket]) -> bool:
-        """Send a successor these listeners and all names, and keep its connection: it will say "drain".
-
-        Returns whether they could be sent.
-        """
-        try:
-            socket.send_fds(channel, [b"sockets"], [sock.fileno() for sock in (*listeners, *self.names)])
-        except OSError:
-            channel.close()
-            return False
-        self.successor = channel
-        return True
-
-    def withdraw(self) -> None:
-        """Close the names: no successor finds us any more."""
-        for name in self.names:
-            name.close()
-        self.names = []
-
-    def close(self) -> None:
-        """Close all sockets that nobody has taken over."""
-        self.withdraw()
-        for sock in (*self.predecessors, *self.inherited.values(), self.successor):
-            if sock is not None:
-                sock.close()
-
-
-# -- the daemon --------------------------------------------------------------------------------
 
 GC_THRESHOLD = 20000  # objects between two searches for cycles: connections leave none
 SWITCH_INTERVAL = 0.0005  # seconds that another thread may keep the interpreter while the loop wants it

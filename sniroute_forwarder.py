@@ -29,7 +29,7 @@ Seams: I want to ...
     tell sniroute another thing    an event here, and a branch in `Processes._heard` of sniroute_processes
     take another command           `Control.obey`
 
-This room imports sniroute_loop, sniroute_names and sniroute_refusals (SettingsError).
+This room imports sniroute_host, sniroute_loop, sniroute_names and sniroute_refusals (SettingsError).
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ import time
 import urllib.parse
 from typing import Any, Callable, Protocol
 
-from sniroute_loop import CAPACITY_ERRNOS, READ, Loop, Watch, descriptor_limits, monotonic, owner_of
+from sniroute_host import descriptor_limits
+from sniroute_loop import CAPACITY_ERRNOS, READ, Loop, Watch, monotonic, owner_of
 from sniroute_names import printable, show_address
 from sniroute_refusals import SettingsError
 

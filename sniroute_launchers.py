@@ -18,7 +18,7 @@ Threads: none.  `is_there`, `missing` and `find` look at the disk; nothing else 
 
 Seams: I want to ...
     run another tunnel program      a function like `cloudflared_launcher`, its row in `tunnel_launchers` of
-                                    sniroute_settings, and its name in SCHEMES of sniroute_routes
+                                    sniroute_settings, and its name in SCHEMES of sniroute_targets
     understand a new last line      a row in CLOUDFLARED_REASONS or CARRIER_REASONS
     let a variable through          TUNNEL_ENVIRONMENT
 

@@ -40,7 +40,8 @@ from sniroute_log import BACKEND_RESET, CLIENT_RESET, IDLE, STOPPED, Ending
 from sniroute_loop import CAPACITY_ERRNOS, CAPACITY_PAUSE, NEVER, READ, Loop
 from sniroute_names import normalise, parse_ip, show_address
 from sniroute_refusals import REFUSALS, Refused, SettingsError
-from sniroute_routes import Decision, Routes, Targets, keep_alive
+from sniroute_routes import Decision, Routes
+from sniroute_targets import Targets, keep_alive
 from sniroute_tunnels import TunnelTable
 from sniroute_wire import PROXY_POLICY, HelloMemory
 

@@ -28,11 +28,12 @@ import re
 import stat
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
+from sniroute_host import descriptor_limits
 from sniroute_launchers import TUNNEL_IDENTITY, Launcher, carrier_launcher, cloudflared_launcher
-from sniroute_loop import descriptor_limits
 from sniroute_names import OPTIONS, Network, describe_version, is_here, parse_host_port, printable, show_address
 from sniroute_refusals import SettingsError
-from sniroute_routes import SCHEMES, Route, Routes, parse_route
+from sniroute_routes import Route, Routes, parse_route
+from sniroute_targets import SCHEMES
 from sniroute_wire import PROXY_WRITERS
 
 __version__ = "0.1.0"

@@ -24,12 +24,12 @@ import pytest
 
 import sniroute_connection
 import sniroute_refusals
-import sniroute_routes
+import sniroute_targets
 import sniroute_wire
 from sniroute_doctor import sample_hello
 from sniroute_loop import NEVER
 from sniroute_refusals import Refused, told
-from sniroute_routes import Resolved
+from sniroute_targets import Resolved
 from conftest import HOST, wait_until
 from testbed.hellos import ASK_GSS, ASK_TLS, HELLO, NAME, V1, V2, V2_LOCAL, genuine
 from testbed.running import DB, TUNNEL, Running, alert, answer, read_all, read_exactly, reset, route
@@ -209,7 +209,7 @@ def test_hello_that_the_backend_does_not_take_at_once_arrives_whole(run, monkeyp
     said = sample_hello(NAME, sniroute_wire.HELLO_MAX - 100) + bytes(40_000)
     def small(sock: socket.SocketType) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-    monkeypatch.setattr(sniroute_routes, "keep_alive", small)
+    monkeypatch.setattr(sniroute_targets, "keep_alive", small)
     with socket.create_server((HOST, 0)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         running = run(route(listener.getsockname()))
@@ -428,7 +428,7 @@ def test_descriptors_for_the_backend_that_run_out_are_not_the_tunnels_fault(run,
         wait_until(lambda: len(running.router.connections) == 1)
         fake = types.SimpleNamespace(**{**vars(socket), "SocketType": none_left})
         with monkeypatch.context() as patch:
-            patch.setattr(sniroute_routes, "socket", fake)
+            patch.setattr(sniroute_targets, "socket", fake)
             client.sendall(HELLO)
             assert read_all(client) == alert(80)
     wait_until(lambda: [end for end in running.endings if end.reason == "busy"])

@@ -28,7 +28,7 @@ import sniroute_launchers
 import sniroute_log
 import sniroute_metrics
 import sniroute_refusals
-import sniroute_routes
+import sniroute_targets
 import sniroute_settings
 from sniroute_doctor import sample_hello
 from sniroute_names import parse_host_port
@@ -190,7 +190,7 @@ def test_every_command_is_there():
 
 def test_every_kind_of_target_is_there():
     table = section(OPERATING, "## Routes")
-    assert {kind for kind in sniroute_routes.SCHEMES if f"\n| `{kind}:" not in table} == set()
+    assert {kind for kind in sniroute_targets.SCHEMES if f"\n| `{kind}:" not in table} == set()
 
 
 def test_the_settings_file_has_every_setting_and_its_default(tmp_path):

@@ -251,12 +251,12 @@ def test_a_room_that_is_not_there_is_one_sentence(words, room, monkeypatch, caps
 CLOSED = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-import sniroute_loop
+import sniroute_host
 says = os.open(sys.argv[2], os.O_WRONLY)
 before = [os.fstat(fd) for fd in range(3)]
 for fd in map(int, sys.argv[3:]):
     os.close(fd)
-sniroute_loop.open_standard_streams()
+sniroute_host.open_standard_streams()
 null = os.stat(os.devnull)
 opened = sum(os.path.samestat(os.fstat(fd), null) and not os.path.samestat(before[fd], null) for fd in range(3))
 assert not os.path.exists(f"/dev/fd/{says + 1}"), "and nothing more"

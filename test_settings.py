@@ -16,7 +16,6 @@ import pytest
 import sniroute
 import sniroute_launchers
 import sniroute_names
-import sniroute_loop
 import sniroute_settings
 from sniroute_refusals import SettingsError
 from sniroute_routes import Route
@@ -285,20 +284,6 @@ def test_the_tunnels_that_fit_follow_the_memory_and_the_ports(scheme, memory, tu
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}[name])
     argv = [f"--route=*={scheme}:{{name}}", f"--cloudflared={cloudflared.path}"]
     assert load_settings(argv, {}).max_tunnels == tunnels
-
-
-def test_the_limit_of_open_files_is_raised_where_it_may_be(monkeypatch):
-    asked = []
-    monkeypatch.setattr(resource, "getrlimit", lambda which: (10, 20))
-    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: asked.append(limits))
-    sniroute_loop.raise_descriptor_limit()
-    assert asked == [(20, 20)]
-
-    def forbid(which: int, limits: tuple[int, int]) -> None:
-        raise ValueError("not allowed")
-
-    monkeypatch.setattr(resource, "setrlimit", forbid)
-    sniroute_loop.raise_descriptor_limit()
 
 
 # -- a file of settings ------------------------------------------------------------------------

@@ -7,6 +7,8 @@
     form             the path of each form in which it is handed on, complete: `cp sniroute*.py`, and sniroute.pyz
     no_variables     the test's own environment has no SNIROUTE_ variable
     admin_path       a path for a unix socket
+    held             a listening socket that systemd would hold; `activated` passes it on
+    Customers        clients that come one after the other, and note who was refused
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from typing import Any, Callable, Iterator
 import pytest
 
 from conftest import CORE, DOCTOR, HERE, HOST, Address, wait_until
+from testbed.hellos import HELLO
+from testbed.running import read_exactly
 
 
 PROGRAM = HERE / "sniroute.py"
@@ -247,3 +251,63 @@ def admin_path() -> Iterator[str]:
     """A path for a unix socket.  Not in tmp_path: that may be too long for one (unix(7), sun_path)."""
     with tempfile.TemporaryDirectory(prefix="sniroute-admin-") as folder:
         yield os.path.join(folder, "socket")
+
+
+# -- sockets of systemd, and customers -----------------------------------------------------------
+
+SYSTEMD = """
+import fcntl, os, sys
+names, fds, command = sys.argv[1], [int(fd) for fd in sys.argv[2].split(",")], sys.argv[3:]
+for number, fd in enumerate([fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in fds]):
+    os.dup2(fd, 3 + number)
+    os.close(fd)
+os.execve(command[0], command, {**os.environ, "LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(fds)),
+                                "LISTEN_FDNAMES": names})
+"""
+
+
+def activated(*sockets: tuple[str, Any]) -> dict[str, Any]:
+    """What starts a program with these named sockets, as systemd passes them: words before it, and for Popen."""
+    fds = [sock.fileno() for _, sock in sockets]
+    return {"python": (sys.executable, "-S", "-c", SYSTEMD, ":".join(name for name, _ in sockets),
+                       ",".join(map(str, fds)), sys.executable), "pass_fds": fds}
+
+
+@pytest.fixture
+def held() -> Iterator[socket.socket]:
+    """A listening socket that systemd would hold."""
+    with socket.create_server((HOST, 0), backlog=512) as listener:
+        os.set_inheritable(listener.fileno(), True)
+        yield listener
+
+
+class Customers:
+    """Clients that come one after the other, in several threads, and note who was refused or cut."""
+
+    def __init__(self, address: Address, threads: int = 4):
+        self.address = address
+        self.served = 0
+        self.failures: list[str] = []
+        self.stop = threading.Event()
+        self.threads = [threading.Thread(target=self._come, name="customer") for _ in range(threads)]
+
+    def __enter__(self) -> Customers:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        for thread in self.threads:
+            thread.join()
+
+    def _come(self) -> None:
+        while not self.stop.is_set():
+            try:
+                with socket.create_connection(self.address, 20) as client:
+                    client.sendall(HELLO)
+                    assert read_exactly(client, len(HELLO)) == HELLO
+                self.served += 1
+            except (OSError, AssertionError) as error:
+                self.failures.append(repr(error))
+                return

@@ -1,0 +1,397 @@
+"""sniroute_targets: the kinds of target, and one connection's way to one.
+
+    Decision --- Scheme.ready ---> Backend      what the Connection is told: open, connected, answered, failed, release
+                      |
+                      +----------> None         it has to wait: a thread runs Scheme.prepare, then `ready` is asked again
+
+    SCHEMES   the kinds of target, a row each: how to check one, to be ready for it, to wait for it
+    Backend   is told what happens on its way.  Nobody asks its kind
+    Targets   what the kinds share: the tunnel table, resolved hosts, the router's own addresses
+
+Threads.  The loop asks `ready`, and owns every Backend.  A thread wait-<n> runs `prepare`.  `Targets.resolved` is
+written by both, one assignment each.
+
+Seams: I want to ...
+    add a kind of target     a row in SCHEMES; a subclass of Backend where none of those here fits
+
+It imports tunnels, processes, launchers, the loop, names and refusals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import os
+import socket
+import struct
+import time
+from typing import TYPE_CHECKING, Any, Callable, Iterator, NamedTuple, Sequence
+
+from sniroute_launchers import TunnelError
+from sniroute_loop import CAPACITY_ERRNOS, NEVER
+from sniroute_names import HOST, is_local, is_number, normalise, parse_host_port, parse_ip
+from sniroute_processes import Child
+from sniroute_refusals import Malformed, Refused, tunnel_refused
+from sniroute_tunnels import Tunnel, TunnelTable
+
+if TYPE_CHECKING:
+    from sniroute_router import Wait
+    from sniroute_routes import Decision
+
+__version__ = "0.1.0"
+
+monotonic = time.monotonic
+
+# Limits, each with its reason.  Times in seconds.
+RESOLVED_FOR = 30.0  # a resolved address is used; getaddrinfo does not tell its TTL
+RESOLVED_MAX = 1024  # resolved hosts kept: names may come from strangers
+ADDRESSES_MAX = 4  # addresses of one host that are tried
+KEEPALIVE = (60, 15, 4)  # idle, interval, count: a dead peer is found in two minutes
+
+# socket.SocketType is the class that socket.socket is written around: it is made without a call into Python.
+STREAM = int(socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0))  # born non-blocking: a system call less
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST
+
+
+# -- backends ----------------------------------------------------------------------------------
+
+
+class Unreachable(Exception):
+    """No address of a backend is left to try; the message says why the last one failed."""
+
+
+class Retry(NamedTuple):
+    """A backend that failed may be tried once more, after a wait."""
+
+    doubted: Child | None  # the process that gave no answer, where it has to be looked at first
+
+
+class Backend:
+    """One connection's way to its target, told what happens on it.  Loop only.
+
+    Called in this order: `open`, again for each address that fails; `connected`; `settled`, or, where a connect proves
+    nothing, `answered`; `release`, perhaps more than once.  `failed` may come at any time before those two.  This base tries (family, address) pairs one after
+    another; where none is left the client is refused with `backend`.
+    """
+
+    __slots__ = ("target", "addresses", "local")
+    proven_by_connect = True  # False: a connect shows nothing; only the first byte shows that somebody is there
+
+    def __init__(self, target: str, addresses: Sequence[tuple[int, Any]], local: bool):
+        self.target = target  # for people
+        self.addresses: Iterator[tuple[int, Any]] = iter(addresses)  # (family, socket address), best first
+        self.local = local  # loopback: no keep-alive is needed
+
+    def open(self, why: str = "") -> socket.SocketType:
+        """A non-blocking socket whose connect has begun, to the next address that does not refuse at once.
+
+        `why` is what became of the address before.  Raises Unreachable where no address is left, and OSError
+        with one of CAPACITY_ERRNOS where this host has no descriptors.
+        """
+        for family, address in self.addresses:
+            try:
+                server = socket.SocketType(family, STREAM)
+            except OSError as error:
+                if error.errno in CAPACITY_ERRNOS:
+                    raise
+                why = error.strerror  # no IPv6 here
+                continue
+            if STREAM == socket.SOCK_STREAM:
+                server.setblocking(False)
+            self.set_options(server)
+            error = server.connect_ex(address)
+            if error in (0, errno.EINPROGRESS):
+                return server
+            why = os.strerror(error)
+            server.close()
+        self.exhausted()
+        raise Unreachable(why or os.strerror(errno.EHOSTUNREACH))
+
+    def exhausted(self) -> None:
+        """None of its addresses can be reached."""
+
+    def set_options(self, server: socket.SocketType) -> None:
+        """Set the options of a socket that is about to connect."""
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if not self.local:
+            keep_alive(server)
+
+    def connected(self, server: socket.SocketType) -> None:
+        """The connect may be over: is this the right peer?
+
+        Raises BlockingIOError where the connect is not over, OSError where it failed, Unreachable where the peer is
+        not the one that was meant.
+        """
+
+    def settled(self) -> Backend | None:
+        """The connect has proven it, and bytes pass.  None: it need not be told any more, so it need not be kept."""
+        return None
+
+    def answered(self) -> None:
+        """The first byte has come back."""
+
+    def failed(self, why: str, server: socket.SocketType | None, last: bool) -> Retry | Refused | None:
+        """It failed before the client had a byte of it.  `last`: the client cannot be served by trying again.
+
+        `server` is the socket, where there is one still.  None: the reason is on its way; ask again in WORDS_TIMEOUT.
+        """
+        return Refused("backend", f"{self.target}: {why}")
+
+    def abandon(self, server: socket.SocketType) -> None:
+        """The client has left before the backend answered; the socket is closed next."""
+
+    def release(self) -> None:
+        """The connection needs the backend no longer."""
+
+
+class TcpBackend(Backend):
+    """A host and port; its addresses are forgotten where none can be reached: perhaps it has moved."""
+
+    __slots__ = ("targets", "key")
+
+    def __init__(self, targets: Targets, key: str, target: str, found: Resolved):
+        self.target = target
+        self.addresses = iter(found.addresses)
+        self.local = found.local
+        self.targets = targets
+        self.key = key
+
+    def exhausted(self) -> None:
+        self.targets.resolved.pop(self.key, None)
+
+
+class TunnelBackend(Backend):
+    """A leased tunnel: a local port on which a tunnel program listens, accepts, and only then dials its far end."""
+
+    __slots__ = ("tunnels", "idle", "lease", "tunnel", "child", "dialled", "failure")
+    proven_by_connect = False
+
+    def __init__(self, tunnels: TunnelTable, target: str, idle: float | None, tunnel: Tunnel, child: Child):
+        super().__init__(target, ((socket.AF_INET, child.address),), True)
+        self.tunnels = tunnels
+        self.idle = idle
+        self.lease: Tunnel | None = tunnel
+        self.tunnel = tunnel
+        self.child = child
+        self.dialled = 0.0
+        self.failure: tuple[str, int] | None = None  # why, and the port from which it was dialled
+
+    def set_options(self, server: socket.SocketType) -> None:
+        super().set_options(server)
+        self.dialled = monotonic()
+
+    def connected(self, server: socket.SocketType) -> None:
+        """Whether the child's own process took the connect.
+
+        Asked after the connect, which has to be over: a child that lives now held its port then, so no byte of a
+        client reaches a stranger that took the port of a tunnel that died.
+        """
+        error = server.connect_ex(self.child.address)
+        if error not in (0, errno.EISCONN):
+            raise OSError(error, os.strerror(error))  # of EALREADY, a BlockingIOError
+        # In this order: the reaper takes the child away before it closes what alive() reads.
+        if not (self.child.alive() and self.tunnel.child is self.child):
+            raise Unreachable("its process ended")
+
+    def answered(self) -> None:
+        self.child.proven = True
+
+    def failed(self, why: str, server: socket.SocketType | None, last: bool) -> Retry | Refused | None:
+        """Decide by what the tunnel program has said: refuse, or try the same bytes again, unless `last`.
+
+        Where the program has not said why yet, None.  The second call decides by what it has said until then.
+        """
+        child = self.child
+        asked_before = self.failure is not None
+        if not asked_before:
+            port = 0
+            if server is not None:
+                with contextlib.suppress(OSError):  # it was reset
+                    port = server.getsockname()[1]
+            self.failure = why, port
+        why, port = self.failure
+        reason = self.tunnels.words(child, self.dialled, port)
+        if not reason.text and not asked_before and (last or child.names_clients):
+            return None
+        if last or reason.final:
+            return tunnel_refused(reason.kind, f"{self.target}: {reason.text or why}")
+        # A tunnel program that gave a reason for this client is alive: do not restart it.
+        return Retry(None if reason.text and child.names_clients else child)
+
+    def abandon(self, server: socket.SocketType) -> None:
+        """Have the close send RST: so a tunnel program that still dials its far end learns that the client has left."""
+        with contextlib.suppress(OSError):
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+    def release(self) -> None:
+        lease, self.lease = self.lease, None
+        if lease is not None:
+            self.tunnels.release(lease, self.idle)
+
+
+def keep_alive(sock: socket.SocketType) -> None:
+    """Find a peer that is gone.  While data is under way the kernel's tcp_retries2 does, in 15 minutes.
+
+    Before you add TCP_USER_TIMEOUT: measured, it also ends a client that is alive and does not read
+    for that long (`psql ... | less`), though it acknowledges every probe of its closed window.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), KEEPALIVE, strict=True):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+# -- kinds of target ---------------------------------------------------------------------------
+
+
+class Resolved(NamedTuple):
+    """The addresses of a host, until a clock time."""
+
+    addresses: tuple[tuple[int, Any], ...]  # (family, socket address), best first
+    local: bool  # all of them loopback
+    until: float
+
+
+class Targets:
+    """What the kinds of target share.  `own` are the addresses on which the router listens."""
+
+    def __init__(self, tunnels: TunnelTable):
+        self.tunnels = tunnels
+        self.own: list[tuple[str, int]] = []
+        self.resolved: dict[str, Resolved] = {}  # by Decision.key
+        self.make_room(0)
+
+    def make_room(self, routes: int) -> None:
+        """Keep as many resolved hosts as this number of routes can need."""
+        self.resolved_max = max(RESOLVED_MAX, 2 * routes)
+
+    def remember(self, decision: Decision, found: Resolved) -> Resolved:
+        """Keep resolved addresses.  The loop, and threads wait-<n>."""
+        if len(self.resolved) >= self.resolved_max:
+            self.resolved.clear()
+        self.resolved[decision.key] = found
+        return found
+
+    def may_dial(self, decision: Decision, address: tuple) -> bool:
+        """Whether a resolved address may be dialled: never the router itself.
+
+        Where the client chooses the whole host, never a private address either: whoever owns a domain can point
+        it at one.
+        """
+        ip = parse_ip(address[0])
+        for host, port in self.own:
+            if port == address[1] and (host == str(ip) or host in ("::", "0.0.0.0") and is_local(ip)):
+                return False
+        return ip.is_global or not decision.route.lets_clients_choose()
+
+
+def never_waits(targets: Targets, wait: Wait) -> None:
+    """`Scheme.prepare` of a kind whose `ready` never returns None: it is not called."""
+
+
+def leads_elsewhere(rest: str, listen: str) -> bool:
+    """`Scheme.leads_back` of a kind that has no HOST:PORT of this router's."""
+    return False
+
+
+class Scheme(NamedTuple):
+    """One kind of target, as a row."""
+
+    # The part behind `scheme:`, in the form that is used and shown; raises Malformed.  Called for a sample name when
+    # the settings are read, and for each name with its fields filled in.
+    check: Callable[[str], str]
+    ready: Callable[[Targets, Decision], Backend | None]  # loop: None where it has to wait; raises Refused
+    prepare: Callable[[Targets, Wait], None] = never_waits  # wait-<n>: returns when it may be ready; raises Refused
+    waits_on: str = "nothing"  # for people: what a client waits for
+    leads_back: Callable[[str, str], bool] = leads_elsewhere  # (rest, HOST:PORT of --listen): it is the router itself
+    is_tunnel: bool = False  # it has a tunnel in the TunnelTable, and so an idle time
+
+
+def check_tunnel(rest: str) -> str:
+    """A tunnel's hostname: only the name rules stand between it and argv."""
+    return normalise(rest.encode())
+
+
+def tunnel_ready(targets: Targets, decision: Decision) -> Backend | None:
+    """Lease the tunnel, if it is ready."""
+    tunnels = targets.tunnels
+    tunnel = tunnels.lease(decision.tunnel)
+    if tunnel is None:
+        return None
+    child = tunnel.child
+    if child is None:  # the reaper has just taken it away, and changes the state next
+        tunnels.release(tunnel)
+        return None
+    return TunnelBackend(tunnels, decision.target, decision.route.idle, tunnel, child)
+
+
+def tunnel_prepare(targets: Targets, wait: Wait) -> None:
+    """Sleep until the tunnel is ready; the kind of a TunnelError becomes `tunnel_<kind>` of REFUSALS."""
+    decision = wait.decision
+    try:
+        targets.tunnels.wait(decision.tunnel, wait.client, wait.deadline, wait.doubted, decision.route.idle)
+    except TunnelError as error:
+        raise tunnel_refused(error.kind, str(error)) from None
+
+
+def check_tcp(rest: str) -> str:
+    """HOST:PORT, as it came.  Raises Malformed, also for numbers that a resolver takes for addresses."""
+    try:
+        host, port = parse_host_port(rest)
+    except ValueError as error:
+        raise Malformed(str(error), kind="bad_name") from None
+    if not port or not HOST.fullmatch(host) or is_number(host):
+        raise Malformed(f"{rest!r} is not HOST:PORT", kind="bad_name")
+    return rest
+
+
+def tcp_ready(targets: Targets, decision: Decision) -> Backend | None:
+    """The remembered addresses, or a literal one at once; a name that is not remembered has to be resolved."""
+    found = targets.resolved.get(decision.key)
+    if found is None or found.until <= monotonic():
+        host, port = parse_host_port(decision.rest)
+        try:
+            literal = ipaddress.ip_address(host)
+        except ValueError:
+            return None
+        address = (host, port) if literal.version == 4 else (host, port, 0, 0)
+        family = socket.AF_INET if literal.version == 4 else socket.AF_INET6
+        if not targets.may_dial(decision, address):
+            raise forbidden(host, address)
+        found = targets.remember(decision, Resolved(((family, address),), literal.is_loopback, NEVER))
+    return TcpBackend(targets, decision.key, decision.target, found)
+
+
+def tcp_prepare(targets: Targets, wait: Wait) -> None:
+    """Resolve the host.  Its last addresses stay while the resolver is down."""
+    decision = wait.decision
+    host, port = parse_host_port(decision.rest)
+    until = monotonic() + RESOLVED_FOR
+    try:
+        rows = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        known = targets.resolved.get(decision.key)
+        if known is None:
+            raise Refused("unresolved", f"{host} does not resolve: {error}") from None
+        targets.remember(decision, known._replace(until=until))
+        return
+    addresses = tuple(dict.fromkeys((family, address) for family, _, _, _, address in rows))
+    allowed = tuple(row for row in addresses if targets.may_dial(decision, row[1]))
+    if not allowed:
+        raise forbidden(host, addresses[0][1])
+    local = all(parse_ip(address[0]).is_loopback for _, address in allowed)
+    targets.remember(decision, Resolved(allowed[:ADDRESSES_MAX], local, until))
+
+
+def forbidden(host: str, address: tuple) -> Refused:
+    """The refusal for a host whose address the route may not reach."""
+    return Refused("forbidden", f"{host} is {address[0]}, which this route does not lead to")
+
+
+TUNNEL = Scheme(check_tunnel, tunnel_ready, tunnel_prepare, "its tunnel", is_tunnel=True)
+SCHEMES = {
+    "cloudflared": TUNNEL,
+    "carrier": TUNNEL,
+    "tcp": Scheme(check_tcp, tcp_ready, tcp_prepare, "its address", lambda rest, listen: rest == listen),
+}

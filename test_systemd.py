@@ -1,0 +1,180 @@
+"""Tests of sniroute_systemd.py, most with the real program (`launch` of testbed/program.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from typing import Any, Iterator
+
+import pytest
+
+import sniroute_router
+import sniroute_systemd
+from conftest import HOST, linux, wait_until
+from testbed.hellos import HELLO
+from testbed.program import PROGRAM, Customers, activated, cpu_seconds, environment, execute
+from testbed.running import read_exactly, route
+
+
+# -- sockets of systemd ------------------------------------------------------------------------
+
+def test_five_restarts_below_systemd_refuse_nobody(launch, held, single_loop_echo):
+    """The socket is systemd's: who comes while nobody runs waits in its backlog."""
+    with Customers(held.getsockname()) as customers:
+        for _ in range(5):
+            program = launch("--listen=192.0.2.1:9", route(single_loop_echo), **activated(("sniroute", held)))
+            assert program.address == held.getsockname()
+            goal = customers.served + 40
+            wait_until(lambda: customers.served >= goal or customers.failures, timeout=20, what="forty customers")
+            cpu = cpu_seconds(program.pid)
+            program.signal(signal.SIGTERM)
+            assert program.wait() == 0 and cpu < 5
+        program = launch(route(single_loop_echo), **activated(("sniroute", held)))
+        customers.stop.set()
+    assert customers.failures == [] and customers.served >= 200
+
+
+@linux
+def test_a_draining_router_does_not_spin_over_a_socket_that_systemd_holds(launch, held, echo_server):
+    program = launch(route(echo_server.address), **activated(("", held)))
+    with program.connect(HELLO) as client, contextlib.ExitStack() as stack:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        program.signal(signal.SIGTERM)
+        program.wait_for(" info draining: 1 ")
+        stack.enter_context(socket.create_connection(held.getsockname()))  # it waits in the backlog
+        before = cpu_seconds(program.pid)
+        for _ in range(50):
+            client.sendall(b"?")
+            assert client.recv(1) == b"?"
+            time.sleep(0.005)
+        assert cpu_seconds(program.pid) - before < 0.15
+
+
+@pytest.mark.parametrize("kind", ["datagrams", "connected", "file", "beyond"])
+def test_what_is_no_listening_socket_is_refused(kind, held, tmp_path):
+    with contextlib.ExitStack() as stack:
+        if kind == "datagrams":
+            wrong: Any = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        elif kind == "connected":
+            wrong = stack.enter_context(socket.create_connection(held.getsockname()))
+        else:
+            wrong = stack.enter_context(open(tmp_path / "file", "w"))
+        made = activated(("", held), ("x\x1b", wrong))
+        if kind == "beyond":
+            made = activated(("", held))
+            made["python"] = tuple(word.replace("str(len(fds))", "'2'") for word in made["python"])
+        ended = execute(*made["python"], str(PROGRAM), "--route=a.b=tcp:h:1", env=environment(), text=True,
+                        said="", pass_fds=made["pass_fds"])
+    shown = "no name" if kind == "beyond" else "x?"
+    assert ended.returncode == 1
+    assert f"LISTEN_FDS: descriptor 4 ({shown}) is no listening TCP socket\n" in ended.stderr
+
+
+def test_sockets_for_another_process_are_left_alone(monkeypatch):
+    assert sniroute_systemd.activated_sockets({"LISTEN_PID": "1", "LISTEN_FDS": "3"}) == {"": [], "admin": []}
+    assert sniroute_systemd.activated_sockets({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "x"}) == {"": [], "admin": []}
+
+
+# -- systemd -----------------------------------------------------------------------------------
+
+
+class Manager:
+    """A service manager's end of NOTIFY_SOCKET."""
+
+    def __init__(self, address: str):
+        self.address = address
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(address)
+        self.socket.settimeout(10)
+        self.words: list[str] = []
+
+    def hear(self, beginning: str) -> str:
+        """The next assignment that begins so."""
+        while True:
+            for number, word in enumerate(self.words):
+                if word.startswith(beginning):
+                    del self.words[:number + 1]
+                    return word
+            self.words += self.socket.recv(4096).decode().split("\n")
+
+
+@pytest.fixture
+def manager(tmp_path) -> Iterator[Manager]:
+    made = Manager(str(tmp_path / "notify"))
+    with made.socket:
+        yield made
+
+
+def test_systemd_is_told_how_it_goes(launch, manager, echo_server, settings_file):
+    path = settings_file(f'[routes]\n"db.example.com" = "tcp:{HOST}:{echo_server.address[1]}"\n')
+    program = launch("-c", path, "--drain=30s", env=environment(
+        NOTIFY_SOCKET=manager.address, WATCHDOG_USEC="200000"))
+    manager.hear("READY=1")
+    assert manager.hear("STATUS=") == "STATUS=running: 0 connections, 0 tunnels"
+    for _ in range(3):
+        manager.hear("WATCHDOG=1")
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        assert manager.hear("STATUS=") == "STATUS=running: 1 connections, 0 tunnels"
+        before = time.monotonic_ns() // 1000
+        program.signal(signal.SIGHUP)
+        manager.hear("RELOADING=1")
+        assert before <= int(manager.hear("MONOTONIC_USEC=").partition("=")[2]) <= time.monotonic_ns() // 1000
+        manager.hear("READY=1")
+        program.signal(signal.SIGTERM)
+        manager.hear("STOPPING=1")
+        assert int(manager.hear("EXTEND_TIMEOUT_USEC=").partition("=")[2]) > 10e6
+        assert manager.hear("STATUS=") == "STATUS=draining: 1 connections, 0 tunnels"
+        manager.hear("EXTEND_TIMEOUT_USEC=")
+        client.sendall(b"on")
+        assert read_exactly(client, 2) == b"on"
+    assert program.wait() == 0
+
+
+def test_a_loop_that_hangs_does_not_feed_the_watchdog(run, echo_server):
+    running = run(route(echo_server.address))
+    beats, stuck, let_go = [], threading.Event(), threading.Event()
+
+    def beat(router: sniroute_router.Router) -> float:
+        beats.append(time.monotonic())
+        return 0.02
+
+    running.router.hooks = running.router.hooks._replace(beat=beat)
+    running.router.call(lambda: running.router.heartbeat.set(0.0))
+    wait_until(lambda: len(beats) >= 3, what="a few beats")
+    running.router.call(lambda: (stuck.set(), let_go.wait(20)))
+    stuck.wait(10)
+    count = len(beats)
+    with running.connect(HELLO) as client:
+        client.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        assert len(beats) == count
+        let_go.set()
+        client.settimeout(20)
+        assert read_exactly(client, len(HELLO)) == HELLO
+    wait_until(lambda: len(beats) > count)
+
+
+@pytest.mark.parametrize("address", ["/nonexistent/notify", "@nobody", "x" * 200], ids=["gone", "nobody", "long"])
+def test_a_manager_that_is_not_there_is_no_reason_to_fail(address, caplog):
+    supervisor = sniroute_systemd.Supervisor({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "x"})
+    assert f"NOTIFY_SOCKET {address[:20]}" in caplog.text
+    supervisor.tell("READY=1")
+    supervisor.close()
+
+
+def test_a_watchdog_for_another_process_is_not_fed():
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear:
+        ear.bind("")
+        address = "@" + ear.getsockname()[1:].decode()
+        for environ, watchdog in (({"WATCHDOG_PID": "1", "WATCHDOG_USEC": "1000"}, False),
+                                  ({"WATCHDOG_PID": str(os.getpid()), "WATCHDOG_USEC": "1000"}, True),
+                                  ({"WATCHDOG_USEC": "0"}, False), ({}, False)):
+            with contextlib.closing(sniroute_systemd.Supervisor({"NOTIFY_SOCKET": address, **environ})) as supervisor:
+                assert supervisor.watchdog is watchdog
+                assert supervisor.every == (0.0005 if watchdog else sniroute_systemd.STATUS_EVERY)

@@ -1,0 +1,432 @@
+"""Tests of sniroute_targets.py: kinds of target, and backends."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+import types
+from typing import Any, Callable
+
+import pytest
+
+import sniroute_connection
+import sniroute_refusals
+import sniroute_settings
+import sniroute_targets
+from sniroute_launchers import Reason
+from sniroute_refusals import Refused
+from sniroute_routes import Route, Routes, parse_route
+from sniroute_targets import (Backend, Retry, Targets, TcpBackend, TunnelBackend, Unreachable, check_tcp, check_tunnel)
+from conftest import HOST, Address, wait_until
+from testbed.hellos import (HELLO, Bad, genuine, verdict)
+from testbed.running import alert, answer, read_all, read_exactly, route
+
+
+# -- targets -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("check, rest, good", [
+    (check_tcp, "h:1", True), (check_tcp, "[::1]:1", True), (check_tcp, "h:0", False), (check_tcp, "h", False),
+    (check_tcp, "a/b:1", False), (check_tcp, "h\n:1", False), (check_tcp, "[fe80::1%eth0]:1", False),
+    (check_tunnel, "db.example.com", True), (check_tunnel, "--url.x", False),
+    (check_tunnel, "localhost", False),
+])
+def test_a_target_is_checked(check, rest, good):
+    assert verdict(check, rest) == (rest if good else Bad("bad_name", 112))
+
+
+def resolve(monkeypatch: pytest.MonkeyPatch, target: str, found: list[str] | OSError, targets: Targets,
+            allowed: Callable[[tuple], bool] = lambda address: True) -> Any:
+    """Prepare a tcp target while the resolver answers `found`."""
+    def answer(host: str, port: int, **_: Any) -> list[tuple]:
+        if isinstance(found, OSError):
+            raise found
+        return [(socket.AF_INET6 if ":" in text else socket.AF_INET, socket.SOCK_STREAM, 6, "", (text, port))
+                for text in found]
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+    targets.may_dial = lambda decision, address: allowed(address)
+    decision = Routes([Route("a.b", target)]).decide("a.b")
+    sniroute_targets.tcp_prepare(targets, types.SimpleNamespace(decision=decision))
+    return sniroute_targets.tcp_ready(targets, decision)
+
+
+def addresses(backend: sniroute_targets.Backend) -> list[tuple]:
+    """Those that it would try, in order."""
+    return list(backend.addresses)
+
+
+def test_a_host_is_resolved_once_and_stays_while_the_resolver_is_down(monkeypatch):
+    targets = Targets(None)
+    with pytest.raises(Refused) as caught:
+        resolve(monkeypatch, "tcp:h:1", OSError("down"), targets)
+    assert (caught.value.kind, caught.value.alert) == ("unresolved", 80)
+    backend = resolve(monkeypatch, "tcp:h:1", ["192.0.2.1", "192.0.2.1", "2001:db8::1"], targets)
+    assert not backend.local
+    for known in (backend, resolve(monkeypatch, "tcp:h:1", OSError("down"), targets)):
+        assert addresses(known) == [(socket.AF_INET, ("192.0.2.1", 1)), (socket.AF_INET6, ("2001:db8::1", 1))]
+    now = time.monotonic()
+    monkeypatch.setattr(sniroute_targets, "monotonic", lambda: now + sniroute_targets.RESOLVED_FOR + 1)
+    assert sniroute_targets.tcp_ready(targets, Routes([Route("a.b", "tcp:h:1")]).decide("a.b")) is None, "its time is over"
+    assert sniroute_targets.tcp_ready(targets, Routes([Route("a.b", "tcp:other:1")]).decide("a.b")) is None
+
+
+@pytest.mark.parametrize("target, family, address, local", [
+    ("tcp:127.0.0.1:1", socket.AF_INET, ("127.0.0.1", 1), True),
+    ("tcp:192.0.2.1:2", socket.AF_INET, ("192.0.2.1", 2), False),
+    ("tcp:[::1]:3", socket.AF_INET6, ("::1", 3, 0, 0), True),
+], ids=["loopback", "elsewhere", "v6"])
+def test_an_address_is_never_resolved(target, family, address, local):
+    targets = Targets(None)
+    decision = Routes([Route("a.b", target)]).decide("a.b")
+    for _ in range(2):
+        backend = sniroute_targets.tcp_ready(targets, decision)
+        assert (addresses(backend), backend.local) == ([(family, address)], local)
+    assert list(targets.resolved) == [decision.key]
+
+
+def test_an_address_that_the_route_does_not_lead_to_is_not_ready_and_never_will_be(monkeypatch):
+    targets = Targets(None)
+    targets.own = [("127.0.0.1", 19000)]
+    decision = Routes([Route("a.b", "tcp:127.0.0.1:19000")]).decide("a.b")
+    with pytest.raises(Refused) as caught:
+        sniroute_targets.tcp_ready(targets, decision)
+    assert caught.value.kind == "forbidden", "at once: no thread is needed to say so"
+    with pytest.raises(Refused) as caught:
+        resolve(monkeypatch, decision.target, ["127.0.0.1"], targets, lambda address: False)
+    assert caught.value.kind == "forbidden" and not targets.resolved
+
+
+def test_only_addresses_that_the_route_leads_to_are_dialled(monkeypatch):
+    targets = Targets(None)
+    with pytest.raises(Refused) as caught:
+        resolve(monkeypatch, "tcp:h:1", ["10.0.0.1"], targets, lambda address: False)
+    assert (caught.value.kind, caught.value.alert) == ("forbidden", 112)
+    backend = resolve(monkeypatch, "tcp:h:1", ["10.0.0.1", "192.0.2.1"], targets,
+                      lambda address: address[0] != "10.0.0.1")
+    assert [address[0] for _, address in addresses(backend)] == ["192.0.2.1"]
+
+
+def test_resolved_hosts_and_their_addresses_are_limited(monkeypatch):
+    monkeypatch.setattr(sniroute_targets, "RESOLVED_MAX", 2)
+    targets = Targets(None)
+    for number in range(5):
+        backend = resolve(monkeypatch, f"tcp:h{number}:1", [f"192.0.2.{n}" for n in range(1, 9)], targets)
+        assert len(addresses(backend)) == sniroute_targets.ADDRESSES_MAX and len(targets.resolved) <= 2
+    targets.make_room(3)
+    for number in range(6):
+        resolve(monkeypatch, f"tcp:h{number}:1", ["192.0.2.1"], targets)
+    assert len(targets.resolved) == 6, "there is room for those of all routes"
+
+
+# -- backends ----------------------------------------------------------------------------------
+
+
+def test_a_backend_goes_on_to_the_next_address_where_one_refuses_at_once(echo_server):
+    """No such family here, and an address to which nothing may be sent; then the echo."""
+    nobody = socket.AF_INET, ("255.255.255.255", 1)
+    backend = Backend("tcp:h:1", [(9999, ("", 0)), nobody, (socket.AF_INET, echo_server.address)], True)
+    server = backend.open()
+    try:
+        assert server.gettimeout() == 0.0, "it never blocks"
+        server.settimeout(10)
+        assert server.getpeername() == echo_server.address
+        with pytest.raises(Unreachable, match="what became of the last one"):
+            backend.open("what became of the last one")
+    finally:
+        server.close()
+
+
+def test_a_socket_never_blocks_where_it_cannot_be_born_so(echo_server, monkeypatch):
+    """macOS has no SOCK_NONBLOCK."""
+    monkeypatch.setattr(sniroute_targets, "STREAM", socket.SOCK_STREAM)
+    server = Backend("tcp:h:1", [(socket.AF_INET, echo_server.address)], False).open()
+    try:
+        assert server.gettimeout() == 0.0
+        assert server.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), "it is not on loopback, as far as is known"
+    finally:
+        server.close()
+
+
+def test_a_backend_without_an_address_says_so():
+    with pytest.raises(Unreachable, match="No route to host"):
+        Backend("tcp:h:1", [], True).open()
+
+
+def test_addresses_that_cannot_be_reached_are_forgotten():
+    """Perhaps the host has moved: the next client has it resolved again."""
+    targets = Targets(None)
+    decision = Routes([Route("a.b", "tcp:192.0.2.1:1")]).decide("a.b")
+    found = targets.remember(decision, sniroute_targets.Resolved((), True, sniroute_targets.NEVER))
+    for _ in range(2):  # two clients had the same
+        with pytest.raises(Unreachable):
+            TcpBackend(targets, decision.key, decision.target, found).open()
+        assert not targets.resolved
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_backend_of_addresses_is_not_tried_again(last):
+    verdict = Backend("tcp:h:1", [], True).failed("Connection refused", None, last)
+    assert (verdict.kind, str(verdict)) == ("backend", "tcp:h:1: Connection refused")
+
+
+class Lessor:
+    """A table of tunnels, as a backend sees it."""
+
+    def __init__(self, *reasons: Reason):
+        self.reasons = list(reasons)  # what the program has said each time it is asked
+        self.asked: list[tuple[float, int]] = []
+        self.given_back: list[tuple[Any, float | None]] = []
+
+    def words(self, child: Any, since: float, port: int) -> Reason:
+        self.asked.append((since, port))
+        return self.reasons.pop(0)
+
+    def release(self, tunnel: Any, idle: float | None) -> None:
+        self.given_back.append((tunnel, idle))
+
+
+def leased(lessor: Lessor, address: Address = (HOST, 1), names_clients: bool = False) -> TunnelBackend:
+    """A backend with a lease."""
+    child = types.SimpleNamespace(alive=lambda: True, address=address, names_clients=names_clients, proven=False)
+    return TunnelBackend(lessor, "carrier:t.example.com", 7.0, types.SimpleNamespace(child=child), child)
+
+
+SILENT, SAID, FINAL = Reason(), Reason("denied", "Access denied it"), Reason("unknown", "no such name", True)
+WAIT, AGAIN, DOUBT = "wait for its words", "try again", "try again, once the process was looked at"
+
+
+@pytest.mark.parametrize("names_clients, last, reasons, verdicts", [
+    (False, False, [SILENT], [DOUBT]),
+    (False, False, [SAID], [DOUBT]),  # it does not say for whom: it may have been another client
+    (False, True, [SAID], [("tunnel_denied", "Access denied it")]),
+    (False, True, [SILENT, SILENT], [WAIT, ("tunnel_failed", "why")]),
+    (False, True, [SILENT, SAID], [WAIT, ("tunnel_denied", "Access denied it")]),
+    (True, False, [SAID], [AGAIN]),
+    (True, False, [SILENT, SAID], [WAIT, AGAIN]),
+    (True, False, [SILENT, SILENT], [WAIT, DOUBT]),
+    (True, False, [FINAL], [("tunnel_unknown", "no such name")]),
+    (True, False, [SILENT, FINAL], [WAIT, ("tunnel_unknown", "no such name")]),
+    (True, True, [SILENT, SILENT], [WAIT, ("tunnel_failed", "why")]),
+])
+def test_a_tunnel_that_failed_is_asked_for_its_words_at_most_twice(names_clients, last, reasons, verdicts, echo_server):
+    lessor = Lessor(*reasons)
+    backend = leased(lessor, echo_server.address, names_clients)
+    server = backend.open()
+    try:
+        port = server.getsockname()[1]
+        found = []
+        for why, sock in (("why", server), ("", None))[:len(verdicts)]:
+            verdict = backend.failed(why, sock, last)
+            if isinstance(verdict, Retry):
+                assert verdict.doubted in (None, backend.child)
+                found.append(AGAIN if verdict.doubted is None else DOUBT)
+            else:
+                assert verdict is None or str(verdict).startswith("carrier:t.example.com: ")
+                found.append(WAIT if verdict is None else (verdict.kind, str(verdict).partition(": ")[2]))
+            backend.release()  # as a connection does: the lease is not needed for the words
+    finally:
+        server.close()
+    assert found == verdicts and not lessor.reasons
+    assert lessor.asked == [(backend.dialled, port)] * len(verdicts), "the port it was dialled from is remembered"
+    assert lessor.given_back == [(backend.tunnel, 7.0)], "one lease, once"
+
+
+def test_a_tunnel_that_could_not_be_dialled_has_no_port():
+    lessor = Lessor(SAID)
+    assert leased(lessor).failed("Connection refused", None, True).kind == "tunnel_denied"
+    closed = socket.socket()
+    closed.close()
+    lessor.reasons.append(SAID)
+    assert leased(lessor).failed("Connection reset by peer", closed, True).kind == "tunnel_denied"
+    assert lessor.asked == [(0.0, 0), (0.0, 0)]
+
+
+def test_a_tunnel_that_answered_is_proven():
+    backend = leased(Lessor())
+    assert not backend.proven_by_connect and not backend.child.proven
+    backend.answered()
+    assert backend.child.proven
+
+
+def test_a_tunnel_whose_process_has_ended_is_not_the_one_that_was_meant(echo_server):
+    for alive, is_its_child in ((False, True), (True, False)):
+        backend = leased(Lessor(), echo_server.address)
+        backend.child.alive = lambda alive=alive: alive
+        if not is_its_child:
+            backend.tunnel.child = None  # the reaper took it away
+        server = backend.open()
+        try:
+            server.setblocking(True)
+            with pytest.raises(Unreachable, match="its process ended"):
+                backend.connected(server)
+        finally:
+            server.close()
+
+
+@pytest.mark.parametrize("kind", [TunnelBackend, Backend])
+def test_only_a_tunnel_learns_by_a_reset_that_its_client_has_left(kind, serve):
+    """It may still dial for it."""
+    def far(sock: socket.socket) -> str:
+        sock.settimeout(10)
+        return repr(sock.recv(1))
+
+    listening = serve(far)
+    backend = leased(Lessor(), listening.address) if kind is TunnelBackend else Backend(
+        "tcp:h:1", [(socket.AF_INET, listening.address)], True)
+    server = backend.open()
+    backend.abandon(server)
+    server.close()
+    heard = listening.result()
+    assert isinstance(heard, ConnectionResetError) if kind is TunnelBackend else heard == "b''"
+    backend.abandon(server)  # closed already: nothing to say
+
+
+def test_a_tunnel_that_is_taken_away_in_the_instant_of_its_lease_is_given_back():
+    """The reaper sets its state next; until then a client waits."""
+    tunnel = types.SimpleNamespace(child=None)
+    given_back = []
+    targets = Targets(types.SimpleNamespace(lease=lambda key: tunnel, release=given_back.append))
+    assert sniroute_targets.tunnel_ready(targets, Routes([parse_route("*=carrier:{name}")]).decide("a.b.c")) is None
+    assert given_back == [tunnel]
+
+
+def test_tunnels_backend_tells_a_connect_that_is_not_over_from_one_that_failed(deaf, free_ports):
+    def backend(address: Address) -> sniroute_targets.Backend:
+        child = types.SimpleNamespace(alive=lambda: True, address=address)
+        return sniroute_targets.TunnelBackend(None, "", None, types.SimpleNamespace(child=child), child)
+    with socket.socket() as server:
+        server.setblocking(False)
+        assert server.connect_ex(deaf) == errno.EINPROGRESS
+        with pytest.raises(BlockingIOError):
+            backend(deaf).connected(server)
+    nobody = HOST, free_ports(1)[0]
+    with socket.socket() as server:
+        server.setblocking(False)
+        server.connect_ex(nobody)
+        with pytest.raises(ConnectionRefusedError):
+            backend(nobody).connected(server)
+
+
+# -- tcp targets -------------------------------------------------------------------------------
+
+
+def test_host_name_is_resolved_once_and_kept(run, serve, monkeypatch):
+    far = serve(answer(b"x"))
+    asked = []
+    real = socket.getaddrinfo
+    def getaddrinfo(host: str, *args: Any, **kwargs: Any) -> Any:
+        asked.append(host)
+        return real(host, *args, **kwargs)
+    running = run(f"--route=db.example.com=tcp:localhost:{far.address[1]}")
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    for _ in range(3):
+        with running.connect(HELLO) as client:
+            assert client.recv(1) == b"x"
+    assert asked.count("localhost") == 1
+
+
+def test_host_that_does_not_resolve_is_refused_with_its_reason(run):
+    running = run("--route=db.example.com=tcp:nothing.invalid:1")
+    with running.connect(HELLO) as client:
+        assert read_all(client) == alert(80)
+    assert running.ending().reason == "unresolved"
+    assert "nothing.invalid" in running.ending().detail
+
+
+def test_resolver_that_is_down_for_a_moment_cuts_nobody(run, serve, monkeypatch):
+    far = serve(answer(b"x"))
+    monkeypatch.setattr(sniroute_targets, "RESOLVED_FOR", 0.0)
+    running = run(f"--route=db.example.com=tcp:localhost:{far.address[1]}")
+    monkeypatch.setattr(sniroute_connection, "PARKS_MAX", 10**9)
+    monkeypatch.setattr(sniroute_targets, "RESOLVED_FOR", 0.2)
+    with running.connect(HELLO) as client:
+        assert client.recv(1) == b"x"
+    wait_until(lambda: all(found.until < time.monotonic() for found in running.router.targets.resolved.values()))
+    def broken(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", broken)
+        with socket.socket() as client:  # create_connection would resolve
+            client.settimeout(20)
+            client.connect(running.address)
+            client.sendall(HELLO)
+            assert client.recv(1) == b"x"
+
+
+@pytest.mark.parametrize("pattern, target, address, allowed", [
+    ("*", "tcp:{name}:443", ("10.0.0.1", 443), False),
+    ("*", "tcp:{name}:443", ("127.0.0.1", 443), False),
+    ("*", "tcp:{name}:443", ("fd00::1", 443), False),
+    ("*", "tcp:{name}:443", ("8.8.8.8", 443), True),
+    ("*", "tcp:10.0.0.1:443", ("10.0.0.1", 443), True),
+    ("*.example.com", "tcp:{name}:443", ("10.0.0.1", 443), True),
+    ("*.example.com", "tcp:{label}:443", ("10.0.0.1", 443), False),
+    ("*.example.com", "tcp:{label}.internal.example.net:443", ("10.0.0.1", 443), True),
+])
+def test_stranger_cannot_point_a_name_at_the_private_network(run, pattern, target, address, allowed):
+    running = run(f"--route={pattern}={target}")
+    decision = running.router.routes.decide("a.example.com")
+    assert running.router.targets.may_dial(decision, address) is allowed
+
+
+@pytest.mark.parametrize("label", ["2130706433", "0x7f000001", "017700000001", "0"])
+def test_number_is_no_host(run, label):
+    """A resolver takes it for an address."""
+    running = run("--route=*.example.com=tcp:{label}:443")
+    with running.connect(genuine(name=f"{label}.example.com")) as client:
+        assert read_all(client) == alert(112)
+    assert running.ending().reason == "bad_name"
+
+
+def test_router_that_listens_everywhere_knows_its_addresses(run):
+    running = run("--route=db.example.com=tcp:localhost:1")
+    decision = running.router.routes.decide("db.example.com")
+    running.router.targets.own = [("::", 19000)]
+    for address in ("127.0.0.1", "127.0.0.2", "::1", "0.0.0.0", "::ffff:127.0.0.1", "::"):
+        assert not running.router.targets.may_dial(decision, (address, 19000)), address
+    assert running.router.targets.may_dial(decision, ("127.0.0.1", 19001))
+    assert running.router.targets.may_dial(decision, ("192.0.2.1", 19000))
+
+
+def test_router_does_not_dial_itself(run):
+    running = run("--route=db.example.com=tcp:localhost:1")
+    decision = running.router.routes.decide("db.example.com")
+    assert not running.router.targets.may_dial(decision, running.address)
+    assert running.router.targets.may_dial(decision, (HOST, 1))
+    with pytest.raises(sniroute_refusals.SettingsError, match="leads back"):
+        sniroute_settings.load_settings(["--listen=127.0.0.1:19999", "--route=a.example.com=tcp:127.0.0.1:19999"], {})
+
+
+def test_forbidden_address_is_refused(run, monkeypatch):
+    running = run("--route=*=tcp:{name}:443")
+    private = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.1.2.3", 443))]
+    with running.connect() as client:
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: private)
+        client.sendall(HELLO)
+        assert read_all(client) == alert(112)
+    assert running.ending().reason == "forbidden"
+
+
+def test_an_address_that_leads_nowhere_is_refused_at_once(run):
+    """By `ready`, in the loop: no thread is needed to say so."""
+    running = run("--route=db.example.com=tcp:127.0.0.1:1")
+    running.router.targets.own.append(("127.0.0.1", 1))
+    with running.connect(HELLO) as client:
+        assert read_all(client) == alert(112)
+    assert running.ending().reason == "forbidden" and not running.router.waits.threads
+    assert "127.0.0.1 is 127.0.0.1, which this route does not lead to" in running.ending().detail
+    assert running.router.routes.tallies["db.example.com"].active == 0
+
+
+def test_own_name_needs_a_route_of_its_own(run, echo_server):
+    running = run(route(echo_server.address, "*"), route(echo_server.address, "own.example.com"))
+    running.router.own_names |= {"db.example.com", "own.example.com"}
+    with running.connect(HELLO) as client:
+        assert read_all(client) == alert(112)
+    own = genuine(name="own.example.com")
+    with running.connect(own) as client:
+        assert read_exactly(client, len(own)) == own
+
+
