@@ -440,7 +440,7 @@ def test_early_data_into_a_tunnel_that_hangs_is_refused_in_time(run, cloudflared
                                                                 stopped, size):
     """What a client says before the answer cannot be said again, but it is no answer.
 
-    A process that leaves its clients waiting is replaced.  One that takes them, and is silent, may wait for its far end.
+    A process that leaves its clients waiting is replaced.  One that takes them and is silent may wait for its far end.
     """
     monkeypatch.setattr(sniroute_connection, "FIRST_BYTE_TIMEOUT", 0.5)
     cloudflared.far("*", early)

@@ -1,4 +1,4 @@
-// One session of node-postgres: with_pg.js HOST PORT.  It prints what it found, as JSON.
+// A session of node-postgres: with_pg.js HOST PORT.  It prints what it found, as JSON.
 
 const dns = require('dns')
 const { Client } = require('pg')

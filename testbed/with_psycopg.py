@@ -1,4 +1,4 @@
-"""One session of psycopg, for a Python that has it: with_psycopg.py STEP CONNINFO.  It prints what it found, as JSON."""
+"""A session of psycopg, for a Python that has it: with_psycopg.py STEP CONNINFO.  It prints what it found, as JSON."""
 
 from __future__ import annotations
 
