@@ -30,7 +30,8 @@ from typing import Any, Callable, Iterator
 import pytest
 
 pytest.register_assert_rewrite("testbed")  # an assert in a helper shows its values
-pytest_plugins = [f"testbed.{module}" for module in ("standins", "running", "program", "tunnels", "carrier", "admin")]
+pytest_plugins = [f"testbed.{module}" for module in ("standins", "running", "program", "tunnels", "carrier", "admin",
+                                                      "clients")]
 
 HERE = pathlib.Path(__file__).resolve().parent
 HOST = "127.0.0.1"
@@ -111,18 +112,18 @@ def no_leaks() -> Iterator[None]:
 
 
 class Server:
-    """A TCP server on a free port; `handler` serves each connection in a thread of its own.
+    """A TCP server, on a free port by default; `handler` serves each connection in a thread of its own.
 
     Used with `with`; leaving the block closes every connection.  `accepted` counts connections.  A handler that raises
     OSError has lost its client, which is no failure.  A handler returns what it has heard, and the test waits for that
     with `result()`: the handler may end later than the test sees the connection end.
     """
 
-    def __init__(self, handler: Callable[[socket.socket], object]):
+    def __init__(self, handler: Callable[[socket.socket], object], address: Address = (HOST, 0)):
         self.handler = handler
         self.accepted = 0
         self.results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.listener = socket.create_server((HOST, 0))
+        self.listener = socket.create_server(address)
         self.address: Address = self.listener.getsockname()[:2]
         self.lock = threading.Lock()  # guards what follows
         self.live: set[socket.socket] = set()
@@ -178,10 +179,10 @@ def echo(sock: socket.socket) -> None:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[Callable[[socket.socket], object]], Server]]:
-    """serve(handler) -> Server, until the test ends.  `handler` is given the socket of each connection."""
+def serve() -> Iterator[Callable[..., Server]]:
+    """serve(handler, address=a free port) -> Server, until the test ends.  `handler` gets each connection's socket."""
     with contextlib.ExitStack() as stack:
-        yield lambda handler: stack.enter_context(Server(handler))
+        yield lambda *words: stack.enter_context(Server(*words))
 
 
 @pytest.fixture
@@ -190,18 +191,26 @@ def echo_server(serve) -> Server:
     return serve(echo)
 
 
-@pytest.fixture
-def deaf() -> Iterator[Address]:
+@contextlib.contextmanager
+def deaf_listener(address: Address = (HOST, 0)) -> Iterator[Address]:
     """The address of a listener whose backlog is full: the kernel drops further SYNs, so a connect hangs."""
     with contextlib.ExitStack() as stack:
         full = stack.enter_context(socket.socket())
-        full.bind((HOST, 0))
+        full.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        full.bind(address)
         full.listen(0)
         for _ in range(3):
             filler = stack.enter_context(socket.socket())
             filler.setblocking(False)
             filler.connect_ex(full.getsockname())
         yield full.getsockname()
+
+
+@pytest.fixture
+def deaf() -> Iterator[Address]:
+    """The address of a `deaf_listener`."""
+    with deaf_listener() as address:
+        yield address
 
 
 # -- ports -------------------------------------------------------------------------------------

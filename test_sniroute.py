@@ -1,8 +1,7 @@
 """What users are promised, with the real program: `launch` of testbed/program.py.
 
-A copy of some files runs with a bare Python.  Thousands of clients cost little, and few descriptors are no crash.
-psql, curl and openssl are served, by way of the stand-in for cloudflared and by way of the carrier.  README.md says
-what is true.
+A copy of some files runs with a bare Python, in every form.  Thousands of clients cost little, and few descriptors are
+no crash.  The carrier does without cloudflared.  test_clients.py has the clients that users bring.
 """
 
 from __future__ import annotations
@@ -11,29 +10,27 @@ import contextlib
 import hashlib
 import os
 import pathlib
-import pwd
 import random
 import re
 import resource
 import shutil
 import signal
 import socket
-import ssl
 import struct
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import threading
 import time
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator
 
 import pytest
 
 import sniroute_routes
 from sniroute_refusals import REFUSALS
 from sniroute_settings import load_settings
-from conftest import HOST, Address, linux, wait_until
+from conftest import HOST, linux, wait_until
+from testbed.clients import backwards, post, program_path, psql
 from testbed.hellos import HELLO, NAME, genuine
 from testbed.program import BARE, BARE_PYTHON, Program, counter, cpu_seconds, environment, execute, installed, resident
 from testbed.running import TUNNEL, alert, read_all, read_exactly, route
@@ -203,206 +200,6 @@ def test_tunnel_that_is_killed_under_a_crowd_costs_only_those_it_was_answering(l
     assert not resets and 0 not in cut, (errors, cut)
     assert len(cut) + len(errors) <= len(threads)
     program.wait_for("it ended (signal 9)")
-
-
-# -- real clients, real servers ----------------------------------------------------------------
-
-
-def program_path(name: str, package: str) -> str:
-    """Where a program is; without it the test is skipped."""
-    places = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    places += sorted(map(str, pathlib.Path("/usr/lib/postgresql").glob("*/bin")), key=version_of, reverse=True)
-    found = shutil.which(name, path=os.pathsep.join(places))
-    if found is None:
-        pytest.skip(f"{name} is not here (Debian package {package})")
-    return found
-
-
-def version_of(text: str) -> float:
-    """The first number in it."""
-    return float(re.search(r"\d+(\.\d+)?", text)[0])
-
-
-class Certificate(NamedTuple):
-    """A certificate for *.example.com that vouches for itself, in files."""
-
-    file: pathlib.Path
-    key: pathlib.Path
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    folder = tmp_path_factory.mktemp("certificate")
-    made = Certificate(folder / "server.crt", folder / "server.key")
-    ended = execute(program_path("openssl", "openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt",
-                    "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=sniroute test",
-                    "-addext", "subjectAltName=DNS:*.example.com", "-keyout", str(made.key), "-out", str(made.file))
-    assert ended.returncode == 0, ended.stderr
-    return made
-
-
-@pytest.fixture(scope="module")
-def postgres(certificate: Certificate) -> Iterator[Address]:
-    """The address of a PostgreSQL that speaks TLS.  It does not run as root, so root lends it a user."""
-    initdb, server = program_path("initdb", "postgresql"), program_path("postgres", "postgresql")
-    program_path("psql", "postgresql-client")
-    other_user: dict[str, Any] = {}
-    with contextlib.ExitStack() as stack:
-        # Not below pytest's folder, which is closed to other users; and short, for the socket's sake.
-        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sniroute-pg-")))
-        for file in certificate:
-            shutil.copy(file, folder)
-            (folder / file.name).chmod(0o600)
-        if os.geteuid() == 0:
-            names = {entry.pw_name: entry for entry in pwd.getpwall()}
-            user = names.get("postgres") or names["nobody"]
-            other_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-            for path in (folder, *folder.iterdir()):
-                os.chown(path, user.pw_uid, user.pw_gid)
-        data = folder / "data"
-        ended = execute(initdb, "-D", str(data), "-U", "postgres", "-A", "trust", "--no-sync", "--no-locale",
-                        "-E", "UTF8", cwd=folder, **other_user)
-        assert ended.returncode == 0, ended.stderr
-        log = stack.enter_context(open(folder / "log", "wb"))
-        status = data / "postmaster.pid"
-        for _ in range(5):  # somebody may be faster at taking the port
-            with socket.create_server((HOST, 0)) as free:
-                address = free.getsockname()
-            process = subprocess.Popen(
-                [server, "-D", str(data), "-h", HOST, "-p", str(address[1]), "-k", str(folder), "-c", "fsync=off",
-                 "-c", "ssl=on", "-c", f"ssl_cert_file={folder}/server.crt", "-c", f"ssl_key_file={folder}/server.key"],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder, env={"LC_ALL": "C"}, **other_user)
-            def ready() -> bool:  # the eighth line of that file says it
-                with contextlib.suppress(FileNotFoundError):
-                    return "ready" in "".join(status.read_text().splitlines()[7:]) or process.poll() is not None
-                return process.poll() is not None
-            try:
-                wait_until(ready, timeout=30, what="PostgreSQL")
-                if process.poll() is None:
-                    yield address
-                    return
-            finally:
-                process.send_signal(signal.SIGINT)  # without waiting for clients
-                process.wait()
-        raise AssertionError((folder / "log").read_text())
-
-
-def psql(address: Address, query: list[str], options: str, said: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    """Run queries in one session, through `address`, as db.example.com."""
-    where = f"host=db.example.com hostaddr={address[0]} port={address[1]} user=postgres dbname=postgres {options}"
-    commands = [word for line in query for word in ("-c", line)]
-    program = program_path("psql", "postgresql-client")
-    return execute(program, "-XAtq", "-v", "ON_ERROR_STOP=1", *commands, where, said=said)
-
-
-@pytest.fixture
-def database(launch, tunnel_program, ports, postgres) -> Program:
-    """A router with the default route, in front of PostgreSQL."""
-    for name in ("cft-db.example.com", "cft-db.example.org"):
-        tunnel_program.far(name, postgres)
-    return launch(ports, *tunnel_program.options, env=environment(**tunnel_program.environ))
-
-
-def started(program: Program) -> list[str]:
-    """The hostnames whose tunnels were ready, in that order."""
-    program.wait_for(" tunnel ready ")
-    return re.findall(r" tunnel ready tunnel=cloudflared:(\S+) ", program.log())
-
-
-@pytest.mark.parametrize("verified", [False, True], ids=["require", "verify-full"])
-def test_psql_reads_megabytes_on_a_cold_name_and_on_the_warm_one(database, certificate, verified):
-    options = f"sslmode=verify-full sslrootcert={certificate.file}" if verified else "sslmode=require"
-    query = ["select ssl from pg_stat_ssl where pid = pg_backend_pid()",
-             "select repeat(md5(n::text), 32) from generate_series(1, 6000) n"]
-    for _ in range(2):
-        ended = psql(database.address, query, options)
-        assert (ended.returncode, ended.stderr) == (0, b"")
-        lines = ended.stdout.decode().splitlines()
-        assert lines[0] == "t"
-        assert lines[1:] == [hashlib.md5(b"%d" % n).hexdigest() * 32 for n in range(1, 6001)]
-    assert started(database) == ["cft-db.example.com"]
-
-
-@pytest.mark.parametrize("tunnel_program", ["stand-in", "carrier"], indirect=True)
-def test_psql_copies_megabytes_up(database):
-    rows = [b"%x" % n * 100 for n in random.Random(12).sample(range(1 << 28, 1 << 32), 8_000)]
-    query = ["create temp table t (row text)", r"\copy t from pstdin",
-             "select count(*), sum(length(row)), min(row), max(row) from t"]
-    ended = psql(database.address, query, "sslmode=require", b"".join(row + b"\n" for row in rows))
-    assert (ended.returncode, ended.stderr) == (0, b"")
-    assert ended.stdout.split() == [b"|".join((b"8000", b"6400000", min(rows), max(rows)))]
-    assert started(database) == ["cft-db.example.com"]
-
-
-@pytest.mark.parametrize("tunnel_program", ["stand-in"], indirect=True)
-def test_psql_meets_the_certificate_of_the_server_itself(database, certificate):
-    """sniroute has none: under another name it is the server's that does not fit."""
-    options = f"sslmode=verify-full sslrootcert={certificate.file} host=db.example.org"
-    ended = psql(database.address, ["select 1"], options)
-    assert ended.returncode == 2
-    assert b'server certificate for "*.example.com" does not match host name "db.example.org"' in ended.stderr
-
-
-@pytest.mark.parametrize("tunnel_program", ["stand-in"], indirect=True)
-def test_psql_without_tls_is_told_what_to_do(database):
-    ended = psql(database.address, ["select 1"], "sslmode=disable")
-    assert ended.returncode == 2
-    assert b"FATAL:  sniroute routes by the TLS server name: a connection without TLS has none" in ended.stderr
-    assert b"HINT:  Connect with sslmode=require." in ended.stderr
-
-
-@pytest.mark.parametrize("tunnel_program", ["stand-in"], indirect=True)
-def test_psql_that_begins_with_tls_at_once(database):
-    for name, package in (("psql", "postgresql-client"), ("postgres", "postgresql")):
-        version = execute(program_path(name, package), "--version").stdout.decode()
-        if version_of(version) < 17:
-            pytest.skip(f"{name} is older than 17: {version.strip()}")
-    ended = psql(database.address, ["select 7"], "sslmode=require sslnegotiation=direct")
-    assert (ended.returncode, ended.stderr, ended.stdout) == (0, b"", b"7\n")
-
-
-def backwards(certificate: Certificate) -> Callable[[socket.socket], None]:
-    """A handler that speaks HTTPS and answers a POST with its body, backwards."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(*certificate)
-    def handler(sock: socket.socket) -> None:
-        sock.settimeout(20)
-        with context.wrap_socket(sock, server_side=True) as tls, tls.makefile("rb") as lines:
-            size = 0
-            while (line := lines.readline()) not in (b"\r\n", b""):
-                if line.lower().startswith(b"content-length:"):
-                    size = int(line.split()[1])
-            body = lines.read(size)[::-1]
-            tls.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-            lines.read()  # until the client closes
-    return handler
-
-
-def post(program: Program, certificate: Certificate, payload: bytes) -> bytes:
-    """What curl gets when it posts that to web.example.com."""
-    port = program.address[1]
-    ended = execute(program_path("curl", "curl"), "-sS", "--noproxy", "*", "--cacert", str(certificate.file),
-                    "--resolve", f"web.example.com:{port}:{HOST}", "--data-binary", "@-", "-H", "Expect:",
-                    f"https://web.example.com:{port}/", said=payload)
-    assert (ended.returncode, ended.stderr) == (0, b"")
-    return ended.stdout
-
-
-def test_curl_posts_megabytes_on_a_cold_name_and_on_the_warm_one(launch, tunnel_program, ports, serve, certificate):
-    tunnel_program.far("cft-web.example.com", serve(backwards(certificate)).address)
-    program = launch(ports, *tunnel_program.options, env=environment(**tunnel_program.environ))
-    payload = random.Random(13).randbytes(4 << 20)
-    for _ in range(2):
-        assert post(program, certificate, payload) == payload[::-1]
-    assert started(program) == ["cft-web.example.com"]
-
-
-def test_openssl_shows_the_alert_for_a_name_without_a_route(launch, echo_server):
-    program = launch(route(echo_server.address))
-    ended = execute(program_path("openssl", "openssl"), "s_client", "-servername", "other.example.com", "-connect",
-                    "{}:{}".format(*program.address))
-    assert ended.returncode == 1
-    assert b"unrecognized name" in ended.stderr and b"SSL alert number 112" in ended.stderr
 
 
 # -- in every form, with nothing else ----------------------------------------------------------

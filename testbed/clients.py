@@ -1,0 +1,225 @@
+"""Real clients and real servers, and what it takes to run them.
+
+    program_path        where a program is; without it the test is skipped
+    certificate         a certificate for *.example.com, in files
+    postgres, psql      a PostgreSQL that speaks TLS, and its own client
+    backwards, post     an HTTPS server, and curl
+    page                an HTTPS server whose page says which name it was asked for
+    with_psycopg        run with_psycopg.py in a Python that has psycopg
+    with_pg             run with_pg.js in a node that has pg
+    namespaces          the words that run a program in Linux namespaces of its own
+    endings             what the log says of connections that are over
+
+The servers stop with the test module: other modules count the children of this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import pwd
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+from typing import Any, Callable, Iterator, NamedTuple
+
+import pytest
+
+from conftest import HERE, HOST, Address, wait_until
+from testbed.program import Program, execute
+
+
+# -- programs ---------------------------------------------------------------------------------
+
+
+def program_path(name: str, package: str) -> str:
+    """Where a program is; without it the test is skipped."""
+    places = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    places += sorted(map(str, pathlib.Path("/usr/lib/postgresql").glob("*/bin")), key=version_of, reverse=True)
+    found = shutil.which(name, path=os.pathsep.join(places))
+    if found is None:
+        pytest.skip(f"{name} is not here (Debian package {package})")
+    return found
+
+
+def version_of(text: str) -> float:
+    """The first number in it."""
+    return float(re.search(r"\d+(\.\d+)?", text)[0])
+
+
+class Certificate(NamedTuple):
+    """A certificate for *.example.com that vouches for itself, in files."""
+
+    file: pathlib.Path
+    key: pathlib.Path
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    folder = tmp_path_factory.mktemp("certificate")
+    made = Certificate(folder / "server.crt", folder / "server.key")
+    ended = execute(program_path("openssl", "openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt",
+                    "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=sniroute test",
+                    "-addext", "subjectAltName=DNS:*.example.com", "-keyout", str(made.key), "-out", str(made.file))
+    assert ended.returncode == 0, ended.stderr
+    return made
+
+
+# -- PostgreSQL --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def postgres(certificate: Certificate) -> Iterator[Address]:
+    """The address of a PostgreSQL that speaks TLS.  It does not run as root, so root lends it a user."""
+    initdb, server = program_path("initdb", "postgresql"), program_path("postgres", "postgresql")
+    program_path("psql", "postgresql-client")
+    other_user: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        # Not below pytest's folder, which is closed to other users; and short, for the socket's sake.
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sniroute-pg-")))
+        for file in certificate:
+            shutil.copy(file, folder)
+            (folder / file.name).chmod(0o600)
+        if os.geteuid() == 0:
+            names = {entry.pw_name: entry for entry in pwd.getpwall()}
+            user = names.get("postgres") or names["nobody"]
+            other_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+            for path in (folder, *folder.iterdir()):
+                os.chown(path, user.pw_uid, user.pw_gid)
+        data = folder / "data"
+        ended = execute(initdb, "-D", str(data), "-U", "postgres", "-A", "trust", "--no-sync", "--no-locale",
+                        "-E", "UTF8", cwd=folder, **other_user)
+        assert ended.returncode == 0, ended.stderr
+        log = stack.enter_context(open(folder / "log", "wb"))
+        status = data / "postmaster.pid"
+        for _ in range(5):  # somebody may be faster at taking the port
+            with socket.create_server((HOST, 0)) as free:
+                address = free.getsockname()
+            process = subprocess.Popen(
+                [server, "-D", str(data), "-h", HOST, "-p", str(address[1]), "-k", str(folder), "-c", "fsync=off",
+                 "-c", "ssl=on", "-c", f"ssl_cert_file={folder}/server.crt", "-c", f"ssl_key_file={folder}/server.key"],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder, env={"LC_ALL": "C"}, **other_user)
+            def ready() -> bool:  # the eighth line of that file says it
+                with contextlib.suppress(FileNotFoundError):
+                    return "ready" in "".join(status.read_text().splitlines()[7:]) or process.poll() is not None
+                return process.poll() is not None
+            try:
+                wait_until(ready, timeout=30, what="PostgreSQL")
+                if process.poll() is None:
+                    yield address
+                    return
+            finally:
+                process.send_signal(signal.SIGINT)  # without waiting for clients
+                process.wait()
+        raise AssertionError((folder / "log").read_text())
+
+
+def psql(address: Address, query: list[str], options: str, said: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """Run queries in one session, through `address`, as db.example.com."""
+    where = f"host=db.example.com hostaddr={address[0]} port={address[1]} user=postgres dbname=postgres {options}"
+    commands = [word for line in query for word in ("-c", line)]
+    program = program_path("psql", "postgresql-client")
+    return execute(program, "-XAtq", "-v", "ON_ERROR_STOP=1", *commands, where, said=said)
+
+
+# -- the web -----------------------------------------------------------------------------------
+
+
+def backwards(certificate: Certificate) -> Callable[[socket.socket], None]:
+    """A handler that speaks HTTPS and answers a POST with its body, backwards."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    def handler(sock: socket.socket) -> None:
+        sock.settimeout(20)
+        with context.wrap_socket(sock, server_side=True) as tls, tls.makefile("rb") as lines:
+            size = 0
+            while (line := lines.readline()) not in (b"\r\n", b""):
+                if line.lower().startswith(b"content-length:"):
+                    size = int(line.split()[1])
+            body = lines.read(size)[::-1]
+            tls.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            lines.read()  # until the client closes
+    return handler
+
+
+def post(program: Program, certificate: Certificate, payload: bytes) -> bytes:
+    """What curl gets when it posts that to web.example.com."""
+    port = program.address[1]
+    ended = execute(program_path("curl", "curl"), "-sS", "--noproxy", "*", "--cacert", str(certificate.file),
+                    "--resolve", f"web.example.com:{port}:{HOST}", "--data-binary", "@-", "-H", "Expect:",
+                    f"https://web.example.com:{port}/", said=payload)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    return ended.stdout
+
+
+def page(certificate: Certificate) -> Callable[[socket.socket], None]:
+    """A handler that speaks HTTPS; its page says which name the client's TLS asked for."""
+    def note(tls: ssl.SSLSocket, name: str | None, context: ssl.SSLContext) -> None:
+        tls.asked = name
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    context.sni_callback = note
+    def handler(sock: socket.socket) -> None:
+        sock.settimeout(20)
+        with context.wrap_socket(sock, server_side=True) as tls, tls.makefile("rb") as lines:
+            while lines.readline() not in (b"\r\n", b""):
+                pass
+            body = f"<p>This is {tls.asked} indeed</p>".encode()
+            tls.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\n"
+                        b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            tls.unwrap()
+    return handler
+
+
+# -- clients that are libraries ----------------------------------------------------------------
+
+PSYCOPG = "SNIROUTE_TEST_PSYCOPG"  # the variable that names a Python with psycopg, where the one of the tests has none
+
+
+def with_psycopg(step: str, conninfo: str) -> dict[str, Any]:
+    """Run a step of with_psycopg.py, and return what it found."""
+    python = os.environ.get(PSYCOPG, sys.executable)
+    if execute(python, "-c", "import psycopg").returncode:
+        pytest.skip("psycopg is not here (PyPI package psycopg[binary])")
+    ended = execute(python, str(HERE / "testbed" / "with_psycopg.py"), step, conninfo)
+    assert ended.returncode == 0, ended.stderr.decode()
+    return json.loads(ended.stdout)
+
+
+def with_pg(host: str, port: int) -> dict[str, Any]:
+    """Run with_pg.js, and return what it found.  Debian's pg is where Debian's node looks; NODE_PATH adds others."""
+    node = program_path("node", "nodejs")
+    env = {"PATH": os.environ.get("PATH", os.defpath),
+           "NODE_PATH": os.pathsep.join(filter(None, (os.environ.get("NODE_PATH"), "/usr/share/nodejs")))}
+    if execute(node, "-e", "require('pg')", env=env).returncode:
+        pytest.skip("pg is not here (npm's package pg, or the Debian package node-pg)")
+    ended = execute(node, str(HERE / "testbed" / "with_pg.js"), host, str(port), env=env)
+    assert ended.returncode == 0, ended.stderr.decode()
+    return json.loads(ended.stdout)
+
+
+# -- other worlds ------------------------------------------------------------------------------
+
+
+def namespaces(*options: str) -> tuple[str, ...]:
+    """The words in front of a command that run it in namespaces of its own, by the options of unshare(1)."""
+    words = (program_path("unshare", "util-linux"), *([] if os.geteuid() == 0 else ["--map-root-user"]), *options)
+    ended = execute(*words, "true")
+    if ended.returncode:
+        pytest.skip(f"no namespaces for this user: {ended.stderr.decode().strip()}")
+    return words
+
+
+def endings(program: Program, count: int) -> list[dict[str, str]]:
+    """The fields of the lines about connections that are over, once there are `count` of them."""
+    def lines() -> list[str]:
+        return re.findall(r"^\S+ \w+ (client=.*)\n", program.log(), re.MULTILINE)
+    wait_until(lambda: len(lines()) >= count, what=f"{count} connections that are over")
+    return [dict(re.findall(r'(\w+)=("(?:[^"\\]|\\.)*"|\S+)', line)) for line in lines()]
