@@ -216,6 +216,34 @@ def test_silence_brings_the_next_address_after_a_while_and_the_first_answer_wins
 
 
 @linux
+@pytest.mark.parametrize("proxied", [False, True], ids=["edge", "proxy"])
+@pytest.mark.parametrize("first", ["silent", "refuses"])
+def test_an_address_that_took_no_connect_is_tried_last_from_then_on(dials, monkeypatch, deaf, free_ports, serve, proxied,
+                                                                    first):
+    """Also once the name is resolved again, and for a proxy's addresses."""
+    def proxy(sock: socket.socket) -> None:
+        sock.recv(4096)
+        sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        receive_all(sock)
+
+    good = serve(proxy if proxied else echo).address
+    addresses = [deaf if first == "silent" else (HOST, free_ports(1)[0]), good]
+    asked = resolve_as(monkeypatch, lambda: addresses)
+    made = dials(Proxy("proxy.example.test", 3128, "") if proxied else None)
+    made.way.staggered.seconds = 0.01
+    for number in range(3):
+        made.dial("app.example.test", 443)
+        made.turn_until(lambda: made.results)
+        with made.results.pop() as sock:
+            assert sock.getpeername() == good
+        made.way.staggered.seconds = 1000.0  # from here on the first has to be the good one
+        addresses.reverse()
+        if number == 1:
+            made.way.names.known.clear()
+    assert len(asked) == 2
+
+
+@linux
 def test_a_refusal_beside_a_silence_waits_for_the_silent_one(dials, monkeypatch, deaf, free_ports):
     monkeypatch.setattr(sniroute_dial, "STAGGER", 0.01)
     resolve_as(monkeypatch, lambda: [deaf, (HOST, free_ports(1)[0])])
