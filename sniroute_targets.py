@@ -71,9 +71,10 @@ class Backend:
     """One connection's way to its target, told what happens on it.  Loop only.
 
     Called in this order: `open`, again for each address that fails; `connected`; `settled`, or, where a connect proves
-    nothing, `answered`; `release`, perhaps more than once.  `failed` may come at any time before those two; `remark` is
-    asked for at the end, if it is still kept.  This base tries (family, address) pairs one after another, or, where one
-    is silent, beside each other: a Race then asks it for them.  Where none is left the client is refused with `backend`.
+    nothing, `answered`; `release`, perhaps more than once.  `failed` may come at any time before those two.  `remark`
+    is asked for at the end, if it is still kept.  This base tries (family, address) pairs one after another, or, where
+    one is silent, beside each other: a Race then asks it for them.  Where none is left the client is refused with
+    `backend`.
     """
 
     __slots__ = ("target", "addresses", "local", "tried", "row", "told", "race")

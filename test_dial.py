@@ -218,8 +218,8 @@ def test_silence_brings_the_next_address_after_a_while_and_the_first_answer_wins
 @linux
 @pytest.mark.parametrize("proxied", [False, True], ids=["edge", "proxy"])
 @pytest.mark.parametrize("first", ["silent", "refuses"])
-def test_an_address_that_took_no_connect_is_tried_last_from_then_on(dials, monkeypatch, deaf, free_ports, serve, proxied,
-                                                                    first):
+def test_an_address_that_took_no_connect_is_tried_last_from_then_on(dials, monkeypatch, deaf, free_ports, serve,
+                                                                    proxied, first):
     """Also once the name is resolved again, and for a proxy's addresses."""
     def proxy(sock: socket.socket) -> None:
         sock.recv(4096)
