@@ -44,7 +44,7 @@ import os
 import socket
 import threading
 import urllib.parse
-from typing import Any, Callable, Iterable, Mapping, NamedTuple
+from typing import Callable, Iterable, Mapping, NamedTuple
 
 from sniroute_http import HEAD_MAX, connect_request, parse_answer
 from sniroute_loop import CAPACITY_ERRNOS, READ, WRITE, Loop, monotonic, owner_of

@@ -204,7 +204,7 @@ class Race:
             self.races.soon.put(self)
 
     def _win(self, winner: Attempt) -> None:
-        """Hand over the winner, and close the others.  Nothing is said of those that began later: they had less time."""
+        """Hand over the winner, and close the others.  Of those that began later nothing is said."""
         now = monotonic()
         self._remove(winner)
         winner.wait_for(0)

@@ -26,7 +26,7 @@ import os
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING, Any, Callable, Iterable, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Callable, Iterable, NamedTuple, Sequence
 
 from sniroute_launchers import TunnelError
 from sniroute_loop import CAPACITY_ERRNOS, NEVER
