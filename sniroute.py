@@ -12,7 +12,7 @@ starts the tunnel that leads to that name if none is up, and passes bytes both w
 
 This file is the face: it opens the room that a command needs.  The house is flat: one subject a file, all beside
 this one (or with it in one sniroute.pyz).  Imports run down this table only; of the rooms above them, the two at its
-end use log, loop, host, names and refusals:
+end use race, log, loop, host, names and refusals:
 
     sniroute               the face                            python3 sniroute.py [serve | check | explain | ...]
     sniroute_daemon        the main thread of `serve`          signals, reload, start and end
@@ -28,6 +28,7 @@ end use log, loop, host, names and refusals:
     sniroute_processes     child processes                     start, watch, hear, stop; who listens on a port
     sniroute_launchers     tunnel programs, a row each
     sniroute_flow          bytes one way                       pump, splice, backpressure
+    sniroute_race          several addresses of one host      their order; beside each other where one is silent
     sniroute_log           the journal
     sniroute_loop          what is ready, due, asked for       epoll, timers, queues
     sniroute_host          what this host allows               descriptors

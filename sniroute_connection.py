@@ -5,7 +5,8 @@
       PRELUDE     the client says its name; one deadline from accept on, however many packets it takes
       ROUTED      its target is known, and is dialled in the same turn of the loop
       PARKED      it waits, with all that want the same: for its target, or for the last words of a tunnel that failed
-      DIALING     the connect is under way; over by the end of the turn where it succeeds at once, as on loopback
+      DIALING     the connect is under way; over by the end of the turn where it succeeds at once, as on loopback.  Where
+                  it is silent for a while, other addresses are tried beside it: a Race has the sockets then
       GREETING    PostgreSQL only: the backend was asked for TLS
       UNANSWERED  a tunnel only: it took the hello, and has not said a byte.  If it fails now, the same bytes are sent
                   again, once, and the client never notices: -> PARKED
@@ -38,6 +39,7 @@ from sniroute_flow import DONE, MESSAGE, NO_FLOW, OPEN, READ_MAX, UNANSWERED, Fl
 from sniroute_log import BACKEND_CLOSED, BACKEND_RESET, CLIENT_CLOSED, CLIENT_LEFT, CLIENT_RESET
 from sniroute_loop import CAPACITY_PAUSE, READ, WRITE, Loop, Queue
 from sniroute_names import parse_ip
+from sniroute_race import CONNECT_BUDGET, CONNECT_TIMEOUT, STAGGER, Attempt, Race, Races, no_answer
 from sniroute_refusals import NOTHING, TLS, Malformed, Refused, told
 from sniroute_targets import Backend, Retry, Unreachable
 from sniroute_wire import HELLO_WIRE_MAX, TLS_HANDSHAKE, PROXY_WRITERS, SSL_REQUEST_BYTES, Hello, Prelude, ProxyHeader
@@ -55,7 +57,6 @@ monotonic = time.monotonic
 # Limits, each with its reason.  Times in seconds.
 PRELUDES_MAX = 1024  # clients that have not said their name yet; over it the oldest goes
 PARKS_MAX = 3  # times a connection may wait: its tunnel could be evicted as often as it comes up
-CONNECT_TIMEOUT = 5.0  # for each address of a backend
 GREETING_TIMEOUT = 20.0  # for a backend's answer to SSLRequest; a tunnel dials its far end meanwhile
 FIRST_BYTE_TIMEOUT = 20.0  # a tunnel without an answer to the hello by then does not work; the carrier gives up at 15
 WORDS_TIMEOUT = 0.05  # a tunnel has failed: its words are on their way from one process to another
@@ -307,9 +308,8 @@ class Connection:
         except Unreachable as error:
             self.backend_failed(str(error))
             return
-        except OSError as error:  # our own trouble: neither the backend's fault nor its tunnel's
-            self.router.pause(error.strerror, monotonic() + CAPACITY_PAUSE)
-            self.refuse(Refused("busy", error.strerror))
+        except OSError as error:
+            out_of_descriptors(self, error)
             return
         self.dialled = now
         self.down.source, self.down.fd = server, server.fileno()
@@ -335,7 +335,7 @@ class Connection:
         except OSError as error:
             watched = self.down.events
             if not watched and error.errno in NOT_CONNECTED:
-                self.wait_in(self.router.deadlines.connect)
+                self.wait_in(self.router.deadlines.stagger)
                 self.up.wait_for(READ, self.on_waiting)
                 self.down.wait_for(WRITE, self.speak)
             elif not watched or not isinstance(error, BlockingIOError):
@@ -571,7 +571,10 @@ class Deadlines:
     def __init__(self, loop: Loop, prelude_timeout: float, start_timeout: float):
         self.prelude = loop.queue(prelude_timeout, late_prelude)
         self.parked = loop.queue(0.0, late_target)
-        self.connect = loop.queue(CONNECT_TIMEOUT, late_connect)
+        self.stagger = loop.queue(STAGGER, silent_connect)
+        self.connect = loop.queue(CONNECT_TIMEOUT - STAGGER, late_connect)
+        self.budget = loop.queue(CONNECT_BUDGET - STAGGER, late_race)
+        self.races = Races(loop)
         self.greeting = loop.queue(GREETING_TIMEOUT, late_ssl_answer)
         self.first_byte = loop.queue(FIRST_BYTE_TIMEOUT, late_first_byte)
         self.words = loop.queue(WORDS_TIMEOUT, words_are_due)
@@ -596,9 +599,46 @@ def late_target(connection: Connection) -> None:
                               f"{decision.target}: waited too long for {decision.scheme.waits_on}"))
 
 
+def silent_connect(connection: Connection) -> None:
+    """An address is silent: try the others beside it, if there are any (RFC 8305 section 5)."""
+    deadlines, backend, down = connection.router.deadlines, connection.backend, connection.down
+    if backend.tried == len(backend.addresses):
+        connection.wait_in(deadlines.connect)
+        return
+    connection.wait_in(deadlines.budget)
+    down.wait_for(0)
+    server, down.source = down.source, None
+    backend.race = Race(deadlines.races, backend, server, connection.dialled, connection, race_over)
+    backend.race.another()
+
+
 def late_connect(connection: Connection) -> None:
-    """No address may take longer than that: try the next."""
-    connection.connect("no answer to the connect")
+    """The last address has had its time."""
+    connection.connect(no_answer(CONNECT_TIMEOUT))
+
+
+def late_race(connection: Connection) -> None:
+    """All addresses together have had their time."""
+    connection.backend.race.close()
+    connection.backend_failed(connection.backend.give_up())
+
+
+def race_over(connection: Connection, result: Attempt | OSError | None) -> None:
+    """One of several addresses took the connect, or none did."""
+    if isinstance(result, Attempt):
+        connection.down.source, connection.down.fd = result.sock, result.fd
+        connection.dialled = result.began
+        connection.speak()
+    elif result is None:
+        connection.backend_failed(connection.backend.give_up())
+    else:
+        out_of_descriptors(connection, result)
+
+
+def out_of_descriptors(connection: Connection, error: OSError) -> None:
+    """There is none for the backend: our own trouble, neither the backend's fault nor its tunnel's."""
+    connection.router.pause(error.strerror, monotonic() + CAPACITY_PAUSE)
+    connection.refuse(Refused("busy", error.strerror))
 
 
 def late_ssl_answer(connection: Connection) -> None:

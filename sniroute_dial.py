@@ -3,6 +3,8 @@
     Dial.start --- Names.ask ---> addresses --- connect, connect, ... ---> CONNECT -----> done(socket)
                    a thread       both          a new one each STAGGER,    only with      or
                    `name`         families      the first answer wins      a proxy        done(Failed)
+                     ^                               |
+                     +---- Names.learn: those that did not answer are tried last from then on
 
 A Dial makes one TCP connection to HOST:PORT.  A WayOut holds what all dials of one loop share: the proxy,
 the addresses of names (Names), and the queues of dials that wait.  This room does not know what the connections are
@@ -25,11 +27,11 @@ an event would be taken for the answer of its connect.
 
 Seams: I want to ...
     another kind of proxy        `parse_proxy`, and a phase beside ASKING
-    another order of addresses   `alternate`
+    another order of addresses   `alternate` and Laggards, in sniroute_race
     another reason to fail       a word in Failed's table, and a sentence for people in each program's table of
                                  reasons (sniroute_edge.REASONS)
 
-This room imports sniroute_http, sniroute_loop, sniroute_names and sniroute_refusals (SettingsError).
+This room imports sniroute_http, sniroute_race, sniroute_loop, sniroute_names and sniroute_refusals (SettingsError).
 """
 
 from __future__ import annotations
@@ -42,22 +44,21 @@ import os
 import socket
 import threading
 import urllib.parse
-from typing import Any, Callable, Iterable, Mapping, NamedTuple
+from typing import Callable, Iterable, Mapping, NamedTuple
 
 from sniroute_http import HEAD_MAX, connect_request, parse_answer
 from sniroute_loop import CAPACITY_ERRNOS, READ, WRITE, Loop, monotonic, owner_of
 from sniroute_names import printable, show_address
+from sniroute_race import ADDRESSES_MAX, STAGGER, Laggards, Row, alternate
 from sniroute_refusals import Malformed, SettingsError
 
 __version__ = "0.1.0"
 
-STAGGER = 0.25  # seconds until the next address is tried beside one that does not answer, RFC 8305 section 5
 SHORT_OF_FDS = 0.1  # seconds until a connect without a descriptor is tried again: whatever ends makes room
 RESOLVED_FOR = 30.0  # seconds for which addresses are used: getaddrinfo does not tell their TTL
-ADDRESSES_MAX = 8  # addresses of one host that are tried
 KEEPALIVE = (15, 15, 9)  # idle and interval in seconds, and count: cloudflared's
 
-Addresses = list[tuple[int, Any]]  # family, and address as `socket` takes it
+Addresses = list[Row]
 
 
 class Failed(Exception):
@@ -164,23 +165,14 @@ def _means(word: str, host: str, address: ipaddress.IPv4Address | ipaddress.IPv6
 # -- names -------------------------------------------------------------------------------------
 
 
-def alternate(addresses: Iterable[tuple[int, Any]]) -> Addresses:
-    """The addresses in an order that changes the family at each step.  Source: RFC 8305 section 4."""
-    rows = list(addresses)
-    first = [row for row in rows if row[0] == rows[0][0]]
-    other = [row for row in rows if row[0] != rows[0][0]]
-    mixed = [row for pair in zip(first, other) for row in pair]
-    longer = first[len(other):] + other[len(first):]
-    return (mixed + longer)[:ADDRESSES_MAX]
-
-
 class Names:
-    """Resolves host names, one thread for each at a time, and remembers their addresses for a while."""
+    """Resolves host names, one thread for each at a time, and remembers their addresses, and which were worse."""
 
     def __init__(self, loop: Loop):
         self.loop = loop
         self.known: dict[tuple[str, int], tuple[Addresses, float]] = {}  # and until when
         self.waiting: dict[tuple[str, int], list[Callable[[Addresses | OSError], None]]] = {}
+        self.laggards = Laggards()
 
     def ask(self, host: str, port: int, found: Callable[[Addresses | OSError], None]) -> None:
         """Call `found` with the addresses, or with why there are none; perhaps before this returns.  Loop's thread."""
@@ -203,12 +195,20 @@ class Names:
         result: Addresses | OSError
         try:
             rows = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            result = alternate(dict.fromkeys((row[0], row[4]) for row in rows))
+            found = alternate(dict.fromkeys((row[0], row[4]) for row in rows))
+            result = list(self.laggards.last(found)[:ADDRESSES_MAX])
         except UnicodeError:  # of a label that is too long
             result = OSError(socket.EAI_NONAME, "it is no name")
         except OSError as error:
             result = error
         self.loop.call(functools.partial(self._resolved, host, port, result))
+
+    def learn(self, place: tuple[str, int], lost: Iterable[Row], won: Row) -> None:
+        """One address of a host took the connect where others did not: try those last.  Loop's thread."""
+        self.laggards.learn(lost, won)
+        if place in self.known:
+            addresses, until = self.known[place]
+            self.known[place] = list(self.laggards.last(addresses)), until
 
     def _resolved(self, host: str, port: int, result: Addresses | OSError) -> None:
         """Tell everybody who waits for this name.  Loop's thread."""
@@ -292,7 +292,7 @@ class Dial:
         done(Failed)   nothing is left open
     """
 
-    __slots__ = ("way", "host", "port", "proxy", "done", "phase", "todo", "attempts", "error", "out", "head")
+    __slots__ = ("way", "host", "port", "proxy", "done", "phase", "todo", "attempts", "lost", "error", "out", "head")
 
     def __init__(self, way: WayOut, host: str, port: int, done: Callable[[socket.socket | Failed], None]):
         self.way = way
@@ -302,14 +302,20 @@ class Dial:
         self.done = done
         self.phase = NAMING
         self.todo: Addresses = []  # still to be tried
-        self.attempts: list[socket.socket] = []  # connects under way; while ASKING, the one to the proxy
+        self.attempts: dict[socket.socket, Row] = {}  # connects under way; while ASKING, the one to the proxy
+        self.lost: list[Row] = []  # addresses that took no connect
         self.error = OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))  # of the last connect
         self.out = b""  # what is still to be sent to the proxy
         self.head = bytearray()  # what the proxy has answered
 
+    @property
+    def place(self) -> tuple[str, int]:
+        """Where it connects to: the host, or its proxy."""
+        return (self.host, self.port) if self.proxy is None else self.proxy[:2]
+
     def start(self) -> None:
         """Begin to resolve the host, or its proxy."""
-        self.way.names.ask(*((self.host, self.port) if self.proxy is None else self.proxy[:2]), self._found)
+        self.way.names.ask(*self.place, self._found)
 
     def cancel(self) -> None:
         """Close everything, and never call `done`.  Does nothing when the dial is over."""
@@ -330,7 +336,7 @@ class Dial:
         """Try one address more, beside those that have not answered yet.  Source: RFC 8305 section 5."""
         self.way.staggered.drop(self)
         while self.todo:
-            family, address = self.todo[0]
+            row = family, address = self.todo[0]
             try:
                 sock = socket.socket(family, socket.SOCK_STREAM)
             except OSError as error:
@@ -338,18 +344,20 @@ class Dial:
                     self.way.short.put(self)
                     return
                 self.error = error  # this host has no IPv6, for example
+                self.lost.append(row)
                 del self.todo[0]
                 continue
             del self.todo[0]
             set_options(sock)
             code = sock.connect_ex(address)
             if code in (0, errno.EINPROGRESS):
-                self.attempts.append(sock)
+                self.attempts[sock] = row
                 self.way.loop.poller.watch(sock.fileno(), WRITE, functools.partial(self._on_connected, sock))
                 if self.todo:
                     self.way.staggered.put(self)
                 return
             self.error = OSError(code, os.strerror(code))
+            self.lost.append(row)
             sock.close()
         if not self.attempts:
             self._fail(connect_failure(self.error, self.proxy))
@@ -359,9 +367,12 @@ class Dial:
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             self.error = OSError(code, os.strerror(code))
+            self.lost.append(self.attempts[sock])
             self._drop(sock)
             self.way.soon.put(self)
-        elif self.proxy is None:
+            return
+        self._learn(sock)
+        if self.proxy is None:
             self._end(sock)
             self.done(sock)
         else:
@@ -369,6 +380,14 @@ class Dial:
             self._stop(sock)
             self.out = connect_request(self.host, self.port, self.proxy.authorization)
             self.way.loop.poller.change(sock.fileno(), WRITE, functools.partial(self._on_proxy, sock))
+
+    def _learn(self, winner: socket.socket) -> None:
+        """Have those that began before the winner, and have not answered, tried last from now on."""
+        rows = list(self.attempts.values())
+        won = self.attempts[winner]
+        self.lost += rows[:rows.index(won)]
+        if self.lost:
+            self.way.names.learn(self.place, self.lost, won)
 
     def _on_proxy(self, sock: socket.socket, mask: int) -> None:
         """Ask the proxy, and read its answer."""
@@ -410,7 +429,7 @@ class Dial:
         self._stop(kept)
         if kept is not None:
             self.way.loop.poller.forget(kept.fileno())
-            self.attempts = []
+            self.attempts = {}
 
     def _stop(self, kept: socket.socket | None) -> None:
         """Try no more addresses: only the connect of `kept` goes on."""
@@ -422,6 +441,6 @@ class Dial:
 
     def _drop(self, sock: socket.socket) -> None:
         """Close a connect that is under way, or has failed."""
-        self.attempts.remove(sock)
+        del self.attempts[sock]
         self.way.loop.poller.forget(sock.fileno())
         sock.close()

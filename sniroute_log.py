@@ -81,7 +81,7 @@ class Ending(NamedTuple):
     down: int  # bytes
     seconds: float  # from its accept to its end
     reason: str  # a key of ENDINGS or of REFUSALS
-    detail: str | None  # more about the reason, for people
+    detail: str | None  # more about the reason, for people; or which addresses did not take the connect
     waited: float | None = None  # seconds from its accept to its last dial; for the metrics, not in the line
 
 

@@ -35,7 +35,7 @@ import time
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Sequence
 
 from sniroute_connection import PRELUDE, Connection, Deadlines
-from sniroute_flow import DONE, Flow, Pipes
+from sniroute_flow import DONE, Pipes
 from sniroute_log import BACKEND_RESET, CLIENT_RESET, IDLE, STOPPED, Ending
 from sniroute_loop import CAPACITY_ERRNOS, CAPACITY_PAUSE, NEVER, READ, Loop
 from sniroute_names import normalise, parse_ip, show_address
@@ -448,7 +448,7 @@ class Router(socketserver.ThreadingTCPServer):
     def fault(self, owner: Any) -> None:
         """A fault of ours: log it whole, and end only the connection that met it."""
         log.exception("a fault in sniroute: please report it")
-        connection = owner.connection if isinstance(owner, Flow) else owner
+        connection = getattr(owner, "connection", owner)  # a Flow has one, and a Race
         if isinstance(connection, Connection):
             connection.close("internal")
 
@@ -579,11 +579,12 @@ class Router(socketserver.ThreadingTCPServer):
             tally.down += down
         endings = self.endings
         if level >= self.level or endings is not None:
-            began, dialled = connection.began, connection.dialled
+            began, dialled, backend = connection.began, connection.dialled, connection.backend
             ending = Ending(
                 level, time.time(), connection.address, connection.name, decision and decision.route.pattern,
                 decision and decision.target, up, down, monotonic() - began, reason,
-                str(refusal) if refusal is not None else None, dialled - began if dialled else None)
+                str(refusal) if refusal is not None else backend and backend.remark(),
+                dialled - began if dialled else None)
             if level >= self.level:
                 self.hooks.journal(ending)
             if endings is not None:

@@ -14,7 +14,7 @@ written by both, one assignment each.
 Seams: I want to ...
     add a kind of target     a row in SCHEMES; a subclass of Backend where none of those here fits
 
-It imports tunnels, processes, launchers, the loop, names and refusals.
+It imports tunnels, processes, launchers, race, the loop, names and refusals.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ import os
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING, Any, Callable, Iterator, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Callable, Iterable, NamedTuple, Sequence
 
 from sniroute_launchers import TunnelError
 from sniroute_loop import CAPACITY_ERRNOS, NEVER
-from sniroute_names import HOST, is_local, is_number, normalise, parse_host_port, parse_ip
+from sniroute_names import HOST, is_local, is_number, normalise, parse_host_port, parse_ip, show_address
 from sniroute_processes import Child
+from sniroute_race import ADDRESSES_MAX, Laggards, Race, Row, alternate
 from sniroute_refusals import Malformed, Refused, tunnel_refused
 from sniroute_tunnels import Tunnel, TunnelTable
 
@@ -46,7 +47,6 @@ monotonic = time.monotonic
 # Limits, each with its reason.  Times in seconds.
 RESOLVED_FOR = 30.0  # a resolved address is used; getaddrinfo does not tell its TTL
 RESOLVED_MAX = 1024  # resolved hosts kept: names may come from strangers
-ADDRESSES_MAX = 4  # addresses of one host that are tried
 KEEPALIVE = (60, 15, 4)  # idle, interval, count: a dead peer is found in two minutes
 
 # socket.SocketType is the class that socket.socket is written around: it is made without a call into Python.
@@ -58,7 +58,7 @@ RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST
 
 
 class Unreachable(Exception):
-    """No address of a backend is left to try; the message says why the last one failed."""
+    """No address of a backend is left to try; the message says what became of them."""
 
 
 class Retry(NamedTuple):
@@ -71,17 +71,23 @@ class Backend:
     """One connection's way to its target, told what happens on it.  Loop only.
 
     Called in this order: `open`, again for each address that fails; `connected`; `settled`, or, where a connect proves
-    nothing, `answered`; `release`, perhaps more than once.  `failed` may come at any time before those two.  This base tries (family, address) pairs one after
-    another; where none is left the client is refused with `backend`.
+    nothing, `answered`; `release`, perhaps more than once.  `failed` may come at any time before those two.  `remark`
+    is asked for at the end, if it is still kept.  This base tries (family, address) pairs one after another, or, where
+    one is silent, beside each other: a Race then asks it for them.  Where none is left the client is refused with
+    `backend`.
     """
 
-    __slots__ = ("target", "addresses", "local")
+    __slots__ = ("target", "addresses", "local", "tried", "row", "told", "race")
     proven_by_connect = True  # False: a connect shows nothing; only the first byte shows that somebody is there
 
-    def __init__(self, target: str, addresses: Sequence[tuple[int, Any]], local: bool):
+    def __init__(self, target: str, addresses: Sequence[Row], local: bool):
         self.target = target  # for people
-        self.addresses: Iterator[tuple[int, Any]] = iter(addresses)  # (family, socket address), best first
+        self.addresses = addresses  # best first
         self.local = local  # loopback: no keep-alive is needed
+        self.tried = 0  # so many of them
+        self.row: Row | None = None  # the one to which the connection's socket leads
+        self.told: dict[Row, str] | None = None  # what became of them, where the first did not take the connect
+        self.race: Race | None = None  # only where an address was silent
 
     def open(self, why: str = "") -> socket.SocketType:
         """A non-blocking socket whose connect has begun, to the next address that does not refuse at once.
@@ -89,24 +95,56 @@ class Backend:
         `why` is what became of the address before.  Raises Unreachable where no address is left, and OSError
         with one of CAPACITY_ERRNOS where this host has no descriptors.
         """
-        for family, address in self.addresses:
+        if why:
+            self.tell(self.row, why)
+        server = self.begin()
+        if server is None:
+            raise Unreachable(self.give_up())
+        return server
+
+    def begin(self) -> socket.SocketType | None:
+        """As `open`; None where no address is left."""
+        addresses = self.addresses
+        while self.tried < len(addresses):
+            self.row = row = addresses[self.tried]
+            family, address = row
             try:
                 server = socket.SocketType(family, STREAM)
             except OSError as error:
                 if error.errno in CAPACITY_ERRNOS:
                     raise
-                why = error.strerror  # no IPv6 here
+                self.tried += 1
+                self.tell(row, error.strerror)  # no IPv6 here
                 continue
+            self.tried += 1
             if STREAM == socket.SOCK_STREAM:
                 server.setblocking(False)
             self.set_options(server)
             error = server.connect_ex(address)
             if error in (0, errno.EINPROGRESS):
                 return server
-            why = os.strerror(error)
+            self.tell(row, os.strerror(error))
             server.close()
+        return None
+
+    def tell(self, row: Row, what: str) -> None:
+        """What became of an address, for people."""
+        if self.told is None:
+            self.told = {}
+        self.told[row] = what
+
+    def give_up(self) -> str:
+        """None of its addresses took the connect: what became of them, for people."""
         self.exhausted()
-        raise Unreachable(why or os.strerror(errno.EHOSTUNREACH))
+        return self.account() if self.told else os.strerror(errno.EHOSTUNREACH)
+
+    def account(self) -> str:
+        """What became of its addresses, for people."""
+        return "; ".join(self.told.values())
+
+    def remark(self) -> str | None:
+        """What is worth a word in the line of a connection that was not refused."""
+        return None
 
     def exhausted(self) -> None:
         """None of its addresses can be reached."""
@@ -143,6 +181,8 @@ class Backend:
 
     def release(self) -> None:
         """The connection needs the backend no longer."""
+        if self.race is not None:
+            self.race.close()
 
 
 class TcpBackend(Backend):
@@ -152,13 +192,30 @@ class TcpBackend(Backend):
 
     def __init__(self, targets: Targets, key: str, target: str, found: Resolved):
         self.target = target
-        self.addresses = iter(found.addresses)
+        self.addresses = found.addresses
         self.local = found.local
+        self.tried = 0
+        self.row = self.told = self.race = None
         self.targets = targets
         self.key = key
 
     def exhausted(self) -> None:
         self.targets.resolved.pop(self.key, None)
+
+    def account(self) -> str:
+        """As the base, and which address it was, where the target does not say so."""
+        shown = ((show_address(row[1]), self.told[row]) for row in self.addresses if row in self.told)
+        return "; ".join(what if self.target.endswith(f":{where}") else f"{where}: {what}" for where, what in shown)
+
+    def settled(self) -> Backend | None:
+        """Where an address did not take the connect, have it tried last, and keep this to say so once."""
+        if not self.told or not self.targets.learn(self.key, self.told, self.row):
+            return None
+        self.tell(self.row, "took it")
+        return self
+
+    def remark(self) -> str | None:
+        return self.account() if self.told else None
 
 
 class TunnelBackend(Backend):
@@ -248,7 +305,7 @@ def keep_alive(sock: socket.SocketType) -> None:
 class Resolved(NamedTuple):
     """The addresses of a host, until a clock time."""
 
-    addresses: tuple[tuple[int, Any], ...]  # (family, socket address), best first
+    addresses: tuple[Row, ...]  # best first
     local: bool  # all of them loopback
     until: float
 
@@ -260,6 +317,7 @@ class Targets:
         self.tunnels = tunnels
         self.own: list[tuple[str, int]] = []
         self.resolved: dict[str, Resolved] = {}  # by Decision.key
+        self.laggards = Laggards()
         self.make_room(0)
 
     def make_room(self, routes: int) -> None:
@@ -272,6 +330,14 @@ class Targets:
             self.resolved.clear()
         self.resolved[decision.key] = found
         return found
+
+    def learn(self, key: str, lost: Iterable[Row], won: Row) -> bool:
+        """One address of a host took the connect where others did not; whether that is news.  The loop."""
+        news = self.laggards.learn(lost, won)
+        found = self.resolved.get(key)
+        if found is not None:
+            self.resolved[key] = found._replace(addresses=self.laggards.last(found.addresses))
+        return news
 
     def may_dial(self, decision: Decision, address: tuple) -> bool:
         """Whether a resolved address may be dialled: never the router itself.
@@ -381,7 +447,8 @@ def tcp_prepare(targets: Targets, wait: Wait) -> None:
     if not allowed:
         raise forbidden(host, addresses[0][1])
     local = all(parse_ip(address[0]).is_loopback for _, address in allowed)
-    targets.remember(decision, Resolved(allowed[:ADDRESSES_MAX], local, until))
+    ordered = targets.laggards.last(alternate(allowed))
+    targets.remember(decision, Resolved(ordered[:ADDRESSES_MAX], local, until))
 
 
 def forbidden(host: str, address: tuple) -> Refused:

@@ -99,28 +99,6 @@ def test_goes_direct(host, port, no_proxy, direct):
     assert sniroute_dial.goes_direct(host, port, no_proxy) is direct
 
 
-# -- names -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("families, order", [
-    pytest.param("", "", id="none"),
-    pytest.param("6", "6", id="one"),
-    pytest.param("4444", "4444", id="one family"),
-    pytest.param("6644", "6464", id="as many of each"),
-    pytest.param("666644", "646466", id="more of the first"),
-    pytest.param("64444", "64444", id="more of the other"),
-    pytest.param("4666", "4666", id="the first stays first"),
-    pytest.param("6" * 6 + "4" * 6, "64646464", id="eight at most"),
-])
-def test_alternate(families, order):
-    rows = [(int(family), number) for number, family in enumerate(families)]
-    mixed = sniroute_dial.alternate(rows)
-    assert "".join(str(family) for family, _ in mixed) == order
-    for kind in (4, 6):
-        numbers = [number for family, number in mixed if family == kind]
-        assert numbers == sorted(numbers)
-
-
 # -- connections -----------------------------------------------------------------------------
 
 
@@ -212,7 +190,7 @@ def test_all_addresses_are_refused(dials, monkeypatch, free_ports):
     made = dials()
     dial = made.dial("app.example.test", 443)
     assert failure(made) == ("refused", "Connection refused")
-    assert (asked, dial.phase, dial.attempts, dial.todo) == (["app.example.test"], "over", [], [])
+    assert (asked, dial.phase, dial.attempts, dial.todo) == (["app.example.test"], "over", {}, [])
 
 
 @linux
@@ -235,6 +213,34 @@ def test_silence_brings_the_next_address_after_a_while_and_the_first_answer_wins
     first, = dial.attempts
     assert made.result().getpeername() == echo_server.address
     assert time.monotonic() - began >= 0.1 and first.fileno() == -1, "the others are closed"
+
+
+@linux
+@pytest.mark.parametrize("proxied", [False, True], ids=["edge", "proxy"])
+@pytest.mark.parametrize("first", ["silent", "refuses"])
+def test_an_address_that_took_no_connect_is_tried_last_from_then_on(dials, monkeypatch, deaf, free_ports, serve,
+                                                                    proxied, first):
+    """Also once the name is resolved again, and for a proxy's addresses."""
+    def proxy(sock: socket.socket) -> None:
+        sock.recv(4096)
+        sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        receive_all(sock)
+
+    good = serve(proxy if proxied else echo).address
+    addresses = [deaf if first == "silent" else (HOST, free_ports(1)[0]), good]
+    asked = resolve_as(monkeypatch, lambda: addresses)
+    made = dials(Proxy("proxy.example.test", 3128, "") if proxied else None)
+    made.way.staggered.seconds = 0.01
+    for number in range(3):
+        made.dial("app.example.test", 443)
+        made.turn_until(lambda: made.results)
+        with made.results.pop() as sock:
+            assert sock.getpeername() == good
+        made.way.staggered.seconds = 1000.0  # from here on the first has to be the good one
+        addresses.reverse()
+        if number == 1:
+            made.way.names.known.clear()
+    assert len(asked) == 2
 
 
 @linux
@@ -362,10 +368,10 @@ def test_no_socket_is_opened_in_the_first_phase_of_a_turn(dials, echo_server):
     """There its number could be that of an event which is still to come: it would count as the answer."""
     made = dials()
     made.way.names.known[echo_server.address] = [(socket.AF_INET, echo_server.address)], time.monotonic() + 60
-    opened: list[list[socket.socket]] = []
+    opened: list[dict[socket.socket, Any]] = []
     made.loop.call(lambda: opened.append(made.dial(*echo_server.address).attempts.copy()))
     made.result()
-    assert opened == [[]]
+    assert opened == [{}]
 
 
 # -- as the carrier uses it ------------------------------------------------------------------

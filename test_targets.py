@@ -120,6 +120,39 @@ def test_resolved_hosts_and_their_addresses_are_limited(monkeypatch):
     assert len(targets.resolved) == 6, "there is room for those of all routes"
 
 
+def test_families_take_turns_among_the_addresses_that_are_tried(monkeypatch):
+    """A dozen of one family do not push the other out."""
+    found = [f"2001:db8::{n}" for n in range(1, 13)] + ["192.0.2.1", "192.0.2.2"]
+    backend = resolve(monkeypatch, "tcp:h:1", found, Targets(None))
+    assert [address[0] for _, address in addresses(backend)] == [
+        "2001:db8::1", "192.0.2.1", "2001:db8::2", "192.0.2.2", *(f"2001:db8::{n}" for n in range(3, 7))]
+
+
+def found_row(host: str) -> tuple[int, tuple]:
+    """An address as `resolve` has it."""
+    return socket.AF_INET, (host, 1)
+
+
+def test_addresses_that_lost_come_last_whatever_the_resolver_says(monkeypatch):
+    targets = Targets(None)
+    found = [f"192.0.2.{n}" for n in range(1, 12)]
+    backend = resolve(monkeypatch, "tcp:h:1", found, targets)
+    backend.row = backend.addresses[2]
+    for row in backend.addresses[:2]:
+        backend.tell(row, "Connection refused")
+    assert backend.settled() is backend, "it is news"
+    assert backend.remark() == "192.0.2.1:1: Connection refused; 192.0.2.2:1: Connection refused; 192.0.2.3:1: took it"
+    later = TcpBackend(targets, backend.key, backend.target, targets.resolved[backend.key])
+    later.row, later.told = found_row(found[2]), {found_row(found[0]): "Connection refused"}
+    assert later.settled() is None, "and is said once"
+    known = sniroute_targets.tcp_ready(targets, Routes([Route("a.b", "tcp:h:1")]).decide("a.b"))
+    assert [address[0] for _, address in addresses(known)] == found[2:8] + found[:2]
+    again = resolve(monkeypatch, "tcp:h:1", found, targets)
+    assert [address[0] for _, address in addresses(again)] == found[2:10]
+    other = resolve(monkeypatch, "tcp:other:1", found[:3], targets)
+    assert [address[0] for _, address in addresses(other)] == [found[2], *found[:2]], "a name for the same host, too"
+
+
 # -- backends ----------------------------------------------------------------------------------
 
 
