@@ -17,10 +17,10 @@ The start.  A failure in the steps 1 to 3 leaves a predecessor as it was:
 
     1  get the listening sockets: systemd's, else those of a predecessor
     2  Router: takes these sockets over, and opens those that are missing
-    3  import the admin's room, if --admin or systemd asks for it; start the thread `reaper` (TunnelTable.start), then
+    3  import the admin's room, if a setting or systemd asks for it; start the thread `reaper` (TunnelTable.start), then
        `loop`, which accepts clients from here on
     4  tell the predecessor to drain; listen on its names, and bind those that are missing
-    5  open the admin's address (threads `admin` and `admin-<n>`), then tell systemd READY=1
+    5  open the admin's addresses (threads `admin`, `admin-<n>`, `public-<n>`), then tell systemd READY=1
 
 The end.  The thread `loop` runs until all has drained, or until a second signal.  It stops all tunnels, which ends
 `reaper`, and wakes the main thread.  The main thread joins `loop`, and closes the admin, the listeners and the names,
@@ -36,7 +36,7 @@ Seams: I want to ...
     show more in a dump              `dump`
     start something else             Daemon._start, and in the opposite order Daemon._close
 
-It imports the router, tunnels, settings, log, loop, names and refusals; sniroute_admin only where --admin or systemd
+It imports the router, tunnels, settings, log, loop, names and refusals; sniroute_admin only where a setting or systemd
 asks for it.
 """
 
@@ -56,7 +56,7 @@ import struct
 import sys
 import threading
 import time
-from typing import Any, Iterable, Sequence
+from typing import Any, Iterable
 
 from sniroute_log import Journal
 from sniroute_loop import CAPACITY_ERRNOS, CAPACITY_PAUSE, NEVER, WakePipe, raise_descriptor_limit
@@ -146,10 +146,10 @@ class Supervisor:
 def activated_sockets(environ: dict[str, str]) -> dict[str, list[socket.socket]]:
     """The listening sockets that systemd has opened for us (sd_listen_fds(3)); they are the caller's to close.
 
-    Two lists: "admin" has those that FileDescriptorName= calls so, "" has all others.  Both are empty without systemd.
-    Raises SettingsError where a descriptor is no listening TCP socket; the admin's may be a unix socket.
+    "admin" and "admin-public" have those that FileDescriptorName= calls so, "" has all others.  All are empty without
+    systemd.  Raises SettingsError where a descriptor is no listening TCP socket; the admin's may be a unix socket.
     """
-    found: dict[str, list[socket.socket]] = {"": [], "admin": []}
+    found: dict[str, list[socket.socket]] = {"": [], "admin": [], "admin-public": []}
     count = environ.get("LISTEN_FDS", "")
     if environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdecimal():
         return found
@@ -188,7 +188,7 @@ class Handover:
                                         <----   sends all its sockets: its listeners and its names (SCM_RIGHTS)
         accepts clients, too
         "drain"                         ---->   closes its listeners, and drains
-                                        <----   closes its names and the admin's address, then the connection
+                                        <----   closes its names and the admin's addresses, then the connection
         listens on the names
 
     If the successor dies before it says "drain", nothing has changed.
@@ -445,12 +445,13 @@ class Daemon:
             inherited = self.handover.take(addresses)
         hooks = Hooks(self.journal.emit, self.supervisor.beat, self.reload)
         self.router = router = Router(settings, self.tunnels, hooks, inherited, activated)
-        with_admin = settings.admin is not None or bool(sockets["admin"])
-        if with_admin:
+        asked = [name for name, where in (("admin", settings.admin), ("admin-public", settings.admin_public))
+                 if where is not None or sockets[name]]
+        if asked:
             try:
                 import sniroute_admin  # noqa: F401 - a fault in the file shows while a predecessor still serves
             except Exception as error:
-                raise SettingsError(f"--admin: sniroute_admin.py: {error}") from None
+                raise SettingsError(f"--{asked[0]}: sniroute_admin.py: {error}") from None
         self.tunnels.start()
         warn(settings)
         tune_interpreter()
@@ -468,24 +469,27 @@ class Daemon:
         if self.unnamed:
             log.warning("no successor can take over for now: another process has the name for %s",
                         ", ".join(map(show_address, self.unnamed)))
-        if with_admin:
-            self._attach(sockets["admin"][:1], alone=not succeeded)
+        if asked:
+            self._attach(asked[0], {name: sockets[name][0] for name in asked if sockets[name]}, alone=not succeeded)
         self.supervisor.ready(router)
 
-    def _attach(self, listener: Sequence[socket.socket], alone: bool) -> None:
-        """Open the admin's address, or use the `listener` that systemd has.
+    def _attach(self, asked: str, listeners: dict[str, socket.socket], alone: bool) -> None:
+        """Open the admin's addresses, or use the `listeners` that systemd has; `asked` is a setting that asks for one.
 
-        Raises SettingsError if we are `alone`.  A successor goes on without it: its predecessor drains already.
+        Raises SettingsError if we are `alone`.  A successor goes on without: its predecessor drains already.
         """
         import sniroute_admin
         try:
-            self.admin = sniroute_admin.attach(self.router, self.settings, *listener)
-            log.info("admin on %s", self.admin.address if isinstance(self.admin.address, str)
-                     else show_address(self.admin.address))
+            self.admin = sniroute_admin.attach(self.router, self.settings, listeners, alone)
         except Exception as error:
+            fault = str(error) if isinstance(error, OSError) else f"--{asked}: {error}"
             if alone:
-                raise SettingsError(f"--admin: {error}") from None
-            log.error("--admin: %s: going on without it", error)
+                raise SettingsError(fault) from None
+            log.error("%s: going on without it", fault)
+            return
+        for what, where in (("admin", self.admin.address), ("metrics and probes", self.admin.public)):
+            if where is not None:
+                log.info("%s on %s", what, where if isinstance(where, str) else show_address(where))
 
     def _close(self) -> None:
         """End the threads and close everything, also after a start that failed."""

@@ -226,7 +226,7 @@ def ask_admin(admin: str | tuple[str, int]) -> Any:
 
 
 def body_of(data: bytes | bytearray) -> bytes | None:
-    """The body of sniroute's answer to GET; None for "need more".  Raises ValueError for an answer that is another's."""
+    """The body of sniroute's answer to GET; None for "need more".  Raises ValueError for one that is another's."""
     if not data[:9].startswith(b"HTTP/1.1 "[:len(data)]):
         raise ValueError(f"it does not speak HTTP: {printable(bytes(data[:40]).decode('latin-1'))!r}")
     head, end, body = data.partition(b"\r\n\r\n")

@@ -197,8 +197,9 @@ def test_explain_bears_any_answer_of_an_admin_address(serve, capsys, name):
     assert re.fullmatch(r"[ -~]+\n", said) and len(said) < 400
 
 
-@pytest.mark.parametrize("first", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 900000\r\n\r\n"],
-                         ids=["nothing", "a head", "a body"])
+@pytest.mark.parametrize("first", [
+    b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 900000\r\n\r\n",
+], ids=["nothing", "a head", "a body"])
 @pytest.mark.parametrize("drip", [b"", b"x"], ids=["silent", "drips"])
 def test_explain_does_not_wait_for_ever(serve, capsys, monkeypatch, first, drip):
     """A byte now and then does not keep it."""
@@ -225,7 +226,8 @@ def test_explain_does_not_wait_for_ever(serve, capsys, monkeypatch, first, drip)
 
 def test_explain_bears_a_unix_socket_that_is_another_s(admin_path, capsys):
     """One of datagrams, one that nobody listens on, a file."""
-    for kind, says in ((socket.SOCK_DGRAM, "Protocol wrong type for socket"), (socket.SOCK_STREAM, "Connection refused")):
+    for kind, says in ((socket.SOCK_DGRAM, "Protocol wrong type for socket"),
+                       (socket.SOCK_STREAM, "Connection refused")):
         with socket.socket(socket.AF_UNIX, kind) as other:
             other.bind(admin_path)
             assert sniroute_doctor.ask_router(admin_path) is None
