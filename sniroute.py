@@ -36,7 +36,7 @@ end use race, log, loop, host, names and refusals:
     sniroute_names         names and addresses; the version
     sniroute_refusals      why a client is refused             and how it is told
 
-    sniroute_admin    *    HTTP for the host's own users       with sniroute_metrics and sniroute_page
+    sniroute_admin    *    HTTP for the host's own users       with sniroute_door, _metrics and _page
     sniroute_carrier  *    a tunnel program of our own         with sniroute_edge, _forwarder, _dial and _http
 
 A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The last two rows, which
@@ -52,7 +52,8 @@ parked behind it.
     wait-<n>    one for each target that has to wait, 32 at most              touches a client's socket
     reaper      child processes: starts, watches, stops, drains               ends before its children
     log         formats and writes log lines                                  stops traffic
-    admin       HTTP, where --admin asks for it; `admin-<n>`, too             touches a client's socket
+    admin       HTTP, where --admin asks for it; with `admin-<n>`,
+                `public-<n>`                                                  touches a client's socket
 
 What it does not do: decrypt, look at anything behind the ClientHello, or treat a name as proof of who asks.
 SNI is not authentication.

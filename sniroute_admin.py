@@ -1,69 +1,66 @@
-"""sniroute_admin: metrics, status, health and control of a running router, by HTTP for this host's own users.
+"""sniroute_admin: metrics, status, health and control of a running router, by HTTP.
 
-    browser, curl, Prometheus
-          |  HTTP/1.1 on a loopback port or a unix socket; one request for each connection
-          v
-      listener --> thread `admin`: Server -----------> threads `admin-<n>`, at most 16: Handler
-                   accepts; every 0.25 s it            checks Host, Origin, path, method and token,
-                   calls Collector.collect             then calls the path's row in ENDPOINTS:
+    this host's own users: browser, curl, Prometheus         anybody: probes, Prometheus
+          |  a loopback port or a unix socket (--admin)           |  any address (--admin-public)
+          v                                                       v
+      Admin.decide: Host, Origin, path, method, token         Admin.decide_public: path, method
+          +--------------------------+----------------------------+
+                                     |  a Plan; sniroute_door has accepted the client and read the head
+                                     v  the path's row in ENDPOINTS:
 
           GET /                             PAGE of sniroute_page
-          GET /metrics, /status             Cached: sniroute_metrics makes it of Facts
-          GET /healthz                      Pulse: does the router's loop answer?
-          GET /readyz                       Router.phase, Router.paused
+          GET /metrics, /status             Cached: sniroute_metrics makes it of Facts          public: /metrics
+          GET /healthz                      Pulse: did the router's loop answer in time?        public
+          GET /readyz                       Router.phase, Router.paused                         public
           POST /reload                      Hooks.reload
           POST /tunnels/NAME/start, stop    TunnelTable.wait, TunnelTable.stop
 
-An option: the daemon imports this file if --admin is given, or if systemd has a socket for it, and calls
-`attach(router, settings)`.  The router and its tunnel table are arguments: their classes are not imported.  It imports
-sniroute_metrics, sniroute_page and sniroute_names.
+An option: the daemon imports this file if --admin or --admin-public is given, or if systemd has a socket for one, and
+calls `attach(router, settings)`.  The router and its tunnel table are arguments: their classes are not imported.  It
+imports sniroute_door, sniroute_metrics, sniroute_page and sniroute_names.
 
-Threads.  `admin` accepts clients, and is the only thread that writes to the Collector.  Each `admin-<n>` answers one
-request; it has 5 s to read the request and 5 s to send the answer.  None of them touches a socket of the router's
-clients.  To have the loop do something they hand it a function by `Router.call`.
+Threads.  `admin` runs the Door: it accepts clients, answers probes itself, and is the only thread that writes to the
+Collector and the Pulse.  Each `admin-<n>` or `public-<n>` makes one answer.  None of them touches a socket of the
+router's clients.  To have the loop do something they hand it a function by `Router.call`.
 
-Locks.  Cached, Pulse and Admin have one each.  While Cached's is held, Facts takes the tunnel table's; nothing
-takes these two in the other order.  The router's loop takes none of them.
+Locks.  Cached and Admin have one each.  While Cached's is held, Facts takes the tunnel table's; nothing takes these
+two in the other order.  The router's loop takes none of them.
 
-What is bounded.  The number of requests at once, their sizes and their times.  Work: `Cached` gives the same answer
-again for half a second, so asking more often costs almost nothing.  Single steps of the interpreter, as the
-router's loop cannot run during one: `render_json` encodes long lists row by row.
+What is bounded.  Clients, sizes and times: see sniroute_door.  Work: `Cached` gives the same answer again for half a
+second, or twenty times as long as it took to make, so asking more often costs almost nothing.  Single steps of the
+interpreter, as the router's loop cannot run during one: `render_json` encodes long lists row by row.
 
-Who may ask.  This host's own users: any of them on a loopback port, owner and group (0660) on a unix socket.  A page
-that somebody's browser shows is a stranger on this host, so Host, Origin and Sec-Fetch-Site are checked before
-everything else.  A request that changes something also needs the token.
+Who may ask.  At --admin this host's own users: any of them on a loopback port, owner and group (0660) on a unix socket.
+A page that somebody's browser shows is a stranger on this host, so Host, Origin and Sec-Fetch-Site are checked before
+everything else.  A request that changes something also needs the token.  At --admin-public everybody: there is
+nothing but the rows that are `public`, which name no client, no tunnel and no address.
 
 Seams: I want to ...
     answer on another path        a function, and its row in ENDPOINTS
     export another number         see sniroute_metrics
     show something on the page    see sniroute_page
-    let somebody else ask         `Handler.check_origin`, `Handler.check_token`, LOCAL_HOSTS
+    let somebody else ask         `Admin.decide`, `check_origin`, `check_token`, LOCAL_HOSTS
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import hmac
-import http
-import http.server
-import io
 import ipaddress
 import json
 import logging
 import os
 import re
 import socket
-import stat
-import sys
 import threading
 import time
 import urllib.parse
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple, Sequence
 
-from sniroute_metrics import Collector, Facts, copied, expose, status
+from sniroute_door import Answer, Declined, Door, Gate, Head, Plan, listen
+from sniroute_metrics import Collector, Facts, expose, status
 from sniroute_names import printable, show_address
-from sniroute_page import PAGE, POLICY
+from sniroute_page import PAGE
 
 if TYPE_CHECKING:
     from sniroute_launchers import TunnelKey
@@ -72,33 +69,19 @@ __version__ = "0.1.0"
 
 log = logging.getLogger("sniroute")
 
-# Limits, each with its reason.  Sizes in bytes, times in seconds.
-REQUESTS_MAX = 16  # at once: a browser uses six, a scraper one
-REQUEST_TIME = 5.0  # to read a whole request, however slowly it comes
-ANSWER_TIME = 5.0  # to send a whole answer: the largest has a few hundred kilobytes, and stays on this host
-LINGER = 1.0  # a client that was declined while it still sends gets this time to read why ...
-LINGER_READS = 64  # ... and at most so many pieces of its request are thrown away meanwhile
-HEAD_MAX = 32768  # request line and header fields: a browser adds the cookies of every other port (RFC 6265, 8.5)
-BODY_MAX = 65536  # no request needs a body, but some clients send one
+# Limits, each with its reason.  Times in seconds.
+THREADS = {"admin": 16, "public": 2}  # of each address: orders wait for tunnels; /metrics alone needs hardly one
 COLLECT = 0.25  # between two calls of Collector.collect, which can keep ten times what ends meanwhile
 CACHE_TIME = 0.5  # an answer is given again for so long: the page and several scrapers cost no more than one of them
-ACCEPT_PAUSE = 0.1  # after an accept that failed since descriptors ran out: without it the thread would spin
+CACHE_SHARE = 20  # ... or so many times as long as it took: 10,000 routes must not keep a processor busy
+PULSE_EVERY = 1.0  # between two questions to the loop: each wakes it
 PULSE_TIME = 1.0  # for the loop to answer: it does so within microseconds, unless it hangs
-CLOSE_TIME = 1.0  # for threads to end in Admin.close(); one that waits for a tunnel may end later, unheard
-BACKLOG = 64  # connections that wait for accept: a few times what is served at once
 
 LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "[::1]"))  # names in Host that mean this host
 ALLOW = {"GET": "GET, HEAD", "POST": "POST"}  # an endpoint's method: what Allow says of it
+METRICS_KIND = "text/plain; version=0.0.4; charset=utf-8"
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(?::[0-9]{1,5})?")  # RFC 9110 section 7.2, in lower case
 BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)  # RFC 6750 section 2.1
-FAULT = "admin: a fault in sniroute: please report it"
-
-# Header fields of every answer.  So a browser keeps no copy, guesses no content type, lets no other page show or
-# load an answer, and runs no script but ours.
-HEADERS = "".join(f"{name}: {value}\r\n" for name, value in (
-    ("Content-Security-Policy", POLICY), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
-    ("X-Frame-Options", "DENY"), ("Cross-Origin-Resource-Policy", "same-origin"), ("Cache-Control", "no-store"),
-    ("Connection", "close")))
 
 
 # -- answers -----------------------------------------------------------------------------------
@@ -117,34 +100,13 @@ def render_json(value: dict[str, Any]) -> bytes:
     return ("{" + ",\n".join(members) + "}\n").encode()
 
 
-class Answer(NamedTuple):
-    """What a request gets: a status, a body, its Content-Type, and further header fields."""
-
-    status: int
-    body: bytes
-    kind: str = "text/plain; charset=utf-8"
-    headers: tuple[tuple[str, str], ...] = ()
-
-    @classmethod
-    def json(cls, value: dict[str, Any], status: int = 200, headers: tuple[tuple[str, str], ...] = ()) -> Answer:
-        """An answer in JSON."""
-        return cls(status, render_json(value), "application/json", headers)
-
-
-class Declined(Exception):
-    """A request that is not done.  `answer` tells its client why, as {"error": sentence}.
-
-    `headers` are further header fields of the answer, with `_` for `-`.
-    """
-
-    def __init__(self, status: int, sentence: str, **headers: str):
-        super().__init__(sentence)
-        self.answer = Answer.json({"error": sentence}, status,
-                                  tuple((name.replace("_", "-"), value) for name, value in headers.items()))
+def json_answer(value: dict[str, Any], status: int = 200) -> Answer:
+    """An answer in JSON."""
+    return Answer(status, render_json(value), "application/json")
 
 
 class Cached:
-    """The result of `make`, made anew after CACHE_TIME.  Any thread."""
+    """The result of `make`, made anew after CACHE_TIME, or later where that takes long.  Any thread."""
 
     def __init__(self, make: Callable[[], bytes]):
         self.make = make
@@ -153,11 +115,13 @@ class Cached:
         self.made = b""
 
     def get(self) -> bytes:
-        """The result, at most CACHE_TIME old."""
+        """The result, made a moment ago."""
         with self.lock:
             if time.monotonic() >= self.until:
+                began = time.monotonic()
                 self.made = self.make()
-                self.until = time.monotonic() + CACHE_TIME
+                now = time.monotonic()
+                self.until = now + max(CACHE_TIME, CACHE_SHARE * (now - began))
             return self.made
 
     def forget(self) -> None:
@@ -167,31 +131,38 @@ class Cached:
 
 
 class Pulse:
-    """Asks the router's loop whether it still runs.  `call` is Router.call.  Any thread.
+    """Whether the router's loop runs, without waiting for it.  `call` is Router.call.
 
-    While the loop has not answered, everybody waits for the same question, so questions do not pile up in a loop
-    that hangs.
+    It is asked now and then, and not again before it has answered: questions must not pile up in a loop that hangs.
+    So one that hangs is found out within PULSE_EVERY and PULSE_TIME.  Thread `admin`; `_hear` runs in the loop.
     """
 
-    def __init__(self, call: Callable[[Callable[[], None]], None]):
+    def __init__(self, call: Callable[[Callable[[], None]], None], clock: Callable[[], float] = time.monotonic):
         self.call = call
-        self.lock = threading.Lock()  # guards `heard`; not held while waiting
-        self.heard: threading.Event | None = None  # set when the loop has answered the last question
+        self.clock = clock
+        self.asked = -PULSE_EVERY  # when it was asked last
+        self.heard = True  # it has answered that
+
+    def ask(self) -> None:
+        """Ask it, if it is time."""
+        now = self.clock()
+        if self.heard and now - self.asked >= PULSE_EVERY:
+            self.asked = now
+            self.heard = False
+            self.call(self._hear)
+
+    def _hear(self) -> None:
+        self.heard = True
 
     def beats(self) -> bool:
-        """Whether the loop answers within PULSE_TIME."""
-        with self.lock:
-            if self.heard is None or self.heard.is_set():
-                self.heard = threading.Event()
-                self.call(self.heard.set)
-            heard = self.heard
-        return heard.wait(PULSE_TIME)
+        """Whether it has answered, or still has time to."""
+        return self.heard or self.clock() - self.asked < PULSE_TIME
 
 
 # -- endpoints ---------------------------------------------------------------------------------
 #
-# One function for each path.  It runs in a thread `admin-<n>`, and is given the Admin and what the path names: the
-# tunnel, for the others "".
+# One function for each path.  It is given the Admin and what the path names: the tunnel, for the others "".  It runs in
+# a thread `admin-<n>` or `public-<n>`; those that are `quick` run in the thread `admin`, and never wait.
 
 
 def page(admin: Admin, name: str) -> Answer:
@@ -201,7 +172,7 @@ def page(admin: Admin, name: str) -> Answer:
 
 def metrics(admin: Admin, name: str) -> Answer:
     """GET /metrics: all numbers for Prometheus."""
-    return Answer(200, admin.metrics.get(), "text/plain; version=0.0.4; charset=utf-8")
+    return Answer(200, admin.metrics.get(), METRICS_KIND)
 
 
 def show_status(admin: Admin, name: str) -> Answer:
@@ -229,8 +200,8 @@ def reload(admin: Admin, name: str) -> Answer:
     """POST /reload: read the settings again.  409 if they have faults; then the router keeps those it has."""
     faults = [printable(fault, 1000) for fault in admin.router.hooks.reload()]
     if faults:
-        return Answer.json({"error": "; ".join(faults), "faults": faults}, 409)
-    return Answer.json({"done": "The settings were read again."})
+        return json_answer({"error": "; ".join(faults), "faults": faults}, 409)
+    return json_answer({"done": "The settings were read again."})
 
 
 def tunnel_key(admin: Admin, name: str) -> TunnelKey:
@@ -256,7 +227,7 @@ def stop_tunnel(admin: Admin, name: str) -> Answer:
     key = tunnel_key(admin, name)
     if not admin.router.tunnels.stop(key):
         raise Declined(404, f"{key} is not up, and did not fail")
-    return Answer.json({"done": f"{key} is stopped.", "tunnel": str(key)})
+    return json_answer({"done": f"{key} is stopped.", "tunnel": str(key)})
 
 
 def start_tunnel(admin: Admin, name: str) -> Answer:
@@ -278,7 +249,7 @@ def start_tunnel(admin: Admin, name: str) -> Answer:
         if kind is None:
             raise
         raise Declined(409 if kind in ("limit", "budget", "stopping") else 502, printable(str(error), 500)) from None
-    return Answer.json({"done": f"{key} is ready.", "tunnel": str(key), "seconds": round(tunnels.clock() - began, 3)})
+    return json_answer({"done": f"{key} is ready.", "tunnel": str(key), "seconds": round(tunnels.clock() - began, 3)})
 
 
 class Endpoint(NamedTuple):
@@ -287,347 +258,80 @@ class Endpoint(NamedTuple):
     method: str  # GET means HEAD, too
     path: re.Pattern[str]  # its first group is what the path names
     act: Callable[[Admin, str], Answer]  # is given that group, percent-decoded; may raise Declined
+    quick: bool = False  # `act` never waits
+    public: bool = False  # strangers may ask, at --admin-public
 
 
 ENDPOINTS = (
     Endpoint("GET", re.compile(r"/()"), page),
-    Endpoint("GET", re.compile(r"/metrics()"), metrics),
+    Endpoint("GET", re.compile(r"/metrics()"), metrics, public=True),
     Endpoint("GET", re.compile(r"/status()"), show_status),
-    Endpoint("GET", re.compile(r"/healthz()"), health),
-    Endpoint("GET", re.compile(r"/readyz()"), readiness),
+    Endpoint("GET", re.compile(r"/healthz()"), health, quick=True, public=True),
+    Endpoint("GET", re.compile(r"/readyz()"), readiness, quick=True, public=True),
     Endpoint("POST", re.compile(r"/reload()"), reload),
     Endpoint("POST", re.compile(r"/tunnels/([^/]+)/stop"), stop_tunnel),
     Endpoint("POST", re.compile(r"/tunnels/([^/]+)/start"), start_tunnel),
 )
+PUBLIC = tuple(endpoint for endpoint in ENDPOINTS if endpoint.public)
 
 
-def find_endpoint(method: str, path: str) -> tuple[Endpoint, str]:
+def find_endpoint(head: Head, endpoints: Sequence[Endpoint] = ENDPOINTS) -> tuple[Endpoint, str]:
     """The endpoint for a request, and what its path names, not yet decoded.  Raises Declined (404, 405)."""
-    for endpoint in ENDPOINTS:
-        match = endpoint.path.fullmatch(path)
+    for endpoint in endpoints:
+        match = endpoint.path.fullmatch(head.path)
         if match is None:
             continue
-        if endpoint.method != method.replace("HEAD", "GET"):
+        if endpoint.method != head.method.replace("HEAD", "GET"):
             allowed = ALLOW[endpoint.method]
             raise Declined(405, f"this path is for {allowed}", Allow=allowed)
         return endpoint, match[1]
     raise Declined(404, "there is no such path")
 
 
-# -- one request -------------------------------------------------------------------------------
+# -- who may ask -------------------------------------------------------------------------------
 
 
-class Timed(io.RawIOBase):
-    """What a client sends, as a raw stream that ends with an OSError after `seconds`, or after `limit` bytes.
+def check_origin(head: Head, hosts: frozenset[str]) -> None:
+    """Decline a request that a page of another origin may have sent.  Raises Declined.
 
-    A client that closes early is an error, too: the stream never has a normal end.
+    A browser tells where the page came from in Origin (RFC 6454 section 7) and Sec-Fetch-Site (W3C, Fetch
+    Metadata).  A page may also have its own name resolve to this host (DNS rebinding).  Then the request seems
+    to be of the same origin, but Host has that name.  Host may have any port: ssh may forward another one here.
     """
-
-    def __init__(self, sock: socket.socket, seconds: float, limit: int):
-        self.sock = sock
-        self.deadline = time.monotonic() + seconds
-        self.left = limit
-
-    def readable(self) -> bool:
-        """As io.RawIOBase wants it."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """As io.RawIOBase wants it.  Raises OSError."""
-        remaining = self.deadline - time.monotonic()
-        if remaining <= 0:
-            raise TimeoutError("the request took too long")
-        self.sock.settimeout(remaining)
-        count = self.sock.recv_into(memoryview(buffer)[:self.left])
-        if not count:
-            raise ConnectionAbortedError("the request ended early, or is too long")
-        self.left -= count
-        return count
+    host = (head.field("host") or "").lower()
+    if not host:
+        raise Declined(400, "Host is missing")
+    match = HOST.fullmatch(host)
+    if match is None or match[1] not in hosts:
+        raise Declined(421, "Host is not this router's address: ask for localhost; "
+                            "--admin-public is for other hosts, and takes any name")
+    if head.field("origin") not in (None, f"http://{host}") \
+            or head.field("sec-fetch-site") not in (None, "same-origin", "none"):
+        raise Declined(403, "a page of another origin may not ask")
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection, with one request.  Thread `admin-<n>`.
-
-    The base class calls setup, handle and finish.  It parses the request line and the header fields; all the rest is
-    checked here.
-    """
-
-    protocol_version = "HTTP/1.1"
-    server: Server
-    raw_requestline: bytes
-
-    def setup(self) -> None:
-        """Bound the size and time of the request."""
-        self.connection: socket.socket = self.request
-        self.rfile = io.BufferedReader(Timed(self.connection, REQUEST_TIME, HEAD_MAX + BODY_MAX))
-        self.unread = True  # the client may still be sending its request
-        self.replied = False
-
-    def handle(self) -> None:
-        """Read the request and answer it.  A connection that stayed open for another would keep its thread."""
-        self.raw_requestline = self.rfile.readline(HEAD_MAX)
-        self.requestline = self.command = self.path = ""  # `reply` reads them, and parsing may fail before it sets them
-        if not self.raw_requestline.endswith(b"\n"):
-            self.send_error(414)
-            return
-        if not self.parse_request():
-            return  # parse_request has called send_error
-        try:
-            self.reply(self.answer())
-        except Declined as declined:
-            self.reply(declined.answer)
-
-    def finish(self) -> None:
-        """Let a client that was declined early read why (RFC 9112 section 9.6).
-
-        Closing a socket that has unread bytes resets the connection, and the client may lose the answer.
-        So its bytes are read first, for a while.
-        """
-        if self.replied and self.unread:
-            with contextlib.suppress(OSError):
-                self.connection.shutdown(socket.SHUT_WR)
-                deadline = time.monotonic() + LINGER
-                for _ in range(LINGER_READS):
-                    self.connection.settimeout(max(0.001, deadline - time.monotonic()))
-                    if not self.connection.recv(BODY_MAX):
-                        break
-        self.rfile.close()
-
-    def answer(self) -> Answer:
-        """What this request gets.  Raises Declined, and OSError if the client is gone."""
-        if self.request_version == "HTTP/0.9":  # it has no header; from Python 3.14 on, `self.headers` is missing then
-            raise Declined(400, "HTTP/0.9 has no header, and Host is needed")
-        self.check_origin()
-        endpoint, quoted = find_endpoint(self.command, self.path.partition("?")[0])
-        if endpoint.method == "POST":
-            self.check_token()
-        self.skip_body()
-        try:
-            name = urllib.parse.unquote(quoted, errors="strict")
-        except ValueError:
-            raise Declined(400, "the name in the path is not UTF-8") from None
-        admin = self.server.admin
-        try:
-            return endpoint.act(admin, name)
-        except Declined:
-            raise
-        except Exception:
-            log.exception(FAULT)
-            raise Declined(500, "a fault in sniroute: its log says which") from None
-        finally:
-            if endpoint.method == "POST":
-                admin.status.forget()  # the page asks for it next, and should see what came of the order
-
-    def field(self, name: str) -> str | None:
-        """A header field; None if it is missing.  Raises Declined if it is there twice: two readers may differ."""
-        values = self.headers.get_all(name, [])
-        if len(values) > 1:
-            raise Declined(400, f"{name} is there twice")
-        return values[0].strip() if values else None
-
-    def check_origin(self) -> None:
-        """Decline a request that a page of another origin may have sent.  Raises Declined.
-
-        A browser tells where the page came from in Origin (RFC 6454 section 7) and Sec-Fetch-Site (W3C, Fetch
-        Metadata).  A page may also have its own name resolve to this host (DNS rebinding).  Then the request seems
-        to be of the same origin, but Host has that name.  Host may have any port: ssh may forward another one here.
-        """
-        if self.headers.defects:
-            raise Declined(400, "the header is malformed")
-        host = (self.field("Host") or "").lower()
-        if not host:
-            raise Declined(400, "Host is missing")
-        match = HOST.fullmatch(host)
-        if match is None or match[1] not in self.server.admin.hosts:
-            raise Declined(421, "Host is not this router's address: ask for localhost")
-        if self.field("Origin") not in (None, f"http://{host}") \
-                or self.field("Sec-Fetch-Site") not in (None, "same-origin", "none"):
-            raise Declined(403, "a page of another origin may not ask")
-
-    def check_token(self) -> None:
-        """Decline an order without the right token.  Raises Declined."""
-        token = self.server.admin.token
-        if not token:
-            raise Declined(403, "the router takes no orders: start it with SNIROUTE_ADMIN_TOKEN in its environment")
-        match = BEARER.fullmatch(self.field("Authorization") or "")
-        if match is None or not hmac.compare_digest(match[1].encode("utf-8", "replace"), token.encode()):
-            raise Declined(401, "the token is missing or wrong", WWW_Authenticate='Bearer realm="sniroute"')
-
-    def skip_body(self) -> None:
-        """Read the body and ignore it.  Raises Declined, and OSError if it does not come."""
-        if self.field("Transfer-Encoding") is not None:
-            raise Declined(411, "a body wants a Content-Length")
-        length = self.field("Content-Length") or "0"
-        if not re.fullmatch(r"[0-9]{1,18}", length, re.ASCII):
-            raise Declined(400, "Content-Length is no number")
-        if int(length) > BODY_MAX:
-            raise Declined(413, f"the body is over {BODY_MAX} bytes")
-        self.rfile.read(int(length))
-        self.unread = False
-
-    def reply(self, answer: Answer) -> None:
-        """Send an answer, in one call.  Raises OSError if the client is gone, or does not read for ANSWER_TIME."""
-        status = http.HTTPStatus(answer.status)
-        head = "".join(f"{name}: {value}\r\n" for name, value in (
-            ("Date", self.date_time_string()), ("Content-Type", answer.kind),
-            ("Content-Length", str(len(answer.body))), *answer.headers))
-        body = b"" if self.command == "HEAD" else answer.body
-        log.debug("admin: %s: %d", printable(self.requestline, 200), status)
-        self.connection.settimeout(ANSWER_TIME)
-        self.connection.sendall(f"HTTP/1.1 {status.value} {status.phrase}\r\n{HEADERS}{head}\r\n".encode() + body)
-        self.replied = True
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer a request that could not be parsed.  The base class calls it; its own would answer in HTML."""
-        self.reply(Declined(code, printable(message or http.HTTPStatus(code).phrase)).answer)
-
-    def handle_expect_100(self) -> bool:
-        """Let the client send its body (RFC 9110 section 10.1.1).  The base class needs `wfile`, which is not made."""
-        self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return True
+def check_token(head: Head, token: str | None) -> None:
+    """Decline an order without the right token.  Raises Declined."""
+    if not token:
+        raise Declined(403, "the router takes no orders: start it with SNIROUTE_ADMIN_TOKEN in its environment")
+    match = BEARER.fullmatch(head.field("authorization") or "")
+    if match is None or not hmac.compare_digest(match[1].encode("utf-8", "replace"), token.encode()):
+        raise Declined(401, "the token is missing or wrong", WWW_Authenticate='Bearer realm="sniroute"')
 
 
-# -- the server --------------------------------------------------------------------------------
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Accepts clients, and gives each a thread.  Thread `admin`, but for `_serve` and what that calls."""
-
-    def __init__(self, admin: Admin, listener: socket.socket):
-        super().__init__(("", 0), Handler, bind_and_activate=False)
-        self.socket.close()  # the base class has made one
-        self.socket = listener
-        listener.setblocking(False)  # select may name a client that another process on this listener then accepts
-        self.admin = admin
-        self.free = collections.deque(range(REQUESTS_MAX, 0, -1))  # the numbers n of threads that are not running
-        self.live: dict[int, tuple[threading.Thread, socket.socket]] = {}  # those that are; the keys are not in `free`
-
-    def service_actions(self) -> None:
-        """Collect.  The base class calls it after each wait for a client, which takes COLLECT at most."""
-        try:
-            self.admin.collect()
-        except Exception:
-            log.exception(FAULT)
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """The next client.  Raises OSError if there is none; the base class then goes on."""
-        try:
-            return self.socket.accept()
-        except BlockingIOError:
-            raise
-        except OSError:
-            time.sleep(ACCEPT_PAUSE)
-            raise
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a client a thread, or close its connection if all are taken."""
-        try:
-            number = self.free.pop()
-        except IndexError:
-            self.shutdown_request(request)
-            return
-        thread = threading.Thread(target=self._serve, args=(number, request, client_address), daemon=True,
-                                  name=f"admin-{number}")
-        self.live[number] = thread, request
-        try:
-            thread.start()
-        except RuntimeError:  # the system has no thread to spare
-            self._end(number, request)
-
-    def _serve(self, number: int, request: socket.socket, client_address: Any) -> None:
-        """What a thread `admin-<n>` runs."""
-        try:
-            self.finish_request(request, client_address)
-        except Exception:
-            self.handle_error(request, client_address)
-        finally:
-            self._end(number, request)
-
-    def _end(self, number: int, request: socket.socket) -> None:
-        """Close a client's connection; its number may be used again."""
-        self.shutdown_request(request)
-        del self.live[number]
-        self.free.append(number)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log an error.  Any OSError is a client that went away: no fault of ours."""
-        error = sys.exc_info()[1]
-        if isinstance(error, OSError):
-            log.debug("admin: %s", printable(str(error)))
-        else:
-            log.exception(FAULT)
-
-    def hang_up(self) -> None:
-        """Cut all requests short, and wait up to CLOSE_TIME for their threads.  Any thread, also one of them."""
-        deadline = time.monotonic() + CLOSE_TIME
-        for _, request in copied(self.live, dict).values():
-            with contextlib.suppress(OSError):
-                request.shutdown(socket.SHUT_RDWR)
-        for thread, _ in copied(self.live, dict).values():
-            if thread is not threading.current_thread():
-                thread.join(max(0.0, deadline - time.monotonic()))
-
-
-def listen(where: str | tuple[str, int]) -> tuple[socket.socket, tuple[int, int] | None]:
-    """Listen on a loopback (host, port), or at the path of a unix socket.
-
-    Returns the socket, and for a unix one its file's (device, inode).  Raises OSError with a sentence for people.
-    """
-    try:
-        return listen_unix(where) if isinstance(where, str) else (listen_tcp(*where), None)
-    except OSError as error:
-        shown = where if isinstance(where, str) else show_address(where)
-        raise OSError(f"{shown}: {os.strerror(error.errno) if error.errno else error}") from None
-
-
-def listen_tcp(host: str, port: int) -> socket.socket:
-    """Listen on a loopback address.  Raises OSError."""
-    host = "127.0.0.1" if host == "localhost" else host  # a resolver may give it any address
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=BACKLOG)
-
-
-def listen_unix(path: str) -> tuple[socket.socket, tuple[int, int]]:
-    """Listen at `path`, and replace a socket that an earlier process left there.  Raises OSError.
-
-    Returns the socket, and its file's (device, inode).  It is made under another name and renamed when it listens and
-    has its mode: nobody can connect to it before that.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise OSError("there is something else than a socket")
-    early = f"{path}.{os.getpid()}"
-    with contextlib.ExitStack() as undo:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(early)
-        listener = undo.enter_context(socket.socket(socket.AF_UNIX))
-        listener.bind(early)
-        undo.callback(os.unlink, early)
-        os.chmod(early, 0o660)
-        listener.listen(BACKLOG)
-        identity = os.stat(early)
-        os.rename(early, path)
-        undo.pop_all()
-    return listener, (identity.st_dev, identity.st_ino)
+# -- the admin ---------------------------------------------------------------------------------
 
 
 class Admin:
-    """The admin of one router, from `attach` to close().  It owns its server, listener and Collector."""
+    """The admin of one router, from `attach` to close().  It owns its Door and its Collector."""
 
-    def __init__(self, router: Any, settings: Any, listener: socket.socket | None = None):
+    def __init__(self, router: Any, settings: Any):
         self.router = router
         self.token: str | None = settings.admin_token
-        self.identity: tuple[int, int] | None = None  # (device, inode) of the socket file, if we made it
-        if listener is None:
-            listener, self.identity = listen(settings.admin)
-        name = listener.getsockname()
-        self.address: str | tuple[str, int] = settings.admin if self.identity else \
-            name[:2] if isinstance(name, tuple) else os.fsdecode(name)
-        if isinstance(name, tuple) and not ipaddress.ip_address(name[0]).is_loopback:
-            raise OSError(f"{show_address(name)}: not a loopback address, but open to other hosts")
-        # What Host may say.  On a unix socket no name is the right one, so `sniroute` is allowed, too.
-        self.hosts = LOCAL_HOSTS | ({"sniroute"} if isinstance(self.address, str)
-                                    else {show_address(self.address).rpartition(":")[0]})
+        self.address: str | tuple[str, int] | None = None  # of --admin: the path of a unix socket, or (host, port)
+        self.public: str | tuple[str, int] | None = None  # of --admin-public
+        self.identity: tuple[int, int] | None = None  # (device, inode) of the socket file of --admin, if we made it
+        self.hosts: frozenset[str] = LOCAL_HOSTS  # what Host may say at --admin
         self.collector = Collector(router)
         self.due = 0.0  # when to collect again
         self.metrics = Cached(lambda: expose(Facts(router, self.collector)))
@@ -636,43 +340,119 @@ class Admin:
         self.pulse = Pulse(router.call)
         self.closing = threading.Lock()  # guards `closed`
         self.closed = False
-        self.server = Server(self, listener)
-        router.endings = self.collector.endings
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(COLLECT,), name="admin", daemon=True)
-        self.thread.start()
+        self.door = Door(self.tick, COLLECT)
 
-    def collect(self) -> None:
-        """Collect, if it is time: many clients must not make it more frequent.  Thread `admin`."""
-        now = time.monotonic()
-        if now >= self.due:
-            self.due = now + COLLECT
-            self.collector.collect()
+    # -- the thread that attaches ----------------------------------------------------------------
+
+    def open(self, where: str | tuple[str, int] | None, listener: socket.socket | None) -> None:
+        """Answer this host's users at the address `where`, or at a listener.  Raises OSError."""
+        if listener is None:
+            listener, self.identity = listen(where)
+        address = where if self.identity else address_of(listener)
+        if isinstance(address, tuple) and not ipaddress.ip_address(address[0]).is_loopback:
+            listener.close()
+            raise OSError(f"{show_address(address)}: not a loopback address, but open to other hosts: "
+                          "--admin-public is for these")
+        self.address = address
+        # On a unix socket no name is the right one, so `sniroute` is allowed, too.
+        self.hosts |= {"sniroute" if isinstance(address, str) else show_address(address).rpartition(":")[0]}
+        self.door.gates.append(Gate(self.door, "admin", listener, self.decide, THREADS["admin"]))
+
+    def open_public(self, where: tuple[str, int] | None, listener: socket.socket | None) -> None:
+        """Answer everybody, with what is `public`, at the address `where`, or at a listener.  Raises OSError."""
+        if listener is None:
+            listener, _ = listen(where)
+        self.public = address_of(listener)
+        self.door.gates.append(Gate(self.door, "public", listener, self.decide_public, THREADS["public"]))
+
+    # -- thread admin --------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """What recurs."""
+        self.due = time.monotonic() + COLLECT
+        self.pulse.ask()
+        self.collector.collect()
+
+    def decide(self, head: Head) -> Plan:
+        """What is done for a request of this host's users.  Raises Declined."""
+        check_origin(head, self.hosts)
+        endpoint, quoted = find_endpoint(head)
+        if endpoint.method == "POST":
+            check_token(head, self.token)
+        return self.plan(endpoint, quoted, head)
+
+    def decide_public(self, head: Head) -> Plan:
+        """What is done for a request of anybody.  Raises Declined."""
+        return self.plan(*find_endpoint(head, PUBLIC), head)
+
+    def plan(self, endpoint: Endpoint, quoted: str, head: Head) -> Plan:
+        """What is done for a request that may be done.  Raises Declined."""
+        length = head.body_length()
+        try:
+            name = urllib.parse.unquote(quoted, errors="strict")
+        except ValueError:
+            raise Declined(400, "the name in the path is not UTF-8") from None
+        return Plan(lambda: self.act(endpoint, name), length, endpoint.quick)
+
+    # -- any thread ----------------------------------------------------------------------------
+
+    def act(self, endpoint: Endpoint, name: str) -> Answer:
+        """Do what an endpoint does.  Raises Declined."""
+        try:
+            return endpoint.act(self, name)
+        finally:
+            if endpoint.method == "POST":
+                self.status.forget()  # the page asks for it next, and should see what came of the order
 
     def close(self) -> None:
-        """End the server and its threads, and remove its socket file.  Any thread; a second call does nothing."""
+        """End the Door and its threads, and remove the socket file.  A second call does nothing."""
         with self.closing:
             if self.closed:
                 return
             self.closed = True
-        self.server.shutdown()
-        self.thread.join()
         if self.identity is not None:
             with contextlib.suppress(OSError):
                 # While our socket is open, no other file gets its inode.  Another inode: the file is a successor's.
                 state = os.stat(self.address)
                 if (state.st_dev, state.st_ino) == self.identity:
                     os.unlink(self.address)
-        self.server.server_close()
-        self.server.hang_up()
+        self.door.close()
         if self.router.endings is self.collector.endings:
             self.router.endings = None
 
 
-def attach(router: Any, settings: Any, listener: socket.socket | None = None) -> Admin:
+def address_of(listener: socket.socket) -> str | tuple[str, int]:
+    """Where it listens: (host, port), or a path."""
+    name = listener.getsockname()
+    return name[:2] if isinstance(name, tuple) else os.fsdecode(name)
+
+
+def attach(router: Any, settings: Any, listeners: Mapping[str, socket.socket] = {}, alone: bool = True) -> Admin:
     """Answer requests about `router` until Admin.close().
 
-    `settings.admin` says where to listen: a loopback (host, port), or the path of a unix socket.  It is not used if
-    `listener` is given, a socket that listens already; the Admin closes either.  `settings.admin_token` is what
-    orders need; None: there are none.  Raises OSError with a sentence for people if it cannot listen there.
+    `settings.admin` says where this host's users ask: a loopback (host, port), or the path of a unix socket;
+    `settings.admin_public` where everybody does: (host, port), with the host `*` for every address; None: nowhere.
+    `listeners` are sockets that listen already, by "admin" and "admin-public", and are used instead; the Admin closes
+    them.  `settings.admin_token` is what orders need; None: there are none.
+
+    Raises OSError with a sentence for people, which names the setting, if it cannot listen at one of them.  If the
+    router is not `alone`, the sentence goes to the log instead: a successor goes on without.
     """
-    return Admin(router, settings, listener)
+    admin = Admin(router, settings)
+    try:
+        for name, where, attempt in (("admin", settings.admin, admin.open),
+                                     ("admin-public", settings.admin_public, admin.open_public)):
+            if where is None and name not in listeners:
+                continue
+            try:
+                attempt(where, listeners.get(name))
+            except OSError as error:
+                if alone:
+                    raise OSError(f"--{name}: {error}") from None
+                log.error("--%s: %s: going on without it", name, error)
+    except BaseException:
+        admin.close()
+        raise
+    router.endings = admin.collector.endings
+    admin.door.open()
+    return admin

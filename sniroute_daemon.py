@@ -13,10 +13,10 @@ The start.  A failure in the steps 1 to 3 leaves a predecessor as it was:
 
     1  get the listening sockets: systemd's, else those of a predecessor
     2  Router: takes these sockets over, and opens those that are missing
-    3  import the admin's room, if --admin or systemd asks for it; start the thread `reaper` (TunnelTable.start), then
+    3  import the admin's room, if a setting or systemd asks for it; start the thread `reaper` (TunnelTable.start), then
        `loop`, which accepts clients from here on
     4  tell the predecessor to drain; listen on its names, and bind those that are missing
-    5  open the admin's address (threads `admin` and `admin-<n>`), then tell systemd READY=1
+    5  open the admin's addresses (threads `admin`, `admin-<n>`, `public-<n>`), then tell systemd READY=1
 
 The end.  The thread `loop` runs until all has drained, or until a second signal.  It stops all tunnels, which ends
 `reaper`, and wakes the main thread.  The main thread joins `loop`, and closes the admin, the listeners and the names,
@@ -32,7 +32,7 @@ Seams: I want to ...
     start something else             Daemon._start, and in the opposite order Daemon._close
 
 It imports the router, tunnels, settings, systemd, handover, log, host, loop, names and refusals; sniroute_admin only
-where --admin or systemd asks for it.
+where a setting or systemd asks for it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, Sequence
+from typing import Any
 
 from sniroute_handover import HANDOVER_MAX, HANDOVER_TIMEOUT, OFFER_AGAIN, Handover
 from sniroute_host import raise_descriptor_limit
@@ -168,12 +168,13 @@ class Daemon:
             inherited = self.handover.take(addresses)
         hooks = Hooks(self.journal.emit, self.supervisor.beat, self.reload)
         self.router = router = Router(settings, self.tunnels, hooks, inherited, activated)
-        with_admin = settings.admin is not None or bool(sockets["admin"])
-        if with_admin:
+        asked = [name for name, where in (("admin", settings.admin), ("admin-public", settings.admin_public))
+                 if where is not None or sockets[name]]
+        if asked:
             try:
                 import sniroute_admin  # noqa: F401 - a fault in the file shows while a predecessor still serves
             except Exception as error:
-                raise SettingsError(f"--admin: sniroute_admin.py: {error}") from None
+                raise SettingsError(f"--{asked[0]}: sniroute_admin.py: {error}") from None
         self.tunnels.start()
         warn(settings)
         tune_interpreter()
@@ -191,24 +192,27 @@ class Daemon:
         if self.unnamed:
             log.warning("no successor can take over for now: another process has the name for %s",
                         ", ".join(map(show_address, self.unnamed)))
-        if with_admin:
-            self._attach(sockets["admin"][:1], alone=not succeeded)
+        if asked:
+            self._attach(asked[0], {name: sockets[name][0] for name in asked if sockets[name]}, alone=not succeeded)
         self.supervisor.ready(router)
 
-    def _attach(self, listener: Sequence[socket.socket], alone: bool) -> None:
-        """Open the admin's address, or use the `listener` that systemd has.
+    def _attach(self, asked: str, listeners: dict[str, socket.socket], alone: bool) -> None:
+        """Open the admin's addresses, or use the `listeners` that systemd has; `asked` is a setting that asks for one.
 
-        Raises SettingsError if we are `alone`.  A successor goes on without it: its predecessor drains already.
+        Raises SettingsError if we are `alone`.  A successor goes on without: its predecessor drains already.
         """
         import sniroute_admin
         try:
-            self.admin = sniroute_admin.attach(self.router, self.settings, *listener)
-            log.info("admin on %s", self.admin.address if isinstance(self.admin.address, str)
-                     else show_address(self.admin.address))
+            self.admin = sniroute_admin.attach(self.router, self.settings, listeners, alone)
         except Exception as error:
+            fault = str(error) if isinstance(error, OSError) else f"--{asked}: {error}"
             if alone:
-                raise SettingsError(f"--admin: {error}") from None
-            log.error("--admin: %s: going on without it", error)
+                raise SettingsError(fault) from None
+            log.error("%s: going on without it", fault)
+            return
+        for what, where in (("admin", self.admin.address), ("metrics and probes", self.admin.public)):
+            if where is not None:
+                log.info("%s on %s", what, where if isinstance(where, str) else show_address(where))
 
     def _close(self) -> None:
         """End the threads and close everything, also after a start that failed."""

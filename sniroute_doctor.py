@@ -25,6 +25,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import socket
@@ -53,7 +54,10 @@ log = logging.getLogger("sniroute")
 monotonic = time.monotonic
 TRIAL_TIMEOUT = 30.0  # `explain` waits so long for a carrier, which gives up at 15 by itself
 SELF_TEST_TIME = 9.0  # for all of `selftest`: no case waits longer than what is left of it
-ADMIN_TIMEOUT = 5.0  # for what `explain` asks of a running router
+ADMIN_TIMEOUT = 5.0  # for what `explain` asks of a running router, connect and all
+ADMIN_MAX = 1 << 20  # bytes of its answer: a thousand tunnels and a thousand routes take half of that
+NUMBER_MAX = 1e12  # seconds, connections, a process: more is none of these
+WORD_MAX = 40  # of a phase or a state
 
 
 def show_option(value: Any) -> str:
@@ -152,18 +156,39 @@ def ask_router(admin: str | tuple[str, int]) -> dict[str, Any] | None:
     """Print how the router stands whose admin address this is.  Its tunnels, by key; None where it does not say."""
     try:
         status = ask_admin(admin)
-        rows = {row["key"]: row for row in status["tunnels"]}
-        print(f"router:  {status['phase']}, pid {status['pid']}, {status['connections']['active']} connections")
-        return rows
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        phase, pid, counts, rows = fields(status, "the status", phase=str, pid=int, connections=dict, tunnels=list)
+        active, = fields(counts, "connections", active=int)
+        tunnels = {}
+        for row in rows:
+            key, *_ = fields(row, "a tunnel", key=str, state=str, age=float, leases=int, next=float, words=str)
+            tunnels[key] = row
+    except (OSError, ValueError) as error:
         print(f"router:  no answer from its admin address: {printable(str(error))}")
-        return None
+    else:
+        print(f"router:  {printable(phase, WORD_MAX)}, pid {pid}, {active} connections")
+        return tunnels
+    return None
+
+
+def fields(row: Any, what: str, **kinds: type) -> list[Any]:
+    """The values of a row that somebody else has made, each of the kind that is asked for; `float` takes both numbers.
+
+    Raises ValueError where it is no such row, and where a number is too large for people.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"it is no sniroute: {what} is no object")
+    values = [row.get(name) for name in kinds]
+    for (name, kind), value in zip(kinds.items(), values):
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) \
+                or isinstance(value, (int, float)) and not 0 <= value <= NUMBER_MAX:
+            raise ValueError(f"it is no sniroute: {name} of {what} is missing, or is none")
+    return values
 
 
 def show_standing(row: dict[str, Any] | None) -> str:
     """Print how a tunnel stands, by its row in the status of a router.  Returns what to do about it."""
     row = row or {"state": "absent", "age": 0, "leases": 0, "next": 0, "words": ""}
-    state = printable(row["state"])
+    state = printable(row["state"], WORD_MAX)
     facts = [f"for {row['age']:.0f} s"] * (row["age"] > 0) + [f"{row['leases']} connections"] * (row["leases"] > 0)
     facts += [f"next in {row['next']:.0f} s"] * (row["next"] > 0)
     print("tunnel: ", ", ".join([LOCAL_ONLY.get(state, state), *facts]))
@@ -172,24 +197,55 @@ def show_standing(row: dict[str, Any] | None) -> str:
     return TUNNEL_ADVICE.get(state, "see OPERATING.md")
 
 
-def ask_admin(admin: str | tuple[str, int]) -> dict[str, Any]:
-    """GET /status.  Raises OSError, or ValueError for an answer that is none."""
-    import http.client  # a megabyte, for this one question
-    connection = http.client.HTTPConnection("localhost")
+def ask_admin(admin: str | tuple[str, int]) -> Any:
+    """GET /status: what the JSON says, whatever that is.  Raises OSError, or ValueError for an answer that is none.
+
+    Somebody else may have that address.  So all of it has to come within ADMIN_TIMEOUT, and in ADMIN_MAX bytes.
+    """
+    data = bytearray()
+    deadline = monotonic() + ADMIN_TIMEOUT
+    family = socket.AF_UNIX if isinstance(admin, str) else socket.AF_INET6 if ":" in admin[0] else socket.AF_INET
+    with socket.socket(family) as sock:
+        sock.settimeout(ADMIN_TIMEOUT)
+        sock.connect(admin)
+        sock.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        while (body := body_of(data)) is None:
+            if len(data) > ADMIN_MAX:
+                raise ValueError(f"its answer is over {ADMIN_MAX} bytes")
+            sock.settimeout(max(0.001, deadline - monotonic()))  # even what has come already may be read
+            piece = sock.recv(READ_MAX)
+            if not piece:
+                raise ValueError("its answer ended early" if data else "it closed without an answer")
+            if monotonic() > deadline:
+                raise TimeoutError(f"its answer took over {ADMIN_TIMEOUT:g} s")
+            data += piece
     try:
-        family = socket.AF_UNIX if isinstance(admin, str) else socket.AF_INET6 if ":" in admin[0] else socket.AF_INET
-        connection.sock = socket.socket(family)
-        connection.sock.settimeout(ADMIN_TIMEOUT)
-        connection.sock.connect(admin)
-        connection.request("GET", "/status")
-        answer = connection.getresponse()
-        if answer.status != 200:
-            raise ValueError(f"{answer.status} {answer.reason}")
-        return json.loads(answer.read())
-    except http.client.HTTPException as error:
-        raise ValueError(repr(error)) from None
-    finally:
-        connection.close()
+        return json.loads(body, parse_constant=not_json)
+    except RecursionError:
+        raise ValueError("its answer is nested too deep") from None
+
+
+def body_of(data: bytes | bytearray) -> bytes | None:
+    """The body of sniroute's answer to GET; None for "need more".  Raises ValueError for one that is another's."""
+    if not data[:9].startswith(b"HTTP/1.1 "[:len(data)]):
+        raise ValueError(f"it does not speak HTTP: {printable(bytes(data[:40]).decode('latin-1'))!r}")
+    head, end, body = data.partition(b"\r\n\r\n")
+    if not end:
+        return None
+    status, *lines = head.decode("latin-1").split("\r\n")
+    if not status.startswith("HTTP/1.1 200 "):
+        raise ValueError(status.removeprefix("HTTP/1.1 "))
+    lengths = [line.partition(":")[2].strip() for line in lines if line.lower().startswith("content-length:")]
+    if len(lengths) != 1 or not re.fullmatch("[0-9]{1,9}", lengths[0]):
+        raise ValueError("it is no sniroute: its answer has no Content-Length")
+    if int(lengths[0]) > ADMIN_MAX:
+        raise ValueError(f"its answer is over {ADMIN_MAX} bytes")
+    return bytes(body[:int(lengths[0])]) if len(body) >= int(lengths[0]) else None
+
+
+def not_json(word: str) -> None:
+    """NaN and Infinity, which Python would take.  Raises ValueError."""
+    raise ValueError(f"{word} is not JSON")
 
 
 def try_far_end(launcher: Launcher, key: TunnelKey) -> None:

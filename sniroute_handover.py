@@ -50,7 +50,7 @@ class Handover:
                                         <----   sends all its sockets: its listeners and its names (SCM_RIGHTS)
         accepts clients, too
         "drain"                         ---->   closes its listeners, and drains
-                                        <----   closes its names and the admin's address, then the connection
+                                        <----   closes its names and the admin's addresses, then the connection
         listens on the names
 
     If the successor dies before it says "drain", nothing has changed.

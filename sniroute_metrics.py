@@ -17,8 +17,8 @@ is copied in one step of the interpreter (see `copied`).  `TunnelTable.snapshot`
 lock, which the loop never takes.
 
 What strangers can do.  They choose the names that are refused, so TopNames is bounded, and so are all lists in
-/status.  Labels of metrics are configured routes and fixed words: a client cannot add one.  Each text in /status is
-one line of printable ASCII.
+/status.  Labels of metrics are configured routes and fixed words: a client cannot add one, and none names a client or a
+tunnel, since --admin-public shows /metrics to everybody.  Each text in /status is one line of printable ASCII.
 
 Seams: I want to ...
     export another number                        a row in METRICS

@@ -38,7 +38,7 @@ import socket
 import time
 from typing import Any, Callable, Iterable, Protocol
 
-from sniroute_loop import CAPACITY_ERRNOS, WRITE, Loop, Watch
+from sniroute_loop import WRITE, Loop, Watch
 
 __version__ = "0.1.0"
 
@@ -101,7 +101,7 @@ class Entrant(Protocol):
     def begin(self) -> socket.SocketType | None:
         """A non-blocking socket whose connect to the next address has begun; None where no address is left.
 
-        Raises OSError with one of CAPACITY_ERRNOS where this host has no descriptors; the address is still left then.
+        Raises OSError, with one of the loop's CAPACITY_ERRNOS, where this host has no descriptors; the address is still left then.
         """
 
     def tell(self, row: Row, what: str) -> None:

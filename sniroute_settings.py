@@ -41,7 +41,7 @@ __version__ = "0.1.0"
 log = logging.getLogger("sniroute")
 
 # Limits, each with its reason.
-SPARE_FDS = 400  # descriptors for 101 tunnels (three each), the pipes, listeners and the log
+SPARE_FDS = 400  # descriptors for 101 tunnels (three each), the pipes, listeners, the admin's 64 clients and the log
 UNIX_PATH_MAX = 90  # sun_path of unix(7) has 108 bytes, or 104; some are for the name it has before it is ready
 TUNNEL_MEMORY = 64 << 20  # bytes of the host for each process of a tunnel program: cloudflared takes about 28 MB
 SECRET = re.compile(r"[!-~]{16,}")  # a token: printable, and too long to be guessed
@@ -120,7 +120,8 @@ def parse_admin(text: str) -> str | tuple[str, int]:
     except ValueError:
         loopback = False
     if not loopback:
-        raise ValueError(f"{text!r} is neither a loopback address, as 127.0.0.1:19001, nor unix:PATH")
+        raise ValueError(f"{text!r} is neither a loopback address, as 127.0.0.1:19001, nor unix:PATH; "
+                         "for other hosts there is --admin-public: metrics and probes alone")
     return host, port
 
 
@@ -216,7 +217,10 @@ SETTINGS = (
             fixed=True),
     Setting("admin", "ADDRESS", parse_admin, None,
             "metrics, status and control by HTTP: a loopback HOST:PORT, or unix:PATH (default off); "
-            "needs sniroute_admin.py, sniroute_metrics.py and sniroute_page.py", fixed=True),
+            "needs sniroute_admin.py, sniroute_door.py, sniroute_metrics.py and sniroute_page.py", fixed=True),
+    Setting("admin-public", "ADDRESS", parse_listen, None,
+            "metrics and probes alone, for everybody who can connect: HOST:PORT, or :PORT for every address "
+            "(default off); needs the same files", fixed=True),
     Setting("log-level", "LEVEL", one_of("debug", "info", "warning", "error"), "info",
             "debug, info, warning or error (default info)"),
     Setting("log-format", "FORMAT", one_of("text", "json"), "text",
@@ -255,6 +259,7 @@ class Settings(NamedTuple):
     no_name: str
     cloudflared: str | None
     admin: str | tuple[str, int] | None  # the path of a unix socket, or (host, port)
+    admin_public: tuple[str, int] | None
     log_level: str
     log_format: str
     # What follows is no row of SETTINGS.
@@ -497,10 +502,15 @@ def configured_routes(values: Mapping[str, Any], source: str, environ: Mapping[s
 def cross_checked(values: Mapping[str, Any], given: Mapping[str, Given], running: Settings | None,
                   wrong: list[str]) -> None:
     """Add to `wrong` what each setting alone does not show."""
-    if values["admin"] is not None:
-        missing = [f"{room}.py" for room in OPTIONS["admin"] if not is_here(room)]
-        if missing:
-            wrong += [f"--admin: {file} is not beside sniroute.py: copy it there" for file in missing]
+    asked = "--admin" if values["admin"] is not None else "--admin-public" if values["admin_public"] is not None else ""
+    if asked:
+        wrong += [f"{asked}: {room}.py is not beside sniroute.py: copy it there" for room in OPTIONS["admin"]
+                  if not is_here(room)]
+    if values["admin_public"] is not None:
+        for name, other in (("admin", values["admin"]), *(("listen", each) for each in values["listen"] or ())):
+            if overlap(values["admin_public"], other):
+                wrong.append(f"{given['admin_public'].source}: {show_address(values['admin_public'])} is a part of "
+                             f"--{name} {show_address(other)}, or all of it: give it a port of its own")
     if values["admin_token"] and not SECRET.fullmatch(values["admin_token"]):
         wrong.append(f"{ADMIN_TOKEN}: has to be 16 printable characters or more, without spaces")
     for address in map(show_address, values["listen"] or ()):
@@ -509,6 +519,14 @@ def cross_checked(values: Mapping[str, Any], given: Mapping[str, Given], running
                 wrong.append(f"{given['route'].source}: {route} leads back to --listen {address}")
     if running is not None and values["open_to_all"] and not running.open_to_all:
         wrong.append("there are no routes any more: every name would be served")  # a file that is being written
+
+
+def overlap(one: tuple[str, int], other: str | tuple[str, int] | None) -> bool:
+    """Whether two addresses to listen on have an address in common; for names only where they are the same name."""
+    if not isinstance(other, tuple) or one[1] != other[1] or not one[1]:
+        return False
+    hosts = ["127.0.0.1" if host == "localhost" else host.lower() for host, _ in (one, other)]
+    return any(a == b or a in ("*", "::") or a == "0.0.0.0" and ":" not in b for a, b in (hosts, reversed(hosts)))
 
 
 def derived(values: dict[str, Any]) -> dict[str, Any]:

@@ -99,10 +99,10 @@ class Supervisor:
 def activated_sockets(environ: dict[str, str]) -> dict[str, list[socket.socket]]:
     """The listening sockets that systemd has opened for us (sd_listen_fds(3)); they are the caller's to close.
 
-    Two lists: "admin" has those that FileDescriptorName= calls so, "" has all others.  Both are empty without systemd.
-    Raises SettingsError where a descriptor is no listening TCP socket; the admin's may be a unix socket.
+    "admin" and "admin-public" have those that FileDescriptorName= calls so, "" has all others.  All are empty without
+    systemd.  Raises SettingsError where a descriptor is no listening TCP socket; the admin's may be a unix socket.
     """
-    found: dict[str, list[socket.socket]] = {"": [], "admin": []}
+    found: dict[str, list[socket.socket]] = {"": [], "admin": [], "admin-public": []}
     count = environ.get("LISTEN_FDS", "")
     if environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdecimal():
         return found

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import resource
 import select
 import socket
 import stat
@@ -14,16 +15,28 @@ import sys
 import threading
 import time
 import zipfile
-from typing import Any
+from typing import Any, Iterator
 
 import pytest
 
 import sniroute_admin
+import sniroute_door
+import sniroute_metrics
 from sniroute_names import printable
-from conftest import HERE, HOST, echo, wait_until
-from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, ask, dial, metrics, read_reply, tell, value
+from conftest import HERE, HOST, Address, echo, wait_until
+from testbed.admin import (DB, HOSTILE, TOKEN, TUNNEL, Running, ask, dial, metrics, parse_metrics, read_reply, tell,
+                           value)
 
 pytestmark = pytest.mark.usefixtures("hurry")
+
+
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """A thousand clients take a thousand descriptors."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], min(before[1], 4096)), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 # -- who may ask -------------------------------------------------------------------------------
@@ -177,8 +190,7 @@ def test_client_that_is_declined_early_may_finish_its_request(run_admin):
     with dial(running.admin.address) as sock:
         sock.sendall(request(*POST, "Content-Length: 300000", body="x" * 100_000).encode())
         assert select.select([sock], [], [], 20)[0]
-        with pytest.raises(AssertionError):
-            wait_until(lambda: not running.admin.server.live, timeout=0.2)
+        wait_until(lambda: [caller.state for caller in running.admin.door.gates[0].callers] == ["lingering"])
         for _ in range(2):
             sock.sendall(b"x" * 100_000)
         assert read_reply(sock).status == 413
@@ -255,13 +267,15 @@ def test_health_and_readiness(run_admin, echo_server):
 
 def test_loop_that_hangs_is_found_out_and_not_asked_twice(run_admin, monkeypatch):
     monkeypatch.setattr(sniroute_admin, "PULSE_TIME", 0.05)
-    running = run_admin()
+    monkeypatch.setattr(sniroute_admin, "PULSE_EVERY", 0.05)
+    running = run_admin(f"--admin-public={HOST}:0")
     hangs, go_on = threading.Event(), threading.Event()
     try:
         running.router.call(lambda: hangs.set() or go_on.wait(20))
         assert hangs.wait(20)
+        wait_until(lambda: ask(running.admin, "/healthz").status == 503)
         for _ in range(5):
-            assert ask(running.admin, "/healthz").status == 503
+            assert ask(running.admin, "/healthz").status == ask(running.admin, "/healthz", public=True).status == 503
         assert len(running.router.loop.calls) == 1
         assert ask(running.admin, "/metrics").status == ask(running.admin, "/status").status == 200
     finally:
@@ -345,7 +359,7 @@ def test_start_without_room_is_a_conflict(run_admin, serve, cloudflared, ports):
 
 def test_slow_request_is_ended_in_time(run_admin, monkeypatch):
     """A byte now and then does not keep it: the time is for all of the request."""
-    monkeypatch.setattr(sniroute_admin, "REQUEST_TIME", 0.3)
+    monkeypatch.setattr(sniroute_door, "REQUEST_TIME", 0.3)
     running = run_admin()
     for text in (b"", request(*GET).encode()[:-2], request(*POST, "Content-Length: 9").encode()):
         with dial(running.admin.address) as sock:
@@ -363,36 +377,63 @@ def test_slow_request_is_ended_in_time(run_admin, monkeypatch):
             assert ended and 0.25 < time.monotonic() - began < 2
 
 
-def test_more_than_16_requests_at_once_are_closed(run_admin):
+def test_more_than_16_orders_at_once_wait_and_are_told_so(run_admin, monkeypatch):
+    """Those that have no thread in time get a sentence, and who only asks how it stands is answered at once."""
+    monkeypatch.setattr(sniroute_door, "WORK_MAX", 19)
     running = run_admin()
-    server = running.admin.server
-    with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(dial(running.admin.address)) for _ in range(16)]
-        wait_until(lambda: len(server.live) == 16)
-        for _ in range(3):
-            with dial(running.admin.address) as late:
-                assert late.recv(1) == b""
-        assert sum(thread.name.startswith("admin-") for thread in threading.enumerate()) == 16
-        held[7].sendall(request(*GET).encode())
-        assert read_reply(held[7]).status == 200
-        wait_until(lambda: len(server.live) == 15)
-        assert ask(running.admin, "/healthz").status == 200
-    wait_until(lambda: not server.live)
+    (gate,) = running.admin.door.gates
+    go_on = threading.Event()
+    running.router.hooks = running.router.hooks._replace(reload=lambda: go_on.wait(20) and [])
+    try:
+        with contextlib.ExitStack() as stack:
+            held = [stack.enter_context(dial(running.admin.address)) for _ in range(19)]
+            for sock in held:
+                sock.sendall(request(*POST).encode())
+            wait_until(lambda: len(gate.live) == 16 and len(gate.waiting) == 3)
+            assert sum(thread.name.startswith("admin-") for thread in threading.enumerate()) == 16
+            late = ask(running.admin, "/reload", "POST")
+            assert (late.status, late.headers["Retry-After"]) == (503, "1")
+            assert late.json == {"error": "too many ask at once"}
+            assert ask(running.admin, "/healthz").status == ask(running.admin, "/readyz").status == 200
+            go_on.set()
+            assert [read_reply(sock).status for sock in held] == [200] * 19
+    finally:
+        go_on.set()
+    wait_until(lambda: not gate.live and not gate.callers)
+
+
+def test_an_order_that_waits_too_long_for_a_thread_is_told_so(run_admin, monkeypatch):
+    monkeypatch.setattr(sniroute_door, "WAIT_TIME", 0.1)
+    monkeypatch.setattr(sniroute_admin, "THREADS", {"admin": 1, "public": 1})
+    running = run_admin()
+    go_on = threading.Event()
+    running.router.hooks = running.router.hooks._replace(reload=lambda: go_on.wait(20) and [])
+    try:
+        with dial(running.admin.address) as first:
+            first.sendall(request(*POST).encode())
+            wait_until(lambda: running.admin.door.gates[0].live)
+            assert ask(running.admin, "/reload", "POST").status == 503
+            go_on.set()
+            assert read_reply(first).status == 200
+    finally:
+        go_on.set()
+    assert ask(running.admin, "/reload", "POST").status == 200
 
 
 def test_client_that_does_not_read_is_left(run_admin, monkeypatch, caplog):
-    monkeypatch.setattr(sniroute_admin, "ANSWER_TIME", 0.2)
+    monkeypatch.setattr(sniroute_door, "ANSWER_TIME", 0.2)
     running = run_admin()
     running.admin.status.make = lambda: bytes(20 << 20)
+    (gate,) = running.admin.door.gates
     with dial(running.admin.address) as sock:
         sock.sendall(request("GET /status HTTP/1.1", "Host: localhost").encode())
-        wait_until(lambda: running.admin.server.live)
-        wait_until(lambda: not running.admin.server.live, timeout=5)
+        wait_until(lambda: gate.callers)
+        wait_until(lambda: not gate.callers, timeout=5)
 
 
 def test_address_that_is_taken(run_admin):
     with socket.create_server((HOST, 0)) as taken:
-        with pytest.raises(OSError, match=rf"^127\.0\.0\.1:{taken.getsockname()[1]}: Address already in use$"):
+        with pytest.raises(OSError, match=rf"^--admin: 127\.0\.0\.1:{taken.getsockname()[1]}: Address already in use$"):
             run_admin(f"--admin={HOST}:{taken.getsockname()[1]}")
 
 
@@ -467,7 +508,7 @@ def test_close_ends_what_is_under_way(run_admin):
     running = run_admin()
     with dial(running.admin.address) as sock:
         sock.sendall(b"GET /")
-        wait_until(lambda: running.admin.server.live)
+        wait_until(lambda: running.admin.door.gates[0].callers)
         sock.settimeout(2)  # the request's own time is 5 s
         threads = [threading.Thread(target=running.admin.close) for _ in range(3)]
         for thread in threads:
@@ -482,7 +523,7 @@ def test_close_ends_what_is_under_way(run_admin):
 
 
 def test_accept_that_fails_does_not_spin(run_admin, monkeypatch):
-    monkeypatch.setattr(sniroute_admin, "ACCEPT_PAUSE", 0.01)
+    monkeypatch.setattr(sniroute_door, "ACCEPT_PAUSE", 0.01)
     running = run_admin()
     tried = []
 
@@ -497,7 +538,8 @@ def test_accept_that_fails_does_not_spin(run_admin, monkeypatch):
                 raise OSError(24, "Too many open files")
             return self.listener.accept()
 
-    running.admin.server.socket = Exhausted(running.admin.server.socket)
+    (gate,) = running.admin.door.gates
+    gate.listener = Exhausted(gate.listener)
     assert ask(running.admin, "/healthz").status == 200
     assert tried[5] - tried[0] >= 0.05
 
@@ -510,6 +552,259 @@ def test_log_says_who_asked_for_what_without_the_token(run_admin, caplog):
     (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("admin: POST")]
     assert line == "admin: POST /tunnels/%1b%0a/stop??31m HTTP/1.1: 404"
     assert TOKEN not in caplog.text
+
+
+# -- slow clients, and many --------------------------------------------------------------------
+
+HALF = b"GET /healthz HTTP/1.1\r\nHost: loc"
+BOTH = pytest.mark.parametrize("public", [False, True], ids=["admin", "public"])
+
+
+def at(running: Running, public: bool) -> Address:
+    return running.admin.public if public else running.admin.address
+
+
+@BOTH
+def test_a_probe_is_answered_at_once_whoever_is_slow(public, run_admin):
+    """40 clients send half a head; 40 ask for a lot, and do not read."""
+    running = run_admin(f"--admin-public={HOST}:0")
+    running.admin.metrics.make = lambda: bytes(20 << 20)
+    with contextlib.ExitStack() as stack:
+        for text in (HALF, request("GET /metrics HTTP/1.1", "Host: localhost").encode()):
+            for _ in range(40):
+                stack.enter_context(dial(at(running, public))).sendall(text)
+            began = time.monotonic()
+            for path in ("/healthz", "/readyz") * 20:
+                assert ask(running.admin, path, public=public).body == b"ok\n"
+            assert time.monotonic() - began < 2, "40 probes"
+
+
+@BOTH
+def test_a_probe_is_answered_within_a_second_of_a_thousand_connects(public, run_admin, many_descriptors):
+    running = run_admin(f"--admin-public={HOST}:0")
+    with contextlib.ExitStack() as stack:
+        for _ in range(1000):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(at(running, public))
+        began = time.monotonic()
+        assert ask(running.admin, "/healthz", public=public).status == 200
+        assert time.monotonic() - began < 1
+
+
+def test_a_request_that_no_thread_can_be_had_for_is_told_so(run_admin, monkeypatch):
+    """As where a limit of processes is reached."""
+    running = run_admin()
+
+    class Short(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading, "Thread", Short)
+        assert ask(running.admin, "/status").status == 503
+        assert ask(running.admin, "/healthz").status == 200
+    assert ask(running.admin, "/status").status == 200
+
+
+def test_a_fault_of_ours_ends_one_connection_and_not_the_admin(run_admin, caplog):
+    running = run_admin()
+    (gate,) = running.admin.door.gates
+    decide, gate.decide = gate.decide, lambda head: 1 // 0
+    with dial(running.admin.address) as sock:
+        wait_until(lambda: gate.callers)
+        sock.sendall(request(*GET).encode())
+        assert sock.recv(1) == b""
+    assert "ZeroDivisionError" in caplog.text and "please report it" in caplog.text
+    gate.decide = decide
+    assert ask(running.admin, "/healthz").status == 200
+
+
+def test_strangers_do_not_take_the_admin_s_place(run_admin):
+    running = run_admin(f"--admin-public={HOST}:0")
+    admin, public = running.admin.door.gates
+    with contextlib.ExitStack() as stack:
+        mine = stack.enter_context(dial(running.admin.address))
+        mine.sendall(HALF)
+        wait_until(lambda: len(admin.callers) == 1)
+        for _ in range(3 * sniroute_door.CALLERS_MAX):
+            stack.enter_context(dial(running.admin.public)).sendall(HALF)
+        assert ask(running.admin, "/healthz", public=True).status == 200  # all of those before it were accepted
+        assert len(public.callers) <= sniroute_door.CALLERS_MAX
+        mine.sendall(b"alhost\r\n\r\n")
+        assert read_reply(mine).status == 200
+
+
+def test_the_oldest_that_is_slow_makes_room(run_admin, monkeypatch):
+    """First those that are still to send, then those that are still to read; never one whose answer is being made."""
+    monkeypatch.setattr(sniroute_door, "CALLERS_MAX", 3)
+    running = run_admin()
+    running.admin.status.make = lambda: bytes(20 << 20)
+    (gate,) = running.admin.door.gates
+    go_on = threading.Event()
+    running.router.hooks = running.router.hooks._replace(reload=lambda: go_on.wait(20) and [])
+
+    def states() -> list[str]:
+        return [caller.state for caller in list(gate.callers)]
+
+    try:
+        with contextlib.ExitStack() as stack:
+            order, reader, half = (stack.enter_context(dial(running.admin.address)) for _ in range(3))
+            order.sendall(request(*POST).encode())
+            reader.sendall(request("GET /status HTTP/1.1", "Host: localhost").encode())
+            half.sendall(HALF)
+            wait_until(lambda: sorted(states()) == ["answering", "reading", "working"])
+            next_one = stack.enter_context(dial(running.admin.address))
+            assert half.recv(1) == b""
+            reader_2 = stack.enter_context(dial(running.admin.address))
+            assert next_one.recv(1) == b""
+            reader_2.sendall(request("GET /status HTTP/1.1", "Host: localhost").encode())
+            wait_until(lambda: sorted(states()) == ["answering", "answering", "working"])
+            assert ask(running.admin, "/healthz").status == 200
+            wait_until(lambda: sorted(states()) == ["answering", "working"])
+            go_on.set()
+            assert read_reply(order).status == 200
+    finally:
+        go_on.set()
+
+
+def test_a_head_may_come_in_pieces(run_admin):
+    running = run_admin()
+    text = request(*POST[:2], "Expect: 100-continue", *POST[2:], "Content-Length: 4").encode()
+    running.router.hooks = running.router.hooks._replace(reload=lambda: [])
+    with dial(running.admin.address) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for at in range(len(text)):
+            sock.sendall(text[at:at + 1])
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        for piece in (b"ab", b"cd"):
+            sock.sendall(piece)
+        assert read_reply(sock).status == 200
+
+
+@pytest.mark.parametrize("name", [name for name, (_, status) in FRAMES.items() if status == 200])
+def test_each_prefix_of_a_head_needs_more(name):
+    text = FRAMES[name][0].encode()
+    head, end = sniroute_door.parse_head(text)
+    assert text[end:] in (b"", b"abc", b"x" * 65536)
+    for cut in range(end):
+        assert sniroute_door.parse_head(text[:cut]) is None
+        before = max(0, cut - 3)
+        found = sniroute_door.parse_head(text, before)
+        assert found == (head, end)
+
+
+# -- strangers ---------------------------------------------------------------------------------
+
+
+def test_anybody_gets_metrics_and_probes_and_nothing_else(run_admin):
+    """With any Host, or none, from any page, with a token and without."""
+    running = run_admin(f"--admin-public={HOST}:0")
+    calls: list[str] = []
+    running.router.hooks = running.router.hooks._replace(reload=lambda: calls.append("reload") or [])
+    running.tunnels.stop = running.tunnels.wait = lambda *_: calls.append("tunnels") or True
+    found, expected = {}, {}
+    for path in (*PATHS, "/metrics?x=1", "/healthz/", "//metrics", "/%6detrics", "/favicon.ico"):
+        open_to_all = path.partition("?")[0] in ("/metrics", "/healthz", "/readyz")
+        for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "TRACE", "CONNECT"):
+            for host in ("localhost", "sniroute.example.com:9100", "192.0.2.1", None):
+                row = method, path, host
+                reply = ask(running.admin, path, method, host=host, public=True, Origin="http://evil.test")
+                found[row] = reply.status
+                expected[row] = 404 if not open_to_all else 200 if method in ("GET", "HEAD") else 405
+                assert reply.headers["Connection"] == "close" and "Access-Control-Allow-Origin" not in reply.headers
+    assert found == expected and calls == []
+    for text in ("GET /healthz HTTP/1.0\r\n\r\n", "GET /healthz HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"):
+        assert tell(running.admin.public, text).body == b"ok\n"
+    for name, (text, status) in FRAMES.items():
+        reply = tell(running.admin.public, text)
+        assert reply.status in (200, 400, 404, 405, 414, 431, 505) and b"evil" not in reply.body, name
+
+
+def test_strangers_learn_nothing_of_clients(run_admin, serve, cloudflared, ports):
+    """No name that a client asked for, no tunnel, no address is in what they get: labels are routes and fixed words."""
+    cloudflared.far("*", serve(echo).address)
+    cloudflared.fault("broken.example.com", exit=1, words="lookup broken.example.com: no such host")
+    running = run_admin(TUNNEL, ports, f"--route=web.example.net=tcp:{HOST}:9", f"--admin-public={HOST}:0")
+    with running.connect("db.example.com") as client:
+        assert client.recv(1)
+        for name in ("broken.example.com", "nowhere.example.org", "web.example.net"):
+            running.refused(name)
+        wait_until(lambda: len(running.router.connections) == 1)
+        wait_until(lambda: not running.admin.collector.endings)
+        running.admin.metrics.forget()
+        shown = {path: ask(running.admin, path, public=True).body.decode()
+                 for path in ("/metrics", "/healthz", "/readyz")}
+        seen = ask(running.admin, "/status").body.decode()
+        words = ["db.example.com", "broken.example.com", "nowhere.example.org", HOST]
+        assert all(word in seen for word in words), "the host's own users see them"
+    for word in (*words, "cloudflared"):
+        assert word not in "".join(shown.values())
+    labels = {}
+    for samples in parse_metrics(shown["/metrics"]).values():
+        for row in samples:
+            for name, text in row:
+                labels.setdefault(name, set()).add(text)
+    assert labels.pop("route") == {"*.example.com", "web.example.net"}
+    assert labels.keys() == {"result", "direction", "state", "reason", "le", "version", "python"}
+    assert labels["result"] == {*sniroute_metrics.RESULTS, "ready", "ok", "failed"}
+
+
+def test_the_public_address_may_be_the_only_one(run_admin):
+    running = run_admin(f"--admin-public={HOST}:0", admin=None)
+    assert running.admin.address is None
+    found = [ask(running.admin, path, public=True).status for path in ("/metrics", "/healthz", "/status")]
+    assert found == [200, 200, 404]
+    running.admin.close()
+    with pytest.raises(ConnectionRefusedError):
+        dial(running.admin.public)
+
+
+@pytest.mark.parametrize("where, hosts", [
+    (":0", ("127.0.0.1", "::1")), ("[::]:0", ("127.0.0.1", "::1")), ("0.0.0.0:0", ("127.0.0.1",)),
+    ("[::1]:0", ("::1",)), ("localhost:0", ("127.0.0.1",)),
+])
+def test_the_public_address_may_be_any(where, hosts, run_admin):
+    if ":" in "".join(hosts) and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    running = run_admin(f"--admin-public={where}", admin=None)
+    for host in hosts:
+        assert tell((host, running.admin.public[1]), request("GET /readyz HTTP/1.1", "Host: x")).body == b"ok\n"
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "nowhere.invalid", "x" * 64 + ".invalid"])
+def test_a_public_address_that_cannot_be_had_is_one_sentence(host, run_admin):
+    with pytest.raises(OSError, match=rf"^--admin-public: {host}:9: [^\n]+$"):
+        run_admin(f"--admin-public={host}:9")
+
+
+def test_a_successor_goes_on_with_the_address_that_it_can_open(run_admin, caplog):
+    running = run_admin()
+    with socket.create_server((HOST, 0)) as taken:
+        settings = running.settings._replace(admin_public=taken.getsockname())
+        running.admin.close()
+        running.admin = sniroute_admin.attach(running.router, settings, alone=False)
+        assert caplog.messages == [
+            "--admin-public: %s:%d: Address already in use: going on without it" % taken.getsockname()]
+        assert running.admin.public is None and ask(running.admin, "/healthz").status == 200
+
+
+def test_many_routes_do_not_keep_a_processor_busy(monkeypatch):
+    """The longer it takes to make an answer, the longer it is given again."""
+    now = [0.0]
+    monkeypatch.setattr(sniroute_admin.time, "monotonic", lambda: now[0])
+    made = []
+
+    def make() -> bytes:
+        now[0] += 0.1
+        made.append(now[0])
+        return b"%d" % len(made)
+
+    cached = sniroute_admin.Cached(make)
+    for _ in range(200):
+        cached.get()
+        now[0] += 0.05
+    assert len(made) == 5, "in ten seconds"
 
 
 # -- the file ----------------------------------------------------------------------------------

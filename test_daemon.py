@@ -324,11 +324,62 @@ def test_an_admin_address_that_is_taken_stops_the_start(launch, echo_server, hel
     assert ended.returncode == 1 and " error --admin: " in ended.stderr and "Traceback" not in ended.stderr
 
 
+def probe(port: int, path: str = "/healthz") -> str:
+    """The status line of the public address."""
+    with socket.create_connection((HOST, port), 10) as sock:
+        sock.sendall(b"GET %b HTTP/1.1\r\nHost: sniroute.example.com\r\n\r\n" % path.encode())
+        return read_all(sock).partition(b"\r\n")[0].decode()
+
+
+@linux
+def test_the_public_address_goes_to_the_successor(launch, free_ports, echo_server):
+    port, public = free_ports(2)
+    options = f"--listen={HOST}:{port}", route(echo_server.address), f"--admin-public={HOST}:{public}"
+    first = launch(*options)
+    first.wait_for(f" info metrics and probes on {HOST}:{public}\n")
+    assert probe(public) == "HTTP/1.1 200 OK" and " admin on " not in first.log()
+    with first.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        second = launch(*options)
+        second.wait_for(f" info metrics and probes on {HOST}:{public}\n")
+        first.wait_for(" info draining: ")
+        assert probe(public, "/readyz") == "HTTP/1.1 200 OK", "it is the second one's, which does not drain"
+    assert first.wait() == 0
+    assert probe(public, "/readyz") == "HTTP/1.1 200 OK"
+    second.stop()
+
+
+@linux
+def test_a_successor_without_the_public_address_goes_on_with_the_admin_s(launch, free_ports, echo_server, held):
+    port, admin = free_ports(2)
+    options = f"--listen={HOST}:{port}", route(echo_server.address), f"--admin={HOST}:{admin}"
+    first = launch(*options)
+    second = launch(*options, "--admin-public=%s:%d" % held.getsockname())
+    second.wait_for(" error --admin-public: %s:%d: Address already in use: going on without it\n" % held.getsockname())
+    second.wait_for(f" info admin on {HOST}:{admin}\n")
+    assert first.wait() == 0 and sniroute_doctor.ask_admin((HOST, admin))["pid"] == second.pid
+
+
+def test_the_public_address_may_be_systemd_s(launch, held, echo_server):
+    with socket.create_server((HOST, 0)) as public:
+        program = launch(route(echo_server.address), **activated(("sniroute", held), ("admin-public", public)))
+        assert probe(public.getsockname()[1], "/metrics") == "HTTP/1.1 200 OK"
+        assert probe(public.getsockname()[1], "/status") == "HTTP/1.1 404 Not Found"
+        program.wait_for(" info metrics and probes on %s:%d\n" % public.getsockname())
+
+
+def test_a_public_address_that_is_taken_stops_the_start(launch, echo_server, held):
+    ended = command(f"--listen={HOST}:0", route(echo_server.address), "--admin-public=%s:%d" % held.getsockname())
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert " error --admin-public: %s:%d: Address already in use\n" % held.getsockname() in ended.stderr
+
+
 def test_an_admin_address_needs_the_admin_s_file(two_files):
     ended = execute(*BARE_PYTHON, str(two_files), "check", "--admin=127.0.0.1:1", env=BARE, text=True, said="")
     assert ended.returncode == 2
     assert ended.stderr == "".join(f"sniroute: --admin: {file} is not beside sniroute.py: copy it there\n"
-                                   for file in ("sniroute_admin.py", "sniroute_metrics.py", "sniroute_page.py"))
+                                   for file in ("sniroute_admin.py", "sniroute_door.py", "sniroute_metrics.py",
+                                                "sniroute_page.py"))
 
 
 def planted(where: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -346,17 +397,18 @@ def test_a_loop_that_ends_by_a_fault_ends_the_program():
     assert ended.stderr.endswith(" info stopped\n")
 
 
+@pytest.mark.parametrize("option", ["--admin", "--admin-public"])
 @pytest.mark.parametrize("where, says", [
     ("import sniroute_page\ndel sniroute_page.PAGE",
      f"sniroute_admin.py: cannot import name 'PAGE' from 'sniroute_page' ({HERE}/sniroute_page.py)"),
     ("import sniroute_admin\nsniroute_admin.attach = None", "'NoneType' object is not callable"),
 ], ids=["import", "start"])
-def test_an_admin_that_is_broken_stops_the_start_in_one_line(where, says):
+def test_an_admin_that_is_broken_stops_the_start_in_one_line(where, says, option):
     """Before anybody is dismissed, where that can be known."""
-    ended = planted(where, "--admin=127.0.0.1:0")
+    ended = planted(where, f"{option}=127.0.0.1:0")
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     errors = [line for line in ended.stderr.splitlines() if " error " in line]
-    assert len(errors) == 1 and errors[0].endswith(f" error --admin: {says}")
+    assert len(errors) == 1 and errors[0].endswith(f" error {option}: {says}")
 
 
 def test_a_successor_whose_admin_is_broken_goes_on_without_it(launch, free_ports, echo_server):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import json
 import os
 import re
 import shutil
 import socket
 import sys
+import threading
 import time
 import types
 import zipfile
@@ -121,22 +124,131 @@ def test_explain_asks_a_router_that_runs(launch, cloudflared, ports, serve, admi
     assert "\nrouter:  no answer from its admin address: " in command("explain", NAME, *options).stdout
 
 
-@pytest.mark.parametrize("answer, says", [
-    (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", "403 Forbidden"),
-    (b"SSH-2.0-OpenSSH\r\n", "BadStatusLine"),
-    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", "list indices must be integers or slices, not str"),
-    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "'tunnels'"),
-    (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nno JS", "Expecting value"),
-    (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", "IncompleteRead"),
-    (b"", "RemoteDisconnected"),
-], ids=["forbidden", "another protocol", "a list", "nothing in it", "no JSON", "cut", "nothing"])
-def test_explain_bears_any_answer_of_an_admin_address(serve, capsys, answer, says):
+def as_json(text: str | bytes) -> bytes:
+    """An answer with this body."""
+    body = text.encode() if isinstance(text, str) else text
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+def with_status(**changes: object) -> bytes:
+    """The answer of a router with one tunnel, with some fields of the status, or of the tunnel, changed."""
+    row = {"key": "carrier:db.example.com", "state": "ready", "age": 100.5, "leases": 1, "next": 0.0, "words": ""}
+    status = {"phase": "running", "pid": 7, "connections": {"active": 3}, "tunnels": [row]}
+    for name, value in changes.items():
+        place = row if name in row else status
+        place[name] = value
+        if value is None:
+            del place[name]
+    return as_json(json.dumps(status))
+
+
+STRANGERS = {  # what may answer at an admin address, and what is said of it
+    "forbidden": (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", "403 Forbidden"),
+    "a redirect": (b"HTTP/1.1 302 Found\r\nLocation: http://192.0.2.1/\r\n\r\n", "302 Found"),
+    "another protocol": (b"SSH-2.0-OpenSSH\r\n", "it does not speak HTTP: 'SSH-2.0-OpenSSH"),
+    "terminal codes instead of HTTP": (b"\x1b]0;owned\x07\x1b[2J" * 9, "it does not speak HTTP: '?]0;owned??[2J"),
+    "terminal codes in the reason": (b"HTTP/1.1 500 \x1b[31m\x9b2J\r\n\r\n", "500 ?[31m?2J"),
+    "a list": (as_json("[]"), "the status is no object"),
+    "nothing in it": (as_json("{}"), "phase of the status is missing, or is none"),
+    "no JSON": (as_json("no JSON"), "Expecting value"),
+    "no UTF-8": (as_json(b"{\"\xff\xfe\": 1}"), "decode"),
+    "cut": (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", "its answer ended early"),
+    "nothing": (b"", "it closed without an answer"),
+    "half a word": (b"HTTP/1", "its answer ended early"),
+    "a head without an end": (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 300_000, "over 1048576 bytes"),
+    "a long body": (b"HTTP/1.1 200 OK\r\nContent-Length: 999999999\r\n\r\n", "over 1048576 bytes"),
+    "a body without a length": (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 9, "no Content-Length"),
+    "chunks without an end": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx", "no Content-Length"),
+    "two lengths": (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}", "no Content-Length"),
+    "a length of words": (b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n{}", "no Content-Length"),
+    "deep": (as_json("[" * 500_000), "nested too deep"),
+    "deep and whole": (as_json('{"tunnels": ' + "[" * 200_000 + "]" * 200_000 + "}"), "nested too deep"),
+    "NaN": (with_status(age=float("nan")), "NaN is not JSON"),
+    "endless": (with_status(age=float("inf")), "Infinity is not JSON"),
+    "a huge number": (as_json(b'{"pid": 1' + b"0" * 9999 + b"}"), "Exceeds the limit"),
+    "a large number": (with_status(age=1e300), "age of a tunnel"),
+    "a number too large for Python": (with_status().replace(b"100.5", b"1e999"), "age of a tunnel"),
+    "a negative number": (with_status(leases=-1), "leases of a tunnel"),
+    "a truth for a number": (with_status(pid=True), "pid of the status"),
+    "a fraction of a connection": (with_status(connections={"active": 1.5}), "active of connections"),
+    "a text for a number": (with_status(age="1"), "age of a tunnel"),
+    "a number for a text": (with_status(words=5), "words of a tunnel"),
+    "a list for a text": (with_status(key=[]), "key of a tunnel"),
+    "a text for a row": (with_status(tunnels=["x"]), "a tunnel is no object"),
+    "an object for a list": (with_status(tunnels={"key": 1}), "tunnels of the status"),
+    "no connections": (with_status(connections=None), "connections of the status"),
+    **{f"no {name}": (with_status(**{name: None}), f"{name} of a")
+       for name in ("key", "state", "age", "leases", "next", "words")},
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_explain_bears_any_answer_of_an_admin_address(serve, capsys, name):
+    """One line says what is wrong with it; no traceback, no terminal code, and soon."""
+    answer, says = STRANGERS[name]
+
     def far(sock: socket.socket) -> None:
         sock.recv(65536)
-        sock.sendall(answer)
+        with contextlib.suppress(OSError):
+            sock.sendall(answer)
     assert sniroute_doctor.ask_router(serve(far).address) is None
     said = capsys.readouterr().out
     assert said.startswith("router:  no answer from its admin address: ") and says in said and said.count("\n") == 1
+    assert re.fullmatch(r"[ -~]+\n", said) and len(said) < 400
+
+
+@pytest.mark.parametrize("first", [
+    b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 900000\r\n\r\n",
+], ids=["nothing", "a head", "a body"])
+@pytest.mark.parametrize("drip", [b"", b"x"], ids=["silent", "drips"])
+def test_explain_does_not_wait_for_ever(serve, capsys, monkeypatch, first, drip):
+    """A byte now and then does not keep it."""
+    monkeypatch.setattr(sniroute_doctor, "ADMIN_TIMEOUT", 0.3)
+    over = threading.Event()
+
+    def far(sock: socket.socket) -> None:
+        sock.recv(65536)
+        sent = 0
+        with contextlib.suppress(OSError):
+            sock.sendall(first)
+            while not over.wait(0.02):
+                sock.sendall(drip and (drip if first else b"HTTP/1.1 200 OK\r\n"[sent:sent + 1]))
+                sent += 1
+    began = time.monotonic()
+    try:
+        assert sniroute_doctor.ask_router(serve(far).address) is None
+        assert time.monotonic() - began < 3
+    finally:
+        over.set()
+    assert re.fullmatch(r"router:  no answer from its admin address: (timed out|its answer took over 0.3 s)\n",
+                        capsys.readouterr().out)
+
+
+def test_explain_bears_a_unix_socket_that_is_another_s(admin_path, capsys):
+    """One of datagrams, one that nobody listens on, a file."""
+    for kind, says in ((socket.SOCK_DGRAM, "Protocol wrong type for socket"),
+                       (socket.SOCK_STREAM, "Connection refused")):
+        with socket.socket(socket.AF_UNIX, kind) as other:
+            other.bind(admin_path)
+            assert sniroute_doctor.ask_router(admin_path) is None
+            assert says in capsys.readouterr().out
+        os.unlink(admin_path)
+    with open(admin_path, "w"):
+        assert sniroute_doctor.ask_router(admin_path) is None
+    assert "Connection refused" in capsys.readouterr().out
+
+
+def test_what_a_router_says_is_printed_without_terminal_codes(serve, capsys):
+    hostile = "\x1b[31m\r\n\u202e" + "x" * 999
+
+    def far(sock: socket.socket) -> None:
+        sock.recv(65536)
+        sock.sendall(with_status(phase=hostile, state=hostile, words=hostile, key=hostile))
+    (row,) = sniroute_doctor.ask_router(serve(far).address).values()
+    assert sniroute_doctor.show_standing(row) == "see OPERATING.md"
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:20] for line in lines] == ["router:  ?[31m???xxx", "tunnel:  ?[31m???xxx", "said:    ?[31m???xxx"]
+    assert all(re.fullmatch(r"[ -~]{1,520}", line) for line in lines)
 
 
 def test_explain_says_that_a_router_runs_where_the_name_has_no_tunnel(serve, capsys, no_variables):
@@ -308,7 +420,7 @@ def test_a_bundle_that_cannot_be_written_is_one_sentence(words, code, says, tmp_
 def test_a_bundle_of_a_broken_room_is_one_sentence(said, says, tmp_path):
     program = installed(tmp_path)
     (tmp_path / "sniroute_page.py").write_bytes(said)
-    for room in ("admin", "metrics"):
+    for room in ("admin", "door", "metrics"):
         shutil.copy(PROGRAM.parent / f"sniroute_{room}.py", tmp_path)
     ended = execute(sys.executable, str(program), "bundle", "--with=admin", cwd=tmp_path, said="", text=True)
     assert ended.returncode == 1 and ended.stderr.startswith("sniroute: ") and ended.stderr.count("\n") == 1

@@ -29,7 +29,7 @@ from testbed.running import alert, read_all, read_exactly, route
 FACE = "sniroute"
 SOURCES = {path.stem: path.read_text() for path in sorted(HERE.glob("sniroute*.py"))}
 TREES = {room: ast.parse(source) for room, source in SOURCES.items()}
-ADMIN = {"sniroute_admin.py", "sniroute_metrics.py", "sniroute_page.py"}
+ADMIN = {"sniroute_admin.py", "sniroute_door.py", "sniroute_metrics.py", "sniroute_page.py"}
 CARRIER = OPTIONS - ADMIN - {DOCTOR}
 
 # What is larger than the house allows, and why.
@@ -403,7 +403,7 @@ def opened(text: str) -> set[str]:
 
 @pytest.mark.parametrize("words, options", [
     ("check --route=*=tcp:192.0.2.1:1", {DOCTOR}),
-    ("check --route=*=carrier:{name} --admin=127.0.0.1:0", {DOCTOR}),
+    ("check --route=*=carrier:{name} --admin=127.0.0.1:0 --admin-public=:0", {DOCTOR}),
     ("explain a.example.com --route=*=tcp:192.0.2.1:1", {DOCTOR}),
     ("carrier --version", CARRIER),
 ], ids=["check", "check of all", "explain", "carrier"])
@@ -416,7 +416,8 @@ def test_a_command_opens_its_own_option_only(whole, words, options):
 
 @pytest.mark.parametrize("more, options", [
     ((), set()), (("--route=*.example.org=carrier:{name}",), set()), (("--admin=127.0.0.1:0",), ADMIN),
-], ids=["tcp", "carrier", "admin"])
+    ((f"--admin-public={HOST}:0",), ADMIN),
+], ids=["tcp", "carrier", "admin", "admin-public"])
 def test_an_option_that_is_off_is_not_opened(launch, whole, tmp_path, echo_server, more, options):
     """It costs a router no memory and no time.  The carrier is a process of its own, which has not started."""
     with open(tmp_path / "stdout", "w+") as stdout:
@@ -452,11 +453,12 @@ def test_a_command_without_the_doctor_says_so(folder, command):
 
 
 @pytest.mark.parametrize("name", sorted(ADMIN))
+@pytest.mark.parametrize("option", ["--admin", "--admin-public"])
 @pytest.mark.parametrize("command", ["serve", "check"])
-def test_an_admin_address_without_one_of_its_files_says_so(folder, name, command):
+def test_an_admin_address_without_one_of_its_files_says_so(folder, name, option, command):
     (folder / name).unlink()
-    said = one_line(run(folder, command, "--admin=127.0.0.1:0", f"--listen={HOST}:0"), 2)
-    assert said == f"sniroute: --admin: {name} is not beside sniroute.py: copy it there"
+    said = one_line(run(folder, command, f"{option}=127.0.0.1:0", f"--listen={HOST}:0"), 2)
+    assert said == f"sniroute: {option}: {name} is not beside sniroute.py: copy it there"
 
 
 @pytest.mark.parametrize("name", sorted(CARRIER))

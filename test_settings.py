@@ -126,6 +126,7 @@ SAMPLES: dict[str, tuple[list[str], Any, str, Any]] = {
     "no-name": (["ok"], "ok", "refuse", "refuse"),
     "cloudflared": (["/bin/sh"], "/bin/sh", "/bin/cat", "/bin/cat"),
     "admin": (["127.0.0.1:1"], ("127.0.0.1", 1), "unix:/run/admin", "/run/admin"),
+    "admin-public": (["192.0.2.1:1"], ("192.0.2.1", 1), ":2", ("*", 2)),
     "log-level": (["debug"], "debug", "error", "error"),
     "log-format": (["json"], "json", "text", "text"),
 }
@@ -466,6 +467,44 @@ def test_an_admin_address_is_loopback_or_a_path(text, good):
         assert sniroute_settings.parse_admin(text) == good
 
 
+def test_an_admin_address_for_others_is_another_setting():
+    says = "^--admin: '0.0.0.0:9100' is neither .*; for other hosts there is --admin-public"
+    with pytest.raises(SettingsError, match=says):
+        load_settings(["--admin=0.0.0.0:9100"], {})
+
+
+@pytest.mark.parametrize("public, options, part_of", [
+    ("127.0.0.1:19000", [], "--listen *:19000"), (":19000", [], "--listen *:19000"),
+    ("[::1]:19000", [], "--listen *:19000"), ("name.example.com:19000", [], "--listen *:19000"),
+    ("192.0.2.1:1", ["--listen=192.0.2.1:1"], "--listen 192.0.2.1:1"),
+    ("0.0.0.0:1", ["--listen=192.0.2.1:1"], "--listen 192.0.2.1:1"),
+    ("[::]:1", ["--listen=192.0.2.1:1"], "--listen 192.0.2.1:1"),
+    ("192.0.2.1:1", ["--listen=:2", "--listen=0.0.0.0:1"], "--listen 0.0.0.0:1"),
+    ("Name.example.com:1", ["--listen=name.example.com:1"], "--listen name.example.com:1"),
+    ("127.0.0.1:1", ["--admin=localhost:1"], "--admin localhost:1"), (":1", ["--admin=[::1]:1"], "--admin [::1]:1"),
+    (":19001", [], ""), ("192.0.2.1:1", ["--listen=192.0.2.2:1"], ""), ("192.0.2.1:1", ["--admin=127.0.0.1:1"], ""),
+    ("0.0.0.0:1", ["--listen=[::1]:1"], ""), (":0", ["--listen=:0", "--admin=127.0.0.1:0"], ""),
+    (":1", ["--admin=unix:/run/admin"], ""),
+])
+def test_the_public_address_is_not_that_of_the_clients_or_of_the_admin(public, options, part_of):
+    """One line says so at the start; else it would be whose bind comes first."""
+    options = [f"--admin-public={public}", *options]
+    if not part_of:
+        assert load_settings(options, {}).admin_public
+        return
+    with pytest.raises(SettingsError) as caught:
+        load_settings(options, {})
+    (line,) = caught.value.lines
+    assert re.fullmatch(r"--admin-public: \S+ is a part of " + re.escape(part_of)
+                        + ", or all of it: give it a port of its own", line)
+
+
+@pytest.mark.parametrize("text", ["unix:/run/public.sock", "9100", "192.0.2.1", "[::1", "::1:9100", "192.0.2.1:99999"])
+def test_a_public_address_is_a_host_and_a_port(text):
+    with pytest.raises(SettingsError, match="^--admin-public: "):
+        load_settings([f"--admin-public={text}"], {})
+
+
 def test_a_token_for_the_admin_is_no_joke():
     assert load_settings([], {"SNIROUTE_ADMIN_TOKEN": "0123456789abcdef"}).admin_token == "0123456789abcdef"
     assert load_settings([], {}).admin_token is None
@@ -525,7 +564,10 @@ def test_an_admin_address_without_its_files_is_refused_a_line_for_each(monkeypat
     with pytest.raises(SettingsError) as caught:
         load_settings(["--admin=127.0.0.1:1"], {})
     assert caught.value.lines == tuple(f"--admin: sniroute_{room}.py is not beside sniroute.py: copy it there"
-                                       for room in ("admin", "page"))
+                                       for room in ("admin", "door", "page"))
+    with pytest.raises(SettingsError) as caught:
+        load_settings(["--admin-public=:1"], {})
+    assert caught.value.lines[0] == "--admin-public: sniroute_admin.py is not beside sniroute.py: copy it there"
     load_settings([], {})  # nobody asks for it
 
 

@@ -74,9 +74,12 @@ def test_what_is_no_listening_socket_is_refused(kind, held, tmp_path):
     assert f"LISTEN_FDS: descriptor 4 ({shown}) is no listening TCP socket\n" in ended.stderr
 
 
+NO_SOCKETS = {"": [], "admin": [], "admin-public": []}
+
+
 def test_sockets_for_another_process_are_left_alone(monkeypatch):
-    assert sniroute_systemd.activated_sockets({"LISTEN_PID": "1", "LISTEN_FDS": "3"}) == {"": [], "admin": []}
-    assert sniroute_systemd.activated_sockets({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "x"}) == {"": [], "admin": []}
+    assert sniroute_systemd.activated_sockets({"LISTEN_PID": "1", "LISTEN_FDS": "3"}) == NO_SOCKETS
+    assert sniroute_systemd.activated_sockets({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "x"}) == NO_SOCKETS
 
 
 # -- systemd -----------------------------------------------------------------------------------

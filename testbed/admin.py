@@ -55,9 +55,10 @@ DB = "cloudflared:db.example.com"
 class Running:
     """A Router and its admin, with the router's loop in a thread of this process.  Used with `with`."""
 
-    def __init__(self, *argv: str, program: str, token: str | None = TOKEN, listener: socket.socket | None = None):
-        settings = sniroute_settings.load_settings(["--listen", f"{HOST}:0", f"--admin={HOST}:0", *argv],
-                                          {"SNIROUTE_ADMIN_TOKEN": token} if token else {})
+    def __init__(self, *argv: str, program: str, token: str | None = TOKEN, listener: socket.socket | None = None,
+                 admin: str | None = f"{HOST}:0"):
+        settings = sniroute_settings.load_settings(["--listen", f"{HOST}:0", *([f"--admin={admin}"] if admin else []),
+                                                    *argv], {"SNIROUTE_ADMIN_TOKEN": token} if token else {})
         self.tunnels = TunnelTable({"cloudflared": cloudflared_launcher(program, {})}, settings.ports,
                                    idle=settings.idle, start_timeout=settings.start_timeout,
                                    max_tunnels=settings.max_tunnels, max_starting=settings.max_starting)
@@ -70,7 +71,7 @@ class Running:
         self.tunnels.start()
         self.thread.start()
         try:
-            self.admin = attach(self.router, self.settings, self.listener)
+            self.admin = attach(self.router, self.settings, {"admin": self.listener} if self.listener else {})
         except BaseException:
             self.stop()
             raise
@@ -121,7 +122,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run_admin(cloudflared: Cloudflared) -> Iterator[Callable[..., Running]]:
-    """run_admin(*options, program=..., token=..., listener=...) -> Running, until the test ends.
+    """run_admin(*options, program=..., token=..., listener=..., admin=...) -> Running, until the test ends.
 
     `cloudflared` is torn down after this fixture, and then checks that all stand-ins have ended.
     """
@@ -173,13 +174,16 @@ def tell(address: Address | str, text: str | bytes, method: str = "GET") -> Repl
 
 
 def ask(admin: Admin, path: str, method: str = "GET", host: str | None = "localhost", token: str | None = TOKEN,
-        **fields: str) -> Reply:
-    """Send one request, and read its answer.  `fields` are further header fields, with `_` instead of `-`."""
+        public: bool = False, **fields: str) -> Reply:
+    """Send one request, and read its answer.  `fields` are further header fields, with `_` instead of `-`.
+
+    `public`: at --admin-public, as a stranger does.
+    """
     lines = [f"{method} {path} HTTP/1.1", *([f"Host: {host}"] if host is not None else [])]
     if token is not None:
         lines.append(f"Authorization: Bearer {token}")
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
-    return tell(admin.address, "\r\n".join([*lines, "", ""]), method)
+    return tell(admin.public if public else admin.address, "\r\n".join([*lines, "", ""]), method)
 
 
 # -- what it answers ---------------------------------------------------------------------------

@@ -1,0 +1,520 @@
+"""sniroute_door: the admin's addresses: clients are accepted, heads read, answers sent, and nobody waits for another.
+
+    listener --- accept ---> Caller, a client with one request
+                               READING    its head, then its body --- parse_head ---> Head --- Gate.decide ---> Plan
+                               WAITING    for one of its gate's threads
+                               WORKING    a thread `admin-<n>` or `public-<n>` runs Plan.act, which gives an Answer
+                               ANSWERING  the Answer is sent, as fast as the client reads
+                               LINGERING  the client was declined early: what it still sends is thrown away
+
+A Gate is an address: who may ask for what there (`decide`), its threads, its callers.  A Door has one loop, of
+sniroute_loop, for all its gates.  A Plan that is `quick` skips WAITING and WORKING: the loop itself runs it.  So a
+probe is answered at once, whoever else is slow.
+
+Threads.  `admin` runs the loop, and it alone touches sockets and Callers.  `<gate>-<n>` runs one Plan.act and hands the
+Answer to the loop by `Loop.call`.  `Door.close` is for any other thread.  There is no lock here.
+
+What strangers can do.  Each gate has CALLERS_MAX clients; one more takes the place of the oldest that is still to send
+or to read something.  Who has not sent its request, or read its answer, in time is cut off.  Each gate has threads
+of its own, and WORK_MAX requests that wait for them or are in them: one more gets 503.
+
+Seams: I want to ...
+    answer at another address     a Gate, in sniroute_admin
+    accept other heads            `parse_head`, which does no I/O
+    change what all answers say   HEADERS, `render`
+
+It imports sniroute_loop, sniroute_page (the policy for browsers) and sniroute_names.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import http
+import json
+import logging
+import os
+import re
+import socket
+import stat
+import sys
+import threading
+import time
+from typing import Any, Callable, NamedTuple
+
+from sniroute_loop import CAPACITY_ERRNOS, READ, WRITE, Loop, Watch
+from sniroute_names import printable, show_address
+from sniroute_page import POLICY
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("sniroute")
+
+# Limits, each with its reason.  Sizes in bytes, times in seconds.
+CALLERS_MAX = 32  # of a gate at once: a browser makes six; a descriptor each, which SPARE_FDS has to spare
+WORK_MAX = 16  # of these, requests that wait for a thread or are in one: others always find a place
+REQUEST_TIME = 5.0  # to send a whole request, however slowly it comes
+WAIT_TIME = 5.0  # for a thread
+ANSWER_TIME = 10.0  # to read a whole answer: Prometheus' own limit for a scrape
+LINGER = 1.0  # a client that was declined while it still sends gets this time to read why ...
+LINGER_READS = 64  # ... and at most so many pieces of its request are thrown away meanwhile
+HEAD_MAX = 32768  # request line and header fields: a browser adds the cookies of every other port (RFC 6265, 8.5)
+FIELDS_MAX = 100  # header fields: browsers send twenty
+BODY_MAX = 65536  # no request needs a body, but some clients send one
+PIECE = 65536  # read at once
+ACCEPT_MAX = 64  # in a row: then those who are here already have their turn
+ACCEPT_PAUSE = 0.1  # until an accept that failed is tried again: else the thread would spin where descriptors are short
+BACKLOG = 1024  # connections that wait for accept.  One too many is not told, and tries again after a second
+CLOSE_TIME = 1.0  # for threads to end in Door.close(); one that waits for a tunnel may end later, unheard
+
+READING, WAITING, WORKING, ANSWERING, LINGERING, CLOSED = (
+    "reading", "waiting", "working", "answering", "lingering", "closed")  # states of a Caller
+YIELDING = (READING, LINGERING), (ANSWERING,)  # who makes room for a new one, first to last
+FAULT = "admin: a fault in sniroute: please report it"
+
+REQUEST_LINE = re.compile(rb"([!-~]+) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")  # RFC 9112 section 3
+FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\0\r\n]*?)[ \t]*")  # RFC 9112 section 5
+HEAD_END = re.compile(rb"\n\r?\n")  # lines may end with LF alone (RFC 9112 section 2.2)
+
+
+# -- requests ----------------------------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    """What a request gets: a status, a body, its Content-Type, and further header fields."""
+
+    status: int
+    body: bytes
+    kind: str = "text/plain; charset=utf-8"
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class Declined(Exception):
+    """A request that is not done.  `answer` tells its client why, as {"error": sentence}.
+
+    `headers` are further header fields of the answer, with `_` for `-`.
+    """
+
+    def __init__(self, status: int, sentence: str, **headers: str):
+        super().__init__(sentence)
+        self.answer = Answer(status, json.dumps({"error": sentence}).encode() + b"\n", "application/json",
+                             tuple((name.replace("_", "-"), value) for name, value in headers.items()))
+
+
+class Head(NamedTuple):
+    """The head of a request: its request line and header fields, as texts (each character is a byte)."""
+
+    line: str  # the request line
+    method: str
+    path: str  # without the query; not decoded
+    fields: dict[str, list[str]]  # by name in lower case
+
+    def field(self, name: str) -> str | None:
+        """A header field, by its name in lower case; None if it is missing.
+
+        Raises Declined if it is there twice: two readers may differ.
+        """
+        values = self.fields.get(name, [])
+        if len(values) > 1:
+            raise Declined(400, f"{name.title()} is there twice")
+        return values[0] if values else None
+
+    def body_length(self) -> int:
+        """The bytes of the body.  Raises Declined."""
+        if self.field("transfer-encoding") is not None:
+            raise Declined(411, "a body wants a Content-Length")
+        length = self.field("content-length") or "0"
+        if not re.fullmatch(r"[0-9]{1,18}", length, re.ASCII):
+            raise Declined(400, "Content-Length is no number")
+        if int(length) > BODY_MAX:
+            raise Declined(413, f"the body is over {BODY_MAX} bytes")
+        return int(length)
+
+
+def parse_head(data: bytes | bytearray, start: int = 0) -> tuple[Head, int] | None:
+    """The head of an HTTP/1 request (RFC 9112), and where its body begins; None for "need more".
+
+    Before `start` it was looked for its end already.  Raises Declined for what can never be right.
+    """
+    end = HEAD_END.search(data, max(0, start - 2))
+    if (end.end() if end else len(data)) > HEAD_MAX:
+        raise Declined(431 if b"\n" in data[:HEAD_MAX] else 414, f"the head is over {HEAD_MAX} bytes")
+    if end is None:
+        return None
+    lines = [line.removesuffix(b"\r") for line in bytes(data[:end.start()]).split(b"\n")]
+    match = REQUEST_LINE.fullmatch(lines[0])
+    if match is None:
+        raise Declined(400, "the request line is malformed")
+    if match[3] != b"1":
+        raise Declined(505, "this is HTTP/1.1")
+    if len(lines) > FIELDS_MAX + 1:
+        raise Declined(431, f"there are over {FIELDS_MAX} header fields")
+    fields: dict[str, list[str]] = {}
+    for line in lines[1:]:
+        field = FIELD_LINE.fullmatch(line)
+        if field is None:
+            raise Declined(400, "the header is malformed")
+        fields.setdefault(field[1].decode().lower(), []).append(field[2].decode("latin-1"))
+    line, method, target = (text.decode("latin-1") for text in match.group(0, 1, 2))
+    return Head(line, method, target.partition("?")[0], fields), end.end()
+
+
+class Plan(NamedTuple):
+    """What is done for a request."""
+
+    act: Callable[[], Answer]  # may raise Declined
+    body: int  # bytes of the request's body, which is read and ignored first
+    quick: bool  # `act` never waits: the loop runs it
+
+
+# Header fields of every answer.  So a browser keeps no copy, guesses no content type, lets no other page show or
+# load an answer, and runs no script but ours.
+HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+           "X-Frame-Options": "DENY", "Cross-Origin-Resource-Policy": "same-origin", "Cache-Control": "no-store",
+           "Connection": "close"}
+
+
+def render(answer: Answer) -> bytes:
+    """The head of an answer."""
+    date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+    fields = {**HEADERS, "Date": date, "Content-Type": answer.kind,
+              "Content-Length": str(len(answer.body)), **dict(answer.headers)}
+    status = http.HTTPStatus(answer.status)
+    shown = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    return f"HTTP/1.1 {status.value} {status.phrase}\r\n{shown}\r\n".encode()
+
+
+# -- one client --------------------------------------------------------------------------------
+
+
+class Caller:
+    """One client, with one request.  Thread `admin`, but for `perform`.
+
+    `readable` and `writable` may be called for nothing: the number of a descriptor that was closed in this turn of the
+    loop may be this one's by now.
+    """
+
+    __slots__ = ("gate", "sock", "watch", "state", "data", "head", "plan", "left", "out", "unread", "reads")
+
+    def __init__(self, gate: Gate, sock: socket.socket):
+        self.gate = gate
+        self.sock = sock
+        self.watch = Watch(gate.door.loop.poller, sock.fileno())
+        self.state = ""
+        self.data = bytearray()  # what has come of the head
+        self.head: Head | None = None  # when it is complete
+        self.plan: Plan | None = None  # when the head is right
+        self.left = 0  # bytes of the body that are to come
+        self.out: list[memoryview] = []  # what is still to be sent
+        self.unread = True  # the client may still be sending its request
+        self.reads = LINGER_READS
+        gate.callers[self] = None
+        self.enter(READING)
+
+    def enter(self, state: str) -> None:
+        """Be in this state from now on; the time for it begins."""
+        late = self.gate.door.late
+        if self.state in late:
+            late[self.state].drop(self)
+        self.state = state
+        if state in late:
+            late[state].put(self)
+
+    def close(self) -> None:
+        """It is over.  A second call does nothing."""
+        if self.state is CLOSED:
+            return
+        self.enter(CLOSED)
+        del self.gate.callers[self]
+        self.watch.closing()
+        self.sock.close()
+
+    def readable(self, mask: int = 0) -> None:
+        """Something may have come.  Closes at its end: whoever asks waits for the answer."""
+        try:
+            data = self.sock.recv(PIECE)
+        except BlockingIOError:
+            self.watch.wait_for(READ, self.readable)
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+        elif self.state is READING:
+            try:
+                self._read(data)
+            except Declined as declined:
+                self.answer(declined.answer)
+        else:
+            self.reads -= 1
+            if not self.reads:
+                self.close()
+
+    def _read(self, data: bytes) -> None:
+        """A piece of the request.  Raises Declined."""
+        if self.plan is None:
+            before = len(self.data)
+            self.data += data
+            found = parse_head(self.data, before)
+            if found is None:
+                self.watch.wait_for(READ, self.readable)
+                return
+            self.head, end = found
+            data = bytes(self.data[end:])
+            self.data.clear()
+            plan = self.gate.decide(self.head)
+            self.plan, self.left = plan, plan.body
+            if plan.body > len(data) and (self.head.field("expect") or "").lower() == "100-continue":
+                with contextlib.suppress(OSError):  # RFC 9110 section 10.1.1; a client that is gone shows later
+                    self.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.left -= len(data)
+        if self.left > 0:
+            self.watch.wait_for(READ, self.readable)
+            return
+        self.unread = False
+        self.watch.wait_for(0)
+        if self.plan.quick:
+            self.answer(self.perform())
+        else:
+            self.gate.work(self)
+
+    def perform(self) -> Answer:
+        """Do what is asked.  The thread of the gate, or where it is quick, `admin`."""
+        try:
+            return self.plan.act()
+        except Declined as declined:
+            return declined.answer
+        except Exception:
+            log.exception(FAULT)
+            return Declined(500, "a fault in sniroute: its log says which").answer
+
+    def answer(self, answer: Answer) -> None:
+        """Begin to send an answer."""
+        log.debug("%s: %s: %d", self.gate.name, printable(self.head.line if self.head else "no request", 200),
+                  answer.status)
+        body = b"" if self.head is not None and self.head.method == "HEAD" else answer.body
+        self.out = [memoryview(each) for each in (render(answer), body) if each]
+        self.enter(ANSWERING)
+        self.writable()
+
+    def writable(self, mask: int = 0) -> None:
+        """Send what the client takes.  At the end, let one that was declined early read why.
+
+        Closing a socket that has unread bytes resets the connection, and the client may lose the answer (RFC 9112
+        section 9.6).  So its bytes are read first, for a while.
+        """
+        try:
+            while self.out:
+                sent = self.sock.sendmsg(self.out)
+                while self.out and sent >= len(self.out[0]):
+                    sent -= len(self.out.pop(0))
+                if sent:
+                    self.out[0] = self.out[0][sent:]
+            if self.unread:
+                self.sock.shutdown(socket.SHUT_WR)
+                self.enter(LINGERING)
+                self.watch.wait_for(READ, self.readable)
+                return
+        except BlockingIOError:
+            self.watch.wait_for(WRITE, self.writable)
+            return
+        except OSError as error:
+            log.debug("%s: %s", self.gate.name, printable(str(error)))
+        self.close()
+
+
+# -- an address --------------------------------------------------------------------------------
+
+
+class Gate:
+    """An address: its listener, which it owns, its callers, its threads `<name>-<n>`.  Thread `admin`, but for `_run`.
+
+    `decide` says what is done for a request, and never waits; it raises Declined.
+    """
+
+    def __init__(self, door: Door, name: str, listener: socket.socket, decide: Callable[[Head], Plan], threads: int):
+        self.door = door
+        self.name = name
+        self.listener = listener
+        self.decide = decide
+        self.callers: dict[Caller, None] = {}  # the oldest first
+        self.free = collections.deque(range(threads, 0, -1))  # the numbers n of threads that are not running
+        self.live: dict[int, threading.Thread] = {}  # those that are; their keys are not in `free`
+        self.waiting: collections.deque[Caller] = collections.deque()  # for a thread
+        listener.setblocking(False)  # another process on this listener may accept a client that we were told of
+        self.watch = Watch(door.loop.poller, listener.fileno())
+        self.pause = door.loop.timer(self._resume)
+        self._resume()
+
+    def _resume(self) -> None:
+        self.watch.wait_for(READ, self.accept)
+
+    def accept(self, mask: int) -> None:
+        """Accept who is there, and read what they have sent."""
+        for _ in range(ACCEPT_MAX):
+            try:
+                sock, _ = self.listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno not in CAPACITY_ERRNOS or not self._make_room():
+                    self.watch.wait_for(0)
+                    self.pause.set(time.monotonic() + ACCEPT_PAUSE)
+                return
+            sock.setblocking(False)
+            if len(self.callers) >= CALLERS_MAX:
+                self._make_room()
+            Caller(self, sock).readable()
+
+    def _make_room(self) -> bool:
+        """Cut off the oldest of those that are still to send or to read something; whether there is one."""
+        for states in YIELDING:
+            for caller in self.callers:
+                if caller.state in states:
+                    caller.close()
+                    return True
+        return False
+
+    def work(self, caller: Caller) -> None:
+        """Have a thread do what is asked, as soon as one is free."""
+        if sum(each.state in (WAITING, WORKING) for each in self.callers) >= WORK_MAX:
+            caller.answer(BUSY.answer)
+            return
+        caller.enter(WAITING)
+        self.waiting.append(caller)
+        self._begin()
+
+    def give_up(self, caller: Caller) -> None:
+        """No thread was free in time."""
+        self.waiting.remove(caller)
+        caller.answer(BUSY.answer)
+
+    def _begin(self) -> None:
+        """Give those that wait a thread, as long as there are some."""
+        while self.waiting and self.free:
+            caller = self.waiting.popleft()
+            number = self.free.pop()
+            caller.enter(WORKING)
+            self.live[number] = threading.Thread(target=self._run, args=(number, caller), daemon=True,
+                                                 name=f"{self.name}-{number}")
+            try:
+                self.live[number].start()
+            except RuntimeError:  # the system has no thread to spare
+                self._end(number, caller, BUSY.answer)
+
+    def _run(self, number: int, caller: Caller) -> None:
+        """What a thread runs."""
+        self.door.loop.call(functools.partial(self._end, number, caller, caller.perform()))
+
+    def _end(self, number: int, caller: Caller, answer: Answer) -> None:
+        """A thread has an answer, and ends."""
+        del self.live[number]
+        self.free.append(number)
+        if caller.state is WORKING:
+            caller.answer(answer)
+        self._begin()
+
+
+BUSY = Declined(503, "too many ask at once", Retry_After="1")
+
+
+class Door:
+    """One loop for all gates, in the thread `admin`, from `open` to `close`.
+
+    `tick` is called each `every` seconds, however many clients there are.
+    """
+
+    def __init__(self, tick: Callable[[], None], every: float):
+        self.loop = Loop(self._fault)
+        self.gates: list[Gate] = []
+        self.tick = tick
+        self.every = every
+        self.timer = self.loop.timer(self._tick)
+        self.late = {state: self.loop.queue(seconds, act) for state, seconds, act in (
+            (READING, REQUEST_TIME, Caller.close), (WAITING, WAIT_TIME, lambda caller: caller.gate.give_up(caller)),
+            (ANSWERING, ANSWER_TIME, Caller.close), (LINGERING, LINGER, Caller.close))}
+        self.thread = threading.Thread(target=self.loop.run, name="admin", daemon=True)
+
+    def open(self) -> None:
+        """Begin to serve the gates."""
+        self.timer.set(0.0)
+        self.thread.start()
+
+    def close(self) -> None:
+        """Cut all requests short, and wait up to CLOSE_TIME for their threads.  Any thread but `admin`; once."""
+        if self.thread.is_alive():
+            self.loop.call(self.loop.stop)
+            self.thread.join()
+        for gate in self.gates:
+            gate.listener.close()
+            for caller in list(gate.callers):
+                caller.close()
+        self.loop.close()
+        deadline = time.monotonic() + CLOSE_TIME
+        for gate in self.gates:
+            for thread in list(gate.live.values()):
+                if thread is not threading.current_thread():
+                    thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _tick(self) -> None:
+        self.timer.set(time.monotonic() + self.every)
+        self.tick()
+
+    def _fault(self, owner: Any) -> None:
+        """Something raised an exception: a caller ends, and all others go on."""
+        log.error(FAULT, exc_info=sys.exc_info())
+        if isinstance(owner, Caller):
+            owner.close()
+
+
+# -- listening ---------------------------------------------------------------------------------
+
+
+def listen(where: str | tuple[str, int]) -> tuple[socket.socket, tuple[int, int] | None]:
+    """Listen on (host, port), where the host `*` is every address, or at the path of a unix socket.
+
+    Returns the socket, and for a unix one its file's (device, inode).  Raises OSError with a sentence for people.
+    """
+    try:
+        return listen_unix(where) if isinstance(where, str) else (listen_tcp(*where), None)
+    except (OSError, UnicodeError) as error:
+        shown = where if isinstance(where, str) else show_address(where)
+        errno = getattr(error, "errno", None) or 0  # below zero: of getaddrinfo
+        words = os.strerror(errno) if errno > 0 else getattr(error, "strerror", None) or error
+        raise OSError(f"{shown}: {words}") from None
+
+
+def listen_tcp(host: str, port: int) -> socket.socket:
+    """Listen on one address, or on all of `*`.  Raises OSError."""
+    if host in ("*", "::"):
+        both = socket.has_dualstack_ipv6()
+        return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, backlog=BACKLOG,
+                                    dualstack_ipv6=both)
+    host = "127.0.0.1" if host == "localhost" else host  # a resolver may give it any address
+    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+
+
+def listen_unix(path: str) -> tuple[socket.socket, tuple[int, int]]:
+    """Listen at `path`, and replace a socket that an earlier process left there.  Raises OSError.
+
+    Returns the socket, and its file's (device, inode).  It is made under another name and renamed when it listens and
+    has its mode: nobody can connect to it before that.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise OSError("there is something else than a socket")
+    early = f"{path}.{os.getpid()}"
+    with contextlib.ExitStack() as undo:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(early)
+        listener = undo.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(early)
+        undo.callback(os.unlink, early)
+        os.chmod(early, 0o660)
+        listener.listen(BACKLOG)
+        identity = os.stat(early)
+        os.rename(early, path)
+        undo.pop_all()
+    return listener, (identity.st_dev, identity.st_ino)
