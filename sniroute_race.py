@@ -101,7 +101,8 @@ class Entrant(Protocol):
     def begin(self) -> socket.SocketType | None:
         """A non-blocking socket whose connect to the next address has begun; None where no address is left.
 
-        Raises OSError, with one of the loop's CAPACITY_ERRNOS, where this host has no descriptors; the address is still left then.
+        Raises OSError, with one of the loop's CAPACITY_ERRNOS, where this host has no descriptors; the address is still
+        left then.
         """
 
     def tell(self, row: Row, what: str) -> None:

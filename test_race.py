@@ -7,7 +7,6 @@ import errno
 import re
 import socket
 import threading
-import time
 import types
 from typing import Any, Callable, Iterator
 
