@@ -209,6 +209,43 @@ def test_target_that_is_down_closes_its_clients(run, monkeypatch, target):
     assert running.ending().reason == ("backend" if HOST in target else "unresolved")
 
 
+def test_tunnel_of_one_target_need_not_answer_a_client_that_speaks(run, serve, cloudflared, ports, monkeypatch):
+    """Nobody knows whose turn it is: a byte of either side shows that the way is open."""
+    monkeypatch.setattr(sniroute_connection, "FIRST_BYTE_TIMEOUT", 0.3)
+    far = serve(read_all)
+    cloudflared.far("*", far.address)
+    running = run(TUNNEL, ports)
+    lead(running, DB)
+    with running.connect() as client:
+        wait_until(lambda: [each for each in list(running.router.connections) if each.state == "unanswered"])
+        client.sendall(b"one line of a log\n")
+        wait_until(lambda: [each for each in list(running.router.connections) if each.state == "open"])
+        time.sleep(0.5)  # no deadline comes
+        client.sendall(b"another\n")
+    assert far.result() == b"one line of a log\nanother\n"
+    assert running.ending().reason == "client_closed"
+
+
+def test_doubts_are_bounded_as_waits_are(run, cloudflared, ports, monkeypatch):
+    """A doubt that finds no room is dropped, and refuses nobody."""
+    monkeypatch.setattr(sniroute_router, "WAITS_MAX", 0)
+    running = run(TUNNEL, ports)
+    waits, router = running.router.waits, running.router
+    with running.connect() as client:
+        wait_until(lambda: router.connections)
+        connection, = router.connections
+        done = threading.Event()
+        def doubt() -> None:
+            connection.decision = router.decide("db.example.com")
+            waits.doubt(connection, object())
+            connection.decision = None
+            done.set()
+        router.call(doubt)
+        assert done.wait(10)
+        assert not waits.by_key and not running.endings
+        client.sendall(b"GET ")
+
+
 def test_tunnel_of_one_target_that_fails_once_is_tried_again(run, serve, cloudflared, ports):
     cloudflared.far("*", serve(greeting).address)
     cloudflared.fault("*", refuse=1)

@@ -334,6 +334,19 @@ def test_psql_copies_megabytes_up(database):
     assert started(database) == ["cft-db.example.com"]
 
 
+@pytest.mark.parametrize("way", ["tcp", "stand-in"])
+def test_the_line_of_a_plain_psql_session_says_that_its_client_has_closed_it(launch, cloudflared, ports, postgres, way):
+    """psql says goodbye and is gone; the server breaks off, because it does not read all of that."""
+    cloudflared.far("*", postgres)
+    target = f"tcp:{postgres[0]}:{postgres[1]}" if way == "tcp" else "cloudflared:{name}"
+    program = launch(f"--route=*={target}", ports, f"--cloudflared={cloudflared.path}")
+    for _ in range(10):
+        ended = psql(program.address, ["select 1"], "sslmode=require")
+        assert (ended.returncode, ended.stdout) == (0, b"1\n")
+    program.wait_for(" reason=", 10)
+    assert re.findall(r" reason=(\w+)", program.log()) == ["client_closed"] * 10
+
+
 @pytest.mark.parametrize("tunnel_program", ["stand-in"], indirect=True)
 def test_psql_meets_the_certificate_of_the_server_itself(database, certificate):
     """sniroute has none: under another name it is the server's that does not fit."""
