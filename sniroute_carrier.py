@@ -451,6 +451,7 @@ class Connection:
         self.broken = broken and self.state not in (LEAVING, RESETTING)
         if self.broken:
             self.carrier.tell(self, "info", "reset", "the edge broke off")
+            self.carrier.failed = True
         self.edge_watch.closing()
         self.edge.close()
         self.edge = None
@@ -466,7 +467,7 @@ class Connection:
 
     def _farewell(self) -> None:
         """The kernel has the client's last bytes.  A reset, or a close with unread bytes, would destroy them."""
-        if self.broken and unsent(self.client):
+        if self.broken and unsent(self.client) != 0:  # None, where the kernel does not tell: it waits for LINGER
             self.client_watch.wait_for(0)
             self.carrier.settling.put(self)
             if self not in self.carrier.lingering.due:
@@ -534,7 +535,7 @@ def settle(connection: Connection) -> None:
     """Whether the side that is to be reset has its last bytes by now: the client, or, RESETTING, the edge."""
     if connection.state is not RESETTING:
         connection._farewell()
-    elif unsent(connection.edge):
+    elif unsent(connection.edge) != 0:
         connection.carrier.settling.put(connection)
     else:
         connection.close()

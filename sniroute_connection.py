@@ -527,8 +527,7 @@ class Connection:
         self.state = LINGERING
         self.reason = reason
         try:
-            if farewell:
-                self.client.send(farewell)
+            self.client.send(farewell)
             self.client.shutdown(socket.SHUT_WR)
         except OSError:
             self.close(reason)

@@ -282,6 +282,14 @@ def end_sink(sink: socket.SocketType) -> None:
         pass  # it is gone, and its own flow will say so
 
 
+def unheard_reset(up: Flow, down: Flow) -> Flow | None:
+    """The flow whose source has broken off, and cannot say so: nobody watches it, as its bytes are not wanted now."""
+    for flow in (up, down):
+        if not flow.events and flow.source is not None and flow.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            return flow
+    return None
+
+
 class Router(socketserver.ThreadingTCPServer):
     """The server: listeners, the loop, and what all connections share.
 
@@ -560,17 +568,17 @@ class Router(socketserver.ThreadingTCPServer):
         self.sweeping.set(now + self._sweep_interval())
         for connection in list(self.connections):
             up, down = connection.up, connection.down
-            for flow in (up, down):
-                # A socket that is not watched, because its bytes are not wanted now, cannot say so itself.
-                if not flow.events and flow.source is not None \
-                        and flow.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                    if connection.state in WAITING_FOR_BACKEND:
-                        connection.close(CLIENT_LEFT)
-                    else:
-                        connection.broken(flow.twin)
-                    break
-            if connection.state is RESETTING or up.state is DONE and down.state is DONE:
-                continue  # it has a deadline of its own, or does not pass bytes (yet)
+            if connection.state is RESETTING:
+                continue  # it has a deadline of its own
+            flow = unheard_reset(up, down)
+            if flow is not None:
+                if connection.state in WAITING_FOR_BACKEND:
+                    connection.close(CLIENT_LEFT)
+                else:
+                    connection.broken(flow.twin)
+                continue
+            if up.state is DONE and down.state is DONE:
+                continue  # it does not pass bytes (yet)
             if up.total + down.total != connection.carried:
                 connection.carried = up.total + down.total
                 connection.quiet_since = now
