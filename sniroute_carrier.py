@@ -124,7 +124,7 @@ class Connection:
         self.rest = b""  # on its way to the client
         self.broken = False  # the edge broke off: the client is to see a reset
         self.stalled_at = (0, 0)  # at the last `on_stall`: `up`, and bytes that the edge had not acknowledged
-        self.still_unsent = 1 << 62  # LEAVING, RESETTING, ENDING: bytes that the kernel held for the other side at the last look
+        self.still_unsent = 1 << 62  # bytes that the kernel held for the other side at the last `on_linger`
         self.up = self.down = 0  # bytes
 
     # -- on the way to the edge

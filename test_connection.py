@@ -575,8 +575,8 @@ PUSHED = 8 << 20  # more than the kernel holds for a process that does not read
 
 @pytest.mark.parametrize("early, later", [(b"0-RTT" * 40, b""), (b"", b"0-RTT" * 40), (b"", bytes(PUSHED))],
                          ids=["behind the hello", "a moment later", "without end"])
-def test_hung_tunnel_is_found_out_by_clients_that_say_more_than_the_hello_too(run, serve, cloudflared, ports, monkeypatch,
-                                                                              early, later):
+def test_hung_tunnel_is_found_out_by_clients_that_say_more_than_the_hello_too(run, serve, cloudflared, ports,
+                                                                              monkeypatch, early, later):
     """What they said cannot be said again: they are refused in time, and the next client has a tunnel that works."""
     monkeypatch.setattr(sniroute_connection, "FIRST_BYTE_TIMEOUT", 0.5)
     cloudflared.far("*", serve(answer(b"x")).address)

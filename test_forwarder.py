@@ -560,8 +560,9 @@ def test_one_connection_between_stdin_and_stdout(edge, hostname, program, echo_s
     assert end_of(edge, hostname)["close"] == 1000
 
 
-@pytest.mark.parametrize("switches, code", [({}, 0), ({"eof": "open", "eof_after": 6}, 1), ({"close": 1011, "close_after": 6}, 1)],
-                         ids=["ends", "ends TLS in the middle", "says that something went wrong"])
+@pytest.mark.parametrize("switches, code", [
+    ({}, 0), ({"eof": "open", "eof_after": 6}, 1), ({"close": 1011, "close_after": 6}, 1),
+], ids=["ends", "ends TLS in the middle", "says that something went wrong"])
 def test_exit_code_tells_a_stream_that_the_edge_cuts_from_a_whole_one(edge, hostname, program, serve, switches, code):
     """A pipe cannot be reset."""
     edge.far(hostname, serve(lambda sock: sock.sendall(b"banner")).address)
