@@ -26,7 +26,7 @@ import sniroute_flow
 import sniroute_router
 from sniroute_launchers import carrier_launcher
 from sniroute_log import ENDINGS
-from sniroute_loop import unsent
+from sniroute_loop import READ, unsent
 from sniroute_refusals import REFUSALS
 from conftest import HERE, HOST, Address, linux, wait_until
 from testbed.hellos import ASK_TLS, HELLO
@@ -227,7 +227,7 @@ def server_is_faster_than_the_end_of_its_client(talk: Talk) -> None:
     talk.client.close()
     connection, = talk.running.router.connections
     reset(talk.backend)
-    talk.running.router.call(lambda: connection.state == "open" and connection.down.mover()(sniroute_router.READ))
+    talk.running.router.call(lambda: connection.state == "open" and connection.down.mover()(READ))
     go.set()
 
 
