@@ -17,7 +17,7 @@ The life of a connection is `Connection.state`.  While DIALLING, `Connection.dia
 edge: first a Dial (TCP), then an Upgrade (TLS and WebSocket).
 
     DIALLING -> OPEN -> HALF -> LEAVING   the client has ended: its last bytes, a while for the answer, Close
-                OPEN -> LEAVING           the client is gone; all that it said is sent
+                OPEN -> RESETTING         the client has broken off: its last bytes, then a reset for the edge
                 OPEN, HALF -> DRAINING    the edge takes no more: what it said before is still read
                 any of these -> ENDING    the edge has ended: its last bytes, then the client may still read
     any -> CLOSED
@@ -26,6 +26,10 @@ The far end decides what may be sent.  It cuts a message at 16,384 bytes and dro
 Ping in the middle of a frame that it is writing; it has no half-close.  So messages are small, Pings are
 never sent, and Pongs and Close stand between whole frames.  Close is sent in four cases: the client has
 ended and nothing has come down for a while; the edge has sent one; the edge broke a rule; the listener closes.
+
+A stream that was cut must not look whole.  The client is reset, behind its last bytes, where the edge resets or breaks
+a rule, ends TLS without a close_notify, ends within a frame, or gives a code that means trouble.  TLS that ends with a
+close_notify is an end, with a Close or without: the connector never sends a Close when its service has ended.
 
 Threads: `main` runs the one loop, which owns every socket, because a TLS socket that two threads use can
 lock up.  sniroute_dial resolves names in threads, and sniroute_forwarder copies stdin and stdout in two.
@@ -44,21 +48,19 @@ sniroute_dial, sniroute_http, sniroute_host, sniroute_loop, sniroute_names and s
 
 from __future__ import annotations
 
-import fcntl
 import os
 import select
 import socket
 import ssl
 import sys
-import termios
 from typing import Any, Mapping
 
 from sniroute_dial import Dial, Failed, Proxy, WayOut, find_proxy, set_options
-from sniroute_edge import REASONS, RECORD, Upgrade, Upgraded, identity, make_context, parse_target, was_reset
+from sniroute_edge import REASONS, RECORD, Upgrade, Upgraded, identity, make_context, parse_target
 from sniroute_forwarder import LEVELS, Control, Forwarder, Listener, Log, bridge, parse_listen, reset
 from sniroute_http import BINARY, CHUNK, CLOSE, PING, PONG, FrameReader, frame, parse_header
 from sniroute_host import open_standard_streams, raise_descriptor_limit
-from sniroute_loop import READ, WRITE, Watch
+from sniroute_loop import READ, WRITE, Watch, unsent
 from sniroute_names import printable, show_address
 from sniroute_refusals import Malformed, SettingsError
 
@@ -70,22 +72,12 @@ EARLY_MAX = 1 << 16  # bytes that a client says before the edge is there; the re
 PIECES_MAX = 64  # buffers in one write: far under the kernel's 1,024
 DIAL_TIMEOUT = 15.0  # seconds from accept to the edge's answer: name, connect, proxy, TLS and upgrade together
 GRACE = 2.0  # seconds of silence from the edge after a client's end, before Close: its answer gets through
-SETTLE = 0.05  # seconds between two looks whether a client that is to be reset has got its last bytes
+SETTLE = 0.05  # seconds between two looks whether a side that is to be reset has got its last bytes
 STALL = 60.0  # seconds in which the edge takes nothing; then we look whether the client is still there
 LINGER = 5.0  # seconds after Close, or FIN: the other side may still send what is under way
 
 
 # -- what the kernel tells ---------------------------------------------------------------------
-
-
-def unsent(sock: socket.socket) -> int:
-    """Bytes that the peer has not acknowledged yet; 0 where the kernel does not tell.  Source: tcp(7), SIOCOUTQ."""
-    answer = bytearray(4)
-    try:
-        fcntl.ioctl(sock, termios.TIOCOUTQ, answer)
-    except OSError:
-        return 0
-    return int.from_bytes(answer, sys.byteorder)
 
 
 def has_left(sock: socket.socket) -> bool:
@@ -98,11 +90,12 @@ def has_left(sock: socket.socket) -> bool:
 # -- connections -------------------------------------------------------------------------------
 
 NORMAL, GOING_AWAY, PROTOCOL_ERROR = b"\x03\xe8", b"\x03\xe9", b"\x03\xea"  # codes of Close, RFC 6455 section 7.4.1
+ENDS = (NORMAL, b"")  # the codes of an end; a Close may be without one.  All others mean that something was cut
 
 # The states of a connection.
-DIALLING, OPEN, HALF, LEAVING, DRAINING, ENDING, CLOSED = (
-    "dialling", "open", "half", "leaving", "draining", "ending", "closed")
-CARRYING = frozenset((OPEN, HALF, LEAVING, DRAINING))  # the states in which the edge is read
+DIALLING, OPEN, HALF, LEAVING, DRAINING, RESETTING, ENDING, CLOSED = (
+    "dialling", "open", "half", "leaving", "draining", "resetting", "ending", "closed")
+CARRYING = frozenset((OPEN, HALF, LEAVING, DRAINING, RESETTING))  # the states in which the edge is read
 
 
 class Connection:
@@ -131,7 +124,7 @@ class Connection:
         self.rest = b""  # on its way to the client
         self.broken = False  # the edge broke off: the client is to see a reset
         self.stalled_at = (0, 0)  # at the last `on_stall`: `up`, and bytes that the edge had not acknowledged
-        self.still_unsent = 1 << 62  # LEAVING, ENDING: bytes that the kernel held for the other side at the last look
+        self.still_unsent = 1 << 62  # bytes that the kernel held for the other side at the last `on_linger`
         self.up = self.down = 0  # bytes
 
     # -- on the way to the edge
@@ -305,9 +298,7 @@ class Connection:
                 filled += count
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             pass
-        except ssl.SSLEOFError:
-            over, lost = True, was_reset(self.edge)
-        except OSError:
+        except OSError:  # it was reset, or TLS has no close_notify
             over = lost = True
         if filled:
             self._take(buffer[:filled])
@@ -335,7 +326,7 @@ class Connection:
                 self.pong = payload  # RFC 6455 section 5.5.3: of several Pings, answering the last is enough
             elif opcode == CLOSE:
                 self._say_close(payload[:2])
-                self._edge_ended(False)
+                self._edge_ended(payload[:2] not in ENDS)
                 return
         if self.pong is not None and self.state in CARRYING:
             try:
@@ -380,7 +371,10 @@ class Connection:
         """All that the client said is in messages.  WebSocket has no half-close."""
         self.ended = True
         if self.deaf:
-            self._leave()
+            self.state = RESETTING
+            self.rest = b""
+            self.carrier.lingering.put(self)
+            settle(self)
             return
         self.state = HALF
         self.carrier.graced.put(self)
@@ -434,7 +428,7 @@ class Connection:
             else:
                 self._edge_ended(True)
             return
-        waiting = unsent(self.edge or self.client)
+        waiting = unsent(self.edge or self.client) or 0
         if 0 < waiting < self.still_unsent:
             self.still_unsent = waiting
             self.carrier.lingering.put(self)
@@ -442,8 +436,8 @@ class Connection:
             self.close()
 
     def _say_close(self, code: bytes) -> None:
-        """Send Close to the edge, unless one was sent, or a frame is half sent."""
-        if self.state in (LEAVING, DRAINING) or self.out:
+        """Send Close to the edge, unless one was sent, or a frame is half sent, or it is to be reset."""
+        if self.state in (LEAVING, DRAINING, RESETTING) or self.out:
             return
         try:
             self.edge.send(frame(CLOSE, code))
@@ -454,9 +448,10 @@ class Connection:
         """Nothing more comes from the edge: hand down the rest, then end the client, too."""
         if self.state not in CARRYING:
             return
-        self.broken = broken and self.state is not LEAVING
+        self.broken = broken and self.state not in (LEAVING, RESETTING)
         if self.broken:
             self.carrier.tell(self, "info", "reset", "the edge broke off")
+            self.carrier.failed = True
         self.edge_watch.closing()
         self.edge.close()
         self.edge = None
@@ -472,7 +467,7 @@ class Connection:
 
     def _farewell(self) -> None:
         """The kernel has the client's last bytes.  A reset, or a close with unread bytes, would destroy them."""
-        if self.broken and unsent(self.client):
+        if self.broken and unsent(self.client) != 0:  # None, where the kernel does not tell: it waits for LINGER
             self.client_watch.wait_for(0)
             self.carrier.settling.put(self)
             if self not in self.carrier.lingering.due:
@@ -506,15 +501,17 @@ class Connection:
         self.close()
 
     def dismiss(self) -> None:
-        """The listener is closing: say Close, and close everything."""
+        """The listener is closing: say Close, reset the client, whose stream is cut, and close everything."""
         if self.state in CARRYING:
             self._say_close(GOING_AWAY if self.carrier.loop.stopping else NORMAL)
+        self.broken = self.broken or self.state is not ENDING
         self.close()
 
     def close(self) -> None:
         """Close everything, once."""
         if self.state is CLOSED:
             return
+        end_edge = reset if self.state is RESETTING else socket.socket.close
         self.state = CLOSED
         try:
             for queue in self.carrier.queues:
@@ -524,7 +521,7 @@ class Connection:
                 self.dial = None
             if self.edge is not None:
                 self.edge_watch.closing()
-                self.edge.close()
+                end_edge(self.edge)
         finally:  # a fault of ours above must not keep the client waiting
             self.client_watch.closing()
             if self.broken:
@@ -532,6 +529,16 @@ class Connection:
             else:
                 self.client.close()
             self.carrier.closed(self)
+
+
+def settle(connection: Connection) -> None:
+    """Whether the side that is to be reset has its last bytes by now: the client, or, RESETTING, the edge."""
+    if connection.state is not RESETTING:
+        connection._farewell()
+    elif unsent(connection.edge) != 0:
+        connection.carrier.settling.put(connection)
+    else:
+        connection.close()
 
 
 class Carrier(Forwarder):
@@ -553,7 +560,7 @@ class Carrier(Forwarder):
         self.stalled = self.loop.queue(STALL, Connection.on_stall)
         self.graced = self.loop.queue(GRACE, Connection.on_grace)
         self.lingering = self.loop.queue(LINGER, Connection.on_linger)
-        self.settling = self.loop.queue(SETTLE, Connection._farewell)
+        self.settling = self.loop.queue(SETTLE, settle)
         self.queues = self.dialling, self.hurried, self.stalled, self.graced, self.lingering, self.settling
 
     def closed(self, connection: Connection) -> None:

@@ -1,6 +1,7 @@
 """sniroute_connection: one client, from accept to close.
 
-    PRELUDE -> ROUTED -> (PARKED -> ROUTED ->) DIALING -> (GREETING ->) (UNANSWERED ->) OPEN -> (LINGERING ->) CLOSED
+    PRELUDE -> ROUTED -> (PARKED -> ROUTED ->) DIALING -> (GREETING ->) (UNANSWERED -> (EARLY ->)) OPEN -> CLOSED
+    any -> LINGERING -> CLOSED         EARLY, OPEN -> RESETTING -> CLOSED
 
       PRELUDE     the client says its name; one deadline from accept on, however many packets it takes
       ROUTED      its target is known, and is dialled in the same turn of the loop
@@ -10,8 +11,10 @@
       GREETING    PostgreSQL only: the backend was asked for TLS
       UNANSWERED  a tunnel only: it took the hello, and has not said a byte.  If it fails now, the same bytes are sent
                   again, once, and the client never notices: -> PARKED
+      EARLY       the same, and the client has said more than the hello (0-RTT): nothing can be sent again
       OPEN        two flows pass bytes, until both sides have ended
-      LINGERING   after a refusal, or a backend's reset: the client may still read
+      RESETTING   one side has broken off: the other gets what that said before, then a reset
+      LINGERING   after a refusal: the client may still read
 
 `on_prelude`, `dial` and `speak` are steps of a turn: the loop runs each of them for all connections that have come so
 far, then the next (see Loop.batch).  A connection never asks what kind its target is: its Backend is told what
@@ -21,7 +24,7 @@ Threads: the loop only.
 
 Seams: I want to ...
     let a connection wait for something else     a queue in Deadlines, and `wait_in`
-    end a connection otherwise                   a word in ENDINGS of sniroute_log, and `close`
+    end a connection otherwise                   a word in ENDINGS of sniroute_log, and `close`; "resets", below
     skip the prelude                             `route_to`, as a listener with one target does
 """
 
@@ -31,17 +34,18 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import socket
 import time
 from typing import TYPE_CHECKING
 
-from sniroute_flow import DONE, MESSAGE, NO_FLOW, OPEN, READ_MAX, UNANSWERED, Flow
+from sniroute_flow import BROKEN, DONE, EARLY, MESSAGE, NO_FLOW, OPEN, READ_MAX, UNANSWERED, Flow
 from sniroute_log import BACKEND_CLOSED, BACKEND_RESET, CLIENT_CLOSED, CLIENT_LEFT, CLIENT_RESET
-from sniroute_loop import CAPACITY_PAUSE, READ, WRITE, Loop, Queue
+from sniroute_loop import CAPACITY_PAUSE, READ, WRITE, Loop, Queue, unsent
 from sniroute_names import parse_ip
 from sniroute_race import CONNECT_BUDGET, CONNECT_TIMEOUT, STAGGER, Attempt, Race, Races, no_answer
 from sniroute_refusals import NOTHING, TLS, Malformed, Refused, told
-from sniroute_targets import Backend, Retry, Unreachable
+from sniroute_targets import RESET, Backend, Doubt, Retry, Unreachable
 from sniroute_wire import HELLO_WIRE_MAX, TLS_HANDSHAKE, PROXY_WRITERS, SSL_REQUEST_BYTES, Hello, Prelude, ProxyHeader
 
 if TYPE_CHECKING:
@@ -61,11 +65,16 @@ GREETING_TIMEOUT = 20.0  # for a backend's answer to SSLRequest; a tunnel dials 
 FIRST_BYTE_TIMEOUT = 20.0  # a tunnel without an answer to the hello by then does not work; the carrier gives up at 15
 WORDS_TIMEOUT = 0.05  # a tunnel has failed: its words are on their way from one process to another
 LINGER = 0.5  # a refused client may read its alert this long before the close
+RESET_LOOK = 0.05  # between two looks whether the bytes before a reset have arrived: Linux delays an ACK by 0.04
+RESET_STALL = 30.0  # who takes none of them for so long is reset all the same; who is only slow gets them
 
 PRELUDE, ROUTED, PARKED, DIALING, GREETING = "prelude", "routed", "parked", "dialing", "greeting"
-LINGERING, CLOSED = "lingering", "closed"
+RESETTING, LINGERING, CLOSED = "resetting", "lingering", "closed"
 WAITING_FOR_BACKEND = (PARKED, DIALING, GREETING)  # states in which the client has nobody to talk to
 ABANDONED = (DIALING, GREETING, UNANSWERED)  # states in which a close leaves a backend that has not answered
+UNHEARD = (UNANSWERED, EARLY)  # states in which the backend has not said a byte yet
+PASSING = (OPEN, EARLY)  # states in which both sides may end
+ORDERLY = (PRELUDE, LINGERING)  # states in which a close is an end; PASSING: where both have ended.  Else, a reset
 
 # errno values of send() that mean "the connect is not over"; the last is BSD's.
 NOT_CONNECTED = frozenset((errno.EAGAIN, errno.EALREADY, errno.EINPROGRESS, errno.ENOTCONN))
@@ -106,7 +115,7 @@ class Connection:
         self.queue: Queue | None = None  # the deadline that it stands in
         self.refusal: Refused | None = None
         self.reason = ""  # why it ends, while it lingers
-        self.carried = 0  # bytes at the last sweep
+        self.carried = 0  # bytes at the last sweep; RESETTING: those that had arrived at the last look
         self.quiet_since = self.began
         router.connections.add(self)
         peer.count += 1
@@ -192,6 +201,7 @@ class Connection:
         """Go where the listener leads, and read nothing of the client first."""
         self.hello = b""
         self.replayable = True
+        self.state = ROUTED  # a refusal is a reset: nobody knows what it speaks, and an end might be an answer to it
         try:
             self._admit(decision)
         except Refused as error:
@@ -381,9 +391,9 @@ class Connection:
             up.wait_for(READ, up.pump)
             down.wait_for(READ, down.pump)
         else:
-            self.state = UNANSWERED
+            self.state = UNANSWERED if self.replayable or self.name is None else EARLY
             self.wait_in(self.router.deadlines.first_byte)
-            up.wait_for(READ, up.first)
+            up.wait_for(READ, up.mover())
             down.wait_for(READ, down.first)
         if sent != len(said):
             up.hold(memoryview(said)[sent:])
@@ -396,7 +406,7 @@ class Connection:
         self._drop_backend()
         self.obey(verdict)
 
-    def obey(self, verdict: Retry | Refused | None) -> None:
+    def obey(self, verdict: Retry | Doubt | Refused | None) -> None:
         """Do what `Backend.failed` has said; None: wait for the tunnel's last words, then ask again."""
         if verdict is None:
             self.state = PARKED
@@ -404,6 +414,10 @@ class Connection:
             self.wait_in(self.router.deadlines.words)
         elif isinstance(verdict, Refused):
             self.refuse(verdict)
+        elif isinstance(verdict, Doubt):
+            if not self.retried:  # else its first try has cast this doubt
+                self.router.waits.doubt(self, verdict.doubted)
+            self.refuse(verdict.refusal)
         else:
             self.retried = True
             self.router.counters["retries"] += 1
@@ -412,7 +426,16 @@ class Connection:
     # -- what the flows meet
 
     def answered(self, flow: Flow) -> None:
-        """The first byte behind the hello, either way: from here on nothing can be sent again."""
+        """The first byte behind the hello: from here on nothing can be sent again.
+
+        A client that goes on to speak proves nothing: its deadline is the backend's first byte.  Behind a listener
+        with one target it may be the client's turn to speak, so there either side's byte is enough.
+        """
+        if flow is self.up and self.name is not None:
+            self.state = EARLY
+            self.replayable = False
+            flow.install()
+            return
         self.hello = None
         self.state = OPEN
         self.leave_queue()
@@ -423,11 +446,18 @@ class Connection:
 
     def ended(self, flow: Flow) -> None:
         """The source has ended: pass that on behind its last byte."""
-        if self.state is UNANSWERED:
-            if flow is self.up:
-                self.close(CLIENT_LEFT)  # nobody ends TLS in the middle of its handshake, and stays
-            else:
+        if self.state is UNANSWERED and flow is self.up:
+            self.close(CLIENT_LEFT)  # nobody ends TLS in the middle of its handshake, and stays
+            return
+        if flow is self.down:
+            if is_unheard(self):
                 self.backend_failed("it closed the connection without a byte")
+                return
+            if self.backend is not None and self.backend.is_lost():
+                pass_on_reset(self, flow, read=True)  # of a process that dies the kernel ends the connections
+                return
+        if flow.twin.state is BROKEN:
+            pass_on_reset(self, flow, read=True)
             return
         flow.state = DONE
         if flow.twin.state is DONE:
@@ -437,22 +467,26 @@ class Connection:
         flow.rewatch()
 
     def failed(self, flow: Flow, error: OSError) -> None:
-        """The source is gone.  What it sent before is with the sink, and stays there."""
-        if flow is self.up:
-            self.close(CLIENT_RESET)
-        elif self.state is UNANSWERED:
+        """The source has broken off.  What it sent before is with the sink, and stays there."""
+        if self.state is UNANSWERED and flow is self.up:
+            self.close(CLIENT_LEFT)
+        elif flow is self.down and is_unheard(self):
             self.backend_failed(error.strerror)
         else:
-            self._linger(b"", BACKEND_RESET)
+            pass_on_reset(self, flow, read=True)
 
     def broken(self, flow: Flow) -> None:
-        """The sink takes no more.  What it sent is still to be read by the other flow."""
-        flow.discard()
-        if flow.twin.state is DONE:
-            self.close(CLIENT_RESET if flow is self.down else BACKEND_RESET)
-            return
-        flow.rewatch()
-        flow.twin.rewatch()
+        """The sink has broken off.  What it sent before is still to be read by the other flow."""
+        if self.state is RESETTING:
+            self.close(self.reason)  # so has the side that was to get the rest
+        elif flow is self.up and self.state in UNHEARD:
+            flow.discard(BROKEN)  # the other flow finds out whether the tunnel has said anything, and what to do
+            flow.rewatch()
+            flow.twin.rewatch()
+        elif self.state is UNANSWERED:
+            self.close(CLIENT_LEFT)
+        else:
+            pass_on_reset(self, flow.twin, read=False)
 
     # -- the end
 
@@ -493,8 +527,7 @@ class Connection:
         self.state = LINGERING
         self.reason = reason
         try:
-            if farewell:
-                self.client.send(farewell)
+            self.client.send(farewell)
             self.client.shutdown(socket.SHUT_WR)
         except OSError:
             self.close(reason)
@@ -516,21 +549,26 @@ class Connection:
         self.close(self.reason)
 
     def close(self, reason: str) -> None:
-        """Give everything back, once, and write the one line."""
+        """Give everything back, once, and write the one line.  What has not ended by itself is reset."""
         state = self.state
         if state is CLOSED:
             return
         self.state = CLOSED
         router = self.router
         up, down = self.up, self.down
+        is_cut = state not in ORDERLY and not (state in PASSING and up.state is DONE and down.state is DONE)
         try:
             # The sockets first: one that stays open and watched would be called back for ever.
             up.closing()
+            if is_cut:
+                will_reset(self.client)
             self.client.close()
             backend = self.backend
             if down.source is not None:
                 if state in ABANDONED:
                     backend.abandon(down.source)
+                elif is_cut:
+                    will_reset(down.source)
                 self._hang_up()
             if up.pending is not None or down.pending is not None:
                 up.discard()
@@ -547,6 +585,84 @@ class Connection:
             up.connection = down.connection = self.up = self.down = None
             self.peer.count -= 1
             router.closed(self, reason, up.total, down.total)
+
+
+# -- resets ------------------------------------------------------------------------------------
+#
+# A stream that was cut must not look whole: protocols without a length of their own have only TCP's word for that.
+# So a reset is passed on as a reset, behind the bytes that came before it.  A reset destroys what the kernel still
+# has to send: it waits until the peer has acknowledged all.
+
+
+def is_unheard(connection: Connection) -> bool:
+    """Whether its tunnel owes an answer.  One that ends behind its client's end does not: cloudflared ends both."""
+    return connection.state is UNANSWERED or connection.state is EARLY and connection.up.state is not DONE
+
+
+def pass_on_reset(connection: Connection, flow: Flow, read: bool) -> None:
+    """The source of `flow` has broken off: its sink gets what it said before, then a reset.
+
+    `read`: that is all with the sink.  Else `flow` goes on reading, until the source has no more.
+    """
+    if connection.state is not RESETTING:
+        connection.reason = who_was_first(connection, flow)
+        connection.state = RESETTING
+        connection.hello = None
+        connection.carried = -1
+        flow.twin.discard(BROKEN)
+    if read:
+        flow.state = DONE
+    flow.rewatch()
+    flow.twin.rewatch()
+    look_at_reset(connection)
+
+
+def look_at_reset(connection: Connection) -> None:
+    """Reset what is left, once the bytes before that have arrived, or nobody takes them."""
+    now = monotonic()
+    flow = connection.up if connection.down.state is BROKEN else connection.down
+    sink = flow.twin.source
+    if flow.state is not DONE:
+        patience = RESET_STALL
+    else:
+        held = unsent(sink)
+        patience = 0.0 if held == 0 else LINGER if held is None else RESET_STALL
+    arrived = flow.arrived()
+    if arrived != connection.carried:
+        connection.carried = arrived
+        connection.quiet_since = now
+    if now - connection.quiet_since >= patience or sink.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        connection.close(connection.reason)
+    else:
+        connection.wait_in(connection.router.deadlines.resetting)
+
+
+def who_was_first(connection: Connection, flow: Flow) -> str:
+    """The word for a connection that ends because the source of `flow` has broken off.
+
+    A side that ended before was first.  So was a client whose end waits in the kernel: servers break off because their
+    client has left, and do so before its last bytes are read.
+    """
+    up, down = connection.up, connection.down
+    if up.state is DONE or flow is down and has_ended(up.source):
+        return CLIENT_CLOSED
+    if down.state is DONE:
+        return BACKEND_CLOSED
+    return CLIENT_RESET if flow is up else BACKEND_RESET
+
+
+def has_ended(sock: socket.SocketType) -> bool:
+    """Whether the peer has ended, and not broken off; what it said before may be unread.  Only Linux tells."""
+    ended = getattr(select, "POLLRDHUP", 0)
+    poll = select.poll()
+    poll.register(sock, ended)
+    return any(mask == ended for _, mask in poll.poll(0))
+
+
+def will_reset(sock: socket.SocketType) -> None:
+    """Have close() send a reset."""
+    with contextlib.suppress(OSError):  # macOS, where the connection is over
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
 
 def answer_now(client: socket.SocketType, answer: bytes) -> None:
@@ -579,6 +695,7 @@ class Deadlines:
         self.first_byte = loop.queue(FIRST_BYTE_TIMEOUT, late_first_byte)
         self.words = loop.queue(WORDS_TIMEOUT, words_are_due)
         self.linger = loop.queue(LINGER, lambda connection: connection.close(connection.reason))
+        self.resetting = loop.queue(RESET_LOOK, look_at_reset)
         self.adopt(prelude_timeout, start_timeout)
 
     def adopt(self, prelude_timeout: float, start_timeout: float) -> None:
@@ -647,7 +764,10 @@ def late_ssl_answer(connection: Connection) -> None:
 
 
 def late_first_byte(connection: Connection) -> None:
-    """The tunnel took the hello and is silent: say it once more; `TunnelTable.wait` looks at the process."""
+    """The tunnel took the hello and is silent, whatever the client has said since.
+
+    Say it once more, or refuse; `TunnelTable.wait` looks at the process.
+    """
     connection.backend_failed(f"no answer within {FIRST_BYTE_TIMEOUT:g} s")
 
 

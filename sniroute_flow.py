@@ -9,16 +9,18 @@
 
 A connection has two flows, each other's twin: one's source is the other's sink.  A flow tells its connection
 what it meets: `answered` (the first byte of a backend that has proven nothing yet), `ended` (the source has
-ended), `failed` (the source is gone), `broken` (the sink takes no more).
+ended), `failed` (the source has broken off), `broken` (the sink has: it takes no more).
 
 The state of a flow, and what is called when its source can be read (`mover`):
 
     OPEN      pump       reads at most `size` bytes: SMALL_READ after many small ones, else MESSAGE
     BULKY     move_bulk  the last read was full: as much as Pipes allows at this time
     BLOCKED   -          the sink is full: the rest waits in `pending`, and the source is not read (backpressure)
-    DONE      -          the source has ended, which the sink is told behind the last byte, or the sink is gone
+    DONE      -          the source has ended, which the sink is told behind the last byte
+    BROKEN    -          the sink has broken off.  It is the twin's source: the twin reads what that said before, and
+                         takes its end for a reset.  The kernel tells of a reset once; who reads later is told of an end
 
-While its connection is UNANSWERED, `first` is called instead of `pump`.
+While its connection is UNANSWERED, `first` is called instead of `pump`; while it is EARLY, of the flow `down` only.
 
 A change of state replaces the callback in the poller, so no mover asks which state it is in.
 
@@ -40,7 +42,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import fcntl
 
-from sniroute_loop import READ, WRITE, Poller, Watch
+from sniroute_loop import READ, WRITE, Poller, Watch, unsent
 
 if TYPE_CHECKING:
     from sniroute_connection import Connection
@@ -57,8 +59,8 @@ CAREFUL = 1 << 14  # instead of BULK and READ_MAX while many sinks are full: the
 PENDING_MAX = 1 << 22  # bytes kept for full sinks (those in lent pipes not counted) before CAREFUL applies
 PIPES_MAX = 32  # pipes lent to flows whose sink is full: 1 MiB and two descriptors each
 
-OPEN, BULKY, BLOCKED, DONE = "open", "bulky", "blocked", "done"  # states of a flow
-UNANSWERED = "unanswered"  # a connection's state: its backend has not said a byte yet
+OPEN, BULKY, BLOCKED, DONE, BROKEN = "open", "bulky", "blocked", "done", "broken"  # states of a flow
+UNANSWERED, EARLY = "unanswered", "early"  # a connection's states: its backend has not said a byte yet
 READING = (OPEN, BULKY)  # states of a flow whose source is read
 
 SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE", 0)
@@ -98,7 +100,8 @@ class Flow(Watch):
 
     def mover(self) -> Callable[[int], None]:
         """What moves bytes in this state."""
-        if self.connection.state is UNANSWERED:
+        connection = self.connection
+        if connection.state is UNANSWERED or connection.state is EARLY and self is connection.down:
             return self.first
         return self.move_bulk if self.state is BULKY else self.pump
 
@@ -230,11 +233,16 @@ class Flow(Watch):
         self.rewatch()
         self.twin.rewatch()
 
-    def discard(self) -> None:
+    def discard(self, state: str = DONE) -> None:
         """Forget what the sink did not take, and read no more."""
-        self.state = DONE
+        self.state = state
         if self.pending is not None:
             self._forget_pending()
+
+    def arrived(self) -> int:
+        """Bytes that the sink's peer has acknowledged; where the kernel does not tell, those that the sink took."""
+        kept = 0 if self.pending is None else self.pending if self.lent else len(self.pending)
+        return self.total - kept - (unsent(self.twin.source) or 0)
 
     def _forget_pending(self) -> None:
         self.pipes.keep(-len(self.pending))

@@ -205,7 +205,7 @@ class Forwarder:
         self.paused = False  # accepting
         self.resuming = self.loop.timer(self._resume)
         self.pause_said = -PAUSE_SAID
-        self.failed = False  # a client could not be served
+        self.failed = False  # a client could not be served, or not to its end
         self.finished = False  # the one client between stdin and stdout has ended by itself
         self.napping = self.loop.timer(log.flush)
 
@@ -436,7 +436,10 @@ def write_stdout(data: bytes) -> None:
 
 
 def bridge(forwarder: Forwarder, target: Any) -> int:
-    """Serve one client between stdin and stdout.  Returns the exit code: 1 where it could not be served."""
+    """Serve one client between stdin and stdout.  Returns the exit code: 1 where it could not be served to its end.
+
+    A pipe cannot be reset, so the code is all that tells a stream that was cut from a whole one.
+    """
     ours, theirs = socket.socketpair()
     with theirs:
         threading.Thread(target=copy, args=(lambda size: os.read(0, size), theirs.sendall,

@@ -53,11 +53,11 @@ CLIENT_CLOSED, BACKEND_CLOSED = "client_closed", "backend_closed"
 CLIENT_RESET, BACKEND_RESET, CLIENT_LEFT = "client_reset", "backend_reset", "client_left"
 IDLE, STOPPED = "idle", "stopped"
 ENDINGS = {
-    CLIENT_CLOSED: "both sides have ended, the client first",
-    BACKEND_CLOSED: "both sides have ended, the backend first",
-    CLIENT_RESET: "the client broke off",
-    BACKEND_RESET: "the backend broke off",
-    CLIENT_LEFT: "the client ended before the backend had answered",
+    CLIENT_CLOSED: "the client ended first; the backend then ended, or broke off",
+    BACKEND_CLOSED: "the backend ended first; the client then ended, or broke off",
+    CLIENT_RESET: "the client broke off, and neither side had ended before",
+    BACKEND_RESET: "the backend broke off, and neither side had ended before",
+    CLIENT_LEFT: "the client ended or broke off before the backend had answered",
     IDLE: "no byte for as long as --connection-idle allows",
     STOPPED: "the router stopped",
 }

@@ -28,10 +28,13 @@ from __future__ import annotations
 
 import collections
 import errno
+import fcntl
 import itertools
 import os
 import select
 import selectors
+import struct
+import termios
 import time
 from typing import Any, Callable, Iterable
 
@@ -359,6 +362,14 @@ class Loop:
         """Close the selector and the pipe.  After `run` has returned, or instead of it."""
         self.poller.close()
         self.pipe.close()
+
+
+def unsent(sock: Any) -> int | None:
+    """Bytes that the peer has not acknowledged yet; None where the kernel does not tell.  Source: tcp(7), SIOCOUTQ."""
+    try:
+        return struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0]
+    except OSError:
+        return None
 
 
 def owner_of(callback: Any) -> Any:

@@ -24,6 +24,7 @@ Seams: I want to ...
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import ipaddress
 import logging
@@ -34,9 +35,9 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Sequence
 
-from sniroute_connection import PRELUDE, Connection, Deadlines
-from sniroute_flow import DONE, Pipes
-from sniroute_log import BACKEND_RESET, CLIENT_RESET, IDLE, STOPPED, Ending
+from sniroute_connection import PRELUDE, RESETTING, WAITING_FOR_BACKEND, Connection, Deadlines
+from sniroute_flow import DONE, Flow, Pipes
+from sniroute_log import CLIENT_LEFT, IDLE, STOPPED, Ending
 from sniroute_loop import CAPACITY_ERRNOS, CAPACITY_PAUSE, NEVER, READ, Loop
 from sniroute_names import normalise, parse_ip, show_address
 from sniroute_refusals import REFUSALS, Refused, SettingsError
@@ -114,7 +115,7 @@ class Peers:
 
 
 class Wait:
-    """A target that is not ready, and the connections that wait for it."""
+    """A target that is not ready, or whose process is in doubt, and the connections that wait for it."""
 
     __slots__ = ("decision", "client", "deadline", "doubted", "connections", "number", "error")
 
@@ -143,22 +144,38 @@ class Waits:
 
         A connection that joins later waits for what the first asked for: its doubt, its deadline, its budget.
         """
+        try:
+            wait = self._wait_of(connection, doubted)
+        except Refused as error:
+            connection.refuse(error)
+            return
+        wait.connections[connection] = None
+        connection.wait = wait
+        self._want_thread()
+
+    def doubt(self, connection: Connection, doubted: Child) -> None:
+        """Have a process looked at that gave a connection no answer, though the connection does not wait for that.
+
+        A doubt that finds no room is dropped: the next client casts it again.
+        """
+        with contextlib.suppress(Refused):
+            self._wait_of(connection, doubted)
+        self._want_thread()
+
+    def _wait_of(self, connection: Connection, doubted: Child | None) -> Wait:
+        """The wait for a connection's target, begun where there is none.  Raises Refused where too many wait."""
         decision = connection.decision
         wait = self.by_key.get(decision.key)
         if wait is None:
             if len(self.by_key) >= WAITS_MAX:
-                connection.refuse(Refused("busy", f"{WAITS_MAX} names wait already"))
-                return
+                raise Refused("busy", f"{WAITS_MAX} names wait already")
             client = None if connection.peer.exempt else connection.peer.key
             if client and sum(w.client == client and not w.number for w in self.by_key.values()) >= WAITS_PER_CLIENT:
-                connection.refuse(Refused("busy", f"{client} has {WAITS_PER_CLIENT} names that wait for a thread"))
-                return
+                raise Refused("busy", f"{client} has {WAITS_PER_CLIENT} names that wait for a thread")
             wait = Wait(decision, client, monotonic() + self.router.settings.start_timeout, doubted)
             self.by_key[decision.key] = wait
             self.queued.append(wait)
-        wait.connections[connection] = None
-        connection.wait = wait
-        self._want_thread()
+        return wait
 
     def leave(self, connection: Connection) -> None:
         """Wait no more: whatever becomes of the target, it is not for this connection."""
@@ -263,6 +280,14 @@ def end_sink(sink: socket.SocketType) -> None:
         sink.shutdown(socket.SHUT_WR)
     except OSError:
         pass  # it is gone, and its own flow will say so
+
+
+def unheard_reset(up: Flow, down: Flow) -> Flow | None:
+    """The flow whose source has broken off, and cannot say so: nobody watches it, as its bytes are not wanted now."""
+    for flow in (up, down):
+        if not flow.events and flow.source is not None and flow.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            return flow
+    return None
 
 
 class Router(socketserver.ThreadingTCPServer):
@@ -423,7 +448,7 @@ class Router(socketserver.ThreadingTCPServer):
         """Run the loop until `shutdown`, or until all has drained."""
         self.loop.run()
         for connection in list(self.connections):
-            connection.close(STOPPED)
+            connection.close(connection.reason or STOPPED)
 
     def adopt(self, settings: Settings) -> None:
         """Go on with other settings; what is open stays as it is."""
@@ -543,12 +568,15 @@ class Router(socketserver.ThreadingTCPServer):
         self.sweeping.set(now + self._sweep_interval())
         for connection in list(self.connections):
             up, down = connection.up, connection.down
-            for flow, reason in ((up, CLIENT_RESET), (down, BACKEND_RESET)):
-                # A socket that is not watched, because its bytes are not wanted now, cannot say so itself.
-                if not flow.events and flow.source is not None \
-                        and flow.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                    connection.close(reason)
-                    break
+            if connection.state is RESETTING:
+                continue  # it has a deadline of its own
+            flow = unheard_reset(up, down)
+            if flow is not None:
+                if connection.state in WAITING_FOR_BACKEND:
+                    connection.close(CLIENT_LEFT)
+                else:
+                    connection.broken(flow.twin)
+                continue
             if up.state is DONE and down.state is DONE:
                 continue  # it does not pass bytes (yet)
             if up.total + down.total != connection.carried:

@@ -67,6 +67,13 @@ class Retry(NamedTuple):
     doubted: Child | None  # the process that gave no answer, where it has to be looked at first
 
 
+class Doubt(NamedTuple):
+    """A backend that failed a client that cannot be served by trying again, perhaps because its process hangs."""
+
+    doubted: Child  # to be looked at, though the client does not wait for that
+    refusal: Refused
+
+
 class Backend:
     """One connection's way to its target, told what happens on it.  Loop only.
 
@@ -169,7 +176,11 @@ class Backend:
     def answered(self) -> None:
         """The first byte has come back."""
 
-    def failed(self, why: str, server: socket.SocketType | None, last: bool) -> Retry | Refused | None:
+    def is_lost(self) -> bool:
+        """Whether the end of the connection is that of a program that died: then what it said is not whole."""
+        return False
+
+    def failed(self, why: str, server: socket.SocketType | None, last: bool) -> Retry | Doubt | Refused | None:
         """It failed before the client had a byte of it.  `last`: the client cannot be served by trying again.
 
         `server` is the socket, where there is one still.  None: the reason is on its way; ask again in WORDS_TIMEOUT.
@@ -254,7 +265,10 @@ class TunnelBackend(Backend):
     def answered(self) -> None:
         self.child.proven = True
 
-    def failed(self, why: str, server: socket.SocketType | None, last: bool) -> Retry | Refused | None:
+    def is_lost(self) -> bool:
+        return not self.child.alive()
+
+    def failed(self, why: str, server: socket.SocketType | None, last: bool) -> Retry | Doubt | Refused | None:
         """Decide by what the tunnel program has said: refuse, or try the same bytes again, unless `last`.
 
         Where the program has not said why yet, None.  The second call decides by what it has said until then.
@@ -271,10 +285,12 @@ class TunnelBackend(Backend):
         reason = self.tunnels.words(child, self.dialled, port)
         if not reason.text and not asked_before and (last or child.names_clients):
             return None
-        if last or reason.final:
-            return tunnel_refused(reason.kind, f"{self.target}: {reason.text or why}")
         # A tunnel program that gave a reason for this client is alive: do not restart it.
-        return Retry(None if reason.text and child.names_clients else child)
+        doubted = None if reason.text and child.names_clients else child
+        if not last and not reason.final:
+            return Retry(doubted)
+        refusal = tunnel_refused(reason.kind, f"{self.target}: {reason.text or why}")
+        return refusal if reason.final or doubted is None else Doubt(doubted, refusal)
 
     def abandon(self, server: socket.SocketType) -> None:
         """Have the close send RST: so a tunnel program that still dials its far end learns that the client has left."""

@@ -26,6 +26,7 @@ from sniroute_names import printable
 from conftest import HERE, HOST, Address, echo, wait_until
 from testbed.admin import (DB, HOSTILE, TOKEN, TUNNEL, Running, ask, dial, metrics, parse_metrics, read_reply, tell,
                            value)
+from testbed.running import read_all
 
 pytestmark = pytest.mark.usefixtures("hurry")
 
@@ -319,8 +320,7 @@ def test_tunnels_are_started_and_stopped(run_admin, serve, cloudflared, ports):
     with running.connect("db.example.com") as client:
         assert client.recv(1)
         assert order("db.example.com", "stop") == (200, f"{DB} is stopped.")
-        while client.recv(65536):
-            pass
+        read_all(client)
     wait_until(lambda: not running.tunnels.snapshot(), what="the stop")
     assert order("db.example.com", "stop") == (404, f"{DB} is not up, and did not fail")
     assert order("cloudflared%3Adb.example.com", "start")[0] == 404  # a key that is not in the table

@@ -564,6 +564,68 @@ def test_hung_tunnel_is_found_out_and_restarted(run, serve, cloudflared, ports, 
     assert len(cloudflared.starts()) == 2
 
 
+def served_once(running: Running) -> None:
+    """A client that gets its answer."""
+    with running.connect(HELLO) as client:
+        assert client.recv(1) == b"x"
+
+
+PUSHED = 8 << 20  # more than the kernel holds for a process that does not read
+
+
+@pytest.mark.parametrize("early, later", [(b"0-RTT" * 40, b""), (b"", b"0-RTT" * 40), (b"", bytes(PUSHED))],
+                         ids=["behind the hello", "a moment later", "without end"])
+def test_hung_tunnel_is_found_out_by_clients_that_say_more_than_the_hello_too(run, serve, cloudflared, ports,
+                                                                              monkeypatch, early, later):
+    """What they said cannot be said again: they are refused in time, and the next client has a tunnel that works."""
+    monkeypatch.setattr(sniroute_connection, "FIRST_BYTE_TIMEOUT", 0.5)
+    cloudflared.far("*", serve(answer(b"x")).address)
+    running = run(TUNNEL, ports)
+    served_once(running)
+    running.ending()
+    os.kill(cloudflared.starts()[0]["pid"], signal.SIGSTOP)
+    with running.connect(HELLO + early) as client:
+        wait_until(lambda: [c for c in list(running.router.connections) if c.state in ("unanswered", "early")])
+        with contextlib.suppress(OSError):  # it is refused while it says that
+            client.sendall(later)
+        if len(later) < PUSHED:
+            assert read_all(client) == alert(80)
+    end = running.ending(2)
+    assert (end.reason, end.detail) == ("tunnel_failed", f"{DB}: no answer within 0.5 s")
+    assert 0.5 <= end.seconds < 5
+    wait_until(lambda: len(cloudflared.starts()) == 2, what="another process")
+    served_once(running)
+    assert running.counter("retries") == 0
+    wait_until(lambda: not running.router.waits.by_key and not running.router.waits.threads)
+
+
+def test_good_tunnel_is_not_restarted_because_a_client_that_said_more_was_refused(run, serve, cloudflared, ports):
+    """It serves somebody else: doubt looks, and leaves it alone."""
+    cloudflared.far("*", serve(answer(b"x")).address)
+    running = run(TUNNEL, ports)
+    with running.connect(HELLO) as other:
+        assert other.recv(1) == b"x"
+        cloudflared.fault("*", refuse=True)
+        with running.connect(HELLO + b"0-RTT") as client:
+            assert read_all(client) == alert(80)
+        wait_until(lambda: not running.router.waits.by_key and not running.router.waits.threads)
+        other.sendall(b"still here")
+        assert read_exactly(other, 10) == b"still here"
+    assert len(cloudflared.starts()) == 1
+
+
+def test_backend_that_has_spoken_may_be_silent_for_as_long_as_it_likes(run, serve, cloudflared, ports, monkeypatch):
+    monkeypatch.setattr(sniroute_connection, "FIRST_BYTE_TIMEOUT", 0.2)
+    cloudflared.far("*", serve(answer(b"x", len(HELLO + b"0-RTT"))).address)
+    running = run(TUNNEL, ports)
+    with running.connect(HELLO) as client:
+        client.sendall(b"0-RTT")
+        assert client.recv(1) == b"x"
+        time.sleep(0.5)  # nothing happens then
+        client.sendall(b"more")
+        assert read_exactly(client, 4) == b"more"
+
+
 def test_start_that_fails_is_told_and_remembered(run, cloudflared, ports):
     cloudflared.fault("*", exit=0, words="no such flag")
     running = run(TUNNEL, ports)

@@ -560,6 +560,18 @@ def test_one_connection_between_stdin_and_stdout(edge, hostname, program, echo_s
     assert end_of(edge, hostname)["close"] == 1000
 
 
+@pytest.mark.parametrize("switches, code", [
+    ({}, 0), ({"eof": "open", "eof_after": 6}, 1), ({"close": 1011, "close_after": 6}, 1),
+], ids=["ends", "ends TLS in the middle", "says that something went wrong"])
+def test_exit_code_tells_a_stream_that_the_edge_cuts_from_a_whole_one(edge, hostname, program, serve, switches, code):
+    """A pipe cannot be reset."""
+    edge.far(hostname, serve(lambda sock: sock.sendall(b"banner")).address)
+    edge.fault(hostname, **switches)
+    run = program("access", "tcp", "--hostname", hostname, stdin=subprocess.PIPE)
+    assert run.process.stdout.read() == b"banner"
+    assert run.end(None) == code
+
+
 def test_without_stdin_it_waits_for_the_banner(edge, hostname, program, serve):
     edge.far(hostname, serve(lambda sock: sock.sendall(b"banner")).address)
     edge.fault(hostname, delay=200)

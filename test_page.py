@@ -10,6 +10,7 @@ import pytest
 
 from conftest import HOST, echo, wait_until
 from testbed.admin import DB, TOKEN, TUNNEL, ask, hostile_ending
+from testbed.running import read_all
 
 pytestmark = pytest.mark.usefixtures("hurry")
 
@@ -78,8 +79,7 @@ def test_page_in_a_browser(browser, run_admin, serve, cloudflared, ports):
         assert running.tunnels.snapshot()[0].state == "ready"
         press(DB, "Stop", TOKEN)
         said(f"{DB} is stopped.")
-        while client.recv(65536):
-            pass
+        read_all(client)
     wait_until(lambda: browser.evaluate("refresh()") or DB not in browser.text("tunnels"), what="its end")
     cloudflared.fault("bad.example.com")
     press("cloudflared:bad.example.com", "Start", None)

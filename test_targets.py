@@ -17,7 +17,8 @@ import sniroute_targets
 from sniroute_launchers import Reason
 from sniroute_refusals import Refused
 from sniroute_routes import Route, Routes, parse_route
-from sniroute_targets import (Backend, Retry, Targets, TcpBackend, TunnelBackend, Unreachable, check_tcp, check_tunnel)
+from sniroute_targets import (Backend, Doubt, Retry, Targets, TcpBackend, TunnelBackend, Unreachable, check_tcp,
+                              check_tunnel)
 from conftest import HOST, Address, wait_until
 from testbed.hellos import (HELLO, Bad, genuine, verdict)
 from testbed.running import alert, answer, read_all, read_exactly, route
@@ -228,20 +229,23 @@ def leased(lessor: Lessor, address: Address = (HOST, 1), names_clients: bool = F
 
 SILENT, SAID, FINAL = Reason(), Reason("denied", "Access denied it"), Reason("unknown", "no such name", True)
 WAIT, AGAIN, DOUBT = "wait for its words", "try again", "try again, once the process was looked at"
+LOOK = "look at the process all the same"
 
 
 @pytest.mark.parametrize("names_clients, last, reasons, verdicts", [
     (False, False, [SILENT], [DOUBT]),
     (False, False, [SAID], [DOUBT]),  # it does not say for whom: it may have been another client
-    (False, True, [SAID], [("tunnel_denied", "Access denied it")]),
-    (False, True, [SILENT, SILENT], [WAIT, ("tunnel_failed", "why")]),
-    (False, True, [SILENT, SAID], [WAIT, ("tunnel_denied", "Access denied it")]),
+    (False, True, [SAID], [("tunnel_denied", "Access denied it", LOOK)]),
+    (False, True, [SILENT, SILENT], [WAIT, ("tunnel_failed", "why", LOOK)]),
+    (False, True, [SILENT, SAID], [WAIT, ("tunnel_denied", "Access denied it", LOOK)]),
+    (True, True, [SAID], [("tunnel_denied", "Access denied it")]),
+    (True, True, [FINAL], [("tunnel_unknown", "no such name")]),
     (True, False, [SAID], [AGAIN]),
     (True, False, [SILENT, SAID], [WAIT, AGAIN]),
     (True, False, [SILENT, SILENT], [WAIT, DOUBT]),
     (True, False, [FINAL], [("tunnel_unknown", "no such name")]),
     (True, False, [SILENT, FINAL], [WAIT, ("tunnel_unknown", "no such name")]),
-    (True, True, [SILENT, SILENT], [WAIT, ("tunnel_failed", "why")]),
+    (True, True, [SILENT, SILENT], [WAIT, ("tunnel_failed", "why", LOOK)]),
 ])
 def test_a_tunnel_that_failed_is_asked_for_its_words_at_most_twice(names_clients, last, reasons, verdicts, echo_server):
     lessor = Lessor(*reasons)
@@ -255,6 +259,9 @@ def test_a_tunnel_that_failed_is_asked_for_its_words_at_most_twice(names_clients
             if isinstance(verdict, Retry):
                 assert verdict.doubted in (None, backend.child)
                 found.append(AGAIN if verdict.doubted is None else DOUBT)
+            elif isinstance(verdict, Doubt):
+                assert verdict.doubted is backend.child
+                found.append((verdict.refusal.kind, str(verdict.refusal).partition(": ")[2], LOOK))
             else:
                 assert verdict is None or str(verdict).startswith("carrier:t.example.com: ")
                 found.append(WAIT if verdict is None else (verdict.kind, str(verdict).partition(": ")[2]))
@@ -268,11 +275,11 @@ def test_a_tunnel_that_failed_is_asked_for_its_words_at_most_twice(names_clients
 
 def test_a_tunnel_that_could_not_be_dialled_has_no_port():
     lessor = Lessor(SAID)
-    assert leased(lessor).failed("Connection refused", None, True).kind == "tunnel_denied"
+    assert leased(lessor).failed("Connection refused", None, True).refusal.kind == "tunnel_denied"
     closed = socket.socket()
     closed.close()
     lessor.reasons.append(SAID)
-    assert leased(lessor).failed("Connection reset by peer", closed, True).kind == "tunnel_denied"
+    assert leased(lessor).failed("Connection reset by peer", closed, True).refusal.kind == "tunnel_denied"
     assert lessor.asked == [(0.0, 0), (0.0, 0)]
 
 
