@@ -169,7 +169,7 @@ def test_the_carrier_is_run_by_this_python_with_nothing_but_what_it_needs(monkey
         "import sys\ndef main():\n    print(sys.argv, sys.flags.isolated, sys.flags.no_site)\n    return 7\n")
     for room in OPTIONS["carrier"][1:]:
         importlib.invalidate_caches()  # the folder has been looked at in this instant
-        assert not launcher.is_there() and f"{room}.py" in launcher.missing
+        assert not launcher.is_there() and f"{room}.py" in launcher.obstacle
         (tmp_path / f"{room}.py").touch()
     importlib.invalidate_caches()
     assert launcher.is_there() and launcher.find() == os.path.abspath(sys.executable)
@@ -213,5 +213,5 @@ def test_the_carrier_is_started_from_inside_a_zip_file(tmp_path):
 
 
 def test_a_zip_file_without_the_carrier_has_none(tmp_path):
-    place, there, _ = look_into(tmp_path, ["sniroute_launchers.py", "sniroute_names.py", "sniroute_refusals.py"])
+    place, there, _ = look_into(tmp_path, ["sniroute_launchers.py", "sniroute_host.py", "sniroute_names.py", "sniroute_refusals.py"])
     assert place == str(tmp_path / "our.pyz") and not there

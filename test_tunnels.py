@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -24,11 +25,15 @@ from typing import Any, Callable
 import pytest
 
 import sniroute_launchers
+import sniroute_ports
 import sniroute_processes
 import sniroute_tunnels
 from sniroute_launchers import TunnelError, TunnelKey
 from sniroute_tunnels import BACKOFF, FAILED, QUEUED, READY, STARTING, STOPPING, StartBudget, Tunnel, TunnelTable
 from conftest import HOST, FakeClock, linux, own_children, wait_until
+from testbed.hellos import genuine
+from testbed.program import namespace
+from testbed.running import read_exactly
 from testbed.tunnels import Bench, ask, both, event, events, key, listening, port_of, runs, shared
 
 # -- start budget ------------------------------------------------------------------------------
@@ -126,10 +131,49 @@ def test_names_are_started_in_the_order_in_which_they_were_asked_for(bench, clou
 
 
 @both
-def test_a_byte_goes_through_and_back(bench, cloudflared, echo_server):
+def test_a_byte_goes_through_and_back(bench, cloudflared, echo_server, proc):
     cloudflared.far("app.test", echo_server.address)
-    tunnel = bench(live=True).ready("app.test")
+    tunnel = bench(live=True, proc=proc).ready("app.test")
     assert ask(tunnel.child.address, b"x" * 100_000) == b"x" * 100_000
+
+
+@both
+@pytest.mark.parametrize("delay", [50, 700])
+def test_the_first_client_of_a_program_that_listens_late_is_served(delay, bench, cloudflared, echo_server, proc):
+    cloudflared.far("app.test", echo_server.address)
+    cloudflared.fault("app.test", listen_delay=delay)
+    made = bench(live=True, proc=proc)
+    tunnel = made.ready("app.test")
+    assert ask(tunnel.child.address) == b"hello", "it is not refused, and it is the only one"
+    assert len(cloudflared.clients()) == 1, "nothing has connected to find out"
+    assert made.table.counters["starts"] == 1
+
+
+def test_the_first_client_is_served_where_there_is_no_proc_at_all(launch, cloudflared, echo_server, ports):
+    """A chroot, say: the real program, and the first client of each of three names."""
+    program = launch(f"--cloudflared={cloudflared.path}", ports, "--route=*=cloudflared:{name}",
+                     python=(*namespace("--mount", "mount -t tmpfs none /proc"), sys.executable))
+    for delay, name in enumerate(("a.example.com", "b.example.com", "c.example.com")):
+        cloudflared.far(name, echo_server.address)
+        cloudflared.fault(name, listen_delay=600 * delay)
+        said = genuine(name=name)
+        with program.connect(said) as client:
+            assert read_exactly(client, len(said)) == said
+    assert len(cloudflared.starts()) == 3 and "tunnel_failed" not in program.log()
+
+
+@linux
+def test_a_program_whose_descriptors_are_not_ours_to_see_is_ready_once_somebody_listens(bench, monkeypatch):
+    """It runs as another user, under a wrapper, say."""
+    real = os.listdir
+
+    def listdir(path: str) -> list[str]:
+        if str(path).endswith("/fd"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(sniroute_ports.os, "listdir", listdir)
+    bench().ready("app.test")
 
 
 NOT_IN_TIME = "it did not listen within 15 s"
@@ -149,9 +193,9 @@ START_FAILURES = [
 ]
 
 @pytest.mark.parametrize("kind, switches, message", START_FAILURES, indirect=["kind"])
-def test_a_start_that_fails_says_why(kind, switches, message, bench, cloudflared):
+def test_a_start_that_fails_says_why(kind, switches, message, bench, cloudflared, proc):
     cloudflared.fault("app.test", **switches)
-    made = bench()
+    made = bench(proc=proc)
     future = made.ask("app.test", timeout=1000)
     made.turn(cloudflared.starts)
     made.turn(lambda: future.done() or "exit" not in switches and (
@@ -188,11 +232,16 @@ def test_a_port_that_a_stranger_listens_on_is_not_ready(bench, cloudflared):
     assert len(ports) == len(set(ports)) == sniroute_tunnels.PORT_TRIES + 1, "another port each time, bounded"
 
 
+def test_without_proc_a_stranger_that_listens_cannot_be_told(bench, cloudflared):
+    cloudflared.fault("app.test", wrong_owner=True)
+    bench(proc=False).ready("app.test")
+
+
 @linux
-def test_a_listener_of_a_descendant_is_own(bench, cloudflared, echo_server):
+def test_a_listener_of_a_descendant_is_own(bench, cloudflared, echo_server, proc):
     cloudflared.fault("app.test", child_listens=True)
     cloudflared.far("app.test", echo_server.address)
-    made = bench()
+    made = bench(proc=proc)
     tunnel = made.ready("app.test")
     assert ask(tunnel.child.address) == b"hello"
     pids = {tunnel.child.process.pid, cloudflared.clients()[0]["pid"]}
@@ -203,9 +252,9 @@ def test_a_listener_of_a_descendant_is_own(bench, cloudflared, echo_server):
 
 
 @both
-def test_address_in_use_is_tried_on_another_port(bench, cloudflared):
+def test_address_in_use_is_tried_on_another_port(bench, cloudflared, proc):
     cloudflared.fault("app.test", in_use=2)
-    made = bench()
+    made = bench(proc=proc)
     tunnel = made.ready("app.test")
     first = made.table.pool.free and min(start["port"] for start in cloudflared.starts())
     assert [start["port"] for start in cloudflared.starts()] == [first, first + 1, first + 2]
@@ -252,7 +301,7 @@ def test_ports_that_others_hold_are_passed_over(bench, cloudflared):
         assert made.states()["a.test"] is READY, "it is too fresh to be evicted"
         made.clock.jump(sniroute_tunnels.EVICT_AGE)
         made.turn(lambda: "a.test" not in made.states())
-        made.clock.jump(sniroute_processes.QUARANTINE)
+        made.clock.jump(sniroute_ports.QUARANTINE)
         assert made.outcome(future) is None
     assert made.states() == {"b.test": READY}
 
@@ -386,7 +435,7 @@ def test_no_descriptors_left_is_no_failure_of_the_name(bench):
 
 
 def test_the_reaper_outlives_an_operating_system_error(bench, monkeypatch, caplog):
-    real, errors = sniroute_processes.listens, [OSError(24, "Too many open files")] * 2
+    real, errors = sniroute_ports.listens, [OSError(24, "Too many open files")] * 2
 
     def listens(*args: int) -> str:
         if errors:
@@ -499,7 +548,7 @@ def test_the_longest_idle_tunnel_makes_room(options, bench):
         made.table.release(made.table.tunnels[key(f"{name}")])
     future = made.ask("d.test")
     made.turn(lambda: "b.test" not in made.states())
-    made.clock.jump(sniroute_processes.QUARANTINE)
+    made.clock.jump(sniroute_ports.QUARANTINE)
     assert made.outcome(future) is None
     assert made.states() == {"a.test": READY, "c.test": READY, "d.test": READY}
     assert made.table.counters["evictions"] == 1
@@ -570,10 +619,9 @@ def stopper(table: TunnelTable, tunnel: Tunnel, way: str) -> Callable[[], object
             with table.lock:
                 table._evict(table.clock())
         return evict
-    child = types.SimpleNamespace(alive=lambda: True, proven=True, ready=0.0, started=0.0, address=(HOST, 1))
+    process = types.SimpleNamespace(is_full=lambda now: True)  # nobody looks at its backlog
+    child = types.SimpleNamespace(process=process, alive=lambda: True, proven=True, ready=0.0, address=(HOST, 1))
     object.__setattr__(tunnel, "child", child)
-
-    table.proc = False  # the child above listens nowhere
 
     def doubt() -> None:
         with table.lock:
@@ -933,7 +981,7 @@ def test_child_that_is_dying_is_not_taken_for_one_that_serves_others(bench, monk
     tunnel = made.leased("app.test")
     child = tunnel.child
     os.kill(child.process.pid, signal.SIGKILL)
-    wait_until(lambda: not sniroute_processes.listeners(child.address[1]))
+    wait_until(lambda: not sniroute_ports.listeners(child.address[1]))
     monkeypatch.setattr(os, "waitid", lambda *_: None)  # its parent has not been told yet
     future = made.ask("app.test", doubted=child)
     assert made.outcome(future) is None
@@ -1438,10 +1486,10 @@ def test_the_carrier_itself_opens_and_closes(cloudflared, free_ports):
         used, idle = made.leased("a.example.test"), made.ready("b.example.test")
         child = idle.child
         assert len(pids(used, idle)) == 1
-        assert sniroute_processes.listens(used.child.process.pid, used.child.address[1]) == "own"
+        assert sniroute_ports.listens(used.child.process.pid, used.child.address[1]) == "own"
         made.clock.jump(made.table.idle)
         made.turn(lambda: idle.state is FAILED)
-        assert used.child.alive() and not sniroute_processes.listeners(child.address[1])
+        assert used.child.alive() and not sniroute_ports.listeners(child.address[1])
         pool = made.table.pool
         with listening(min(pool.free)) as thief:
             pool.take = types.MethodType(lambda self: self.__dict__.pop("take") and port_of(thief), pool)
@@ -1688,25 +1736,27 @@ def test_one_process_is_started_in_a_turn(bench, cloudflared):
     made.turn(lambda: all(future.done() for future in futures))
 
 
-def test_without_proc_a_start_counts_as_ready_and_doubt_is_patient(bench, cloudflared, echo_server):
-    cloudflared.far("app.test", echo_server.address)
-    made = bench(proc=False, idle=1e6)
-    tunnel = made.ready("app.test")
-    child = tunnel.child
-    assert not made.doubt(tunnel), "perhaps it does not listen yet"
+@both
+def test_a_program_that_ends_while_it_starts_is_not_ready(bench, cloudflared, proc):
+    cloudflared.fault("app.test", never_listen=True)
+    made = bench(proc=proc)
+    future = made.ask("app.test")
+    made.turn(cloudflared.starts)
+    os.kill(cloudflared.starts()[0]["pid"], signal.SIGKILL)
+    assert "it ended (signal 9)" in str(made.outcome(future))
+    assert made.table.counters["ready"] == 0
 
-    def connected() -> bytes:
-        try:
-            return ask(child.address)
-        except ConnectionRefusedError:
-            return b""
 
-    assert wait_until(connected) == b"hello"
-    made.clock.jump(15)  # start_timeout
-    assert made.doubt(tunnel)
-    tunnel.child.proven = True
-    made.clock.jump(300)
-    assert made.doubt(tunnel), "it did listen: no patience"
+@both
+def test_a_hung_program_is_found_without_proc_too(bench):
+    """The kernel tells how many clients wait, where it can be asked."""
+    made = bench(proc=False)
+    tunnel = made.leased("app.test")
+    if not sniroute_ports.ask_for_listener(tunnel.child.address[1]):
+        pytest.skip("no sock_diag here")
+    os.kill(tunnel.child.process.pid, signal.SIGSTOP)
+    with socket.create_connection(tunnel.child.address):
+        assert made.doubt(tunnel)
 
 
 # -- the stand-in itself -----------------------------------------------------------------------
@@ -1784,6 +1834,6 @@ def test_the_stand_in_can_stop_hang_and_ask_for_a_login(bench, cloudflared, echo
             client.recv(1)
     child = made.ready("stop.test").child
     with socket.create_connection(child.address):
-        wait_until(lambda: any(sniroute_processes.listeners(child.address[1]).values()))
+        wait_until(lambda: any(sniroute_ports.listeners(child.address[1]).values()))
         assert pathlib.Path(f"/proc/{child.process.pid}/stat").read_text().rpartition(") ")[2][0] == "T"
     assert len(cloudflared.clients()) == 2
