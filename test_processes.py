@@ -7,10 +7,12 @@ import errno
 import logging
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from typing import Any, Callable, Iterator
 
 import pytest
@@ -19,9 +21,12 @@ import sniroute_launchers
 import sniroute_processes
 from sniroute_launchers import Launcher, Reason
 from sniroute_loop import WakePipe
-from sniroute_processes import LOST, NO_FAULT, OWN_FAULT, Child, Ends, Process, Processes
+from sniroute_processes import LOST, NO_FAULT, OWN_FAULT, Child, Ends, Home, Process, Processes, reap_orphans
 from sniroute_tunnels import BACKOFF, FAILED, READY, STOPPING, TunnelTable
 from conftest import HERE, HOST, FakeClock, linux, wait_until
+from testbed.hellos import HELLO
+from testbed.program import namespace
+from testbed.running import read_exactly
 from testbed.tunnels import Bench, ask, both, event, events, runs, shared, stand_in
 
 # -- the death guard ---------------------------------------------------------------------------
@@ -65,6 +70,25 @@ def test_a_setpriv_that_knows_no_pdeathsig_is_not_used(monkeypatch, tmp_path):
     assert sniroute_processes.death_guard()[0] == sys.executable
 
 
+@pytest.mark.parametrize("account", ["root", "nobody"])
+def test_a_child_has_no_capability_of_the_router_s(guard, account):
+    """Those that systemd gives a service so that it may bind port 443 are inherited, unless they are given up."""
+    if os.geteuid() != 0 or not os.path.exists("/usr/bin/setpriv"):
+        pytest.skip("needs root, and setpriv (Debian package util-linux)")
+    identity = [] if account == "root" else ["--reuid=65534", "--regid=65534", "--clear-groups"]
+    router = ["setpriv", *identity, "--inh-caps=+net_bind_service", "--ambient-caps=+net_bind_service", "--"]
+    def capabilities(*words: str) -> dict[str, int]:
+        status = subprocess.run([*router, *words, "/bin/cat", "/proc/self/status"], capture_output=True, text=True)
+        assert status.returncode == 0, status.stderr
+        return {name: int(value, 16) for name, value in re.findall(r"^(Cap\w+):\s+(\w+)$", status.stdout, re.M)}
+
+    assert capabilities()["CapAmb"] == 1 << 10, "CAP_NET_BIND_SERVICE: the router has it"
+    child = capabilities(*guard)
+    assert child["CapAmb"] == 0
+    if account == "nobody":
+        assert child["CapEff"] == child["CapPrm"] == 0
+
+
 def test_no_guard_where_the_kernel_has_none(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert sniroute_processes.death_guard() == []
@@ -104,6 +128,229 @@ def test_sigkill_of_the_router_leaves_no_process(form, kind, cloudflared, free_p
         assert len(pids) == 3 and len(set(pids)) == (1 if kind == "shared" else 3) and all(map(runs, pids))
         router.kill()
     wait_until(lambda: not any(map(runs, pids)), timeout=2)
+
+
+# -- their home --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> pathlib.Path:
+    """The folder for temporary files."""
+    path = tmp_path / "place"
+    path.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(path))
+    monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
+    return path
+
+
+@pytest.mark.parametrize("change", ["removed", "opened", "replaced"])
+def test_home_that_is_no_longer_ours_is_made_anew(bench, tmp_path, change):
+    made = bench()
+    made.ready("one.test")
+    home = pathlib.Path(made.table.processes.home.path)
+    if change == "opened":
+        home.chmod(0o777)
+    else:
+        shutil.rmtree(home)
+    if change == "replaced":
+        home.symlink_to(tmp_path)
+    made.ready("two.test")
+    assert made.table.processes.home.path != str(home)
+    shutil.rmtree(home) if change == "opened" else home.unlink(missing_ok=True)
+
+
+KILLED = """
+import os, signal, sniroute_processes
+print(sniroute_processes.Home().get(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_homes_of_killed_routers_go_with_the_next_start(place):
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", KILLED], cwd=HERE, env={**os.environ, "TMPDIR": str(place)},
+                       stdout=subprocess.DEVNULL)
+        left, = place.iterdir()  # each start removes the one before
+    (left / ".cloudflared").mkdir()
+    (left / ".cloudflared" / "lock").touch()
+    home = Home()
+    path = pathlib.Path(home.get())
+    assert list(place.iterdir()) == [path]
+    home.close()
+    assert list(place.iterdir()) == []
+
+
+def test_the_home_of_a_router_that_lives_stays(place):
+    first, second = Home(), Home()
+    assert first.get() != second.get() and first.get() == first.get()
+    assert len(list(place.iterdir())) == 2
+    first.close()
+    assert list(place.iterdir()) == [pathlib.Path(second.get())]
+    second.close()
+
+
+def test_what_is_not_a_left_home_is_not_touched(place, tmp_path):
+    """Somebody's own folder, one that is being made, a symlink, a file, another user's."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(0o700)
+    for folder in (elsewhere, place / "sniroute-open", place / "sniroute-other"):
+        folder.mkdir(0o700, exist_ok=True)
+        (folder / sniroute_processes.HOME_MARK).touch()
+    (place / "sniroute-open").chmod(0o755)
+    (place / "sniroute-own").mkdir(0o700)
+    (place / "sniroute-link").symlink_to(elsewhere)
+    (place / "sniroute-file").touch()
+    if os.geteuid() == 0:
+        os.chown(place / "sniroute-other", 4321, -1)
+    else:
+        shutil.rmtree(place / "sniroute-other")
+    before = set(place.iterdir())
+    home = Home()
+    home.get()
+    home.close()
+    assert set(place.iterdir()) == before and list(elsewhere.iterdir())
+
+
+def test_a_folder_is_not_a_left_home_before_it_is_locked(place, monkeypatch):
+    """Another router looks in every instant of the making; it never removes it."""
+    home = Home()
+    flock, opened = sniroute_processes.fcntl.flock, os.open
+    looks = []
+
+    def look(inner: Callable[..., Any], *args: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(sniroute_processes.fcntl, "flock", flock)
+            patch.setattr(os, "open", opened)
+            sniroute_processes.remove_left_homes(str(place))
+            looks.append(len(list(place.iterdir())))
+        return inner(*args)
+
+    monkeypatch.setattr(sniroute_processes.fcntl, "flock", lambda *args: look(flock, *args))
+    monkeypatch.setattr(os, "open", lambda *args: look(opened, *args))
+    path = home.get()
+    assert looks == [1] * 3 and os.path.isdir(path)
+    home.close()
+
+
+def test_a_folder_that_another_process_locks_is_not_taken(place, monkeypatch):
+    """A router that starts in the same instant looks at it."""
+    def locked(path: str) -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    home = Home()
+    with monkeypatch.context() as patch:
+        patch.setattr(sniroute_processes, "lock_folder", locked)
+        assert home.get() == sniroute_processes.NO_HOME and list(place.iterdir()) == []
+    assert home.get() != sniroute_processes.NO_HOME
+    home.close()
+
+
+def test_a_file_system_without_locks_has_homes_too(place, monkeypatch):
+    def none(path: str) -> int:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(sniroute_processes, "lock_folder", none)
+    home, another = Home(), Home()
+    assert os.path.isdir(home.get()) and os.path.isdir(another.get()) and os.path.isdir(home.path)
+    home.close()
+    another.close()
+    assert list(place.iterdir()) == []
+
+
+def test_a_service_s_own_folder_is_taken_before_the_one_for_all(place, tmp_path, monkeypatch):
+    runtime = tmp_path / "runtime"
+    runtime.mkdir()
+    monkeypatch.setenv("RUNTIME_DIRECTORY", f"{runtime}:{tmp_path}/second")
+    home = Home()
+    assert os.path.dirname(home.get()) == str(runtime)
+    home.close()
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path / "gone"))
+    assert os.path.dirname(home.get()) == str(place)
+    home.close()
+
+
+@both
+def test_tunnels_start_where_no_folder_can_be_made(bench, cloudflared, place, caplog):
+    """A root that is read-only, and no /tmp: they were refused with `No usable temporary directory found`."""
+    place.rmdir()
+    made = bench()
+    for name in ("a.test", "b.test"):
+        made.ready(name)
+    assert {start["environment"]["HOME"] for start in cloudflared.starts()} == {sniroute_processes.NO_HOME}
+    assert caplog.text.count("tunnel programs get no home folder") == 1
+    assert f"({place}: No such file or directory)" in caplog.text
+
+
+def test_a_program_that_needs_no_home_makes_no_folder(cloudflared, free_ports, place):
+    """The carrier's row says so."""
+    assert not sniroute_launchers.carrier_launcher({}).home
+    launcher = stand_in("shared", cloudflared.path, {})._replace(home=False)
+    made = Bench(TunnelTable({"cf": launcher}, free_ports(), clock=FakeClock()), False)
+    try:
+        made.ready("app.test")
+        assert list(place.iterdir()) == []
+    finally:
+        made.close()
+    start, = cloudflared.starts()
+    assert "HOME" not in start["environment"]
+
+
+# -- orphans -----------------------------------------------------------------------------------
+
+
+def children_of(parent: int) -> list[int]:
+    """The children of a process, by whichever thread."""
+    return [int(pid) for task in pathlib.Path(f"/proc/{parent}/task").glob("*/children")
+            for pid in task.read_text().split()]
+
+
+def zombies(parent: int) -> list[int]:
+    """The children of a process that have ended and that nobody has reaped."""
+    return [pid for pid in children_of(parent) if not runs(pid)]
+
+
+@linux
+def test_orphans_are_reaped_and_the_router_s_own_processes_are_not():
+    with subprocess.Popen(["true"]) as own, subprocess.Popen(["false"]) as orphan:
+        wait_until(lambda: {own.pid, orphan.pid} <= set(zombies(os.getpid())))
+        reap_orphans({own.pid, orphan.pid})
+        assert {own.pid, orphan.pid} <= set(zombies(os.getpid()))
+        reap_orphans({own.pid})  # `own` comes first in the kernel's list
+        assert own.wait() == 0, "its exit code was not stolen"
+        reap_orphans(set())
+        assert orphan.pid not in zombies(os.getpid())
+        with pytest.raises(ChildProcessError):
+            os.waitpid(orphan.pid, 0)
+    reap_orphans(set())  # no child at all
+
+
+def test_only_process_1_looks_for_orphans(owner, monkeypatch):
+    assert owner.processes.due(0.0) == []
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    processes = Processes(owner, owner.pipe, FakeClock())
+    try:
+        assert processes.due(1000.0) == [1000.0]
+        processes.turn(0.0)
+        assert processes.due(1000.0) == [1000.0 + sniroute_processes.ORPHANS_LOOK]
+    finally:
+        processes.close()
+
+
+@linux
+def test_as_process_1_of_a_container_it_reaps_what_a_health_check_leaves(launch, cloudflared, echo_server, ports):
+    """Its own tunnels' ends are told all the same."""
+    cloudflared.far("*", echo_server.address)
+    program = launch(f"--cloudflared={cloudflared.path}", ports, "--idle=1s",
+                     python=(*namespace("--pid --fork --kill-child --mount-proc"), sys.executable))
+    router, = children_of(program.pid)
+    program.signal = lambda number: os.kill(router, number)  # unshare itself takes no SIGTERM
+    check = ["nsenter", f"--target={router}", "--pid", "--mount", "/bin/sh", "-c", "(sleep 0.1 &) ; (sleep 0.2 &)"]
+    for _ in range(3):
+        subprocess.run(check, check=True)
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+    program.wait_for("tunnel stopped")
+    wait_until(lambda: not children_of(router), what="the end of each child, zombies too")
 
 
 # -- start and watch ---------------------------------------------------------------------------
@@ -190,22 +437,6 @@ def test_a_process_that_cannot_be_watched_is_not_used(bench, monkeypatch):
         future = made.ask("app.test")
         made.turn(lambda: future.done())
     assert "it cannot be watched (Too many open files)" in str(made.outcome(future))
-
-
-@pytest.mark.parametrize("change", ["removed", "opened", "replaced"])
-def test_home_that_is_no_longer_ours_is_made_anew(bench, tmp_path, change):
-    made = bench()
-    made.ready("one.test")
-    home = pathlib.Path(made.table.processes.home.path)
-    if change == "opened":
-        home.chmod(0o777)
-    else:
-        shutil.rmtree(home)
-    if change == "replaced":
-        home.symlink_to(tmp_path)
-    made.ready("two.test")
-    assert made.table.processes.home.path != str(home)
-    shutil.rmtree(home) if change == "opened" else home.unlink(missing_ok=True)
 
 
 @linux

@@ -403,6 +403,20 @@ def test_a_program_that_is_not_there_is_no_failure_of_the_name(bench, tmp_path, 
     made.ready("app.test")
 
 
+def test_a_program_that_others_may_change_is_refused_at_each_start(bench, cloudflared):
+    """Its folder may have been opened since the last one."""
+    made = bench()
+    made.ready("a.test")
+    cloudflared.directory.chmod(0o777)
+    error = made.failed("b.test")
+    assert error.kind == "failed" and str(error) == (
+        f"cf:b.test did not start: {cloudflared.path} is not run, since {cloudflared.directory} can be changed by "
+        f"other users: chmod o-w {cloudflared.directory}")
+    assert made.table.failures == {} and len(cloudflared.starts()) == 1
+    cloudflared.directory.chmod(0o755)
+    made.ready("b.test")
+
+
 @both
 def test_a_program_that_the_kernel_cannot_run_is_no_failure_of_the_name(bench, tmp_path):
     program = tmp_path / "empty"
@@ -552,6 +566,85 @@ def test_the_longest_idle_tunnel_makes_room(options, bench):
     assert made.outcome(future) is None
     assert made.states() == {"a.test": READY, "c.test": READY, "d.test": READY}
     assert made.table.counters["evictions"] == 1
+
+
+def killed(made: Bench, *names: str) -> None:
+    """Tunnels that were in use and whose processes have died: all of them back off."""
+    tunnels = [made.leased(name) for name in names]
+    for pid in {tunnel.child.process.pid for tunnel in tunnels}:
+        os.kill(pid, signal.SIGKILL)
+    made.turn(lambda: all(tunnel.state is BACKOFF for tunnel in tunnels))
+    for tunnel in tunnels:
+        made.table.release(tunnel)
+
+
+@both
+def test_tunnels_that_have_died_make_room_for_a_third(bench):
+    """They were refused as `all 2 tunnels are in use`, and no process ran."""
+    made = bench(max_tunnels=2)
+    killed(made, "a.test", "b.test")
+    assert made.outcome(made.ask("c.test")) is None, "at once: no clock has moved"
+    assert sorted(made.states().items())[1:] == [("c.test", READY)] and len(made.states()) == 2
+    assert made.table.counters["evictions"] == 1
+
+
+@both
+def test_a_name_waits_for_its_turn_beside_dead_tunnels_that_others_wait_for(bench):
+    made = bench(max_tunnels=2, max_starting=1)
+    killed(made, "a.test", "b.test")
+    first = [made.ask("a.test"), made.ask("b.test")]
+    wait_until(lambda: all(tunnel.waiters for tunnel in made.table.tunnels.values()))
+    third = made.ask("c.test")
+    made.turn(lambda: len(made.states()) == 3)
+    futures = [*first, third]  # after the back-off of both, and once there is one that may be evicted
+    made.turn(lambda: made.clock.jump(0.02) or all(future.done() for future in futures))
+    assert [made.outcome(future) for future in futures] == [None] * 3
+    assert sum(state in sniroute_tunnels.LIVE for state in made.states().values()) <= 2
+
+
+@both
+def test_a_tunnel_in_back_off_that_nobody_waits_for_takes_no_slot_from_a_client(bench):
+    """Nor does it have an idle tunnel stopped."""
+    made = bench(max_tunnels=1)
+    killed(made, "a.test")
+    made.ready("b.test")
+    made.clock.jump(sniroute_tunnels.BACKOFF_LAST)
+    for _ in range(3):
+        made.table.step()
+    assert made.states() == {"b.test": READY}
+
+
+def test_a_dead_tunnel_beside_all_slots_waits_without_spinning(bench):
+    made = bench(max_tunnels=2)
+    killed(made, "a.test")
+    made.leased("b.test")
+    made.table.max_tunnels = 1  # a reload
+    made.clock.jump(sniroute_tunnels.BACKOFF_LAST)
+    made.table.step()
+    assert made.states() == {"a.test": BACKOFF, "b.test": READY}
+    assert made.table._timeout(made.clock()) >= sniroute_tunnels.POLL_LAST
+    made.table.release(made.table.tunnels[key("b.test")])
+    made.clock.jump(sniroute_tunnels.EVICT_AGE)
+    made.table.step()
+    assert made.states()["b.test"] is READY, "nobody waits for the other"
+
+
+def test_names_that_queue_are_no_tunnels_in_use(bench, cloudflared):
+    """The third comes while the second waits for its turn: it waits, too, and gets the turn of one that fails."""
+    cloudflared.fault("a.test", exit=1)
+    made = bench(max_tunnels=2, max_starting=1)
+    futures = [made.ask(name) for name in ("a.test", "b.test", "c.test")]
+    wait_until(lambda: len(made.states()) == 3)
+    assert [getattr(made.outcome(future), "kind", None) for future in futures] == ["failed", None, None]
+
+
+@both
+def test_what_crashes_and_is_not_asked_for_again_piles_up_to_a_bound(bench):
+    made = bench(max_tunnels=2)
+    for number in range(6):
+        made.clock.jump(0.1)
+        killed(made, f"{number}.test")
+        assert len(made.states()) <= 2
 
 
 def test_a_fresh_tunnel_is_not_evicted(bench):
