@@ -18,10 +18,12 @@ import errno
 import os
 import resource
 import stat
+import sys
 
 __version__ = "0.1.0"
 
 PATHS_MAX = 1000  # characters of a sentence about a file: it names paths three times
+ROOTS_GROUPS = frozenset((0, 80) if sys.platform == "darwin" else (0,))  # wheel or root, and admin in macOS
 LINKS_MAX = 40  # symlinks in one path: what the kernel follows (path_resolution(7))
 
 
@@ -57,8 +59,9 @@ def changed_by_others(path: str) -> str:
 
     The file, each folder above it, each symlink on the way and all that they lead through have to belong to root or to
     this user, and to be writable by nobody else.  What is in a sticky folder (as /tmp) only its owner can replace.
-    A group may write where it is root's, or this user's own: its number is the user's, as Debian and Fedora make
-    them.  Whoever owns `/` counts as root: in a user namespace root may have another number.
+    A group may write where it is root's (in macOS admin's, whose members may become root), or this user's own: its
+    number is the user's, as Debian and Fedora make them.  Whoever owns `/` counts as root: in a user namespace root may
+    have another number.
     Raises OSError where there is no such file.
     """
     here, links = "/", 0
@@ -99,7 +102,7 @@ def fault_of(path: str, state: os.stat_result, trusted: set[int]) -> str:
         return ""
     if mode & stat.S_IWOTH:
         return f"{path} can be changed by other users: chmod o-w {path}"
-    if mode & stat.S_IWGRP and (state.st_gid not in (0, os.geteuid()) or has_acl(path)):
+    if mode & stat.S_IWGRP and (state.st_gid not in ROOTS_GROUPS | {os.geteuid()} or has_acl(path)):
         return f"{path} can be changed by a group ({state.st_gid}): chmod g-w {path}"
     return ""
 

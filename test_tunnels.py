@@ -579,6 +579,31 @@ def killed(made: Bench, *names: str) -> None:
 
 
 @both
+def test_ports_of_tunnels_that_have_died_are_for_who_waits(bench):
+    made = bench(count=2)
+    killed(made, "a.test", "b.test")
+    future = made.ask("c.test")
+    made.turn(lambda: made.states().get("c.test") is QUEUED)
+    made.clock.jump(sniroute_ports.QUARANTINE)  # by now the others would be started again
+    made.table.step()
+    assert made.states() == {"a.test": BACKOFF, "b.test": BACKOFF, "c.test": STARTING}
+    assert made.outcome(future) is None
+
+
+@both
+def test_a_name_waits_for_the_place_of_a_tunnel_that_stops(bench, cloudflared):
+    cloudflared.fault("a.test", ignore_term=True, ignore_close=True)
+    made = bench(max_tunnels=1)
+    made.ready("a.test")
+    made.clock.jump(made.table.idle)
+    made.turn(lambda: made.states() == {"a.test": STOPPING})
+    future = made.ask("b.test", timeout=1000)
+    made.turn(lambda: made.states().get("b.test") is QUEUED)
+    made.clock.jump(sniroute_processes.STOP_GRACE)
+    assert made.outcome(future) is None and made.states() == {"b.test": READY}
+
+
+@both
 def test_tunnels_that_have_died_make_room_for_a_third(bench):
     """They were refused as `all 2 tunnels are in use`, and no process ran."""
     made = bench(max_tunnels=2)
