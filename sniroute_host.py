@@ -7,7 +7,7 @@ Threads: main, at the start; `changed_by_others` also the reaper, before it star
 
 Seams: I want to ...
     derive a setting from the host     a function here, and `derived` of sniroute_settings
-    trust other users, too             `trusted`
+    trust somebody else, too           `changed_by_others`, ROOTS_GROUPS
 
 This room imports the standard library only.
 """
@@ -68,12 +68,12 @@ def changed_by_others(path: str) -> str:
     state = os.lstat(here)
     trusted = {0, os.geteuid(), state.st_uid}
     fault = fault_of(here, state, trusted)
-    rest = os.path.abspath(path).split("/")[::-1]
+    rest = (path if path.startswith("/") else os.path.join(os.getcwd(), path)).split("/")[::-1]
     while rest and not fault:
         name = rest.pop()
         if name in ("", "."):
             continue
-        if name == "..":
+        if name == "..":  # of where the symlinks before it have led
             here = os.path.dirname(here)
             continue
         step = os.path.join(here, name)
@@ -96,7 +96,8 @@ def fault_of(path: str, state: os.stat_result, trusted: set[int]) -> str:
     if os.getpid() == 1 and os.statvfs(path).f_flag & os.ST_RDONLY:
         return ""  # a volume of a container, whose numbers and modes are the host's: all users here are ours
     if state.st_uid not in trusted:
-        return f"{path} belongs to another user ({state.st_uid}): chown root {path}"
+        link = "-h " if stat.S_ISLNK(state.st_mode) else ""
+        return f"{path} belongs to another user ({state.st_uid}): chown {link}root {path}"
     mode = state.st_mode
     if stat.S_ISLNK(mode) or stat.S_ISDIR(mode) and mode & stat.S_ISVTX:
         return ""

@@ -114,7 +114,8 @@ def death_guard() -> list[str]:
     """
     if sys.platform != "linux":
         return []
-    setpriv = [shutil.which("setpriv", path="/usr/bin:/bin") or "", "--ambient-caps", "-all", "--pdeathsig", "KILL", "--"]
+    setpriv = [shutil.which("setpriv", path="/usr/bin:/bin") or "", "--ambient-caps", "-all", "--pdeathsig", "KILL",
+               "--"]
     if setpriv[0] and os.access("/bin/sh", os.X_OK):
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         if subprocess.run([*setpriv, "/bin/sh", "-c", ":"], **quiet).returncode == 0:

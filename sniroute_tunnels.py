@@ -312,14 +312,14 @@ class TunnelTable:
         if failure and failure.until > now:
             raise TunnelError(failure.reason.kind, f"{failure.reason.text}; next try in {failure.until - now:.0f} s")
         rows = self.tunnels.values()
-        if sum(t.state is STARTING or t.state is READY and t.leases > 0 for t in rows) >= self.max_tunnels:
+        full = len(rows) >= self.max_tunnels
+        if full and sum(t.state is STARTING or t.state is READY and t.leases > 0 for t in rows) >= self.max_tunnels:
             raise TunnelError("limit", f"all {self.max_tunnels} tunnels are in use: raise --max-tunnels")
         if not self.budget.spend(client):
             raise TunnelError("budget", f"{client} asked for too many cold tunnels: wait a few seconds")
-        if len(rows) >= self.max_tunnels:  # else those that nobody waits for would pile up
-            unwanted = [t for t in rows if t.state is BACKOFF and not t.waiters]
-            if unwanted:
-                self._retire(min(unwanted, key=lambda t: t.since), MAKE_ROOM, "evictions")
+        unwanted = [t for t in rows if t.state is BACKOFF and not t.waiters] if full else []
+        if unwanted:  # else those that nobody waits for would pile up
+            self._retire(min(unwanted, key=lambda t: t.since), MAKE_ROOM, "evictions")
         tunnel = self.tunnels[key] = Tunnel(key, now, self.lock)
         tunnel.failures = failure.count if failure else 0
         return tunnel

@@ -78,7 +78,8 @@ def test_a_file_of_another_user_is_named(what, program, linked, tmp_path):
     changed = {each.name: each for each in (program, *program.parents, tmp_path / "folder", tmp_path / "elsewhere",
                                             pathlib.Path(linked))}[what]
     os.chown(changed, OTHER, -1, follow_symlinks=False)
-    assert changed_by_others(linked) == f"{changed} belongs to another user ({OTHER}): chown root {changed}"
+    link = "-h " if changed.is_symlink() else ""
+    assert changed_by_others(linked) == f"{changed} belongs to another user ({OTHER}): chown {link}root {changed}"
 
 
 @root
@@ -119,6 +120,19 @@ def test_what_another_user_has_put_into_a_sticky_folder_is_that_user_s(program):
     program.parent.chmod(0o1777)
     os.chown(program, OTHER, -1)
     assert f"{program} belongs to another user" in changed_by_others(str(program))
+
+
+def test_a_path_is_followed_as_the_kernel_follows_it(program, tmp_path, monkeypatch):
+    """`..` behind a symlink is above where that leads; and a path may begin where we are."""
+    (tmp_path / "program").touch(0o757)
+    named = tmp_path / "here"
+    named.symlink_to(program.parent)
+    monkeypatch.chdir(tmp_path)
+    for path in (f"{named}/../inner/program", "here/program", "./outer//inner/program"):
+        assert changed_by_others(path) == ""
+    program.parent.parent.chmod(0o757)
+    for path in (f"{named}/../inner/program", "here/../../program"):
+        assert changed_by_others(path).startswith(f"{program.parent.parent} can be changed")
 
 
 def test_a_path_that_leads_nowhere_is_an_error(tmp_path):
