@@ -25,13 +25,14 @@ end use race, log, loop, host, names and refusals:
     sniroute_routes        where a name leads                  routes in layers
     sniroute_targets       kinds of target, backends           one connection's way there
     sniroute_tunnels       names that have a tunnel            states, leases, waiting, the reaper's turn
-    sniroute_processes     child processes                     start, watch, hear, stop; who listens on a port
+    sniroute_processes     child processes                     start, watch, hear, stop; their home
+    sniroute_ports         local ports                         which are free, who listens on one
     sniroute_launchers     tunnel programs, a row each
     sniroute_flow          bytes one way                       pump, splice, backpressure
     sniroute_race          several addresses of one host      their order; beside each other where one is silent
     sniroute_log           the journal
     sniroute_loop          what is ready, due, asked for       epoll, timers, queues
-    sniroute_host          what this host allows               descriptors
+    sniroute_host          what this host allows               descriptors; files that others may change
     sniroute_wire          TLS, PROXY, PostgreSQL preludes     pure parsers
     sniroute_names         names and addresses; the version
     sniroute_refusals      why a client is refused             and how it is told

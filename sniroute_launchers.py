@@ -1,6 +1,6 @@
 """sniroute_launchers: tunnel programs as rows: how one is started, and what its last words mean.
 
-    Launcher   program ---+--> find() --> the absolute path --+
+    Launcher   program ---+--> find() --> the absolute path --+    nobody else may be able to change it
                argv     (hostname, port) -> words             +--> the process   (started by sniroute_processes)
                shared, carries    words for many hostnames    |
                environment        all that it gets -----------+
@@ -14,7 +14,7 @@ The carrier is an option: any of its files may be missing.  The import system is
 answer is the same in a folder and in a .pyz file.  The carrier is started by a short program text that imports it
 from `place()`: the folder, or the .pyz file.
 
-Threads: none.  `is_there`, `missing` and `find` look at the disk; nothing else does I/O.
+Threads: none.  `is_there`, `obstacle` and `find` look at the disk; nothing else does I/O.
 
 Seams: I want to ...
     run another tunnel program      a function like `cloudflared_launcher`, its row in `tunnel_launchers` of
@@ -22,7 +22,8 @@ Seams: I want to ...
     understand a new last line      a row in CLOUDFLARED_REASONS or CARRIER_REASONS
     let a variable through          TUNNEL_ENVIRONMENT
 
-This room imports sniroute_names (`printable`, `is_here`, OPTIONS) and the standard library.
+This room imports sniroute_host (`changed_by_others`, PATHS_MAX), sniroute_names (`printable`, `is_here`, OPTIONS) and
+the standard library.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import shutil
 import sys
 from typing import Callable, Mapping, NamedTuple
 
+from sniroute_host import PATHS_MAX, changed_by_others
 from sniroute_names import OPTIONS, is_here, printable
 
 __version__ = "0.1.0"
@@ -152,37 +154,53 @@ class Launcher(NamedTuple):
 
     program: str  # a path, or a name that is looked up on PATH at each start
     argv: Callable[[str, int], list[str]]  # (hostname, port) -> the words after the program, for one tunnel
-    environment: Mapping[str, str]  # all that the process gets, except HOME: that is a private folder
+    environment: Mapping[str, str]  # all that the process gets, and perhaps HOME
     reason: Callable[[bytes], Reason]  # the process's last output, or one line of it -> the reason
     not_there: str  # the sentence for people where there is no such program
     rooms: tuple[str, ...] = ()  # files of ours that it runs, by their module names; each may be missing, too
     carries: int = 1  # tunnels in one process; more than one: see "Shared processes" in sniroute_processes, ...
     shared: tuple[str, ...] = ()  # ... and these are the words after the program
     trial: Callable[[str], list[str]] | None = None  # hostname -> words for a run that dials once and ends
+    home: bool = True  # it gets a HOME: a private folder
 
     def environment_for(self, identified: bool) -> dict[str, str]:
         """The environment of a process, with or without what identifies the router to Access."""
         return {name: value for name, value in self.environment.items() if identified or name not in TUNNEL_IDENTITY}
 
     def is_there(self) -> bool:
-        """Whether it can be run now."""
+        """Whether there is such a program, and all of it; whether it may be run says `obstacle`."""
         return shutil.which(self.program) is not None and all(map(is_here, self.rooms))
 
     @property
-    def missing(self) -> str:
-        """Why it cannot be run now, as a sentence for people."""
-        files = [f"{room}.py" for room in self.rooms if not is_here(room)]
-        if not files:
-            return self.not_there
-        are, them = ("is", "it") if len(files) == 1 else ("are", "them")
-        return f"{', '.join(files)} {are} not beside sniroute.py: copy {them} there"
+    def obstacle(self) -> str:
+        """Why it cannot be run now, as a sentence for people; '' where it can."""
+        try:
+            self.find()
+        except TunnelError as error:
+            return str(error)
+        return ""
 
     def find(self) -> str:
-        """The program's absolute path.  Raises TunnelError where it cannot be run."""
-        path = shutil.which(self.program)
-        if path is None or not self.is_there():
-            raise TunnelError("failed", self.missing)
-        return os.path.abspath(path)
+        """The program's absolute path.  Raises TunnelError where it cannot be run, or where others may change it.
+
+        The first one on PATH is meant.  Where others may change that, it is refused: to take the next one instead
+        would hide it.  Our own files and Python are not looked at: this process runs them already.
+        """
+        files = [f"{room}.py" for room in self.rooms if not is_here(room)]
+        if files:
+            are, them = ("is", "it") if len(files) == 1 else ("are", "them")
+            raise TunnelError("failed", f"{', '.join(files)} {are} not beside sniroute.py: copy {them} there")
+        found = shutil.which(self.program)
+        if found is None:
+            raise TunnelError("failed", self.not_there)
+        try:
+            path = os.path.abspath(found)
+            fault = "" if self.rooms else changed_by_others(path)
+        except OSError as error:  # it is gone meanwhile, or our own folder is
+            raise TunnelError("failed", f"{found}: {error.strerror}") from None
+        if fault:
+            raise TunnelError("failed", printable(f"{path} is not run, since {fault}", PATHS_MAX))
+        return path
 
 
 # The router's identity for Cloudflare Access.  Only the carrier reads CF_ACCESS_TOKEN.
@@ -245,4 +263,4 @@ def carrier_launcher(environ: Mapping[str, str]) -> Launcher:
     """The row for sniroute_carrier.py, which does what cloudflared does."""
     return Launcher(sys.executable, carrier_argv, inherited(environ), carrier_reason,
                     f"{sys.executable} is not there", OPTIONS["carrier"], CARRIES, tuple(carrier_words("forwarders")),
-                    lambda hostname: carrier_words("access", "tcp", "--hostname", hostname))
+                    lambda hostname: carrier_words("access", "tcp", "--hostname", hostname), home=False)

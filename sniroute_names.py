@@ -124,8 +124,8 @@ def is_local(ip: Address) -> bool:
 CORE = (
     "sniroute", "sniroute_daemon", "sniroute_systemd", "sniroute_handover", "sniroute_router", "sniroute_settings",
     "sniroute_connection", "sniroute_routes", "sniroute_targets", "sniroute_tunnels", "sniroute_processes",
-    "sniroute_launchers", "sniroute_flow", "sniroute_race", "sniroute_log", "sniroute_loop", "sniroute_host",
-    "sniroute_wire", "sniroute_names", "sniroute_refusals",
+    "sniroute_ports", "sniroute_launchers", "sniroute_flow", "sniroute_race", "sniroute_log", "sniroute_loop",
+    "sniroute_host", "sniroute_wire", "sniroute_names", "sniroute_refusals",
 )
 OPTIONS = {
     "doctor": ("sniroute_doctor",),

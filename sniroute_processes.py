@@ -11,6 +11,9 @@
     owner.closed(child, reason)    <-----            -> a listener is gone
     owner.exited(process, ends)    <-----    pidfd   -> the process has ended
 
+Each program runs without the router's capabilities and environment, in a Home of its own.  Where the router is the
+first process of a container, `turn` also reaps what it did not start (`reap_orphans`).
+
 A Process is one running program.  A Child is one local port on which a process listens for one tunnel: a
 process has one child, or up to `Launcher.carries`.
 
@@ -35,13 +38,13 @@ takes no line, or does not answer one in time, hangs: it is killed.  All that it
 
 Threads.  Everything in Processes and PortPool runs on one thread, the owner's `reaper`.  PR_SET_PDEATHSIG
 follows the *thread* that forked, so that thread has to live as long as the processes do.  Any thread may
-call `Process.alive`, `Child.alive`, `listeners` and `leaves_waiting`.  There are no locks here; single
-attributes that other threads read or write say so.
+call `Process.alive` and `Child.alive`.  There are no locks here; single attributes that other threads read
+or write say so.
 
 Seams: I want to ...
     stop more patiently             STOP_GRACE, KILL_GRACE
     understand another event        `Processes._heard`
-    find a listener otherwise       `listens`, on a system without /proc
+    start them in another way       `death_guard`; `Home` is their HOME
 
 This room imports sniroute_launchers, sniroute_log, WakePipe of sniroute_loop, and the standard library.
 """
@@ -51,20 +54,18 @@ from __future__ import annotations
 import collections
 import contextlib
 import errno
-import heapq
+import fcntl
 import logging
 import os
 import selectors
 import shutil
 import signal
-import socket
 import stat
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-from typing import Callable, Iterable, Protocol
+from typing import Callable, Iterator, Protocol
 
 from sniroute_launchers import TAKEN, Launcher, Reason, last_line, last_words
 from sniroute_log import log, log_event
@@ -77,37 +78,44 @@ POLL = 0.01  # between two looks at a starting child: a tenth of what a start ta
 UNWATCHED_POLL = 0.1  # between two looks whether a process has ended, where there is no pidfd
 STOP_GRACE = 2.0  # between TERM and KILL: cloudflared ends 3 ms after TERM
 KILL_GRACE = 5.0  # a killed process that is not gone by then hangs in the kernel: we stop waiting
-QUARANTINE = 2.0  # a used port rests: a late client of the old tunnel must not meet the new one
-TAKEN_REST = 3.0  # a port that somebody else holds is not tried again at once; a predecessor soon gives up its own
 PAUSED = 30.0  # a shared process that accepts nobody says so every 10 s, and is not hung for so long
-HUNG_LOOK, HUNG_LOOKS = 0.02, 10  # a process accepts nobody: the time between looks, and how many agree
 TAIL = 4096  # bytes kept of a process's output: its last words
 DRAIN = 65536  # bytes read from a process's output at a time: what a pipe holds
 LINE = 8192  # bytes of one line of a shared process; its lines are shorter, and a longer one is cut
 REFUSALS_KEPT = 256  # clients not served, for each child, oldest out: the router asks at once
+ORPHANS_LOOK = 2.0  # between two looks at processes that nobody waits for, as the first process of a container
+ORPHANS_MAX = 256  # reaped in one look: a storm of them must not keep the reaper from its own processes
+HOME_TRIES = 3  # folders: another router that starts in the same instant may look at one just then
+ENTRIES_MAX = 10_000  # of the folder for temporary files that one look for left homes goes through: some 10 ms
 
 # -- the death guard ---------------------------------------------------------------------------
 
-PR_SET_PDEATHSIG = 1  # prctl(2)
+PR_SET_PDEATHSIG, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 1, 47, 4  # prctl(2)
 # The guard runs between fork and exec, in a process of its own, since preexec_fn is unsafe beside threads.
 # Both forms ask again who the parent is: it may have died before prctl took hold.
+# Both give up the ambient capabilities, which is how a service may bind port 443 without being root: a tunnel program
+# needs none.  The inheritable ones may stay: alone they mean nothing to a program (capabilities(7)), and a sandbox
+# may forbid capset(2).
 PYTHON_GUARD = (
     "import ctypes, os, sys\n"
-    f"ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {int(signal.SIGKILL)})\n"
+    "prctl = ctypes.CDLL(None).prctl\n"
+    f"prctl({PR_CAP_AMBIENT}, {PR_CAP_AMBIENT_CLEAR_ALL}, 0, 0, 0)\n"
+    f"prctl({PR_SET_PDEATHSIG}, {int(signal.SIGKILL)})\n"
     "if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[2:])\n"
 )
 SHELL_GUARD = '[ "$PPID" = "$0" ] && exec "$@"'
 
 
 def death_guard() -> list[str]:
-    """Words to put before a process's argv so that the kernel kills it when the router dies.
+    """Words to put before a process's argv so that it runs without capabilities, and ends with the router.
 
-    util-linux's setpriv takes 3 ms and Python itself 24 ms, so setpriv is preferred where it
-    works (busybox's has no --pdeathsig).  Empty where there is no PR_SET_PDEATHSIG.
+    The kernel kills it when the router dies.  util-linux's setpriv takes 3 ms and Python itself 24 ms, so setpriv is
+    preferred where it works (busybox's has no --pdeathsig).  Empty where there is no PR_SET_PDEATHSIG.
     """
     if sys.platform != "linux":
         return []
-    setpriv = [shutil.which("setpriv", path="/usr/bin:/bin") or "", "--pdeathsig", "KILL", "--"]
+    setpriv = [shutil.which("setpriv", path="/usr/bin:/bin") or "", "--ambient-caps", "-all", "--pdeathsig", "KILL",
+               "--"]
     if setpriv[0] and os.access("/bin/sh", os.X_OK):
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         if subprocess.run([*setpriv, "/bin/sh", "-c", ":"], **quiet).returncode == 0:
@@ -115,176 +123,125 @@ def death_guard() -> list[str]:
     return [sys.executable, "-I", "-S", "-c", PYTHON_GUARD, str(os.getpid())]
 
 
-# -- who listens -------------------------------------------------------------------------------
+# -- their home --------------------------------------------------------------------------------
+
+HOME_PREFIX = "sniroute-"
+HOME_MARK = ".home-of-tunnels"  # a file in each home: a folder of this name without it is somebody's own
+NO_HOME = "/nonexistent"  # what Debian gives to accounts without one
 
 
-def family(pid: int) -> list[int]:
-    """The process and its descendants (a wrapper script's cloudflared is its child)."""
-    pids = [pid]
-    for parent in pids:
-        try:
-            for task in os.listdir(f"/proc/{parent}/task"):
-                with open(f"/proc/{parent}/task/{task}/children") as file:
-                    pids += map(int, file.read().split())
-        except OSError:
-            pass  # it has ended meanwhile
-    return pids
+def places() -> Iterator[str]:
+    """Folders in which a home may be made, best first.  systemd empties the first one when the service ends."""
+    yield from os.environ.get("RUNTIME_DIRECTORY", "").split(":")[:1]
+    with contextlib.suppress(OSError):  # none of those that it knows can be written
+        yield tempfile.gettempdir()
 
 
-def socket_inodes(pids: Iterable[int]) -> set[str]:
-    """The inodes of the sockets that these processes hold."""
-    inodes = set()
-    for pid in pids:
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            for fd in os.listdir(f"/proc/{pid}/fd"):
-                with contextlib.suppress(OSError):  # it has closed this one meanwhile
-                    target = os.readlink(f"/proc/{pid}/fd/{fd}")
-                    if target.startswith("socket:["):
-                        inodes.add(target[8:-1])
-    return inodes
+class Home:
+    """The HOME of all tunnel programs: a private folder, with a place for their lock files.
 
-
-# The local addresses in /proc/net/tcp and tcp6 that a connect to 127.0.0.1 reaches: LOOPBACK, and,
-# where nobody listens there, ANY.  Each word is printed in the machine's byte order.
-LOOPBACK = frozenset(("0100007F", "7F000001",
-                      "0000000000000000FFFF00000100007F", "00000000000000000000FFFF7F000001"))
-ANY = frozenset(("00000000", "0" * 32))
-
-
-# sock_diag(7), <linux/inet_diag.h>: asked for one TCP socket by its addresses, without a cookie.
-DIAG_ASK = struct.Struct("=IHHIIBBBBIHH4s12x4s12xIII")
-DIAG_TOLD = struct.Struct("=IH10xBBBB48xIIIII")
-SOCK_DIAG, SOCK_DIAG_BY_FAMILY, NLM_REQUEST, NO_COOKIE = 4, 20, 1, 0xFFFFFFFF
-TCP_LISTEN = 10  # <net/tcp_states.h>
-
-
-def listeners(port: int) -> dict[str, int]:
-    """The sockets that listen where a connect to 127.0.0.1:`port` arrives.
-
-    Returns {inode: connections that wait to be accepted}.  The kernel, when asked, names the one socket
-    that it would choose; /proc lists all of them (SO_REUSEPORT).
-    """
-    try:
-        return ask_for_listener(port) or read_listeners(port)  # "none" also means "I cannot tell"
-    except OSError:  # a sandbox without AF_NETLINK
-        return read_listeners(port)
-
-
-def ask_for_listener(port: int) -> dict[str, int]:
-    """The socket that the kernel itself would choose: 14 us, where its table takes 7 ms for 500 listeners.
-
-    Empty where there is none, or where the kernel has no tcp_diag.  Raises OSError.
-    """
-    if not hasattr(socket, "AF_NETLINK"):
-        return {}
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, SOCK_DIAG) as kernel:
-        kernel.send(DIAG_ASK.pack(DIAG_ASK.size, SOCK_DIAG_BY_FAMILY, NLM_REQUEST, 0, 0,
-                                  socket.AF_INET, socket.IPPROTO_TCP, 0, 0, 0,
-                                  socket.htons(port), 0, b"\x7f\0\0\1", b"", 0, NO_COOKIE, NO_COOKIE))
-        told = kernel.recv(4096, socket.MSG_DONTWAIT)
-    if len(told) < DIAG_TOLD.size:
-        return {}
-    _, kind, _, state, _, _, _, backlog, _, _, inode = DIAG_TOLD.unpack_from(told)
-    return {str(inode): backlog} if kind == SOCK_DIAG_BY_FAMILY and state == TCP_LISTEN else {}
-
-
-def read_listeners(port: int) -> dict[str, int]:
-    """The same as `listeners`, read from /proc/net.
-
-    proc(5): state 0A is LISTEN, and for such a socket rx_queue is its accept backlog.  The kernel
-    lists listeners first, so that reading stops at the first row of another state, however many
-    connections there are.
-    """
-    exact: dict[str, int] = {}
-    wild: dict[str, int] = {}  # on ANY, if IPv6-only too: it counts only where none is exact
-    for table in ("tcp", "tcp6"):
-        try:
-            with open(f"/proc/self/net/{table}") as file:
-                next(file)
-                for row in file:
-                    fields = row.split()
-                    if fields[3] != "0A":
-                        break
-                    address, _, local = fields[1].rpartition(":")
-                    if int(local, 16) == port and address in LOOPBACK | ANY:
-                        found = exact if address in LOOPBACK else wild
-                        found[fields[9]] = int(fields[4].split(":")[1], 16)
-        except OSError:
-            pass  # a kernel without IPv6, or no descriptor left to look with
-    return exact or wild
-
-
-def listens(pid: int, port: int) -> str:
-    """Who listens on 127.0.0.1:`port`: `own` (the process or a descendant), `other`, `nobody`.
-
-    It is looked up, and never tried with a connect: each connect would make cloudflared open a connection to
-    the edge, the backlog of a stopped process would take it, and it would not say whose socket answered.
-    """
-    if not socket_inodes(family(pid)):
-        return "nobody"  # and the kernel need not be asked who listens
-    found = listeners(port).keys()  # before the inodes: a listener that the process opens after this is not missed
-    if not found:
-        return "nobody"
-    inodes = socket_inodes(family(pid))
-    if not inodes:
-        return "nobody"
-    return "own" if found <= inodes else "other"
-
-
-def leaves_waiting(port: int, pause: Callable[[float], bool]) -> bool:
-    """Whether the process that listens on 127.0.0.1:`port` leaves its clients in the backlog.
-
-    A busy process has a backlog too, at one look or two, but it gets shorter now and then.
-    `pause(seconds)` waits between two looks, and says whether to give up looking.
-    """
-    waiting = 0
-    for _ in range(HUNG_LOOKS):
-        before, waiting = waiting, sum(listeners(port).values())
-        if waiting < max(before, 1) or pause(HUNG_LOOK):
-            return False
-    return True
-
-
-# -- ports -------------------------------------------------------------------------------------
-
-
-class PortPool:
-    """Local ports for the children, lowest free first.  Used by the reaper only.
-
-    A port is tested by a bind with SO_REUSEADDR: without that, TIME_WAIT looks like "in use".
+    The router keeps the folder locked (flock(2)) for as long as it lives, however it ends.  So whoever gets the lock
+    of a folder with HOME_MARK in it has found one whose router is gone.  The mark is made under the lock: a folder that
+    is not locked yet has none.  systemd-tmpfiles does not clean up a folder that is locked, either.
     """
 
-    def __init__(self, first: int, last: int, clock: Callable[[], float] = time.monotonic):
-        self.clock = clock
-        self.free = list(range(first, last + 1))  # a heap
-        self.resting: list[tuple[float, int]] = []  # a heap of (until, port)
+    def __init__(self) -> None:
+        self.path = ""
+        self.lock = -1  # the folder's descriptor, locked
+        self.complained = False
 
-    def take(self) -> int | None:
-        """A port that nobody holds, or None for now.  Raises OSError where no socket can be made."""
-        now = self.clock()
-        while self.resting and self.resting[0][0] <= now:
-            heapq.heappush(self.free, heapq.heappop(self.resting)[1])
-        while self.free:
-            port = heapq.heappop(self.free)
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    def get(self) -> str:
+        """The folder, made where there is none; NO_HOME where none can be made, which is logged once."""
+        if not is_private(self.path):  # a cleaner of /tmp may have removed it, and another user made it anew
+            self.close()
+            why = "there is no folder for temporary files"
+            for place in filter(None, places()):
                 try:
-                    probe.bind(("127.0.0.1", port))
-                    return port
+                    self._make(place)
+                    break
                 except OSError as error:
-                    if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                        heapq.heappush(self.free, port)
-                        raise
-            self.give(port, TAKEN_REST)
-        return None
+                    why = f"{place}: {error.strerror}"
+            if not self.path and not self.complained:
+                self.complained = True
+                log.warning("tunnel programs get no home folder (%s): make one that can be written, and name it in "
+                            "TMPDIR, if they need one", why)
+        return self.path or NO_HOME
 
-    def give(self, port: int, rest: float = QUARANTINE) -> None:
-        """Take a port back; it is not handed out again for `rest` seconds."""
-        heapq.heappush(self.resting, (self.clock() + rest, port))
+    def _make(self, place: str) -> None:
+        """Make a folder in `place`, and remove those that killed routers have left there.  Raises OSError."""
+        remove_left_homes(place)
+        for _ in range(HOME_TRIES):
+            path = tempfile.mkdtemp(prefix=HOME_PREFIX, dir=place)  # 0700
+            try:
+                self.lock = lock_folder(path)
+            except BlockingIOError:  # another router looks at it in this instant
+                os.rmdir(path)
+                continue
+            except OSError:
+                pass  # a file system without locks: then nobody removes it for us
+            with contextlib.suppress(OSError):  # no room for a file: the same
+                os.close(os.open(os.path.join(path, HOME_MARK), os.O_CREAT | os.O_WRONLY, 0o600))
+            self.path = path
+            return
+        raise BlockingIOError(errno.EAGAIN, "another process locks each folder")
 
-    def next_free(self) -> float:
-        """When the next resting port is free again (clock time), or infinity."""
-        return self.resting[0][0] if self.resting else float("inf")
+    def close(self) -> None:
+        """Remove the folder."""
+        if is_private(self.path):
+            shutil.rmtree(self.path, ignore_errors=True)
+        if self.lock >= 0:
+            os.close(self.lock)
+        self.path, self.lock = "", -1
+
+
+def is_private(path: str) -> bool:
+    """Whether this is a folder of ours, and of nobody else."""
+    try:
+        state = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid() and not state.st_mode & 0o077
+
+
+def lock_folder(path: str) -> int:
+    """Open a folder, never a symlink to one, and lock it.  Raises BlockingIOError where it is locked, and OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def remove_left_homes(place: str) -> None:
+    """Remove the homes whose router is gone: ours alone.  The first ENTRIES_MAX files of `place` are looked at."""
+    left = []
+    with contextlib.suppress(OSError), os.scandir(place) as entries:  # it may not be for us to list
+        left += [entry.path for _, entry in zip(range(ENTRIES_MAX), entries) if entry.name.startswith(HOME_PREFIX)]
+    for path in filter(is_private, left):
+        with contextlib.suppress(OSError):  # it is locked, so its router lives; or it is gone meanwhile
+            fd = lock_folder(path)
+            if os.path.lexists(os.path.join(path, HOME_MARK)):
+                shutil.rmtree(path, ignore_errors=True)  # it follows no symlink
+            os.close(fd)
+
+
+# -- orphans -----------------------------------------------------------------------------------
+
+
+def reap_orphans(own: set[int]) -> None:
+    """Reap processes that have ended and that nobody waits for; those of `own` are left to who started them.
+
+    The first process of a container (pid 1, without an init) is given every process whose parent has ended, as those
+    that a health check leaves behind.  Not reaped, they stay as zombies until the host has no numbers left.
+    """
+    with contextlib.suppress(ChildProcessError):  # there is no child at all
+        for _ in range(ORPHANS_MAX):
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # looked at, and not reaped yet
+            if ended is None or ended.si_pid in own:
+                return  # one of our own comes first in the kernel's list: the next look is past it
+            os.waitid(os.P_PID, ended.si_pid, os.WEXITED | os.WNOHANG)
 
 
 # -- processes and their children --------------------------------------------------------------
@@ -460,7 +417,8 @@ class Processes:
         self.clock = clock
         self.running: list[Process] = []
         self.guard: list[str] | None = None
-        self.home = ""  # the HOME of all processes: a private folder
+        self.home = Home()
+        self.orphans_at = clock() if os.getpid() == 1 else float("inf")  # when to look for some (clock time)
         self.selector = selectors.DefaultSelector()
         self.selector.register(pipe.reader, selectors.EVENT_READ, (self._woken, None))
 
@@ -475,12 +433,13 @@ class Processes:
         """Start a process; `words` are its program and arguments.  Raises OSError, and leaves nothing behind then."""
         if self.guard is None:
             self.guard = death_guard()
-        if not self._is_home():
-            self.home = tempfile.mkdtemp(prefix="sniroute-")  # 0700: a place for its lock files
+        environment = launcher.environment_for(identified)
+        if launcher.home:
+            environment["HOME"] = self.home.get()
         popen = subprocess.Popen(
             [*self.guard, *words], stdin=subprocess.PIPE if launcher.shared else subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, cwd="/", process_group=0,
-            env={**launcher.environment_for(identified), "HOME": self.home})
+            env=environment)
         process = Process(launcher, identified, popen)
         self.running.append(process)
         try:
@@ -497,14 +456,6 @@ class Processes:
             process.close()
             raise
         return process
-
-    def _is_home(self) -> bool:
-        """Whether HOME is still ours: a cleaner of /tmp may have removed it, and another user made it anew."""
-        try:
-            state = os.lstat(self.home)
-        except OSError:
-            return False
-        return stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid() and not state.st_mode & 0o077
 
     # -- stop ----------------------------------------------------------------------------------
 
@@ -566,6 +517,8 @@ class Processes:
                   for child in process.children.values() if child.close_at]
         if any(process.pidfd < 0 for process in self.running):
             times.append(now + UNWATCHED_POLL)
+        if self.orphans_at < float("inf"):
+            times.append(self.orphans_at)
         return times
 
     def turn(self, timeout: float | None) -> None:
@@ -577,6 +530,9 @@ class Processes:
         for process in [process for process in self.running if process.pidfd < 0]:
             if process.popen.poll() is not None:
                 self._exited(process)
+        if self.clock() >= self.orphans_at:
+            self.orphans_at = self.clock() + ORPHANS_LOOK
+            reap_orphans({process.pid for process in self.running})
 
     def _woken(self, _: None) -> None:
         self.pipe.clear()
@@ -665,6 +621,5 @@ class Processes:
 
     def close(self) -> None:
         """Remove the processes' HOME and close the selector.  Only once no process runs."""
-        if self.home:
-            shutil.rmtree(self.home, ignore_errors=True)
+        self.home.close()
         self.selector.close()

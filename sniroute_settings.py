@@ -28,7 +28,7 @@ import re
 import stat
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
-from sniroute_host import descriptor_limits
+from sniroute_host import PATHS_MAX, changed_by_others, descriptor_limits
 from sniroute_launchers import TUNNEL_IDENTITY, Launcher, carrier_launcher, cloudflared_launcher
 from sniroute_names import OPTIONS, Network, describe_version, is_here, parse_host_port, printable, show_address
 from sniroute_refusals import SettingsError
@@ -97,13 +97,13 @@ def parse_networks(text: str) -> tuple[Network, ...]:
 
 
 def parse_program(text: str) -> str:
-    """The tunnel program: a file that runs, and that only root or this user may replace."""
+    """The tunnel program: a file that runs, and that only root and this user may change."""
     path = os.path.abspath(text)
     if not os.path.isfile(path) or not os.access(path, os.X_OK):
         raise ValueError(f"{text!r} is not a program: there is no such file, or it may not be executed")
-    state = os.stat(path)
-    if state.st_mode & stat.S_IWOTH or state.st_uid not in (0, os.geteuid()):
-        raise ValueError(f"{text!r} can be replaced by other users: chown it, and chmod o-w")
+    fault = changed_by_others(path)
+    if fault:
+        raise ValueError(f"{text!r} is not run, since {printable(fault, PATHS_MAX)}")
     return path
 
 
@@ -315,15 +315,17 @@ def read_settings(path: str, wrong: list[str], again: bool) -> dict[str, Any]:
 
 
 def read_toml(path: str, faults: list[str], again: bool) -> dict[str, Any]:
-    """The tables of a TOML file that only its owner can write; empty, and a fault, where that cannot be had."""
+    """The tables of a TOML file that nobody else may change; empty, and a fault, where that cannot be had."""
     import tomllib  # imported late: a megabyte that only a file of settings needs
     try:
         if again and not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("is no regular file, and cannot be read again")
         with open(path, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if stat.S_ISREG(mode) and mode & stat.S_IWOTH:
-                raise ValueError("can be changed by other users: chmod o-w")
+            state = os.fstat(file.fileno())
+            named = stat.S_ISREG(state.st_mode) and state.st_nlink  # no pipe, and no file of a shell's <<EOF
+            fault = changed_by_others(path) if named else ""
+            if fault:
+                raise ValueError(f"is not read, since {printable(fault, PATHS_MAX)}")
             return tomllib.load(file)
     except OSError as error:
         faults.append(error.strerror)
@@ -570,8 +572,8 @@ def warn(settings: Settings) -> None:
         if any(route.target.startswith(f"{scheme}:") for route in settings.routes.routes):
             if scheme == "cloudflared" and launcher is settings.launchers["carrier"]:
                 log.info("cloudflared is not on PATH: the carrier beside sniroute.py does its work")
-            elif not launcher.is_there():
-                log.warning("%s; names that need it are refused until then", launcher.missing)
+            elif obstacle := launcher.obstacle:
+                log.warning("%s; names that need it are refused until then", obstacle)
     for route in settings.routes.routes:
         if route.scheme.is_tunnel and settings.routes.identified and not route.is_of_one_domain():
             log.warning("%s: a client may own the domain this leads to, so the Access token is not shown there: "

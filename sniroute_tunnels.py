@@ -16,7 +16,7 @@ local port on which a process listens for it.  `Tunnel.state` is always one word
                                                                   or its process died by no fault of its own
               -> FAILED    remembered in `failures`, refused from memory: 5 s at first, 300 s at last
     READY     -> STOPPING  idle, evicted, doubted    -> BACKOFF   its process died
-    BACKOFF   -> STARTING  it was in use: once `until` has come   -> FAILED  it was not in use
+    BACKOFF   -> STARTING  it was in use: once `until` has come   -> FAILED  it was not in use, or made room
     STOPPING  -> READY     a lease came first        -> QUEUED    somebody waits   -> FAILED  nobody waits
 
 Besides: `stop` and `close` move a STARTING or READY tunnel to STOPPING; a QUEUED or BACKOFF one goes at once.  Any
@@ -50,7 +50,7 @@ Seams: I want to ...
     wait, retry or forget later    a constant below
     test without waiting           `clock` and `jitter` are arguments; `step()` is one turn of the reaper
 
-This room imports sniroute_launchers, sniroute_processes, sniroute_log, WakePipe and WAIT_LAST of
+This room imports sniroute_launchers, sniroute_processes, sniroute_ports, sniroute_log, WakePipe and WAIT_LAST of
 sniroute_loop, and the standard library.  It knows nothing of routes or TLS.
 """
 
@@ -67,8 +67,8 @@ from typing import Callable, Mapping, NamedTuple, Protocol
 from sniroute_launchers import TAKEN, Launcher, Reason, TunnelError, TunnelKey
 from sniroute_log import log, log_event
 from sniroute_loop import WAIT_LAST, WakePipe
-from sniroute_processes import (LOST, NO_FAULT, OWN_FAULT, POLL, STOP_GRACE, Child, Ends, PortPool, Process,
-                                Processes, leaves_waiting, listens)
+from sniroute_ports import PortPool, leaves_waiting, listens
+from sniroute_processes import LOST, NO_FAULT, OWN_FAULT, POLL, STOP_GRACE, Child, Ends, Process, Processes
 
 __version__ = "0.1.0"
 
@@ -89,6 +89,7 @@ STARTS_KEPT = 1024  # starts remembered, so that the metrics can tell how long t
 
 QUEUED, STARTING, READY = "queued", "starting", "ready"
 STOPPING, BACKOFF, FAILED = "stopping", "backoff", "failed"
+MAKE_ROOM = "to make room"
 LIVE = frozenset((STARTING, READY, STOPPING))  # the states that have, or are given, a process
 
 
@@ -189,8 +190,8 @@ class TunnelTable:
     """All tunnels, and the thread that runs their processes.
 
     `launchers` maps a scheme to its row; a key is `scheme:argument`.  Times are in seconds.
-    `proc` is whether this system tells who listens (/proc).  Without it a started child counts as
-    ready at once; the client's own connect, which is retried, is the test.
+    `proc` is whether this system tells who listens (/proc).  Without it a child is ready once anybody
+    listens on its port: whose listener that is cannot be told.
     """
 
     def __init__(self, launchers: Mapping[str, Launcher], ports: tuple[int, int] = (20000, 20100), *,
@@ -311,11 +312,14 @@ class TunnelTable:
         if failure and failure.until > now:
             raise TunnelError(failure.reason.kind, f"{failure.reason.text}; next try in {failure.until - now:.0f} s")
         rows = self.tunnels.values()
-        if len(rows) >= self.max_tunnels and not any(t.state is READY and not t.leases or t.state is STOPPING
-                                                     for t in rows):
+        full = len(rows) >= self.max_tunnels
+        if full and sum(t.state is STARTING or t.state is READY and t.leases > 0 for t in rows) >= self.max_tunnels:
             raise TunnelError("limit", f"all {self.max_tunnels} tunnels are in use: raise --max-tunnels")
         if not self.budget.spend(client):
             raise TunnelError("budget", f"{client} asked for too many cold tunnels: wait a few seconds")
+        unwanted = [t for t in rows if t.state is BACKOFF and not t.waiters] if full else []
+        if unwanted:  # else those that nobody waits for would pile up
+            self._retire(min(unwanted, key=lambda t: t.since), MAKE_ROOM, "evictions")
         tunnel = self.tunnels[key] = Tunnel(key, now, self.lock)
         tunnel.failures = failure.count if failure else 0
         return tunnel
@@ -334,13 +338,10 @@ class TunnelTable:
             if tunnel.changed.wait_for(lambda: self.closing or tunnel.child is not child or tunnel.state is not READY,
                                        STOP_GRACE):
                 return
-        if not self.proc and self.clock() - child.started < self.start_timeout and not child.proven:
-            tunnel.changed.wait(5 * POLL)  # perhaps it does not listen yet, and nobody can tell
-            return
         if child.proven:
             tunnel.doubts = 0
         age = DOUBT_LAST if child.proven else min(DOUBT_LAST, DOUBT_FIRST * 2 ** min(tunnel.doubts, 16))
-        hung = self.proc and not child.process.is_full(self.clock()) and leaves_waiting(
+        hung = not child.process.is_full(self.clock()) and leaves_waiting(
             child.address[1], lambda seconds: tunnel.changed.wait_for(lambda: self.closing, seconds))
         if hung or not tunnel.leases and self.clock() - child.ready >= age:
             if tunnel.child is child and tunnel.state is READY and self.budget.spend(client):
@@ -458,11 +459,12 @@ class TunnelTable:
             due = [t for t in rows if t.state is QUEUED or t.state is BACKOFF and t.until <= now]
             if due and not self.closing and sum(t.state is STARTING for t in rows) < self.max_starting:
                 live = sum(t.state in LIVE for t in rows)
-                if live >= self.max_tunnels or not (self.pool.free or self.pool.next_free() <= now):
-                    stop += self._evict(now)
-                else:  # one; the next in the next turn: many that start in one instant stop everything else
-                    spawn = min(due, key=lambda t: t.since)
+                if live < self.max_tunnels and (self.pool.free or self.pool.next_free() <= now):
+                    # one; the next in the next turn: many that start in one instant stop everything else
+                    spawn = min(due, key=lambda t: (not t.waiters, t.since))
                     self._enter(spawn, STARTING)
+                elif any(t.waiters for t in due):
+                    stop += self._evict(now)
             self.crowded = len(due) > 1
         return spawn, stop
 
@@ -474,7 +476,7 @@ class TunnelTable:
         idle = [t for t in rows if t.state is READY and not t.leases and not t.waiters
                 and now - t.last_used >= EVICT_AGE]
         for tunnel in sorted(idle, key=lambda t: t.last_used):
-            if self._retire(tunnel, "to make room", "evictions"):
+            if self._retire(tunnel, MAKE_ROOM, "evictions"):
                 return [(tunnel, "")]
         return []
 
@@ -485,11 +487,14 @@ class TunnelTable:
         return self.idle if tunnel.idle is None else tunnel.idle
 
     def _retire(self, tunnel: Tunnel, why: str, counter: str) -> bool:
-        """Stop a tunnel that has no lease, unless the loop takes one at this instant."""
-        self._enter(tunnel, STOPPING)
-        if tunnel.leases:  # the loop was first: see "Leases"
-            self._enter(tunnel, READY)
-            return False
+        """Stop a tunnel that has no process, or no lease, unless the loop takes one at this instant."""
+        if tunnel.state is BACKOFF:
+            self._remove(tunnel)
+        else:
+            self._enter(tunnel, STOPPING)
+            if tunnel.leases:  # the loop was first: see "Leases"
+                self._enter(tunnel, READY)
+                return False
         self.counters[counter] += 1
         log_event(logging.INFO, "tunnel stopped", tunnel=str(tunnel.key), reason=why)
         return True
@@ -518,9 +523,10 @@ class TunnelTable:
             elif tunnel.state is BACKOFF and tunnel.until > now:
                 due.append(tunnel.until)
             elif tunnel.state in (QUEUED, BACKOFF):
-                wanted = True
-        if wanted:  # it waits for a port, for its turn, for an eviction, or for its waiters to give up
-            due += [now + EVICT_AGE, max(self.pool.next_free(), now + POLL)]
+                due.append(now + EVICT_AGE)  # it waits for its turn, for an eviction, or for its waiters to give up
+                wanted = wanted or tunnel.waiters > 0
+        if wanted:  # perhaps for a port
+            due.append(max(self.pool.next_free(), now + POLL))
         return min(max(0.0, min(due) - now), WAIT_LAST) if due else None
 
     def _spawn(self, tunnel: Tunnel, now: float) -> None:
@@ -559,9 +565,9 @@ class TunnelTable:
 
     def _look(self, child: Child, tunnel: Tunnel, now: float) -> None:
         """Whether a starting child listens by now."""
-        found = "own"  # it has said so, or nobody can tell
-        if self.proc and not child.process.shared:
-            found = listens(child.process.pid, child.address[1])
+        found = "own"  # it has said so
+        if not child.process.shared:
+            found = listens(child.process.pid, child.address[1], self.proc)
         if found == "other":
             self.processes.stop(child, f"{TAKEN} by another process", now)
         if found != "own" or not child.alive():

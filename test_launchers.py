@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -141,6 +142,54 @@ def test_the_program_is_found_on_path_or_by_its_path(cloudflared, monkeypatch, t
         assert caught.value.kind == "failed"
 
 
+@pytest.mark.parametrize("way", ["named", "on PATH", "by a symlink"])
+@pytest.mark.parametrize("mode, what", [(0o777, "the folder"), (0o757, "the program")])
+def test_a_program_that_others_may_change_is_not_run(way, mode, what, cloudflared, monkeypatch, tmp_path):
+    changed = cloudflared.directory if what == "the folder" else pathlib.Path(cloudflared.path)
+    program = cloudflared.path
+    if way == "by a symlink":
+        program = str(tmp_path / "link")
+        os.symlink(cloudflared.path, program)
+    elif way == "on PATH":
+        program = "cloudflared"
+        monkeypatch.setenv("PATH", str(cloudflared.directory))
+    launcher = sniroute_launchers.cloudflared_launcher(program, {})
+    assert launcher.obstacle == ""
+    changed.chmod(mode)
+    with pytest.raises(TunnelError) as caught:
+        launcher.find()
+    path = cloudflared.path if way == "on PATH" else program
+    assert str(caught.value) == launcher.obstacle == (
+        f"{path} is not run, since {changed} can be changed by other users: chmod o-w {changed}")
+    assert launcher.is_there(), "so that nothing else takes its place"
+
+
+def test_the_second_program_on_path_does_not_stand_in_for_one_that_others_may_change(cloudflared, monkeypatch,
+                                                                                     tmp_path):
+    first = tmp_path / "first"
+    first.mkdir()
+    shutil.copy(cloudflared.path, first)
+    monkeypatch.setenv("PATH", f"{first}:{cloudflared.directory}")
+    launcher = sniroute_launchers.cloudflared_launcher("cloudflared", {})
+    assert launcher.find() == str(first / "cloudflared")
+    first.chmod(0o777)
+    with pytest.raises(TunnelError, match=f"^{first}/cloudflared is not run, since {first} can be changed by other"):
+        launcher.find()
+
+
+def test_our_own_files_and_python_are_run_wherever_they_are(monkeypatch):
+    """This process runs them already."""
+    monkeypatch.setattr(sniroute_launchers, "changed_by_others", lambda path: f"{path} can be changed by other users")
+    assert sniroute_launchers.carrier_launcher({}).find() == os.path.abspath(sys.executable)
+    assert sniroute_launchers.cloudflared_launcher("/bin/sh", {}).obstacle
+
+
+def test_a_program_that_is_gone_in_the_instant_of_the_look_is_told_in_words(cloudflared, monkeypatch):
+    monkeypatch.setattr(sniroute_launchers.shutil, "which", lambda program: program + "-gone")
+    with pytest.raises(TunnelError, match="cloudflared-gone: No such file or directory"):
+        sniroute_launchers.cloudflared_launcher(cloudflared.path, {}).find()
+
+
 def test_the_carrier_can_also_be_run_for_one_tunnel():
     """As `explain` shows it."""
     carrier, script = sniroute_launchers.carrier_launcher({}), str(HERE / "sniroute_carrier.py")
@@ -169,7 +218,7 @@ def test_the_carrier_is_run_by_this_python_with_nothing_but_what_it_needs(monkey
         "import sys\ndef main():\n    print(sys.argv, sys.flags.isolated, sys.flags.no_site)\n    return 7\n")
     for room in OPTIONS["carrier"][1:]:
         importlib.invalidate_caches()  # the folder has been looked at in this instant
-        assert not launcher.is_there() and f"{room}.py" in launcher.missing
+        assert not launcher.is_there() and f"{room}.py" in launcher.obstacle
         (tmp_path / f"{room}.py").touch()
     importlib.invalidate_caches()
     assert launcher.is_there() and launcher.find() == os.path.abspath(sys.executable)
@@ -213,5 +262,5 @@ def test_the_carrier_is_started_from_inside_a_zip_file(tmp_path):
 
 
 def test_a_zip_file_without_the_carrier_has_none(tmp_path):
-    place, there, _ = look_into(tmp_path, ["sniroute_launchers.py", "sniroute_names.py", "sniroute_refusals.py"])
+    place, there, _ = look_into(tmp_path, ["sniroute_launchers.py", "sniroute_host.py", "sniroute_names.py", "sniroute_refusals.py"])
     assert place == str(tmp_path / "our.pyz") and not there

@@ -7,11 +7,12 @@ import errno
 import logging
 import os
 import pathlib
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 from typing import Any, Callable, Iterator
 
 import pytest
@@ -20,10 +21,13 @@ import sniroute_launchers
 import sniroute_processes
 from sniroute_launchers import Launcher, Reason
 from sniroute_loop import WakePipe
-from sniroute_processes import LOST, NO_FAULT, OWN_FAULT, Child, Ends, PortPool, Process, Processes
+from sniroute_processes import LOST, NO_FAULT, OWN_FAULT, Child, Ends, Home, Process, Processes, reap_orphans
 from sniroute_tunnels import BACKOFF, FAILED, READY, STOPPING, TunnelTable
 from conftest import HERE, HOST, FakeClock, linux, wait_until
-from testbed.tunnels import Bench, ask, both, event, events, listening, port_of, runs, shared, stand_in
+from testbed.hellos import HELLO
+from testbed.program import namespace
+from testbed.running import read_exactly
+from testbed.tunnels import Bench, ask, both, event, events, runs, shared, stand_in
 
 # -- the death guard ---------------------------------------------------------------------------
 
@@ -64,6 +68,30 @@ def test_a_setpriv_that_knows_no_pdeathsig_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name, path=None: which(name, path=str(tmp_path)))
     monkeypatch.setattr(sys, "platform", "linux")
     assert sniroute_processes.death_guard()[0] == sys.executable
+
+
+@pytest.mark.parametrize("account", ["root", "nobody"])
+def test_a_child_has_no_capability_of_the_router_s(guard, account):
+    """Those that systemd gives a service so that it may bind port 443 are inherited, unless they are given up."""
+    if not os.path.exists("/usr/bin/setpriv"):
+        pytest.skip("setpriv is not here (Debian package util-linux)")
+    if os.geteuid() != 0:
+        pytest.skip("needs root, who may give capabilities")
+    identity = [] if account == "root" else ["--reuid=65534", "--regid=65534", "--clear-groups"]
+    router = ["setpriv", *identity, "--inh-caps=+net_bind_service", "--ambient-caps=+net_bind_service", "--"]
+    if subprocess.run([*router, sys.executable, "-c", ""], capture_output=True).returncode:
+        pytest.skip("this Python is not for everybody, or this container has not the capability")
+
+    def capabilities(*words: str) -> dict[str, int]:
+        status = subprocess.run([*router, *words, "/bin/cat", "/proc/self/status"], capture_output=True, text=True)
+        assert status.returncode == 0, status.stderr
+        return {name: int(value, 16) for name, value in re.findall(r"^(Cap\w+):\s+(\w+)$", status.stdout, re.M)}
+
+    assert capabilities()["CapAmb"] == 1 << 10, "CAP_NET_BIND_SERVICE: the router has it"
+    child = capabilities(*guard)
+    assert child["CapAmb"] == 0
+    if account == "nobody":
+        assert child["CapEff"] == child["CapPrm"] == 0
 
 
 def test_no_guard_where_the_kernel_has_none(monkeypatch):
@@ -107,251 +135,227 @@ def test_sigkill_of_the_router_leaves_no_process(form, kind, cloudflared, free_p
     wait_until(lambda: not any(map(runs, pids)), timeout=2)
 
 
-# -- who listens -------------------------------------------------------------------------------
+# -- their home --------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["asked for", "read"])
-def looked(request, monkeypatch):
-    """Listeners are found by sock_diag, and where that cannot be had, in /proc/net."""
-    def sandbox(port: int) -> dict[str, int]:
-        raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
-
-    if request.param == "read":
-        monkeypatch.setattr(sniroute_processes, "ask_for_listener", sandbox)
-
-
-@linux
-def test_a_listener_of_this_process_is_own(looked):
-    with listening() as listener:
-        assert sniroute_processes.listens(os.getpid(), port_of(listener)) == "own"
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> pathlib.Path:
+    """The folder for temporary files."""
+    path = tmp_path / "place"
+    path.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(path))
+    monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
+    return path
 
 
-@linux
-def test_nobody_listens_on_a_port_that_is_only_bound(free_ports, looked):
-    with socket.socket() as bound:
-        bound.bind((HOST, 0))
-        assert sniroute_processes.listens(os.getpid(), port_of(bound)) == "nobody"
+@pytest.mark.parametrize("change", ["removed", "opened", "replaced"])
+def test_home_that_is_no_longer_ours_is_made_anew(bench, tmp_path, change):
+    made = bench()
+    made.ready("one.test")
+    home = pathlib.Path(made.table.processes.home.path)
+    if change == "opened":
+        home.chmod(0o777)
+    else:
+        shutil.rmtree(home)
+    if change == "replaced":
+        home.symlink_to(tmp_path)
+    made.ready("two.test")
+    assert made.table.processes.home.path != str(home)
+    shutil.rmtree(home) if change == "opened" else home.unlink(missing_ok=True)
 
 
-@linux
-@pytest.mark.parametrize("family, host, port_is_reachable", [
-    pytest.param(socket.AF_INET, "127.0.0.1", True, id="loopback"),
-    pytest.param(socket.AF_INET, "0.0.0.0", True, id="any"),
-    pytest.param(socket.AF_INET, "127.0.0.2", False, id="another loopback address"),
-    pytest.param(socket.AF_INET6, "::", True, id="any, dual stack"),
-    pytest.param(socket.AF_INET6, "::ffff:127.0.0.1", True, id="mapped loopback"),
-    pytest.param(socket.AF_INET6, "::1", False, id="IPv6 loopback"),
-])
-def test_listeners_finds_what_a_connect_reaches(family, host, port_is_reachable, looked):
-    if family == socket.AF_INET6 and not pathlib.Path("/proc/self/net/tcp6").exists():
-        pytest.skip("no IPv6 here")
+KILLED = """
+import os, signal, sniroute_processes
+print(sniroute_processes.Home().get(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_homes_of_killed_routers_go_with_the_next_start(place):
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", KILLED], cwd=HERE, env={**os.environ, "TMPDIR": str(place)},
+                       stdout=subprocess.DEVNULL)
+        left, = place.iterdir()  # each start removes the one before
+    (left / ".cloudflared").mkdir()
+    (left / ".cloudflared" / "lock").touch()
+    home = Home()
+    path = pathlib.Path(home.get())
+    assert list(place.iterdir()) == [path]
+    home.close()
+    assert list(place.iterdir()) == []
+
+
+def test_the_home_of_a_router_that_lives_stays(place):
+    first, second = Home(), Home()
+    assert first.get() != second.get() and first.get() == first.get()
+    assert len(list(place.iterdir())) == 2
+    first.close()
+    assert list(place.iterdir()) == [pathlib.Path(second.get())]
+    second.close()
+
+
+def test_what_is_not_a_left_home_is_not_touched(place, tmp_path):
+    """Somebody's own folder, one that is being made, a symlink, a file, another user's."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(0o700)
+    for folder in (elsewhere, place / "sniroute-open", place / "sniroute-other"):
+        folder.mkdir(0o700, exist_ok=True)
+        (folder / sniroute_processes.HOME_MARK).touch()
+    (place / "sniroute-open").chmod(0o755)
+    (place / "sniroute-own").mkdir(0o700)
+    (place / "sniroute-link").symlink_to(elsewhere)
+    (place / "sniroute-file").touch()
+    if os.geteuid() == 0:
+        os.chown(place / "sniroute-other", 4321, -1)
+    else:
+        shutil.rmtree(place / "sniroute-other")
+    before = set(place.iterdir())
+    home = Home()
+    home.get()
+    home.close()
+    assert set(place.iterdir()) == before and list(elsewhere.iterdir())
+
+
+def test_a_folder_is_not_a_left_home_before_it_is_locked(place, monkeypatch):
+    """Another router looks in every instant of the making; it never removes it."""
+    home = Home()
+    flock, opened = sniroute_processes.fcntl.flock, os.open
+    looks = []
+
+    def look(inner: Callable[..., Any], *args: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(sniroute_processes.fcntl, "flock", flock)
+            patch.setattr(os, "open", opened)
+            sniroute_processes.remove_left_homes(str(place))
+            looks.append(len(list(place.iterdir())))
+        return inner(*args)
+
+    monkeypatch.setattr(sniroute_processes.fcntl, "flock", lambda *args: look(flock, *args))
+    monkeypatch.setattr(os, "open", lambda *args: look(opened, *args))
+    path = home.get()
+    assert looks == [1] * 3 and os.path.isdir(path)
+    home.close()
+
+
+def test_a_folder_that_another_process_locks_is_not_taken(place, monkeypatch):
+    """A router that starts in the same instant looks at it."""
+    def locked(path: str) -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    home = Home()
+    with monkeypatch.context() as patch:
+        patch.setattr(sniroute_processes, "lock_folder", locked)
+        assert home.get() == sniroute_processes.NO_HOME and list(place.iterdir()) == []
+    assert home.get() != sniroute_processes.NO_HOME
+    home.close()
+
+
+def test_a_file_system_without_locks_has_homes_too(place, monkeypatch):
+    def none(path: str) -> int:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(sniroute_processes, "lock_folder", none)
+    home, another = Home(), Home()
+    assert os.path.isdir(home.get()) and os.path.isdir(another.get()) and os.path.isdir(home.path)
+    home.close()
+    another.close()
+    assert list(place.iterdir()) == []
+
+
+def test_a_service_s_own_folder_is_taken_before_the_one_for_all(place, tmp_path, monkeypatch):
+    runtime = tmp_path / "runtime"
+    runtime.mkdir()
+    monkeypatch.setenv("RUNTIME_DIRECTORY", f"{runtime}:{tmp_path}/second")
+    home = Home()
+    assert os.path.dirname(home.get()) == str(runtime)
+    home.close()
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path / "gone"))
+    assert os.path.dirname(home.get()) == str(place)
+    home.close()
+
+
+@both
+def test_tunnels_start_where_no_folder_can_be_made(bench, cloudflared, place, caplog):
+    """A root that is read-only, and no /tmp: they were refused with `No usable temporary directory found`."""
+    place.rmdir()
+    made = bench()
+    for name in ("a.test", "b.test"):
+        made.ready(name)
+    assert {start["environment"]["HOME"] for start in cloudflared.starts()} == {sniroute_processes.NO_HOME}
+    assert caplog.text.count("tunnel programs get no home folder") == 1
+    assert f"({place}: No such file or directory)" in caplog.text
+
+
+def test_a_program_that_needs_no_home_makes_no_folder(cloudflared, free_ports, place):
+    """The carrier's row says so."""
+    assert not sniroute_launchers.carrier_launcher({}).home
+    launcher = stand_in("shared", cloudflared.path, {})._replace(home=False)
+    made = Bench(TunnelTable({"cf": launcher}, free_ports(), clock=FakeClock()), False)
     try:
-        listener = listening(0, host, family)
-    except OSError:
-        pytest.skip(f"cannot bind {host} here")
-    with listener:
-        inode = os.readlink(f"/proc/self/fd/{listener.fileno()}")[8:-1]
-        assert sniroute_processes.listeners(port_of(listener)) == ({inode: 0} if port_is_reachable else {})
+        made.ready("app.test")
+        assert list(place.iterdir()) == []
+    finally:
+        made.close()
+    start, = cloudflared.starts()
+    assert "HOME" not in start["environment"]
+
+
+# -- orphans -----------------------------------------------------------------------------------
+
+
+def children_of(parent: int) -> list[int]:
+    """The children of a process, by whichever thread."""
+    return [int(pid) for task in pathlib.Path(f"/proc/{parent}/task").glob("*/children")
+            for pid in task.read_text().split()]
+
+
+def zombies(parent: int) -> list[int]:
+    """The children of a process that have ended and that nobody has reaped."""
+    return [pid for pid in children_of(parent) if not runs(pid)]
 
 
 @linux
-def test_listeners_counts_who_waits_to_be_accepted_beside_many_connections(echo_server, looked):
-    with contextlib.ExitStack() as stack:
-        for _ in range(20):  # rows of other states, on the same port too
-            stack.enter_context(socket.create_connection(echo_server.address))
-        wait_until(lambda: list(sniroute_processes.listeners(echo_server.address[1]).values()) == [0])
-        listener = stack.enter_context(listening())
-        for number in range(1, 4):
-            stack.enter_context(socket.create_connection(listener.getsockname()))
-            assert list(sniroute_processes.listeners(port_of(listener)).values()) == [number]
+def test_orphans_are_reaped_and_the_router_s_own_processes_are_not():
+    with subprocess.Popen(["true"]) as own, subprocess.Popen(["false"]) as orphan:
+        wait_until(lambda: {own.pid, orphan.pid} <= set(zombies(os.getpid())))
+        reap_orphans({own.pid, orphan.pid})
+        assert {own.pid, orphan.pid} <= set(zombies(os.getpid()))
+        reap_orphans({own.pid})  # `own` comes first in the kernel's list
+        assert own.wait() == 0, "its exit code was not stolen"
+        reap_orphans(set())
+        assert orphan.pid not in zombies(os.getpid())
+        with pytest.raises(ChildProcessError):
+            os.waitpid(orphan.pid, 0)
+    reap_orphans(set())  # no child at all
 
 
-@linux
-def test_the_kernel_is_asked_for_one_listener_where_it_can_be():
+def test_only_process_1_looks_for_orphans(owner, monkeypatch):
+    assert owner.processes.due(0.0) == []
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    processes = Processes(owner, owner.pipe, FakeClock())
     try:
-        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, sniroute_processes.SOCK_DIAG).close()
-    except OSError:
-        pytest.skip("no sock_diag here")
-    with listening() as listener:
-        inode = os.readlink(f"/proc/self/fd/{listener.fileno()}")[8:-1]
-        assert sniroute_processes.ask_for_listener(port_of(listener)) == {inode: 0}
-    assert sniroute_processes.ask_for_listener(1) == {}
+        assert processes.due(1000.0) == [1000.0]
+        processes.turn(0.0)
+        assert processes.due(1000.0) == [1000.0 + sniroute_processes.ORPHANS_LOOK]
+    finally:
+        processes.close()
 
 
 @linux
-def test_a_kernel_without_ipv6_is_asked_about_ipv4_only(monkeypatch):
-    real = open
-
-    def old_kernel(path, *rest, **options):
-        if str(path).endswith("tcp6"):
-            raise FileNotFoundError(path)
-        return real(path, *rest, **options)
-
-    monkeypatch.setattr(sniroute_processes, "open", old_kernel, raising=False)
-    with listening() as listener:
-        assert sniroute_processes.listens(os.getpid(), port_of(listener)) == "own"
-
-
-@linux
-def test_a_process_without_sockets_is_nobody_even_where_another_listens(looked):
-    with listening() as listener, subprocess.Popen(["sleep", "60"]) as child:
-        try:
-            assert sniroute_processes.listens(child.pid, port_of(listener)) == "nobody"
-        finally:
-            child.kill()
-
-
-@linux
-def test_a_process_that_is_gone_is_nobody():
-    with subprocess.Popen(["true"]) as child:
-        child.wait()
-    with listening() as listener:
-        assert sniroute_processes.listens(child.pid, port_of(listener)) == "nobody"
-
-
-@linux
-def test_a_listener_that_opens_during_the_look_is_not_taken_for_a_stranger(monkeypatch, free_ports):
-    """The child's sockets, then the listeners: what it opened in between seemed to be another's."""
-    port = free_ports()[0]
-    real = sniroute_processes.socket_inodes
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(socket.socket())  # it holds another socket already
-
-        looks = []
-
-        def look_then_open(pids):
-            found = real(pids)
-            looks.append(found)
-            if len(looks) == 2:  # the first only asks whether there is any socket
-                stack.enter_context(listening(port))
-            return found
-
-        monkeypatch.setattr(sniroute_processes, "socket_inodes", look_then_open)
-        assert sniroute_processes.listens(os.getpid(), port) != "other"
-
-
-@linux
-def test_a_descriptor_that_closes_during_the_look_hides_no_other(monkeypatch):
-    """One closed descriptor ended the look at that process, and its listener seemed another's."""
-    with socket.socket() as before, open(os.devnull) as closing, listening() as listener:
-        assert before.fileno() < closing.fileno() < listener.fileno()
-        real = os.readlink
-
-        def readlink(path, *rest, **options):
-            if path == f"/proc/{os.getpid()}/fd/{closing.fileno()}":
-                raise FileNotFoundError(path)
-            return real(path, *rest, **options)
-
-        monkeypatch.setattr(os, "readlink", readlink)
-        assert sniroute_processes.listens(os.getpid(), port_of(listener)) == "own"
-
-
-@linux
-def test_a_listener_for_ipv6_only_is_in_nobodys_way():
-    """It looks like one on every address, but a connect to 127.0.0.1 never reaches it."""
-    with listening() as own, socket.socket(socket.AF_INET6) as other:
-        other.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        try:
-            other.bind(("::", port_of(own)))
-        except OSError:
-            pytest.skip("no IPv6 here")
-        other.listen()
-        inode = os.readlink(f"/proc/self/fd/{own.fileno()}")[8:-1]
-        assert sniroute_processes.listeners(port_of(own)) == {inode: 0}
-
-
-@linux
-def test_no_descriptor_left_to_look_with_is_no_answer(monkeypatch):
-    """The look is made by threads that promise to raise TunnelError only."""
-    def exhausted(*_: object, **__: object):
-        raise OSError(24, "Too many open files")
-
-    with listening() as listener:
-        monkeypatch.setattr(sniroute_processes, "open", exhausted, raising=False)
-        monkeypatch.setattr(sniroute_processes.socket, "socket", exhausted)
-        assert sniroute_processes.listeners(port_of(listener)) == {}
-
-
-@pytest.mark.parametrize("backlog, hung", [
-    pytest.param([1] * 10, True, id="one client stays"),
-    pytest.param([1, 2, 3, 3, 4, 5, 6, 7, 8, 9], True, id="it grows"),
-    pytest.param([0], False, id="nobody waits"),
-    pytest.param([1, 0], False, id="it was only late"),
-    pytest.param([1] * 9 + [0], False, id="it was very late"),
-    pytest.param([5, 6, 4], False, id="it gets shorter"),
-])
-def test_a_backlog_that_never_gets_shorter_is_a_hung_process(backlog, hung, monkeypatch):
-    rest = list(backlog)
-    monkeypatch.setattr(sniroute_processes, "listeners", lambda port: {"7": rest.pop(0)})
-    assert sniroute_processes.leaves_waiting(1, lambda seconds: False) is hung
-    assert rest == []
-
-
-def test_the_look_at_a_backlog_ends_when_it_is_told_to(monkeypatch):
-    """The router stops meanwhile, say."""
-    monkeypatch.setattr(sniroute_processes, "listeners", lambda port: {"7": 1})
-    pauses = iter([False, False, True])
-    assert sniroute_processes.leaves_waiting(1, lambda seconds: next(pauses)) is False
-    assert next(pauses, None) is None
-
-
-# -- ports -------------------------------------------------------------------------------------
-
-
-def test_ports_are_given_lowest_first(free_ports):
-    first, last = free_ports(5)
-    pool = PortPool(first, last, FakeClock())
-    assert [pool.take() for _ in range(6)] == [*range(first, last + 1), None]
-    assert pool.next_free() == float("inf")
-
-
-def test_a_port_rests_before_it_is_given_again(free_ports):
-    first, last = free_ports(2)
-    clock = FakeClock()
-    pool = PortPool(first, last, clock)
-    assert pool.take() == first
-    pool.give(first)
-    assert pool.next_free() == clock() + sniroute_processes.QUARANTINE
-    assert pool.take() == last
-    assert pool.take() is None
-    clock.jump(sniroute_processes.QUARANTINE)
-    assert pool.take() == first
-
-
-def test_a_port_that_another_holds_is_passed_over_and_rests_longer(free_ports):
-    first, last = free_ports(3)
-    clock = FakeClock()
-    pool = PortPool(first, last, clock)
-    with listening(first), listening(first + 1, "0.0.0.0"):
-        assert pool.take() == last
-        assert pool.take() is None
-    clock.jump(sniroute_processes.TAKEN_REST - 1)
-    assert pool.take() is None
-    clock.jump(1)
-    assert [pool.take(), pool.take()] == [first, first + 1]
-
-
-def test_time_wait_does_not_count_as_taken(free_ports):
-    first, _ = free_ports(1)
-    with listening(first) as listener, socket.create_connection(listener.getsockname()):
-        listener.accept()[0].close()  # the side that closes first is left in TIME_WAIT
-    with socket.socket() as probe, pytest.raises(OSError):
-        probe.bind((HOST, first))  # it is: without SO_REUSEADDR the bind fails
-    assert PortPool(first, first, FakeClock()).take() == first
-
-
-def test_a_host_that_cannot_make_sockets_loses_no_port(free_ports, monkeypatch):
-    first, last = free_ports(2)
-    pool = PortPool(first, last, FakeClock())
-
-    class Broken(socket.socket):
-        def bind(self, *_: object) -> None:
-            raise OSError(23, "Too many open files in system")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(socket, "socket", Broken)
-        pool.take()
-    assert [pool.take(), pool.take()] == [first, last]
+def test_as_process_1_of_a_container_it_reaps_what_a_health_check_leaves(launch, cloudflared, echo_server, ports):
+    """Its own tunnels' ends are told all the same."""
+    cloudflared.far("*", echo_server.address)
+    program = launch(f"--cloudflared={cloudflared.path}", ports, "--idle=1s",
+                     python=(*namespace("--pid --fork --kill-child --mount-proc"), sys.executable))
+    router, = children_of(program.pid)
+    program.signal = lambda number: os.kill(router, number)  # unshare itself takes no SIGTERM
+    check = ["nsenter", f"--target={router}", "--pid", "--mount", "/bin/sh", "-c", "(sleep 0.1 &) ; (sleep 0.2 &)"]
+    for _ in range(3):
+        subprocess.run(check, check=True)
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+    program.wait_for("tunnel stopped")
+    wait_until(lambda: not children_of(router), what="the end of each child, zombies too")
 
 
 # -- start and watch ---------------------------------------------------------------------------
@@ -438,22 +442,6 @@ def test_a_process_that_cannot_be_watched_is_not_used(bench, monkeypatch):
         future = made.ask("app.test")
         made.turn(lambda: future.done())
     assert "it cannot be watched (Too many open files)" in str(made.outcome(future))
-
-
-@pytest.mark.parametrize("change", ["removed", "opened", "replaced"])
-def test_home_that_is_no_longer_ours_is_made_anew(bench, tmp_path, change):
-    made = bench()
-    made.ready("one.test")
-    home = pathlib.Path(made.table.processes.home)
-    if change == "opened":
-        home.chmod(0o777)
-    else:
-        shutil.rmtree(home)
-    if change == "replaced":
-        home.symlink_to(tmp_path)
-    made.ready("two.test")
-    assert made.table.processes.home != str(home)
-    shutil.rmtree(home) if change == "opened" else home.unlink(missing_ok=True)
 
 
 @linux

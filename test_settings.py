@@ -8,6 +8,7 @@ import pathlib
 import re
 import resource
 import stat
+import tempfile
 import sys
 from typing import Any
 
@@ -94,14 +95,15 @@ def test_the_tunnel_program_is_one_that_strangers_cannot_replace(tmp_path, monke
     program.chmod(0o755)
     monkeypatch.chdir(tmp_path)
     assert sniroute_settings.parse_program("./cloudflared") == str(program)
-    program.chmod(0o757)
-    with pytest.raises(ValueError, match="chown it, and chmod o-w"):
-        sniroute_settings.parse_program(str(program))
-    program.chmod(0o755)
+    for changed in (program, tmp_path):
+        changed.chmod(0o757)
+        with pytest.raises(ValueError, match=f"is not run, since {changed} can be changed by other users: chmod o-w"):
+            sniroute_settings.parse_program(str(program))
+        changed.chmod(0o755)
     if os.geteuid() == 0:
         os.chown(program, 4321, -1)
     monkeypatch.setattr(os, "geteuid", lambda: 4322)
-    with pytest.raises(ValueError, match="chown it, and chmod o-w"):
+    with pytest.raises(ValueError, match="belongs to another user"):
         sniroute_settings.parse_program(str(program))
 
 
@@ -396,6 +398,35 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path):
                             (public, "can be changed by other users: chmod o-w")):
         with pytest.raises(SettingsError, match=re.escape(path) + ": .*" + complaint):
             load_settings(["-c", path], {})
+
+
+@pytest.mark.parametrize("what", ["the file", "its folder", "another user", "a group"])
+def test_a_file_of_settings_that_others_may_change_is_not_read(what, settings_file, tmp_path):
+    path = settings_file(ROUTES_FILE)
+    load_settings(["-c", path], {})
+    os.chmod(path if what == "the file" else tmp_path, 0o775 if what == "a group" else 0o757)
+    if what in ("another user", "a group") and os.geteuid():
+        pytest.skip("needs root, who may give files away")
+    if what == "another user":
+        os.chown(path, 4321, -1)
+        os.chmod(tmp_path, 0o700)
+    elif what == "a group":
+        os.chown(tmp_path, -1, 4321)
+    with pytest.raises(SettingsError, match=re.escape(path) + ": is not read, since .*: ch(mod|own) "):
+        load_settings(["-c", path], {})
+
+
+def test_settings_from_a_pipe_or_from_a_shell_s_text_are_read(tmp_path):
+    """`-c <(...)`, and `-c /dev/stdin <<EOF`, for which a shell may use a file that has no name any more."""
+    reader, writer = os.pipe()
+    os.write(writer, ROUTES_FILE.encode())
+    os.close(writer)
+    with open(reader), tempfile.TemporaryFile() as file:
+        file.write(ROUTES_FILE.encode())
+        file.flush()
+        file.seek(0)
+        for fd in (reader, file.fileno()):
+            assert len(load_settings(["-c", f"/dev/fd/{fd}"], {}).route) == 3
 
 
 def test_a_reload_reads_a_file_again_and_nothing_else(settings_file, tmp_path):

@@ -32,7 +32,8 @@ from sniroute_settings import load_settings
 from conftest import HOST, linux, wait_until
 from testbed.clients import backwards, post, program_path, psql
 from testbed.hellos import HELLO, NAME, genuine
-from testbed.program import BARE, BARE_PYTHON, Program, counter, cpu_seconds, environment, execute, installed, resident
+from testbed.program import (BARE, BARE_PYTHON, Program, command, counter, cpu_seconds, environment, execute,
+                             installed, resident)
 from testbed.running import TUNNEL, alert, read_all, read_exactly, route
 from testbed.standins import Edge
 
@@ -56,6 +57,29 @@ def test_program_starts_under_any_name(tmp_path, start):
                           cwd=tmp_path, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (0, "")
     assert "tcp:tcp.example.com:443" in done.stdout
+
+
+def test_a_tunnel_program_that_others_may_change_is_refused_and_named(launch, cloudflared, ports):
+    """By the start, `check`, `explain`, and to its clients; another one, or the carrier, does not take its place."""
+    cloudflared.directory.chmod(0o777)
+    path = f"{cloudflared.directory}:{os.environ['PATH']}"
+    said = (f"{cloudflared.path} is not run, since {cloudflared.directory} can be changed by other users: "
+            f"chmod o-w {cloudflared.directory}")
+    program = launch(ports, "--route=*=cloudflared:{name}", env=environment(PATH=path))
+    program.wait_for(f" warning {said}; names that need it are refused until then\n")
+    with program.connect(HELLO) as client:
+        assert read_all(client) == alert(80)
+    program.wait_for("reason=tunnel_failed")
+    assert program.log().count(said) == 3, "at the start, by the tunnel, and for the client"
+    assert cloudflared.starts() == []
+    assert said in command("check", "--route=*=cloudflared:{name}", PATH=path).stderr
+    explained = command("explain", NAME, "--route=*=cloudflared:{name}", PATH=path)
+    assert explained.returncode == 1 and f"refused: {said} (tunnel_failed, " in explained.stdout
+    named = command("check", f"--cloudflared={cloudflared.path}")
+    assert named.returncode == 2 and f"{cloudflared.directory} can be changed by other users" in named.stderr
+    cloudflared.directory.chmod(0o755)
+    with program.connect(HELLO):
+        program.wait_for("tunnel ready")
 
 
 def test_two_files_and_a_bare_python_are_all_it_takes(launch, two_files):

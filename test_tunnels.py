@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -24,11 +25,15 @@ from typing import Any, Callable
 import pytest
 
 import sniroute_launchers
+import sniroute_ports
 import sniroute_processes
 import sniroute_tunnels
 from sniroute_launchers import TunnelError, TunnelKey
 from sniroute_tunnels import BACKOFF, FAILED, QUEUED, READY, STARTING, STOPPING, StartBudget, Tunnel, TunnelTable
 from conftest import HOST, FakeClock, linux, own_children, wait_until
+from testbed.hellos import genuine
+from testbed.program import namespace
+from testbed.running import read_exactly
 from testbed.tunnels import Bench, ask, both, event, events, key, listening, port_of, runs, shared
 
 # -- start budget ------------------------------------------------------------------------------
@@ -126,10 +131,49 @@ def test_names_are_started_in_the_order_in_which_they_were_asked_for(bench, clou
 
 
 @both
-def test_a_byte_goes_through_and_back(bench, cloudflared, echo_server):
+def test_a_byte_goes_through_and_back(bench, cloudflared, echo_server, proc):
     cloudflared.far("app.test", echo_server.address)
-    tunnel = bench(live=True).ready("app.test")
+    tunnel = bench(live=True, proc=proc).ready("app.test")
     assert ask(tunnel.child.address, b"x" * 100_000) == b"x" * 100_000
+
+
+@both
+@pytest.mark.parametrize("delay", [50, 700])
+def test_the_first_client_of_a_program_that_listens_late_is_served(delay, bench, cloudflared, echo_server, proc):
+    cloudflared.far("app.test", echo_server.address)
+    cloudflared.fault("app.test", listen_delay=delay)
+    made = bench(live=True, proc=proc)
+    tunnel = made.ready("app.test")
+    assert ask(tunnel.child.address) == b"hello", "it is not refused, and it is the only one"
+    assert len(cloudflared.clients()) == 1, "nothing has connected to find out"
+    assert made.table.counters["starts"] == 1
+
+
+def test_the_first_client_is_served_where_there_is_no_proc_at_all(launch, cloudflared, echo_server, ports):
+    """A chroot, say: the real program, and the first client of each of three names."""
+    program = launch(f"--cloudflared={cloudflared.path}", ports, "--route=*=cloudflared:{name}",
+                     python=(*namespace("--mount", "mount -t tmpfs none /proc"), sys.executable))
+    for delay, name in enumerate(("a.example.com", "b.example.com", "c.example.com")):
+        cloudflared.far(name, echo_server.address)
+        cloudflared.fault(name, listen_delay=600 * delay)
+        said = genuine(name=name)
+        with program.connect(said) as client:
+            assert read_exactly(client, len(said)) == said
+    assert len(cloudflared.starts()) == 3 and "tunnel_failed" not in program.log()
+
+
+@linux
+def test_a_program_whose_descriptors_are_not_ours_to_see_is_ready_once_somebody_listens(bench, monkeypatch):
+    """It runs as another user, under a wrapper, say."""
+    real = os.listdir
+
+    def listdir(path: str) -> list[str]:
+        if str(path).endswith("/fd"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(sniroute_ports.os, "listdir", listdir)
+    bench().ready("app.test")
 
 
 NOT_IN_TIME = "it did not listen within 15 s"
@@ -149,9 +193,9 @@ START_FAILURES = [
 ]
 
 @pytest.mark.parametrize("kind, switches, message", START_FAILURES, indirect=["kind"])
-def test_a_start_that_fails_says_why(kind, switches, message, bench, cloudflared):
+def test_a_start_that_fails_says_why(kind, switches, message, bench, cloudflared, proc):
     cloudflared.fault("app.test", **switches)
-    made = bench()
+    made = bench(proc=proc)
     future = made.ask("app.test", timeout=1000)
     made.turn(cloudflared.starts)
     made.turn(lambda: future.done() or "exit" not in switches and (
@@ -188,11 +232,16 @@ def test_a_port_that_a_stranger_listens_on_is_not_ready(bench, cloudflared):
     assert len(ports) == len(set(ports)) == sniroute_tunnels.PORT_TRIES + 1, "another port each time, bounded"
 
 
+def test_without_proc_a_stranger_that_listens_cannot_be_told(bench, cloudflared):
+    cloudflared.fault("app.test", wrong_owner=True)
+    bench(proc=False).ready("app.test")
+
+
 @linux
-def test_a_listener_of_a_descendant_is_own(bench, cloudflared, echo_server):
+def test_a_listener_of_a_descendant_is_own(bench, cloudflared, echo_server, proc):
     cloudflared.fault("app.test", child_listens=True)
     cloudflared.far("app.test", echo_server.address)
-    made = bench()
+    made = bench(proc=proc)
     tunnel = made.ready("app.test")
     assert ask(tunnel.child.address) == b"hello"
     pids = {tunnel.child.process.pid, cloudflared.clients()[0]["pid"]}
@@ -203,9 +252,9 @@ def test_a_listener_of_a_descendant_is_own(bench, cloudflared, echo_server):
 
 
 @both
-def test_address_in_use_is_tried_on_another_port(bench, cloudflared):
+def test_address_in_use_is_tried_on_another_port(bench, cloudflared, proc):
     cloudflared.fault("app.test", in_use=2)
-    made = bench()
+    made = bench(proc=proc)
     tunnel = made.ready("app.test")
     first = made.table.pool.free and min(start["port"] for start in cloudflared.starts())
     assert [start["port"] for start in cloudflared.starts()] == [first, first + 1, first + 2]
@@ -252,7 +301,7 @@ def test_ports_that_others_hold_are_passed_over(bench, cloudflared):
         assert made.states()["a.test"] is READY, "it is too fresh to be evicted"
         made.clock.jump(sniroute_tunnels.EVICT_AGE)
         made.turn(lambda: "a.test" not in made.states())
-        made.clock.jump(sniroute_processes.QUARANTINE)
+        made.clock.jump(sniroute_ports.QUARANTINE)
         assert made.outcome(future) is None
     assert made.states() == {"b.test": READY}
 
@@ -354,6 +403,20 @@ def test_a_program_that_is_not_there_is_no_failure_of_the_name(bench, tmp_path, 
     made.ready("app.test")
 
 
+def test_a_program_that_others_may_change_is_refused_at_each_start(bench, cloudflared):
+    """Its folder may have been opened since the last one."""
+    made = bench()
+    made.ready("a.test")
+    cloudflared.directory.chmod(0o777)
+    error = made.failed("b.test")
+    assert error.kind == "failed" and str(error) == (
+        f"cf:b.test did not start: {cloudflared.path} is not run, since {cloudflared.directory} can be changed by "
+        f"other users: chmod o-w {cloudflared.directory}")
+    assert made.table.failures == {} and len(cloudflared.starts()) == 1
+    cloudflared.directory.chmod(0o755)
+    made.ready("b.test")
+
+
 @both
 def test_a_program_that_the_kernel_cannot_run_is_no_failure_of_the_name(bench, tmp_path):
     program = tmp_path / "empty"
@@ -386,7 +449,7 @@ def test_no_descriptors_left_is_no_failure_of_the_name(bench):
 
 
 def test_the_reaper_outlives_an_operating_system_error(bench, monkeypatch, caplog):
-    real, errors = sniroute_processes.listens, [OSError(24, "Too many open files")] * 2
+    real, errors = sniroute_ports.listens, [OSError(24, "Too many open files")] * 2
 
     def listens(*args: int) -> str:
         if errors:
@@ -499,10 +562,114 @@ def test_the_longest_idle_tunnel_makes_room(options, bench):
         made.table.release(made.table.tunnels[key(f"{name}")])
     future = made.ask("d.test")
     made.turn(lambda: "b.test" not in made.states())
-    made.clock.jump(sniroute_processes.QUARANTINE)
+    made.clock.jump(sniroute_ports.QUARANTINE)
     assert made.outcome(future) is None
     assert made.states() == {"a.test": READY, "c.test": READY, "d.test": READY}
     assert made.table.counters["evictions"] == 1
+
+
+def killed(made: Bench, *names: str) -> None:
+    """Tunnels that were in use and whose processes have died: all of them back off."""
+    tunnels = [made.leased(name) for name in names]
+    for pid in {tunnel.child.process.pid for tunnel in tunnels}:
+        os.kill(pid, signal.SIGKILL)
+    made.turn(lambda: all(tunnel.state is BACKOFF for tunnel in tunnels))
+    for tunnel in tunnels:
+        made.table.release(tunnel)
+
+
+@both
+def test_ports_of_tunnels_that_have_died_are_for_who_waits(bench):
+    made = bench(count=2)
+    killed(made, "a.test", "b.test")
+    future = made.ask("c.test")
+    made.turn(lambda: made.states().get("c.test") is QUEUED)
+    made.clock.jump(sniroute_ports.QUARANTINE)  # by now the others would be started again
+    made.table.step()
+    assert made.states() == {"a.test": BACKOFF, "b.test": BACKOFF, "c.test": STARTING}
+    assert made.outcome(future) is None
+
+
+@both
+def test_a_name_waits_for_the_place_of_a_tunnel_that_stops(bench, cloudflared):
+    cloudflared.fault("a.test", ignore_term=True, ignore_close=True)
+    made = bench(max_tunnels=1)
+    made.ready("a.test")
+    made.clock.jump(made.table.idle)
+    made.turn(lambda: made.states() == {"a.test": STOPPING})
+    future = made.ask("b.test", timeout=1000)
+    made.turn(lambda: made.states().get("b.test") is QUEUED)
+    made.clock.jump(sniroute_processes.STOP_GRACE)
+    assert made.outcome(future) is None and made.states() == {"b.test": READY}
+
+
+@both
+def test_tunnels_that_have_died_make_room_for_a_third(bench):
+    """They were refused as `all 2 tunnels are in use`, and no process ran."""
+    made = bench(max_tunnels=2)
+    killed(made, "a.test", "b.test")
+    assert made.outcome(made.ask("c.test")) is None, "at once: no clock has moved"
+    assert sorted(made.states().items())[1:] == [("c.test", READY)] and len(made.states()) == 2
+    assert made.table.counters["evictions"] == 1
+
+
+@both
+def test_a_name_waits_for_its_turn_beside_dead_tunnels_that_others_wait_for(bench):
+    made = bench(max_tunnels=2, max_starting=1)
+    killed(made, "a.test", "b.test")
+    first = [made.ask("a.test"), made.ask("b.test")]
+    wait_until(lambda: all(tunnel.waiters for tunnel in made.table.tunnels.values()))
+    third = made.ask("c.test")
+    made.turn(lambda: len(made.states()) == 3)
+    futures = [*first, third]  # after the back-off of both, and once there is one that may be evicted
+    made.turn(lambda: made.clock.jump(0.02) or all(future.done() for future in futures))
+    assert [made.outcome(future) for future in futures] == [None] * 3
+    assert sum(state in sniroute_tunnels.LIVE for state in made.states().values()) <= 2
+
+
+@both
+def test_a_tunnel_in_back_off_that_nobody_waits_for_takes_no_slot_from_a_client(bench):
+    """Nor does it have an idle tunnel stopped."""
+    made = bench(max_tunnels=1)
+    killed(made, "a.test")
+    made.ready("b.test")
+    made.clock.jump(sniroute_tunnels.BACKOFF_LAST)
+    for _ in range(3):
+        made.table.step()
+    assert made.states() == {"b.test": READY}
+
+
+def test_a_dead_tunnel_beside_all_slots_waits_without_spinning(bench):
+    made = bench(max_tunnels=2)
+    killed(made, "a.test")
+    made.leased("b.test")
+    made.table.max_tunnels = 1  # a reload
+    made.clock.jump(sniroute_tunnels.BACKOFF_LAST)
+    made.table.step()
+    assert made.states() == {"a.test": BACKOFF, "b.test": READY}
+    assert made.table._timeout(made.clock()) >= sniroute_tunnels.POLL_LAST
+    made.table.release(made.table.tunnels[key("b.test")])
+    made.clock.jump(sniroute_tunnels.EVICT_AGE)
+    made.table.step()
+    assert made.states()["b.test"] is READY, "nobody waits for the other"
+
+
+def test_names_that_queue_are_no_tunnels_in_use(bench, cloudflared):
+    """The third comes while the second waits for its turn: it waits, too, and gets the turn of one that fails."""
+    cloudflared.fault("a.test", exit=1)
+    made = bench(max_tunnels=2, max_starting=1)
+    futures = [made.ask(name) for name in ("a.test", "b.test", "c.test")]
+    wait_until(lambda: len(made.states()) == 3)
+    assert [getattr(made.outcome(future), "kind", None) for future in futures] == ["failed", None, None]
+
+
+@both
+def test_what_crashes_and_is_not_asked_for_again_piles_up_to_a_bound(bench):
+    made = bench(max_tunnels=2)
+    for number in range(6):
+        made.clock.jump(0.1)
+        killed(made, f"{number}.test")
+        assert len(made.states()) <= 2
 
 
 def test_a_fresh_tunnel_is_not_evicted(bench):
@@ -570,10 +737,9 @@ def stopper(table: TunnelTable, tunnel: Tunnel, way: str) -> Callable[[], object
             with table.lock:
                 table._evict(table.clock())
         return evict
-    child = types.SimpleNamespace(alive=lambda: True, proven=True, ready=0.0, started=0.0, address=(HOST, 1))
+    process = types.SimpleNamespace(is_full=lambda now: True)  # nobody looks at its backlog
+    child = types.SimpleNamespace(process=process, alive=lambda: True, proven=True, ready=0.0, address=(HOST, 1))
     object.__setattr__(tunnel, "child", child)
-
-    table.proc = False  # the child above listens nowhere
 
     def doubt() -> None:
         with table.lock:
@@ -933,7 +1099,7 @@ def test_child_that_is_dying_is_not_taken_for_one_that_serves_others(bench, monk
     tunnel = made.leased("app.test")
     child = tunnel.child
     os.kill(child.process.pid, signal.SIGKILL)
-    wait_until(lambda: not sniroute_processes.listeners(child.address[1]))
+    wait_until(lambda: not sniroute_ports.listeners(child.address[1]))
     monkeypatch.setattr(os, "waitid", lambda *_: None)  # its parent has not been told yet
     future = made.ask("app.test", doubted=child)
     assert made.outcome(future) is None
@@ -1438,10 +1604,10 @@ def test_the_carrier_itself_opens_and_closes(cloudflared, free_ports):
         used, idle = made.leased("a.example.test"), made.ready("b.example.test")
         child = idle.child
         assert len(pids(used, idle)) == 1
-        assert sniroute_processes.listens(used.child.process.pid, used.child.address[1]) == "own"
+        assert sniroute_ports.listens(used.child.process.pid, used.child.address[1]) == "own"
         made.clock.jump(made.table.idle)
         made.turn(lambda: idle.state is FAILED)
-        assert used.child.alive() and not sniroute_processes.listeners(child.address[1])
+        assert used.child.alive() and not sniroute_ports.listeners(child.address[1])
         pool = made.table.pool
         with listening(min(pool.free)) as thief:
             pool.take = types.MethodType(lambda self: self.__dict__.pop("take") and port_of(thief), pool)
@@ -1688,25 +1854,27 @@ def test_one_process_is_started_in_a_turn(bench, cloudflared):
     made.turn(lambda: all(future.done() for future in futures))
 
 
-def test_without_proc_a_start_counts_as_ready_and_doubt_is_patient(bench, cloudflared, echo_server):
-    cloudflared.far("app.test", echo_server.address)
-    made = bench(proc=False, idle=1e6)
-    tunnel = made.ready("app.test")
-    child = tunnel.child
-    assert not made.doubt(tunnel), "perhaps it does not listen yet"
+@both
+def test_a_program_that_ends_while_it_starts_is_not_ready(bench, cloudflared, proc):
+    cloudflared.fault("app.test", never_listen=True)
+    made = bench(proc=proc)
+    future = made.ask("app.test")
+    made.turn(cloudflared.starts)
+    os.kill(cloudflared.starts()[0]["pid"], signal.SIGKILL)
+    assert "it ended (signal 9)" in str(made.outcome(future))
+    assert made.table.counters["ready"] == 0
 
-    def connected() -> bytes:
-        try:
-            return ask(child.address)
-        except ConnectionRefusedError:
-            return b""
 
-    assert wait_until(connected) == b"hello"
-    made.clock.jump(15)  # start_timeout
-    assert made.doubt(tunnel)
-    tunnel.child.proven = True
-    made.clock.jump(300)
-    assert made.doubt(tunnel), "it did listen: no patience"
+@both
+def test_a_hung_program_is_found_without_proc_too(bench):
+    """The kernel tells how many clients wait, where it can be asked."""
+    made = bench(proc=False)
+    tunnel = made.leased("app.test")
+    if not sniroute_ports.ask_for_listener(tunnel.child.address[1]):
+        pytest.skip("no sock_diag here")
+    os.kill(tunnel.child.process.pid, signal.SIGSTOP)
+    with socket.create_connection(tunnel.child.address):
+        assert made.doubt(tunnel)
 
 
 # -- the stand-in itself -----------------------------------------------------------------------
@@ -1784,6 +1952,6 @@ def test_the_stand_in_can_stop_hang_and_ask_for_a_login(bench, cloudflared, echo
             client.recv(1)
     child = made.ready("stop.test").child
     with socket.create_connection(child.address):
-        wait_until(lambda: any(sniroute_processes.listeners(child.address[1]).values()))
+        wait_until(lambda: any(sniroute_ports.listeners(child.address[1]).values()))
         assert pathlib.Path(f"/proc/{child.process.pid}/stat").read_text().rpartition(") ")[2][0] == "T"
     assert len(cloudflared.clients()) == 2

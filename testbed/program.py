@@ -1,5 +1,6 @@
 """The real program as a child process.
 
+    namespace        the words that run a program in namespaces of its own
     launch           launch(*options) -> Program that listens, until the test ends
     command          run sniroute to its end
     two_files        the path of sniroute.py in a folder with the files that serve, and the doctor
@@ -42,6 +43,19 @@ def environment(**more: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items()
             if not key.startswith(("PYTHON", "SNIROUTE_", "TUNNEL_", "JOURNAL_"))}
     return {**kept, "PYTHONWARNINGS": "default::ResourceWarning", **more}
+
+
+def namespace(options: str, prepare: str = "true") -> tuple[str, ...]:
+    """The words before a program that run it in namespaces of its own, after a line of shell; skips where that fails.
+
+    `options` are those of unshare(1).
+    """
+    words = ("unshare", *options.split(), "/bin/sh", "-c", f'{prepare} && exec "$@"', "sh")
+    if shutil.which("unshare") is None:
+        pytest.skip("unshare is not here (Debian package util-linux)")
+    if subprocess.run([*words, "/bin/true"], capture_output=True).returncode:
+        pytest.skip("namespaces are root's, and not every container's")
+    return words
 
 
 @pytest.fixture

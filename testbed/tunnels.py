@@ -152,6 +152,12 @@ class Bench:
             thread.join()
 
 
+@pytest.fixture(params=[True, False], ids=["with /proc", "without /proc"])
+def proc(request) -> bool:
+    """Whether the table may ask /proc who listens; else a bind has to tell."""
+    return request.param
+
+
 @pytest.fixture
 def kind(request) -> str:
     """Which stand-in: "own", a process for each tunnel; or "shared", one for several."""
