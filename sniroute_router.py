@@ -34,7 +34,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Sequence
 
-from sniroute_connection import PRELUDE, Connection, Deadlines
+from sniroute_connection import PRELUDE, Connection, Deadlines, holds_hello
 from sniroute_flow import DONE, Flow, Pipes
 from sniroute_log import BACKEND_RESET, CLIENT_RESET, IDLE, STOPPED, Ending
 from sniroute_loop import CAPACITY_ERRNOS, CAPACITY_PAUSE, NEVER, READ, Loop
@@ -297,6 +297,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.started = time.time()
         self.reloads: collections.Counter[str] = collections.Counter()  # `ok`, `failed`
         self.last_reload = True, self.started  # whether it went well, and when it was
+        self.large: list[Connection] = []  # those with a large hello, the oldest first: see `make_room`
         # What connections share.
         self.loop = Loop(self.fault)
         self.pipes = Pipes(self.loop.poller)
@@ -324,7 +325,8 @@ class Router(socketserver.ThreadingTCPServer):
         self.inherited = list(inherited)
         self.addresses = [(listener.family, listener.getsockname()) for listener in inherited] if activated else [
             found for host, port in settings.listen for found in listen_addresses(host, port)]
-        self.own_names = {host.lower() for host, _ in settings.listen} | {os.uname().nodename.lower()}
+        hosts = [host for host, _ in settings.listen] + [os.uname().nodename]
+        self.own_names = {host.lower().removesuffix(".") for host in hosts}
         self.address_family = self.addresses[0][0]
         super().__init__(self.addresses[0][1], None)
 
@@ -541,6 +543,7 @@ class Router(socketserver.ThreadingTCPServer):
         """Close what has been silent too long.  It compares byte counts, so that the pump needs no clock."""
         now = monotonic()
         self.sweeping.set(now + self._sweep_interval())
+        self.large = list(filter(holds_hello, self.large))
         for connection in list(self.connections):
             up, down = connection.up, connection.down
             for flow, reason in ((up, CLIENT_RESET), (down, BACKEND_RESET)):
