@@ -38,7 +38,7 @@ from sniroute_connection import PRELUDE, Connection, Deadlines, holds_hello
 from sniroute_flow import DONE, Flow, Pipes
 from sniroute_log import BACKEND_RESET, CLIENT_RESET, IDLE, STOPPED, Ending
 from sniroute_loop import CAPACITY_ERRNOS, CAPACITY_PAUSE, NEVER, READ, Loop
-from sniroute_names import normalise, parse_ip, show_address
+from sniroute_names import ascii_advice, normalise, parse_ip, show_address
 from sniroute_refusals import REFUSALS, Refused, SettingsError
 from sniroute_routes import Decision, Routes
 from sniroute_targets import Targets, keep_alive
@@ -392,7 +392,7 @@ class Router(socketserver.ThreadingTCPServer):
         try:
             decision = self.decide(normalise(name.encode("ascii", "replace")))
         except Refused as error:
-            raise ValueError(str(error)) from None
+            raise ValueError(f"{error}{ascii_advice(name)}") from None
         if not decision.scheme.is_tunnel:
             raise ValueError(f"{name} leads to {decision.target}, which is no tunnel")
         return decision.tunnel

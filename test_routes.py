@@ -395,7 +395,10 @@ def test_the_backend_hears_the_question_for_tls_only_where_the_client_has_asked_
     def backend(sock: socket.socket) -> bytes:
         heard = b""
         while not heard.endswith(HELLO):
-            heard += sock.recv(4096)
+            more = sock.recv(4096)
+            if not more:
+                break
+            heard += more
             if asks and heard.endswith(ASK_TLS) and len(heard) > len(expected_header):
                 sock.sendall(b"S")
         sock.sendall(b"x")

@@ -502,5 +502,7 @@ def test_an_order_for_a_tunnel_may_have_a_trailing_dot(run):
     running = run("--route=*.example.com=cloudflared:cft-{name}.")
     assert str(running.router.tunnel_of("DB.example.com.")) == "cloudflared:cft-db.example.com"
     assert running.router.tunnel_of("db.example.com.") == running.router.tunnel_of("db.example.com")
+    with pytest.raises(ValueError, match="; write xn--mnchen-3ya.example.com, which is its form in DNS and TLS$"):
+        running.router.tunnel_of("m\u00fcnchen.example.com")
 
 
