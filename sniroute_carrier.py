@@ -56,7 +56,7 @@ import sys
 from typing import Any, Mapping
 
 from sniroute_dial import Dial, Failed, Proxy, WayOut, find_proxy, set_options
-from sniroute_edge import REASONS, RECORD, Upgrade, Upgraded, identity, make_context, parse_target
+from sniroute_edge import REASONS, RECORD, Upgrade, Upgraded, identity, lacks_half, make_context, parse_target
 from sniroute_forwarder import LEVELS, Control, Forwarder, Listener, Log, bridge, parse_listen, reset
 from sniroute_http import BINARY, CHUNK, CLOSE, PING, PONG, FrameReader, frame, parse_header
 from sniroute_host import open_standard_streams, raise_descriptor_limit
@@ -631,7 +631,10 @@ def make_carrier(level: str, headers: list[tuple[str, str]], environ: Mapping[st
 def access(words: list[str], environ: Mapping[str, str]) -> int:
     """`access tcp`."""
     given = parse_words(words, environ)
-    carrier = make_carrier(given.loglevel, given.header + identity(environ, vars(given)), environ)
+    headers = given.header + identity(environ, vars(given))
+    carrier = make_carrier(given.loglevel, headers, environ)
+    if lacks_half(headers):
+        carrier.log("warn", "the ID or the secret of the service token is not set: one of them alone opens nothing")
     if given.url is None:
         return bridge(carrier, given.hostname)
     try:

@@ -37,7 +37,7 @@ import os
 import select
 import socket
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sniroute_flow import BROKEN, DONE, EARLY, MESSAGE, NO_FLOW, OPEN, READ_MAX, UNANSWERED, Flow
 from sniroute_log import BACKEND_CLOSED, BACKEND_RESET, CLIENT_CLOSED, CLIENT_LEFT, CLIENT_RESET
@@ -46,7 +46,7 @@ from sniroute_names import parse_ip
 from sniroute_race import CONNECT_BUDGET, CONNECT_TIMEOUT, STAGGER, Attempt, Race, Races, no_answer
 from sniroute_refusals import NOTHING, TLS, Malformed, Refused, told
 from sniroute_targets import RESET, Backend, Doubt, Retry, Unreachable
-from sniroute_wire import HELLO_WIRE_MAX, TLS_HANDSHAKE, PROXY_WRITERS, SSL_REQUEST_BYTES, Hello, Prelude, ProxyHeader
+from sniroute_wire import TLS_HANDSHAKE, PROXY_WRITERS, SSL_REQUEST_BYTES, Hello, Prelude, ProxyHeader
 
 if TYPE_CHECKING:
     from sniroute_routes import Decision
@@ -60,6 +60,11 @@ monotonic = time.monotonic
 
 # Limits, each with its reason.  Times in seconds.
 PRELUDES_MAX = 1024  # clients that have not said their name yet; over it the oldest goes
+# A hello takes its size twice, once with and once without record headers.  So 1,024 preludes hold 64 MiB at most while
+# each is up to LARGE_HELLO, and the few that may have more hold 8 MiB.
+LARGE_HELLO = 32768  # bytes; nearly all are smaller than 3,000
+LARGE_HELLOS_MAX = 64  # clients with more than that, until their backend answers; over it the oldest goes
+WAITING_MAX = 32768  # bytes that a client may say while it waits for its backend, the hello among them
 PARKS_MAX = 3  # times a connection may wait: its tunnel could be evicted as often as it comes up
 GREETING_TIMEOUT = 20.0  # for a backend's answer to SSLRequest; a tunnel dials its far end meanwhile
 FIRST_BYTE_TIMEOUT = 20.0  # a tunnel without an answer to the hello by then does not work; the carrier gives up at 15
@@ -78,6 +83,16 @@ ORDERLY = (PRELUDE, LINGERING)  # states in which a close is an end; PASSING: wh
 
 # errno values of send() that mean "the connect is not over"; the last is BSD's.
 NOT_CONNECTED = frozenset((errno.EAGAIN, errno.EALREADY, errno.EINPROGRESS, errno.ENOTCONN))
+
+
+class Preface(NamedTuple):
+    """What the backend is told before the hello.  One object is shared by all that have nothing to tell."""
+
+    header: bytes  # a PROXY header
+    asks_tls: bool  # PostgreSQL's SSLRequest goes behind it, as the client has sent one
+
+
+NO_PREFACE = Preface(b"", False)
 
 
 class Connection:
@@ -99,7 +114,7 @@ class Connection:
         self.decision: Decision | None = None
         self.backend: Backend | None = None
         self.proxy: ProxyHeader | None = None  # the client's, where it is believed
-        self.preface = b""  # what the backend is told first: PROXY header, SSLRequest
+        self.preface = NO_PREFACE  # what the backend is told first
         self.dialled = 0.0  # clock time of its last dial
         self.admitted = False  # it counts among its route's
         self.hello: bytes | None = None  # the ClientHello and what followed, until a byte has passed either way
@@ -178,7 +193,10 @@ class Connection:
                     return hello
                 self.hello = None
             self.prelude = Prelude(self.peer.policy, self.peer.local, self.router.hellos)
-        return self.prelude.feed(data)
+        found = self.prelude.feed(data)
+        if len(self.prelude.data) > LARGE_HELLO >= len(self.prelude.data) - len(data):  # it has just become one
+            make_room(self)
+        return found
 
     def _route(self, hello: Hello) -> None:
         """The name is known: decide where it leads, and go there."""
@@ -211,7 +229,7 @@ class Connection:
         """Take over what the prelude has found out.  Raises Refused."""
         self.prelude = None
         self.hello = bytes(prelude.data)
-        self.preface = prelude.header + SSL_REQUEST_BYTES if prelude.ssl else prelude.header
+        self.preface = Preface(prelude.header, prelude.ssl)
         self.proxy = header = prelude.proxy
         if header is None or header.source is None:
             return
@@ -243,13 +261,13 @@ class Connection:
             raise Refused("route_limit", f"{route.pattern} has {route.max_connections} connections")
         if route.send_proxy == "as-received":
             return
-        self.preface = SSL_REQUEST_BYTES if self.preface.endswith(SSL_REQUEST_BYTES) else b""
-        write = PROXY_WRITERS[route.send_proxy]
+        write, written = PROXY_WRITERS[route.send_proxy], b""
         if write is not None:
             header = self.proxy
             source = None if header is not None and header.source is None else self.address
             destination = header and header.destination or self.client.getsockname()[:2]
-            self.preface = write(source, destination) + self.preface
+            written = write(source, destination)
+        self.preface = self.preface._replace(header=written)
 
     # -- on the way to the backend
 
@@ -291,7 +309,7 @@ class Connection:
         """The client says more, or leaves, while it waits for the backend."""
         if self.state not in WAITING_FOR_BACKEND:
             return
-        if len(self.hello) >= HELLO_WIRE_MAX:
+        if len(self.hello) >= WAITING_MAX:
             self.up.wait_for(0)  # enough: the rest waits in the kernel
             return
         try:
@@ -334,8 +352,8 @@ class Connection:
         if self.state is not DIALING:
             return
         server = self.down.source
-        asks = self.preface.endswith(SSL_REQUEST_BYTES)
-        said = self.preface if asks else self.preface + self.hello
+        header, asks = self.preface
+        said = header + (SSL_REQUEST_BYTES if asks else self.hello)
         try:
             self.backend.connected(server)
             sent = server.send(said)
@@ -524,6 +542,7 @@ class Connection:
     def _linger(self, farewell: bytes, reason: str) -> None:
         """Say goodbye, and give the client a moment to read it: unread bytes would reset it."""
         self._drop_backend()
+        self.hello = self.prelude = None  # they may be large, and there may be many that linger
         self.state = LINGERING
         self.reason = reason
         try:
@@ -663,6 +682,20 @@ def will_reset(sock: socket.SocketType) -> None:
     """Have close() send a reset."""
     with contextlib.suppress(OSError):  # macOS, where the connection is over
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+
+def holds_hello(connection: Connection) -> bool:
+    """Whether the client's first bytes are still in memory."""
+    return connection.state is not CLOSED and (connection.hello is not None or connection.prelude is not None)
+
+
+def make_room(connection: Connection) -> None:
+    """A connection has a large hello now: refuse the oldest of those that have one, where there are too many."""
+    router = connection.router
+    router.large = [*filter(holds_hello, router.large), connection]
+    if len(router.large) > LARGE_HELLOS_MAX:
+        router.large[0].refuse(Refused("shed", f"more than {LARGE_HELLOS_MAX} clients have hellos over 32 KiB: "
+                                               "the oldest goes"))
 
 
 def answer_now(client: socket.SocketType, answer: bytes) -> None:

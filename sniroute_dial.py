@@ -48,7 +48,7 @@ from typing import Callable, Iterable, Mapping, NamedTuple
 
 from sniroute_http import HEAD_MAX, connect_request, parse_answer
 from sniroute_loop import CAPACITY_ERRNOS, READ, WRITE, Loop, monotonic, owner_of
-from sniroute_names import printable, show_address
+from sniroute_names import parse_network, printable, show_address, unmapped
 from sniroute_race import ADDRESSES_MAX, STAGGER, Laggards, Row, alternate
 from sniroute_refusals import Malformed, SettingsError
 
@@ -114,7 +114,7 @@ def parse_proxy(text: str) -> Proxy:
 
 def find_proxy(environ: Mapping[str, str]) -> tuple[Proxy | None, str]:
     """HTTPS_PROXY, and the text of NO_PROXY.  Raises SettingsError."""
-    text = environ.get("HTTPS_PROXY") or environ.get("https_proxy")
+    text = (environ.get("HTTPS_PROXY") or environ.get("https_proxy") or "").strip()
     try:
         proxy = parse_proxy(text) if text else None
     except ValueError as error:
@@ -130,7 +130,7 @@ def goes_direct(host: str, port: int, no_proxy: str) -> bool:
     """
     host = host.lower().rstrip(".")
     try:
-        address = ipaddress.ip_address(host)
+        address = unmapped(ipaddress.ip_address(host))
     except ValueError:
         address = None
     if host == "localhost" or address is not None and address.is_loopback:
@@ -145,7 +145,7 @@ def _means(word: str, host: str, address: ipaddress.IPv4Address | ipaddress.IPv6
         return True
     if "/" in word:
         try:
-            return address is not None and address in ipaddress.ip_network(word, strict=False)
+            return address is not None and address in parse_network(word, strict=False)
         except ValueError:
             return False
     name, colon, digits = word.rpartition(":")
@@ -155,10 +155,10 @@ def _means(word: str, host: str, address: ipaddress.IPv4Address | ipaddress.IPv6
         word = name
     word = word.strip("[]")
     try:
-        return ipaddress.ip_address(word) == address
+        return unmapped(ipaddress.ip_address(word)) == address
     except ValueError:
         pass  # a domain
-    word = word[1:] if word.startswith("*.") else word
+    word = (word[1:] if word.startswith("*.") else word).rstrip(".")
     return host == word or host.endswith(word if word.startswith(".") else f".{word}")
 
 

@@ -39,7 +39,7 @@ from typing import Any, Callable, Sequence
 
 from sniroute_flow import READ_MAX
 from sniroute_launchers import Launcher, Reason, TunnelError, TunnelKey
-from sniroute_names import CORE, OPTIONS, describe_version, normalise, printable
+from sniroute_names import CORE, OPTIONS, ascii_advice, describe_version, normalise, printable
 from sniroute_refusals import (DECODE_ERROR, POSTGRES, REFUSALS, UNRECOGNIZED_NAME, Refused, tls_alert, told,
                                tunnel_refused)
 from sniroute_router import Router
@@ -99,9 +99,9 @@ def explain(settings: Settings) -> int:
         try:
             name = normalise(os.fsencode(settings.name))
             print(f"name:    {name}")
-        except Refused:
+        except Refused as error:
             print(f"name:    {printable(settings.name)}")
-            raise
+            raise Refused(error.kind, f"{error}{ascii_advice(settings.name)}") from None
         decision = settings.routes.decide(name)
         print(f"route:   {show_route(decision.route)}\ntarget:  {decision.target}")
         if decision.tunnel is not None:
@@ -441,7 +441,7 @@ SELF_TESTS: tuple[tuple[str, Callable[[SelfTest], None]], ...] = (
     ("a hello over many records", lambda t: t.talk(sample_hello("echo.example.com", 600, 16))),
     ("a hello of post-quantum size, in two segments",
      lambda t: t.talk(sample_hello("echo.example.com", 1800), piece=1460)),
-    ("a hello of 16 KiB", lambda t: t.talk(sample_hello("echo.example.com", HELLO_MAX - 100))),
+    ("a hello of 64 KiB", lambda t: t.talk(sample_hello("echo.example.com", HELLO_MAX - 100))),
     ("a PROXY header, version 1", lambda t: t.talk(PROXY_SAMPLES[0] + HELLO_SAMPLE)),
     ("a PROXY header, version 2", lambda t: t.talk(PROXY_SAMPLES[1] + HELLO_SAMPLE)),
     ("a PROXY header from itself twice is refused", lambda t: t.talk((PROXY_SAMPLES[0] * 2, b""), end=True)),

@@ -39,7 +39,7 @@ from sniroute_dial import OVER, Failed
 from sniroute_forwarder import TEXT_MAX, Listener
 from sniroute_http import Answer, check_upgrade, new_key, parse_answer, parse_header, upgrade_request
 from sniroute_loop import READ, WRITE, Loop, Watch
-from sniroute_names import printable, show_address
+from sniroute_names import ascii_advice, printable, show_address, unmapped
 from sniroute_refusals import Malformed, SettingsError
 
 __version__ = "0.1.0"
@@ -69,16 +69,17 @@ HOST = re.compile(rf"(?=.{{1,253}}\Z)(?!-)(?:{LABEL}\.)*{LABEL}(?<!-)")
 
 def parse_target(text: str) -> Target:
     """`HOST`, `HOST:PORT` or a URL; whatever its scheme, it is https.  Raises ValueError."""
-    wrong = ValueError(f"{printable(text, TEXT_MAX)!r} is not a hostname, HOST:PORT, or a URL")
+    wrong = ValueError(f"{printable(text, TEXT_MAX)!r} is not a hostname, HOST:PORT, or a URL{ascii_advice(text)}")
     if not text.isascii() or not text.isprintable() or " " in text:
         raise wrong
     try:
         url = urllib.parse.urlsplit(text if "://" in text else f"https://{text}")
-        host, port = url.hostname or "", url.port
+        # Neither TLS (RFC 6066 section 3) nor a certificate has the dot behind a name.
+        host, port = (url.hostname or "").removesuffix("."), url.port
     except ValueError:
         raise wrong from None
     try:
-        host = str(ipaddress.ip_address(host))
+        host = str(unmapped(ipaddress.ip_address(host)))
     except ValueError:
         if not HOST.fullmatch(host):
             raise wrong from None
@@ -102,13 +103,19 @@ def identity(environ: Mapping[str, str], given: Mapping[str, Any]) -> list[tuple
     for variable, option, header in IDENTITY:
         value = given.get(option)
         source = f"--{option.replace('_', '-')}" if value else variable
-        value = value or environ.get(variable)
+        value = (value or environ.get(variable) or "").strip()  # a secret from a file ends with a newline
         if value:
             try:
                 headers.append(parse_header(f"{header}: {value}"))
             except ValueError as error:
                 raise SettingsError(f"{source}: {error}") from None
     return headers
+
+
+def lacks_half(headers: list[tuple[str, str]]) -> bool:
+    """Whether a service token is there without its ID, or without its secret."""
+    names = [name.lower() for name, _ in headers]
+    return ("cf-access-client-id" in names) != ("cf-access-client-secret" in names)
 
 
 # -- the edge's answer -------------------------------------------------------------------------

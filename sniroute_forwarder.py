@@ -52,7 +52,7 @@ from typing import Any, Callable, Protocol
 
 from sniroute_host import descriptor_limits
 from sniroute_loop import CAPACITY_ERRNOS, READ, Loop, Watch, monotonic, owner_of
-from sniroute_names import printable, show_address
+from sniroute_names import printable, show_address, unmapped
 from sniroute_refusals import SettingsError
 
 __version__ = "0.1.0"
@@ -124,7 +124,7 @@ def parse_listen(text: str) -> tuple[str, int]:
     """`HOST:PORT`, where HOST is an address or `localhost`; a scheme and a path are dropped.  Raises ValueError."""
     try:
         url = urllib.parse.urlsplit(text if "://" in text else f"tcp://{text}")
-        host = "127.0.0.1" if url.hostname == "localhost" else str(ipaddress.ip_address(url.hostname or ""))
+        host = "127.0.0.1" if url.hostname == "localhost" else str(unmapped(ipaddress.ip_address(url.hostname or "")))
         if url.port is not None:
             return host, url.port
     except ValueError:

@@ -27,7 +27,7 @@ import re
 import struct
 from typing import Iterable, NamedTuple
 
-from sniroute_names import show_address
+from sniroute_names import HEADER_VALUE, show_address
 from sniroute_refusals import Malformed
 
 __version__ = "0.1.0"
@@ -54,7 +54,7 @@ def parse_header(text: str) -> tuple[str, str]:
     value = value.strip(" \t")
     if not colon or not TOKEN.fullmatch(name.strip()):
         raise ValueError("it is not NAME: VALUE")
-    if not value.isascii() or any(c < " " and c != "\t" or c == "\x7f" for c in value):
+    if not HEADER_VALUE.fullmatch(value):
         raise ValueError(f"the value of {name.strip()} has characters that no header may have")
     return name.strip(), value
 

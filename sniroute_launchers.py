@@ -22,8 +22,8 @@ Seams: I want to ...
     understand a new last line      a row in CLOUDFLARED_REASONS or CARRIER_REASONS
     let a variable through          TUNNEL_ENVIRONMENT
 
-This room imports sniroute_host (`changed_by_others`, PATHS_MAX), sniroute_names (`printable`, `is_here`, OPTIONS) and
-the standard library.
+This room imports sniroute_host (`changed_by_others`, PATHS_MAX), sniroute_names (`printable`, `is_here`, OPTIONS,
+HEADER_VALUE) and the standard library.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import sys
 from typing import Callable, Mapping, NamedTuple
 
 from sniroute_host import PATHS_MAX, changed_by_others
-from sniroute_names import OPTIONS, is_here, printable
+from sniroute_names import HEADER_VALUE, OPTIONS, is_here, printable
 
 __version__ = "0.1.0"
 
@@ -204,7 +204,8 @@ class Launcher(NamedTuple):
 
 
 # The router's identity for Cloudflare Access.  Only the carrier reads CF_ACCESS_TOKEN.
-TUNNEL_IDENTITY = frozenset(("TUNNEL_SERVICE_TOKEN_ID", "TUNNEL_SERVICE_TOKEN_SECRET", "CF_ACCESS_TOKEN"))
+SERVICE_TOKEN = "TUNNEL_SERVICE_TOKEN_ID", "TUNNEL_SERVICE_TOKEN_SECRET"
+TUNNEL_IDENTITY = frozenset((*SERVICE_TOKEN, "CF_ACCESS_TOKEN"))
 # All that a tunnel program may inherit: the identity, the way out, the trust store.  Any other TUNNEL_*
 # variable would silently change what it does, and without PATH cloudflared finds no browser to open.
 TUNNEL_ENVIRONMENT = TUNNEL_IDENTITY | {
@@ -212,8 +213,20 @@ TUNNEL_ENVIRONMENT = TUNNEL_IDENTITY | {
 
 
 def inherited(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a tunnel program, built from nothing."""
-    return {**{name: environ[name] for name in TUNNEL_ENVIRONMENT if name in environ}, "TUNNEL_LOG_OUTPUT": "json"}
+    """The environment of a tunnel program, built from nothing.
+
+    White space at the ends of a value goes: a secret that was read from a file brings a newline, and no header can
+    have that.
+    """
+    return {**{name: environ[name].strip() for name in TUNNEL_ENVIRONMENT if name in environ},
+            "TUNNEL_LOG_OUTPUT": "json"}
+
+
+def identity_faults(environ: Mapping[str, str]) -> list[str]:
+    """What of the identity no header could say, a line each, without the value: it is a secret."""
+    return [f"{name}: has characters that no header may have: line breaks, other control characters, or not ASCII"
+            for name, value in sorted(inherited(environ).items())
+            if name in TUNNEL_IDENTITY and not HEADER_VALUE.fullmatch(value)]
 
 
 # -- cloudflared -------------------------------------------------------------------------------

@@ -2,16 +2,19 @@
 
     what a client says, a setting, a target  --- normalise ---> a host name that may reach argv, a log, a lookup
     "192.0.2.1:443", "[::1]:443", ":443"     --- parse_host_port ---> (host, port) --- show_address ---> text
+    "192.0.2.0/24"                           --- parse_network ---> what an address can be in
+    "example.com", "co.uk"                   --- has_owner ---> whether it is one owner's, or everybody's
     anything that others said                --- printable ---> one line of printable ASCII
 
-Every name that is routed passes `normalise`, and every tunnel's: it is the only thing that stands between
-a stranger's bytes and a program's command line.  All functions are pure but three: `is_local` binds a socket;
+Every name that is routed passes `normalise`, and every tunnel's (`normalise_whole`): it is the only thing that stands
+between a stranger's bytes and a program's command line.  IPv4 inside IPv6 is IPv4 from the parser on.  All functions are pure but three: `is_local` binds a socket;
 `is_here` and `describe_version` ask the import system which files are there.
 
 Threads: none.
 
 Seams: I want to ...
     allow another character in names   NAME, and the docstring of `normalise`
+    know another public suffix         HOSTING, SECOND_LEVELS, with the reason beside it
     add a file                         CORE, or OPTIONS if it may be missing; and py-modules in pyproject.toml
 
 It imports refusals (Malformed).
@@ -34,9 +37,10 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 NAME_MAX = 253  # characters of a host name, RFC 1035 section 2.3.4
 
 _LABEL = rb"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
-NAME = re.compile(rb"(?:%b\.)+(?![0-9]+\Z|0x[0-9a-f]*\Z)%b" % (_LABEL, _LABEL))
+NAME = re.compile(rb"(?:%b\.)*(?![0-9]+\Z|0x[0-9a-f]*\Z)%b" % (_LABEL, _LABEL))
 HOST = re.compile(r"[A-Za-z0-9_.:-]{1,253}")  # a configured host may be an address or one label
 PORT = re.compile(r"0|[1-9][0-9]{0,4}", re.ASCII)
+HEADER_VALUE = re.compile(r"[\t -~]*")  # what we send as the value of a header, RFC 9110 section 5.5
 
 
 def printable(text: str, limit: int = NAME_MAX) -> str:
@@ -48,15 +52,49 @@ def printable(text: str, limit: int = NAME_MAX) -> str:
 def normalise(raw: bytes) -> str:
     """A host name in its one canonical form.
 
-    Letters, digits, `-`, `_` and dots; at least two labels of 1..63 that neither begin nor end
-    with `-`; 253 bytes at most; no trailing dot; no IP address in any spelling (RFC 6066 section 3
-    forbids them), so the last label is not a number.  `xn--` is never decoded.
+    Letters, digits, `-`, `_` and dots; labels of 1..63 that neither begin nor end with `-`; 253 bytes at most; no IP
+    address in any spelling (RFC 6066 section 3 forbids them), so the last label is not a number.  `xn--` is never
+    decoded.  One trailing dot, the root of RFC 1034 section 3.1, is taken off: browsers and libpq send what their
+    user typed, and the name is the same.
     Raises Malformed, of the kind `bad_name`.
     """
-    name = raw.lower()
-    if len(raw) > NAME_MAX or not NAME.fullmatch(name):
+    name = raw.removesuffix(b".").lower()
+    if len(name) > NAME_MAX or not NAME.fullmatch(name):
         raise Malformed(f"not a host name: {printable(raw.decode('latin-1'), 80)!r}", kind="bad_name")
     return name.decode("ascii")
+
+
+def normalise_whole(raw: bytes) -> str:
+    """As `normalise`, for a name that has to mean the same everywhere: two labels at least.  Raises Malformed."""
+    name = normalise(raw)
+    if "." not in name:
+        raise Malformed(f"{name!r} has one label: two labels are needed here", kind="bad_name")
+    return name
+
+
+def ascii_advice(text: str) -> str:
+    """What to write instead of a text that has names with other letters, as the end of a sentence; '' if not known.
+
+    A name has its `xn--` form (RFC 3490) in DNS and TLS, so also here.  The text may be a target with fields.
+    """
+    # Their form differs between the two versions of IDNA: a guess could be somebody else's name.
+    if text.isascii() or len(text) > NAME_MAX or any(letter in text for letter in "\u00df\u03c2\u200c\u200d"):
+        return ""
+    try:
+        written = re.sub(r"[^.:*=\s]+", lambda label: _ascii_label(label[0]), text)
+    except ValueError:  # of which UnicodeError is one
+        return ""
+    return f"; write {written}, which is its form in DNS and TLS" if re.fullmatch("[!-~]+", written) else ""
+
+
+def _ascii_label(label: str) -> str:
+    """The ASCII form of a label.  Raises ValueError where it has none."""
+    if label.isascii():
+        return label
+    form = label.encode("idna").decode("ascii")  # the codec takes half a megabyte: for a wrong setting only
+    if "{" in label or not NAME.fullmatch(form.encode()):
+        raise ValueError("no label")
+    return form
 
 
 def parse_port(text: str) -> int:
@@ -70,7 +108,7 @@ def parse_host_port(text: str, default_host: str | None = None) -> tuple[str, in
     """`HOST:PORT`, `[::1]:PORT`, or `:PORT` where there is a default.  Raises ValueError."""
     host, colon, port = text.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
-        host = str(ipaddress.IPv6Address(host[1:-1]))
+        host = str(unmapped(ipaddress.IPv6Address(host[1:-1])))
     elif ":" in host:
         raise ValueError(f"{text!r}: an IPv6 address goes in brackets, as [::1]:443")
     host = host or default_host or ""
@@ -79,7 +117,7 @@ def parse_host_port(text: str, default_host: str | None = None) -> tuple[str, in
     except ValueError:
         number = -1
     if not colon or not host or not host.isascii() or number < 0:
-        raise ValueError(f"{text!r} is not HOST:PORT")
+        raise ValueError(f"{text!r} is not HOST:PORT{ascii_advice(text)}")
     return host, number
 
 
@@ -99,17 +137,59 @@ def unmapped(address: Address) -> Address:
     return getattr(address, "ipv4_mapped", None) or address
 
 
+def parse_network(text: str, strict: bool = True) -> Network:
+    """A network, or one address; IPv4 inside IPv6 becomes IPv4, as in `parse_ip`.  Raises ValueError.
+
+    A network that is wider than ::ffff:0:0/96 stays IPv6, and holds no IPv4 address.  Whoever writes ::/0 means IPv6:
+    if it held all of IPv4 too, --proxy-from would believe everybody.
+    """
+    network = ipaddress.ip_network(text, strict)
+    inside = getattr(network.network_address, "ipv4_mapped", None)
+    if inside is None:  # as of each wider one: its first address has zeros where a mapped one has ffff
+        return network
+    return ipaddress.IPv4Network((inside, network.prefixlen - 96))
+
+
+# Not for the public: IANA's registries of special-purpose addresses (RFC 6890), and multicast.  They are listed here
+# because `is_global` of the standard library has another answer in Python 3.13 than in 3.11.
+_NOT_PUBLIC = tuple(map(ipaddress.ip_network, (
+    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
+    "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24",
+    "224.0.0.0/3", "2001::/23", "2001:db8::/32", "3fff::/20")))
+_UNICAST = ipaddress.IPv6Network("2000::/3")  # all that is public in IPv6 is in here (RFC 4291 section 2.4)
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052 section 2.1
+_COMPATIBLE = ipaddress.IPv6Network("::/96")  # RFC 4291 section 2.5.5.1
+
+
+def is_public(ip: Address) -> bool:
+    """Whether an address belongs to the public Internet.  IPv4 inside IPv6 is judged by the IPv4.
+
+    Mapped and compatible addresses, NAT64, 6to4 (RFC 3056) and Teredo (RFC 4380), whose server counts, too.
+    """
+    ip = unmapped(ip)
+    if ip.version == 6:
+        inside = (ip.sixtofour,) if ip.sixtofour else ip.teredo
+        if ip in _NAT64 or ip in _COMPATIBLE:
+            inside = (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF),)
+        if inside:
+            return all(map(is_public, inside))
+        if ip not in _UNICAST:
+            return False
+    return not any(ip in network for network in _NOT_PUBLIC)
+
+
 def is_number(host: str) -> bool:
     """Whether a resolver would take this for an IPv4 address in one of its odd spellings."""
     try:
         ipaddress.ip_address(host)
         return False
     except ValueError:
-        return re.fullmatch(r"(?:.*\.)?(?:[0-9]+|0[xX][0-9a-fA-F]*)", host) is not None
+        return re.fullmatch(r"(?:.*\.)?(?:[0-9]+|0[xX][0-9a-fA-F]*)\.?", host) is not None
 
 
 def is_local(ip: Address) -> bool:
     """Whether this address is this machine's: then a socket can be bound to it."""
+    ip = unmapped(ip)
     if ip.is_loopback or ip.is_unspecified:
         return True
     try:
@@ -118,6 +198,59 @@ def is_local(ip: Address) -> bool:
         return True
     except OSError:
         return False
+
+
+# -- whose a domain is -------------------------------------------------------------------------
+
+# The whole Public Suffix List has ten thousand rules and changes each week.  These few are for what an operator may
+# really write in a route; where they are in doubt, a domain is nobody's.
+
+# Below a country's domain: words for kinds of owners (co.uk, com.au, or.jp).  Labels of two letters count there
+# anyway: they are kinds (ac, ne, go) or regions (ca.us, bj.cn, mi.it).
+SECOND_LEVELS = frozenset((
+    "com net org edu gov mil int gob gouv govt gub nom name info biz web ltd plc sch school nhs police asn idv adv eng "
+    "med art gen firm res priv pro coop asso presse nic kiev msk spb waw tokyo osaka kyoto").split())
+# Countries in which each name of the second level is such a kind.
+ALL_SECOND_LEVELS = frozenset("bd ck er fk jm kh mm np pg".split())
+# Anybody can have a name below these: hosting, tunnels, dynamic DNS, and registries that a company runs.
+HOSTING = frozenset((
+    "github.io gitlab.io bitbucket.io codeberg.page readthedocs.io gitbook.io pages.dev workers.dev vercel.app "
+    "netlify.app herokuapp.com web.app firebaseapp.com appspot.com run.app cloudfunctions.net blogspot.com "
+    "azurewebsites.net azurestaticapps.net azurefd.net azureedge.net cloudapp.net trafficmanager.net windows.net "
+    "fly.dev onrender.com railway.app deno.dev surge.sh glitch.me repl.co replit.app replit.dev ondigitalocean.app "
+    "digitaloceanspaces.com linodeobjects.com vultrobjects.com your-server.de fastly.net edgekey.net akamaized.net "
+    "cloudfront.net myshopify.com wordpress.com wixsite.com weebly.com webflow.io framer.app notion.site "
+    "ngrok.io ngrok.app ngrok.dev ngrok-free.app ngrok-free.dev trycloudflare.com cfargotunnel.com loca.lt "
+    "localhost.run serveo.net ts.net duckdns.org dyndns.org dynu.net ddns.net hopto.org zapto.org no-ip.org noip.me "
+    "freeddns.org mooo.com myftp.org servebeer.com synology.me myqnapcloud.com selfip.com dnsalias.com eu.org "
+    "uk.com us.com eu.com de.com br.com cn.com jpn.com ru.com sa.com co.com se.net uk.net gb.net jp.net in.net us.org"
+).split())
+# Below these, names of any depth are anybody's; those of the second line hold an address (10-0-0-1.nip.io).
+SHARED = frozenset((
+    "amazonaws.com amazonaws.com.cn elasticbeanstalk.com awsapprunner.com cloudapp.azure.com azurecontainer.io "
+    "nip.io sslip.io xip.io localtest.me lvh.me traefik.me in-addr.arpa ip6.arpa").split())
+# Nobody can register these: reserved (RFC 6761, RFC 8375), or for private networks (RFC 6762 appendix G; ICANN has
+# reserved `internal`).  `local` is left out: any host beside this one answers for it by multicast.
+PRIVATE = frozenset("internal intranet private corp home lan localhost test home.arpa".split())
+
+
+def has_owner(domain: str) -> bool:
+    """Whether all names below a domain are one owner's: `example.com` or `internal`, not `co.uk` or `github.io`.
+
+    A guess that is safe: False where it is in doubt.
+    """
+    labels = domain.lower().removesuffix(".").split(".")
+    ends = [".".join(labels[at:]) for at in range(len(labels))]
+    if not SHARED.isdisjoint(ends):
+        return False
+    if not PRIVATE.isdisjoint(ends):
+        return True
+    if len(labels) < 2 or "" in labels:
+        return False
+    second, top = labels[-2:]
+    is_suffix = ends[-2] in HOSTING or len(top) == 2 and (
+        len(second) <= 2 or second in SECOND_LEVELS or top in ALL_SECOND_LEVELS)
+    return len(labels) > 2 or not is_suffix
 
 
 # The files: those that serve, and the drop-in ones that may be missing, by the option that they make.

@@ -35,11 +35,11 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Sequence
 
-from sniroute_connection import PRELUDE, RESETTING, WAITING_FOR_BACKEND, Connection, Deadlines
+from sniroute_connection import PRELUDE, RESETTING, WAITING_FOR_BACKEND, Connection, Deadlines, holds_hello
 from sniroute_flow import DONE, Flow, Pipes
 from sniroute_log import CLIENT_LEFT, IDLE, STOPPED, Ending
 from sniroute_loop import CAPACITY_ERRNOS, CAPACITY_PAUSE, NEVER, READ, Loop
-from sniroute_names import normalise, parse_ip, show_address
+from sniroute_names import ascii_advice, normalise, parse_ip, show_address
 from sniroute_refusals import REFUSALS, Refused, SettingsError
 from sniroute_routes import Decision, Routes
 from sniroute_targets import Targets, keep_alive
@@ -322,6 +322,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.started = time.time()
         self.reloads: collections.Counter[str] = collections.Counter()  # `ok`, `failed`
         self.last_reload = True, self.started  # whether it went well, and when it was
+        self.large: list[Connection] = []  # those with a large hello, the oldest first: see `make_room`
         # What connections share.
         self.loop = Loop(self.fault)
         self.pipes = Pipes(self.loop.poller)
@@ -349,7 +350,8 @@ class Router(socketserver.ThreadingTCPServer):
         self.inherited = list(inherited)
         self.addresses = [(listener.family, listener.getsockname()) for listener in inherited] if activated else [
             found for host, port in settings.listen for found in listen_addresses(host, port)]
-        self.own_names = {host.lower() for host, _ in settings.listen} | {os.uname().nodename.lower()}
+        hosts = [host for host, _ in settings.listen] + [os.uname().nodename]
+        self.own_names = {host.lower().removesuffix(".") for host in hosts}
         self.address_family = self.addresses[0][0]
         super().__init__(self.addresses[0][1], None)
 
@@ -415,7 +417,7 @@ class Router(socketserver.ThreadingTCPServer):
         try:
             decision = self.decide(normalise(name.encode("ascii", "replace")))
         except Refused as error:
-            raise ValueError(str(error)) from None
+            raise ValueError(f"{error}{ascii_advice(name)}") from None
         if not decision.scheme.is_tunnel:
             raise ValueError(f"{name} leads to {decision.target}, which is no tunnel")
         return decision.tunnel
@@ -566,6 +568,7 @@ class Router(socketserver.ThreadingTCPServer):
         """Close what has been silent too long.  It compares byte counts, so that the pump needs no clock."""
         now = monotonic()
         self.sweeping.set(now + self._sweep_interval())
+        self.large = list(filter(holds_hello, self.large))
         for connection in list(self.connections):
             up, down = connection.up, connection.down
             if connection.state is RESETTING:

@@ -25,7 +25,7 @@ import weakref
 from typing import Callable, Iterable, NamedTuple
 
 from sniroute_launchers import TunnelKey
-from sniroute_names import Network, normalise
+from sniroute_names import Network, ascii_advice, has_owner, normalise, normalise_whole
 from sniroute_refusals import Malformed, Refused
 from sniroute_targets import SCHEMES, Scheme
 
@@ -96,25 +96,25 @@ class Route(NamedTuple):
         return Decision(self, target, row, rest, f"{self.pattern}={target}", tunnel, tally or Tally(), plain)
 
     def is_of_one_domain(self) -> bool:
-        """Whether all its names lead into one domain, which the operator has chosen.
+        """Whether all its names lead into one domain, which the operator has chosen, and which has one owner.
 
-        Else a client may own the domain that it is led to: `cft-{name}` for any name, or
-        `cft-{label}-{domain}` for `*.example.com`, which is `cft-a-example.com`.
+        Else a client may own the domain that it is led to: `cft-{name}` for any name; `cft-{label}-{domain}` for
+        `*.example.com`, which is `cft-a-example.com`; any name below `co.uk`.  Then it is neither shown the Access
+        token, nor led to a private address.
         """
-        star, _, domain = self.pattern.partition(".")
-        if not star.startswith("*"):
+        stars, dot, domain = self.pattern.partition(".")
+        if not stars.startswith("*"):
             return True
-        names = ("a.b.c", "d.e.f") if not domain else (f"a.{domain}", f"b.{'c.' * (star == '**')}{domain}")
-        host = self.target.partition(":")[2]
-        ends = [expand(host, name).split(".")[-2:] for name in names]
-        return ends[0] == ends[1] and len(ends[0]) == 2
-
-    def lets_clients_choose(self) -> bool:
-        """Whether the client chooses the whole host of a HOST:PORT target, as with `*=tcp:{name}:443`."""
-        host, _, _ = self.target.partition(":")[2].rpartition(":")
-        return host in ("{label}", "{domain}") or host == "{name}" and self.pattern == "*"
+        host, _, last = self.target.partition(":")[2].rpartition(":")
+        names = [CHOSEN + dot + domain, f"{CHOSEN}.{CHOSEN}{dot}{domain}"]  # one label in front; more of them
+        hosts = [expand(host or last, name) for name in (names[:1] if stars == "*" and domain else names)]
+        if len({tuple(each.split(".")[-2:]) for each in hosts}) > 1:
+            return False
+        ends = [each.rpartition(CHOSEN)[2].partition(".")[2] for each in hosts if CHOSEN in each]
+        return all(map(has_owner, ends))  # each is what stands behind the label that holds the client's last part
 
 
+CHOSEN = "*"  # what a client may choose in a name: no name and no field has this character
 FIELDS = re.compile(r"\{([^{}]*)\}")
 
 
@@ -134,9 +134,11 @@ def parse_route(text: str) -> Route:
     stars = next((stars for stars in ("**.", "*.") if pattern.startswith(stars)), "")
     try:
         if pattern != "*":
-            pattern = stars + normalise(pattern[len(stars):].encode())
+            check = normalise_whole if stars else normalise
+            pattern = stars + check(pattern[len(stars):].encode("utf-8", "surrogateescape"))
     except Malformed:
-        raise ValueError(f"{pattern!r} is not a name, *.NAME, **.NAME or * (NAME has two labels at least)") from None
+        raise ValueError(f"{pattern!r} is not a name, *.NAME, **.NAME or * (behind a star, NAME has two labels at "
+                         f"least){ascii_advice(pattern)}") from None
     if scheme not in SCHEMES:
         raise ValueError(f"{scheme!r} is no kind of target: there are {', '.join(sorted(SCHEMES))}")
     unknown = [field for field in FIELDS.findall(rest) if field not in ("name", "label", "domain")]
@@ -145,14 +147,16 @@ def parse_route(text: str) -> Route:
     try:  # a sample name shows what no name could make valid
         SCHEMES[scheme].check(expand(rest, pattern.replace("*", "a") if pattern != "*" else "a.example.com"))
     except Malformed as error:
-        raise ValueError(f"{target!r}: {error}") from None
+        advice = ascii_advice(target)
+        raise ValueError(f"{target!r} is not ASCII{advice}" if advice else f"{target!r}: {error}") from None
     return Route(pattern, target)
 
 
 class Layer:
     """Some routes by their pattern: exact name, else the longest wildcard.  Changed in O(1), by the loop.
 
-    `*.example.com` is one label in front, `**.example.com` one or more, `*` any name.
+    `*.example.com` is one label in front, `**.example.com` one or more, `*` any name of two labels or more: one label
+    is a name of this host's own network, and is served where a route names it.
     """
 
     def __init__(self, routes: Iterable[Route] = ()):
@@ -192,7 +196,7 @@ class Layer:
                 if star + suffix in patterns:
                     return patterns[star + suffix]
             stars = ("**.",)
-        return patterns.get("*")
+        return patterns.get("*") if "." in name else None
 
 
 class Routes:

@@ -20,6 +20,7 @@ Seams: I want to ...
 from __future__ import annotations
 
 import argparse
+import codecs
 import functools
 import ipaddress
 import logging
@@ -29,8 +30,10 @@ import stat
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 from sniroute_host import PATHS_MAX, changed_by_others, descriptor_limits
-from sniroute_launchers import TUNNEL_IDENTITY, Launcher, carrier_launcher, cloudflared_launcher
-from sniroute_names import OPTIONS, Network, describe_version, is_here, parse_host_port, printable, show_address
+from sniroute_launchers import (SERVICE_TOKEN, TUNNEL_IDENTITY, Launcher, carrier_launcher, cloudflared_launcher,
+                                identity_faults, inherited)
+from sniroute_names import (OPTIONS, Network, describe_version, is_here, parse_host_port, parse_network, printable,
+                            show_address)
 from sniroute_refusals import SettingsError
 from sniroute_routes import Route, Routes, parse_route
 from sniroute_targets import SCHEMES
@@ -91,9 +94,10 @@ def parse_ports(text: str) -> tuple[int, int]:
 def parse_networks(text: str) -> tuple[Network, ...]:
     """`CIDR,...`, or `none`.  Raises ValueError."""
     try:
-        return tuple(ipaddress.ip_network(part.strip()) for part in text.split(",")) if text != "none" else ()
+        return tuple(parse_network(part.strip()) for part in text.split(",")) if text != "none" else ()
     except ValueError as error:
-        raise ValueError(f"{error}: a network is 192.0.2.0/24, or one address") from None
+        advice = "; IPv4 is written without ::ffff:" if "::ffff:" in text.lower() else ""
+        raise ValueError(f"{error}: a network is 192.0.2.0/24, or one address{advice}") from None
 
 
 def parse_program(text: str) -> str:
@@ -326,12 +330,19 @@ def read_toml(path: str, faults: list[str], again: bool) -> dict[str, Any]:
             fault = changed_by_others(path) if named else ""
             if fault:
                 raise ValueError(f"is not read, since {printable(fault, PATHS_MAX)}")
-            return tomllib.load(file)
+            return tomllib.loads(decoded(file.read()))
     except OSError as error:
         faults.append(error.strerror)
     except (ValueError, RecursionError) as error:  # no TOML, or no UTF-8
         faults.append(str(error))
     return {}
+
+
+def decoded(data: bytes) -> str:
+    """The text of a file in UTF-8; the mark that editors put in front of it is skipped.  Raises ValueError."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        raise ValueError("begins with the mark of UTF-16 or UTF-32: save it as UTF-8")
+    return data.removeprefix(codecs.BOM_UTF8).decode()
 
 
 def read_routes(table: Any, wrong: list[str]) -> list[Route]:
@@ -436,10 +447,11 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], running: Sett
     given, covered = sources(asked, environ, file, path)
     values = parsed(given, wrong)
     kept = keep_fixed(values, given, running)
-    values["admin_token"] = environ.get(ADMIN_TOKEN)
+    values["admin_token"] = environ.get(ADMIN_TOKEN, "").strip() or None
     values["open_to_all"] = given["route"].source == "default"
     values["routes"] = configured_routes(values, given["route"].source, environ, wrong)
     cross_checked(values, given, running, wrong)
+    wrong += identity_faults(environ)
     if wrong:
         raise SettingsError(*wrong)
     values["launchers"] = running.launchers if running else tunnel_launchers(values["cloudflared"], environ)
@@ -495,7 +507,7 @@ def keep_fixed(values: dict[str, Any], given: Mapping[str, Given], running: Sett
 def configured_routes(values: Mapping[str, Any], source: str, environ: Mapping[str, str], wrong: list[str]) -> Routes:
     """The routes as they are matched."""
     try:
-        return Routes(values["route"] or (), any(environ.get(variable) for variable in TUNNEL_IDENTITY))
+        return Routes(values["route"] or (), any(map(inherited(environ).get, TUNNEL_IDENTITY)))
     except ValueError as error:
         wrong.append(f"{source}: {error}")
         return Routes(())
@@ -578,6 +590,13 @@ def warn(settings: Settings) -> None:
         if route.scheme.is_tunnel and settings.routes.identified and not route.is_of_one_domain():
             log.warning("%s: a client may own the domain this leads to, so the Access token is not shown there: "
                         "route your own domain, as **.example.com", route)
+        if route.target.startswith("tcp:") and not route.is_of_one_domain():
+            log.warning("%s: a client may own the domain this leads to, so private addresses are refused there: "
+                        "name the host, or route your own domain, as **.example.com", route)
+    identity = settings.launchers["carrier"].environment
+    missing = [variable for variable in SERVICE_TOKEN if not identity.get(variable)]
+    if len(missing) == 1 and any(route.scheme.is_tunnel for route in settings.routes.routes):
+        log.warning("%s is not set: the other half of the service token alone opens nothing", *missing)
     if settings.proxy_protocol != "off" and settings.proxy_from == parse_networks(LOCAL_NETWORKS) \
             and any(route.allow is not None for route in settings.routes.routes):
         log.warning("routes with `allow`: whoever is in --proxy-from, by default loopback and the private networks, "

@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Callable, Iterable, NamedTuple, Sequence
 
 from sniroute_launchers import TunnelError
 from sniroute_loop import CAPACITY_ERRNOS, NEVER
-from sniroute_names import HOST, is_local, is_number, normalise, parse_host_port, parse_ip, show_address
+from sniroute_names import (HOST, is_local, is_number, is_public, normalise_whole, parse_host_port, parse_ip,
+                            show_address)
 from sniroute_processes import Child
 from sniroute_race import ADDRESSES_MAX, Laggards, Race, Row, alternate
 from sniroute_refusals import Malformed, Refused, tunnel_refused
@@ -358,14 +359,15 @@ class Targets:
     def may_dial(self, decision: Decision, address: tuple) -> bool:
         """Whether a resolved address may be dialled: never the router itself.
 
-        Where the client chooses the whole host, never a private address either: whoever owns a domain can point
-        it at one.
+        Where a client may own the domain that it is led to, never a private address either: whoever owns a domain can
+        point it at one.
         """
         ip = parse_ip(address[0])
         for host, port in self.own:
-            if port == address[1] and (host == str(ip) or host in ("::", "0.0.0.0") and is_local(ip)):
+            own = parse_ip(host)
+            if port == address[1] and (own == ip or own.is_unspecified and is_local(ip)):
                 return False
-        return ip.is_global or not decision.route.lets_clients_choose()
+        return is_public(ip) or decision.route.is_of_one_domain()
 
 
 def never_waits(targets: Targets, wait: Wait) -> None:
@@ -392,7 +394,7 @@ class Scheme(NamedTuple):
 
 def check_tunnel(rest: str) -> str:
     """A tunnel's hostname: only the name rules stand between it and argv."""
-    return normalise(rest.encode())
+    return normalise_whole(rest.encode())
 
 
 def tunnel_ready(targets: Targets, decision: Decision) -> Backend | None:
@@ -426,6 +428,14 @@ def check_tcp(rest: str) -> str:
     if not port or not HOST.fullmatch(host) or is_number(host):
         raise Malformed(f"{rest!r} is not HOST:PORT", kind="bad_name")
     return rest
+
+
+def is_listener(rest: str, listen: str) -> bool:
+    """`Scheme.leads_back` of a HOST:PORT, in whatever spelling."""
+    try:
+        return parse_host_port(rest) == parse_host_port(listen)
+    except ValueError:  # a field stands for the port
+        return False
 
 
 def tcp_ready(targets: Targets, decision: Decision) -> Backend | None:
@@ -476,5 +486,5 @@ TUNNEL = Scheme(check_tunnel, tunnel_ready, tunnel_prepare, "its tunnel", is_tun
 SCHEMES = {
     "cloudflared": TUNNEL,
     "carrier": TUNNEL,
-    "tcp": Scheme(check_tcp, tcp_ready, tcp_prepare, "its address", lambda rest, listen: rest == listen),
+    "tcp": Scheme(check_tcp, tcp_ready, tcp_prepare, "its address", is_listener),
 }

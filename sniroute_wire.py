@@ -50,8 +50,11 @@ __version__ = "0.1.0"
 
 # Limits, each with its reason.  Sizes in bytes.
 RECORD_MAX = 16384  # RFC 8446 5.1: a plaintext record holds no more
-HELLO_MAX = 16384  # what BoringSSL and Envoy accept; a post-quantum hello is about 2 KB
-HELLO_WIRE_MAX = 32768  # a hello with its record headers: in small records each costs five bytes more
+# A post-quantum hello is about 2 KB.  A ticket that holds the client's certificates makes 17 KB and more of it, which
+# BoringSSL refuses and OpenSSL takes up to 131,396.  Memory is taken for what has come, never for what is announced;
+# Connection has a limit for those that are large.
+HELLO_MAX = 65536
+HELLO_WIRE_MAX = 66560  # a hello with its record headers: in small records each costs five bytes more
 NAMES_MAX = 1024  # server_name extensions in the cache: most are seen again
 
 
@@ -199,16 +202,18 @@ class HelloReader:
                 raise Malformed(f"handshake message of type {message[0]}, not a ClientHello", UNEXPECTED_MESSAGE)
             if len(message) >= 4:
                 size = int.from_bytes(message[1:4], "big")
-                if not HELLO_MIN <= size <= HELLO_MAX:
+                if size < HELLO_MIN:
                     raise Malformed(f"a ClientHello of {size} bytes", DECODE_ERROR)
+                if size > HELLO_MAX:
+                    raise Malformed(f"a ClientHello of {size} bytes", kind="hello_too_large")
                 more = len(message) - 4 - size
                 if more >= 0:
                     if self.at - more > HELLO_WIRE_MAX:
-                        raise Malformed(f"a ClientHello over {HELLO_WIRE_MAX} bytes of records", DECODE_ERROR)
+                        raise Malformed(f"a ClientHello over {HELLO_WIRE_MAX} bytes of records", kind="hello_too_large")
                     name, alpn = parse_client_hello(bytes(message[4:4 + size]))
                     return Hello(name, alpn, self.at - more)
             if self.at >= HELLO_WIRE_MAX:
-                raise Malformed(f"a ClientHello over {HELLO_WIRE_MAX} bytes of records", DECODE_ERROR)
+                raise Malformed(f"a ClientHello over {HELLO_WIRE_MAX} bytes of records", kind="hello_too_large")
             if self.left:  # the rest of this record has not come yet
                 return None
 
@@ -241,7 +246,7 @@ class ProxyHeader(NamedTuple):
     """A PROXY protocol header of version 1 or 2."""
 
     size: int  # bytes on the wire
-    source: Address | None  # the client; None: UNKNOWN or LOCAL
+    source: Address | None  # the client, IPv4 inside IPv6 as IPv4; None: not told, so it is the connection's own
     port: int  # the client's
     destination: tuple[str, int] | None = None  # the address that the client connected to
 
@@ -270,8 +275,8 @@ def parse_proxy_v1(data: bytes) -> ProxyHeader | None:
     try:
         family, source, destination, source_port, destination_port = fields
         address = PROXY_FAMILIES[family]
-        sender = address(proxy_address(source))
-        target = address(proxy_address(destination))
+        sender = unmapped(address(proxy_address(source)))
+        target = unmapped(address(proxy_address(destination)))
     except (ValueError, KeyError):
         raise Malformed("a PROXY line with bad addresses", kind="proxy") from None
     for port in (source_port, destination_port):
@@ -289,14 +294,17 @@ def proxy_address(field: bytes) -> str:
 
 
 PROXY_ADDRESSES = {0: 0, 1: 12, 2: 36, 3: 216}  # bytes for each family: UNSPEC, INET, INET6, UNIX
+PROXY_STREAM, PROXY_PROTOCOLS = 1, (0, 1, 2)  # UNSPEC, STREAM, DGRAM
 TLV_AUTHORITY, TLV_CRC32C, TLV_UNIQUE_ID, TLV_SSL = 0x02, 0x03, 0x05, 0x20
 
 
 def parse_proxy_v2(data: bytes) -> ProxyHeader | None:
     """A version 2 header: binary, with TLVs (type, length, value) behind the addresses (PROXY protocol 2.2).
 
-    The command LOCAL is skipped with all that it carries.  The command PROXY has to be TCP over IPv4 or IPv6; its TLVs
-    have to fit and to be right, the checksum included.  Raises Malformed.
+    The command LOCAL is skipped with all that it carries, and so is the family UNSPEC.  The command PROXY tells the
+    client where it is TCP over IPv4 or IPv6.  Of a unix socket, of UDP and of UNSPEC it tells nothing, as version 1
+    with UNKNOWN.  Where the family is known, its addresses and TLVs have to fit, and the TLVs to be right, the
+    checksum included.  Raises Malformed.
     """
     if not data.startswith(PROXY_V2[:len(data)]):
         raise Malformed("a broken PROXY signature", kind="proxy")
@@ -311,20 +319,22 @@ def parse_proxy_v2(data: bytes) -> ProxyHeader | None:
     if size > PROXY_V2_MAX:
         raise Malformed(f"a PROXY header of {size} bytes", kind="proxy")
     if command == 1:
-        if family not in (1, 2) or protocol != 1:
-            raise Malformed(f"PROXY family {family} protocol {protocol}: TCP over IP is needed", kind="proxy")
+        if family not in PROXY_ADDRESSES or protocol not in PROXY_PROTOCOLS:
+            raise Malformed(f"PROXY family {family} protocol {protocol}, which are not defined", kind="proxy")
         if length < PROXY_ADDRESSES[family]:
             raise Malformed("a PROXY header too short for its addresses", kind="proxy")
     if len(data) < size:
         return None
-    if command == 0:
+    if command == 0 or family == 0:
         return ProxyHeader(size, None, 0)
     header = bytes(data[:size])
     check_proxy_tlvs(header, 16 + PROXY_ADDRESSES[family])
+    if family == 3 or protocol != PROXY_STREAM:
+        return ProxyHeader(size, None, 0)
     address, width = (ipaddress.IPv4Address, 4) if family == 1 else (ipaddress.IPv6Address, 16)
     ports = 16 + 2 * width
-    destination = str(address(header[16 + width:ports])), _short(header, ports + 2)[0]
-    return ProxyHeader(size, address(header[16:16 + width]), _short(header, ports)[0], destination)
+    destination = str(unmapped(address(header[16 + width:ports]))), _short(header, ports + 2)[0]
+    return ProxyHeader(size, unmapped(address(header[16:16 + width])), _short(header, ports)[0], destination)
 
 
 def read_tlvs(data: bytes, at: int) -> list[tuple[int, int, bytes]]:
@@ -546,7 +556,7 @@ class Prelude:
         header = parse(data)
         if header is None:
             return None
-        source = header.source and unmapped(header.source)
+        source = header.source
         if source is not None and not self.local and (source.is_loopback or source.is_unspecified
                                                       or source.is_multicast):
             raise Malformed(f"a PROXY header that claims to come from {source}", kind="proxy")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
+import logging
 import os
 import random
 import select
@@ -28,10 +30,12 @@ import sniroute_targets
 import sniroute_wire
 from sniroute_doctor import sample_hello
 from sniroute_loop import NEVER
+from sniroute_names import show_address
 from sniroute_refusals import Refused, told
 from sniroute_targets import Resolved
 from conftest import HOST, wait_until
-from testbed.hellos import ASK_GSS, ASK_TLS, HELLO, NAME, V1, V2, V2_LOCAL, genuine
+from testbed.hellos import (ASK_GSS, ASK_TLS, HELLO, INET, INET6, NAME, V1, V2, V2_LOCAL, genuine, hello_of, records,
+                            v1, v2)
 from testbed.running import DB, TUNNEL, Running, alert, answer, read_all, read_exactly, reset, route
 
 
@@ -81,11 +85,49 @@ def test_proxy_header_is_believed_and_replayed(run, serve, header, client):
     assert far.result() == header + HELLO
 
 
+MAPPED = b"".join(ipaddress.IPv6Address(f"::ffff:{end}").packed for end in ("203.0.113.5", "198.51.100.1")) \
+    + struct.pack(">HH", 1000, 443)
+UNTOLD = {  # headers that name no client
+    "v1-UNKNOWN": v1("UNKNOWN"), "LOCAL": V2_LOCAL, "UNSPEC": v2(0x21, 0x00), "UNSPEC-with-more": v2(0x21, 0x00, b"x" * 9),
+    "UNIX": v2(0x21, 0x31, bytes(216)), "UDP4": v2(0x21, 0x12, INET), "UDP6": v2(0x21, 0x22, INET6),
+    "INET-UNSPEC": v2(0x21, 0x10, INET),
+}
+
+
+@pytest.mark.parametrize("header", [v1("TCP6 ::ffff:203.0.113.5 ::ffff:198.51.100.1 1000 443"),
+                                    v1("TCP6 ::FFFF:cb00:7105 2001:db8::1 1000 443"), v2(0x21, 0x21, MAPPED)],
+                         ids=["v1", "v1-in-hex", "v2"])
+def test_an_ipv4_client_in_ipv6_is_logged_as_ipv4(run, serve, header):
+    """As a balancer that listens on a dual-stack socket says it."""
+    far = serve(read_all)
+    running = run(route(far.address))
+    with running.connect(header + HELLO):
+        pass
+    assert show_address(running.ending().client) == "203.0.113.5:1000"
+    assert running.ending().client == ("203.0.113.5", 1000)
+    assert far.result() == header + HELLO
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+@pytest.mark.parametrize("header", UNTOLD.values(), ids=UNTOLD)
+def test_a_header_that_names_no_client_leaves_the_connections_own_address(run, serve, settings_file, header, mode):
+    """What the route allows is asked of that one, too."""
+    far = serve(answer(b"served", len(header + HELLO)))
+    running = run(f"--proxy-protocol={mode}", "-c", settings_file(
+        f'[routes."db.example.com"]\ntarget = "tcp:{HOST}:{far.address[1]}"\nallow = "{HOST}"\n'))
+    with running.connect(header + HELLO) as client:
+        assert read_exactly(client, 6) == b"served"
+        own = client.getsockname()
+    assert running.ending().client == own
+
+
 @pytest.mark.parametrize("mode, trusted, header, served", [
     ("off", True, b"", True), ("off", True, V1, False), ("off", True, V2, False), ("off", False, V1, False),
     ("auto", True, b"", True), ("auto", True, V1, True), ("auto", True, V2, True), ("auto", True, V2_LOCAL, True),
     ("auto", True, b"PROXY nonsense\r\n", False),
     ("auto", False, b"", True), ("auto", False, V1, False), ("auto", False, V2, False), ("auto", False, V2_LOCAL, False),
+    ("auto", True, v2(0x21, 0x00), True), ("auto", False, v2(0x21, 0x00), False), ("off", True, v2(0x21, 0x00), False),
+    ("required", True, v2(0x21, 0x31, bytes(216)), True), ("required", True, v2(0x21, 0x31, bytes(215)), False),
     ("required", True, b"", False), ("required", True, V1, True), ("required", True, V2_LOCAL, True),
     ("required", True, V1 + V1, False), ("required", False, b"", False), ("required", False, V1, False),
 ])
@@ -206,7 +248,7 @@ def test_answer_to_a_request_of_a_client_that_has_reset_is_nobodys():
 
 def test_hello_that_the_backend_does_not_take_at_once_arrives_whole(run, monkeypatch):
     """Buffers are small on the way there, and the backend reads late."""
-    said = sample_hello(NAME, sniroute_wire.HELLO_MAX - 100) + bytes(40_000)
+    said = sample_hello(NAME, 16_000) + bytes(40_000)
     def small(sock: socket.SocketType) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     monkeypatch.setattr(sniroute_targets, "keep_alive", small)
@@ -241,8 +283,9 @@ STARTUP_PACKET = struct.pack(">II", 20, 3 << 16) + b"user\0me\0\0\0\0\0"
     (genuine(name="other.example.com"), alert(112), "no_route"),
     (HELLO.replace(b"db.example.com", b"db.example.c\x1bm"), alert(112), "bad_name"),
     (b"\x16\x03\x01\xff\xff", alert(50), "malformed"),
+    (b"\x16\x03\x01\x40\0\1\1\0\1" + bytes(9), alert(50), "hello_too_large"),
 ], ids=["plain startup", "GSSENCRequest", "CancelRequest", "HTTP", "SSH", "half a hello", "nothing", "no name",
-        "no route", "escape in the name", "record of 65535 bytes"])
+        "no route", "escape in the name", "record of 65535 bytes", "hello of 65537 bytes"])
 def test_refusals_are_readable_and_counted(run, echo_server, said, heard, reason):
     running = run(route(echo_server.address))
     with running.connect(said) as client:
@@ -261,6 +304,64 @@ def test_oversized_record_is_refused_at_its_header(run, echo_server):
     with running.connect(b"\x16\x03\x01\xff\xff") as client:
         assert read_all(client) == alert(50)
     assert running.ending().seconds < 5
+
+
+@pytest.mark.parametrize("size", [17423, 40_000, sniroute_wire.HELLO_MAX])
+@pytest.mark.parametrize("piece", [1 << 20, 4096, 1000])
+def test_a_hello_with_a_certificate_in_its_ticket_is_served(run, echo_server, size, piece):
+    """A client that resumes has no shorter one; its first connection worked."""
+    running = run(route(echo_server.address))
+    said = records(hello_of(size), *[16384] * (size // 16384))
+    with running.connect() as client:
+        for at in range(0, len(said), piece):
+            client.sendall(said[at:at + piece])
+        assert read_exactly(client, len(said)) == said
+    assert running.ending().reason == "client_closed"
+
+
+def test_a_hello_that_is_too_large_has_a_line_at_info(run, echo_server, caplog):
+    running = run(route(echo_server.address))
+    with running.connect(records(hello_of(65535), 16384)[:9].replace(b"\0\xff\xff", b"\2\1\x44")) as client:
+        assert read_all(client) == alert(50)
+    ending = running.ending()
+    assert (ending.reason, ending.level, ending.detail) == ("hello_too_large", logging.INFO, "a ClientHello of 131396 bytes")
+
+
+def test_a_few_clients_may_have_a_large_hello_and_the_oldest_goes(run, echo_server, monkeypatch):
+    """Whoever has said so much, and no end: memory is bounded over all clients."""
+    monkeypatch.setattr(sniroute_connection, "LARGE_HELLOS_MAX", 3)
+    running = run(route(echo_server.address))
+    router = running.router
+    whole = records(hello_of(65000), *[16384] * 4)
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for number in range(5):
+            clients.append(stack.enter_context(running.connect(whole[:40_000])))
+            wait_until(lambda: len(router.large) == min(number + 1, 4))
+        small = [stack.enter_context(running.connect(whole[:32_000])) for _ in range(5)]
+        for client in clients[:2]:
+            assert read_all(client) == b"", "as other silent clients: without a word"
+        wait_until(lambda: running.counter("shed") == 2)
+        for client in [*clients[2:], *small[:2]]:
+            client.sendall(whole[40_000 if client in clients else 32_000:])
+            assert read_exactly(client, len(whole)) == whole
+        held = [c for c in router.large if sniroute_connection.holds_hello(c)]
+        assert not held, "a backend has answered: nothing is kept for them"
+    wait_until(lambda: not router.connections)
+    router.call(router._sweep)
+    wait_until(lambda: not router.large, what="nobody is remembered once it is over")
+
+
+def test_a_large_hello_counts_until_its_backend_answers(run, cloudflared, ports, monkeypatch):
+    monkeypatch.setattr(sniroute_connection, "LARGE_HELLOS_MAX", 1)
+    cloudflared.fault("*", listen_delay=60_000)
+    running = run(TUNNEL, ports)
+    whole = records(hello_of(40_000), *[16384] * 2)
+    with running.connect(whole) as first:
+        wait_until(lambda: running.router.waits.by_key)
+        with running.connect(whole):
+            assert read_all(first) == b""
+            assert running.ending().reason == "shed" and "hellos over 32 KiB" in running.ending().detail
 
 
 def test_no_name_ok_is_for_debugging(run, echo_server):
@@ -668,7 +769,7 @@ def test_client_that_goes_on_talking_while_it_waits_loses_nothing(run, serve, cl
         wait_until(lambda: running.router.waits.by_key)
         client.sendall(more)
         wait_until(lambda: [c for c in list(running.router.connections) if not c.up.events])
-        assert max(len(c.hello) for c in running.router.connections) <= 2 * sniroute_wire.HELLO_WIRE_MAX
+        assert max(len(c.hello) for c in running.router.connections) <= sniroute_connection.WAITING_MAX + 4096
     assert far.result() == HELLO + more
 
 

@@ -56,6 +56,7 @@ def test_find_proxy_reads_both_cases_and_upper_wins():
     one, two = Proxy("one", 1, ""), Proxy("two", 2, "")
     assert find({}) == (None, "")
     assert find({"HTTPS_PROXY": "one:1", "https_proxy": "two:2", "NO_PROXY": "a", "no_proxy": "b"}) == (one, "a")
+    assert find({"HTTPS_PROXY": " one:1\n"}) == (one, "")
     assert find({"HTTPS_PROXY": "", "https_proxy": "two:2", "NO_PROXY": "", "no_proxy": "b"}) == (two, "b")
     assert find({"ALL_PROXY": "one:1", "HTTP_PROXY": "one:1"}) == (None, "")
 
@@ -94,6 +95,12 @@ def test_find_proxy_reads_both_cases_and_upper_wins():
     pytest.param("2001:db8::1", 443, "[2001:db8::1]:443", True, id="an IPv6 address and its port"),
     pytest.param("2001:db8::1", 443, "[2001:db8::1]:80", False, id="an IPv6 address and another port"),
     pytest.param("app.example.com", 443, " a.com ,, example.com ", True, id="blanks and empty words"),
+    pytest.param("app.example.com", 443, "example.com.", True, id="a word with a trailing dot"),
+    pytest.param("app.example.com.", 443, ".example.com.:443", True, id="trailing dots, and a port"),
+    pytest.param("app.example.com", 443, ".", False, id="a dot alone fits nothing"),
+    pytest.param("10.1.2.3", 443, "::ffff:10.0.0.0/104", True, id="a network of IPv4 in IPv6"),
+    pytest.param("::ffff:10.1.2.3", 443, "10.0.0.0/8", True, id="an address of IPv4 in IPv6"),
+    pytest.param("10.1.2.3", 443, "::/0", False, id="all of IPv6 is not IPv4"),
 ])
 def test_goes_direct(host, port, no_proxy, direct):
     assert sniroute_dial.goes_direct(host, port, no_proxy) is direct

@@ -67,9 +67,16 @@ def test_check_prints_the_routes_as_they_are_matched(settings_file, capsys):
      f"to do:   {REFUSALS['no_route'].advice}\n"),
     ("\udcff\x1b.org", 1, "name:    ??.org\nrefused: not a host name: '??.org' (bad_name, TLS alert 112)\n"
      f"to do:   {REFUSALS['bad_name'].advice}\n"),
-], ids=["routed", "not-routed", "bytes-that-are-no-text"])
+    ("DB.Example.com.", 0, "name:    db.example.com\nroute:   *.example.com=tcp:{label}:1\ntarget:  tcp:db:1\n"),
+    ("db", 0, "name:    db\nroute:   db=tcp:db:5432\ntarget:  tcp:db:5432\n"),
+    ("web", 1, "name:    web\nrefused: no route for web (no_route, TLS alert 112)\n"
+     f"to do:   {REFUSALS['no_route'].advice}\n"),
+    ("m\u00fcnchen.example", 1, "name:    m?nchen.example\nrefused: not a host name: 'm??nchen.example'; write "
+     "xn--mnchen-3ya.example, which is its form in DNS and TLS (bad_name, TLS alert 112)\n"
+     f"to do:   {REFUSALS['bad_name'].advice}\n"),
+], ids=["routed", "not-routed", "bytes-that-are-no-text", "trailing-dot", "one-label", "one-label-not-routed", "IDN"])
 def test_explain_says_what_becomes_of_a_name(name, code, line, capsys, no_variables):
-    assert sniroute.main(["explain", name, "--route", "*.example.com=tcp:{label}:1"]) == code
+    assert sniroute.main(["explain", name, "--route", "*.example.com=tcp:{label}:1", "--route=db=tcp:db:5432"]) == code
     assert capsys.readouterr().out == line
 
 

@@ -44,6 +44,10 @@ ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
     pytest.param("[0:0::1]:9", ("::1", 9, "/"), "[::1]:9", id="IPv6"),
     pytest.param("[::1]", ("::1", 443, "/"), "::1", id="IPv6 without a port"),
     pytest.param("_a_b.example.com", ("_a_b.example.com", 443, "/"), "_a_b.example.com", id="underscores"),
+    pytest.param("DB.example.com.", ("db.example.com", 443, "/"), "db.example.com", id="a trailing dot"),
+    pytest.param("https://db.example.com.:9/x", ("db.example.com", 9, "/x"), "db.example.com:9",
+                 id="a trailing dot in a URL"),
+    pytest.param("[::ffff:192.0.2.1]:9", ("192.0.2.1", 9, "/"), "192.0.2.1:9", id="IPv4 in IPv6"),
     pytest.param("a" * 63 + ".com", ("a" * 63 + ".com", 443, "/"), "a" * 63 + ".com", id="the longest label"),
 ])
 def test_parse_target(text, target, shown):
@@ -52,11 +56,22 @@ def test_parse_target(text, target, shown):
 
 
 @pytest.mark.parametrize("text", [
-    "", " ", "a b", "a\nb", "caf\u00e9.example.com", "https://", "a..b", ".a", "a.", "-a", "a-", "a/ b", "a:x", "a:0",
+    "", " ", "a b", "a\nb", "caf\udce9.example.com", "https://", "a..b", ".a", "a..", ".", "-a", "a-", "a/ b", "a:x", "a:0",
     "a:65536", "::1", "[::1", "[x]", "a" * 64, ".".join(["a" * 63] * 4), "a,b", "a%20b", "https:///x"])
 def test_what_is_no_target(text):
     with pytest.raises(ValueError, match="is not a hostname, HOST:PORT, or a URL$"):
         sniroute_edge.parse_target(text)
+
+
+def test_a_hostname_with_other_letters_is_told_its_form_for_dns():
+    with pytest.raises(ValueError, match="; write xn--caf-dma.example.com, which is its form in DNS and TLS$"):
+        sniroute_edge.parse_target("caf\u00e9.example.com")
+
+
+def test_white_space_around_an_identity_goes():
+    environ = dict.fromkeys(("TUNNEL_SERVICE_TOKEN_ID", "TUNNEL_SERVICE_TOKEN_SECRET", "CF_ACCESS_TOKEN"), "\ts3cret\r\n")
+    assert {value for _, value in sniroute_edge.identity(environ, {"service_token_id": "s3cret\n"})} == {"s3cret"}
+    assert sniroute_edge.identity(dict.fromkeys(environ, "\n"), {}) == []
 
 
 def test_identity_takes_options_first_then_variables():
@@ -73,12 +88,14 @@ def test_identity_takes_options_first_then_variables():
 @pytest.mark.parametrize("environ, given, source", [
     pytest.param({"TUNNEL_SERVICE_TOKEN_SECRET": "s3cret\nX: y"}, {}, "TUNNEL_SERVICE_TOKEN_SECRET", id="variable"),
     pytest.param({}, {"service_token_secret": "s3cret\nX: y"}, "--service-token-secret", id="option"),
-    pytest.param({"TUNNEL_SERVICE_TOKEN_ID": "id"}, {"service_token_id": "s3cret\n"}, "--service-token-id", id="both"),
+    pytest.param({"TUNNEL_SERVICE_TOKEN_ID": "id"}, {"service_token_id": "s3\ncret"}, "--service-token-id", id="both"),
+    pytest.param({"CF_ACCESS_TOKEN": "s3cret\u00e9"}, {}, "CF_ACCESS_TOKEN", id="not ASCII"),
+    pytest.param({"CF_ACCESS_TOKEN": "s3cret\x7f"}, {}, "CF_ACCESS_TOKEN", id="a control character"),
 ])
 def test_an_identity_that_is_wrong_is_named_and_not_repeated(environ, given, source):
     with pytest.raises(SettingsError, match=f"^{source}: ") as caught:
         sniroute_edge.identity(environ, given)
-    assert "s3cret" not in str(caught.value)
+    assert "s3" not in str(caught.value)
 
 
 # -- the edge's answer -----------------------------------------------------------------------
@@ -319,6 +336,8 @@ def test_a_long_request_waits_for_an_edge_that_reads_slowly(edge, local, serve, 
     pytest.param([], {"TUNNEL_SERVICE_TOKEN_ID": "s3cret-id", "TUNNEL_SERVICE_TOKEN_SECRET": "s3cret-word"},
                  {"service_token": ["s3cret-id", "s3cret-word"]}, id="variables"),
     pytest.param([], {"CF_ACCESS_TOKEN": "s3cret-jwt"}, {"token": "s3cret-jwt"}, id="a token"),
+    pytest.param([], {"TUNNEL_SERVICE_TOKEN_ID": "s3cret-id\n", "TUNNEL_SERVICE_TOKEN_SECRET": " s3cret-word\r\n"},
+                 {"service_token": ["s3cret-id", "s3cret-word"]}, id="white space around them"),
     pytest.param(["--id", "s3cret-id", "--secret", "s3cret-word"], {"TUNNEL_SERVICE_TOKEN_ID": "s3cret-other"},
                  {"service_token": ["s3cret-id", "s3cret-word"]}, id="options win"),
     pytest.param(["--service-token-id=s3cret-id", "--service-token-secret=s3cret-word", "--destination", "db:1"], {},
@@ -338,6 +357,24 @@ def test_access_lets_us_through_and_no_secret_is_told(edge, hostname, carrier, e
     assert refused(run)["reason"] == "login"
     assert run.rows("open") and run.end() == 0
     assert b"s3cret" not in run.errors
+
+
+@pytest.mark.parametrize("variable", ["TUNNEL_SERVICE_TOKEN_ID", "TUNNEL_SERVICE_TOKEN_SECRET"])
+def test_half_of_a_service_token_is_said(edge, hostname, carrier, echo_server, variable):
+    edge.far(hostname, echo_server.address)
+    run = carrier(hostname, environ={**edge.environ, variable: "s3cret"})
+    assert echoed(run) == b"hello"
+    assert run.end() == 0
+    assert b"the ID or the secret of the service token is not set" in run.errors and b"s3cret" not in run.errors
+
+
+def test_a_hostname_with_a_trailing_dot_is_one_name(edge, hostname, carrier, echo_server):
+    """TLS, the certificate and Host have it without the dot."""
+    edge.far(hostname, echo_server.address)
+    run = carrier(f"{hostname}.", environ=edge.environ)
+    assert echoed(run) == b"hello"
+    assert dict(edge.requests(hostname)[0]["headers"])["Host"] == hostname
+    assert run.end() == 0
 
 
 def test_a_proxy_with_credentials(edge, hostname, carrier, echo_server):

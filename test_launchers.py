@@ -126,6 +126,13 @@ def test_environment_is_built_from_nothing():
     assert sniroute_launchers.cloudflared_launcher("cloudflared", more).environment == {"TUNNEL_LOG_OUTPUT": "json"}
 
 
+def test_white_space_around_a_variable_goes():
+    """A secret from a file ends with a newline, which no header can have."""
+    environ = {name: f" \t{name}\r\n" for name in sniroute_launchers.TUNNEL_ENVIRONMENT}
+    for launcher in (sniroute_launchers.cloudflared_launcher("x", environ), sniroute_launchers.carrier_launcher(environ)):
+        assert launcher.environment == {**{name: name for name in environ}, "TUNNEL_LOG_OUTPUT": "json"}
+
+
 def test_the_program_is_found_on_path_or_by_its_path(cloudflared, monkeypatch, tmp_path):
     def found(program: str) -> str:
         return sniroute_launchers.cloudflared_launcher(program, {}).find()

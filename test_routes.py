@@ -6,7 +6,10 @@ where a client's bytes go, and what a route allows.
 
 from __future__ import annotations
 
+import ipaddress
+import re
 import socket
+import struct
 from typing import Any, Callable
 
 import pytest
@@ -17,9 +20,13 @@ import sniroute_wire
 from sniroute_refusals import Refused
 from sniroute_routes import Layer, Route, Routes, expand, parse_route
 from conftest import HOST, wait_until
-from testbed.hellos import (ASK_TLS, HELLO, INET, LOCAL, LONGEST, ROUTED_HEADER, Bad, genuine, v1, v2,
+from testbed.hellos import (ASK_TLS, HELLO, INET, LOCAL, LONGEST, ROUTED_HEADER, Bad, genuine, tlv, v1, v2,
                             verdict)
 from testbed.running import Running, alert, read_all, read_exactly
+
+
+MAPPED = v2(0x21, 0x21, b"".join(ipaddress.IPv6Address(f"::ffff:{end}").packed for end in (
+    "203.0.113.5", "198.51.100.1")) + struct.pack(">HH", 1000, 443))
 
 
 # -- routes ------------------------------------------------------------------------------------
@@ -39,6 +46,9 @@ def test_a_template_is_filled_in(template, expected):
     ("DB.Example.COM=cloudflared:Host.Example.com", "db.example.com", "cloudflared:Host.Example.com"),
     ("*.example.com=cloudflared:cft-{name}", "*.example.com", "cloudflared:cft-{name}"),
     ("**.Example.com=tcp:{label}:1", "**.example.com", "tcp:{label}:1"),
+    ("db.example.com.=tcp:db.internal.:1", "db.example.com", "tcp:db.internal.:1"),
+    ("**.Example.com.=cloudflared:cft-{name}.", "**.example.com", "cloudflared:cft-{name}."),
+    ("DB=tcp:db:5432", "db", "tcp:db:5432"), ("db.=tcp:{name}:5432", "db", "tcp:{name}:5432"),
     ("*=tcp:{name}:443", "*", "tcp:{name}:443"), ("a.b=tcp:[::1]:443", "a.b", "tcp:[::1]:443"),
 ])
 def test_a_route_is_read(text, pattern, target):
@@ -49,16 +59,19 @@ def test_a_route_is_read(text, pattern, target):
 @pytest.mark.parametrize("text, complaint", [
     ("db.example.com", "not PATTERN=SCHEME:REST"), ("db.example.com=here", "not PATTERN=SCHEME:REST"),
     ("", "not PATTERN"),
-    ("=tcp:h:1", "two labels"), ("localhost=tcp:h:1", "two labels"), ("*.com=tcp:h:1", "two labels"),
+    ("=tcp:h:1", "two labels"), ("*.com=tcp:h:1", "two labels"), ("*.com.=tcp:h:1", "two labels"),
+    ("**.db=tcp:h:1", "two labels"), (".=tcp:h:1", "two labels"), ("123=tcp:h:1", "two labels"),
     ("***.example.com=tcp:h:1", "two labels"), ("a.*.example.com=tcp:h:1", "two labels"),
     ("*a.example.com=tcp:h:1", "two labels"),
-    ("**=tcp:h:1", "two labels"), ("a.b.=tcp:h:1", "two labels"), ("10.0.0.1=tcp:h:1", "two labels"),
+    ("**=tcp:h:1", "two labels"), ("a.b..=tcp:h:1", "two labels"), ("10.0.0.1=tcp:h:1", "two labels"),
     ("a.b=http:h:1", "cloudflared, tcp"), ("a.b=tcp:{host}:1", "{name}, {label}, {domain}"),
     ("a.b=tcp:{name:1", "field"),
     ("a.b=tcp:name}:1", "field"), ("a.b=tcp:{}:1", "field"), ("a.b=tcp:h", "HOST:PORT"), ("a.b=tcp:h:0", "HOST:PORT"),
     ("a.b=tcp:h:65536", "HOST:PORT"), ("a.b=tcp:h h:1", "HOST:PORT"), ("a.b=cloudflared:", "host name"),
-    ("a.b=cloudflared:--url", "host name"), ("a.b=cloudflared:{label}", "host name"),
-    ("\udcff.b=tcp:h:1", "can't encode"),
+    ("a.b=cloudflared:--url", "host name"), ("a.b=cloudflared:{label}", "two labels"),
+    ("db=cloudflared:{name}", "two labels"), ("db=carrier:cft-{name}.", "two labels"),
+    ("db=carrier:{label}.{domain}", "two labels"), ("a.b=tcp:127.1.:1", "HOST:PORT"),
+    ("\udcff.b=tcp:h:1", "is not a name"), ("fa\u00df.example=tcp:h:1", "is not a name"),
 ])
 def test_a_route_that_cannot_work_is_refused_at_the_start(text, complaint):
     with pytest.raises(ValueError) as caught:
@@ -66,9 +79,58 @@ def test_a_route_that_cannot_work_is_refused_at_the_start(text, complaint):
     assert complaint in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("text, written", [
+    ("m\u00fcnchen.example=tcp:h:1", "xn--mnchen-3ya.example"),
+    ("**.M\u00fcnchen.example=tcp:h:1", "**.xn--mnchen-3ya.example"), ("\u00fc=tcp:h:1", "xn--tda"),
+    ("a.b=tcp:m\u00fcnchen.example:443", "tcp:xn--mnchen-3ya.example:443"),
+    ("*.a.b=cloudflared:cft-{label}.m\u00fcnchen.example", "cloudflared:cft-{label}.xn--mnchen-3ya.example"),
+    ("a.b=carrier:m\u00fcnchen.example", "carrier:xn--mnchen-3ya.example"),
+])
+def test_a_name_with_other_letters_is_told_its_form_for_dns(text, written):
+    with pytest.raises(ValueError, match=re.escape(f"; write {written}, which")):
+        parse_route(text)
+
+
+@pytest.mark.parametrize("text, mine", [
+    # The whole host is fixed, or the client chooses below a domain of mine.
+    ("db.example.com=tcp:{name}:1", True), ("db=tcp:{label}:1", True), ("*=tcp:10.0.0.1:1", True),
+    ("*=tcp:[fd00::1]:1", True), ("*=tcp:db:1", True), ("**.co.uk=tcp:db.internal:1", True),
+    ("*.example.com=tcp:{name}:443", True), ("*.example.com=tcp:{name}.:443", True),
+    ("**.example.com=tcp:{name}:443", True), ("*.example.com=tcp:cft-{name}:443", True),
+    ("*.example.com=tcp:{label}.{domain}:443", True), ("**.example.com=tcp:{label}.{domain}:443", True),
+    ("*.example.com=tcp:{domain}:443", True), ("**.example.com=tcp:{domain}:443", True),
+    ("*.example.co.uk=tcp:{name}:443", True), ("*.mine.github.io=tcp:{name}:443", True),
+    ("*=tcp:{label}.example.net:443", True), ("*=tcp:{domain}.example.net:443", True),
+    ("**.example.org=tcp:{label}.internal:443", True), ("*=tcp:{label}.default.svc.cluster.local:443", True),
+    ("*.example.com=cloudflared:cft-{name}", True), ("**.example.com=carrier:cft-{label}.example.net", True),
+    # A client may own where it is led to.
+    ("*=tcp:{name}:1", False), ("*=tcp:{name}.:1", False), ("*=tcp:{label}.{domain}:1", False),
+    ("*=tcp:cft-{name}:1", False), ("*=tcp:{domain}:1", False), ("*=tcp:{label}:1", False),
+    ("*=tcp:db.{domain}:1", False), ("*=tcp:{label}-{domain}:1", False), ("*=tcp:{label}.com:1", False),
+    ("*.example.com=tcp:{label}:1", False), ("*.example.com=tcp:{label}.:1", False),
+    ("*.example.com=tcp:{label}-{domain}:1", False), ("**.example.com=tcp:{label}-{domain}:1", False),
+    ("**.example.com=tcp:cft-{domain}:1", False), ("*.example.com=tcp:{label}.co.uk:1", False),
+    ("*.co.uk=tcp:{name}:1", False), ("**.co.uk=tcp:{name}:1", False), ("**.co.uk=tcp:{domain}:1", False),
+    ("**.co.uk=cloudflared:cft-{name}", False), ("*.github.io=cloudflared:{name}", False),
+    ("*.example.com=tcp:{label}.GitHub.io:1", False), ("**.pages.dev=tcp:{name}:1", False),
+    ("*.example.nip.io=tcp:{name}:1", False), ("*.example.com=tcp:{label}.local:1", False),
+    ("*.example.com=cloudflared:cft-{label}-{domain}", False), ("*=cloudflared:cft-{name}", False),
+])
+def test_one_rule_says_whether_a_client_may_own_where_it_is_led(text, mine):
+    """For the Access token, and for private addresses."""
+    route = parse_route(text)
+    assert route.is_of_one_domain() is mine
+    identified = Routes([route], identified=True)
+    name = {"db": "db", "*": "a.example.com"}.get(route.pattern, route.pattern.replace("*", "a"))
+    decision = identified.decide(name)
+    assert decision.tunnel is None or decision.tunnel.identified is mine
+    assert sniroute_targets.Targets(None).may_dial(decision, ("10.0.0.1", 1)) is mine
+    assert sniroute_targets.Targets(None).may_dial(decision, ("8.8.8.8", 1))
+
+
 ROUTES = Routes([parse_route(f"{pattern}=tcp:h{number}:1") for number, pattern in enumerate(
     ["db.example.com", "*.example.com", "**.example.com", "**.eu.example.com", "*.eu.example.com",
-     "other.example.org"])])
+     "other.example.org", "db"])])
 EVERY = Routes([parse_route("*=tcp:{name}:1"), parse_route("a.b=tcp:h:1")])
 
 
@@ -79,6 +141,7 @@ EVERY = Routes([parse_route("*=tcp:{name}:1"), parse_route("a.b=tcp:h:1")])
     (ROUTES, "x.y.eu.example.com", "**.eu.example.com"), (ROUTES, "example.com", None),
     (ROUTES, "xexample.com", None),
     (ROUTES, "example.org", None), (ROUTES, "x.other.example.org", None), (EVERY, "a.b", "a.b"), (EVERY, "c.d", "*"),
+    (ROUTES, "db", "db"), (ROUTES, "com", None), (EVERY, "db", None),
 ])
 def test_the_most_exact_route_is_taken(routes, name, pattern):
     found = routes.find(name)
@@ -89,6 +152,21 @@ def test_a_name_without_a_route_is_refused():
     with pytest.raises(Refused) as caught:
         ROUTES.decide("example.net")
     assert (caught.value.kind, caught.value.alert) == ("no_route", 112)
+
+
+def test_a_name_of_one_label_is_served_where_a_route_names_it():
+    """As Compose and Kubernetes name services.  A wildcard is for names of two labels."""
+    routes = Routes([parse_route("db=tcp:{name}:5432"), parse_route("*=cloudflared:cft-{name}")])
+    assert routes.decide("db").target == "tcp:db:5432"
+    assert verdict(routes.decide, "web") == Bad("no_route", 112)
+
+
+def test_a_trailing_dot_in_a_target_is_one_tunnel_and_stays_for_the_resolver():
+    routes = Routes([parse_route("a.example.com=carrier:T.example.com."), parse_route("b.example.com=carrier:t.example.com"),
+                     parse_route("c.example.com=tcp:db.example.com.:5432")])
+    one, other, direct = (routes.decide(f"{label}.example.com") for label in "abc")
+    assert one.tunnel == other.tunnel and one.target == "carrier:t.example.com"
+    assert direct.rest == "db.example.com.:5432", "a host with a dot is not looked for in the search domains"
 
 
 def test_a_decision_is_made_once_and_names_its_target():
@@ -292,12 +370,54 @@ def run_file(run, settings_file) -> Callable[..., Running]:
     ("v2", v1("UNKNOWN"), lambda own: v2(0x20, 0x00)),
     ("v2", ROUTED_HEADER, lambda own: sniroute_wire.proxy_v2(("192.0.2.1", 1111), ("192.0.2.9", 443))),
     ("v1", v2(0x21, 0x11, INET), lambda own: v1("TCP4 192.0.2.1 192.0.2.2 1111 443")),
+    ("as-received", v2(0x21, 0x00), lambda own: v2(0x21, 0x00)),
+    ("v1", v2(0x21, 0x31, bytes(216)), lambda own: b"PROXY UNKNOWN\r\n"),
+    ("v2", v2(0x21, 0x12, INET), lambda own: v2(0x20, 0x00)),
+    ("v1", MAPPED, lambda own: v1("TCP4 203.0.113.5 198.51.100.1 1000 443")),
+    ("v2", MAPPED, lambda own: sniroute_wire.proxy_v2(("203.0.113.5", 1000), ("198.51.100.1", 443))),
 ])
 def test_a_route_says_what_its_backend_hears_of_the_client(run_file, echo_server, how, said, expected):
     running = run_file(echo_server.address, f'send_proxy = "{how}"')
     with running.connect(said + HELLO) as client:
         header = expected((client.getsockname(), client.getpeername()))
         assert read_exactly(client, len(header + HELLO)) == header + HELLO
+
+
+@pytest.mark.parametrize("how", ["as-received", "none", "v1", "v2"])
+@pytest.mark.parametrize("asks", [False, True], ids=["TLS", "SSLRequest"])
+@pytest.mark.parametrize("header", [
+    v1("TCP4 192.0.2.1 192.0.2.9 1234 5679"),
+    v2(0x21, 0x11, bytes((192, 0, 2, 1, 0, 0, 0, 8)) + struct.pack(">HH", 1234, 5679)),
+    v2(0x21, 0x11, INET + tlv(0xEE, ASK_TLS)), v2(0x20, 0x00, ASK_TLS), v2(0x21, 0x00, ASK_TLS),
+], ids=["v1", "ports", "TLV", "LOCAL", "UNSPEC"])
+def test_the_backend_hears_the_question_for_tls_only_where_the_client_has_asked_it(run_file, serve, header, asks, how):
+    """Whatever the last bytes of its PROXY header are."""
+    def backend(sock: socket.socket) -> bytes:
+        heard = b""
+        while not heard.endswith(HELLO):
+            more = sock.recv(4096)
+            if not more:
+                break
+            heard += more
+            if asks and heard.endswith(ASK_TLS) and len(heard) > len(expected_header):
+                sock.sendall(b"S")
+        sock.sendall(b"x")
+        return heard
+
+    far = serve(backend)
+    running = run_file(far.address, f'send_proxy = "{how}"')
+    known = header not in (v2(0x20, 0x00, ASK_TLS), v2(0x21, 0x00, ASK_TLS))
+    found = (sniroute_wire.parse_proxy_v1 if header.startswith(b"PROXY") else sniroute_wire.parse_proxy_v2)(header)
+    write = {"v1": sniroute_wire.proxy_v1, "v2": sniroute_wire.proxy_v2}.get(how)
+    expected_header = {"as-received": header, "none": b""}.get(how)
+    if write is not None:
+        expected_header = write((str(found.source), found.port) if known else None, found.destination or ("::", 0))
+    with running.connect(header + (ASK_TLS if asks else HELLO)) as client:
+        if asks:
+            assert client.recv(1) == b"S"
+            client.sendall(HELLO)
+        assert client.recv(1) == b"x"
+    assert far.result() == expected_header + (ASK_TLS if asks else b"") + HELLO
 
 
 def test_a_header_of_ours_goes_before_the_question_for_tls(run_file, serve):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import ipaddress
 import os
 import pathlib
@@ -63,6 +64,9 @@ PARSERS = {
     "no-networks": (sniroute_settings.parse_networks, "none", ()),
     "networks": (sniroute_settings.parse_networks, "10.0.0.0/8, fc00::/7",
                  (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fc00::/7"))),
+    "networks-of-ipv4-in-ipv6": (sniroute_settings.parse_networks, "::ffff:127.0.0.0/104,::FFFF:c000:207,::/0",
+                                 tuple(map(ipaddress.ip_network, ("127.0.0.0/8", "192.0.2.7/32", "::/0")))),
+    "listen-on-ipv4-in-ipv6": (sniroute_settings.parse_listen, "[::ffff:127.0.0.1]:443", ("127.0.0.1", 443)),
     "an-address-is-a-network": (sniroute_settings.parse_networks, "192.0.2.1", (ipaddress.ip_network("192.0.2.1/32"),)),
     **{f"no-networks-{text!r}": (sniroute_settings.parse_networks, text, ValueError)
        for text in ("", "10.0.0.1/8", "10.0.0.0/33", "10.0.0.0/8,", "x", "none,10.0.0.0/8")},
@@ -79,6 +83,32 @@ def test_the_text_of_a_setting(parse, text, expected):
         assert "\n" not in str(caught.value)
     else:
         assert parse(text) == expected
+
+
+def test_a_network_with_the_prefix_of_ipv4_in_ipv6_is_told_how_to_write_it():
+    with pytest.raises(ValueError, match="IPv4 is written without ::ffff:"):
+        sniroute_settings.parse_networks("::ffff:127.0.0.0/8")
+
+
+def test_a_network_of_ipv4_in_ipv6_is_ipv4_in_every_setting(settings_file):
+    path = settings_file('proxy_from = "::ffff:192.0.2.0/120"\n[routes]\n'
+                         '"a.b" = { target = "tcp:h:1", allow = ["::ffff:127.0.0.0/104"] }\n')
+    settings = load_settings(["-c", path], {})
+    assert settings.proxy_from == (ipaddress.ip_network("192.0.2.0/24"),)
+    assert settings.routes.routes[0].allow == (ipaddress.ip_network("127.0.0.0/8"),)
+
+
+@pytest.mark.parametrize("option, written", [
+    ("--listen=m\u00fcnchen.example:443", "xn--mnchen-3ya.example:443"),
+    ("--admin=m\u00fcnchen.example:443", "xn--mnchen-3ya.example:443"),
+    ("--route=*.m\u00fcnchen.example=tcp:h:1", "*.xn--mnchen-3ya.example"),
+    ("--route=a.b=tcp:m\u00fcnchen.example:1", "tcp:xn--mnchen-3ya.example:1"),
+])
+def test_a_name_with_other_letters_is_told_its_form_for_dns(option, written):
+    with pytest.raises(SettingsError) as caught:
+        load_settings([option], {})
+    [line] = caught.value.lines
+    assert line.startswith(option.partition("=")[0]) and f"; write {written}, which is its form in DNS and TLS" in line
 
 
 def test_the_tunnel_program_is_one_that_strangers_cannot_replace(tmp_path, monkeypatch):
@@ -366,7 +396,7 @@ db.example.com = "cloudflared:cft-{name}"
         "routes.\"c.example.com\".send_proxy: 'v3' is none of as-received, none, v1, v2",
         "routes.\"c.example.com\".max_connections: '0' is not a whole number from 1 to 1000000",
         'routes."c.example.com".idle: is for tunnels; here connection_idle closes what is silent',
-        "routes.\"*.*\": '*.*' is not a name, *.NAME, **.NAME or * (NAME has two labels at least)",
+        "routes.\"*.*\": '*.*' is not a name, *.NAME, **.NAME or * (behind a star, NAME has two labels at least)",
         "routes.\"d.example.com\": 'd.example.com=5' is not PATTERN=SCHEME:REST",
         'routes."a?b": ' + lines[17].partition(": ")[2],
         "--drain: 'soon' is not a duration such as 300s, 5m, 1h30m or 500ms"]
@@ -394,7 +424,7 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path):
     pathlib.Path(binary).write_bytes(b"\xff\xfe")
     pathlib.Path(public).write_text("")
     os.chmod(public, 0o666)
-    for path, complaint in ((missing, "No such file"), (str(tmp_path), "Is a directory"), (binary, "codec can't"),
+    for path, complaint in ((missing, "No such file"), (str(tmp_path), "Is a directory"), (binary, "save it as UTF-8"),
                             (public, "can be changed by other users: chmod o-w")):
         with pytest.raises(SettingsError, match=re.escape(path) + ": .*" + complaint):
             load_settings(["-c", path], {})
@@ -427,6 +457,37 @@ def test_settings_from_a_pipe_or_from_a_shell_s_text_are_read(tmp_path):
         file.seek(0)
         for fd in (reader, file.fileno()):
             assert len(load_settings(["-c", f"/dev/fd/{fd}"], {}).route) == 3
+
+
+def test_a_file_with_a_byte_order_mark_is_read(settings_file):
+    """As editors of another system write it; also at a reload, and without a newline at the end."""
+    for text in (ROUTES_FILE, 'idle = "7m"', ""):
+        path = settings_file("\ufeff" + text)
+        marked = load_settings(["-c", path], {})
+        settings_file(text)
+        plain = load_settings(["-c", path], {})
+        assert (marked.idle, marked.routes.routes) == (plain.idle, plain.routes.routes)
+    settings_file('\ufeffidle = "9m"')
+    assert plain.again(plain).idle == 540.0
+
+
+@pytest.mark.parametrize("mark, codec", [(codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
+                                         (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be")])
+def test_a_file_in_utf_16_is_told_so(tmp_path, mark, codec):
+    path = tmp_path / "sniroute.toml"
+    path.write_bytes(mark + 'idle = "1s"\n'.encode(codec))
+    with pytest.raises(SettingsError, match=r"begins with the mark of UTF-16 or UTF-32: save it as UTF-8$") as caught:
+        load_settings(["-c", str(path)], {})
+    assert len(caught.value.lines) == 1
+
+
+@pytest.mark.parametrize("data", [b"\xef\xbb", b"\xef\xbb\xbf\xef\xbb\xbfidle = '1s'", b"\xff", b"a = '\xe4'"])
+def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path, data):
+    path = tmp_path / "sniroute.toml"
+    path.write_bytes(data)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(["-c", str(path)], {})
+    assert len(caught.value.lines) == 1
 
 
 def test_a_reload_reads_a_file_again_and_nothing_else(settings_file, tmp_path):
@@ -487,7 +548,7 @@ def test_every_beginning_of_a_file_is_settings_or_a_complaint(settings_file):
 
 @pytest.mark.parametrize("text, good", [
     ("unix:/run/sniroute/admin.sock", "/run/sniroute/admin.sock"), ("127.0.0.1:1", ("127.0.0.1", 1)),
-    ("[::1]:0", ("::1", 0)), ("localhost:1", ("localhost", 1)), ("192.0.2.1:1", None), (":1", None), ("unix:", None),
+    ("[::1]:0", ("::1", 0)), ("[::ffff:127.0.0.1]:1", ("127.0.0.1", 1)), ("[::ffff:192.0.2.1]:1", None), ("localhost:1", ("localhost", 1)), ("192.0.2.1:1", None), (":1", None), ("unix:", None),
     ("unix:/" + "x" * 90, None), ("unix:/a\0b", None), ("unix:/a b", None), ("example.com:1", None), ("0.0.0.0:1", None),
 ])
 def test_an_admin_address_is_loopback_or_a_path(text, good):
@@ -543,6 +604,74 @@ def test_a_token_for_the_admin_is_no_joke():
         with pytest.raises(SettingsError) as caught:
             load_settings([], {"SNIROUTE_ADMIN_TOKEN": token})
         assert token not in str(caught.value)
+
+
+IDENTITY = ("TUNNEL_SERVICE_TOKEN_ID", "TUNNEL_SERVICE_TOKEN_SECRET", "CF_ACCESS_TOKEN")
+SPACES = [("s3cret-0123456789\n"), "\ts3cret-0123456789 ", "\r\ns3cret-0123456789\r\n", " \ns3cret-0123456789\n\n"]
+
+
+@pytest.mark.parametrize("value", SPACES)
+def test_white_space_around_a_secret_goes(value):
+    """As a Kubernetes secret or `export X=$(cat file)` brings it."""
+    environ = dict.fromkeys((*IDENTITY, "SNIROUTE_ADMIN_TOKEN"), value)
+    settings = load_settings(["--route=*.example.com=carrier:{name}"], environ)
+    assert settings.admin_token == "s3cret-0123456789" and settings.routes.identified
+    for launcher in settings.launchers.values():
+        assert {launcher.environment[name] for name in IDENTITY} == {"s3cret-0123456789"}
+
+
+@pytest.mark.parametrize("variable", [*IDENTITY, "SNIROUTE_ADMIN_TOKEN"])
+@pytest.mark.parametrize("value", ["s3cret-0123456789\nX: y", "s3cret\0-0123456789", "s3cret-\u00e9-0123456789",
+                                   "\ufeffs3cret-0123456789", "s3cret\x7f-0123456789", "s3cret-\udcff-0123456789"])
+def test_a_secret_that_no_header_can_have_stops_the_start_and_is_not_shown(variable, value):
+    with pytest.raises(SettingsError) as caught:
+        load_settings([], {variable: value})
+    [line] = caught.value.lines
+    assert line.startswith(f"{variable}: ") and "s3cret" not in line and re.fullmatch("[ -~]+", line)
+
+
+def test_all_secrets_that_are_wrong_are_named_a_line_for_each():
+    with pytest.raises(SettingsError) as caught:
+        load_settings(["--idle=x"], dict.fromkeys(IDENTITY, "a\nb"))
+    assert [line.partition(":")[0] for line in caught.value.lines] == ["--idle", *sorted(IDENTITY)]
+
+
+def test_check_says_that_a_secret_cannot_be_sent():
+    ended = command("check", TUNNEL_SERVICE_TOKEN_ID="s3cret\nX: y")
+    assert ended.returncode == 2 and ended.stderr.startswith("sniroute: TUNNEL_SERVICE_TOKEN_ID: ")
+    assert "s3cret" not in ended.stderr + ended.stdout and ended.stderr.count("\n") == 1
+    ended = command("check", "--route=*.example.com=carrier:{name}", TUNNEL_SERVICE_TOKEN_ID="id\n")
+    assert ended.returncode == 0 and "TUNNEL_SERVICE_TOKEN_SECRET is not set" in ended.stderr
+
+
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_a_secret_of_white_space_is_none(blank):
+    settings = load_settings([], dict.fromkeys((*IDENTITY, "SNIROUTE_ADMIN_TOKEN"), blank))
+    assert settings.admin_token is None and not settings.routes.identified
+
+
+@pytest.mark.parametrize("set_ones, words, missing", [
+    (["TUNNEL_SERVICE_TOKEN_ID"], "carrier:{name}", "TUNNEL_SERVICE_TOKEN_SECRET"),
+    (["TUNNEL_SERVICE_TOKEN_SECRET"], "cloudflared:{name}", "TUNNEL_SERVICE_TOKEN_ID"),
+    (["TUNNEL_SERVICE_TOKEN_ID", "CF_ACCESS_TOKEN"], "carrier:{name}", "TUNNEL_SERVICE_TOKEN_SECRET"),
+    (["TUNNEL_SERVICE_TOKEN_ID"], "tcp:h:1", None), (IDENTITY[:2], "carrier:{name}", None),
+    (["CF_ACCESS_TOKEN"], "carrier:{name}", None), ([], "carrier:{name}", None),
+])
+def test_a_warning_where_half_of_the_service_token_is_missing(set_ones, words, missing, caplog):
+    sniroute_settings.warn(load_settings([f"--route=*.example.com={words}"], dict.fromkeys(set_ones, "s3cret")))
+    said = [record.getMessage() for record in caplog.records if "service token" in record.getMessage()]
+    assert said == ([f"{missing} is not set: the other half of the service token alone opens nothing"] if missing else [])
+
+
+@pytest.mark.parametrize("text, warned", [
+    ("*=tcp:{name}:443", True), ("**.co.uk=tcp:{name}:443", True), ("*.example.com=tcp:{label}-{domain}:443", True),
+    ("*.example.com=tcp:{label}:443", True), ("*.example.com=tcp:{name}:443", False), ("*=tcp:10.0.0.1:1", False),
+    ("db=tcp:{name}:1", False), ("*.example.com=cloudflared:cft-{label}-{domain}", False),
+])
+def test_a_warning_where_private_addresses_are_refused(text, warned, caplog):
+    sniroute_settings.warn(load_settings([f"--route={text}"], {}))
+    said = [record.getMessage() for record in caplog.records if "private addresses are refused" in record.getMessage()]
+    assert len(said) == warned and all(line.startswith(f"{text}: a client may own") for line in said)
 
 
 def test_a_warning_where_the_allowed_can_be_claimed(settings_file, caplog):

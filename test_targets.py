@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import time
 import types
@@ -31,10 +32,15 @@ from testbed.running import alert, answer, read_all, read_exactly, route
     (check_tcp, "h:1", True), (check_tcp, "[::1]:1", True), (check_tcp, "h:0", False), (check_tcp, "h", False),
     (check_tcp, "a/b:1", False), (check_tcp, "h\n:1", False), (check_tcp, "[fe80::1%eth0]:1", False),
     (check_tunnel, "db.example.com", True), (check_tunnel, "--url.x", False),
-    (check_tunnel, "localhost", False),
+    (check_tunnel, "localhost", False), (check_tunnel, "localhost.", False), (check_tunnel, "a.b..", False),
+    (check_tcp, "db.example.com.:1", True), (check_tcp, "127.0.0.1.:1", False), (check_tcp, "[::ffff:192.0.2.1]:1", True),
 ])
 def test_a_target_is_checked(check, rest, good):
     assert verdict(check, rest) == (rest if good else Bad("bad_name", 112))
+
+
+def test_a_trailing_dot_of_a_tunnel_is_one_name():
+    assert check_tunnel("DB.example.com.") == "db.example.com"
 
 
 def resolve(monkeypatch: pytest.MonkeyPatch, target: str, found: list[str] | OSError, targets: Targets,
@@ -77,7 +83,9 @@ def test_a_host_is_resolved_once_and_stays_while_the_resolver_is_down(monkeypatc
     ("tcp:127.0.0.1:1", socket.AF_INET, ("127.0.0.1", 1), True),
     ("tcp:192.0.2.1:2", socket.AF_INET, ("192.0.2.1", 2), False),
     ("tcp:[::1]:3", socket.AF_INET6, ("::1", 3, 0, 0), True),
-], ids=["loopback", "elsewhere", "v6"])
+    ("tcp:[::ffff:127.0.0.1]:4", socket.AF_INET, ("127.0.0.1", 4), True),
+    ("tcp:[::FFFF:c000:201]:5", socket.AF_INET, ("192.0.2.1", 5), False),
+], ids=["loopback", "elsewhere", "v6", "IPv4-in-v6", "IPv4-in-v6-in-hex"])
 def test_an_address_is_never_resolved(target, family, address, local):
     targets = Targets(None)
     decision = Routes([Route("a.b", target)]).decide("a.b")
@@ -404,6 +412,18 @@ def test_resolver_that_is_down_for_a_moment_cuts_nobody(run, serve, monkeypatch)
     ("*.example.com", "tcp:{name}:443", ("10.0.0.1", 443), True),
     ("*.example.com", "tcp:{label}:443", ("10.0.0.1", 443), False),
     ("*.example.com", "tcp:{label}.internal.example.net:443", ("10.0.0.1", 443), True),
+    ("*", "tcp:{label}.{domain}:443", ("10.0.0.1", 443), False),
+    ("*", "tcp:cft-{name}:443", ("192.168.0.1", 443), False),
+    ("*", "tcp:{name}.:443", ("127.0.0.1", 443), False),
+    ("*.example.com", "tcp:{label}-{domain}:443", ("10.0.0.1", 443), False),
+    ("*", "tcp:{name}:443", ("::ffff:10.0.0.1", 443), False),
+    ("*", "tcp:{name}:443", ("::10.0.0.1", 443), False),
+    ("*", "tcp:{name}:443", ("64:ff9b::10.0.0.1", 443), False),
+    ("*", "tcp:{name}:443", ("2002:a00:1::1", 443), False),
+    ("*", "tcp:{name}:443", ("2001:0:808:808::f5ff:fffe", 443), False),
+    ("*", "tcp:{name}:443", ("fe80::1%eth0", 443), False),
+    ("*", "tcp:{name}:443", ("64:ff9b::8.8.8.8", 443), True),
+    ("*.example.com", "tcp:{name}:443", ("64:ff9b::10.0.0.1", 443), True),
 ])
 def test_stranger_cannot_point_a_name_at_the_private_network(run, pattern, target, address, allowed):
     running = run(f"--route={pattern}={target}")
@@ -428,6 +448,23 @@ def test_router_that_listens_everywhere_knows_its_addresses(run):
         assert not running.router.targets.may_dial(decision, (address, 19000)), address
     assert running.router.targets.may_dial(decision, ("127.0.0.1", 19001))
     assert running.router.targets.may_dial(decision, ("192.0.2.1", 19000))
+
+
+@pytest.mark.parametrize("own", ["127.0.0.1", "::ffff:127.0.0.1"])
+@pytest.mark.parametrize("address", ["127.0.0.1", "::ffff:127.0.0.1", "::ffff:7f00:1"])
+def test_router_knows_its_address_in_either_form(own, address):
+    targets = Targets(None)
+    targets.own = [(own, 19000)]
+    decision = Routes([parse_route("db.example.com=tcp:localhost:1")]).decide("db.example.com")
+    assert not targets.may_dial(decision, (address, 19000))
+    assert targets.may_dial(decision, (address, 19001)) and targets.may_dial(decision, ("127.0.0.2", 19000))
+
+
+@pytest.mark.parametrize("target", ["127.0.0.1:19999", "[::ffff:127.0.0.1]:19999"])
+@pytest.mark.parametrize("listen", ["127.0.0.1:19999", "[::ffff:7f00:1]:19999"])
+def test_a_circle_is_seen_in_either_form(target, listen):
+    with pytest.raises(sniroute_refusals.SettingsError, match="leads back"):
+        sniroute_settings.load_settings([f"--listen={listen}", f"--route=a.example.com=tcp:{target}"], {})
 
 
 def test_router_does_not_dial_itself(run):
@@ -468,5 +505,44 @@ def test_own_name_needs_a_route_of_its_own(run, echo_server):
     own = genuine(name="own.example.com")
     with running.connect(own) as client:
         assert read_exactly(client, len(own)) == own
+
+
+@pytest.mark.parametrize("asked", ["db.example.com", "db.example.com."])
+def test_own_name_is_one_with_and_without_a_trailing_dot(run, echo_server, asked, monkeypatch):
+    """As `uname` may say it, and as a client may."""
+    names = os.uname()
+    monkeypatch.setattr(os, "uname", lambda: types.SimpleNamespace(nodename="DB.example.com.", release=names.release))
+    running = run(route(echo_server.address, "*"))
+    with running.connect(genuine(name=asked)) as client:
+        assert read_all(client) == alert(112)
+    assert running.ending().reason == "no_route" and "is this router itself" in running.ending().detail
+
+
+@pytest.mark.parametrize("asked, name", [
+    ("web.example.com.", "web.example.com"), ("WEB.Example.com.", "web.example.com"), ("db", "db"), ("DB.", "db"),
+])
+def test_a_name_as_programs_send_it_is_served_and_the_backend_gets_its_bytes(run, echo_server, asked, name):
+    """Browsers and libpq send a trailing dot; Compose and Kubernetes have names of one label."""
+    running = run(route(echo_server.address, "*.example.com."), route(echo_server.address, "db"))
+    said = genuine(name=asked)
+    with running.connect(said) as client:
+        assert read_exactly(client, len(said)) == said
+    assert running.ending().name == name and running.ending().reason == "client_closed"
+
+
+def test_a_name_of_one_label_without_a_route_is_named_in_the_log(run, echo_server):
+    running = run(route(echo_server.address, "*"), route(echo_server.address, "db"))
+    with running.connect(genuine(name="web")) as client:
+        assert read_all(client) == alert(112)
+    ending = running.ending()
+    assert (ending.reason, ending.name, ending.detail) == ("no_route", "web", "no route for web")
+
+
+def test_an_order_for_a_tunnel_may_have_a_trailing_dot(run):
+    running = run("--route=*.example.com=cloudflared:cft-{name}.")
+    assert str(running.router.tunnel_of("DB.example.com.")) == "cloudflared:cft-db.example.com"
+    assert running.router.tunnel_of("db.example.com.") == running.router.tunnel_of("db.example.com")
+    with pytest.raises(ValueError, match="; write xn--mnchen-3ya.example.com, which is its form in DNS and TLS$"):
+        running.router.tunnel_of("m\u00fcnchen.example.com")
 
 

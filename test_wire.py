@@ -7,6 +7,7 @@ Most inputs are seen whole, cut at every byte, and with something behind them (`
 from __future__ import annotations
 
 import ipaddress
+import logging
 import random
 import socket
 import struct
@@ -52,7 +53,10 @@ GOOD_HELLOS: dict[str, tuple[bytes, str | None]] = {
     "T12-second-record-of-another-minor-version":
         (record(MESSAGE[:50], version=b"\3\1") + record(MESSAGE[50:], version=b"\3\3"), NAME),
     "T17-smallest-body": (records(handshake(MINIMAL)), None),
-    "T18-largest-body": (records(hello_of(16384), 16384), NAME),
+    "T18-largest-body-of-others": (records(hello_of(16384), 16384), NAME),
+    "T18-ticket-with-a-certificate": (records(hello_of(17423), 16384), NAME),
+    "T18-largest-body": (records(hello_of(65536), *[16384] * 4), NAME),
+    "T18-largest-body-in-records-of-1024": (records(hello_of(65536), *[1024] * 64), NAME),
     **{f"T21-legacy-version-{high}.{low}": (hello(SNI, VERSIONS, version=bytes((high, low))), NAME)
        for high, low in ((3, 1), (3, 2), (3, 3), (3, 4), (3, 5), (3, 255), (4, 0), (255, 255))},
     "T23-session-id-of-32": (hello(SNI, session=vector(1, b"s" * 32)), NAME),
@@ -64,7 +68,11 @@ GOOD_HELLOS: dict[str, tuple[bytes, str | None]] = {
     "T31-extensions-reversed": (hello(SIGNATURES, GROUPS, VERSIONS, SNI), NAME),
     "T31-post-quantum-key-share": (hello(extension(51, vector(2, b"\x11\xec" + vector(2, bytes(1216)))), SNI), NAME),
     "T38-longest-name": (hello(named(LONGEST.encode())), LONGEST),
+    "T38-longest-name-with-a-trailing-dot": (hello(named(LONGEST.encode() + b".")), LONGEST),
+    "T38-trailing-dot": (hello(named(b"db.example.com.")), NAME),
     "T39-upper-case": (hello(named(b"DB.Example.COM")), NAME),
+    "T42-one-label": (hello(named(b"db")), "db"),
+    "T42-one-label-with-a-trailing-dot": (hello(named(b"localhost.")), "localhost"),
     "T40-underscore": (hello(named(b"_acme.x.org")), "_acme.x.org"),
     "T40-punycode": (hello(named(b"xn--mnchen-3ya.example")), "xn--mnchen-3ya.example"),
     "T48-one-protocol": (hello(SNI, alpn(b"postgresql")), NAME),
@@ -90,6 +98,8 @@ GENUINE = {
     "without-a-name": dict(name=None),
     "upper-case": dict(name="DB.Example.COM"),
     "longest-name": dict(name=LONGEST),
+    "trailing-dot": dict(name="db.example.com."),
+    "one-label": dict(name="localhost"),
 }
 
 
@@ -97,7 +107,8 @@ GENUINE = {
 def test_a_hello_of_openssl_is_read(how):
     wire = genuine(**how)
     name = how.get("name", NAME)
-    check_hello(wire, (name and name.lower(), len(wire)))
+    name = name and name.lower().removesuffix(".")
+    check_hello(wire, (name, len(wire)))
     check_against_openssl(wire, name)
     protocols = [text.encode() for text in how.get("protocols", ())] or None
     assert HelloReader().read(wire).alpn == protocols
@@ -152,12 +163,24 @@ def test_a_hello_of_a_shape_that_is_known_is_read_without_a_walk_through_it(hell
     assert wire != first
     name = how.get("name", NAME)
     other = "other" + name[5:].lower()
-    assert hellos.find(wire).name == name.lower() != other
-    assert hellos.find(wire.replace(name.encode(), other.encode())).name == other
+    assert hellos.find(wire).name == name.lower().removesuffix(".") != other
+    assert hellos.find(wire.replace(name.encode(), other.encode())).name == other.removesuffix(".")
     assert hellos.find(wire + b"more") == hellos.find(wire)
     assert not walked and len(hellos.shapes) == 1
     assert hellos.find(wire) == verdict(Prelude("allow", True).feed, wire)
     assert hellos.find(wire).alpn == ([text.encode() for text in how.get("protocols", ())] or None)
+
+
+def test_names_with_and_without_a_trailing_dot_are_of_the_same_shape(hellos):
+    """The name is read anew each time, in whatever form it comes."""
+    names = {b"db.example.com": NAME, b"b.example.com.": "b.example.com", b"B.EXAMPLE.COM.": "b.example.com",
+             b"abcdefghijklmn": "abcdefghijklmn", b"abcdefghijklm.": "abcdefghijklm"}
+    for raw, name in names.items():
+        assert hellos.find(hello(named(raw))).name == read_hello(hello(named(raw)))[0] == name
+    assert len(hellos.shapes) == 1
+    for raw in (b".............." , b"db.example.co..", b"example.1.2.3.", b"1234567890123."):
+        found = verdict(hellos.find, hello(named(raw)))
+        assert found == verdict(read_hello, hello(named(raw))) == Bad("bad_name", NAMELESS), raw
 
 
 def test_the_shape_of_a_hello_without_a_name_is_not_remembered(hellos):
@@ -166,9 +189,9 @@ def test_the_shape_of_a_hello_without_a_name_is_not_remembered(hellos):
 
 
 @pytest.mark.parametrize("wire", [
-    PLAIN, genuine(("h2", "http/1.1")), hello(*OTHERS, SNI, alpn(b"h2"), session=vector(1, b"s" * 32)),
+    PLAIN, hello(named(NAME.encode() + b".")), genuine(("h2", "http/1.1")), hello(*OTHERS, SNI, alpn(b"h2"), session=vector(1, b"s" * 32)),
     record(MESSAGE + handshake(b"", 20)),
-], ids=["hand-made", "genuine", "name-in-the-middle", "more-in-the-record"])
+], ids=["hand-made", "trailing-dot", "genuine", "name-in-the-middle", "more-in-the-record"])
 def test_what_is_nearly_of_a_known_shape_has_the_verdict_it_has_otherwise(hellos, wire):
     """Each byte of it changed, each beginning of it, and something behind it."""
     assert hellos.find(wire).name == NAME
@@ -236,8 +259,6 @@ BAD_HELLOS: dict[str, tuple[bytes, int | None]] = {
        for kind in (0, 20, 21, 23, 24, 255)},
     "T11-CCS-first": (CCS + PLAIN, UNEXPECTED),
     "T11-alert-first": (ALERT + PLAIN, UNEXPECTED),
-    "T18-body-of-16385": (record(MESSAGE[:1] + (16385).to_bytes(3, "big")), DECODE),
-    "T18-body-of-16777215": (record(MESSAGE[:1] + b"\xff\xff\xff"), DECODE),
     "T20-length-one-less-than-the-content": (record(handshake(MESSAGE[4:], size=FULL - 1)), DECODE),
     "T22-version-3.0": (hello(SNI, version=b"\3\0"), VERSION),
     "T22-version-2.0": (hello(SNI, version=b"\2\0"), VERSION),
@@ -285,6 +306,15 @@ def test_a_broken_hello_is_refused(wire, alert):
     check_hello(wire, Bad("malformed", alert))
 
 
+@pytest.mark.parametrize("size", [65537, 131396, 0xFFFFFF])
+def test_a_hello_that_is_too_large_is_refused_as_such_at_its_header(size):
+    wire = record(MESSAGE[:1] + size.to_bytes(3, "big") + bytes(90))
+    check_hello(wire, Bad("hello_too_large", DECODE))
+    assert verdict(read_hello, wire[:8]) is None
+    assert verdict(read_hello, wire[:9]) == Bad("hello_too_large", DECODE)
+    assert REFUSALS["hello_too_large"].level == logging.INFO
+
+
 @pytest.mark.parametrize("raw", NAMES_THAT_ARE_NONE.values(), ids=NAMES_THAT_ARE_NONE)
 def test_a_hello_for_what_is_no_name_is_refused(raw):
     check_hello(hello(named(raw)), Bad("bad_name", NAMELESS))
@@ -305,9 +335,8 @@ def test_a_record_of_no_TLS_version_is_no_TLS(version):
 
 
 @pytest.mark.parametrize("wire, decided_at", [
-    (record(b"", size=16385), 5), (record(MESSAGE[:1] + b"\0\x40\x01" + bytes(90)), 9),
-    (record(bytes([2]) + MESSAGE[1:]), 6), (cut(MESSAGE, 3, 40), 9),
-], ids=["T7-long-record", "T18-long-body", "T16-other-message", "T17-short-body"])
+    (record(b"", size=16385), 5), (record(bytes([2]) + MESSAGE[1:]), 6), (cut(MESSAGE, 3, 40), 9),
+], ids=["T7-long-record", "T16-other-message", "T17-short-body"])
 def test_a_hello_is_refused_as_soon_as_nothing_can_save_it(wire, decided_at):
     assert verdict(read_hello, wire[:decided_at - 1]) is None
     assert isinstance(verdict(read_hello, wire[:decided_at]), Bad)
@@ -350,32 +379,35 @@ def test_every_length_of_the_server_name_but_one_is_refused_T32():
             assert isinstance(verdict(read_hello, cut(MESSAGE, place, byte)), Bad), (place, byte)
 
 
-def test_records_of_one_byte_are_read_up_to_32768_bytes_of_wire_T9():
-    fits = hello_of(32768 // 6 - 4)
+TOO_LARGE = Bad("hello_too_large", DECODE)
+
+
+def test_records_of_one_byte_are_read_up_to_66560_bytes_of_wire_T9():
+    fits = hello_of(66560 // 6 - 4)
     wire = records(fits, *[1] * len(fits))
-    assert len(wire) == 32766 and read_hello(wire) == (NAME, len(wire))
-    long = hello_of(32768 // 6 - 3)
+    assert len(wire) == 66558 and read_hello(wire) == (NAME, len(wire))
+    long = hello_of(66560 // 6 - 3)
     wire = records(long, *[1] * len(long))
-    assert verdict(read_hello, wire) == verdict(read_hello, wire[:-1] + b"??") == Bad("malformed", DECODE)
+    assert verdict(read_hello, wire) == verdict(read_hello, wire[:-1] + b"??") == TOO_LARGE
     reader = HelloReader()
-    assert [verdict(reader.read, wire[:end]) for end in (32000, 32767)] == [None, None]
+    assert [verdict(reader.read, wire[:end]) for end in (66000, 66559)] == [None, None]
 
 
-def test_a_hello_without_an_end_in_32768_bytes_of_wire_is_refused_T9():
+def test_a_hello_without_an_end_in_66560_bytes_of_wire_is_refused_T9():
     message = hello_of(16000)
     wire = records(message, *[1] * len(message))
     reader = HelloReader()
-    assert [verdict(reader.read, wire[:end]) for end in (1000, 32771)] == [None, None]
-    assert verdict(reader.read, wire[:32772]) == verdict(read_hello, wire) == Bad("malformed", DECODE)
+    assert [verdict(reader.read, wire[:end]) for end in (1000, 66563)] == [None, None]
+    assert verdict(reader.read, wire[:66564]) == verdict(read_hello, wire) == TOO_LARGE
 
 
-def test_a_hello_whose_end_lies_past_32768_bytes_of_wire_is_refused_T9():
+def test_a_hello_whose_end_lies_past_66560_bytes_of_wire_is_refused_T9():
     message = hello_of(16000)
-    wire = records(message, *[1] * 3355)  # then one of 12649
-    assert len(wire) > 32768 and verdict(read_hello, wire) == Bad("malformed", DECODE)
-    assert verdict(read_hello, wire[:32767]) is None
-    wire = records(message, *[1] * 3351)
-    assert len(wire) <= 32768 and read_hello(wire) == (NAME, len(wire))
+    wire = records(message, *[1] * 10112)  # then one of 5892
+    assert len(wire) > 66560 and verdict(read_hello, wire) == TOO_LARGE
+    assert verdict(read_hello, wire[:66559]) is None
+    wire = records(message, *[1] * 10109)
+    assert len(wire) <= 66560 and read_hello(wire) == (NAME, len(wire))
 
 
 @pytest.mark.parametrize("data, expected", [
@@ -400,13 +432,13 @@ def test_an_alert_has_the_version_of_the_client_up_to_3_3(minor, expected):
 # id -> wire, the name OpenSSL reads; all of them are refused here
 STRICTER = {
     "T5-empty-record-first": (record(b"") + PLAIN, NAME),
-    "T38-trailing-dot": (hello(named(b"db.example.com.")), "db.example.com."),
+    "T38-two-trailing-dots": (hello(named(b"db.example.com..")), "db.example.com.."),
     "T36-escape-sequence": (hello(named(b"\x1b[31mx.com")), "\x1b[31mx.com"),
     "T36-newline": (hello(named(b"foo.com\n")), "foo.com\n"),
     "T37-an-option": (hello(named(b"--url=x")), "--url=x"),
     "T41-address": (hello(named(b"127.0.0.1")), "127.0.0.1"),
     "T38-name-of-255": (hello(named(b"a" * 255)), "a" * 255),
-    "T42-one-label": (hello(named(b"localhost")), "localhost"),
+    "T42-one-label-that-is-a-number": (hello(named(b"1234")), "1234"),
 }
 BROKEN_FOR_OPENSSL = {
     "T34-two-names": (hello(server_name(ENTRY, ENTRY)), b"\x32"),
@@ -467,7 +499,8 @@ GOOD_LINES: dict[str, tuple[bytes, str | None, int]] = {
     "P10-port-0": (v1("TCP4 192.0.2.1 192.0.2.2 0 443"), "192.0.2.1", 0),
     "P10-port-65535": (v1("TCP4 192.0.2.1 192.0.2.2 65535 443"), "192.0.2.1", 65535),
     "P13-unspecified": (v1("TCP6 :: ::1 1 2"), "::", 1),
-    "P13-mapped": (v1("TCP6 ::ffff:1.2.3.4 ::1 1 2"), "::ffff:1.2.3.4", 1),
+    "P13-mapped": (v1("TCP6 ::ffff:1.2.3.4 ::1 1 2"), "1.2.3.4", 1),
+    "P13-mapped-in-hex": (v1("TCP6 ::FFFF:102:304 ::ffff:192.0.2.9 1 2"), "1.2.3.4", 1),
 }
 
 
@@ -535,6 +568,8 @@ def test_a_proxy_line_without_an_end_is_refused_at_107_bytes_P6():
 
 # -- PROXY, version 2 --------------------------------------------------------------------------
 
+MAPPED = b"".join(ipaddress.IPv6Address(f"::ffff:{end}").packed for end in ("203.0.113.5", "198.51.100.1")) \
+    + struct.pack(">HH", 1000, 443)
 PUBLISHED_SUM = bytes.fromhex("0d0a0d0a000d0a515549540a21110013 0102030405060708 045701bb 0300047160feb6")
 SSL_VALUE = b"\1" + bytes(4) + tlv(0x21, b"TLSv1.3") + tlv(0x22, b"client.example.com")
 
@@ -546,6 +581,19 @@ GOOD_BLOCKS: dict[str, tuple[bytes, str | None, int]] = {
     "Q2-LOCAL-of-4096": (v2(0x20, 0x00, bytes(4080)), None, 0),
     "Q3-TCP4": (HEADER, "192.0.2.1", 1111),
     "Q3-Q17-TCP6": (HEADER6, "2001:db8::1", 1111),
+    "Q4-UNSPEC": (v2(0x21, 0x00), None, 0),
+    "Q4-UNSPEC-with-anything": (v2(0x21, 0x00, b"\xff" * 7), None, 0),
+    "Q4-UNSPEC-STREAM": (v2(0x21, 0x01), None, 0),
+    "Q4-UNSPEC-DGRAM": (v2(0x21, 0x02, INET), None, 0),
+    "Q4-INET-UNSPEC": (v2(0x21, 0x10, INET), None, 0),
+    "Q4-INET6-UNSPEC": (v2(0x21, 0x20, INET6), None, 0),
+    "Q5-UDP4": (v2(0x21, 0x12, INET), None, 0),
+    "Q5-UDP4-with-a-TLV": (v2(0x21, 0x12, INET + tlv(1, b"h2")), None, 0),
+    "Q5-UDP6": (v2(0x21, 0x22, INET6), None, 0),
+    "Q5-UNIX": (v2(0x21, 0x31, bytes(216)), None, 0),
+    "Q5-UNIX-DGRAM": (v2(0x21, 0x32, bytes(216) + tlv(4, b"")), None, 0),
+    "Q5-UNIX-UNSPEC": (v2(0x21, 0x30, bytes(216)), None, 0),
+    "Q3-mapped": (v2(0x21, 0x21, MAPPED), "203.0.113.5", 1000),
     "Q12-one-TLV": (v2(0x21, 0x11, INET + tlv(1, b"h2")), "192.0.2.1", 1111),
     "Q12-empty-TLV": (v2(0x21, 0x11, INET + tlv(2, b"")), "192.0.2.1", 1111),
     "Q12-NOOP-padding": (v2(0x21, 0x11, INET + tlv(4, bytes(100))), "192.0.2.1", 1111),
@@ -563,13 +611,13 @@ GOOD_BLOCKS: dict[str, tuple[bytes, str | None, int]] = {
 }
 ONE_SUM = summed(HEADER)
 BAD_BLOCKS: dict[str, bytes] = {
-    "Q4-UNSPEC": v2(0x21, 0x00),
-    "Q4-UNSPEC-STREAM": v2(0x21, 0x01),
-    "Q4-INET-UNSPEC": v2(0x21, 0x10, INET),
-    "Q5-UDP4": v2(0x21, 0x12, INET),
-    "Q5-UDP6": v2(0x21, 0x22, INET6),
-    "Q5-UNIX": v2(0x21, 0x31, bytes(216)),
-    "Q5-UNIX-DGRAM": v2(0x21, 0x32, bytes(216)),
+    "Q5-UDP4-with-a-TLV-past-the-end": v2(0x21, 0x12, INET + b"\4\0\2\0"),
+    "Q5-UDP6-of-35": v2(0x21, 0x22, INET6[:35]),
+    "Q5-UNIX-of-215": v2(0x21, 0x31, bytes(215)),
+    "Q5-UNIX-of-0": v2(0x21, 0x31),
+    "Q5-UNIX-DGRAM-of-215": v2(0x21, 0x32, bytes(215)),
+    "Q5-INET-UNSPEC-of-11": v2(0x21, 0x10, INET[:11]),
+    **{f"Q6-UNSPEC-protocol-{protocol:x}": v2(0x21, protocol) for protocol in range(3, 16)},
     **{f"Q6-family-{family:x}": v2(0x21, family << 4 | 1, bytes(4)) for family in range(4, 16)},
     **{f"Q6-protocol-{protocol:x}": v2(0x21, 0x10 | protocol, INET) for protocol in range(3, 16)},
     **{f"Q7-version-{version:x}": v2(version << 4 | 1, 0x11, INET) for version in (0, 1, *range(3, 16))},
@@ -617,11 +665,22 @@ def test_a_broken_proxy_header_is_refused(header):
     (("2001:db8::1", 65535), ("2001:db8::9", 1), ("2001:db8::1", "2001:db8::9")),
     (("fe80::1%eth0", 1), ("fe80::2%eth0", 2), ("fe80::1", "fe80::2")),
     (("::ffff:192.0.2.1", 1), ("::ffff:192.0.2.9", 2), ("192.0.2.1", "192.0.2.9")),
-    (("192.0.2.1", 1), ("2001:db8::9", 2), ("::ffff:192.0.2.1", "2001:db8::9")),
+    (("192.0.2.1", 1), ("2001:db8::9", 2), ("192.0.2.1", "2001:db8::9")),
 ], ids=["IPv4", "IPv6", "scoped", "mapped", "mixed"])
 def test_a_proxy_header_that_we_write_is_read_again(write, parse, source, destination, read):
     header = write(source, destination)
     assert parse(header) == ProxyHeader(len(header), ANY(read[0]), source[1], (str(ANY(read[1])), destination[1]))
+
+
+@pytest.mark.parametrize("header", [v1("TCP6 ::ffff:203.0.113.5 ::ffff:198.51.100.1 1000 443"), v2(0x21, 0x21, MAPPED)],
+                         ids=["v1", "v2"])
+def test_an_ipv4_client_in_ipv6_is_written_on_as_ipv4(header):
+    parse = parse_proxy_v1 if header.startswith(b"PROXY") else parse_proxy_v2
+    found = parse(header)
+    assert (str(found.source), found.port, found.destination) == ("203.0.113.5", 1000, ("198.51.100.1", 443))
+    ends = (str(found.source), found.port), found.destination
+    assert sniroute_wire.proxy_v1(*ends) == b"PROXY TCP4 203.0.113.5 198.51.100.1 1000 443\r\n"
+    assert sniroute_wire.proxy_v2(*ends)[12:16] == b"\x21\x11\0\x0c"
 
 
 def test_a_proxy_header_of_nobody_is_written_as_such():
@@ -802,13 +861,13 @@ def test_http_is_no_proxy_fault_where_a_header_is_required(method):
 
 @pytest.mark.parametrize("mode", ["off", "auto", "required"])
 @pytest.mark.parametrize("trusted", [False, True], ids=["untrusted", "trusted"])
-@pytest.mark.parametrize("kind", [*HEADERS, "bad-v1", "bad-v2"])
+@pytest.mark.parametrize("kind", [*HEADERS, "UNSPEC", "UNIX", "bad-v1", "bad-v2"])
 def test_a_proxy_header_is_believed_only_where_it_may_be_P19_Q20(mode, trusted, kind):
     policy = PROXY_POLICY[mode, trusted]
     assert (policy == "close") == (mode == "required" and not trusted)
     if policy == "close":
         return  # closed before a byte is read: there is no prelude
-    header = {**HEADERS, "bad-v1": v1("TCP4 1 2 3 4"), "bad-v2": v2(0x21, 0x41, bytes(4))}[kind]
+    header = {**HEADERS, "UNSPEC": v2(0x21, 0x00), "UNIX": v2(0x21, 0x31, bytes(216)), "bad-v1": v1("TCP4 1 2 3 4"), "bad-v2": v2(0x21, 0x41, bytes(4))}[kind]
     if not header:
         wanted = Told(Bad("proxy")) if mode == "required" else Told(NAME, b"", b"", PLAIN)
     elif mode == "off" or not trusted or kind.startswith("bad"):
@@ -935,7 +994,8 @@ def test_a_remote_proxy_cannot_speak_for_this_machine_Q18(source, version):
 
 def test_the_prelude_says_who_the_header_speaks_for():
     for header, source in ((LINE, SOURCE), (HEADER, SOURCE), (HEADER6, SOURCE6), (LOCAL, None),
-                           (v1("UNKNOWN"), None)):
+                           (v1("UNKNOWN"), None), (v2(0x21, 0x00), None), (v2(0x21, 0x31, bytes(216)), None),
+                           (v2(0x21, 0x12, INET), None), (v2(0x21, 0x21, MAPPED), ANY("203.0.113.5"))):
         prelude = Prelude("allow", False)
         assert prelude.proxy is None
         prelude.feed(memoryview(header + PLAIN))
@@ -968,13 +1028,15 @@ class Meter(bytearray):
         return found
 
 
-LARGE = hello_of(16384)
+LARGE, LARGEST = hello_of(16384), hello_of(65536)
 
 
 @pytest.mark.parametrize("wire, step", [
     (records(LARGE, 16384), 1 << 20), (records(LARGE, 16384), 1), (records(LARGE, *[1024] * 17), 1),
-    (records(LARGE, *[1024] * 17), 1000), (records(hello_of(5000), *[1] * 5000), 1),
-], ids=["one-segment", "byte-by-byte", "1024-byte-records-byte-by-byte", "1024-byte-records", "1-byte-records"])
+    (records(LARGE, *[1024] * 17), 1000), (records(hello_of(11000), *[1] * 11000), 1),
+    (records(LARGEST, *[16384] * 5), 1), (records(LARGEST, *[16384] * 5), 4096), (records(LARGEST, *[1024] * 65), 1),
+], ids=["one-segment", "byte-by-byte", "1024-byte-records-byte-by-byte", "1024-byte-records", "1-byte-records",
+        "the-largest-byte-by-byte", "the-largest-by-4096", "the-largest-in-1024-byte-records-byte-by-byte"])
 def test_the_cost_of_a_hello_is_linear_T47(wire, step):
     prelude = Prelude("refuse", False)
     prelude.data = Meter()
@@ -1028,7 +1090,7 @@ def substitutions(seeds: list[bytes], limit: int = 400) -> Iterator[bytes]:
 HELLO_SEEDS = [PLAIN, settled(genuine()), settled(genuine(("h2", "http/1.1"), "TLSv1_2")),
                settled(genuine(name=None)), records(MESSAGE, 5, 60),
                records(NO_BLOCK), hello(alpn(b"h2"), SNI), hello(*OTHERS, SNI, extension(21, bytes(40))),
-               hello(named(b"DB.Example.COM")), PLAIN + EARLY, records(MESSAGE, *[1] * len(MESSAGE)),
+               hello(named(b"DB.Example.COM")), hello(named(b"db.example.com.")), hello(named(b"db")), PLAIN + EARLY, records(MESSAGE, *[1] * len(MESSAGE)),
                *(wire for wire, _ in BAD_HELLOS.values() if len(wire) < 500)]
 LINE_SEEDS = [line for line, *_ in GOOD_LINES.values()] + [*BAD_LINES.values()]
 BLOCK_SEEDS = [block for block, *_ in GOOD_BLOCKS.values() if len(block) < 500] \
@@ -1060,7 +1122,8 @@ def test_mutated_input_is_a_result_or_None_or_a_refusal_for_every_parser():
     rng = random.Random(20260802)
     entries = [ENTRY, SNI[4:], vector(2, ENTRY + ENTRY), vector(2, host_name(b"x", 1)),
                vector(2, host_name(LONGEST.encode()))]
-    names = [raw for raw in BAD_NAMES.values() if len(raw) < 300] + [name.encode() for name in GOOD_NAMES.values()]
+    names = [raw for raw in BAD_NAMES.values() if len(raw) < 300] \
+        + [name.encode() + dot for name in GOOD_NAMES.values() for dot in (b"", b".")]
     bodies = [wire[9:] for wire in HELLO_SEEDS if len(wire) < 600]
     table: list[tuple[Callable[[bytes], Any], type, list[bytes], int]] = [
         (parse_proxy_v1, ProxyHeader, LINE_SEEDS, 25_000), (parse_proxy_v2, ProxyHeader, BLOCK_SEEDS, 25_000),
@@ -1079,6 +1142,8 @@ def test_mutated_input_is_a_result_or_None_or_a_refusal_for_every_parser():
             found = verdict(parse, data)
             assert isinstance(found, (kind, Bad, types.NoneType)), data
             results += isinstance(found, kind) and not isinstance(found, Bad)
+            if parse is normalise and isinstance(found, str):
+                assert found.encode() == data.lower().removesuffix(b".") and normalise(found.encode() + b".") == found
             if isinstance(found, ProxyHeader):
                 assert found.size <= len(data) and 0 <= found.port < 65536
         assert results > count // 50, parse

@@ -30,6 +30,9 @@ LONGEST = ".".join([LABEL63, LABEL63, LABEL63, "a" * 61])
 
 GOOD_NAMES = {
     "two-labels": "a.b",
+    "one-label-T42": "localhost",
+    "one-letter": "a",
+    "one-label-of-63": LABEL63,
     "digits-in-a-label": "1.2.3.org",
     "underscore-T40": "_acme.x.org",
     "punycode-is-not-decoded-T40": "xn--mnchen-3ya.example",
@@ -42,8 +45,15 @@ GOOD_NAMES = {
 }
 BAD_NAMES = {
     "empty-T33": b"",
-    "one-label-T42": b"localhost",
     "only-a-dot": b".",
+    "only-two-dots": b"..",
+    "two-trailing-dots": b"db.example.com..",
+    "one-label-of-64": b"a" * 64,
+    "one-label-that-is-a-number-T41": b"1234",
+    "one-label-in-hex-T41": b"0xdb",
+    "ipv4-with-a-trailing-dot-T41": b"127.0.0.1.",
+    "number-with-a-trailing-dot-T41": b"2130706433.",
+    "whole-of-254-and-a-trailing-dot-T38": LONGEST.encode() + b"a.",
     "label-of-64-T38": b"a" * 64 + b".org",
     "whole-of-254-T38": LONGEST.encode() + b"a",
     "whole-of-255-T38": b".".join([b"a" * 63] * 4),
@@ -51,7 +61,6 @@ BAD_NAMES = {
     "whole-of-65535-T38": b"a." * 32767 + b"a",
     "empty-label-T38": b"a..example.com",
     "leading-dot-T38": b".example.com",
-    "trailing-dot-T38": b"db.example.com.",
     "label-with-a-leading-hyphen-T38": b"db.-example.com",
     "label-with-a-trailing-hyphen-T38": b"db-.example.com",
     "an-option": b"--url=x.example.com",
