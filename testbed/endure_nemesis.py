@@ -32,7 +32,7 @@ from testbed.endure_streams import (ENDS_FIRST, LEAVE, PATTERN, PERIOD, RESET, S
 from testbed.hellos import V1, V2
 
 SHELVES = 4
-LARGEST = 1 << 18  # bytes of a direction
+LARGEST, LARGEST_TUNNEL = 1 << 18, 1 << 22  # bytes of a direction; through a tunnel more, so that faults meet them
 NAMES = 5  # names of tunnels in use at a time; each time one of their processes is hurt, a new name may take its place
 HELD = 12.0  # seconds that a silent client is kept: more than --prelude-timeout
 PAUSE = 0.01  # seconds between two clients of a thread: the host has two cores
@@ -94,12 +94,13 @@ class Load:
         """One client.  Returns "served", "cut", or "refused"; notes a wrong byte."""
         # Only here: a tunnel has no half-close; who ends before a backend has answered SSLRequest has left.
         flags = ENDS_FIRST if name == "calm.example.test" and rng.random() < 0.5 else 0
+        largest = LARGEST_TUNNEL if ".tunnels." in name else LARGEST
         start = rng.randrange(PERIOD)
         while PATTERN.startswith(ALERT, start):
             start = rng.randrange(PERIOD)  # so that the first byte tells a refusal from the backend's bytes
         wanted = Opening(**{"flags": flags, "shelf": self.shelf_of(name), "seed": rng.randrange(1 << 32),
-                            "start_up": rng.randrange(PERIOD), "size_up": log_uniform(rng, LARGEST),
-                            "start_down": start, "size_down": log_uniform(rng, LARGEST), **opening})
+                            "start_up": rng.randrange(PERIOD), "size_up": log_uniform(rng, largest),
+                            "start_down": start, "size_down": log_uniform(rng, largest), **opening})
         try:
             with socket.create_connection(self.folder.listen) as sock:
                 bounded(sock)
@@ -318,7 +319,8 @@ class Nemesis:
         """A client leaves in the middle of its hello, or behind it; or was never one."""
         rng = self.rng
         whole = hello_for(rng.choice(("calm.example.test", "bad.example.test", self.load.names[0])), rng)
-        data = rng.choice((whole, whole[:rng.randrange(len(whole))], V1 + whole, b"", SSL_REQUEST_BYTES,
+        proxied = V1 + hello_for("proxied.example.test", rng)
+        data = rng.choice((whole, whole[:rng.randrange(len(whole))], proxied, b"", SSL_REQUEST_BYTES,
                            rng.randbytes(300), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"SSH-2.0-x\r\n"))
         self.says(data, then)
 
