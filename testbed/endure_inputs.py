@@ -26,7 +26,7 @@ from sniroute_refusals import REFUSALS, Refused
 from sniroute_wire import (CANCEL_REQUEST, Hello, HelloMemory, HelloReader, Prelude, ProxyHeader, parse_client_hello,
                            parse_proxy_v1, parse_proxy_v2, parse_startup, whole_hello)
 from testbed.hellos import (ASK_GSS, ASK_TLS, BAD_NAMES, GOOD_NAMES, GROUPS, HEADER, HEADER6, INET, INET6, LINE, LOCAL,
-                            NAME, SIGNATURES, SNI, VERSIONS, alpn, body, extension, genuine, handshake, hello, host_name,
+                            SIGNATURES, SNI, VERSIONS, alpn, body, extension, genuine, handshake, hello, host_name,
                             named, record, records, server_name, settled, summed, tlv, v1, v2, vector)
 
 FAULTS_MAX = 20  # faults that are reported: the first ones say enough
@@ -56,8 +56,7 @@ def verdict(parse: Callable[[Any], Any], data: Any) -> Any:
 # -- inputs ------------------------------------------------------------------------------------
 
 # Bytes that mean something in one of the languages.
-TELLING = (0, 1, 2, 3, 4, 5, 8, 0x0A, 0x0D, 0x10, 0x16, 0x20, 0x2D, 0x2E, 0x3A, 0x7E, 0x7F, 0x80, 0x81, 0x82, 0x88, 0xFE,
-           0xFF)
+TELLING = b"\0\1\2\3\4\5\b\n\r\x10\x16 -.:~\x7f\x80\x81\x82\x88\xfe\xff"
 
 
 def mutated(seeds: list[bytes], rng: random.Random) -> bytes:
@@ -290,9 +289,9 @@ def corpus() -> dict[str, list[bytes]]:
               server_frame(0x89, b"ping") + one + server_frame(0x88, b"\3\xe8bye"), server_frame(0x82, b"") + one,
               server_frame(0x02, b"a") + server_frame(0x8A, b"") + server_frame(0, b"c") + server_frame(0x80, b"d"),
               server_frame(0x82, bytes(300)), b"\x82\x7f" + (5).to_bytes(8, "big") + b"hello" + one]
-    return {"hellos": hellos, "bodies": [wire[9:] for wire in hellos if wire[3:5] == (len(wire) - 5).to_bytes(2, "big")],
-            "lines": lines, "blocks": blocks, "postgres": postgres, "names": names, "preludes": preludes,
-            "answers": answers, "frames": frames}
+    bodies = [wire[9:] for wire in hellos if wire[3:5] == (len(wire) - 5).to_bytes(2, "big")]
+    return {"hellos": hellos, "bodies": bodies, "lines": lines, "blocks": blocks, "postgres": postgres, "names": names,
+            "preludes": preludes, "answers": answers, "frames": frames}
 
 
 class Check(NamedTuple):

@@ -27,8 +27,8 @@ from typing import Callable, NamedTuple
 
 from sniroute_wire import SSL_REQUEST_BYTES
 from testbed.endure_router import HOST, Backend, Folder, Problem, Router, children, descriptors, wait_for
-from testbed.endure_streams import (ENDS_FIRST, LEAVE, PATTERN, PERIOD, RESET, SERVE, STALL, Cut, Opening, Wrong, bounded,
-                                    broken_off, exactly, hello_for, log_uniform, open_stream, pass_stream)
+from testbed.endure_streams import (ENDS_FIRST, LEAVE, PATTERN, PERIOD, RESET, SERVE, STALL, Cut, Opening, Wrong,
+                                    bounded, broken_off, exactly, hello_for, log_uniform, open_stream, pass_stream)
 from testbed.hellos import V1, V2
 
 SHELVES = 4
@@ -41,11 +41,14 @@ START_TIMEOUT = 2.0
 
 ALERT = b"\x15"  # the first byte of what a refused client reads
 
-Preface = tuple[str, bytes]  # what is said before the hello, and a name whose route fits that
-PLAIN: Preface = "calm.example.test", b""
-POSTGRES: Preface = "pg.example.test", SSL_REQUEST_BYTES
-PROXIED: Preface = "proxied.example.test", V1
-PROXIED2: Preface = "proxied.example.test", V2
+# Kinds of clients that no fault is meant for: a name, and what they say before the hello.  The others are "tunnel".
+KINDS = {
+    "tcp": ("calm.example.test", b""),
+    "postgres": ("pg.example.test", SSL_REQUEST_BYTES),
+    "proxied": ("proxied.example.test", V1),
+    "proxied2": ("proxied.example.test", V2),
+}
+AT_ONCE = {"tcp": 2, "postgres": 1, "proxied": 1, "proxied2": 1, "tunnel": 4}  # threads of clients of each kind
 
 
 class Load:
@@ -140,8 +143,7 @@ class Load:
         self.stopping.clear()
         self.names = [self.new_name() for _ in range(NAMES)]
         self.threads = [threading.Thread(target=self.come_again, args=(kind, number), name="load")
-                        for kind, at_once in (("tcp", 2), ("postgres", 1), ("proxied", 1), ("proxied2", 1), ("tunnel", 4))
-                        for number in range(at_once)]
+                        for kind, at_once in AT_ONCE.items() for number in range(at_once)]
         for thread in self.threads:
             thread.start()
 
@@ -152,7 +154,6 @@ class Load:
             thread.join()
 
 
-KINDS = {"tcp": PLAIN, "postgres": POSTGRES, "proxied": PROXIED, "proxied2": PROXIED2}
 
 
 class Nemesis:
@@ -219,7 +220,8 @@ class Nemesis:
                     with thief.accept()[0] as client, contextlib.suppress(OSError):
                         client.setblocking(False)
                         if data := client.recv(65536):
-                            self.load.problems.append(f"a stranger on port {thief.getsockname()[1]} heard {data[:40]!r}")
+                            port = thief.getsockname()[1]
+                            self.load.problems.append(f"a stranger on port {port} heard {data[:40]!r}")
 
     def close(self) -> None:
         """End everything that is still there."""
@@ -278,26 +280,39 @@ class Nemesis:
             self.silent.append((time.monotonic() + 0.5, sock))
 
     def steal(self) -> None:
-        """A stranger listens on a port for tunnels, for a moment: one that is free, or one that was freed by force."""
-        port = self.rng.randint(*self.folder.ports)
+        """A stranger listens on a port for tunnels, for a moment: one that is free, or one that was freed by force.
+
+        By force: clients ask for the tunnel, its process is killed, and the stranger is there before the router runs
+        again.  So the router may dial the port before it hears that the process has ended.
+        """
+        port, name = self.rng.randint(*self.folder.ports), ""
         pid = self.victim()
-        if pid is not None and self.rng.random() < 0.6:
+        if pid is not None and self.rng.random() < 0.7:
             with contextlib.suppress(OSError):
                 rows = (self.folder.tunnels / "starts.jsonl").read_text().splitlines()
-                ports = {row["pid"]: row["port"] for row in map(json.loads, rows[-200:])}
-                port = ports.get(pid, port)
-                self.signal(pid, signal.SIGKILL)
+                port, name = {row["pid"]: (row["port"], row["hostname"])
+                              for row in map(json.loads, rows[-200:])}.get(pid, (port, name))
         thief = socket.socket()
         thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        for _ in range(50):
-            with contextlib.suppress(OSError):
-                thief.bind((HOST, port))
-                thief.listen()
-                self.binds += 1
-                self.stolen.append((time.monotonic() + 1, thief))
-                return
-            time.sleep(0.001)
-        thief.close()
+        if name:
+            self.router.signal(signal.SIGSTOP)
+        try:
+            if name:
+                for _ in range(4):
+                    self.asks(name)
+                time.sleep(0.01)  # so that they have said their hello
+                self.signal(pid, signal.SIGKILL)
+            for _ in range(50):
+                with contextlib.suppress(OSError):
+                    thief.bind((HOST, port))
+                    thief.listen()
+                    self.binds += 1
+                    self.stolen.append((time.monotonic() + 1, thief))
+                    return
+                time.sleep(0.001)
+            thief.close()
+        finally:
+            self.router.signal(signal.SIGCONT)
 
     def says(self, data: bytes, then: str) -> None:
         """A client that says this, in pieces or whole, and then ends, breaks off, or says no more."""
@@ -337,8 +352,8 @@ class Nemesis:
     def reload(self) -> None:
         """Good settings, with something changed."""
         seen = self.router.seen["reload: done"]
-        self.write_settings(self.rng.choice(("connection_idle = \"1h\"", "max_starting = 3", "prelude_timeout = \"11s\"",
-                                             "max_per_client = 300", "log_level = \"debug\"")))
+        self.write_settings(self.rng.choice(('connection_idle = "1h"', "max_starting = 3", 'prelude_timeout = "11s"',
+                                             "max_per_client = 300", 'log_level = "debug"')))
         self.router.signal(signal.SIGHUP)
         wait_for(lambda: self.router.seen["reload: done"] > seen, "the reload")
 

@@ -34,6 +34,7 @@ HOST = "127.0.0.1"
 Address = tuple[str, int]
 
 PATIENCE = 60.0  # seconds for what has to come: a busy host is slow, and nothing here measures time
+CACHED = 0.6  # seconds after which the admin makes a new answer
 IDLE = 1.0  # seconds: the tunnels' idle time, so that they are gone soon after the load
 PIPES_MAX = 32  # of sniroute_flow: so many pipes may be kept for the next sink that is full
 # Memory that a part may leave behind.  What is remembered is bounded, and full after a part: 512 shapes of hellos with
@@ -41,6 +42,10 @@ PIPES_MAX = 32  # of sniroute_flow: so many pipes may be kept for the next sink 
 # all go back to the system: one object that lives keeps an arena of the interpreter's (256 KiB; 1 MiB in newer ones),
 # and malloc() keeps its heap.  Measured: 5,000 mutated inputs leave 4.7 MiB, 40,000 leave 5.0.
 RESIDENT_MORE = 6.0  # MiB
+# And after bulk data: a full sink's bytes are kept in pieces of up to 1 MiB (PENDING_MAX of sniroute_flow allows 4 MiB,
+# and one more piece for each reader), and what came to live between them keeps their memory.  Measured: 1 to 9 MiB,
+# and no more after six times the bytes.
+RESIDENT_MORE_DATA = 12.0  # MiB
 FORBIDDEN = ("Traceback", "report it", "ResourceWarning", "Fatal Python")  # words of a fault of ours, in the log
 
 
@@ -283,8 +288,10 @@ class Router:
         self.reader.join()
         return code
 
-    def metrics(self) -> dict[str, float]:
-        """All samples of /metrics, by their text without the value."""
+    def metrics(self, fresh: bool = True) -> dict[str, float]:
+        """All samples of /metrics, by their text without the value; `fresh`: none that the admin had already."""
+        if fresh:
+            time.sleep(CACHED)
         with socket.create_connection(self.folder.admin, PATIENCE) as sock:
             sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             answer = b""
@@ -296,7 +303,7 @@ class Router:
 
     def is_quiet(self) -> bool:
         """Whether there is no connection and no tunnel."""
-        found = self.metrics()
+        found = self.metrics(fresh=False)
         live = sum(found[f'sniroute_tunnels{{state="{state}"}}'] for state in ("queued", "starting", "ready",
                                                                               "stopping", "backoff"))
         return not found["sniroute_connections_active"] and not live and not children(self.pid)
@@ -311,6 +318,7 @@ class Baseline:
     """How a quiet router stood before a part.  `check` waits until it stands like this again."""
 
     def __init__(self, router: Router):
+        time.sleep(CACHED)
         wait_for(router.is_quiet, "a router without connections and tunnels")
         # What the admin has for an answer is gone a moment later: twice the same is quiet.
         last = [standing(router.pid)]
@@ -326,6 +334,7 @@ class Baseline:
 
     def check(self, router: Router, problems: list[str], more: float = RESIDENT_MORE) -> Standing:
         """Add to `problems` what is not as it was, and not within a minute.  Returns how it stands now."""
+        time.sleep(CACHED)
         with contextlib.suppress(Problem):
             wait_for(router.is_quiet, "quiet")
 

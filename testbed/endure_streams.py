@@ -315,10 +315,11 @@ class Share:
             if self.left <= 0 or self.report["wrong"]:
                 return None
             flags = ENDS_FIRST if orders["ends_first"] and rng.random() < 0.5 else 0
-            flags |= rng.choice((0, 0, 0, 0, 0, 0, SLOW_BACKEND, SLOW_CLIENT))
-            most = min(orders["largest"], self.left) if not flags & (SLOW_BACKEND | SLOW_CLIENT) \
-                else min(orders["largest"], self.left) // 8 + 1
-            up, down = (log_uniform(rng, most) for _ in range(2))
+            slow = rng.choice((0, 0, 0, 0, 0, 0, SLOW_BACKEND, SLOW_CLIENT)) if not orders["all_slow"] \
+                else SLOW_BACKEND | SLOW_CLIENT
+            flags |= slow
+            most = min(orders["largest"], self.left) // (8 if slow else 1) + 1
+            up, down = (most if orders["all_slow"] else log_uniform(rng, most) for _ in range(2))
             self.left -= up + down
             shelf = rng.randrange(len(orders["names"]))
             name = orders["names"][shelf]
@@ -349,7 +350,8 @@ def run_clients(orders: dict[str, Any]) -> int:
     """Carry so many bytes, and check each.
 
     Orders: address, of the router; names, one for each shelf; bytes, both directions added; largest, of a direction;
-    at_once, connections; ends_first, whether half of the clients may end their direction first; seed.
+    at_once, connections; ends_first, whether half of the clients may end their direction first; all_slow, whether all
+    of them read slowly, on both sides, and carry an eighth of `largest` each way; seed.
     """
     share = Share(orders)
     workers = [threading.Thread(target=share.work) for _ in range(orders["at_once"])]
