@@ -1,12 +1,12 @@
 """endure: the long forms of the tests, against the real program; with figures for bench/README.md.
 
-    python3 -m testbed.endure                                   everything at full length: half an hour
+    python3 -m testbed.endure                                   everything at full length: five minutes
     python3 -m testbed.endure --only data,carrier --scale 0.01  two parts, a hundredth of the length
     python3 -m testbed.endure --only inputs --seed 7            other inputs
 
     nemesis     500 faults, one after another, under a mixed load               endure_nemesis
     inputs      1,000,000 mutated inputs for the parsers, 5,000 for the router  endure_inputs
-    data        20 GB of checked bytes through `tcp:`                           endure_streams
+    data        20 GB of checked bytes through `tcp:`, a fifth to slow readers  endure_streams
     carrier     2 GB through the carrier, to the stand-in for the edge          endure_streams, fake_edge
     kills       50 times SIGKILL to the router under load
     handovers   10 successors under a load of new connections

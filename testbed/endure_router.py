@@ -34,6 +34,7 @@ HOST = "127.0.0.1"
 Address = tuple[str, int]
 
 PATIENCE = 60.0  # seconds for what has to come: a busy host is slow, and nothing here measures time
+LAST_LINES = 15  # of the log, that are shown where a part breaks off
 CACHED = 0.6  # seconds after which the admin makes a new answer
 IDLE = 1.0  # seconds: the tunnels' idle time, so that they are gone soon after the load
 PIPES_MAX = 32  # of sniroute_flow: so many pipes may be kept for the next sink that is full
@@ -250,13 +251,15 @@ class Router:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """End it at once, if it has not ended."""
+    def __exit__(self, kind: object = None, *_: object) -> None:
+        """End it at once, if it has not ended.  Where a part broke off, show what it has logged last."""
         self.log_is_read.set()
         self.process.kill()
         self.process.wait()
         self.reader.join()
         self.process.stderr.close()
+        if kind is Problem:
+            print("".join(f"    log: {line}" for line in list(self.lines)[-LAST_LINES:]), end="", flush=True)
 
     def wait_until_up(self) -> None:
         """Wait until it listens, and its admin too."""
