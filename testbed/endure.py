@@ -401,18 +401,18 @@ def handovers(size: Size) -> Result:
         prepare_crowd(folder, backend)
         router = stack.enter_context(Router(folder))
         with Crowd(folder, CROWD, size.seed, 3) as crowd:
-            wait_for(lambda: crowd.served > 100, "clients that are served")
+            wait_for(lambda: crowd.served > 40, "clients that are served")
         baseline = Baseline(router)
         with Crowd(folder, CROWD, size.seed + 1) as crowd:
             for _ in range(size.of(10)):
-                goal = crowd.served + 50
+                goal = crowd.served + 30
                 wait_for(lambda: crowd.served >= goal or crowd.broken or crowd.problems, "clients that are served")
                 successor = stack.enter_context(Router(folder))
                 if (code := router.ended()) != 0:
                     problems.append(f"a predecessor ended with {code}")
                 said_wrong(router, problems)
                 router = successor
-            goal = crowd.served + 50
+            goal = crowd.served + 30
             wait_for(lambda: crowd.served >= goal or crowd.broken or crowd.problems, "clients that are served")
         problems += crowd.problems + [f"{number} clients of {what}" for what, number in crowd.broken.items()]
         after = baseline.check(router, problems)
