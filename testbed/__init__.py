@@ -10,4 +10,6 @@
     tunnels             a table of tunnels under test
     carrier             carriers in a thread or as a program, and edges that break rules
     admin               a router with its admin, HTTP clients of the admin, a browser
+    endure              the long forms of the tests, a command of its own; endure_router, endure_streams, endure_inputs
+                        and endure_nemesis are its parts, and need no pytest
 """
