@@ -6,8 +6,8 @@
       PRELUDE     the client says its name; one deadline from accept on, however many packets it takes
       ROUTED      its target is known, and is dialled in the same turn of the loop
       PARKED      it waits, with all that want the same: for its target, or for the last words of a tunnel that failed
-      DIALING     the connect is under way; over by the end of the turn where it succeeds at once, as on loopback.  Where
-                  it is silent for a while, other addresses are tried beside it: a Race has the sockets then
+      DIALING     the connect is under way; over by the end of the turn where it succeeds at once, as on loopback.
+                  Where it is silent for a while, other addresses are tried beside it: a Race has the sockets then
       GREETING    PostgreSQL only: the backend was asked for TLS
       UNANSWERED  a tunnel only: it took the hello, and has not said a byte.  If it fails now, the same bytes are sent
                   again, once, and the client never notices: -> PARKED
@@ -531,7 +531,7 @@ class Connection:
         speaks, minor = NOTHING, 0
         if self.prelude is not None:
             speaks, minor = self.prelude.language()
-        elif self.hello and self.hello[0] == TLS_HANDSHAKE and len(self.hello) > 2:  # after `route_to` it may be anything
+        elif self.hello and self.hello[0] == TLS_HANDSHAKE and len(self.hello) > 2:  # after `route_to` it may be any
             speaks, minor = TLS, self.hello[2]
         farewell = told(error, speaks, minor)
         if farewell:

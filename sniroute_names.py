@@ -7,8 +7,9 @@
     anything that others said                --- printable ---> one line of printable ASCII
 
 Every name that is routed passes `normalise`, and every tunnel's (`normalise_whole`): it is the only thing that stands
-between a stranger's bytes and a program's command line.  IPv4 inside IPv6 is IPv4 from the parser on.  All functions are pure but three: `is_local` binds a socket;
-`is_here` and `describe_version` ask the import system which files are there.
+between a stranger's bytes and a program's command line.  IPv4 inside IPv6 is IPv4 from the parser on.  All functions
+are pure but three: `is_local` binds a socket; `is_here` and `describe_version` ask the import system which files are
+there.
 
 Threads: none.
 

@@ -85,7 +85,7 @@ REFUSALS = {
     "malformed": Refusal(DEBUG, None, 400, "the client's TLS or PostgreSQL prelude is broken",
                          "update the client, or look at what stands between"),
     "hello_too_large": Refusal(INFO, DECODE_ERROR, 431, "the client's ClientHello is larger than 64 KiB",
-                               "have the client send less: a ticket with a smaller certificate in it, or no resumption"),
+                               "have the client send less: a ticket with a smaller certificate, or no resumption"),
     "truncated": Refusal(DEBUG, DECODE_ERROR, 400, "the client left in the middle of its prelude",
                          "nothing: health checks and scanners do so"),
     "prelude_timeout": Refusal(DEBUG, DECODE_ERROR, 408, "the client did not say its name within --prelude-timeout",

@@ -1,6 +1,6 @@
 """sniroute_targets: the kinds of target, and one connection's way to one.
 
-    Decision --- Scheme.ready ---> Backend      what the Connection is told: open, connected, answered, failed, release
+    Decision --- Scheme.ready ---> Backend      what the Connection tells: open, connected, answered, failed, release
                       |
                       +----------> None         it has to wait: a thread runs Scheme.prepare, then `ready` is asked again
 

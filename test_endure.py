@@ -14,7 +14,6 @@ import sys
 
 import pytest
 
-import sniroute_processes
 from conftest import HERE, linux
 from testbed import endure_inputs, endure_streams
 from testbed.endure import PARTS, fits
@@ -36,11 +35,7 @@ def endure(*words: str, folder: pathlib.Path = HERE) -> subprocess.CompletedProc
                           timeout=400)
 
 
-# Without a Home, the folders of killed routers stay.
-homes = pytest.mark.skipif(not hasattr(sniroute_processes, "Home"), reason="a start does not remove what was left yet")
-
-
-@pytest.mark.parametrize("part", [pytest.param(part, marks=[homes] if part == "kills" else []) for part in PARTS])
+@pytest.mark.parametrize("part", PARTS)
 def test_the_router_stands_after_each_part_as_before(part):
     if part == "carrier" and shutil.which("openssl") is None:
         pytest.skip("openssl is not here (Debian package openssl)")
