@@ -22,6 +22,8 @@ end use race, log, loop, host, names and refusals:
     sniroute_router        the server                          listeners, limits, waits, the count of what came of it
     sniroute_settings      options, variables, the file        one table
     sniroute_connection    one client, accept to close         the states of its life
+    sniroute_deadlines     what a connection waits for         how long, and what is done then
+    sniroute_resets        one side has broken off             what the other gets
     sniroute_routes        where a name leads                  routes in layers
     sniroute_targets       kinds of target, backends           one connection's way there
     sniroute_tunnels       names that have a tunnel            states, leases, waiting, the reaper's turn

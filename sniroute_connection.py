@@ -23,8 +23,8 @@ happens, and says what is to be done.
 Threads: the loop only.
 
 Seams: I want to ...
-    let a connection wait for something else     a queue in Deadlines, and `wait_in`
-    end a connection otherwise                   a word in ENDINGS of sniroute_log, and `close`; "resets", below
+    let a connection wait for something else     a queue in Deadlines of sniroute_deadlines, and `wait_in`
+    end a connection otherwise                   a word in ENDINGS of sniroute_log, and `close`; sniroute_resets
     skip the prelude                             `route_to`, as a listener with one target does
 """
 
@@ -34,18 +34,18 @@ import contextlib
 import errno
 import logging
 import os
-import select
 import socket
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from sniroute_deadlines import out_of_descriptors
 from sniroute_flow import BROKEN, DONE, EARLY, MESSAGE, NO_FLOW, OPEN, READ_MAX, UNANSWERED, Flow
-from sniroute_log import BACKEND_CLOSED, BACKEND_RESET, CLIENT_CLOSED, CLIENT_LEFT, CLIENT_RESET
-from sniroute_loop import CAPACITY_PAUSE, READ, WRITE, Loop, Queue, unsent
+from sniroute_log import BACKEND_CLOSED, CLIENT_CLOSED, CLIENT_LEFT
+from sniroute_loop import READ, WRITE, Queue
 from sniroute_names import parse_ip
-from sniroute_race import CONNECT_BUDGET, CONNECT_TIMEOUT, STAGGER, Attempt, Race, Races, no_answer
 from sniroute_refusals import NOTHING, TLS, Malformed, Refused, told
-from sniroute_targets import RESET, Backend, Doubt, Retry, Unreachable
+from sniroute_resets import RESETTING, is_unheard, pass_on_reset, will_reset
+from sniroute_targets import Backend, Doubt, Retry, Unreachable
 from sniroute_wire import TLS_HANDSHAKE, PROXY_WRITERS, SSL_REQUEST_BYTES, Hello, Prelude, ProxyHeader
 
 if TYPE_CHECKING:
@@ -66,15 +66,9 @@ LARGE_HELLO = 32768  # bytes; nearly all are smaller than 3,000
 LARGE_HELLOS_MAX = 64  # clients with more than that, until their backend answers; over it the oldest goes
 WAITING_MAX = 32768  # bytes that a client may say while it waits for its backend, the hello among them
 PARKS_MAX = 3  # times a connection may wait: its tunnel could be evicted as often as it comes up
-GREETING_TIMEOUT = 20.0  # for a backend's answer to SSLRequest; a tunnel dials its far end meanwhile
-FIRST_BYTE_TIMEOUT = 20.0  # a tunnel without an answer to the hello by then does not work; the carrier gives up at 15
-WORDS_TIMEOUT = 0.05  # a tunnel has failed: its words are on their way from one process to another
-LINGER = 0.5  # a refused client may read its alert this long before the close
-RESET_LOOK = 0.05  # between two looks whether the bytes before a reset have arrived: Linux delays an ACK by 0.04
-RESET_STALL = 30.0  # who takes none of them for so long is reset all the same; who is only slow gets them
 
 PRELUDE, ROUTED, PARKED, DIALING, GREETING = "prelude", "routed", "parked", "dialing", "greeting"
-RESETTING, LINGERING, CLOSED = "resetting", "lingering", "closed"
+LINGERING, CLOSED = "lingering", "closed"  # and RESETTING
 WAITING_FOR_BACKEND = (PARKED, DIALING, GREETING)  # states in which the client has nobody to talk to
 ABANDONED = (DIALING, GREETING, UNANSWERED)  # states in which a close leaves a backend that has not answered
 UNHEARD = (UNANSWERED, EARLY)  # states in which the backend has not said a byte yet
@@ -606,84 +600,6 @@ class Connection:
             router.closed(self, reason, up.total, down.total)
 
 
-# -- resets ------------------------------------------------------------------------------------
-#
-# A stream that was cut must not look whole: protocols without a length of their own have only TCP's word for that.
-# So a reset is passed on as a reset, behind the bytes that came before it.  A reset destroys what the kernel still
-# has to send: it waits until the peer has acknowledged all.
-
-
-def is_unheard(connection: Connection) -> bool:
-    """Whether its tunnel owes an answer.  One that ends behind its client's end does not: cloudflared ends both."""
-    return connection.state is UNANSWERED or connection.state is EARLY and connection.up.state is not DONE
-
-
-def pass_on_reset(connection: Connection, flow: Flow, read: bool) -> None:
-    """The source of `flow` has broken off: its sink gets what it said before, then a reset.
-
-    `read`: that is all with the sink.  Else `flow` goes on reading, until the source has no more.
-    """
-    if connection.state is not RESETTING:
-        connection.reason = who_was_first(connection, flow)
-        connection.state = RESETTING
-        connection.hello = None
-        connection.carried = -1
-        flow.twin.discard(BROKEN)
-    if read:
-        flow.state = DONE
-    flow.rewatch()
-    flow.twin.rewatch()
-    look_at_reset(connection)
-
-
-def look_at_reset(connection: Connection) -> None:
-    """Reset what is left, once the bytes before that have arrived, or nobody takes them."""
-    now = monotonic()
-    flow = connection.up if connection.down.state is BROKEN else connection.down
-    sink = flow.twin.source
-    if flow.state is not DONE:
-        patience = RESET_STALL
-    else:
-        held = unsent(sink)
-        patience = 0.0 if held == 0 else LINGER if held is None else RESET_STALL
-    arrived = flow.arrived()
-    if arrived != connection.carried:
-        connection.carried = arrived
-        connection.quiet_since = now
-    if now - connection.quiet_since >= patience or sink.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-        connection.close(connection.reason)
-    else:
-        connection.wait_in(connection.router.deadlines.resetting)
-
-
-def who_was_first(connection: Connection, flow: Flow) -> str:
-    """The word for a connection that ends because the source of `flow` has broken off.
-
-    A side that ended before was first.  So was a client whose end waits in the kernel: servers break off because their
-    client has left, and do so before its last bytes are read.
-    """
-    up, down = connection.up, connection.down
-    if up.state is DONE or flow is down and has_ended(up.source):
-        return CLIENT_CLOSED
-    if down.state is DONE:
-        return BACKEND_CLOSED
-    return CLIENT_RESET if flow is up else BACKEND_RESET
-
-
-def has_ended(sock: socket.SocketType) -> bool:
-    """Whether the peer has ended, and not broken off; what it said before may be unread.  Only Linux tells."""
-    ended = getattr(select, "POLLRDHUP", 0)
-    poll = select.poll()
-    poll.register(sock, ended)
-    return any(mask == ended for _, mask in poll.poll(0))
-
-
-def will_reset(sock: socket.SocketType) -> None:
-    """Have close() send a reset."""
-    with contextlib.suppress(OSError):  # macOS, where the connection is over
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-
-
 def holds_hello(connection: Connection) -> bool:
     """Whether the client's first bytes are still in memory."""
     return connection.state is not CLOSED and (connection.hello is not None or connection.prelude is not None)
@@ -709,101 +625,3 @@ def answer_now(client: socket.SocketType, answer: bytes) -> None:
         return  # the client is gone: the next read says so
     with contextlib.suppress(OSError):  # likewise
         client.send(answer)
-
-
-# -- deadlines ---------------------------------------------------------------------------------
-
-
-class Deadlines:
-    """The queues in which connections stand, one for each thing that they may wait for.  Loop only."""
-
-    def __init__(self, loop: Loop, prelude_timeout: float, start_timeout: float):
-        self.prelude = loop.queue(prelude_timeout, late_prelude)
-        self.parked = loop.queue(0.0, late_target)
-        self.stagger = loop.queue(STAGGER, silent_connect)
-        self.connect = loop.queue(CONNECT_TIMEOUT - STAGGER, late_connect)
-        self.budget = loop.queue(CONNECT_BUDGET - STAGGER, late_race)
-        self.races = Races(loop)
-        self.greeting = loop.queue(GREETING_TIMEOUT, late_ssl_answer)
-        self.first_byte = loop.queue(FIRST_BYTE_TIMEOUT, late_first_byte)
-        self.words = loop.queue(WORDS_TIMEOUT, words_are_due)
-        self.linger = loop.queue(LINGER, lambda connection: connection.close(connection.reason))
-        self.resetting = loop.queue(RESET_LOOK, look_at_reset)
-        self.adopt(prelude_timeout, start_timeout)
-
-    def adopt(self, prelude_timeout: float, start_timeout: float) -> None:
-        """Use other times, in seconds; connections already queued keep their old deadline."""
-        self.prelude.seconds = prelude_timeout
-        self.parked.seconds = start_timeout + 1  # so the thread that waits gives up first: it knows why
-
-
-def late_prelude(connection: Connection) -> None:
-    """Its one deadline has come, and the client has not said its name."""
-    connection.refuse(Refused("prelude_timeout", "the client did not say its name in time"))
-
-
-def late_target(connection: Connection) -> None:
-    """The thread that waits for the target should have given up by now; perhaps it hangs in the resolver."""
-    decision = connection.decision
-    connection.refuse(Refused("tunnel_timeout",
-                              f"{decision.target}: waited too long for {decision.scheme.waits_on}"))
-
-
-def silent_connect(connection: Connection) -> None:
-    """An address is silent: try the others beside it, if there are any (RFC 8305 section 5)."""
-    deadlines, backend, down = connection.router.deadlines, connection.backend, connection.down
-    if backend.tried == len(backend.addresses):
-        connection.wait_in(deadlines.connect)
-        return
-    connection.wait_in(deadlines.budget)
-    down.wait_for(0)
-    server, down.source = down.source, None
-    backend.race = Race(deadlines.races, backend, server, connection.dialled, connection, race_over)
-    backend.race.another()
-
-
-def late_connect(connection: Connection) -> None:
-    """The last address has had its time."""
-    connection.connect(no_answer(CONNECT_TIMEOUT))
-
-
-def late_race(connection: Connection) -> None:
-    """All addresses together have had their time."""
-    connection.backend.race.close()
-    connection.backend_failed(connection.backend.give_up())
-
-
-def race_over(connection: Connection, result: Attempt | OSError | None) -> None:
-    """One of several addresses took the connect, or none did."""
-    if isinstance(result, Attempt):
-        connection.down.source, connection.down.fd = result.sock, result.fd
-        connection.dialled = result.began
-        connection.speak()
-    elif result is None:
-        connection.backend_failed(connection.backend.give_up())
-    else:
-        out_of_descriptors(connection, result)
-
-
-def out_of_descriptors(connection: Connection, error: OSError) -> None:
-    """There is none for the backend: our own trouble, neither the backend's fault nor its tunnel's."""
-    connection.router.pause(error.strerror, monotonic() + CAPACITY_PAUSE)
-    connection.refuse(Refused("busy", error.strerror))
-
-
-def late_ssl_answer(connection: Connection) -> None:
-    """No backend may think about TLS longer than that."""
-    connection.backend_failed("no answer to SSLRequest")
-
-
-def late_first_byte(connection: Connection) -> None:
-    """The tunnel took the hello and is silent, whatever the client has said since.
-
-    Say it once more, or refuse; `TunnelTable.wait` looks at the process.
-    """
-    connection.backend_failed(f"no answer within {FIRST_BYTE_TIMEOUT:g} s")
-
-
-def words_are_due(connection: Connection) -> None:
-    """The last words of its tunnel have had their time: ask the backend again."""
-    connection.obey(connection.backend.failed("", None, connection.retried or not connection.replayable))

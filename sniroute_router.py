@@ -35,12 +35,14 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Sequence
 
-from sniroute_connection import PRELUDE, RESETTING, WAITING_FOR_BACKEND, Connection, Deadlines, holds_hello
+from sniroute_connection import PRELUDE, WAITING_FOR_BACKEND, Connection, holds_hello
+from sniroute_deadlines import Deadlines
 from sniroute_flow import DONE, Flow, Pipes
 from sniroute_log import CLIENT_LEFT, IDLE, STOPPED, Ending
 from sniroute_loop import CAPACITY_ERRNOS, CAPACITY_PAUSE, NEVER, READ, Loop
 from sniroute_names import ascii_advice, normalise, parse_ip, show_address
 from sniroute_refusals import REFUSALS, Refused, SettingsError
+from sniroute_resets import RESETTING
 from sniroute_routes import Decision, Routes
 from sniroute_targets import Targets, keep_alive
 from sniroute_tunnels import TunnelTable

@@ -25,7 +25,7 @@ from typing import Callable, Iterator
 
 import pytest
 
-import sniroute_connection
+import sniroute_deadlines
 from conftest import HOST, Address, deaf_listener, linux, wait_until
 from testbed.clients import (Certificate, backwards, endings, namespaces, page, post, program_path, psql,
                              version_of, with_pg, with_psycopg)
@@ -442,7 +442,7 @@ def test_early_data_into_a_tunnel_that_hangs_is_refused_in_time(run, cloudflared
 
     A process that leaves its clients waiting is replaced.  One that takes them and is silent may wait for its far end.
     """
-    monkeypatch.setattr(sniroute_connection, "FIRST_BYTE_TIMEOUT", 0.5)
+    monkeypatch.setattr(sniroute_deadlines, "FIRST_BYTE_TIMEOUT", 0.5)
     cloudflared.far("*", early)
     running = run(TUNNEL, ports)
     session, data = tmp_path / "session", tmp_path / "data"

@@ -25,6 +25,7 @@ from typing import Any, Callable
 import pytest
 
 import sniroute_connection
+import sniroute_deadlines
 import sniroute_refusals
 import sniroute_targets
 import sniroute_wire
@@ -195,7 +196,7 @@ def test_postgres_backend_that_does_not_say_S_gets_no_hello(run, serve, reply, s
 
 
 def test_postgres_backend_that_is_silent_is_given_up(run, serve, monkeypatch):
-    monkeypatch.setattr(sniroute_connection, "GREETING_TIMEOUT", 0.1)
+    monkeypatch.setattr(sniroute_deadlines, "GREETING_TIMEOUT", 0.1)
     running = run(route(serve(read_all).address))
     with running.connect(ASK_TLS) as client:
         assert read_exactly(client, 1) == b"S"
@@ -378,7 +379,7 @@ def test_alert_is_read_though_the_client_goes_on_talking(run, echo_server):
 
 
 def test_client_that_never_reads_its_alert_is_let_go(run, echo_server, monkeypatch):
-    monkeypatch.setattr(sniroute_connection, "LINGER", 0.1)
+    monkeypatch.setattr(sniroute_deadlines, "LINGER", 0.1)
     running = run(route(echo_server.address))
     with running.connect(genuine(name="other.example.com")) as client:
         running.ending()
@@ -439,7 +440,7 @@ def test_a_connect_under_way_may_also_be_told_as_bsd_does(run, serve, deaf, monk
             except BlockingIOError:
                 raise OSError(errno.ENOTCONN, "Socket is not connected") from None
     monkeypatch.setattr(socket, "SocketType", Bsd)
-    monkeypatch.setattr(sniroute_connection, "CONNECT_TIMEOUT", 0.1)
+    monkeypatch.setattr(sniroute_deadlines, "CONNECT_TIMEOUT", 0.1)
     running = run(route(deaf))
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
@@ -490,7 +491,7 @@ def test_next_address_is_tried_and_the_last_failure_is_told(run, serve, monkeypa
 
 
 def test_connect_without_an_answer_times_out(run, monkeypatch, deaf):
-    monkeypatch.setattr(sniroute_connection, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setattr(sniroute_deadlines, "CONNECT_TIMEOUT", 0.2)
     running = run(route(deaf))
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
@@ -499,7 +500,7 @@ def test_connect_without_an_answer_times_out(run, monkeypatch, deaf):
 
 
 def test_next_address_is_tried_when_the_first_does_not_answer(run, serve, monkeypatch, deaf):
-    monkeypatch.setattr(sniroute_connection, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setattr(sniroute_deadlines, "CONNECT_TIMEOUT", 0.2)
     far = serve(answer(b"x"))
     running = run(route((HOST, 9)))
     addresses = tuple((socket.AF_INET, address) for address in (deaf, far.address))
@@ -653,7 +654,7 @@ def test_postgres_through_a_tunnel_is_retried_too(run, serve, cloudflared, ports
 
 def test_hung_tunnel_is_found_out_and_restarted(run, serve, cloudflared, ports, monkeypatch):
     """SIGSTOP: its backlog still takes connections, and nobody answers."""
-    monkeypatch.setattr(sniroute_connection, "FIRST_BYTE_TIMEOUT", 0.5)
+    monkeypatch.setattr(sniroute_deadlines, "FIRST_BYTE_TIMEOUT", 0.5)
     cloudflared.far("*", serve(answer(b"x")).address)
     running = run(TUNNEL, ports)
     with running.connect(HELLO) as client:
@@ -679,7 +680,7 @@ PUSHED = 8 << 20  # more than the kernel holds for a process that does not read
 def test_hung_tunnel_is_found_out_by_clients_that_say_more_than_the_hello_too(run, serve, cloudflared, ports,
                                                                               monkeypatch, early, later):
     """What they said cannot be said again: they are refused in time, and the next client has a tunnel that works."""
-    monkeypatch.setattr(sniroute_connection, "FIRST_BYTE_TIMEOUT", 0.5)
+    monkeypatch.setattr(sniroute_deadlines, "FIRST_BYTE_TIMEOUT", 0.5)
     cloudflared.far("*", serve(answer(b"x")).address)
     running = run(TUNNEL, ports)
     served_once(running)
@@ -716,7 +717,7 @@ def test_good_tunnel_is_not_restarted_because_a_client_that_said_more_was_refuse
 
 
 def test_backend_that_has_spoken_may_be_silent_for_as_long_as_it_likes(run, serve, cloudflared, ports, monkeypatch):
-    monkeypatch.setattr(sniroute_connection, "FIRST_BYTE_TIMEOUT", 0.2)
+    monkeypatch.setattr(sniroute_deadlines, "FIRST_BYTE_TIMEOUT", 0.2)
     cloudflared.far("*", serve(answer(b"x", len(HELLO + b"0-RTT"))).address)
     running = run(TUNNEL, ports)
     with running.connect(HELLO) as client:

@@ -21,7 +21,8 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 import pytest
 
-import sniroute_connection
+import sniroute_resets
+import sniroute_deadlines
 import sniroute_flow
 import sniroute_router
 from sniroute_launchers import carrier_launcher
@@ -538,7 +539,7 @@ def test_upload_that_its_server_breaks_off_is_no_end_for_either(talk, flow, who)
 
 def test_reader_that_takes_nothing_is_reset_all_the_same_and_one_that_is_slow_gets_everything(talk, monkeypatch):
     monkeypatch.setattr(sniroute_router, "SWEEP_LAST", 0.1)
-    monkeypatch.setattr(sniroute_connection, "RESET_STALL", 0.4)
+    monkeypatch.setattr(sniroute_resets, "RESET_STALL", 0.4)
     for reads in (False, True):
         talking = talk("tcp")
         is_open(talking)
@@ -576,14 +577,14 @@ def test_reset_under_way_does_not_hold_up_the_end_of_the_router(talk):
 
 def test_where_the_kernel_does_not_tell_what_has_arrived_a_reset_waits_a_moment(talk, monkeypatch):
     """As on macOS."""
-    monkeypatch.setattr(sniroute_connection, "unsent", lambda sock: None)
+    monkeypatch.setattr(sniroute_resets, "unsent", lambda sock: None)
     monkeypatch.setattr(sniroute_flow, "unsent", lambda sock: None)
     talking = talk("tcp")
     is_open(talking)
     backend_resets(talking)
     assert seen(talking.client) == (talking.for_client, "reset")
     end = talking.running.ending()
-    assert end.reason == "backend_reset" and end.seconds >= sniroute_connection.LINGER
+    assert end.reason == "backend_reset" and end.seconds >= sniroute_deadlines.LINGER
 
 
 @pytest.mark.parametrize("size", [2 << 20, len(PAYLOAD)], ids=["the kernel has the rest", "the router has the rest"])
@@ -602,7 +603,7 @@ def test_survivor_that_breaks_off_too_ends_the_wait(talk, monkeypatch, size):
     assert connection.down.state == ("done" if size < len(PAYLOAD) else "blocked")
     reset(talking.client)
     end = talking.running.ending()
-    assert end.reason == "backend_reset" and end.seconds < sniroute_connection.RESET_STALL / 2
+    assert end.reason == "backend_reset" and end.seconds < sniroute_resets.RESET_STALL / 2
 
 
 # -- alerts ----------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from typing import Any, Callable
 import pytest
 
 import sniroute_connection
+import sniroute_resets
+import sniroute_deadlines
 import sniroute_loop
 import sniroute_router
 from sniroute_refusals import SettingsError
@@ -211,7 +213,7 @@ def test_target_that_is_down_closes_its_clients(run, monkeypatch, target):
 
 def test_tunnel_of_one_target_need_not_answer_a_client_that_speaks(run, serve, cloudflared, ports, monkeypatch):
     """Nobody knows whose turn it is: a byte of either side shows that the way is open."""
-    monkeypatch.setattr(sniroute_connection, "FIRST_BYTE_TIMEOUT", 0.3)
+    monkeypatch.setattr(sniroute_deadlines, "FIRST_BYTE_TIMEOUT", 0.3)
     far = serve(read_all)
     cloudflared.far("*", far.address)
     running = run(TUNNEL, ports)
@@ -476,7 +478,7 @@ def test_resolver_that_hangs_holds_nobody_for_ever(run, monkeypatch):
 
 def test_client_that_was_refused_while_it_waited_is_not_dialled_later(run, echo_server, monkeypatch):
     """It still reads its alert when the target is ready at last."""
-    monkeypatch.setattr(sniroute_connection, "LINGER", 5.0)
+    monkeypatch.setattr(sniroute_deadlines, "LINGER", 5.0)
     release = threading.Event()
     running = run(f"--route=db.example.com=tcp:slow.example.net:{echo_server.address[1]}")
     monkeypatch.setattr(running.router.deadlines.parked, "seconds", 0.1)
@@ -628,7 +630,7 @@ def test_half_closed_connection_that_is_silent_does_not_stay_for_ever(run, serve
 def test_client_that_resets_while_nobody_reads_it_is_found(run, serve, flow, monkeypatch):
     """Its bytes wait for a backend that does not read, so its socket is not watched."""
     monkeypatch.setattr(sniroute_router, "SWEEP_LAST", 0.1)
-    monkeypatch.setattr(sniroute_connection, "RESET_STALL", 0.2)
+    monkeypatch.setattr(sniroute_resets, "RESET_STALL", 0.2)
     done = threading.Event()
     running = run(route(serve(lambda sock: done.wait(20)).address))
     client = running.connect(HELLO)

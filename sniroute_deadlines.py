@@ -1,0 +1,133 @@
+"""sniroute_deadlines: what a connection may wait for, how long, and what is done when that time has come.
+
+    Connection.wait_in(deadlines.greeting) ---> a Queue of the loop: all in it wait equally long
+                                                    | the time has come
+                                                    +---> late_ssl_answer(connection)
+
+A connection stands in one queue at most.  There is no timer for each: a queue is a FIFO.
+
+Threads: the loop only.
+
+Seams: I want to ...
+    let a connection wait for something else     a queue in Deadlines, and its function
+
+It imports resets, race, the loop and refusals.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from sniroute_loop import CAPACITY_PAUSE, Loop
+from sniroute_race import CONNECT_BUDGET, CONNECT_TIMEOUT, STAGGER, Attempt, Race, Races, no_answer
+from sniroute_refusals import Refused
+from sniroute_resets import RESET_LOOK, look_at_reset
+
+if TYPE_CHECKING:
+    from sniroute_connection import Connection
+
+__version__ = "0.1.0"
+
+monotonic = time.monotonic
+
+# Limits, each with its reason.  Times in seconds.
+GREETING_TIMEOUT = 20.0  # for a backend's answer to SSLRequest; a tunnel dials its far end meanwhile
+FIRST_BYTE_TIMEOUT = 20.0  # a tunnel without an answer to the hello by then does not work; the carrier gives up at 15
+WORDS_TIMEOUT = 0.05  # a tunnel has failed: its words are on their way from one process to another
+LINGER = 0.5  # a refused client may read its alert this long before the close
+
+
+class Deadlines:
+    """The queues in which connections stand, one for each thing that they may wait for.  Loop only."""
+
+    def __init__(self, loop: Loop, prelude_timeout: float, start_timeout: float):
+        self.prelude = loop.queue(prelude_timeout, late_prelude)
+        self.parked = loop.queue(0.0, late_target)
+        self.stagger = loop.queue(STAGGER, silent_connect)
+        self.connect = loop.queue(CONNECT_TIMEOUT - STAGGER, late_connect)
+        self.budget = loop.queue(CONNECT_BUDGET - STAGGER, late_race)
+        self.races = Races(loop)
+        self.greeting = loop.queue(GREETING_TIMEOUT, late_ssl_answer)
+        self.first_byte = loop.queue(FIRST_BYTE_TIMEOUT, late_first_byte)
+        self.words = loop.queue(WORDS_TIMEOUT, words_are_due)
+        self.linger = loop.queue(LINGER, lambda connection: connection.close(connection.reason))
+        self.resetting = loop.queue(RESET_LOOK, look_at_reset)
+        self.adopt(prelude_timeout, start_timeout)
+
+    def adopt(self, prelude_timeout: float, start_timeout: float) -> None:
+        """Use other times, in seconds; connections already queued keep their old deadline."""
+        self.prelude.seconds = prelude_timeout
+        self.parked.seconds = start_timeout + 1  # so the thread that waits gives up first: it knows why
+
+
+def late_prelude(connection: Connection) -> None:
+    """Its one deadline has come, and the client has not said its name."""
+    connection.refuse(Refused("prelude_timeout", "the client did not say its name in time"))
+
+
+def late_target(connection: Connection) -> None:
+    """The thread that waits for the target should have given up by now; perhaps it hangs in the resolver."""
+    decision = connection.decision
+    connection.refuse(Refused("tunnel_timeout",
+                              f"{decision.target}: waited too long for {decision.scheme.waits_on}"))
+
+
+def silent_connect(connection: Connection) -> None:
+    """An address is silent: try the others beside it, if there are any (RFC 8305 section 5)."""
+    deadlines, backend, down = connection.router.deadlines, connection.backend, connection.down
+    if backend.tried == len(backend.addresses):
+        connection.wait_in(deadlines.connect)
+        return
+    connection.wait_in(deadlines.budget)
+    down.wait_for(0)
+    server, down.source = down.source, None
+    backend.race = Race(deadlines.races, backend, server, connection.dialled, connection, race_over)
+    backend.race.another()
+
+
+def late_connect(connection: Connection) -> None:
+    """The last address has had its time."""
+    connection.connect(no_answer(CONNECT_TIMEOUT))
+
+
+def late_race(connection: Connection) -> None:
+    """All addresses together have had their time."""
+    connection.backend.race.close()
+    connection.backend_failed(connection.backend.give_up())
+
+
+def race_over(connection: Connection, result: Attempt | OSError | None) -> None:
+    """One of several addresses took the connect, or none did."""
+    if isinstance(result, Attempt):
+        connection.down.source, connection.down.fd = result.sock, result.fd
+        connection.dialled = result.began
+        connection.speak()
+    elif result is None:
+        connection.backend_failed(connection.backend.give_up())
+    else:
+        out_of_descriptors(connection, result)
+
+
+def out_of_descriptors(connection: Connection, error: OSError) -> None:
+    """There is none for the backend: our own trouble, neither the backend's fault nor its tunnel's."""
+    connection.router.pause(error.strerror, monotonic() + CAPACITY_PAUSE)
+    connection.refuse(Refused("busy", error.strerror))
+
+
+def late_ssl_answer(connection: Connection) -> None:
+    """No backend may think about TLS longer than that."""
+    connection.backend_failed("no answer to SSLRequest")
+
+
+def late_first_byte(connection: Connection) -> None:
+    """The tunnel took the hello and is silent, whatever the client has said since.
+
+    Say it once more, or refuse; `TunnelTable.wait` looks at the process.
+    """
+    connection.backend_failed(f"no answer within {FIRST_BYTE_TIMEOUT:g} s")
+
+
+def words_are_due(connection: Connection) -> None:
+    """The last words of its tunnel have had their time: ask the backend again."""
+    connection.obey(connection.backend.failed("", None, connection.retried or not connection.replayable))
