@@ -52,12 +52,12 @@ import time
 from typing import Any, Sequence
 
 from sniroute_handover import HANDOVER_MAX, HANDOVER_TIMEOUT, OFFER_AGAIN, Handover
-from sniroute_host import raise_descriptor_limit
+from sniroute_host import raise_descriptor_limit, require_descriptors, shortage
 from sniroute_log import Journal
 from sniroute_loop import WakePipe
 from sniroute_names import show_address
 from sniroute_refusals import SettingsError
-from sniroute_router import Hooks, Router, listen_addresses
+from sniroute_router import Hooks, Router, arrange, wanted_addresses
 from sniroute_settings import Settings, warn
 from sniroute_systemd import Supervisor, activated_sockets
 from sniroute_tunnels import TunnelTable
@@ -129,6 +129,9 @@ class Daemon:
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self.pipe.writer, warn_on_full_buffer=False)
+        # Those that came since the face blocked them arrive now.  From here on nothing is blocked, since each thread
+        # inherits the mask, and each child that of its thread.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self.tunnels = TunnelTable(settings.launchers, settings.ports, idle=settings.idle,
                                    start_timeout=settings.start_timeout, max_tunnels=settings.max_tunnels,
                                    max_starting=settings.max_starting)
@@ -143,6 +146,11 @@ class Daemon:
             except SettingsError as error:
                 for line in error.lines:
                     log.error("%s", line)
+                return 1
+            except (OSError, RuntimeError, MemoryError) as error:
+                if not shortage(error):
+                    raise
+                log.error("%s", shortage(error))
                 return 1
             while self.thread.is_alive():
                 for key, _ in self.selector.select(OFFER_AGAIN if self.unnamed else None):
@@ -161,11 +169,12 @@ class Daemon:
         activated = bool(sockets[""])
         inherited = sockets[""]
         if not activated:
-            addresses = [address[:2] for host, port in settings.listen for _, address in listen_addresses(host, port)]
+            addresses, _ = arrange(settings.listen)
             if len(addresses) > HANDOVER_MAX // 2:
                 raise SettingsError(f"--listen: {len(addresses)} addresses, and only {HANDOVER_MAX // 2} can be handed "
                                     "over to a successor: name fewer, or all of them as :PORT")
-            inherited = self.handover.take(addresses)
+            require_descriptors(len(addresses))
+            inherited = self.handover.take(wanted_addresses(settings.listen))
         hooks = Hooks(self.journal.emit, self.supervisor.beat, self.reload)
         self.router = router = Router(settings, self.tunnels, hooks, inherited, activated)
         with_admin = settings.admin is not None or bool(sockets["admin"])
@@ -175,10 +184,13 @@ class Daemon:
             except Exception as error:
                 raise SettingsError(f"--admin: sniroute_admin.py: {error}") from None
         self.tunnels.start()
-        warn(settings)
         tune_interpreter()
-        self.thread = threading.Thread(target=self._loop, name="loop", daemon=True)
-        self.thread.start()
+        loop = threading.Thread(target=self._loop, name="loop", daemon=True)
+        loop.start()
+        self.thread = loop  # only now: a thread that could not start cannot be joined
+        warn(settings)
+        if router.left_out:
+            log.warning("%s", router.left_out)
         for listener in router.listeners:
             log.info("listening on %s", show_address(listener.getsockname()))
         succeeded = self.handover.dismiss()
@@ -207,8 +219,8 @@ class Daemon:
                      else show_address(self.admin.address))
         except Exception as error:
             if alone:
-                raise SettingsError(f"--admin: {error}") from None
-            log.error("--admin: %s: going on without it", error)
+                raise SettingsError(f"--admin: {shortage(error) or error}") from None
+            log.error("--admin: %s: going on without it", shortage(error) or error)
 
     def _close(self) -> None:
         """End the threads and close everything, also after a start that failed."""
@@ -222,6 +234,7 @@ class Daemon:
         if self.router is not None:
             self.router.server_close()
             log.info("stopped")
+            self.supervisor.farewell(self.router)
         self.handover.close()  # after the listeners: a process that finds no name opens the address itself
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one more must not interrupt the end: see `serve`
         signal.set_wakeup_fd(-1)
@@ -361,7 +374,8 @@ class Daemon:
 
 
 def serve(settings: Settings) -> int:
-    """`sniroute serve`: run until a signal ends it.  Returns the exit code."""
+    """`sniroute serve`: run until a signal ends it.  Returns the exit code.  Raises what `shortage` can explain."""
+    require_descriptors(len(settings.listen))
     raise_descriptor_limit()
     # Instead of sys.stderr: Python flushes that one at its exit, and hangs or fails there if nobody reads it.
     stream = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), "ascii", "replace", write_through=True)

@@ -102,7 +102,7 @@ def command_lines() -> Iterator[list[str]]:
         for line in text.split("\n"):
             found = re.match(r"(?:python3[\d.]* )(\S*sniroute\w*\.pyz?)( .*)?$", line.strip())
             if found:
-                words = shlex.split((found[2] or "").partition(" & ")[0].removesuffix("&"), comments=True)
+                words = shlex.split(re.split(" &&? ", found[2] or "")[0].removesuffix("&"), comments=True)
                 yield [found[1].rpartition("/")[2], *(word for word in words if word not in ("...", "&"))]
 
 
