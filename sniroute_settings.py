@@ -493,14 +493,14 @@ def sources(asked: argparse.Namespace, environ: Mapping[str, str], file: Mapping
 def parsed(given: Mapping[str, Given], running: Settings | None, wrong: list[str]) -> dict[str, Any]:
     """The values, by field; None for what is wrong, which is added to `wrong`.
 
-    Options and variables of a router that runs are what they were at its start, also where a path in them no longer is.
+    What a router that runs cannot change is not read again from its options: a path in them may lead nowhere by now.
     """
     values = {}
     for row in SETTINGS:
         if row.name == "config":
             continue  # `config_path`
         source, text, value = given[row.field]
-        if running is not None and text is not None and source != "default":
+        if running is not None and row.fixed and text is not None and source != "default":
             value = getattr(running, row.field)
         elif text is not None:
             try:
