@@ -146,7 +146,7 @@ def test_a_signal_to_end_that_comes_while_the_router_starts_ends_it_without_a_wo
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_process_of_a_container_does_not_miss_its_end(at_its_start, number, echo_server):
     """The kernel drops what such a process leaves to the default."""
-    program, go_on = at_its_start(python=("unshare", "--pid", "--fork", "--mount-proc", sys.executable))
+    program, go_on = at_its_start(python=("unshare", "--pid", "--fork", "--kill-child", sys.executable))
     (router,) = wait_until(lambda: children(program.pid))
     os.kill(router, number)
     go_on(f'[routes]\n"db.example.com" = "tcp:{HOST}:{echo_server.address[1]}"\n')
