@@ -9,12 +9,13 @@
     Daemon   the main thread: owns the Router, the TunnelTable, the Supervisor (systemd) and the Handover
     dump     counters, tunnels and connections into the log
 
-The start.  A failure in the steps 1 to 3 leaves a predecessor as it was:
+The start.  Until the handlers are there the face keeps SIGHUP and SIGUSR1 waiting.  A failure in the steps 1 to 3 leaves
+a predecessor as it was, and so does a host that allows too little for one of them (`shortage`):
 
     1  get the listening sockets: systemd's, else those of a predecessor
     2  Router: takes these sockets over, and opens those that are missing
     3  import the admin's room, if --admin or systemd asks for it; start the thread `reaper` (TunnelTable.start), then
-       `loop`, which accepts clients from here on
+       `loop`, which accepts clients from here on; warn
     4  tell the predecessor to drain; listen on its names, and bind those that are missing
     5  open the admin's address (threads `admin` and `admin-<n>`), then tell systemd READY=1
 

@@ -207,7 +207,9 @@ def too_little(tunnels: bool, admin: bool, max_starting: int, root: str = "/") -
         yield (f"the memory of this host, or of its cgroup (memory.max, MemoryMax), is {memory // MIB} MiB: a router "
                f"and a tunnel may take {TUNNEL_MEMORY // MIB}")
     if tunnels and not has_temporary_folder():
-        yield "tunnels cannot start: no folder for temporary files can be written (TMPDIR, /tmp, /var/tmp)"
+        size, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        why = "TMPDIR, /tmp, /var/tmp" if size else "RLIMIT_FSIZE is 0 (ulimit -f, LimitFSIZE)"
+        yield f"tunnels cannot start: no folder for temporary files can be written ({why})"
 
 
 def has_temporary_folder() -> bool:

@@ -15,6 +15,9 @@ Threads.  Each group of methods says which thread runs it.  Other threads ask th
 (counters, connections, phase) is copied by them, or changed by single assignments.  `counters` is written by the loop
 only.  No locks.
 
+What to listen on is arranged as a whole (`arrange`): addresses may include each other, and a predecessor's sockets are
+for one family or for both.
+
 Seams: I want to ...
     open a listener with one target       set `Listener.decision` before it listens
     hear what happens                     Hooks, given to Router(); Router.endings, for each connection that ends

@@ -142,7 +142,8 @@ def test_a_signal_to_end_that_comes_while_the_router_starts_ends_it_without_a_wo
 
 
 @linux
-@pytest.mark.skipif(os.getuid() != 0 or shutil.which("unshare") is None, reason="needs root, and the Debian package util-linux")
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may make a namespace of processes")
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs the Debian package util-linux")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_process_of_a_container_does_not_miss_its_end(at_its_start, number, echo_server):
     """The kernel drops what such a process leaves to the default."""
