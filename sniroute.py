@@ -114,8 +114,8 @@ def misfit(error: ImportError) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command line.  Returns the exit code.
 
-    0 clean; 1 could not listen, failed while running, or `explain` or `selftest` found something; 2 bad settings,
-    or a file of ours that is missing.
+    0 clean; 1 could not listen, the host allows too little, failed while running, or `explain` or `selftest` found
+    something; 2 bad settings, or a file of ours that is missing.
     """
     words = sys.argv[1:] if argv is None else argv
     if any(word in (*COMMANDS, *PROGRAMS) and word != "serve" for word in words):

@@ -9,8 +9,8 @@
     Daemon   the main thread: owns the Router, the TunnelTable, the Supervisor (systemd) and the Handover
     dump     counters, tunnels and connections into the log
 
-The start.  Until the handlers are there the face keeps SIGHUP and SIGUSR1 waiting.  A failure in the steps 1 to 3 leaves
-a predecessor as it was, and so does a host that allows too little for one of them (`shortage`):
+The start.  Until the handlers are there, the face keeps SIGHUP and SIGUSR1 waiting.  A failure in the steps 1 to 3
+leaves a predecessor as it was; so does a host that allows too little for one of them (`shortage`):
 
     1  get the listening sockets: systemd's, else those of a predecessor
     2  Router: takes these sockets over, and opens those that are missing

@@ -35,6 +35,7 @@ __version__ = "0.1.0"
 START_DESCRIPTORS = 20  # streams, log, signals, systemd, loop, tunnels, the admin's address
 LISTENER_DESCRIPTORS = 2  # for each address: its listener, and its name for a successor
 CLIENT_DESCRIPTORS = 6  # a client, its backend, the three of a tunnel, and one to look something up
+START_TUNNEL_DESCRIPTORS = 5  # for each tunnel that starts: its three, its client, and the connection to it
 START_TASKS = 4  # the threads main, log, reaper and loop
 ADMIN_TASKS = 2  # `admin`, and one of its workers
 START_TUNNEL_TASKS = 2  # for each tunnel that starts: its process, and the thread that waits for it
@@ -144,7 +145,7 @@ def cgroup_limits(controller: str, file: str, old_file: str, root: str = "/") ->
 def memory_allowed(root: str = "/") -> int:
     """Bytes of memory that this process and its children may have: the host's, or less where a cgroup says so."""
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(host, *cgroup_limits("memory", "memory.max", "memory.limit_in_bytes", root), host)
+    return min([host, *cgroup_limits("memory", "memory.max", "memory.limit_in_bytes", root)])
 
 
 def task_limits(root: str = "/") -> list[tuple[str, int]]:
@@ -197,6 +198,10 @@ def too_little(tunnels: bool, admin: bool, max_starting: int, root: str = "/") -
 
     `tunnels`: whether a route needs them; `max_starting`: how many may start at once.
     """
+    descriptors = START_DESCRIPTORS + LISTENER_DESCRIPTORS + START_TUNNEL_DESCRIPTORS * max_starting
+    if tunnels and (allowed := descriptor_limits()[1]) < descriptors:
+        yield (f"RLIMIT_NOFILE (ulimit -n, LimitNOFILE) is {allowed}, and {descriptors} open files may be needed with "
+               f"--max-starting {max_starting}: raise it, or lower that one")
     # Without tunnels a host to resolve still takes a thread.
     needed = START_TASKS + ADMIN_TASKS * admin + (START_TUNNEL_TASKS * max_starting if tunnels else 1)
     for name, allowed in task_limits(root):

@@ -537,6 +537,10 @@ def cross_checked(values: Mapping[str, Any], given: Mapping[str, Given], running
         missing = [f"{room}.py" for room in OPTIONS["admin"] if not is_here(room)]
         if missing:
             wrong += [f"--admin: {file} is not beside sniroute.py: copy it there" for file in missing]
+        for host, port in values["listen"] or ():
+            if not isinstance(values["admin"], str) and port and port == values["admin"][1] and host in (
+                    "*", "0.0.0.0", values["admin"][0]):
+                wrong.append(f"{given['admin'].source}: --listen {show_address((host, port))} has that port")
     if values["admin_token"] and not SECRET.fullmatch(values["admin_token"]):
         wrong.append(f"{ADMIN_TOKEN}: has to be 16 printable characters or more, without spaces")
     for address in map(show_address, values["listen"] or ()):

@@ -11,7 +11,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from typing import Callable, Iterator
+from typing import Callable
 
 import pytest
 
@@ -20,8 +20,8 @@ from conftest import HERE, HOST, linux
 from sniroute_host import MIB, TUNNEL_MEMORY, cgroup_limits, memory_allowed, shortage, task_limits, too_little
 from sniroute_settings import load_settings
 from testbed.hellos import HELLO
-from testbed.program import PROGRAM, Program, environment, execute
-from testbed.running import TUNNEL, answer, read_exactly, route
+from testbed.program import PROGRAM, environment, execute
+from testbed.running import read_exactly, route
 
 root_only = pytest.mark.skipif(os.getuid() != 0, reason="only root may do this")
 
@@ -125,6 +125,16 @@ def test_the_default_for_tunnels_is_what_the_cgroup_has_room_for(monkeypatch, ho
 def test_what_is_too_little_is_said_at_the_start(files, tunnels, admin, starting, said, host, monkeypatch):
     monkeypatch.setattr(os, "getuid", lambda: 0)
     assert list(too_little(tunnels, admin, starting, host("0::/x\n", files))) == said
+
+
+def test_few_descriptors_for_tunnels_are_said_at_the_start(monkeypatch, host):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (41, 41))
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    root = host("", {})
+    assert list(too_little(False, False, 4, root)) == list(too_little(True, False, 3, root)) == []
+    assert list(too_little(True, False, 4, root)) == [
+        "RLIMIT_NOFILE (ulimit -n, LimitNOFILE) is 41, and 42 open files may be needed with --max-starting 4: raise it, "
+        "or lower that one"]
 
 
 @root_only

@@ -12,8 +12,6 @@ import ipaddress
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from typing import Any, Callable
@@ -26,7 +24,7 @@ import sniroute_router
 from sniroute_refusals import SettingsError
 from sniroute_routes import Decision, parse_route
 from sniroute_settings import load_settings
-from conftest import HERE, HOST, wait_until
+from conftest import HOST, wait_until
 from testbed.hellos import HELLO, ROUTED_HEADER, V1, genuine
 from testbed.program import command, has_ipv6, ipv6
 from testbed.running import DB, TUNNEL, Running, alert, answer, read_all, read_exactly, reset, route

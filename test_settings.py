@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import pathlib
@@ -498,6 +499,14 @@ def test_an_admin_address_is_loopback_or_a_path(text, good):
             sniroute_settings.parse_admin(text)
     else:
         assert sniroute_settings.parse_admin(text) == good
+
+
+@pytest.mark.parametrize("listen, taken", [
+    (":7", True), ("0.0.0.0:7", True), ("127.0.0.1:7", True), (":8", False), ("127.0.0.2:7", False), ("[::1]:7", False)])
+def test_an_admin_address_that_the_router_itself_listens_on_is_refused(listen, taken):
+    with pytest.raises(SettingsError, match="^--admin: --listen .*:7 has that port$") if taken else contextlib.nullcontext():
+        load_settings([f"--listen={listen}", "--admin=127.0.0.1:7"], {})
+    load_settings([f"--listen={listen}", "--admin=unix:/run/x"], {})
 
 
 def test_a_token_for_the_admin_is_no_joke():
