@@ -34,7 +34,7 @@ end use race, log, loop, host, names and refusals:
     sniroute_race          several addresses of one host      their order; beside each other where one is silent
     sniroute_log           the journal
     sniroute_loop          what is ready, due, asked for       epoll, timers, queues
-    sniroute_host          what this host allows               descriptors; files that others may change
+    sniroute_host          what this host allows               descriptors, tasks, memory; files that others may change
     sniroute_wire          TLS, PROXY, PostgreSQL preludes     pure parsers
     sniroute_names         names and addresses; the version
     sniroute_refusals      why a client is refused             and how it is told
@@ -71,7 +71,7 @@ if sys.version_info < (3, 11):
 
 import importlib
 import os
-import re
+import signal
 
 __version__ = "0.1.0"  # every file has it, so that `misfit` can say which files are of another version
 
@@ -86,9 +86,16 @@ PROGRAMS = {  # command: (room, function of the words behind it); these have no 
     "carrier": ("sniroute_carrier", "main"),
 }
 
+# They ask a router that runs for something, and would end one whose handlers are not there yet.
+ASKING = (signal.SIGHUP, signal.SIGUSR1)
+# As the first process of a container it would miss these meanwhile: the kernel drops what such a process leaves to the
+# default (pid_namespaces(7)).  Any other is just ended by them.
+ENDING = (signal.SIGTERM, signal.SIGINT)
+
 
 def misfit(error: ImportError) -> str:
     """What is wrong with the files where one of ours cannot be imported; "" where it is none of ours."""
+    import re  # imported late: only a fault needs it
     room = error.name or ""
     if not re.fullmatch(r"sniroute_\w+", room):
         return ""
@@ -112,30 +119,59 @@ def misfit(error: ImportError) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command line.  Returns the exit code.
 
-    0 clean; 1 could not listen, failed while running, or `explain` or `selftest` found something; 2 bad settings,
-    or a file of ours that is missing.
+    0 clean; 1 could not listen, the host allows too little, failed while running, or `explain` or `selftest` found
+    something; 2 bad settings, or a file of ours that is missing.
     """
     words = sys.argv[1:] if argv is None else argv
+    if any(word in (*COMMANDS, *PROGRAMS) and word != "serve" for word in words):
+        return run(words)
+    # First of all: a signal that comes now waits until Daemon has its handlers, and lets it come.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING + ENDING * (os.getpid() == 1))
+    interrupt = signal.getsignal(signal.SIGINT)
+    if interrupt is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the end without a traceback
     try:
-        from sniroute_host import open_standard_streams
+        return run(words)
+    finally:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, interrupt)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def run(words: list[str]) -> int:
+    """Run the command that the words name.  Returns the exit code."""
+    try:
+        from sniroute_host import mark_errors, open_standard_streams, shortage
         open_standard_streams()
-        if words and words[0] in PROGRAMS:
-            room, program = PROGRAMS[words[0]]
-            return getattr(importlib.import_module(room), program)(words[1:])
-        from sniroute_refusals import SettingsError
-        from sniroute_settings import load_settings
+        mark_errors()
         try:
-            settings = load_settings(words, dict(os.environ))
-            room, command = COMMANDS[settings.command]
-            return getattr(importlib.import_module(room), command)(settings)
-        except SettingsError as error:
-            for line in error.lines:
-                print(f"sniroute: {line}", file=sys.stderr)
-            return 2
+            return command(words)
+        except (OSError, RuntimeError, MemoryError, ImportError) as error:
+            if not shortage(error):
+                raise
+            print(f"sniroute: {shortage(error)}", file=sys.stderr)
+            return 1
     except ImportError as error:
         if not misfit(error):
             raise
         print(f"sniroute: {misfit(error)}", file=sys.stderr)
+        return 2
+
+
+def command(words: list[str]) -> int:
+    """Open the room of the command, and run it.  Returns the exit code."""
+    if words and words[0] in PROGRAMS:
+        room, program = PROGRAMS[words[0]]
+        return getattr(importlib.import_module(room), program)(words[1:])
+    from sniroute_refusals import SettingsError
+    from sniroute_settings import load_settings
+    try:
+        settings = load_settings(words, dict(os.environ))
+        room, function = COMMANDS[settings.command]
+        return getattr(importlib.import_module(room), function)(settings)
+    except SettingsError as error:
+        for line in error.lines:
+            print(f"sniroute: {line}", file=sys.stderr)
         return 2
 
 

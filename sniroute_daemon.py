@@ -9,12 +9,13 @@
     Daemon   the main thread: owns the Router, the TunnelTable, the Supervisor (systemd) and the Handover
     dump     counters, tunnels and connections into the log
 
-The start.  A failure in the steps 1 to 3 leaves a predecessor as it was:
+The start.  Until the handlers are there, the face keeps SIGHUP and SIGUSR1 waiting.  A failure in the steps 1 to 3
+leaves a predecessor as it was; so does a host that allows too little for one of them (`shortage`):
 
     1  get the listening sockets: systemd's, else those of a predecessor
     2  Router: takes these sockets over, and opens those that are missing
     3  import the admin's room, if a setting or systemd asks for it; start the thread `reaper` (TunnelTable.start), then
-       `loop`, which accepts clients from here on
+       `loop`, which accepts clients from here on; warn
     4  tell the predecessor to drain; listen on its names, and bind those that are missing
     5  open the admin's addresses (threads `admin`, `admin-<n>`, `public-<n>`), then tell systemd READY=1
 
@@ -52,12 +53,12 @@ import time
 from typing import Any
 
 from sniroute_handover import HANDOVER_MAX, HANDOVER_TIMEOUT, OFFER_AGAIN, Handover
-from sniroute_host import raise_descriptor_limit
+from sniroute_host import raise_descriptor_limit, require_descriptors, shortage
 from sniroute_log import Journal
 from sniroute_loop import WakePipe
 from sniroute_names import show_address
 from sniroute_refusals import SettingsError
-from sniroute_router import Hooks, Router, listen_addresses
+from sniroute_router import Hooks, Router, arrange, wanted_addresses
 from sniroute_settings import Settings, warn
 from sniroute_systemd import Supervisor, activated_sockets
 from sniroute_tunnels import TunnelTable
@@ -129,6 +130,9 @@ class Daemon:
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self.pipe.writer, warn_on_full_buffer=False)
+        # Those that came since the face blocked them arrive now.  From here on nothing is blocked, since each thread
+        # inherits the mask, and each child that of its thread.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self.tunnels = TunnelTable(settings.launchers, settings.ports, idle=settings.idle,
                                    start_timeout=settings.start_timeout, max_tunnels=settings.max_tunnels,
                                    max_starting=settings.max_starting)
@@ -143,6 +147,11 @@ class Daemon:
             except SettingsError as error:
                 for line in error.lines:
                     log.error("%s", line)
+                return 1
+            except (OSError, RuntimeError, MemoryError) as error:
+                if not shortage(error):
+                    raise
+                log.error("%s", shortage(error))
                 return 1
             while self.thread.is_alive():
                 for key, _ in self.selector.select(OFFER_AGAIN if self.unnamed else None):
@@ -161,11 +170,12 @@ class Daemon:
         activated = bool(sockets[""])
         inherited = sockets[""]
         if not activated:
-            addresses = [address[:2] for host, port in settings.listen for _, address in listen_addresses(host, port)]
+            addresses, _ = arrange(settings.listen)
             if len(addresses) > HANDOVER_MAX // 2:
                 raise SettingsError(f"--listen: {len(addresses)} addresses, and only {HANDOVER_MAX // 2} can be handed "
                                     "over to a successor: name fewer, or all of them as :PORT")
-            inherited = self.handover.take(addresses)
+            require_descriptors(len(addresses))
+            inherited = self.handover.take(wanted_addresses(settings.listen))
         hooks = Hooks(self.journal.emit, self.supervisor.beat, self.reload)
         self.router = router = Router(settings, self.tunnels, hooks, inherited, activated)
         asked = [name for name, where in (("admin", settings.admin), ("admin-public", settings.admin_public))
@@ -176,10 +186,13 @@ class Daemon:
             except Exception as error:
                 raise SettingsError(f"--{asked[0]}: sniroute_admin.py: {error}") from None
         self.tunnels.start()
-        warn(settings)
         tune_interpreter()
-        self.thread = threading.Thread(target=self._loop, name="loop", daemon=True)
-        self.thread.start()
+        loop = threading.Thread(target=self._loop, name="loop", daemon=True)
+        loop.start()
+        self.thread = loop  # only now: a thread that could not start cannot be joined
+        warn(settings)
+        if router.left_out:
+            log.warning("%s", router.left_out)
         for listener in router.listeners:
             log.info("listening on %s", show_address(listener.getsockname()))
         succeeded = self.handover.dismiss()
@@ -205,7 +218,8 @@ class Daemon:
         try:
             self.admin = sniroute_admin.attach(self.router, self.settings, listeners, alone)
         except Exception as error:
-            fault = str(error) if isinstance(error, OSError) else f"--{asked}: {error}"
+            short = shortage(error)
+            fault = str(error) if isinstance(error, OSError) and not short else f"--{asked}: {short or error}"
             if alone:
                 raise SettingsError(fault) from None
             log.error("%s: going on without it", fault)
@@ -226,6 +240,7 @@ class Daemon:
         if self.router is not None:
             self.router.server_close()
             log.info("stopped")
+            self.supervisor.farewell(self.router)
         self.handover.close()  # after the listeners: a process that finds no name opens the address itself
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one more must not interrupt the end: see `serve`
         signal.set_wakeup_fd(-1)
@@ -365,7 +380,8 @@ class Daemon:
 
 
 def serve(settings: Settings) -> int:
-    """`sniroute serve`: run until a signal ends it.  Returns the exit code."""
+    """`sniroute serve`: run until a signal ends it.  Returns the exit code.  Raises what `shortage` can explain."""
+    require_descriptors(len(settings.listen))
     raise_descriptor_limit()
     # Instead of sys.stderr: Python flushes that one at its exit, and hangs or fails there if nobody reads it.
     stream = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), "ascii", "replace", write_through=True)

@@ -1,12 +1,23 @@
-"""sniroute_host: what this host allows a process.
+"""sniroute_host: what this host allows a process: descriptors, tasks, memory, ports; and where stderr goes.
 
-    descriptors    how many there may be; 0 to 2 are never a client's
-    files          who else may change one that we run, or whose settings we follow
+    getrlimit(2) ------------------+
+    /proc/self/cgroup              |      what a setting is derived from        descriptor_limits, memory_allowed
+      --> /sys/fs/cgroup/...  -----+--->  what is too little, at the start      require_descriptors, too_little
+    /proc/sys -----------------------+    why a start failed, in one sentence   shortage
+    owners and modes of files -------+    who else may change one that we run   changed_by_others
 
-Threads: main, at the start; `changed_by_others` also the reaper, before it starts a program.
+A cgroup has the limits of all cgroups above it, too, and a container sees its own as the root, so every folder from
+the process's own up to the root is asked.  Functions that read files take the folder `root`, so that tests can give
+them other files.
+
+A task is a thread or a process: RLIMIT_NPROC and pids.max count both.
+
+Threads: main, at the start and at a reload; `changed_by_others` also the reaper, before it starts a program.
 
 Seams: I want to ...
     derive a setting from the host     a function here, and `derived` of sniroute_settings
+    say that something is too little   a line in `too_little`: at the start, and in `check`
+    explain another failed start       a branch in `shortage`
     trust somebody else, too           `changed_by_others`, ROOTS_GROUPS
 
 This room imports the standard library only.
@@ -19,12 +30,28 @@ import os
 import resource
 import stat
 import sys
+from typing import Any, Iterator
 
 __version__ = "0.1.0"
 
 PATHS_MAX = 1000  # characters of a sentence about a file: it names paths three times
 ROOTS_GROUPS = frozenset((0, 80) if sys.platform == "darwin" else (0,))  # wheel or root, and admin in macOS
 LINKS_MAX = 40  # symlinks in one path: what the kernel follows (path_resolution(7))
+# What a start takes, and the least that is of use.
+START_DESCRIPTORS = 20  # streams, log, signals, systemd, loop, tunnels, the admin's address
+LISTENER_DESCRIPTORS = 2  # for each address: its listener, and its name for a successor
+CLIENT_DESCRIPTORS = 6  # a client, its backend, the three of a tunnel, and one to look something up
+START_TUNNEL_DESCRIPTORS = 5  # for each tunnel that starts: its three, its client, and the connection to it
+START_TASKS = 4  # the threads main, log, reaper and loop
+ADMIN_TASKS = 2  # `admin`, and one of its workers
+START_TUNNEL_TASKS = 2  # for each tunnel that starts: its process, and the thread that waits for it
+START_MEMORY = 128 << 20  # bytes of address space: the stacks of threads are most of it
+TUNNEL_MEMORY = 64 << 20  # bytes of the host for each process of a tunnel program: cloudflared takes about 28 MB
+LINUX_PORTS = 32768, 60999  # net.ipv4.ip_local_port_range, where nobody has changed it (ip(7))
+MIB = 1 << 20
+
+
+# -- standard streams --------------------------------------------------------------------------
 
 
 def open_standard_streams() -> None:
@@ -34,6 +61,47 @@ def open_standard_streams() -> None:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+
+
+def under_journald(stream: Any) -> bool:
+    """Whether this stream goes to journald (systemd.exec(5), JOURNAL_STREAM)."""
+    try:
+        state = os.fstat(stream.fileno())
+    except (AttributeError, OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{state.st_dev}:{state.st_ino}"
+
+
+class ErrorStream:
+    """Stands in for sys.stderr below journald: a line that has no priority gets that of an error (sd-daemon(3)).
+
+    So whatever a command prints there, argparse's usage and a traceback, too, is found by `journalctl -p err`.
+    """
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+        self.within = False  # the last write ended in the middle of a line
+
+    def write(self, text: str) -> int:
+        """Write it, with `<3>` before each line that begins here and has no priority of its own."""
+        for line in text.splitlines(keepends=True):
+            if not self.within and not (line[:1] == "<" and line[1:2].isdecimal() and line[2:3] == ">"):
+                self.stream.write("<3>")
+            self.stream.write(line)
+            self.within = not line.endswith("\n")
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def mark_errors() -> None:
+    """Have all that is printed to stderr from now on bear a priority, where journald takes it."""
+    if under_journald(sys.stderr):
+        sys.stderr = ErrorStream(sys.stderr)
+
+
+# -- limits ------------------------------------------------------------------------------------
 
 
 def descriptor_limits() -> tuple[int, int]:
@@ -49,6 +117,142 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (OSError, ValueError):
         pass  # macOS has a lower limit of its own; a sandbox may forbid it
+
+
+def cgroup_limits(controller: str, file: str, old_file: str, root: str = "/") -> Iterator[int]:
+    """The numbers that a file has in this process's cgroup and in all above it (cgroups(7)).
+
+    `file` is that of version 2, `old_file` that of the `controller` in version 1; a host may have both versions.
+    """
+    mounts = os.path.join(root, "sys/fs/cgroup")
+    try:
+        with open(os.path.join(root, "proc/self/cgroup"), encoding="utf-8", errors="surrogateescape") as table:
+            rows = [row.rstrip("\n").split(":", 2) for row in table]
+    except OSError:
+        return  # no Linux, no /proc
+    for row in rows:
+        number, controllers, path = row if len(row) == 3 else ("", "", "")
+        if number == "0" and not controllers:
+            folders, name = (mounts, os.path.join(mounts, "unified")), file
+        elif controller in controllers.split(","):
+            folders, name = (os.path.join(mounts, controllers), os.path.join(mounts, controller)), old_file
+        else:
+            continue
+        parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+        for folder in folders:
+            for depth in range(len(parts), -1, -1):
+                try:
+                    with open(os.path.join(folder, *parts[:depth], name)) as limit:
+                        yield int(limit.read())
+                except (OSError, ValueError):
+                    pass  # no such limit here; "max": there is none
+
+
+def memory_allowed(root: str = "/") -> int:
+    """Bytes of memory that this process and its children may have: the host's, or less where a cgroup says so."""
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([host, *cgroup_limits("memory", "memory.max", "memory.limit_in_bytes", root)])
+
+
+def task_limits(root: str = "/") -> list[tuple[str, int]]:
+    """What limits the number of tasks here, and to how many: (for people, number).  Empty where nothing does."""
+    limits = []
+    allowed = list(cgroup_limits("pids", "pids.max", "pids.max", root))
+    if allowed:
+        limits.append(("pids.max of its cgroup (TasksMax)", min(allowed)))
+    processes, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    if processes != resource.RLIM_INFINITY and os.getuid():  # root is exempt (getrlimit(2))
+        limits.append(("RLIMIT_NPROC (ulimit -u, LimitNPROC)", processes))
+    return limits
+
+
+def local_ports(root: str = "/") -> tuple[int, int, bool] | None:
+    """The first and the last port that the kernel gives to whoever asks for any, and whether it has said so.
+
+    A sandbox may hide the file (ProcSubset of systemd.exec(5)): then it is Linux's default.  None on another system.
+    """
+    try:
+        with open(os.path.join(root, "proc/sys/net/ipv4/ip_local_port_range")) as file:
+            first, last = map(int, file.read().split())
+            return first, last, True
+    except (OSError, ValueError):
+        return (*LINUX_PORTS, False) if sys.platform == "linux" else None
+
+
+# -- too little --------------------------------------------------------------------------------
+
+
+class TooLittle(RuntimeError):
+    """The host allows less than a start needs.  The message is one sentence for people."""
+
+
+def few_descriptors(needed: int) -> str:
+    """The sentence for a limit of open files that is too low."""
+    _, hard = descriptor_limits()
+    return f"RLIMIT_NOFILE is {hard} (ulimit -n, LimitNOFILE), and {needed} open files are needed at least"
+
+
+def require_descriptors(listeners: int) -> None:
+    """Raise TooLittle where this many listeners and one client cannot have their descriptors."""
+    needed = START_DESCRIPTORS + LISTENER_DESCRIPTORS * listeners + CLIENT_DESCRIPTORS
+    if descriptor_limits()[1] < needed:
+        raise TooLittle(few_descriptors(needed))
+
+
+def too_little(tunnels: bool, admin: bool, max_starting: int, root: str = "/") -> Iterator[str]:
+    """What this host has too little of to serve as it is asked to, a line each.
+
+    `tunnels`: whether a route needs them; `max_starting`: how many may start at once.
+    """
+    descriptors = START_DESCRIPTORS + LISTENER_DESCRIPTORS + START_TUNNEL_DESCRIPTORS * max_starting
+    if tunnels and (allowed := descriptor_limits()[1]) < descriptors:
+        yield (f"RLIMIT_NOFILE (ulimit -n, LimitNOFILE) is {allowed}, and {descriptors} open files may be needed with "
+               f"--max-starting {max_starting}: raise it, or lower that one")
+    # Without tunnels a host to resolve still takes a thread.
+    needed = START_TASKS + ADMIN_TASKS * admin + (START_TUNNEL_TASKS * max_starting if tunnels else 1)
+    for name, allowed in task_limits(root):
+        if allowed < needed:
+            yield (f"{name} is {allowed}, and {needed} threads and processes may be needed"
+                   + (f" with --max-starting {max_starting}: raise it, or lower that one" if tunnels else ": raise it"))
+    if tunnels and (memory := memory_allowed(root)) < TUNNEL_MEMORY:
+        yield (f"the memory of this host, or of its cgroup (memory.max, MemoryMax), is {memory // MIB} MiB: a router "
+               f"and a tunnel may take {TUNNEL_MEMORY // MIB}")
+    if tunnels and not has_temporary_folder():
+        size, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        why = "TMPDIR, /tmp, /var/tmp" if size else "RLIMIT_FSIZE is 0 (ulimit -f, LimitFSIZE)"
+        yield f"no folder for temporary files can be written ({why}): tunnel programs get no home"
+
+
+def has_temporary_folder() -> bool:
+    """Whether there is a folder for the home of tunnel programs: systemd's, or that for temporary files."""
+    import tempfile  # imported late: `check` and the carrier can do without
+    try:
+        return bool(os.environ.get("RUNTIME_DIRECTORY") or tempfile.gettempdir())
+    except OSError:
+        return False
+
+
+def shortage(error: BaseException, root: str = "/") -> str:
+    """Why a start failed, in one sentence, where the host allows too little; "" where it is anything else."""
+    number = getattr(error, "errno", None)
+    if isinstance(error, TooLittle):
+        return str(error)
+    if number == errno.EMFILE:
+        return few_descriptors(START_DESCRIPTORS + LISTENER_DESCRIPTORS + CLIENT_DESCRIPTORS)
+    if number == errno.ENFILE:
+        return "this host has no descriptor left (sysctl fs.file-max)"
+    space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [] if space == resource.RLIM_INFINITY else [f"RLIMIT_AS is {space // MIB} MiB (ulimit -v, LimitAS)"]
+    if isinstance(error, RuntimeError) and "new thread" in str(error):
+        needed = f"{START_TASKS + 1} threads and processes are needed at least"
+        needed += f", and {START_MEMORY // MIB} MiB of address space" if limits else ""
+        limits += [f"{name} is {allowed}" for name, allowed in task_limits(root)]
+        return f"no thread can be started ({', '.join(limits) or 'the host is full'}): {needed}"
+    if isinstance(error, MemoryError) or number == errno.ENOMEM \
+            or isinstance(error, ImportError) and "failed to map" in str(error):  # what dlopen(3) says
+        return (f"memory is short ({', '.join(limits) or 'the host, or its cgroup, has none left'}): "
+                f"{START_MEMORY // MIB} MiB of address space are needed at least")
+    return ""
 
 
 # -- files -------------------------------------------------------------------------------------

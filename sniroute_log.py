@@ -15,12 +15,13 @@ Seams: I want to ...
     add a way for a connection to end      a row in ENDINGS, and in OPERATING.md
     add a field to each connection's line  `Ending` and `Journal.ending`
 
-It imports the loop (for WakePipe), names and refusals.
+It imports the loop (for WakePipe), the host (whether journald reads), names and refusals.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import json
 import logging
@@ -31,6 +32,7 @@ import threading
 import time
 from typing import Any, Callable, NamedTuple
 
+from sniroute_host import under_journald
 from sniroute_loop import WakePipe
 from sniroute_names import printable, show_address
 from sniroute_refusals import REFUSALS
@@ -46,6 +48,7 @@ LOG_ENDINGS = 10000  # connections that ended in one way, refusals aside: more t
 LOG_REFUSALS = 100  # connections refused for one reason: strangers can cause them
 LOG_EVENTS = 250  # events with the same words: a dump has at most 200 lines of a kind
 LOG_NAP = 0.02  # between two writes: one system call for many lines
+LOG_REST = 0.5  # after a fault of ours in the thread `log`, which would be there again at once
 LAST_WRITE = 1.0  # for the lines that are left when the program ends
 
 # The ways a connection can end, refusals aside: the word in its line, and what it means.
@@ -137,7 +140,21 @@ class Journal(logging.Handler):
         self.close()
 
     def _run(self) -> None:
-        """The thread `log`."""
+        """The thread `log`: whatever happens in it, it goes on; the router does, too, and would do so unseen."""
+        while True:
+            try:
+                return self._serve()
+            except Exception as error:
+                # Straight to stderr, instead of through what has just failed.
+                said = f"{'<3>' if self.journald else ''}sniroute: the log goes on after a fault, please report it: "
+                with contextlib.suppress(OSError):
+                    os.write(2, f"{said}{printable(repr(error), 500)}\n".encode())
+                if self.stopping:
+                    return
+                time.sleep(LOG_REST)
+
+    def _serve(self) -> None:
+        """Write what comes until `stop`."""
         while not self.stopping:
             if self.lines:
                 self._write()
@@ -260,12 +277,3 @@ def timestamp(millisecond: int) -> str:
 # A level of logging, its word in a line, and syslog's number for it (RFC 5424 6.2.1).
 LEVELS = {logging.DEBUG: ("debug", 7), logging.INFO: ("info", 6), logging.WARNING: ("warning", 4),
           logging.ERROR: ("error", 3)}
-
-
-def under_journald(stream: Any) -> bool:
-    """Whether this stream goes to journald (systemd.exec(5), JOURNAL_STREAM)."""
-    try:
-        state = os.fstat(stream.fileno())
-    except (AttributeError, OSError, ValueError):
-        return False
-    return os.environ.get("JOURNAL_STREAM") == f"{state.st_dev}:{state.st_ino}"

@@ -15,6 +15,9 @@ Threads.  Each group of methods says which thread runs it.  Other threads ask th
 (counters, connections, phase) is copied by them, or changed by single assignments.  `counters` is written by the loop
 only.  No locks.
 
+What to listen on is arranged as a whole (`arrange`): addresses may include each other, and a predecessor's sockets are
+for one family or for both.
+
 Seams: I want to ...
     open a listener with one target       set `Listener.decision` before it listens
     hear what happens                     Hooks, given to Router(); Router.endings, for each connection that ends
@@ -264,16 +267,86 @@ class Listener6(Listener):
     family = socket.AF_INET6
 
 
-def listen_addresses(host: str, port: int) -> list[tuple[int, tuple]]:
-    """(family, address) of what a --listen means.  Raises SettingsError."""
+ANY4, ANY6 = "0.0.0.0", "::"
+Place = tuple[int, tuple]  # a family and a socket address
+
+
+def listen_addresses(host: str, port: int) -> list[Place]:
+    """(family, address) of what a --listen means; each once, IPv4 inside IPv6 as IPv4.  Raises SettingsError."""
     if host == "*":  # as getsockname() says it: so a socket that is handed over is known again
         both = socket.has_dualstack_ipv6()
-        return [(socket.AF_INET6, ("::", port, 0, 0)) if both else (socket.AF_INET, ("0.0.0.0", port))]
+        return [(socket.AF_INET6, (ANY6, port, 0, 0)) if both else (socket.AF_INET, (ANY4, port))]
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
+        if getattr(error, "errno", None) in CAPACITY_ERRNOS:
+            raise  # the start says which limit that is
         raise SettingsError(f"--listen {host}:{port}: {getattr(error, 'strerror', error)}") from None
-    return [(family, address) for family, _, _, _, address in found]
+    places: dict[Place, None] = {}
+    for family, _, _, _, address in found:
+        if family == socket.AF_INET6 and "%" not in address[0] and parse_ip(address[0]).version == 4:
+            family, address = socket.AF_INET, (str(parse_ip(address[0])), address[1])
+        places[family, address] = None
+    return list(places)
+
+
+def for_both(listen: Sequence[tuple[str, int]]) -> set[int]:
+    """The ports at which the IPv6 socket for every address is to take IPv4 clients, too.
+
+    `:PORT` means that.  `[::]:PORT` does where no IPv4 address is named for the port.
+    """
+    places = [place for host, port in listen if host != "*" for place in listen_addresses(host, port)]
+    named = {address[1] for family, address in places if family == socket.AF_INET}
+    return ({port for host, port in listen if host == "*" and socket.has_dualstack_ipv6()}
+            | {address[1] for _, address in places if address[0] == ANY6} - named) - {0}
+
+
+def wanted_addresses(listen: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The addresses that a predecessor may have sockets for.
+
+    Where one socket is to do for both families, it may have two.
+    """
+    found = [address[:2] for host, port in listen for _, address in listen_addresses(host, port)]
+    return list(dict.fromkeys(found + [(ANY4, port) for port in sorted(for_both(listen))]))
+
+
+def arrange(listen: Sequence[tuple[str, int]], inherited: Sequence[socket.socket] = ()) -> tuple[list[Place], str]:
+    """What to open for `listen`, or to take from the `inherited` sockets; and a sentence about what is left out.
+
+    Two sockets cannot have one port where the address of one takes the other's clients: the kernel says "Address
+    already in use".  So an address that another one includes is left out.  Port 0 is another port each time.
+    """
+    places: list[Place] = []
+    left: list[str] = []
+    for host, port in listen:
+        for place in listen_addresses(host, port):
+            if port and place in places:
+                left.append(f"{show_address(place[1])} (named twice)")
+            else:
+                places.append(place)
+    # A predecessor's sockets are as they are: one for each family, or one for both.
+    split, joined = set(), set()
+    for sock in inherited:
+        host, port = sock.getsockname()[:2]
+        if host == ANY4 or host == ANY6 and sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+            split.add(port)
+        elif host == ANY6:
+            joined.add(port)
+    both = for_both(listen)
+    places += [place for port in sorted(both & split) if (place := (socket.AF_INET, (ANY4, port))) not in places]
+    kept = []
+    for family, address in places:
+        port, includes = address[1], ()
+        if port and family == socket.AF_INET:
+            includes = (ANY4, ANY6) if port in both - split | joined else (ANY4,)
+        elif port:
+            includes = (ANY6,)
+        over = [other for _, other in places if other[0] in includes and other[1] == port and other != address]
+        if over:
+            left.append(f"{show_address(address)} ({show_address(over[0])})")
+        else:
+            kept.append((family, address))
+    return kept, f"--listen: left out, since another address takes their clients: {', '.join(left)}" if left else ""
 
 
 def end_sink(sink: socket.SocketType) -> None:
@@ -350,8 +423,9 @@ class Router(socketserver.ThreadingTCPServer):
         # Listeners.
         self.listeners: list[Listener] = []
         self.inherited = list(inherited)
-        self.addresses = [(listener.family, listener.getsockname()) for listener in inherited] if activated else [
-            found for host, port in settings.listen for found in listen_addresses(host, port)]
+        self.addresses, self.left_out = (
+            [(listener.family, listener.getsockname()) for listener in inherited], "") if activated else arrange(
+            settings.listen, inherited)
         hosts = [host for host, _ in settings.listen] + [os.uname().nodename]
         self.own_names = {host.lower().removesuffix(".") for host in hosts}
         self.address_family = self.addresses[0][0]
@@ -361,22 +435,27 @@ class Router(socketserver.ThreadingTCPServer):
 
     def server_bind(self) -> None:
         """Bind every address.  Options set here are inherited by what is accepted."""
+        taken = {(family, address[1]) for family, address in self.addresses if address[1]}
         for family, address in self.addresses:
             inherited = next((each for each in self.inherited if each.getsockname() == address), None)
             if inherited is not None:
                 self.inherited.remove(inherited)
-            listener = (Listener6 if family == socket.AF_INET6 else Listener)(inherited and inherited.detach())
-            self.listeners.append(listener)
+            # IPv4 clients are its own unless another of our sockets has them, which could not be bound then.
+            both = address[0] == ANY6 and (socket.AF_INET, address[1]) not in taken
             try:
+                listener = (Listener6 if family == socket.AF_INET6 else Listener)(inherited and inherited.detach())
+                self.listeners.append(listener)
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 keep_alive(listener)
                 if inherited is not None:
                     continue
                 if family == socket.AF_INET6:
-                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::")
+                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.bind(address)
             except OSError as error:
+                if error.errno in CAPACITY_ERRNOS:
+                    raise  # the start says which limit that is
                 raise SettingsError(f"--listen {show_address(address)}: {error.strerror}") from None
         self.socket.close()  # TCPServer makes one of its own class
         self.socket = self.listeners[0]
@@ -646,6 +725,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.paused = False
         log.info("draining: %d connections have %g s to end", len(self.connections), seconds)
         self.drain_end.set(monotonic() + seconds)
+        self.heartbeat.set(0.0)  # systemd is told at once that this may take long
         if not self.connections:
             self._stop()
 

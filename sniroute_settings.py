@@ -29,7 +29,8 @@ import re
 import stat
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
-from sniroute_host import PATHS_MAX, changed_by_others, descriptor_limits
+from sniroute_host import (PATHS_MAX, TUNNEL_MEMORY, changed_by_others, descriptor_limits, local_ports, memory_allowed,
+                           too_little)
 from sniroute_launchers import (SERVICE_TOKEN, TUNNEL_IDENTITY, Launcher, carrier_launcher, cloudflared_launcher,
                                 identity_faults, inherited)
 from sniroute_names import (OPTIONS, Network, describe_version, is_here, parse_host_port, parse_network, printable,
@@ -46,7 +47,6 @@ log = logging.getLogger("sniroute")
 # Limits, each with its reason.
 SPARE_FDS = 400  # descriptors for 101 tunnels (three each), the pipes, listeners, the admin's 64 clients and the log
 UNIX_PATH_MAX = 90  # sun_path of unix(7) has 108 bytes, or 104; some are for the name it has before it is ready
-TUNNEL_MEMORY = 64 << 20  # bytes of the host for each process of a tunnel program: cloudflared takes about 28 MB
 SECRET = re.compile(r"[!-~]{16,}")  # a token: printable, and too long to be guessed
 
 
@@ -100,9 +100,18 @@ def parse_networks(text: str) -> tuple[Network, ...]:
         raise ValueError(f"{error}: a network is 192.0.2.0/24, or one address{advice}") from None
 
 
+def absolute(text: str) -> str:
+    """A path as it is from `/`: the folder that a program was started in may go.  Raises ValueError."""
+    try:
+        return os.path.abspath(text)
+    except OSError as error:
+        raise ValueError(f"{text!r} is relative to a folder that cannot be used ({error.strerror}): "
+                         "give the whole path, from /") from None
+
+
 def parse_program(text: str) -> str:
     """The tunnel program: a file that runs, and that only root and this user may change."""
-    path = os.path.abspath(text)
+    path = absolute(text)
     if not os.path.isfile(path) or not os.access(path, os.X_OK):
         raise ValueError(f"{text!r} is not a program: there is no such file, or it may not be executed")
     fault = changed_by_others(path)
@@ -114,7 +123,7 @@ def parse_program(text: str) -> str:
 def parse_admin(text: str) -> str | tuple[str, int]:
     """`unix:PATH`, which gives the path, or a loopback HOST:PORT.  Raises ValueError."""
     if text.startswith("unix:"):
-        path = os.path.abspath(text[5:])
+        path = absolute(text[5:])
         if not re.fullmatch(r"[!-~]+", text[5:]) or len(path) > UNIX_PATH_MAX:
             raise ValueError(f"{text!r} is not unix:PATH with at most {UNIX_PATH_MAX} characters, without spaces")
         return path
@@ -181,7 +190,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("config", "FILE", os.path.abspath, None,
+    Setting("config", "FILE", absolute, None,
             "a file of settings (TOML): all of these, and routes with options of their own", key="", short=("-c",)),
     Setting("listen", "ADDRESS", parse_listen, ":19000",
             "where to listen: HOST:PORT, [::1]:PORT, or :PORT for every address (default :19000); repeatable",
@@ -245,6 +254,7 @@ class Settings(NamedTuple):
 
     command: str
     name: str | None  # what `explain` is about
+    quiet: bool  # `check` prints no routes
     config: str | None
     listen: list[tuple[str, int]]
     route: list[Route]
@@ -294,8 +304,8 @@ def meant(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(words)}"
 
 
-def read_settings(path: str, wrong: list[str], again: bool) -> dict[str, Any]:
-    """What a file says, parsed, by key.  What is wrong with it is added to `wrong`, a line each.
+def read_settings(path: str, wrong: list[str], again: bool) -> dict[str, Any] | None:
+    """What a file says, parsed, by key; None where it cannot be read.  What is wrong goes to `wrong`, a line each.
 
     Read `again`, it has to be a file: a pipe, as `-c <(...)` gives, would be empty, or be waited for.
     """
@@ -303,6 +313,9 @@ def read_settings(path: str, wrong: list[str], again: bool) -> dict[str, Any]:
     values: dict[str, Any] = {}
     rows = {row.file_key: row for row in SETTINGS if row.file_key and row.file_key != "routes"}
     table = read_toml(path, faults, again)
+    if table is None:
+        wrong += [f"{path}: {fault}" for fault in faults]
+        return None
     routes = table.pop("routes", None)
     for key, value in table.items():
         if key not in rows:
@@ -318,8 +331,8 @@ def read_settings(path: str, wrong: list[str], again: bool) -> dict[str, Any]:
     return values
 
 
-def read_toml(path: str, faults: list[str], again: bool) -> dict[str, Any]:
-    """The tables of a TOML file that nobody else may change; empty, and a fault, where that cannot be had."""
+def read_toml(path: str, faults: list[str], again: bool) -> dict[str, Any] | None:
+    """The tables of a TOML file that nobody else may change; None, and a fault, where that cannot be had."""
     import tomllib  # imported late: a megabyte that only a file of settings needs
     try:
         if again and not stat.S_ISREG(os.stat(path).st_mode):
@@ -335,7 +348,7 @@ def read_toml(path: str, faults: list[str], again: bool) -> dict[str, Any]:
         faults.append(error.strerror)
     except (ValueError, RecursionError) as error:  # no TOML, or no UTF-8
         faults.append(str(error))
-    return {}
+    return None
 
 
 def decoded(data: bytes) -> str:
@@ -385,7 +398,7 @@ def read_routes(table: Any, wrong: list[str]) -> list[Route]:
 COMMANDS = ("serve", "check", "explain", "selftest")
 USAGE = """\
 %(prog)s [serve] [options]
-       %(prog)s check [options]           validate the settings and print the routes
+       %(prog)s check [--quiet] [options] validate the settings and print the routes
        %(prog)s explain NAME [options]    what would happen to this name, and why
        %(prog)s selftest                  the hard cases, against itself, on loopback
        %(prog)s bundle [-o FILE] [--with OPTION,...]   one file, which any Python from 3.11 runs
@@ -414,9 +427,13 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     for row in SETTINGS:
         parser.add_argument(*row.short, f"--{row.name}", metavar=row.metavar, help=row.help.replace("%", "%%"),
                             action="append" if row.many else "store")
+    parser.add_argument("-q", "--quiet", action="store_true",
+                        help="with check: print what is wrong, and warnings, but no routes")
     parser.add_argument("-V", "--version", action=ShowVersion, nargs=0,
                         help="show the version, and which options are here")
     given = parser.parse_intermixed_args(argv)
+    if given.quiet and given.command != "check":
+        parser.error("--quiet goes with check")
     if (given.command == "explain") != (given.name is not None):
         parser.error("explain takes one NAME" if given.command == "explain" else f"unexpected {given.name!r}")
     return given
@@ -442,21 +459,32 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], running: Sett
     """
     asked = parse_command_line(argv)
     wrong: list[str] = []
-    path = asked.config or environ.get("SNIROUTE_CONFIG")
+    path = running.config if running else config_path(asked.config, environ, wrong)
     file = read_settings(path, wrong, running is not None) if path else {}
-    given, covered = sources(asked, environ, file, path)
-    values = parsed(given, wrong)
+    given, covered = sources(asked, environ, file or {}, path)
+    values = parsed(given, running, wrong)
+    values["config"] = path
     kept = keep_fixed(values, given, running)
     values["admin_token"] = environ.get(ADMIN_TOKEN, "").strip() or None
-    values["open_to_all"] = given["route"].source == "default"
+    values["open_to_all"] = given["route"].source == "default" and file is not None  # else nobody knows
     values["routes"] = configured_routes(values, given["route"].source, environ, wrong)
     cross_checked(values, given, running, wrong)
     wrong += identity_faults(environ)
     if wrong:
         raise SettingsError(*wrong)
     values["launchers"] = running.launchers if running else tunnel_launchers(values["cloudflared"], environ)
-    return Settings(command=asked.command, name=asked.name, covered=covered, kept=kept,
+    return Settings(command=asked.command, name=asked.name, quiet=asked.quiet, covered=covered, kept=kept,
                     again=functools.partial(load_settings, argv, environ), **derived(values))
+
+
+def config_path(asked: str | None, environ: Mapping[str, str], wrong: list[str]) -> str | None:
+    """The path of the file, from `/`, so that a reload finds it wherever the process is then.  None without one."""
+    source, text = ("--config", asked) if asked else ("SNIROUTE_CONFIG", environ.get("SNIROUTE_CONFIG"))
+    try:
+        return absolute(text) if text else None
+    except ValueError as error:
+        wrong.append(f"{source}: {error}")
+        return None
 
 
 def sources(asked: argparse.Namespace, environ: Mapping[str, str], file: Mapping[str, Any],
@@ -464,6 +492,8 @@ def sources(asked: argparse.Namespace, environ: Mapping[str, str], file: Mapping
     """Where each setting comes from, by field, and a line for each key of the file that is not used."""
     given, covered = {}, []
     for row in SETTINGS:
+        if row.name == "config":
+            continue  # it says where the others are
         text, source = getattr(asked, row.field), f"--{row.name}"
         if text is None and environ.get(row.variable):
             text, source = environ[row.variable], row.variable
@@ -480,12 +510,19 @@ def sources(asked: argparse.Namespace, environ: Mapping[str, str], file: Mapping
     return given, covered
 
 
-def parsed(given: Mapping[str, Given], wrong: list[str]) -> dict[str, Any]:
-    """The values, by field; None for what is wrong, which is added to `wrong`."""
+def parsed(given: Mapping[str, Given], running: Settings | None, wrong: list[str]) -> dict[str, Any]:
+    """The values, by field; None for what is wrong, which is added to `wrong`.
+
+    What a router that runs cannot change is not read again from its options: a path in them may lead nowhere by now.
+    """
     values = {}
     for row in SETTINGS:
+        if row.name == "config":
+            continue  # `config_path`
         source, text, value = given[row.field]
-        if text is not None:
+        if running is not None and row.fixed and text is not None and source != "default":
+            value = getattr(running, row.field)
+        elif text is not None:
             try:
                 value = [row.parse(each) for each in text] if row.many else row.parse(text)
             except ValueError as error:
@@ -520,11 +557,12 @@ def cross_checked(values: Mapping[str, Any], given: Mapping[str, Given], running
     if asked:
         wrong += [f"{asked}: {room}.py is not beside sniroute.py: copy it there" for room in OPTIONS["admin"]
                   if not is_here(room)]
-    if values["admin_public"] is not None:
-        for name, other in (("admin", values["admin"]), *(("listen", each) for each in values["listen"] or ())):
-            if overlap(values["admin_public"], other):
-                wrong.append(f"{given['admin_public'].source}: {show_address(values['admin_public'])} is a part of "
-                             f"--{name} {show_address(other)}, or all of it: give it a port of its own")
+    listened = [("listen", address) for address in values["listen"] or ()]
+    for name, others in (("admin", listened), ("admin_public", [("admin", values["admin"]), *listened])):
+        for other, address in others:
+            if overlap(values[name], address):
+                wrong.append(f"{given[name].source}: {show_address(values[name])} is a part of "
+                             f"--{other} {show_address(address)}, or all of it: give it a port of its own")
     if values["admin_token"] and not SECRET.fullmatch(values["admin_token"]):
         wrong.append(f"{ADMIN_TOKEN}: has to be 16 printable characters or more, without spaces")
     for address in map(show_address, values["listen"] or ()):
@@ -535,9 +573,9 @@ def cross_checked(values: Mapping[str, Any], given: Mapping[str, Given], running
         wrong.append("there are no routes any more: every name would be served")  # a file that is being written
 
 
-def overlap(one: tuple[str, int], other: str | tuple[str, int] | None) -> bool:
-    """Whether two addresses to listen on have an address in common; for names only where they are the same name."""
-    if not isinstance(other, tuple) or one[1] != other[1] or not one[1]:
+def overlap(one: str | tuple[str, int] | None, other: str | tuple[str, int] | None) -> bool:
+    """Whether two places to listen have a TCP address in common; for names only where they are the same name."""
+    if not isinstance(one, tuple) or not isinstance(other, tuple) or one[1] != other[1] or not one[1]:
         return False
     hosts = ["127.0.0.1" if host == "localhost" else host.lower() for host, _ in (one, other)]
     return any(a == b or a in ("*", "::") or a == "0.0.0.0" and ":" not in b for a, b in (hosts, reversed(hosts)))
@@ -556,7 +594,7 @@ def derived(values: dict[str, Any]) -> dict[str, Any]:
 def tunnels_that_fit(values: Mapping[str, Any]) -> int:
     """As many as there are ports; where each has a process of its own, as many as fit into the host's memory."""
     first, last = values["ports"]
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = memory_allowed()
     used = {route.target.partition(":")[0] for route in values["route"]}
     share = min((row.carries for scheme, row in values["launchers"].items() if scheme in used), default=1)
     return max(1, min(last - first + 1, memory * share // TUNNEL_MEMORY))
@@ -604,11 +642,10 @@ def warn(settings: Settings) -> None:
     if settings.max_connections > settings.fit:
         log.warning("--max-connections %d is more than the limit of open files allows (%d): raise LimitNOFILE",
                     settings.max_connections, settings.fit)
-    try:
-        with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
-            low, high = map(int, file.read().split())
-    except (OSError, ValueError):
-        return
+    tunnels = any(route.scheme.is_tunnel for route in settings.routes.routes)
+    for line in too_little(tunnels, settings.admin is not None, settings.max_starting):
+        log.warning("%s", line)
+    low, high, said = local_ports() or (1, 0, True)
     if settings.ports[0] <= high and settings.ports[1] >= low:
-        log.warning("--ports %d-%d overlap the kernel's own (%d-%d): a tunnel's port may be taken at any time",
-                    *settings.ports, low, high)
+        log.warning("--ports %d-%d overlap the kernel's own (%d-%d%s): a tunnel's port may be taken at any time",
+                    *settings.ports, low, high, "" if said else ", its default: /proc/sys cannot be read here")

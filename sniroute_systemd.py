@@ -89,6 +89,10 @@ class Supervisor:
             self.tell(*lines)
         return self.every
 
+    def farewell(self, router: Router) -> None:
+        """Say how it stands at the end: the unit shows its last status for as long as it is not started again."""
+        self.tell(f"STATUS={router.standing()}")
+
     def close(self) -> None:
         """Close the socket; later messages are dropped."""
         if self.socket is not None:

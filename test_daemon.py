@@ -8,15 +8,18 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
-from typing import Any
+from typing import Any, Callable, Iterator
 
 import pytest
 
@@ -24,7 +27,7 @@ import sniroute_daemon
 import sniroute_doctor
 from conftest import HERE, HOST, linux, wait_until
 from testbed.hellos import HELLO, genuine
-from testbed.program import (BARE, BARE_PYTHON, STOP_GRACE, activated, command, counter, environment, execute,
+from testbed.program import (BARE, BARE_PYTHON, STOP_GRACE, Program, activated, command, counter, environment, execute,
                              is_pending)
 from testbed.running import TUNNEL, alert, answer, read_all, read_exactly, route
 
@@ -95,6 +98,81 @@ def test_signals_that_keep_coming_do_not_break_the_end(launch):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 program.process.wait(0.001)
         program.stop()
+
+
+@pytest.fixture
+def at_its_start(launch, tmp_path) -> Iterator[Callable[..., tuple[Program, Callable[[str], None]]]]:
+    """at_its_start(*options) -> (a program that reads its settings for now, what hands them to it)."""
+    path = tmp_path / "settings"
+    os.mkfifo(path)
+
+    def start(*options: str, **more: Any) -> tuple[Program, Callable[[str], None]]:
+        program = launch("-c", str(path), *options, listeners=0, **more)
+        writer = os.open(path, os.O_WRONLY)  # returns once it has opened the file: it has no handlers yet
+
+        def go_on(text: str) -> None:
+            os.write(writer, text.encode())
+            os.close(writer)
+
+        return program, go_on
+
+    yield start
+
+
+def test_a_signal_that_comes_while_the_router_starts_waits_and_does_not_end_it(at_its_start, echo_server):
+    """`systemctl reload`, or a log rotation, right after the start."""
+    program, go_on = at_its_start()
+    program.signal(signal.SIGHUP)
+    program.signal(signal.SIGUSR1)
+    go_on(f'[routes]\n"db.example.com" = "tcp:{HOST}:{echo_server.address[1]}"\n')
+    program.wait_for(" info counters: ")
+    program.wait_for(" error reload: nothing has changed\n")
+    assert "is no regular file, and cannot be read again" in program.log()
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_end_that_comes_while_the_router_starts_ends_it_without_a_word(at_its_start, number):
+    program, go_on = at_its_start()
+    program.code = -number
+    program.signal(number)
+    assert program.wait() == -number and program.log() == ""
+    go_on("")
+
+
+@linux
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may make a namespace of processes")
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs the Debian package util-linux")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_process_of_a_container_does_not_miss_its_end(at_its_start, number, echo_server):
+    """The kernel drops what such a process leaves to the default."""
+    program, go_on = at_its_start(python=("unshare", "--pid", "--fork", "--kill-child", sys.executable))
+    (router,) = wait_until(lambda: children(program.pid))
+    os.kill(router, number)
+    go_on(f'[routes]\n"db.example.com" = "tcp:{HOST}:{echo_server.address[1]}"\n')
+    assert program.wait() == 0 and program.log().endswith(" info stopped\n")
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process of one thread has started."""
+    return list(map(int, pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+@linux
+def test_neither_the_router_nor_a_child_has_a_signal_blocked(launch, cloudflared, ports, serve):
+    """Whatever the program that starts the router has blocked, and whatever the router itself had for its start."""
+    cloudflared.far("*", serve(answer(b"x")).address)
+    blocks = ("import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGHUP]); "
+              "os.execv(sys.argv[1], sys.argv[1:])")
+    program = launch(TUNNEL, ports, f"--cloudflared={cloudflared.path}",
+                     python=(sys.executable, "-c", blocks, sys.executable))
+    with program.connect(HELLO) as client:
+        assert client.recv(1) == b"x"
+        ours = sum(1 << number - 1 for number in sniroute_daemon.SIGNALS)
+        for pid in (program.pid, cloudflared.starts()[0]["pid"]):
+            status = pathlib.Path(f"/proc/{pid}/status").read_text()
+            assert not int(re.search(r"SigBlk:\s+(\w+)", status)[1], 16) & ours, pid
 
 
 def test_usr1_tells_counters_tunnels_and_connections(launch, cloudflared, ports, serve):
@@ -202,6 +280,45 @@ def test_a_bad_file_changes_nothing_and_says_why(launch, settings_file, echo_ser
     settings_file(good)
     program.signal(signal.SIGHUP)
     program.wait_for(" info reload: done, routes: 1\n")
+
+
+def test_a_reload_finds_a_file_whose_path_was_relative_and_whose_folder_comes_and_goes(launch, tmp_path, echo_server):
+    """As are the other paths that the router was started with."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    program_file = folder / "tunnel"
+    program_file.write_text("#!/bin/sh\n")
+    program_file.chmod(0o755)
+    text = f'[routes]\n"db.example.com" = "tcp:{HOST}:{echo_server.address[1]}"\n'
+    (folder / "sniroute.toml").write_text(text)
+    with tempfile.TemporaryDirectory(prefix="sniroute-admin-") as short:  # a path that a socket may have
+        os.symlink(folder, f"{short}/f")
+        program = launch("-c", "sniroute.toml", "--cloudflared=./tunnel", f"--admin=unix:{short}/admin", cwd=folder)
+        program.signal(signal.SIGHUP)
+        program.wait_for(" info reload: done, routes: 1\n")
+        shutil.rmtree(folder)
+        program.signal(signal.SIGHUP)
+        program.wait_for(" error reload: nothing has changed\n")
+        assert f" error reload: {folder}/sniroute.toml: No such file or directory\n" in program.log()
+        folder.mkdir()  # another one of that name: the process is still in the one that has gone
+        (folder / "sniroute.toml").write_text(text)
+        program.signal(signal.SIGHUP)
+        program.wait_for(" info reload: done, routes: 1\n", 2)
+        with program.connect(HELLO) as client:
+            assert read_exactly(client, len(HELLO)) == HELLO
+        program.stop()
+
+
+def test_a_reload_after_a_mistake_in_the_file_does_not_also_miss_its_routes(launch, settings_file):
+    path = settings_file(f'[routes]\n"db.example.com" = "tcp:{HOST}:1"\n')
+    program = launch("-c", path)
+    settings_file("[routes\n")
+    program.signal(signal.SIGHUP)
+    program.wait_for(" error reload: nothing has changed\n")
+    assert program.log().count(" error reload: ") == 2 and "no routes any more" not in program.log()
+    settings_file("")
+    program.signal(signal.SIGHUP)
+    program.wait_for(" error reload: there are no routes any more: every name would be served\n")
 
 
 # -- a log that nobody takes -------------------------------------------------------------------

@@ -37,6 +37,17 @@ def test_check_prints_the_routes(capsys, no_variables):
     assert capsys.readouterr().out == "a.b=tcp:h:1\n*=cloudflared:x.{name}\n"
 
 
+def test_a_quiet_check_prints_warnings_and_no_routes(settings_file):
+    """Thousands of routes would fill the journal at each reload."""
+    path = settings_file('idle = "7m"\n[routes]\n"a.example.com" = "tcp:h:1"\n')
+    for quiet in ([], ["--quiet"], ["-q"]):
+        ended = command("check", *quiet, "-c", path, "--idle=5m")
+        assert ended.returncode == 0 and ended.stdout == "a.example.com=tcp:h:1\n" * (not quiet)
+        assert ended.stderr == f"sniroute: {path}: idle is not used: --idle goes first\n"
+    ended = command("check", "--quiet", "--route=x")
+    assert ended.returncode == 2 and ended.stdout == "" and "--route: " in ended.stderr
+
+
 def test_check_command_prints_the_routes():
     ended = command("check", "--route=DB.example.com=tcp:127.0.0.1:1", "--route=*=cloudflared:x-{name}")
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -102,7 +102,7 @@ def command_lines() -> Iterator[list[str]]:
         for line in text.split("\n"):
             found = re.match(r"(?:python3[\d.]* )(\S*sniroute\w*\.pyz?)( .*)?$", line.strip())
             if found:
-                words = shlex.split((found[2] or "").partition(" & ")[0].removesuffix("&"), comments=True)
+                words = shlex.split(re.split(" &&? ", found[2] or "")[0].removesuffix("&"), comments=True)
                 yield [found[1].rpartition("/")[2], *(word for word in words if word not in ("...", "&"))]
 
 
@@ -270,6 +270,80 @@ def test_prometheus_asks_where_the_example_serves():
     (target,) = re.findall(r'targets: \["(.*)"\]', marked(OPERATING, "prometheus"))
     assert sniroute_settings.parse_admin(target) == parse_host_port(target)
     assert f'admin = "{target}"' in section(OPERATING, "## Under systemd")
+
+
+SYSTEMCTL = """#!/bin/sh
+echo "$*" >>"$SCRATCH/systemctl"
+"""
+
+
+@pytest.fixture
+def scratch(tmp_path, monkeypatch) -> pathlib.Path:
+    """A root for the recipes: `/opt` and `/etc` of their text lie here, and `systemctl` only notes what it is told."""
+    for program in ("openssl", "bash"):
+        if shutil.which(program) is None:
+            pytest.skip(f"needs the Debian package {program}")
+    for folder in ("etc/default", "etc/systemd/system", "opt", "bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "bin/systemctl").write_text(SYSTEMCTL)
+    (tmp_path / "bin/systemctl").chmod(0o755)
+    (tmp_path / "bin/python3").symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    return tmp_path
+
+
+def paste(recipe: str, scratch: pathlib.Path, source: pathlib.Path = HERE) -> str:
+    """Paste a recipe of OPERATING.md into a shell.  Returns what systemctl was told."""
+    told = scratch / "systemctl"
+    told.unlink(missing_ok=True)
+    text = re.sub(r"(?<![\w.])/(etc|opt)/", rf"{scratch}/\1/", marked(OPERATING, recipe))
+    done = subprocess.run(["bash", "-euo", "pipefail"], input=text, cwd=source, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return told.read_text() if told.exists() else ""
+
+
+def test_the_install_recipe_pasted_twice_keeps_settings_and_secrets(scratch):
+    settings, secrets = scratch / "etc/sniroute.toml", scratch / "etc/default/sniroute"
+    assert paste("install", scratch) == "daemon-reload\nenable --now sniroute.socket sniroute.service\n"
+    assert settings.stat().st_mode & 0o777 == 0o644 and secrets.stat().st_mode & 0o777 == 0o600
+    assert re.search("^SNIROUTE_ADMIN_TOKEN=[0-9a-f]{32}$", secrets.read_text(), re.MULTILINE)
+    assert f"SNIROUTE_CONFIG={settings}\n" in secrets.read_text()
+    for name in ("sniroute.service", "sniroute.socket"):
+        assert (scratch / "etc/systemd/system" / name).read_text() == (HERE / name).read_text()
+    settings.write_text('[routes]\n"mine.example.com" = "tcp:192.0.2.1:1"\n')
+    before = settings.read_text(), secrets.read_text()
+    assert "restart" not in paste("install", scratch)
+    assert (settings.read_text(), secrets.read_text()) == before
+
+
+def test_the_upgrade_recipe_changes_the_program_alone_and_restarts_it_once(scratch, tmp_path):
+    paste("install", scratch)
+    kept = {path: path.read_bytes() for path in (scratch / "etc/sniroute.toml", scratch / "etc/default/sniroute")}
+    source = tmp_path / "new"
+    source.mkdir()
+    for path in (*HERE.glob("sniroute*"), *HERE.glob("*.md")):
+        shutil.copy(path, source)
+    for path in source.glob("sniroute*"):
+        path.write_text(path.read_text() + "# newer\n")
+    assert len(marked(OPERATING, "upgrade").splitlines()) == 3
+    assert paste("upgrade", scratch, source) == "daemon-reload\nrestart sniroute\n"
+    for path in (*(scratch / "opt/sniroute").glob("sniroute*.py"), *(scratch / "etc/systemd/system").glob("sniroute.*")):
+        assert path.read_text().endswith("# newer\n"), path
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_the_upgrade_recipe_does_not_restart_with_settings_that_are_wrong(scratch):
+    paste("install", scratch)
+    (scratch / "etc/sniroute.toml").write_text("idle = 1\n")
+    with pytest.raises(AssertionError, match="is not a duration"):
+        paste("upgrade", scratch)
+    assert (scratch / "systemctl").read_text() == "daemon-reload\n"
+
+
+def test_under_systemd_nobody_is_told_to_start_a_second_process():
+    text = " ".join(section(OPERATING, "## Restart without a refused connection").split())
+    assert "Start no second process by hand there" in text
 
 
 def test_the_unit_points_to_it():

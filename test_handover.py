@@ -17,6 +17,7 @@ import pytest
 
 import sniroute_handover
 import sniroute_loop
+import sniroute_names
 from conftest import HOST, Address, linux, wait_until
 from testbed.hellos import HELLO, genuine
 from testbed.program import Customers, command, ipv6
@@ -72,6 +73,40 @@ def test_a_successor_of_any_address_takes_over(launch, free_ports, echo_server, 
     assert first.wait() == 0 and " info another sniroute listens here now\n" in first.log()
     with second.connect(HELLO) as client:
         assert read_exactly(client, len(HELLO)) == HELLO
+
+
+@linux
+@ipv6
+@pytest.mark.parametrize("first, second, opened", [
+    (["0.0.0.0:P", "[::]:P"], [":P"], ["0.0.0.0:P", "[::]:P"]),
+    ([":P"], ["0.0.0.0:P", "[::]:P"], ["[::]:P"]),
+    (["0.0.0.0:P"], [":P"], ["0.0.0.0:P", "[::]:P"]),
+    (["0.0.0.0:P", "[::]:P"], ["[::]:P"], ["0.0.0.0:P", "[::]:P"]),
+    (["[::]:P"], ["[::]:P", "127.0.0.1:P"], ["[::]:P"]),
+    (["127.0.0.1:P", "[::]:P"], ["127.0.0.1:P", "[::]:P"], ["127.0.0.1:P", "[::]:P"]),
+    (["127.0.0.1:P"], ["127.0.0.1:P", "[::1]:P"], ["127.0.0.1:P", "[::1]:P"]),
+], ids=lambda value: "+".join(value))
+def test_a_successor_with_other_addresses_refuses_nobody_of_either_family(launch, free_ports, single_loop_echo, first,
+                                                                          second, opened):
+    """One socket for both families, or two: a predecessor's are taken as they are, and what is missing is opened."""
+    port = free_ports(1)[0]
+    def options(listen: list[str]) -> list[str]:
+        return [*(f"--listen={text.replace('P', str(port))}" for text in listen), route(single_loop_echo)]
+    old = launch(*options(first), listeners=len(first))
+    with Customers((HOST, port)) as customers:
+        new = launch(*options(second), listeners=len(opened))
+        assert old.wait() == 0
+        goal = customers.served + 20
+        wait_until(lambda: customers.served >= goal or customers.failures)
+    assert customers.failures == []
+    assert sorted(map(sniroute_names.show_address, new.addresses)) == sorted(text.replace("P", str(port)) for text in opened)
+    with new.connect(HELLO, ("::1", port)) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+    last = launch(*options(second), listeners=len(opened))
+    assert new.wait() == 0
+    for host in (HOST, "::1"):
+        with last.connect(HELLO, (host, port)) as client:
+            assert read_exactly(client, len(HELLO)) == HELLO
 
 
 @linux

@@ -1,19 +1,33 @@
-"""Tests of sniroute_host.py: what this host allows."""
+"""Tests of sniroute_host.py: what this host allows, and what a start says where it allows too little."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import os
 import pathlib
 import resource
+import shutil
 import subprocess
 import sys
+from typing import Callable
 
 import pytest
 
 import sniroute_host
-from sniroute_host import changed_by_others
-from conftest import HERE
-from testbed.program import namespace
+from conftest import HERE, HOST, linux
+from sniroute_host import (MIB, TUNNEL_MEMORY, cgroup_limits, changed_by_others, memory_allowed, shortage, task_limits,
+                           too_little)
+from sniroute_settings import load_settings
+from testbed.hellos import HELLO
+from testbed.program import PROGRAM, environment, execute, namespace
+from testbed.running import read_exactly, route
+
+root_only = pytest.mark.skipif(os.getuid() != 0, reason="only root may do this")
+
+
+# -- descriptors -------------------------------------------------------------------------------
 
 
 def test_the_limit_of_open_files_is_raised_where_it_may_be(monkeypatch):
@@ -28,6 +42,303 @@ def test_the_limit_of_open_files_is_raised_where_it_may_be(monkeypatch):
 
     monkeypatch.setattr(resource, "setrlimit", forbid)
     sniroute_host.raise_descriptor_limit()
+
+
+# -- cgroups -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def host(tmp_path) -> Callable[..., str]:
+    """host(table, {file: text}) -> the root of a host whose /proc/self/cgroup and /sys/fs/cgroup have these."""
+    def make(table: str, files: dict[str, str]) -> str:
+        for name, text in {"proc/self/cgroup": table, **{f"sys/fs/cgroup/{name}": text
+                                                         for name, text in files.items()}}.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return str(tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize("table, files, expected", [
+    ("0::/system.slice/sniroute.service\n", {"system.slice/sniroute.service/memory.max": "200000000\n"}, 200_000_000),
+    ("0::/a/b\n", {"a/b/memory.max": "max\n", "a/memory.max": "300000000\n"}, 300_000_000),
+    ("0::/a/b\n", {"a/b/memory.max": "300000000\n", "a/memory.max": "100000000\n", "memory.max": "max\n"}, 100_000_000),
+    ("0::/\n", {"memory.max": "100000000\n"}, 100_000_000),
+    ("0::/../../docker/x\n", {"memory.max": "100000000\n"}, 100_000_000),
+    ("0::/a:b\n", {"a:b/memory.max": "100000000\n"}, 100_000_000),
+    ("4:memory:/x\n0::/\n", {"memory/x/memory.limit_in_bytes": "100000000\n",
+                             "memory/memory.limit_in_bytes": "9223372036854771712\n"}, 100_000_000),
+    ("4:memory:/docker/0123\n", {"memory/memory.limit_in_bytes": "100000000\n"}, 100_000_000),
+    ("4:memory,hugetlb:/x\n", {"memory,hugetlb/x/memory.limit_in_bytes": "100000000\n"}, 100_000_000),
+    ("0::/x\n1:name=systemd:/x\n", {"unified/x/memory.max": "100000000\n"}, 100_000_000),
+    ("4:memory:/x\n0::/\n", {"memory/x/memory.limit_in_bytes": "9223372036854771712\n"}, None),
+    ("0::/a\n", {"a/memory.max": "max\n"}, None), ("0::/a\n", {}, None), ("", {}, None),
+    ("no cgroup\n::\n0\n\n", {"memory.max": "1\n"}, None), ("0::/a\n", {"a/memory.max": "\xff"}, None),
+], ids=["own", "above", "lowest", "namespace", "outside", "colon", "old", "old-container", "old-joined", "hybrid",
+        "old-none", "none", "no-file", "no-cgroup", "garbage", "garbage-limit"])
+def test_memory_is_what_the_cgroups_allow(table, files, expected, host):
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert memory_allowed(host(table, files)) == (expected or whole)
+
+
+def test_without_proc_the_memory_is_the_host_s(tmp_path):
+    assert memory_allowed(str(tmp_path)) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert list(cgroup_limits("pids", "pids.max", "pids.max", str(tmp_path))) == []
+
+
+@pytest.mark.parametrize("table, name", [("0::/x\n", "x/pids.max"), ("8:pids:/x\n", "pids/x/pids.max")])
+@pytest.mark.parametrize("user, limit, expected", [
+    (0, resource.RLIM_INFINITY, [("pids.max of its cgroup (TasksMax)", 9)]),
+    (0, 7, [("pids.max of its cgroup (TasksMax)", 9)]),
+    (1000, 7, [("pids.max of its cgroup (TasksMax)", 9), ("RLIMIT_NPROC (ulimit -u, LimitNPROC)", 7)]),
+], ids=["none", "root-is-exempt", "both"])
+def test_tasks_are_limited_by_the_cgroup_and_by_the_user(table, name, user, limit, expected, host, monkeypatch):
+    monkeypatch.setattr(os, "getuid", lambda: user)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
+    assert task_limits(host(table, {name: "9\n"})) == expected
+
+
+def test_the_default_for_tunnels_is_what_the_cgroup_has_room_for(monkeypatch, host, cloudflared):
+    root = host("0::/x\n", {"x/memory.max": f"{5 * TUNNEL_MEMORY}\n"})
+    monkeypatch.setattr("sniroute_settings.memory_allowed", lambda: memory_allowed(root))
+    options = f"--cloudflared={cloudflared.path}", "--route=*.example.com=cloudflared:{name}"
+    assert load_settings(options, {}).max_tunnels == 5
+    assert load_settings([*options, "--max-tunnels=50"], {}).max_tunnels == 50
+
+
+@pytest.mark.parametrize("files, tunnels, admin, starting, said", [
+    ({}, True, True, 4, []),
+    ({"x/pids.max": "12\n"}, True, False, 4, []),
+    ({"x/pids.max": "11\n"}, True, False, 4, [
+        "pids.max of its cgroup (TasksMax) is 11, and 12 threads and processes may be needed with --max-starting 4: "
+        "raise it, or lower that one"]),
+    ({"x/pids.max": "11\n"}, True, False, 3, []),
+    ({"x/pids.max": "5\n"}, False, False, 4, []),
+    ({"x/pids.max": "5\n"}, False, True, 4, [
+        "pids.max of its cgroup (TasksMax) is 5, and 7 threads and processes may be needed: raise it"]),
+    ({"x/memory.max": f"{TUNNEL_MEMORY - MIB}\n"}, True, False, 4, [
+        "the memory of this host, or of its cgroup (memory.max, MemoryMax), is 63 MiB: a router and a tunnel may take 64"]),
+    ({"x/memory.max": f"{TUNNEL_MEMORY - MIB}\n"}, False, False, 4, []),
+], ids=["enough", "just-enough-tasks", "few-tasks", "fewer-starts", "without-tunnels", "with-the-admin", "little-memory",
+        "no-tunnel-needs-it"])
+def test_what_is_too_little_is_said_at_the_start(files, tunnels, admin, starting, said, host, monkeypatch):
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    assert list(too_little(tunnels, admin, starting, host("0::/x\n", files))) == said
+
+
+def test_few_descriptors_for_tunnels_are_said_at_the_start(monkeypatch, host):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (41, 41))
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    root = host("", {})
+    assert list(too_little(False, False, 4, root)) == list(too_little(True, False, 3, root)) == []
+    assert list(too_little(True, False, 4, root)) == [
+        "RLIMIT_NOFILE (ulimit -n, LimitNOFILE) is 41, and 42 open files may be needed with --max-starting 4: raise it, "
+        "or lower that one"]
+
+
+@root_only
+@linux
+def test_a_cgroup_with_few_tasks_is_named_at_the_start(launch, tmp_path):
+    """A real one, where this machine lets us make one."""
+    for mount in ("/sys/fs/cgroup/pids", "/sys/fs/cgroup", "/sys/fs/cgroup/unified"):
+        folder = pathlib.Path(mount) / f"sniroute-test-{os.getpid()}"
+        with contextlib.suppress(OSError):
+            folder.mkdir()
+            if (folder / "pids.max").exists():
+                break
+            folder.rmdir()
+    else:
+        pytest.skip("no cgroup with the controller `pids` can be made here")
+    inside = ("/bin/sh", "-c", f'echo $$ >{folder}/cgroup.procs && exec "$@"', "sh", sys.executable)
+    try:
+        (folder / "pids.max").write_text("3\n")
+        ended = execute(*inside, str(PROGRAM), f"--listen={HOST}:0", "--route=*.a.b=cloudflared:{name}",
+                        env=environment(), text=True, said="")
+        assert ended.returncode == 1 and "Traceback" not in ended.stderr
+        assert ended.stderr.count("pids.max of its cgroup (TasksMax) is 3") == 1, ended.stderr
+        (folder / "pids.max").write_text("8\n")
+        program = launch("--route=*.a.b=cloudflared:{name}", python=inside)
+        assert " warning pids.max of its cgroup (TasksMax) is 8, and 12 threads and processes may be" in program.log()
+        program.stop()
+    finally:
+        folder.rmdir()
+
+
+# -- limits of a process -----------------------------------------------------------------------
+
+# Sets a limit, then becomes the program behind it.
+LIMITED = ("import os, resource, sys; "
+           "resource.setrlimit(getattr(resource, sys.argv[1]), (int(sys.argv[2]),) * 2); os.execv(sys.argv[3], sys.argv[3:])")
+
+
+def below(limit: str, number: int, *before: str) -> tuple[str, ...]:
+    """Words before a program that let it have so much."""
+    return (*before, sys.executable, "-S", "-c", LIMITED, limit, str(number), sys.executable)
+
+
+def one_of_root() -> tuple[str, ...]:
+    """Words before a program that make it another user's, whom RLIMIT_NPROC holds, and who can read what root can."""
+    if os.getuid():
+        return ()
+    if shutil.which("setpriv") is None:
+        pytest.skip("needs the Debian package util-linux")
+    reads = "+dac_read_search,+dac_override"
+    return ("setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", f"--inh-caps={reads}", f"--ambient-caps={reads}")
+
+
+def ended(words: tuple[str, ...], *options: str) -> subprocess.CompletedProcess[str]:
+    """Run the router, which is expected not to start."""
+    return execute(*words, str(PROGRAM), f"--listen={HOST}:0", *options, env=environment(), text=True, said="")
+
+
+@linux
+@pytest.mark.parametrize("limit, number, says", [
+    ("RLIMIT_NOFILE", 12, "RLIMIT_NOFILE is 12 (ulimit -n, LimitNOFILE), and 28 open files are needed at least"),
+    ("RLIMIT_NOFILE", 16, "RLIMIT_NOFILE is 16 (ulimit -n, LimitNOFILE), and 28 open files are needed at least"),
+    ("RLIMIT_NOFILE", 27, "RLIMIT_NOFILE is 27 (ulimit -n, LimitNOFILE), and 28 open files are needed at least"),
+    ("RLIMIT_NPROC", 1, "no thread can be started (RLIMIT_NPROC (ulimit -u, LimitNPROC) is 1): 5 threads and processes"),
+    ("RLIMIT_NPROC", 2, "no thread can be started (RLIMIT_NPROC (ulimit -u, LimitNPROC) is 2): 5 threads and processes"),
+    ("RLIMIT_NPROC", 3, "no thread can be started (RLIMIT_NPROC (ulimit -u, LimitNPROC) is 3): 5 threads and processes"),
+], ids=str)
+def test_a_host_that_allows_too_little_is_told_in_one_sentence(limit, number, says, two_files):
+    done = ended(below(limit, number, *one_of_root() if limit == "RLIMIT_NPROC" else ()), "--log-level=warning")
+    lines = [line for line in done.stderr.splitlines() if "no --route" not in line]
+    assert done.returncode == 1 and len(lines) == 1 and says in lines[0], done.stderr
+
+
+@linux
+def test_little_address_space_is_told_in_one_sentence():
+    """How little is too little depends on the Python: from far too little to enough, each start serves or says it."""
+    said = set()
+    for mebibytes in (20, 24, 28, 32, 40, 48):
+        done = ended(below("RLIMIT_AS", mebibytes * MIB), "--route=a.b=tcp:h:1", "--admin=192.0.2.1:1")
+        if "Fatal Python error" in done.stderr or "sniroute" not in done.stderr:
+            continue  # not even Python starts with that
+        assert "Traceback" not in done.stderr, done.stderr
+        said.add(done.returncode)
+    assert said <= {1, 2} and said
+
+
+@linux
+def test_files_that_may_have_no_size_are_no_home_for_tunnels():
+    done = execute(*below("RLIMIT_FSIZE", 0), str(PROGRAM), "check", "-q", "--route=*.a.b=carrier:{name}",
+                   env=environment(), text=True, said="")
+    assert done.stderr == ("sniroute: no folder for temporary files can be written "
+                           "(RLIMIT_FSIZE is 0 (ulimit -f, LimitFSIZE))\n")
+
+
+@linux
+@pytest.mark.parametrize("limit, number", [("RLIMIT_NOFILE", 30), ("RLIMIT_NPROC", 5), ("RLIMIT_FSIZE", 0)])
+def test_a_host_that_allows_just_enough_serves(launch, single_loop_echo, limit, number, tmp_path):
+    """With RLIMIT_FSIZE 0 the log is a file that takes no byte: that stops no traffic."""
+    before = one_of_root() if limit == "RLIMIT_NPROC" else ()
+    program = launch(route(single_loop_echo), python=below(limit, number, *before))
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+    if limit == "RLIMIT_FSIZE":
+        with open(tmp_path / "log", "wb") as log:
+            silent = launch(f"--listen={HOST}:{program.address[1]}", route(single_loop_echo), listeners=0, stderr=log,
+                            python=below(limit, number))
+            assert program.wait() == 0, "it has taken over"
+            with silent.connect(HELLO, program.address) as client:
+                assert read_exactly(client, len(HELLO)) == HELLO
+            silent.stop()
+        assert (tmp_path / "log").read_bytes() == b""
+
+
+def test_a_thread_that_cannot_start_anywhere_in_the_start_is_one_sentence(tmp_path):
+    """The first, the second, and so on, until the start succeeds; the listening socket is closed each time."""
+    code = """
+import sys, threading
+sys.path.insert(0, {here!r})
+start, left = threading.Thread.start, [int(sys.argv.pop(1))]
+def fail(self):
+    left[0] -= 1
+    if not left[0]:
+        raise RuntimeError("can't start new thread")
+    start(self)
+threading.Thread.start = fail
+import sniroute
+sys.exit(sniroute.main())
+"""
+    names = []
+    for number in range(1, 5):
+        done = execute(sys.executable, "-c", code.format(here=str(HERE)), str(number), f"--listen={HOST}:0",
+                       "--route=a.b=tcp:h:1", "--admin=127.0.0.1:0", env=environment(), text=True, said="")
+        faults = [line for line in done.stderr.splitlines() if "no thread can be started" in line]
+        assert done.returncode == 1 and len(faults) == 1 and "Traceback" not in done.stderr, done.stderr
+        names.append("--admin" in faults[0])
+    assert names == [False, False, False, True], "log, reaper, loop; and the admin's"
+
+
+@pytest.mark.parametrize("error, says", [
+    (OSError(errno.ENFILE, "x"), "this host has no descriptor left (sysctl fs.file-max)"),
+    (MemoryError(), "memory is short ("), (OSError(errno.ENOMEM, "x"), "memory is short ("),
+    (ImportError("libssl.so: failed to map segment from shared object"), "memory is short ("),
+    (OSError(errno.EPERM, "x"), ""), (RuntimeError("x"), ""), (ImportError("no module"), ""), (OSError("x"), ""),
+], ids=repr)
+def test_what_is_short_is_told_from_other_faults(error, says):
+    assert shortage(error).startswith(says) if says else shortage(error) == ""
+
+
+# -- folders -----------------------------------------------------------------------------------
+
+# In a mount namespace of its own, so that nothing changes for anybody else.
+NO_TMP = " && ".join(f"mount --bind {each} {each} && mount -o remount,bind,ro {each}" for each in ("/tmp", "/var/tmp"))
+READ_ONLY = f"{NO_TMP} && mount --bind / / && cd / && mount -o remount,bind,ro /"
+NO_TMP += " && cd /proc"
+GONE = "mkdir /dev/shm/sniroute-gone && cd /dev/shm/sniroute-gone && rmdir /dev/shm/sniroute-gone"
+
+
+def elsewhere(script: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run sniroute behind a script in a mount namespace of its own, without HOME."""
+    if shutil.which("unshare") is None:
+        pytest.skip("needs the Debian package util-linux")
+    if os.getuid():
+        pytest.skip("only root may make a mount namespace")
+    env = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
+    done = execute("unshare", "-m", "--propagation=private", "/bin/sh", "-c", f'{script} || exit 77; exec "$@"', "sh",
+                   *words, env=env, said="", text=True)
+    if done.returncode == 77 or done.stderr.startswith("unshare: "):
+        pytest.skip(f"this machine allows no mounts: {done.stderr}")
+    return done
+
+
+@linux
+@pytest.mark.parametrize("script", [NO_TMP, READ_ONLY, GONE], ids=["no-tmp", "read-only", "folder-is-gone"])
+@pytest.mark.parametrize("command", ["serve", "check", "selftest"])
+def test_a_start_without_folders_works_or_says_why(script, command):
+    """Without HOME, too."""
+    tunnels = "--route=*.example.com=carrier:{name}"
+    words = {"serve": ["timeout", "-s", "TERM", "1"], "check": [], "selftest": []}[command]
+    options = [f"--listen={HOST}:0", tunnels] if command != "selftest" else []
+    done = elsewhere(script, *words, sys.executable, str(PROGRAM), command, *options)
+    assert "Traceback" not in done.stderr + done.stdout, done.stderr + done.stdout
+    said = "no folder for temporary files can be written (TMPDIR, /tmp, /var/tmp)" in done.stderr
+    if command == "serve":
+        assert done.returncode == 124 and " listening on " in done.stderr and " info stopped" in done.stderr
+    elif command == "check":
+        assert done.returncode == 0 and done.stdout == "*.example.com=carrier:{name}\n"
+    if script is GONE:
+        assert not said and done.returncode in (0, 124)
+    else:
+        assert said and done.stderr.count("no folder for temporary files") == 1
+
+
+# -- journald ----------------------------------------------------------------------------------
+
+
+def test_a_line_without_a_priority_gets_that_of_an_error():
+    written = io.StringIO()
+    stream = sniroute_host.ErrorStream(written)
+    for text in ("usage: sniroute\n", "sniroute: error: ", "unexpected 'x'\n", "<4>sniroute: a warning\n", "two\nlines\n",
+                 "", "<not a priority>\n", "<3"):
+        assert stream.write(text) == len(text)
+    stream.flush()
+    assert written.getvalue() == ("<3>usage: sniroute\n<3>sniroute: error: unexpected 'x'\n<4>sniroute: a warning\n"
+                                  "<3>two\n<3>lines\n<3><not a priority>\n<3><3")
 
 
 # -- files -------------------------------------------------------------------------------------

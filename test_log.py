@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import threading
+import types
 from typing import Any, Iterator
 
 import pytest
@@ -263,6 +264,42 @@ def test_a_line_that_cannot_be_shown_costs_no_other():
     text = written("text", said("%d clients", "three"), said("next"))
     first, second = text.splitlines()
     assert " error a log line that cannot be shown: TypeError(" in first and second.endswith(" info next")
+
+
+def test_a_log_whose_thread_meets_a_fault_says_so_and_goes_on(monkeypatch, capfd, journald):
+    """The router would go on in any case: unseen."""
+    monkeypatch.setattr(sniroute_log, "LOG_REST", 0.01)
+    for stream, mark in ((io.StringIO(), ""), (journald, "<3>")):
+        journal = Journal(stream, "text")
+        settle, faults = journal._settle, [MemoryError("planted\x1b"), ZeroDivisionError("planted")]
+
+        def fail(now: float) -> list[str]:
+            if faults:
+                raise faults.pop()
+            return settle(now)
+
+        journal._settle = fail
+        journal.emit(said("first"))
+        wait_until(lambda: not faults, what="both faults")
+        journal.emit(said("second"))
+        journal.stop()
+        lines = stream.getvalue().splitlines()
+        assert lines[-1].endswith("second") and lines[0].endswith("first"), "a line that was still in the queue is written later"
+        assert capfd.readouterr().err == "".join(
+            f"{mark}sniroute: the log goes on after a fault, please report it: {fault}\n"
+            for fault in ("ZeroDivisionError('planted')", "MemoryError('planted\\x1b')"))
+
+
+def test_a_log_that_fails_for_ever_does_not_spin_and_ends(monkeypatch, capfd):
+    naps: list[float] = []
+    monkeypatch.setattr(sniroute_log, "time", types.SimpleNamespace(sleep=naps.append))
+    journal = Journal(io.StringIO(), "text", FakeClock())
+    journal._settle = lambda now: 1 / 0
+    journal.emit(said("x"))
+    wait_until(lambda: len(naps) > 3)
+    journal.stop()
+    assert not journal.thread.is_alive() and set(naps) == {sniroute_log.LOG_REST}, "a nap after each fault"
+    assert capfd.readouterr().err.count("the log goes on after a fault") >= 4
 
 
 def test_a_log_without_a_stream_is_silent():

@@ -12,8 +12,6 @@ import ipaddress
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from typing import Any, Callable
@@ -28,7 +26,7 @@ import sniroute_router
 from sniroute_refusals import SettingsError
 from sniroute_routes import Decision, parse_route
 from sniroute_settings import load_settings
-from conftest import HERE, HOST, wait_until
+from conftest import HOST, wait_until
 from testbed.hellos import HELLO, ROUTED_HEADER, V1, genuine
 from testbed.program import command, has_ipv6, ipv6
 from testbed.running import DB, TUNNEL, Running, alert, answer, read_all, read_exactly, reset, route
@@ -53,12 +51,63 @@ def test_options_of_the_listener_are_those_of_its_connections(run, serve):
             assert connection.client.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0
 
 
-def test_address_given_twice_is_refused_in_one_line(tmp_path, free_ports):
-    port, _ = free_ports(2)
-    done = subprocess.run([sys.executable, HERE / "sniroute.py", f"--listen={HOST}:{port}", f"--listen={HOST}:{port}",
-                           "--log-level=error"], capture_output=True, text=True, timeout=30)
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1 and f"--listen {HOST}:{port}: Address already in use" in done.stderr
+ALL4, ALL6, LOCAL4, LOCAL6 = "0.0.0.0:P", "[::]:P", "127.0.0.1:P", "[::1]:P"
+
+
+@ipv6
+@pytest.mark.parametrize("listen, opened, left, reached", [
+    ([ALL4, ALL6], [ALL4, ALL6], [], [LOCAL4, LOCAL6]),
+    ([ALL6, ALL4], [ALL4, ALL6], [], [LOCAL4, LOCAL6]),
+    ([":P", LOCAL4], [ALL6], [LOCAL4], [LOCAL4, LOCAL6]),
+    ([LOCAL4, ":P"], [ALL6], [LOCAL4], [LOCAL4, LOCAL6]),
+    ([":P", ALL4, LOCAL6], [ALL6], [ALL4, LOCAL6], [LOCAL4, LOCAL6]),
+    ([":P", ALL6], [ALL6], [ALL6], [LOCAL4, LOCAL6]),
+    ([ALL6], [ALL6], [], [LOCAL4, LOCAL6]),
+    ([ALL6, LOCAL4], [LOCAL4, ALL6], [], [LOCAL4, LOCAL6]),
+    ([LOCAL6, ALL6], [ALL6], [LOCAL6], [LOCAL4, LOCAL6]),
+    ([ALL4, LOCAL4, LOCAL6], [ALL4, LOCAL6], [LOCAL4], [LOCAL4, LOCAL6]),
+    ([LOCAL4, LOCAL4], [LOCAL4], [LOCAL4], [LOCAL4]),
+    (["localhost:P", LOCAL4], None, [LOCAL4], [LOCAL4]),
+    (["[::ffff:127.0.0.1]:P"], [LOCAL4], [], [LOCAL4]),
+    (["[::ffff:0.0.0.0]:P", ALL6], [ALL4, ALL6], [], [LOCAL4, LOCAL6]),
+    (["[::ffff:127.0.0.1]:P", ":P"], [ALL6], [LOCAL4], [LOCAL4, LOCAL6]),
+], ids=lambda value: "+".join(value) if isinstance(value, list) else "any")
+def test_addresses_that_include_each_other_are_listened_on_in_any_order(launch, free_ports, echo_server, listen, opened,
+                                                                        left, reached):
+    port = str(free_ports(1)[0])
+    program = launch(*(f"--listen={text.replace('P', port)}" for text in listen), route(echo_server.address),
+                     listeners=len(opened or [LOCAL4]))
+    for text in reached:
+        host = "::1" if text is LOCAL6 else HOST
+        with program.connect(HELLO, (host, int(port))) as client:
+            assert read_exactly(client, len(HELLO)) == HELLO
+    program.stop()
+    found = sorted(re.findall(r" listening on (\S+)$", program.log(), re.MULTILINE))
+    assert opened is None or found == sorted(text.replace("P", port) for text in opened)
+    said = re.findall(r" warning --listen: left out, since another address takes their clients: (.*)$", program.log(),
+                      re.MULTILINE)
+    assert len(said) == bool(left), program.log()
+    for text, line in zip(left, "".join(said).split(", ")):
+        assert line.startswith(f"{text.replace('P', port)} ("), said
+
+
+def test_port_zero_is_another_port_each_time(launch, echo_server):
+    program = launch("--listen=:0", f"--listen={HOST}:0", f"--listen={HOST}:0", route(echo_server.address), listeners=3)
+    assert len({port for _, port in program.addresses}) == 3 and "left out" not in program.log()
+
+
+def test_a_name_that_has_an_address_twice_is_listened_on_once(monkeypatch):
+    """As where /etc/hosts has two lines for it."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: 2 * [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (HOST, 0))])
+    assert sniroute_router.arrange([("localhost", 0)]) == ([(socket.AF_INET, (HOST, 0))], "")
+
+
+@pytest.mark.parametrize("host, wanted", [("*", ["::", "0.0.0.0"]), ("::", ["::", "0.0.0.0"]), ("127.0.0.1", ["127.0.0.1"])])
+def test_a_predecessor_is_asked_for_both_sockets_that_may_take_a_port(host, wanted, monkeypatch):
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: True)
+    assert sniroute_router.wanted_addresses([(host, 7)]) == [(each, 7) for each in wanted]
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    assert sniroute_router.wanted_addresses([("*", 7)]) == [("0.0.0.0", 7)]
 
 
 def test_port_alone_is_every_address(launch, echo_server):
@@ -98,6 +147,14 @@ def test_address_that_is_taken_is_named_in_one_line(echo_server):
     ended = command(f"--listen={HOST}:{echo_server.address[1]}", route((HOST, 1)))
     assert ended.returncode == 1
     assert re.fullmatch(rf"\S+ error --listen {HOST}:\d+: Address already in use\n", ended.stderr), ended.stderr
+
+
+@ipv6
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", ""])
+def test_a_port_that_another_process_has_is_not_left_out(echo_server, host):
+    port = echo_server.address[1]
+    ended = command(f"--listen={host}:{port}", f"--listen={HOST}:{port}", route((HOST, 1)))
+    assert ended.returncode == 1 and ended.stderr.count("Address already in use\n") == 1, ended.stderr
 
 
 def test_address_of_another_machine_is_named_in_one_line():

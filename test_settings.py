@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import ipaddress
 import os
 import pathlib
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 import sniroute
+import sniroute_host
 import sniroute_launchers
 import sniroute_names
 import sniroute_settings
@@ -24,7 +26,7 @@ from sniroute_routes import Route
 from sniroute_settings import SETTINGS, load_settings
 from conftest import HOST, linux
 from testbed.hellos import HELLO, genuine
-from testbed.program import command, environment
+from testbed.program import PROGRAM, command, environment, execute
 from testbed.running import ROUTES_FILE, alert, answer, read_all, route, toml
 
 
@@ -235,9 +237,10 @@ def test_routes_that_contradict_are_refused(argv, environ, line):
 @pytest.mark.parametrize("argv, complaint", [
     (["explain"], "explain takes one NAME"), (["check", "a.b"], "unexpected 'a.b'"),
     (["serve", "a.b"], "unexpected 'a.b'"),
+    (["--quiet"], "--quiet goes with check"), (["explain", "a.b", "-q"], "--quiet goes with check"),
     (["route"], "invalid choice"), (["explain", "a.b", "c.d"], "unrecognized"), (["--idl=1s"], "unrecognized"),
     (["--idle"], "expected one argument"), (["--colour=x"], "unrecognized"), (["--colour", "x"], "error: "),
-], ids=["explain-nothing", "check-a-name", "serve-a-name", "no-command", "explain-two", "abbreviation", "no-value",
+], ids=["explain-nothing", "check-a-name", "serve-a-name", "quiet-serve", "quiet-explain", "no-command", "explain-two", "abbreviation", "no-value",
         "no-option", "no-option-and-a-value"])
 def test_a_command_line_that_is_none_ends_with_2(argv, complaint, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -521,6 +524,38 @@ def test_a_reload_keeps_what_a_router_that_runs_cannot_change_and_says_so(row, s
     assert again.launchers is running.launchers
 
 
+@pytest.mark.parametrize("text", ["[routes\n", "idle = \n", "\udcff", "x = " + "[" * 5000], ids=[
+    "table", "value", "encoding", "depth"])
+def test_a_reload_of_a_file_that_is_no_toml_has_one_complaint(text, settings_file):
+    running = load_settings(["-c", settings_file(ROUTES_FILE)], {})
+    pathlib.Path(running.config).write_text(text, errors="surrogateescape")
+    with pytest.raises(SettingsError) as caught:
+        running.again(running)
+    assert len(caught.value.lines) == 1 and caught.value.lines[0].startswith(running.config)
+
+
+@pytest.mark.parametrize("words, variables, named", [
+    (["-c", "sniroute.toml"], {}, "--config"), ([], {"SNIROUTE_CONFIG": "sniroute.toml"}, "SNIROUTE_CONFIG"),
+    (["--cloudflared=./cloudflared"], {}, "--cloudflared"), (["--admin=unix:admin.sock"], {}, "--admin"),
+], ids=["option", "variable", "program", "admin"])
+def test_a_relative_path_from_a_folder_that_is_gone_is_said_in_words(words, variables, named, tmp_path):
+    (tmp_path / "gone").mkdir()
+    gone = f"cd {tmp_path}/gone && rmdir {tmp_path}/gone && exec \"$@\""
+    done = execute("/bin/sh", "-c", gone, "sh", sys.executable, str(PROGRAM), "check", *words,
+                   env=environment(**variables), said="", text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert re.fullmatch(rf"sniroute: {named}: '\S+' is relative to a folder that cannot be used "
+                        r"\(No such file or directory\): give the whole path, from /\n", done.stderr), done.stderr
+
+
+def test_whole_paths_do_without_a_folder(tmp_path, settings_file):
+    (tmp_path / "gone").mkdir()
+    gone = f"cd {tmp_path}/gone && rmdir {tmp_path}/gone && exec \"$@\""
+    done = execute("/bin/sh", "-c", gone, "sh", sys.executable, str(PROGRAM), "check", "-c",
+                   settings_file('[routes]\n"a.b" = "tcp:h:1"\n'), "--admin=unix:/run/x", env=environment(), said="", text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_what_goes_before_the_file_goes_before_it_in_a_reload_too(settings_file):
     path = settings_file('idle = "1s"\ndrain = "1s"\n')
     running = load_settings(["-c", path, "--idle=2s"], {"SNIROUTE_DRAIN": "3s"})
@@ -595,6 +630,14 @@ def test_the_public_address_is_not_that_of_the_clients_or_of_the_admin(public, o
 def test_a_public_address_is_a_host_and_a_port(text):
     with pytest.raises(SettingsError, match="^--admin-public: "):
         load_settings([f"--admin-public={text}"], {})
+
+
+@pytest.mark.parametrize("listen, taken", [
+    (":7", True), ("0.0.0.0:7", True), ("127.0.0.1:7", True), (":8", False), ("127.0.0.2:7", False), ("[::1]:7", False)])
+def test_an_admin_address_that_the_router_itself_listens_on_is_refused(listen, taken):
+    with pytest.raises(SettingsError, match=r"^--admin: 127.0.0.1:7 is a part of --listen .*:7, or all of it: give it a port of its own$") if taken else contextlib.nullcontext():
+        load_settings([f"--listen={listen}", "--admin=127.0.0.1:7"], {})
+    load_settings([f"--listen={listen}", "--admin=unix:/run/x"], {})
 
 
 def test_a_token_for_the_admin_is_no_joke():
@@ -690,12 +733,19 @@ def test_a_warning_where_the_kernel_may_take_a_tunnels_port(caplog):
         assert (f"--ports {first}-{last} overlap the kernel's own ({low}-{high})" in caplog.text) is warned
 
 
-def test_without_proc_nobody_knows_the_kernels_ports(caplog, monkeypatch):
-    def nothing(*_: Any) -> Any:
-        raise FileNotFoundError
-    monkeypatch.setattr(sniroute_settings, "open", nothing, raising=False)
-    sniroute_settings.warn(load_settings(["--ports=1-65535", "--route=a.b=tcp:h:1"], {}))
-    assert not caplog.records
+@pytest.mark.parametrize("ports, warned", [("60999-61005", True), ("32760-32768", True), ("61000-61005", False),
+                                           ("20000-20100", False)])
+def test_where_proc_is_hidden_the_kernels_ports_are_taken_for_the_default(ports, warned, caplog, monkeypatch, tmp_path):
+    """As in the unit, whose ProcSubset hides them.  On another system than Linux nobody knows."""
+    monkeypatch.setattr(sniroute_settings, "local_ports", lambda: sniroute_host.local_ports(str(tmp_path)))
+    settings = load_settings([f"--ports={ports}", "--route=a.b=tcp:h:1"], {})
+    for platform in ("linux", "darwin"):
+        monkeypatch.setattr(sys, "platform", platform)
+        caplog.clear()
+        sniroute_settings.warn(settings)
+        said = (f"--ports {ports} overlap the kernel's own (32768-60999, its default: /proc/sys cannot be read here): "
+                "a tunnel's port may be taken at any time")
+        assert [record.getMessage() for record in caplog.records] == [said] * (warned and platform == "linux")
 
 
 @pytest.mark.parametrize("words, said", [

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from typing import Any, Iterator
@@ -14,9 +17,9 @@ import pytest
 
 import sniroute_router
 import sniroute_systemd
-from conftest import HOST, linux, wait_until
+from conftest import HERE, HOST, linux, wait_until
 from testbed.hellos import HELLO
-from testbed.program import PROGRAM, Customers, activated, cpu_seconds, environment, execute
+from testbed.program import PROGRAM, Customers, activated, command, cpu_seconds, environment, execute
 from testbed.running import read_exactly, route
 
 
@@ -136,6 +139,20 @@ def test_systemd_is_told_how_it_goes(launch, manager, echo_server, settings_file
         client.sendall(b"on")
         assert read_exactly(client, 2) == b"on"
     assert program.wait() == 0
+    assert manager.hear("STATUS=") == "STATUS=stopped: 0 connections, 0 tunnels", "the unit shows the last one"
+
+
+def test_systemd_hears_at_once_that_it_drains(launch, manager, echo_server):
+    """Not with the next beat, which may be ten seconds away."""
+    program = launch(route(echo_server.address), env=environment(NOTIFY_SOCKET=manager.address))
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        began = time.monotonic()
+        program.signal(signal.SIGTERM)
+        manager.hear("EXTEND_TIMEOUT_USEC=")
+        assert manager.hear("STATUS=") == "STATUS=draining: 1 connections, 0 tunnels"
+        assert time.monotonic() - began < sniroute_systemd.STATUS_EVERY / 2
+    assert program.wait() == 0
 
 
 def test_a_loop_that_hangs_does_not_feed_the_watchdog(run, echo_server):
@@ -181,3 +198,136 @@ def test_a_watchdog_for_another_process_is_not_fed():
             with contextlib.closing(sniroute_systemd.Supervisor({"NOTIFY_SOCKET": address, **environ})) as supervisor:
                 assert supervisor.watchdog is watchdog
                 assert supervisor.every == (0.0005 if watchdog else sniroute_systemd.STATUS_EVERY)
+
+
+# -- the units ---------------------------------------------------------------------------------
+
+Unit = dict[str, list[tuple[str, str]]]
+
+
+def read_unit(name: str) -> Unit:
+    """The sections of a unit: each assignment in its order, since some may be there twice (systemd.syntax(7))."""
+    unit: Unit = {}
+    for line in (HERE / name).read_text().splitlines():
+        if re.match(r"[#;]|$", line):
+            continue
+        if header := re.fullmatch(r"\[(\w+)\]", line):
+            entries = unit.setdefault(header[1], [])
+        else:
+            key, equals, value = line.partition("=")
+            assert equals and re.fullmatch("[A-Za-z0-9]+", key), line
+            entries.append((key, value))
+    return unit
+
+
+def values(unit: Unit, section: str, key: str) -> list[str]:
+    return [value for name, value in unit[section] if name == key]
+
+
+SERVICE, SOCKET = read_unit("sniroute.service"), read_unit("sniroute.socket")
+
+
+def comments(name: str) -> str:
+    """The comments of a unit, as one text."""
+    return " ".join(" ".join(re.findall("^# ?(.*)$", (HERE / name).read_text(), re.MULTILINE)).split())
+
+
+def test_wrong_settings_do_not_close_the_port_for_good():
+    """A waiting client triggers the service again and again: a limit of starts would fail the socket unit, too."""
+    assert values(SERVICE, "Unit", "StartLimitIntervalSec") == ["0"]
+    assert values(SERVICE, "Service", "RestartPreventExitStatus") == []
+    assert values(SERVICE, "Service", "Restart") == ["on-failure"] and values(SERVICE, "Service", "RestartSec") == ["2"]
+
+
+def test_the_service_brings_its_socket():
+    """After `systemctl stop` of both, and after a failure; and it does without one that is not installed."""
+    wanted = " ".join(values(SERVICE, "Unit", "Wants")).split()
+    assert "sniroute.socket" in wanted
+    assert not values(SERVICE, "Unit", "Requires") and not values(SERVICE, "Service", "Sockets")
+    assert values(SOCKET, "Install", "WantedBy") == ["sockets.target"]
+
+
+def test_the_socket_unit_says_how_it_is_added_to_a_service_that_runs():
+    recipe = "systemctl stop sniroute; systemctl daemon-reload; systemctl enable --now sniroute.socket; systemctl start sniroute"
+    assert recipe in comments("sniroute.socket") and f"\n{recipe}\n" in (HERE / "OPERATING.md").read_text()
+    assert "systemctl edit sniroute.socket" in comments("sniroute.socket")
+
+
+def test_a_tunnel_that_takes_too_much_memory_does_not_end_the_router():
+    assert values(SERVICE, "Service", "OOMPolicy") == ["continue"]
+
+
+def test_a_reload_checks_the_settings_first_and_prints_no_routes():
+    check, reload = values(SERVICE, "Service", "ExecReload")
+    (start,) = values(SERVICE, "Service", "ExecStart")
+    assert check == f"{start} check --quiet" and reload == "/bin/kill -HUP $MAINPID"
+    assert values(SERVICE, "Service", "Type") == ["notify"]
+    said = comments("sniroute.service")
+    assert "`notify-reload` works, too" in said and "keep the `check` line" in said and "drop the `kill` line" in said
+
+
+def test_the_journal_knows_it_by_its_name():
+    assert values(SERVICE, "Service", "SyslogIdentifier") == ["sniroute"]
+
+
+def test_the_sandbox_of_the_unit_is_closed():
+    for key, value in (("DynamicUser", "yes"), ("NoNewPrivileges", "yes"), ("ProtectSystem", "strict"),
+                       ("ProcSubset", "pid"), ("PrivateTmp", "yes"), ("WatchdogSec", "30"), ("KillMode", "mixed"),
+                       ("CapabilityBoundingSet", "CAP_NET_BIND_SERVICE")):
+        assert values(SERVICE, "Service", key) == [value], key
+    assert values(SOCKET, "Socket", "BindIPv6Only") == ["both"] and values(SOCKET, "Socket", "ListenStream") == ["19000"]
+
+
+# -- journald ----------------------------------------------------------------------------------
+
+
+def journalled(*words: str, code: str = "", **variables: str) -> tuple[int, list[str]]:
+    """Run sniroute with a stderr that JOURNAL_STREAM says is journald's.  Returns its exit code, and the lines."""
+    reader, writer = os.pipe()
+    with open(reader) as lines:
+        state = os.fstat(writer)
+        program = [sys.executable, "-c", code] if code else [sys.executable, str(PROGRAM)]
+        try:
+            done = subprocess.run([*program, *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=writer,
+                                  env=environment(JOURNAL_STREAM=f"{state.st_dev}:{state.st_ino}", **variables), timeout=60)
+        finally:
+            os.close(writer)
+        return done.returncode, lines.read().splitlines()
+
+
+@pytest.mark.parametrize("words, code, line", [
+    (["serve", "--idle=soon"], 2, "<3>sniroute: --idle: 'soon' is not a duration such as 300s, 5m, 1h30m or 500ms"),
+    (["check", "--idle=soon"], 2, "<3>sniroute: --idle: 'soon' is not a duration such as 300s, 5m, 1h30m or 500ms"),
+    (["-c", "/nonexistent/file"], 2, "<3>sniroute: /nonexistent/file: No such file or directory"),
+    (["check", "--quiet", "-c", "/nonexistent/file"], 2, "<3>sniroute: /nonexistent/file: No such file or directory"),
+    (["--bogus"], 2, "<3>sniroute: error: unrecognized arguments: --bogus"),
+    (["--listen=192.0.2.1:9", "--route=a.b=tcp:h:1"], 1, "<3>--listen 192.0.2.1:9: Cannot assign requested address"),
+    (["check", "--ports=32000-33000", "--route=a.b=tcp:h:1"], 0, "<4>sniroute: --ports 32000-33000 overlap the kernel's own"),
+], ids=["setting", "check", "no-file", "no-file-to-check", "no-option", "address", "warning"])
+def test_why_a_start_or_a_reload_failed_has_its_priority_in_the_journal(words, code, line):
+    """`journalctl -p warning` shows it."""
+    ended, lines = journalled(*words)
+    assert ended == code and lines[-1 if code else 0].startswith(line)
+    assert all(re.match("<[34]>", each) for each in lines), lines
+
+
+def test_each_of_several_mistakes_has_its_priority(settings_file):
+    path = settings_file('idle = "x"\nidel = 1\n[routes]\n"a" = "b"\n')
+    for words in ([], ["check", "--quiet"]):
+        ended, lines = journalled(*words, "-c", path)
+        assert ended == 2 and len(lines) == 3 and all(line.startswith(f"<3>sniroute: {path}: ") for line in lines)
+
+
+def test_a_fault_before_the_log_begins_has_its_priority_whole():
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import sniroute, sniroute_settings; " \
+        "sniroute_settings.load_settings = lambda *_: 1 / 0; sniroute.main([])"
+    ended, lines = journalled(code=code)
+    assert ended == 1 and lines[-1] == "<3>ZeroDivisionError: division by zero"
+    assert lines[0] == "<3>Traceback (most recent call last):" and all(line.startswith("<3>") for line in lines)
+
+
+def test_without_journald_nothing_has_a_priority():
+    ended = command("--idle=soon")
+    assert ended.returncode == 2 and ended.stderr.startswith("sniroute: --idle: ")
+    ended = command("--bogus", JOURNAL_STREAM="1:2")
+    assert ended.returncode == 2 and "<3>" not in ended.stderr
