@@ -226,7 +226,7 @@ def test_files_that_may_have_no_size_are_no_home_for_tunnels():
     done = execute(*below("RLIMIT_FSIZE", 0), str(PROGRAM), "check", "-q", "--route=*.a.b=carrier:{name}",
                    env=environment(), text=True, said="")
     assert done.stderr == ("sniroute: no folder for temporary files can be written "
-                           "(RLIMIT_FSIZE is 0 (ulimit -f, LimitFSIZE))\n")
+                           "(RLIMIT_FSIZE is 0 (ulimit -f, LimitFSIZE)): tunnel programs get no home\n")
 
 
 @linux
