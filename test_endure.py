@@ -19,7 +19,7 @@ from testbed import endure_inputs, endure_streams
 from testbed.endure import PARTS, fits
 
 SCALES = {  # so that each part takes a few seconds
-    "nemesis": "0.05",  # 25 faults
+    "nemesis": "0.024",  # 12 faults
     "inputs": "0.02",  # 20,000 inputs, and 100 for the router
     "data": "0.0025",  # 50 MB
     "carrier": "0.005",  # 10 MB

@@ -248,7 +248,7 @@ def test_the_service_brings_its_socket():
 
 
 def test_the_socket_unit_says_how_it_is_added_to_a_service_that_runs():
-    recipe = "systemctl stop sniroute; systemctl daemon-reload; systemctl enable --now sniroute.socket; systemctl start sniroute"
+    recipe = "systemctl daemon-reload; systemctl stop sniroute.socket sniroute; systemctl enable --now sniroute.socket sniroute"
     assert recipe in comments("sniroute.socket") and f"\n{recipe}\n" in (HERE / "OPERATING.md").read_text()
     assert "systemctl edit sniroute.socket" in comments("sniroute.socket")
 
