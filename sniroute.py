@@ -11,8 +11,7 @@ starts the tunnel that leads to that name if none is up, and passes bytes both w
                                -> target   there
 
 This file is the face: it opens the room that a command needs.  The house is flat: one subject a file, all beside
-this one (or with it in one sniroute.pyz).  Imports run down this table only; of the rooms above them, the two at its
-end use race, log, loop, host, names and refusals:
+this one (or with it in one sniroute.pyz).  Imports run down this table only:
 
     sniroute               the face                            python3 sniroute.py [serve | check | explain | ...]
     sniroute_daemon        the main thread of `serve`          signals, reload, start and end
@@ -42,8 +41,8 @@ end use race, log, loop, host, names and refusals:
     sniroute_admin    *    HTTP for the host's own users       with sniroute_door, _metrics and _page
     sniroute_carrier  *    a tunnel program of our own         with sniroute_edge, _forwarder, _dial and _http
 
-A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The last two rows, which
-stand apart, import the lower rooms of the table.
+A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The last two rows stand
+apart: they are options of several files, which import race, log, loop, host, names and refusals of the rooms above.
 
 The one idea: waiting borrows a thread, moving bytes does not.  All that is ready runs in one loop over epoll; only a
 target that has to wait (a tunnel that starts, a host to resolve) gets a thread, one for each target, its clients
@@ -55,8 +54,8 @@ parked behind it.
     wait-<n>    one for each target that has to wait, 32 at most              touches a client's socket
     reaper      child processes: starts, watches, stops, drains               ends before its children
     log         formats and writes log lines                                  stops traffic
-    admin       HTTP, where --admin asks for it; with `admin-<n>`,
-                `public-<n>`                                                  touches a client's socket
+    admin       HTTP, where --admin or --admin-public asks for it;
+                with `admin-<n>`, `public-<n>`                                touches a client's socket
 
 What it does not do: decrypt, look at anything behind the ClientHello, or treat a name as proof of who asks.
 SNI is not authentication.
