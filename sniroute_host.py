@@ -1,10 +1,12 @@
-"""sniroute_host: what this host allows a process: descriptors, tasks, memory, ports; and where stderr goes.
+"""sniroute_host: what this host allows: descriptors, tasks, memory, ports; and who may change a file.
 
-    getrlimit(2) ------------------+
-    /proc/self/cgroup              |      what a setting is derived from        descriptor_limits, memory_allowed
-      --> /sys/fs/cgroup/...  -----+--->  what is too little, at the start      require_descriptors, too_little
-    /proc/sys -----------------------+    why a start failed, in one sentence   shortage
-    owners and modes of files -------+    who else may change one that we run   changed_by_others
+    getrlimit(2) ------------------+      what a setting is derived from        descriptor_limits, memory_allowed
+    /proc/self/cgroup              |      what is too little, at the start      require_descriptors, too_little
+      --> /sys/fs/cgroup/...  -----+--->  why a start failed, in one sentence   shortage
+    /proc/sys ---------------------+      which ports the kernel gives away     local_ports
+
+    owners and modes of files --------->  who else may change one that we use   changed_by_others
+    JOURNAL_STREAM -------------------->  whether journald reads stderr         under_journald
 
 A cgroup has the limits of all cgroups above it, too, and a container sees its own as the root, so every folder from
 the process's own up to the root is asked.  Functions that read files take the folder `root`, so that tests can give

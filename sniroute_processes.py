@@ -36,7 +36,7 @@ It answers on its output in JSON lines.  Their "listener" is that address, their
 Other events are ignored.  A line without "listener" is kept as part of its last words.  A process that
 takes no line, or does not answer one in time, hangs: it is killed.  All that it carried ends with it.
 
-Threads.  Everything in Processes and PortPool runs on one thread, the owner's `reaper`.  PR_SET_PDEATHSIG
+Threads.  Everything in Processes runs on one thread, the owner's `reaper`.  PR_SET_PDEATHSIG
 follows the *thread* that forked, so that thread has to live as long as the processes do.  Any thread may
 call `Process.alive` and `Child.alive`.  There are no locks here; single attributes that other threads read
 or write say so.

@@ -34,10 +34,7 @@ LISTEN_FDS_START = 3  # the first descriptor that systemd passes: sd_listen_fds(
 
 
 class Supervisor:
-    """Tells systemd how the daemon is (sd_notify(3)).  Does nothing where NOTIFY_SOCKET is not set.
-
-    Any thread: a message is one datagram.
-    """
+    """Tells systemd how the daemon is (sd_notify(3)).  Does nothing where NOTIFY_SOCKET is not set."""
 
     def __init__(self, environ: dict[str, str]):
         self.socket: socket.socket | None = None  # None: nobody asks
