@@ -123,7 +123,7 @@ def late_ssl_answer(connection: Connection) -> None:
 def late_first_byte(connection: Connection) -> None:
     """The tunnel took the hello and is silent, whatever the client has said since.
 
-    Say it once more, or refuse; `TunnelTable.wait` looks at the process.
+    The same hello is sent once more, or the client is refused; `TunnelTable.wait` looks at the process.
     """
     connection.backend_failed(f"no answer within {FIRST_BYTE_TIMEOUT:g} s")
 

@@ -7,8 +7,8 @@
     0.5 s                  192.0.2.3 -- it answers              the first that connects wins
                                  +---> done(owner, attempt)     and the socket is the owner's
 
-A connect that answers within STAGGER meets nothing of this: a Race is made for a silent one only.  Where it wins, the
-addresses that did not are remembered (Laggards), so that the next client does not wait for them.
+A connect that answers within STAGGER has no Race: one is made for a silent connect only.  When an address wins, those
+that did not answer are remembered (Laggards), so that the next client does not wait for them.
 
     Attempt   one connect that is under way: its socket, and what the loop waits for
     Race      the attempts of one client.  It owns their sockets: each is closed once, or handed over to the owner
@@ -50,8 +50,8 @@ CONNECT_TIMEOUT = 5.0  # for each address
 CONNECT_BUDGET = 15.0  # for all addresses of one client, however many there are
 ADDRESSES_MAX = 8  # addresses of one host that are tried: the last begins after 1.75 s, and all is over within 7 s
 EXTRA_MAX = 256  # sockets of all races beside the first of each: --max-connections reckons with one for a backend
-WORSE_FOR = 600.0  # an address that was worse is tried last: a lost packet moves a host's load for no longer
-LAGGARDS_MAX = 1024  # that are remembered: names, and so addresses, may come from strangers
+WORSE_FOR = 600.0  # a laggard is tried last for so long, and no longer: perhaps it was only one lost packet
+LAGGARDS_MAX = 1024  # laggards that are remembered: names, and so addresses, may come from strangers
 
 Row = tuple[int, Any]  # family, and address as `socket` takes it
 UNDER_WAY = (errno.EALREADY, errno.EINPROGRESS)  # of connect(): it is not over
@@ -123,7 +123,7 @@ class Attempt(Watch):
 
     @property
     def connection(self) -> Any:
-        """Whose fault it is where the loop meets one here."""
+        """The connection that ends where a callback of this attempt raises: `Router.fault` asks for it."""
         return self.race.connection
 
     def expire(self) -> None:

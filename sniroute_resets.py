@@ -41,20 +41,20 @@ monotonic = time.monotonic
 # Limits, each with its reason.  Times in seconds.
 RESET_LOOK = 0.05  # between two looks whether the bytes before a reset have arrived: Linux delays an ACK by 0.04
 RESET_STALL = 30.0  # who takes none of them for so long is reset all the same; who is only slow gets them
-BLIND = 0.5  # where the kernel does not tell what has arrived (macOS): what it holds has this long
+BLIND = 0.5  # where the kernel does not tell what has arrived (macOS): its bytes get this long to arrive
 
 RESETTING = "resetting"  # a state of a Connection
 
 
 def is_unheard(connection: Connection) -> bool:
-    """Whether its tunnel owes an answer.  One that ends behind its client's end does not: cloudflared ends both."""
+    """Whether its tunnel owes an answer.  Where its client has ended, it owes none: cloudflared ends both."""
     return connection.state is UNANSWERED or connection.state is EARLY and connection.up.state is not DONE
 
 
 def pass_on_reset(connection: Connection, flow: Flow, read: bool) -> None:
     """The source of `flow` has broken off: its sink gets what it said before, then a reset.
 
-    `read`: that is all with the sink.  Else `flow` goes on reading, until the source has no more.
+    `read`: all that it said has been read.  Else `flow` goes on reading, until the source has no more.
     """
     if connection.state is not RESETTING:
         connection.reason = who_was_first(connection, flow)

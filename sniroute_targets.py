@@ -1,8 +1,8 @@
 """sniroute_targets: the kinds of target, and one connection's way to one.
 
-    Decision --- Scheme.ready ---> Backend      what the Connection tells: open, connected, answered, failed, release
+    Decision --- Scheme.ready ---> Backend      told: open, connected, settled, answered, failed, release
                       |
-                      +----------> None         it has to wait: a thread runs Scheme.prepare, then `ready` is asked again
+                      +----------> None         it has to wait: a thread runs Scheme.prepare, then back to `ready`
 
     SCHEMES   the kinds of target, a row each: how to check one, to be ready for it, to wait for it
     Backend   is told what happens on its way.  Nobody asks its kind
@@ -79,10 +79,10 @@ class Backend:
     """One connection's way to its target, told what happens on it.  Loop only.
 
     Called in this order: `open`, again for each address that fails; `connected`; `settled`, or, where a connect proves
-    nothing, `answered`; `release`, perhaps more than once.  `failed` may come at any time before those two.  `remark`
-    is asked for at the end, if it is still kept.  This base tries (family, address) pairs one after another, or, where
-    one is silent, beside each other: a Race then asks it for them.  Where none is left the client is refused with
-    `backend`.
+    nothing, `answered`; `release`, perhaps more than once.  `failed` may come at any time before `settled` or
+    `answered`; where it says None, it is called once more, after `release`.  `remark` is asked for at the end, where
+    `settled` has not said None.  This base tries (family, address) pairs one after another, or, where one is silent,
+    beside each other: a Race then asks it for them.  Where none is left the client is refused with `backend`.
     """
 
     __slots__ = ("target", "addresses", "local", "tried", "row", "told", "race")
@@ -184,7 +184,8 @@ class Backend:
     def failed(self, why: str, server: socket.SocketType | None, last: bool) -> Retry | Doubt | Refused | None:
         """It failed before the client had a byte of it.  `last`: the client cannot be served by trying again.
 
-        `server` is the socket, where there is one still.  None: the reason is on its way; ask again in WORDS_TIMEOUT.
+        `server` is the socket, where there is one still.  None: the reason is on its way; ask again after WORDS_TIMEOUT
+        (sniroute_deadlines).
         """
         return Refused("backend", f"{self.target}: {why}")
 
