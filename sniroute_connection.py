@@ -73,7 +73,8 @@ WAITING_FOR_BACKEND = (PARKED, DIALING, GREETING)  # states in which the client 
 ABANDONED = (DIALING, GREETING, UNANSWERED)  # states in which a close leaves a backend that has not answered
 UNHEARD = (UNANSWERED, EARLY)  # states in which the backend has not said a byte yet
 PASSING = (OPEN, EARLY)  # states in which both sides may end
-ORDERLY = (PRELUDE, LINGERING)  # states in which a close is an end; PASSING: where both have ended.  Else, a reset
+# States in which a close is an end.  In PASSING it is one where both sides have ended; in all others it is a reset.
+ORDERLY = (PRELUDE, LINGERING)
 
 # errno values of send() that mean "the connect is not over"; the last is BSD's.
 NOT_CONNECTED = frozenset((errno.EAGAIN, errno.EALREADY, errno.EINPROGRESS, errno.ENOTCONN))
@@ -323,7 +324,7 @@ class Connection:
         if self.down.source is not None:
             self._hang_up()
         now = monotonic()
-        if not why:  # else it counts as a dial only where an address is left: a time-out is no wait for the target
+        if not why:  # else only a new dial counts: the time-out of the address before is no wait for the target
             self.dialled = now
         try:
             server = self.backend.open(why)
@@ -490,7 +491,7 @@ class Connection:
     def broken(self, flow: Flow) -> None:
         """The sink has broken off.  What it sent before is still to be read by the other flow."""
         if self.state is RESETTING:
-            self.close(self.reason)  # so has the side that was to get the rest
+            self.close(self.reason)  # the side that was to get the rest has broken off, too
         elif flow is self.up and self.state in UNHEARD:
             flow.discard(BROKEN)  # the other flow finds out whether the tunnel has said anything, and what to do
             flow.rewatch()

@@ -52,7 +52,7 @@ __version__ = "0.1.0"
 log = logging.getLogger("sniroute")
 
 # Limits, each with its reason.  Sizes in bytes, times in seconds.
-CALLERS_MAX = 32  # of a gate at once: a browser makes six; a descriptor each, which SPARE_FDS has to spare
+CALLERS_MAX = 32  # of a gate at once: a browser makes six; a descriptor each, out of SPARE_FDS (sniroute_settings)
 WORK_MAX = 16  # of these, requests that wait for a thread or are in one: others always find a place
 REQUEST_TIME = 5.0  # to send a whole request, however slowly it comes
 WAIT_TIME = 5.0  # for a thread

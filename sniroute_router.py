@@ -1,7 +1,7 @@
 """sniroute_router: the server: its listeners, who may come in, who has to wait, and the count of what came of it.
 
     listener --- _accept ---> Connection --- loop.batch: read, dial, speak ---> flows --- closed ---> counters, tallies,
-    or: one target            Peer: limits     |                                                      one Ending
+                              Peer: limits     |                                                      one Ending
                                                +-- target not ready: Waits.join
                                                         |  one thread for each target, not for each client
                                                         v
@@ -304,7 +304,7 @@ def for_both(listen: Sequence[tuple[str, int]]) -> set[int]:
 def wanted_addresses(listen: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
     """The addresses that a predecessor may have sockets for.
 
-    Where one socket is to do for both families, it may have two.
+    Where one socket is to serve both families, a predecessor may have one for each.
     """
     found = [address[:2] for host, port in listen for _, address in listen_addresses(host, port)]
     return list(dict.fromkeys(found + [(ANY4, port) for port in sorted(for_both(listen))]))

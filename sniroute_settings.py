@@ -110,7 +110,7 @@ def absolute(text: str) -> str:
 
 
 def parse_program(text: str) -> str:
-    """The tunnel program: a file that runs, and that only root and this user may change."""
+    """The tunnel program: a file that runs, and that only root and this user may change.  Raises ValueError."""
     path = absolute(text)
     if not os.path.isfile(path) or not os.access(path, os.X_OK):
         raise ValueError(f"{text!r} is not a program: there is no such file, or it may not be executed")
@@ -211,7 +211,7 @@ SETTINGS = (
     Setting("prelude-timeout", "DURATION", parse_duration, "10s",
             "how long a client may take to say its name (default 10s)"),
     Setting("connection-idle", "DURATION", parse_off_or_duration, "off",
-            "a connection that has carried no byte for this long is closed (default off)"),
+            "a connection that has carried no byte for this long is reset (default off)"),
     Setting("drain", "DURATION", parse_duration, "30s",
             "how long open connections may go on after SIGTERM (default 30s)"),
     Setting("max-connections", "N", parse_count, None,
