@@ -540,7 +540,8 @@ def bundle(words: Sequence[str]) -> int:
         why = getattr(error, "strerror", None) or str(error)
         print(f"sniroute: {printable(given.output)}: {printable(why)}", file=sys.stderr)
         return 1
-    print(f"{printable(given.output)}: {describe_version().partition(' (')[0]} with {', '.join(options) or 'no options'}, "
+    version = describe_version().partition(" (")[0]
+    print(f"{printable(given.output)}: {version} with {', '.join(options) or 'no options'}, "
           f"{os.path.getsize(given.output) >> 10} KiB")
     return 0
 

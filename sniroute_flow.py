@@ -36,11 +36,10 @@ It imports the loop.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 from typing import TYPE_CHECKING, Any, Callable
-
-import fcntl
 
 from sniroute_loop import READ, WRITE, Poller, Watch, unsent
 
