@@ -504,7 +504,7 @@ def listen_unix(path: str) -> tuple[socket.socket, tuple[int, int]]:
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise OSError("there is something else than a socket")
+            raise OSError("there is a file that is no socket: remove it, or name another path")
     early = f"{path}.{os.getpid()}"
     with contextlib.ExitStack() as undo:
         with contextlib.suppress(FileNotFoundError):

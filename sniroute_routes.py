@@ -130,7 +130,7 @@ def parse_route(text: str) -> Route:
     pattern, equals, target = text.partition("=")
     scheme, colon, rest = target.partition(":")
     if not equals or not colon:
-        raise ValueError(f"{text!r} is not PATTERN=SCHEME:REST")
+        raise ValueError(f"{text!r} is not PATTERN=TARGET, as db.example.com=tcp:192.0.2.10:5432")
     stars = next((stars for stars in ("**.", "*.") if pattern.startswith(stars)), "")
     try:
         if pattern != "*":

@@ -397,12 +397,12 @@ def read_routes(table: Any, wrong: list[str]) -> list[Route]:
 
 COMMANDS = ("serve", "check", "explain", "selftest")
 USAGE = """\
-%(prog)s [serve] [options]
-       %(prog)s check [--quiet] [options] validate the settings and print the routes
-       %(prog)s explain NAME [options]    what would happen to this name, and why
-       %(prog)s selftest                  the hard cases, against itself, on loopback
-       %(prog)s bundle [-o FILE] [--with OPTION,...]   one file, which any Python from 3.11 runs
-       %(prog)s carrier ...               what `cloudflared access tcp` does"""
+%(prog)s [serve] [options]                    run the router
+       %(prog)s check [--quiet] [options]            check the settings, and print the routes
+       %(prog)s explain NAME [options]               what would happen to this name, and why
+       %(prog)s selftest                             the hard cases, against itself, on loopback
+       %(prog)s bundle [-o FILE] [--with OPTION,...] one file, which any Python from 3.11 runs
+       %(prog)s carrier ...                          what `cloudflared access tcp` does"""
 
 
 class ShowVersion(argparse.Action):
@@ -561,8 +561,8 @@ def cross_checked(values: Mapping[str, Any], given: Mapping[str, Given], running
     for name, others in (("admin", listened), ("admin_public", [("admin", values["admin"]), *listened])):
         for other, address in others:
             if overlap(values[name], address):
-                wrong.append(f"{given[name].source}: {show_address(values[name])} is a part of "
-                             f"--{other} {show_address(address)}, or all of it: give it a port of its own")
+                wrong.append(f"{given[name].source}: {show_address(values[name])} and --{other} "
+                             f"{show_address(address)} have an address in common: give it a port of its own")
     if values["admin_token"] and not SECRET.fullmatch(values["admin_token"]):
         wrong.append(f"{ADMIN_TOKEN}: has to be 16 printable characters or more, without spaces")
     for address in map(show_address, values["listen"] or ()):

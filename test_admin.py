@@ -497,7 +497,7 @@ def test_stale_socket_is_replaced_and_a_successors_is_left_alone(run_admin, tmp_
 def test_file_that_is_no_socket_is_not_replaced(run_admin, tmp_path):
     path = tmp_path / "admin.sock"
     path.write_text("precious")
-    with pytest.raises(OSError, match="something else than a socket"):
+    with pytest.raises(OSError, match="a file that is no socket"):
         run_admin(f"--admin=unix:{path}")
     assert path.read_text() == "precious"
     with pytest.raises(OSError, match="No such file or directory"):

@@ -57,7 +57,7 @@ def test_a_route_is_read(text, pattern, target):
 
 
 @pytest.mark.parametrize("text, complaint", [
-    ("db.example.com", "not PATTERN=SCHEME:REST"), ("db.example.com=here", "not PATTERN=SCHEME:REST"),
+    ("db.example.com", "not PATTERN=TARGET"), ("db.example.com=here", "not PATTERN=TARGET"),
     ("", "not PATTERN"),
     ("=tcp:h:1", "two labels"), ("*.com=tcp:h:1", "two labels"), ("*.com.=tcp:h:1", "two labels"),
     ("**.db=tcp:h:1", "two labels"), (".=tcp:h:1", "two labels"), ("123=tcp:h:1", "two labels"),

@@ -400,7 +400,7 @@ db.example.com = "cloudflared:cft-{name}"
         "routes.\"c.example.com\".max_connections: '0' is not a whole number from 1 to 1000000",
         'routes."c.example.com".idle: is for tunnels; here connection_idle closes what is silent',
         "routes.\"*.*\": '*.*' is not a name, *.NAME, **.NAME or * (behind a star, NAME has two labels at least)",
-        "routes.\"d.example.com\": 'd.example.com=5' is not PATTERN=SCHEME:REST",
+        "routes.\"d.example.com\": 'd.example.com=5' is not PATTERN=TARGET, as db.example.com=tcp:192.0.2.10:5432",
         'routes."a?b": ' + lines[17].partition(": ")[2],
         "--drain: 'soon' is not a duration such as 300s, 5m, 1h30m or 500ms"]
     assert all(re.fullmatch("[ -~]+", line) for line in lines)
@@ -622,8 +622,8 @@ def test_the_public_address_is_not_that_of_the_clients_or_of_the_admin(public, o
     with pytest.raises(SettingsError) as caught:
         load_settings(options, {})
     (line,) = caught.value.lines
-    assert re.fullmatch(r"--admin-public: \S+ is a part of " + re.escape(part_of)
-                        + ", or all of it: give it a port of its own", line)
+    assert re.fullmatch(r"--admin-public: \S+ and " + re.escape(part_of)
+                        + " have an address in common: give it a port of its own", line)
 
 
 @pytest.mark.parametrize("text", ["unix:/run/public.sock", "9100", "192.0.2.1", "[::1", "::1:9100", "192.0.2.1:99999"])
@@ -635,7 +635,7 @@ def test_a_public_address_is_a_host_and_a_port(text):
 @pytest.mark.parametrize("listen, taken", [
     (":7", True), ("0.0.0.0:7", True), ("127.0.0.1:7", True), (":8", False), ("127.0.0.2:7", False), ("[::1]:7", False)])
 def test_an_admin_address_that_the_router_itself_listens_on_is_refused(listen, taken):
-    with pytest.raises(SettingsError, match=r"^--admin: 127.0.0.1:7 is a part of --listen .*:7, or all of it: give it a port of its own$") if taken else contextlib.nullcontext():
+    with pytest.raises(SettingsError, match=r"^--admin: 127.0.0.1:7 and --listen .*:7 have an address in common: ") if taken else contextlib.nullcontext():
         load_settings([f"--listen={listen}", "--admin=127.0.0.1:7"], {})
     load_settings([f"--listen={listen}", "--admin=unix:/run/x"], {})
 
