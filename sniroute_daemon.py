@@ -23,8 +23,8 @@ The end.  The thread `loop` runs until all has drained, or until a second signal
 `reaper`, and wakes the main thread.  The main thread joins `loop`, and closes the admin, the listeners and the names,
 in this order.  The thread `log` begins first and ends last: `serve` owns it.  The threads wait-<n> are the Router's.
 
-Threads: main, but for four functions.  `Supervisor.beat` and `dump` run in the loop, `Daemon._loop` is the thread
-`loop`, and any thread may call `Daemon.reload`.  One lock, Daemon.reloading: one reload at a time.
+Threads: main, but for three functions.  `dump` runs in the loop, `Daemon._loop` is the thread `loop`, and any thread
+may call `Daemon.reload`.  One lock, Daemon.reloading: one reload at a time.
 
 Seams: I want to ...
     react to another signal          a number in SIGNALS, and a branch in Daemon._on_signals
