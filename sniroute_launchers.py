@@ -168,7 +168,7 @@ class Launcher(NamedTuple):
         return {name: value for name, value in self.environment.items() if identified or name not in TUNNEL_IDENTITY}
 
     def is_there(self) -> bool:
-        """Whether there is such a program, and all of it; whether it may be run says `obstacle`."""
+        """Whether there is such a program, and all of it.  `obstacle` says whether it may be run."""
         return shutil.which(self.program) is not None and all(map(is_here, self.rooms))
 
     @property
@@ -223,7 +223,7 @@ def inherited(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def identity_faults(environ: Mapping[str, str]) -> list[str]:
-    """What of the identity no header could say, a line each, without the value: it is a secret."""
+    """The variables of the identity whose value no header may have, a line each, without the value: it is a secret."""
     return [f"{name}: has characters that no header may have: line breaks, other control characters, or not ASCII"
             for name, value in sorted(inherited(environ).items())
             if name in TUNNEL_IDENTITY and not HEADER_VALUE.fullmatch(value)]

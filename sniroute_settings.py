@@ -383,7 +383,7 @@ def read_routes(table: Any, wrong: list[str]) -> list[Route]:
                 others = meant(name, ("target", *ROUTE_OPTIONS))
                 wrong.append(f"{where}.{printable(name)}: there is no such option{others}")
             elif name == "idle" and not route.scheme.is_tunnel:
-                wrong.append(f"{where}.idle: is for tunnels; here connection_idle closes what is silent")
+                wrong.append(f"{where}.idle: is for tunnels; here connection_idle resets what is silent")
             else:
                 try:
                     route = route._replace(**{name: ROUTE_OPTIONS[name](as_text(option))})

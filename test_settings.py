@@ -398,7 +398,7 @@ db.example.com = "cloudflared:cft-{name}"
         "routes.\"*.example.com\".sendproxy: there is no such option; did you mean send_proxy?",
         "routes.\"c.example.com\".send_proxy: 'v3' is none of as-received, none, v1, v2",
         "routes.\"c.example.com\".max_connections: '0' is not a whole number from 1 to 1000000",
-        'routes."c.example.com".idle: is for tunnels; here connection_idle closes what is silent',
+        'routes."c.example.com".idle: is for tunnels; here connection_idle resets what is silent',
         "routes.\"*.*\": '*.*' is not a name, *.NAME, **.NAME or * (behind a star, NAME has two labels at least)",
         "routes.\"d.example.com\": 'd.example.com=5' is not PATTERN=TARGET, as db.example.com=tcp:192.0.2.10:5432",
         'routes."a?b": ' + lines[17].partition(": ")[2],
