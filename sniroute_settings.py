@@ -45,7 +45,7 @@ __version__ = "0.1.0"
 log = logging.getLogger("sniroute")
 
 # Limits, each with its reason.
-SPARE_FDS = 400  # descriptors for 101 tunnels (three each), the pipes, listeners, the admin's 64 clients and the log
+SPARE_FDS = 480  # descriptors of 101 tunnels (three each), 32 pipes, 64 clients of the admin, listeners and the log
 UNIX_PATH_MAX = 90  # sun_path of unix(7) has 108 bytes, or 104; some are for the name it has before it is ready
 SECRET = re.compile(r"[!-~]{16,}")  # a token: printable, and too long to be guessed
 

@@ -427,7 +427,7 @@ def check_tcp(rest: str) -> str:
     except ValueError as error:
         raise Malformed(str(error), kind="bad_name") from None
     if not port or not HOST.fullmatch(host) or is_number(host):
-        raise Malformed(f"{rest!r} is not HOST:PORT", kind="bad_name")
+        raise Malformed(f"{rest!r} is not HOST:PORT, with a name or an address as HOST", kind="bad_name")
     return rest
 
 
