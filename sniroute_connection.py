@@ -115,7 +115,7 @@ class Connection:
         self.hello: bytes | None = None  # the ClientHello and what followed, until a byte has passed either way
         self.replayable = False  # `hello` is all the client has said: it can be sent again
         self.retried = False
-        self.parks = 0
+        self.parks = 0  # times it waited; RESETTING: times it was looked at
         self.wait: Wait | None = None
         flow = router.pipes.flow
         self.up: Flow = flow(self, router.loop.poller)

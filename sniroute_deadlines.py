@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from sniroute_loop import CAPACITY_PAUSE, Loop
 from sniroute_race import CONNECT_BUDGET, CONNECT_TIMEOUT, STAGGER, Attempt, Race, Races, no_answer
 from sniroute_refusals import Refused
-from sniroute_resets import RESET_LOOK, look_at_reset
+from sniroute_resets import RESET_LOOK, RESET_LOOK_LATER, look_at_reset
 
 if TYPE_CHECKING:
     from sniroute_connection import Connection
@@ -53,6 +53,7 @@ class Deadlines:
         self.words = loop.queue(WORDS_TIMEOUT, words_are_due)
         self.linger = loop.queue(LINGER, lambda connection: connection.close(connection.reason))
         self.resetting = loop.queue(RESET_LOOK, look_at_reset)
+        self.stuck = loop.queue(RESET_LOOK_LATER, look_at_reset)
         self.adopt(prelude_timeout, start_timeout)
 
     def adopt(self, prelude_timeout: float, start_timeout: float) -> None:

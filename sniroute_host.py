@@ -38,6 +38,7 @@ __version__ = "0.1.0"
 
 PATHS_MAX = 1000  # characters of a sentence about a file: it names paths three times
 ROOTS_GROUPS = frozenset((0, 80) if sys.platform == "darwin" else (0,))  # wheel or root, and admin in macOS
+INTERPRETER_MAX = 256  # bytes of a script's first line that the kernel reads (BINPRM_BUF_SIZE)
 LINKS_MAX = 40  # symlinks in one path: what the kernel follows (path_resolution(7))
 # What a start takes, and the least that is of use.
 START_DESCRIPTORS = 20  # streams, log, signals, systemd, loop, tunnels, the admin's address
@@ -258,6 +259,17 @@ def shortage(error: BaseException, root: str = "/") -> str:
 
 
 # -- files -------------------------------------------------------------------------------------
+
+
+def interpreter_of(path: str) -> str:
+    """The program that runs a script, as its first line names it; "" where it is no script.  Raises OSError."""
+    try:
+        with open(path, "rb") as file:
+            line = file.readline(INTERPRETER_MAX)
+    except PermissionError:  # then it is no script: its interpreter has to read it
+        return ""
+    words = line[2:].split() if line.startswith(b"#!") else []
+    return os.fsdecode(words[0]) if words and words[0].startswith(b"/") else ""
 
 
 def changed_by_others(path: str) -> str:

@@ -22,8 +22,8 @@ Seams: I want to ...
     understand a new last line      a row in CLOUDFLARED_REASONS or CARRIER_REASONS
     let a variable through          TUNNEL_ENVIRONMENT
 
-This room imports sniroute_host (`changed_by_others`, PATHS_MAX), sniroute_names (`printable`, `is_here`, OPTIONS,
-HEADER_VALUE) and the standard library.
+This room imports sniroute_host (`changed_by_others`, `interpreter_of`, PATHS_MAX), sniroute_names (`printable`,
+`is_here`, OPTIONS, HEADER_VALUE) and the standard library.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import shutil
 import sys
 from typing import Callable, Mapping, NamedTuple
 
-from sniroute_host import PATHS_MAX, changed_by_others
+from sniroute_host import PATHS_MAX, changed_by_others, interpreter_of
 from sniroute_names import HEADER_VALUE, OPTIONS, is_here, printable
 
 __version__ = "0.1.0"
@@ -194,8 +194,11 @@ class Launcher(NamedTuple):
         if found is None:
             raise TunnelError("failed", self.not_there)
         try:
-            path = os.path.abspath(found)
+            # abspath takes `dir/..` away as text, though `dir` may be a symlink.
+            path = os.path.join(os.getcwd(), found) if ".." in found.split("/") else os.path.abspath(found)
             fault = "" if self.rooms else changed_by_others(path)
+            script_s = "" if self.rooms or fault else interpreter_of(path)
+            fault = fault or script_s and changed_by_others(script_s)
         except OSError as error:  # it is gone meanwhile, or our own folder is
             raise TunnelError("failed", f"{found}: {error.strerror}") from None
         if fault:

@@ -8,14 +8,14 @@
 
 Every name that is routed passes `normalise`, and every tunnel's (`normalise_whole`): it is the only thing that stands
 between a stranger's bytes and a program's command line.  IPv4 inside IPv6 is IPv4 from the parser on.  All functions
-are pure but three: `is_local` binds a socket; `is_here` and `describe_version` ask the import system which files are
-there.
+are pure but four: `is_local` binds a socket, `has_owner` reads this host's Public Suffix List, `is_here` and
+`describe_version` ask the import system which files are there.
 
 Threads: none.
 
 Seams: I want to ...
     allow another character in names   NAME, and the docstring of `normalise`
-    know another public suffix         HOSTING, SECOND_LEVELS, with the reason beside it
+    know another public suffix         HOSTING, SECOND_LEVELS_OF
     add a file                         CORE, or OPTIONS if it may be missing; and py-modules in pyproject.toml
 
 It imports refusals (Malformed).
@@ -23,6 +23,7 @@ It imports refusals (Malformed).
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 import socket
@@ -211,8 +212,44 @@ def is_local(ip: Address) -> bool:
 SECOND_LEVELS = frozenset((
     "com net org edu gov mil int gob gouv govt gub nom name info biz web ltd plc sch school nhs police asn idv adv eng "
     "med art gen firm res priv pro coop asso presse nic kiev msk spb waw tokyo osaka kyoto").split())
-# Countries in which each name of the second level is such a kind.
-ALL_SECOND_LEVELS = frozenset("bd ck er fk jm kh mm np pg".split())
+# Countries in which each name of the second level is such a kind, or nearly each.
+ALL_SECOND_LEVELS = frozenset("bd br ck er fk jm kh mm np pg za".split())
+# Kinds and regions of one country.  There are thousands more (villages of Norway): see LISTED.
+SECOND_LEVELS_OF = {country: frozenset(words.split()) for country, words in {
+    "ar": "bet musica mutual senasa tur",
+    "au": "act conf nsw qld tas vic",
+    "cn": "xn--55qx5d xn--io0a7i xn--od0alg",
+    "fr": "aeroport avocat avoues cci chambagri experts-comptables greta medecin notaires pharmacien port prd "
+          "veterinaire",
+    "hu": "2000 agrar bolt casino city erotica erotika film forum games hotel ingatlan jogasz konyvelo lakas media "
+          "news reklam sex shop sport suli szex tozsde utazas video",
+    "id": "desa ponpes",
+    "il": "idf k12 muni",
+    "in": "bihar business cs delhi dr er gujarat ind internet io me pg post travel uk us",
+    "jp": "aichi akita aomori chiba ehime fukui fukuoka fukushima gifu gunma hiroshima hokkaido hyogo ibaraki "
+          "ishikawa iwate kagawa kagoshima kanagawa kochi kumamoto mie miyagi miyazaki nagano nagasaki nara niigata "
+          "oita okayama okinawa saga saitama shiga shimane shizuoka tochigi tokushima tottori toyama wakayama "
+          "yamagata yamaguchi yamanashi kawasaki kitakyushu kobe nagoya sapporo sendai yokohama",
+    "kr": "busan chungbuk chungnam daegu daejeon gangwon gwangju gyeongbuk gyeonggi gyeongnam incheon jeju jeonbuk "
+          "jeonnam seoul ulsan",
+    "no": "dep fhs fylkesbibl folkebibl herad idrett kommune museum oslo stat svalbard vgs",
+    "nz": "cri geek health iwi kiwi maori parliament xn--mori-qsa",
+    "pl": "agro aid atm auto gda gdansk gdynia gmina gsm krakow lodz lublin mail media miasta nieruchomosci olsztyn "
+          "opole powiat poznan realestate rel sex shop sklep sopot sos szczecin szkola targi torun tourism travel "
+          "turystyka warszawa wroclaw zgora",
+    "ro": "arts rec store www",
+    "tr": "bbs bel k12 kep pol tel tsk",
+    "tw": "club ebiz game",
+    "ua": "cherkassy cherkasy chernigov chernihiv chernivtsi chernovtsy crimea dnepropetrovsk dnipropetrovsk donetsk "
+          "ivano-frankivsk kharkiv kharkov kherson khmelnitskiy khmelnytskyi kirovograd krym kyiv lugansk luhansk "
+          "lutsk lviv mykolaiv nikolaev odesa odessa poltava rivne rovno sebastopol sevastopol sumy ternopil uzhgorod "
+          "uzhhorod vinnica vinnytsia volyn yalta zakarpattia zaporizhzhe zaporizhzhia zhitomir zhytomyr",
+    "us": "dni fed isa kids nsn",
+}.items()}
+# The Public Suffix List of this host, where it has one (Debian's package publicsuffix, Fedora's
+# publicsuffix-list): it knows what no short table can.
+LISTED = "/usr/share/publicsuffix/public_suffix_list.dat"
+LISTED_MAX = 1 << 20  # bytes; it has 330,000
 # Anybody can have a name below these: hosting, tunnels, dynamic DNS, and registries that a company runs.
 HOSTING = frozenset((
     "github.io gitlab.io bitbucket.io codeberg.page readthedocs.io gitbook.io pages.dev workers.dev vercel.app "
@@ -224,7 +261,11 @@ HOSTING = frozenset((
     "ngrok.io ngrok.app ngrok.dev ngrok-free.app ngrok-free.dev trycloudflare.com cfargotunnel.com loca.lt "
     "localhost.run serveo.net ts.net duckdns.org dyndns.org dynu.net ddns.net hopto.org zapto.org no-ip.org noip.me "
     "freeddns.org mooo.com myftp.org servebeer.com synology.me myqnapcloud.com selfip.com dnsalias.com eu.org "
-    "uk.com us.com eu.com de.com br.com cn.com jpn.com ru.com sa.com co.com se.net uk.net gb.net jp.net in.net us.org"
+    "uk.com us.com eu.com de.com br.com cn.com jpn.com ru.com sa.com co.com se.net uk.net gb.net jp.net in.net us.org "
+    "devtunnels.ms ngrok.pro pinggy.link pinggy.io lhr.life zrok.io bore.pub playit.gg github.dev gitpod.io r2.dev "
+    "hf.space streamlit.app supabase.co githubpreview.dev codespaces.new app.github.dev googleusercontent.com "
+    "translate.goog dedyn.io no-ip.biz sytes.net servehttp.com redirectme.net dynv6.net myfritz.net ddnss.de "
+    "dnshome.de spdns.de goip.de tunnelmole.net serveousercontent.com"
 ).split())
 # Below these, names of any depth are anybody's; those of the second line hold an address (10-0-0-1.nip.io).
 SHARED = frozenset((
@@ -250,8 +291,33 @@ def has_owner(domain: str) -> bool:
         return False
     second, top = labels[-2:]
     is_suffix = ends[-2] in HOSTING or len(top) == 2 and (
-        len(second) <= 2 or second in SECOND_LEVELS or top in ALL_SECOND_LEVELS)
-    return len(labels) > 2 or not is_suffix
+        len(second) <= 2 or second in SECOND_LEVELS or top in ALL_SECOND_LEVELS
+        or second in SECOND_LEVELS_OF.get(top, ()))
+    return not (len(labels) == 2 and is_suffix or is_listed(ends))
+
+
+def is_listed(ends: list[str]) -> bool:
+    """Whether this host's Public Suffix List has a domain as a suffix; `ends` are the domain and those above it."""
+    suffixes = listed_suffixes()
+    if not suffixes:
+        return False
+    try:
+        ends = [end.encode("ascii").decode("idna") for end in ends]  # the list has the letters themselves
+    except UnicodeError:
+        return True  # in doubt
+    rules = [f"\n{rule}\n".encode() for rule in (ends[0], f"*.{ends[1]}", f"!{ends[0]}")]
+    listed, starred, excepted = (rule in suffixes for rule in rules)
+    return not excepted and (listed or starred)
+
+
+@functools.cache
+def listed_suffixes() -> bytes:
+    """This host's Public Suffix List, a rule in each line; empty where it has none."""
+    try:
+        with open(LISTED, "rb") as file:
+            return b"\n" + file.read(LISTED_MAX)
+    except OSError:
+        return b""
 
 
 # The files: those that serve, and the drop-in ones that may be missing, by the option that they make.

@@ -126,7 +126,7 @@ def death_guard() -> list[str]:
 # -- their home --------------------------------------------------------------------------------
 
 HOME_PREFIX = "sniroute-"
-HOME_MARK = ".home-of-tunnels"  # a file in each home: a folder of this name without it is somebody's own
+HOME_MARK = ".home-of-tunnels"  # a file in each home, with the folder's identity: one without is somebody's own
 NO_HOME = "/nonexistent"  # what Debian gives to accounts without one
 
 
@@ -180,7 +180,8 @@ class Home:
             except OSError:
                 pass  # a file system without locks: then nobody removes it for us
             with contextlib.suppress(OSError):  # no room for a file: the same
-                os.close(os.open(os.path.join(path, HOME_MARK), os.O_CREAT | os.O_WRONLY, 0o600))
+                with open(os.open(os.path.join(path, HOME_MARK), os.O_CREAT | os.O_WRONLY, 0o600), "w") as mark:
+                    mark.write(identity_of(path))
             self.path = path
             return
         raise BlockingIOError(errno.EAGAIN, "another process locks each folder")
@@ -203,6 +204,22 @@ def is_private(path: str) -> bool:
     return stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid() and not state.st_mode & 0o077
 
 
+def identity_of(path: str) -> str:
+    """What tells a folder from a copy of it, which somebody may want to keep.  Raises OSError."""
+    state = os.lstat(path)
+    return f"{state.st_dev}:{state.st_ino}"
+
+
+def read_mark(path: str) -> str:
+    """What HOME_MARK in a folder says; "" where there is none.  Whatever else has that name, this does not wait."""
+    try:
+        fd = os.open(os.path.join(path, HOME_MARK), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return ""
+    with open(fd, "rb", buffering=0) as mark:
+        return (mark.read(64) or b"").decode("ascii", "replace")
+
+
 def lock_folder(path: str) -> int:
     """Open a folder, never a symlink to one, and lock it.  Raises BlockingIOError where it is locked, and OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -222,7 +239,7 @@ def remove_left_homes(place: str) -> None:
     for path in filter(is_private, left):
         with contextlib.suppress(OSError):  # it is locked, so its router lives; or it is gone meanwhile
             fd = lock_folder(path)
-            if os.path.lexists(os.path.join(path, HOME_MARK)):
+            if read_mark(path) == identity_of(path):
                 shutil.rmtree(path, ignore_errors=True)  # it follows no symlink
             os.close(fd)
 

@@ -12,7 +12,7 @@ send: it waits until the peer has acknowledged all.
 Threads: the loop only.
 
 Seams: I want to ...
-    wait longer for a slow reader     RESET_STALL
+    wait longer for a slow reader     RESET_STALL, RESET_LAST
     say otherwise who was first       `who_was_first`; the words are rows of ENDINGS in sniroute_log
 
 It imports targets (RESET), flow, log and the loop.
@@ -40,7 +40,10 @@ monotonic = time.monotonic
 
 # Limits, each with its reason.  Times in seconds.
 RESET_LOOK = 0.05  # between two looks whether the bytes before a reset have arrived: Linux delays an ACK by 0.04
+RESET_LOOKS = 20  # so many of these, then one each second: thousands that are stuck must not take the loop's time
+RESET_LOOK_LATER = 1.0
 RESET_STALL = 30.0  # who takes none of them for so long is reset all the same; who is only slow gets them
+RESET_LAST = 600.0  # or as many as that takes in so long: what is left was 4 MiB at most
 BLIND = 0.5  # where the kernel does not tell what has arrived (macOS): its bytes get this long to arrive
 
 RESETTING = "resetting"  # a state of a Connection
@@ -61,6 +64,7 @@ def pass_on_reset(connection: Connection, flow: Flow, read: bool) -> None:
         connection.state = RESETTING
         connection.hello = None
         connection.carried = -1
+        connection.parks = 0
         flow.twin.discard(BROKEN)
     if read:
         flow.state = DONE
@@ -83,10 +87,16 @@ def look_at_reset(connection: Connection) -> None:
     if arrived != connection.carried:
         connection.carried = arrived
         connection.quiet_since = now
+    deadlines = connection.router.deadlines
+    connection.parks += 1
     if now - connection.quiet_since >= patience or sink.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
         connection.close(connection.reason)
+    elif connection.parks <= RESET_LOOKS:
+        connection.wait_in(deadlines.resetting)
+    elif connection.parks <= RESET_LOOKS + RESET_LAST / RESET_LOOK_LATER:
+        connection.wait_in(deadlines.stuck)
     else:
-        connection.wait_in(connection.router.deadlines.resetting)
+        connection.close(connection.reason)
 
 
 def who_was_first(connection: Connection, flow: Flow) -> str:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Callable, Iterable, NamedTuple, Sequence
 
 from sniroute_launchers import TunnelError
 from sniroute_loop import CAPACITY_ERRNOS, NEVER
-from sniroute_names import (HOST, is_local, is_number, is_public, normalise_whole, parse_host_port, parse_ip,
+from sniroute_names import (HOST, Address, is_local, is_number, is_public, normalise_whole, parse_host_port, parse_ip,
                             show_address)
 from sniroute_processes import Child
 from sniroute_race import ADDRESSES_MAX, Laggards, Race, Row, alternate
@@ -366,7 +366,7 @@ class Targets:
         ip = parse_ip(address[0])
         for host, port in self.own:
             own = parse_ip(host)
-            if port == address[1] and (own == ip or own.is_unspecified and is_local(ip)):
+            if port == address[1] and reaches(ip, own):
                 return False
         return is_public(ip) or decision.route.is_of_one_domain()
 
@@ -431,12 +431,23 @@ def check_tcp(rest: str) -> str:
     return rest
 
 
+def reaches(ip: Address, own: Address) -> bool:
+    """Whether a connect to an address arrives at a listener.  One to 0.0.0.0 or :: goes to loopback (Linux, BSD)."""
+    return own == ip or own.is_unspecified and is_local(ip) or ip.is_unspecified and own.is_loopback
+
+
 def is_listener(rest: str, listen: str) -> bool:
-    """`Scheme.leads_back` of a HOST:PORT, in whatever spelling."""
+    """`Scheme.leads_back` of a HOST:PORT, in whatever spelling.  Names are compared, and resolved at each dial only."""
     try:
-        return parse_host_port(rest) == parse_host_port(listen)
+        (host, port), (own, own_port) = parse_host_port(rest), parse_host_port(listen)
     except ValueError:  # a field stands for the port
         return False
+    if port != own_port:
+        return False
+    try:
+        return reaches(parse_ip(host), parse_ip("::" if own == "*" else own))
+    except ValueError:
+        return host.lower() == own.lower()
 
 
 def tcp_ready(targets: Targets, decision: Decision) -> Backend | None:

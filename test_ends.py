@@ -559,6 +559,29 @@ def test_reader_that_takes_nothing_is_reset_all_the_same_and_one_that_is_slow_ge
         talking.close()
 
 
+def test_reset_that_is_stuck_is_looked_at_less_and_less_and_not_for_ever(talk, monkeypatch):
+    """A crowd of them would take the loop's time; and a reader that takes a byte now and then would stay."""
+    monkeypatch.setattr(sniroute_router, "SWEEP_LAST", 0.1)
+    monkeypatch.setattr(sniroute_resets, "RESET_LOOK_LATER", 0.1)
+    monkeypatch.setattr(sniroute_deadlines, "RESET_LOOK_LATER", 0.1)
+    monkeypatch.setattr(sniroute_resets, "RESET_LOOKS", 2)
+    monkeypatch.setattr(sniroute_resets, "RESET_LAST", 0.5)
+    talking = talk("tcp")
+    is_open(talking)
+    connection, = talking.running.router.connections
+    deadlines = talking.running.router.deadlines
+    waits: list[float] = []
+    put = type(deadlines.stuck).put
+    monkeypatch.setattr(type(deadlines.stuck), "put", lambda queue, item: (waits.append(queue.seconds), put(queue, item)))
+    fill(talking.backend, PAYLOAD, lambda: connection.down.total)
+    waits.clear()
+    reset(talking.backend)
+    assert talking.running.ending().reason == "backend_reset"
+    looks = [seconds for seconds in waits if seconds in (0.05, 0.1)]
+    assert looks == [0.05] * 2 + [0.1] * 5
+    talking.close()
+
+
 def test_reset_under_way_does_not_hold_up_the_end_of_the_router(talk):
     talking = talk("tcp")
     is_open(talking)

@@ -13,6 +13,7 @@ import zipfile
 
 import pytest
 
+import sniroute_host
 import sniroute_launchers
 from sniroute_launchers import TunnelError
 from sniroute_names import OPTIONS
@@ -169,6 +170,32 @@ def test_a_program_that_others_may_change_is_not_run(way, mode, what, cloudflare
     assert str(caught.value) == launcher.obstacle == (
         f"{path} is not run, since {changed} can be changed by other users: chmod o-w {changed}")
     assert launcher.is_there(), "so that nothing else takes its place"
+
+
+def test_a_script_is_not_run_by_an_interpreter_that_others_may_change(tmp_path):
+    interpreter = tmp_path / "python"
+    shutil.copy("/bin/sh", interpreter)
+    script = tmp_path / "cloudflared"
+    for first in (f"#!{interpreter} -e", f"#! {interpreter}"):
+        script.write_text(f"{first}\n:\n")
+        script.chmod(0o755)
+        interpreter.chmod(0o755)
+        launcher = sniroute_launchers.cloudflared_launcher(str(script), {})
+        assert launcher.find() == str(script)
+        interpreter.chmod(0o757)
+        with pytest.raises(TunnelError, match=f"is not run, since {interpreter} can be changed by other users"):
+            launcher.find()
+    for other in (b"\x7fELF", b"", b"#!", b"#!python"):
+        script.write_bytes(other)
+        assert sniroute_host.interpreter_of(str(script)) == ""
+
+
+def test_a_folder_above_a_symlink_is_the_kernel_s(tmp_path, cloudflared):
+    """`link/..` is the folder above where the link leads, not the one that it stands in."""
+    (tmp_path / "link").symlink_to(cloudflared.directory)
+    (cloudflared.directory.parent / "program").symlink_to(cloudflared.path)
+    path = f"{tmp_path}/link/../program"
+    assert os.path.samefile(sniroute_launchers.cloudflared_launcher(path, {}).find(), cloudflared.path)
 
 
 def test_the_second_program_on_path_does_not_stand_in_for_one_that_others_may_change(cloudflared, monkeypatch,

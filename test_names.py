@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+import sniroute_names
 from sniroute_names import (ascii_advice, has_owner, is_number, is_public, normalise, normalise_whole, parse_host_port,
                             parse_network, printable, show_address)
 from sniroute_refusals import Malformed
@@ -149,12 +150,20 @@ def test_an_address_for_people(address, text):
 # -- whose a domain is -------------------------------------------------------------------------
 
 
+@pytest.fixture
+def suffixes() -> bytes:
+    """A Public Suffix List, as publicsuffix.org makes it."""
+    return "\n// no\nno\nvestre-toten.no\nøvre-eiker.no\n\n// jp\njp\n*.kobe.jp\n!city.kobe.jp\n".encode()
+
+
 @pytest.mark.parametrize("domain", [
     "example.com", "Example.COM", "example.com.", "a.b.example.com", "example.co.uk", "example.org.br", "example.de",
     "foo.github.io", "cluster.local", "svc.cluster.local", "internal", "x.internal", "lan", "home.arpa",
     "tail1234.ts.net", "example.ca.us",
 ])
-def test_a_domain_with_an_owner(domain):
+@pytest.mark.parametrize("listed", [True, False], ids=["with a list", "without"])
+def test_a_domain_with_an_owner(domain, listed, monkeypatch, suffixes):
+    monkeypatch.setattr(sniroute_names, "listed_suffixes", lambda: suffixes if listed else b"")
     assert has_owner(domain)
 
 
@@ -162,9 +171,31 @@ def test_a_domain_with_an_owner(domain):
     "", ".", "com", "uk", "local", "db", "co.uk", "CO.UK", "co.uk.", "com.au", "or.jp", "ac.uk", "gov.br", "ca.us",
     "mi.it", "example.ck", "github.io", "GitHub.io", "pages.dev", "eu.org", "uk.com", "duckdns.org", "ts.net",
     "amazonaws.com", "eu-west-1.elb.amazonaws.com", "nip.io", "10-0-0-1.nip.io", "a.b.sslip.io", "a..com", ".com",
+    "lviv.ua", "kharkov.ua", "blog.br", "app.br", "kiwi.nz", "geek.nz", "nsw.au", "ind.in", "law.za", "bel.tr", "desa.id",
+    "poznan.pl", "sklep.pl", "aichi.jp", "oslo.no", "xn--55qx5d.cn", "devtunnels.ms", "ngrok.pro", "zrok.io", "r2.dev",
+    "hf.space", "supabase.co", "dedyn.io", "no-ip.biz", "dynv6.net", "myfritz.net", "ddnss.de", "translate.goog",
 ])
-def test_a_domain_that_is_everybodys_or_in_doubt(domain):
+@pytest.mark.parametrize("listed", [True, False], ids=["with a list", "without"])
+def test_a_domain_that_is_everybodys_or_in_doubt(domain, listed, monkeypatch, suffixes):
+    monkeypatch.setattr(sniroute_names, "listed_suffixes", lambda: suffixes if listed else b"")
     assert not has_owner(domain)
+
+
+@pytest.mark.parametrize("domain, owner", [
+    ("vestre-toten.no", False), ("a.kobe.jp", False), ("city.kobe.jp", True), ("xn--vre-eiker-k8a.no", False),
+    ("a.vestre-toten.no", True), ("example.museum", True), ("xn--a.no", False), ("b.a.kobe.jp", True),
+])
+def test_the_list_of_the_host_knows_more(domain, owner, monkeypatch, suffixes):
+    monkeypatch.setattr(sniroute_names, "listed_suffixes", lambda: suffixes)
+    assert has_owner(domain) is owner
+
+
+def test_the_list_of_the_host_is_read_where_there_is_one(tmp_path, monkeypatch):
+    for path, read in ((tmp_path / "none", b""), (tmp_path / "list", b"\nexample\n")):
+        if read:
+            path.write_bytes(read[1:])
+        monkeypatch.setattr(sniroute_names, "LISTED", str(path))
+        assert sniroute_names.listed_suffixes.__wrapped__() == read
 
 
 # -- letters that are not in ASCII -------------------------------------------------------------

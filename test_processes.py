@@ -201,6 +201,12 @@ def test_what_is_not_a_left_home_is_not_touched(place, tmp_path):
     for folder in (elsewhere, place / "sniroute-open", place / "sniroute-other"):
         folder.mkdir(0o700, exist_ok=True)
         (folder / sniroute_processes.HOME_MARK).touch()
+    home = Home()  # of which somebody makes a copy
+    shutil.copytree(home.get(), place / "sniroute-copy")
+    (place / "sniroute-copy").chmod(0o700)
+    home.close()
+    (place / "sniroute-waits").mkdir(0o700)
+    os.mkfifo(place / "sniroute-waits" / sniroute_processes.HOME_MARK)  # whoever opens it to read would wait
     (place / "sniroute-open").chmod(0o755)
     (place / "sniroute-own").mkdir(0o700)
     (place / "sniroute-link").symlink_to(elsewhere)

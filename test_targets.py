@@ -121,7 +121,7 @@ def test_resolved_hosts_and_their_addresses_are_limited(monkeypatch):
     monkeypatch.setattr(sniroute_targets, "RESOLVED_MAX", 2)
     targets = Targets(None)
     for number in range(5):
-        backend = resolve(monkeypatch, f"tcp:h{number}:1", [f"192.0.2.{n}" for n in range(1, 9)], targets)
+        backend = resolve(monkeypatch, f"tcp:h{number}:1", [f"192.0.2.{n}" for n in range(1, 99)], targets)
         assert len(addresses(backend)) == sniroute_targets.ADDRESSES_MAX and len(targets.resolved) <= 2
     targets.make_room(3)
     for number in range(6):
@@ -130,11 +130,11 @@ def test_resolved_hosts_and_their_addresses_are_limited(monkeypatch):
 
 
 def test_families_take_turns_among_the_addresses_that_are_tried(monkeypatch):
-    """A dozen of one family do not push the other out."""
-    found = [f"2001:db8::{n}" for n in range(1, 13)] + ["192.0.2.1", "192.0.2.2"]
+    """Many of one family do not push the other out."""
+    found = [f"2001:db8::{n}" for n in range(1, 21)] + ["192.0.2.1", "192.0.2.2"]
     backend = resolve(monkeypatch, "tcp:h:1", found, Targets(None))
     assert [address[0] for _, address in addresses(backend)] == [
-        "2001:db8::1", "192.0.2.1", "2001:db8::2", "192.0.2.2", *(f"2001:db8::{n}" for n in range(3, 7))]
+        "2001:db8::1", "192.0.2.1", "2001:db8::2", "192.0.2.2", *(f"2001:db8::{n}" for n in range(3, 15))]
 
 
 def found_row(host: str) -> tuple[int, tuple]:
@@ -144,7 +144,7 @@ def found_row(host: str) -> tuple[int, tuple]:
 
 def test_addresses_that_lost_come_last_whatever_the_resolver_says(monkeypatch):
     targets = Targets(None)
-    found = [f"192.0.2.{n}" for n in range(1, 12)]
+    found = [f"192.0.2.{n}" for n in range(1, 20)]
     backend = resolve(monkeypatch, "tcp:h:1", found, targets)
     backend.row = backend.addresses[2]
     for row in backend.addresses[:2]:
@@ -155,9 +155,9 @@ def test_addresses_that_lost_come_last_whatever_the_resolver_says(monkeypatch):
     later.row, later.told = found_row(found[2]), {found_row(found[0]): "Connection refused"}
     assert later.settled() is None, "and is said once"
     known = sniroute_targets.tcp_ready(targets, Routes([Route("a.b", "tcp:h:1")]).decide("a.b"))
-    assert [address[0] for _, address in addresses(known)] == found[2:8] + found[:2]
+    assert [address[0] for _, address in addresses(known)] == found[2:16] + found[:2]
     again = resolve(monkeypatch, "tcp:h:1", found, targets)
-    assert [address[0] for _, address in addresses(again)] == found[2:10]
+    assert [address[0] for _, address in addresses(again)] == found[2:18]
     other = resolve(monkeypatch, "tcp:other:1", found[:3], targets)
     assert [address[0] for _, address in addresses(other)] == [found[2], *found[:2]], "a name for the same host, too"
 
@@ -465,6 +465,28 @@ def test_router_knows_its_address_in_either_form(own, address):
 def test_a_circle_is_seen_in_either_form(target, listen):
     with pytest.raises(sniroute_refusals.SettingsError, match="leads back"):
         sniroute_settings.load_settings([f"--listen={listen}", f"--route=a.example.com=tcp:{target}"], {})
+
+
+@pytest.mark.parametrize("target, listen, circle", [
+    ("0.0.0.0:19999", "127.0.0.1:19999", True), ("[::ffff:0.0.0.0]:19999", "127.0.0.1:19999", True),
+    ("[::]:19999", "[::1]:19999", True), ("127.0.0.1:19999", ":19999", True), ("[::1]:19999", ":19999", True),
+    ("0.0.0.0:19999", "192.0.2.1:19999", False), ("192.0.2.1:19999", "127.0.0.1:19999", False),
+    ("0.0.0.0:19998", "127.0.0.1:19999", False),
+])
+def test_a_circle_by_the_address_of_nobody_is_seen_at_the_start_and_at_each_dial(target, listen, circle):
+    """A connect to 0.0.0.0 goes to loopback: one client's hello would come back until no descriptor is left."""
+    words = [f"--listen={listen}", f"--route=a.example.com=tcp:{target}"]
+    targets = Targets(None)
+    host, port = sniroute_settings.parse_host_port(listen, "*")
+    targets.own = [("::" if host == "*" else host, port)]
+    decision = Routes([parse_route(f"a.example.com=tcp:{target}")]).decide("a.example.com")
+    address = sniroute_settings.parse_host_port(target)
+    if circle:
+        with pytest.raises(sniroute_refusals.SettingsError, match="leads back"):
+            sniroute_settings.load_settings(words, {})
+    else:
+        sniroute_settings.load_settings(words, {})
+    assert targets.may_dial(decision, address) is not circle
 
 
 def test_router_does_not_dial_itself(run):
