@@ -26,7 +26,7 @@ import functools
 import re
 from typing import Iterator, Mapping, NamedTuple, Sequence
 
-from sniroute_names import ascii_advice, normalise, normalise_whole
+from sniroute_names import ascii_advice, normalise, normalise_whole, printable
 from sniroute_refusals import Malformed
 
 __version__ = "0.1.0"
@@ -101,15 +101,18 @@ class Pattern(NamedTuple):
         return fields_of(name) | dict.fromkeys(self.fields, value)
 
     def splits(self, name: str) -> Iterator[dict[str, str]]:
-        """The fields of a name, or of its end behind the stars, in each way; the one that counts first.
+        """The fields of a name in each way of splitting it, the one that counts first; stars may stand for nothing.
 
         Of those for `kubernetes:` a later one may be the right one.  Take a limited number: a hostile label with three
         dashes in a pattern has thousands.
         """
-        texts = name.split(".")[-len(self.labels):]
-        pairs = list(zip(self.labels, texts, strict=True)) if len(texts) == len(self.labels) else []
+        texts = name.split(".")
+        front = len(texts) - len(self.labels)
+        if front < 0 or front and not self.stars:
+            return
+        pairs = list(zip(self.labels, texts[front:], strict=True))
         fielded = [(label, text) for label, text in pairs if isinstance(label, Label)]
-        if pairs and all(label == text for label, text in pairs if isinstance(label, str)) \
+        if all(label == text for label, text in pairs if isinstance(label, str)) \
                 and all(any(True for _ in label.splits(text)) for label, text in fielded):
             yield from combined(fielded)
 
@@ -151,8 +154,8 @@ def parse_pattern(text: str) -> Pattern:
     try:
         name = check((pattern.sample("a")["name"] if fields else body).encode("utf-8", "surrogateescape"))
     except Malformed:
-        raise ValueError(f"{text!r} is not a name, *.NAME, **.NAME or * (behind a star, or with fields, NAME has two "
-                         f"labels at least){ascii_advice(text)}") from None
+        raise ValueError(f"{text!r} is not a name, *.NAME, **.NAME or * ({'with fields' if fields else 'behind a star'}, "
+                         f"NAME has two labels at least){ascii_advice(text)}") from None
     if not fields:
         return Pattern(stars, tuple(name.split(".")))
     return Pattern(stars, labels[:-1] if body.endswith(".") else labels)
@@ -164,8 +167,8 @@ def parse_label(text: str) -> str | Label:
     literals, fields = tuple(part.lower() for part in parts[::2]), tuple(parts[1::2])
     for field in fields:
         if not FIELD_NAME.fullmatch(field):
-            raise ValueError(f"{{{field}}} is no name of a field: it has lower-case letters, digits and _, and begins "
-                             "with a letter")
+            raise ValueError(f"{{{printable(field)}}} is no name of a field: it has lower-case letters, digits and _, "
+                             "and begins with a letter")
         if field in OF_NAME:
             raise ValueError(f"{{{field}}} is a field of each name: call the one in {text!r} something else")
     if "" in literals[1:-1]:
