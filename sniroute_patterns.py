@@ -219,8 +219,8 @@ class Skeleton(NamedTuple):
     """
 
     cuts: tuple[tuple[int, int] | None, ...]  # for each label: literal characters before and behind fields; None: all
-    at: int  # the first label with two fields or more
-    mark: int  # the length of the longest literal between its fields; 0: no label has two
+    at: int  # the label with the longest literal between two fields
+    mark: int  # the length of that literal; 0: no label has two fields
 
     def keys(self, labels: Sequence[str]) -> set[tuple[str, str]]:
         """The places of Fielded where patterns of this skeleton may be that fit these labels of a name."""
@@ -236,9 +236,9 @@ def skeleton_of(pattern: Pattern) -> tuple[Skeleton, str, tuple[str, str]]:
     """The skeleton of a pattern with fields, the literal labels behind it, and the pattern's place in Fielded."""
     last = max(at for at, label in enumerate(pattern.labels) if isinstance(label, Label))
     labels = pattern.labels[:last + 1]
-    at = next((at for at, label in enumerate(labels) if isinstance(label, Label) and len(label.fields) > 1), 0)
-    between = labels[at].literals[1:-1] if isinstance(labels[at], Label) else ()
-    mark = max(between, key=len, default="")
+    between = [(literal, at) for at, label in enumerate(labels) if isinstance(label, Label)
+               for literal in label.literals[1:-1]]
+    mark, at = max(between, key=lambda each: len(each[0]), default=("", 0))
     cuts = tuple((len(label.literals[0]), len(label.literals[-1])) if isinstance(label, Label) else None
                  for label in labels)
     bones = ".".join(label.literals[0] + "{" + label.literals[-1] if isinstance(label, Label) else label
@@ -262,7 +262,7 @@ class Fielded:
 
     def add(self, text: str) -> None:
         """Add a pattern that is not there yet."""
-        pattern, size, end, skeleton, place = self._place(text)
+        size, end, skeleton, place = self._place(text)
         self.places[place] = tuple(sorted((*self.places.get(place, ()), text), key=rank))
         self.used[end, skeleton] = self.used.get((end, skeleton), 0) + 1
         if self.used[end, skeleton] == 1:
@@ -271,7 +271,7 @@ class Fielded:
 
     def remove(self, text: str) -> None:
         """Take out a pattern that is there."""
-        pattern, size, end, skeleton, place = self._place(text)
+        size, end, skeleton, place = self._place(text)
         for table, key in ((self.sizes, size), (self.used, (end, skeleton))):
             table[key] -= 1
             if not table[key]:
@@ -289,12 +289,12 @@ class Fielded:
             del table[key]
 
     @staticmethod
-    def _place(text: str) -> tuple[Pattern, int, tuple[str, int, str], Skeleton, tuple[str, str, str, str]]:
-        """Where a pattern stands in the tables."""
+    def _place(text: str) -> tuple[int, tuple[str, int, str], Skeleton, tuple[str, str, str, str]]:
+        """Where a pattern stands: its keys in `sizes`, `ends` and `places`, and its skeleton."""
         pattern = parse_pattern(text)
         skeleton, end, key = skeleton_of(pattern)
         size = len(pattern.labels)
-        return pattern, size, (pattern.stars, size, end), skeleton, (pattern.stars, end, *key)
+        return size, (pattern.stars, size, end), skeleton, (pattern.stars, end, *key)
 
     def find(self, stars: Sequence[str], name: str) -> str | None:
         """The best of the patterns with one of these stars whose other labels fit the whole name."""

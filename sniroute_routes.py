@@ -86,6 +86,11 @@ class Route(NamedTuple):
         """The row of its kind of target."""
         return SCHEMES[self.target.partition(":")[0]]
 
+    @property
+    def chooses_port(self) -> bool:
+        """Whether a name says to which port of a host it leads."""
+        return "{" in self.target.rpartition(":")[2]
+
     def splits(self, name: str) -> Iterator[dict[str, str]]:
         """The fields of a name that it fits: those of each name, and the pattern's; the split that counts first.
 

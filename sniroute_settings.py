@@ -633,10 +633,10 @@ def warn(settings: Settings) -> None:
         if route.target.startswith("tcp:") and not route.is_of_one_domain():
             log.warning("%s: a client may own the domain this leads to, so private addresses are refused there: "
                         "name the host, or route your own domain, as **.example.com", route)
-        host, _, port = route.target.removeprefix("tcp:").rpartition(":")
-        if route.target.startswith("tcp:") and "{" in port and host in LOOPBACK:
-            log.warning("%s: clients choose the port, also that of a tunnel or of the admin: name the port, or let "
-                        "`allow` say who may come", route)
+        host, _, _ = route.target.removeprefix("tcp:").rpartition(":")
+        if host in LOOPBACK and route.chooses_port and route.allow is None:
+            log.warning("%s: clients choose among all ports of this host: name the port, or let `allow` say who may "
+                        "come", route)
     identity = settings.launchers["carrier"].environment
     missing = [variable for variable in SERVICE_TOKEN if not identity.get(variable)]
     if len(missing) == 1 and any(route.scheme.is_tunnel for route in settings.routes.routes):

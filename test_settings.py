@@ -343,9 +343,14 @@ def test_all_that_is_wrong_with_fields_is_said_at_once_a_line_each(settings_file
     ("127.0.0.1:80", False),
 ])
 def test_a_warning_where_clients_choose_a_port_of_this_host(target, warned, caplog):
-    """They could choose the local port of a tunnel."""
     sniroute_settings.warn(load_settings([f"--route={{a}}-{{port}}.example.com=tcp:{target}"], {}))
-    assert any("clients choose the port" in record.getMessage() for record in caplog.records) is warned
+    assert any("clients choose among all ports" in record.getMessage() for record in caplog.records) is warned
+
+
+def test_no_warning_about_ports_where_a_route_says_who_may_come(settings_file, caplog):
+    path = settings_file('[routes."{port}.example.com"]\ntarget = "tcp:127.0.0.1:{port}"\nallow = "192.0.2.0/24"\n')
+    sniroute_settings.warn(load_settings(["-c", path, "--proxy-protocol=off"], {}))
+    assert "clients choose" not in caplog.text
 
 
 # -- the limits of the host --------------------------------------------------------------------
