@@ -24,6 +24,7 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
     sniroute_deadlines     what a connection waits for         how long, and what is done then
     sniroute_resets        one side has broken off             what the other gets
     sniroute_routes        where a name leads                  routes in layers
+    sniroute_patterns      which names a pattern fits          what their fields are
     sniroute_targets       kinds of target, backends           one connection's way there
     sniroute_tunnels       names that have a tunnel            states, leases, waiting, the reaper's turn
     sniroute_processes     child processes                     start, watch, hear, stop; their home

@@ -42,6 +42,7 @@ from sniroute_host import too_little, under_journald
 from sniroute_launchers import Launcher, Reason, TunnelError, TunnelKey
 from sniroute_log import LEVELS
 from sniroute_names import CORE, OPTIONS, ascii_advice, describe_version, normalise, printable
+from sniroute_patterns import parse_pattern
 from sniroute_refusals import (DECODE_ERROR, POSTGRES, REFUSALS, UNRECOGNIZED_NAME, Refused, tls_alert, told,
                                tunnel_refused)
 from sniroute_router import Router
@@ -94,6 +95,8 @@ def check(settings: Settings) -> int:
     log.removeHandler(handler)
     for route in () if settings.quiet else settings.routes.in_order():
         print(show_route(route))
+        if "{" in route.pattern:
+            print("   ", parse_pattern(route.pattern).describe())
     return 0
 
 
@@ -113,8 +116,11 @@ def explain(settings: Settings) -> int:
         except Refused as error:
             print(f"name:    {printable(settings.name)}")
             raise Refused(error.kind, f"{error}{ascii_advice(settings.name)}") from None
+        found = settings.routes.find(name)
+        if found is not None:
+            explain_route(found[0], name)
         decision = settings.routes.decide(name)
-        print(f"route:   {show_route(decision.route)}\ntarget:  {decision.target}")
+        print(f"target:  {decision.target}")
         if decision.tunnel is not None:
             advice = explain_tunnel(settings, decision.tunnel)
         elif settings.admin is not None:
@@ -126,6 +132,14 @@ def explain(settings: Settings) -> int:
     if advice:
         print("to do:  ", advice)
     return 0
+
+
+def explain_route(route: Route, name: str) -> None:
+    """Print the route that a name takes, and what the fields of its pattern are in that name."""
+    print(f"route:   {show_route(route)}")
+    if names := parse_pattern(route.pattern).fields:
+        fields = next(route.splits(name))
+        print("fields: ", ", ".join(f"{field} {fields[field]}" for field in names))
 
 
 def show_refusal(error: Refused) -> int:

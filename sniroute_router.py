@@ -403,6 +403,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.pipes = Pipes(self.loop.poller)
         self.hellos = HelloMemory()
         self.targets = Targets(tunnels)
+        self.targets.tunnel_ports = range(settings.ports[0], settings.ports[1] + 1)
         self.targets.make_room(len(self.routes.routes))
         self.peers = Peers(settings)
         self.waits = Waits(self)

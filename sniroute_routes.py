@@ -4,7 +4,7 @@
              pattern -> target
 
     Routes    ordered layers of patterns, the configured one first; a decision is made once for each name
-    Layer     the routes of one source: exact names and wildcards
+    Layer     the routes of one source: exact names, patterns with fields, wildcards
     Route     one PATTERN=TARGET, and its options
 
 Threads.  The loop decides.  Other threads may decide too (an operator asks for a name's tunnel): what they see is
@@ -12,7 +12,10 @@ whole, since a Routes is swapped as one object and a layer changes by single ass
 
 Seams: I want to ...
     add a kind of target          a row in SCHEMES of sniroute_targets
-    add an option of a route      a field of Route, and its row in ROUTE_OPTIONS of sniroute_settings
+    add an option of a route      a field of Route, and its row in ROUTE_OPTIONS of sniroute_settings; where it is text
+                                  that may have fields: `expand` in Route.decide, unknown_fields when it is read
+    try other splits of a name    Route.splits, and Route.decide for each; stop after some: strangers choose names
+    read patterns otherwise       sniroute_patterns
     feed routes from elsewhere    a Layer behind the configured one: Routes.add_layer, then Layer.put and Layer.drop
 
 What a name is worth: nothing.  SNI is not authentication; `allow` looks at addresses only.
@@ -20,12 +23,13 @@ What a name is worth: nothing.  SNI is not authentication; `allow` looks at addr
 
 from __future__ import annotations
 
-import re
 import weakref
-from typing import Callable, Iterable, NamedTuple
+from typing import Callable, Iterable, Iterator, Mapping, NamedTuple
 
 from sniroute_launchers import TunnelKey
-from sniroute_names import Network, ascii_advice, has_owner, normalise, normalise_whole
+from sniroute_names import Network, ascii_advice, has_owner
+from sniroute_patterns import (CHOSEN, FIELDS, STARS, Fielded, expand, fields_of, parse_pattern, rank, unknown_fields,
+                               written)
 from sniroute_refusals import Malformed, Refused
 from sniroute_targets import SCHEMES, Scheme
 
@@ -82,12 +86,32 @@ class Route(NamedTuple):
         """The row of its kind of target."""
         return SCHEMES[self.target.partition(":")[0]]
 
-    def decide(self, name: str, identified: bool = False, tally: Tally | None = None) -> Decision:
-        """Fill in the target for a name.  Raises Malformed where that gives no valid target.
+    @property
+    def chooses_port(self) -> bool:
+        """Whether a name says to which port of a host it leads."""
+        return "{" in self.target.rpartition(":")[2]
 
-        `identified`: the router has an Access token, which is not shown to everybody.
+    def splits(self, name: str) -> Iterator[dict[str, str]]:
+        """The fields of a name that it fits: those of each name, and the pattern's; the split that counts first.
+
+        There are more only where a pattern has several fields in one label: see Pattern.splits.
         """
-        scheme, _, rest = expand(self.target, name).partition(":")
+        if "{" not in self.pattern:
+            yield fields_of(name)
+            return
+        for fields in parse_pattern(self.pattern).splits(name):
+            yield fields_of(name) | fields
+
+    def decide(self, name: str, identified: bool = False, tally: Tally | None = None,
+               fields: Mapping[str, str] | None = None) -> Decision:
+        """Fill in the target for a name that it fits.  Raises Malformed where that gives no valid target.
+
+        `identified`: the router has an Access token, which is not shown to everybody.  `fields`: one of `splits`, by
+        default the first.
+        """
+        if fields is None:
+            fields = next(self.splits(name))
+        scheme, _, rest = expand(self.target, fields).partition(":")
         row = SCHEMES[scheme]
         rest = row.check(rest)
         target = f"{scheme}:{rest}"
@@ -100,29 +124,17 @@ class Route(NamedTuple):
 
         Else a client may own the domain that it is led to: `cft-{name}` for any name; `cft-{label}-{domain}` for
         `*.example.com`, which is `cft-a-example.com`; any name below `co.uk`.  Then it is neither shown the Access
-        token, nor led to a private address.
+        token, nor led to a private address.  A field of the pattern is the client's choice, as a star is.
         """
-        stars, dot, domain = self.pattern.partition(".")
-        if not stars.startswith("*"):
+        if "*" not in self.pattern and "{" not in self.pattern:
             return True
+        pattern = parse_pattern(self.pattern)
         host, _, last = self.target.partition(":")[2].rpartition(":")
-        names = [CHOSEN + dot + domain, f"{CHOSEN}.{CHOSEN}{dot}{domain}"]  # one label in front; more of them
-        hosts = [expand(host or last, name) for name in (names[:1] if stars == "*" and domain else names)]
+        hosts = [expand(host or last, pattern.sample(CHOSEN, front)) for front in STARS[pattern.stars]]
         if len({tuple(each.split(".")[-2:]) for each in hosts}) > 1:
             return False
         ends = [each.rpartition(CHOSEN)[2].partition(".")[2] for each in hosts if CHOSEN in each]
         return all(map(has_owner, ends))  # each is what stands behind the label that holds the client's last part
-
-
-CHOSEN = "*"  # what a client may choose in a name: no name and no field has this character
-FIELDS = re.compile(r"\{([^{}]*)\}")
-
-
-def expand(template: str, name: str) -> str:
-    """`template` with {name}, {label} (its first label) and {domain} (the rest) filled in."""
-    label, _, domain = name.partition(".")
-    values = {"name": name, "label": label, "domain": domain}
-    return FIELDS.sub(lambda field: values[field[1]], template)
 
 
 def parse_route(text: str) -> Route:
@@ -131,47 +143,52 @@ def parse_route(text: str) -> Route:
     scheme, colon, rest = target.partition(":")
     if not equals or not colon:
         raise ValueError(f"{text!r} is not PATTERN=TARGET, as db.example.com=tcp:192.0.2.10:5432")
-    stars = next((stars for stars in ("**.", "*.") if pattern.startswith(stars)), "")
-    try:
-        if pattern != "*":
-            check = normalise_whole if stars else normalise
-            pattern = stars + check(pattern[len(stars):].encode("utf-8", "surrogateescape"))
-    except Malformed:
-        raise ValueError(f"{pattern!r} is not a name, *.NAME, **.NAME or * (behind a star, NAME has two labels at "
-                         f"least){ascii_advice(pattern)}") from None
+    read = parse_pattern(pattern)
     if scheme not in SCHEMES:
         raise ValueError(f"{scheme!r} is no kind of target: there are {', '.join(sorted(SCHEMES))}")
-    unknown = [field for field in FIELDS.findall(rest) if field not in ("name", "label", "domain")]
-    if unknown or "{" in FIELDS.sub("", rest) or "}" in FIELDS.sub("", rest):
-        raise ValueError(f"{rest!r} has a field other than {{name}}, {{label}}, {{domain}}")
-    try:  # a sample name shows what no name could make valid
-        SCHEMES[scheme].check(expand(rest, pattern.replace("*", "a") if pattern != "*" else "a.example.com"))
+    if fault := unknown_fields(rest, read):
+        raise ValueError(fault)
+    front = {"": "", CHOSEN: "{}.example.com"}.get(read.stars, "{}.")
+    letter, number = (read.sample(value, front.format(value)) for value in ("a", "1"))
+    host, port_follows, port = rest.rpartition(":")
+    try:  # a sample name shows what no name could make valid; what stands for the port is a number in it
+        SCHEMES[scheme].check(expand(host + port_follows, letter) + expand(port, number if port_follows else letter))
     except Malformed as error:
         advice = ascii_advice(target)
         raise ValueError(f"{target!r} is not ASCII{advice}" if advice else f"{target!r}: {error}") from None
-    return Route(pattern, target)
+    return Route(written(read), target)
 
 
 class Layer:
-    """Some routes by their pattern: exact name, else the longest wildcard.  Changed in O(1), by the loop.
+    """Some routes by their pattern: exact name, else fields, else the longest wildcard.  Changed in O(1), by the loop.
 
-    `*.example.com` is one label in front, `**.example.com` one or more, `*` any name of two labels or more: one label
-    is a name of this host's own network, and is served where a route names it.
+    Of several patterns with fields, `rank` says which is taken.  Stars in front of fields make a wildcard: of those
+    with as many labels, the one without fields goes first.  `*.example.com` is one label in front, `**.example.com`
+    one or more, `*` any name of two labels or more: one label is a name of this host's own network, and is served
+    where a route names it.
     """
 
     def __init__(self, routes: Iterable[Route] = ()):
         self.patterns: dict[str, Route] = {}
+        self.fielded = Fielded()  # those of the patterns that have fields
         self.tallies: dict[str, Tally] = {}
         # Of routes that were dropped with connections: a tally is here until the last of them ends.
         self.leaving: weakref.WeakValueDictionary[str, Tally] = weakref.WeakValueDictionary()
         self.forget: Callable[[str], None] = lambda pattern: None  # drops the decisions that it made; set by Routes
+        forms: dict[str, str] = {}
         for route in routes:
             if route.pattern in self.patterns:
                 raise ValueError(f"{route.pattern} is routed twice")
+            if "{" in route.pattern:
+                other = forms.setdefault(FIELDS.sub("{}", route.pattern), route.pattern)
+                if other != route.pattern:
+                    raise ValueError(f"{route.pattern} fits the same names as {other}: take one of them out")
             self.put(route)
 
     def put(self, route: Route) -> None:
         """Add a route, or replace the one of its pattern."""
+        if "{" in route.pattern and route.pattern not in self.patterns:
+            self.fielded.add(route.pattern)
         self.patterns[route.pattern] = route
         if route.pattern not in self.tallies:
             self.tallies[route.pattern] = self.leaving.pop(route.pattern, None) or Tally()
@@ -180,6 +197,8 @@ class Layer:
     def drop(self, pattern: str) -> None:
         """Take a route out.  Raises KeyError where there is none."""
         del self.patterns[pattern]
+        if "{" in pattern:
+            self.fielded.remove(pattern)
         self.forget(pattern)
         tally = self.tallies.pop(pattern)
         if tally.active:
@@ -190,11 +209,16 @@ class Layer:
         patterns = self.patterns
         if name in patterns:
             return patterns[name]
+        fielded = self.fielded if self.fielded.sizes else None
+        if fielded is not None and (found := patterns.get(fielded.find(("",), name))):
+            return found
         stars, suffix = ("*.", "**."), name
         while suffix := suffix.partition(".")[2]:
             for star in stars:
                 if star + suffix in patterns:
                     return patterns[star + suffix]
+            if fielded is not None and (found := patterns.get(fielded.find(stars, suffix))):
+                return found
             stars = ("**.",)
         return patterns.get("*") if "." in name else None
 
@@ -223,7 +247,7 @@ class Routes:
     def forget(self, pattern: str) -> None:
         """A route has changed: decide anew for the names that it fits."""
         self.generation += 1
-        if "*" in pattern:
+        if "*" in pattern or "{" in pattern:
             self.decisions.clear()
         else:
             self.decisions.pop(pattern, None)
@@ -242,11 +266,12 @@ class Routes:
         return self.configured.tallies
 
     def in_order(self) -> list[Route]:
-        """The configured routes as they are preferred: names, then wildcards, the longest first."""
-        def rank(route: Route) -> tuple[int, int, str, str]:
+        """The configured routes as they are preferred: names, those with fields, then wildcards, the longest first."""
+        def order(route: Route) -> tuple:
             stars, star, suffix = route.pattern.rpartition("*")
-            return (1, -suffix.count("."), stars, suffix) if star else (0, 0, "", suffix)
-        return sorted(self.routes, key=rank)
+            fielded = rank(route.pattern) if "{" in route.pattern else ()
+            return (2, -suffix.count("."), fielded, stars, suffix) if star else (bool(fielded), 0, fielded, "", suffix)
+        return sorted(self.routes, key=order)
 
     def decide(self, name: str) -> Decision:
         """What becomes of a normalised name.  Raises Refused where nothing does."""

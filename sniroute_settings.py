@@ -47,6 +47,7 @@ log = logging.getLogger("sniroute")
 # Limits, each with its reason.
 SPARE_FDS = 480  # descriptors of 101 tunnels (three each), 32 pipes, 64 clients of the admin, listeners and the log
 UNIX_PATH_MAX = 90  # sun_path of unix(7) has 108 bytes, or 104; some are for the name it has before it is ready
+LOOPBACK = ("127.0.0.1", "[::1]", "localhost")  # as a target may write this host
 SECRET = re.compile(r"[!-~]{16,}")  # a token: printable, and too long to be guessed
 
 
@@ -377,7 +378,7 @@ def read_routes(table: Any, wrong: list[str]) -> list[Route]:
         except ValueError as error:
             wrong.append(f"{where}: {error}")
             scheme = target.partition(":")[0]
-            route = Route(pattern, f"{scheme if scheme in SCHEMES else 'tcp'}:")  # so that the options are checked, too
+            route = Route("", f"{scheme if scheme in SCHEMES else 'tcp'}:")  # so that the options are checked, too
         for name, option in options.items():
             if name not in ROUTE_OPTIONS:
                 others = meant(name, ("target", *ROUTE_OPTIONS))
@@ -389,7 +390,8 @@ def read_routes(table: Any, wrong: list[str]) -> list[Route]:
                     route = route._replace(**{name: ROUTE_OPTIONS[name](as_text(option))})
                 except ValueError as error:
                     wrong.append(f"{where}.{name}: {error}")
-        routes.append(route)
+        if route.pattern:
+            routes.append(route)
     return routes
 
 
@@ -631,6 +633,10 @@ def warn(settings: Settings) -> None:
         if route.target.startswith("tcp:") and not route.is_of_one_domain():
             log.warning("%s: a client may own the domain this leads to, so private addresses are refused there: "
                         "name the host, or route your own domain, as **.example.com", route)
+        host, _, _ = route.target.removeprefix("tcp:").rpartition(":")
+        if host in LOOPBACK and route.chooses_port and route.allow is None:
+            log.warning("%s: clients choose among all ports of this host: name the port, or let `allow` say who may "
+                        "come", route)
     identity = settings.launchers["carrier"].environment
     missing = [variable for variable in SERVICE_TOKEN if not identity.get(variable)]
     if len(missing) == 1 and any(route.scheme.is_tunnel for route in settings.routes.routes):

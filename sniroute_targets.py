@@ -334,6 +334,7 @@ class Targets:
     def __init__(self, tunnels: TunnelTable):
         self.tunnels = tunnels
         self.own: list[tuple[str, int]] = []
+        self.tunnel_ports = range(0)  # of this host
         self.resolved: dict[str, Resolved] = {}  # by Decision.key
         self.laggards = Laggards()
         self.make_room(0)
@@ -360,6 +361,7 @@ class Targets:
     def may_dial(self, decision: Decision, address: tuple) -> bool:
         """Whether a resolved address may be dialled: never the router itself.
 
+        Where clients choose the port, never that of a tunnel either: what its route allows is asked on its route only.
         Where a client may own the domain that it is led to, never a private address either: whoever owns a domain can
         point it at one.
         """
@@ -368,6 +370,8 @@ class Targets:
             own = parse_ip(host)
             if port == address[1] and reaches(ip, own):
                 return False
+        if address[1] in self.tunnel_ports and decision.route.chooses_port and is_local(ip):
+            return False
         return is_public(ip) or decision.route.is_of_one_domain()
 
 

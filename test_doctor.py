@@ -68,7 +68,35 @@ def test_check_prints_the_routes_as_they_are_matched(settings_file, capsys):
         "*=tcp:192.0.2.1:1"]
 
 
+def test_check_says_how_fields_are_read(settings_file, capsys):
+    path = settings_file('[routes]\n"*.{env}.example.com" = "cloudflared:{label}.{env}.example.net"\n'
+                         '"{a}.svc.example.com" = { target = "tcp:{a}.internal:1", max_connections = 5 }\n'
+                         '"{service}--{port}.svc.example.com" = "tcp:{service}.internal:{port}"\n'
+                         '"db.svc.example.com" = "tcp:192.0.2.1:1"\n')
+    assert sniroute.main(["check", "-c", path]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "db.svc.example.com=tcp:192.0.2.1:1",
+        "{service}--{port}.svc.example.com=tcp:{service}.internal:{port}",
+        "    fields service, port; the last '--' between {service} and {port} splits; 15 literal characters",
+        "{a}.svc.example.com=tcp:{a}.internal:1 (max_connections 5)",
+        "    fields a; 13 literal characters",
+        "*.{env}.example.com=cloudflared:{label}.{env}.example.net",
+        "    fields env; 10 literal characters"]
+    assert sniroute.main(["check", "--quiet", "-c", path]) == 0 and capsys.readouterr().out == ""
+
+
 # -- explain -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, code, said", [
+    ("My-API--8080.svc.example.com", 0, "fields:  service my-api, port 8080\ntarget:  tcp:my-api.internal:8080\n"),
+    ("my-api--http.svc.example.com", 1, "fields:  service my-api, port http\nrefused: 'my-api.internal:http' is not "
+     f"HOST:PORT (bad_name, TLS alert 112)\nto do:   {REFUSALS['bad_name'].advice}\n"),
+], ids=["routed", "no port"])
+def test_explain_says_what_the_fields_of_a_name_are(name, code, said, capsys, no_variables):
+    route = "{service}--{port}.svc.example.com=tcp:{service}.internal:{port}"
+    assert sniroute.main(["explain", name, f"--route={route}", "--route=*=tcp:h:1"]) == code
+    assert capsys.readouterr().out == f"name:    {name.lower()}\nroute:   {route}\n{said}"
 
 
 @pytest.mark.parametrize("name, code, line", [

@@ -7,6 +7,7 @@ where a client's bytes go, and what a route allows.
 from __future__ import annotations
 
 import ipaddress
+import random
 import re
 import socket
 import struct
@@ -38,7 +39,7 @@ MAPPED = v2(0x21, 0x21, b"".join(ipaddress.IPv6Address(f"::ffff:{end}").packed f
     ("{label}-{label}.{domain}", "db-db.eu.example.com"), ("fixed", "fixed"),
 ])
 def test_a_template_is_filled_in(template, expected):
-    assert expand(template, "db.eu.example.com") == expected
+    assert expand(template, next(Route("**.example.com", "tcp:h:1").splits("db.eu.example.com"))) == expected
 
 
 @pytest.mark.parametrize("text, pattern, target", [
@@ -50,6 +51,12 @@ def test_a_template_is_filled_in(template, expected):
     ("**.Example.com.=cloudflared:cft-{name}.", "**.example.com", "cloudflared:cft-{name}."),
     ("DB=tcp:db:5432", "db", "tcp:db:5432"), ("db.=tcp:{name}:5432", "db", "tcp:{name}:5432"),
     ("*=tcp:{name}:443", "*", "tcp:{name}:443"), ("a.b=tcp:[::1]:443", "a.b", "tcp:[::1]:443"),
+    ("{service}--{port}.SVC.example.com.=tcp:{service}.internal:{port}", "{service}--{port}.svc.example.com",
+     "tcp:{service}.internal:{port}"),
+    ("{a}.example.com=tcp:[::1]:{a}", "{a}.example.com", "tcp:[::1]:{a}"),
+    ("*.{env}.example.com=cloudflared:{label}-{env}.example.net", "*.{env}.example.com",
+     "cloudflared:{label}-{env}.example.net"),
+    ("*.port.example.com=tcp:10.0.0.1:{label}", "*.port.example.com", "tcp:10.0.0.1:{label}"),
 ])
 def test_a_route_is_read(text, pattern, target):
     route = parse_route(text)
@@ -71,6 +78,10 @@ def test_a_route_is_read(text, pattern, target):
     ("a.b=cloudflared:--url", "host name"), ("a.b=cloudflared:{label}", "two labels"),
     ("db=cloudflared:{name}", "two labels"), ("db=carrier:cft-{name}.", "two labels"),
     ("db=carrier:{label}.{domain}", "two labels"), ("a.b=tcp:127.1.:1", "HOST:PORT"),
+    ("{a}.b.c=tcp:{b}:1", "{name}, {label}, {domain}, {a}"), ("{a}{b}.c.d=tcp:h:1", "stands literal text"),
+    ("{a}.b.c=cloudflared:{a}", "two labels"), ("{a}.b.c=cloudflared:-{a}.d.e", "not a host name"),
+    ("{a}.b.c=tcp:h:{a}x", "HOST:PORT"), ("{a}.b.c=tcp:{a}.0.0.1:{a}", "HOST:PORT"), ("{a}.b.c=tcp:h:0{a}", "HOST:PORT"),
+    ("a.b=tcp:h:{label}", "HOST:PORT"), ("{a}.b.c=http:{a}", "cloudflared, tcp"),
     ("\udcff.b=tcp:h:1", "is not a name"), ("fa\u00df.example=tcp:h:1", "is not a name"),
 ])
 def test_a_route_that_cannot_work_is_refused_at_the_start(text, complaint):
@@ -103,7 +114,20 @@ def test_a_name_with_other_letters_is_told_its_form_for_dns(text, written):
     ("*=tcp:{label}.example.net:443", True), ("*=tcp:{domain}.example.net:443", True),
     ("**.example.org=tcp:{label}.internal:443", True), ("*=tcp:{label}.default.svc.cluster.local:443", True),
     ("*.example.com=cloudflared:cft-{name}", True), ("**.example.com=carrier:cft-{label}.example.net", True),
+    ("{service}--{port}.svc.example.com=tcp:{service}.internal:{port}", True),
+    ("{a}-{port}.co.uk=tcp:10.0.0.1:{port}", True), ("{a}.example.com=tcp:{name}:443", True),
+    ("{a}.{b}.example.com=tcp:{a}.{b}.example.net:443", True), ("{a}.{b}.example.com=tcp:{domain}:443", True),
+    ("{a}.{b}.example.com=tcp:x-{domain}:443", True), ("{a}.b.example.com=tcp:x-{a}-{domain}:443", True),
+    ("*.{env}.example.com=tcp:{name}:443", True), ("**.{env}.example.com=tcp:{label}.{env}.internal:443", True),
+    ("**.{b}.example.com=tcp:x-{domain}:443", True), ("{a}.example.com=carrier:{a}.example.net", True),
     # A client may own where it is led to.
+    ("{a}.example.com=tcp:{a}:1", False), ("{a}-{b}.example.com=tcp:{a}.{b}:1", False),
+    ("{a}.co.uk=tcp:{name}:1", False), ("{a}.{b}=tcp:{name}:1", False), ("db.{b}=tcp:{name}:1", False),
+    ("db.{b}.com=tcp:{name}:1", False), ("{a}.example.com=tcp:{a}.com:1", False),
+    ("{a}.example.com=tcp:cft-{a}-{domain}:1", False), ("{a}.github.io=cloudflared:{name}", False),
+    ("{a}.{b}.example.com=cloudflared:{a}.{b}.com", False), ("{a}.example.com=tcp:10.0.0.{a}:1", False),
+    ("{a}.{b}.{c}.{d}.example.com=tcp:{a}.{b}.{c}.{d}:1", False), ("*.{b}.example.com=cloudflared:{label}.{b}", False),
+    ("**.{b}.example.com=cloudflared:{label}.{b}.co.uk", False), ("{a}.{b}.example.com=carrier:{b}.{a}.local", False),
     ("*=tcp:{name}:1", False), ("*=tcp:{name}.:1", False), ("*=tcp:{label}.{domain}:1", False),
     ("*=tcp:cft-{name}:1", False), ("*=tcp:{domain}:1", False), ("*=tcp:{label}:1", False),
     ("*=tcp:db.{domain}:1", False), ("*=tcp:{label}-{domain}:1", False), ("*=tcp:{label}.com:1", False),
@@ -122,6 +146,7 @@ def test_one_rule_says_whether_a_client_may_own_where_it_is_led(text, mine):
     assert route.is_of_one_domain() is mine
     identified = Routes([route], identified=True)
     name = {"db": "db", "*": "a.example.com"}.get(route.pattern, route.pattern.replace("*", "a"))
+    name = re.sub(r"\{\w+\}", "a", name.replace("{port}", "1"))
     decision = identified.decide(name)
     assert decision.tunnel is None or decision.tunnel.identified is mine
     assert sniroute_targets.Targets(None).may_dial(decision, ("10.0.0.1", 1)) is mine
@@ -204,6 +229,123 @@ def test_a_pattern_is_routed_once():
         Routes([parse_route("c.d=tcp:h:1"), parse_route("a.b=tcp:h:1"), parse_route("A.B=tcp:h:2")])
 
 
+# -- fields ------------------------------------------------------------------------------------
+
+
+FIELDED = "{service}--{port}.{env}.svc.example.com"
+
+
+@pytest.mark.parametrize("target, name, expected", [
+    ("tcp:{service}.{env}.internal:{port}", "my-api--8080.eu.svc.example.com", "tcp:my-api.eu.internal:8080"),
+    ("tcp:{service}.{env}.internal:{port}", "a--b--65535.eu.svc.example.com", "tcp:a--b.eu.internal:65535"),
+    ("cloudflared:cft-{service}-{port}.{domain}", "web--http.eu.svc.example.com", "cloudflared:cft-web-http.eu.svc.example.com"),
+    ("carrier:{label}.{env}.example.net", "web--http.eu.svc.example.com", "carrier:web--http.eu.example.net"),
+    *((f"tcp:{host}:{{port}}", f"web--{port}.eu.svc.example.com", None) for host in ("10.0.0.1", "{service}.internal")
+      for port in ("http", "0", "65536", "080", "8_0", "0x50", "99999999999999999999", "80a")),
+    ("tcp:{service}:{port}", "127--80.eu.svc.example.com", None), ("tcp:{service}:{port}", "0x7f--80.eu.svc.example.com", None),
+    ("tcp:10.0.0.{env}:{port}", "web--80.300.svc.example.com", None),
+    ("cloudflared:{service}.{port}", "web--80.eu.svc.example.com", None),
+    ("cloudflared:{service}.example.net", "web---80.eu.svc.example.com", None),
+    ("cloudflared:{port}.example.net", "web-----80.eu.svc.example.com", "cloudflared:80.example.net"),
+    ("carrier:{service}{port}.example.net", f"{'a' * 50}--{'b' * 11}.eu.svc.example.com",
+     f"carrier:{'a' * 50}{'b' * 11}.example.net"),
+    ("carrier:{service}-{port}-{env}.example.net", f"{'a' * 50}--{'b' * 11}.eu.svc.example.com", None),
+])
+def test_the_fields_of_a_name_make_its_target_or_it_is_refused(target, name, expected):
+    """What is no name and no port from 1 to 65535 reaches neither a resolver nor a program."""
+    routes = Routes([Route(FIELDED, target)])
+    if expected is None:
+        assert verdict(routes.decide, name) == Bad("bad_name", 112)
+    else:
+        assert routes.decide(name).target == expected
+
+
+def test_a_later_split_of_a_name_may_be_decided():
+    route = parse_route("{service}-{port}.example.com=cloudflared:{service}.{port}.example.net")
+    assert [route.decide("my-api-http-metrics.example.com", fields=fields).rest for fields in route.splits(
+        "my-api-http-metrics.example.com")] == ["my-api-http.metrics.example.net", "my-api.http-metrics.example.net",
+                                                "my.api-http-metrics.example.net"]
+    assert route.decide("my-api-http-metrics.example.com").rest == "my-api-http.metrics.example.net"
+
+
+MIXED = Routes([parse_route(f"{pattern}=tcp:h:1") for pattern in (
+    "db.example.com", "{a}.example.com", "*.example.com", "**.example.com", "{a}-{b}.example.com", "*.{e}.example.com",
+    "**.{e}.example.com", "*.eu.example.com", "{a}.us.example.com", "{a}.{b}.{c}.example.org")])
+
+
+@pytest.mark.parametrize("name, pattern", [
+    ("db.example.com", "db.example.com"), ("x.example.com", "{a}.example.com"), ("x-y.example.com", "{a}-{b}.example.com"),
+    ("x.us.example.com", "{a}.us.example.com"), ("x.eu.example.com", "*.eu.example.com"),
+    ("x.uk.example.com", "*.{e}.example.com"), ("x.y.eu.example.com", "**.{e}.example.com"),
+    ("a.b.c.example.org", "{a}.{b}.{c}.example.org"), ("b.c.example.org", None), ("a.b.c.d.example.org", None),
+    ("example.com", None), ("db", None),
+])
+def test_a_name_goes_before_fields_which_go_before_a_wildcard(name, pattern):
+    found = MIXED.find(name)
+    assert (found and found[0].pattern) == pattern
+
+
+def test_the_name_of_one_label_needs_a_route_that_names_it():
+    routes = Routes([to("{a}.{b}", 1), to("*", 2)])
+    assert leads(routes, "db") == 0 and leads(routes, "a.b") == 1
+
+
+@pytest.mark.parametrize("one, other", [
+    ("{a}-{b}.example.com", "{service}-{port}.example.com"), ("*.{a}.example.com", "*.{b}.Example.com."),
+    ("x{a}.{b}.example.com", "X{b}.{a}.example.com"),
+])
+def test_two_patterns_that_fit_the_same_names_are_refused(one, other):
+    with pytest.raises(ValueError, match="fits the same names as"):
+        Routes([to(one, 1), to("a.b", 2), to(other, 3)])
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Whether a pattern fits a name, by a regular expression: right, and slow."""
+    if pattern == "*":
+        return "." in name
+    stars = next((stars for stars in ("**.", "*.") if pattern.startswith(stars)), "")
+    front = {"": "", "*.": r"[^.]+\.", "**.": r"(?:[^.]+\.)+"}[stars]
+    return re.fullmatch(front + re.sub(r"\\\{\w+\\\}", "[a-z0-9_-]+", re.escape(pattern[len(stars):])), name) is not None
+
+
+def test_of_all_routes_the_first_that_fits_in_the_order_of_check_is_taken():
+    """Found by asking each, for a thousand names and routes of all kinds that come and go."""
+    chance = random.Random(1717)
+    parts = ["a", "b", "ab", "{x}", "a{x}", "{x}b", "{x}-{y}", "{x}--{y}", "a-{x}", "{x}-b"]
+    patterns = {"*"}
+    for _ in range(300):
+        labels = [chance.choice(parts) for _ in range(chance.randint(2, 3))]
+        labels = [label.replace("x", f"x{at}").replace("y", f"y{at}") for at, label in enumerate(labels)]
+        patterns.add(chance.choice(("", "", "*.", "**.")) + ".".join(labels))
+    taken = set()
+    for _ in range(10):
+        routes = Routes([to(pattern, 1) for pattern in chance.sample(sorted(patterns), 60)])
+        ordered = routes.in_order()
+        for _ in range(100):
+            name = ".".join(chance.choice(("a", "b", "ab", "a-b", "a--b", "b-a-b", "aab")) for _ in range(chance.randint(1, 4)))
+            expected = next((route.pattern for route in ordered if fits(route.pattern, name)), None)
+            found = routes.find(name)
+            assert (found and found[0].pattern) == expected, name
+            taken.add(expected)
+    assert len(taken) > 100
+
+
+def test_a_strangers_name_takes_as_long_with_12_000_routes_as_with_few():
+    routes = Routes([to(f"{{service}}--{{port}}.shop-{number}.example.com", 1) for number in range(12_000)])
+    routes.configured.patterns = Unwalked(routes.configured.patterns)
+    fielded = routes.configured.fielded
+    for table in ("sizes", "used", "ends", "places"):
+        setattr(fielded, table, Unwalked(getattr(fielded, table)))
+    assert routes.decide("a--b.shop-11999.example.com").route.pattern == "{service}--{port}.shop-11999.example.com"
+    assert leads(routes, "a-b.shop-11999.example.com") == 0
+    for number in range(20_000):
+        assert leads(routes, f"n{number}--80.shop-{number % 12_000}.example.com") == 1
+        assert len(routes.decisions) <= 24_000
+    routes.configured.drop("{service}--{port}.shop-7.example.com")
+    routes.configured.put(to("{a}--{b}.shop-7.example.com", 2))
+    assert leads(routes, "n7--80.shop-7.example.com") == 2
+
+
 # -- layers ------------------------------------------------------------------------------------
 
 
@@ -233,7 +375,7 @@ def test_layers_are_asked_in_order_and_the_configured_one_first():
     assert list(routes.tallies) == ["*.example.com", "a.example.org"], "what is told of routes is about the configured"
 
 
-@pytest.mark.parametrize("pattern", ["a.b.c.d", "*.b.c.d", "**.c.d", "*"])
+@pytest.mark.parametrize("pattern", ["a.b.c.d", "*.b.c.d", "**.c.d", "*", "{x}.b.c.d", "a.{x}.{y}.d", "**.{x}.d"])
 def test_a_route_that_is_put_or_dropped_counts_from_the_next_decision_on(pattern):
     routes = Routes([to("other.example.com", 9)])
     layer = Layer()

@@ -227,7 +227,9 @@ def test_everything_that_is_wrong_is_said_at_once_a_line_for_each():
      "--route: a.b=tcp:127.0.0.1:7 leads back to --listen 127.0.0.1:7"),
     (["--route", "a.b=tcp:[::1]:7", "--listen", "[::1]:7"], {},
      "--route: a.b=tcp:[::1]:7 leads back to --listen [::1]:7"),
-], ids=["twice", "twice-in-the-environment", "a-circle", "a-circle-over-v6"])
+    (["--route", "{a}-{b}.x.y=tcp:h:1", "--route", "{s}-{p}.x.y=tcp:h:2"], {},
+     "--route: {s}-{p}.x.y fits the same names as {a}-{b}.x.y: take one of them out"),
+], ids=["twice", "twice-in-the-environment", "a-circle", "a-circle-over-v6", "the-same-fields"])
 def test_routes_that_contradict_are_refused(argv, environ, line):
     with pytest.raises(SettingsError) as caught:
         load_settings(argv, environ)
@@ -298,6 +300,57 @@ def test_a_route_whose_target_is_wrong_is_not_told_that_it_is_no_tunnel(settings
         load_settings(["-c", path], {})
     [line] = caught.value.lines
     assert "has a field other than" in line
+
+
+FIELDS_ROUTE = "{service}--{port}.{env}.example.com", "tcp:{service}.{env}.internal:{port}"
+
+
+def test_fields_are_read_from_the_file_the_environment_and_the_command_line(settings_file):
+    pattern, target = FIELDS_ROUTE
+    path = settings_file(f'[routes."{pattern}"]\ntarget = "{target}"\nallow = "192.0.2.0/24"\nmax_connections = 7\n')
+    found = load_settings(["-c", path], {})
+    assert found.routes.routes == (Route(pattern, target, allow=(ipaddress.ip_network("192.0.2.0/24"),),
+                                         max_connections=7),)
+    for settings in (found, load_settings([f"--route={pattern}={target}"], {}),
+                     load_settings([], {"SNIROUTE_ROUTE": f"{pattern}={target} a.b=tcp:h:1"})):
+        assert settings.routes.decide("my-api--80.eu.example.com").target == "tcp:my-api.eu.internal:80"
+
+
+def test_all_that_is_wrong_with_fields_is_said_at_once_a_line_each(settings_file):
+    path = settings_file("""[routes]
+"{a}{b}.x.y" = "tcp:h:1"
+"{c}{d}.x.y" = { target = "tcp:h:1", allow = ["x"] }
+"{a.x.y" = "tcp:h:1"
+"{A}.x.y" = "tcp:h:1"
+"{name}.x.y" = "tcp:h:1"
+"{a}-{a}.x.y" = "tcp:h:1"
+"{a}.x.y" = "tcp:{b}:1"
+"{b}.x.y" = "cloudflared:{b}"
+"{\\u001b}.x.y" = "tcp:h:1"
+""")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(["-c", path], {})
+    lines = caught.value.lines
+    assert len(lines) == 10 and all(line.startswith(f"{path}: routes.") and line.isprintable() for line in lines)
+    for line, words in zip(lines, ("literal text", "literal text", ".allow: ", "is not a name", "{A} is no name",
+                                   "{name} is a field of each name", "twice", "{name}, {label}, {domain}, {a}",
+                                   "two labels", "is no name of a field"), strict=True):
+        assert words in line
+
+
+@pytest.mark.parametrize("target, warned", [
+    ("127.0.0.1:{port}", True), ("localhost:{port}", True), ("[::1]:{port}", True), ("192.0.2.1:{port}", False),
+    ("127.0.0.1:80", False),
+])
+def test_a_warning_where_clients_choose_a_port_of_this_host(target, warned, caplog):
+    sniroute_settings.warn(load_settings([f"--route={{a}}-{{port}}.example.com=tcp:{target}"], {}))
+    assert any("clients choose among all ports" in record.getMessage() for record in caplog.records) is warned
+
+
+def test_no_warning_about_ports_where_a_route_says_who_may_come(settings_file, caplog):
+    path = settings_file('[routes."{port}.example.com"]\ntarget = "tcp:127.0.0.1:{port}"\nallow = "192.0.2.0/24"\n')
+    sniroute_settings.warn(load_settings(["-c", path, "--proxy-protocol=off"], {}))
+    assert "clients choose" not in caplog.text
 
 
 # -- the limits of the host --------------------------------------------------------------------
@@ -710,6 +763,7 @@ def test_a_warning_where_half_of_the_service_token_is_missing(set_ones, words, m
     ("*=tcp:{name}:443", True), ("**.co.uk=tcp:{name}:443", True), ("*.example.com=tcp:{label}-{domain}:443", True),
     ("*.example.com=tcp:{label}:443", True), ("*.example.com=tcp:{name}:443", False), ("*=tcp:10.0.0.1:1", False),
     ("db=tcp:{name}:1", False), ("*.example.com=cloudflared:cft-{label}-{domain}", False),
+    ("{a}.example.com=tcp:{a}:1", True), ("{a}.example.com=tcp:{a}.internal:1", False),
 ])
 def test_a_warning_where_private_addresses_are_refused(text, warned, caplog):
     sniroute_settings.warn(load_settings([f"--route={text}"], {}))

@@ -101,6 +101,27 @@ def test_two_files_route_bytes(launch, two_files, echo_server):
         assert read_exactly(client, len(HELLO) + 1) == HELLO + b"!"
 
 
+def test_a_name_with_fields_is_led_to_its_service_and_port(launch, cloudflared, settings_file, echo_server, ports):
+    """By a file of settings, through a port and through a tunnel; what is no port is refused, and nothing is dialled."""
+    host, port = echo_server.address
+    cloudflared.far("cft-web-eu.example.net", echo_server.address)
+    program = launch("-c", settings_file(f"""[routes]
+"{{service}}--{{port}}.svc.example.com" = "tcp:{host}:{{port}}"
+"{{service}}.{{env}}.tun.example.com" = "cloudflared:cft-{{service}}-{{env}}.example.net"
+"""), ports, f"--cloudflared={cloudflared.path}")
+    for name in (f"my-api--{port}.svc.example.com", "web.eu.tun.example.com"):
+        hello = genuine(name=name)
+        with program.connect(hello) as client:
+            assert read_exactly(client, len(hello)) == hello
+    assert echo_server.accepted == 2
+    for name in (f"my-api--{port}x.svc.example.com", "my-api--70000.svc.example.com", "my-api--https.svc.example.com"):
+        with program.connect(genuine(name=name)) as client:
+            assert read_all(client) == alert(112)
+    program.wait_for(" reason=bad_name ", 3)
+    assert echo_server.accepted == 2
+    assert f" backend=tcp:{host}:{port} " in program.log()
+
+
 @linux
 def test_router_that_has_just_started_is_small(launch, two_files):
     """Not at its first start, when Python compiles it: that leaves up to 3 MiB more."""

@@ -450,6 +450,24 @@ def test_router_that_listens_everywhere_knows_its_addresses(run):
     assert running.router.targets.may_dial(decision, ("192.0.2.1", 19000))
 
 
+@pytest.mark.parametrize("route, address, allowed", [
+    ("{a}-{port}.example.com=tcp:127.0.0.1:{port}", ("127.0.0.1", 21005), False),
+    ("{a}-{port}.example.com=tcp:127.0.0.1:{port}", ("127.0.0.1", 21010), True),
+    ("{a}-{port}.example.com=tcp:db.internal:{port}", ("::ffff:127.0.0.1", 21005), False),
+    ("{a}-{port}.example.com=tcp:db.internal:{port}", ("0.0.0.0", 21005), False),
+    ("{a}-{port}.example.com=tcp:db.internal:210{port}", ("127.0.0.1", 21005), False),
+    ("*.example.com=tcp:127.0.0.1:{label}", ("127.0.0.1", 21005), False),
+    ("{a}-{port}.example.com=tcp:db.internal:{port}", ("192.0.2.1", 21005), True),
+    ("{a}.example.com=tcp:127.0.0.1:21005", ("127.0.0.1", 21005), True),
+])
+def test_a_client_that_chooses_the_port_cannot_choose_that_of_a_tunnel(run, route, address, allowed):
+    """It would go around what the tunnel's own route allows."""
+    running = run(f"--route={route}", "--ports=21000-21009")
+    decision = running.router.routes.decide("7.example.com" if route.startswith("*") else
+                                            "x-05.example.com" if ":210{" in route else "x-7.example.com")
+    assert running.router.targets.may_dial(decision, address) is allowed
+
+
 @pytest.mark.parametrize("own", ["127.0.0.1", "::ffff:127.0.0.1"])
 @pytest.mark.parametrize("address", ["127.0.0.1", "::ffff:127.0.0.1", "::ffff:7f00:1"])
 def test_router_knows_its_address_in_either_form(own, address):
