@@ -25,7 +25,8 @@ import weakref
 from typing import Callable, Iterable, NamedTuple
 
 from sniroute_launchers import TunnelKey
-from sniroute_names import Network, ascii_advice, has_owner, normalise, normalise_whole
+from sniroute_names import (Network, ascii_advice, has_owner, normalise, normalise_whole, parse_host_port,
+                            show_address)
 from sniroute_refusals import Malformed, Refused
 from sniroute_targets import SCHEMES, Scheme
 
@@ -150,6 +151,27 @@ def parse_route(text: str) -> Route:
         advice = ascii_advice(target)
         raise ValueError(f"{target!r} is not ASCII{advice}" if advice else f"{target!r}: {error}") from None
     return Route(pattern, target)
+
+
+PORT = "port "  # begins the pattern of a port's route; no name has a blank
+
+
+def parse_port_route(text: str) -> Route:
+    """`ADDRESS=TARGET`: a listener with one target, as a route whose pattern is `port ADDRESS`.  Raises ValueError."""
+    address, equals, target = text.partition("=")
+    if not equals or ":" not in target:
+        raise ValueError(f"{text!r} is not ADDRESS=SCHEME:REST")
+    host, port = parse_host_port(address, default_host="*")
+    named = [field for field in ("{name}", "{label}", "{domain}") if field in target]
+    if named:
+        raise ValueError(f"{target!r}: a port has no name, so nothing can stand for {', '.join(named)}")
+    shown = f":{port}" if host == "*" else show_address((host, port))
+    return parse_route(f"port.invalid={target}")._replace(pattern=PORT + shown)
+
+
+def port_address(route: Route) -> tuple[str, int]:
+    """Where the port of such a route listens; the host `*` is every address."""
+    return parse_host_port(route.pattern.removeprefix(PORT), default_host="*")
 
 
 class Layer:
