@@ -640,7 +640,7 @@ def read_header(connection: Connection, mask: int = READ) -> None:
         data = os.read(connection.up.fd, MESSAGE)
         if data:
             whole = prelude.feed(data) is not None
-        elif prelude.data or required:
+        elif required:
             raise Malformed("the client left in the middle of its prelude", kind="truncated")
         else:
             whole = True  # the next read finds the end again

@@ -401,7 +401,8 @@ def read_routes(table: Any, wrong: list[str], kind: str = "routes",
                     route = route._replace(**{name: ROUTE_OPTIONS[name](as_text(option))})
                 except ValueError as error:
                     wrong.append(f"{where}.{name}: {error}")
-        routes.append(route)
+        if kind == "routes" or route.pattern != pattern:  # else it is no port: nobody can say where it listens
+            routes.append(route)
     return routes
 
 

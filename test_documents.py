@@ -199,7 +199,7 @@ def test_the_settings_file_has_every_setting_and_its_default(tmp_path):
     path = tmp_path / "sniroute.toml"
     path.write_text(text)
     settings, default = load_settings(["-c", str(path)], {}), load_settings([], {})
-    named = re.findall(r"^#?(\w+) = ", text.partition("[ports]")[0], re.MULTILINE)
+    named = re.findall(r"^#?(\w+) = ", text.partition("\n[ports]")[0], re.MULTILINE)
     named = [name.replace("tunnel_ports", "ports") for name in named]  # its name beside a table of ports
     assert sorted(named) == sorted(row.field for row in SETTINGS if row.name not in ("config", "route", "port"))
     for attribute in named:
