@@ -48,7 +48,7 @@ from sniroute_names import parse_ip
 from sniroute_refusals import NOTHING, TLS, Malformed, Refused, told
 from sniroute_resets import RESETTING, is_unheard, pass_on_reset, will_reset
 from sniroute_targets import Backend, Doubt, Retry, Unreachable
-from sniroute_wire import (PROXY_WRITERS, SSL_REQUEST_BYTES, TLS_HANDSHAKE, Hello, PortPrelude, Prelude,
+from sniroute_wire import (PROXY_V2_MAX, PROXY_WRITERS, SSL_REQUEST_BYTES, TLS_HANDSHAKE, Hello, PortPrelude, Prelude,
                            ProxyHeader)
 
 if TYPE_CHECKING:
@@ -232,15 +232,8 @@ class Connection:
         self.prelude = None
         self.hello = bytes(prelude.data)
         self.preface = Preface(prelude.header, prelude.ssl)
-        self.proxy = header = prelude.proxy
-        if header is None or header.source is None:
-            return
-        self.address = (str(header.source), header.port)
-        self.peer.count -= 1
-        self.peer = self.router.peers.find(self.address[0])
-        self.peer.count += 1
-        if self.peer.count > self.router.max_per_client and not self.peer.exempt:
-            raise Refused("client_limit", f"{self.peer.key} has {self.peer.count - 1} connections")
+        if prelude.proxy is not None:
+            believe(self, prelude.proxy)
 
     def _admit(self, decision: Decision) -> None:
         """Have it dialled in this turn, where the route's options let the client in.  Raises Refused."""
@@ -321,8 +314,10 @@ class Connection:
         except OSError:
             data = b""
         if data:
-            self.hello += data
+            before, self.hello = self.hello, self.hello + data
             self.replayable = False
+            if self.name is None and not before:
+                learn(self, data)
         elif self.name is None and self.hello:
             self.up.wait_for(0)  # it has said all, and waits for the answer: its end is passed on when bytes pass
         else:
@@ -422,6 +417,8 @@ class Connection:
             down.wait_for(READ, down.first)
         if sent != len(said):
             up.hold(memoryview(said)[sent:])
+        elif not said:  # behind a port, whose client is silent
+            up.wait_for(READ, functools.partial(first_words, self))
 
     # -- a backend that failed before the client had a byte of it
 
@@ -624,7 +621,8 @@ def read_header(connection: Connection, mask: int = READ) -> None:
     """Meet the client of a port with one target: read its PROXY header, where one may come, and go on.
 
     A server that speaks first must not wait for a header that never comes.  So where a header is allowed and not
-    required, a silent client is led on at once; HEADER_GRACE later where the port's options depend on who it is.
+    required, a silent client is led on at once, and `learn` looks at its first bytes when they come; HEADER_GRACE later
+    where the port's options depend on who it is, and none is looked for then.
     """
     if connection.state is not HEADER:
         return
@@ -648,9 +646,8 @@ def read_header(connection: Connection, mask: int = READ) -> None:
         connection.refuse(error)
         return
     except BlockingIOError:
-        route = decision.route
         if not prelude.data and not required:
-            whole = route.allow is None and route.send_proxy == "as-received"
+            whole = not asks_who(decision)
             queue = deadlines.header
     except OSError:
         connection.refuse(Refused("truncated", "the client reset the connection"))
@@ -664,6 +661,52 @@ def read_header(connection: Connection, mask: int = READ) -> None:
         connection.up.wait_for(READ, functools.partial(read_header, connection))
     if len(deadlines.prelude.due) > PRELUDES_MAX:
         connection.router.shed()
+
+
+def asks_who(decision: Decision) -> bool:
+    """Whether what a route does with a client depends on a PROXY header."""
+    return decision.route.allow is not None or decision.route.send_proxy != "as-received"
+
+
+def first_words(connection: Connection, mask: int) -> None:
+    """The client of a port was led on while it was silent, and speaks or ends now; its bytes are moved as always."""
+    up = connection.up
+    up.install()
+    with contextlib.suppress(OSError):  # who moves the bytes meets it, too
+        learn(connection, connection.client.recv(PROXY_V2_MAX, socket.MSG_PEEK))
+    if connection.state is not CLOSED:
+        up.mover()(mask)
+
+
+def learn(connection: Connection, data: bytes) -> None:
+    """A client was led on while it was silent, and these are its first bytes: whose are they?
+
+    A PROXY header is passed on with them, as received; it is not taken out.
+    """
+    peer = connection.peer
+    if not data or peer.policy != "allow" or connection.proxy is not None or asks_who(connection.decision):
+        return
+    prelude = PortPrelude(peer.policy, peer.local)
+    try:
+        prelude.feed(data)
+        if prelude.proxy is not None:
+            believe(connection, prelude.proxy)
+    except Refused as error:
+        connection.refuse(error)
+
+
+def believe(connection: Connection, header: ProxyHeader) -> None:
+    """Take the client for the one that a PROXY header names.  Raises Refused where that has too many connections."""
+    connection.proxy = header
+    if header.source is None:
+        return
+    router = connection.router
+    connection.address = (str(header.source), header.port)
+    connection.peer.count -= 1
+    connection.peer = peer = router.peers.find(connection.address[0])
+    peer.count += 1
+    if peer.count > router.max_per_client and not peer.exempt:
+        raise Refused("client_limit", f"{peer.key} has {peer.count - 1} connections")
 
 
 def make_room(connection: Connection) -> None:

@@ -147,15 +147,53 @@ def test_a_header_may_come_in_pieces_and_what_follows_is_the_targets(run, serve)
     assert far.result() == V2 + b"\0\1\2"
 
 
-def test_a_header_that_comes_when_the_server_has_spoken_is_data(run, serve):
-    """Nothing waits for it; it is passed on as `as-received` has it."""
+@pytest.mark.parametrize("header", [V1, V2], ids=["v1", "v2"])
+@pytest.mark.parametrize("when", ["parked", "open", "unanswered"])
+def test_a_header_behind_the_connect_is_believed_and_no_server_waits_for_it(run, serve, cloudflared, ports, monkeypatch,
+                                                                           when, header):
+    far, real, go = serve(read_all).address, socket.getaddrinfo, threading.Event()
+    cloudflared.far("*", far)
+
+    def slow(*args: Any, **more: Any) -> Any:
+        assert go.wait(10)
+        return real(*args, **more)
+
+    target = "cloudflared:db.example.com" if when == "unanswered" else f"tcp:localhost:{far[1]}"
+    running = run(NOWHERE, port(target), ports, TRUSTED)
+    monkeypatch.setattr(socket, "getaddrinfo", slow) if when == "parked" else None
+    with contextlib.closing(socket.socket()) as client:
+        client.connect(running.router.listeners[-1].getsockname())
+        wait_for_state(running, when)
+        client.sendall(header)
+        wait_until(lambda: [each for each in list(running.router.connections) if each.address == CLIENT], what="it")
+        go.set()
+        wait_for_state(running, "open")
+        client.sendall(b"x")
+    end = running.ending()
+    assert (end.client, end.up) == (CLIENT, len(header) + 1), "passed on once"
+
+
+def test_a_client_behind_a_balancer_is_limited_whenever_its_header_comes(run, serve):
+    running = run(NOWHERE, port(tcp(serve(banner).address)), TRUSTED, "--max-per-client=1")
+    with come(running) as first, come(running) as second:
+        for client in (first, second):
+            assert read_exactly(client, 11) == BANNER
+        first.sendall(V1)
+        assert read_exactly(first, len(V1)) == V1
+        second.sendall(V2)
+        with pytest.raises(ConnectionResetError):
+            second.recv(1)
+    assert running.ending().reason == "client_limit"
+
+
+def test_a_broken_header_behind_the_connect_is_refused(run, serve):
     running = run(NOWHERE, port(tcp(serve(banner).address)), TRUSTED)
     with come(running) as client:
         assert read_exactly(client, 11) == BANNER
-        client.sendall(V1)
-        assert read_exactly(client, len(V1)) == V1
-        own = client.getsockname()
-    assert running.ending().client == own
+        client.sendall(b"PROXY TCP4 nobody\r\n")
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+    assert running.ending().reason == "proxy"
 
 
 def with_options(text: str) -> str:
