@@ -86,17 +86,14 @@ def tune_interpreter() -> None:
             getattr(module, name)(*values)
 
 
-def fitting(settings: Settings) -> int:
-    """How many addresses there are to listen on.  Raises SettingsError for more than can be handed over."""
-    addresses, _ = arrange(settings.listen)
-    if len(addresses) > HANDOVER_MAX // 2:
-        raise SettingsError(f"--listen: {len(addresses)} addresses, and only {HANDOVER_MAX // 2} can be handed "
+def check_handover(addresses: int, ports: int) -> None:
+    """Raise SettingsError for more than a successor could be given: so many addresses of --listen, so many ports."""
+    if addresses > HANDOVER_MAX // 2:
+        raise SettingsError(f"--listen: {addresses} addresses, and only {HANDOVER_MAX // 2} can be handed "
                             "over to a successor: name fewer, or all of them as :PORT")
-    ports = len(settings.port)
-    if 2 * len(addresses) + ports > HANDOVER_MAX:
-        raise SettingsError(f"--port: {ports} ports, and only {HANDOVER_MAX - 2 * len(addresses)} can be handed over "
+    if 2 * addresses + ports > HANDOVER_MAX:
+        raise SettingsError(f"--port: {ports} ports, and only {HANDOVER_MAX - 2 * addresses} can be handed over "
                             "to a successor: name fewer")
-    return len(addresses) + ports
 
 
 def taken_over(settings: Settings, held: list[socket.socket]) -> list[tuple[str, int]]:
@@ -208,8 +205,9 @@ class Daemon:
                                     "and no line of [ports], is for this address")
         activated = len(inherited) > len(held)
         if not activated:
-            count = fitting(settings)
-            require_descriptors(count)
+            addresses, _ = arrange(settings.listen)
+            check_handover(len(addresses), len(settings.port))
+            require_descriptors(len(addresses) + len(settings.port))
             inherited += self.handover.take(taken_over(settings, held))
         hooks = Hooks(self.journal.emit, self.supervisor.beat, self.reload)
         self.router = router = Router(settings, self.tunnels, hooks, inherited, activated)
@@ -384,7 +382,7 @@ class Daemon:
             faults: list[str] = []
             try:
                 settings = self.settings.again(self.settings)
-                fitting(settings)
+                check_handover(sum(each.decision is None for each in self.router.listeners), len(settings.port))
                 opened = self.router.ports.open(settings.port)
             except SettingsError as error:
                 faults = list(error.lines)

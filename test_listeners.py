@@ -23,7 +23,7 @@ import sniroute_deadlines
 from sniroute_refusals import SettingsError
 from sniroute_settings import load_settings
 from conftest import HOST, Address, linux, wait_until
-from testbed.admin import metrics, run_admin, value  # noqa: F401 - a fixture
+from testbed.admin import ask, metrics, run_admin, value  # noqa: F401 - a fixture
 from testbed.clients import certificate, postgres, program_path, psql  # noqa: F401 - fixtures
 from testbed.hellos import HELLO
 from testbed.program import PROGRAM, Customers, activated, command, held, ipv6  # noqa: F401 - a fixture
@@ -55,7 +55,8 @@ def port(target: str, number: int = 0) -> str:
 def come(running: Running, said: bytes = b"") -> socket.socket:
     """A client of the running router's last port."""
     client = socket.create_connection(running.router.listeners[-1].getsockname(), 20)
-    client.sendall(said)
+    if said:
+        client.sendall(said)
     return client
 
 
@@ -495,6 +496,30 @@ def test_a_port_counts_on_after_a_reload_and_is_no_target_of_ours(run, serve, fr
     assert tally.active == 0
 
 
+def test_a_port_that_leads_to_itself_by_a_name_is_refused(run, free_ports):
+    number = free_ports(1)[0]
+    running = run(NOWHERE, port(f"tcp:localhost:{number}", number))
+    with come(running) as client, pytest.raises(ConnectionResetError):
+        client.recv(1)
+    assert running.ending().reason == "forbidden"
+
+
+def test_a_reload_that_comes_while_it_drains_opens_nothing(run, free_ports):
+    number = free_ports(1)[0]
+    running = run(NOWHERE)
+    router = running.router
+    with running.connect(b"\x16"):
+        wait_until(lambda: router.connections)
+        router.drain(20)
+        assert router.deaf.wait(10)
+        settings = load_settings([f"--listen={HOST}:0", NOWHERE, port(f"tcp:{HOST}:1", number)], {})
+        opened, done = router.ports.open(settings.port), threading.Event()
+        router.call(lambda: (router.adopt(settings, opened), done.set()))
+        assert done.wait(10)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((HOST, number), 20)
+
+
 @linux
 def test_restarts_hand_ports_over(launch, free_ports, single_loop_echo):
     main, number = free_ports(2)
@@ -586,6 +611,11 @@ def test_a_port_has_its_row_in_metrics_and_status(run_admin, serve):  # noqa: F8
         assert client.recv(1) == b"x"
         samples = metrics(running)
         assert value(samples, "sniroute_route_connections_active", route=f"port {HOST}:0") == 1
+        status = ask(running.admin, "/status").json
+        rows = {row["pattern"]: row for row in status["routes"]}
+        row = rows[f"port {HOST}:0"]
+        assert (row["active"], row["up"], row["down"], rows["x.example.com"]["active"]) == (1, 1, 12, 0)
+        assert len(status["listening"]) == 2
     wait_until(lambda: value(metrics(running), "sniroute_route_bytes_total", route=f"port {HOST}:0",
                              direction="down") == 12)
 
