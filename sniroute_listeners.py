@@ -288,7 +288,3 @@ class Ports:
                 listener.decision = decision
         self.routes = tuple(routes)
         return new, gone
-
-    def decisions(self) -> list[Decision]:
-        """Where each leads, in the order of the settings."""
-        return [self.listeners[route.pattern][0].decision for route in self.routes]

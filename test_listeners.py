@@ -19,6 +19,7 @@ from typing import Any, Iterator
 
 import pytest
 
+import sniroute_connection
 import sniroute_deadlines
 from sniroute_refusals import SettingsError
 from sniroute_settings import load_settings
@@ -102,21 +103,37 @@ CLIENT = ("192.0.2.7", 51234)
 @pytest.mark.parametrize("header", [V1, V2], ids=["v1", "v2"])
 @pytest.mark.parametrize("mode, trusted, taken", [
     ("off", TRUSTED, False), ("off", OTHERS, False), ("auto", TRUSTED, True), ("auto", OTHERS, False),
-    ("required", TRUSTED, True), ("required", OTHERS, None)])
-def test_a_proxy_header_is_believed_data_or_refused(run, serve, mode, trusted, taken, header):
+    ("required", TRUSTED, True)])
+def test_a_proxy_header_is_believed_or_data(run, serve, mode, trusted, taken, header):
     """As received, it is passed on in any case where the client is let in: what differs is whose the connection is."""
     running = run(NOWHERE, port(tcp(serve(read_all).address)), f"--proxy-protocol={mode}", trusted)
     with come(running) as client:
-        with contextlib.suppress(OSError):  # it is closed unread
-            client.sendall(header + b"PING\r\n")
+        client.sendall(header + b"PING\r\n")
         own = client.getsockname()
-        client.shutdown(socket.SHUT_WR) if taken is not None else None
+        client.shutdown(socket.SHUT_WR)
         read_all(client)
     end = running.ending()
-    assert end.client == (CLIENT if taken else own)
-    assert (end.reason == "proxy") is (taken is None)
-    if taken is not None:
-        assert end.up == len(header) + 6
+    assert (end.client, end.up) == (CLIENT if taken else own, len(header) + 6)
+
+
+def test_where_a_header_is_required_strangers_are_closed_unread(run, serve):
+    far = serve(read_all)
+    running = run(NOWHERE, port(tcp(far.address)), "--proxy-protocol=required", OTHERS)
+    with pytest.raises(ConnectionResetError):  # perhaps the connect has it
+        with come(running, V1) as client:
+            client.recv(1)
+    assert (running.ending().reason, running.ending().route, far.accepted) == ("proxy", f"port {HOST}:0", 0)
+
+
+def test_where_a_header_is_required_those_that_wait_are_bounded(run, serve, monkeypatch):
+    monkeypatch.setattr(sniroute_connection, "PRELUDES_MAX", 2)
+    running = run(NOWHERE, port(tcp(serve(banner).address)), "--proxy-protocol=required", TRUSTED)
+    with come(running) as first, come(running) as second, come(running):
+        with pytest.raises(ConnectionResetError):
+            first.recv(1)
+        second.sendall(V1)
+        assert read_exactly(second, 11) == BANNER
+    assert running.endings[0].reason == "shed"
 
 
 @pytest.mark.parametrize("options, said, reason", [
