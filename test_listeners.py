@@ -27,7 +27,7 @@ from conftest import HOST, Address, linux, wait_until
 from testbed.admin import ask, metrics, run_admin, value  # noqa: F401 - a fixture
 from testbed.clients import certificate, postgres, program_path, psql  # noqa: F401 - fixtures
 from testbed.hellos import HELLO
-from testbed.program import PROGRAM, Customers, activated, command, held, ipv6  # noqa: F401 - a fixture
+from testbed.program import PROGRAM, Customers, activated, command, environment, held, ipv6  # noqa: F401 - a fixture
 from testbed.running import Running, answer, read_all, read_exactly, reset, route
 
 BANNER = b"220 hello\r\n"
@@ -550,6 +550,24 @@ def test_restarts_hand_ports_over(launch, free_ports, single_loop_echo):
             wait_until(lambda: customers.served >= goal or customers.failures, timeout=20, what="a hundred customers")
     assert customers.failures == []
     assert [program.wait() for program in programs[:-1]] == [0] * 4
+
+
+@linux
+def test_a_port_that_a_reload_has_opened_is_handed_over_too(launch, settings_file, free_ports, single_loop_echo):
+    main = free_ports(2)[0]
+    text = f'listen = "{HOST}:{main}"\n[routes]\n"x.example.com" = "tcp:{HOST}:1"\n'
+    path = settings_file(text)
+    first = launch(env=environment(SNIROUTE_CONFIG=path, SNIROUTE_LISTEN=f"{HOST}:{main}"))
+    settings_file(f'{text}[ports]\n"{HOST}:{main + 1}" = "{tcp(single_loop_echo)}"\n')
+    first.signal(signal.SIGHUP)
+    first.wait_for(" info reload: done")
+    with Customers((HOST, main + 1)) as customers:
+        wait_until(lambda: customers.served >= 20 or customers.failures)
+        launch(env=environment(SNIROUTE_CONFIG=path, SNIROUTE_LISTEN=f"{HOST}:{main}"))
+        assert first.wait() == 0
+        goal = customers.served + 100
+        wait_until(lambda: customers.served >= goal or customers.failures, timeout=20, what="a hundred customers")
+    assert customers.failures == []
 
 
 @linux
