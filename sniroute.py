@@ -18,7 +18,8 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
     sniroute_systemd       what systemd is told                and the sockets that it holds for us
     sniroute_handover      a restart that refuses nobody       listening sockets from process to process
     sniroute_doctor   *    check, explain, selftest, bundle
-    sniroute_router        the server                          listeners, limits, waits, the count of what came of it
+    sniroute_router        the server                          limits, waits, the count of what came of it
+    sniroute_listeners     what the router listens on          its addresses, and ports with one target
     sniroute_settings      options, variables, the file        one table
     sniroute_connection    one client, accept to close         the states of its life
     sniroute_deadlines     what a connection waits for         how long, and what is done then

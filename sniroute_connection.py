@@ -1,9 +1,10 @@
 """sniroute_connection: one client, from accept to close.
 
-    PRELUDE -> ROUTED -> (PARKED -> ROUTED ->) DIALING -> (GREETING ->) (UNANSWERED -> (EARLY ->)) OPEN -> CLOSED
+    PRELUDE, HEADER -> ROUTED -> (PARKED -> ROUTED ->) DIALING -> (GREETING ->) (UNANSWERED -> (EARLY ->)) OPEN -> CLOSED
     any -> LINGERING -> CLOSED         EARLY, OPEN -> RESETTING -> CLOSED
 
       PRELUDE     the client says its name; one deadline from accept on, however many packets it takes
+      HEADER      a port with one target only: its target is known; a PROXY header may come first, or has to
       ROUTED      its target is known, and is dialled in the same turn of the loop
       PARKED      it waits, with all that want the same: for its target, or for the last words of a tunnel that failed
       DIALING     the connect is under way; over by the end of the turn where it succeeds at once, as on loopback.
@@ -25,13 +26,14 @@ Threads: the loop only.
 Seams: I want to ...
     let a connection wait for something else     a queue in Deadlines of sniroute_deadlines, and `wait_in`
     end a connection otherwise                   a word in ENDINGS of sniroute_log, and `close`; sniroute_resets
-    skip the prelude                             `route_to`, as a listener with one target does
+    skip the prelude                             `read_header` and `route_to`, as a port with one target does
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import socket
@@ -46,7 +48,8 @@ from sniroute_names import parse_ip
 from sniroute_refusals import NOTHING, TLS, Malformed, Refused, told
 from sniroute_resets import RESETTING, is_unheard, pass_on_reset, will_reset
 from sniroute_targets import Backend, Doubt, Retry, Unreachable
-from sniroute_wire import TLS_HANDSHAKE, PROXY_WRITERS, SSL_REQUEST_BYTES, Hello, Prelude, ProxyHeader
+from sniroute_wire import (PROXY_V2_MAX, PROXY_WRITERS, SSL_REQUEST_BYTES, TLS_HANDSHAKE, Hello, PortPrelude, Prelude,
+                           ProxyHeader)
 
 if TYPE_CHECKING:
     from sniroute_routes import Decision
@@ -67,7 +70,8 @@ LARGE_HELLOS_MAX = 64  # clients with more than that, until their backend answer
 WAITING_MAX = 32768  # bytes that a client may say while it waits for its backend, the hello among them
 PARKS_MAX = 3  # times a connection may wait: its tunnel could be evicted as often as it comes up
 
-PRELUDE, ROUTED, PARKED, DIALING, GREETING = "prelude", "routed", "parked", "dialing", "greeting"
+PRELUDE, HEADER, ROUTED, PARKED = "prelude", "header", "routed", "parked"
+DIALING, GREETING = "dialing", "greeting"
 LINGERING, CLOSED = "lingering", "closed"  # and RESETTING
 WAITING_FOR_BACKEND = (PARKED, DIALING, GREETING)  # states in which the client has nobody to talk to
 ABANDONED = (DIALING, GREETING, UNANSWERED)  # states in which a close leaves a backend that has not answered
@@ -211,11 +215,15 @@ class Connection:
             self.leave_queue()
 
     def route_to(self, decision: Decision) -> None:
-        """Go where the listener leads, and read nothing of the client first."""
+        """Go where the listener leads, with what has been read so far."""
         self.hello = b""
-        self.replayable = True
         self.state = ROUTED  # a refusal is a reset: nobody knows what it speaks, and an end might be an answer to it
+        if self.queue is not None:
+            self.leave_queue()
         try:
+            if self.prelude is not None:
+                self._take_prelude(self.prelude)
+            self.replayable = not self.hello  # a command in it may have been done, and must not be done twice
             self._admit(decision)
         except Refused as error:
             self.refuse(error)
@@ -225,15 +233,8 @@ class Connection:
         self.prelude = None
         self.hello = bytes(prelude.data)
         self.preface = Preface(prelude.header, prelude.ssl)
-        self.proxy = header = prelude.proxy
-        if header is None or header.source is None:
-            return
-        self.address = (str(header.source), header.port)
-        self.peer.count -= 1
-        self.peer = self.router.peers.find(self.address[0])
-        self.peer.count += 1
-        if self.peer.count > self.router.max_per_client and not self.peer.exempt:
-            raise Refused("client_limit", f"{self.peer.key} has {self.peer.count - 1} connections")
+        if prelude.proxy is not None:
+            believe(self, prelude.proxy)
 
     def _admit(self, decision: Decision) -> None:
         """Have it dialled in this turn, where the route's options let the client in.  Raises Refused."""
@@ -314,8 +315,12 @@ class Connection:
         except OSError:
             data = b""
         if data:
-            self.hello += data
+            before, self.hello = self.hello, self.hello + data
             self.replayable = False
+            if self.name is None and not before:
+                learn(self, data)
+        elif self.name is None and self.hello:
+            self.up.wait_for(0)  # it has said all, and waits for the answer: its end is passed on when bytes pass
         else:
             self.close(CLIENT_LEFT)
 
@@ -405,11 +410,16 @@ class Connection:
             down.wait_for(READ, down.pump)
         else:
             self.state = UNANSWERED if self.replayable or self.name is None else EARLY
-            self.wait_in(self.router.deadlines.first_byte)
+            if self.hello:
+                self.wait_in(self.router.deadlines.first_byte)
+            elif self.queue is not None:
+                self.leave_queue()  # behind a port, whose client is silent: it may be its turn, for as long as it likes
             up.wait_for(READ, up.mover())
             down.wait_for(READ, down.first)
         if sent != len(said):
             up.hold(memoryview(said)[sent:])
+        elif not said:  # behind a port, whose client is silent
+            up.wait_for(READ, functools.partial(first_words, self))
 
     # -- a backend that failed before the client had a byte of it
 
@@ -460,8 +470,10 @@ class Connection:
     def ended(self, flow: Flow) -> None:
         """The source has ended: pass that on behind its last byte."""
         if self.state is UNANSWERED and flow is self.up:
-            self.close(CLIENT_LEFT)  # nobody ends TLS in the middle of its handshake, and stays
-            return
+            if self.name is not None or not flow.total:
+                self.close(CLIENT_LEFT)  # nobody ends TLS in the middle of its handshake, and stays
+                return
+            self.answered(flow)  # a port's client has said all, and waits for the answer
         if flow is self.down:
             if is_unheard(self):
                 self.backend_failed("it closed the connection without a byte")
@@ -604,6 +616,98 @@ class Connection:
 def holds_hello(connection: Connection) -> bool:
     """Whether the client's first bytes are still in memory."""
     return connection.state is not CLOSED and (connection.hello is not None or connection.prelude is not None)
+
+
+def read_header(connection: Connection, mask: int = READ) -> None:
+    """Meet the client of a port with one target: read its PROXY header, where one may come, and go on.
+
+    A server that speaks first must not wait for a header that never comes.  So where a header is allowed and not
+    required, a silent client is led on at once, and `learn` looks at its first bytes when they come; HEADER_GRACE later
+    where the port's options depend on who it is, and none is looked for then.
+    """
+    if connection.state is not HEADER:
+        return
+    peer, decision, deadlines = connection.peer, connection.decision, connection.router.deadlines
+    if peer.policy == "refuse":  # its bytes are data, whatever they look like
+        connection.route_to(decision)
+        return
+    if connection.prelude is None:
+        connection.prelude = PortPrelude(peer.policy, peer.local)
+    prelude, required = connection.prelude, peer.policy == "require"
+    whole, queue = False, deadlines.prelude
+    try:
+        data = os.read(connection.up.fd, MESSAGE)
+        if data:
+            whole = prelude.feed(data) is not None
+        elif required:
+            raise Malformed("the client left in the middle of its prelude", kind="truncated")
+        else:
+            whole = True  # the next read finds the end again
+    except Refused as error:
+        connection.refuse(error)
+        return
+    except BlockingIOError:
+        if not prelude.data and not required:
+            whole = not asks_who(decision)
+            queue = deadlines.header
+    except OSError:
+        connection.refuse(Refused("truncated", "the client reset the connection"))
+        return
+    if whole:
+        connection.route_to(decision)
+        return
+    if connection.queue not in (queue, deadlines.prelude):
+        connection.wait_in(queue)
+    if not connection.up.events:
+        connection.up.wait_for(READ, functools.partial(read_header, connection))
+    if len(deadlines.prelude.due) > PRELUDES_MAX:
+        connection.router.shed()
+
+
+def asks_who(decision: Decision) -> bool:
+    """Whether what a route does with a client depends on a PROXY header."""
+    return decision.route.allow is not None or decision.route.send_proxy != "as-received"
+
+
+def first_words(connection: Connection, mask: int) -> None:
+    """The client of a port was led on while it was silent, and speaks or ends now; its bytes are moved as always."""
+    up = connection.up
+    up.install()
+    with contextlib.suppress(OSError):  # who moves the bytes meets it, too
+        learn(connection, connection.client.recv(PROXY_V2_MAX, socket.MSG_PEEK))
+    if connection.state is not CLOSED:
+        up.mover()(mask)
+
+
+def learn(connection: Connection, data: bytes) -> None:
+    """A client was led on while it was silent, and these are its first bytes: whose are they?
+
+    A PROXY header is passed on with them, as received; it is not taken out.
+    """
+    peer = connection.peer
+    if not data or peer.policy != "allow" or connection.proxy is not None or asks_who(connection.decision):
+        return
+    prelude = PortPrelude(peer.policy, peer.local)
+    try:
+        prelude.feed(data)
+        if prelude.proxy is not None:
+            believe(connection, prelude.proxy)
+    except Refused as error:
+        connection.refuse(error)
+
+
+def believe(connection: Connection, header: ProxyHeader) -> None:
+    """Take the client for the one that a PROXY header names.  Raises Refused where that has too many connections."""
+    connection.proxy = header
+    if header.source is None:
+        return
+    router = connection.router
+    connection.address = (str(header.source), header.port)
+    connection.peer.count -= 1
+    connection.peer = peer = router.peers.find(connection.address[0])
+    peer.count += 1
+    if peer.count > router.max_per_client and not peer.exempt:
+        raise Refused("client_limit", f"{peer.key} has {peer.count - 1} connections")
 
 
 def make_room(connection: Connection) -> None:

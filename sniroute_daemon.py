@@ -32,8 +32,8 @@ Seams: I want to ...
     show more in a dump              `dump`
     start something else             Daemon._start, and in the opposite order Daemon._close
 
-It imports the router, tunnels, settings, systemd, handover, log, host, loop, names and refusals; sniroute_admin only
-where a setting or systemd asks for it.
+It imports the router, listeners, routes, tunnels, settings, systemd, handover, log, host, loop, names and refusals;
+sniroute_admin only where a setting or systemd asks for it.
 """
 
 from __future__ import annotations
@@ -54,11 +54,13 @@ from typing import Any
 
 from sniroute_handover import HANDOVER_MAX, HANDOVER_TIMEOUT, OFFER_AGAIN, Handover
 from sniroute_host import raise_descriptor_limit, require_descriptors, shortage
+from sniroute_listeners import Listener, arrange, sockets_of, wanted_addresses
 from sniroute_log import Journal
 from sniroute_loop import WakePipe
 from sniroute_names import show_address
 from sniroute_refusals import SettingsError
-from sniroute_router import Hooks, Router, arrange, wanted_addresses
+from sniroute_router import Hooks, Router
+from sniroute_routes import port_address
 from sniroute_settings import Settings, warn
 from sniroute_systemd import Supervisor, activated_sockets
 from sniroute_tunnels import TunnelTable
@@ -70,6 +72,7 @@ monotonic = time.monotonic
 
 GC_THRESHOLD = 20000  # objects between two searches for cycles: connections leave none
 SWITCH_INTERVAL = 0.0005  # seconds that another thread may keep the interpreter while the loop wants it
+ADOPT_TIMEOUT = 5.0  # seconds for the loop to take over new settings: it does so in its next turn, unless it hangs
 DUMP_MAX = 200  # connections in a dump, and as many tunnels
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -81,6 +84,33 @@ def tune_interpreter() -> None:
                                  (gc, "set_threshold", (GC_THRESHOLD,)), (gc, "freeze", ())):
         if hasattr(module, name):
             getattr(module, name)(*values)
+
+
+def check_handover(addresses: int, ports: int) -> None:
+    """Raise SettingsError for more than a successor could be given: so many addresses of --listen, so many ports."""
+    if addresses > HANDOVER_MAX // 2:
+        raise SettingsError(f"--listen: {addresses} addresses, and only {HANDOVER_MAX // 2} can be handed "
+                            "over to a successor: name fewer, or all of them as :PORT")
+    if 2 * addresses + ports > HANDOVER_MAX:
+        raise SettingsError(f"--port: {ports} ports, and only {HANDOVER_MAX - 2 * addresses} can be handed over "
+                            "to a successor: name fewer")
+
+
+def taken_over(settings: Settings, held: list[socket.socket]) -> list[tuple[str, int]]:
+    """The addresses that a predecessor may have sockets for, but for those that are `held` by systemd."""
+    here = {sock.getsockname()[:2] for sock in held}
+    wanted = wanted_addresses(settings.listen) + wanted_addresses(list(map(port_address, settings.port)), "port")
+    return [address for address in wanted if address not in here]
+
+
+def announce(listeners: list[Listener]) -> None:
+    """Log where the router listens, and where the ports lead."""
+    for listener in listeners:
+        address = show_address(listener.getsockname())
+        if listener.decision is None:
+            log.info("listening on %s", address)
+        else:
+            log.info("port %s leads to %s", address, listener.decision.target)
 
 
 def dump(router: Router) -> None:
@@ -167,15 +197,18 @@ class Daemon:
         """Listen, start the threads, and replace a predecessor.  Raises SettingsError."""
         settings = self.settings
         sockets = activated_sockets(dict(os.environ))
-        activated = bool(sockets[""])
-        inherited = sockets[""]
+        inherited = [*sockets[""], *sockets["port"]]
+        held = sockets_of(settings.port, inherited)
+        for sock in sockets["port"]:
+            if sock not in held:
+                raise SettingsError(f"LISTEN_FDS: {show_address(sock.getsockname())} is called port, and no --port, "
+                                    "and no line of [ports], is for this address")
+        activated = len(inherited) > len(held)
         if not activated:
             addresses, _ = arrange(settings.listen)
-            if len(addresses) > HANDOVER_MAX // 2:
-                raise SettingsError(f"--listen: {len(addresses)} addresses, and only {HANDOVER_MAX // 2} can be handed "
-                                    "over to a successor: name fewer, or all of them as :PORT")
-            require_descriptors(len(addresses))
-            inherited = self.handover.take(wanted_addresses(settings.listen))
+            check_handover(len(addresses), len(settings.port))
+            require_descriptors(len(addresses) + len(settings.port))
+            inherited += self.handover.take(taken_over(settings, held))
         hooks = Hooks(self.journal.emit, self.supervisor.beat, self.reload)
         self.router = router = Router(settings, self.tunnels, hooks, inherited, activated)
         asked = [name for name, where in (("admin", settings.admin), ("admin-public", settings.admin_public))
@@ -193,14 +226,15 @@ class Daemon:
         warn(settings)
         if router.left_out:
             log.warning("%s", router.left_out)
-        for listener in router.listeners:
-            log.info("listening on %s", show_address(listener.getsockname()))
+        announce(router.listeners)
         succeeded = self.handover.dismiss()
         if succeeded:
             log.info("another sniroute listened there: it drains, and ends")
         if activated:
             log.info("systemd holds the sockets: --listen is not used")
-        self.unnamed = [] if activated else router.targets.own
+        # The ports go with them, and need no name.
+        self.unnamed = [] if activated else [
+            listener.getsockname()[:2] for listener in router.listeners if listener.decision is None]
         self._offer()
         if self.unnamed:
             log.warning("no successor can take over for now: another process has the name for %s",
@@ -348,8 +382,12 @@ class Daemon:
             faults: list[str] = []
             try:
                 settings = self.settings.again(self.settings)
+                check_handover(sum(each.decision is None for each in self.router.listeners), len(settings.port))
+                opened = self.router.ports.open(settings.port)
             except SettingsError as error:
                 faults = list(error.lines)
+            except OSError as error:
+                faults = [shortage(error) or str(error)]
             except Exception as error:  # a fault in our own code must not end a router that serves
                 log.exception("while reading the settings again: please report it")
                 faults = [repr(error)]
@@ -358,20 +396,27 @@ class Daemon:
             if faults:
                 log.error("reload: nothing has changed")
             else:
-                self._adopt(settings)
+                self._adopt(settings, opened)
             self.router.reloads["failed" if faults else "ok"] += 1
             self.router.last_reload = not faults, time.time()
             self.supervisor.ready(self.router)
             return faults
 
-    def _adopt(self, settings: Settings) -> None:
-        """Hand new settings to all that read them."""
+    def _adopt(self, settings: Settings, opened: dict[str, list[Listener]]) -> None:
+        """Hand new settings to all that read them, and the ports that were `opened` to the router."""
         self.settings = settings
         log.setLevel(settings.log_level.upper())
         for line in settings.kept:
             log.warning("reload: %s", line)
         self.tunnels.adopt(settings)
-        self.router.call(functools.partial(self.router.adopt, settings))
+        before = self.router.listeners
+        done = threading.Event()
+        self.router.call(lambda: (self.router.adopt(settings, opened), done.set()))
+        done.wait(ADOPT_TIMEOUT)  # the next reload looks at the ports that are open then
+        announce([listener for listener in self.router.listeners if listener not in before])
+        for listener in before:
+            if listener not in self.router.listeners:
+                log.info("%s is closed", listener.decision.route.pattern)
         warn(settings)
         log.info("reload: done, routes: %d", len(settings.routes.routes))
         if not settings.config:
@@ -381,7 +426,7 @@ class Daemon:
 
 def serve(settings: Settings) -> int:
     """`sniroute serve`: run until a signal ends it.  Returns the exit code.  Raises what `shortage` can explain."""
-    require_descriptors(len(settings.listen))
+    require_descriptors(len(settings.listen) + len(settings.port))
     raise_descriptor_limit()
     # Instead of sys.stderr: Python flushes that one at its exit, and hangs or fails there if nobody reads it.
     stream = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), "ascii", "replace", write_through=True)

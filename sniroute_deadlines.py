@@ -32,6 +32,7 @@ __version__ = "0.1.0"
 monotonic = time.monotonic
 
 # Limits, each with its reason.  Times in seconds.
+HEADER_GRACE = 0.1  # a PROXY header that may come or not: a balancer sends it with its connect
 GREETING_TIMEOUT = 20.0  # for a backend's answer to SSLRequest; a tunnel dials its far end meanwhile
 FIRST_BYTE_TIMEOUT = 20.0  # a tunnel without an answer to the hello by then does not work; the carrier gives up at 15
 WORDS_TIMEOUT = 0.05  # a tunnel has failed: its words are on their way from one process to another
@@ -43,6 +44,7 @@ class Deadlines:
 
     def __init__(self, loop: Loop, prelude_timeout: float, start_timeout: float):
         self.prelude = loop.queue(prelude_timeout, late_prelude)
+        self.header = loop.queue(HEADER_GRACE, late_header)
         self.parked = loop.queue(0.0, late_target)
         self.stagger = loop.queue(STAGGER, silent_connect)
         self.connect = loop.queue(CONNECT_TIMEOUT - STAGGER, late_connect)
@@ -63,8 +65,16 @@ class Deadlines:
 
 
 def late_prelude(connection: Connection) -> None:
-    """Its one deadline has come, and the client has not said its name."""
-    connection.refuse(Refused("prelude_timeout", "the client did not say its name in time"))
+    """Its one deadline has come, and the client has not said its name, or, at a port, all of its PROXY header."""
+    if connection.decision is None:
+        connection.refuse(Refused("prelude_timeout", "the client did not say its name in time"))
+    else:
+        connection.refuse(Refused("proxy", "no PROXY header came in time"))
+
+
+def late_header(connection: Connection) -> None:
+    """The client of a port has not said a byte: no PROXY header comes."""
+    connection.route_to(connection.decision)
 
 
 def late_target(connection: Connection) -> None:

@@ -40,13 +40,14 @@ from typing import Any, Callable, Sequence
 from sniroute_flow import READ_MAX
 from sniroute_host import too_little, under_journald
 from sniroute_launchers import Launcher, Reason, TunnelError, TunnelKey
+from sniroute_listeners import NO_NAME
 from sniroute_log import LEVELS
 from sniroute_names import CORE, OPTIONS, ascii_advice, describe_version, normalise, printable
 from sniroute_patterns import parse_pattern
 from sniroute_refusals import (DECODE_ERROR, POSTGRES, REFUSALS, UNRECOGNIZED_NAME, Refused, tls_alert, told,
                                tunnel_refused)
 from sniroute_router import Router
-from sniroute_routes import Route
+from sniroute_routes import PORT, Decision, Route, port_address
 from sniroute_settings import ROUTE_OPTIONS, Settings, load_settings, warn
 from sniroute_tunnels import TunnelTable
 from sniroute_wire import GSSENC_REQUEST, HELLO_MAX, RECORD_MAX, SSL_REQUEST_BYTES, STARTUP, proxy_v1, proxy_v2
@@ -97,11 +98,15 @@ def check(settings: Settings) -> int:
         print(show_route(route))
         if "{" in route.pattern:
             print("   ", parse_pattern(route.pattern).describe())
+    for route in () if settings.quiet else settings.port:
+        print(show_route(route))
     return 0
 
 
 def explain(settings: Settings) -> int:
     """`sniroute explain NAME`: 0 where a route fits the name, 1 where it would be refused.
+
+    NAME may be a port with one target: `tcp:5433`, or its address, `127.0.0.1:5433`.
 
     The facts first, then one verdict: what the name would be refused for, or what is to be done, if anything.
     Where the carrier would serve it, the far end is tried, once.  Where a router runs with an admin address, it is
@@ -110,16 +115,20 @@ def explain(settings: Settings) -> int:
     """
     advice = ""
     try:
-        try:
-            name = normalise(os.fsencode(settings.name))
-            print(f"name:    {name}")
-        except Refused as error:
-            print(f"name:    {printable(settings.name)}")
-            raise Refused(error.kind, f"{error}{ascii_advice(settings.name)}") from None
-        found = settings.routes.find(name)
-        if found is not None:
-            explain_route(found[0], name)
-        decision = settings.routes.decide(name)
+        if ":" in settings.name:
+            decision = decide_port(settings)
+            print(f"route:   {show_route(decision.route)}")
+        else:
+            try:
+                name = normalise(os.fsencode(settings.name))
+                print(f"name:    {name}")
+            except Refused as error:
+                print(f"name:    {printable(settings.name)}")
+                raise Refused(error.kind, f"{error}{ascii_advice(settings.name)}") from None
+            found = settings.routes.find(name)
+            if found is not None:
+                explain_route(found[0], name)
+            decision = settings.routes.decide(name)
         print(f"target:  {decision.target}")
         if decision.tunnel is not None:
             advice = explain_tunnel(settings, decision.tunnel)
@@ -140,6 +149,21 @@ def explain_route(route: Route, name: str) -> None:
     if names := parse_pattern(route.pattern).fields:
         fields = next(route.splits(name))
         print("fields: ", ", ".join(f"{field} {fields[field]}" for field in names))
+
+
+def decide_port(settings: Settings) -> Decision:
+    """Where the port leads that `explain` was asked about.  Raises Refused where there is none."""
+    asked = settings.name
+    host, _, number = asked.rpartition(":")
+    ports = [route for route in settings.port if str(port_address(route)[1]) == number] if host == "tcp" else [
+        route for route in settings.port if route.pattern == f"{PORT}{asked.removeprefix('*')}"]
+    print(f"port:    {printable(asked)}")
+    if not ports:
+        there = ", ".join(route.pattern.removeprefix(PORT) for route in settings.port) or "none"
+        raise Refused("no_route", f"no port with one target is {printable(asked)}; there are: {printable(there)}")
+    for route in ports[1:]:
+        print(f"also:    {show_route(route)}")
+    return ports[0].decide(NO_NAME, settings.routes.identified)
 
 
 def show_refusal(error: Refused) -> int:

@@ -240,6 +240,8 @@ class Journal(logging.Handler):
             fields = {"client": client, "name": name, "route": route, "backend": backend, "up": up,
                       "down": down, "seconds": round(seconds, 3), "reason": reason, "detail": detail}
             return self.line(level, when, "", {k: v for k, v in fields.items() if v is not None})
+        if route is not None and " " in route:  # that of a port
+            route = json.dumps(route)
         text = f"client={client} name={name or '-'} route={route or '-'} backend={backend or '-'} " \
                f"up={up} down={down} seconds={seconds:.3f} reason={reason}"
         return self.line(level, when, f"{text} detail={json.dumps(detail)}" if detail else text, {})

@@ -262,6 +262,9 @@ class Facts:
         self.collector = collector
         self.now = time.time()
         self.routes = router.routes
+        self.port_routes: tuple[Any, ...] = router.ports.routes  # those of listeners with one target
+        # By pattern: `port ADDRESS` for these, which is no name.
+        self.tallies: dict[str, Any] = {**router.routes.tallies, **copied(router.ports.layer.tallies, dict)}
         self.counters: dict[str, int] = copied(router.counters, dict)
         self.tunnel_counters: dict[str, int] = copied(router.tunnels.counters, dict)
         self.connections: list[Any] = copied(router.connections)
@@ -307,9 +310,9 @@ def each(label: str, values: Callable[[Facts], dict[str, float]]) -> Callable[[F
 
 
 def each_route(value: Callable[[Any], float], **labels: str) -> Callable[[Facts], Iterable[Sample]]:
-    """Read a metric that each configured route has; `value` takes its Tally, `labels` are further labels."""
+    """Read a metric that each configured route has, and each port with one target; `value` takes its Tally, `labels` are further labels."""
     return lambda facts: [Sample(value(tally), {"route": pattern, **labels})
-                          for pattern, tally in facts.routes.tallies.items()]
+                          for pattern, tally in facts.tallies.items()]
 
 
 def counted(name: str) -> Callable[[Facts], Iterable[Sample]]:
@@ -526,7 +529,8 @@ def status(facts: Facts) -> dict[str, Any]:
             {"key": printable(str(start.key)), "when": round(start.when, 3), "seconds": round(start.seconds, 3)}
             for start in heapq.nlargest(STARTS_SHOWN, facts.starts, key=lambda start: start.seconds)],
         "tunnels": list(map(show_tunnel, (*facts.tunnels, *facts.failed)[:TUNNELS_SHOWN])),
-        "routes": [show_route(route, facts.routes.tallies[route.pattern], *live[route.pattern])
-                   for route in facts.routes.routes[:ROUTES_SHOWN]],
+        "routes": [show_route(route, facts.tallies[route.pattern], *live[route.pattern])
+                   for route in (*facts.port_routes, *facts.routes.routes)[:ROUTES_SHOWN]
+                   if route.pattern in facts.tallies],  # a reload may have taken it out since
         "oldest_connections": [show_connection(connection, now) for connection in oldest],
     }

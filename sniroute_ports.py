@@ -3,6 +3,7 @@
     PortPool     the ports that tunnel programs may have: taken, given back, resting
     is_free      whether a port can be had: a bind tells
     listens      who listens there: the process that should, another one, nobody
+    holder       who listens on any address of a port, for people
     listeners, leaves_waiting    the listener's sockets, and whether their clients are left in the backlog
 
 Nothing here connects.  Each connect would make cloudflared open a connection to the edge, the backlog of a stopped
@@ -179,6 +180,29 @@ def leaves_waiting(port: int, pause: Callable[[float], bool]) -> bool:
         if waiting < max(before, 1) or pause(HUNG_LOOK):
             return False
     return True
+
+
+def holder(port: int) -> str:
+    """Who listens on this port, at any address, for people; "" where nobody does, or where this system does not tell.
+
+    It walks through all processes: for a sentence about a failure only.
+    """
+    inodes: dict[str, str] = {}  # with the user's number
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError), open(f"/proc/self/net/{table}") as file:
+            next(file)
+            rows = map(str.split, file)
+            inodes |= {row[9]: row[7] for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
+    if not inodes:
+        return ""
+    with contextlib.suppress(OSError):
+        for pid in filter(str.isdecimal, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if socket_inodes([int(pid)]) & inodes.keys():
+                    with open(f"/proc/{pid}/comm", encoding="ascii", errors="replace") as file:
+                        name = "".join(c if " " <= c <= "~" else "?" for c in file.read().strip())
+                    return f"pid {pid} ({name})" if int(pid) != os.getpid() else "sniroute itself"
+    return f"a process of user {min(inodes.values())}"
 
 
 # -- ports -------------------------------------------------------------------------------------

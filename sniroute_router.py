@@ -1,4 +1,4 @@
-"""sniroute_router: the server: its listeners, who may come in, who has to wait, and the count of what came of it.
+"""sniroute_router: the server: who may come in, who has to wait, and the count of what came of it.
 
     listener --- _accept ---> Connection --- loop.batch: read, dial, speak ---> flows --- closed ---> counters, tallies,
                               Peer: limits     |                                                      one Ending
@@ -15,11 +15,8 @@ Threads.  Each group of methods says which thread runs it.  Other threads ask th
 (counters, connections, phase) is copied by them, or changed by single assignments.  `counters` is written by the loop
 only.  No locks.
 
-What to listen on is arranged as a whole (`arrange`): addresses may include each other, and a predecessor's sockets are
-for one family or for both.
-
 Seams: I want to ...
-    open a listener with one target       set `Listener.decision` before it listens
+    open a listener with one target       Ports of sniroute_listeners; `_accept` has its clients led there
     hear what happens                     Hooks, given to Router(); Router.endings, for each connection that ends
     limit something else                  `_accept` (before a byte is read), Connection._admit (once the name is known)
 """
@@ -36,18 +33,19 @@ import socket
 import socketserver
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple, Sequence
 
-from sniroute_connection import PRELUDE, WAITING_FOR_BACKEND, Connection, holds_hello
+from sniroute_connection import HEADER, PRELUDE, WAITING_FOR_BACKEND, Connection, holds_hello, read_header
 from sniroute_deadlines import Deadlines
 from sniroute_flow import DONE, Flow, Pipes
+from sniroute_listeners import Listener, Ports, arrange, bind, listen, sockets_of
 from sniroute_log import CLIENT_LEFT, IDLE, STOPPED, Ending
 from sniroute_loop import CAPACITY_ERRNOS, CAPACITY_PAUSE, NEVER, READ, Loop
-from sniroute_names import ascii_advice, normalise, parse_ip, show_address
-from sniroute_refusals import REFUSALS, Refused, SettingsError
+from sniroute_names import ascii_advice, normalise, parse_ip
+from sniroute_refusals import REFUSALS, Refused
 from sniroute_resets import RESETTING
 from sniroute_routes import Decision, Routes
-from sniroute_targets import Targets, keep_alive
+from sniroute_targets import Targets
 from sniroute_tunnels import TunnelTable
 from sniroute_wire import PROXY_POLICY, HelloMemory
 
@@ -62,7 +60,6 @@ log = logging.getLogger("sniroute")
 monotonic = time.monotonic
 
 # Limits, each with its reason.  Times in seconds.
-BACKLOG = 4096  # the kernel caps it at somaxconn; 5 or 128 lose a burst
 ACCEPTS = 16  # connections taken from a listener in one turn, so that the rest is served too; more is no cheaper
 PAUSE_SAID = 10.0  # between two log lines about a pause in accepting, however often it happens
 PEERS_MAX = 4096  # client addresses in memory before those without a connection are dropped
@@ -239,116 +236,6 @@ class Hooks(NamedTuple):
     reload: Callable[[], list[str]] = lambda: []  # any thread: read the settings again; what is wrong, a line each
 
 
-class Listener(socket.socket):
-    """A listening socket whose family and type are known, not asked for at each accept().
-
-    `decision`: where all its clients are led, without a prelude; None: where their names lead.
-    """
-
-    family = socket.AF_INET
-    type = socket.SOCK_STREAM
-
-    def __init__(self, fd: int | None = None) -> None:
-        super().__init__(self.family, self.type, 0, fd)
-        self.decision: Decision | None = None
-
-    def accept(self) -> tuple[socket.SocketType, tuple]:
-        """The next client, as the interpreter's own kind of socket, and its address.
-
-        socket.socket is a class written in Python around that one: 4 us for each connection.
-        """
-        fd, address = self._accept()
-        return socket.SocketType(self.family, self.type, 0, fd), address
-
-
-class Listener6(Listener):
-    """A Listener for IPv6."""
-
-    family = socket.AF_INET6
-
-
-ANY4, ANY6 = "0.0.0.0", "::"
-Place = tuple[int, tuple]  # a family and a socket address
-
-
-def listen_addresses(host: str, port: int) -> list[Place]:
-    """(family, address) of what a --listen means; each once, IPv4 inside IPv6 as IPv4.  Raises SettingsError."""
-    if host == "*":  # as getsockname() says it: so a socket that is handed over is known again
-        both = socket.has_dualstack_ipv6()
-        return [(socket.AF_INET6, (ANY6, port, 0, 0)) if both else (socket.AF_INET, (ANY4, port))]
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        if getattr(error, "errno", None) in CAPACITY_ERRNOS:
-            raise  # the start says which limit that is
-        raise SettingsError(f"--listen {host}:{port}: {getattr(error, 'strerror', error)}") from None
-    places: dict[Place, None] = {}
-    for family, _, _, _, address in found:
-        if family == socket.AF_INET6 and "%" not in address[0] and parse_ip(address[0]).version == 4:
-            family, address = socket.AF_INET, (str(parse_ip(address[0])), address[1])
-        places[family, address] = None
-    return list(places)
-
-
-def for_both(listen: Sequence[tuple[str, int]]) -> set[int]:
-    """The ports at which the IPv6 socket for every address is to take IPv4 clients, too.
-
-    `:PORT` means that.  `[::]:PORT` does where no IPv4 address is named for the port.
-    """
-    places = [place for host, port in listen if host != "*" for place in listen_addresses(host, port)]
-    named = {address[1] for family, address in places if family == socket.AF_INET}
-    return ({port for host, port in listen if host == "*" and socket.has_dualstack_ipv6()}
-            | {address[1] for _, address in places if address[0] == ANY6} - named) - {0}
-
-
-def wanted_addresses(listen: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
-    """The addresses that a predecessor may have sockets for.
-
-    Where one socket is to serve both families, a predecessor may have one for each.
-    """
-    found = [address[:2] for host, port in listen for _, address in listen_addresses(host, port)]
-    return list(dict.fromkeys(found + [(ANY4, port) for port in sorted(for_both(listen))]))
-
-
-def arrange(listen: Sequence[tuple[str, int]], inherited: Sequence[socket.socket] = ()) -> tuple[list[Place], str]:
-    """What to open for `listen`, or to take from the `inherited` sockets; and a sentence about what is left out.
-
-    Two sockets cannot have one port where the address of one takes the other's clients: the kernel says "Address
-    already in use".  So an address that another one includes is left out.  Port 0 is another port each time.
-    """
-    places: list[Place] = []
-    left: list[str] = []
-    for host, port in listen:
-        for place in listen_addresses(host, port):
-            if port and place in places:
-                left.append(f"{show_address(place[1])} (named twice)")
-            else:
-                places.append(place)
-    # A predecessor's sockets are as they are: one for each family, or one for both.
-    split, joined = set(), set()
-    for sock in inherited:
-        host, port = sock.getsockname()[:2]
-        if host == ANY4 or host == ANY6 and sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
-            split.add(port)
-        elif host == ANY6:
-            joined.add(port)
-    both = for_both(listen)
-    places += [place for port in sorted(both & split) if (place := (socket.AF_INET, (ANY4, port))) not in places]
-    kept = []
-    for family, address in places:
-        port, includes = address[1], ()
-        if port and family == socket.AF_INET:
-            includes = (ANY4, ANY6) if port in both - split | joined else (ANY4,)
-        elif port:
-            includes = (ANY6,)
-        over = [other for _, other in places if other[0] in includes and other[1] == port and other != address]
-        if over:
-            left.append(f"{show_address(address)} ({show_address(over[0])})")
-        else:
-            kept.append((family, address))
-    return kept, f"--listen: left out, since another address takes their clients: {', '.join(left)}" if left else ""
-
-
 def end_sink(sink: socket.SocketType) -> None:
     """Tell a sink that its source has ended.  A step of a turn: a process that reads many sinks is woken once."""
     try:
@@ -369,12 +256,11 @@ class Router(socketserver.ThreadingTCPServer):
     """The server: listeners, the loop, and what all connections share.
 
     `settings` is a Settings; `routes` may be assigned at any time.  `inherited` are sockets that listen already: those
-    of the addresses in `settings.listen` that another process had, or, where they are `activated` ones (systemd), all
-    that there are.  Raises SettingsError where an address cannot be listened on.
+    of the addresses in `settings.listen` and `settings.port` that another process had, or, where they are `activated`
+    ones (systemd), all that there are but for ports.  Raises SettingsError where an address cannot be listened on.
     """
 
     allow_reuse_address = True
-    request_queue_size = BACKLOG
     daemon_threads = True  # a resolver that hangs must not keep the process
     block_on_close = False
 
@@ -410,6 +296,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.deadlines = Deadlines(self.loop, settings.prelude_timeout, settings.start_timeout)
         self.to_end: list[socket.SocketType] = self.loop.batch(end_sink)
         self.to_read: list[Connection] = self.loop.batch(Connection.on_prelude)
+        self.to_meet: list[Connection] = self.loop.batch(read_header)
         self.to_dial: list[Connection] = self.loop.batch(Connection.dial)
         self.to_speak: list[Connection] = self.loop.batch(Connection.speak)
         # Timers of the loop.
@@ -423,10 +310,12 @@ class Router(socketserver.ThreadingTCPServer):
         self.sweeping.set(monotonic() + self._sweep_interval())
         # Listeners.
         self.listeners: list[Listener] = []
-        self.inherited = list(inherited)
+        self.ports = Ports()
+        self.port_sockets = sockets_of(settings.port, inherited)
+        self.inherited = [sock for sock in inherited if sock not in self.port_sockets]
         self.addresses, self.left_out = (
-            [(listener.family, listener.getsockname()) for listener in inherited], "") if activated else arrange(
-            settings.listen, inherited)
+            [(listener.family, listener.getsockname()) for listener in self.inherited], "") if activated else arrange(
+            settings.listen, self.inherited)
         hosts = [host for host, _ in settings.listen] + [os.uname().nodename]
         self.own_names = {host.lower().removesuffix(".") for host in hosts}
         self.address_family = self.addresses[0][0]
@@ -435,29 +324,10 @@ class Router(socketserver.ThreadingTCPServer):
     # -- main thread ---------------------------------------------------------------------------
 
     def server_bind(self) -> None:
-        """Bind every address.  Options set here are inherited by what is accepted."""
-        taken = {(family, address[1]) for family, address in self.addresses if address[1]}
-        for family, address in self.addresses:
-            inherited = next((each for each in self.inherited if each.getsockname() == address), None)
-            if inherited is not None:
-                self.inherited.remove(inherited)
-            # IPv4 clients are its own unless another of our sockets has them, which could not be bound then.
-            both = address[0] == ANY6 and (socket.AF_INET, address[1]) not in taken
-            try:
-                listener = (Listener6 if family == socket.AF_INET6 else Listener)(inherited and inherited.detach())
-                self.listeners.append(listener)
-                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                keep_alive(listener)
-                if inherited is not None:
-                    continue
-                if family == socket.AF_INET6:
-                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                listener.bind(address)
-            except OSError as error:
-                if error.errno in CAPACITY_ERRNOS:
-                    raise  # the start says which limit that is
-                raise SettingsError(f"--listen {show_address(address)}: {error.strerror}") from None
+        """Bind every address, and open the ports with one target."""
+        bind(self.addresses, self.inherited, self.listeners, "--listen")
+        opened = self.ports.open(self.settings.port, self.port_sockets)
+        self.listeners += self.ports.adopt(self.settings.port, self.routes.identified, opened)[0]
         self.socket.close()  # TCPServer makes one of its own class
         self.socket = self.listeners[0]
         self.server_address = self.socket.getsockname()
@@ -465,17 +335,13 @@ class Router(socketserver.ThreadingTCPServer):
     def server_activate(self) -> None:
         """Listen on every address, and have the loop accept from it.  Raises SettingsError."""
         self.targets.own = [listener.getsockname()[:2] for listener in self.listeners]
+        listen((listener for listener in self.listeners if listener.decision is None), "--listen")
         for listener in self.listeners:
-            try:
-                listener.listen(self.request_queue_size)
-            except OSError as error:  # SO_REUSEADDR lets two bind; only one may listen
-                raise SettingsError(f"--listen {show_address(listener.getsockname())}: {error.strerror}") from None
-            listener.setblocking(False)
             self._hear(listener)
 
     def server_close(self) -> None:
         """Close what is left.  After the loop has ended, or instead of it."""
-        for listener in [self.socket, *self.listeners, *self.inherited]:
+        for listener in [self.socket, *self.listeners, *self.inherited, *self.port_sockets, *self.ports.spare]:
             listener.close()
         self.pipes.close()
         self.loop.close()
@@ -534,8 +400,11 @@ class Router(socketserver.ThreadingTCPServer):
         for connection in list(self.connections):
             connection.close(connection.reason or STOPPED)
 
-    def adopt(self, settings: Settings) -> None:
-        """Go on with other settings; what is open stays as it is."""
+    def adopt(self, settings: Settings, opened: Mapping[str, list[Listener]] = {}) -> None:
+        """Go on with other settings; what is open stays as it is.
+
+        `opened`: what `Ports.open` has returned for them.
+        """
         former, self.settings = self.settings, settings
         settings.routes.succeed(self.routes)
         self.routes = settings.routes
@@ -553,6 +422,27 @@ class Router(socketserver.ThreadingTCPServer):
                 connection.peer.count += 1
                 if connection.state is PRELUDE and connection.peer.policy == "close":
                     connection.refuse(Refused("proxy", REFUSALS["proxy"].meaning))
+        self._change_ports(settings, opened)
+
+    def _change_ports(self, settings: Settings, opened: Mapping[str, list[Listener]]) -> None:
+        """Close the ports that are gone, and accept from those that are new.  Connections go on."""
+        if self.phase is not RUNNING:
+            self.ports.close_all(opened)
+            return
+        new, gone = self.ports.adopt(settings.port, settings.routes.identified, opened)
+        if not new and not gone:
+            return
+        left = [listener for listeners in gone.values() for listener in listeners]
+        if not self.paused:
+            for listener in left:
+                self.loop.poller.forget(listener.fileno())
+            for listener in new:
+                self._hear(listener)
+        self.ports.close_all(gone)
+        # One assignment: other threads read the list.
+        self.listeners = [listener for listener in self.listeners if listener not in left] + new
+        self.targets.own = [listener.getsockname()[:2] for listener in self.listeners]
+        self.targets.resolved.clear()  # an address that was remembered may be our own now
 
     def fault(self, owner: Any) -> None:
         """A fault of ours: log it whole, and end only the connection that met it."""
@@ -575,7 +465,7 @@ class Router(socketserver.ThreadingTCPServer):
             return  # the state changed in this turn, and the event is older
         for taken in range(ACCEPTS):
             if len(self.connections) >= self.max_connections:
-                if taken or self.to_read:
+                if taken or self.to_read or self.to_meet:
                     return  # `shed` needs the clients of this turn read first; the next event accepts on
                 if not self.shed():
                     self.pause(f"--max-connections ({self.max_connections}) are open", NEVER)
@@ -596,12 +486,14 @@ class Router(socketserver.ThreadingTCPServer):
             peer = self.peers.known.get(host) or self.peers.find(host)
             self.counters["accepted"] += 1
             connection = Connection(self, client, (host, address[1]), peer)
-            if peer.policy == "close" and listener.decision is None:
+            if listener.decision is not None:
+                connection.decision, connection.state = listener.decision, HEADER
+            if peer.policy == "close":
                 connection.refuse(Refused("proxy", REFUSALS["proxy"].meaning))
             elif peer.count > self.max_per_client and not peer.exempt:
                 connection.refuse(Refused("client_limit", REFUSALS["client_limit"].meaning))
-            elif listener.decision is not None:
-                connection.route_to(listener.decision)
+            elif connection.state is HEADER:
+                self.to_meet.append(connection)
             else:
                 self.to_read.append(connection)
 
@@ -643,7 +535,8 @@ class Router(socketserver.ThreadingTCPServer):
 
     def _sweep_interval(self) -> float:
         """Seconds between two looks for silent connections: an eighth of the shortest silence that ends one."""
-        idle = [route.connection_idle for route in self.routes.routes] + [self.settings.connection_idle]
+        idle = [route.connection_idle for route in (*self.routes.routes, *self.settings.port)]
+        idle.append(self.settings.connection_idle)
         return min(SWEEP_LAST, *(each / 8 for each in idle if each), HALF_CLOSED_IDLE / 8)
 
     def _sweep(self) -> None:

@@ -27,7 +27,7 @@ import weakref
 from typing import Callable, Iterable, Iterator, Mapping, NamedTuple
 
 from sniroute_launchers import TunnelKey
-from sniroute_names import Network, ascii_advice, has_owner
+from sniroute_names import Network, ascii_advice, has_owner, parse_host_port, show_address
 from sniroute_patterns import (CHOSEN, FIELDS, STARS, Fielded, expand, fields_of, parse_pattern, rank, unknown_fields,
                                written)
 from sniroute_refusals import Malformed, Refused
@@ -157,6 +157,27 @@ def parse_route(text: str) -> Route:
         advice = ascii_advice(target)
         raise ValueError(f"{target!r} is not ASCII{advice}" if advice else f"{target!r}: {error}") from None
     return Route(written(read), target)
+
+
+PORT = "port "  # begins the pattern of a port's route; no name has a blank
+
+
+def parse_port_route(text: str) -> Route:
+    """`ADDRESS=TARGET`: a listener with one target, as a route whose pattern is `port ADDRESS`.  Raises ValueError."""
+    address, equals, target = text.partition("=")
+    if not equals or ":" not in target:
+        raise ValueError(f"{text!r} is not ADDRESS=TARGET, as 127.0.0.1:5433=tcp:192.0.2.10:5432")
+    host, port = parse_host_port(address, default_host="*")
+    named = [field for field in ("{name}", "{label}", "{domain}") if field in target]
+    if named:
+        raise ValueError(f"{target!r}: a port has no name, so nothing can stand for {', '.join(named)}")
+    shown = f":{port}" if host == "*" else show_address((host, port))
+    return parse_route(f"port.invalid={target}")._replace(pattern=PORT + shown)
+
+
+def port_address(route: Route) -> tuple[str, int]:
+    """Where the port of such a route listens; the host `*` is every address."""
+    return parse_host_port(route.pattern.removeprefix(PORT), default_host="*")
 
 
 class Layer:

@@ -36,7 +36,7 @@ from sniroute_launchers import (SERVICE_TOKEN, TUNNEL_IDENTITY, Launcher, carrie
 from sniroute_names import (OPTIONS, Network, describe_version, is_here, parse_host_port, parse_network, printable,
                             show_address)
 from sniroute_refusals import SettingsError
-from sniroute_routes import Route, Routes, parse_route
+from sniroute_routes import Route, Routes, parse_port_route, parse_route, port_address
 from sniroute_targets import SCHEMES
 from sniroute_wire import PROXY_WRITERS
 
@@ -49,6 +49,8 @@ SPARE_FDS = 480  # descriptors of 101 tunnels (three each), 32 pipes, 64 clients
 UNIX_PATH_MAX = 90  # sun_path of unix(7) has 108 bytes, or 104; some are for the name it has before it is ready
 LOOPBACK = ("127.0.0.1", "[::1]", "localhost")  # as a target may write this host
 SECRET = re.compile(r"[!-~]{16,}")  # a token: printable, and too long to be guessed
+# Kubernetes sets SNIROUTE_PORT to such a value where a Service is called sniroute: that is no setting of anybody's.
+SERVICE_LINK = re.compile(r"(?:tcp|udp|sctp)://\S+")
 
 
 # -- values ------------------------------------------------------------------------------------
@@ -199,6 +201,9 @@ SETTINGS = (
     Setting("route", "PATTERN=TARGET", parse_route, "*=cloudflared:cft-{name}",
             "what a name leads to; repeatable; replaces the default route, *=cloudflared:cft-{name}",
             many=True, key="routes"),
+    Setting("port", "ADDRESS=TARGET", parse_port_route, None,
+            "where to listen for one target, whatever clients say: HOST:PORT=TARGET, or :PORT=TARGET for every address "
+            "(default none); repeatable", many=True, key="[ports]"),
     Setting("proxy-protocol", "MODE", one_of("off", "auto", "required"), "auto",
             "PROXY protocol headers from --proxy-from: off, auto or required (default auto)"),
     Setting("proxy-from", "CIDR,...", parse_networks, LOCAL_NETWORKS,
@@ -259,6 +264,7 @@ class Settings(NamedTuple):
     config: str | None
     listen: list[tuple[str, int]]
     route: list[Route]
+    port: list[Route]  # listeners with one target: see parse_port_route
     proxy_protocol: str
     proxy_from: tuple[Network, ...]
     ports: tuple[int, int]
@@ -312,22 +318,27 @@ def read_settings(path: str, wrong: list[str], again: bool) -> dict[str, Any] | 
     """
     faults: list[str] = []
     values: dict[str, Any] = {}
-    rows = {row.file_key: row for row in SETTINGS if row.file_key and row.file_key != "routes"}
+    tables = {"routes": parse_route, "ports": parse_port_route}
+    rows = {row.file_key: row for row in SETTINGS if row.file_key and row.file_key not in ("routes", "[ports]")}
+    rows["tunnel_ports"] = rows["ports"]  # the name of `ports` where there is a table of that name
     table = read_toml(path, faults, again)
     if table is None:
         wrong += [f"{path}: {fault}" for fault in faults]
         return None
-    routes = table.pop("routes", None)
+    found = [(name, parse, table.pop(name)) for name, parse in tables.items()
+             if name in table and (name == "routes" or isinstance(table[name], dict))]
+    if "ports" in table and "tunnel_ports" in table:
+        faults.append("tunnel_ports: is another name of ports, which is there, too: leave one out")
     for key, value in table.items():
         if key not in rows:
             faults.append(f"{printable(key)}: there is no such setting{meant(key, (*rows, 'routes'))}")
             continue
         try:
-            values[key] = rows[key].read(value)
+            values[rows[key].file_key] = rows[key].read(value)
         except ValueError as error:
             faults.append(f"{key}: {error}")
-    if routes is not None:
-        values["routes"] = read_routes(routes, faults)
+    for name, parse, value in found:
+        values["[ports]" if name == "ports" else name] = read_routes(value, faults, name, parse)
     wrong += [f"{path}: {fault}" for fault in faults]
     return values
 
@@ -359,14 +370,15 @@ def decoded(data: bytes) -> str:
     return data.removeprefix(codecs.BOM_UTF8).decode()
 
 
-def read_routes(table: Any, wrong: list[str]) -> list[Route]:
-    """The table `routes` of a file.  What is wrong with it is added to `wrong`."""
-    if not isinstance(table, dict) or not table:
+def read_routes(table: Any, wrong: list[str], kind: str = "routes",
+                parse: Callable[[str], Route] = parse_route) -> list[Route]:
+    """The table `routes` of a file, or `ports`.  What is wrong with it is added to `wrong`."""
+    if not isinstance(table, dict) or not table and kind == "routes":
         wrong.append("routes: is no table of routes, as \"*.example.com\" = \"cloudflared:{name}\"")
         return []
     routes = []
     for pattern, value in table.items():
-        where = f'routes."{printable(pattern)}"'
+        where = f'{kind}."{printable(pattern)}"'
         options = dict(value) if isinstance(value, dict) else {"target": value}
         if "target" not in options:
             wrong.append(f"{where}: has no target (a pattern goes in quotes, "
@@ -374,7 +386,7 @@ def read_routes(table: Any, wrong: list[str]) -> list[Route]:
             continue
         target = as_text(options.pop("target"))
         try:
-            route = parse_route(f"{pattern}={target}")
+            route = parse(f"{pattern}={target}")
         except ValueError as error:
             wrong.append(f"{where}: {error}")
             scheme = target.partition(":")[0]
@@ -497,7 +509,7 @@ def sources(asked: argparse.Namespace, environ: Mapping[str, str], file: Mapping
         if row.name == "config":
             continue  # it says where the others are
         text, source = getattr(asked, row.field), f"--{row.name}"
-        if text is None and environ.get(row.variable):
+        if text is None and environ.get(row.variable) and not SERVICE_LINK.fullmatch(environ[row.variable]):
             text, source = environ[row.variable], row.variable
             text = text.split() if row.many else text
         in_file = row.file_key in file
@@ -508,7 +520,8 @@ def sources(asked: argparse.Namespace, environ: Mapping[str, str], file: Mapping
         elif in_file:
             given[row.field] = Given(f"{path}: {row.file_key}", value=file[row.file_key])
         else:
-            given[row.field] = Given("default", [row.default] if row.many else row.default)
+            given[row.field] = Given("default", [row.default] if row.many and row.default else row.default,
+                                     [] if row.many else None)
     return given, covered
 
 
@@ -559,6 +572,13 @@ def cross_checked(values: Mapping[str, Any], given: Mapping[str, Given], running
     if asked:
         wrong += [f"{asked}: {room}.py is not beside sniroute.py: copy it there" for room in OPTIONS["admin"]
                   if not is_here(room)]
+    listened = [("--listen", address) for address in values["listen"] or ()]
+    for route in values["port"] or ():
+        others = [*listened, ("--admin", values["admin"]), ("--admin-public", values["admin_public"])]
+        address = port_address(route)
+        wrong += [f"{given['port'].source}: {route.pattern} is a part of {other} {show_address(taken)}, or all of it: "
+                  "give it a port of its own" for other, taken in others if overlap(address, taken)]
+        listened.append(("port", address))
     listened = [("listen", address) for address in values["listen"] or ()]
     for name, others in (("admin", listened), ("admin_public", [("admin", values["admin"]), *listened])):
         for other, address in others:
@@ -567,10 +587,11 @@ def cross_checked(values: Mapping[str, Any], given: Mapping[str, Given], running
                              f"{show_address(address)} have an address in common: give it a port of its own")
     if values["admin_token"] and not SECRET.fullmatch(values["admin_token"]):
         wrong.append(f"{ADMIN_TOKEN}: has to be 16 printable characters or more, without spaces")
-    for address in map(show_address, values["listen"] or ()):
-        for route in values["route"] or ():
-            if route.scheme.leads_back(route.target.partition(":")[2], address):
-                wrong.append(f"{given['route'].source}: {route} leads back to --listen {address}")
+    own = [("--listen", show_address(address)) for address in values["listen"] or ()]
+    own += [("port", show_address(port_address(route))) for route in values["port"] or ()]
+    for name in ("route", "port"):
+        wrong += [f"{given[name].source}: {route} leads back to {what} {address}" for what, address in own
+                  for route in values[name] or () if route.scheme.leads_back(route.target.partition(":")[2], address)]
     if running is not None and values["open_to_all"] and not running.open_to_all:
         wrong.append("there are no routes any more: every name would be served")  # a file that is being written
 
@@ -597,7 +618,7 @@ def tunnels_that_fit(values: Mapping[str, Any]) -> int:
     """As many as there are ports; where each has a process of its own, as many as fit into the host's memory."""
     first, last = values["ports"]
     memory = memory_allowed()
-    used = {route.target.partition(":")[0] for route in values["route"]}
+    used = {route.target.partition(":")[0] for route in (*values["route"], *values["port"])}
     share = min((row.carries for scheme, row in values["launchers"].items() if scheme in used), default=1)
     return max(1, min(last - first + 1, memory * share // TUNNEL_MEMORY))
 
@@ -620,8 +641,9 @@ def warn(settings: Settings) -> None:
         log.warning("%s", line)
     if settings.open_to_all:
         log.warning("no --route: every name is served, each by a tunnel of its own (%s)", settings.routes.routes[0])
+    routes = (*settings.routes.routes, *settings.port)
     for scheme, launcher in settings.launchers.items():
-        if any(route.target.startswith(f"{scheme}:") for route in settings.routes.routes):
+        if any(route.target.startswith(f"{scheme}:") for route in routes):
             if scheme == "cloudflared" and launcher is settings.launchers["carrier"]:
                 log.info("cloudflared is not on PATH: the carrier beside sniroute.py does its work")
             elif obstacle := launcher.obstacle:
@@ -639,16 +661,16 @@ def warn(settings: Settings) -> None:
                         "come", route)
     identity = settings.launchers["carrier"].environment
     missing = [variable for variable in SERVICE_TOKEN if not identity.get(variable)]
-    if len(missing) == 1 and any(route.scheme.is_tunnel for route in settings.routes.routes):
+    if len(missing) == 1 and any(route.scheme.is_tunnel for route in routes):
         log.warning("%s is not set: the other half of the service token alone opens nothing", *missing)
     if settings.proxy_protocol != "off" and settings.proxy_from == parse_networks(LOCAL_NETWORKS) \
-            and any(route.allow is not None for route in settings.routes.routes):
+            and any(route.allow is not None for route in routes):
         log.warning("routes with `allow`: whoever is in --proxy-from, by default loopback and the private networks, "
                     "can claim any address in a PROXY header: name your balancers there, or none")
     if settings.max_connections > settings.fit:
         log.warning("--max-connections %d is more than the limit of open files allows (%d): raise LimitNOFILE",
                     settings.max_connections, settings.fit)
-    tunnels = any(route.scheme.is_tunnel for route in settings.routes.routes)
+    tunnels = any(route.scheme.is_tunnel for route in routes)
     for line in too_little(tunnels, settings.admin is not None, settings.max_starting):
         log.warning("%s", line)
     low, high, said = local_ports() or (1, 0, True)

@@ -8,7 +8,7 @@ Threads: main; `Supervisor.beat` runs in the loop.  Any thread may call `tell`: 
 Seams: I want to ...
     tell systemd something else      Supervisor.ready for what changes with a reload, Supervisor.beat for what recurs
 
-It imports the router, the loop, names and refusals.
+It imports the router, listeners, the loop, names and refusals.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import logging
 import os
 import socket
 
+from sniroute_listeners import Held
 from sniroute_loop import NEVER
 from sniroute_names import printable
 from sniroute_refusals import SettingsError
@@ -100,10 +101,10 @@ class Supervisor:
 def activated_sockets(environ: dict[str, str]) -> dict[str, list[socket.socket]]:
     """The listening sockets that systemd has opened for us (sd_listen_fds(3)); they are the caller's to close.
 
-    "admin" and "admin-public" have those that FileDescriptorName= calls so, "" has all others.  All are empty without
-    systemd.  Raises SettingsError where a descriptor is no listening TCP socket; the admin's may be a unix socket.
+    "admin", "admin-public" and "port" have those that FileDescriptorName= calls so, "" has all others.  All are empty
+    without systemd.  Raises SettingsError where a descriptor is no listening TCP socket; the admin's may be a unix socket.
     """
-    found: dict[str, list[socket.socket]] = {"": [], "admin": [], "admin-public": []}
+    found: dict[str, list[socket.socket]] = {"": [], "admin": [], "admin-public": [], "port": []}
     count = environ.get("LISTEN_FDS", "")
     if environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdecimal():
         return found
@@ -111,9 +112,9 @@ def activated_sockets(environ: dict[str, str]) -> dict[str, list[socket.socket]]
     for number, fd in enumerate(range(LISTEN_FDS_START, LISTEN_FDS_START + int(count))):
         name = names[number] if number < len(names) else ""
         use = name if name in found else ""
-        families = [socket.AF_INET, socket.AF_INET6, *([socket.AF_UNIX] if use else [])]
+        families = [socket.AF_INET, socket.AF_INET6, *([socket.AF_UNIX] if use.startswith("admin") else [])]
         try:
-            sock = socket.socket(fileno=fd)
+            sock = Held(fileno=fd)
             sock.set_inheritable(False)
             found[use].append(sock)
             if sock.family in families and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):

@@ -393,7 +393,7 @@ class Scheme(NamedTuple):
     ready: Callable[[Targets, Decision], Backend | None]  # loop: None where it has to wait; raises Refused
     prepare: Callable[[Targets, Wait], None] = never_waits  # wait-<n>: returns when it may be ready; raises Refused
     waits_on: str = "nothing"  # for people: what a client waits for
-    leads_back: Callable[[str, str], bool] = leads_elsewhere  # (rest, HOST:PORT of --listen): it is the router itself
+    leads_back: Callable[[str, str], bool] = leads_elsewhere  # (rest, HOST:PORT where we listen): it is the router itself
     is_tunnel: bool = False  # it has a tunnel in the TunnelTable, and so an idle time
 
 

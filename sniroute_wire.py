@@ -81,6 +81,8 @@ class Hello(NamedTuple):
         return names or None
 
 
+NO_HELLO = Hello(None, None, 0)  # what comes is no TLS, and has no name
+
 TLS_HANDSHAKE = 22  # RFC 8446 5.1, ContentType
 CLIENT_HELLO = 1  # RFC 8446 4, HandshakeType
 HELLO_MIN = 41  # version, random, empty session id, one cipher suite, one compression method
@@ -644,6 +646,25 @@ def shape_of(hello: bytes) -> Shape | None:
             return None
     framing_of = struct.Struct("".join(layout)).unpack_from
     return Shape(len(hello), framing_of, framing_of(hello, KEY), bodies[SERVER_NAME], bodies.get(ALPN))
+
+
+class PortPrelude(Prelude):
+    """Reads what a client of a port with one target says first: a PROXY header, and nothing behind it.
+
+    `feed` returns NO_HELLO where the header is whole, or where there is none and the policy is "allow".
+    """
+
+    __slots__ = ()
+
+    def feed(self, data: bytes | memoryview) -> Hello | None:
+        """Read on with more bytes.  Raises Malformed."""
+        self.data += data
+        start = bytes(self.data[:len(PROXY_V2)])
+        if not any(start[:len(signature)] == signature[:len(start)] for signature in (PROXY_V1, PROXY_V2)):
+            if self.policy == "require":
+                raise Malformed("a PROXY header is required", kind="proxy")
+            return NO_HELLO
+        return None if self._proxy() is None else NO_HELLO
 
 
 class HelloMemory:

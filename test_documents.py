@@ -199,14 +199,16 @@ def test_the_settings_file_has_every_setting_and_its_default(tmp_path):
     path = tmp_path / "sniroute.toml"
     path.write_text(text)
     settings, default = load_settings(["-c", str(path)], {}), load_settings([], {})
-    named = re.findall(r"^#?(\w+) = ", text.partition("[routes]")[0], re.MULTILINE)
-    assert sorted(named) == sorted(row.field for row in SETTINGS if row.name not in ("config", "route"))
+    named = re.findall(r"^#?(\w+) = ", text.partition("\n[ports]")[0], re.MULTILINE)
+    named = [name.replace("tunnel_ports", "ports") for name in named]  # its name beside a table of ports
+    assert sorted(named) == sorted(row.field for row in SETTINGS if row.name not in ("config", "route", "port"))
     for attribute in named:
         if f"#{attribute} = " not in text:
             assert getattr(settings, attribute) == getattr(default, attribute), attribute
     assert [str(route) for route in settings.routes.routes] == [
         "db.example.com=tcp:192.0.2.10:5432", "*.example.com=cloudflared:cft-{name}",
         "reports.example.com=cloudflared:reports.example.com"]
+    assert [str(port) for port in settings.port] == ["port 127.0.0.1:5433=tcp:192.0.2.10:5432"]
     route_options = text.partition('[routes."reports.example.com"]')[2]
     assert set(re.findall(r"^(\w+) = ", route_options, re.MULTILINE)) == {"target", *sniroute_settings.ROUTE_OPTIONS}
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import re
 import socket
 import subprocess
 
@@ -14,6 +15,7 @@ import pytest
 import sniroute_ports
 from sniroute_ports import PortPool
 from conftest import HOST, FakeClock, linux, wait_until
+from testbed.program import ipv6
 from testbed.tunnels import listening, port_of
 
 # -- who listens -------------------------------------------------------------------------------
@@ -261,3 +263,20 @@ def test_a_host_that_cannot_make_sockets_loses_no_port(free_ports, monkeypatch):
         patch.setattr(socket, "socket", Broken)
         pool.take()
     assert [pool.take(), pool.take()] == [first, last]
+
+
+# -- who has a port ------------------------------------------------------------------------------
+
+
+@linux
+@pytest.mark.parametrize("host", [HOST, "", pytest.param("::1", marks=ipv6)])
+def test_the_holder_of_a_port_is_named_for_people(host, monkeypatch):
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as listener:
+        number = listener.getsockname()[1]
+        assert sniroute_ports.holder(number) == "sniroute itself"
+        monkeypatch.setattr(sniroute_ports.os, "getpid", lambda: 0)
+        assert re.fullmatch(rf"pid [0-9]+ \(.+\)", sniroute_ports.holder(number))
+        monkeypatch.setattr(sniroute_ports, "socket_inodes", lambda pids: set())  # as those of another user
+        assert sniroute_ports.holder(number) == f"a process of user {os.geteuid()}"
+    assert sniroute_ports.holder(number) == ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
+import os
 import re
 import signal
 import socket
@@ -22,6 +23,7 @@ import sniroute_connection
 import sniroute_resets
 import sniroute_deadlines
 import sniroute_loop
+import sniroute_listeners
 import sniroute_router
 from sniroute_refusals import SettingsError
 from sniroute_routes import Decision, parse_route
@@ -99,15 +101,15 @@ def test_port_zero_is_another_port_each_time(launch, echo_server):
 def test_a_name_that_has_an_address_twice_is_listened_on_once(monkeypatch):
     """As where /etc/hosts has two lines for it."""
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: 2 * [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (HOST, 0))])
-    assert sniroute_router.arrange([("localhost", 0)]) == ([(socket.AF_INET, (HOST, 0))], "")
+    assert sniroute_listeners.arrange([("localhost", 0)]) == ([(socket.AF_INET, (HOST, 0))], "")
 
 
 @pytest.mark.parametrize("host, wanted", [("*", ["::", "0.0.0.0"]), ("::", ["::", "0.0.0.0"]), ("127.0.0.1", ["127.0.0.1"])])
 def test_a_predecessor_is_asked_for_both_sockets_that_may_take_a_port(host, wanted, monkeypatch):
     monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: True)
-    assert sniroute_router.wanted_addresses([(host, 7)]) == [(each, 7) for each in wanted]
+    assert sniroute_listeners.wanted_addresses([(host, 7)]) == [(each, 7) for each in wanted]
     monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
-    assert sniroute_router.wanted_addresses([("*", 7)]) == [("0.0.0.0", 7)]
+    assert sniroute_listeners.wanted_addresses([("*", 7)]) == [("0.0.0.0", 7)]
 
 
 def test_port_alone_is_every_address(launch, echo_server):
@@ -146,7 +148,8 @@ def test_address_that_is_taken_is_named_in_one_line(echo_server):
     assert ended.returncode == 2, "that would be a circle"
     ended = command(f"--listen={HOST}:{echo_server.address[1]}", route((HOST, 1)))
     assert ended.returncode == 1
-    assert re.fullmatch(rf"\S+ error --listen {HOST}:\d+: Address already in use\n", ended.stderr), ended.stderr
+    assert re.fullmatch(rf"\S+ error --listen {HOST}:\d+: Address already in use: pid {os.getpid()} \(.+\) has it\n",
+                        ended.stderr), ended.stderr
 
 
 @ipv6
@@ -154,7 +157,7 @@ def test_address_that_is_taken_is_named_in_one_line(echo_server):
 def test_a_port_that_another_process_has_is_not_left_out(echo_server, host):
     port = echo_server.address[1]
     ended = command(f"--listen={host}:{port}", f"--listen={HOST}:{port}", route((HOST, 1)))
-    assert ended.returncode == 1 and ended.stderr.count("Address already in use\n") == 1, ended.stderr
+    assert ended.returncode == 1 and ended.stderr.count("Address already in use") == 1, ended.stderr
 
 
 def test_address_of_another_machine_is_named_in_one_line():
@@ -168,17 +171,17 @@ def test_listen_address_that_does_not_resolve_is_named_in_one_line(monkeypatch):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     with pytest.raises(SettingsError, match="^--listen no-such-host:1: Name or service not known$"):
-        sniroute_router.listen_addresses("no-such-host", 1)
+        sniroute_listeners.listen_addresses("no-such-host", 1)
 
 
 def test_client_that_is_gone_before_its_accept_holds_up_nobody(run, echo_server, monkeypatch, caplog):
     """ECONNABORTED; EPERM is a firewall's."""
-    real, errors = sniroute_router.Listener.accept, [errno.ECONNABORTED, errno.EPERM]
-    def accept(self: sniroute_router.Listener) -> Any:
+    real, errors = sniroute_listeners.Listener.accept, [errno.ECONNABORTED, errno.EPERM]
+    def accept(self: sniroute_listeners.Listener) -> Any:
         if errors:
             raise OSError(errors.pop(), "gone")
         return real(self)
-    monkeypatch.setattr(sniroute_router.Listener, "accept", accept)
+    monkeypatch.setattr(sniroute_listeners.Listener, "accept", accept)
     running = run(route(echo_server.address))
     with running.connect(HELLO) as client:
         assert read_exactly(client, len(HELLO)) == HELLO
@@ -219,7 +222,7 @@ def is_reset(running: Running) -> bool:
 
 
 def test_client_of_a_listener_with_one_target_need_not_speak_first(run, serve):
-    running = run(route((HOST, 1)), "--proxy-protocol=required", "--proxy-from=192.0.2.0/24")
+    running = run(route((HOST, 1)), "--proxy-protocol=off")
     decision = lead(running, tcp(serve(greeting).address))
     with running.connect() as client:
         assert read_exactly(client, 11) == b"220 hello\r\n"

@@ -145,6 +145,9 @@ SAMPLES: dict[str, tuple[list[str], Any, str, Any]] = {
     "listen": (["127.0.0.1:1", ":2"], [("127.0.0.1", 1), ("*", 2)], "[::1]:3  h:4", [("::1", 3), ("h", 4)]),
     "route": (["a.b=tcp:h:1", "*.c.d=tcp:h:2"], [Route("a.b", "tcp:h:1"), Route("*.c.d", "tcp:h:2")],
               "e.f=tcp:h:3\n*=tcp:h:4", [Route("e.f", "tcp:h:3"), Route("*", "tcp:h:4")]),
+    "port": (["127.0.0.1:1=tcp:h:1", ":2=tcp:h:2"],
+             [Route("port 127.0.0.1:1", "tcp:h:1"), Route("port :2", "tcp:h:2")],
+             "[::1]:3=tcp:h:3", [Route("port [::1]:3", "tcp:h:3")]),
     "proxy-protocol": (["off"], "off", "required", "required"),
     "proxy-from": (["none"], (), "192.0.2.0/24", (ipaddress.ip_network("192.0.2.0/24"),)),
     "ports": (["1-2"], (1, 2), "3-4", (3, 4)),
@@ -378,7 +381,7 @@ def test_the_tunnels_that_fit_follow_the_memory_and_the_ports(scheme, memory, tu
 # -- a file of settings ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [row.name for row in SETTINGS if row.name not in ("config", "route")])
+@pytest.mark.parametrize("name", [row.name for row in SETTINGS if row.name not in ("config", "route", "port")])
 def test_a_setting_in_the_file_is_what_it_is_in_the_environment_which_comes_first(name, settings_file):
     _, _, text, value = SAMPLES[name]
     given, on_line = SAMPLES[name][:2]
@@ -440,7 +443,7 @@ db.example.com = "cloudflared:cft-{name}"
         "max_starting: 'true' is not a whole number from 1 to 1000000",
         "idel: there is no such setting; did you mean idle?",
         "colour: there is no such setting; there are " + ", ".join(
-            [row.field for row in SETTINGS if row.name not in ("config", "route")] + ["routes"]),
+            [row.field for row in SETTINGS if row.name not in ("config", "route", "port")] + ["tunnel_ports", "routes"]),
         "log_level: '3' is none of debug, info, warning, error",
         "proxy_from: 192.0.2.1/24 has host bits set: a network is 192.0.2.0/24, or one address",
         "config: there is no such setting" + lines[7].removeprefix("config: there is no such setting"),
@@ -557,7 +560,8 @@ def test_a_reload_reads_a_file_again_and_nothing_else(settings_file, tmp_path):
         running.again(running)
 
 
-@pytest.mark.parametrize("row", [row for row in SETTINGS if row.name not in ("config", "route")], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [row for row in SETTINGS if row.name not in ("config", "route", "port")],
+                         ids=lambda row: row.name)
 def test_a_reload_keeps_what_a_router_that_runs_cannot_change_and_says_so(row, settings_file):
     """All else is as the file says."""
     text, routes = SAMPLES[row.name][2], '[routes]\n"a.b" = "tcp:h:1"\n'

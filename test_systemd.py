@@ -77,7 +77,7 @@ def test_what_is_no_listening_socket_is_refused(kind, held, tmp_path):
     assert f"LISTEN_FDS: descriptor 4 ({shown}) is no listening TCP socket\n" in ended.stderr
 
 
-NO_SOCKETS = {"": [], "admin": [], "admin-public": []}
+NO_SOCKETS = {"": [], "admin": [], "admin-public": [], "port": []}
 
 
 def test_sockets_for_another_process_are_left_alone(monkeypatch):

@@ -1166,3 +1166,28 @@ def test_a_mutated_prelude_has_one_verdict_however_it_is_cut():
             assert found == whole, (data, at)
         if isinstance(whole, Hello) and found is None:
             assert prelude.header + prelude.data == data, "what is forwarded is what came"
+
+
+# -- what a client of a port says first ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["allow", "require"])
+@pytest.mark.parametrize("header", [sniroute_wire.proxy_v1(("192.0.2.7", 1), ("192.0.2.1", 2)),
+                                    sniroute_wire.proxy_v2(("192.0.2.7", 1), ("192.0.2.1", 2)),
+                                    sniroute_wire.proxy_v1(None, ("192.0.2.1", 2))], ids=["v1", "v2", "unknown"])
+def test_a_ports_header_is_the_same_in_whatever_pieces_and_what_follows_is_left(policy, header):
+    said = header + header  # the second one is the target's
+    for at in range(len(header) + 1):
+        prelude = sniroute_wire.PortPrelude(policy, False)
+        found = [prelude.feed(piece) for piece in (said[:at], said[at:]) if piece and not prelude.header]
+        assert found[-1] is sniroute_wire.NO_HELLO and prelude.header == header
+        assert header.startswith(bytes(prelude.data)) and prelude.proxy is not None
+
+
+@pytest.mark.parametrize("said", [b"\x16\3\1", b"PING\r\n", b"PRO\r", b"\r\n\r\nx", b"\n", b"GET /"])
+def test_what_is_no_header_at_a_port_is_data_or_refused(said):
+    prelude = sniroute_wire.PortPrelude("allow", False)
+    assert prelude.feed(said) is sniroute_wire.NO_HELLO and (prelude.header, bytes(prelude.data)) == (b"", said)
+    with pytest.raises(sniroute_wire.Malformed) as caught:
+        sniroute_wire.PortPrelude("require", False).feed(said)
+    assert caught.value.kind == "proxy"
