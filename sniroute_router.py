@@ -464,6 +464,7 @@ class Router(socketserver.ThreadingTCPServer):
     def server_activate(self) -> None:
         """Listen on every address, and have the loop accept from it.  Raises SettingsError."""
         self.targets.own = [listener.getsockname()[:2] for listener in self.listeners]
+        self.targets.own_socket = self.settings.admin if isinstance(self.settings.admin, str) else None
         for listener in self.listeners:
             try:
                 listener.listen(self.request_queue_size)

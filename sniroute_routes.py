@@ -24,8 +24,8 @@ import re
 import weakref
 from typing import Callable, Iterable, NamedTuple
 
-from sniroute_launchers import TunnelKey
-from sniroute_names import Network, ascii_advice, has_owner, normalise, normalise_whole
+from sniroute_launchers import TunnelKey, Variable
+from sniroute_names import Network, ascii_advice, has_owner, is_here, normalise, normalise_whole, printable
 from sniroute_refusals import Malformed, Refused
 from sniroute_targets import SCHEMES, Scheme
 
@@ -73,6 +73,8 @@ class Route(NamedTuple):
     max_connections: int | None = None
     idle: float | None = None  # seconds, instead of --idle
     connection_idle: float | None = None  # seconds, instead of --connection-idle
+    env: tuple[Variable, ...] = ()  # for its program
+    env_from: tuple[Variable, ...] = ()  # the router's own, for its program
 
     def __str__(self) -> str:
         return f"{self.pattern}={self.target}"
@@ -80,7 +82,7 @@ class Route(NamedTuple):
     @property
     def scheme(self) -> Scheme:
         """The row of its kind of target."""
-        return SCHEMES[self.target.partition(":")[0]]
+        return kind(self.target.partition(":")[0])
 
     def decide(self, name: str, identified: bool = False, tally: Tally | None = None) -> Decision:
         """Fill in the target for a name.  Raises Malformed where that gives no valid target.
@@ -88,10 +90,15 @@ class Route(NamedTuple):
         `identified`: the router has an Access token, which is not shown to everybody.
         """
         scheme, _, rest = expand(self.target, name).partition(":")
-        row = SCHEMES[scheme]
+        row = kind(scheme)
         rest = row.check(rest)
+        row.guard(self.target.partition(":")[2], rest)
         target = f"{scheme}:{rest}"
-        tunnel = TunnelKey(scheme, rest, not identified or self.is_of_one_domain()) if row.is_tunnel else None
+        tunnel = None
+        if row.is_program and row.is_tunnel:
+            tunnel = TunnelKey(scheme, rest, variables=self.env + self.env_from)
+        elif row.is_tunnel:
+            tunnel = TunnelKey(scheme, rest, not identified or self.is_of_one_domain())
         plain = self.send_proxy == "as-received" and self.allow is None and self.max_connections is None
         return Decision(self, target, row, rest, f"{self.pattern}={target}", tunnel, tally or Tally(), plain)
 
@@ -114,6 +121,24 @@ class Route(NamedTuple):
         return all(map(has_owner, ends))  # each is what stands behind the label that holds the client's last part
 
 
+COMMANDS = ("exec", "command")  # kinds of target that are an option
+
+
+def kind(scheme: str) -> Scheme:
+    """The row of a kind of target.  Raises ValueError where there is none, or its file is not there."""
+    row = SCHEMES.get(scheme)
+    if row is None and scheme in COMMANDS:
+        if not is_here("sniroute_commands"):
+            raise ValueError(f"{scheme}: needs sniroute_commands.py, which is not beside sniroute.py: copy it there")
+        from sniroute_commands import COMMAND_SCHEMES  # imported late: an option
+        SCHEMES.update(COMMAND_SCHEMES)
+        row = SCHEMES[scheme]
+    if row is None:
+        raise ValueError(f"{printable(scheme)!r} is no kind of target: there are "
+                         f"{', '.join(sorted({*SCHEMES, *COMMANDS}))}")
+    return row
+
+
 CHOSEN = "*"  # what a client may choose in a name: no name and no field has this character
 FIELDS = re.compile(r"\{([^{}]*)\}")
 
@@ -122,7 +147,7 @@ def expand(template: str, name: str) -> str:
     """`template` with {name}, {label} (its first label) and {domain} (the rest) filled in."""
     label, _, domain = name.partition(".")
     values = {"name": name, "label": label, "domain": domain}
-    return FIELDS.sub(lambda field: values[field[1]], template)
+    return FIELDS.sub(lambda field: values.get(field[1], field[0]), template)  # a kind may have fields of its own
 
 
 def parse_route(text: str) -> Route:
@@ -139,13 +164,14 @@ def parse_route(text: str) -> Route:
     except Malformed:
         raise ValueError(f"{pattern!r} is not a name, *.NAME, **.NAME or * (behind a star, NAME has two labels at "
                          f"least){ascii_advice(pattern)}") from None
-    if scheme not in SCHEMES:
-        raise ValueError(f"{scheme!r} is no kind of target: there are {', '.join(sorted(SCHEMES))}")
-    unknown = [field for field in FIELDS.findall(rest) if field not in ("name", "label", "domain")]
+    row = kind(scheme)
+    unknown = [field for field in FIELDS.findall(rest) if field not in ("name", "label", "domain", *row.holds)]
     if unknown or "{" in FIELDS.sub("", rest) or "}" in FIELDS.sub("", rest):
         raise ValueError(f"{rest!r} has a field other than {{name}}, {{label}}, {{domain}}")
     try:  # a sample name shows what no name could make valid
-        SCHEMES[scheme].check(expand(rest, pattern.replace("*", "a") if pattern != "*" else "a.example.com"))
+        sample = expand(rest, pattern.replace("*", "a") if pattern != "*" else "a.example.com")
+        row.check(sample)
+        row.guard(rest, sample)
     except Malformed as error:
         advice = ascii_advice(target)
         raise ValueError(f"{target!r} is not ASCII{advice}" if advice else f"{target!r}: {error}") from None
