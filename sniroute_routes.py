@@ -121,13 +121,13 @@ class Route(NamedTuple):
         return all(map(has_owner, ends))  # each is what stands behind the label that holds the client's last part
 
 
-COMMANDS = ("exec", "command")  # kinds of target that are an option
+PROGRAM_KINDS = ("exec", "command")  # kinds of target that are an option
 
 
 def kind(scheme: str) -> Scheme:
     """The row of a kind of target.  Raises ValueError where there is none, or its file is not there."""
     row = SCHEMES.get(scheme)
-    if row is None and scheme in COMMANDS:
+    if row is None and scheme in PROGRAM_KINDS:
         if not is_here("sniroute_commands"):
             raise ValueError(f"{scheme}: needs sniroute_commands.py, which is not beside sniroute.py: copy it there")
         from sniroute_commands import COMMAND_SCHEMES  # imported late: an option
@@ -135,7 +135,7 @@ def kind(scheme: str) -> Scheme:
         row = SCHEMES[scheme]
     if row is None:
         raise ValueError(f"{printable(scheme)!r} is no kind of target: there are "
-                         f"{', '.join(sorted({*SCHEMES, *COMMANDS}))}")
+                         f"{', '.join(sorted({*SCHEMES, *PROGRAM_KINDS}))}")
     return row
 
 

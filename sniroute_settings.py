@@ -36,7 +36,7 @@ from sniroute_launchers import (SERVICE_TOKEN, TUNNEL_IDENTITY, Launcher, Variab
 from sniroute_names import (OPTIONS, Network, describe_version, is_here, parse_host_port, parse_ip, parse_network,
                             printable, show_address)
 from sniroute_refusals import SettingsError
-from sniroute_routes import COMMANDS, Route, Routes, parse_route
+from sniroute_routes import PROGRAM_KINDS, Route, Routes, parse_route
 from sniroute_targets import SCHEMES
 from sniroute_wire import PROXY_WRITERS
 
@@ -406,7 +406,7 @@ def read_routes(table: Any, wrong: list[str]) -> list[Route]:
                 others = meant(name, ("target", *ROUTE_OPTIONS))
                 wrong.append(f"{where}.{printable(name)}: there is no such option{others}")
             elif name in PROGRAM_OPTIONS and not route.scheme.is_program:
-                wrong.append(f"{where}.{name}: is for {' and '.join(f'{kind}:' for kind in COMMANDS)}")
+                wrong.append(f"{where}.{name}: is for {' and '.join(f'{kind}:' for kind in PROGRAM_KINDS)}")
             elif name == "idle" and not route.scheme.is_tunnel:
                 wrong.append(f"{where}.idle: is for tunnels; here connection_idle closes what is silent")
             else:
@@ -626,7 +626,7 @@ def tunnels_that_fit(values: Mapping[str, Any]) -> int:
     memory = memory_allowed()
     used = {route.target.partition(":")[0] for route in values["route"]}
     share = min((row.carries for scheme, row in values["launchers"].items() if scheme in used), default=1)
-    if not used.isdisjoint(COMMANDS):
+    if not used.isdisjoint(PROGRAM_KINDS):
         share = 1
     return max(1, min(last - first + 1, memory * share // TUNNEL_MEMORY))
 
