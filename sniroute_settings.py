@@ -395,17 +395,17 @@ def read_routes(table: Any, wrong: list[str]) -> list[Route]:
                          'as "db.example.com" = "tcp:192.0.2.10:5432")')
             continue
         target = as_text(options.pop("target"))
+        scheme = target.partition(":")[0]
         try:
             route = parse_route(f"{pattern}={target}")
         except ValueError as error:
             wrong.append(f"{where}: {error}")
-            scheme = target.partition(":")[0]
             route = Route(pattern, f"{scheme if scheme in SCHEMES else 'tcp'}:")  # so that the options are checked, too
         for name, option in options.items():
             if name not in ROUTE_OPTIONS:
                 others = meant(name, ("target", *ROUTE_OPTIONS))
                 wrong.append(f"{where}.{printable(name)}: there is no such option{others}")
-            elif name in PROGRAM_OPTIONS and not route.scheme.is_program:
+            elif name in PROGRAM_OPTIONS and scheme not in PROGRAM_KINDS:
                 wrong.append(f"{where}.{name}: is for {' and '.join(f'{kind}:' for kind in PROGRAM_KINDS)}")
             elif name == "idle" and not route.scheme.is_tunnel:
                 wrong.append(f"{where}.idle: is for tunnels; here connection_idle closes what is silent")
