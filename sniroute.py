@@ -39,11 +39,12 @@ end use race, log, loop, host, names and refusals:
     sniroute_names         names and addresses; the version
     sniroute_refusals      why a client is refused             and how it is told
 
+    sniroute_commands *    targets that are programs           a process for each connection, or for each command
     sniroute_admin    *    HTTP for the host's own users       with sniroute_door, _metrics and _page
     sniroute_carrier  *    a tunnel program of our own         with sniroute_edge, _forwarder, _dial and _http
 
-A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The last two rows, which
-stand apart, import the lower rooms of the table.
+A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The last rows, which stand
+apart, import the lower rooms of the table.
 
 The one idea: waiting borrows a thread, moving bytes does not.  All that is ready runs in one loop over epoll; only a
 target that has to wait (a tunnel that starts, a host to resolve) gets a thread, one for each target, its clients

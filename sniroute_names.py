@@ -263,9 +263,9 @@ CORE = (
 )
 OPTIONS = {
     "doctor": ("sniroute_doctor",),
-    "commands": ("sniroute_commands",),
     "admin": ("sniroute_admin", "sniroute_door", "sniroute_metrics", "sniroute_page"),
     "carrier": ("sniroute_carrier", "sniroute_edge", "sniroute_forwarder", "sniroute_dial", "sniroute_http"),
+    "commands": ("sniroute_commands",),
 }
 
 
