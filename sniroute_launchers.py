@@ -41,6 +41,7 @@ from sniroute_names import HEADER_VALUE, OPTIONS, is_here, printable
 __version__ = "0.1.0"
 
 CARRIES = 16  # hostnames in one carrier: they share its 20 MB, its one core, and its end
+KEY_MAX, KEY_SHOWN = 253, 230  # characters of a key for people: as long as a host name; of it, before its mark
 WORDS_MAX = 200  # characters of a program's last words: one line of a log
 
 # -- words into reasons ------------------------------------------------------------------------
@@ -89,11 +90,11 @@ class TunnelKey(NamedTuple):
 
     def __str__(self) -> str:
         text = f"{'' if self.identified else 'anonymous '}{self.launcher}:{self.hostname}"
-        if not self.variables:
+        if not self.variables and len(text) <= KEY_MAX:
             return text
-        # Only what stands in the file goes into the mark: the values of the router's own variables do not.
-        mark = zlib.crc32("\0".join(f"{name}={value}" for name, value in self.variables).encode())
-        return f"{text} [env {mark:08x}]"
+        # A mark tells it from others.  Of the router's own variables it has the names alone: the values may be secrets.
+        mark = zlib.crc32("\0".join((self.hostname, *(f"{name}={value}" for name, value in self.variables))).encode())
+        return f"{text if len(text) <= KEY_SHOWN else text[:KEY_SHOWN] + '...'} [{mark:08x}]"
 
 
 def last_line(tail: bytes) -> tuple[str, dict]:

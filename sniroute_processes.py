@@ -254,8 +254,8 @@ class Process:
     The reaper writes it; a thread that doubts a child reads it, and may write `verdict`.
     """
 
-    __slots__ = ("owner", "launcher", "identified", "popen", "pid", "pidfd", "statm", "output", "line", "tail", "said", "paused",
-                 "children", "kill_at", "killed", "verdict")
+    __slots__ = ("owner", "launcher", "identified", "popen", "pid", "pidfd", "statm", "output", "line", "tail", "said",
+                 "paused", "children", "kill_at", "killed", "verdict")
 
     def __init__(self, launcher: Launcher, identified: bool, popen: subprocess.Popen, owner: Owner | None = None):
         self.owner = owner  # is told of its end; None: the one of Processes
@@ -277,6 +277,8 @@ class Process:
         self.killed = False
         self.verdict = ""  # why it has to be killed; a thread that doubts writes it, too
         self.statm = -1  # /proc/PID/statm of this process, even when another process has its number later
+        if owner is not None:
+            return  # nobody asks whether it holds a port
         try:
             self.statm = os.open(f"/proc/{popen.pid}/statm", os.O_RDONLY)
         except FileNotFoundError:

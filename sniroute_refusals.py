@@ -113,7 +113,7 @@ REFUSALS = {
                       "use clients of PostgreSQL 17 or later, which cancel over TLS"),
     "client_limit": Refusal(WARNING, INTERNAL_ERROR, 429, "the client address has --max-per-client connections",
                             "raise --max-per-client, or name a balancer in --proxy-from"),
-    "busy": Refusal(WARNING, INTERNAL_ERROR, 503, "too many names wait already, or programs run; or descriptors or threads are short",
+    "busy": Refusal(WARNING, INTERNAL_ERROR, 503, "too many names wait or programs run already, or the host is short of something",
                     "raise LimitNOFILE or --max-tunnels, or look for who asks for so many names"),
     "unresolved": Refusal(WARNING, INTERNAL_ERROR, 502, "the target's host does not resolve",
                           "check the target, and the resolver of this host"),

@@ -613,7 +613,8 @@ def overlap(one: str | tuple[str, int] | None, other: str | tuple[str, int] | No
 def derived(values: dict[str, Any]) -> dict[str, Any]:
     """The values, and what depends on the host."""
     _, descriptors = descriptor_limits()
-    fit = max(1, (descriptors - min(SPARE_FDS, descriptors // 2)) // 2)
+    spare = SPARE_FDS * (1 + any(route.target.startswith("exec:") for route in values["route"]))  # as many programs
+    fit = max(1, (descriptors - min(spare, descriptors // 2)) // 2)
     values["fit"] = fit
     values["max_connections"] = values["max_connections"] or fit
     values["max_tunnels"] = values["max_tunnels"] or tunnels_that_fit(values)
@@ -695,7 +696,8 @@ def warn(settings: Settings) -> None:
                         "name the host, or route your own domain, as **.example.com", route)
     identity = settings.launchers["carrier"].environment
     missing = [variable for variable in SERVICE_TOKEN if not identity.get(variable)]
-    if len(missing) == 1 and any(route.scheme.is_tunnel and not route.scheme.is_program for route in settings.routes.routes):
+    if len(missing) == 1 and any(route.scheme.is_tunnel and not route.scheme.is_program
+                                 for route in settings.routes.routes):
         log.warning("%s is not set: the other half of the service token alone opens nothing", *missing)
     if settings.proxy_protocol != "off" and settings.proxy_from == parse_networks(LOCAL_NETWORKS) \
             and any(route.allow is not None for route in settings.routes.routes):

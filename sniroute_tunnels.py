@@ -697,6 +697,8 @@ def reap(table: TunnelTable) -> None:
         except Exception:  # if this thread ended, every child would end with it
             log.exception("a fault in the reaper: please report it")
             time.sleep(RETRY)
+    if table.guest is not None:
+        table.guest.step(table.clock(), table.closing)  # what came since the last turn
     table.processes.close()
     with table.lock:
         table.pipe.close()

@@ -107,7 +107,9 @@ def test_whatever_a_field_may_hold_it_makes_no_option_and_no_other_word(template
     assert fault.value.kind == "bad_name"
 
 
-@pytest.mark.parametrize("template, filled", [("prog -x{a}", "prog -x-1"), ("prog {a}", "prog a-b_c.d"), ("prog x{a}", "prog x-")])
+@pytest.mark.parametrize("template, filled", [
+    ("prog -x{a}", "prog -x-1"), ("prog {a}", "prog a-b_c.d"), ("prog x{a}", "prog x-"),
+])
 def test_a_dash_inside_a_word_is_only_a_dash(template, filled):
     sniroute_commands.fits((), template, filled)
 
@@ -435,7 +437,8 @@ os.write(1, repr(sorted(os.environ.items())).encode())
 """
 
 
-def test_a_program_gets_its_routes_variables_and_none_of_the_routers(run, tmp_path, settings_file, monkeypatch, caplog):
+def test_a_program_gets_its_routes_variables_and_none_of_the_routers(
+        run, tmp_path, settings_file, monkeypatch, caplog):
     monkeypatch.setenv("SNIROUTE_ADMIN_TOKEN", "a-secret-of-the-router")
     monkeypatch.setenv("TUNNEL_SERVICE_TOKEN_SECRET", "another")
     monkeypatch.setenv("BASTION_TOKEN", "top-secret")
@@ -569,7 +572,7 @@ def test_two_routes_with_other_variables_have_processes_of_their_own(run, tmp_pa
             client.sendall(b"mode")
             assert client.recv(10) == said
     keys = sorted(map(str, running.tunnels.tunnels))
-    assert len(keys) == len(set(keys)) == 3 and sum("[env " in key for key in keys) == 2
+    assert len(keys) == len(set(keys)) == 3 and sum(key.endswith("]") for key in keys) == 2
     assert not any("hush" in key for key in keys)
 
 
@@ -590,6 +593,43 @@ def test_the_key_of_a_command_shows_no_value():
     assert str(key) != str(key._replace(variables=(own,))) != str(key._replace(variables=()))
 
 
+def test_the_key_of_a_long_command_is_bounded_and_its_own():
+    """It is a name for people: in the log, on the page, and in an order to stop it."""
+    long = "prog {address} " + "x" * 900
+    shown = {str(TunnelKey("command", long + end)) for end in "ab"}
+    assert len(shown) == 2 and all(len(key) <= 253 for key in shown)
+
+
+def test_a_program_may_speak_first_behind_a_listener_with_one_target(run, tmp_path):
+    program = script(tmp_path, "import os\nos.write(1, b'220 hello')\n" + ECHO)
+    running = run(f"--route=x.example.com=exec:{program}")
+    (listener,) = running.router.listeners
+    listener.decision = running.router.routes.decide("x.example.com")
+    with running.connect() as client:
+        assert read_exactly(client, 9) == b"220 hello"
+        client.sendall(b"EHLO")
+        assert read_exactly(client, 4) == b"EHLO"
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(1) == b""
+
+
+def test_a_reload_adds_programs_and_cuts_nobody(launch, settings_file, echo_server, tmp_path, ports):
+    first = "[routes]\n" + f'"db.example.com" = "tcp:{HOST}:{echo_server.address[1]}"\n'
+    program = launch("-c", settings_file(first), ports)
+    with program.connect(HELLO) as kept:
+        assert read_exactly(kept, len(HELLO)) == HELLO
+        settings_file(first + f'"a.example.com" = {toml("exec:" + script(tmp_path, ECHO))}\n'
+                      f'"b.example.com" = {toml("command:" + script(tmp_path, LISTENER, "l.py") + " {address}")}\n')
+        program.signal(signal.SIGHUP)
+        program.wait_for("reload: done, routes: 3")
+        for name in ("a", "b"):
+            hello = genuine(name=f"{name}.example.com")
+            with program.connect(hello) as client:
+                assert read_exactly(client, len(hello)) == hello
+        kept.sendall(b"still")
+        assert read_exactly(kept, 5) == b"still"
+
+
 # -- what people are told ----------------------------------------------------------------------
 
 
@@ -598,7 +638,8 @@ def test_the_key_of_a_command_shows_no_value():
     ("0.0.0.0:1", "", True), (":1", "", True), ("192.0.2.1:1", "", True), ("127.0.0.1:1", "", False),
     ("[::1]:1", "", False), ("localhost:1", "", False), (":1", 'allow = "192.0.2.0/24"', False),
 ])
-def test_a_way_into_this_host_that_is_open_to_all_warns_at_the_start(settings_file, caplog, target, listen, allow, warned):
+def test_a_way_into_this_host_that_is_open_to_all_warns_at_the_start(
+        settings_file, caplog, target, listen, allow, warned):
     file = settings_file(f'listen = {toml(listen)}\n[routes."a.example.com"]\ntarget = {toml(target)}\n{allow}\n')
     sniroute_settings.warn(sniroute_settings.load_settings(["-c", file], {}))
     assert ("name its clients in `allow`" in caplog.text) is warned
