@@ -6,7 +6,6 @@ import os
 import pathlib
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from typing import Any, Iterator
@@ -19,11 +18,12 @@ import sniroute_targets
 from sniroute_commands import words_of
 from sniroute_launchers import TunnelKey, Variable
 from sniroute_refusals import Malformed, SettingsError
-from sniroute_routes import Route, Routes, parse_route
+from sniroute_routes import Routes, parse_route
+from sniroute_wire import SSL_REQUEST_BYTES
 from conftest import HOST, linux, wait_until
 from testbed.hellos import HELLO, genuine
 from testbed.program import command
-from testbed.running import alert, answer, read_all, read_exactly, reset, toml
+from testbed.running import alert, read_all, read_exactly, reset, toml
 from testbed.tunnels import runs
 
 PYTHON = sys.executable
@@ -367,7 +367,7 @@ def test_a_program_that_is_silent_is_refused_in_time(run, tmp_path):
     ("sys.exit(3)", "backend_reset", False),
     ("os.kill(os.getpid(), 9)", "backend_reset", False),
 ])
-def test_a_stream_whose_program_died_does_not_look_whole(run, tmp_path, end, reason, whole):
+def test_a_stream_whose_program_died_does_not_look_whole(run, tmp_path, flow, end, reason, whole):
     program = script(tmp_path, f"import os, sys, time\ndata = os.read(0, 65536)\nos.write(1, data + b'end')\n{end}")
     running = run(f"--route=*.example.com=exec:{program}")
     for number in range(1, 6):
@@ -379,6 +379,31 @@ def test_a_stream_whose_program_died_does_not_look_whole(run, tmp_path, end, rea
                 with pytest.raises(ConnectionResetError):
                     client.recv(1)
         assert running.ending(number).reason == reason
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_client_that_still_speaks_when_its_program_ends_is_reset_at_once(run, tmp_path, flow, code):
+    program = script(tmp_path, f"import os\nos.write(1, os.read(0, 65536))\nos.read(0, 1)\nos._exit({code})")
+    running = run(f"--route=*.example.com=exec:{program}")
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        with pytest.raises(OSError):
+            while True:
+                client.sendall(b"x" * 65536)
+    assert running.ending().reason == "backend_reset" and running.ending().seconds < 5
+    wait_until(lambda: not running.tunnels.guest.live)
+
+
+def test_psql_is_refused_when_the_program_ends_before_it_says_yes(run, tmp_path):
+    """PostgreSQL's question for TLS goes to the program first."""
+    text = "import os, sys\nassert os.read(0, 100) == bytes((0, 0, 0, 8, 4, 210, 22, 47))\nsys.exit('no route')"
+    program = script(tmp_path, text)
+    running = run(f"--route=*.example.com=exec:{program}")
+    with running.connect(SSL_REQUEST_BYTES) as client:
+        assert client.recv(1) == b"S"
+        client.sendall(HELLO)
+        assert read_all(client) == alert(80)
+    assert running.ending().reason == "command_failed" and running.ending().detail.endswith("(exit 1): no route")
 
 
 CHILD = """
@@ -406,6 +431,18 @@ def test_a_program_and_all_that_it_started_end_with_the_connection(run, tmp_path
     leave(client)
     wait_until(lambda: not any(map(runs, pids)))
     wait_until(lambda: not running.tunnels.processes.running)
+
+
+def test_a_router_that_is_stopped_leaves_no_program(launch, tmp_path):
+    program = launch(f"--route=*.example.com=exec:{script(tmp_path, CHILD)} polite", "--drain=100ms")
+    with program.connect(HELLO) as client:
+        said = b""
+        while not said.endswith(b"\n"):
+            said += client.recv(100)
+        program.stop()
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+    assert not any(runs(int(word)) for word in said.split())
 
 
 def test_a_client_that_leaves_early_leaves_no_process(run, tmp_path):
