@@ -21,6 +21,9 @@ The owner keeps the children's ports and tunnels, Processes keeps the processes.
 before the process's descriptors are closed: until then `Child.alive`, on any thread, asks about the right
 process; afterwards the numbers may belong to another one, so by then no tunnel may lead there.
 
+A process may also be one connection of a client: then a socket (`stream`) is its stdin and stdout, its stderr is what
+is heard, and its owner is another one (sniroute_commands).
+
 Shared processes.  A launcher with `shared` words starts one process for several tunnels.  It is told on its
 stdin, in lines, what to open and close, and it ends when its stdin ends:
 

@@ -12,7 +12,8 @@ Threads.  The loop asks `ready`, and owns every Backend.  A thread wait-<n> runs
 written by both, one assignment each.
 
 Seams: I want to ...
-    add a kind of target     a row in SCHEMES; a subclass of Backend where none of those here fits
+    add a kind of target     a row in SCHEMES; a subclass of Backend where none of those here fits; a room of its own, as
+                             sniroute_commands, where many do without
 
 It imports tunnels, processes, launchers, race, the loop, names and refusals.
 """

@@ -48,6 +48,7 @@ goes to `wait`, which returns at once.  Only the loop writes `leases`.
 Seams: I want to ...
     run another tunnel program     a Launcher row (sniroute_launchers): this room knows nothing of cloudflared
     wait, retry or forget later    a constant below
+    run processes of another kind  a Guest: sniroute_commands has one
     test without waiting           `clock` and `jitter` are arguments; `step()` is one turn of the reaper
 
 This room imports sniroute_launchers, sniroute_processes, sniroute_ports, sniroute_log, WakePipe and WAIT_LAST of

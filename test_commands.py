@@ -408,7 +408,8 @@ def test_psql_is_refused_when_the_program_ends_before_it_says_yes(run, tmp_path)
 
 CHILD = """
 import os, signal, subprocess, sys
-child = subprocess.Popen(["sleep", "1000"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+NULL = subprocess.DEVNULL
+child = subprocess.Popen(["sleep", "1000"], stdin=NULL, stdout=NULL, stderr=NULL)
 signal.signal(signal.SIGTERM, signal.SIG_IGN if sys.argv[1] == "stubborn" else signal.SIG_DFL)
 os.read(0, 65536)
 os.write(1, b"%d %d\\n" % (os.getpid(), child.pid))

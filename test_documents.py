@@ -212,6 +212,14 @@ def test_the_settings_file_has_every_setting_and_its_default(tmp_path):
     assert set(re.findall(r"^(\w+) = ", route_options, re.MULTILINE)) == {"target", *sniroute_settings.ROUTE_OPTIONS}
 
 
+def test_the_programs_of_the_examples_are_settings(tmp_path):
+    path = tmp_path / "sniroute.toml"
+    path.write_text(marked(OPERATING, "programs"))
+    routes = load_settings(["-c", str(path)], {}).routes
+    assert [routes.decide(f"{name}.example.com").scheme.is_tunnel for name in ("a.shell", "a.db", "web")] == [
+        False, True, True]
+
+
 def test_settings_that_a_reload_cannot_change_are_there():
     (listed,) = re.findall(r"wait for the next\s+start \(([^)]*)\)", section(OPERATING, "### Reload"))
     assert set(re.findall(r"`(\w+)`", listed)) == {row.field for row in SETTINGS if row.fixed}
