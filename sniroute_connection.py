@@ -40,8 +40,8 @@ import socket
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from sniroute_deadlines import out_of_descriptors
-from sniroute_flow import BROKEN, DONE, EARLY, MESSAGE, NO_FLOW, OPEN, READ_MAX, UNANSWERED, Flow
+from sniroute_deadlines import out_of_descriptors, wait_for_exit, wait_for_room
+from sniroute_flow import BROKEN, DONE, EARLY, ENDING, MESSAGE, NO_FLOW, OPEN, READ_MAX, UNANSWERED, Flow
 from sniroute_log import BACKEND_CLOSED, CLIENT_CLOSED, CLIENT_LEFT
 from sniroute_loop import READ, WRITE, Queue
 from sniroute_names import parse_ip
@@ -336,6 +336,10 @@ class Connection:
         except Unreachable as error:
             self.backend_failed(str(error))
             return
+        except BlockingIOError:
+            self.state = DIALING
+            wait_for_room(self)
+            return
         except OSError as error:
             out_of_descriptors(self, error)
             return
@@ -478,7 +482,11 @@ class Connection:
             if is_unheard(self):
                 self.backend_failed("it closed the connection without a byte")
                 return
-            if self.backend is not None and self.backend.is_lost():
+            lost = self.backend is not None and self.backend.is_lost()
+            if lost is None:
+                wait_for_exit(self)
+                return
+            if lost:
                 pass_on_reset(self, flow, read=True)  # of a process that dies the kernel ends the connections
                 return
         if flow.twin.state is BROKEN:
@@ -511,7 +519,7 @@ class Connection:
         elif self.state is UNANSWERED:
             self.close(CLIENT_LEFT)
         else:
-            pass_on_reset(self, flow.twin, read=False)
+            pass_on_reset(self, flow.twin, read=flow.twin.state is ENDING)
 
     # -- the end
 

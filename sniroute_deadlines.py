@@ -11,7 +11,7 @@ Threads: the loop only.
 Seams: I want to ...
     let a connection wait for something else     a queue in Deadlines, and its function
 
-It imports resets, race, the loop and refusals.
+It imports resets, race, flow, the loop and refusals.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from sniroute_loop import CAPACITY_PAUSE, Loop
+from sniroute_flow import ENDING
+from sniroute_loop import CAPACITY_PAUSE, READ, Loop
 from sniroute_race import CONNECT_BUDGET, CONNECT_TIMEOUT, STAGGER, Attempt, Race, Races, no_answer
 from sniroute_refusals import Refused
 from sniroute_resets import RESET_LOOK, RESET_LOOK_LATER, look_at_reset
@@ -36,6 +37,8 @@ HEADER_GRACE = 0.1  # a PROXY header that may come or not: a balancer sends it w
 GREETING_TIMEOUT = 20.0  # for a backend's answer to SSLRequest; a tunnel dials its far end meanwhile
 FIRST_BYTE_TIMEOUT = 20.0  # a tunnel without an answer to the hello by then does not work; the carrier gives up at 15
 WORDS_TIMEOUT = 0.05  # a tunnel has failed: its words are on their way from one process to another
+BACKLOG_LOOK = 0.02  # between two connects to a unix socket whose backlog is full
+EXIT_TIMEOUT = 0.05  # a program has ended its stream: its exit code comes next, from the kernel
 LINGER = 0.5  # a refused client may read its alert this long before the close
 
 
@@ -53,6 +56,8 @@ class Deadlines:
         self.greeting = loop.queue(GREETING_TIMEOUT, late_ssl_answer)
         self.first_byte = loop.queue(FIRST_BYTE_TIMEOUT, late_first_byte)
         self.words = loop.queue(WORDS_TIMEOUT, words_are_due)
+        self.backlog = loop.queue(BACKLOG_LOOK, lambda connection: connection.connect(""))
+        self.exit = loop.queue(EXIT_TIMEOUT, exit_is_due)
         self.linger = loop.queue(LINGER, lambda connection: connection.close(connection.reason))
         self.resetting = loop.queue(RESET_LOOK, look_at_reset)
         self.stuck = loop.queue(RESET_LOOK_LATER, look_at_reset)
@@ -124,6 +129,25 @@ def out_of_descriptors(connection: Connection, error: OSError) -> None:
     """There is none for the backend: our own trouble, neither the backend's fault nor its tunnel's."""
     connection.router.pause(error.strerror, monotonic() + CAPACITY_PAUSE)
     connection.refuse(Refused("busy", error.strerror))
+
+
+def wait_for_room(connection: Connection) -> None:
+    """The backlog of its backend is full: connect again soon."""
+    connection.up.wait_for(READ, connection.on_waiting)
+    connection.wait_in(connection.router.deadlines.backlog)
+
+
+def wait_for_exit(connection: Connection) -> None:
+    """Its backend's program has ended its stream, and may have died: learn that before the client hears of the end."""
+    connection.down.state = ENDING
+    connection.down.rewatch()
+    connection.wait_in(connection.router.deadlines.exit)
+
+
+def exit_is_due(connection: Connection) -> None:
+    """The exit code is there, or there is none."""
+    if connection.down.state is ENDING:
+        connection.ended(connection.down)
 
 
 def late_ssl_answer(connection: Connection) -> None:

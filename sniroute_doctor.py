@@ -132,8 +132,11 @@ def explain(settings: Settings) -> int:
         print(f"target:  {decision.target}")
         if decision.tunnel is not None:
             advice = explain_tunnel(settings, decision.tunnel)
-        elif settings.admin is not None:
-            ask_router(settings.admin)
+        else:
+            if obstacle := decision.scheme.obstacle(decision.rest):
+                raise Refused("command_failed", obstacle)
+            if settings.admin is not None:
+                ask_router(settings.admin)
     except TunnelError as error:
         return show_refusal(tunnel_refused(error.kind, str(error)))
     except Refused as error:
@@ -191,7 +194,7 @@ def explain_tunnel(settings: Settings, key: TunnelKey) -> str:
 
     Raises TunnelError where it cannot be had.
     """
-    launcher = settings.launchers[key.launcher]
+    launcher = settings.launchers[key.launcher].row(key)
     print("runs:   ", shlex.join([launcher.find(), *launcher.argv(key.hostname, settings.ports[0])]))
     if not key.identified:
         print("token:   not shown there: the client may own that domain")

@@ -17,6 +17,7 @@ The state of a flow, and what is called when its source can be read (`mover`):
     BULKY     move_bulk  the last read was full: as much as Pipes allows at this time
     BLOCKED   -          the sink is full: the rest waits in `pending`, and the source is not read (backpressure)
     DONE      -          the source has ended, which the sink is told behind the last byte
+    ENDING    -          the source, a program's stream, has ended, and whether the program died is known in a moment
     BROKEN    -          the sink has broken off.  It is the twin's source: the twin reads what that said before, and
                          takes its end for a reset.  The kernel tells of a reset once; who reads later is told of an end
 
@@ -59,6 +60,7 @@ PENDING_MAX = 1 << 22  # bytes kept for full sinks (those in lent pipes not coun
 PIPES_MAX = 32  # pipes lent to flows whose sink is full: 1 MiB and two descriptors each
 
 OPEN, BULKY, BLOCKED, DONE, BROKEN = "open", "bulky", "blocked", "done", "broken"  # states of a flow
+ENDING = "ending"  # another
 UNANSWERED, EARLY = "unanswered", "early"  # a connection's states: its backend has not said a byte yet
 READING = (OPEN, BULKY)  # states of a flow whose source is read
 

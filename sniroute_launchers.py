@@ -32,6 +32,7 @@ import json
 import os
 import shutil
 import sys
+import zlib
 from typing import Callable, Mapping, NamedTuple
 
 from sniroute_host import PATHS_MAX, changed_by_others, interpreter_of
@@ -40,6 +41,7 @@ from sniroute_names import HEADER_VALUE, OPTIONS, is_here, printable
 __version__ = "0.1.0"
 
 CARRIES = 16  # hostnames in one carrier: they share its 20 MB, its one core, and its end
+KEY_MAX, KEY_SHOWN = 253, 230  # characters of a key for people: as long as a host name; of it, before its mark
 WORDS_MAX = 200  # characters of a program's last words: one line of a log
 
 # -- words into reasons ------------------------------------------------------------------------
@@ -66,15 +68,33 @@ class Reason(NamedTuple):
     final: bool = False  # another try would end the same way
 
 
+class Variable(NamedTuple):
+    """A variable that a route gives to its program.  The value may be a secret: for people it is the name alone."""
+
+    name: str
+    value: str | None = None  # None: the router's own, where it has one
+
+    def __str__(self) -> str:
+        return self.name
+
+    __repr__ = __str__
+
+
 class TunnelKey(NamedTuple):
     """What tells one tunnel from another."""
 
     launcher: str  # the scheme of its program's row
-    hostname: str
+    hostname: str  # or the words of a command
     identified: bool = True  # it is given the router's Access token, if there is one
+    variables: tuple[Variable, ...] = ()  # of a command, from its route
 
     def __str__(self) -> str:
-        return f"{'' if self.identified else 'anonymous '}{self.launcher}:{self.hostname}"
+        text = f"{'' if self.identified else 'anonymous '}{self.launcher}:{self.hostname}"
+        if not self.variables and len(text) <= KEY_MAX:
+            return text
+        # A mark tells it from others.  Of the router's own variables it has the names alone: the values may be secrets.
+        mark = zlib.crc32("\0".join((self.hostname, *(f"{name}={value}" for name, value in self.variables))).encode())
+        return f"{text if len(text) <= KEY_SHOWN else text[:KEY_SHOWN] + '...'} [{mark:08x}]"
 
 
 def last_line(tail: bytes) -> tuple[str, dict]:
@@ -162,6 +182,11 @@ class Launcher(NamedTuple):
     shared: tuple[str, ...] = ()  # ... and these are the words after the program
     trial: Callable[[str], list[str]] | None = None  # hostname -> words for a run that dials once and ends
     home: bool = True  # it gets a HOME: a private folder
+    made: Callable[[TunnelKey], Launcher] | None = None  # where the key says which program: the row for that key
+
+    def row(self, key: TunnelKey) -> Launcher:
+        """The row for one tunnel."""
+        return self if self.made is None else self.made(key)
 
     def environment_for(self, identified: bool) -> dict[str, str]:
         """The environment of a process, with or without what identifies the router to Access."""

@@ -196,13 +196,16 @@ def fields_of(name: str) -> dict[str, str]:
 
 
 def expand(template: str, fields: Mapping[str, str]) -> str:
-    """`template` with its fields filled in: those of `fields_of`, and those of its pattern."""
-    return FIELDS.sub(lambda field: fields[field[1]], template)
+    """`template` with its fields filled in: those of `fields_of`, and those of its pattern; others stay as they are."""
+    return FIELDS.sub(lambda field: fields.get(field[1], field[0]), template)  # a kind may have fields of its own
 
 
-def unknown_fields(template: str, pattern: Pattern) -> str:
-    """What a template says in braces that no name of the pattern has, as a sentence; '' where there is nothing."""
-    known = (*OF_NAME, *pattern.fields)
+def unknown_fields(template: str, pattern: Pattern, more: Sequence[str] = ()) -> str:
+    """What a template says in braces that no name of the pattern has, as a sentence; '' where there is nothing.
+
+    `more`: fields that its kind of target fills in by itself.
+    """
+    known = (*OF_NAME, *pattern.fields, *more)
     rest = FIELDS.sub("", template)
     if "{" in rest or "}" in rest or not set(FIELDS.findall(template)) <= set(known):
         return f"{template!r} has a field other than {', '.join(f'{{{field}}}' for field in known)}"

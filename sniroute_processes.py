@@ -21,6 +21,9 @@ The owner keeps the children's ports and tunnels, Processes keeps the processes.
 before the process's descriptors are closed: until then `Child.alive`, on any thread, asks about the right
 process; afterwards the numbers may belong to another one, so by then no tunnel may lead there.
 
+A process may also be one connection of a client: then a socket (`stream`) is its stdin and stdout, its stderr is what
+is heard, and its owner is another one (sniroute_commands).
+
 Shared processes.  A launcher with `shared` words starts one process for several tunnels.  It is told on its
 stdin, in lines, what to open and close, and it ends when its stdin ends:
 
@@ -60,6 +63,7 @@ import os
 import selectors
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -270,10 +274,11 @@ class Process:
     The reaper writes it; a thread that doubts a child reads it, and may write `verdict`.
     """
 
-    __slots__ = ("launcher", "identified", "popen", "pid", "pidfd", "statm", "output", "line", "tail", "said", "paused",
-                 "children", "kill_at", "killed", "verdict")
+    __slots__ = ("owner", "launcher", "identified", "popen", "pid", "pidfd", "statm", "output", "line", "tail", "said",
+                 "paused", "children", "kill_at", "killed", "verdict")
 
-    def __init__(self, launcher: Launcher, identified: bool, popen: subprocess.Popen):
+    def __init__(self, launcher: Launcher, identified: bool, popen: subprocess.Popen, owner: Owner | None = None):
+        self.owner = owner  # is told of its end; None: the one of Processes
         self.launcher = launcher
         self.identified = identified  # it has the router's Access token, if there is one
         self.popen = popen
@@ -282,7 +287,7 @@ class Process:
         if hasattr(os, "pidfd_open"):
             with contextlib.suppress(OSError):
                 self.pidfd = os.pidfd_open(popen.pid)
-        self.output = popen.stdout
+        self.output = popen.stdout or popen.stderr  # its stdout may be a client's connection
         self.line = b""  # shared: a line of which the end has not come yet
         self.tail = b""  # the end of its output; where it is shared, of the lines that named no listener
         self.said = 0.0  # when it last said something
@@ -292,6 +297,8 @@ class Process:
         self.killed = False
         self.verdict = ""  # why it has to be killed; a thread that doubts writes it, too
         self.statm = -1  # /proc/PID/statm of this process, even when another process has its number later
+        if owner is not None:
+            return  # nobody asks whether it holds a port
         try:
             self.statm = os.open(f"/proc/{popen.pid}/statm", os.O_RDONLY)
         except FileNotFoundError:
@@ -446,21 +453,25 @@ class Processes:
         return next((process for process in self.running if process.launcher is launcher
                      and process.identified is identified and process.has_room()), None)
 
-    def launch(self, launcher: Launcher, identified: bool, words: list[str]) -> Process:
-        """Start a process; `words` are its program and arguments.  Raises OSError, and leaves nothing behind then."""
+    def launch(self, launcher: Launcher, identified: bool, words: list[str], stream: socket.socket | None = None,
+               owner: Owner | None = None) -> Process:
+        """Start a process; `words` are its program and arguments.  Raises OSError, and leaves nothing behind then.
+
+        `stream` becomes its stdin and stdout, and stays the caller's.  `owner` is told of its end instead of ours.
+        """
         if self.guard is None:
             self.guard = death_guard()
         environment = launcher.environment_for(identified)
-        if launcher.home:
+        if launcher.home and "HOME" not in environment:
             environment["HOME"] = self.home.get()
         popen = subprocess.Popen(
-            [*self.guard, *words], stdin=subprocess.PIPE if launcher.shared else subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, cwd="/", process_group=0,
-            env=environment)
-        process = Process(launcher, identified, popen)
+            [*self.guard, *words], stdin=stream or (subprocess.PIPE if launcher.shared else subprocess.DEVNULL),
+            stdout=stream or subprocess.PIPE, stderr=subprocess.PIPE if stream else subprocess.STDOUT, bufsize=0,
+            cwd="/", process_group=0, env=environment)
+        process = Process(launcher, identified, popen, owner)
         self.running.append(process)
         try:
-            for pipe in (popen.stdin, popen.stdout):
+            for pipe in (popen.stdin, process.output):
                 if pipe is not None:
                     os.set_blocking(pipe.fileno(), False)
             self.selector.register(process.output, selectors.EVENT_READ, (self._drain, process))
@@ -625,7 +636,7 @@ class Processes:
         self._unwatch(process)
         process.children.clear()
         try:
-            self.owner.exited(process, ends)
+            (process.owner or self.owner).exited(process, ends)
         finally:
             process.close()
 

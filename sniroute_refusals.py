@@ -113,8 +113,9 @@ REFUSALS = {
                       "use clients of PostgreSQL 17 or later, which cancel over TLS"),
     "client_limit": Refusal(WARNING, INTERNAL_ERROR, 429, "the client address has --max-per-client connections",
                             "raise --max-per-client, or name a balancer in --proxy-from"),
-    "busy": Refusal(WARNING, INTERNAL_ERROR, 503, "too many names wait already, or descriptors or threads are short",
-                    "raise LimitNOFILE, or look for who asks for so many names"),
+    "busy": Refusal(WARNING, INTERNAL_ERROR, 503,
+                    "too many names wait or programs run already, or descriptors or threads are short",
+                    "raise LimitNOFILE or --max-tunnels, or look for who asks for so many names"),
     "unresolved": Refusal(WARNING, INTERNAL_ERROR, 502, "the target's host does not resolve",
                           "check the target, and the resolver of this host"),
     "backend": Refusal(WARNING, INTERNAL_ERROR, 502, "the backend refused the connection, or did not answer",
@@ -138,6 +139,9 @@ REFUSALS = {
     "tunnel_budget": Refusal(WARNING, INTERNAL_ERROR, 429, "the client address asked for too many cold tunnels",
                              "wait a few seconds, or look for who asks for so many names"),
     "tunnel_stopping": Refusal(INFO, INTERNAL_ERROR, 503, "sniroute is stopping", "connect again"),
+    "command_failed": Refusal(WARNING, INTERNAL_ERROR, 502, "the program did not start, or ended without a byte",
+                              "run it by hand, as the router's user and with its environment alone; "
+                              "what it needs goes into the route's env and env_from"),
     "internal": Refusal(ERROR, INTERNAL_ERROR, 500, "a fault in sniroute itself: please report it",
                         "report it, with the traceback in the log"),
 }

@@ -335,6 +335,7 @@ class Router(socketserver.ThreadingTCPServer):
     def server_activate(self) -> None:
         """Listen on every address, and have the loop accept from it.  Raises SettingsError."""
         self.targets.own = [listener.getsockname()[:2] for listener in self.listeners]
+        self.targets.own_socket = self.settings.admin if isinstance(self.settings.admin, str) else None
         listen((listener for listener in self.listeners if listener.decision is None), "--listen")
         for listener in self.listeners:
             self._hear(listener)

@@ -26,8 +26,8 @@ from __future__ import annotations
 import weakref
 from typing import Callable, Iterable, Iterator, Mapping, NamedTuple
 
-from sniroute_launchers import TunnelKey
-from sniroute_names import Network, ascii_advice, has_owner, parse_host_port, show_address
+from sniroute_launchers import TunnelKey, Variable
+from sniroute_names import Network, ascii_advice, has_owner, is_here, parse_host_port, printable, show_address
 from sniroute_patterns import (CHOSEN, FIELDS, STARS, Fielded, expand, fields_of, parse_pattern, rank, unknown_fields,
                                written)
 from sniroute_refusals import Malformed, Refused
@@ -77,6 +77,8 @@ class Route(NamedTuple):
     max_connections: int | None = None
     idle: float | None = None  # seconds, instead of --idle
     connection_idle: float | None = None  # seconds, instead of --connection-idle
+    env: tuple[Variable, ...] = ()  # for its program
+    env_from: tuple[Variable, ...] = ()  # the router's own, for its program
 
     def __str__(self) -> str:
         return f"{self.pattern}={self.target}"
@@ -84,7 +86,7 @@ class Route(NamedTuple):
     @property
     def scheme(self) -> Scheme:
         """The row of its kind of target."""
-        return SCHEMES[self.target.partition(":")[0]]
+        return kind(self.target.partition(":")[0])
 
     @property
     def chooses_port(self) -> bool:
@@ -112,10 +114,15 @@ class Route(NamedTuple):
         if fields is None:
             fields = next(self.splits(name))
         scheme, _, rest = expand(self.target, fields).partition(":")
-        row = SCHEMES[scheme]
+        row = kind(scheme)
         rest = row.check(rest)
+        row.guard(self.target.partition(":")[2], rest)
         target = f"{scheme}:{rest}"
-        tunnel = TunnelKey(scheme, rest, not identified or self.is_of_one_domain()) if row.is_tunnel else None
+        tunnel = None
+        if row.is_program and row.is_tunnel:
+            tunnel = TunnelKey(scheme, rest, variables=self.env + self.env_from)
+        elif row.is_tunnel:
+            tunnel = TunnelKey(scheme, rest, not identified or self.is_of_one_domain())
         plain = self.send_proxy == "as-received" and self.allow is None and self.max_connections is None
         return Decision(self, target, row, rest, f"{self.pattern}={target}", tunnel, tally or Tally(), plain)
 
@@ -137,6 +144,24 @@ class Route(NamedTuple):
         return all(map(has_owner, ends))  # each is what stands behind the label that holds the client's last part
 
 
+PROGRAM_KINDS = ("exec", "command")  # kinds of target that are an option
+
+
+def kind(scheme: str) -> Scheme:
+    """The row of a kind of target.  Raises ValueError where there is none, or its file is not there."""
+    row = SCHEMES.get(scheme)
+    if row is None and scheme in PROGRAM_KINDS:
+        if not is_here("sniroute_commands"):
+            raise ValueError(f"{scheme}: needs sniroute_commands.py, which is not beside sniroute.py: copy it there")
+        from sniroute_commands import COMMAND_SCHEMES  # imported late: an option
+        SCHEMES.update(COMMAND_SCHEMES)
+        row = SCHEMES[scheme]
+    if row is None:
+        raise ValueError(f"{printable(scheme)!r} is no kind of target: there are "
+                         f"{', '.join(sorted({*SCHEMES, *PROGRAM_KINDS}))}")
+    return row
+
+
 def parse_route(text: str) -> Route:
     """`PATTERN=TARGET`.  Raises ValueError with a sentence for people."""
     pattern, equals, target = text.partition("=")
@@ -144,15 +169,16 @@ def parse_route(text: str) -> Route:
     if not equals or not colon:
         raise ValueError(f"{text!r} is not PATTERN=TARGET, as db.example.com=tcp:192.0.2.10:5432")
     read = parse_pattern(pattern)
-    if scheme not in SCHEMES:
-        raise ValueError(f"{scheme!r} is no kind of target: there are {', '.join(sorted(SCHEMES))}")
-    if fault := unknown_fields(rest, read):
+    row = kind(scheme)
+    if fault := unknown_fields(rest, read, row.holds):
         raise ValueError(fault)
     front = {"": "", CHOSEN: "{}.example.com"}.get(read.stars, "{}.")
     letter, number = (read.sample(value, front.format(value)) for value in ("a", "1"))
     host, port_follows, port = rest.rpartition(":")
     try:  # a sample name shows what no name could make valid; what stands for the port is a number in it
-        SCHEMES[scheme].check(expand(host + port_follows, letter) + expand(port, number if port_follows else letter))
+        sample = expand(host + port_follows, letter) + expand(port, number if port_follows else letter)
+        row.check(sample)
+        row.guard(rest, sample)
     except Malformed as error:
         advice = ascii_advice(target)
         raise ValueError(f"{target!r} is not ASCII{advice}" if advice else f"{target!r}: {error}") from None

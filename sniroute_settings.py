@@ -31,12 +31,12 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 from sniroute_host import (PATHS_MAX, TUNNEL_MEMORY, changed_by_others, descriptor_limits, local_ports, memory_allowed,
                            too_little)
-from sniroute_launchers import (SERVICE_TOKEN, TUNNEL_IDENTITY, Launcher, carrier_launcher, cloudflared_launcher,
-                                identity_faults, inherited)
-from sniroute_names import (OPTIONS, Network, describe_version, is_here, parse_host_port, parse_network, printable,
-                            show_address)
+from sniroute_launchers import (SERVICE_TOKEN, TUNNEL_IDENTITY, Launcher, Variable, carrier_launcher,
+                                cloudflared_launcher, identity_faults, inherited)
+from sniroute_names import (OPTIONS, Network, describe_version, is_here, parse_host_port, parse_ip, parse_network,
+                            printable, show_address)
 from sniroute_refusals import SettingsError
-from sniroute_routes import Route, Routes, parse_port_route, parse_route, port_address
+from sniroute_routes import PROGRAM_KINDS, Route, Routes, parse_port_route, parse_route, port_address
 from sniroute_targets import SCHEMES
 from sniroute_wire import PROXY_WRITERS
 
@@ -56,6 +56,7 @@ SERVICE_LINK = re.compile(r"(?:tcp|udp|sctp)://\S+")
 # -- values ------------------------------------------------------------------------------------
 
 
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)  # the name of one, POSIX 8.1
 DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?", re.ASCII)
 
 
@@ -148,6 +149,25 @@ def one_of(*words: str) -> Callable[[str], str]:
             raise ValueError(f"{text!r} is none of {', '.join(words)}")
         return text
     return parse
+
+
+def parse_env(value: Any) -> tuple[Variable, ...]:
+    """A table of variables.  Raises ValueError, which never has a value in it: it may be a secret."""
+    if not isinstance(value, dict):
+        raise ValueError("is no table of variables, as { NAME = \"value\" }")
+    for name, text in value.items():
+        if not VARIABLE.fullmatch(name) or "\0" in as_text(text):
+            raise ValueError(f"{printable(name)}: is no variable: a name has letters, digits and _, a value no NUL")
+    return tuple(sorted(Variable(name, as_text(text)) for name, text in value.items()))
+
+
+def parse_names(text: str) -> tuple[Variable, ...]:
+    """`NAME,...`: variables of the router's own environment.  Raises ValueError."""
+    names = [name.strip() for name in text.split(",")]
+    wrong = [name for name in names if not VARIABLE.fullmatch(name)]
+    if wrong:
+        raise ValueError(f"{printable(wrong[0])!r} is not the name of a variable")
+    return tuple(Variable(name) for name in sorted(set(names)))
 
 
 LOCAL_NETWORKS = "127.0.0.0/8,::1/128,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,fc00::/7"
@@ -248,7 +268,10 @@ SETTINGS = (
 
 # What a route in a file may have beside its target: a field of Route, and its parser.
 ROUTE_OPTIONS = {"send_proxy": one_of(*PROXY_WRITERS), "allow": parse_networks, "max_connections": parse_count,
-                 "idle": parse_duration, "connection_idle": parse_off_or_duration}
+                 "idle": parse_duration, "connection_idle": parse_off_or_duration, "env": parse_env,
+                 "env_from": parse_names}
+WHOLE_OPTIONS = frozenset(("env",))  # those whose parser takes the value as TOML has it
+PROGRAM_OPTIONS = frozenset(("env", "env_from"))  # those for targets that run a program
 ADMIN_TOKEN = "SNIROUTE_ADMIN_TOKEN"  # the variable; a secret is no option, which every user of the host can read
 
 
@@ -385,6 +408,7 @@ def read_routes(table: Any, wrong: list[str], kind: str = "routes",
                          'as "db.example.com" = "tcp:192.0.2.10:5432")')
             continue
         target = as_text(options.pop("target"))
+        scheme = target.partition(":")[0]
         try:
             route = parse(f"{pattern}={target}")
         except ValueError as error:
@@ -395,11 +419,14 @@ def read_routes(table: Any, wrong: list[str], kind: str = "routes",
             if name not in ROUTE_OPTIONS:
                 others = meant(name, ("target", *ROUTE_OPTIONS))
                 wrong.append(f"{where}.{printable(name)}: there is no such option{others}")
+            elif name in PROGRAM_OPTIONS and scheme not in PROGRAM_KINDS:
+                wrong.append(f"{where}.{name}: is for {' and '.join(f'{kind}:' for kind in PROGRAM_KINDS)}")
             elif name == "idle" and not route.scheme.is_tunnel:
                 wrong.append(f"{where}.idle: is for tunnels; here connection_idle resets what is silent")
             else:
                 try:
-                    route = route._replace(**{name: ROUTE_OPTIONS[name](as_text(option))})
+                    given = option if name in WHOLE_OPTIONS else as_text(option)
+                    route = route._replace(**{name: ROUTE_OPTIONS[name](given)})
                 except ValueError as error:
                     wrong.append(f"{where}.{name}: {error}")
         if route.pattern:
@@ -487,6 +514,7 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], running: Sett
     if wrong:
         raise SettingsError(*wrong)
     values["launchers"] = running.launchers if running else tunnel_launchers(values["cloudflared"], environ)
+    add_commands(values["launchers"], (*values["route"], *values["port"]))
     return Settings(command=asked.command, name=asked.name, quiet=asked.quiet, covered=covered, kept=kept,
                     again=functools.partial(load_settings, argv, environ), **derived(values))
 
@@ -589,6 +617,7 @@ def cross_checked(values: Mapping[str, Any], given: Mapping[str, Given], running
         wrong.append(f"{ADMIN_TOKEN}: has to be 16 printable characters or more, without spaces")
     own = [("--listen", show_address(address)) for address in values["listen"] or ()]
     own += [("port", show_address(port_address(route))) for route in values["port"] or ()]
+    own += [("--admin", values["admin"])] if isinstance(values["admin"], str) else []
     for name in ("route", "port"):
         wrong += [f"{given[name].source}: {route} leads back to {what} {address}" for what, address in own
                   for route in values[name] or () if route.scheme.leads_back(route.target.partition(":")[2], address)]
@@ -607,7 +636,9 @@ def overlap(one: str | tuple[str, int] | None, other: str | tuple[str, int] | No
 def derived(values: dict[str, Any]) -> dict[str, Any]:
     """The values, and what depends on the host."""
     _, descriptors = descriptor_limits()
-    fit = max(1, (descriptors - min(SPARE_FDS, descriptors // 2)) // 2)
+    programs = any(route.target.startswith("exec:") for route in (*values["route"], *values["port"]))
+    spare = SPARE_FDS * (1 + programs)  # there may be as many of these as tunnels
+    fit = max(1, (descriptors - min(spare, descriptors // 2)) // 2)
     values["fit"] = fit
     values["max_connections"] = values["max_connections"] or fit
     values["max_tunnels"] = values["max_tunnels"] or tunnels_that_fit(values)
@@ -620,6 +651,8 @@ def tunnels_that_fit(values: Mapping[str, Any]) -> int:
     memory = memory_allowed()
     used = {route.target.partition(":")[0] for route in (*values["route"], *values["port"])}
     share = min((row.carries for scheme, row in values["launchers"].items() if scheme in used), default=1)
+    if not used.isdisjoint(PROGRAM_KINDS):
+        share = 1
     return max(1, min(last - first + 1, memory * share // TUNNEL_MEMORY))
 
 
@@ -635,6 +668,39 @@ def tunnel_launchers(program: str | None, environ: Mapping[str, str]) -> dict[st
     return {"cloudflared": cloudflared, "carrier": carrier}
 
 
+def add_commands(launchers: dict[str, Launcher], routes: Iterable[Route]) -> None:
+    """Add the row for commands, where a route has one.  The table of a router that runs learns it at a reload."""
+    if "command" not in launchers and any(route.target.startswith("command:") for route in routes):
+        from sniroute_commands import COMMAND  # imported late: an option
+        launchers["command"] = COMMAND
+
+
+def warn_of_programs(settings: Settings) -> None:
+    """Say which programs cannot be run, what they will miss, and who may reach the inside of this host."""
+    named = [show_address(address) for address in settings.listen if not is_loopback(address[0])]
+    for route in (*settings.routes.routes, *settings.port):
+        outside = named
+        if route in settings.port:
+            address = port_address(route)
+            outside = [] if is_loopback(address[0]) else [show_address(address)]
+        if obstacle := route.scheme.obstacle(route.target.partition(":")[2]):
+            log.warning("%s; names that need it are refused until then", obstacle)
+        for variable in route.env_from:
+            if variable.name not in os.environ:
+                log.warning("%s: %s of env_from is not set: its program runs without it", route.pattern, variable)
+        if outside and route.scheme.is_inside and route.allow is None:
+            log.warning("%s: everybody who reaches %s gets there: name its clients in `allow`, "
+                        "or listen on 127.0.0.1", route, ", ".join(outside))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this host reaches a listener on it."""
+    try:
+        return host == "localhost" or parse_ip(host).is_loopback
+    except ValueError:
+        return False
+
+
 def warn(settings: Settings) -> None:
     """Say what is likely not meant, at the start, after a reload, and in `check`."""
     for line in settings.covered:
@@ -643,13 +709,15 @@ def warn(settings: Settings) -> None:
         log.warning("no --route: every name is served, each by a tunnel of its own (%s)", settings.routes.routes[0])
     routes = (*settings.routes.routes, *settings.port)
     for scheme, launcher in settings.launchers.items():
-        if any(route.target.startswith(f"{scheme}:") for route in routes):
+        if launcher.made is None and any(route.target.startswith(f"{scheme}:") for route in routes):
             if scheme == "cloudflared" and launcher is settings.launchers["carrier"]:
                 log.info("cloudflared is not on PATH: the carrier beside sniroute.py does its work")
             elif obstacle := launcher.obstacle:
                 log.warning("%s; names that need it are refused until then", obstacle)
+    warn_of_programs(settings)
     for route in settings.routes.routes:
-        if route.scheme.is_tunnel and settings.routes.identified and not route.is_of_one_domain():
+        if route.scheme.is_tunnel and not route.scheme.is_program and settings.routes.identified \
+                and not route.is_of_one_domain():
             log.warning("%s: a client may own the domain this leads to, so the Access token is not shown there: "
                         "route your own domain, as **.example.com", route)
         if route.target.startswith("tcp:") and not route.is_of_one_domain():
@@ -661,7 +729,7 @@ def warn(settings: Settings) -> None:
                         "come", route)
     identity = settings.launchers["carrier"].environment
     missing = [variable for variable in SERVICE_TOKEN if not identity.get(variable)]
-    if len(missing) == 1 and any(route.scheme.is_tunnel for route in routes):
+    if len(missing) == 1 and any(route.scheme.is_tunnel and not route.scheme.is_program for route in routes):
         log.warning("%s is not set: the other half of the service token alone opens nothing", *missing)
     if settings.proxy_protocol != "off" and settings.proxy_from == parse_networks(LOCAL_NETWORKS) \
             and any(route.allow is not None for route in routes):

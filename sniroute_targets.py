@@ -12,7 +12,8 @@ Threads.  The loop asks `ready`, and owns every Backend.  A thread wait-<n> runs
 written by both, one assignment each.
 
 Seams: I want to ...
-    add a kind of target     a row in SCHEMES; a subclass of Backend where none of those here fits
+    add a kind of target     a row in SCHEMES; a subclass of Backend where none of those here fits; a room of its own, as
+                             sniroute_commands, where many do without
 
 It imports tunnels, processes, launchers, race, the loop, names and refusals.
 """
@@ -23,6 +24,7 @@ import contextlib
 import errno
 import ipaddress
 import os
+import re
 import socket
 import struct
 import time
@@ -31,7 +33,7 @@ from typing import TYPE_CHECKING, Callable, Iterable, NamedTuple, Sequence
 from sniroute_launchers import TunnelError
 from sniroute_loop import CAPACITY_ERRNOS, NEVER
 from sniroute_names import (HOST, Address, is_local, is_number, is_public, normalise_whole, parse_host_port, parse_ip,
-                            show_address)
+                            printable, show_address)
 from sniroute_processes import Child
 from sniroute_race import ADDRESSES_MAX, Laggards, Race, Row, alternate
 from sniroute_refusals import Malformed, Refused, tunnel_refused
@@ -48,6 +50,8 @@ monotonic = time.monotonic
 # Limits, each with its reason.  Times in seconds.
 RESOLVED_FOR = 30.0  # a resolved address is used; getaddrinfo does not tell its TTL
 RESOLVED_MAX = 1024  # resolved hosts kept: names may come from strangers
+UNIX_PATH_MAX = 100  # sun_path of unix(7) has 108 bytes, 104 on macOS
+BACKLOG_PATIENCE = 5.0  # a unix socket whose backlog is full: as long as an address of a host has for its connect
 KEEPALIVE = (60, 15, 4)  # idle, interval, count: a dead peer is found in two minutes
 
 # socket.SocketType is the class that socket.socket is written around: it is made without a call into Python.
@@ -177,8 +181,11 @@ class Backend:
     def answered(self) -> None:
         """The first byte has come back."""
 
-    def is_lost(self) -> bool:
-        """Whether the end of the connection is that of a program that died: then what it said is not whole."""
+    def is_lost(self) -> bool | None:
+        """Whether the end of the connection is that of a program that died: then what it said is not whole.
+
+        None: it is not known yet; ask again in EXIT_TIMEOUT.
+        """
         return False
 
     def failed(self, why: str, server: socket.SocketType | None, last: bool) -> Retry | Doubt | Refused | None:
@@ -229,6 +236,39 @@ class TcpBackend(Backend):
 
     def remark(self) -> str | None:
         return self.account() if self.told else None
+
+
+class UnixBackend(Backend):
+    """A unix socket of this host.  Where its backlog is full, the connect is tried again for a while, as TCP does."""
+
+    __slots__ = ("until",)
+
+    def __init__(self, target: str, addresses: Sequence[Row], local: bool):
+        super().__init__(target, addresses, local)
+        self.until = 0.0  # clock time: until then a full backlog is waited for; 0: it was not full yet
+
+    def begin(self) -> socket.SocketType | None:
+        """As the base.  Raises BlockingIOError where the backlog is full, to be called again soon."""
+        if self.tried:
+            return None
+        server = socket.SocketType(socket.AF_UNIX, STREAM)
+        if STREAM == socket.SOCK_STREAM:
+            server.setblocking(False)
+        error = server.connect_ex(self.addresses[0][1])
+        if not error:
+            self.tried = 1
+            return server
+        server.close()
+        why = os.strerror(error)
+        if error == errno.EAGAIN:  # unix(7): at once, where TCP would try on
+            now = monotonic()
+            self.until = self.until or now + BACKLOG_PATIENCE
+            if now < self.until:
+                raise BlockingIOError(error, why)
+            why = f"its backlog was full for {BACKLOG_PATIENCE:g} s"
+        self.tried = 1
+        self.tell(self.addresses[0], why)
+        return None
 
 
 class TunnelBackend(Backend):
@@ -335,6 +375,7 @@ class Targets:
         self.tunnels = tunnels
         self.own: list[tuple[str, int]] = []
         self.tunnel_ports = range(0)  # of this host
+        self.own_socket: str | None = None  # the path of the admin's
         self.resolved: dict[str, Resolved] = {}  # by Decision.key
         self.laggards = Laggards()
         self.make_room(0)
@@ -384,6 +425,15 @@ def leads_elsewhere(rest: str, listen: str) -> bool:
     return False
 
 
+def all_is_well(template: str, rest: str) -> None:
+    """`Scheme.guard` of a kind whose `check` is enough."""
+
+
+def no_obstacle(rest: str) -> str:
+    """`Scheme.obstacle` of a kind that needs no program."""
+    return ""
+
+
 class Scheme(NamedTuple):
     """One kind of target, as a row."""
 
@@ -395,6 +445,12 @@ class Scheme(NamedTuple):
     waits_on: str = "nothing"  # for people: what a client waits for
     leads_back: Callable[[str, str], bool] = leads_elsewhere  # (rest, HOST:PORT where we listen): it is the router itself
     is_tunnel: bool = False  # it has a tunnel in the TunnelTable, and so an idle time
+    # Raises Malformed where the fields of (the target as it was written, the same filled in) did what no name may do.
+    guard: Callable[[str, str], None] = all_is_well
+    holds: tuple[str, ...] = ()  # fields that it fills in itself, later
+    is_inside: bool = False  # it leads into this host: whoever reaches the listener gets there
+    is_program: bool = False  # it runs a program of the operator's, which never gets the Access token
+    obstacle: Callable[[str], str] = no_obstacle  # why it cannot be run now, as a sentence; '' where it can
 
 
 def check_tunnel(rest: str) -> str:
@@ -498,9 +554,42 @@ def forbidden(host: str, address: tuple) -> Refused:
     return Refused("forbidden", f"{host} is {address[0]}, which this route does not lead to")
 
 
+def check_unix(rest: str) -> str:
+    """The absolute path of a unix socket, as it came.  Raises Malformed.
+
+    No part of it is empty, `.` or `..`: so a field, which has no `/`, never leaves its folder.  A symlink is followed.
+    """
+    if not re.fullmatch(r"(?:/(?!\.{0,2}(?:/|\Z))[!-.0-~]+)+", rest) or len(rest) > UNIX_PATH_MAX:
+        raise Malformed(f"{printable(rest)!r} is not the absolute path of a unix socket: at most {UNIX_PATH_MAX} "
+                        "characters, no spaces, no . or .. in it", kind="bad_name")
+    return rest
+
+
+def keeps_its_folder(template: str, rest: str) -> None:
+    """Whether each field has filled one part of the path.  Raises Malformed."""
+    if template.count("/") != rest.count("/"):
+        raise Malformed(f"{printable(rest)!r} is in another folder than {template}", kind="bad_name")
+
+
+def is_own_socket(rest: str, listen: str) -> bool:
+    """`Scheme.leads_back` of a path, where `listen` is one."""
+    return os.path.realpath(rest) == os.path.realpath(listen) if listen.startswith("/") else False
+
+
+def unix_ready(targets: Targets, decision: Decision) -> Backend:
+    """There is nothing to resolve or to start.  Raises Refused for the router's own socket, whatever its name."""
+    path, own = decision.rest, targets.own_socket
+    if own is not None:
+        with contextlib.suppress(OSError):  # there is none: the connect says so
+            if os.path.samefile(path, own):  # no more than the look-up of a connect
+                raise Refused("forbidden", f"{path} is this router's own")
+    return UnixBackend(decision.target, ((socket.AF_UNIX, path),), True)
+
+
 TUNNEL = Scheme(check_tunnel, tunnel_ready, tunnel_prepare, "its tunnel", is_tunnel=True)
 SCHEMES = {
     "cloudflared": TUNNEL,
     "carrier": TUNNEL,
     "tcp": Scheme(check_tcp, tcp_ready, tcp_prepare, "its address", is_listener),
+    "unix": Scheme(check_unix, unix_ready, leads_back=is_own_socket, guard=keeps_its_folder, is_inside=True),
 }

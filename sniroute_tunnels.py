@@ -48,6 +48,7 @@ goes to `wait`, which returns at once.  Only the loop writes `leases`.
 Seams: I want to ...
     run another tunnel program     a Launcher row (sniroute_launchers): this room knows nothing of cloudflared
     wait, retry or forget later    a constant below
+    run processes of another kind  a Guest: sniroute_commands has one
     test without waiting           `clock` and `jitter` are arguments; `step()` is one turn of the reaper
 
 This room imports sniroute_launchers, sniroute_processes, sniroute_ports, sniroute_log, WakePipe and WAIT_LAST of
@@ -186,6 +187,16 @@ class Limits(Protocol):
     max_starting: int  # of those, how many at a time
 
 
+class Guest(Protocol):
+    """Something else that has processes: they are started, and stopped, in the reaper's turn."""
+
+    def step(self, now: float, closing: str) -> None:
+        """Do what is due (clock time).  Once the table is `closing`, end all that there is, and begin nothing."""
+
+    def due(self, now: float) -> list[float]:
+        """The clock times at which `step` has something to do."""
+
+
 class TunnelTable:
     """All tunnels, and the thread that runs their processes.
 
@@ -214,6 +225,7 @@ class TunnelTable:
         self.retiring = False  # the router drains: a tunnel that nobody uses is stopped; written by the main thread
         self.closing = ""  # "" -> "drain" (TERM first) -> "now" (KILL)
         self.pipe = WakePipe()  # ends the reaper's wait
+        self.guest: Guest | None = None  # written by the loop, once
         # The rest belongs to the reaper; `words` looks whether a child is among `children`.
         self.pool = PortPool(*ports, clock=clock)
         self.processes = Processes(self, self.pipe, clock)
@@ -434,6 +446,8 @@ class TunnelTable:
                 child.pause = min(POLL_LAST, child.pause * 1.1)
                 self._look(child, tunnel, now)
                 child.look_at = time.monotonic() + child.pause
+        if self.guest is not None:
+            self.guest.step(now, self.closing)
         self.processes.tend(now, self.closing == "now")
         self.processes.turn(self._timeout(self.clock()) if timeout is None else timeout)
 
@@ -508,7 +522,7 @@ class TunnelTable:
 
     def _timeout(self, now: float) -> float | None:
         """Seconds until something is due, None for nothing."""
-        due = self.processes.due(now)
+        due = self.processes.due(now) + (self.guest.due(now) if self.guest is not None else [])
         with self.lock:
             rows = list(self.tunnels.values())
         wanted = False
@@ -531,8 +545,8 @@ class TunnelTable:
 
     def _spawn(self, tunnel: Tunnel, now: float) -> None:
         """Find a port and a process for a tunnel that was claimed (STARTING)."""
-        scheme, hostname, identified = tunnel.key
-        launcher = self.launchers[scheme]
+        scheme, hostname, identified, _ = tunnel.key
+        launcher = self.launchers[scheme].row(tunnel.key)
         process = self.processes.with_room(launcher, identified)
         port = None
         try:
@@ -684,6 +698,8 @@ def reap(table: TunnelTable) -> None:
         except Exception:  # if this thread ended, every child would end with it
             log.exception("a fault in the reaper: please report it")
             time.sleep(RETRY)
+    if table.guest is not None:
+        table.guest.step(table.clock(), table.closing)  # what came since the last turn
     table.processes.close()
     with table.lock:
         table.pipe.close()

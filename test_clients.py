@@ -34,6 +34,75 @@ from testbed.program import Program, environment, execute
 from testbed.running import TUNNEL, read_all, read_exactly, route
 
 
+# -- ssh ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["exec", "command"])
+def through_ssh(request, launch, ports, sshd) -> Callable[..., Program]:
+    """through_ssh(address, *options): a router that leads each name to an address by way of a real sshd."""
+    def start(address: Address, *options: str, ssh: str = sshd) -> Program:
+        far = f"{address[0]}:{address[1]}"
+        way = {"exec": f"exec:{ssh} -W {far}", "command": f"command:{ssh} -N -L {{address}}:{far}"}[request.param]
+        return launch(ports, f"--route=*.example.com={way}", *options, env=environment())
+    return start
+
+
+def test_curl_goes_through_a_real_sshd_and_back(through_ssh, serve, certificate):
+    program = through_ssh(serve(backwards(certificate)).address)
+    payload = random.Random(17).randbytes(3_000_000)
+    for _ in range(3):
+        assert post(program, certificate, payload) == payload[::-1]
+    assert {end["reason"] for end in endings(program, 3)} <= {"client_closed", "backend_closed"}
+
+
+def test_psql_goes_through_a_real_sshd(through_ssh, postgres):
+    program = through_ssh(postgres)
+    for _ in range(3):
+        ended = psql(program.address, ["select repeat('x', 2000000)"], "sslmode=require")
+        assert (ended.returncode, ended.stderr, len(ended.stdout)) == (0, b"", 2_000_001)
+    assert {end["reason"] for end in endings(program, 3)} == {"client_closed"}
+
+
+def test_what_ssh_says_is_the_reason_of_the_refusal(through_ssh, free_ports, sshd):
+    nobody = HOST, free_ports(1)[0]
+    wrong = through_ssh(nobody, ssh=sshd.replace("/user ", "/host "))  # a key that sshd does not know
+    with wrong.connect(HELLO) as client:
+        assert read_all(client)[:2] == b"\x15\3"
+    (end,) = endings(wrong, 1)
+    assert end["reason"] in ("command_failed", "tunnel_failed") and "Permission denied (publickey)" in end["detail"]
+
+
+@pytest.mark.parametrize("through_ssh", ["exec"], indirect=True)
+def test_ssh_that_finds_nobody_at_the_far_end_says_so(through_ssh, free_ports):
+    program = through_ssh((HOST, free_ports(1)[0]))
+    with program.connect(HELLO) as client:
+        assert read_all(client)[:2] == b"\x15\3"
+    (end,) = endings(program, 1)
+    assert end["reason"] == "command_failed" and "stdio forwarding failed" in end["detail"]
+
+
+@pytest.mark.parametrize("through_ssh", ["exec"], indirect=True)
+@pytest.mark.parametrize("how, whole", [("end", True), ("kill", False)])
+def test_an_end_behind_ssh_is_an_end_and_a_killed_ssh_is_a_reset(through_ssh, serve, how, whole):
+    def far(sock: socket.socket) -> None:
+        sock.sendall(read_exactly(sock, len(HELLO)) + b"whole")
+        if how == "end":
+            sock.shutdown(socket.SHUT_WR)
+        sock.recv(1)
+
+    program = through_ssh(serve(far).address)
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO) + 5) == HELLO + b"whole"
+        if whole:
+            assert client.recv(1) == b""
+        else:
+            family = pathlib.Path(f"/proc/{program.process.pid}/task").glob("*/children")
+            (pid,) = " ".join(path.read_text() for path in family).split()
+            os.kill(int(pid), signal.SIGKILL)
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+
+
 # -- psql --------------------------------------------------------------------------------------
 
 

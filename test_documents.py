@@ -124,7 +124,7 @@ def test_command_lines_parse():
             with pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(io.StringIO()):
                 load_settings(words, {})
             assert ended.value.code == 0
-        elif not any("unix:" in word for word in words):  # an example of CONTRIBUTING.md: tried below
+        elif not any("=local:" in word for word in words):  # an example of CONTRIBUTING.md: tried below
             settings = load_settings(words, {})
             assert settings.command in sniroute.COMMANDS
             router += 1
@@ -207,10 +207,19 @@ def test_the_settings_file_has_every_setting_and_its_default(tmp_path):
             assert getattr(settings, attribute) == getattr(default, attribute), attribute
     assert [str(route) for route in settings.routes.routes] == [
         "db.example.com=tcp:192.0.2.10:5432", "*.example.com=cloudflared:cft-{name}",
-        "reports.example.com=cloudflared:reports.example.com"]
+        "reports.example.com=cloudflared:reports.example.com",
+        "shell.example.com=exec:ssh -W db:22 sniroute@bastion.example.net"]
     assert [str(port) for port in settings.port] == ["port 127.0.0.1:5433=tcp:192.0.2.10:5432"]
     route_options = text.partition('[routes."reports.example.com"]')[2]
     assert set(re.findall(r"^(\w+) = ", route_options, re.MULTILINE)) == {"target", *sniroute_settings.ROUTE_OPTIONS}
+
+
+def test_the_programs_of_the_examples_are_settings(tmp_path):
+    path = tmp_path / "sniroute.toml"
+    path.write_text(marked(OPERATING, "programs"))
+    routes = load_settings(["-c", str(path)], {}).routes
+    assert [routes.decide(f"{name}.example.com").scheme.is_tunnel for name in ("a.shell", "a.db", "web")] == [
+        False, True, True]
 
 
 def test_settings_that_a_reload_cannot_change_are_there():
@@ -408,24 +417,22 @@ def test_the_examples_can_be_followed(tmp_path, free_ports):
     for name in (*CORE, DOCTOR):
         shutil.copy(HERE / name, tmp_path)
     apply_examples(tmp_path)
-    port, _ = free_ports(1)
+    port, far = free_ports(2)
+    route = ["--route", f"db.example.com=local:{far}"]
     program = [sys.executable, "-S", "-E", str(tmp_path / "sniroute.py")]
-    # A path of its own, since that of a test's folder may be too long for a unix socket.
-    path = f"/tmp/sniroute-test-{port}.sock"
-    route = ["--route", f"db.example.com=unix:{path}"]
 
     def run(*words: str) -> subprocess.CompletedProcess:
         return subprocess.run([*program, *words], capture_output=True, text=True, timeout=60)
 
-    assert run("check", *route).stdout == f"db.example.com=unix:{path}\n"
+    assert run("check", *route).stdout == f"db.example.com=local:{far}\n"
     assert run("explain", "db.example.com", *route).returncode == 0
-    assert "is not the absolute path of a unix socket" in run("check", "--route", "db.example.com=unix:x.sock").stderr
+    assert "is not HOST:PORT" in run("check", "--route", "db.example.com=local:x").stderr
     file = tmp_path / "sniroute.toml"
     file.write_text('half_closed_idle = "2m"\n[routes]\n"a.example.com" = "socat:b.example.com"\n')
     done = run("check", "-c", str(file))
     assert (done.returncode, done.stdout) == (0, "a.example.com=socat:b.example.com\n")
     log = tmp_path / "log"
-    with socketserver.ThreadingUnixStreamServer(path, Echo) as echo, open(log, "wb") as stderr:
+    with socketserver.ThreadingTCPServer((HOST, far), Echo) as echo, open(log, "wb") as stderr:
         echo.daemon_threads = True
         thread = threading.Thread(target=echo.serve_forever, args=(0.05,))
         thread.start()
@@ -443,5 +450,4 @@ def test_the_examples_can_be_followed(tmp_path, free_ports):
             router.wait()
             echo.shutdown()
             thread.join()
-            pathlib.Path(path).unlink()
-    assert log.read_text().count(f"backend=unix:{path} ") == 2 and "reason=acme" in log.read_text()
+    assert log.read_text().count(f"backend=local:{far} ") == 2 and "reason=acme" in log.read_text()

@@ -654,7 +654,7 @@ def matched(expression: str) -> Iterator[set[str]]:
 NO_FAILURE = {*ENDINGS, "cancel", "not_tls", "truncated", "malformed", "prelude_timeout", "no_name", "no_route",
               "bad_name", "hello_too_large", "plain_postgres", "proxy", "shed", "client_limit", "route_limit",
               "not_allowed", "forbidden", "tunnel_budget", "tunnel_stopping"}
-FAILURES = {"backend", "backend_no_tls", "unresolved", "busy", "internal", "tunnel_failed", "tunnel_timeout",
+FAILURES = {"backend", "command_failed", "backend_no_tls", "unresolved", "busy", "internal", "tunnel_failed", "tunnel_timeout",
             "tunnel_limit", "tunnel_denied", "tunnel_unknown"}
 
 

@@ -30,7 +30,8 @@ FACE = "sniroute"
 SOURCES = {path.stem: path.read_text() for path in sorted(HERE.glob("sniroute*.py"))}
 TREES = {room: ast.parse(source) for room, source in SOURCES.items()}
 ADMIN = {"sniroute_admin.py", "sniroute_door.py", "sniroute_metrics.py", "sniroute_page.py"}
-CARRIER = OPTIONS - ADMIN - {DOCTOR}
+COMMANDS = {"sniroute_commands.py"}
+CARRIER = OPTIONS - ADMIN - COMMANDS - {DOCTOR}
 
 # What is larger than the house allows, and why.
 FILE_MAX, CLASS_MAX = 900, 30  # lines, methods
@@ -405,8 +406,10 @@ def opened(text: str) -> set[str]:
     ("check --route=*=tcp:192.0.2.1:1", {DOCTOR}),
     ("check --route=*=carrier:{name} --admin=127.0.0.1:0 --admin-public=:0", {DOCTOR}),
     ("explain a.example.com --route=*=tcp:192.0.2.1:1", {DOCTOR}),
+    ("check --route=*=unix:/tmp/{label}.sock", {DOCTOR}),
+    ("check --route=*=exec:/bin/cat", {DOCTOR, *COMMANDS}),
     ("carrier --version", CARRIER),
-], ids=["check", "check of all", "explain", "carrier"])
+], ids=["check", "check of all", "explain", "unix", "exec", "carrier"])
 def test_a_command_opens_its_own_option_only(whole, words, options):
     ended = execute(*WATCHED_PYTHON, str(whole / "sniroute.py"), *words.split(), env=BARE, text=True, said="")
     assert ended.returncode == 0, ended.stderr
@@ -416,8 +419,9 @@ def test_a_command_opens_its_own_option_only(whole, words, options):
 
 @pytest.mark.parametrize("more, options", [
     ((), set()), (("--route=*.example.org=carrier:{name}",), set()), (("--admin=127.0.0.1:0",), ADMIN),
-    ((f"--admin-public={HOST}:0",), ADMIN),
-], ids=["tcp", "carrier", "admin", "admin-public"])
+    ((f"--admin-public={HOST}:0",), ADMIN), (("--route=*.example.org=unix:/tmp/{label}.sock",), set()),
+    (("--route=*.example.org=command:/bin/cat {address}",), COMMANDS),
+], ids=["tcp", "carrier", "admin", "admin-public", "unix", "command"])
 def test_an_option_that_is_off_is_not_opened(launch, whole, tmp_path, echo_server, more, options):
     """It costs a router no memory and no time.  The carrier is a process of its own, which has not started."""
     with open(tmp_path / "stdout", "w+") as stdout:

@@ -27,7 +27,7 @@ from conftest import HOST, Address, linux, wait_until
 from testbed.admin import ask, metrics, run_admin, value  # noqa: F401 - a fixture
 from testbed.clients import certificate, postgres, program_path, psql  # noqa: F401 - fixtures
 from testbed.hellos import HELLO
-from testbed.program import PROGRAM, Customers, activated, command, environment, held, ipv6  # noqa: F401 - a fixture
+from testbed.program import PROGRAM, Customers, activated, command, environment, ipv6
 from testbed.running import Running, answer, read_all, read_exactly, reset, route
 
 BANNER = b"220 hello\r\n"

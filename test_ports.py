@@ -276,7 +276,7 @@ def test_the_holder_of_a_port_is_named_for_people(host, monkeypatch):
         number = listener.getsockname()[1]
         assert sniroute_ports.holder(number) == "sniroute itself"
         monkeypatch.setattr(sniroute_ports.os, "getpid", lambda: 0)
-        assert re.fullmatch(rf"pid [0-9]+ \(.+\)", sniroute_ports.holder(number))
+        assert re.fullmatch(r"pid [0-9]+ \(.+\)", sniroute_ports.holder(number))
         monkeypatch.setattr(sniroute_ports, "socket_inodes", lambda pids: set())  # as those of another user
         assert sniroute_ports.holder(number) == f"a process of user {os.geteuid()}"
     assert sniroute_ports.holder(number) == ""

@@ -71,7 +71,7 @@ def test_a_route_is_read(text, pattern, target):
     ("***.example.com=tcp:h:1", "two labels"), ("a.*.example.com=tcp:h:1", "two labels"),
     ("*a.example.com=tcp:h:1", "two labels"),
     ("**=tcp:h:1", "two labels"), ("a.b..=tcp:h:1", "two labels"), ("10.0.0.1=tcp:h:1", "two labels"),
-    ("a.b=http:h:1", "cloudflared, tcp"), ("a.b=tcp:{host}:1", "{name}, {label}, {domain}"),
+    ("a.b=http:h:1", "cloudflared, command, exec, tcp, unix"), ("a.b=tcp:{host}:1", "{name}, {label}, {domain}"),
     ("a.b=tcp:{name:1", "field"),
     ("a.b=tcp:name}:1", "field"), ("a.b=tcp:{}:1", "field"), ("a.b=tcp:h", "HOST:PORT"), ("a.b=tcp:h:0", "HOST:PORT"),
     ("a.b=tcp:h:65536", "HOST:PORT"), ("a.b=tcp:h h:1", "HOST:PORT"), ("a.b=cloudflared:", "host name"),

@@ -5,6 +5,7 @@
     postgres, psql      a PostgreSQL that speaks TLS, and its own client
     backwards, post     an HTTPS server, and curl
     page                an HTTPS server whose page says which name it was asked for
+    sshd                a real sshd, and the words of an ssh that may log in there
     with_psycopg        run with_psycopg.py in a Python that has psycopg
     with_pg             run with_pg.js in a node that has pg
     namespaces          the words that run a program in Linux namespaces of its own
@@ -127,6 +128,42 @@ def psql(address: Address, query: list[str], options: str, said: bytes = b"") ->
     commands = [word for line in query for word in ("-c", line)]
     program = program_path("psql", "postgresql-client")
     return execute(program, "-XAtq", "-v", "ON_ERROR_STOP=1", *commands, where, said=said)
+
+
+# -- ssh ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real sshd with keys of its own, for this user; gives the words of an ssh that may log in, but for the rest."""
+    server, client = program_path("sshd", "openssh-server"), program_path("ssh", "openssh-client")
+    keygen = program_path("ssh-keygen", "openssh-client")
+    folder = tmp_path_factory.mktemp("ssh")
+    for name in ("host", "user"):
+        assert execute(keygen, "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)).returncode == 0
+    if os.geteuid() == 0:
+        os.makedirs("/run/sshd", 0o755, exist_ok=True)  # the package has it made when the host starts
+    log = folder / "log"
+    for _ in range(5):  # somebody may be faster at taking the port
+        with socket.create_server((HOST, 0)) as free:
+            port = free.getsockname()[1]
+        options = [f"Port={port}", f"ListenAddress={HOST}", f"HostKey={folder}/host", "PidFile=none", "UsePAM=no",
+                   f"AuthorizedKeysFile={folder}/user.pub", "StrictModes=no", "PasswordAuthentication=no", "KbdInteractiveAuthentication=no",
+                   "PermitRootLogin=prohibit-password", "AllowTcpForwarding=yes", "MaxStartups=100"]
+        words = [server, "-D", "-f", "/dev/null", "-E", str(log), *(word for each in options for word in ("-o", each))]
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, env={"PATH": "/usr/bin:/bin:/usr/sbin:/sbin"})
+        try:
+            wait_until(lambda: process.poll() is not None or log.exists() and "listening" in log.read_text(), what="sshd")
+            if process.poll() is None:
+                user = pwd.getpwuid(os.geteuid()).pw_name
+                yield (f"{client} -p {port} -i {folder}/user -o BatchMode=yes -o StrictHostKeyChecking=no "
+                       f"-o UserKnownHostsFile=/dev/null -o LogLevel=ERROR -o ExitOnForwardFailure=yes {user}@{HOST}")
+                return
+        finally:
+            process.terminate()
+            process.wait()
+    raise AssertionError(log.read_text())
 
 
 # -- the web -----------------------------------------------------------------------------------

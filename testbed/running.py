@@ -38,7 +38,8 @@ class Running:
     def __init__(self, *argv: str, program: str):
         sniroute_log.log.setLevel("DEBUG")
         settings = sniroute_settings.load_settings(["--listen", f"{HOST}:0", *argv], {})
-        self.tunnels = TunnelTable({"cloudflared": cloudflared_launcher(program, {})}, settings.ports,
+        launchers = {scheme: row for scheme, row in settings.launchers.items() if row.made is not None}
+        self.tunnels = TunnelTable({"cloudflared": cloudflared_launcher(program, {}), **launchers}, settings.ports,
                                    idle=settings.idle, start_timeout=settings.start_timeout,
                                    max_tunnels=settings.max_tunnels, max_starting=settings.max_starting)
         self.endings: list[sniroute_log.Ending] = []
