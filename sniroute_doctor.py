@@ -25,6 +25,7 @@ import itertools
 import json
 import logging
 import os
+import random
 import re
 import shlex
 import signal
@@ -39,7 +40,7 @@ from typing import Any, Callable, Sequence
 
 from sniroute_flow import READ_MAX
 from sniroute_host import too_little, under_journald
-from sniroute_launchers import Launcher, Reason, TunnelError, TunnelKey
+from sniroute_launchers import Launcher, Reason, TunnelError, TunnelKey, last_words
 from sniroute_listeners import NO_NAME
 from sniroute_log import LEVELS
 from sniroute_names import CORE, OPTIONS, ascii_advice, describe_version, normalise, printable
@@ -374,8 +375,9 @@ class SelfTest:
         port = self.backend.server_address[1]
         settings = load_settings(["--listen", "127.0.0.1:0", *(word.format(port=port) for word in self.ROUTES)], {})
         launcher = Launcher(sys.executable, lambda name, port: ["-I", "-S", "-c", SELF_TEST_TUNNEL, name, str(port)],
-                            {}, lambda tail: Reason(text=printable(tail.decode(errors="replace"))), "no Python")
-        self.tunnels = TunnelTable({"cloudflared": launcher}, settings.ports)
+                            {}, lambda tail: Reason(text=last_words(tail).lower()), "no Python")  # as TAKEN is
+        first = random.randrange(20200, 32600, 100)  # not settings.ports: a router of this host may have tunnels there
+        self.tunnels = TunnelTable({"cloudflared": launcher}, (first, first + 99))
         self.router = Router(settings, self.tunnels)
         self.threads = [threading.Thread(target=self.backend.serve_forever, args=(0.05,), name="backend"),
                         threading.Thread(target=self.router.serve_forever, name="loop")]

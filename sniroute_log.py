@@ -141,6 +141,7 @@ class Journal(logging.Handler):
 
     def _run(self) -> None:
         """The thread `log`: whatever happens in it, it goes on; the router does, too, and would do so unseen."""
+        last = False
         while True:
             try:
                 return self._serve()
@@ -149,8 +150,9 @@ class Journal(logging.Handler):
                 said = f"{'<3>' if self.journald else ''}sniroute: the log goes on after a fault, please report it: "
                 with contextlib.suppress(OSError):
                     os.write(2, f"{said}{printable(repr(error), 500)}\n".encode())
-                if self.stopping:
+                if last:
                     return
+                last = self.stopping  # one more try: lines are left
                 time.sleep(LOG_REST)
 
     def _serve(self) -> None:

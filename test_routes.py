@@ -81,7 +81,7 @@ def test_a_route_is_read(text, pattern, target):
     ("{a}.b.c=tcp:{b}:1", "{name}, {label}, {domain}, {a}"), ("{a}{b}.c.d=tcp:h:1", "stands literal text"),
     ("{a}.b.c=cloudflared:{a}", "two labels"), ("{a}.b.c=cloudflared:-{a}.d.e", "not a host name"),
     ("{a}.b.c=tcp:h:{a}x", "HOST:PORT"), ("{a}.b.c=tcp:{a}.0.0.1:{a}", "HOST:PORT"), ("{a}.b.c=tcp:h:0{a}", "HOST:PORT"),
-    ("a.b=tcp:h:{label}", "HOST:PORT"), ("{a}.b.c=http:{a}", "cloudflared, tcp"),
+    ("a.b=tcp:h:{label}", "HOST:PORT"), ("{a}.b.c=http:{a}", "cloudflared, command, exec, tcp, unix"),
     ("\udcff.b=tcp:h:1", "is not a name"), ("fa\u00df.example=tcp:h:1", "is not a name"),
 ])
 def test_a_route_that_cannot_work_is_refused_at_the_start(text, complaint):
