@@ -1,6 +1,7 @@
 """sniroute_connection: one client, from accept to close.
 
-    PRELUDE, HEADER -> ROUTED -> (PARKED -> ROUTED ->) DIALING -> (GREETING ->) (UNANSWERED -> (EARLY ->)) OPEN -> CLOSED
+    PRELUDE, HEADER -> ROUTED -> (PARKED -> ROUTED ->) DIALING -> (GREETING ->) (UNANSWERED -> (EARLY ->)) OPEN
+    OPEN -> CLOSED
     any -> LINGERING -> CLOSED         EARLY, OPEN -> RESETTING -> CLOSED
 
       PRELUDE     the client says its name; one deadline from accept on, however many packets it takes

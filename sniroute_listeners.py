@@ -78,7 +78,7 @@ Place = tuple[int, tuple]  # a family and a socket address
 
 
 def listen_addresses(host: str, port: int, what: str = "--listen") -> list[Place]:
-    """(family, address) of what a setting means, by default a --listen; each once, IPv4 inside IPv6 as IPv4.  Raises SettingsError."""
+    """(family, address) of what the setting `what` means; each once, IPv4 inside IPv6 as IPv4.  Raises SettingsError."""
     if host == "*":  # as getsockname() says it: so a socket that is handed over is known again
         both = socket.has_dualstack_ipv6()
         return [(socket.AF_INET6, (ANY6, port, 0, 0)) if both else (socket.AF_INET, (ANY4, port))]

@@ -310,7 +310,10 @@ def each(label: str, values: Callable[[Facts], dict[str, float]]) -> Callable[[F
 
 
 def each_route(value: Callable[[Any], float], **labels: str) -> Callable[[Facts], Iterable[Sample]]:
-    """Read a metric that each configured route has, and each port with one target; `value` takes its Tally, `labels` are further labels."""
+    """Read a metric that each configured route has, and each port with one target.
+
+    `value` takes its Tally; `labels` are further labels.
+    """
     return lambda facts: [Sample(value(tally), {"route": pattern, **labels})
                           for pattern, tally in facts.tallies.items()]
 

@@ -154,8 +154,9 @@ def parse_pattern(text: str) -> Pattern:
     try:
         name = check((pattern.sample("a")["name"] if fields else body).encode("utf-8", "surrogateescape"))
     except Malformed:
-        raise ValueError(f"{text!r} is not a name, *.NAME, **.NAME or * ({'with fields' if fields else 'behind a star'}, "
-                         f"NAME has two labels at least){ascii_advice(text)}") from None
+        where = "with fields" if fields else "behind a star"
+        raise ValueError(f"{text!r} is not a name, *.NAME, **.NAME or * ({where}, NAME has two labels at least)"
+                         f"{ascii_advice(text)}") from None
     if not fields:
         return Pattern(stars, tuple(name.split(".")))
     return Pattern(stars, labels[:-1] if body.endswith(".") else labels)

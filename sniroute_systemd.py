@@ -102,7 +102,8 @@ def activated_sockets(environ: dict[str, str]) -> dict[str, list[socket.socket]]
     """The listening sockets that systemd has opened for us (sd_listen_fds(3)); they are the caller's to close.
 
     "admin", "admin-public" and "port" have those that FileDescriptorName= calls so, "" has all others.  All are empty
-    without systemd.  Raises SettingsError where a descriptor is no listening TCP socket; the admin's may be a unix socket.
+    without systemd.  Raises SettingsError where a descriptor is no listening TCP socket; the admin's may be a unix
+    socket.
     """
     found: dict[str, list[socket.socket]] = {"": [], "admin": [], "admin-public": [], "port": []}
     count = environ.get("LISTEN_FDS", "")

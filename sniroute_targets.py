@@ -12,8 +12,8 @@ Threads.  The loop asks `ready`, and owns every Backend.  A thread wait-<n> runs
 written by both, one assignment each.
 
 Seams: I want to ...
-    add a kind of target     a row in SCHEMES; a subclass of Backend where none of those here fits; a room of its own, as
-                             sniroute_commands, where many do without
+    add a kind of target     a row in SCHEMES; a subclass of Backend where none of those here fits; a room of its own
+                             where many do without, as sniroute_commands
 
 It imports tunnels, processes, launchers, race, the loop, names and refusals.
 """
@@ -443,7 +443,7 @@ class Scheme(NamedTuple):
     ready: Callable[[Targets, Decision], Backend | None]  # loop: None where it has to wait; raises Refused
     prepare: Callable[[Targets, Wait], None] = never_waits  # wait-<n>: returns when it may be ready; raises Refused
     waits_on: str = "nothing"  # for people: what a client waits for
-    leads_back: Callable[[str, str], bool] = leads_elsewhere  # (rest, HOST:PORT where we listen): it is the router itself
+    leads_back: Callable[[str, str], bool] = leads_elsewhere  # (rest, HOST:PORT where we listen): it is ourselves
     is_tunnel: bool = False  # it has a tunnel in the TunnelTable, and so an idle time
     # Raises Malformed where the fields of (the target as it was written, the same filled in) did what no name may do.
     guard: Callable[[str, str], None] = all_is_well

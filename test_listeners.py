@@ -379,7 +379,9 @@ connection_idle = "2h", send_proxy = "v2" }
     settings = load_settings(["-c", path], {})
     assert settings.ports == (30000, 30001)
     assert [port.pattern for port in settings.port] == ["port 127.0.0.1:5433", "port :6380"]
-    assert settings.port[1][3:] == (settings.port[1].allow, 5, 3600.0, 7200.0)[-len(settings.port[1][3:]):]
+    redis = settings.port[1]
+    assert (redis.send_proxy, redis.max_connections, redis.idle, redis.connection_idle) == ("v2", 5, 3600.0, 7200.0)
+    assert [str(network) for network in redis.allow] == ["192.0.2.0/24"]
     assert load_settings(["-c", path, "--port=:1=tcp:h:1"], {}).covered == [
         f"{path}: [ports] is not used: --port goes first"]
     settings_file('tunnel_ports = "9"\n[ports]\n5433 = "tcp:h:1"\n":1" = { allow = "x" }\n'
