@@ -20,11 +20,11 @@ from testbed.endure import PARTS, fits
 
 SCALES = {  # so that each part takes a few seconds
     "nemesis": "0.024",  # 12 faults
-    "inputs": "0.02",  # 20,000 inputs, and 100 for the router
-    "data": "0.0025",  # 50 MB
-    "carrier": "0.005",  # 10 MB
+    "inputs": "0.01",  # 10,000 inputs, and 50 for the router
+    "data": "0.0015",  # 30 MB
+    "carrier": "0.003",  # 6 MB
     "kills": "0.04",  # 2
-    "handovers": "0.2",  # 2
+    "handovers": "0.1",  # 1
 }
 pytestmark = linux
 
