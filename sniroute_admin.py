@@ -354,6 +354,10 @@ class Admin:
             raise OSError(f"{show_address(address)}: not a loopback address, but open to other hosts: "
                           "--admin-public is for these")
         self.address = address
+        if isinstance(address, str):  # systemd's, too: no setting names that
+            self.router.targets.own_socket = address
+        else:
+            self.router.targets.own_admin = [address[:2]]
         # On a unix socket no name is the right one, so `sniroute` is allowed, too.
         self.hosts |= {"sniroute" if isinstance(address, str) else show_address(address).rpartition(":")[0]}
         self.door.gates.append(Gate(self.door, "admin", listener, self.decide, THREADS["admin"]))

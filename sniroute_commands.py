@@ -63,7 +63,7 @@ COMMANDS_KEPT = 1024  # texts whose words are remembered, least recent out: name
 
 OWN_FIELDS = ("address", "port")  # of `command:`, filled in when it is started
 FIELD = re.compile(r"\{([^{}]*)\}")
-FILLING = r"[a-z0-9_.-]+"  # what a field is filled with: a name, or a part of one
+FILLING = r"[a-z0-9_.][a-z0-9_.-]*"  # what a field is filled with: no option, also inside of a word for `sh -c`
 
 
 @functools.lru_cache(COMMANDS_KEPT)
@@ -257,7 +257,8 @@ class Runs:
         try:
             launcher = program_launcher(run.rest, run.variables)
             words = [launcher.find(), *words_of(run.rest)[1:]]
-            process = self.tunnels.processes.launch(launcher, False, words, run.far, self)
+            # True: the identity that env_from names.  program_launcher has left out the router's own.
+            process = self.tunnels.processes.launch(launcher, True, words, run.far, self)
         except (OSError, ValueError, TunnelError) as error:
             self._drop(run, f"it did not start: {error}")
             return

@@ -421,7 +421,7 @@ class Router(socketserver.ThreadingTCPServer):
             for connection in list(self.connections):
                 connection.peer = self.peers.find(connection.address[0])
                 connection.peer.count += 1
-                if connection.state is PRELUDE and connection.peer.policy == "close":
+                if connection.state in (PRELUDE, HEADER) and connection.peer.policy == "close":
                     connection.refuse(Refused("proxy", REFUSALS["proxy"].meaning))
         self._change_ports(settings, opened)
 
@@ -431,6 +431,12 @@ class Router(socketserver.ThreadingTCPServer):
             self.ports.close_all(opened)
             return
         new, gone = self.ports.adopt(settings.port, settings.routes.identified, opened)
+        for connection in [each for each in self.connections if each.state is HEADER]:  # not let in yet
+            heirs = self.ports.listeners.get(connection.decision.route.pattern)
+            if heirs:
+                connection.decision = heirs[0].decision
+            else:
+                connection.refuse(Refused("no_route", f"{connection.decision.route.pattern} is closed"))
         if not new and not gone:
             return
         left = [listener for listeners in gone.values() for listener in listeners]

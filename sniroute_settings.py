@@ -688,6 +688,9 @@ def warn_of_programs(settings: Settings) -> None:
         for variable in route.env_from:
             if variable.name not in os.environ:
                 log.warning("%s: %s of env_from is not set: its program runs without it", route.pattern, variable)
+        if outside and route.target.startswith("exec:") and settings.max_per_client >= settings.max_tunnels:
+            log.warning("%s: one client address may hold all %d programs (--max-tunnels): lower --max-per-client",
+                        route, settings.max_tunnels)
         if outside and route.scheme.is_inside and route.allow is None:
             log.warning("%s: everybody who reaches %s gets there: name its clients in `allow`, "
                         "or listen on 127.0.0.1", route, ", ".join(outside))
@@ -727,6 +730,10 @@ def warn(settings: Settings) -> None:
         if host in LOOPBACK and route.chooses_port and route.allow is None:
             log.warning("%s: clients choose among all ports of this host: name the port, or let `allow` say who may "
                         "come", route)
+        stars, star, behind = route.pattern.rpartition("*")
+        taken = settings.routes.configured.find(f"x{behind}") if star and behind and "{" not in behind else None
+        if taken is not None and "{" in taken.pattern and route.allow is not None and taken.allow is None:
+            log.warning("%s goes before %s, and has not its `allow`: give it one", taken, route)
     identity = settings.launchers["carrier"].environment
     missing = [variable for variable in SERVICE_TOKEN if not identity.get(variable)]
     if len(missing) == 1 and any(route.scheme.is_tunnel and not route.scheme.is_program for route in routes):

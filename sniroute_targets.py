@@ -376,6 +376,7 @@ class Targets:
         self.own: list[tuple[str, int]] = []
         self.tunnel_ports = range(0)  # of this host
         self.own_socket: str | None = None  # the path of the admin's
+        self.own_admin: list[tuple[str, int]] = []  # its address, where that is no path
         self.resolved: dict[str, Resolved] = {}  # by Decision.key
         self.laggards = Laggards()
         self.make_room(0)
@@ -407,7 +408,7 @@ class Targets:
         point it at one.
         """
         ip = parse_ip(address[0])
-        for host, port in self.own:
+        for host, port in (*self.own, *self.own_admin):
             own = parse_ip(host)
             if port == address[1] and reaches(ip, own):
                 return False

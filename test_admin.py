@@ -818,3 +818,17 @@ def test_it_works_from_inside_a_zip_file(tmp_path):
     done = subprocess.run([sys.executable, "-S", "-E", "-c", code], cwd=tmp_path, capture_output=True, text=True,
                           timeout=60)
     assert (done.stdout, done.stderr) == ("rooms.zip/sniroute_admin.py\n", "")
+
+
+def test_no_route_leads_to_the_admin_itself(run_admin, tmp_path, admin_path):
+    """Whoever reaches the router would reach it; the path may be one that no setting names, systemd's."""
+    running = run_admin("--route={port}.p.example.com=tcp:127.0.0.1:{port}", "--route=x.example.com=unix:/nowhere")
+    router, (host, port) = running.router, running.admin.address
+    decision = router.routes.decide(f"{port}.p.example.com")
+    assert not router.targets.may_dial(decision, (host, port)) and not router.targets.may_dial(decision, ("0.0.0.0", port))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(admin_path))
+        listener.listen()
+        unix = run_admin("--route=x.example.com=unix:/nowhere", admin=None, listener=listener)
+        assert unix.router.targets.own_socket == str(admin_path)
+    os.unlink(admin_path)

@@ -99,6 +99,7 @@ def test_a_target_that_no_name_could_make_good_stops_the_start(target, sentence)
     ("prog {a}", "prog -rf"), ("prog {a}{b}", "prog --x"), ("prog {a}", "prog"), ("prog {a}", "prog a b"),
     ("prog x{a}", "prog y1"), ("prog '{a}'", "prog ';x'"), ("prog {a}", "prog A"), ("prog {a} c", "prog 'a' d"),
     ("prog {a}", "prog '$(x)'"), ("prog {a}", "other a"), ("prog {a}", "prog a/b"),
+    ("sh -c 'grep {a} /etc/motd'", "sh -c 'grep -rf /etc/motd'"),
 ])
 def test_whatever_a_field_may_hold_it_makes_no_option_and_no_other_word(template, filled):
     """A field of a pattern may begin with a dash, where a name cannot."""
@@ -108,7 +109,7 @@ def test_whatever_a_field_may_hold_it_makes_no_option_and_no_other_word(template
 
 
 @pytest.mark.parametrize("template, filled", [
-    ("prog -x{a}", "prog -x-1"), ("prog {a}", "prog a-b_c.d"), ("prog x{a}", "prog x-"),
+    ("prog {a}", "prog a-b_c.d"), ("prog x{a}", "prog xa-"), ("sh -c 'grep {a} /etc/motd'", "sh -c 'grep a-b /etc/motd'"),
 ])
 def test_a_dash_inside_a_word_is_only_a_dash(template, filled):
     sniroute_commands.fits((), template, filled)
@@ -479,6 +480,7 @@ def test_a_program_gets_its_routes_variables_and_none_of_the_routers(
         run, tmp_path, settings_file, monkeypatch, caplog):
     monkeypatch.setenv("SNIROUTE_ADMIN_TOKEN", "a-secret-of-the-router")
     monkeypatch.setenv("TUNNEL_SERVICE_TOKEN_SECRET", "another")
+    monkeypatch.setenv("TUNNEL_SERVICE_TOKEN_ID", "asked for")
     monkeypatch.setenv("BASTION_TOKEN", "top-secret")
     monkeypatch.setenv("TZ", "UTC")
     monkeypatch.delenv("SSL_CERT_DIR", raising=False)
@@ -486,7 +488,7 @@ def test_a_program_gets_its_routes_variables_and_none_of_the_routers(
     file = settings_file(f"""[routes."db.example.com"]
 target = {toml('exec:' + script(tmp_path, ENVIRONMENT))}
 env = {{ MODE = "quiet", DEPTH = 3, LANG = "C" }}
-env_from = ["BASTION_TOKEN", "NOT_SET"]
+env_from = ["BASTION_TOKEN", "NOT_SET", "TUNNEL_SERVICE_TOKEN_ID"]
 """)
     running = run("-c", file)
     with running.connect(HELLO) as client:
@@ -495,7 +497,8 @@ env_from = ["BASTION_TOKEN", "NOT_SET"]
     assert found.pop("LC_CTYPE", None) in (None, "C.UTF-8")  # Python's own doing
     assert home.startswith(("/tmp/", "/run/")) and "sniroute-" in home
     found.pop("PWD", None), found.pop("_", None), found.pop("SHLVL", None), found.pop("OLDPWD", None)  # a shell's
-    assert found == {"MODE": "quiet", "DEPTH": "3", "LANG": "C", "BASTION_TOKEN": "top-secret", "TZ": "UTC"}
+    assert found == {"MODE": "quiet", "DEPTH": "3", "LANG": "C", "BASTION_TOKEN": "top-secret", "TZ": "UTC",
+                     "TUNNEL_SERVICE_TOKEN_ID": "asked for"}
     assert "top-secret" not in caplog.text + str(running.ending()) and "quiet" not in caplog.text
 
 

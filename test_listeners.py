@@ -515,6 +515,32 @@ def test_a_port_counts_on_after_a_reload_and_is_no_target_of_ours(run, serve, fr
     assert tally.active == 0
 
 
+@pytest.mark.parametrize("after, reason", [
+    (("--proxy-from=127.0.0.0/8", "198.51.100.0/24"), "not_allowed"),
+    (("--proxy-from=192.0.2.0/24", "203.0.113.0/24"), "proxy"), (("--proxy-from=127.0.0.0/8", ""), "no_route"),
+], ids=["another allow", "not trusted any more", "no such port any more"])
+def test_a_client_that_waits_for_its_header_meets_the_new_settings(run, serve, settings_file, free_ports, after, reason):
+    number, far = free_ports(1)[0], serve(banner)
+
+    def options(trusted: str, allow: str) -> list[str]:
+        ports = f'"{HOST}:{number}" = {{ target = "{tcp(far.address)}", allow = "{allow}" }}\n' if allow else ""
+        path = settings_file(f'[routes]\n"x.example.com" = "tcp:{HOST}:1"\n[ports]\n{ports}')
+        return ["-c", path, "--proxy-protocol=required", trusted]
+
+    running = run(*options("--proxy-from=127.0.0.0/8", "203.0.113.0/24"))
+    router = running.router
+    with socket.create_connection((HOST, number), 20) as client:
+        wait_until(lambda: router.connections)
+        settings = load_settings([f"--listen={HOST}:0", *options(*after)], {})
+        opened, done = router.ports.open(settings.port), threading.Event()
+        router.call(lambda: (router.adopt(settings, opened), done.set()))
+        assert done.wait(10)
+        with contextlib.suppress(OSError):  # it is refused already, or by what it says
+            client.sendall(b"PROXY TCP4 203.0.113.9 192.0.2.1 1 2\r\nhello")
+            assert client.recv(1) == b""
+    assert (running.ending().reason, far.accepted) == (reason, 0)
+
+
 def test_a_port_that_leads_to_itself_by_a_name_is_refused(run, free_ports):
     number = free_ports(1)[0]
     running = run(NOWHERE, port(f"tcp:localhost:{number}", number))

@@ -356,6 +356,20 @@ def test_no_warning_about_ports_where_a_route_says_who_may_come(settings_file, c
     assert "clients choose" not in caplog.text
 
 
+@pytest.mark.parametrize("option, warned", [("", True), (', allow = "10.0.0.0/8"', False)])
+def test_a_pattern_with_fields_that_goes_before_a_wildcard_without_its_allow_is_said(option, warned, settings_file, caplog):
+    path = settings_file('[routes]\n"*.prod.example.com" = { target = "tcp:192.0.2.1:1", allow = "10.0.0.0/8" }\n'
+                         f'"{{s}}.{{e}}.example.com" = {{ target = "tcp:{{s}}.{{e}}.internal:443"{option} }}\n')
+    sniroute_settings.warn(load_settings(["-c", path, "--proxy-protocol=off"], {}))
+    assert ("goes before *.prod.example.com=tcp:192.0.2.1:1, and has not its `allow`" in caplog.text) is warned
+
+
+@pytest.mark.parametrize("options, warned", [((), True), (("--max-per-client=5",), False), (("--listen=127.0.0.1:1",), False)])
+def test_one_client_that_may_hold_all_programs_is_said(options, warned, caplog):
+    sniroute_settings.warn(load_settings(["--route=a.example.com=exec:cat", "--max-tunnels=6", *options], {}))
+    assert ("one client address may hold all 6 programs" in caplog.text) is warned
+
+
 # -- the limits of the host --------------------------------------------------------------------
 
 
