@@ -4,7 +4,7 @@
 
         loop                                     reaper                                  the system
         exec_ready, ExecBackend.begin            Runs.step
-          a socket pair --- the far end -------->  Processes.launch behind the guard -->  PROGRAM  stdin, stdout
+          a socket pair --- the far end -------->  Processes.launch (death_guard) ----->  PROGRAM  stdin, stdout
           the near end is pumped as any socket     stderr is drained: its last words
         ExecBackend.release -------------------->  Processes.stop: TERM, later KILL
         Run.code, Run.account  <-----------------  Runs.exited
@@ -13,8 +13,9 @@
                                      of the TunnelTable, by the Launcher that COMMAND makes of its words
 
 Words.  The operator's text is split as a shell would (shlex), and no shell is ever run.  A field stands inside a word.
-`fits` holds each filled text against the text as it was written: as many words, the same letters around the fields,
-and no word that has become an option.  The program itself has no field: a client never chooses what runs.
+`fits` compares each filled text with the text as it was written: as many words, the same letters around the fields,
+and no field that begins with a dash, since it could be an option.  The program itself has no field: a client never
+chooses what runs.
 
 A run is a process that was given bytes: it may have acted on them, so nothing is tried again.  Its exit code says
 whether its stream is whole: one that ends otherwise than with 0 has died, and the client gets a reset.
@@ -27,8 +28,8 @@ Seams: I want to ...
     understand a program's last words     `reason`
     bound the processes otherwise         `exec_ready`
 
-This room imports sniroute_targets (Scheme, Backend), sniroute_processes, sniroute_launchers, sniroute_names,
-sniroute_refusals and the standard library.
+This room imports sniroute_targets, sniroute_processes, sniroute_launchers, sniroute_names, sniroute_refusals and the
+standard library.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ COMMANDS_KEPT = 1024  # texts whose words are remembered, least recent out: name
 
 OWN_FIELDS = ("address", "port")  # of `command:`, filled in when it is started
 FIELD = re.compile(r"\{([^{}]*)\}")
-FILLING = r"[a-z0-9_.][a-z0-9_.-]*"  # what a field is filled with: no option, also inside of a word for `sh -c`
+# What a field may be filled with.  No dash comes first: inside of a quoted word, as in `sh -c "prog {label}"`, that
+# would be an option.
+FILLING = r"[a-z0-9_.][a-z0-9_.-]*"
 
 
 @functools.lru_cache(COMMANDS_KEPT)
@@ -82,7 +85,7 @@ def words_of(text: str) -> tuple[str, ...]:
 
 
 def check_exec(rest: str) -> str:
-    """A command, as it came.  Raises Malformed."""
+    """Check a command, and return it unchanged.  Raises Malformed."""
     program = words_of(rest)[0]
     if "/" in program and not os.path.isabs(program):
         raise Malformed(f"{program!r} is relative to a folder that may change: write its whole path, or its name alone",
@@ -110,7 +113,7 @@ def pattern_of(word: str, own: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def fits(own: tuple[str, ...], template: str, rest: str) -> None:
-    """Whether the fields of a command made no other word, and no option.  Raises Malformed."""
+    """Check that the fields of a command made no other word, and no option.  Raises Malformed."""
     before, after = words_of(template), words_of(rest)
     if FIELD.search(before[0]):
         raise Malformed(f"{before[0]!r}: a field cannot name the program: clients would choose it", kind="bad_name")
@@ -125,7 +128,7 @@ def fits(own: tuple[str, ...], template: str, rest: str) -> None:
 
 
 def environment(variables: Iterable[Variable]) -> dict[str, str]:
-    """The environment of a program: as that of a tunnel, without the router's identity; and its route's variables."""
+    """The environment of a program: that of a tunnel without the router's identity, then its route's variables."""
     found = {name: value for name, value in inherited(os.environ).items()
              if name not in TUNNEL_IDENTITY and not name.startswith("TUNNEL_")}
     for name, value in variables:
@@ -136,7 +139,10 @@ def environment(variables: Iterable[Variable]) -> dict[str, str]:
 
 
 def reason(tail: bytes) -> Reason:
-    """The last words of a program, which may be any: nothing of it is final."""
+    """The last words of a program.  It may be any program, so no words say that another try is useless.
+
+    TAKEN is put in the form in which Processes and the TunnelTable look for it: many programs begin it with "A".
+    """
     return Reason(text=last_words(tail).replace(TAKEN.capitalize(), TAKEN))
 
 
@@ -146,13 +152,13 @@ def argv(rest: str, port: int) -> list[str]:
 
 
 def program_launcher(rest: str, variables: Iterable[Variable] = ()) -> Launcher:
-    """The row for one command."""
+    """The Launcher of one command."""
     program = words_of(rest)[0]
     return Launcher(program, argv, environment(variables), reason, f"{program} is not there: install it")
 
 
 def command_launcher(key: TunnelKey) -> Launcher:
-    """The row for the command of a tunnel."""
+    """The Launcher of a tunnel's command, whose words are in its key."""
     return program_launcher(key.hostname, key.variables)
 
 
@@ -161,7 +167,7 @@ def obstacle(rest: str) -> str:
     return program_launcher(rest).obstacle
 
 
-# The row that makes the rows: its program is in the key of each tunnel.
+# The row of `command:`.  It names no program: `made` makes a Launcher for each tunnel, of the words in its key.
 COMMAND = Launcher("", argv, {}, reason, "", made=command_launcher)
 
 # -- a process for each connection -------------------------------------------------------------
@@ -198,6 +204,7 @@ class Run:
     def account(self, why: str) -> str:
         """Why it gave no answer: how it ended, where it did so by itself, else `why`; and its last words."""
         child = self.child
+        # A process that sniroute stopped and a signal ended says nothing of why: then `why` does.
         if self.verdict and not (child is not None and child.close_at and (self.exit or 0) < 0):
             return self.verdict
         words = "" if child is None else last_words(child.process.tail)
@@ -253,7 +260,7 @@ class Runs:
         return [now] if self.wanted or self.unwanted else []
 
     def _start(self, run: Run, now: float) -> None:
-        """Start a process; where that fails, the connection learns it by the end of its socket."""
+        """Start a process.  Where that fails, the end of its socket tells the connection so."""
         try:
             launcher = program_launcher(run.rest, run.variables)
             words = [launcher.find(), *words_of(run.rest)[1:]]
@@ -301,7 +308,7 @@ class ExecBackend(Backend):
     """A process of its own: one end of a socket pair is the connection, the other one its stdin and stdout."""
 
     __slots__ = ("runs", "rest", "variables", "run", "why", "asked")
-    proven_by_connect = False  # it is there once it says something
+    proven_by_connect = False  # a socket pair is always connected: the program's first byte proves that it works
 
     def __init__(self, runs: Runs, decision: Decision):
         super().__init__(decision.target, (), True)
@@ -310,7 +317,7 @@ class ExecBackend(Backend):
         self.variables = decision.route.env + decision.route.env_from
         self.run: Run | None = None
         self.why = ""  # why it failed
-        self.asked = False  # how its process has ended
+        self.asked = False  # `is_lost` has said None once
 
     def begin(self) -> socket.SocketType | None:
         """The near end; the process is on its way.  None at the second call: nothing is tried again."""
@@ -322,11 +329,14 @@ class ExecBackend(Backend):
         return server
 
     def tell(self, row: object, what: str) -> None:
-        """As the base: there is one address."""
+        """There is one address, so what came of it takes the place of what was told before."""
         self.told = {row: what}
 
     def is_lost(self) -> bool | None:
-        """Whether it ended with another exit code than 0.  Where it has not ended yet, None once."""
+        """Whether it ended with another exit code than 0.
+
+        None at the first call while it still runs: the end of its stream comes shortly before its own.
+        """
         code = self.run.code()
         if code is None and not self.asked:
             self.asked = True
@@ -347,7 +357,7 @@ class ExecBackend(Backend):
 
 
 def exec_ready(targets: Targets, decision: Decision) -> Backend:
-    """A process is started for each connection; as many at once as there may be tunnels, whose size they have."""
+    """Start a process for each connection.  Its memory is about a tunnel's, so `max_tunnels` limits these, too."""
     tunnels = targets.tunnels
     runs = runs_of(tunnels)
     if tunnels.closing:
