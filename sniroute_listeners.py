@@ -7,14 +7,15 @@
     arrange    what to open for several addresses, which may include each other
     Ports      the ports with one target: which are open, where each leads, what came of its clients
 
-What to listen on is arranged as a whole (`arrange`): addresses may include each other, and a predecessor's sockets are
-for one family or for both.
+`arrange` looks at all addresses together, since one may include another.  A predecessor (the router that this one
+replaces: sniroute_handover) hands over sockets, each for one family or for both.
 
 A reload is all or nothing.  `Ports.open` opens what is new, and closes it again where one address fails; only then
 `Ports.adopt` changes anything.  A port that stays keeps its socket, and so the clients in its backlog.
 
 Threads.  The main thread opens at the start; at a reload, the thread that reads the settings again, one at a time.
-The loop runs `Ports.adopt`, and the thread that opens waits for it.  So nobody reads `Ports.listeners` meanwhile.
+The loop runs `Ports.adopt`, and the thread that opens waits for it.  So nobody reads `Ports.listeners` while it
+changes.
 
 Seams: I want to ...
     listen on what comes from elsewhere     a Route whose pattern is `port ADDRESS`: Ports.open, then Ports.adopt
@@ -38,7 +39,7 @@ from sniroute_targets import keep_alive
 __version__ = "0.1.0"
 
 BACKLOG = 4096  # the kernel caps it at somaxconn; 5 or 128 lose a burst
-NO_NAME = "port.invalid"  # what a port's target is decided for: it has no field that a name could fill
+NO_NAME = "port.invalid"  # Route.decide wants a name; a port's target has no field that this one could fill
 
 
 # -- sockets -----------------------------------------------------------------------------------
@@ -61,7 +62,7 @@ class Listener(socket.socket):
     def accept(self) -> tuple[socket.SocketType, tuple]:
         """The next client, as the interpreter's own kind of socket, and its address.
 
-        socket.socket is a class written in Python around that one: 4 us for each connection.
+        Use SocketType instead of socket.socket, because that is a Python class around it: 4 us for each connection.
         """
         fd, address = self._accept()
         return socket.SocketType(self.family, self.type, 0, fd), address
@@ -78,7 +79,10 @@ Place = tuple[int, tuple]  # a family and a socket address
 
 
 def listen_addresses(host: str, port: int, what: str = "--listen") -> list[Place]:
-    """(family, address) of what the setting `what` means; each once, IPv4 inside IPv6 as IPv4.  Raises SettingsError."""
+    """(family, address) of what the setting `what` means: each once, IPv4 inside IPv6 as IPv4.
+
+    Raises SettingsError.
+    """
     if host == "*":  # as getsockname() says it: so a socket that is handed over is known again
         both = socket.has_dualstack_ipv6()
         return [(socket.AF_INET6, (ANY6, port, 0, 0)) if both else (socket.AF_INET, (ANY4, port))]
@@ -176,7 +180,8 @@ def bind(places: Iterable[Place], inherited: list[socket.socket], listeners: lis
         found = next((each for each in inherited if each.getsockname() == address), None)
         if found is not None:
             inherited.remove(found)
-        # IPv4 clients are its own unless another of our sockets has them, which could not be bound then.
+        # An IPv6 socket for every address takes IPv4 clients, too, unless another socket of ours is for them: that one
+        # could not be bound then.
         both = address[0] == ANY6 and (socket.AF_INET, address[1]) not in taken
         try:
             held = isinstance(found, Held) or getattr(found, "held", False)
@@ -229,7 +234,7 @@ class Ports:
         self.routes: tuple[Route, ...] = ()
         self.layer = Layer()  # their tallies: a port that comes back while it has connections counts on
         self.listeners: dict[str, list[Listener]] = {}  # by the pattern of its route
-        self.spare: list[Listener] = []  # Held ones whose port a reload took out: nobody could bind them anew
+        self.spare: list[Listener] = []  # Held, and a reload took their port out: systemd has it, so no bind would work
 
     def open(self, routes: Iterable[Route], inherited: Sequence[socket.socket] = ()) -> dict[str, list[Listener]]:
         """Listen on those ports that are not open; the caller owns what is returned, by pattern, until `adopt`.
