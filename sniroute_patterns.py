@@ -8,7 +8,8 @@
     Pattern   a pattern as it is read: stars in front, then labels, some with fields (Label)
     Fielded   many patterns with fields, by their literal text (Skeleton)
 
-No regular expression meets a name: a label is split from its end, and no step is in vain (`split`).
+Names come from strangers, so no regular expression reads them: a hostile name could make it slow.  A label is split
+from its end instead, and no step is in vain (`split`).
 
 Threads.  The loop changes a Fielded; every thread may look into it, since what it holds is replaced, never changed.
 
@@ -33,11 +34,12 @@ __version__ = "0.1.0"
 
 PATTERNS_READ = 1024  # patterns kept as they were read: a new name needs one or two of them, 10 us each to read again
 
-CHOSEN = "*"  # what a client may choose in a name: no name and no field has this character
+CHOSEN = "*"  # in a sample of a name, what a client may choose: no name and no field has this character
 OF_NAME = ("name", "label", "domain")  # the fields that each name has
 FIELDS = re.compile(r"\{([^{}]*)\}")
 FIELD_NAME = re.compile(r"[a-z][a-z0-9_]*")
-# What may stand in front of the labels of a pattern, and what that is in a name: one label, more of them.
+# What may stand in front of the labels of a pattern: how it is written, and what it is in samples of names, CHOSEN for
+# each label.
 STARS = {"": ("",), "*.": ("*.",), "**.": ("*.", "*.*."), "*": ("*", "*.*")}
 
 
@@ -91,7 +93,7 @@ class Pattern(NamedTuple):
 
     @property
     def literals(self) -> int:
-        """How many characters are literal, dots apart."""
+        """How many characters are literal.  Dots between labels do not count."""
         return sum(sum(map(len, label.literals)) if isinstance(label, Label) else len(label) for label in self.labels)
 
     def sample(self, value: str, front: str = "") -> dict[str, str]:
@@ -103,8 +105,8 @@ class Pattern(NamedTuple):
     def splits(self, name: str) -> Iterator[dict[str, str]]:
         """The fields of a name in each way of splitting it, the one that counts first; stars may stand for nothing.
 
-        Of those for `kubernetes:` a later one may be the right one.  Take a limited number: a hostile label with three
-        dashes in a pattern has thousands.
+        Routes take the first one.  Who takes more has to stop after some: where dashes part the four fields of a label,
+        a hostile label of dashes splits in thousands of ways.
         """
         texts = name.split(".")
         front = len(texts) - len(self.labels)
@@ -198,7 +200,7 @@ def fields_of(name: str) -> dict[str, str]:
 
 def expand(template: str, fields: Mapping[str, str]) -> str:
     """`template` with its fields filled in: those of `fields_of`, and those of its pattern; others stay as they are."""
-    return FIELDS.sub(lambda field: fields.get(field[1], field[0]), template)  # a kind may have fields of its own
+    return FIELDS.sub(lambda field: fields.get(field[1], field[0]), template)  # as {address} of `command:`
 
 
 def unknown_fields(template: str, pattern: Pattern, more: Sequence[str] = ()) -> str:
@@ -219,7 +221,7 @@ def unknown_fields(template: str, pattern: Pattern, more: Sequence[str] = ()) ->
 class Skeleton(NamedTuple):
     """Where the literal text of a pattern stands in the labels up to its last one with fields.
 
-    So many patterns need few of them: `{service}--{port}.shop-1` and 12,000 more have one.
+    Many patterns share one: `{service}--{port}.shop-1` and 12,000 more that differ in the shop.
     """
 
     cuts: tuple[tuple[int, int] | None, ...]  # for each label: literal characters before and behind fields; None: all
@@ -255,7 +257,8 @@ class Fielded:
 
     A pattern stands under its literal end, and there under the literal text of its other labels.  So a name costs one
     look for each of its labels, and 63 at most for each Skeleton below its end; a name with another number of labels
-    than any pattern costs one.  Changed by the loop; other threads may look, so a tuple is replaced, never changed.
+    than any pattern costs one look.  The loop changes it.  Other threads may look, so a tuple is replaced, never
+    changed.
     """
 
     def __init__(self) -> None:
@@ -286,7 +289,7 @@ class Fielded:
 
     @staticmethod
     def _keep(table: dict, key: tuple, values: tuple) -> None:
-        """What is left under a key."""
+        """Keep what is left under a key; without anything left, drop the key."""
         if values:
             table[key] = values
         else:
