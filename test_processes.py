@@ -236,9 +236,10 @@ def test_a_folder_is_not_a_left_home_before_it_is_locked(place, monkeypatch):
             looks.append(len(list(place.iterdir())))
         return inner(*args)
 
-    monkeypatch.setattr(sniroute_processes.fcntl, "flock", lambda *args: look(flock, *args))
-    monkeypatch.setattr(os, "open", lambda *args: look(opened, *args))
-    path = home.get()
+    with monkeypatch.context() as patched:
+        patched.setattr(sniroute_processes.fcntl, "flock", lambda *args: look(flock, *args))
+        patched.setattr(os, "open", lambda *args: look(opened, *args))
+        path = home.get()
     assert looks == [1] * 3 and os.path.isdir(path)
     home.close()
 
