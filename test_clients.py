@@ -60,8 +60,8 @@ def test_psql_goes_through_a_real_sshd(through_ssh, postgres):
     for _ in range(3):
         ended = psql(program.address, ["select repeat('x', 2000000)"], "sslmode=require")
         assert (ended.returncode, ended.stderr, len(ended.stdout)) == (0, b"", 2_000_001)
-    # psql leaves with bytes unread where the last ones of the way back come late: then its kernel resets.
-    assert {end["reason"] for end in endings(program, 3)} <= {"client_closed", "client_reset"}
+    # psql says goodbye and leaves.  Its kernel resets where bytes of the way back come later; the server may be faster.
+    assert {end["reason"] for end in endings(program, 3)} <= {"client_closed", "client_reset", "backend_closed"}
 
 
 def test_what_ssh_says_is_the_reason_of_the_refusal(through_ssh, free_ports, sshd):
