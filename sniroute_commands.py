@@ -118,7 +118,7 @@ def fits(own: tuple[str, ...], template: str, rest: str) -> None:
     if FIELD.search(before[0]):
         raise Malformed(f"{before[0]!r}: a field cannot name the program: clients would choose it", kind="bad_name")
     for word, filled in zip(before, after):
-        if not pattern_of(word, own).fullmatch(filled) or filled.startswith("-") and not word.startswith("-"):
+        if not pattern_of(word, own).fullmatch(filled):
             raise Malformed(f"{printable(filled)!r} is not what {word!r} may become", kind="bad_name")
     if len(before) != len(after):
         raise Malformed(f"{printable(rest, 80)!r} has not the words of {template!r}", kind="bad_name")

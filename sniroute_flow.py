@@ -59,8 +59,8 @@ CAREFUL = 1 << 14  # instead of BULK and READ_MAX while many sinks are full: the
 PENDING_MAX = 1 << 22  # bytes kept for full sinks (those in lent pipes not counted) before CAREFUL applies
 PIPES_MAX = 32  # pipes lent to flows whose sink is full: 1 MiB and two descriptors each
 
-OPEN, BULKY, BLOCKED, DONE, BROKEN = "open", "bulky", "blocked", "done", "broken"  # states of a flow
-ENDING = "ending"  # another
+OPEN, BULKY, BLOCKED = "open", "bulky", "blocked"  # states of a flow
+DONE, ENDING, BROKEN = "done", "ending", "broken"  # further ones, in which its source is not read any more
 UNANSWERED, EARLY = "unanswered", "early"  # a connection's states: its backend has not said a byte yet
 READING = (OPEN, BULKY)  # states of a flow whose source is read
 

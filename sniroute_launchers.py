@@ -222,8 +222,8 @@ class Launcher(NamedTuple):
             # abspath takes `dir/..` away as text, though `dir` may be a symlink.
             path = os.path.join(os.getcwd(), found) if ".." in found.split("/") else os.path.abspath(found)
             fault = "" if self.rooms else changed_by_others(path)
-            script_s = "" if self.rooms or fault else interpreter_of(path)
-            fault = fault or script_s and changed_by_others(script_s)
+            if not self.rooms and not fault and (interpreter := interpreter_of(path)):
+                fault = changed_by_others(interpreter)
         except OSError as error:  # it is gone meanwhile, or our own folder is
             raise TunnelError("failed", f"{found}: {error.strerror}") from None
         if fault:

@@ -373,7 +373,6 @@ def unsent(sock: Any) -> int | None:
 
 
 def owner_of(callback: Any) -> Any:
-    """The object whose method this is, also in a functools.partial, or that a partial's function is given; else None.
-    """
+    """The object whose method this is, also inside a functools.partial; else what a partial gives first; else None."""
     owner = getattr(getattr(callback, "func", callback), "__self__", None)
     return owner if owner is not None else next(iter(getattr(callback, "args", ())), None)

@@ -677,12 +677,12 @@ def add_commands(launchers: dict[str, Launcher], routes: Iterable[Route]) -> Non
 
 def warn_of_programs(settings: Settings) -> None:
     """Say which programs cannot be run, what they will miss, and who may reach the inside of this host."""
-    named = [show_address(address) for address in settings.listen if not is_loopback(address[0])]
-    for route in (*settings.routes.routes, *settings.port):
-        outside = named
-        if route in settings.port:
-            address = port_address(route)
-            outside = [] if is_loopback(address[0]) else [show_address(address)]
+    reached = [(route, settings.listen) for route in settings.routes.routes]
+    reached += [(route, [port_address(route)]) for route in settings.port]
+    for route, addresses in reached:
+        if not route.scheme.is_inside and not route.scheme.is_program:
+            continue
+        outside = [show_address(address) for address in addresses if not is_loopback(address[0])]
         if obstacle := route.scheme.obstacle(route.target.partition(":")[2]):
             log.warning("%s; names that need it are refused until then", obstacle)
         for variable in route.env_from:

@@ -12,4 +12,5 @@
     admin               a router with its admin, HTTP clients of the admin, a browser
     endure              the long forms of the tests, a command of its own; endure_router, endure_streams, endure_inputs
                         and endure_nemesis are its parts, and need no pytest
+    machine             the units on a real systemd, in a container: a command of its own, by hand
 """
