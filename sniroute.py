@@ -21,6 +21,8 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
     sniroute_router        the server                          limits, waits, the count of what came of it
     sniroute_listeners     what the router listens on          its addresses, and ports with one target
     sniroute_settings      options, variables, the file        one table
+    sniroute_options       what a route may have               beside its target; tables of routes
+    sniroute_values        what people write as a value        durations, networks, programs
     sniroute_connection    one client, accept to close         the states of its life
     sniroute_deadlines     what a connection waits for         how long, and what is done then
     sniroute_resets        one side has broken off             what the other gets

@@ -47,9 +47,10 @@ from sniroute_names import CORE, OPTIONS, ascii_advice, describe_version, normal
 from sniroute_patterns import parse_pattern
 from sniroute_refusals import (DECODE_ERROR, POSTGRES, REFUSALS, UNRECOGNIZED_NAME, Refused, tls_alert, told,
                                tunnel_refused)
+from sniroute_options import ROUTE_OPTIONS
 from sniroute_router import Router
 from sniroute_routes import PORT, Decision, Route, port_address
-from sniroute_settings import ROUTE_OPTIONS, Settings, load_settings, warn
+from sniroute_settings import Settings, load_settings, warn
 from sniroute_tunnels import TunnelTable
 from sniroute_wire import GSSENC_REQUEST, HELLO_MAX, RECORD_MAX, SSL_REQUEST_BYTES, STARTUP, proxy_v1, proxy_v2
 

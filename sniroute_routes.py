@@ -12,7 +12,7 @@ whole, since a Routes is swapped as one object and a layer changes by single ass
 
 Seams: I want to ...
     add a kind of target          a row in SCHEMES of sniroute_targets
-    add an option of a route      a field of Route, and its row in ROUTE_OPTIONS of sniroute_settings; where it is text
+    add an option of a route      a field of Route, and its row in ROUTE_OPTIONS of sniroute_options; where it is text
                                   that may have fields: `expand` in Route.decide, unknown_fields when it is read
     try other splits of a name    Route.splits, and Route.decide for each; stop after some: strangers choose names
     read patterns otherwise       sniroute_patterns
@@ -68,7 +68,7 @@ class Decision(NamedTuple):
 
 
 class Route(NamedTuple):
-    """One `PATTERN=TARGET`, and its options: ROUTE_OPTIONS of sniroute_settings."""
+    """One `PATTERN=TARGET`, and its options: ROUTE_OPTIONS of sniroute_options."""
 
     pattern: str
     target: str

@@ -13,7 +13,7 @@ Threads: main; a reload may come from any thread, one at a time (Daemon.reloadin
 Seams: I want to ...
     add a setting               a row in SETTINGS, a field of Settings, and its use; a reload applies it where
                                 Router.adopt or TunnelTable.adopt takes it over, else the row says `fixed`
-    add an option of a route    a row in ROUTE_OPTIONS, and a field of Route
+    read another kind of value  sniroute_values; add an option of a route: sniroute_options
     warn about a combination    `warn`; refuse one: `cross_checked`
 """
 
@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import codecs
 import functools
-import ipaddress
 import logging
 import os
 import re
@@ -31,14 +30,14 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 from sniroute_host import (PATHS_MAX, TUNNEL_MEMORY, changed_by_others, descriptor_limits, local_ports, memory_allowed,
                            too_little)
-from sniroute_launchers import (SERVICE_TOKEN, TUNNEL_IDENTITY, Launcher, Variable, carrier_launcher,
-                                cloudflared_launcher, identity_faults, inherited)
-from sniroute_names import (OPTIONS, Network, describe_version, is_here, parse_host_port, parse_ip, parse_network,
-                            printable, show_address)
+from sniroute_launchers import (SERVICE_TOKEN, TUNNEL_IDENTITY, Launcher, carrier_launcher, cloudflared_launcher,
+                                identity_faults, inherited)
+from sniroute_names import OPTIONS, Network, describe_version, is_here, parse_ip, printable, show_address
+from sniroute_options import read_routes
 from sniroute_refusals import SettingsError
 from sniroute_routes import PROGRAM_KINDS, Route, Routes, parse_port_route, parse_route, port_address
-from sniroute_targets import SCHEMES
-from sniroute_wire import PROXY_WRITERS
+from sniroute_values import (absolute, as_text, meant, one_of, parse_admin, parse_count, parse_duration, parse_listen,
+                             parse_networks, parse_off_or_duration, parse_ports, parse_program)
 
 __version__ = "0.1.0"
 
@@ -46,130 +45,10 @@ log = logging.getLogger("sniroute")
 
 # Limits, each with its reason.
 SPARE_FDS = 480  # descriptors of 101 tunnels (three each), 32 pipes, 64 clients of the admin, listeners and the log
-UNIX_PATH_MAX = 90  # sun_path of unix(7) has 108 bytes, or 104; some are for the name it has before it is ready
 LOOPBACK = ("127.0.0.1", "[::1]", "localhost")  # as a target may write this host
 SECRET = re.compile(r"[!-~]{16,}")  # a token: printable, and too long to be guessed
 # Kubernetes sets SNIROUTE_PORT to such a value where a Service is called sniroute: that is no setting of anybody's.
 SERVICE_LINK = re.compile(r"(?:tcp|udp|sctp)://\S+")
-
-
-# -- values ------------------------------------------------------------------------------------
-
-
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)  # the name of one, POSIX 8.1
-DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?", re.ASCII)
-
-
-def parse_duration(text: str) -> float:
-    """`300s`, `5m`, `1h30m` or `500ms` in seconds, above zero.  Raises ValueError."""
-    match = DURATION.fullmatch(text)
-    hours, minutes, seconds, millis = (float(part or 0) for part in match.groups()) if match else (0,) * 4
-    total = hours * 3600 + minutes * 60 + seconds + millis / 1000
-    if not 0 < total <= 366 * 86400:
-        raise ValueError(f"{text!r} is not a duration such as 300s, 5m, 1h30m or 500ms")
-    return total
-
-
-def parse_off_or_duration(text: str) -> float:
-    """A duration as above, or `off`, which is 0.  Raises ValueError."""
-    return 0.0 if text == "off" else parse_duration(text)
-
-
-def parse_count(text: str) -> int:
-    """A whole number from 1 to a million.  Raises ValueError."""
-    if not re.fullmatch(r"[1-9][0-9]{0,6}", text, re.ASCII) or int(text) > 1_000_000:
-        raise ValueError(f"{text!r} is not a whole number from 1 to 1000000")
-    return int(text)
-
-
-def parse_listen(text: str) -> tuple[str, int]:
-    """An address to listen on; without a host it is every address.  Raises ValueError."""
-    return parse_host_port(text, default_host="*")
-
-
-def parse_ports(text: str) -> tuple[int, int]:
-    """`FIRST-LAST`.  Raises ValueError."""
-    match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", text, re.ASCII)
-    if not match or not 0 < int(match[1]) <= int(match[2]) < 65536:
-        raise ValueError(f"{text!r} is not FIRST-LAST, ports from 1 to 65535")
-    return int(match[1]), int(match[2])
-
-
-def parse_networks(text: str) -> tuple[Network, ...]:
-    """`CIDR,...`, or `none`.  Raises ValueError."""
-    try:
-        return tuple(parse_network(part.strip()) for part in text.split(",")) if text != "none" else ()
-    except ValueError as error:
-        advice = "; IPv4 is written without ::ffff:" if "::ffff:" in text.lower() else ""
-        raise ValueError(f"{error}: a network is 192.0.2.0/24, or one address{advice}") from None
-
-
-def absolute(text: str) -> str:
-    """A path as it is from `/`: the folder that a program was started in may go.  Raises ValueError."""
-    try:
-        return os.path.abspath(text)
-    except OSError as error:
-        raise ValueError(f"{text!r} is relative to a folder that cannot be used ({error.strerror}): "
-                         "give the whole path, from /") from None
-
-
-def parse_program(text: str) -> str:
-    """The tunnel program: a file that runs, and that only root and this user may change.  Raises ValueError."""
-    path = absolute(text)
-    if not os.path.isfile(path) or not os.access(path, os.X_OK):
-        raise ValueError(f"{text!r} is not a program: there is no such file, or it may not be executed")
-    fault = changed_by_others(path)
-    if fault:
-        raise ValueError(f"{text!r} is not run, since {printable(fault, PATHS_MAX)}")
-    return path
-
-
-def parse_admin(text: str) -> str | tuple[str, int]:
-    """`unix:PATH`, which gives the path, or a loopback HOST:PORT.  Raises ValueError."""
-    if text.startswith("unix:"):
-        path = absolute(text[5:])
-        if not re.fullmatch(r"[!-~]+", text[5:]) or len(path) > UNIX_PATH_MAX:
-            raise ValueError(f"{text!r} is not unix:PATH with at most {UNIX_PATH_MAX} characters, without spaces")
-        return path
-    host, port = parse_host_port(text)
-    try:
-        loopback = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
-        raise ValueError(f"{text!r} is neither a loopback address, as 127.0.0.1:19001, nor unix:PATH; "
-                         "for other hosts there is --admin-public: metrics and probes alone")
-    return host, port
-
-
-def one_of(*words: str) -> Callable[[str], str]:
-    """A parser for one of these words."""
-    def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError(f"{text!r} is none of {', '.join(words)}")
-        return text
-    return parse
-
-
-def parse_env(value: Any) -> tuple[Variable, ...]:
-    """A table of variables.  Raises ValueError, which never has a value in it: it may be a secret."""
-    if not isinstance(value, dict):
-        raise ValueError("is no table of variables, as { NAME = \"value\" }")
-    for name, text in value.items():
-        if not VARIABLE.fullmatch(name) or "\0" in as_text(text):
-            raise ValueError(f"{printable(name)}: is no variable: a name has letters, digits and _, a value no NUL")
-    return tuple(sorted(Variable(name, as_text(text)) for name, text in value.items()))
-
-
-def parse_names(text: str) -> tuple[Variable, ...]:
-    """`NAME,...`: variables of the router's own environment.  Raises ValueError."""
-    names = [name.strip() for name in text.split(",")]
-    wrong = [name for name in names if not VARIABLE.fullmatch(name)]
-    if wrong:
-        raise ValueError(f"{printable(wrong[0])!r} is not the name of a variable")
-    return tuple(Variable(name) for name in sorted(set(names)))
-
-
 LOCAL_NETWORKS = "127.0.0.0/8,::1/128,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,fc00::/7"
 
 
@@ -266,12 +145,6 @@ SETTINGS = (
             "text or json (default text)", fixed=True),
 )
 
-# What a route in a file may have beside its target: a field of Route, and its parser.
-ROUTE_OPTIONS = {"send_proxy": one_of(*PROXY_WRITERS), "allow": parse_networks, "max_connections": parse_count,
-                 "idle": parse_duration, "connection_idle": parse_off_or_duration, "env": parse_env,
-                 "env_from": parse_names}
-WHOLE_OPTIONS = frozenset(("env",))  # those whose parser takes the value as TOML has it
-PROGRAM_OPTIONS = frozenset(("env", "env_from"))  # those for targets that run a program
 ADMIN_TOKEN = "SNIROUTE_ADMIN_TOKEN"  # the variable; a secret is no option, which every user of the host can read
 
 
@@ -318,20 +191,6 @@ class Settings(NamedTuple):
 
 
 # -- the file ----------------------------------------------------------------------------------
-
-
-def as_text(value: Any) -> str:
-    """A TOML value as the command line would have it, so that one parser does for both."""
-    if isinstance(value, list):
-        return ",".join(map(as_text, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def meant(word: str, words: Iterable[str]) -> str:
-    """What somebody may have meant, as the end of a sentence about an unknown word."""
-    import difflib  # imported late: only a mistyped word needs it
-    close = difflib.get_close_matches(word.replace("-", "_"), words, 1)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(words)}"
 
 
 def read_settings(path: str, wrong: list[str], again: bool) -> dict[str, Any] | None:
@@ -391,47 +250,6 @@ def decoded(data: bytes) -> str:
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
         raise ValueError("begins with the mark of UTF-16 or UTF-32: save it as UTF-8")
     return data.removeprefix(codecs.BOM_UTF8).decode()
-
-
-def read_routes(table: Any, wrong: list[str], kind: str = "routes",
-                parse: Callable[[str], Route] = parse_route) -> list[Route]:
-    """The table `routes` of a file, or `ports`.  What is wrong with it is added to `wrong`."""
-    if not isinstance(table, dict) or not table and kind == "routes":
-        wrong.append("routes: is no table of routes, as \"*.example.com\" = \"cloudflared:{name}\"")
-        return []
-    routes = []
-    for pattern, value in table.items():
-        where = f'{kind}."{printable(pattern)}"'
-        options = dict(value) if isinstance(value, dict) else {"target": value}
-        if "target" not in options:
-            wrong.append(f"{where}: has no target (a pattern goes in quotes, "
-                         'as "db.example.com" = "tcp:192.0.2.10:5432")')
-            continue
-        target = as_text(options.pop("target"))
-        scheme = target.partition(":")[0]
-        try:
-            route = parse(f"{pattern}={target}")
-        except ValueError as error:
-            wrong.append(f"{where}: {error}")
-            scheme = target.partition(":")[0]
-            route = Route("", f"{scheme if scheme in SCHEMES else 'tcp'}:")  # so that the options are checked, too
-        for name, option in options.items():
-            if name not in ROUTE_OPTIONS:
-                others = meant(name, ("target", *ROUTE_OPTIONS))
-                wrong.append(f"{where}.{printable(name)}: there is no such option{others}")
-            elif name in PROGRAM_OPTIONS and scheme not in PROGRAM_KINDS:
-                wrong.append(f"{where}.{name}: is for {' and '.join(f'{kind}:' for kind in PROGRAM_KINDS)}")
-            elif name == "idle" and not route.scheme.is_tunnel:
-                wrong.append(f"{where}.idle: is for tunnels; here connection_idle resets what is silent")
-            else:
-                try:
-                    given = option if name in WHOLE_OPTIONS else as_text(option)
-                    route = route._replace(**{name: ROUTE_OPTIONS[name](given)})
-                except ValueError as error:
-                    wrong.append(f"{where}.{name}: {error}")
-        if route.pattern:
-            routes.append(route)
-    return routes
 
 
 # -- the command line --------------------------------------------------------------------------

@@ -29,7 +29,8 @@ import sniroute_log
 import sniroute_metrics
 import sniroute_refusals
 import sniroute_targets
-import sniroute_settings
+import sniroute_options
+import sniroute_values
 from sniroute_doctor import sample_hello
 from sniroute_names import parse_host_port
 from sniroute_settings import SETTINGS, load_settings
@@ -211,7 +212,7 @@ def test_the_settings_file_has_every_setting_and_its_default(tmp_path):
         "shell.example.com=exec:ssh -W db:22 sniroute@bastion.example.net"]
     assert [str(port) for port in settings.port] == ["port 127.0.0.1:5433=tcp:192.0.2.10:5432"]
     route_options = text.partition('[routes."reports.example.com"]')[2]
-    assert set(re.findall(r"^(\w+) = ", route_options, re.MULTILINE)) == {"target", *sniroute_settings.ROUTE_OPTIONS}
+    assert set(re.findall(r"^(\w+) = ", route_options, re.MULTILINE)) == {"target", *sniroute_options.ROUTE_OPTIONS}
 
 
 def test_the_programs_of_the_examples_are_settings(tmp_path):
@@ -279,7 +280,7 @@ def test_metrics_and_paths_are_there():
 
 def test_prometheus_asks_where_the_example_serves():
     (target,) = re.findall(r'targets: \["(.*)"\]', marked(OPERATING, "prometheus"))
-    assert sniroute_settings.parse_admin(target) == parse_host_port(target)
+    assert sniroute_values.parse_admin(target) == parse_host_port(target)
     assert f'admin = "{target}"' in section(OPERATING, "## Under systemd")
 
 

@@ -21,6 +21,7 @@ import sniroute_host
 import sniroute_launchers
 import sniroute_names
 import sniroute_settings
+import sniroute_values
 from sniroute_refusals import SettingsError
 from sniroute_routes import Route
 from sniroute_settings import SETTINGS, load_settings
@@ -43,37 +44,37 @@ from testbed.running import ROUTES_FILE, alert, answer, read_all, route, toml
 def test_durations(text, seconds):
     if seconds is None:
         with pytest.raises(ValueError, match="is not a duration"):
-            sniroute_settings.parse_duration(text)
+            sniroute_values.parse_duration(text)
     else:
-        assert sniroute_settings.parse_duration(text) == sniroute_settings.parse_off_or_duration(text) == pytest.approx(seconds)
+        assert sniroute_values.parse_duration(text) == sniroute_values.parse_off_or_duration(text) == pytest.approx(seconds)
 
 
 PARSERS = {
-    "off": (sniroute_settings.parse_off_or_duration, "off", 0.0),
-    "count-1": (sniroute_settings.parse_count, "1", 1),
-    "count-a-million": (sniroute_settings.parse_count, "1000000", 1_000_000),
-    **{f"no-count-{text!r}": (sniroute_settings.parse_count, text, ValueError)
+    "off": (sniroute_values.parse_off_or_duration, "off", 0.0),
+    "count-1": (sniroute_values.parse_count, "1", 1),
+    "count-a-million": (sniroute_values.parse_count, "1000000", 1_000_000),
+    **{f"no-count-{text!r}": (sniroute_values.parse_count, text, ValueError)
        for text in ("0", "-1", "01", "1.0", "1000001", "9999999", "", "x", "\u0661", "1_0", " 1")},
-    "listen-everywhere": (sniroute_settings.parse_listen, ":19000", ("*", 19000)),
-    "listen-on-a-host": (sniroute_settings.parse_listen, "127.0.0.1:0", ("127.0.0.1", 0)),
-    "listen-on-v6": (sniroute_settings.parse_listen, "[::]:443", ("::", 443)),
-    **{f"no-listen-{text!r}": (sniroute_settings.parse_listen, text, ValueError)
+    "listen-everywhere": (sniroute_values.parse_listen, ":19000", ("*", 19000)),
+    "listen-on-a-host": (sniroute_values.parse_listen, "127.0.0.1:0", ("127.0.0.1", 0)),
+    "listen-on-v6": (sniroute_values.parse_listen, "[::]:443", ("::", 443)),
+    **{f"no-listen-{text!r}": (sniroute_values.parse_listen, text, ValueError)
        for text in ("19000", "::1:443", ":", "h:x", "")},
-    "ports": (sniroute_settings.parse_ports, "20000-20100", (20000, 20100)),
-    "one-port": (sniroute_settings.parse_ports, "1-1", (1, 1)),
-    **{f"no-ports-{text!r}": (sniroute_settings.parse_ports, text, ValueError)
+    "ports": (sniroute_values.parse_ports, "20000-20100", (20000, 20100)),
+    "one-port": (sniroute_values.parse_ports, "1-1", (1, 1)),
+    **{f"no-ports-{text!r}": (sniroute_values.parse_ports, text, ValueError)
        for text in ("20000", "2-1", "0-5", "1-65536", "a-b", "1-2-3", "", "1--2", "\u0661-5")},
-    "no-networks": (sniroute_settings.parse_networks, "none", ()),
-    "networks": (sniroute_settings.parse_networks, "10.0.0.0/8, fc00::/7",
+    "no-networks": (sniroute_values.parse_networks, "none", ()),
+    "networks": (sniroute_values.parse_networks, "10.0.0.0/8, fc00::/7",
                  (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fc00::/7"))),
-    "networks-of-ipv4-in-ipv6": (sniroute_settings.parse_networks, "::ffff:127.0.0.0/104,::FFFF:c000:207,::/0",
+    "networks-of-ipv4-in-ipv6": (sniroute_values.parse_networks, "::ffff:127.0.0.0/104,::FFFF:c000:207,::/0",
                                  tuple(map(ipaddress.ip_network, ("127.0.0.0/8", "192.0.2.7/32", "::/0")))),
-    "listen-on-ipv4-in-ipv6": (sniroute_settings.parse_listen, "[::ffff:127.0.0.1]:443", ("127.0.0.1", 443)),
-    "an-address-is-a-network": (sniroute_settings.parse_networks, "192.0.2.1", (ipaddress.ip_network("192.0.2.1/32"),)),
-    **{f"no-networks-{text!r}": (sniroute_settings.parse_networks, text, ValueError)
+    "listen-on-ipv4-in-ipv6": (sniroute_values.parse_listen, "[::ffff:127.0.0.1]:443", ("127.0.0.1", 443)),
+    "an-address-is-a-network": (sniroute_values.parse_networks, "192.0.2.1", (ipaddress.ip_network("192.0.2.1/32"),)),
+    **{f"no-networks-{text!r}": (sniroute_values.parse_networks, text, ValueError)
        for text in ("", "10.0.0.1/8", "10.0.0.0/33", "10.0.0.0/8,", "x", "none,10.0.0.0/8")},
-    "a-word": (sniroute_settings.one_of("a", "b"), "b", "b"),
-    "no-word": (sniroute_settings.one_of("a", "b"), "B", ValueError),
+    "a-word": (sniroute_values.one_of("a", "b"), "b", "b"),
+    "no-word": (sniroute_values.one_of("a", "b"), "B", ValueError),
 }
 
 
@@ -89,7 +90,7 @@ def test_the_text_of_a_setting(parse, text, expected):
 
 def test_a_network_with_the_prefix_of_ipv4_in_ipv6_is_told_how_to_write_it():
     with pytest.raises(ValueError, match="IPv4 is written without ::ffff:"):
-        sniroute_settings.parse_networks("::ffff:127.0.0.0/8")
+        sniroute_values.parse_networks("::ffff:127.0.0.0/8")
 
 
 def test_a_network_of_ipv4_in_ipv6_is_ipv4_in_every_setting(settings_file):
@@ -116,27 +117,27 @@ def test_a_name_with_other_letters_is_told_its_form_for_dns(option, written):
 def test_the_tunnel_program_is_one_that_strangers_cannot_replace(tmp_path, monkeypatch):
     program = tmp_path / "cloudflared"
     with pytest.raises(ValueError, match="is not a program"):
-        sniroute_settings.parse_program(str(program))
+        sniroute_values.parse_program(str(program))
     program.write_text("")
     program.chmod(0o644)
     monkeypatch.setattr(os, "access", lambda path, mode: bool(os.stat(path).st_mode & stat.S_IXUSR))  # for root
     with pytest.raises(ValueError, match="is not a program"):
-        sniroute_settings.parse_program(str(program))
+        sniroute_values.parse_program(str(program))
     with pytest.raises(ValueError, match="is not a program"):
-        sniroute_settings.parse_program(str(tmp_path))
+        sniroute_values.parse_program(str(tmp_path))
     program.chmod(0o755)
     monkeypatch.chdir(tmp_path)
-    assert sniroute_settings.parse_program("./cloudflared") == str(program)
+    assert sniroute_values.parse_program("./cloudflared") == str(program)
     for changed in (program, tmp_path):
         changed.chmod(0o757)
         with pytest.raises(ValueError, match=f"is not run, since {changed} can be changed by other users: chmod o-w"):
-            sniroute_settings.parse_program(str(program))
+            sniroute_values.parse_program(str(program))
         changed.chmod(0o755)
     if os.geteuid() == 0:
         os.chown(program, 4321, -1)
     monkeypatch.setattr(os, "geteuid", lambda: 4322)
     with pytest.raises(ValueError, match="belongs to another user"):
-        sniroute_settings.parse_program(str(program))
+        sniroute_values.parse_program(str(program))
 
 
 # name -> on the command line, its value; in the environment, its value
@@ -660,9 +661,9 @@ def test_every_beginning_of_a_file_is_settings_or_a_complaint(settings_file):
 def test_an_admin_address_is_loopback_or_a_path(text, good):
     if good is None:
         with pytest.raises(ValueError):
-            sniroute_settings.parse_admin(text)
+            sniroute_values.parse_admin(text)
     else:
-        assert sniroute_settings.parse_admin(text) == good
+        assert sniroute_values.parse_admin(text) == good
 
 
 def test_an_admin_address_for_others_is_another_setting():

@@ -1,0 +1,155 @@
+"""sniroute_values: what people write as a value, and what it means: durations, counts, addresses, networks, programs.
+
+    text  --- parse_duration, parse_count, parse_networks, ... ---> a value; ValueError with a sentence for people
+
+A parser looks at its text only; parse_program and absolute ask the host about a path.
+
+Threads: any; nothing is kept.
+
+Seams: I want to ...
+    read another kind of value    a parser here; then its name in a row of SETTINGS (sniroute_settings), or of
+                                  ROUTE_OPTIONS (sniroute_options)
+
+It imports host, launchers and names.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from typing import Any, Callable, Iterable
+
+from sniroute_host import PATHS_MAX, changed_by_others
+from sniroute_launchers import Variable
+from sniroute_names import Network, parse_host_port, parse_network, printable
+
+__version__ = "0.1.0"
+
+UNIX_PATH_MAX = 90  # sun_path of unix(7) has 108 bytes, or 104; some are for the name it has before it is ready
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)  # the name of one, POSIX 8.1
+DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?", re.ASCII)
+
+
+def as_text(value: Any) -> str:
+    """A TOML value as the command line would have it, so that one parser does for both."""
+    if isinstance(value, list):
+        return ",".join(map(as_text, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def meant(word: str, words: Iterable[str]) -> str:
+    """What somebody may have meant, as the end of a sentence about an unknown word."""
+    import difflib  # imported late: only a mistyped word needs it
+    close = difflib.get_close_matches(word.replace("-", "_"), words, 1)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(words)}"
+
+
+def parse_duration(text: str) -> float:
+    """`300s`, `5m`, `1h30m` or `500ms` in seconds, above zero.  Raises ValueError."""
+    match = DURATION.fullmatch(text)
+    hours, minutes, seconds, millis = (float(part or 0) for part in match.groups()) if match else (0,) * 4
+    total = hours * 3600 + minutes * 60 + seconds + millis / 1000
+    if not 0 < total <= 366 * 86400:
+        raise ValueError(f"{text!r} is not a duration such as 300s, 5m, 1h30m or 500ms")
+    return total
+
+
+def parse_off_or_duration(text: str) -> float:
+    """A duration as above, or `off`, which is 0.  Raises ValueError."""
+    return 0.0 if text == "off" else parse_duration(text)
+
+
+def parse_count(text: str) -> int:
+    """A whole number from 1 to a million.  Raises ValueError."""
+    if not re.fullmatch(r"[1-9][0-9]{0,6}", text, re.ASCII) or int(text) > 1_000_000:
+        raise ValueError(f"{text!r} is not a whole number from 1 to 1000000")
+    return int(text)
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """An address to listen on; without a host it is every address.  Raises ValueError."""
+    return parse_host_port(text, default_host="*")
+
+
+def parse_ports(text: str) -> tuple[int, int]:
+    """`FIRST-LAST`.  Raises ValueError."""
+    match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", text, re.ASCII)
+    if not match or not 0 < int(match[1]) <= int(match[2]) < 65536:
+        raise ValueError(f"{text!r} is not FIRST-LAST, ports from 1 to 65535")
+    return int(match[1]), int(match[2])
+
+
+def parse_networks(text: str) -> tuple[Network, ...]:
+    """`CIDR,...`, or `none`.  Raises ValueError."""
+    try:
+        return tuple(parse_network(part.strip()) for part in text.split(",")) if text != "none" else ()
+    except ValueError as error:
+        advice = "; IPv4 is written without ::ffff:" if "::ffff:" in text.lower() else ""
+        raise ValueError(f"{error}: a network is 192.0.2.0/24, or one address{advice}") from None
+
+
+def absolute(text: str) -> str:
+    """A path as it is from `/`: the folder that a program was started in may go.  Raises ValueError."""
+    try:
+        return os.path.abspath(text)
+    except OSError as error:
+        raise ValueError(f"{text!r} is relative to a folder that cannot be used ({error.strerror}): "
+                         "give the whole path, from /") from None
+
+
+def parse_program(text: str) -> str:
+    """The tunnel program: a file that runs, and that only root and this user may change.  Raises ValueError."""
+    path = absolute(text)
+    if not os.path.isfile(path) or not os.access(path, os.X_OK):
+        raise ValueError(f"{text!r} is not a program: there is no such file, or it may not be executed")
+    fault = changed_by_others(path)
+    if fault:
+        raise ValueError(f"{text!r} is not run, since {printable(fault, PATHS_MAX)}")
+    return path
+
+
+def parse_admin(text: str) -> str | tuple[str, int]:
+    """`unix:PATH`, which gives the path, or a loopback HOST:PORT.  Raises ValueError."""
+    if text.startswith("unix:"):
+        path = absolute(text[5:])
+        if not re.fullmatch(r"[!-~]+", text[5:]) or len(path) > UNIX_PATH_MAX:
+            raise ValueError(f"{text!r} is not unix:PATH with at most {UNIX_PATH_MAX} characters, without spaces")
+        return path
+    host, port = parse_host_port(text)
+    try:
+        loopback = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ValueError(f"{text!r} is neither a loopback address, as 127.0.0.1:19001, nor unix:PATH; "
+                         "for other hosts there is --admin-public: metrics and probes alone")
+    return host, port
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """A parser for one of these words."""
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"{text!r} is none of {', '.join(words)}")
+        return text
+    return parse
+
+
+def parse_env(value: Any) -> tuple[Variable, ...]:
+    """A table of variables.  Raises ValueError, which never has a value in it: it may be a secret."""
+    if not isinstance(value, dict):
+        raise ValueError("is no table of variables, as { NAME = \"value\" }")
+    for name, text in value.items():
+        if not VARIABLE.fullmatch(name) or "\0" in as_text(text):
+            raise ValueError(f"{printable(name)}: is no variable: a name has letters, digits and _, a value no NUL")
+    return tuple(sorted(Variable(name, as_text(text)) for name, text in value.items()))
+
+
+def parse_names(text: str) -> tuple[Variable, ...]:
+    """`NAME,...`: variables of the router's own environment.  Raises ValueError."""
+    names = [name.strip() for name in text.split(",")]
+    wrong = [name for name in names if not VARIABLE.fullmatch(name)]
+    if wrong:
+        raise ValueError(f"{printable(wrong[0])!r} is not the name of a variable")
+    return tuple(Variable(name) for name in sorted(set(names)))
