@@ -73,6 +73,7 @@ def show_route(route: Route) -> str:
     """A route and its options, for people."""
     options = [f"{name} {show_option(value)}" for name in ROUTE_OPTIONS
                if (value := getattr(route, name)) != Route._field_defaults[name]]
+    options += route.several.shown() if route.several is not None else []
     return f"{route} ({'; '.join(options)})" if options else str(route)
 
 

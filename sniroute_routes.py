@@ -22,16 +22,20 @@ from __future__ import annotations
 
 import re
 import weakref
-from typing import Callable, Iterable, NamedTuple
+from typing import TYPE_CHECKING, Callable, Iterable, NamedTuple, Sequence
 
 from sniroute_launchers import TunnelKey
 from sniroute_names import Network, ascii_advice, has_owner, normalise, normalise_whole
 from sniroute_refusals import Malformed, Refused
 from sniroute_targets import SCHEMES, Scheme
 
+if TYPE_CHECKING:
+    from sniroute_backends import Several
+
 __version__ = "0.1.0"
 
 DECISIONS_MAX = 4096  # routed names remembered: names come from strangers
+SHOWN_MAX = 8  # of the targets of one route: a line of the log has room for so many
 
 
 # -- routes ------------------------------------------------------------------------------------
@@ -61,6 +65,7 @@ class Decision(NamedTuple):
     tunnel: TunnelKey | None  # where that is a tunnel
     tally: Tally
     plain: bool  # the route has no option that each connection has to be checked for
+    members: Sequence[Decision] = ()  # of each of its targets, where the route has several; never changed
 
 
 class Route(NamedTuple):
@@ -73,6 +78,8 @@ class Route(NamedTuple):
     max_connections: int | None = None
     idle: float | None = None  # seconds, instead of --idle
     connection_idle: float | None = None  # seconds, instead of --connection-idle
+    members: tuple[str, ...] = ()  # the targets, each `scheme:rest`, where there are several; `target` is for people
+    several: Several | None = None  # what is done with those; given where there are any
 
     def __str__(self) -> str:
         return f"{self.pattern}={self.target}"
@@ -80,20 +87,59 @@ class Route(NamedTuple):
     @property
     def scheme(self) -> Scheme:
         """The row of its kind of target."""
+        if self.several is not None:
+            return self.several.scheme
         return SCHEMES[self.target.partition(":")[0]]
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All its targets, each `scheme:rest`."""
+        return self.members or (self.target,)
+
+    @property
+    def has_tunnel(self) -> bool:
+        """Whether one of its targets is a tunnel."""
+        return any(SCHEMES[target.partition(":")[0]].is_tunnel for target in self.targets)
+
+    def each(self) -> list[Route]:
+        """A route to each of its targets."""
+        return [self._replace(target=target, members=(), several=None) for target in self.members] or [self]
 
     def decide(self, name: str, identified: bool = False, tally: Tally | None = None) -> Decision:
         """Fill in the target for a name.  Raises Malformed where that gives no valid target.
 
         `identified`: the router has an Access token, which is not shown to everybody.
         """
+        if self.several is not None:
+            return self._decide_several(name, identified, tally or Tally())
         scheme, _, rest = expand(self.target, name).partition(":")
         row = SCHEMES[scheme]
         rest = row.check(rest)
         target = f"{scheme}:{rest}"
         tunnel = TunnelKey(scheme, rest, not identified or self.is_of_one_domain()) if row.is_tunnel else None
-        plain = self.send_proxy == "as-received" and self.allow is None and self.max_connections is None
-        return Decision(self, target, row, rest, f"{self.pattern}={target}", tunnel, tally or Tally(), plain)
+        return Decision(self, target, row, rest, f"{self.pattern}={target}", tunnel, tally or Tally(), self.is_plain)
+
+    def _decide_several(self, name: str, identified: bool, tally: Tally) -> Decision:
+        """As `decide`, with the decision of each target.  Without fields these are the same for each name."""
+        members, key = self.several.fixed, self.pattern
+        if not members:
+            members = [route.decide(name, identified, tally) for route in self.each()]
+            if self.has_fields:
+                key = " ".join([self.pattern, *(member.target for member in members)])
+            else:
+                self.several.fixed[:] = members  # one assignment: another thread may decide, too
+        target = expand(self.target, name)
+        return Decision(self, target, self.several.scheme, "", key, None, tally, self.is_plain, members)
+
+    @property
+    def has_fields(self) -> bool:
+        """Whether a target depends on the name."""
+        return any(FIELDS.search(target) for target in self.targets)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has no option that each connection has to be checked for."""
+        return self.send_proxy == "as-received" and self.allow is None and self.max_connections is None
 
     def is_of_one_domain(self) -> bool:
         """Whether all its names lead into one domain, which the operator has chosen, and which has one owner.
@@ -102,6 +148,8 @@ class Route(NamedTuple):
         `*.example.com`, which is `cft-a-example.com`; any name below `co.uk`.  Then it is neither shown the Access
         token, nor led to a private address.
         """
+        if self.members:
+            return all(route.is_of_one_domain() for route in self.each())
         stars, dot, domain = self.pattern.partition(".")
         if not stars.startswith("*"):
             return True
@@ -125,11 +173,10 @@ def expand(template: str, name: str) -> str:
     return FIELDS.sub(lambda field: values[field[1]], template)
 
 
-def parse_route(text: str) -> Route:
-    """`PATTERN=TARGET`.  Raises ValueError with a sentence for people."""
+def parse_route(text: str, listed: Sequence[str] = ()) -> Route:
+    """`PATTERN=TARGET`; or `PATTERN=`, and the targets as a list.  Raises ValueError with a sentence for people."""
     pattern, equals, target = text.partition("=")
-    scheme, colon, rest = target.partition(":")
-    if not equals or not colon:
+    if not equals or not listed and ":" not in target:
         raise ValueError(f"{text!r} is not PATTERN=SCHEME:REST")
     stars = next((stars for stars in ("**.", "*.") if pattern.startswith(stars)), "")
     try:
@@ -139,6 +186,32 @@ def parse_route(text: str) -> Route:
     except Malformed:
         raise ValueError(f"{pattern!r} is not a name, *.NAME, **.NAME or * (behind a star, NAME has two labels at "
                          f"least){ascii_advice(pattern)}") from None
+    targets = [each for text in listed or [target] for each in split_target(text)]
+    for each in targets:
+        check_target(pattern, each)
+    return Route(pattern, targets[0]) if len(targets) == 1 else Route(pattern, shown(targets), members=tuple(targets))
+
+
+def split_target(target: str) -> list[str]:
+    """The targets that `tcp:HOST:PORT,HOST:PORT` means; any other kind is one."""
+    scheme, _, rest = target.partition(":")
+    return [f"tcp:{each.strip()}" for each in rest.split(",")] if scheme == "tcp" else [target]
+
+
+def shown(targets: Sequence[str]) -> str:
+    """Several targets for people: the first few of them, and how many more there are."""
+    few = targets[:SHOWN_MAX]
+    if all(target.startswith("tcp:") for target in few):
+        few = [few[0], *(target[4:] for target in few[1:])]
+    more = len(targets) - SHOWN_MAX
+    return ",".join(few) + (f" and {more} more" if more > 0 else "")
+
+
+def check_target(pattern: str, target: str) -> None:
+    """Whether a target is one, for a route of this pattern.  Raises ValueError with a sentence for people."""
+    scheme, colon, rest = target.partition(":")
+    if not colon:
+        raise ValueError(f"{target!r} is not SCHEME:REST")
     if scheme not in SCHEMES:
         raise ValueError(f"{scheme!r} is no kind of target: there are {', '.join(sorted(SCHEMES))}")
     unknown = [field for field in FIELDS.findall(rest) if field not in ("name", "label", "domain")]
@@ -149,7 +222,6 @@ def parse_route(text: str) -> Route:
     except Malformed as error:
         advice = ascii_advice(target)
         raise ValueError(f"{target!r} is not ASCII{advice}" if advice else f"{target!r}: {error}") from None
-    return Route(pattern, target)
 
 
 class Layer:
@@ -211,7 +283,8 @@ class Routes:
         self.layers: list[Layer] = []
         self.generation = 0  # counts `forget`: another thread that decides meanwhile keeps nothing
         self.decisions: dict[str, Decision] = {}  # what was decided, by name; emptied when there are too many
-        self.decisions_max = max(DECISIONS_MAX, 2 * len(self.routes))
+        widest = max((len(route.members) for route in self.routes if route.has_fields), default=1)
+        self.decisions_max = max(DECISIONS_MAX // max(widest, 1), 2 * len(self.routes))
         self.configured = Layer(self.routes)
         self.add_layer(self.configured)
 

@@ -147,6 +147,22 @@ def one_of(*words: str) -> Callable[[str], str]:
     return parse
 
 
+def with_several(route: Route, values: Mapping[str, Any]) -> Route:
+    """The route, and what is done with its several targets, where it has those, or an option for them.
+
+    Raises ValueError where the file for that is missing.
+    """
+    if not route.members and not values:
+        return route
+    if not is_here("sniroute_backends"):
+        raise ValueError(f"{route.pattern} has several backends, or an option for them: sniroute_backends.py is not "
+                         "beside sniroute.py: copy it there")
+    import sniroute_backends  # imported late: an option
+    if not route.members:
+        values = {"health": "off", **values}  # there is no other one to be used instead
+    return route._replace(members=route.targets, several=sniroute_backends.several(values))
+
+
 LOCAL_NETWORKS = "127.0.0.0/8,::1/128,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,fc00::/7"
 
 
@@ -195,7 +211,7 @@ SETTINGS = (
     Setting("listen", "ADDRESS", parse_listen, ":19000",
             "where to listen: HOST:PORT, [::1]:PORT, or :PORT for every address (default :19000); repeatable",
             many=True, fixed=True),
-    Setting("route", "PATTERN=TARGET", parse_route, "*=cloudflared:cft-{name}",
+    Setting("route", "PATTERN=TARGET", lambda text: with_several(parse_route(text), {}), "*=cloudflared:cft-{name}",
             "what a name leads to; repeatable; replaces the default route, *=cloudflared:cft-{name}",
             many=True, key="routes"),
     Setting("proxy-protocol", "MODE", one_of("off", "auto", "required"), "auto",
@@ -240,9 +256,12 @@ SETTINGS = (
             "text or json (default text)", fixed=True),
 )
 
-# What a route in a file may have beside its target: a field of Route, and its parser.
+# What a route in a file may have beside its target: a field of Route, and its parser.  A route with several targets may
+# have those of sniroute_backends, too.
 ROUTE_OPTIONS = {"send_proxy": one_of(*PROXY_WRITERS), "allow": parse_networks, "max_connections": parse_count,
                  "idle": parse_duration, "connection_idle": parse_off_or_duration}
+KINDS: dict[str, Callable[[str], Any]] = {
+    "duration": parse_duration, "off or duration": parse_off_or_duration, "count": parse_count}
 ADMIN_TOKEN = "SNIROUTE_ADMIN_TOKEN"  # the variable; a secret is no option, which every user of the host can read
 
 
@@ -367,30 +386,55 @@ def read_routes(table: Any, wrong: list[str]) -> list[Route]:
     for pattern, value in table.items():
         where = f'routes."{printable(pattern)}"'
         options = dict(value) if isinstance(value, dict) else {"target": value}
+        several: dict[str, Any] = {}
         if "target" not in options:
             wrong.append(f"{where}: has no target (a pattern goes in quotes, "
                          'as "db.example.com" = "tcp:192.0.2.10:5432")')
             continue
-        target = as_text(options.pop("target"))
+        listed = options.pop("target")
+        target = as_text(listed)
         try:
-            route = parse_route(f"{pattern}={target}")
+            if isinstance(listed, list):
+                route = parse_route(f"{pattern}=", list(map(as_text, listed)) or [""])
+            else:
+                route = parse_route(f"{pattern}={target}")
         except ValueError as error:
             wrong.append(f"{where}: {error}")
             scheme = target.partition(":")[0]
             route = Route(pattern, f"{scheme if scheme in SCHEMES else 'tcp'}:")  # so that the options are checked, too
         for name, option in options.items():
             if name not in ROUTE_OPTIONS:
-                others = meant(name, ("target", *ROUTE_OPTIONS))
-                wrong.append(f"{where}.{printable(name)}: there is no such option{others}")
-            elif name == "idle" and not route.scheme.is_tunnel:
+                try:
+                    several[name] = read_several(name, option)
+                except ValueError as error:
+                    wrong.append(f"{where}.{printable(name)}: {error}")
+            elif name == "idle" and not route.has_tunnel:
                 wrong.append(f"{where}.idle: is for tunnels; here connection_idle closes what is silent")
             else:
                 try:
                     route = route._replace(**{name: ROUTE_OPTIONS[name](as_text(option))})
                 except ValueError as error:
                     wrong.append(f"{where}.{name}: {error}")
-        routes.append(route)
+        try:
+            routes.append(with_several(route, several))
+        except ValueError as error:
+            wrong.append(f"{where}: {error}")
+            routes.append(route)
     return routes
+
+
+def read_several(name: str, value: Any) -> Any:
+    """The value of an option for several backends.  Raises ValueError, also where there is no such option."""
+    if not is_here("sniroute_backends"):
+        raise ValueError(f"there is no such option{meant(name, ('target', *ROUTE_OPTIONS))}; those for several backends "
+                         "need sniroute_backends.py beside sniroute.py")
+    import sniroute_backends  # imported late: an option
+    rows = sniroute_backends.OPTIONS
+    if name not in rows:
+        raise ValueError(f"there is no such option{meant(name, ('target', *ROUTE_OPTIONS, *rows))}")
+    kind = rows[name].kind
+    parse = one_of(*kind) if isinstance(kind, tuple) else KINDS[kind]
+    return parse(as_text(value))
 
 
 # -- the command line --------------------------------------------------------------------------
@@ -567,7 +611,8 @@ def cross_checked(values: Mapping[str, Any], given: Mapping[str, Given], running
         wrong.append(f"{ADMIN_TOKEN}: has to be 16 printable characters or more, without spaces")
     for address in map(show_address, values["listen"] or ()):
         for route in values["route"] or ():
-            if route.scheme.leads_back(route.target.partition(":")[2], address):
+            if any(SCHEMES[scheme].leads_back(rest, address) for scheme, _, rest in
+                   (target.partition(":") for target in route.targets)):
                 wrong.append(f"{given['route'].source}: {route} leads back to --listen {address}")
     if running is not None and values["open_to_all"] and not running.open_to_all:
         wrong.append("there are no routes any more: every name would be served")  # a file that is being written
@@ -595,7 +640,7 @@ def tunnels_that_fit(values: Mapping[str, Any]) -> int:
     """As many as there are ports; where each has a process of its own, as many as fit into the host's memory."""
     first, last = values["ports"]
     memory = memory_allowed()
-    used = {route.target.partition(":")[0] for route in values["route"]}
+    used = {target.partition(":")[0] for route in values["route"] for target in route.targets}
     share = min((row.carries for scheme, row in values["launchers"].items() if scheme in used), default=1)
     return max(1, min(last - first + 1, memory * share // TUNNEL_MEMORY))
 
@@ -619,21 +664,21 @@ def warn(settings: Settings) -> None:
     if settings.open_to_all:
         log.warning("no --route: every name is served, each by a tunnel of its own (%s)", settings.routes.routes[0])
     for scheme, launcher in settings.launchers.items():
-        if any(route.target.startswith(f"{scheme}:") for route in settings.routes.routes):
+        if any(target.startswith(f"{scheme}:") for route in settings.routes.routes for target in route.targets):
             if scheme == "cloudflared" and launcher is settings.launchers["carrier"]:
                 log.info("cloudflared is not on PATH: the carrier beside sniroute.py does its work")
             elif obstacle := launcher.obstacle:
                 log.warning("%s; names that need it are refused until then", obstacle)
     for route in settings.routes.routes:
-        if route.scheme.is_tunnel and settings.routes.identified and not route.is_of_one_domain():
+        if route.has_tunnel and settings.routes.identified and not route.is_of_one_domain():
             log.warning("%s: a client may own the domain this leads to, so the Access token is not shown there: "
                         "route your own domain, as **.example.com", route)
-        if route.target.startswith("tcp:") and not route.is_of_one_domain():
+        if any(target.startswith("tcp:") for target in route.targets) and not route.is_of_one_domain():
             log.warning("%s: a client may own the domain this leads to, so private addresses are refused there: "
                         "name the host, or route your own domain, as **.example.com", route)
     identity = settings.launchers["carrier"].environment
     missing = [variable for variable in SERVICE_TOKEN if not identity.get(variable)]
-    if len(missing) == 1 and any(route.scheme.is_tunnel for route in settings.routes.routes):
+    if len(missing) == 1 and any(route.has_tunnel for route in settings.routes.routes):
         log.warning("%s is not set: the other half of the service token alone opens nothing", *missing)
     if settings.proxy_protocol != "off" and settings.proxy_from == parse_networks(LOCAL_NETWORKS) \
             and any(route.allow is not None for route in settings.routes.routes):
@@ -642,7 +687,7 @@ def warn(settings: Settings) -> None:
     if settings.max_connections > settings.fit:
         log.warning("--max-connections %d is more than the limit of open files allows (%d): raise LimitNOFILE",
                     settings.max_connections, settings.fit)
-    tunnels = any(route.scheme.is_tunnel for route in settings.routes.routes)
+    tunnels = any(route.has_tunnel for route in settings.routes.routes)
     for line in too_little(tunnels, settings.admin is not None, settings.max_starting):
         log.warning("%s", line)
     low, high, said = local_ports() or (1, 0, True)
