@@ -39,7 +39,7 @@ end use race, log, loop, host, names and refusals:
     sniroute_names         names and addresses; the version
     sniroute_refusals      why a client is refused             and how it is told
 
-    sniroute_backends *    several backends of one route       which one, which next, which rests
+    sniroute_backends *    several backends of one route       with sniroute_balance
     sniroute_admin    *    HTTP for the host's own users       with sniroute_door, _metrics and _page
     sniroute_carrier  *    a tunnel program of our own         with sniroute_edge, _forwarder, _dial and _http
 

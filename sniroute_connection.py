@@ -335,6 +335,9 @@ class Connection:
             else:
                 wait_in_park(self, early.turn)
             return
+        except Refused as error:
+            self.refuse(error)
+            return
         except OSError as error:
             out_of_descriptors(self, error)
             return

@@ -263,7 +263,7 @@ CORE = (
 )
 OPTIONS = {
     "doctor": ("sniroute_doctor",),
-    "backends": ("sniroute_backends",),
+    "backends": ("sniroute_backends", "sniroute_balance"),
     "admin": ("sniroute_admin", "sniroute_door", "sniroute_metrics", "sniroute_page"),
     "carrier": ("sniroute_carrier", "sniroute_edge", "sniroute_forwarder", "sniroute_dial", "sniroute_http"),
 }

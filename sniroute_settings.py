@@ -154,9 +154,10 @@ def with_several(route: Route, values: Mapping[str, Any]) -> Route:
     """
     if not route.members and not values:
         return route
-    if not is_here("sniroute_backends"):
-        raise ValueError(f"{route.pattern} has several backends, or an option for them: sniroute_backends.py is not "
-                         "beside sniroute.py: copy it there")
+    for room in OPTIONS["backends"]:
+        if not is_here(room):
+            raise ValueError(f"{route.pattern} has several backends, or an option for them: {room}.py is not beside "
+                             "sniroute.py: copy it there")
     import sniroute_backends  # imported late: an option
     if not route.members:
         values = {"health": "off", **values}  # there is no other one to be used instead
@@ -425,9 +426,10 @@ def read_routes(table: Any, wrong: list[str]) -> list[Route]:
 
 def read_several(name: str, value: Any) -> Any:
     """The value of an option for several backends.  Raises ValueError, also where there is no such option."""
-    if not is_here("sniroute_backends"):
-        raise ValueError(f"there is no such option{meant(name, ('target', *ROUTE_OPTIONS))}; those for several backends "
-                         "need sniroute_backends.py beside sniroute.py")
+    if not all(map(is_here, OPTIONS["backends"])):
+        others = meant(name, ("target", *ROUTE_OPTIONS))
+        raise ValueError(f"there is no such option{others}; those for several backends need {OPTIONS['backends'][0]}.py "
+                         f"and {OPTIONS['backends'][1]}.py beside sniroute.py")
     import sniroute_backends  # imported late: an option
     rows = sniroute_backends.OPTIONS
     if name not in rows:

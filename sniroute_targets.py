@@ -119,8 +119,8 @@ class Backend:
     def open(self, why: str = "") -> socket.SocketType:
         """A non-blocking socket whose connect has begun, to the next address that does not refuse at once.
 
-        `why` is what became of the address before.  Raises Unreachable where no address is left, NotYet where it is
-        too early, and OSError with one of CAPACITY_ERRNOS where this host has no descriptors.
+        `why` is what became of the address before.  Raises Unreachable where no address is left, NotYet or
+        Refused where it is too early, and OSError with one of CAPACITY_ERRNOS where this host has no descriptors.
         """
         if why:
             self.tell(self.row, why)
