@@ -75,6 +75,8 @@ class Member:
         self.sum = 0.0
         self.level: int | None = None  # of Least
 
+    bounds = SECONDS  # of the buckets in `counts`
+
     @property
     def load(self) -> float:
         """Its connections, and its failures of late, for each time that it is in the list."""

@@ -24,8 +24,9 @@ from sniroute_balance import Member, slot_of
 from sniroute_refusals import SettingsError
 from sniroute_routes import Route, parse_route
 from conftest import HERE, HOST, Address, FakeClock, Server, wait_until
+from testbed.clients import Database, psql
 from testbed.hellos import HELLO, NAME, v2
-from testbed.program import execute
+from testbed.program import Program, execute
 from testbed.running import Running, alert, read_all, read_exactly, reset
 
 
@@ -675,3 +676,33 @@ def test_a_postgres_backend_without_tls_is_passed_over(several_of, serve):
         assert read_exactly(client, 1) == b"S"
         client.sendall(HELLO)
         assert read_exactly(client, 1) == b"g"
+
+
+# -- three real databases ------------------------------------------------------------------------
+
+
+def test_psql_is_never_refused_while_one_of_three_databases_stops_and_starts(databases, launch, settings_file):
+    for balance in ("round-robin", "least", "first"):
+        program = launch("-c", settings_file(table([each.address for each in databases], balance=balance,
+                                                   fallback_interval="200ms")))
+        loop_of_psql(program, databases[0])
+        assert program.log().count(" is down: ") == program.log().count(" is back, after ") == 1
+        program.stop()
+
+
+def loop_of_psql(program: Program, database: Database) -> None:
+    """Sessions, one after another, while a database stops and starts again."""
+    port, served = str(database.address[1]), set()
+
+    def session() -> str:
+        ended = psql(program.address, ["select inet_server_port()"], "sslmode=require")
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout.decode().strip()
+
+    wait_until(lambda: session() == port)
+    database.stop()
+    for _ in range(12):
+        assert session() != port
+    assert database.start()
+    wait_until(lambda: served.add(session()) or " is back, after " in program.log())
+    assert port in served
