@@ -684,7 +684,7 @@ def test_a_postgres_backend_without_tls_is_passed_over(several_of, serve):
 def test_psql_is_never_refused_while_one_of_three_databases_stops_and_starts(databases, launch, settings_file):
     for balance in ("round-robin", "least", "first"):
         program = launch("-c", settings_file(table([each.address for each in databases], balance=balance,
-                                                   fallback_interval="200ms")))
+                                                   health_fail=1, fallback_interval="200ms")))
         loop_of_psql(program, databases[0])
         assert program.log().count(" is down: ") == program.log().count(" is back, after ") == 1
         program.stop()
