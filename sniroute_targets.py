@@ -370,13 +370,13 @@ class Targets:
         self.book: Any = None  # the Book of sniroute_backends, where a route has several
         self.make_room(0)
 
-    def make_room(self, routes: int) -> None:
-        """Keep as many resolved hosts as this number of routes can need."""
-        self.resolved_max = max(RESOLVED_MAX, 2 * routes)
+    def make_room(self, targets: int) -> None:
+        """Keep as many resolved hosts as this number of configured targets can need."""
+        self.resolved_max = max(RESOLVED_MAX, 2 * targets)
 
     def follow(self, routes: Routes, loop: Loop) -> None:
         """Use other routes.  At the start, and then the loop."""
-        self.make_room(len(routes.routes))
+        self.make_room(sum(len(route.targets) for route in routes.routes))
         several = [route for route in routes.routes if route.several is not None]
         if several and self.book is None:
             self.book = several[0].several.book(self, loop)

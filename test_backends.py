@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import logging
-import pathlib
+import json
 import random
 import re
 import socket
@@ -13,7 +12,7 @@ import statistics
 import sys
 import time
 import types
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import pytest
 
@@ -22,11 +21,11 @@ import sniroute_settings
 from sniroute_backends import Book, Group, several
 from sniroute_balance import Member, slot_of
 from sniroute_refusals import SettingsError
-from sniroute_routes import Route, parse_route
+from sniroute_routes import parse_route
 from conftest import HERE, HOST, Address, FakeClock, Server, wait_until
 from testbed.clients import Database, psql
 from testbed.hellos import HELLO, NAME, v2
-from testbed.program import Program, execute
+from testbed.program import Program, command, execute
 from testbed.running import Running, alert, read_all, read_exactly, reset
 
 
@@ -706,3 +705,70 @@ def loop_of_psql(program: Program, database: Database) -> None:
     assert database.start()
     wait_until(lambda: served.add(session()) or " is back, after " in program.log())
     assert port in served
+
+
+# -- insight -------------------------------------------------------------------------------------
+
+
+def test_metrics_status_and_explain_tell_of_each_backend(launch, settings_file, serve, admin_path):
+    good, bad = serve(named(b"g")), refusing()
+    path = settings_file(table([bad, good.address], balance="least", health_fail=1) + '[routes."*.example.org"]\n'
+                         f'target = "tcp:{{label}}:1,{{label}}:2"\n')
+    program = launch("-c", path, f"--admin=unix:{admin_path}")
+    for _ in range(4):
+        with program.connect(HELLO) as client:
+            assert read_exactly(client, 1) == b"g"
+    text = asked(admin_path, "/metrics")
+    places = [f'{{route="{NAME}",backend="tcp:{host}:{port}"' for host, port in (bad, good.address)]
+    for place, up, failures, connects in zip(places, (0, 1), (1, 0), (0, 4)):
+        assert f"sniroute_backend_up{place}}} {up}\n" in text
+        assert f"sniroute_backend_failures_total{place}}} {failures}\n" in text
+        assert f"sniroute_backend_connect_seconds_count{place}}} {connects}\n" in text
+        assert f'sniroute_backend_connect_seconds_bucket{place},le="+Inf"}} {connects}\n' in text
+    assert text.count("\nsniroute_backend_up{") == 2, "no label for what a client chooses"
+    rows = json.loads(asked(admin_path, "/status"))["backends"]
+    assert [(row["up"], row["why"], row["failures"]) for row in rows] == [(False, "Connection refused", 1), (True, "", 0)]
+    said = command("explain", NAME, "-c", path, f"--admin=unix:{admin_path}").stdout
+    assert re.search(rf"^backend: tcp:{HOST}:{bad[1]}, down for \d+ s: Connection refused; tried again in \d+ s$", said, re.M)
+    assert re.search(rf"^backend: tcp:{HOST}:{good.address[1]}, good, \d connections$", said, re.M)
+    assert f"taken:   tcp:{HOST}:{good.address[1]}, which has the fewest connections\n" in said
+
+
+def asked(path: str, what: str) -> str:
+    """The body of an answer of the admin."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(path)
+        sock.sendall(f"GET {what} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        return read_all(sock).decode().partition("\r\n\r\n")[2]
+
+
+def test_explain_without_a_router_tells_the_list(settings_file):
+    said = command("explain", NAME, "--route", f"{NAME}=tcp:192.0.2.1:1,192.0.2.2:2").stdout
+    assert "\nbackend: tcp:192.0.2.1:1\nbackend: tcp:192.0.2.2:2\ntaken:   not known here" in said
+
+
+def test_check_prints_the_options_that_are_not_the_default(settings_file):
+    path = settings_file(table([("192.0.2.1", 1), ("192.0.2.2", 2)], balance="least", queue="1s"))
+    assert command("check", "-c", path).stdout == (
+        f"{NAME}=tcp:192.0.2.1:1,192.0.2.2:2 (balance least; queue 1 s)\n")
+
+
+def test_a_long_list_is_shortened_for_people(settings_file):
+    addresses = [("192.0.2.1", port) for port in range(1, 1001)]
+    said = command("check", "-c", settings_file(table(addresses))).stdout
+    assert said.endswith("192.0.2.1:8 and 992 more\n") and len(said) < 200
+
+
+# -- documents -----------------------------------------------------------------------------------
+
+
+def test_the_options_and_the_examples_of_the_documents_are_the_programs(settings_file):
+    text = (HERE / "OPERATING.md").read_text().partition("### Several backends")[2].partition("**Whose domain?**")[0]
+    rows = [line for line in text.split("\n") if line.startswith("| `")]
+    named_there = {name for line in rows for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+    assert named_there == set(sniroute_backends.OPTIONS)
+    for word in sniroute_backends.OPTIONS["balance"].kind:
+        assert f"`{word}`" in rows[0]
+    example = text.partition("```toml\n")[2].partition("```")[0]
+    settings = sniroute_settings.load_settings(["-c", settings_file(example)], {})
+    assert [len(route.members) for route in settings.routes.routes] == [2, 2, 3]
