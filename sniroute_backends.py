@@ -455,7 +455,7 @@ class GroupBackend(Backend):
                  "patience", "is_trial", "stuck", "suspects", "is_open", "lifetime", "is_dialling", "served", "note")
 
     def __init__(self, connection: Connection, group: Group):
-        super().__init__(connection.decision.target, (), False)
+        self.target = connection.decision.target
         self.connection = connection
         self.group = group
         self.member: Member | None = None
@@ -486,7 +486,7 @@ class GroupBackend(Backend):
                 self.lose(str(error))
         if self.awaited is not None:
             self.until += monotonic() - self.parked  # to start a tunnel takes another limit
-            self.awaited = None
+            self.awaited, self.parked = None, 0.0
         for _ in range(TRIES_A_TURN):
             if self.member is None:
                 self.choose()
@@ -534,7 +534,7 @@ class GroupBackend(Backend):
         self.is_trial = member.trial is self
         self.is_dialling = True
         self.group.take(member, self)
-        if self.parked and self.awaited is None:
+        if self.parked:
             self.until += monotonic() - self.parked  # to wait for room takes another limit
             self.parked = 0.0
 
@@ -553,6 +553,10 @@ class GroupBackend(Backend):
 
     def goes_on(self, error: Refused) -> bool:
         """The member could not be prepared: the next one is tried."""
+        if self.again is not None:
+            self.member, self.again = self.again, None
+            self.group.take(self.member, self)
+            self.is_dialling = True
         self.lose(str(error), is_fault=error.kind not in ("busy", "tunnel_budget", "tunnel_stopping", "internal"))
         return True
 

@@ -586,6 +586,50 @@ def test_who_waits_too_long_and_who_is_one_too_many_are_told_so(several_of, serv
     assert far.accepted == 1
 
 
+def test_a_backend_that_hangs_behind_its_connect_does_not_collect_the_clients(several_of, serve):
+    hangs, good = serve(lambda sock: sock.recv(1 << 20) and sock.recv(1)), serve(named(b"g"))
+    running = several_of([hangs.address, good.address], balance="least")
+    with contextlib.ExitStack() as stack:
+        stuck = stack.enter_context(running.connect(HELLO))
+        wait_until(lambda: hangs.accepted)
+        for _ in range(10):
+            assert said_by(running) == b"g"
+            wait_until(lambda: len(running.router.connections) == 1)
+        assert hangs.accepted == 1 and stuck.fileno() > 0
+
+
+def test_a_limit_that_a_reload_lowers_below_what_is_open_cuts_nobody(several_of, serve, settings_file):
+    far = serve(named(b"g"))
+    running = several_of([far.address], max_backend_connections=3)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(running.connect(HELLO)) for _ in range(3)]
+        assert [read_exactly(client, 1) for client in clients] == [b"g"] * 3
+        settings_file(table([far.address], max_backend_connections=1, queue="10s"))
+        settings = running.router.settings.again(running.router.settings)
+        on_loop(running, lambda: running.router.adopt(settings))
+        waits = stack.enter_context(running.connect(HELLO))
+        wait_until(lambda: group_of(running).waiting)
+        for client in clients:
+            assert far.accepted == 3
+            client.sendall(b"x")
+            assert read_exactly(client, 1) == b"x"
+            client.close()
+        assert read_exactly(waits, 1) == b"g"
+
+
+def test_a_tunnel_that_ends_without_a_byte_is_tried_once_more_where_no_other_backend_is_left(
+        run, settings_file, cloudflared, ports):
+    cloudflared.far("*", refusing())
+    path = settings_file(f'[routes."{NAME}"]\ntarget = ["{listed(refusing())}", "cloudflared:db.example.com"]\n'
+                         'balance = "first"\n')
+    running = run("-c", path, ports)
+    with running.connect(HELLO) as client:
+        assert read_all(client) == alert(80)
+    detail = running.ending().detail
+    assert "Connection refused" in detail and "cloudflared:db.example.com: " in detail
+    assert running.ending().reason == "backend" and len(cloudflared.clients()) == 2
+
+
 def test_all_tries_together_have_a_limit(several_of, deaf):
     running = several_of([deaf, refusing(), refusing()], connect_timeout="400ms", connect_budget="200ms",
                          balance="first")
