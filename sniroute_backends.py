@@ -46,7 +46,7 @@ from sniroute_log import BACKEND_DOWN, LIFETIME
 from sniroute_loop import Loop, Queue
 from sniroute_names import printable
 from sniroute_race import STAGGER, no_answer
-from sniroute_refusals import Malformed, Refused
+from sniroute_refusals import Refused
 from sniroute_resets import will_reset
 from sniroute_targets import Another, Backend, Doubt, NotYet, Retry, Scheme, Targets, Unreachable, Verdict
 
@@ -415,10 +415,7 @@ class Book:
                 del self.groups[key]
         for route in routes:
             if not route.has_fields:
-                try:
-                    self.group(route.decide(route.pattern.replace("*", "a"), identified))
-                except Malformed:
-                    continue  # each client is told so
+                self.group(route.decide(route.pattern.replace("*", "a"), identified))
 
     def group(self, decision: Decision) -> Group:
         """The group of a decision."""
@@ -452,7 +449,8 @@ class GroupBackend(Backend):
     """One client's way to one of several backends; `way` is the Backend of the member that it uses now."""
 
     __slots__ = ("connection", "group", "member", "way", "told_of", "until", "again", "asked", "awaited", "parked",
-                 "patience", "is_trial", "stuck", "suspects", "is_open", "lifetime", "is_dialling", "served", "note")
+                 "patience", "is_trial", "stuck", "suspects", "is_open", "lifetime", "is_dialling", "served", "note",
+                 "unsaid")
 
     def __init__(self, connection: Connection, group: Group):
         self.target = connection.decision.target
@@ -470,6 +468,7 @@ class GroupBackend(Backend):
         self.is_trial = False
         self.stuck = False  # the client has said more than can be sent again
         self.suspects: dict[Member, str] = {}  # took the connect, and closed without a byte
+        self.unsaid: tuple[Member, Backend, bool] | None = None  # has failed; its last words are on their way
         self.is_open = False
         self.lifetime: Queue | None = None
         self.is_dialling = False
@@ -604,9 +603,9 @@ class GroupBackend(Backend):
 
     # -- what fails
 
-    def lose(self, why: str, is_fault: bool = True, is_suspect: bool = False) -> None:
+    def lose(self, why: str, is_fault: bool = True, is_suspect: bool = False, member: Member | None = None) -> None:
         """The member does not serve the client; `is_suspect`: perhaps that is the client's fault."""
-        member, group = self.member, self.group
+        member, group = member or self.member, self.group
         if member is None:
             return
         self.told_of[member] = why
@@ -633,8 +632,6 @@ class GroupBackend(Backend):
 
     def account(self) -> str:
         """What became of each member, for people."""
-        if not self.told_of:
-            return "there is no backend"
         rows = [f"{member.target.removeprefix('tcp:')}: {why.removeprefix(f'{member.target}: ')}"
                 for member, why in list(self.told_of.items())[:ACCOUNTS_MAX]]
         more = len(self.told_of) - ACCOUNTS_MAX
@@ -642,13 +639,17 @@ class GroupBackend(Backend):
 
     def failed(self, why: str, server: socket.SocketType | None, last: bool) -> Verdict:
         """Go on to the next member, as long as the client's bytes can be sent again."""
-        member = self.member
-        if member is None:  # `open` has tried them all
+        if self.unsaid is not None:  # it was let go of meanwhile
+            (member, way, is_suspect), self.unsaid = self.unsaid, None
+        elif self.member is None:  # `open` has tried them all
             return Refused("backend", f"{self.connection.decision.target}: {why}")
+        else:
+            member, way, is_suspect = self.member, self.way, not self.is_dialling
         self.stuck |= self.connection.state is EARLY
         others = not self.stuck and self.has_others()
-        verdict = self.way.failed(why, server, last or self.stuck or others)
+        verdict = way.failed(why, server, last or self.stuck or others)
         if verdict is None:
+            self.unsaid = member, way, is_suspect
             return None
         if isinstance(verdict, Retry):
             self.again, self.awaited, self.parked = member, member.decision, monotonic()
@@ -658,7 +659,7 @@ class GroupBackend(Backend):
             self.awaited = member.decision
             self.connection.router.waits.doubt(self.connection, verdict.doubted)
             self.awaited = None
-        self.lose(str(refusal), is_suspect=not self.is_dialling)
+        self.lose(str(refusal), is_suspect=is_suspect, member=member)
         if others:
             return Another()
         if len(self.told_of) > 1:

@@ -147,6 +147,11 @@ def one_of(*words: str) -> Callable[[str], str]:
     return parse
 
 
+def parse_any_route(text: str) -> Route:
+    """A route to one target or to several.  Raises ValueError."""
+    return with_several(parse_route(text), {})
+
+
 def with_several(route: Route, values: Mapping[str, Any]) -> Route:
     """The route, and what is done with its several targets, where it has those, or an option for them.
 
@@ -212,7 +217,7 @@ SETTINGS = (
     Setting("listen", "ADDRESS", parse_listen, ":19000",
             "where to listen: HOST:PORT, [::1]:PORT, or :PORT for every address (default :19000); repeatable",
             many=True, fixed=True),
-    Setting("route", "PATTERN=TARGET", lambda text: with_several(parse_route(text), {}), "*=cloudflared:cft-{name}",
+    Setting("route", "PATTERN=TARGET", parse_any_route, "*=cloudflared:cft-{name}",
             "what a name leads to; repeatable; replaces the default route, *=cloudflared:cft-{name}",
             many=True, key="routes"),
     Setting("proxy-protocol", "MODE", one_of("off", "auto", "required"), "auto",

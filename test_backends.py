@@ -22,9 +22,9 @@ from sniroute_backends import Book, Group, several
 from sniroute_balance import Member, slot_of
 from sniroute_refusals import SettingsError
 from sniroute_routes import parse_route
-from conftest import HERE, HOST, Address, FakeClock, Server, wait_until
+from conftest import HERE, HOST, Address, FakeClock, Server, deaf_listener, wait_until
 from testbed.clients import Database, psql
-from testbed.hellos import HELLO, NAME, v2
+from testbed.hellos import HELLO, NAME, genuine, v2
 from testbed.program import Program, command, execute
 from testbed.running import Running, alert, read_all, read_exactly, reset
 
@@ -617,6 +617,19 @@ def test_a_limit_that_a_reload_lowers_below_what_is_open_cuts_nobody(several_of,
         assert read_exactly(waits, 1) == b"g"
 
 
+def test_the_next_backend_gets_the_same_bytes_where_a_tunnel_gives_no_answer(
+        run, settings_file, serve, cloudflared, ports):
+    good = serve(named(b"g"))
+    cloudflared.far("*", refusing())
+    path = settings_file(f'[routes."{NAME}"]\ntarget = ["cloudflared:db.example.com", "{listed(good.address)}"]\n'
+                         'balance = "first"\n')
+    running = run("-c", path, ports)
+    for number in range(1, 4):
+        assert said_by(running) == b"g"
+        assert "cloudflared:db.example.com: " in running.ending(number).detail
+    assert len(cloudflared.clients()) == 3, "it is not asked twice where another one can serve"
+
+
 def test_a_tunnel_that_ends_without_a_byte_is_tried_once_more_where_no_other_backend_is_left(
         run, settings_file, cloudflared, ports):
     cloudflared.far("*", refusing())
@@ -721,6 +734,74 @@ def test_a_postgres_backend_without_tls_is_passed_over(several_of, serve):
         assert read_exactly(client, 1) == b"g"
 
 
+def resolved_to(monkeypatch: pytest.MonkeyPatch, *addresses: Address) -> None:
+    """Every name has these addresses."""
+    real = socket.getaddrinfo
+    def answer(host: str, *words: Any, **more: Any) -> list[tuple]:
+        if host != "several.example.net":
+            return real(host, *words, **more)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+
+
+def test_the_addresses_of_one_host_are_tried_beside_each_other(run, settings_file, serve, deaf, monkeypatch):
+    good, other = serve(named(b"g")), serve(named(b"o"))
+    resolved_to(monkeypatch, deaf, good.address)
+    path = settings_file(f'[routes."{NAME}"]\ntarget = "tcp:several.example.net:1,{listed(other.address)[4:]}"\n'
+                         'balance = "first"\n')
+    running = run("-c", path)
+    for _ in range(3):
+        assert said_by(running) == b"g"
+    assert other.accepted == 0
+    member, _ = group_of(running).members.values()
+    assert member.failures == 0 and member.seconds < 0.2, "of the connect that won"
+
+
+def test_the_addresses_of_one_host_have_one_connect_timeout(run, settings_file, serve, deaf, monkeypatch):
+    other = serve(named(b"o"))
+    with deaf_listener() as more:
+        resolved_to(monkeypatch, deaf, more)
+        path = settings_file(f'[routes."{NAME}"]\ntarget = "tcp:several.example.net:1,{listed(other.address)[4:]}"\n'
+                             'balance = "first"\nconnect_timeout = "600ms"\n')
+        running = run("-c", path)
+        began = time.monotonic()
+        assert said_by(running) == b"o"
+        assert 0.5 < time.monotonic() - began < 2
+        assert not running.router.deadlines.races.extra
+
+
+def test_backends_that_fail_at_once_leave_a_turn_to_others(several_of, serve):
+    good = serve(named(b"g"))
+    running = several_of([("255.255.255.255", port) for port in range(1, 30)] + [good.address], balance="first")
+    assert said_by(running) == b"g"
+
+
+def test_names_that_clients_choose_have_groups_of_their_own_and_not_too_many(run, settings_file, serve):
+    good = serve(named(b"g"))
+    path = settings_file(f'[routes."*.example.com"]\ntarget = ["tcp:{{label}}.invalid:1", "{listed(good.address)}"]\n')
+    running = run("-c", path)
+    book = running.router.targets.book
+    assert not book.groups and said_by(running) == b"g"
+    (group,) = book.groups.values()
+    assert list(group.members) == ["tcp:db.invalid:1", listed(good.address)]
+    assert not list(book.rows()), "no metric"
+    book.full = 1
+    with running.connect(genuine(name="other.example.com")) as client:
+        client.settimeout(0.2)
+        with contextlib.suppress(TimeoutError):
+            client.recv(1)
+    wait_until(lambda: len(book.groups) == 1 and group not in book.groups.values())
+
+
+def test_a_route_that_a_reload_takes_out_is_forgotten(several_of, serve, settings_file):
+    good = serve(named(b"g"))
+    running = several_of([refusing(), good.address])
+    settings_file('[routes]\n"other.example.com" = "tcp:192.0.2.1:1"\n')
+    settings = running.router.settings.again(running.router.settings)
+    on_loop(running, lambda: running.router.adopt(settings))
+    assert not running.router.targets.book.groups
+
+
 # -- three real databases ------------------------------------------------------------------------
 
 
@@ -773,8 +854,8 @@ def test_metrics_status_and_explain_tell_of_each_backend(launch, settings_file, 
     rows = json.loads(asked(admin_path, "/status"))["backends"]
     assert [(row["up"], row["why"], row["failures"]) for row in rows] == [(False, "Connection refused", 1), (True, "", 0)]
     said = command("explain", NAME, "-c", path, f"--admin=unix:{admin_path}").stdout
-    assert re.search(rf"^backend: tcp:{HOST}:{bad[1]}, down for \d+ s: Connection refused; tried again in \d+ s$", said, re.M)
-    assert re.search(rf"^backend: tcp:{HOST}:{good.address[1]}, good, \d connections$", said, re.M)
+    assert re.search(rf"^backend: tcp:{HOST}:{bad[1]}, down for \d+ s: Connection refused; tried again in \d+ s$", said, re.MULTILINE)
+    assert re.search(rf"^backend: tcp:{HOST}:{good.address[1]}, good, \d connections$", said, re.MULTILINE)
     assert f"taken:   tcp:{HOST}:{good.address[1]}, which has the fewest connections\n" in said
 
 
