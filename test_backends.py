@@ -785,6 +785,7 @@ def test_names_that_clients_choose_have_groups_of_their_own_and_not_too_many(run
     (group,) = book.groups.values()
     assert list(group.members) == ["tcp:db.invalid:1", listed(good.address)]
     assert not list(book.rows()), "no metric"
+    wait_until(lambda: not running.router.connections)
     book.full = 1
     with running.connect(genuine(name="other.example.com")) as client:
         client.settimeout(0.2)
