@@ -48,7 +48,7 @@ from sniroute_loop import READ, WRITE, Queue
 from sniroute_names import parse_ip
 from sniroute_refusals import NOTHING, TLS, Malformed, Refused, told
 from sniroute_resets import RESETTING, is_unheard, pass_on_reset, will_reset
-from sniroute_targets import Backend, Doubt, Retry, Unreachable
+from sniroute_targets import Another, Backend, Doubt, NotYet, Unreachable, Verdict
 from sniroute_wire import (PROXY_V2_MAX, PROXY_WRITERS, SSL_REQUEST_BYTES, TLS_HANDSHAKE, Hello, PortPrelude, Prelude,
                            ProxyHeader)
 
@@ -274,7 +274,8 @@ class Connection:
             return  # something in this turn has ended it
         decision = self.decision
         try:
-            self.backend = decision.scheme.ready(self.router.targets, decision)
+            scheme = decision.scheme
+            self.backend = scheme.choose(self) if scheme.choose else scheme.ready(self.router.targets, decision)
         except Refused as error:
             self.refuse(error)
             return
@@ -290,9 +291,7 @@ class Connection:
             self.refuse(Refused("tunnel_failed", f"{self.decision.target} was ready {PARKS_MAX} times, "
                                                  "and gone each time"))
             return
-        self.state = PARKED
-        self.up.wait_for(READ, self.on_waiting)
-        self.wait_in(self.router.deadlines.parked)
+        wait_in_park(self, self.router.deadlines.parked)
         self.router.waits.join(self, doubted)
 
     def resume(self) -> None:
@@ -341,6 +340,15 @@ class Connection:
             self.state = DIALING
             wait_for_room(self)
             return
+        except NotYet as early:
+            if early.turn is None:
+                self.park(None)
+            else:
+                wait_in_park(self, early.turn)
+            return
+        except Refused as error:
+            self.refuse(error)
+            return
         except OSError as error:
             out_of_descriptors(self, error)
             return
@@ -368,7 +376,8 @@ class Connection:
         except OSError as error:
             watched = self.down.events
             if not watched and error.errno in NOT_CONNECTED:
-                self.wait_in(self.router.deadlines.stagger)
+                patience = self.backend.patience
+                self.wait_in(patience[0] if patience else self.router.deadlines.stagger)
                 self.up.wait_for(READ, self.on_waiting)
                 self.down.wait_for(WRITE, self.speak)
             elif not watched or not isinstance(error, BlockingIOError):
@@ -376,7 +385,8 @@ class Connection:
             return
         if asks:  # a few bytes into an empty buffer: it took them all
             self.state = GREETING
-            self.wait_in(self.router.deadlines.greeting)
+            patience = self.backend.patience if self.backend.way.proven_by_connect else None
+            self.wait_in(patience[1] if patience else self.router.deadlines.greeting)
             self.up.wait_for(READ, self.on_waiting)
             self.down.wait_for(READ, self.on_ssl_answer)
         else:
@@ -394,7 +404,12 @@ class Connection:
                 self._open(self.hello, self.down.source.send(self.hello))
             else:
                 said = "does not offer TLS" if answer == b"N" else f"answered SSLRequest with {answer[:8]!r}"
-                self.refuse(Refused("backend_no_tls", f"{self.decision.target} {said}"))
+                error = Refused("backend_no_tls", f"{self.backend.target} {said}")
+                if self.backend.goes_on(error):
+                    self._drop_backend()
+                    self.obey(Another())
+                else:
+                    self.refuse(error)
         except BlockingIOError:
             pass
         except OSError as error:
@@ -405,7 +420,7 @@ class Connection:
         up, down = self.up, self.down
         up.total += len(said) if not self.retried else 0
         up.state = down.state = OPEN
-        if self.backend.proven_by_connect:
+        if self.backend.proves():
             self.state = OPEN
             self.hello = None
             self.backend = self.backend.settled()
@@ -434,18 +449,21 @@ class Connection:
         self._drop_backend()
         self.obey(verdict)
 
-    def obey(self, verdict: Retry | Doubt | Refused | None) -> None:
+    def obey(self, verdict: Verdict) -> None:
         """Do what `Backend.failed` has said; None: wait for the tunnel's last words, then ask again."""
         if verdict is None:
-            self.state = PARKED
-            self.up.wait_for(READ, self.on_waiting)
-            self.wait_in(self.router.deadlines.words)
+            wait_in_park(self, self.router.deadlines.words)
         elif isinstance(verdict, Refused):
             self.refuse(verdict)
         elif isinstance(verdict, Doubt):
             if not self.retried:  # else its first try has cast this doubt
                 self.router.waits.doubt(self, verdict.doubted)
             self.refuse(verdict.refusal)
+        elif isinstance(verdict, Another):
+            self.router.counters["retries"] += 1
+            self.up.total = 0  # what was said to the one before is said again
+            wait_in_park(self, self.router.deadlines.parked)
+            self.resume()
         else:
             self.retried = True
             self.router.counters["retries"] += 1
@@ -620,6 +638,14 @@ class Connection:
             up.connection = down.connection = self.up = self.down = None
             self.peer.count -= 1
             router.closed(self, reason, up.total, down.total)
+            self.backend = None  # one of several knows its connection
+
+
+def wait_in_park(connection: Connection, queue: Queue) -> None:
+    """Wait until something resumes the connection, or the deadline comes; the client may say more meanwhile."""
+    connection.state = PARKED
+    connection.up.wait_for(READ, connection.on_waiting)
+    connection.wait_in(queue)
 
 
 def holds_hello(connection: Connection) -> bool:

@@ -27,6 +27,7 @@ from sniroute_resets import RESET_LOOK, RESET_LOOK_LATER, look_at_reset
 
 if TYPE_CHECKING:
     from sniroute_connection import Connection
+    from sniroute_routes import Decision
 
 __version__ = "0.1.0"
 
@@ -84,18 +85,33 @@ def late_header(connection: Connection) -> None:
 
 def late_target(connection: Connection) -> None:
     """The thread that waits for the target should have given up by now; perhaps it hangs in the resolver."""
-    decision = connection.decision
-    connection.refuse(Refused("tunnel_timeout",
-                              f"{decision.target}: waited too long for {decision.scheme.waits_on}"))
+    decision = awaited_by(connection)
+    cannot_wait(connection, Refused("tunnel_timeout",
+                                    f"{decision.target}: waited too long for {decision.scheme.waits_on}"))
+
+
+def awaited_by(connection: Connection) -> Decision:
+    """The target that has to be ready before this connection can go on."""
+    backend = connection.backend
+    return backend and backend.awaited or connection.decision
+
+
+def cannot_wait(connection: Connection, error: Refused) -> None:
+    """What the connection waits for cannot be had: refuse it, unless its backend knows another way."""
+    if connection.backend is not None and connection.backend.goes_on(error):
+        connection.resume()
+    else:
+        connection.refuse(error)
 
 
 def silent_connect(connection: Connection) -> None:
     """An address is silent: try the others beside it, if there are any (RFC 8305 section 5)."""
-    deadlines, backend, down = connection.router.deadlines, connection.backend, connection.down
+    deadlines, backend, down = connection.router.deadlines, connection.backend.way, connection.down
+    patience = connection.backend.patience
     if backend.tried == len(backend.addresses):
-        connection.wait_in(deadlines.connect)
+        connection.wait_in(patience[1] if patience else deadlines.connect)
         return
-    connection.wait_in(deadlines.budget)
+    connection.wait_in(patience[1] if patience else deadlines.budget)
     down.wait_for(0)
     server, down.source = down.source, None
     backend.race = Race(deadlines.races, backend, server, connection.dialled, connection, race_over)
@@ -109,8 +125,8 @@ def late_connect(connection: Connection) -> None:
 
 def late_race(connection: Connection) -> None:
     """All addresses together have had their time."""
-    connection.backend.race.close()
-    connection.backend_failed(connection.backend.give_up())
+    connection.backend.way.race.close()
+    connection.backend_failed(connection.backend.way.give_up())
 
 
 def race_over(connection: Connection, result: Attempt | OSError | None) -> None:
@@ -120,7 +136,7 @@ def race_over(connection: Connection, result: Attempt | OSError | None) -> None:
         connection.dialled = result.began
         connection.speak()
     elif result is None:
-        connection.backend_failed(connection.backend.give_up())
+        connection.backend_failed(connection.backend.way.give_up())
     else:
         out_of_descriptors(connection, result)
 

@@ -36,7 +36,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 from sniroute_flow import READ_MAX
 from sniroute_host import too_little, under_journald
@@ -64,6 +64,7 @@ ADMIN_TIMEOUT = 5.0  # for what `explain` asks of a running router, connect and 
 ADMIN_MAX = 1 << 20  # bytes of its answer: a thousand tunnels and a thousand routes take half of that
 NUMBER_MAX = 1e12  # seconds, connections, a process: more is none of these
 WORD_MAX = 40  # of a phase or a state
+BACKENDS_SHOWN = 100  # of one route: more is for /status
 
 
 def show_option(value: Any) -> str:
@@ -77,6 +78,7 @@ def show_route(route: Route) -> str:
     """A route and its options, for people."""
     options = [f"{name} {show_option(value)}" for name in ROUTE_OPTIONS
                if (value := getattr(route, name)) != Route._field_defaults[name]]
+    options += route.several.shown() if route.several is not None else []
     return f"{route} ({'; '.join(options)})" if options else str(route)
 
 
@@ -134,6 +136,8 @@ def explain(settings: Settings) -> int:
         print(f"target:  {decision.target}")
         if decision.tunnel is not None:
             advice = explain_tunnel(settings, decision.tunnel)
+        elif decision.members:
+            explain_backends(settings, decision)
         else:
             if obstacle := decision.scheme.obstacle(decision.rest):
                 raise Refused("command_failed", obstacle)
@@ -200,19 +204,66 @@ def explain_tunnel(settings: Settings, key: TunnelKey) -> str:
     print("runs:   ", shlex.join([launcher.find(), *launcher.argv(key.hostname, settings.ports[0])]))
     if not key.identified:
         print("token:   not shown there: the client may own that domain")
-    rows = ask_router(settings.admin) if settings.admin is not None else None
-    advice = show_standing(rows.get(str(key))) if rows is not None else ""
+    standing = ask_router(settings.admin) if settings.admin is not None else None
+    advice = show_standing(standing.tunnels.get(str(key))) if standing is not None else ""
     try_far_end(launcher, key)
     return advice
 
 
-def ask_router(admin: str | tuple[str, int]) -> dict[str, Any] | None:
-    """Print how the router stands whose admin address this is.  Its tunnels, by key; None where it does not say."""
+# Which backend a client would be led to, of those that are used in the first place, by `balance`.
+TAKEN = {
+    "round-robin": lambda rows: "these in turn", "hash": lambda rows: "the one for the client's address",
+    "random": lambda rows: "of two of these at random the one with fewer connections",
+    "latency": lambda rows: "of two of these at random the one that connects faster",
+    "first": lambda rows: f"{rows[0][0]}, the first of them",
+    "least": lambda rows: f"{min(rows, key=lambda row: row[1])[0]}, which has the fewest connections",
+}
+
+
+def explain_backends(settings: Settings, decision: Decision) -> None:
+    """Print which of several backends would be taken, and why not the others: a router that runs knows that."""
+    standing = ask_router(settings.admin) if settings.admin is not None else None
+    targets = list(dict.fromkeys(member.target for member in decision.members))
+    known = standing.backends if standing is not None else {}
+    rows = [(target, known.get((printable(decision.route.pattern), printable(target)))) for target in targets]
+    for target, row in rows[:BACKENDS_SHOWN]:
+        print(f"backend: {target}{show_backend(row) if row is not None else ''}")
+    if len(rows) > BACKENDS_SHOWN:
+        print(f"backend: and {len(rows) - BACKENDS_SHOWN} more")
+    if any(row is None for _, row in rows):
+        print("taken:   not known here: only a router that runs knows which are good (--admin)")
+        return
+    good = [(target, row["active"]) for target, row in rows if not row["why"]]
+    print("taken:  ", TAKEN[decision.route.several.balance](good) if good
+          else "each of them is tried, since none is good")
+
+
+def show_backend(row: dict[str, Any]) -> str:
+    """How a backend stands, by its row in the status of a router, for people."""
+    if not row["why"]:
+        return f", good, {row['active']} connections"
+    return f", down for {row['since']:.0f} s: {printable(row['why'])}; tried again in {row['next']:.0f} s"
+
+
+class Standing(NamedTuple):
+    """What a router that runs says."""
+
+    tunnels: dict[str, Any]  # by key
+    backends: dict[tuple[str, str], Any]  # by pattern and target
+
+
+def ask_router(admin: str | tuple[str, int]) -> Standing | None:
+    """Print how the router stands whose admin address this is; None where it does not say."""
     try:
         status = ask_admin(admin)
         phase, pid, counts, rows = fields(status, "the status", phase=str, pid=int, connections=dict, tunnels=list)
         active, = fields(counts, "connections", active=int)
-        tunnels = {}
+        tunnels, backends = {}, {}
+        several, = fields({"backends": [], **status}, "the status", backends=list)
+        for row in several:
+            pattern, target, *_ = fields(row, "a backend", route=str, backend=str, why=str, since=float, active=int,
+                                         next=float)
+            backends[pattern, target] = row
         for row in rows:
             key, *_ = fields(row, "a tunnel", key=str, state=str, age=float, leases=int, next=float, words=str)
             tunnels[key] = row
@@ -220,7 +271,7 @@ def ask_router(admin: str | tuple[str, int]) -> dict[str, Any] | None:
         print(f"router:  no answer from its admin address: {printable(str(error))}")
     else:
         print(f"router:  {printable(phase, WORD_MAX)}, pid {pid}, {active} connections")
-        return tunnels
+        return Standing(tunnels, backends)
     return None
 
 

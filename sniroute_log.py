@@ -54,7 +54,7 @@ LAST_WRITE = 1.0  # for the lines that are left when the program ends
 # The ways a connection can end, refusals aside: the word in its line, and what it means.
 CLIENT_CLOSED, BACKEND_CLOSED = "client_closed", "backend_closed"
 CLIENT_RESET, BACKEND_RESET, CLIENT_LEFT = "client_reset", "backend_reset", "client_left"
-IDLE, STOPPED = "idle", "stopped"
+IDLE, STOPPED, LIFETIME, BACKEND_DOWN = "idle", "stopped", "lifetime", "backend_down"
 ENDINGS = {
     CLIENT_CLOSED: "the client ended first; the backend then ended, or broke off",
     BACKEND_CLOSED: "the backend ended first; the client then ended, or broke off",
@@ -63,6 +63,8 @@ ENDINGS = {
     CLIENT_LEFT: "the client ended or broke off before the backend had answered",
     IDLE: "no byte for as long as --connection-idle allows",
     STOPPED: "the router stopped",
+    LIFETIME: "as old as the route's max_lifetime allows",
+    BACKEND_DOWN: "its backend went down, and the route says on_down = cut",
 }
 
 

@@ -59,6 +59,7 @@ STARTS_SHOWN = 10
 CONNECTIONS_SHOWN = 200  # the oldest ones
 TUNNELS_SHOWN = 1000
 ROUTES_SHOWN = 1000
+BACKENDS_SHOWN = 1000
 
 TUNNEL_STATES = ("queued", "starting", "ready", "stopping", "backoff", "failed")  # as a tunnel's View has them
 RESULTS = (*ENDINGS, *sorted(REFUSALS))  # how a connection can end; the router counts each by this name
@@ -271,6 +272,8 @@ class Facts:
         self.tunnels: list[Any] = router.tunnels.snapshot()  # Views
         self.failed: list[Any] = router.tunnels.failed()  # Views of starts that failed
         self.starts: list[Any] = copied(router.tunnels.started)
+        book = router.targets.book  # None: no route has several backends
+        self.backends: list[Any] = copied(book.rows(), list) if book is not None else []  # (pattern, Member)
         self.states = collections.Counter(view.state for view in (*self.tunnels, *self.failed))
         first, last = router.settings.ports
         self.ports = last - first + 1  # local ports that tunnels may have
@@ -316,6 +319,23 @@ def each_route(value: Callable[[Any], float], **labels: str) -> Callable[[Facts]
     """
     return lambda facts: [Sample(value(tally), {"route": pattern, **labels})
                           for pattern, tally in facts.tallies.items()]
+
+
+def each_backend(value: Callable[[Any], float]) -> Callable[[Facts], Iterable[Sample]]:
+    """Read a metric that each configured backend of several has; `value` takes its Member."""
+    return lambda facts: [Sample(value(member), {"route": pattern, "backend": member.target})
+                          for pattern, member in facts.backends]
+
+
+def connect_seconds(facts: Facts) -> Iterator[Sample]:
+    """As Metric.read: a histogram for each configured backend of several."""
+    for pattern, member in facts.backends:
+        labels, total = {"route": pattern, "backend": member.target}, 0
+        for bound, count in zip((*member.bounds, float("inf")), copied(member.counts)):
+            total += count
+            yield Sample(total, {**labels, "le": show_number(bound)}, "_bucket")
+        yield Sample(member.sum, labels, "_sum")
+        yield Sample(total, labels, "_count")
 
 
 def counted(name: str) -> Callable[[Facts], Iterable[Sample]]:
@@ -398,6 +418,13 @@ METRICS = (
     Metric("sniroute_route_bytes_total", "counter", "Bytes of a route's connections that are over.",
            lambda facts: (*each_route(lambda tally: tally.up, direction="up")(facts),
                           *each_route(lambda tally: tally.down, direction="down")(facts))),
+    Metric("sniroute_backend_up", "gauge", "Whether a backend of several is used in the first place.",
+           each_backend(lambda member: int(not member.why))),
+    Metric("sniroute_backend_connections", "gauge", "Connections of a backend now.",
+           each_backend(lambda member: member.active)),
+    Metric("sniroute_backend_connect_seconds", "histogram", "Time that a connect to a backend took.", connect_seconds),
+    Metric("sniroute_backend_failures_total", "counter", "Clients that a backend did not serve.",
+           each_backend(lambda member: member.failures)),
     Metric("sniroute_tunnels", "gauge", "Tunnels by state; a failed one is not tried again for a while.",
            each("state", lambda facts: {state: facts.states[state] for state in TUNNEL_STATES})),
     Metric("sniroute_max_tunnels", "gauge", "Tunnels that there may be (--max-tunnels).",
@@ -449,8 +476,11 @@ def expose(facts: Facts) -> bytes:
     """All metrics in Prometheus' text format, version 0.0.4."""
     lines = []
     for metric in METRICS:
+        samples = list(metric.read(facts))
+        if not samples:
+            continue  # a system that cannot tell, or no route with several backends
         lines.append(f"# HELP {metric.name} {metric.help}\n# TYPE {metric.name} {metric.kind}\n")
-        for sample in metric.read(facts):
+        for sample in samples:
             labels = ",".join(f'{name}="{escape_label(value)}"' for name, value in sample.labels.items())
             lines.append(f"{metric.name}{sample.suffix}{labels and f'{{{labels}}}'} {show_number(sample.value)}\n")
     return "".join(lines).encode()
@@ -487,6 +517,14 @@ def show_route(route: Any, tally: Any, up: int, down: int) -> dict[str, Any]:
     """A row of `routes`; `up` and `down` are the bytes of its open connections, which its Tally lacks."""
     return {"pattern": printable(route.pattern), "target": printable(route.target), "active": tally.active,
             "total": tally.total, "refused": tally.refused, "up": tally.up + up, "down": tally.down + down}
+
+
+def show_backend(pattern: str, member: Any, now: float) -> dict[str, Any]:
+    """A row of `backends`; `now` is a time of the monotonic clock."""
+    return {"route": printable(pattern), "backend": printable(member.target), "up": not member.why,
+            "why": printable(member.why, 300), "since": round(now - member.since, 3), "active": member.active,
+            "failures": member.failures, "next": round(max(member.until - now, 0.0), 3) if member.why else 0,
+            "connect_seconds": member.seconds and round(member.seconds, 6)}
 
 
 def status(facts: Facts) -> dict[str, Any]:
@@ -535,5 +573,6 @@ def status(facts: Facts) -> dict[str, Any]:
         "routes": [show_route(route, facts.tallies[route.pattern], *live[route.pattern])
                    for route in (*facts.port_routes, *facts.routes.routes)[:ROUTES_SHOWN]
                    if route.pattern in facts.tallies],  # a reload may have taken it out since
+        "backends": [show_backend(*row, now) for row in facts.backends[:BACKENDS_SHOWN]],
         "oldest_connections": [show_connection(connection, now) for connection in oldest],
     }

@@ -325,14 +325,15 @@ CORE = (
     "sniroute", "sniroute_daemon", "sniroute_systemd", "sniroute_handover", "sniroute_router", "sniroute_listeners",
     "sniroute_settings", "sniroute_options", "sniroute_values", "sniroute_connection", "sniroute_deadlines",
     "sniroute_resets", "sniroute_routes", "sniroute_patterns", "sniroute_targets", "sniroute_tunnels",
-    "sniroute_processes", "sniroute_ports", "sniroute_launchers", "sniroute_flow", "sniroute_race", "sniroute_log", "sniroute_loop", "sniroute_host",
-    "sniroute_wire", "sniroute_names", "sniroute_refusals",
+    "sniroute_processes", "sniroute_ports", "sniroute_launchers", "sniroute_flow", "sniroute_race", "sniroute_log",
+    "sniroute_loop", "sniroute_host", "sniroute_wire", "sniroute_names", "sniroute_refusals",
 )
 OPTIONS = {
     "doctor": ("sniroute_doctor",),
     "admin": ("sniroute_admin", "sniroute_door", "sniroute_metrics", "sniroute_page"),
     "carrier": ("sniroute_carrier", "sniroute_edge", "sniroute_forwarder", "sniroute_dial", "sniroute_http"),
     "commands": ("sniroute_commands",),
+    "backends": ("sniroute_backends", "sniroute_balance"),
 }
 
 

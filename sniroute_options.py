@@ -3,22 +3,24 @@
     [routes]  "db.example.com" = { target = "tcp:192.0.2.10:5432", max_connections = 50 }
     [ports]   ":5433" = ...              --- read_routes ---> Routes, and a line for each fault
 
-    ROUTE_OPTIONS   the options of a route, a row each: a field of Route, and its parser
+    ROUTE_OPTIONS    the options of a route, a row each: a field of Route, and its parser
+    SEVERAL_OPTIONS  those of a route with several backends: a field of Several (sniroute_backends), and its parser
 
 Threads: main; a reload may come from any thread, one at a time.
 
 Seams: I want to ...
     add an option of a route    a row in ROUTE_OPTIONS, and a field of Route
+    add one for several         a row in SEVERAL_OPTIONS, and a field of Several, which has the default
 
-It imports routes, targets, wire, values and names.
+It imports routes, targets, wire, values and names; where a route has several backends, backends.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from typing import Any, Callable, Mapping, Sequence
 
-from sniroute_names import printable
-from sniroute_routes import PROGRAM_KINDS, Route, parse_route
+from sniroute_names import OPTIONS, is_here, printable
+from sniroute_routes import PROGRAM_KINDS, Route, parse_port_route, parse_route
 from sniroute_targets import SCHEMES
 from sniroute_values import (as_text, meant, one_of, parse_count, parse_duration, parse_env, parse_names,
                              parse_networks, parse_off_or_duration)
@@ -26,16 +28,54 @@ from sniroute_wire import PROXY_WRITERS
 
 __version__ = "0.1.0"
 
+Parse = Callable[..., Route]  # parse_route, or parse_port_route
+
 # What a route in a file may have beside its target: a field of Route, and its parser.
-ROUTE_OPTIONS = {"send_proxy": one_of(*PROXY_WRITERS), "allow": parse_networks, "max_connections": parse_count,
-                 "idle": parse_duration, "connection_idle": parse_off_or_duration, "env": parse_env,
-                 "env_from": parse_names}
+ROUTE_OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "send_proxy": one_of(*PROXY_WRITERS), "allow": parse_networks, "max_connections": parse_count,
+    "idle": parse_duration, "connection_idle": parse_off_or_duration, "env": parse_env, "env_from": parse_names,
+}
 WHOLE_OPTIONS = frozenset(("env",))  # those whose parser takes the value as TOML has it
 PROGRAM_OPTIONS = frozenset(("env", "env_from"))  # those for targets that run a program
 
+# The same for several backends: a field of Several.
+SEVERAL_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "balance": one_of("round-robin", "least", "random", "hash", "first", "latency"),
+    "health": one_of("passive", "off"), "health_fail": parse_count, "health_pass": parse_count,
+    "fallback_interval": parse_duration, "slow_start": parse_off_or_duration, "on_down": one_of("keep", "cut"),
+    "connect_timeout": parse_duration, "tries": parse_count, "connect_budget": parse_duration,
+    "max_backend_connections": parse_count, "queue": parse_duration, "queue_length": parse_count,
+    "max_lifetime": parse_off_or_duration,
+}
 
-def read_routes(table: Any, wrong: list[str], kind: str = "routes",
-                parse: Callable[[str], Route] = parse_route) -> list[Route]:
+
+def route_of_text(parse: Parse) -> Callable[[str], Route]:
+    """A parser of a route on the command line, to one target or to several.  It raises ValueError."""
+    return lambda text: with_several(parse(text), {})
+
+
+any_route, any_port = route_of_text(parse_route), route_of_text(parse_port_route)
+
+
+def with_several(route: Route, values: Mapping[str, Any]) -> Route:
+    """The route, and what is done with its several targets, where it has those, or an option for them.
+
+    Raises ValueError where a file for that is missing.
+    """
+    if not route.members and not values:
+        return route
+    missing = [f"{room}.py" for room in OPTIONS["backends"] if not is_here(room)]
+    if missing:
+        raise ValueError(f"{route.pattern} has several backends, or an option for them, and {' and '.join(missing)} "
+                         f"{'is' if len(missing) == 1 else 'are'} not beside sniroute.py: copy "
+                         f"{'it' if len(missing) == 1 else 'them'} there")
+    from sniroute_backends import Several  # imported late: an option
+    if not route.members:
+        values = {"health": "off", **values}  # there is no other one to be used instead
+    return route._replace(members=route.targets, several=Several(fixed=[], **values))
+
+
+def read_routes(table: Any, wrong: list[str], kind: str = "routes", parse: Parse = parse_route) -> list[Route]:
     """The table `routes` of a file, or `ports`.  What is wrong with it is added to `wrong`."""
     if not isinstance(table, dict) or not table and kind == "routes":
         wrong.append("routes: is no table of routes, as \"*.example.com\" = \"cloudflared:{name}\"")
@@ -48,28 +88,39 @@ def read_routes(table: Any, wrong: list[str], kind: str = "routes",
             wrong.append(f"{where}: has no target (a pattern goes in quotes, "
                          'as "db.example.com" = "tcp:192.0.2.10:5432")')
             continue
-        target = as_text(options.pop("target"))
-        scheme = target.partition(":")[0]
+        target = options.pop("target")
+        texts = [as_text(each) for each in (target or [""] if isinstance(target, list) else [target])]
         try:
-            route = parse(f"{pattern}={target}")
+            route = parse(f"{pattern}=", texts) if isinstance(target, list) else parse(f"{pattern}={texts[0]}")
         except ValueError as error:
             wrong.append(f"{where}: {error}")
-            scheme = target.partition(":")[0]
-            route = Route("", f"{scheme if scheme in SCHEMES else 'tcp'}:")  # so that the options are checked, too
+            # So that the options are checked, too.
+            route = Route("", f"{scheme}:" if (scheme := texts[0].partition(":")[0]) in SCHEMES else "tcp:")
+        several = {}
         for name, option in options.items():
-            if name not in ROUTE_OPTIONS:
-                others = meant(name, ("target", *ROUTE_OPTIONS))
-                wrong.append(f"{where}.{printable(name)}: there is no such option{others}")
-            elif name in PROGRAM_OPTIONS and scheme not in PROGRAM_KINDS:
-                wrong.append(f"{where}.{name}: is for {' and '.join(f'{kind}:' for kind in PROGRAM_KINDS)}")
-            elif name == "idle" and not route.scheme.is_tunnel:
-                wrong.append(f"{where}.idle: is for tunnels; here connection_idle resets what is silent")
-            else:
-                try:
-                    given = option if name in WHOLE_OPTIONS else as_text(option)
-                    route = route._replace(**{name: ROUTE_OPTIONS[name](given)})
-                except ValueError as error:
-                    wrong.append(f"{where}.{name}: {error}")
-        if route.pattern:
-            routes.append(route)
+            try:
+                if name in SEVERAL_OPTIONS:
+                    several[name] = SEVERAL_OPTIONS[name](as_text(option))
+                else:
+                    route = route._replace(**{name: read_option(name, option, texts)})
+            except ValueError as error:
+                wrong.append(f"{where}.{printable(name)}: {error}")
+        if not route.pattern:
+            continue
+        try:
+            routes.append(with_several(route, several))
+        except ValueError as error:
+            wrong.append(f"{where}: {error}")
     return routes
+
+
+def read_option(name: str, value: Any, targets: Sequence[str]) -> Any:
+    """The value of an option of a route to these targets.  Raises ValueError, also where there is no such option."""
+    if name not in ROUTE_OPTIONS:
+        raise ValueError(f"there is no such option{meant(name, ('target', *ROUTE_OPTIONS, *SEVERAL_OPTIONS))}")
+    schemes = {target.partition(":")[0] for target in targets}
+    if name in PROGRAM_OPTIONS and schemes.isdisjoint(PROGRAM_KINDS):
+        raise ValueError(f"is for {' and '.join(f'{kind}:' for kind in PROGRAM_KINDS)}")
+    if name == "idle" and not any(row.is_tunnel for scheme, row in SCHEMES.items() if scheme in schemes):
+        raise ValueError("is for tunnels; here connection_idle resets what is silent")
+    return ROUTE_OPTIONS[name](value if name in WHOLE_OPTIONS else as_text(value))

@@ -36,7 +36,7 @@ import time
 from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple, Sequence
 
 from sniroute_connection import HEADER, PRELUDE, WAITING_FOR_BACKEND, Connection, holds_hello, read_header
-from sniroute_deadlines import Deadlines
+from sniroute_deadlines import Deadlines, awaited_by, cannot_wait
 from sniroute_flow import DONE, Flow, Pipes
 from sniroute_listeners import Listener, Ports, arrange, bind, listen, sockets_of
 from sniroute_log import CLIENT_LEFT, IDLE, STOPPED, Ending
@@ -166,7 +166,7 @@ class Waits:
 
     def _wait_of(self, connection: Connection, doubted: Child | None) -> Wait:
         """The wait for a connection's target, begun where there is none.  Raises Refused where too many wait."""
-        decision = connection.decision
+        decision = awaited_by(connection)
         wait = self.by_key.get(decision.key)
         if wait is None:
             if len(self.by_key) >= WAITS_MAX:
@@ -220,7 +220,7 @@ class Waits:
                 if wait.error is None or wait.error.kind == "tunnel_budget" and connection.peer.key != wait.client:
                     connection.resume()  # the spent budget was another client's
                 else:
-                    connection.refuse(wait.error)
+                    cannot_wait(connection, wait.error)
             except Exception:
                 self.router.fault(connection)
 
@@ -290,7 +290,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.hellos = HelloMemory()
         self.targets = Targets(tunnels)
         self.targets.tunnel_ports = range(settings.ports[0], settings.ports[1] + 1)
-        self.targets.make_room(len(self.routes.routes))
+        self.targets.follow((*settings.routes.routes, *settings.port), self.routes.identified, self.loop)
         self.peers = Peers(settings)
         self.waits = Waits(self)
         self.deadlines = Deadlines(self.loop, settings.prelude_timeout, settings.start_timeout)
@@ -409,7 +409,7 @@ class Router(socketserver.ThreadingTCPServer):
         former, self.settings = self.settings, settings
         settings.routes.succeed(self.routes)
         self.routes = settings.routes
-        self.targets.make_room(len(self.routes.routes))
+        self.targets.follow((*settings.routes.routes, *settings.port), self.routes.identified, self.loop)
         self.level = log.getEffectiveLevel()
         self.deadlines.adopt(settings.prelude_timeout, settings.start_timeout)
         self.sweeping.set(min(self.sweeping.when, monotonic() + self._sweep_interval()))
@@ -595,7 +595,7 @@ class Router(socketserver.ThreadingTCPServer):
             began, dialled, backend = connection.began, connection.dialled, connection.backend
             ending = Ending(
                 level, time.time(), connection.address, connection.name, decision and decision.route.pattern,
-                decision and decision.target, up, down, monotonic() - began, reason,
+                backend.target if backend else decision and decision.target, up, down, monotonic() - began, reason,
                 str(refusal) if refusal is not None else backend and backend.remark(),
                 dialled - began if dialled else None)
             if level >= self.level:

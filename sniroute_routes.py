@@ -24,18 +24,22 @@ What a name is worth: nothing.  SNI is not authentication; `allow` looks at addr
 from __future__ import annotations
 
 import weakref
-from typing import Callable, Iterable, Iterator, Mapping, NamedTuple
+from typing import TYPE_CHECKING, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 from sniroute_launchers import TunnelKey, Variable
 from sniroute_names import Network, ascii_advice, has_owner, is_here, parse_host_port, printable, show_address
-from sniroute_patterns import (CHOSEN, FIELDS, STARS, Fielded, expand, fields_of, parse_pattern, rank, unknown_fields,
-                               written)
+from sniroute_patterns import (CHOSEN, FIELDS, STARS, Fielded, Pattern, expand, fields_of, parse_pattern, rank,
+                               unknown_fields, written)
 from sniroute_refusals import Malformed, Refused
 from sniroute_targets import SCHEMES, Scheme
+
+if TYPE_CHECKING:
+    from sniroute_backends import Several
 
 __version__ = "0.1.0"
 
 DECISIONS_MAX = 4096  # routed names remembered: names come from strangers
+SHOWN_MAX = 8  # of the targets of one route: a line of the log has room for so many
 
 
 # -- routes ------------------------------------------------------------------------------------
@@ -65,6 +69,7 @@ class Decision(NamedTuple):
     tunnel: TunnelKey | None  # where that is a tunnel
     tally: Tally
     plain: bool  # the route has no option that each connection has to be checked for
+    members: Sequence[Decision] = ()  # of each of its targets, where the route has several; never changed
 
 
 class Route(NamedTuple):
@@ -79,6 +84,8 @@ class Route(NamedTuple):
     connection_idle: float | None = None  # seconds, instead of --connection-idle
     env: tuple[Variable, ...] = ()  # for its program
     env_from: tuple[Variable, ...] = ()  # the router's own, for its program
+    members: tuple[str, ...] = ()  # the targets, each `scheme:rest`, where there are several; `target` is for people
+    several: Several | None = None  # what is done with those; given where there are any
 
     def __str__(self) -> str:
         return f"{self.pattern}={self.target}"
@@ -86,12 +93,33 @@ class Route(NamedTuple):
     @property
     def scheme(self) -> Scheme:
         """The row of its kind of target."""
+        if self.several is not None:
+            return self.several.scheme
         return kind(self.target.partition(":")[0])
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All its targets, each `scheme:rest`."""
+        return self.members or (self.target,)
+
+    @property
+    def kinds(self) -> list[Scheme]:
+        """The row of each of its targets."""
+        return [kind(target.partition(":")[0]) for target in self.targets]
+
+    @property
+    def has_tunnel(self) -> bool:
+        """Whether one of its targets is a tunnel."""
+        return any(row.is_tunnel for row in self.kinds)
+
+    def each(self) -> list[Route]:
+        """A route to each of its targets."""
+        return [self._replace(target=target, members=(), several=None) for target in self.members] or [self]
 
     @property
     def chooses_port(self) -> bool:
         """Whether a name says to which port of a host it leads."""
-        return "{" in self.target.rpartition(":")[2]
+        return any("{" in target.rpartition(":")[2] for target in self.targets)
 
     def splits(self, name: str) -> Iterator[dict[str, str]]:
         """The fields of a name that it fits: those of each name, and the pattern's; the split that counts first.
@@ -113,6 +141,8 @@ class Route(NamedTuple):
         """
         if fields is None:
             fields = next(self.splits(name))
+        if self.several is not None:
+            return self._decide_several(name, identified, tally or Tally(), fields)
         scheme, _, rest = expand(self.target, fields).partition(":")
         row = kind(scheme)
         rest = row.check(rest)
@@ -123,8 +153,29 @@ class Route(NamedTuple):
             tunnel = TunnelKey(scheme, rest, variables=self.env + self.env_from)
         elif row.is_tunnel:
             tunnel = TunnelKey(scheme, rest, not identified or self.is_of_one_domain())
-        plain = self.send_proxy == "as-received" and self.allow is None and self.max_connections is None
-        return Decision(self, target, row, rest, f"{self.pattern}={target}", tunnel, tally or Tally(), plain)
+        return Decision(self, target, row, rest, f"{self.pattern}={target}", tunnel, tally or Tally(), self.is_plain)
+
+    def _decide_several(self, name: str, identified: bool, tally: Tally, fields: Mapping[str, str]) -> Decision:
+        """As `decide`, with the decision of each target.  Without fields these are the same for each name."""
+        members, key = self.several.fixed, self.pattern
+        if not members:
+            members = [route.decide(name, identified, tally, fields) for route in self.each()]
+            if self.has_fields:
+                key = " ".join([self.pattern, *(member.target for member in members)])
+            else:
+                self.several.fixed[:] = members  # one assignment: another thread may decide, too
+        target = expand(self.target, fields)
+        return Decision(self, target, self.several.scheme, "", key, None, tally, self.is_plain, members)
+
+    @property
+    def has_fields(self) -> bool:
+        """Whether a target depends on the name."""
+        return any(FIELDS.search(target) for target in self.targets)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has no option that each connection has to be checked for."""
+        return self.send_proxy == "as-received" and self.allow is None and self.max_connections is None
 
     def is_of_one_domain(self) -> bool:
         """Whether all its names lead into one domain, which the operator has chosen, and which has one owner.
@@ -133,6 +184,8 @@ class Route(NamedTuple):
         `*.example.com`, which is `cft-a-example.com`; any name below `co.uk`.  Then it is neither shown the Access
         token, nor led to a private address.  A field of the pattern is the client's choice, as a star is.
         """
+        if self.members:
+            return all(route.is_of_one_domain() for route in self.each())
         if "*" not in self.pattern and "{" not in self.pattern:
             return True
         pattern = parse_pattern(self.pattern)
@@ -162,13 +215,40 @@ def kind(scheme: str) -> Scheme:
     return row
 
 
-def parse_route(text: str) -> Route:
-    """`PATTERN=TARGET`.  Raises ValueError with a sentence for people."""
+def parse_route(text: str, listed: Sequence[str] = ()) -> Route:
+    """`PATTERN=TARGET`; or `PATTERN=`, and the targets as a list.  Raises ValueError with a sentence for people."""
     pattern, equals, target = text.partition("=")
-    scheme, colon, rest = target.partition(":")
-    if not equals or not colon:
+    if not equals or not listed and ":" not in target:
         raise ValueError(f"{text!r} is not PATTERN=TARGET, as db.example.com=tcp:192.0.2.10:5432")
     read = parse_pattern(pattern)
+    targets = [each for text in listed or [target] for each in split_target(text)]
+    for each in targets:
+        check_target(read, each)
+    if len(targets) == 1:
+        return Route(written(read), targets[0])
+    return Route(written(read), shown(targets), members=tuple(targets))
+
+
+def split_target(target: str) -> list[str]:
+    """The targets that `tcp:HOST:PORT,HOST:PORT` means; any other kind is one."""
+    scheme, _, rest = target.partition(":")
+    return [f"tcp:{each.strip()}" for each in rest.split(",")] if scheme == "tcp" else [target]
+
+
+def shown(targets: Sequence[str]) -> str:
+    """Several targets for people: the first few of them, and how many more there are."""
+    few = targets[:SHOWN_MAX]
+    if all(target.startswith("tcp:") for target in few):
+        few = [few[0], *(target[4:] for target in few[1:])]
+    more = len(targets) - SHOWN_MAX
+    return ",".join(few) + (f" and {more} more" if more > 0 else "")
+
+
+def check_target(read: Pattern, target: str) -> None:
+    """Whether a target is one, for a route of this pattern.  Raises ValueError with a sentence for people."""
+    scheme, colon, rest = target.partition(":")
+    if not colon:
+        raise ValueError(f"{target!r} is not SCHEME:REST, as tcp:192.0.2.10:5432")
     row = kind(scheme)
     if fault := unknown_fields(rest, read, row.holds):
         raise ValueError(fault)
@@ -182,23 +262,25 @@ def parse_route(text: str) -> Route:
     except Malformed as error:
         advice = ascii_advice(target)
         raise ValueError(f"{target!r} is not ASCII{advice}" if advice else f"{target!r}: {error}") from None
-    return Route(written(read), target)
 
 
 PORT = "port "  # begins the pattern of a port's route; no name has a blank
 
 
-def parse_port_route(text: str) -> Route:
-    """`ADDRESS=TARGET`: a listener with one target, as a route whose pattern is `port ADDRESS`.  Raises ValueError."""
+def parse_port_route(text: str, listed: Sequence[str] = ()) -> Route:
+    """`ADDRESS=TARGET`: a listener with one target, as a route whose pattern is `port ADDRESS`.  Raises ValueError.
+
+    Or `ADDRESS=`, and several targets as a list.
+    """
     address, equals, target = text.partition("=")
-    if not equals or ":" not in target:
+    if not equals or not listed and ":" not in target:
         raise ValueError(f"{text!r} is not ADDRESS=TARGET, as 127.0.0.1:5433=tcp:192.0.2.10:5432")
     host, port = parse_host_port(address, default_host="*")
-    named = [field for field in ("{name}", "{label}", "{domain}") if field in target]
+    named = [field for field in ("{name}", "{label}", "{domain}") if any(field in each for each in listed or [target])]
     if named:
         raise ValueError(f"{target!r}: a port has no name, so nothing can stand for {', '.join(named)}")
     shown = f":{port}" if host == "*" else show_address((host, port))
-    return parse_route(f"port.invalid={target}")._replace(pattern=PORT + shown)
+    return parse_route(f"port.invalid={target}", listed)._replace(pattern=PORT + shown)
 
 
 def port_address(route: Route) -> tuple[str, int]:
@@ -282,7 +364,8 @@ class Routes:
         self.layers: list[Layer] = []
         self.generation = 0  # counts `forget`: another thread that decides meanwhile keeps nothing
         self.decisions: dict[str, Decision] = {}  # what was decided, by name; emptied when there are too many
-        self.decisions_max = max(DECISIONS_MAX, 2 * len(self.routes))
+        widest = max((len(route.members) for route in self.routes if route.has_fields), default=1)
+        self.decisions_max = max(DECISIONS_MAX // max(widest, 1), 2 * len(self.routes))
         self.configured = Layer(self.routes)
         self.add_layer(self.configured)
 

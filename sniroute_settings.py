@@ -26,14 +26,14 @@ import logging
 import os
 import re
 import stat
-from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 from sniroute_host import (PATHS_MAX, TUNNEL_MEMORY, changed_by_others, descriptor_limits, local_ports, memory_allowed,
                            too_little)
 from sniroute_launchers import (SERVICE_TOKEN, TUNNEL_IDENTITY, Launcher, carrier_launcher, cloudflared_launcher,
                                 identity_faults, inherited)
 from sniroute_names import OPTIONS, Network, describe_version, is_here, parse_ip, printable, show_address
-from sniroute_options import read_routes
+from sniroute_options import any_port, any_route, read_routes
 from sniroute_refusals import SettingsError
 from sniroute_routes import PROGRAM_KINDS, Route, Routes, parse_port_route, parse_route, port_address
 from sniroute_values import (absolute, as_text, meant, one_of, parse_admin, parse_count, parse_duration, parse_listen,
@@ -97,10 +97,10 @@ SETTINGS = (
     Setting("listen", "ADDRESS", parse_listen, ":19000",
             "where to listen: HOST:PORT, [::1]:PORT, or :PORT for every address (default :19000); repeatable",
             many=True, fixed=True),
-    Setting("route", "PATTERN=TARGET", parse_route, "*=cloudflared:cft-{name}",
+    Setting("route", "PATTERN=TARGET", any_route, "*=cloudflared:cft-{name}",
             "what a name leads to; repeatable; replaces the default route, *=cloudflared:cft-{name}",
             many=True, key="routes"),
-    Setting("port", "ADDRESS=TARGET", parse_port_route, None,
+    Setting("port", "ADDRESS=TARGET", any_port, None,
             "where to listen for one target, whatever clients say: HOST:PORT=TARGET, or :PORT=TARGET for every address "
             "(default none); repeatable", many=True, key="[ports]"),
     Setting("proxy-protocol", "MODE", one_of("off", "auto", "required"), "auto",
@@ -438,9 +438,14 @@ def cross_checked(values: Mapping[str, Any], given: Mapping[str, Given], running
     own += [("--admin", values["admin"])] if isinstance(values["admin"], str) else []
     for name in ("route", "port"):
         wrong += [f"{given[name].source}: {route} leads back to {what} {address}" for what, address in own
-                  for route in values[name] or () if route.scheme.leads_back(route.target.partition(":")[2], address)]
+                  for route in values[name] or () if leads_back(route, address)]
     if running is not None and values["open_to_all"] and not running.open_to_all:
         wrong.append("there are no routes any more: every name would be served")  # a file that is being written
+
+
+def leads_back(route: Route, address: str) -> bool:
+    """Whether a target of the route is an address of this router's."""
+    return any(row.leads_back(target.partition(":")[2], address) for row, target in zip(route.kinds, route.targets))
 
 
 def overlap(one: str | tuple[str, int] | None, other: str | tuple[str, int] | None) -> bool:
@@ -454,7 +459,7 @@ def overlap(one: str | tuple[str, int] | None, other: str | tuple[str, int] | No
 def derived(values: dict[str, Any]) -> dict[str, Any]:
     """The values, and what depends on the host."""
     _, descriptors = descriptor_limits()
-    programs = any(route.target.startswith("exec:") for route in (*values["route"], *values["port"]))
+    programs = any(target.startswith("exec:") for target in targets_of((*values["route"], *values["port"])))
     spare = SPARE_FDS * (1 + programs)  # there may be as many of these as tunnels
     fit = max(1, (descriptors - min(spare, descriptors // 2)) // 2)
     values["fit"] = fit
@@ -463,11 +468,16 @@ def derived(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def targets_of(routes: Iterable[Route]) -> Iterator[str]:
+    """All the targets of these routes."""
+    return (target for route in routes for target in route.targets)
+
+
 def tunnels_that_fit(values: Mapping[str, Any]) -> int:
     """As many as there are ports; where each has a process of its own, as many as fit into the host's memory."""
     first, last = values["ports"]
     memory = memory_allowed()
-    used = {route.target.partition(":")[0] for route in (*values["route"], *values["port"])}
+    used = {target.partition(":")[0] for target in targets_of((*values["route"], *values["port"]))}
     share = min((row.carries for scheme, row in values["launchers"].items() if scheme in used), default=1)
     if not used.isdisjoint(PROGRAM_KINDS):
         share = 1
@@ -488,7 +498,7 @@ def tunnel_launchers(program: str | None, environ: Mapping[str, str]) -> dict[st
 
 def add_commands(launchers: dict[str, Launcher], routes: Iterable[Route]) -> None:
     """Add the row for commands, where a route has one.  The table of a router that runs learns it at a reload."""
-    if "command" not in launchers and any(route.target.startswith("command:") for route in routes):
+    if "command" not in launchers and any(target.startswith("command:") for target in targets_of(routes)):
         from sniroute_commands import COMMAND  # imported late: an option
         launchers["command"] = COMMAND
 
@@ -498,18 +508,20 @@ def warn_of_programs(settings: Settings) -> None:
     reached = [(route, settings.listen) for route in settings.routes.routes]
     reached += [(route, [port_address(route)]) for route in settings.port]
     for route, addresses in reached:
-        if not route.scheme.is_inside and not route.scheme.is_program:
+        if not any(row.is_inside or row.is_program for row in route.kinds):
             continue
         outside = [show_address(address) for address in addresses if not is_loopback(address[0])]
-        if obstacle := route.scheme.obstacle(route.target.partition(":")[2]):
-            log.warning("%s; names that need it are refused until then", obstacle)
+        for row, target in zip(route.kinds, route.targets):
+            if obstacle := row.obstacle(target.partition(":")[2]):
+                log.warning("%s; names that need it are refused until then", obstacle)
         for variable in route.env_from:
             if variable.name not in os.environ:
                 log.warning("%s: %s of env_from is not set: its program runs without it", route.pattern, variable)
-        if outside and route.target.startswith("exec:") and settings.max_per_client >= settings.max_tunnels:
+        if outside and settings.max_per_client >= settings.max_tunnels \
+                and any(target.startswith("exec:") for target in route.targets):
             log.warning("%s: one client address may hold all %d programs (--max-tunnels): lower --max-per-client",
                         route, settings.max_tunnels)
-        if outside and route.scheme.is_inside and route.allow is None:
+        if outside and any(row.is_inside for row in route.kinds) and route.allow is None:
             log.warning("%s: everybody who reaches %s gets there: name its clients in `allow`, "
                         "or listen on 127.0.0.1", route, ", ".join(outside))
 
@@ -530,22 +542,22 @@ def warn(settings: Settings) -> None:
         log.warning("no --route: every name is served, each by a tunnel of its own (%s)", settings.routes.routes[0])
     routes = (*settings.routes.routes, *settings.port)
     for scheme, launcher in settings.launchers.items():
-        if launcher.made is None and any(route.target.startswith(f"{scheme}:") for route in routes):
+        if launcher.made is None and any(target.startswith(f"{scheme}:") for target in targets_of(routes)):
             if scheme == "cloudflared" and launcher is settings.launchers["carrier"]:
                 log.info("cloudflared is not on PATH: the carrier beside sniroute.py does its work")
             elif obstacle := launcher.obstacle:
                 log.warning("%s; names that need it are refused until then", obstacle)
     warn_of_programs(settings)
     for route in settings.routes.routes:
-        if route.scheme.is_tunnel and not route.scheme.is_program and settings.routes.identified \
+        if any(row.is_tunnel and not row.is_program for row in route.kinds) and settings.routes.identified \
                 and not route.is_of_one_domain():
             log.warning("%s: a client may own the domain this leads to, so the Access token is not shown there: "
                         "route your own domain, as **.example.com", route)
-        if route.target.startswith("tcp:") and not route.is_of_one_domain():
+        if any(target.startswith("tcp:") for target in route.targets) and not route.is_of_one_domain():
             log.warning("%s: a client may own the domain this leads to, so private addresses are refused there: "
                         "name the host, or route your own domain, as **.example.com", route)
-        host, _, _ = route.target.removeprefix("tcp:").rpartition(":")
-        if host in LOOPBACK and route.chooses_port and route.allow is None:
+        hosts = [target.removeprefix("tcp:").rpartition(":")[0] for target in route.targets]
+        if not set(LOOPBACK).isdisjoint(hosts) and route.chooses_port and route.allow is None:
             log.warning("%s: clients choose among all ports of this host: name the port, or let `allow` say who may "
                         "come", route)
         stars, star, behind = route.pattern.rpartition("*")
@@ -554,7 +566,7 @@ def warn(settings: Settings) -> None:
             log.warning("%s goes before %s, and has not its `allow`: give it one", taken, route)
     identity = settings.launchers["carrier"].environment
     missing = [variable for variable in SERVICE_TOKEN if not identity.get(variable)]
-    if len(missing) == 1 and any(route.scheme.is_tunnel and not route.scheme.is_program for route in routes):
+    if len(missing) == 1 and any(row.is_tunnel and not row.is_program for route in routes for row in route.kinds):
         log.warning("%s is not set: the other half of the service token alone opens nothing", *missing)
     if settings.proxy_protocol != "off" and settings.proxy_from == parse_networks(LOCAL_NETWORKS) \
             and any(route.allow is not None for route in routes):
@@ -563,7 +575,7 @@ def warn(settings: Settings) -> None:
     if settings.max_connections > settings.fit:
         log.warning("--max-connections %d is more than the limit of open files allows (%d): raise LimitNOFILE",
                     settings.max_connections, settings.fit)
-    tunnels = any(route.scheme.is_tunnel for route in routes)
+    tunnels = any(route.has_tunnel for route in routes)
     for line in too_little(tunnels, settings.admin is not None, settings.max_starting):
         log.warning("%s", line)
     low, high, said = local_ports() or (1, 0, True)

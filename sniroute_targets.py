@@ -28,10 +28,10 @@ import re
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING, Callable, Iterable, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, NamedTuple, Sequence
 
 from sniroute_launchers import TunnelError
-from sniroute_loop import CAPACITY_ERRNOS, NEVER
+from sniroute_loop import CAPACITY_ERRNOS, NEVER, Loop, Queue
 from sniroute_names import (HOST, Address, is_local, is_number, is_public, normalise_whole, parse_host_port, parse_ip,
                             printable, show_address)
 from sniroute_processes import Child
@@ -40,8 +40,9 @@ from sniroute_refusals import Malformed, Refused, tunnel_refused
 from sniroute_tunnels import Tunnel, TunnelTable
 
 if TYPE_CHECKING:
+    from sniroute_connection import Connection
     from sniroute_router import Wait
-    from sniroute_routes import Decision
+    from sniroute_routes import Decision, Route
 
 __version__ = "0.1.0"
 
@@ -72,11 +73,26 @@ class Retry(NamedTuple):
     doubted: Child | None  # the process that gave no answer, where it has to be looked at first
 
 
+class Another(NamedTuple):
+    """Somebody else may serve the client: the backend is opened again at once, for the same bytes."""
+
+
+class NotYet(Exception):
+    """No connect can begin now: the connection waits for the target `Backend.awaited`, or for its turn in a queue."""
+
+    def __init__(self, turn: Queue | None = None):
+        super().__init__()
+        self.turn = turn  # the deadline for that
+
+
 class Doubt(NamedTuple):
     """A backend that failed a client that cannot be served by trying again, perhaps because its process hangs."""
 
     doubted: Child  # to be looked at, though the client does not wait for that
     refusal: Refused
+
+
+Verdict = Retry | Another | Doubt | Refused | None  # of Backend.failed
 
 
 class Backend:
@@ -91,6 +107,9 @@ class Backend:
 
     __slots__ = ("target", "addresses", "local", "tried", "row", "told", "race")
     proven_by_connect = True  # False: a connect shows nothing; only the first byte shows that somebody is there
+    # Of a backend that is one of several; see sniroute_backends.
+    awaited: Decision | None = None  # what has to be ready first, where that is not the connection's own decision
+    patience: tuple[Queue, Queue] | None = None  # deadlines instead of Deadlines.stagger, and of those behind it
 
     def __init__(self, target: str, addresses: Sequence[Row], local: bool):
         self.target = target  # for people
@@ -104,8 +123,8 @@ class Backend:
     def open(self, why: str = "") -> socket.SocketType:
         """A non-blocking socket whose connect has begun, to the next address that does not refuse at once.
 
-        `why` is what became of the address before.  Raises Unreachable where no address is left, and OSError
-        with one of CAPACITY_ERRNOS where this host has no descriptors.
+        `why` is what became of the address before.  Raises Unreachable where no address is left, NotYet or
+        Refused where it is too early, and OSError with one of CAPACITY_ERRNOS where this host has no descriptors.
         """
         if why:
             self.tell(self.row, why)
@@ -174,12 +193,25 @@ class Backend:
         not the one that was meant.
         """
 
+    @property
+    def way(self) -> Backend:
+        """The one whose addresses are tried now: itself, or one of several."""
+        return self
+
+    def proves(self) -> bool:
+        """The connect is over, and what the client has said is on its way: whether that proves it."""
+        return self.proven_by_connect
+
     def settled(self) -> Backend | None:
         """The connect has proven it, and bytes pass.  None: it need not be told any more, so it need not be kept."""
         return None
 
     def answered(self) -> None:
         """The first byte has come back."""
+
+    def goes_on(self, error: Refused) -> bool:
+        """What it had to wait for cannot be had: whether the client may be served all the same."""
+        return False
 
     def is_lost(self) -> bool | None:
         """Whether the end of the connection is that of a program that died: then what it said is not whole.
@@ -188,7 +220,7 @@ class Backend:
         """
         return False
 
-    def failed(self, why: str, server: socket.SocketType | None, last: bool) -> Retry | Doubt | Refused | None:
+    def failed(self, why: str, server: socket.SocketType | None, last: bool) -> Verdict:
         """It failed before the client had a byte of it.  `last`: the client cannot be served by trying again.
 
         `server` is the socket, where there is one still.  None: the reason is on its way; ask again after WORDS_TIMEOUT
@@ -310,7 +342,7 @@ class TunnelBackend(Backend):
     def is_lost(self) -> bool:
         return not self.child.alive()
 
-    def failed(self, why: str, server: socket.SocketType | None, last: bool) -> Retry | Doubt | Refused | None:
+    def failed(self, why: str, server: socket.SocketType | None, last: bool) -> Verdict:
         """Decide by what the tunnel program has said: refuse, or try the same bytes again, unless `last`.
 
         Where the program has not said why yet, None.  The second call decides by what it has said until then.
@@ -379,11 +411,21 @@ class Targets:
         self.own_admin: list[tuple[str, int]] = []  # its address, where that is no path
         self.resolved: dict[str, Resolved] = {}  # by Decision.key
         self.laggards = Laggards()
+        self.book: Any = None  # the Book of sniroute_backends, where a route has several
         self.make_room(0)
 
-    def make_room(self, routes: int) -> None:
-        """Keep as many resolved hosts as this number of routes can need."""
-        self.resolved_max = max(RESOLVED_MAX, 2 * routes)
+    def make_room(self, targets: int) -> None:
+        """Keep as many resolved hosts as this number of configured targets can need."""
+        self.resolved_max = max(RESOLVED_MAX, 2 * targets)
+
+    def follow(self, routes: Sequence[Route], identified: bool, loop: Loop) -> None:
+        """Use other routes, those of ports among them.  At the start, and then the loop.  See Route.decide."""
+        self.make_room(sum(len(route.targets) for route in routes))
+        several = [route for route in routes if route.several is not None]
+        if several and self.book is None:
+            self.book = several[0].several.book(self, loop)
+        if self.book is not None:
+            self.book.adopt(several, identified)
 
     def remember(self, decision: Decision, found: Resolved) -> Resolved:
         """Keep resolved addresses.  The loop, and threads wait-<n>."""
@@ -452,6 +494,7 @@ class Scheme(NamedTuple):
     is_inside: bool = False  # it leads into this host: whoever reaches the listener gets there
     is_program: bool = False  # it runs a program of the operator's, which never gets the Access token
     obstacle: Callable[[str], str] = no_obstacle  # why it cannot be run now, as a sentence; '' where it can
+    choose: Callable[[Connection], Backend] | None = None  # instead of `ready`, where the way depends on the client
 
 
 def check_tunnel(rest: str) -> str:

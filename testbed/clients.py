@@ -76,50 +76,78 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
 # -- PostgreSQL --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def postgres(certificate: Certificate) -> Iterator[Address]:
-    """The address of a PostgreSQL that speaks TLS.  It does not run as root, so root lends it a user."""
-    initdb, server = program_path("initdb", "postgresql"), program_path("postgres", "postgresql")
-    program_path("psql", "postgresql-client")
-    other_user: dict[str, Any] = {}
-    with contextlib.ExitStack() as stack:
+class Database:
+    """A PostgreSQL that speaks TLS, on a port that it keeps.  It does not run as root, so root lends it a user."""
+
+    def __init__(self, certificate: Certificate):
+        self.initdb, self.server = program_path("initdb", "postgresql"), program_path("postgres", "postgresql")
+        program_path("psql", "postgresql-client")
         # Not below pytest's folder, which is closed to other users; and short, for the socket's sake.
-        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sniroute-pg-")))
+        self.place = tempfile.TemporaryDirectory(prefix="sniroute-pg-")
+        self.folder = pathlib.Path(self.place.name)
+        self.user: dict[str, Any] = {}
+        self.process: subprocess.Popen[bytes] | None = None
         for file in certificate:
-            shutil.copy(file, folder)
-            (folder / file.name).chmod(0o600)
+            shutil.copy(file, self.folder)
+            (self.folder / file.name).chmod(0o600)
         if os.geteuid() == 0:
             names = {entry.pw_name: entry for entry in pwd.getpwall()}
             user = names.get("postgres") or names["nobody"]
-            other_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-            for path in (folder, *folder.iterdir()):
+            self.user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+            for path in (self.folder, *self.folder.iterdir()):
                 os.chown(path, user.pw_uid, user.pw_gid)
-        data = folder / "data"
-        ended = execute(initdb, "-D", str(data), "-U", "postgres", "-A", "trust", "--no-sync", "--no-locale",
-                        "-E", "UTF8", cwd=folder, **other_user)
+        self.data = self.folder / "data"
+        ended = execute(self.initdb, "-D", str(self.data), "-U", "postgres", "-A", "trust", "--no-sync", "--no-locale",
+                        "-E", "UTF8", cwd=self.folder, **self.user)
         assert ended.returncode == 0, ended.stderr
-        log = stack.enter_context(open(folder / "log", "wb"))
-        status = data / "postmaster.pid"
         for _ in range(5):  # somebody may be faster at taking the port
             with socket.create_server((HOST, 0)) as free:
-                address = free.getsockname()
-            process = subprocess.Popen(
-                [server, "-D", str(data), "-h", HOST, "-p", str(address[1]), "-k", str(folder), "-c", "fsync=off",
-                 "-c", "ssl=on", "-c", f"ssl_cert_file={folder}/server.crt", "-c", f"ssl_key_file={folder}/server.key"],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder, env={"LC_ALL": "C"}, **other_user)
-            def ready() -> bool:  # the eighth line of that file says it
-                with contextlib.suppress(FileNotFoundError):
-                    return "ready" in "".join(status.read_text().splitlines()[7:]) or process.poll() is not None
-                return process.poll() is not None
-            try:
-                wait_until(ready, timeout=30, what="PostgreSQL")
-                if process.poll() is None:
-                    yield address
-                    return
-            finally:
-                process.send_signal(signal.SIGINT)  # without waiting for clients
-                process.wait()
-        raise AssertionError((folder / "log").read_text())
+                self.address: Address = free.getsockname()
+            if self.start():
+                return
+        raise AssertionError((self.folder / "log").read_text())
+
+    def start(self) -> bool:
+        """Run it; whether it is ready."""
+        status = self.data / "postmaster.pid"
+        with open(self.folder / "log", "ab") as log:
+            self.process = process = subprocess.Popen(
+                [self.server, "-D", str(self.data), "-h", HOST, "-p", str(self.address[1]), "-k", str(self.folder),
+                 "-c", "fsync=off", "-c", "ssl=on", "-c", f"ssl_cert_file={self.folder}/server.crt",
+                 "-c", f"ssl_key_file={self.folder}/server.key"],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder, env={"LC_ALL": "C"}, **self.user)
+
+        def ready() -> bool:  # the eighth line of that file says it
+            with contextlib.suppress(FileNotFoundError):
+                return "ready" in "".join(status.read_text().splitlines()[7:]) or process.poll() is not None
+            return process.poll() is not None
+        wait_until(ready, timeout=30, what="PostgreSQL")
+        return process.poll() is None
+
+    def stop(self) -> None:
+        """End it without waiting for clients."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait()
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        self.stop()
+        self.place.cleanup()
+
+
+@pytest.fixture(scope="module")
+def postgres(certificate: Certificate) -> Iterator[Address]:
+    """The address of a PostgreSQL that speaks TLS."""
+    with contextlib.closing(Database(certificate)) as database:
+        yield database.address
+
+
+@pytest.fixture
+def databases(certificate: Certificate) -> Iterator[list[Database]]:
+    """Three of them, for a test that stops and starts them."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(contextlib.closing(Database(certificate))) for _ in range(3)]
 
 
 def psql(address: Address, query: list[str], options: str, said: bytes = b"") -> subprocess.CompletedProcess[bytes]:

@@ -1,0 +1,317 @@
+"""sniroute_balance: one backend of several, and how one of the good ones is chosen.
+
+    Member    one backend of a route: its connections, its failures, how fast it connects
+    WAYS      how one is chosen (`balance`): RoundRobin, Least, AnyOfTwo, Fastest, ByClient, First
+
+                    reset(good)                     who is good has changed
+    Group --------> moved(member)                   its connections have changed
+                    pick(allowed, client)           one of the good that `allowed` takes, or None
+                    may_try(member, chosen, client) whether a client that would be led to `chosen` may try one that
+                                                    has rested
+
+A choice takes as long for a thousand backends as for two.  No I/O: the time and the dice are the group's.
+
+Threads: the loop only.
+
+Seams: I want to ...
+    another way to balance    a class as RoundRobin is, its row in WAYS, and its word in sniroute_options
+
+It imports names.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import functools
+import hashlib
+from typing import TYPE_CHECKING, Callable
+
+from sniroute_names import parse_ip
+
+if TYPE_CHECKING:
+    from sniroute_backends import Group, GroupBackend
+    from sniroute_routes import Decision
+
+__version__ = "0.1.0"
+
+# Limits, each with its reason.  Times in seconds.
+SLOTS = 16384  # of client addresses in `hash`: with 1,000 backends each has about 16
+FORGET_SLOW = 30.0  # a connect time counts half after this long: who was slow is tried again
+GAIN = 0.25  # of a new connect time in the moving average: the last eight have nine tenths of it
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)  # buckets of connect times
+
+
+# -- members -----------------------------------------------------------------------------------
+
+
+class Member:
+    """One backend of a route, and what is known of it.  Its own methods count; Group says what follows."""
+
+    __slots__ = ("target", "decision", "place", "copies", "active", "weighing", "fails", "passes", "why", "since",
+                 "until", "trial", "held", "seconds", "heard", "dialling", "dialled", "failures", "counts", "sum",
+                 "level")
+
+    def __init__(self, target: str, now: float):
+        self.target = target  # for people, and its key
+        self.decision: Decision | None = None  # given by the group
+        self.place = 0  # the first in the list is 0
+        self.copies = 1  # how often it is in the list
+        self.active = 0  # connections now, those that are being made among them
+        self.weighing = 0  # failures of the last WEIGHS_FOR seconds
+        self.fails = 0  # in a row
+        self.passes = 0  # successes in a row, while it is down
+        self.why = ""  # it is down, and this is why; "" where it is good
+        self.since = now  # it is so since this clock time
+        self.until = 0.0  # it rests until this clock time
+        self.trial: GroupBackend | None = None  # the client that tries whether it is back
+        self.held: dict[GroupBackend, None] = {}  # its connections, where on_down = cut
+        self.seconds: float | None = None  # moving average of its connect time; None: never tried
+        self.heard = 0.0  # clock time of the last of those
+        self.dialling = 0  # connects under way
+        self.dialled = 0.0  # clock time since which it has answered none of them
+        self.failures = 0  # all that there were
+        self.counts = [0] * (len(SECONDS) + 1)  # connect times: of each bucket of SECONDS, and above
+        self.sum = 0.0
+        self.level: int | None = None  # of Least
+
+    bounds = SECONDS  # of the buckets in `counts`
+
+    @property
+    def load(self) -> float:
+        """Its connections, and its failures of late, for each time that it is in the list."""
+        return (self.active + self.weighing) / self.copies
+
+    def count(self, seconds: float) -> None:
+        """A connect succeeded, and took so long: for the histogram."""
+        self.counts[bisect.bisect_left(SECONDS, seconds)] += 1
+        self.sum += seconds
+
+    def observe(self, seconds: float, now: float) -> None:
+        """A connect took so long; or it failed, which counts as if it had been silent to the end."""
+        known = self.seconds
+        self.seconds = seconds if known is None else known + GAIN * (seconds - known)
+        self.heard = now
+
+    def cost(self, now: float, timeout: float) -> float:
+        """Seconds that a connect is expected to take.  A connect that is silent costs what it has cost so far."""
+        if self.seconds is None:
+            expected = timeout if self.dialling else 0.0  # one client finds out
+        else:
+            expected = self.seconds * 0.5 ** ((now - self.heard) / FORGET_SLOW)
+        if self.dialling:
+            expected = max(expected, now - self.dialled)
+        return expected + self.weighing * timeout
+
+
+# -- ways to balance ---------------------------------------------------------------------------
+
+
+class RoundRobin:
+    """One after another."""
+
+    def __init__(self, group: Group):
+        self.group = group
+        self.good: list[Member] = []
+        self.at = 0
+
+    def reset(self, good: list[Member]) -> None:
+        self.good = good
+
+    def moved(self, member: Member) -> None:
+        """Nothing is counted."""
+
+    def pick(self, allowed: Callable[[Member], bool], client: str) -> Member | None:
+        self.at += 1
+        return self.scan(self.at, allowed)
+
+    def instead(self, allowed: Callable[[Member], bool], client: str) -> Member | None:
+        """Another one than was picked just now."""
+        return self.scan(self.at, allowed)
+
+    def scan(self, begin: int, allowed: Callable[[Member], bool]) -> Member | None:
+        """The first that is allowed, from a place on."""
+        good = self.good
+        for step in range(len(good)):
+            member = good[(begin + step) % len(good)]
+            if allowed(member):
+                return member
+        return None
+
+    def may_try(self, member: Member, chosen: Member | None, client: str) -> bool:
+        return True
+
+
+class First(RoundRobin):
+    """The first of the list; so another is tried again only where it would be before that."""
+
+    def pick(self, allowed: Callable[[Member], bool], client: str) -> Member | None:
+        return self.scan(0, allowed)
+
+    instead = pick
+
+    def may_try(self, member: Member, chosen: Member | None, client: str) -> bool:
+        return chosen is None or member.place < chosen.place
+
+
+class AnyOfTwo(RoundRobin):
+    """Two at random, and of these the one with less to do.
+
+    Source: Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 1996.
+    """
+
+    def pick(self, allowed: Callable[[Member], bool], client: str) -> Member | None:
+        chance, good = self.group.chance, self.good
+        if not good:
+            return None
+        one = int(chance() * len(good))
+        first, second = good[one], good[(one + 1 + int(chance() * (len(good) - 1))) % len(good)]
+        better, worse = (first, second) if self.prefers(first, second) else (second, first)
+        return better if allowed(better) else worse if allowed(worse) else self.scan(one, allowed)
+
+    instead = pick
+
+    def prefers(self, one: Member, other: Member) -> bool:
+        """Whether one is the better."""
+        return one.load <= other.load
+
+
+class Fastest(AnyOfTwo):
+    """Two at random, and of these the one that connects faster.  Nobody is left out for being slow."""
+
+    def prefers(self, one: Member, other: Member) -> bool:
+        now, timeout = self.group.clock(), self.group.options.connect_timeout
+        return (one.cost(now, timeout), one.load) <= (other.cost(now, timeout), other.load)
+
+
+class Least(RoundRobin):
+    """The one with the fewest connections; of equals, the one that has been so for longest.
+
+    The members stand on levels by their load, so that a choice takes as long for a thousand as for two.
+    """
+
+    def __init__(self, group: Group):
+        super().__init__(group)
+        self.levels: dict[int, collections.OrderedDict[Member, None]] = {}
+        self.low = 0  # no level below it has a member
+
+    def reset(self, good: list[Member]) -> None:
+        for level in self.levels.values():
+            for member in level:
+                member.level = None
+        self.levels.clear()
+        for member in dict.fromkeys(good):
+            self.put(member)
+        self.low = min(self.levels, default=0)
+
+    def put(self, member: Member) -> None:
+        """Stand on the level of its load."""
+        member.level = level = int(member.load)
+        self.levels.setdefault(level, collections.OrderedDict())[member] = None
+        self.low = min(self.low, level)
+
+    def moved(self, member: Member) -> None:
+        level = member.level
+        if level is None or level == int(member.load):
+            return
+        standing = self.levels[level]
+        del standing[member]
+        if not standing:
+            del self.levels[level]
+        self.put(member)
+        while self.low not in self.levels:  # it is this member's, or one below it
+            self.low += 1
+
+    def pick(self, allowed: Callable[[Member], bool], client: str) -> Member | None:
+        if not self.levels:
+            return None
+        for member in self.levels[self.low]:
+            if allowed(member):
+                self.levels[self.low].move_to_end(member)  # with copies it may stay on its level
+                return member
+        for level in sorted(self.levels):
+            for member in self.levels[level]:
+                if allowed(member):
+                    return member
+        return None
+
+    instead = pick
+
+
+class ByClient(RoundRobin):
+    """The same one for each client address: rendezvous hashing.
+
+    Each pair of client and backend has a score, and the highest wins: so of those that lose a backend each finds
+    another one, and nobody else moves.  Clients fall into SLOTS, whose winner is remembered.
+    Source: Thaler and Ravishankar, "Using Name-Based Mappings to Increase Hit Rates", 1998.
+    """
+
+    def __init__(self, group: Group):
+        super().__init__(group)
+        self.entries: list[Member] = []
+        self.seeds: list[int] = []
+        self.winners: dict[int, Member] = {}  # by slot, of all members
+        self.others: dict[int, Member] = {}  # by slot, of the good ones, where the winner is not one
+
+    def reset(self, good: list[Member]) -> None:
+        self.good = good
+        self.others = {}
+        if self.entries != self.group.entries:
+            self.entries = list(self.group.entries)
+            seen: collections.Counter[str] = collections.Counter()
+            self.seeds = []
+            for member in self.entries:
+                seen[member.target] += 1
+                self.seeds.append(scrambled(f"{member.target} {seen[member.target]}"))
+            self.winners = {}
+
+    def winner(self, slot: int, allowed: Callable[[Member], bool]) -> Member | None:
+        """The member with the highest score of a slot.  Source of the mix: Steele, "SplitMix", 2014, its last step."""
+        turn = scrambled(str(slot))
+        best, found = -1, None
+        for seed, member in zip(self.seeds, self.entries):
+            mixed = (seed ^ turn) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+            mixed = (mixed ^ mixed >> 31) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+            if mixed > best and allowed(member):
+                best, found = mixed, member
+        return found
+
+    def owner(self, slot: int) -> Member:
+        """Whose this slot is while all are good."""
+        if slot not in self.winners:
+            self.winners[slot] = self.winner(slot, lambda member: True)
+        return self.winners[slot]
+
+    def pick(self, allowed: Callable[[Member], bool], client: str) -> Member | None:
+        slot = slot_of(client)
+        member = self.owner(slot)
+        if not member.why and allowed(member):
+            return member
+        good = self.group.is_good
+        if slot not in self.others:
+            self.others[slot] = self.winner(slot, good)
+        member = self.others[slot]
+        if member is None or allowed(member):
+            return member
+        return self.winner(slot, lambda member: good(member) and allowed(member))
+
+    instead = pick
+
+    def may_try(self, member: Member, chosen: Member | None, client: str) -> bool:
+        return self.owner(slot_of(client)) is member
+
+
+def scrambled(text: str) -> int:
+    """64 bits that look random, the same in each process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+@functools.lru_cache(4096)
+def slot_of(client: str) -> int:
+    """The slot of a client's address; of IPv6 the /64 counts, which is what one client has."""
+    ip = parse_ip(client)
+    return scrambled(str(int(ip) >> 64) if ip.version == 6 else str(ip)) % SLOTS
+
+
+WAYS: dict[str, type[RoundRobin]] = {"round-robin": RoundRobin, "least": Least, "random": AnyOfTwo, "hash": ByClient,
+                                     "first": First, "latency": Fastest}
