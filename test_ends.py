@@ -30,7 +30,7 @@ from sniroute_log import ENDINGS
 from sniroute_loop import READ, unsent
 from sniroute_refusals import REFUSALS
 from conftest import HERE, HOST, wait_until
-from testbed.hellos import ASK_TLS, HELLO
+from testbed.hellos import ASK_TLS, HELLO, NAME
 from testbed.running import Running, alert, read_exactly, reset, route
 
 ALERT = "alert"
@@ -290,6 +290,26 @@ def both_are_silent(talk: Talk) -> None:
     talk.say("backend")
 
 
+def it_is_too_old(talk: Talk) -> None:
+    """For max_lifetime."""
+    talk.say("client")
+    talk.say("backend")
+
+
+def its_backend_goes_down(talk: Talk) -> None:
+    """While on_down is cut."""
+    talk.say("client")
+    talk.say("backend")
+    book = talk.running.router.targets.book
+
+    def down() -> None:
+        group, = book.groups.values()
+        member, = group.members.values()
+        group.bad_news(member, "as an operator sees it", False)
+
+    talk.running.router.call(down)
+
+
 def router_stops(talk: Talk) -> None:
     """A second signal, or the end of --drain."""
     talk.running.router.shutdown()
@@ -347,7 +367,7 @@ def edge_does(talk: Talk, **switches: Any) -> None:
 class End(NamedTuple):
     """One way to end, as a row."""
 
-    via: str  # tcp; cloudflared (the stand-in) and carrier: tunnels
+    via: str  # tcp; group, for a route with the options of several backends; cloudflared (the stand-in) and carrier: tunnels
     moment: str  # a key of MOMENTS
     act: Callable[[Talk], None]
     client: str  # what the client sees: end, reset, alert; "" where it has left, or has seen it already
@@ -374,6 +394,15 @@ ENDS = [
     # What the router cuts, it cuts for both.
     End("tcp", "open", both_are_silent, "reset", "reset", "idle"),
     End("tcp", "open", router_stops, "reset", "reset", "stopped"),
+    End("group", "open", client_closes, "", "end", "client_closed"),
+    End("group", "open", client_resets, "", "reset", "client_reset"),
+    End("group", "open", client_ends_and_is_answered, "end", "", "client_closed"),
+    End("group", "open", backend_closes, "end", "", "backend_closed"),
+    End("group", "open", backend_resets, "reset", "", "backend_reset"),
+    End("group", "open", both_are_silent, "reset", "reset", "idle"),
+    End("group", "open", it_is_too_old, "reset", "reset", "lifetime"),
+    End("group", "open", its_backend_goes_down, "reset", "reset", "backend_down"),
+    End("group", "open", router_stops, "reset", "reset", "stopped"),
     # Before the backend has answered.
     End("tcp", "prelude", client_leaves, "", "", "truncated"),
     End("tcp", "prelude", client_is_gone, "", "", "truncated"),
@@ -420,15 +449,20 @@ ENDS = [
 
 
 @pytest.fixture
-def talk(request: pytest.FixtureRequest, run, ports) -> Iterator[Callable[..., Talk]]:
+def talk(request: pytest.FixtureRequest, run, ports, settings_file) -> Iterator[Callable[..., Talk]]:
     """talk(via, *options) -> Talk."""
     with contextlib.ExitStack() as stack:
-        def make(via: str, *options: str) -> Talk:
+        def make(via: str, *options: str, lifetime: str = "1h") -> Talk:
             far = stack.enter_context(socket.create_server((HOST, 0)))
             far.settimeout(20)
             stand_in = None
             if via == "tcp":
                 running = run(route(far.getsockname()), *options)
+            elif via == "group":
+                target = "tcp:{}:{}".format(*far.getsockname())
+                file = settings_file(f'[routes."{NAME}"]\ntarget = "{target}"\nhealth = "passive"\nhealth_fail = 1\n'
+                                     f'on_down = "cut"\nmax_lifetime = "{lifetime}"\n')
+                running = run("-c", file, *options)
             else:
                 stand_in = request.getfixturevalue("cloudflared" if via == "cloudflared" else "own_edge")
                 stand_in.far("*", far.getsockname())
@@ -449,7 +483,7 @@ def words(act: Callable[[Talk], None]) -> str:
 @pytest.mark.parametrize("end", ENDS, ids=[f"{end.via}, {end.moment}: {words(end.act)}" for end in ENDS])
 def test_how_a_connection_ends(talk, end):
     options = ["--connection-idle=200ms"] if end.act is both_are_silent else []
-    talking = talk(end.via, *options)
+    talking = talk(end.via, *options, lifetime="300ms" if end.act is it_is_too_old else "1h")
     MOMENTS[end.moment](talking)
     end.act(talking)
     if end.client:
@@ -654,8 +688,8 @@ def matched(expression: str) -> Iterator[set[str]]:
 NO_FAILURE = {*ENDINGS, "cancel", "not_tls", "truncated", "malformed", "prelude_timeout", "no_name", "no_route",
               "bad_name", "hello_too_large", "plain_postgres", "proxy", "shed", "client_limit", "route_limit",
               "not_allowed", "forbidden", "tunnel_budget", "tunnel_stopping"}
-FAILURES = {"backend", "command_failed", "backend_no_tls", "unresolved", "busy", "internal", "tunnel_failed", "tunnel_timeout",
-            "tunnel_limit", "tunnel_denied", "tunnel_unknown"}
+FAILURES = {"backend", "command_failed", "backend_no_tls", "unresolved", "busy", "internal", "tunnel_failed",
+            "tunnel_timeout", "tunnel_limit", "tunnel_denied", "tunnel_unknown", "queue_full", "queue_timeout"}
 
 
 def test_no_alert_is_fired_by_ordinary_ends_and_each_failure_fires_one():

@@ -16,6 +16,7 @@ import sniroute_refusals
 import sniroute_settings
 import sniroute_targets
 from sniroute_launchers import Reason
+from sniroute_names import parse_host_port
 from sniroute_refusals import Refused
 from sniroute_routes import Route, Routes, parse_route
 from sniroute_targets import (Backend, Doubt, Retry, Targets, TcpBackend, TunnelBackend, Unreachable, check_tcp,
@@ -495,10 +496,10 @@ def test_a_circle_by_the_address_of_nobody_is_seen_at_the_start_and_at_each_dial
     """A connect to 0.0.0.0 goes to loopback: one client's hello would come back until no descriptor is left."""
     words = [f"--listen={listen}", f"--route=a.example.com=tcp:{target}"]
     targets = Targets(None)
-    host, port = sniroute_settings.parse_host_port(listen, "*")
+    host, port = parse_host_port(listen, "*")
     targets.own = [("::" if host == "*" else host, port)]
     decision = Routes([parse_route(f"a.example.com=tcp:{target}")]).decide("a.example.com")
-    address = sniroute_settings.parse_host_port(target)
+    address = parse_host_port(target)
     if circle:
         with pytest.raises(sniroute_refusals.SettingsError, match="leads back"):
             sniroute_settings.load_settings(words, {})
