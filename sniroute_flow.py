@@ -129,7 +129,7 @@ class Flow(Watch):
     def first(self, mask: int) -> None:
         """As `pump`, for the first bytes behind the hello, whichever side they come from."""
         try:
-            data = self.source.recv(1, socket.MSG_PEEK)
+            data = os.read(self.fd, MESSAGE)
         except BlockingIOError:
             return
         except OSError as error:
@@ -139,7 +139,16 @@ class Flow(Watch):
             self.connection.ended(self)
             return
         self.connection.answered(self)  # before a byte is passed on: the hello cannot be sent again then
-        self.pump(mask)
+        self.total += len(data)
+        try:
+            sent = os.write(self.twin.fd, data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.connection.broken(self)
+            return
+        if sent != len(data):
+            self.hold(memoryview(data[sent:]))
 
     def pump(self, mask: int) -> None:
         """Move what the source has to the sink, and choose the size of the next read.

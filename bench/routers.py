@@ -69,6 +69,7 @@ PORTS = range(10000, 20000)  # for listeners: below the ephemeral ports, and apa
 TUNNEL_PORTS = range(20000, 32000, 1000)  # first ports for the tunnels of each sniroute that runs some
 DESCRIPTORS = 2.5  # for each connection: two sockets; HAProxy's pipes take half of one more
 FILES_MIN = 4096  # open files that are needed: three for each of 500 tunnels, and as many for their clients
+BALANCES = "round-robin", "least", "random", "hash", "first", "latency"  # ways to choose one backend of several
 SPARE = 200  # descriptors for anything else; also, connections beside those that are held open
 CONNECTIONS_MAX = 10000  # connections that routers are set up for, if descriptors allow it
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"  # folders that only root has on PATH
@@ -271,10 +272,10 @@ class Lab:
         path.write_bytes(b"".join(hello_of_first().replace(NAME.encode(), name(number).encode()) for number in numbers))
         return path
 
-    def start_backend(self) -> tuple[subprocess.Popen[bytes], int]:
+    def start_backend(self, host: str = HOST) -> tuple[subprocess.Popen[bytes], int]:
         """Start one more backend.  Returns its process and its port."""
         port = self.port()
-        process = self.processes.start([self.load, "backend", HOST, str(port)], self.environ)
+        process = self.processes.start([self.load, "backend", host, str(port)], self.environ)
         self.wait_connects(process, port)
         return process, port
 
@@ -374,7 +375,7 @@ stream {{
     def sniroute(self, title: str, *options: str, python: str = sys.executable) -> Iterator[Router]:
         """sniroute with `tcp:` routes, unless the options name others.  Its log is a file."""
         port = self.port()
-        if not any(option.startswith("--route") for option in options):
+        if not any(option.startswith(("--route", "--config")) for option in options):
             backends = {NAME: self.backend, BULK_NAME: self.bulk_backend}
             options += tuple(f"--route={key}=tcp:{HOST}:{value}" for key, value in backends.items())
         program = [python, str(PROJECT / "sniroute.py")]
@@ -389,6 +390,12 @@ stream {{
             self.wait_for(process, lambda: b"listening on" in log.read_bytes(), f"{title} on {port}")
         yield self.ready(title, process, port)
         self.processes.stop(process)
+
+    def settings(self, text: str) -> str:
+        """The option for a file of settings with this text."""
+        path = self.processes.directory / f"settings-{next(self.numbers)}.toml"
+        path.write_text(text)
+        return f"--config={path}"
 
     @contextlib.contextmanager
     def tunnelled(self, title: str, tunnels: int, *options: str) -> Iterator[Router]:
@@ -537,6 +544,23 @@ def change_queue(lab: Lab) -> Iterator[Change]:
         crowd.end()
 
 
+def change_groups(lab: Lab) -> Iterator[Change]:
+    """What does a group of backends cost, and a large one?  All are one process, so that only the choice differs."""
+    _, port = lab.start_backend("0.0.0.0")
+
+    def group(count: int, balance: str) -> str:
+        """The option for a route to so many addresses of the backend."""
+        targets = ",".join(f"127.0.{1 + number // 250}.{1 + number % 250}:{port}" for number in range(count))
+        return lab.settings(f'[routes."{NAME}"]\ntarget = "tcp:{targets}"\nbalance = "{balance}"\n')
+
+    with lab.sniroute("sniroute with one backend", f"--route={NAME}=tcp:{HOST}:{port}") as plain:
+        for balance in BALANCES:
+            with lab.sniroute(f"sniroute with a group, {balance}", group(4, balance)) as other:
+                yield compare(lab, f"4 backends, {balance} (without: 1)", plain, other)
+                with lab.sniroute(f"sniroute with a large group, {balance}", group(1000, balance)) as large:
+                    yield compare(lab, f"1000 backends, {balance} (without: 4)", other, large)
+
+
 # -- what is measured: cold names --------------------------------------------------------------
 
 COLD_ROWS = (
@@ -579,7 +603,8 @@ COLUMN_EXPERIMENTS: dict[str, Callable[[Lab, Column, Router], Figures]] = {
     "connection": measure_connection, "message": measure_message, "gigabyte": measure_gigabyte, "idle": measure_idle,
     "beside": measure_beside}
 CHANGE_EXPERIMENTS: dict[str, Callable[[Lab], Iterator[Change]]] = {
-    "log": change_log, "held": change_held, "routes": change_routes, "tunnels": change_tunnels, "queue": change_queue}
+    "log": change_log, "held": change_held, "routes": change_routes, "tunnels": change_tunnels, "queue": change_queue,
+    "groups": change_groups}
 EXPERIMENTS = (*COLUMN_EXPERIMENTS, *CHANGE_EXPERIMENTS, "cold")
 
 
