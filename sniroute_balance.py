@@ -5,7 +5,7 @@
 
                     reset(good)                     who is good has changed
     Group --------> moved(member)                   its connections have changed
-                    pick(allowed, client)           one of the good that `allowed` takes, or None
+                    pick(allowed, client)           one of the good that `allowed` takes, or None; None allows each
                     may_try(member, chosen, client) whether a client that would be led to `chosen` may try one that
                                                     has rested
 
@@ -25,18 +25,21 @@ import bisect
 import collections
 import functools
 import hashlib
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, Callable, Sequence
 
 from sniroute_names import parse_ip
 
 if TYPE_CHECKING:
-    from sniroute_backends import Group, GroupBackend
+    from sniroute_backends import GroupBackend
+    from sniroute_groups import Group
+    from sniroute_race import Row
     from sniroute_routes import Decision
 
 __version__ = "0.1.0"
 
 # Limits, each with its reason.  Times in seconds.
 SLOTS = 16384  # of client addresses in `hash`: with 1,000 backends each has about 16
+STRIP = 30  # results of a member that are kept, two bits each: with 60 bits they are a small number of the interpreter
 FORGET_SLOW = 30.0  # a connect time counts half after this long: who was slow is tried again
 GAIN = 0.25  # of a new connect time in the moving average: the last eight have nine tenths of it
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)  # buckets of connect times
@@ -50,7 +53,7 @@ class Member:
 
     __slots__ = ("target", "decision", "place", "copies", "active", "weighing", "fails", "passes", "why", "since",
                  "until", "trial", "held", "seconds", "heard", "dialling", "dialled", "failures", "counts", "sum",
-                 "level")
+                 "level", "rank", "is_drained", "is_near", "is_proven", "fails_checked", "rows", "turn", "strip")
 
     def __init__(self, target: str, now: float):
         self.target = target  # for people, and its key
@@ -74,6 +77,14 @@ class Member:
         self.counts = [0] * (len(SECONDS) + 1)  # connect times: of each bucket of SECONDS, and above
         self.sum = 0.0
         self.level: int | None = None  # of Least
+        self.rank = 0  # how clients see it: see sniroute_groups
+        self.is_drained = False  # an operator wants no client led there
+        self.is_near = True  # in the own zone, where there are zones
+        self.is_proven = False  # an active check has passed
+        self.fails_checked = 0  # active checks in a row
+        self.rows: Sequence[Row] = ()  # its addresses, as `is_near` was asked about
+        self.turn = 0  # of these, the next to begin with
+        self.strip = 0  # its last results: see `mark`
 
     bounds = SECONDS  # of the buckets in `counts`
 
@@ -81,6 +92,29 @@ class Member:
     def load(self) -> float:
         """Its connections, and its failures of late, for each time that it is in the list."""
         return (self.active + self.weighing) / self.copies
+
+    def mark(self, is_good: bool) -> None:
+        """Remember how a client, or a check, fared."""
+        self.strip = (self.strip << 2 | 2 + is_good) & (1 << 2 * STRIP) - 1
+
+    def results(self) -> str:
+        """The last results, the latest last: `+` good, `-` bad."""
+        strip, shown = self.strip, ""
+        while strip:
+            shown = "-+"[strip & 1] + shown
+            strip >>= 2
+        return shown
+
+    def ordered(self, rows: Sequence[Row], is_fine: Callable[[Row], bool]) -> Sequence[Row]:
+        """The addresses of one host, another one first each time: they share its weight.
+
+        Those that are fine, and of one family, take turns; the others stay behind them.
+        """
+        fine = [row for row in rows if is_fine(row)] or rows
+        turning = [row for row in fine if row[0] == fine[0][0]]
+        self.turn += 1
+        at = self.turn % len(turning)
+        return (*turning[at:], *turning[:at], *(row for row in rows if row not in turning))
 
     def count(self, seconds: float) -> None:
         """A connect succeeded, and took so long: for the histogram."""
@@ -107,6 +141,9 @@ class Member:
 # -- ways to balance ---------------------------------------------------------------------------
 
 
+Allowed = Callable[[Member], bool] | None  # whether a member may be picked; None: each may
+
+
 class RoundRobin:
     """One after another."""
 
@@ -121,20 +158,22 @@ class RoundRobin:
     def moved(self, member: Member) -> None:
         """Nothing is counted."""
 
-    def pick(self, allowed: Callable[[Member], bool], client: str) -> Member | None:
+    def pick(self, allowed: Allowed, client: str) -> Member | None:
         self.at += 1
         return self.scan(self.at, allowed)
 
-    def instead(self, allowed: Callable[[Member], bool], client: str) -> Member | None:
+    def instead(self, allowed: Allowed, client: str) -> Member | None:
         """Another one than was picked just now."""
         return self.scan(self.at, allowed)
 
-    def scan(self, begin: int, allowed: Callable[[Member], bool]) -> Member | None:
+    def scan(self, begin: int, allowed: Allowed) -> Member | None:
         """The first that is allowed, from a place on."""
         good = self.good
+        if allowed is None and good:
+            return good[begin % len(good)]
         for step in range(len(good)):
             member = good[(begin + step) % len(good)]
-            if allowed(member):
+            if allowed is None or allowed(member):
                 return member
         return None
 
@@ -145,7 +184,7 @@ class RoundRobin:
 class First(RoundRobin):
     """The first of the list; so another is tried again only where it would be before that."""
 
-    def pick(self, allowed: Callable[[Member], bool], client: str) -> Member | None:
+    def pick(self, allowed: Allowed, client: str) -> Member | None:
         return self.scan(0, allowed)
 
     instead = pick
@@ -160,14 +199,16 @@ class AnyOfTwo(RoundRobin):
     Source: Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 1996.
     """
 
-    def pick(self, allowed: Callable[[Member], bool], client: str) -> Member | None:
+    def pick(self, allowed: Allowed, client: str) -> Member | None:
         chance, good = self.group.chance, self.good
         if not good:
             return None
         one = int(chance() * len(good))
         first, second = good[one], good[(one + 1 + int(chance() * (len(good) - 1))) % len(good)]
         better, worse = (first, second) if self.prefers(first, second) else (second, first)
-        return better if allowed(better) else worse if allowed(worse) else self.scan(one, allowed)
+        if allowed is None or allowed(better):
+            return better
+        return worse if allowed(worse) else self.scan(one, allowed)
 
     instead = pick
 
@@ -222,11 +263,11 @@ class Least(RoundRobin):
         while self.low not in self.levels:  # it is this member's, or one below it
             self.low += 1
 
-    def pick(self, allowed: Callable[[Member], bool], client: str) -> Member | None:
+    def pick(self, allowed: Allowed, client: str) -> Member | None:
         if not self.levels:
             return None
         for member in self.levels[self.low]:
-            if allowed(member):
+            if allowed is None or allowed(member):
                 self.levels[self.low].move_to_end(member)  # with copies it may stay on its level
                 return member
         for level in sorted(self.levels):
@@ -265,33 +306,31 @@ class ByClient(RoundRobin):
                 self.seeds.append(scrambled(f"{member.target} {seen[member.target]}"))
             self.winners = {}
 
-    def winner(self, slot: int, allowed: Callable[[Member], bool]) -> Member | None:
+    def winner(self, slot: int, allowed: Allowed) -> Member | None:
         """The member with the highest score of a slot.  Source of the mix: Steele, "SplitMix", 2014, its last step."""
         turn = scrambled(str(slot))
         best, found = -1, None
         for seed, member in zip(self.seeds, self.entries):
             mixed = (seed ^ turn) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
             mixed = (mixed ^ mixed >> 31) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-            if mixed > best and allowed(member):
+            if mixed > best and (allowed is None or allowed(member)):
                 best, found = mixed, member
         return found
 
     def owner(self, slot: int) -> Member:
         """Whose this slot is while all are good."""
         if slot not in self.winners:
-            self.winners[slot] = self.winner(slot, lambda member: True)
+            self.winners[slot] = self.winner(slot, None)
         return self.winners[slot]
 
-    def pick(self, allowed: Callable[[Member], bool], client: str) -> Member | None:
-        slot = slot_of(client)
+    def pick(self, allowed: Allowed, client: str) -> Member | None:
+        slot, good = slot_of(client), self.group.is_good
         member = self.owner(slot)
-        if not member.why and allowed(member):
-            return member
-        good = self.group.is_good
-        if slot not in self.others:
-            self.others[slot] = self.winner(slot, good)
-        member = self.others[slot]
-        if member is None or allowed(member):
+        if not good(member):
+            if slot not in self.others:
+                self.others[slot] = self.winner(slot, good)
+            member = self.others[slot]
+        if member is None or allowed is None or allowed(member):
             return member
         return self.winner(slot, lambda member: good(member) and allowed(member))
 

@@ -487,6 +487,8 @@ class Connection:
         self.leave_queue()
         if flow is self.down:
             self.backend.answered()
+        else:
+            self.backend.committed()
         self.up.install()
         self.down.install()
 

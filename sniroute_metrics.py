@@ -273,7 +273,7 @@ class Facts:
         self.failed: list[Any] = router.tunnels.failed()  # Views of starts that failed
         self.starts: list[Any] = copied(router.tunnels.started)
         book = router.targets.book  # None: no route has several backends
-        self.backends: list[Any] = copied(book.rows(), list) if book is not None else []  # (pattern, Member)
+        self.backends: list[Any] = copied(book.rows(), list) if book is not None else []  # (Group, Member)
         self.states = collections.Counter(view.state for view in (*self.tunnels, *self.failed))
         first, last = router.settings.ports
         self.ports = last - first + 1  # local ports that tunnels may have
@@ -323,14 +323,14 @@ def each_route(value: Callable[[Any], float], **labels: str) -> Callable[[Facts]
 
 def each_backend(value: Callable[[Any], float]) -> Callable[[Facts], Iterable[Sample]]:
     """Read a metric that each configured backend of several has; `value` takes its Member."""
-    return lambda facts: [Sample(value(member), {"route": pattern, "backend": member.target})
-                          for pattern, member in facts.backends]
+    return lambda facts: [Sample(value(member), {"route": group.pattern, "backend": member.target})
+                          for group, member in facts.backends]
 
 
 def connect_seconds(facts: Facts) -> Iterator[Sample]:
     """As Metric.read: a histogram for each configured backend of several."""
-    for pattern, member in facts.backends:
-        labels, total = {"route": pattern, "backend": member.target}, 0
+    for group, member in facts.backends:
+        labels, total = {"route": group.pattern, "backend": member.target}, 0
         for bound, count in zip((*member.bounds, float("inf")), copied(member.counts)):
             total += count
             yield Sample(total, {**labels, "le": show_number(bound)}, "_bucket")
@@ -519,11 +519,13 @@ def show_route(route: Any, tally: Any, up: int, down: int) -> dict[str, Any]:
             "total": tally.total, "refused": tally.refused, "up": tally.up + up, "down": tally.down + down}
 
 
-def show_backend(pattern: str, member: Any, now: float) -> dict[str, Any]:
+def show_backend(group: Any, member: Any, now: float) -> dict[str, Any]:
     """A row of `backends`; `now` is a time of the monotonic clock."""
-    return {"route": printable(pattern), "backend": printable(member.target), "up": not member.why,
+    return {"route": printable(group.pattern), "backend": printable(member.target), "up": not member.why,
             "why": printable(member.why, 300), "since": round(now - member.since, 3), "active": member.active,
-            "failures": member.failures, "next": round(max(member.until - now, 0.0), 3) if member.why else 0,
+            "drained": member.is_drained, "used": group.is_good(member), "near": member.is_near,
+            "results": member.results(), "failures": member.failures,
+            "next": round(max(member.until - now, 0.0), 3) if member.why else 0,
             "connect_seconds": member.seconds and round(member.seconds, 6)}
 
 

@@ -4,7 +4,7 @@
     [ports]   ":5433" = ...              --- read_routes ---> Routes, and a line for each fault
 
     ROUTE_OPTIONS    the options of a route, a row each: a field of Route, and its parser
-    SEVERAL_OPTIONS  those of a route with several backends: a field of Several (sniroute_backends), and its parser
+    SEVERAL_OPTIONS  those of a route with several backends: a field of Several (sniroute_groups), and its parser
 
 Threads: main; a reload may come from any thread, one at a time.
 
@@ -12,7 +12,7 @@ Seams: I want to ...
     add an option of a route    a row in ROUTE_OPTIONS, and a field of Route
     add one for several         a row in SEVERAL_OPTIONS, and a field of Several, which has the default
 
-It imports routes, targets, wire, values and names; where a route has several backends, backends.
+It imports routes, targets, wire, values and names; where a route has several backends, backends and groups.
 """
 
 from __future__ import annotations
@@ -69,10 +69,11 @@ def with_several(route: Route, values: Mapping[str, Any]) -> Route:
         raise ValueError(f"{route.pattern} has several backends, or an option for them, and {' and '.join(missing)} "
                          f"{'is' if len(missing) == 1 else 'are'} not beside sniroute.py: copy "
                          f"{'it' if len(missing) == 1 else 'them'} there")
-    from sniroute_backends import Several  # imported late: an option
+    from sniroute_backends import SEVERAL  # imported late: an option
+    from sniroute_groups import Several
     if not route.members:
         values = {"health": "off", **values}  # there is no other one to be used instead
-    return route._replace(members=route.targets, several=Several(fixed=[], **values))
+    return route._replace(members=route.targets, several=Several(SEVERAL, [], **values))
 
 
 def read_routes(table: Any, wrong: list[str], kind: str = "routes", parse: Parse = parse_route) -> list[Route]:

@@ -87,6 +87,10 @@ class Laggards:
             del self.until[next(iter(self.until))]
         return news
 
+    def has(self, row: Row) -> bool:
+        """Whether an address is one of them.  Loop only."""
+        return bool(self.until) and self.until.get(row, 0.0) > monotonic()
+
     def last(self, rows: Iterable[Row]) -> tuple[Row, ...]:
         """The same addresses, those that are remembered behind the others.  Any thread."""
         now = monotonic()

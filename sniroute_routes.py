@@ -34,7 +34,7 @@ from sniroute_refusals import Malformed, Refused
 from sniroute_targets import SCHEMES, Scheme
 
 if TYPE_CHECKING:
-    from sniroute_backends import Several
+    from sniroute_groups import Several
 
 __version__ = "0.1.0"
 

@@ -41,6 +41,7 @@ from sniroute_tunnels import Tunnel, TunnelTable
 
 if TYPE_CHECKING:
     from sniroute_connection import Connection
+    from sniroute_groups import Zones
     from sniroute_router import Wait
     from sniroute_routes import Decision, Route
 
@@ -208,6 +209,9 @@ class Backend:
 
     def answered(self) -> None:
         """The first byte has come back."""
+
+    def committed(self) -> None:
+        """The client has spoken first, where that is nobody's turn by rule: nothing can be sent again."""
 
     def goes_on(self, error: Refused) -> bool:
         """What it had to wait for cannot be had: whether the client may be served all the same."""
@@ -411,6 +415,7 @@ class Targets:
         self.own_admin: list[tuple[str, int]] = []  # its address, where that is no path
         self.resolved: dict[str, Resolved] = {}  # by Decision.key
         self.laggards = Laggards()
+        self.zones: Zones | None = None  # of the settings
         self.book: Any = None  # the Book of sniroute_backends, where a route has several
         self.make_room(0)
 

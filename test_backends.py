@@ -16,11 +16,11 @@ from typing import Any, Callable
 
 import pytest
 
-import sniroute_backends
 import sniroute_options
 import sniroute_settings
-from sniroute_backends import Book, Group, Several
+from sniroute_backends import SEVERAL
 from sniroute_balance import WAYS, Member, slot_of
+from sniroute_groups import Book, Group, Several
 from sniroute_refusals import SettingsError
 from sniroute_routes import parse_route
 from conftest import HERE, HOST, Address, FakeClock, Server, deaf_listener, wait_until
@@ -146,13 +146,13 @@ def test_the_own_listener_in_a_list_stops_the_start():
 
 def test_the_file_is_opened_only_where_a_route_has_several(tmp_path):
     code = ("import sys, sniroute_settings as s; s.load_settings(sys.argv[1:], {}); "
-            "print([m for m in ('sniroute_backends', 'sniroute_balance') if m in sys.modules])")
-    for target, found in (("tcp:192.0.2.1:1", "[]"), ("tcp:192.0.2.1:1,192.0.2.2:1", "['sniroute_backends', 'sniroute_balance']")):
+            "print([m for m in ('sniroute_backends', 'sniroute_groups', 'sniroute_balance') if m in sys.modules])")
+    for target, found in (("tcp:192.0.2.1:1", "[]"), ("tcp:192.0.2.1:1,192.0.2.2:1", "['sniroute_backends', 'sniroute_groups', 'sniroute_balance']")):
         ended = execute(sys.executable, "-c", code, f"--route=a.b={target}", cwd=HERE, text=True, said="")
         assert ended.stdout.strip() == found, ended.stderr
 
 
-@pytest.mark.parametrize("gone", ["sniroute_backends", "sniroute_balance"])
+@pytest.mark.parametrize("gone", ["sniroute_backends", "sniroute_groups", "sniroute_balance"])
 def test_a_missing_file_is_one_sentence(gone, monkeypatch):
     here = sniroute_options.is_here
     monkeypatch.setattr(sniroute_options, "is_here", lambda room: room != gone and here(room))
@@ -175,7 +175,7 @@ class Loops:
 
 def a_group(count: int = 5, clock: Callable[[], float] | None = None, targets: list[str] | None = None,
             **options: Any) -> Group:
-    group = Group(Book(None, Loops()), clock or FakeClock(), random.Random(7).random)
+    group = Group(Book(types.SimpleNamespace(zones=None), Loops()), clock or FakeClock(), random.Random(7).random)
     have(group, targets or [f"tcp:192.0.2.1:{1 + at}" for at in range(count)], **options)
     return group
 
@@ -183,7 +183,7 @@ def a_group(count: int = 5, clock: Callable[[], float] | None = None, targets: l
 def have(group: Group, targets: list[str], **options: Any) -> None:
     """The group has these targets."""
     route = parse_route("a.b=", targets)
-    route = route._replace(members=tuple(targets), several=Several([], **options))
+    route = route._replace(members=tuple(targets), several=Several(SEVERAL, [], **options))
     group.adopt(route, route.decide("a.b").members)
 
 
@@ -253,10 +253,10 @@ def test_a_backend_that_fails_fast_does_not_attract_everybody(balance):
         group.take(member, client := Client())
         if member is bad:
             group.weigh(member)
-            group.dialled(member)
+            member.dialling -= 1
             group.leave(member, client)
         else:
-            group.dialled(member)
+            member.dialling -= 1
             group.connected(member, 0.01)
     assert counts[True] <= 100, "not more than its share"
 

@@ -1,0 +1,622 @@
+"""sniroute_groups: the backends of one route: who is good, who rests, who waits for room.
+
+    a client --- Group.pick ---> Member         the next one for it; None: it waits, and `serve` leads it on
+                     ^
+                     | good_news, bad_news      what clients met
+                     | checked                  what active checks met (sniroute_checks)
+                     | Book.drain               what an operator wants
+
+    Group     one route's members (sniroute_balance), and the policy.  It reads and writes nothing
+    Book      the groups of one router, kept over a reload; the queues that they share; what is known of members that
+              are in no group now
+    Zones     networks by name, and which of them is this router's own
+
+How clients see a member, best first.  While there is one of a rank, only those of that rank are used; a client that has
+tried them all, or finds them full, is led to the next rank.
+
+    OWN       good, and in the own zone; without zones each good one
+    FOREIGN   good, in another zone
+    UNKNOWN   active checks are on, and none has passed yet
+    DOWN      it has failed too often; when nothing else is left, each is tried once for each client
+    DRAINED   an operator wants no client led there
+
+A member that is down by its clients rests; then one client tries it, and the others do not wait for that:
+
+    good --- health_fail failures in a row ---> down, rests fallback_interval ---> one client tries it
+      ^                                           ^                                   |         |
+      +------ health_pass successes --------------|-----------------------------------+         |
+                                                  +---------------- it fails -------------------+
+
+Where checks are active, they bring it back instead of a client: health_pass of them, and not before its rest is over.
+So a member whose checks pass while its clients fail changes its state once in fallback_interval, not each second.
+
+Threads: the loop only.  Others read: a Member's numbers change by single assignments.
+
+Seams: I want to ...
+    another way to balance        sniroute_balance
+    another option of such routes a row in SEVERAL_OPTIONS of sniroute_options, a field of Several, and its use
+    another reason to prefer one  a rank, and `Group.rank`
+
+It imports balance, deadlines, race, targets, the loop and names.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import random
+import time
+from typing import TYPE_CHECKING, Any, Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Sequence
+
+from sniroute_balance import WAYS, ByClient, Member, RoundRobin, slot_of
+from sniroute_deadlines import silent_connect
+from sniroute_loop import Loop, Queue
+from sniroute_names import Network, parse_host_port, parse_ip, printable
+from sniroute_race import STAGGER, Row, no_answer
+from sniroute_refusals import Refused
+from sniroute_targets import Scheme, Targets
+
+if TYPE_CHECKING:
+    from sniroute_backends import GroupBackend
+    from sniroute_connection import Connection
+    from sniroute_routes import Decision, Route
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("sniroute")
+monotonic = time.monotonic
+
+# Limits, each with its reason.  Times in seconds.
+GROUPS_MAX = 1024  # groups of routes whose targets have fields: names come from strangers
+KNOWN_MAX = 4096  # members that are in no group, and of which is known that they were down
+WEIGHS_FOR = 10.0  # a failure counts as an open connection: who fails fast looks idle, and would attract everybody
+WEIGHS_MAX = 100  # failures of one member that count so at once
+SLOWEST_START = 0.05  # of its share, for a backend that has just come back
+JITTERS = 16  # different lifetimes: what began together does not end together; each is a queue
+
+OWN, FOREIGN, UNKNOWN, DOWN, DRAINED = range(5)  # ranks of a member
+
+
+# -- options -----------------------------------------------------------------------------------
+
+
+class Several(NamedTuple):
+    """The options of a route with several backends, SEVERAL_OPTIONS of sniroute_options.  Seconds; 0 is off."""
+
+    scheme: Scheme  # the row of such a target
+    fixed: list[Decision]  # the decision of each target, where they have no fields: the same for each name
+    balance: str = "round-robin"
+    health: str = "passive"
+    health_fail: int = 3
+    health_pass: int = 2
+    fallback_interval: float = 30.0
+    slow_start: float = 0.0
+    on_down: str = "keep"
+    connect_timeout: float = 5.0
+    tries: int | None = None  # None: each backend once
+    connect_budget: float = 15.0
+    max_backend_connections: int | None = None
+    queue: float = 5.0
+    queue_length: int = 100
+    max_lifetime: float = 0.0
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether its backends are checked actively."""
+        return self.health not in ("passive", "off")
+
+    def book(self, targets: Targets, loop: Loop) -> Book:
+        """What the groups of one router share."""
+        return Book(targets, loop)
+
+    def shown(self) -> list[str]:
+        """The options that are not as they are by default, for people."""
+        return [f"{name} {f'{value:g} s' if isinstance(value, float) else value}" for name, value in
+                zip(self._fields, self) if value != self._field_defaults.get(name, value)]
+
+
+# -- zones -------------------------------------------------------------------------------------
+
+
+class Zones(NamedTuple):
+    """Networks by the name of their zone, and the name of this router's own."""
+
+    networks: tuple[tuple[Network, str], ...]  # the longest prefix first
+    own: str
+
+    def find(self, address: str) -> str | None:
+        """The zone of an address: that of the longest prefix; None where it is in none."""
+        ip = parse_ip(address)
+        return next((name for network, name in self.networks if ip in network), None)
+
+    def has(self, row: Row) -> bool:
+        """Whether an address is in the own zone; a unix socket is."""
+        return isinstance(row[1], str) or self.find(row[1][0]) == self.own
+
+
+def zones_of(named: Mapping[str, Iterable[Network]], zone: str | None, own_address: str | None) -> Zones | None:
+    """The zones of the settings; None without any.  Raises ValueError where the own zone is none of them."""
+    if not named:
+        return None
+    networks = sorted(((network, name) for name, networks in named.items() for network in networks),
+                      key=lambda pair: -pair[0].prefixlen)
+    zones = Zones(tuple(networks), zone or "")
+    if zone is None and own_address is not None:
+        zones = zones._replace(own=zones.find(own_address) or "")
+        if not zones.own:
+            raise ValueError(f"own_address: {own_address} is in none of the zones {', '.join(named)}")
+    if zones.own not in named:
+        raise ValueError(f"zone: {zone!r} is none of the zones {', '.join(named)}" if zone else
+                         "zones: which is the own one? Give zone, or own_address")
+    return zones
+
+
+# -- groups ------------------------------------------------------------------------------------
+
+
+class Group:
+    """The members of one route.  `clock` and `chance` (0 to 1) are the time and the dice."""
+
+    def __init__(self, book: Book, clock: Callable[[], float] = monotonic, chance: Callable[[], float] = random.random):
+        self.book = book
+        self.clock = clock
+        self.chance = chance
+        self.route: Route | None = None  # `adopt` gives it, and its options
+        self.options: Several
+        self.members: dict[str, Member] = {}
+        self.entries: list[Member] = []  # each as often as it is in the list
+        self.good: list[Member] = []  # of these, the ones of the best rank
+        self.spare: list[Member] = []  # good, and of another rank; each once, the best first
+        self.is_stale = False  # a rank may have changed since `sort`
+        self.resting: collections.OrderedDict[Member, None] = collections.OrderedDict()  # the next to be tried first
+        self.waiting: collections.OrderedDict[GroupBackend, None] = collections.OrderedDict()  # the first comes first
+        self.way: RoundRobin = RoundRobin(self)
+
+    @property
+    def pattern(self) -> str:
+        """The route, for people."""
+        return self.route.pattern
+
+    def adopt(self, route: Route, decisions: Sequence[Decision]) -> None:
+        """Have these members, and these options.
+
+        What is known of a member is kept; one that is gone keeps its connections, and gets no more.
+        """
+        now = self.clock()
+        before, self.members, self.entries = self.members, {}, []
+        self.options, self.route = route.several, route
+        for decision in decisions:
+            member = self.members.get(decision.target)
+            if member is None:
+                member = before.pop(decision.target, None) or self.book.recall(Member(decision.target, now))
+                member.place, member.copies = len(self.members), 0
+                member.is_drained = (route.pattern, decision.target) in self.book.drained
+                self.members[decision.target] = member
+            member.decision = decision
+            member.copies += 1
+            self.entries.append(member)
+        for member in before.values():
+            self.book.remember(member)
+        if type(self.way) is not WAYS[self.options.balance]:
+            self.way.reset([])
+            self.way = WAYS[self.options.balance](self)
+        for member in self.members.values():
+            if self.options.health == "off":
+                member.why, member.fails = "", 0
+            self.locate(member, literal_rows(member.decision))
+        self.resting = collections.OrderedDict(
+            (member, None) for member in sorted(self.members.values(), key=lambda each: each.until)
+            if member.why and self.options.health == "passive")
+        self.turns = self.book.queue(self.options.queue, late_turn)
+        self.patience = self.book.patience(self.options.connect_timeout)
+        self.sort()
+
+    # -- ranks
+
+    def rank(self, member: Member) -> int:
+        """How clients see it now."""
+        if member.is_drained:
+            return DRAINED
+        if member.why:
+            return DOWN
+        if self.options.is_checked and not member.is_proven:
+            return UNKNOWN
+        return OWN if member.is_near else FOREIGN
+
+    def is_good(self, member: Member) -> bool:
+        """Whether it is used in the first place."""
+        return bool(self.good) and member.rank == self.good[0].rank and self.members.get(member.target) is member
+
+    def changed(self) -> None:
+        """A rank has changed.  Of a thousand that go down at once each sorts only where somebody waits."""
+        self.is_stale = True
+        if self.waiting:
+            self.sort()
+
+    def sort(self) -> None:
+        """Find out who is good."""
+        self.is_stale = False
+        ranks: dict[int, list[Member]] = {}
+        for member in self.entries:
+            member.rank = self.rank(member)
+            ranks.setdefault(member.rank, []).append(member)
+        best = min(ranks)
+        self.good = ranks[best] if best < DOWN else []
+        self.spare = [member for rank in range(best + 1, DOWN) for member in dict.fromkeys(ranks.get(rank, ()))]
+        self.way.reset(self.good)
+        if self.waiting:
+            self.serve(self.good or ranks.get(DOWN, ()))
+
+    def locate(self, member: Member, rows: Sequence[Row]) -> None:
+        """These are its addresses now: is one of them in the own zone?  Until that is known it is taken for near."""
+        member.rows = rows
+        zones = self.book.targets.zones
+        is_near = zones is None or not rows or any(map(zones.has, rows))
+        if is_near is not member.is_near:
+            member.is_near = is_near
+            self.changed()
+
+    # -- which one
+
+    def has_room(self, member: Member) -> bool:
+        """Whether it may have one more connection."""
+        limit = self.options.max_backend_connections
+        return limit is None or member.active < limit
+
+    def pick(self, client: GroupBackend, address: str) -> Member | None:
+        """The next member for a client; None where it has to wait for room.  Raises LookupError where none is left."""
+        if self.is_stale:
+            self.sort()
+        tried = client.told_of
+        if not tried and self.options.max_backend_connections is None:
+            chosen = self.way.pick(None, address)
+        else:
+            chosen = self.way.pick(lambda member: member not in tried and self.has_room(member), address)
+        if self.resting:
+            rested = self.rested(tried, chosen, address)
+            if rested is not None:
+                rested.trial = client
+                return rested
+        if chosen is None:
+            return self.instead(tried)
+        return self.slowly(chosen, tried, address) if self.options.slow_start else chosen
+
+    def instead(self, tried: Collection[Member]) -> Member | None:
+        """As `pick`, where none of the good ones will do."""
+        free = [member for member in self.spare if member not in tried and self.has_room(member)]
+        if free:
+            return min(free, key=lambda member: (member.rank, member.load))
+        if any(member not in tried for member in (*self.good, *self.spare)):
+            return None
+        left = [member for member in self.members.values() if member not in tried and member.rank == DOWN]
+        if not left:
+            raise LookupError
+        return next(filter(self.has_room, left), None)
+
+    def rested(self, tried: Collection[Member], chosen: Member | None, address: str) -> Member | None:
+        """One whose rest is over, and which nobody tries, for a client that would be led to `chosen`."""
+        now = self.clock()
+        if isinstance(self.way, ByClient):
+            owner = self.way.owner(slot_of(address))
+            resting: Iterable[Member] = [owner] if owner in self.resting else []
+        else:
+            resting = self.resting
+        for member in resting:
+            if member.until > now:
+                return None
+            if member.trial is None and member not in tried and not member.is_drained and self.has_room(member) \
+                    and (chosen is None or member.is_near or not chosen.is_near) \
+                    and self.way.may_try(member, chosen, address):
+                return member
+        return None
+
+    def slowly(self, chosen: Member, tried: Collection[Member], address: str) -> Member:
+        """`chosen`, or another one where that has just come back: its share grows over `slow_start`."""
+        now, ramp = self.clock(), self.options.slow_start
+        passed: set[Member] = set()
+        member: Member | None = chosen
+        while member is not None:
+            share = (now - member.since) / ramp if member.passes else 1.0  # `passes`: it was down once
+            if share >= 1.0 or self.chance() < max(share, SLOWEST_START):
+                return member
+            passed.add(member)
+            member = self.way.instead(
+                lambda each: each not in passed and each not in tried and self.has_room(each), address)
+        return chosen
+
+    # -- what becomes of it
+
+    def take(self, member: Member, client: GroupBackend) -> None:
+        """A client begins to use it."""
+        member.active += 1
+        if not member.dialling:
+            member.dialled = self.clock()
+        member.dialling += 1
+        if self.options.on_down == "cut":
+            member.held[client] = None
+        self.way.moved(member)
+
+    def leave(self, member: Member, client: GroupBackend) -> None:
+        """A client uses it no more."""
+        member.active -= 1
+        if member.held:
+            member.held.pop(client, None)
+        if member.trial is client:
+            member.trial = None
+        self.way.moved(member)
+        if self.waiting:
+            self.serve((member,))
+
+    def connected(self, member: Member, seconds: float) -> None:
+        """It took a connect."""
+        now = self.clock()
+        member.dialled = now
+        member.observe(seconds, now)
+        member.count(seconds)
+
+    def good_news(self, member: Member) -> None:
+        """It has served a client."""
+        member.mark(True)
+        member.fails = 0
+        if not member.why or self.options.is_checked:
+            return
+        member.passes += 1
+        if member.passes >= self.options.health_pass:
+            self.is_back(member)
+            return
+        member.until = 0.0
+        if member in self.resting:
+            self.resting.move_to_end(member, last=False)
+
+    def is_back(self, member: Member) -> None:
+        """It is good again."""
+        log.info("%s: backend %s is back, after %.0f s", self.pattern, printable(member.target),
+                 self.clock() - member.since)
+        member.why, member.since = "", self.clock()
+        self.resting.pop(member, None)
+        self.changed()
+
+    def weigh(self, member: Member) -> None:
+        """It has failed: for a while that counts as a connection."""
+        member.failures += 1
+        member.mark(False)
+        member.observe(self.options.connect_timeout, self.clock())
+        if member.weighing < WEIGHS_MAX:
+            member.weighing += 1
+            self.way.moved(member)
+            self.book.weighing.put(Failure(self, member))
+
+    def bad_news(self, member: Member, why: str, is_trial: bool) -> None:
+        """It has failed a client, and it is to blame."""
+        member.fails += 1
+        if self.options.health == "off" or self.members.get(member.target) is not member:
+            return
+        if member.why:
+            if is_trial:
+                self.rest(member)
+        elif member.fails >= self.options.health_fail:
+            self.rest(member)
+            self.is_down(member, why, f"{member.fails} failures in a row; the next try is in "
+                                      f"{self.options.fallback_interval:g} s")
+
+    def checked(self, member: Member, why: str) -> None:
+        """An active check is over; `why` it failed, or ""."""
+        if self.members.get(member.target) is not member or not self.options.is_checked:
+            return
+        member.mark(not why)
+        if why:
+            member.fails_checked += 1
+            member.passes = 0 if member.why else member.passes
+            if not member.why and member.fails_checked >= self.options.health_fail:
+                member.until = 0.0
+                self.is_down(member, why, f"{member.fails_checked} checks in a row")
+            return
+        member.fails_checked = 0
+        if not member.is_proven:
+            member.is_proven = True
+            self.changed()
+        if member.why:
+            member.passes += 1
+            if member.passes >= self.options.health_pass and self.clock() >= member.until:
+                member.fails = self.options.health_fail - 1 if member.until else 0  # by clients: one more is enough
+                self.is_back(member)
+
+    def is_down(self, member: Member, why: str, after: str) -> None:
+        """It is not good any more.  One log line for each change."""
+        member.why, member.since, member.passes = why, self.clock(), 0
+        log.warning("%s: backend %s is down: %s (%s)", self.pattern, printable(member.target), printable(why), after)
+        self.changed()
+        for client in list(member.held):
+            client.cut()
+
+    def rest(self, member: Member) -> None:
+        """Have no client try it for `fallback_interval`."""
+        member.passes = 0
+        member.until = self.clock() + self.options.fallback_interval
+        if self.options.health == "passive":
+            self.resting[member] = None
+            self.resting.move_to_end(member)
+
+    # -- who waits
+
+    def serve(self, members: Iterable[Member]) -> None:
+        """There may be room: the first that waits for one of these gets it."""
+        for member in members:
+            while self.waiting and self.has_room(member) and (member.rank < DOWN
+                                                              or member.rank == DOWN and not self.good):
+                client = next((each for each in self.waiting if member not in each.told_of), None)
+                if client is None:
+                    break
+                del self.waiting[client]
+                client.use(member)
+                client.connection.resume()
+
+
+def literal_rows(decision: Decision) -> Sequence[Row]:
+    """The address that a target names by number, as a row without its family's details; () where that is not known."""
+    scheme, _, rest = decision.target.partition(":")
+    if scheme != "tcp":
+        return ()
+    host, port = parse_host_port(rest)
+    try:
+        return ((0, (str(parse_ip(host)), port)),)
+    except ValueError:
+        return ()
+
+
+class Failure:
+    """A failure that counts as a connection for WEIGHS_FOR."""
+
+    __slots__ = ("group", "member")
+
+    def __init__(self, group: Group, member: Member):
+        self.group = group
+        self.member = member
+
+    def forget(self) -> None:
+        """It counts no more."""
+        self.member.weighing -= 1
+        self.group.way.moved(self.member)
+
+
+# -- all groups --------------------------------------------------------------------------------
+
+
+class Book:
+    """The groups of one router, and the queues that they share.  Kept over a reload."""
+
+    def __init__(self, targets: Targets, loop: Loop):
+        self.targets = targets
+        self.loop = loop
+        self.groups: dict[str, Group] = {}  # by Decision.key
+        self.full = GROUPS_MAX  # how many there may be before those that nobody uses are forgotten
+        self.known: dict[str, Member] = {}  # by target: those that are in no group, and were down; the latest last
+        self.drained: set[tuple[str, str]] = set()  # pattern and target; both of the configuration
+        self.queues: dict[tuple[float, Callable[[Any], Any]], Queue] = {}
+        self.weighing = self.queue(WEIGHS_FOR, Failure.forget)
+        self.soon = self.queue(0.0, next_turn)
+
+    # -- queues
+
+    def queue(self, seconds: float, act: Callable[[Any], Any]) -> Queue:
+        """A queue of the loop, one for all that wait equally long for the same."""
+        found = self.queues.get((seconds, act))
+        if found is None:
+            found = self.queues[seconds, act] = self.loop.queue(seconds, act)
+        return found
+
+    def spread(self, seconds: float, share: float, chance: float, act: Callable[[Any], Any]) -> Queue:
+        """The queue for about so many seconds, up to a `share` of that more or less, as `chance` (0 to 1) has it."""
+        return self.queue(seconds * (1 + share * (2 * int(chance * JITTERS) / (JITTERS - 1) - 1)), act)
+
+    def patience(self, seconds: float) -> tuple[Queue, Queue]:
+        """The deadlines of one connect: until others are tried beside it, and from then on."""
+        return (self.queue(min(seconds, STAGGER), silent_connect),
+                self.queue(max(seconds - STAGGER, 0.0), late_member))
+
+    def is_fine(self, row: Row) -> bool:
+        """Whether an address of a host is one to begin with: it took its last connect, and is in the own zone."""
+        targets = self.targets
+        return not targets.laggards.has(row) and (targets.zones is None or targets.zones.has(row))
+
+    # -- groups
+
+    def adopt(self, routes: Sequence[Route], identified: bool) -> None:
+        """Have these routes.  `identified`: see Route.decide.
+
+        Those whose targets have no fields are known before a client comes.
+        """
+        patterns = {route.pattern for route in routes}
+        self.drained = {(pattern, target) for pattern, target in self.drained if pattern in patterns}
+        for key, group in list(self.groups.items()):
+            if group.pattern not in patterns and not group.waiting:
+                self.drop(key)
+        for route in routes:
+            if not route.has_fields:
+                self.group(route.decide("", identified, fields={}))
+
+    def group(self, decision: Decision) -> Group:
+        """The group of a decision."""
+        group = self.groups.get(decision.key)
+        if group is None:
+            if len(self.groups) >= self.full:
+                self.make_room()
+            group = self.groups[decision.key] = Group(self)
+        if group.route is not decision.route:
+            group.adopt(decision.route, decision.members)
+        return group
+
+    def make_room(self) -> None:
+        """Forget the groups that nobody uses, of names that strangers have chosen."""
+        for key, group in list(self.groups.items()):
+            if group.route.has_fields and not group.waiting and not any(each.active for each in group.members.values()):
+                self.drop(key)
+        self.full = max(GROUPS_MAX, 2 * len(self.groups))
+
+    def drop(self, key: str) -> None:
+        """Forget a group, but not which of its members were down."""
+        for member in self.groups.pop(key).members.values():
+            self.remember(member)
+
+    def remember(self, member: Member) -> None:
+        """A member is in no group any more."""
+        if member.why:
+            self.known.pop(member.target, None)
+            self.known[member.target] = member
+            if len(self.known) > KNOWN_MAX:
+                del self.known[next(iter(self.known))]
+
+    def recall(self, member: Member) -> Member:
+        """A new member; what is known of its address counts for it."""
+        known = self.known.pop(member.target, None)
+        if known is not None:
+            member.why, member.since, member.until, member.fails = known.why, known.since, known.until, known.fails
+        return member
+
+    # -- operators
+
+    def drain(self, pattern: str, address: str, is_drained: bool) -> bool:
+        """Lead no new client of a route to a backend, or lead them there again; whether there is such a backend.
+
+        `address` is its target, or what stands behind `tcp:` there.
+        """
+        found = False
+        for group in self.groups.values():
+            for target in (address, f"tcp:{address}"):
+                member = group.members.get(target) if group.pattern == pattern else None
+                if member is not None:
+                    found = True
+                    member.is_drained = is_drained
+                    (self.drained.add if is_drained else self.drained.discard)((pattern, target))
+                    group.changed()
+        return found
+
+    def rows(self) -> Iterator[tuple[Group, Member]]:
+        """Each backend of the configuration, with its group.  Any thread."""
+        for group in list(self.groups.values()):
+            if group.route is not None and not group.route.has_fields:
+                for member in list(group.members.values()):
+                    yield group, member
+
+
+def late_member(connection: Connection) -> None:
+    """A backend has had its connect_timeout."""
+    backend = connection.backend
+    race = backend.way.race
+    if race is None:
+        connection.connect(no_answer(backend.group.options.connect_timeout))
+    else:
+        race.close()
+        connection.backend_failed(backend.way.give_up())
+
+
+def late_turn(connection: Connection) -> None:
+    """No backend had room in time."""
+    group = connection.backend.group
+    connection.refuse(Refused("queue_timeout", f"{group.pattern}: no backend had room within "
+                                               f"{group.options.queue:g} s"))
+
+
+def next_turn(connection: Connection) -> None:
+    """Others have had theirs."""
+    connection.resume()
