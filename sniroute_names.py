@@ -333,6 +333,7 @@ OPTIONS = {
     "admin": ("sniroute_admin", "sniroute_door", "sniroute_metrics", "sniroute_page"),
     "carrier": ("sniroute_carrier", "sniroute_edge", "sniroute_forwarder", "sniroute_dial", "sniroute_http"),
     "commands": ("sniroute_commands",),
+    "warm": ("sniroute_warm",),
 }
 
 
