@@ -32,6 +32,7 @@ It imports groups, balance, resets, targets, flow, log, the loop and refusals.
 from __future__ import annotations
 
 import time
+from socket import MSG_PEEK
 from typing import TYPE_CHECKING
 
 from sniroute_balance import Member
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     import socket
     from sniroute_connection import Connection
     from sniroute_routes import Decision
+    from sniroute_warm import Warm
 
 __version__ = "0.1.0"
 
@@ -64,7 +66,7 @@ NO_FAULT = ("busy", "tunnel_budget", "tunnel_stopping", "internal")
 class Trouble:
     """What has gone wrong on one client's way, and what it waits for."""
 
-    __slots__ = ("told_of", "until", "again", "asked", "parked", "stuck", "suspects", "unsaid")
+    __slots__ = ("told_of", "until", "again", "asked", "parked", "stuck", "suspects", "unsaid", "has_been_warm")
 
     def __init__(self) -> None:
         self.told_of: dict[Member, str] = {}  # those that have failed, and why
@@ -74,6 +76,7 @@ class Trouble:
         self.parked = 0.0  # clock time since which the client waits, for room or for a target
         self.stuck = False  # the client has said more than can be sent again
         self.suspects: dict[Member, str] = {}  # took the connect, and closed without a byte
+        self.has_been_warm = False  # a warm connection has ended on it: the next one is dialled
         self.unsaid: tuple[Member, Backend, bool] | None = None  # has failed; its last words are on their way
 
 
@@ -81,7 +84,7 @@ class GroupBackend(Backend):
     """One client's way to one of several backends; `way` is the Backend of the member that it uses now."""
 
     __slots__ = ("connection", "group", "member", "way", "trouble", "awaited", "patience", "is_trial", "is_dialling",
-                 "is_open", "lifetime", "note")
+                 "is_open", "lifetime", "note", "warm")
 
     def __init__(self, connection: Connection, group: Group):
         self.target = connection.decision.target
@@ -94,6 +97,7 @@ class GroupBackend(Backend):
         self.patience: tuple[Queue, Queue] | None = group.patience
         self.is_trial = self.is_dialling = self.is_open = False
         self.lifetime: Queue | None = None
+        self.warm: Warm | None = None  # the warm connection that it has taken
         self.note: str | None = None  # what the member's own Backend has to remark; "" where it served the client
 
     @property
@@ -111,7 +115,9 @@ class GroupBackend(Backend):
     # -- the way there
 
     def open(self, why: str = "") -> socket.SocketType:
-        if why and self.member is not None:
+        if why and self.warm is not None:  # it has just ended: no fault of a backend that is asked anew
+            self.cool_down()
+        elif why and self.member is not None:
             try:
                 return self.way.open(why)
             except Unreachable as error:
@@ -176,12 +182,15 @@ class GroupBackend(Backend):
 
     def reach(self) -> socket.SocketType:
         """As `open`, for the member.  Raises NotYet where that has to wait, Refused, Unreachable."""
-        way = self.way
-        if way is not self:
-            return way.open()
-        member, group = self.member, self.group
-        targets = group.book.targets
-        way = member.decision.scheme.ready(targets, member.decision)
+        if self.way is not self:
+            return self.way.open()
+        member = self.member
+        if member.pool is not None and (self.trouble is None or not self.trouble.has_been_warm):
+            self.warm = member.pool.take(self.connection.down)
+            if self.warm is not None:
+                self.way = self.warm.way
+                return self.warm.sock
+        way = self.group.way_to(member)
         if way is None:
             trouble = self.in_trouble()
             if trouble.asked is member:
@@ -190,10 +199,6 @@ class GroupBackend(Backend):
             self.connection.parks = 0  # a limit for one target
             raise NotYet()
         self.way = way
-        if way.addresses is not member.rows:
-            group.locate(member, way.addresses)
-        if len(way.addresses) > 1:
-            way.addresses = member.ordered(way.addresses, group.book.is_fine)
         return way.open()
 
     def goes_on(self, error: Refused) -> bool:
@@ -210,12 +215,41 @@ class GroupBackend(Backend):
         self.way.connected(server)
 
     def proves(self) -> bool:
-        """For TLS only a byte proves a backend: its hello can be sent to another one, as long as that is all."""
+        """For TLS only a byte proves a backend: its hello can be sent to another one, as long as that is all.
+
+        Behind a port a warm connection that its backend ends before a byte is replaced, as long as the client is
+        silent.
+        """
         connection = self.connection
         if self.is_dialling:
             self.over()
-            self.group.connected(self.member, monotonic() - connection.dialled)
-        return self.way.proven_by_connect and not (connection.name is not None and connection.replayable)
+            if self.warm is None:
+                self.group.connected(self.member, monotonic() - connection.dialled)
+        if not self.way.proven_by_connect:
+            return False
+        if connection.name is None:
+            return self.warm is None or bool(self.warm.greeting) or not connection.replayable
+        return not connection.replayable
+
+    @property
+    def greeting(self) -> bytes:
+        return self.warm.greeting if self.warm is not None else b""
+
+    def is_used_up(self, server: socket.SocketType) -> bool:
+        if self.warm is None:
+            return False
+        try:
+            return not server.recv(1, MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def cool_down(self) -> None:
+        """The warm connection has ended: let it go, and dial the same member."""
+        self.in_trouble().has_been_warm = True
+        way, self.way, self.warm = self.way, self, None
+        way.release()
 
     def over(self) -> None:
         """The connect is, whatever came of it."""
@@ -283,7 +317,7 @@ class GroupBackend(Backend):
         if member is not None:
             if self.is_dialling:
                 self.over()
-            self.member, self.way = None, self
+            self.member, self.way, self.warm = None, self, None
             if way is not self:
                 way.release()
             self.group.leave(member, self)
@@ -303,6 +337,10 @@ class GroupBackend(Backend):
         elif self.member is None:  # `open` has tried them all
             return Refused("backend", f"{self.connection.decision.target}: {why}")
         else:
+            if self.warm is not None and not last and self.connection.state is not EARLY:
+                trouble.again, trouble.has_been_warm = self.member, True
+                self.drop()
+                return Another()
             member, way, is_suspect = self.member, self.way, not self.is_dialling
         trouble.stuck |= self.connection.state is EARLY
         others = not trouble.stuck and self.has_others()

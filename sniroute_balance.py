@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sniroute_backends import GroupBackend
     from sniroute_groups import Group
     from sniroute_race import Row
+    from sniroute_warm import WarmPool
     from sniroute_routes import Decision
 
 __version__ = "0.1.0"
@@ -53,7 +54,8 @@ class Member:
 
     __slots__ = ("target", "decision", "place", "copies", "active", "weighing", "fails", "passes", "why", "since",
                  "until", "trial", "held", "seconds", "heard", "dialling", "dialled", "failures", "counts", "sum",
-                 "level", "rank", "is_drained", "is_near", "is_proven", "fails_checked", "rows", "turn", "strip")
+                 "level", "rank", "is_drained", "is_near", "is_proven", "fails_checked", "rows", "turn", "strip",
+                 "pool", "share")
 
     def __init__(self, target: str, now: float):
         self.target = target  # for people, and its key
@@ -84,6 +86,8 @@ class Member:
         self.fails_checked = 0  # active checks in a row
         self.rows: Sequence[Row] = ()  # its addresses, as `is_near` was asked about
         self.turn = 0  # of these, the next to begin with
+        self.pool: WarmPool | None = None
+        self.share = 0  # of the route's warm connections
         self.strip = 0  # its last results: see `mark`
 
     bounds = SECONDS  # of the buckets in `counts`

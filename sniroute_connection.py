@@ -428,6 +428,8 @@ class Connection:
                 self.leave_queue()
             up.wait_for(READ, up.pump)
             down.wait_for(READ, down.pump)
+            if self.backend is not None and self.backend.greeting:
+                down.pass_on(self.backend.greeting)
         else:
             self.state = UNANSWERED if self.replayable or self.name is None else EARLY
             if self.hello:
@@ -712,7 +714,9 @@ def first_words(connection: Connection, mask: int) -> None:
     up.install()
     with contextlib.suppress(OSError):  # who moves the bytes meets it, too
         learn(connection, connection.client.recv(PROXY_V2_MAX, socket.MSG_PEEK))
-    if connection.state is not CLOSED:
+    if connection.state is UNANSWERED and connection.backend.is_used_up(connection.down.source):
+        connection.backend_failed("it ended the connection while the client was silent")
+    elif connection.state is not CLOSED:
         up.mover()(mask)
 
 

@@ -139,6 +139,10 @@ class Flow(Watch):
             self.connection.ended(self)
             return
         self.connection.answered(self)  # before a byte is passed on: the hello cannot be sent again then
+        self.pass_on(data)
+
+    def pass_on(self, data: bytes) -> None:
+        """Move to the sink what was read from the source."""
         self.total += len(data)
         try:
             sent = os.write(self.twin.fd, data)

@@ -4,12 +4,12 @@
                      ^
                      | good_news, bad_news      what clients met
                      | checked                  what active checks met (sniroute_checks)
-                     | Book.drain               what an operator wants
+                     | Book.drain               what an operator wants (sniroute_book)
 
     Group     one route's members (sniroute_balance), and the policy.  It reads and writes nothing
-    Book      the groups of one router, kept over a reload; the queues that they share; what is known of members that
-              are in no group now
-    Zones     networks by name, and which of them is this router's own
+    Several   the options of such a route
+
+All groups of a router stand in a Book (sniroute_book).
 
 How clients see a member, best first.  While there is one of a rank, only those of that rank are used; a client that has
 tried them all, or finds them full, is led to the next rank.
@@ -37,7 +37,7 @@ Seams: I want to ...
     another option of such routes a row in SEVERAL_OPTIONS of sniroute_options, a field of Several, and its use
     another reason to prefer one  a rank, and `Group.rank`
 
-It imports balance, deadlines, race, targets, the loop and names.
+It imports balance, targets and names.
 """
 
 from __future__ import annotations
@@ -46,20 +46,19 @@ import collections
 import logging
 import random
 import time
-from typing import TYPE_CHECKING, Any, Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Callable, Collection, Iterable, NamedTuple, Sequence
 
 from sniroute_balance import WAYS, ByClient, Member, RoundRobin, slot_of
-from sniroute_deadlines import silent_connect
-from sniroute_loop import Loop, Queue
-from sniroute_names import Network, parse_host_port, parse_ip, printable
-from sniroute_race import STAGGER, Row, no_answer
-from sniroute_refusals import Refused
-from sniroute_targets import Scheme, Targets
+from sniroute_names import printable
+from sniroute_targets import Backend, Scheme, literal_row
 
 if TYPE_CHECKING:
     from sniroute_backends import GroupBackend
-    from sniroute_connection import Connection
+    from sniroute_book import Book, Warmth
+    from sniroute_loop import Loop
+    from sniroute_race import Row
     from sniroute_routes import Decision, Route
+    from sniroute_targets import Targets
 
 __version__ = "0.1.0"
 
@@ -67,12 +66,8 @@ log = logging.getLogger("sniroute")
 monotonic = time.monotonic
 
 # Limits, each with its reason.  Times in seconds.
-GROUPS_MAX = 1024  # groups of routes whose targets have fields: names come from strangers
-KNOWN_MAX = 4096  # members that are in no group, and of which is known that they were down
-WEIGHS_FOR = 10.0  # a failure counts as an open connection: who fails fast looks idle, and would attract everybody
-WEIGHS_MAX = 100  # failures of one member that count so at once
+WEIGHS_MAX = 100  # failures of one member that count as connections at once
 SLOWEST_START = 0.05  # of its share, for a backend that has just come back
-JITTERS = 16  # different lifetimes: what began together does not end together; each is a queue
 
 OWN, FOREIGN, UNKNOWN, DOWN, DRAINED = range(5)  # ranks of a member
 
@@ -84,6 +79,7 @@ class Several(NamedTuple):
     """The options of a route with several backends, SEVERAL_OPTIONS of sniroute_options.  Seconds; 0 is off."""
 
     scheme: Scheme  # the row of such a target
+    book: Callable[[Targets, Loop], Book]  # makes what the groups of one router share
     fixed: list[Decision]  # the decision of each target, where they have no fields: the same for each name
     balance: str = "round-robin"
     health: str = "passive"
@@ -99,56 +95,21 @@ class Several(NamedTuple):
     queue: float = 5.0
     queue_length: int = 100
     max_lifetime: float = 0.0
+    warm: int = 0
+    warm_max_idle: float = 55.0
+    warm_max_age: float = 0.0
+    warm_jitter: float = 0.1
+    warm_order: str = "lifo"
 
     @property
     def is_checked(self) -> bool:
         """Whether its backends are checked actively."""
         return self.health not in ("passive", "off")
 
-    def book(self, targets: Targets, loop: Loop) -> Book:
-        """What the groups of one router share."""
-        return Book(targets, loop)
-
     def shown(self) -> list[str]:
         """The options that are not as they are by default, for people."""
         return [f"{name} {f'{value:g} s' if isinstance(value, float) else value}" for name, value in
                 zip(self._fields, self) if value != self._field_defaults.get(name, value)]
-
-
-# -- zones -------------------------------------------------------------------------------------
-
-
-class Zones(NamedTuple):
-    """Networks by the name of their zone, and the name of this router's own."""
-
-    networks: tuple[tuple[Network, str], ...]  # the longest prefix first
-    own: str
-
-    def find(self, address: str) -> str | None:
-        """The zone of an address: that of the longest prefix; None where it is in none."""
-        ip = parse_ip(address)
-        return next((name for network, name in self.networks if ip in network), None)
-
-    def has(self, row: Row) -> bool:
-        """Whether an address is in the own zone; a unix socket is."""
-        return isinstance(row[1], str) or self.find(row[1][0]) == self.own
-
-
-def zones_of(named: Mapping[str, Iterable[Network]], zone: str | None, own_address: str | None) -> Zones | None:
-    """The zones of the settings; None without any.  Raises ValueError where the own zone is none of them."""
-    if not named:
-        return None
-    networks = sorted(((network, name) for name, networks in named.items() for network in networks),
-                      key=lambda pair: -pair[0].prefixlen)
-    zones = Zones(tuple(networks), zone or "")
-    if zone is None and own_address is not None:
-        zones = zones._replace(own=zones.find(own_address) or "")
-        if not zones.own:
-            raise ValueError(f"own_address: {own_address} is in none of the zones {', '.join(named)}")
-    if zones.own not in named:
-        raise ValueError(f"zone: {zone!r} is none of the zones {', '.join(named)}" if zone else
-                         "zones: which is the own one? Give zone, or own_address")
-    return zones
 
 
 # -- groups ------------------------------------------------------------------------------------
@@ -171,6 +132,7 @@ class Group:
         self.resting: collections.OrderedDict[Member, None] = collections.OrderedDict()  # the next to be tried first
         self.waiting: collections.OrderedDict[GroupBackend, None] = collections.OrderedDict()  # the first comes first
         self.way: RoundRobin = RoundRobin(self)
+        self.warmth: Warmth | None = None  # where connections are dialled ahead
 
     @property
     def pattern(self) -> str:
@@ -196,18 +158,20 @@ class Group:
             member.copies += 1
             self.entries.append(member)
         for member in before.values():
-            self.book.remember(member)
+            self.book.let_go(member)
         if type(self.way) is not WAYS[self.options.balance]:
             self.way.reset([])
             self.way = WAYS[self.options.balance](self)
         for member in self.members.values():
             if self.options.health == "off":
                 member.why, member.fails = "", 0
-            self.locate(member, literal_rows(member.decision))
+            if not member.rows and (row := literal_of(member.decision)) is not None:
+                self.locate(member, (row,))
+        self.warmth = self.book.warmth(self)
         self.resting = collections.OrderedDict(
             (member, None) for member in sorted(self.members.values(), key=lambda each: each.until)
             if member.why and self.options.health == "passive")
-        self.turns = self.book.queue(self.options.queue, late_turn)
+        self.turns = self.book.turns(self.options.queue)
         self.patience = self.book.patience(self.options.connect_timeout)
         self.sort()
 
@@ -230,7 +194,7 @@ class Group:
     def changed(self) -> None:
         """A rank has changed.  Of a thousand that go down at once each sorts only where somebody waits."""
         self.is_stale = True
-        if self.waiting:
+        if self.waiting or self.warmth is not None:
             self.sort()
 
     def sort(self) -> None:
@@ -244,6 +208,8 @@ class Group:
         self.good = ranks[best] if best < DOWN else []
         self.spare = [member for rank in range(best + 1, DOWN) for member in dict.fromkeys(ranks.get(rank, ()))]
         self.way.reset(self.good)
+        if self.warmth is not None:
+            self.warmth.share()
         if self.waiting:
             self.serve(self.good or ranks.get(DOWN, ()))
 
@@ -255,6 +221,19 @@ class Group:
         if is_near is not member.is_near:
             member.is_near = is_near
             self.changed()
+        if member.pool is not None:
+            member.pool.keep_only(rows)
+
+    def way_to(self, member: Member) -> Backend | None:
+        """A new way to a member; None where its target has to be prepared first.  Raises Refused."""
+        way = member.decision.scheme.ready(self.book.targets, member.decision)
+        if way is not None:
+            rows = way.addresses
+            if rows is not member.rows:
+                self.locate(member, rows)
+            if len(rows) > 1:
+                way.addresses = member.ordered(rows, self.book.is_fine)
+        return way
 
     # -- which one
 
@@ -344,6 +323,8 @@ class Group:
         if member.trial is client:
             member.trial = None
         self.way.moved(member)
+        if self.warmth is not None:
+            self.warmth.fit(member)
         if self.waiting:
             self.serve((member,))
 
@@ -452,16 +433,9 @@ class Group:
                 client.connection.resume()
 
 
-def literal_rows(decision: Decision) -> Sequence[Row]:
-    """The address that a target names by number, as a row without its family's details; () where that is not known."""
-    scheme, _, rest = decision.target.partition(":")
-    if scheme != "tcp":
-        return ()
-    host, port = parse_host_port(rest)
-    try:
-        return ((0, (str(parse_ip(host)), port)),)
-    except ValueError:
-        return ()
+def literal_of(decision: Decision) -> Row | None:
+    """The address that a target names by number; None where it names none."""
+    return literal_row(decision.rest) if decision.target.startswith("tcp:") else None
 
 
 class Failure:
@@ -477,146 +451,3 @@ class Failure:
         """It counts no more."""
         self.member.weighing -= 1
         self.group.way.moved(self.member)
-
-
-# -- all groups --------------------------------------------------------------------------------
-
-
-class Book:
-    """The groups of one router, and the queues that they share.  Kept over a reload."""
-
-    def __init__(self, targets: Targets, loop: Loop):
-        self.targets = targets
-        self.loop = loop
-        self.groups: dict[str, Group] = {}  # by Decision.key
-        self.full = GROUPS_MAX  # how many there may be before those that nobody uses are forgotten
-        self.known: dict[str, Member] = {}  # by target: those that are in no group, and were down; the latest last
-        self.drained: set[tuple[str, str]] = set()  # pattern and target; both of the configuration
-        self.queues: dict[tuple[float, Callable[[Any], Any]], Queue] = {}
-        self.weighing = self.queue(WEIGHS_FOR, Failure.forget)
-        self.soon = self.queue(0.0, next_turn)
-
-    # -- queues
-
-    def queue(self, seconds: float, act: Callable[[Any], Any]) -> Queue:
-        """A queue of the loop, one for all that wait equally long for the same."""
-        found = self.queues.get((seconds, act))
-        if found is None:
-            found = self.queues[seconds, act] = self.loop.queue(seconds, act)
-        return found
-
-    def spread(self, seconds: float, share: float, chance: float, act: Callable[[Any], Any]) -> Queue:
-        """The queue for about so many seconds, up to a `share` of that more or less, as `chance` (0 to 1) has it."""
-        return self.queue(seconds * (1 + share * (2 * int(chance * JITTERS) / (JITTERS - 1) - 1)), act)
-
-    def patience(self, seconds: float) -> tuple[Queue, Queue]:
-        """The deadlines of one connect: until others are tried beside it, and from then on."""
-        return (self.queue(min(seconds, STAGGER), silent_connect),
-                self.queue(max(seconds - STAGGER, 0.0), late_member))
-
-    def is_fine(self, row: Row) -> bool:
-        """Whether an address of a host is one to begin with: it took its last connect, and is in the own zone."""
-        targets = self.targets
-        return not targets.laggards.has(row) and (targets.zones is None or targets.zones.has(row))
-
-    # -- groups
-
-    def adopt(self, routes: Sequence[Route], identified: bool) -> None:
-        """Have these routes.  `identified`: see Route.decide.
-
-        Those whose targets have no fields are known before a client comes.
-        """
-        patterns = {route.pattern for route in routes}
-        self.drained = {(pattern, target) for pattern, target in self.drained if pattern in patterns}
-        for key, group in list(self.groups.items()):
-            if group.pattern not in patterns and not group.waiting:
-                self.drop(key)
-        for route in routes:
-            if not route.has_fields:
-                self.group(route.decide("", identified, fields={}))
-
-    def group(self, decision: Decision) -> Group:
-        """The group of a decision."""
-        group = self.groups.get(decision.key)
-        if group is None:
-            if len(self.groups) >= self.full:
-                self.make_room()
-            group = self.groups[decision.key] = Group(self)
-        if group.route is not decision.route:
-            group.adopt(decision.route, decision.members)
-        return group
-
-    def make_room(self) -> None:
-        """Forget the groups that nobody uses, of names that strangers have chosen."""
-        for key, group in list(self.groups.items()):
-            if group.route.has_fields and not group.waiting and not any(each.active for each in group.members.values()):
-                self.drop(key)
-        self.full = max(GROUPS_MAX, 2 * len(self.groups))
-
-    def drop(self, key: str) -> None:
-        """Forget a group, but not which of its members were down."""
-        for member in self.groups.pop(key).members.values():
-            self.remember(member)
-
-    def remember(self, member: Member) -> None:
-        """A member is in no group any more."""
-        if member.why:
-            self.known.pop(member.target, None)
-            self.known[member.target] = member
-            if len(self.known) > KNOWN_MAX:
-                del self.known[next(iter(self.known))]
-
-    def recall(self, member: Member) -> Member:
-        """A new member; what is known of its address counts for it."""
-        known = self.known.pop(member.target, None)
-        if known is not None:
-            member.why, member.since, member.until, member.fails = known.why, known.since, known.until, known.fails
-        return member
-
-    # -- operators
-
-    def drain(self, pattern: str, address: str, is_drained: bool) -> bool:
-        """Lead no new client of a route to a backend, or lead them there again; whether there is such a backend.
-
-        `address` is its target, or what stands behind `tcp:` there.
-        """
-        found = False
-        for group in self.groups.values():
-            for target in (address, f"tcp:{address}"):
-                member = group.members.get(target) if group.pattern == pattern else None
-                if member is not None:
-                    found = True
-                    member.is_drained = is_drained
-                    (self.drained.add if is_drained else self.drained.discard)((pattern, target))
-                    group.changed()
-        return found
-
-    def rows(self) -> Iterator[tuple[Group, Member]]:
-        """Each backend of the configuration, with its group.  Any thread."""
-        for group in list(self.groups.values()):
-            if group.route is not None and not group.route.has_fields:
-                for member in list(group.members.values()):
-                    yield group, member
-
-
-def late_member(connection: Connection) -> None:
-    """A backend has had its connect_timeout."""
-    backend = connection.backend
-    race = backend.way.race
-    if race is None:
-        connection.connect(no_answer(backend.group.options.connect_timeout))
-    else:
-        race.close()
-        connection.backend_failed(backend.way.give_up())
-
-
-def late_turn(connection: Connection) -> None:
-    """No backend had room in time."""
-    group = connection.backend.group
-    connection.refuse(Refused("queue_timeout", f"{group.pattern}: no backend had room within "
-                                               f"{group.options.queue:g} s"))
-
-
-def next_turn(connection: Connection) -> None:
-    """Others have had theirs."""
-    connection.resume()

@@ -12,7 +12,7 @@ Seams: I want to ...
     add an option of a route    a row in ROUTE_OPTIONS, and a field of Route
     add one for several         a row in SEVERAL_OPTIONS, and a field of Several, which has the default
 
-It imports routes, targets, wire, values and names; where a route has several backends, backends and groups.
+It imports routes, targets, wire, values and names; where a route has several backends, backends, book and groups.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sniroute_names import OPTIONS, is_here, printable
 from sniroute_routes import PROGRAM_KINDS, Route, parse_port_route, parse_route
 from sniroute_targets import SCHEMES
 from sniroute_values import (as_text, meant, one_of, parse_count, parse_duration, parse_env, parse_names,
-                             parse_networks, parse_off_or_duration)
+                             parse_networks, parse_off_or_duration, parse_share, parse_size)
 from sniroute_wire import PROXY_WRITERS
 
 __version__ = "0.1.0"
@@ -33,7 +33,8 @@ Parse = Callable[..., Route]  # parse_route, or parse_port_route
 # What a route in a file may have beside its target: a field of Route, and its parser.
 ROUTE_OPTIONS: dict[str, Callable[[Any], Any]] = {
     "send_proxy": one_of(*PROXY_WRITERS), "allow": parse_networks, "max_connections": parse_count,
-    "idle": parse_duration, "connection_idle": parse_off_or_duration, "env": parse_env, "env_from": parse_names,
+    "idle": parse_duration, "connection_idle": parse_off_or_duration, "resolve_interval": parse_duration,
+    "env": parse_env, "env_from": parse_names,
 }
 WHOLE_OPTIONS = frozenset(("env",))  # those whose parser takes the value as TOML has it
 PROGRAM_OPTIONS = frozenset(("env", "env_from"))  # those for targets that run a program
@@ -46,6 +47,8 @@ SEVERAL_OPTIONS: dict[str, Callable[[str], Any]] = {
     "connect_timeout": parse_duration, "tries": parse_count, "connect_budget": parse_duration,
     "max_backend_connections": parse_count, "queue": parse_duration, "queue_length": parse_count,
     "max_lifetime": parse_off_or_duration,
+    "warm": parse_size, "warm_max_idle": parse_off_or_duration, "warm_max_age": parse_off_or_duration,
+    "warm_jitter": parse_share, "warm_order": one_of("fifo", "lifo"),
 }
 
 
@@ -70,10 +73,13 @@ def with_several(route: Route, values: Mapping[str, Any]) -> Route:
                          f"{'is' if len(missing) == 1 else 'are'} not beside sniroute.py: copy "
                          f"{'it' if len(missing) == 1 else 'them'} there")
     from sniroute_backends import SEVERAL  # imported late: an option
+    from sniroute_book import Book
     from sniroute_groups import Several
     if not route.members:
         values = {"health": "off", **values}  # there is no other one to be used instead
-    return route._replace(members=route.targets, several=Several(SEVERAL, [], **values))
+    if values.get("warm") and any("{" in target for target in route.targets):
+        raise ValueError("warm: is for targets without fields: clients would choose what is dialled ahead")
+    return route._replace(members=route.targets, several=Several(SEVERAL, Book, [], **values))
 
 
 def read_routes(table: Any, wrong: list[str], kind: str = "routes", parse: Parse = parse_route) -> list[Route]:

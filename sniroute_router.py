@@ -164,14 +164,22 @@ class Waits:
             self._wait_of(connection, doubted)
         self._want_thread()
 
+    def prepare(self, decision: Decision) -> None:
+        """Have a target prepared for which nobody waits yet; nothing where that is under way, or finds no room."""
+        with contextlib.suppress(Refused):
+            self._wait_for(decision, None, None)
+        self._want_thread()
+
     def _wait_of(self, connection: Connection, doubted: Child | None) -> Wait:
         """The wait for a connection's target, begun where there is none.  Raises Refused where too many wait."""
-        decision = awaited_by(connection)
+        return self._wait_for(awaited_by(connection), None if connection.peer.exempt else connection.peer.key, doubted)
+
+    def _wait_for(self, decision: Decision, client: str | None, doubted: Child | None) -> Wait:
+        """The wait for a target, begun for this client where there is none.  Raises Refused where too many wait."""
         wait = self.by_key.get(decision.key)
         if wait is None:
             if len(self.by_key) >= WAITS_MAX:
                 raise Refused("busy", f"{WAITS_MAX} names wait already")
-            client = None if connection.peer.exempt else connection.peer.key
             if client and sum(w.client == client and not w.number for w in self.by_key.values()) >= WAITS_PER_CLIENT:
                 raise Refused("busy", f"{client} has {WAITS_PER_CLIENT} names that wait for a thread")
             wait = Wait(decision, client, monotonic() + self.router.settings.start_timeout, doubted)
@@ -293,6 +301,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.targets.follow((*settings.routes.routes, *settings.port), self.routes.identified, self.loop)
         self.peers = Peers(settings)
         self.waits = Waits(self)
+        self.targets.ask = self.waits.prepare
         self.deadlines = Deadlines(self.loop, settings.prelude_timeout, settings.start_timeout)
         self.to_end: list[socket.SocketType] = self.loop.batch(end_sink)
         self.to_read: list[Connection] = self.loop.batch(Connection.on_prelude)

@@ -82,6 +82,7 @@ class Route(NamedTuple):
     max_connections: int | None = None
     idle: float | None = None  # seconds, instead of --idle
     connection_idle: float | None = None  # seconds, instead of --connection-idle
+    resolve_interval: float = 30.0  # seconds until a host is resolved again; getaddrinfo does not tell its TTL
     env: tuple[Variable, ...] = ()  # for its program
     env_from: tuple[Variable, ...] = ()  # the router's own, for its program
     members: tuple[str, ...] = ()  # the targets, each `scheme:rest`, where there are several; `target` is for people
@@ -115,6 +116,11 @@ class Route(NamedTuple):
     def each(self) -> list[Route]:
         """A route to each of its targets."""
         return [self._replace(target=target, members=(), several=None) for target in self.members] or [self]
+
+    @property
+    def is_port(self) -> bool:
+        """Whether it is that of a listener with one target."""
+        return self.pattern.startswith(PORT)
 
     @property
     def chooses_port(self) -> bool:

@@ -50,7 +50,6 @@ __version__ = "0.1.0"
 monotonic = time.monotonic
 
 # Limits, each with its reason.  Times in seconds.
-RESOLVED_FOR = 30.0  # a resolved address is used; getaddrinfo does not tell its TTL
 RESOLVED_MAX = 1024  # resolved hosts kept: names may come from strangers
 UNIX_PATH_MAX = 100  # sun_path of unix(7) has 108 bytes, 104 on macOS
 BACKLOG_PATIENCE = 5.0  # a unix socket whose backlog is full: as long as an address of a host has for its connect
@@ -111,6 +110,7 @@ class Backend:
     # Of a backend that is one of several; see sniroute_backends.
     awaited: Decision | None = None  # what has to be ready first, where that is not the connection's own decision
     patience: tuple[Queue, Queue] | None = None  # deadlines instead of Deadlines.stagger, and of those behind it
+    greeting = b""  # what the backend has said before the client came
 
     def __init__(self, target: str, addresses: Sequence[Row], local: bool):
         self.target = target  # for people
@@ -209,6 +209,10 @@ class Backend:
 
     def answered(self) -> None:
         """The first byte has come back."""
+
+    def is_used_up(self, server: socket.SocketType) -> bool:
+        """The client speaks now, and has been silent: whether the backend has ended a connection that was warm."""
+        return False
 
     def committed(self) -> None:
         """The client has spoken first, where that is nobody's turn by rule: nothing can be sent again."""
@@ -416,6 +420,7 @@ class Targets:
         self.resolved: dict[str, Resolved] = {}  # by Decision.key
         self.laggards = Laggards()
         self.zones: Zones | None = None  # of the settings
+        self.ask: Callable[[Decision], None] = ask_nobody  # have a thread prepare a target; the router's Waits
         self.book: Any = None  # the Book of sniroute_backends, where a route has several
         self.make_room(0)
 
@@ -462,6 +467,10 @@ class Targets:
         if address[1] in self.tunnel_ports and decision.route.chooses_port and is_local(ip):
             return False
         return is_public(ip) or decision.route.is_of_one_domain()
+
+
+def ask_nobody(decision: Decision) -> None:
+    """`Targets.ask` where there is no router."""
 
 
 def never_waits(targets: Targets, wait: Wait) -> None:
@@ -560,27 +569,41 @@ def is_listener(rest: str, listen: str) -> bool:
 
 
 def tcp_ready(targets: Targets, decision: Decision) -> Backend | None:
-    """The remembered addresses, or a literal one at once; a name that is not remembered has to be resolved."""
+    """The remembered addresses, or a literal one at once; a name that is not remembered has to be resolved.
+
+    A name that is in use is resolved again beside its clients: they get the last addresses until then.
+    """
     found = targets.resolved.get(decision.key)
-    if found is None or found.until <= monotonic():
-        host, port = parse_host_port(decision.rest)
-        try:
-            literal = ipaddress.ip_address(host)
-        except ValueError:
+    if found is None or found.until <= (now := monotonic()):
+        if found is not None and now < found.until + decision.route.resolve_interval:
+            targets.ask(decision)
+            return TcpBackend(targets, decision.key, decision.target, found)
+        row = literal_row(decision.rest)
+        if row is None:
             return None
-        address = (host, port) if literal.version == 4 else (host, port, 0, 0)
-        family = socket.AF_INET if literal.version == 4 else socket.AF_INET6
-        if not targets.may_dial(decision, address):
-            raise forbidden(host, address)
-        found = targets.remember(decision, Resolved(((family, address),), literal.is_loopback, NEVER))
+        if not targets.may_dial(decision, row[1]):
+            raise forbidden(row[1][0], row[1])
+        found = targets.remember(decision, Resolved((row,), parse_ip(row[1][0]).is_loopback, NEVER))
     return TcpBackend(targets, decision.key, decision.target, found)
+
+
+def literal_row(rest: str) -> Row | None:
+    """The family and the address of a HOST:PORT whose host is an address; None where it is a name."""
+    host, port = parse_host_port(rest)
+    try:
+        literal = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    if literal.version == 4:
+        return socket.AF_INET, (host, port)
+    return socket.AF_INET6, (host, port, 0, 0)
 
 
 def tcp_prepare(targets: Targets, wait: Wait) -> None:
     """Resolve the host.  Its last addresses stay while the resolver is down."""
     decision = wait.decision
     host, port = parse_host_port(decision.rest)
-    until = monotonic() + RESOLVED_FOR
+    until = monotonic() + decision.route.resolve_interval
     try:
         rows = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:

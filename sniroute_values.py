@@ -67,6 +67,20 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
+def parse_size(text: str) -> int:
+    """A whole number from 0 to 1000.  Raises ValueError."""
+    if not re.fullmatch(r"[0-9]{1,4}", text, re.ASCII) or int(text) > 1000:
+        raise ValueError(f"{text!r} is not a whole number from 0 to 1000")
+    return int(text)
+
+
+def parse_share(text: str) -> float:
+    """A share, from 0 to 0.5.  Raises ValueError."""
+    if not re.fullmatch(r"0?\.[0-9]{1,6}|0", text, re.ASCII) or float(text) > 0.5:
+        raise ValueError(f"{text!r} is not a share from 0 to 0.5, as 0.1")
+    return float(text)
+
+
 def parse_listen(text: str) -> tuple[str, int]:
     """An address to listen on; without a host it is every address.  Raises ValueError."""
     return parse_host_port(text, default_host="*")

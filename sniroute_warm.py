@@ -46,10 +46,10 @@ import errno
 import os
 import random
 import time
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Sequence
 
 from sniroute_loop import NEVER, READ, WRITE, Loop, Queue, Watch, ignore
-from sniroute_race import UNDER_WAY, no_answer
+from sniroute_race import UNDER_WAY, Row, no_answer
 from sniroute_refusals import Refused
 from sniroute_targets import Backend, Unreachable
 
@@ -316,6 +316,13 @@ class WarmPool:
         return self.clock() + self.births[self._throw()]
 
     # -- the owner
+
+    def keep_only(self, rows: Sequence[Row]) -> None:
+        """These are the addresses of the backend now: close what leads to others."""
+        for warm in [warm for warm in self.idle if warm.way.row not in rows]:
+            del self.idle[warm]
+            warm.discard()
+        self.schedule()
 
     def resize(self, size: int) -> None:
         """Keep so many.  0, for a backend that is down: close what is idle, and what is being dialled.

@@ -20,7 +20,8 @@ import sniroute_options
 import sniroute_settings
 from sniroute_backends import SEVERAL
 from sniroute_balance import WAYS, Member, slot_of
-from sniroute_groups import Book, Group, Several
+from sniroute_book import Book
+from sniroute_groups import Group, Several
 from sniroute_refusals import SettingsError
 from sniroute_routes import parse_route
 from conftest import HERE, HOST, Address, FakeClock, Server, deaf_listener, wait_until
@@ -146,13 +147,13 @@ def test_the_own_listener_in_a_list_stops_the_start():
 
 def test_the_file_is_opened_only_where_a_route_has_several(tmp_path):
     code = ("import sys, sniroute_settings as s; s.load_settings(sys.argv[1:], {}); "
-            "print([m for m in ('sniroute_backends', 'sniroute_groups', 'sniroute_balance') if m in sys.modules])")
-    for target, found in (("tcp:192.0.2.1:1", "[]"), ("tcp:192.0.2.1:1,192.0.2.2:1", "['sniroute_backends', 'sniroute_groups', 'sniroute_balance']")):
+            "print([m for m in ('backends', 'book', 'groups', 'balance', 'warm', 'checks') if f'sniroute_{m}' in sys.modules])")
+    for target, found in (("tcp:192.0.2.1:1", "[]"), ("tcp:192.0.2.1:1,192.0.2.2:1", "['backends', 'book', 'groups', 'balance']")):
         ended = execute(sys.executable, "-c", code, f"--route=a.b={target}", cwd=HERE, text=True, said="")
         assert ended.stdout.strip() == found, ended.stderr
 
 
-@pytest.mark.parametrize("gone", ["sniroute_backends", "sniroute_groups", "sniroute_balance"])
+@pytest.mark.parametrize("gone", ["sniroute_backends", "sniroute_checks"])
 def test_a_missing_file_is_one_sentence(gone, monkeypatch):
     here = sniroute_options.is_here
     monkeypatch.setattr(sniroute_options, "is_here", lambda room: room != gone and here(room))
@@ -183,7 +184,7 @@ def a_group(count: int = 5, clock: Callable[[], float] | None = None, targets: l
 def have(group: Group, targets: list[str], **options: Any) -> None:
     """The group has these targets."""
     route = parse_route("a.b=", targets)
-    route = route._replace(members=tuple(targets), several=Several(SEVERAL, [], **options))
+    route = route._replace(members=tuple(targets), several=Several(SEVERAL, Book, [], **options))
     group.adopt(route, route.decide("a.b").members)
 
 

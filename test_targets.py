@@ -75,8 +75,14 @@ def test_a_host_is_resolved_once_and_stays_while_the_resolver_is_down(monkeypatc
     for known in (backend, resolve(monkeypatch, "tcp:h:1", OSError("down"), targets)):
         assert addresses(known) == [(socket.AF_INET, ("192.0.2.1", 1)), (socket.AF_INET6, ("2001:db8::1", 1))]
     now = time.monotonic()
-    monkeypatch.setattr(sniroute_targets, "monotonic", lambda: now + sniroute_targets.RESOLVED_FOR + 1)
-    assert sniroute_targets.tcp_ready(targets, Routes([Route("a.b", "tcp:h:1")]).decide("a.b")) is None, "its time is over"
+    decision = Routes([Route("a.b", "tcp:h:1", resolve_interval=30.0)]).decide("a.b")
+    asked: list[Any] = []
+    targets.ask = asked.append
+    monkeypatch.setattr(sniroute_targets, "monotonic", lambda: now + 31)
+    assert addresses(sniroute_targets.tcp_ready(targets, decision)) == addresses(known), "it is resolved beside this"
+    assert asked == [decision]
+    monkeypatch.setattr(sniroute_targets, "monotonic", lambda: now + 61)
+    assert sniroute_targets.tcp_ready(targets, decision) is None, "nobody has used it for long"
     assert sniroute_targets.tcp_ready(targets, Routes([Route("a.b", "tcp:other:1")]).decide("a.b")) is None
 
 
@@ -376,6 +382,36 @@ def test_host_name_is_resolved_once_and_kept(run, serve, monkeypatch):
     assert asked.count("localhost") == 1
 
 
+def test_a_name_in_use_is_resolved_again_beside_its_clients(run, serve, settings_file, monkeypatch):
+    """An address that is gone gets no new client, and cuts nobody."""
+    before, after = serve(answer(b"1")), serve(answer(b"2"))
+    found, genuine_look = [before.address], socket.getaddrinfo
+    looks = []
+
+    def look(host: str, *words: Any, **more: Any) -> Any:
+        if host != "db.internal":
+            return genuine_look(host, *words, **more)
+        looks.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", found[0])]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look)
+    running = run("-c", settings_file('[routes."db.example.com"]\ntarget = "tcp:db.internal:1"\n'
+                                      'resolve_interval = "100ms"\n'))
+    with socket.create_connection(running.address, 20) as first:
+        first.sendall(HELLO)
+        assert first.recv(1) == b"1"
+        found[0] = after.address
+        said = b"1"
+        while said == b"1":
+            with socket.create_connection(running.address, 20) as client:
+                client.sendall(HELLO)
+                said = client.recv(1)
+        assert said == b"2" and len(looks) >= 2
+        assert not running.endings or first not in running.endings
+        first.sendall(b"more")
+        wait_until(lambda: any(each.up.total > len(HELLO) for each in list(running.router.connections)))
+
+
 def test_host_that_does_not_resolve_is_refused_with_its_reason(run):
     running = run("--route=db.example.com=tcp:nothing.invalid:1")
     with running.connect(HELLO) as client:
@@ -384,15 +420,13 @@ def test_host_that_does_not_resolve_is_refused_with_its_reason(run):
     assert "nothing.invalid" in running.ending().detail
 
 
-def test_resolver_that_is_down_for_a_moment_cuts_nobody(run, serve, monkeypatch):
+def test_resolver_that_is_down_for_a_moment_cuts_nobody(run, serve, settings_file, monkeypatch):
     far = serve(answer(b"x"))
-    monkeypatch.setattr(sniroute_targets, "RESOLVED_FOR", 0.0)
-    running = run(f"--route=db.example.com=tcp:localhost:{far.address[1]}")
-    monkeypatch.setattr(sniroute_connection, "PARKS_MAX", 10**9)
-    monkeypatch.setattr(sniroute_targets, "RESOLVED_FOR", 0.2)
+    running = run("-c", settings_file(f'[routes."db.example.com"]\ntarget = "tcp:localhost:{far.address[1]}"\n'
+                                      'resolve_interval = "100ms"\n'))
     with running.connect(HELLO) as client:
         assert client.recv(1) == b"x"
-    wait_until(lambda: all(found.until < time.monotonic() for found in running.router.targets.resolved.values()))
+    wait_until(lambda: all(found.until + 0.1 < time.monotonic() for found in running.router.targets.resolved.values()))
     def broken(*_: Any, **__: Any) -> Any:
         raise socket.gaierror(-3, "Temporary failure in name resolution")
     with monkeypatch.context() as patch:

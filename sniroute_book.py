@@ -1,0 +1,297 @@
+"""sniroute_book: all groups of one router, and what they share.
+
+    Book      the groups by Decision.key, kept over a reload; the queues that they share; what is known of members that
+              are in no group now; which backends an operator has drained
+    Warmth    the warm connections of one group: a pool for each member (sniroute_warm), and its share
+    Zones     networks by name, and which of them is this router's own
+
+Threads: the loop only; `Book.rows` is for any thread.
+
+Seams: I want to ...
+    share warm connections otherwise    `Warmth.share`
+    let operators do more               a method of Book, asked for by the admin in the loop (Router.call)
+
+It imports groups, balance, deadlines, race, targets, the loop, names and refusals; where there are warm connections,
+warm.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
+
+from sniroute_balance import Member
+from sniroute_deadlines import silent_connect
+from sniroute_groups import Failure, Group
+from sniroute_loop import Loop, Queue
+from sniroute_names import Network, parse_ip
+from sniroute_race import STAGGER, Row, no_answer
+from sniroute_refusals import Refused
+from sniroute_targets import Backend, Targets
+
+if TYPE_CHECKING:
+    from sniroute_connection import Connection
+    from sniroute_routes import Decision, Route
+
+__version__ = "0.1.0"
+
+# Limits, each with its reason.  Times in seconds.
+GROUPS_MAX = 1024  # groups of routes whose targets have fields: names come from strangers
+KNOWN_MAX = 4096  # members that are in no group, and of which is known that they were down
+WEIGHS_FOR = 10.0  # a failure counts as an open connection: who fails fast looks idle, and would attract everybody
+JITTERS = 16  # different lifetimes: what began together does not end together; each is a queue
+
+
+# -- zones -------------------------------------------------------------------------------------
+
+
+class Zones(NamedTuple):
+    """Networks by the name of their zone, and the name of this router's own."""
+
+    networks: tuple[tuple[Network, str], ...]  # the longest prefix first
+    own: str
+
+    def find(self, address: str) -> str | None:
+        """The zone of an address: that of the longest prefix; None where it is in none."""
+        ip = parse_ip(address)
+        return next((name for network, name in self.networks if ip in network), None)
+
+    def has(self, row: Row) -> bool:
+        """Whether an address is in the own zone; a unix socket is."""
+        return isinstance(row[1], str) or self.find(row[1][0]) == self.own
+
+
+def zones_of(named: Mapping[str, Iterable[Network]], zone: str | None, own_address: str | None) -> Zones | None:
+    """The zones of the settings; None without any.  Raises ValueError where the own zone is none of them."""
+    if not named:
+        return None
+    networks = sorted(((network, name) for name, networks in named.items() for network in networks),
+                      key=lambda pair: -pair[0].prefixlen)
+    zones = Zones(tuple(networks), zone or "")
+    if zone is None and own_address is not None:
+        zones = zones._replace(own=zones.find(own_address) or "")
+        if not zones.own:
+            raise ValueError(f"own_address: {own_address} is in none of the zones {', '.join(named)}")
+    if zones.own not in named:
+        raise ValueError(f"zone: {zone!r} is none of the zones {', '.join(named)}" if zone else
+                         "zones: which is the own one? Give zone, or own_address")
+    return zones
+
+
+# -- warm connections ---------------------------------------------------------------------------
+
+
+class Warmth:
+    """The warm connections of one group: a pool for each member."""
+
+    def __init__(self, group: Group):
+        from sniroute_warm import WarmOptions, WarmPool  # imported late: only where it is asked for
+        self.group, self.book, self.options = group, group.book, group.options
+        options = self.options
+        wanted = WarmOptions(0, options.warm_max_idle, options.warm_max_age, options.warm_jitter,
+                             options.warm_order, group.route.is_port, options.connect_timeout)
+        for member in group.members.values():
+            if member.pool is not None and member.pool.options != wanted:
+                member.pool.close()
+                member.pool = None
+            if member.pool is None:
+                member.pool = WarmPool(self.book.loop, self.book.queue, self.way_to, wanted, self.told)
+            member.pool.make_way = functools.partial(self.way_to, member)
+            member.pool.told = functools.partial(self.told, member)
+
+    def way_to(self, member: Member) -> Backend | None:
+        """As Group.way_to; what is not ready is prepared meanwhile."""
+        way = self.group.way_to(member)
+        if way is None:
+            self.book.targets.ask(member.decision)
+        return way
+
+    def told(self, member: Member, why: str) -> None:
+        """A dial is over; `why` it failed, or "".
+
+        A success says less than a client that is served: so it does not end a row of failures.
+        """
+        if why:
+            self.group.weigh(member)
+            self.group.bad_news(member, why, False)
+
+    def share(self) -> None:
+        """Share them among the members that clients are led to."""
+        good = self.group.good
+        takers = good[:1] if self.options.balance == "first" else good
+        each, more = divmod(self.options.warm, max(len(takers), 1))
+        shares: collections.Counter[Member] = collections.Counter()
+        for place, member in enumerate(takers):
+            shares[member] += each + (place < more)
+        for member in self.group.members.values():
+            member.share = shares[member]
+            self.fit(member)
+
+    def fit(self, member: Member) -> None:
+        """Keep its share warm, as far as max_backend_connections has room for it."""
+        if member.pool is not None:
+            limit = self.options.max_backend_connections
+            size = member.share if limit is None else min(member.share, max(limit - member.active, 0))
+            if size != member.pool.size:
+                member.pool.resize(size)
+
+
+# -- all groups --------------------------------------------------------------------------------
+
+
+class Book:
+    """The groups of one router, and the queues that they share.  Kept over a reload."""
+
+    def __init__(self, targets: Targets, loop: Loop):
+        self.targets = targets
+        self.loop = loop
+        self.groups: dict[str, Group] = {}  # by Decision.key
+        self.full = GROUPS_MAX  # how many there may be before those that nobody uses are forgotten
+        self.known: dict[str, Member] = {}  # by target: those that are in no group, and were down; the latest last
+        self.drained: set[tuple[str, str]] = set()  # pattern and target; both of the configuration
+        self.queues: dict[tuple[float, Callable[[Any], Any]], Queue] = {}
+        self.weighing = self.queue(WEIGHS_FOR, Failure.forget)
+        self.soon = self.queue(0.0, next_turn)
+
+    # -- queues
+
+    def queue(self, seconds: float, act: Callable[[Any], Any]) -> Queue:
+        """A queue of the loop, one for all that wait equally long for the same."""
+        found = self.queues.get((seconds, act))
+        if found is None:
+            found = self.queues[seconds, act] = self.loop.queue(seconds, act)
+        return found
+
+    def spread(self, seconds: float, share: float, chance: float, act: Callable[[Any], Any]) -> Queue:
+        """The queue for about so many seconds, up to a `share` of that more or less, as `chance` (0 to 1) has it."""
+        return self.queue(seconds * (1 + share * (2 * int(chance * JITTERS) / (JITTERS - 1) - 1)), act)
+
+    def patience(self, seconds: float) -> tuple[Queue, Queue]:
+        """The deadlines of one connect: until others are tried beside it, and from then on."""
+        return (self.queue(min(seconds, STAGGER), silent_connect),
+                self.queue(max(seconds - STAGGER, 0.0), late_member))
+
+    def is_fine(self, row: Row) -> bool:
+        """Whether an address of a host is one to begin with: it took its last connect, and is in the own zone."""
+        targets = self.targets
+        return not targets.laggards.has(row) and (targets.zones is None or targets.zones.has(row))
+
+    def turns(self, seconds: float) -> Queue:
+        """The deadline of clients that wait so long for room."""
+        return self.queue(seconds, late_turn)
+
+    # -- groups
+
+    def adopt(self, routes: Sequence[Route], identified: bool) -> None:
+        """Have these routes.  `identified`: see Route.decide.
+
+        Those whose targets have no fields are known before a client comes.
+        """
+        patterns = {route.pattern for route in routes}
+        self.drained = {(pattern, target) for pattern, target in self.drained if pattern in patterns}
+        for key, group in list(self.groups.items()):
+            if group.pattern not in patterns and not group.waiting:
+                self.drop(key)
+        for route in routes:
+            if not route.has_fields:
+                self.group(route.decide("", identified, fields={}))
+
+    def group(self, decision: Decision) -> Group:
+        """The group of a decision."""
+        group = self.groups.get(decision.key)
+        if group is None:
+            if len(self.groups) >= self.full:
+                self.make_room()
+            group = self.groups[decision.key] = Group(self)
+        if group.route is not decision.route:
+            group.adopt(decision.route, decision.members)
+        return group
+
+    def make_room(self) -> None:
+        """Forget the groups that nobody uses, of names that strangers have chosen."""
+        for key, group in list(self.groups.items()):
+            if group.route.has_fields and not group.waiting and not any(each.active for each in group.members.values()):
+                self.drop(key)
+        self.full = max(GROUPS_MAX, 2 * len(self.groups))
+
+    def drop(self, key: str) -> None:
+        """Forget a group, but not which of its members were down."""
+        for member in self.groups.pop(key).members.values():
+            self.let_go(member)
+
+    def let_go(self, member: Member) -> None:
+        """A member is in no group any more.  Remember whether it was down."""
+        if member.pool is not None:
+            member.pool.close()
+            member.pool = None
+        if member.why:
+            self.known.pop(member.target, None)
+            self.known[member.target] = member
+            if len(self.known) > KNOWN_MAX:
+                del self.known[next(iter(self.known))]
+
+    def recall(self, member: Member) -> Member:
+        """A new member; what is known of its address counts for it."""
+        known = self.known.pop(member.target, None)
+        if known is not None:
+            member.why, member.since, member.until, member.fails = known.why, known.since, known.until, known.fails
+        return member
+
+    def warmth(self, group: Group) -> Warmth | None:
+        """The warm connections of a group, as its options are now; None where it has none."""
+        if group.options.warm:
+            return Warmth(group)
+        for member in group.members.values():
+            if member.pool is not None:
+                member.pool.close()
+                member.pool = None
+        return None
+
+    # -- operators
+
+    def drain(self, pattern: str, address: str, is_drained: bool) -> bool:
+        """Lead no new client of a route to a backend, or lead them there again; whether there is such a backend.
+
+        `address` is its target, or what stands behind `tcp:` there.
+        """
+        found = False
+        for group in self.groups.values():
+            for target in (address, f"tcp:{address}"):
+                member = group.members.get(target) if group.pattern == pattern else None
+                if member is not None:
+                    found = True
+                    member.is_drained = is_drained
+                    (self.drained.add if is_drained else self.drained.discard)((pattern, target))
+                    group.changed()
+        return found
+
+    def rows(self) -> Iterator[tuple[Group, Member]]:
+        """Each backend of the configuration, with its group.  Any thread."""
+        for group in list(self.groups.values()):
+            if group.route is not None and not group.route.has_fields:
+                for member in list(group.members.values()):
+                    yield group, member
+
+
+def late_member(connection: Connection) -> None:
+    """A backend has had its connect_timeout."""
+    backend = connection.backend
+    race = backend.way.race
+    if race is None:
+        connection.connect(no_answer(backend.group.options.connect_timeout))
+    else:
+        race.close()
+        connection.backend_failed(backend.way.give_up())
+
+
+def late_turn(connection: Connection) -> None:
+    """No backend had room in time."""
+    group = connection.backend.group
+    connection.refuse(Refused("queue_timeout", f"{group.pattern}: no backend had room within "
+                                               f"{group.options.queue:g} s"))
+
+
+def next_turn(connection: Connection) -> None:
+    """Others have had theirs."""
+    connection.resume()
