@@ -31,7 +31,8 @@ SOURCES = {path.stem: path.read_text() for path in sorted(HERE.glob("sniroute*.p
 TREES = {room: ast.parse(source) for room, source in SOURCES.items()}
 ADMIN = {"sniroute_admin.py", "sniroute_door.py", "sniroute_metrics.py", "sniroute_page.py"}
 COMMANDS = {"sniroute_commands.py"}
-BACKENDS = {"sniroute_backends.py", "sniroute_groups.py", "sniroute_balance.py", "sniroute_warm.py"}
+BACKENDS = {"sniroute_backends.py", "sniroute_groups.py", "sniroute_balance.py", "sniroute_warm.py",
+            "sniroute_checks.py"}
 CARRIER = OPTIONS - ADMIN - COMMANDS - BACKENDS - {DOCTOR}
 
 # What is larger than the house allows, and why.
