@@ -760,7 +760,8 @@ def test_postgres_is_good_and_its_log_stays_empty(asker, postgres):
         for _ in range(20):
             assert asker.ask(postgres, health, NAME) == ""
     ended = execute(program_path("psql", "postgresql-client"), "-h", postgres[0], "-p", str(postgres[1]),
-                    "-U", "postgres", "-Atc", "select count(*) from pg_stat_activity where backend_type = 'client backend'",
+                    "-U", "postgres", "-Atc",
+                    "select count(*) from pg_stat_activity where backend_type = 'client backend'",
                     said=b"")
     assert ended.stdout == b"1\n", "nobody else is connected"
     assert log.read_text() == before
