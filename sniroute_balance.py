@@ -54,8 +54,8 @@ class Member:
 
     __slots__ = ("target", "decision", "place", "copies", "active", "weighing", "fails", "passes", "why", "since",
                  "until", "trial", "held", "seconds", "heard", "dialling", "dialled", "failures", "counts", "sum",
-                 "level", "rank", "is_drained", "is_near", "is_proven", "fails_checked", "rows", "turn", "strip",
-                 "pool", "share")
+                 "level", "rank", "is_drained", "is_near", "is_checked", "is_proven", "fails_checked", "rows", "turn",
+                 "strip", "pool", "share")
 
     def __init__(self, target: str, now: float):
         self.target = target  # for people, and its key
@@ -82,6 +82,7 @@ class Member:
         self.rank = 0  # how clients see it: see sniroute_groups
         self.is_drained = False  # an operator wants no client led there
         self.is_near = True  # in the own zone, where there are zones
+        self.is_checked = False  # actively
         self.is_proven = False  # an active check has passed
         self.fails_checked = 0  # active checks in a row
         self.rows: Sequence[Row] = ()  # its addresses, as `is_near` was asked about

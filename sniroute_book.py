@@ -3,7 +3,7 @@
     Book      the groups by Decision.key, kept over a reload; the queues that they share; what is known of members that
               are in no group now; which backends an operator has drained
     Warmth    the warm connections of one group: a pool for each member (sniroute_warm), and its share
-    Zones     networks by name, and which of them is this router's own
+    Checked   a member, as active checks see it (sniroute_checks)
 
 Threads: the loop only; `Book.rows` is for any thread.
 
@@ -11,27 +11,29 @@ Seams: I want to ...
     share warm connections otherwise    `Warmth.share`
     let operators do more               a method of Book, asked for by the admin in the loop (Router.call)
 
-It imports groups, balance, deadlines, race, targets, the loop, names and refusals; where there are warm connections,
-warm.
+It imports groups, balance, deadlines, race, targets, the loop, wire and refusals; warm, checks and probes where
+a route asks for them.
 """
 
 from __future__ import annotations
 
 import collections
 import functools
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 
 from sniroute_balance import Member
 from sniroute_deadlines import silent_connect
 from sniroute_groups import Failure, Group
 from sniroute_loop import Loop, Queue
-from sniroute_names import Network, parse_ip
-from sniroute_race import STAGGER, Row, no_answer
+from sniroute_race import STAGGER, no_answer
 from sniroute_refusals import Refused
 from sniroute_targets import Backend, Targets
+from sniroute_wire import PROXY_WRITERS
 
 if TYPE_CHECKING:
+    from sniroute_checks import Checks
     from sniroute_connection import Connection
+    from sniroute_race import Row
     from sniroute_routes import Decision, Route
 
 __version__ = "0.1.0"
@@ -40,43 +42,8 @@ __version__ = "0.1.0"
 GROUPS_MAX = 1024  # groups of routes whose targets have fields: names come from strangers
 KNOWN_MAX = 4096  # members that are in no group, and of which is known that they were down
 WEIGHS_FOR = 10.0  # a failure counts as an open connection: who fails fast looks idle, and would attract everybody
+NO_NAME = "health.invalid"  # what a check asks for where the names of a route have nothing in common: RFC 6761
 JITTERS = 16  # different lifetimes: what began together does not end together; each is a queue
-
-
-# -- zones -------------------------------------------------------------------------------------
-
-
-class Zones(NamedTuple):
-    """Networks by the name of their zone, and the name of this router's own."""
-
-    networks: tuple[tuple[Network, str], ...]  # the longest prefix first
-    own: str
-
-    def find(self, address: str) -> str | None:
-        """The zone of an address: that of the longest prefix; None where it is in none."""
-        ip = parse_ip(address)
-        return next((name for network, name in self.networks if ip in network), None)
-
-    def has(self, row: Row) -> bool:
-        """Whether an address is in the own zone; a unix socket is."""
-        return isinstance(row[1], str) or self.find(row[1][0]) == self.own
-
-
-def zones_of(named: Mapping[str, Iterable[Network]], zone: str | None, own_address: str | None) -> Zones | None:
-    """The zones of the settings; None without any.  Raises ValueError where the own zone is none of them."""
-    if not named:
-        return None
-    networks = sorted(((network, name) for name, networks in named.items() for network in networks),
-                      key=lambda pair: -pair[0].prefixlen)
-    zones = Zones(tuple(networks), zone or "")
-    if zone is None and own_address is not None:
-        zones = zones._replace(own=zones.find(own_address) or "")
-        if not zones.own:
-            raise ValueError(f"own_address: {own_address} is in none of the zones {', '.join(named)}")
-    if zones.own not in named:
-        raise ValueError(f"zone: {zone!r} is none of the zones {', '.join(named)}" if zone else
-                         "zones: which is the own one? Give zone, or own_address")
-    return zones
 
 
 # -- warm connections ---------------------------------------------------------------------------
@@ -140,6 +107,31 @@ class Warmth:
 # -- all groups --------------------------------------------------------------------------------
 
 
+class Checked:
+    """A member as its active checks see it: the Subject of sniroute_checks."""
+
+    def __init__(self, group: Group, member: Member):
+        from sniroute_probes import parse_health  # imported late: only where it is asked for
+        self.group, self.member = group, member
+        route, options = group.route, group.options
+        self.target = member.target
+        self.health = parse_health(options.health)
+        self.interval, self.timeout = options.health_interval, options.health_timeout
+        # Behind a port nobody speaks TLS for a name.  Of a wildcard, the part that all its names have.
+        self.name = "" if route.is_port else route.pattern.lstrip("*").lstrip(".") or NO_NAME
+        write = PROXY_WRITERS[route.send_proxy]
+        self.preface = write(None, ("0.0.0.0", 0)) if write is not None else b""
+
+    def way(self) -> Backend | None:
+        way = self.group.way_to(self.member)
+        if way is None:
+            self.group.book.targets.ask(self.member.decision)
+        return way
+
+    def hear(self, why: str) -> None:
+        self.group.checked(self.member, why)
+
+
 class Book:
     """The groups of one router, and the queues that they share.  Kept over a reload."""
 
@@ -150,6 +142,8 @@ class Book:
         self.full = GROUPS_MAX  # how many there may be before those that nobody uses are forgotten
         self.known: dict[str, Member] = {}  # by target: those that are in no group, and were down; the latest last
         self.drained: set[tuple[str, str]] = set()  # pattern and target; both of the configuration
+        self.checks: Checks | None = None  # where a route asks for them
+        self.checked = {"good": 0, "bad": 0}  # active checks so far
         self.queues: dict[tuple[float, Callable[[Any], Any]], Queue] = {}
         self.weighing = self.queue(WEIGHS_FOR, Failure.forget)
         self.soon = self.queue(0.0, next_turn)
@@ -196,6 +190,16 @@ class Book:
         for route in routes:
             if not route.has_fields:
                 self.group(route.decide("", identified, fields={}))
+        self.check()
+
+    def check(self) -> None:
+        """Check the members of all groups whose routes ask for that."""
+        wanted = [Checked(group, member) for group, member in self.rows() if member.is_checked]
+        if wanted and self.checks is None:
+            from sniroute_checks import Checks  # imported late: only where it is asked for
+            self.checks = Checks(self.loop, self.queue)
+        if self.checks is not None:
+            self.checks.adopt(wanted)
 
     def group(self, decision: Decision) -> Group:
         """The group of a decision."""

@@ -82,7 +82,9 @@ class Several(NamedTuple):
     book: Callable[[Targets, Loop], Book]  # makes what the groups of one router share
     fixed: list[Decision]  # the decision of each target, where they have no fields: the same for each name
     balance: str = "round-robin"
-    health: str = "passive"
+    health: str = "passive"  # or off, or what sniroute_probes reads
+    health_interval: float = 10.0
+    health_timeout: float = 2.0
     health_fail: int = 3
     health_pass: int = 2
     fallback_interval: float = 30.0
@@ -101,10 +103,10 @@ class Several(NamedTuple):
     warm_jitter: float = 0.1
     warm_order: str = "lifo"
 
-    @property
-    def is_checked(self) -> bool:
-        """Whether its backends are checked actively."""
-        return self.health not in ("passive", "off")
+    def checks(self, target: str) -> bool:
+        """Whether a backend is checked actively: not a tunnel, nor a program, which would be started for that."""
+        kinds = ("tcp",) if self.health.startswith("http") else ("tcp", "unix")
+        return self.health not in ("passive", "off") and target.partition(":")[0] in kinds
 
     def shown(self) -> list[str]:
         """The options that are not as they are by default, for people."""
@@ -155,6 +157,7 @@ class Group:
                 member.is_drained = (route.pattern, decision.target) in self.book.drained
                 self.members[decision.target] = member
             member.decision = decision
+            member.is_checked = self.options.checks(decision.target)
             member.copies += 1
             self.entries.append(member)
         for member in before.values():
@@ -170,7 +173,7 @@ class Group:
         self.warmth = self.book.warmth(self)
         self.resting = collections.OrderedDict(
             (member, None) for member in sorted(self.members.values(), key=lambda each: each.until)
-            if member.why and self.options.health == "passive")
+            if member.why and not member.is_checked)
         self.turns = self.book.turns(self.options.queue)
         self.patience = self.book.patience(self.options.connect_timeout)
         self.sort()
@@ -183,7 +186,7 @@ class Group:
             return DRAINED
         if member.why:
             return DOWN
-        if self.options.is_checked and not member.is_proven:
+        if member.is_checked and not member.is_proven:
             return UNKNOWN
         return OWN if member.is_near else FOREIGN
 
@@ -339,7 +342,7 @@ class Group:
         """It has served a client."""
         member.mark(True)
         member.fails = 0
-        if not member.why or self.options.is_checked:
+        if not member.why or member.is_checked:
             return
         member.passes += 1
         if member.passes >= self.options.health_pass:
@@ -382,9 +385,10 @@ class Group:
 
     def checked(self, member: Member, why: str) -> None:
         """An active check is over; `why` it failed, or ""."""
-        if self.members.get(member.target) is not member or not self.options.is_checked:
+        if self.members.get(member.target) is not member:
             return
         member.mark(not why)
+        self.book.checked["bad" if why else "good"] += 1
         if why:
             member.fails_checked += 1
             member.passes = 0 if member.why else member.passes
@@ -414,7 +418,7 @@ class Group:
         """Have no client try it for `fallback_interval`."""
         member.passes = 0
         member.until = self.clock() + self.options.fallback_interval
-        if self.options.health == "passive":
+        if not member.is_checked:
             self.resting[member] = None
             self.resting.move_to_end(member)
 

@@ -333,7 +333,8 @@ OPTIONS = {
     "admin": ("sniroute_admin", "sniroute_door", "sniroute_metrics", "sniroute_page"),
     "carrier": ("sniroute_carrier", "sniroute_edge", "sniroute_forwarder", "sniroute_dial", "sniroute_http"),
     "commands": ("sniroute_commands",),
-    "backends": ("sniroute_backends", "sniroute_book", "sniroute_groups", "sniroute_balance", "sniroute_warm"),
+    "backends": ("sniroute_backends", "sniroute_book", "sniroute_groups", "sniroute_balance", "sniroute_warm",
+                 "sniroute_checks", "sniroute_probes"),
 }
 
 

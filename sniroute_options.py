@@ -39,10 +39,22 @@ ROUTE_OPTIONS: dict[str, Callable[[Any], Any]] = {
 WHOLE_OPTIONS = frozenset(("env",))  # those whose parser takes the value as TOML has it
 PROGRAM_OPTIONS = frozenset(("env", "env_from"))  # those for targets that run a program
 
+
+def parse_health(text: str) -> str:
+    """`passive`, `off`, or what a check is to ask.  Raises ValueError."""
+    if text not in ("passive", "off"):
+        if not is_here("sniroute_probes"):
+            raise ValueError(f"{text!r} needs sniroute_probes.py, which is not beside sniroute.py: copy it there")
+        from sniroute_probes import parse_health as parse  # imported late: only where it is asked for
+        parse(text)
+    return text
+
+
 # The same for several backends: a field of Several.
 SEVERAL_OPTIONS: dict[str, Callable[[str], Any]] = {
     "balance": one_of("round-robin", "least", "random", "hash", "first", "latency"),
-    "health": one_of("passive", "off"), "health_fail": parse_count, "health_pass": parse_count,
+    "health": parse_health, "health_interval": parse_duration, "health_timeout": parse_duration,
+    "health_fail": parse_count, "health_pass": parse_count,
     "fallback_interval": parse_duration, "slow_start": parse_off_or_duration, "on_down": one_of("keep", "cut"),
     "connect_timeout": parse_duration, "tries": parse_count, "connect_budget": parse_duration,
     "max_backend_connections": parse_count, "queue": parse_duration, "queue_length": parse_count,
@@ -77,9 +89,16 @@ def with_several(route: Route, values: Mapping[str, Any]) -> Route:
     from sniroute_groups import Several
     if not route.members:
         values = {"health": "off", **values}  # there is no other one to be used instead
-    if values.get("warm") and any("{" in target for target in route.targets):
+    several = Several(SEVERAL, Book, [], **values)
+    if route.has_fields and several.warm:
         raise ValueError("warm: is for targets without fields: clients would choose what is dialled ahead")
-    return route._replace(members=route.targets, several=Several(SEVERAL, Book, [], **values))
+    if several.health not in ("passive", "off"):
+        if route.has_fields:
+            raise ValueError(f"health: {several.health} is for targets without fields: clients would choose what is "
+                             "checked")
+        if not any(map(several.checks, route.targets)):
+            raise ValueError(f"health: {several.health} is not for {route.target}: a check would start the program")
+    return route._replace(members=route.targets, several=several)
 
 
 def read_routes(table: Any, wrong: list[str], kind: str = "routes", parse: Parse = parse_route) -> list[Route]:

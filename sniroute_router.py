@@ -298,6 +298,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.hellos = HelloMemory()
         self.targets = Targets(tunnels)
         self.targets.tunnel_ports = range(settings.ports[0], settings.ports[1] + 1)
+        self.targets.zones = settings.own_zones
         self.targets.follow((*settings.routes.routes, *settings.port), self.routes.identified, self.loop)
         self.peers = Peers(settings)
         self.waits = Waits(self)
@@ -418,6 +419,7 @@ class Router(socketserver.ThreadingTCPServer):
         former, self.settings = self.settings, settings
         settings.routes.succeed(self.routes)
         self.routes = settings.routes
+        self.targets.zones = settings.own_zones
         self.targets.follow((*settings.routes.routes, *settings.port), self.routes.identified, self.loop)
         self.level = log.getEffectiveLevel()
         self.deadlines.adopt(settings.prelude_timeout, settings.start_timeout)

@@ -36,8 +36,9 @@ from sniroute_names import OPTIONS, Network, describe_version, is_here, parse_ip
 from sniroute_options import any_port, any_route, read_routes
 from sniroute_refusals import SettingsError
 from sniroute_routes import PROGRAM_KINDS, Route, Routes, parse_port_route, parse_route, port_address
-from sniroute_values import (absolute, as_text, meant, one_of, parse_admin, parse_count, parse_duration, parse_listen,
-                             parse_networks, parse_off_or_duration, parse_ports, parse_program)
+from sniroute_values import (Zones, absolute, as_text, meant, one_of, own_zones, parse_address, parse_admin,
+                             parse_count, parse_duration, parse_listen, parse_networks, parse_off_or_duration,
+                             parse_ports, parse_program, parse_zones)
 
 __version__ = "0.1.0"
 
@@ -133,6 +134,12 @@ SETTINGS = (
     Setting("cloudflared", "PATH", parse_program, None,
             "the tunnel program (default: cloudflared on PATH; without one, the carrier beside sniroute.py)",
             fixed=True),
+    Setting("zones", "NAME=CIDR,...", parse_zones, None,
+            "networks by the name of their zone, a pair for each network: backends in the own zone are preferred "
+            "(default none)"),
+    Setting("zone", "NAME", str, None, "this router's own zone (default: that of --own-address)"),
+    Setting("own-address", "ADDRESS", parse_address, None,
+            "the address whose zone is this router's own: the longest network that it is in (default none)"),
     Setting("admin", "ADDRESS", parse_admin, None,
             "metrics, status and control by HTTP: a loopback HOST:PORT, or unix:PATH (default off); "
             "needs sniroute_admin.py, sniroute_door.py, sniroute_metrics.py and sniroute_page.py", fixed=True),
@@ -175,6 +182,9 @@ class Settings(NamedTuple):
     max_starting: int
     no_name: str
     cloudflared: str | None
+    zones: dict[str, tuple[Network, ...]] | None  # networks by name
+    zone: str | None
+    own_address: str | None
     admin: str | tuple[str, int] | None  # the path of a unix socket, or (host, port)
     admin_public: tuple[str, int] | None
     log_level: str
@@ -184,6 +194,7 @@ class Settings(NamedTuple):
     open_to_all: bool  # nobody has named a route
     admin_token: str | None
     launchers: dict[str, Launcher]  # by scheme
+    own_zones: Zones | None
     fit: int  # connections that the limit of open files allows
     covered: list[str]  # keys of the file that something else overrides, a line each
     kept: list[str]  # what a reload asked for and cannot change, a line each
@@ -431,6 +442,10 @@ def cross_checked(values: Mapping[str, Any], given: Mapping[str, Given], running
             if overlap(values[name], address):
                 wrong.append(f"{given[name].source}: {show_address(values[name])} and --{other} "
                              f"{show_address(address)} have an address in common: give it a port of its own")
+    try:
+        own_zones(values["zones"], values["zone"], values["own_address"])
+    except ValueError as error:
+        wrong.append(str(error))
     if values["admin_token"] and not SECRET.fullmatch(values["admin_token"]):
         wrong.append(f"{ADMIN_TOKEN}: has to be 16 printable characters or more, without spaces")
     own = [("--listen", show_address(address)) for address in values["listen"] or ()]
@@ -463,6 +478,7 @@ def derived(values: dict[str, Any]) -> dict[str, Any]:
     spare = SPARE_FDS * (1 + programs)  # there may be as many of these as tunnels
     fit = max(1, (descriptors - min(spare, descriptors // 2)) // 2)
     values["fit"] = fit
+    values["own_zones"] = own_zones(values["zones"], values["zone"], values["own_address"])
     values["max_connections"] = values["max_connections"] or fit
     values["max_tunnels"] = values["max_tunnels"] or tunnels_that_fit(values)
     return values
@@ -547,6 +563,10 @@ def warn(settings: Settings) -> None:
                 log.info("cloudflared is not on PATH: the carrier beside sniroute.py does its work")
             elif obstacle := launcher.obstacle:
                 log.warning("%s; names that need it are refused until then", obstacle)
+    if settings.own_zones is None and (settings.zones or settings.zone or settings.own_address):
+        why = f"own_address {settings.own_address} is in none of them" if settings.zones and settings.own_address \
+            else "neither zone nor own_address says which is the own one" if settings.zones else "there are none"
+        log.warning("zones: no backend is preferred for its zone, since %s", why)
     warn_of_programs(settings)
     for route in settings.routes.routes:
         if any(row.is_tunnel and not row.is_program for row in route.kinds) and settings.routes.identified \

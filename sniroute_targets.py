@@ -41,7 +41,7 @@ from sniroute_tunnels import Tunnel, TunnelTable
 
 if TYPE_CHECKING:
     from sniroute_connection import Connection
-    from sniroute_groups import Zones
+    from sniroute_values import Zones
     from sniroute_router import Wait
     from sniroute_routes import Decision, Route
 

@@ -18,11 +18,11 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Mapping, NamedTuple
 
 from sniroute_host import PATHS_MAX, changed_by_others
 from sniroute_launchers import Variable
-from sniroute_names import Network, parse_host_port, parse_network, printable
+from sniroute_names import Network, parse_host_port, parse_ip, parse_network, printable
 
 __version__ = "0.1.0"
 
@@ -32,9 +32,15 @@ DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?"
 
 
 def as_text(value: Any) -> str:
-    """A TOML value as the command line would have it, so that one parser does for both."""
+    """A TOML value as the command line would have it, so that one parser does for both.
+
+    A table is `key=value,...`, with a pair for each value of a list.
+    """
     if isinstance(value, list):
         return ",".join(map(as_text, value))
+    if isinstance(value, dict):
+        return ",".join(f"{key}={as_text(each)}" for key, values in value.items()
+                        for each in (values if isinstance(values, list) else [values]))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -101,6 +107,51 @@ def parse_networks(text: str) -> tuple[Network, ...]:
     except ValueError as error:
         advice = "; IPv4 is written without ::ffff:" if "::ffff:" in text.lower() else ""
         raise ValueError(f"{error}: a network is 192.0.2.0/24, or one address{advice}") from None
+
+
+def parse_zones(text: str) -> dict[str, tuple[Network, ...]]:
+    """`NAME=CIDR,...`, a pair for each network.  Raises ValueError."""
+    zones: dict[str, tuple[Network, ...]] = {}
+    for pair in text.split(","):
+        name, equals, network = (part.strip() for part in pair.partition("="))
+        if not equals or not re.fullmatch(r"[A-Za-z0-9._-]{1,63}", name):
+            raise ValueError(f"{pair.strip()!r} is not NAME=CIDR, as a=10.1.0.0/16")
+        zones[name] = (*zones.get(name, ()), *parse_networks(network))
+    return zones
+
+
+class Zones(NamedTuple):
+    """Networks by the name of their zone, and which zone is this router's own."""
+
+    networks: tuple[tuple[Network, str], ...]  # the longest prefix first
+    own: str
+
+    def find(self, address: str) -> str | None:
+        """The zone of an address: that of the longest network that it is in; None where it is in none."""
+        ip = parse_ip(address)
+        return next((name for network, name in self.networks if ip in network), None)
+
+    def has(self, row: tuple[int, Any]) -> bool:
+        """Whether an address, as `socket` takes it, is in the own zone; a unix socket is."""
+        return isinstance(row[1], str) or self.find(row[1][0]) == self.own
+
+
+def own_zones(zones: Mapping[str, Iterable[Network]] | None, zone: str | None, address: str | None) -> Zones | None:
+    """What the settings `zones`, `zone` and `own_address` mean; None where they name no own zone.  Raises ValueError."""
+    if zone and address:
+        raise ValueError("zone, own_address: one of them is enough: leave the other out")
+    if zone and zones and zone not in zones:
+        raise ValueError(f"zone: {printable(zone)!r} is none of the zones {', '.join(zones)}")
+    pairs = [(network, name) for name, networks in (zones or {}).items() for network in networks]
+    found = Zones(tuple(sorted(pairs, key=lambda pair: -pair[0].prefixlen)), zone or "")
+    if address:
+        found = found._replace(own=found.find(address) or "")
+    return found if found.own and zones else None
+
+
+def parse_address(text: str) -> str:
+    """An IP address.  Raises ValueError."""
+    return str(parse_ip(text))
 
 
 def absolute(text: str) -> str:

@@ -31,7 +31,7 @@ SOURCES = {path.stem: path.read_text() for path in sorted(HERE.glob("sniroute*.p
 TREES = {room: ast.parse(source) for room, source in SOURCES.items()}
 ADMIN = {"sniroute_admin.py", "sniroute_door.py", "sniroute_metrics.py", "sniroute_page.py"}
 COMMANDS = {"sniroute_commands.py"}
-BACKENDS = {f"sniroute_{room}.py" for room in ("backends", "book", "groups", "balance", "warm")}
+BACKENDS = {f"sniroute_{room}.py" for room in ("backends", "book", "groups", "balance", "warm", "checks", "probes")}
 CARRIER = OPTIONS - ADMIN - COMMANDS - BACKENDS - {DOCTOR}
 
 # What is larger than the house allows, and why.
