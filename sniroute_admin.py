@@ -14,6 +14,7 @@
           GET /readyz                       Router.phase, Router.paused                         public
           POST /reload                      Hooks.reload
           POST /tunnels/NAME/start, stop    TunnelTable.wait, TunnelTable.stop
+          POST /routes/PATTERN/backends/ADDRESS/drain, enable    Book.drain, in the router's loop
 
 An option: the daemon imports this file if --admin or --admin-public is given, or if systemd has a socket for one, and
 calls `attach(router, settings)`.  The router and its tunnel table are arguments: their classes are not imported.  It
@@ -33,7 +34,7 @@ interpreter, as the router's loop cannot run during one: `render_json` encodes l
 Who may ask.  At --admin this host's own users: any of them on a loopback port, owner and group (0660) on a unix socket.
 A page that somebody's browser shows is a stranger on this host, so Host, Origin and Sec-Fetch-Site are checked before
 everything else.  A request that changes something also needs the token.  At --admin-public everybody: there is
-nothing but the rows that are `public`, which name no client, no tunnel and no address.
+nothing but the rows that are `public`, which name no client; of targets, the backends of routes that have several.
 
 Seams: I want to ...
     answer on another path        a function, and its row in ENDPOINTS
@@ -50,6 +51,7 @@ import ipaddress
 import json
 import logging
 import os
+import queue
 import re
 import socket
 import threading
@@ -76,6 +78,8 @@ CACHE_TIME = 0.5  # an answer is given again for so long: the page and several s
 CACHE_SHARE = 20  # ... or so many times as long as it took: 10,000 routes must not keep a processor busy
 PULSE_EVERY = 1.0  # between two questions to the loop: each wakes it
 PULSE_TIME = 1.0  # for the loop to answer: it does so within microseconds, unless it hangs
+LOOP_TIME = 5.0  # for the loop to follow an order: it does so in its next turn, unless it hangs
+BACKENDS_NAMED = 10  # in an answer that says which ones there are
 
 LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "[::1]"))  # names in Host that mean this host
 ALLOW = {"GET": "GET, HEAD", "POST": "POST"}  # an endpoint's method: what Allow says of it
@@ -161,8 +165,9 @@ class Pulse:
 
 # -- endpoints ---------------------------------------------------------------------------------
 #
-# One function for each path.  It is given the Admin and what the path names: the tunnel, for the others "".  It runs in
-# a thread `admin-<n>` or `public-<n>`; those that are `quick` run in the thread `admin`, and never wait.
+# One function for each path.  It is given the Admin and what the path names: the tunnel, or the route and the backend,
+# for the others "".  It runs in a thread `admin-<n>` or `public-<n>`; those that are `quick` run in the thread `admin`,
+# and never wait.
 
 
 def page(admin: Admin, name: str) -> Answer:
@@ -252,12 +257,61 @@ def start_tunnel(admin: Admin, name: str) -> Answer:
     return json_answer({"done": f"{key} is ready.", "tunnel": str(key), "seconds": round(tunnels.clock() - began, 3)})
 
 
+def find_route(admin: Admin, pattern: str) -> Any:
+    """The route of the configuration with this pattern; of a port also by its address.  Raises Declined (404)."""
+    router = admin.router
+    names = pattern, f"port {pattern.removeprefix('port ').removeprefix('*')}"
+    for route in (*router.routes.routes, *router.settings.port):
+        if route.pattern in names:
+            return route
+    raise Declined(404, f"no route has the pattern {printable(pattern)}")
+
+
+def order_drain(admin: Admin, pattern: str, address: str, is_drained: bool) -> Answer:
+    """Lead no new client of a route to one of its backends, or lead them there again."""
+    route = find_route(admin, pattern)
+    if route.several is None:
+        raise Declined(404, f"{printable(route.pattern)} leads to one target, {printable(route.target)}: there is no "
+                            "other one that could take its clients")
+    answers: queue.SimpleQueue[tuple[str, list[str]]] = queue.SimpleQueue()
+
+    def act() -> None:
+        """In the router's loop."""
+        book = admin.router.targets.book
+        found = book.drain(route.pattern, address, is_drained)
+        answers.put((found, [member.target for group, member in book.rows() if group.pattern == route.pattern]))
+
+    admin.router.call(act)
+    try:
+        target, targets = answers.get(timeout=LOOP_TIME)
+    except queue.Empty:
+        raise Declined(503, "the router's loop does not answer; it may still do it later") from None
+    shown = printable(target)
+    if not target:
+        there = ", ".join(map(printable, targets[:BACKENDS_NAMED])) + " ..." * (len(targets) > BACKENDS_NAMED)
+        raise Declined(404, f"{printable(route.pattern)} has no backend {printable(address)}; it has: "
+                            f"{there or 'none that depends on no name'}")
+    done = f"{printable(route.pattern)}: backend {shown} is {'drained' if is_drained else 'enabled'}"
+    return json_answer({"done": f"{done}.", "route": printable(route.pattern), "backend": shown,
+                        "drained": is_drained})._replace(said=done)
+
+
+def drain_backend(admin: Admin, pattern: str, address: str) -> Answer:
+    """POST /routes/PATTERN/backends/ADDRESS/drain: lead no new client there; those that it has stay."""
+    return order_drain(admin, pattern, address, True)
+
+
+def enable_backend(admin: Admin, pattern: str, address: str) -> Answer:
+    """POST /routes/PATTERN/backends/ADDRESS/enable: lead clients there again."""
+    return order_drain(admin, pattern, address, False)
+
+
 class Endpoint(NamedTuple):
     """A method, a path, and the function that answers them."""
 
     method: str  # GET means HEAD, too
-    path: re.Pattern[str]  # its first group is what the path names
-    act: Callable[[Admin, str], Answer]  # is given that group, percent-decoded; may raise Declined
+    path: re.Pattern[str]  # its groups are what the path names
+    act: Callable[..., Answer]  # is given the Admin, and these groups, percent-decoded; may raise Declined
     quick: bool = False  # `act` never waits
     public: bool = False  # strangers may ask, at --admin-public
 
@@ -271,11 +325,13 @@ ENDPOINTS = (
     Endpoint("POST", re.compile(r"/reload()"), reload),
     Endpoint("POST", re.compile(r"/tunnels/([^/]+)/stop"), stop_tunnel),
     Endpoint("POST", re.compile(r"/tunnels/([^/]+)/start"), start_tunnel),
+    Endpoint("POST", re.compile(r"/routes/([^/]+)/backends/([^/]+)/drain"), drain_backend),
+    Endpoint("POST", re.compile(r"/routes/([^/]+)/backends/([^/]+)/enable"), enable_backend),
 )
 PUBLIC = tuple(endpoint for endpoint in ENDPOINTS if endpoint.public)
 
 
-def find_endpoint(head: Head, endpoints: Sequence[Endpoint] = ENDPOINTS) -> tuple[Endpoint, str]:
+def find_endpoint(head: Head, endpoints: Sequence[Endpoint] = ENDPOINTS) -> tuple[Endpoint, tuple[str, ...]]:
     """The endpoint for a request, and what its path names, not yet decoded.  Raises Declined (404, 405)."""
     for endpoint in endpoints:
         match = endpoint.path.fullmatch(head.path)
@@ -284,7 +340,7 @@ def find_endpoint(head: Head, endpoints: Sequence[Endpoint] = ENDPOINTS) -> tupl
         if endpoint.method != head.method.replace("HEAD", "GET"):
             allowed = ALLOW[endpoint.method]
             raise Declined(405, f"this path is for {allowed}", Allow=allowed)
-        return endpoint, match[1]
+        return endpoint, match.groups()
     raise Declined(404, "there is no such path")
 
 
@@ -389,21 +445,21 @@ class Admin:
         """What is done for a request of anybody.  Raises Declined."""
         return self.plan(*find_endpoint(head, PUBLIC), head)
 
-    def plan(self, endpoint: Endpoint, quoted: str, head: Head) -> Plan:
+    def plan(self, endpoint: Endpoint, quoted: Sequence[str], head: Head) -> Plan:
         """What is done for a request that may be done.  Raises Declined."""
         length = head.body_length()
         try:
-            name = urllib.parse.unquote(quoted, errors="strict")
+            names = [urllib.parse.unquote(each, errors="strict") for each in quoted]
         except ValueError:
             raise Declined(400, "the name in the path is not UTF-8") from None
-        return Plan(lambda: self.act(endpoint, name), length, endpoint.quick)
+        return Plan(lambda: self.act(endpoint, names), length, endpoint.quick)
 
     # -- any thread ----------------------------------------------------------------------------
 
-    def act(self, endpoint: Endpoint, name: str) -> Answer:
+    def act(self, endpoint: Endpoint, names: Sequence[str]) -> Answer:
         """Do what an endpoint does.  Raises Declined."""
         try:
-            return endpoint.act(self, name)
+            return endpoint.act(self, *names)
         finally:
             if endpoint.method == "POST":
                 self.status.forget()  # the page asks for it next, and should see what came of the order

@@ -158,8 +158,7 @@ class GroupBackend(Backend):
         if len(group.waiting) >= group.options.queue_length:
             raise Refused("queue_full", f"{group.pattern}: {group.options.queue_length} clients wait for a backend "
                                         "already")
-        group.waiting[self] = None
-        self.in_trouble().parked = monotonic()
+        group.waiting[self] = self.in_trouble().parked = monotonic()
         raise NotYet(group.turns)
 
     def use(self, member: Member) -> None:
@@ -392,7 +391,7 @@ class GroupBackend(Backend):
     def release(self) -> None:
         self.is_open = False
         if self.group.waiting:
-            self.group.waiting.pop(self, None)
+            self.group.count_wait(self)
         if self.lifetime is not None:
             self.lifetime.drop(self)
             self.lifetime = None

@@ -54,8 +54,8 @@ class Member:
 
     __slots__ = ("target", "decision", "place", "copies", "active", "weighing", "fails", "passes", "why", "since",
                  "until", "trial", "held", "seconds", "heard", "dialling", "dialled", "failures", "counts", "sum",
-                 "level", "rank", "is_drained", "is_near", "is_checked", "is_proven", "fails_checked", "rows", "turn",
-                 "strip", "pool", "share")
+                 "level", "rank", "is_drained", "is_near", "is_checked", "is_proven", "fails_checked", "checks_good",
+                 "checks_bad", "rows", "turn", "strip", "pool", "share")
 
     def __init__(self, target: str, now: float):
         self.target = target  # for people, and its key
@@ -85,6 +85,7 @@ class Member:
         self.is_checked = False  # actively
         self.is_proven = False  # an active check has passed
         self.fails_checked = 0  # active checks in a row
+        self.checks_good = self.checks_bad = 0  # all that there were
         self.rows: Sequence[Row] = ()  # its addresses, as `is_near` was asked about
         self.turn = 0  # of these, the next to begin with
         self.pool: WarmPool | None = None

@@ -5,7 +5,7 @@
     Warmth    the warm connections of one group: a pool for each member (sniroute_warm), and its share
     Checked   a member, as active checks see it (sniroute_checks)
 
-Threads: the loop only; `Book.rows` is for any thread.
+Threads: the loop only; `Book.listed` and `Book.rows` are for any thread.
 
 Seams: I want to ...
     share warm connections otherwise    `Warmth.share`
@@ -143,7 +143,6 @@ class Book:
         self.known: dict[str, Member] = {}  # by target: those that are in no group, and were down; the latest last
         self.drained: set[tuple[str, str]] = set()  # pattern and target; both of the configuration
         self.checks: Checks | None = None  # where a route asks for them
-        self.checked = {"good": 0, "bad": 0}  # active checks so far
         self.queues: dict[tuple[float, Callable[[Any], Any]], Queue] = {}
         self.weighing = self.queue(WEIGHS_FOR, Failure.forget)
         self.soon = self.queue(0.0, next_turn)
@@ -254,28 +253,30 @@ class Book:
 
     # -- operators
 
-    def drain(self, pattern: str, address: str, is_drained: bool) -> bool:
-        """Lead no new client of a route to a backend, or lead them there again; whether there is such a backend.
+    def drain(self, pattern: str, address: str, is_drained: bool) -> str:
+        """Lead no new client of a route to a backend, or lead them there again; its target, "" where there is none.
 
-        `address` is its target, or what stands behind `tcp:` there.
+        `address` is as in Group.find.
         """
-        found = False
+        found = ""
         for group in self.groups.values():
-            for target in (address, f"tcp:{address}"):
-                member = group.members.get(target) if group.pattern == pattern else None
-                if member is not None:
-                    found = True
-                    member.is_drained = is_drained
-                    (self.drained.add if is_drained else self.drained.discard)((pattern, target))
-                    group.changed()
+            member = group.find(address) if group.pattern == pattern else None
+            if member is not None:
+                found = member.target
+                member.is_drained = is_drained
+                (self.drained.add if is_drained else self.drained.discard)((pattern, found))
+                group.changed()
         return found
+
+    def listed(self) -> list[Group]:
+        """The groups of routes whose targets have no fields: those of the configuration.  Any thread."""
+        return [group for group in list(self.groups.values()) if group.route is not None and not group.route.has_fields]
 
     def rows(self) -> Iterator[tuple[Group, Member]]:
         """Each backend of the configuration, with its group.  Any thread."""
-        for group in list(self.groups.values()):
-            if group.route is not None and not group.route.has_fields:
-                for member in list(group.members.values()):
-                    yield group, member
+        for group in self.listed():
+            for member in list(group.members.values()):
+                yield group, member
 
 
 def late_member(connection: Connection) -> None:

@@ -61,7 +61,7 @@ monotonic = time.monotonic
 TRIAL_TIMEOUT = 30.0  # `explain` waits so long for a carrier, which gives up at 15 by itself
 SELF_TEST_TIME = 9.0  # for all of `selftest`: no case waits longer than what is left of it
 ADMIN_TIMEOUT = 5.0  # for what `explain` asks of a running router, connect and all
-ADMIN_MAX = 1 << 20  # bytes of its answer: a thousand tunnels and a thousand routes take half of that
+ADMIN_MAX = 1 << 21  # bytes of its answer: a thousand tunnels, routes and backends take half of that
 NUMBER_MAX = 1e12  # seconds, connections, a process: more is none of these
 WORD_MAX = 40  # of a phase or a state
 BACKENDS_SHOWN = 100  # of one route: more is for /status
@@ -210,39 +210,85 @@ def explain_tunnel(settings: Settings, key: TunnelKey) -> str:
     return advice
 
 
-# Which backend a client would be led to, of those that are used in the first place, by `balance`.
-TAKEN = {
-    "round-robin": lambda rows: "these in turn", "hash": lambda rows: "the one for the client's address",
-    "random": lambda rows: "of two of these at random the one with fewer connections",
-    "latency": lambda rows: "of two of these at random the one that connects faster",
+# Which backend a client would be led to, of (target, connections) of those that will do, by `balance`.
+TAKEN: dict[str, Callable[[list[tuple[str, int]]], str]] = {
+    "round-robin": lambda rows: "each in turn", "hash": lambda rows: "the one for the client's address",
+    "random": lambda rows: "of two at random the one with fewer connections",
+    "latency": lambda rows: "of two at random the one that connects faster",
     "first": lambda rows: f"{rows[0][0]}, the first of them",
     "least": lambda rows: f"{min(rows, key=lambda row: row[1])[0]}, which has the fewest connections",
 }
 
 
 def explain_backends(settings: Settings, decision: Decision) -> None:
-    """Print which of several backends would be taken, and why not the others: a router that runs knows that."""
+    """Print which of several backends would be taken, and why not the others: a router that runs knows that.
+
+    Raises Refused where a client would be.
+    """
     standing = ask_router(settings.admin) if settings.admin is not None else None
-    targets = list(dict.fromkeys(member.target for member in decision.members))
+    members = {member.target: member for member in decision.members}
     known = standing.backends if standing is not None else {}
-    rows = [(target, known.get((printable(decision.route.pattern), printable(target)))) for target in targets]
+    rows = [(target, known.get((printable(decision.route.pattern), printable(target)))) for target in members]
     for target, row in rows[:BACKENDS_SHOWN]:
-        print(f"backend: {target}{show_backend(row) if row is not None else ''}")
+        print(f"backend: {target}{show_place(settings, members[target])}{show_backend(row) if row is not None else ''}")
     if len(rows) > BACKENDS_SHOWN:
         print(f"backend: and {len(rows) - BACKENDS_SHOWN} more")
-    if any(row is None for _, row in rows):
-        print("taken:   not known here: only a router that runs knows which are good (--admin)")
+    several = decision.route.several
+    if all(row is not None for _, row in rows):
+        print("taken:  ", who_is_taken(several.balance, several.queue, rows, decision.target))
         return
-    good = [(target, row["active"]) for target, row in rows if not row["why"]]
-    print("taken:  ", TAKEN[decision.route.several.balance](good) if good
-          else "each of them is tried, since none is good")
+    why = "only a router that runs knows which are good (--admin)" if standing is None else \
+        "that router does not say which are good" + ", since the targets depend on the name" * decision.route.has_fields
+    print(f"taken:   not known here: {why}; while all are: {TAKEN[several.balance]([(each, 0) for each, _ in rows])}")
+
+
+def show_place(settings: Settings, member: Decision) -> str:
+    """What can be told of a backend without a router that runs, for people."""
+    if obstacle := member.scheme.obstacle(member.rest):
+        return f", cannot be run: {printable(obstacle)}"
+    if settings.own_zones is not None and member.target.startswith("tcp:"):
+        with contextlib.suppress(ValueError):  # a name: its addresses say it
+            zone = settings.own_zones.find(member.rest.rpartition(":")[0].strip("[]"))
+            return ", in no zone" if zone is None else f", in zone {zone}"
+    return ""
 
 
 def show_backend(row: dict[str, Any]) -> str:
     """How a backend stands, by its row in the status of a router, for people."""
-    if not row["why"]:
-        return f", good, {row['active']} connections"
-    return f", down for {row['since']:.0f} s: {printable(row['why'])}; tried again in {row['next']:.0f} s"
+    state, limit = row["state"], row["limit"]
+    connections = f"{row['active']} connections"
+    down = ""
+    if row["why"]:
+        later = f"tried again in {row['next']:.0f} s" if row["next"] > 0 else "its checks bring it back" \
+            if row["checks"] else "the next client tries it"
+        down = f"down for {row['since']:.0f} s: {printable(row['why'])}; {later}"
+    if state == "down":
+        return f", {down}"
+    if state == "drained":
+        return ", drained by an operator" + f", and {down}" * bool(down)
+    words = {"good": "good", "spare": "good, but in another zone", "unknown": "not known yet: no check has passed"}
+    full = ", full: max_backend_connections" * (limit is not None and row["active"] >= limit)
+    return f", {words.get(state, printable(state, WORD_MAX))}, {connections}{full}"
+
+
+def who_is_taken(balance: str, queue: float, rows: list[tuple[str, dict[str, Any]]], target: str) -> str:
+    """Which backend a client would be led to, for people.  Raises Refused where there is none."""
+    is_full = False
+    for state in ("good", "spare", "unknown"):  # the best first, as in sniroute_groups
+        alike = [(each, row) for each, row in rows if row["state"] == state]
+        free = [(each, row["active"]) for each, row in alike if row["limit"] is None or row["active"] < row["limit"]]
+        if free and is_full:
+            return f"{min(free, key=lambda row: row[1])[0]}, since better ones are full"
+        if len(free) == 1:
+            return f"{free[0][0]}, since no other one will do" if len(rows) > 1 else free[0][0]
+        if free:
+            return TAKEN[balance](free) if len(free) == len(rows) else f"of {len(free)}: {TAKEN[balance](free)}"
+        is_full = is_full or bool(alike)
+    if is_full:
+        return f"none now, since all are full: a client waits up to {queue:g} s for room"
+    if any(row["state"] == "down" for _, row in rows):
+        return "each that is not drained is tried, since none is good"
+    raise Refused("backend", f"{target}: an operator has drained all its backends")
 
 
 class Standing(NamedTuple):
@@ -261,9 +307,10 @@ def ask_router(admin: str | tuple[str, int]) -> Standing | None:
         tunnels, backends = {}, {}
         several, = fields({"backends": [], **status}, "the status", backends=list)
         for row in several:
-            pattern, target, *_ = fields(row, "a backend", route=str, backend=str, why=str, since=float, active=int,
-                                         next=float)
-            backends[pattern, target] = row
+            pattern, target, *_ = fields(row, "a backend", route=str, backend=str, state=str, why=str, since=float,
+                                         active=int, next=float)
+            limit = None if row.get("limit") is None else fields(row, "a backend", limit=int)[0]
+            backends[pattern, target] = {**row, "limit": limit, "checks": row.get("checks") is not None}
         for row in rows:
             key, *_ = fields(row, "a tunnel", key=str, state=str, age=float, leases=int, next=float, words=str)
             tunnels[key] = row

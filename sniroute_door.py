@@ -38,6 +38,7 @@ import os
 import re
 import socket
 import stat
+import struct
 import sys
 import threading
 import time
@@ -88,6 +89,7 @@ class Answer(NamedTuple):
     body: bytes
     kind: str = "text/plain; charset=utf-8"
     headers: tuple[tuple[str, str], ...] = ()
+    said: str = ""  # what the log says of an order that was followed, in front of who gave it
 
 
 class Declined(Exception):
@@ -293,6 +295,8 @@ class Caller:
         """Begin to send an answer."""
         log.debug("%s: %s: %d", self.gate.name, printable(self.head.line if self.head else "no request", 200),
                   answer.status)
+        if answer.said:
+            log.info("%s, by an order of %s", answer.said, asker(self.sock))
         body = b"" if self.head is not None and self.head.method == "HEAD" else answer.body
         self.out = [memoryview(each) for each in (render(answer), body) if each]
         self.enter(ANSWERING)
@@ -322,6 +326,17 @@ class Caller:
         except OSError as error:
             log.debug("%s: %s", self.gate.name, printable(str(error)))
         self.close()
+
+
+def asker(sock: socket.socket) -> str:
+    """Who is at the other end, for the log: the user and process at a unix socket (socket(7)), else an address."""
+    try:
+        if sock.family != socket.AF_UNIX:
+            return show_address(sock.getpeername()[:2])
+        pid, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return f"uid {uid}, pid {pid}"
+    except (OSError, AttributeError):  # it is gone; SO_PEERCRED is Linux's
+        return "somebody at the admin's address"
 
 
 # -- an address --------------------------------------------------------------------------------

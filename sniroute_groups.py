@@ -42,13 +42,14 @@ It imports balance, targets and names.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import logging
 import random
 import time
 from typing import TYPE_CHECKING, Callable, Collection, Iterable, NamedTuple, Sequence
 
-from sniroute_balance import WAYS, ByClient, Member, RoundRobin, slot_of
+from sniroute_balance import SECONDS, WAYS, ByClient, Member, RoundRobin, slot_of
 from sniroute_names import printable
 from sniroute_targets import Backend, Scheme, literal_row
 
@@ -70,6 +71,7 @@ WEIGHS_MAX = 100  # failures of one member that count as connections at once
 SLOWEST_START = 0.05  # of its share, for a backend that has just come back
 
 OWN, FOREIGN, UNKNOWN, DOWN, DRAINED = range(5)  # ranks of a member
+WORDS = ("good", "good", "unknown", "down", "drained")  # of a rank, for people; FOREIGN beside OWN is "spare"
 
 
 # -- options -----------------------------------------------------------------------------------
@@ -120,6 +122,8 @@ class Several(NamedTuple):
 class Group:
     """The members of one route.  `clock` and `chance` (0 to 1) are the time and the dice."""
 
+    bounds = SECONDS  # of the buckets in `waits`
+
     def __init__(self, book: Book, clock: Callable[[], float] = monotonic, chance: Callable[[], float] = random.random):
         self.book = book
         self.clock = clock
@@ -132,7 +136,9 @@ class Group:
         self.spare: list[Member] = []  # good, and of another rank; each once, the best first
         self.is_stale = False  # a rank may have changed since `sort`
         self.resting: collections.OrderedDict[Member, None] = collections.OrderedDict()  # the next to be tried first
-        self.waiting: collections.OrderedDict[GroupBackend, None] = collections.OrderedDict()  # the first comes first
+        self.waiting: collections.OrderedDict[GroupBackend, float] = collections.OrderedDict()  # the first comes first
+        self.waits = [0] * (len(SECONDS) + 1)  # how long they have waited: of each bucket of SECONDS, and above
+        self.waits_sum = 0.0
         self.way: RoundRobin = RoundRobin(self)
         self.warmth: Warmth | None = None  # where connections are dialled ahead
 
@@ -190,6 +196,12 @@ class Group:
             return UNKNOWN
         return OWN if member.is_near else FOREIGN
 
+    def states(self) -> dict[Member, str]:
+        """How each member stands now, in one word: good, spare, unknown, down or drained.  Any thread."""
+        ranks = {member: self.rank(member) for member in list(self.members.values())}
+        best = min(ranks.values(), default=DRAINED)
+        return {member: "spare" if best < rank == FOREIGN else WORDS[rank] for member, rank in ranks.items()}
+
     def is_good(self, member: Member) -> bool:
         """Whether it is used in the first place."""
         return bool(self.good) and member.rank == self.good[0].rank and self.members.get(member.target) is member
@@ -237,6 +249,14 @@ class Group:
             if len(rows) > 1:
                 way.addresses = member.ordered(rows, self.book.is_fine)
         return way
+
+    def find(self, address: str) -> Member | None:
+        """The member that an operator names: by its target, by what stands behind `tcp:`, or as /status shows it."""
+        member = self.members.get(address) or self.members.get(f"tcp:{address}")
+        if member is None:
+            alike = [each for each in self.members.values() if printable(each.target) == address]
+            member = alike[0] if len(alike) == 1 else None
+        return member
 
     # -- which one
 
@@ -388,14 +408,15 @@ class Group:
         if self.members.get(member.target) is not member:
             return
         member.mark(not why)
-        self.book.checked["bad" if why else "good"] += 1
         if why:
+            member.checks_bad += 1
             member.fails_checked += 1
             member.passes = 0 if member.why else member.passes
             if not member.why and member.fails_checked >= self.options.health_fail:
                 member.until = 0.0
                 self.is_down(member, why, f"{member.fails_checked} checks in a row")
             return
+        member.checks_good += 1
         member.fails_checked = 0
         if not member.is_proven:
             member.is_proven = True
@@ -432,9 +453,17 @@ class Group:
                 client = next((each for each in self.waiting if member not in each.told_of), None)
                 if client is None:
                     break
-                del self.waiting[client]
+                self.count_wait(client)
                 client.use(member)
                 client.connection.resume()
+
+    def count_wait(self, client: GroupBackend) -> None:
+        """A client waits no more, if it did: it has got its turn, or it is gone."""
+        since = self.waiting.pop(client, None)
+        if since is not None:
+            seconds = self.clock() - since
+            self.waits[bisect.bisect_left(SECONDS, seconds)] += 1
+            self.waits_sum += seconds
 
 
 def literal_of(decision: Decision) -> Row | None:

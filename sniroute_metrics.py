@@ -39,7 +39,7 @@ import os
 import platform
 import resource
 import time
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 from sniroute_log import ENDINGS
 from sniroute_names import printable, show_address
@@ -273,7 +273,10 @@ class Facts:
         self.failed: list[Any] = router.tunnels.failed()  # Views of starts that failed
         self.starts: list[Any] = copied(router.tunnels.started)
         book = router.targets.book  # None: no route has several backends
-        self.backends: list[Any] = copied(book.rows(), list) if book is not None else []  # (Group, Member)
+        self.groups: list[Any] = copied(book, lambda book: book.listed()) if book is not None else []
+        # Each a Group, a Member, and how it stands, in a word.
+        self.backends: list[tuple[Any, Any, str]] = [
+            (group, *row) for group in self.groups for row in copied(group, lambda group: group.states()).items()]
         self.states = collections.Counter(view.state for view in (*self.tunnels, *self.failed))
         first, last = router.settings.ports
         self.ports = last - first + 1  # local ports that tunnels may have
@@ -321,21 +324,56 @@ def each_route(value: Callable[[Any], float], **labels: str) -> Callable[[Facts]
                           for pattern, tally in facts.tallies.items()]
 
 
-def each_backend(value: Callable[[Any], float]) -> Callable[[Facts], Iterable[Sample]]:
-    """Read a metric that each configured backend of several has; `value` takes its Member."""
-    return lambda facts: [Sample(value(member), {"route": group.pattern, "backend": member.target})
-                          for group, member in facts.backends]
+def each_backend(value: Callable[[Any], float | None], **labels: str) -> Callable[[Facts], Iterable[Sample]]:
+    """Read a metric that each configured backend of several has; None: it has none.
+
+    `value` takes its Member; `labels` are further labels.
+    """
+    return lambda facts: [Sample(found, {"route": group.pattern, "backend": member.target, **labels})
+                          for group, member, _ in facts.backends if (found := value(member)) is not None]
+
+
+def by_word(label: str, **values: Callable[[Any], float | None]) -> Callable[[Facts], Iterable[Sample]]:
+    """As each_backend, with one more label: a word, and the value for it."""
+    reads = [each_backend(value, **{label: word}) for word, value in values.items()]
+    return lambda facts: [sample for read in reads for sample in read(facts)]
+
+
+def if_warm(value: Callable[[Any], float]) -> Callable[[Any], float | None]:
+    """A number of a backend's pool of warm connections, from its Member; None where it has no pool."""
+    def read(member: Any) -> float | None:
+        """As each_backend's `value`."""
+        pool = member.pool  # once: the loop may take it away
+        return None if pool is None else value(pool)
+    return read
+
+
+def if_checked(value: Callable[[Any], float]) -> Callable[[Any], float | None]:
+    """A number of a backend, from its Member; None where it is not checked actively."""
+    return lambda member: value(member) if member.is_checked else None
+
+
+def buckets(bounds: Sequence[float], counts: list[int], total_of_values: float, labels: dict[str, str] = {}
+            ) -> Iterator[Sample]:
+    """The samples of one histogram: cumulative buckets, the sum, and the count.  See Histogram."""
+    total = 0
+    for bound, count in zip((*bounds, float("inf")), copied(counts)):
+        total += count
+        yield Sample(total, {**labels, "le": show_number(bound)}, "_bucket")
+    yield Sample(total_of_values, labels, "_sum")
+    yield Sample(total, labels, "_count")
 
 
 def connect_seconds(facts: Facts) -> Iterator[Sample]:
     """As Metric.read: a histogram for each configured backend of several."""
-    for group, member in facts.backends:
-        labels, total = {"route": group.pattern, "backend": member.target}, 0
-        for bound, count in zip((*member.bounds, float("inf")), copied(member.counts)):
-            total += count
-            yield Sample(total, {**labels, "le": show_number(bound)}, "_bucket")
-        yield Sample(member.sum, labels, "_sum")
-        yield Sample(total, labels, "_count")
+    for group, member, _ in facts.backends:
+        yield from buckets(member.bounds, member.counts, member.sum, {"route": group.pattern, "backend": member.target})
+
+
+def queue_seconds(facts: Facts) -> Iterator[Sample]:
+    """As Metric.read: a histogram for each configured route with several backends."""
+    for group in facts.groups:
+        yield from buckets(group.bounds, group.waits, group.waits_sum, {"route": group.pattern})
 
 
 def counted(name: str) -> Callable[[Facts], Iterable[Sample]]:
@@ -349,16 +387,11 @@ def tunnels_counted(name: str) -> Callable[[Facts], Iterable[Sample]]:
 
 
 def read_histogram(name: str) -> Callable[[Facts], Iterable[Sample]]:
-    """Read a row of HISTOGRAMS: cumulative buckets, the sum, and the count."""
+    """Read a row of HISTOGRAMS."""
     def read(facts: Facts) -> Iterator[Sample]:
         """As Metric.read."""
         histogram = facts.collector.histograms[name]
-        total = 0
-        for bound, count in zip((*histogram.bounds, float("inf")), copied(histogram.counts)):
-            total += count
-            yield Sample(total, {"le": show_number(bound)}, "_bucket")
-        yield Sample(histogram.sum, suffix="_sum")
-        yield Sample(total, suffix="_count")
+        return buckets(histogram.bounds, histogram.counts, histogram.sum)
     return read
 
 
@@ -418,13 +451,32 @@ METRICS = (
     Metric("sniroute_route_bytes_total", "counter", "Bytes of a route's connections that are over.",
            lambda facts: (*each_route(lambda tally: tally.up, direction="up")(facts),
                           *each_route(lambda tally: tally.down, direction="down")(facts))),
-    Metric("sniroute_backend_up", "gauge", "Whether a backend of several is used in the first place.",
+    Metric("sniroute_backend_up", "gauge", "Whether a backend of several is not down.",
            each_backend(lambda member: int(not member.why))),
+    Metric("sniroute_backend_drained", "gauge", "Whether an operator wants no new client led to a backend.",
+           each_backend(lambda member: int(member.is_drained))),
     Metric("sniroute_backend_connections", "gauge", "Connections of a backend now.",
            each_backend(lambda member: member.active)),
-    Metric("sniroute_backend_connect_seconds", "histogram", "Time that a connect to a backend took.", connect_seconds),
-    Metric("sniroute_backend_failures_total", "counter", "Clients that a backend did not serve.",
+    Metric("sniroute_backend_connect_seconds", "histogram", "Time that a client's connect to a backend took.",
+           connect_seconds),
+    Metric("sniroute_backend_failures_total", "counter",
+           "Clients that a backend did not serve, and connects to it ahead of clients that failed.",
            each_backend(lambda member: member.failures)),
+    Metric("sniroute_backend_checks_total", "counter", "Active checks of a backend, by how they went.",
+           by_word("result", good=if_checked(lambda member: member.checks_good),
+                   bad=if_checked(lambda member: member.checks_bad))),
+    Metric("sniroute_backend_warm", "gauge", "Warm connections to a backend now, and those that are being dialled.",
+           by_word("state", idle=if_warm(lambda pool: len(pool.idle)),
+                   dialling=if_warm(lambda pool: len(pool.dialling)))),
+    Metric("sniroute_backend_warm_used_total", "counter",
+           "Clients that got a warm connection (hit) or found none (miss); warm ones found ended by then (dead).",
+           by_word("result", hit=if_warm(lambda pool: pool.hit), miss=if_warm(lambda pool: pool.miss),
+                   dead=if_warm(lambda pool: pool.dead))),
+    Metric("sniroute_backend_queue_length", "gauge", "Clients of a route that wait for a backend with room.",
+           lambda facts: [Sample(len(group.waiting), {"route": group.pattern}) for group in facts.groups]),
+    Metric("sniroute_backend_queue_seconds", "histogram",
+           "Time that clients of a route have waited for a backend with room, until their turn or in vain.",
+           queue_seconds),
     Metric("sniroute_tunnels", "gauge", "Tunnels by state; a failed one is not tried again for a while.",
            each("state", lambda facts: {state: facts.states[state] for state in TUNNEL_STATES})),
     Metric("sniroute_max_tunnels", "gauge", "Tunnels that there may be (--max-tunnels).",
@@ -519,14 +571,25 @@ def show_route(route: Any, tally: Any, up: int, down: int) -> dict[str, Any]:
             "total": tally.total, "refused": tally.refused, "up": tally.up + up, "down": tally.down + down}
 
 
-def show_backend(group: Any, member: Any, now: float) -> dict[str, Any]:
+def show_backend(group: Any, member: Any, state: str, now: float) -> dict[str, Any]:
     """A row of `backends`; `now` is a time of the monotonic clock."""
-    return {"route": printable(group.pattern), "backend": printable(member.target), "up": not member.why,
-            "why": printable(member.why, 300), "since": round(now - member.since, 3), "active": member.active,
-            "drained": member.is_drained, "used": group.is_good(member), "near": member.is_near,
-            "results": member.results(), "failures": member.failures,
+    pool = member.pool
+    return {"route": printable(group.pattern), "backend": printable(member.target), "state": state,
+            "why": printable(member.why, 300), "since": round(max(now - member.since, 0.0), 3),
             "next": round(max(member.until - now, 0.0), 3) if member.why else 0,
-            "connect_seconds": member.seconds and round(member.seconds, 6)}
+            "active": member.active, "limit": group.options.max_backend_connections, "waiting": len(group.waiting),
+            "near": member.is_near, "results": member.results(), "failures": member.failures,
+            "connect_seconds": member.seconds and round(member.seconds, 6),
+            "checks": {"good": member.checks_good, "bad": member.checks_bad} if member.is_checked else None,
+            "warm": None if pool is None else {"idle": len(pool.idle), "dialling": len(pool.dialling),
+                                               "hit": pool.hit, "miss": pool.miss, "dead": pool.dead}}
+
+
+def shown_backends(backends: list[tuple[Any, Any, str]]) -> list[tuple[Any, Any, str]]:
+    """As many as are shown, in their order; where there are more, first those that are not good."""
+    if len(backends) <= BACKENDS_SHOWN:
+        return backends
+    return sorted(backends, key=lambda row: row[2] == "good")[:BACKENDS_SHOWN]
 
 
 def status(facts: Facts) -> dict[str, Any]:
@@ -561,6 +624,7 @@ def status(facts: Facts) -> dict[str, Any]:
         "bytes": {"up": collector.totals.up, "down": collector.totals.down},
         "reloads": {"ok": router.reloads["ok"], "failed": router.reloads["failed"],
                     "last_ok": router.last_reload[0], "last": router.last_reload[1]},
+        "backend_states": collections.Counter(state for _, _, state in facts.backends),
         "tunnel_states": {state: facts.states[state] for state in TUNNEL_STATES},
         "tunnel_counters": facts.tunnel_counters, "ports_used": facts.ports_used,
         "refusals": {kind: count for kind, count in results.items() if kind in REFUSALS},
@@ -575,6 +639,6 @@ def status(facts: Facts) -> dict[str, Any]:
         "routes": [show_route(route, facts.tallies[route.pattern], *live[route.pattern])
                    for route in (*facts.port_routes, *facts.routes.routes)[:ROUTES_SHOWN]
                    if route.pattern in facts.tallies],  # a reload may have taken it out since
-        "backends": [show_backend(*row, now) for row in facts.backends[:BACKENDS_SHOWN]],
+        "backends": [show_backend(*row, now) for row in shown_backends(facts.backends)],
         "oldest_connections": [show_connection(connection, now) for connection in oldest],
     }

@@ -2,7 +2,7 @@
 
     GET /          --> PAGE, with POLICY in its header: the document, STYLE and SCRIPT are inline
     GET /status    --> SCRIPT fetches it every 2 seconds (10 in a hidden tab); `show` writes it into PAGE's elements
-    POST /reload, /tunnels/NAME/start, /tunnels/NAME/stop
+    POST /reload, /tunnels/NAME/start, /tunnels/NAME/stop, /routes/PATTERN/backends/ADDRESS/drain, enable
                    --> `command` sends it when somebody presses a button, with the token that they typed
 
 The page asks for nothing else, and never another host.  It shows names that come from strangers, so SCRIPT writes
@@ -84,6 +84,8 @@ td.act { padding-top: 3px; padding-bottom: 3px; }
 .state { display: inline-flex; align-items: center; gap: 7px; white-space: nowrap; }
 .name { width: 34%; min-width: 9em; } #tunnels .name { width: 55%; } #starts .name { width: 100%; }
 .state-cell { width: 7em; }
+.strip { display: block; width: 120px; height: 14px; }
+.strip path { fill: none; stroke: currentColor; stroke-width: 3; }
 .inline .words { display: inline; margin-left: 8px; }
 .empty { margin: 0; padding: 4px 0 2px; color: var(--quiet); }
 .bars li { position: relative; display: flex; gap: 12px; padding: 3px 8px; margin: 2px -8px; overflow-wrap: anywhere; }
@@ -200,6 +202,50 @@ function whatNext(row) {
   if (row.state === "failed") return "refused for " + span(row.next);
   return row.next ? "stops in " + span(row.next) : "";
 }
+const STANDS = { good: "good", spare: "quiet", unknown: "warn", down: "bad", drained: "quiet" };
+const MEANS = { spare: "in another zone: used where none of the own zone will do", unknown: "no check has passed yet",
+  drained: "an operator wants no new client led there" };
+function ofBackend(row) {  // why it is not good, and what comes next
+  const why = row.why && "down for " + span(row.since) + ": " + row.why
+    + (row.next ? " (next try in " + span(row.next) + ")" : "");
+  return [MEANS[row.state], why].filter(Boolean).join("; ");
+}
+function showStrip(cell, results) {  // the last 30, the latest at the right: good ones are tall, bad ones short and low
+  if (cell.said === results) return;
+  cell.said = results;
+  const figure = vector("svg", { class: "strip", viewBox: "0 0 120 14", role: "img" });
+  const room = 30 - results.length;
+  for (const [sign, kind, line] of [["+", "good", "1v12"], ["-", "bad", "9v4"]]) {
+    const drawn = Array.from(results, (each, at) => each === sign ? "M" + (4 * (room + at) + 2) + " " + line : "");
+    figure.append(vector("path", { class: kind, d: drawn.join("") }));
+  }
+  const bad = results.split("-").length - 1;
+  const told = !results ? "nobody was there yet" : "of the last " + results.length + " " + bad + " failed"
+    + (results.endsWith("-") ? ", the latest, too" : "");
+  figure.setAttribute("aria-label", told);
+  cell.title = told;
+  cell.replaceChildren(figure);
+}
+function showWarm(row) {
+  if (!row.warm) return "";
+  return whole.format(row.warm.idle) + (row.warm.dialling ? " + " + whole.format(row.warm.dialling) : "");
+}
+function drain(cell, row) {
+  if (!cell.firstChild) {
+    cell.append(make("button"));
+    cell.firstChild.addEventListener("click", () => cell.act());
+  }
+  const back = row.state === "drained", button = cell.firstChild, verb = back ? "Enable" : "Drain";
+  put(button, verb);
+  button.setAttribute("aria-label", verb + " " + row.backend + " of " + row.route);
+  allow(button);
+  cell.act = () => command("/routes/" + encodeURIComponent(row.route) + "/backends/" + encodeURIComponent(row.backend)
+    + (back ? "/enable" : "/drain"), verb + " this backend?", back
+    ? "New clients of " + row.route + " are led to " + row.backend + " again."
+    : "No new client of " + row.route + " is led to " + row.backend + ". "
+      + (row.active ? "Its " + count(row.active, "connection stays.", "connections stay.") : "It has no connection.")
+      + " A reload keeps this, a restart does not.", verb);
+}
 function act(cell, row) {
   if (!cell.firstChild) {
     cell.append(make("button"));
@@ -243,6 +289,15 @@ const TABLES = {
     ["Refused", "number", (row) => whole.format(row.refused)],
     ["Up", "number", (row) => bytes(row.up)],
     ["Down", "number", (row) => bytes(row.down)] ] },
+  backends: { key: (row) => row.route + " " + row.backend, columns: [
+    ["State", "state-cell short", (row, cell) => showState(cell, row.state, STANDS[row.state] || "quiet")],
+    ["Route", "short", (row) => row.route],
+    ["Backend", "name", (row, cell) => showWithWords(cell, row.backend, ofBackend(row), row.why ? "bad" : "")],
+    ["Last results", "short", (row, cell) => showStrip(cell, row.results)],
+    ["Open", "number", (row) => whole.format(row.active) + (row.limit ? " of " + whole.format(row.limit) : "")],
+    ["Warm", "number", showWarm],
+    ["Connect", "number", (row) => row.connect_seconds === null ? "" : span(row.connect_seconds)],
+    ["", "act", (row, cell) => drain(cell, row)] ] },
   connections: { key: (row) => row.client, columns: [
     ["State", "state-cell short", (row, cell) => showState(cell, row.state, row.state === "open" ? "good"
       : row.state === "lingering" ? "quiet" : "warn")],
@@ -336,6 +391,10 @@ function troubles(now) {
   for (const row of bad.slice(0, 4))
     found.push(["bad", row.key + ": " + (ownWords(row) || "it ended") + " (" + whatNext(row) + ")"]);
   if (bad.length > 4) found.push(["bad", "And " + count(bad.length - 4, "tunnel", "tunnels") + " more."]);
+  const down = now.backends.filter((row) => row.state === "down");
+  for (const row of down.slice(0, 4)) found.push(["bad", row.route + ": " + row.backend + " is " + ofBackend(row)]);
+  if (now.backend_states.down > 4)
+    found.push(["bad", "And " + count(now.backend_states.down - 4, "backend", "backends") + " more."]);
   return found.length ? found : [["good", "Nothing fails."]];
 }
 function showTroubles(rows) {
@@ -398,6 +457,9 @@ function show(now) {
   }
   showTable("refusals", now.last_refusals);
   showTable("routes", now.routes);
+  put($("backends-count"), Object.keys(STANDS).filter((state) => now.backend_states[state])
+    .map((state) => whole.format(now.backend_states[state]) + " " + state).join(", "));
+  showTable("backends", now.backends);
   showTable("connections", now.oldest_connections);
   showTable("starts", now.slowest_starts);
   showBars("reasons", Object.entries(now.refusals).sort((a, b) => b[1] - a[1])
@@ -567,6 +629,7 @@ spellcheck="false"><button id="start" disabled>Start</button></form>''')}
 {card("Most refused names", '<ul class="bars" id="names"></ul><p class="empty" id="names-empty">None.</p>')}
 {card("Slowest starts", table("starts", "No tunnel has started."))}
 </div>
+{card("Backends", table("backends", "No route has several."), "all", '<span id="backends-count"></span>')}
 {card("Connections", table("connections", "None is open."), "all", '<span id="connections-count"></span>')}
 </main>
 <dialog id="ask" aria-labelledby="ask-title"><form method="dialog">

@@ -44,8 +44,11 @@ def many_descriptors() -> Iterator[None]:
 
 PATHS = {"/": "GET", "/metrics": "GET", "/status": "GET", "/healthz": "GET", "/readyz": "GET",
          "/reload": "POST", "/tunnels/db.example.com/stop": "POST", "/tunnels/db.example.com/start": "POST",
+         "/routes/db.example.com/backends/192.0.2.1:5432/drain": "POST",
+         "/routes/db.example.com/backends/192.0.2.1:5432/enable": "POST",
+         "/routes/db.example.com/backends/192.0.2.1:5432": "", "/routes/db.example.com/drain": "",
          "/nothing": "", "/tunnels/db.example.com": "", "/status/": "", "/../status": "", "*": ""}
-RIGHT = {"/tunnels/db.example.com/stop": 404}  # it is not up
+RIGHT = dict.fromkeys((path for path in PATHS if path.endswith(("/stop", "/drain", "/enable"))), 404)  # none is there
 
 
 @pytest.mark.parametrize("token", [TOKEN, None], ids=["with a token", "without a token"])

@@ -857,11 +857,12 @@ def test_metrics_status_and_explain_tell_of_each_backend(launch, settings_file, 
         assert f'sniroute_backend_connect_seconds_bucket{place},le="+Inf"}} {connects}\n' in text
     assert text.count("\nsniroute_backend_up{") == 2, "no label for what a client chooses"
     rows = json.loads(asked(admin_path, "/status"))["backends"]
-    assert [(row["up"], row["why"], row["failures"]) for row in rows] == [(False, "Connection refused", 1), (True, "", 0)]
+    assert [(row["state"], row["why"], row["failures"]) for row in rows] == [
+        ("down", "Connection refused", 1), ("good", "", 0)]
     said = command("explain", NAME, "-c", path, f"--admin=unix:{admin_path}").stdout
     assert re.search(rf"^backend: tcp:{HOST}:{bad[1]}, down for \d+ s: Connection refused; tried again in \d+ s$", said, re.MULTILINE)
     assert re.search(rf"^backend: tcp:{HOST}:{good.address[1]}, good, \d connections$", said, re.MULTILINE)
-    assert f"taken:   tcp:{HOST}:{good.address[1]}, which has the fewest connections\n" in said
+    assert f"taken:   tcp:{HOST}:{good.address[1]}, since no other one will do\n" in said
 
 
 def asked(path: str, what: str) -> str:

@@ -219,12 +219,15 @@ def parse_metrics(text: str) -> dict[str, dict[tuple[tuple[str, str], ...], floa
     for name, kind in kinds.items():
         assert kind != "counter" or name.endswith("_total"), name
         if kind == "histogram":
-            buckets = samples[f"{name}_bucket"]
-            bounds = [float(dict(labels)["le"]) for labels in buckets]
-            assert bounds == sorted(bounds) and math.isinf(bounds[-1])
-            assert list(buckets.values()) == sorted(buckets.values()), "cumulative"
-            assert buckets[("le", "+Inf"),] == samples[f"{name}_count"][()]
-            assert samples[f"{name}_sum"][()] >= 0
+            several: dict[tuple[tuple[str, str], ...], dict[float, float]] = collections.defaultdict(dict)
+            for (*labels, (last, bound)), count in samples[f"{name}_bucket"].items():
+                assert last == "le"
+                several[tuple(labels)][float(bound)] = count
+            assert set(several) == set(samples[f"{name}_count"]) == set(samples[f"{name}_sum"])
+            for labels, buckets in several.items():
+                assert list(buckets) == sorted(buckets) and math.isinf(max(buckets))
+                assert list(buckets.values()) == sorted(buckets.values()), "cumulative"
+                assert buckets[math.inf] == samples[f"{name}_count"][labels] and samples[f"{name}_sum"][labels] >= 0
         else:
             assert all(value >= 0 for value in samples[name].values())
     return dict(samples)
