@@ -14,8 +14,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import zipfile
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import pytest
 
@@ -24,9 +25,9 @@ import sniroute_door
 import sniroute_metrics
 from sniroute_names import printable
 from conftest import HERE, HOST, Address, echo, wait_until
-from testbed.admin import (DB, HOSTILE, TOKEN, TUNNEL, Running, ask, dial, metrics, parse_metrics, read_reply, tell,
-                           value)
-from testbed.running import read_all
+from testbed.admin import (DB, HOSTILE, TOKEN, TUNNEL, Reply, Running, ask, dial, metrics, parse_metrics, read_reply,
+                           tell, value)
+from testbed.running import read_all, read_exactly
 
 pytestmark = pytest.mark.usefixtures("hurry")
 
@@ -78,8 +79,10 @@ def test_table_of_methods_and_paths(token, run_admin, cloudflared, ports, serve)
 
 @pytest.mark.parametrize("path", [path for path, method in PATHS.items() if method == "POST"])
 def test_every_order_wants_the_token(path, run_admin):
-    running = run_admin()
+    running = run_admin("--route=db.example.com=tcp:192.0.2.1:5432,192.0.2.2:5432" if "backends" in path else TUNNEL)
     calls: list[str] = []
+    if running.router.targets.book is not None:
+        running.router.targets.book.drain = lambda *_: calls.append("backends") or "tcp:192.0.2.1:5432"
     running.router.hooks = running.router.hooks._replace(reload=lambda: calls.append("reload") or [])
     running.tunnels.stop = running.tunnels.wait = lambda *_: calls.append("tunnels") or True
     found = {}
@@ -346,6 +349,165 @@ def test_failed_tunnel_is_tried_again_at_once(run_admin, serve, cloudflared, por
     cloudflared.fault("db.example.com")
     assert ask(running.admin, f"/tunnels/{DB}/start", "POST").status == 200
     assert running.tunnels.failed() == []
+
+
+# -- backends ----------------------------------------------------------------------------------
+
+
+def says(text: bytes) -> Callable[[socket.socket], None]:
+    """A handler that answers the first piece with `text`, and then sends everything back."""
+    def handler(sock: socket.socket) -> None:
+        if sock.recv(65536):
+            sock.sendall(text)
+            while data := sock.recv(65536):
+                sock.sendall(data)
+    return handler
+
+
+def served(connect: Callable[[], socket.socket]) -> bytes:
+    """Which backends answer six clients."""
+    found = set()
+    for _ in range(6):
+        with connect() as client:
+            found.add(client.recv(1))
+    return b"".join(sorted(found))
+
+
+def first_words(address: Address) -> socket.socket:
+    """A client of a port."""
+    client = socket.create_connection(address, 20)
+    client.sendall(b"x")
+    return client
+
+
+def order(running: Running, pattern: str, address: str, verb: str) -> Reply:
+    quoted = [urllib.parse.quote(each, safe="") for each in (pattern, address)]
+    return ask(running.admin, f"/routes/{quoted[0]}/backends/{quoted[1]}/{verb}", "POST")
+
+
+@pytest.mark.parametrize("prefix", ["tcp:", ""], ids=["target", "address"])
+@pytest.mark.parametrize("pattern", ["db.example.com", "*.example.org", f"port {HOST}:0", f"{HOST}:0"])
+def test_a_drained_backend_gets_no_new_client_and_keeps_those_it_has(pattern, prefix, run_admin, serve, caplog):
+    caplog.set_level(logging.INFO, "sniroute")
+    one, two = serve(says(b"1")).address, serve(says(b"2")).address
+    shown, target = f"{HOST}:{one[1]}", f"tcp:{HOST}:{one[1]},{HOST}:{two[1]}"
+    is_port = pattern.endswith(":0")
+    running = run_admin(f"--port={HOST}:0={target}" if is_port else f"--route={pattern}={target}",
+                        "--route=other.example.net=tcp:192.0.2.1:1")
+    name = pattern.replace("*", "a")
+    listener = running.router.listeners[-1].getsockname()
+    connect = (lambda: first_words(listener)) if is_port else lambda: running.connect(name)
+    with contextlib.ExitStack() as stack:
+        stayed = None
+        while stayed is None:
+            client = stack.enter_context(connect())
+            stayed = client if client.recv(1) == b"1" else None
+        reply = order(running, pattern, prefix + shown, "drain")
+        route = f"port {HOST}:0" if is_port else pattern
+        assert (reply.status, reply.json) == (200, {"done": f"{route}: backend tcp:{shown} is drained.", "route": route,
+                                                    "backend": f"tcp:{shown}", "drained": True})
+        assert served(connect) == b"2"
+        stayed.sendall(b"still")
+        assert read_exactly(stayed, 5) == b"still"
+        rows = {row["backend"]: row for row in ask(running.admin, "/status").json["backends"]}
+        assert (rows[f"tcp:{shown}"]["state"], rows[f"tcp:{HOST}:{two[1]}"]["state"]) == ("drained", "good")
+        running.admin.metrics.forget()
+        seen = metrics(running)
+        assert value(seen, "sniroute_backend_drained", route=route, backend=f"tcp:{shown}") == 1
+        assert value(seen, "sniroute_backend_up", route=route, backend=f"tcp:{shown}") == 1
+        running.router.call(lambda: running.router.adopt(running.router.settings))  # as a reload does
+        assert served(connect) == b"2", "a reload keeps it"
+        assert order(running, pattern, prefix + shown, "enable").json["drained"] is False
+        assert served(connect) == b"12"
+    lines = [record.getMessage() for record in caplog.records if "by an order of" in record.getMessage()]
+    assert [re.sub(r":\d+$", ":PORT", line) for line in lines] == [
+        f"{route}: backend tcp:{shown} is {word}, by an order of {HOST}:PORT" for word in ("drained", "enabled")]
+
+
+def test_where_all_backends_are_drained_a_client_is_told_so(run_admin, serve):
+    one = serve(says(b"1")).address
+    running = run_admin(f"--route=db.example.com=tcp:{HOST}:{one[1]},{HOST}:1")
+    for port in (one[1], 1):
+        assert order(running, "db.example.com", f"{HOST}:{port}", "drain").status == 200
+    running.refused("db.example.com")
+    running.collected()
+    (refusal,) = ask(running.admin, "/status").json["last_refusals"]
+    assert (refusal["reason"], "an operator has drained all its backends" in refusal["detail"]) == ("backend", True)
+
+
+@pytest.mark.parametrize("pattern, address, said", [
+    ("nothing.example.com", "192.0.2.1:1", "no route has the pattern nothing.example.com"),
+    ("a.example.com", "192.0.2.1:1", "no route has the pattern a.example.com"),  # a name that a route fits is none
+    ("port :9", "192.0.2.1:1", "no route has the pattern port :9"),
+    ("\x1b[31m\n", "192.0.2.1:1", "no route has the pattern ?[31m?"),
+    ("one.example.com", "192.0.2.9:9", "one.example.com leads to one target, tcp:192.0.2.9:9: there is no other one "
+                                       "that could take its clients"),
+    ("*.example.com", "192.0.2.1:3", "*.example.com has no backend 192.0.2.1:3; it has: tcp:192.0.2.1:1, "
+                                     "tcp:192.0.2.1:2"),
+    ("*.example.com", "\x9b/../\r\n", "*.example.com has no backend ?/../??; it has: tcp:192.0.2.1:1, tcp:192.0.2.1:2"),
+    ("many.example.com", "x", "many.example.com has no backend x; it has: "
+     + "".join(f"tcp:192.0.2.1:{port}, " for port in range(1, 11))[:-2] + " ..."),
+    ("{a}.example.org", "tcp:192.0.2.1:1", "{a}.example.org has no backend tcp:192.0.2.1:1; it has: "
+                                           "none that depends on no name"),
+])
+@pytest.mark.parametrize("verb", ["drain", "enable"])
+def test_an_order_for_a_backend_that_is_not_there_is_a_sentence(pattern, address, said, verb, run_admin):
+    many = ",".join(f"192.0.2.1:{port}" for port in range(1, 13))
+    running = run_admin("--route=*.example.com=tcp:192.0.2.1:1,192.0.2.1:2", "--route=one.example.com=tcp:192.0.2.9:9",
+                        f"--route=many.example.com=tcp:{many}", "--route={a}.example.org=tcp:{a}:1,{a}:2")
+    reply = order(running, pattern, address, verb)
+    assert (reply.status, reply.json) == (404, {"error": said})
+
+
+def test_a_backend_is_ordered_by_what_status_shows_of_it(run_admin):
+    """A path with letters that /status shows as `?`."""
+    running = run_admin("--route=db.example.com=tcp:192.0.2.1:1", "--route=x.example.com=tcp:192.0.2.1:1,192.0.2.1:2")
+    (group,) = running.router.targets.book.listed()
+    member = next(iter(group.members.values()))
+    group.members = {"unix:/run/\u00e9.sock": member, "unix:/run/e.sock": member}
+    member.target = "unix:/run/\u00e9.sock"
+    running.admin.status.forget()
+    shown = ask(running.admin, "/status").json["backends"][0]["backend"]
+    assert shown == "unix:/run/?.sock"
+    assert group.find(shown) is None, "two are shown so"
+    del group.members["unix:/run/e.sock"]
+    assert order(running, "x.example.com", shown, "drain").json["drained"] and member.is_drained
+
+
+def test_a_drained_backend_stays_so_for_each_name_that_leads_there(run_admin, serve):
+    """A route whose targets have fields: what is drained holds for names that come later."""
+    one, two = serve(says(b"1")).address, serve(says(b"2")).address
+    running = run_admin(f"--route={{a}}.example.com=tcp:{HOST}:{one[1]},{HOST}:{two[1]},{{a}}.invalid:1")
+    a, b = (lambda: running.connect("a.example.com")), lambda: running.connect("b.example.com")
+    assert served(a) == b"12"
+    assert order(running, "{a}.example.com", f"{HOST}:{one[1]}", "drain").status == 200
+    assert served(a) == served(b) == b"2"
+    assert ask(running.admin, "/status").json["backends"] == []
+
+
+def test_a_loop_that_hangs_does_not_hold_an_order_for_ever(run_admin, monkeypatch):
+    monkeypatch.setattr(sniroute_admin, "LOOP_TIME", 0.05)
+    running = run_admin("--route=db.example.com=tcp:192.0.2.1:1,192.0.2.1:2")
+    hangs, go_on = threading.Event(), threading.Event()
+    try:
+        running.router.call(lambda: hangs.set() or go_on.wait(20))
+        assert hangs.wait(20)
+        reply = order(running, "db.example.com", "192.0.2.1:1", "drain")
+        assert (reply.status, "it may still do it later" in reply.json["error"]) == (503, True)
+    finally:
+        go_on.set()
+    (group,) = running.router.targets.book.listed()
+    wait_until(lambda: group.members["tcp:192.0.2.1:1"].is_drained)
+
+
+def test_at_a_unix_socket_the_log_says_which_user_has_ordered_it(run_admin, admin_path, caplog):
+    caplog.set_level(logging.INFO, "sniroute")
+    running = run_admin("--route=db.example.com=tcp:192.0.2.1:1,192.0.2.1:2", admin=f"unix:{admin_path}")
+    assert order(running, "db.example.com", "192.0.2.1:2", "drain").status == 200
+    assert f"backend tcp:192.0.2.1:2 is drained, by an order of uid {os.getuid()}, pid {os.getpid()}" in caplog.text
+
+
+# -- tunnels once more -------------------------------------------------------------------------
 
 
 def test_start_without_room_is_a_conflict(run_admin, serve, cloudflared, ports):

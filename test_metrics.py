@@ -24,7 +24,8 @@ from sniroute_metrics import Collector, Histogram, TopNames, escape_label, show_
 from sniroute_names import printable
 from sniroute_tunnels import Start, View
 from conftest import HOST, FakeClock, echo, wait_until
-from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, ask, hostile_ending, metrics, parse_metrics, value
+from testbed.admin import (DB, HOSTILE, TOKEN, TUNNEL, Running, ask, hostile_ending, metrics, parse_metrics,
+                           value)
 
 pytestmark = pytest.mark.usefixtures("hurry")
 
@@ -210,6 +211,107 @@ def test_label_values_are_escaped():
         == ["1", "0.25", "1e-07", "+Inf", "12345678901234567890"]
     text = f'# HELP a b\n# TYPE a gauge\na{{route="{escape_label(HOSTILE)}"}} 1\n'
     assert parse_metrics(text) == {"a": {(("route", HOSTILE),): 1.0}}
+
+
+# -- backends ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backends(run_admin, settings_file, serve) -> Iterator[tuple[Running, str, str]]:
+    """A router with three routes to several backends, and the targets of those of `db`: the first is down."""
+    with socket.create_server((HOST, 0)) as sock:
+        bad = f"tcp:{HOST}:{sock.getsockname()[1]}"
+    good = f"tcp:{HOST}:{serve(echo).address[1]}"
+    one = f"tcp:{HOST}:{serve(echo).address[1]}"
+    path = settings_file(f"""
+        [routes]
+        "*.example.org" = "tcp:{{label}}.invalid:1,{{label}}.invalid:2"
+        "x.example.com" = "tcp:192.0.2.1:1"
+        "q.example.com" = {{ target = ["{one}"], max_backend_connections = 1, queue = "300ms" }}
+        [routes."db.example.com"]
+        target = ["{bad}", "{good}"]
+        health = "connect"
+        health_interval = "100ms"
+        health_timeout = "50ms"
+        health_fail = 1
+        warm = 2
+        """)
+    running = run_admin("-c", path)
+    members = {member.target: member for _, member in running.router.targets.book.rows()}
+    wait_until(lambda: members[bad].why and members[good].checks_good and len(members[good].pool.idle) == 2)
+    yield running, bad, good
+
+
+def test_metrics_tell_of_each_backend_of_the_configuration(backends):
+    running, bad, good = backends
+    for _ in range(3):
+        with running.connect("db.example.com") as client:
+            assert client.recv(1)
+    running.refused("a.example.org")
+    with running.connect("q.example.com") as first, running.connect("q.example.com") as second:
+        assert first.recv(1)
+        (group,) = [group for group in running.router.targets.book.listed() if group.pattern == "q.example.com"]
+        wait_until(lambda: group.waiting)
+        running.admin.metrics.forget()
+        assert value(metrics(running), "sniroute_backend_queue_length", route="q.example.com") == 1
+        while second.recv(1):
+            pass  # its time is over
+    running.collected()
+    seen = metrics(running)
+    for target, up in ((bad, 0), (good, 1)):
+        place = {"route": "db.example.com", "backend": target}
+        assert value(seen, "sniroute_backend_up", **place) == up
+        assert value(seen, "sniroute_backend_drained", **place) == value(seen, "sniroute_backend_connections", **place) == 0
+        assert (value(seen, "sniroute_backend_checks_total", **place, result="good") > 0) is bool(up)
+        assert (value(seen, "sniroute_backend_checks_total", **place, result="bad") > 0) is not bool(up)
+        assert value(seen, "sniroute_backend_warm", **place, state="dialling") in (0, 1)
+        assert value(seen, "sniroute_backend_warm_used_total", **place, result="hit") == 3 * up
+        assert value(seen, "sniroute_backend_warm_used_total", **place, result="miss") == 0
+        assert value(seen, "sniroute_backend_warm_used_total", **place, result="dead") == 0
+        assert value(seen, "sniroute_backend_connect_seconds_count", **place) == 0, "their connects were ahead of them"
+    assert value(seen, "sniroute_backend_queue_length", route="q.example.com") == 0
+    assert value(seen, "sniroute_backend_queue_seconds_count", route="q.example.com") == 1
+    assert 0.25 < value(seen, "sniroute_backend_queue_seconds_sum", route="q.example.com") < 10
+    assert value(seen, "sniroute_backend_queue_seconds_count", route="db.example.com") == 0
+    several = {name: {dict(labels)["route"] for labels in samples} for name, samples in seen.items()
+               if name.startswith("sniroute_backend_")}
+    both = {"db.example.com", "q.example.com"}
+    assert several.pop("sniroute_backend_checks_total") == {"db.example.com"}
+    assert several.pop("sniroute_backend_warm") == several.pop("sniroute_backend_warm_used_total") == {"db.example.com"}
+    assert len(several) == 11 and all(routes == both for routes in several.values()), "no name of a client"
+
+
+def test_status_says_how_each_backend_stands(backends):
+    running, bad, good = backends
+    with running.connect("db.example.com") as client:
+        assert client.recv(1)
+        running.admin.status.forget()
+        status = ask(running.admin, "/status").json
+    other, down, up = status["backends"]
+    assert status["backend_states"] == {"down": 1, "good": 2}
+    assert set(down) == set(up) == set(other)
+    assert (down["route"], down["backend"], down["state"], down["why"]) \
+        == ("db.example.com", bad, "down", "Connection refused")
+    assert 0 <= down["since"] < 20 and 0 <= down["next"] <= 30 and set(down["results"]) == {"-"} and down["checks"]["bad"] > 0
+    assert (up["state"], up["why"], up["active"], up["near"], up["limit"], up["waiting"]) == ("good", "", 1, True, None, 0)
+    assert up["warm"]["hit"] == 1 and up["warm"]["miss"] == up["warm"]["dead"] == 0 and up["results"][-1] == "+"
+    assert (other["limit"], other["checks"], other["warm"], other["results"]) == (1, None, None, "")
+
+
+def test_a_backend_s_words_are_shown_printable_and_the_list_is_bounded(run_admin, monkeypatch):
+    running = run_admin("--route=x.example.com=tcp:192.0.2.1:1,192.0.2.1:2,192.0.2.1:3")
+    (group,) = running.router.targets.book.listed()
+    one, two, three = group.members.values()
+    three.why, three.target = HOSTILE * 20, HOSTILE
+    two.is_drained = True
+    monkeypatch.setattr(sniroute_metrics, "BACKENDS_SHOWN", 2)
+    reply = ask(running.admin, "/status")
+    assert not re.search(rb"[^\n -~]", reply.body)
+    assert [(row["backend"], row["state"]) for row in reply.json["backends"]] == [
+        ("tcp:192.0.2.1:2", "drained"), (printable(HOSTILE), "down")], "first those that are not good"
+    assert reply.json["backends"][1]["why"] == printable(HOSTILE * 20, 300)
+    assert reply.json["backend_states"] == {"good": 1, "drained": 1, "down": 1}
+    assert value(metrics(running), "sniroute_backend_up", route="x.example.com", backend=HOSTILE) == 0
 
 
 # -- /status -----------------------------------------------------------------------------------
