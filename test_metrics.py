@@ -238,7 +238,7 @@ def backends(run_admin, settings_file, serve) -> Iterator[tuple[Running, str, st
         """)
     running = run_admin("-c", path)
     members = {member.target: member for _, member in running.router.targets.book.rows()}
-    wait_until(lambda: members[bad].why and members[good].checks_good and len(members[good].pool.idle) == 2)
+    wait_until(lambda: members[bad].why and members[bad].checks_bad and members[good].checks_good and len(members[good].pool.idle) == 2)
     yield running, bad, good
 
 

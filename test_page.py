@@ -9,7 +9,7 @@ import re
 import pytest
 
 from conftest import HOST, echo, wait_until
-from testbed.admin import DB, TOKEN, TUNNEL, ask, hostile_ending
+from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, Browser, ask, hostile_ending
 from testbed.running import read_all
 
 pytestmark = pytest.mark.usefixtures("hurry")
@@ -94,3 +94,60 @@ def test_page_in_a_browser(browser, run_admin, serve, cloudflared, ports):
     assert {url for url in asked if not url.startswith((origin + "/", "data:"))} == set()
     running.admin.close()
     wait_until(lambda: browser.evaluate("refresh()") or browser.text("phase") == "no answer", what="the page to notice")
+
+
+def press(browser: Browser, label: str) -> None:
+    """Press the button with this name, and then the one that confirms it."""
+    browser.evaluate(f"[...document.querySelectorAll('td button')].find((one) => one.ariaLabel === {label!r}).click()")
+    browser.evaluate(f"document.getElementById('ask-token').value = {TOKEN!r};"
+                     "document.getElementById('ask-go').click()")
+
+
+def cells(browser: Browser) -> list[list[str]]:
+    """The words of the table of backends: state, route, backend, what its strip tells, the button."""
+    return browser.evaluate(
+        "[...document.querySelectorAll('#backends tbody tr')].map((line) => [line.cells[0].innerText,"
+        " line.cells[1].innerText, line.cells[2].innerText, line.querySelector('svg')?.ariaLabel || '',"
+        " line.querySelector('button').innerText])")
+
+
+def test_backends_in_a_browser(browser, run_admin, serve):
+    """Each stands there in words, with a strip of its last results; a button drains it, and another one enables it."""
+    good = f"tcp:{HOST}:{serve(echo).address[1]}"
+    running = run_admin(f"--route=db.example.com={good},{HOST}:1", f"--port={HOST}:0={good},192.0.2.1:1",
+                        "--route=b.example.org=tcp:192.0.2.1:1")
+    named, port = running.router.targets.book.listed()
+    for member, results in zip(named.members.values(), ("+++", "+-" * 20 + "-"), strict=True):
+        for each in results:
+            member.mark(each == "+")
+    bad = list(named.members.values())[1]
+    running.router.call(lambda: named.is_down(bad, HOSTILE, "as the test says"))
+    wait_until(lambda: bad.why)
+    browser.call("Page.navigate", url=f"http://{HOST}:{running.admin.address[1]}/")
+    wait_until(lambda: browser.evaluate("document.querySelectorAll('#backends tbody tr').length") == 4, what="rows")
+    rows = cells(browser)
+    place = f"port {HOST}:0"
+    assert rows[0] == ["good", "db.example.com", good, "of the last 3 0 failed", "Drain"]
+    assert rows[1][:2] == ["down", "db.example.com"] and rows[1][3:] == ["of the last 30 16 failed, the latest, too", "Drain"]
+    assert rows[1][2].startswith(f"tcp:{HOST}:1\ndown for ") and '<b>x</b>"' in rows[1][2]
+    assert [row[:2] for row in rows[2:]] == [["good", place]] * 2 and rows[2][3] == "nobody was there yet"
+    assert browser.text("backends-count") == "3 good, 1 down"
+    assert f"db.example.com: tcp:{HOST}:1 is down for " in browser.text("troubles")
+    drawn = browser.evaluate("[...document.querySelectorAll('#backends tr:nth-child(2) path')].map((one) =>"
+                             " one.getAttribute('d').split('M').length - 1)")
+    assert drawn == [14, 16]
+
+    press(browser, f"Drain {good} of {place}")
+    wait_until(lambda: browser.text("said") == f"{place}: backend {good} is drained.", what="the answer")
+    wait_until(lambda: browser.evaluate("refresh()") or cells(browser)[2][0] == "drained", what="the row")
+    row = cells(browser)[2]
+    assert row[2] == f"{good}\nan operator wants no new client led there" and row[4] == "Enable"
+    assert port.members[good].is_drained and not named.members[good].is_drained
+    press(browser, f"Enable {good} of {place}")
+    wait_until(lambda: not port.members[good].is_drained, what="the order")
+
+    browser.call("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=True)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 400
+    assert browser.evaluate("document.querySelectorAll('main b').length") == 0
+    complaints = browser.happened("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+    assert complaints == []
