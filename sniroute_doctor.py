@@ -265,7 +265,7 @@ def show_backend(row: dict[str, Any]) -> str:
     if state == "down":
         return f", {down}"
     if state == "drained":
-        return ", drained by an operator" + f", and {down}" * bool(down)
+        return f", drained by an operator, {connections}" + f", and {down}" * bool(down)
     words = {"good": "good", "spare": "good, but in another zone", "unknown": "not known yet: no check has passed"}
     full = ", full: max_backend_connections" * (limit is not None and row["active"] >= limit)
     return f", {words.get(state, printable(state, WORD_MAX))}, {connections}{full}"
@@ -280,7 +280,7 @@ def who_is_taken(balance: str, queue: float, rows: list[tuple[str, dict[str, Any
         if free and is_full:
             return f"{min(free, key=lambda row: row[1])[0]}, since better ones are full"
         if len(free) == 1:
-            return f"{free[0][0]}, since no other one will do" if len(rows) > 1 else free[0][0]
+            return f"{free[0][0]}, since no other one is as good" if len(rows) > 1 else free[0][0]
         if free:
             return TAKEN[balance](free) if len(free) == len(rows) else f"of {len(free)}: {TAKEN[balance](free)}"
         is_full = is_full or bool(alike)

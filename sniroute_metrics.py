@@ -543,11 +543,11 @@ def expose(facts: Facts) -> bytes:
 
 def show_connection(connection: Any, now: float) -> dict[str, Any]:
     """A row of `oldest_connections`; `now` is a time of the monotonic clock."""
-    decision = connection.decision
+    decision, way = connection.decision, connection.backend
     up, down = passed_on(connection)
     return {"client": printable(show_address(connection.address)), "name": printable(connection.name or ""),
             "route": printable(decision.route.pattern if decision else ""),
-            "backend": printable(decision.target if decision else ""), "state": connection.state,
+            "backend": printable(way.target if way else decision.target if decision else ""), "state": connection.state,
             "seconds": round(now - connection.began, 3), "up": up, "down": down}
 
 

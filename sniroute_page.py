@@ -296,7 +296,7 @@ const TABLES = {
     ["Last results", "short", (row, cell) => showStrip(cell, row.results)],
     ["Open", "number", (row) => whole.format(row.active) + (row.limit ? " of " + whole.format(row.limit) : "")],
     ["Warm", "number", showWarm],
-    ["Connect", "number", (row) => row.connect_seconds === null ? "" : span(row.connect_seconds)],
+    ["Connect", "number", (row) => row.connect_seconds === null || row.why ? "" : span(row.connect_seconds)],
     ["", "act", (row, cell) => drain(cell, row)] ] },
   connections: { key: (row) => row.client, columns: [
     ["State", "state-cell short", (row, cell) => showState(cell, row.state, row.state === "open" ? "good"

@@ -14,7 +14,7 @@ import threading
 import time
 import types
 import zipfile
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 import pytest
 
@@ -305,6 +305,109 @@ def test_explain_says_that_a_router_runs_where_the_name_has_no_tunnel(serve, cap
     host, port = serve(far).address
     assert sniroute.main(["explain", "a.example.com", "--route=*=tcp:h:1", f"--admin={host}:{port}"]) == 0
     assert capsys.readouterr().out.endswith("\ntarget:  tcp:h:1\nrouter:  running, pid 7, 3 connections\n")
+
+
+ZONES = ("--zones=a=192.0.2.0/25,b=192.0.2.128/25", "--zone=a")
+ONE, TWO, FAR = "tcp:192.0.2.1:1", "tcp:192.0.2.2:1", "tcp:192.0.2.200:1"
+
+
+def down(member: Any, seconds: float = 0.0) -> None:
+    """A backend is down, and rests so long."""
+    member.why, member.until = "Connection refused", time.monotonic() + seconds
+
+
+def full(member: Any) -> None:
+    member.active = 5
+
+
+@pytest.mark.parametrize("asked, listens", [("db.example.com", "--route=db.example.com"), ("tcp:0", f"--port={HOST}:0")],
+                         ids=["a name", "a port"])
+@pytest.mark.parametrize("balance, changes, said", [
+    ("least", {}, [", in zone a, good, 0 connections", ", in zone a, good, 0 connections",
+                   ", in zone b, good, but in another zone, 0 connections", f"of 2: {ONE}, which has the fewest connections"]),
+    ("first", {}, ["", "", "", f"of 2: {ONE}, the first of them"]),
+    ("hash", {}, ["", "", "", "of 2: the one for the client's address"]),
+    ("first", {0: lambda member: down(member, 9.0)}, [
+        r", down for \d+ s: Connection refused; tried again in [89] s", "", "", f"{TWO}, since no other one is as good"]),
+    ("first", {0: down}, ["; the next client tries it", "", "", f"{TWO}, since no other one is as good"]),
+    ("least", {0: full}, [", good, 5 connections, full: max_backend_connections", "", "",
+                          f"{TWO}, since no other one is as good"]),
+    ("least", {0: full, 1: full}, ["", "", "", f"{FAR}, since better ones are full"]),
+    ("least", {0: full, 1: full, 2: full}, ["", "", "", "none now, since all are full: a client waits up to 7 s for room"]),
+    ("least", {0: lambda member: setattr(member, "is_drained", True), 1: down}, [
+        ", drained by an operator, 0 connections", "", ", good, 0 connections", f"{FAR}, since no other one is as good"]),
+    ("least", {0: down, 1: down, 2: down}, ["", "", "", "each that is not drained is tried, since none is good"]),
+    ("first", {at: lambda member: setattr(member, "is_checked", True) for at in range(3)}, [
+        ", not known yet: no check has passed, 0 connections", "", "", f"{ONE}, the first of them"]),
+])
+def test_explain_says_which_backend_would_be_taken_and_why_not_the_others(
+        balance, changes, said, asked, listens, settings_file, run_admin, capsys, no_variables):
+    pattern, kind = listens.removeprefix("--").partition("=")[2], listens[2:].partition("=")[0] + "s"
+    path = settings_file(f'[{kind}."{pattern}"]\ntarget = ["{ONE}", "{TWO}", "{FAR}"]\nbalance = "{balance}"\n'
+                         'max_backend_connections = 5\nqueue = "7s"\n' + '[routes]\n"x.example.org" = "tcp:h:1"\n')
+    running = run_admin("-c", path, *ZONES)
+    (group,) = running.router.targets.book.listed()
+    for at, change in changes.items():
+        change(list(group.members.values())[at])
+    where = ":".join(map(str, running.admin.address))
+    try:
+        assert sniroute.main(["explain", asked, "-c", path, *ZONES, f"--admin={where}"]) == 0
+    finally:
+        for member in group.members.values():
+            member.active = 0
+    lines = capsys.readouterr().out.split("\n")
+    for target, words in zip((ONE, TWO, FAR), said):
+        (line,) = [line for line in lines if line.startswith(f"backend: {target}")]
+        assert re.search(words + "$", line), line
+    assert lines[-2] == f"taken:   {said[3]}"
+
+
+def test_explain_refuses_where_an_operator_has_drained_all(settings_file, run_admin, capsys, no_variables):
+    options = (f"--route=db.example.com={ONE},192.0.2.2:1",)
+    running = run_admin(*options)
+    (group,) = running.router.targets.book.listed()
+    for member in group.members.values():
+        member.is_drained = True
+    where = ":".join(map(str, running.admin.address))
+    assert sniroute.main(["explain", "db.example.com", *options, f"--admin={where}"]) == 1
+    assert "\nrefused: tcp:192.0.2.1:1,192.0.2.2:1: an operator has drained all its backends (backend, " \
+        in capsys.readouterr().out
+
+
+def test_explain_without_a_router_says_what_can_be_known_of_backends(settings_file, capsys, no_variables):
+    path = settings_file(f'[routes."db.example.com"]\ntarget = ["{ONE}", "{FAR}", "tcp:h.example.net:1", '
+                         '"exec:/nowhere/x"]\nbalance = "first"\n')
+    assert sniroute.main(["explain", "db.example.com", "-c", path, *ZONES]) == 0
+    said = capsys.readouterr().out
+    assert f"backend: {ONE}, in zone a\nbackend: {FAR}, in zone b\nbackend: tcp:h.example.net:1\n" in said
+    assert re.search("backend: exec:/nowhere/x, cannot be run: .+\ntaken:   not known here: only a router that runs knows "
+                     r"which are good \(--admin\); while all are: tcp:192.0.2.1:1, the first of them", said), said
+
+
+def test_explain_says_that_a_router_has_no_rows_for_targets_with_fields(run_admin, capsys, no_variables):
+    options = ("--route=*.example.com=tcp:{label}.example.net:1,{label}.example.net:2",)
+    running = run_admin(*options)
+    where = ":".join(map(str, running.admin.address))
+    assert sniroute.main(["explain", "a.example.com", *options, f"--admin={where}"]) == 0
+    assert "taken:   not known here: that router does not say which are good, since the targets depend on the name; " \
+        "while all are: each in turn\n" in capsys.readouterr().out
+
+
+BACKEND = {"route": "db.example.com", "backend": "tcp:192.0.2.1:1", "state": "good", "why": "", "since": 1.0,
+           "active": 0, "next": 0, "limit": None, "checks": None}
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"state": 1}, "state of a backend"), ({"limit": "x"}, "limit of a backend"), ({"limit": -1}, "limit of a backend"),
+    ({"why": None}, "why of a backend"), ({"since": "long"}, "since of a backend"),
+    ({"state": "\x1b[2Jwell"}, ", ?[2Jwell, 0 connections"), ({"state": "down", "why": "\x1b[2J"}, "down for 1 s: ?[2J;"),
+])
+def test_explain_bears_any_row_of_a_backend(change, said, serve, capsys, no_variables):
+    answer = with_status(backends=[{**BACKEND, **change}, {**BACKEND, "backend": "tcp:192.0.2.2:1"}])
+    server = serve(lambda sock: sock.recv(65536) and sock.sendall(answer))
+    assert sniroute.main(["explain", "db.example.com", f"--route=db.example.com={ONE},192.0.2.2:1",
+                          f"--admin={HOST}:{server.address[1]}"]) == 0
+    assert said in capsys.readouterr().out
 
 
 def test_explain_says_that_the_token_is_not_shown(cloudflared):

@@ -128,7 +128,8 @@ def test_backends_in_a_browser(browser, run_admin, serve):
     rows = cells(browser)
     place = f"port {HOST}:0"
     assert rows[0] == ["good", "db.example.com", good, "of the last 3 0 failed", "Drain"]
-    assert rows[1][:2] == ["down", "db.example.com"] and rows[1][3:] == ["of the last 30 16 failed, the latest, too", "Drain"]
+    assert rows[1][:2] == ["down", "db.example.com"]
+    assert rows[1][3:] == ["of the last 30 16 failed, the latest, too", "Drain"]
     assert rows[1][2].startswith(f"tcp:{HOST}:1\ndown for ") and '<b>x</b>"' in rows[1][2]
     assert [row[:2] for row in rows[2:]] == [["good", place]] * 2 and rows[2][3] == "nobody was there yet"
     assert browser.text("backends-count") == "3 good, 1 down"
