@@ -48,7 +48,7 @@ import random
 import time
 from typing import TYPE_CHECKING, Callable, Collection, Iterable, NamedTuple, Sequence
 
-from sniroute_balance import WAYS, ByClient, Member, RoundRobin, slot_of
+from sniroute_balance import STRIP_MASK, WAYS, ByClient, Member, RoundRobin, slot_of
 from sniroute_names import printable
 from sniroute_targets import Backend, Scheme, literal_row
 
@@ -316,7 +316,8 @@ class Group:
         member.dialling += 1
         if self.options.on_down == "cut":
             member.held[client] = None
-        self.way.moved(member)
+        if self.way.counts:
+            self.way.moved(member)
 
     def leave(self, member: Member, client: GroupBackend) -> None:
         """A client uses it no more."""
@@ -325,22 +326,16 @@ class Group:
             member.held.pop(client, None)
         if member.trial is client:
             member.trial = None
-        self.way.moved(member)
+        if self.way.counts:
+            self.way.moved(member)
         if self.warmth is not None:
             self.warmth.fit(member)
         if self.waiting:
             self.serve((member,))
 
-    def connected(self, member: Member, seconds: float) -> None:
-        """It took a connect."""
-        now = self.clock()
-        member.dialled = now
-        member.observe(seconds, now)
-        member.count(seconds)
-
     def good_news(self, member: Member) -> None:
         """It has served a client."""
-        member.mark(True)
+        member.strip = (member.strip << 2 | 3) & STRIP_MASK  # `mark`, for each connection
         member.fails = 0
         if not member.why or member.is_checked:
             return
@@ -367,7 +362,8 @@ class Group:
         member.observe(self.options.connect_timeout, self.clock())
         if member.weighing < WEIGHS_MAX:
             member.weighing += 1
-            self.way.moved(member)
+            if self.way.counts:
+                self.way.moved(member)
             self.book.weighing.put(Failure(self, member))
 
     def bad_news(self, member: Member, why: str, is_trial: bool) -> None:
@@ -454,4 +450,5 @@ class Failure:
     def forget(self) -> None:
         """It counts no more."""
         self.member.weighing -= 1
-        self.group.way.moved(self.member)
+        if self.group.way.counts:
+            self.group.way.moved(self.member)

@@ -258,7 +258,7 @@ def test_a_backend_that_fails_fast_does_not_attract_everybody(balance):
             group.leave(member, client)
         else:
             member.dialling -= 1
-            group.connected(member, 0.01)
+            member.connected(0.01, 0.0)
     assert counts[True] <= 100, "not more than its share"
 
 
