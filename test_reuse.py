@@ -400,6 +400,7 @@ class Pool:
         self.rest = 0.0
         self.given = self.taken = self.lost = 0
         self.tries = 1  # times that a client observes
+        self.proven = True  # a connect proves a backend
 
     def give(self, sock: Any) -> None:
         self.given += 1
@@ -433,6 +434,7 @@ class Pooled(Backend):
                          ((socket.AF_INET, parse_host_port(connection.decision.rest)),), True)
         self.connection = connection
         self.pool = pool
+        self.proven_by_connect = pool.proven
 
     def begin(self) -> Any:
         if not self.pool.idle:
@@ -590,6 +592,26 @@ def test_a_connect_that_is_tried_again_begins_the_conversation_anew(start, pool,
     for _ in range(3):
         exchange(running, ask("SET", "a", "1"), b"+OK\r\n")
     assert (far.count(), pool.given) == (1, 3)
+
+
+def test_what_comes_before_a_backend_has_proven_itself_is_followed_too(start, pool, far, flow):
+    """As where a warm connection may be replaced until its first byte."""
+    pool.proven = False
+    running = start("redis", far.address)
+    for _ in range(3):
+        exchange(running, ask("SET", "a", "1"), b"+OK\r\n")
+    with come(running) as sock:
+        wait_until(lambda: pool.taken == 3)
+        sock.sendall(ask("GET", "a"))
+        assert read_exactly(sock, 7) == b"$1\r\n1\r\n"
+    running.ending(4)
+    with come(running, ask("AUTH", "secret")) as sock:
+        assert sock.recv(1)
+        (connection,) = running.router.connections
+        in_the_loop(running, lambda: None)
+        assert type(connection.up) is type(connection.down) is running.router.pipes.flow
+    running.ending(5)
+    assert (far.count(), pool.given) == (1, 4)
 
 
 def test_small_commands_and_then_a_large_one_are_followed(start, pool, redis, flow):
@@ -840,8 +862,9 @@ def test_the_connection_of_curl_serves_the_next_curl(start, pool, serve):
     assert (web.far.accepted, pool.given) == (1, 3)
 
 
+@pytest.mark.parametrize("proven", [True, False], ids=["proven by its connect", "by its first byte"])
 @pytest.mark.parametrize("kind", ["redis", "http"])
-def test_whenever_clients_leave_no_answer_reaches_another(start, pool, serve, kind):
+def test_whenever_clients_leave_no_answer_reaches_another(start, pool, serve, kind, proven):
     """Four at a time.  Each asks for what is its own, reads some of the answers, and leaves in one of the ways."""
     def handler(sock: socket.socket) -> None:
         with sock.makefile("rb") as stream:
@@ -880,6 +903,7 @@ def test_whenever_clients_leave_no_answer_reaches_another(start, pool, serve, ki
             reset(sock) if leaves == "with a reset" else sock.close()
 
     pause, wrong = threading.Event(), []
+    pool.proven = proven
     far = serve(handler)
     running = start(kind, far.address)
     crowds = [threading.Thread(target=crowd, args=(seed,)) for seed in range(4)]
