@@ -32,7 +32,8 @@ TREES = {room: ast.parse(source) for room, source in SOURCES.items()}
 ADMIN = {"sniroute_admin.py", "sniroute_door.py", "sniroute_metrics.py", "sniroute_page.py"}
 COMMANDS = {"sniroute_commands.py"}
 BACKENDS = {f"sniroute_{room}.py" for room in ("backends", "book", "groups", "balance", "warm", "checks", "probes")}
-CARRIER = OPTIONS - ADMIN - COMMANDS - BACKENDS - {DOCTOR}
+REUSE = {"sniroute_reuse.py"}
+CARRIER = OPTIONS - ADMIN - COMMANDS - BACKENDS - REUSE - {DOCTOR}
 
 # What is larger than the house allows, and why.
 FILE_MAX, CLASS_MAX = 900, 30  # lines, methods
