@@ -84,8 +84,8 @@ class Trouble:
 class GroupBackend(Backend):
     """One client's way to one of several backends; `way` is the Backend of the member that it uses now."""
 
-    __slots__ = ("connection", "group", "member", "way", "told_of", "trouble", "awaited", "patience", "is_trial", "is_dialling",
-                 "is_open", "lifetime", "note", "warm")
+    __slots__ = ("connection", "group", "member", "way", "told_of", "trouble", "awaited", "patience", "is_trial",
+                 "is_dialling", "is_open", "lifetime", "note", "warm", "birth")
 
     def __init__(self, connection: Connection, group: Group):
         self.target = connection.decision.target
@@ -99,6 +99,7 @@ class GroupBackend(Backend):
         self.patience: tuple[Queue, Queue] | None = group.patience
         self.is_trial = self.is_dialling = self.is_open = False
         self.lifetime: Queue | None = None
+        self.birth = 0.0  # of its connection, for its pool, where that may serve another client
         self.warm: Warm | None = None  # the warm connection that it has taken
         self.note: str | None = None  # what the member's own Backend has to remark; "" where it served the client
 
@@ -211,6 +212,9 @@ class GroupBackend(Backend):
 
     def connected(self, server: socket.SocketType) -> None:
         self.way.connected(server)
+        warmth = self.group.warmth
+        if warmth is not None and warmth.reuse is not None:
+            warmth.observe(self)
 
     def proves(self) -> bool:
         """For TLS only a byte proves a backend: its hello can be sent to another one, as long as that is all.

@@ -102,6 +102,7 @@ class Several(NamedTuple):
     warm_max_age: float = 0.0
     warm_jitter: float = 0.1
     warm_order: str = "lifo"
+    reuse: str = "off"
 
     def checks(self, target: str) -> bool:
         """Whether a backend is checked actively: not a tunnel, nor a program, which would be started for that."""
