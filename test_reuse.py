@@ -1,9 +1,14 @@
-"""Tests of sniroute_conversations.py and sniroute_reuse.py, in their order: the machines, by tables; then the flows, in a router in a thread."""
+"""Tests of sniroute_conversations.py and sniroute_reuse.py, in their order.
+
+The machines, by tables; then the flows, in a router in a thread; then the option.
+"""
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
+import json
 import os
 import pathlib
 import random
@@ -14,13 +19,16 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
+import sniroute_reuse
 import sniroute_targets
 from sniroute_connection import Connection
 from sniroute_loop import READ, Loop, Queue
 from sniroute_names import parse_host_port
 from sniroute_conversations import (BULK_MAX, HEAD_MAX, LINE_MAX, PIPELINED_MAX, STATELESS, Http, Machine, Quiet,
                                     Redis)
+from sniroute_refusals import SettingsError
 from sniroute_reuse import QUIET_FOR, REUSES, Aside, ObservedFlow, is_silent, observe
+from sniroute_settings import load_settings, warn
 from sniroute_targets import SCHEMES, Backend
 from conftest import HOST, Address, Server, wait_until
 from testbed.clients import program_path
@@ -1310,3 +1318,172 @@ def test_a_byte_that_comes_in_the_last_moment_of_its_rest_uses_it_up(loop):
         aside.queue.drop(aside)
         aside.rested()
         assert found == [None] and near.fileno() < 0
+
+
+# -- by the option -----------------------------------------------------------------------------
+
+
+class Redislike:
+    """A server that answers GET with the number of its connection; `late` has the next answer wait for `go`."""
+
+    def __init__(self) -> None:
+        self.late = False
+        self.asked, self.go = threading.Event(), threading.Event()
+        self.count = itertools.count(1)
+
+    def __call__(self, sock: socket.socket) -> None:
+        number = next(self.count)
+        while sock.recv(4096):
+            if self.late:
+                self.late = False
+                self.asked.set()
+                self.go.wait(20)
+            sock.sendall(b":%d\r\n" % number)
+
+
+GET = b"*2\r\n$3\r\nGET\r\n$1\r\na\r\n"
+
+
+@pytest.fixture
+def port_of(run, settings_file) -> Callable[..., Any]:
+    """port_of(server, option=value ...) -> a router with a port that leads to it, and a way to ask there."""
+    def start(server: Server, **options: Any) -> Any:
+        lines = "".join(f"{name} = {json.dumps(value)}\n" for name, value in options.items())
+        running = run("-c", settings_file('[routes]\n"a.example.com" = "tcp:192.0.2.1:1"\n[ports."127.0.0.1:0"]\n'
+                                          f'target = "tcp:{HOST}:{server.address[1]}"\n{lines}'))
+        running.at = running.router.listeners[-1].getsockname()
+        return running
+    return start
+
+
+def ask_at(running: Any, said: bytes = GET) -> bytes:
+    with socket.create_connection(running.at, 20) as client:
+        client.sendall(said)
+        return client.recv(100)
+
+
+def pool_of(running: Any) -> Any:
+    group, = running.router.targets.book.groups.values()
+    member, = group.members.values()
+    return member.pool
+
+
+def rests(running: Any, number: int = 1) -> None:
+    wait_until(lambda: len(pool_of(running).idle) == number, what="a connection that waits for the next client")
+
+
+def test_a_port_with_reuse_hands_the_connection_on(port_of, serve):
+    far = serve(Redislike())
+    running = port_of(far, reuse="redis")
+    for _ in range(5):
+        assert ask_at(running) == b":1\r\n"
+        rests(running)
+    assert far.accepted == 1
+    assert {end.reason for end in running.endings} == {"client_closed"}
+
+
+def test_a_late_answer_never_reaches_the_next_client(port_of, serve):
+    """The client has left while its answer was on its way."""
+    redislike = Redislike()
+    far = serve(redislike)
+    running = port_of(far, reuse="redis")
+    assert ask_at(running) == b":1\r\n"
+    rests(running)
+    redislike.late = True
+    with socket.create_connection(running.at, 20) as client:
+        client.sendall(GET)
+        assert redislike.asked.wait(20)
+    assert ask_at(running) == b":2\r\n", "a connection of its own"
+    redislike.go.set()
+    running.ending(3)
+    assert ask_at(running) in (b":2\r\n", b":3\r\n")
+
+
+def test_what_keeps_state_is_not_handed_on(port_of, serve):
+    far = serve(Redislike())
+    running = port_of(far, reuse="redis")
+    assert ask_at(running, b"*2\r\n$6\r\nSELECT\r\n$1\r\n1\r\n") == b":1\r\n"
+    running.ending()
+    assert ask_at(running) == b":2\r\n"
+
+
+def test_a_quiet_connection_rests_before_the_next_client(port_of, serve, monkeypatch, caplog):
+    monkeypatch.setattr(sniroute_reuse, "REUSES", {"quiet": REUSES["quiet"]._replace(rest=0.1)})
+    far = serve(Redislike())
+    running = port_of(far, reuse="quiet")
+    assert ask_at(running, b"hello") == b":1\r\n"
+    assert ask_at(running, b"hello") == b":2\r\n", "the first one is not silent for long enough"
+    rests(running, 2)
+    assert ask_at(running, b"hello") in (b":1\r\n", b":2\r\n")
+    assert far.accepted == 2
+
+
+def test_a_warm_connection_may_be_handed_on_too(port_of, serve):
+    far = serve(Redislike())
+    running = port_of(far, reuse="redis", warm=1)
+    rests(running)
+    assert ask_at(running) == b":1\r\n"
+    rests(running, 2)
+    assert ask_at(running) in (b":1\r\n", b":2\r\n")
+    wait_until(lambda: far.accepted == 2)
+
+
+def test_the_limit_of_a_backend_counts_what_waits_for_the_next_client(port_of, serve):
+    far = serve(Redislike())
+    running = port_of(far, reuse="redis", max_backend_connections=1)
+    for _ in range(3):
+        assert ask_at(running) == b":1\r\n"
+        rests(running)
+    assert far.accepted == 1
+
+
+@pytest.mark.parametrize("change", ["the target is gone", "reuse is off", "it is drained"])
+def test_what_waits_for_the_next_client_is_closed_where_there_will_be_none(port_of, serve, settings_file, change):
+    ended = threading.Event()
+
+    def handler(sock: socket.socket) -> None:
+        Redislike()(sock)
+        ended.set()
+
+    running = port_of(serve(handler), reuse="redis")
+    assert ask_at(running) == b":1\r\n"
+    rests(running)
+    pool = pool_of(running)
+    book = running.router.targets.book
+    if change == "it is drained":
+        group, = book.groups.values()
+        target, = group.members
+        running.router.call(lambda: (book.drain(group.pattern, target, True), group.sort()))
+    else:
+        port, = running.router.settings.port
+        other = "tcp:192.0.2.9:1" if change == "the target is gone" else port.target
+        file = settings_file('[routes]\n"a.example.com" = "tcp:192.0.2.1:1"\n[ports."127.0.0.1:0"]\n'
+                             f'target = "{other}"\n' + ('reuse = "redis"\n' if "target" in change else ""))
+        running.router.call(lambda: running.router.adopt(load_settings(["-c", file], {}, running.router.settings)))
+    assert ended.wait(20)
+    wait_until(lambda: not pool.idle)
+
+
+def test_a_client_with_tls_or_a_header_keeps_its_connection_for_itself(port_of, serve):
+    far = serve(Redislike())
+    running = port_of(far, reuse="redis")
+    for number, said in ((1, HELLO), (2, b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n" + GET)):
+        assert ask_at(running, said) == b":%d\r\n" % number
+        running.ending(number)
+    assert not pool_of(running).idle
+
+
+@pytest.mark.parametrize("table, said", [
+    ('[routes."a.example.com"]\ntarget = "tcp:h:1"\nreuse = "redis"', 'routes."a.example.com": reuse: is for ports'),
+    ('[ports.":5"]\ntarget = "tcp:h:1"\nreuse = "redis"\nsend_proxy = "v1"', 'reuse: does not go with send_proxy'),
+    ('[ports.":5"]\ntarget = "tcp:h:1"\nreuse = "mysql"', "reuse: 'mysql' is none of off, redis, http, quiet"),
+])
+def test_where_reuse_cannot_be_is_said_at_the_start(table, said, settings_file):
+    with pytest.raises(SettingsError) as caught:
+        load_settings(["-c", settings_file(table)], {})
+    assert said in str(caught.value)
+
+
+def test_quiet_is_warned_of_at_the_start(settings_file, caplog):
+    warn(load_settings(["-c", settings_file('[ports.":5"]\ntarget = "tcp:h:1"\nreuse = "quiet"')], {}))
+    assert "reuse = quiet guesses" in caplog.text
