@@ -185,7 +185,8 @@ class GroupBackend(Backend):
             return self.way.open()
         member = self.member
         if member.pool is not None and (self.trouble is None or not self.trouble.has_been_warm):
-            self.warm = member.pool.take(self.connection.down)
+            connection = self.connection
+            self.warm = member.pool.take(connection.down, connection.replayable and connection.name is not None)
             if self.warm is not None:
                 self.way = self.warm.way
                 return self.warm.sock
@@ -250,9 +251,17 @@ class GroupBackend(Backend):
         except OSError:
             return True
 
+    def count_dead(self) -> None:
+        """The warm connection that it took had ended."""
+        pool = self.member.pool
+        if pool is not None:
+            pool.hit -= 1
+            pool.dead += 1
+
     def cool_down(self) -> None:
         """The warm connection has ended: let it go, and dial the same member."""
         self.in_trouble().has_been_warm = True
+        self.count_dead()
         way, self.way, self.warm = self.way, self, None
         way.release()
 
@@ -345,6 +354,7 @@ class GroupBackend(Backend):
         else:
             if self.warm is not None and not last and self.connection.state is not EARLY:
                 trouble.again, trouble.has_been_warm = self.member, True
+                self.count_dead()
                 self.drop()
                 return Another()
             member, way, is_suspect = self.member, self.way, not self.is_dialling

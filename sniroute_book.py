@@ -85,13 +85,12 @@ class Warmth:
         return way
 
     def told(self, member: Member, why: str) -> None:
-        """A dial is over; `why` it failed, or "".
+        """A dial has failed.
 
-        A success says less than a client that is served: so it does not end a row of failures.
+        One that succeeds says less than a client that is served: so it does not end a row of failures.
         """
-        if why:
-            self.group.weigh(member)
-            self.group.bad_news(member, why, False)
+        self.group.weigh(member)
+        self.group.bad_news(member, why, False)
 
     def share(self) -> None:
         """Share them among the members that clients are led to."""
