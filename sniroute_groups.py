@@ -329,7 +329,7 @@ class Group:
             member.trial = None
         if self.way.counts:
             self.way.moved(member)
-        if self.warmth is not None:
+        if self.warmth is not None and self.options.max_backend_connections is not None:
             self.warmth.fit(member)
         if self.waiting:
             self.serve((member,))

@@ -96,7 +96,9 @@ class Warm(Watch):
     __slots__ = ("pool", "way", "sock", "greeting", "began", "since", "most", "why", "queues")
 
     def __init__(self, pool: WarmPool, way: Backend, most: int):
-        super().__init__(pool.loop.poller, -1)
+        self.poller = pool.loop.poller
+        self.fd = -1
+        self.events = 0
         self.pool = pool
         self.way = way
         self.sock: socket.SocketType | None = None
@@ -284,7 +286,8 @@ class WarmPool:
             warm, _ = idle.popitem(is_lifo)
             if is_replayable or warm.is_good():
                 self.hit += 1
-                warm.stand_in()
+                for queue in warm.queues:
+                    queue.drop(warm)
                 warm.leave_to(heir)
                 self.schedule()
                 return warm
@@ -388,9 +391,8 @@ class WarmPool:
 
     def connected(self, warm: Warm) -> None:
         """A dial has succeeded."""
-        was_awaited = warm in self.dialling
-        self.dialling.pop(warm, None)
-        step = self._throw()
+        was_awaited = self.dialling.pop(warm, self) is not self
+        step = int(self.chance() * JITTERS)
         warm.since = now = self.clock()
         warm.began = now + self.births[step]
         self._keep(warm, step, self.ages[step] if self.ages else None)
@@ -462,8 +464,9 @@ class WarmPool:
     def _keep(self, warm: Warm, step: int, age: Queue | None) -> None:
         """It is idle from now on: so long, of `idles`, and until its `age` comes."""
         self.idle[warm] = None
-        idle = (self.idles[step],) if self.idles else ()
-        warm.stand_in(*(idle if age is None else (*idle, age)))
+        warm.queues = queues = (*self.idles[step:step + 1], *(() if age is None else (age,)))
+        for queue in queues:
+            queue.put(warm)
         warm.wait_for(READ, warm.on_news)
 
     def _trim(self) -> None:
