@@ -286,8 +286,7 @@ class WarmPool:
             warm, _ = idle.popitem(is_lifo)
             if is_replayable or warm.is_good():
                 self.hit += 1
-                for queue in warm.queues:
-                    queue.drop(warm)
+                warm.stand_in()
                 warm.leave_to(heir)
                 self.schedule()
                 return warm
@@ -464,9 +463,7 @@ class WarmPool:
     def _keep(self, warm: Warm, step: int, age: Queue | None) -> None:
         """It is idle from now on: so long, of `idles`, and until its `age` comes."""
         self.idle[warm] = None
-        warm.queues = queues = (*self.idles[step:step + 1], *(() if age is None else (age,)))
-        for queue in queues:
-            queue.put(warm)
+        warm.stand_in(*self.idles[step:step + 1], *(() if age is None else (age,)))
         warm.wait_for(READ, warm.on_news)
 
     def _trim(self) -> None:
