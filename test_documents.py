@@ -39,7 +39,7 @@ import sniroute_values
 import sniroute_warm
 from sniroute_doctor import sample_hello
 from sniroute_groups import Several
-from sniroute_names import parse_host_port
+from sniroute_names import OPTIONS, parse_host_port
 from sniroute_settings import SETTINGS, load_settings
 from conftest import CORE, DOCTOR, HERE, HOST, Server, wait_until
 from testbed.hellos import genuine
@@ -497,7 +497,7 @@ def test_the_unit_points_to_it():
 def apply_examples(folder: pathlib.Path) -> None:
     """Change the rooms in `folder` as the diffs of CONTRIBUTING.md say: `---` names a file, `@@` begins a hunk."""
     found = blocks(CONTRIBUTING, "diff")
-    assert len(found) == 5
+    assert len(found) == 6
     for part in re.split(r"^--- ", "".join(found), flags=re.MULTILINE)[1:]:
         name, *hunks = re.split(r"\n@@\n", part)
         path = folder / name
@@ -510,6 +510,13 @@ def apply_examples(folder: pathlib.Path) -> None:
             text = text.replace(before, after)
         path.write_text(text)
         compile(text, name, "exec")
+
+
+def changed(folder: pathlib.Path) -> None:
+    """Have the program in a folder, with the examples."""
+    for name in (*CORE, DOCTOR, *(f"{room}.py" for room in OPTIONS["backends"])):
+        shutil.copy(HERE / name, folder)
+    apply_examples(folder)
 
 
 class Echo(socketserver.BaseRequestHandler):
@@ -542,9 +549,7 @@ def acme_hello() -> bytes:
 
 
 def test_the_examples_can_be_followed(tmp_path, free_ports):
-    for name in (*CORE, DOCTOR):
-        shutil.copy(HERE / name, tmp_path)
-    apply_examples(tmp_path)
+    changed(tmp_path)
     port, far = free_ports(2)
     route = ["--route", f"db.example.com=local:{far}"]
     program = [sys.executable, "-S", "-E", str(tmp_path / "sniroute.py")]
@@ -579,3 +584,26 @@ def test_the_examples_can_be_followed(tmp_path, free_ports):
             echo.shutdown()
             thread.join()
     assert log.read_text().count(f"backend=local:{far} ") == 2 and "reason=acme" in log.read_text()
+
+
+def test_the_examples_for_several_backends_can_be_followed(tmp_path, free_ports, serve):
+    changed(tmp_path)
+    port, _ = free_ports(1)
+    servers = [serve(lambda sock, said=said: (sock.sendall(said), sock.recv(1))) for said in (
+        b"220 mail.example.com", b"SSH-2.0-one", b"SSH-2.0-two", b"+PONG\r\n")]
+    targets = ",".join("%s:%d" % server.address for server in servers)
+    file, log = tmp_path / "sniroute.toml", tmp_path / "log"
+    file.write_text(f'listen = "{HOST}:0"\n[ports]\n"{HOST}:{port}" = {{ target = "tcp:{targets}", balance = "last", '
+                    'health = "ssh", health_interval = "100ms", weighs_max = 5 }\n')
+    program = [sys.executable, "-S", "-E", str(tmp_path / "sniroute.py")]
+    said = subprocess.run([*program, "check", "-c", str(file)], capture_output=True, text=True, timeout=60).stdout
+    assert "balance last; health ssh; health_interval 0.1 s; weighs_max 5" in said
+    with open(log, "wb") as stderr:
+        router = subprocess.Popen([*program, "-c", str(file)], stderr=stderr)
+        try:
+            wait_until(lambda: log.read_text().count(" is down: it does not speak SSH: it said ") == 2)
+            with socket.create_connection((HOST, port), timeout=10) as client:
+                assert client.recv(11) == b"SSH-2.0-two"
+        finally:
+            router.terminate()
+            router.wait()
