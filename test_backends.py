@@ -878,9 +878,11 @@ def test_explain_without_a_router_tells_the_list(settings_file):
 
 
 def test_check_prints_the_options_that_are_not_the_default(settings_file):
-    path = settings_file(table([("192.0.2.1", 1), ("192.0.2.2", 2)], balance="least", queue="1s"))
+    path = settings_file(table([("192.0.2.1", 1), ("192.0.2.2", 2)], balance="least", queue="1s", warm=2,
+                               warm_max_idle="off", warm_jitter=".2"))
     assert command("check", "-c", path).stdout == (
-        f"{NAME}=tcp:192.0.2.1:1,192.0.2.2:2 (balance least; queue 1 s)\n")
+        f"{NAME}=tcp:192.0.2.1:1,192.0.2.2:2 (balance least; queue 1 s; warm 2; warm_max_idle off; warm_jitter 0.2)\n")
+
 
 
 def test_a_long_list_is_shortened_for_people(settings_file):
