@@ -46,7 +46,7 @@ import collections
 import logging
 import random
 import time
-from typing import TYPE_CHECKING, Callable, Collection, Iterable, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Collection, Iterable, NamedTuple, Sequence
 
 from sniroute_balance import STRIP_MASK, WAYS, ByClient, Member, RoundRobin, slot_of
 from sniroute_names import printable
@@ -69,6 +69,7 @@ monotonic = time.monotonic
 WEIGHS_MAX = 100  # failures of one member that count as connections at once
 SLOWEST_START = 0.05  # of its share, for a backend that has just come back
 
+SHARES = frozenset(("warm_jitter",))  # options that are floats, and no seconds
 OWN, FOREIGN, UNKNOWN, DOWN, DRAINED = range(5)  # ranks of a member
 
 
@@ -111,8 +112,15 @@ class Several(NamedTuple):
 
     def shown(self) -> list[str]:
         """The options that are not as they are by default, for people."""
-        return [f"{name} {f'{value:g} s' if isinstance(value, float) else value}" for name, value in
-                zip(self._fields, self) if value != self._field_defaults.get(name, value)]
+        return [f"{name} {shown_value(name, value)}" for name, value in zip(self._fields, self)
+                if value != self._field_defaults.get(name, value)]
+
+
+def shown_value(name: str, value: Any) -> str:
+    """The value of an option as it is written, for people: seconds, a share, a count or a word."""
+    if not isinstance(value, float) or name in SHARES:
+        return str(value)
+    return f"{value:g} s" if value else "off"
 
 
 # -- groups ------------------------------------------------------------------------------------
