@@ -38,7 +38,8 @@ HOST = "127.0.0.1"
 DOCTOR = "sniroute_doctor.py"
 OPTIONS = {  # files that an installation may leave out
     DOCTOR, "sniroute_commands.py", "sniroute_backends.py", "sniroute_book.py", "sniroute_groups.py",
-    "sniroute_balance.py", "sniroute_warm.py", "sniroute_checks.py", "sniroute_probes.py",
+    "sniroute_balance.py", "sniroute_warm.py", "sniroute_reuse.py", "sniroute_conversations.py", "sniroute_checks.py",
+    "sniroute_probes.py",
     "sniroute_admin.py", "sniroute_door.py", "sniroute_metrics.py", "sniroute_page.py",
     "sniroute_carrier.py", "sniroute_dial.py", "sniroute_edge.py", "sniroute_forwarder.py", "sniroute_http.py",
 }

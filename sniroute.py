@@ -43,7 +43,8 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
     sniroute_refusals      why a client is refused             and how it is told
 
     sniroute_commands *    targets that are programs           a process for each connection, or for each command
-    sniroute_backends *    several backends of one route       with _book, _groups, _balance, _warm, _checks, _probes
+    sniroute_backends *    several backends of one route       with sniroute_book, _groups, _balance, _warm, _reuse,
+                                                               _conversations, _checks and _probes
     sniroute_admin    *    HTTP for the host's own users       with sniroute_door, _metrics and _page
     sniroute_carrier  *    a tunnel program of our own         with sniroute_edge, _forwarder, _dial and _http
 

@@ -59,6 +59,8 @@ TRIES_A_TURN = 8  # connects that fail at once, for one client, until other clie
 LIFETIME_JITTER = 0.1  # of max_lifetime: what began together does not end together
 ACCOUNTS_MAX = 20  # backends that a refusal names
 
+NOTHING: dict[Member, str] = {}  # of a client that no member has failed; never written
+
 # Refusals of a target that has to wait which are no fault of the backend.
 NO_FAULT = ("busy", "tunnel_budget", "tunnel_stopping", "internal")
 
@@ -66,10 +68,9 @@ NO_FAULT = ("busy", "tunnel_budget", "tunnel_stopping", "internal")
 class Trouble:
     """What has gone wrong on one client's way, and what it waits for."""
 
-    __slots__ = ("told_of", "until", "again", "asked", "parked", "stuck", "suspects", "unsaid", "has_been_warm")
+    __slots__ = ("until", "again", "asked", "parked", "stuck", "suspects", "unsaid", "has_been_warm")
 
     def __init__(self) -> None:
-        self.told_of: dict[Member, str] = {}  # those that have failed, and why
         self.until = 0.0  # clock time; the end of connect_budget, counted from the first failure or wait
         self.again: Member | None = None  # this member is tried once more
         self.asked: Member | None = None  # the one whose target had to be prepared
@@ -83,8 +84,8 @@ class Trouble:
 class GroupBackend(Backend):
     """One client's way to one of several backends; `way` is the Backend of the member that it uses now."""
 
-    __slots__ = ("connection", "group", "member", "way", "trouble", "awaited", "patience", "is_trial", "is_dialling",
-                 "is_open", "lifetime", "note", "warm")
+    __slots__ = ("connection", "group", "member", "way", "told_of", "trouble", "awaited", "patience", "is_trial",
+                 "is_dialling", "is_open", "lifetime", "note", "warm", "birth")
 
     def __init__(self, connection: Connection, group: Group):
         self.target = connection.decision.target
@@ -92,23 +93,21 @@ class GroupBackend(Backend):
         self.group = group
         self.member: Member | None = None
         self.way: Backend = self
+        self.told_of = NOTHING  # the members that have failed this client, and why
         self.trouble: Trouble | None = None
         self.awaited: Decision | None = None
         self.patience: tuple[Queue, Queue] | None = group.patience
         self.is_trial = self.is_dialling = self.is_open = False
         self.lifetime: Queue | None = None
+        self.birth = 0.0  # of its connection, for its pool, where that may serve another client
         self.warm: Warm | None = None  # the warm connection that it has taken
         self.note: str | None = None  # what the member's own Backend has to remark; "" where it served the client
-
-    @property
-    def told_of(self) -> dict[Member, str]:
-        """The members that have failed this client, and why."""
-        return self.trouble.told_of if self.trouble is not None else NOTHING
 
     def in_trouble(self) -> Trouble:
         """What is known of it, from now on."""
         if self.trouble is None:
             self.trouble = Trouble()
+            self.told_of = {}
             self.trouble.until = self.connection.dialled + self.group.options.connect_budget
         return self.trouble
 
@@ -143,13 +142,13 @@ class GroupBackend(Backend):
                 member, trouble.again = trouble.again, None
                 self.use(member)
                 return
-            if trouble.told_of:
-                if len(trouble.told_of) >= (options.tries or len(group.members)):
+            if self.told_of:
+                if len(self.told_of) >= (options.tries or len(group.members)):
                     raise Unreachable(self.account())
                 if monotonic() >= trouble.until:
                     raise Unreachable(f"{self.account()}; connect_budget ({options.connect_budget:g} s) is over")
         try:
-            member = group.pick(self, self.connection.address[0])  # who waits has had the choice before
+            member = group.pick(self, self.connection.address[0])
         except LookupError:
             raise Unreachable(self.account() or "an operator has drained all its backends") from None
         if member is not None:
@@ -185,7 +184,8 @@ class GroupBackend(Backend):
             return self.way.open()
         member = self.member
         if member.pool is not None and (self.trouble is None or not self.trouble.has_been_warm):
-            self.warm = member.pool.take(self.connection.down)
+            connection = self.connection
+            self.warm = member.pool.take(connection.down, connection.replayable and connection.name is not None)
             if self.warm is not None:
                 self.way = self.warm.way
                 return self.warm.sock
@@ -212,6 +212,9 @@ class GroupBackend(Backend):
 
     def connected(self, server: socket.SocketType) -> None:
         self.way.connected(server)
+        warmth = self.group.warmth
+        if warmth is not None and warmth.reuse is not None:
+            warmth.observe(self)
 
     def proves(self) -> bool:
         """For TLS only a byte proves a backend: its hello can be sent to another one, as long as that is all.
@@ -221,9 +224,12 @@ class GroupBackend(Backend):
         """
         connection = self.connection
         if self.is_dialling:
-            self.over()
+            self.is_dialling = False
+            member = self.member
+            member.dialling -= 1
             if self.warm is None:
-                self.group.connected(self.member, monotonic() - connection.dialled)
+                now = monotonic()
+                member.connected(now - connection.dialled, now)
         if not self.way.proven_by_connect:
             return False
         if connection.name is None:
@@ -244,16 +250,19 @@ class GroupBackend(Backend):
         except OSError:
             return True
 
+    def count_dead(self) -> None:
+        """The warm connection that it took had ended."""
+        pool = self.member.pool
+        if pool is not None:
+            pool.hit -= 1
+            pool.dead += 1
+
     def cool_down(self) -> None:
         """The warm connection has ended: let it go, and dial the same member."""
         self.in_trouble().has_been_warm = True
+        self.count_dead()
         way, self.way, self.warm = self.way, self, None
         way.release()
-
-    def over(self) -> None:
-        """The connect is, whatever came of it."""
-        self.is_dialling = False
-        self.member.dialling -= 1
 
     def settled(self) -> Backend | None:
         self.way.settled()
@@ -261,32 +270,37 @@ class GroupBackend(Backend):
         return self
 
     def answered(self) -> None:
-        self.way.answered()
-        if self.way.proven_by_connect:
-            self.way.settled()
+        way = self.way
+        if not way.proven_by_connect:
+            way.answered()
+        elif way.told:
+            way.settled()
         self.serves()
 
     def committed(self) -> None:
-        self.begins()
+        self.is_open = True
+        if self.group.options.max_lifetime:
+            self.begin_to_age()
 
     def serves(self) -> None:
         """The member serves the client: so those that did not are to blame."""
         group, member = self.group, self.member
+        self.is_open = True
+        self.note = self.way.remark() or "" if self.way.told else ""
+        group.good_news(member)
         if self.trouble is not None:
             for suspect, why in self.trouble.suspects.items():
                 group.bad_news(suspect, why, False)
             self.trouble.suspects = {}
-        self.note = self.way.remark() or ""
-        group.good_news(member)
         if self.is_trial and member.trial is self:
             member.trial = None
-        self.begins()
+        if group.options.max_lifetime:
+            self.begin_to_age()
 
-    def begins(self) -> None:
+    def begin_to_age(self) -> None:
         """Nothing can be sent again: its life with this member begins."""
-        self.is_open = True
-        group = self.group
-        if group.options.max_lifetime and self.lifetime is None:
+        if self.lifetime is None:
+            group = self.group
             self.lifetime = group.book.spread(group.options.max_lifetime, LIFETIME_JITTER, group.chance(), too_old)
             self.lifetime.put(self)
 
@@ -298,7 +312,7 @@ class GroupBackend(Backend):
         if member is None:
             return
         trouble = self.in_trouble()
-        trouble.told_of[member] = why
+        self.told_of[member] = why
         self.target = self.connection.decision.target
         is_trial = self.is_trial
         self.drop()
@@ -315,7 +329,8 @@ class GroupBackend(Backend):
         member, way = self.member, self.way
         if member is not None:
             if self.is_dialling:
-                self.over()
+                self.is_dialling = False
+                member.dialling -= 1
             self.member, self.way, self.warm = None, self, None
             if way is not self:
                 way.release()
@@ -338,6 +353,7 @@ class GroupBackend(Backend):
         else:
             if self.warm is not None and not last and self.connection.state is not EARLY:
                 trouble.again, trouble.has_been_warm = self.member, True
+                self.count_dead()
                 self.drop()
                 return Another()
             member, way, is_suspect = self.member, self.way, not self.is_dialling
@@ -358,7 +374,7 @@ class GroupBackend(Backend):
         self.lose(str(refusal), is_suspect=is_suspect, member=member)
         if others:
             return Another()
-        if len(trouble.told_of) > 1:
+        if len(self.told_of) > 1:
             return Refused("backend", f"{self.connection.decision.target}: {self.account()}")
         return verdict
 
@@ -398,14 +414,15 @@ class GroupBackend(Backend):
         self.drop()
 
 
-NOTHING: dict[Member, str] = {}  # of a client without trouble
-
-
 def way_of(connection: Connection) -> Backend:
     """The way of a client, the same one for each try."""
     backend = connection.backend
     if backend is None:
-        backend = GroupBackend(connection, connection.router.targets.book.group(connection.decision))
+        book, decision = connection.router.targets.book, connection.decision
+        group = book.groups.get(decision.key)
+        if group is None or group.route is not decision.route:
+            group = book.group(decision)
+        backend = GroupBackend(connection, group)
     return backend
 
 

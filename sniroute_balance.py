@@ -41,6 +41,7 @@ __version__ = "0.1.0"
 # Limits, each with its reason.  Times in seconds.
 SLOTS = 16384  # of client addresses in `hash`: with 1,000 backends each has about 16
 STRIP = 30  # results of a member that are kept, two bits each: with 60 bits they are a small number of the interpreter
+STRIP_MASK = (1 << 2 * STRIP) - 1
 FORGET_SLOW = 30.0  # a connect time counts half after this long: who was slow is tried again
 GAIN = 0.25  # of a new connect time in the moving average: the last eight have nine tenths of it
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)  # buckets of connect times
@@ -101,7 +102,7 @@ class Member:
 
     def mark(self, is_good: bool) -> None:
         """Remember how a client, or a check, fared."""
-        self.strip = (self.strip << 2 | 2 + is_good) & (1 << 2 * STRIP) - 1
+        self.strip = (self.strip << 2 | 2 + is_good) & STRIP_MASK
 
     def results(self) -> str:
         """The last results, the latest last: `+` good, `-` bad."""
@@ -122,10 +123,14 @@ class Member:
         at = self.turn % len(turning)
         return (*turning[at:], *turning[:at], *(row for row in rows if row not in turning))
 
-    def count(self, seconds: float) -> None:
-        """A connect succeeded, and took so long: for the histogram."""
+    def connected(self, seconds: float, now: float) -> None:
+        """A connect succeeded, and took so long."""
+        self.dialled = now
         self.counts[bisect.bisect_left(SECONDS, seconds)] += 1
         self.sum += seconds
+        known = self.seconds  # `observe`, for each connection
+        self.seconds = seconds if known is None else known + GAIN * (seconds - known)
+        self.heard = now
 
     def observe(self, seconds: float, now: float) -> None:
         """A connect took so long; or it failed, which counts as if it had been silent to the end."""
@@ -153,6 +158,8 @@ Allowed = Callable[[Member], bool] | None  # whether a member may be picked; Non
 class RoundRobin:
     """One after another."""
 
+    counts = False  # whether it has to be told when the load of a member changes
+
     def __init__(self, group: Group):
         self.group = group
         self.good: list[Member] = []
@@ -162,10 +169,12 @@ class RoundRobin:
         self.good = good
 
     def moved(self, member: Member) -> None:
-        """Nothing is counted."""
+        """The load of a member has changed; called where `counts`."""
 
     def pick(self, allowed: Allowed, client: str) -> Member | None:
         self.at += 1
+        if allowed is None and self.good:
+            return self.good[self.at % len(self.good)]
         return self.scan(self.at, allowed)
 
     def instead(self, allowed: Allowed, client: str) -> Member | None:
@@ -175,8 +184,6 @@ class RoundRobin:
     def scan(self, begin: int, allowed: Allowed) -> Member | None:
         """The first that is allowed, from a place on."""
         good = self.good
-        if allowed is None and good:
-            return good[begin % len(good)]
         for step in range(len(good)):
             member = good[(begin + step) % len(good)]
             if allowed is None or allowed(member):
@@ -236,6 +243,8 @@ class Least(RoundRobin):
 
     The members stand on levels by their load, so that a choice takes as long for a thousand as for two.
     """
+
+    counts = True
 
     def __init__(self, group: Group):
         super().__init__(group)

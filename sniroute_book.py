@@ -2,7 +2,8 @@
 
     Book      the groups by Decision.key, kept over a reload; the queues that they share; what is known of members that
               are in no group now; which backends an operator has drained
-    Warmth    the warm connections of one group: a pool for each member (sniroute_warm), and its share
+    Warmth    the warm connections of one group: a pool for each member (sniroute_warm), its share, and what clients
+              give back (sniroute_reuse)
     Checked   a member, as active checks see it (sniroute_checks)
 
 Threads: the loop only; `Book.listed` and `Book.rows` are for any thread.
@@ -11,8 +12,8 @@ Seams: I want to ...
     share warm connections otherwise    `Warmth.share`
     let operators do more               a method of Book, asked for by the admin in the loop (Router.call)
 
-It imports groups, balance, deadlines, race, targets, the loop, wire and refusals; warm, checks and probes where
-a route asks for them.
+It imports groups, balance, deadlines, race, targets, the loop, wire and refusals; warm, reuse, checks and
+probes where a route asks for them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 
 from sniroute_balance import Member
 from sniroute_deadlines import silent_connect
-from sniroute_groups import Failure, Group
+from sniroute_groups import DOWN, Failure, Group
 from sniroute_loop import Loop, Queue
 from sniroute_race import STAGGER, no_answer
 from sniroute_refusals import Refused
@@ -32,8 +33,11 @@ from sniroute_wire import PROXY_WRITERS
 
 if TYPE_CHECKING:
     from sniroute_checks import Checks
+    import socket
+    from sniroute_backends import GroupBackend
     from sniroute_connection import Connection
     from sniroute_race import Row
+    from sniroute_reuse import Aside, Reuse
     from sniroute_routes import Decision, Route
 
 __version__ = "0.1.0"
@@ -43,6 +47,7 @@ GROUPS_MAX = 1024  # groups of routes whose targets have fields: names come from
 KNOWN_MAX = 4096  # members that are in no group, and of which is known that they were down
 WEIGHS_FOR = 10.0  # a failure counts as an open connection: who fails fast looks idle, and would attract everybody
 NO_NAME = "health.invalid"  # what a check asks for where the names of a route have nothing in common: RFC 6761
+ASIDES_MAX = 64  # connections of a route that rest until they may serve another client: as many as a pool keeps
 JITTERS = 16  # different lifetimes: what began together does not end together; each is a queue
 
 
@@ -50,11 +55,16 @@ JITTERS = 16  # different lifetimes: what began together does not end together; 
 
 
 class Warmth:
-    """The warm connections of one group: a pool for each member."""
+    """The warm connections of one group, a pool for each member: dialled ahead, or given back by clients."""
 
     def __init__(self, group: Group):
         from sniroute_warm import WarmOptions, WarmPool  # imported late: only where it is asked for
         self.group, self.book, self.options = group, group.book, group.options
+        self.reuse: Reuse | None = None
+        if self.options.reuse != "off":
+            from sniroute_reuse import REUSES  # imported late: only where it is asked for
+            self.reuse = REUSES[self.options.reuse]
+        self.asides: dict[Aside, Backend] = {}  # connections that clients have left, and that may still be spoken on
         options = self.options
         wanted = WarmOptions(0, options.warm_max_idle, options.warm_max_age, options.warm_jitter,
                              options.warm_order, group.route.is_port, options.connect_timeout)
@@ -75,13 +85,12 @@ class Warmth:
         return way
 
     def told(self, member: Member, why: str) -> None:
-        """A dial is over; `why` it failed, or "".
+        """A dial has failed.
 
-        A success says less than a client that is served: so it does not end a row of failures.
+        One that succeeds says less than a client that is served: so it does not end a row of failures.
         """
-        if why:
-            self.group.weigh(member)
-            self.group.bad_news(member, why, False)
+        self.group.weigh(member)
+        self.group.bad_news(member, why, False)
 
     def share(self) -> None:
         """Share them among the members that clients are led to."""
@@ -100,8 +109,63 @@ class Warmth:
         if member.pool is not None:
             limit = self.options.max_backend_connections
             size = member.share if limit is None else min(member.share, max(limit - member.active, 0))
-            if size != member.pool.size:
+            if size != member.pool.size or member.rank >= DOWN:  # what clients gave back goes, too
                 member.pool.resize(size)
+
+    # -- reuse
+
+    def observe(self, backend: GroupBackend) -> None:
+        """Find out whether the connection of a client may serve another one when it has left."""
+        from sniroute_reuse import observe
+        pool = backend.member.pool
+        if pool is None:
+            return  # a reload has taken the member out
+        if backend.warm is None:
+            backend.birth = pool.birth()
+        elif backend.warm.greeting:
+            return  # the next client would wait for one
+        else:
+            backend.birth = backend.warm.began
+        observe(backend.connection, self.reuse.machine(), functools.partial(self.keep, backend))
+
+    def keep(self, backend: GroupBackend, sock: socket.SocketType) -> None:
+        """A client has left a connection that may serve another one."""
+        member = backend.member
+        way, backend.way = backend.way, backend  # so that it is not released with the client
+        if not self.reuse.rest:
+            self.put(member, way, backend.birth, sock)
+        elif len(self.asides) < ASIDES_MAX:
+            from sniroute_reuse import Aside
+            queue, birth = self.book.queue(self.reuse.rest, Aside.rested), backend.birth
+            aside = Aside(self.book.loop.poller, queue, sock, lambda sock: self.rested(aside, member, way, birth, sock))
+            self.asides[aside] = way
+        else:
+            sock.close()
+            way.release()
+
+    def rested(self, aside: Aside, member: Member, way: Backend, birth: float, sock: socket.SocketType | None) -> None:
+        """It was silent for long enough; or it was not, and is closed."""
+        del self.asides[aside]
+        if sock is None:
+            way.release()
+        else:
+            self.put(member, way, birth, sock)
+
+    def put(self, member: Member, way: Backend, birth: float, sock: socket.SocketType) -> None:
+        """It waits for the next client, where the member still gets any."""
+        pool, limit = member.pool, self.options.max_backend_connections
+        if pool is None or member.rank >= DOWN or limit is not None and member.active + len(pool.idle) > limit:
+            sock.close()
+            way.release()
+        else:
+            pool.put(way, sock, birth)
+
+    def close(self) -> None:
+        """Nobody needs it any more; the pools stay."""
+        for aside, way in self.asides.items():
+            aside.close()
+            way.release()
+        self.asides.clear()
 
 
 # -- all groups --------------------------------------------------------------------------------
@@ -220,7 +284,10 @@ class Book:
 
     def drop(self, key: str) -> None:
         """Forget a group, but not which of its members were down."""
-        for member in self.groups.pop(key).members.values():
+        group = self.groups.pop(key)
+        if group.warmth is not None:
+            group.warmth.close()
+        for member in group.members.values():
             self.let_go(member)
 
     def let_go(self, member: Member) -> None:
@@ -243,7 +310,9 @@ class Book:
 
     def warmth(self, group: Group) -> Warmth | None:
         """The warm connections of a group, as its options are now; None where it has none."""
-        if group.options.warm:
+        if group.warmth is not None:
+            group.warmth.close()
+        if group.options.warm or group.options.reuse != "off":
             return Warmth(group)
         for member in group.members.values():
             if member.pool is not None:

@@ -436,7 +436,7 @@ class Connection:
                 self.wait_in(self.router.deadlines.first_byte)
             elif self.queue is not None:
                 self.leave_queue()  # behind a port, whose client is silent: it may be its turn, for as long as it likes
-            up.wait_for(READ, up.mover())
+            up.wait_for(READ, up.first if self.state is UNANSWERED else up.pump)
             down.wait_for(READ, down.first)
         if sent != len(said):
             up.hold(memoryview(said)[sent:])
@@ -491,8 +491,9 @@ class Connection:
             self.backend.answered()
         else:
             self.backend.committed()
-        self.up.install()
-        self.down.install()
+        for each in (self.up, self.down):
+            if each.events == READ:
+                each.poller.callbacks[each.fd] = each.pump
 
     def ended(self, flow: Flow) -> None:
         """The source has ended: pass that on behind its last byte."""

@@ -47,9 +47,9 @@ import collections
 import logging
 import random
 import time
-from typing import TYPE_CHECKING, Callable, Collection, Iterable, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Collection, Iterable, NamedTuple, Sequence
 
-from sniroute_balance import SECONDS, WAYS, ByClient, Member, RoundRobin, slot_of
+from sniroute_balance import SECONDS, STRIP_MASK, WAYS, ByClient, Member, RoundRobin, slot_of
 from sniroute_names import printable
 from sniroute_targets import Backend, Scheme, literal_row
 
@@ -70,6 +70,7 @@ monotonic = time.monotonic
 WEIGHS_MAX = 100  # failures of one member that count as connections at once
 SLOWEST_START = 0.05  # of its share, for a backend that has just come back
 
+SHARES = frozenset(("warm_jitter",))  # options that are floats, and no seconds
 OWN, FOREIGN, UNKNOWN, DOWN, DRAINED = range(5)  # ranks of a member
 WORDS = ("good", "good", "unknown", "down", "drained")  # of a rank, for people; FOREIGN beside OWN is "spare"
 
@@ -104,6 +105,7 @@ class Several(NamedTuple):
     warm_max_age: float = 0.0
     warm_jitter: float = 0.1
     warm_order: str = "lifo"
+    reuse: str = "off"
 
     def checks(self, target: str) -> bool:
         """Whether a backend is checked actively: not a tunnel, nor a program, which would be started for that."""
@@ -112,8 +114,15 @@ class Several(NamedTuple):
 
     def shown(self) -> list[str]:
         """The options that are not as they are by default, for people."""
-        return [f"{name} {f'{value:g} s' if isinstance(value, float) else value}" for name, value in
-                zip(self._fields, self) if value != self._field_defaults.get(name, value)]
+        return [f"{name} {shown_value(name, value)}" for name, value in zip(self._fields, self)
+                if value != self._field_defaults.get(name, value)]
+
+
+def shown_value(name: str, value: Any) -> str:
+    """The value of an option as it is written, for people: seconds, a share, a count or a word."""
+    if not isinstance(value, float) or name in SHARES:
+        return str(value)
+    return f"{value:g} s" if value else "off"
 
 
 # -- groups ------------------------------------------------------------------------------------
@@ -336,7 +345,8 @@ class Group:
         member.dialling += 1
         if self.options.on_down == "cut":
             member.held[client] = None
-        self.way.moved(member)
+        if self.way.counts:
+            self.way.moved(member)
 
     def leave(self, member: Member, client: GroupBackend) -> None:
         """A client uses it no more."""
@@ -345,22 +355,16 @@ class Group:
             member.held.pop(client, None)
         if member.trial is client:
             member.trial = None
-        self.way.moved(member)
-        if self.warmth is not None:
+        if self.way.counts:
+            self.way.moved(member)
+        if self.warmth is not None and self.options.max_backend_connections is not None:
             self.warmth.fit(member)
         if self.waiting:
             self.serve((member,))
 
-    def connected(self, member: Member, seconds: float) -> None:
-        """It took a connect."""
-        now = self.clock()
-        member.dialled = now
-        member.observe(seconds, now)
-        member.count(seconds)
-
     def good_news(self, member: Member) -> None:
         """It has served a client."""
-        member.mark(True)
+        member.strip = (member.strip << 2 | 3) & STRIP_MASK  # `mark`, for each connection
         member.fails = 0
         if not member.why or member.is_checked:
             return
@@ -387,7 +391,8 @@ class Group:
         member.observe(self.options.connect_timeout, self.clock())
         if member.weighing < WEIGHS_MAX:
             member.weighing += 1
-            self.way.moved(member)
+            if self.way.counts:
+                self.way.moved(member)
             self.book.weighing.put(Failure(self, member))
 
     def bad_news(self, member: Member, why: str, is_trial: bool) -> None:
@@ -483,4 +488,5 @@ class Failure:
     def forget(self) -> None:
         """It counts no more."""
         self.member.weighing -= 1
-        self.group.way.moved(self.member)
+        if self.group.way.counts:
+            self.group.way.moved(self.member)

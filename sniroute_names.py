@@ -334,7 +334,7 @@ OPTIONS = {
     "carrier": ("sniroute_carrier", "sniroute_edge", "sniroute_forwarder", "sniroute_dial", "sniroute_http"),
     "commands": ("sniroute_commands",),
     "backends": ("sniroute_backends", "sniroute_book", "sniroute_groups", "sniroute_balance", "sniroute_warm",
-                 "sniroute_checks", "sniroute_probes"),
+                 "sniroute_reuse", "sniroute_conversations", "sniroute_checks", "sniroute_probes"),
 }
 
 

@@ -60,7 +60,7 @@ SEVERAL_OPTIONS: dict[str, Callable[[str], Any]] = {
     "max_backend_connections": parse_count, "queue": parse_duration, "queue_length": parse_count,
     "max_lifetime": parse_off_or_duration,
     "warm": parse_size, "warm_max_idle": parse_off_or_duration, "warm_max_age": parse_off_or_duration,
-    "warm_jitter": parse_share, "warm_order": one_of("fifo", "lifo"),
+    "reuse": one_of("off", "redis", "http", "quiet"), "warm_jitter": parse_share, "warm_order": one_of("fifo", "lifo"),
 }
 
 
@@ -92,6 +92,10 @@ def with_several(route: Route, values: Mapping[str, Any]) -> Route:
     several = Several(SEVERAL, Book, [], **values)
     if route.has_fields and several.warm:
         raise ValueError("warm: is for targets without fields: clients would choose what is dialled ahead")
+    if several.reuse != "off" and not route.is_port:
+        raise ValueError("reuse: is for ports: behind a name there is TLS, which is its client's alone")
+    if several.reuse != "off" and route.send_proxy in ("v1", "v2"):
+        raise ValueError(f"reuse: does not go with send_proxy = {route.send_proxy}: the header says who the client is")
     if several.health not in ("passive", "off"):
         if route.has_fields:
             raise ValueError(f"health: {several.health} is for targets without fields: clients would choose what is "

@@ -567,6 +567,10 @@ def warn(settings: Settings) -> None:
         why = f"own_address {settings.own_address} is in none of them" if settings.zones and settings.own_address \
             else "neither zone nor own_address says which is the own one" if settings.zones else "there are none"
         log.warning("zones: no backend is preferred for its zone, since %s", why)
+    for route in settings.port:
+        if route.several is not None and route.several.reuse == "quiet":
+            log.warning("%s: reuse = quiet guesses: an answer that is late reaches another client, and so does what "
+                        "the backend remembers of the one before", route)
     warn_of_programs(settings)
     for route in settings.routes.routes:
         if any(row.is_tunnel and not row.is_program for row in route.kinds) and settings.routes.identified \

@@ -137,7 +137,7 @@ class Zones(NamedTuple):
 
 
 def own_zones(zones: Mapping[str, Iterable[Network]] | None, zone: str | None, address: str | None) -> Zones | None:
-    """What the settings `zones`, `zone` and `own_address` mean; None where they name no own zone.  Raises ValueError."""
+    """What the settings `zones`, `zone` and `own_address` mean; None where none is the own one.  Raises ValueError."""
     if zone and address:
         raise ValueError("zone, own_address: one of them is enough: leave the other out")
     if zone and zones and zone not in zones:

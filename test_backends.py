@@ -258,7 +258,7 @@ def test_a_backend_that_fails_fast_does_not_attract_everybody(balance):
             group.leave(member, client)
         else:
             member.dialling -= 1
-            group.connected(member, 0.01)
+            member.connected(0.01, 0.0)
     assert counts[True] <= 100, "not more than its share"
 
 
@@ -879,9 +879,11 @@ def test_explain_without_a_router_tells_the_list(settings_file):
 
 
 def test_check_prints_the_options_that_are_not_the_default(settings_file):
-    path = settings_file(table([("192.0.2.1", 1), ("192.0.2.2", 2)], balance="least", queue="1s"))
+    path = settings_file(table([("192.0.2.1", 1), ("192.0.2.2", 2)], balance="least", queue="1s", warm=2,
+                               warm_max_idle="off", warm_jitter=".2"))
     assert command("check", "-c", path).stdout == (
-        f"{NAME}=tcp:192.0.2.1:1,192.0.2.2:2 (balance least; queue 1 s)\n")
+        f"{NAME}=tcp:192.0.2.1:1,192.0.2.2:2 (balance least; queue 1 s; warm 2; warm_max_idle off; warm_jitter 0.2)\n")
+
 
 
 def test_a_long_list_is_shortened_for_people(settings_file):
@@ -895,11 +897,16 @@ def test_a_long_list_is_shortened_for_people(settings_file):
 
 def test_the_options_and_the_examples_of_the_documents_are_the_programs(settings_file):
     text = (HERE / "OPERATING.md").read_text().partition("### Several backends")[2].partition("### Whose domain?")[0]
-    rows = [line for line in text.split("\n") if line.startswith("| `")]
-    named_there = {name for line in rows for name in re.findall(r"`(\w+)`", line.split("|")[1])}
-    assert named_there == set(sniroute_options.SEVERAL_OPTIONS)
-    for word in WAYS:
-        assert f"`{word}`" in rows[0]
-    example = text.partition("```toml\n")[2].partition("```")[0]
+    table = text.partition("| option | values | default |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n")]
+    assert sorted(name.strip("`") for name, *_ in rows) == sorted(sniroute_options.SEVERAL_OPTIONS)
+    for name, _, default in rows:
+        name, words = name.strip("`"), re.findall("`([^`]+)`", default)
+        value = sniroute_options.SEVERAL_OPTIONS[name](words[0]) if words else None
+        assert value == Several._field_defaults[name], name
+    example, zones = (part.partition("```")[0] for part in text.split("```toml\n")[1:])
     settings = sniroute_settings.load_settings(["-c", settings_file(example)], {})
     assert [len(route.members) for route in settings.routes.routes] == [2, 2, 3]
+    assert settings.port[0].several.warm == 4
+    settings = sniroute_settings.load_settings(["-c", settings_file(zones)], {})
+    assert settings.own_zones.own == "a"

@@ -17,24 +17,33 @@ import struct
 import subprocess
 import sys
 import threading
-from typing import Iterator
+from typing import Callable, Iterator
 
 import pytest
 
 import sniroute
+import sniroute_backends
+import sniroute_balance
+import sniroute_book
 import sniroute_carrier
+import sniroute_checks
 import sniroute_edge
 import sniroute_launchers
 import sniroute_log
 import sniroute_metrics
+import sniroute_probes
 import sniroute_refusals
 import sniroute_targets
 import sniroute_options
 import sniroute_values
+import sniroute_warm
 from sniroute_doctor import sample_hello
-from sniroute_names import parse_host_port
+from sniroute_groups import Several
+from sniroute_names import OPTIONS, parse_host_port
 from sniroute_settings import SETTINGS, load_settings
-from conftest import CORE, DOCTOR, HERE, HOST, wait_until
+from conftest import CORE, DOCTOR, HERE, HOST, Server, wait_until
+from testbed.hellos import genuine
+from testbed.running import Running, read_exactly
 
 README, OPERATING, CONTRIBUTING = (
     (HERE / name).read_text() for name in ("README.md", "OPERATING.md", "CONTRIBUTING.md"))
@@ -173,6 +182,90 @@ def test_quick_start_of_the_readme_works_as_pasted(tmp_path, free_ports):
     assert f"listening on {HOST}:{first}" in done.stderr and "name=web.example.com" in done.stderr
 
 
+def test_the_routes_of_the_readme_are_routes():
+    rows = rows_below(README, "| route | what it does |")
+    assert len(rows) > 10
+    for route, *_ in rows:
+        load_settings(["--route", route.strip("`")], {})
+    for kind, program in (("exec", "ssh"), ("exec", "kubectl"), ("command", "ssh"), ("command", "kubectl")):
+        assert any(f"={kind}:{program} " in route for route, *_ in rows), (kind, program)
+
+
+def rows_below(document: str, head: str) -> list[list[str]]:
+    """The cells of each row of the table with this first line; it has to be there once."""
+    (table,) = re.findall(rf"^{re.escape(head)}\n\|[-|]+\|\n((?:\|.*\n)+)", document, re.MULTILINE)
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+
+
+@pytest.fixture
+def pasted(settings_file, run, monkeypatch):
+    """pasted(mark, {address of the example: server}) -> a router with that example of README.md as its whole file."""
+    monkeypatch.setattr(sniroute_checks, "START_WITHIN", 0.1)
+
+    def start(mark: str, servers: dict[str, Server]) -> Running:
+        text = marked(README, mark)
+        for place, server in servers.items():
+            assert place in text
+            text = text.replace(place, "%s:%d" % server.address)
+        text = text.replace("10.1.0.0/16", "127.0.0.1/32").replace("10.2.0.0/16", "127.0.0.2/32")
+        return run("-c", settings_file(text))
+    return start
+
+
+def far_end(answer: bytes) -> Callable[[socket.socket], None]:
+    """A handler that answers a hello, or says as PostgreSQL that it has no TLS."""
+    def handler(sock: socket.socket) -> None:
+        said = sock.recv(8)
+        if said == b"\0\0\0\x08\x04\xd2\x16\x2f":
+            sock.sendall(b"N")
+        elif said:
+            sock.sendall(answer)
+        while sock.recv(65536):
+            pass
+    return handler
+
+
+def answer_to(running: Running, name: str) -> bytes:
+    """Who serves a client of this name."""
+    with running.connect(genuine(name=name)) as client:
+        return read_exactly(client, 1)
+
+
+def members_of(running: Running) -> list[sniroute_balance.Member]:
+    """The backends of the one route."""
+    (group,) = running.router.targets.book.groups.values()
+    return list(group.members.values())
+
+
+def test_failover_of_the_readme_works_as_pasted(pasted, serve):
+    second = serve(far_end(b"2"))
+    with Server(far_end(b"1")) as first:
+        running = pasted("failover", {"192.0.2.1:5432": first, "192.0.2.2:5432": second})
+        wait_until(lambda: all(member.is_proven for member in members_of(running)), what="a check of each")
+        assert [answer_to(running, "db.example.com") for _ in range(3)] == [b"1"] * 3
+        running.ending(3)
+    assert [answer_to(running, "db.example.com") for _ in range(5)] == [b"2"] * 5
+    assert members_of(running)[0].why == "Connection refused"
+    assert {running.ending(number + 1).reason for number in range(8)} == {"client_closed"}
+
+
+def test_warm_connections_of_the_readme_are_ready_as_pasted(pasted, serve):
+    servers = [serve(far_end(b"1")), serve(far_end(b"2"))]
+    running = pasted("warm", dict(zip(("192.0.2.3:443", "192.0.2.4:443"), servers)))
+    wait_until(lambda: [len(member.pool.idle) for member in members_of(running)] == [2, 2])
+    assert {answer_to(running, "api.example.com") for _ in range(2)} == {b"1", b"2"}
+    assert [member.pool.hit for member in members_of(running)] == [1, 1]
+    wait_until(lambda: [server.accepted for server in servers] == [3, 3], what="others in their places")
+
+
+def test_zones_of_the_readme_work_as_pasted(pasted, serve):
+    far = serve(far_end(b"b"), ("127.0.0.2", 0))
+    with Server(far_end(b"a")) as near:
+        running = pasted("zones", {"10.1.0.5:443": near, "10.2.0.5:443": far})
+        assert [answer_to(running, "web.example.com") for _ in range(4)] == [b"a"] * 4
+    assert [answer_to(running, "web.example.com") for _ in range(4)] == [b"b"] * 4
+
+
 # -- OPERATING.md ------------------------------------------------------------------------------
 
 
@@ -221,6 +314,40 @@ def test_the_programs_of_the_examples_are_settings(tmp_path):
     routes = load_settings(["-c", str(path)], {}).routes
     assert [routes.decide(f"{name}.example.com").scheme.is_tunnel for name in ("a.shell", "a.db", "web")] == [
         False, True, True]
+
+
+def test_ways_to_balance_and_kinds_of_checks_are_there():
+    ways = [word.strip("`") for word, _ in rows_below(OPERATING, "| `balance` | a client gets |")]
+    assert ways == list(sniroute_balance.WAYS)
+    rows = rows_below(OPERATING, "| `health` | a backend is good if | what its log shows |")
+    assert [kind.strip("`").partition(":")[0] for kind, *_ in rows] == list(sniroute_probes.KINDS)
+    for kind, *_ in rows:
+        sniroute_options.parse_health(kind.strip("`").replace("PORT", "8008"))
+
+
+def test_warm_connections_are_given_up_before_the_server_gives_them_up():
+    longer = 1 + Several._field_defaults["warm_jitter"]
+    rows = rows_below(OPERATING, "| server | what it does with a silent session | good `warm_max_idle` |")
+    known = 0
+    for server, what, good in rows:
+        limit, advice = re.search(r"\b(\d+ (?:s|min))\b", what), re.match("`([^`]+)`", good)
+        if limit and advice:
+            known += 1
+            limit = sniroute_values.parse_duration(limit[1].replace(" ", "").replace("min", "m"))
+            assert sniroute_values.parse_off_or_duration(advice[1]) * longer < limit, server
+    assert known >= 6
+
+
+def test_figures_of_several_backends_are_the_programs():
+    text = " ".join(OPERATING.partition("\n### Several backends\n")[2].partition("\n### Whose domain?\n")[0].split())
+    pauses = [f"{pause:g}" for pause in sniroute_warm.PAUSES]
+    for said in (f"a failure weighs like a connection for {sniroute_book.WEIGHS_FOR:g} s",
+                 f"The first checks come within {sniroute_checks.START_WITHIN:g} s of the start",
+                 f"{sniroute_checks.AT_ONCE} run at once",
+                 f"ends what is silent within {sniroute_warm.PROVEN_AFTER:g} s, one is tried after {pauses[0]} s, "
+                 f"then after {', '.join(pauses[1:])} s"):
+        assert said in text
+    assert sniroute_checks.JITTER == sniroute_backends.LIFETIME_JITTER == 0.1, "`up to a tenth`"
 
 
 def test_settings_that_a_reload_cannot_change_are_there():
@@ -370,7 +497,7 @@ def test_the_unit_points_to_it():
 def apply_examples(folder: pathlib.Path) -> None:
     """Change the rooms in `folder` as the diffs of CONTRIBUTING.md say: `---` names a file, `@@` begins a hunk."""
     found = blocks(CONTRIBUTING, "diff")
-    assert len(found) == 5
+    assert len(found) == 6
     for part in re.split(r"^--- ", "".join(found), flags=re.MULTILINE)[1:]:
         name, *hunks = re.split(r"\n@@\n", part)
         path = folder / name
@@ -383,6 +510,13 @@ def apply_examples(folder: pathlib.Path) -> None:
             text = text.replace(before, after)
         path.write_text(text)
         compile(text, name, "exec")
+
+
+def changed(folder: pathlib.Path) -> None:
+    """Have the program in a folder, with the examples."""
+    for name in (*CORE, DOCTOR, *(f"{room}.py" for room in OPTIONS["backends"])):
+        shutil.copy(HERE / name, folder)
+    apply_examples(folder)
 
 
 class Echo(socketserver.BaseRequestHandler):
@@ -415,9 +549,7 @@ def acme_hello() -> bytes:
 
 
 def test_the_examples_can_be_followed(tmp_path, free_ports):
-    for name in (*CORE, DOCTOR):
-        shutil.copy(HERE / name, tmp_path)
-    apply_examples(tmp_path)
+    changed(tmp_path)
     port, far = free_ports(2)
     route = ["--route", f"db.example.com=local:{far}"]
     program = [sys.executable, "-S", "-E", str(tmp_path / "sniroute.py")]
@@ -452,3 +584,26 @@ def test_the_examples_can_be_followed(tmp_path, free_ports):
             echo.shutdown()
             thread.join()
     assert log.read_text().count(f"backend=local:{far} ") == 2 and "reason=acme" in log.read_text()
+
+
+def test_the_examples_for_several_backends_can_be_followed(tmp_path, free_ports, serve):
+    changed(tmp_path)
+    port, _ = free_ports(1)
+    servers = [serve(lambda sock, said=said: (sock.sendall(said), sock.recv(1))) for said in (
+        b"220 mail.example.com", b"SSH-2.0-one", b"SSH-2.0-two", b"+PONG\r\n")]
+    targets = ",".join("%s:%d" % server.address for server in servers)
+    file, log = tmp_path / "sniroute.toml", tmp_path / "log"
+    file.write_text(f'listen = "{HOST}:0"\n[ports]\n"{HOST}:{port}" = {{ target = "tcp:{targets}", balance = "last", '
+                    'health = "ssh", health_interval = "100ms", weighs_max = 5 }\n')
+    program = [sys.executable, "-S", "-E", str(tmp_path / "sniroute.py")]
+    said = subprocess.run([*program, "check", "-c", str(file)], capture_output=True, text=True, timeout=60).stdout
+    assert "balance last; health ssh; health_interval 0.1 s; weighs_max 5" in said
+    with open(log, "wb") as stderr:
+        router = subprocess.Popen([*program, "-c", str(file)], stderr=stderr)
+        try:
+            wait_until(lambda: log.read_text().count(" is down: it does not speak SSH: it said ") == 2)
+            with socket.create_connection((HOST, port), timeout=10) as client:
+                assert client.recv(11) == b"SSH-2.0-two"
+        finally:
+            router.terminate()
+            router.wait()

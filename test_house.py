@@ -31,7 +31,8 @@ SOURCES = {path.stem: path.read_text() for path in sorted(HERE.glob("sniroute*.p
 TREES = {room: ast.parse(source) for room, source in SOURCES.items()}
 ADMIN = {"sniroute_admin.py", "sniroute_door.py", "sniroute_metrics.py", "sniroute_page.py"}
 COMMANDS = {"sniroute_commands.py"}
-BACKENDS = {f"sniroute_{room}.py" for room in ("backends", "book", "groups", "balance", "warm", "checks", "probes")}
+BACKENDS = {f"sniroute_{room}.py" for room in ("backends", "book", "groups", "balance", "warm", "reuse", "conversations", "checks",
+                                                "probes")}
 CARRIER = OPTIONS - ADMIN - COMMANDS - BACKENDS - {DOCTOR}
 
 # What is larger than the house allows, and why.
@@ -157,8 +158,8 @@ def test_the_face_has_a_map_of_all_rooms_in_the_same_order():
     named = [[room for room, _, _ in part] for part in (serve, options)]
     assert [f"{room}.py" for room in named[0]] == [
         f"{room}.py" for room in table() if f"{room}.py" in {*CORE, DOCTOR}]
-    others = {full(word.removeprefix("sniroute").strip("_")) for _, _, more in options
-              for word in re.findall(r"\b(?:sniroute)?_\w+", more)}
+    others = {full(word.removeprefix("sniroute").strip("_")) for part in sniroute.__doc__.split("\n\n") if " *  " in part
+              for line in part.split("\n") for word in re.findall(r"\b(?:sniroute)?_\w+", line[28:])}
     assert sorted([*named[0], *named[1], *others]) == sorted(SOURCES)
     starred = {room for room, star, _ in serve + options if star}
     assert {f"{room}.py" for room in starred | others} == OPTIONS

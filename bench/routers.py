@@ -309,9 +309,11 @@ class Lab:
         return router
 
     @contextlib.contextmanager
-    def haproxy(self, title: str) -> Iterator[Router]:
-        """HAProxy with one thread, as sniroute has one."""
+    def haproxy(self, title: str, servers: Sequence[str] = ()) -> Iterator[Router]:
+        """HAProxy with one thread, as sniroute has one; with these servers behind NAME, if there are any."""
         port = self.port()
+        small = "\n    ".join(f"server s{number} {address} check"
+                              for number, address in enumerate(servers)) or f"server only {HOST}:{self.backend}"
         config = self.processes.directory / f"haproxy-{port}.cfg"
         config.write_text(f"""\
 global
@@ -331,7 +333,8 @@ frontend tls
     use_backend small if {{ req.ssl_sni -i {NAME} }}
     use_backend bulk if {{ req.ssl_sni -i {BULK_NAME} }}
 backend small
-    server only {HOST}:{self.backend}
+    balance roundrobin
+    {small}
 backend bulk
     server only {HOST}:{self.bulk_backend}
 """)
@@ -548,10 +551,14 @@ def change_groups(lab: Lab) -> Iterator[Change]:
     """What does a group of backends cost, and a large one?  All are one process, so that only the choice differs."""
     _, port = lab.start_backend("0.0.0.0")
 
-    def group(count: int, balance: str) -> str:
-        """The option for a route to so many addresses of the backend."""
-        targets = ",".join(f"127.0.{1 + number // 250}.{1 + number % 250}:{port}" for number in range(count))
-        return lab.settings(f'[routes."{NAME}"]\ntarget = "tcp:{targets}"\nbalance = "{balance}"\n')
+    def addresses(count: int) -> list[str]:
+        """So many addresses of the backend."""
+        return [f"127.0.{1 + number // 250}.{1 + number % 250}:{port}" for number in range(count)]
+
+    def group(count: int, balance: str, more: str = "") -> str:
+        """The option for a route to all of them."""
+        targets = ",".join(addresses(count))
+        return lab.settings(f'[routes."{NAME}"]\ntarget = "tcp:{targets}"\nbalance = "{balance}"\n{more}')
 
     with lab.sniroute("sniroute with one backend", f"--route={NAME}=tcp:{HOST}:{port}") as plain:
         for balance in BALANCES:
@@ -559,6 +566,13 @@ def change_groups(lab: Lab) -> Iterator[Change]:
                 yield compare(lab, f"4 backends, {balance} (without: 1)", plain, other)
                 with lab.sniroute(f"sniroute with a large group, {balance}", group(1000, balance)) as large:
                     yield compare(lab, f"1000 backends, {balance} (without: 4)", other, large)
+        with lab.sniroute("sniroute without warm connections", group(4, "round-robin")) as other, \
+                lab.sniroute("sniroute with warm connections", group(4, "round-robin", f"warm = {CLIENTS}\n")) as warm:
+            yield compare(lab, f"{CLIENTS} warm connections to 4 backends (without: none)", other, warm)
+    if find("haproxy"):
+        with lab.haproxy("HAProxy with one server", addresses(1)) as plain, \
+                lab.haproxy("HAProxy with four servers", addresses(4)) as other:
+            yield compare(lab, "HAProxy: 4 servers, roundrobin (without: 1)", plain, other)
 
 
 # -- what is measured: cold names --------------------------------------------------------------
