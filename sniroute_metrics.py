@@ -465,7 +465,7 @@ METRICS = (
     Metric("sniroute_backend_checks_total", "counter", "Active checks of a backend, by how they went.",
            by_word("result", good=if_checked(lambda member: member.checks_good),
                    bad=if_checked(lambda member: member.checks_bad))),
-    Metric("sniroute_backend_warm", "gauge", "Warm connections to a backend now, and those that are being dialled.",
+    Metric("sniroute_backend_warm", "gauge", "Connections to a backend that wait for a client now, and those being dialled for that.",
            by_word("state", idle=if_warm(lambda pool: len(pool.idle)),
                    dialling=if_warm(lambda pool: len(pool.dialling)))),
     Metric("sniroute_backend_warm_used_total", "counter",

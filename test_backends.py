@@ -873,6 +873,36 @@ def asked(path: str, what: str) -> str:
         return read_all(sock).decode().partition("\r\n\r\n")[2]
 
 
+@pytest.mark.parametrize("style", ["json", "text"])
+def test_one_line_says_that_a_backend_is_down_and_one_that_it_is_back(style, launch, settings_file, serve, free_ports):
+    """However many clients meet it; in either format."""
+    address = HOST, free_ports(1)[0]
+    place, good = refusing(), serve(named(b"g"))
+    path = settings_file(table([place, good.address], health_fail=2, health_pass=1, fallback_interval="200ms"))
+    program = launch("-c", path, f"--log-format={style}", f"--listen={HOST}:{address[1]}", listeners=0)
+    program.wait_for("listening on ")
+
+    def ask() -> bytes:
+        with program.connect(HELLO, address) as client:
+            return read_exactly(client, 1)
+
+    for _ in range(20):
+        assert ask() == b"g"
+    program.wait_for(" is down: ")
+    with Server(named(b"b"), place):
+        wait_until(lambda: ask() == b"b" and " is back, after " in program.log())
+        for _ in range(10):
+            assert ask() in (b"g", b"b")
+    program.stop()
+    lines = [line for line in program.log().split("\n") if "backend tcp:" in line]
+    if style == "json":
+        lines = [f"{record['time']} {record['level']} {record['message']}" for record in map(json.loads, lines)]
+    shown = f"{NAME}: backend tcp:{HOST}:{place[1]}"
+    assert len(lines) == 2, lines
+    assert lines[0].endswith(f" warning {shown} is down: Connection refused (2 failures in a row; the next try is in 0.2 s)")
+    assert re.search(f" info {re.escape(shown)} is back, after \\d+ s$", lines[1])
+
+
 def test_explain_without_a_router_tells_the_list(settings_file):
     said = command("explain", NAME, "--route", f"{NAME}=tcp:192.0.2.1:1,192.0.2.2:2").stdout
     assert "\nbackend: tcp:192.0.2.1:1\nbackend: tcp:192.0.2.2:2\ntaken:   not known here" in said

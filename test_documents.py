@@ -28,6 +28,7 @@ import sniroute_book
 import sniroute_carrier
 import sniroute_checks
 import sniroute_edge
+import sniroute_groups
 import sniroute_launchers
 import sniroute_log
 import sniroute_metrics
@@ -401,8 +402,14 @@ def test_metrics_and_paths_are_there():
     assert len(asked) > 8 and asked <= {metric.name for metric in sniroute_metrics.METRICS}
     table = section(OPERATING, "## Metrics, status, and a page")
     for word in ("GET /`", "GET /metrics`", "GET /status`", "GET /healthz`", "GET /readyz`", "POST /reload`",
-                 "POST /tunnels/NAME/stop`", "/start`"):
+                 "POST /tunnels/NAME/stop`", "/start`", "POST /routes/PATTERN/backends/ADDRESS/drain`", "/enable`"):
         assert f"`{word}" in table
+    rows = [line for line in table.split("\n") if line.startswith("| `sniroute_")]
+    assert {word for row in rows for word in re.findall(r"`(sniroute_\w+)`", row)} == {
+        metric.name for metric in sniroute_metrics.METRICS if metric.name.startswith("sniroute_backend_")}
+    shown = table.partition("A row of `backends`")[2]
+    states = {"spare", *sniroute_groups.WORDS}
+    assert {word for word in states if f"`{word}`" not in shown} == set()
 
 
 def test_prometheus_asks_where_the_example_serves():
