@@ -279,7 +279,8 @@ def order_drain(admin: Admin, pattern: str, address: str, is_drained: bool) -> A
         """In the router's loop."""
         book = admin.router.targets.book
         found = book.drain(route.pattern, address, is_drained)
-        answers.put((found, [member.target for group, member in book.rows() if group.pattern == route.pattern]))
+        answers.put((found, [] if found else [
+            member.target for group, member in book.rows() if group.pattern == route.pattern]))
 
     admin.router.call(act)
     try:

@@ -262,7 +262,7 @@ class Group:
     def find(self, address: str) -> Member | None:
         """The member that an operator names: by its target, by what stands behind `tcp:`, or as /status shows it."""
         member = self.members.get(address) or self.members.get(f"tcp:{address}")
-        if member is None:
+        if member is None and ("?" in address or "..." in address):  # what `printable` writes for what it cannot show
             alike = [each for each in self.members.values() if printable(each.target) == address]
             member = alike[0] if len(alike) == 1 else None
         return member

@@ -397,6 +397,8 @@ def test_a_drained_backend_gets_no_new_client_and_keeps_those_it_has(pattern, pr
     name = pattern.replace("*", "a")
     listener = running.router.listeners[-1].getsockname()
     connect = (lambda: first_words(listener)) if is_port else lambda: running.connect(name)
+    (group,) = running.router.targets.book.listed()
+    former = group.route
     with contextlib.ExitStack() as stack:
         stayed = None
         while stayed is None:
@@ -415,8 +417,10 @@ def test_a_drained_backend_gets_no_new_client_and_keeps_those_it_has(pattern, pr
         seen = metrics(running)
         assert value(seen, "sniroute_backend_drained", route=route, backend=f"tcp:{shown}") == 1
         assert value(seen, "sniroute_backend_up", route=route, backend=f"tcp:{shown}") == 1
-        running.router.call(lambda: running.router.adopt(running.router.settings))  # as a reload does
-        assert served(connect) == b"2", "a reload keeps it"
+        settings, member = running.router.settings.again(running.router.settings), group.members[f"tcp:{shown}"]
+        running.router.call(lambda: running.router.adopt(settings))
+        wait_until(lambda: group.route is not former)
+        assert served(connect) == b"2" and group.members[f"tcp:{shown}"] is member, "a reload keeps it"
         assert order(running, pattern, prefix + shown, "enable").json["drained"] is False
         assert served(connect) == b"12"
     lines = [record.getMessage() for record in caplog.records if "by an order of" in record.getMessage()]
@@ -505,6 +509,26 @@ def test_at_a_unix_socket_the_log_says_which_user_has_ordered_it(run_admin, admi
     running = run_admin("--route=db.example.com=tcp:192.0.2.1:1,192.0.2.1:2", admin=f"unix:{admin_path}")
     assert order(running, "db.example.com", "192.0.2.1:2", "drain").status == 200
     assert f"backend tcp:192.0.2.1:2 is drained, by an order of uid {os.getuid()}, pid {os.getpid()}" in caplog.text
+    with socket.socket() as gone:
+        assert sniroute_door.asker(gone) == "somebody at the admin's address"
+
+
+def test_a_backend_that_a_reload_takes_out_and_brings_back_is_drained_still(run_admin, settings_file):
+    """As long as its route is there: whoever lists it again may not know of the order."""
+    lists = [f'[routes]\n"db.example.com" = "tcp:{each}"\n' for each in (
+        "192.0.2.1:1,192.0.2.1:2", "192.0.2.1:1,192.0.2.1:3", "192.0.2.1:2,192.0.2.1:1")]
+    running = run_admin("-c", settings_file(lists[0]))
+    assert order(running, "db.example.com", "192.0.2.1:2", "drain").status == 200
+    states = []
+    for text in lists[1:]:
+        settings_file(text)
+        settings = running.router.settings.again(running.router.settings)
+        done = threading.Event()
+        running.router.call(lambda: (running.router.adopt(settings), done.set()))
+        assert done.wait(20)
+        running.admin.status.forget()
+        states.append({row["backend"][-1]: row["state"] for row in ask(running.admin, "/status").json["backends"]})
+    assert states == [{"1": "good", "3": "good"}, {"2": "drained", "1": "good"}]
 
 
 # -- tunnels once more -------------------------------------------------------------------------
