@@ -4,6 +4,7 @@
     wait_until             wait for an event, never for a time
     FakeClock              a clock that a test moves
     no_leaks               each test leaves no thread, process or descriptor behind; always on
+    connect                a client; where it fails, nothing stays open
     serve, echo_server     a far end in a thread: a handler is given a socket
     deaf                   the address of a listener that takes no more connections
     free_ports, ports      blocks of TCP ports
@@ -106,6 +107,28 @@ def no_leaks() -> Iterator[None]:
     assert threads == before[0], "threads"
     assert children == before[1], "child processes"
     assert count == before[2], f"descriptors: {sorted(own_fds().items() ^ fds.items())}"
+
+
+# -- clients -----------------------------------------------------------------------------------
+
+
+def connect(address: Address | str, said: bytes = b"", timeout: float = 20.0) -> socket.socket:
+    """A client that has sent `said`; `address` may be the path of a unix socket.  Its time-out ends a failing test.
+
+    Raises OSError, and has closed the socket then.  A server that refuses a client may reset it at any moment: the
+    connect fails, or the sending, or only what the caller reads.
+    """
+    with contextlib.ExitStack() as stack:
+        if isinstance(address, str):
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.settimeout(timeout)
+            client.connect(address)
+        else:
+            client = stack.enter_context(socket.create_connection(address, timeout))
+        if said:  # to send nothing fails, too, where there was a reset
+            client.sendall(said)
+        stack.pop_all()
+    return client
 
 
 # -- far ends ----------------------------------------------------------------------------------

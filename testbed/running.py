@@ -24,7 +24,7 @@ import sniroute_router
 import sniroute_settings
 from sniroute_launchers import cloudflared_launcher
 from sniroute_tunnels import TunnelTable
-from conftest import HOST, Address, wait_until
+from conftest import HOST, Address, connect, wait_until
 from testbed.hellos import HELLO, NAME
 from testbed.standins import Cloudflared
 
@@ -60,10 +60,8 @@ class Running:
         sniroute_log.log.setLevel("NOTSET")
 
     def connect(self, said: bytes = b"") -> socket.socket:
-        """A client that has sent `said`; with a time-out, so that a failing test ends."""
-        client = socket.create_connection(self.address, 20)
-        client.sendall(said)
-        return client
+        """A client that has sent `said`, as conftest's `connect`."""
+        return connect(self.address, said)
 
     def ending(self, number: int = 1) -> sniroute_log.Ending:
         """Wait for `number` endings, and return the last of them."""
