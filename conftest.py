@@ -49,10 +49,11 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc"
 
 def wait_until(predicate: Callable[[], Any], timeout: float = 10.0, what: str = "") -> Any:
     """Wait until `predicate` is true, and return its value.  Fails after `timeout` seconds, naming `what`."""
-    deadline = time.monotonic() + timeout
+    deadline, pause = time.monotonic() + timeout, 0.0005
     while not (result := predicate()):
         assert time.monotonic() < deadline, f"not within {timeout:g} s: {what or predicate}"
-        time.sleep(0.005)
+        time.sleep(pause)
+        pause = min(pause * 1.2, 0.01)  # most events come within a few milliseconds
     return result
 
 
