@@ -578,17 +578,17 @@ def test_many_cold_names_start_a_few_at_a_time_and_all_are_answered(run, cloudfl
     cloudflared.far("*", single_loop_echo)
     for n in range(4):  # however slow this machine is, these are under way together
         cloudflared.fault(f"n{n}.example.com", listen_delay=500)
-    first, last = free_ports(120)
-    running = run(TUNNEL, f"--ports={first}-{last}", "--max-tunnels=120", "--start-timeout=60s")
+    first, last = free_ports(60)
+    running = run(TUNNEL, f"--ports={first}-{last}", "--max-tunnels=60", "--start-timeout=60s")
     seen = []
     enter = running.tunnels._enter
     def watching(tunnel: Any, state: str) -> None:
         enter(tunnel, state)
         seen.append(sum(t.state == "starting" for t in running.tunnels.tunnels.values()))
     running.tunnels._enter = watching
-    crowd(running, [genuine(name=f"n{n}.example.com") for n in range(120)])
+    crowd(running, [genuine(name=f"n{n}.example.com") for n in range(60)])
     assert max(seen) == 4
-    assert len(cloudflared.starts()) == 120
+    assert len(cloudflared.starts()) == 60
 
 
 def test_killed_tunnel_is_not_noticed_by_those_who_had_received_nothing(run, serve, cloudflared, ports):
@@ -781,7 +781,7 @@ def test_client_that_goes_on_talking_while_it_waits_loses_nothing(run, serve, cl
 
 def test_start_that_takes_too_long_is_refused(run, cloudflared, ports):
     cloudflared.fault("*", never_listen=True)
-    running = run(TUNNEL, ports, "--start-timeout=500ms")
+    running = run(TUNNEL, ports, "--start-timeout=200ms")
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
     assert running.ending().reason in ("tunnel_timeout", "tunnel_failed")

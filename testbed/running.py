@@ -71,6 +71,10 @@ class Running:
     def counter(self, name: str) -> int:
         return self.router.counters.get(name, 0)
 
+    def part_early(self) -> None:
+        """Let refused clients that stay be closed soon, instead of half a second later."""
+        self.router.deadlines.linger.seconds = 0.05
+
 
 @pytest.fixture
 def run(cloudflared: Cloudflared) -> Iterator[Callable[..., Running]]:

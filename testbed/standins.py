@@ -222,6 +222,13 @@ def own_edge(tmp_path: pathlib.Path, certificates: pathlib.Path) -> Iterator[Edg
 # -- every tunnel program ----------------------------------------------------------------------
 
 
+def write_carrier(path: pathlib.Path, change: str = "") -> None:
+    """Write a program that runs the carrier, after a line that may change its times."""
+    path.write_text(f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(HERE)!r})\nimport sniroute_carrier\n"
+                    f"{change}\nsys.exit(sniroute_carrier.main())\n")  # the file's own `#!` line may find another Python
+    path.chmod(0o700)
+
+
 class TunnelProgram(NamedTuple):
     """A tunnel program, as a test uses it: the router's options and variables for it, and `far`."""
 
@@ -245,8 +252,6 @@ def tunnel_program(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Tu
         return TunnelProgram((), {**edge.environ, "PATH": ""}, edge.far)
     path = os.environ.get(REAL, "")
     if request.param == "carrier by its path":
-        path = str(tmp_path / "sniroute_carrier.py")  # a wrapper: the file's `#!` line may find another Python
-        pathlib.Path(path).write_text(f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(HERE)!r})\n"
-                                      "import sniroute_carrier\nsys.exit(sniroute_carrier.main())\n")
-        os.chmod(path, 0o700)
+        path = str(tmp_path / "sniroute_carrier.py")
+        write_carrier(pathlib.Path(path))
     return TunnelProgram((f"--cloudflared={path}",), edge.environ, edge.far)
