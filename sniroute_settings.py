@@ -75,6 +75,11 @@ def parse_off_or_duration(text: str) -> float:
     return 0.0 if text == "off" else parse_duration(text)
 
 
+def parse_none_or_duration(text: str) -> float:
+    """A duration as above, or `0s`.  Raises ValueError."""
+    return 0.0 if text == "0s" else parse_duration(text)
+
+
 def parse_count(text: str) -> int:
     """A whole number from 1 to a million.  Raises ValueError."""
     if not re.fullmatch(r"[1-9][0-9]{0,6}", text, re.ASCII) or int(text) > 1_000_000:
@@ -238,6 +243,8 @@ SETTINGS = (
             "how long a client may take to say its name (default 10s)"),
     Setting("connection-idle", "DURATION", parse_off_or_duration, "off",
             "a connection that has carried no byte for this long is reset (default off)"),
+    Setting("lameduck", "DURATION", parse_none_or_duration, "0s",
+            "how long new clients are served yet after SIGTERM, while /readyz says 503 (default 0s)"),
     Setting("drain", "DURATION", parse_duration, "30s",
             "how long open connections may go on after SIGTERM (default 30s)"),
     Setting("max-connections", "N", parse_count, None,
@@ -295,6 +302,7 @@ class Settings(NamedTuple):
     start_timeout: float
     prelude_timeout: float
     connection_idle: float  # 0: off
+    lameduck: float
     drain: float
     max_connections: int
     max_per_client: int

@@ -258,6 +258,13 @@ def test_health_and_readiness(run_admin, echo_server):
     wait_until(lambda: not router.paused)
     with running.connect("web.test.test") as client:
         assert client.recv(1)
+        router.lameduck(20)
+        wait_until(lambda: router.phase == "lameduck")
+        assert both() == (200, 503) and ask(admin, "/readyz").body == b"lameduck\n"
+        with running.connect("web.test.test") as late:
+            assert late.recv(1), "it still accepts"
+        assert value(metrics(running), "sniroute_draining") == 0
+        admin.metrics.forget()
         router.drain(20)
         wait_until(lambda: router.phase == "draining")
         assert both() == (200, 503) and ask(admin, "/readyz").body == b"draining\n"

@@ -222,6 +222,26 @@ def test_a_successor_may_come_while_the_first_drains(launch, free_ports, echo_se
 
 
 @linux
+def test_a_lame_duck_hands_its_listeners_over_and_drains_at_once(launch, free_ports, single_loop_echo):
+    """Nobody is refused: its successor is there, so nobody has to be sent elsewhere."""
+    port = free_ports(1)[0]
+    options = f"--listen={HOST}:{port}", route(single_loop_echo), "--lameduck=60s"
+    first = launch(*options)
+    with Customers((HOST, port)) as customers:
+        first.signal(signal.SIGTERM)
+        first.wait_for(" info lameduck: ")
+        second = launch(*options)
+        second.wait_for(" info another sniroute listened there: it drains, and ends\n")
+        assert first.wait() == 0
+        goal = customers.served + 20
+        wait_until(lambda: customers.served >= goal or customers.failures)
+    assert customers.failures == [] and "another sniroute listens here now" in first.log()
+    second.signal(signal.SIGTERM)
+    second.wait_for(" info lameduck: ")
+    second.signal(signal.SIGTERM)
+
+
+@linux
 @pytest.mark.parametrize("giver_sees, taker_sees, taken", [(0, 0, True), (1, 0, False), (0, 1, False)])
 def test_sockets_are_neither_given_to_nor_taken_from_another_user(giver_sees, taker_sees, taken, monkeypatch, free_ports):
     address = HOST, free_ports(1)[0]

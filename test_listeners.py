@@ -546,6 +546,19 @@ def test_a_port_that_leads_to_itself_by_a_name_is_refused(run, free_ports):
     assert running.ending().reason == "forbidden"
 
 
+def test_a_reload_that_comes_to_a_lame_duck_still_opens_ports(run, serve, free_ports):
+    number, far = free_ports(1)[0], serve(banner)
+    running = run(NOWHERE)
+    router = running.router
+    router.lameduck(20)
+    wait_until(lambda: router.phase == "lameduck")
+    settings = load_settings([f"--listen={HOST}:0", NOWHERE, port(tcp(far.address), number)], {})
+    opened = router.ports.open(settings.port)
+    router.call(lambda: router.adopt(settings, opened))
+    with connect((HOST, number)) as client:
+        assert read_exactly(client, 11) == BANNER
+
+
 def test_a_reload_that_comes_while_it_drains_opens_nothing(run, free_ports):
     number = free_ports(1)[0]
     running = run(NOWHERE)
