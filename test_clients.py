@@ -205,7 +205,7 @@ def test_a_plain_psql_session_is_ended_by_its_client(launch, postgres):
 
 
 @linux
-@pytest.mark.parametrize("tunnel_program", ["stand-in", "carrier"], indirect=True)
+@pytest.mark.parametrize("tunnel_program", ["stand-in", "hasty carrier"], indirect=True)
 def test_a_plain_psql_session_through_a_tunnel_is_ended_by_its_client(database, postgres):
     assert plain_end(database, postgres) == "client_closed"
 

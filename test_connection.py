@@ -403,6 +403,7 @@ def test_stall_after_any_part_of_the_prelude_ends_at_the_one_deadline(run, echo_
 
 def test_drip_does_not_renew_the_deadline(run, echo_server):
     running = run(route(echo_server.address), "--prelude-timeout=300ms")
+    running.part_early()
     with running.connect() as client:
         with contextlib.suppress(OSError):
             for at in range(len(HELLO) - 1):
@@ -728,7 +729,7 @@ def test_backend_that_has_spoken_may_be_silent_for_as_long_as_it_likes(run, serv
     with running.connect(HELLO) as client:
         client.sendall(b"0-RTT")
         assert client.recv(1) == b"x"
-        time.sleep(0.5)  # nothing happens then
+        time.sleep(0.3)  # nothing happens then
         client.sendall(b"more")
         assert read_exactly(client, 4) == b"more"
 

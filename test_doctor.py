@@ -22,6 +22,7 @@ import pytest
 import sniroute
 import sniroute_doctor
 import sniroute_log
+import sniroute_tunnels
 from sniroute_launchers import Launcher, Reason, TunnelError, TunnelKey
 from sniroute_refusals import REFUSALS
 from conftest import CORE, HOST, linux
@@ -356,9 +357,10 @@ def test_the_self_test_needs_two_files_and_less_than_ten_seconds(two_files):
 
 
 @pytest.fixture
-def selftest(capsys) -> Iterator[Callable[[], tuple[int, list[str]]]]:
+def selftest(capsys, monkeypatch) -> Iterator[Callable[[], tuple[int, list[str]]]]:
     """selftest() -> its exit code, and its lines.  It is the last that a process does: the log is put back here."""
     handlers = list(sniroute_log.log.handlers)
+    monkeypatch.setattr(sniroute_tunnels, "BACKOFF_FIRST", 0.05)  # of the tunnel that is killed
     def run() -> tuple[int, list[str]]:
         code = sniroute.main(["selftest"])
         return code, capsys.readouterr().out.splitlines()

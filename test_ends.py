@@ -32,7 +32,7 @@ from sniroute_refusals import REFUSALS
 from conftest import HERE, HOST, wait_until
 from testbed.hellos import ASK_TLS, HELLO
 from testbed.running import Running, alert, read_exactly, reset, route
-from testbed.standins import write_carrier
+from testbed.standins import HASTY, write_carrier
 
 ALERT = "alert"
 
@@ -436,7 +436,7 @@ def talk(request: pytest.FixtureRequest, run, ports) -> Iterator[Callable[..., T
                 running = run(f"--route=*={via}:{{name}}", ports, *options)
                 if via == "carrier":
                     row, path = carrier_launcher(stand_in.environ), stand_in.directory / "carrier"
-                    write_carrier(path, "sniroute_carrier.GRACE = 0.2")  # a client's end is told soon
+                    write_carrier(path, HASTY)
                     running.tunnels.launchers["carrier"] = row._replace(program=str(path), shared=("forwarders",))
             made = Talk(running, far, stand_in)
             stack.callback(made.close)

@@ -268,7 +268,7 @@ def test_a_pool_that_connects_and_is_silent_is_not_cut(run, serve, cloudflared, 
         wait_for_state(running, "unanswered")
         connection, = running.router.connections
         assert connection.queue is None, "no deadline"
-        time.sleep(0.5)
+        time.sleep(0.3)
         client.sendall(b"PING\r\n")
         assert read_exactly(client, 7) == b"+PONG\r\n"
     assert running.ending().reason == "client_closed"

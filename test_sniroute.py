@@ -316,7 +316,7 @@ def test_one_file_serves_where_nothing_can_be_written(one_file, tmp_path):
 
 # -- with the carrier, and nothing else --------------------------------------------------------
 
-TRANSFER = int(os.environ.get("SNIROUTE_TEST_TRANSFER", "32"))  # MiB each way; more is for those who have the time
+TRANSFER = int(os.environ.get("SNIROUTE_TEST_TRANSFER", "16"))  # MiB each way; more is for those who have the time
 BLOCK = random.Random(14).randbytes((1 << 20) - 8)
 
 

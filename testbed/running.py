@@ -22,6 +22,7 @@ import sniroute_log
 import sniroute_loop
 import sniroute_router
 import sniroute_settings
+import sniroute_tunnels
 from sniroute_launchers import cloudflared_launcher
 from sniroute_tunnels import TunnelTable
 from conftest import HOST, Address, connect, wait_until
@@ -77,8 +78,12 @@ class Running:
 
 
 @pytest.fixture
-def run(cloudflared: Cloudflared) -> Iterator[Callable[..., Running]]:
-    """run(*options, program=...) -> Running.  It is torn down before `cloudflared`, which checks for processes left."""
+def run(cloudflared: Cloudflared, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Running]]:
+    """run(*options, program=...) -> Running.  It is torn down before `cloudflared`, which checks for processes left.
+
+    A tunnel that dies is started again at once: half a second of back-off is not what its tests are about.
+    """
+    monkeypatch.setattr(sniroute_tunnels, "BACKOFF_FIRST", 0.05)
     with contextlib.ExitStack() as stack:
         yield lambda *argv, program=cloudflared.path: stack.enter_context(Running(*argv, program=program))
 

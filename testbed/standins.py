@@ -222,6 +222,9 @@ def own_edge(tmp_path: pathlib.Path, certificates: pathlib.Path) -> Iterator[Edg
 # -- every tunnel program ----------------------------------------------------------------------
 
 
+HASTY = "sniroute_carrier.GRACE = 0.2"  # a client's end is told soon: for clients that want no answer then
+
+
 def write_carrier(path: pathlib.Path, change: str = "") -> None:
     """Write a program that runs the carrier, after a line that may change its times."""
     path.write_text(f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(HERE)!r})\nimport sniroute_carrier\n"
@@ -243,7 +246,7 @@ PROGRAMS = ("stand-in", "carrier", "carrier by its path", *(["cloudflared"] if R
 
 @pytest.fixture(params=PROGRAMS)
 def tunnel_program(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> TunnelProgram:
-    """The stand-in, the carrier, and a real cloudflared where there is one."""
+    """The stand-in, the carrier, and a real cloudflared where there is one; `hasty carrier` where a test asks for it."""
     if request.param == "stand-in":
         stand_in = request.getfixturevalue("cloudflared")
         return TunnelProgram((f"--cloudflared={stand_in.path}",), {}, stand_in.far)
@@ -251,7 +254,7 @@ def tunnel_program(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Tu
     if request.param == "carrier":  # an empty PATH: the router finds no cloudflared, and uses the carrier
         return TunnelProgram((), {**edge.environ, "PATH": ""}, edge.far)
     path = os.environ.get(REAL, "")
-    if request.param == "carrier by its path":
+    if "carrier" in request.param:
         path = str(tmp_path / "sniroute_carrier.py")
-        write_carrier(pathlib.Path(path))
+        write_carrier(pathlib.Path(path), HASTY if "hasty" in request.param else "")
     return TunnelProgram((f"--cloudflared={path}",), edge.environ, edge.far)
