@@ -53,7 +53,7 @@ def wait_until(predicate: Callable[[], Any], timeout: float = 10.0, what: str = 
     while not (result := predicate()):
         assert time.monotonic() < deadline, f"not within {timeout:g} s: {what or predicate}"
         time.sleep(pause)
-        pause = min(pause * 1.2, 0.01)  # most events come within a few milliseconds
+        pause = min(pause * 1.2, 0.005)  # most events come within a few milliseconds
     return result
 
 

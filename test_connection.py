@@ -497,12 +497,12 @@ def test_next_address_is_tried_and_the_last_failure_is_told(run, serve, monkeypa
 
 
 def test_connect_without_an_answer_times_out(run, monkeypatch, deaf):
-    monkeypatch.setattr(sniroute_deadlines, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setattr(sniroute_deadlines, "CONNECT_TIMEOUT", 0.4)
     running = run(route(deaf))
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
-    assert "no answer in 0.2 s" in running.ending().detail
-    assert running.ending().waited < 0.2, "what it waited for is the time until its last dial"
+    assert "no answer in 0.4 s" in running.ending().detail
+    assert running.ending().waited < 0.4, "what it waited for is the time until its last dial"
 
 
 def test_next_address_is_tried_when_the_first_does_not_answer(run, serve, monkeypatch, deaf):
