@@ -4,6 +4,7 @@
     wait_until             wait for an event, never for a time
     FakeClock              a clock that a test moves
     no_leaks               each test leaves no thread, process or descriptor behind; always on
+    connect                a client; where it fails, nothing stays open
     serve, echo_server     a far end in a thread: a handler is given a socket
     deaf                   the address of a listener that takes no more connections
     free_ports, ports      blocks of TCP ports
@@ -51,10 +52,11 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc"
 
 def wait_until(predicate: Callable[[], Any], timeout: float = 10.0, what: str = "") -> Any:
     """Wait until `predicate` is true, and return its value.  Fails after `timeout` seconds, naming `what`."""
-    deadline = time.monotonic() + timeout
+    deadline, pause = time.monotonic() + timeout, 0.0005
     while not (result := predicate()):
         assert time.monotonic() < deadline, f"not within {timeout:g} s: {what or predicate}"
-        time.sleep(0.005)
+        time.sleep(pause)
+        pause = min(pause * 1.2, 0.005)  # most events come within a few milliseconds
     return result
 
 
@@ -109,6 +111,28 @@ def no_leaks() -> Iterator[None]:
     assert threads == before[0], "threads"
     assert children == before[1], "child processes"
     assert count == before[2], f"descriptors: {sorted(own_fds().items() ^ fds.items())}"
+
+
+# -- clients -----------------------------------------------------------------------------------
+
+
+def connect(address: Address | str, said: bytes = b"", timeout: float = 20.0) -> socket.socket:
+    """A client that has sent `said`; `address` may be the path of a unix socket.  Its time-out ends a failing test.
+
+    Raises OSError, and has closed the socket then.  A server that refuses a client may reset it at any moment: the
+    connect fails, or the sending, or only what the caller reads.
+    """
+    with contextlib.ExitStack() as stack:
+        if isinstance(address, str):
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.settimeout(timeout)
+            client.connect(address)
+        else:
+            client = stack.enter_context(socket.create_connection(address, timeout))
+        if said:  # to send nothing fails, too, where there was a reset
+            client.sendall(said)
+        stack.pop_all()
+    return client
 
 
 # -- far ends ----------------------------------------------------------------------------------

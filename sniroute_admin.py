@@ -193,7 +193,7 @@ def health(admin: Admin, name: str) -> Answer:
 
 
 def readiness(admin: Admin, name: str) -> Answer:
-    """GET /readyz: 200 if the router accepts connections, else 503."""
+    """GET /readyz: 200 if the router accepts connections, and goes on to; else 503."""
     if admin.router.phase != "running":
         return Answer(503, f"{admin.router.phase}\n".encode())
     if admin.router.paused:

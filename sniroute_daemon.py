@@ -1,6 +1,6 @@
 """sniroute_daemon: the main thread of `serve`: start and end, signals, systemd, reload, the hand-over to a successor.
 
-    SIGTERM, SIGINT -----+                                        +--> drain; at a second signal: end now
+    SIGTERM, SIGINT -----+                                        +--> lameduck, then drain; at a second signal: end now
     SIGHUP --------------+--> bytes in a pipe --+                 +--> reload
     SIGUSR1 -------------+                      +--> Daemon.run --+--> dump what there is into the log
     the loop has ended --+                      |                 +--> close everything
@@ -19,9 +19,12 @@ leaves a predecessor as it was; so does a host that allows too little for one of
     4  tell the predecessor to drain; listen on its names, and bind those that are missing
     5  open the admin's addresses (threads `admin`, `admin-<n>`, `public-<n>`), then tell systemd READY=1
 
-The end.  The thread `loop` runs until all has drained, or until a second signal.  It stops all tunnels, which ends
-`reaper`, and wakes the main thread.  The main thread joins `loop`, and closes the admin, the listeners and the names,
-in this order.  The thread `log` begins first and ends last: `serve` owns it.  The threads wait-<n> are the Router's.
+The end.  Where --lameduck asks for it, all but /readyz goes on for so long after the signal.  The main thread has the
+clock, so that it never hands over listeners that the loop just closes: a successor that comes then gets them, and its
+word begins the drain.  The thread `loop` runs until all has drained, or until a second signal.  It stops all tunnels,
+which ends `reaper`, and wakes the main thread.  The main thread joins `loop`, and closes the admin, the listeners and
+the names, in this order.  The thread `log` begins first and ends last: `serve` owns it.  The threads wait-<n> are the
+Router's.
 
 Threads: main, but for three functions.  `dump` runs in the loop, `Daemon._loop` is the thread `loop`, and any thread
 may call `Daemon.reload`.  One lock, Daemon.reloading: one reload at a time.
@@ -56,7 +59,7 @@ from sniroute_handover import HANDOVER_MAX, HANDOVER_TIMEOUT, OFFER_AGAIN, Hando
 from sniroute_host import raise_descriptor_limit, require_descriptors, shortage
 from sniroute_listeners import Listener, arrange, sockets_of, wanted_addresses
 from sniroute_log import Journal
-from sniroute_loop import WakePipe
+from sniroute_loop import WAIT_LAST, WakePipe
 from sniroute_names import show_address
 from sniroute_refusals import SettingsError
 from sniroute_router import Hooks, Router
@@ -74,6 +77,7 @@ GC_THRESHOLD = 20000  # objects between two searches for cycles: connections lea
 SWITCH_INTERVAL = 0.0005  # seconds that another thread may keep the interpreter while the loop wants it
 ADOPT_TIMEOUT = 5.0  # seconds for the loop to take over new settings: it does so in its next turn, unless it hangs
 DUMP_MAX = 200  # connections in a dump, and as many tunnels
+LOOK_AGAIN = b"\xff"  # in the pipe, where no signal has this number: a reload may have changed how long we wait
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -150,7 +154,7 @@ class Daemon:
         self.router: Router | None = None
         self.thread: threading.Thread | None = None
         self.stopping = False  # it drains: a signal or a successor has asked for it
-        self.asked = False  # a signal has asked for the end; a second one ends it now
+        self.asked: float | None = None  # when a signal has asked for the end; a second one ends it now
         self.unnamed: list[tuple] = []  # addresses whose name another process has (see Handover): tried again
         self.failed = False  # the loop ended by an exception
         self.reloading = threading.Lock()  # one reload at a time: the admin's threads reload, too
@@ -184,9 +188,11 @@ class Daemon:
                 log.error("%s", shortage(error))
                 return 1
             while self.thread.is_alive():
-                for key, _ in self.selector.select(OFFER_AGAIN if self.unnamed else None):
+                for key, _ in self.selector.select(self._patience()):
                     if self.selector.get_map().get(key.fd) is key:  # an earlier event may have unregistered it
                         key.data(key.fileobj)
+                if self._lameduck_left() == 0.0:
+                    self._drain()
                 if self.unnamed and self.handover.successor is None:
                     self._offer()
             return 1 if self.failed else 0
@@ -285,7 +291,7 @@ class Daemon:
     # -- main thread: signals ------------------------------------------------------------------
 
     def _on_signals(self, reader: int) -> None:
-        """Act on the bytes in the pipe: numbers of signals, and 0 for the end of the loop."""
+        """Act on the bytes in the pipe: numbers of signals, 0 for the end of the loop; LOOK_AGAIN only wakes us."""
         numbers = os.read(reader, 64)
         for number in numbers:
             if number in (signal.SIGTERM, signal.SIGINT):
@@ -298,14 +304,33 @@ class Daemon:
             self.thread.join()
 
     def stop(self) -> None:
-        """Drain; at a second call, end now."""
-        if self.asked:
+        """Serve on for --lameduck, then drain; at a second call, end now."""
+        if self.asked is not None:
             self.router.shutdown()
             self.tunnels.close(now=True)
             return
-        self.asked = True
-        if not self.stopping:
+        self.asked = monotonic()
+        if self.stopping:
+            return
+        if not self.settings.lameduck:
             self._drain()
+            return
+        self.supervisor.tell("STOPPING=1")
+        self.router.lameduck(self.settings.lameduck)
+
+    def _lameduck_left(self) -> float | None:
+        """For how many seconds new clients are served yet, after a signal; None where it has not come, or we drain."""
+        if self.asked is None or self.stopping:
+            return None
+        return max(0.0, self.asked + self.settings.lameduck - monotonic())
+
+    def _patience(self) -> float | None:
+        """How many seconds `run` may wait for an event."""
+        waits = [OFFER_AGAIN] if self.unnamed else []
+        left = self._lameduck_left()
+        if left is not None:
+            waits += left, WAIT_LAST
+        return min(waits, default=None)
 
     def _drain(self) -> None:
         """Accept no more; the loop ends with its last connection, or when --drain is over."""
@@ -418,6 +443,7 @@ class Daemon:
             if listener not in self.router.listeners:
                 log.info("%s is closed", listener.decision.route.pattern)
         warn(settings)
+        self.pipe.wake(LOOK_AGAIN)
         log.info("reload: done, routes: %d", len(settings.routes.routes))
         if not settings.config:
             log.warning("reload: there is no file of settings to read again; "

@@ -63,10 +63,10 @@ class WakePipe:
         for end in (self.reader, self.writer):
             os.set_blocking(end, False)
 
-    def wake(self) -> None:
-        """Any thread; never waits."""
+    def wake(self, word: bytes = b"\0") -> None:
+        """Any thread; never waits.  `word`: a byte, for a reader that asks why it was woken."""
         try:
-            os.write(self.writer, b"\0")
+            os.write(self.writer, word)
         except OSError:
             pass  # full: the thread is being woken already; closed: it has ended
 

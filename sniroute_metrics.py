@@ -429,7 +429,7 @@ METRICS = (
     Metric("sniroute_up_since_timestamp_seconds", "gauge", "When the router started.",
            one(lambda facts: facts.router.started)),
     Metric("sniroute_draining", "gauge", "Whether the router accepts no more because it is about to end.",
-           one(lambda facts: int(facts.router.phase != "running"))),
+           one(lambda facts: int(facts.router.phase not in ("running", "lameduck")))),
     Metric("sniroute_paused", "gauge", "Whether it accepts nobody for now: connections or descriptors are short.",
            one(lambda facts: int(facts.router.paused))),
     Metric("sniroute_connections_active", "gauge", "Connections now.", one(lambda facts: len(facts.connections))),

@@ -378,7 +378,9 @@ function tile(id, figure, note) {
 // The list of what fails, and why.
 function troubles(now) {
   const found = [], held = now.connections.active;
-  if (now.phase !== "running")
+  if (now.phase === "lameduck")
+    found.push(["warn", "It is about to end: new clients are served for a while yet."]);
+  else if (now.phase !== "running")
     found.push(["warn", "It is " + now.phase + ": nobody is accepted any more, "
       + count(held, "connection is", "connections are") + " left."]);
   if (now.paused)

@@ -69,7 +69,8 @@ WAITS_MAX = 1024  # targets that wait, with a thread or for one: a crowd of name
 SWEEP_LAST = 30.0  # between two looks for connections that nothing else would end
 HALF_CLOSED_IDLE = 3600.0  # one side gone, the other silent: nothing else would end such a connection
 
-RUNNING, DRAINING, OVER = "running", "draining", "stopped"  # phases of the Router
+RUNNING, LAMEDUCK, DRAINING, OVER = "running", "lameduck", "draining", "stopped"  # phases of the Router
+ACCEPTING = RUNNING, LAMEDUCK  # the phases in which it has listeners
 
 
 # -- who may come in ---------------------------------------------------------------------------
@@ -367,6 +368,15 @@ class Router(socketserver.ThreadingTCPServer):
         """End the loop now."""
         self.call(self._stop)
 
+    def lameduck(self, seconds: float) -> None:
+        """Go on, but say that it ends: whoever sends clients here has so long to find others, before `drain`."""
+        def begin() -> None:
+            if self.phase is RUNNING:
+                self.phase = LAMEDUCK
+                log.info("lameduck: new clients are served for %g s yet, while /readyz says 503", seconds)
+                self.heartbeat.set(0.0)  # systemd is told at once that this may take long
+        self.call(begin)
+
     def drain(self, seconds: float) -> None:
         """Accept no more, let connections end by themselves for so long, then end."""
         self.call(lambda: self._drain(seconds))
@@ -438,7 +448,7 @@ class Router(socketserver.ThreadingTCPServer):
 
     def _change_ports(self, settings: Settings, opened: Mapping[str, list[Listener]]) -> None:
         """Close the ports that are gone, and accept from those that are new.  Connections go on."""
-        if self.phase is not RUNNING:
+        if self.phase not in ACCEPTING:
             self.ports.close_all(opened)
             return
         new, gone = self.ports.adopt(settings.port, settings.routes.identified, opened)
@@ -479,7 +489,7 @@ class Router(socketserver.ThreadingTCPServer):
 
     def _accept(self, listener: Listener, mask: int) -> None:
         """Take the connections that wait."""
-        if self.phase is not RUNNING or self.paused:
+        if self.phase not in ACCEPTING or self.paused:
             return  # the state changed in this turn, and the event is older
         for taken in range(ACCEPTS):
             if len(self.connections) >= self.max_connections:
@@ -524,7 +534,7 @@ class Router(socketserver.ThreadingTCPServer):
 
     def pause(self, why: str, until: float) -> None:
         """Stop accepting until a clock time: a listener that stays readable would spin the loop."""
-        if self.paused or self.phase is not RUNNING:
+        if self.paused or self.phase not in ACCEPTING:
             return
         now = monotonic()
         if now - self.pause_said >= PAUSE_SAID:
@@ -624,7 +634,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.heartbeat.set(monotonic() + self.hooks.beat(self))
 
     def _drain(self, seconds: float) -> None:
-        if self.phase is not RUNNING:
+        if self.phase not in ACCEPTING:
             return
         for listener in self.listeners:
             if not self.paused:

@@ -37,8 +37,8 @@ from sniroute_options import any_port, any_route, read_routes
 from sniroute_refusals import SettingsError
 from sniroute_routes import PROGRAM_KINDS, Route, Routes, parse_port_route, parse_route, port_address
 from sniroute_values import (Zones, absolute, as_text, meant, one_of, own_zones, parse_address, parse_admin,
-                             parse_count, parse_duration, parse_listen, parse_networks, parse_off_or_duration,
-                             parse_ports, parse_program, parse_zones)
+                             parse_count, parse_duration, parse_listen, parse_networks, parse_none_or_duration,
+                             parse_off_or_duration, parse_ports, parse_program, parse_zones)
 
 __version__ = "0.1.0"
 
@@ -118,6 +118,8 @@ SETTINGS = (
             "how long a client may take to say its name (default 10s)"),
     Setting("connection-idle", "DURATION", parse_off_or_duration, "off",
             "a connection that has carried no byte for this long is reset (default off)"),
+    Setting("lameduck", "DURATION", parse_none_or_duration, "0s",
+            "how long new clients are served yet after SIGTERM, while /readyz says 503 (default 0s)"),
     Setting("drain", "DURATION", parse_duration, "30s",
             "how long open connections may go on after SIGTERM (default 30s)"),
     Setting("max-connections", "N", parse_count, None,
@@ -175,6 +177,7 @@ class Settings(NamedTuple):
     start_timeout: float
     prelude_timeout: float
     connection_idle: float  # 0: off
+    lameduck: float
     drain: float
     max_connections: int
     max_per_client: int

@@ -22,7 +22,7 @@ from sniroute_listeners import Held
 from sniroute_loop import NEVER
 from sniroute_names import printable
 from sniroute_refusals import SettingsError
-from sniroute_router import DRAINING, Router
+from sniroute_router import DRAINING, LAMEDUCK, Router
 
 __version__ = "0.1.0"
 
@@ -77,7 +77,7 @@ class Supervisor:
         if self.socket is None:
             return NEVER
         lines = ["WATCHDOG=1"] if self.watchdog else []
-        if router.phase is DRAINING:
+        if router.phase in (LAMEDUCK, DRAINING):
             lines.append(f"EXTEND_TIMEOUT_USEC={int(1e6 * (2 * self.every + STOP_TIME))}")
         status = router.standing()
         if status != self.status:

@@ -66,6 +66,11 @@ def parse_off_or_duration(text: str) -> float:
     return 0.0 if text == "off" else parse_duration(text)
 
 
+def parse_none_or_duration(text: str) -> float:
+    """A duration as above, or `0s`.  Raises ValueError."""
+    return 0.0 if text == "0s" else parse_duration(text)
+
+
 def parse_count(text: str) -> int:
     """A whole number from 1 to a million.  Raises ValueError."""
     if not re.fullmatch(r"[1-9][0-9]{0,6}", text, re.ASCII) or int(text) > 1_000_000:

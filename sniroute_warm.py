@@ -236,7 +236,8 @@ class WarmPool:
 
     `queue(seconds, act)` gives the queue of the loop that all share who wait equally long for the same.  `make_way()`
     gives a new way to the backend, or None where it is not ready (the pool asks again, more and more seldom), or raises
-    Refused.  `told(why)` hears of each dial that has failed; nothing where this host has no descriptors.  It may call `resize` and `close`.  `clock` and `chance` (0 to 1) are the time and the dice.
+    Refused.  `told(why)` hears of each dial that has failed; of none where this host has no descriptors.  It may call
+    `resize` and `close`.  `clock` and `chance` (0 to 1) are the time and the dice.
 
     Nothing is dialled before `resize` or `schedule` is called.
     """

@@ -24,9 +24,9 @@ import sniroute_admin
 import sniroute_door
 import sniroute_metrics
 from sniroute_names import printable
-from conftest import HERE, HOST, Address, echo, wait_until
-from testbed.admin import (DB, HOSTILE, TOKEN, TUNNEL, Reply, Running, ask, dial, metrics, parse_metrics, read_reply,
-                           tell, value)
+from conftest import HERE, HOST, Address, connect, echo, wait_until
+from testbed.admin import (DB, HOSTILE, TOKEN, TUNNEL, Reply, Running, ask, metrics, parse_metrics, read_reply, tell,
+                           value)
 from testbed.running import read_all, read_exactly
 
 pytestmark = pytest.mark.usefixtures("hurry")
@@ -194,7 +194,7 @@ def test_table_of_frames(run_admin):
 def test_client_that_is_declined_early_may_finish_its_request(run_admin):
     """It is not reset while it sends, and reads why."""
     running = run_admin()
-    with dial(running.admin.address) as sock:
+    with connect(running.admin.address) as sock:
         sock.sendall(request(*POST, "Content-Length: 300000", body="x" * 100_000).encode())
         assert select.select([sock], [], [], 20)[0]
         wait_until(lambda: [caller.state for caller in running.admin.door.gates[0].callers] == ["lingering"])
@@ -222,7 +222,7 @@ def test_head_is_get_without_the_body(run_admin):
     for path in (path for path, method in PATHS.items() if method == "GET"):
         got, head = ask(running.admin, path), ask(running.admin, path, "HEAD")
         assert head.status == 200
-        with dial(running.admin.address) as sock:
+        with connect(running.admin.address) as sock:
             sock.sendall(request(f"HEAD {path} HTTP/1.1", "Host: localhost").encode())
             assert sock.makefile("rb").read().partition(b"\r\n\r\n")[1:] == (b"\r\n\r\n", b"")
         assert head.headers["Content-Type"] == got.headers["Content-Type"]
@@ -264,6 +264,13 @@ def test_health_and_readiness(run_admin, echo_server):
     wait_until(lambda: not router.paused)
     with running.connect("web.test.test") as client:
         assert client.recv(1)
+        router.lameduck(20)
+        wait_until(lambda: router.phase == "lameduck")
+        assert both() == (200, 503) and ask(admin, "/readyz").body == b"lameduck\n"
+        with running.connect("web.test.test") as late:
+            assert late.recv(1), "it still accepts"
+        assert value(metrics(running), "sniroute_draining") == 0
+        admin.metrics.forget()
         router.drain(20)
         wait_until(lambda: router.phase == "draining")
         assert both() == (200, 503) and ask(admin, "/readyz").body == b"draining\n"
@@ -364,20 +371,13 @@ def says(text: bytes) -> Callable[[socket.socket], None]:
     return handler
 
 
-def served(connect: Callable[[], socket.socket]) -> bytes:
+def served(come: Callable[[], socket.socket]) -> bytes:
     """Which backends answer six clients."""
     found = set()
     for _ in range(6):
-        with connect() as client:
+        with come() as client:
             found.add(client.recv(1))
     return b"".join(sorted(found))
-
-
-def first_words(address: Address) -> socket.socket:
-    """A client of a port."""
-    client = socket.create_connection(address, 20)
-    client.sendall(b"x")
-    return client
 
 
 def order(running: Running, pattern: str, address: str, verb: str) -> Reply:
@@ -396,19 +396,19 @@ def test_a_drained_backend_gets_no_new_client_and_keeps_those_it_has(pattern, pr
                         "--route=other.example.net=tcp:192.0.2.1:1")
     name = pattern.replace("*", "a")
     listener = running.router.listeners[-1].getsockname()
-    connect = (lambda: first_words(listener)) if is_port else lambda: running.connect(name)
+    come = (lambda: connect(listener, b"x")) if is_port else lambda: running.connect(name)
     (group,) = running.router.targets.book.listed()
     former = group.route
     with contextlib.ExitStack() as stack:
         stayed = None
         while stayed is None:
-            client = stack.enter_context(connect())
+            client = stack.enter_context(come())
             stayed = client if client.recv(1) == b"1" else None
         reply = order(running, pattern, prefix + shown, "drain")
         route = f"port {HOST}:0" if is_port else pattern
         assert (reply.status, reply.json) == (200, {"done": f"{route}: backend tcp:{shown} is drained.", "route": route,
                                                     "backend": f"tcp:{shown}", "drained": True})
-        assert served(connect) == b"2"
+        assert served(come) == b"2"
         stayed.sendall(b"still")
         assert read_exactly(stayed, 5) == b"still"
         rows = {row["backend"]: row for row in ask(running.admin, "/status").json["backends"]}
@@ -420,9 +420,9 @@ def test_a_drained_backend_gets_no_new_client_and_keeps_those_it_has(pattern, pr
         settings, member = running.router.settings.again(running.router.settings), group.members[f"tcp:{shown}"]
         running.router.call(lambda: running.router.adopt(settings))
         wait_until(lambda: group.route is not former)
-        assert served(connect) == b"2" and group.members[f"tcp:{shown}"] is member, "a reload keeps it"
+        assert served(come) == b"2" and group.members[f"tcp:{shown}"] is member, "a reload keeps it"
         assert order(running, pattern, prefix + shown, "enable").json["drained"] is False
-        assert served(connect) == b"12"
+        assert served(come) == b"12"
     lines = [record.getMessage() for record in caplog.records if "by an order of" in record.getMessage()]
     assert [re.sub(r":\d+$", ":PORT", line) for line in lines] == [
         f"{route}: backend tcp:{shown} is {word}, by an order of {HOST}:PORT" for word in ("drained", "enabled")]
@@ -551,7 +551,7 @@ def test_slow_request_is_ended_in_time(run_admin, monkeypatch):
     monkeypatch.setattr(sniroute_door, "REQUEST_TIME", 0.3)
     running = run_admin()
     for text in (b"", request(*GET).encode()[:-2], request(*POST, "Content-Length: 9").encode()):
-        with dial(running.admin.address) as sock:
+        with connect(running.admin.address) as sock:
             began = time.monotonic()
             sock.sendall(text)
             ended = False
@@ -575,7 +575,7 @@ def test_more_than_16_orders_at_once_wait_and_are_told_so(run_admin, monkeypatch
     running.router.hooks = running.router.hooks._replace(reload=lambda: go_on.wait(20) and [])
     try:
         with contextlib.ExitStack() as stack:
-            held = [stack.enter_context(dial(running.admin.address)) for _ in range(19)]
+            held = [stack.enter_context(connect(running.admin.address)) for _ in range(19)]
             for sock in held:
                 sock.sendall(request(*POST).encode())
             wait_until(lambda: len(gate.live) == 16 and len(gate.waiting) == 3)
@@ -598,7 +598,7 @@ def test_an_order_that_waits_too_long_for_a_thread_is_told_so(run_admin, monkeyp
     go_on = threading.Event()
     running.router.hooks = running.router.hooks._replace(reload=lambda: go_on.wait(20) and [])
     try:
-        with dial(running.admin.address) as first:
+        with connect(running.admin.address) as first:
             first.sendall(request(*POST).encode())
             wait_until(lambda: running.admin.door.gates[0].live)
             assert ask(running.admin, "/reload", "POST").status == 503
@@ -614,7 +614,7 @@ def test_client_that_does_not_read_is_left(run_admin, monkeypatch, caplog):
     running = run_admin()
     running.admin.status.make = lambda: bytes(20 << 20)
     (gate,) = running.admin.door.gates
-    with dial(running.admin.address) as sock:
+    with connect(running.admin.address) as sock:
         sock.sendall(request("GET /status HTTP/1.1", "Host: localhost").encode())
         wait_until(lambda: gate.callers)
         wait_until(lambda: not gate.callers, timeout=5)
@@ -695,7 +695,7 @@ def test_file_that_is_no_socket_is_not_replaced(run_admin, tmp_path):
 
 def test_close_ends_what_is_under_way(run_admin):
     running = run_admin()
-    with dial(running.admin.address) as sock:
+    with connect(running.admin.address) as sock:
         sock.sendall(b"GET /")
         wait_until(lambda: running.admin.door.gates[0].callers)
         sock.settimeout(2)  # the request's own time is 5 s
@@ -708,7 +708,7 @@ def test_close_ends_what_is_under_way(run_admin):
     assert running.router.endings is None
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("admin")]
     with pytest.raises(ConnectionRefusedError):
-        dial(running.admin.address)
+        connect(running.admin.address)
 
 
 def test_accept_that_fails_does_not_spin(run_admin, monkeypatch):
@@ -761,7 +761,7 @@ def test_a_probe_is_answered_at_once_whoever_is_slow(public, run_admin):
     with contextlib.ExitStack() as stack:
         for text in (HALF, request("GET /metrics HTTP/1.1", "Host: localhost").encode()):
             for _ in range(40):
-                stack.enter_context(dial(at(running, public))).sendall(text)
+                stack.enter_context(connect(at(running, public))).sendall(text)
             began = time.monotonic()
             for path in ("/healthz", "/readyz") * 20:
                 assert ask(running.admin, path, public=public).body == b"ok\n"
@@ -800,7 +800,7 @@ def test_a_fault_of_ours_ends_one_connection_and_not_the_admin(run_admin, caplog
     running = run_admin()
     (gate,) = running.admin.door.gates
     decide, gate.decide = gate.decide, lambda head: 1 // 0
-    with dial(running.admin.address) as sock:
+    with connect(running.admin.address) as sock:
         wait_until(lambda: gate.callers)
         sock.sendall(request(*GET).encode())
         assert sock.recv(1) == b""
@@ -813,11 +813,11 @@ def test_strangers_do_not_take_the_admin_s_place(run_admin):
     running = run_admin(f"--admin-public={HOST}:0")
     admin, public = running.admin.door.gates
     with contextlib.ExitStack() as stack:
-        mine = stack.enter_context(dial(running.admin.address))
+        mine = stack.enter_context(connect(running.admin.address))
         mine.sendall(HALF)
         wait_until(lambda: len(admin.callers) == 1)
         for _ in range(3 * sniroute_door.CALLERS_MAX):
-            stack.enter_context(dial(running.admin.public)).sendall(HALF)
+            stack.enter_context(connect(running.admin.public)).sendall(HALF)
         assert ask(running.admin, "/healthz", public=True).status == 200  # all of those before it were accepted
         assert len(public.callers) <= sniroute_door.CALLERS_MAX
         mine.sendall(b"alhost\r\n\r\n")
@@ -838,14 +838,14 @@ def test_the_oldest_that_is_slow_makes_room(run_admin, monkeypatch):
 
     try:
         with contextlib.ExitStack() as stack:
-            order, reader, half = (stack.enter_context(dial(running.admin.address)) for _ in range(3))
+            order, reader, half = (stack.enter_context(connect(running.admin.address)) for _ in range(3))
             order.sendall(request(*POST).encode())
             reader.sendall(request("GET /status HTTP/1.1", "Host: localhost").encode())
             half.sendall(HALF)
             wait_until(lambda: sorted(states()) == ["answering", "reading", "working"])
-            next_one = stack.enter_context(dial(running.admin.address))
+            next_one = stack.enter_context(connect(running.admin.address))
             assert half.recv(1) == b""
-            reader_2 = stack.enter_context(dial(running.admin.address))
+            reader_2 = stack.enter_context(connect(running.admin.address))
             assert next_one.recv(1) == b""
             reader_2.sendall(request("GET /status HTTP/1.1", "Host: localhost").encode())
             wait_until(lambda: sorted(states()) == ["answering", "answering", "working"])
@@ -861,7 +861,7 @@ def test_a_head_may_come_in_pieces(run_admin):
     running = run_admin()
     text = request(*POST[:2], "Expect: 100-continue", *POST[2:], "Content-Length: 4").encode()
     running.router.hooks = running.router.hooks._replace(reload=lambda: [])
-    with dial(running.admin.address) as sock:
+    with connect(running.admin.address) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for at in range(len(text)):
             sock.sendall(text[at:at + 1])
@@ -946,7 +946,7 @@ def test_the_public_address_may_be_the_only_one(run_admin):
     assert found == [200, 200, 404]
     running.admin.close()
     with pytest.raises(ConnectionRefusedError):
-        dial(running.admin.public)
+        connect(running.admin.public)
 
 
 @pytest.mark.parametrize("where, hosts", [

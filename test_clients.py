@@ -205,7 +205,7 @@ def test_a_plain_psql_session_is_ended_by_its_client(launch, postgres):
 
 
 @linux
-@pytest.mark.parametrize("tunnel_program", ["stand-in", "carrier"], indirect=True)
+@pytest.mark.parametrize("tunnel_program", ["stand-in", "hasty carrier"], indirect=True)
 def test_a_plain_psql_session_through_a_tunnel_is_ended_by_its_client(database, postgres):
     assert plain_end(database, postgres) == "client_closed"
 
@@ -512,7 +512,7 @@ def test_early_data_into_a_tunnel_that_hangs_is_refused_in_time(run, cloudflared
 
     A process that leaves its clients waiting is replaced.  One that takes them and is silent may wait for its far end.
     """
-    monkeypatch.setattr(sniroute_deadlines, "FIRST_BYTE_TIMEOUT", 0.5)
+    monkeypatch.setattr(sniroute_deadlines, "FIRST_BYTE_TIMEOUT", 0.3)
     cloudflared.far("*", early)
     running = run(TUNNEL, ports)
     session, data = tmp_path / "session", tmp_path / "data"
@@ -527,7 +527,7 @@ def test_early_data_into_a_tunnel_that_hangs_is_refused_in_time(run, cloudflared
     said = s_client(running.address, lambda said: False, *resumed)
     assert b"SSL alert number 80" in said, said
     refused = running.ending(2)
-    assert refused.reason == "tunnel_failed" and "no answer within 0.5 s" in refused.detail
+    assert refused.reason == "tunnel_failed" and "no answer within 0.3 s" in refused.detail
 
     cloudflared.fault("*")
     wait_until(lambda: not (stopped and cloudflared.runs(pid)), what="the end of the process that hung")

@@ -355,7 +355,7 @@ def test_a_program_that_another_user_may_change_is_not_run(run, tmp_path):
 def test_a_program_that_is_silent_is_refused_in_time(run, tmp_path):
     program = script(tmp_path, "import sys, time\nprint('dialling', file=sys.stderr)\ntime.sleep(100)")
     running = run(f"--route=*.example.com=exec:{program}")
-    running.router.deadlines.first_byte.seconds = 0.5
+    running.router.deadlines.first_byte.seconds = 0.2
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
     assert running.ending().detail.endswith("no answer within 20 s: dialling")

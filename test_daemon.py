@@ -26,6 +26,7 @@ import pytest
 import sniroute_daemon
 import sniroute_doctor
 from conftest import HERE, HOST, linux, wait_until
+from testbed.admin import TOKEN, Reply, tell
 from testbed.hellos import HELLO, genuine
 from testbed.program import (BARE, BARE_PYTHON, STOP_GRACE, Program, activated, command, counter, environment, execute,
                              is_pending)
@@ -85,6 +86,93 @@ def test_second_signal_hurries_tunnels_that_are_being_stopped(launch, cloudflare
     assert program.wait() == 0
     assert time.monotonic() - began < STOP_GRACE
     assert not cloudflared.runs(cloudflared.starts()[0]["pid"])
+
+
+def served(program: Program) -> bool:
+    """Whether a new client is served."""
+    with program.connect(HELLO) as client:
+        return read_exactly(client, len(HELLO)) == HELLO
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_lame_duck_serves_new_clients_for_its_time_and_then_drains(launch, echo_server, admin_path, number):
+    program = launch(route(echo_server.address), "--lameduck=700ms", f"--admin=unix:{admin_path}")
+    program.wait_for(" info admin on ")
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        began = time.monotonic()
+        program.signal(number)
+        program.wait_for(" info lameduck: new clients are served for 0.7 s yet, while /readyz says 503\n")
+        assert " draining: " not in program.log() and served(program)
+        program.wait_for(" info draining: 1 connections have 30 s to end\n")
+        assert time.monotonic() - began >= 0.7
+        with pytest.raises(ConnectionRefusedError):
+            program.connect()
+        client.sendall(b"still")
+        assert read_exactly(client, 5) == b"still"
+    assert program.wait() == 0
+
+
+@pytest.mark.parametrize("reload", ["SIGHUP", "POST"])
+def test_a_lame_duck_is_not_ready_from_the_first_and_a_reload_changes_its_time(launch, echo_server, settings_file,
+                                                                               admin_path, reload):
+    def text(seconds: int) -> str:
+        return f'lameduck = "{seconds}s"\n[routes]\n"*.example.com" = "tcp:{HOST}:{echo_server.address[1]}"\n'
+
+    def asked(words: str) -> Reply:
+        return tell(admin_path, f"{words} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n")
+
+    program = launch("-c", settings_file(text(60)), f"--admin=unix:{admin_path}",
+                     env=environment(SNIROUTE_ADMIN_TOKEN=TOKEN))
+    program.wait_for(" info admin on ")
+    assert asked("GET /readyz").status == 200
+    program.signal(signal.SIGTERM)
+    program.wait_for(" info lameduck: ")
+    ready = asked("GET /readyz")
+    assert (ready.status, ready.body, asked("GET /healthz").status) == (503, b"lameduck\n", 200)
+    assert asked("GET /status").json["phase"] == "lameduck" and served(program)
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        for count, seconds in enumerate((50, 0), 1):
+            settings_file(text(seconds))
+            if reload == "SIGHUP":
+                program.signal(signal.SIGHUP)
+            else:
+                assert asked("POST /reload").status == 200
+            program.wait_for("reload: done", count)
+            assert not seconds or served(program)
+        program.wait_for(" info draining: 1 connections ")
+        client.sendall(b"still")
+        assert read_exactly(client, 5) == b"still"
+    assert program.wait() == 0
+
+
+def test_a_second_signal_ends_a_lame_duck_at_once(launch, echo_server):
+    program = launch(route(echo_server.address), "--lameduck=8784h")
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        program.signal(signal.SIGTERM)
+        program.wait_for(" info lameduck: ")
+        program.signal(signal.SIGINT)
+        assert read_all(client) == b""
+        assert program.wait() == 0
+    assert " draining: " not in program.log()
+
+
+def test_a_lame_duck_keeps_its_tunnels(launch, cloudflared, ports, serve):
+    """A tunnel that nobody uses just then is stopped by the drain only: the next client needs it."""
+    cloudflared.far("*", serve(answer(b"x")).address)
+    program = launch(TUNNEL, ports, f"--cloudflared={cloudflared.path}", "--lameduck=60s")
+    for count in range(1, 3):
+        with program.connect(HELLO) as client:
+            assert client.recv(1) == b"x"
+        program.wait_for("reason=client_closed", count)
+        if count == 1:
+            program.signal(signal.SIGTERM)
+            program.wait_for(" info lameduck: ")
+    assert len(cloudflared.starts()) == 1
+    program.signal(signal.SIGTERM)
+    assert program.wait() == 0
 
 
 def test_signals_that_keep_coming_do_not_break_the_end(launch):

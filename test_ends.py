@@ -32,6 +32,7 @@ from sniroute_refusals import REFUSALS
 from conftest import HERE, HOST, wait_until
 from testbed.hellos import ASK_TLS, HELLO, NAME
 from testbed.running import Running, alert, read_exactly, reset, route
+from testbed.standins import HASTY, write_carrier
 
 ALERT = "alert"
 
@@ -468,7 +469,9 @@ def talk(request: pytest.FixtureRequest, run, ports, settings_file) -> Iterator[
                 stand_in.far("*", far.getsockname())
                 running = run(f"--route=*={via}:{{name}}", ports, *options)
                 if via == "carrier":
-                    running.tunnels.launchers["carrier"] = carrier_launcher(stand_in.environ)
+                    row, path = carrier_launcher(stand_in.environ), stand_in.directory / "carrier"
+                    write_carrier(path, HASTY)
+                    running.tunnels.launchers["carrier"] = row._replace(program=str(path), shared=("forwarders",))
             made = Talk(running, far, stand_in)
             stack.callback(made.close)
             return made
@@ -573,7 +576,7 @@ def test_upload_that_its_server_breaks_off_is_no_end_for_either(talk, flow, who)
 
 def test_reader_that_takes_nothing_is_reset_all_the_same_and_one_that_is_slow_gets_everything(talk, monkeypatch):
     monkeypatch.setattr(sniroute_router, "SWEEP_LAST", 0.1)
-    monkeypatch.setattr(sniroute_resets, "RESET_STALL", 0.4)
+    monkeypatch.setattr(sniroute_resets, "RESET_STALL", 0.3)
     for reads in (False, True):
         talking = talk("tcp")
         is_open(talking)
@@ -585,10 +588,10 @@ def test_reader_that_takes_nothing_is_reset_all_the_same_and_one_that_is_slow_ge
         data = b""
         while reads and len(data) < passed:
             data += read_exactly(talking.client, min(passed - len(data), passed // 8))
-            time.sleep(0.1)  # as a slow reader does
+            time.sleep(0.08)  # as a slow reader does
         assert talking.running.ending().reason == "backend_reset"
         took = time.monotonic() - began
-        assert took > 0.8 if reads else 0.4 <= took < 5
+        assert took > 0.6 if reads else 0.3 <= took < 5
         assert PAYLOAD.startswith(data)
         talking.close()
 

@@ -130,7 +130,7 @@ def test_as_many_addresses_as_that_are_handed_over(launch, free_ports, echo_serv
 @linux
 def test_silent_owners_of_many_names_cost_one_time_out_in_all_and_are_asked_in_one_order(free_ports, monkeypatch):
     """Two successors that asked in two orders could each have what the other waits for."""
-    monkeypatch.setattr(sniroute_handover, "HANDOVER_TIMEOUT", 1.0)
+    monkeypatch.setattr(sniroute_handover, "HANDOVER_TIMEOUT", 0.5)
     monkeypatch.setattr(sniroute_loop, "CAPACITY_PAUSE", 0.01)
     asked: list[Address] = []
     name = sniroute_handover.Handover.name
@@ -142,7 +142,7 @@ def test_silent_owners_of_many_names_cost_one_time_out_in_all_and_are_asked_in_o
         assert silent.offer(addresses) == []
         asked.clear()
         began = time.monotonic()
-        assert taker.take(reversed(addresses)) == [] and time.monotonic() - began < 4
+        assert taker.take(reversed(addresses)) == [] and time.monotonic() - began < 3
     assert asked == addresses
 
 
@@ -219,6 +219,26 @@ def test_a_successor_may_come_while_the_first_drains(launch, free_ports, echo_se
         assert read_exactly(other, len(HELLO)) == HELLO
     assert second.wait() == 0
     assert "not handed over" not in second.log() + third.log()
+
+
+@linux
+def test_a_lame_duck_hands_its_listeners_over_and_drains_at_once(launch, free_ports, single_loop_echo):
+    """Nobody is refused: its successor is there, so nobody has to be sent elsewhere."""
+    port = free_ports(1)[0]
+    options = f"--listen={HOST}:{port}", route(single_loop_echo), "--lameduck=60s"
+    first = launch(*options)
+    with Customers((HOST, port)) as customers:
+        first.signal(signal.SIGTERM)
+        first.wait_for(" info lameduck: ")
+        second = launch(*options)
+        second.wait_for(" info another sniroute listened there: it drains, and ends\n")
+        assert first.wait() == 0
+        goal = customers.served + 20
+        wait_until(lambda: customers.served >= goal or customers.failures)
+    assert customers.failures == [] and "another sniroute listens here now" in first.log()
+    second.signal(signal.SIGTERM)
+    second.wait_for(" info lameduck: ")
+    second.signal(signal.SIGTERM)
 
 
 @linux

@@ -7,6 +7,7 @@ some of the files is run: each option may be left out, and is not opened where n
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import pathlib
 import re
@@ -361,9 +362,13 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def copied(folder: pathlib.Path, names: set[str]) -> pathlib.Path:
-    """The folder, with a copy of these files."""
+    """The folder, with a copy of these files; of what Python has made of them, too, so that each is compiled once."""
+    (folder / "__pycache__").mkdir()
     for name in names:
-        shutil.copy(HERE / name, folder)
+        shutil.copy2(HERE / name, folder)  # with its time, by which Python knows whether that is still right
+        made = importlib.util.cache_from_source(str(HERE / name))
+        if os.path.exists(made):
+            shutil.copy2(made, folder / "__pycache__")
     return folder
 
 

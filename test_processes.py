@@ -24,9 +24,6 @@ from sniroute_loop import WakePipe
 from sniroute_processes import LOST, NO_FAULT, OWN_FAULT, Child, Ends, Home, Process, Processes, reap_orphans
 from sniroute_tunnels import BACKOFF, FAILED, READY, STOPPING, TunnelTable
 from conftest import HERE, HOST, FakeClock, linux, wait_until
-from testbed.hellos import HELLO
-from testbed.program import namespace
-from testbed.running import read_exactly
 from testbed.tunnels import Bench, ask, both, event, events, runs, shared, stand_in
 
 # -- the death guard ---------------------------------------------------------------------------
@@ -346,23 +343,6 @@ def test_only_process_1_looks_for_orphans(owner, monkeypatch):
         assert processes.due(1000.0) == [1000.0 + sniroute_processes.ORPHANS_LOOK]
     finally:
         processes.close()
-
-
-@linux
-def test_as_process_1_of_a_container_it_reaps_what_a_health_check_leaves(launch, cloudflared, echo_server, ports):
-    """Its own tunnels' ends are told all the same."""
-    cloudflared.far("*", echo_server.address)
-    program = launch(f"--cloudflared={cloudflared.path}", ports, "--idle=1s",
-                     python=(*namespace("--pid --fork --kill-child --mount-proc"), sys.executable))
-    router, = children_of(program.pid)
-    program.signal = lambda number: os.kill(router, number)  # unshare itself takes no SIGTERM
-    check = ["nsenter", f"--target={router}", "--pid", "--mount", "/bin/sh", "-c", "(sleep 0.1 &) ; (sleep 0.2 &)"]
-    for _ in range(3):
-        subprocess.run(check, check=True)
-    with program.connect(HELLO) as client:
-        assert read_exactly(client, len(HELLO)) == HELLO
-    program.wait_for("tunnel stopped")
-    wait_until(lambda: not children_of(router), what="the end of each child, zombies too")
 
 
 # -- start and watch ---------------------------------------------------------------------------

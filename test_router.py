@@ -493,6 +493,7 @@ def test_threads_for_names_that_wait_are_started_one_in_a_turn(run, monkeypatch)
     monkeypatch.setattr(socket, "getaddrinfo", unresolved(go))
     process = running.router.process_request
     running.router.process_request = lambda *wait: starts.append(len(turns)) or process(*wait)
+    running.part_early()
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(running.connect()) for _ in range(20)]
         wait_until(lambda: len(running.router.connections) == 20)
@@ -511,6 +512,7 @@ def test_who_leaves_while_its_name_waits_for_a_thread_is_forgotten(run, monkeypa
     go = threading.Event()
     monkeypatch.setattr(sniroute_router, "WAIT_THREADS", 1)
     router = (running := run("--route=*.example.com=tcp:{name}:443")).router
+    running.part_early()
     monkeypatch.setattr(socket, "getaddrinfo", unresolved(go))
     with running.connect(genuine(name="first.example.com")):
         wait_until(lambda: router.waits.threads == 1)
@@ -557,7 +559,7 @@ def test_names_that_wait_are_bounded(run, cloudflared, ports, monkeypatch):
     """Two threads, three names: the third waits for a thread, a fourth is refused."""
     monkeypatch.setattr(sniroute_router, "WAIT_THREADS", 2)
     monkeypatch.setattr(sniroute_router, "WAITS_MAX", 3)
-    cloudflared.fault("*", listen_delay=400)
+    cloudflared.fault("*", listen_delay=250)
     cloudflared.fault("n3.example.com", exit=1)
     running = run(TUNNEL, ports)
     with contextlib.ExitStack() as stack:
@@ -596,6 +598,7 @@ def test_one_client_cannot_fill_the_queue_of_names(run, monkeypatch):
     monkeypatch.setattr(sniroute_router, "WAITS_PER_CLIENT", 2)
     release = threading.Event()
     running = run("--route=*.example.com=tcp:{label}.example.net:1")
+    running.part_early()
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(running.connect()) for _ in range(5)]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(20) and [])
@@ -612,6 +615,7 @@ def test_budget_that_is_spent_is_not_the_next_clients(run, serve, cloudflared, p
     """Both wait for one cold name; the first has no start left, the second has."""
     cloudflared.far("*", serve(lambda sock: (read_exactly(sock, len(V1)), sock.sendall(b"x"), read_all(sock))).address)
     running = run(TUNNEL, ports)
+    running.part_early()
     running.tunnels.budget.buckets["192.0.2.7"] = (-100.0, time.monotonic())
     held = threading.Event()
     real = running.tunnels.wait

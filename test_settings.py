@@ -51,6 +51,7 @@ def test_durations(text, seconds):
 
 PARSERS = {
     "off": (sniroute_values.parse_off_or_duration, "off", 0.0),
+    "0s": (sniroute_values.parse_none_or_duration, "0s", 0.0),
     "count-1": (sniroute_values.parse_count, "1", 1),
     "count-a-million": (sniroute_values.parse_count, "1000000", 1_000_000),
     **{f"no-count-{text!r}": (sniroute_values.parse_count, text, ValueError)
@@ -156,6 +157,7 @@ SAMPLES: dict[str, tuple[list[str], Any, str, Any]] = {
     "start-timeout": (["3s"], 3.0, "4s", 4.0),
     "prelude-timeout": (["5s"], 5.0, "6s", 6.0),
     "connection-idle": (["7s"], 7.0, "off", 0.0),
+    "lameduck": (["7s"], 7.0, "0s", 0.0),
     "drain": (["8s"], 8.0, "9s", 9.0),
     "max-connections": (["10"], 10, "11", 11),
     "max-per-client": (["12"], 12, "13", 13),

@@ -155,6 +155,20 @@ def test_systemd_hears_at_once_that_it_drains(launch, manager, echo_server):
     assert program.wait() == 0
 
 
+def test_systemd_is_asked_for_the_time_of_a_lame_duck(launch, manager, echo_server):
+    program = launch(route(echo_server.address), "--lameduck=60s", env=environment(
+        NOTIFY_SOCKET=manager.address, WATCHDOG_USEC="200000"))
+    manager.hear("READY=1")
+    program.signal(signal.SIGTERM)
+    manager.hear("STOPPING=1")
+    assert int(manager.hear("EXTEND_TIMEOUT_USEC=").partition("=")[2]) > 10e6
+    assert manager.hear("STATUS=") == "STATUS=lameduck: 0 connections, 0 tunnels"
+    for _ in range(3):  # again and again, for as long as it takes
+        manager.hear("EXTEND_TIMEOUT_USEC=")
+    program.signal(signal.SIGTERM)
+    assert program.wait() == 0
+
+
 def test_a_loop_that_hangs_does_not_feed_the_watchdog(run, echo_server):
     running = run(route(echo_server.address))
     beats, stuck, let_go = [], threading.Event(), threading.Event()

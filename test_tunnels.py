@@ -138,7 +138,7 @@ def test_a_byte_goes_through_and_back(bench, cloudflared, echo_server, proc):
 
 
 @both
-@pytest.mark.parametrize("delay", [50, 700])
+@pytest.mark.parametrize("delay", [50, 350])
 def test_the_first_client_of_a_program_that_listens_late_is_served(delay, bench, cloudflared, echo_server, proc):
     cloudflared.far("app.test", echo_server.address)
     cloudflared.fault("app.test", listen_delay=delay)
@@ -155,7 +155,7 @@ def test_the_first_client_is_served_where_there_is_no_proc_at_all(launch, cloudf
                      python=(*namespace("--mount", "mount -t tmpfs none /proc"), sys.executable))
     for delay, name in enumerate(("a.example.com", "b.example.com", "c.example.com")):
         cloudflared.far(name, echo_server.address)
-        cloudflared.fault(name, listen_delay=600 * delay)
+        cloudflared.fault(name, listen_delay=250 * delay)
         said = genuine(name=name)
         with program.connect(said) as client:
             assert read_exactly(client, len(said)) == said
@@ -306,7 +306,8 @@ def test_ports_that_others_hold_are_passed_over(bench, cloudflared):
     assert made.states() == {"b.test": READY}
 
 
-def test_no_port_at_all_is_a_timeout(bench):
+def test_no_port_at_all_is_a_timeout(bench, monkeypatch):
+    monkeypatch.setattr(sniroute_tunnels, "EVICT_AGE", 0.4)  # so long the reaper sleeps
     made = bench(live=True, count=1)
     turns, step = [], made.table.step
     made.table.step = lambda timeout: turns.append(step(timeout))
@@ -622,7 +623,7 @@ def test_a_name_waits_for_its_turn_beside_dead_tunnels_that_others_wait_for(benc
     third = made.ask("c.test")
     made.turn(lambda: len(made.states()) == 3)
     futures = [*first, third]  # after the back-off of both, and once there is one that may be evicted
-    made.turn(lambda: made.clock.jump(0.02) or all(future.done() for future in futures))
+    made.turn(lambda: made.clock.jump(0.05) or all(future.done() for future in futures))
     assert [made.outcome(future) for future in futures] == [None] * 3
     assert sum(state in sniroute_tunnels.LIVE for state in made.states().values()) <= 2
 
@@ -684,12 +685,14 @@ def test_a_fresh_tunnel_is_not_evicted(bench):
     assert made.states() == {"b.test": READY}
 
 
-def test_the_reaper_evicts_by_itself_once_a_lease_is_released(bench):
+def test_the_reaper_evicts_by_itself_once_a_lease_is_released(bench, monkeypatch):
+    monkeypatch.setattr(sniroute_tunnels, "EVICT_AGE", 60.0)
     made = bench(live=True, max_tunnels=1)
     tunnel = made.ready("a.test")
     future = made.ask("b.test")
     wait_until(lambda: made.states().get("b.test") is QUEUED)  # asked for beside a leased one it were refused
     assert made.table.lease(key("a.test")) is tunnel
+    monkeypatch.setattr(sniroute_tunnels, "EVICT_AGE", 0.3)
     for _ in range(2):  # it hears the second after a whole turn with the lease
         made.table.wake()
         wait_until(lambda: not select.select([made.table.pipe.reader], [], [], 0)[0])

@@ -40,7 +40,7 @@ from sniroute_admin import Admin, attach
 from sniroute_doctor import sample_hello
 from sniroute_launchers import cloudflared_launcher
 from sniroute_tunnels import TunnelTable
-from conftest import HOST, Address, wait_until
+from conftest import HOST, Address, connect, wait_until
 from testbed.standins import Cloudflared
 
 TOKEN = "a-token-of-the-tests"  # a request that changes something needs it
@@ -89,9 +89,7 @@ class Running:
 
     def connect(self, name: str) -> socket.socket:
         """A client that has sent its hello for `name`."""
-        client = socket.create_connection(self.router.server_address, 20)
-        client.sendall(sample_hello(name))
-        return client
+        return connect(self.router.server_address, sample_hello(name))
 
     def refused(self, name: str) -> None:
         """Ask for a name as a client, and wait for the refusal."""
@@ -146,16 +144,6 @@ class Reply(NamedTuple):
         return json.loads(self.body)
 
 
-def dial(address: Address | str) -> socket.socket:
-    """A connection to the admin, with a time-out so that a failing test ends."""
-    if isinstance(address, tuple):
-        return socket.create_connection(address, 20)
-    sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(20)
-    sock.connect(address)
-    return sock
-
-
 def read_reply(sock: socket.socket, method: str = "GET") -> Reply:
     """Read one answer.  `method` is that of the request: an answer to HEAD has no body."""
     response = http.client.HTTPResponse(sock, method=method)
@@ -168,8 +156,7 @@ def read_reply(sock: socket.socket, method: str = "GET") -> Reply:
 
 def tell(address: Address | str, text: str | bytes, method: str = "GET") -> Reply:
     """Send these bytes, and read the answer."""
-    with dial(address) as sock:
-        sock.sendall(text.encode("latin-1") if isinstance(text, str) else text)
+    with connect(address, text.encode("latin-1") if isinstance(text, str) else text) as sock:
         return read_reply(sock, method)
 
 

@@ -34,7 +34,7 @@ import sniroute_carrier
 import sniroute_dial
 import sniroute_forwarder
 import sniroute_http
-from conftest import HERE, HOST, Address, wait_until
+from conftest import HERE, HOST, Address, connect, wait_until
 from sniroute_carrier import Carrier
 from sniroute_dial import Proxy
 from sniroute_forwarder import Log
@@ -82,7 +82,7 @@ class Rows:
         raise NotImplementedError
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(self.address, 10)
+        return connect(self.address)
 
     def failure(self) -> dict[str, str]:
         """The log's one line about the one client that could not be served."""
@@ -317,7 +317,7 @@ def parallel(address: Address, payloads: list[bytes], timeout: float = 30.0) -> 
     with contextlib.ExitStack() as stack:
         selector = stack.enter_context(selectors.DefaultSelector())
         for number, payload in enumerate(payloads):
-            sock = stack.enter_context(socket.create_connection(address, 10))
+            sock = stack.enter_context(connect(address))
             sock.setblocking(False)
             selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, [number, memoryview(payload)])
         deadline = time.monotonic() + timeout

@@ -29,7 +29,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
-from conftest import CORE, DOCTOR, HERE, HOST, Address, wait_until
+from conftest import CORE, DOCTOR, HERE, HOST, Address, connect, wait_until
 from testbed.hellos import HELLO
 from testbed.running import read_exactly
 
@@ -104,10 +104,8 @@ class Program:
         return self.addresses[0]
 
     def connect(self, said: bytes = b"", address: Address | None = None) -> socket.socket:
-        """A client that has sent `said`; with a time-out, so that a failing test ends."""
-        client = socket.create_connection(address or self.address, 20)
-        client.sendall(said)
-        return client
+        """A client that has sent `said`, as conftest's `connect`."""
+        return connect(address or self.address, said)
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
@@ -318,8 +316,7 @@ class Customers:
     def _come(self) -> None:
         while not self.stop.is_set():
             try:
-                with socket.create_connection(self.address, 20) as client:
-                    client.sendall(HELLO)
+                with connect(self.address, HELLO) as client:
                     assert read_exactly(client, len(HELLO)) == HELLO
                 self.served += 1
             except (OSError, AssertionError) as error:

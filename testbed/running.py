@@ -22,9 +22,10 @@ import sniroute_log
 import sniroute_loop
 import sniroute_router
 import sniroute_settings
+import sniroute_tunnels
 from sniroute_launchers import cloudflared_launcher
 from sniroute_tunnels import TunnelTable
-from conftest import HOST, Address, wait_until
+from conftest import HOST, Address, connect, wait_until
 from testbed.hellos import HELLO, NAME
 from testbed.standins import Cloudflared
 
@@ -60,10 +61,8 @@ class Running:
         sniroute_log.log.setLevel("NOTSET")
 
     def connect(self, said: bytes = b"") -> socket.socket:
-        """A client that has sent `said`; with a time-out, so that a failing test ends."""
-        client = socket.create_connection(self.address, 20)
-        client.sendall(said)
-        return client
+        """A client that has sent `said`, as conftest's `connect`."""
+        return connect(self.address, said)
 
     def ending(self, number: int = 1) -> sniroute_log.Ending:
         """Wait for `number` endings, and return the last of them."""
@@ -73,10 +72,18 @@ class Running:
     def counter(self, name: str) -> int:
         return self.router.counters.get(name, 0)
 
+    def part_early(self) -> None:
+        """Let refused clients that stay be closed soon, instead of half a second later."""
+        self.router.deadlines.linger.seconds = 0.05
+
 
 @pytest.fixture
-def run(cloudflared: Cloudflared) -> Iterator[Callable[..., Running]]:
-    """run(*options, program=...) -> Running.  It is torn down before `cloudflared`, which checks for processes left."""
+def run(cloudflared: Cloudflared, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Running]]:
+    """run(*options, program=...) -> Running.  It is torn down before `cloudflared`, which checks for processes left.
+
+    A tunnel that dies is started again at once: half a second of back-off is not what its tests are about.
+    """
+    monkeypatch.setattr(sniroute_tunnels, "BACKOFF_FIRST", 0.05)
     with contextlib.ExitStack() as stack:
         yield lambda *argv, program=cloudflared.path: stack.enter_context(Running(*argv, program=program))
 

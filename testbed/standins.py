@@ -222,6 +222,16 @@ def own_edge(tmp_path: pathlib.Path, certificates: pathlib.Path) -> Iterator[Edg
 # -- every tunnel program ----------------------------------------------------------------------
 
 
+HASTY = "sniroute_carrier.GRACE = 0.2"  # a client's end is told soon: for clients that want no answer then
+
+
+def write_carrier(path: pathlib.Path, change: str = "") -> None:
+    """Write a program that runs the carrier, after a line that may change its times."""
+    path.write_text(f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(HERE)!r})\nimport sniroute_carrier\n"
+                    f"{change}\nsys.exit(sniroute_carrier.main())\n")  # the file's own `#!` line may find another Python
+    path.chmod(0o700)
+
+
 class TunnelProgram(NamedTuple):
     """A tunnel program, as a test uses it: the router's options and variables for it, and `far`."""
 
@@ -236,7 +246,7 @@ PROGRAMS = ("stand-in", "carrier", "carrier by its path", *(["cloudflared"] if R
 
 @pytest.fixture(params=PROGRAMS)
 def tunnel_program(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> TunnelProgram:
-    """The stand-in, the carrier, and a real cloudflared where there is one."""
+    """The stand-in, the carrier, and a real cloudflared where there is one; `hasty carrier` where a test asks for it."""
     if request.param == "stand-in":
         stand_in = request.getfixturevalue("cloudflared")
         return TunnelProgram((f"--cloudflared={stand_in.path}",), {}, stand_in.far)
@@ -244,9 +254,7 @@ def tunnel_program(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Tu
     if request.param == "carrier":  # an empty PATH: the router finds no cloudflared, and uses the carrier
         return TunnelProgram((), {**edge.environ, "PATH": ""}, edge.far)
     path = os.environ.get(REAL, "")
-    if request.param == "carrier by its path":
-        path = str(tmp_path / "sniroute_carrier.py")  # a wrapper: the file's `#!` line may find another Python
-        pathlib.Path(path).write_text(f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(HERE)!r})\n"
-                                      "import sniroute_carrier\nsys.exit(sniroute_carrier.main())\n")
-        os.chmod(path, 0o700)
+    if "carrier" in request.param:
+        path = str(tmp_path / "sniroute_carrier.py")
+        write_carrier(pathlib.Path(path), HASTY if "hasty" in request.param else "")
     return TunnelProgram((f"--cloudflared={path}",), edge.environ, edge.far)
