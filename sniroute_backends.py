@@ -129,6 +129,9 @@ class GroupBackend(Backend):
                 self.choose()
             try:
                 return self.reach()
+            except BlockingIOError:
+                self.way.longest = self.group.options.connect_timeout
+                raise
             except (Unreachable, Refused) as error:
                 self.lose(str(error))
         raise NotYet(self.group.book.soon)
@@ -186,6 +189,8 @@ class GroupBackend(Backend):
         if member.pool is not None and (self.trouble is None or not self.trouble.has_been_warm):
             connection = self.connection
             self.warm = member.pool.take(connection.down, connection.replayable and connection.name is not None)
+            if self.group.options.max_backend_connections is not None:
+                self.group.warmth.fit(member)
             if self.warm is not None:
                 self.way = self.warm.way
                 return self.warm.sock
@@ -351,7 +356,8 @@ class GroupBackend(Backend):
         elif self.member is None:  # `open` has tried them all
             return Refused("backend", f"{self.connection.decision.target}: {why}")
         else:
-            if self.warm is not None and not last and self.connection.state is not EARLY:
+            if self.warm is not None and not last and self.connection.state is not EARLY \
+                    and (self.is_dialling or self.is_used_up(server)):
                 trouble.again, trouble.has_been_warm = self.member, True
                 self.count_dead()
                 self.drop()

@@ -112,13 +112,14 @@ class Member:
             strip >>= 2
         return shown
 
-    def ordered(self, rows: Sequence[Row], is_fine: Callable[[Row], bool]) -> Sequence[Row]:
+    def ordered(self, rows: Sequence[Row], flaws: Callable[[Row], int]) -> Sequence[Row]:
         """The addresses of one host, another one first each time: they share its weight.
 
-        Those that are fine, and of one family, take turns; the others stay behind them.
+        Those with the fewest `flaws`, and of one family, take turns; the others stay behind them.
         """
-        fine = [row for row in rows if is_fine(row)] or rows
-        turning = [row for row in fine if row[0] == fine[0][0]]
+        rows = sorted(rows, key=flaws)
+        few, family = flaws(rows[0]), rows[0][0]
+        turning = [row for row in rows if row[0] == family and flaws(row) == few]
         self.turn += 1
         at = self.turn % len(turning)
         return (*turning[at:], *turning[:at], *(row for row in rows if row not in turning))

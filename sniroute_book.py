@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import re
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 
 from sniroute_balance import Member
@@ -181,8 +182,8 @@ class Checked:
         self.target = member.target
         self.health = parse_health(options.health)
         self.interval, self.timeout = options.health_interval, options.health_timeout
-        # Behind a port nobody speaks TLS for a name.  Of a wildcard, the part that all its names have.
-        self.name = "" if route.is_port else route.pattern.lstrip("*").lstrip(".") or NO_NAME
+        # Behind a port nobody speaks TLS for a name.  Of a pattern, the labels that all its names end with.
+        self.name = "" if route.is_port else re.sub(r".*[*}][^.]*\.?", "", route.pattern) or NO_NAME
         write = PROXY_WRITERS[route.send_proxy]
         self.preface = write(None, ("0.0.0.0", 0)) if write is not None else b""
 
@@ -202,6 +203,7 @@ class Book:
     def __init__(self, targets: Targets, loop: Loop):
         self.targets = targets
         self.loop = loop
+        self.routes: dict[str, Route] = {}  # by pattern, as they are now
         self.groups: dict[str, Group] = {}  # by Decision.key
         self.full = GROUPS_MAX  # how many there may be before those that nobody uses are forgotten
         self.known: dict[str, Member] = {}  # by target: those that are in no group, and were down; the latest last
@@ -229,10 +231,12 @@ class Book:
         return (self.queue(min(seconds, STAGGER), silent_connect),
                 self.queue(max(seconds - STAGGER, 0.0), late_member))
 
-    def is_fine(self, row: Row) -> bool:
-        """Whether an address of a host is one to begin with: it took its last connect, and is in the own zone."""
+    def flaws(self, row: Row) -> int:
+        """What speaks against an address of a host, 0 where nothing does: 2 that it did not take its last connect, and
+        1 that it is in another zone.
+        """
         targets = self.targets
-        return not targets.laggards.has(row) and (targets.zones is None or targets.zones.has(row))
+        return 2 * targets.laggards.has(row) + (targets.zones is not None and not targets.zones.has(row))
 
     def turns(self, seconds: float) -> Queue:
         """The deadline of clients that wait so long for room."""
@@ -245,10 +249,11 @@ class Book:
 
         Those whose targets have no fields are known before a client comes.
         """
-        patterns = {route.pattern for route in routes}
-        self.drained = {(pattern, target) for pattern, target in self.drained if pattern in patterns}
+        self.routes = {route.pattern: route for route in routes}
+        self.drained = {(pattern, target) for pattern, target in self.drained if pattern in self.routes}
         for key, group in list(self.groups.items()):
-            if group.pattern not in patterns and not group.waiting:
+            route = self.routes.get(group.pattern)
+            if route is None or route.has_fields is not group.route.has_fields:  # in the latter case it has another key
                 self.drop(key)
         for route in routes:
             if not route.has_fields:
@@ -265,14 +270,23 @@ class Book:
             self.checks.adopt(wanted)
 
     def group(self, decision: Decision) -> Group:
-        """The group of a decision."""
-        group = self.groups.get(decision.key)
+        """The group of a decision; of one that is older than a reload, the group as it is now."""
+        group, route = self.groups.get(decision.key), decision.route
+        if group is not None and group.route is route:
+            return group
+        if self.routes.get(route.pattern) is not route:
+            return group or self.last_of(decision)
         if group is None:
             if len(self.groups) >= self.full:
                 self.make_room()
             group = self.groups[decision.key] = Group(self)
-        if group.route is not decision.route:
-            group.adopt(decision.route, decision.members)
+        group.adopt(route, decision.members)
+        return group
+
+    def last_of(self, decision: Decision) -> Group:
+        """A group for a client whose route a reload took out behind its hello.  Nobody else finds it."""
+        group, route = Group(self), decision.route
+        group.adopt(route._replace(several=route.several._replace(warm=0)), decision.members)
         return group
 
     def make_room(self) -> None:
@@ -289,6 +303,15 @@ class Book:
             group.warmth.close()
         for member in group.members.values():
             self.let_go(member)
+
+    def close(self) -> None:
+        """Nobody comes any more: end what is warm, and the checks."""
+        for group in self.groups.values():
+            for member in group.members.values():
+                if member.pool is not None:
+                    member.pool.close()
+        if self.checks is not None:
+            self.checks.close()
 
     def let_go(self, member: Member) -> None:
         """A member is in no group any more.  Remember whether it was down."""
@@ -351,6 +374,7 @@ class Book:
 def late_member(connection: Connection) -> None:
     """A backend has had its connect_timeout."""
     backend = connection.backend
+    backend.warm = None  # silence is no end: where it was warm, the same backend is not asked anew
     race = backend.way.race
     if race is None:
         connection.connect(no_answer(backend.group.options.connect_timeout))

@@ -183,8 +183,7 @@ class Group:
         for member in self.members.values():
             if self.options.health == "off":
                 member.why, member.fails = "", 0
-            if not member.rows and (row := literal_of(member.decision)) is not None:
-                self.locate(member, (row,))
+            self.locate(member, member.rows or literal_rows(member.decision))
         self.warmth = self.book.warmth(self)
         self.resting = collections.OrderedDict(
             (member, None) for member in sorted(self.members.values(), key=lambda each: each.until)
@@ -235,17 +234,20 @@ class Group:
         if self.warmth is not None:
             self.warmth.share()
         if self.waiting:
-            self.serve(self.good or ranks.get(DOWN, ()))
+            self.serve((*self.good, *self.spare) or ranks.get(DOWN, ()))
 
     def locate(self, member: Member, rows: Sequence[Row]) -> None:
-        """These are its addresses now: is one of them in the own zone?  Until that is known it is taken for near."""
+        """These are its addresses now: is one of them in the own zone?  Until that is known it is taken for near.
+
+        A tunnel is in no zone: its port on this host says nothing of its far end.
+        """
         member.rows = rows
         zones = self.book.targets.zones
-        is_near = zones is None or not rows or any(map(zones.has, rows))
+        is_near = zones is None or not member.decision.scheme.is_tunnel and (not rows or any(map(zones.has, rows)))
         if is_near is not member.is_near:
             member.is_near = is_near
             self.changed()
-        if member.pool is not None:
+        if member.pool is not None and rows:
             member.pool.keep_only(rows)
 
     def way_to(self, member: Member) -> Backend | None:
@@ -256,7 +258,7 @@ class Group:
             if rows is not member.rows:
                 self.locate(member, rows)
             if len(rows) > 1:
-                way.addresses = member.ordered(rows, self.book.is_fine)
+                way.addresses = member.ordered(rows, self.book.flaws)
         return way
 
     def find(self, address: str) -> Member | None:
@@ -450,12 +452,16 @@ class Group:
 
     # -- who waits
 
+    def suits(self, member: Member, tried: Collection[Member]) -> bool:
+        """Whether a client that has tried these may be led to a member; to one that is down only behind all others."""
+        return member not in tried and (member.rank < DOWN or member.rank == DOWN
+                                        and all(each in tried for each in (*self.good, *self.spare)))
+
     def serve(self, members: Iterable[Member]) -> None:
-        """There may be room: the first that waits for one of these gets it."""
+        """There may be room: the first that waits for one of these gets it.  One that a reload took out gets nobody."""
         for member in members:
-            while self.waiting and self.has_room(member) and (member.rank < DOWN
-                                                              or member.rank == DOWN and not self.good):
-                client = next((each for each in self.waiting if member not in each.told_of), None)
+            while self.waiting and self.has_room(member) and self.members.get(member.target) is member:
+                client = next((each for each in self.waiting if self.suits(member, each.told_of)), None)
                 if client is None:
                     break
                 self.count_wait(client)
@@ -471,9 +477,10 @@ class Group:
             self.waits_sum += seconds
 
 
-def literal_of(decision: Decision) -> Row | None:
-    """The address that a target names by number; None where it names none."""
-    return literal_row(decision.rest) if decision.target.startswith("tcp:") else None
+def literal_rows(decision: Decision) -> tuple[Row, ...]:
+    """The address that a target names by number; nothing where it names none."""
+    row = literal_row(decision.rest) if decision.target.startswith("tcp:") else None
+    return () if row is None else (row,)
 
 
 class Failure:

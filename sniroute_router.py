@@ -418,6 +418,7 @@ class Router(socketserver.ThreadingTCPServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Run the loop until `shutdown`, or until all has drained."""
         self.loop.run()
+        self.targets.close()
         for connection in list(self.connections):
             connection.close(connection.reason or STOPPED)
 
@@ -642,6 +643,7 @@ class Router(socketserver.ThreadingTCPServer):
                 self.loop.poller.forget(listener.fileno())
             listener.close()
         self.deaf.set()
+        self.targets.close()
         self.phase = DRAINING
         self.resumption.set(NEVER)
         self.paused = False

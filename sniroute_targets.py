@@ -281,11 +281,12 @@ class TcpBackend(Backend):
 class UnixBackend(Backend):
     """A unix socket of this host.  Where its backlog is full, the connect is tried again for a while, as TCP does."""
 
-    __slots__ = ("until",)
+    __slots__ = ("since", "longest")
 
     def __init__(self, target: str, addresses: Sequence[Row], local: bool):
         super().__init__(target, addresses, local)
-        self.until = 0.0  # clock time: until then a full backlog is waited for; 0: it was not full yet
+        self.since = 0.0  # clock time since which its backlog is full; 0: it was not yet
+        self.longest = BACKLOG_PATIENCE  # seconds: for so long that is waited for
 
     def begin(self) -> socket.SocketType | None:
         """As the base.  Raises BlockingIOError where the backlog is full, to be called again soon."""
@@ -302,10 +303,10 @@ class UnixBackend(Backend):
         why = os.strerror(error)
         if error == errno.EAGAIN:  # unix(7): at once, where TCP would try on
             now = monotonic()
-            self.until = self.until or now + BACKLOG_PATIENCE
-            if now < self.until:
+            self.since = self.since or now
+            if now < self.since + self.longest:
                 raise BlockingIOError(error, why)
-            why = f"its backlog was full for {BACKLOG_PATIENCE:g} s"
+            why = f"its backlog was full for {self.longest:g} s"
         self.tried = 1
         self.tell(self.addresses[0], why)
         return None
@@ -436,6 +437,11 @@ class Targets:
             self.book = several[0].several.book(self, loop)
         if self.book is not None:
             self.book.adopt(several, identified)
+
+    def close(self) -> None:
+        """No new clients come: nothing needs to be ready for them.  The loop."""
+        if self.book is not None:
+            self.book.close()
 
     def remember(self, decision: Decision, found: Resolved) -> Resolved:
         """Keep resolved addresses.  The loop, and threads wait-<n>."""

@@ -386,6 +386,8 @@ class WarmPool:
             return
         if way is None:
             self._set_back()
+        elif len(self.idle) + len(self.dialling) >= self.size:
+            way.release()  # `make_way` has called `resize`: where it leads, none is wanted
         else:
             Warm(self, way, GREETING_MAX if self.options.greets else 0).begin()
 
