@@ -300,7 +300,6 @@ class Router(socketserver.ThreadingTCPServer):
         self.targets = Targets(tunnels)
         self.targets.tunnel_ports = range(settings.ports[0], settings.ports[1] + 1)
         self.targets.zones = settings.own_zones
-        self.targets.follow((*settings.routes.routes, *settings.port), self.routes.identified, self.loop)
         self.peers = Peers(settings)
         self.waits = Waits(self)
         self.targets.ask = self.waits.prepare
@@ -310,6 +309,8 @@ class Router(socketserver.ThreadingTCPServer):
         self.to_meet: list[Connection] = self.loop.batch(read_header)
         self.to_dial: list[Connection] = self.loop.batch(Connection.dial)
         self.to_speak: list[Connection] = self.loop.batch(Connection.speak)
+        # Behind these batches: one that it adds is for what their steps ask for.
+        self.targets.follow((*settings.routes.routes, *settings.port), self.routes.identified, self.loop)
         # Timers of the loop.
         self.paused = False  # accepting is paused
         self.pause_said = -PAUSE_SAID

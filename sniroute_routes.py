@@ -175,8 +175,8 @@ class Route(NamedTuple):
 
     @property
     def has_fields(self) -> bool:
-        """Whether a target depends on the name."""
-        return any(FIELDS.search(target) for target in self.targets)
+        """Whether a target depends on the name: it has a field that its kind does not fill in itself."""
+        return any(not set(FIELDS.findall(target)) <= set(row.holds) for row, target in zip(self.kinds, self.targets))
 
     @property
     def is_plain(self) -> bool:

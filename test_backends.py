@@ -1,4 +1,4 @@
-"""Tests of sniroute_backends.py and sniroute_balance.py: several backends behind one route."""
+"""Tests of sniroute_backends.py, and of all that a route with several backends is for its users."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ import json
 import random
 import re
 import socket
+import ssl
 import statistics
+import struct
 import sys
+import threading
 import time
-import types
 from typing import Any, Callable
 
 import pytest
 
 import sniroute_options
 import sniroute_settings
-from sniroute_backends import SEVERAL
-from sniroute_balance import WAYS, Member, slot_of
-from sniroute_book import Book
-from sniroute_groups import Group, Several
+import sniroute_warm
+from sniroute_balance import WAYS, slot_of
+from sniroute_groups import Group
 from sniroute_refusals import SettingsError
-from sniroute_routes import parse_route
-from conftest import HERE, HOST, Address, FakeClock, Server, deaf_listener, wait_until
-from testbed.clients import Database, psql
+from sniroute_wire import SSL_REQUEST_BYTES
+from conftest import HERE, HOST, Address, Server, deaf_listener, wait_until
+from testbed.clients import Database, certificate, psql
 from testbed.hellos import HELLO, NAME, genuine, v2
 from testbed.program import Program, command, execute
 from testbed.running import Running, alert, read_all, read_exactly, reset
@@ -553,6 +554,615 @@ def test_a_route_that_a_reload_takes_out_is_forgotten(several_of, serve, setting
     settings = running.router.settings.again(running.router.settings)
     on_loop(running, lambda: running.router.adopt(settings))
     assert not running.router.targets.book.groups
+
+
+# -- one of several hangs, refuses, closes, goes away ----------------------------------------------
+
+
+@pytest.mark.parametrize("balance", ["round-robin", "least", "random", "latency", "first"])
+def test_while_one_of_many_works_300_clients_are_served(several_of, serve, deaf, balance):
+    """One hangs, one refuses, one resets, one closes without a byte, one goes away in the middle and comes back."""
+    good = serve(named(b"g"))
+    resets = serve(lambda sock: (read_exactly(sock, len(HELLO)), reset(sock)))
+    closes = serve(lambda sock: read_exactly(sock, len(HELLO)))
+    place = refusing()
+    running = several_of([deaf, place, refusing(), resets.address, closes.address, good.address], balance=balance,
+                         connect_timeout="200ms", fallback_interval="5s")
+    times, heads = [], b""
+    with contextlib.ExitStack() as there:
+        there.enter_context(Server(named(b"c"), place))
+        for number in range(300):
+            if number == 100:
+                there.close()
+            elif number == 200:
+                there.enter_context(Server(named(b"c"), place))
+            began = time.monotonic()
+            heads += said_by(running)
+            times.append(time.monotonic() - began)
+    assert set(heads) <= set(b"gc") and len(heads) == 300
+    assert max(times) < 1.0 and statistics.median(times) < 0.02
+    assert sum(seconds > 0.2 for seconds in times) <= 4, "the one that hangs costs few clients its connect_timeout"
+    wait_until(lambda: len(running.endings) == 300)
+    assert {ending.reason for ending in running.endings} <= {"client_closed", "backend_closed"}, "nobody is refused"
+
+
+def test_a_unix_socket_whose_backlog_is_full_has_connect_timeout(run, settings_file, serve, admin_path):
+    good = serve(named(b"g"))
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket(socket.AF_UNIX))
+        full.bind(admin_path)
+        full.listen(0)
+        stack.enter_context(socket.socket(socket.AF_UNIX)).connect(admin_path)
+        running = run("-c", settings_file(f'[routes."{NAME}"]\ntarget = ["unix:{admin_path}", "{listed(good.address)}"]\n'
+                                          'balance = "first"\nconnect_timeout = "200ms"\n'))
+        assert said_by(running) == b"g"
+        assert running.ending().detail.startswith(f"unix:{admin_path}: its backlog was full for 0.2 s; ")
+        assert 0.2 <= running.ending().seconds < 2
+
+
+# -- lists of all kinds ----------------------------------------------------------------------------
+
+LISTENS = """
+import socket, sys, threading
+host, port = sys.argv[1].split(":")
+listener = socket.create_server((host, int(port)))
+while True:
+    client = listener.accept()[0]
+    client.recv(10000)
+    client.sendall(b"p")
+    client.close()
+"""
+
+
+@pytest.fixture
+def unix_server(admin_path) -> Any:
+    """The path of a unix socket whose far end says `u`."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(admin_path)
+        listener.listen(10)
+
+        def accept() -> None:
+            while True:
+                client, _ = listener.accept()
+                with client:
+                    if not client.recv(10000):
+                        return
+                    client.sendall(b"u")
+        thread = threading.Thread(target=accept, name="far-unix")
+        thread.start()
+        yield admin_path
+        with socket.socket(socket.AF_UNIX) as last:
+            last.connect(admin_path)
+            last.shutdown(socket.SHUT_WR)
+            thread.join()
+
+
+def test_a_list_of_all_kinds_serves_and_each_takes_over_for_the_one_before(
+        run, settings_file, serve, cloudflared, ports, unix_server, tmp_path):
+    tcp, far = serve(named(b"t")), serve(named(b"c"))
+    (tmp_path / "listens.py").write_text(LISTENS)
+    (tmp_path / "fails.py").write_text("import sys; sys.exit(3)")
+    python, command_of = sys.executable, f"command:{sys.executable} -S {tmp_path}/listens.py {{address}}"
+    good = [listed(tcp.address), f"unix:{unix_server}", "exec:/bin/cat", command_of, "cloudflared:good.example.com"]
+    bad = [listed(refusing()), f"unix:{tmp_path}/none", f"exec:{python} -S {tmp_path}/fails.py",
+           f"command:{python} -S {tmp_path}/fails.py {{address}}", "cloudflared:bad.example.com"]
+    heads = [b"t", b"u", HELLO[:1], b"p", b"c"]
+    cloudflared.far("good.example.com", far.address)
+    cloudflared.fault("bad.example.com", exit=1, words="no such host")
+    def text(targets: list[str]) -> str:
+        return f'[routes."{NAME}"]\ntarget = {json.dumps(targets)}\nbalance = "first"\n'
+    running = run("-c", settings_file(text(good)), ports, "--start-timeout=5s")
+    for at, head in enumerate(heads):
+        settings_file(text(good[at:] + good[:at]))
+        reload(running)
+        assert said_by(running) == head, good[at]
+    settings_file(text([*bad, good[0]]))
+    reload(running)
+    assert said_by(running) == b"t"
+    detail = running.ending(len(heads) + 1).detail
+    assert all(target.removeprefix("tcp:").split(" ")[0] in detail for target in bad), detail
+    assert [member.failures for member in group_of(running).members.values()] == [1] * len(bad) + [0]
+
+
+def reload(running: Running) -> None:
+    """As SIGHUP does."""
+    settings = running.router.settings.again(running.router.settings)
+    opened = running.router.ports.open(settings.port)
+    on_loop(running, lambda: running.router.adopt(settings, opened))
+
+
+ALL_OPTIONS = {
+    "balance": "least", "health": "connect", "health_interval": "1s", "health_timeout": "1s", "health_fail": 2,
+    "health_pass": 1, "fallback_interval": "1s", "slow_start": "1s", "on_down": "cut", "connect_timeout": "1s",
+    "tries": 2, "connect_budget": "3s", "max_backend_connections": 5, "queue": "1s", "queue_length": 5,
+    "max_lifetime": "1m", "warm": 2, "warm_max_idle": "30s", "warm_max_age": "1m", "warm_jitter": "0.2",
+    "warm_order": "fifo", "allow": "127.0.0.0/8", "max_connections": 10, "connection_idle": "1m", "send_proxy": "none",
+    "resolve_interval": "10s",
+}
+REUSE = [name for name in sniroute_options.SEVERAL_OPTIONS if name.startswith("reuse")]  # test_reuse.py
+
+
+@pytest.fixture
+def port(free_ports) -> int:
+    """A port with one target may listen there."""
+    return free_ports(1)[0]
+
+
+def a_port(port: int, *targets: str, **options: Any) -> str:
+    """Settings with a port that leads to these targets."""
+    lines = [f"{name} = {json.dumps(value)}" for name, value in options.items()]
+    return "\n".join([f'[ports."{HOST}:{port}"]', f"target = {json.dumps(targets)}", *lines, ""])
+
+
+def test_a_port_may_lead_to_a_list_with_all_options(run, settings_file, echo_server, port):
+    assert set(ALL_OPTIONS) >= {*sniroute_options.SEVERAL_OPTIONS} - {*REUSE}
+    options = {**ALL_OPTIONS, "warm_jitter": 0.2, "allow": ["127.0.0.0/8"]}
+    running = run("-c", settings_file(a_port(port, listed(refusing()), listed(echo_server.address), **options)),
+                  "--route", f"{NAME}=tcp:192.0.2.1:1")
+    for _ in range(3):
+        with socket.create_connection((HOST, port), 20) as client:
+            client.sendall(b"hello")
+            assert read_exactly(client, 5) == b"hello"
+    reload(running)
+    with socket.create_connection((HOST, port), 20) as client:
+        client.sendall(b"hello")
+        assert read_exactly(client, 5) == b"hello"
+
+
+
+
+
+def test_a_field_leads_each_name_to_its_own_list(run, settings_file, serve, unix_server):
+    good = serve(named(b"g"))
+    folder, _, name = unix_server.rpartition("/")
+    path = settings_file(f'[routes."*.example.com"]\ntarget = ["unix:{folder}/{{label}}", "{listed(good.address)}"]\n'
+                         'balance = "first"\n')
+    running = run("-c", path)
+    for number, (label, head, scheme) in enumerate(((name, b"u", "unix"), ("db", b"g", "tcp"), (name, b"u", "unix")), 1):
+        with running.connect(HELLO if label == "db" else genuine(name=f"{label}.example.com")) as client:
+            assert read_exactly(client, 1) == head
+        assert running.ending(number).backend.partition(":")[0] == scheme
+
+
+# -- warm connections ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hasty(monkeypatch) -> None:
+    """Pools that dial again soon."""
+    monkeypatch.setattr(sniroute_warm, "PAUSES", (0.05,))
+    monkeypatch.setattr(sniroute_warm, "PROVEN_AFTER", 0.001)
+
+
+def idle(running: Running) -> int:
+    """How many warm connections are ready."""
+    return sum(len(member.pool.idle) for member in group_of(running).members.values())
+
+
+def pool_of(running: Running) -> Any:
+    """The warm connections of the first backend."""
+    return next(iter(group_of(running).members.values())).pool
+
+
+def test_a_client_gets_a_connection_that_was_made_before_it_came(several_of, serve, flow):
+    far = serve(named(b"g"))
+    running = several_of([far.address], warm=2)
+    for number in range(1, 6):
+        wait_until(lambda: idle(running) == 2 and far.accepted == number + 1)
+        with running.connect(HELLO) as client:
+            assert read_exactly(client, 1) == b"g"
+            client.sendall(b"more")
+            assert read_exactly(client, 4) == b"more"
+        ending = running.ending(number)
+        assert (ending.up, ending.down, ending.reason) == (len(HELLO) + 4, 5, "client_closed")
+    assert (pool_of(running).hit, pool_of(running).miss, pool_of(running).dead) == (5, 0, 0)
+
+
+def test_a_postgres_client_gets_one_too(several_of, serve):
+    def speaks_tls(sock: socket.socket) -> None:
+        if read_exactly(sock, 8) == SSL_REQUEST_BYTES:
+            sock.sendall(b"S")
+            named(b"g")(sock)
+    far = serve(speaks_tls)
+    running = several_of([far.address], warm=1)
+    wait_until(lambda: idle(running) == 1)
+    with running.connect(SSL_REQUEST_BYTES) as client:
+        assert read_exactly(client, 1) == b"S"
+        client.sendall(HELLO)
+        assert read_exactly(client, 1) == b"g"
+    assert pool_of(running).hit == 1
+
+
+def test_behind_a_port_the_greeting_comes_first_and_once(run, settings_file, serve, port):
+    def greets(sock: socket.socket) -> None:
+        sock.sendall(b"220 hello\r\n")
+        while data := sock.recv(100):
+            sock.sendall(data)
+    far = serve(greets)
+    running = run("-c", settings_file(a_port(port, listed(far.address), warm=2)), "--route", f"{NAME}=tcp:192.0.2.1:1")
+    for number in range(1, 6):
+        wait_until(lambda: idle(running) == 2 and all(warm.greeting for warm in list(pool_of(running).idle)))
+        with socket.create_connection((HOST, port), 20) as client:
+            assert read_exactly(client, 11) == b"220 hello\r\n"
+            client.sendall(b"EHLO")
+            assert read_exactly(client, 4) == b"EHLO"
+            client.shutdown(socket.SHUT_WR)
+            assert read_all(client) == b""
+        assert running.ending(number).down == 15
+    assert pool_of(running).hit == 5
+
+
+@pytest.mark.parametrize("way", ["a name", "a port"])
+def test_the_proxy_header_is_sent_when_the_client_comes(run, settings_file, serve, port, way):
+    heard: list[bytes] = []
+    def handler(sock: socket.socket) -> None:
+        heard.append(sock.recv(28, socket.MSG_WAITALL))
+        sock.sendall(b"g")
+        sock.recv(10000)
+    far = serve(handler)
+    text = table([far.address], warm=1, send_proxy="v2") if way == "a name" else \
+        a_port(port, listed(far.address), warm=1, send_proxy="v2")
+    running = run("-c", settings_file(text), *(["--route", f"{NAME}=tcp:192.0.2.1:1"] if way == "a port" else []))
+    wait_until(lambda: idle(running) == 1)
+    assert not heard
+    with socket.create_connection(running.address if way == "a name" else (HOST, port), 20) as client:
+        client.sendall(HELLO)
+        assert read_exactly(client, 1) == b"g"
+        source, destination = client.getsockname(), client.getpeername()
+    assert heard == [v2(0x21, 0x11, socket.inet_aton(HOST) * 2 + struct.pack("!HH", source[1], destination[1]))]
+    assert pool_of(running).hit == 1
+
+
+class EndsTheFirst:
+    """A handler that ends the first connection behind the client's first bytes, and serves all others."""
+
+    def __init__(self, how: str, asks: bytes = HELLO):
+        self.how = how
+        self.asks = asks
+        self.count = 0
+
+    def __call__(self, sock: socket.socket) -> None:
+        self.count += 1
+        if self.count > 1:
+            if self.asks is not HELLO:
+                read_exactly(sock, len(self.asks))
+                sock.sendall(b"S")
+            named(b"g")(sock)
+        elif read_exactly(sock, len(self.asks)) and self.how == "reset":
+            reset(sock)
+
+
+@pytest.mark.parametrize("how", ["end", "reset"])
+@pytest.mark.parametrize("asks", [HELLO, bytes.fromhex("0000000804d2162f")], ids=["TLS", "PostgreSQL"])
+def test_a_warm_connection_whose_end_is_under_way_costs_the_client_nothing(several_of, serve, how, asks, flow):
+    far = serve(EndsTheFirst(how, asks))
+    running = several_of([far.address, refusing()], warm=1, balance="first")
+    wait_until(lambda: idle(running) == 1)
+    with running.connect(asks) as client:
+        if asks is not HELLO:
+            assert read_exactly(client, 1) == b"S"
+            client.sendall(HELLO)
+        assert read_exactly(client, 1) == b"g"
+        client.sendall(b"more")
+        assert read_exactly(client, 4) == b"more"
+    member = next(iter(group_of(running).members.values()))
+    assert (member.failures, member.fails, member.why) == (0, 0, ""), "it is no failure of the backend"
+    assert running.ending().down == 5 and running.ending().up == len(HELLO) + 4
+
+
+@pytest.mark.parametrize("when", ["before", "together"])
+@pytest.mark.parametrize("how", ["end", "reset"])
+def test_a_silent_client_of_a_port_does_not_notice_that_its_warm_connection_ends(
+        run, settings_file, serve, port, when, how):
+    ends, ended = threading.Event(), threading.Event()
+    def handler(sock: socket.socket) -> None:
+        if far.accepted > 1:
+            while data := sock.recv(100):
+                sock.sendall(data)
+            return
+        ends.wait(10)
+        reset(sock) if how == "reset" else sock.close()
+        ended.set()
+    far = serve(handler)
+    running = run("-c", settings_file(a_port(port, listed(far.address), warm=1)), "--route", f"{NAME}=tcp:192.0.2.1:1")
+    wait_until(lambda: idle(running) == 1)
+    with socket.create_connection((HOST, port), 20) as client:
+        wait_until(lambda: pool_of(running).hit == 1)
+        wait_until(lambda: far.accepted == 2, what="the next one is dialled at once, however silent all are")
+        if when == "before":
+            ends.set()
+            wait_until(lambda: running.counter("retries") == 1)
+            client.sendall(b"hello")
+        else:
+            on_loop(running, lambda: (ends.set(), ended.wait(10), client.sendall(b"hello")))
+        assert read_exactly(client, 5) == b"hello"
+    assert running.counter("retries") == 1
+
+
+def test_200_clients_in_a_row_do_not_notice_that_a_backend_ends_idle_connections(several_of, serve, hasty):
+    """It ends each after 5 to 50 ms: so a hundred ends fall in the time of this test, some while a client comes."""
+    dice = random.Random(3)
+    def impatient(sock: socket.socket) -> None:
+        sock.settimeout(dice.uniform(0.005, 0.05))
+        with contextlib.suppress(TimeoutError):
+            named(b"g")(sock)
+    far = serve(impatient)
+    running = several_of([far.address], warm=10)
+    for _ in range(200):
+        with running.connect(HELLO) as client:
+            assert read_exactly(client, 1) == b"g"
+            client.sendall(b"x")
+            assert read_exactly(client, 1) == b"x"
+    pool = pool_of(running)
+    member = next(iter(group_of(running).members.values()))
+    assert pool.hit > 100 and member.failures == 0 and far.accepted > 220
+    wait_until(lambda: len(running.endings) == 200)
+    assert {ending.reason for ending in running.endings} == {"client_closed"}
+
+
+def test_what_a_backend_needs_until_it_serves_is_over_when_the_client_comes(several_of, serve):
+    """A stand-in for a connect that takes 50 ms, as to another continent: here it is the backend's accept that does."""
+    def slow(sock: socket.socket) -> None:
+        threading.Event().wait(0.05)
+        named(b"g")(sock)
+    far = serve(slow)
+    medians = []
+    for warm in (0, 8):
+        running = several_of([far.address], warm=warm, max_lifetime="1h")
+        times = []
+        for _ in range(5):
+            if warm:
+                wait_until(lambda: idle(running) == warm)
+                oldest = next(iter(pool_of(running).idle))
+                wait_until(lambda: time.monotonic() - list(pool_of(running).idle)[-1].since > 0.06, what=repr(oldest))
+            began = time.monotonic()
+            assert said_by(running) == b"g"
+            times.append(time.monotonic() - began)
+        medians.append(statistics.median(times))
+    assert medians[0] >= 0.05 and medians[1] < medians[0] / 5
+
+
+@pytest.mark.parametrize("asks", [HELLO, bytes.fromhex("0000000804d2162f")], ids=["TLS", "PostgreSQL"])
+def test_a_backend_that_hangs_behind_a_warm_connection_is_not_asked_twice(several_of, serve, asks):
+    """It would cost the client the time-out twice."""
+    def hangs(sock: socket.socket) -> bytes:
+        data = sock.recv(10000)
+        sock.recv(1)
+        return data
+    far, good = serve(hangs), serve(EndsTheFirst("end", asks))
+    good.handler.count = 1
+    running = several_of([far.address, good.address], warm=1, balance="first", connect_timeout="300ms")
+    running.router.deadlines.first_byte.seconds = 0.3
+    wait_until(lambda: idle(running) == 1)
+    with running.connect(asks) as client:
+        if asks is not HELLO:
+            assert read_exactly(client, 1) == b"S"
+            client.sendall(HELLO)
+        assert read_exactly(client, 1) == b"g"
+    assert far.result() == asks and far.results.empty(), "one connection was asked"
+    member = next(iter(group_of(running).members.values()))
+    assert member.failures == 1
+    assert running.ending().seconds < 1.5
+
+
+def test_warm_connections_and_clients_together_keep_the_limit_of_a_backend(several_of, serve):
+    most = 0
+    def counts(sock: socket.socket) -> None:
+        nonlocal most
+        most = max(most, len(far.live))
+        named(b"g")(sock)
+    far = serve(counts)
+    running = several_of([far.address], warm=2, max_backend_connections=3, queue="10s")
+    wait_until(lambda: idle(running) == 2)
+    for _ in range(5):
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(running.connect(HELLO)) for _ in range(3)]
+            assert [read_exactly(client, 1) for client in clients] == [b"g"] * 3
+            waiting = stack.enter_context(running.connect(HELLO))
+            wait_until(lambda: group_of(running).waiting)
+            clients[0].close()
+            assert read_exactly(waiting, 1) == b"g"
+        wait_until(lambda: idle(running) == 2)
+    assert most <= 4, "3, and one whose end the backend has not seen yet"
+
+
+def test_a_backend_that_goes_loses_its_warm_connections_and_has_them_again_when_it_is_back(
+        several_of, serve, hasty):
+    good, place = serve(named(b"g")), refusing()
+    with Server(named(b"b"), place):
+        running = several_of([place, good.address], warm=4, health_fail=1, health_pass=1, fallback_interval="200ms")
+        wait_until(lambda: idle(running) == 4)
+    bad = next(iter(group_of(running).members.values()))
+    wait_until(lambda: bad.why and good.accepted == 4, what="all are with the other one: no client has come yet")
+    for _ in range(10):
+        assert said_by(running) == b"g"
+    with Server(named(b"b"), place):
+        wait_until(lambda: said_by(running) in b"gb" and not bad.why)
+        wait_until(lambda: len(bad.pool.idle) == 2)
+
+
+def test_a_router_that_drains_lets_its_warm_connections_go(several_of, serve):
+    far = serve(named(b"g"))
+    running = several_of([far.address], warm=3, health="connect", health_interval="50ms")
+    wait_until(lambda: idle(running) == 3)
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, 1) == b"g"
+        wait_until(lambda: idle(running) == 3)
+        running.router.drain(30)
+        wait_until(lambda: len(far.live) == 1, what="only the client's is left")
+        client.sendall(b"still")
+        assert read_exactly(client, 5) == b"still"
+    wait_until(lambda: not running.thread.is_alive())
+
+
+def test_a_reload_ends_the_warm_connections_of_a_route_that_is_gone(several_of, serve, settings_file):
+    far = serve(named(b"g"))
+    running = several_of([far.address], warm=3)
+    wait_until(lambda: idle(running) == 3)
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, 1) == b"g"
+        wait_until(lambda: idle(running) == 3)
+        settings_file('[routes]\n"other.example.com" = "tcp:192.0.2.1:1"\n')
+        reload(running)
+        wait_until(lambda: len(far.live) == 1)
+        client.sendall(b"x")
+        assert read_exactly(client, 1) == b"x", "its own goes on"
+
+
+def test_a_warm_connection_through_a_tunnel(run, settings_file, serve, cloudflared, ports, hasty):
+    far = serve(named(b"t"))
+    cloudflared.far("*", far.address)
+    running = run("-c", settings_file(f'[routes."{NAME}"]\ntarget = "cloudflared:db.example.com"\nwarm = 2\n'), ports)
+    wait_until(lambda: idle(running) == 2 and far.accepted == 2, what="the tunnel is started for that")
+    for _ in range(3):
+        wait_until(lambda: idle(running) == 2)
+        assert said_by(running) == b"t"
+    assert pool_of(running).hit == 3
+
+
+# -- active checks ---------------------------------------------------------------------------------
+
+
+class Patient:
+    """A far end behind a port: it answers `who` with its letter, and checks in the words of each protocol.
+
+    While it is `sick` it ends each connection without an answer.
+    """
+
+    def __init__(self, letter: bytes, context: ssl.SSLContext | None = None):
+        self.letter = letter
+        self.context = context
+        self.sick = False
+
+    def __call__(self, sock: socket.socket) -> None:
+        head = sock.recv(4, socket.MSG_PEEK)
+        if self.sick or not head:
+            return
+        if head[0] == 0x16:
+            sock.settimeout(5)
+            with self.context.wrap_socket(sock, server_side=True) as tls:
+                tls.unwrap()
+            return
+        said = sock.recv(1000)
+        if head == b"who\n":
+            sock.sendall(self.letter)
+        elif said == SSL_REQUEST_BYTES:
+            sock.sendall(b"N")
+        elif said.endswith(b"PING\r\n"):
+            sock.sendall(b"+PONG\r\n")
+        elif said.startswith(b"GET /primary HTTP/1.1\r\n"):
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        sock.recv(1)
+
+
+@pytest.mark.parametrize("health", ["connect", "tls", "postgres", "redis", "http"])
+def test_a_backend_that_fails_its_checks_goes_down_without_a_client_and_comes_back(
+        run, settings_file, serve, certificate, port, health):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    sick, fine = Patient(b"s", context), Patient(b"f", context)
+    place = refusing()
+    with contextlib.ExitStack() as there:
+        there.enter_context(Server(sick, place))
+        other = ("127.0.0.2", place[1]) if health == "http" else (HOST, 0)
+        good = serve(fine, other)
+        said = f"http:{place[1]}/primary" if health == "http" else health
+        running = run("-c", settings_file(a_port(port, listed(place), listed(good.address), health=said,
+                                                 health_interval="50ms", health_timeout="5s", health_fail=2)),
+                      "--route", f"{NAME}=tcp:192.0.2.1:1")
+
+        def who() -> bytes:
+            with socket.create_connection((HOST, port), 20) as client:
+                client.sendall(b"who\n")
+                return read_exactly(client, 1)
+
+        bad, other = group_of(running).members.values()
+        wait_until(lambda: bad.is_proven and other.is_proven)
+        assert {who() for _ in range(4)} == {b"s", b"f"}
+        ends = len(running.endings)
+        if health == "connect":
+            there.close()
+        sick.sick = True
+        wait_until(lambda: bad.why)
+        assert len(running.endings) in (ends, 4) and not other.why
+        assert [who() for _ in range(4)] == [b"f"] * 4
+        sick.sick = False
+        if health == "connect":
+            there.enter_context(Server(sick, place))
+        wait_until(lambda: not bad.why)
+        assert {who() for _ in range(4)} == {b"s", b"f"}
+        assert running.router.targets.book.checked["bad"] >= 2
+
+
+def test_a_tunnel_beside_hosts_is_not_started_for_a_check(run, settings_file, serve, cloudflared, ports):
+    far = serve(named(b"g"))
+    running = run("-c", settings_file(f'[routes."{NAME}"]\ntarget = ["{listed(far.address)}", "cloudflared:db.example.com"]\n'
+                                      'health = "connect"\nhealth_interval = "20ms"\nbalance = "first"\n'), ports)
+    wait_until(lambda: running.router.targets.book.checked["good"] >= 5)
+    assert said_by(running) == b"g" and not cloudflared.starts()
+
+
+# -- zones -----------------------------------------------------------------------------------------
+
+
+def test_clients_are_led_to_the_own_zone_while_one_of_it_works(run, settings_file, serve):
+    far, place = serve(named(b"f"), ("127.0.2.1", 0)), ("127.0.1.1", refusing()[1])
+    text = ('zone = "a"\n[zones]\na = ["127.0.1.0/24"]\nb = ["127.0.2.0/24"]\n'
+            + table([far.address, place], health_fail=1, health_pass=1, fallback_interval="100ms"))
+    with Server(named(b"n"), place):
+        running = run("-c", settings_file(text))
+        assert {said_by(running) for _ in range(6)} == {b"n"}
+    assert {said_by(running) for _ in range(6)} == {b"f"}, "its only backend has died"
+    with Server(named(b"n"), place):
+        wait_until(lambda: said_by(running) == b"n")
+        assert {said_by(running) for _ in range(6)} == {b"n"}, "and has come back"
+        settings_file(text.replace('zone = "a"', 'zone = "b"'))
+        reload(running)
+        assert {said_by(running) for _ in range(6)} == {b"f"}, "a reload may move the router"
+
+
+@pytest.mark.parametrize("own, wanted", [("127.0.1.77", b"n"), ("127.0.2.77", b"f"), ("127.0.3.77", b"nf")])
+def test_the_zone_of_the_own_address_counts(run, settings_file, serve, own, wanted):
+    near, far = serve(named(b"n"), ("127.0.1.1", 0)), serve(named(b"f"), ("127.0.2.1", 0))
+    running = run("-c", settings_file(f'own_address = "{own}"\n[zones]\na = ["127.0.1.0/24"]\nb = ["127.0.2.0/24"]\n'
+                                      + table([near.address, far.address])))
+    assert {said_by(running) for _ in range(6)} == {bytes([each]) for each in wanted}
+
+
+def test_of_one_host_the_addresses_of_the_own_zone_are_used(run, settings_file, serve, monkeypatch):
+    near = serve(named(b"n"), ("127.0.1.1", 0))
+    far = serve(named(b"f"), ("127.0.2.1", near.address[1]))
+    resolved_to(monkeypatch, far.address, near.address)
+    running = run("-c", settings_file('zone = "a"\n[zones]\na = ["127.0.1.0/24"]\n'
+                                      f'[routes."{NAME}"]\ntarget = ["tcp:several.example.net:{near.address[1]}"]\n'
+                                      'max_lifetime = "1h"\n'))
+    assert [said_by(running) for _ in range(6)] == [b"n"] * 6
+
+
+# -- an operator -----------------------------------------------------------------------------------
+
+
+def test_a_drained_backend_gets_no_new_client_and_keeps_those_that_it_has(several_of, serve):
+    one, two = serve(named(b"1")), serve(named(b"2"))
+    running = several_of([one.address, two.address], warm=2, balance="first")
+    book = running.router.targets.book
+    address = listed(one.address)[4:]
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, 1) == b"1"
+        assert on_loop(running, lambda: [book.drain(NAME, address, True)]) == [True]
+        assert [said_by(running) for _ in range(3)] == [b"2"] * 3
+        reload(running)
+        assert [said_by(running) for _ in range(3)] == [b"2"] * 3
+        client.sendall(b"still")
+        assert read_exactly(client, 5) == b"still"
+        wait_until(lambda: len(one.live) == 1, what="its warm connections have ended")
+    on_loop(running, lambda: [book.drain(NAME, listed(two.address), True)])
+    with running.connect(HELLO) as client:
+        assert read_all(client) == alert(80)
+    wait_until(lambda: any("an operator has drained all its backends" in (ending.detail or "") for ending in
+                           list(running.endings)))
+    on_loop(running, lambda: [book.drain(NAME, address, False)])
+    assert said_by(running) == b"1"
 
 
 # -- three real databases ------------------------------------------------------------------------
