@@ -286,7 +286,7 @@ class Book:
     def last_of(self, decision: Decision) -> Group:
         """A group for a client whose route a reload took out behind its hello.  Nobody else finds it."""
         group, route = Group(self), decision.route
-        group.adopt(route._replace(several=route.several._replace(warm=0)), decision.members)
+        group.adopt(route._replace(several=route.several._replace(warm=0, reuse="off")), decision.members)
         return group
 
     def make_room(self) -> None:
@@ -305,8 +305,10 @@ class Book:
             self.let_go(member)
 
     def close(self) -> None:
-        """Nobody comes any more: end what is warm, and the checks."""
+        """Nobody comes any more: end what is warm, and the checks.  May be called twice."""
         for group in self.groups.values():
+            if group.warmth is not None:
+                group.warmth.close()
             for member in group.members.values():
                 if member.pool is not None:
                     member.pool.close()

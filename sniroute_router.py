@@ -419,9 +419,9 @@ class Router(socketserver.ThreadingTCPServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Run the loop until `shutdown`, or until all has drained."""
         self.loop.run()
-        self.targets.close()
         for connection in list(self.connections):
             connection.close(connection.reason or STOPPED)
+        self.targets.close()
 
     def adopt(self, settings: Settings, opened: Mapping[str, list[Listener]] = {}) -> None:
         """Go on with other settings; what is open stays as it is.

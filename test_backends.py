@@ -22,7 +22,7 @@ import sniroute_options
 import sniroute_settings
 import sniroute_warm
 from sniroute_balance import WAYS, slot_of
-from sniroute_groups import Group
+from sniroute_groups import Group, Several
 from sniroute_refusals import SettingsError
 from sniroute_wire import SSL_REQUEST_BYTES
 from conftest import HERE, HOST, Address, Server, deaf_listener, wait_until
@@ -593,8 +593,8 @@ def test_a_unix_socket_whose_backlog_is_full_has_connect_timeout(run, settings_f
         full.bind(admin_path)
         full.listen(0)
         stack.enter_context(socket.socket(socket.AF_UNIX)).connect(admin_path)
-        running = run("-c", settings_file(f'[routes."{NAME}"]\ntarget = ["unix:{admin_path}", "{listed(good.address)}"]\n'
-                                          'balance = "first"\nconnect_timeout = "200ms"\n'))
+        running = run("-c", settings_file(f'[routes."{NAME}"]\nbalance = "first"\nconnect_timeout = "200ms"\n'
+                                          f'target = ["unix:{admin_path}", "{listed(good.address)}"]\n'))
         assert said_by(running) == b"g"
         assert running.ending().detail.startswith(f"unix:{admin_path}: its backlog was full for 0.2 s; ")
         assert 0.2 <= running.ending().seconds < 2
@@ -718,7 +718,8 @@ def test_a_field_leads_each_name_to_its_own_list(run, settings_file, serve, unix
     path = settings_file(f'[routes."*.example.com"]\ntarget = ["unix:{folder}/{{label}}", "{listed(good.address)}"]\n'
                          'balance = "first"\n')
     running = run("-c", path)
-    for number, (label, head, scheme) in enumerate(((name, b"u", "unix"), ("db", b"g", "tcp"), (name, b"u", "unix")), 1):
+    wanted = ((name, b"u", "unix"), ("db", b"g", "tcp"), (name, b"u", "unix"))
+    for number, (label, head, scheme) in enumerate(wanted, 1):
         with running.connect(HELLO if label == "db" else genuine(name=f"{label}.example.com")) as client:
             assert read_exactly(client, 1) == head
         assert running.ending(number).backend.partition(":")[0] == scheme
@@ -1096,7 +1097,8 @@ def test_a_backend_that_fails_its_checks_goes_down_without_a_client_and_comes_ba
 
 def test_a_tunnel_beside_hosts_is_not_started_for_a_check(run, settings_file, serve, cloudflared, ports):
     far = serve(named(b"g"))
-    running = run("-c", settings_file(f'[routes."{NAME}"]\ntarget = ["{listed(far.address)}", "cloudflared:db.example.com"]\n'
+    targets = json.dumps([listed(far.address), "cloudflared:db.example.com"])
+    running = run("-c", settings_file(f'[routes."{NAME}"]\ntarget = {targets}\n'
                                       'health = "connect"\nhealth_interval = "20ms"\nbalance = "first"\n'), ports)
     wait_until(lambda: running.router.targets.book.checked["good"] >= 5)
     assert said_by(running) == b"g" and not cloudflared.starts()

@@ -558,7 +558,7 @@ def test_an_address_that_did_not_take_the_last_connect_comes_last():
 def test_addresses_of_the_own_zone_come_first():
     orders = firsts(a_named_group(ZONES), [FAR, NEAR, "2001:db8:a::1", FAR2, NEAR2])
     assert {order[0] for order in orders} == {NEAR, NEAR2}
-    assert all(order[2:] == ["2001:db8:a::1", FAR, FAR2] for order in orders), "the own zone's other family, then far ones"
+    assert all(order[2:] == ["2001:db8:a::1", FAR, FAR2] for order in orders), "the other family, then far ones"
 
 
 def test_of_a_host_far_away_the_addresses_that_work_come_first():
@@ -570,7 +570,8 @@ def test_of_a_host_far_away_the_addresses_that_work_come_first():
 def test_a_host_all_whose_addresses_failed_is_tried_at_each():
     group = a_named_group()
     hosts = ["192.0.2.1", "192.0.2.2"]
-    group.book.targets.laggards.learn([(socket.AF_INET, (host, 1)) for host in hosts], (socket.AF_INET, ("192.0.2.3", 1)))
+    lost = [(socket.AF_INET, (host, 1)) for host in hosts]
+    group.book.targets.laggards.learn(lost, (socket.AF_INET, ("192.0.2.3", 1)))
     assert {order[0] for order in firsts(group, hosts)} == set(hosts)
 
 
@@ -737,7 +738,8 @@ def test_a_client_that_spoke_before_a_reload_does_not_bring_the_old_route_back()
     assert book.group(decision) is group and group.route is new and list(group.members) == BOTH[1:]
     adopt(book)
     late = book.group(decision)
-    assert late is not group and list(late.members) == BOTH and not book.groups, "it is served, and nobody else is led so"
+    assert late is not group and list(late.members) == BOTH, "it is served"
+    assert not book.groups, "and nobody else is led so"
 
 
 # -- active checks -----------------------------------------------------------------------------
@@ -1048,11 +1050,11 @@ def test_reloads_leave_no_queues_behind(warm_book, crowds):
     assert (len(warm_book.loop.queues), len(warm_book.loop.batches)) == before
 
 
-def test_failed_dials_bring_a_backend_down_and_good_ones_prove_nothing(warm_book):
+def test_dials_that_fail_bring_a_backend_down_without_a_client(warm_book):
     (group,) = adopt(warm_book, a_route(BOTH, warm=2))
     one, two = group.members.values()
-    for why in ("Connection refused", "", "Connection refused", "", "Connection refused"):
-        one.pool.told(why)
+    for _ in range(3):
+        one.pool.told("Connection refused")
     assert one.why == "Connection refused" and sizes(group) == [0, 2]
     assert one.failures == 3 and set(picks(group, 5)) == {two.target}
 
