@@ -56,7 +56,7 @@ class Member:
     __slots__ = ("target", "decision", "place", "copies", "active", "weighing", "fails", "passes", "why", "since",
                  "until", "trial", "held", "seconds", "heard", "dialling", "dialled", "failures", "counts", "sum",
                  "level", "rank", "is_drained", "is_near", "is_checked", "is_proven", "fails_checked", "checks_good",
-                 "checks_bad", "rows", "turn", "strip", "pool", "share")
+                 "checks_bad", "rows", "far", "turn", "strip", "pool", "share")
 
     def __init__(self, target: str, now: float):
         self.target = target  # for people, and its key
@@ -88,7 +88,8 @@ class Member:
         self.fails_checked = 0  # active checks in a row
         self.checks_good = self.checks_bad = 0  # all that there were
         self.rows: Sequence[Row] = ()  # its addresses, as `is_near` was asked about
-        self.turn = 0  # of these, the next to begin with
+        self.far: frozenset[Row] = frozenset()  # of these, the ones in another zone
+        self.turn = 0  # the next to begin with
         self.pool: WarmPool | None = None
         self.share = 0  # of the route's warm connections
         self.strip = 0  # its last results: see `mark`
@@ -112,14 +113,15 @@ class Member:
             strip >>= 2
         return shown
 
-    def ordered(self, rows: Sequence[Row], flaws: Callable[[Row], int]) -> Sequence[Row]:
+    def ordered(self, rows: Sequence[Row], lags: Callable[[Row], bool]) -> Sequence[Row]:
         """The addresses of one host, another one first each time: they share its weight.
 
-        Those with the fewest `flaws`, and of one family, take turns; the others stay behind them.
+        Those that do not lag, then those in the own zone, come first.  The best of one family take turns.
         """
-        rows = sorted(rows, key=flaws)
-        few, family = flaws(rows[0]), rows[0][0]
-        turning = [row for row in rows if row[0] == family and flaws(row) == few]
+        flaws = {row: 2 * lags(row) + (row in self.far) for row in rows}
+        rows = sorted(rows, key=flaws.__getitem__)
+        family, few = rows[0][0], flaws[rows[0]]
+        turning = [row for row in rows if row[0] == family and flaws[row] == few]
         self.turn += 1
         at = self.turn % len(turning)
         return (*turning[at:], *turning[:at], *(row for row in rows if row not in turning))

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     import socket
     from sniroute_backends import GroupBackend
     from sniroute_connection import Connection
-    from sniroute_race import Row
     from sniroute_reuse import Aside, Reuse
     from sniroute_routes import Decision, Route
 
@@ -228,15 +227,8 @@ class Book:
 
     def patience(self, seconds: float) -> tuple[Queue, Queue]:
         """The deadlines of one connect: until others are tried beside it, and from then on."""
-        return (self.queue(min(seconds, STAGGER), silent_connect),
-                self.queue(max(seconds - STAGGER, 0.0), late_member))
-
-    def flaws(self, row: Row) -> int:
-        """What speaks against an address of a host, 0 where nothing does: 2 that it did not take its last connect, and
-        1 that it is in another zone.
-        """
-        targets = self.targets
-        return 2 * targets.laggards.has(row) + (targets.zones is not None and not targets.zones.has(row))
+        alone = min(seconds / 2, STAGGER)
+        return self.queue(alone, silent_connect), self.queue(seconds - alone, late_member)
 
     def turns(self, seconds: float) -> Queue:
         """The deadline of clients that wait so long for room."""

@@ -243,7 +243,8 @@ class Group:
         """
         member.rows = rows
         zones = self.book.targets.zones
-        is_near = zones is None or not member.decision.scheme.is_tunnel and (not rows or any(map(zones.has, rows)))
+        member.far = frozenset(row for row in rows if zones is not None and not zones.has(row))
+        is_near = zones is None or not member.decision.scheme.is_tunnel and (not rows or len(member.far) < len(rows))
         if is_near is not member.is_near:
             member.is_near = is_near
             self.changed()
@@ -258,7 +259,7 @@ class Group:
             if rows is not member.rows:
                 self.locate(member, rows)
             if len(rows) > 1:
-                way.addresses = member.ordered(rows, self.book.flaws)
+                way.addresses = member.ordered(rows, self.book.targets.laggards.has)
         return way
 
     def find(self, address: str) -> Member | None:

@@ -510,6 +510,17 @@ def test_the_addresses_of_one_host_are_tried_beside_each_other(run, settings_fil
     assert member.failures == 0 and member.seconds < 0.2, "of the connect that won"
 
 
+def test_a_short_connect_timeout_leaves_time_for_another_address(run, settings_file, serve, deaf, monkeypatch):
+    good, other = serve(named(b"g")), serve(named(b"o"))
+    resolved_to(monkeypatch, deaf, good.address)
+    running = run("-c", settings_file(
+        f'[routes."{NAME}"]\ntarget = "tcp:several.example.net:1,{listed(other.address)[4:]}"\nbalance = "first"\n'
+        'connect_timeout = "200ms"\n'))
+    for _ in range(3):
+        assert said_by(running) == b"g"
+    assert other.accepted == 0
+
+
 def test_the_addresses_of_one_host_have_one_connect_timeout(run, settings_file, serve, deaf, monkeypatch):
     other = serve(named(b"o"))
     with deaf_listener() as more:
