@@ -234,7 +234,7 @@ class Group:
         if self.warmth is not None:
             self.warmth.share()
         if self.waiting:
-            self.serve((*self.good, *self.spare) or ranks.get(DOWN, ()))
+            self.serve((*self.good, *self.spare, *ranks.get(DOWN, ())))
 
     def locate(self, member: Member, rows: Sequence[Row]) -> None:
         """These are its addresses now: is one of them in the own zone?  Until that is known it is taken for near.

@@ -1072,3 +1072,126 @@ def test_a_name_that_turns_out_to_be_far_away_gets_no_warm_connection(loop, crow
     loop.turn()
     assert sizes(group) == [0, 1] and not named.pool.idle and not named.pool.dialling and not crowd.server.accepted
     book.close()
+
+
+# -- whatever happens --------------------------------------------------------------------------
+
+
+HOSTS = [NEAR, NEAR2, FAR, FAR2, "203.0.113.1", "2001:db8:a::1"]
+
+
+class Life:
+    """A group to which anything happens, in an order that dice choose; `holds` is what is true at each moment."""
+
+    def __init__(self, seed: int):
+        self.dice = random.Random(seed)
+        self.clock = FakeClock()
+        self.book = a_book(zones=ZONES)
+        self.clients: list[Client] = []
+        self.adopt()
+
+    @property
+    def group(self) -> Group:
+        (group,) = self.book.groups.values()
+        return group
+
+    def adopt(self) -> None:
+        """A reload."""
+        dice = self.dice
+        hosts = dice.choices(HOSTS, k=dice.randint(1, 6))
+        targets = [f"tcp:[{host}]:1" if ":" in host else f"tcp:{host}:1" for host in hosts]
+        self.book.targets.zones = dice.choice([ZONES, ZONES._replace(own="b"), None])
+        adopt(self.book, a_route(targets, balance=dice.choice([*WAYS]), health=dice.choice(["passive", "connect", "off"]),
+                                 max_backend_connections=dice.choice([None, 1, 2]), on_down=dice.choice(["keep", "cut"]),
+                                 slow_start=dice.choice([0.0, 60.0])))
+        self.group.clock = self.clock
+        self.group.chance = dice.random
+
+    def come(self) -> None:
+        """A client comes, and some of the backends that it tries fail."""
+        client = Client()
+        client.group, group = self.group, self.group
+        while True:
+            try:
+                member = group.pick(client, f"203.0.113.{self.dice.randint(1, 250)}")
+            except LookupError:
+                assert all(each in client.told_of or each.is_drained for each in group.members.values())
+                return
+            if member is None:
+                assert not any(group.has_room(each) and group.suits(each, client.told_of)
+                               for each in group.members.values()), "it waits only where nobody has room"
+                group.waiting[client] = None
+                self.clients.append(client)
+                return
+            assert member not in client.told_of and not member.is_drained
+            assert group.members[member.target] is member and group.has_room(member)
+            if member.why and member.trial is not client:
+                assert all(each.why or each in client.told_of or each.is_drained or not group.has_room(each)
+                           for each in group.members.values())
+            group.take(member, client)
+            if self.dice.random() < 0.6:
+                client.served.append(member)
+                self.clients.append(client)
+                return
+            is_trial = member.trial is client
+            member.dialling -= 1
+            group.leave(member, client)
+            group.weigh(member)
+            group.bad_news(member, "it refused", is_trial)
+            client.told_of[member] = "no"
+
+    def go(self) -> None:
+        """A client leaves: one that waits, or one that was served."""
+        if self.clients:
+            client = self.clients.pop(self.dice.randrange(len(self.clients)))
+            client.group.waiting.pop(client, None)
+            if client.served:
+                (member,) = client.served
+                if self.dice.random() < 0.7:
+                    client.group.good_news(member)
+                member.dialling -= 1
+                client.group.leave(member, client)
+
+    def check(self) -> None:
+        for member in list(self.group.members.values()):
+            if member.is_checked:
+                check(self.group, member, self.dice.choice(["", "", "no"]))
+
+    def drain(self) -> None:
+        self.book.drain("a.b", self.dice.choice([*self.group.members]), self.dice.random() < 0.4)
+
+    def wait(self) -> None:
+        self.clock.jump(self.dice.choice([1, 10, 40]))
+
+    def step(self) -> None:
+        act, = self.dice.choices([self.come, self.go, self.check, self.drain, self.wait, self.adopt],
+                                 [50, 35, 10, 3, 5, 1])
+        act()
+
+    def holds(self) -> None:
+        group = self.group
+        for member in group.members.values():
+            assert member.active >= 0 and member.dialling >= 0
+            assert (member in group.resting) == (bool(member.why) and not member.is_checked)
+            assert member.trial is None or member in group.resting or member.is_checked or not member.why
+            if not group.is_stale:
+                assert member.rank == group.rank(member)
+        assert not set(group.resting) - set(group.members.values())
+        untils = [member.until for member in group.resting]
+        assert untils == sorted(untils), "the next to be tried comes first"
+        for client in group.waiting:
+            assert not client.served
+            assert not any(group.has_room(each) and group.suits(each, client.told_of)
+                           for each in group.members.values()), "nobody waits where there is room"
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_whatever_happens_nobody_waits_in_vain_and_nobody_is_led_astray(seed):
+    life = Life(seed)
+    for _ in range(600):
+        life.step()
+        life.holds()
+    while life.clients:
+        life.go()
+        life.holds()
+    assert not life.group.waiting and not any(member.active for member in life.group.members.values())
