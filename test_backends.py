@@ -993,6 +993,20 @@ def test_a_backend_that_goes_loses_its_warm_connections_and_has_them_again_when_
         wait_until(lambda: len(bad.pool.idle) == 2)
 
 
+def test_warm_connections_to_an_address_that_a_name_no_longer_has_are_closed(
+        run, settings_file, serve, monkeypatch, hasty):
+    old = serve(named(b"o"), ("127.0.1.1", 0))
+    new = serve(named(b"n"), ("127.0.1.2", old.address[1]))
+    resolved_to(monkeypatch, old.address)
+    running = run("-c", settings_file(f'[routes."{NAME}"]\ntarget = "tcp:several.example.net:{old.address[1]}"\n'
+                                      'warm = 2\nresolve_interval = "100ms"\n'))
+    wait_until(lambda: idle(running) == 2 and len(old.live) == 2)
+    resolved_to(monkeypatch, new.address)
+    wait_until(lambda: said_by(running) == b"n")
+    wait_until(lambda: not old.live and idle(running) == 2)
+    assert said_by(running) == b"n"
+
+
 def test_a_router_that_drains_lets_its_warm_connections_go(several_of, serve):
     far = serve(named(b"g"))
     running = several_of([far.address], warm=3, health="connect", health_interval="50ms")

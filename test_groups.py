@@ -286,6 +286,36 @@ def test_first_goes_back_to_the_first():
     assert set(picks(group, 5)) == {one.target}
 
 
+def test_first_leads_nobody_else_back_before_health_pass():
+    """It is back for a moment, and dead again."""
+    clock = FakeClock()
+    group = a_group(2, clock, balance="first", health_pass=3)
+    one, two = group.members.values()
+    go_down(group, one)
+    for _ in range(3):
+        clock.jump(30)
+        for passes in range(3):
+            client = Client()
+            assert group.pick(client, "192.0.2.1") is one and one.trial is client
+            group.take(one, client)
+            assert set(picks(group, 20)) == {two.target}, "one client tries it, all others stay"
+            if passes < 2:
+                group.good_news(one)
+            else:
+                group.bad_news(one, "dead again", True)
+            group.leave(one, client)
+        assert set(picks(group, 20)) == {two.target}, "it rests again"
+
+
+def test_a_backend_that_is_twice_in_the_list_counts_twice_again_when_it_is_back():
+    group = a_group(targets=["tcp:192.0.2.1:1", "tcp:192.0.2.2:1", "tcp:192.0.2.2:1"], health_pass=1)
+    twice = group.members["tcp:192.0.2.2:1"]
+    go_down(group, twice)
+    assert twice.target not in picks(group, 9)
+    group.good_news(twice)
+    assert picks(group, 9).count(twice.target) == 6
+
+
 def test_slow_start_gives_a_share_that_grows():
     clock = FakeClock()
     group = a_group(2, clock, slow_start=100.0, health_pass=1)
@@ -479,6 +509,17 @@ def test_the_zone_of_a_name_counts_once_it_is_known():
         group.book.targets.remember(named.decision, Resolved(rows, False, NEVER))
         assert {row[1][0] for row in group.way_to(named).addresses} == set(hosts)
         assert set(picks(group, 4)) == {member.target for member in led}, hosts
+
+
+def test_a_name_that_resolves_to_other_addresses_is_as_good_as_before():
+    group = a_group(targets=["tcp:db.example.com:1", "tcp:192.0.2.9:1"])
+    named, other = group.members.values()
+    for host in ("192.0.2.1", "192.0.2.2"):
+        group.book.targets.remember(named.decision, Resolved(((socket.AF_INET, (host, 1)),), False, NEVER))
+        group.way_to(named)
+        assert set(picks(group, 4)) == ({other.target} if named.why else {named.target, other.target})
+        if not named.why:
+            go_down(group, named)
 
 
 def test_where_the_only_backend_of_the_own_zone_dies_the_others_serve_and_it_comes_back():
