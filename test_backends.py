@@ -1117,7 +1117,7 @@ def test_a_backend_that_fails_its_checks_goes_down_without_a_client_and_comes_ba
             there.enter_context(Server(sick, place))
         wait_until(lambda: not bad.why)
         assert {who() for _ in range(4)} == {b"s", b"f"}
-        assert running.router.targets.book.checked["bad"] >= 2
+        assert bad.checks_bad >= 2 and not other.checks_bad
 
 
 def test_a_tunnel_beside_hosts_is_not_started_for_a_check(run, settings_file, serve, cloudflared, ports):
@@ -1125,7 +1125,7 @@ def test_a_tunnel_beside_hosts_is_not_started_for_a_check(run, settings_file, se
     targets = json.dumps([listed(far.address), "cloudflared:db.example.com"])
     running = run("-c", settings_file(f'[routes."{NAME}"]\ntarget = {targets}\n'
                                       'health = "connect"\nhealth_interval = "20ms"\nbalance = "first"\n'), ports)
-    wait_until(lambda: running.router.targets.book.checked["good"] >= 5)
+    wait_until(lambda: next(iter(group_of(running).members.values())).checks_good >= 5)
     assert said_by(running) == b"g" and not cloudflared.starts()
 
 
@@ -1176,7 +1176,7 @@ def test_a_drained_backend_gets_no_new_client_and_keeps_those_that_it_has(severa
     address = listed(one.address)[4:]
     with running.connect(HELLO) as client:
         assert read_exactly(client, 1) == b"1"
-        assert on_loop(running, lambda: [book.drain(NAME, address, True)]) == [True]
+        assert on_loop(running, lambda: [book.drain(NAME, address, True)]) == [listed(one.address)]
         assert [said_by(running) for _ in range(3)] == [b"2"] * 3
         reload(running)
         assert [said_by(running) for _ in range(3)] == [b"2"] * 3

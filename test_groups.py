@@ -798,7 +798,7 @@ def test_checks_take_a_backend_down_and_bring_it_back():
     assert one.why, "in a row, too"
     check(group, one, "")
     assert not one.why and set(picks(group, 5)) == {one.target, two.target}
-    assert one.results() == "+--+---+-++" and group.book.checked == {"good": 6, "bad": 6}
+    assert one.results() == "+--+---+-++" and (one.checks_good, one.checks_bad) == (5, 6)
 
 
 def test_no_client_is_sent_to_try_while_checks_do_that():
@@ -877,7 +877,7 @@ def test_news_of_a_backend_that_is_gone_changes_nothing():
     gone, stays = group.members.values()
     have(group, [stays.target], health="connect")
     check(group, gone, "no", "no", "no", "")
-    assert not gone.why and not gone.is_proven and not group.book.checked["bad"]
+    assert not gone.why and not gone.is_proven and not gone.checks_bad
 
 
 def test_a_tunnel_or_a_program_beside_hosts_is_not_checked():
