@@ -1028,12 +1028,12 @@ class Crowd:
         self.server = stack.enter_context(Server(echo))
         self.target = f"tcp:127.0.0.1:{self.server.address[1]}"
 
-    def has(self, count: int) -> None:
-        """Turn until it has so many."""
+    def has(self, count: int, accepted: int = 0) -> None:
+        """Turn until it has so many, and has had so many at least."""
         def do() -> bool:
             self.loop.call(lambda: None)
             self.loop.turn()
-            return len(self.server.live) == count
+            return len(self.server.live) == count and self.server.accepted >= accepted
         wait_until(do, what=f"{count} connections")
 
 
@@ -1057,7 +1057,7 @@ def test_a_reload_keeps_warm_connections_and_closes_those_that_nobody_wants(warm
     one.has(4), two.has(0)
     before = one.server.accepted
     adopt(warm_book, a_route([one.target, two.target], **options, balance="first", warm_order="fifo"))
-    one.has(4)
+    one.has(4, before + 4)
     assert one.server.accepted == before + 4, "made anew where an option of theirs changes"
     adopt(warm_book, a_route([one.target, two.target], connect_timeout=2.0))
     one.has(0), two.has(0)
