@@ -249,6 +249,18 @@ def test_a_reload_keeps_who_is_down(several_of, serve, settings_file):
     assert group_of(running).members[f"tcp:{HOST}:{bad[1]}"] is member and member.failures == failures
 
 
+def test_a_client_that_is_on_its_way_during_a_reload_finds_the_backend_that_works(
+        several_of, serve, settings_file, deaf):
+    """Those that have failed it before are not in the list any more: they do not count."""
+    good, gone = serve(named(b"g")), [refusing(), refusing()]
+    running = several_of([*gone, deaf, good.address], balance="first", connect_timeout="300ms")
+    with running.connect(HELLO) as client:
+        wait_until(lambda: [member.failures for member in group_of(running).members.values()] == [1, 1, 0, 0])
+        settings_file(table([deaf, good.address], balance="first", connect_timeout="300ms"))
+        reload(running)
+        assert read_exactly(client, 1) == b"g"
+
+
 def test_a_backend_that_a_reload_takes_out_keeps_its_connections(several_of, serve, settings_file):
     one, two = serve(named(b"1")), serve(named(b"2"))
     running = several_of([one.address, two.address], balance="first")
