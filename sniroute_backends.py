@@ -143,8 +143,9 @@ class GroupBackend(Backend):
             options = group.options
             if trouble.again is not None:
                 member, trouble.again = trouble.again, None
-                self.use(member)
-                return
+                if group.has_room(member):  # who waits for room may have got it meanwhile
+                    self.use(member)
+                    return
             if self.told_of:
                 if options.tries and len(self.told_of) >= options.tries:
                     raise Unreachable(self.account())

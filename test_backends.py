@@ -990,6 +990,24 @@ def test_warm_connections_and_clients_together_keep_the_limit_of_a_backend(sever
     assert most <= 4, "3, and one whose end the backend has not seen yet"
 
 
+def test_a_client_that_is_sent_again_keeps_the_limit_of_a_backend(several_of, serve):
+    """Who waits for room gets it where its warm connection ends; then it waits itself."""
+    go, first = threading.Event(), EndsTheFirst("end")
+    far = serve(lambda sock: (first(sock), go.wait(10)) if first.count == 0 else first(sock))
+    running = several_of([far.address], warm=1, max_backend_connections=1, queue="10s")
+    group = group_of(running)
+    (member,) = group.members.values()
+    wait_until(lambda: idle(running) == 1)
+    with running.connect(HELLO) as client:
+        wait_until(lambda: member.active == 1)
+        with running.connect(HELLO) as waiting:
+            wait_until(lambda: group.waiting)
+            go.set()
+            assert read_exactly(waiting, 1) == b"g"
+            assert member.active == 1 and len(group.waiting) == 1
+        assert read_exactly(client, 1) == b"g"
+
+
 def test_a_backend_that_goes_loses_its_warm_connections_and_has_them_again_when_it_is_back(
         several_of, serve, hasty):
     good, place = serve(named(b"g")), refusing()
