@@ -140,6 +140,20 @@ def test_each_target_of_a_list_is_checked(value, said, settings_file):
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("target, options, said", [
+    ('["exec:/bin/cat"]', 'health = "connect"', "health: connect is not for exec:/bin/cat: a check would start the program"),
+    ('["unix:/run/x"]', 'health = "http:80/"', "health: http:80/ is not for unix:/run/x: a unix socket has no ports"),
+    ('["tcp:{label}:1"]', 'health = "tls"', "health: tls is for targets without fields"),
+    ('["tcp:{label}:1"]', "warm = 1", "warm: is for targets without fields"),
+    ('["unix:/run/x", "exec:/bin/cat"]', 'health = "connect"', ""), ('["exec:/bin/cat", "tcp:h:1"]', "warm = 1", ""),
+    ('["command:/bin/cat {address}", "tcp:h:1"]', 'health = "connect"\nwarm = 2', ""),
+], ids=["exec", "unix", "fields, checks", "fields, warm", "beside", "warm program", "the fields of a command"])
+def test_what_cannot_be_checked_or_kept_warm_is_told(target, options, said, settings_file):
+    path = settings_file(f'[routes."*.a.b"]\ntarget = {target}\n{options}\n')
+    with pytest.raises(SettingsError, match=re.escape(said)) if said else contextlib.nullcontext():
+        sniroute_settings.load_settings(["-c", path], {})
+
+
 def test_the_own_listener_in_a_list_stops_the_start():
     with pytest.raises(SettingsError, match="leads back to --listen 127.0.0.1:19000"):
         sniroute_settings.load_settings(
