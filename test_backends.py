@@ -888,6 +888,33 @@ def test_a_warm_connection_whose_end_is_under_way_costs_the_client_nothing(sever
     assert running.ending().down == 5 and running.ending().up == len(HELLO) + 4
 
 
+@pytest.mark.parametrize("how", ["end", "reset"])
+@pytest.mark.parametrize("way", ["a name", "a port"])
+def test_a_warm_connection_that_has_just_ended_costs_the_client_nothing(
+        run, settings_file, serve, port, monkeypatch, how, way):
+    """Its end has come, and the loop was not told yet."""
+    monkeypatch.setattr(sniroute_warm.Warm, "on_news", lambda self, mask: None)
+    ends, ended = threading.Event(), threading.Event()
+    def handler(sock: socket.socket) -> None:
+        if far.accepted > 1:
+            named(b"g")(sock)
+            return
+        ends.wait(10)
+        reset(sock) if how == "reset" else sock.close()
+        ended.set()
+    far = serve(handler)
+    text = table([far.address], warm=1) if way == "a name" else a_port(port, listed(far.address), warm=1)
+    running = run("-c", settings_file(text), *(["--route", f"{NAME}=tcp:192.0.2.1:1"] if way == "a port" else []))
+    wait_until(lambda: idle(running) == 1)
+    ends.set()
+    assert ended.wait(10)
+    with socket.create_connection(running.address if way == "a name" else (HOST, port), 20) as client:
+        client.sendall(HELLO)
+        assert read_exactly(client, 1) == b"g"
+    assert (pool_of(running).hit, pool_of(running).dead) == (0, 1)
+    assert next(iter(group_of(running).members.values())).failures == 0
+
+
 @pytest.mark.parametrize("when", ["before", "together"])
 @pytest.mark.parametrize("how", ["end", "reset"])
 def test_a_silent_client_of_a_port_does_not_notice_that_its_warm_connection_ends(
