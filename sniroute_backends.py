@@ -143,10 +143,11 @@ class GroupBackend(Backend):
             options = group.options
             if trouble.again is not None:
                 member, trouble.again = trouble.again, None
-                self.use(member)
-                return
+                if group.has_room(member):  # who waits for room may have got it meanwhile
+                    self.use(member)
+                    return
             if self.told_of:
-                if len(self.told_of) >= (options.tries or len(group.members)):
+                if options.tries and len(self.told_of) >= options.tries:
                     raise Unreachable(self.account())
                 if monotonic() >= trouble.until:
                     raise Unreachable(f"{self.account()}; connect_budget ({options.connect_budget:g} s) is over")
@@ -364,7 +365,7 @@ class GroupBackend(Backend):
                 return Another()
             member, way, is_suspect = self.member, self.way, not self.is_dialling
         trouble.stuck |= self.connection.state is EARLY
-        others = not trouble.stuck and self.has_others()
+        others = not trouble.stuck and self.has_others(member)
         verdict = way.failed(why, server, last or trouble.stuck or others)
         if verdict is None:
             trouble.unsaid = member, way, is_suspect
@@ -384,10 +385,11 @@ class GroupBackend(Backend):
             return Refused("backend", f"{self.connection.decision.target}: {self.account()}")
         return verdict
 
-    def has_others(self) -> bool:
-        """Whether another member may be tried behind this one."""
-        group, tried = self.group, len(self.told_of) + 1
-        return tried < min(group.options.tries or tried + 1, len(group.members)) and monotonic() < self.trouble.until
+    def has_others(self, failed: Member) -> bool:
+        """Whether another member may be tried behind this one.  A reload may have taken out some that were."""
+        group, tried = self.group, self.told_of
+        return (monotonic() < self.trouble.until and not (group.options.tries and len(tried) + 1 >= group.options.tries)
+                and any(member is not failed and member not in tried for member in group.members.values()))
 
     # -- the end
 

@@ -163,6 +163,7 @@ class Group:
         """
         now = self.clock()
         before, self.members, self.entries = self.members, {}, []
+        asks_anew = self.route is not None and self.options.health != route.several.health
         self.options, self.route = route.several, route
         for decision in decisions:
             member = self.members.get(decision.target)
@@ -183,6 +184,8 @@ class Group:
         for member in self.members.values():
             if self.options.health == "off":
                 member.why, member.fails = "", 0
+            if asks_anew:  # what another check has proven says nothing
+                member.is_proven, member.fails_checked = False, 0
             self.locate(member, member.rows or literal_rows(member.decision))
         self.warmth = self.book.warmth(self)
         self.resting = collections.OrderedDict(
@@ -256,7 +259,7 @@ class Group:
         way = member.decision.scheme.ready(self.book.targets, member.decision)
         if way is not None:
             rows = way.addresses
-            if rows is not member.rows:
+            if rows is not member.rows and rows != member.rows:  # a tunnel has new ones each time, which are equal
                 self.locate(member, rows)
             if len(rows) > 1:
                 way.addresses = member.ordered(rows, self.book.targets.laggards.has)

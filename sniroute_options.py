@@ -101,7 +101,9 @@ def with_several(route: Route, values: Mapping[str, Any]) -> Route:
             raise ValueError(f"health: {several.health} is for targets without fields: clients would choose what is "
                              "checked")
         if not any(map(several.checks, route.targets)):
-            raise ValueError(f"health: {several.health} is not for {route.target}: a check would start the program")
+            why = "a unix socket has no ports" if any(map(several._replace(health="connect").checks, route.targets)) \
+                else "a check would start the program"
+            raise ValueError(f"health: {several.health} is not for {route.target}: {why}")
     return route._replace(members=route.targets, several=several)
 
 

@@ -140,6 +140,20 @@ def test_each_target_of_a_list_is_checked(value, said, settings_file):
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("target, options, said", [
+    ('["exec:/bin/cat"]', 'health = "connect"', "health: connect is not for exec:/bin/cat: a check would start the program"),
+    ('["unix:/run/x"]', 'health = "http:80/"', "health: http:80/ is not for unix:/run/x: a unix socket has no ports"),
+    ('["tcp:{label}:1"]', 'health = "tls"', "health: tls is for targets without fields"),
+    ('["tcp:{label}:1"]', "warm = 1", "warm: is for targets without fields"),
+    ('["unix:/run/x", "exec:/bin/cat"]', 'health = "connect"', ""), ('["exec:/bin/cat", "tcp:h:1"]', "warm = 1", ""),
+    ('["command:/bin/cat {address}", "tcp:h:1"]', 'health = "connect"\nwarm = 2', ""),
+], ids=["exec", "unix", "fields, checks", "fields, warm", "beside", "warm program", "the fields of a command"])
+def test_what_cannot_be_checked_or_kept_warm_is_told(target, options, said, settings_file):
+    path = settings_file(f'[routes."*.a.b"]\ntarget = {target}\n{options}\n')
+    with pytest.raises(SettingsError, match=re.escape(said)) if said else contextlib.nullcontext():
+        sniroute_settings.load_settings(["-c", path], {})
+
+
 def test_the_own_listener_in_a_list_stops_the_start():
     with pytest.raises(SettingsError, match="leads back to --listen 127.0.0.1:19000"):
         sniroute_settings.load_settings(
@@ -247,6 +261,18 @@ def test_a_reload_keeps_who_is_down(several_of, serve, settings_file):
         on_loop(running, lambda: running.router.adopt(settings))
         assert said_by(running) == b"g"
     assert group_of(running).members[f"tcp:{HOST}:{bad[1]}"] is member and member.failures == failures
+
+
+def test_a_client_that_is_on_its_way_during_a_reload_finds_the_backend_that_works(
+        several_of, serve, settings_file, deaf):
+    """Those that have failed it before are not in the list any more: they do not count."""
+    good, gone = serve(named(b"g")), [refusing(), refusing()]
+    running = several_of([*gone, deaf, good.address], balance="first", connect_timeout="300ms")
+    with running.connect(HELLO) as client:
+        wait_until(lambda: [member.failures for member in group_of(running).members.values()] == [1, 1, 0, 0])
+        settings_file(table([deaf, good.address], balance="first", connect_timeout="300ms"))
+        reload(running)
+        assert read_exactly(client, 1) == b"g"
 
 
 def test_a_backend_that_a_reload_takes_out_keeps_its_connections(several_of, serve, settings_file):
@@ -862,6 +888,33 @@ def test_a_warm_connection_whose_end_is_under_way_costs_the_client_nothing(sever
     assert running.ending().down == 5 and running.ending().up == len(HELLO) + 4
 
 
+@pytest.mark.parametrize("how", ["end", "reset"])
+@pytest.mark.parametrize("way", ["a name", "a port"])
+def test_a_warm_connection_that_has_just_ended_costs_the_client_nothing(
+        run, settings_file, serve, port, monkeypatch, how, way):
+    """Its end has come, and the loop was not told yet."""
+    monkeypatch.setattr(sniroute_warm.Warm, "on_news", lambda self, mask: None)
+    ends, ended = threading.Event(), threading.Event()
+    def handler(sock: socket.socket) -> None:
+        if far.accepted > 1:
+            named(b"g")(sock)
+            return
+        ends.wait(10)
+        reset(sock) if how == "reset" else sock.close()
+        ended.set()
+    far = serve(handler)
+    text = table([far.address], warm=1) if way == "a name" else a_port(port, listed(far.address), warm=1)
+    running = run("-c", settings_file(text), *(["--route", f"{NAME}=tcp:192.0.2.1:1"] if way == "a port" else []))
+    wait_until(lambda: idle(running) == 1)
+    ends.set()
+    assert ended.wait(10)
+    with socket.create_connection(running.address if way == "a name" else (HOST, port), 20) as client:
+        client.sendall(HELLO)
+        assert read_exactly(client, 1) == b"g"
+    assert (pool_of(running).hit, pool_of(running).dead) == (0, 1)
+    assert next(iter(group_of(running).members.values())).failures == 0
+
+
 @pytest.mark.parametrize("when", ["before", "together"])
 @pytest.mark.parametrize("how", ["end", "reset"])
 def test_a_silent_client_of_a_port_does_not_notice_that_its_warm_connection_ends(
@@ -897,6 +950,8 @@ def test_200_clients_in_a_row_do_not_notice_that_a_backend_ends_idle_connections
     def impatient(sock: socket.socket) -> None:
         sock.settimeout(dice.uniform(0.005, 0.05))
         with contextlib.suppress(TimeoutError):
+            sock.recv(1, socket.MSG_PEEK)
+            sock.settimeout(20)
             named(b"g")(sock)
     far = serve(impatient)
     running = several_of([far.address], warm=10)
@@ -958,13 +1013,11 @@ def test_a_backend_that_hangs_behind_a_warm_connection_is_not_asked_twice(severa
 
 
 def test_warm_connections_and_clients_together_keep_the_limit_of_a_backend(several_of, serve):
-    most = 0
-    def counts(sock: socket.socket) -> None:
-        nonlocal most
-        most = max(most, len(far.live))
-        named(b"g")(sock)
-    far = serve(counts)
+    far = serve(named(b"g"))
     running = several_of([far.address], warm=2, max_backend_connections=3, queue="10s")
+    def numbers() -> tuple[int, int]:
+        (member,) = group_of(running).members.values()
+        return member.active, len(member.pool.idle) + len(member.pool.dialling)
     wait_until(lambda: idle(running) == 2)
     for _ in range(5):
         with contextlib.ExitStack() as stack:
@@ -972,10 +1025,31 @@ def test_warm_connections_and_clients_together_keep_the_limit_of_a_backend(sever
             assert [read_exactly(client, 1) for client in clients] == [b"g"] * 3
             waiting = stack.enter_context(running.connect(HELLO))
             wait_until(lambda: group_of(running).waiting)
+            assert on_loop(running, numbers) == (3, 0)
             clients[0].close()
             assert read_exactly(waiting, 1) == b"g"
+            assert on_loop(running, numbers) == (3, 0)
+            clients[1].close()
+            wait_until(lambda: on_loop(running, numbers) == (2, 1))
         wait_until(lambda: idle(running) == 2)
-    assert most <= 4, "3, and one whose end the backend has not seen yet"
+
+
+def test_a_client_that_is_sent_again_keeps_the_limit_of_a_backend(several_of, serve):
+    """Who waits for room gets it where its warm connection ends; then it waits itself."""
+    go, first = threading.Event(), EndsTheFirst("end")
+    far = serve(lambda sock: (first(sock), go.wait(10)) if first.count == 0 else first(sock))
+    running = several_of([far.address], warm=1, max_backend_connections=1, queue="10s")
+    group = group_of(running)
+    (member,) = group.members.values()
+    wait_until(lambda: idle(running) == 1)
+    with running.connect(HELLO) as client:
+        wait_until(lambda: member.active == 1)
+        with running.connect(HELLO) as waiting:
+            wait_until(lambda: group.waiting)
+            go.set()
+            assert read_exactly(waiting, 1) == b"g"
+            assert member.active == 1 and len(group.waiting) == 1
+        assert read_exactly(client, 1) == b"g"
 
 
 def test_a_backend_that_goes_loses_its_warm_connections_and_has_them_again_when_it_is_back(

@@ -915,6 +915,18 @@ def test_the_last_results_are_kept_and_no_more():
     assert member.results() == "+-" * (STRIP // 2)
 
 
+def test_a_reload_that_changes_the_check_begins_anew_with_what_is_proven():
+    group = a_group(2, health="connect")
+    replica, primary = group.members.values()
+    check(group, replica, "")
+    check(group, primary, "")
+    have(group, [*group.members], health="connect", health_fail=5)
+    assert set(picks(group, 4)) == {replica.target, primary.target}
+    have(group, [*group.members], health="http:8008/primary")
+    check(group, primary, "")
+    assert set(picks(group, 4)) == {primary.target}, "the other one is not proven to be a primary"
+
+
 @pytest.mark.parametrize("pattern, name", [
     ("db.example.com", "db.example.com"), ("*.example.com", "example.com"), ("**.example.com", "example.com"),
     ("*", NO_NAME), ("{service}.example.com", "example.com"), ("api-{a}.{b}-x.example.com", "example.com"),
