@@ -65,6 +65,7 @@ DIALS_MAX = 32  # connects under way at once, and in one turn: a fourth of the b
 BREATH = 0.02  # between two times DIALS_MAX, so that the server accepts meanwhile: 1,600 dials in a second
 BACKLOG_LOOK = 0.1  # between two connects to a unix socket whose backlog is full: no client waits for it
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # after the first, second ... setback in a row
+LOOKS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # until it is asked again whether it is ready
 PAUSE_SPREAD = 0.25  # a pause is longer by up to this share: what failed together does not come back together
 PAUSE_STEPS = 4  # different pauses of each length; each is a queue of the loop
 PROVEN_AFTER = 2.0  # who ends a silent connection sooner does so always, or is about to go down
@@ -256,6 +257,7 @@ class WarmPool:
         self.reused = 0  # REUSED_MAX, once a connection was given back
         self.state = TRYING
         self.setbacks = 0  # in a row
+        self.looks = 0  # in a row that found it not ready
         self.pause: Queue | None = None  # the one in which it is RESTING
         self.idle: collections.OrderedDict[Warm, None] = collections.OrderedDict()  # the longest comes first
         self.dialling: dict[Warm, None] = {}  # the latest comes last
@@ -385,8 +387,11 @@ class WarmPool:
             self.told(str(error))
             return
         if way is None:
-            self._set_back()
-        elif len(self.idle) + len(self.dialling) >= self.size:
+            self._rest(LOOKS[min(self.looks, len(LOOKS) - 1)])
+            self.looks += 1
+            return
+        self.looks = 0
+        if len(self.idle) + len(self.dialling) >= self.size:
             way.release()  # `make_way` has called `resize`: where it leads, none is wanted
         else:
             Warm(self, way, GREETING_MAX if self.options.greets else 0).begin()
