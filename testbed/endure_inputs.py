@@ -19,10 +19,10 @@ import sys
 import traceback
 from typing import Any, Callable, Iterator, NamedTuple
 
-import sniroute_http
-from sniroute_http import Answer, FrameReader
+import sniroute_upgrade
 from sniroute_names import normalise
 from sniroute_refusals import REFUSALS, Refused
+from sniroute_upgrade import Answer, FrameReader
 from sniroute_wire import (CANCEL_REQUEST, Hello, HelloMemory, HelloReader, Prelude, ProxyHeader, parse_client_hello,
                            parse_proxy_v1, parse_proxy_v2, parse_startup, whole_hello)
 from testbed.hellos import (ASK_GSS, ASK_TLS, BAD_NAMES, GOOD_NAMES, GROUPS, HEADER, HEADER6, INET, INET6, LINE, LOCAL,
@@ -209,13 +209,13 @@ def check_answer(data: bytes, rng: random.Random) -> Any:
     if isinstance(found, Answer):
         if not 0 < found.end <= len(data):
             raise Fault(f"an end at {found.end}")
-        upgraded = verdict(lambda answer: sniroute_http.check_upgrade(answer, KEY), found)
+        upgraded = verdict(lambda answer: sniroute_upgrade.check_upgrade(answer, KEY), found)
         if upgraded is not None and not isinstance(upgraded, Bad):
             raise Fault(f"check_upgrade says {upgraded!r}")
     return found
 
 
-check_head = check_prefixes(sniroute_http.parse_answer, Answer)
+check_head = check_prefixes(sniroute_upgrade.parse_answer, Answer)
 
 
 def read_frames(parts: Iterator[bytes]) -> tuple[bytes, list[tuple[int, bytes]], Any]:
@@ -228,7 +228,7 @@ def read_frames(parts: Iterator[bytes]) -> tuple[bytes, list[tuple[int, bytes]],
         for piece in found[0]:
             payload += piece
         controls += found[1]
-        if any(opcode == sniroute_http.CLOSE for opcode, _ in found[1]):
+        if any(opcode == sniroute_upgrade.CLOSE for opcode, _ in found[1]):
             return bytes(payload), controls, None  # nothing behind it is looked at
     return bytes(payload), controls, reader.is_inside()
 

@@ -1,4 +1,4 @@
-"""sniroute_http: HTTP/1.1 heads and WebSocket frames as bytes, seen from the client's side.
+"""sniroute_upgrade: HTTP/1.1 heads and WebSocket frames as bytes, seen from the client's side.
 
     connect_request, upgrade_request -----------------------> bytes to send
     bytes that came   --- parse_answer ---> Answer --- check_upgrade ---> the connection speaks WebSocket

@@ -1,4 +1,4 @@
-"""Tests of sniroute_http.py, in its order."""
+"""Tests of sniroute_upgrade.py, in its order."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import random
 
 import pytest
 
-import sniroute_http
 import sniroute_names
-from sniroute_http import BINARY, CHUNK, CLOSE, CONTINUATION, HEAD_MAX, PING, PONG, TEXT, Answer, FrameReader
+import sniroute_upgrade
 from sniroute_refusals import Malformed
+from sniroute_upgrade import BINARY, CHUNK, CLOSE, CONTINUATION, HEAD_MAX, PING, PONG, TEXT, Answer, FrameReader
 from testbed.carrier import NOISE, masked, server_frame
 
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # RFC 6455 section 1.3
@@ -27,14 +27,14 @@ KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # RFC 6455 section 1.3
     pytest.param("a:", ("a", ""), id="empty"),
 ])
 def test_parse_header(text, header):
-    assert sniroute_http.parse_header(text) == header
+    assert sniroute_upgrade.parse_header(text) == header
 
 
 @pytest.mark.parametrize("text", ["", "a", ": b", "a b: c", "a: s3cret\r\nx: y", "a: s3cret\n", "a: s3cret\x7f",
                                   "a: s3cret\u00e9", "a: s3cret\0", "caf\u00e9: s3cret"])
 def test_what_is_no_header_is_not_repeated(text):
     with pytest.raises(ValueError) as caught:
-        sniroute_http.parse_header(text)
+        sniroute_upgrade.parse_header(text)
     assert "s3cret" not in str(caught.value)
 
 
@@ -49,9 +49,9 @@ def test_what_is_no_header_is_not_repeated(text):
 ])
 def test_parse_answer(head, status, headers):
     for size in range(len(head)):
-        assert sniroute_http.parse_answer(head[:size]) is None
+        assert sniroute_upgrade.parse_answer(head[:size]) is None
     for rest in (b"", b"\x82\x01x", b"\r\n\r\n"):
-        assert sniroute_http.parse_answer(bytearray(head + rest)) == Answer(status, headers, len(head))
+        assert sniroute_upgrade.parse_answer(bytearray(head + rest)) == Answer(status, headers, len(head))
 
 
 @pytest.mark.parametrize("data", [
@@ -71,22 +71,22 @@ def test_parse_answer(head, status, headers):
 ])
 def test_what_is_no_answer(data):
     with pytest.raises(Malformed):
-        sniroute_http.parse_answer(data)
+        sniroute_upgrade.parse_answer(data)
 
 
 def test_a_head_may_be_64_kib():
     start = b"HTTP/1.1 200 OK\r\nX: "
     head = start + b"x" * (HEAD_MAX - len(start) - 4) + b"\r\n\r\n"
-    assert sniroute_http.parse_answer(head).end == HEAD_MAX
-    assert sniroute_http.parse_answer(head[:-1]) is None
+    assert sniroute_upgrade.parse_answer(head).end == HEAD_MAX
+    assert sniroute_upgrade.parse_answer(head[:-1]) is None
     with pytest.raises(Malformed):
-        sniroute_http.parse_answer(head.replace(b": ", b": x"))
+        sniroute_upgrade.parse_answer(head.replace(b": ", b": x"))
 
 
 def test_connect_request():
-    assert sniroute_http.connect_request("app", 443, "") == (
+    assert sniroute_upgrade.connect_request("app", 443, "") == (
         b"CONNECT app:443 HTTP/1.1\r\nHost: app:443\r\n\r\n")
-    assert sniroute_http.connect_request("::1", 9, "Basic dTpw") == (
+    assert sniroute_upgrade.connect_request("::1", 9, "Basic dTpw") == (
         b"CONNECT [::1]:9 HTTP/1.1\r\nHost: [::1]:9\r\nProxy-Authorization: Basic dTpw\r\n\r\n")
 
 
@@ -101,15 +101,15 @@ def test_connect_request():
     pytest.param("::1", 9, b"[::1]:9", id="IPv6 and another port"),
 ])
 def test_request_names_the_host(host, port, place):
-    assert sniroute_http.upgrade_request(host, port, "/", KEY, []) == (
+    assert sniroute_upgrade.upgrade_request(host, port, "/", KEY, []) == (
         b"GET / HTTP/1.1\r\nHost: " + place + b"\r\nUser-Agent: sniroute/" + sniroute_names.__version__.encode() +
         b"\r\nConnection: Upgrade\r\nSec-WebSocket-Key: " + KEY.encode() +
         b"\r\nSec-WebSocket-Version: 13\r\nUpgrade: websocket\r\n\r\n")
 
 
 def test_request_keeps_path_and_headers_but_its_own():
-    own = [(name.title(), "evil") for name in sniroute_http.OWN_HEADERS]
-    lines = sniroute_http.upgrade_request("app", 443, "/x?y=1", KEY, [("A", "1"), *own, ("a", "2"),
+    own = [(name.title(), "evil") for name in sniroute_upgrade.OWN_HEADERS]
+    lines = sniroute_upgrade.upgrade_request("app", 443, "/x?y=1", KEY, [("A", "1"), *own, ("a", "2"),
                                                                       ("Sec-WebSocket-Protocol", "p")])
     assert lines.startswith(b"GET /x?y=1 HTTP/1.1\r\n") and b"evil" not in lines
     assert b"\r\nA: 1\r\na: 2\r\nSec-WebSocket-Protocol: p\r\n" in lines
@@ -122,11 +122,11 @@ def test_request_keeps_path_and_headers_but_its_own():
 def test_mask(size):
     data = NOISE[:size]
     for key in (b"\0\0\0\0", b"\1\2\3\4", b"\xff\xfe\xfd\xfc", b"\0\0\0\xff"):
-        assert sniroute_http.mask(data, key) == masked(data, key)
+        assert sniroute_upgrade.mask(data, key) == masked(data, key)
 
 
 def test_mask_of_the_standard():
-    assert sniroute_http.mask(b"Hello", bytes.fromhex("37fa213d")) == bytes.fromhex("7f9f4d5158")  # RFC 6455 5.7
+    assert sniroute_upgrade.mask(b"Hello", bytes.fromhex("37fa213d")) == bytes.fromhex("7f9f4d5158")  # RFC 6455 5.7
 
 
 @pytest.mark.parametrize("opcode, size, head", [
@@ -136,15 +136,15 @@ def test_mask_of_the_standard():
     pytest.param(BINARY, CHUNK, b"\x82\xfe\x3f\xf8", id="the longest"),
 ])
 def test_frame(opcode, size, head):
-    made = sniroute_http.frame(opcode, NOISE[:size])
+    made = sniroute_upgrade.frame(opcode, NOISE[:size])
     assert made.startswith(head) and len(made) == len(head) + 4 + size
     assert masked(made[len(head) + 4:], made[len(head):len(head) + 4]) == NOISE[:size]
 
 
 def test_a_full_message_is_what_the_far_end_takes_and_fits_a_record():
-    made = sniroute_http.frame(BINARY, NOISE[:CHUNK])
+    made = sniroute_upgrade.frame(BINARY, NOISE[:CHUNK])
     assert CHUNK <= 16384 and len(made) <= 16384
-    keys = {sniroute_http.frame(BINARY, b"x" * 200)[4:8] for _ in range(100)}
+    keys = {sniroute_upgrade.frame(BINARY, b"x" * 200)[4:8] for _ in range(100)}
     assert len(keys) == 100
 
 
