@@ -43,6 +43,7 @@ OPTIONS = {  # files that an installation may leave out
     "sniroute_probes.py",
     "sniroute_admin.py", "sniroute_door.py", "sniroute_metrics.py", "sniroute_page.py",
     "sniroute_carrier.py", "sniroute_dial.py", "sniroute_edge.py", "sniroute_forwarder.py", "sniroute_upgrade.py",
+    "sniroute_http.py",
 }
 CORE = sorted({path.name for path in HERE.glob("sniroute*.py")} - OPTIONS)  # the files that serve
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the tests start programs a hundred times: compile them once

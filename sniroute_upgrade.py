@@ -1,4 +1,4 @@
-"""sniroute_upgrade: HTTP/1.1 heads and WebSocket frames as bytes, seen from the client's side.
+"""sniroute_upgrade: the upgrade to WebSocket, and its frames, as bytes, seen from the client's side.
 
     connect_request, upgrade_request -----------------------> bytes to send
     bytes that came   --- parse_answer ---> Answer --- check_upgrade ---> the connection speaks WebSocket
@@ -15,7 +15,8 @@ Seams: I want to ...
     send another request     a function beside `connect_request`: it lists the lines of a head
     speak another protocol   another check beside `check_upgrade`; Answer and parse_answer stay
 
-This room imports sniroute_names (addresses, the version) and sniroute_refusals (Malformed).
+This room imports sniroute_http (the grammar of heads), sniroute_names (addresses, the version) and sniroute_refusals
+(Malformed).
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import re
 import struct
 from typing import Iterable, NamedTuple
 
+from sniroute_http import TOKEN, parse_status
 from sniroute_names import HEADER_VALUE, show_address
 from sniroute_refusals import Malformed
 
@@ -35,10 +36,6 @@ __version__ = "0.1.0"
 # -- heads -------------------------------------------------------------------------------------
 
 HEAD_MAX = 1 << 16  # bytes of an answer's head: Cloudflare's and proxies' have at most a few thousand
-
-TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
-STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: .*)?")
-
 
 class Answer(NamedTuple):
     """The head of an HTTP answer."""
@@ -52,7 +49,7 @@ def parse_header(text: str) -> tuple[str, str]:
     """`NAME: VALUE`.  Raises ValueError, which does not repeat the value: it may be a secret."""
     name, colon, value = text.partition(":")
     value = value.strip(" \t")
-    if not colon or not TOKEN.fullmatch(name.strip()):
+    if not colon or not TOKEN.fullmatch(name.strip().encode()):
         raise ValueError("it is not NAME: VALUE")
     if not HEADER_VALUE.fullmatch(value):
         raise ValueError(f"the value of {name.strip()} has characters that no header may have")
@@ -62,31 +59,18 @@ def parse_header(text: str) -> tuple[str, str]:
 def parse_answer(data: bytes | bytearray) -> Answer | None:
     """The head of an HTTP/1 answer; None: need more.  Raises Malformed.
 
-    Source: RFC 9112 section 2 and 5.
+    Source: RFC 9112 section 2 and 5.  Where its body ends is not asked: an answer to CONNECT, and a 101, have none,
+    whatever their fields say.
     """
-    if data[:7] != b"HTTP/1."[:len(data)]:
-        raise Malformed("it is no HTTP")
-    end = data.find(b"\r\n\r\n", 0, HEAD_MAX)
-    if end < 0:
-        if len(data) >= HEAD_MAX:
-            raise Malformed(f"a head of more than {HEAD_MAX} bytes")
+    found = parse_status(data, most=HEAD_MAX)
+    if found is None:
         return None
-    first = bytes(data[:data.find(b"\r\n")])
-    status = STATUS_LINE.fullmatch(first)
-    if status is None:
-        raise Malformed("it is no HTTP")
-    if status[1] == b"0" and status[2] == b"101":
-        raise Malformed("HTTP/1.0, which has no 101")
+    status, _, head = found
     headers: dict[str, str] = {}
-    for line in bytes(data[len(first) + 2:end]).decode("latin-1").split("\r\n"):
-        name, colon, value = line.partition(":")
-        if not line:
-            continue
-        if not colon or not TOKEN.fullmatch(name):
-            raise Malformed("a header line that is none")
-        name, value = name.lower(), value.strip(" \t")
+    for field in head.fields:
+        name, value = field.name.decode("ascii").lower(), field.value.decode("latin-1")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return Answer(int(status[2]), headers, end + 4)
+    return Answer(status, headers, head.end)
 
 
 def connect_request(host: str, port: int, authorization: str) -> bytes:
