@@ -35,6 +35,7 @@ This room imports sniroute_names (host names) and sniroute_refusals (Malformed).
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Callable, Collection, Iterable, Mapping, NamedTuple, Sequence
 
@@ -50,6 +51,8 @@ FIELDS_MAX = 100  # lines of a head, and of a trailer; Apache's limit, too
 METHOD_MAX = 16  # the longest that is used is BASELINE-CONTROL
 LINE_MAX = METHOD_MAX + 1 + TARGET_MAX + len(" HTTP/1.1\r\n")  # a request line
 CHUNK_LINE_MAX = 4096  # the line before a chunk, and one of a trailer
+REMEMBERED = 128  # heads whose lines were read: so many clients and backends say the same again and again at a time
+REMEMBERED_MAX = 1024  # of one.  With 100 fields it takes 30 KiB (an ordinary one 4), so all of them 4 MiB at most
 EXTENSIONS_MAX = 16384  # what lines before chunks may cost more than what the chunks hold allows: `Chunked.size_line`
 
 # -- the grammar -------------------------------------------------------------------------------
@@ -114,11 +117,6 @@ def is_forwarding(key: bytes) -> bool:
     return key.startswith(b"x-forwarded") or key in (b"forwarded", b"x-real-ip")
 
 
-def is_twin(field: Field) -> bool:
-    """Whether a field is none of those that are guarded, and some program takes it for one."""
-    return field.name.lower() != field.key and (field.key in GUARDED or is_forwarding(field.key))
-
-
 # -- heads -------------------------------------------------------------------------------------
 
 
@@ -128,22 +126,30 @@ class Field(NamedTuple):
     name: bytes  # as it came
     key: bytes  # the name as the most careless reader takes it: KEY
     value: bytes  # without the blanks around it
-    start: int  # where its line is in Head.raw: raw[start:end], with its CRLF
+    is_twin: bool  # whether it is none of those that are guarded, and some program takes it for one
+    start: int  # where its line is in Head.block: block[start:end], with its CRLF
     end: int
+
+
+class Lines(NamedTuple):
+    """The lines of a head, read."""
+
+    fields: tuple[Field, ...]
+    said: Mapping[bytes, tuple[bytes, ...]]  # the values of what is READ_HERE; where there is one
 
 
 class Head(NamedTuple):
     """A head, as it came."""
 
-    raw: bytes  # the first line, the lines of `fields`, and the empty one
-    first: int  # the size of the first line, with its CRLF
-    fields: tuple[Field, ...]
-    end: int  # where what follows begins, in what was parsed: an empty line may have come before `raw`
+    first: bytes  # the request line or status line, with its CRLF
+    block: bytes  # the lines behind it, and the empty one
+    fields: tuple[Field, ...]  # of `block`
     options: frozenset[bytes]  # what Connection says, in lower case
+    end: int  # where what follows begins, in what was parsed: an empty line may have come before `first`
 
     def values(self, key: bytes) -> list[bytes]:
         """All values of a field, in their order; not those of its twins."""
-        return [field.value for field in self.fields if field.key == key and not is_twin(field)]
+        return [field.value for field in self.fields if field.key == key and not field.is_twin]
 
 
 class Framing(NamedTuple):
@@ -194,22 +200,35 @@ class Response(NamedTuple):
         return self.status < 200 and self.status != 101
 
 
-def parse_fields(raw: bytes, at: int) -> tuple[Field, ...]:
-    """The lines of a whole head from `at` to the empty line that ends `raw`.  Raises Malformed."""
+def read_lines(block: bytes) -> Lines:
+    """The lines of a whole head, up to the empty one that ends `block`.  Raises Malformed."""
     fields = []
-    stop = len(raw) - 2
+    said: dict[bytes, tuple[bytes, ...]] = {}
+    at, stop = 0, len(block) - 2
     match = FIELD.match
     while at < stop:
-        found = match(raw, at)
+        found = match(block, at)
         if found is None:
-            raise bad(field_fault(raw[at:stop]))
+            raise bad(field_fault(block[at:stop]))
         name, value = found.groups()
         end = found.end()
-        fields.append(Field(name, name.translate(KEY), value.strip(b" \t"), at, end))
+        key, value = name.translate(KEY), value.strip(b" \t")
+        is_twin = (key in GUARDED or is_forwarding(key)) and name.lower() != key
+        fields.append(Field(name, key, value, is_twin, at, end))
+        if key in READ_HERE and not is_twin:
+            said[key] = (*said.get(key, ()), value)
         at = end
     if len(fields) > FIELDS_MAX:
         raise bad(f"a head of more than {FIELDS_MAX} fields", 431)
-    return tuple(fields)
+    return Lines(tuple(fields), said)
+
+
+remembered_lines = functools.lru_cache(REMEMBERED)(read_lines)
+
+
+def parse_lines(block: bytes) -> Lines:
+    """As `read_lines`.  A client says the same lines with each request of a connection: they are read once."""
+    return remembered_lines(block) if len(block) <= REMEMBERED_MAX else read_lines(block)
 
 
 def field_fault(lines: bytes) -> str:
@@ -253,8 +272,18 @@ def list_of(values: Iterable[bytes], pattern: re.Pattern[bytes], what: str) -> l
     return elements
 
 
-def connection_options(values: Iterable[bytes]) -> frozenset[bytes]:
+# What nearly all say.
+OPTIONS_OF: dict[tuple[bytes, ...], frozenset[bytes]] = {
+    (): frozenset(), (b"close",): frozenset((b"close",)),
+    (b"keep-alive",): frozenset((b"keep-alive",)), (b"Keep-Alive",): frozenset((b"keep-alive",)),
+}
+
+
+def connection_options(values: tuple[bytes, ...]) -> frozenset[bytes]:
     """What Connection says.  Raises Malformed.  Source: RFC 9110 section 7.6.1."""
+    known = OPTIONS_OF.get(values)
+    if known is not None:
+        return known
     options = frozenset(list_of(values, TOKEN, "a Connection"))
     for option in options:
         key = option.translate(KEY)
@@ -317,15 +346,11 @@ def parse_request(data: bytes | bytearray, seen: int = 0) -> Request | None:
     if end < 0:
         return None
     method, target, version = first or parse_request_line(data, start, line)
-    raw = bytes(data[start:end])
-    fields = parse_fields(raw, line - start)
-    said: dict[bytes, list[bytes]] = {key: [] for key in READ_HERE}
-    for field in fields:
-        if field.key in READ_HERE and not is_twin(field):
-            said[field.key].append(field.value)
-    name, port, form, path = find_place(method, target, said[b"host"], version)
-    options = connection_options(said[b"connection"])
-    framing = find_framing(said[b"content-length"], said[b"transfer-encoding"], version)
+    lines = parse_lines(block := bytes(data[line:end]))
+    said = lines.said.get
+    name, port, form, path = find_place(method, target, said(b"host", ()), version)
+    options = connection_options(said(b"connection", ()))
+    framing = find_framing(said(b"content-length", ()), said(b"transfer-encoding", ()), version)
     if framing is None:
         if not version and method in (b"POST", b"PUT", b"PATCH"):  # RFC 1945 section 8.3: some read until the end
             raise bad("a body without a length in HTTP/1.0", 411)
@@ -333,14 +358,14 @@ def parse_request(data: bytes | bytearray, seen: int = 0) -> Request | None:
     elif method in (b"CONNECT", b"TRACE"):  # RFC 9110 section 9.3.6 and 9.3.8
         raise bad(f"a body in a {method.decode('ascii')}")
     has_body = framing.kind == CHUNKED or framing.length > 0
-    expects = said[b"expect"]
+    expects = said(b"expect", ())
     if expects and (len(expects) > 1 or expects[0].lower() != b"100-continue"):
         raise bad("an Expect other than 100-continue", 417)
-    upgrades = list_of(said[b"upgrade"], PROTOCOL, "an Upgrade")
+    upgrades = list_of(said(b"upgrade", ()), PROTOCOL, "an Upgrade")
     offers = version == 1 and b"upgrade" in options and not has_body  # RFC 9110 section 7.8
     return Request(
         method.decode("ascii"), target, form, version, name, port, path,
-        Head(raw, line - start, fields, end, options), framing, is_kept(version, options),
+        Head(bytes(data[start:line]), block, lines.fields, options, end), framing, is_kept(version, options),
         tuple(upgrades) if offers else (), bool(expects) and version == 1 and has_body)
 
 
@@ -375,6 +400,7 @@ def is_kept(version: int, options: Collection[bytes]) -> bool:
     return b"close" not in options and (version == 1 or b"keep-alive" in options)
 
 
+@functools.lru_cache(1024)  # a few names are asked for again and again
 def parse_place(place: bytes) -> tuple[str, int]:
     """`NAME` or `NAME:PORT`: the name, normalised, and the port, 0 for none.  Raises Malformed."""
     name, colon, port = place.partition(b":")
@@ -427,11 +453,11 @@ def find_place(method: bytes, target: bytes, hosts: Sequence[bytes], version: in
 # -- answers -----------------------------------------------------------------------------------
 
 
-def parse_status(data: bytes | bytearray, seen: int = 0, most: int = HEAD_MAX) -> tuple[int, int, Head] | None:
-    """Status, minor version, and the head of an answer, not looking at what its fields mean; None: need more.
+def parse_status(data: bytes | bytearray, seen: int = 0, most: int = HEAD_MAX
+                 ) -> tuple[int, int, bytes, bytes] | None:
+    """Status, minor version, first line and the lines behind it of an answer; None: need more.  Raises Malformed.
 
-    `seen` is as in `parse_request`; `most`: bytes that the head may have.  The `options` of the head are empty.
-    Raises Malformed.  Source: RFC 9112 section 4.
+    `seen` is as in `parse_request`; `most`: bytes that the head may have.  Source: RFC 9112 section 4.
     """
     if data[:7] != b"HTTP/1."[:len(data)]:
         raise bad("it is no HTTP")
@@ -442,14 +468,12 @@ def parse_status(data: bytes | bytearray, seen: int = 0, most: int = HEAD_MAX) -
     found = STATUS_LINE.fullmatch(data, 0, line)
     if found is None:
         raise bad("it is no HTTP")
-    status = number(b"".join(found.groups()[1:]), 10)
-    if found[1] == b"0" and status == 101:
+    version, *digits = found.groups()
+    status = number(b"".join(digits), 10)
+    if version == b"0" and status == 101:
         raise bad("HTTP/1.0, which has no 101")
     end = find_end(data, 0, line, seen, most)
-    if end < 0:
-        return None
-    raw = bytes(data[:end])
-    return status, found[1][0] - 48, Head(raw, line, parse_fields(raw, line), end, frozenset())
+    return None if end < 0 else (status, version[0] - 48, bytes(data[:line]), bytes(data[line:end]))
 
 
 def parse_response(data: bytes | bytearray, method: str, upgrades: Collection[bytes] = (), seen: int = 0
@@ -470,13 +494,15 @@ def judge_response(data: bytes | bytearray, method: str, upgrades: Collection[by
     found = parse_status(data, seen)
     if found is None:
         return None
-    status, version, head = found
-    options = connection_options(head.values(b"connection"))
-    framing = find_framing(head.values(b"content-length"), head.values(b"transfer-encoding"), version)
+    status, version, first, block = found
+    lines = parse_lines(block)
+    said = lines.said.get
+    options = connection_options(said(b"connection", ()))
+    framing = find_framing(said(b"content-length", ()), said(b"transfer-encoding", ()), version)
     keeps = is_kept(version, options)
     upgrade = b""
     if status == 101:
-        words = list_of(head.values(b"upgrade"), PROTOCOL, "an Upgrade")
+        words = list_of(said(b"upgrade", ()), PROTOCOL, "an Upgrade")
         if len(words) != 1 or words[0] not in upgrades or b"upgrade" not in options:
             raise bad("a 101 that was not asked for")
         upgrade, framing, keeps = words[0], Framing(TUNNEL), False
@@ -486,7 +512,8 @@ def judge_response(data: bytes | bytearray, method: str, upgrades: Collection[by
         framing = NO_BODY
     elif framing is None:
         framing, keeps = Framing(UNTIL_CLOSE), False
-    return Response(status, version, head._replace(options=options), framing, keeps, upgrade)
+    head = Head(first, block, lines.fields, options, len(first) + len(block))
+    return Response(status, version, head, framing, keeps, upgrade)
 
 
 # -- bodies ------------------------------------------------------------------------------------
@@ -677,7 +704,7 @@ def open_body(message: Request | Response, unframed: bool = False) -> Counted:
 
 # -- heads that are passed on ------------------------------------------------------------------
 
-Lines = Iterable[tuple[bytes, bytes]]  # names and values of fields
+More = Iterable[tuple[bytes, bytes]]  # names and values of fields that are added
 PLAIN = {b"transfer-encoding": b"chunked"}  # what no parser lets pass with another meaning
 
 
@@ -686,7 +713,7 @@ def dropped(head: Head) -> frozenset[bytes]:
     return HOP_BY_HOP.union(option.translate(KEY) for option in head.options)
 
 
-def rewrite(head: Head, first: bytes, drop: Callable[[Field], bool], add: Lines = (),
+def rewrite(head: Head, first: bytes, drop: Callable[[Field], bool], add: More = (),
             values: Mapping[bytes, bytes] | None = None) -> bytes:
     """A head with another first line, without the lines for which `drop` says so, and with more at its end.
 
@@ -695,9 +722,9 @@ def rewrite(head: Head, first: bytes, drop: Callable[[Field], bool], add: Lines 
     fields of READ_HERE, by key, where they stand.  Raises ValueError where a line would be none: no value of ours may
     begin another line.
     """
-    raw = head.raw
+    block = head.block
     new = PLAIN if values is None else {**PLAIN, **values}
-    lines = [raw[field.start:field.end] if field.key not in READ_HERE
+    lines = [block[field.start:field.end] if field.key not in READ_HERE
              else make_line(field.name, new.get(field.key, field.value))
              for field in head.fields if not drop(field)]
     return b"".join((first, b"\r\n", *lines, *(make_line(name, value) for name, value in add), b"\r\n"))
@@ -710,12 +737,12 @@ def make_line(name: bytes, value: bytes) -> bytes:
     return b"%b: %b\r\n" % (name, value)
 
 
-def switch_to(upgrade: bytes) -> Lines:
+def switch_to(upgrade: bytes) -> More:
     """The fields that offer, or accept, another protocol; none without one."""
     return ((b"Connection", b"Upgrade"), (b"Upgrade", upgrade)) if upgrade else ()
 
 
-def pass_request(request: Request, add: Lines = (), *, host: bytes = b"", believes: bool = False, upgrade: bytes = b""
+def pass_request(request: Request, add: More = (), *, host: bytes = b"", believes: bool = False, upgrade: bytes = b""
                  ) -> bytes:
     """The head of a request as the backend gets it: in HTTP/1.1 and origin form.
 
@@ -728,14 +755,14 @@ def pass_request(request: Request, add: Lines = (), *, host: bytes = b"", believ
 
     def goes(field: Field) -> bool:
         key = field.key
-        return (key in drop or is_twin(field) or key == b"expect" and not expects
+        return (key in drop or field.is_twin or key == b"expect" and not expects
                 or not believes and is_forwarding(key))
 
     first = b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.path or request.target)
     return rewrite(request.head, first, goes, (*add, *switch_to(upgrade)), {b"host": host} if host else None)
 
 
-def pass_response(response: Response, add: Lines = (), *, unframed: bool = False) -> bytes:
+def pass_response(response: Response, add: More = (), *, unframed: bool = False) -> bytes:
     """The head of an answer as the client gets it, in HTTP/1.1.
 
     `unframed` as in `open_body`: it says nothing of chunks.  1xx and 204 say nothing of a body either (RFC 9112 section
@@ -746,6 +773,6 @@ def pass_response(response: Response, add: Lines = (), *, unframed: bool = False
         drop |= FRAMING
     elif unframed:
         drop |= {b"transfer-encoding"}
-    first = b"HTTP/1.1" + response.head.raw[8:response.head.first - 2]
-    return rewrite(response.head, first, lambda field: field.key in drop or is_twin(field),
+    first = b"HTTP/1.1" + response.head.first[8:-2]
+    return rewrite(response.head, first, lambda field: field.key in drop or field.is_twin,
                    (*add, *switch_to(response.upgrade)))

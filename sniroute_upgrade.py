@@ -27,7 +27,7 @@ import os
 import struct
 from typing import Iterable, NamedTuple
 
-from sniroute_http import TOKEN, parse_status
+from sniroute_http import TOKEN, parse_lines, parse_status
 from sniroute_names import HEADER_VALUE, show_address
 from sniroute_refusals import Malformed
 
@@ -65,12 +65,12 @@ def parse_answer(data: bytes | bytearray) -> Answer | None:
     found = parse_status(data, most=HEAD_MAX)
     if found is None:
         return None
-    status, _, head = found
+    status, _, first, block = found
     headers: dict[str, str] = {}
-    for field in head.fields:
+    for field in parse_lines(block).fields:
         name, value = field.name.decode("ascii").lower(), field.value.decode("latin-1")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return Answer(status, headers, head.end)
+    return Answer(status, headers, len(first) + len(block))
 
 
 def connect_request(host: str, port: int, authorization: str) -> bytes:

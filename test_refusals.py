@@ -82,6 +82,12 @@ def test_an_alert_of_its_own_replaces_the_rows():
     assert Malformed("").alert == REFUSALS["malformed"].alert and isinstance(Malformed(""), Refused)
 
 
+def test_a_status_of_its_own_replaces_the_rows():
+    assert Malformed("", kind="bad_request").status == REFUSALS["bad_request"].status == 400
+    assert Malformed("", kind="bad_request", status=431).status == 431
+    assert Refused("no_route", "").status == 404 and Refused("no_route", "", status=421).status == 421
+
+
 @pytest.mark.parametrize("minor, said", [(0, 0), (1, 1), (3, 3), (4, 3), (255, 3)])
 def test_an_alert_never_claims_a_version_that_there_is_not(minor, said):
     assert told(Refused("no_route", ""), TLS, minor) == bytes((21, 3, said, 0, 2, 2, 112))

@@ -20,6 +20,7 @@ import traceback
 from typing import Any, Callable, Iterator, NamedTuple
 
 import sniroute_upgrade
+from sniroute_http import parse_request
 from sniroute_names import normalise
 from sniroute_refusals import REFUSALS, Refused
 from sniroute_upgrade import Answer, FrameReader
@@ -28,6 +29,7 @@ from sniroute_wire import (CANCEL_REQUEST, Hello, HelloMemory, HelloReader, Prel
 from testbed.hellos import (ASK_GSS, ASK_TLS, BAD_NAMES, GOOD_NAMES, GROUPS, HEADER, HEADER6, INET, INET6, LINE, LOCAL,
                             SIGNATURES, SNI, VERSIONS, alpn, body, extension, genuine, handshake, hello, host_name,
                             named, record, records, server_name, settled, summed, tlv, v1, v2, vector)
+from testbed.smuggling import REQUESTS, Wire
 
 FAULTS_MAX = 20  # faults that are reported: the first ones say enough
 
@@ -249,6 +251,20 @@ def check_frames(data: bytes, rng: random.Random) -> Any:
 # -- the corpus --------------------------------------------------------------------------------
 
 
+def check_request(data: bytes, rng: random.Random) -> Any:
+    """A request, all that is behind it, and the same in pieces: nothing that is refused in one way is taken in the other."""
+    whole = verdict(parse_request, data)
+    said = Wire()
+    refused = verdict(said.feed, data)
+    pieced = Wire()
+    again = next(filter(None, (verdict(pieced.feed, piece) for piece in pieces(data, rng))), None)
+    if (again is None) != (refused is None):
+        raise Fault(f"in pieces {again!r}, whole {refused!r}")
+    if pieced.heard != said.heard or refused is None and pieced.bodies != said.bodies:
+        raise Fault("in pieces it is another")
+    return whole
+
+
 def server_frame(first: int, data: bytes) -> bytes:
     """A frame as a server sends it."""
     if len(data) < 126:
@@ -291,7 +307,8 @@ def corpus() -> dict[str, list[bytes]]:
               server_frame(0x82, bytes(300)), b"\x82\x7f" + (5).to_bytes(8, "big") + b"hello" + one]
     bodies = [wire[9:] for wire in hellos if wire[3:5] == (len(wire) - 5).to_bytes(2, "big")]
     return {"hellos": hellos, "bodies": bodies, "lines": lines, "blocks": blocks, "postgres": postgres, "names": names,
-            "preludes": preludes, "answers": answers, "frames": frames}
+            "preludes": preludes, "answers": answers, "frames": frames,
+            "requests": [row.data for row in REQUESTS if len(row.data) < 600]}
 
 
 class Check(NamedTuple):
@@ -307,7 +324,7 @@ def checks() -> list[Check]:
     """All of them."""
     hellos = Hellos()
     return [
-        Check("Prelude", "preludes", 28, hellos.check_prelude),
+        Check("Prelude", "preludes", 22, hellos.check_prelude),
         Check("hellos", "hellos", 22, hellos.check),
         Check("parse_client_hello", "bodies", 8, check_body),
         Check("parse_proxy_v1", "lines", 8, check_prefixes(parse_proxy_v1, ProxyHeader)),
@@ -316,6 +333,7 @@ def checks() -> list[Check]:
         Check("normalise", "names", 6, check_name),
         Check("parse_answer", "answers", 7, check_answer),
         Check("FrameReader", "frames", 7, check_frames),
+        Check("parse_request", "requests", 6, check_request),
     ]
 
 
