@@ -606,7 +606,7 @@ class Chunked(Counted):
 
     def feed(self, data: bytes | bytearray | memoryview) -> Fed:
         """As `Counted.feed`.  A part may also be the end of a line that came in pieces, or that is written anew."""
-        data = memoryview(data)
+        source, data = bytes(data), memoryview(data)  # bytes are not copied, and can be searched
         parts: list[memoryview] = []
         kept = at = 0  # data[kept:at] passes on as it came
         end = len(data)
@@ -616,19 +616,17 @@ class Chunked(Counted):
                 self.left -= size
                 at += size
                 continue
-            start = at
-            window = bytes(data[at:at + CHUNK_LINE_MAX + 1 - len(self.part)])
-            line, at = self.part + window, at + len(window)
-            found = line.find(b"\n") + 1
-            if not found:
-                self.part = line
+            start, most = at, at + CHUNK_LINE_MAX + 1 - len(self.part)
+            at = source.find(b"\n", at, most) + 1
+            written = b""
+            if not at:
+                at = min(most, end)
+                self.part += source[start:at]
                 self.check_part()
-                written = b""
             else:
-                at -= len(line) - found
-                self.part, line = b"", line[:found]
+                line, self.part = self.part + source[start:at], b""
                 written = self.step(self, line)
-                if written == line and at - start == found:
+                if written == line and len(line) == at - start:
                     continue
             if start > kept:
                 parts.append(data[kept:start])
@@ -748,10 +746,13 @@ def pass_request(request: Request, add: More = (), *, host: bytes = b"", believe
 
     What Connection names is gone, then what is for one connection only, then (unless `believes`) what claims to speak
     for another, then all that some program takes for a field of these; then `add` is added.  `host`: the Host instead
-    of the client's.  `upgrade`: the one protocol that is offered to the backend.  Source: RFC 9110 section 7.6.
+    of the client's.  HTTP/1.1 needs one, so where HTTP/1.0 has none it is added.  `upgrade`: the one protocol that is
+    offered to the backend.  Source: RFC 9110 section 7.6.
     """
     drop = dropped(request.head)
     expects = request.expects_continue
+    if not request.version and not request.head.values(b"host"):
+        add = ((b"Host", host or request.name.encode("ascii")), *add)
 
     def goes(field: Field) -> bool:
         key = field.key
