@@ -9,7 +9,8 @@
                     may_try(member, chosen, client) whether a client that would be led to `chosen` may try one that
                                                     has rested
 
-A choice takes as long for a thousand backends as for two.  No I/O: the time and the dice are the group's.
+A choice takes as long for a thousand backends as for two, but where the ones that it meets are full, or were tried.
+No I/O: the time and the dice are the group's.
 
 Threads: the loop only.
 
@@ -51,7 +52,9 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 
 
 class Member:
-    """One backend of a route, and what is known of it.  Its own methods count; Group says what follows."""
+    """One backend of a route, and what is known of it.  Its methods keep the numbers; Group says what follows."""
+
+    bounds = SECONDS  # of the buckets in `counts`
 
     __slots__ = ("target", "decision", "place", "copies", "active", "weighing", "fails", "passes", "why", "since",
                  "until", "trial", "held", "seconds", "heard", "dialling", "dialled", "failures", "counts", "sum",
@@ -71,30 +74,28 @@ class Member:
         self.since = now  # it is so since this clock time
         self.until = 0.0  # it rests until this clock time
         self.trial: GroupBackend | None = None  # the client that tries whether it is back
-        self.held: dict[GroupBackend, None] = {}  # its connections, where on_down = cut
+        self.held: dict[GroupBackend, None] = {}  # the clients that use it, where on_down = cut
         self.seconds: float | None = None  # moving average of its connect time; None: never tried
-        self.heard = 0.0  # clock time of the last of those
+        self.heard = 0.0  # clock time at which `seconds` was last changed
         self.dialling = 0  # connects under way
-        self.dialled = 0.0  # clock time since which it has answered none of them
+        self.dialled = 0.0  # clock time since which it has answered none of these
         self.failures = 0  # all that there were
         self.counts = [0] * (len(SECONDS) + 1)  # connect times: of each bucket of SECONDS, and above
-        self.sum = 0.0
-        self.level: int | None = None  # of Least
-        self.rank = 0  # how clients see it: see sniroute_groups
+        self.sum = 0.0  # of all connect times, in seconds
+        self.level: int | None = None  # where it stands in Least; None: nowhere
+        self.rank = 0  # how clients see it, as Group.sort found it last: OWN to DRAINED of sniroute_groups
         self.is_drained = False  # an operator wants no client led there
         self.is_near = True  # in the own zone, where there are zones
-        self.is_checked = False  # actively
-        self.is_proven = False  # an active check has passed
+        self.is_checked = False  # by active checks
+        self.is_proven = False  # one of these has passed
         self.fails_checked = 0  # active checks in a row
         self.checks_good = self.checks_bad = 0  # all that there were
         self.rows: Sequence[Row] = ()  # its addresses, as `is_near` was asked about
         self.far: frozenset[Row] = frozenset()  # of these, the ones in another zone
-        self.turn = 0  # the next to begin with
-        self.pool: WarmPool | None = None
-        self.share = 0  # of the route's warm connections
+        self.turn = 0  # counts up: which one of its addresses comes first, see `ordered`
+        self.pool: WarmPool | None = None  # where the route has warm connections, or `reuse`
+        self.share = 0  # so many of the route's warm connections are its own
         self.strip = 0  # its last results: see `mark`
-
-    bounds = SECONDS  # of the buckets in `counts`
 
     @property
     def load(self) -> float:
@@ -102,7 +103,7 @@ class Member:
         return (self.active + self.weighing) / self.copies
 
     def mark(self, is_good: bool) -> None:
-        """Remember how a client, or a check, fared."""
+        """Remember how a client, or a check, fared: two bits, 1 and whether that was good.  The latest are last."""
         self.strip = (self.strip << 2 | 2 + is_good) & STRIP_MASK
 
     def results(self) -> str:
@@ -114,9 +115,10 @@ class Member:
         return shown
 
     def ordered(self, rows: Sequence[Row], lags: Callable[[Row], bool]) -> Sequence[Row]:
-        """The addresses of one host, another one first each time: they share its weight.
+        """The addresses of one host in the order in which they are tried; `lags` as Laggards.has of sniroute_race.
 
-        Those that do not lag, then those in the own zone, come first.  The best of one family take turns.
+        Those that do not lag, then those in the own zone, come first.  The best of one family take turns in the first
+        place, from call to call: so they share the weight of the host.
         """
         flaws = {row: 2 * lags(row) + (row in self.far) for row in rows}
         rows = sorted(rows, key=flaws.__getitem__)
@@ -131,18 +133,21 @@ class Member:
         self.dialled = now
         self.counts[bisect.bisect_left(SECONDS, seconds)] += 1
         self.sum += seconds
-        known = self.seconds  # `observe`, for each connection
+        known = self.seconds  # as `observe`, without a call for each connection
         self.seconds = seconds if known is None else known + GAIN * (seconds - known)
         self.heard = now
 
     def observe(self, seconds: float, now: float) -> None:
-        """A connect took so long; or it failed, which counts as if it had been silent to the end."""
+        """A connect took so many seconds; of one that failed they are connect_timeout, as if it had been silent."""
         known = self.seconds
         self.seconds = seconds if known is None else known + GAIN * (seconds - known)
         self.heard = now
 
     def cost(self, now: float, timeout: float) -> float:
-        """Seconds that a connect is expected to take.  A connect that is silent costs what it has cost so far."""
+        """Seconds that a connect is expected to take; `timeout` is connect_timeout.
+
+        One under way that is silent costs what it has cost so far.  Each failure of late costs a `timeout`.
+        """
         if self.seconds is None:
             expected = timeout if self.dialling else 0.0  # one client finds out
         else:
@@ -159,9 +164,9 @@ Allowed = Callable[[Member], bool] | None  # whether a member may be picked; Non
 
 
 class RoundRobin:
-    """One after another."""
+    """One after another.  The base of the others: a copy in the list has a place of its own."""
 
-    counts = False  # whether it has to be told when the load of a member changes
+    counts = False  # whether `moved` is called, for each connection that begins and ends
 
     def __init__(self, group: Group):
         self.group = group
@@ -172,7 +177,7 @@ class RoundRobin:
         self.good = good
 
     def moved(self, member: Member) -> None:
-        """The load of a member has changed; called where `counts`."""
+        """The load of a member has changed."""
 
     def pick(self, allowed: Allowed, client: str) -> Member | None:
         self.at += 1
@@ -194,6 +199,7 @@ class RoundRobin:
         return None
 
     def may_try(self, member: Member, chosen: Member | None, client: str) -> bool:
+        """Whether a client that would be led to `chosen` may try a member that has rested."""
         return True
 
 
@@ -359,7 +365,7 @@ class ByClient(RoundRobin):
 
 
 def scrambled(text: str) -> int:
-    """64 bits that look random, the same in each process."""
+    """64 bits that look random, and are the same in each process, so that routers agree."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
