@@ -12,9 +12,9 @@
       DIALING     the connect is under way; over by the end of the turn where it succeeds at once, as on loopback.
                   Where it is silent for a while, other addresses are tried beside it: a Race has the sockets then
       GREETING    PostgreSQL only: the backend was asked for TLS
-      UNANSWERED  a tunnel, or one of several backends: it took the hello, and has not said a byte.  If it fails now, the
-                  same bytes are sent again, and the client never notices: -> PARKED.  To a tunnel that is done once, of
-                  several backends the next one gets them
+      UNANSWERED  a tunnel, or one of several backends: it took the hello, and has not said a byte.  If it fails now, a
+                  tunnel is sent the same bytes once more, or the next backend gets them; the client never notices:
+                  -> PARKED
       EARLY       the same, and the client has said more than the hello (0-RTT): nothing can be sent again
       OPEN        two flows pass bytes, until both sides have ended
       RESETTING   one side has broken off: the other gets what that said before, then a reset

@@ -100,10 +100,12 @@ class Backend:
     """One connection's way to its target, told what happens on it.  Loop only.
 
     Called in this order: `open`, again for each address that fails; `connected`; `proves`; then `settled` where that
-    said True, else `answered`, or `committed` where the client of a port speaks first; `release`, perhaps more than
-    once.  `failed` may come at any time before `settled` or `answered`; where it says None, it is called once more,
-    after `release`.  `remark` is asked for at the end, where `settled` has not said None.  This base tries (family, address) pairs one after another, or, where one is silent,
-    beside each other: a Race then asks it for them.  Where none is left the client is refused with `backend`.
+    is True, else `answered`, or `committed` where the client of a port speaks first; `release`, perhaps more than once.
+    `failed` may come at any time before `settled` or `answered`; where it says None, it is called once more, after
+    `release`.  `remark` is asked for at the end, where `settled` has not said None.
+
+    This base tries (family, address) pairs one after another, or, where one is silent, beside each other: a Race then
+    asks it for them.  Where none is left the client is refused with `backend`.
     """
 
     __slots__ = ("target", "addresses", "local", "tried", "row", "told", "race")
