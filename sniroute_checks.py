@@ -48,19 +48,20 @@ JITTER = 0.1  # of the interval, up and down
 START_WITHIN = 5.0  # the first checks of what is new are spread over this, or over a shorter interval
 AT_ONCE = 256  # checks: 1,000 dead backends that take 2 s each, every 10 s, need 200; each takes a descriptor
 
+
 # -- one check ---------------------------------------------------------------------------------
 
 CONNECTING, TALKING, LEAVING, OVER = "connecting", "talking", "leaving", "over"
 
 
 class Shared:
-    """What the checks of one loop share.  `queue(seconds, act)` gives a queue, the same one for the same words."""
+    """What the checks of one loop share.  `queue` is Book.queue: it gives one for all that wait equally long."""
 
     def __init__(self, loop: Loop, queue: Callable[[float, Callable[[Any], Any]], Queue]):
         self.loop = loop
         self.queue = queue
         self.races = Races(loop)
-        self.soon = queue(0.0, Check.open)
+        self.soon = queue(0.0, Check.open)  # another address comes next
         self.full = queue(FULL, Check.open)
         self.stagger = queue(STAGGER, Check.race)
         self.leaving = queue(LINGER, Check.left)
@@ -90,17 +91,17 @@ class Check(Watch):
         self.state = CONNECTING
         self.sock: socket.SocketType | None = None
         self.dialogue: Dialogue | None = None
-        self.why = ""  # why the last address did not take the connect, or what was said
+        self.why = ""  # why the last address did not take the connect, or why sending failed
         self.unsent = b""
         self.drained = 0  # bytes read while it leaves
         self.began = 0.0  # clock time; the connect to the latest address
-        self.late = shared.queue(timeout, Check.expire)
+        self.late = shared.queue(timeout, Check.expire)  # its one deadline, until it leaves
         self.late.put(self)
 
     # -- the connect
 
     def open(self) -> None:
-        """Begin the connect, to the next address where one has failed.  Second phase of a turn only (sniroute_race)."""
+        """Begin the connect to the next address.  Second phase of a turn only: see sniroute_race."""
         why, self.why = self.why, ""
         self.began = monotonic()
         try:
@@ -184,7 +185,7 @@ class Check(Watch):
     # -- the talk
 
     def say(self, data: bytes) -> None:
-        """Send, and wait for the answer: a backend may say why it breaks off before it does."""
+        """Send, and wait for the answer, also where sending fails: a backend may have said why before it broke off."""
         self.unsent += data
         if self.unsent:
             try:
@@ -309,7 +310,7 @@ def aside(way: Backend, port: int) -> Backend:
 
 
 class Subject(Protocol):
-    """What a member of a group says of its checks.  All but the methods stays as it is."""
+    """What a member of a group says of its checks: `Checked` of sniroute_book.  Its attributes never change."""
 
     target: str  # where it leads: who has the same target, and wants the same, shares a check
     health: Health
@@ -322,7 +323,7 @@ class Subject(Protocol):
         """A new way there; None: it has to be prepared first, and nothing is known.  Raises Refused, Unreachable."""
 
     def hear(self, why: str) -> None:
-        """It was checked: "" where it is good, else what is wrong, for people."""
+        """It was checked; `why` is "" where it is good, else what is wrong, for people."""
 
 
 def wish(subject: Subject) -> tuple[Any, ...]:
@@ -343,7 +344,7 @@ class Round:
         self.queue: Queue | None = None  # in which it waits for its next beat
 
     def wait(self, seconds: float) -> None:
-        """The next beat is then."""
+        """The next beat is in so many seconds."""
         self.queue = self.checks.shared.queue(seconds, Round.beat)
         self.queue.put(self)
 
@@ -378,7 +379,7 @@ class Round:
         self.check.open()
 
     def over(self, why: str | None) -> None:
-        """The check is."""
+        """The check is over; `why` as `done` of Check."""
         self.check = None
         self.checks.running -= 1
         if self.checks.waiting:
@@ -389,7 +390,7 @@ class Round:
             self.tell(why)
 
     def tell(self, why: str) -> None:
-        """All who wanted to know."""
+        """Tell all subjects."""
         for subject in list(self.subjects):
             subject.hear(printable(why))
 
@@ -405,16 +406,16 @@ class Round:
 
 
 class Checks:
-    """When which target is checked.  `chance` (0 to 1) is the dice; `queue` as of Shared."""
+    """When which target is checked.  Loop only.  `chance` (0 to 1) is the dice; `queue` as of Shared."""
 
     def __init__(self, loop: Loop, queue: Callable[[float, Callable[[Any], Any]], Queue],
                  chance: Callable[[], float] = random.random):
         self.shared = Shared(loop, queue)
         self.chance = chance
         self.rounds: dict[tuple[Any, ...], Round] = {}
-        self.waiting: collections.OrderedDict[Round, None] = collections.OrderedDict()  # for room, in order
-        self.running = 0
-        self.turn = queue(0.0, Checks.serve)
+        self.waiting: collections.OrderedDict[Round, None] = collections.OrderedDict()  # for AT_ONCE, in order
+        self.running = 0  # checks under way
+        self.turn = queue(0.0, Checks.serve)  # in the second phase of a turn
         self.again = queue(AGAIN, Round.ask)
 
     def dice(self) -> int:
@@ -446,5 +447,5 @@ class Checks:
             self.waiting.popitem(last=False)[0].start()
 
     def close(self) -> None:
-        """End all."""
+        """End all.  May be called twice."""
         self.adopt(())

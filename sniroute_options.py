@@ -41,7 +41,7 @@ PROGRAM_OPTIONS = frozenset(("env", "env_from"))  # those for targets that run a
 
 
 def parse_health(text: str) -> str:
-    """`passive`, `off`, or what a check is to ask.  Raises ValueError."""
+    """`passive`, `off`, or what a check is to ask, as it came, once sniroute_probes can read it.  Raises ValueError."""
     if text not in ("passive", "off"):
         if not is_here("sniroute_probes"):
             raise ValueError(f"{text!r} needs sniroute_probes.py, which is not beside sniroute.py: copy it there")
@@ -50,7 +50,7 @@ def parse_health(text: str) -> str:
     return text
 
 
-# The same for several backends: a field of Several.
+# The same for a route with several backends: a field of Several.
 SEVERAL_OPTIONS: dict[str, Callable[[str], Any]] = {
     "balance": one_of("round-robin", "least", "random", "hash", "first", "latency"),
     "health": parse_health, "health_interval": parse_duration, "health_timeout": parse_duration,
@@ -65,7 +65,7 @@ SEVERAL_OPTIONS: dict[str, Callable[[str], Any]] = {
 
 
 def route_of_text(parse: Parse) -> Callable[[str], Route]:
-    """A parser of a route on the command line, to one target or to several.  It raises ValueError."""
+    """A parser of a route on the command line, to one target or to several.  The parser raises ValueError."""
     return lambda text: with_several(parse(text), {})
 
 
@@ -73,9 +73,9 @@ any_route, any_port = route_of_text(parse_route), route_of_text(parse_port_route
 
 
 def with_several(route: Route, values: Mapping[str, Any]) -> Route:
-    """The route, and what is done with its several targets, where it has those, or an option for them.
+    """The route with its Several, where it has several targets, or `values`: SEVERAL_OPTIONS that are set.
 
-    Raises ValueError where a file for that is missing.
+    Raises ValueError where a file for that is missing, or an option does not fit the route.
     """
     if not route.members and not values:
         return route
@@ -88,7 +88,7 @@ def with_several(route: Route, values: Mapping[str, Any]) -> Route:
     from sniroute_book import Book
     from sniroute_groups import Several
     if not route.members:
-        values = {"health": "off", **values}  # there is no other one to be used instead
+        values = {"health": "off", **values}  # of one target: there is no other one to be used instead
     several = Several(SEVERAL, Book, [], **values)
     if route.has_fields and several.warm:
         raise ValueError("warm: is for targets without fields: clients would choose what is dialled ahead")

@@ -15,7 +15,7 @@ servers may speak first (`greets`), what they say is kept, and the client gets i
 SSH.  `take` looks once more; what happens behind that look happens to a client's own connection.  Nothing is sent on an
 idle connection: a PROXY header belongs to a client.
 
-How fast it dials is a state:
+How fast a pool dials is its state; it dials in the second phase of a turn (sniroute_loop):
 
     TRYING    one dial.  It connects: STEADY; or PROVING, where there was a setback before
     PROVING   none, for PROVEN_AFTER; then STEADY
@@ -36,7 +36,7 @@ Seams: I want to ...
     dial faster, or more carefully     PAUSES, PROVEN_AFTER, DIALS_MAX, and the states above
     let a connection be idle otherwise `WarmPool._keep`, Warm.is_good
 
-This room imports sniroute_targets, sniroute_race, sniroute_loop, sniroute_refusals and the standard library.
+It imports targets, race, the loop and refusals.
 """
 
 from __future__ import annotations
@@ -104,16 +104,16 @@ class Warm(Watch):
         self.way = way
         self.sock: socket.SocketType | None = None
         self.greeting = b""  # what the server has said: the client gets it first
-        self.began = 0.0  # clock time of its birth, moved by its share of jitter: for `WarmPool.put`
-        self.since = 0.0  # clock time: it was dialled, and is idle; -NEVER: it has served a client
-        self.most = most  # bytes that the server may say
+        self.began = 0.0  # clock time of its connect, moved by its part of the jitter: for `WarmPool.put`
+        self.since = 0.0  # clock time of its connect, for `lost`; -NEVER: it has served a client, so it is no setback
+        self.most = most  # bytes that the server may say before it is taken
         self.why = ""  # what became of the address before
         self.queues: tuple[Queue, ...] = ()  # in which it stands
 
     # -- the connect
 
     def begin(self) -> None:
-        """Connect to the next address.  Second phase of a turn only: the poller may still name a number closed now."""
+        """Connect to the next address.  Second phase of a turn only: see sniroute_race."""
         pool = self.pool
         try:
             self.sock = self.way.open(self.why)
@@ -123,11 +123,11 @@ class Warm(Watch):
             pool.dialling[self] = None
             self.stand_in(pool.backlog)
         except OSError:
-            pool.has_no_room(self)
+            pool.has_no_room(self)  # CAPACITY_ERRNOS
         else:
             self.fd = self.sock.fileno()
             self.why = ""
-            if self.way.local:  # over already, as a rule
+            if self.way.local:  # on loopback a connect is over already, as a rule
                 self.on_answer(0)
             else:
                 self.await_answer()
@@ -163,7 +163,7 @@ class Warm(Watch):
         self.go_on(no_answer(self.pool.options.connect_timeout))
 
     def go_on(self, why: str) -> None:
-        """The address did not take it: the next one is tried in the second phase of a turn."""
+        """The address did not take it, and `why`: the next one is tried in the second phase of a turn."""
         self.close_socket()
         self.why = why
         self.pool.dialling[self] = None
@@ -172,7 +172,7 @@ class Warm(Watch):
     # -- idle
 
     def on_news(self, mask: int) -> None:
-        """The server has ended it, or has said something; or the poller has called for nothing."""
+        """The server has ended it, or has said something; or there is no news (a stale event)."""
         if not self.is_good():
             pool = self.pool
             del pool.idle[self]
@@ -201,7 +201,7 @@ class Warm(Watch):
         pool.schedule()
 
     def leave_to(self, heir: Watch | None) -> None:
-        """Watch it no more; `heir` does."""
+        """Watch it no more; from here on `heir` does, where there is one, without a call of the kernel."""
         if heir is None:
             self.wait_for(0)
         else:
@@ -219,7 +219,7 @@ class Warm(Watch):
         self.queues = queues
 
     def close_socket(self) -> None:
-        """Close it orderly: what the server said was read, so the kernel sends FIN."""
+        """Close it in order: what the server said was read, so the kernel sends FIN, and no RST."""
         self.stand_in()
         self.closing()
         if self.sock is not None:
@@ -235,7 +235,7 @@ class Warm(Watch):
 class WarmPool:
     """The warm connections to one backend of one route.
 
-    `queue(seconds, act)` gives the queue of the loop that all share who wait equally long for the same.  `make_way()`
+    Loop only.  `queue(seconds, act)` gives the queue that all share who wait equally long for the same.  `make_way()`
     gives a new way to the backend, or None where it is not ready (the pool asks again, more and more seldom), or raises
     Refused.  `told(why)` hears of each dial that has failed; of none where this host has no descriptors.  It may call
     `resize` and `close`.  `clock` and `chance` (0 to 1) are the time and the dice.
@@ -254,19 +254,19 @@ class WarmPool:
         self.clock = clock
         self.chance = chance
         self.size = options.size
-        self.reused = 0  # REUSED_MAX, once a connection was given back
+        self.reused = 0  # so many are kept where `size` is less: REUSED_MAX, once a connection was given back
         self.state = TRYING
         self.setbacks = 0  # in a row
         self.looks = 0  # in a row that found it not ready
         self.pause: Queue | None = None  # the one in which it is RESTING
         self.idle: collections.OrderedDict[Warm, None] = collections.OrderedDict()  # the longest comes first
         self.dialling: dict[Warm, None] = {}  # the latest comes last
-        self.hit = self.miss = self.dead = 0  # `take` gave one; had none; met one that had ended: numbers so far
-        self.soon = refills(loop)
+        self.hit = self.miss = self.dead = 0  # numbers so far: `take` gave one; had none; met one that had ended
+        self.soon = refills(loop)  # pools that dial at the end of this turn
         self.breath = queue(BREATH, WarmPool.fill)
         self.proving = queue(PROVEN_AFTER, WarmPool.is_proven)
-        self.late = queue(options.connect_timeout, Warm.expire)
-        self.again = queue(0.0, Warm.begin)
+        self.late = queue(options.connect_timeout, Warm.expire)  # connects that are under way
+        self.again = queue(0.0, Warm.begin)  # those whose last address did not take it
         self.backlog = queue(BACKLOG_LOOK, Warm.begin)
         moved = [options.jitter * (2 * step / (JITTERS - 1) - 1) for step in range(JITTERS)]
         self.idles = [queue(options.max_idle * (1 + by), Warm.too_old) for by in moved] if options.max_idle else []
@@ -436,7 +436,7 @@ class WarmPool:
     # -- the pace
 
     def _set_back(self) -> None:
-        """It goes wrong: rest, longer each time.  What others of the same burst meet does not count."""
+        """A setback: rest, longer each time.  While it rests already, others of the same burst do not count."""
         if self.state is not RESTING:
             self._rest(PAUSES[min(self.setbacks, len(PAUSES) - 1)])
             self.setbacks += 1
@@ -458,7 +458,7 @@ class WarmPool:
         """There was no setback since the last dial that connected."""
         self.state = STEADY
         oldest = next(iter(self.idle), None)
-        if oldest is not None:  # else a client has taken it, and perhaps it would have ended: the next rest is longer
+        if oldest is not None:  # else a client has taken it: nobody knows whether it would have lived so long
             self.setbacks = 0
         self.schedule()
 
@@ -469,7 +469,7 @@ class WarmPool:
         return int(self.chance() * JITTERS)
 
     def _keep(self, warm: Warm, step: int, age: Queue | None) -> None:
-        """It is idle from now on: so long, of `idles`, and until its `age` comes."""
+        """It is idle from now on: for the time in `idles` at this step of the jitter, and until its `age` is over."""
         self.idle[warm] = None
         warm.stand_in(*self.idles[step:step + 1], *(() if age is None else (age,)))
         warm.wait_for(READ, warm.on_news)
@@ -495,7 +495,7 @@ class WarmPool:
 def refills(loop: Loop) -> list[WarmPool]:
     """The batch of a loop in which pools are refilled: one for all.
 
-    A batch instead of a queue: for what is due the loop looks through all queues, and here that would be in each turn.
+    A batch instead of a queue: with a queue the loop would look through all queues in each turn in which a pool dials.
     """
     found = (batch for batch, step in loop.batches if step is WarmPool.fill)
     batch = next(found, None)
