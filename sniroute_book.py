@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 from sniroute_balance import Member
 from sniroute_deadlines import silent_connect
 from sniroute_groups import DOWN, Failure, Group
-from sniroute_loop import Loop, Queue
+from sniroute_loop import JITTERS, Loop, Queue, jittered
 from sniroute_race import STAGGER, no_answer
 from sniroute_refusals import Refused
 from sniroute_targets import Backend, Targets
@@ -51,7 +51,6 @@ KNOWN_MAX = 4096  # targets that are in no group, and were down: strangers may h
 WEIGHS_FOR = 10.0  # a failure counts as an open connection: who fails fast looks idle, and would attract everybody
 NO_NAME = "health.invalid"  # what a check asks for where the names of a route have nothing in common: RFC 6761
 ASIDES_MAX = 64  # connections of a route that rest until they may serve another client: as many as a pool keeps
-JITTERS = 16  # different lifetimes: what began together does not end together; each is a queue
 
 
 # -- warm connections ---------------------------------------------------------------------------
@@ -226,7 +225,7 @@ class Book:
 
     def spread(self, seconds: float, share: float, chance: float, act: Callable[[Any], Any]) -> Queue:
         """The queue for about so many seconds, up to a `share` of that more or less, as `chance` (0 to 1) has it."""
-        return self.queue(seconds * (1 + share * (2 * int(chance * JITTERS) / (JITTERS - 1) - 1)), act)
+        return self.queue(jittered(seconds, share, int(chance * JITTERS)), act)
 
     def patience(self, seconds: float) -> tuple[Queue, Queue]:
         """The two deadlines of a connect that has so many seconds (connect_timeout).

@@ -28,7 +28,7 @@ import socket
 import time
 from typing import Any, Callable, Iterable, Protocol
 
-from sniroute_loop import READ, WRITE, Loop, Queue, Watch
+from sniroute_loop import JITTERS, READ, WRITE, Loop, Queue, Watch, jittered
 from sniroute_names import printable, show_address
 from sniroute_probes import HEARD_MAX, KINDS, READ_SIZE, Dialogue, Health, Question
 from sniroute_race import STAGGER, UNDER_WAY, Attempt, Race, Races
@@ -43,8 +43,7 @@ monotonic = time.monotonic
 LINGER = 1.0  # for the backend's own end; most need a millisecond
 AGAIN = 1.0  # until a member is asked again that has to be prepared, or for which this host had no descriptor
 FULL = 0.05  # until a unix socket whose backlog is full is tried again
-JITTERS = 16  # different intervals: what began together does not stay together; each is a queue
-JITTER = 0.1  # of the interval, up and down
+JITTER = 0.1  # the share by which an interval is longer or shorter: what began together does not stay together
 START_WITHIN = 5.0  # the first checks of what is new are spread over this, or over a shorter interval
 AT_ONCE = 256  # checks: 1,000 dead backends that take 2 s each, every 10 s, need 200; each takes a descriptor
 
@@ -350,7 +349,7 @@ class Round:
 
     def beat(self) -> None:
         """Its time has come.  Where the last check is not over, or still waits for its turn, this one is left out."""
-        self.wait(self.subjects[0].interval * (1.0 - JITTER + 2 * JITTER * self.checks.dice() / (JITTERS - 1)))
+        self.wait(jittered(self.subjects[0].interval, JITTER, self.checks.dice()))
         self.ask()
 
     def ask(self) -> None:
@@ -419,7 +418,7 @@ class Checks:
         self.again = queue(AGAIN, Round.ask)
 
     def dice(self) -> int:
-        """0 to JITTERS - 1."""
+        """A step of the jitter, 0 to JITTERS - 1."""
         return int(self.chance() * JITTERS)
 
     def adopt(self, subjects: Iterable[Subject]) -> None:

@@ -48,7 +48,7 @@ import random
 import time
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Sequence
 
-from sniroute_loop import NEVER, READ, WRITE, Loop, Queue, Watch, ignore
+from sniroute_loop import JITTERS, NEVER, READ, WRITE, Loop, Queue, Watch, ignore, jittered
 from sniroute_race import UNDER_WAY, Row, no_answer
 from sniroute_refusals import Refused
 from sniroute_targets import Backend, Unreachable
@@ -69,7 +69,6 @@ LOOKS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # until it is ask
 PAUSE_SPREAD = 0.25  # a pause is longer by up to this share: what failed together does not come back together
 PAUSE_STEPS = 4  # different pauses of each length; each is a queue of the loop
 PROVEN_AFTER = 2.0  # who ends a silent connection sooner does so always, or is about to go down
-JITTERS = 16  # different times to be idle, and to live: what began together does not end together; each is a queue
 AGES = 16  # what a connection that comes back has left to live is rounded down to so many parts of max_age
 
 TRYING, PROVING, STEADY, RESTING, CLOSED = "trying", "proving", "steady", "resting", "closed"  # states of a pool
@@ -268,10 +267,12 @@ class WarmPool:
         self.late = queue(options.connect_timeout, Warm.expire)  # connects that are under way
         self.again = queue(0.0, Warm.begin)  # those whose last address did not take it
         self.backlog = queue(BACKLOG_LOOK, Warm.begin)
-        moved = [options.jitter * (2 * step / (JITTERS - 1) - 1) for step in range(JITTERS)]
-        self.idles = [queue(options.max_idle * (1 + by), Warm.too_old) for by in moved] if options.max_idle else []
-        self.births = [options.max_age * by for by in moved]
-        self.ages = [queue(options.max_age + by, Warm.too_old) for by in self.births] if options.max_age else []
+        # By the step of its jitter: how long a connection is idle, how long it lives, how far its birth is moved for that.
+        idles, ages = ([jittered(most, options.jitter, step) for step in range(JITTERS)]
+                       for most in (options.max_idle, options.max_age))
+        self.idles = [queue(seconds, Warm.too_old) for seconds in idles] if options.max_idle else []
+        self.ages = [queue(seconds, Warm.too_old) for seconds in ages] if options.max_age else []
+        self.births = [seconds - options.max_age for seconds in ages]
 
     # -- clients
 
@@ -315,12 +316,12 @@ class WarmPool:
             warm.discard()
             return
         self.reused = REUSED_MAX
-        self._keep(warm, self._throw(), self.queue(max_age * left / AGES, Warm.too_old) if max_age else None)
+        self._keep(warm, self._step(), self.queue(max_age * left / AGES, Warm.too_old) if max_age else None)
         self._trim()
 
     def birth(self) -> float:
         """`began` of a connection that somebody has dialled now, and may give to `put` later."""
-        return self.clock() + self.births[self._throw()]
+        return self.clock() + self.births[self._step()]
 
     # -- the owner
 
@@ -399,7 +400,7 @@ class WarmPool:
     def connected(self, warm: Warm) -> None:
         """A dial has succeeded."""
         was_awaited = self.dialling.pop(warm, self) is not self
-        step = int(self.chance() * JITTERS)
+        step = self._step()
         warm.since = now = self.clock()
         warm.began = now + self.births[step]
         self._keep(warm, step, self.ages[step] if self.ages else None)
@@ -464,8 +465,8 @@ class WarmPool:
 
     # -- what is kept
 
-    def _throw(self) -> int:
-        """One of JITTERS."""
+    def _step(self) -> int:
+        """The step of the jitter of one connection."""
         return int(self.chance() * JITTERS)
 
     def _keep(self, warm: Warm, step: int, age: Queue | None) -> None:
