@@ -39,8 +39,8 @@ It imports groups, balance, resets, targets, flow, log, the loop and refusals.
 
 from __future__ import annotations
 
+import socket
 import time
-from socket import MSG_PEEK
 from typing import TYPE_CHECKING
 
 from sniroute_balance import Member
@@ -53,7 +53,6 @@ from sniroute_resets import will_reset
 from sniroute_targets import Another, Backend, Doubt, NotYet, Retry, Scheme, Targets, Unreachable, Verdict
 
 if TYPE_CHECKING:
-    import socket
     from sniroute_connection import Connection
     from sniroute_routes import Decision
     from sniroute_warm import Warm
@@ -264,7 +263,7 @@ class GroupBackend(Backend):
         if self.warm is None:
             return False
         try:
-            return not server.recv(1, MSG_PEEK)
+            return not server.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False
         except OSError:

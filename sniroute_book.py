@@ -61,30 +61,24 @@ class Warmth:
 
     def __init__(self, group: Group):
         from sniroute_warm import WarmOptions, WarmPool  # imported late: only where it is asked for
-        self.group, self.book, self.options = group, group.book, group.options
+        self.group, self.book = group, group.book
+        self.options = options = group.options
         self.reuse: Reuse | None = None
-        if self.options.reuse != "off":
+        if options.reuse != "off":
             from sniroute_reuse import REUSES  # imported late: only where it is asked for
-            self.reuse = REUSES[self.options.reuse]
+            self.reuse = REUSES[options.reuse]
         self.asides: dict[Aside, Backend] = {}  # connections that rest before they may serve another client; the ways
-        options = self.options
         wanted = WarmOptions(0, options.warm_max_idle, options.warm_max_age, options.warm_jitter,
                              options.warm_order, group.route.is_port, options.connect_timeout)
         for member in group.members.values():
+            make_way = functools.partial(way_ahead, group, member)
+            told = functools.partial(self.told, member)
             if member.pool is not None and member.pool.options != wanted:
-                member.pool.close()
-                member.pool = None
+                close_pool(member)
             if member.pool is None:
-                member.pool = WarmPool(self.book.loop, self.book.queue, self.way_to, wanted, self.told)
-            member.pool.make_way = functools.partial(self.way_to, member)
-            member.pool.told = functools.partial(self.told, member)
-
-    def way_to(self, member: Member) -> Backend | None:
-        """As Group.way_to; what is not ready is prepared meanwhile."""
-        way = self.group.way_to(member)
-        if way is None:
-            self.book.targets.ask(member.decision)
-        return way
+                member.pool = WarmPool(self.book.loop, self.book.queue, make_way, wanted, told)
+            else:
+                member.pool.make_way, member.pool.told = make_way, told
 
     def told(self, member: Member, why: str) -> None:
         """A dial ahead has failed: that counts as a client's failure.
@@ -189,10 +183,7 @@ class Checked:
         self.preface = write(None, ("0.0.0.0", 0)) if write is not None else b""
 
     def way(self) -> Backend | None:
-        way = self.group.way_to(self.member)
-        if way is None:
-            self.group.book.targets.ask(self.member.decision)
-        return way
+        return way_ahead(self.group, self.member)
 
     def hear(self, why: str) -> None:
         self.group.checked(self.member, why)
@@ -315,9 +306,7 @@ class Book:
 
     def let_go(self, member: Member) -> None:
         """A member is in no group any more.  Remember whether it was down."""
-        if member.pool is not None:
-            member.pool.close()
-            member.pool = None
+        close_pool(member)
         if member.why:
             self.known.pop(member.target, None)
             self.known[member.target] = member
@@ -338,9 +327,7 @@ class Book:
         if group.options.warm or group.options.reuse != "off":
             return Warmth(group)
         for member in group.members.values():
-            if member.pool is not None:
-                member.pool.close()
-                member.pool = None
+            close_pool(member)
         return None
 
     # -- operators
@@ -369,6 +356,21 @@ class Book:
         for group in self.listed():
             for member in list(group.members.values()):
                 yield group, member
+
+
+def way_ahead(group: Group, member: Member) -> Backend | None:
+    """As Group.way_to, where no client waits for it: what is not ready is prepared meanwhile.  Raises Refused."""
+    way = group.way_to(member)
+    if way is None:
+        group.book.targets.ask(member.decision)
+    return way
+
+
+def close_pool(member: Member) -> None:
+    """End the warm connections of a member, if it has some."""
+    if member.pool is not None:
+        member.pool.close()
+        member.pool = None
 
 
 def late_member(connection: Connection) -> None:

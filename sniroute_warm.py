@@ -267,7 +267,7 @@ class WarmPool:
         self.late = queue(options.connect_timeout, Warm.expire)  # connects that are under way
         self.again = queue(0.0, Warm.begin)  # those whose last address did not take it
         self.backlog = queue(BACKLOG_LOOK, Warm.begin)
-        # By the step of its jitter: how long a connection is idle, how long it lives, how far its birth is moved for that.
+        # By the step of the jitter: how long a connection is idle, how long it lives, how far that moves its birth.
         idles, ages = ([jittered(most, options.jitter, step) for step in range(JITTERS)]
                        for most in (options.max_idle, options.max_age))
         self.idles = [queue(seconds, Warm.too_old) for seconds in idles] if options.max_idle else []
