@@ -68,6 +68,9 @@ ACCOUNTS_MAX = 20  # backends that a refusal names
 
 NO_FAILURES: dict[Member, str] = {}  # of all clients that no member has failed: one object, which is never written
 
+# How far a client has come with the member that it uses.  NONE: it uses none; SERVED: it stays there.
+NONE, DIALLING, CONNECTED, SERVED = "none", "dialling", "connected", "served"
+
 # Refusals of a target that has to wait which are no fault of the backend.
 NO_FAULT = ("busy", "tunnel_budget", "tunnel_stopping", "internal")
 
@@ -96,7 +99,7 @@ class GroupBackend(Backend):
     """
 
     __slots__ = ("connection", "group", "member", "way", "told_of", "trouble", "awaited", "patience", "is_trial",
-                 "is_dialling", "is_open", "lifetime", "note", "warm", "birth")
+                 "stage", "lifetime", "note", "warm", "birth")
 
     def __init__(self, connection: Connection, group: Group):
         self.target = connection.decision.target
@@ -108,7 +111,8 @@ class GroupBackend(Backend):
         self.trouble: Trouble | None = None
         self.awaited: Decision | None = None
         self.patience: tuple[Queue, Queue] | None = group.patience
-        self.is_trial = self.is_dialling = self.is_open = False
+        self.stage = NONE  # how far it has come with that member
+        self.is_trial = False  # it is the one client that tries whether the member is back
         self.lifetime: Queue | None = None  # in which it stands until its max_lifetime
         self.birth = 0.0  # `began` of WarmPool.put, where its connection may serve another client
         self.warm: Warm | None = None  # the warm connection that it has taken
@@ -181,7 +185,7 @@ class GroupBackend(Backend):
         self.way = self
         self.target = member.target
         self.is_trial = member.trial is self
-        self.is_dialling = True
+        self.stage = DIALLING
         self.group.take(member, self)
         if self.trouble is not None:  # it may have waited for room
             self.waited()
@@ -223,7 +227,7 @@ class GroupBackend(Backend):
         if trouble.again is not None:
             self.member, trouble.again = trouble.again, None
             self.group.take(self.member, self)
-            self.is_dialling = True
+            self.stage = DIALLING
         self.lose(str(error), is_fault=error.kind not in NO_FAULT)
         return True
 
@@ -242,8 +246,8 @@ class GroupBackend(Backend):
         silent.
         """
         connection = self.connection
-        if self.is_dialling:
-            self.is_dialling = False
+        if self.stage is DIALLING:
+            self.stage = CONNECTED
             member = self.member
             member.dialling -= 1
             if self.warm is None:
@@ -297,14 +301,14 @@ class GroupBackend(Backend):
         self.serves()
 
     def committed(self) -> None:
-        self.is_open = True
+        self.stage = SERVED
         if self.group.options.max_lifetime:
             self.begin_to_age()
 
     def serves(self) -> None:
         """The member serves the client: so those that did not are to blame."""
         group, member = self.group, self.member
-        self.is_open = True
+        self.stage = SERVED
         self.note = self.way.remark() or "" if self.way.told else ""
         group.good_news(member)
         if self.trouble is not None:
@@ -350,9 +354,9 @@ class GroupBackend(Backend):
         """Use the member no more."""
         member, way = self.member, self.way
         if member is not None:
-            if self.is_dialling:
-                self.is_dialling = False
+            if self.stage is DIALLING:
                 member.dialling -= 1
+            self.stage = NONE
             self.member, self.way, self.warm = None, self, None
             if way is not self:
                 way.release()
@@ -374,12 +378,12 @@ class GroupBackend(Backend):
             return Refused("backend", f"{self.connection.decision.target}: {why}")
         else:
             if self.warm is not None and not last and self.connection.state is not EARLY \
-                    and (self.is_dialling or self.is_used_up(server)):
+                    and (self.stage is DIALLING or self.is_used_up(server)):
                 trouble.again, trouble.has_been_warm = self.member, True
                 self.count_dead()
                 self.drop()
                 return Another()
-            member, way, is_suspect = self.member, self.way, not self.is_dialling
+            member, way, is_suspect = self.member, self.way, self.stage is not DIALLING
         trouble.stuck |= self.connection.state is EARLY
         others = not trouble.stuck and self.has_others(member)
         verdict = way.failed(why, server, last or trouble.stuck or others)
@@ -411,7 +415,7 @@ class GroupBackend(Backend):
 
     def cut(self) -> None:
         """Its member is down, and the route says that this ends it."""
-        if self.is_open:
+        if self.stage is SERVED:
             self.connection.close(BACKEND_DOWN)
 
     def remark(self) -> str | None:
@@ -429,7 +433,6 @@ class GroupBackend(Backend):
                 will_reset(server)
 
     def release(self) -> None:
-        self.is_open = False
         if self.group.waiting:
             self.group.count_wait(self)
         if self.lifetime is not None:

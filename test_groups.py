@@ -66,7 +66,6 @@ def have(group: Group, targets: list[str], **options: Any) -> None:
 class Client:
     """What a Group sees of a client."""
 
-    is_open = False
     group: Group  # where it waits
 
     def __init__(self, tried: Mapping[Member, str] = {}):
