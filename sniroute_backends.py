@@ -344,7 +344,7 @@ class GroupBackend(Backend):
         self.drop()
         if not is_fault:
             return
-        group.weigh(member)
+        group.penalise(member)
         if is_suspect and not is_trial:
             trouble.suspects[member] = why
         else:

@@ -45,7 +45,7 @@ STRIP = 30  # results of a member that are kept, two bits each: with 60 bits the
 STRIP_MASK = (1 << 2 * STRIP) - 1
 FORGET_SLOW = 30.0  # a connect time counts half after this long: who was slow is tried again
 GAIN = 0.25  # of a new connect time in the moving average: the last eight have nine tenths of it
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)  # buckets of connect times
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)  # upper bounds of times
 
 
 # -- members -----------------------------------------------------------------------------------
@@ -54,9 +54,9 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 class Member:
     """One backend of a route, and what is known of it.  Its methods keep the numbers; Group says what follows."""
 
-    bounds = SECONDS  # of the buckets in `counts`
+    bounds = BUCKETS  # of the buckets in `counts`
 
-    __slots__ = ("target", "decision", "place", "copies", "active", "weighing", "fails", "passes", "why", "since",
+    __slots__ = ("target", "decision", "place", "weight", "active", "penalties", "fails", "passes", "why", "since",
                  "until", "trial", "held", "seconds", "heard", "dialling", "dialled", "failures", "counts", "sum",
                  "level", "rank", "is_drained", "is_near", "is_checked", "is_proven", "fails_checked", "checks_good",
                  "checks_bad", "rows", "far", "turn", "strip", "pool", "share")
@@ -65,9 +65,9 @@ class Member:
         self.target = target  # for people, and its key
         self.decision: Decision | None = None  # given by the group
         self.place = 0  # the first in the list is 0
-        self.copies = 1  # how often it is in the list
+        self.weight = 1  # how often it is in the list
         self.active = 0  # connections now, those that are being made among them
-        self.weighing = 0  # failures of the last WEIGHS_FOR seconds
+        self.penalties = 0  # failures of the last PENALTY_FOR seconds
         self.fails = 0  # in a row
         self.passes = 0  # successes in a row, while it is down
         self.why = ""  # it is down, and this is why; "" where it is good
@@ -80,7 +80,7 @@ class Member:
         self.dialling = 0  # connects under way
         self.dialled = 0.0  # clock time since which it has answered none of these
         self.failures = 0  # all that there were
-        self.counts = [0] * (len(SECONDS) + 1)  # connect times: of each bucket of SECONDS, and above
+        self.counts = [0] * (len(BUCKETS) + 1)  # connect times: of each bucket of BUCKETS, and above
         self.sum = 0.0  # of all connect times, in seconds
         self.level: int | None = None  # where it stands in Least; None: nowhere
         self.rank = 0  # how clients see it, as Group.sort found it last: OWN to DRAINED of sniroute_groups
@@ -100,7 +100,7 @@ class Member:
     @property
     def load(self) -> float:
         """Its connections, and its failures of late, for each time that it is in the list."""
-        return (self.active + self.weighing) / self.copies
+        return (self.active + self.penalties) / self.weight
 
     def mark(self, is_good: bool) -> None:
         """Remember how a client, or a check, fared: two bits, 1 and whether that was good.  The latest are last."""
@@ -131,7 +131,7 @@ class Member:
     def connected(self, seconds: float, now: float) -> None:
         """A connect succeeded, and took so long."""
         self.dialled = now
-        self.counts[bisect.bisect_left(SECONDS, seconds)] += 1
+        self.counts[bisect.bisect_left(BUCKETS, seconds)] += 1
         self.sum += seconds
         known = self.seconds  # as `observe`, without a call for each connection
         self.seconds = seconds if known is None else known + GAIN * (seconds - known)
@@ -154,7 +154,7 @@ class Member:
             expected = self.seconds * 0.5 ** ((now - self.heard) / FORGET_SLOW)
         if self.dialling:
             expected = max(expected, now - self.dialled)
-        return expected + self.weighing * timeout
+        return expected + self.penalties * timeout
 
 
 # -- ways to balance ---------------------------------------------------------------------------
@@ -166,7 +166,7 @@ Allowed = Callable[[Member], bool] | None  # whether a member may be picked; Non
 class RoundRobin:
     """One after another.  The base of the others: a copy in the list has a place of its own."""
 
-    counts = False  # whether `moved` is called, for each connection that begins and ends
+    follows_load = False  # whether `moved` is called, for each connection that begins and ends
 
     def __init__(self, group: Group):
         self.group = group
@@ -253,7 +253,7 @@ class Least(RoundRobin):
     The members stand on levels by their load, so that a choice takes as long for a thousand as for two.
     """
 
-    counts = True
+    follows_load = True
 
     def __init__(self, group: Group):
         super().__init__(group)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 
 from sniroute_balance import Member
 from sniroute_deadlines import silent_connect
-from sniroute_groups import DOWN, Failure, Group
+from sniroute_groups import DOWN, Group, Penalty
 from sniroute_loop import JITTERS, Loop, Queue, jittered
 from sniroute_race import STAGGER, no_answer
 from sniroute_refusals import Refused
@@ -48,7 +48,7 @@ __version__ = "0.1.0"
 # Limits, each with its reason.  Times in seconds.
 GROUPS_MAX = 1024  # groups of routes whose targets have fields: names come from strangers
 KNOWN_MAX = 4096  # targets that are in no group, and were down: strangers may have named them; the oldest goes
-WEIGHS_FOR = 10.0  # a failure counts as an open connection: who fails fast looks idle, and would attract everybody
+PENALTY_FOR = 10.0  # a failure counts as an open connection: who fails fast looks idle, and would attract everybody
 NO_NAME = "health.invalid"  # what a check asks for where the names of a route have nothing in common: RFC 6761
 ASIDES_MAX = 64  # connections of a route that rest until they may serve another client: as many as a pool keeps
 
@@ -85,7 +85,7 @@ class Warmth:
 
         One that succeeds is no good news: it proves less than a client that is served.
         """
-        self.group.weigh(member)
+        self.group.penalise(member)
         self.group.bad_news(member, why, False)
 
     def share(self) -> None:
@@ -202,7 +202,7 @@ class Book:
         self.drained: set[tuple[str, str]] = set()  # pattern and target; both of the configuration
         self.checks: Checks | None = None  # where a route asks for them
         self.queues: dict[tuple[float, Callable[[Any], Any]], Queue] = {}
-        self.weighing = self.queue(WEIGHS_FOR, Failure.forget)
+        self.penalties = self.queue(PENALTY_FOR, Penalty.forget)
         self.soon = self.queue(0.0, next_turn)  # of clients whose connects fail at once: others have a turn between
 
     # -- queues

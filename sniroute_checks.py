@@ -75,7 +75,7 @@ class Check(Watch):
     """
 
     __slots__ = ("shared", "health", "way", "name", "timeout", "done", "preface", "state", "sock", "dialogue", "why",
-                 "unsent", "late", "drained", "began")
+                 "unsent", "late", "surplus", "began")
 
     def __init__(self, shared: Shared, health: Health, way: Backend, name: str, timeout: float,
                  done: Callable[[str | None], None], preface: bytes = b""):
@@ -92,7 +92,7 @@ class Check(Watch):
         self.dialogue: Dialogue | None = None
         self.why = ""  # why the last address did not take the connect, or why sending failed
         self.unsent = b""
-        self.drained = 0  # bytes read while it leaves
+        self.surplus = 0  # bytes read while it leaves
         self.began = 0.0  # clock time; the connect to the latest address
         self.late = shared.queue(timeout, Check.expire)  # its one deadline, until it leaves
         self.late.put(self)
@@ -246,8 +246,8 @@ class Check(Watch):
             return
         except OSError:
             data = b""
-        self.drained += len(data)
-        if not data or self.drained > HEARD_MAX:
+        self.surplus += len(data)
+        if not data or self.surplus > HEARD_MAX:
             self.left()
 
     def left(self) -> None:
@@ -296,7 +296,7 @@ class Check(Watch):
         self.dialogue = None
 
 
-def aside(way: Backend, port: int) -> Backend:
+def at_port(way: Backend, port: int) -> Backend:
     """The way to another port of the same host.  Takes `way` over.  Raises Unreachable where it leads to no host."""
     way.release()
     if not way.proven_by_connect or any(family not in (socket.AF_INET, socket.AF_INET6) for family, _ in way.addresses):
@@ -369,7 +369,7 @@ class Round:
                 return
             preface = subject.preface
             if subject.health.port:
-                way, preface = aside(way, subject.health.port), b""
+                way, preface = at_port(way, subject.health.port), b""
         except (Refused, Unreachable) as error:
             self.tell(str(error))
             return

@@ -51,7 +51,7 @@ import random
 import time
 from typing import TYPE_CHECKING, Any, Callable, Collection, Iterable, NamedTuple, Sequence
 
-from sniroute_balance import SECONDS, STRIP_MASK, WAYS, ByClient, Member, RoundRobin, slot_of
+from sniroute_balance import BUCKETS, STRIP_MASK, WAYS, ByClient, Member, RoundRobin, slot_of
 from sniroute_names import printable
 from sniroute_targets import Backend, Scheme, literal_row
 
@@ -69,7 +69,7 @@ log = logging.getLogger("sniroute")
 monotonic = time.monotonic
 
 # Limits, each with its reason.  Times in seconds.
-WEIGHS_MAX = 100  # failures of one member that count as connections at once
+PENALTIES_MAX = 100  # failures of one member that count as connections at once
 SLOWEST_START = 0.05  # of its share, for a backend that has just come back: so that some client tries it at once
 
 SHARES = frozenset(("warm_jitter",))  # options that are floats, and no seconds
@@ -133,7 +133,7 @@ def shown_value(name: str, value: Any) -> str:
 class Group:
     """The members of one route.  `clock` and `chance` (0 to 1) are the time and the dice.  Loop only, but `states`."""
 
-    bounds = SECONDS  # of the buckets in `waits`
+    bounds = BUCKETS  # of the buckets in `waits`
 
     def __init__(self, book: Book, clock: Callable[[], float] = monotonic, chance: Callable[[], float] = random.random):
         self.book = book
@@ -153,9 +153,9 @@ class Group:
         self.resting: collections.OrderedDict[Member, None] = collections.OrderedDict()
         # Clients that wait for room, in order of arrival, and since when.
         self.waiting: collections.OrderedDict[GroupBackend, float] = collections.OrderedDict()
-        self.waits = [0] * (len(SECONDS) + 1)  # how long clients have waited: of each bucket of SECONDS, and above
+        self.waits = [0] * (len(BUCKETS) + 1)  # how long clients have waited: of each bucket of BUCKETS, and above
         self.waits_sum = 0.0
-        self.way: RoundRobin = RoundRobin(self)
+        self.balancer: RoundRobin = RoundRobin(self)
         self.warmth: Warmth | None = None  # where connections are dialled ahead
 
     @property
@@ -176,18 +176,18 @@ class Group:
             member = self.members.get(decision.target)
             if member is None:
                 member = before.pop(decision.target, None) or self.book.recall(Member(decision.target, now))
-                member.place, member.copies = len(self.members), 0
+                member.place, member.weight = len(self.members), 0
                 member.is_drained = (route.pattern, decision.target) in self.book.drained
                 self.members[decision.target] = member
             member.decision = decision
             member.is_checked = self.options.checks(decision.target)
-            member.copies += 1
+            member.weight += 1
             self.entries.append(member)
         for member in before.values():
             self.book.let_go(member)
-        if type(self.way) is not WAYS[self.options.balance]:
-            self.way.reset([])
-            self.way = WAYS[self.options.balance](self)
+        if type(self.balancer) is not WAYS[self.options.balance]:
+            self.balancer.reset([])
+            self.balancer = WAYS[self.options.balance](self)
         for member in self.members.values():
             if self.options.health == "off":
                 member.why, member.fails = "", 0
@@ -243,7 +243,7 @@ class Group:
         best = min(ranks)
         self.good = ranks[best] if best < DOWN else []
         self.spare = [member for rank in range(best + 1, DOWN) for member in dict.fromkeys(ranks.get(rank, ()))]
-        self.way.reset(self.good)
+        self.balancer.reset(self.good)
         if self.warmth is not None:
             self.warmth.share()
         if self.waiting:
@@ -296,14 +296,14 @@ class Group:
             self.sort()
         tried = client.told_of
         if not tried and self.options.max_backend_connections is None:
-            chosen = self.way.pick(None, address)
+            chosen = self.balancer.pick(None, address)
         else:
-            chosen = self.way.pick(lambda member: member not in tried and self.has_room(member), address)
+            chosen = self.balancer.pick(lambda member: member not in tried and self.has_room(member), address)
         if self.resting:
-            rested = self.rested(tried, chosen, address)
-            if rested is not None:
-                rested.trial = client
-                return rested
+            member = self.next_trial(tried, chosen, address)
+            if member is not None:
+                member.trial = client
+                return member
         if chosen is None:
             return self.instead(tried)
         return self.slowly(chosen, tried, address) if self.options.slow_start else chosen
@@ -320,14 +320,14 @@ class Group:
             raise LookupError
         return next(filter(self.has_room, left), None)
 
-    def rested(self, tried: Collection[Member], chosen: Member | None, address: str) -> Member | None:
+    def next_trial(self, tried: Collection[Member], chosen: Member | None, address: str) -> Member | None:
         """A member whose rest is over and that no other client tries, where this client may try it; else None.
 
         It would be led to `chosen`: who would be served in the own zone tries none in another one.
         """
         now = self.clock()
-        if isinstance(self.way, ByClient):
-            owner = self.way.owner(slot_of(address))
+        if isinstance(self.balancer, ByClient):
+            owner = self.balancer.owner(slot_of(address))
             resting: Iterable[Member] = [owner] if owner in self.resting else []
         else:
             resting = self.resting
@@ -336,7 +336,7 @@ class Group:
                 return None  # so is that of all behind it
             if member.trial is None and member not in tried and not member.is_drained and self.has_room(member) \
                     and (chosen is None or member.is_near or not chosen.is_near) \
-                    and self.way.may_try(member, chosen, address):
+                    and self.balancer.may_try(member, chosen, address):
                 return member
         return None
 
@@ -350,7 +350,7 @@ class Group:
             if share >= 1.0 or self.chance() < max(share, SLOWEST_START):
                 return member
             passed.add(member)
-            member = self.way.instead(
+            member = self.balancer.instead(
                 lambda each: each not in passed and each not in tried and self.has_room(each), address)
         return chosen
 
@@ -364,8 +364,8 @@ class Group:
         member.dialling += 1
         if self.options.on_down == "cut":
             member.held[client] = None
-        if self.way.counts:
-            self.way.moved(member)
+        if self.balancer.follows_load:
+            self.balancer.moved(member)
 
     def leave(self, member: Member, client: GroupBackend) -> None:
         """A client uses it no more."""
@@ -374,8 +374,8 @@ class Group:
             member.held.pop(client, None)
         if member.trial is client:
             member.trial = None
-        if self.way.counts:
-            self.way.moved(member)
+        if self.balancer.follows_load:
+            self.balancer.moved(member)
         if self.warmth is not None and self.options.max_backend_connections is not None:
             self.warmth.fit(member)
         if self.waiting:
@@ -389,13 +389,13 @@ class Group:
             return
         member.passes += 1
         if member.passes >= self.options.health_pass:
-            self.is_back(member)
+            self.came_back(member)
             return
         member.until = 0.0  # the next client may try it at once
         if member in self.resting:
             self.resting.move_to_end(member, last=False)
 
-    def is_back(self, member: Member) -> None:
+    def came_back(self, member: Member) -> None:
         """It is good again."""
         log.info("%s: backend %s is back, after %.0f s", self.pattern, printable(member.target),
                  self.clock() - member.since)
@@ -403,16 +403,16 @@ class Group:
         self.resting.pop(member, None)
         self.changed()
 
-    def weigh(self, member: Member) -> None:
+    def penalise(self, member: Member) -> None:
         """It has failed: for a while that counts as a connection."""
         member.failures += 1
         member.mark(False)
         member.observe(self.options.connect_timeout, self.clock())
-        if member.weighing < WEIGHS_MAX:
-            member.weighing += 1
-            if self.way.counts:
-                self.way.moved(member)
-            self.book.weighing.put(Failure(self, member))
+        if member.penalties < PENALTIES_MAX:
+            member.penalties += 1
+            if self.balancer.follows_load:
+                self.balancer.moved(member)
+            self.book.penalties.put(Penalty(self, member))
 
     def bad_news(self, member: Member, why: str, is_trial: bool) -> None:
         """It has failed a client, or a dial ahead, and it is to blame.  `is_trial`: that client was its one try."""
@@ -424,8 +424,8 @@ class Group:
                 self.rest(member)
         elif member.fails >= self.options.health_fail:
             self.rest(member)
-            self.is_down(member, why, f"{member.fails} failures in a row; the next try is in "
-                                      f"{self.options.fallback_interval:g} s")
+            self.went_down(member, why, f"{member.fails} failures in a row; the next try is in "
+                                        f"{self.options.fallback_interval:g} s")
 
     def checked(self, member: Member, why: str) -> None:
         """An active check is over; `why` it failed, or ""."""
@@ -438,7 +438,7 @@ class Group:
             member.passes = 0 if member.why else member.passes
             if not member.why and member.fails_checked >= self.options.health_fail:
                 member.until = 0.0  # no rest: checks alone say when it is back
-                self.is_down(member, why, f"{member.fails_checked} checks in a row")
+                self.went_down(member, why, f"{member.fails_checked} checks in a row")
             return
         member.checks_good += 1
         member.fails_checked = 0
@@ -450,9 +450,9 @@ class Group:
             if member.passes >= self.options.health_pass and self.clock() >= member.until:
                 # Where clients found it down, one more failure of theirs is enough.
                 member.fails = self.options.health_fail - 1 if member.until else 0
-                self.is_back(member)
+                self.came_back(member)
 
-    def is_down(self, member: Member, why: str, after: str) -> None:
+    def went_down(self, member: Member, why: str, after: str) -> None:
         """It is not good any more.  One log line for each change."""
         member.why, member.since, member.passes = why, self.clock(), 0
         log.warning("%s: backend %s is down: %s (%s)", self.pattern, printable(member.target), printable(why), after)
@@ -494,7 +494,7 @@ class Group:
         since = self.waiting.pop(client, None)
         if since is not None:
             seconds = self.clock() - since
-            self.waits[bisect.bisect_left(SECONDS, seconds)] += 1
+            self.waits[bisect.bisect_left(BUCKETS, seconds)] += 1
             self.waits_sum += seconds
 
 
@@ -504,8 +504,8 @@ def literal_rows(decision: Decision) -> tuple[Row, ...]:
     return () if row is None else (row,)
 
 
-class Failure:
-    """A failure that counts as a connection for WEIGHS_FOR."""
+class Penalty:
+    """A failure that counts as a connection for PENALTY_FOR."""
 
     __slots__ = ("group", "member")
 
@@ -515,6 +515,6 @@ class Failure:
 
     def forget(self) -> None:
         """It counts no more."""
-        self.member.weighing -= 1
-        if self.group.way.counts:
-            self.group.way.moved(self.member)
+        self.member.penalties -= 1
+        if self.group.balancer.follows_load:
+            self.group.balancer.moved(self.member)

@@ -263,7 +263,7 @@ class WarmPool:
         self.hit = self.miss = self.dead = 0  # numbers so far: `take` gave one; had none; met one that had ended
         self.soon = refills(loop)  # pools that dial at the end of this turn
         self.breath = queue(BREATH, WarmPool.fill)
-        self.proving = queue(PROVEN_AFTER, WarmPool.is_proven)
+        self.proving = queue(PROVEN_AFTER, WarmPool.proven)
         self.late = queue(options.connect_timeout, Warm.expire)  # connects that are under way
         self.again = queue(0.0, Warm.begin)  # those whose last address did not take it
         self.backlog = queue(BACKLOG_LOOK, Warm.begin)
@@ -455,7 +455,7 @@ class WarmPool:
         self.state = TRYING
         self.schedule()
 
-    def is_proven(self) -> None:
+    def proven(self) -> None:
         """There was no setback since the last dial that connected."""
         self.state = STEADY
         oldest = next(iter(self.idle), None)

@@ -313,7 +313,7 @@ def test_hash_takes_the_address_of_the_proxy_header(several_of, serve):
         return head
     group = group_of(running)
     for address in ("198.51.100.1", "198.51.100.2", "198.51.100.3", "198.51.100.4"):
-        owner = on_loop(running, lambda: group.way.owner(slot_of(address)).target)
+        owner = on_loop(running, lambda: group.balancer.owner(slot_of(address)).target)
         led(address)
         wait_until(lambda: running.endings and running.endings[-1].client[0] == address)
         assert running.endings[-1].backend == owner
