@@ -20,8 +20,9 @@ How fast a pool dials is its state; it dials in the second phase of a turn (snir
     TRYING    one dial.  It connects: STEADY; or PROVING, where there was a setback before
     PROVING   none, for PROVEN_AFTER; then STEADY
     STEADY    all that is missing, at once.  A connection that was idle for longer than PROVEN_AFTER ends: TRYING
-    RESTING   none, for one of PAUSES; then TRYING.  Any state ends here with a setback: a dial has failed, or a
-              connection has ended sooner than PROVEN_AFTER
+    RESTING   none, for a while; then TRYING.  Any state ends here with a setback, for one of PAUSES: a dial has failed,
+              or a connection has ended sooner than PROVEN_AFTER.  A backend that is not ready, as its name is being
+              resolved, is no setback: it is asked for again after one of LOOKS
     CLOSED    none any more
 
 So a backend that is down, or that ends its silent connections at once, is dialled once a second at most, and then
@@ -65,7 +66,7 @@ DIALS_MAX = 32  # connects under way at once, and in one turn: a fourth of the b
 BREATH = 0.02  # between two times DIALS_MAX, so that the server accepts meanwhile: 1,600 dials in a second
 BACKLOG_LOOK = 0.1  # between two connects to a unix socket whose backlog is full: no client waits for it
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # after the first, second ... setback in a row
-LOOKS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # until it is asked again whether it is ready
+LOOKS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # until a backend that is not ready is asked for again
 PAUSE_SPREAD = 0.25  # a pause is longer by up to this share: what failed together does not come back together
 PAUSE_STEPS = 4  # different pauses of each length; each is a queue of the loop
 PROVEN_AFTER = 2.0  # who ends a silent connection sooner does so always, or is about to go down
@@ -256,7 +257,7 @@ class WarmPool:
         self.reused = 0  # so many are kept where `size` is less: REUSED_MAX, once a connection was given back
         self.state = TRYING
         self.setbacks = 0  # in a row
-        self.looks = 0  # in a row that found it not ready
+        self.looks = 0  # in a row that found the backend not ready
         self.pause: Queue | None = None  # the one in which it is RESTING
         self.idle: collections.OrderedDict[Warm, None] = collections.OrderedDict()  # the longest comes first
         self.dialling: dict[Warm, None] = {}  # the latest comes last
