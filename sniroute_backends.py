@@ -129,6 +129,7 @@ class GroupBackend(Backend):
     # -- the way there
 
     def open(self, why: str = "") -> socket.SocketType:
+        """As the base, for one member after another."""
         if why and self.warm is not None:
             self.cool_down()
         elif why and self.member is not None:
@@ -430,7 +431,7 @@ class GroupBackend(Backend):
         if self.way is not self:
             self.way.abandon(server)
             if self.way.proven_by_connect:
-                will_reset(server)
+                will_reset(server)  # as Connection.close does where a backend has answered: a cut is no end
 
     def release(self) -> None:
         if self.group.waiting:

@@ -174,12 +174,14 @@ class RoundRobin:
         self.at = 0
 
     def reset(self, good: list[Member]) -> None:
+        """Who is good has changed: these, each as often as its weight."""
         self.good = good
 
     def moved(self, member: Member) -> None:
         """The load of a member has changed."""
 
     def pick(self, allowed: Allowed, client: str) -> Member | None:
+        """A good member that is allowed, for the client at this address; None where there is none."""
         self.at += 1
         if allowed is None and self.good:
             return self.good[self.at % len(self.good)]
