@@ -200,7 +200,7 @@ class GroupBackend(Backend):
 
     def reach(self) -> socket.SocketType:
         """As `open`, for the member.  Raises NotYet where that has to wait, Refused, Unreachable."""
-        if self.way is not self:
+        if self.way is not self:  # `open` has said BlockingIOError before
             return self.way.open()
         member = self.member
         if member.pool is not None and (self.trouble is None or not self.trouble.has_been_warm):
