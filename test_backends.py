@@ -160,6 +160,15 @@ def test_the_own_listener_in_a_list_stops_the_start():
             ["--listen=127.0.0.1:19000", "--route=a.b=tcp:192.0.2.1:443,127.0.0.1:19000"], {})
 
 
+def test_all_options_that_do_not_fit_a_route_are_said_at_once(settings_file):
+    path = settings_file('[routes."*.b.c"]\ntarget = ["tcp:{label}:1", "tcp:{label}:2"]\n'
+                         'warm = 1\nreuse = "redis"\nsend_proxy = "v2"\nhealth = "tls"\n')
+    with pytest.raises(SettingsError) as raised:
+        sniroute_settings.load_settings(["-c", path], {})
+    told = str(raised.value).split("\n")
+    assert [line.partition('routes."*.b.c": ')[2].partition(":")[0] for line in told] == ["warm", "reuse", "reuse", "health"]
+
+
 def test_the_file_is_opened_only_where_a_route_has_several(tmp_path):
     code = ("import sys, sniroute_settings as s; s.load_settings(sys.argv[1:], {}); "
             "print([m for m in ('backends', 'book', 'groups', 'balance', 'warm', 'checks') if f'sniroute_{m}' in sys.modules])")
@@ -313,7 +322,7 @@ def test_hash_takes_the_address_of_the_proxy_header(several_of, serve):
         return head
     group = group_of(running)
     for address in ("198.51.100.1", "198.51.100.2", "198.51.100.3", "198.51.100.4"):
-        owner = on_loop(running, lambda: group.way.owner(slot_of(address)).target)
+        owner = on_loop(running, lambda: group.balancer.owner(slot_of(address)).target)
         led(address)
         wait_until(lambda: running.endings and running.endings[-1].client[0] == address)
         assert running.endings[-1].backend == owner

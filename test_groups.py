@@ -20,7 +20,7 @@ import sniroute_loop
 from sniroute_backends import SEVERAL
 from sniroute_balance import STRIP, WAYS, Member, slot_of
 from sniroute_book import NO_NAME, Book, Checked
-from sniroute_groups import DOWN, DRAINED, FOREIGN, OWN, UNKNOWN, Failure, Group, Several
+from sniroute_groups import DOWN, DRAINED, FOREIGN, OWN, UNKNOWN, Group, Penalty, Several
 from sniroute_loop import NEVER, Loop
 from sniroute_routes import Route, parse_port_route, parse_route
 from sniroute_targets import Resolved, Targets
@@ -66,7 +66,6 @@ def have(group: Group, targets: list[str], **options: Any) -> None:
 class Client:
     """What a Group sees of a client."""
 
-    is_open = False
     group: Group  # where it waits
 
     def __init__(self, tried: Mapping[Member, str] = {}):
@@ -162,7 +161,7 @@ def test_a_backend_that_fails_fast_does_not_attract_everybody(balance):
         counts[member is bad] += 1
         group.take(member, client := Client())
         if member is bad:
-            group.weigh(member)
+            group.penalise(member)
             member.dialling -= 1
             group.leave(member, client)
         else:
@@ -961,7 +960,7 @@ def loop() -> Iterator[Loop]:
     made.call(lambda: None)
     made.turn()
     watched = sum(callback is not sniroute_loop.ignore for callback in made.poller.callbacks.values())
-    waiting = [item for queue in made.queues for item in queue.due if not isinstance(item, Failure)]
+    waiting = [item for queue in made.queues for item in queue.due if not isinstance(item, Penalty)]
     made.close()
     assert (watched, waiting, faults) == (1, [], []), "nothing but the loop's own pipe"
 
@@ -1189,7 +1188,7 @@ class Life:
             is_trial = member.trial is client
             member.dialling -= 1
             group.leave(member, client)
-            group.weigh(member)
+            group.penalise(member)
             group.bad_news(member, "it refused", is_trial)
             client.told_of[member] = "no"
 

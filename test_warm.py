@@ -581,10 +581,10 @@ def test_clients_that_take_each_one_do_not_hide_that_they_would_have_ended(lab, 
     lab.until(lambda: len(pool.idle) == 1)
     pool.state = sniroute_warm.PROVING
     drop(pool.take())
-    pool.is_proven()
+    pool.proven()
     assert (pool.state, pool.setbacks) == (STEADY, 3)
     lab.until(lambda: len(pool.idle) == 1)
-    pool.is_proven()
+    pool.proven()
     assert pool.setbacks == 0
 
 
