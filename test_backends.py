@@ -1279,7 +1279,7 @@ def test_a_drained_backend_gets_no_new_client_and_keeps_those_that_it_has(severa
 
 
 def test_psql_is_never_refused_while_one_of_three_databases_stops_and_starts(databases, launch, settings_file):
-    for options in ({"balance": "round-robin"}, {"balance": "random", "warm": 6},
+    for options in ({}, {"warm": 6},
                     {"balance": "first", "warm": 2, "health": "postgres", "health_interval": "200ms"}):
         program = launch("-c", settings_file(table([each.address for each in databases], **options,
                                                    health_fail=1, fallback_interval="200ms")))
