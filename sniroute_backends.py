@@ -13,9 +13,9 @@ A Connection tells a GroupBackend what happens, as it tells any Backend.  What t
                 same bytes, and the client does not notice
     proves      a connect proves no backend to which a TLS hello was sent: that can be sent again until a byte comes
 
-Who is to blame?  A backend that takes the connect and closes without a byte may have been asked for nonsense.  So
-that counts as its failure only when another backend then answers to the same bytes: else a stranger's broken hello
-could have all of them rest.
+Who is to blame?  A backend that takes the connect and closes without a byte, or without a good answer to PostgreSQL's
+SSLRequest, may have been asked for nonsense.  So that counts as its failure only when another backend then answers to
+the same bytes: else a stranger's broken hello could have all of them rest.
 
 Most clients meet no failure, and do not wait.  What there is to be known of those that do is in a Trouble, which is
 made when it is needed.
@@ -36,8 +36,8 @@ from socket import MSG_PEEK
 from typing import TYPE_CHECKING
 
 from sniroute_balance import Member
-from sniroute_flow import EARLY
-from sniroute_groups import Group
+from sniroute_flow import EARLY, GREETING, UNANSWERED
+from sniroute_groups import NO_FAULT, Group
 from sniroute_log import BACKEND_DOWN, LIFETIME
 from sniroute_loop import Queue
 from sniroute_refusals import Refused
@@ -61,9 +61,6 @@ ACCOUNTS_MAX = 20  # backends that a refusal names
 
 NOTHING: dict[Member, str] = {}  # of a client that no member has failed; never written
 
-# Refusals of a target that has to wait which are no fault of the backend.
-NO_FAULT = ("busy", "tunnel_budget", "tunnel_stopping", "internal")
-
 
 class Trouble:
     """What has gone wrong on one client's way, and what it waits for."""
@@ -76,7 +73,7 @@ class Trouble:
         self.asked: Member | None = None  # the one whose target had to be prepared
         self.parked = 0.0  # clock time since which the client waits, for room or for a target
         self.stuck = False  # the client has said more than can be sent again
-        self.suspects: dict[Member, str] = {}  # took the connect, and closed without a byte
+        self.suspects: dict[Member, tuple[str, bool]] = {}  # took the connect, and gave no answer; in a trial?
         self.has_been_warm = False  # a warm connection has ended on it: the next one is dialled
         self.unsaid: tuple[Member, Backend, bool] | None = None  # has failed; its last words are on their way
 
@@ -120,7 +117,7 @@ class GroupBackend(Backend):
             try:
                 return self.way.open(why)
             except Unreachable as error:
-                self.lose(str(error))
+                self.lose(str(error), is_suspect=self.connection.state is GREETING)
         if self.awaited is not None:
             self.waited()  # to start a tunnel takes another limit
             self.awaited = None
@@ -132,8 +129,10 @@ class GroupBackend(Backend):
             except BlockingIOError:
                 self.way.longest = self.group.options.connect_timeout
                 raise
-            except (Unreachable, Refused) as error:
+            except Unreachable as error:
                 self.lose(str(error))
+            except Refused as error:
+                self.lose(str(error), is_fault=error.kind not in NO_FAULT)
         raise NotYet(self.group.book.soon)
 
     def choose(self) -> None:
@@ -206,13 +205,13 @@ class GroupBackend(Backend):
         return way.open()
 
     def goes_on(self, error: Refused) -> bool:
-        """The member could not be prepared: the next one is tried."""
+        """The member could not be prepared, or has no TLS for a PostgreSQL client: the next one is tried."""
         trouble = self.in_trouble()
         if trouble.again is not None:
             self.member, trouble.again = trouble.again, None
             self.group.take(self.member, self)
             self.is_dialling = True
-        self.lose(str(error), is_fault=error.kind not in NO_FAULT)
+        self.lose(str(error), is_fault=error.kind not in NO_FAULT, is_suspect=self.connection.state is GREETING)
         return True
 
     def connected(self, server: socket.SocketType) -> None:
@@ -235,10 +234,12 @@ class GroupBackend(Backend):
             if self.warm is None:
                 now = monotonic()
                 member.connected(now - connection.dialled, now)
+        if self.greeting:
+            return True
         if not self.way.proven_by_connect:
             return False
         if connection.name is None:
-            return self.warm is None or bool(self.warm.greeting) or not connection.replayable
+            return self.warm is None or not connection.replayable
         return not connection.replayable
 
     @property
@@ -270,8 +271,7 @@ class GroupBackend(Backend):
         way.release()
 
     def settled(self) -> Backend | None:
-        self.way.settled()
-        self.serves()
+        self.answered()
         return self
 
     def answered(self) -> None:
@@ -294,8 +294,8 @@ class GroupBackend(Backend):
         self.note = self.way.remark() or "" if self.way.told else ""
         group.good_news(member)
         if self.trouble is not None:
-            for suspect, why in self.trouble.suspects.items():
-                group.bad_news(suspect, why, False)
+            for suspect, (why, is_trial) in self.trouble.suspects.items():
+                group.bad_news(suspect, why, is_trial)
             self.trouble.suspects = {}
         if self.is_trial and member.trial is self:
             member.trial = None
@@ -324,8 +324,8 @@ class GroupBackend(Backend):
         if not is_fault:
             return
         group.weigh(member)
-        if is_suspect and not is_trial:
-            trouble.suspects[member] = why
+        if is_suspect:
+            trouble.suspects[member] = why, is_trial
         else:
             group.bad_news(member, why, is_trial)
 
@@ -362,8 +362,10 @@ class GroupBackend(Backend):
                 self.count_dead()
                 self.drop()
                 return Another()
-            member, way, is_suspect = self.member, self.way, not self.is_dialling
-        trouble.stuck |= self.connection.state is EARLY
+            member, way = self.member, self.way
+            is_suspect = not self.is_dialling or self.connection.state is GREETING
+        state = self.connection.state
+        trouble.stuck |= state is EARLY or state is UNANSWERED and not self.connection.replayable
         others = not trouble.stuck and self.has_others()
         verdict = way.failed(why, server, last or trouble.stuck or others)
         if verdict is None:

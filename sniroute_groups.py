@@ -70,6 +70,8 @@ monotonic = time.monotonic
 WEIGHS_MAX = 100  # failures of one member that count as connections at once
 SLOWEST_START = 0.05  # of its share, for a backend that has just come back
 
+# Refusals of a target that has to wait, or of a program, which are no fault of the backend.
+NO_FAULT = frozenset(("busy", "tunnel_budget", "tunnel_stopping", "internal"))
 SHARES = frozenset(("warm_jitter",))  # options that are floats, and no seconds
 OWN, FOREIGN, UNKNOWN, DOWN, DRAINED = range(5)  # ranks of a member
 WORDS = ("good", "good", "unknown", "down", "drained")  # of a rank, for people; FOREIGN beside OWN is "spare"
@@ -440,7 +442,7 @@ class Group:
         member.why, member.since, member.passes = why, self.clock(), 0
         log.warning("%s: backend %s is down: %s (%s)", self.pattern, printable(member.target), printable(why), after)
         self.changed()
-        for client in list(member.held):
+        for client in list(member.held) if self.options.on_down == "cut" else ():
             client.cut()
 
     def rest(self, member: Member) -> None:
