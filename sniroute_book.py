@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 
 from sniroute_balance import Member
 from sniroute_deadlines import silent_connect
-from sniroute_groups import DOWN, Failure, Group
+from sniroute_groups import DOWN, NO_FAULT, Failure, Group
 from sniroute_loop import Loop, Queue
 from sniroute_race import STAGGER, no_answer
 from sniroute_refusals import Refused
@@ -64,7 +64,9 @@ class Warmth:
         if self.options.reuse != "off":
             from sniroute_reuse import REUSES  # imported late: only where it is asked for
             self.reuse = REUSES[self.options.reuse]
-        self.asides: dict[Aside, Backend] = {}  # connections that clients have left, and that may still be spoken on
+        # Connections that clients have left, and that may still be spoken on; the one that rests longest comes first.
+        self.asides: dict[Aside, tuple[Member, Backend]] = {}
+        before = group.warmth and group.warmth.reuse
         options = self.options
         wanted = WarmOptions(0, options.warm_max_idle, options.warm_max_age, options.warm_jitter,
                              options.warm_order, group.route.is_port, options.connect_timeout)
@@ -76,10 +78,17 @@ class Warmth:
                 member.pool = WarmPool(self.book.loop, self.book.queue, self.way_to, wanted, self.told)
             member.pool.make_way = functools.partial(self.way_to, member)
             member.pool.told = functools.partial(self.told, member)
+            if self.reuse is not before:
+                member.pool.drop_reused()
 
     def way_to(self, member: Member) -> Backend | None:
         """As Group.way_to; what is not ready is prepared meanwhile."""
-        way = self.group.way_to(member)
+        try:
+            way = self.group.way_to(member)
+        except Refused as error:
+            if error.kind in NO_FAULT:
+                return None
+            raise
         if way is None:
             self.book.targets.ask(member.decision)
         return way
@@ -111,6 +120,18 @@ class Warmth:
             size = member.share if limit is None else min(member.share, max(limit - member.active, 0))
             if size != member.pool.size or member.rank >= DOWN:  # what clients gave back goes, too
                 member.pool.resize(size)
+            if limit is not None and self.reuse is not None:
+                self.make_room(member, max(limit - member.active, 0))
+
+    def make_room(self, member: Member, room: int) -> None:
+        """Close those connections that no client has, and for which a limit has no room; the latest stay."""
+        idle = member.pool.idle
+        resting = [aside for aside, (whose, _) in self.asides.items() if whose is member]
+        for aside in resting[:max(len(resting) - room, 0)]:
+            _, way = self.asides.pop(aside)
+            aside.close()
+            way.release()
+        member.pool.trim(max(room - len(resting), 0))
 
     # -- reuse
 
@@ -129,19 +150,27 @@ class Warmth:
         observe(backend.connection, self.reuse.machine(), functools.partial(self.keep, backend))
 
     def keep(self, backend: GroupBackend, sock: socket.SocketType) -> None:
-        """A client has left a connection that may serve another one."""
-        member = backend.member
+        """A client has left a connection that may serve another one, unless a reload has changed that."""
+        member, warmth = backend.member, self.group.warmth
         way, backend.way = backend.way, backend  # so that it is not released with the client
-        if not self.reuse.rest:
-            self.put(member, way, backend.birth, sock)
-        elif len(self.asides) < ASIDES_MAX:
-            from sniroute_reuse import Aside
-            queue, birth = self.book.queue(self.reuse.rest, Aside.rested), backend.birth
-            aside = Aside(self.book.loop.poller, queue, sock, lambda sock: self.rested(aside, member, way, birth, sock))
-            self.asides[aside] = way
-        else:
+        if warmth is None or warmth.reuse is not self.reuse:
             sock.close()
             way.release()
+        elif not self.reuse.rest:
+            warmth.put(member, way, backend.birth, sock)
+        else:
+            warmth.put_aside(member, way, backend.birth, sock)
+
+    def put_aside(self, member: Member, way: Backend, birth: float, sock: socket.SocketType) -> None:
+        """It waits for the next client, if it is silent until then."""
+        if member.pool is None or len(self.asides) >= ASIDES_MAX:
+            sock.close()
+            way.release()
+            return
+        from sniroute_reuse import Aside
+        queue = self.book.queue(self.reuse.rest, Aside.rested)
+        aside = Aside(self.book.loop.poller, queue, sock, lambda sock: self.rested(aside, member, way, birth, sock))
+        self.asides[aside] = member, way
 
     def rested(self, aside: Aside, member: Member, way: Backend, birth: float, sock: socket.SocketType | None) -> None:
         """It was silent for long enough; or it was not, and is closed."""
@@ -152,9 +181,10 @@ class Warmth:
             self.put(member, way, birth, sock)
 
     def put(self, member: Member, way: Backend, birth: float, sock: socket.SocketType) -> None:
-        """It waits for the next client, where the member still gets any."""
+        """It waits for the next client, where the member still gets any, and has this address."""
         pool, limit = member.pool, self.options.max_backend_connections
-        if pool is None or member.rank >= DOWN or limit is not None and member.active + len(pool.idle) > limit:
+        if pool is None or member.rank >= DOWN or member.rows and way.row not in member.rows \
+                or limit is not None and member.active + len(pool.idle) > limit:
             sock.close()
             way.release()
         else:
@@ -162,7 +192,7 @@ class Warmth:
 
     def close(self) -> None:
         """Nobody needs it any more; the pools stay."""
-        for aside, way in self.asides.items():
+        for aside, (_, way) in self.asides.items():
             aside.close()
             way.release()
         self.asides.clear()

@@ -329,6 +329,20 @@ class WarmPool:
             warm.discard()
         self.schedule()
 
+    def trim(self, most: int) -> None:
+        """Close the longest idle ones, until there are so many at most."""
+        while len(self.idle) > most:
+            warm, _ = self.idle.popitem(False)
+            warm.discard()
+
+    def drop_reused(self) -> None:
+        """Close what clients gave back."""
+        self.reused = 0
+        for warm in [warm for warm in self.idle if warm.since == -NEVER]:
+            del self.idle[warm]
+            warm.discard()
+        self.schedule()
+
     def resize(self, size: int) -> None:
         """Keep so many.  0, for a backend that is down: close what is idle, and what is being dialled.
 
@@ -470,10 +484,8 @@ class WarmPool:
         warm.wait_for(READ, warm.on_news)
 
     def _trim(self) -> None:
-        """Close the longest idle ones of those that are too many."""
-        while len(self.idle) > max(self.size, self.reused):
-            warm, _ = self.idle.popitem(False)
-            warm.discard()
+        """Close those that are too many."""
+        self.trim(max(self.size, self.reused))
 
     def _drop_all(self, those: dict[Warm, None]) -> None:
         while those:
