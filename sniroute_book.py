@@ -241,6 +241,7 @@ class Book:
         self.queues: dict[tuple[float, Callable[[Any], Any]], Queue] = {}
         self.weighing = self.queue(WEIGHS_FOR, Failure.forget)
         self.soon = self.queue(0.0, next_turn)
+        self.stale = self.queue(0.0, Group.refresh)
 
     # -- queues
 

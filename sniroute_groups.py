@@ -217,9 +217,21 @@ class Group:
         return bool(self.good) and member.rank == self.good[0].rank and self.members.get(member.target) is member
 
     def changed(self) -> None:
-        """A rank has changed.  Of a thousand that go down at once each sorts only where somebody waits."""
+        """A rank has changed.
+
+        Of a thousand that go down at once each sorts only where somebody waits.  Warm connections are shared anew for
+        the first of them, and in the next turn for all the others.
+        """
         self.is_stale = True
-        if self.waiting or self.warmth is not None:
+        if self.waiting:
+            self.sort()
+        elif self.warmth is not None and self not in self.book.stale.due:
+            self.sort()
+            self.book.stale.put(self)
+
+    def refresh(self) -> None:
+        """Sort, where a change has left that for later."""
+        if self.is_stale:
             self.sort()
 
     def sort(self) -> None:
