@@ -338,6 +338,13 @@ class Book:
         if self.checks is not None:
             self.checks.close()
 
+    def give_way(self) -> None:
+        """Clients find no descriptors on this host."""
+        for group in self.groups.values():
+            for member in group.members.values():
+                if member.pool is not None:
+                    member.pool.give_way()
+
     def let_go(self, member: Member) -> None:
         """A member is in no group any more.  Remember whether it was down."""
         if member.pool is not None:

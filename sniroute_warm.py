@@ -434,6 +434,13 @@ class WarmPool:
         warm.discard()
         self._rest(PAUSES[0])
 
+    def give_way(self) -> None:
+        """Clients find no descriptors on this host: leave them half of what is idle, and dial none for a while."""
+        if self.state is not CLOSED:
+            self.trim(len(self.idle) // 2)
+            self._drop_all(self.dialling)
+            self._rest(PAUSES[-1])
+
     def lost(self, warm: Warm) -> None:
         """The backend has ended an idle connection, or has said a byte on it; it is closed."""
         if self.clock() - warm.since < PROVEN_AFTER:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import os
 import random
 import re
 import socket
@@ -25,7 +26,7 @@ from sniroute_balance import WAYS, slot_of
 from sniroute_groups import Group, Several
 from sniroute_refusals import SettingsError
 from sniroute_wire import SSL_REQUEST_BYTES
-from conftest import HERE, HOST, Address, Server, deaf_listener, wait_until
+from conftest import HERE, HOST, Address, Server, deaf_listener, linux, wait_until
 from testbed.clients import Database, certificate, psql
 from testbed.hellos import HELLO, NAME, genuine, v2
 from testbed.program import Program, command, execute
@@ -1498,3 +1499,13 @@ def test_connections_that_rest_until_the_next_client_count_as_the_backend_s(run,
             assert on_loop(running, lambda: member.active + len(member.pool.idle) + len(warmth.asides)) == 1
         running.ending(number)
         assert len(warmth.asides) == 1
+
+
+@linux
+def test_warm_connections_that_take_all_descriptors_make_way_for_clients(launch, settings_file, single_loop_echo):
+    path = settings_file(table([single_loop_echo], warm=500))
+    program = launch("-c", path, python=("/bin/sh", "-c", 'ulimit -n 200 && exec "$@"', "sh", sys.executable))
+    wait_until(lambda: len(os.listdir(f"/proc/{program.pid}/fd")) == 200)
+    for _ in range(20):
+        with program.connect(HELLO) as client:
+            assert read_exactly(client, len(HELLO)) == HELLO
