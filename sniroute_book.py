@@ -44,6 +44,7 @@ __version__ = "0.1.0"
 
 # Limits, each with its reason.  Times in seconds.
 GROUPS_MAX = 1024  # groups of routes whose targets have fields: names come from strangers
+MEMBERS_MAX = 4096  # backends in all of these together: each takes a kilobyte
 KNOWN_MAX = 4096  # members that are in no group, and of which is known that they were down
 WEIGHS_FOR = 10.0  # a failure counts as an open connection: who fails fast looks idle, and would attract everybody
 NO_NAME = "health.invalid"  # what a check asks for where the names of a route have nothing in common: RFC 6761
@@ -234,7 +235,7 @@ class Book:
         self.loop = loop
         self.routes: dict[str, Route] = {}  # by pattern, as they are now
         self.groups: dict[str, Group] = {}  # by Decision.key
-        self.full = GROUPS_MAX  # how many there may be before those that nobody uses are forgotten
+        self.most = self.full = GROUPS_MAX  # how many there may be before those that nobody uses are forgotten
         self.known: dict[str, Member] = {}  # by target: those that are in no group, and were down; the latest last
         self.drained: set[tuple[str, str]] = set()  # pattern and target; both of the configuration
         self.checks: Checks | None = None  # where a route asks for them
@@ -273,6 +274,8 @@ class Book:
         Those whose targets have no fields are known before a client comes.
         """
         self.routes = {route.pattern: route for route in routes}
+        widest = max((len(route.members) for route in routes if route.has_fields), default=1)
+        self.most = self.full = max(min(GROUPS_MAX, MEMBERS_MAX // widest), 1)
         self.drained = {(pattern, target) for pattern, target in self.drained if pattern in self.routes}
         for key, group in list(self.groups.items()):
             route = self.routes.get(group.pattern)
@@ -317,7 +320,7 @@ class Book:
         for key, group in list(self.groups.items()):
             if group.route.has_fields and not group.waiting and not any(each.active for each in group.members.values()):
                 self.drop(key)
-        self.full = max(GROUPS_MAX, 2 * len(self.groups))
+        self.full = max(self.most, 2 * len(self.groups))
 
     def drop(self, key: str) -> None:
         """Forget a group, but not which of its members were down."""

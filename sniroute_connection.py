@@ -506,7 +506,7 @@ class Connection:
     def ended(self, flow: Flow) -> None:
         """The source has ended: pass that on behind its last byte."""
         if self.state is UNANSWERED and flow is self.up:
-            if self.name is not None or not flow.total:
+            if self.name is not None or not flow.total and not self.backend.way.proven_by_connect:
                 self.close(CLIENT_LEFT)  # nobody ends TLS in the middle of its handshake, and stays
                 return
             self.answered(flow)  # a port's client has said all, and waits for the answer

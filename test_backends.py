@@ -559,6 +559,15 @@ def test_names_that_clients_choose_have_groups_of_their_own_and_not_too_many(run
     wait_until(lambda: len(book.groups) == 1 and group not in book.groups.values())
 
 
+def test_of_long_lists_fewer_are_kept_for_names_that_clients_choose(run, settings_file):
+    long = ",".join(f"{{label}}.invalid:{at}" for at in range(1, 1001))
+    running = run("-c", settings_file(f'[routes."*.example.com"]\ntarget = "tcp:{long}"\n'))
+    book = running.router.targets.book
+    for at in range(20):
+        on_loop(running, lambda: book.group(running.router.decide(f"x{at}.example.com")))
+        assert sum(len(group.members) for group in book.groups.values()) <= 4096
+
+
 def test_a_route_that_a_reload_takes_out_is_forgotten(several_of, serve, settings_file):
     good = serve(named(b"g"))
     running = several_of([refusing(), good.address])
@@ -1423,6 +1432,17 @@ def test_programs_that_are_too_many_are_no_fault_of_a_backend(run, settings_file
         assert kept_by(running) == ["", ""]
         client.sendall(b"x")
         assert read_exactly(client, 1) == b"x"
+
+
+@pytest.mark.parametrize("warm", [0, 1])
+def test_a_client_of_a_port_that_ends_without_a_word_gets_the_answer_to_that(run, settings_file, serve, port, warm):
+    far = serve(lambda sock: (read_all(sock), sock.sendall(b"bye")))
+    running = run("-c", settings_file(a_port(port, listed(far.address), warm=warm, connect_timeout="5s")),
+                  "--route", f"{NAME}=tcp:192.0.2.1:1")
+    wait_until(lambda: not warm or idle(running) == 1)
+    with socket.create_connection((HOST, port), 20) as client:
+        client.shutdown(socket.SHUT_WR)
+        assert read_all(client) == b"bye"
 
 
 def test_a_greeting_of_a_warm_program_comes_first(run, settings_file, port, tmp_path):
