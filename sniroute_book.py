@@ -218,9 +218,13 @@ class Checked:
         self.preface = write(None, ("0.0.0.0", 0)) if write is not None else b""
 
     def way(self) -> Backend | None:
+        targets, decision, port = self.group.book.targets, self.member.decision, self.health.port
         way = self.group.way_to(self.member)
         if way is None:
-            self.group.book.targets.ask(self.member.decision)
+            targets.ask(decision)
+        elif port and not all(targets.may_dial(decision, (address[0], port)) for _, address in way.addresses):
+            way.release()
+            raise Refused("forbidden", f"port {port} of {self.target} is this router's own")
         return way
 
     def hear(self, why: str) -> None:

@@ -1130,6 +1130,15 @@ def test_a_backend_that_fails_its_checks_goes_down_without_a_client_and_comes_ba
         assert bad.checks_bad >= 2 and not other.checks_bad
 
 
+def test_a_check_of_another_port_never_reaches_the_router_itself(run, settings_file, serve, free_ports):
+    far, own = serve(named(b"g")), free_ports(1)[0]
+    running = run("-c", settings_file(table([far.address], health=f"http:{own}/", health_interval="50ms")),
+                  "--port", f"{HOST}:{own}=tcp:{HOST}:{far.address[1]}")
+    member = next(iter(group_of(running).members.values()))
+    wait_until(lambda: member.why)
+    assert "this router's own" in member.why and not running.counter("accepted") and not far.accepted
+
+
 def test_a_tunnel_beside_hosts_is_not_started_for_a_check(run, settings_file, serve, cloudflared, ports):
     far = serve(named(b"g"))
     targets = json.dumps([listed(far.address), "cloudflared:db.example.com"])
