@@ -874,11 +874,14 @@ def test_a_warm_connection_whose_end_is_under_way_costs_the_client_nothing(sever
 
 @pytest.mark.parametrize("when", ["before", "together"])
 @pytest.mark.parametrize("how", ["end", "reset"])
+@pytest.mark.parametrize("header", ["as-received", "v1"])
 def test_a_silent_client_of_a_port_does_not_notice_that_its_warm_connection_ends(
-        run, settings_file, serve, port, when, how):
+        run, settings_file, serve, port, when, how, header):
     ends, ended = threading.Event(), threading.Event()
     def handler(sock: socket.socket) -> None:
         if far.accepted > 1:
+            while header == "v1" and (byte := sock.recv(1)) and byte != b"\n":
+                pass
             while data := sock.recv(100):
                 sock.sendall(data)
             return
@@ -886,7 +889,8 @@ def test_a_silent_client_of_a_port_does_not_notice_that_its_warm_connection_ends
         reset(sock) if how == "reset" else sock.close()
         ended.set()
     far = serve(handler)
-    running = run("-c", settings_file(a_port(port, listed(far.address), warm=1)), "--route", f"{NAME}=tcp:192.0.2.1:1")
+    running = run("-c", settings_file(a_port(port, listed(far.address), warm=1, send_proxy=header)),
+                  "--route", f"{NAME}=tcp:192.0.2.1:1")
     wait_until(lambda: idle(running) == 1)
     with socket.create_connection((HOST, port), 20) as client:
         wait_until(lambda: pool_of(running).hit == 1)
