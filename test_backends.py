@@ -872,7 +872,7 @@ def test_a_warm_connection_whose_end_is_under_way_costs_the_client_nothing(sever
     assert running.ending().down == 5 and running.ending().up == len(HELLO) + 4
 
 
-@pytest.mark.parametrize("when", ["before", "together"])
+@pytest.mark.parametrize("when", ["before", "together", "behind"])
 @pytest.mark.parametrize("how", ["end", "reset"])
 @pytest.mark.parametrize("header", ["as-received", "v1"])
 def test_a_silent_client_of_a_port_does_not_notice_that_its_warm_connection_ends(
@@ -899,8 +899,10 @@ def test_a_silent_client_of_a_port_does_not_notice_that_its_warm_connection_ends
             ends.set()
             wait_until(lambda: running.counter("retries") == 1)
             client.sendall(b"hello")
-        else:
+        elif when == "together":
             on_loop(running, lambda: (ends.set(), ended.wait(10), client.sendall(b"hello")))
+        else:
+            on_loop(running, lambda: (client.sendall(b"hello"), ends.set(), ended.wait(10)))
         assert read_exactly(client, 5) == b"hello"
     assert running.counter("retries") == 1
 
