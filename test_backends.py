@@ -1523,6 +1523,37 @@ def test_a_connection_of_before_a_reload_that_ends_reuse_serves_nobody_else(run,
         assert far.result().startswith(b"PROXY TCP4 ")
 
 
+def test_a_connection_to_an_address_that_a_name_no_longer_has_serves_nobody_else(
+        run, settings_file, serve, port):
+    far = serve(lambda sock: [sock.sendall(b"+PONG\r\n") for _ in iter(lambda: sock.recv(100), b"")])
+    running = run("-c", settings_file(a_port(port, listed(far.address), reuse="redis")),
+                  "--route", f"{NAME}=tcp:192.0.2.1:1")
+    member = next(iter(group_of(running).members.values()))
+    for number, idles in ((1, 1), (2, 0)):
+        with socket.create_connection((HOST, port), 20) as client:
+            client.sendall(b"*1\r\n$4\r\nPING\r\n")
+            assert read_exactly(client, 7) == b"+PONG\r\n"
+            if number == 2:
+                on_loop(running, lambda: group_of(running).locate(member, ((socket.AF_INET, ("192.0.2.1", 1)),)))
+        running.ending(number)
+        assert len(member.pool.idle) == idles
+
+
+def test_a_reload_from_cut_to_keep_holds_for_connections_that_were_there(several_of, serve, settings_file):
+    far = serve(named(b"g"))
+    running = several_of([far.address, far.address], on_down="cut")
+    group = group_of(running)
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, 1) == b"g"
+        settings_file(table([far.address, far.address], on_down="keep"))
+        reload(running)
+        for _ in range(3):
+            on_loop(running, lambda: group.bad_news(group.entries[0], "it was", True))
+        assert group.entries[0].why
+        client.sendall(b"x")
+        assert read_exactly(client, 1) == b"x"
+
+
 def test_connections_that_rest_until_the_next_client_count_as_the_backend_s(run, settings_file, echo_server, port):
     running = run("-c", settings_file(a_port(port, listed(echo_server.address), reuse="quiet",
                                              max_backend_connections=1)), "--route", f"{NAME}=tcp:192.0.2.1:1")
