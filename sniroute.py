@@ -46,7 +46,7 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
     sniroute_backends *    several backends of one route       with sniroute_book, _groups, _balance, _warm, _reuse,
                                                                _conversations, _checks and _probes
     sniroute_admin    *    HTTP for the host's own users       with sniroute_door, _metrics and _page
-    sniroute_carrier  *    a tunnel program of our own         with sniroute_edge, _forwarder, _dial and _http
+    sniroute_carrier  *    a tunnel program of our own         with sniroute_edge, _forwarder, _dial, _upgrade and _http
 
 A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The last two rows stand
 apart: they are options of several files, which import race, log, loop, host, names and refusals of the rooms above.

@@ -8,14 +8,22 @@
 
 A Connection tells a GroupBackend what happens, as it tells any Backend.  What this one does otherwise:
 
-    open        chooses a member first, or has the client wait for one (NotYet), or for its target (`awaited`)
+    open        chooses a member first, or has the client wait for room on one, or for a member's target to be ready
+                (NotYet; the target is `awaited`)
     failed      says Another while a member is left, and the client's bytes can be sent again: the next one gets the
                 same bytes, and the client does not notice
     proves      a connect proves no backend to which a TLS hello was sent: that can be sent again until a byte comes
+    goes_on     only one member could not be prepared, or offers no TLS: the next one is tried
 
 Who is to blame?  A backend that takes the connect and closes without a byte, or without a good answer to PostgreSQL's
 SSLRequest, may have been asked for nonsense.  So that counts as its failure only when another backend then answers to
 the same bytes: else a stranger's broken hello could have all of them rest.
+
+connect_budget is counted from the client's dial.  The time that it waits for room, or for a tunnel to start, has limits
+of its own (`queue`, start_timeout), and is added to the budget.
+
+A warm connection (sniroute_warm) that ends before the client has had a byte of it is no failure of its backend.  The
+same one is dialled, and this client takes no warm connection again.
 
 Most clients meet no failure, and do not wait.  What there is to be known of those that do is in a Trouble, which is
 made when it is needed.
@@ -31,8 +39,8 @@ It imports groups, balance, resets, targets, flow, log, the loop and refusals.
 
 from __future__ import annotations
 
+import socket
 import time
-from socket import MSG_PEEK
 from typing import TYPE_CHECKING
 
 from sniroute_balance import Member
@@ -45,7 +53,6 @@ from sniroute_resets import will_reset
 from sniroute_targets import Another, Backend, Doubt, NotYet, Retry, Scheme, Targets, Unreachable, Verdict
 
 if TYPE_CHECKING:
-    import socket
     from sniroute_connection import Connection
     from sniroute_routes import Decision
     from sniroute_warm import Warm
@@ -59,7 +66,10 @@ TRIES_A_TURN = 8  # connects that fail at once, for one client, until other clie
 LIFETIME_JITTER = 0.1  # of max_lifetime: what began together does not end together
 ACCOUNTS_MAX = 20  # backends that a refusal names
 
-NOTHING: dict[Member, str] = {}  # of a client that no member has failed; never written
+NO_FAILURES: dict[Member, str] = {}  # of all clients that no member has failed: one object, which is never written
+
+# How far a client has come with the member that it uses.  NONE: it uses none; SERVED: it stays there.
+NONE, DIALLING, CONNECTED, SERVED = "none", "dialling", "connected", "served"
 
 
 class Trouble:
@@ -68,21 +78,26 @@ class Trouble:
     __slots__ = ("until", "again", "asked", "parked", "stuck", "suspects", "unsaid", "has_been_warm")
 
     def __init__(self) -> None:
-        self.until = 0.0  # clock time; the end of connect_budget, counted from the first failure or wait
+        self.until = 0.0  # clock time: the end of connect_budget
         self.again: Member | None = None  # this member is tried once more
         self.asked: Member | None = None  # the one whose target had to be prepared
-        self.parked = 0.0  # clock time since which the client waits, for room or for a target
+        self.parked = 0.0  # clock time since which the client waits, for room or for a target; 0: it does not
         self.stuck = False  # the client has said more than can be sent again
-        self.suspects: dict[Member, tuple[str, bool]] = {}  # took the connect, and gave no answer; in a trial?
+        # Those that took the connect, and gave no answer: why, and whether that was a trial.
+        self.suspects: dict[Member, tuple[str, bool]] = {}
         self.has_been_warm = False  # a warm connection has ended on it: the next one is dialled
-        self.unsaid: tuple[Member, Backend, bool] | None = None  # has failed; its last words are on their way
+        # One that has failed, its Backend, whose last words are on their way, and whether it is a suspect.
+        self.unsaid: tuple[Member, Backend, bool] | None = None
 
 
 class GroupBackend(Backend):
-    """One client's way to one of several backends; `way` is the Backend of the member that it uses now."""
+    """One client's way to one of several backends.  Loop only.
+
+    `member` is the one that it uses now, or None; `way` is that member's Backend, or itself before there is one.
+    """
 
     __slots__ = ("connection", "group", "member", "way", "told_of", "trouble", "awaited", "patience", "is_trial",
-                 "is_dialling", "is_open", "lifetime", "note", "warm", "birth")
+                 "stage", "lifetime", "note", "warm", "birth")
 
     def __init__(self, connection: Connection, group: Group):
         self.target = connection.decision.target
@@ -90,18 +105,19 @@ class GroupBackend(Backend):
         self.group = group
         self.member: Member | None = None
         self.way: Backend = self
-        self.told_of = NOTHING  # the members that have failed this client, and why
+        self.told_of = NO_FAILURES  # the members that have failed this client, and why
         self.trouble: Trouble | None = None
         self.awaited: Decision | None = None
         self.patience: tuple[Queue, Queue] | None = group.patience
-        self.is_trial = self.is_dialling = self.is_open = False
-        self.lifetime: Queue | None = None
-        self.birth = 0.0  # of its connection, for its pool, where that may serve another client
+        self.stage = NONE  # how far it has come with that member
+        self.is_trial = False  # it is the one client that tries whether the member is back
+        self.lifetime: Queue | None = None  # in which it stands until its max_lifetime
+        self.birth = 0.0  # `began` of WarmPool.put, where its connection may serve another client
         self.warm: Warm | None = None  # the warm connection that it has taken
         self.note: str | None = None  # what the member's own Backend has to remark; "" where it served the client
 
     def in_trouble(self) -> Trouble:
-        """What is known of it, from now on."""
+        """Its Trouble, made where it had none."""
         if self.trouble is None:
             self.trouble = Trouble()
             self.told_of = {}
@@ -111,15 +127,16 @@ class GroupBackend(Backend):
     # -- the way there
 
     def open(self, why: str = "") -> socket.SocketType:
-        if why and self.warm is not None:  # it has just ended: no fault of a backend that is asked anew
+        """As the base, for one member after another."""
+        if why and self.warm is not None:
             self.cool_down()
         elif why and self.member is not None:
             try:
                 return self.way.open(why)
             except Unreachable as error:
                 self.lose(str(error), is_suspect=self.connection.state is GREETING)
-        if self.awaited is not None:
-            self.waited()  # to start a tunnel takes another limit
+        if self.awaited is not None:  # it was prepared meanwhile
+            self.waited()
             self.awaited = None
         for _ in range(TRIES_A_TURN):
             if self.member is None:
@@ -142,10 +159,11 @@ class GroupBackend(Backend):
             options = group.options
             if trouble.again is not None:
                 member, trouble.again = trouble.again, None
-                self.use(member)
-                return
+                if group.has_room(member):  # who waits for room may have got it meanwhile
+                    self.use(member)
+                    return
             if self.told_of:
-                if len(self.told_of) >= (options.tries or len(group.members)):
+                if options.tries and len(self.told_of) >= options.tries:
                     raise Unreachable(self.account())
                 if monotonic() >= trouble.until:
                     raise Unreachable(f"{self.account()}; connect_budget ({options.connect_budget:g} s) is over")
@@ -168,13 +186,13 @@ class GroupBackend(Backend):
         self.way = self
         self.target = member.target
         self.is_trial = member.trial is self
-        self.is_dialling = True
+        self.stage = DIALLING
         self.group.take(member, self)
-        if self.trouble is not None:
-            self.waited()  # to wait for room takes another limit
+        if self.trouble is not None:  # it may have waited for room
+            self.waited()
 
     def waited(self) -> None:
-        """The wait is over; its time does not count."""
+        """The wait is over, if there was one; its time does not count in connect_budget."""
         trouble = self.trouble
         if trouble.parked:
             trouble.until += monotonic() - trouble.parked
@@ -182,7 +200,7 @@ class GroupBackend(Backend):
 
     def reach(self) -> socket.SocketType:
         """As `open`, for the member.  Raises NotYet where that has to wait, Refused, Unreachable."""
-        if self.way is not self:
+        if self.way is not self:  # `open` has said BlockingIOError before
             return self.way.open()
         member = self.member
         if member.pool is not None and (self.trouble is None or not self.trouble.has_been_warm):
@@ -199,18 +217,18 @@ class GroupBackend(Backend):
             if trouble.asked is member:
                 raise Unreachable(f"it was not ready, after {member.decision.scheme.waits_on} was")
             trouble.asked, self.awaited, trouble.parked = member, member.decision, monotonic()
-            self.connection.parks = 0  # a limit for one target
+            self.connection.parks = 0  # PARKS_MAX is for one target
             raise NotYet()
         self.way = way
         return way.open()
 
     def goes_on(self, error: Refused) -> bool:
-        """The member could not be prepared, or has no TLS for a PostgreSQL client: the next one is tried."""
+        """The member could not be prepared, or offers no TLS: `open` comes next, and tries the next one."""
         trouble = self.in_trouble()
         if trouble.again is not None:
             self.member, trouble.again = trouble.again, None
             self.group.take(self.member, self)
-            self.is_dialling = True
+            self.stage = DIALLING
         self.lose(str(error), is_fault=error.kind not in NO_FAULT, is_suspect=self.connection.state is GREETING)
         return True
 
@@ -221,14 +239,16 @@ class GroupBackend(Backend):
             warmth.observe(self)
 
     def proves(self) -> bool:
-        """For TLS only a byte proves a backend: its hello can be sent to another one, as long as that is all.
+        """As the base; called once for each connect that succeeds, which is counted here.
+
+        For TLS only a byte proves a backend: its hello can be sent to another one, as long as that is all.
 
         Behind a port a warm connection that its backend ends before a byte is replaced, as long as the client is
         silent.
         """
         connection = self.connection
-        if self.is_dialling:
-            self.is_dialling = False
+        if self.stage is DIALLING:
+            self.stage = CONNECTED
             member = self.member
             member.dialling -= 1
             if self.warm is None:
@@ -250,21 +270,21 @@ class GroupBackend(Backend):
         if self.warm is None:
             return False
         try:
-            return not server.recv(1, MSG_PEEK)
+            return not server.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False
         except OSError:
             return True
 
     def count_dead(self) -> None:
-        """The warm connection that it took had ended."""
+        """The warm connection that it took had ended: the pool has counted it as a hit."""
         pool = self.member.pool
         if pool is not None:
             pool.hit -= 1
             pool.dead += 1
 
     def cool_down(self) -> None:
-        """The warm connection has ended: let it go, and dial the same member."""
+        """The warm connection has ended, which is no fault of the member: let it go, and dial the same one."""
         self.in_trouble().has_been_warm = True
         self.count_dead()
         way, self.way, self.warm = self.way, self, None
@@ -283,14 +303,14 @@ class GroupBackend(Backend):
         self.serves()
 
     def committed(self) -> None:
-        self.is_open = True
+        self.stage = SERVED
         if self.group.options.max_lifetime:
             self.begin_to_age()
 
     def serves(self) -> None:
         """The member serves the client: so those that did not are to blame."""
         group, member = self.group, self.member
-        self.is_open = True
+        self.stage = SERVED
         self.note = self.way.remark() or "" if self.way.told else ""
         group.good_news(member)
         if self.trouble is not None:
@@ -303,7 +323,7 @@ class GroupBackend(Backend):
             self.begin_to_age()
 
     def begin_to_age(self) -> None:
-        """Nothing can be sent again: its life with this member begins."""
+        """It stays with this member: its max_lifetime begins."""
         if self.lifetime is None:
             group = self.group
             self.lifetime = group.book.spread(group.options.max_lifetime, LIFETIME_JITTER, group.chance(), too_old)
@@ -312,7 +332,10 @@ class GroupBackend(Backend):
     # -- what fails
 
     def lose(self, why: str, is_fault: bool = True, is_suspect: bool = False, member: Member | None = None) -> None:
-        """The member does not serve the client; `is_suspect`: perhaps that is the client's fault."""
+        """The member, or the one that is used now, does not serve the client, and `why`, for people.
+
+        `is_fault`: it is to blame, which counts.  `is_suspect`: perhaps the client is.
+        """
         member, group = member or self.member, self.group
         if member is None:
             return
@@ -323,7 +346,7 @@ class GroupBackend(Backend):
         self.drop()
         if not is_fault:
             return
-        group.weigh(member)
+        group.penalise(member)
         if is_suspect:
             trouble.suspects[member] = why, is_trial
         else:
@@ -333,16 +356,16 @@ class GroupBackend(Backend):
         """Use the member no more."""
         member, way = self.member, self.way
         if member is not None:
-            if self.is_dialling:
-                self.is_dialling = False
+            if self.stage is DIALLING:
                 member.dialling -= 1
+            self.stage = NONE
             self.member, self.way, self.warm = None, self, None
             if way is not self:
                 way.release()
             self.group.leave(member, self)
 
     def account(self) -> str:
-        """What became of each member, for people."""
+        """What became of each member that has failed this client, for people."""
         rows = [f"{member.target.removeprefix('tcp:')}: {why.removeprefix(f'{member.target}: ')}"
                 for member, why in list(self.told_of.items())[:ACCOUNTS_MAX]]
         more = len(self.told_of) - ACCOUNTS_MAX
@@ -351,22 +374,22 @@ class GroupBackend(Backend):
     def failed(self, why: str, server: socket.SocketType | None, last: bool) -> Verdict:
         """Go on to the next member, as long as the client's bytes can be sent again."""
         trouble = self.in_trouble()
-        if trouble.unsaid is not None:  # it was let go of meanwhile
+        if trouble.unsaid is not None:  # the second call; the member was dropped behind the first
             (member, way, is_suspect), trouble.unsaid = trouble.unsaid, None
         elif self.member is None:  # `open` has tried them all
             return Refused("backend", f"{self.connection.decision.target}: {why}")
         else:
             if self.warm is not None and not last and self.connection.state is not EARLY \
-                    and (self.is_dialling or self.is_used_up(server)):
+                    and (self.stage is DIALLING or self.is_used_up(server)):
                 trouble.again, trouble.has_been_warm = self.member, True
                 self.count_dead()
                 self.drop()
                 return Another()
             member, way = self.member, self.way
-            is_suspect = not self.is_dialling or self.connection.state is GREETING
+            is_suspect = self.stage is not DIALLING or self.connection.state is GREETING
         state = self.connection.state
         trouble.stuck |= state is EARLY or state is UNANSWERED and not self.connection.replayable
-        others = not trouble.stuck and self.has_others()
+        others = not trouble.stuck and self.has_others(member)
         verdict = way.failed(why, server, last or trouble.stuck or others)
         if verdict is None:
             trouble.unsaid = member, way, is_suspect
@@ -386,16 +409,17 @@ class GroupBackend(Backend):
             return Refused("backend", f"{self.connection.decision.target}: {self.account()}")
         return verdict
 
-    def has_others(self) -> bool:
-        """Whether another member may be tried behind this one."""
-        group, tried = self.group, len(self.told_of) + 1
-        return tried < min(group.options.tries or tried + 1, len(group.members)) and monotonic() < self.trouble.until
+    def has_others(self, failed: Member) -> bool:
+        """Whether another member may be tried behind this one.  A reload may have taken out some that were."""
+        group, tried = self.group, self.told_of
+        return (monotonic() < self.trouble.until and not (group.options.tries and len(tried) + 1 >= group.options.tries)
+                and any(member is not failed and member not in tried for member in group.members.values()))
 
     # -- the end
 
     def cut(self) -> None:
         """Its member is down, and the route says that this ends it."""
-        if self.is_open:
+        if self.stage is SERVED:
             self.connection.close(BACKEND_DOWN)
 
     def remark(self) -> str | None:
@@ -410,10 +434,9 @@ class GroupBackend(Backend):
         if self.way is not self:
             self.way.abandon(server)
             if self.way.proven_by_connect:
-                will_reset(server)
+                will_reset(server)  # as Connection.close does where a backend has answered: a cut is no end
 
     def release(self) -> None:
-        self.is_open = False
         if self.group.waiting:
             self.group.count_wait(self)
         if self.lifetime is not None:
@@ -423,7 +446,7 @@ class GroupBackend(Backend):
 
 
 def way_of(connection: Connection) -> Backend:
-    """The way of a client, the same one for each try."""
+    """`Scheme.choose`: the GroupBackend of a client, the same one for each try."""
     backend = connection.backend
     if backend is None:
         book, decision = connection.router.targets.book, connection.decision
@@ -440,7 +463,7 @@ def never_ready(targets: Targets, decision: Decision) -> Backend | None:
 
 
 def check_several(rest: str) -> str:
-    """Each target is checked by its own row."""
+    """`Scheme.check`: nothing, since each target is checked by its own row."""
     return rest
 
 

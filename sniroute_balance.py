@@ -9,7 +9,8 @@
                     may_try(member, chosen, client) whether a client that would be led to `chosen` may try one that
                                                     has rested
 
-A choice takes as long for a thousand backends as for two.  No I/O: the time and the dice are the group's.
+A choice takes as long for a thousand backends as for two, but where the ones that it meets are full, or were tried.
+No I/O: the time and the dice are the group's.
 
 Threads: the loop only.
 
@@ -44,16 +45,18 @@ STRIP = 30  # results of a member that are kept, two bits each: with 60 bits the
 STRIP_MASK = (1 << 2 * STRIP) - 1
 FORGET_SLOW = 30.0  # a connect time counts half after this long: who was slow is tried again
 GAIN = 0.25  # of a new connect time in the moving average: the last eight have nine tenths of it
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)  # buckets of connect times
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)  # upper bounds of times
 
 
 # -- members -----------------------------------------------------------------------------------
 
 
 class Member:
-    """One backend of a route, and what is known of it.  Its own methods count; Group says what follows."""
+    """One backend of a route, and what is known of it.  Its methods keep the numbers; Group says what follows."""
 
-    __slots__ = ("target", "decision", "place", "copies", "active", "weighing", "fails", "passes", "why", "since",
+    bounds = BUCKETS  # of the buckets in `counts`
+
+    __slots__ = ("target", "decision", "place", "weight", "active", "penalties", "fails", "passes", "why", "since",
                  "until", "trial", "held", "seconds", "heard", "dialling", "dialled", "failures", "counts", "sum",
                  "level", "rank", "is_drained", "is_near", "is_checked", "is_proven", "fails_checked", "checks_good",
                  "checks_bad", "rows", "far", "turn", "strip", "pool", "share")
@@ -62,47 +65,45 @@ class Member:
         self.target = target  # for people, and its key
         self.decision: Decision | None = None  # given by the group
         self.place = 0  # the first in the list is 0
-        self.copies = 1  # how often it is in the list
+        self.weight = 1  # how often it is in the list
         self.active = 0  # connections now, those that are being made among them
-        self.weighing = 0  # failures of the last WEIGHS_FOR seconds
+        self.penalties = 0  # failures of the last PENALTY_FOR seconds
         self.fails = 0  # in a row
         self.passes = 0  # successes in a row, while it is down
         self.why = ""  # it is down, and this is why; "" where it is good
         self.since = now  # it is so since this clock time
         self.until = 0.0  # it rests until this clock time
         self.trial: GroupBackend | None = None  # the client that tries whether it is back
-        self.held: dict[GroupBackend, None] = {}  # its connections, where on_down = cut
+        self.held: dict[GroupBackend, None] = {}  # the clients that use it, where on_down = cut
         self.seconds: float | None = None  # moving average of its connect time; None: never tried
-        self.heard = 0.0  # clock time of the last of those
+        self.heard = 0.0  # clock time at which `seconds` was last changed
         self.dialling = 0  # connects under way
-        self.dialled = 0.0  # clock time since which it has answered none of them
+        self.dialled = 0.0  # clock time since which it has answered none of these
         self.failures = 0  # all that there were
-        self.counts = [0] * (len(SECONDS) + 1)  # connect times: of each bucket of SECONDS, and above
-        self.sum = 0.0
-        self.level: int | None = None  # of Least
-        self.rank = 0  # how clients see it: see sniroute_groups
+        self.counts = [0] * (len(BUCKETS) + 1)  # connect times: of each bucket of BUCKETS, and above
+        self.sum = 0.0  # of all connect times, in seconds
+        self.level: int | None = None  # where it stands in Least; None: nowhere
+        self.rank = 0  # how clients see it, as Group.sort found it last: OWN to DRAINED of sniroute_groups
         self.is_drained = False  # an operator wants no client led there
         self.is_near = True  # in the own zone, where there are zones
-        self.is_checked = False  # actively
-        self.is_proven = False  # an active check has passed
+        self.is_checked = False  # by active checks
+        self.is_proven = False  # one of these has passed
         self.fails_checked = 0  # active checks in a row
         self.checks_good = self.checks_bad = 0  # all that there were
         self.rows: Sequence[Row] = ()  # its addresses, as `is_near` was asked about
         self.far: frozenset[Row] = frozenset()  # of these, the ones in another zone
-        self.turn = 0  # the next to begin with
-        self.pool: WarmPool | None = None
-        self.share = 0  # of the route's warm connections
+        self.turn = 0  # counts up: which one of its addresses comes first, see `ordered`
+        self.pool: WarmPool | None = None  # where the route has warm connections, or `reuse`
+        self.share = 0  # so many of the route's warm connections are its own
         self.strip = 0  # its last results: see `mark`
-
-    bounds = SECONDS  # of the buckets in `counts`
 
     @property
     def load(self) -> float:
         """Its connections, and its failures of late, for each time that it is in the list."""
-        return (self.active + self.weighing) / self.copies
+        return (self.active + self.penalties) / self.weight
 
     def mark(self, is_good: bool) -> None:
-        """Remember how a client, or a check, fared."""
+        """Remember how a client, or a check, fared: two bits, 1 and whether that was good.  The latest are last."""
         self.strip = (self.strip << 2 | 2 + is_good) & STRIP_MASK
 
     def results(self) -> str:
@@ -114,9 +115,10 @@ class Member:
         return shown
 
     def ordered(self, rows: Sequence[Row], lags: Callable[[Row], bool]) -> Sequence[Row]:
-        """The addresses of one host, another one first each time: they share its weight.
+        """The addresses of one host in the order in which they are tried; `lags` as Laggards.has of sniroute_race.
 
-        Those that do not lag, then those in the own zone, come first.  The best of one family take turns.
+        Those that do not lag, then those in the own zone, come first.  The best of one family take turns in the first
+        place, from call to call: so they share the weight of the host.
         """
         flaws = {row: 2 * lags(row) + (row in self.far) for row in rows}
         rows = sorted(rows, key=flaws.__getitem__)
@@ -129,27 +131,30 @@ class Member:
     def connected(self, seconds: float, now: float) -> None:
         """A connect succeeded, and took so long."""
         self.dialled = now
-        self.counts[bisect.bisect_left(SECONDS, seconds)] += 1
+        self.counts[bisect.bisect_left(BUCKETS, seconds)] += 1
         self.sum += seconds
-        known = self.seconds  # `observe`, for each connection
+        known = self.seconds  # as `observe`, without a call for each connection
         self.seconds = seconds if known is None else known + GAIN * (seconds - known)
         self.heard = now
 
     def observe(self, seconds: float, now: float) -> None:
-        """A connect took so long; or it failed, which counts as if it had been silent to the end."""
+        """A connect took so many seconds; of one that failed they are connect_timeout, as if it had been silent."""
         known = self.seconds
         self.seconds = seconds if known is None else known + GAIN * (seconds - known)
         self.heard = now
 
     def cost(self, now: float, timeout: float) -> float:
-        """Seconds that a connect is expected to take.  A connect that is silent costs what it has cost so far."""
+        """Seconds that a connect is expected to take; `timeout` is connect_timeout.
+
+        One under way that is silent costs what it has cost so far.  Each failure of late costs a `timeout`.
+        """
         if self.seconds is None:
             expected = timeout if self.dialling else 0.0  # one client finds out
         else:
             expected = self.seconds * 0.5 ** ((now - self.heard) / FORGET_SLOW)
         if self.dialling:
             expected = max(expected, now - self.dialled)
-        return expected + self.weighing * timeout
+        return expected + self.penalties * timeout
 
 
 # -- ways to balance ---------------------------------------------------------------------------
@@ -159,9 +164,9 @@ Allowed = Callable[[Member], bool] | None  # whether a member may be picked; Non
 
 
 class RoundRobin:
-    """One after another."""
+    """One after another.  The base of the others: a copy in the list has a place of its own."""
 
-    counts = False  # whether it has to be told when the load of a member changes
+    follows_load = False  # whether `moved` is called, for each connection that begins and ends
 
     def __init__(self, group: Group):
         self.group = group
@@ -169,12 +174,14 @@ class RoundRobin:
         self.at = 0
 
     def reset(self, good: list[Member]) -> None:
+        """Who is good has changed: these, each as often as its weight."""
         self.good = good
 
     def moved(self, member: Member) -> None:
-        """The load of a member has changed; called where `counts`."""
+        """The load of a member has changed."""
 
     def pick(self, allowed: Allowed, client: str) -> Member | None:
+        """A good member that is allowed, for the client at this address; None where there is none."""
         self.at += 1
         if allowed is None and self.good:
             return self.good[self.at % len(self.good)]
@@ -194,6 +201,7 @@ class RoundRobin:
         return None
 
     def may_try(self, member: Member, chosen: Member | None, client: str) -> bool:
+        """Whether a client that would be led to `chosen` may try a member that has rested."""
         return True
 
 
@@ -247,7 +255,7 @@ class Least(RoundRobin):
     The members stand on levels by their load, so that a choice takes as long for a thousand as for two.
     """
 
-    counts = True
+    follows_load = True
 
     def __init__(self, group: Group):
         super().__init__(group)
@@ -359,7 +367,7 @@ class ByClient(RoundRobin):
 
 
 def scrambled(text: str) -> int:
-    """64 bits that look random, the same in each process."""
+    """64 bits that look random, and are the same in each process, so that routers agree."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 

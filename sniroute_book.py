@@ -6,14 +6,17 @@
               give back (sniroute_reuse)
     Checked   a member, as active checks see it (sniroute_checks)
 
-Threads: the loop only; `Book.listed` and `Book.rows` are for any thread.
+All queues of the loop that these rooms need come from Book.queue: one for all that wait equally long for the same.
+
+Threads: the loop only; `Book.listed` and `Book.rows` are for any thread.  Main calls `Book.adopt` once, before the loop
+runs.
 
 Seams: I want to ...
     share warm connections otherwise    `Warmth.share`
     let operators do more               a method of Book, asked for by the admin in the loop (Router.call)
 
-It imports groups, balance, deadlines, race, targets, the loop, wire and refusals; warm, reuse, checks and
-probes where a route asks for them.
+It imports groups, balance, deadlines, race, targets, the loop, wire and refusals; where a route asks for them, warm,
+reuse, checks and probes.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 
 from sniroute_balance import Member
 from sniroute_deadlines import silent_connect
-from sniroute_groups import DOWN, NO_FAULT, Failure, Group
-from sniroute_loop import Loop, Queue
+from sniroute_groups import DOWN, NO_FAULT, Group, Penalty
+from sniroute_loop import JITTERS, Loop, Queue, jittered
 from sniroute_race import STAGGER, no_answer
 from sniroute_refusals import Refused
 from sniroute_targets import Backend, Targets
@@ -45,11 +48,10 @@ __version__ = "0.1.0"
 # Limits, each with its reason.  Times in seconds.
 GROUPS_MAX = 1024  # groups of routes whose targets have fields: names come from strangers
 MEMBERS_MAX = 4096  # backends in all of these together: each takes a kilobyte
-KNOWN_MAX = 4096  # members that are in no group, and of which is known that they were down
-WEIGHS_FOR = 10.0  # a failure counts as an open connection: who fails fast looks idle, and would attract everybody
+KNOWN_MAX = 4096  # targets that are in no group, and were down: strangers may have named them; the oldest goes
+PENALTY_FOR = 10.0  # a failure counts as an open connection: who fails fast looks idle, and would attract everybody
 NO_NAME = "health.invalid"  # what a check asks for where the names of a route have nothing in common: RFC 6761
 ASIDES_MAX = 64  # connections of a route that rest until they may serve another client: as many as a pool keeps
-JITTERS = 16  # different lifetimes: what began together does not end together; each is a queue
 
 
 # -- warm connections ---------------------------------------------------------------------------
@@ -60,50 +62,39 @@ class Warmth:
 
     def __init__(self, group: Group):
         from sniroute_warm import WarmOptions, WarmPool  # imported late: only where it is asked for
-        self.group, self.book, self.options = group, group.book, group.options
+        self.group, self.book = group, group.book
+        self.options = options = group.options
         self.reuse: Reuse | None = None
-        if self.options.reuse != "off":
+        if options.reuse != "off":
             from sniroute_reuse import REUSES  # imported late: only where it is asked for
-            self.reuse = REUSES[self.options.reuse]
-        # Connections that clients have left, and that may still be spoken on; the one that rests longest comes first.
+            self.reuse = REUSES[options.reuse]
+        # Connections that rest before they may serve another client; the one that rests longest comes first.
         self.asides: dict[Aside, tuple[Member, Backend]] = {}
         before = group.warmth and group.warmth.reuse
-        options = self.options
         wanted = WarmOptions(0, options.warm_max_idle, options.warm_max_age, options.warm_jitter,
                              options.warm_order, group.route.is_port, options.connect_timeout)
         for member in group.members.values():
+            make_way = functools.partial(way_ahead, group, member)
+            told = functools.partial(self.told, member)
             if member.pool is not None and member.pool.options != wanted:
-                member.pool.close()
-                member.pool = None
+                close_pool(member)
             if member.pool is None:
-                member.pool = WarmPool(self.book.loop, self.book.queue, self.way_to, wanted, self.told)
-            member.pool.make_way = functools.partial(self.way_to, member)
-            member.pool.told = functools.partial(self.told, member)
+                member.pool = WarmPool(self.book.loop, self.book.queue, make_way, wanted, told)
+            else:
+                member.pool.make_way, member.pool.told = make_way, told
             if self.reuse is not before:
                 member.pool.drop_reused()
 
-    def way_to(self, member: Member) -> Backend | None:
-        """As Group.way_to; what is not ready is prepared meanwhile."""
-        try:
-            way = self.group.way_to(member)
-        except Refused as error:
-            if error.kind in NO_FAULT:
-                return None
-            raise
-        if way is None:
-            self.book.targets.ask(member.decision)
-        return way
-
     def told(self, member: Member, why: str) -> None:
-        """A dial has failed.
+        """A dial ahead has failed: that counts as a client's failure.
 
-        One that succeeds says less than a client that is served: so it does not end a row of failures.
+        One that succeeds is no good news: it proves less than a client that is served.
         """
-        self.group.weigh(member)
+        self.group.penalise(member)
         self.group.bad_news(member, why, False)
 
     def share(self) -> None:
-        """Share them among the members that clients are led to."""
+        """Share `warm` among the members that clients are led to now; what is over goes to the first of the list."""
         good = self.group.good
         takers = good[:1] if self.options.balance == "first" else good
         each, more = divmod(self.options.warm, max(len(takers), 1))
@@ -119,14 +110,13 @@ class Warmth:
         if member.pool is not None:
             limit = self.options.max_backend_connections
             size = member.share if limit is None else min(member.share, max(limit - member.active, 0))
-            if size != member.pool.size or member.rank >= DOWN:  # what clients gave back goes, too
+            if size != member.pool.size or member.rank >= DOWN:  # the latter: what clients gave back goes, too
                 member.pool.resize(size)
             if limit is not None and self.reuse is not None:
                 self.make_room(member, max(limit - member.active, 0))
 
     def make_room(self, member: Member, room: int) -> None:
         """Close those connections that no client has, and for which a limit has no room; the latest stay."""
-        idle = member.pool.idle
         resting = [aside for aside, (whose, _) in self.asides.items() if whose is member]
         for aside in resting[:max(len(resting) - room, 0)]:
             _, way = self.asides.pop(aside)
@@ -182,7 +172,7 @@ class Warmth:
             self.put(member, way, birth, sock)
 
     def put(self, member: Member, way: Backend, birth: float, sock: socket.SocketType) -> None:
-        """It waits for the next client, where the member still gets any, and has this address."""
+        """It waits for the next client in the pool, where the member still gets any, and has this address, and room."""
         pool, limit = member.pool, self.options.max_backend_connections
         if pool is None or member.rank >= DOWN or member.rows and way.row not in member.rows \
                 or limit is not None and member.active + len(pool.idle) > limit:
@@ -192,7 +182,7 @@ class Warmth:
             pool.put(way, sock, birth)
 
     def close(self) -> None:
-        """Nobody needs it any more; the pools stay."""
+        """Close what rests aside.  The pools stay: they are the members'."""
         for aside, (_, way) in self.asides.items():
             aside.close()
             way.release()
@@ -218,11 +208,10 @@ class Checked:
         self.preface = write(None, ("0.0.0.0", 0)) if write is not None else b""
 
     def way(self) -> Backend | None:
-        targets, decision, port = self.group.book.targets, self.member.decision, self.health.port
-        way = self.group.way_to(self.member)
-        if way is None:
-            targets.ask(decision)
-        elif port and not all(targets.may_dial(decision, (address[0], port)) for _, address in way.addresses):
+        targets, port = self.group.book.targets, self.health.port
+        way = way_ahead(self.group, self.member)
+        if way is not None and port \
+                and not all(targets.may_dial(self.member.decision, (address[0], port)) for _, address in way.addresses):
             way.release()
             raise Refused("forbidden", f"port {port} of {self.target} is this router's own")
         return way
@@ -239,13 +228,13 @@ class Book:
         self.loop = loop
         self.routes: dict[str, Route] = {}  # by pattern, as they are now
         self.groups: dict[str, Group] = {}  # by Decision.key
-        self.most = self.full = GROUPS_MAX  # how many there may be before those that nobody uses are forgotten
+        self.most = self.full = GROUPS_MAX  # how many groups there may be before those that nobody uses are forgotten
         self.known: dict[str, Member] = {}  # by target: those that are in no group, and were down; the latest last
         self.drained: set[tuple[str, str]] = set()  # pattern and target; both of the configuration
         self.checks: Checks | None = None  # where a route asks for them
         self.queues: dict[tuple[float, Callable[[Any], Any]], Queue] = {}
-        self.weighing = self.queue(WEIGHS_FOR, Failure.forget)
-        self.soon = self.queue(0.0, next_turn)
+        self.penalties = self.queue(PENALTY_FOR, Penalty.forget)
+        self.soon = self.queue(0.0, next_turn)  # of clients whose connects fail at once: others have a turn between
         self.stale = self.queue(0.0, Group.refresh)
 
     # -- queues
@@ -259,10 +248,14 @@ class Book:
 
     def spread(self, seconds: float, share: float, chance: float, act: Callable[[Any], Any]) -> Queue:
         """The queue for about so many seconds, up to a `share` of that more or less, as `chance` (0 to 1) has it."""
-        return self.queue(seconds * (1 + share * (2 * int(chance * JITTERS) / (JITTERS - 1) - 1)), act)
+        return self.queue(jittered(seconds, share, int(chance * JITTERS)), act)
 
     def patience(self, seconds: float) -> tuple[Queue, Queue]:
-        """The deadlines of one connect: until others are tried beside it, and from then on."""
+        """The two deadlines of a connect that has so many seconds (connect_timeout).
+
+        The first ends when other addresses are tried beside the silent one, instead of Deadlines.stagger.  The second
+        is for the rest, whatever it is that the backend does not answer: instead of .connect, .budget and .greeting.
+        """
         alone = min(seconds / 2, STAGGER)
         return self.queue(alone, silent_connect), self.queue(seconds - alone, late_member)
 
@@ -273,9 +266,9 @@ class Book:
     # -- groups
 
     def adopt(self, routes: Sequence[Route], identified: bool) -> None:
-        """Have these routes.  `identified`: see Route.decide.
+        """Have these routes, all that have several backends; `identified` as in Route.decide.
 
-        Those whose targets have no fields are known before a client comes.
+        Those whose targets have no fields have their group before a client comes; the others get one for each name.
         """
         self.routes = {route.pattern: route for route in routes}
         widest = max((len(route.members) for route in routes if route.has_fields), default=1)
@@ -283,7 +276,7 @@ class Book:
         self.drained = {(pattern, target) for pattern, target in self.drained if pattern in self.routes}
         for key, group in list(self.groups.items()):
             route = self.routes.get(group.pattern)
-            if route is None or route.has_fields is not group.route.has_fields:  # in the latter case it has another key
+            if route is None or route.has_fields is not group.route.has_fields:  # the latter changes Decision.key
                 self.drop(key)
         for route in routes:
             if not route.has_fields:
@@ -354,9 +347,7 @@ class Book:
 
     def let_go(self, member: Member) -> None:
         """A member is in no group any more.  Remember whether it was down."""
-        if member.pool is not None:
-            member.pool.close()
-            member.pool = None
+        close_pool(member)
         if member.why:
             self.known.pop(member.target, None)
             self.known[member.target] = member
@@ -371,15 +362,13 @@ class Book:
         return member
 
     def warmth(self, group: Group) -> Warmth | None:
-        """The warm connections of a group, as its options are now; None where it has none."""
+        """The Warmth of a group, made anew as its options are now; None where they ask for none."""
         if group.warmth is not None:
             group.warmth.close()
         if group.options.warm or group.options.reuse != "off":
             return Warmth(group)
         for member in group.members.values():
-            if member.pool is not None:
-                member.pool.close()
-                member.pool = None
+            close_pool(member)
         return None
 
     # -- operators
@@ -410,8 +399,28 @@ class Book:
                 yield group, member
 
 
+def way_ahead(group: Group, member: Member) -> Backend | None:
+    """As Group.way_to, where no client waits for it: what is not ready is prepared meanwhile.  Raises Refused."""
+    try:
+        way = group.way_to(member)
+    except Refused as error:
+        if error.kind in NO_FAULT:
+            return None
+        raise
+    if way is None:
+        group.book.targets.ask(member.decision)
+    return way
+
+
+def close_pool(member: Member) -> None:
+    """End the warm connections of a member, if it has some."""
+    if member.pool is not None:
+        member.pool.close()
+        member.pool = None
+
+
 def late_member(connection: Connection) -> None:
-    """A backend has had its connect_timeout."""
+    """A backend has had its connect_timeout.  Called by the second queue of Book.patience."""
     backend = connection.backend
     backend.warm = None  # silence is no end: where it was warm, the same backend is not asked anew
     race = backend.way.race
@@ -430,5 +439,5 @@ def late_turn(connection: Connection) -> None:
 
 
 def next_turn(connection: Connection) -> None:
-    """Others have had theirs."""
+    """Others have had their turn: go on.  Called by Book.soon."""
     connection.resume()

@@ -43,7 +43,7 @@ Seams: I want to ...
     another option                                          `parse_words`
 
 sniroute starts this program, and never imports it.  This room imports sniroute_edge, sniroute_forwarder,
-sniroute_dial, sniroute_http, sniroute_host, sniroute_loop, sniroute_names and sniroute_refusals.
+sniroute_dial, sniroute_upgrade, sniroute_host, sniroute_loop, sniroute_names and sniroute_refusals.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ from typing import Any, Mapping
 from sniroute_dial import Dial, Failed, Proxy, WayOut, find_proxy, set_options
 from sniroute_edge import REASONS, RECORD, Upgrade, Upgraded, identity, lacks_half, make_context, parse_target
 from sniroute_forwarder import LEVELS, Control, Forwarder, Listener, Log, bridge, parse_listen, reset
-from sniroute_http import BINARY, CHUNK, CLOSE, PING, PONG, FrameReader, frame, parse_header
 from sniroute_host import open_standard_streams, raise_descriptor_limit
 from sniroute_loop import READ, WRITE, Watch, unsent
 from sniroute_names import printable, show_address
 from sniroute_refusals import Malformed, SettingsError
+from sniroute_upgrade import BINARY, CHUNK, CLOSE, PING, PONG, FrameReader, frame, parse_header
 
 __version__ = "0.1.0"
 

@@ -28,7 +28,7 @@ import socket
 import time
 from typing import Any, Callable, Iterable, Protocol
 
-from sniroute_loop import READ, WRITE, Loop, Queue, Watch
+from sniroute_loop import JITTERS, READ, WRITE, Loop, Queue, Watch, jittered
 from sniroute_names import printable, show_address
 from sniroute_probes import HEARD_MAX, KINDS, READ_SIZE, Dialogue, Health, Question
 from sniroute_race import STAGGER, UNDER_WAY, Attempt, Race, Races
@@ -43,10 +43,10 @@ monotonic = time.monotonic
 LINGER = 1.0  # for the backend's own end; most need a millisecond
 AGAIN = 1.0  # until a member is asked again that has to be prepared, or for which this host had no descriptor
 FULL = 0.05  # until a unix socket whose backlog is full is tried again
-JITTERS = 16  # different intervals: what began together does not stay together; each is a queue
-JITTER = 0.1  # of the interval, up and down
+JITTER = 0.1  # the share by which an interval is longer or shorter: what began together does not stay together
 START_WITHIN = 5.0  # the first checks of what is new are spread over this, or over a shorter interval
 AT_ONCE = 256  # checks: 1,000 dead backends that take 2 s each, every 10 s, need 200; each takes a descriptor
+
 
 # -- one check ---------------------------------------------------------------------------------
 
@@ -54,13 +54,13 @@ CONNECTING, TALKING, LEAVING, OVER = "connecting", "talking", "leaving", "over"
 
 
 class Shared:
-    """What the checks of one loop share.  `queue(seconds, act)` gives a queue, the same one for the same words."""
+    """What the checks of one loop share.  `queue` is Book.queue: it gives one for all that wait equally long."""
 
     def __init__(self, loop: Loop, queue: Callable[[float, Callable[[Any], Any]], Queue]):
         self.loop = loop
         self.queue = queue
         self.races = Races(loop)
-        self.soon = queue(0.0, Check.open)
+        self.soon = queue(0.0, Check.open)  # another address comes next
         self.full = queue(FULL, Check.open)
         self.stagger = queue(STAGGER, Check.race)
         self.leaving = queue(LINGER, Check.left)
@@ -75,7 +75,7 @@ class Check(Watch):
     """
 
     __slots__ = ("shared", "health", "way", "name", "timeout", "done", "preface", "state", "sock", "dialogue", "why",
-                 "unsent", "late", "drained", "began")
+                 "unsent", "late", "surplus", "began")
 
     def __init__(self, shared: Shared, health: Health, way: Backend, name: str, timeout: float,
                  done: Callable[[str | None], None], preface: bytes = b""):
@@ -90,17 +90,17 @@ class Check(Watch):
         self.state = CONNECTING
         self.sock: socket.SocketType | None = None
         self.dialogue: Dialogue | None = None
-        self.why = ""  # why the last address did not take the connect, or what was said
+        self.why = ""  # why the last address did not take the connect, or why sending failed
         self.unsent = b""
-        self.drained = 0  # bytes read while it leaves
+        self.surplus = 0  # bytes read while it leaves
         self.began = 0.0  # clock time; the connect to the latest address
-        self.late = shared.queue(timeout, Check.expire)
+        self.late = shared.queue(timeout, Check.expire)  # its one deadline, until it leaves
         self.late.put(self)
 
     # -- the connect
 
     def open(self) -> None:
-        """Begin the connect, to the next address where one has failed.  Second phase of a turn only (sniroute_race)."""
+        """Begin the connect to the next address.  Second phase of a turn only: see sniroute_race."""
         why, self.why = self.why, ""
         self.began = monotonic()
         try:
@@ -184,7 +184,7 @@ class Check(Watch):
     # -- the talk
 
     def say(self, data: bytes) -> None:
-        """Send, and wait for the answer: a backend may say why it breaks off before it does."""
+        """Send, and wait for the answer, also where sending fails: a backend may have said why before it broke off."""
         self.unsent += data
         if self.unsent:
             try:
@@ -246,8 +246,8 @@ class Check(Watch):
             return
         except OSError:
             data = b""
-        self.drained += len(data)
-        if not data or self.drained > HEARD_MAX:
+        self.surplus += len(data)
+        if not data or self.surplus > HEARD_MAX:
             self.left()
 
     def left(self) -> None:
@@ -296,7 +296,7 @@ class Check(Watch):
         self.dialogue = None
 
 
-def aside(way: Backend, port: int) -> Backend:
+def at_port(way: Backend, port: int) -> Backend:
     """The way to another port of the same host.  Takes `way` over.  Raises Unreachable where it leads to no host."""
     way.release()
     if not way.proven_by_connect or any(family not in (socket.AF_INET, socket.AF_INET6) for family, _ in way.addresses):
@@ -309,7 +309,7 @@ def aside(way: Backend, port: int) -> Backend:
 
 
 class Subject(Protocol):
-    """What a member of a group says of its checks.  All but the methods stays as it is."""
+    """What a member of a group says of its checks: `Checked` of sniroute_book.  Its attributes never change."""
 
     target: str  # where it leads: who has the same target, and wants the same, shares a check
     health: Health
@@ -322,7 +322,7 @@ class Subject(Protocol):
         """A new way there; None: it has to be prepared first, and nothing is known.  Raises Refused, Unreachable."""
 
     def hear(self, why: str) -> None:
-        """It was checked: "" where it is good, else what is wrong, for people."""
+        """It was checked; `why` is "" where it is good, else what is wrong, for people."""
 
 
 def wish(subject: Subject) -> tuple[Any, ...]:
@@ -343,13 +343,13 @@ class Round:
         self.queue: Queue | None = None  # in which it waits for its next beat
 
     def wait(self, seconds: float) -> None:
-        """The next beat is then."""
+        """The next beat is in so many seconds."""
         self.queue = self.checks.shared.queue(seconds, Round.beat)
         self.queue.put(self)
 
     def beat(self) -> None:
         """Its time has come.  Where the last check is not over, or still waits for its turn, this one is left out."""
-        self.wait(self.subjects[0].interval * (1.0 - JITTER + 2 * JITTER * self.checks.dice() / (JITTERS - 1)))
+        self.wait(jittered(self.subjects[0].interval, JITTER, self.checks.dice()))
         self.ask()
 
     def ask(self) -> None:
@@ -369,7 +369,7 @@ class Round:
                 return
             preface = subject.preface
             if subject.health.port:
-                way, preface = aside(way, subject.health.port), b""
+                way, preface = at_port(way, subject.health.port), b""
         except (Refused, Unreachable) as error:
             self.tell(str(error))
             return
@@ -378,7 +378,7 @@ class Round:
         self.check.open()
 
     def over(self, why: str | None) -> None:
-        """The check is."""
+        """The check is over; `why` as `done` of Check."""
         self.check = None
         self.checks.running -= 1
         if self.checks.waiting:
@@ -389,7 +389,7 @@ class Round:
             self.tell(why)
 
     def tell(self, why: str) -> None:
-        """All who wanted to know."""
+        """Tell all subjects."""
         for subject in list(self.subjects):
             subject.hear(printable(why))
 
@@ -405,20 +405,20 @@ class Round:
 
 
 class Checks:
-    """When which target is checked.  `chance` (0 to 1) is the dice; `queue` as of Shared."""
+    """When which target is checked.  Loop only.  `chance` (0 to 1) is the dice; `queue` as of Shared."""
 
     def __init__(self, loop: Loop, queue: Callable[[float, Callable[[Any], Any]], Queue],
                  chance: Callable[[], float] = random.random):
         self.shared = Shared(loop, queue)
         self.chance = chance
         self.rounds: dict[tuple[Any, ...], Round] = {}
-        self.waiting: collections.OrderedDict[Round, None] = collections.OrderedDict()  # for room, in order
-        self.running = 0
-        self.turn = queue(0.0, Checks.serve)
+        self.waiting: collections.OrderedDict[Round, None] = collections.OrderedDict()  # for AT_ONCE, in order
+        self.running = 0  # checks under way
+        self.turn = queue(0.0, Checks.serve)  # in the second phase of a turn
         self.again = queue(AGAIN, Round.ask)
 
     def dice(self) -> int:
-        """0 to JITTERS - 1."""
+        """A step of the jitter, 0 to JITTERS - 1."""
         return int(self.chance() * JITTERS)
 
     def adopt(self, subjects: Iterable[Subject]) -> None:
@@ -446,5 +446,5 @@ class Checks:
             self.waiting.popitem(last=False)[0].start()
 
     def close(self) -> None:
-        """End all."""
+        """End all.  May be called twice."""
         self.adopt(())

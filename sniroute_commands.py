@@ -314,7 +314,7 @@ class ExecBackend(Backend):
         super().__init__(decision.target, (), True)
         self.runs = runs
         self.rest = decision.rest
-        self.variables = decision.route.env + decision.route.env_from
+        self.variables = decision.variables
         self.run: Run | None = None
         self.why = ""  # why it failed
         self.asked = False  # `is_lost` has said None once

@@ -7,12 +7,14 @@
       PRELUDE     the client says its name; one deadline from accept on, however many packets it takes
       HEADER      a port with one target only: its target is known; a PROXY header may come first, or has to
       ROUTED      its target is known, and is dialled in the same turn of the loop
-      PARKED      it waits, with all that want the same: for its target, or for the last words of a tunnel that failed
+      PARKED      it waits, with all that want the same: for its target, for the last words of a tunnel that failed, or
+                  for room on one of several backends
       DIALING     the connect is under way; over by the end of the turn where it succeeds at once, as on loopback.
                   Where it is silent for a while, other addresses are tried beside it: a Race has the sockets then
       GREETING    PostgreSQL only: the backend was asked for TLS
-      UNANSWERED  a tunnel only: it took the hello, and has not said a byte.  If it fails now, the same bytes are sent
-                  again, once, and the client never notices: -> PARKED
+      UNANSWERED  a tunnel, or one of several backends: it took the hello, and has not said a byte.  If it fails now, a
+                  tunnel is sent the same bytes once more, or the next backend gets them; the client never notices:
+                  -> PARKED
       EARLY       the same, and the client has said more than the hello (0-RTT): nothing can be sent again
       OPEN        two flows pass bytes, until both sides have ended
       RESETTING   one side has broken off: the other gets what that said before, then a reset
@@ -651,7 +653,7 @@ class Connection:
             up.connection = down.connection = self.up = self.down = None
             self.peer.count -= 1
             router.closed(self, reason, up.total, down.total)
-            self.backend = None  # one of several knows its connection
+            self.backend = None  # a GroupBackend has its connection: else that were a cycle, left to the collector
 
 
 def wait_in_park(connection: Connection, queue: Queue) -> None:

@@ -88,7 +88,7 @@ def late_target(connection: Connection) -> None:
 
 
 def awaited_by(connection: Connection) -> Decision:
-    """The target that has to be ready before this connection can go on."""
+    """The target that has to be ready before this connection can go on: its own, or one of several."""
     backend = connection.backend
     return backend and backend.awaited or connection.decision
 

@@ -31,7 +31,7 @@ Seams: I want to ...
     another reason to fail       a word in Failed's table, and a sentence for people in each program's table of
                                  reasons (sniroute_edge.REASONS)
 
-This room imports sniroute_http, sniroute_race, sniroute_loop, sniroute_names and sniroute_refusals (SettingsError).
+This room imports sniroute_upgrade, sniroute_race, sniroute_loop, sniroute_names and sniroute_refusals (SettingsError).
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ import threading
 import urllib.parse
 from typing import Callable, Iterable, Mapping, NamedTuple
 
-from sniroute_http import HEAD_MAX, connect_request, parse_answer
 from sniroute_loop import CAPACITY_ERRNOS, READ, WRITE, Loop, monotonic, owner_of
 from sniroute_names import parse_network, printable, show_address, unmapped
 from sniroute_race import ADDRESSES_MAX, STAGGER, Laggards, Row, alternate
 from sniroute_refusals import Malformed, SettingsError
+from sniroute_upgrade import HEAD_MAX, connect_request, parse_answer
 
 __version__ = "0.1.0"
 

@@ -23,7 +23,7 @@ Seams: I want to ...
     give the edge another header  a row in IDENTITY; in `upgrade_request` for what all requests have
 
 This room imports sniroute_forwarder (Listener, which keeps the TLS session), sniroute_dial (Failed),
-sniroute_http, sniroute_loop, sniroute_names and sniroute_refusals.
+sniroute_upgrade, sniroute_loop, sniroute_names and sniroute_refusals.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from typing import Any, Callable, Mapping, NamedTuple
 
 from sniroute_dial import OVER, Failed
 from sniroute_forwarder import TEXT_MAX, Listener
-from sniroute_http import Answer, check_upgrade, new_key, parse_answer, parse_header, upgrade_request
 from sniroute_loop import READ, WRITE, Loop, Watch
 from sniroute_names import ascii_advice, printable, show_address, unmapped
 from sniroute_refusals import Malformed, SettingsError
+from sniroute_upgrade import Answer, check_upgrade, new_key, parse_answer, parse_header, upgrade_request
 
 __version__ = "0.1.0"
 

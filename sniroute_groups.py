@@ -11,14 +11,15 @@
 
 All groups of a router stand in a Book (sniroute_book).
 
-How clients see a member, best first.  While there is one of a rank, only those of that rank are used; a client that has
-tried them all, or finds them full, is led to the next rank.
+How clients see a member, its rank, best first.  A client is led to the best rank that there is.  It is led to the next
+one where it has tried all of the better ranks, or finds them full.  But DOWN is only for who has tried all the others:
+where these are full, the client waits.
 
     OWN       good, and in the own zone; without zones each good one
     FOREIGN   good, in another zone
     UNKNOWN   active checks are on, and none has passed yet
     DOWN      it has failed too often; when nothing else is left, each is tried once for each client
-    DRAINED   an operator wants no client led there
+    DRAINED   an operator wants no client led there: never used
 
 A member that is down by its clients rests; then one client tries it, and the others do not wait for that:
 
@@ -30,7 +31,8 @@ A member that is down by its clients rests; then one client tries it, and the ot
 Where checks are active, they bring it back instead of a client: health_pass of them, and not before its rest is over.
 So a member whose checks pass while its clients fail changes its state once in fallback_interval, not each second.
 
-Threads: the loop only.  Others read: a Member's numbers change by single assignments.
+Threads: the loop only.  Other threads may read a Member's numbers, which change by single assignments, and call
+Group.states and Several.shown.
 
 Seams: I want to ...
     another way to balance        sniroute_balance
@@ -49,14 +51,14 @@ import random
 import time
 from typing import TYPE_CHECKING, Any, Callable, Collection, Iterable, NamedTuple, Sequence
 
-from sniroute_balance import SECONDS, STRIP_MASK, WAYS, ByClient, Member, RoundRobin, slot_of
+from sniroute_balance import BUCKETS, STRIP_MASK, WAYS, ByClient, Member, RoundRobin, slot_of
 from sniroute_names import printable
 from sniroute_targets import Backend, Scheme, literal_row
 
 if TYPE_CHECKING:
     from sniroute_backends import GroupBackend
     from sniroute_book import Book, Warmth
-    from sniroute_loop import Loop
+    from sniroute_loop import Loop, Queue
     from sniroute_race import Row
     from sniroute_routes import Decision, Route
     from sniroute_targets import Targets
@@ -67,8 +69,8 @@ log = logging.getLogger("sniroute")
 monotonic = time.monotonic
 
 # Limits, each with its reason.  Times in seconds.
-WEIGHS_MAX = 100  # failures of one member that count as connections at once
-SLOWEST_START = 0.05  # of its share, for a backend that has just come back
+PENALTIES_MAX = 100  # failures of one member that count as connections at once
+SLOWEST_START = 0.05  # of its share, for a backend that has just come back: so that some client tries it at once
 
 # Refusals of a target that has to wait, or of a program, which are no fault of the backend.
 NO_FAULT = frozenset(("busy", "tunnel_budget", "tunnel_stopping", "internal"))
@@ -131,26 +133,31 @@ def shown_value(name: str, value: Any) -> str:
 
 
 class Group:
-    """The members of one route.  `clock` and `chance` (0 to 1) are the time and the dice."""
+    """The members of one route.  `clock` and `chance` (0 to 1) are the time and the dice.  Loop only, but `states`."""
 
-    bounds = SECONDS  # of the buckets in `waits`
+    bounds = BUCKETS  # of the buckets in `waits`
 
     def __init__(self, book: Book, clock: Callable[[], float] = monotonic, chance: Callable[[], float] = random.random):
         self.book = book
         self.clock = clock
         self.chance = chance
-        self.route: Route | None = None  # `adopt` gives it, and its options
+        # `adopt` gives these four, and again with each reload.
+        self.route: Route | None = None
         self.options: Several
+        self.turns: Queue  # the deadline of who waits for room
+        self.patience: tuple[Queue, Queue]  # the two deadlines of a connect
         self.members: dict[str, Member] = {}
         self.entries: list[Member] = []  # each as often as it is in the list
-        self.good: list[Member] = []  # of these, the ones of the best rank
-        self.spare: list[Member] = []  # good, and of another rank; each once, the best first
+        self.good: list[Member] = []  # of these, the ones of the best rank; none where all are down or drained
+        self.spare: list[Member] = []  # those of the next ranks before DOWN; each once, the best first
         self.is_stale = False  # a rank may have changed since `sort`
-        self.resting: collections.OrderedDict[Member, None] = collections.OrderedDict()  # the next to be tried first
-        self.waiting: collections.OrderedDict[GroupBackend, float] = collections.OrderedDict()  # the first comes first
-        self.waits = [0] * (len(SECONDS) + 1)  # how long they have waited: of each bucket of SECONDS, and above
+        # Down by their clients: whose rest is over first comes first.
+        self.resting: collections.OrderedDict[Member, None] = collections.OrderedDict()
+        # Clients that wait for room, in order of arrival, and since when.
+        self.waiting: collections.OrderedDict[GroupBackend, float] = collections.OrderedDict()
+        self.waits = [0] * (len(BUCKETS) + 1)  # how long clients have waited: of each bucket of BUCKETS, and above
         self.waits_sum = 0.0
-        self.way: RoundRobin = RoundRobin(self)
+        self.balancer: RoundRobin = RoundRobin(self)
         self.warmth: Warmth | None = None  # where connections are dialled ahead
 
     @property
@@ -165,26 +172,29 @@ class Group:
         """
         now = self.clock()
         before, self.members, self.entries = self.members, {}, []
+        asks_anew = self.route is not None and self.options.health != route.several.health
         self.options, self.route = route.several, route
         for decision in decisions:
             member = self.members.get(decision.target)
             if member is None:
                 member = before.pop(decision.target, None) or self.book.recall(Member(decision.target, now))
-                member.place, member.copies = len(self.members), 0
+                member.place, member.weight = len(self.members), 0
                 member.is_drained = (route.pattern, decision.target) in self.book.drained
                 self.members[decision.target] = member
             member.decision = decision
             member.is_checked = self.options.checks(decision.target)
-            member.copies += 1
+            member.weight += 1
             self.entries.append(member)
         for member in before.values():
             self.book.let_go(member)
-        if type(self.way) is not WAYS[self.options.balance]:
-            self.way.reset([])
-            self.way = WAYS[self.options.balance](self)
+        if type(self.balancer) is not WAYS[self.options.balance]:
+            self.balancer.reset([])
+            self.balancer = WAYS[self.options.balance](self)
         for member in self.members.values():
             if self.options.health == "off":
                 member.why, member.fails = "", 0
+            if asks_anew:  # what another check has proven says nothing
+                member.is_proven, member.fails_checked = False, 0
             self.locate(member, member.rows or literal_rows(member.decision))
         self.warmth = self.book.warmth(self)
         self.resting = collections.OrderedDict(
@@ -213,14 +223,14 @@ class Group:
         return {member: "spare" if best < rank == FOREIGN else WORDS[rank] for member, rank in ranks.items()}
 
     def is_good(self, member: Member) -> bool:
-        """Whether it is used in the first place."""
+        """Whether it is one of `good`, which is not searched for that."""
         return bool(self.good) and member.rank == self.good[0].rank and self.members.get(member.target) is member
 
     def changed(self) -> None:
-        """A rank has changed.
+        """A rank has changed: sort at once where somebody waits for that, else when the next client comes.
 
-        Of a thousand that go down at once each sorts only where somebody waits.  Warm connections are shared anew for
-        the first of them, and in the next turn for all the others.
+        So a thousand that go down at once are mostly sorted once.  Warm connections are shared anew for the first of
+        them, and in the next turn for all the others.
         """
         self.is_stale = True
         if self.waiting:
@@ -235,7 +245,7 @@ class Group:
             self.sort()
 
     def sort(self) -> None:
-        """Find out who is good."""
+        """Find out who is good, and tell all that depend on it."""
         self.is_stale = False
         ranks: dict[int, list[Member]] = {}
         for member in self.entries:
@@ -244,7 +254,7 @@ class Group:
         best = min(ranks)
         self.good = ranks[best] if best < DOWN else []
         self.spare = [member for rank in range(best + 1, DOWN) for member in dict.fromkeys(ranks.get(rank, ()))]
-        self.way.reset(self.good)
+        self.balancer.reset(self.good)
         if self.warmth is not None:
             self.warmth.share()
         if self.waiting:
@@ -270,7 +280,7 @@ class Group:
         way = member.decision.scheme.ready(self.book.targets, member.decision)
         if way is not None:
             rows = way.addresses
-            if rows is not member.rows:
+            if rows is not member.rows and rows != member.rows:  # a tunnel has new ones each time, which are equal
                 self.locate(member, rows)
             if len(rows) > 1:
                 way.addresses = member.ordered(rows, self.book.targets.laggards.has)
@@ -297,20 +307,20 @@ class Group:
             self.sort()
         tried = client.told_of
         if not tried and self.options.max_backend_connections is None:
-            chosen = self.way.pick(None, address)
+            chosen = self.balancer.pick(None, address)
         else:
-            chosen = self.way.pick(lambda member: member not in tried and self.has_room(member), address)
+            chosen = self.balancer.pick(lambda member: member not in tried and self.has_room(member), address)
         if self.resting:
-            rested = self.rested(tried, chosen, address)
-            if rested is not None:
-                rested.trial = client
-                return rested
+            member = self.next_trial(tried, chosen, address)
+            if member is not None:
+                member.trial = client
+                return member
         if chosen is None:
             return self.instead(tried)
         return self.slowly(chosen, tried, address) if self.options.slow_start else chosen
 
     def instead(self, tried: Collection[Member]) -> Member | None:
-        """As `pick`, where none of the good ones will do."""
+        """As `pick`, where none of the good ones has room, or all of them were tried."""
         free = [member for member in self.spare if member not in tried and self.has_room(member)]
         if free:
             return min(free, key=lambda member: (member.rank, member.load))
@@ -321,20 +331,23 @@ class Group:
             raise LookupError
         return next(filter(self.has_room, left), None)
 
-    def rested(self, tried: Collection[Member], chosen: Member | None, address: str) -> Member | None:
-        """One whose rest is over, and which nobody tries, for a client that would be led to `chosen`."""
+    def next_trial(self, tried: Collection[Member], chosen: Member | None, address: str) -> Member | None:
+        """A member whose rest is over and that no other client tries, where this client may try it; else None.
+
+        It would be led to `chosen`: who would be served in the own zone tries none in another one.
+        """
         now = self.clock()
-        if isinstance(self.way, ByClient):
-            owner = self.way.owner(slot_of(address))
+        if isinstance(self.balancer, ByClient):
+            owner = self.balancer.owner(slot_of(address))
             resting: Iterable[Member] = [owner] if owner in self.resting else []
         else:
             resting = self.resting
         for member in resting:
             if member.until > now:
-                return None
+                return None  # so is that of all behind it
             if member.trial is None and member not in tried and not member.is_drained and self.has_room(member) \
                     and (chosen is None or member.is_near or not chosen.is_near) \
-                    and self.way.may_try(member, chosen, address):
+                    and self.balancer.may_try(member, chosen, address):
                 return member
         return None
 
@@ -344,26 +357,26 @@ class Group:
         passed: set[Member] = set()
         member: Member | None = chosen
         while member is not None:
-            share = (now - member.since) / ramp if member.passes else 1.0  # `passes`: it was down once
+            share = (now - member.since) / ramp if member.passes else 1.0  # no `passes`: it was never down
             if share >= 1.0 or self.chance() < max(share, SLOWEST_START):
                 return member
             passed.add(member)
-            member = self.way.instead(
+            member = self.balancer.instead(
                 lambda each: each not in passed and each not in tried and self.has_room(each), address)
         return chosen
 
     # -- what becomes of it
 
     def take(self, member: Member, client: GroupBackend) -> None:
-        """A client begins to use it."""
+        """A client begins to use it: first of all a connect."""
         member.active += 1
         if not member.dialling:
             member.dialled = self.clock()
         member.dialling += 1
         if self.options.on_down == "cut":
             member.held[client] = None
-        if self.way.counts:
-            self.way.moved(member)
+        if self.balancer.follows_load:
+            self.balancer.moved(member)
 
     def leave(self, member: Member, client: GroupBackend) -> None:
         """A client uses it no more."""
@@ -372,8 +385,8 @@ class Group:
             member.held.pop(client, None)
         if member.trial is client:
             member.trial = None
-        if self.way.counts:
-            self.way.moved(member)
+        if self.balancer.follows_load:
+            self.balancer.moved(member)
         if self.warmth is not None and self.options.max_backend_connections is not None:
             self.warmth.fit(member)
         if self.waiting:
@@ -381,19 +394,19 @@ class Group:
 
     def good_news(self, member: Member) -> None:
         """It has served a client."""
-        member.strip = (member.strip << 2 | 3) & STRIP_MASK  # `mark`, for each connection
+        member.strip = (member.strip << 2 | 3) & STRIP_MASK  # as Member.mark, without a call for each connection
         member.fails = 0
         if not member.why or member.is_checked:
             return
         member.passes += 1
         if member.passes >= self.options.health_pass:
-            self.is_back(member)
+            self.came_back(member)
             return
-        member.until = 0.0
+        member.until = 0.0  # the next client may try it at once
         if member in self.resting:
             self.resting.move_to_end(member, last=False)
 
-    def is_back(self, member: Member) -> None:
+    def came_back(self, member: Member) -> None:
         """It is good again."""
         log.info("%s: backend %s is back, after %.0f s", self.pattern, printable(member.target),
                  self.clock() - member.since)
@@ -401,19 +414,19 @@ class Group:
         self.resting.pop(member, None)
         self.changed()
 
-    def weigh(self, member: Member) -> None:
+    def penalise(self, member: Member) -> None:
         """It has failed: for a while that counts as a connection."""
         member.failures += 1
         member.mark(False)
         member.observe(self.options.connect_timeout, self.clock())
-        if member.weighing < WEIGHS_MAX:
-            member.weighing += 1
-            if self.way.counts:
-                self.way.moved(member)
-            self.book.weighing.put(Failure(self, member))
+        if member.penalties < PENALTIES_MAX:
+            member.penalties += 1
+            if self.balancer.follows_load:
+                self.balancer.moved(member)
+            self.book.penalties.put(Penalty(self, member))
 
     def bad_news(self, member: Member, why: str, is_trial: bool) -> None:
-        """It has failed a client, and it is to blame."""
+        """It has failed a client, or a dial ahead, and it is to blame.  `is_trial`: that client was its one try."""
         member.fails += 1
         if self.options.health == "off" or self.members.get(member.target) is not member:
             return
@@ -422,8 +435,8 @@ class Group:
                 self.rest(member)
         elif member.fails >= self.options.health_fail:
             self.rest(member)
-            self.is_down(member, why, f"{member.fails} failures in a row; the next try is in "
-                                      f"{self.options.fallback_interval:g} s")
+            self.went_down(member, why, f"{member.fails} failures in a row; the next try is in "
+                                        f"{self.options.fallback_interval:g} s")
 
     def checked(self, member: Member, why: str) -> None:
         """An active check is over; `why` it failed, or ""."""
@@ -435,8 +448,8 @@ class Group:
             member.fails_checked += 1
             member.passes = 0 if member.why else member.passes
             if not member.why and member.fails_checked >= self.options.health_fail:
-                member.until = 0.0
-                self.is_down(member, why, f"{member.fails_checked} checks in a row")
+                member.until = 0.0  # no rest: checks alone say when it is back
+                self.went_down(member, why, f"{member.fails_checked} checks in a row")
             return
         member.checks_good += 1
         member.fails_checked = 0
@@ -446,10 +459,11 @@ class Group:
         if member.why:
             member.passes += 1
             if member.passes >= self.options.health_pass and self.clock() >= member.until:
-                member.fails = self.options.health_fail - 1 if member.until else 0  # by clients: one more is enough
-                self.is_back(member)
+                # Where clients found it down, one more failure of theirs is enough.
+                member.fails = self.options.health_fail - 1 if member.until else 0
+                self.came_back(member)
 
-    def is_down(self, member: Member, why: str, after: str) -> None:
+    def went_down(self, member: Member, why: str, after: str) -> None:
         """It is not good any more.  One log line for each change."""
         member.why, member.since, member.passes = why, self.clock(), 0
         log.warning("%s: backend %s is down: %s (%s)", self.pattern, printable(member.target), printable(why), after)
@@ -468,12 +482,15 @@ class Group:
     # -- who waits
 
     def suits(self, member: Member, tried: Collection[Member]) -> bool:
-        """Whether a client that has tried these may be led to a member; to one that is down only behind all others."""
+        """Whether a client that has tried these may be led to a member: to one that is down only after all others."""
         return member not in tried and (member.rank < DOWN or member.rank == DOWN
                                         and all(each in tried for each in (*self.good, *self.spare)))
 
     def serve(self, members: Iterable[Member]) -> None:
-        """There may be room: the first that waits for one of these gets it.  One that a reload took out gets nobody."""
+        """These may have room: each gets the first clients that wait for it, as many as it has room for.
+
+        A member that a reload took out gets nobody.
+        """
         for member in members:
             while self.waiting and self.has_room(member) and self.members.get(member.target) is member:
                 client = next((each for each in self.waiting if self.suits(member, each.told_of)), None)
@@ -488,7 +505,7 @@ class Group:
         since = self.waiting.pop(client, None)
         if since is not None:
             seconds = self.clock() - since
-            self.waits[bisect.bisect_left(SECONDS, seconds)] += 1
+            self.waits[bisect.bisect_left(BUCKETS, seconds)] += 1
             self.waits_sum += seconds
 
 
@@ -498,8 +515,8 @@ def literal_rows(decision: Decision) -> tuple[Row, ...]:
     return () if row is None else (row,)
 
 
-class Failure:
-    """A failure that counts as a connection for WEIGHS_FOR."""
+class Penalty:
+    """A failure that counts as a connection for PENALTY_FOR."""
 
     __slots__ = ("group", "member")
 
@@ -509,6 +526,6 @@ class Failure:
 
     def forget(self) -> None:
         """It counts no more."""
-        self.member.weighing -= 1
-        if self.group.way.counts:
-            self.group.way.moved(self.member)
+        self.member.penalties -= 1
+        if self.group.balancer.follows_load:
+            self.group.balancer.moved(self.member)

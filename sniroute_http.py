@@ -1,269 +1,779 @@
-"""sniroute_http: HTTP/1.1 heads and WebSocket frames as bytes, seen from the client's side.
+"""sniroute_http: HTTP/1.0 and 1.1 as bytes, both directions: heads, where a body ends, what is passed on.
 
-    connect_request, upgrade_request -----------------------> bytes to send
-    bytes that came   --- parse_answer ---> Answer --- check_upgrade ---> the connection speaks WebSocket
-    data              --- frame ----------> one masked message to send
-    bytes that came   --- FrameReader ----> the payload, and the control frames
+    what came from a client  --- parse_request ---> Request ---+--- open_body ---> Counted, Chunked, UntilClose
+    what came from a backend --- parse_response --> Response --+
+                                                               +--- pass_request, pass_response ---> the head to send
 
-Nothing here reads or writes a socket.  A parser returns its result, or None when it needs more bytes,
-or raises Malformed.  That exception is the router's (sniroute_refusals): broken bytes are one kind of
-fault for all parsers, whoever sent them.
+A parser takes all bytes received so far, from where a message begins.  It returns its result, or None for "I need
+more", or raises Malformed with the status it deserves (`Malformed.status`).  It looks at nothing behind a head.
+A body is a machine: it is fed with what came, and says which bytes pass on, and where the message ends.
 
-Threads: none.  Only a FrameReader has a state.
+Two programs that read one message in two ways are a weapon (request smuggling, RFC 9112 section 11.2).  So whatever has
+two readings is refused, also where a standard would have it repaired: two lengths (even equal ones), a length beside
+chunks, a coding that is not plainly `chunked`, line ends other than CRLF, folded lines, NUL, blanks before a colon, two
+hosts.  What passes on has one reading:
+
+    heads      the original bytes of each line, in their order; lines that are for this connection only are left out,
+               and those that decide (Host, lengths) have no blanks but one
+    chunks     as they came, but extensions, leading zeros of sizes and trailers are left out: no two programs agree
+               about them, and nobody uses them
+    spellings  a name that becomes a guarded one where all that is no letter or digit is read as `-` is left out with
+               it: CGI and its heirs (RFC 3875 section 4.1.18) take `Transfer_Encoding` for `Transfer-Encoding`
+
+Nothing here reads text as Python does: no int(), no strip() of more than SP and HTAB, no line ends but CRLF.
+
+Threads: none.  Only a body has a state; it belongs to one connection.
 
 Seams: I want to ...
-    send another request     a function beside `connect_request`: it lists the lines of a head
-    speak another protocol   another check beside `check_upgrade`; Answer and parse_answer stay
+    refuse another form of a request    parse_request
+    forget another line on the way      HOP_BY_HOP, or is_forwarding
+    guard another name                  GUARDED
+    frame a body in another way         a row in BODIES
 
-This room imports sniroute_names (addresses, the version) and sniroute_refusals (Malformed).
+This room imports sniroute_names (host names) and sniroute_refusals (Malformed).
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import os
+import functools
 import re
-import struct
-from typing import Iterable, NamedTuple
+from typing import Callable, Collection, Iterable, Mapping, NamedTuple, Sequence
 
-from sniroute_names import HEADER_VALUE, show_address
+from sniroute_names import normalise
 from sniroute_refusals import Malformed
 
 __version__ = "0.1.0"
 
+# Limits, in bytes where nothing else is said.  nginx and Apache take 8 KiB of a line, Node.js 16 KiB of a head.
+HEAD_MAX = 32768  # from the first line to the empty one
+TARGET_MAX = 8192  # RFC 9112 section 3: at least 8,000
+FIELDS_MAX = 100  # lines of a head, and of a trailer; Apache's limit, too
+METHOD_MAX = 16  # the longest that is used is BASELINE-CONTROL
+LINE_MAX = METHOD_MAX + 1 + TARGET_MAX + len(" HTTP/1.1\r\n")  # a request line
+CHUNK_LINE_MAX = 4096  # the line before a chunk, and one of a trailer
+REMEMBERED = 128  # heads whose lines were read: so many clients and backends say the same again and again at a time
+REMEMBERED_MAX = 1024  # of one.  With 100 fields it takes 30 KiB (an ordinary one 4), so all of them 4 MiB at most
+EXTENSIONS_MAX = 16384  # what lines before chunks may cost more than what the chunks hold allows: `Chunked.size_line`
+
+# -- the grammar -------------------------------------------------------------------------------
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
+_TEXT = rb"[\t -~\x80-\xff]*"  # RFC 9110 section 5.5; obs-text is passed on as it is
+TOKEN = re.compile(_TOKEN)
+TEXT = re.compile(_TEXT)
+FIELD = re.compile(rb"(%b):(%b)\r\n" % (_TOKEN, _TEXT))  # RFC 9112 section 5
+# Registered methods are capitals and hyphens.  Those with `_` (SSTP_DUPLEX_POST, RPC_IN_DATA) are tunnels whose
+# Content-Length is no length.
+METHOD = re.compile(rb"[A-Z-]{1,%d}" % METHOD_MAX)
+REQUEST_LINE = re.compile(rb"([A-Z-]{1,%d}) ([!-~]+) HTTP/([0-9])\.([0-9])\r\n" % METHOD_MAX)  # RFC 9112 section 3
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9])([0-9])([0-9])(?: %b)?\r\n" % _TEXT)  # RFC 9112 section 4
+ABSOLUTE = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?]*)(.*)")  # RFC 9112 section 3.2.2
+PORT = re.compile(rb"[1-9][0-9]{0,4}")
+# A leading zero is octal to some.  18 digits fit into 63 bits, 15 hexadecimal ones into 60.
+LENGTH = re.compile(rb"0|[1-9][0-9]{0,17}")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[\t ]*;%b)?\r\n" % _TEXT)  # RFC 9112 section 7.1
+PROTOCOL = re.compile(rb"%b(?:/%b)?" % (_TOKEN, _TOKEN))  # RFC 9110 section 7.8
+# In a head that is not whole yet: what no further byte can save.
+BAD_LINE_END = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|\0")
+
+DIGITS = {ord(digit): int(digit, 16) for digit in "0123456789abcdefABCDEF"}
+# A name as the most careless reader takes it: in lower case, and `-` for all that is no letter or digit.
+KEY = bytes(ord(chr(code).lower()) if chr(code).isascii() and chr(code).isalnum() else ord("-") for code in range(256))
+
+
+def number(digits: bytes, base: int) -> int:
+    """The value of digits that a pattern has checked."""
+    value = 0
+    for digit in digits:
+        value = value * base + DIGITS[digit]
+    return value
+
+
+def bad(message: str, status: int = 400) -> Malformed:
+    """What is raised for a message that is refused; `parse_response` makes a bad answer of it."""
+    return Malformed(message, kind="bad_request", status=status)
+
+
+# -- names -------------------------------------------------------------------------------------
+
+# Fields that decide where a message ends, or where it leads: one spelling of each reaches a backend.
+FRAMING = frozenset((b"content-length", b"transfer-encoding"))
+# Fields for this connection only, RFC 9110 section 7.6.1 and 11.7.  `Transfer-Encoding` is not here: a body that comes
+# in chunks passes on in chunks.
+HOP_BY_HOP = frozenset((b"connection", b"http2-settings", b"keep-alive", b"proxy-authenticate",
+                        b"proxy-authentication-info", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
+                        b"upgrade"))
+GUARDED = FRAMING | HOP_BY_HOP | {b"expect", b"host", b"via"}
+# Fields that are meant for the far end: who names one in `Connection` wants it to vanish on the way.
+FOR_THE_FAR_END = FRAMING | {b"authorization", b"content-encoding", b"content-range", b"content-type", b"cookie",
+                             b"expect", b"host", b"origin", b"range", b"set-cookie", b"via"}
+# What no trailer may say, RFC 9110 section 6.5.1.
+NO_TRAILER = GUARDED | FOR_THE_FAR_END | {b"cache-control", b"max-forwards"}
+READ_HERE = FRAMING | {b"connection", b"expect", b"host", b"upgrade"}
+
+
+def is_forwarding(key: bytes) -> bool:
+    """Whether a field says who asks, and for what, on behalf of another: RFC 7239, and what came before it."""
+    return key.startswith(b"x-forwarded") or key in (b"forwarded", b"x-real-ip")
+
+
 # -- heads -------------------------------------------------------------------------------------
 
-HEAD_MAX = 1 << 16  # bytes of an answer's head: Cloudflare's and proxies' have at most a few thousand
 
-TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
-STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: .*)?")
+class Field(NamedTuple):
+    """A line of a head."""
+
+    name: bytes  # as it came
+    key: bytes  # the name as the most careless reader takes it: KEY
+    value: bytes  # without the blanks around it
+    is_twin: bool  # whether it is none of those that are guarded, and some program takes it for one
+    start: int  # where its line is in Head.block: block[start:end], with its CRLF
+    end: int
 
 
-class Answer(NamedTuple):
-    """The head of an HTTP answer."""
+class Lines(NamedTuple):
+    """The lines of a head, read."""
+
+    fields: tuple[Field, ...]
+    said: Mapping[bytes, tuple[bytes, ...]]  # the values of what is READ_HERE; where there is one
+
+
+class Head(NamedTuple):
+    """A head, as it came."""
+
+    first: bytes  # the request line or status line, with its CRLF
+    block: bytes  # the lines behind it, and the empty one
+    fields: tuple[Field, ...]  # of `block`
+    options: frozenset[bytes]  # what Connection says, in lower case
+    end: int  # where what follows begins, in what was parsed: an empty line may have come before `first`
+
+    def values(self, key: bytes) -> list[bytes]:
+        """All values of a field, in their order; not those of its twins."""
+        return [field.value for field in self.fields if field.key == key and not field.is_twin]
+
+
+class Framing(NamedTuple):
+    """Where a body ends, RFC 9112 section 6.3."""
+
+    kind: str  # a row of BODIES
+    length: int = 0  # bytes, of LENGTH
+
+
+NONE, COUNTED, CHUNKED, UNTIL_CLOSE = "none", "counted", "chunked", "until close"
+TUNNEL = "tunnel"  # what follows is no HTTP: raw bytes, both ways
+NO_BODY = Framing(NONE)
+
+# Forms of a target, RFC 9112 section 3.2.
+ORIGIN, ABSOLUTE_FORM, AUTHORITY, ASTERISK = "origin", "absolute", "authority", "asterisk"
+
+
+class Request(NamedTuple):
+    """A request without its body."""
+
+    method: str
+    target: bytes  # as it came
+    form: str  # of the target
+    version: int  # the minor one: 0 or 1
+    name: str  # the host it is for, normalised; "" where HTTP/1.0 names none
+    port: int  # the port beside it, 0 for none
+    path: bytes  # the target in origin form (or `*`), query included; b"" for CONNECT
+    head: Head
+    framing: Framing
+    keeps: bool  # whether the client wants to ask again on this connection
+    upgrades: tuple[bytes, ...]  # the protocols that the client offers, in lower case; none beside a body
+    expects_continue: bool  # whether the client waits for 100 before it sends the body
+
+
+class Response(NamedTuple):
+    """An answer without its body."""
 
     status: int
-    headers: dict[str, str]  # names in lower case; values of one name joined by commas
-    end: int  # the head's size in bytes: what follows begins there
+    version: int  # the minor one: 0 or 1
+    head: Head
+    framing: Framing
+    keeps: bool  # whether the backend will answer again on this connection
+    upgrade: bytes  # with 101: the protocol that is spoken from here on, in lower case
+
+    @property
+    def is_interim(self) -> bool:
+        """Whether the final answer is still to come (RFC 9110 section 15.2)."""
+        return self.status < 200 and self.status != 101
 
 
-def parse_header(text: str) -> tuple[str, str]:
-    """`NAME: VALUE`.  Raises ValueError, which does not repeat the value: it may be a secret."""
-    name, colon, value = text.partition(":")
-    value = value.strip(" \t")
-    if not colon or not TOKEN.fullmatch(name.strip()):
-        raise ValueError("it is not NAME: VALUE")
-    if not HEADER_VALUE.fullmatch(value):
-        raise ValueError(f"the value of {name.strip()} has characters that no header may have")
-    return name.strip(), value
+def read_lines(block: bytes) -> Lines:
+    """The lines of a whole head, up to the empty one that ends `block`.  Raises Malformed."""
+    fields = []
+    said: dict[bytes, tuple[bytes, ...]] = {}
+    at, stop = 0, len(block) - 2
+    match = FIELD.match
+    while at < stop:
+        found = match(block, at)
+        if found is None:
+            raise bad(field_fault(block[at:stop]))
+        name, value = found.groups()
+        end = found.end()
+        key, value = name.translate(KEY), value.strip(b" \t")
+        is_twin = (key in GUARDED or is_forwarding(key)) and name.lower() != key
+        fields.append(Field(name, key, value, is_twin, at, end))
+        if key in READ_HERE and not is_twin:
+            said[key] = (*said.get(key, ()), value)
+        at = end
+    if len(fields) > FIELDS_MAX:
+        raise bad(f"a head of more than {FIELDS_MAX} fields", 431)
+    return Lines(tuple(fields), said)
 
 
-def parse_answer(data: bytes | bytearray) -> Answer | None:
-    """The head of an HTTP/1 answer; None: need more.  Raises Malformed.
+remembered_lines = functools.lru_cache(REMEMBERED)(read_lines)
 
-    Source: RFC 9112 section 2 and 5.
+
+def parse_lines(block: bytes) -> Lines:
+    """As `read_lines`.  A client says the same lines with each request of a connection: they are read once."""
+    return remembered_lines(block) if len(block) <= REMEMBERED_MAX else read_lines(block)
+
+
+def field_fault(lines: bytes) -> str:
+    """What is wrong with the first of these lines.  Its value is not repeated: it may be a secret."""
+    line = lines.partition(b"\r\n")[0]
+    name, colon, value = line.partition(b":")
+    if line[:1] in (b" ", b"\t"):
+        return "a folded line in a head"
+    if not colon:
+        return "a line in a head without a colon"
+    if name and TOKEN.fullmatch(name.rstrip(b" \t")):
+        return "a blank before a colon" if name[-1:] in (b" ", b"\t") else "a character that no field may have"
+    return "a field whose name is none"
+
+
+def find_end(data: bytes | bytearray, start: int, first: int, seen: int, most: int) -> int:
+    """Where a head ends that begins at `start`, and whose first line ends at `first`; -1: need more.
+
+    `data[:seen]` was looked at before.  Raises Malformed where the head is larger than `most`, or can never be right.
+    """
+    end = data.find(b"\r\n\r\n", max(start, first - 2, seen - 3), start + most)
+    if end >= 0:
+        return end + 4
+    if BAD_LINE_END.search(data, max(first, seen - 1), start + most):
+        raise bad("a line that does not end in CRLF, or a NUL")
+    if len(data) - start >= most:
+        raise bad(f"a head of more than {most} bytes", 431)
+    return -1
+
+
+def list_of(values: Iterable[bytes], pattern: re.Pattern[bytes], what: str) -> list[bytes]:
+    """The elements of a list, in lower case.  Raises Malformed.  Source: RFC 9110 section 5.6.1."""
+    elements = []
+    for value in values:
+        for element in value.lower().split(b","):
+            element = element.strip(b" \t")
+            if element and not pattern.fullmatch(element):
+                raise bad(f"{what} that is no list of words")
+            if element:
+                elements.append(element)
+    return elements
+
+
+# What nearly all say.
+OPTIONS_OF: dict[tuple[bytes, ...], frozenset[bytes]] = {
+    (): frozenset(), (b"close",): frozenset((b"close",)),
+    (b"keep-alive",): frozenset((b"keep-alive",)), (b"Keep-Alive",): frozenset((b"keep-alive",)),
+}
+
+
+def connection_options(values: tuple[bytes, ...]) -> frozenset[bytes]:
+    """What Connection says.  Raises Malformed.  Source: RFC 9110 section 7.6.1."""
+    known = OPTIONS_OF.get(values)
+    if known is not None:
+        return known
+    options = frozenset(list_of(values, TOKEN, "a Connection"))
+    for option in options:
+        key = option.translate(KEY)
+        if key in FOR_THE_FAR_END or is_forwarding(key):
+            raise bad(f"a Connection that names {key.decode('ascii')}, which is for the far end")
+    return options
+
+
+def find_framing(lengths: Sequence[bytes], codings: Sequence[bytes], version: int) -> Framing | None:
+    """What Content-Length and Transfer-Encoding say; None where there is neither.  Raises Malformed.
+
+    Source: RFC 9112 section 6.  Where that would have a message repaired, it is refused.
+    """
+    if codings:
+        if lengths:
+            raise bad("a Content-Length beside a Transfer-Encoding")
+        if not version:
+            raise bad("a Transfer-Encoding in HTTP/1.0")
+        if len(codings) > 1:
+            raise bad("two lines of Transfer-Encoding")
+        coding = codings[0].lower()
+        if coding != b"chunked":
+            known = [word.strip(b" \t") for word in coding.split(b",")]
+            if all(map(TOKEN.fullmatch, known)) and set(known) != {b"chunked"}:
+                raise bad("a Transfer-Encoding other than chunked", 501)
+            raise bad("a broken Transfer-Encoding")
+        return Framing(CHUNKED)
+    if lengths:
+        if len(lengths) > 1:
+            raise bad("two lines of Content-Length")
+        if not LENGTH.fullmatch(lengths[0]):
+            raise bad("a Content-Length that is no number")
+        return Framing(COUNTED, number(lengths[0], 10))
+    return None
+
+
+# -- requests ----------------------------------------------------------------------------------
+
+
+def parse_request(data: bytes | bytearray, seen: int = 0) -> Request | None:
+    """The head of a request at the beginning of `data`; None: need more.  Raises Malformed, with a status.
+
+    `seen`: how much of `data` an earlier call has had, which returned None; so a head that comes byte by byte is not
+    searched again and again.  One empty line before a request is skipped, since old browsers send one behind a body.
+    Source: RFC 9112 section 2 and 3.
+    """
+    start = 0
+    if data[:1] == b"\r":
+        if len(data) < 2:
+            return None
+        if data[1:2] != b"\n":
+            raise bad("a line that does not end in CRLF, or a NUL")
+        start = 2
+    line = data.find(b"\n", start, start + LINE_MAX) + 1
+    if not line:
+        check_beginning(data, start, min(len(data), start + LINE_MAX), seen)
+        return None
+    first = parse_request_line(data, start, line) if line > seen else None  # as soon as it is there
+    end = find_end(data, start, line, seen, HEAD_MAX)
+    if end < 0:
+        return None
+    method, target, version = first or parse_request_line(data, start, line)
+    lines = parse_lines(block := bytes(data[line:end]))
+    said = lines.said.get
+    name, port, form, path = find_place(method, target, said(b"host", ()), version)
+    options = connection_options(said(b"connection", ()))
+    framing = find_framing(said(b"content-length", ()), said(b"transfer-encoding", ()), version)
+    if framing is None:
+        if not version and method in (b"POST", b"PUT", b"PATCH"):  # RFC 1945 section 8.3: some read until the end
+            raise bad("a body without a length in HTTP/1.0", 411)
+        framing = NO_BODY
+    elif method in (b"CONNECT", b"TRACE"):  # RFC 9110 section 9.3.6 and 9.3.8
+        raise bad(f"a body in a {method.decode('ascii')}")
+    has_body = framing.kind == CHUNKED or framing.length > 0
+    expects = said(b"expect", ())
+    if expects and (len(expects) > 1 or expects[0].lower() != b"100-continue"):
+        raise bad("an Expect other than 100-continue", 417)
+    upgrades = list_of(said(b"upgrade", ()), PROTOCOL, "an Upgrade")
+    offers = version == 1 and b"upgrade" in options and not has_body  # RFC 9110 section 7.8
+    return Request(
+        method.decode("ascii"), target, form, version, name, port, path,
+        Head(bytes(data[start:line]), block, lines.fields, options, end), framing, is_kept(version, options),
+        tuple(upgrades) if offers else (), bool(expects) and version == 1 and has_body)
+
+
+def parse_request_line(data: bytes | bytearray, start: int, end: int) -> tuple[bytes, bytes, int]:
+    """Method, target and minor version in data[start:end].  Raises Malformed.  Source: RFC 9112 section 3."""
+    found = REQUEST_LINE.fullmatch(data, start, end)
+    if found is None:
+        check_beginning(data, start, end, 0)
+        raise bad("a request line that is none")
+    method, target, major, minor = found.groups()
+    if major != b"1" or minor not in (b"0", b"1"):
+        raise bad("a version of HTTP other than 1.0 and 1.1", 505)
+    if len(target) > TARGET_MAX:
+        raise bad(f"a target of more than {TARGET_MAX} bytes", 414)
+    return method, target, minor[0] - 48
+
+
+def check_beginning(data: bytes | bytearray, start: int, end: int, seen: int) -> None:
+    """Raise Malformed where data[start:end], which is no request line, is not the beginning of one either."""
+    begun = bytes(data[start:min(end, start + METHOD_MAX + 1)])
+    method, blank, _ = begun.partition(b" ")
+    if begun and not METHOD.fullmatch(method) or len(begun) > METHOD_MAX and not blank:
+        raise bad("a method that is none")
+    if BAD_LINE_END.search(data, max(start, seen - 1), end):
+        raise bad("a line that does not end in CRLF, or a NUL")
+    if end - start >= LINE_MAX:
+        raise bad(f"a target of more than {TARGET_MAX} bytes", 414)
+
+
+def is_kept(version: int, options: Collection[bytes]) -> bool:
+    """Whether a connection goes on behind this message.  Source: RFC 9112 section 9.3."""
+    return b"close" not in options and (version == 1 or b"keep-alive" in options)
+
+
+@functools.lru_cache(1024)  # a few names are asked for again and again
+def parse_place(place: bytes) -> tuple[str, int]:
+    """`NAME` or `NAME:PORT`: the name, normalised, and the port, 0 for none.  Raises Malformed."""
+    name, colon, port = place.partition(b":")
+    if colon and (not PORT.fullmatch(port) or number(port, 10) > 65535):
+        raise bad("a host with a port that is none")
+    return normalise(name), number(port, 10)
+
+
+def find_place(method: bytes, target: bytes, hosts: Sequence[bytes], version: int) -> tuple[str, int, str, bytes]:
+    """Where a request leads: name, port, the form of its target, and its path.  Raises Malformed.
+
+    Source: RFC 9112 section 3.2 and 3.3.  A target in absolute form has to name the same host as Host does, though
+    the standard lets a proxy replace the one by the other: a program behind us may look at either.
+    """
+    if len(hosts) > 1:
+        raise bad("two lines of Host")
+    if version and not hosts:
+        raise bad("no Host")
+    if b"#" in target:
+        raise bad("a target with a fragment")
+    name, port = parse_place(hosts[0]) if hosts else ("", 0)
+    if target[:1] == b"/":
+        if method == b"CONNECT":
+            raise bad("a CONNECT to a path")
+        return name, port, ORIGIN, target
+    if method == b"CONNECT":
+        place = parse_place(target)
+        if not place[1]:
+            raise bad("a CONNECT without a port")
+        return *place, AUTHORITY, b""
+    if target == b"*" and method == b"OPTIONS":
+        return name, port, ASTERISK, target
+    found = ABSOLUTE.fullmatch(target)
+    if found is None:
+        raise bad("a target that is none")
+    scheme = found[1].lower()
+    if scheme == b"https":
+        raise bad("a request for https in plain HTTP", 421)  # RFC 9110 section 7.4
+    if scheme != b"http":
+        raise bad("a target of another scheme than http")
+    place = parse_place(found[2])
+    if hosts and (name, port or 80) != (place[0], place[1] or 80):
+        raise bad("a target for another host than Host names")
+    path = found[3]
+    if not path:
+        path = b"*" if method == b"OPTIONS" else b"/"  # RFC 9112 section 3.2.4
+    return *place, ABSOLUTE_FORM, path if path[:1] != b"?" else b"/" + path
+
+
+# -- answers -----------------------------------------------------------------------------------
+
+
+def parse_status(data: bytes | bytearray, seen: int = 0, most: int = HEAD_MAX
+                 ) -> tuple[int, int, bytes, bytes] | None:
+    """Status, minor version, first line and the lines behind it of an answer; None: need more.  Raises Malformed.
+
+    `seen` is as in `parse_request`; `most`: bytes that the head may have.  Source: RFC 9112 section 4.
     """
     if data[:7] != b"HTTP/1."[:len(data)]:
-        raise Malformed("it is no HTTP")
-    end = data.find(b"\r\n\r\n", 0, HEAD_MAX)
-    if end < 0:
-        if len(data) >= HEAD_MAX:
-            raise Malformed(f"a head of more than {HEAD_MAX} bytes")
+        raise bad("it is no HTTP")
+    line = data.find(b"\n", 0, most) + 1
+    if not line:
+        find_end(data, 0, 0, seen, most)
         return None
-    first = bytes(data[:data.find(b"\r\n")])
-    status = STATUS_LINE.fullmatch(first)
-    if status is None:
-        raise Malformed("it is no HTTP")
-    if status[1] == b"0" and status[2] == b"101":
-        raise Malformed("HTTP/1.0, which has no 101")
-    headers: dict[str, str] = {}
-    for line in bytes(data[len(first) + 2:end]).decode("latin-1").split("\r\n"):
-        name, colon, value = line.partition(":")
-        if not line:
-            continue
-        if not colon or not TOKEN.fullmatch(name):
-            raise Malformed("a header line that is none")
-        name, value = name.lower(), value.strip(" \t")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return Answer(int(status[2]), headers, end + 4)
+    found = STATUS_LINE.fullmatch(data, 0, line)
+    if found is None:
+        raise bad("it is no HTTP")
+    version, *digits = found.groups()
+    status = number(b"".join(digits), 10)
+    if version == b"0" and status == 101:
+        raise bad("HTTP/1.0, which has no 101")
+    end = find_end(data, 0, line, seen, most)
+    return None if end < 0 else (status, version[0] - 48, bytes(data[:line]), bytes(data[line:end]))
 
 
-def connect_request(host: str, port: int, authorization: str) -> bytes:
-    """Ask a proxy for a connection to HOST:PORT.  Source: RFC 9110 section 9.3.6.
+def parse_response(data: bytes | bytearray, method: str, upgrades: Collection[bytes] = (), seen: int = 0
+                   ) -> Response | None:
+    """The head of the answer to a request with this method; None: need more.  Raises Malformed, with status 502.
 
-    `authorization` is the value of Proxy-Authorization, "" for none.
+    `upgrades`: the protocols that the backend was offered, in lower case; a 101 for any other is refused.  `seen` is as
+    in `parse_request`.
     """
-    place = show_address((host, port))
-    lines = [f"CONNECT {place} HTTP/1.1", f"Host: {place}"]
-    if authorization:
-        lines.append(f"Proxy-Authorization: {authorization}")
-    return "\r\n".join([*lines, "", ""]).encode("ascii")
+    try:
+        return judge_response(data, method, upgrades, seen)
+    except Malformed as error:
+        raise Malformed(str(error), kind="bad_answer") from None
 
 
-# -- the upgrade to WebSocket ------------------------------------------------------------------
-
-# `upgrade_request` writes these itself.
-OWN_HEADERS = frozenset(("host", "user-agent", "upgrade", "connection", "sec-websocket-key",
-                         "sec-websocket-version", "sec-websocket-extensions"))
-ACCEPT_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
-
-
-def new_key() -> str:
-    """A Sec-WebSocket-Key, random each time.  Source: RFC 6455 section 4.1."""
-    return base64.b64encode(os.urandom(16)).decode()
-
-
-def upgrade_request(host: str, port: int, path: str, key: str, headers: Iterable[tuple[str, str]]) -> bytes:
-    """Ask for the upgrade over TLS, in the order of cloudflared's lines.  Source: RFC 6455 section 4.1.
-
-    `path` includes the query.  `headers` are (name, value); those of OWN_HEADERS are left out.
-    """
-    place = show_address((host, port)).removesuffix(":443")
-    lines = [f"GET {path} HTTP/1.1", f"Host: {place}", f"User-Agent: sniroute/{__version__}"]
-    lines += [f"{name}: {value}" for name, value in headers if name.lower() not in OWN_HEADERS]
-    lines += ["Connection: Upgrade", f"Sec-WebSocket-Key: {key}", "Sec-WebSocket-Version: 13", "Upgrade: websocket"]
-    return "\r\n".join([*lines, "", ""]).encode("ascii")
-
-
-def check_upgrade(answer: Answer, key: str) -> None:
-    """Raise Malformed, unless this answer with status 101 is the upgrade that was asked for with `key`.
-
-    Source: RFC 6455 section 4.1.
-    """
-    headers = answer.headers
-    digest = hashlib.sha1((key + ACCEPT_GUID).encode(), usedforsecurity=False).digest()
-    words = [word.strip() for word in headers.get("connection", "").lower().split(",")]
-    if headers.get("upgrade", "").lower() != "websocket" or "upgrade" not in words:
-        raise Malformed("HTTP 101 that is no upgrade to websocket")
-    if headers.get("sec-websocket-accept") != base64.b64encode(digest).decode():
-        raise Malformed("HTTP 101 with a wrong Sec-WebSocket-Accept")
-    if headers.get("sec-websocket-extensions"):
-        raise Malformed("HTTP 101 with an extension that was not asked for")
+def judge_response(data: bytes | bytearray, method: str, upgrades: Collection[bytes], seen: int) -> Response | None:
+    """As `parse_response`, but it refuses in the words of a request.  Source: RFC 9112 section 6.3."""
+    found = parse_status(data, seen)
+    if found is None:
+        return None
+    status, version, first, block = found
+    lines = parse_lines(block)
+    said = lines.said.get
+    options = connection_options(said(b"connection", ()))
+    framing = find_framing(said(b"content-length", ()), said(b"transfer-encoding", ()), version)
+    keeps = is_kept(version, options)
+    upgrade = b""
+    if status == 101:
+        words = list_of(said(b"upgrade", ()), PROTOCOL, "an Upgrade")
+        if len(words) != 1 or words[0] not in upgrades or b"upgrade" not in options:
+            raise bad("a 101 that was not asked for")
+        upgrade, framing, keeps = words[0], Framing(TUNNEL), False
+    elif method == "CONNECT" and 200 <= status < 300:
+        framing, keeps = Framing(TUNNEL), False
+    elif method == "HEAD" or status < 200 or status in (204, 304):
+        framing = NO_BODY
+    elif framing is None:
+        framing, keeps = Framing(UNTIL_CLOSE), False
+    head = Head(first, block, lines.fields, options, len(first) + len(block))
+    return Response(status, version, head, framing, keeps, upgrade)
 
 
-# -- frames ------------------------------------------------------------------------------------
+# -- bodies ------------------------------------------------------------------------------------
 
-# Bytes of a full message: with its header it fills one TLS record (16,384), and Cloudflare's connector
-# drops what a message has over 16,384.
-CHUNK = 16376
-CONTROL_MAX = 125  # bytes of a control frame's payload, RFC 6455 section 5.5
-
-CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA  # RFC 6455 section 5.2
-FULL_REPEAT = int.from_bytes(b"\1\0\0\0" * (CHUNK // 4), "little")
+# What a body says of a piece: the parts of it that pass on, in order, and how many bytes of the piece were its own.
+Fed = tuple[list[memoryview], int]
 
 
-def mask(data: bytes, key: bytes) -> bytes:
-    """`data` masked with the four bytes of `key`.  Source: RFC 6455 section 5.3.
+class Counted:
+    """A body of a known length.
 
-    One XOR of two large numbers takes 27 us for a full message; a loop over its bytes takes 1,000.
-    """
-    size = len(data)
-    if size == CHUNK:  # the repeated key is a product, which is made twice as fast as by bytes
-        pad = int.from_bytes(key, "little") * FULL_REPEAT
-    else:
-        pad = int.from_bytes((key * (size // 4 + 1))[:size], "little")
-    return (int.from_bytes(data, "little") ^ pad).to_bytes(size, "little")
-
-
-def frame(opcode: int, data: bytes) -> bytes:
-    """One whole message in one frame, masked with a fresh key.  Source: RFC 6455 section 5.2.
-
-    `data`: 65,535 bytes at most.
-    """
-    size = len(data)
-    key = os.urandom(4)
-    if size < 126:
-        head = struct.pack(">BB4s", 0x80 | opcode, 0x80 | size, key)
-    else:
-        head = struct.pack(">BBH4s", 0x80 | opcode, 0x80 | 126, size, key)
-    return head + mask(data, key)
-
-
-class FrameReader:
-    """Reads the frames of a server from bytes in any portions.
-
-    Payload is handed out as it comes; only a header or a control frame is kept until it is whole.
+    `left`: bytes that pass on as they are, which the caller may move without showing them here (splice), if it says so
+    with `passed`; None: without an end.  All bodies have these four members.
     """
 
-    __slots__ = ("left", "part", "fragmented")
+    __slots__ = ("left", "kind")
 
-    def __init__(self) -> None:
-        self.left = 0  # bytes of the current data frame that are still to come
-        self.part = b""  # the beginning of a header or of a control frame
-        self.fragmented = False  # a message goes on in the next data frame
+    def __init__(self, length: int, kind: str, unframed: bool):
+        self.left: int | None = length
+        self.kind = kind
 
-    def is_inside(self) -> bool:
-        """Whether the bytes so far end within a message or a frame."""
-        return bool(self.left or self.part or self.fragmented)
+    @property
+    def is_done(self) -> bool:
+        """Whether the message has ended."""
+        return self.left == 0
 
-    def read(self, data: memoryview) -> tuple[list[memoryview], list[tuple[int, bytes]]]:
-        """The pieces of payload in `data`, and the control frames as (opcode, payload), each in order.
+    def feed(self, data: bytes | bytearray | memoryview) -> Fed:
+        """Some bytes came.  The parts are views of `data`; what is behind the body belongs to the next message."""
+        piece = memoryview(data)[:self.left]
+        self.passed(len(piece))
+        return ([piece] if piece else []), len(piece)
 
-        The pieces are views of `data`.  What follows a Close is ignored.  Raises Malformed.
-        Source: RFC 6455 section 5.
-        """
-        pieces: list[memoryview] = []
-        controls: list[tuple[int, bytes]] = []
-        if self.part:
-            data = memoryview(self.part + bytes(data))
-            self.part = b""
-        at, end = 0, len(data)
-        while at < end:
+    def passed(self, count: int) -> None:
+        """The caller has moved so many bytes, `left` at most."""
+        self.left -= count
+
+    def fault(self, message: str) -> Malformed:
+        """What is raised for a body that is broken."""
+        kind = self.kind
+        return Malformed(message, kind=kind)
+
+    def end(self) -> None:
+        """No more will come.  Raises Malformed where the body is not whole: what was passed on must not look whole."""
+        if not self.is_done:
+            raise self.fault("the connection ended within a body")
+
+
+class UntilClose(Counted):
+    """A body that ends with the connection, and never before."""
+
+    __slots__ = ("has_ended",)
+
+    def __init__(self, length: int, kind: str, unframed: bool):
+        super().__init__(0, kind, unframed)
+        self.left = None
+        self.has_ended = False
+
+    @property
+    def is_done(self) -> bool:
+        return self.has_ended
+
+    def passed(self, count: int) -> None:
+        pass
+
+    def end(self) -> None:
+        self.has_ended = True
+
+
+class Chunked(Counted):
+    """A body in chunks.  Source: RFC 9112 section 7.1.
+
+    `unframed`: only what is in the chunks passes on, for a client that knows no chunks (HTTP/1.0).
+    No line passes on before it is whole: at most CHUNK_LINE_MAX bytes of one are kept.
+    """
+
+    __slots__ = ("step", "part", "unframed", "excess", "room", "lines")
+
+    def __init__(self, length: int, kind: str, unframed: bool):
+        super().__init__(0, kind, unframed)
+        self.unframed = unframed
+        self.step: Callable[[Chunked, bytes], bytes] | None = Chunked.size_line  # what reads the next line; None: done
+        self.part = b""  # a line, as far as it has come
+        self.excess = 0
+        self.room = HEAD_MAX  # bytes that the trailer may still have
+        self.lines = 0  # of the trailer
+
+    @property
+    def is_done(self) -> bool:
+        return self.step is None
+
+    def feed(self, data: bytes | bytearray | memoryview) -> Fed:
+        """As `Counted.feed`.  A part may also be the end of a line that came in pieces, or that is written anew."""
+        source, data = bytes(data), memoryview(data)  # bytes are not copied, and can be searched
+        parts: list[memoryview] = []
+        kept = at = 0  # data[kept:at] passes on as it came
+        end = len(data)
+        while at < end and self.step is not None:
             if self.left:
-                piece = data[at:at + self.left]
-                pieces.append(piece)
-                at += len(piece)
-                self.left -= len(piece)
+                size = min(self.left, end - at)
+                self.left -= size
+                at += size
                 continue
-            header = self._header(data, at, end)
-            if header is None:
-                self.part = bytes(data[at:])
-                break
-            opcode, start, size = header
-            if opcode < CLOSE:
-                at = start
-                self.left = size
-                continue
-            if start + size > end:
-                self.part = bytes(data[at:])
-                break
-            controls.append((opcode, bytes(data[start:start + size])))
-            if opcode == CLOSE:
-                break
-            at = start + size
-        return pieces, controls
+            start, most = at, at + CHUNK_LINE_MAX + 1 - len(self.part)
+            at = source.find(b"\n", at, most) + 1
+            written = b""
+            if not at:
+                at = min(most, end)
+                self.part += source[start:at]
+                self.check_part()
+            else:
+                line, self.part = self.part + source[start:at], b""
+                written = self.step(self, line)
+                if written == line and len(line) == at - start:
+                    continue
+            if start > kept:
+                parts.append(data[kept:start])
+            if written:
+                parts.append(memoryview(written))
+            kept = at
+        if at > kept:
+            parts.append(data[kept:at])
+        return parts, at
 
-    def _header(self, data: memoryview, at: int, end: int) -> tuple[int, int, int] | None:
-        """The frame at `at`: opcode, where its payload starts, and its size; None: need more."""
-        if end - at < 2:
-            return None
-        first, second = data[at], data[at + 1]
-        opcode, size = first & 0x0F, second & 0x7F
-        if first & 0x70:
-            raise Malformed("a frame with a reserved bit")
-        if second & 0x80:
-            raise Malformed("a masked frame from a server")
-        if opcode >= CLOSE:
-            if opcode > PONG:
-                raise Malformed(f"a frame with opcode {opcode}")
-            if not first & 0x80 or size > CONTROL_MAX:
-                raise Malformed("a control frame that is fragmented or too long")
-            if opcode == CLOSE and size == 1:
-                raise Malformed("a Close with half a code")
-            return opcode, at + 2, size
-        start = at + 2
-        if size == 126:
-            if end - at < 4:
-                return None
-            size, start = int.from_bytes(data[start:start + 2], "big"), start + 2
-        elif size == 127:
-            if end - at < 10:
-                return None
-            size, start = int.from_bytes(data[start:start + 8], "big"), start + 8
-            if size >> 63:
-                raise Malformed("a frame of more than 2**63 bytes")
-        if opcode > BINARY or (opcode == CONTINUATION) is not self.fragmented:
-            raise Malformed("a data frame out of turn" if opcode <= BINARY else f"a frame with opcode {opcode}")
-        self.fragmented = not first & 0x80
-        return opcode, start, size
+    def check_part(self) -> None:
+        """Raise Malformed where the line that has begun can never be right."""
+        if len(self.part) > CHUNK_LINE_MAX:
+            raise self.fault(f"a line of more than {CHUNK_LINE_MAX} bytes beside a chunk")
+        if self.step is Chunked.chunk_end and self.part != b"\r":
+            raise self.fault("a chunk that does not end where it should")
+
+    def size_line(self, line: bytes) -> bytes:
+        """The line before a chunk.
+
+        A chunk pays for its line: with 16 bytes, and with 2 for each byte that it holds.  So a sender of honest
+        extensions goes on for ever, and one that sends nothing else does not (Go's net/http has the same rule).
+        """
+        found = CHUNK_LINE.fullmatch(line)
+        if found is None:
+            raise self.fault("a line before a chunk that is none")
+        digits = found[1].lstrip(b"0")
+        self.left = number(digits, 16)
+        self.excess = max(0, self.excess + len(line) - 16 - 2 * self.left)
+        if self.excess > EXTENSIONS_MAX:
+            raise self.fault("chunks that are mostly extensions")
+        self.step = Chunked.chunk_end if self.left else Chunked.trailer_line
+        return b"" if self.unframed or not self.left else digits + b"\r\n"
+
+    def chunk_end(self, line: bytes) -> bytes:
+        """What is behind the bytes of a chunk: exactly CRLF."""
+        if line != b"\r\n":
+            raise self.fault("a chunk that does not end where it should")
+        self.step = Chunked.size_line
+        return b"" if self.unframed else line
+
+    def trailer_line(self, line: bytes) -> bytes:
+        """A line behind the last chunk, which is dropped, or the empty one, which ends the message."""
+        if line == b"\r\n":
+            self.step = None
+            return b"" if self.unframed else b"0\r\n\r\n"
+        self.room -= len(line)
+        self.lines += 1
+        found = FIELD.fullmatch(line)
+        if found is None:
+            raise self.fault("a line in a trailer that is none")
+        key = found[1].translate(KEY)
+        if key in NO_TRAILER or is_forwarding(key):
+            raise self.fault("a trailer with what belongs into a head")
+        if self.room < 0 or self.lines > FIELDS_MAX:
+            raise self.fault("a trailer that is too long")
+        return b""
+
+
+BODIES: dict[str, Callable[[int, str, bool], Counted]] = {
+    NONE: Counted, COUNTED: Counted, CHUNKED: Chunked, UNTIL_CLOSE: UntilClose, TUNNEL: UntilClose,
+}
+
+
+def open_body(message: Request | Response, unframed: bool = False) -> Counted:
+    """The machine for the body of a message: `feed`, `left`, `passed`, `is_done`, `end`.
+
+    `unframed`: of chunks, pass on only what is in them.  One without a body is done from the beginning.
+    """
+    kind = "bad_request" if isinstance(message, Request) else "bad_answer"
+    return BODIES[message.framing.kind](message.framing.length, kind, unframed)
+
+
+# -- heads that are passed on ------------------------------------------------------------------
+
+More = Iterable[tuple[bytes, bytes]]  # names and values of fields that are added
+PLAIN = {b"transfer-encoding": b"chunked"}  # what no parser lets pass with another meaning
+
+
+def dropped(head: Head) -> frozenset[bytes]:
+    """The keys of fields that are for this connection only: what Connection names, then the list of HOP_BY_HOP."""
+    return HOP_BY_HOP.union(option.translate(KEY) for option in head.options)
+
+
+def rewrite(head: Head, first: bytes, drop: Callable[[Field], bool], add: More = (),
+            values: Mapping[bytes, bytes] | None = None) -> bytes:
+    """A head with another first line, without the lines for which `drop` says so, and with more at its end.
+
+    All other lines keep their bytes and their order, but what is READ_HERE is written plainly: Python's http.server
+    keeps a blank behind `chunked`, and then knows no such coding.  `first` has no line end.  `values`: new values of
+    fields of READ_HERE, by key, where they stand.  Raises ValueError where a line would be none: no value of ours may
+    begin another line.
+    """
+    block = head.block
+    new = PLAIN if values is None else {**PLAIN, **values}
+    lines = [block[field.start:field.end] if field.key not in READ_HERE
+             else make_line(field.name, new.get(field.key, field.value))
+             for field in head.fields if not drop(field)]
+    return b"".join((first, b"\r\n", *lines, *(make_line(name, value) for name, value in add), b"\r\n"))
+
+
+def make_line(name: bytes, value: bytes) -> bytes:
+    """A field.  Raises ValueError."""
+    if not TOKEN.fullmatch(name) or not TEXT.fullmatch(value):
+        raise ValueError(f"no field: {name!r}")
+    return b"%b: %b\r\n" % (name, value)
+
+
+def switch_to(upgrade: bytes) -> More:
+    """The fields that offer, or accept, another protocol; none without one."""
+    return ((b"Connection", b"Upgrade"), (b"Upgrade", upgrade)) if upgrade else ()
+
+
+def pass_request(request: Request, add: More = (), *, host: bytes = b"", believes: bool = False, upgrade: bytes = b""
+                 ) -> bytes:
+    """The head of a request as the backend gets it: in HTTP/1.1 and origin form.
+
+    What Connection names is gone, then what is for one connection only, then (unless `believes`) what claims to speak
+    for another, then all that some program takes for a field of these; then `add` is added.  `host`: the Host instead
+    of the client's.  HTTP/1.1 needs one, so where HTTP/1.0 has none it is added.  `upgrade`: the one protocol that is
+    offered to the backend.  Source: RFC 9110 section 7.6.
+    """
+    drop = dropped(request.head)
+    expects = request.expects_continue
+    if not request.version and not request.head.values(b"host"):
+        add = ((b"Host", host or request.name.encode("ascii")), *add)
+
+    def goes(field: Field) -> bool:
+        key = field.key
+        return (key in drop or field.is_twin or key == b"expect" and not expects
+                or not believes and is_forwarding(key))
+
+    first = b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.path or request.target)
+    return rewrite(request.head, first, goes, (*add, *switch_to(upgrade)), {b"host": host} if host else None)
+
+
+def pass_response(response: Response, add: More = (), *, unframed: bool = False) -> bytes:
+    """The head of an answer as the client gets it, in HTTP/1.1.
+
+    `unframed` as in `open_body`: it says nothing of chunks.  1xx and 204 say nothing of a body either (RFC 9112 section
+    6.1, RFC 9110 section 8.6); to HEAD and with 304 the length stays, which is that of another answer.
+    """
+    drop = dropped(response.head)
+    if response.status < 200 or response.status == 204:
+        drop |= FRAMING
+    elif unframed:
+        drop |= {b"transfer-encoding"}
+    first = b"HTTP/1.1" + response.head.first[8:-2]
+    return rewrite(response.head, first, lambda field: field.key in drop or field.is_twin,
+                   (*add, *switch_to(response.upgrade)))

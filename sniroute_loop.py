@@ -19,6 +19,7 @@ the object that met it, so that one connection ends and not the loop.
 Seams: I want to ...
     do something at a time       Loop.timer; where many items wait equally long, Loop.queue
     do something once a turn     Loop.batch; its place among the batches is that of its call
+    let many end at other times  `jittered`
     wait otherwise               a subclass of Poller, chosen in Loop
 
 This room imports the standard library only, and knows nothing of connections.
@@ -46,6 +47,7 @@ EVENTS = 256  # ready descriptors in a turn, so that a turn ends soon (epoll onl
 WAIT_LAST = 3600.0  # seconds of one wait: epoll takes no more than 24 days
 NEVER = float("inf")
 CAPACITY_PAUSE = 0.1  # seconds until an accept is tried again when descriptors are short; else the loop would spin
+JITTERS = 16  # different times where one has jitter, since each is a queue: see `jittered`
 
 # errno values that mean "not now": descriptors or memory are short on this host.
 CAPACITY_ERRNOS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
@@ -366,6 +368,14 @@ class Loop:
         """Close the selector and the pipe.  After `run` has returned, or instead of it."""
         self.poller.close()
         self.pipe.close()
+
+
+def jittered(seconds: float, share: float, step: int) -> float:
+    """A time up to a `share` longer or shorter: what began together does not end together.
+
+    `step`, from 0 to JITTERS - 1, says which of JITTERS times it is, the shortest first.
+    """
+    return seconds * (1 + share * (2 * step / (JITTERS - 1) - 1))
 
 
 def unsent(sock: Any) -> int | None:

@@ -331,7 +331,8 @@ CORE = (
 OPTIONS = {
     "doctor": ("sniroute_doctor",),
     "admin": ("sniroute_admin", "sniroute_door", "sniroute_metrics", "sniroute_page"),
-    "carrier": ("sniroute_carrier", "sniroute_edge", "sniroute_forwarder", "sniroute_dial", "sniroute_http"),
+    "carrier": ("sniroute_carrier", "sniroute_edge", "sniroute_forwarder", "sniroute_dial", "sniroute_upgrade",
+                "sniroute_http"),
     "commands": ("sniroute_commands",),
     "backends": ("sniroute_backends", "sniroute_book", "sniroute_groups", "sniroute_balance", "sniroute_warm",
                  "sniroute_reuse", "sniroute_conversations", "sniroute_checks", "sniroute_probes"),

@@ -17,7 +17,7 @@ It imports routes, targets, wire, values and names; where a route has several ba
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
 from sniroute_names import OPTIONS, is_here, printable
 from sniroute_routes import PROGRAM_KINDS, Route, parse_port_route, parse_route
@@ -25,6 +25,9 @@ from sniroute_targets import SCHEMES
 from sniroute_values import (as_text, meant, one_of, parse_count, parse_duration, parse_env, parse_names,
                              parse_networks, parse_off_or_duration, parse_share, parse_size)
 from sniroute_wire import PROXY_WRITERS
+
+if TYPE_CHECKING:
+    from sniroute_groups import Several
 
 __version__ = "0.1.0"
 
@@ -41,7 +44,7 @@ PROGRAM_OPTIONS = frozenset(("env", "env_from"))  # those for targets that run a
 
 
 def parse_health(text: str) -> str:
-    """`passive`, `off`, or what a check is to ask.  Raises ValueError."""
+    """`passive`, `off`, or what a check is to ask, as it came, once sniroute_probes can read it.  Raises ValueError."""
     if text not in ("passive", "off"):
         if not is_here("sniroute_probes"):
             raise ValueError(f"{text!r} needs sniroute_probes.py, which is not beside sniroute.py: copy it there")
@@ -50,7 +53,7 @@ def parse_health(text: str) -> str:
     return text
 
 
-# The same for several backends: a field of Several.
+# The same for a route with several backends: a field of Several.
 SEVERAL_OPTIONS: dict[str, Callable[[str], Any]] = {
     "balance": one_of("round-robin", "least", "random", "hash", "first", "latency"),
     "health": parse_health, "health_interval": parse_duration, "health_timeout": parse_duration,
@@ -65,7 +68,7 @@ SEVERAL_OPTIONS: dict[str, Callable[[str], Any]] = {
 
 
 def route_of_text(parse: Parse) -> Callable[[str], Route]:
-    """A parser of a route on the command line, to one target or to several.  It raises ValueError."""
+    """A parser of a route on the command line, to one target or to several.  The parser raises ValueError."""
     return lambda text: with_several(parse(text), {})
 
 
@@ -73,9 +76,9 @@ any_route, any_port = route_of_text(parse_route), route_of_text(parse_port_route
 
 
 def with_several(route: Route, values: Mapping[str, Any]) -> Route:
-    """The route, and what is done with its several targets, where it has those, or an option for them.
+    """The route with its Several, where it has several targets, or `values`: SEVERAL_OPTIONS that are set.
 
-    Raises ValueError where a file for that is missing.
+    Raises ValueError where a file for that is missing, or options do not fit the route: with a sentence for each.
     """
     if not route.members and not values:
         return route
@@ -88,21 +91,30 @@ def with_several(route: Route, values: Mapping[str, Any]) -> Route:
     from sniroute_book import Book
     from sniroute_groups import Several
     if not route.members:
-        values = {"health": "off", **values}  # there is no other one to be used instead
+        values = {"health": "off", **values}  # of one target: there is no other one to be used instead
     several = Several(SEVERAL, Book, [], **values)
-    if route.has_fields and several.warm:
-        raise ValueError("warm: is for targets without fields: clients would choose what is dialled ahead")
-    if several.reuse != "off" and not route.is_port:
-        raise ValueError("reuse: is for ports: behind a name there is TLS, which is its client's alone")
-    if several.reuse != "off" and route.send_proxy in ("v1", "v2"):
-        raise ValueError(f"reuse: does not go with send_proxy = {route.send_proxy}: the header says who the client is")
-    if several.health not in ("passive", "off"):
-        if route.has_fields:
-            raise ValueError(f"health: {several.health} is for targets without fields: clients would choose what is "
-                             "checked")
-        if not any(map(several.checks, route.targets)):
-            raise ValueError(f"health: {several.health} is not for {route.target}: a check would start the program")
+    wrong = list(misfits(route, several))
+    if wrong:
+        raise ValueError(*wrong)
     return route._replace(members=route.targets, several=several)
+
+
+def misfits(route: Route, several: Several) -> Iterator[str]:
+    """What does not go together, a sentence each."""
+    if route.has_fields and several.warm:
+        yield "warm: is for targets without fields: clients would choose what is dialled ahead"
+    if several.reuse != "off" and not route.is_port:
+        yield "reuse: is for ports: behind a name there is TLS, which is its client's alone"
+    if several.reuse != "off" and route.send_proxy in ("v1", "v2"):
+        yield f"reuse: does not go with send_proxy = {route.send_proxy}: the header says who the client is"
+    if several.health in ("passive", "off"):
+        return
+    if route.has_fields:
+        yield f"health: {several.health} is for targets without fields: clients would choose what is checked"
+    elif not any(map(several.checks, route.targets)):
+        why = "a unix socket has no ports" if any(map(several._replace(health="connect").checks, route.targets)) \
+            else "a check would start the program"
+        yield f"health: {several.health} is not for {route.target}: {why}"
 
 
 def read_routes(table: Any, wrong: list[str], kind: str = "routes", parse: Parse = parse_route) -> list[Route]:
@@ -140,7 +152,7 @@ def read_routes(table: Any, wrong: list[str], kind: str = "routes", parse: Parse
         try:
             routes.append(with_several(route, several))
         except ValueError as error:
-            wrong.append(f"{where}: {error}")
+            wrong.extend(f"{where}: {each}" for each in error.args)
     return routes
 
 

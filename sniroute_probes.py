@@ -24,7 +24,7 @@ name that they know.
 Threads: none of its own; a Dialogue belongs to its check.
 
 Seams: I want to ...
-    check another protocol    a generator as `redis` is, and a row in KINDS; `health` of the route's options names it
+    check another protocol    a generator as `redis` is, and a row in KINDS; with a port and a path, WITH_PATH, too
 
 It imports wire, names and refusals; `ssl` only where a check needs it.
 """
@@ -53,6 +53,7 @@ PACKET_MAX = 4096  # bytes of a MySQL packet up to the end of a login: an error 
 LOGIN_STEPS = 8  # packets of a MySQL server from its greeting to the end of the login: it needs four
 READ_SIZE = 1 << 14  # a TLS record
 
+
 # -- what is asked -----------------------------------------------------------------------------
 
 
@@ -62,11 +63,6 @@ class Health(NamedTuple):
     kind: str  # `off`, `passive`, or a row of KINDS
     port: int = 0  # of http and https; 0: the backend's own
     path: str = ""  # of http and https, query included
-
-    @property
-    def is_active(self) -> bool:
-        """Whether the backends have to be asked."""
-        return self.kind in KINDS
 
 
 def parse_health(text: str) -> Health:
@@ -104,7 +100,8 @@ class Verdict(NamedTuple):
     goodbye: bytes = b""  # to be sent before the FIN
 
 
-# A protocol: yields what is to be sent, perhaps nothing; is given what has come, b"" for the end of the stream.
+# A protocol: yields what is to be sent, perhaps nothing; is given what has come, b"" for the end of the stream.  Where
+# more was needed then, it may yield once more: Dialogue says that the backend has closed.
 Talk = Generator[bytes, bytes, Verdict]
 GOOD = Verdict("")
 
@@ -327,7 +324,7 @@ def packet(heard: bytearray, say: bytes = b"") -> Generator[bytes, bytes, tuple[
 
 
 def framed(payload: bytes, sequence: int) -> bytes:
-    """A packet."""
+    """A packet of MySQL: size, sequence number, payload."""
     return len(payload).to_bytes(3, "little") + bytes((sequence & 0xFF,)) + payload
 
 
@@ -390,7 +387,7 @@ def http(question: Question) -> Talk:
 
 
 def https(question: Question) -> Talk:
-    """The same inside TLS."""
+    """As `http`, inside TLS."""
     return tls(question, http(question))
 
 
@@ -401,7 +398,7 @@ class Kind(NamedTuple):
     """A kind of check, as a row."""
 
     talk: Callable[[Question], Talk] | None  # None: that it takes the connect is enough
-    needs_name: bool = True  # what it asks depends on the name
+    needs_name: bool = True  # what it asks depends on the name; else routes with other names share its checks
 
 
 KINDS = {

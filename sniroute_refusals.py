@@ -50,22 +50,23 @@ class SettingsError(Exception):
 class Refused(Exception):
     """A connection that is refused.
 
-    `kind` is a row of REFUSALS; the message is for the log.  `alert` replaces the row's TLS alert,
-    `farewell` is sent instead of anything the row says.
+    `kind` is a row of REFUSALS; the message is for the log.  `alert` replaces the row's TLS alert, `status`
+    its HTTP status; `farewell` is sent instead of anything the row says.
     """
 
-    def __init__(self, kind: str, message: str, alert: int | None = None, farewell: bytes = b""):
+    def __init__(self, kind: str, message: str, alert: int | None = None, farewell: bytes = b"", status: int = 0):
         super().__init__(message)
         self.kind = kind
         self.alert = REFUSALS[kind].alert if alert is None else alert
+        self.status = status or REFUSALS[kind].status
         self.farewell = farewell
 
 
 class Malformed(Refused):
     """Bytes from the network that are not what they claim to be."""
 
-    def __init__(self, message: str, alert: int | None = None, kind: str = "malformed"):
-        super().__init__(kind, message, alert)
+    def __init__(self, message: str, alert: int | None = None, kind: str = "malformed", status: int = 0):
+        super().__init__(kind, message, alert, status=status)
 
 
 class Refusal(NamedTuple):
@@ -84,6 +85,9 @@ REFUSALS = {
                        "nothing, or look at what connects: only TLS and PostgreSQL name a service"),
     "malformed": Refusal(DEBUG, None, 400, "the client's TLS or PostgreSQL prelude is broken",
                          "update the client, or look at what stands between"),
+    "bad_request": Refusal(DEBUG, None, 400, "the request is not plain HTTP/1.1, or asks for more than is served",
+                           "look at the client, and at what stands between: two programs may read such a request in "
+                           "two ways"),
     "hello_too_large": Refusal(INFO, DECODE_ERROR, 431, "the client's ClientHello is larger than 64 KiB",
                                "have the client send less: a ticket with a smaller certificate, or no resumption"),
     "truncated": Refusal(DEBUG, DECODE_ERROR, 400, "the client left in the middle of its prelude",
@@ -120,6 +124,8 @@ REFUSALS = {
                           "check the target, and the resolver of this host"),
     "backend": Refusal(WARNING, INTERNAL_ERROR, 502, "the backend refused the connection, or did not answer",
                        "check the service at the target's address"),
+    "bad_answer": Refusal(WARNING, None, 502, "the backend's answer is not plain HTTP/1.1, or ends too early",
+                          "ask the backend directly, as with curl -v: is it HTTP, and whole?"),
     "queue_timeout": Refusal(WARNING, INTERNAL_ERROR, 503, "no backend of the route had room in time",
                              "raise the route's max_backend_connections, or its queue; or add a backend"),
     "queue_full": Refusal(WARNING, INTERNAL_ERROR, 503, "as many clients wait for a backend as the route allows",

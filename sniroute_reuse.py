@@ -8,11 +8,13 @@
                               | server_said
     client <--- down --- ObservedFlow <---- backend
 
-    the client ends or breaks off --- clean, and the kernel holds nothing ---> give(sock): it may serve the next one
+    the client ends or breaks off --- clean, and the kernel holds no byte ---> give(sock): it may serve the next one
                                   --- else ---> the end is passed on as ever, and the connection is used up
     the machine is spoilt ----------> the flows are ordinary ones from here on
 
 An unknown protocol (`quiet`) has to be silent for QUIET_FOR besides: see Aside.  That is a guess, and no proof.
+
+Who gets the socket is the caller's business: a warm pool, by way of Warmth (sniroute_book).
 
 Threads: the loop only.
 
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-QUIET_FOR = 1.0  # seconds; an answer that is later reaches a stranger: longer than a round trip around the world
+QUIET_FOR = 1.0  # seconds: several round trips around the world.  An answer that is later still reaches a stranger
 
 
 # -- the ways to reuse -------------------------------------------------------------------------
@@ -62,7 +64,7 @@ REUSES = {
 
 
 class ObservedFlow(Flow):
-    """A Flow that has a machine hear what passes.  It never splices."""
+    """A Flow that has a machine hear what passes.  It never splices: the machine needs the bytes."""
 
     __slots__ = ("machine", "hear", "give")
 

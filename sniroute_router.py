@@ -309,7 +309,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.to_meet: list[Connection] = self.loop.batch(read_header)
         self.to_dial: list[Connection] = self.loop.batch(Connection.dial)
         self.to_speak: list[Connection] = self.loop.batch(Connection.speak)
-        # Behind these batches: one that it adds is for what their steps ask for.
+        # After these batches: warm connections have one, too, and dial there what the steps above have taken.
         self.targets.follow((*settings.routes.routes, *settings.port), self.routes.identified, self.loop)
         # Timers of the loop.
         self.paused = False  # accepting is paused

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Callable, Iterable, Iterator, Mapping, NamedTu
 
 from sniroute_launchers import TunnelKey, Variable
 from sniroute_names import Network, ascii_advice, has_owner, is_here, parse_host_port, printable, show_address
-from sniroute_patterns import (CHOSEN, FIELDS, STARS, Fielded, Pattern, expand, fields_of, parse_pattern, rank,
-                               unknown_fields, written)
+from sniroute_patterns import (CHOSEN, FIELDS, OF_NAME, STARS, Fielded, Pattern, expand, fields_of, parse_pattern,
+                               rank, unknown_fields, written)
 from sniroute_refusals import Malformed, Refused
 from sniroute_targets import SCHEMES, Scheme
 
@@ -70,6 +70,7 @@ class Decision(NamedTuple):
     tally: Tally
     plain: bool  # the route has no option that each connection has to be checked for
     members: Sequence[Decision] = ()  # of each of its targets, where the route has several; never changed
+    variables: tuple[Variable, ...] = ()  # for its program
 
 
 class Route(NamedTuple):
@@ -154,12 +155,15 @@ class Route(NamedTuple):
         rest = row.check(rest)
         row.guard(self.target.partition(":")[2], rest)
         target = f"{scheme}:{rest}"
-        tunnel = None
+        key, variables, tunnel = f"{self.pattern}={target}", self.env + self.env_from, None
+        if row.is_program and self.fields_of_env:
+            variables = tuple(each._replace(value=each.value and expand(each.value, fields)) for each in variables)
+            key = " ".join([key, *(f"{name}={value}" for name, value in variables)])
         if row.is_program and row.is_tunnel:
-            tunnel = TunnelKey(scheme, rest, variables=self.env + self.env_from)
+            tunnel = TunnelKey(scheme, rest, variables=variables)
         elif row.is_tunnel:
             tunnel = TunnelKey(scheme, rest, not identified or self.is_of_one_domain())
-        return Decision(self, target, row, rest, f"{self.pattern}={target}", tunnel, tally or Tally(), self.is_plain)
+        return Decision(self, target, row, rest, key, tunnel, tally or Tally(), self.is_plain, variables=variables)
 
     def _decide_several(self, name: str, identified: bool, tally: Tally, fields: Mapping[str, str]) -> Decision:
         """As `decide`, with the decision of each target.  Without fields these are the same for each name."""
@@ -167,7 +171,7 @@ class Route(NamedTuple):
         if not members:
             members = [route.decide(name, identified, tally, fields) for route in self.each()]
             if self.has_fields:
-                key = " ".join([self.pattern, *(member.target for member in members)])
+                key = " ".join([self.pattern, *(member.key for member in members)])
             else:
                 self.several.fixed[:] = members  # one assignment: another thread may decide, too
         target = expand(self.target, fields)
@@ -175,8 +179,20 @@ class Route(NamedTuple):
 
     @property
     def has_fields(self) -> bool:
-        """Whether a target depends on the name: it has a field that its kind does not fill in itself."""
-        return any(not set(FIELDS.findall(target)) <= set(row.holds) for row, target in zip(self.kinds, self.targets))
+        """Whether a target depends on the name: it has a field that its kind does not fill in itself.
+
+        Or what its program gets does.
+        """
+        return any(not set(FIELDS.findall(target)) <= set(row.holds) for row, target in zip(self.kinds, self.targets)) \
+            or bool(self.fields_of_env)
+
+    @property
+    def fields_of_env(self) -> set[str]:
+        """The fields in the values of `env`.  What else stands in braces there stays as it is: it may be JSON."""
+        if not self.env or self.is_port:
+            return set()
+        found = {field for variable in self.env for field in FIELDS.findall(variable.value)}
+        return found & {*OF_NAME, *parse_pattern(self.pattern).fields}
 
     @property
     def is_plain(self) -> bool:

@@ -28,7 +28,7 @@ import re
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING, Any, Callable, Iterable, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Callable, Iterable, NamedTuple, Sequence
 
 from sniroute_launchers import TunnelError
 from sniroute_loop import CAPACITY_ERRNOS, NEVER, Loop, Queue
@@ -40,10 +40,11 @@ from sniroute_refusals import Malformed, Refused, tunnel_refused
 from sniroute_tunnels import Tunnel, TunnelTable
 
 if TYPE_CHECKING:
+    from sniroute_book import Book
     from sniroute_connection import Connection
-    from sniroute_values import Zones
     from sniroute_router import Wait
     from sniroute_routes import Decision, Route
+    from sniroute_values import Zones
 
 __version__ = "0.1.0"
 
@@ -74,7 +75,7 @@ class Retry(NamedTuple):
 
 
 class Another(NamedTuple):
-    """Somebody else may serve the client: the backend is opened again at once, for the same bytes."""
+    """One of several backends failed, and another one may serve the client: `open` is called again at once."""
 
 
 class NotYet(Exception):
@@ -82,7 +83,7 @@ class NotYet(Exception):
 
     def __init__(self, turn: Queue | None = None):
         super().__init__()
-        self.turn = turn  # the deadline for that
+        self.turn = turn  # the queue that the connection stands in meanwhile; None: it waits for `awaited`
 
 
 class Doubt(NamedTuple):
@@ -98,18 +99,20 @@ Verdict = Retry | Another | Doubt | Refused | None  # of Backend.failed
 class Backend:
     """One connection's way to its target, told what happens on it.  Loop only.
 
-    Called in this order: `open`, again for each address that fails; `connected`; `settled`, or, where a connect proves
-    nothing, `answered`; `release`, perhaps more than once.  `failed` may come at any time before `settled` or
-    `answered`; where it says None, it is called once more, after `release`.  `remark` is asked for at the end, where
-    `settled` has not said None.  This base tries (family, address) pairs one after another, or, where one is silent,
-    beside each other: a Race then asks it for them.  Where none is left the client is refused with `backend`.
+    Called in this order: `open`, again for each address that fails; `connected`; `proves`; then `settled` where that
+    is True, else `answered`, or `committed` where the client of a port speaks first; `release`, perhaps more than once.
+    `failed` may come at any time before `settled` or `answered`; where it says None, it is called once more, after
+    `release`.  `remark` is asked for at the end, where `settled` has not said None.
+
+    This base tries (family, address) pairs one after another, or, where one is silent, beside each other: a Race then
+    asks it for them.  Where none is left the client is refused with `backend`.
     """
 
     __slots__ = ("target", "addresses", "local", "tried", "row", "told", "race")
     proven_by_connect = True  # False: a connect shows nothing; only the first byte shows that somebody is there
-    # Of a backend that is one of several; see sniroute_backends.
+    # For one of several backends (sniroute_backends); as they are here they change nothing.
     awaited: Decision | None = None  # what has to be ready first, where that is not the connection's own decision
-    patience: tuple[Queue, Queue] | None = None  # deadlines instead of Deadlines.stagger, and of those behind it
+    patience: tuple[Queue, Queue] | None = None  # its own two deadlines for a connect: see Book.patience
     greeting = b""  # what the backend has said before the client came
 
     def __init__(self, target: str, addresses: Sequence[Row], local: bool):
@@ -196,11 +199,11 @@ class Backend:
 
     @property
     def way(self) -> Backend:
-        """The one whose addresses are tried now: itself, or one of several."""
+        """The Backend whose addresses are tried now: this one, or that of the member that a client uses."""
         return self
 
     def proves(self) -> bool:
-        """The connect is over, and what the client has said is on its way: whether that proves it."""
+        """The connect is over, and the client's bytes are on their way: does that prove that somebody is there?"""
         return self.proven_by_connect
 
     def settled(self) -> Backend | None:
@@ -211,14 +214,14 @@ class Backend:
         """The first byte has come back."""
 
     def is_used_up(self, server: socket.SocketType) -> bool:
-        """The client speaks now, and has been silent: whether the backend has ended a connection that was warm."""
+        """Whether a connection that was warm has ended while its client was silent; the client speaks now."""
         return False
 
     def committed(self) -> None:
-        """The client has spoken first, where that is nobody's turn by rule: nothing can be sent again."""
+        """The client of a port has spoken before the backend has: nothing can be sent again."""
 
     def goes_on(self, error: Refused) -> bool:
-        """What it had to wait for cannot be had: whether the client may be served all the same."""
+        """What it waits for cannot be had.  Whether the client may be served all the same, by another backend."""
         return False
 
     def is_lost(self) -> bool | None:
@@ -421,8 +424,8 @@ class Targets:
         self.resolved: dict[str, Resolved] = {}  # by Decision.key
         self.laggards = Laggards()
         self.zones: Zones | None = None  # of the settings
-        self.ask: Callable[[Decision], None] = ask_nobody  # have a thread prepare a target; the router's Waits
-        self.book: Any = None  # the Book of sniroute_backends, where a route has several
+        self.ask: Callable[[Decision], None] = ask_nobody  # have a thread prepare a target: Waits.prepare
+        self.book: Book | None = None  # where a route has several backends
         self.make_room(0)
 
     def make_room(self, targets: int) -> None:
@@ -430,7 +433,10 @@ class Targets:
         self.resolved_max = max(RESOLVED_MAX, 2 * targets)
 
     def follow(self, routes: Sequence[Route], identified: bool, loop: Loop) -> None:
-        """Use other routes, those of ports among them.  At the start, and then the loop.  See Route.decide."""
+        """Use other routes, those of ports among them; `identified` as in Route.decide.
+
+        Main calls it before the loop runs, then the loop does.
+        """
         self.make_room(sum(len(route.targets) for route in routes))
         several = [route for route in routes if route.several is not None]
         if several and self.book is None:
@@ -444,7 +450,7 @@ class Targets:
             self.book.give_way()
 
     def close(self) -> None:
-        """No new clients come: nothing needs to be ready for them.  The loop."""
+        """No new clients come: nothing needs to be ready for them.  The loop, perhaps twice."""
         if self.book is not None:
             self.book.close()
 

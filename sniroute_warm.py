@@ -15,13 +15,14 @@ servers may speak first (`greets`), what they say is kept, and the client gets i
 SSH.  `take` looks once more; what happens behind that look happens to a client's own connection.  Nothing is sent on an
 idle connection: a PROXY header belongs to a client.
 
-How fast it dials is a state:
+How fast a pool dials is its state; it dials in the second phase of a turn (sniroute_loop):
 
     TRYING    one dial.  It connects: STEADY; or PROVING, where there was a setback before
     PROVING   none, for PROVEN_AFTER; then STEADY
     STEADY    all that is missing, at once.  A connection that was idle for longer than PROVEN_AFTER ends: TRYING
-    RESTING   none, for one of PAUSES; then TRYING.  Any state ends here with a setback: a dial has failed, or a
-              connection has ended sooner than PROVEN_AFTER
+    RESTING   none, for a while; then TRYING.  Any state ends here with a setback, for one of PAUSES: a dial has failed,
+              or a connection has ended sooner than PROVEN_AFTER.  A backend that is not ready, as its name is being
+              resolved, is no setback: it is asked for again after one of LOOKS
     CLOSED    none any more
 
 So a backend that is down, or that ends its silent connections at once, is dialled once a second at most, and then
@@ -36,7 +37,7 @@ Seams: I want to ...
     dial faster, or more carefully     PAUSES, PROVEN_AFTER, DIALS_MAX, and the states above
     let a connection be idle otherwise `WarmPool._keep`, Warm.is_good
 
-This room imports sniroute_targets, sniroute_race, sniroute_loop, sniroute_refusals and the standard library.
+It imports targets, race, the loop and refusals.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ import random
 import time
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Sequence
 
-from sniroute_loop import NEVER, READ, WRITE, Loop, Queue, Watch, ignore
+from sniroute_loop import JITTERS, NEVER, READ, WRITE, Loop, Queue, Watch, ignore, jittered
 from sniroute_race import UNDER_WAY, Row, no_answer
 from sniroute_refusals import Refused
 from sniroute_targets import Backend, Unreachable
@@ -65,10 +66,10 @@ DIALS_MAX = 32  # connects under way at once, and in one turn: a fourth of the b
 BREATH = 0.02  # between two times DIALS_MAX, so that the server accepts meanwhile: 1,600 dials in a second
 BACKLOG_LOOK = 0.1  # between two connects to a unix socket whose backlog is full: no client waits for it
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # after the first, second ... setback in a row
+LOOKS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # until a backend that is not ready is asked for again
 PAUSE_SPREAD = 0.25  # a pause is longer by up to this share: what failed together does not come back together
 PAUSE_STEPS = 4  # different pauses of each length; each is a queue of the loop
 PROVEN_AFTER = 2.0  # who ends a silent connection sooner does so always, or is about to go down
-JITTERS = 16  # different times to be idle, and to live: what began together does not end together; each is a queue
 AGES = 16  # what a connection that comes back has left to live is rounded down to so many parts of max_age
 
 TRYING, PROVING, STEADY, RESTING, CLOSED = "trying", "proving", "steady", "resting", "closed"  # states of a pool
@@ -103,16 +104,16 @@ class Warm(Watch):
         self.way = way
         self.sock: socket.SocketType | None = None
         self.greeting = b""  # what the server has said: the client gets it first
-        self.began = 0.0  # clock time of its birth, moved by its share of jitter: for `WarmPool.put`
-        self.since = 0.0  # clock time: it was dialled, and is idle; -NEVER: it has served a client
-        self.most = most  # bytes that the server may say
+        self.began = 0.0  # clock time of its connect, moved by its part of the jitter: for `WarmPool.put`
+        self.since = 0.0  # clock time of its connect, for `lost`; -NEVER: it has served a client, so it is no setback
+        self.most = most  # bytes that the server may say before it is taken
         self.why = ""  # what became of the address before
         self.queues: tuple[Queue, ...] = ()  # in which it stands
 
     # -- the connect
 
     def begin(self) -> None:
-        """Connect to the next address.  Second phase of a turn only: the poller may still name a number closed now."""
+        """Connect to the next address.  Second phase of a turn only: see sniroute_race."""
         pool = self.pool
         try:
             self.sock = self.way.open(self.why)
@@ -122,11 +123,11 @@ class Warm(Watch):
             pool.dialling[self] = None
             self.stand_in(pool.backlog)
         except OSError:
-            pool.has_no_room(self)
+            pool.has_no_room(self)  # CAPACITY_ERRNOS
         else:
             self.fd = self.sock.fileno()
             self.why = ""
-            if self.way.local:  # over already, as a rule
+            if self.way.local:  # on loopback a connect is over already, as a rule
                 self.on_answer(0)
             else:
                 self.await_answer()
@@ -162,7 +163,7 @@ class Warm(Watch):
         self.go_on(no_answer(self.pool.options.connect_timeout))
 
     def go_on(self, why: str) -> None:
-        """The address did not take it: the next one is tried in the second phase of a turn."""
+        """The address did not take it, and `why`: the next one is tried in the second phase of a turn."""
         self.close_socket()
         self.why = why
         self.pool.dialling[self] = None
@@ -171,7 +172,7 @@ class Warm(Watch):
     # -- idle
 
     def on_news(self, mask: int) -> None:
-        """The server has ended it, or has said something; or the poller has called for nothing."""
+        """The server has ended it, or has said something; or there is no news (a stale event)."""
         if not self.is_good():
             pool = self.pool
             del pool.idle[self]
@@ -200,7 +201,7 @@ class Warm(Watch):
         pool.schedule()
 
     def leave_to(self, heir: Watch | None) -> None:
-        """Watch it no more; `heir` does."""
+        """Watch it no more; from here on `heir` does, where there is one, without a call of the kernel."""
         if heir is None:
             self.wait_for(0)
         else:
@@ -218,7 +219,7 @@ class Warm(Watch):
         self.queues = queues
 
     def close_socket(self) -> None:
-        """Close it orderly: what the server said was read, so the kernel sends FIN."""
+        """Close it in order: what the server said was read, so the kernel sends FIN, and no RST."""
         self.stand_in()
         self.closing()
         if self.sock is not None:
@@ -234,7 +235,7 @@ class Warm(Watch):
 class WarmPool:
     """The warm connections to one backend of one route.
 
-    `queue(seconds, act)` gives the queue of the loop that all share who wait equally long for the same.  `make_way()`
+    Loop only.  `queue(seconds, act)` gives the queue that all share who wait equally long for the same.  `make_way()`
     gives a new way to the backend, or None where it is not ready (the pool asks again, more and more seldom), or raises
     Refused.  `told(why)` hears of each dial that has failed; of none where this host has no descriptors.  It may call
     `resize` and `close`.  `clock` and `chance` (0 to 1) are the time and the dice.
@@ -253,23 +254,26 @@ class WarmPool:
         self.clock = clock
         self.chance = chance
         self.size = options.size
-        self.reused = 0  # REUSED_MAX, once a connection was given back
+        self.reused = 0  # so many are kept where `size` is less: REUSED_MAX, once a connection was given back
         self.state = TRYING
         self.setbacks = 0  # in a row
+        self.looks = 0  # in a row that found the backend not ready
         self.pause: Queue | None = None  # the one in which it is RESTING
         self.idle: collections.OrderedDict[Warm, None] = collections.OrderedDict()  # the longest comes first
         self.dialling: dict[Warm, None] = {}  # the latest comes last
-        self.hit = self.miss = self.dead = 0  # `take` gave one; had none; met one that had ended: numbers so far
-        self.soon = refills(loop)
+        self.hit = self.miss = self.dead = 0  # numbers so far: `take` gave one; had none; met one that had ended
+        self.soon = refills(loop)  # pools that dial at the end of this turn
         self.breath = queue(BREATH, WarmPool.fill)
-        self.proving = queue(PROVEN_AFTER, WarmPool.is_proven)
-        self.late = queue(options.connect_timeout, Warm.expire)
-        self.again = queue(0.0, Warm.begin)
+        self.proving = queue(PROVEN_AFTER, WarmPool.proven)
+        self.late = queue(options.connect_timeout, Warm.expire)  # connects that are under way
+        self.again = queue(0.0, Warm.begin)  # those whose last address did not take it
         self.backlog = queue(BACKLOG_LOOK, Warm.begin)
-        moved = [options.jitter * (2 * step / (JITTERS - 1) - 1) for step in range(JITTERS)]
-        self.idles = [queue(options.max_idle * (1 + by), Warm.too_old) for by in moved] if options.max_idle else []
-        self.births = [options.max_age * by for by in moved]
-        self.ages = [queue(options.max_age + by, Warm.too_old) for by in self.births] if options.max_age else []
+        # By the step of the jitter: how long a connection is idle, how long it lives, how far that moves its birth.
+        idles, ages = ([jittered(most, options.jitter, step) for step in range(JITTERS)]
+                       for most in (options.max_idle, options.max_age))
+        self.idles = [queue(seconds, Warm.too_old) for seconds in idles] if options.max_idle else []
+        self.ages = [queue(seconds, Warm.too_old) for seconds in ages] if options.max_age else []
+        self.births = [seconds - options.max_age for seconds in ages]
 
     # -- clients
 
@@ -313,12 +317,12 @@ class WarmPool:
             warm.discard()
             return
         self.reused = REUSED_MAX
-        self._keep(warm, self._throw(), self.queue(max_age * left / AGES, Warm.too_old) if max_age else None)
+        self._keep(warm, self._step(), self.queue(max_age * left / AGES, Warm.too_old) if max_age else None)
         self._trim()
 
     def birth(self) -> float:
         """`began` of a connection that somebody has dialled now, and may give to `put` later."""
-        return self.clock() + self.births[self._throw()]
+        return self.clock() + self.births[self._step()]
 
     # -- the owner
 
@@ -399,8 +403,11 @@ class WarmPool:
             self.told(str(error))
             return
         if way is None:
-            self._set_back()
-        elif len(self.idle) + len(self.dialling) >= self.size:
+            self._rest(LOOKS[min(self.looks, len(LOOKS) - 1)])
+            self.looks += 1
+            return
+        self.looks = 0
+        if len(self.idle) + len(self.dialling) >= self.size:
             way.release()  # `make_way` has called `resize`: where it leads, none is wanted
         else:
             Warm(self, way, GREETING_MAX if self.options.greets else 0).begin()
@@ -408,7 +415,7 @@ class WarmPool:
     def connected(self, warm: Warm) -> None:
         """A dial has succeeded."""
         was_awaited = self.dialling.pop(warm, self) is not self
-        step = int(self.chance() * JITTERS)
+        step = self._step()
         warm.since = now = self.clock()
         warm.began = now + self.births[step]
         self._keep(warm, step, self.ages[step] if self.ages else None)
@@ -452,7 +459,7 @@ class WarmPool:
     # -- the pace
 
     def _set_back(self) -> None:
-        """It goes wrong: rest, longer each time.  What others of the same burst meet does not count."""
+        """A setback: rest, longer each time.  While it rests already, others of the same burst do not count."""
         if self.state is not RESTING:
             self._rest(PAUSES[min(self.setbacks, len(PAUSES) - 1)])
             self.setbacks += 1
@@ -470,22 +477,22 @@ class WarmPool:
         self.state = TRYING
         self.schedule()
 
-    def is_proven(self) -> None:
+    def proven(self) -> None:
         """There was no setback since the last dial that connected."""
         self.state = STEADY
         oldest = next(iter(self.idle), None)
-        if oldest is not None:  # else a client has taken it, and perhaps it would have ended: the next rest is longer
+        if oldest is not None:  # else a client has taken it: nobody knows whether it would have lived so long
             self.setbacks = 0
         self.schedule()
 
     # -- what is kept
 
-    def _throw(self) -> int:
-        """One of JITTERS."""
+    def _step(self) -> int:
+        """The step of the jitter of one connection."""
         return int(self.chance() * JITTERS)
 
     def _keep(self, warm: Warm, step: int, age: Queue | None) -> None:
-        """It is idle from now on: so long, of `idles`, and until its `age` comes."""
+        """It is idle from now on: for the time in `idles` at this step of the jitter, and until its `age` is over."""
         self.idle[warm] = None
         warm.stand_in(*self.idles[step:step + 1], *(() if age is None else (age,)))
         warm.wait_for(READ, warm.on_news)
@@ -509,7 +516,7 @@ class WarmPool:
 def refills(loop: Loop) -> list[WarmPool]:
     """The batch of a loop in which pools are refilled: one for all.
 
-    A batch instead of a queue: for what is due the loop looks through all queues, and here that would be in each turn.
+    A batch instead of a queue: with a queue the loop would look through all queues in each turn in which a pool dials.
     """
     found = (batch for batch, step in loop.batches if step is WarmPool.fill)
     batch = next(found, None)

@@ -28,8 +28,8 @@ from sniroute_carrier import Carrier
 from sniroute_dial import Dial
 from sniroute_edge import Target, was_reset
 from sniroute_forwarder import Listener
-from sniroute_http import BINARY, CHUNK, CLOSE, PING, PONG
 from sniroute_loop import READ, WRITE, Watch
+from sniroute_upgrade import BINARY, CHUNK, CLOSE, PING, PONG
 from testbed.carrier import (NOISE, PHASES, Local, Notes, beside, blocks, digest, digest_upload, echoed, end_of,
                              parallel, read_frames, receive, receive_all, send_blocks, server_frame,
                              wait_for_end, with_buffers)
@@ -1157,7 +1157,7 @@ def test_the_words_may_be_given_by_another_program(capsys):
 
 def test_it_runs_inside_a_zip_file(tmp_path):
     """These are all the files that it needs."""
-    rooms = "carrier", "edge", "forwarder", "dial", "http", "race", "host", "loop", "names", "refusals"
+    rooms = "carrier", "edge", "forwarder", "dial", "upgrade", "http", "race", "host", "loop", "names", "refusals"
     with zipfile.ZipFile(tmp_path / "sniroute.pyz", "w") as archive:
         for room in rooms:
             archive.write(HERE / f"sniroute_{room}.py", f"sniroute_{room}.py")

@@ -29,7 +29,7 @@ import pytest
 import sniroute_checks
 import sniroute_loop
 from conftest import HOST, Address, FakeClock, deaf_listener, own_fds, wait_until
-from sniroute_checks import AGAIN, AT_ONCE, JITTERS, Check, Checks, Shared, aside
+from sniroute_checks import AGAIN, AT_ONCE, JITTERS, Check, Checks, Shared, at_port
 from sniroute_loop import Loop
 from sniroute_probes import (COM_QUIT, HEAD_MAX, HEARD_MAX, KINDS, LINE_MAX, PACKET_MAX, PING, Dialogue, Health,
                              Question, Verdict, framed, parse_health)
@@ -55,7 +55,6 @@ TALKING = ACTIVE[1:]
 ])
 def test_health_is_read(text, health):
     assert parse_health(text) == health
-    assert health.is_active == (text not in ("off", "passive"))
 
 
 @pytest.mark.parametrize("text, words", [
@@ -581,15 +580,15 @@ def test_a_fault_of_ours_ends_the_check(asker, serve, monkeypatch):
 
 def test_another_port_of_the_same_host(asker):
     rows = ((socket.AF_INET, ("192.0.2.1", 5432)), (socket.AF_INET6, ("2001:db8::1", 5432, 0, 0)))
-    way = aside(Backend("tcp:db.example.com:5432", rows, False), 8008)
+    way = at_port(Backend("tcp:db.example.com:5432", rows, False), 8008)
     assert way.addresses == [(socket.AF_INET, ("192.0.2.1", 8008)), (socket.AF_INET6, ("2001:db8::1", 8008, 0, 0))]
     assert not way.local and way.target == "tcp:db.example.com:5432"
-    assert aside(Backend("tcp:192.0.2.1:5432", rows[:1], False), 8008).target == "tcp:192.0.2.1:8008"
+    assert at_port(Backend("tcp:192.0.2.1:5432", rows[:1], False), 8008).target == "tcp:192.0.2.1:8008"
     class Tunnel(Backend):
         proven_by_connect = False
     for way in (unix("/x"), Tunnel("carrier:db.example.com", rows, True)):
         with pytest.raises(Unreachable, match=f"^{way.target} has no port 8008$"):
-            aside(way, 8008)
+            at_port(way, 8008)
 
 
 # -- TLS and HTTP ------------------------------------------------------------------------------

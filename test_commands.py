@@ -617,6 +617,24 @@ def test_two_routes_with_other_variables_have_processes_of_their_own(run, tmp_pa
     assert not any("hush" in key for key in keys)
 
 
+@pytest.mark.parametrize("kind", ["exec", "command"])
+def test_a_field_stands_in_the_value_of_a_variable_too(run, tmp_path, ports, settings_file, kind):
+    """What else stands in braces stays as it is."""
+    program = script(tmp_path, LISTENER) if kind == "command" else "/bin/sh"
+    target = f"command:{program} {{address}}" if kind == "command" else "exec:/bin/sh -c 'head -c 517; echo $MODE; cat'"
+    file = settings_file(f"""[routes]
+"{{who}}.example.com" = {{ target = {toml(target)}, env = {{ MODE = '{{who}}-{{"a":{{b}}}}' }} }}
+""")
+    running = run("-c", file, ports)
+    for who in ("one", "two"):
+        hello = genuine(name=f"{who}.example.com")
+        with running.connect(hello) as client:
+            assert read_exactly(client, len(hello)) == hello
+            if kind == "command":
+                client.sendall(b"mode")
+            assert client.recv(30).strip() == b'%s-{"a":{b}}' % who.encode()
+
+
 def test_a_command_is_never_given_the_access_token(monkeypatch):
     monkeypatch.setenv("TUNNEL_SERVICE_TOKEN_ID", "id")
     monkeypatch.setenv("CF_ACCESS_TOKEN", "token")

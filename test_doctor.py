@@ -141,8 +141,8 @@ def test_explain_says_why_a_name_is_refused(name, says):
 
 @pytest.mark.parametrize("scheme, says", [
     ("cloudflared", "cloudflared is not there: install it, or name it with --cloudflared"),
-    ("carrier", "sniroute_carrier.py, sniroute_edge.py, sniroute_forwarder.py, sniroute_dial.py, sniroute_http.py "
-                "are not beside sniroute.py: copy them there"),
+    ("carrier", "sniroute_carrier.py, sniroute_edge.py, sniroute_forwarder.py, sniroute_dial.py, sniroute_upgrade.py, "
+                "sniroute_http.py are not beside sniroute.py: copy them there"),
 ])
 def test_explain_says_that_the_program_is_missing(two_files, scheme, says):
     ended = execute(*BARE_PYTHON, str(two_files), "explain", "db.example.com", f"--route=*={scheme}:{{name}}",

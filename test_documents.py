@@ -342,7 +342,7 @@ def test_warm_connections_are_given_up_before_the_server_gives_them_up():
 def test_figures_of_several_backends_are_the_programs():
     text = " ".join(OPERATING.partition("\n### Several backends\n")[2].partition("\n### Whose domain?\n")[0].split())
     pauses = [f"{pause:g}" for pause in sniroute_warm.PAUSES]
-    for said in (f"a failure weighs like a connection for {sniroute_book.WEIGHS_FOR:g} s",
+    for said in (f"a failure weighs like a connection for {sniroute_book.PENALTY_FOR:g} s",
                  f"The first checks come within {sniroute_checks.START_WITHIN:g} s of the start",
                  f"{sniroute_checks.AT_ONCE} run at once",
                  f"ends what is silent within {sniroute_warm.PROVEN_AFTER:g} s, one is tried after {pauses[0]} s, "
@@ -601,10 +601,10 @@ def test_the_examples_for_several_backends_can_be_followed(tmp_path, free_ports,
     targets = ",".join("%s:%d" % server.address for server in servers)
     file, log = tmp_path / "sniroute.toml", tmp_path / "log"
     file.write_text(f'listen = "{HOST}:0"\n[ports]\n"{HOST}:{port}" = {{ target = "tcp:{targets}", balance = "last", '
-                    'health = "ssh", health_interval = "100ms", weighs_max = 5 }\n')
+                    'health = "ssh", health_interval = "100ms", penalties_max = 5 }\n')
     program = [sys.executable, "-S", "-E", str(tmp_path / "sniroute.py")]
     said = subprocess.run([*program, "check", "-c", str(file)], capture_output=True, text=True, timeout=60).stdout
-    assert "balance last; health ssh; health_interval 0.1 s; weighs_max 5" in said
+    assert "balance last; health ssh; health_interval 0.1 s; penalties_max 5" in said
     with open(log, "wb") as stderr:
         router = subprocess.Popen([*program, "-c", str(file)], stderr=stderr)
         try:

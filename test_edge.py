@@ -20,9 +20,9 @@ from conftest import HOST, wait_until
 from sniroute_dial import Failed
 from sniroute_edge import REASONS, Upgrade
 from sniroute_forwarder import Listener
-from sniroute_http import Answer
 from sniroute_loop import READ, WRITE, Loop
 from sniroute_refusals import SettingsError
+from sniroute_upgrade import Answer
 from testbed.carrier import PHASES, echoed, receive_all, refused, wait_for_end, with_buffers
 
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # and its answer: RFC 6455 section 1.3

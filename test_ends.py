@@ -688,10 +688,10 @@ def matched(expression: str) -> Iterator[set[str]]:
 
 
 # What no operator wants to be woken for: how connections end, and what clients do wrong.
-NO_FAILURE = {*ENDINGS, "cancel", "not_tls", "truncated", "malformed", "prelude_timeout", "no_name", "no_route",
+NO_FAILURE = {*ENDINGS, "cancel", "not_tls", "truncated", "malformed", "bad_request", "prelude_timeout", "no_name", "no_route",
               "bad_name", "hello_too_large", "plain_postgres", "proxy", "shed", "client_limit", "route_limit",
               "not_allowed", "forbidden", "tunnel_budget", "tunnel_stopping"}
-FAILURES = {"backend", "command_failed", "backend_no_tls", "unresolved", "busy", "internal", "tunnel_failed",
+FAILURES = {"backend", "command_failed", "backend_no_tls", "bad_answer", "unresolved", "busy", "internal", "tunnel_failed",
             "tunnel_timeout", "tunnel_limit", "tunnel_denied", "tunnel_unknown", "queue_full", "queue_timeout"}
 
 

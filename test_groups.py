@@ -20,7 +20,7 @@ import sniroute_loop
 from sniroute_backends import SEVERAL
 from sniroute_balance import STRIP, WAYS, Member, slot_of
 from sniroute_book import NO_NAME, Book, Checked
-from sniroute_groups import DOWN, DRAINED, FOREIGN, OWN, UNKNOWN, Failure, Group, Several
+from sniroute_groups import DOWN, DRAINED, FOREIGN, OWN, UNKNOWN, Group, Penalty, Several
 from sniroute_loop import NEVER, Loop
 from sniroute_routes import Route, parse_port_route, parse_route
 from sniroute_targets import Resolved, Targets
@@ -66,7 +66,6 @@ def have(group: Group, targets: list[str], **options: Any) -> None:
 class Client:
     """What a Group sees of a client."""
 
-    is_open = False
     group: Group  # where it waits
 
     def __init__(self, tried: Mapping[Member, str] = {}):
@@ -162,7 +161,7 @@ def test_a_backend_that_fails_fast_does_not_attract_everybody(balance):
         counts[member is bad] += 1
         group.take(member, client := Client())
         if member is bad:
-            group.weigh(member)
+            group.penalise(member)
             member.dialling -= 1
             group.leave(member, client)
         else:
@@ -915,6 +914,18 @@ def test_the_last_results_are_kept_and_no_more():
     assert member.results() == "+-" * (STRIP // 2)
 
 
+def test_a_reload_that_changes_the_check_begins_anew_with_what_is_proven():
+    group = a_group(2, health="connect")
+    replica, primary = group.members.values()
+    check(group, replica, "")
+    check(group, primary, "")
+    have(group, [*group.members], health="connect", health_fail=5)
+    assert set(picks(group, 4)) == {replica.target, primary.target}
+    have(group, [*group.members], health="http:8008/primary")
+    check(group, primary, "")
+    assert set(picks(group, 4)) == {primary.target}, "the other one is not proven to be a primary"
+
+
 @pytest.mark.parametrize("pattern, name", [
     ("db.example.com", "db.example.com"), ("*.example.com", "example.com"), ("**.example.com", "example.com"),
     ("*", NO_NAME), ("{service}.example.com", "example.com"), ("api-{a}.{b}-x.example.com", "example.com"),
@@ -949,7 +960,7 @@ def loop() -> Iterator[Loop]:
     made.call(lambda: None)
     made.turn()
     watched = sum(callback is not sniroute_loop.ignore for callback in made.poller.callbacks.values())
-    waiting = [item for queue in made.queues for item in queue.due if not isinstance(item, Failure)]
+    waiting = [item for queue in made.queues for item in queue.due if not isinstance(item, Penalty)]
     made.close()
     assert (watched, waiting, faults) == (1, [], []), "nothing but the loop's own pipe"
 
@@ -1104,8 +1115,8 @@ def test_dials_that_fail_bring_a_backend_down_without_a_client(warm_book):
 def test_a_thousand_backends_that_go_down_at_once_are_sorted_twice(warm_book, monkeypatch):
     (group,) = adopt(warm_book, a_route([f"tcp:192.0.2.{at % 250}:{at}" for at in range(1, 1001)], warm=10))
     sorts: list[None] = []
-    reset = group.way.reset
-    monkeypatch.setattr(group.way, "reset", lambda good: (sorts.append(None), reset(good)))
+    reset = group.balancer.reset
+    monkeypatch.setattr(group.balancer, "reset", lambda good: (sorts.append(None), reset(good)))
     for member in list(group.members.values())[1:]:
         go_down(group, member)
     assert sizes(group) == [10, *[0] * 999] and len(sorts) == 2
@@ -1188,7 +1199,7 @@ class Life:
             is_trial = member.trial is client
             member.dialling -= 1
             group.leave(member, client)
-            group.weigh(member)
+            group.penalise(member)
             group.bad_news(member, "it refused", is_trial)
             client.told_of[member] = "no"
 

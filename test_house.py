@@ -208,15 +208,15 @@ def test_a_folder_of_two_versions_is_explained_in_one_sentence(folder):
         f'__version__ = "{sniroute_names.__version__}"', '__version__ = "0.0.9"'))
     assert old.count('"0.0.9"') == 1 and "PROXY_WRITERS" not in old
     wire.write_text(old)
-    (folder / "sniroute_http.py").write_text("# somebody's own\n")
+    (folder / "sniroute_upgrade.py").write_text("# somebody's own\n")
     said = one_line(run(folder, "check", "--route=*=tcp:192.0.2.1:1"), 2)
     place = os.path.realpath(folder)
     assert said.startswith(f"sniroute: the files in {place} do not fit together (cannot import name 'PROXY_WRITERS' ")
     assert "): copy all of them again; there are 0.0.9: sniroute_wire.py; " in said
     current, unknown = re.search(
         rf"; {re.escape(sniroute_names.__version__)}: (.*); an unknown version: (.*)$", said).groups()
-    assert unknown == "sniroute_http.py"
-    assert current.split(", ") == sorted({*CORE, *OPTIONS} - {"sniroute_wire.py", "sniroute_http.py"})
+    assert unknown == "sniroute_upgrade.py"
+    assert current.split(", ") == sorted({*CORE, *OPTIONS} - {"sniroute_wire.py", "sniroute_upgrade.py"})
 
 
 def test_the_versions_in_a_folder_are_listed(tmp_path, monkeypatch):

@@ -244,8 +244,8 @@ def test_the_carrier_is_run_by_this_python_with_nothing_but_what_it_needs(monkey
     with pytest.raises(TunnelError) as caught:
         launcher.find()
     assert caught.value.kind == "failed" and str(caught.value) == (
-        "sniroute_carrier.py, sniroute_edge.py, sniroute_forwarder.py, sniroute_dial.py, sniroute_http.py "
-        "are not beside sniroute.py: copy them there")
+        "sniroute_carrier.py, sniroute_edge.py, sniroute_forwarder.py, sniroute_dial.py, sniroute_upgrade.py, "
+        "sniroute_http.py are not beside sniroute.py: copy them there")
     words = launcher.argv("a.test", 20000)
     assert words[-9:] == [str(tmp_path), *sniroute_launchers.cloudflared_argv("a.test", 20000)], "there is no script"
     (tmp_path / "sniroute_carrier.py").write_text(

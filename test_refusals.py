@@ -20,7 +20,7 @@ from conftest import CORE, HERE
 def raised_kinds() -> set[str]:
     """Every kind of refusal in the source."""
     kinds = set()
-    rooms = [ast.parse((HERE / name).read_text()) for name in (*CORE, "sniroute_commands.py", "sniroute_backends.py", "sniroute_book.py")]
+    rooms = [ast.parse((HERE / name).read_text()) for name in (*CORE, "sniroute_commands.py", "sniroute_backends.py", "sniroute_book.py", "sniroute_http.py")]
     for node in itertools.chain.from_iterable(map(ast.walk, rooms)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             words = {keyword.arg: keyword.value for keyword in node.keywords}
@@ -80,6 +80,12 @@ def test_an_alert_of_its_own_replaces_the_rows():
     assert REFUSALS["malformed"].alert != INTERNAL_ERROR
     assert told(Malformed("", INTERNAL_ERROR), TLS) == tls_alert(INTERNAL_ERROR, 3)
     assert Malformed("").alert == REFUSALS["malformed"].alert and isinstance(Malformed(""), Refused)
+
+
+def test_a_status_of_its_own_replaces_the_rows():
+    assert Malformed("", kind="bad_request").status == REFUSALS["bad_request"].status == 400
+    assert Malformed("", kind="bad_request", status=431).status == 431
+    assert Refused("no_route", "").status == 404 and Refused("no_route", "", status=421).status == 421
 
 
 @pytest.mark.parametrize("minor, said", [(0, 0), (1, 1), (3, 3), (4, 3), (255, 3)])

@@ -581,10 +581,10 @@ def test_clients_that_take_each_one_do_not_hide_that_they_would_have_ended(lab, 
     lab.until(lambda: len(pool.idle) == 1)
     pool.state = sniroute_warm.PROVING
     drop(pool.take())
-    pool.is_proven()
+    pool.proven()
     assert (pool.state, pool.setbacks) == (STEADY, 3)
     lab.until(lambda: len(pool.idle) == 1)
-    pool.is_proven()
+    pool.proven()
     assert pool.setbacks == 0
 
 
@@ -731,8 +731,9 @@ def test_a_backend_that_is_not_ready_is_asked_for_again(lab, echo_server, answer
 
     pool = lab.pool(ready, size=2, chance=lambda: 0.0)
     lab.settle()
-    lab.pass_by(3.0)
-    assert asked == [1000, 1001, 1003] and lab.told == ([] if answer is None else [str(answer)] * 2)
+    lab.pass_by(3.2, 0.025)
+    assert asked[:3] == pytest.approx([1000, 1000.05, 1000.15] if answer is None else [1000, 1001, 1003], abs=0.06)
+    assert lab.told == ([] if answer is None else [str(answer)] * 2)
     lab.pass_by(2.0)
     lab.until(lambda: len(pool.idle) == 2)
 

@@ -9,6 +9,7 @@
     fake_edge           a program that behaves as Cloudflare's edge, with cloudflared behind it
     tunnels             a table of tunnels under test
     carrier             carriers in a thread or as a program, and edges that break rules
+    smuggling           HTTP that two programs may read in two ways, as rows; a forwarder without sockets
     admin               a router with its admin, HTTP clients of the admin, a browser
     endure              the long forms of the tests, a command of its own; endure_router, endure_streams, endure_inputs
                         and endure_nemesis are its parts, and need no pytest

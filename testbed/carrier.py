@@ -33,7 +33,7 @@ import pytest
 import sniroute_carrier
 import sniroute_dial
 import sniroute_forwarder
-import sniroute_http
+import sniroute_upgrade
 from conftest import HERE, HOST, Address, connect, wait_until
 from sniroute_carrier import Carrier
 from sniroute_dial import Proxy
@@ -454,7 +454,7 @@ def raw_edge(serve, certificates) -> Callable[..., str]:
                         return
                     head += data
                 key = re.search(rb"Sec-WebSocket-Key: (\S+)", head)[1]
-                accept = base64.b64encode(hashlib.sha1(key + sniroute_http.ACCEPT_GUID.encode()).digest())
+                accept = base64.b64encode(hashlib.sha1(key + sniroute_upgrade.ACCEPT_GUID.encode()).digest())
                 tls.sendall(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
                             b"Sec-WebSocket-Accept: " + accept + b"\r\n\r\n" if answer is None else answer)
                 script(tls)

@@ -19,15 +19,17 @@ import sys
 import traceback
 from typing import Any, Callable, Iterator, NamedTuple
 
-import sniroute_http
-from sniroute_http import Answer, FrameReader
+import sniroute_upgrade
+from sniroute_http import parse_request
 from sniroute_names import normalise
 from sniroute_refusals import REFUSALS, Refused
+from sniroute_upgrade import Answer, FrameReader
 from sniroute_wire import (CANCEL_REQUEST, Hello, HelloMemory, HelloReader, Prelude, ProxyHeader, parse_client_hello,
                            parse_proxy_v1, parse_proxy_v2, parse_startup, whole_hello)
 from testbed.hellos import (ASK_GSS, ASK_TLS, BAD_NAMES, GOOD_NAMES, GROUPS, HEADER, HEADER6, INET, INET6, LINE, LOCAL,
                             SIGNATURES, SNI, VERSIONS, alpn, body, extension, genuine, handshake, hello, host_name,
                             named, record, records, server_name, settled, summed, tlv, v1, v2, vector)
+from testbed.smuggling import REQUESTS, Wire
 
 FAULTS_MAX = 20  # faults that are reported: the first ones say enough
 
@@ -209,13 +211,13 @@ def check_answer(data: bytes, rng: random.Random) -> Any:
     if isinstance(found, Answer):
         if not 0 < found.end <= len(data):
             raise Fault(f"an end at {found.end}")
-        upgraded = verdict(lambda answer: sniroute_http.check_upgrade(answer, KEY), found)
+        upgraded = verdict(lambda answer: sniroute_upgrade.check_upgrade(answer, KEY), found)
         if upgraded is not None and not isinstance(upgraded, Bad):
             raise Fault(f"check_upgrade says {upgraded!r}")
     return found
 
 
-check_head = check_prefixes(sniroute_http.parse_answer, Answer)
+check_head = check_prefixes(sniroute_upgrade.parse_answer, Answer)
 
 
 def read_frames(parts: Iterator[bytes]) -> tuple[bytes, list[tuple[int, bytes]], Any]:
@@ -228,7 +230,7 @@ def read_frames(parts: Iterator[bytes]) -> tuple[bytes, list[tuple[int, bytes]],
         for piece in found[0]:
             payload += piece
         controls += found[1]
-        if any(opcode == sniroute_http.CLOSE for opcode, _ in found[1]):
+        if any(opcode == sniroute_upgrade.CLOSE for opcode, _ in found[1]):
             return bytes(payload), controls, None  # nothing behind it is looked at
     return bytes(payload), controls, reader.is_inside()
 
@@ -247,6 +249,20 @@ def check_frames(data: bytes, rng: random.Random) -> Any:
 
 
 # -- the corpus --------------------------------------------------------------------------------
+
+
+def check_request(data: bytes, rng: random.Random) -> Any:
+    """A request, all that is behind it, and the same in pieces: nothing that is refused in one way is taken in the other."""
+    whole = verdict(parse_request, data)
+    said = Wire()
+    refused = verdict(said.feed, data)
+    pieced = Wire()
+    again = next(filter(None, (verdict(pieced.feed, piece) for piece in pieces(data, rng))), None)
+    if (again is None) != (refused is None):
+        raise Fault(f"in pieces {again!r}, whole {refused!r}")
+    if pieced.heard != said.heard or refused is None and pieced.bodies != said.bodies:
+        raise Fault("in pieces it is another")
+    return whole
 
 
 def server_frame(first: int, data: bytes) -> bytes:
@@ -291,7 +307,8 @@ def corpus() -> dict[str, list[bytes]]:
               server_frame(0x82, bytes(300)), b"\x82\x7f" + (5).to_bytes(8, "big") + b"hello" + one]
     bodies = [wire[9:] for wire in hellos if wire[3:5] == (len(wire) - 5).to_bytes(2, "big")]
     return {"hellos": hellos, "bodies": bodies, "lines": lines, "blocks": blocks, "postgres": postgres, "names": names,
-            "preludes": preludes, "answers": answers, "frames": frames}
+            "preludes": preludes, "answers": answers, "frames": frames,
+            "requests": [row.data for row in REQUESTS if len(row.data) < 600]}
 
 
 class Check(NamedTuple):
@@ -307,7 +324,7 @@ def checks() -> list[Check]:
     """All of them."""
     hellos = Hellos()
     return [
-        Check("Prelude", "preludes", 28, hellos.check_prelude),
+        Check("Prelude", "preludes", 22, hellos.check_prelude),
         Check("hellos", "hellos", 22, hellos.check),
         Check("parse_client_hello", "bodies", 8, check_body),
         Check("parse_proxy_v1", "lines", 8, check_prefixes(parse_proxy_v1, ProxyHeader)),
@@ -316,6 +333,7 @@ def checks() -> list[Check]:
         Check("normalise", "names", 6, check_name),
         Check("parse_answer", "answers", 7, check_answer),
         Check("FrameReader", "frames", 7, check_frames),
+        Check("parse_request", "requests", 6, check_request),
     ]
 
 

@@ -309,8 +309,11 @@ class Fake:
         reader, writer = os.pipe()
         if not os.fork():
             os.setsid()
+            parent = os.getpid()
             if not os.fork():
                 signal.alarm(DETACHED_LIFE)
+                while os.getppid() == parent:  # until then it is a descendant of ours
+                    time.sleep(0.001)
                 listener = socket.socket()
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.bind(("127.0.0.1", self.port))
