@@ -15,9 +15,9 @@ A Connection tells a GroupBackend what happens, as it tells any Backend.  What t
     proves      a connect proves no backend to which a TLS hello was sent: that can be sent again until a byte comes
     goes_on     only one member could not be prepared, or offers no TLS: the next one is tried
 
-Who is to blame?  A backend that takes the connect and closes without a byte may have been asked for nonsense.  So
-that counts as its failure only when another backend then answers to the same bytes: else a stranger's broken hello
-could have all of them rest.
+Who is to blame?  A backend that takes the connect and closes without a byte, or without a good answer to PostgreSQL's
+SSLRequest, may have been asked for nonsense.  So that counts as its failure only when another backend then answers to
+the same bytes: else a stranger's broken hello could have all of them rest.
 
 connect_budget is counted from the client's dial.  The time that it waits for room, or for a tunnel to start, has limits
 of its own (`queue`, start_timeout), and is added to the budget.
@@ -44,8 +44,8 @@ import time
 from typing import TYPE_CHECKING
 
 from sniroute_balance import Member
-from sniroute_flow import EARLY
-from sniroute_groups import Group
+from sniroute_flow import EARLY, GREETING, UNANSWERED
+from sniroute_groups import NO_FAULT, Group
 from sniroute_log import BACKEND_DOWN, LIFETIME
 from sniroute_loop import Queue
 from sniroute_refusals import Refused
@@ -71,9 +71,6 @@ NO_FAILURES: dict[Member, str] = {}  # of all clients that no member has failed:
 # How far a client has come with the member that it uses.  NONE: it uses none; SERVED: it stays there.
 NONE, DIALLING, CONNECTED, SERVED = "none", "dialling", "connected", "served"
 
-# Refusals of a target that has to wait which are no fault of the backend.
-NO_FAULT = ("busy", "tunnel_budget", "tunnel_stopping", "internal")
-
 
 class Trouble:
     """What has gone wrong on one client's way, and what it waits for."""
@@ -86,7 +83,8 @@ class Trouble:
         self.asked: Member | None = None  # the one whose target had to be prepared
         self.parked = 0.0  # clock time since which the client waits, for room or for a target; 0: it does not
         self.stuck = False  # the client has said more than can be sent again
-        self.suspects: dict[Member, str] = {}  # those that took the connect, and closed without a byte; and why
+        # Those that took the connect, and gave no answer: why, and whether that was a trial.
+        self.suspects: dict[Member, tuple[str, bool]] = {}
         self.has_been_warm = False  # a warm connection has ended on it: the next one is dialled
         # One that has failed, its Backend, whose last words are on their way, and whether it is a suspect.
         self.unsaid: tuple[Member, Backend, bool] | None = None
@@ -136,7 +134,7 @@ class GroupBackend(Backend):
             try:
                 return self.way.open(why)
             except Unreachable as error:
-                self.lose(str(error))
+                self.lose(str(error), is_suspect=self.connection.state is GREETING)
         if self.awaited is not None:  # it was prepared meanwhile
             self.waited()
             self.awaited = None
@@ -148,8 +146,10 @@ class GroupBackend(Backend):
             except BlockingIOError:
                 self.way.longest = self.group.options.connect_timeout
                 raise
-            except (Unreachable, Refused) as error:
+            except Unreachable as error:
                 self.lose(str(error))
+            except Refused as error:
+                self.lose(str(error), is_fault=error.kind not in NO_FAULT)
         raise NotYet(self.group.book.soon)
 
     def choose(self) -> None:
@@ -229,7 +229,7 @@ class GroupBackend(Backend):
             self.member, trouble.again = trouble.again, None
             self.group.take(self.member, self)
             self.stage = DIALLING
-        self.lose(str(error), is_fault=error.kind not in NO_FAULT)
+        self.lose(str(error), is_fault=error.kind not in NO_FAULT, is_suspect=self.connection.state is GREETING)
         return True
 
     def connected(self, server: socket.SocketType) -> None:
@@ -254,10 +254,12 @@ class GroupBackend(Backend):
             if self.warm is None:
                 now = monotonic()
                 member.connected(now - connection.dialled, now)
+        if self.greeting:
+            return True
         if not self.way.proven_by_connect:
             return False
         if connection.name is None:
-            return self.warm is None or bool(self.warm.greeting) or not connection.replayable
+            return self.warm is None or not connection.replayable
         return not connection.replayable
 
     @property
@@ -289,8 +291,7 @@ class GroupBackend(Backend):
         way.release()
 
     def settled(self) -> Backend | None:
-        self.way.settled()
-        self.serves()
+        self.answered()
         return self
 
     def answered(self) -> None:
@@ -313,8 +314,8 @@ class GroupBackend(Backend):
         self.note = self.way.remark() or "" if self.way.told else ""
         group.good_news(member)
         if self.trouble is not None:
-            for suspect, why in self.trouble.suspects.items():
-                group.bad_news(suspect, why, False)
+            for suspect, (why, is_trial) in self.trouble.suspects.items():
+                group.bad_news(suspect, why, is_trial)
             self.trouble.suspects = {}
         if self.is_trial and member.trial is self:
             member.trial = None
@@ -346,8 +347,8 @@ class GroupBackend(Backend):
         if not is_fault:
             return
         group.penalise(member)
-        if is_suspect and not is_trial:
-            trouble.suspects[member] = why
+        if is_suspect:
+            trouble.suspects[member] = why, is_trial
         else:
             group.bad_news(member, why, is_trial)
 
@@ -384,8 +385,10 @@ class GroupBackend(Backend):
                 self.count_dead()
                 self.drop()
                 return Another()
-            member, way, is_suspect = self.member, self.way, self.stage is not DIALLING
-        trouble.stuck |= self.connection.state is EARLY
+            member, way = self.member, self.way
+            is_suspect = self.stage is not DIALLING or self.connection.state is GREETING
+        state = self.connection.state
+        trouble.stuck |= state is EARLY or state is UNANSWERED and not self.connection.replayable
         others = not trouble.stuck and self.has_others(member)
         verdict = way.failed(why, server, last or trouble.stuck or others)
         if verdict is None:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 
 from sniroute_balance import Member
 from sniroute_deadlines import silent_connect
-from sniroute_groups import DOWN, Group, Penalty
+from sniroute_groups import DOWN, NO_FAULT, Group, Penalty
 from sniroute_loop import JITTERS, Loop, Queue, jittered
 from sniroute_race import STAGGER, no_answer
 from sniroute_refusals import Refused
@@ -47,6 +47,7 @@ __version__ = "0.1.0"
 
 # Limits, each with its reason.  Times in seconds.
 GROUPS_MAX = 1024  # groups of routes whose targets have fields: names come from strangers
+MEMBERS_MAX = 4096  # backends in all of these together: each takes a kilobyte
 KNOWN_MAX = 4096  # targets that are in no group, and were down: strangers may have named them; the oldest goes
 PENALTY_FOR = 10.0  # a failure counts as an open connection: who fails fast looks idle, and would attract everybody
 NO_NAME = "health.invalid"  # what a check asks for where the names of a route have nothing in common: RFC 6761
@@ -67,7 +68,9 @@ class Warmth:
         if options.reuse != "off":
             from sniroute_reuse import REUSES  # imported late: only where it is asked for
             self.reuse = REUSES[options.reuse]
-        self.asides: dict[Aside, Backend] = {}  # connections that rest before they may serve another client; the ways
+        # Connections that rest before they may serve another client; the one that rests longest comes first.
+        self.asides: dict[Aside, tuple[Member, Backend]] = {}
+        before = group.warmth and group.warmth.reuse
         wanted = WarmOptions(0, options.warm_max_idle, options.warm_max_age, options.warm_jitter,
                              options.warm_order, group.route.is_port, options.connect_timeout)
         for member in group.members.values():
@@ -79,6 +82,8 @@ class Warmth:
                 member.pool = WarmPool(self.book.loop, self.book.queue, make_way, wanted, told)
             else:
                 member.pool.make_way, member.pool.told = make_way, told
+            if self.reuse is not before:
+                member.pool.drop_reused()
 
     def told(self, member: Member, why: str) -> None:
         """A dial ahead has failed: that counts as a client's failure.
@@ -107,6 +112,17 @@ class Warmth:
             size = member.share if limit is None else min(member.share, max(limit - member.active, 0))
             if size != member.pool.size or member.rank >= DOWN:  # the latter: what clients gave back goes, too
                 member.pool.resize(size)
+            if limit is not None and self.reuse is not None:
+                self.make_room(member, max(limit - member.active, 0))
+
+    def make_room(self, member: Member, room: int) -> None:
+        """Close those connections that no client has, and for which a limit has no room; the latest stay."""
+        resting = [aside for aside, (whose, _) in self.asides.items() if whose is member]
+        for aside in resting[:max(len(resting) - room, 0)]:
+            _, way = self.asides.pop(aside)
+            aside.close()
+            way.release()
+        member.pool.trim(max(room - len(resting), 0))
 
     # -- reuse
 
@@ -125,19 +141,27 @@ class Warmth:
         observe(backend.connection, self.reuse.machine(), functools.partial(self.keep, backend))
 
     def keep(self, backend: GroupBackend, sock: socket.SocketType) -> None:
-        """A client has left a connection that may serve another one."""
-        member = backend.member
+        """A client has left a connection that may serve another one, unless a reload has changed that."""
+        member, warmth = backend.member, self.group.warmth
         way, backend.way = backend.way, backend  # so that it is not released with the client
-        if not self.reuse.rest:
-            self.put(member, way, backend.birth, sock)
-        elif len(self.asides) < ASIDES_MAX:
-            from sniroute_reuse import Aside
-            queue, birth = self.book.queue(self.reuse.rest, Aside.rested), backend.birth
-            aside = Aside(self.book.loop.poller, queue, sock, lambda sock: self.rested(aside, member, way, birth, sock))
-            self.asides[aside] = way
-        else:
+        if warmth is None or warmth.reuse is not self.reuse:
             sock.close()
             way.release()
+        elif not self.reuse.rest:
+            warmth.put(member, way, backend.birth, sock)
+        else:
+            warmth.put_aside(member, way, backend.birth, sock)
+
+    def put_aside(self, member: Member, way: Backend, birth: float, sock: socket.SocketType) -> None:
+        """It waits for the next client, if it is silent until then."""
+        if member.pool is None or len(self.asides) >= ASIDES_MAX:
+            sock.close()
+            way.release()
+            return
+        from sniroute_reuse import Aside
+        queue = self.book.queue(self.reuse.rest, Aside.rested)
+        aside = Aside(self.book.loop.poller, queue, sock, lambda sock: self.rested(aside, member, way, birth, sock))
+        self.asides[aside] = member, way
 
     def rested(self, aside: Aside, member: Member, way: Backend, birth: float, sock: socket.SocketType | None) -> None:
         """It was silent for long enough; or it was not, and is closed."""
@@ -148,9 +172,10 @@ class Warmth:
             self.put(member, way, birth, sock)
 
     def put(self, member: Member, way: Backend, birth: float, sock: socket.SocketType) -> None:
-        """It waits for the next client in the pool, where the member still gets any, and has room for it."""
+        """It waits for the next client in the pool, where the member still gets any, and has this address, and room."""
         pool, limit = member.pool, self.options.max_backend_connections
-        if pool is None or member.rank >= DOWN or limit is not None and member.active + len(pool.idle) > limit:
+        if pool is None or member.rank >= DOWN or member.rows and way.row not in member.rows \
+                or limit is not None and member.active + len(pool.idle) > limit:
             sock.close()
             way.release()
         else:
@@ -158,7 +183,7 @@ class Warmth:
 
     def close(self) -> None:
         """Close what rests aside.  The pools stay: they are the members'."""
-        for aside, way in self.asides.items():
+        for aside, (_, way) in self.asides.items():
             aside.close()
             way.release()
         self.asides.clear()
@@ -183,7 +208,13 @@ class Checked:
         self.preface = write(None, ("0.0.0.0", 0)) if write is not None else b""
 
     def way(self) -> Backend | None:
-        return way_ahead(self.group, self.member)
+        targets, port = self.group.book.targets, self.health.port
+        way = way_ahead(self.group, self.member)
+        if way is not None and port \
+                and not all(targets.may_dial(self.member.decision, (address[0], port)) for _, address in way.addresses):
+            way.release()
+            raise Refused("forbidden", f"port {port} of {self.target} is this router's own")
+        return way
 
     def hear(self, why: str) -> None:
         self.group.checked(self.member, why)
@@ -197,13 +228,14 @@ class Book:
         self.loop = loop
         self.routes: dict[str, Route] = {}  # by pattern, as they are now
         self.groups: dict[str, Group] = {}  # by Decision.key
-        self.full = GROUPS_MAX  # how many groups there may be before those that nobody uses are forgotten
+        self.most = self.full = GROUPS_MAX  # how many groups there may be before those that nobody uses are forgotten
         self.known: dict[str, Member] = {}  # by target: those that are in no group, and were down; the latest last
         self.drained: set[tuple[str, str]] = set()  # pattern and target; both of the configuration
         self.checks: Checks | None = None  # where a route asks for them
         self.queues: dict[tuple[float, Callable[[Any], Any]], Queue] = {}
         self.penalties = self.queue(PENALTY_FOR, Penalty.forget)
         self.soon = self.queue(0.0, next_turn)  # of clients whose connects fail at once: others have a turn between
+        self.stale = self.queue(0.0, Group.refresh)
 
     # -- queues
 
@@ -239,6 +271,8 @@ class Book:
         Those whose targets have no fields have their group before a client comes; the others get one for each name.
         """
         self.routes = {route.pattern: route for route in routes}
+        widest = max((len(route.members) for route in routes if route.has_fields), default=1)
+        self.most = self.full = max(min(GROUPS_MAX, MEMBERS_MAX // widest), 1)
         self.drained = {(pattern, target) for pattern, target in self.drained if pattern in self.routes}
         for key, group in list(self.groups.items()):
             route = self.routes.get(group.pattern)
@@ -283,7 +317,7 @@ class Book:
         for key, group in list(self.groups.items()):
             if group.route.has_fields and not group.waiting and not any(each.active for each in group.members.values()):
                 self.drop(key)
-        self.full = max(GROUPS_MAX, 2 * len(self.groups))
+        self.full = max(self.most, 2 * len(self.groups))
 
     def drop(self, key: str) -> None:
         """Forget a group, but not which of its members were down."""
@@ -303,6 +337,13 @@ class Book:
                     member.pool.close()
         if self.checks is not None:
             self.checks.close()
+
+    def give_way(self) -> None:
+        """Clients find no descriptors on this host."""
+        for group in self.groups.values():
+            for member in group.members.values():
+                if member.pool is not None:
+                    member.pool.give_way()
 
     def let_go(self, member: Member) -> None:
         """A member is in no group any more.  Remember whether it was down."""
@@ -360,7 +401,12 @@ class Book:
 
 def way_ahead(group: Group, member: Member) -> Backend | None:
     """As Group.way_to, where no client waits for it: what is not ready is prepared meanwhile.  Raises Refused."""
-    way = group.way_to(member)
+    try:
+        way = group.way_to(member)
+    except Refused as error:
+        if error.kind in NO_FAULT:
+            return None
+        raise
     if way is None:
         group.book.targets.ask(member.decision)
     return way

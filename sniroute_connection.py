@@ -44,7 +44,8 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from sniroute_deadlines import out_of_descriptors, wait_for_exit, wait_for_room
-from sniroute_flow import BROKEN, DONE, EARLY, ENDING, MESSAGE, NO_FLOW, OPEN, READ_MAX, UNANSWERED, Flow
+from sniroute_flow import (BROKEN, DONE, EARLY, ENDING, GREETING, MESSAGE, NO_FLOW, OPEN, READ_MAX, UNANSWERED,
+                           Flow)
 from sniroute_log import BACKEND_CLOSED, CLIENT_CLOSED, CLIENT_LEFT
 from sniroute_loop import READ, WRITE, Queue
 from sniroute_names import parse_ip
@@ -74,7 +75,7 @@ WAITING_MAX = 32768  # bytes that a client may say while it waits for its backen
 PARKS_MAX = 3  # times a connection may wait: its tunnel could be evicted as often as it comes up
 
 PRELUDE, HEADER, ROUTED, PARKED = "prelude", "header", "routed", "parked"
-DIALING, GREETING = "dialing", "greeting"
+DIALING = "dialing"  # behind it GREETING
 LINGERING, CLOSED = "lingering", "closed"  # and RESETTING
 WAITING_FOR_BACKEND = (PARKED, DIALING, GREETING)  # states in which the client has nobody to talk to
 ABANDONED = (DIALING, GREETING, UNANSWERED)  # states in which a close leaves a backend that has not answered
@@ -302,6 +303,7 @@ class Connection:
         self.leave_queue()
         self.state = ROUTED
         self.router.to_dial.append(self)
+        self.router.loop.hurry()  # who resumes it may be a step behind `dial`
 
     def on_waiting(self, mask: int) -> None:
         """The client says more, or leaves, while it waits for the backend."""
@@ -420,6 +422,8 @@ class Connection:
     def _open(self, said: bytes, sent: int) -> None:
         """Pass bytes: the backend has `sent` bytes of what the client `said`."""
         up, down = self.up, self.down
+        is_silent = not self.hello  # behind a port
+        greeting = b""
         up.total += len(said) if not self.retried else 0
         up.state = down.state = OPEN
         if self.backend.proves():
@@ -430,8 +434,8 @@ class Connection:
                 self.leave_queue()
             up.wait_for(READ, up.pump)
             down.wait_for(READ, down.pump)
-            if self.backend is not None and self.backend.greeting:
-                down.pass_on(self.backend.greeting)
+            if self.backend is not None:
+                greeting = self.backend.greeting
         else:
             self.state = UNANSWERED if self.replayable or self.name is None else EARLY
             if self.hello:
@@ -442,8 +446,10 @@ class Connection:
             down.wait_for(READ, down.first)
         if sent != len(said):
             up.hold(memoryview(said)[sent:])
-        elif not said:  # behind a port, whose client is silent
+        elif is_silent:
             up.wait_for(READ, functools.partial(first_words, self))
+        if greeting:  # last: where the client has left, this may end all
+            down.pass_on(greeting)
 
     # -- a backend that failed before the client had a byte of it
 
@@ -496,11 +502,13 @@ class Connection:
         for each in (self.up, self.down):
             if each.events == READ:
                 each.poller.callbacks[each.fd] = each.pump
+        if flow is self.up and self.down.events == READ:
+            self.down.poller.callbacks[self.down.fd] = functools.partial(first_answer, self)
 
     def ended(self, flow: Flow) -> None:
         """The source has ended: pass that on behind its last byte."""
         if self.state is UNANSWERED and flow is self.up:
-            if self.name is not None or not flow.total:
+            if self.name is not None or not flow.total and not self.backend.way.proven_by_connect:
                 self.close(CLIENT_LEFT)  # nobody ends TLS in the middle of its handshake, and stays
                 return
             self.answered(flow)  # a port's client has said all, and waits for the answer
@@ -721,6 +729,15 @@ def first_words(connection: Connection, mask: int) -> None:
         connection.backend_failed("it ended the connection while the client was silent")
     elif connection.state is not CLOSED:
         up.mover()(mask)
+
+
+def first_answer(connection: Connection, mask: int) -> None:
+    """The backend of a port, whose client has spoken first, says something: that proves it."""
+    down = connection.down
+    down.install()
+    down.mover()(mask)
+    if down.total and connection.backend is not None:
+        connection.backend.answered()
 
 
 def learn(connection: Connection, data: bytes) -> None:

@@ -16,11 +16,10 @@ It imports resets, race, flow, the loop and refusals.
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 from sniroute_flow import ENDING
-from sniroute_loop import CAPACITY_PAUSE, READ, Loop
+from sniroute_loop import READ, Loop
 from sniroute_race import CONNECT_BUDGET, CONNECT_TIMEOUT, STAGGER, Attempt, Race, Races, no_answer
 from sniroute_refusals import Refused
 from sniroute_resets import RESET_LOOK, RESET_LOOK_LATER, look_at_reset
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from sniroute_routes import Decision
 
 __version__ = "0.1.0"
-
-monotonic = time.monotonic
 
 # Limits, each with its reason.  Times in seconds.
 HEADER_GRACE = 0.1  # a PROXY header that may come or not: a balancer sends it with its connect
@@ -143,7 +140,7 @@ def race_over(connection: Connection, result: Attempt | OSError | None) -> None:
 
 def out_of_descriptors(connection: Connection, error: OSError) -> None:
     """There is none for the backend: our own trouble, neither the backend's fault nor its tunnel's."""
-    connection.router.pause(error.strerror, monotonic() + CAPACITY_PAUSE)
+    connection.router.run_short(error)
     connection.refuse(Refused("busy", error.strerror))
 
 

@@ -72,6 +72,8 @@ monotonic = time.monotonic
 PENALTIES_MAX = 100  # failures of one member that count as connections at once
 SLOWEST_START = 0.05  # of its share, for a backend that has just come back: so that some client tries it at once
 
+# Refusals of a target that has to wait, or of a program, which are no fault of the backend.
+NO_FAULT = frozenset(("busy", "tunnel_budget", "tunnel_stopping", "internal"))
 SHARES = frozenset(("warm_jitter",))  # options that are floats, and no seconds
 OWN, FOREIGN, UNKNOWN, DOWN, DRAINED = range(5)  # ranks of a member
 WORDS = ("good", "good", "unknown", "down", "drained")  # of a rank, for people; FOREIGN beside OWN is "spare"
@@ -227,10 +229,19 @@ class Group:
     def changed(self) -> None:
         """A rank has changed: sort at once where somebody waits for that, else when the next client comes.
 
-        So a thousand that go down at once are mostly sorted once.
+        So a thousand that go down at once are mostly sorted once.  Warm connections are shared anew for the first of
+        them, and in the next turn for all the others.
         """
         self.is_stale = True
-        if self.waiting or self.warmth is not None:
+        if self.waiting:
+            self.sort()
+        elif self.warmth is not None and self not in self.book.stale.due:
+            self.sort()
+            self.book.stale.put(self)
+
+    def refresh(self) -> None:
+        """Sort, where a change has left that for later."""
+        if self.is_stale:
             self.sort()
 
     def sort(self) -> None:
@@ -457,7 +468,7 @@ class Group:
         member.why, member.since, member.passes = why, self.clock(), 0
         log.warning("%s: backend %s is down: %s (%s)", self.pattern, printable(member.target), printable(why), after)
         self.changed()
-        for client in list(member.held):
+        for client in list(member.held) if self.options.on_down == "cut" else ():
             client.cut()
 
     def rest(self, member: Member) -> None:

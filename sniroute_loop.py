@@ -317,6 +317,10 @@ class Loop:
                         fault(item)
                 batch.clear()
 
+    def hurry(self) -> None:
+        """Do not wait before the next turn: a later batch may have put something into one that was done before it."""
+        self.next_check = 0.0
+
     def turn(self) -> None:
         """Turn once."""
         self.run((None,))

@@ -506,7 +506,7 @@ class Router(socketserver.ThreadingTCPServer):
                 return
             except OSError as error:
                 if error.errno in CAPACITY_ERRNOS:
-                    self.pause(error.strerror, monotonic() + CAPACITY_PAUSE)
+                    self.run_short(error)
                     return
                 continue  # that client is gone (ECONNABORTED), or a firewall took it (EPERM)
             client.setblocking(False)
@@ -546,6 +546,11 @@ class Router(socketserver.ThreadingTCPServer):
         for listener in self.listeners:
             self.loop.poller.forget(listener.fileno())
         self.resumption.set(until)
+
+    def run_short(self, error: OSError) -> None:
+        """This host has no descriptors left: accept none for a moment, and keep fewer connections ready."""
+        self.pause(error.strerror, monotonic() + CAPACITY_PAUSE)
+        self.targets.give_way()
 
     def _resume(self) -> None:
         """Accept again."""

@@ -479,6 +479,7 @@ def derived(values: dict[str, Any]) -> dict[str, Any]:
     _, descriptors = descriptor_limits()
     programs = any(target.startswith("exec:") for target in targets_of((*values["route"], *values["port"])))
     spare = SPARE_FDS * (1 + programs)  # there may be as many of these as tunnels
+    spare += sum(route.several.warm for route in (*values["route"], *values["port"]) if route.several is not None)
     fit = max(1, (descriptors - min(spare, descriptors // 2)) // 2)
     values["fit"] = fit
     values["own_zones"] = own_zones(values["zones"], values["zone"], values["own_address"])

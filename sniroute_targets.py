@@ -444,6 +444,11 @@ class Targets:
         if self.book is not None:
             self.book.adopt(several, identified)
 
+    def give_way(self) -> None:
+        """Clients find no descriptors on this host: less is kept ready for them.  The loop."""
+        if self.book is not None:
+            self.book.give_way()
+
     def close(self) -> None:
         """No new clients come: nothing needs to be ready for them.  The loop, perhaps twice."""
         if self.book is not None:

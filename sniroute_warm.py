@@ -333,6 +333,20 @@ class WarmPool:
             warm.discard()
         self.schedule()
 
+    def trim(self, most: int) -> None:
+        """Close the longest idle ones, until there are so many at most."""
+        while len(self.idle) > most:
+            warm, _ = self.idle.popitem(False)
+            warm.discard()
+
+    def drop_reused(self) -> None:
+        """Close what clients gave back."""
+        self.reused = 0
+        for warm in [warm for warm in self.idle if warm.since == -NEVER]:
+            del self.idle[warm]
+            warm.discard()
+        self.schedule()
+
     def resize(self, size: int) -> None:
         """Keep so many.  0, for a backend that is down: close what is idle, and what is being dialled.
 
@@ -427,6 +441,13 @@ class WarmPool:
         warm.discard()
         self._rest(PAUSES[0])
 
+    def give_way(self) -> None:
+        """Clients find no descriptors on this host: leave them half of what is idle, and dial none for a while."""
+        if self.state is not CLOSED:
+            self.trim(len(self.idle) // 2)
+            self._drop_all(self.dialling)
+            self._rest(PAUSES[-1])
+
     def lost(self, warm: Warm) -> None:
         """The backend has ended an idle connection, or has said a byte on it; it is closed."""
         if self.clock() - warm.since < PROVEN_AFTER:
@@ -477,10 +498,8 @@ class WarmPool:
         warm.wait_for(READ, warm.on_news)
 
     def _trim(self) -> None:
-        """Close the longest idle ones of those that are too many."""
-        while len(self.idle) > max(self.size, self.reused):
-            warm, _ = self.idle.popitem(False)
-            warm.discard()
+        """Close those that are too many."""
+        self.trim(max(self.size, self.reused))
 
     def _drop_all(self, those: dict[Warm, None]) -> None:
         while those:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import os
 import random
 import re
 import socket
@@ -25,7 +26,7 @@ from sniroute_balance import WAYS, slot_of
 from sniroute_groups import Group, Several
 from sniroute_refusals import SettingsError
 from sniroute_wire import SSL_REQUEST_BYTES
-from conftest import HERE, HOST, Address, Server, deaf_listener, wait_until
+from conftest import HERE, HOST, Address, Server, deaf_listener, linux, wait_until
 from testbed.clients import Database, certificate, psql
 from testbed.hellos import HELLO, NAME, genuine, v2
 from testbed.program import Program, command, execute
@@ -593,6 +594,15 @@ def test_names_that_clients_choose_have_groups_of_their_own_and_not_too_many(run
     wait_until(lambda: len(book.groups) == 1 and group not in book.groups.values())
 
 
+def test_of_long_lists_fewer_are_kept_for_names_that_clients_choose(run, settings_file):
+    long = ",".join(f"{{label}}.invalid:{at}" for at in range(1, 1001))
+    running = run("-c", settings_file(f'[routes."*.example.com"]\ntarget = "tcp:{long}"\n'))
+    book = running.router.targets.book
+    for at in range(20):
+        on_loop(running, lambda: book.group(running.router.decide(f"x{at}.example.com")))
+        assert sum(len(group.members) for group in book.groups.values()) <= 4096
+
+
 def test_a_route_that_a_reload_takes_out_is_forgotten(several_of, serve, settings_file):
     good = serve(named(b"g"))
     running = several_of([refusing(), good.address])
@@ -924,13 +934,16 @@ def test_a_warm_connection_that_has_just_ended_costs_the_client_nothing(
     assert next(iter(group_of(running).members.values())).failures == 0
 
 
-@pytest.mark.parametrize("when", ["before", "together"])
+@pytest.mark.parametrize("when", ["before", "together", "behind"])
 @pytest.mark.parametrize("how", ["end", "reset"])
+@pytest.mark.parametrize("header", ["as-received", "v1"])
 def test_a_silent_client_of_a_port_does_not_notice_that_its_warm_connection_ends(
-        run, settings_file, serve, port, when, how):
+        run, settings_file, serve, port, when, how, header):
     ends, ended = threading.Event(), threading.Event()
     def handler(sock: socket.socket) -> None:
         if far.accepted > 1:
+            while header == "v1" and (byte := sock.recv(1)) and byte != b"\n":
+                pass
             while data := sock.recv(100):
                 sock.sendall(data)
             return
@@ -938,7 +951,8 @@ def test_a_silent_client_of_a_port_does_not_notice_that_its_warm_connection_ends
         reset(sock) if how == "reset" else sock.close()
         ended.set()
     far = serve(handler)
-    running = run("-c", settings_file(a_port(port, listed(far.address), warm=1)), "--route", f"{NAME}=tcp:192.0.2.1:1")
+    running = run("-c", settings_file(a_port(port, listed(far.address), warm=1, send_proxy=header)),
+                  "--route", f"{NAME}=tcp:192.0.2.1:1")
     wait_until(lambda: idle(running) == 1)
     with socket.create_connection((HOST, port), 20) as client:
         wait_until(lambda: pool_of(running).hit == 1)
@@ -947,8 +961,10 @@ def test_a_silent_client_of_a_port_does_not_notice_that_its_warm_connection_ends
             ends.set()
             wait_until(lambda: running.counter("retries") == 1)
             client.sendall(b"hello")
-        else:
+        elif when == "together":
             on_loop(running, lambda: (ends.set(), ended.wait(10), client.sendall(b"hello")))
+        else:
+            on_loop(running, lambda: (client.sendall(b"hello"), ends.set(), ended.wait(10)))
         assert read_exactly(client, 5) == b"hello"
     assert running.counter("retries") == 1
 
@@ -1203,6 +1219,15 @@ def test_a_backend_that_fails_its_checks_goes_down_without_a_client_and_comes_ba
         assert bad.checks_bad >= 2 and not other.checks_bad
 
 
+def test_a_check_of_another_port_never_reaches_the_router_itself(run, settings_file, serve, free_ports):
+    far, own = serve(named(b"g")), free_ports(1)[0]
+    running = run("-c", settings_file(table([far.address], health=f"http:{own}/", health_interval="50ms")),
+                  "--port", f"{HOST}:{own}=tcp:{HOST}:{far.address[1]}")
+    member = next(iter(group_of(running).members.values()))
+    wait_until(lambda: member.why)
+    assert "this router's own" in member.why and not running.counter("accepted") and not far.accepted
+
+
 def test_a_tunnel_beside_hosts_is_not_started_for_a_check(run, settings_file, serve, cloudflared, ports):
     far = serve(named(b"g"))
     targets = json.dumps([listed(far.address), "cloudflared:db.example.com"])
@@ -1409,3 +1434,228 @@ def test_the_options_and_the_examples_of_the_documents_are_the_programs(settings
     assert settings.port[0].several.warm == 4
     settings = sniroute_settings.load_settings(["-c", settings_file(zones)], {})
     assert settings.own_zones.own == "a"
+
+
+# -- strangers -------------------------------------------------------------------------------------
+
+
+def kept_by(running: Running) -> list[str]:
+    """Of each backend why it is down; "" where it is good."""
+    return [member.why for member in group_of(running).members.values()]
+
+
+@pytest.mark.parametrize("answer", [b"", b"\x15\x03\x01\x00\x02\x02\x0a", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"N"],
+                         ids=["an end", "an alert", "HTTP", "N"])
+def test_who_asks_for_postgres_where_there_is_none_makes_no_backend_rest(several_of, serve, answer):
+    def web(sock: socket.socket) -> None:
+        head = read_exactly(sock, 8)
+        if head == SSL_REQUEST_BYTES:
+            sock.sendall(answer)
+        elif head:
+            read_exactly(sock, len(HELLO) - 8)
+            sock.sendall(b"w")
+            sock.recv(1)
+    one, two = serve(web), serve(web)
+    running = several_of([one.address, two.address], on_down="cut")
+    running.part_early()
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, 1) == b"w"
+        for _ in range(5):
+            with running.connect(SSL_REQUEST_BYTES) as stranger:
+                assert read_exactly(stranger, 1) == b"S"
+                stranger.sendall(HELLO)
+                read_all(stranger)
+        assert kept_by(running) == ["", ""]
+        assert running.router.connections, "and cuts nobody's connection"
+
+
+def test_a_client_that_no_other_backend_answered_to_does_not_prolong_the_rest(several_of, serve):
+    """A stranger, who may be there again and again, is led to the one that has rested."""
+    def handler(sock: socket.socket) -> None:
+        if read_exactly(sock, len(HELLO)) == HELLO:
+            sock.sendall(b"g")
+            sock.recv(1)
+    one, two = serve(handler), serve(handler)
+    running = several_of([one.address, two.address], health_fail=1, health_pass=1, fallback_interval="1s")
+    group = group_of(running)
+    member = next(iter(group.members.values()))
+    on_loop(running, lambda: (group.bad_news(member, "it was", False), setattr(member, "until", 0.0)))
+    with running.connect(genuine(name=NAME)) as stranger:
+        read_all(stranger)
+    assert one.accepted, "the stranger is led there"
+    assert said_by(running) == b"g" and not member.why
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_a_client_of_a_port_has_said_is_given_to_one_program_only(run, settings_file, port, tmp_path, times):
+    log = tmp_path / "done"
+    log.touch()
+    (tmp_path / "does.py").write_text(
+        "import os, sys\nsaid = os.read(0, 100)\nopen(sys.argv[1], 'a').write(said.decode())\n")
+    program = f"exec:{sys.executable} -S {tmp_path}/does.py {log}"
+    running = run("-c", settings_file(a_port(port, program, program + "".join(" more" for _ in range(times)))),
+                  "--route", f"{NAME}=tcp:192.0.2.1:1")
+    with on_loop(running, lambda: connected_with((HOST, port), b"once\n")) as client:
+        assert read_all(client) == b""
+    running.ending()
+    assert log.read_text() == "once\n"
+
+
+def connected_with(address: Address, said: bytes) -> socket.socket:
+    """A client whose first bytes are there when it is accepted: to be called in the loop's thread."""
+    client = socket.create_connection(address, 20)
+    client.sendall(said)
+    return client
+
+
+def test_who_waits_for_room_is_dialled_at_once_when_another_one_fails(run, settings_file, port):
+    running = run("-c", settings_file(a_port(port, listed(refusing()), max_backend_connections=1)),
+                  "--route", f"{NAME}=tcp:192.0.2.1:1")
+    began = time.monotonic()
+    clients = on_loop(running, lambda: [connected_with((HOST, port), b"") for _ in range(4)])
+    running.ending(4)
+    assert time.monotonic() - began < 1.0
+    for client in clients:
+        client.close()
+
+
+def test_programs_that_are_too_many_are_no_fault_of_a_backend(run, settings_file, serve):
+    good = serve(named(b"g"))
+    path = settings_file(f'[routes."{NAME}"]\ntarget = ["exec:/bin/cat", "{listed(good.address)}"]\n'
+                         'balance = "first"\non_down = "cut"\n')
+    running = run("-c", path, "--max-tunnels=1")
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        for _ in range(5):
+            assert said_by(running) == b"g"
+        assert kept_by(running) == ["", ""]
+        client.sendall(b"x")
+        assert read_exactly(client, 1) == b"x"
+
+
+@pytest.mark.parametrize("warm", [0, 1])
+def test_a_client_of_a_port_that_ends_without_a_word_gets_the_answer_to_that(run, settings_file, serve, port, warm):
+    far = serve(lambda sock: (read_all(sock), sock.sendall(b"bye")))
+    running = run("-c", settings_file(a_port(port, listed(far.address), warm=warm, connect_timeout="5s")),
+                  "--route", f"{NAME}=tcp:192.0.2.1:1")
+    wait_until(lambda: not warm or idle(running) == 1)
+    with socket.create_connection((HOST, port), 20) as client:
+        client.shutdown(socket.SHUT_WR)
+        assert read_all(client) == b"bye"
+
+
+def test_a_greeting_of_a_warm_program_comes_first(run, settings_file, port, tmp_path):
+    (tmp_path / "greets.py").write_text(
+        "import os\nos.write(1, b'220 hello')\nwhile said := os.read(0, 100):\n    os.write(1, said)\n")
+    running = run("-c", settings_file(a_port(port, f"exec:{sys.executable} -S {tmp_path}/greets.py", warm=1)),
+                  "--route", f"{NAME}=tcp:192.0.2.1:1")
+    for _ in range(3):
+        wait_until(lambda: idle(running) == 1 and all(warm.greeting for warm in list(pool_of(running).idle)))
+        with socket.create_connection((HOST, port), 20) as client:
+            assert read_exactly(client, 9) == b"220 hello"
+            client.sendall(b"EHLO")
+            assert read_exactly(client, 4) == b"EHLO"
+
+
+def test_a_program_whose_clients_speak_first_is_good_again_while_one_of_them_stays(run, settings_file, serve, port):
+    good = serve(lambda sock: sock.sendall(b"g"))
+    running = run("-c", settings_file(a_port(port, "exec:/bin/cat", listed(good.address), balance="first",
+                                             health_fail=1, health_pass=2, fallback_interval="50ms")),
+                  "--route", f"{NAME}=tcp:192.0.2.1:1")
+    group = group_of(running)
+    member = next(iter(group.members.values()))
+    on_loop(running, lambda: group.bad_news(member, "it was", False))
+    with contextlib.ExitStack() as stack:
+        def one_more() -> bool:
+            client = stack.enter_context(socket.create_connection((HOST, port), 20))
+            wait_until(lambda: any(each.address == client.getsockname() and each.state in ("unanswered", "open")
+                                   for each in list(running.router.connections)))
+            client.sendall(b"c")
+            read_exactly(client, 1)
+            return not member.why
+        wait_until(one_more)
+
+
+def test_a_connection_of_before_a_reload_that_ends_reuse_serves_nobody_else(run, settings_file, serve, port):
+    def redis(sock: socket.socket) -> bytes:
+        heard = b""
+        while data := sock.recv(1000):
+            heard += data
+            sock.sendall(b"+PONG\r\n")
+        return heard
+    far = serve(redis)
+    def text(**options: Any) -> str:
+        return settings_file(a_port(port, listed(far.address), warm=2, **options))
+    ping = b"*1\r\n$4\r\nPING\r\n"
+    running = run("-c", text(reuse="redis"), "--route", f"{NAME}=tcp:192.0.2.1:1")
+    with socket.create_connection((HOST, port), 20) as stays, socket.create_connection((HOST, port), 20) as leaves:
+        for client in (stays, leaves):
+            client.sendall(ping)
+            assert read_exactly(client, 7) == b"+PONG\r\n"
+        leaves.close()
+        running.ending()
+        text(reuse="off", send_proxy="v1")
+        reload(running)
+        stays.close()
+        running.ending(2)
+    assert far.result().count(b"PING") == far.result().count(b"PING") == 1
+    for number in range(3):
+        with socket.create_connection((HOST, port), 20) as client:
+            client.sendall(ping)
+            assert read_exactly(client, 7) == b"+PONG\r\n"
+        running.ending(3 + number)
+        assert far.result().startswith(b"PROXY TCP4 ")
+
+
+def test_a_connection_to_an_address_that_a_name_no_longer_has_serves_nobody_else(
+        run, settings_file, serve, port):
+    far = serve(lambda sock: [sock.sendall(b"+PONG\r\n") for _ in iter(lambda: sock.recv(100), b"")])
+    running = run("-c", settings_file(a_port(port, listed(far.address), reuse="redis")),
+                  "--route", f"{NAME}=tcp:192.0.2.1:1")
+    member = next(iter(group_of(running).members.values()))
+    for number, idles in ((1, 1), (2, 0)):
+        with socket.create_connection((HOST, port), 20) as client:
+            client.sendall(b"*1\r\n$4\r\nPING\r\n")
+            assert read_exactly(client, 7) == b"+PONG\r\n"
+            if number == 2:
+                on_loop(running, lambda: group_of(running).locate(member, ((socket.AF_INET, ("192.0.2.1", 1)),)))
+        running.ending(number)
+        assert len(member.pool.idle) == idles
+
+
+def test_a_reload_from_cut_to_keep_holds_for_connections_that_were_there(several_of, serve, settings_file):
+    far = serve(named(b"g"))
+    running = several_of([far.address, far.address], on_down="cut")
+    group = group_of(running)
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, 1) == b"g"
+        settings_file(table([far.address, far.address], on_down="keep"))
+        reload(running)
+        for _ in range(3):
+            on_loop(running, lambda: group.bad_news(group.entries[0], "it was", True))
+        assert group.entries[0].why
+        client.sendall(b"x")
+        assert read_exactly(client, 1) == b"x"
+
+
+def test_connections_that_rest_until_the_next_client_count_as_the_backend_s(run, settings_file, echo_server, port):
+    running = run("-c", settings_file(a_port(port, listed(echo_server.address), reuse="quiet",
+                                             max_backend_connections=1)), "--route", f"{NAME}=tcp:192.0.2.1:1")
+    (member,), warmth = group_of(running).members.values(), group_of(running).warmth
+    for number in range(1, 5):
+        with socket.create_connection((HOST, port), 20) as client:
+            client.sendall(b"x")
+            assert read_exactly(client, 1) == b"x"
+            assert on_loop(running, lambda: member.active + len(member.pool.idle) + len(warmth.asides)) == 1
+        running.ending(number)
+        assert len(warmth.asides) == 1
+
+
+@linux
+def test_warm_connections_that_take_all_descriptors_make_way_for_clients(launch, settings_file, single_loop_echo):
+    path = settings_file(table([single_loop_echo], warm=500))
+    program = launch("-c", path, python=("/bin/sh", "-c", 'ulimit -n 200 && exec "$@"', "sh", sys.executable))
+    wait_until(lambda: len(os.listdir(f"/proc/{program.pid}/fd")) == 200)
+    for _ in range(20):
+        with program.connect(HELLO) as client:
+            assert read_exactly(client, len(HELLO)) == HELLO

@@ -973,7 +973,8 @@ def warm_book(loop) -> Iterator[Book]:
 
 
 def sizes(group: Group) -> list[int]:
-    """How many warm connections each backend is to have."""
+    """How many warm connections each backend is to have, in the next turn of the loop."""
+    group.refresh()
     return [member.pool.size for member in group.members.values()]
 
 
@@ -1109,6 +1110,16 @@ def test_dials_that_fail_bring_a_backend_down_without_a_client(warm_book):
         one.pool.told("Connection refused")
     assert one.why == "Connection refused" and sizes(group) == [0, 2]
     assert one.failures == 3 and set(picks(group, 5)) == {two.target}
+
+
+def test_a_thousand_backends_that_go_down_at_once_are_sorted_twice(warm_book, monkeypatch):
+    (group,) = adopt(warm_book, a_route([f"tcp:192.0.2.{at % 250}:{at}" for at in range(1, 1001)], warm=10))
+    sorts: list[None] = []
+    reset = group.balancer.reset
+    monkeypatch.setattr(group.balancer, "reset", lambda good: (sorts.append(None), reset(good)))
+    for member in list(group.members.values())[1:]:
+        go_down(group, member)
+    assert sizes(group) == [10, *[0] * 999] and len(sorts) == 2
 
 
 def test_a_name_that_turns_out_to_be_far_away_gets_no_warm_connection(loop, crowds):

@@ -391,6 +391,12 @@ def test_the_connections_that_fit_follow_the_limit_of_open_files(limit, fit, mon
     assert load_settings(["--max-connections", "7"], {}).max_connections == 7
 
 
+def test_warm_connections_leave_less_room_for_clients(settings_file, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (2000, 2000))
+    path = settings_file('[routes."a.b"]\ntarget = "tcp:192.0.2.1:1,192.0.2.2:1"\nwarm = 100\n')
+    assert load_settings([], {}).fit - load_settings(["-c", path], {}).fit == 50
+
+
 @pytest.mark.parametrize("scheme, memory, tunnels", [
     ("cloudflared", 1 << 30, 16), ("cloudflared", 1 << 40, 101), ("cloudflared", 1, 1),
     ("carrier", 1 << 28, 64), ("carrier", 1 << 30, 101),
