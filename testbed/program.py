@@ -29,6 +29,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
+from sniroute_names import OPTIONS
 from conftest import CORE, DOCTOR, HERE, HOST, Address, connect, wait_until
 from testbed.hellos import HELLO
 from testbed.running import read_exactly
@@ -230,8 +231,7 @@ def two_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def three_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The path of sniroute.py in a folder with those files, and the carrier's."""
-    return installed(tmp_path_factory.mktemp("three files"), *(f"sniroute_{room}.py" for room in (
-        "carrier", "edge", "forwarder", "dial", "http")))
+    return installed(tmp_path_factory.mktemp("three files"), *(f"{room}.py" for room in OPTIONS["carrier"]))
 
 
 @pytest.fixture(scope="session")
