@@ -121,7 +121,7 @@ def test_backends_in_a_browser(browser, run_admin, serve):
         for each in results:
             member.mark(each == "+")
     bad = list(named.members.values())[1]
-    running.router.call(lambda: named.is_down(bad, HOSTILE, "as the test says"))
+    running.router.call(lambda: named.went_down(bad, HOSTILE, "as the test says"))
     wait_until(lambda: bad.why)
     browser.call("Page.navigate", url=f"http://{HOST}:{running.admin.address[1]}/")
     wait_until(lambda: browser.evaluate("document.querySelectorAll('#backends tbody tr').length") == 4, what="rows")
