@@ -24,6 +24,7 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
     sniroute_options       what a route may have               beside its target; tables of routes
     sniroute_values        what people write as a value        durations, networks, programs
     sniroute_connection    one client, accept to close         the states of its life
+    sniroute_header        who a client is                     PROXY headers; the clients of ports
     sniroute_deadlines     what a connection waits for         how long, and what is done then
     sniroute_resets        one side has broken off             what the other gets
     sniroute_routes        where a name leads                  routes in layers

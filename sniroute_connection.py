@@ -29,7 +29,7 @@ Threads: the loop only.
 Seams: I want to ...
     let a connection wait for something else     a queue in Deadlines of sniroute_deadlines, and `wait_in`
     end a connection otherwise                   a word in ENDINGS of sniroute_log, and `close`; sniroute_resets
-    skip the prelude                             `read_header` and `route_to`, as a port with one target does
+    skip the prelude                             `route_to`, as `read_header` of sniroute_header does
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from sniroute_deadlines import out_of_descriptors, wait_for_exit, wait_for_room
 from sniroute_flow import (BROKEN, DONE, EARLY, ENDING, GREETING, MESSAGE, NO_FLOW, OPEN, READ_MAX, UNANSWERED,
                            Flow)
+from sniroute_header import PRELUDES_MAX, believe, first_answer, first_words, learn
 from sniroute_log import BACKEND_CLOSED, CLIENT_CLOSED, CLIENT_LEFT
 from sniroute_loop import READ, WRITE, Queue
 from sniroute_names import parse_ip
 from sniroute_refusals import NOTHING, TLS, Malformed, Refused, told
 from sniroute_resets import RESETTING, is_unheard, pass_on_reset, will_reset
 from sniroute_targets import Another, Backend, Doubt, NotYet, Unreachable, Verdict
-from sniroute_wire import (PROXY_V2_MAX, PROXY_WRITERS, SSL_REQUEST_BYTES, TLS_HANDSHAKE, Hello, PortPrelude, Prelude,
-                           ProxyHeader)
+from sniroute_wire import PROXY_WRITERS, SSL_REQUEST_BYTES, TLS_HANDSHAKE, Hello, Prelude, ProxyHeader
 
 if TYPE_CHECKING:
     from sniroute_routes import Decision
@@ -66,7 +66,6 @@ log = logging.getLogger("sniroute")
 monotonic = time.monotonic
 
 # Limits, each with its reason.  Times in seconds.
-PRELUDES_MAX = 1024  # clients that have not said their name yet; over it the oldest goes
 # A hello takes its size twice, once with and once without record headers.  So 1,024 preludes hold 64 MiB at most while
 # each is up to LARGE_HELLO, and the few that may have more hold 8 MiB.
 LARGE_HELLO = 32768  # bytes; nearly all are smaller than 3,000
@@ -74,7 +73,7 @@ LARGE_HELLOS_MAX = 64  # clients with more than that, until their backend answer
 WAITING_MAX = 32768  # bytes that a client may say while it waits for its backend, the hello among them
 PARKS_MAX = 3  # times a connection may wait: its tunnel could be evicted as often as it comes up
 
-PRELUDE, HEADER, ROUTED, PARKED = "prelude", "header", "routed", "parked"
+PRELUDE, ROUTED, PARKED = "prelude", "routed", "parked"  # and HEADER
 DIALING = "dialing"  # behind it GREETING
 LINGERING, CLOSED = "lingering", "closed"  # and RESETTING
 WAITING_FOR_BACKEND = (PARKED, DIALING, GREETING)  # states in which the client has nobody to talk to
@@ -666,109 +665,6 @@ def wait_in_park(connection: Connection, queue: Queue) -> None:
 def holds_hello(connection: Connection) -> bool:
     """Whether the client's first bytes are still in memory."""
     return connection.state is not CLOSED and (connection.hello is not None or connection.prelude is not None)
-
-
-def read_header(connection: Connection, mask: int = READ) -> None:
-    """Meet the client of a port with one target: read its PROXY header, where one may come, and go on.
-
-    A server that speaks first must not wait for a header that never comes.  So where a header is allowed and not
-    required, a silent client is led on at once, and `learn` looks at its first bytes when they come; HEADER_GRACE later
-    where the port's options depend on who it is, and none is looked for then.
-    """
-    if connection.state is not HEADER:
-        return
-    peer, decision, deadlines = connection.peer, connection.decision, connection.router.deadlines
-    if peer.policy == "refuse":  # its bytes are data, whatever they look like
-        connection.route_to(decision)
-        return
-    if connection.prelude is None:
-        connection.prelude = PortPrelude(peer.policy, peer.local)
-    prelude, required = connection.prelude, peer.policy == "require"
-    whole, queue = False, deadlines.prelude
-    try:
-        data = os.read(connection.up.fd, MESSAGE)
-        if data:
-            whole = prelude.feed(data) is not None
-        elif required:
-            raise Malformed("the client left in the middle of its prelude", kind="truncated")
-        else:
-            whole = True  # the next read finds the end again
-    except Refused as error:
-        connection.refuse(error)
-        return
-    except BlockingIOError:
-        if not prelude.data and not required:
-            whole = not asks_who(decision)
-            queue = deadlines.header
-    except OSError:
-        connection.refuse(Refused("truncated", "the client reset the connection"))
-        return
-    if whole:
-        connection.route_to(decision)
-        return
-    if connection.queue not in (queue, deadlines.prelude):
-        connection.wait_in(queue)
-    if not connection.up.events:
-        connection.up.wait_for(READ, functools.partial(read_header, connection))
-    if len(deadlines.prelude.due) > PRELUDES_MAX:
-        connection.router.shed()
-
-
-def asks_who(decision: Decision) -> bool:
-    """Whether what a route does with a client depends on a PROXY header."""
-    return decision.route.allow is not None or decision.route.send_proxy != "as-received"
-
-
-def first_words(connection: Connection, mask: int) -> None:
-    """The client of a port was led on while it was silent, and speaks or ends now; its bytes are moved as always."""
-    up = connection.up
-    up.install()
-    with contextlib.suppress(OSError):  # who moves the bytes meets it, too
-        learn(connection, connection.client.recv(PROXY_V2_MAX, socket.MSG_PEEK))
-    if connection.state is UNANSWERED and connection.backend.is_used_up(connection.down.source):
-        connection.backend_failed("it ended the connection while the client was silent")
-    elif connection.state is not CLOSED:
-        up.mover()(mask)
-
-
-def first_answer(connection: Connection, mask: int) -> None:
-    """The backend of a port, whose client has spoken first, says something: that proves it."""
-    down = connection.down
-    down.install()
-    down.mover()(mask)
-    if down.total and connection.backend is not None:
-        connection.backend.answered()
-
-
-def learn(connection: Connection, data: bytes) -> None:
-    """A client was led on while it was silent, and these are its first bytes: whose are they?
-
-    A PROXY header is passed on with them, as received; it is not taken out.
-    """
-    peer = connection.peer
-    if not data or peer.policy != "allow" or connection.proxy is not None or asks_who(connection.decision):
-        return
-    prelude = PortPrelude(peer.policy, peer.local)
-    try:
-        prelude.feed(data)
-        if prelude.proxy is not None:
-            believe(connection, prelude.proxy)
-    except Refused as error:
-        connection.refuse(error)
-
-
-def believe(connection: Connection, header: ProxyHeader) -> None:
-    """Take the client for the one that a PROXY header names.  Raises Refused where that has too many connections."""
-    connection.proxy = header
-    if header.source is None:
-        return
-    router = connection.router
-    connection.address = (str(header.source), header.port)
-    connection.peer.count -= 1
-    connection.peer = peer = router.peers.find(connection.address[0])
-    peer.count += 1
-    if peer.count > router.max_per_client and not peer.exempt:
-        raise Refused("client_limit", f"{peer.key} has {peer.count - 1} connections")
 
 
 def make_room(connection: Connection) -> None:

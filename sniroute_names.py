@@ -323,10 +323,11 @@ def listed_suffixes() -> bytes:
 # The files: those that serve, and the drop-in ones that may be missing, by the option that they make.
 CORE = (
     "sniroute", "sniroute_daemon", "sniroute_systemd", "sniroute_handover", "sniroute_router", "sniroute_listeners",
-    "sniroute_settings", "sniroute_options", "sniroute_values", "sniroute_connection", "sniroute_deadlines",
-    "sniroute_resets", "sniroute_routes", "sniroute_patterns", "sniroute_targets", "sniroute_tunnels",
-    "sniroute_processes", "sniroute_ports", "sniroute_launchers", "sniroute_flow", "sniroute_race", "sniroute_log",
-    "sniroute_loop", "sniroute_host", "sniroute_wire", "sniroute_names", "sniroute_refusals",
+    "sniroute_settings", "sniroute_options", "sniroute_values", "sniroute_connection", "sniroute_header",
+    "sniroute_deadlines", "sniroute_resets", "sniroute_routes", "sniroute_patterns", "sniroute_targets",
+    "sniroute_tunnels", "sniroute_processes", "sniroute_ports", "sniroute_launchers", "sniroute_flow",
+    "sniroute_race", "sniroute_log", "sniroute_loop", "sniroute_host", "sniroute_wire", "sniroute_names",
+    "sniroute_refusals",
 )
 OPTIONS = {
     "doctor": ("sniroute_doctor",),

@@ -35,9 +35,10 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple, Sequence
 
-from sniroute_connection import HEADER, PRELUDE, WAITING_FOR_BACKEND, Connection, holds_hello, read_header
+from sniroute_connection import PRELUDE, WAITING_FOR_BACKEND, Connection, holds_hello
 from sniroute_deadlines import Deadlines, awaited_by, cannot_wait
 from sniroute_flow import DONE, Flow, Pipes
+from sniroute_header import HEADER, read_header
 from sniroute_listeners import Listener, Ports, arrange, bind, listen, sockets_of
 from sniroute_log import CLIENT_LEFT, IDLE, STOPPED, Ending
 from sniroute_loop import CAPACITY_ERRNOS, CAPACITY_PAUSE, NEVER, READ, Loop

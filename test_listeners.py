@@ -19,7 +19,7 @@ from typing import Any, Iterator
 
 import pytest
 
-import sniroute_connection
+import sniroute_header
 import sniroute_deadlines
 from sniroute_refusals import SettingsError
 from sniroute_settings import load_settings
@@ -124,7 +124,7 @@ def test_where_a_header_is_required_strangers_are_closed_unread(run, serve):
 
 
 def test_where_a_header_is_required_those_that_wait_are_bounded(run, serve, monkeypatch):
-    monkeypatch.setattr(sniroute_connection, "PRELUDES_MAX", 2)
+    monkeypatch.setattr(sniroute_header, "PRELUDES_MAX", 2)
     running = run(NOWHERE, port(tcp(serve(banner).address)), "--proxy-protocol=required", TRUSTED)
     with come(running) as first, come(running) as second, come(running):
         with pytest.raises(ConnectionResetError):
