@@ -238,7 +238,7 @@ class AnyOfTwo(RoundRobin):
 
     def prefers(self, one: Member, other: Member) -> bool:
         """Whether one is the better."""
-        return one.load <= other.load
+        return (one.active + one.penalties) * other.weight <= (other.active + other.penalties) * one.weight
 
 
 class Fastest(AnyOfTwo):
@@ -246,7 +246,8 @@ class Fastest(AnyOfTwo):
 
     def prefers(self, one: Member, other: Member) -> bool:
         now, timeout = self.group.clock(), self.group.options.connect_timeout
-        return (one.cost(now, timeout), one.load) <= (other.cost(now, timeout), other.load)
+        mine, its = one.cost(now, timeout), other.cost(now, timeout)
+        return mine < its or mine == its and super().prefers(one, other)
 
 
 class Least(RoundRobin):
@@ -259,45 +260,49 @@ class Least(RoundRobin):
 
     def __init__(self, group: Group):
         super().__init__(group)
-        self.levels: dict[int, collections.OrderedDict[Member, None]] = {}
+        self.levels: list[collections.OrderedDict[Member, None]] = []  # by load; as many as there ever were
         self.low = 0  # no level below it has a member
 
     def reset(self, good: list[Member]) -> None:
-        for level in self.levels.values():
+        for level in self.levels:
             for member in level:
                 member.level = None
         self.levels.clear()
         for member in dict.fromkeys(good):
-            self.put(member)
-        self.low = min(self.levels, default=0)
+            self.put(member, int(member.load))
+        self.low = min((member.level for member in good), default=0)
 
-    def put(self, member: Member) -> None:
-        """Stand on the level of its load."""
-        member.level = level = int(member.load)
-        self.levels.setdefault(level, collections.OrderedDict())[member] = None
-        self.low = min(self.low, level)
+    def put(self, member: Member, level: int) -> None:
+        """Stand on a level, behind those who came before."""
+        levels = self.levels
+        while len(levels) <= level:
+            levels.append(collections.OrderedDict())
+        levels[level][member] = None
+        member.level = level
 
     def moved(self, member: Member) -> None:
-        level = member.level
-        if level is None or level == int(member.load):
+        before, level = member.level, (member.active + member.penalties) // member.weight
+        if before is None or level == before:
             return
-        standing = self.levels[level]
-        del standing[member]
-        if not standing:
-            del self.levels[level]
-        self.put(member)
-        while self.low not in self.levels:  # it is this member's, or one below it
-            self.low += 1
+        levels, low = self.levels, self.low
+        del levels[before][member]
+        self.put(member, level)
+        if level < low:
+            self.low = level
+        else:
+            while not levels[low]:
+                low += 1
+            self.low = low
 
     def pick(self, allowed: Allowed, client: str) -> Member | None:
         if not self.levels:
             return None
         for member in self.levels[self.low]:
             if allowed is None or allowed(member):
-                self.levels[self.low].move_to_end(member)  # with copies it may stay on its level
+                self.levels[self.low].move_to_end(member)  # in the list more than once, it may stay on its level
                 return member
-        for level in sorted(self.levels):
-            for member in self.levels[level]:
+        for level in self.levels[self.low + 1:]:
+            for member in level:
                 if allowed(member):
                     return member
         return None
@@ -318,11 +323,11 @@ class ByClient(RoundRobin):
         self.entries: list[Member] = []
         self.seeds: list[int] = []
         self.winners: dict[int, Member] = {}  # by slot, of all members
-        self.others: dict[int, Member] = {}  # by slot, of the good ones, where the winner is not one
+        self.chosen: dict[int, Member | None] = {}  # by slot, of the good ones
 
     def reset(self, good: list[Member]) -> None:
         self.good = good
-        self.others = {}
+        self.chosen = {}
         if self.entries != self.group.entries:
             self.entries = list(self.group.entries)
             seen: collections.Counter[str] = collections.Counter()
@@ -351,11 +356,13 @@ class ByClient(RoundRobin):
 
     def pick(self, allowed: Allowed, client: str) -> Member | None:
         slot, good = slot_of(client), self.group.is_good
-        member = self.owner(slot)
-        if not good(member):
-            if slot not in self.others:
-                self.others[slot] = self.winner(slot, good)
-            member = self.others[slot]
+        if slot in self.chosen:
+            member = self.chosen[slot]
+        else:
+            member = self.owner(slot)
+            if not good(member):
+                member = self.winner(slot, good)
+            self.chosen[slot] = member
         if member is None or allowed is None or allowed(member):
             return member
         return self.winner(slot, lambda member: good(member) and allowed(member))
