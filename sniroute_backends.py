@@ -254,7 +254,7 @@ class GroupBackend(Backend):
             if self.warm is None:
                 now = monotonic()
                 member.connected(now - connection.dialled, now)
-        if self.greeting:
+        if self.warm is not None and self.warm.greeting:
             return True
         if not self.way.proven_by_connect:
             return False
@@ -428,7 +428,8 @@ class GroupBackend(Backend):
         return self.note or None
 
     def is_lost(self) -> bool | None:
-        return self.way is not self and self.way.is_lost()
+        way = self.way
+        return way is not self and not way.proven_by_connect and way.is_lost()
 
     def abandon(self, server: socket.SocketType) -> None:
         if self.way is not self:

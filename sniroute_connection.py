@@ -437,7 +437,10 @@ class Connection:
                 greeting = self.backend.greeting
         else:
             self.state = UNANSWERED if self.replayable or self.name is None else EARLY
-            if self.hello:
+            if self.hello and self.queue is None:  # as `wait_in`, for each connection
+                self.queue = queue = self.router.deadlines.first_byte
+                queue.put(self)
+            elif self.hello:
                 self.wait_in(self.router.deadlines.first_byte)
             elif self.queue is not None:
                 self.leave_queue()  # behind a port, whose client is silent: it may be its turn, for as long as it likes
@@ -493,7 +496,9 @@ class Connection:
             return
         self.hello = None
         self.state = OPEN
-        self.leave_queue()
+        if self.queue is not None:
+            self.queue.drop(self)
+            self.queue = None
         if flow is self.down:
             self.backend.answered()
         else:
