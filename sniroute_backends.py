@@ -267,6 +267,7 @@ class GroupBackend(Backend):
         return self.warm.greeting if self.warm is not None else b""
 
     def is_used_up(self, server: socket.SocketType) -> bool:
+        """As the base: whether a warm connection has ended."""
         if self.warm is None:
             return False
         try:

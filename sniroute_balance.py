@@ -224,6 +224,7 @@ class AnyOfTwo(RoundRobin):
     """
 
     def pick(self, allowed: Allowed, client: str) -> Member | None:
+        """As RoundRobin.pick."""
         chance, good = self.group.chance, self.good
         if not good:
             return None
@@ -264,6 +265,7 @@ class Least(RoundRobin):
         self.low = 0  # no level below it has a member
 
     def reset(self, good: list[Member]) -> None:
+        """As RoundRobin.reset."""
         for level in self.levels:
             for member in level:
                 member.level = None
@@ -281,6 +283,7 @@ class Least(RoundRobin):
         member.level = level
 
     def moved(self, member: Member) -> None:
+        """As RoundRobin.moved: the member goes to the level of its load."""
         before, level = member.level, (member.active + member.penalties) // member.weight
         if before is None or level == before:
             return
@@ -295,6 +298,7 @@ class Least(RoundRobin):
             self.low = low
 
     def pick(self, allowed: Allowed, client: str) -> Member | None:
+        """As RoundRobin.pick."""
         if not self.levels:
             return None
         for member in self.levels[self.low]:
@@ -326,6 +330,7 @@ class ByClient(RoundRobin):
         self.chosen: dict[int, Member | None] = {}  # by slot, of the good ones
 
     def reset(self, good: list[Member]) -> None:
+        """As RoundRobin.reset."""
         self.good = good
         self.chosen = {}
         if self.entries != self.group.entries:
@@ -355,6 +360,7 @@ class ByClient(RoundRobin):
         return self.winners[slot]
 
     def pick(self, allowed: Allowed, client: str) -> Member | None:
+        """As RoundRobin.pick."""
         slot, good = slot_of(client), self.group.is_good
         if slot in self.chosen:
             member = self.chosen[slot]

@@ -208,6 +208,7 @@ class Checked:
         self.preface = write(None, ("0.0.0.0", 0)) if write is not None else b""
 
     def way(self) -> Backend | None:
+        """A new way there, or None: see Subject."""
         targets, port = self.group.book.targets, self.health.port
         way = way_ahead(self.group, self.member)
         if way is not None and port \

@@ -270,6 +270,7 @@ class Replies(Lines):
         return self.left > 0 or self.commands.asked > 0
 
     def begin(self, line: bytes) -> None:
+        """As Lines.begin."""
         self.left = self.left or 1
         kind = line[:1]
         if kind == b"$" and line not in NULLS:
@@ -502,6 +503,7 @@ class Answers(Messages):
         return bool(self.requests.asked)
 
     def begin(self, line: bytes) -> None:
+        """As Lines.begin."""
         found = STATUS.fullmatch(line)
         if found is None:
             raise Spoilt
