@@ -40,10 +40,11 @@ DOCTOR = "sniroute_doctor.py"
 OPTIONS = {  # files that an installation may leave out
     DOCTOR, "sniroute_commands.py", "sniroute_backends.py", "sniroute_book.py", "sniroute_groups.py",
     "sniroute_balance.py", "sniroute_warm.py", "sniroute_reuse.py", "sniroute_conversations.py", "sniroute_checks.py",
-    "sniroute_probes.py",
+    "sniroute_probes.py", "sniroute_web.py", "sniroute_bodies.py", "sniroute_gateway.py", "sniroute_answers.py",
+    "sniroute_tls.py", "sniroute_browsers.py", "sniroute_certificate.py", "sniroute_http2.py", "sniroute_hpack.py",
+    "sniroute_http.py",
     "sniroute_admin.py", "sniroute_door.py", "sniroute_metrics.py", "sniroute_page.py",
     "sniroute_carrier.py", "sniroute_dial.py", "sniroute_edge.py", "sniroute_forwarder.py", "sniroute_upgrade.py",
-    "sniroute_http.py",
 }
 CORE = sorted({path.name for path in HERE.glob("sniroute*.py")} - OPTIONS)  # the files that serve
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the tests start programs a hundred times: compile them once

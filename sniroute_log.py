@@ -90,6 +90,25 @@ class Ending(NamedTuple):
     waited: float | None = None  # seconds from its accept to its last dial; for the metrics, not in the line
 
 
+class Access(NamedTuple):
+    """What the log says of one request in plain HTTP."""
+
+    when: float  # it was over: seconds since 1970
+    client: tuple[str, int]  # address and port; those of a believed PROXY header
+    method: str  # these three: "" where the request could not be read
+    host: str
+    path: str  # without its query, which may hold secrets
+    status: int  # of the answer; 0: the client has had none
+    up: int  # bytes of the request's body
+    down: int  # bytes of the answer's body
+    first: float | None  # seconds from the first byte of the request to the first of the answer; None: there was none
+    seconds: float  # from the first byte of the request to the last of the answer
+    route: str | None  # these two: None where it did not get so far
+    backend: str | None
+    reason: str  # "": it went well; a key of REFUSALS; "client_left", "cut": the answer is not whole
+    detail: str | None  # more about the reason, for people
+
+
 class Pace:
     """Counts the lines of one class in a period."""
 

@@ -40,7 +40,7 @@ from sniroute_deadlines import Deadlines, awaited_by, cannot_wait
 from sniroute_flow import DONE, Flow, Pipes
 from sniroute_header import HEADER, read_header
 from sniroute_listeners import Listener, Ports, arrange, bind, listen, sockets_of
-from sniroute_log import CLIENT_LEFT, IDLE, STOPPED, Ending
+from sniroute_log import CLIENT_LEFT, IDLE, STOPPED, Access, Ending
 from sniroute_loop import CAPACITY_ERRNOS, CAPACITY_PAUSE, NEVER, READ, Loop
 from sniroute_names import ascii_advice, normalise, parse_ip
 from sniroute_refusals import REFUSALS, Refused
@@ -290,6 +290,7 @@ class Router(socketserver.ThreadingTCPServer):
         # No Counter, which assigns slower.  Other threads use .get: [] would insert.
         self.counters: collections.defaultdict[str, int] = collections.defaultdict(int)
         self.endings: collections.deque[Ending] | None = None  # bounded; the admin sets it to get every Ending
+        self.accesses: collections.deque[Access] | None = None  # likewise, for each request in plain HTTP
         self.started = time.time()
         self.reloads: collections.Counter[str] = collections.Counter()  # `ok`, `failed`
         self.last_reload = True, self.started  # whether it went well, and when it was

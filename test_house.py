@@ -34,7 +34,8 @@ ADMIN = {"sniroute_admin.py", "sniroute_door.py", "sniroute_metrics.py", "snirou
 COMMANDS = {"sniroute_commands.py"}
 BACKENDS = {f"sniroute_{room}.py" for room in ("backends", "book", "groups", "balance", "warm", "reuse", "conversations", "checks",
                                                 "probes")}
-CARRIER = OPTIONS - ADMIN - COMMANDS - BACKENDS - {DOCTOR}
+WEB = {f"{room}.py" for room in sniroute_names.OPTIONS["web"]}
+CARRIER = {f"{room}.py" for room in sniroute_names.OPTIONS["carrier"]}
 
 # What is larger than the house allows, and why.
 FILE_MAX, CLASS_MAX = 900, 30  # lines, methods
@@ -119,8 +120,8 @@ def test_nothing_but_the_face_imports_by_a_name_in_a_text():
 
 def test_the_files_of_each_option_are_known_by_name():
     """`bundle` packs them, and --version says which are there."""
-    options = [f"{room}.py" for rooms in sniroute_names.OPTIONS.values() for room in rooms]
-    assert sorted(options) == sorted(OPTIONS) and sorted(f"{room}.py" for room in sniroute_names.CORE) == CORE
+    options = {f"{room}.py" for rooms in sniroute_names.OPTIONS.values() for room in rooms}
+    assert options == OPTIONS and sorted(f"{room}.py" for room in sniroute_names.CORE) == CORE
     assert all(rooms[0] == full(option) for option, rooms in sniroute_names.OPTIONS.items())
 
 
