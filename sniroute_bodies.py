@@ -1,4 +1,206 @@
 """sniroute_bodies: messages of HTTP on their way: the two flows of a client that asks in plain HTTP.
+
+       the client                                             the backend
+          source  -----> MessageFlow `up`   : a request  ----->  sink
+          sink    <----- MessageFlow `down` : its answer <-----  source
+
+    step          what is called when the source can be read
+    hear          a head: hand what came to the connection (`client_said`, `backend_said`)
+    carry         a body: feed its machine (`Counted`, `Chunked`, `UntilClose` of sniroute_http), pass on what it says
+    forget        a body that nobody wants any more
+    raw           no HTTP: as every Flow does it
+
+A body of a known length never passes through Python where it is large: `carry` splices what is left of it, or of its
+chunk.  Where a body is all on its way to the sink, the connection is told: `message_sent`.
+
+A backend that speaks TLS has its Cipher (sniroute_tls) between: what is read from it is opened, what is written to it
+is sealed, and nothing is spliced.
+
+Threads: the loop only.
+
+Seams: I want to ...
+    splice smaller bodies    SPLICED
+    do something else with what comes     a step, and the place in sniroute_web that sets it
+
+It imports flow, the loop and refusals.
 """
 
+from __future__ import annotations
+
+import os
+import types
+from typing import TYPE_CHECKING, Callable
+
+from sniroute_flow import BLOCKED, MESSAGE, OPEN, READ_MAX, READING, SpliceFlow
+from sniroute_loop import READ, Poller
+from sniroute_refusals import Malformed
+
+if TYPE_CHECKING:
+    from sniroute_http import Counted
+    from sniroute_web import HttpConnection
+
 __version__ = "0.1.0"
+
+SPLICED = 1 << 14  # bytes that are left of a body, from which on it is spliced: below, two system calls more cost more
+
+
+class MessageFlow(SpliceFlow):
+    """One direction of a client that asks in plain HTTP.  It reads a message, and knows where that ends."""
+
+    __slots__ = ("step", "body")
+
+    connection: HttpConnection
+
+    def __init__(self, connection: HttpConnection, poller: Poller):
+        super().__init__(connection, poller)
+        self.step: Callable[[MessageFlow, int], None] = MessageFlow.hear
+        self.body: Counted | None = None  # None: there is no message
+
+    def mover(self) -> Callable[[int], None]:
+        """What is called when the source can be read."""
+        connection = self.connection
+        if connection.cipher is not None and self is connection.down:
+            return self.open
+        if self.step is MessageFlow.raw and connection.cipher is None:
+            return super().mover()
+        return types.MethodType(self.step, self)
+
+    def take(self, step: Callable[[MessageFlow, int], None]) -> None:
+        """From now on do this with what comes."""
+        if step is not self.step:
+            self.step = step
+            self.size = MESSAGE
+            self.install()
+
+    def open(self, mask: int) -> None:
+        """The step, for each piece of what a backend says by TLS: no descriptor tells of those that wait here."""
+        connection, cipher = self.connection, self.connection.cipher
+        try:
+            cipher.fill(self.source)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            connection.failed(self, error)
+            return
+        self.drain()
+
+    def drain(self) -> None:
+        """Have the step take what the Cipher has."""
+        connection, cipher = self.connection, self.connection.cipher
+        while not cipher.is_dry and self.connection is not None and connection.cipher is cipher \
+                and self.state in READING:
+            self.step(self, READ)
+
+    # -- what comes
+
+    def read(self, size: int) -> bytes | None:
+        """Bytes of the source; None where there are none now, or where its connection was told of its end."""
+        connection = self.connection
+        try:
+            if connection.cipher is not None and self is connection.down:
+                data = connection.cipher.read(size)
+            else:
+                data = os.read(self.fd, size)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            connection.failed(self, error)
+            return None
+        if not data:
+            connection.ended(self)
+            return None
+        self.total += len(data)
+        return data
+
+    def hear(self, mask: int) -> None:
+        """Hand what came to the connection."""
+        data = self.read(MESSAGE)
+        if data is not None:
+            connection = self.connection
+            if self is connection.up:
+                connection.client_said(data)
+            else:
+                connection.backend_said(data)
+
+    def forget(self, mask: int) -> None:
+        """Read what nobody wants."""
+        self.read(READ_MAX)
+
+    def raw(self, mask: int) -> None:
+        """Pass on what comes: as Flow.pump, which is used where there is no TLS."""
+        data = self.read(READ_MAX)
+        if data is not None:
+            self.put(data)
+
+    def carry(self, mask: int) -> None:
+        """Pass on what comes of a body."""
+        body = self.body
+        left = body.left
+        if (left is None and self.size != MESSAGE or left is not None and left >= SPLICED) and self.splices():
+            count = self.splice(self.pipes.bulk if left is None else min(left, self.pipes.bulk))
+            if count:
+                body.passed(count)
+                self.connection.carried_on(self, count)
+                if body.is_done and self.state is not BLOCKED:
+                    self.connection.message_sent(self)
+            return
+        size = self.size
+        data = self.read(size)
+        if data is None:
+            return
+        self.size = READ_MAX if len(data) == size else MESSAGE
+        self.feed(data)
+
+    def splices(self) -> bool:
+        """Whether bytes may pass without being seen here."""
+        connection = self.connection
+        return self.pipes.shared is not None and connection.cipher is None and not (
+            self is connection.up and connection.replayable)
+
+    # -- what goes on
+
+    def feed(self, data: bytes, head: bytes = b"") -> None:
+        """Pass on what `data` has of the message's body, behind its head; tell the connection where it ends.
+
+        What is behind the body goes to the connection, too: `behind`.
+        """
+        connection, body = self.connection, self.body
+        try:
+            parts, used = body.feed(data)
+        except Malformed as error:
+            connection.spoilt(self, error)
+            return
+        said = b"".join((head, *parts)) if head or len(parts) != 1 else bytes(parts[0])
+        if used < len(data):
+            connection.behind(self, data[used:])
+        if said:
+            connection.carried_on(self, len(said) - len(head), said)
+            if not self.put(said):
+                return
+        if body.is_done and self.state is not BLOCKED:
+            connection.message_sent(self)
+
+    def put(self, data: bytes) -> bool:
+        """Have the sink take these bytes, now or later; False where it has broken off."""
+        cipher = self.connection.cipher
+        if cipher is not None and self is self.connection.up:
+            data = cipher.seal(data)
+        try:
+            sent = os.write(self.twin.fd, data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.connection.broken(self)
+            return False
+        if sent != len(data):
+            self.hold(memoryview(data)[sent:])
+        return True
+
+    def unblock(self, state: str = OPEN) -> None:
+        """As Flow.unblock; the end of a message may have waited for that."""
+        super().unblock(state)
+        connection = self.connection
+        if self.body is not None and self.body.is_done:
+            connection.message_sent(self)
+        if self.connection is not None and connection.cipher is not None and self is connection.down:
+            self.drain()

@@ -41,7 +41,7 @@ import logging
 import os
 import socket
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sniroute_deadlines import out_of_descriptors, wait_for_exit, wait_for_room
 from sniroute_flow import (BROKEN, DONE, EARLY, ENDING, GREETING, MESSAGE, NO_FLOW, OPEN, READ_MAX, UNANSWERED,
@@ -80,8 +80,9 @@ WAITING_FOR_BACKEND = (PARKED, DIALING, GREETING)  # states in which the client 
 ABANDONED = (DIALING, GREETING, UNANSWERED)  # states in which a close leaves a backend that has not answered
 UNHEARD = (UNANSWERED, EARLY)  # states in which the backend has not said a byte yet
 PASSING = (OPEN, EARLY)  # states in which both sides may end
+BETWEEN = "between"  # of sniroute_web: the client has had all that it asked for, and may ask again
 # States in which a close is an end.  In PASSING it is one where both sides have ended; in all others it is a reset.
-ORDERLY = (PRELUDE, LINGERING)
+ORDERLY = (PRELUDE, LINGERING, BETWEEN)
 
 # errno values of send() that mean "the connect is not over"; the last is BSD's.
 NOT_CONNECTED = frozenset((errno.EAGAIN, errno.EALREADY, errno.EINPROGRESS, errno.ENOTCONN))
@@ -91,10 +92,10 @@ class Preface(NamedTuple):
     """What the backend is told before the hello.  One object is shared by all that have nothing to tell."""
 
     header: bytes  # a PROXY header
-    asks_tls: bool  # PostgreSQL's SSLRequest goes behind it, as the client has sent one
+    question: bytes  # goes behind it, and has to be answered before the hello: PostgreSQL's SSLRequest, as the client's
 
 
-NO_PREFACE = Preface(b"", False)
+NO_PREFACE = Preface(b"", b"")
 
 
 class Connection:
@@ -169,6 +170,7 @@ class Connection:
             verdict = self._parse(data)
             if isinstance(verdict, bytes):
                 answer_now(self.client, verdict)
+                verdict = None
         except Refused as error:
             self.refuse(error)
             return
@@ -179,13 +181,15 @@ class Connection:
             return
         if isinstance(verdict, Hello):
             self._route(verdict)
+        elif verdict is not None:
+            self.router.web.meet(self, verdict)
         elif not self.up.events:
             self.wait_in(self.router.deadlines.prelude)
             self.up.wait_for(READ, self.on_prelude)
             if len(self.router.deadlines.prelude.due) > PRELUDES_MAX:
                 self.router.shed()
 
-    def _parse(self, data: bytes) -> Hello | bytes | None:
+    def _parse(self, data: bytes) -> Any:
         """Read the first bytes: a whole hello directly, all else by a Prelude.  Returns what `Prelude.feed` does."""
         if self.prelude is None:
             if self.peer.policy != "require":
@@ -194,7 +198,8 @@ class Connection:
                 if hello is not None:
                     return hello
                 self.hello = None
-            self.prelude = Prelude(self.peer.policy, self.peer.local, self.router.hellos)
+            web = self.router.web
+            self.prelude = Prelude(self.peer.policy, self.peer.local, self.router.hellos, web and web.read)
         found = self.prelude.feed(data)
         if len(self.prelude.data) > LARGE_HELLO >= len(self.prelude.data) - len(data):  # it has just become one
             make_room(self)
@@ -235,7 +240,7 @@ class Connection:
         """Take over what the prelude has found out.  Raises Refused."""
         self.prelude = None
         self.hello = bytes(prelude.data)
-        self.preface = Preface(prelude.header, prelude.ssl)
+        self.preface = Preface(prelude.header, SSL_REQUEST_BYTES if prelude.ssl else b"")
         if prelude.proxy is not None:
             believe(self, prelude.proxy)
 
@@ -368,8 +373,8 @@ class Connection:
         if self.state is not DIALING:
             return
         server = self.down.source
-        header, asks = self.preface
-        said = header + (SSL_REQUEST_BYTES if asks else self.hello)
+        header, question = self.preface
+        said = header + (question or self.hello)
         try:
             self.backend.connected(server)
             sent = server.send(said)
@@ -386,7 +391,7 @@ class Connection:
             elif not watched or not isinstance(error, BlockingIOError):
                 self.connect(error.strerror)
             return
-        if asks:  # a few bytes into an empty buffer: it took them all
+        if question:  # a few bytes into an empty buffer: it took them all
             self.state = GREETING
             patience = self.backend.patience if self.backend.way.proven_by_connect else None
             self.wait_in(patience[1] if patience else self.router.deadlines.greeting)

@@ -275,19 +275,28 @@ class SpliceFlow(Flow):
     __slots__ = ()
 
     def move_bulk(self, mask: int) -> None:
-        """Move up to `Pipes.bulk` bytes from the source into the shared pipe, and on to the sink."""
+        """Move what the source has to the sink, in the kernel."""
+        count = self.splice(self.pipes.bulk)
+        if 0 < count < MESSAGE and self.state is BULKY:
+            self.become(OPEN)
+
+    def splice(self, most: int) -> int:
+        """Move up to so many bytes from the source into the shared pipe, and on to the sink.
+
+        Returns how many the source has given; 0 too where the sink has broken off.
+        """
         pipes = self.pipes
         reader, writer = pipes.shared
         try:
-            count = os.splice(self.fd, writer, pipes.bulk, flags=SPLICE_FLAGS)
+            count = os.splice(self.fd, writer, most, flags=SPLICE_FLAGS)
         except BlockingIOError:
-            return
+            return 0
         except OSError as error:
             self.connection.failed(self, error)
-            return
+            return 0
         if not count:
             self.connection.ended(self)
-            return
+            return 0
         self.total += count
         try:
             sent = os.splice(reader, self.twin.fd, count, flags=SPLICE_FLAGS)
@@ -296,7 +305,7 @@ class SpliceFlow(Flow):
         except OSError:
             pipes.replace()
             self.connection.broken(self)
-            return
+            return 0
         if sent != count:
             rest = count - sent
             self.lent = pipes.lend()
@@ -305,8 +314,7 @@ class SpliceFlow(Flow):
                 self.block()
             else:
                 self.hold(memoryview(read_exactly(reader, rest)))
-        elif count < MESSAGE:
-            self.become(OPEN)
+        return count
 
     def flush(self) -> None:
         """As Flow.flush, out of the pipe that was lent."""

@@ -5,7 +5,7 @@
           v
     REFUSALS["no_route"]  --- told(refused, TLS) -------> a TLS alert
           |                   told(refused, POSTGRES) --> a PostgreSQL ErrorResponse
-          |                   status -------------------> the HTTP status, once HTTP is served
+          |                   told(refused, HTTP) ------> a page, with the row's status
           v
     the log line's level and reason, a counter, the advice of `sniroute explain`
 
@@ -36,7 +36,7 @@ ACCESS_DENIED, PROTOCOL_VERSION, INTERNAL_ERROR, UNRECOGNIZED_NAME = 49, 70, 80,
 TLS_VERSION_LAST = 3  # the minor record version of TLS 1.2 and 1.3: an alert never claims a newer one
 
 # What a client speaks when it is refused: the rows of TELLERS.
-NOTHING, TLS, POSTGRES = "nothing", "tls", "postgres"
+NOTHING, TLS, POSTGRES, HTTP = "nothing", "tls", "postgres", "http"
 
 
 class SettingsError(Exception):
@@ -205,7 +205,7 @@ def _tell_postgres(refused: Refused, minor: int) -> bytes:
 
 TELLERS: dict[str, Callable[[Refused, int], bytes]] = {
     NOTHING: lambda refused, minor: b"", TLS: _tell_tls, POSTGRES: _tell_postgres,
-}
+}  # and HTTP, where it is served: sniroute_web adds its row
 
 
 def told(refused: Refused, speaks: str, minor: int = TLS_VERSION_LAST) -> bytes:

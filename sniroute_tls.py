@@ -1,4 +1,158 @@
-"""sniroute_tls: TLS to a backend, in the loop.
+"""sniroute_tls: TLS to a backend, in the loop: the router is the client.
+
+    Ciphers.begin(name, verify) ---> Cipher ---- hello ------> what is sent first
+                                       |
+        what the backend says  --- answer(data) -------------> what is sent next, until `is_ready`
+                               --- fill(sock), read(size) ---> what it means
+        what the backend is told --- seal(data) -------------> what is sent
+
+OpenSSL works on two buffers in memory (`ssl.SSLObject`), so it never touches a socket, and never waits.  A session that a backend
+has given is used again, for the same name and the same settings: a handshake with it needs no certificate.
+
+Threads: the loop only; a context is made where the settings are read, since that opens a file.
+
+Seams: I want to ...
+    trust otherwise     `context`
+    keep more sessions  SESSIONS_MAX
+
+This room imports the standard library only.
 """
 
+from __future__ import annotations
+
+import collections
+import errno
+import os
+import ssl
+from typing import Any
+
 __version__ = "0.1.0"
+
+# Limits, each with its reason.
+SESSIONS_MAX = 1024  # sessions of backends: about 3 KB each
+RECORDS = 1 << 16  # bytes of TLS read at a time: four records
+FLIGHT_MAX = 1 << 17  # bytes of a handshake: a chain of certificates is a tenth of that
+
+Key = tuple[str, str | bool]  # the name that is asked for, and `verify`
+
+
+def context(verify: str | bool) -> ssl.SSLContext:
+    """What `verify` says: True, the authorities that this host trusts; a path, those in that file; False, nobody is asked.
+
+    Raises OSError, of which ssl.SSLError is one, where the file cannot be read, or has none.
+    """
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    made.set_alpn_protocols(["http/1.1"])
+    if verify is False:
+        made.check_hostname = False
+        made.verify_mode = ssl.CERT_NONE
+    elif verify is True:
+        made.load_default_certs()
+    else:
+        made.load_verify_locations(verify)
+    return made
+
+
+def reason(error: ssl.SSLError) -> str:
+    """What went wrong, for people."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate: {error.verify_message}"
+    return (error.reason or str(error)).lower().replace("_", " ")
+
+
+class Ciphers:
+    """The contexts and sessions of a router.  Loop only, but for the constructor."""
+
+    def __init__(self, verified: set[str | bool]):
+        self.contexts = {verify: context(verify) for verify in verified}
+        self.sessions: collections.OrderedDict[Key, ssl.SSLSession] = collections.OrderedDict()
+
+    def begin(self, name: str, verify: str | bool) -> Cipher:
+        """A new conversation with a backend that is to be `name`, a host name or an address."""
+        key = name, verify
+        return Cipher(self, key, self.contexts[verify], self.sessions.get(key))
+
+    def keep(self, key: Key, session: ssl.SSLSession) -> None:
+        """Use this session the next time."""
+        self.sessions[key] = session
+        self.sessions.move_to_end(key)
+        if len(self.sessions) > SESSIONS_MAX:
+            self.sessions.popitem(False)
+
+
+class Cipher:
+    """One conversation by TLS.  It has no socket; its owner sends what it says."""
+
+    __slots__ = ("ciphers", "key", "incoming", "outgoing", "tls", "is_ready", "is_dry", "taken")
+
+    def __init__(self, ciphers: Ciphers, key: Key, made: ssl.SSLContext, session: ssl.SSLSession | None):
+        self.ciphers = ciphers
+        self.key = key
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls: Any = made.wrap_bio(self.incoming, self.outgoing, server_hostname=key[0], session=session)
+        self.is_ready = False  # the handshake is over
+        self.is_dry = True  # `read` has met the end of what has come
+        self.taken = 0  # bytes of the handshake so far
+
+    def hello(self) -> bytes:
+        """The first bytes to send."""
+        return self.answer(b"")
+
+    def answer(self, data: bytes) -> bytes:
+        """The backend said this in the handshake: what is to be sent.  Raises ssl.SSLError."""
+        self.incoming.write(data)
+        self.taken += len(data)
+        try:
+            self.tls.do_handshake()
+            self.is_ready, self.is_dry = True, False
+        except ssl.SSLWantReadError:
+            if self.taken > FLIGHT_MAX:
+                raise ssl.SSLError(0, "its handshake has no end") from None
+        return self.outgoing.read()
+
+    def fill(self, sock: Any) -> None:
+        """Take what the backend's socket has.  Raises BlockingIOError, OSError."""
+        data = sock.recv(RECORDS)
+        self.is_dry = False
+        if data:
+            self.incoming.write(data)
+        else:
+            self.incoming.write_eof()
+
+    def read(self, size: int) -> bytes:
+        """What the backend said, at most `size` bytes; b"": it has ended.  Raises BlockingIOError, OSError.
+
+        An end without TLS's own word for it (close_notify) is a cut: anybody between could have made it.
+        """
+        try:
+            data = self.tls.read(size)
+        except ssl.SSLWantReadError:
+            self.is_dry = True
+            self._keep_session()
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
+        except ssl.SSLZeroReturnError:
+            data = b""
+        except ssl.SSLError as error:
+            self.is_dry = True
+            raise ConnectionResetError(errno.ECONNRESET, reason(error)) from None
+        self.is_dry = not data
+        return data
+
+    def _keep_session(self) -> None:
+        """With TLS 1.3 a backend gives sessions after the handshake, at any time."""
+        session = self.tls.session
+        if session is not None and session.has_ticket:
+            self.ciphers.keep(self.key, session)
+
+    def seal(self, data: bytes) -> bytes:
+        """What is sent for these bytes."""
+        self.tls.write(data)
+        return self.outgoing.read()
+
+    def close(self) -> bytes:
+        """What is sent to say that no more comes."""
+        try:
+            self.tls.unwrap()
+        except ssl.SSLError:
+            pass  # the backend's own end has not come yet
+        return self.outgoing.read()

@@ -6,6 +6,7 @@ A client says, where the parts in brackets may be missing:
 
     bytes --> Prelude.feed --+--> Hello(name, ...)      it can be routed; `header` and `data` are for the backend
                              +--> b"S" or b"N"          an answer to send at once (PostgreSQL)
+                             +--> what `requests` returns, where HTTP is served
                              +--> None                  need more bytes
                              +--> raises Malformed      broken
                              +--> raises Refused        well-formed, but unwanted
@@ -40,7 +41,7 @@ import struct
 from typing import Any, Callable, NamedTuple, NoReturn
 
 from sniroute_names import Address, normalise, parse_ip, unmapped
-from sniroute_refusals import (DECODE_ERROR, ILLEGAL_PARAMETER, NOTHING, POSTGRES, PROTOCOL_VERSION, TLS,
+from sniroute_refusals import (DECODE_ERROR, HTTP, ILLEGAL_PARAMETER, NOTHING, POSTGRES, PROTOCOL_VERSION, TLS,
                                UNEXPECTED_MESSAGE, Malformed, Refused)
 
 __version__ = "0.1.0"
@@ -477,6 +478,7 @@ def parse_startup(data: bytes) -> int | None:
 # -- the prelude -------------------------------------------------------------------------------
 
 # First byte -> what a client without TLS most likely speaks.
+CAPITALS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # a method of HTTP begins with one
 HTTP_METHODS = b"GPHDOCT"  # the first letters of GET, POST, PUT, PATCH, HEAD, DELETE, OPTIONS, CONNECT, TRACE
 NOT_TLS = {first: kind for kind, letters in {"HTTP": HTTP_METHODS, "SSH": b"S", "RDP": b"\x03",
                                              "an SSLv2 hello": range(0x80, 0x100)}.items() for first in letters}
@@ -488,14 +490,18 @@ class Prelude:
     `feed` takes bytes.  It returns a Hello, or an answer to send at once (b"S", b"N"), or None for "more".  After a
     Hello, `header` and `data` are the bytes for the backend.  `policy` says what to do about a PROXY header: "allow",
     "require" or "refuse" (see PROXY_POLICY).
+
+    `requests(data, seen)` reads a request in plain HTTP: it returns what becomes of it, None for "more", or raises
+    Malformed; `data[:seen]` is what an earlier call has had.  None where HTTP is not served.
     """
 
-    __slots__ = ("policy", "local", "hellos", "step", "header", "proxy", "data", "reader", "ssl")
+    __slots__ = ("policy", "local", "hellos", "step", "header", "proxy", "data", "reader", "ssl", "requests", "seen")
 
     START, CLIENT, AFTER_GSS, AFTER_SSL = "start", "client", "after GSSENCRequest", "after SSLRequest"
-    PLAIN = "PostgreSQL in clear text"
+    PLAIN, ASKING = "PostgreSQL in clear text", "plain HTTP"
 
-    def __init__(self, policy: str, local: bool, hellos: HelloMemory | None = None):
+    def __init__(self, policy: str, local: bool, hellos: HelloMemory | None = None,
+                 requests: Callable[[bytearray, int], Any] | None = None):
         self.policy = policy
         self.hellos = hellos  # None: every hello is read plainly
         self.local = local  # the peer is this machine, so its PROXY header may say that the client is, too
@@ -505,9 +511,14 @@ class Prelude:
         self.data = bytearray()  # the bytes behind the header, without requests that were answered here
         self.reader: HelloReader | None = None  # from the first byte of a hello on
         self.ssl = False  # the client has sent SSLRequest, so the backend has to be sent one, too
+        self.requests = requests
+        self.seen = 0  # bytes of `data` that `requests` has had
 
-    def feed(self, data: bytes | memoryview) -> Hello | bytes | None:
-        """Read on with more bytes.  Raises Malformed; Refused for a request that is well-formed, but unwanted."""
+    def feed(self, data: bytes | memoryview) -> Any:
+        """Read on with more bytes: a Hello, bytes, None, or what `requests` returns.
+
+        Raises Malformed; Refused for a request that is well-formed, but unwanted.
+        """
         self.data += data
         while self.data:
             opener = self.OPENERS.get((self.step, self.data[0]))
@@ -524,7 +535,7 @@ class Prelude:
         """The language for a refusal (see `told` in sniroute_refusals), and the minor version of its TLS record."""
         if self.reader is not None:
             return (TLS, self.data[2]) if len(self.data) > 2 else (NOTHING, 0)
-        return (POSTGRES if self.step is self.PLAIN else NOTHING), 0
+        return {self.PLAIN: POSTGRES, self.ASKING: HTTP}.get(self.step, NOTHING), 0
 
     def _stranger(self, first: int) -> NoReturn:
         """No row of OPENERS fits the first byte: refuse it."""
@@ -541,16 +552,23 @@ class Prelude:
                 return hello
         return self.reader.read(self.data)
 
-    def _http(self) -> NoReturn:
-        """A request in plain HTTP, which has no hello: refused."""
-        self._stranger(self.data[0])
+    def _http(self) -> Any:
+        """A request in plain HTTP, which has no hello: refused, unless HTTP is served."""
+        if self.requests is None:
+            self._stranger(self.data[0])
+        if self.policy == "require" and self.step is self.START:
+            raise Malformed("a PROXY header is required", kind="proxy")
+        self.step = self.ASKING
+        found = self.requests(self.data, self.seen)
+        self.seen = len(self.data)
+        return found
 
     def _proxy(self) -> Prelude | None:
         """A PROXY header; or an HTTP request, since POST begins with the same letter."""
         data = bytes(self.data[:PROXY_V2_MAX])
         parse, signature = (parse_proxy_v1, PROXY_V1) if data[0] == PROXY_V1[0] else (parse_proxy_v2, PROXY_V2)
-        if signature is PROXY_V1 and not data.startswith(signature[:len(data)]):
-            return self._http()
+        if not data.startswith(signature[:len(data)]) and (signature is PROXY_V1 or self.requests is not None):
+            return self._http()  # an empty line may come before a request
         if self.policy not in ("allow", "require"):
             if len(data) < len(signature) and signature.startswith(data):
                 return None
@@ -595,8 +613,10 @@ class Prelude:
     for _step in (START, CLIENT, AFTER_GSS):
         OPENERS[_step, 0x16] = _hello
         OPENERS[_step, 0x00] = _postgres
-        for _letter in HTTP_METHODS:
+        for _letter in CAPITALS:
             OPENERS[_step, _letter] = _http
+    for _letter in range(256):
+        OPENERS[ASKING, _letter] = _http
     OPENERS[AFTER_SSL, 0x16] = _hello
     OPENERS[START, PROXY_V1[0]] = OPENERS[START, PROXY_V2[0]] = _proxy
     del _step, _letter
