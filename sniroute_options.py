@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 from sniroute_names import OPTIONS, is_here, printable
 from sniroute_routes import PROGRAM_KINDS, Route, parse_port_route, parse_route
 from sniroute_targets import SCHEMES
-from sniroute_values import (as_text, meant, one_of, parse_count, parse_duration, parse_env, parse_names,
-                             parse_networks, parse_off_or_duration, parse_share, parse_size)
+from sniroute_values import (as_text, meant, one_of, parse_count, parse_duration, parse_env, parse_host, parse_names,
+                             parse_networks, parse_off_or_duration, parse_port, parse_share, parse_size,
+                             parse_upgrades, parse_verify)
 from sniroute_wire import PROXY_WRITERS
 
 if TYPE_CHECKING:
@@ -33,11 +34,23 @@ __version__ = "0.1.0"
 
 Parse = Callable[..., Route]  # parse_route, or parse_port_route
 
+# What a client gets that asks in plain HTTP, for people.
+HTTP_MODES = {
+    "refuse": "the connection closes",
+    "forward": "to the target, request by request",
+    "forward-tls": "to the target over TLS, request by request",
+    "redirect": "an answer that leads to https://",
+    "pass": "to the target; after the first request nothing is looked at",
+}
+
 # What a route in a file may have beside its target: a field of Route, and its parser.
 ROUTE_OPTIONS: dict[str, Callable[[Any], Any]] = {
     "send_proxy": one_of(*PROXY_WRITERS), "allow": parse_networks, "max_connections": parse_count,
     "idle": parse_duration, "connection_idle": parse_off_or_duration, "resolve_interval": parse_duration,
     "env": parse_env, "env_from": parse_names,
+    "http": one_of(*HTTP_MODES), "verify": parse_verify, "host": parse_host,
+    "cross_site": one_of("refuse", "allow"), "upgrades": parse_upgrades,
+    "http_reuse": one_of("client", "off", "safe"), "redirect_port": parse_port,
 }
 WHOLE_OPTIONS = frozenset(("env",))  # those whose parser takes the value as TOML has it
 PROGRAM_OPTIONS = frozenset(("env", "env_from"))  # those for targets that run a program

@@ -86,6 +86,14 @@ class Route(NamedTuple):
     resolve_interval: float = 30.0  # seconds until a host is resolved again; getaddrinfo does not tell its TTL
     env: tuple[Variable, ...] = ()  # for its program
     env_from: tuple[Variable, ...] = ()  # the router's own, for its program
+    # Of clients that ask in plain HTTP.  They cost a TLS client nothing: see is_plain.
+    http: str | None = None  # a row of HTTP_MODES; None: --http
+    verify: bool | str = True  # of the backend's certificate; a path: the certificates to hold it against
+    host: str = ""  # Host as the backend gets it: "" as it came, a name, or `backend`
+    cross_site: str | None = None  # `refuse` or `allow` what a page of another site asks for; None: see below
+    upgrades: tuple[str, ...] = ("websocket",)  # protocols that a client may change to, in lower case
+    http_reuse: str = "client"  # whose a connection to the backend is: `client`, `off`, `safe`
+    redirect_port: int | None = None  # None: 443 where the listener is 80, else the listener's
     members: tuple[str, ...] = ()  # the targets, each `scheme:rest`, where there are several; `target` is for people
     several: Several | None = None  # what is done with those; given where there are any
 
@@ -193,6 +201,14 @@ class Route(NamedTuple):
             return set()
         found = {field for variable in self.env for field in FIELDS.findall(variable.value)}
         return found & {*OF_NAME, *parse_pattern(self.pattern).fields}
+
+    @property
+    def refuses_cross_site(self) -> bool:
+        """Whether a request that a page of another site has made is refused.
+
+        By default where a client chooses the target: a page that the user only looks at would choose it then.
+        """
+        return self.has_fields if self.cross_site is None else self.cross_site == "refuse"
 
     @property
     def is_plain(self) -> bool:

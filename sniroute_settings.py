@@ -33,12 +33,12 @@ from sniroute_host import (PATHS_MAX, TUNNEL_MEMORY, changed_by_others, descript
 from sniroute_launchers import (SERVICE_TOKEN, TUNNEL_IDENTITY, Launcher, carrier_launcher, cloudflared_launcher,
                                 identity_faults, inherited)
 from sniroute_names import OPTIONS, Network, describe_version, is_here, parse_ip, printable, show_address
-from sniroute_options import any_port, any_route, read_routes
+from sniroute_options import HTTP_MODES, any_port, any_route, read_routes
 from sniroute_refusals import SettingsError
 from sniroute_routes import PROGRAM_KINDS, Route, Routes, parse_port_route, parse_route, port_address
 from sniroute_values import (Zones, absolute, as_text, meant, one_of, own_zones, parse_address, parse_admin,
                              parse_count, parse_duration, parse_listen, parse_networks, parse_none_or_duration,
-                             parse_off_or_duration, parse_ports, parse_program, parse_zones)
+                             parse_off_or_duration, parse_ports, parse_program, parse_switch, parse_zones)
 
 __version__ = "0.1.0"
 
@@ -95,6 +95,8 @@ class Setting(NamedTuple):
 SETTINGS = (
     Setting("config", "FILE", absolute, None,
             "a file of settings (TOML): all of these, and routes with options of their own", key="", short=("-c",)),
+    Setting("watch", "on|off", parse_switch, "off",
+            "the file of settings is read again when it has changed (default off)"),
     Setting("listen", "ADDRESS", parse_listen, ":19000",
             "where to listen: HOST:PORT, [::1]:PORT, or :PORT for every address (default :19000); repeatable",
             many=True, fixed=True),
@@ -122,6 +124,20 @@ SETTINGS = (
             "how long new clients are served yet after SIGTERM, while /readyz says 503 (default 0s)"),
     Setting("drain", "DURATION", parse_duration, "30s",
             "how long open connections may go on after SIGTERM (default 30s)"),
+    Setting("http", "MODE", one_of(*HTTP_MODES), "refuse",
+            "what plain HTTP gets on the same port, where a route does not say: refuse, forward, forward-tls, redirect "
+            "or pass (default refuse)"),
+    Setting("forwarded-from", "CIDR,...", parse_networks, "none",
+            "whose X-Forwarded-For and the like are believed, in plain HTTP, or none (default none)"),
+    Setting("http-head-timeout", "DURATION", parse_duration, "10s",
+            "how long the head of a later request may take; the first has --prelude-timeout (default 10s)"),
+    Setting("http-idle", "DURATION", parse_duration, "60s",
+            "how long a client that asks in plain HTTP may be silent between two requests (default 60s)"),
+    Setting("http-response-timeout", "DURATION", parse_off_or_duration, "off",
+            "how long a backend may take for the first byte of its answer to plain HTTP (default off)"),
+    Setting("error-pages", "on|off", parse_switch, "off",
+            "a browser that is refused over TLS gets a page that says why, behind a warning about its certificate "
+            "(default off)"),
     Setting("max-connections", "N", parse_count, None,
             "connections at once (default: what RLIMIT_NOFILE allows)"),
     Setting("max-per-client", "N", parse_count, "256",
@@ -167,6 +183,7 @@ class Settings(NamedTuple):
     name: str | None  # what `explain` is about
     quiet: bool  # `check` prints no routes
     config: str | None
+    watch: bool
     listen: list[tuple[str, int]]
     route: list[Route]
     port: list[Route]  # listeners with one target: see parse_port_route
@@ -179,6 +196,12 @@ class Settings(NamedTuple):
     connection_idle: float  # 0: off
     lameduck: float
     drain: float
+    http: str  # for routes that have no `http`
+    forwarded_from: tuple[Network, ...]
+    http_head_timeout: float
+    http_idle: float
+    http_response_timeout: float  # 0: off
+    error_pages: bool
     max_connections: int
     max_per_client: int
     max_tunnels: int
@@ -202,6 +225,16 @@ class Settings(NamedTuple):
     covered: list[str]  # keys of the file that something else overrides, a line each
     kept: list[str]  # what a reload asked for and cannot change, a line each
     again: Callable[[Settings], Settings]  # read them anew, given those that run; raises SettingsError
+
+    @property
+    def needs_web(self) -> bool:
+        """Whether the files of the option `web` are needed."""
+        return asks_for_web(self.http, self.error_pages, self.routes.routes)
+
+
+def asks_for_web(http: str | None, error_pages: bool | None, routes: Iterable[Route]) -> bool:
+    """Whether plain HTTP is served for a name, or pages are shown."""
+    return bool(error_pages) or any((route.http or http or "refuse") != "refuse" for route in routes)
 
 
 # -- the file ----------------------------------------------------------------------------------
