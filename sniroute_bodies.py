@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+HELD = "held"  # a state of `up`: what the client says waits in the kernel until its request is answered
 SPLICED = 1 << 14  # bytes that are left of a body, from which on it is spliced: below, two system calls more cost more
 
 
@@ -64,6 +65,12 @@ class MessageFlow(SpliceFlow):
         if self.step is MessageFlow.raw and connection.cipher is None:
             return super().mover()
         return types.MethodType(self.step, self)
+
+    def listen(self) -> None:
+        """Wait for what the source says, and call the step then."""
+        self.events = self.events
+        self.rewatch()
+        self.install()
 
     def take(self, step: Callable[[MessageFlow, int], None]) -> None:
         """From now on do this with what comes."""
