@@ -702,7 +702,7 @@ def open_body(message: Request | Response, unframed: bool = False) -> Counted:
 
 # -- heads that are passed on ------------------------------------------------------------------
 
-More = Iterable[tuple[bytes, bytes]]  # names and values of fields that are added
+More = Collection[tuple[bytes, bytes]]  # names and values of fields that are added
 PLAIN = {b"transfer-encoding": b"chunked"}  # what no parser lets pass with another meaning
 
 
@@ -745,11 +745,13 @@ def pass_request(request: Request, add: More = (), *, host: bytes = b"", believe
     """The head of a request as the backend gets it: in HTTP/1.1 and origin form.
 
     What Connection names is gone, then what is for one connection only, then (unless `believes`) what claims to speak
-    for another, then all that some program takes for a field of these; then `add` is added.  `host`: the Host instead
+    for another, then all that some program takes for a field of these; then `add` is added.  With `believes`, such a
+    field of the client gives way to one of `add` with its name, so that there is one line.  `host`: the Host instead
     of the client's.  HTTP/1.1 needs one, so where HTTP/1.0 has none it is added.  `upgrade`: the one protocol that is
     offered to the backend.  Source: RFC 9110 section 7.6.
     """
     drop = dropped(request.head)
+    ours = {name.lower() for name, _ in add} if believes else ()
     expects = request.expects_continue
     if not request.version and not request.head.values(b"host"):
         add = ((b"Host", host or request.name.encode("ascii")), *add)
@@ -757,7 +759,7 @@ def pass_request(request: Request, add: More = (), *, host: bytes = b"", believe
     def goes(field: Field) -> bool:
         key = field.key
         return (key in drop or field.is_twin or key == b"expect" and not expects
-                or not believes and is_forwarding(key))
+                or is_forwarding(key) and (not believes or key in ours))
 
     first = b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.path or request.target)
     return rewrite(request.head, first, goes, (*add, *switch_to(upgrade)), {b"host": host} if host else None)
