@@ -479,7 +479,7 @@ class Admin:
                     os.unlink(self.address)
         self.door.close()
         if self.router.endings is self.collector.endings:
-            self.router.endings = None
+            self.router.endings = self.router.accesses = None
 
 
 def address_of(listener: socket.socket) -> str | tuple[str, int]:
@@ -514,6 +514,6 @@ def attach(router: Any, settings: Any, listeners: Mapping[str, socket.socket] = 
     except BaseException:
         admin.close()
         raise
-    router.endings = admin.collector.endings
+    router.endings, router.accesses = admin.collector.endings, admin.collector.accesses
     admin.door.open()
     return admin

@@ -2,6 +2,7 @@
 
     any thread --- log.info(...), log_event(...) ---+
     loop ------- one Ending for each connection ----+---> Journal.emit --> a bounded queue --> thread `log` --> stderr
+    loop ------- one Access for each HTTP request --+     (log_access)
 
 The thread `log` may be stopped by a slow disk, or by a pipe that nobody reads; traffic goes on.  The lines that do not
 fit into the queue meanwhile are dropped and counted.  Each kind of event has a limit for a second, so that one cannot
@@ -13,7 +14,9 @@ Threads: any thread may call `Journal.emit`, which takes no lock of ours.  The t
 Seams: I want to ...
     log another event                      log_event(level, "words that never change", field=value)
     add a way for a connection to end      a row in ENDINGS, and in OPERATING.md
+    add a way for a request to end         a row in REQUEST_ENDINGS, and in OPERATING.md
     add a field to each connection's line  `Ending` and `Journal.ending`
+    add a field to each request's line     `Access` and `Journal.access`
 
 It imports the loop (for WakePipe), the host (whether journald reads), names and refusals.
 """
@@ -30,12 +33,15 @@ import re
 import select
 import threading
 import time
-from typing import Any, Callable, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 from sniroute_host import under_journald
 from sniroute_loop import WakePipe
 from sniroute_names import printable, show_address
 from sniroute_refusals import REFUSALS
+
+if TYPE_CHECKING:
+    from sniroute_router import Router
 
 __version__ = "0.1.0"
 
@@ -43,13 +49,15 @@ log = logging.getLogger("sniroute")
 
 # Limits, each with its reason.  Times in seconds.
 LOG_LINES_MAX = 10000  # lines in the queue: some MB at most; more are dropped and counted
-LOG_PERIOD = 1.0  # the three limits below count the lines of one class in such a period
+LOG_PERIOD = 1.0  # the four limits below count the lines of one class in such a period
 LOG_ENDINGS = 10000  # connections that ended in one way, refusals aside: more than a core serves
-LOG_REFUSALS = 100  # connections refused for one reason: strangers can cause them
+LOG_ACCESSES = 10000  # requests that ended in one way, refusals aside: to write more would cost the loop its core
+LOG_REFUSALS = 100  # connections, or requests, refused for one reason: strangers can cause them
 LOG_EVENTS = 250  # events with the same words: a dump has at most 200 lines of a kind
 LOG_NAP = 0.02  # between two writes: one system call for many lines
 LOG_REST = 0.5  # after a fault of ours in the thread `log`, which would be there again at once
 LAST_WRITE = 1.0  # for the lines that are left when the program ends
+VALUE_MAX = 500  # characters of a path, of what a detail says: a longer one ends with `...`
 
 # The ways a connection can end, refusals aside: the word in its line, and what it means.
 CLIENT_CLOSED, BACKEND_CLOSED = "client_closed", "backend_closed"
@@ -66,11 +74,37 @@ ENDINGS = {
     LIFETIME: "as old as the route's max_lifetime allows",
     BACKEND_DOWN: "its backend went down, and the route says on_down = cut",
 }
+# The ways a request can end that is neither refused nor answered in whole.  Where all went well, the word is "".
+CUT = "cut"
+REQUEST_ENDINGS = {
+    CLIENT_LEFT: "the client ended or broke off before it had its answer in whole",
+    CUT: "the answer ended too early: the backend broke off, or the router cut it",
+}
+LEVEL_OF = {kind: row.level for kind, row in REFUSALS.items()}  # of a line with this reason; others are for info
+# What requests are counted by: the first digit of their status.  Index 0: the client has had no answer.
+STATUS_CLASSES = ("none", *(f"{digit}xx" for digit in range(1, 10)))
+COUNTER_OF = tuple(f"http_{each}" for each in STATUS_CLASSES)  # the router's counter of each
 
 
 def log_event(level: int, what: str, **fields: object) -> None:
     """Log an event.  `what` never changes, so that it can be searched for and counted; the fields hold what does."""
     log.log(level, what, extra={"fields": fields})
+
+
+def log_access(router: Router, access: Access) -> None:
+    """A request in plain HTTP is over: count it, log it, and hand it to the admin.  The router's loop.
+
+    It runs once for each request, so it formats nothing.
+    """
+    counters = router.counters
+    counters["http_requests"] += 1
+    counters[COUNTER_OF[access.status // 100]] += 1
+    if len(access.path) > VALUE_MAX:  # one character more than is shown, so that the line says that it goes on
+        access = access._replace(path=access.path[:VALUE_MAX + 1])  # thousands are kept, and a stranger has 8 KiB
+    if LEVEL_OF.get(access.reason, logging.INFO) >= router.level:
+        router.hooks.journal(access)
+    if router.accesses is not None:
+        router.accesses.append(access)
 
 
 class Ending(NamedTuple):
@@ -105,7 +139,7 @@ class Access(NamedTuple):
     seconds: float  # from the first byte of the request to the last of the answer
     route: str | None  # these two: None where it did not get so far
     backend: str | None
-    reason: str  # "": it went well; a key of REFUSALS; "client_left", "cut": the answer is not whole
+    reason: str  # "": it went well; a key of REFUSALS, or of REQUEST_ENDINGS
     detail: str | None  # more about the reason, for people
 
 
@@ -121,7 +155,7 @@ class Pace:
 
 
 class Journal(logging.Handler):
-    """Takes log records and Endings from any thread, and writes them from a thread of its own.
+    """Takes log records, Endings and Accesses from any thread, and writes them from a thread of its own.
 
     `stream` is a text stream, `style` is "text" or "json".  `stop` ends the thread; the stream stays open.
     """
@@ -129,11 +163,12 @@ class Journal(logging.Handler):
     def __init__(self, stream: Any, style: str, clock: Callable[[], float] = time.monotonic):
         super().__init__()
         self.clock = clock
-        self.paces: dict[str, Pace] = {}  # by class: how a connection ended, or the words of an event
+        # By class: how a connection ended; "request", and how that ended; the words of an event.
+        self.paces: dict[str, Pace] = {}
         self.stream = stream
         self.style = style
         self.journald = under_journald(stream)
-        self.lines: collections.deque[logging.LogRecord | Ending] = collections.deque()
+        self.lines: collections.deque[logging.LogRecord | Ending | Access] = collections.deque()
         self.dropped = 0
         self.asleep = False  # the thread waits in select, or is about to: `emit` has to wake it
         self.stopping = False
@@ -141,7 +176,7 @@ class Journal(logging.Handler):
         self.thread = threading.Thread(target=self._run, name="log", daemon=True)
         self.thread.start()
 
-    def emit(self, record: logging.LogRecord | Ending) -> None:
+    def emit(self, record: logging.LogRecord | Ending | Access) -> None:
         """Put a line into the queue.  Any thread; no lock, one system call at most."""
         if len(self.lines) >= LOG_LINES_MAX:
             self.dropped += 1
@@ -201,15 +236,20 @@ class Journal(logging.Handler):
         for _ in range(len(self.lines)):  # instead of `while self.lines`: lines may come as fast as we take them
             line = self.lines.popleft()
             try:
-                is_ending = type(line) is Ending
-                kind = line.reason if is_ending else str(line.msg)
+                if type(line) is Ending:
+                    kind, most, show = line.reason, LOG_ENDINGS, self.ending
+                elif type(line) is Access:
+                    kind = f"request:{line.reason}" if line.reason else "request"
+                    most, show = LOG_ACCESSES, self.access
+                else:
+                    kind, most, show = str(line.msg), LOG_EVENTS, self.format
                 pace = paces.get(kind)
                 if pace is None:
-                    limit = LOG_EVENTS if not is_ending else LOG_REFUSALS if kind in REFUSALS else LOG_ENDINGS
-                    pace = paces[kind] = Pace(limit, now)
+                    is_refusal = show != self.format and line.reason in REFUSALS
+                    pace = paces[kind] = Pace(LOG_REFUSALS if is_refusal else most, now)
                 pace.lines += 1
                 if pace.lines <= pace.limit:
-                    texts.append(self.ending(line) if is_ending else self.format(line))
+                    texts.append(show(line))
             except Exception as error:  # a line that cannot be formatted must not end this thread
                 texts.append(self.line(logging.ERROR, time.time(), f"a log line that cannot be shown: {error!r}", {}))
         if self.stopping:
@@ -258,7 +298,7 @@ class Journal(logging.Handler):
         """The line of a connection that is over."""
         level, when, address, name, route, backend, up, down, seconds, reason, detail, _ = end
         client = show_address(address)
-        detail = detail and printable(detail, 500)
+        detail = detail and printable(detail, VALUE_MAX)
         if self.style == "json":
             fields = {"client": client, "name": name, "route": route, "backend": backend, "up": up,
                       "down": down, "seconds": round(seconds, 3), "reason": reason, "detail": detail}
@@ -268,6 +308,24 @@ class Journal(logging.Handler):
         text = f"client={client} name={name or '-'} route={route or '-'} backend={backend or '-'} " \
                f"up={up} down={down} seconds={seconds:.3f} reason={reason}"
         return self.line(level, when, f"{text} detail={json.dumps(detail)}" if detail else text, {})
+
+    def access(self, said: Access) -> str:
+        """The line of a request that is over."""
+        when, address, method, host, path, status, up, down, first, seconds, route, backend, reason, detail = said
+        level = LEVEL_OF.get(reason, logging.INFO)
+        client = show_address(address)
+        if self.style == "json":
+            fields = {
+                "client": client, "method": as_value(method), "host": as_value(host), "path": as_value(path),
+                "status": status or None, "up": up, "down": down, "first": None if first is None else round(first, 4),
+                "seconds": round(seconds, 4), "route": route, "backend": backend, "reason": reason or None,
+                "detail": as_value(detail or "")}
+            return self.line(level, when, "", {k: v for k, v in fields.items() if v is not None})
+        shown = "-" if first is None else f"{first:.4f}"
+        text = f"client={client} method={as_word(method)} host={as_word(host)} path={as_word(path)} " \
+               f"status={status or '-'} up={up} down={down} first={shown} seconds={seconds:.4f} " \
+               f"route={route or '-'} backend={as_word(backend or '')} reason={reason or '-'}"
+        return self.line(level, when, f"{text} detail={json.dumps(as_value(detail))}" if detail else text, {})
 
     def line(self, level: int, when: float, text: str, fields: dict[str, Any]) -> str:
         """A finished line: its text, then its fields.  `level` is one of logging's, `when` in seconds since 1970.
@@ -280,7 +338,7 @@ class Journal(logging.Handler):
         if self.style == "json":
             record = {"time": stamp, "level": word, **({"message": text} if text else {}), **fields}
             return f"{priority}{json.dumps(record)}\n"
-        if fields:  # none for a connection's line: `ending` has put them into the text
+        if fields:  # none for the line of a connection or a request: its method has put them into the text
             first, newline, trace = text.partition("\n")
             text = first + "".join(f" {name}={as_field(value)}" for name, value in fields.items()) + newline + trace
         return f"{priority}{text}\n" if priority else f"{stamp} {word} {text}\n"
@@ -290,6 +348,19 @@ def as_field(value: object) -> str:
     """The value of a field in a text line: quoted where it is more than one word."""
     text = str(value)
     return text if re.fullmatch(r"[!#-~]+", text) else json.dumps(text)
+
+
+WORD = re.compile(r"[!#-~]{1,%d}" % VALUE_MAX)  # what needs no quotes; nearly all that clients ask for is such a word
+
+
+def as_value(text: str) -> str | None:
+    """A stranger's text as printable ASCII, VALUE_MAX characters of it at most; None where it is empty."""
+    return text if WORD.fullmatch(text) else printable(text, VALUE_MAX) or None
+
+
+def as_word(text: str) -> str:
+    """As `as_value`, and as it stands in a text line: quoted where it is more than one word, `-` where it is empty."""
+    return text if WORD.fullmatch(text) else json.dumps(printable(text, VALUE_MAX)) if text else "-"
 
 
 @functools.lru_cache(maxsize=8)

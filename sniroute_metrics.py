@@ -1,7 +1,8 @@
 """sniroute_metrics: the numbers of a running router: collected, copied, and shown as /metrics and /status.
 
     Router.endings ------+  every 0.25 s
-    TunnelTable.started -+--------------> Collector: histograms, rates, most refused names, last refusals
+    Router.accesses -----+
+    TunnelTable.started -+--------------> Collector: histograms, rates, most refused names, last refusals and requests
     Router.last_reload --+                    |
                                               v
     Router and TunnelTable --- copies ----> Facts ---+---> expose(facts): Prometheus' text, a row of METRICS each
@@ -19,14 +20,16 @@ lock, which the loop never takes.
 What strangers can do.  They choose the names that are refused, so TopNames is bounded, and so are all lists in
 /status.  Labels of metrics are configured routes and fixed words: a client cannot add one, and none names a client or a
 tunnel, since --admin-public shows /metrics to everybody.  Each text in /status is one line of printable ASCII.
+Where no route serves HTTP (Router.web is None), no metric tells of requests.
 
 Seams: I want to ...
     export another number                        a row in METRICS
     measure each connection, or tunnel start     a row in HISTOGRAMS
+    measure each request in plain HTTP           a row in REQUEST_HISTOGRAMS
     show something in /status and on the page    a field in `status`, and an element in sniroute_page
 
-It imports sniroute_names, sniroute_log (the words for endings) and sniroute_refusals (the words for refusals).  The
-router and its tunnel table are arguments: their classes are not imported.
+It imports sniroute_names, sniroute_log (the words for endings, the classes of requests) and sniroute_refusals (the
+words for refusals).  The router and its tunnel table are arguments: their classes are not imported.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ import resource
 import time
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
-from sniroute_log import ENDINGS
+from sniroute_log import COUNTER_OF, ENDINGS, STATUS_CLASSES, VALUE_MAX
 from sniroute_names import printable, show_address
 from sniroute_refusals import REFUSALS
 
@@ -49,12 +52,15 @@ __version__ = "0.1.0"
 
 # Limits, each with its reason.  Times in seconds.
 ENDINGS_MAX = 65536  # endings kept until `collect` takes them: ten times what a full load ends in 0.25 s
+ACCESSES_MAX = 16384  # requests kept until then: more than a full load has in 0.25 s; 20 MB with the longest of paths
+REQUEST_ROUTES = 200  # routes whose requests are measured one by one: 4 KB of /metrics for each status class of each
 SAMPLE = 1.0  # between two samples of the rates
 SAMPLES = 120  # kept: two minutes, which is what the page plots
 COPY_TRIES = 100  # of a copy that may fail while the original changes: in CPython the first one succeeds
 NAMES_KEPT = 512  # refused names that TopNames counts: strangers choose them, so they need a bound
 NAMES_SHOWN = 20  # rows of the lists in /status, from here on: as many as a person may want to read
 REFUSALS_SHOWN = 50
+REQUESTS_SHOWN = 100
 STARTS_SHOWN = 10
 CONNECTIONS_SHOWN = 200  # the oldest ones
 TUNNELS_SHOWN = 1000
@@ -151,6 +157,82 @@ HISTOGRAMS = {
 }
 
 
+REQUEST_HISTOGRAMS = {  # `value` takes an Access; each route has one for each class of its statuses
+    "sniroute_http_first_byte_seconds": HistogramRow(
+        "Time from the first byte of a request to the first one of its answer, by route and status class.",
+        (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+        lambda access: access.first, "request"),
+    "sniroute_http_request_duration_seconds": HistogramRow(
+        "Time from the first byte of a request to the last one of its answer, by route and status class.",
+        (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0, 600.0),
+        lambda access: access.seconds, "request"),
+}
+NO_ROUTE, OTHER_ROUTE = "-", "other"  # instead of a pattern: the request was led nowhere; one of too many routes
+
+
+class Measured:
+    """The requests of one route whose status is of one class."""
+
+    __slots__ = ("count", "histograms")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.histograms = {name: Histogram(row.bounds) for name, row in REQUEST_HISTOGRAMS.items()}
+
+    def observe(self, access: Any) -> None:
+        """Count a request."""
+        self.count += 1
+        for name, row in REQUEST_HISTOGRAMS.items():
+            seen = row.value(access)
+            if seen is not None:
+                self.histograms[name].observe(seen)
+
+
+class Requests:
+    """The requests in plain HTTP, measured by route and status class, in bounded space.
+
+    `router` is a Router.  The first REQUEST_ROUTES of its configured routes that are asked have rows of their own;
+    further ones share OTHER_ROUTE.  After a reload those that are gone have made room.  Written by the thread `admin`.
+    """
+
+    def __init__(self, router: Any):
+        self.router = router
+        self.routes: Any = None  # those of the router that the rest is for
+        self.labels: dict[str | None, str] = {}  # by pattern: what its rows are called
+        self.room = REQUEST_ROUTES  # how many more patterns may have a label of their own
+        self.rows: dict[tuple[str, str], Measured] = {}  # by label, and one of STATUS_CLASSES
+        self.last: collections.deque[Any] = collections.deque(maxlen=REQUESTS_SHOWN)  # Accesses
+
+    def add(self, access: Any) -> None:
+        """Measure a request."""
+        if self.routes is not self.router.routes:
+            self._follow()
+        self.last.append(access)
+        key = self.labels.get(access.route) or self._name(access.route), STATUS_CLASSES[access.status // 100]
+        measured = self.rows.get(key)
+        if measured is None:
+            measured = self.rows[key] = Measured()
+        measured.observe(access)
+
+    def _follow(self) -> None:
+        """Forget the routes that a reload has taken out."""
+        self.routes = self.router.routes
+        own = {pattern: label for pattern, label in self.labels.items()
+               if pattern == label and pattern in self.routes.tallies}
+        self.room = REQUEST_ROUTES - len(own)
+        self.labels = {None: NO_ROUTE, **own}
+        # One assignment: other threads read it.
+        self.rows = {key: row for key, row in self.rows.items() if key[0] in own or key[0] in (NO_ROUTE, OTHER_ROUTE)}
+
+    def _name(self, pattern: str) -> str:
+        """The label of a pattern that has none."""
+        if pattern not in self.routes.tallies:
+            return OTHER_ROUTE  # the request outlived its route
+        self.labels[pattern] = pattern if self.room > 0 else OTHER_ROUTE
+        self.room -= 1
+        return self.labels[pattern]
+
+
 class Totals(NamedTuple):
     """What happened since the router started; bytes of open connections are included."""
 
@@ -158,6 +240,7 @@ class Totals(NamedTuple):
     refused: int
     up: int  # bytes to backends
     down: int  # bytes to clients
+    requests: int  # in plain HTTP
 
 
 class Rates(NamedTuple):
@@ -167,25 +250,29 @@ class Rates(NamedTuple):
     refused: float
     up: float  # bytes to backends
     down: float  # bytes to clients
+    requests: float  # in plain HTTP
     active: int  # connections at the moment of the sample
 
 
 class Collector:
     """Takes in time the numbers that the router does not keep.
 
-    `router` is a Router.  Its loop appends an Ending for each connection to `endings`, once the admin has assigned that
-    to `router.endings`.  The thread `admin` calls `collect`; other threads only read copies.
+    `router` is a Router.  Its loop appends an Ending for each connection to `endings`, and an Access for each request
+    to `accesses`, once the admin has assigned these to `router.endings` and `router.accesses`.  The thread `admin`
+    calls `collect`; other threads only read copies.
     """
 
     def __init__(self, router: Any, clock: Callable[[], float] = time.monotonic):
         self.router = router
         self.clock = clock
         self.endings: collections.deque[Any] = collections.deque(maxlen=ENDINGS_MAX)
+        self.accesses: collections.deque[Any] = collections.deque(maxlen=ACCESSES_MAX)
         self.histograms = {name: Histogram(row.bounds) for name, row in HISTOGRAMS.items()}
         self.observers = {of: [(self.histograms[name].observe, row.value) for name, row in HISTOGRAMS.items()
                                if row.of == of] for of in ("ending", "start")}
         self.names = TopNames()  # of refused clients
         self.refusals: collections.deque[Any] = collections.deque(maxlen=REFUSALS_SHOWN)  # Endings
+        self.requests = Requests(router)
         self.samples: collections.deque[Rates] = collections.deque(maxlen=SAMPLES)
         self.last_start: Any = None  # the newest Start that was observed
         self.last_success: float = router.started  # wall time of the last reload that succeeded
@@ -201,6 +288,8 @@ class Collector:
                 self.refusals.append(ending)
                 if ending.name is not None:
                     self.names.add(ending.name)
+        for _ in range(len(self.accesses)):
+            self.requests.add(self.accesses.popleft())
         for start in self._new_starts():
             self._observe("start", start)
             self.last_start = start
@@ -238,7 +327,8 @@ class Collector:
             more = passed_on(connection)
             up += more[0]
             down += more[1]
-        return Totals(counters.get("accepted", 0), sum(counters.get(kind, 0) for kind in REFUSALS), up, down)
+        return Totals(counters.get("accepted", 0), sum(counters.get(kind, 0) for kind in REFUSALS), up, down,
+                      counters.get("http_requests", 0))
 
     def _sample(self, passed: float) -> None:
         """Add a sample; `passed` is the seconds since the one before.
@@ -277,6 +367,9 @@ class Facts:
         # Each a Group, a Member, and how it stands, in a word.
         self.backends: list[tuple[Any, Any, str]] = [
             (group, *row) for group in self.groups for row in copied(group, lambda group: group.states()).items()]
+        # By route and status class; None: no route serves HTTP.
+        self.requests: dict[tuple[str, str], Measured] | None = \
+            None if router.web is None else copied(collector.requests.rows, dict)
         self.states = collections.Counter(view.state for view in (*self.tunnels, *self.failed))
         first, last = router.settings.ports
         self.ports = last - first + 1  # local ports that tunnels may have
@@ -395,6 +488,22 @@ def read_histogram(name: str) -> Callable[[Facts], Iterable[Sample]]:
     return read
 
 
+def requests_counted(facts: Facts) -> Iterator[Sample]:
+    """As Metric.read: the requests of each route, by status class."""
+    for (route, status), measured in (facts.requests or {}).items():
+        yield Sample(measured.count, {"route": route, "status": status})
+
+
+def read_requests(name: str) -> Callable[[Facts], Iterable[Sample]]:
+    """Read a row of REQUEST_HISTOGRAMS."""
+    def read(facts: Facts) -> Iterator[Sample]:
+        """As Metric.read."""
+        for (route, status), measured in (facts.requests or {}).items():
+            histogram = measured.histograms[name]
+            yield from buckets(histogram.bounds, histogram.counts, histogram.sum, {"route": route, "status": status})
+    return read
+
+
 def resident_memory() -> int | None:
     """Bytes of this process that are in memory (proc(5), statm); None without /proc."""
     try:
@@ -497,6 +606,9 @@ METRICS = (
     Metric("sniroute_port_pool_size", "gauge", "Local ports for tunnels (--ports).", one(lambda facts: facts.ports)),
     Metric("sniroute_port_pool_used", "gauge", "Local ports that tunnels have.", one(lambda facts: facts.ports_used)),
     *(Metric(name, "histogram", row.help, read_histogram(name)) for name, row in HISTOGRAMS.items()),
+    Metric("sniroute_http_requests_total", "counter",
+           "Requests in plain HTTP that are over, by route and status class.", requests_counted),
+    *(Metric(name, "histogram", row.help, read_requests(name)) for name, row in REQUEST_HISTOGRAMS.items()),
     Metric("sniroute_reloads_total", "counter", "Reloads of the settings, by how they went.",
            each("result", lambda facts: {result: facts.router.reloads[result] for result in ("ok", "failed")})),
     Metric("sniroute_config_last_reload_successful", "gauge", "Whether the last reload went well.",
@@ -531,7 +643,7 @@ def expose(facts: Facts) -> bytes:
     for metric in METRICS:
         samples = list(metric.read(facts))
         if not samples:
-            continue  # a system that cannot tell, or no route with several backends
+            continue  # a system that cannot tell, no route with several backends, no request in plain HTTP
         lines.append(f"# HELP {metric.name} {metric.help}\n# TYPE {metric.name} {metric.kind}\n")
         for sample in samples:
             labels = ",".join(f'{name}="{escape_label(value)}"' for name, value in sample.labels.items())
@@ -564,6 +676,23 @@ def show_refusal(ending: Any) -> dict[str, Any]:
     return {"when": round(ending.when, 3), "client": printable(show_address(ending.client)),
             "name": printable(ending.name or ""), "route": printable(ending.route or ""), "reason": ending.reason,
             "detail": printable(ending.detail or "", 300)}
+
+
+def show_request(access: Any) -> dict[str, Any]:
+    """A row of `last_requests`."""
+    return {"when": round(access.when, 3), "client": printable(show_address(access.client)),
+            "method": printable(access.method), "host": printable(access.host),
+            "path": printable(access.path, VALUE_MAX), "status": access.status or None,
+            "up": access.up, "down": access.down,
+            "first": None if access.first is None else round(access.first, 4), "seconds": round(access.seconds, 4),
+            "route": printable(access.route or ""), "backend": printable(access.backend or ""),
+            "reason": access.reason, "detail": printable(access.detail or "", 300)}
+
+
+def show_requests(counters: dict[str, int]) -> dict[str, Any]:
+    """What `http` says: how many requests there were, and how many of each status class."""
+    return {"requests": counters.get("http_requests", 0), "statuses": {
+        each: counters[name] for each, name in zip(STATUS_CLASSES, COUNTER_OF) if counters.get(name)}}
 
 
 def show_route(route: Any, tally: Any, up: int, down: int) -> dict[str, Any]:
@@ -622,6 +751,7 @@ def status(facts: Facts) -> dict[str, Any]:
             "active": len(facts.connections), "accepted": counters.get("accepted", 0),
             "states": collections.Counter(connection.state for connection in facts.connections),
             "results": results, "retries": counters.get("retries", 0)},
+        "http": None if facts.requests is None else show_requests(counters),
         "bytes": {"up": collector.totals.up, "down": collector.totals.down},
         "reloads": {"ok": router.reloads["ok"], "failed": router.reloads["failed"],
                     "last_ok": router.last_reload[0], "last": router.last_reload[1]},
@@ -633,6 +763,8 @@ def status(facts: Facts) -> dict[str, Any]:
                                       for name in Rates._fields}},
         "refused_names": [{"name": printable(name), "count": count} for name, count in names],
         "last_refusals": [show_refusal(ending) for ending in reversed(copied(collector.refusals))],
+        "last_requests": [] if facts.requests is None else [
+            show_request(access) for access in reversed(copied(collector.requests.last))],
         "slowest_starts": [
             {"key": printable(str(start.key)), "when": round(start.when, 3), "seconds": round(start.seconds, 3)}
             for start in heapq.nlargest(STARTS_SHOWN, facts.starts, key=lambda start: start.seconds)],

@@ -61,7 +61,7 @@ main > .all { grid-column: 1 / -1; }
 ul { list-style: none; margin: 0; padding: 0; }
 .troubles li { display: flex; align-items: baseline; gap: 9px; padding: 1px 0; overflow-wrap: anywhere; }
 .troubles li > span:last-child { color: var(--ink); min-width: 0; }
-.tiles { display: grid; gap: 12px; grid-template-columns: repeat(6, minmax(0, 1fr)); }
+.tiles { display: grid; gap: 12px; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); }
 .tile { padding: 10px 14px 8px; min-width: 0; }
 .tile h2 { font-weight: 400; color: var(--quiet); font-size: 13px; }
 .tile .figure { font-size: 24px; font-weight: 600; line-height: 1.25; letter-spacing: -.02em; white-space: nowrap; }
@@ -109,7 +109,8 @@ dialog .buttons { display: flex; flex-direction: row-reverse; justify-content: f
   max-width: calc(100vw - 32px); padding: 9px 16px; border-radius: 8px; background: var(--ink); color: var(--card);
   overflow-wrap: anywhere; } .said:empty { display: none; }
 @media (max-width: 1000px) { main { grid-template-columns: minmax(0, 1fr); }
-  .tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); } }
+  .tiles { grid-auto-flow: row; grid-template-columns: repeat(3, minmax(0, 1fr)); }
+  #tile-requests:not([hidden]) ~ #tile-tunnels { grid-column: 1 / -1; } }
 @media (max-width: 620px) { header { position: static; padding: 10px 14px; }
   main { padding: 12px 12px 32px; gap: 12px; }
   .column { gap: 12px; } .card { padding: 10px 14px; } .tiles { gap: 8px; grid-template-columns: repeat(2, 1fr); }
@@ -262,6 +263,11 @@ function act(cell, row) {
       row.key + (row.leases ? " carries " + count(row.leases, "connection, which ends.", "connections, which end.")
         : " carries no connection.") + " The next client starts it again.", "Stop");
 }
+function ofRequest(row) { return row.method ? row.method + " " + row.host + row.path : "could not be read"; }
+function whyNot(row) { return [plain(row.reason), row.detail].filter(Boolean).join(": "); }
+function kindOf(row) {  // of a status, as a colour
+  return row.status === null || row.status >= 500 ? "bad" : row.status >= 400 ? "warn" : "";
+}
 // `key` identifies a row from one answer to the next.  A column is a title, a class, and a function of the row:
 // it returns the cell's text, or fills the cell that it is given.
 const TABLES = {
@@ -298,6 +304,19 @@ const TABLES = {
     ["Warm", "number", showWarm],
     ["Connect", "number", (row) => row.connect_seconds === null || row.why ? "" : span(row.connect_seconds)],
     ["", "act", (row, cell) => drain(cell, row)] ] },
+  requests: { key: (row) => row.id, columns: [
+    ["At", "short bare", (row) => clock(row.when)],
+    ["Client", "short", (row) => row.client],
+    ["Request", "name", (row, cell) => showWithWords(cell, ofRequest(row), whyNot(row), row.reason ? "bad" : "")],
+    ["Backend", "long", (row) => row.backend],
+    ["Status", "number", (row, cell) => {
+      cell.className = "number " + kindOf(row);
+      return row.status === null ? "none" : String(row.status);
+    }],
+    ["First byte", "number", (row) => row.first === null ? "" : span(row.first)],
+    ["Took", "number", (row) => span(row.seconds)],
+    ["Up", "number", (row) => bytes(row.up)],
+    ["Down", "number", (row) => bytes(row.down)] ] },
   connections: { key: (row) => row.client, columns: [
     ["State", "state-cell short", (row, cell) => showState(cell, row.state, row.state === "open" ? "good"
       : row.state === "lingering" ? "quiet" : "warn")],
@@ -414,6 +433,14 @@ function showTroubles(rows) {
 }
 
 // The page as a whole.
+function numbered(rows, like) {  // two rows may look the same, but their keys must differ
+  const seen = new Map();
+  for (const row of rows) {
+    const key = like(row);
+    seen.set(key, (seen.get(key) || 0) + 1);
+    row.id = key + " " + seen.get(key);
+  }
+}
 let control = false;
 function allow(button) {
   button.disabled = !control;
@@ -451,17 +478,21 @@ function show(now) {
     : whole.format(now.connections.active));
   showTable("tunnels", now.tunnels.sort((a, b) => RANK.indexOf(a.state) - RANK.indexOf(b.state)
     || a.key.localeCompare(b.key)));
-  const seen = new Map();
-  for (const row of now.last_refusals) {  // two refusals may look the same: number them, as row keys must differ
-    const like = row.when + row.client + row.name;
-    seen.set(like, (seen.get(like) || 0) + 1);
-    row.id = like + " " + seen.get(like);
-  }
+  numbered(now.last_refusals, (row) => row.when + row.client + row.name);
   showTable("refusals", now.last_refusals);
   showTable("routes", now.routes);
   put($("backends-count"), Object.keys(STANDS).filter((state) => now.backend_states[state])
     .map((state) => whole.format(now.backend_states[state]) + " " + state).join(", "));
   showTable("backends", now.backends);
+  $("requests-card").hidden = $("tile-requests").hidden = now.http === null;
+  if (now.http !== null) {
+    plot("tile-requests", rates.requests, per(rate));
+    tile("tile-requests", rate(last("requests")) + "/s", whole.format(now.http.requests) + " in all");
+    put($("requests-count"), Object.entries(now.http.statuses)
+      .map(([status, value]) => whole.format(value) + " " + (status === "none" ? "unanswered" : status)).join(", "));
+    numbered(now.last_requests, (row) => row.when + row.client + ofRequest(row));
+    showTable("requests", now.last_requests);
+  }
   showTable("connections", now.oldest_connections);
   showTable("starts", now.slowest_starts);
   showBars("reasons", Object.entries(now.refusals).sort((a, b) => b[1] - a[1])
@@ -570,12 +601,14 @@ ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0
         "d='M1 8h5c3 0 3-5 9-5M6 8c3 0 3 5 9 5M6 8h9' fill='none' stroke='%234c7fe0' stroke-width='2'/%3E%3C/svg%3E")
 
 
-def card(title: str, body: str, mark: str = "", head: str = "") -> str:
+def card(title: str, body: str, mark: str = "", head: str = "", hides: str = "") -> str:
     """A section of the page: a title and a body.
 
-    `mark` is another class of the section, `head` is HTML beside the title.
+    `mark` is another class of the section, `head` is HTML beside the title.  `hides` is an id by which SCRIPT shows it
+    where there is something to show; "": it is always there.
     """
-    return f'<section class="card {mark}"><div class="head"><h2>{title}</h2>{head}</div>{body}</section>'
+    hidden = f' id="{hides}" hidden' if hides else ""
+    return f'<section class="card {mark}"{hidden}><div class="head"><h2>{title}</h2>{head}</div>{body}</section>'
 
 
 def table(name: str, empty: str) -> str:
@@ -584,10 +617,13 @@ def table(name: str, empty: str) -> str:
             f'<thead></thead><tbody></tbody></table></div><p class="empty" id="{name}-empty">{empty}</p>')
 
 
-def tile(name: str, title: str) -> str:
-    """A number with a note and a plot below it; SCRIPT fills all three by this `name`."""
+def tile(name: str, title: str, hidden: str = "") -> str:
+    """A number with a note and a plot below it; SCRIPT fills all three by this `name`.
+
+    `hidden` is the attribute of that name, where SCRIPT shows it only where there is something to show.
+    """
     figure = "<svg></svg>" if name == "tunnels" else ""  # `showSegments` replaces it; `plot` adds its own
-    return (f'<section class="card tile" id="tile-{name}"><h2>{title}</h2><div class="figure">-</div>'
+    return (f'<section class="card tile" id="tile-{name}" {hidden}><h2>{title}</h2><div class="figure">-</div>'
             f'<div class="note">&nbsp;</div>{figure}</section>')
 
 
@@ -614,6 +650,7 @@ PAGE = f"""<!DOCTYPE html>
 {tile("active", "Connections")}
 {tile("accepted", "New")}
 {tile("refused", "Refused")}
+{tile("requests", "Requests", "hidden")}
 {tile("up", "To backends")}
 {tile("down", "To clients")}
 {tile("tunnels", "Tunnels ready")}
@@ -632,6 +669,8 @@ spellcheck="false"><button id="start" disabled>Start</button></form>''')}
 {card("Slowest starts", table("starts", "No tunnel has started."))}
 </div>
 {card("Backends", table("backends", "No route has several."), "all", '<span id="backends-count"></span>')}
+{card("Requests", table("requests", "Nobody has asked in plain HTTP."), "all", '<span id="requests-count"></span>',
+      "requests-card")}
 {card("Connections", table("connections", "None is open."), "all", '<span id="connections-count"></span>')}
 </main>
 <dialog id="ask" aria-labelledby="ask-title"><form method="dialog">

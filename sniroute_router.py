@@ -17,7 +17,7 @@ only.  No locks.
 
 Seams: I want to ...
     open a listener with one target       Ports of sniroute_listeners; `_accept` has its clients led there
-    hear what happens                     Hooks, given to Router(); Router.endings, for each connection that ends
+    hear what happens                     Hooks, given to Router(); Router.endings, Router.accesses
     limit something else                  `_accept` (before a byte is read), Connection._admit (once the name is known)
 """
 
@@ -241,7 +241,8 @@ class Waits:
 class Hooks(NamedTuple):
     """What the router tells its owner."""
 
-    journal: Callable[[Ending], None] = lambda ending: None  # the loop, for each connection that --log-level shows
+    # The loop, for each connection and each request that --log-level shows.
+    journal: Callable[[Ending | Access], None] = lambda line: None
     beat: Callable[[Router], float] = lambda router: NEVER  # the loop lives; returns the seconds to the next call
     reload: Callable[[], list[str]] = lambda: []  # any thread: read the settings again; what is wrong, a line each
 
@@ -290,11 +291,12 @@ class Router(socketserver.ThreadingTCPServer):
         # No Counter, which assigns slower.  Other threads use .get: [] would insert.
         self.counters: collections.defaultdict[str, int] = collections.defaultdict(int)
         self.endings: collections.deque[Ending] | None = None  # bounded; the admin sets it to get every Ending
-        self.accesses: collections.deque[Access] | None = None  # likewise, for each request in plain HTTP
+        self.accesses: collections.deque[Access] | None = None  # likewise: `log_access` adds each request in plain HTTP
         self.started = time.time()
         self.reloads: collections.Counter[str] = collections.Counter()  # `ok`, `failed`
         self.last_reload = True, self.started  # whether it went well, and when it was
         self.large: list[Connection] = []  # those with a large hello, the oldest first: see `make_room`
+        self.web: Any = None  # what serves plain HTTP; None: no route wants that
         # What connections share.
         self.loop = Loop(self.fault)
         self.pipes = Pipes(self.loop.poller)

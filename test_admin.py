@@ -705,7 +705,7 @@ def test_close_ends_what_is_under_way(run_admin):
         for thread in threads:
             thread.join()
         assert sock.recv(1) == b""
-    assert running.router.endings is None
+    assert running.router.endings is None and running.router.accesses is None
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("admin")]
     with pytest.raises(ConnectionRefusedError):
         connect(running.admin.address)

@@ -373,7 +373,20 @@ def test_every_ending_is_there():
 def test_limits_of_the_log_are_there():
     text = " ".join(section(OPERATING, "## The log").split())
     assert (f"at most {sniroute_log.LOG_REFUSALS} refusals for one reason are logged, {sniroute_log.LOG_EVENTS} "
-            f"events of one kind, {sniroute_log.LOG_ENDINGS} connections") in text
+            f"events of one kind, {sniroute_log.LOG_ENDINGS} connections, and as many requests") in text
+    assert sniroute_log.LOG_ACCESSES == sniroute_log.LOG_ENDINGS
+
+
+def test_every_field_and_ending_of_a_request_is_there(tmp_path):
+    text = section(OPERATING, "### The line of a request")
+    assert set(re.findall(r"^- `(\w+)`", text, re.MULTILINE)) == set(sniroute_log.REQUEST_ENDINGS)
+    assert f"{sniroute_log.VALUE_MAX} characters" in " ".join(text.split())
+    (line,) = re.findall(r"^    (client=.*)$", text, re.MULTILINE)
+    journal = sniroute_log.Journal(io.StringIO(), "text")
+    journal.emit(sniroute_log.Access(0.0, ("192.0.2.7", 51234), "GET", "web.example.com", "/login", 200, 0, 6520,
+                                     0.0031, 0.0042, "web.example.com", "tcp:192.0.2.1:80", "", None))
+    journal.stop()
+    assert journal.stream.getvalue() == f"1970-01-01T00:00:00.000Z info {line}\n"
 
 
 def test_variables_a_tunnel_may_inherit_are_there():
@@ -406,7 +419,10 @@ def test_metrics_and_paths_are_there():
         assert f"`{word}" in table
     rows = [line for line in table.split("\n") if line.startswith("| `sniroute_")]
     assert {word for row in rows for word in re.findall(r"`(sniroute_\w+)`", row)} == {
-        metric.name for metric in sniroute_metrics.METRICS if metric.name.startswith("sniroute_backend_")}
+        metric.name for metric in sniroute_metrics.METRICS if metric.name.startswith(("sniroute_backend_", "sniroute_http_"))}
+    told = " ".join(table.split())
+    assert f"{sniroute_metrics.REQUEST_ROUTES} routes have rows of their own" in told
+    assert f"`last_requests`, {sniroute_metrics.REQUESTS_SHOWN} rows" in told
     shown = table.partition("A row of `backends`")[2]
     states = {"spare", *sniroute_groups.WORDS}
     assert {word for word in states if f"`{word}`" not in shown} == set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import io
 import json
 import logging
@@ -15,7 +16,7 @@ from typing import Any, Iterator
 import pytest
 
 import sniroute_log
-from sniroute_log import Ending, Journal, under_journald
+from sniroute_log import Access, Ending, Journal, log_access, under_journald
 from conftest import FakeClock, wait_until
 from testbed.hellos import NAME
 
@@ -36,6 +37,12 @@ def said(message: str, *args: object, level: int = logging.INFO,
 def ended(**changes: Any) -> Ending:
     row = Ending(logging.INFO, WHEN, ("192.0.2.1", 1111), NAME, "*.example.com", "127.0.0.1:20000", 10, 20, 1.23456,
                  "client_closed", None)
+    return row._replace(**changes)
+
+
+def asked(**changes: Any) -> Access:
+    row = Access(WHEN, ("192.0.2.1", 1111), "GET", NAME, "/a/b", 200, 10, 20, 0.00123, 0.01234, "*.example.com",
+                 "tcp:127.0.0.1:80", "", None)
     return row._replace(**changes)
 
 
@@ -92,8 +99,11 @@ def test_an_event_has_the_same_fields_in_text_and_json():
 @pytest.mark.parametrize("row, limit, kind", [
     (ended(reason="no_name"), sniroute_log.LOG_REFUSALS, "no_name"),
     (ended(), sniroute_log.LOG_ENDINGS, "client_closed"),
+    (asked(), sniroute_log.LOG_ACCESSES, "request"),
+    (asked(reason="cut"), sniroute_log.LOG_ACCESSES, "request:cut"),
+    (asked(reason="no_route"), sniroute_log.LOG_REFUSALS, "request:no_route"),
     (said("an event of %d", 1), sniroute_log.LOG_EVENTS, '"an event of %d"'),
-], ids=["refusals", "endings", "events"])
+], ids=["refusals", "endings", "requests", "cut requests", "refused requests", "events"])
 def test_a_class_of_lines_has_a_limit_and_what_was_suppressed_is_said(row, limit, kind, monkeypatch):
     monkeypatch.setattr(sniroute_log, "LOG_LINES_MAX", 1 << 20)
     monkeypatch.setattr(sniroute_log, "LOG_PERIOD", 0.05)
@@ -141,9 +151,86 @@ def test_the_line_of_a_connection_that_came_to_nothing():
     assert fields["detail"] == 'a "bad" hello' and not {"name", "route", "backend"} & fields.keys()
 
 
+def test_the_line_of_a_request():
+    assert written("text", asked()) == \
+        "2023-11-14T22:13:20.062Z info client=192.0.2.1:1111 method=GET host=db.example.com path=/a/b status=200 " \
+        "up=10 down=20 first=0.0012 seconds=0.0123 route=*.example.com backend=tcp:127.0.0.1:80 reason=-\n"
+    assert json.loads(written("json", asked())) == {
+        "time": "2023-11-14T22:13:20.062Z", "level": "info", "client": "192.0.2.1:1111", "method": "GET", "host": NAME,
+        "path": "/a/b", "status": 200, "up": 10, "down": 20, "first": 0.0012, "seconds": 0.0123,
+        "route": "*.example.com", "backend": "tcp:127.0.0.1:80"}
+
+
+def test_the_line_of_a_request_that_could_not_be_read():
+    row = asked(client=("2001:db8::1", 5), method="", host="", path="", status=0, up=0, down=0, first=None, route=None,
+                backend=None, reason="bad_request", detail="a \"bad\" line")
+    assert written("text", row).endswith(
+        "Z debug client=[2001:db8::1]:5 method=- host=- path=- status=- up=0 down=0 first=- seconds=0.0123 route=- "
+        'backend=- reason=bad_request detail="a \\"bad\\" line"\n')
+    fields = json.loads(written("json", row))
+    assert (fields["reason"], fields["detail"]) == ("bad_request", 'a "bad" line')
+    assert not {"method", "host", "path", "status", "first", "route", "backend"} & fields.keys()
+
+
+@pytest.mark.parametrize("reason, word", [
+    ("", "info"), ("client_left", "info"), ("cut", "info"), ("no_route", "info"), ("bad_request", "debug"),
+    ("backend", "warning"), ("internal", "error")])
+def test_the_line_of_a_request_has_the_level_of_its_refusal(reason, word):
+    assert f"Z {word} client=" in written("text", asked(reason=reason))
+    assert json.loads(written("json", asked(reason=reason)))["level"] == word
+
+
+def test_a_path_is_one_word_in_the_line_whatever_is_in_it():
+    """A reader that splits at blanks finds the fields of the router alone."""
+    for path in ("/x status=500 reason=forged", '/x" status=500 "', "/\t", "/\u00e9", "-"):
+        text = written("text", asked(path=path))
+        assert re.findall(r' (status|reason)=(\S+)', re.sub(r'"(?:[^"\\]|\\.)*"', "", text)) == [
+            ("status", "200"), ("reason", "-")]
+    assert ' path="/x\\" status=500 \\"" ' in written("text", asked(path='/x" status=500 "'))
+    assert " path=/a=[c]\\d " in written("text", asked(path="/a=[c]\\d"))
+
+
+def router_of(level: int, admin: bool = True) -> Any:
+    """What `log_access` wants of a Router, and what it has told the journal."""
+    told: list[Access] = []
+    return types.SimpleNamespace(
+        counters=collections.defaultdict(int), level=level, accesses=collections.deque() if admin else None,
+        hooks=types.SimpleNamespace(journal=told.append), told=told)
+
+
+def test_a_request_is_counted_by_the_class_of_its_status():
+    router = router_of(logging.INFO, admin=False)
+    for status in (200, 204, 101, 304, 404, 502, 599, 0, 999):
+        log_access(router, asked(status=status))
+    assert router.counters == {"http_requests": 9, "http_2xx": 2, "http_1xx": 1, "http_3xx": 1, "http_4xx": 1,
+                               "http_5xx": 2, "http_none": 1, "http_9xx": 1}
+    assert len(router.told) == 9 and router.accesses is None
+
+
+def test_a_request_is_logged_where_the_level_asks_for_it_and_always_counted():
+    for level, reasons in ((logging.DEBUG, ["", "bad_request", "no_route", "backend"]),
+                           (logging.INFO, ["", "no_route", "backend"]), (logging.WARNING, ["backend"])):
+        router = router_of(level)
+        for reason in ("", "bad_request", "no_route", "backend"):
+            log_access(router, asked(reason=reason))
+        assert [row.reason for row in router.told] == reasons
+        assert len(router.accesses) == router.counters["http_requests"] == 4
+
+
+def test_a_long_path_is_not_kept_and_is_shown_to_go_on():
+    router = router_of(logging.INFO)
+    for length in (500, 501, 8192):
+        log_access(router, asked(path="/" * length))
+    assert [len(row.path) for row in router.told] == [500, 501, 501] and list(router.accesses) == router.told
+    shown = [json.loads(written("json", row))["path"] for row in router.told]
+    assert shown == ["/" * 500, "/" * 497 + "...", "/" * 497 + "..."]
+
+
 @pytest.mark.parametrize("style", ["text", "json", "journald"])
-@pytest.mark.parametrize("row", [said("%s", FORGED), said(FORGED), ended(detail=FORGED)],
-                         ids=["argument", "message", "detail"])
+@pytest.mark.parametrize("row", [
+    said("%s", FORGED), said(FORGED), ended(detail=FORGED),
+    *(asked(**{field: FORGED}) for field in ("method", "host", "path", "backend", "detail"))],
+    ids=["argument", "message", "detail", "method", "host", "path", "a request's backend", "a request's detail"])
 def test_what_a_client_sends_never_makes_a_line_or_moves_a_terminal(style, row, request):
     stream = request.getfixturevalue("journald") if style == "journald" else None
     text = written("json" if style == "json" else "text", row, stream=stream)
@@ -171,6 +258,7 @@ def test_a_traceback_is_indented_or_a_field_whatever_is_in_it(style, request):
 def test_a_line_is_not_longer_than_it_may_be():
     assert len(written("text", said("x" * 100_000))) < 2100
     assert len(written("text", ended(detail="\\" * 100_000))) < 1300
+    assert len(written("text", asked(path="/" + "\\" * 100_000, detail="\\" * 100_000))) < 2300
 
 
 def test_a_log_of_many_threads_has_every_line(monkeypatch):

@@ -24,8 +24,8 @@ from sniroute_metrics import Collector, Histogram, TopNames, escape_label, show_
 from sniroute_names import printable
 from sniroute_tunnels import Start, View
 from conftest import HOST, FakeClock, echo, wait_until
-from testbed.admin import (DB, HOSTILE, TOKEN, TUNNEL, Running, ask, hostile_ending, metrics, parse_metrics,
-                           value)
+from testbed.admin import (DB, HOSTILE, TOKEN, TUNNEL, Running, ask, hostile_ending, hostile_request, metrics,
+                           parse_metrics, request, value)
 
 pytestmark = pytest.mark.usefixtures("hurry")
 
@@ -67,23 +67,23 @@ def test_rates_count_the_bytes_of_open_connections_and_never_fall():
     collector = Collector(router, clock)
     one = connection(1000, 50)
     router.connections = [types.SimpleNamespace(up=None, down=None)]  # it has just ended, and is not counted yet
-    router.counters.update(accepted=4, no_route=2)
+    router.counters.update(accepted=4, no_route=2, http_requests=6)
     clock.jump(0.09)
     collector.collect()
     assert not collector.samples
     router.connections = [one]
     clock.jump(1.91)
     collector.collect()
-    assert collector.samples[-1] == (2.0, 1.0, 500.0, 25.0, 1)
+    assert collector.samples[-1] == (2.0, 1.0, 500.0, 25.0, 3.0, 1)
     one.up = None  # between the loop's two steps at its end
     clock.jump(1.0)
     collector.collect()
-    assert collector.samples[-1] == (0.0, 0.0, 0.0, 0.0, 1) and collector.totals[2:] == (1000, 50)
+    assert collector.samples[-1] == (0.0, 0.0, 0.0, 0.0, 0.0, 1) and collector.totals[2:] == (1000, 50, 6)
     router.connections = []
     router.counters.update(bytes_up=1500, bytes_down=50)
     clock.jump(1.0)
     collector.collect()
-    assert collector.samples[-1] == (0.0, 0.0, 500.0, 0.0, 0)
+    assert collector.samples[-1] == (0.0, 0.0, 500.0, 0.0, 0.0, 0)
 
 
 def test_each_start_is_counted_once():
@@ -213,6 +213,105 @@ def test_label_values_are_escaped():
     assert parse_metrics(text) == {"a": {(("route", HOSTILE),): 1.0}}
 
 
+# -- requests in plain HTTP --------------------------------------------------------------------
+
+
+def is_of_requests(name: str) -> bool:
+    return name.startswith("sniroute_http_")
+
+
+def test_where_no_route_serves_http_nothing_tells_of_requests(run_admin):
+    running = run_admin()
+    seen, status = metrics(running), ask(running.admin, "/status").json
+    assert not any(map(is_of_requests, seen)) and b"http" not in ask(running.admin, "/metrics").body
+    assert status["http"] is None and status["last_requests"] == []
+
+
+def test_metrics_tell_of_requests_by_route_and_status_class(run_admin):
+    running = run_admin("--route=web.example.com=tcp:192.0.2.1:80", "--route=*.example.org=tcp:192.0.2.1:80")
+    running.serve_web(
+        request(), request(first=0.2, seconds=7.0), request(status=404), request(status=101, seconds=1000.0),
+        request(route="*.example.org", status=0, first=None, reason="client_left"),
+        request(route=None, backend=None, status=400, reason="bad_request"))
+    running.collected()
+    seen = metrics(running)
+    counts = {labels: count for labels, count in seen["sniroute_http_requests_total"].items()}
+    assert counts == {(("route", route), ("status", status)): count for route, status, count in (
+        ("web.example.com", "2xx", 2), ("web.example.com", "4xx", 1), ("web.example.com", "1xx", 1),
+        ("*.example.org", "none", 1), ("-", "4xx", 1))}
+    good = {"route": "web.example.com", "status": "2xx"}
+    assert value(seen, "sniroute_http_first_byte_seconds_count", **good) == 2
+    assert value(seen, "sniroute_http_first_byte_seconds_sum", **good) == pytest.approx(0.203)
+    assert value(seen, "sniroute_http_first_byte_seconds_bucket", **good, le="0.005") == 1
+    assert value(seen, "sniroute_http_request_duration_seconds_sum", **good) == pytest.approx(7.004)
+    assert value(seen, "sniroute_http_request_duration_seconds_bucket", **good, le="5.0") == 1
+    unanswered = {"route": "*.example.org", "status": "none"}
+    assert value(seen, "sniroute_http_first_byte_seconds_count", **unanswered) == 0, "there was no first byte"
+    assert value(seen, "sniroute_http_request_duration_seconds_count", **unanswered) == 1
+    assert sum(map(is_of_requests, seen)) == 1 + 2 * 3
+
+
+def test_labels_of_requests_do_not_grow_with_what_clients_say(run_admin):
+    running = run_admin("--route=*.example.com=tcp:192.0.2.1:80")
+    running.serve_web(request(route="*.example.com"))
+    running.collected()
+    before = metrics(running)
+    running.serve_web(*(request(host=f"n{number}.example.com", path=f"/p{number}", method=f"M{number}",
+                                status=200 + number % 100, route="*.example.com") for number in range(500)))
+    running.collected()
+    after = metrics(running)
+    assert {name: set(samples) for name, samples in before.items()} == {
+        name: set(samples) for name, samples in after.items()}
+    assert value(after, "sniroute_http_requests_total", route="*.example.com", status="2xx") == 501
+    text = ask(running.admin, "/metrics").body
+    assert b"n7." not in text and b"/p7" not in text and b"192.0.2.1" not in text
+
+
+def of_routes(*patterns: str) -> types.SimpleNamespace:
+    """As a Router's routes."""
+    return types.SimpleNamespace(tallies=dict.fromkeys(patterns))
+
+
+def test_many_routes_share_a_row_and_those_that_are_gone_make_room(monkeypatch):
+    monkeypatch.setattr(sniroute_metrics, "REQUEST_ROUTES", 2)
+    router = types.SimpleNamespace(routes=of_routes("a", "b", "c", "d"))
+    requests = sniroute_metrics.Requests(router)
+
+    def ask_for(*routes: str | None) -> dict[str, int]:
+        for route in routes:
+            requests.add(request(route=route))
+        return {label: row.count for (label, _), row in requests.rows.items()}
+
+    assert ask_for("a", None, "b", "c", "d", "c", "a", "gone") == {"a": 2, "-": 1, "b": 1, "other": 4}
+    router.routes = of_routes("b", "d", "e")
+    assert ask_for("d", "e", "b", "a", None) == {"b": 2, "-": 2, "other": 6, "d": 1}
+    router.routes = of_routes("f", "g")
+    assert ask_for("f", "g", "f") == {"-": 2, "other": 6, "f": 2, "g": 1}
+    assert all(known in (None, "f", "g") for known in requests.labels), "nothing is remembered of what is gone"
+
+
+def test_status_shows_the_last_requests_and_how_many_there_were(run_admin, monkeypatch):
+    monkeypatch.setattr(sniroute_metrics, "REQUESTS_SHOWN", 3)
+    running = run_admin("--route=web.example.com=tcp:192.0.2.1:80")
+    running.serve_web(*(request(path=f"/{number}") for number in range(5)), request(
+        when=1_700_000_000.0, method="", host="", path="", status=0, first=None, route=None, backend=None,
+        reason="bad_request", detail="a blank before a colon"))
+    running.collected()
+    status = ask(running.admin, "/status").json
+    assert status["http"] == {"requests": 6, "statuses": {"none": 1, "2xx": 5}}
+    assert [row["path"] for row in status["last_requests"]] == ["", "/4", "/3"]
+    assert status["last_requests"][0] == {
+        "when": 1_700_000_000.0, "client": f"{HOST}:4711", "method": "", "host": "", "path": "", "status": None,
+        "up": 0, "down": 2, "first": None, "seconds": 0.004, "route": "", "backend": "", "reason": "bad_request",
+        "detail": "a blank before a colon"}
+    row = status["last_requests"][1]
+    assert (row["method"], row["host"], row["status"], row["first"], row["route"], row["backend"]) == (
+        "GET", "web.example.com", 200, 0.003, "web.example.com", "tcp:192.0.2.1:80")
+    wait_until(lambda: running.admin.collector.totals.requests == 6)
+    running.admin.status.forget()
+    assert sum(ask(running.admin, "/status").json["rates"]["requests"]) > 0
+
+
 # -- backends ----------------------------------------------------------------------------------
 
 
@@ -337,6 +436,7 @@ def test_hostile_text_is_shown_printable(run_admin):
     running.tunnels.failed = lambda: [View(HOSTILE, "failed", 0, 0, 0, 0, 0.0, 4.0, 1, HOSTILE)]
     running.tunnels.started.append(Start(HOSTILE, time.time(), 1.5))
     router.endings.extend([hostile_ending(), hostile_ending(name=None), hostile_ending("client_closed")])
+    running.serve_web(hostile_request(), hostile_request(route=HOSTILE, path=HOSTILE * 400))
     running.collected()
     seen = metrics(running)
     assert value(seen, "sniroute_route_connections_active", route=HOSTILE) == 0
@@ -350,6 +450,10 @@ def test_hostile_text_is_shown_printable(run_admin):
     assert status["refused_names"] == [{"name": shown, "count": 1}]
     assert status["routes"][0]["pattern"] == status["tunnels"][0]["words"] == shown
     assert status["slowest_starts"][0]["key"] == shown
+    long, short = status["last_requests"]
+    assert short["method"] == short["host"] == short["path"] == short["backend"] == short["detail"] == shown
+    assert len(long["path"]) == sniroute_log.VALUE_MAX and long["route"] == shown
+    assert value(seen, "sniroute_http_requests_total", route=HOSTILE, status="5xx") == 1
     router.routes = router.settings.routes
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import time
 
 import pytest
 
 from conftest import HOST, echo, wait_until
-from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, Browser, ask, hostile_ending
+from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, Browser, ask, hostile_ending, hostile_request, request
 from testbed.running import read_all
 
 pytestmark = pytest.mark.usefixtures("hurry")
@@ -150,5 +151,51 @@ def test_backends_in_a_browser(browser, run_admin, serve):
     browser.call("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=True)
     assert browser.evaluate("document.documentElement.scrollWidth") <= 400
     assert browser.evaluate("document.querySelectorAll('main b').length") == 0
+    complaints = browser.happened("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+    assert complaints == []
+
+
+def lines(browser: Browser, table: str) -> list[list[str]]:
+    """The words of the cells of a table."""
+    return browser.evaluate(f"[...document.querySelectorAll('#{table} tbody tr')].map((line) =>"
+                            " [...line.cells].map((cell) => cell.innerText))")
+
+
+def test_requests_in_a_browser(browser, run_admin):
+    """Where no route serves HTTP nothing of it is there; then the last requests, as text, how many, and a rate."""
+    running = run_admin("--route=web.example.com=tcp:192.0.2.1:80")
+    browser.call("Page.navigate", url=f"http://{HOST}:{running.admin.address[1]}/")
+    wait_until(lambda: browser.evaluate("document.getElementById('phase')?.innerText") == "running", what="the page")
+    shown = "['requests-card', 'tile-requests'].map((id) => document.getElementById(id).offsetHeight > 0)"
+    assert browser.evaluate(shown) == [False, False]
+
+    alike = request(when=time.time(), path="/again")
+    running.serve_web(
+        request(path="/\u00e9", up=1500, down=20_000_000, seconds=12.0), alike, alike, hostile_request(),
+        request(status=404), request(method="", host="", path="", status=0, first=None, backend=None,
+                                     reason="bad_request", detail="<img src=x onerror=alert(3)>"))
+    running.collected()
+    wait_until(lambda: browser.evaluate("refresh()") or browser.evaluate(shown) == [True, True], what="the requests")
+    rows = lines(browser, "requests")
+    assert [row[1:] for row in rows] == [
+        [f"{HOST}:4711", "could not be read\nbad request: <img src=x onerror=alert(3)>", "", "none", "", "4 ms", "0 B",
+         "2 B"],
+        [f"{HOST}:4711", "GET web.example.com/a", "tcp:192.0.2.1:80", "404", "3 ms", "4 ms", "0 B", "2 B"],
+        rows[2][1:],
+        *[[f"{HOST}:4711", "GET web.example.com/again", "tcp:192.0.2.1:80", "200", "3 ms", "4 ms", "0 B", "2 B"]] * 2,
+        [f"{HOST}:4711", "GET web.example.com/?", "tcp:192.0.2.1:80", "200", "3 ms", "12 s", "1.5 kB", "20.0 MB"]]
+    assert rows[2][2].startswith('<b>x</b>"') and rows[2][4] == "502"
+    assert browser.evaluate("document.querySelectorAll('main b').length + document.images.length") == 0
+    assert browser.evaluate("[...document.querySelectorAll('#requests td.number:nth-child(5)')].map((cell) =>"
+                            " cell.className)") == ["number bad", "number warn", "number bad", *["number "] * 3]
+    assert browser.text("requests-count") == "1 unanswered, 3 2xx, 1 4xx, 1 5xx"
+    wait_until(lambda: browser.evaluate("refresh()") or browser.text("tile-requests").split("\n")[2] == "6 in all",
+               what="the tile")
+    assert re.fullmatch(r"[\d.]+/s", browser.text("tile-requests").split("\n")[1])
+
+    for width in (1300, 800, 400):
+        browser.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1,
+                     mobile=width < 500)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
     complaints = browser.happened("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
     assert complaints == []

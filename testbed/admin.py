@@ -98,11 +98,24 @@ class Running:
                 while client.recv(4096):
                     pass
 
+    def serve_web(self, *accesses: sniroute_log.Access) -> None:
+        """From now on the router serves plain HTTP, as far as the admin can tell; these requests are over."""
+        self.router.web = self.router
+        done = threading.Event()
+
+        def act() -> None:
+            for access in accesses:
+                sniroute_log.log_access(self.router, access)
+            done.set()
+
+        self.router.call(act)
+        assert done.wait(10)
+
     def collected(self) -> None:
         """Wait until all connections have ended and the admin has counted them; then drop its cached answers."""
         admin = self.admin
         wait_until(lambda: not self.router.connections, what="the end of all connections")
-        wait_until(lambda: not admin.collector.endings, what="the collector")
+        wait_until(lambda: not admin.collector.endings and not admin.collector.accesses, what="the collector")
         turn = admin.due
         wait_until(lambda: admin.due != turn, what="the collector's next turn")
         turn = admin.due
@@ -235,6 +248,19 @@ def value(samples: dict, name: str, **labels: str) -> float:
 def hostile_ending(reason: str = "no_route", name: str | None = HOSTILE) -> sniroute_log.Ending:
     """The Ending of a connection with HOSTILE in every field that holds text."""
     return sniroute_log.Ending(20, time.time(), (HOST, 4711), name, HOSTILE, HOSTILE, 1, 2, 3.0, reason, HOSTILE, None)
+
+
+def request(**changes: Any) -> sniroute_log.Access:
+    """The Access of a request that went well, but for the changes."""
+    row = sniroute_log.Access(time.time(), (HOST, 4711), "GET", "web.example.com", "/a", 200, 0, 2, 0.003, 0.004,
+                              "web.example.com", "tcp:192.0.2.1:80", "", None)
+    return row._replace(**changes)
+
+
+def hostile_request(**changes: Any) -> sniroute_log.Access:
+    """An Access with HOSTILE in every field that holds text."""
+    return request(method=HOSTILE, host=HOSTILE, path=HOSTILE, backend=HOSTILE, detail=HOSTILE, status=502,
+                   reason="backend")._replace(**changes)
 
 
 # -- a browser ---------------------------------------------------------------------------------

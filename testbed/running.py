@@ -44,7 +44,8 @@ class Running:
                                    idle=settings.idle, start_timeout=settings.start_timeout,
                                    max_tunnels=settings.max_tunnels, max_starting=settings.max_starting)
         self.endings: list[sniroute_log.Ending] = []
-        self.router = sniroute_router.Router(settings, self.tunnels, sniroute_router.Hooks(self.endings.append))
+        self.accesses: list[sniroute_log.Access] = []
+        self.router = sniroute_router.Router(settings, self.tunnels, sniroute_router.Hooks(self.hear))
         self.address = self.router.server_address
         self.thread = threading.Thread(target=self.router.serve_forever, name="loop")
 
@@ -59,6 +60,10 @@ class Running:
         self.tunnels.close(now=True)
         self.router.server_close()
         sniroute_log.log.setLevel("NOTSET")
+
+    def hear(self, line: sniroute_log.Ending | sniroute_log.Access) -> None:
+        """The journal's part."""
+        (self.accesses if isinstance(line, sniroute_log.Access) else self.endings).append(line)
 
     def connect(self, said: bytes = b"") -> socket.socket:
         """A client that has sent `said`, as conftest's `connect`."""
