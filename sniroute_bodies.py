@@ -68,7 +68,6 @@ class MessageFlow(SpliceFlow):
 
     def listen(self) -> None:
         """Wait for what the source says, and call the step then."""
-        self.events = self.events
         self.rewatch()
         self.install()
 

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from sniroute_launchers import TunnelKey
     from sniroute_processes import Child
     from sniroute_settings import Settings
+    from sniroute_web import Web
 
 __version__ = "0.1.0"
 
@@ -255,6 +256,17 @@ def end_sink(sink: socket.SocketType) -> None:
         pass  # it is gone, and its own flow will say so
 
 
+def serve_web(router: Router, settings: Settings) -> None:
+    """Serve plain HTTP where a route wants that; clients that were served already go on in any case."""
+    if not settings.serves_http:
+        router.web = None
+    elif router.web is None:
+        from sniroute_web import Web  # imported late: an option
+        router.web = Web(router, settings)
+    else:
+        router.web.adopt(settings)
+
+
 def unheard_reset(up: Flow, down: Flow) -> Flow | None:
     """The flow whose source has broken off, and cannot say so: nobody watches it, as its bytes are not wanted now."""
     for flow in (up, down):
@@ -296,7 +308,6 @@ class Router(socketserver.ThreadingTCPServer):
         self.reloads: collections.Counter[str] = collections.Counter()  # `ok`, `failed`
         self.last_reload = True, self.started  # whether it went well, and when it was
         self.large: list[Connection] = []  # those with a large hello, the oldest first: see `make_room`
-        self.web: Any = None  # what serves plain HTTP; None: no route wants that
         # What connections share.
         self.loop = Loop(self.fault)
         self.pipes = Pipes(self.loop.poller)
@@ -308,6 +319,8 @@ class Router(socketserver.ThreadingTCPServer):
         self.waits = Waits(self)
         self.targets.ask = self.waits.prepare
         self.deadlines = Deadlines(self.loop, settings.prelude_timeout, settings.start_timeout)
+        self.web: Web | None = None  # what serves plain HTTP; None: no route wants that
+        serve_web(self, settings)
         self.to_end: list[socket.SocketType] = self.loop.batch(end_sink)
         self.to_read: list[Connection] = self.loop.batch(Connection.on_prelude)
         self.to_meet: list[Connection] = self.loop.batch(read_header)
@@ -439,6 +452,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.targets.follow((*settings.routes.routes, *settings.port), self.routes.identified, self.loop)
         self.level = log.getEffectiveLevel()
         self.deadlines.adopt(settings.prelude_timeout, settings.start_timeout)
+        serve_web(self, settings)
         self.sweeping.set(min(self.sweeping.when, monotonic() + self._sweep_interval()))
         self.max_connections, self.max_per_client = settings.max_connections, settings.max_per_client
         if self.paused and self.resumption.when == NEVER:
@@ -654,6 +668,8 @@ class Router(socketserver.ThreadingTCPServer):
             listener.close()
         self.deaf.set()
         self.targets.close()
+        if self.web is not None:
+            self.web.drain()
         self.phase = DRAINING
         self.resumption.set(NEVER)
         self.paused = False

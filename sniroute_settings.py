@@ -227,6 +227,11 @@ class Settings(NamedTuple):
     again: Callable[[Settings], Settings]  # read them anew, given those that run; raises SettingsError
 
     @property
+    def serves_http(self) -> bool:
+        """Whether plain HTTP is served for a name."""
+        return asks_for_web(self.http, False, self.routes.routes)
+
+    @property
     def needs_web(self) -> bool:
         """Whether the files of the option `web` are needed."""
         return asks_for_web(self.http, self.error_pages, self.routes.routes)

@@ -9,26 +9,31 @@
 OpenSSL works on two buffers in memory (`ssl.SSLObject`), so it never touches a socket, and never waits.  A session that a backend
 has given is used again, for the same name and the same settings: a handshake with it needs no certificate.
 
-Threads: the loop only; a context is made where the settings are read, since that opens a file.
+Threads: the loop only, but for `context`, which opens files: the settings are checked with it, and so it is made before
+the loop asks for it.
 
 Seams: I want to ...
     trust otherwise     `context`
     keep more sessions  SESSIONS_MAX
 
-This room imports the standard library only.
+This room imports sniroute_refusals.
 """
 
 from __future__ import annotations
 
 import collections
 import errno
+import functools
 import os
 import ssl
 from typing import Any
 
+from sniroute_refusals import Refused
+
 __version__ = "0.1.0"
 
 # Limits, each with its reason.
+CONTEXTS_MAX = 64  # values of `verify`: a context takes half a megabyte where it holds all that this host trusts
 SESSIONS_MAX = 1024  # sessions of backends: about 3 KB each
 RECORDS = 1 << 16  # bytes of TLS read at a time: four records
 FLIGHT_MAX = 1 << 17  # bytes of a handshake: a chain of certificates is a tenth of that
@@ -39,8 +44,21 @@ Key = tuple[str, str | bool]  # the name that is asked for, and `verify`
 def context(verify: str | bool) -> ssl.SSLContext:
     """What `verify` says: True, the authorities that this host trusts; a path, those in that file; False, nobody is asked.
 
-    Raises OSError, of which ssl.SSLError is one, where the file cannot be read, or has none.
+    Made once, and again where the file has changed.  Raises OSError, of which ssl.SSLError is one, where the file
+    cannot be read, or has none.
     """
+    return made_context(verify, file_state(verify) if isinstance(verify, str) else ())
+
+
+def file_state(path: str) -> tuple[int, ...]:
+    """What differs where a file has changed.  Raises OSError."""
+    state = os.stat(path)
+    return state.st_dev, state.st_ino, state.st_mtime_ns, state.st_size
+
+
+@functools.lru_cache(CONTEXTS_MAX)
+def made_context(verify: str | bool, state: tuple[int, ...]) -> ssl.SSLContext:
+    """As `context`."""
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     made.set_alpn_protocols(["http/1.1"])
     if verify is False:
@@ -61,16 +79,22 @@ def reason(error: ssl.SSLError) -> str:
 
 
 class Ciphers:
-    """The contexts and sessions of a router.  Loop only, but for the constructor."""
+    """The contexts and sessions of a router, since its settings were read.  Loop only."""
 
-    def __init__(self, verified: set[str | bool]):
-        self.contexts = {verify: context(verify) for verify in verified}
+    def __init__(self) -> None:
+        self.contexts: dict[str | bool, ssl.SSLContext] = {}
         self.sessions: collections.OrderedDict[Key, ssl.SSLSession] = collections.OrderedDict()
 
     def begin(self, name: str, verify: str | bool) -> Cipher:
-        """A new conversation with a backend that is to be `name`, a host name or an address."""
+        """A new conversation with a backend that is to be `name`, a host name or an address.  Raises Refused."""
         key = name, verify
-        return Cipher(self, key, self.contexts[verify], self.sessions.get(key))
+        made = self.contexts.get(verify)
+        if made is None:
+            try:
+                made = self.contexts[verify] = context(verify)
+            except OSError as error:
+                raise Refused("backend_tls", f"{verify}: {error.strerror or error}") from None
+        return Cipher(self, key, made, self.sessions.get(key))
 
     def keep(self, key: Key, session: ssl.SSLSession) -> None:
         """Use this session the next time."""
@@ -83,7 +107,7 @@ class Ciphers:
 class Cipher:
     """One conversation by TLS.  It has no socket; its owner sends what it says."""
 
-    __slots__ = ("ciphers", "key", "incoming", "outgoing", "tls", "is_ready", "is_dry", "taken")
+    __slots__ = ("ciphers", "key", "incoming", "outgoing", "tls", "is_ready", "is_dry", "taken", "is_new")
 
     def __init__(self, ciphers: Ciphers, key: Key, made: ssl.SSLContext, session: ssl.SSLSession | None):
         self.ciphers = ciphers
@@ -93,13 +117,14 @@ class Cipher:
         self.is_ready = False  # the handshake is over
         self.is_dry = True  # `read` has met the end of what has come
         self.taken = 0  # bytes of the handshake so far
+        self.is_new = True  # its session is not kept yet
 
     def hello(self) -> bytes:
         """The first bytes to send."""
         return self.answer(b"")
 
     def answer(self, data: bytes) -> bytes:
-        """The backend said this in the handshake: what is to be sent.  Raises ssl.SSLError."""
+        """The backend said this in the handshake: what is to be sent.  Raises Refused."""
         self.incoming.write(data)
         self.taken += len(data)
         try:
@@ -107,7 +132,9 @@ class Cipher:
             self.is_ready, self.is_dry = True, False
         except ssl.SSLWantReadError:
             if self.taken > FLIGHT_MAX:
-                raise ssl.SSLError(0, "its handshake has no end") from None
+                raise Refused("backend_tls", "its handshake has no end") from None
+        except ssl.SSLError as error:
+            raise Refused("backend_tls", reason(error)) from None
         return self.outgoing.read()
 
     def fill(self, sock: Any) -> None:
@@ -128,7 +155,6 @@ class Cipher:
             data = self.tls.read(size)
         except ssl.SSLWantReadError:
             self.is_dry = True
-            self._keep_session()
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
         except ssl.SSLZeroReturnError:
             data = b""
@@ -136,13 +162,11 @@ class Cipher:
             self.is_dry = True
             raise ConnectionResetError(errno.ECONNRESET, reason(error)) from None
         self.is_dry = not data
+        if self.is_new:  # with TLS 1.3 a backend gives its session behind the handshake, mostly before it says anything
+            self.is_new = False
+            if not self.tls.session_reused and self.tls.session is not None:
+                self.ciphers.keep(self.key, self.tls.session)
         return data
-
-    def _keep_session(self) -> None:
-        """With TLS 1.3 a backend gives sessions after the handshake, at any time."""
-        session = self.tls.session
-        if session is not None and session.has_ticket:
-            self.ciphers.keep(self.key, session)
 
     def seal(self, data: bytes) -> bytes:
         """What is sent for these bytes."""

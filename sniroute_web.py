@@ -239,7 +239,11 @@ class HttpConnection(Connection):
     def speak(self, mask: int = WRITE) -> None:
         """As the base; a backend that speaks TLS is greeted first."""
         if self.state is DIALING and self.cipher is None and self.exchange.policy.mode is BY_TLS:
-            self.cipher = self.web.cipher(self.exchange)
+            try:
+                self.cipher = self.web.cipher(self.exchange)
+            except Refused as error:
+                self.refuse(error)
+                return
             self.preface = self.preface._replace(question=self.cipher.hello())
         super().speak(mask)
 
@@ -783,6 +787,7 @@ class Web:
             heir.refuse(error)
             return
         heir.received, data, heir.hello = heir.preface.header, heir.hello, None
+        heir.up.total += len(data)
         heir.begin(request, data[request.head.end:])
 
     def tell(self, connection: HttpConnection, exchange: Exchange, reason: str = "", detail: str | None = None) -> None:
