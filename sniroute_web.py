@@ -236,16 +236,16 @@ class HttpConnection(Connection):
 
     # -- on the way to the backend
 
-    def speak(self, mask: int = WRITE) -> None:
+    def connect(self, why: str) -> None:
         """As the base; a backend that speaks TLS is greeted first."""
+        super().connect(why)
         if self.state is DIALING and self.cipher is None and self.exchange.policy.mode is BY_TLS:
             try:
                 self.cipher = self.web.cipher(self.exchange)
             except Refused as error:
                 self.refuse(error)
-                return
-            self.preface = self.preface._replace(question=self.cipher.hello())
-        super().speak(mask)
+            else:
+                self.preface = self.preface._replace(question=self.cipher.hello())
 
     def on_ssl_answer(self, mask: int) -> None:
         """The backend's side of the handshake."""
@@ -457,7 +457,6 @@ class HttpConnection(Connection):
     def finish(self) -> None:
         """The client has its answer: wait for the next request, or close."""
         exchange, up, down = self.exchange, self.up, self.down
-        self.exchange = None
         self.web.tell(self, exchange)
         if not exchange.keeps:
             self._linger(b"", CLIENT_CLOSED if self.has_ended or not exchange.request.keeps else BACKEND_CLOSED)
@@ -575,11 +574,12 @@ class HttpConnection(Connection):
 
     def target(self) -> str:
         """Which backend it is, for people."""
-        return self.backend.target if self.backend is not None else self.decision.target
+        decision = self.decision if self.exchange is None else self.exchange.decision
+        return self.backend.target if self.backend is not None else decision.target
 
     def say(self, answer: bytes, status: int) -> None:
         """Give an answer of our own, and close."""
-        exchange, self.exchange = self.exchange, None
+        exchange = self.exchange
         exchange.status, exchange.first = status, monotonic()
         self.web.tell(self, exchange)
         self._linger(answer, CLIENT_CLOSED)
@@ -593,7 +593,6 @@ class HttpConnection(Connection):
             return
         if exchange is None:
             exchange = Exchange(None)
-        self.exchange = None
         self.refusal = error
         self.router.waits.leave(self)
         exchange.status, exchange.first = error.status, monotonic()
@@ -602,7 +601,7 @@ class HttpConnection(Connection):
 
     def cut(self) -> None:
         """The answer cannot go on: the client gets what there is of it, then a reset."""
-        exchange, self.exchange = self.exchange, None
+        exchange = self.exchange
         if exchange is not None:
             self.web.tell(self, exchange, self.refusal.kind if self.refusal else CUT)
         pass_on_reset(self, self.down, read=True)
@@ -613,7 +612,7 @@ class HttpConnection(Connection):
 
     def close(self, reason: str) -> None:
         """As the base; a request that is under way has come to nothing."""
-        exchange, self.exchange = self.exchange, None
+        exchange = self.exchange
         if exchange is not None and exchange.status == 101:
             exchange.up += self.up.total
             exchange.down += self.down.total
@@ -788,15 +787,21 @@ class Web:
             return
         heir.received, data, heir.hello = heir.preface.header, heir.hello, None
         heir.up.total += len(data)
-        heir.begin(request, data[request.head.end:])
+        try:
+            heir.begin(request, data[request.head.end:])
+        except Exception:
+            self.router.fault(heir)  # the loop knows the former one only
 
     def tell(self, connection: HttpConnection, exchange: Exchange, reason: str = "", detail: str | None = None) -> None:
         """A request is over."""
+        connection.exchange = None
         now, request, decision = monotonic(), exchange.request, exchange.decision
         log_access(self.router, Access(
             time.time(), connection.address, *asked(request), exchange.status, exchange.up, exchange.down,
             exchange.first - exchange.began if exchange.first else None, now - exchange.began,
-            decision and decision.route.pattern, decision and connection.target(), reason, detail))
+            decision and decision.route.pattern,
+            connection.backend.target if connection.backend is not None else decision and decision.target,
+            reason, detail))
 
     def drain(self) -> None:
         """No new clients come: those that have had their answers are not waited for."""
