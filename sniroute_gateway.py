@@ -1,9 +1,9 @@
 """sniroute_gateway: what a gateway adds to a request, takes away, and refuses.
 
-    Request --- check --------> Refused: no_method, loop, cross_site
-            --- max_forwards -> the Request with one hop less to go, or None: answer it here
-            --- hop ----------> Via, X-Forwarded-*, X-Real-IP ---+
-            --- choose_upgrade -> the protocol that is offered --+--> sniroute_http.pass_request
+    Request --- check -----------> Refused: no_method, loop, cross_site
+            --- max_forwards ----> the Request with one hop less to go, or None: answer it here
+            --- hop -------------> Via, X-Forwarded-*, X-Real-IP --+
+            --- choose_upgrade --> the protocol that is offered ---+--> sniroute_http.pass_request
 
 The order is what keeps forged fields out: first what `Connection` names goes, then all that claims to speak for
 another, in every spelling, then ours are set.  `pass_request` does the first two, so it is given what `hop` returns
@@ -13,7 +13,7 @@ A browser asks for what any page tells it to, with the rights of whoever sits be
 router on its own host, a page in that browser is enough.  So with `Policy.cross_site` the request of another site's
 page is refused: `is_cross_site`.
 
-Threads: none.  Both caches are bounded; what they hold never changes.
+Threads: none.  The one cache is bounded; what it holds never changes.
 
 Seams: I want to ...
     refuse another method         NOT_SERVED
@@ -29,7 +29,7 @@ import functools
 import re
 from typing import Mapping, NamedTuple
 
-from sniroute_http import REMEMBERED, REMEMBERED_MAX, Head, Request, bad, number, parse_lines
+from sniroute_http import Head, Request, bad, number, parse_lines
 from sniroute_names import parse_ip, printable
 from sniroute_refusals import REFUSALS, Refused
 
@@ -70,22 +70,13 @@ class Policy(NamedTuple):
 # -- what lines say ----------------------------------------------------------------------------
 
 
-def read_block(block: bytes) -> Mapping[bytes, tuple[bytes, ...]]:
-    """The values of what is READ_HERE, by key, in the lines of a head that was parsed; where there is one."""
+def read(head: Head) -> Mapping[bytes, tuple[bytes, ...]]:
+    """The values of what is READ_HERE, by key; where there is one.  Only its true spelling counts."""
     said: dict[bytes, tuple[bytes, ...]] = {}
-    for field in parse_lines(block).fields:
-        if field.key in READ_HERE and not field.is_twin:
+    for field in head.fields:
+        if field.key in READ_HERE and field.name.lower() == field.key:
             said[field.key] = (*said.get(field.key, ()), field.value)
     return said
-
-
-remembered_block = functools.lru_cache(REMEMBERED)(read_block)
-
-
-def read(head: Head) -> Mapping[bytes, tuple[bytes, ...]]:
-    """As `read_block`, for a head.  A client says the same lines again and again: they are looked through once."""
-    block = head.block
-    return remembered_block(block) if len(block) <= REMEMBERED_MAX else read_block(block)
 
 
 # -- what is refused ---------------------------------------------------------------------------
