@@ -51,6 +51,7 @@ HOPS = re.compile(rb"[0-9]{1,18}")  # RFC 9110 section 7.6.2
 
 FOR, PROTO, HOST, PORT = b"X-Forwarded-For", b"X-Forwarded-Proto", b"X-Forwarded-Host", b"X-Forwarded-Port"
 REAL_IP, VIA_FIELD = b"X-Real-IP", b"Via"
+LISTS = frozenset((FOR, VIA_FIELD))  # each hop adds to them
 READ_HERE = frozenset((b"via", b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest",
                        *(name.lower() for name in (FOR, PROTO, HOST, PORT, REAL_IP))))
 
@@ -146,10 +147,10 @@ def hop(request: Request, client: str, port: int, believes: bool) -> Fields:
     if not believes:
         return ours
     said = read(request.head)
-    fields = {name: value for name, value in ours if name.lower() not in said or name == VIA_FIELD}
+    fields = {name: value for name, value in ours if name in LISTS or name.lower() not in said}
     others = [value for value in said.get(FOR.lower(), ()) if value]
     if others:
-        fields[FOR] = b", ".join((*others, dict(ours)[FOR]))
+        fields[FOR] = b", ".join((*others, fields[FOR]))
         if REAL_IP in fields:  # the address of the believed proxy, which may be one that backends trust
             fields[REAL_IP] = last_address(others[-1])
     if PROTO.lower() in said:  # our port does not go with a proto of theirs: https and 80

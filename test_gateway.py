@@ -105,6 +105,10 @@ def test_a_believed_client_that_says_nothing_is_as_any_other():
     assert sent(ask("X: 1"), believes=True) == sent(ask("X: 1"))
 
 
+def test_an_empty_list_of_a_believed_proxy_is_begun():
+    assert sent(ask("X-Forwarded-For:"), believes=True) == sent(ask())
+
+
 def test_our_port_does_not_go_with_the_proto_of_another():
     """Else backends make links to https://web.example.com:80/."""
     fields = sent(ask("X-Forwarded-Proto: https"), believes=True)
