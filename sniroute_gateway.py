@@ -13,7 +13,7 @@ A browser asks for what any page tells it to, with the rights of whoever sits be
 router on its own host, a page in that browser is enough.  So with `Policy.cross_site` the request of another site's
 page is refused: `is_cross_site`.
 
-Threads: none.  The one cache is bounded; what it holds never changes.
+Threads: none.  The caches are bounded; what they hold never changes.
 
 Seams: I want to ...
     refuse another method         NOT_SERVED
@@ -36,7 +36,8 @@ from sniroute_refusals import REFUSALS, Refused
 __version__ = "0.1.0"
 
 OUR_NAME = b"sniroute"  # in Via: a pseudonym (RFC 9110 section 7.6.3), so that no client learns the host's name
-HOPS_REMEMBERED = 1024  # what `fields_of` keeps: so many clients and names at a time, half a KiB each
+HOPS_REMEMBERED = 1024  # what `fields_of` and `address_in` keep: so many clients and names, half a KiB each
+ADDRESS_MAX = 64  # characters of an address; an IPv6 one with its scope has 61 at most
 
 # CONNECT would make a proxy for clients of a gateway; TRACE shows a page what its browser sends (RFC 9110 section 9.3).
 NOT_SERVED = frozenset(("CONNECT", "TRACE"))
@@ -152,16 +153,17 @@ def hop(request: Request, client: str, port: int, believes: bool) -> Fields:
     if others:
         fields[FOR] = b", ".join((*others, fields[FOR]))
         if REAL_IP in fields:  # the address of the believed proxy, which may be one that backends trust
-            fields[REAL_IP] = last_address(others[-1])
+            fields[REAL_IP] = address_in(others[-1].rpartition(b",")[2].strip(b" \t")[:ADDRESS_MAX])
     if PROTO.lower() in said:  # our port does not go with a proto of theirs: https and 80
         fields.pop(PORT, None)
     return tuple((name, value) for name, value in fields.items() if value)
 
 
-def last_address(value: bytes) -> bytes:
-    """The last address of an X-Forwarded-For: whoever asked the one that sends it.  b"" where it is none."""
+@functools.lru_cache(HOPS_REMEMBERED)
+def address_in(text: bytes) -> bytes:
+    """An address that a believed proxy names, in its one form; b"" where it is none."""
     try:
-        return str(parse_ip(value.rpartition(b",")[2].strip(b" \t").decode("latin-1"))).encode("ascii")
+        return str(parse_ip(text.decode("latin-1"))).encode("ascii")
     except ValueError:
         return b""
 
