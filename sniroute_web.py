@@ -45,7 +45,7 @@ from sniroute_bodies import HELD, MessageFlow
 from sniroute_connection import BETWEEN, CLOSED, DIALING, ROUTED, UNHEARD, WAITING_FOR_BACKEND, Connection, Preface
 from sniroute_flow import BLOCKED, DONE, EARLY, GREETING, MESSAGE, NO_FLOW, OPEN, UNANSWERED
 from sniroute_gateway import Policy, check, choose_upgrade, hop, max_forwards, may_ask_again
-from sniroute_http import (CHUNKED, UNTIL_CLOSE, Request, Response, open_body, parse_request, parse_response,
+from sniroute_http import (CHUNKED, COUNTED, NO_BODY, NONE, UNTIL_CLOSE, Counted, Request, Response, open_body, parse_request, parse_response,
                            pass_request, pass_response)
 from sniroute_log import (BACKEND_CLOSED, CLIENT_CLOSED, CLIENT_LEFT, CLIENT_RESET, CUT, IDLE, STOPPED, Access,
                           log_access)
@@ -75,6 +75,7 @@ TELLERS[HTTP] = lambda refused, minor: refusal(refused, None)
 LEFT_PATIENCE = 30.0  # seconds until a client that has ended, and has had no byte of its answer, counts as gone
 CLOSE: tuple[tuple[bytes, bytes], ...] = ((b"Connection", b"close"),)
 KEEP_ALIVE = ((b"Connection", b"keep-alive"),)  # HTTP/1.0 has to be told
+NOTHING = Counted(0, "bad_request", False)  # the body of a message without one: it never changes
 NOTHING_ADDED: tuple[tuple[bytes, bytes], ...] = ()
 BACKEND = "backend"  # the option `host`: as the target has it
 SILENT, RAW, BY_TLS = "refuse", "pass", "forward-tls"  # modes that are asked for by name; see MODES
@@ -156,7 +157,7 @@ class HttpConnection(Connection):
                             host=self.web.host(policy, decision), believes=self.believes, upgrade=upgrade)
         self.hello = head
         self.replayable = True
-        self.up.body = body = open_body(request)
+        self.up.body = body = open_body(request) if request.framing is not NO_BODY else NOTHING
         if self.ahead and not body.is_done:
             rest, self.ahead = self.ahead, b""
             self.keep(*body.feed(rest), rest)
@@ -222,7 +223,12 @@ class HttpConnection(Connection):
         self.state = OPEN
         if self.queue is not None:
             self.leave_queue()
-        self.go_on(said, sent)
+        if sent == len(said) and self.up.body is NOTHING:  # as `go_on`: both flows are as they have to be
+            if not self.replayable:
+                self.hello = None
+            self.message_sent(self.up)
+        else:
+            self.go_on(said, sent)
 
     def ask_elsewhere(self) -> None:
         """The connection that served before has ended without a byte of the answer: dial a new one, once."""
@@ -367,7 +373,12 @@ class HttpConnection(Connection):
         if exchange is None:
             self.forget_backend()
             return
-        self.heard()
+        if self.state in UNHEARD:
+            self.state = OPEN
+            self.backend.answered()
+        self.hello, self.replayable = None, False  # what was asked is not asked again
+        if self.queue is self.web.answers:
+            self.leave_queue()
         stash = self.stash = self.stash + data if self.stash else data
         while True:
             try:
@@ -397,15 +408,6 @@ class HttpConnection(Connection):
         else:
             self.answer(response, rest)
 
-    def heard(self) -> None:
-        """The backend has answered: what was asked is not asked again."""
-        if self.state in UNHEARD:
-            self.state = OPEN
-            self.backend.answered()
-        self.hello, self.replayable = None, False
-        if self.queue is self.web.answers:
-            self.leave_queue()
-
     def answer(self, response: Response, rest: bytes) -> None:
         """The answer's head is there; `rest` came behind it."""
         exchange, down = self.exchange, self.down
@@ -416,9 +418,16 @@ class HttpConnection(Connection):
         exchange.keeps = keeps = (request.keeps and exchange.is_asked and kind is not UNTIL_CLOSE and not is_unframed
                                   and not self.has_ended and not self.router.deaf.is_set())
         add = NOTHING_ADDED if keeps and not is_old else KEEP_ALIVE if keeps else CLOSE
+        head = pass_response(response, add, unframed=is_unframed)
+        if response.framing.length == len(rest) and kind in (NONE, COUNTED):  # all of it came with its head
+            exchange.down = len(rest)
+            down.body = NOTHING
+            if down.put(head + rest) and down.state is not BLOCKED:
+                self.message_sent(down)
+            return
         down.body = open_body(response, is_unframed)
         down.take(MessageFlow.carry)
-        down.feed(rest, pass_response(response, add, unframed=is_unframed))
+        down.feed(rest, head)
 
     def carried_on(self, flow: MessageFlow, count: int, said: bytes = b"") -> None:
         """So many bytes of a body have been passed on: `said`, where they were seen."""
