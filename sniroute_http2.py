@@ -40,9 +40,9 @@ __version__ = "0.1.0"
 
 # Limits.  HEAD_MAX bytes, from the first one to the end of the head: an ordinary client sends 200 to 2,000.
 FRAME_MAX = 16384  # bytes in a frame: RFC 9113 section 4.2, until a server has said more
-FRAMES_MAX = 32  # up to the end of the head.  curl sends 3, nghttp 7; each is looked at again with each call
-# CVE-2024-27316 and its like: a head that goes on in empty frames.  Three hold all that HEAD_MAX allows; nghttp2 takes
-# as many as this.
+FRAMES_MAX = 16  # up to the end of the head.  curl sends 3, nghttp 7; each is looked at again with each call
+# CVE-2024-27316 and its like: a head that goes on in empty frames.  Two hold all that HEAD_MAX allows; nghttp2 takes as
+# many as this.
 CONTINUATIONS_MAX = 8
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"  # section 3.4
@@ -210,7 +210,8 @@ def parse_authority(data: bytes | bytearray, seen: int = 0) -> Authority | None:
             if frame.kind != CONTINUATION or frame.stream != stream:
                 raise Broken("a head that is interrupted")
         elif frame.kind != HEADERS:
-            check_early(frame)
+            if frame.end > seen:
+                check_early(frame)
         elif not frame.stream & 1:
             raise Broken(f"a request on stream {frame.stream}, which is no client's")
         if frame.end > len(data):
