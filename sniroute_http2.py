@@ -33,7 +33,7 @@ import struct
 from typing import Callable, NamedTuple
 
 from sniroute_hpack import Decoder, Pair
-from sniroute_http import HEAD_MAX, METHOD, TARGET_MAX, TEXT, bad, parse_place
+from sniroute_http import HEAD_MAX, LENGTH, METHOD, TARGET_MAX, TEXT, bad, parse_place
 from sniroute_refusals import REFUSALS, Malformed, Refused
 
 __version__ = "0.1.0"
@@ -243,6 +243,7 @@ PATH = re.compile(rb"/[!-~]*")
 PSEUDO = frozenset((b":method", b":scheme", b":authority", b":path"))  # section 8.3.1
 # Section 8.2.2: fields of one connection.
 CONNECTION = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"))
+ONCE = frozenset((b"content-length", b"host"))
 NOT_SERVED = frozenset((b"CONNECT", b"TRACE"))  # as in HTTP/1.1
 
 
@@ -251,7 +252,7 @@ def read_request(fields: list[Pair], end: int) -> Authority:
 
     Source: RFC 9113 section 8.2 and 8.3.
     """
-    said: dict[bytes, bytes] = {}  # pseudo fields, and `host`
+    said: dict[bytes, bytes] = {}  # pseudo fields, and those of ONCE
     has_begun = False  # fields other than pseudo ones
     for name, value in fields:
         if not TEXT.fullmatch(value) or value != value.strip(b" \t"):
@@ -266,10 +267,12 @@ def read_request(fields: list[Pair], end: int) -> Authority:
             raise bad("a field whose name is none")
         if name in CONNECTION or name == b"te" and value.lower() != b"trailers":
             raise bad(f"{name.decode('ascii')}, which HTTP/2 does not have")
-        if name == b"host":
+        if name in ONCE:
             if name in said:
-                raise bad("two fields of host")
+                raise bad(f"two fields of {name.decode('ascii')}")
             said[name] = value
+    if not LENGTH.fullmatch(said.get(b"content-length", b"0")):
+        raise bad("a content-length that is no number")
     method, path = said.get(b":method", b""), said.get(b":path", b"")
     if not METHOD.fullmatch(method):
         raise bad("a method that is none")

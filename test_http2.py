@@ -237,7 +237,8 @@ def test_a_small_head_that_says_much():
     (request((b"host", b"Web.example.com:80")), "web.example.com", 0),
     (request((b"x", b"y"), (b"host", b"web.example.com:81"), authority=b"web.example.com:81"), "web.example.com", 81),
     (request((b"host", b"other.example.com:81"), without=(b":authority",)), "other.example.com", 81),
-    (request((b"te", b"trailers"), (b"cookie", b"a=b"), (b"cookie", b"c=\xff\td")), "web.example.com", 0),
+    (request((b"te", b"trailers"), (b"content-length", b"5"), (b"cookie", b"a=b"), (b"cookie", b"c=\xff\td")),
+     "web.example.com", 0),
 ], ids=range(8))
 def test_where_a_request_leads(block, name, port):
     found = told((START + head(block),))
@@ -314,7 +315,10 @@ def test_what_a_request_asks_for(method, path):
     (request((b"transfer-encoding", b"chunked")), "bad_request", 400),
     (request((b"upgrade", b"h2c")), "bad_request", 400),
     (request((b"te", b"gzip")), "bad_request", 400),
-], ids=range(62))
+    (request((b"content-length", b"+1")), "bad_request", 400),
+    (request((b"content-length", b"")), "bad_request", 400),
+    (request((b"content-length", b"1"), (b"content-length", b"1")), "bad_request", 400),
+], ids=range(65))
 def test_a_request_that_is_refused(block, kind, status):
     error = refused(START + head(block))
     assert (error.kind, error.status) == (kind, status)
