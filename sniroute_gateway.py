@@ -62,7 +62,6 @@ class Policy(NamedTuple):
 
     mode: str = "refuse"  # forward, forward-tls, redirect, pass, refuse
     verify: bool | str = True  # with forward-tls: whether the certificate is checked; or the file of authorities
-    host: bytes = b""  # the Host that is sent on; b"": as it came
     cross_site: bool = False  # whether requests of other sites' pages are refused
     upgrades: frozenset[bytes] = frozenset((b"websocket",))  # the protocols that may be offered, in lower case
     reuse: str = "client"  # client, off, safe
