@@ -51,6 +51,7 @@ from sniroute_tunnels import TunnelTable
 from sniroute_wire import PROXY_POLICY, HelloMemory
 
 if TYPE_CHECKING:
+    from sniroute_browsers import Courtesy
     from sniroute_launchers import TunnelKey
     from sniroute_processes import Child
     from sniroute_settings import Settings
@@ -294,6 +295,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.started = time.time()
         self.reloads: collections.Counter[str] = collections.Counter()  # `ok`, `failed`
         self.last_reload = True, self.started  # whether it went well, and when it was
+        self.courtesy: Courtesy | None = None  # with --error-pages: has browsers that are refused shown a page
         self.large: list[Connection] = []  # those with a large hello, the oldest first: see `make_room`
         # What connections share.
         self.loop = Loop(self.fault)
@@ -421,6 +423,8 @@ class Router(socketserver.ThreadingTCPServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Run the loop until `shutdown`, or until all has drained."""
         self.loop.run()
+        if self.courtesy is not None:
+            self.courtesy.close()
         for connection in list(self.connections):
             connection.close(connection.reason or STOPPED)
         self.targets.close()
