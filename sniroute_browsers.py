@@ -190,11 +190,6 @@ class Courtesy:
                 visit.connection.client.shutdown(socket.SHUT_RD)  # the thread reads an end
 
 
-def open_courtesy(router: Router) -> Courtesy | None:
-    """What `Router.courtesy` is to be with its settings: the one that is there stays."""
-    return (router.courtesy or Courtesy(router)) if router.settings.error_pages else None
-
-
 # -- a visit -----------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ Seams: I want to ...
     read another kind of value    a parser here; then its name in a row of SETTINGS (sniroute_settings), or of
                                   ROUTE_OPTIONS (sniroute_options)
 
-It imports host, launchers and names.
+It imports host, launchers, names and refusals.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple
 
 from sniroute_host import PATHS_MAX, changed_by_others
 from sniroute_launchers import Variable
-from sniroute_names import Network, parse_host_port, parse_ip, parse_network, printable
+from sniroute_names import Network, ascii_advice, normalise, parse_host_port, parse_ip, parse_network, printable
+from sniroute_refusals import Refused
 
 __version__ = "0.1.0"
 
 UNIX_PATH_MAX = 90  # sun_path of unix(7) has 108 bytes, or 104; some are for the name it has before it is ready
+PROTOCOL = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]+(?:/[a-z0-9!#$%&'*+.^_`|~-]+)?")  # RFC 9110 section 7.8
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)  # the name of one, POSIX 8.1
 DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?", re.ASCII)
 
@@ -204,6 +206,64 @@ def one_of(*words: str) -> Callable[[str], str]:
             raise ValueError(f"{text!r} is none of {', '.join(words)}")
         return text
     return parse
+
+
+def parse_switch(text: str) -> bool:
+    """`on` or `off`, or as a file has it `true` or `false`.  Raises ValueError."""
+    return one_of("on", "off", "true", "false")(text) in ("on", "true")
+
+
+def parse_port(text: str) -> int:
+    """A port, from 1 to 65535.  Raises ValueError."""
+    if not re.fullmatch(r"[1-9][0-9]{0,4}", text, re.ASCII) or int(text) > 65535:
+        raise ValueError(f"{text!r} is not a port, from 1 to 65535")
+    return int(text)
+
+
+def parse_verify(text: str) -> bool | str:
+    """`true`, `false`, or a file of certificates in PEM, which nobody else may change: its path.  Raises ValueError."""
+    if text in ("true", "false"):
+        return text == "true"
+    path = absolute(text)
+    fault = changed_by_others(path) if os.path.isfile(path) else f"{path} is no file"
+    if fault:
+        raise ValueError(f"{text!r} is not read, since {printable(fault, PATHS_MAX)}")
+    import ssl  # imported late: three megabytes, and only such a file needs it here
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(path)
+    except ssl.SSLError:
+        pass  # it has none: below
+    except OSError as error:
+        raise ValueError(f"{text!r} cannot be read: {error.strerror}") from None
+    if not context.cert_store_stats()["x509"]:
+        raise ValueError(f"{text!r} has no certificate in PEM, as -----BEGIN CERTIFICATE-----")
+    return path
+
+
+def parse_host(text: str) -> str:
+    """`backend`, or a host name, in lower case, which may have fields.  Raises ValueError."""
+    try:
+        normalise(re.sub(r"\{[^{}]*\}", "a", text).encode())
+    except Refused as error:
+        raise ValueError(f"{error}{ascii_advice(text)}") from None
+    return text.lower().removesuffix(".")
+
+
+def parse_upgrades(text: str) -> tuple[str, ...]:
+    """`PROTOCOL,...`: protocols beside WebSocket, in lower case; `none`: not even that.  Raises ValueError.
+
+    Source: RFC 9110 section 7.8.
+    """
+    names = [name.strip().lower() for name in text.split(",")]
+    if names in (["none"], [""]):
+        return ()
+    for name in names:
+        if not PROTOCOL.fullmatch(name) or name == "none":
+            raise ValueError(f"{name!r} is not the name of a protocol, as websocket")
+        if name in ("h2c", "h2"):
+            raise ValueError(f"{name} is refused: HTTP/2 in plain text goes through http = pass only, from its first byte")
+    return tuple(dict.fromkeys(("websocket", *names)))
 
 
 def parse_env(value: Any) -> tuple[Variable, ...]:

@@ -25,15 +25,16 @@ import pytest
 
 import sniroute_browsers
 from sniroute_browsers import (ALPN, BROWSERS, COURTESY, DELEGATED, GREASE, PAGES, RECORD_SIZE, SCT, STATUS_REQUEST,
-                               THREADS, VISITS, WAITING, Courtesy, body_of, is_browser)
+                               THREADS, VISITS, WAITING, body_of, is_browser)
 from sniroute_certificate import SIGNATURES, Leafs
 from sniroute_refusals import REFUSALS
+from sniroute_settings import Settings, load_settings
 from sniroute_wire import HelloReader, whole_hello
 from conftest import HERE, HOST, Address, FakeClock, connect, wait_until
 from testbed.clients import program_path
 from testbed.hellos import (ASK_TLS, GROUPS, HELLO, LINE, NAME, SIGNATURES as ALGORITHMS, SNI, VERSIONS, alpn, extension,
                             genuine, hello, named, records, vector)
-from testbed.program import execute
+from testbed.program import Program, execute
 from testbed.running import TUNNEL, Running, alert, read_all, read_exactly, reset, route
 
 OTHER = "other.example.com"
@@ -183,9 +184,7 @@ def courteous(run) -> Callable[..., Running]:
     """courteous(*options): a router that has a page for browsers; by default it has a route for NAME alone."""
     def start(*options: str) -> Running:
         routed = any(option.startswith(("--route", "-c")) for option in options)
-        running = run(*options, *(() if routed else ("--route=db.example.com=tcp:192.0.2.1:1",)))
-        running.router.courtesy = Courtesy(running.router)
-        return running
+        return run("--error-pages=on", *options, *(() if routed else ("--route=db.example.com=tcp:192.0.2.1:1",)))
     return start
 
 
@@ -213,7 +212,7 @@ def ask(address: Address, request: bytes = ASK, name: str | None = OTHER, before
         return read_all(client)
 
 
-def by_openssl(running: Running, *options: str, name: str = OTHER, said: bytes = ASK) -> tuple[bytes, bytes]:
+def by_openssl(running: Running | Program, *options: str, name: str = OTHER, said: bytes = ASK) -> tuple[bytes, bytes]:
     """What s_client, looking as Firefox does, hears and says of that."""
     ended = execute(program_path("openssl", "openssl"), "s_client", "-connect", "{}:{}".format(*running.address),
                     "-servername", name, "-alpn", "h2,http/1.1", "-status", "-serverinfo", f"{DELEGATED},{RECORD_SIZE}",
@@ -326,7 +325,6 @@ def test_what_a_route_forbids_is_told_by_a_page(courteous, echo_server, settings
 
 def test_a_browser_that_asks_for_an_address_is_told_to_ask_by_name(courteous, all_browsers):
     running = courteous()
-    running.router.courtesy.leafs.authority = None
     said = ask(running.address, ASK.replace(OTHER.encode(), HOST.encode()), name=None)
     assert said.startswith(b"HTTP/1.1 400 Bad Request\r\n") and b"Ask by name." in said
     assert [str(name) for name in running.router.courtesy.leafs.cache] == [HOST]
@@ -647,17 +645,32 @@ def test_a_sweep_leaves_a_visit_alone(courteous, all_browsers):
     is_over(running, "no_route")
 
 
-def test_a_reload_that_ends_it_lets_a_visit_finish(courteous, all_browsers):
-    running = courteous()
-    courtesy = running.router.courtesy
+def test_a_reload_begins_and_ends_it_and_lets_a_visit_finish(run, all_browsers):
+    options = "--listen", f"{HOST}:0", "--route=db.example.com=tcp:192.0.2.1:1"
+    off, on = (load_settings([*options, f"--error-pages={value}"], {}) for value in ("off", "on"))
+    running = run(*options[2:])
+    router = running.router
+
+    def reload(settings: Settings) -> None:
+        done = threading.Event()
+        router.call(lambda: (router.adopt(settings), done.set()))
+        assert done.wait(10)
+
+    with running.connect(chrome()) as client:
+        assert read_all(client) == UNKNOWN
+    reload(on)
+    courtesy = router.courtesy
     with running.connect() as sock, trusting().wrap_socket(sock, server_hostname=OTHER) as client:
-        running.router.courtesy = None
+        reload(on)
+        assert router.courtesy is courtesy, "with the certificates that it has made"
+        reload(off)
         client.sendall(ASK)
         assert read_all(client).startswith(b"HTTP/1.1 404 ")
     with running.connect(chrome()) as client:
         assert read_all(client) == UNKNOWN
-    running.router.courtesy = courtesy
-    is_over(running, "no_route", 1, 2)
+    running.ending(3)
+    wait_until(lambda: not router.connections and not courtesy.served)
+    assert running.counter("error_pages") == 1
 
 
 def test_a_fault_of_ours_ends_the_visit_and_no_more(courteous, all_browsers, monkeypatch, caplog):
@@ -673,6 +686,18 @@ def test_a_fault_of_ours_ends_the_visit_and_no_more(courteous, all_browsers, mon
         is_over(running, "no_route", 0)
     assert "a fault in sniroute" in caplog.text and "ZeroDivisionError" in caplog.text
     assert ask(running.address).startswith(b"HTTP/1.1 404 ")
+
+
+def test_the_program_shows_pages_and_ends_in_the_middle_of_one(launch):
+    program = launch(f"--route={NAME}=tcp:192.0.2.1:1", "--error-pages=on", "--drain=100ms")
+    heard, _ = by_openssl(program)
+    assert b"HTTP/1.1 404 Not Found\r\n" in heard
+    program.wait_for(f"name={OTHER} ")
+    with program.connect(chrome()) as client:
+        assert client.recv(1) == b"\x16"
+        began = time.monotonic()
+        program.stop()
+        assert time.monotonic() - began < 4, "it does not wait for who is slow"
 
 
 def test_each_refusal_with_a_page_has_an_alert_for_the_others():
