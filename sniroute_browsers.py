@@ -20,7 +20,7 @@ git, Go and Python offer the same protocols.
 What is answered is the refusal, whatever is asked for.  No byte of it comes from a backend or goes to one, and a client
 that has said more than its hello to a backend gets the alert: those bytes are gone.
 
-Measured (2 cores, CPython 3.11): 2 ms of a core for a visit; 15 us more for the refusal of a client that is none.
+Measured (2 cores, CPython 3.11): 2 ms of a core for a visit; 5 us more for the refusal of a client that is none.
 
 Threads: Courtesy and Visit belong to the loop.  `Visit.serve` and what it calls run in a thread of that visit: it has a
 descriptor of its own for the socket, owns and closes it, and hands the connection back by `call`.  The loop does not
@@ -94,7 +94,7 @@ STATUS_REQUEST, GROUPS, SIGNATURES, SCT, RECORD_SIZE, DELEGATED, VERSIONS, KEY_S
 BROWSERS = (
     # Chrome, Edge and others of Chromium (BoringSSL with GREASE), and Safari.  Go sends these extensions, too.
     (True, frozenset((STATUS_REQUEST, GROUPS, SIGNATURES, ALPN, SCT, VERSIONS, KEY_SHARE))),
-    # Firefox (NSS), which has no GREASE there.  GnuTLS limits its records, too; nobody else takes delegated credentials.
+    # Firefox (NSS), which has no GREASE there.  GnuTLS limits its records, too; only NSS has delegated credentials.
     (False, frozenset((STATUS_REQUEST, GROUPS, SIGNATURES, ALPN, RECORD_SIZE, DELEGATED, VERSIONS, KEY_SHARE))),
 )
 SPOKEN = b"http/1.1"  # what a page is sent in: who does not offer it (gRPC, a mail program) would not understand
@@ -120,11 +120,11 @@ def is_browser(body: bytes) -> bool:
         at += 4
         kinds[kind] = at, at + size
         at += size
-    if ALPN not in kinds or SPOKEN not in (Hello(None, body[slice(*kinds[ALPN])], 0).alpn or ()):
-        return False
-    has_grease = not GREASE.isdisjoint(kinds) and any(
-        _short(body, place)[0] in GREASE for place in range(suites, suites_end, 2))
-    return any((has_grease or not greased) and kinds.keys() >= needed for greased, needed in BROWSERS)
+    for greased, needed in BROWSERS:
+        if kinds.keys() >= needed and (not greased or not GREASE.isdisjoint(kinds) and any(
+                _short(body, place)[0] in GREASE for place in range(suites, suites_end, 2))):
+            return SPOKEN in (Hello(None, body[slice(*kinds[ALPN])], 0).alpn or ())
+    return False
 
 
 def body_of(hello: bytes) -> bytes:
@@ -246,7 +246,7 @@ class Visit:
             pair = self.courtesy.leafs.get(self.name)
             if pair is not None:
                 self.answer(pair)
-        except OSError as error:  # ssl.SSLError and TimeoutError are such, too: mostly a browser that trusts no stranger
+        except OSError as error:  # TimeoutError, ssl.SSLError: mostly a browser that does not trust the certificate
             log.debug("%s:%d, no page for %s: %s", *self.connection.address, self.name, error)
         except Exception:
             log.exception("a fault in sniroute: please report it")

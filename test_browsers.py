@@ -32,8 +32,8 @@ from sniroute_settings import Settings, load_settings
 from sniroute_wire import HelloReader, whole_hello
 from conftest import HERE, HOST, Address, FakeClock, connect, wait_until
 from testbed.clients import program_path
-from testbed.hellos import (ASK_TLS, GROUPS, HELLO, LINE, NAME, SIGNATURES as ALGORITHMS, SNI, VERSIONS, alpn, extension,
-                            genuine, hello, named, records, vector)
+from testbed.hellos import (ASK_TLS, GROUPS, HELLO, LINE, NAME, SIGNATURES as ALGORITHMS, SNI, VERSIONS, alpn,
+                            extension, genuine, hello, named, records, vector)
 from testbed.program import Program, execute
 from testbed.running import TUNNEL, Running, alert, read_all, read_exactly, reset, route
 
@@ -127,15 +127,17 @@ PROGRAMS = {  # words of a program that asks the port over TLS, and its Debian p
     "curl": (["curl", "-sk", "--noproxy", "*", f"https://localhost:{PORT}/"], "curl"),
     "curl 1.1": (["curl", "-sk", "--http1.1", "--noproxy", "*", f"https://localhost:{PORT}/"], "curl"),
     "git": (["git", "-c", "http.proxy=", "ls-remote", f"https://localhost:{PORT}/x"], "git"),
-    "wget": (["wget", "-qO-", "--tries=1", "--no-proxy", "--no-check-certificate", f"https://localhost:{PORT}/"], "wget"),
+    "wget": (["wget", "-qO-", "--tries=1", "--no-proxy", "--no-check-certificate", f"https://localhost:{PORT}/"],
+             "wget"),
     "openssl": (["openssl", "s_client", "-connect", f"{HOST}:{PORT}", "-servername", NAME, "-alpn", "h2,http/1.1",
                  "-status"], "openssl"),
     "node": (["node", "-e", f"fetch('https://localhost:{PORT}/').catch(() => 0)"], "nodejs"),
-    "node h2": (["node", "-e", f"require('http2').connect('https://localhost:{PORT}/').on('error', () => 0)"], "nodejs"),
+    "node h2": (["node", "-e", f"require('http2').connect('https://localhost:{PORT}/').on('error', () => 0)"],
+                "nodejs"),
     "java": (["keytool", "-printcert", "-sslserver", f"localhost:{PORT}"], "default-jre-headless"),
     "gnutls": (["gnutls-cli", "--insecure", "--alpn=http/1.1", "-p", PORT, "localhost"], "gnutls-bin"),
-    "python": ([sys.executable, "-c", f"import urllib.request as r; r.build_opener(r.ProxyHandler({{}})).open('https://localhost:{PORT}/')"],
-               "python3"),
+    "python": ([sys.executable, "-c", "import urllib.request as r; r.build_opener(r.ProxyHandler({}))"
+                                      f".open('https://localhost:{PORT}/')"], "python3"),
 }
 
 
@@ -244,8 +246,8 @@ def test_openssl_sees_the_page(courteous):
 
 
 @pytest.mark.parametrize("newest", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["1.2", "1.3"])
-@pytest.mark.parametrize("protocols, chosen", [(("h2", "http/1.1"), "http/1.1"), (("http/1.1",), "http/1.1"), ((), None)],
-                         ids=["h2 too", "http/1.1", "none"])
+@pytest.mark.parametrize("protocols, chosen", [
+    (("h2", "http/1.1"), "http/1.1"), (("http/1.1",), "http/1.1"), ((), None)], ids=["h2 too", "http/1.1", "none"])
 def test_the_page_is_http_1(courteous, all_browsers, newest, protocols, chosen):
     running = courteous()
     with (running.connect() as sock,
@@ -275,18 +277,16 @@ def test_a_client_that_does_not_trust_it_sees_no_page(courteous, all_browsers):
     is_over(running, "no_route", 0)
 
 
-@pytest.mark.parametrize("request_, answer", [
-    (ASK, b"HTTP/1.1 404 Not Found\r\n"),
-    (b"POST / HTTP/1.1\r\nHost: a.example\r\nContent-Length: 5\r\n\r\nhello", b"HTTP/1.1 404 Not Found\r\n"),
-    (b"HEAD / HTTP/1.1\r\nHost: a.example\r\n\r\n", b"HTTP/1.1 404 Not Found\r\n"),
-    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"HTTP/1.1 404 Not Found\r\n"),
-    (b"\0\1\2\3" * 10, b"HTTP/1.1 404 Not Found\r\n"),
-    (b"GET / HTTP/1.1\r\nCookie: " + b"x" * 40000 + b"\r\n\r\n", b"HTTP/1.1 404 Not Found\r\n"),
+@pytest.mark.parametrize("request_", [
+    ASK, b"POST / HTTP/1.1\r\nHost: a.example\r\nContent-Length: 5\r\n\r\nhello",
+    b"HEAD / HTTP/1.1\r\nHost: a.example\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\0\1\2\3" * 10,
+    b"GET / HTTP/1.1\r\nCookie: " + b"x" * 40000 + b"\r\n\r\n",
 ], ids=["GET", "POST", "HEAD", "HTTP/2", "no HTTP", "too large"])
-def test_whatever_is_asked_the_answer_is_the_refusal(courteous, all_browsers, request_, answer):
+def test_whatever_is_asked_the_answer_is_the_refusal(courteous, all_browsers, request_):
     running = courteous()
     said = ask(running.address, request_)
-    assert said.startswith(answer) and b"\r\nConnection: close\r\n" in said and b"\r\nCache-Control: no-store\r\n" in said
+    assert said.startswith(b"HTTP/1.1 404 Not Found\r\n") and b"\r\nConnection: close\r\n" in said
+    assert b"\r\nCache-Control: no-store\r\n" in said
     assert said.endswith(b"\r\n\r\n") == request_.startswith(b"HEAD")
     is_over(running, "no_route")
 
@@ -296,7 +296,7 @@ def test_a_backend_that_is_gone_is_told_by_a_page(courteous, all_browsers):
         gone = nobody.getsockname()
     running = courteous(route(gone, OTHER))
     said = ask(running.address)
-    assert said.startswith(b"HTTP/1.1 502 Bad Gateway\r\n") and HOST.encode() not in said, "targets are not for everybody"
+    assert said.startswith(b"HTTP/1.1 502 Bad Gateway\r\n") and HOST.encode() not in said
     assert str(gone[1]) in is_over(running, "backend").detail
 
 
@@ -312,15 +312,16 @@ def test_a_tunnel_that_fails_is_told_by_a_page(courteous, cloudflared, ports, al
 
 @pytest.mark.parametrize("options, kind, status", [
     ('allow = ["192.0.2.0/24"]', "not_allowed", 403), ("max_connections = 1", "route_limit", 503)])
-def test_what_a_route_forbids_is_told_by_a_page(courteous, echo_server, settings_file, all_browsers, options, kind, status):
+def test_what_a_route_forbids_is_told_by_a_page(courteous, echo_server, settings_file, all_browsers, options, kind,
+                                                status):
     running = courteous("-c", settings_file(
         f'[routes."*.example.com"]\ntarget = "tcp:{HOST}:{echo_server.address[1]}"\n{options}\n'))
     with running.connect(HELLO) as first:
         if kind == "route_limit":
             assert read_exactly(first, len(HELLO)) == HELLO
         assert ask(running.address).startswith(b"HTTP/1.1 %d " % status)
-    end = running.ending(2)
-    assert kind in {each.reason for each in running.endings} and end
+    running.ending(2)
+    assert kind in {end.reason for end in running.endings} and running.counter("error_pages") == 1
 
 
 def test_a_browser_that_asks_for_an_address_is_told_to_ask_by_name(courteous, all_browsers):
@@ -452,9 +453,9 @@ def test_early_data_that_came_with_the_hello_is_no_hindrance(courteous, tmp_path
     openssl = program_path("openssl", "openssl")
     port, session, request = free_ports(1)[0], tmp_path / "session", tmp_path / "request"
     request.write_bytes(ASK)
-    server = subprocess.Popen([openssl, "s_server", "-accept", str(port), "-cert", certificate.file, "-key", certificate.key,
-                               "-early_data", "-quiet"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL)
+    server = subprocess.Popen([openssl, "s_server", "-accept", str(port), "-cert", certificate.file, "-key",
+                               certificate.key, "-early_data", "-quiet"], stdin=subprocess.PIPE,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: execute(openssl, "s_client", "-connect", f"{HOST}:{port}", "-sess_out", str(session),
                                    "-servername", OTHER, "-alpn", "http/1.1", said=b"x\n").returncode == 0
