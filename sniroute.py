@@ -65,6 +65,8 @@ parked behind it.
     wait-<n>    one for each target that has to wait, 32 at most              touches a client's socket
     reaper      child processes: starts, watches, stops, drains               ends before its children
     log         formats and writes log lines                                  stops traffic
+    courtesy-<n>
+                a page for one refused browser (--error-pages), 4 at most     moves a byte to or from a backend
     admin       HTTP, where --admin or --admin-public asks for it;
                 with `admin-<n>`, `public-<n>`                                touches a client's socket
 

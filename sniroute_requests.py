@@ -192,7 +192,7 @@ class HttpConnection(Connection):
             self.web.spares.give(self.decision.key, down.source, self.backend, self.cipher)
             down.source = self.cipher = None
         elif self.backend is not None or down.source is not None:
-            self._drop_backend()
+            self.drop_backend()
         self.backend, self.is_private = None, False
 
     def ask_again(self) -> None:
@@ -265,7 +265,7 @@ class HttpConnection(Connection):
         except Refused as error:
             error = Refused(error.kind, f"{self.backend.target}: {error}")
             if self.backend.goes_on(error):
-                self._drop_backend()
+                self.drop_backend()
                 self.obey(Another())
             else:
                 self.refuse(error)
@@ -455,7 +455,7 @@ class HttpConnection(Connection):
         if exchange.policy.reuse is SAFE:
             self.is_private = self.is_private or is_personal(exchange)
         if not exchange.keeps:
-            self._linger(b"", CLIENT_CLOSED if self.has_ended or not exchange.request.keeps else BACKEND_CLOSED)
+            self.linger(b"", CLIENT_CLOSED if self.has_ended or not exchange.request.keeps else BACKEND_CLOSED)
             return
         if exchange.response.keeps and not exchange.is_spoilt and exchange.policy.reuse != "off" and down.state is OPEN:
             down.take(MessageFlow.hear)
@@ -555,7 +555,7 @@ class HttpConnection(Connection):
         self.router.waits.leave(self)
         exchange.status, exchange.first = error.status, monotonic()
         self.web.tell(self, exchange, error.kind, str(error))
-        self._linger(error.farewell or refusal(error, exchange.request), error.kind)
+        self.linger(error.farewell or refusal(error, exchange.request), error.kind)
 
     def cut(self) -> None:
         """The answer cannot go on: the client gets what there is of it, then a reset."""
@@ -608,7 +608,7 @@ def say(connection: HttpConnection, answer: bytes, status: int) -> None:
     exchange = connection.exchange
     exchange.status, exchange.first = status, monotonic()
     connection.web.tell(connection, exchange)
-    connection._linger(answer, CLIENT_CLOSED)
+    connection.linger(answer, CLIENT_CLOSED)
 
 
 def switch(connection: HttpConnection, response: Response, rest: bytes) -> None:
