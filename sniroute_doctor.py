@@ -115,7 +115,7 @@ def check(settings: Settings) -> int:
 def explain(settings: Settings) -> int:
     """`sniroute explain NAME`: 0 where a route fits the name, 1 where it would be refused.
 
-    NAME may be a port with one target: `tcp:5433`, or its address, `127.0.0.1:5433`; or a URL, which stands for its name.
+    NAME may be a port with one target: `tcp:5433`, or its address, `127.0.0.1:5433`; or a URL, for its name.
 
     The facts first, then one verdict: what the name would be refused for, or what is to be done, if anything.
     Where the carrier would serve it, the far end is tried, once.  Where a router runs with an admin address, it is

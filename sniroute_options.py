@@ -12,7 +12,8 @@ Seams: I want to ...
     add an option of a route    a row in ROUTE_OPTIONS, and a field of Route; for plain HTTP, one in HTTP_OPTIONS, too
     add one for several         a row in SEVERAL_OPTIONS, and a field of Several, which has the default
 
-It imports routes, patterns, targets, wire, values and names; where a route has several backends, backends, book and groups.
+It imports routes, patterns, targets, wire, values and names; where a route has several backends, backends, book and
+groups.
 """
 
 from __future__ import annotations

@@ -263,7 +263,7 @@ class HttpConnection(Connection):
         except BlockingIOError:
             pass
         except Refused as error:
-            error = Refused(error.kind, f"{self.backend.target}: {error}")
+            error = Refused("backend_tls", f"{self.backend.target}: {error}")
             if self.backend.goes_on(error):
                 self.drop_backend()
                 self.obey(Another())
@@ -375,7 +375,7 @@ class HttpConnection(Connection):
             try:
                 response = parse_response(stash, exchange.request.method, (exchange.upgrade,), self.seen)
             except Malformed as error:
-                self.refuse(Refused(error.kind, f"{target_of(self, self.decision)}: {error}"))
+                self.refuse(Refused("bad_answer", f"{target_of(self, self.decision)}: {error}"))
                 return
             if response is None:
                 self.seen = len(stash)

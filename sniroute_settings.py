@@ -521,8 +521,8 @@ def cross_checked_http(values: Mapping[str, Any], given: Mapping[str, Given], wr
     if missing and asks_for_web(values["http"], values["error_pages"], routes):
         asking = given["error_pages"].source if values["error_pages"] else given["http"].source \
             if values["http"] not in (None, "refuse") else f"{given['route'].source}: http"
-        wrong.append(f"{asking}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not beside sniroute.py: "
-                     f"copy {'it' if len(missing) == 1 else 'them'} there")
+        are, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+        wrong.append(f"{asking}: {' and '.join(missing)} {are} not beside sniroute.py: copy {them} there")
 
 
 def leads_back(route: Route, address: str) -> bool:

@@ -262,7 +262,8 @@ def parse_upgrades(text: str) -> tuple[str, ...]:
         if not PROTOCOL.fullmatch(name) or name == "none":
             raise ValueError(f"{name!r} is not the name of a protocol, as websocket")
         if name in ("h2c", "h2"):
-            raise ValueError(f"{name} is refused: HTTP/2 in plain text goes through http = pass only, from its first byte")
+            raise ValueError(f"{name} is refused: HTTP/2 in plain text goes through http = pass only, and from its "
+                             "first byte")
     return tuple(dict.fromkeys(("websocket", *names)))
 
 
