@@ -48,7 +48,8 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
                                                                _conversations, _checks and _probes
     sniroute_admin    *    HTTP for the host's own users       with sniroute_door, _metrics and _page
     sniroute_carrier  *    a tunnel program of our own         with sniroute_edge, _forwarder, _dial, _upgrade and _http
-    sniroute_web      *    clients that ask in plain HTTP      with sniroute_bodies, _gateway, _answers, _tls, _browsers,
+    sniroute_web      *    clients that ask in plain HTTP      with sniroute_requests, _bodies, _spares, _gateway, _answers,
+                                                               _tls, _browsers,
                                                                _certificate, _http2, _hpack and _http
 
 A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The last two rows stand
@@ -64,6 +65,8 @@ parked behind it.
     wait-<n>    one for each target that has to wait, 32 at most              touches a client's socket
     reaper      child processes: starts, watches, stops, drains               ends before its children
     log         formats and writes log lines                                  stops traffic
+    courtesy-<n>
+                a page for one refused browser (--error-pages), 4 at most     moves a byte to or from a backend
     admin       HTTP, where --admin or --admin-public asks for it;
                 with `admin-<n>`, `public-<n>`                                touches a client's socket
 

@@ -36,6 +36,7 @@ __version__ = "0.1.0"
 
 # Seconds in Retry-After.  A start takes about so long, and a client that was over its limit has one more then.
 RETRY_AFTER = 5
+LINK_MAX = 1024  # bytes of an address that is shown; escaped it is six times as long, and an answer has to be short
 
 # RFC 9110 section 15 and RFC 6585; 508 is of RFC 5842.  Python's own table differs from version to version.
 PHRASES = {
@@ -132,6 +133,7 @@ main { width: 100%; max-width: 560px; padding: 28px 32px; background: var(--card
 h1 { margin: 6px 0 14px; font-size: 24px; line-height: 1.25; letter-spacing: -.01em; }
 p { margin: 0 0 10px; }
 .status { margin: 0; color: var(--accent); font-weight: 600; }
+a { color: var(--accent); }
 .name { font: 15px/1.5 ui-monospace, monospace; }
 .operator { margin: 18px 0 0; padding-top: 14px; border-top: 1px solid var(--line); color: var(--quiet);
   font-size: 14px; }
@@ -143,14 +145,29 @@ POLICY = (f"default-src 'none'; style-src 'sha256-{_HASH}'; base-uri 'none'; for
           "frame-ancestors 'none'").encode()
 
 
-def html_page(title: str, reason: str, name: str, advice: str, operator: str) -> str:
-    """The page, from plain texts; empty ones have no place in it."""
-    parts = [(f"<p class=\"{style}\">{html.escape(text)}</p>\n" if text else "") for style, text in (
-        ("name", name), ("advice", advice), ("operator", operator))]
-    return (f"<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<title>{html.escape(title)}</title>\n"
-            "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
-            f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<p class=\"status\">{html.escape(title)}</p>\n"
-            f"<h1>{html.escape(reason)}</h1>\n{''.join(parts)}</main>\n</body>\n</html>\n")
+def html_page(title: str, reason: str, name: str, advice: str, operator: str, link: str) -> str:
+    """The page, from plain texts; empty ones have no place in it.  `link`: an absolute address, behind the advice."""
+    title, link = html.escape(title), html.escape(link)
+    parts = [("name", html.escape(name)), ("advice", html.escape(advice)),
+             ("link", link and f'<a href="{link}">{link}</a>'), ("operator", html.escape(operator))]
+    shown = "\n".join(f'<p class="{style}">{text}</p>' for style, text in parts if text)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<main>
+<p class="status">{title}</p>
+<h1>{html.escape(reason)}</h1>
+{shown}
+</main>
+</body>
+</html>
+"""
 
 
 def wants_html(accept: Iterable[bytes]) -> bool:
@@ -183,21 +200,22 @@ def answer(status: int, body: bytes, fields: Fields, *, is_head: bool = False, e
 
 
 def page(status: int, reason: str, advice: str, *, name: str = "", operator: str = "", accept: Sequence[bytes] = (),
-         is_head: bool = False, error: str, retry_after: int | None = None, more: Fields = ()) -> bytes:
+         is_head: bool = False, error: str, retry_after: int | None = None, link: str = "", more: Fields = ()
+         ) -> bytes:
     """A whole answer that says why: a page where Accept has text/html, else one line of text.
 
     `reason`: what happened, without a full stop.  `advice`: a sentence for whoever asks.  `name`: the host that he
     asked for.  `operator`: a sentence for whoever runs the router.  They are plain text of one line; the page escapes
     them.  `accept`: the values of Accept.  `is_head`: the request was a HEAD.  `error`: a word of RFC 9209.
-    `retry_after`: seconds.  `more`: further fields, trusted.
+    `retry_after`: seconds.  `link`: an absolute address, shown behind the advice.  `more`: further fields, trusted.
     """
     title = f"{status} {PHRASES.get(status, '')}".rstrip()
     operator = operator and f"For whoever runs this router: {operator.rstrip('.')}."
     if wants_html(accept):
-        body = html_page(title, reason[:1].upper() + reason[1:], name, advice, operator)
+        body = html_page(title, reason[:1].upper() + reason[1:], name, advice, operator, link)
         kind: Fields = ((b"Content-Type", b"text/html; charset=utf-8"), (b"Content-Security-Policy", POLICY))
     else:
-        body = " ".join(filter(None, (f"{title}:", name and f"{name}:", f"{reason}.", advice, operator))) + "\n"
+        body = " ".join(filter(None, (f"{title}:", name and f"{name}:", f"{reason}.", advice, link, operator))) + "\n"
         kind = ((b"Content-Type", b"text/plain; charset=utf-8"),)
     wait: Fields = () if retry_after is None else ((b"Retry-After", b"%d" % retry_after),)
     return answer(status, body.encode(), (*kind, (b"X-Content-Type-Options", b"nosniff"), *wait, *more),
@@ -209,15 +227,17 @@ def page(status: int, reason: str, advice: str, *, name: str = "", operator: str
 
 def refusal(refused: Refused, request: Request | None) -> bytes:
     """The answer to a request that is refused; `request`: None where its head could not be read."""
+    if refused.farewell:
+        return refused.farewell
     row, words, status = REFUSALS[refused.kind], WORDS[refused.kind], refused.status
     reason, advice = row.meaning, words.visitor
     if refused.kind == "bad_request":
         reason, advice = str(refused), BAD_REQUESTS.get(status, advice)
-    return refused.farewell or page(
-        status, reason, advice, name=request.name if request else "", operator=row.advice if words.for_operator else "",
-        accept=request.head.values(b"accept") if request else (), is_head=request is not None and request.method == "HEAD",
-        error=words.error, retry_after=RETRY_AFTER if status in (429, 503) else None,
-        more=((b"Allow", ALLOWED),) if status == 405 else ())
+    return page(status, reason, advice, operator=row.advice if words.for_operator else "",
+                name=request.name if request else "", accept=request.head.values(b"accept") if request else (),
+                is_head=request is not None and request.method == "HEAD", error=words.error,
+                retry_after=RETRY_AFTER if status in (429, 503) else None,
+                more=((b"Allow", ALLOWED),) if status == 405 else ())
 
 
 def redirect(request: Request, name: str, listener_port: int, redirect_port: int | None) -> bytes:
@@ -232,9 +252,9 @@ def redirect(request: Request, name: str, listener_port: int, redirect_port: int
     place = name if port == 443 else f"{name}:{port}"
     path = request.path if request.path[:1] == b"/" else b"/"  # OPTIONS * has no path
     location = b"https://%b%b" % (place.encode("ascii"), path)  # with a name before it, //path leads to no other host
-    return page(308, "this name is served over TLS", f"Go to {location.decode('ascii')}", name=name,
-                accept=request.head.values(b"accept"), is_head=request.method == "HEAD", error=OF_OUR_OWN,
-                more=((b"Location", location),))
+    return page(308, "this name is served over TLS", "Ask again over TLS.", name=name,
+                link=location.decode("ascii") if len(location) <= LINK_MAX else "", more=((b"Location", location),),
+                accept=request.head.values(b"accept"), is_head=request.method == "HEAD", error=OF_OUR_OWN)
 
 
 def options() -> bytes:

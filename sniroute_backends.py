@@ -96,6 +96,8 @@ class GroupBackend(Backend):
     `member` is the one that it uses now, or None; `way` is that member's Backend, or itself before there is one.
     """
 
+    may_change_hands = False  # it is one client's
+
     __slots__ = ("connection", "group", "member", "way", "told_of", "trouble", "awaited", "patience", "is_trial",
                  "stage", "lifetime", "note", "warm", "birth")
 

@@ -166,19 +166,21 @@ class MessageFlow(SpliceFlow):
     # -- what goes on
 
     def feed(self, data: bytes, head: bytes = b"") -> None:
-        """Pass on what `data` has of the message's body, behind its head; tell the connection where it ends.
-
-        What is behind the body goes to the connection, too: `behind`.
-        """
+        """Pass on what `data` has of the message's body, behind its head; tell the connection where it ends."""
         connection, body = self.connection, self.body
         try:
             parts, used = body.feed(data)
         except Malformed as error:
-            connection.spoilt(self, error)
+            if self is connection.up:
+                connection.refuse(error)
+            else:
+                connection.cut()
             return
         said = b"".join((head, *parts)) if head or len(parts) != 1 else bytes(parts[0])
-        if used < len(data):
-            connection.behind(self, data[used:])
+        if used < len(data) and self is connection.up:
+            connection.ahead = data[used:]
+        elif used < len(data):
+            connection.exchange.is_spoilt = True  # nobody has asked for more
         if said:
             connection.carried_on(self, len(said) - len(head), said)
             if not self.put(said):

@@ -2,7 +2,7 @@
 
     PRELUDE, HEADER -> ROUTED -> (PARKED -> ROUTED ->) DIALING -> (GREETING ->) (UNANSWERED -> (EARLY ->)) OPEN
     OPEN -> CLOSED
-    any -> LINGERING -> CLOSED         EARLY, OPEN -> RESETTING -> CLOSED
+    any -> (COURTESY ->) LINGERING -> CLOSED         EARLY, OPEN -> RESETTING -> CLOSED
 
       PRELUDE     the client says its name; one deadline from accept on, however many packets it takes
       HEADER      a port with one target only: its target is known; a PROXY header may come first, or has to
@@ -18,6 +18,7 @@
       EARLY       the same, and the client has said more than the hello (0-RTT): nothing can be sent again
       OPEN        two flows pass bytes, until both sides have ended
       RESETTING   one side has broken off: the other gets what that said before, then a reset
+      COURTESY    with --error-pages: it is refused, and a thread of sniroute_browsers shows its browser a page
       LINGERING   after a refusal: the client may still read
 
 `on_prelude`, `dial` and `speak` are steps of a turn: the loop runs each of them for all connections that have come so
@@ -75,7 +76,7 @@ PARKS_MAX = 3  # times a connection may wait: its tunnel could be evicted as oft
 
 PRELUDE, ROUTED, PARKED = "prelude", "routed", "parked"  # and HEADER
 DIALING = "dialing"  # behind it GREETING
-LINGERING, CLOSED = "lingering", "closed"  # and RESETTING
+LINGERING, CLOSED = "lingering", "closed"  # and RESETTING, COURTESY
 WAITING_FOR_BACKEND = (PARKED, DIALING, GREETING)  # states in which the client has nobody to talk to
 ABANDONED = (DIALING, GREETING, UNANSWERED)  # states in which a close leaves a backend that has not answered
 UNHEARD = (UNANSWERED, EARLY)  # states in which the backend has not said a byte yet
@@ -414,7 +415,7 @@ class Connection:
                 said = "does not offer TLS" if answer == b"N" else f"answered SSLRequest with {answer[:8]!r}"
                 error = Refused("backend_no_tls", f"{self.backend.target} {said}")
                 if self.backend.goes_on(error):
-                    self._drop_backend()
+                    self.drop_backend()
                     self.obey(Another())
                 else:
                     self.refuse(error)
@@ -463,7 +464,7 @@ class Connection:
     def backend_failed(self, why: str) -> None:
         """Ask the backend what to do about its failure, and do it."""
         verdict = self.backend.failed(why, self.down.source, self.retried or not self.replayable)
-        self._drop_backend()
+        self.drop_backend()
         self.obey(verdict)
 
     def obey(self, verdict: Verdict) -> None:
@@ -574,7 +575,7 @@ class Connection:
             down.source.close()
             down.source = None
 
-    def _drop_backend(self) -> None:
+    def drop_backend(self) -> None:
         """Close the connection to the backend, and give its lease back.  `backend.failed` may still be called."""
         self.up.discard()
         self.down.discard()
@@ -592,14 +593,16 @@ class Connection:
         elif self.hello and self.hello[0] == TLS_HANDSHAKE and len(self.hello) > 2:  # after `route_to` it may be any
             speaks, minor = TLS, self.hello[2]
         farewell = told(error, speaks, minor)
+        if self.router.courtesy is not None and self.router.courtesy.take(self, error, farewell):
+            return
         if farewell:
-            self._linger(farewell, error.kind)
+            self.linger(farewell, error.kind)
         else:
             self.close(error.kind)
 
-    def _linger(self, farewell: bytes, reason: str) -> None:
+    def linger(self, farewell: bytes, reason: str) -> None:
         """Say goodbye, and give the client a moment to read it: unread bytes would reset it."""
-        self._drop_backend()
+        self.drop_backend()
         self.hello = self.prelude = None  # they may be large, and there may be many that linger
         self.state = LINGERING
         self.reason = reason

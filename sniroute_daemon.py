@@ -5,8 +5,10 @@
     SIGUSR1 -------------+                      +--> Daemon.run --+--> dump what there is into the log
     the loop has ended --+                      |                 +--> close everything
     a successor ------------> one of our names -+                 +--> give it the listening sockets
+    the file of settings -----> Watch: it has changed, and rests -+--> reload
 
     Daemon   the main thread: owns the Router, the TunnelTable, the Supervisor (systemd) and the Handover
+    Watch    with --watch: when the file of settings is read again
     dump     counters, tunnels and connections into the log
 
 The start.  Until the handlers are there, the face keeps SIGHUP and SIGUSR1 waiting.  A failure in the steps 1 to 3
@@ -53,10 +55,10 @@ import socket
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, Sequence
 
 from sniroute_handover import HANDOVER_MAX, HANDOVER_TIMEOUT, OFFER_AGAIN, Handover
-from sniroute_host import raise_descriptor_limit, require_descriptors, shortage
+from sniroute_host import Stamp, raise_descriptor_limit, require_descriptors, shortage, stamp
 from sniroute_listeners import Listener, arrange, sockets_of, wanted_addresses
 from sniroute_log import Journal
 from sniroute_loop import WAIT_LAST, WakePipe
@@ -77,6 +79,8 @@ GC_THRESHOLD = 20000  # objects between two searches for cycles: connections lea
 SWITCH_INTERVAL = 0.0005  # seconds that another thread may keep the interpreter while the loop wants it
 ADOPT_TIMEOUT = 5.0  # seconds for the loop to take over new settings: it does so in its next turn, unless it hangs
 DUMP_MAX = 200  # connections in a dump, and as many tunnels
+WATCH_EVERY = 0.25  # seconds between two looks at the file of settings, with --watch: a stat(2) each
+WATCH_RESTS = 0.5  # seconds without a change until it is read: an editor, or a copy, may write it in pieces
 LOOK_AGAIN = b"\xff"  # in the pipe, where no signal has this number: a reload may have changed how long we wait
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -138,6 +142,26 @@ def dump(router: Router) -> None:
             log.log(level, "and %d %s more", count - DUMP_MAX, what)
 
 
+class Watch:
+    """When the file of settings is to be read again.  Main thread, but for `known`, which a reload in any thread sets.
+
+    A look at the path each WATCH_EVERY, instead of inotify(7): it finds a symlink that is swapped (as Kubernetes does
+    with a ConfigMap), a file that takes the place of another (as editors do), and works where files are on a network.
+    A file that is gone has a stamp, too: the errno.
+    """
+
+    def __init__(self, known: Stamp | int):
+        self.known = known  # as the file was when it was last read, or could not be
+        self.seen = known  # as it was at the last look
+        self.since = 0.0  # when it was first seen so
+
+    def is_due(self, found: Stamp | int, now: float) -> bool:
+        """Look: whether the file, whose stamp is `found` now, is another than the one known, and rests."""
+        if found != self.seen:
+            self.seen, self.since = found, now
+        return found != self.known and now - self.since >= WATCH_RESTS
+
+
 class Daemon:
     """The main thread of `serve`: it starts the others, and then does what signals and a successor ask for.
 
@@ -157,6 +181,8 @@ class Daemon:
         self.asked: float | None = None  # when a signal has asked for the end; a second one ends it now
         self.unnamed: list[tuple] = []  # addresses whose name another process has (see Handover): tried again
         self.failed = False  # the loop ended by an exception
+        self.watch = Watch(settings.stamp)
+        self.faults: list[str] = []  # of the last reload; [] where it has succeeded
         self.reloading = threading.Lock()  # one reload at a time: the admin's threads reload, too
         self.selector = selectors.DefaultSelector()
         self.pipe = WakePipe()
@@ -195,6 +221,8 @@ class Daemon:
                     self._drain()
                 if self.unnamed and self.handover.successor is None:
                     self._offer()
+                if self._watches() and self.watch.is_due(stamp(self.settings.config), monotonic()):
+                    self.reload(said=self.faults)
             return 1 if self.failed else 0
         finally:
             self._close()
@@ -324,9 +352,14 @@ class Daemon:
             return None
         return max(0.0, self.asked + self.settings.lameduck - monotonic())
 
+    def _watches(self) -> bool:
+        """Whether a change of the file of settings counts."""
+        return self.settings.watch and not self.stopping
+
     def _patience(self) -> float | None:
         """How many seconds `run` may wait for an event."""
         waits = [OFFER_AGAIN] if self.unnamed else []
+        waits += [WATCH_EVERY] if self._watches() else []
         left = self._lameduck_left()
         if left is not None:
             waits += left, WAIT_LAST
@@ -397,14 +430,17 @@ class Daemon:
 
     # -- any thread ----------------------------------------------------------------------------
 
-    def reload(self) -> list[str]:
+    def reload(self, said: Sequence[str] = ()) -> list[str]:
         """Read the settings again, and go on with them if they are right.
 
-        Returns what is wrong with them, a line each; then nothing has changed.
+        Returns what is wrong with them, a line each; then nothing has changed.  These are not logged where they are the
+        same as `said`: --watch says them once.
         """
         with self.reloading:
             self.supervisor.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
             faults: list[str] = []
+            if self.settings.config:
+                self.watch.known = stamp(self.settings.config)  # before it is read: a later change is one
             try:
                 settings = self.settings.again(self.settings)
                 check_handover(sum(each.decision is None for each in self.router.listeners), len(settings.port))
@@ -416,12 +452,13 @@ class Daemon:
             except Exception as error:  # a fault in our own code must not end a router that serves
                 log.exception("while reading the settings again: please report it")
                 faults = [repr(error)]
-            for fault in faults:
+            for fault in faults if faults != said else ():
                 log.error("reload: %s", fault)
-            if faults:
-                log.error("reload: nothing has changed")
-            else:
+            if not faults:
                 self._adopt(settings, opened)
+            elif faults != said:
+                log.error("reload: nothing has changed")
+            self.faults = faults
             self.router.reloads["failed" if faults else "ok"] += 1
             self.router.last_reload = not faults, time.time()
             self.supervisor.ready(self.router)

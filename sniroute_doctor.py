@@ -47,7 +47,7 @@ from sniroute_names import CORE, OPTIONS, ascii_advice, describe_version, normal
 from sniroute_patterns import parse_pattern
 from sniroute_refusals import (DECODE_ERROR, POSTGRES, REFUSALS, UNRECOGNIZED_NAME, Refused, tls_alert, told,
                                tunnel_refused)
-from sniroute_options import ROUTE_OPTIONS
+from sniroute_options import HTTP_MODES, ROUTE_OPTIONS
 from sniroute_router import Router
 from sniroute_routes import PORT, Decision, Route, port_address
 from sniroute_settings import Settings, load_settings, warn
@@ -62,6 +62,7 @@ TRIAL_TIMEOUT = 30.0  # `explain` waits so long for a carrier, which gives up at
 SELF_TEST_TIME = 9.0  # for all of `selftest`: no case waits longer than what is left of it
 ADMIN_TIMEOUT = 5.0  # for what `explain` asks of a running router, connect and all
 ADMIN_MAX = 1 << 21  # bytes of its answer: a thousand tunnels, routes and backends take half of that
+URL = re.compile(r"https?://(?P<name>[^/?#:@]*)(?::[0-9]*)?(?:[/?#]|$)", re.IGNORECASE)  # RFC 3986, of a name alone
 NUMBER_MAX = 1e12  # seconds, connections, a process: more is none of these
 WORD_MAX = 40  # of a phase or a state
 BACKENDS_SHOWN = 100  # of one route: more is for /status
@@ -71,11 +72,15 @@ def show_option(value: Any) -> str:
     """An option of a route, for people."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:g} s" if isinstance(value, float) and value else str(value or "off")
 
 
-def show_route(route: Route) -> str:
-    """A route and its options, for people."""
+def show_route(route: Route, http: str = "refuse") -> str:
+    """A route and its options, for people; `http` is what the settings say where the route does not."""
+    if http != "refuse" and not route.is_port:
+        route = route._replace(http=route.http or http)
     options = [f"{name} {show_option(value)}" for name in ROUTE_OPTIONS
                if (value := getattr(route, name)) != Route._field_defaults[name]]
     options += route.several.shown() if route.several is not None else []
@@ -99,7 +104,7 @@ def check(settings: Settings) -> int:
     warn(settings)
     log.removeHandler(handler)
     for route in () if settings.quiet else settings.routes.in_order():
-        print(show_route(route))
+        print(show_route(route, settings.http))
         if "{" in route.pattern:
             print("   ", parse_pattern(route.pattern).describe())
     for route in () if settings.quiet else settings.port:
@@ -110,7 +115,7 @@ def check(settings: Settings) -> int:
 def explain(settings: Settings) -> int:
     """`sniroute explain NAME`: 0 where a route fits the name, 1 where it would be refused.
 
-    NAME may be a port with one target: `tcp:5433`, or its address, `127.0.0.1:5433`.
+    NAME may be a port with one target: `tcp:5433`, or its address, `127.0.0.1:5433`; or a URL, for its name.
 
     The facts first, then one verdict: what the name would be refused for, or what is to be done, if anything.
     Where the carrier would serve it, the far end is tried, once.  Where a router runs with an admin address, it is
@@ -118,20 +123,25 @@ def explain(settings: Settings) -> int:
     is its own.
     """
     advice = ""
+    url = URL.match(settings.name)
+    asked = url["name"] if url else settings.name
     try:
-        if ":" in settings.name:
+        if ":" in asked:
             decision = decide_port(settings)
             print(f"route:   {show_route(decision.route)}")
         else:
             try:
-                name = normalise(os.fsencode(settings.name))
+                name = normalise(os.fsencode(asked))
                 print(f"name:    {name}")
             except Refused as error:
-                print(f"name:    {printable(settings.name)}")
-                raise Refused(error.kind, f"{error}{ascii_advice(settings.name)}") from None
+                print(f"name:    {printable(asked)}")
+                raise Refused(error.kind, f"{error}{ascii_advice(asked)}") from None
             found = settings.routes.find(name)
             if found is not None:
                 explain_route(found[0], name)
+                mode = found[0].http or settings.http
+                if url or mode != "refuse":
+                    print(f"http:    {mode}: {HTTP_MODES[mode]}")
             decision = settings.routes.decide(name)
         print(f"target:  {decision.target}")
         if decision.tunnel is not None:

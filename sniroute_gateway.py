@@ -1,9 +1,9 @@
 """sniroute_gateway: what a gateway adds to a request, takes away, and refuses.
 
-    Request --- check --------> Refused: no_method, loop, cross_site
-            --- max_forwards -> the Request with one hop less to go, or None: answer it here
-            --- hop ----------> Via, X-Forwarded-*, X-Real-IP ---+
-            --- choose_upgrade -> the protocol that is offered --+--> sniroute_http.pass_request
+    Request --- check -----------> Refused: no_method, loop, cross_site
+            --- max_forwards ----> the Request with one hop less to go, or None: answer it here
+            --- hop -------------> Via, X-Forwarded-*, X-Real-IP --+
+            --- choose_upgrade --> the protocol that is offered ---+--> sniroute_http.pass_request
 
 The order is what keeps forged fields out: first what `Connection` names goes, then all that claims to speak for
 another, in every spelling, then ours are set.  `pass_request` does the first two, so it is given what `hop` returns
@@ -13,7 +13,7 @@ A browser asks for what any page tells it to, with the rights of whoever sits be
 router on its own host, a page in that browser is enough.  So with `Policy.cross_site` the request of another site's
 page is refused: `is_cross_site`.
 
-Threads: none.  Both caches are bounded; what they hold never changes.
+Threads: none.  The caches are bounded; what they hold never changes.
 
 Seams: I want to ...
     refuse another method         NOT_SERVED
@@ -29,14 +29,15 @@ import functools
 import re
 from typing import Mapping, NamedTuple
 
-from sniroute_http import REMEMBERED, REMEMBERED_MAX, Head, Request, bad, number, parse_lines
+from sniroute_http import Head, Request, bad, number, parse_lines
 from sniroute_names import parse_ip, printable
 from sniroute_refusals import REFUSALS, Refused
 
 __version__ = "0.1.0"
 
 OUR_NAME = b"sniroute"  # in Via: a pseudonym (RFC 9110 section 7.6.3), so that no client learns the host's name
-HOPS_REMEMBERED = 1024  # what `fields_of` keeps: so many clients and names at a time, half a KiB each
+HOPS_REMEMBERED = 1024  # what `fields_of` and `address_in` keep: so many clients and names, half a KiB each
+ADDRESS_MAX = 64  # characters of an address; an IPv6 one with its scope has 61 at most
 
 # CONNECT would make a proxy for clients of a gateway; TRACE shows a page what its browser sends (RFC 9110 section 9.3).
 NOT_SERVED = frozenset(("CONNECT", "TRACE"))
@@ -51,6 +52,7 @@ HOPS = re.compile(rb"[0-9]{1,18}")  # RFC 9110 section 7.6.2
 
 FOR, PROTO, HOST, PORT = b"X-Forwarded-For", b"X-Forwarded-Proto", b"X-Forwarded-Host", b"X-Forwarded-Port"
 REAL_IP, VIA_FIELD = b"X-Real-IP", b"Via"
+LISTS = frozenset((FOR, VIA_FIELD))  # each hop adds to them
 READ_HERE = frozenset((b"via", b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest",
                        *(name.lower() for name in (FOR, PROTO, HOST, PORT, REAL_IP))))
 
@@ -60,7 +62,6 @@ class Policy(NamedTuple):
 
     mode: str = "refuse"  # forward, forward-tls, redirect, pass, refuse
     verify: bool | str = True  # with forward-tls: whether the certificate is checked; or the file of authorities
-    host: bytes = b""  # the Host that is sent on; b"": as it came
     cross_site: bool = False  # whether requests of other sites' pages are refused
     upgrades: frozenset[bytes] = frozenset((b"websocket",))  # the protocols that may be offered, in lower case
     reuse: str = "client"  # client, off, safe
@@ -70,22 +71,13 @@ class Policy(NamedTuple):
 # -- what lines say ----------------------------------------------------------------------------
 
 
-def read_block(block: bytes) -> Mapping[bytes, tuple[bytes, ...]]:
-    """The values of what is READ_HERE, by key, in the lines of a head that was parsed; where there is one."""
+def read(head: Head) -> Mapping[bytes, tuple[bytes, ...]]:
+    """The values of what is READ_HERE, by key; where there is one.  Only its true spelling counts."""
     said: dict[bytes, tuple[bytes, ...]] = {}
-    for field in parse_lines(block).fields:
-        if field.key in READ_HERE and not field.is_twin:
+    for field in head.fields:
+        if field.key in READ_HERE and field.name.lower() == field.key:
             said[field.key] = (*said.get(field.key, ()), field.value)
     return said
-
-
-remembered_block = functools.lru_cache(REMEMBERED)(read_block)
-
-
-def read(head: Head) -> Mapping[bytes, tuple[bytes, ...]]:
-    """As `read_block`, for a head.  A client says the same lines again and again: they are looked through once."""
-    block = head.block
-    return remembered_block(block) if len(block) <= REMEMBERED_MAX else read_block(block)
 
 
 # -- what is refused ---------------------------------------------------------------------------
@@ -155,21 +147,22 @@ def hop(request: Request, client: str, port: int, believes: bool) -> Fields:
     if not believes:
         return ours
     said = read(request.head)
-    fields = {name: value for name, value in ours if name.lower() not in said or name == VIA_FIELD}
+    fields = {name: value for name, value in ours if name in LISTS or name.lower() not in said}
     others = [value for value in said.get(FOR.lower(), ()) if value]
     if others:
-        fields[FOR] = b", ".join((*others, dict(ours)[FOR]))
+        fields[FOR] = b", ".join((*others, fields[FOR]))
         if REAL_IP in fields:  # the address of the believed proxy, which may be one that backends trust
-            fields[REAL_IP] = last_address(others[-1])
+            fields[REAL_IP] = address_in(others[-1].rpartition(b",")[2].strip(b" \t")[:ADDRESS_MAX])
     if PROTO.lower() in said:  # our port does not go with a proto of theirs: https and 80
         fields.pop(PORT, None)
     return tuple((name, value) for name, value in fields.items() if value)
 
 
-def last_address(value: bytes) -> bytes:
-    """The last address of an X-Forwarded-For: whoever asked the one that sends it.  b"" where it is none."""
+@functools.lru_cache(HOPS_REMEMBERED)
+def address_in(text: bytes) -> bytes:
+    """An address that a believed proxy names, in its one form; b"" where it is none."""
     try:
-        return str(parse_ip(value.rpartition(b",")[2].strip(b" \t").decode("latin-1"))).encode("ascii")
+        return str(parse_ip(text.decode("latin-1"))).encode("ascii")
     except ValueError:
         return b""
 

@@ -6,6 +6,7 @@
     /proc/sys ---------------------+      which ports the kernel gives away     local_ports
 
     owners and modes of files --------->  who else may change one that we use   changed_by_others
+    a file's state ------------------->  whether it is another than before      stamp
     JOURNAL_STREAM -------------------->  whether journald reads stderr         under_journald
 
 A cgroup has the limits of all cgroups above it, too, and a container sees its own as the root, so every folder from
@@ -14,7 +15,8 @@ them other files.
 
 A task is a thread or a process: RLIMIT_NPROC and pids.max count both.
 
-Threads: main, at the start and at a reload; `changed_by_others` also the reaper, before it starts a program.
+Threads: main, at the start and at a reload; `changed_by_others` also the reaper, before it starts a program; `stamp`
+any that reloads.
 
 Seams: I want to ...
     derive a setting from the host     a function here, and `derived` of sniroute_settings
@@ -32,7 +34,7 @@ import os
 import resource
 import stat
 import sys
-from typing import Any, Iterator
+from typing import Any, Iterator, NamedTuple
 
 __version__ = "0.1.0"
 
@@ -259,6 +261,25 @@ def shortage(error: BaseException, root: str = "/") -> str:
 
 
 # -- files -------------------------------------------------------------------------------------
+
+
+class Stamp(NamedTuple):
+    """What tells a file from the one that was there before: another content, another owner or mode, another file."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int  # nanoseconds
+    changed: int  # the same, of its state: a clock that is set back, or a copy with its times, does not hide a change
+
+
+def stamp(path: str) -> Stamp | int:
+    """The stamp of the file that a path leads to, through all symlinks; an errno where it leads to none."""
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        return error.errno
+    return Stamp(state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 
 def interpreter_of(path: str) -> str:

@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Callable, Collection, Iterable, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Collection, Iterable, Mapping, NamedTuple, Sequence
 
 from sniroute_names import normalise
 from sniroute_refusals import Malformed
@@ -53,6 +53,10 @@ LINE_MAX = METHOD_MAX + 1 + TARGET_MAX + len(" HTTP/1.1\r\n")  # a request line
 CHUNK_LINE_MAX = 4096  # the line before a chunk, and one of a trailer
 REMEMBERED = 128  # heads whose lines were read: so many clients and backends say the same again and again at a time
 REMEMBERED_MAX = 1024  # of one.  With 100 fields it takes 30 KiB (an ordinary one 4), so all of them 4 MiB at most
+MADE_MAX = 8  # what is made of one head: it is passed on in a way or two
+ADDED_MAX = 1024  # lists of fields that are added: there is one for each client and name
+FIRST_LINES = 128  # first lines of answers that were read, of FIRST_LINE_MAX bytes at most
+FIRST_LINE_MAX = 64
 EXTENSIONS_MAX = 16384  # what lines before chunks may cost more than what the chunks hold allows: `Chunked.size_line`
 
 # -- the grammar -------------------------------------------------------------------------------
@@ -136,6 +140,7 @@ class Lines(NamedTuple):
 
     fields: tuple[Field, ...]
     said: Mapping[bytes, tuple[bytes, ...]]  # the values of what is READ_HERE; where there is one
+    made: dict[Any, Any]  # what was made of these lines before, by what it depends on beside them: see `remember`
 
 
 class Head(NamedTuple):
@@ -146,6 +151,7 @@ class Head(NamedTuple):
     fields: tuple[Field, ...]  # of `block`
     options: frozenset[bytes]  # what Connection says, in lower case
     end: int  # where what follows begins, in what was parsed: an empty line may have come before `first`
+    made: dict[Any, Any]  # that of its Lines
 
     def values(self, key: bytes) -> list[bytes]:
         """All values of a field, in their order; not those of its twins."""
@@ -220,7 +226,7 @@ def read_lines(block: bytes) -> Lines:
         at = end
     if len(fields) > FIELDS_MAX:
         raise bad(f"a head of more than {FIELDS_MAX} fields", 431)
-    return Lines(tuple(fields), said)
+    return Lines(tuple(fields), said, {})
 
 
 remembered_lines = functools.lru_cache(REMEMBERED)(read_lines)
@@ -229,6 +235,14 @@ remembered_lines = functools.lru_cache(REMEMBERED)(read_lines)
 def parse_lines(block: bytes) -> Lines:
     """As `read_lines`.  A client says the same lines with each request of a connection: they are read once."""
     return remembered_lines(block) if len(block) <= REMEMBERED_MAX else read_lines(block)
+
+
+def remember(made: dict[Any, Any], key: Any, value: Any) -> Any:
+    """Keep what was made of a head's lines: 12 us of a request whose lines came before."""
+    if len(made) >= MADE_MAX:
+        made.clear()
+    made[key] = value
+    return value
 
 
 def field_fault(lines: bytes) -> str:
@@ -347,26 +361,37 @@ def parse_request(data: bytes | bytearray, seen: int = 0) -> Request | None:
         return None
     method, target, version = first or parse_request_line(data, start, line)
     lines = parse_lines(block := bytes(data[line:end]))
-    said = lines.said.get
-    name, port, form, path = find_place(method, target, said(b"host", ()), version)
-    options = connection_options(said(b"connection", ()))
-    framing = find_framing(said(b"content-length", ()), said(b"transfer-encoding", ()), version)
+    name, port, form, path = find_place(method, target, lines.said.get(b"host", ()), version)
+    options, framing, keeps, has_body, upgrades, expects = \
+        lines.made.get(version) or remember(lines.made, version, read_said(lines.said, version))
     if framing is None:
         if not version and method in (b"POST", b"PUT", b"PATCH"):  # RFC 1945 section 8.3: some read until the end
             raise bad("a body without a length in HTTP/1.0", 411)
         framing = NO_BODY
     elif method in (b"CONNECT", b"TRACE"):  # RFC 9110 section 9.3.6 and 9.3.8
         raise bad(f"a body in a {method.decode('ascii')}")
-    has_body = framing.kind == CHUNKED or framing.length > 0
-    expects = said(b"expect", ())
-    if expects and (len(expects) > 1 or expects[0].lower() != b"100-continue"):
-        raise bad("an Expect other than 100-continue", 417)
-    upgrades = list_of(said(b"upgrade", ()), PROTOCOL, "an Upgrade")
-    offers = version == 1 and b"upgrade" in options and not has_body  # RFC 9110 section 7.8
     return Request(
         method.decode("ascii"), target, form, version, name, port, path,
-        Head(bytes(data[start:line]), block, lines.fields, options, end), framing, is_kept(version, options),
-        tuple(upgrades) if offers else (), bool(expects) and version == 1 and has_body)
+        Head(bytes(data[start:line]), block, lines.fields, options, end, lines.made), framing, keeps, upgrades, expects)
+
+
+def read_said(said: Mapping[bytes, tuple[bytes, ...]], version: int
+              ) -> tuple[frozenset[bytes], Framing | None, bool, bool, tuple[bytes, ...], bool]:
+    """What the lines of a request mean, whatever its first line says but for the version.  Raises Malformed.
+
+    What Connection says; the framing; whether the connection is kept; whether there is a body; the protocols that are
+    offered; whether the client waits for 100.
+    """
+    options = connection_options(said.get(b"connection", ()))
+    framing = find_framing(said.get(b"content-length", ()), said.get(b"transfer-encoding", ()), version)
+    has_body = framing is not None and (framing.kind == CHUNKED or framing.length > 0)
+    expects = said.get(b"expect", ())
+    if expects and (len(expects) > 1 or expects[0].lower() != b"100-continue"):
+        raise bad("an Expect other than 100-continue", 417)
+    upgrades = list_of(said.get(b"upgrade", ()), PROTOCOL, "an Upgrade")
+    offers = version == 1 and b"upgrade" in options and not has_body  # RFC 9110 section 7.8
+    return (options, framing, is_kept(version, options), has_body, tuple(upgrades) if offers else (),
+            bool(expects) and version == 1 and has_body)
 
 
 def parse_request_line(data: bytes | bytearray, start: int, end: int) -> tuple[bytes, bytes, int]:
@@ -465,15 +490,25 @@ def parse_status(data: bytes | bytearray, seen: int = 0, most: int = HEAD_MAX
     if not line:
         find_end(data, 0, 0, seen, most)
         return None
-    found = STATUS_LINE.fullmatch(data, 0, line)
+    first = bytes(data[:line])
+    status, version = (remembered_status if line <= FIRST_LINE_MAX else read_status)(first)
+    end = find_end(data, 0, line, seen, most)
+    return None if end < 0 else (status, version, first, bytes(data[line:end]))
+
+
+def read_status(line: bytes) -> tuple[int, int]:
+    """Status and minor version of a first line.  Raises Malformed."""
+    found = STATUS_LINE.fullmatch(line)
     if found is None:
         raise bad("it is no HTTP")
     version, *digits = found.groups()
     status = number(b"".join(digits), 10)
     if version == b"0" and status == 101:
         raise bad("HTTP/1.0, which has no 101")
-    end = find_end(data, 0, line, seen, most)
-    return None if end < 0 else (status, version[0] - 48, bytes(data[:line]), bytes(data[line:end]))
+    return status, version[0] - 48
+
+
+remembered_status = functools.lru_cache(FIRST_LINES)(read_status)
 
 
 def parse_response(data: bytes | bytearray, method: str, upgrades: Collection[bytes] = (), seen: int = 0
@@ -496,10 +531,13 @@ def judge_response(data: bytes | bytearray, method: str, upgrades: Collection[by
         return None
     status, version, first, block = found
     lines = parse_lines(block)
-    said = lines.said.get
-    options = connection_options(said(b"connection", ()))
-    framing = find_framing(said(b"content-length", ()), said(b"transfer-encoding", ()), version)
-    keeps = is_kept(version, options)
+    said, key = lines.said.get, (b"answer", version)
+    read = lines.made.get(key)
+    if read is None:
+        options = connection_options(said(b"connection", ()))
+        framing = find_framing(said(b"content-length", ()), said(b"transfer-encoding", ()), version)
+        read = remember(lines.made, key, (options, framing, is_kept(version, options)))
+    options, framing, keeps = read
     upgrade = b""
     if status == 101:
         words = list_of(said(b"upgrade", ()), PROTOCOL, "an Upgrade")
@@ -512,7 +550,7 @@ def judge_response(data: bytes | bytearray, method: str, upgrades: Collection[by
         framing = NO_BODY
     elif framing is None:
         framing, keeps = Framing(UNTIL_CLOSE), False
-    head = Head(first, block, lines.fields, options, len(first) + len(block))
+    head = Head(first, block, lines.fields, options, len(first) + len(block), lines.made)
     return Response(status, version, head, framing, keeps, upgrade)
 
 
@@ -702,7 +740,8 @@ def open_body(message: Request | Response, unframed: bool = False) -> Counted:
 
 # -- heads that are passed on ------------------------------------------------------------------
 
-More = Collection[tuple[bytes, bytes]]  # names and values of fields that are added
+More = tuple[tuple[bytes, bytes], ...]  # names and values of fields that are added
+UNFRAMED = frozenset((b"transfer-encoding",))  # what a body without chunks does not say
 PLAIN = {b"transfer-encoding": b"chunked"}  # what no parser lets pass with another meaning
 
 
@@ -711,21 +750,24 @@ def dropped(head: Head) -> frozenset[bytes]:
     return HOP_BY_HOP.union(option.translate(KEY) for option in head.options)
 
 
-def rewrite(head: Head, first: bytes, drop: Callable[[Field], bool], add: More = (),
-            values: Mapping[bytes, bytes] | None = None) -> bytes:
-    """A head with another first line, without the lines for which `drop` says so, and with more at its end.
+def keep_lines(head: Head, drop: Callable[[Field], bool], values: Mapping[bytes, bytes] | None = None) -> bytes:
+    """The lines of a head, without those for which `drop` says so, and without the empty one.
 
-    All other lines keep their bytes and their order, but what is READ_HERE is written plainly: Python's http.server
-    keeps a blank behind `chunked`, and then knows no such coding.  `first` has no line end.  `values`: new values of
-    fields of READ_HERE, by key, where they stand.  Raises ValueError where a line would be none: no value of ours may
-    begin another line.
+    All others keep their bytes and their order, but what is READ_HERE is written plainly: Python's http.server keeps a
+    blank behind `chunked`, and then knows no such coding.  `values`: new values of fields of READ_HERE, by key, where
+    they stand.  Raises ValueError where a line would be none: no value of ours may begin another line.
     """
     block = head.block
     new = PLAIN if values is None else {**PLAIN, **values}
-    lines = [block[field.start:field.end] if field.key not in READ_HERE
-             else make_line(field.name, new.get(field.key, field.value))
-             for field in head.fields if not drop(field)]
-    return b"".join((first, b"\r\n", *lines, *(make_line(name, value) for name, value in add), b"\r\n"))
+    return b"".join([block[field.start:field.end] if field.key not in READ_HERE
+                     else make_line(field.name, new.get(field.key, field.value))
+                     for field in head.fields if not drop(field)])
+
+
+@functools.lru_cache(ADDED_MAX)
+def make_lines(add: tuple[tuple[bytes, bytes], ...]) -> bytes:
+    """These fields, and the empty line that ends a head.  Raises ValueError."""
+    return b"".join([make_line(name, value) for name, value in add]) + b"\r\n"
 
 
 def make_line(name: bytes, value: bytes) -> bytes:
@@ -750,19 +792,23 @@ def pass_request(request: Request, add: More = (), *, host: bytes = b"", believe
     of the client's.  HTTP/1.1 needs one, so where HTTP/1.0 has none it is added.  `upgrade`: the one protocol that is
     offered to the backend.  Source: RFC 9110 section 7.6.
     """
-    drop = dropped(request.head)
-    ours = {name.lower() for name, _ in add} if believes else ()
-    expects = request.expects_continue
-    if not request.version and not request.head.values(b"host"):
+    head, expects = request.head, request.expects_continue
+    ours = frozenset(name.lower() for name, _ in add) if believes else None
+    key = b"request", host, expects, ours
+    lines = head.made.get(key)
+    if lines is None:
+        drop = dropped(head)
+
+        def goes(field: Field) -> bool:
+            name = field.key
+            return (name in drop or field.is_twin or name == b"expect" and not expects
+                    or is_forwarding(name) and (ours is None or name in ours))
+
+        lines = remember(head.made, key, keep_lines(head, goes, {b"host": host} if host else None))
+    if not request.version and not head.values(b"host"):
         add = ((b"Host", host or request.name.encode("ascii")), *add)
-
-    def goes(field: Field) -> bool:
-        key = field.key
-        return (key in drop or field.is_twin or key == b"expect" and not expects
-                or is_forwarding(key) and (not believes or key in ours))
-
-    first = b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.path or request.target)
-    return rewrite(request.head, first, goes, (*add, *switch_to(upgrade)), {b"host": host} if host else None)
+    return b"%b %b HTTP/1.1\r\n%b%b" % (request.method.encode("ascii"), request.path or request.target, lines,
+                                        make_lines((*add, *switch_to(upgrade))))
 
 
 def pass_response(response: Response, add: More = (), *, unframed: bool = False) -> bytes:
@@ -771,11 +817,12 @@ def pass_response(response: Response, add: More = (), *, unframed: bool = False)
     `unframed` as in `open_body`: it says nothing of chunks.  1xx and 204 say nothing of a body either (RFC 9112 section
     6.1, RFC 9110 section 8.6); to HEAD and with 304 the length stays, which is that of another answer.
     """
-    drop = dropped(response.head)
-    if response.status < 200 or response.status == 204:
-        drop |= FRAMING
-    elif unframed:
-        drop |= {b"transfer-encoding"}
-    first = b"HTTP/1.1" + response.head.first[8:-2]
-    return rewrite(response.head, first, lambda field: field.key in drop or field.is_twin,
-                   (*add, *switch_to(response.upgrade)))
+    head = response.head
+    more: frozenset[bytes] = FRAMING if response.status < 200 or response.status == 204 else UNFRAMED if unframed \
+        else frozenset()
+    key = b"response", more
+    lines = head.made.get(key)
+    if lines is None:
+        drop = dropped(head) | more
+        lines = remember(head.made, key, keep_lines(head, lambda field: field.key in drop or field.is_twin))
+    return b"HTTP/1.1%b%b%b" % (head.first[8:], lines, make_lines((*add, *switch_to(response.upgrade))))

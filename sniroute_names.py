@@ -337,7 +337,8 @@ OPTIONS = {
     "commands": ("sniroute_commands",),
     "backends": ("sniroute_backends", "sniroute_book", "sniroute_groups", "sniroute_balance", "sniroute_warm",
                  "sniroute_reuse", "sniroute_conversations", "sniroute_checks", "sniroute_probes"),
-    "web": ("sniroute_web", "sniroute_bodies", "sniroute_gateway", "sniroute_answers", "sniroute_tls",
+    "web": ("sniroute_web", "sniroute_requests", "sniroute_bodies", "sniroute_spares", "sniroute_gateway",
+            "sniroute_answers", "sniroute_tls",
             "sniroute_browsers", "sniroute_certificate", "sniroute_http2", "sniroute_hpack", "sniroute_http"),
 }
 

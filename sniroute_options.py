@@ -9,10 +9,11 @@
 Threads: main; a reload may come from any thread, one at a time.
 
 Seams: I want to ...
-    add an option of a route    a row in ROUTE_OPTIONS, and a field of Route
+    add an option of a route    a row in ROUTE_OPTIONS, and a field of Route; for plain HTTP, one in HTTP_OPTIONS, too
     add one for several         a row in SEVERAL_OPTIONS, and a field of Several, which has the default
 
-It imports routes, targets, wire, values and names; where a route has several backends, backends, book and groups.
+It imports routes, patterns, targets, wire, values and names; where a route has several backends, backends, book and
+groups.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
 from sniroute_names import OPTIONS, is_here, printable
+from sniroute_patterns import parse_pattern, unknown_fields
 from sniroute_routes import PROGRAM_KINDS, Route, parse_port_route, parse_route
 from sniroute_targets import SCHEMES
 from sniroute_values import (as_text, meant, one_of, parse_count, parse_duration, parse_env, parse_host, parse_names,
@@ -51,6 +53,11 @@ ROUTE_OPTIONS: dict[str, Callable[[Any], Any]] = {
     "http": one_of(*HTTP_MODES), "verify": parse_verify, "host": parse_host,
     "cross_site": one_of("refuse", "allow"), "upgrades": parse_upgrades,
     "http_reuse": one_of("client", "off", "safe"), "redirect_port": parse_port,
+}
+FORWARDS = ("forward", "forward-tls")
+HTTP_OPTIONS: dict[str, tuple[str, ...]] = {  # those that say more of a mode, and which modes
+    "verify": ("forward-tls",), "host": FORWARDS, "cross_site": FORWARDS, "upgrades": FORWARDS,
+    "http_reuse": FORWARDS, "redirect_port": ("redirect",),
 }
 WHOLE_OPTIONS = frozenset(("env",))  # those whose parser takes the value as TOML has it
 PROGRAM_OPTIONS = frozenset(("env", "env_from"))  # those for targets that run a program
@@ -130,6 +137,17 @@ def misfits(route: Route, several: Several) -> Iterator[str]:
         yield f"health: {several.health} is not for {route.target}: {why}"
 
 
+def misfits_of_http(route: Route, mode: str) -> Iterator[str]:
+    """What does not go together where plain HTTP gets this row of HTTP_MODES, a sentence each."""
+    for name, modes in HTTP_OPTIONS.items():
+        if mode not in modes and getattr(route, name) != Route._field_defaults[name]:
+            yield f"{name}: is for http = {' or '.join(modes)}; here it is {mode}"
+    if "{" in route.host and (fault := unknown_fields(route.host, parse_pattern(route.pattern))):
+        yield f"host: {fault}"
+    if route.http_reuse == "safe" and route.send_proxy in ("v1", "v2"):
+        yield f"http_reuse: safe does not go with send_proxy = {route.send_proxy}: the header says who the client is"
+
+
 def read_routes(table: Any, wrong: list[str], kind: str = "routes", parse: Parse = parse_route) -> list[Route]:
     """The table `routes` of a file, or `ports`.  What is wrong with it is added to `wrong`."""
     if not isinstance(table, dict) or not table and kind == "routes":
@@ -157,7 +175,7 @@ def read_routes(table: Any, wrong: list[str], kind: str = "routes", parse: Parse
                 if name in SEVERAL_OPTIONS:
                     several[name] = SEVERAL_OPTIONS[name](as_text(option))
                 else:
-                    route = route._replace(**{name: read_option(name, option, texts)})
+                    route = route._replace(**{name: read_option(name, option, texts, kind == "ports")})
             except ValueError as error:
                 wrong.append(f"{where}.{printable(name)}: {error}")
         if not route.pattern:
@@ -169,7 +187,7 @@ def read_routes(table: Any, wrong: list[str], kind: str = "routes", parse: Parse
     return routes
 
 
-def read_option(name: str, value: Any, targets: Sequence[str]) -> Any:
+def read_option(name: str, value: Any, targets: Sequence[str], is_port: bool = False) -> Any:
     """The value of an option of a route to these targets.  Raises ValueError, also where there is no such option."""
     if name not in ROUTE_OPTIONS:
         raise ValueError(f"there is no such option{meant(name, ('target', *ROUTE_OPTIONS, *SEVERAL_OPTIONS))}")
@@ -178,4 +196,6 @@ def read_option(name: str, value: Any, targets: Sequence[str]) -> Any:
         raise ValueError(f"is for {' and '.join(f'{kind}:' for kind in PROGRAM_KINDS)}")
     if name == "idle" and not any(row.is_tunnel for scheme, row in SCHEMES.items() if scheme in schemes):
         raise ValueError("is for tunnels; here connection_idle resets what is silent")
+    if is_port and (name == "http" or name in HTTP_OPTIONS):
+        raise ValueError("is for [routes]: behind a port nothing is looked at, so HTTP passes as anything else")
     return ROUTE_OPTIONS[name](value if name in WHOLE_OPTIONS else as_text(value))

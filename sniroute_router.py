@@ -51,6 +51,7 @@ from sniroute_tunnels import TunnelTable
 from sniroute_wire import PROXY_POLICY, HelloMemory
 
 if TYPE_CHECKING:
+    from sniroute_browsers import Courtesy
     from sniroute_launchers import TunnelKey
     from sniroute_processes import Child
     from sniroute_settings import Settings
@@ -275,6 +276,14 @@ def unheard_reset(up: Flow, down: Flow) -> Flow | None:
     return None
 
 
+def courtesy_of(router: Router, courtesy: Courtesy | None) -> Courtesy | None:
+    """What has a page shown to browsers that are refused, with --error-pages; the one that is there stays."""
+    if not router.settings.error_pages:
+        return None  # visits that have begun end by themselves
+    from sniroute_browsers import Courtesy  # an option: costs the others nothing
+    return courtesy or Courtesy(router)
+
+
 class Router(socketserver.ThreadingTCPServer):
     """The server: listeners, the loop, and what all connections share.
 
@@ -307,6 +316,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.started = time.time()
         self.reloads: collections.Counter[str] = collections.Counter()  # `ok`, `failed`
         self.last_reload = True, self.started  # whether it went well, and when it was
+        self.courtesy = courtesy_of(self, None)  # None, unless browsers that are refused are shown a page
         self.large: list[Connection] = []  # those with a large hello, the oldest first: see `make_room`
         # What connections share.
         self.loop = Loop(self.fault)
@@ -436,6 +446,8 @@ class Router(socketserver.ThreadingTCPServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Run the loop until `shutdown`, or until all has drained."""
         self.loop.run()
+        if self.courtesy is not None:
+            self.courtesy.close()
         for connection in list(self.connections):
             connection.close(connection.reason or STOPPED)
         self.targets.close()
@@ -455,6 +467,7 @@ class Router(socketserver.ThreadingTCPServer):
         serve_web(self, settings)
         self.sweeping.set(min(self.sweeping.when, monotonic() + self._sweep_interval()))
         self.max_connections, self.max_per_client = settings.max_connections, settings.max_per_client
+        self.courtesy = courtesy_of(self, self.courtesy)
         if self.paused and self.resumption.when == NEVER:
             self.resumption.set(0.0)  # there may be room now
         if (former.proxy_from, former.proxy_protocol) != (settings.proxy_from, settings.proxy_protocol):

@@ -27,7 +27,8 @@ import weakref
 from typing import TYPE_CHECKING, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 from sniroute_launchers import TunnelKey, Variable
-from sniroute_names import Network, ascii_advice, has_owner, is_here, parse_host_port, printable, show_address
+from sniroute_names import (Network, ascii_advice, has_owner, is_here, normalise, parse_host_port, printable,
+                            show_address)
 from sniroute_patterns import (CHOSEN, FIELDS, OF_NAME, STARS, Fielded, Pattern, expand, fields_of, parse_pattern,
                                rank, unknown_fields, written)
 from sniroute_refusals import Malformed, Refused
@@ -71,6 +72,7 @@ class Decision(NamedTuple):
     plain: bool  # the route has no option that each connection has to be checked for
     members: Sequence[Decision] = ()  # of each of its targets, where the route has several; never changed
     variables: tuple[Variable, ...] = ()  # for its program
+    host: str = ""  # the route's `host`, with its fields filled in
 
 
 class Route(NamedTuple):
@@ -123,8 +125,8 @@ class Route(NamedTuple):
         return any(row.is_tunnel for row in self.kinds)
 
     def each(self) -> list[Route]:
-        """A route to each of its targets."""
-        return [self._replace(target=target, members=(), several=None) for target in self.members] or [self]
+        """A route to each of its targets; `host` is for the request, whichever of them gets it."""
+        return [self._replace(target=target, members=(), several=None, host="") for target in self.members] or [self]
 
     @property
     def is_port(self) -> bool:
@@ -171,7 +173,8 @@ class Route(NamedTuple):
             tunnel = TunnelKey(scheme, rest, variables=variables)
         elif row.is_tunnel:
             tunnel = TunnelKey(scheme, rest, not identified or self.is_of_one_domain())
-        return Decision(self, target, row, rest, key, tunnel, tally or Tally(), self.is_plain, variables=variables)
+        return Decision(self, target, row, rest, key, tunnel, tally or Tally(), self.is_plain, variables=variables,
+                        host=self._host_for(fields))
 
     def _decide_several(self, name: str, identified: bool, tally: Tally, fields: Mapping[str, str]) -> Decision:
         """As `decide`, with the decision of each target.  Without fields these are the same for each name."""
@@ -183,7 +186,12 @@ class Route(NamedTuple):
             else:
                 self.several.fixed[:] = members  # one assignment: another thread may decide, too
         target = expand(self.target, fields)
-        return Decision(self, target, self.several.scheme, "", key, None, tally, self.is_plain, members)
+        return Decision(self, target, self.several.scheme, "", key, None, tally, self.is_plain, members,
+                        host=self._host_for(fields))
+
+    def _host_for(self, fields: Mapping[str, str]) -> str:
+        """`host` with its fields filled in.  Raises Malformed where that is no host name."""
+        return normalise(expand(self.host, fields).encode()) if "{" in self.host else self.host
 
     @property
     def has_fields(self) -> bool:

@@ -28,12 +28,13 @@ import re
 import stat
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
-from sniroute_host import (PATHS_MAX, TUNNEL_MEMORY, changed_by_others, descriptor_limits, local_ports, memory_allowed,
-                           too_little)
+from sniroute_host import (PATHS_MAX, TUNNEL_MEMORY, Stamp, changed_by_others, descriptor_limits, local_ports,
+                           memory_allowed, stamp, too_little)
 from sniroute_launchers import (SERVICE_TOKEN, TUNNEL_IDENTITY, Launcher, carrier_launcher, cloudflared_launcher,
                                 identity_faults, inherited)
 from sniroute_names import OPTIONS, Network, describe_version, is_here, parse_ip, printable, show_address
-from sniroute_options import HTTP_MODES, any_port, any_route, read_routes
+from sniroute_options import HTTP_MODES, any_port, any_route, misfits_of_http, read_routes
+from sniroute_patterns import FIELDS
 from sniroute_refusals import SettingsError
 from sniroute_routes import PROGRAM_KINDS, Route, Routes, parse_port_route, parse_route, port_address
 from sniroute_values import (Zones, absolute, as_text, meant, one_of, own_zones, parse_address, parse_admin,
@@ -95,8 +96,8 @@ class Setting(NamedTuple):
 SETTINGS = (
     Setting("config", "FILE", absolute, None,
             "a file of settings (TOML): all of these, and routes with options of their own", key="", short=("-c",)),
-    Setting("watch", "on|off", parse_switch, "off",
-            "the file of settings is read again when it has changed (default off)"),
+    Setting("watch", "SWITCH", parse_switch, "off",
+            "on: the file of settings is read again when it has changed (default off)"),
     Setting("listen", "ADDRESS", parse_listen, ":19000",
             "where to listen: HOST:PORT, [::1]:PORT, or :PORT for every address (default :19000); repeatable",
             many=True, fixed=True),
@@ -135,8 +136,8 @@ SETTINGS = (
             "how long a client that asks in plain HTTP may be silent between two requests (default 60s)"),
     Setting("http-response-timeout", "DURATION", parse_off_or_duration, "off",
             "how long a backend may take for the first byte of its answer to plain HTTP (default off)"),
-    Setting("error-pages", "on|off", parse_switch, "off",
-            "a browser that is refused over TLS gets a page that says why, behind a warning about its certificate "
+    Setting("error-pages", "SWITCH", parse_switch, "off",
+            "on: a browser that is refused over TLS gets a page that says why, behind a warning about its certificate "
             "(default off)"),
     Setting("max-connections", "N", parse_count, None,
             "connections at once (default: what RLIMIT_NOFILE allows)"),
@@ -224,6 +225,7 @@ class Settings(NamedTuple):
     fit: int  # connections that the limit of open files allows
     covered: list[str]  # keys of the file that something else overrides, a line each
     kept: list[str]  # what a reload asked for and cannot change, a line each
+    stamp: Stamp | int  # of the file, as it was read
     again: Callable[[Settings], Settings]  # read them anew, given those that run; raises SettingsError
 
     @property
@@ -371,10 +373,11 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], running: Sett
     asked = parse_command_line(argv)
     wrong: list[str] = []
     path = running.config if running else config_path(asked.config, environ, wrong)
+    seen = stamp(path) if path else 0  # before it is read: a change that comes meanwhile is one
     file = read_settings(path, wrong, running is not None) if path else {}
     given, covered = sources(asked, environ, file or {}, path)
     values = parsed(given, running, wrong)
-    values["config"] = path
+    values["config"], values["stamp"] = path, seen
     kept = keep_fixed(values, given, running)
     values["admin_token"] = environ.get(ADMIN_TOKEN, "").strip() or None
     values["open_to_all"] = given["route"].source == "default" and file is not None  # else nobody knows
@@ -466,6 +469,13 @@ def configured_routes(values: Mapping[str, Any], source: str, environ: Mapping[s
 def cross_checked(values: Mapping[str, Any], given: Mapping[str, Given], running: Settings | None,
                   wrong: list[str]) -> None:
     """Add to `wrong` what each setting alone does not show."""
+    cross_checked_http(values, given, wrong)
+    if values["watch"]:
+        where = values["config"]
+        if where is None:
+            wrong.append(f"{given['watch'].source}: there is no file of settings to look at: name one with --config")
+        elif os.path.exists(where) and not os.path.isfile(where):
+            wrong.append(f"{given['watch'].source}: {where} is no regular file, and cannot be read again")
     asked = "--admin" if values["admin"] is not None else "--admin-public" if values["admin_public"] is not None else ""
     if asked:
         wrong += [f"{asked}: {room}.py is not beside sniroute.py: copy it there" for room in OPTIONS["admin"]
@@ -497,6 +507,22 @@ def cross_checked(values: Mapping[str, Any], given: Mapping[str, Given], running
                   for route in values[name] or () if leads_back(route, address)]
     if running is not None and values["open_to_all"] and not running.open_to_all:
         wrong.append("there are no routes any more: every name would be served")  # a file that is being written
+    elif running is not None and isinstance(values["stamp"], Stamp) and not values["stamp"].size:
+        wrong.append(f"{values['config']}: is empty")
+
+
+def cross_checked_http(values: Mapping[str, Any], given: Mapping[str, Given], wrong: list[str]) -> None:
+    """The same for plain HTTP, and for pages."""
+    routes = values["route"] or ()
+    for route in routes if values["http"] else ():  # else nobody knows what is meant
+        wrong += [f"{given['route'].source}: {route.pattern}: {each}"
+                  for each in misfits_of_http(route, route.http or values["http"])]
+    missing = [f"{room}.py" for room in OPTIONS["web"] if not is_here(room)]
+    if missing and asks_for_web(values["http"], values["error_pages"], routes):
+        asking = given["error_pages"].source if values["error_pages"] else given["http"].source \
+            if values["http"] not in (None, "refuse") else f"{given['route'].source}: http"
+        are, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+        wrong.append(f"{asking}: {' and '.join(missing)} {are} not beside sniroute.py: copy {them} there")
 
 
 def leads_back(route: Route, address: str) -> bool:
@@ -592,6 +618,46 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def warn_of_http(settings: Settings) -> None:
+    """Say where plain HTTP opens more than it seems to."""
+    kept: dict[str, dict[tuple, Route]] = {}  # by target and `allow`: the first route of those
+    for route in settings.routes.routes:
+        for target in route.targets if route.allow is not None else ():
+            kept.setdefault(one_loopback(target), {}).setdefault(route.allow, route)
+    fielded = [target for target in kept if "{" in target]
+    for route in settings.routes.routes:
+        mode = route.http or settings.http
+        if mode == "forward-tls" and route.verify is False:
+            log.warning("%s: verify = false: whoever stands between here and there can read and change all of it: "
+                        "name the file of the CA that has signed the certificate", route)
+        if mode == "pass" and (other := kept_beside(route, kept, fielded)) is not None:
+            log.warning("%s: with http = pass a client may ask that backend for %s, too, past its `allow`: take "
+                        "forward, or give both the same `allow`", route, other.pattern)
+
+
+def kept_beside(route: Route, kept: Mapping[str, Mapping[tuple, Route]], fielded: Sequence[str]) -> Route | None:
+    """A route with another `allow` that may lead to the same backend, as far as the targets say."""
+    for target in map(one_loopback, route.targets):
+        for near in kept if "{" in target else (target, *fielded):
+            if near == target or fits(near, target) or fits(target, near):
+                for allow, other in kept.get(near, {}).items():
+                    if allow != route.allow:
+                        return other
+    return None
+
+
+def one_loopback(target: str) -> str:
+    """A target, with one name for this host."""
+    scheme, _, rest = target.partition(":")
+    host, colon, port = rest.rpartition(":")
+    return f"tcp:localhost:{port}" if scheme == "tcp" and host in LOOPBACK else target
+
+
+def fits(target: str, other: str) -> bool:
+    """Whether the fields of a target may make the other one of it."""
+    return "{" in target and re.fullmatch(".+".join(map(re.escape, FIELDS.split(target)[::2])), other) is not None
+
+
 def warn(settings: Settings) -> None:
     """Say what is likely not meant, at the start, after a reload, and in `check`."""
     for line in settings.covered:
@@ -614,6 +680,7 @@ def warn(settings: Settings) -> None:
             log.warning("%s: reuse = quiet guesses: an answer that is late reaches another client, and so does what "
                         "the backend remembers of the one before", route)
     warn_of_programs(settings)
+    warn_of_http(settings)
     for route in settings.routes.routes:
         if any(row.is_tunnel and not row.is_program for row in route.kinds) and settings.routes.identified \
                 and not route.is_of_one_domain():

@@ -114,6 +114,7 @@ class Backend:
     awaited: Decision | None = None  # what has to be ready first, where that is not the connection's own decision
     patience: tuple[Queue, Queue] | None = None  # its own two deadlines for a connect: see Book.patience
     greeting = b""  # what the backend has said before the client came
+    may_change_hands = True  # its connection may serve another client, with this Backend
 
     def __init__(self, target: str, addresses: Sequence[Row], local: bool):
         self.target = target  # for people

@@ -6,8 +6,8 @@
                                --- fill(sock), read(size) ---> what it means
         what the backend is told --- seal(data) -------------> what is sent
 
-OpenSSL works on two buffers in memory (`ssl.SSLObject`), so it never touches a socket, and never waits.  A session that a backend
-has given is used again, for the same name and the same settings: a handshake with it needs no certificate.
+OpenSSL works on two buffers in memory (`ssl.SSLObject`), so it never touches a socket, and never waits.  A session that
+a backend has given is used again, for the same name and the same settings: such a handshake needs no certificate.
 
 Threads: the loop only, but for `context`, which opens files: the settings are checked with it, and so it is made before
 the loop asks for it.
@@ -42,7 +42,7 @@ Key = tuple[str, str | bool]  # the name that is asked for, and `verify`
 
 
 def context(verify: str | bool) -> ssl.SSLContext:
-    """What `verify` says: True, the authorities that this host trusts; a path, those in that file; False, nobody is asked.
+    """What `verify` says: True, the authorities that this host trusts; a path, those in that file; False, none.
 
     Made once, and again where the file has changed.  Raises OSError, of which ssl.SSLError is one, where the file
     cannot be read, or has none.

@@ -242,13 +242,12 @@ def parse_verify(text: str) -> bool | str:
 
 
 def parse_host(text: str) -> str:
-    """`backend`, or a host name, in lower case.  Raises ValueError."""
-    if text == "backend":
-        return text
+    """`backend`, or a host name, in lower case, which may have fields.  Raises ValueError."""
     try:
-        return normalise(text.encode())
+        normalise(re.sub(r"\{[^{}]*\}", "a", text).encode())
     except Refused as error:
         raise ValueError(f"{error}{ascii_advice(text)}") from None
+    return text.lower().removesuffix(".")
 
 
 def parse_upgrades(text: str) -> tuple[str, ...]:
@@ -260,10 +259,11 @@ def parse_upgrades(text: str) -> tuple[str, ...]:
     if names in (["none"], [""]):
         return ()
     for name in names:
-        if not PROTOCOL.fullmatch(name):
+        if not PROTOCOL.fullmatch(name) or name == "none":
             raise ValueError(f"{name!r} is not the name of a protocol, as websocket")
         if name in ("h2c", "h2"):
-            raise ValueError(f"{name} is refused: HTTP/2 in plain text goes through http = pass only, from its first byte")
+            raise ValueError(f"{name} is refused: HTTP/2 in plain text goes through http = pass only, and from its "
+                             "first byte")
     return tuple(dict.fromkeys(("websocket", *names)))
 
 

@@ -25,6 +25,8 @@ import pytest
 
 import sniroute_daemon
 import sniroute_doctor
+from sniroute_host import stamp
+from sniroute_refusals import SettingsError
 from conftest import HERE, HOST, linux, wait_until
 from testbed.admin import TOKEN, Reply, tell
 from testbed.hellos import HELLO, genuine
@@ -409,6 +411,157 @@ def test_a_reload_after_a_mistake_in_the_file_does_not_also_miss_its_routes(laun
     program.wait_for(" error reload: there are no routes any more: every name would be served\n")
 
 
+# -- watch -------------------------------------------------------------------------------------
+
+
+def test_a_file_is_read_when_it_has_rested():
+    watch = sniroute_daemon.Watch(1)
+    assert not watch.is_due(1, 10.0)
+    assert not watch.is_due(2, 10.0) and not watch.is_due(2, 10.4), "it may be half written"
+    assert not watch.is_due(3, 10.4) and not watch.is_due(3, 10.8)
+    assert watch.is_due(3, 10.9) and watch.is_due(3, 11.0), "until somebody reads it"
+    watch.known = 3
+    assert not watch.is_due(3, 20.0)
+
+
+def test_a_file_that_was_changed_and_is_as_before_is_not_read():
+    watch = sniroute_daemon.Watch(1)
+    assert not watch.is_due(2, 10.0)
+    assert not watch.is_due(1, 10.2) and not watch.is_due(1, 99.0)
+
+
+def test_a_file_that_goes_for_a_moment_is_not_missed():
+    """As editors do that write it anew."""
+    watch = sniroute_daemon.Watch(1)
+    assert not watch.is_due(2, 10.0)  # the errno of no such file
+    assert not watch.is_due(3, 10.3) and not watch.is_due(3, 10.7) and watch.is_due(3, 10.8)
+
+
+def config(port: int, *lines: str) -> str:
+    """A file that is watched, with a route to a port of this host."""
+    return "\n".join(("watch = true", *lines, "[routes]", f'"db.example.com" = "tcp:{HOST}:{port}"', ""))
+
+
+def written_in_place(path: pathlib.Path, text: str) -> None:
+    path.write_text(text)
+
+
+def renamed(path: pathlib.Path, text: str) -> None:
+    new = path.with_name(".new")
+    new.write_text(text)
+    os.replace(new, path)
+
+
+def moved_away_first(path: pathlib.Path, text: str) -> None:
+    path.rename(path.with_name("sniroute.toml~"))
+    path.write_text(text)
+
+
+def with_the_times_and_size_of_the_old(path: pathlib.Path, text: str) -> None:
+    state = path.stat()
+    path.write_text(text.ljust(state.st_size, "#")[:state.st_size])
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [written_in_place, renamed, moved_away_first, with_the_times_and_size_of_the_old],
+                         ids=lambda change: change.__name__)
+def test_a_file_that_is_watched_is_read_when_it_changes(launch, tmp_path, echo_server, serve, change):
+    path = tmp_path / "sniroute.toml"
+    path.write_text(config(echo_server.address[1], "#" * 20))
+    program = launch("-c", str(path))
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        change(path, config(serve(answer(b"new", len(HELLO))).address[1]))
+        program.wait_for(" info reload: done, routes: 1\n")
+        with program.connect(HELLO) as other:
+            assert other.recv(3) == b"new"
+        client.sendall(b"still")
+        assert read_exactly(client, 5) == b"still"
+
+
+def test_a_config_map_that_is_watched_is_read_when_its_links_are_swapped(launch, tmp_path, echo_server, serve):
+    """sniroute.toml -> ..data/sniroute.toml, and ..data -> a folder for each version: what Kubernetes swaps."""
+    def version(name: str, text: str) -> None:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sniroute.toml").write_text(text)
+        os.symlink(name, tmp_path / "..new")
+        os.replace(tmp_path / "..new", tmp_path / "..data")
+
+    version("..1", config(echo_server.address[1]))
+    os.symlink("..data/sniroute.toml", tmp_path / "sniroute.toml")
+    program = launch("-c", str(tmp_path / "sniroute.toml"))
+    assert served(program)
+    version("..2", config(serve(answer(b"new", len(HELLO))).address[1]))
+    shutil.rmtree(tmp_path / "..1")
+    program.wait_for(" info reload: done, routes: 1\n")
+    with program.connect(HELLO) as client:
+        assert client.recv(3) == b"new"
+
+
+def test_a_watched_file_that_is_gone_empty_or_faulty_changes_nothing_and_says_so(launch, tmp_path, echo_server):
+    path = tmp_path / "sniroute.toml"
+    good = config(echo_server.address[1])
+    path.write_text(good)
+    program = launch("-c", str(path))
+    for number, (text, complaint) in enumerate((
+            (None, f"{path}: No such file or directory"), ("", "there are no routes any more: every name would be served"),
+            (config(1, "idle = 1"), f"{path}: idle: '1' is not a duration such as 300s, 5m, 1h30m or 500ms"),
+            (good[:-3], f"{path}: ")), 1):
+        path.unlink() if text is None else renamed(path, text)
+        program.wait_for(" error reload: nothing has changed\n", number)
+        assert f" error reload: {complaint}" in program.log() and served(program)
+    renamed(path, good)
+    program.wait_for(" info reload: done, routes: 1\n")
+
+
+def stand_in(path: pathlib.Path) -> Any:
+    """What Daemon.reload needs of a Daemon, with settings that are never right."""
+    def again(running: Any) -> Any:
+        raise SettingsError("a fault", "and another")
+
+    return types.SimpleNamespace(
+        reloading=threading.Lock(), supervisor=types.SimpleNamespace(tell=lambda *words: None, ready=lambda router: None),
+        settings=types.SimpleNamespace(again=again, config=str(path)), watch=sniroute_daemon.Watch(0), faults=[],
+        router=types.SimpleNamespace(reloads=collections.Counter(), last_reload=(True, 0.0)))
+
+
+def test_the_faults_of_a_watched_file_are_told_once_until_they_are_others(tmp_path, caplog):
+    daemon = stand_in(tmp_path / "sniroute.toml")
+    told = ["reload: a fault", "reload: and another", "reload: nothing has changed"]
+    for _ in range(3):
+        sniroute_daemon.Daemon.reload(daemon, said=daemon.faults)
+    assert caplog.messages == told
+    sniroute_daemon.Daemon.reload(daemon)
+    assert caplog.messages == told * 2, "who asks for it is told each time"
+    daemon.faults = ["a fault"]
+    sniroute_daemon.Daemon.reload(daemon, said=daemon.faults)
+    assert caplog.messages == told * 3 and daemon.router.reloads == {"failed": 5}
+
+
+def test_a_reload_by_hand_is_not_done_again(tmp_path):
+    path = tmp_path / "sniroute.toml"
+    path.write_text("idle = 1")
+    daemon = stand_in(path)
+    sniroute_daemon.Daemon.reload(daemon)
+    found = stamp(str(path))
+    assert not daemon.watch.is_due(found, 10.0) and not daemon.watch.is_due(found, 20.0)
+
+
+def test_watch_begins_and_ends_with_a_reload(launch, tmp_path, echo_server):
+    path = tmp_path / "sniroute.toml"
+    plain = config(echo_server.address[1]).replace("watch = true", "watch = false")
+    path.write_text(plain)
+    program = launch("-c", str(path))
+    renamed(path, config(echo_server.address[1]))
+    program.signal(signal.SIGHUP)
+    program.wait_for(" info reload: done, ")
+    renamed(path, plain)
+    program.wait_for(" info reload: done, ", 2)
+    renamed(path, "idle = 1")
+    time.sleep(1.0)  # nothing tells that nothing is done
+    assert " error " not in program.log() and served(program)
+
+
 # -- a log that nobody takes -------------------------------------------------------------------
 
 
@@ -634,7 +787,7 @@ def test_a_fault_of_ours_in_a_reload_changes_nothing(caplog):
     def again(running: Any) -> Any:
         raise ZeroDivisionError("planted")
     told: list[str] = []
-    settings = types.SimpleNamespace(again=again)
+    settings = types.SimpleNamespace(again=again, config=None)
     router = types.SimpleNamespace(reloads=collections.Counter(), last_reload=(True, 0.0))
     supervisor = types.SimpleNamespace(tell=lambda *words: told.extend(words), ready=lambda router: told.append("READY=1"))
     daemon = types.SimpleNamespace(reloading=threading.Lock(), supervisor=supervisor, settings=settings, router=router)

@@ -87,6 +87,30 @@ def test_check_says_how_fields_are_read(settings_file, capsys):
     assert sniroute.main(["check", "--quiet", "-c", path]) == 0 and capsys.readouterr().out == ""
 
 
+HTTP_FILE = """
+http = "redirect"
+[routes]
+"plain.example.com" = { target = "tcp:192.0.2.1:80", http = "forward", upgrades = ["chat"] }
+"tls.example.com" = { target = "tcp:192.0.2.1:443", http = "forward-tls", verify = false, host = "backend" }
+"none.example.com" = { target = "tcp:192.0.2.1:1", http = "refuse" }
+"moved.example.com" = { target = "tcp:192.0.2.1:2", redirect_port = 8443 }
+[ports]
+"127.0.0.1:81" = "tcp:192.0.2.1:81"
+"""
+
+
+def test_check_says_what_plain_http_gets(settings_file, capsys):
+    assert sniroute.main(["check", "-c", settings_file(HTTP_FILE)]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        "moved.example.com=tcp:192.0.2.1:2 (http redirect; redirect_port 8443)",
+        "none.example.com=tcp:192.0.2.1:1 (http refuse)",
+        "plain.example.com=tcp:192.0.2.1:80 (http forward; upgrades websocket,chat)",
+        "tls.example.com=tcp:192.0.2.1:443 (http forward-tls; verify false; host backend)",
+        "port 127.0.0.1:81=tcp:192.0.2.1:81"]
+    assert err.startswith("sniroute: tls.example.com=tcp:192.0.2.1:443: verify = false: ") and err.count("\n") == 1
+
+
 # -- explain -----------------------------------------------------------------------------------
 
 
@@ -119,6 +143,26 @@ def test_explain_says_what_the_fields_of_a_name_are(name, code, said, capsys, no
 def test_explain_says_what_becomes_of_a_name(name, code, line, capsys, no_variables):
     assert sniroute.main(["explain", name, "--route", "*.example.com=tcp:{label}:1", "--route=db=tcp:db:5432"]) == code
     assert capsys.readouterr().out == line
+
+
+@pytest.mark.parametrize("asked, name, says", [
+    ("plain.example.com", "plain", "forward: to the target, request by request"),
+    ("http://Plain.example.com:19000/a?b#c", "plain", "forward: to the target, request by request"),
+    ("https://tls.example.com", "tls", "forward-tls: to the target over TLS, request by request"),
+    ("HTTP://moved.example.com?x", "moved", "redirect: an answer that leads to https://"),
+    ("http://none.example.com/", "none", "refuse: the connection closes"),
+])
+def test_explain_says_what_plain_http_gets_also_by_the_url(asked, name, says, settings_file, capsys):
+    assert sniroute.main(["explain", asked, "-c", settings_file(HTTP_FILE)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [lines[0], lines[2]] == [f"name:    {name}.example.com", f"http:    {says}"]
+
+
+def test_explain_says_nothing_of_http_where_nobody_asked_and_nothing_is_served(settings_file, capsys):
+    assert sniroute.main(["explain", "none.example.com", "-c", settings_file(HTTP_FILE)]) == 0
+    assert "http:" not in capsys.readouterr().out
+    assert sniroute.main(["explain", "http://192.0.2.1/x", "-c", settings_file(HTTP_FILE)]) == 1
+    assert "refused: not a host name: '192.0.2.1' (bad_name" in capsys.readouterr().out
 
 
 def test_explain_says_what_would_run(cloudflared):

@@ -29,6 +29,7 @@ import sniroute_carrier
 import sniroute_checks
 import sniroute_edge
 import sniroute_groups
+import sniroute_http
 import sniroute_launchers
 import sniroute_log
 import sniroute_metrics
@@ -303,10 +304,29 @@ def test_the_settings_file_has_every_setting_and_its_default(tmp_path):
     assert [str(route) for route in settings.routes.routes] == [
         "db.example.com=tcp:192.0.2.10:5432", "*.example.com=cloudflared:cft-{name}",
         "reports.example.com=cloudflared:reports.example.com",
-        "shell.example.com=exec:ssh -W db:22 sniroute@bastion.example.net"]
+        "shell.example.com=exec:ssh -W db:22 sniroute@bastion.example.net",
+        "web.example.com=tcp:192.0.2.20:443", "www.example.com=tcp:192.0.2.20:443"]
     assert [str(port) for port in settings.port] == ["port 127.0.0.1:5433=tcp:192.0.2.10:5432"]
     route_options = text.partition('[routes."reports.example.com"]')[2]
     assert set(re.findall(r"^(\w+) = ", route_options, re.MULTILINE)) == {"target", *sniroute_options.ROUTE_OPTIONS}
+
+
+def test_what_plain_http_gets_is_there():
+    rows = rows_below(OPERATING, "| `http` | what a plain HTTP request gets |")
+    assert [mode.strip("`") for mode, _ in rows] == list(sniroute_options.HTTP_MODES)
+    text = section(OPERATING, "## HTTP by Host") + section(OPERATING, "#### What is refused")
+    assert {name for name in sniroute_options.HTTP_OPTIONS if f"`{name}`" not in text} == set()
+    limits = (f"at most {sniroute_http.HEAD_MAX // 1024} KiB and {sniroute_http.FIELDS_MAX} lines, the target in it "
+              f"{sniroute_http.TARGET_MAX // 1024} KiB")
+    assert limits in " ".join(text.split())
+
+
+def test_every_status_of_plain_http_is_there():
+    named = {int(status) for cell, _ in rows_below(OPERATING, "| status | for |") for status in cell.split(", ")}
+    assert named >= {row.status for row in sniroute_refusals.REFUSALS.values()}
+    source = (HERE / "sniroute_http.py").read_text()
+    raised = {int(status) for status in re.findall(r"raise bad\(.*, (\d{3})\)", source)}
+    assert len(raised) > 4 and named >= raised
 
 
 def test_the_programs_of_the_examples_are_settings(tmp_path):

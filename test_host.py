@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from typing import Callable
 
 import pytest
@@ -478,3 +479,37 @@ def test_a_volume_that_a_container_cannot_write_is_trusted():
     done = subprocess.run([*words, sys.executable, "-c", CONTAINER], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "['', '/mnt/open can be changed by other users: chmod o-w /mnt/open']\n"
+
+
+# -- whether a file has changed ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["in place", "another in its place", "a link", "its mode", "its folder", "gone"])
+def test_the_stamp_of_a_file_is_another_when_it_has_changed(change, tmp_path):
+    folder, path = tmp_path / "real", tmp_path / "link" / "file"
+    folder.mkdir()
+    (folder / "file").write_text("before")
+    os.symlink("real", tmp_path / "link")
+    before = sniroute_host.stamp(str(path))
+    assert sniroute_host.stamp(str(path)) == before and before.size == 6
+    wait_until(lambda: time.time_ns() - before.changed > 20_000_000, what="the next tick of the clock that files have")
+    if change == "in place":
+        path.write_text("behind")
+    elif change == "its mode":
+        path.chmod(0o600)
+    elif change == "another in its place":
+        shutil.copy2(path, tmp_path / "new")  # with its times
+        os.replace(tmp_path / "new", path)
+    elif change == "a link":
+        shutil.copytree(folder, tmp_path / "other")
+        os.symlink("other", tmp_path / "new")
+        os.replace(tmp_path / "new", tmp_path / "link")
+    elif change == "its folder":
+        folder.rename(tmp_path / "old")
+        assert sniroute_host.stamp(str(path)) == errno.ENOENT
+        folder.mkdir()
+        (folder / "file").write_text("before")
+    else:
+        path.unlink()
+        assert sniroute_host.stamp(str(path)) == errno.ENOENT
+    assert sniroute_host.stamp(str(path)) != before

@@ -35,6 +35,7 @@ COMMANDS = {"sniroute_commands.py"}
 BACKENDS = {f"sniroute_{room}.py" for room in ("backends", "book", "groups", "balance", "warm", "reuse", "conversations", "checks",
                                                 "probes")}
 WEB = {f"{room}.py" for room in sniroute_names.OPTIONS["web"]}
+PAGES = {"sniroute_browsers.py", "sniroute_answers.py", "sniroute_certificate.py", "sniroute_http.py"}
 CARRIER = {f"{room}.py" for room in sniroute_names.OPTIONS["carrier"]}
 
 # What is larger than the house allows, and why.
@@ -428,8 +429,8 @@ def test_a_command_opens_its_own_option_only(whole, words, options):
 @pytest.mark.parametrize("more, options", [
     ((), set()), (("--route=*.example.org=carrier:{name}",), set()), (("--admin=127.0.0.1:0",), ADMIN),
     ((f"--admin-public={HOST}:0",), ADMIN), (("--route=*.example.org=unix:/tmp/{label}.sock",), set()),
-    (("--route=*.example.org=command:/bin/cat {address}",), COMMANDS),
-], ids=["tcp", "carrier", "admin", "admin-public", "unix", "command"])
+    (("--route=*.example.org=command:/bin/cat {address}",), COMMANDS), (("--error-pages=on",), PAGES),
+], ids=["tcp", "carrier", "admin", "admin-public", "unix", "command", "pages"])
 def test_an_option_that_is_off_is_not_opened(launch, whole, tmp_path, echo_server, more, options):
     """It costs a router no memory and no time.  The carrier is a process of its own, which has not started."""
     with open(tmp_path / "stdout", "w+") as stdout:

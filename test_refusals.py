@@ -20,7 +20,7 @@ from conftest import CORE, HERE
 def raised_kinds() -> set[str]:
     """Every kind of refusal in the source."""
     kinds = set()
-    rooms = [ast.parse((HERE / name).read_text()) for name in (*CORE, "sniroute_commands.py", "sniroute_backends.py", "sniroute_book.py", "sniroute_http.py",
+    rooms = [ast.parse((HERE / name).read_text()) for name in (*CORE, "sniroute_commands.py", "sniroute_backends.py", "sniroute_book.py", "sniroute_http.py", "sniroute_requests.py", "sniroute_web.py", "sniroute_tls.py",
                                                              "sniroute_gateway.py")]
     for node in itertools.chain.from_iterable(map(ast.walk, rooms)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):

@@ -20,6 +20,7 @@ import sniroute_targets
 import sniroute_wire
 from sniroute_refusals import Refused
 from sniroute_routes import Layer, Route, Routes, expand, parse_route
+from sniroute_settings import load_settings
 from conftest import HOST, wait_until
 from testbed.hellos import (ASK_TLS, HELLO, INET, LOCAL, LONGEST, ROUTED_HEADER, Bad, genuine, tlv, v1, v2,
                             verdict)
@@ -641,3 +642,51 @@ def test_a_route_has_an_idle_time_of_its_own(run_file, echo_server):
         assert running.ending().reason == "idle" and running.ending().name == "db.example.com"
         long.sendall(b"still")
         assert long.recv(9)
+
+
+# -- plain HTTP --------------------------------------------------------------------------------
+
+
+def test_a_route_with_options_for_http_costs_a_tls_client_nothing():
+    route = parse_route("a.example.com=tcp:h:1")._replace(http="forward-tls", verify=False, host="backend", upgrades=(),
+                                                          cross_site="refuse", http_reuse="safe", redirect_port=8443)
+    assert route.is_plain and route.decide("a.example.com").plain
+
+
+@pytest.mark.parametrize("route, refuses", [
+    ("a.example.com=tcp:h:1", False), ("*.example.com=tcp:h:1", False), ("*.example.com=tcp:{label}.example.net:1", True),
+    ("{a}.b.example.com=unix:/run/{a}", True), ("a.example.com=command:x {port}", False),
+])
+def test_a_page_of_another_site_may_not_choose_the_target(route, refuses):
+    read = parse_route(route)
+    assert read.refuses_cross_site is refuses
+    assert read._replace(cross_site="refuse").refuses_cross_site
+    assert not read._replace(cross_site="allow").refuses_cross_site
+
+
+@pytest.mark.parametrize("pattern, host, name, filled", [
+    ("*.example.com", "", "a.example.com", ""), ("*.example.com", "backend", "a.example.com", "backend"),
+    ("*.example.com", "inner.example.net", "a.example.com", "inner.example.net"),
+    ("*.example.com", "{label}.example.net", "a.example.com", "a.example.net"),
+    ("{app}--{env}.example.com", "{app}.{env}.example.net", "web--eu.example.com", "web.eu.example.net"),
+])
+@pytest.mark.parametrize("target", ["tcp:h:1", "tcp:{name}:1"])
+def test_the_host_that_a_backend_is_told_may_have_fields(pattern, host, name, filled, target):
+    routes = Routes([parse_route(f"{pattern}={target}")._replace(host=host)])
+    assert routes.decide(name).host == filled
+
+
+def test_the_host_that_several_backends_are_told_is_that_of_each_name(settings_file):
+    path = settings_file('[routes]\n"*.example.com" = { target = "tcp:h:1,h:2", http = "forward", '
+                         'host = "{label}.example.net" }\n')
+    routes = load_settings(["-c", path], {}).routes
+    assert [routes.decide(f"{name}.example.com").host for name in "ab"] == ["a.example.net", "b.example.net"]
+    assert {member.host for member in routes.decide("a.example.com").members} == {""}
+
+
+def test_a_name_that_would_make_no_host_name_is_refused():
+    routes = Routes([parse_route("{app}--{env}.example.com=tcp:h:1")._replace(host="{app}.example.net")])
+    assert routes.decide("web--eu.example.com").host == "web.example.net"
+    with pytest.raises(Refused) as caught:
+        routes.decide("web---eu.example.com")
+    assert caught.value.kind == "bad_name"

@@ -10,9 +10,10 @@ import pathlib
 import re
 import resource
 import stat
-import tempfile
 import sys
-from typing import Any
+import tempfile
+import time
+from typing import Any, Callable
 
 import pytest
 
@@ -20,8 +21,10 @@ import sniroute
 import sniroute_host
 import sniroute_launchers
 import sniroute_names
+import sniroute_options
 import sniroute_settings
 import sniroute_values
+from sniroute_certificate import self_signed
 from sniroute_refusals import SettingsError
 from sniroute_routes import Route
 from sniroute_settings import SETTINGS, load_settings
@@ -74,6 +77,26 @@ PARSERS = {
     "an-address-is-a-network": (sniroute_values.parse_networks, "192.0.2.1", (ipaddress.ip_network("192.0.2.1/32"),)),
     **{f"no-networks-{text!r}": (sniroute_values.parse_networks, text, ValueError)
        for text in ("", "10.0.0.1/8", "10.0.0.0/33", "10.0.0.0/8,", "x", "none,10.0.0.0/8")},
+    "on": (sniroute_values.parse_switch, "on", True),
+    "true": (sniroute_values.parse_switch, "true", True),
+    "false": (sniroute_values.parse_switch, "false", False),
+    **{f"no-switch-{text!r}": (sniroute_values.parse_switch, text, ValueError) for text in ("", "yes", "1", "ON")},
+    "port-65535": (sniroute_values.parse_port, "65535", 65535),
+    **{f"no-port-{text!r}": (sniroute_values.parse_port, text, ValueError)
+       for text in ("0", "65536", "080", "-1", "", "8443\n", "\u0661")},
+    "no-verify": (sniroute_values.parse_verify, "false", False),
+    "verify": (sniroute_values.parse_verify, "true", True),
+    "host": (sniroute_values.parse_host, "Web.Internal.", "web.internal"),
+    "host-of-one-label": (sniroute_values.parse_host, "web", "web"),
+    "host-of-the-backend": (sniroute_values.parse_host, "backend", "backend"),
+    "host-with-fields": (sniroute_values.parse_host, "{service}-{env}.internal", "{service}-{env}.internal"),
+    **{f"no-host-{text!r}": (sniroute_values.parse_host, text, ValueError)
+       for text in ("", "192.0.2.1", "h:80", "http://h/", "a b", "h\r\nX: y", "*.internal", "{a.b", "m\u00fcnchen.example")},
+    "upgrades": (sniroute_values.parse_upgrades, "Foo/2, websocket,bar", ("websocket", "foo/2", "bar")),
+    "no-upgrades": (sniroute_values.parse_upgrades, "none", ()),
+    "an-empty-list-of-upgrades": (sniroute_values.parse_upgrades, "", ()),
+    **{f"no-upgrades-{text!r}": (sniroute_values.parse_upgrades, text, ValueError)
+       for text in ("a b", "a,,b", "h2c", "H2C", "websocket,h2c", "a/b/c", "none,a", "a\r\nb", "\u00e4")},
     "a-word": (sniroute_values.one_of("a", "b"), "b", "b"),
     "no-word": (sniroute_values.one_of("a", "b"), "B", ValueError),
 }
@@ -144,6 +167,7 @@ def test_the_tunnel_program_is_one_that_strangers_cannot_replace(tmp_path, monke
 # name -> on the command line, its value; in the environment, its value
 SAMPLES: dict[str, tuple[list[str], Any, str, Any]] = {
     "config": ([os.devnull], os.devnull, os.devnull, os.devnull),
+    "watch": (["off"], False, "false", False),  # on: it needs a file, below
     "listen": (["127.0.0.1:1", ":2"], [("127.0.0.1", 1), ("*", 2)], "[::1]:3  h:4", [("::1", 3), ("h", 4)]),
     "route": (["a.b=tcp:h:1", "*.c.d=tcp:h:2"], [Route("a.b", "tcp:h:1"), Route("*.c.d", "tcp:h:2")],
               "e.f=tcp:h:3\n*=tcp:h:4", [Route("e.f", "tcp:h:3"), Route("*", "tcp:h:4")]),
@@ -159,6 +183,12 @@ SAMPLES: dict[str, tuple[list[str], Any, str, Any]] = {
     "connection-idle": (["7s"], 7.0, "off", 0.0),
     "lameduck": (["7s"], 7.0, "0s", 0.0),
     "drain": (["8s"], 8.0, "9s", 9.0),
+    "http": (["forward"], "forward", "redirect", "redirect"),
+    "forwarded-from": (["none"], (), "192.0.2.0/24", (ipaddress.ip_network("192.0.2.0/24"),)),
+    "http-head-timeout": (["1s"], 1.0, "2s", 2.0),
+    "http-idle": (["3s"], 3.0, "4s", 4.0),
+    "http-response-timeout": (["5s"], 5.0, "off", 0.0),
+    "error-pages": (["on"], True, "off", False),
     "max-connections": (["10"], 10, "11", 11),
     "max-per-client": (["12"], 12, "13", 13),
     "max-tunnels": (["14"], 14, "15", 15),
@@ -920,3 +950,201 @@ def test_environment_holds_settings_and_the_command_line_comes_first(launch, ser
         assert read_all(client) == alert(112)
     program.stop()
     assert len(program.addresses) == 1
+
+
+# -- plain HTTP --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def certificate(tmp_path) -> Callable[[str], str]:
+    """certificate(text) -> the path of a file with it, `text` by default a certificate in PEM."""
+    def write(text: str = "") -> str:
+        (tmp_path / "ca.pem").write_text(text or self_signed("example.com", time.time()).certificate_pem.decode())
+        return str(tmp_path / "ca.pem")
+    return write
+
+
+def for_http(route: Route) -> tuple[Any, ...]:
+    """What a route says of plain HTTP."""
+    return tuple(getattr(route, name) for name in ("http", *sniroute_options.HTTP_OPTIONS))
+
+
+def test_routes_have_options_for_plain_http(settings_file, certificate):
+    path = certificate()
+    settings = load_settings(["-c", settings_file(f"""
+[routes]
+"plain.example.com" = {{ target = "tcp:h:1", http = "forward", host = "Inner.example.com", cross_site = "allow", \
+upgrades = ["Chat"], http_reuse = "safe" }}
+"tls.example.com" = {{ target = "tcp:h:2", http = "forward-tls", verify = {toml(path)}, host = "backend", upgrades = [] }}
+"moved.example.com" = {{ target = "tcp:h:3", http = "redirect", redirect_port = 8443 }}
+"open.example.com" = {{ target = "tcp:h:4", http = "forward-tls", verify = false }}
+"same.example.com" = "tcp:h:5"
+""".replace("\\\n", ""))], {})
+    plain, tls, moved, unverified, same = settings.routes.routes
+    assert for_http(plain) == ("forward", True, "inner.example.com", "allow", ("websocket", "chat"), "safe", None)
+    assert (tls.verify, tls.host, tls.upgrades) == (path, "backend", ())
+    assert (moved.http, moved.redirect_port, unverified.verify) == ("redirect", 8443, False)
+    assert for_http(same) == (None, True, "", None, ("websocket",), "client", None)
+    assert all(route.is_plain for route in settings.routes.routes), "TLS clients pay nothing for them"
+
+
+@pytest.mark.parametrize("options, line", [
+    ('http = "proxy"', "routes.\"a.b\".http: 'proxy' is none of refuse, forward, forward-tls, redirect, pass"),
+    ('htp = "forward"', 'routes."a.b".htp: there is no such option; did you mean http?'),
+    ('http = "forward", verify = false', "routes: a.b: verify: is for http = forward-tls; here it is forward"),
+    ('verify = false', "routes: a.b: verify: is for http = forward-tls; here it is refuse"),
+    ('http = "pass", host = "c.d"', "routes: a.b: host: is for http = forward or forward-tls; here it is pass"),
+    ('http = "refuse", cross_site = "refuse"',
+     "routes: a.b: cross_site: is for http = forward or forward-tls; here it is refuse"),
+    ('http = "redirect", upgrades = ["chat"]',
+     "routes: a.b: upgrades: is for http = forward or forward-tls; here it is redirect"),
+    ('http = "pass", http_reuse = "off"',
+     "routes: a.b: http_reuse: is for http = forward or forward-tls; here it is pass"),
+    ('http = "forward", redirect_port = 443', "routes: a.b: redirect_port: is for http = redirect; here it is forward"),
+    ('http = "forward", upgrades = ["h2c"]', 'routes."a.b".upgrades: h2c is refused: HTTP/2 in plain text goes through '
+     "http = pass only, and from its first byte"),
+    ('http = "forward", host = "{lable}.c"',
+     "routes: a.b: host: '{lable}.c' has a field other than {name}, {label}, {domain}"),
+    ('http = "forward", http_reuse = "safe", send_proxy = "v1"',
+     "routes: a.b: http_reuse: safe does not go with send_proxy = v1: the header says who the client is"),
+])
+def test_options_for_plain_http_that_do_not_fit_are_refused(options, line, settings_file):
+    path = settings_file(f'[routes]\n"a.b" = {{ target = "tcp:h:1", {options} }}\n')
+    with pytest.raises(SettingsError) as caught:
+        load_settings(["-c", path], {})
+    assert caught.value.lines == (f"{path}: {line}",)
+
+
+def test_an_option_may_fit_what_the_setting_says_for_all(settings_file):
+    text = '[routes]\n"a.b" = { target = "tcp:h:1", verify = false }\n'
+    assert load_settings(["-c", settings_file(text), "--http=forward-tls"], {}).routes.routes[0].verify is False
+    with pytest.raises(SettingsError, match="^--http: 'x' is none of "):
+        load_settings(["-c", settings_file(text), "--http=x"], {})
+
+
+@pytest.mark.parametrize("option", ['http = "forward"', "verify = false", 'host = "c.d"', 'cross_site = "refuse"',
+                                    'upgrades = ["chat"]', 'http_reuse = "off"', "redirect_port = 443"])
+def test_a_port_has_no_option_for_plain_http(option, settings_file):
+    path = settings_file(f'[ports]\n"127.0.0.1:1" = {{ target = "tcp:h:1", {option} }}\n')
+    with pytest.raises(SettingsError, match=r'^\S+: ports."127.0.0.1:1"\.\w+: is for \[routes\]: behind a port nothing is'):
+        load_settings(["-c", path], {})
+    assert load_settings(["--http=forward", "--port=127.0.0.1:1=tcp:h:1"], {}).port[0].http is None
+
+
+@pytest.mark.parametrize("text, complaint", [
+    (None, "is not read, since .* is no file"), ("\n", "has no certificate in PEM, as -----BEGIN CERTIFICATE-----"),
+    ("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "has no certificate in PEM"),
+    ("-----BEGIN CERTIFICATE-----\n", "has no certificate in PEM"),
+], ids=["missing", "empty", "garbage", "cut"])
+def test_a_file_to_verify_with_has_certificates(text, complaint, certificate, tmp_path, settings_file):
+    path = certificate(text) if text else str(tmp_path / "none.pem")
+    where = settings_file('[routes]\n"a.b" = { target = "tcp:h:1", http = "forward-tls", verify = %s }\n' % toml(path))
+    with pytest.raises(SettingsError, match=rf'^{where}: routes."a.b".verify: \'{path}\' {complaint}') as caught:
+        load_settings(["-c", where], {})
+    assert len(caught.value.lines) == 1
+
+
+def test_a_file_to_verify_with_is_one_that_strangers_cannot_replace(certificate):
+    path = certificate()
+    assert sniroute_values.parse_verify(path) == path
+    os.chmod(path, 0o666)
+    with pytest.raises(ValueError, match="is not read, since .* can be changed by other users: chmod o-w"):
+        sniroute_values.parse_verify(path)
+
+
+@pytest.mark.parametrize("argv, needs", [
+    ([], False), (["--route=a.b=tcp:h:1"], False), (["--http=forward"], True), (["--error-pages=on"], True),
+    (["--http=redirect", "--route=a.b=tcp:h:1"], True),
+])
+def test_who_needs_the_files_for_http(argv, needs):
+    assert load_settings(argv, {}).needs_web is needs
+
+
+@pytest.mark.parametrize("argv, text, asks", [
+    (["--http=pass"], "", "--http"), (["--error-pages=on"], "", "--error-pages"),
+    ([], '[routes]\n"a.b" = { target = "tcp:h:1", http = "redirect" }\n', "{path}: routes: http"),
+], ids=["http", "error-pages", "a-route"])
+def test_a_file_for_http_that_is_missing_stops_the_start_in_one_line(argv, text, asks, settings_file, monkeypatch):
+    path = settings_file(text)
+    monkeypatch.setattr(sniroute_settings, "is_here", lambda room: room not in ("sniroute_web", "sniroute_hpack"))
+    with pytest.raises(SettingsError) as caught:
+        load_settings(["-c", path, *argv], {})
+    assert caught.value.lines == (f"{asks.format(path=path)}: sniroute_web.py and sniroute_hpack.py are not beside "
+                                  "sniroute.py: copy them there",)
+    assert not load_settings(["--http=refuse", "--error-pages=off"], {}).needs_web
+
+
+def test_without_the_files_for_http_a_router_that_serves_none_starts(monkeypatch):
+    monkeypatch.setattr(sniroute_settings, "is_here", lambda room: room not in sniroute_names.OPTIONS["web"])
+    assert load_settings(["--route=a.b=tcp:h:1"], {}).http == "refuse"
+
+
+def said(caplog, path: str, *argv: str) -> list[str]:
+    """The warnings of `warn` about plain HTTP."""
+    caplog.clear()
+    sniroute_settings.warn_of_http(load_settings(["-c", path, *argv], {}))
+    return caplog.messages
+
+
+@pytest.mark.parametrize("target, other, is_said", [
+    ("tcp:h:1", "tcp:h:1", True), ("tcp:h:1", "tcp:h:2", False), ("tcp:h:1", "tcp:g:2,h:1", True),
+    ("tcp:g:1,h:1", "tcp:h:1", True), ("tcp:localhost:1", "tcp:127.0.0.1:1", True), ("tcp:[::1]:1", "tcp:localhost:1", True),
+    ("tcp:{label}.c:1", "tcp:a.c:1", True), ("tcp:a.c:1", "tcp:{label}.c:1", True), ("tcp:{label}.c:1", "tcp:a.d:1", False),
+    ("tcp:{label}.c:1", "tcp:{name}.c:1", True), ("unix:/run/a", "unix:/run/{label}", True),
+    ("unix:/run/a", "unix:/srv/{label}", False), ("cloudflared:x.c", "cloudflared:x.c", True),
+    ("cloudflared:x.c", "carrier:x.c", False),
+])
+def test_passing_past_the_allow_of_another_route_is_warned_about(target, other, is_said, settings_file, caplog):
+    text = ('[routes]\n"a.example.com" = {{ target = "{}", http = "{}"{} }}\n'
+            '"b.example.com" = {{ target = "{}", allow = "192.0.2.0/24" }}\n')
+    words = [f"a.example.com={target}: with http = pass a client may ask that backend for b.example.com, too, past its "
+             "`allow`: take forward, or give both the same `allow`"] * is_said
+    assert said(caplog, settings_file(text.format(target, "pass", "", other))) == words
+    assert said(caplog, settings_file(text.format(target, "forward", "", other))) == []
+    assert said(caplog, settings_file(text.format(target, "pass", ', allow = "192.0.2.0/24"', other))) == []
+    assert said(caplog, settings_file(text.format(target, "pass", ', allow = "0.0.0.0/0"', other))) == words
+
+
+def test_a_pass_for_all_warns_of_each_route_once_and_of_thousands_soon(settings_file, caplog):
+    routes = "".join(f'"r{number}.example.com" = {{ target = "tcp:h:1", allow = "192.0.2.0/24" }}\n'
+                     for number in range(3000))
+    path = settings_file("[routes]\n" + routes)
+    assert said(caplog, path, "--http=pass") == []
+    path = settings_file("[routes]\n" + routes + '"x.example.com" = "tcp:h:1"\n"y.example.com" = "tcp:h:2"\n')
+    assert [line.partition("=")[0] for line in said(caplog, path, "--http=pass")] == ["x.example.com"]
+
+
+def test_what_is_not_verified_is_warned_about(settings_file, caplog):
+    path = settings_file('[routes]\n"a.example.com" = { target = "tcp:h:1", http = "forward-tls", verify = false }\n'
+                         '"b.example.com" = { target = "tcp:h:1", http = "forward-tls" }\n')
+    (line,) = said(caplog, path)
+    assert line.startswith("a.example.com=tcp:h:1: verify = false: whoever stands between")
+
+
+# -- watch -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv, line", [
+    (["--watch=on"], "--watch: there is no file of settings to look at: name one with --config"),
+    (["--watch=on", "-c", os.devnull], f"--watch: {os.devnull} is no regular file, and cannot be read again"),
+    (["--watch=maybe"], "--watch: 'maybe' is none of on, off, true, false"),
+])
+def test_watch_needs_a_file_that_can_be_read_again(argv, line):
+    with pytest.raises(SettingsError) as caught:
+        load_settings(argv, {})
+    assert caught.value.lines == (line,)
+
+
+@pytest.mark.parametrize("text", ['watch = true\n', 'watch = "on"\n'])
+def test_the_file_may_ask_to_be_watched(text, settings_file):
+    settings = load_settings(["-c", settings_file(text)], {})
+    assert settings.watch and settings.stamp == sniroute_host.stamp(settings.config)
+
+
+def test_a_reload_of_an_empty_file_keeps_the_settings_also_where_the_routes_are_on_the_command_line(settings_file):
+    running = load_settings(["-c", settings_file('idle = "7m"\n'), "--route=a.b=tcp:h:1"], {})
+    with pytest.raises(SettingsError, match=f"^{running.config}: is empty$"):
+        settings_file("")
+        running.again(running)
+    settings_file("# no settings\n")
+    assert running.again(running).idle == 300.0

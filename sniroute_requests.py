@@ -1,0 +1,711 @@
+"""sniroute_requests: a client that asks in plain HTTP: its requests, one after another.
+
+    BETWEEN -- a head --> begin -- MODES --> redirect: answered here
+       ^                    | forward, forward-tls
+       |                    +- the backend of the last request will do -----------+
+       |                    +- else ROUTED, PARKED, DIALING, GREETING, as ever ---+--> the request goes out
+       |                                                                          |
+       +------- finish <------ message_sent (down) <--- the answer's body <--- backend_said: its head
+
+One connection leads to one backend at a time.  The next request uses that where it leads to the same place; else
+another one is dialled.  Pipelined requests wait until the one before is answered.
+
+Each request has an Exchange: what was asked, and how far that has come.  What the client says goes by `up`, the answer
+by `down` (MessageFlow of sniroute_bodies).  `hello` is the request as the backend gets it, as long as it can be sent
+again: so a Connection sends it to the next backend, or once more, just as a TLS hello.
+
+After a 101 both flows are raw, and the connection is like any other.
+
+An answer that was cut is never whole: a client whose answer cannot go on is reset.  After an answer of ours that
+refuses, the connection closes, and nothing that comes behind is read as a request.
+
+Threads: the loop only.
+
+Seams: I want to ...
+    do something else with a request    a row in MODES; what it may say, and what is added: sniroute_gateway
+    answer otherwise                    sniroute_answers
+    wait for something else             a queue of Web (sniroute_web)
+
+It imports bodies, gateway, answers, connection, resets, targets, flow, http, log, loop and refusals.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import TYPE_CHECKING, Any, Callable
+
+from sniroute_answers import options, redirect, refusal
+from sniroute_bodies import HELD, MessageFlow
+from sniroute_connection import BETWEEN, CLOSED, DIALING, ROUTED, UNHEARD, WAITING_FOR_BACKEND, Connection, Preface
+from sniroute_flow import BLOCKED, DONE, EARLY, GREETING, MESSAGE, NO_FLOW, OPEN, UNANSWERED
+from sniroute_gateway import Policy, check, choose_upgrade, hop, max_forwards, may_ask_again
+from sniroute_http import (CHUNKED, COUNTED, NO_BODY, NONE, UNTIL_CLOSE, Counted, Request, Response, open_body,
+                           parse_request, parse_response, pass_request, pass_response)
+from sniroute_log import BACKEND_CLOSED, CLIENT_CLOSED, CLIENT_LEFT, CLIENT_RESET, CUT
+from sniroute_refusals import Malformed, Refused
+from sniroute_resets import RESETTING, pass_on_reset
+from sniroute_targets import Another
+
+if TYPE_CHECKING:
+    from sniroute_routes import Decision
+    from sniroute_tls import Cipher
+    from sniroute_web import Web
+
+__version__ = "0.1.0"
+
+monotonic = time.monotonic
+
+# Limits, each with its reason.
+AHEAD_MAX = 32768  # bytes of later requests that are read while one is answered: one head has room
+REPLAYED_MAX = 65536  # bytes of a request that are kept, to be sent again
+INTERIM_MAX = 100  # answers with 1xx before the real one: a backend may say that it still works, and not for ever
+
+CLOSE: tuple[tuple[bytes, bytes], ...] = ((b"Connection", b"close"),)
+KEEP_ALIVE = ((b"Connection", b"keep-alive"),)  # HTTP/1.0 has to be told
+NOTHING_ADDED: tuple[tuple[bytes, bytes], ...] = ()
+NOTHING = Counted(0, "bad_request", False)  # the body of a message without one: it never changes
+SILENT, RAW, BY_TLS = "refuse", "pass", "forward-tls"  # modes that are asked for by name; see MODES
+SAFE = "safe"  # a value of `http_reuse`
+
+
+class Exchange:
+    """One request, and how far it and its answer have come."""
+
+    __slots__ = ("request", "policy", "decision", "began", "first", "response", "status", "up", "down", "interim",
+                 "upgrade", "keeps", "is_asked", "is_reused", "is_spoilt")
+
+    def __init__(self, request: Request | None):
+        self.request = request  # None: it could not be read
+        self.policy: Policy | None = None
+        self.decision: Decision | None = None
+        self.began = monotonic()
+        self.first = 0.0  # clock time of the first byte of the answer; 0: it has not come
+        self.response: Response | None = None  # the answer's head, once it has been sent
+        self.status = 0
+        self.up = 0  # bytes of the request's body
+        self.down = 0  # bytes of the answer's body
+        self.interim = 0  # answers with 1xx so far
+        self.upgrade = b""  # the protocol that the backend is offered
+        self.keeps = False  # the client may ask again behind this
+        self.is_asked = False  # the backend has all of the request
+        self.is_reused = False  # it went out on a connection that has served before, and may be dead
+        self.is_spoilt = False  # the backend said more than the answer
+
+
+class HttpConnection(Connection):
+    """A client that asks in plain HTTP.  It takes the place of the Connection that read its first request."""
+
+    __slots__ = ("web", "exchange", "ahead", "seen", "stash", "received", "cipher", "believes", "port", "has_ended",
+                 "answered_once", "is_private")
+
+    up: MessageFlow
+    down: MessageFlow
+
+    def __init__(self, former: Connection, web: Web):
+        for slot in Connection.__slots__:
+            setattr(self, slot, getattr(former, slot))
+        self.web = web
+        self.exchange: Exchange | None = None  # the request that is under way
+        self.ahead: bytes | bytearray = b""  # what the client has said behind it
+        self.seen = 0  # bytes of `ahead`, or of `stash`, in which no head has ended
+        self.stash: bytes | bytearray = b""  # a part of the answer's head
+        self.received = b""  # the PROXY header of the client
+        self.cipher: Cipher | None = None  # where the backend speaks TLS
+        self.has_ended = False  # the client asks no more
+        self.answered_once = False  # it has had an answer of a backend
+        self.is_private = False  # the connection to the backend may be tied to one user
+        self.port = former.client.getsockname()[1]
+        self.believes = web.believed(former.address[0])  # the peer, not the one that a PROXY header names
+        take_over(self, former, MessageFlow)
+
+    # -- requests
+
+    def begin(self, request: Request, rest: bytes | bytearray) -> None:
+        """A request is there; `rest` came behind its head.  Find out what becomes of it."""
+        self.exchange = exchange = Exchange(request)
+        self.name = request.name
+        self.ahead, self.seen = rest, 0
+        try:
+            if not request.name:
+                raise Malformed("no Host", kind="bad_request")
+            exchange.decision = decision = self.router.decide(request.name)
+            exchange.policy = policy = self.web.policy(decision)
+            check(request, policy)
+            MODES[policy.mode](self, exchange, decision)
+        except Refused as error:
+            self.refuse(error)
+
+    def forward(self, exchange: Exchange, decision: Decision) -> None:
+        """Send the request to where its route leads.  Raises Refused."""
+        policy = exchange.policy
+        request = max_forwards(exchange.request)
+        if request is None:
+            say(self, options(), 200)
+            return
+        exchange.upgrade = upgrade = choose_upgrade(request, policy)
+        head = pass_request(request, hop(request, self.address[0], self.port, self.believes),
+                            host=self.web.host(decision), believes=self.believes, upgrade=upgrade)
+        self.hello = head
+        self.replayable = True
+        self.up.body = body = open_body(request) if request.framing is not NO_BODY else NOTHING
+        if self.ahead and not body.is_done:
+            rest, self.ahead = self.ahead, b""
+            self.keep(*body.feed(rest), rest)
+        if decision is self.decision and self.down.source is not None:
+            self.ask_again()
+        else:
+            self.go(decision)
+
+    def keep(self, parts: list[memoryview], used: int, data: bytes | bytearray) -> None:
+        """Of `data`, these parts are the request's, whose backend is not there yet; behind `used` is the next one."""
+        before = len(self.hello)
+        self.hello = b"".join((self.hello, *parts))
+        self.exchange.up += len(self.hello) - before
+        self.ahead = data[used:]
+
+    def go(self, decision: Decision) -> None:
+        """Have the backend dialled.  Raises Refused."""
+        self.leave_backend()
+        leave_route(self)
+        self.preface = Preface(self.received, b"")
+        self.retried, self.parks = False, 0
+        self._admit(decision)
+        if self.queue is not None:
+            self.leave_queue()
+        if self.exchange.policy.reuse is SAFE and may_share(self):
+            spare = self.web.spares.take(decision.key)
+            if spare is not None:
+                self.down.source, self.down.fd = spare.sock, spare.fd
+                self.backend, self.cipher = spare.backend, spare.cipher
+                self.up.state = self.down.state = OPEN
+                self.down.take(MessageFlow.hear)
+                self.down.listen()
+                self.ask_again()
+
+    def leave_backend(self) -> None:
+        """Give the connection to the backend to others, or close it, if there is one."""
+        down = self.down
+        if down.source is not None and self.state is BETWEEN and may_give(self):
+            down.wait_for(0)
+            down.discard()
+            self.web.spares.give(self.decision.key, down.source, self.backend, self.cipher)
+            down.source = self.cipher = None
+        elif self.backend is not None or down.source is not None:
+            self.drop_backend()
+        self.backend, self.is_private = None, False
+
+    def ask_again(self) -> None:
+        """Send the request on the connection that the last one has left."""
+        exchange, down = self.exchange, self.down
+        self.replayable = may_ask_again(exchange.request) and len(self.hello) <= REPLAYED_MAX
+        if not self.replayable and has_news(down.source):
+            self.ask_elsewhere()
+            return
+        exchange.is_reused = True
+        said = self.hello if self.cipher is None else self.cipher.seal(self.hello)
+        try:
+            sent = down.source.send(said)
+        except BlockingIOError:
+            sent = 0
+        except OSError:  # it has ended, and took nothing
+            self.ask_elsewhere()
+            return
+        self.state = OPEN
+        if self.queue is not None:
+            self.leave_queue()
+        if sent == len(said) and self.up.body is NOTHING:  # as `go_on`: both flows are as they have to be
+            if not self.replayable:
+                self.hello = None
+            self.message_sent(self.up)
+        else:
+            self.go_on(said, sent)
+
+    def ask_elsewhere(self) -> None:
+        """The connection that served before has ended without a byte of the answer: dial a new one, once."""
+        self.router.counters["retries"] += 1
+        self.exchange.is_reused = False
+        self.leave_backend()
+        self.replayable = True  # the new one has had nothing
+        self.state = ROUTED
+        self.router.to_dial.append(self)
+        self.router.loop.hurry()
+
+    # -- on the way to the backend
+
+    def connect(self, why: str) -> None:
+        """As the base; a backend that speaks TLS is greeted first."""
+        super().connect(why)
+        if self.state is DIALING and self.cipher is None and self.exchange.policy.mode is BY_TLS:
+            try:
+                self.cipher = self.web.cipher(self.exchange)
+            except Refused as error:
+                self.refuse(error)
+            else:
+                self.preface = self.preface._replace(question=self.cipher.hello())
+
+    def on_ssl_answer(self, mask: int) -> None:
+        """The backend's side of the handshake."""
+        if self.state is not GREETING:
+            return
+        server, cipher = self.down.source, self.cipher
+        try:
+            data = server.recv(MESSAGE)
+            if not data:
+                self.backend_failed("it closed the connection in the TLS handshake")
+                return
+            said = cipher.answer(data)
+            if cipher.is_ready:
+                said += cipher.seal(self.hello)
+                self._open(said, server.send(said))
+            elif said:
+                server.send(said)  # a few bytes into an empty buffer: it took them all
+        except BlockingIOError:
+            pass
+        except Refused as error:
+            error = Refused("backend_tls", f"{self.backend.target}: {error}")
+            if self.backend.goes_on(error):
+                self.drop_backend()
+                self.obey(Another())
+            else:
+                self.refuse(error)
+        except OSError as error:
+            self.backend_failed(error.strerror)
+
+    def on_waiting(self, mask: int) -> None:
+        """As the base: what belongs to the request is kept with it, what is behind it waits."""
+        if self.state not in WAITING_FOR_BACKEND:
+            return
+        body = self.up.body
+        if len(self.ahead) >= AHEAD_MAX or len(self.hello) >= REPLAYED_MAX:
+            self.up.wait_for(0)  # enough: the rest waits in the kernel
+            return
+        data = self.up.read(MESSAGE)
+        if data is None:
+            return
+        if body.is_done:
+            self.ahead += data
+            return
+        try:
+            self.keep(*body.feed(data), data)
+        except Malformed as error:
+            self.refuse(error)
+
+    def _open(self, said: bytes, sent: int) -> None:
+        """The backend has `sent` bytes of what it is told: see to the rest of the request, and hear the answer."""
+        if not may_ask_again(self.exchange.request):
+            self.replayable = False
+        if self.queue is not None:
+            self.leave_queue()
+        greeting = b""
+        if self.backend.proves():
+            self.state = OPEN
+            self.replayable = False
+            self.backend = self.backend.settled()
+            if self.backend is not None:
+                greeting = self.backend.greeting
+        else:
+            self.state = UNANSWERED if self.replayable else EARLY
+        self.go_on(said, sent)
+        if greeting and self.state is not CLOSED:
+            self.backend_said(greeting)
+
+    def go_on(self, said: bytes, sent: int) -> None:
+        """A part of the request is under way: see to the rest, and hear the answer."""
+        up, down = self.up, self.down
+        self.stash, self.seen = b"", 0
+        if not self.replayable:
+            self.hello = None
+        up.state, down.state = DONE if self.has_ended else OPEN, OPEN
+        down.take(MessageFlow.hear)
+        if sent != len(said):
+            up.hold(memoryview(said)[sent:])
+        is_whole = up.body.is_done
+        up.take(MessageFlow.hear if is_whole else MessageFlow.carry)
+        up.listen()
+        down.listen()
+        if not is_whole:
+            self.wait_in(self.web.bodies)
+        elif up.state is not BLOCKED:
+            self.message_sent(up)
+
+    # -- what the flows meet
+
+    def client_said(self, data: bytes) -> None:
+        """What is no part of a body: a request, or what comes after the one that is under way."""
+        self.ahead = self.ahead + data if self.ahead else data
+        if self.state is BETWEEN:
+            self.next()
+        elif len(self.ahead) >= AHEAD_MAX:
+            self.up.state = HELD
+            self.up.rewatch()
+
+    def next(self) -> None:
+        """The client may ask again, and perhaps it has."""
+        web, ahead = self.web, self.ahead
+        if isinstance(ahead, bytes) and self.seen:
+            self.ahead = ahead = bytearray(ahead)  # it comes in pieces: add to it, instead of copying it
+        try:
+            request = parse_request(ahead, self.seen) if ahead else None
+        except Malformed as error:
+            self.refuse(error)
+            return
+        if request is not None:
+            self.begin(request, ahead[request.head.end:])
+            return
+        self.seen = len(ahead)
+        queue = web.heads if ahead else web.idle
+        if self.queue is not queue:
+            self.wait_in(queue)
+
+    def backend_said(self, data: bytes) -> None:
+        """A part of the answer's head; or what nobody has asked for."""
+        exchange = self.exchange
+        if exchange is None:
+            self.forget_backend()
+            return
+        if self.state in UNHEARD:
+            self.state = OPEN
+            self.backend.answered()
+        self.hello, self.replayable = None, False  # what was asked is not asked again
+        if self.queue is self.web.answers:
+            self.leave_queue()
+        stash = self.stash = self.stash + data if self.stash else data
+        while True:
+            try:
+                response = parse_response(stash, exchange.request.method, (exchange.upgrade,), self.seen)
+            except Malformed as error:
+                self.refuse(Refused("bad_answer", f"{target_of(self, self.decision)}: {error}"))
+                return
+            if response is None:
+                self.seen = len(stash)
+                self.stash = stash if isinstance(stash, bytearray) else bytearray(stash)
+                return
+            rest = bytes(stash[response.head.end:])
+            self.stash, self.seen = b"", 0
+            if not response.is_interim:
+                break
+            exchange.interim += 1
+            if exchange.interim > INTERIM_MAX:
+                self.refuse(Refused("bad_answer", f"{target_of(self, self.decision)}: {INTERIM_MAX} answers with 1xx"))
+                return
+            if exchange.request.version and not self.down.put(pass_response(response)):
+                return
+            if not rest:
+                return
+            stash = self.stash = rest
+        if response.upgrade:
+            switch(self, response, rest)
+        else:
+            self.answer(response, rest)
+
+    def answer(self, response: Response, rest: bytes) -> None:
+        """The answer's head is there; `rest` came behind it."""
+        exchange, down = self.exchange, self.down
+        request, kind = exchange.request, response.framing.kind
+        is_old = not request.version
+        is_unframed = is_old and kind is CHUNKED
+        exchange.response, exchange.status, exchange.first = response, response.status, monotonic()
+        exchange.keeps = keeps = (request.keeps and exchange.is_asked and kind is not UNTIL_CLOSE and not is_unframed
+                                  and not self.has_ended and not self.router.deaf.is_set())
+        add = NOTHING_ADDED if keeps and not is_old else KEEP_ALIVE if keeps else CLOSE
+        head = pass_response(response, add, unframed=is_unframed)
+        if response.framing.length == len(rest) and kind in (NONE, COUNTED):  # all of it came with its head
+            exchange.down = len(rest)
+            down.body = NOTHING
+            if down.put(head + rest) and down.state is not BLOCKED:
+                self.message_sent(down)
+            return
+        down.body = open_body(response, is_unframed)
+        down.take(MessageFlow.carry)
+        down.feed(rest, head)
+
+    def carried_on(self, flow: MessageFlow, count: int, said: bytes = b"") -> None:
+        """So many bytes of a body have been passed on: `said`, where they were seen."""
+        exchange = self.exchange
+        if flow is self.down:
+            exchange.down += count
+            return
+        exchange.up += count
+        if self.replayable:
+            self.hello += said
+            if len(self.hello) > REPLAYED_MAX:
+                self.hello, self.replayable = None, False
+                self.state = EARLY if self.state is UNANSWERED else self.state
+
+    def message_sent(self, flow: MessageFlow) -> None:
+        """A message is all on its way."""
+        flow.body = None
+        if flow is self.down:
+            self.finish()
+            return
+        self.exchange.is_asked = True
+        flow.take(MessageFlow.hear)
+        web = self.web
+        if web.answers.seconds:
+            self.wait_in(web.answers)
+        elif self.queue is not None:
+            self.leave_queue()
+
+    def finish(self) -> None:
+        """The client has its answer: wait for the next request, or close."""
+        exchange, up, down = self.exchange, self.up, self.down
+        self.web.tell(self, exchange)
+        self.answered_once = True
+        if exchange.policy.reuse is SAFE:
+            self.is_private = self.is_private or is_personal(exchange)
+        if not exchange.keeps:
+            self.linger(b"", CLIENT_CLOSED if self.has_ended or not exchange.request.keeps else BACKEND_CLOSED)
+            return
+        if exchange.response.keeps and not exchange.is_spoilt and exchange.policy.reuse != "off" and down.state is OPEN:
+            down.take(MessageFlow.hear)
+        else:
+            self.leave_backend()
+        self.state = BETWEEN
+        if up.state is not OPEN:
+            up.state = OPEN
+            up.rewatch()
+        self.next()
+
+    def ended(self, flow: MessageFlow) -> None:
+        """The source has ended."""
+        if flow.step is MessageFlow.raw:
+            if flow is self.up and self.cipher is not None:
+                flow.put(self.cipher.close())
+            super().ended(flow)
+        elif flow is self.down:
+            self.backend_ended(None)
+        elif self.state is BETWEEN:
+            self.close(CLIENT_CLOSED)
+        elif flow.body is not None and not flow.body.is_done:
+            self.close(CLIENT_LEFT)  # what it has sent must not look whole
+        else:
+            self.has_ended = True
+            flow.wait_for(0)
+            if self.state not in WAITING_FOR_BACKEND:
+                flow.state = DONE
+                flow.rewatch()
+            if self.exchange.response is None and self.queue is None:
+                self.wait_in(self.web.leaving)
+
+    def failed(self, flow: MessageFlow, error: OSError) -> None:
+        """The source has broken off."""
+        if flow.step is MessageFlow.raw:
+            super().failed(flow, error)
+        elif flow is self.down:
+            self.backend_ended(error)
+        else:
+            self.close(CLIENT_RESET)
+
+    def backend_ended(self, error: OSError | None) -> None:
+        """The backend has ended, or broken off with an error."""
+        exchange, down = self.exchange, self.down
+        if exchange is None:
+            self.forget_backend()
+        elif exchange.response is not None:
+            try:
+                if error is not None or down.body is None:
+                    raise Malformed("it broke off", kind="bad_answer")
+                down.body.end()
+            except Malformed:
+                self.cut()
+            else:
+                self.message_sent(down)
+        elif self.stash or exchange.interim:
+            self.refuse(Refused("bad_answer", f"{target_of(self, self.decision)}: it ended within its answer"))
+        elif exchange.is_reused and self.replayable:
+            self.ask_elsewhere()
+        else:
+            why = error.strerror if error is not None else "it closed the connection without an answer"
+            if self.state in UNHEARD:
+                self.backend_failed(why)
+            else:
+                self.refuse(Refused("backend", f"{target_of(self, self.decision)}: {why}"))
+
+    def broken(self, flow: MessageFlow) -> None:
+        """The sink has broken off."""
+        if flow.step is MessageFlow.raw:
+            super().broken(flow)
+        elif flow is self.down or self.state is RESETTING:
+            self.close(self.reason if self.state is RESETTING else CLIENT_RESET)
+        else:
+            # The backend takes no more of the request.  Perhaps it has answered: what it said is still to be read.
+            flow.discard(OPEN)
+            flow.take(MessageFlow.forget)
+            flow.rewatch()
+            flow.twin.rewatch()
+
+    def forget_backend(self) -> None:
+        """The backend has ended a connection on which nothing is asked, or says something there."""
+        self.leave_backend()
+        self.up.state = OPEN
+
+    # -- the end
+
+    def refuse(self, error: Refused) -> None:
+        """As the base, with a page; where an answer has begun, it is cut."""
+        exchange = self.exchange
+        if exchange is not None and exchange.response is not None or self.down.pending is not None:
+            self.refusal = error
+            self.cut()
+            return
+        if exchange is None:
+            exchange = Exchange(None)
+        self.refusal = error
+        self.router.waits.leave(self)
+        exchange.status, exchange.first = error.status, monotonic()
+        self.web.tell(self, exchange, error.kind, str(error))
+        self.linger(error.farewell or refusal(error, exchange.request), error.kind)
+
+    def cut(self) -> None:
+        """The answer cannot go on: the client gets what there is of it, then a reset."""
+        exchange = self.exchange
+        if exchange is not None:
+            self.web.tell(self, exchange, self.refusal.kind if self.refusal else CUT)
+        pass_on_reset(self, self.down, read=True)
+
+    def _hang_up(self) -> None:
+        self.cipher = None
+        super()._hang_up()
+
+    def close(self, reason: str) -> None:
+        """As the base; a request that is under way has come to nothing."""
+        exchange = self.exchange
+        if exchange is not None and exchange.status == 101:
+            exchange.up += self.up.total
+            exchange.down += self.down.total
+            self.web.tell(self, exchange)
+        elif exchange is not None:
+            self.web.tell(self, exchange, reason)
+        elif self.state is BETWEEN:
+            self.leave_backend()
+        super().close(reason)
+
+
+def leave_route(connection: HttpConnection) -> None:
+    """What it has carried so far counts as its route's; the next route begins at nothing."""
+    decision = connection.decision
+    if decision is None:
+        return
+    up, down, counters, tally = connection.up, connection.down, connection.router.counters, decision.tally
+    tally.active -= connection.admitted
+    tally.total += connection.admitted
+    connection.admitted = False
+    tally.up += up.total
+    tally.down += down.total
+    counters["bytes_up"] += up.total
+    counters["bytes_down"] += down.total
+    up.total = down.total = 0
+
+
+def target_of(connection: HttpConnection, decision: Decision) -> str:
+    """Which backend it is, or would be, for people."""
+    return connection.backend.target if connection.backend is not None else decision.target
+
+
+def say(connection: HttpConnection, answer: bytes, status: int) -> None:
+    """Give an answer of our own, and close."""
+    exchange = connection.exchange
+    exchange.status, exchange.first = status, monotonic()
+    connection.web.tell(connection, exchange)
+    connection.linger(answer, CLIENT_CLOSED)
+
+
+def switch(connection: HttpConnection, response: Response, rest: bytes) -> None:
+    """Both sides speak another protocol from here on: its bytes are passed as they are."""
+    exchange, up, down = connection.exchange, connection.up, connection.down
+    exchange.response, exchange.status, exchange.first = response, response.status, monotonic()
+    exchange.up, exchange.down = -up.total, len(rest) - down.total  # `close` adds what there is then
+    if connection.queue is not None:
+        connection.leave_queue()
+    ahead, connection.ahead = bytes(connection.ahead), b""
+    for flow in (up, down):
+        flow.body = None
+        flow.take(MessageFlow.raw)
+    if up.state is HELD:
+        up.state = OPEN
+    if down.put(pass_response(response) + rest) and (not ahead or up.put(ahead)):
+        up.rewatch()
+        down.rewatch()
+        if connection.has_ended:
+            connection.ended(up)
+
+
+# -- connections that serve another client -----------------------------------------------------
+
+
+def may_share(connection: HttpConnection) -> bool:
+    """Whether a request may go out on a connection that has served another client.
+
+    Never a client's first request: if that connection is dead, only the client can try again, and it does so where it
+    has had an answer before.
+    """
+    request = connection.exchange.request
+    return (connection.answered_once and request.method in ("GET", "HEAD") and connection.up.body is NOTHING
+            and not connection.exchange.upgrade and not connection.preface.header)
+
+
+def may_give(connection: HttpConnection) -> bool:
+    """Whether the connection to the backend may serve another client."""
+    web, backend, down = connection.web, connection.backend, connection.down
+    return (web.policy(connection.decision).reuse is SAFE and not connection.is_private
+            and not connection.preface.header and (backend is None or backend.may_change_hands)
+            and down.step is MessageFlow.hear and down.state is OPEN and connection.up.pending is None
+            and connection.router.web is web and not connection.router.deaf.is_set())
+
+
+def is_personal(exchange: Exchange) -> bool:
+    """Whether a backend may take the connection for one user's from here on, as with NTLM (RFC 4559 section 6)."""
+    said = [*exchange.request.head.values(b"authorization"), *exchange.response.head.values(b"www-authenticate")]
+    return any(value[:9].lower().startswith((b"ntlm", b"negotiate")) for value in said)
+
+
+def take_over(heir: Connection, former: Connection, flow: Callable[[Connection, Any], Any]) -> None:
+    """Go on in the place of another connection, with flows of its own."""
+    router = heir.router
+    router.connections.discard(former)
+    router.connections.add(heir)
+    if former.queue is not None:
+        former.leave_queue()
+    heir.queue = None
+    up, down = flow(heir, router.loop.poller), flow(heir, router.loop.poller)
+    up.twin, down.twin = down, up
+    old = former.up
+    up.source, up.fd, up.events, up.total = old.source, old.fd, old.events, old.total
+    old.source, old.events = None, 0
+    heir.up, heir.down = up, down
+    former.state, former.prelude = CLOSED, None
+    former.up.connection = former.down.connection = None  # no cycles: nothing is left to the collector
+    former.up.twin = former.down.twin = NO_FLOW
+    former.up = former.down = None
+
+
+def has_news(sock: socket.SocketType) -> bool:
+    """Whether a connection that should be silent has ended, or says something."""
+    try:
+        sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+# -- what becomes of a request -----------------------------------------------------------------
+
+
+def answer_redirect(connection: HttpConnection, exchange: Exchange, decision: Decision) -> None:
+    """The same name, by https."""
+    say(connection, redirect(exchange.request, connection.name, connection.port, exchange.policy.redirect_port), 308)
+
+
+def misdirect(connection: HttpConnection, exchange: Exchange, decision: Decision) -> None:
+    """A later request, for a name that is not served on a connection that has asked for another.  Raises Refused."""
+    raise Refused("bad_request", f"{connection.name} is not served on a connection that asked for another name",
+                  status=421)
+
+
+MODES: dict[str, Callable[[HttpConnection, Exchange, Decision], None]] = {
+    "forward": HttpConnection.forward, BY_TLS: HttpConnection.forward, "redirect": answer_redirect,
+    SILENT: misdirect, RAW: misdirect,  # of a first request: Web.meet
+}

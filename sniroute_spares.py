@@ -1,0 +1,102 @@
+"""sniroute_spares: connections to backends that serve another client after the first has left (`http_reuse = "safe"`).
+
+    a client leaves, and its backend has answered all --- Spares.give ---> Spare: watched, for SPARE_IDLE seconds
+    another client asks the same backend for a page  <--- Spares.take ----'   | its backend ends it, or says something
+                                                                              +---> closed
+
+What may be given, and for what it may be taken, is decided by the requests (sniroute_requests): bodyless GET and HEAD,
+never a client's first request, never a connection that a backend may have tied to one user.
+
+Threads: the loop only.
+
+Seams: I want to ...
+    keep more, or longer    SPARES_MAX, SPARE_IDLE
+
+It imports the loop.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sniroute_loop import READ, Loop, Poller, Watch
+
+if TYPE_CHECKING:
+    from sniroute_targets import Backend
+    from sniroute_tls import Cipher
+
+__version__ = "0.1.0"
+
+# Limits, each with its reason.
+SPARES_MAX = 256  # connections: descriptors are for clients first; over it the longest idle one goes
+SPARE_IDLE = 4.0  # seconds: Node.js ends idle connections after 5
+
+
+class Spare(Watch):
+    """A connection to a backend that nobody uses.  It owns the socket, and its Backend."""
+
+    __slots__ = ("spares", "key", "sock", "backend", "cipher")
+
+    def __init__(self, spares: Spares, poller: Poller, key: str, sock: Any, backend: Backend | None,
+                 cipher: Cipher | None):
+        super().__init__(poller, sock.fileno())
+        self.spares = spares
+        self.key = key
+        self.sock = sock
+        self.backend = backend
+        self.cipher = cipher
+
+    def on_news(self, mask: int) -> None:
+        """Its backend has ended it, or says what nobody has asked for."""
+        self.spares.drop(self)
+
+    def expire(self) -> None:
+        """It has been idle long enough."""
+        self.spares.drop(self)
+
+
+class Spares:
+    """All of them, by Decision.key.  Loop only."""
+
+    def __init__(self, loop: Loop):
+        self.poller = loop.poller
+        self.queue = loop.queue(SPARE_IDLE, Spare.expire)
+        self.by_key: dict[str, list[Spare]] = {}  # the longest idle one comes first
+
+    def give(self, key: str, sock: Any, backend: Backend | None, cipher: Cipher | None) -> None:
+        """Keep a connection: connected, without an unread byte, and watched by nobody.  It is ours from here on."""
+        if len(self.queue.due) >= SPARES_MAX:
+            self.drop(next(iter(self.queue.due)))
+        spare = Spare(self, self.poller, key, sock, backend, cipher)
+        self.by_key.setdefault(key, []).append(spare)
+        self.queue.put(spare)
+        spare.wait_for(READ, spare.on_news)
+
+    def take(self, key: str) -> Spare | None:
+        """The one that was used last: its backend keeps it the longest.  It is the caller's, and is watched no more."""
+        if key not in self.by_key:
+            return None
+        spare = self.by_key[key][-1]
+        self._forget(spare)
+        spare.wait_for(0)
+        return spare
+
+    def drop(self, spare: Spare) -> None:
+        """Close one."""
+        self._forget(spare)
+        spare.closing()
+        spare.sock.close()
+        if spare.backend is not None:
+            spare.backend.release()
+
+    def close(self) -> None:
+        """Close all of them: routes have changed, or no more clients come."""
+        for spare in list(self.queue.due):
+            self.drop(spare)
+
+    def _forget(self, spare: Spare) -> None:
+        self.queue.drop(spare)
+        spares = self.by_key[spare.key]
+        spares.remove(spare)
+        if not spares:
+            del self.by_key[spare.key]
