@@ -114,8 +114,8 @@ def test_what_is_refused_is_refused_once_and_reaches_no_backend(noted, cut):
             if not first and not row.data[:1].isupper():
                 continue  # it is no HTTP to begin with
             heard = exchange(running.address, cut(row.data + EVIL), first)
-            if not first and row.data.startswith(b"PRI * HTTP/2.0"):
-                assert not statuses(heard)
+            if not first and heard[3:4] == b"\4":
+                assert row.data.startswith(b"PRI * HTTP/2.0"), "it is told in its own words"
                 continue
             assert statuses(heard) == [row.status], (row.name, first, heard[:300])
             check_refusal(parsed(heard), row.status)
@@ -562,7 +562,7 @@ def test_options_goes_as_far_as_it_says(web):
     answer = served.ask(request("OPTIONS", "/", "Max-Forwards: 0"))
     assert answer.status in (200, 204) and "GET" in answer.get("Allow") and served.origin.heard == b""
     assert told(served.ask(request("OPTIONS", "*", "Max-Forwards: 3")).body).get("Max-Forwards") == "2"
-    assert told(served.ask(request("GET", "/", "Max-Forwards: 3")).body).get("Max-Forwards") == "3"
+    assert told(served.ask(request("GET", "/", "Max-Forwards: 0")).body).first == "GET / HTTP/1.1", "it is for two methods"
 
 
 # -- bodies ------------------------------------------------------------------------------------
@@ -865,7 +865,9 @@ def test_each_request_meets_its_own_route(run, origin, settings_file):
         client.say(request("GET", "/evil", host="tls.example.com"))
         client.rest()
     assert b"evil" not in a.heard + b.heard
-    assert running.router.accesses and {access.route for access in running.router.accesses} >= {"a.example.com"}
+    rows = {(access.host, access.status, access.reason) for access in running.accesses}
+    assert rows >= {("a.example.com", 200, ""), ("narrow.example.com", 403, "not_allowed"),
+                    ("nobody.example.org", 404, "no_route"), ("other.example.com", 308, "")}
 
 
 def test_a_route_without_http_closes_as_ever(run, origin):
@@ -965,6 +967,7 @@ def test_another_sites_page_asks_for_nothing_where_the_route_says_so(web, lines,
         assert served.origin.heard == b""
 
 
+# A browser keeps a 308 for good: the option is for names that will not serve plain HTTP again.
 @pytest.mark.parametrize("options, port", [({}, "own"), ({"redirect_port": 443}, ""), ({"redirect_port": 8443}, ":8443")])
 @pytest.mark.parametrize("method, target", [("GET", "/"), ("POST", "/a/b?c=d&e=%20"), ("GET", "//evil.example.org/x"),
                                             ("HEAD", "/%0d%0aX:%20y"), ("GET", "/\\evil")])
@@ -1043,13 +1046,16 @@ def test_a_backend_that_is_not_there_is_502(run, free_ports):
         check_refusal(client.answer(), 502)
 
 
-@pytest.mark.parametrize("line", [b"5;" + b"x" * 5000, b"5" * 16, b"0\r\n" + b"X: " + b"y" * 5000, b"0\r\n" + b"X: y\r\n" * 200])
+@pytest.mark.parametrize("line", [b"5;" + b"x" * 5000, b"5" * 5000, b"0\r\n" + b"X: " + b"y" * 5000,
+                                  b"0\r\n" + b"X: y\r\n" * 200, b"1;" + b"x" * 1000 + b"\r\nx\r\n"])
 def test_an_endless_chunk_line_is_refused_before_it_ends(web, line):
-    served = web()
-    client = served.connect(request("POST", "/", "Transfer-Encoding: chunked") + line)
+    """So are chunks that are mostly extensions, without an end."""
+    script = Noting()
+    client = web(script).connect(request("POST", "/", "Transfer-Encoding: chunked"))
+    with contextlib.suppress(ConnectionError):
+        client.say(*([line] * 100 if line.startswith(b"1;") else [line]))
     check_refusal(client.answer(), 400)
-    served.origin.wait_over(1)
-    assert isinstance(served.origin.server.result(), Cut)
+    assert script.found == []
 
 
 def test_ten_thousand_fields_are_refused(web):
@@ -1126,14 +1132,14 @@ def test_a_client_that_leaves_takes_its_backend_connection_along(web):
     assert told.wait(20)
     client.reset()
     served.origin.wait_over(1)
-    access = wait_until(lambda: served.running.router.accesses and served.running.router.accesses[-1])
-    assert (access.status, access.reason) == (0, "client_left")
+    (access,) = wait_until(lambda: served.running.accesses, what="its line")
+    assert (access.status, access.reason) == (0, "client_reset")
 
 
 def test_a_request_is_written_down(web):
     served = web(answering(reply(b"12345")))
     served.ask(request("POST", "/a?secret=1", body=b"abc"))
-    access = wait_until(lambda: served.running.router.accesses and served.running.router.accesses[-1])
+    (access,) = wait_until(lambda: served.running.accesses, what="its line")
     assert (access.method, access.host, access.path, access.status) == ("POST", WEB, "/a", 200)
     assert (access.up, access.down, access.route, access.reason) == (3, 5, WEB, "")
     assert access.backend == "tcp:%s:%d" % served.origin.address or access.backend == "%s:%d" % served.origin.address
