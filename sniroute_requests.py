@@ -454,6 +454,10 @@ class HttpConnection(Connection):
         self.answered_once = True
         if exchange.policy.reuse is SAFE:
             self.is_private = self.is_private or is_personal(exchange)
+        if not exchange.keeps and not exchange.request.keeps and exchange.is_asked and not self.ahead:
+            self.state = BETWEEN
+            self.close(CLIENT_CLOSED)  # it says no more, so nothing can come that makes a reset of the close
+            return
         if not exchange.keeps:
             self.linger(b"", CLIENT_CLOSED if self.has_ended or not exchange.request.keeps else BACKEND_CLOSED)
             return
