@@ -264,9 +264,9 @@ def test_warm_connections_of_the_documents_are_ready_as_pasted(pasted, serve):
 def test_zones_of_the_documents_work_as_pasted(pasted, serve):
     far = serve(far_end(b"b"), ("127.0.0.2", 0))
     with Server(far_end(b"a")) as near:
-        running = pasted("zones", {"10.1.0.5:443": near, "10.2.0.5:443": far})
-        assert [answer_to(running, "web.example.com") for _ in range(4)] == [b"a"] * 4
-    assert [answer_to(running, "web.example.com") for _ in range(4)] == [b"b"] * 4
+        running = pasted("zones", {"10.1.0.5:5432": near, "10.2.0.5:5432": far})
+        assert [answer_to(running, "db.example.com") for _ in range(4)] == [b"a"] * 4
+    assert [answer_to(running, "db.example.com") for _ in range(4)] == [b"b"] * 4
 
 
 # -- OPERATING.md ------------------------------------------------------------------------------
