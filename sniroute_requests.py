@@ -37,7 +37,8 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from sniroute_answers import options, redirect, refusal
 from sniroute_bodies import HELD, MessageFlow
-from sniroute_connection import BETWEEN, CLOSED, DIALING, ROUTED, UNHEARD, WAITING_FOR_BACKEND, WAITING_MAX, Connection, Preface
+from sniroute_connection import (BETWEEN, CLOSED, DIALING, ROUTED, UNHEARD, WAITING_FOR_BACKEND, WAITING_MAX,
+                                 Connection, Preface)
 from sniroute_flow import BLOCKED, DONE, EARLY, GREETING, MESSAGE, NO_FLOW, OPEN, UNANSWERED
 from sniroute_gateway import Policy, check, choose_upgrade, hop, max_forwards, may_ask_again
 from sniroute_http import (CHUNKED, COUNTED, NO_BODY, NONE, UNTIL_CLOSE, Counted, Request, Response, open_body,
