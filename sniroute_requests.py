@@ -228,7 +228,8 @@ class HttpConnection(Connection):
         """The connection that served before has ended without a byte of the answer: dial a new one, once."""
         self.router.counters["retries"] += 1
         self.exchange.is_reused = False
-        self.leave_backend()
+        self.drop_backend()
+        self.backend, self.is_private = None, False
         self.replayable = True  # the new one has had nothing
         self.state = ROUTED
         self.router.to_dial.append(self)
