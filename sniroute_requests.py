@@ -419,7 +419,7 @@ class HttpConnection(Connection):
         exchange.keeps = keeps = (request.keeps and exchange.is_asked and kind is not UNTIL_CLOSE and not is_unframed
                                   and not exchange.upgrade and not self.has_ended and not self.router.deaf.is_set())
         add = NOTHING_ADDED if keeps and not is_old else KEEP_ALIVE if keeps else CLOSE
-        head = pass_response(response, add, unframed=is_unframed)
+        head = pass_response(response, add, unframed=is_old)
         if response.framing.length == len(rest) and kind in (NONE, COUNTED):  # all of it came with its head
             exchange.down = len(rest)
             down.body = NOTHING
