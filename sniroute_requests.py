@@ -287,7 +287,7 @@ class HttpConnection(Connection):
         data = self.up.read(MESSAGE)
         if data is None:
             return
-        if body.is_done:
+        if body is None or body.is_done:
             self.ahead += data
             return
         try:
@@ -324,7 +324,7 @@ class HttpConnection(Connection):
         down.take(MessageFlow.hear)
         if sent != len(said):
             up.hold(memoryview(said)[sent:])
-        is_whole = up.body.is_done
+        is_whole = up.body is None or up.body.is_done
         up.take(MessageFlow.hear if is_whole else MessageFlow.carry)
         up.listen()
         down.listen()
@@ -377,8 +377,6 @@ class HttpConnection(Connection):
             self.state = OPEN
             self.backend.answered()
         self.hello, self.replayable = None, False  # what was asked is not asked again
-        if self.queue is self.web.answers:
-            self.leave_queue()
         stash = self.stash = self.stash + data if self.stash else data
         while True:
             try:
@@ -411,6 +409,8 @@ class HttpConnection(Connection):
     def answer(self, response: Response, rest: bytes) -> None:
         """The answer's head is there; `rest` came behind it."""
         exchange, down = self.exchange, self.down
+        if self.queue is self.web.answers:
+            self.leave_queue()
         request, kind = exchange.request, response.framing.kind
         is_old = not request.version
         is_unframed = is_old and kind is CHUNKED
@@ -419,7 +419,7 @@ class HttpConnection(Connection):
         exchange.keeps = keeps = (request.keeps and exchange.is_asked and kind is not UNTIL_CLOSE and not is_unframed
                                   and not exchange.upgrade and not self.has_ended and not self.router.deaf.is_set())
         add = NOTHING_ADDED if keeps and not is_old else KEEP_ALIVE if keeps else CLOSE
-        head = pass_response(response, add, unframed=is_unframed)
+        head = pass_response(response, add, unframed=is_old)
         if response.framing.length == len(rest) and kind in (NONE, COUNTED):  # all of it came with its head
             exchange.down = len(rest)
             down.body = NOTHING
