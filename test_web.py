@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import random
 import re
 import signal
 import socket
@@ -74,8 +75,8 @@ def statuses(said: bytes) -> list[int]:
 
 
 def pieces_of(data: bytes) -> list[bytes]:
-    """One byte after the other; what is long in a hundred pieces."""
-    step = 1 if len(data) < 300 else len(data) // 100
+    """A dozen pieces."""
+    step = len(data) // 12 + 1
     return [data[at:at + step] for at in range(0, len(data), step)]
 
 
@@ -167,36 +168,34 @@ def test_an_old_client_that_names_no_host_has_no_route(noted):
 # -- answers -----------------------------------------------------------------------------------
 
 
-class Rows:
-    """A script that says the row of RESPONSES that the target asks for, by its number."""
-
-    def __call__(self, talk: Talk) -> None:
-        while asked := talk.request():
-            number = asked.target[1:]
-            if not number.isdecimal():
-                talk.say(reply(number.encode()))
-                continue
-            row = RESPONSES[int(number)]
-            talk.say(row.data)
-            if row.is_cut or b"\r\n\r\nhello" in row.data:
-                return talk.finish()
+def rows(talk: Talk) -> None:
+    """A script that says the row of RESPONSES that the target asks for, by its number; in pieces with X-Cut."""
+    while asked := talk.request():
+        number = asked.target[1:]
+        if not number.isdecimal():
+            talk.say(reply(number.encode()))
+            continue
+        row = RESPONSES[int(number)]
+        talk.say(*(pieces_of(row.data) if asked.get("X-Cut") else [row.data]))
+        if row.is_cut or b"\r\n\r\nhello" in row.data:
+            return talk.finish()
 
 
 @pytest.mark.parametrize("number", range(len(RESPONSES)), ids=[row.name for row in RESPONSES])
 def test_an_answer_is_passed_on_or_refused_but_never_looks_whole_where_it_is_not(run, origin, number):
     row = RESPONSES[number]
-    backend = origin(Rows())
+    backend = origin(rows)
     running = run(FORWARD, route(backend.address, WEB))
-    for version in ("1.1", "1.0"):
+    for version, cut in (("1.1", []), ("1.1", ["X-Cut: yes"]), ("1.0", [])):
         if version == "1.0" and row.upgrades:
             continue
         with call(running.address) as client:
-            client.say(request(row.method, f"/{number}", *(UPGRADE if row.upgrades else ()), version=version))
+            client.say(request(row.method, f"/{number}", *(UPGRADE if row.upgrades else ()), *cut, version=version))
             try:
                 answer = client.answer(row.method)
-            except Cut as cut:
-                assert not row.heard, cut
-                assert version == "1.1" or cut.how == "reset", "to an old client an end is the end of the body"
+            except Cut as error:
+                assert not row.heard, error
+                assert version == "1.1" or error.how == "reset", "to an old client an end is the end of the body"
                 continue
             if not row.heard:
                 check_refusal(answer, 502)
@@ -338,6 +337,26 @@ def test_a_backend_that_says_more_than_its_length_is_heard_to_its_length(web):
     served.origin.wait_over(4)
 
 
+def test_what_a_backend_says_of_one_connection_goes_no_further_and_all_else_stays(web):
+    lines = ["Server: x", "set-cookie: a=1", "X-B:  2 ", "Set-Cookie: b=2", "X-Latin: \xe9\xff", "Date: today", "Vary: a",
+             "X-Long: " + "y" * 30_000]
+    own = ["Connection: keep-alive, X-Mine", "Keep-Alive: timeout=5", "X-Mine: z", "Proxy-Authenticate: Basic",
+           "Upgrade: h2c", "Trailer: X"]
+    said = "\r\n".join(["HTTP/1.1 200 Very Well", *own[:3], *lines, *own[3:], "Content-Length: 2", "", "ok"])
+    answer = web(answering(said.encode("latin-1"))).ask(request())
+    head = answer.head.decode("latin-1").split("\r\n")
+    assert (head[0], answer.body) == ("HTTP/1.1 200 Very Well", b"ok")
+    assert [line for line in head if line in lines] == lines
+    assert not [line for line in head if line in own]
+
+
+def test_trailers_of_an_answer_are_dropped(web):
+    served = web(answering(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;x=y\r\nhello\r\n0\r\nX: y\r\n\r\n"))
+    client = served.connect(request() + request())
+    assert client.answer().body == client.answer().body == b"hello"
+    assert len(served.origin.talks) == 1
+
+
 # -- upgrades ----------------------------------------------------------------------------------
 
 
@@ -377,9 +396,10 @@ def test_an_upgrade_is_offered_as_one_protocol_however_the_client_writes_it(web,
     assert web(script).ask(request("GET", "/chat", *lines)).status == 101
 
 
-def test_what_comes_behind_a_101_comes_through(web):
+def test_what_comes_behind_a_101_comes_through(web, flow):
     """4 KiB in one segment with the head; then 1 MiB while the client has already said its last."""
     down = bytes(range(256)) * 4096
+
     def script(talk: Talk) -> None:
         asked = talk.request()
         talk.say(shake(asked.get("Sec-WebSocket-Key")) + b"x" * 4096)
@@ -597,6 +617,40 @@ def test_pipelined_requests_are_answered_in_order_each_by_its_own_host(run, orig
                    + request("GET", "/last", host="a.example.com"))
         assert client.answer().body == b"b/long" + b"x" * 100_000
         assert client.answer().body == b"a/last"
+
+
+@pytest.mark.parametrize("behind", [request("POST", "/two", body=b"y" * 1_000_000),
+                                    request("POST", "/two", "Transfer-Encoding: chunked") + chunks(*[b"y" * 9999] * 100),
+                                    request("GET", "/two", "X: " + "y" * 31_000) + request("GET", "/three")])
+def test_more_than_is_read_ahead_waits_for_its_turn(web, behind):
+    """Whatever it is: it is kept in the client's socket, and is not lost."""
+    turn = threading.Event()
+
+    def script(talk: Talk) -> None:
+        while asked := talk.request():
+            if asked.target == "/one":
+                assert turn.wait(20)
+            talk.say(reply(asked.target.encode() + asked.body))
+
+    served = web(script)
+    client = served.connect(request("GET", "/one"))
+    served.origin.wait_heard(b"/one")
+    sender = threading.Thread(target=client.say, args=(behind,))
+    sender.start()
+    turn.set()
+    assert client.answer().body == b"/one"
+    assert client.answer().body.rstrip(b"y") == b"/two"
+    sender.join()
+    if b"/three" in behind:
+        assert client.answer().body == b"/three"
+
+
+def test_a_client_that_says_no_more_gets_its_answers(web):
+    """As `printf ... | nc -N` does."""
+    client = web(telling).connect(request("GET", "/one") + request("POST", "/two", body=b"hello"))
+    client.finish()
+    assert client.answer().body.startswith(b"GET /one") and client.answer().body.endswith(b"\r\n\r\nhello")
+    assert client.rest() == b"" and client.how == "end"
 
 
 def test_a_crowd_of_pipelined_requests_is_held_back(web):
@@ -989,6 +1043,95 @@ def test_pass_leads_by_the_first_request_and_passes_every_byte(web):
     other = request("GET", "/", host="unknown.example.org")
     client.say(other)
     assert client.answer().body == other, "which is what it is documented to be"
+
+
+def test_a_refusal_of_head_has_no_body(web):
+    with web().connect(request("HEAD", host="nobody.example.org") + EVIL) as client:
+        check_refusal(client.answer("HEAD"), 404)
+        assert client.rest() == b""
+
+
+# -- a crowd -----------------------------------------------------------------------------------
+
+CROWD, ROUNDS = 6, 40
+
+
+def behave(talk: Talk) -> None:
+    """A script that answers as it is told, with the number that it is told."""
+    while asked := talk.request():
+        body = f"{asked.get('X-Id')} ".encode() + asked.body
+        way = asked.get("X-Way")
+        if way == "chunks":
+            talk.say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks(body[:1], body[1:]))
+        elif way == "end":
+            talk.say(b"HTTP/1.1 200 OK\r\n\r\n" + body)
+            return talk.finish()
+        elif way == "cut":
+            talk.say(reply(body)[:-1])
+            return talk.finish()
+        else:
+            talk.say(reply(body, *["Connection: close"] * (way == "close")))
+            if way in ("close", "leaves"):  # it may leave at any moment, with a word or without
+                return talk.finish()
+
+
+@pytest.mark.parametrize("reuse", ["client", "safe", "off"])
+def test_no_answer_is_anothers(web, reuse):
+    """Clients in threads, each with a seed: pipelined, whole and cut, some that leave in the middle."""
+    served = web(behave, http_reuse=reuse)
+    faults: list[object] = []
+    whole = [0] * CROWD
+
+    def come(number: int) -> None:
+        chance = random.Random(number)
+        for turn in range(ROUNDS):
+            asked = []
+            for place in range(chance.randrange(1, 5)):
+                way = chance.choice(("length", "length", "chunks", "chunks", "end", "cut", "close", "leaves"))
+                method = chance.choice(("GET", "POST"))
+                body = b"x" * chance.choice((0, 1, 5000, 200_000)) if method == "POST" else b""
+                asked.append((f"{number}.{turn}.{place}", way, method, body))
+            said = b"".join(request(method, "/", f"X-Id: {name}", f"X-Way: {way}").removesuffix(b"\r\n")
+                            + WAYS[chance.choice(("length", "chunks"))](body) if method == "POST" else
+                            request(method, "/", f"X-Id: {name}", f"X-Way: {way}") for name, way, method, body in asked)
+            with call(served.address) as client, contextlib.suppress(ConnectionError):
+                if chance.random() < 0.1:
+                    client.say(said[:chance.randrange(len(said))])
+                    client.reset()
+                    continue
+                sender = threading.Thread(target=talks, args=(client, said))
+                sender.start()
+                try:
+                    for name, way, method, body in asked:
+                        try:
+                            answer = client.answer(method)
+                        except Cut as error:
+                            if way != "cut" and error.part:
+                                faults.append((name, way, error))
+                            break
+                        if answer.status != 200:  # the backend had just left
+                            if answer.status != 502 or answer.get("Proxy-Status") is None:
+                                faults.append((name, way, answer.head))
+                            break
+                        if way == "cut" or answer.body != name.encode() + b" " + body:
+                            faults.append((name, way, answer.head, answer.body[:50]))
+                        whole[number] += 1
+                finally:
+                    with contextlib.suppress(OSError):
+                        client.sock.shutdown(socket.SHUT_RDWR)
+                    sender.join()
+
+    def talks(client: Talk, said: bytes) -> None:
+        with contextlib.suppress(OSError):
+            client.say(said)
+
+    threads = [threading.Thread(target=come, args=(number,)) for number in range(CROWD)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults and min(whole) > ROUNDS // 2, (faults[:5], whole)
+    wait_until(lambda: not served.running.router.connections, what="the end of all connections")
 
 
 # -- limits ------------------------------------------------------------------------------------
