@@ -31,6 +31,7 @@ It imports bodies, gateway, answers, connection, resets, targets, flow, http, lo
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from typing import TYPE_CHECKING, Any, Callable
@@ -487,7 +488,8 @@ class HttpConnection(Connection):
         """The source has ended."""
         if flow.step is MessageFlow.raw:
             if flow is self.up and self.cipher is not None:
-                flow.put(self.cipher.close())
+                with contextlib.suppress(OSError):  # its buffer is full, or it is gone: TCP's end has to do
+                    self.down.source.send(self.cipher.close())
             super().ended(flow)
         elif flow is self.down:
             self.backend_ended(None)
