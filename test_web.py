@@ -645,6 +645,56 @@ def test_more_than_is_read_ahead_waits_for_its_turn(web, behind):
         assert client.answer().body == b"/three"
 
 
+@contextlib.contextmanager
+def one_turn(running: Running) -> Iterator[None]:
+    """What comes within the block is all there when the loop takes its next turn."""
+    stopped, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        stopped.set()
+        go.wait(20)
+
+    running.router.call(hold)
+    assert stopped.wait(20)
+    yield
+    go.set()
+
+
+@pytest.mark.parametrize("lines", [[], ["Connection: close"]], ids=["the same connection", "a new one"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_body_that_comes_in_one_turn_with_the_answer_before_it_is_whole(web, way, lines):
+    """None of it is taken for the next request, which is behind it."""
+    answer, body = threading.Event(), EVIL * 300
+    found = []
+
+    def script(talk: Talk) -> None:
+        while asked := talk.request():
+            found.append((asked.target, asked.body))
+            if asked.target == "/one":
+                assert answer.wait(20)
+            talk.say(reply(asked.target.encode(), *lines))
+            if asked.target == "/one":
+                told.set()
+            if lines:
+                return
+
+    told = threading.Event()
+    served = web(script)
+    head = request("POST", "/two").removesuffix(b"\r\n")
+    said = WAYS[way](body)
+    split = said.index(b"\r\n\r\n") + 4
+    client = served.connect(request("GET", "/one") + head + said[:split])
+    served.origin.wait_heard(b"/one")
+    with one_turn(served.running):
+        answer.set()
+        assert told.wait(20)
+        client.say(said[split:split + 4096])
+    assert client.answer().body == b"/one"
+    client.say(said[split + 4096:] + request("GET", "/three"))
+    assert [client.answer().body for _ in range(2)] == [b"/two", b"/three"]
+    assert found == [("/one", b""), ("/two", body), ("/three", b"")]
+
+
 def test_a_client_that_says_no_more_gets_its_answers(web):
     """As `printf ... | nc -N` does."""
     client = web(telling).connect(request("GET", "/one") + request("POST", "/two", body=b"hello"))
@@ -1105,6 +1155,9 @@ def test_no_answer_is_anothers(web, reuse):
                     for name, way, method, body in asked:
                         try:
                             answer = client.answer(method)
+                        except TimeoutError:
+                            faults.append((name, "nothing comes", asked))
+                            break
                         except Cut as error:
                             if way != "cut" and error.part:
                                 faults.append((name, way, error))

@@ -211,6 +211,7 @@ def call(address: Address, *said: bytes) -> Talk:
     """A client that has said this."""
     with contextlib.ExitStack() as stack:
         talk = stack.enter_context(Talk(connect(address, timeout=PATIENCE)))
+        talk.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is said in pieces goes in pieces
         talk.say(*said)
         stack.pop_all()
     return talk
@@ -236,6 +237,7 @@ class Origin:
 
     def handle(self, sock: socket.socket) -> None:
         sock.settimeout(PATIENCE)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         talk = Talk(sock)
         self.talks.append(talk)
         try:
