@@ -35,7 +35,7 @@ from sniroute_http2 import refusal as refusal_in_http2
 from sniroute_log import CLIENT_LEFT, IDLE, STOPPED, Access, log_access
 from sniroute_names import parse_ip
 from sniroute_refusals import HTTP, TELLERS, Malformed, Refused
-from sniroute_requests import MODES, RAW, SAFE, SILENT, Exchange, HttpConnection, take_over, target_of
+from sniroute_requests import BY_TLS, MODES, RAW, SAFE, SILENT, Exchange, HttpConnection, take_over, target_of
 from sniroute_spares import Spares
 
 if TYPE_CHECKING:
@@ -238,6 +238,15 @@ class Web:
         for connection in list(self.idle.due):
             connection.close(STOPPED)
         self.spares.close()
+
+
+def prepare_tls(settings: Settings) -> None:
+    """Read the certificates that backends are held against, before `Web.cipher` asks for them.  Raises OSError."""
+    verified = {route.verify for route in settings.routes.routes if (route.http or settings.http) == BY_TLS}
+    if verified:
+        from sniroute_tls import context  # imported late: only where a route asks for it
+        for verify in verified:
+            context(verify)
 
 
 def asked(request: Request | None) -> tuple[str, str, str]:
