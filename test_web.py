@@ -695,6 +695,17 @@ def test_a_body_that_comes_in_one_turn_with_the_answer_before_it_is_whole(web, w
     assert found == [("/one", b""), ("/two", body), ("/three", b"")]
 
 
+def test_answers_wait_for_a_client_that_reads_late(web, flow):
+    """A hundred, of 100 KB each: in order, whole, and not all at once in the router's memory."""
+    body = bytes(range(250)) * 400
+    served = web(answering(lambda asked: reply(asked.target.encode() + body) if int(asked.target[1:]) % 2 else
+                           b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks(asked.target.encode() + body)))
+    client = served.connect(b"".join(request("GET", f"/{number}") for number in range(100)))
+    served.origin.wait_heard(b"GET /20 ")
+    for number in range(100):
+        assert client.answer().body == b"/%d" % number + body
+
+
 def test_a_client_that_says_no_more_gets_its_answers(web):
     """As `printf ... | nc -N` does."""
     client = web(telling).connect(request("GET", "/one") + request("POST", "/two", body=b"hello"))
@@ -1041,6 +1052,52 @@ def test_a_drain_ends_idle_connections_at_once_and_others_behind_their_answer(la
         chat.say(frame(b"still", masked=True))
         assert read_frame(chat) == (TEXT, b"still")
     assert program.wait() == 0
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["first", "second"])
+def test_a_request_waits_for_its_tunnel_and_its_body_with_it(run, origin, cloudflared, ports, kept):
+    """What comes meanwhile belongs to it, whatever it looks like."""
+    script, body = Noting(), EVIL * 10_000
+    backend = origin(script)
+    cloudflared.far("*", backend.address)
+    running = run(FORWARD, ports, route(backend.address, WEB), "--route=cold.example.com=cloudflared:{name}")
+    with call(running.address) as client:
+        if kept:
+            client.say(request())
+            client.answer()
+        said = request("POST", "/cold", host="cold.example.com", body=body)
+        client.say(*(said[at:at + 20_000] for at in range(0, len(said), 20_000)))
+        assert client.answer().body == b"/cold"
+    assert script.found[kept:] == [("POST", "/cold", "cold.example.com", body)]
+
+
+def test_a_tunnel_that_does_not_start_is_told(run, cloudflared, ports):
+    cloudflared.fault("*", exit=1)
+    running = run(FORWARD, ports, f"--route={WEB}=cloudflared:{{name}}", "--start-timeout=300ms")
+    with call(running.address, request() + EVIL) as client:
+        answer = client.answer()
+        assert answer.status in (502, 504)
+        check_refusal(answer, answer.status)
+        assert client.rest() == b"" and b"127.0.0.1" not in answer.body
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("bad", ["refuses", "ends", "resets"])
+def test_the_next_backend_is_asked_where_one_does_not_answer(run, origin, free_ports, method, bad):
+    """A POST only where nothing of it can have been heard."""
+    dead = origin(lambda talk: talk.more() and (talk.reset() if bad == "resets" else talk.finish()))
+    good = origin(answering(lambda asked: reply(asked.body)))
+    first = (HOST, free_ports(1)[0]) if bad == "refuses" else dead.address
+    running = run(FORWARD, f"--route={WEB}=tcp:%s:%d,%s:%d" % (*first, *good.address))
+    asked = 0
+    for _ in range(4):
+        with call(running.address, request(method, body=b"hello" if method == "POST" else None)) as client:
+            answer = client.answer()
+            if method == "POST" and bad != "refuses" and answer.status == 502:
+                asked += 1
+                continue
+            assert (answer.status, answer.body) == (200, b"hello" if method == "POST" else b"")
+    assert good.heard.count(b"\r\nVia: ") + asked == 4
 
 
 def test_a_proxy_header_before_http_says_who_asks(web):
