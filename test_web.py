@@ -1,7 +1,8 @@
 """Plain HTTP by Host: a router, clients that say exactly what a test says, and backends that do what a script does.
 
 Smuggling, answers that are none, upgrades, connections that are kept, early answers, limits in time and in size.
-testbed/web.py has both ends; the tables of what is refused are testbed/smuggling.py.  Real clients: test_web_clients.py.
+testbed/web.py has both ends; the tables of what is refused are testbed/smuggling.py.  Real clients are those of
+test_web_clients.py.
 """
 
 from __future__ import annotations
@@ -13,20 +14,42 @@ import re
 import signal
 import socket
 import threading
-from typing import Any, Callable, Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import pytest
 
 from conftest import HOST, Address, connect, linux, wait_until
 from testbed.hellos import HELLO, NAME, v1
-from testbed.running import Running, read_all, read_exactly, route
-from testbed.smuggling import EVIL, NEUTRAL, REQUESTS, RESPONSES, SHAPES, Row, Said
+from testbed.running import Running, route
+from testbed.smuggling import EVIL, NEUTRAL, REQUESTS, RESPONSES, SHAPES
 from testbed.web import (TEXT, UPGRADE, WEB, Cut, Message, Origin, Talk, Web, answering, call, check_refusal, chunks,
                          frame, read_frame, reply, request, saying, shake, table, telling)
 
 FORWARD = "--http=forward"
 LATER = b"GET /later HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 FIRST = b"GET /first HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+@pytest.fixture(autouse=True)
+def no_faults(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """The router finds no fault in itself, also where its clients were served all the same."""
+    yield
+    assert "report it" not in caplog.text, caplog.text
+
+
+@contextlib.contextmanager
+def one_turn(running: Running) -> Iterator[None]:
+    """What comes within the block is all there when the loop takes its next turn."""
+    stopped, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        stopped.set()
+        go.wait(20)
+
+    running.router.call(hold)
+    assert stopped.wait(20)
+    yield
+    go.set()
 
 
 # -- bytes that two programs may read in two ways ----------------------------------------------
@@ -147,7 +170,8 @@ def test_what_gets_through_is_what_the_backend_finds(noted, cut):
         is_old = b" HTTP/1.0\r\n" in row.data
         assert statuses(heard) == [200] * (2 - is_old), (row.name, heard[:300])
         found = [(method, target, body) for method, target, _, body in script.found[first:]]
-        assert found == [(method, path, body) for method, path, _, body in row.heard] + [("GET", "/later", b"")][is_old:]
+        expected = [(method, path, body) for method, path, _, body in row.heard]
+        assert found == expected + [("GET", "/later", b"")][is_old:]
     assert backend.heard
 
 
@@ -338,8 +362,8 @@ def test_a_backend_that_says_more_than_its_length_is_heard_to_its_length(web):
 
 
 def test_what_a_backend_says_of_one_connection_goes_no_further_and_all_else_stays(web):
-    lines = ["Server: x", "set-cookie: a=1", "X-B:  2 ", "Set-Cookie: b=2", "X-Latin: \xe9\xff", "Date: today", "Vary: a",
-             "X-Long: " + "y" * 30_000]
+    lines = ["Server: x", "set-cookie: a=1", "X-B:  2 ", "Set-Cookie: b=2", "X-Latin: \xe9\xff", "Date: today",
+             "Vary: a", "X-Long: " + "y" * 30_000]
     own = ["Connection: keep-alive, X-Mine", "Keep-Alive: timeout=5", "X-Mine: z", "Proxy-Authenticate: Basic",
            "Upgrade: h2c", "Trailer: X"]
     said = "\r\n".join(["HTTP/1.1 200 Very Well", *own[:3], *lines, *own[3:], "Content-Length: 2", "", "ok"])
@@ -385,7 +409,8 @@ def test_nothing_reaches_a_backend_before_its_101_and_all_of_it_behind(web):
 
 
 @pytest.mark.parametrize("connection", ["Upgrade", "keep-alive, Upgrade", "UPGRADE", "upgrade, keep-alive"])
-@pytest.mark.parametrize("offers", [["websocket"], ["WebSocket"], ["websocket", "foo"], ["foo, websocket"], ["h2c, websocket"]])
+@pytest.mark.parametrize("offers", [["websocket"], ["WebSocket"], ["websocket", "foo"], ["foo, websocket"],
+                                    ["h2c, websocket"]])
 def test_an_upgrade_is_offered_as_one_protocol_however_the_client_writes_it(web, connection, offers):
     def script(talk: Talk) -> None:
         asked = talk.request()
@@ -476,8 +501,8 @@ def told(body: bytes) -> Message:
 
 
 FORGED = ["X-Forwarded-For: 192.0.2.1", "X-Forwarded-Proto: https", "X-Forwarded-Host: evil", "X-Forwarded-Port: 1",
-          "X-Forwarded-Prefix: /evil", "X_Forwarded_For: 192.0.2.1", "x-forwarded.for: 192.0.2.1", "X-Real-IP: 192.0.2.1",
-          "X_REAL_IP: 192.0.2.1", "Forwarded: for=192.0.2.1;proto=https"]
+          "X-Forwarded-Prefix: /evil", "X_Forwarded_For: 192.0.2.1", "x-forwarded.for: 192.0.2.1",
+          "X-Real-IP: 192.0.2.1", "X_REAL_IP: 192.0.2.1", "Forwarded: for=192.0.2.1;proto=https"]
 
 
 def test_what_a_stranger_says_of_itself_is_replaced(web):
@@ -582,7 +607,7 @@ def test_options_goes_as_far_as_it_says(web):
     answer = served.ask(request("OPTIONS", "/", "Max-Forwards: 0"))
     assert answer.status in (200, 204) and "GET" in answer.get("Allow") and served.origin.heard == b""
     assert told(served.ask(request("OPTIONS", "*", "Max-Forwards: 3")).body).get("Max-Forwards") == "2"
-    assert told(served.ask(request("GET", "/", "Max-Forwards: 0")).body).first == "GET / HTTP/1.1", "it is for two methods"
+    assert told(served.ask(request("GET", "/", "Max-Forwards: 0")).body).first == "GET / HTTP/1.1", "for two methods only"
 
 
 # -- bodies ------------------------------------------------------------------------------------
@@ -620,7 +645,7 @@ def test_pipelined_requests_are_answered_in_order_each_by_its_own_host(run, orig
 
 
 @pytest.mark.parametrize("behind", [request("POST", "/two", body=b"y" * 1_000_000),
-                                    request("POST", "/two", "Transfer-Encoding: chunked") + chunks(*[b"y" * 9999] * 100),
+                                    request("POST", "/two", "Transfer-Encoding: chunked") + chunks(*[b"y" * 9999] * 99),
                                     request("GET", "/two", "X: " + "y" * 31_000) + request("GET", "/three")])
 def test_more_than_is_read_ahead_waits_for_its_turn(web, behind):
     """Whatever it is: it is kept in the client's socket, and is not lost."""
@@ -643,21 +668,6 @@ def test_more_than_is_read_ahead_waits_for_its_turn(web, behind):
     sender.join()
     if b"/three" in behind:
         assert client.answer().body == b"/three"
-
-
-@contextlib.contextmanager
-def one_turn(running: Running) -> Iterator[None]:
-    """What comes within the block is all there when the loop takes its next turn."""
-    stopped, go = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        stopped.set()
-        go.wait(20)
-
-    running.router.call(hold)
-    assert stopped.wait(20)
-    yield
-    go.set()
 
 
 @pytest.mark.parametrize("lines", [[], ["Connection: close"]], ids=["the same connection", "a new one"])
@@ -698,8 +708,12 @@ def test_a_body_that_comes_in_one_turn_with_the_answer_before_it_is_whole(web, w
 def test_answers_wait_for_a_client_that_reads_late(web, flow):
     """A hundred, of 100 KB each: in order, whole, and not all at once in the router's memory."""
     body = bytes(range(250)) * 400
-    served = web(answering(lambda asked: reply(asked.target.encode() + body) if int(asked.target[1:]) % 2 else
-                           b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks(asked.target.encode() + body)))
+
+    def answer(asked: Message) -> bytes:
+        way = WAYS["length" if int(asked.target[1:]) % 2 else "chunks"]
+        return b"HTTP/1.1 200 OK\r\n" + way(asked.target.encode() + body)
+
+    served = web(answering(answer))
     client = served.connect(b"".join(request("GET", f"/{number}") for number in range(100)))
     served.origin.wait_heard(b"GET /20 ")
     for number in range(100):
@@ -946,6 +960,122 @@ def test_a_connection_that_has_ended_while_it_was_idle_is_not_used(web, method):
     assert client.answer().body == b"one" and len(served.origin.talks) == 2
 
 
+class Steps:
+    """A script that takes its steps when a test says so: `answers` has one for each request, b"" for the end."""
+
+    def __init__(self, *answers: bytes):
+        self.answers = list(answers)
+        self.may, self.did = threading.Semaphore(0), threading.Semaphore(0)
+
+    def __call__(self, talk: Talk) -> None:
+        while talk.request() and self.answers:
+            answer = self.answers.pop(0)
+            assert self.may.acquire(timeout=20)
+            talk.say(answer)
+            if self.answers and not self.answers[0]:
+                self.answers.pop(0)
+                talk.finish()
+                self.did.release()
+                return
+            self.did.release()
+
+    def step(self) -> None:
+        """Have it take one, and wait until it is taken."""
+        self.may.release()
+        assert self.did.acquire(timeout=20)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_backend_that_ends_in_one_turn_with_the_next_request(web, method):
+    """Its end was there before a byte was written, so nothing is lost; what may be said twice needs no look at that."""
+    go, went = threading.Event(), threading.Event()
+
+    def script(talk: Talk) -> None:
+        talk.request()
+        talk.say(reply(b"served"))
+        if len(served.origin.talks) == 1:
+            assert go.wait(20)
+            talk.finish()
+            went.set()
+
+    served = web(script)
+    client = served.connect(request())
+    assert client.answer().body == b"served"
+    with one_turn(served.running):
+        client.say(request(method, "/next", body=b"x" if method == "POST" else None))
+        go.set()
+        assert went.wait(20)
+    assert client.answer().body == b"served"
+    assert served.origin.heard.count(b"/next") == 1 or method == "GET"
+
+
+def test_an_answer_its_end_and_the_next_request_in_one_turn(web):
+    script = Steps(reply(b"one"), b"", reply(b"two"), b"", reply(b"three"))
+    served = web(script)
+    client = served.connect(request("GET", "/1"))
+    served.origin.wait_heard(b"/1")
+    with one_turn(served.running):
+        client.say(request("POST", "/2", body=b"x" * 1000) + request("GET", "/3"))
+        script.step()
+    assert client.answer().body == b"one"
+    script.step()
+    assert client.answer().body == b"two"
+    script.step()
+    assert client.answer().body == b"three"
+
+
+def test_a_101_and_a_frame_that_did_not_wait_for_it_in_one_turn(web):
+    script = Steps(shake() + frame(b"hello"))
+    served = web(script)
+    client = served.connect(request("GET", "/", *UPGRADE))
+    served.origin.wait_heard(b"Upgrade")
+    with one_turn(served.running):
+        client.say(frame(b"first", masked=True))
+        script.step()
+    assert client.answer().status == 101 and read_frame(client) == (TEXT, b"hello")
+    client.say(frame(b"second", masked=True))
+    wait_until(lambda: served.origin.heard.partition(b"\r\n\r\n")[2].count(b"\x81") == 2, what="both frames")
+
+
+@pytest.mark.parametrize("ends", [[], [b""]], ids=["stays", "ends"])
+def test_an_early_answer_and_the_rest_of_the_body_in_one_turn(web, ends):
+    """The body may be whole by then: then the connection may go on, and the next request is answered, or it closes."""
+    def script(talk: Talk) -> None:
+        talk.head()
+        assert go.wait(20)
+        talk.say(reply(b"early"))
+        went.set()
+        if ends:
+            return talk.finish()
+        talk.exactly(50_000)
+        while talk.request():
+            talk.say(reply(b"next"))
+
+    go, went = threading.Event(), threading.Event()
+    served = web(script)
+    client = served.connect(request("POST", "/", body=b"x" * 50_000)[:-40_000])
+    served.origin.wait_heard(b"POST")
+    with one_turn(served.running):
+        go.set()
+        assert went.wait(20)
+        client.say(b"x" * 40_000 + request("GET", "/next"))
+    assert client.answer().body == b"early"
+    with contextlib.suppress(Cut):
+        assert client.answer().status in (200, 502)
+
+
+def test_a_client_that_is_gone_in_one_turn_with_its_answer(web):
+    script = Steps(reply(b"one"), reply(b"two"))
+    served = web(script)
+    client = served.connect(request())
+    served.origin.wait_heard(b"GET")
+    with one_turn(served.running):
+        script.step()
+        client.reset()
+    served.origin.wait_over(1)
+    wait_until(lambda: served.running.endings, what="its end")
+
+
 # -- routes ------------------------------------------------------------------------------------
 
 
@@ -1129,12 +1259,14 @@ def test_another_sites_page_asks_for_nothing_where_the_route_says_so(web, lines,
 
 
 # A browser keeps a 308 for good: the option is for names that will not serve plain HTTP again.
-@pytest.mark.parametrize("options, port", [({}, "own"), ({"redirect_port": 443}, ""), ({"redirect_port": 8443}, ":8443")])
+@pytest.mark.parametrize("options, port", [({}, "own"), ({"redirect_port": 443}, ""),
+                                           ({"redirect_port": 8443}, ":8443")])
 @pytest.mark.parametrize("method, target", [("GET", "/"), ("POST", "/a/b?c=d&e=%20"), ("GET", "//evil.example.org/x"),
                                             ("HEAD", "/%0d%0aX:%20y"), ("GET", "/\\evil")])
 def test_a_redirect_keeps_name_path_and_query_and_leads_nowhere_else(web, options, port, method, target):
     served = web(telling, http="redirect", **options)
-    answer = served.ask(request(method, target, host=f"{WEB.upper()}.", body=b"x" if method == "POST" else None), method)
+    body = b"x" if method == "POST" else None
+    answer = served.ask(request(method, target, host=f"{WEB.upper()}.", body=body), method)
     where = answer.get("Location")
     port = f":{served.address[1]}" if port == "own" else port
     assert answer.status == 308 and where.startswith(f"https://{WEB}{port}/"), where
