@@ -2,6 +2,7 @@
 
     REQUESTS     what a client may say, each with the status that refuses it, or 0
     EVIL         a request that is said behind each, and must not get through behind one that is refused
+    SHAPES       public ones, by their names: refused.  NEUTRAL: those that mean one thing to all readers
     RESPONSES    what a backend may say
     Wire         the grammar of sniroute_http, used as a forwarder uses it: bytes in, bytes out
 
@@ -274,6 +275,56 @@ def others() -> Iterable[Row]:
 
 
 REQUESTS = [*chunk_lines(), *chunk_data(), *lengths(), *codings(), *lines(), *hosts(), *starts(), *others()]
+
+
+# -- shapes that are known ---------------------------------------------------------------------
+
+PREFIX = b"POST / HTTP/1.1\r\nHost: a\r\n"
+SMUGGLED = b"GET /evil HTTP/1.1\r\nHost: a\r\n\r\n"
+SHAPES = {  # public ones, by their names; what is a request to one reader only is SMUGGLED
+    "CL.TE": PREFIX + b"Content-Length: 35\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "TE.CL": PREFIX + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n1e\r\n" + SMUGGLED + b"\r\n0\r\n\r\n",
+    "TE.TE: xchunked": PREFIX + b"Content-Length: 4\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "TE.TE: two lines": PREFIX + b"Transfer-Encoding: chunked\r\nTransfer-encoding: x\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "TE.TE: a tab": PREFIX + b"Content-Length: 5\r\nTransfer-Encoding:\tchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "TE.TE: a blank before the colon": PREFIX + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "TE.TE: behind a bare LF": PREFIX + b"X: X\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "TE.TE: folded": PREFIX + b"Transfer-Encoding\r\n : chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "TE.TE: VT (gunicorn 2018)": PREFIX + b"Content-Length: 5\r\nTransfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "TE in HTTP/1.0 (pingora CVE-2026-2835)": b"POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "two lengths": PREFIX + b"Content-Length: 0\r\nContent-Length: 30\r\n\r\n" + SMUGGLED,
+    "an empty length (HAProxy CVE-2023-40225)": PREFIX + b"Content-Length:\r\nContent-Length: 30\r\n\r\n" + SMUGGLED,
+    "an empty name (HAProxy CVE-2023-25725)": PREFIX + b":\r\nContent-Length: 30\r\n\r\n" + SMUGGLED,
+    "a sign (Node.js, llhttp)": PREFIX + b"Content-Length: +0\r\n\r\n" + SMUGGLED,
+    "an underscore (Python's int)": PREFIX + b"Content-Length: 3_0\r\n\r\n" + SMUGGLED,
+    "CR for CRLF (llhttp CVE-2023-30589)": PREFIX + b"X: y\rTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "TERM.EXT (Go CVE-2025-22871)": CHUNKS + b"1e;\n" + SMUGGLED + b"\r\n0\r\n\r\n" + SMUGGLED,
+    "EXT.TERM (Kestrel CVE-2025-55315)": CHUNKS + b"5;x\rhello\r\n0\r\n\r\n" + SMUGGLED,
+    "TERM.SPILL (h11 CVE-2025-43859)": CHUNKS + b"5\r\nhelloXX1e\r\n" + SMUGGLED + b"\r\n0\r\n\r\n",
+    "a chunk whose size wraps": CHUNKS + b"10000000000000000\r\n\r\n" + SMUGGLED,
+    "a length as trailer": CHUNKS + b"0\r\nContent-Length: 30\r\n\r\n" + SMUGGLED,
+    "0.CL by Expect": PREFIX + b"Expect: y 100-continue\r\nContent-Length: 30\r\n\r\n" + SMUGGLED,
+    "two hosts": b"GET /evil HTTP/1.1\r\nHost: a\r\nHost: internal\r\n\r\n",
+    "absolute form against Host": b"GET http://internal/evil HTTP/1.1\r\nHost: a\r\n\r\n",
+    "a user in Host": b"GET /evil HTTP/1.1\r\nHost: a@internal\r\n\r\n",
+    "a blank in the target": b"GET /evil HTTP/1.1\r\nX: y HTTP/1.1\r\nHost: a\r\n folded\r\n\r\n",
+    "HTTP/0.9": b"GET /evil\r\n\r\n",
+    "HTTP/2 by prior knowledge": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SMUGGLED,
+    "hop-by-hop abuse (traefik GHSA-62c8)": b"GET /evil HTTP/1.1\r\nHost: a\r\nConnection: close, X-Forwarded-For\r\n\r\n",
+    "NUL (web cache poisoning)": b"GET /evil HTTP/1.1\r\nHost: a\0.example.com\r\n\r\n",
+}
+NEUTRAL = {  # those that get through, as one thing to all readers
+    "TE by a twin (CGI)": (PREFIX + b"Transfer_Encoding: chunked\r\nContent-Length: 5\r\n\r\nhello", ONE, b"ransfer"),
+    "CL by a twin (CGI)": (PREFIX + b"Content_Length: 0\r\nContent-Length: 5\r\n\r\nhello", ONE, b"Content_"),
+    "h2c (Bishop Fox)": (b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+                         b"HTTP2-Settings: AAMAAABk\r\n\r\n", (("GET", "/", "a", b""),), b"h2c"),
+    "a forged address": (GET + b"X-Forwarded-For: 127.0.0.1\r\nX_Forwarded_For: 127.0.0.1\r\n\r\n",
+                         (("GET", "/", "a", b""),), b"127"),
+    "GET with a body that is a request": (b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 31\r\n\r\n" + SMUGGLED,
+                                          (("GET", "/", "a", SMUGGLED),), b"nothing of it is left out"),
+    "an encoded line end": (b"GET /%0d%0aX:%20y HTTP/1.1\r\nHost: a\r\n\r\n", (("GET", "/%0d%0aX:%20y", "a", b""),),
+                            b"\r\nX: y"),
+}
 
 
 # -- answers -----------------------------------------------------------------------------------
