@@ -607,7 +607,8 @@ class Connection:
         self.state = LINGERING
         self.reason = reason
         try:
-            self.client.send(farewell)
+            if farewell:
+                self.client.send(farewell)
             self.client.shutdown(socket.SHUT_WR)
         except OSError:
             self.close(reason)

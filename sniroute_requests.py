@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from sniroute_answers import options, redirect, refusal
 from sniroute_bodies import HELD, MessageFlow
-from sniroute_connection import BETWEEN, CLOSED, DIALING, ROUTED, UNHEARD, WAITING_FOR_BACKEND, Connection, Preface
+from sniroute_connection import BETWEEN, CLOSED, DIALING, ROUTED, UNHEARD, WAITING_FOR_BACKEND, WAITING_MAX, Connection, Preface
 from sniroute_flow import BLOCKED, DONE, EARLY, GREETING, MESSAGE, NO_FLOW, OPEN, UNANSWERED
 from sniroute_gateway import Policy, check, choose_upgrade, hop, max_forwards, may_ask_again
 from sniroute_http import (CHUNKED, COUNTED, NO_BODY, NONE, UNTIL_CLOSE, Counted, Request, Response, open_body,
@@ -58,7 +58,7 @@ monotonic = time.monotonic
 
 # Limits, each with its reason.
 AHEAD_MAX = 32768  # bytes of later requests that are read while one is answered: one head has room
-REPLAYED_MAX = 65536  # bytes of a request that are kept, to be sent again
+REPLAYED_MAX = WAITING_MAX  # bytes of a request that are kept, to be sent again: a hello may have so many, too
 INTERIM_MAX = 100  # answers with 1xx before the real one: a backend may say that it still works, and not for ever
 
 CLOSE: tuple[tuple[bytes, bytes], ...] = ((b"Connection", b"close"),)
@@ -73,13 +73,13 @@ class Exchange:
     """One request, and how far it and its answer have come."""
 
     __slots__ = ("request", "policy", "decision", "began", "first", "response", "status", "up", "down", "interim",
-                 "upgrade", "keeps", "is_asked", "is_reused", "is_spoilt")
+                 "upgrade", "keeps", "is_asked", "is_reused", "is_spoilt", "mark")
 
-    def __init__(self, request: Request | None):
+    def __init__(self, request: Request | None, began: float):
         self.request = request  # None: it could not be read
         self.policy: Policy | None = None
         self.decision: Decision | None = None
-        self.began = monotonic()
+        self.began = began  # clock time of its first byte
         self.first = 0.0  # clock time of the first byte of the answer; 0: it has not come
         self.response: Response | None = None  # the answer's head, once it has been sent
         self.status = 0
@@ -91,13 +91,14 @@ class Exchange:
         self.is_asked = False  # the backend has all of the request
         self.is_reused = False  # it went out on a connection that has served before, and may be dead
         self.is_spoilt = False  # the backend said more than the answer
+        self.mark = -1  # `up` when it was last looked at
 
 
 class HttpConnection(Connection):
     """A client that asks in plain HTTP.  It takes the place of the Connection that read its first request."""
 
     __slots__ = ("web", "exchange", "ahead", "seen", "stash", "received", "cipher", "believes", "port", "has_ended",
-                 "answered_once", "is_private")
+                 "answered_once", "is_private", "since")
 
     up: MessageFlow
     down: MessageFlow
@@ -110,6 +111,7 @@ class HttpConnection(Connection):
         self.ahead: bytes | bytearray = b""  # what the client has said behind it
         self.seen = 0  # bytes of `ahead`, or of `stash`, in which no head has ended
         self.stash: bytes | bytearray = b""  # a part of the answer's head
+        self.since = former.began  # clock time of the first byte of the request that comes
         self.received = b""  # the PROXY header of the client
         self.cipher: Cipher | None = None  # where the backend speaks TLS
         self.has_ended = False  # the client asks no more
@@ -123,7 +125,7 @@ class HttpConnection(Connection):
 
     def begin(self, request: Request, rest: bytes | bytearray) -> None:
         """A request is there; `rest` came behind its head.  Find out what becomes of it."""
-        self.exchange = exchange = Exchange(request)
+        self.exchange = exchange = Exchange(request, self.since)
         self.name = request.name
         self.ahead, self.seen = rest, 0
         try:
@@ -333,10 +335,15 @@ class HttpConnection(Connection):
 
     def client_said(self, data: bytes) -> None:
         """What is no part of a body: a request, or what comes after the one that is under way."""
-        self.ahead = self.ahead + data if self.ahead else data
         if self.state is BETWEEN:
+            if self.ahead:
+                self.ahead += data
+            else:
+                self.ahead, self.since = data, monotonic()
             self.next()
-        elif len(self.ahead) >= AHEAD_MAX:
+            return
+        self.ahead = self.ahead + data if self.ahead else data
+        if len(self.ahead) >= AHEAD_MAX:
             self.up.state = HELD
             self.up.rewatch()
 
@@ -406,8 +413,9 @@ class HttpConnection(Connection):
         is_old = not request.version
         is_unframed = is_old and kind is CHUNKED
         exchange.response, exchange.status, exchange.first = response, response.status, monotonic()
+        # Behind an upgrade that was declined, the client may have said what is no HTTP.
         exchange.keeps = keeps = (request.keeps and exchange.is_asked and kind is not UNTIL_CLOSE and not is_unframed
-                                  and not self.has_ended and not self.router.deaf.is_set())
+                                  and not exchange.upgrade and not self.has_ended and not self.router.deaf.is_set())
         add = NOTHING_ADDED if keeps and not is_old else KEEP_ALIVE if keeps else CLOSE
         head = pass_response(response, add, unframed=is_unframed)
         if response.framing.length == len(rest) and kind in (NONE, COUNTED):  # all of it came with its head
@@ -442,7 +450,7 @@ class HttpConnection(Connection):
         self.exchange.is_asked = True
         flow.take(MessageFlow.hear)
         web = self.web
-        if web.answers.seconds:
+        if web.answers.seconds and self.exchange.response is None:
             self.wait_in(web.answers)
         elif self.queue is not None:
             self.leave_queue()
@@ -454,6 +462,10 @@ class HttpConnection(Connection):
         self.answered_once = True
         if exchange.policy.reuse is SAFE:
             self.is_private = self.is_private or is_personal(exchange)
+        if not exchange.keeps and not exchange.request.keeps and exchange.is_asked and not self.ahead:
+            self.state = BETWEEN
+            self.close(CLIENT_CLOSED)  # it says no more, so nothing can come that makes a reset of the close
+            return
         if not exchange.keeps:
             self.linger(b"", CLIENT_CLOSED if self.has_ended or not exchange.request.keeps else BACKEND_CLOSED)
             return
@@ -465,6 +477,8 @@ class HttpConnection(Connection):
         if up.state is not OPEN:
             up.state = OPEN
             up.rewatch()
+        if self.ahead:
+            self.since = monotonic()
         self.next()
 
     def ended(self, flow: MessageFlow) -> None:
@@ -550,7 +564,7 @@ class HttpConnection(Connection):
             self.cut()
             return
         if exchange is None:
-            exchange = Exchange(None)
+            exchange = Exchange(None, self.since)
         self.refusal = error
         self.router.waits.leave(self)
         exchange.status, exchange.first = error.status, monotonic()
@@ -651,6 +665,8 @@ def may_give(connection: HttpConnection) -> bool:
     return (web.policy(connection.decision).reuse is SAFE and not connection.is_private
             and not connection.preface.header and (backend is None or backend.may_change_hands)
             and down.step is MessageFlow.hear and down.state is OPEN and connection.up.pending is None
+            # It was not decided by settings that are no more.
+            and connection.router.routes.decisions.get(connection.name) is connection.decision
             and connection.router.web is web and not connection.router.deaf.is_set())
 
 

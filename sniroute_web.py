@@ -39,7 +39,7 @@ from sniroute_spares import Spares
 
 if TYPE_CHECKING:
     from sniroute_router import Router
-    from sniroute_routes import Decision
+    from sniroute_routes import Decision, Route
     from sniroute_settings import Settings
     from sniroute_tls import Cipher, Ciphers
     from sniroute_wire import Prelude
@@ -49,6 +49,8 @@ __version__ = "0.1.0"
 monotonic = time.monotonic
 
 LEFT_PATIENCE = 30.0  # seconds until a client that has ended, and has had no byte of its answer, counts as gone
+
+NO_POLICY: tuple[Route | None, Policy] = None, Policy()
 
 TELLERS[HTTP] = lambda refused, minor: refusal(refused, None)
 
@@ -113,20 +115,21 @@ class Web:
         self.idle.seconds = self.bodies.seconds = settings.http_idle
         self.heads.seconds = settings.http_head_timeout
         self.answers.seconds = settings.http_response_timeout
-        self.policies: dict[str, Policy] = {}  # by the pattern of their route
+        self.policies: dict[str, tuple[Route | None, Policy]] = {}  # with their route, by its pattern
         self.ciphers: Ciphers | None = None
         self.spares.close()
 
     def policy(self, decision: Decision) -> Policy:
         """What a route says about plain HTTP."""
         route = decision.route
-        policy = self.policies.get(route.pattern)
-        if policy is None:
+        known, policy = self.policies.get(route.pattern, NO_POLICY)
+        if known is not route:  # a connection may still be on its way that older settings have decided
             mode = next(mode for mode in MODES if mode == (route.http or self.settings.http))
             reuse = SAFE if route.http_reuse == SAFE else route.http_reuse
-            policy = self.policies[route.pattern] = Policy(
+            policy = Policy(
                 mode, route.verify, route.refuses_cross_site,
                 frozenset(each.encode("ascii") for each in route.upgrades), reuse, route.redirect_port)
+            self.policies[route.pattern] = route, policy
         return policy
 
     def host(self, decision: Decision) -> bytes:
@@ -231,9 +234,9 @@ def late_head(connection: HttpConnection) -> None:
 
 def late_body(connection: HttpConnection) -> None:
     """It is time to see whether a request's body still comes."""
-    up = connection.up
-    if up.total != connection.carried or up.state is BLOCKED:  # it is no client's fault where the backend is slow
-        connection.carried = up.total
+    exchange = connection.exchange
+    if exchange.up != exchange.mark or connection.up.state is BLOCKED:  # no client's fault where the backend is slow
+        exchange.mark = exchange.up
         connection.wait_in(connection.web.bodies)
     else:
         connection.refuse(Refused("late_body", "the body of the request stopped coming"))

@@ -174,14 +174,15 @@ def test_quick_start_of_the_readme_works_as_pasted(tmp_path, free_ports):
         if shutil.which(program) is None:
             pytest.skip(f"needs the Debian package {program}")
     block = marked(README, "quick start")
-    first, _ = free_ports(2)
-    script = block.replace("19000", str(first)).replace("8443", str(first + 1)).replace(
+    first, *_ = free_ports(3)
+    script = block.replace("19000", str(first)).replace("8443", str(first + 1)).replace("8080", str(first + 2)).replace(
         "python3 ", f"{sys.executable} ") + "\nwait\n"
-    for name in (*CORE, DOCTOR):
+    for name in (*CORE, DOCTOR, *(f"{room}.py" for room in OPTIONS["web"]), "README.md"):
         shutil.copy(HERE / name, tmp_path)
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert "</HTML>" in done.stdout, done.stderr
     assert f"listening on {HOST}:{first}" in done.stderr and "name=web.example.com" in done.stderr
+    assert done.stdout.endswith(README) and "host=app.example.com path=/README.md status=200" in done.stderr
 
 
 def test_the_routes_of_the_readme_are_routes():
@@ -201,11 +202,11 @@ def rows_below(document: str, head: str) -> list[list[str]]:
 
 @pytest.fixture
 def pasted(settings_file, run, monkeypatch):
-    """pasted(mark, {address of the example: server}) -> a router with that example of README.md as its whole file."""
+    """pasted(mark, {address of the example: server}) -> a router with that example of a document as its whole file."""
     monkeypatch.setattr(sniroute_checks, "START_WITHIN", 0.1)
 
     def start(mark: str, servers: dict[str, Server]) -> Running:
-        text = marked(README, mark)
+        text = marked(README + OPERATING, mark)
         for place, server in servers.items():
             assert place in text
             text = text.replace(place, "%s:%d" % server.address)
@@ -251,7 +252,7 @@ def test_failover_of_the_readme_works_as_pasted(pasted, serve):
     assert {running.ending(number + 1).reason for number in range(8)} == {"client_closed"}
 
 
-def test_warm_connections_of_the_readme_are_ready_as_pasted(pasted, serve):
+def test_warm_connections_of_the_documents_are_ready_as_pasted(pasted, serve):
     servers = [serve(far_end(b"1")), serve(far_end(b"2"))]
     running = pasted("warm", dict(zip(("192.0.2.3:443", "192.0.2.4:443"), servers)))
     wait_until(lambda: [len(member.pool.idle) for member in members_of(running)] == [2, 2])
@@ -260,12 +261,12 @@ def test_warm_connections_of_the_readme_are_ready_as_pasted(pasted, serve):
     wait_until(lambda: [server.accepted for server in servers] == [3, 3], what="others in their places")
 
 
-def test_zones_of_the_readme_work_as_pasted(pasted, serve):
+def test_zones_of_the_documents_work_as_pasted(pasted, serve):
     far = serve(far_end(b"b"), ("127.0.0.2", 0))
     with Server(far_end(b"a")) as near:
-        running = pasted("zones", {"10.1.0.5:443": near, "10.2.0.5:443": far})
-        assert [answer_to(running, "web.example.com") for _ in range(4)] == [b"a"] * 4
-    assert [answer_to(running, "web.example.com") for _ in range(4)] == [b"b"] * 4
+        running = pasted("zones", {"10.1.0.5:5432": near, "10.2.0.5:5432": far})
+        assert [answer_to(running, "db.example.com") for _ in range(4)] == [b"a"] * 4
+    assert [answer_to(running, "db.example.com") for _ in range(4)] == [b"b"] * 4
 
 
 # -- OPERATING.md ------------------------------------------------------------------------------

@@ -1002,7 +1002,7 @@ upgrades = ["Chat"], http_reuse = "safe" }}
      "routes: a.b: http_reuse: is for http = forward or forward-tls; here it is pass"),
     ('http = "forward", redirect_port = 443', "routes: a.b: redirect_port: is for http = redirect; here it is forward"),
     ('http = "forward", upgrades = ["h2c"]', 'routes."a.b".upgrades: h2c is refused: HTTP/2 in plain text goes through '
-     "http = pass only, from its first byte"),
+     "http = pass only, and from its first byte"),
     ('http = "forward", host = "{lable}.c"',
      "routes: a.b: host: '{lable}.c' has a field other than {name}, {label}, {domain}"),
     ('http = "forward", http_reuse = "safe", send_proxy = "v1"',
