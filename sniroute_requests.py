@@ -37,8 +37,9 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from sniroute_answers import options, redirect, refusal
 from sniroute_bodies import HELD, MessageFlow
-from sniroute_connection import BETWEEN, CLOSED, DIALING, ROUTED, UNHEARD, WAITING_FOR_BACKEND, WAITING_MAX, Connection, Preface
-from sniroute_flow import BLOCKED, DONE, EARLY, GREETING, MESSAGE, NO_FLOW, OPEN, UNANSWERED
+from sniroute_connection import (BETWEEN, CLOSED, DIALING, ROUTED, UNHEARD, WAITING_FOR_BACKEND, WAITING_MAX,
+                                 Connection, Preface)
+from sniroute_flow import BLOCKED, BROKEN, DONE, EARLY, GREETING, MESSAGE, NO_FLOW, OPEN, UNANSWERED
 from sniroute_gateway import Policy, check, choose_upgrade, hop, max_forwards, may_ask_again
 from sniroute_http import (CHUNKED, COUNTED, NO_BODY, NONE, UNTIL_CLOSE, Counted, Request, Response, open_body,
                            parse_request, parse_response, pass_request, pass_response)
@@ -100,6 +101,7 @@ class HttpConnection(Connection):
     __slots__ = ("web", "exchange", "ahead", "seen", "stash", "received", "cipher", "believes", "port", "has_ended",
                  "answered_once", "is_private", "since")
 
+    greets_by = "the hello of TLS"
     up: MessageFlow
     down: MessageFlow
 
@@ -260,6 +262,8 @@ class HttpConnection(Connection):
             if cipher.is_ready:
                 said += cipher.seal(self.hello)
                 self._open(said, server.send(said))
+                if self.state is not CLOSED:
+                    self.down.drain()  # what came with the end of the handshake: no event tells of it
             elif said:
                 server.send(said)  # a few bytes into an empty buffer: it took them all
         except BlockingIOError:
@@ -375,6 +379,9 @@ class HttpConnection(Connection):
             self.state = OPEN
             self.backend.answered()
         self.hello, self.replayable = None, False  # what was asked is not asked again
+        if self.up.state is BROKEN:
+            self.up.state = OPEN
+            self.up.rewatch()
         if self.queue is self.web.answers:
             self.leave_queue()
         stash = self.stash = self.stash + data if self.stash else data
@@ -398,9 +405,9 @@ class HttpConnection(Connection):
                 return
             if exchange.request.version and not self.down.put(pass_response(response)):
                 return
-            if not rest:
-                return
             stash = self.stash = rest
+            if not rest or self.down.state is BLOCKED:
+                return  # to be called again
         if response.upgrade:
             switch(self, response, rest)
         else:
@@ -415,7 +422,8 @@ class HttpConnection(Connection):
         exchange.response, exchange.status, exchange.first = response, response.status, monotonic()
         # Behind an upgrade that was declined, the client may have said what is no HTTP.
         exchange.keeps = keeps = (request.keeps and exchange.is_asked and kind is not UNTIL_CLOSE and not is_unframed
-                                  and not exchange.upgrade and not self.has_ended and not self.router.deaf.is_set())
+                                  and not exchange.upgrade and (not self.has_ended or bool(self.ahead))
+                                  and not self.router.deaf.is_set())
         add = NOTHING_ADDED if keeps and not is_old else KEEP_ALIVE if keeps else CLOSE
         head = pass_response(response, add, unframed=is_unframed)
         if response.framing.length == len(rest) and kind in (NONE, COUNTED):  # all of it came with its head
@@ -443,10 +451,11 @@ class HttpConnection(Connection):
 
     def message_sent(self, flow: MessageFlow) -> None:
         """A message is all on its way."""
-        flow.body = None
         if flow is self.down:
+            flow.body = None
             self.finish()
             return
+        flow.body = NOTHING  # more that comes is none of it, also where all of it has to be sent again
         self.exchange.is_asked = True
         flow.take(MessageFlow.hear)
         web = self.web
@@ -484,9 +493,8 @@ class HttpConnection(Connection):
     def ended(self, flow: MessageFlow) -> None:
         """The source has ended."""
         if flow.step is MessageFlow.raw:
-            if flow is self.up and self.cipher is not None:
-                flow.put(self.cipher.close())
-            super().ended(flow)
+            if flow is self.down or self.cipher is None or say_end(self):
+                super().ended(flow)
         elif flow is self.down:
             self.backend_ended(None)
         elif self.state is BETWEEN:
@@ -544,7 +552,8 @@ class HttpConnection(Connection):
             self.close(self.reason if self.state is RESETTING else CLIENT_RESET)
         else:
             # The backend takes no more of the request.  Perhaps it has answered: what it said is still to be read.
-            flow.discard(OPEN)
+            # If not, all of the request may be sent again, so none of it is forgotten until then.
+            flow.discard(BROKEN if self.replayable else OPEN)
             flow.take(MessageFlow.forget)
             flow.rewatch()
             flow.twin.rewatch()
@@ -617,6 +626,17 @@ def target_of(connection: HttpConnection, decision: Decision) -> str:
     return connection.backend.target if connection.backend is not None else decision.target
 
 
+def say_end(connection: HttpConnection) -> bool:
+    """Tell a backend that speaks TLS that no more comes; False where it cannot be told yet, or is gone."""
+    up, cipher = connection.up, connection.cipher
+    if cipher.is_dry:
+        return up.write(cipher.close()) and up.state is not BLOCKED
+    connection.has_ended = True
+    up.state = HELD  # `drain` goes on
+    up.rewatch()
+    return False
+
+
 def say(connection: HttpConnection, answer: bytes, status: int) -> None:
     """Give an answer of our own, and close."""
     exchange = connection.exchange
@@ -661,12 +681,13 @@ def may_share(connection: HttpConnection) -> bool:
 
 def may_give(connection: HttpConnection) -> bool:
     """Whether the connection to the backend may serve another client."""
-    web, backend, down = connection.web, connection.backend, connection.down
-    return (web.policy(connection.decision).reuse is SAFE and not connection.is_private
+    web, backend, down, route = connection.web, connection.backend, connection.down, connection.decision.route
+    known = web.policies.get(route.pattern)
+    return (known is not None and known[0] is route and known[1].reuse is SAFE  # by the settings of now
+            and not connection.is_private
             and not connection.preface.header and (backend is None or backend.may_change_hands)
             and down.step is MessageFlow.hear and down.state is OPEN and connection.up.pending is None
-            # It was not decided by settings that are no more.
-            and connection.router.routes.decisions.get(connection.name) is connection.decision
+            and (connection.cipher is None or connection.cipher.is_dry)
             and connection.router.web is web and not connection.router.deaf.is_set())
 
 
