@@ -223,7 +223,7 @@ class MessageFlow(SpliceFlow):
 
     def unblock(self, state: str = OPEN) -> None:
         """As Flow.unblock; the end of a message may have waited for that."""
-        super().unblock(state)
+        super().unblock(state if self.step is MessageFlow.raw else OPEN)
         connection = self.connection
         if self.body is not None and self.body.is_done:
             connection.message_sent(self)

@@ -184,9 +184,7 @@ class Connection:
             return
         if isinstance(verdict, Hello):
             self._route(verdict)
-        elif verdict is not None:
-            self.router.web.meet(self, verdict)
-        elif not self.up.events:
+        elif (verdict is None or self.router.web.meet(self, verdict)) and not self.up.events:
             self.wait_in(self.router.deadlines.prelude)
             self.up.wait_for(READ, self.on_prelude)
             if len(self.router.deadlines.prelude.due) > PRELUDES_MAX:

@@ -64,7 +64,7 @@ from sniroute_log import Journal
 from sniroute_loop import WAIT_LAST, WakePipe
 from sniroute_names import show_address
 from sniroute_refusals import SettingsError
-from sniroute_router import Hooks, Router
+from sniroute_router import Hooks, Router, prepare
 from sniroute_routes import port_address
 from sniroute_settings import Settings, warn
 from sniroute_systemd import Supervisor, activated_sockets
@@ -444,6 +444,7 @@ class Daemon:
             try:
                 settings = self.settings.again(self.settings)
                 check_handover(sum(each.decision is None for each in self.router.listeners), len(settings.port))
+                prepare(settings)
                 opened = self.router.ports.open(settings.port)
             except SettingsError as error:
                 faults = list(error.lines)

@@ -9,9 +9,10 @@ A client that knows beforehand that HTTP/2 is spoken says (section 3.3):
 
 As in sniroute_http: a parser takes all bytes so far, and returns its result, None for "I need more", or raises.  It
 looks at nothing behind the first head.  All bytes then go to the backend as they came, those that were read here, too:
-so it is the backend that is spoken to, and nothing is answered here but a refusal.  A client that does not ask before
-it has heard the server's SETTINGS (gRPC does so) is never understood, since SETTINGS of ours would make it acknowledge
-what the backend has not said.
+so it is the backend that is spoken to.
+
+Some clients do not ask before they have heard the server's SETTINGS; gRPC's do so (`awaits_settings`).  They are sent
+GREETING.  They acknowledge it, and that frame is for us alone: `Authority.ack` says where it is, to be cut out.
 
 What is wrong by the standard is refused, where it says so of a connection.  Beyond that: one host (`host` beside
 `:authority` has to name the same), no user in it, `http` as the scheme, and the limits below.
@@ -52,7 +53,7 @@ DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDO
 ACK, END_HEADERS, PADDED, HAS_PRIORITY = 0x1, 0x4, 0x8, 0x20  # flags
 # Codes of errors, section 7.
 PROTOCOL_ERROR, FLOW_CONTROL_ERROR, FRAME_SIZE_ERROR, COMPRESSION_ERROR = 0x1, 0x3, 0x6, 0x9
-ENHANCE_YOUR_CALM, HTTP_1_1_REQUIRED = 0xB, 0xD
+REFUSED_STREAM, ENHANCE_YOUR_CALM = 0x7, 0xB
 
 _frame_header = struct.Struct(">HBBBI").unpack_from  # section 4.1: the length has three bytes
 _setting = struct.Struct(">HI")  # section 6.5.1
@@ -75,6 +76,7 @@ class Authority(NamedTuple):
     end: int  # bytes up to the end of its head; those behind were not looked at
     method: str
     path: bytes  # with its query
+    ack: tuple[int, int] = (0, 0)  # where the acknowledgement of GREETING is, from its first byte to behind its last
 
 
 # -- frames ------------------------------------------------------------------------------------
@@ -115,6 +117,9 @@ SETTING_RANGES = {
     4: (range(1 << 31), FLOW_CONTROL_ERROR),  # INITIAL_WINDOW_SIZE
     5: (range(16384, 1 << 24), PROTOCOL_ERROR),  # MAX_FRAME_SIZE
 }
+
+
+GREETING = make_frame(SETTINGS)  # a server's first frame, section 3.4; it changes nothing
 
 
 def check_settings(payload: bytes) -> None:
@@ -166,6 +171,11 @@ def check_early(frame: Frame) -> None:
         raise Broken("an acknowledgement of what was not said")
 
 
+def is_ack(frame: Frame) -> bool:
+    """Whether it acknowledges SETTINGS."""
+    return frame.kind == SETTINGS and frame.flags == ACK and not frame.stream and frame.start == frame.end
+
+
 def find_fragment(data: bytes | bytearray, frame: Frame) -> tuple[int, int]:
     """Where a HEADERS frame, which is whole, has its part of the header block.  Raises Broken.
 
@@ -188,10 +198,22 @@ def find_fragment(data: bytes | bytearray, frame: Frame) -> tuple[int, int]:
 # -- the prelude -------------------------------------------------------------------------------
 
 
-def parse_authority(data: bytes | bytearray, seen: int = 0) -> Authority | None:
+def awaits_settings(data: bytes | bytearray) -> bool:
+    """Whether a client has said PREFACE and whole frames, but has not begun to ask.
+
+    Call it where `parse_authority` has returned None.
+    """
+    at, settings = len(PREFACE), False
+    while (frame := read_frame(data, at)) is not None and frame.end <= len(data) and frame.kind != HEADERS:
+        at, settings = frame.end, settings or frame.kind == SETTINGS
+    return settings and at == len(data)
+
+
+def parse_authority(data: bytes | bytearray, seen: int = 0, greeted: bool = False) -> Authority | None:
     """Where the first request leads of what came from a client, from PREFACE on; None: need more.
 
     `seen`: how much of `data` an earlier call has had, which returned None; what it checked is not checked again.
+    `greeted`: the client was sent GREETING, and acknowledges it once; the result is not there before that has come.
     Raises Malformed for what is broken (Broken has its own code), Refused for a method that is not served.
     """
     if data[:len(PREFACE)] != PREFACE[:len(data)]:
@@ -200,12 +222,22 @@ def parse_authority(data: bytes | bytearray, seen: int = 0) -> Authority | None:
     frames = 0
     stream = 0  # whose head has begun
     parts: list[tuple[int, int]] = []  # of its header block, in `data`
+    found, ack = None, (0, 0)
     while (frame := read_frame(data, at)) is not None:
         frames += 1
         if frame.end > HEAD_MAX or frames > FRAMES_MAX or len(parts) > CONTINUATIONS_MAX:
             raise Broken("too much before the end of the first head", ENHANCE_YOUR_CALM, 431)
         if frames == 1 and frame.kind != SETTINGS:
             raise Broken("no SETTINGS at the beginning")
+        if greeted and not ack[1] and frames > 1 and is_ack(frame) and (not stream or found):
+            ack = at, frame.end
+            if found is not None:
+                return found._replace(ack=ack)
+            at = frame.end
+            continue
+        if found is not None:
+            at = frame.end  # what comes behind the head is for the backend
+            continue
         if stream:
             if frame.kind != CONTINUATION or frame.stream != stream:
                 raise Broken("a head that is interrupted")
@@ -220,7 +252,9 @@ def parse_authority(data: bytes | bytearray, seen: int = 0) -> Authority | None:
             stream = frame.stream
             parts.append(find_fragment(data, frame) if frame.kind == HEADERS else (frame.start, frame.end))
             if frame.flags & END_HEADERS:
-                return read_request(read_fields(b"".join(data[start:end] for start, end in parts)), frame.end)
+                found = read_request(read_fields(b"".join(data[start:end] for start, end in parts)), frame.end)
+                if not greeted or ack[1]:
+                    return found._replace(ack=ack)
         elif frame.end > seen and frame.kind in EARLY:
             EARLY[frame.kind].check(bytes(data[frame.start:frame.end]))
         at = frame.end
@@ -310,11 +344,12 @@ def find_place(said: dict[bytes, bytes]) -> tuple[str, int]:
 def refusal(refused: Refused) -> bytes:
     """What a client of HTTP/2 is told before the close: SETTINGS, as a server begins, and GOAWAY with the reason.
 
-    A well-formed request that is refused is told to come with HTTP/1.1: there it gets a page that says why.  No stream
-    was served, so the last one is 0.  The words are those of the row; a stranger may read them.
+    A well-formed request is refused with REFUSED_STREAM: gRPC knows that, and says the words.  It does not know
+    HTTP_1_1_REQUIRED: version 1.85 ends its process.  No stream was served, so the last one is 0.  The words are those
+    of the row; a stranger may read them.
     Source: RFC 9113 section 3.4 and 6.8.
     """
-    code = HTTP_1_1_REQUIRED
+    code = REFUSED_STREAM
     if isinstance(refused, Malformed):
         code = refused.code if isinstance(refused, Broken) else PROTOCOL_ERROR
     words = REFUSALS[refused.kind].meaning.encode("ascii")

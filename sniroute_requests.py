@@ -229,7 +229,8 @@ class HttpConnection(Connection):
         """The connection that served before has ended without a byte of the answer: dial a new one, once."""
         self.router.counters["retries"] += 1
         self.exchange.is_reused = False
-        self.leave_backend()
+        self.drop_backend()
+        self.backend, self.is_private = None, False
         self.replayable = True  # the new one has had nothing
         self.state = ROUTED
         self.router.to_dial.append(self)
@@ -382,8 +383,6 @@ class HttpConnection(Connection):
         if self.up.state is BROKEN:
             self.up.state = OPEN
             self.up.rewatch()
-        if self.queue is self.web.answers:
-            self.leave_queue()
         stash = self.stash = self.stash + data if self.stash else data
         while True:
             try:
@@ -416,6 +415,8 @@ class HttpConnection(Connection):
     def answer(self, response: Response, rest: bytes) -> None:
         """The answer's head is there; `rest` came behind it."""
         exchange, down = self.exchange, self.down
+        if self.queue is self.web.answers:
+            self.leave_queue()
         request, kind = exchange.request, response.framing.kind
         is_old = not request.version
         is_unframed = is_old and kind is CHUNKED
@@ -425,7 +426,7 @@ class HttpConnection(Connection):
                                   and not exchange.upgrade and (not self.has_ended or bool(self.ahead))
                                   and not self.router.deaf.is_set())
         add = NOTHING_ADDED if keeps and not is_old else KEEP_ALIVE if keeps else CLOSE
-        head = pass_response(response, add, unframed=is_unframed)
+        head = pass_response(response, add, unframed=is_old)
         if response.framing.length == len(rest) and kind in (NONE, COUNTED):  # all of it came with its head
             exchange.down = len(rest)
             down.body = NOTHING

@@ -257,6 +257,16 @@ def end_sink(sink: socket.SocketType) -> None:
         pass  # it is gone, and its own flow will say so
 
 
+def prepare(settings: Settings) -> None:
+    """Open the files that serving with these settings needs: the loop waits for no disk.
+
+    Main, or whoever reads the settings again.  Raises OSError.
+    """
+    if settings.serves_http:
+        from sniroute_web import prepare_tls  # imported late: an option
+        prepare_tls(settings)
+
+
 def serve_web(router: Router, settings: Settings) -> None:
     """Serve plain HTTP where a route wants that; clients that were served already go on in any case."""
     if not settings.serves_http:
@@ -330,6 +340,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.targets.ask = self.waits.prepare
         self.deadlines = Deadlines(self.loop, settings.prelude_timeout, settings.start_timeout)
         self.web: Web | None = None  # what serves plain HTTP; None: no route wants that
+        prepare(settings)
         serve_web(self, settings)
         self.to_end: list[socket.SocketType] = self.loop.batch(end_sink)
         self.to_read: list[Connection] = self.loop.batch(Connection.on_prelude)

@@ -21,6 +21,7 @@ asks for it.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
@@ -29,12 +30,12 @@ from sniroute_connection import UNHEARD, Connection
 from sniroute_flow import BLOCKED
 from sniroute_gateway import Policy, may_ask_again
 from sniroute_http import Request, parse_request
-from sniroute_http2 import PREFACE, Authority, parse_authority
+from sniroute_http2 import GREETING, PREFACE, Authority, awaits_settings, parse_authority
 from sniroute_http2 import refusal as refusal_in_http2
 from sniroute_log import CLIENT_LEFT, IDLE, STOPPED, Access, log_access
 from sniroute_names import parse_host_port, parse_ip
 from sniroute_refusals import HTTP, TELLERS, Malformed, Refused
-from sniroute_requests import MODES, RAW, SAFE, SILENT, Exchange, HttpConnection, take_over, target_of
+from sniroute_requests import BY_TLS, MODES, RAW, SAFE, SILENT, Exchange, HttpConnection, take_over, target_of
 from sniroute_spares import Spares
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ monotonic = time.monotonic
 
 LEFT_PATIENCE = 30.0  # seconds until a client that has ended, and has had no byte of its answer, counts as gone
 
+UNGREETED = Authority("", 0, 0, "", b"")  # a client that speaks HTTP/2, and waits for the server to begin
 NO_POLICY: tuple[Route | None, Policy] = None, Policy()
 
 TELLERS[HTTP] = lambda refused, minor: refusal(refused, None)
@@ -163,17 +165,32 @@ class Web:
     # -- clients
 
     def read(self, data: bytearray, seen: int) -> Request | Authority | None:
-        """`requests` of a Prelude: the first request of a client.  Raises Malformed."""
+        """`requests` of a Prelude: the first request of a client, or UNGREETED.  Raises Refused."""
         if data[:2] != PREFACE[:2] or data[:len(PREFACE)] != PREFACE[:len(data)]:
             return parse_request(data, seen)
+        found = self.read_http2(data, seen, False)
+        return UNGREETED if found is None and awaits_settings(data) else found
+
+    def read_http2(self, data: bytearray, seen: int, greeted: bool = True) -> Authority | None:
+        """As `read`, for a client that speaks HTTP/2; `greeted` as in `parse_authority`.  Raises Refused."""
         try:
-            return parse_authority(data, seen)
+            return parse_authority(data, seen, greeted)
         except Refused as error:
             error.farewell = refusal_in_http2(error)
             raise
 
-    def meet(self, connection: Connection, asked: Request | Authority) -> None:
-        """A client has asked for the first time."""
+    def meet(self, connection: Connection, asked: Request | Authority) -> bool:
+        """A client has asked for the first time.  Returns whether it has to say more before it can be met."""
+        if asked is UNGREETED:
+            connection.prelude.requests = self.read_http2
+            with contextlib.suppress(OSError):  # the next read says so
+                connection.client.send(GREETING)  # a few bytes into an empty buffer: it took them all
+            return True
+        self.serve(connection, asked)
+        return False
+
+    def serve(self, connection: Connection, asked: Request | Authority) -> None:
+        """As `meet`, for one that has said enough."""
         request = asked if isinstance(asked, Request) else None
         mode = "forward"
         try:
@@ -183,6 +200,7 @@ class Web:
                 raise Refused("bad_request", f"{asked.name} is not served in HTTP/2", status=505)
         except Refused as error:
             if request is None:
+                connection.name = asked.name
                 error.farewell = refusal_in_http2(error)
                 connection.refuse(error)
                 return
@@ -193,6 +211,8 @@ class Web:
             return
         prelude = connection.prelude
         if mode is RAW:
+            if request is None:
+                del prelude.data[slice(*asked.ack)]
             PassedConnection(connection, request, asked.name).begin(prelude, decision)
             return
         heir = HttpConnection(connection, self)
@@ -224,6 +244,15 @@ class Web:
         for connection in list(self.idle.due):
             connection.close(STOPPED)
         self.spares.close()
+
+
+def prepare_tls(settings: Settings) -> None:
+    """Read the certificates that backends are held against, before `Web.cipher` asks for them.  Raises OSError."""
+    verified = {route.verify for route in settings.routes.routes if (route.http or settings.http) == BY_TLS}
+    if verified:
+        from sniroute_tls import context  # imported late: only where a route asks for it
+        for verify in verified:
+            context(verify)
 
 
 def asked(request: Request | None) -> tuple[str, str, str]:

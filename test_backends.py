@@ -1429,10 +1429,11 @@ def test_the_options_and_the_examples_of_the_documents_are_the_programs(settings
         name, words = name.strip("`"), re.findall("`([^`]+)`", default)
         value = sniroute_options.SEVERAL_OPTIONS[name](words[0]) if words else None
         assert value == Several._field_defaults[name], name
-    example, zones = (part.partition("```")[0] for part in text.split("```toml\n")[1:])
+    example, warm, zones = (part.partition("```")[0] for part in text.split("```toml\n")[1:])
     settings = sniroute_settings.load_settings(["-c", settings_file(example)], {})
     assert [len(route.members) for route in settings.routes.routes] == [2, 2, 3]
     assert settings.port[0].several.warm == 4
+    assert sniroute_settings.load_settings(["-c", settings_file(warm)], {}).routes.routes[0].several.warm == 4
     settings = sniroute_settings.load_settings(["-c", settings_file(zones)], {})
     assert settings.own_zones.own == "a"
 

@@ -690,9 +690,11 @@ def matched(expression: str) -> Iterator[set[str]]:
 # What no operator wants to be woken for: how connections end, and what clients do wrong.
 NO_FAILURE = {*ENDINGS, "cancel", "not_tls", "truncated", "malformed", "bad_request", "prelude_timeout", "no_name", "no_route",
               "bad_name", "hello_too_large", "plain_postgres", "proxy", "shed", "client_limit", "route_limit",
-              "not_allowed", "forbidden", "tunnel_budget", "tunnel_stopping"}
+              "not_allowed", "forbidden", "tunnel_budget", "tunnel_stopping", "late_head", "late_body", "no_method",
+              "cross_site", "loop"}
 FAILURES = {"backend", "command_failed", "backend_no_tls", "bad_answer", "unresolved", "busy", "internal", "tunnel_failed",
-            "tunnel_timeout", "tunnel_limit", "tunnel_denied", "tunnel_unknown", "queue_full", "queue_timeout"}
+            "tunnel_timeout", "tunnel_limit", "tunnel_denied", "tunnel_unknown", "queue_full", "queue_timeout", "backend_tls",
+            "late_answer"}
 
 
 def test_no_alert_is_fired_by_ordinary_ends_and_each_failure_fires_one():

@@ -15,8 +15,8 @@ from sniroute_hpack import Pair, encode, write_integer, write_string
 from sniroute_http import HEAD_MAX, TARGET_MAX
 from sniroute_http2 import (ACK, COMPRESSION_ERROR, CONTINUATION, CONTINUATIONS_MAX, DATA, END_HEADERS,
                             ENHANCE_YOUR_CALM, FLOW_CONTROL_ERROR, FRAME_MAX, FRAME_SIZE_ERROR, FRAMES_MAX, GOAWAY,
-                            HAS_PRIORITY, HEADERS, HTTP_1_1_REQUIRED, PADDED, PING, PREFACE, PRIORITY, PROTOCOL_ERROR,
-                            PUSH_PROMISE, RST_STREAM, SETTINGS, WINDOW_UPDATE, Authority, Broken, make_frame,
+                            HAS_PRIORITY, HEADERS, PADDED, PING, PREFACE, PRIORITY, PROTOCOL_ERROR, REFUSED_STREAM,
+                            PUSH_PROMISE, RST_STREAM, SETTINGS, WINDOW_UPDATE, Authority, Broken, awaits_settings, make_frame,
                             parse_authority, read_frame, refusal)
 from sniroute_refusals import REFUSALS, Malformed, Refused
 from testbed.clients import program_path
@@ -329,11 +329,11 @@ def test_a_request_that_is_refused(block, kind, status):
 
 
 @pytest.mark.parametrize("refused, code", [
-    (Refused("no_route", "no route for db.example.com"), HTTP_1_1_REQUIRED),
-    (Refused("backend", "192.0.2.1:80 refuses"), HTTP_1_1_REQUIRED),
+    (Refused("no_route", "no route for db.example.com"), REFUSED_STREAM),
+    (Refused("backend", "192.0.2.1:80 refuses"), REFUSED_STREAM),
     (Broken("a frame of 20000 bytes", FRAME_SIZE_ERROR), FRAME_SIZE_ERROR),
     (Malformed("not a host name: 'a b'", kind="bad_name"), PROTOCOL_ERROR),
-    *((Refused(kind, "192.0.2.1"), HTTP_1_1_REQUIRED) for kind in REFUSALS),
+    *((Refused(kind, "192.0.2.1"), REFUSED_STREAM) for kind in REFUSALS),
 ])
 def test_a_refusal_says_why_and_nothing_that_is_not_for_strangers(refused, code):
     data = refusal(refused)
@@ -417,7 +417,7 @@ def test_a_real_client_is_understood_and_refused_in_words(program, words):
         read_on(connection)
         said = client.communicate(timeout=20)[0].decode()
         if program is nghttp:
-            assert "HTTP_1_1_REQUIRED(0x0d), opaque_data(22)=[no route fits the name]" in said
+            assert "REFUSED_STREAM(0x07), opaque_data(22)=[no route fits the name]" in said
         else:
             assert client.returncode == 16  # CURLE_HTTP2
 
@@ -491,3 +491,41 @@ def test_bytes_by_chance_are_never_a_name():
     for _ in range(5000):
         with contextlib.suppress(Refused):
             assert parse_authority(START + chance.randbytes(chance.randrange(100))) is None
+
+
+# -- clients that wait for the server ----------------------------------------------------------
+
+ACKNOWLEDGED = make_frame(SETTINGS, b"", ACK)
+
+
+@pytest.mark.parametrize("data, waits", [
+    (PREFACE + make_frame(SETTINGS), True), (PREFACE + make_frame(SETTINGS) + make_frame(WINDOW_UPDATE, b"\0\0\0\1"), True),
+    (PREFACE, False), (PREFACE[:-1], False), (PREFACE + make_frame(SETTINGS)[:-1], False),
+    (PREFACE + make_frame(SETTINGS) + b"\0", False), (PREFACE + make_frame(SETTINGS) + head(BLOCK)[:-1], False),
+], ids=["settings", "window", "preface", "part", "half a frame", "half a header", "half a head"])
+def test_a_client_that_waits_for_the_servers_settings_is_known(data, waits):
+    assert parse_authority(data) is None and awaits_settings(bytearray(data)) == waits
+
+
+@pytest.mark.parametrize("order", ["before", "behind"])
+def test_the_acknowledgement_of_our_settings_is_found_wherever_it_comes(order):
+    opening = PREFACE + make_frame(SETTINGS)
+    request = head(BLOCK) + make_frame(DATA, b"body", 0, 1)
+    data = opening + (ACKNOWLEDGED + request if order == "before" else request + ACKNOWLEDGED)
+    found = parse_authority(data, 0, True)
+    start, end = found.ack
+    assert data[:start] + data[end:] == opening + request and found.name == "web.example.com"
+    for size in range(len(data)):
+        early = parse_authority(data[:size], 0, True)
+        assert early is None or order == "before" and size >= found.end
+
+
+@pytest.mark.parametrize("data, code", [
+    (PREFACE + make_frame(SETTINGS) + ACKNOWLEDGED + ACKNOWLEDGED, PROTOCOL_ERROR),
+    (PREFACE + ACKNOWLEDGED, PROTOCOL_ERROR),
+    (PREFACE + make_frame(SETTINGS) + head(BLOCK) + make_frame(DATA, b"x", 0, 1) * 20, ENHANCE_YOUR_CALM),
+], ids=["twice", "first", "never"])
+def test_an_acknowledgement_that_is_out_of_place_is_refused(data, code):
+    with pytest.raises(Broken) as caught:
+        parse_authority(data, 0, True)
+    assert caught.value.code == code

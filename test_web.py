@@ -20,8 +20,8 @@ from conftest import HOST, Address, connect, linux, wait_until
 from testbed.hellos import HELLO, NAME, v1
 from testbed.running import Running, read_all, read_exactly, route
 from testbed.smuggling import EVIL, NEUTRAL, REQUESTS, RESPONSES, SHAPES, Row, Said
-from testbed.web import (TEXT, UPGRADE, WEB, Cut, Message, Origin, Talk, Web, answering, check_refusal, chunks, frame,
-                         read_frame, reply, request, saying, shake, table, telling)
+from testbed.web import (TEXT, UPGRADE, WEB, Cut, Message, Origin, Talk, Web, answering, call, check_refusal, chunks,
+                         frame, read_frame, reply, request, saying, shake, table, telling)
 
 FORWARD = "--http=forward"
 LATER = b"GET /later HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
@@ -48,7 +48,8 @@ def noted(run, origin) -> Iterator[tuple[Running, Origin, Noting]]:
     """A router that leads all names to one backend, that backend, and what it has noted."""
     script = Noting()
     backend = origin(script)
-    yield run(FORWARD, route(backend.address, "*"), "--max-per-client=100"), backend, script
+    names = "a", "internal", "*"  # one label is enough only where it is named
+    yield run(FORWARD, *(route(backend.address, each) for each in names)), backend, script
 
 
 def exchange(address: Address, pieces: Iterable[bytes], first: bool = False, ends: bool = False) -> bytes:
@@ -56,7 +57,7 @@ def exchange(address: Address, pieces: Iterable[bytes], first: bool = False, end
 
     `first`: another request comes first, and its answer is not in what is returned; `ends`: it says that no more comes.
     """
-    with Talk(connect(address)) as client:
+    with call(address) as client:
         if first:
             client.say(FIRST)
             assert client.answer().body == b"/first"
@@ -69,7 +70,7 @@ def exchange(address: Address, pieces: Iterable[bytes], first: bool = False, end
 
 def statuses(said: bytes) -> list[int]:
     """Those of all answers in it."""
-    return [int(status) for status in re.findall(rb"^HTTP/1\.1 ([1-9][0-9]{2})\b", said, re.MULTILINE)]
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 ([1-9][0-9]{2}) ", said)]
 
 
 def pieces_of(data: bytes) -> list[bytes]:
@@ -113,8 +114,8 @@ def test_what_is_refused_is_refused_once_and_reaches_no_backend(noted, cut):
             if not first and not row.data[:1].isupper():
                 continue  # it is no HTTP to begin with
             heard = exchange(running.address, cut(row.data + EVIL), first)
-            if not first and row.data.startswith(b"PRI * HTTP/2.0"):
-                assert not statuses(heard)
+            if not first and heard[3:4] == b"\4":
+                assert row.data.startswith(b"PRI * HTTP/2.0"), "it is told in its own words"
                 continue
             assert statuses(heard) == [row.status], (row.name, first, heard[:300])
             check_refusal(parsed(heard), row.status)
@@ -185,11 +186,11 @@ class Rows:
 def test_an_answer_is_passed_on_or_refused_but_never_looks_whole_where_it_is_not(run, origin, number):
     row = RESPONSES[number]
     backend = origin(Rows())
-    running = run(FORWARD, route(backend.address, "*"))
+    running = run(FORWARD, route(backend.address, WEB))
     for version in ("1.1", "1.0"):
         if version == "1.0" and row.upgrades:
             continue
-        with Talk(connect(running.address)) as client:
+        with call(running.address) as client:
             client.say(request(row.method, f"/{number}", *(UPGRADE if row.upgrades else ()), version=version))
             try:
                 answer = client.answer(row.method)
@@ -502,7 +503,7 @@ def test_a_loop_is_found(web):
 def test_a_route_that_leads_back_to_the_router_is_a_loop(run, free_ports):
     port, _ = free_ports(1)
     running = run(FORWARD, f"--listen={HOST}:{port}", f"--route={WEB}=tcp:localhost:{port}")
-    with Talk(connect((HOST, port), request())) as client:
+    with call((HOST, port), request()) as client:
         assert client.answer().status in (403, 502, 508)
 
 
@@ -540,9 +541,9 @@ def test_a_name_is_one_name_however_it_is_written_and_among_however_many(run, or
     backend = origin()
     running = run(FORWARD, route(backend.address, WEB),
                   *(f"--route=n{number}.example.com=tcp:192.0.2.1:9" for number in range(count)))
-    with Talk(connect(running.address, request(host=host))) as client:
+    with call(running.address, request(host=host)) as client:
         assert client.answer().status == 200
-    with Talk(connect(running.address, request("GET", f"http://{host}/x", host=host))) as client:
+    with call(running.address, request("GET", f"http://{host}/x", host=host)) as client:
         assert client.answer().body.startswith(b"GET /x HTTP/1.1\r\n")
 
 
@@ -561,7 +562,7 @@ def test_options_goes_as_far_as_it_says(web):
     answer = served.ask(request("OPTIONS", "/", "Max-Forwards: 0"))
     assert answer.status in (200, 204) and "GET" in answer.get("Allow") and served.origin.heard == b""
     assert told(served.ask(request("OPTIONS", "*", "Max-Forwards: 3")).body).get("Max-Forwards") == "2"
-    assert told(served.ask(request("GET", "/", "Max-Forwards: 3")).body).get("Max-Forwards") == "3"
+    assert told(served.ask(request("GET", "/", "Max-Forwards: 0")).body).first == "GET / HTTP/1.1", "it is for two methods"
 
 
 # -- bodies ------------------------------------------------------------------------------------
@@ -589,7 +590,7 @@ def test_pipelined_requests_are_answered_in_order_each_by_its_own_host(run, orig
         answering(lambda asked: reply(b"b" + asked.target.encode() + asked.body)))
     running = run(FORWARD, route(a.address, "a.example.com"), route(b.address, "b.example.com"))
     said = b"".join(request("GET", f"/{number}", host=f"{'ab'[number % 2]}.example.com") for number in range(100))
-    with Talk(connect(running.address, said)) as client:
+    with call(running.address, said) as client:
         for number in range(100):
             assert client.answer().body == b"%c/%d" % (b"ab"[number % 2], number)
         client.say(request("POST", "/long", host="b.example.com", body=b"x" * 100_000)
@@ -846,7 +847,7 @@ def test_each_request_meets_its_own_route(run, origin, settings_file):
     running = run(f"--config={path}")
 
     def ask(host: str) -> Message:
-        with Talk(connect(running.address)) as client:
+        with call(running.address) as client:
             for name, body in (("a", b"a"), ("b", b"b"), ("a", b"a")):
                 client.say(request("GET", "/", "Connection: keep-alive", host=f"{name}.example.com"))
                 assert client.answer().body == body
@@ -858,20 +859,22 @@ def test_each_request_meets_its_own_route(run, origin, settings_file):
     check_refusal(ask("narrow.example.com"), 403)
     check_refusal(ask("nobody.example.org"), 404)
     assert ask("other.example.com").status == 308
-    with Talk(connect(running.address)) as client:
+    with call(running.address) as client:
         client.say(request("GET", "/", host="a.example.com"))
         client.answer()
         client.say(request("GET", "/evil", host="tls.example.com"))
         client.rest()
     assert b"evil" not in a.heard + b.heard
-    assert running.router.accesses and {access.route for access in running.router.accesses} >= {"a.example.com"}
+    rows = {(access.host, access.status, access.reason) for access in running.accesses}
+    assert rows >= {("a.example.com", 200, ""), ("narrow.example.com", 403, "not_allowed"),
+                    ("nobody.example.org", 404, "no_route"), ("other.example.com", 308, "")}
 
 
 def test_a_route_without_http_closes_as_ever(run, origin):
     backend = origin()
     for options in ((), ("--http=refuse",)):
         running = run(route(backend.address, WEB), *options)
-        with Talk(connect(running.address, request())) as client:
+        with call(running.address, request()) as client:
             assert client.rest() == b""
     assert backend.heard == b"" and backend.talks == []
 
@@ -880,7 +883,7 @@ def test_tls_goes_through_beside_plain_http(run, origin):
     """On the same port, by the same route; not a byte of it is changed."""
     backend = origin(lambda talk: talk.say(b"a server hello") if talk.exactly(len(HELLO)) == HELLO else None)
     running = run(FORWARD, route(backend.address, NAME))
-    with Talk(connect(running.address, HELLO)) as client:
+    with call(running.address, HELLO) as client:
         assert client.exactly(14) == b"a server hello"
 
 
@@ -893,7 +896,7 @@ def test_a_reload_takes_a_route_from_a_connection_that_is_kept(launch, origin, s
         return settings_file("[routes]\n" + "".join(f'"{name}" = {both[name]}\n' for name in names))
 
     program = launch(f"--config={write(*both)}")
-    with Talk(program.connect()) as client:
+    with call(program.address) as client:
         for name in ("a", "b", "a"):
             client.say(request(host=f"{name}.example.com"))
             assert client.answer().body == name.encode()
@@ -922,8 +925,8 @@ def test_a_drain_ends_idle_connections_at_once_and_others_behind_their_answer(la
 
     backend = origin(script)
     program = launch(FORWARD, route(backend.address, WEB), "--drain=30s")
-    with Talk(program.connect(request())) as idle, Talk(program.connect(request("GET", "/", *UPGRADE))) as chat, \
-            Talk(program.connect(request("GET", "/slow"))) as busy:
+    with call(program.address, request()) as idle, call(program.address, request("GET", "/", *UPGRADE)) as chat, \
+            call(program.address, request("GET", "/slow")) as busy:
         assert idle.answer().body == b"/" and chat.answer().status == 101
         backend.wait_heard(b"/slow")
         program.signal(signal.SIGTERM)
@@ -964,6 +967,7 @@ def test_another_sites_page_asks_for_nothing_where_the_route_says_so(web, lines,
         assert served.origin.heard == b""
 
 
+# A browser keeps a 308 for good: the option is for names that will not serve plain HTTP again.
 @pytest.mark.parametrize("options, port", [({}, "own"), ({"redirect_port": 443}, ""), ({"redirect_port": 8443}, ":8443")])
 @pytest.mark.parametrize("method, target", [("GET", "/"), ("POST", "/a/b?c=d&e=%20"), ("GET", "//evil.example.org/x"),
                                             ("HEAD", "/%0d%0aX:%20y"), ("GET", "/\\evil")])
@@ -1038,17 +1042,20 @@ def test_a_backend_that_hangs_has_an_answer_in_time(web, answered):
 
 def test_a_backend_that_is_not_there_is_502(run, free_ports):
     running = run(FORWARD, route((HOST, free_ports(1)[0]), WEB))
-    with Talk(connect(running.address, request())) as client:
+    with call(running.address, request()) as client:
         check_refusal(client.answer(), 502)
 
 
-@pytest.mark.parametrize("line", [b"5;" + b"x" * 5000, b"5" * 16, b"0\r\n" + b"X: " + b"y" * 5000, b"0\r\n" + b"X: y\r\n" * 200])
+@pytest.mark.parametrize("line", [b"5;" + b"x" * 5000, b"5" * 5000, b"0\r\n" + b"X: " + b"y" * 5000,
+                                  b"0\r\n" + b"X: y\r\n" * 200, b"1;" + b"x" * 1000 + b"\r\nx\r\n"])
 def test_an_endless_chunk_line_is_refused_before_it_ends(web, line):
-    served = web()
-    client = served.connect(request("POST", "/", "Transfer-Encoding: chunked") + line)
+    """So are chunks that are mostly extensions, without an end."""
+    script = Noting()
+    client = web(script).connect(request("POST", "/", "Transfer-Encoding: chunked"))
+    with contextlib.suppress(ConnectionError):
+        client.say(*([line] * 100 if line.startswith(b"1;") else [line]))
     check_refusal(client.answer(), 400)
-    served.origin.wait_over(1)
-    assert isinstance(served.origin.server.result(), Cut)
+    assert script.found == []
 
 
 def test_ten_thousand_fields_are_refused(web):
@@ -1097,12 +1104,12 @@ def test_a_body_that_never_ends_takes_no_memory_while_its_reader_is_slow(launch,
 
     backend = origin(script)
     program = launch(FORWARD, route(backend.address, WEB))
-    with Talk(program.connect()) as client:
+    with call(program.address) as client:
         client.say(request("GET", "/ready"))
         backend.wait_heard(b"/ready")
         before = resident(program.pid)
         if way.startswith("up"):
-            with Talk(program.connect()) as sender:
+            with call(program.address) as sender:
                 sender.say(request("POST", "/", "Content-Length: 100000000000") if way == "up" else
                            request("POST", "/", "Transfer-Encoding: chunked"))
                 taken.append(push(sender, way != "up"))
@@ -1125,14 +1132,14 @@ def test_a_client_that_leaves_takes_its_backend_connection_along(web):
     assert told.wait(20)
     client.reset()
     served.origin.wait_over(1)
-    access = wait_until(lambda: served.running.router.accesses and served.running.router.accesses[-1])
-    assert (access.status, access.reason) == (0, "client_left")
+    (access,) = wait_until(lambda: served.running.accesses, what="its line")
+    assert (access.status, access.reason) == (0, "client_reset")
 
 
 def test_a_request_is_written_down(web):
     served = web(answering(reply(b"12345")))
     served.ask(request("POST", "/a?secret=1", body=b"abc"))
-    access = wait_until(lambda: served.running.router.accesses and served.running.router.accesses[-1])
+    (access,) = wait_until(lambda: served.running.accesses, what="its line")
     assert (access.method, access.host, access.path, access.status) == ("POST", WEB, "/a", 200)
     assert (access.up, access.down, access.route, access.reason) == (3, 5, WEB, "")
     assert access.backend == "tcp:%s:%d" % served.origin.address or access.backend == "%s:%d" % served.origin.address

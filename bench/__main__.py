@@ -3,6 +3,7 @@
 
     python3 bench routers ...    bench/routers.py alone, with its own options
     python3 bench tunnels ...    bench/tunnels.py alone
+    python3 bench web ...        bench/web.py alone
 
 The exit code is 0, or 1 if a part could not measure something.
 """
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 
-PARTS = ("routers", "tunnels")  # in this order
+PARTS = ("routers", "tunnels", "web")  # in this order
 
 
 def argv_of(part: str, *options: str) -> list[str]:
@@ -39,13 +40,13 @@ def main() -> int:
     """The command line.  Returns the exit code."""
     if sys.argv[1:2] and sys.argv[1] in PARTS:
         os.execv(sys.executable, argv_of(*sys.argv[1:]))
-    parser = argparse.ArgumentParser(prog="bench", description="Measures the routers, and then the tunnel programs.",
+    parser = argparse.ArgumentParser(prog="bench", description="Measures the routers, the tunnel programs, and plain HTTP.",
                                      epilog=f"One alone, with its own options: bench {'|'.join(PARTS)} --help")
     parser.add_argument("--quick", action="store_true", help="less of everything")
     parser.add_argument("--json", metavar="FILE", help="write all figures there, too")
     given, rest = parser.parse_known_args()
     if rest:
-        parser.error(f"{' '.join(rest)}: not for both; perhaps bench {'|'.join(PARTS)} {' '.join(rest)}")
+        parser.error(f"{' '.join(rest)}: not for all; perhaps bench {'|'.join(PARTS)} {' '.join(rest)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     figures, failed = {}, False
     with tempfile.TemporaryDirectory(prefix="sniroute-bench-") as folder:

@@ -10,6 +10,7 @@
     tunnels             a table of tunnels under test
     carrier             carriers in a thread or as a program, and edges that break rules
     smuggling           HTTP that two programs may read in two ways, as rows; a forwarder without sockets
+    web                 HTTP on the wire: backends that follow a script, clients, a chat by WebSocket; screenshots
     admin               a router with its admin, HTTP clients of the admin, a browser
     endure              the long forms of the tests, a command of its own; endure_router, endure_streams, endure_inputs
                         and endure_nemesis are its parts, and need no pytest

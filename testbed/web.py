@@ -2,6 +2,7 @@
 
     Talk         one end of a connection, ours: bytes, heads, whole messages; it writes down all that it hears
     Origin       a backend: each connection runs a script, which is given a Talk
+    call                call(address, *bytes) -> Talk: a client
     request, reply, chunks       messages as bytes
     answering, telling, saying   scripts
     shake, frame, read_frame, Chat     WebSocket, as far as a chat needs it
@@ -33,6 +34,7 @@ from conftest import Address, Server, connect, wait_until
 from testbed.running import Running, reset
 
 WEB = "web.example.com"
+PATIENCE = 2.0  # seconds until silence fails a test
 Lines = list[tuple[str, str]]
 
 
@@ -205,6 +207,15 @@ class Talk:
         return head._replace(body=b"" if has_none else self.body(head, True), interim=tuple(interim))
 
 
+def call(address: Address, *said: bytes) -> Talk:
+    """A client that has said this."""
+    with contextlib.ExitStack() as stack:
+        talk = stack.enter_context(Talk(connect(address, timeout=PATIENCE)))
+        talk.say(*said)
+        stack.pop_all()
+    return talk
+
+
 # -- backends ----------------------------------------------------------------------------------
 
 Script = Callable[[Talk], object]
@@ -224,7 +235,7 @@ class Origin:
         self.address: Address = self.server.address
 
     def handle(self, sock: socket.socket) -> None:
-        sock.settimeout(20)
+        sock.settimeout(PATIENCE)
         talk = Talk(sock)
         self.talks.append(talk)
         try:
@@ -294,9 +305,7 @@ class Web:
 
     def connect(self, *said: bytes) -> Talk:
         """A client that has said this; it is closed when the test ends, if not before."""
-        talk = self.stack.enter_context(Talk(connect(self.address)))
-        talk.say(*said)
-        return talk
+        return self.stack.enter_context(call(self.address, *said))
 
     def ask(self, said: bytes, method: str = "GET") -> Message:
         """The answer to the one request of a client."""
