@@ -26,7 +26,7 @@ Seams: I want to ...
     answer otherwise                    sniroute_answers
     wait for something else             a queue of Web (sniroute_web)
 
-It imports bodies, gateway, answers, connection, resets, targets, flow, http, log, loop and refusals.
+It imports bodies, spares, gateway, answers, connection, resets, targets, flow, http, log and refusals.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from sniroute_http import (CHUNKED, COUNTED, NO_BODY, NONE, UNTIL_CLOSE, Counted
 from sniroute_log import BACKEND_CLOSED, CLIENT_CLOSED, CLIENT_LEFT, CLIENT_RESET, CUT
 from sniroute_refusals import Malformed, Refused
 from sniroute_resets import RESETTING, pass_on_reset
+from sniroute_spares import has_news
 from sniroute_targets import Another
 
 if TYPE_CHECKING:
@@ -178,7 +179,8 @@ class HttpConnection(Connection):
         if self.queue is not None:
             self.leave_queue()
         if self.exchange.policy.reuse is SAFE and may_share(self):
-            spare = self.web.spares.take(decision.key)
+            by_tls = self.web.key(self.exchange) if self.exchange.policy.mode is BY_TLS else None
+            spare = self.web.spares.take((decision.key, by_tls))
             if spare is not None:
                 self.down.source, self.down.fd = spare.sock, spare.fd
                 self.backend, self.cipher = spare.backend, spare.cipher
@@ -193,7 +195,8 @@ class HttpConnection(Connection):
         if down.source is not None and self.state is BETWEEN and may_give(self):
             down.wait_for(0)
             down.discard()
-            self.web.spares.give(self.decision.key, down.source, self.backend, self.cipher)
+            by_tls = self.cipher and self.cipher.key
+            self.web.spares.give((self.decision.key, by_tls), down.source, self.backend, self.cipher)
             down.source = self.cipher = None
         elif self.backend is not None or down.source is not None:
             self.drop_backend()
@@ -716,17 +719,6 @@ def take_over(heir: Connection, former: Connection, flow: Callable[[Connection, 
     former.up.connection = former.down.connection = None  # no cycles: nothing is left to the collector
     former.up.twin = former.down.twin = NO_FLOW
     former.up = former.down = None
-
-
-def has_news(sock: socket.SocketType) -> bool:
-    """Whether a connection that should be silent has ended, or says something."""
-    try:
-        sock.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 # -- what becomes of a request -----------------------------------------------------------------

@@ -22,7 +22,12 @@ import sniroute_deadlines
 import sniroute_tls
 from conftest import HOST, Address, Server, wait_until
 from sniroute_refusals import Refused
+from sniroute_gateway import Policy
+from sniroute_requests import Exchange
+from sniroute_routes import parse_route
+from sniroute_settings import load_settings
 from sniroute_tls import Cipher, Ciphers, context
+from sniroute_web import Web
 from testbed.clients import program_path
 from testbed.running import Running, read_all, reset
 from testbed.web import (UPGRADE, WEB, Cut, Talk, answering, check_refusal, chunks, reply, request, shake, table,
@@ -555,6 +560,29 @@ def test_two_answers_in_one_record_are_one(secure, version):
             client.say(request("GET", "/again"))
             assert client.answer().body == b"one/again"
     assert len(served.talks) == 4
+
+
+@both_versions
+def test_a_connection_that_was_proven_for_one_name_serves_that_name_only(secure, version):
+    """Also where one route leads both names to one address, and connections are shared."""
+    served = secure(answering(lambda asked: reply(asked.get("Host").encode())), version=version, http_reuse="safe")
+    hosts = [f"{name}.example.com" for name in "aabbab"]
+    served.running.router.web.spares.queue.seconds = 60.0
+    with served.connect() as first, served.connect() as second:
+        for client in (first, second):
+            for host in hosts:
+                client.say(request(host=host))
+                assert client.answer().body == host.encode()
+    assert [name for name, _ in served.shakes] == ["a.example.com", "b.example.com"] * 2
+
+
+def test_a_backend_at_an_address_of_ipv6_has_to_prove_that_address(certificates):
+    """Its brackets and its port are for Host."""
+    route = parse_route("*.example.com=tcp:[::1]:8443")._replace(http="forward-tls", host="backend")
+    settings = load_settings(["--route=*.example.com=tcp:[::1]:8443"], {})
+    web, exchange = Web.__new__(Web), Exchange(None, 0.0)
+    web.settings, exchange.decision, exchange.policy = settings, route.decide(WEB), Policy()
+    assert web.host(exchange.decision) == b"[::1]:8443" and web.key(exchange) == ("::1", Policy().verify)
 
 
 # -- behind a 101 ------------------------------------------------------------------------------
