@@ -23,7 +23,7 @@ once more, just as a TLS hello.
 
 After a 101 both flows are raw, and the connection is like any other.
 
-An answer that was cut is never whole: a client whose answer cannot go on is reset.  After an answer of ours that
+An answer that was cut never looks whole: a client whose answer cannot go on is reset.  After an answer of ours that
 refuses, the connection closes, and nothing that comes behind is read as a request.
 
 Threads: the loop only.
