@@ -770,7 +770,7 @@ def keep_lines(head: Head, drop: Callable[[Field], bool], values: Mapping[bytes,
 
 
 @functools.lru_cache(ADDED_MAX)
-def make_lines(add: tuple[tuple[bytes, bytes], ...]) -> bytes:
+def make_lines(add: More) -> bytes:
     """These fields, and the empty line that ends a head.  Raises ValueError."""
     return b"".join([make_line(name, value) for name, value in add]) + b"\r\n"
 

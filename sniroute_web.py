@@ -236,7 +236,7 @@ class Web:
         connection.exchange = None
         now, request, decision = monotonic(), exchange.request, exchange.decision
         log_access(self.router, Access(
-            time.time(), connection.address, *asked(request), exchange.status, exchange.up, exchange.down,
+            time.time(), connection.address, *described(request), exchange.status, exchange.up, exchange.down,
             exchange.first - exchange.began if exchange.first else None, now - exchange.began,
             decision and decision.route.pattern,
             decision and target_of(connection, decision),
@@ -258,7 +258,7 @@ def prepare_tls(settings: Settings) -> None:
             context(verify)
 
 
-def asked(request: Request | None) -> tuple[str, str, str]:
+def described(request: Request | None) -> tuple[str, str, str]:
     """Method, host and path of a request, for people; its query may hold secrets."""
     if request is None:
         return "", "", ""
