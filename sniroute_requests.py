@@ -37,13 +37,14 @@ Seams: I want to ...
     or not
 
 This room imports sniroute_bodies, sniroute_spares, sniroute_gateway, sniroute_answers, sniroute_connection,
-sniroute_resets, sniroute_targets, sniroute_flow, sniroute_http, sniroute_log, sniroute_loop and
+sniroute_deadlines, sniroute_resets, sniroute_targets, sniroute_flow, sniroute_http, sniroute_log, sniroute_loop and
 sniroute_refusals.
 """
 
 from __future__ import annotations
 
 import socket
+import sys
 import time
 from typing import TYPE_CHECKING, Any, Callable
 
@@ -51,6 +52,7 @@ from sniroute_answers import options, redirect, refusal
 from sniroute_bodies import HELD, MessageFlow
 from sniroute_connection import (BETWEEN, CLOSED, DIALING, ROUTED, UNHEARD, WAITING_FOR_BACKEND, WAITING_MAX,
                                  Connection, Preface)
+from sniroute_deadlines import wait_for_exit
 from sniroute_flow import BLOCKED, BROKEN, DONE, EARLY, GREETING, MESSAGE, NO_FLOW, OPEN, UNANSWERED
 from sniroute_gateway import Policy, check, choose_upgrade, hop, max_forwards, may_ask_again
 from sniroute_http import (CHUNKED, COUNTED, NO_BODY, NONE, UNTIL_CLOSE, Counted, Request, Response, open_body,
@@ -89,7 +91,7 @@ class Exchange:
     """One request, and how far it and its answer have come."""
 
     __slots__ = ("request", "policy", "decision", "began", "first", "response", "status", "up", "down", "interim",
-                 "upgrade", "keeps", "is_asked", "is_reused", "is_spoilt", "mark")
+                 "upgrade", "keeps", "is_asked", "is_reused", "is_spoilt", "is_broken", "mark")
 
     def __init__(self, request: Request | None, began: float):
         self.request = request  # None: it could not be read
@@ -107,6 +109,7 @@ class Exchange:
         self.is_asked = False  # the backend has all of the request
         self.is_reused = False  # it went out on a connection that has served before, and may be dead
         self.is_spoilt = False  # the backend said more than the answer
+        self.is_broken = False  # its backend has broken off, and reading from it will not say so
         self.mark = -1  # `up` when `late_body` last looked: a body that has stopped has not grown since
 
 
@@ -133,7 +136,7 @@ class HttpConnection(Connection):
         self.cipher: Cipher | None = None  # where the backend speaks TLS
         self.has_ended = False  # the client has ended its side within a request: it asks no more
         self.answered_once = False  # it has had an answer of a backend
-        self.is_private = False  # the connection to the backend may be tied to one user
+        self.is_private = False  # the connection to the backend may be tied to one user, or is not fit for others
         self.port = former.client.getsockname()[1]
         self.believes = web.believed(former.address[0])  # the peer, not the one that a PROXY header names
         take_over(self, former, MessageFlow)
@@ -343,6 +346,7 @@ class HttpConnection(Connection):
         """A part of the request is under way: see to the rest, and hear the answer."""
         up, down = self.up, self.down
         self.stash, self.seen = b"", 0
+        self.exchange.is_asked = self.exchange.is_broken = False
         if not self.replayable:
             self.hello = None
         up.state, down.state = DONE if self.has_ended else OPEN, OPEN
@@ -429,7 +433,9 @@ class HttpConnection(Connection):
             stash = self.stash = rest
             if not rest or self.down.state is BLOCKED:
                 return  # to be called again
-        if response.upgrade:
+        if response.upgrade and not exchange.is_asked:
+            self.refuse(Refused("bad_answer", f"{target_of(self, self.decision)}: a 101 before all of the request"))
+        elif response.upgrade:
             switch(self, response, rest)
         else:
             self.answer(response, rest)
@@ -493,7 +499,8 @@ class HttpConnection(Connection):
         self.web.tell(self, exchange)
         self.answered_once = True
         if exchange.policy.reuse is SAFE:
-            self.is_private = self.is_private or is_personal(exchange)
+            self.is_private = (self.is_private or exchange.is_spoilt or not exchange.response.keeps
+                               or is_personal(exchange))
         if not exchange.keeps and not exchange.request.keeps and exchange.is_asked and not self.ahead:
             self.state = BETWEEN
             self.close(CLIENT_CLOSED)  # it says no more, so nothing can come that makes a reset of the close
@@ -501,7 +508,9 @@ class HttpConnection(Connection):
         if not exchange.keeps:
             self.linger(b"", CLIENT_CLOSED if self.has_ended or not exchange.request.keeps else BACKEND_CLOSED)
             return
-        if exchange.response.keeps and not exchange.is_spoilt and exchange.policy.reuse != "off" and down.state is OPEN:
+        # Where the next request is here, no event has told of what came behind the answer.
+        if exchange.response.keeps and not exchange.is_spoilt and exchange.policy.reuse != "off" and down.state is OPEN \
+                and not (self.ahead and has_said_more(self)):
             down.take(MessageFlow.hear)
         else:
             self.leave_backend()
@@ -548,8 +557,13 @@ class HttpConnection(Connection):
         if exchange is None:
             self.forget_backend()
         elif exchange.response is not None:
+            is_lost = exchange.response.framing.kind is UNTIL_CLOSE and self.backend is not None \
+                and self.backend.is_lost()
+            if is_lost is None and error is None:
+                wait_for_exit(self)
+                return
             try:
-                if error is not None or down.body is None:
+                if error is not None or is_lost or exchange.is_broken or down.body is None:
                     raise Malformed("it broke off", kind="bad_answer")
                 down.body.end()
             except Malformed:
@@ -576,6 +590,8 @@ class HttpConnection(Connection):
         else:
             # The backend takes no more of the request.  Perhaps it has answered: what it said is still to be read.
             # If not, all of the request may be sent again, so none of it is forgotten until then.
+            # EPIPE comes where it had ended before, and TLS tells an end from a cut.
+            self.exchange.is_broken = self.cipher is None and not isinstance(sys.exception(), BrokenPipeError)
             flow.discard(BROKEN if self.replayable else OPEN)
             flow.take(MessageFlow.forget)
             flow.rewatch()
@@ -583,6 +599,7 @@ class HttpConnection(Connection):
 
     def forget_backend(self) -> None:
         """Let go of a backend that has ended between two requests, or says what nobody has asked for."""
+        self.is_private = True  # what comes behind that is no answer for others
         self.leave_backend()
         self.up.state = OPEN
 
@@ -710,7 +727,7 @@ def may_give(connection: HttpConnection) -> bool:
             and not connection.is_private
             and not connection.preface.header and (backend is None or backend.may_change_hands)
             and down.step is MessageFlow.hear and down.state is OPEN and connection.up.pending is None
-            and (connection.cipher is None or connection.cipher.is_dry)
+            and not has_said_more(connection)
             and connection.router.web is web and not connection.router.deaf.is_set())
 
 
@@ -740,6 +757,12 @@ def take_over(heir: Connection, former: Connection, flow: Callable[[Connection, 
     former.up.connection = former.down.connection = None  # no cycles: nothing is left to the collector
     former.up.twin = former.down.twin = NO_FLOW
     former.up = former.down = None
+
+
+def has_said_more(connection: HttpConnection) -> bool:
+    """Whether the backend has ended, or says something, behind its answer."""
+    cipher = connection.cipher
+    return cipher is not None and cipher.has_more() or has_news(connection.down.source)
 
 
 # -- what becomes of a request -----------------------------------------------------------------

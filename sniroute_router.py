@@ -268,16 +268,12 @@ def prepare(settings: Settings) -> None:
 
 
 def serve_web(router: Router, settings: Settings) -> None:
-    """Serve plain HTTP where a route wants that; clients that were served already go on in any case."""
-    if not settings.serves_http:
-        if router.web is not None:
-            router.web.spares.close()
-        router.web = None
-    elif router.web is None:
+    """Serve plain HTTP where a route wants that.  Once there, it stays: clients that are kept are to be told."""
+    if router.web is not None:
+        router.web.adopt(settings)
+    elif settings.serves_http:
         from sniroute_web import Web  # imported late: an option
         router.web = Web(router, settings)
-    else:
-        router.web.adopt(settings)
 
 
 def unheard_reset(up: Flow, down: Flow) -> Flow | None:
@@ -341,7 +337,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.waits = Waits(self)
         self.targets.ask = self.waits.prepare
         self.deadlines = Deadlines(self.loop, settings.prelude_timeout, settings.start_timeout)
-        self.web: Web | None = None  # what serves plain HTTP; None: no route wants that
+        self.web: Web | None = None  # what serves plain HTTP; None: no route has wanted that yet
         prepare(settings)
         serve_web(self, settings)
         self.to_end: list[socket.SocketType] = self.loop.batch(end_sink)

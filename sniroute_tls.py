@@ -170,6 +170,10 @@ class Cipher:
                 self.ciphers.keep(self.key, self.tls.session)
         return data
 
+    def has_more(self) -> bool:
+        """Whether something that has come was not read."""
+        return bool(self.incoming.pending or self.tls.pending())
+
     def seal(self, data: bytes) -> bytes:
         """What is sent for these bytes.  Raises OSError where the backend has broken off."""
         self.tls.write(data)
