@@ -39,7 +39,7 @@ import os
 import types
 from typing import TYPE_CHECKING, Callable
 
-from sniroute_flow import BLOCKED, MESSAGE, OPEN, READ_MAX, READING, Flow, SpliceFlow
+from sniroute_flow import BLOCKED, CAREFUL, MESSAGE, OPEN, READ_MAX, READING, Flow, SpliceFlow
 from sniroute_loop import READ, Poller
 from sniroute_refusals import Malformed
 
@@ -178,7 +178,10 @@ class MessageFlow(SpliceFlow):
         data = self.read(size)
         if data is None:
             return
-        self.size = READ_MAX if len(data) == size else MESSAGE
+        if len(data) != size:
+            self.size = MESSAGE
+        else:  # behind this chunk there may be thousands of tiny ones, each of which takes its time
+            self.size = READ_MAX if body.left is None or body.left >= READ_MAX else CAREFUL
         self.feed(data)
 
     def splices(self) -> bool:

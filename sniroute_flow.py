@@ -56,7 +56,7 @@ SMALL_READ = 479  # the same while messages are small: CPython's fast allocator 
 SMALL_AFTER = 32  # so many small messages before reads are small: a larger one then takes two reads, the gain of 16
 BULK = 1 << 20  # bytes of one splice: a fifth to a third less CPU for a gigabyte than with 256 KiB
 READ_MAX = 1 << 16  # bytes of one read of a BULKY flow that cannot splice
-CAREFUL = 1 << 14  # instead of BULK and READ_MAX while many sinks are full: their bytes have to be kept
+CAREFUL = 1 << 14  # instead of BULK and READ_MAX while many sinks are full: their bytes have to be kept; and of chunks
 PENDING_MAX = 1 << 22  # bytes kept for full sinks (those in lent pipes not counted) before CAREFUL applies
 PIPES_MAX = 32  # pipes lent to flows whose sink is full: 1 MiB and two descriptors each
 

@@ -769,10 +769,12 @@ def keep_lines(head: Head, drop: Callable[[Field], bool], values: Mapping[bytes,
                      for field in head.fields if not drop(field)])
 
 
-@functools.lru_cache(ADDED_MAX)
 def make_lines(add: More) -> bytes:
     """These fields, and the empty line that ends a head.  Raises ValueError."""
     return b"".join([make_line(name, value) for name, value in add]) + b"\r\n"
+
+
+remembered_additions = functools.lru_cache(ADDED_MAX)(make_lines)  # for those in which no stranger has much to say
 
 
 def make_line(name: bytes, value: bytes) -> bytes:
@@ -812,8 +814,9 @@ def pass_request(request: Request, add: More = (), *, host: bytes = b"", believe
         lines = remember(head.made, key, keep_lines(head, goes, {b"host": host} if host else None))
     if not request.version and not head.values(b"host"):
         add = ((b"Host", host or request.name.encode("ascii")), *add)
+    make = make_lines if believes or upgrade else remembered_additions
     return b"%b %b HTTP/1.1\r\n%b%b" % (request.method.encode("ascii"), request.path or request.target, lines,
-                                        make_lines((*add, *switch_to(upgrade))))
+                                        make((*add, *switch_to(upgrade))))
 
 
 def pass_response(response: Response, add: More = (), *, unframed: bool = False) -> bytes:
@@ -830,4 +833,5 @@ def pass_response(response: Response, add: More = (), *, unframed: bool = False)
     if lines is None:
         drop = dropped(head) | more
         lines = remember(head.made, key, keep_lines(head, lambda field: field.key in drop or field.is_twin))
-    return b"HTTP/1.1%b%b%b" % (head.first[8:], lines, make_lines((*add, *switch_to(response.upgrade))))
+    make = make_lines if response.upgrade else remembered_additions
+    return b"HTTP/1.1%b%b%b" % (head.first[8:], lines, make((*add, *switch_to(response.upgrade))))
