@@ -99,11 +99,20 @@ class MessageFlow(SpliceFlow):
         self.drain()
 
     def drain(self) -> None:
-        """Have the step take what the Cipher has."""
-        connection, cipher = self.connection, self.connection.cipher
-        while not cipher.is_dry and self.connection is not None and connection.cipher is cipher \
-                and self.state in READING:
+        """Have the step take what the Cipher has, and pass on what TLS itself has to say to that."""
+        connection = self.connection
+        cipher = connection and connection.cipher
+        if cipher is None:
+            return
+        while not cipher.is_dry and self.state in READING:
             self.step(self, READ)
+            if self.connection is None or connection.cipher is not cipher:
+                return
+        up = connection.up
+        if cipher.outgoing.pending and up.state is not BLOCKED and not up.write(cipher.outgoing.read()):
+            return
+        if cipher.is_dry and up.state is HELD and connection.has_ended:  # raw: see HttpConnection.ended
+            connection.ended(up)
 
     # -- what comes
 
@@ -200,7 +209,15 @@ class MessageFlow(SpliceFlow):
         """Have the sink take these bytes, now or later; False where it has broken off."""
         cipher = self.connection.cipher
         if cipher is not None and self is self.connection.up:
-            data = cipher.seal(data)
+            try:
+                data = cipher.seal(data)
+            except OSError:
+                self.connection.broken(self)
+                return False
+        return self.write(data)
+
+    def write(self, data: bytes) -> bool:
+        """As `put`, for bytes as they are sent."""
         try:
             sent = os.write(self.twin.fd, data)
         except BlockingIOError:
@@ -218,5 +235,7 @@ class MessageFlow(SpliceFlow):
         connection = self.connection
         if self.body is not None and self.body.is_done:
             connection.message_sent(self)
-        if self.connection is not None and connection.cipher is not None and self is connection.down:
+        elif connection.stash and self is connection.down:
+            connection.backend_said(b"")  # the rest of an answer's head, or what came behind one of 1xx
+        if self is connection.down:
             self.drain()

@@ -105,6 +105,8 @@ NO_PREFACE = Preface(b"", b"")
 class Connection:
     """One client.  Its two sockets are `up.source` (the client's) and `down.source` (the backend's); it closes both."""
 
+    greets_by = "SSLRequest"  # what the backend is asked in GREETING, for people
+
     __slots__ = ("router", "client", "address", "peer", "state", "began", "prelude", "name", "decision", "backend",
                  "preface", "hello", "replayable", "retried", "parks", "wait", "up", "down", "queue", "refusal",
                  "reason", "carried", "quiet_since", "dialled", "proxy", "admitted")

@@ -165,7 +165,7 @@ def exit_is_due(connection: Connection) -> None:
 
 def late_ssl_answer(connection: Connection) -> None:
     """No backend may think about TLS longer than that."""
-    connection.backend_failed("no answer to SSLRequest")
+    connection.backend_failed(f"no answer to {connection.greets_by}")
 
 
 def late_first_byte(connection: Connection) -> None:

@@ -36,13 +36,12 @@ Seams: I want to ...
     keep a connection to a backend,     `leave_backend` and `go`; `may_give` and `may_share` say for whom
     or not
 
-This room imports sniroute_bodies, sniroute_gateway, sniroute_answers, sniroute_connection, sniroute_resets,
-sniroute_targets, sniroute_flow, sniroute_http, sniroute_log and sniroute_refusals.
+This room imports sniroute_bodies, sniroute_spares, sniroute_gateway, sniroute_answers, sniroute_connection,
+sniroute_resets, sniroute_targets, sniroute_flow, sniroute_http, sniroute_log and sniroute_refusals.
 """
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import time
 from typing import TYPE_CHECKING, Any, Callable
@@ -51,13 +50,14 @@ from sniroute_answers import options, redirect, refusal
 from sniroute_bodies import HELD, MessageFlow
 from sniroute_connection import (BETWEEN, CLOSED, DIALING, ROUTED, UNHEARD, WAITING_FOR_BACKEND, WAITING_MAX,
                                  Connection, Preface)
-from sniroute_flow import BLOCKED, DONE, EARLY, GREETING, MESSAGE, NO_FLOW, OPEN, UNANSWERED
+from sniroute_flow import BLOCKED, BROKEN, DONE, EARLY, GREETING, MESSAGE, NO_FLOW, OPEN, UNANSWERED
 from sniroute_gateway import Policy, check, choose_upgrade, hop, max_forwards, may_ask_again
 from sniroute_http import (CHUNKED, COUNTED, NO_BODY, NONE, UNTIL_CLOSE, Counted, Request, Response, open_body,
                            parse_request, parse_response, pass_request, pass_response)
 from sniroute_log import BACKEND_CLOSED, CLIENT_CLOSED, CLIENT_LEFT, CLIENT_RESET, CUT
 from sniroute_refusals import Malformed, Refused
 from sniroute_resets import RESETTING, pass_on_reset
+from sniroute_spares import has_news
 from sniroute_targets import Another
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ class HttpConnection(Connection):
     __slots__ = ("web", "exchange", "ahead", "seen", "stash", "received", "cipher", "believes", "port", "has_ended",
                  "answered_once", "is_private", "since")
 
+    greets_by = "the hello of TLS"
     up: MessageFlow
     down: MessageFlow
 
@@ -190,7 +191,8 @@ class HttpConnection(Connection):
         if self.queue is not None:
             self.leave_queue()
         if self.exchange.policy.reuse is SAFE and may_share(self):
-            spare = self.web.spares.take(decision.key)
+            by_tls = self.web.key(self.exchange) if self.exchange.policy.mode is BY_TLS else None
+            spare = self.web.spares.take((decision.key, by_tls))
             if spare is not None:
                 self.down.source, self.down.fd = spare.sock, spare.fd
                 self.backend, self.cipher = spare.backend, spare.cipher
@@ -205,7 +207,8 @@ class HttpConnection(Connection):
         if down.source is not None and self.state is BETWEEN and may_give(self):
             down.wait_for(0)
             down.discard()
-            self.web.spares.give(self.decision.key, down.source, self.backend, self.cipher)
+            by_tls = self.cipher and self.cipher.key
+            self.web.spares.give((self.decision.key, by_tls), down.source, self.backend, self.cipher)
             down.source = self.cipher = None
         elif self.backend is not None or down.source is not None:
             self.drop_backend()
@@ -275,6 +278,8 @@ class HttpConnection(Connection):
             if cipher.is_ready:
                 said += cipher.seal(self.hello)
                 self._open(said, server.send(said))
+                if self.state is not CLOSED:
+                    self.down.drain()  # what came with the end of the handshake: no event tells of it
             elif said:
                 server.send(said)  # a few bytes into an empty buffer: it took them all
         except BlockingIOError:
@@ -300,7 +305,7 @@ class HttpConnection(Connection):
         data = self.up.read(MESSAGE)
         if data is None:
             return
-        if body is None or body.is_done:
+        if body.is_done:
             self.ahead += data
             return
         try:
@@ -337,7 +342,7 @@ class HttpConnection(Connection):
         down.take(MessageFlow.hear)
         if sent != len(said):
             up.hold(memoryview(said)[sent:])
-        is_whole = up.body is None or up.body.is_done
+        is_whole = up.body.is_done
         up.take(MessageFlow.hear if is_whole else MessageFlow.carry)
         up.listen()
         down.listen()
@@ -390,6 +395,9 @@ class HttpConnection(Connection):
             self.state = OPEN
             self.backend.answered()
         self.hello, self.replayable = None, False  # what was asked is not asked again
+        if self.up.state is BROKEN:
+            self.up.state = OPEN
+            self.up.rewatch()
         stash = self.stash = self.stash + data if self.stash else data
         while True:
             try:
@@ -411,9 +419,9 @@ class HttpConnection(Connection):
                 return
             if exchange.request.version and not self.down.put(pass_response(response)):
                 return
-            if not rest:
-                return
             stash = self.stash = rest
+            if not rest or self.down.state is BLOCKED:
+                return  # to be called again
         if response.upgrade:
             switch(self, response, rest)
         else:
@@ -430,7 +438,8 @@ class HttpConnection(Connection):
         exchange.response, exchange.status, exchange.first = response, response.status, monotonic()
         # Behind an upgrade that was declined, the client may have said what is no HTTP.
         exchange.keeps = keeps = (request.keeps and exchange.is_asked and kind is not UNTIL_CLOSE and not is_unframed
-                                  and not exchange.upgrade and not self.has_ended and not self.router.deaf.is_set())
+                                  and not exchange.upgrade and (not self.has_ended or bool(self.ahead))
+                                  and not self.router.deaf.is_set())
         add = NOTHING_ADDED if keeps and not is_old else KEEP_ALIVE if keeps else CLOSE
         head = pass_response(response, add, unframed=is_old)
         if response.framing.length == len(rest) and kind in (NONE, COUNTED):  # all of it came with its head
@@ -458,10 +467,11 @@ class HttpConnection(Connection):
 
     def message_sent(self, flow: MessageFlow) -> None:
         """A message is all on its way to the sink of `flow`."""
-        flow.body = None
         if flow is self.down:
+            flow.body = None
             self.finish()
             return
+        flow.body = NOTHING  # more that comes is none of it, also where all of it has to be sent again
         self.exchange.is_asked = True
         flow.take(MessageFlow.hear)
         web = self.web
@@ -499,10 +509,8 @@ class HttpConnection(Connection):
     def ended(self, flow: MessageFlow) -> None:
         """The source has ended."""
         if flow.step is MessageFlow.raw:
-            if flow is self.up and self.cipher is not None:
-                with contextlib.suppress(OSError):  # its buffer is full, or it is gone: TCP's end has to do
-                    self.down.source.send(self.cipher.close())
-            super().ended(flow)
+            if flow is self.down or self.cipher is None or say_end(self):
+                super().ended(flow)
         elif flow is self.down:
             self.backend_ended(None)
         elif self.state is BETWEEN:
@@ -560,7 +568,8 @@ class HttpConnection(Connection):
             self.close(self.reason if self.state is RESETTING else CLIENT_RESET)
         else:
             # The backend takes no more of the request.  Perhaps it has answered: what it said is still to be read.
-            flow.discard(OPEN)
+            # If not, all of the request may be sent again, so none of it is forgotten until then.
+            flow.discard(BROKEN if self.replayable else OPEN)
             flow.take(MessageFlow.forget)
             flow.rewatch()
             flow.twin.rewatch()
@@ -633,6 +642,17 @@ def target_of(connection: HttpConnection, decision: Decision) -> str:
     return connection.backend.target if connection.backend is not None else decision.target
 
 
+def say_end(connection: HttpConnection) -> bool:
+    """Tell a backend that speaks TLS that no more comes; False where it cannot be told yet, or is gone."""
+    up, cipher = connection.up, connection.cipher
+    if cipher.is_dry:
+        return up.write(cipher.close()) and up.state is not BLOCKED
+    connection.has_ended = True
+    up.state = HELD  # `drain` goes on
+    up.rewatch()
+    return False
+
+
 def say(connection: HttpConnection, answer: bytes, status: int) -> None:
     """Give an answer of our own, and close."""
     exchange = connection.exchange
@@ -677,12 +697,13 @@ def may_share(connection: HttpConnection) -> bool:
 
 def may_give(connection: HttpConnection) -> bool:
     """Whether the connection to the backend may serve another client."""
-    web, backend, down = connection.web, connection.backend, connection.down
-    return (web.policy(connection.decision).reuse is SAFE and not connection.is_private
+    web, backend, down, route = connection.web, connection.backend, connection.down, connection.decision.route
+    known = web.policies.get(route.pattern)
+    return (known is not None and known[0] is route and known[1].reuse is SAFE  # by the settings of now
+            and not connection.is_private
             and not connection.preface.header and (backend is None or backend.may_change_hands)
             and down.step is MessageFlow.hear and down.state is OPEN and connection.up.pending is None
-            # It was not decided by settings that are no more.
-            and connection.router.routes.decisions.get(connection.name) is connection.decision
+            and (connection.cipher is None or connection.cipher.is_dry)
             and connection.router.web is web and not connection.router.deaf.is_set())
 
 
@@ -712,17 +733,6 @@ def take_over(heir: Connection, former: Connection, flow: Callable[[Connection, 
     former.up.connection = former.down.connection = None  # no cycles: nothing is left to the collector
     former.up.twin = former.down.twin = NO_FLOW
     former.up = former.down = None
-
-
-def has_news(sock: socket.SocketType) -> bool:
-    """Whether a connection that should be silent has ended, or says something."""
-    try:
-        sock.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 # -- what becomes of a request -----------------------------------------------------------------

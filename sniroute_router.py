@@ -270,6 +270,8 @@ def prepare(settings: Settings) -> None:
 def serve_web(router: Router, settings: Settings) -> None:
     """Serve plain HTTP where a route wants that; clients that were served already go on in any case."""
     if not settings.serves_http:
+        if router.web is not None:
+            router.web.spares.close()
         router.web = None
     elif router.web is None:
         from sniroute_web import Web  # imported late: an option
@@ -461,6 +463,8 @@ class Router(socketserver.ThreadingTCPServer):
             self.courtesy.close()
         for connection in list(self.connections):
             connection.close(connection.reason or STOPPED)
+        if self.web is not None:
+            self.web.spares.close()
         self.targets.close()
 
     def adopt(self, settings: Settings, opened: Mapping[str, list[Listener]] = {}) -> None:

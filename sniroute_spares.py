@@ -17,6 +17,7 @@ This room imports sniroute_loop.
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING, Any
 
 from sniroute_loop import READ, Loop, Poller, Watch
@@ -32,12 +33,15 @@ SPARES_MAX = 256  # connections: descriptors are for clients first; over it the 
 SPARE_IDLE = 4.0  # seconds: Node.js ends idle connections after 5
 
 
+Key = tuple[str, tuple[str, str | bool] | None]  # Decision.key; by TLS: the name that was proven, and to whom
+
+
 class Spare(Watch):
     """A connection to a backend that nobody uses.  It owns the socket, and its Backend."""
 
     __slots__ = ("spares", "key", "sock", "backend", "cipher")
 
-    def __init__(self, spares: Spares, poller: Poller, key: str, sock: Any, backend: Backend | None,
+    def __init__(self, spares: Spares, poller: Poller, key: Key, sock: Any, backend: Backend | None,
                  cipher: Cipher | None):
         super().__init__(poller, sock.fileno())
         self.spares = spares
@@ -56,14 +60,14 @@ class Spare(Watch):
 
 
 class Spares:
-    """All of them, by Decision.key.  Loop only."""
+    """All of them, by where they lead.  Loop only."""
 
     def __init__(self, loop: Loop):
         self.poller = loop.poller
         self.queue = loop.queue(SPARE_IDLE, Spare.expire)
-        self.by_key: dict[str, list[Spare]] = {}  # the longest idle one comes first
+        self.by_key: dict[Key, list[Spare]] = {}  # the longest idle one comes first
 
-    def give(self, key: str, sock: Any, backend: Backend | None, cipher: Cipher | None) -> None:
+    def give(self, key: Key, sock: Any, backend: Backend | None, cipher: Cipher | None) -> None:
         """Keep a connection: connected, without an unread byte, and watched by nobody.  It is ours from here on."""
         if len(self.queue.due) >= SPARES_MAX:
             self.drop(next(iter(self.queue.due)))
@@ -72,14 +76,17 @@ class Spares:
         self.queue.put(spare)
         spare.wait_for(READ, spare.on_news)
 
-    def take(self, key: str) -> Spare | None:
+    def take(self, key: Key) -> Spare | None:
         """The one that was used last: its backend keeps it the longest.  It is the caller's, and is watched no more."""
-        if key not in self.by_key:
-            return None
-        spare = self.by_key[key][-1]
-        self._forget(spare)
-        spare.wait_for(0)
-        return spare
+        while key in self.by_key:
+            spare = self.by_key[key][-1]
+            if has_news(spare.sock):  # of this turn: else that were the answer to what the caller asks
+                self.drop(spare)
+                continue
+            self._forget(spare)
+            spare.wait_for(0)
+            return spare
+        return None
 
     def drop(self, spare: Spare) -> None:
         """Close one."""
@@ -100,3 +107,14 @@ class Spares:
         spares.remove(spare)
         if not spares:
             del self.by_key[spare.key]
+
+
+def has_news(sock: socket.SocketType) -> bool:
+    """Whether a connection that should be silent has ended, or says something."""
+    try:
+        sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True

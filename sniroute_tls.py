@@ -62,6 +62,7 @@ def made_context(verify: str | bool, state: tuple[int, ...]) -> ssl.SSLContext:
     """As `context`; another `state` is that of a file that has changed."""
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     made.set_alpn_protocols(["http/1.1"])
+    made.options |= ssl.OP_NO_RENEGOTIATION  # TLS 1.2: in the middle of it nothing could be sent
     if verify is False:
         made.check_hostname = False
         made.verify_mode = ssl.CERT_NONE
@@ -170,12 +171,15 @@ class Cipher:
         return data
 
     def seal(self, data: bytes) -> bytes:
-        """What is sent for these bytes."""
+        """What is sent for these bytes.  Raises OSError where the backend has broken off."""
         self.tls.write(data)
         return self.outgoing.read()
 
     def close(self) -> bytes:
-        """What is sent to say that no more comes."""
+        """What is sent to say that no more comes; `read` goes on.
+
+        Only where all has been read: OpenSSL takes what is left for a fault.
+        """
         try:
             self.tls.unwrap()
         except ssl.SSLError:

@@ -38,7 +38,7 @@ from sniroute_http import Request, parse_request
 from sniroute_http2 import GREETING, PREFACE, Authority, awaits_settings, parse_authority
 from sniroute_http2 import refusal as refusal_in_http2
 from sniroute_log import CLIENT_LEFT, IDLE, STOPPED, Access, log_access
-from sniroute_names import parse_ip
+from sniroute_names import parse_host_port, parse_ip
 from sniroute_refusals import HTTP, TELLERS, Malformed, Refused
 from sniroute_requests import BY_TLS, MODES, RAW, SAFE, SILENT, Exchange, HttpConnection, take_over, target_of
 from sniroute_spares import Spares
@@ -146,7 +146,7 @@ class Web:
     def host(self, decision: Decision) -> bytes:
         """The Host that is sent on; b"": as it came."""
         if decision.host == "backend":  # where that is a HOST:PORT, and one
-            return decision.rest.encode("ascii") if decision.rest.rpartition(":")[1] else b""
+            return decision.rest.encode("ascii") if decision.target.startswith("tcp:") else b""
         return decision.host.encode("ascii")
 
     def cipher(self, exchange: Exchange) -> Cipher:
@@ -154,8 +154,14 @@ class Web:
         if self.ciphers is None:
             from sniroute_tls import Ciphers  # imported late: only where a route asks for it
             self.ciphers = Ciphers()
-        host = self.host(exchange.decision).decode("ascii").partition(":")[0]
-        return self.ciphers.begin(host or exchange.request.name, exchange.policy.verify)
+        return self.ciphers.begin(*self.key(exchange))
+
+    def key(self, exchange: Exchange) -> tuple[str, str | bool]:
+        """Which name a backend has to prove by TLS, to whom."""
+        host = self.host(exchange.decision).decode("ascii")
+        if exchange.decision.host == "backend" and host:
+            host, _ = parse_host_port(host)
+        return host or exchange.request.name, exchange.policy.verify
 
     def believed(self, address: str) -> bool:
         """Whether what this peer says of others is believed: whether it is in --forwarded-from."""
