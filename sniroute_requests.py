@@ -37,7 +37,8 @@ Seams: I want to ...
     or not
 
 This room imports sniroute_bodies, sniroute_spares, sniroute_gateway, sniroute_answers, sniroute_connection,
-sniroute_resets, sniroute_targets, sniroute_flow, sniroute_http, sniroute_log and sniroute_refusals.
+sniroute_resets, sniroute_targets, sniroute_flow, sniroute_http, sniroute_log, sniroute_loop and
+sniroute_refusals.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ from sniroute_gateway import Policy, check, choose_upgrade, hop, max_forwards, m
 from sniroute_http import (CHUNKED, COUNTED, NO_BODY, NONE, UNTIL_CLOSE, Counted, Request, Response, open_body,
                            parse_request, parse_response, pass_request, pass_response)
 from sniroute_log import BACKEND_CLOSED, CLIENT_CLOSED, CLIENT_LEFT, CLIENT_RESET, CUT
+from sniroute_loop import READ
 from sniroute_refusals import Malformed, Refused
 from sniroute_resets import RESETTING, pass_on_reset
 from sniroute_spares import has_news
@@ -190,6 +192,8 @@ class HttpConnection(Connection):
         self._admit(decision)
         if self.queue is not None:
             self.leave_queue()
+        if self.up.events:
+            self.up.wait_for(READ, self.on_waiting)  # the client may say more in this turn
         if self.exchange.policy.reuse is SAFE and may_share(self):
             by_tls = self.web.key(self.exchange) if self.exchange.policy.mode is BY_TLS else None
             spare = self.web.spares.take((decision.key, by_tls))
@@ -199,6 +203,7 @@ class HttpConnection(Connection):
                 self.up.state = self.down.state = OPEN
                 self.down.take(MessageFlow.hear)
                 self.down.listen()
+                self.up.listen()
                 self.ask_again()
 
     def leave_backend(self) -> None:
@@ -248,6 +253,8 @@ class HttpConnection(Connection):
         self.backend, self.is_private = None, False
         self.replayable = True  # the new one has had nothing
         self.state = ROUTED
+        if self.up.events:
+            self.up.wait_for(READ, self.on_waiting)
         self.router.to_dial.append(self)
         self.router.loop.hurry()
 
@@ -296,7 +303,7 @@ class HttpConnection(Connection):
 
     def on_waiting(self, mask: int) -> None:
         """As the base: what belongs to the request is kept with it, what is behind it waits."""
-        if self.state not in WAITING_FOR_BACKEND:
+        if self.state is not ROUTED and self.state not in WAITING_FOR_BACKEND:
             return
         body = self.up.body
         if len(self.ahead) >= AHEAD_MAX or len(self.hello) >= REPLAYED_MAX:
