@@ -141,7 +141,7 @@ class HttpConnection(Connection):
     # -- requests
 
     def begin(self, request: Request, rest: bytes | bytearray) -> None:
-        """A request is there; `rest` came behind its head.  Find out what becomes of it."""
+        """A request is there; `rest` came behind its head.  Find out what becomes of it; here it is refused, too."""
         self.exchange = exchange = Exchange(request, self.since)
         self.name = request.name
         self.ahead, self.seen = rest, 0
