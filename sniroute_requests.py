@@ -418,7 +418,7 @@ class HttpConnection(Connection):
     def answer(self, response: Response, rest: bytes) -> None:
         """The answer's head is there; `rest` came behind it."""
         exchange, down = self.exchange, self.down
-        if self.queue is self.web.answers:
+        if self.queue is not None:  # of the request's body, too: from here on both sides set the pace
             self.leave_queue()
         request, kind = exchange.request, response.framing.kind
         is_old = not request.version
@@ -462,9 +462,11 @@ class HttpConnection(Connection):
         flow.body = NOTHING  # more that comes is none of it, also where all of it has to be sent again
         self.exchange.is_asked = True
         flow.take(MessageFlow.hear)
-        web = self.web
-        if web.answers.seconds and self.exchange.response is None:
+        web, is_unanswered = self.web, self.exchange.response is None
+        if is_unanswered and web.answers.seconds:
             self.wait_in(web.answers)
+        elif is_unanswered and self.has_ended:
+            self.wait_in(web.leaving)
         elif self.queue is not None:
             self.leave_queue()
 
@@ -573,12 +575,12 @@ class HttpConnection(Connection):
         """As the base, with a page; where an answer has begun, it is cut."""
         exchange = self.exchange
         if exchange is not None and exchange.response is not None or self.down.pending is not None:
-            self.refusal = error
+            self.refusal = error.with_traceback(None)
             self.cut()
             return
         if exchange is None:
             exchange = Exchange(None, self.since)
-        self.refusal = error
+        self.refusal = error.with_traceback(None)  # its frames know this connection: that were a cycle
         self.router.waits.leave(self)
         exchange.status, exchange.first = error.status, monotonic()
         self.web.tell(self, exchange, error.kind, str(error))
