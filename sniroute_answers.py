@@ -7,15 +7,16 @@
 A page is for a stranger.  It says the name that he asked for, what happened and what he can do, and in one more
 sentence what whoever runs the router can do.  All of it is from tables: never the message of a Refused, which is for
 the log and may name targets, addresses, and the last words of a tunnel.  The one exception is `bad_request`: its
-messages say what is wrong with what this client sent, and repeat none of it.
+messages say what is wrong with what this client sent, and repeat no more of it than a host name that was checked.
 
 After each answer of ours the connection closes, so that nothing behind a bad request is taken for another one.
 
 Threads: none; nothing here changes after the import.
 
 Seams: I want to ...
-    say something else to people      WORDS
+    say something else to people      WORDS; a row of it for each one of REFUSALS: a test compares them
     send another status               PHRASES
+    answer a request otherwise        a function as `redirect`, from `page` or `answer`; MODES of sniroute_requests
     change how a page looks           STYLE, and `html_page`
 
 This room imports sniroute_http (Request) and sniroute_refusals.
@@ -34,7 +35,7 @@ from sniroute_refusals import REFUSALS, Refused
 
 __version__ = "0.1.0"
 
-# Seconds in Retry-After.  A start takes about so long, and a client that was over its limit has one more then.
+# Seconds in Retry-After.  A tunnel starts in about so long, and a client that was over its limit has room again then.
 RETRY_AFTER = 5
 LINK_MAX = 1024  # bytes of an address that is shown; escaped it is six times as long, and an answer has to be short
 
@@ -108,7 +109,6 @@ WORDS = {
     "command_failed": Words("destination_unavailable", MENDED),
     "internal": Words("proxy_internal_error", SOON),
 }
-PROXY_ERRORS = {kind: words.error for kind, words in WORDS.items()}
 OF_OUR_OWN = "proxy_internal_response"  # where nothing went wrong: nobody else was asked
 
 # What a visitor can do about a bad request, where its status says more than "bad".

@@ -4,25 +4,33 @@
           source  -----> MessageFlow `up`   : a request  ----->  sink
           sink    <----- MessageFlow `down` : its answer <-----  source
 
-    step          what is called when the source can be read
+A flow has a state, as every Flow, and a step: what is called when its source can be read.
+
     hear          a head: hand what came to the connection (`client_said`, `backend_said`)
     carry         a body: feed its machine (`Counted`, `Chunked`, `UntilClose` of sniroute_http), pass on what it says
     forget        a body that nobody wants any more
     raw           no HTTP: as every Flow does it
 
-A body of a known length never passes through Python where it is large: `carry` splices what is left of it, or of its
-chunk.  Where a body is all on its way to the sink, the connection is told: `message_sent`.
+The states are those of sniroute_flow (BULKY with the step raw only), and one more:
 
-A backend that speaks TLS has its Cipher (sniroute_tls) between: what is read from it is opened, what is written to it
-is sealed, and nothing is spliced.
+    HELD          of `up`: its source is not read before the request that is under way is answered
+
+What a MessageFlow tells its connection beside `ended`, `failed` and `broken`: `carried_on` (so many bytes of a body),
+`message_sent` (a body, or a head that has none, is all on its way to the sink), `refuse` and `cut` (a body is broken).
+
+A body of a known length never passes through Python where it is large: `carry` splices what is left of it, or of its
+chunk.
+
+A backend that speaks TLS has its Cipher (sniroute_tls) between: what is read from it is decrypted, what is written to
+it is encrypted, and nothing is spliced.
 
 Threads: the loop only.
 
 Seams: I want to ...
-    splice smaller bodies    SPLICED
-    do something else with what comes     a step, and the place in sniroute_web that sets it
+    splice smaller bodies                 SPLICED
+    do something else with what comes     a step, and the place in sniroute_requests that takes it (`take`)
 
-It imports flow, the loop and refusals.
+This room imports sniroute_flow, sniroute_loop and sniroute_refusals.
 """
 
 from __future__ import annotations
@@ -37,7 +45,7 @@ from sniroute_refusals import Malformed
 
 if TYPE_CHECKING:
     from sniroute_http import Counted
-    from sniroute_web import HttpConnection
+    from sniroute_requests import HttpConnection
 
 __version__ = "0.1.0"
 
@@ -79,7 +87,7 @@ class MessageFlow(SpliceFlow):
             self.install()
 
     def open(self, mask: int) -> None:
-        """The step, for each piece of what a backend says by TLS: no descriptor tells of those that wait here."""
+        """Decrypt what a backend has said by TLS, and have the step take it."""
         connection, cipher = self.connection, self.connection.cipher
         try:
             cipher.fill(self.source)
@@ -222,7 +230,7 @@ class MessageFlow(SpliceFlow):
         return True
 
     def unblock(self, state: str = OPEN) -> None:
-        """As Flow.unblock; the end of a message may have waited for that."""
+        """As Flow.unblock; the end of a message may have waited for that, or bytes in the Cipher."""
         super().unblock(state if self.step is MessageFlow.raw else OPEN)
         connection = self.connection
         if self.body is not None and self.body.is_done:

@@ -52,7 +52,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from sniroute_answers import refusal
 from sniroute_certificate import Leafs, Pair, load
-from sniroute_http import Request, parse_request
+from sniroute_http import parse_request
 from sniroute_names import Address, parse_ip
 from sniroute_refusals import Malformed, Refused
 from sniroute_wire import ALPN, TLS_HANDSHAKE, Hello, HelloReader

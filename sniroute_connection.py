@@ -1,7 +1,7 @@
 """sniroute_connection: one client, from accept to close.
 
     PRELUDE, HEADER -> ROUTED -> (PARKED -> ROUTED ->) DIALING -> (GREETING ->) (UNANSWERED -> (EARLY ->)) OPEN
-    OPEN -> CLOSED
+    OPEN -> CLOSED                     plain HTTP: OPEN -> BETWEEN -> OPEN, or ROUTED for another backend, or CLOSED
     any -> (COURTESY ->) LINGERING -> CLOSED         EARLY, OPEN -> RESETTING -> CLOSED
 
       PRELUDE     the client says its name; one deadline from accept on, however many packets it takes
@@ -11,12 +11,14 @@
                   for room on one of several backends
       DIALING     the connect is under way; over by the end of the turn where it succeeds at once, as on loopback.
                   Where it is silent for a while, other addresses are tried beside it: a Race has the sockets then
-      GREETING    PostgreSQL only: the backend was asked for TLS
+      GREETING    `preface.question` has to be answered before the hello goes out: a PostgreSQL backend was asked for
+                  TLS; with http = forward-tls it is the TLS handshake
       UNANSWERED  a tunnel, or one of several backends: it took the hello, and has not said a byte.  If it fails now, a
                   tunnel is sent the same bytes once more, or the next backend gets them; the client never notices:
                   -> PARKED
       EARLY       the same, and the client has said more than the hello (0-RTT): nothing can be sent again
-      OPEN        two flows pass bytes, until both sides have ended
+      OPEN        two flows pass bytes, until both sides have ended; in plain HTTP until the answer is over
+      BETWEEN     plain HTTP only (sniroute_requests): the client has all its answers, and may ask again
       RESETTING   one side has broken off: the other gets what that said before, then a reset
       COURTESY    with --error-pages: it is refused, and a thread of sniroute_browsers shows its browser a page
       LINGERING   after a refusal: the client may still read
@@ -31,6 +33,7 @@ Seams: I want to ...
     let a connection wait for something else     a queue in Deadlines of sniroute_deadlines, and `wait_in`
     end a connection otherwise                   a word in ENDINGS of sniroute_log, and `close`; sniroute_resets
     skip the prelude                             `route_to`, as `read_header` of sniroute_header does
+    serve what begins otherwise than with TLS    a subclass that takes its place, as in sniroute_web
 """
 
 from __future__ import annotations
@@ -81,7 +84,7 @@ WAITING_FOR_BACKEND = (PARKED, DIALING, GREETING)  # states in which the client 
 ABANDONED = (DIALING, GREETING, UNANSWERED)  # states in which a close leaves a backend that has not answered
 UNHEARD = (UNANSWERED, EARLY)  # states in which the backend has not said a byte yet
 PASSING = (OPEN, EARLY)  # states in which both sides may end
-BETWEEN = "between"  # of sniroute_web: the client has had all that it asked for, and may ask again
+BETWEEN = "between"  # of an HttpConnection
 # States in which a close is an end.  In PASSING it is one where both sides have ended; in all others it is a reset.
 ORDERLY = (PRELUDE, LINGERING, BETWEEN)
 
@@ -93,7 +96,7 @@ class Preface(NamedTuple):
     """What the backend is told before the hello.  One object is shared by all that have nothing to tell."""
 
     header: bytes  # a PROXY header
-    question: bytes  # goes behind it, and has to be answered before the hello: PostgreSQL's SSLRequest, as the client's
+    question: bytes  # goes behind it, and is answered before the hello goes: an SSLRequest, or a ClientHello of ours
 
 
 NO_PREFACE = Preface(b"", b"")
@@ -191,7 +194,10 @@ class Connection:
                 self.router.shed()
 
     def _parse(self, data: bytes) -> Any:
-        """Read the first bytes: a whole hello directly, all else by a Prelude.  Returns what `Prelude.feed` does."""
+        """Read the first bytes: a whole hello directly, all else by a Prelude.
+
+        Returns what `Prelude.feed` does, and raises as that does.
+        """
         if self.prelude is None:
             if self.peer.policy != "require":
                 self.hello = data  # before it is parsed: an alert for a broken one has its version
@@ -369,7 +375,7 @@ class Connection:
     def speak(self, mask: int = WRITE) -> None:
         """Say what the client said, once the connect is over: loopback's is by the end of the turn.
 
-        A PostgreSQL backend is asked for TLS first.
+        `preface.question` goes first: PostgreSQL is asked for TLS, or TLS begins.
         """
         if self.state is not DIALING:
             return

@@ -30,6 +30,7 @@ Threads: the loop only.
 Seams: I want to ...
     read or keep more at a time   a constant below
     move bytes by another call    a subclass of Flow, as SpliceFlow, chosen in Pipes
+    know where a message ends     a subclass, as MessageFlow of sniroute_bodies
 
 It imports the loop.
 """
@@ -62,7 +63,7 @@ PIPES_MAX = 32  # pipes lent to flows whose sink is full: 1 MiB and two descript
 OPEN, BULKY, BLOCKED = "open", "bulky", "blocked"  # states of a flow
 DONE, ENDING, BROKEN = "done", "ending", "broken"  # further ones, in which its source is not read any more
 UNANSWERED, EARLY = "unanswered", "early"  # a connection's states: its backend has not said a byte yet
-GREETING = "greeting"  # likewise: a PostgreSQL backend took the connect, and was asked for TLS
+GREETING = "greeting"  # likewise: its backend took the connect, and was asked for TLS
 READING = (OPEN, BULKY)  # states of a flow whose source is read
 
 SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE", 0)

@@ -4,6 +4,7 @@
             --- max_forwards ----> the Request with one hop less to go, or None: answer it here
             --- hop -------------> Via, X-Forwarded-*, X-Real-IP --+
             --- choose_upgrade --> the protocol that is offered ---+--> sniroute_http.pass_request
+            --- may_ask_again ---> whether it may be sent a second time
 
 The order is what keeps forged fields out: first what `Connection` names goes, then all that claims to speak for
 another, in every spelling, then ours are set.  `pass_request` does the first two, so it is given what `hop` returns
@@ -17,8 +18,10 @@ Threads: none.  The caches are bounded; what they hold never changes.
 
 Seams: I want to ...
     refuse another method         NOT_SERVED
-    add another field             fields_of, and `hop` where the field may be believed
+    add another field             fields_of; `is_forwarding` of sniroute_http, so that a client's own is removed; where
+                                  a believed proxy may say it, READ_HERE: then its own stays
     let another page ask          is_cross_site
+    offer another protocol        the route's `upgrades`; NEVER_OFFERED
 
 This room imports sniroute_http (Request, and its lines), sniroute_names (addresses) and sniroute_refusals.
 """
@@ -36,7 +39,7 @@ from sniroute_refusals import REFUSALS, Refused
 __version__ = "0.1.0"
 
 OUR_NAME = b"sniroute"  # in Via: a pseudonym (RFC 9110 section 7.6.3), so that no client learns the host's name
-HOPS_REMEMBERED = 1024  # what `fields_of` and `address_in` keep: so many clients and names, half a KiB each
+HOPS_REMEMBERED = 1024  # what `fields_of` and `address_in` keep, each: so many clients and names, half a KiB each
 ADDRESS_MAX = 64  # characters of an address; an IPv6 one with its scope has 61 at most
 
 # CONNECT would make a proxy for clients of a gateway; TRACE shows a page what its browser sends (RFC 9110 section 9.3).
@@ -136,7 +139,7 @@ def fields_of(client: str, port: int, name: str, asked: int, version: int) -> Fi
 
 
 def hop(request: Request, client: str, port: int, believes: bool) -> Fields:
-    """Names and values of the fields that this router adds to a request.
+    """Names and values of the fields that this router, one hop of several, adds to a request.
 
     `client`: the address that asks.  `port`: where it connected.  `believes`: it is in --forwarded-from, so what it
     says of those who asked it stays.  Then X-Forwarded-For, which is a list, gets one more address; of the others only
@@ -181,7 +184,7 @@ def choose_upgrade(request: Request, policy: Policy) -> bytes:
 
 
 def max_forwards(request: Request) -> Request | None:
-    """The request with its Max-Forwards one less; None: it goes no further, answer it here (`answers.options`).
+    """The request with its Max-Forwards one less; None: it goes no further: answer it by `options` of sniroute_answers.
 
     Only OPTIONS counts: TRACE is not served, and any other method has no use for it.  Raises Malformed.
     Source: RFC 9110 section 7.6.2.

@@ -22,11 +22,12 @@ hosts.  What passes on has one reading:
 
 Nothing here reads text as Python does: no int(), no strip() of more than SP and HTAB, no line ends but CRLF.
 
-Threads: none.  Only a body has a state; it belongs to one connection.
+Threads: any.  A body has a state; it belongs to one connection.  What was read of lines is remembered for all
+(REMEMBERED, `Lines.made`), without a lock: what two threads make of the same lines is the same.
 
 Seams: I want to ...
     refuse another form of a request    parse_request
-    forget another line on the way      HOP_BY_HOP, or is_forwarding
+    remove another line on the way      HOP_BY_HOP, or is_forwarding
     guard another name                  GUARDED
     frame a body in another way         a row in BODIES
 
@@ -140,7 +141,9 @@ class Lines(NamedTuple):
 
     fields: tuple[Field, ...]
     said: Mapping[bytes, tuple[bytes, ...]]  # the values of what is READ_HERE; where there is one
-    made: dict[Any, Any]  # what was made of these lines before, by what it depends on beside them: see `remember`
+    made: dict[Any, Any]  # what was made of these lines before, by what it depends on beside them (`remember`):
+    # a version: what `read_said` returned; (b"answer", version): the same of an answer; (b"request", ...) and
+    # (b"response", ...): the lines that are passed on
 
 
 class Head(NamedTuple):
@@ -362,7 +365,7 @@ def parse_request(data: bytes | bytearray, seen: int = 0) -> Request | None:
     method, target, version = first or parse_request_line(data, start, line)
     lines = parse_lines(block := bytes(data[line:end]))
     name, port, form, path = find_place(method, target, lines.said.get(b"host", ()), version)
-    options, framing, keeps, has_body, upgrades, expects = \
+    options, framing, keeps, upgrades, expects = \
         lines.made.get(version) or remember(lines.made, version, read_said(lines.said, version))
     if framing is None:
         if not version and method in (b"POST", b"PUT", b"PATCH"):  # RFC 1945 section 8.3: some read until the end
@@ -376,11 +379,11 @@ def parse_request(data: bytes | bytearray, seen: int = 0) -> Request | None:
 
 
 def read_said(said: Mapping[bytes, tuple[bytes, ...]], version: int
-              ) -> tuple[frozenset[bytes], Framing | None, bool, bool, tuple[bytes, ...], bool]:
+              ) -> tuple[frozenset[bytes], Framing | None, bool, tuple[bytes, ...], bool]:
     """What the lines of a request mean, whatever its first line says but for the version.  Raises Malformed.
 
-    What Connection says; the framing; whether the connection is kept; whether there is a body; the protocols that are
-    offered; whether the client waits for 100.
+    What Connection says; the framing; whether the connection is kept; the protocols that are offered; whether the
+    client waits for 100.
     """
     options = connection_options(said.get(b"connection", ()))
     framing = find_framing(said.get(b"content-length", ()), said.get(b"transfer-encoding", ()), version)
@@ -390,7 +393,7 @@ def read_said(said: Mapping[bytes, tuple[bytes, ...]], version: int
         raise bad("an Expect other than 100-continue", 417)
     upgrades = list_of(said.get(b"upgrade", ()), PROTOCOL, "an Upgrade")
     offers = version == 1 and b"upgrade" in options and not has_body  # RFC 9110 section 7.8
-    return (options, framing, is_kept(version, options), has_body, tuple(upgrades) if offers else (),
+    return (options, framing, is_kept(version, options), tuple(upgrades) if offers else (),
             bool(expects) and version == 1 and has_body)
 
 
@@ -564,7 +567,9 @@ class Counted:
     """A body of a known length.
 
     `left`: bytes that pass on as they are, which the caller may move without showing them here (splice), if it says so
-    with `passed`; None: without an end.  All bodies have these four members.
+    with `passed`; None: without an end.  All bodies have `left`, `is_done`, `feed`, `passed` and `end`, and are made of
+    the same three (see BODIES), of which each takes what it needs: the length, the refusal for one that is broken,
+    `unframed`.
     """
 
     __slots__ = ("left", "kind")
@@ -590,8 +595,7 @@ class Counted:
 
     def fault(self, message: str) -> Malformed:
         """What is raised for a body that is broken."""
-        kind = self.kind
-        return Malformed(message, kind=kind)
+        return Malformed(message, kind=self.kind)
 
     def end(self) -> None:
         """No more will come.  Raises Malformed where the body is not whole: what was passed on must not look whole."""
@@ -724,6 +728,7 @@ class Chunked(Counted):
         return b""
 
 
+# What reads the body of each kind of Framing.
 BODIES: dict[str, Callable[[int, str, bool], Counted]] = {
     NONE: Counted, COUNTED: Counted, CHUNKED: Chunked, UNTIL_CLOSE: UntilClose, TUNNEL: UntilClose,
 }
@@ -765,7 +770,7 @@ def keep_lines(head: Head, drop: Callable[[Field], bool], values: Mapping[bytes,
 
 
 @functools.lru_cache(ADDED_MAX)
-def make_lines(add: tuple[tuple[bytes, bytes], ...]) -> bytes:
+def make_lines(add: More) -> bytes:
     """These fields, and the empty line that ends a head.  Raises ValueError."""
     return b"".join([make_line(name, value) for name, value in add]) + b"\r\n"
 

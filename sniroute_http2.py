@@ -14,8 +14,9 @@ so it is the backend that is spoken to.
 Some clients do not ask before they have heard the server's SETTINGS; gRPC's do so (`awaits_settings`).  They are sent
 GREETING.  They acknowledge it, and that frame is for us alone: `Authority.ack` says where it is, to be cut out.
 
-What is wrong by the standard is refused, where it says so of a connection.  Beyond that: one host (`host` beside
-`:authority` has to name the same), no user in it, `http` as the scheme, and the limits below.
+What the standard calls an error of the connection is refused, and so is a first request that it calls malformed.
+Beyond that: one host (`host` beside `:authority` has to name the same), no user in it, `http` as the scheme, and the
+limits below.
 
 Threads: none.
 
@@ -278,7 +279,7 @@ PSEUDO = frozenset((b":method", b":scheme", b":authority", b":path"))  # section
 # Section 8.2.2: fields of one connection.
 CONNECTION = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"))
 ONCE = frozenset((b"content-length", b"host"))
-NOT_SERVED = frozenset((b"CONNECT", b"TRACE"))  # as in HTTP/1.1
+NOT_SERVED = frozenset((b"CONNECT", b"TRACE"))  # as sniroute_gateway has it for HTTP/1.1
 
 
 def read_request(fields: list[Pair], end: int) -> Authority:
@@ -329,7 +330,7 @@ def check_scheme(scheme: bytes) -> None:
 
 
 def find_place(said: dict[bytes, bytes]) -> tuple[str, int]:
-    """Name and port of `:authority` and `host`, which have to be the same where both are there.  Raises Malformed."""
+    """Name and port in `:authority` and `host`, which have to be the same where both are there.  Raises Malformed."""
     places = [parse_place(said[name]) for name in (b":authority", b"host") if name in said]
     if not places:
         raise bad("no host")

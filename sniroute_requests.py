@@ -6,27 +6,38 @@
        |                    +- else ROUTED, PARKED, DIALING, GREETING, as ever ---+--> the request goes out
        |                                                                          |
        +------- finish <------ message_sent (down) <--- the answer's body <--- backend_said: its head
+                                                                                     | 101
+    any -- refuse --> no answer has begun: a page, LINGERING                         +---> switch: both flows are raw
+                      one has: cut, RESETTING
+
+The states are those of Connection; BETWEEN is here alone, and GREETING is the TLS handshake with the backend.
 
 One connection leads to one backend at a time.  The next request uses that where it leads to the same place; else
 another one is dialled.  Pipelined requests wait until the one before is answered.
 
 Each request has an Exchange: what was asked, and how far that has come.  What the client says goes by `up`, the answer
-by `down` (MessageFlow of sniroute_bodies).  `hello` is the request as the backend gets it, as long as it can be sent
-again: so a Connection sends it to the next backend, or once more, just as a TLS hello.
+by `down` (MessageFlow of sniroute_bodies).  What has come and is not used yet stands in two slots: `ahead`, of the
+client, behind the request that is under way; `stash`, of the backend, a head that is not whole.  `hello` is the request
+as the backend gets it, as long as it can be sent again (`replayable`): so a Connection sends it to the next backend, or
+once more, just as a TLS hello.
 
 After a 101 both flows are raw, and the connection is like any other.
 
-An answer that was cut is never whole: a client whose answer cannot go on is reset.  After an answer of ours that
+An answer that was cut never looks whole: a client whose answer cannot go on is reset.  After an answer of ours that
 refuses, the connection closes, and nothing that comes behind is read as a request.
 
 Threads: the loop only.
 
 Seams: I want to ...
-    do something else with a request    a row in MODES; what it may say, and what is added: sniroute_gateway
-    answer otherwise                    sniroute_answers
-    wait for something else             a queue of Web (sniroute_web)
+    do something else with a request    a function as `answer_redirect`, its row in MODES and in HTTP_MODES of
+                                        sniroute_options; what a request may say, and what is added: sniroute_gateway
+    answer otherwise                    sniroute_answers; `say` sends it, and closes
+    wait for something else             a queue of Web (sniroute_web), and `wait_in`
+    keep a connection to a backend,     `leave_backend` and `go`; `may_give` and `may_share` say for whom
+    or not
 
-It imports bodies, spares, gateway, answers, connection, resets, targets, flow, http, log and refusals.
+This room imports sniroute_bodies, sniroute_spares, sniroute_gateway, sniroute_answers, sniroute_connection,
+sniroute_resets, sniroute_targets, sniroute_flow, sniroute_http, sniroute_log and sniroute_refusals.
 """
 
 from __future__ import annotations
@@ -61,14 +72,15 @@ monotonic = time.monotonic
 # Limits, each with its reason.
 AHEAD_MAX = 32768  # bytes of later requests that are read while one is answered: one head has room
 REPLAYED_MAX = WAITING_MAX  # bytes of a request that are kept, to be sent again: a hello may have so many, too
-INTERIM_MAX = 100  # answers with 1xx before the real one: a backend may say that it still works, and not for ever
+INTERIM_MAX = 100  # answers with 1xx before the final one: a backend may say that it still works, and not for ever
 
 CLOSE: tuple[tuple[bytes, bytes], ...] = ((b"Connection", b"close"),)
 KEEP_ALIVE = ((b"Connection", b"keep-alive"),)  # HTTP/1.0 has to be told
 NOTHING_ADDED: tuple[tuple[bytes, bytes], ...] = ()
 NOTHING = Counted(0, "bad_request", False)  # the body of a message without one: it never changes
-SILENT, RAW, BY_TLS = "refuse", "pass", "forward-tls"  # modes that are asked for by name; see MODES
-SAFE = "safe"  # a value of `http_reuse`
+# Values that are compared by `is` (Web.policy sees to that): rows of MODES, and one of `http_reuse`.
+SILENT, RAW, BY_TLS = "refuse", "pass", "forward-tls"
+SAFE = "safe"
 
 
 class Exchange:
@@ -93,7 +105,7 @@ class Exchange:
         self.is_asked = False  # the backend has all of the request
         self.is_reused = False  # it went out on a connection that has served before, and may be dead
         self.is_spoilt = False  # the backend said more than the answer
-        self.mark = -1  # `up` when it was last looked at
+        self.mark = -1  # `up` when `late_body` last looked: a body that has stopped has not grown since
 
 
 class HttpConnection(Connection):
@@ -115,9 +127,9 @@ class HttpConnection(Connection):
         self.seen = 0  # bytes of `ahead`, or of `stash`, in which no head has ended
         self.stash: bytes | bytearray = b""  # a part of the answer's head
         self.since = former.began  # clock time of the first byte of the request that comes
-        self.received = b""  # the PROXY header of the client
+        self.received = b""  # the client's PROXY header as it came: each backend may be told (send_proxy)
         self.cipher: Cipher | None = None  # where the backend speaks TLS
-        self.has_ended = False  # the client asks no more
+        self.has_ended = False  # the client has ended its side within a request: it asks no more
         self.answered_once = False  # it has had an answer of a backend
         self.is_private = False  # the connection to the backend may be tied to one user
         self.port = former.client.getsockname()[1]
@@ -170,7 +182,7 @@ class HttpConnection(Connection):
         self.ahead = data[used:]
 
     def go(self, decision: Decision) -> None:
-        """Have the backend dialled.  Raises Refused."""
+        """Have the backend dialled, or take a connection to it that another client has left.  Raises Refused."""
         self.leave_backend()
         leave_route(self)
         self.preface = Preface(self.received, b"")
@@ -190,7 +202,7 @@ class HttpConnection(Connection):
                 self.ask_again()
 
     def leave_backend(self) -> None:
-        """Give the connection to the backend to others, or close it, if there is one."""
+        """Give the connection to the backend away (Spares), or close it, if there is one."""
         down = self.down
         if down.source is not None and self.state is BETWEEN and may_give(self):
             down.wait_for(0)
@@ -203,7 +215,7 @@ class HttpConnection(Connection):
         self.backend, self.is_private = None, False
 
     def ask_again(self) -> None:
-        """Send the request on the connection that the last one has left."""
+        """Send the request on the connection to the backend that is there: it has served before."""
         exchange, down = self.exchange, self.down
         self.replayable = may_ask_again(exchange.request) and len(self.hello) <= REPLAYED_MAX
         if not self.replayable and has_news(down.source):
@@ -242,7 +254,7 @@ class HttpConnection(Connection):
     # -- on the way to the backend
 
     def connect(self, why: str) -> None:
-        """As the base; a backend that speaks TLS is greeted first."""
+        """As the base; a backend that speaks TLS is sent a ClientHello first."""
         super().connect(why)
         if self.state is DIALING and self.cipher is None and self.exchange.policy.mode is BY_TLS:
             try:
@@ -253,7 +265,7 @@ class HttpConnection(Connection):
                 self.preface = self.preface._replace(question=self.cipher.hello())
 
     def on_ssl_answer(self, mask: int) -> None:
-        """The backend's side of the handshake."""
+        """What the backend says in the TLS handshake; where that is over, the request goes out."""
         if self.state is not GREETING:
             return
         server, cipher = self.down.source, self.cipher
@@ -356,7 +368,7 @@ class HttpConnection(Connection):
             self.up.rewatch()
 
     def next(self) -> None:
-        """The client may ask again, and perhaps it has."""
+        """Begin with the next request, if its head is there; else wait for it."""
         web, ahead = self.web, self.ahead
         if isinstance(ahead, bytes) and self.seen:
             self.ahead = ahead = bytearray(ahead)  # it comes in pieces: add to it, instead of copying it
@@ -374,7 +386,7 @@ class HttpConnection(Connection):
             self.wait_in(queue)
 
     def backend_said(self, data: bytes) -> None:
-        """A part of the answer's head; or what nobody has asked for."""
+        """A part of an answer's head; or what nobody has asked for."""
         exchange = self.exchange
         if exchange is None:
             self.forget_backend()
@@ -454,7 +466,7 @@ class HttpConnection(Connection):
                 self.state = EARLY if self.state is UNANSWERED else self.state
 
     def message_sent(self, flow: MessageFlow) -> None:
-        """A message is all on its way."""
+        """A message is all on its way to the sink of `flow`."""
         if flow is self.down:
             flow.body = None
             self.finish()
@@ -565,14 +577,14 @@ class HttpConnection(Connection):
             flow.twin.rewatch()
 
     def forget_backend(self) -> None:
-        """The backend has ended a connection on which nothing is asked, or says something there."""
+        """Let go of a backend that has ended between two requests, or says what nobody has asked for."""
         self.leave_backend()
         self.up.state = OPEN
 
     # -- the end
 
     def refuse(self, error: Refused) -> None:
-        """As the base, with a page; where an answer has begun, it is cut."""
+        """As the base, with a page.  Where an answer has begun, it is cut."""
         exchange = self.exchange
         if exchange is not None and exchange.response is not None or self.down.pending is not None:
             self.refusal = error.with_traceback(None)
@@ -652,7 +664,7 @@ def say(connection: HttpConnection, answer: bytes, status: int) -> None:
 
 
 def switch(connection: HttpConnection, response: Response, rest: bytes) -> None:
-    """Both sides speak another protocol from here on: its bytes are passed as they are."""
+    """A 101: both sides speak another protocol from here on, whose bytes are passed as they are."""
     exchange, up, down = connection.exchange, connection.up, connection.down
     exchange.response, exchange.status, exchange.first = response, response.status, monotonic()
     exchange.up, exchange.down = -up.total, len(rest) - down.total  # `close` adds what there is then
@@ -704,7 +716,9 @@ def is_personal(exchange: Exchange) -> bool:
 
 
 def take_over(heir: Connection, former: Connection, flow: Callable[[Connection, Any], Any]) -> None:
-    """Go on in the place of another connection, with flows of its own."""
+    """Have the heir go on in the place of a former connection, whose slots it has: with the client's socket, in new
+    flows that `flow(heir, poller)` makes.  The former one is of no use afterwards.
+    """
     router = heir.router
     router.connections.discard(former)
     router.connections.add(heir)
@@ -727,7 +741,7 @@ def take_over(heir: Connection, former: Connection, flow: Callable[[Connection, 
 
 
 def answer_redirect(connection: HttpConnection, exchange: Exchange, decision: Decision) -> None:
-    """The same name, by https."""
+    """Answer that the same name is served by https."""
     say(connection, redirect(exchange.request, connection.name, connection.port, exchange.policy.redirect_port), 308)
 
 
@@ -737,7 +751,8 @@ def misdirect(connection: HttpConnection, exchange: Exchange, decision: Decision
                   status=421)
 
 
+# What is done with a request, by the `http` of its route; each may raise Refused.  For people: HTTP_MODES.
 MODES: dict[str, Callable[[HttpConnection, Exchange, Decision], None]] = {
     "forward": HttpConnection.forward, BY_TLS: HttpConnection.forward, "redirect": answer_redirect,
-    SILENT: misdirect, RAW: misdirect,  # of a first request: Web.meet
+    SILENT: misdirect, RAW: misdirect,  # a first request does not come here: Web.serve
 }

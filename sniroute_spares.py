@@ -1,4 +1,4 @@
-"""sniroute_spares: connections to backends that serve another client after the first has left (`http_reuse = "safe"`).
+"""sniroute_spares: idle connections to backends, between two clients that they serve (`http_reuse = "safe"`).
 
     a client leaves, and its backend has answered all --- Spares.give ---> Spare: watched, for SPARE_IDLE seconds
     another client asks the same backend for a page  <--- Spares.take ----'   | its backend ends it, or says something
@@ -12,7 +12,7 @@ Threads: the loop only.
 Seams: I want to ...
     keep more, or longer    SPARES_MAX, SPARE_IDLE
 
-It imports the loop.
+This room imports sniroute_loop.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@
                                --- fill(sock), read(size) ---> what it means
         what the backend is told --- seal(data) -------------> what is sent
 
-OpenSSL works on two buffers in memory (`ssl.SSLObject`), so it never touches a socket, and never waits.  A session that
-a backend has given is used again, for the same name and the same settings: such a handshake needs no certificate.
+A Cipher is one TLS connection (RFC 8446), without its socket: OpenSSL works on two buffers in memory (`ssl.SSLObject`),
+so it never touches a socket, and never waits.  A session that a backend has given is used again, for the same name and
+the same settings: such a handshake needs no certificate.
 
 Threads: the loop only, but for `context`, which opens files: the settings are checked with it, and so it is made before
 the loop asks for it.
@@ -58,7 +59,7 @@ def file_state(path: str) -> tuple[int, ...]:
 
 @functools.lru_cache(CONTEXTS_MAX)
 def made_context(verify: str | bool, state: tuple[int, ...]) -> ssl.SSLContext:
-    """As `context`."""
+    """As `context`; another `state` is that of a file that has changed."""
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     made.set_alpn_protocols(["http/1.1"])
     made.options |= ssl.OP_NO_RENEGOTIATION  # TLS 1.2: in the middle of it nothing could be sent
@@ -83,11 +84,11 @@ class Ciphers:
     """The contexts and sessions of a router, since its settings were read.  Loop only."""
 
     def __init__(self) -> None:
-        self.contexts: dict[str | bool, ssl.SSLContext] = {}
+        self.contexts: dict[str | bool, ssl.SSLContext] = {}  # by `verify`: as many as routes have
         self.sessions: collections.OrderedDict[Key, ssl.SSLSession] = collections.OrderedDict()
 
     def begin(self, name: str, verify: str | bool) -> Cipher:
-        """A new conversation with a backend that is to be `name`, a host name or an address.  Raises Refused."""
+        """A new connection to a backend that is to be `name`, a host name or an address.  Raises Refused."""
         key = name, verify
         made = self.contexts.get(verify)
         if made is None:
@@ -106,7 +107,7 @@ class Ciphers:
 
 
 class Cipher:
-    """One conversation by TLS.  It has no socket; its owner sends what it says."""
+    """One TLS connection to a backend.  It has no socket; its owner sends what it says."""
 
     __slots__ = ("ciphers", "key", "incoming", "outgoing", "tls", "is_ready", "is_dry", "taken", "is_new")
 

@@ -1,22 +1,27 @@
 """sniroute_web: clients that ask in plain HTTP: where they are met, and what they share.
 
     Prelude --- Web.read ---> Request, or Authority (HTTP/2) --- Web.meet ---> by the `http` of the route
-                                                         refuse    the connection closes, as ever
-                                                         pass      PassedConnection: as any client, and all is raw
-                                                         others    HttpConnection (sniroute_requests)
+                     |                                             refuse    the connection closes, as ever
+                     +-> UNGREETED: `meet` sends GREETING,         pass      PassedConnection: bytes pass as they came
+                         `read_http2` reads on                     others    HttpConnection (sniroute_requests)
+
+A client is a Connection until its first request is there.  What takes its place (an heir) has the same client's socket,
+and flows of its own: `take_over` of sniroute_requests.
 
 Web has what is the same for all of them: the routes' policies, deadlines, the TLS sessions of backends, connections to
-backends that wait for a client (Spares).
+backends that wait for a client (Spares).  A router has one, or none where no route serves HTTP; a reload has it `adopt`
+other settings.
 
-Threads: the loop only.
+Threads: the loop only; `prepare_tls` in whichever thread reads the settings, since it opens files.
 
 Seams: I want to ...
-    read another protocol          Web.read, and what `meet` makes of it
-    let a request wait             a queue here, and its function
-    say more of each request       Web.tell, and Access of sniroute_log
+    read another protocol             Web.read, and what `meet` makes of it
+    give a request another deadline   a queue of Web, its function below, and `wait_in` in sniroute_requests
+    say more of each request          Web.tell, and Access of sniroute_log
 
-It imports requests, http2, spares, gateway, answers, connection, flow, http, log, names and refusals; tls where a route
-asks for it.
+This room imports sniroute_requests, sniroute_http2, sniroute_spares, sniroute_gateway, sniroute_answers,
+sniroute_connection, sniroute_flow, sniroute_http, sniroute_log, sniroute_names and sniroute_refusals; sniroute_tls
+where a route asks for it.
 """
 
 from __future__ import annotations
@@ -54,6 +59,7 @@ LEFT_PATIENCE = 30.0  # seconds until a client that has ended, and has had no by
 UNGREETED = Authority("", 0, 0, "", b"")  # a client that speaks HTTP/2, and waits for the server to begin
 NO_POLICY: tuple[Route | None, Policy] = None, Policy()
 
+# For who is refused while its first request is read.  Here, as the page is an option: without it there is no such row.
 TELLERS[HTTP] = lambda refused, minor: refusal(refused, None)
 
 
@@ -80,13 +86,13 @@ class PassedConnection(Connection):
             self.refuse(error)
 
     def _open(self, said: bytes, sent: int) -> None:
-        """As the base; but the first byte of an answer may take as long as it likes."""
+        """As the base; but an answer has no deadline as that of a TLS server has: it may be a long poll."""
         super()._open(said, sent)
         if self.state in UNHEARD and self.queue is not None:
             self.leave_queue()
 
     def refuse(self, error: Refused) -> None:
-        """As the base, with a page."""
+        """As the base, with a page; in HTTP/2 with GOAWAY."""
         if not error.farewell and self.request is not None:
             error.farewell = refusal(error, self.request)
         elif not error.farewell:
@@ -103,6 +109,8 @@ class Web:
     def __init__(self, router: Router, settings: Settings):
         self.router = router
         loop = router.loop
+        # Deadlines; a client stands in one at most, and `adopt` sets their seconds.  In this order: for a request to
+        # begin, for the rest of its head, for more of its body, for an answer, for one whose client has ended.
         self.idle = loop.queue(0.0, lambda connection: connection.close(IDLE))
         self.heads = loop.queue(0.0, late_head)
         self.bodies = loop.queue(0.0, late_body)
@@ -122,10 +130,11 @@ class Web:
         self.spares.close()
 
     def policy(self, decision: Decision) -> Policy:
-        """What a route says about plain HTTP."""
+        """What a route says about plain HTTP.  Made once for each route."""
         route = decision.route
         known, policy = self.policies.get(route.pattern, NO_POLICY)
         if known is not route:  # a connection may still be on its way that older settings have decided
+            # The very objects of MODES and SAFE, not equal ones: they are compared by `is` with each request.
             mode = next(mode for mode in MODES if mode == (route.http or self.settings.http))
             reuse = SAFE if route.http_reuse == SAFE else route.http_reuse
             policy = Policy(
@@ -141,7 +150,7 @@ class Web:
         return decision.host.encode("ascii")
 
     def cipher(self, exchange: Exchange) -> Cipher:
-        """A conversation by TLS with the backend of a request."""
+        """TLS with the backend of a request, which is asked for by the Host that it gets.  Raises Refused."""
         if self.ciphers is None:
             from sniroute_tls import Ciphers  # imported late: only where a route asks for it
             self.ciphers = Ciphers()
@@ -155,7 +164,7 @@ class Web:
         return host or exchange.request.name, exchange.policy.verify
 
     def believed(self, address: str) -> bool:
-        """Whether what a peer says of others is believed."""
+        """Whether what this peer says of others is believed: whether it is in --forwarded-from."""
         networks = self.settings.forwarded_from
         if not networks:
             return False
@@ -180,7 +189,7 @@ class Web:
             raise
 
     def meet(self, connection: Connection, asked: Request | Authority) -> bool:
-        """A client has asked for the first time.  Returns whether it has to say more before it can be met."""
+        """Take what `read` has returned.  Returns whether the client has to say more before it can be served."""
         if asked is UNGREETED:
             connection.prelude.requests = self.read_http2
             with contextlib.suppress(OSError):  # the next read says so
@@ -190,9 +199,9 @@ class Web:
         return False
 
     def serve(self, connection: Connection, asked: Request | Authority) -> None:
-        """As `meet`, for one that has said enough."""
+        """As `meet`, for one that has said enough: by the mode of its route, an heir goes on with it."""
         request = asked if isinstance(asked, Request) else None
-        mode = "forward"
+        mode = "forward"  # where it is refused below: `begin` of an HttpConnection meets the same, and has the page
         try:
             decision = self.router.decide(asked.name or None)
             mode = self.policy(decision).mode
@@ -204,7 +213,6 @@ class Web:
                 error.farewell = refusal_in_http2(error)
                 connection.refuse(error)
                 return
-            # else with a page
         if mode is SILENT:
             connection.prelude = None  # as ever: without a word
             connection.refuse(Malformed(f"not TLS: HTTP, which is not served for {asked.name}", kind="not_tls"))
@@ -212,7 +220,7 @@ class Web:
         prelude = connection.prelude
         if mode is RAW:
             if request is None:
-                del prelude.data[slice(*asked.ack)]
+                del prelude.data[slice(*asked.ack)]  # it acknowledges our GREETING: the backend has sent none
             PassedConnection(connection, request, asked.name).begin(prelude, decision)
             return
         heir = HttpConnection(connection, self)
@@ -221,6 +229,7 @@ class Web:
         except Refused as error:
             heir.refuse(error)
             return
+        # `hello` is what came from the client; in an HttpConnection it is a request as its backend gets it.
         heir.received, data, heir.hello = heir.preface.header, heir.hello, None
         heir.up.total += len(data)
         try:
@@ -229,11 +238,11 @@ class Web:
             self.router.fault(heir)  # the loop knows the former one only
 
     def tell(self, connection: HttpConnection, exchange: Exchange, reason: str = "", detail: str | None = None) -> None:
-        """A request is over."""
+        """A request is over: write its line.  `reason` and `detail` are those of Access."""
         connection.exchange = None
         now, request, decision = monotonic(), exchange.request, exchange.decision
         log_access(self.router, Access(
-            time.time(), connection.address, *asked(request), exchange.status, exchange.up, exchange.down,
+            time.time(), connection.address, *described(request), exchange.status, exchange.up, exchange.down,
             exchange.first - exchange.began if exchange.first else None, now - exchange.began,
             decision and decision.route.pattern,
             decision and target_of(connection, decision),
@@ -255,7 +264,7 @@ def prepare_tls(settings: Settings) -> None:
             context(verify)
 
 
-def asked(request: Request | None) -> tuple[str, str, str]:
+def described(request: Request | None) -> tuple[str, str, str]:
     """Method, host and path of a request, for people; its query may hold secrets."""
     if request is None:
         return "", "", ""

@@ -3,10 +3,11 @@
 A client says, where the parts in brackets may be missing:
 
     [PROXY header, version 1 or 2] [GSSENCRequest] [SSLRequest] ClientHello
+    [PROXY header, version 1 or 2] a request in plain HTTP
 
     bytes --> Prelude.feed --+--> Hello(name, ...)      it can be routed; `header` and `data` are for the backend
                              +--> b"S" or b"N"          an answer to send at once (PostgreSQL)
-                             +--> what `requests` returns, where HTTP is served
+                             +--> what `requests` returns, where HTTP is served: Web.read
                              +--> None                  need more bytes
                              +--> raises Malformed      broken
                              +--> raises Refused        well-formed, but unwanted
@@ -477,9 +478,9 @@ def parse_startup(data: bytes) -> int | None:
 
 # -- the prelude -------------------------------------------------------------------------------
 
-# First byte -> what a client without TLS most likely speaks.
 CAPITALS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # a method of HTTP begins with one
 HTTP_METHODS = b"GPHDOCT"  # the first letters of GET, POST, PUT, PATCH, HEAD, DELETE, OPTIONS, CONNECT, TRACE
+# First byte -> what a client without TLS most likely speaks.
 NOT_TLS = {first: kind for kind, letters in {"HTTP": HTTP_METHODS, "SSH": b"S", "RDP": b"\x03",
                                              "an SSLv2 hello": range(0x80, 0x100)}.items() for first in letters}
 

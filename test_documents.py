@@ -541,7 +541,7 @@ def test_the_unit_points_to_it():
 def apply_examples(folder: pathlib.Path) -> None:
     """Change the rooms in `folder` as the diffs of CONTRIBUTING.md say: `---` names a file, `@@` begins a hunk."""
     found = blocks(CONTRIBUTING, "diff")
-    assert len(found) == 6
+    assert len(found) == 7
     for part in re.split(r"^--- ", "".join(found), flags=re.MULTILINE)[1:]:
         name, *hunks = re.split(r"\n@@\n", part)
         path = folder / name
@@ -558,7 +558,7 @@ def apply_examples(folder: pathlib.Path) -> None:
 
 def changed(folder: pathlib.Path) -> None:
     """Have the program in a folder, with the examples."""
-    for name in (*CORE, DOCTOR, *(f"{room}.py" for room in OPTIONS["backends"])):
+    for name in (*CORE, DOCTOR, *(f"{room}.py" for room in (*OPTIONS["backends"], *OPTIONS["web"]))):
         shutil.copy(HERE / name, folder)
     apply_examples(folder)
 
@@ -628,6 +628,24 @@ def test_the_examples_can_be_followed(tmp_path, free_ports):
             echo.shutdown()
             thread.join()
     assert log.read_text().count(f"backend=local:{far} ") == 2 and "reason=acme" in log.read_text()
+
+
+def test_the_example_for_plain_http_can_be_followed(tmp_path, free_ports):
+    changed(tmp_path)
+    port, _ = free_ports(1)
+    log = tmp_path / "log"
+    asked = b"GET / HTTP/1.1\r\nHost: old.example.com\r\n\r\n"
+    with open(log, "wb") as stderr:
+        router = subprocess.Popen(
+            [sys.executable, "-S", "-E", str(tmp_path / "sniroute.py"), "--listen", f"{HOST}:{port}",
+             "--http", "gone", "--route", "*=tcp:192.0.2.1:80"], stderr=stderr)
+        try:
+            wait_until(lambda: f"listening on {HOST}:{port}\n" in log.read_text())
+            exchange(port, (asked, b"HTTP/1.1 410 Gone\r\n"))
+            wait_until(lambda: "host=old.example.com path=/ status=410 " in log.read_text())
+        finally:
+            router.terminate()
+            router.wait()
 
 
 def test_the_examples_for_several_backends_can_be_followed(tmp_path, free_ports, serve):

@@ -1,31 +1,55 @@
 """Plain HTTP by Host: a router, clients that say exactly what a test says, and backends that do what a script does.
 
 Smuggling, answers that are none, upgrades, connections that are kept, early answers, limits in time and in size.
-testbed/web.py has both ends; the tables of what is refused are testbed/smuggling.py.  Real clients: test_web_clients.py.
+testbed/web.py has both ends; the tables of what is refused are testbed/smuggling.py.  Real clients are those of
+test_web_clients.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import pathlib
+import random
 import re
 import signal
 import socket
 import threading
-from typing import Any, Callable, Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import pytest
 
 from conftest import HOST, Address, connect, linux, wait_until
 from testbed.hellos import HELLO, NAME, v1
-from testbed.running import Running, read_all, read_exactly, route
-from testbed.smuggling import EVIL, NEUTRAL, REQUESTS, RESPONSES, SHAPES, Row, Said
+from testbed.running import Running, route
+from testbed.smuggling import EVIL, NEUTRAL, REQUESTS, RESPONSES, SHAPES
 from testbed.web import (TEXT, UPGRADE, WEB, Cut, Message, Origin, Talk, Web, answering, call, check_refusal, chunks,
                          frame, read_frame, reply, request, saying, shake, table, telling)
 
 FORWARD = "--http=forward"
 LATER = b"GET /later HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 FIRST = b"GET /first HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+@pytest.fixture(autouse=True)
+def no_faults(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """The router finds no fault in itself, also where its clients were served all the same."""
+    yield
+    assert "report it" not in caplog.text, caplog.text
+
+
+@contextlib.contextmanager
+def one_turn(running: Running) -> Iterator[None]:
+    """What comes within the block is all there when the loop takes its next turn."""
+    stopped, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        stopped.set()
+        go.wait(20)
+
+    running.router.call(hold)
+    assert stopped.wait(20)
+    yield
+    go.set()
 
 
 # -- bytes that two programs may read in two ways ----------------------------------------------
@@ -74,8 +98,8 @@ def statuses(said: bytes) -> list[int]:
 
 
 def pieces_of(data: bytes) -> list[bytes]:
-    """One byte after the other; what is long in a hundred pieces."""
-    step = 1 if len(data) < 300 else len(data) // 100
+    """A dozen pieces."""
+    step = len(data) // 12 + 1
     return [data[at:at + step] for at in range(0, len(data), step)]
 
 
@@ -146,7 +170,8 @@ def test_what_gets_through_is_what_the_backend_finds(noted, cut):
         is_old = b" HTTP/1.0\r\n" in row.data
         assert statuses(heard) == [200] * (2 - is_old), (row.name, heard[:300])
         found = [(method, target, body) for method, target, _, body in script.found[first:]]
-        assert found == [(method, path, body) for method, path, _, body in row.heard] + [("GET", "/later", b"")][is_old:]
+        expected = [(method, path, body) for method, path, _, body in row.heard]
+        assert found == expected + [("GET", "/later", b"")][is_old:]
     assert backend.heard
 
 
@@ -167,36 +192,34 @@ def test_an_old_client_that_names_no_host_has_no_route(noted):
 # -- answers -----------------------------------------------------------------------------------
 
 
-class Rows:
-    """A script that says the row of RESPONSES that the target asks for, by its number."""
-
-    def __call__(self, talk: Talk) -> None:
-        while asked := talk.request():
-            number = asked.target[1:]
-            if not number.isdecimal():
-                talk.say(reply(number.encode()))
-                continue
-            row = RESPONSES[int(number)]
-            talk.say(row.data)
-            if row.is_cut or b"\r\n\r\nhello" in row.data:
-                return talk.finish()
+def rows(talk: Talk) -> None:
+    """A script that says the row of RESPONSES that the target asks for, by its number; in pieces with X-Cut."""
+    while asked := talk.request():
+        number = asked.target[1:]
+        if not number.isdecimal():
+            talk.say(reply(number.encode()))
+            continue
+        row = RESPONSES[int(number)]
+        talk.say(*(pieces_of(row.data) if asked.get("X-Cut") else [row.data]))
+        if row.is_cut or b"\r\n\r\nhello" in row.data:
+            return talk.finish()
 
 
 @pytest.mark.parametrize("number", range(len(RESPONSES)), ids=[row.name for row in RESPONSES])
 def test_an_answer_is_passed_on_or_refused_but_never_looks_whole_where_it_is_not(run, origin, number):
     row = RESPONSES[number]
-    backend = origin(Rows())
+    backend = origin(rows)
     running = run(FORWARD, route(backend.address, WEB))
-    for version in ("1.1", "1.0"):
+    for version, cut in (("1.1", []), ("1.1", ["X-Cut: yes"]), ("1.0", [])):
         if version == "1.0" and row.upgrades:
             continue
         with call(running.address) as client:
-            client.say(request(row.method, f"/{number}", *(UPGRADE if row.upgrades else ()), version=version))
+            client.say(request(row.method, f"/{number}", *(UPGRADE if row.upgrades else ()), *cut, version=version))
             try:
                 answer = client.answer(row.method)
-            except Cut as cut:
-                assert not row.heard, cut
-                assert version == "1.1" or cut.how == "reset", "to an old client an end is the end of the body"
+            except Cut as error:
+                assert not row.heard, error
+                assert version == "1.1" or error.how == "reset", "to an old client an end is the end of the body"
                 continue
             if not row.heard:
                 check_refusal(answer, 502)
@@ -338,6 +361,26 @@ def test_a_backend_that_says_more_than_its_length_is_heard_to_its_length(web):
     served.origin.wait_over(4)
 
 
+def test_what_a_backend_says_of_one_connection_goes_no_further_and_all_else_stays(web):
+    lines = ["Server: x", "set-cookie: a=1", "X-B:  2 ", "Set-Cookie: b=2", "X-Latin: \xe9\xff", "Date: today",
+             "Vary: a", "X-Long: " + "y" * 30_000]
+    own = ["Connection: keep-alive, X-Mine", "Keep-Alive: timeout=5", "X-Mine: z", "Proxy-Authenticate: Basic",
+           "Upgrade: h2c", "Trailer: X"]
+    said = "\r\n".join(["HTTP/1.1 200 Very Well", *own[:3], *lines, *own[3:], "Content-Length: 2", "", "ok"])
+    answer = web(answering(said.encode("latin-1"))).ask(request())
+    head = answer.head.decode("latin-1").split("\r\n")
+    assert (head[0], answer.body) == ("HTTP/1.1 200 Very Well", b"ok")
+    assert [line for line in head if line in lines] == lines
+    assert not [line for line in head if line in own]
+
+
+def test_trailers_of_an_answer_are_dropped(web):
+    served = web(answering(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;x=y\r\nhello\r\n0\r\nX: y\r\n\r\n"))
+    client = served.connect(request() + request())
+    assert client.answer().body == client.answer().body == b"hello"
+    assert len(served.origin.talks) == 1
+
+
 # -- upgrades ----------------------------------------------------------------------------------
 
 
@@ -366,7 +409,8 @@ def test_nothing_reaches_a_backend_before_its_101_and_all_of_it_behind(web):
 
 
 @pytest.mark.parametrize("connection", ["Upgrade", "keep-alive, Upgrade", "UPGRADE", "upgrade, keep-alive"])
-@pytest.mark.parametrize("offers", [["websocket"], ["WebSocket"], ["websocket", "foo"], ["foo, websocket"], ["h2c, websocket"]])
+@pytest.mark.parametrize("offers", [["websocket"], ["WebSocket"], ["websocket", "foo"], ["foo, websocket"],
+                                    ["h2c, websocket"]])
 def test_an_upgrade_is_offered_as_one_protocol_however_the_client_writes_it(web, connection, offers):
     def script(talk: Talk) -> None:
         asked = talk.request()
@@ -377,9 +421,10 @@ def test_an_upgrade_is_offered_as_one_protocol_however_the_client_writes_it(web,
     assert web(script).ask(request("GET", "/chat", *lines)).status == 101
 
 
-def test_what_comes_behind_a_101_comes_through(web):
+def test_what_comes_behind_a_101_comes_through(web, flow):
     """4 KiB in one segment with the head; then 1 MiB while the client has already said its last."""
     down = bytes(range(256)) * 4096
+
     def script(talk: Talk) -> None:
         asked = talk.request()
         talk.say(shake(asked.get("Sec-WebSocket-Key")) + b"x" * 4096)
@@ -456,8 +501,8 @@ def told(body: bytes) -> Message:
 
 
 FORGED = ["X-Forwarded-For: 192.0.2.1", "X-Forwarded-Proto: https", "X-Forwarded-Host: evil", "X-Forwarded-Port: 1",
-          "X-Forwarded-Prefix: /evil", "X_Forwarded_For: 192.0.2.1", "x-forwarded.for: 192.0.2.1", "X-Real-IP: 192.0.2.1",
-          "X_REAL_IP: 192.0.2.1", "Forwarded: for=192.0.2.1;proto=https"]
+          "X-Forwarded-Prefix: /evil", "X_Forwarded_For: 192.0.2.1", "x-forwarded.for: 192.0.2.1",
+          "X-Real-IP: 192.0.2.1", "X_REAL_IP: 192.0.2.1", "Forwarded: for=192.0.2.1;proto=https"]
 
 
 def test_what_a_stranger_says_of_itself_is_replaced(web):
@@ -562,7 +607,7 @@ def test_options_goes_as_far_as_it_says(web):
     answer = served.ask(request("OPTIONS", "/", "Max-Forwards: 0"))
     assert answer.status in (200, 204) and "GET" in answer.get("Allow") and served.origin.heard == b""
     assert told(served.ask(request("OPTIONS", "*", "Max-Forwards: 3")).body).get("Max-Forwards") == "2"
-    assert told(served.ask(request("GET", "/", "Max-Forwards: 0")).body).first == "GET / HTTP/1.1", "it is for two methods"
+    assert told(served.ask(request("GET", "/", "Max-Forwards: 0")).body).first == "GET / HTTP/1.1", "for two methods only"
 
 
 # -- bodies ------------------------------------------------------------------------------------
@@ -597,6 +642,90 @@ def test_pipelined_requests_are_answered_in_order_each_by_its_own_host(run, orig
                    + request("GET", "/last", host="a.example.com"))
         assert client.answer().body == b"b/long" + b"x" * 100_000
         assert client.answer().body == b"a/last"
+
+
+@pytest.mark.parametrize("behind", [request("POST", "/two", body=b"y" * 1_000_000),
+                                    request("POST", "/two", "Transfer-Encoding: chunked") + chunks(*[b"y" * 9999] * 99),
+                                    request("GET", "/two", "X: " + "y" * 31_000) + request("GET", "/three")])
+def test_more_than_is_read_ahead_waits_for_its_turn(web, behind):
+    """Whatever it is: it is kept in the client's socket, and is not lost."""
+    turn = threading.Event()
+
+    def script(talk: Talk) -> None:
+        while asked := talk.request():
+            if asked.target == "/one":
+                assert turn.wait(20)
+            talk.say(reply(asked.target.encode() + asked.body))
+
+    served = web(script)
+    client = served.connect(request("GET", "/one"))
+    served.origin.wait_heard(b"/one")
+    sender = threading.Thread(target=client.say, args=(behind,))
+    sender.start()
+    turn.set()
+    assert client.answer().body == b"/one"
+    assert client.answer().body.rstrip(b"y") == b"/two"
+    sender.join()
+    if b"/three" in behind:
+        assert client.answer().body == b"/three"
+
+
+@pytest.mark.parametrize("lines", [[], ["Connection: close"]], ids=["the same connection", "a new one"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_body_that_comes_in_one_turn_with_the_answer_before_it_is_whole(web, way, lines):
+    """None of it is taken for the next request, which is behind it."""
+    answer, body = threading.Event(), EVIL * 300
+    found = []
+
+    def script(talk: Talk) -> None:
+        while asked := talk.request():
+            found.append((asked.target, asked.body))
+            if asked.target == "/one":
+                assert answer.wait(20)
+            talk.say(reply(asked.target.encode(), *lines))
+            if asked.target == "/one":
+                told.set()
+            if lines:
+                return
+
+    told = threading.Event()
+    served = web(script)
+    head = request("POST", "/two").removesuffix(b"\r\n")
+    said = WAYS[way](body)
+    split = said.index(b"\r\n\r\n") + 4
+    client = served.connect(request("GET", "/one") + head + said[:split])
+    served.origin.wait_heard(b"/one")
+    with one_turn(served.running):
+        answer.set()
+        assert told.wait(20)
+        client.say(said[split:split + 4096])
+    assert client.answer().body == b"/one"
+    client.say(said[split + 4096:] + request("GET", "/three"))
+    assert [client.answer().body for _ in range(2)] == [b"/two", b"/three"]
+    assert found == [("/one", b""), ("/two", body), ("/three", b"")]
+
+
+def test_answers_wait_for_a_client_that_reads_late(web, flow):
+    """A hundred, of 100 KB each: in order, whole, and not all at once in the router's memory."""
+    body = bytes(range(250)) * 400
+
+    def answer(asked: Message) -> bytes:
+        way = WAYS["length" if int(asked.target[1:]) % 2 else "chunks"]
+        return b"HTTP/1.1 200 OK\r\n" + way(asked.target.encode() + body)
+
+    served = web(answering(answer))
+    client = served.connect(b"".join(request("GET", f"/{number}") for number in range(100)))
+    served.origin.wait_heard(b"GET /20 ")
+    for number in range(100):
+        assert client.answer().body == b"/%d" % number + body
+
+
+def test_a_client_that_says_no_more_gets_its_answers(web):
+    """As `printf ... | nc -N` does."""
+    client = web(telling).connect(request("GET", "/one") + request("POST", "/two", body=b"hello"))
+    client.finish()
+    assert client.answer().body.startswith(b"GET /one") and client.answer().body.endswith(b"\r\n\r\nhello")
+    assert client.rest() == b"" and client.how == "end"
 
 
 def test_a_crowd_of_pipelined_requests_is_held_back(web):
@@ -831,6 +960,122 @@ def test_a_connection_that_has_ended_while_it_was_idle_is_not_used(web, method):
     assert client.answer().body == b"one" and len(served.origin.talks) == 2
 
 
+class Steps:
+    """A script that takes its steps when a test says so: `answers` has one for each request, b"" for the end."""
+
+    def __init__(self, *answers: bytes):
+        self.answers = list(answers)
+        self.may, self.did = threading.Semaphore(0), threading.Semaphore(0)
+
+    def __call__(self, talk: Talk) -> None:
+        while talk.request() and self.answers:
+            answer = self.answers.pop(0)
+            assert self.may.acquire(timeout=20)
+            talk.say(answer)
+            if self.answers and not self.answers[0]:
+                self.answers.pop(0)
+                talk.finish()
+                self.did.release()
+                return
+            self.did.release()
+
+    def step(self) -> None:
+        """Have it take one, and wait until it is taken."""
+        self.may.release()
+        assert self.did.acquire(timeout=20)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_backend_that_ends_in_one_turn_with_the_next_request(web, method):
+    """Its end was there before a byte was written, so nothing is lost; what may be said twice needs no look at that."""
+    go, went = threading.Event(), threading.Event()
+
+    def script(talk: Talk) -> None:
+        talk.request()
+        talk.say(reply(b"served"))
+        if len(served.origin.talks) == 1:
+            assert go.wait(20)
+            talk.finish()
+            went.set()
+
+    served = web(script)
+    client = served.connect(request())
+    assert client.answer().body == b"served"
+    with one_turn(served.running):
+        client.say(request(method, "/next", body=b"x" if method == "POST" else None))
+        go.set()
+        assert went.wait(20)
+    assert client.answer().body == b"served"
+    assert served.origin.heard.count(b"/next") == 1 or method == "GET"
+
+
+def test_an_answer_its_end_and_the_next_request_in_one_turn(web):
+    script = Steps(reply(b"one"), b"", reply(b"two"), b"", reply(b"three"))
+    served = web(script)
+    client = served.connect(request("GET", "/1"))
+    served.origin.wait_heard(b"/1")
+    with one_turn(served.running):
+        client.say(request("POST", "/2", body=b"x" * 1000) + request("GET", "/3"))
+        script.step()
+    assert client.answer().body == b"one"
+    script.step()
+    assert client.answer().body == b"two"
+    script.step()
+    assert client.answer().body == b"three"
+
+
+def test_a_101_and_a_frame_that_did_not_wait_for_it_in_one_turn(web):
+    script = Steps(shake() + frame(b"hello"))
+    served = web(script)
+    client = served.connect(request("GET", "/", *UPGRADE))
+    served.origin.wait_heard(b"Upgrade")
+    with one_turn(served.running):
+        client.say(frame(b"first", masked=True))
+        script.step()
+    assert client.answer().status == 101 and read_frame(client) == (TEXT, b"hello")
+    client.say(frame(b"second", masked=True))
+    wait_until(lambda: served.origin.heard.partition(b"\r\n\r\n")[2].count(b"\x81") == 2, what="both frames")
+
+
+@pytest.mark.parametrize("ends", [[], [b""]], ids=["stays", "ends"])
+def test_an_early_answer_and_the_rest_of_the_body_in_one_turn(web, ends):
+    """The body may be whole by then: then the connection may go on, and the next request is answered, or it closes."""
+    def script(talk: Talk) -> None:
+        talk.head()
+        assert go.wait(20)
+        talk.say(reply(b"early"))
+        went.set()
+        if ends:
+            return talk.finish()
+        talk.exactly(50_000)
+        while talk.request():
+            talk.say(reply(b"next"))
+
+    go, went = threading.Event(), threading.Event()
+    served = web(script)
+    client = served.connect(request("POST", "/", body=b"x" * 50_000)[:-40_000])
+    served.origin.wait_heard(b"POST")
+    with one_turn(served.running):
+        go.set()
+        assert went.wait(20)
+        client.say(b"x" * 40_000 + request("GET", "/next"))
+    assert client.answer().body == b"early"
+    with contextlib.suppress(Cut):
+        assert client.answer().status in (200, 502)
+
+
+def test_a_client_that_is_gone_in_one_turn_with_its_answer(web):
+    script = Steps(reply(b"one"), reply(b"two"))
+    served = web(script)
+    client = served.connect(request())
+    served.origin.wait_heard(b"GET")
+    with one_turn(served.running):
+        script.step()
+        client.reset()
+    served.origin.wait_over(1)
+    wait_until(lambda: served.running.endings, what="its end")
+
+
 # -- routes ------------------------------------------------------------------------------------
 
 
@@ -939,6 +1184,52 @@ def test_a_drain_ends_idle_connections_at_once_and_others_behind_their_answer(la
     assert program.wait() == 0
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["first", "second"])
+def test_a_request_waits_for_its_tunnel_and_its_body_with_it(run, origin, cloudflared, ports, kept):
+    """What comes meanwhile belongs to it, whatever it looks like."""
+    script, body = Noting(), EVIL * 10_000
+    backend = origin(script)
+    cloudflared.far("*", backend.address)
+    running = run(FORWARD, ports, route(backend.address, WEB), "--route=cold.example.com=cloudflared:{name}")
+    with call(running.address) as client:
+        if kept:
+            client.say(request())
+            client.answer()
+        said = request("POST", "/cold", host="cold.example.com", body=body)
+        client.say(*(said[at:at + 20_000] for at in range(0, len(said), 20_000)))
+        assert client.answer().body == b"/cold"
+    assert script.found[kept:] == [("POST", "/cold", "cold.example.com", body)]
+
+
+def test_a_tunnel_that_does_not_start_is_told(run, cloudflared, ports):
+    cloudflared.fault("*", exit=1)
+    running = run(FORWARD, ports, f"--route={WEB}=cloudflared:{{name}}", "--start-timeout=300ms")
+    with call(running.address, request() + EVIL) as client:
+        answer = client.answer()
+        assert answer.status in (502, 504)
+        check_refusal(answer, answer.status)
+        assert client.rest() == b"" and b"127.0.0.1" not in answer.body
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("bad", ["refuses", "ends", "resets"])
+def test_the_next_backend_is_asked_where_one_does_not_answer(run, origin, free_ports, method, bad):
+    """A POST only where nothing of it can have been heard."""
+    dead = origin(lambda talk: talk.more() and (talk.reset() if bad == "resets" else talk.finish()))
+    good = origin(answering(lambda asked: reply(asked.body)))
+    first = (HOST, free_ports(1)[0]) if bad == "refuses" else dead.address
+    running = run(FORWARD, f"--route={WEB}=tcp:%s:%d,%s:%d" % (*first, *good.address))
+    asked = 0
+    for _ in range(4):
+        with call(running.address, request(method, body=b"hello" if method == "POST" else None)) as client:
+            answer = client.answer()
+            if method == "POST" and bad != "refuses" and answer.status == 502:
+                asked += 1
+                continue
+            assert (answer.status, answer.body) == (200, b"hello" if method == "POST" else b"")
+    assert good.heard.count(b"\r\nVia: ") + asked == 4
+
+
 def test_a_proxy_header_before_http_says_who_asks(web):
     client = web().connect(v1("TCP4 192.0.2.7 192.0.2.1 4711 80") + request())
     asked = told(client.answer().body)
@@ -968,12 +1259,14 @@ def test_another_sites_page_asks_for_nothing_where_the_route_says_so(web, lines,
 
 
 # A browser keeps a 308 for good: the option is for names that will not serve plain HTTP again.
-@pytest.mark.parametrize("options, port", [({}, "own"), ({"redirect_port": 443}, ""), ({"redirect_port": 8443}, ":8443")])
+@pytest.mark.parametrize("options, port", [({}, "own"), ({"redirect_port": 443}, ""),
+                                           ({"redirect_port": 8443}, ":8443")])
 @pytest.mark.parametrize("method, target", [("GET", "/"), ("POST", "/a/b?c=d&e=%20"), ("GET", "//evil.example.org/x"),
                                             ("HEAD", "/%0d%0aX:%20y"), ("GET", "/\\evil")])
 def test_a_redirect_keeps_name_path_and_query_and_leads_nowhere_else(web, options, port, method, target):
     served = web(telling, http="redirect", **options)
-    answer = served.ask(request(method, target, host=f"{WEB.upper()}.", body=b"x" if method == "POST" else None), method)
+    body = b"x" if method == "POST" else None
+    answer = served.ask(request(method, target, host=f"{WEB.upper()}.", body=body), method)
     where = answer.get("Location")
     port = f":{served.address[1]}" if port == "own" else port
     assert answer.status == 308 and where.startswith(f"https://{WEB}{port}/"), where
@@ -989,6 +1282,98 @@ def test_pass_leads_by_the_first_request_and_passes_every_byte(web):
     other = request("GET", "/", host="unknown.example.org")
     client.say(other)
     assert client.answer().body == other, "which is what it is documented to be"
+
+
+def test_a_refusal_of_head_has_no_body(web):
+    with web().connect(request("HEAD", host="nobody.example.org") + EVIL) as client:
+        check_refusal(client.answer("HEAD"), 404)
+        assert client.rest() == b""
+
+
+# -- a crowd -----------------------------------------------------------------------------------
+
+CROWD, ROUNDS = 6, 40
+
+
+def behave(talk: Talk) -> None:
+    """A script that answers as it is told, with the number that it is told."""
+    while asked := talk.request():
+        body = f"{asked.get('X-Id')} ".encode() + asked.body
+        way = asked.get("X-Way")
+        if way == "chunks":
+            talk.say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks(body[:1], body[1:]))
+        elif way == "end":
+            talk.say(b"HTTP/1.1 200 OK\r\n\r\n" + body)
+            return talk.finish()
+        elif way == "cut":
+            talk.say(reply(body)[:-1])
+            return talk.finish()
+        else:
+            talk.say(reply(body, *["Connection: close"] * (way == "close")))
+            if way in ("close", "leaves"):  # it may leave at any moment, with a word or without
+                return talk.finish()
+
+
+@pytest.mark.parametrize("reuse", ["client", "safe", "off"])
+def test_no_answer_is_anothers(web, reuse):
+    """Clients in threads, each with a seed: pipelined, whole and cut, some that leave in the middle."""
+    served = web(behave, http_reuse=reuse)
+    faults: list[object] = []
+    whole = [0] * CROWD
+
+    def come(number: int) -> None:
+        chance = random.Random(number)
+        for turn in range(ROUNDS):
+            asked = []
+            for place in range(chance.randrange(1, 5)):
+                way = chance.choice(("length", "length", "chunks", "chunks", "end", "cut", "close", "leaves"))
+                method = chance.choice(("GET", "POST"))
+                body = b"x" * chance.choice((0, 1, 5000, 200_000)) if method == "POST" else b""
+                asked.append((f"{number}.{turn}.{place}", way, method, body))
+            said = b"".join(request(method, "/", f"X-Id: {name}", f"X-Way: {way}").removesuffix(b"\r\n")
+                            + WAYS[chance.choice(("length", "chunks"))](body) if method == "POST" else
+                            request(method, "/", f"X-Id: {name}", f"X-Way: {way}") for name, way, method, body in asked)
+            with call(served.address) as client, contextlib.suppress(ConnectionError):
+                if chance.random() < 0.1:
+                    client.say(said[:chance.randrange(len(said))])
+                    client.reset()
+                    continue
+                sender = threading.Thread(target=talks, args=(client, said))
+                sender.start()
+                try:
+                    for name, way, method, body in asked:
+                        try:
+                            answer = client.answer(method)
+                        except TimeoutError:
+                            faults.append((name, "nothing comes", asked))
+                            break
+                        except Cut as error:
+                            if way != "cut" and error.part:
+                                faults.append((name, way, error))
+                            break
+                        if answer.status != 200:  # the backend had just left
+                            if answer.status != 502 or answer.get("Proxy-Status") is None:
+                                faults.append((name, way, answer.head))
+                            break
+                        if way == "cut" or answer.body != name.encode() + b" " + body:
+                            faults.append((name, way, answer.head, answer.body[:50]))
+                        whole[number] += 1
+                finally:
+                    with contextlib.suppress(OSError):
+                        client.sock.shutdown(socket.SHUT_RDWR)
+                    sender.join()
+
+    def talks(client: Talk, said: bytes) -> None:
+        with contextlib.suppress(OSError):
+            client.say(said)
+
+    threads = [threading.Thread(target=come, args=(number,)) for number in range(CROWD)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults and min(whole) > ROUNDS // 2, (faults[:5], whole)
+    wait_until(lambda: not served.running.router.connections, what="the end of all connections")
 
 
 # -- limits ------------------------------------------------------------------------------------

@@ -9,15 +9,13 @@ import base64
 import contextlib
 import http.client
 import io
-import json
-import pathlib
 import random
 import re
 import ssl
-import threading
+import subprocess
 import urllib.error
 import urllib.request
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import pytest
 
@@ -25,7 +23,7 @@ from conftest import HOST, Address, wait_until
 from testbed.clients import Certificate, page, program_path
 from testbed.program import Program, execute
 from testbed.running import route
-from testbed.web import (TEXT, UPGRADE, WEB, Chat, Cut, Talk, answering, call, check_refusal, chunks, frame, pixels,
+from testbed.web import (TEXT, UPGRADE, WEB, Chat, Talk, answering, call, check_refusal, chunks, frame, pixels,
                          read_frame, reply, request, table, telling)
 
 FORWARD = "--http=forward"
@@ -40,7 +38,8 @@ def program(launch, origin) -> Program:
 # -- curl --------------------------------------------------------------------------------------
 
 
-def curl(program: Program, *words: str, said: bytes = b"", name: str = WEB, path: str = "/", code: tuple[int, ...] = (0,)) -> bytes:
+def curl(program: Program, *words: str, said: bytes = b"", name: str = WEB, path: str = "/",
+         code: tuple[int, ...] = (0,)) -> bytes:
     """What curl shows; `code` has the exit codes that will do."""
     port = program.address[1]
     ended = execute(program_path("curl", "curl"), "-sS", "--noproxy", "*", "--max-time", "20", "--resolve",
@@ -62,8 +61,8 @@ def test_curl_by_prior_knowledge_of_http2_is_told(program):
     assert curl(program, "--http2-prior-knowledge", code=(16, 56, 92)) == b""
 
 
-@pytest.mark.parametrize("words", [["-H", "Transfer-Encoding: chunked"], ["--expect100-timeout", "30", "-H", "Expect: 100-continue"],
-                                   [], ["-H", "Expect:"]],
+@pytest.mark.parametrize("words", [["-H", "Transfer-Encoding: chunked"],
+                                   ["--expect100-timeout", "30", "-H", "Expect: 100-continue"], [], ["-H", "Expect:"]],
                          ids=["chunked", "100-continue", "as it likes", "at once"])
 @pytest.mark.parametrize("size", [10, 3_000_000])
 def test_curl_uploads(launch, origin, words, size):
@@ -129,6 +128,41 @@ def test_curl_through_a_route_that_passes(launch, origin):
     program = launch("--http=pass", route(origin(telling).address, WEB))
     heard = curl(program, "-H", "X-Forwarded-For: 192.0.2.1", "-d", "x=y")
     assert b"\r\nX-Forwarded-For: 192.0.2.1\r\n" in heard and b"Via" not in heard and heard.endswith(b"\r\n\r\nx=y")
+
+
+NGINX = """
+daemon off; master_process off; pid {folder}/pid; error_log stderr;
+events {{ worker_connections 64; }}
+http {{
+    access_log off; client_body_temp_path {folder}/1; proxy_temp_path {folder}/2; fastcgi_temp_path {folder}/3;
+    uwsgi_temp_path {folder}/4; scgi_temp_path {folder}/5;
+    server {{ listen {host}:{port} http2; location / {{ return 200 "$server_protocol $host $request_uri"; }} }}
+}}
+"""
+
+
+def test_curl_in_http2_through_a_route_that_passes(launch, free_ports, tmp_path):
+    """By prior knowledge; the name is in its first HEADERS."""
+    port = free_ports(1)[0]
+    (tmp_path / "conf").write_text(NGINX.format(folder=tmp_path, host=HOST, port=port))
+    words = [program_path("nginx", "nginx"), "-e", "stderr", "-p", str(tmp_path), "-c", str(tmp_path / "conf")]
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE) as process:
+        try:
+            def is_up() -> bool:
+                assert process.poll() is None, process.stderr.read()
+                with contextlib.suppress(OSError):
+                    call((HOST, port)).__exit__()
+                    return True
+                return False
+
+            wait_until(is_up, what="nginx")
+            program = launch("--http=pass", route((HOST, port), WEB))
+            assert curl(program, "--http2-prior-knowledge", path="/a?b=c") == f"HTTP/2.0 {WEB} /a?b=c".encode()
+            assert curl(program, "--http2-prior-knowledge", name="other.example.org", code=(16, 56, 92)) == b""
+        finally:
+            process.terminate()
+            process.communicate(timeout=20)
 
 
 # -- Python's own ------------------------------------------------------------------------------
@@ -225,6 +259,7 @@ def test_a_browser_asks_for_three_names_on_one_port(launch, origin, serve, certi
 def test_an_error_page_is_a_page_to_look_at(launch, origin, browser, scheme):
     """It says the name, the reason and what to do; and there is something to see in its screenshot."""
     program = launch(FORWARD, route(origin(telling).address, "web.localhost"))
+    browser.call("Emulation.setDeviceMetricsOverride", width=500, height=400, deviceScaleFactor=1, mobile=False)
     browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     shown = visit(browser, f"http://nobody.localhost:{program.address[1]}/<b>x</b>?<script>")
     assert "nobody.localhost" in shown and "no route fits the name" in shown.lower(), shown
@@ -288,9 +323,9 @@ def test_wrk_gets_its_answers(launch, origin, tmp_path, lines):
 
 @pytest.fixture
 def secure(certificate: Certificate, origin) -> Callable[..., Address]:
-    """secure(asks=False) -> (address, names): a backend that speaks HTTPS as *.example.com; which names it was asked for.
+    """secure(asks=False) -> (address, names): a backend that speaks HTTPS as *.example.com.
 
-    `asks`: it wants a certificate of its client, too.
+    `names`: what it was asked for; `asks`: it wants a certificate of its client, too.
     """
     def start(asks: bool = False) -> tuple[Address, list[str | None]]:
         names: list[str | None] = []
@@ -336,7 +371,8 @@ def test_the_name_that_is_asked_for_and_verified_is_that_of_host(launch, setting
     assert names == ["inner.example.com"]
 
 
-@pytest.mark.parametrize("options, name", [({}, WEB), ({"verify": True}, WEB), ({"verify": "own"}, "other.example.org")],
+@pytest.mark.parametrize("options, name", [({}, WEB), ({"verify": True}, WEB),
+                                           ({"verify": "own"}, "other.example.org")],
                          ids=["by default", "by the system", "another name"])
 def test_a_backend_that_cannot_be_verified_is_not_asked(launch, settings_file, secure, certificate, options, name):
     address, _ = secure()

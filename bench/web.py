@@ -94,7 +94,8 @@ class Kind(NamedTuple):
 
 KINDS = {
     "kept": Kind("small request, connections kept", "/small", CLIENTS),
-    "new": Kind("small request, each on a new connection", "/small", CLIENTS, lines='wrk.headers["Connection"] = "close"'),
+    "new": Kind("small request, each on a new connection", "/small", CLIENTS,
+                lines='wrk.headers["Connection"] = "close"'),
     "down": Kind("1 MiB down", "/large", STREAMS, False, most=1.0),
     "up": Kind("1 MiB up", "/up", STREAMS, False, f'string.rep("x", {MIB})', most=1.0),
 }
