@@ -20,7 +20,8 @@ import sniroute_web
 from conftest import HOST, own_fds, wait_until
 from sniroute_requests import AHEAD_MAX, INTERIM_MAX, REPLAYED_MAX, HttpConnection
 from testbed.running import Running
-from testbed.web import UPGRADE, Cut, Talk, answering, call, check_refusal, chunks, reply, request, shake, table, telling
+from testbed.web import (UPGRADE, Cut, Talk, answering, call, check_refusal, chunks, reply, request, shake, table,
+                         telling)
 
 A, B, C = "a.example.com", "b.example.com", "c.example.com"
 Start = Callable[..., Running]
@@ -582,7 +583,7 @@ def test_an_upload_may_pause_once_its_answer_has_begun(routed, origin):
 
 def test_a_body_that_trickles_is_not_late(routed, origin):
     a = origin()
-    running = routed({A: (a, {})}, "--http-idle=200ms")
+    running = routed({A: (a, {})}, "--http-idle=50ms")
     queue = running.router.web.bodies
     said = post(b"x" * 8)
     with client_of(running, said[:-8]) as client:
