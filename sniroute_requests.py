@@ -37,7 +37,7 @@ Seams: I want to ...
     or not
 
 This room imports sniroute_bodies, sniroute_spares, sniroute_gateway, sniroute_answers, sniroute_connection,
-sniroute_resets, sniroute_targets, sniroute_flow, sniroute_http, sniroute_log and sniroute_refusals.
+sniroute_resets, sniroute_targets, sniroute_flow, sniroute_http, sniroute_log, sniroute_loop and sniroute_refusals.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ from sniroute_http import (CHUNKED, COUNTED, NO_BODY, NONE, UNTIL_CLOSE, Counted
                            parse_request, parse_response, pass_request, pass_response)
 from sniroute_log import BACKEND_CLOSED, CLIENT_CLOSED, CLIENT_LEFT, CLIENT_RESET, CUT
 from sniroute_refusals import Malformed, Refused
+from sniroute_loop import READ
 from sniroute_resets import RESETTING, pass_on_reset
 from sniroute_spares import has_news
 from sniroute_targets import Another
@@ -188,6 +189,7 @@ class HttpConnection(Connection):
         self.preface = Preface(self.received, b"")
         self.retried, self.parks = False, 0
         self._admit(decision)
+        self.pause()
         if self.queue is not None:
             self.leave_queue()
         if self.exchange.policy.reuse is SAFE and may_share(self):
@@ -200,6 +202,14 @@ class HttpConnection(Connection):
                 self.down.take(MessageFlow.hear)
                 self.down.listen()
                 self.ask_again()
+
+    def pause(self) -> None:
+        """There is no backend: what the client says in this turn of the loop is not for the former one.
+
+        Nor for the descriptor that it had, which may be another client's by now.
+        """
+        if self.up.events:
+            self.up.wait_for(READ, self.on_waiting)
 
     def leave_backend(self) -> None:
         """Give the connection to the backend away (Spares), or close it, if there is one."""
@@ -248,6 +258,7 @@ class HttpConnection(Connection):
         self.backend, self.is_private = None, False
         self.replayable = True  # the new one has had nothing
         self.state = ROUTED
+        self.pause()
         self.router.to_dial.append(self)
         self.router.loop.hurry()
 

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import socket
 import threading
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import pytest
 
@@ -20,8 +20,8 @@ import sniroute_web
 from conftest import HOST, own_fds, wait_until
 from sniroute_requests import AHEAD_MAX, INTERIM_MAX, REPLAYED_MAX, HttpConnection
 from testbed.running import Running
-from testbed.web import (UPGRADE, Cut, Talk, answering, call, check_refusal, chunks, reply, request, shake, table,
-                         telling)
+from testbed.web import (UPGRADE, Cut, Talk, answering, call, check_refusal, chunks, reply, request, saying, shake,
+                         table, telling)
 
 A, B, C = "a.example.com", "b.example.com", "c.example.com"
 Start = Callable[..., Running]
@@ -300,6 +300,14 @@ def test_what_a_client_asks_ahead_is_bounded_and_answered(routed, origin):
         sender.join()
 
 
+def held_back(running: Running) -> HttpConnection | None:
+    """The one connection, where its backend is not there, and its client is not read any more."""
+    for connection in running.router.connections:
+        if isinstance(connection, HttpConnection) and connection.state == "dialing" and not connection.up.events:
+            return connection
+    return None
+
+
 @pytest.mark.parametrize("way", ["length", "chunks"])
 def test_what_a_client_says_to_a_backend_that_is_not_there_yet_is_bounded(routed, deaf, way):
     running = routed({A: ("tcp:%s:%d" % deaf, {})})
@@ -309,8 +317,7 @@ def test_what_a_client_says_to_a_backend_that_is_not_there_yet_is_bounded(routed
         client.sock.settimeout(0.2)
         with contextlib.suppress(TimeoutError):
             client.say(body)
-        wait_until(lambda: running.router.connections and not only(running).up.events)
-        connection = only(running)
+        connection = wait_until(lambda: held_back(running))
         assert REPLAYED_MAX <= len(connection.hello) < REPLAYED_MAX + 4096 and not connection.ahead
         client.reset()
 
@@ -321,8 +328,7 @@ def test_requests_behind_one_that_waits_are_bounded_too(routed, deaf):
         client.sock.settimeout(0.2)
         with contextlib.suppress(TimeoutError):
             client.say(get() + b"".join(get("/more", "X: " + "y" * 4000) for _ in range(1000)))
-        wait_until(lambda: running.router.connections and not only(running).up.events)
-        connection = only(running)
+        connection = wait_until(lambda: held_back(running))
         assert AHEAD_MAX <= len(connection.ahead) < AHEAD_MAX + 4096 and len(connection.hello) < 1000
         client.reset()
 
@@ -371,6 +377,74 @@ def test_an_upload_to_a_backend_that_does_not_read_is_held_back(routed, origin, 
         assert pipes.pending == 0
 
 
+# -- what happens in one turn of the loop ------------------------------------------------------
+
+
+@contextlib.contextmanager
+def one_turn(running: Running) -> Iterator[None]:
+    """The loop waits meanwhile: it meets all that happens in one turn, in this order."""
+    waits, go = threading.Event(), threading.Event()
+    running.router.call(lambda: (waits.set(), go.wait(10)))
+    assert waits.wait(10)
+    try:
+        yield
+    finally:
+        go.set()
+
+
+def test_a_body_that_comes_in_the_turn_of_the_answer_before_it_is_no_request(routed, origin):
+    """Its backend is not there yet."""
+    told = threading.Event()
+    a = origin(lambda talk: (talk.request(), told.wait(10), talk.say(reply(b"a")), said.set(), talk.rest()))
+    b = origin(answering(lambda asked: reply(asked.body)))
+    said, evil = threading.Event(), get("/evil")
+    running = routed({A: (a, {}), B: (b, {})})
+    with client_of(running, get(), post(b"x" + evil, host=B)[:-len(evil)]) as client:
+        a.wait_heard(b"GET")
+        wait_until(lambda: only(running).ahead)
+        with one_turn(running):
+            told.set()
+            assert said.wait(10)
+            client.say(evil)
+        assert client.answer().body == b"a"
+        assert client.answer().body == b"x" + evil
+        client.say(get("/last"))
+        assert client.answer().status == 200 and b"/evil" not in a.heard
+
+
+def test_a_body_whose_backend_has_gone_reaches_nobody_who_comes_in_the_same_turn(routed, origin):
+    """Who has the descriptor that its backend had."""
+    told, gone = threading.Event(), threading.Event()
+
+    def script(talk: Talk) -> None:
+        talk.request()
+        talk.say(reply(b"first"))
+        if len(a.talks) == 1:
+            talk.head()
+            told.wait(10)
+            talk.finish()  # the number of its own descriptor stays in use
+            gone.set()
+        elif asked := talk.request():
+            talk.say(reply(asked.body))
+
+    a = origin(script)
+    running = routed({A: (a, {})})
+    with client_of(running, get()) as client:
+        client.answer()
+        a.script = lambda talk: talk.say(reply(talk.request().body))
+        client.say(request("PUT", "/", host=A, body=b"x" * 1000)[:-500])
+        a.wait_heard(b"x" * 500)
+        with contextlib.ExitStack() as stack:
+            with one_turn(running):
+                told.set()
+                assert gone.wait(10)
+                other = stack.enter_context(client_of(running))
+                client.say(b"x" * 500)
+            assert client.answer().body == b"x" * 1000
+            other.say(get())
+            assert other.head().status == 200
+
+
 # -- answers with 1xx --------------------------------------------------------------------------
 
 HINT = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
@@ -393,26 +467,13 @@ def test_a_backend_may_say_often_that_it_still_works_and_not_for_ever(routed, or
 def test_hints_and_an_answer_reach_a_client_that_does_not_read_for_a_while(routed, origin):
     """All of them: what it has not taken yet is not replaced by what comes next."""
     large = b"HTTP/1.1 103 Early Hints\r\nLink: <%b>\r\n\r\n" % (b"x" * 30_000)
-    more = b"y" * 1_000_000
-
-    def script(talk: Talk) -> None:
-        talk.request()
-        talk.say(reply(more))
-        talk.request()
-        talk.say(large * 90 + reply(b"done" * 10_000))
-        talk.request()
-        talk.say(reply(b"next"))
-
-    running = routed({A: (origin(script), {})})
-    with contextlib.closing(socket.socket()) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
-        sock.settimeout(10)
-        sock.connect(running.address)
-        client = Talk(sock)
-        client.say(get() + get("/hints"))
-        wait_until(lambda: running.accesses)
-        wait_until(lambda: only(running).down.state == "blocked")
-        assert client.answer().body == more
+    running = routed({A: (origin(saying(reply(b"first"), large * 90 + reply(b"done" * 10_000), reply(b"next"))), {})})
+    with client_of(running, get()) as client:
+        client.answer()
+        down = only(running).down
+        only(running).client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        client.say(get("/hints"))
+        wait_until(lambda: down.state == "blocked")
         answer = client.answer()
         assert answer.body == b"done" * 10_000 and len(answer.interim) == 90
         assert {len(each.head) for each in answer.interim} == {len(large)}
