@@ -591,7 +591,7 @@ class Connection:
 
     def refuse(self, error: Refused) -> None:
         """Turn a Refused into bytes, a log line and a counter: all refusals end here."""
-        self.refusal = error
+        self.refusal = error.with_traceback(None)  # its frames know this connection: that were a cycle
         self.router.waits.leave(self)
         speaks, minor = NOTHING, 0
         if self.prelude is not None:
