@@ -137,7 +137,7 @@ def test_backend_that_stops_reading_holds_the_client_back(run, serve, flow):
     payload = random.Random(9).randbytes(1 << 20)
     sent = hashlib.sha256(HELLO)
     with running.connect(HELLO) as client:
-        client.settimeout(0.3)
+        client.settimeout(0.15)
         count = 0
         with contextlib.suppress(TimeoutError):
             while True:

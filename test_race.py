@@ -237,6 +237,7 @@ def test_a_name_that_is_resolved_again_brings_no_dead_address_to_the_front(site,
     addresses = [black_hole().address, good, serve(answer(b"y")).address]
     found = addresses.copy()
     there = site(found=found)
+    there.stagger(0.05)
     assert there.client() == b"x"
     found[:] = [addresses[number] for number in again]
     there.stagger(FOR_EVER)
