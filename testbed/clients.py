@@ -17,6 +17,7 @@ The servers stop with the test module: other modules count the children of this 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -278,10 +279,16 @@ def page(certificate: Certificate) -> Callable[[socket.socket], None]:
 PSYCOPG = "SNIROUTE_TEST_PSYCOPG"  # the variable that names a Python with psycopg, where the one of the tests has none
 
 
+@functools.cache
+def goes_well(*words: str, **env: str) -> bool:
+    """Whether a command that shows what is here ends with 0."""
+    return execute(*words, **({"env": env} if env else {})).returncode == 0
+
+
 def with_psycopg(step: str, conninfo: str) -> dict[str, Any]:
     """Run a step of with_psycopg.py, and return what it found."""
     python = os.environ.get(PSYCOPG, sys.executable)
-    if execute(python, "-c", "import psycopg").returncode:
+    if not goes_well(python, "-c", "import psycopg"):
         pytest.skip("psycopg is not here (PyPI package psycopg[binary])")
     ended = execute(python, str(HERE / "testbed" / "with_psycopg.py"), step, conninfo)
     assert ended.returncode == 0, ended.stderr.decode()
@@ -293,7 +300,7 @@ def with_pg(host: str, port: int) -> dict[str, Any]:
     node = program_path("node", "nodejs")
     env = {"PATH": os.environ.get("PATH", os.defpath),
            "NODE_PATH": os.pathsep.join(filter(None, (os.environ.get("NODE_PATH"), "/usr/share/nodejs")))}
-    if execute(node, "-e", "require('pg')", env=env).returncode:
+    if not goes_well(node, "-e", "require('pg')", **env):
         pytest.skip("pg is not here (npm's package pg, or the Debian package node-pg)")
     ended = execute(node, str(HERE / "testbed" / "with_pg.js"), host, str(port), env=env)
     assert ended.returncode == 0, ended.stderr.decode()
