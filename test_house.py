@@ -308,8 +308,10 @@ def test_an_old_python_says_what_is_needed():
     pythons = list(old_pythons())
     if not pythons:
         pytest.skip("no Python from 3.6 to 3.10 is on PATH or in ~/.pyenv/versions")
-    for python, version in pythons:
-        ended = execute(str(python), str(HERE / "sniroute.py"), "check", text=True, said="")
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        all_ended = list(pool.map(lambda row: execute(str(row[0]), str(HERE / "sniroute.py"), "check", text=True, said=""),
+                                  pythons))
+    for (_, version), ended in zip(pythons, all_ended, strict=True):
         assert (ended.returncode, ended.stdout) == (2, "")
         assert ended.stderr == f"sniroute needs Python 3.11 or newer; this is Python {version}\n"
 

@@ -497,9 +497,14 @@ def explained(three_files: pathlib.Path, own_edge: Edge) -> subprocess.Completed
                    env={**BARE, **own_edge.environ})
 
 
-def test_explain_dials_the_far_end_once(three_files, own_edge, echo_server):
+def test_explain_dials_the_far_end_once(three_files, own_edge, echo_server, tmp_path):
+    """One that is silent: the carrier waits a while for its answer, here not for two seconds."""
     own_edge.far("db.example.com", echo_server.address)
-    ended = explained(three_files, own_edge)
+    hasty = pathlib.Path(shutil.copytree(three_files.parent, tmp_path / "hasty"))
+    text = (hasty / "sniroute_carrier.py").read_text()
+    assert text.count("\nGRACE = 2.0 ") == 1
+    (hasty / "sniroute_carrier.py").write_text(text.replace("\nGRACE = 2.0 ", "\nGRACE = 0.2 "))
+    ended = explained(hasty / three_files.name, own_edge)
     assert (ended.returncode, ended.stderr) == (0, "")
     lines = ended.stdout.splitlines()
     assert (lines[2], lines[4:]) == ("target:  cloudflared:db.example.com", ["far end: it answers"])

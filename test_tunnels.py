@@ -138,7 +138,7 @@ def test_a_byte_goes_through_and_back(bench, cloudflared, echo_server, proc):
 
 
 @both
-@pytest.mark.parametrize("delay", [50, 350])
+@pytest.mark.parametrize("delay", [50, 200])
 def test_the_first_client_of_a_program_that_listens_late_is_served(delay, bench, cloudflared, echo_server, proc):
     cloudflared.far("app.test", echo_server.address)
     cloudflared.fault("app.test", listen_delay=delay)
