@@ -100,7 +100,8 @@ class FakeClock:
 def own_children() -> set[int]:
     """The children of this process, zombies too; empty without /proc."""
     pids: set[int] = set()
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, ChildProcessError):
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # fails where there is none, which is most often
         for task in os.listdir("/proc/self/task"):
             with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/children") as file:
                 pids.update(map(int, file.read().split()))  # the thread may have ended meanwhile

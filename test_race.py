@@ -207,6 +207,7 @@ def test_a_silent_first_address_holds_nobody_up(flow, site, black_hole, good):
     silent = black_hole().address
     there = site(silent, good)
     there.set("connect", FOR_EVER)
+    there.stagger(0.05)
     assert there.client() == b"x"
     assert re.fullmatch(re.escape(told(silent, "no answer in ")) + r"0\.\d+ s; " + re.escape(told(good, "took it")),
                         there.detail)
