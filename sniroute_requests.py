@@ -144,7 +144,7 @@ class HttpConnection(Connection):
     # -- requests
 
     def begin(self, request: Request, rest: bytes | bytearray) -> None:
-        """A request is there; `rest` came behind its head.  Find out what becomes of it."""
+        """A request is there; `rest` came behind its head.  Find out what becomes of it; here it is refused, too."""
         self.exchange = exchange = Exchange(request, self.since)
         self.name = request.name
         self.ahead, self.seen = rest, 0
@@ -193,10 +193,9 @@ class HttpConnection(Connection):
         self.preface = Preface(self.received, b"")
         self.retried, self.parks = False, 0
         self._admit(decision)
+        self.pause()
         if self.queue is not None:
             self.leave_queue()
-        if self.up.events:
-            self.up.wait_for(READ, self.on_waiting)  # the client may say more in this turn
         if self.exchange.policy.reuse is SAFE and may_share(self):
             by_tls = self.web.key(self.exchange) if self.exchange.policy.mode is BY_TLS else None
             spare = self.web.spares.take((decision.key, by_tls))
@@ -208,6 +207,14 @@ class HttpConnection(Connection):
                 self.down.listen()
                 self.up.listen()
                 self.ask_again()
+
+    def pause(self) -> None:
+        """There is no backend: what the client says in this turn of the loop is not for the former one.
+
+        Nor for the descriptor that it had, which may be another client's by now.
+        """
+        if self.up.events:
+            self.up.wait_for(READ, self.on_waiting)
 
     def leave_backend(self) -> None:
         """Give the connection to the backend away (Spares), or close it, if there is one."""
@@ -256,8 +263,7 @@ class HttpConnection(Connection):
         self.backend, self.is_private = None, False
         self.replayable = True  # the new one has had nothing
         self.state = ROUTED
-        if self.up.events:
-            self.up.wait_for(READ, self.on_waiting)
+        self.pause()
         self.router.to_dial.append(self)
         self.router.loop.hurry()
 
@@ -443,7 +449,7 @@ class HttpConnection(Connection):
     def answer(self, response: Response, rest: bytes) -> None:
         """The answer's head is there; `rest` came behind it."""
         exchange, down = self.exchange, self.down
-        if self.queue is self.web.answers:
+        if self.queue is not None:  # of the request's body, too: from here on both sides set the pace
             self.leave_queue()
         request, kind = exchange.request, response.framing.kind
         is_old = not request.version
@@ -487,9 +493,11 @@ class HttpConnection(Connection):
         flow.body = NOTHING  # more that comes is none of it, also where all of it has to be sent again
         self.exchange.is_asked = True
         flow.take(MessageFlow.hear)
-        web = self.web
-        if web.answers.seconds and self.exchange.response is None:
+        web, is_unanswered = self.web, self.exchange.response is None
+        if is_unanswered and web.answers.seconds:
             self.wait_in(web.answers)
+        elif is_unanswered and self.has_ended:
+            self.wait_in(web.leaving)
         elif self.queue is not None:
             self.leave_queue()
 
@@ -609,12 +617,12 @@ class HttpConnection(Connection):
         """As the base, with a page.  Where an answer has begun, it is cut."""
         exchange = self.exchange
         if exchange is not None and exchange.response is not None or self.down.pending is not None:
-            self.refusal = error
+            self.refusal = error.with_traceback(None)
             self.cut()
             return
         if exchange is None:
             exchange = Exchange(None, self.since)
-        self.refusal = error
+        self.refusal = error.with_traceback(None)  # its frames know this connection: that were a cycle
         self.router.waits.leave(self)
         exchange.status, exchange.first = error.status, monotonic()
         self.web.tell(self, exchange, error.kind, str(error))

@@ -574,6 +574,7 @@ def test_a_connection_that_was_proven_for_one_name_serves_that_name_only(secure,
                 client.say(request(host=host))
                 assert client.answer().body == host.encode()
     assert [name for name, _ in served.shakes] == ["a.example.com", "b.example.com"] * 2
+    served.running.router.call(served.running.router.web.spares.close)
 
 
 def test_a_backend_at_an_address_of_ipv6_has_to_prove_that_address(certificates):
