@@ -599,7 +599,9 @@ class HttpConnection(Connection):
             # The backend takes no more of the request.  Perhaps it has answered: what it said is still to be read.
             # If not, all of the request may be sent again, so none of it is forgotten until then.
             # EPIPE comes where it had ended before, and TLS tells an end from a cut.
-            self.exchange.is_broken = self.cipher is None and not isinstance(sys.exception(), BrokenPipeError)
+            exchange = self.exchange
+            exchange.is_broken = self.cipher is None and not isinstance(sys.exception(), BrokenPipeError)
+            exchange.is_asked = exchange.keeps = False  # a part of the next request may be forgotten, too
             flow.discard(BROKEN if self.replayable else OPEN)
             flow.take(MessageFlow.forget)
             flow.rewatch()

@@ -627,7 +627,7 @@ class Router(socketserver.ThreadingTCPServer):
                 continue  # it has a deadline of its own
             flow = unheard_reset(up, down)
             if flow is not None:
-                if connection.state in WAITING_FOR_BACKEND:
+                if connection.state in WAITING_FOR_BACKEND or flow.twin.source is None:  # that was accepted just now
                     connection.close(CLIENT_LEFT)
                 else:
                     connection.broken(flow.twin)

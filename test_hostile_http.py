@@ -22,6 +22,7 @@ from typing import Any, Callable, Iterator
 import pytest
 
 from conftest import HOST, connect, linux, wait_until
+from sniroute_loop import unsent
 from testbed.running import Running, reset, route
 from testbed.web import (UPGRADE, WEB, Cut, Message, Talk, Web, answering, call, check_refusal, chunks, reply, request,
                          saying, shake, table, telling)
@@ -453,3 +454,52 @@ def test_tiny_chunks_are_read_little_at_a_time(web, monkeypatch):
                             + chunks(*body))
     assert client.answer().body == b"".join(body)
     assert len(sizes) > 20 and max(sizes) <= 1 << 14
+
+
+# -- the look for silent connections -----------------------------------------------------------
+
+
+def test_a_backend_that_breaks_off_behind_its_answer_spoils_no_request_of_a_slow_client(web):
+    """It is found while the answer waits; what the client says then is not taken for a part of a later body."""
+    def script(talk: Talk) -> None:
+        if len(served.origin.talks) > 1:
+            return telling(talk)
+        talk.request()
+        talk.say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while not served.running.router.pipes.pending:
+            talk.say(b"1000\r\n" + b"x" * 4096 + b"\r\n")
+            settle()
+        talk.say(b"0\r\n\r\n")
+        wait_until(lambda: unsent(talk.sock) == 0)
+        talk.reset()
+
+    served = web(script)
+    router = served.running.router
+    with contextlib.closing(socket.socket()) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        sock.settimeout(10)
+        sock.connect(served.address)
+        router.call(lambda: [each.client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+                             for each in router.connections])
+        client = Talk(sock)
+        client.say(request())
+        served.origin.wait_over(1)
+        client.say(request("PUT", "/", "Content-Length: 20") + b"0123456789")
+        settle()
+        router.call(router._sweep)
+        settle()
+        client.say(b"abcdefghij")
+        assert set(client.answer().body) == set(b"x")
+        client.rest()
+    assert b"PUT" not in served.origin.heard
+
+
+def test_a_client_that_breaks_off_in_the_turn_of_that_look_is_no_fault(run):
+    """It was accepted, and nobody has read from it."""
+    running = run()
+    with held(running):
+        reset(running.connect(b"GET"))
+        settle()
+        running.router.call(lambda: running.router.sweeping.set(0.0))
+    wait_until(lambda: running.counter("accepted") and not running.router.connections)
+    assert not any(peer.count for peer in running.router.peers.known.values())
