@@ -811,7 +811,9 @@ def pass_request(request: Request, add: More = (), *, host: bytes = b"", believe
             return (name in drop or field.is_twin or name == b"expect" and not expects
                     or is_forwarding(name) and (ours is None or name in ours))
 
-        lines = remember(head.made, key, keep_lines(head, goes, {b"host": host} if host else None))
+        lines = keep_lines(head, goes, {b"host": host} if host else None)
+        if len(head.block) <= REMEMBERED_MAX:  # else nobody finds it again, and it stays as long as the request does
+            remember(head.made, key, lines)
     if not request.version and not head.values(b"host"):
         add = ((b"Host", host or request.name.encode("ascii")), *add)
     make = make_lines if believes or upgrade else remembered_additions

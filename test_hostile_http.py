@@ -443,6 +443,14 @@ def test_what_strangers_say_is_not_kept_for_them(believes):
         tracemalloc.stop()
 
 
+def test_a_large_head_is_not_kept_a_second_time():
+    """Its client may wait for a long time, and ten thousand may do so."""
+    from sniroute_http import parse_request, pass_request
+    asked = parse_request(b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 30_000 + b"\r\n\r\n")
+    assert len(pass_request(asked)) > 30_000
+    assert not any(isinstance(made, bytes) for made in asked.head.made.values())
+
+
 def test_tiny_chunks_are_read_little_at_a_time(web, monkeypatch):
     """64 KiB of them take the loop 35 ms, in which nobody else is served."""
     from sniroute_http import Chunked
