@@ -10,6 +10,8 @@ starts the tunnel that leads to that name if none is up, and passes bytes both w
      accept       the name     pattern     the way      bytes, both ways         or any HOST:PORT
                                -> target   there
 
+A client that asks in plain HTTP says its name in Host; what it gets is the route's `http`, by default nothing.
+
 This file is the face: it opens the room that a command needs.  The house is flat: one subject a file, all beside
 this one (or with it in one sniroute.pyz).  Imports run down this table only:
 
@@ -48,12 +50,13 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
                                                                _conversations, _checks and _probes
     sniroute_admin    *    HTTP for the host's own users       with sniroute_door, _metrics and _page
     sniroute_carrier  *    a tunnel program of our own         with sniroute_edge, _forwarder, _dial, _upgrade and _http
-    sniroute_web      *    clients that ask in plain HTTP      with sniroute_requests, _bodies, _spares, _gateway, _answers,
-                                                               _tls, _browsers,
-                                                               _certificate, _http2, _hpack and _http
+    sniroute_web      *    clients that ask in plain HTTP      with sniroute_requests, _bodies, _spares, _gateway,
+                                                               _answers, _tls, _browsers, _certificate, _http2, _hpack
+                                                               and _http
 
-A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The last two rows stand
-apart: they are options of several files, which import race, log, loop, host, names and refusals of the rooms above.
+A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The rows at the end stand
+apart: they are options, most of them of several files; the table in CONTRIBUTING.md says what they import of the rooms
+above.  The carrier is another process.
 
 The one idea: waiting borrows a thread, moving bytes does not.  All that is ready runs in one loop over epoll; only a
 target that has to wait (a tunnel that starts, a host to resolve) gets a thread, one for each target, its clients
@@ -65,12 +68,12 @@ parked behind it.
     wait-<n>    one for each target that has to wait, 32 at most              touches a client's socket
     reaper      child processes: starts, watches, stops, drains               ends before its children
     log         formats and writes log lines                                  stops traffic
-    courtesy-<n>
-                a page for one refused browser (--error-pages), 4 at most     moves a byte to or from a backend
+    courtesy-<n>  a page for one refused browser (--error-pages), 4 at most   moves a byte to or from a backend
     admin       HTTP, where --admin or --admin-public asks for it;
                 with `admin-<n>`, `public-<n>`                                touches a client's socket
 
-What it does not do: decrypt, look at anything behind the ClientHello, or treat a name as proof of who asks.
+What it does not do: decrypt what a client says to a backend by TLS, look at anything behind its ClientHello, or treat
+a name as proof of who asks.
 SNI is not authentication.
 """
 

@@ -39,7 +39,7 @@ import os
 import types
 from typing import TYPE_CHECKING, Callable
 
-from sniroute_flow import BLOCKED, MESSAGE, OPEN, READ_MAX, READING, SpliceFlow
+from sniroute_flow import BLOCKED, MESSAGE, OPEN, READ_MAX, READING, Flow, SpliceFlow
 from sniroute_loop import READ, Poller
 from sniroute_refusals import Malformed
 
@@ -73,6 +73,13 @@ class MessageFlow(SpliceFlow):
         if self.step is MessageFlow.raw and connection.cipher is None:
             return super().mover()
         return types.MethodType(self.step, self)
+
+    def move_bulk(self, mask: int) -> None:
+        """As SpliceFlow, where splice(2) works here; else as Flow."""
+        if self.pipes.shared is None:
+            Flow.move_bulk(self, mask)
+        else:
+            super().move_bulk(mask)
 
     def listen(self) -> None:
         """Wait for what the source says, and call the step then."""

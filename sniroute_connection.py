@@ -194,18 +194,18 @@ class Connection:
                 self.router.shed()
 
     def _parse(self, data: bytes) -> Any:
-        """Read the first bytes: a whole hello directly, all else by a Prelude.
+        """Read the first bytes: a whole hello, or request, directly; all else by a Prelude.
 
         Returns what `Prelude.feed` does, and raises as that does.
         """
         if self.prelude is None:
+            web = self.router.web
             if self.peer.policy != "require":
                 self.hello = data  # before it is parsed: an alert for a broken one has its version
-                hello = self.router.hellos.find(data)
-                if hello is not None:
-                    return hello
+                found = self.router.hellos.find(data) if web is None or data[0] == TLS_HANDSHAKE else web.find(data)
+                if found is not None:
+                    return found
                 self.hello = None
-            web = self.router.web
             self.prelude = Prelude(self.peer.policy, self.peer.local, self.router.hellos, web and web.read)
         found = self.prelude.feed(data)
         if len(self.prelude.data) > LARGE_HELLO >= len(self.prelude.data) - len(data):  # it has just become one

@@ -528,7 +528,7 @@ def parse_response(data: bytes | bytearray, method: str, upgrades: Collection[by
 
 
 def judge_response(data: bytes | bytearray, method: str, upgrades: Collection[bytes], seen: int) -> Response | None:
-    """As `parse_response`, but it refuses in the words of a request.  Source: RFC 9112 section 6.3."""
+    """As `parse_response`, but what it raises is a bad request.  Source: RFC 9112 section 6.3."""
     found = parse_status(data, seen)
     if found is None:
         return None
@@ -687,7 +687,7 @@ class Chunked(Counted):
             raise self.fault("a chunk that does not end where it should")
 
     def size_line(self, line: bytes) -> bytes:
-        """The line before a chunk.
+        """The line before a chunk, as it passes on.  Raises Malformed, as the other two steps do.
 
         A chunk pays for its line: with 16 bytes, and with 2 for each byte that it holds.  So a sender of honest
         extensions goes on for ever, and one that sends nothing else does not (Go's net/http has the same rule).

@@ -55,8 +55,8 @@ from sniroute_gateway import Policy, check, choose_upgrade, hop, max_forwards, m
 from sniroute_http import (CHUNKED, COUNTED, NO_BODY, NONE, UNTIL_CLOSE, Counted, Request, Response, open_body,
                            parse_request, parse_response, pass_request, pass_response)
 from sniroute_log import BACKEND_CLOSED, CLIENT_CLOSED, CLIENT_LEFT, CLIENT_RESET, CUT
-from sniroute_refusals import Malformed, Refused
 from sniroute_loop import READ
+from sniroute_refusals import Malformed, Refused
 from sniroute_resets import RESETTING, pass_on_reset
 from sniroute_spares import has_news
 from sniroute_targets import Another
@@ -140,7 +140,7 @@ class HttpConnection(Connection):
     # -- requests
 
     def begin(self, request: Request, rest: bytes | bytearray) -> None:
-        """A request is there; `rest` came behind its head.  Find out what becomes of it."""
+        """A request is there; `rest` came behind its head.  Find out what becomes of it; here it is refused, too."""
         self.exchange = exchange = Exchange(request, self.since)
         self.name = request.name
         self.ahead, self.seen = rest, 0
@@ -201,6 +201,7 @@ class HttpConnection(Connection):
                 self.up.state = self.down.state = OPEN
                 self.down.take(MessageFlow.hear)
                 self.down.listen()
+                self.up.listen()
                 self.ask_again()
 
     def pause(self) -> None:
@@ -307,7 +308,7 @@ class HttpConnection(Connection):
 
     def on_waiting(self, mask: int) -> None:
         """As the base: what belongs to the request is kept with it, what is behind it waits."""
-        if self.state not in WAITING_FOR_BACKEND:
+        if self.state is not ROUTED and self.state not in WAITING_FOR_BACKEND:
             return
         body = self.up.body
         if len(self.ahead) >= AHEAD_MAX or len(self.hello) >= REPLAYED_MAX:

@@ -75,10 +75,11 @@ class PassedConnection(Connection):
         self.name = name
         take_over(self, former, former.router.pipes.flow)
 
-    def begin(self, prelude: Prelude, decision: Decision) -> None:
-        """Go where the route leads."""
+    def begin(self, prelude: Prelude | None, decision: Decision) -> None:
+        """Go where the route leads; `prelude`: what has read the first bytes, where that was not Web.find."""
         try:
-            self._take_prelude(prelude)
+            if prelude is not None:
+                self._take_prelude(prelude)
             self.replayable = self.request is not None and len(self.hello) == self.request.head.end \
                 and may_ask_again(self.request)
             self._admit(decision)
@@ -173,6 +174,13 @@ class Web:
 
     # -- clients
 
+    def find(self, data: bytes) -> Request | None:
+        """A first request that is all there, with nothing before it; None for anything else, right or wrong."""
+        try:
+            return parse_request(data)
+        except Malformed:
+            return None
+
     def read(self, data: bytearray, seen: int) -> Request | Authority | None:
         """`requests` of a Prelude: the first request of a client, or UNGREETED.  Raises Refused."""
         if data[:2] != PREFACE[:2] or data[:len(PREFACE)] != PREFACE[:len(data)]:
@@ -214,7 +222,7 @@ class Web:
                 connection.refuse(error)
                 return
         if mode is SILENT:
-            connection.prelude = None  # as ever: without a word
+            connection.prelude = connection.hello = None  # as ever: without a word
             connection.refuse(Malformed(f"not TLS: HTTP, which is not served for {asked.name}", kind="not_tls"))
             return
         prelude = connection.prelude
@@ -225,7 +233,8 @@ class Web:
             return
         heir = HttpConnection(connection, self)
         try:
-            heir._take_prelude(prelude)
+            if prelude is not None:
+                heir._take_prelude(prelude)
         except Refused as error:
             heir.refuse(error)
             return
