@@ -2,6 +2,7 @@
 
     HERE, CORE, OPTIONS    where the files are, and which of them serve
     wait_until             wait for an event, never for a time
+    exit_code              wait for the end of a child
     FakeClock              a clock that a test moves
     no_leaks               each test leaves no thread, process or descriptor behind; always on
     connect                a client; where it fails, nothing stays open
@@ -21,8 +22,10 @@ import itertools
 import os
 import pathlib
 import queue
+import select
 import selectors
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -62,6 +65,22 @@ def wait_until(predicate: Callable[[], Any], timeout: float = 10.0, what: str = 
     return result
 
 
+def exit_code(process: subprocess.Popen[Any], timeout: float) -> int:
+    """The exit code of a child, as soon as it ends; `Popen.wait` with a time-out looks only now and then.
+
+    Raises subprocess.TimeoutExpired.
+    """
+    if process.poll() is None and hasattr(os, "pidfd_open"):
+        fd = os.pidfd_open(process.pid)
+        try:
+            if select.select([fd], [], [], timeout)[0]:
+                return process.wait()
+        finally:
+            os.close(fd)
+        timeout = 0
+    return process.wait(timeout)
+
+
 class FakeClock:
     """A clock that moves only by `jump`."""
 
@@ -81,9 +100,11 @@ class FakeClock:
 def own_children() -> set[int]:
     """The children of this process, zombies too; empty without /proc."""
     pids: set[int] = set()
-    for tasks in pathlib.Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # the thread has ended meanwhile
-            pids.update(map(int, tasks.read_text().split()))
+    with contextlib.suppress(FileNotFoundError, ChildProcessError):
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # fails where there is none, which is most often
+        for task in os.listdir("/proc/self/task"):
+            with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/children") as file:
+                pids.update(map(int, file.read().split()))  # the thread may have ended meanwhile
     return pids
 
 
@@ -97,22 +118,36 @@ def own_fds() -> dict[str, str]:
     return found
 
 
+def count_fds() -> int:
+    """How many descriptors are open, and the one that counts them; 0 without /proc."""
+    with contextlib.suppress(FileNotFoundError):
+        return len(os.listdir("/proc/self/fd"))
+    return 0
+
+
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
     """Each test ends with the threads, the children and the descriptors that it began with."""
     def state() -> tuple[set[threading.Thread], set[int], int]:
-        return set(threading.enumerate()), own_children(), len(own_fds())
+        return set(threading.enumerate()), own_children(), count_fds()
 
-    before, fds = state(), own_fds()
+    fds, before = own_fds(), state()
     yield
-    if state() != before:
+    if (now := state()) != before:
         gc.collect()  # closes what only a cycle keeps alive; its ResourceWarning fails the test
         with contextlib.suppress(AssertionError):  # the comparisons below say what has leaked
             wait_until(lambda: state() == before, timeout=5)
-    threads, children, count = state()
+        now = state()
+    threads, children, count = now
     assert threads == before[0], "threads"
     assert children == before[1], "child processes"
     assert count == before[2], f"descriptors: {sorted(own_fds().items() ^ fds.items())}"
+
+
+def pytest_collection_finish() -> None:
+    """Let collections of garbage leave out what lives to the end: the tests themselves, some hundred thousand objects."""
+    gc.collect()
+    gc.freeze()
 
 
 # -- clients -----------------------------------------------------------------------------------
@@ -131,6 +166,7 @@ def connect(address: Address | str, said: bytes = b"", timeout: float = 20.0) ->
             client.connect(address)
         else:
             client = stack.enter_context(socket.create_connection(address, timeout))
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a second write does not wait for an ACK
         if said:  # to send nothing fails, too, where there was a reset
             client.sendall(said)
         stack.pop_all()
@@ -178,6 +214,7 @@ class Server:
     def accept(self) -> None:
         while True:
             sock, _ = self.listener.accept()
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a second write does not wait for an ACK
             with self.lock:
                 if self.closed:
                     sock.close()

@@ -187,7 +187,7 @@ def test_what_is_set_on_both_legs(edge, hostname, local, echo_server):
 def settled(count: Callable[[], int]) -> int:
     """A count, once it has not moved for a while."""
     deadline, last, since = time.monotonic() + 20, -1, 0.0
-    while last != (now := count()) or time.monotonic() - since < 0.3:
+    while last != (now := count()) or time.monotonic() - since < 0.2:
         assert time.monotonic() < deadline
         if now != last:
             last, since = now, time.monotonic()
@@ -375,13 +375,13 @@ def test_an_upload_arrives_whole_while_data_comes_down(edge, hostname, local, se
     """6 of 6: a close with unread bytes would reset, and destroy the last megabytes."""
     def backend(sock: socket.socket) -> bytes:
         with beside(lambda: send_blocks(2)(sock)):
-            return hashlib.sha256(receive(sock, 9 << 20)).digest()
+            return hashlib.sha256(receive(sock, 5 << 20)).digest()
 
     far = serve(backend)
     edge.far(hostname, far.address)
     edge.fault(hostname, frame=1000)
     run = local(hostname)
-    data = NOISE * 8
+    data = NOISE * 4
     expected = hashlib.sha256(data).digest()
     down = b"".join(blocks(2))
 
@@ -423,13 +423,13 @@ def test_a_request_and_its_end_get_their_answer(edge, hostname, local, serve):
         assert receive(sock, 7) == b"request"
         for at in range(0, len(NOISE), 1 << 18):
             sock.sendall(NOISE[at:at + (1 << 18)])
-            time.sleep(0.15)  # longer in all than the grace, which begins anew with each part
+            time.sleep(0.1)  # longer in all than the grace, which begins anew with each part
         assert receive_all(sock)[0] == b""
         done.set()
 
     done = threading.Event()
     edge.far(hostname, serve(far).address)
-    with local(hostname, GRACE=0.5).connect() as client:
+    with local(hostname, GRACE=0.3).connect() as client:
         client.sendall(b"request")
         client.shutdown(socket.SHUT_WR)
         assert receive_all(client) == (NOISE, "FIN")
@@ -642,7 +642,7 @@ def test_a_client_that_resets_while_its_answer_comes(local, raw_edge):
             time.sleep(0.01)
         read_frames(tls, frames)
 
-    run = local(raw_edge(script), proxy=False, GRACE=60.0, LINGER=0.5)
+    run = local(raw_edge(script), proxy=False, GRACE=60.0, LINGER=0.15)
     client = run.connect()
     client.shutdown(socket.SHUT_WR) if run.reaches("open") is None else None
     run.reaches("half")
@@ -686,7 +686,7 @@ def test_a_slow_edge_gets_a_whole_upload_though_it_takes_longer_than_we_linger(l
         paced = tls.recv
 
         def recv(size: int) -> bytes:
-            time.sleep(0.01)
+            time.sleep(0.005)
             return paced(size)
 
         tls.recv = recv

@@ -328,13 +328,13 @@ def test_a_backend_that_refuses(asker, health):
 
 @pytest.mark.parametrize("health", ACTIVE)
 def test_a_backend_that_is_deaf(asker, deaf, health):
-    assert asker.ask(deaf, health, timeout=0.3) == "no answer in 0.3 s"
+    assert asker.ask(deaf, health, timeout=0.1) == "no answer in 0.1 s"
 
 
 @pytest.mark.parametrize("health", TALKING)
 def test_a_backend_that_is_silent(asker, serve, health):
     server = serve(hears)
-    assert asker.ask(server.address, health, timeout=0.3) == "it took the connect, but gave no answer in 0.3 s"
+    assert asker.ask(server.address, health, timeout=0.1) == "it took the connect, but gave no answer in 0.1 s"
 
 
 @pytest.mark.parametrize("health", TALKING)

@@ -371,7 +371,7 @@ def test_a_program_that_is_silent_is_refused_in_time(run, tmp_path):
 def test_a_stream_whose_program_died_does_not_look_whole(run, tmp_path, flow, end, reason, whole):
     program = script(tmp_path, f"import os, sys, time\ndata = os.read(0, 65536)\nos.write(1, data + b'end')\n{end}")
     running = run(f"--route=*.example.com=exec:{program}")
-    for number in range(1, 6):
+    for number in range(1, 4):
         with running.connect(HELLO) as client:
             assert read_exactly(client, len(HELLO) + 3) == HELLO + b"end"
             if whole:
@@ -422,7 +422,7 @@ while True:
 @pytest.mark.parametrize("manners", ["polite", "stubborn"])
 @pytest.mark.parametrize("leave", [socket.socket.close, reset], ids=["close", "reset"])
 def test_a_program_and_all_that_it_started_end_with_the_connection(run, tmp_path, manners, leave, monkeypatch):
-    monkeypatch.setattr("sniroute_processes.STOP_GRACE", 0.3)
+    monkeypatch.setattr("sniroute_processes.STOP_GRACE", 0.15)
     running = run(f"--route=*.example.com=exec:{script(tmp_path, CHILD)} {manners}", "--connection-idle=200ms")
     client = running.connect(HELLO)
     said = b""
@@ -550,7 +550,7 @@ while True:
 @pytest.mark.parametrize("words", ["{address}", "127.0.0.1:{port}"])
 def test_a_command_runs_once_for_all_its_clients_and_stops_when_idle(run, tmp_path, ports, words):
     running = run(f"--route=*.example.com=command:{script(tmp_path, LISTENER)} {words} {{label}}", ports,
-                  "--idle=300ms")
+                  "--idle=150ms")
     with running.connect(HELLO) as one, running.connect(HELLO) as two:
         with running.connect(genuine(name="other.example.com")) as other:
             for client in (one, two, other):

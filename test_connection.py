@@ -390,7 +390,7 @@ def test_client_that_never_reads_its_alert_is_let_go(run, echo_server, monkeypat
 def test_stall_after_any_part_of_the_prelude_ends_at_the_one_deadline(run, echo_server, prefix):
     """PROXY header, SSLRequest, hello: the deadline runs from accept, whatever is answered."""
     whole = V1 + ASK_TLS + HELLO
-    running = run(route(echo_server.address), "--prelude-timeout=200ms")
+    running = run(route(echo_server.address), "--prelude-timeout=120ms")
     with running.connect(whole[:min(prefix, len(V1) + 8)]) as client:
         if prefix > len(V1) + 8:
             assert read_exactly(client, 1) == b"S"
@@ -398,11 +398,11 @@ def test_stall_after_any_part_of_the_prelude_ends_at_the_one_deadline(run, echo_
         assert read_all(client) in (b"", b"S", alert(50))
     end = running.ending()
     assert end.reason == "prelude_timeout"
-    assert 0.19 < end.seconds < 5
+    assert 0.11 < end.seconds < 5
 
 
 def test_drip_does_not_renew_the_deadline(run, echo_server):
-    running = run(route(echo_server.address), "--prelude-timeout=300ms")
+    running = run(route(echo_server.address), "--prelude-timeout=150ms")
     running.part_early()
     with running.connect() as client:
         with contextlib.suppress(OSError):
@@ -497,12 +497,12 @@ def test_next_address_is_tried_and_the_last_failure_is_told(run, serve, monkeypa
 
 
 def test_connect_without_an_answer_times_out(run, monkeypatch, deaf):
-    monkeypatch.setattr(sniroute_deadlines, "CONNECT_TIMEOUT", 0.4)
+    monkeypatch.setattr(sniroute_deadlines, "CONNECT_TIMEOUT", 0.2)
     running = run(route(deaf))
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
-    assert "no answer in 0.4 s" in running.ending().detail
-    assert running.ending().waited < 0.4, "what it waited for is the time until its last dial"
+    assert "no answer in 0.2 s" in running.ending().detail
+    assert running.ending().waited < 0.2, "what it waited for is the time until its last dial"
 
 
 def test_next_address_is_tried_when_the_first_does_not_answer(run, serve, monkeypatch, deaf):
@@ -578,18 +578,18 @@ def test_thousand_clients_of_one_cold_name_start_one_child(run, cloudflared, por
 def test_many_cold_names_start_a_few_at_a_time_and_all_are_answered(run, cloudflared, single_loop_echo, free_ports):
     cloudflared.far("*", single_loop_echo)
     for n in range(4):  # however slow this machine is, these are under way together
-        cloudflared.fault(f"n{n}.example.com", listen_delay=500)
-    first, last = free_ports(60)
-    running = run(TUNNEL, f"--ports={first}-{last}", "--max-tunnels=60", "--start-timeout=60s")
+        cloudflared.fault(f"n{n}.example.com", listen_delay=250)
+    first, last = free_ports(40)
+    running = run(TUNNEL, f"--ports={first}-{last}", "--max-tunnels=40", "--start-timeout=60s")
     seen = []
     enter = running.tunnels._enter
     def watching(tunnel: Any, state: str) -> None:
         enter(tunnel, state)
         seen.append(sum(t.state == "starting" for t in running.tunnels.tunnels.values()))
     running.tunnels._enter = watching
-    crowd(running, [genuine(name=f"n{n}.example.com") for n in range(60)])
+    crowd(running, [genuine(name=f"n{n}.example.com") for n in range(40)])
     assert max(seen) == 4
-    assert len(cloudflared.starts()) == 60
+    assert len(cloudflared.starts()) == 40
 
 
 def test_killed_tunnel_is_not_noticed_by_those_who_had_received_nothing(run, serve, cloudflared, ports):
@@ -769,7 +769,7 @@ def test_client_that_goes_on_talking_while_it_waits_loses_nothing(run, serve, cl
     """What does not fit waits in the kernel, not in memory."""
     far = serve(read_all)
     cloudflared.far("*", far.address)
-    cloudflared.fault("*", listen_delay=500)
+    cloudflared.fault("*", listen_delay=250)
     running = run(TUNNEL, ports)
     more = random.Random(3).randbytes(200_000)
     with running.connect(HELLO) as client:

@@ -102,7 +102,8 @@ def test_backend_that_resets_loses_nothing_it_had_said(run, serve, flow):
 # -- backpressure ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pipes", [0, 2, 32], ids=["no pipe to lend", "two pipes", "pipes for all"])
+@pytest.mark.parametrize("flow, pipes", [("splice", 0), ("splice", 2), ("splice", 32), ("copy", 32), ("selectors", 32)],
+                         ids=["no pipe to lend", "two pipes", "pipes for all", "copy", "selectors"], indirect=["flow"])
 def test_readers_that_stop_cost_no_memory_and_lose_nothing(run, serve, flow, monkeypatch, pipes):
     """Twelve clients ask for 8 MiB each and read nothing; then they read, and all of it is there."""
     monkeypatch.setattr(sniroute_flow, "PIPES_MAX", pipes)
@@ -137,7 +138,7 @@ def test_backend_that_stops_reading_holds_the_client_back(run, serve, flow):
     payload = random.Random(9).randbytes(1 << 20)
     sent = hashlib.sha256(HELLO)
     with running.connect(HELLO) as client:
-        client.settimeout(0.3)
+        client.settimeout(0.15)
         count = 0
         with contextlib.suppress(TimeoutError):
             while True:

@@ -130,8 +130,8 @@ def test_as_many_addresses_as_that_are_handed_over(launch, free_ports, echo_serv
 @linux
 def test_silent_owners_of_many_names_cost_one_time_out_in_all_and_are_asked_in_one_order(free_ports, monkeypatch):
     """Two successors that asked in two orders could each have what the other waits for."""
-    monkeypatch.setattr(sniroute_handover, "HANDOVER_TIMEOUT", 0.5)
-    monkeypatch.setattr(sniroute_loop, "CAPACITY_PAUSE", 0.01)
+    monkeypatch.setattr(sniroute_handover, "HANDOVER_TIMEOUT", 0.2)
+    monkeypatch.setattr(sniroute_handover, "CAPACITY_PAUSE", 0.01)
     asked: list[Address] = []
     name = sniroute_handover.Handover.name
     monkeypatch.setattr(sniroute_handover.Handover, "name", staticmethod(lambda address: asked.append(address) or name(address)))

@@ -207,6 +207,7 @@ def test_a_silent_first_address_holds_nobody_up(flow, site, black_hole, good):
     silent = black_hole().address
     there = site(silent, good)
     there.set("connect", FOR_EVER)
+    there.stagger(0.05)
     assert there.client() == b"x"
     assert re.fullmatch(re.escape(told(silent, "no answer in ")) + r"0\.\d+ s; " + re.escape(told(good, "took it")),
                         there.detail)
@@ -237,6 +238,7 @@ def test_a_name_that_is_resolved_again_brings_no_dead_address_to_the_front(site,
     addresses = [black_hole().address, good, serve(answer(b"y")).address]
     found = addresses.copy()
     there = site(found=found)
+    there.stagger(0.05)
     assert there.client() == b"x"
     found[:] = [addresses[number] for number in again]
     there.stagger(FOR_EVER)

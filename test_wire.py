@@ -1102,7 +1102,7 @@ def test_a_mutated_hello_is_a_name_that_openssl_reads_or_is_refused():
     rng = random.Random(20260801)
     short = hello(SNI, alpn(b"h2"), suites=vector(2, b"\x13\x01"))
     tried, accepted, names = 0, 0, set()
-    for data in [*substitutions([short, records(short[5:], 40)]), *mutations(HELLO_SEEDS, rng, 30_000)]:
+    for data in [*substitutions([short, records(short[5:], 40)]), *mutations(HELLO_SEEDS, rng, 15_000)]:
         tried += 1
         found = verdict(HelloReader().read, data)
         reader = HelloReader()
@@ -1115,7 +1115,7 @@ def test_a_mutated_hello_is_a_name_that_openssl_reads_or_is_refused():
             check_against_openssl(data[:found.end], found.name)
         else:
             assert found is None or isinstance(found, Bad)
-    assert tried > 70_000 and accepted > 10_000 and len(names) > 500, "it tries what matters"
+    assert tried > 55_000 and accepted > 10_000 and len(names) > 500, "it tries what matters"
 
 
 def test_mutated_input_is_a_result_or_None_or_a_refusal_for_every_parser():

@@ -290,18 +290,20 @@ class Browser:
         self.session: str | None = None
         self.events: list[dict[str, Any]] = []
 
-    def __enter__(self) -> Browser:
-        try:
-            target = self.call("Target.createTarget", url="about:blank")["targetId"]
-            self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-            for domain in ("Page", "Runtime", "Log", "Network"):
-                self.call(f"{domain}.enable")
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+    @contextlib.contextmanager
+    def page(self) -> Iterator[Browser]:
+        """While the block runs, it has one page, which is empty: no cookie, no storage and no event of another one."""
+        context = self.call("Target.createBrowserContext")["browserContextId"]
+        target = self.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.events.clear()
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+        yield self
+        self.session = None
+        self.call("Target.disposeBrowserContext", browserContextId=context)
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -345,13 +347,18 @@ class Browser:
         return [event["params"] for event in self.events if event["method"] in methods]
 
 
-@pytest.fixture
-def browser(tmp_path) -> Iterator[Browser]:
-    """A browser with an empty page; without a Chromium the test is skipped."""
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory) -> Iterator[Browser]:
+    """A browser without a page; without a Chromium the test is skipped."""
     program = shutil.which("chromium")
     if program is None:
         pytest.skip("chromium is not here (Debian package chromium)")
-    directory = tmp_path / "browser"
-    directory.mkdir()
-    with Browser(program, directory) as page:
-        yield page
+    with contextlib.closing(Browser(program, tmp_path_factory.mktemp("browser"))) as found:
+        yield found
+
+
+@pytest.fixture
+def browser(chromium) -> Iterator[Browser]:
+    """A browser with an empty page."""
+    with chromium.page():
+        yield chromium

@@ -34,7 +34,7 @@ import sniroute_carrier
 import sniroute_dial
 import sniroute_forwarder
 import sniroute_upgrade
-from conftest import HERE, HOST, Address, connect, wait_until
+from conftest import HERE, HOST, Address, connect, exit_code, wait_until
 from sniroute_carrier import Carrier
 from sniroute_dial import Proxy
 from sniroute_forwarder import Log
@@ -209,7 +209,7 @@ class Program(Rows):
         """Send a signal, wait for the end, and return the exit code.  None: it ends without a signal."""
         if number is not None:
             self.process.send_signal(number)
-        code = self.process.wait(20)
+        code = exit_code(self.process, 20)
         self.close()
         return code
 
@@ -232,7 +232,7 @@ class Program(Rows):
         """Send SIGTERM.  Returns whether it ends within ten seconds."""
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(10)
+            exit_code(self.process, 10)
         return self.process.returncode is not None
 
 

@@ -17,6 +17,7 @@ The servers stop with the test module: other modules count the children of this 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -76,29 +77,59 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
 # -- PostgreSQL --------------------------------------------------------------------------------
 
 
-class Database:
-    """A PostgreSQL that speaks TLS, on a port that it keeps.  It does not run as root, so root lends it a user."""
+def postgres_user() -> dict[str, Any]:
+    """As whom PostgreSQL runs, for Popen.  It does not run as root, so root lends it a user."""
+    if os.geteuid():
+        return {}
+    names = {entry.pw_name: entry for entry in pwd.getpwall()}
+    user = names.get("postgres") or names["nobody"]
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
 
-    def __init__(self, certificate: Certificate):
-        self.initdb, self.server = program_path("initdb", "postgresql"), program_path("postgres", "postgresql")
+
+class Cluster:
+    """The files of a PostgreSQL that has never run.  Each Database begins with a copy: to make them takes longer."""
+
+    def __init__(self) -> None:
+        initdb = program_path("initdb", "postgresql")
+        self.place = tempfile.TemporaryDirectory(prefix="sniroute-pg-")
+        self.data = pathlib.Path(self.place.name) / "data"
+        user = postgres_user()
+        if user:
+            os.chown(self.place.name, user["user"], user["group"])
+        ended = execute(initdb, "-D", str(self.data), "-U", "postgres", "-A", "trust", "--no-sync", "--no-locale",
+                        "-E", "UTF8", cwd=self.place.name, **user)
+        assert ended.returncode == 0, ended.stderr
+
+    def close(self) -> None:
+        self.place.cleanup()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """What `initdb` makes."""
+    with contextlib.closing(Cluster()) as made:
+        yield made
+
+
+class Database:
+    """A PostgreSQL that speaks TLS, on a port that it keeps."""
+
+    def __init__(self, certificate: Certificate, cluster: Cluster):
+        self.server = program_path("postgres", "postgresql")
         program_path("psql", "postgresql-client")
         # Not below pytest's folder, which is closed to other users; and short, for the socket's sake.
         self.place = tempfile.TemporaryDirectory(prefix="sniroute-pg-")
         self.folder = pathlib.Path(self.place.name)
-        self.user: dict[str, Any] = {}
+        self.user = postgres_user()
         self.process: subprocess.Popen[bytes] | None = None
         for file in certificate:
             shutil.copy(file, self.folder)
             (self.folder / file.name).chmod(0o600)
-        if os.geteuid() == 0:
-            names = {entry.pw_name: entry for entry in pwd.getpwall()}
-            user = names.get("postgres") or names["nobody"]
-            self.user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+        if self.user:
             for path in (self.folder, *self.folder.iterdir()):
-                os.chown(path, user.pw_uid, user.pw_gid)
+                os.chown(path, self.user["user"], self.user["group"])
         self.data = self.folder / "data"
-        ended = execute(self.initdb, "-D", str(self.data), "-U", "postgres", "-A", "trust", "--no-sync", "--no-locale",
-                        "-E", "UTF8", cwd=self.folder, **self.user)
+        ended = execute("cp", "-a", str(cluster.data), str(self.data))
         assert ended.returncode == 0, ended.stderr
         for _ in range(5):  # somebody may be faster at taking the port
             with socket.create_server((HOST, 0)) as free:
@@ -137,17 +168,17 @@ class Database:
 
 
 @pytest.fixture(scope="module")
-def postgres(certificate: Certificate) -> Iterator[Address]:
+def postgres(certificate: Certificate, cluster: Cluster) -> Iterator[Address]:
     """The address of a PostgreSQL that speaks TLS."""
-    with contextlib.closing(Database(certificate)) as database:
+    with contextlib.closing(Database(certificate, cluster)) as database:
         yield database.address
 
 
 @pytest.fixture
-def databases(certificate: Certificate) -> Iterator[list[Database]]:
+def databases(certificate: Certificate, cluster: Cluster) -> Iterator[list[Database]]:
     """Three of them, for a test that stops and starts them."""
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(contextlib.closing(Database(certificate))) for _ in range(3)]
+        yield [stack.enter_context(contextlib.closing(Database(certificate, cluster))) for _ in range(3)]
 
 
 def psql(address: Address, query: list[str], options: str, said: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -248,10 +279,16 @@ def page(certificate: Certificate) -> Callable[[socket.socket], None]:
 PSYCOPG = "SNIROUTE_TEST_PSYCOPG"  # the variable that names a Python with psycopg, where the one of the tests has none
 
 
+@functools.cache
+def goes_well(*words: str, **env: str) -> bool:
+    """Whether a command that shows what is here ends with 0."""
+    return execute(*words, **({"env": env} if env else {})).returncode == 0
+
+
 def with_psycopg(step: str, conninfo: str) -> dict[str, Any]:
     """Run a step of with_psycopg.py, and return what it found."""
     python = os.environ.get(PSYCOPG, sys.executable)
-    if execute(python, "-c", "import psycopg").returncode:
+    if not goes_well(python, "-c", "import psycopg"):
         pytest.skip("psycopg is not here (PyPI package psycopg[binary])")
     ended = execute(python, str(HERE / "testbed" / "with_psycopg.py"), step, conninfo)
     assert ended.returncode == 0, ended.stderr.decode()
@@ -263,7 +300,7 @@ def with_pg(host: str, port: int) -> dict[str, Any]:
     node = program_path("node", "nodejs")
     env = {"PATH": os.environ.get("PATH", os.defpath),
            "NODE_PATH": os.pathsep.join(filter(None, (os.environ.get("NODE_PATH"), "/usr/share/nodejs")))}
-    if execute(node, "-e", "require('pg')", env=env).returncode:
+    if not goes_well(node, "-e", "require('pg')", **env):
         pytest.skip("pg is not here (npm's package pg, or the Debian package node-pg)")
     ended = execute(node, str(HERE / "testbed" / "with_pg.js"), host, str(port), env=env)
     assert ended.returncode == 0, ended.stderr.decode()

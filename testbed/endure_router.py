@@ -36,7 +36,7 @@ Address = tuple[str, int]
 PATIENCE = 60.0  # seconds for what has to come: a busy host is slow, and nothing here measures time
 LAST_LINES = 15  # of the log, that are shown where a part breaks off
 CACHED = 0.6  # seconds after which the admin makes a new answer
-IDLE = 1.0  # seconds: the tunnels' idle time, so that they are gone soon after the load
+IDLE = 0.5  # seconds: the tunnels' idle time, so that they are gone soon after the load
 PIPES_MAX = 32  # of sniroute_flow: so many pipes may be kept for the next sink that is full
 # Memory that a part may leave behind.  What is remembered is bounded, and full only after a while: 512 shapes of hellos
 # with 3 KB each; 1,024 names, starts and failed starts each; the last refusals.  And what is freed does not all go back

@@ -39,22 +39,23 @@ For each client, looked up anew each time:
     exit_on_client: true end at the first client, with `code` and `words`
     exit_after_bytes: N  end once N bytes have passed, with `code` and `words`
 
-It imports little and uses one thread, so that it starts fast: every test waits for it.
+It imports little and uses one thread, so that it starts fast: a run of all tests starts it a thousand times.  So it uses
+the C modules below `json`, `selectors`, `signal` and `socket`: what those import takes as long as Python itself.
 """
 
+import _json
+import _signal as signal
+import _socket
 import heapq
 import itertools
-import json
 import os
-import selectors
-import signal
-import socket
+import select
 import sys
 import time
 
 CHUNK = 16384  # bytes that the real one reads from a client at a time
 DETACHED_LIFE = 60  # seconds; a detached process ends by itself, should a test forget it
-NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE is for a closed log only; a closed socket is an error
+NO_SIGNAL = getattr(_socket, "MSG_NOSIGNAL", 0)  # SIGPIPE is for a closed log only; a closed socket is an error
 
 FLAGS = {
     "--hostname": "hostname", "-T": "hostname", "--tunnel-host": "hostname",
@@ -69,6 +70,58 @@ HELP = """NAME:
 USAGE:
    cloudflared access tcp [command options]
 """
+
+
+class Reading:
+    """How JSON is read: what `json.JSONDecoder` tells the scanner."""
+
+    strict, object_hook, object_pairs_hook = True, None, None
+    parse_float, parse_int, parse_constant = float, int, None
+
+
+SCAN = _json.make_scanner(Reading)
+ENCODE = _json.make_encoder(None, None, _json.encode_basestring_ascii, None, ": ", ", ", False, False, True)
+
+
+def from_json(text: str):
+    return SCAN(text, 0)[0]
+
+
+def to_json(value) -> str:
+    return "".join(ENCODE(value, 0))
+
+
+class Socket(_socket.socket):
+    """What `socket.socket` adds, as far as it is used here."""
+
+    def accept(self):
+        fd, peer = self._accept()
+        return Socket(fileno=fd), peer
+
+    @classmethod
+    def listening(cls, port: int, backlog: int):
+        """A listener; raises OSError."""
+        sock = cls()
+        try:
+            sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+            sock.bind(("127.0.0.1", port))
+            sock.listen(backlog)
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
+    @classmethod
+    def connected(cls, address: tuple):
+        """A client; raises OSError."""
+        sock = cls(_socket.AF_INET6 if ":" in address[0] else _socket.AF_INET)
+        try:
+            sock.settimeout(5)
+            sock.connect(address)
+        except OSError:
+            sock.close()
+            raise
+        return sock
 
 
 def parse_words(words: list) -> dict:
@@ -92,9 +145,9 @@ def log(level: str, message: str, **fields) -> None:
     """Write one log line, as JSON or as text for people."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     if os.environ.get("TUNNEL_LOG_OUTPUT") == "json":
-        line = json.dumps({"level": level, **fields, "time": now, "message": message})
+        line = to_json({"level": level, **fields, "time": now, "message": message})
     else:
-        shown = "".join(f" {key}={json.dumps(value)}" for key, value in fields.items())
+        shown = "".join(f" {key}={to_json(value)}" for key, value in fields.items())
         line = f"{now} {level[:3].upper()} {message}{shown}"
     say(line)
 
@@ -132,7 +185,8 @@ class Loop:
     """What the listeners of a process share: one selector, and a heap of timers."""
 
     def __init__(self):
-        self.selector = selectors.DefaultSelector()
+        self.poller, self.second = (select.epoll(), 1) if hasattr(select, "epoll") else (select.poll(), 1000)
+        self.watched = {}  # what is called, by descriptor
         self.later = []  # a heap of (time, number, function)
         self.numbers = itertools.count()
 
@@ -141,24 +195,23 @@ class Loop:
         heapq.heappush(self.later, (time.monotonic() + milliseconds / 1000, next(self.numbers), act))
 
     def watch(self, sock, events: int, act) -> None:
-        """Call `act(events)` when the socket has one of these events; with 0, stop to watch it."""
-        registered = sock.fileno() in self.selector.get_map()
-        if events and registered:
-            self.selector.modify(sock, events, act)
-        elif events:
-            self.selector.register(sock, events, act)
-        elif registered:
-            self.selector.unregister(sock)
+        """Call `act(events)` when the socket has one of these events, or has failed; with 0, stop to watch it."""
+        fd = sock.fileno()
+        if events:
+            (self.poller.modify if fd in self.watched else self.poller.register)(fd, events)
+            self.watched[fd] = act
+        elif self.watched.pop(fd, None) is not None:
+            self.poller.unregister(fd)
 
     def run(self) -> None:
         """Run the timers that are due, then the callbacks of sockets, until the process ends."""
         while True:
             while self.later and self.later[0][0] <= time.monotonic():
                 heapq.heappop(self.later)[2]()
-            timeout = max(0, self.later[0][0] - time.monotonic()) if self.later else None
-            for key, events in self.selector.select(timeout):
-                if key.fd in self.selector.get_map():  # an earlier event may have closed it
-                    key.data(events)
+            timeout = max(0, self.later[0][0] - time.monotonic()) * self.second if self.later else None
+            for fd, events in self.poller.poll(timeout):
+                if fd in self.watched:  # an earlier event may have closed it
+                    self.watched[fd](events)
 
 
 class Side:
@@ -194,7 +247,7 @@ class Fake:
         """This hostname's entry in a JSON file."""
         try:
             with open(os.path.join(self.directory, name)) as file:
-                entries = json.load(file)
+                entries = from_json(file.read())
         except FileNotFoundError:
             return default
         return entries.get(self.hostname, entries.get("*", default))
@@ -206,14 +259,14 @@ class Fake:
     def write(self, name: str, **fields) -> None:
         """Append a line; O_APPEND keeps the lines of several processes apart."""
         fd = os.open(os.path.join(self.directory, name), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        os.write(fd, json.dumps({"hostname": self.hostname, "pid": os.getpid(),
-                                 "time": time.monotonic(), **fields}).encode() + b"\n")
+        os.write(fd, to_json({"hostname": self.hostname, "pid": os.getpid(),
+                              "time": time.monotonic(), **fields}).encode() + b"\n")
         os.close(fd)
 
     def earlier_starts(self) -> int:
         """How often this hostname has been started before."""
         with open(os.path.join(self.directory, "starts.jsonl")) as file:
-            return sum(json.loads(line)["hostname"] == self.hostname
+            return sum(from_json(line)["hostname"] == self.hostname
                        for line in file if line.endswith("\n")) - 1  # the last line may be incomplete
 
     # -- the start -----------------------------------------------------------------------------
@@ -240,7 +293,7 @@ class Fake:
                 return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF
         log("info", "Start Websocket listener", host=f"127.0.0.1:{self.port}")  # as the real one, before it listens
         if faults.get("never_listen") or faults.get("wrong_owner"):
-            keep = socket.socket()  # real programs hold sockets that do not listen
+            keep = Socket()  # real programs hold sockets that do not listen
             signal.pause()
             keep.close()
         time.sleep(faults.get("listen_delay", 0) / 1000)
@@ -273,13 +326,10 @@ class Fake:
         """Listen on the port.  Returns what went wrong, or ""."""
         if self.earlier_starts() < faults.get("in_use", 0):
             return "address already in use"
-        self.listener = socket.socket()
-        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            self.listener.bind(("127.0.0.1", 0 if faults.get("wrong_port") else self.port))
-            self.listener.listen(4096)  # as Go does: what the kernel allows
+            port = 0 if faults.get("wrong_port") else self.port
+            self.listener = Socket.listening(port, 4096)  # as Go does: what the kernel allows
         except OSError as error:
-            self.listener.close()
             return error.strerror.lower()
         return ""
 
@@ -314,10 +364,7 @@ class Fake:
                 signal.alarm(DETACHED_LIFE)
                 while os.getppid() == parent:  # until then it is a descendant of ours
                     time.sleep(0.001)
-                listener = socket.socket()
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                listener.bind(("127.0.0.1", self.port))
-                listener.listen()
+                listener = Socket.listening(self.port, 128)  # open until the end of the process
                 os.write(writer, str(os.getpid()).encode())
                 for fd in (0, 1, 2, writer):
                     os.close(fd)
@@ -340,7 +387,7 @@ class Fake:
         flood = b"x" * 1023 + b"\n"
         for _ in range(1024 * faults.get("flood", 0)):
             os.write(2, flood)
-        self.loop.watch(self.listener, selectors.EVENT_READ, lambda _: self.accept())
+        self.loop.watch(self.listener, select.POLLIN, lambda _: self.accept())
 
     def accept(self) -> None:
         """Accept a client, and dial its far end."""
@@ -363,7 +410,7 @@ class Fake:
         far = None
         if address is not None and refuse is not True and self.served > refuse:
             try:
-                far = socket.create_connection(tuple(address), 5)
+                far = Socket.connected(tuple(address))
             except OSError as failure:
                 if "error" not in faults:
                     error = f"dial tcp: {failure.strerror}"
@@ -380,21 +427,21 @@ class Fake:
         ends[0].other, ends[1].other = ends[1], ends[0]
         for side in ends:
             side.sock.setblocking(False)
-            side.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            side.sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
             self.clients.add(side.sock)
             self.rewatch(side)
 
     def rewatch(self, side: Side) -> None:
         """Read from an end if nothing waits for the other one; write to it if something waits for it."""
-        reads = selectors.EVENT_READ if not side.ended and not side.other.out else 0
-        events = reads | (selectors.EVENT_WRITE if side.out else 0)
+        reads = select.POLLIN if not side.ended and not side.other.out else 0
+        events = reads | (select.POLLOUT if side.out else 0)
         self.loop.watch(side.sock, events, lambda events: self.on_side(side, events))
 
     def on_side(self, side: Side, events: int) -> None:
         """One end can be read, or written."""
-        if events & selectors.EVENT_WRITE:
+        if events & ~select.POLLIN:  # an error is found out by what is tried then
             self.send(side)
-        if events & selectors.EVENT_READ and side.sock.fileno() >= 0 and not side.ended:
+        if events & ~select.POLLOUT and side.sock.fileno() >= 0 and not side.ended:
             self.receive(side)
 
     def receive(self, side: Side) -> None:
@@ -441,7 +488,7 @@ class Forwarders:
         self.loop = Loop()
         self.fakes = {}  # the Fake of each listener, by its address
         self.part = b""  # a line that is not complete
-        self.loop.watch(sys.stdin, selectors.EVENT_READ, lambda _: self.hear())
+        self.loop.watch(sys.stdin, select.POLLIN, lambda _: self.hear())
 
     def hear(self) -> None:
         """Obey the lines on stdin; when stdin ends, the process ends."""

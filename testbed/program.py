@@ -30,7 +30,7 @@ from typing import Any, Callable, Iterator
 import pytest
 
 from sniroute_names import OPTIONS
-from conftest import CORE, DOCTOR, HERE, HOST, Address, connect, wait_until
+from conftest import CORE, DOCTOR, HERE, HOST, Address, connect, exit_code, wait_until
 from testbed.hellos import HELLO
 from testbed.running import read_exactly
 
@@ -113,7 +113,7 @@ class Program:
 
     def wait(self, timeout: float = 15) -> int:
         """Wait for its end, and read the rest of its log.  Returns the exit code."""
-        code = self.process.wait(timeout)
+        code = exit_code(self.process, timeout)
         self.log_is_read.set()
         self.reader.join()
         return code

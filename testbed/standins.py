@@ -19,7 +19,7 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 import pytest
 
-from conftest import HERE, HOST, Address, wait_until
+from conftest import HERE, HOST, Address, exit_code, wait_until
 
 TESTBED = HERE / "testbed"
 
@@ -178,7 +178,7 @@ class Edge(StandIn):
     def stop(self) -> None:
         """End it; a second call does nothing.  Fails if it wrote to stderr."""
         self.process.terminate()
-        self.process.wait(10)
+        exit_code(self.process, 10)
         self.process.stdin.close()
         assert self.errors.read_text() == ""
 
