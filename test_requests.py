@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import socket
 import threading
 from typing import Any, Callable, Iterator
@@ -15,9 +16,10 @@ from typing import Any, Callable, Iterator
 import pytest
 
 import sniroute_connection
+import sniroute_loop
 import sniroute_requests
 import sniroute_web
-from conftest import HOST, own_fds, wait_until
+from conftest import HOST, linux, own_fds, wait_until
 from sniroute_requests import AHEAD_MAX, INTERIM_MAX, REPLAYED_MAX, HttpConnection
 from testbed.running import Running
 from testbed.web import (UPGRADE, Cut, Talk, answering, call, check_refusal, chunks, reply, request, saying, shake,
@@ -412,8 +414,16 @@ def test_a_body_that_comes_in_the_turn_of_the_answer_before_it_is_no_request(rou
         assert client.answer().status == 200 and b"/evil" not in a.heard
 
 
-def test_a_body_whose_backend_has_gone_reaches_nobody_who_comes_in_the_same_turn(routed, origin):
-    """Who has the descriptor that its backend had."""
+@linux
+def test_a_body_whose_backend_has_gone_reaches_nobody_who_comes_in_the_same_turn(routed, origin, monkeypatch):
+    """Who has the descriptor that its backend had.  The kernel may tell of the three in any order: this one is bad."""
+    first: list[int] = []
+    right = sniroute_loop.EpollPoller.poll
+
+    def poll(self: sniroute_loop.EpollPoller, timeout: float) -> list[tuple[int, int]]:
+        return sorted(right(self, timeout), key=lambda event: first.index(event[0]) if event[0] in first else 9)
+
+    monkeypatch.setattr(sniroute_loop.EpollPoller, "poll", poll)
     told, gone = threading.Event(), threading.Event()
 
     def script(talk: Talk) -> None:
@@ -431,18 +441,22 @@ def test_a_body_whose_backend_has_gone_reaches_nobody_who_comes_in_the_same_turn
     running = routed({A: (a, {})})
     with client_of(running, get()) as client:
         client.answer()
-        a.script = lambda talk: talk.say(reply(talk.request().body))
+        a.script = answering(lambda asked: reply(asked.body))
         client.say(request("PUT", "/", host=A, body=b"x" * 1000)[:-500])
         a.wait_heard(b"x" * 500)
         with contextlib.ExitStack() as stack:
+            first += only(running).down.fd, running.router.listeners[0].fileno()
             with one_turn(running):
+                while (filler := os.dup(0)) < first[0]:  # the next one that is free will be that
+                    stack.callback(os.close, filler)
+                os.close(filler)
                 told.set()
                 assert gone.wait(10)
                 other = stack.enter_context(client_of(running))
                 client.say(b"x" * 500)
             assert client.answer().body == b"x" * 1000
             other.say(get())
-            assert other.head().status == 200
+            assert other.answer().first == "HTTP/1.1 200 OK"
 
 
 # -- answers with 1xx --------------------------------------------------------------------------
@@ -733,7 +747,12 @@ def test_nothing_is_left_to_the_collector_and_no_descriptor_is_left(routed, orig
     running.router.call(running.router.web.spares.close)
     wait_until(lambda: a.over == len(a.talks) and b.over == len(b.talks))
     gc.collect()
-    fds = len(own_fds())
+    pipes = running.router.pipes
+
+    def held() -> int:  # without pipes, of which some are kept
+        return len(own_fds()) - 2 * pipes.made
+
+    fds = held()
     gc.disable()
     try:
         for _ in range(3):
@@ -747,8 +766,8 @@ def test_nothing_is_left_to_the_collector_and_no_descriptor_is_left(routed, orig
     finally:
         gc.enable()
     wait_until(lambda: a.over == len(a.talks) and b.over == len(b.talks))
-    wait_until(lambda: len(own_fds()) == fds)
-    assert running.router.pipes.pending == 0 and not running.counter("internal")
+    wait_until(lambda: held() == fds, what="all descriptors closed")
+    assert pipes.pending == 0 and not running.counter("internal")
 
 
 FAULTS = "hop", "choose_upgrade", "pass_request", "open_body", "parse_response", "pass_response"

@@ -1026,15 +1026,16 @@ def test_an_answer_its_end_and_the_next_request_in_one_turn(web):
 
 def test_a_101_and_a_frame_that_did_not_wait_for_it_in_one_turn(web):
     script = Steps(shake() + frame(b"hello"))
+    first, second = (frame(each, masked=True) for each in (b"first", b"second"))
     served = web(script)
     client = served.connect(request("GET", "/", *UPGRADE))
     served.origin.wait_heard(b"Upgrade")
     with one_turn(served.running):
-        client.say(frame(b"first", masked=True))
+        client.say(first)
         script.step()
     assert client.answer().status == 101 and read_frame(client) == (TEXT, b"hello")
-    client.say(frame(b"second", masked=True))
-    wait_until(lambda: served.origin.heard.partition(b"\r\n\r\n")[2].count(b"\x81") == 2, what="both frames")
+    client.say(second)
+    wait_until(lambda: served.origin.heard.endswith(b"\r\n\r\n" + first + second), what="both frames")
 
 
 @pytest.mark.parametrize("ends", [[], [b""]], ids=["stays", "ends"])

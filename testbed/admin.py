@@ -40,6 +40,7 @@ from sniroute_admin import Admin, attach
 from sniroute_doctor import sample_hello
 from sniroute_launchers import cloudflared_launcher
 from sniroute_tunnels import TunnelTable
+from sniroute_web import Web
 from conftest import HOST, Address, connect, wait_until
 from testbed.standins import Cloudflared
 
@@ -100,10 +101,10 @@ class Running:
 
     def serve_web(self, *accesses: sniroute_log.Access) -> None:
         """From now on the router serves plain HTTP, as far as the admin can tell; these requests are over."""
-        self.router.web = self.router
         done = threading.Event()
 
         def act() -> None:
+            self.router.web = Web(self.router, self.router.settings)
             for access in accesses:
                 sniroute_log.log_access(self.router, access)
             done.set()
