@@ -51,8 +51,9 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
     sniroute_web      *    clients that ask in plain HTTP      with sniroute_requests, _bodies, _spares, _gateway, _answers,
                                                                _tls, _browsers,
                                                                _certificate, _http2, _hpack and _http
+    sniroute_kubernetes *  services of Kubernetes clusters     with sniroute_kubeconfig and _yaml
 
-A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The last two rows stand
+A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The last rows stand
 apart: they are options of several files, which import race, log, loop, host, names and refusals of the rooms above.
 
 The one idea: waiting borrows a thread, moving bytes does not.  All that is ready runs in one loop over epoll; only a
