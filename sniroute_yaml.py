@@ -305,7 +305,7 @@ class _Reader:
         return self.make(meaning(said), start, said)
 
     def check_first(self, ends: str = " \t\n") -> None:
-        """Refuse what no plain text begins with; `ends`: what may be behind a colon or a dash that stands alone."""
+        """Refuse what no plain text begins with; `ends`: what is behind a colon or a dash that stands alone."""
         first, second = self.text[self.at], self.text[self.at + 1:self.at + 2]
         if first in REFUSED:
             self.fault(REFUSED[first])
@@ -450,7 +450,7 @@ class _Reader:
         found = EMPTY.match(text, self.at)
         spaces = SPACES.match(text, found.end())
         indent = spaces.end() - spaces.start()
-        if spaces.end() < len(text) and text[spaces.end()] == "\t" and indent <= parent:
+        if text.startswith("\t", spaces.end()):
             self.fault("a tab as indentation: use spaces", spaces.end())
         if indent <= parent or spaces.end() == len(text):
             return parent + 1  # it has no text
@@ -539,6 +539,8 @@ class _Reader:
         if self.text[self.at] in "'\"":
             return self.quoted(-1)
         self.check_first(" \t\n,[]{}")
+        if self.text[self.at] == ":":
+            self.fault("a text in brackets that begins with a colon: put it in quotes")
         text, said = self.text, ""
         while True:
             found = FLOW_END.search(text, self.at)
@@ -593,8 +595,11 @@ class _Reader:
             if "\n" in self.text[at:self.at]:
                 self.fault("a key of several lines", at)
             self.check_key(key, at, lines)
+            end = self.at
             if self.flow_next(start) != ":":
                 self.fault("a key without a colon in braces", at)
+            if "\n" in self.text[end:self.at] and self.text[at] not in "'\"":  # JSON may
+                self.fault("a key whose colon is in another line", at)
             self.at += 1
             last = self.flow_next(start)
             entries[key] = self.make(None, at, "") if last in ",}" else self.flow()

@@ -12,7 +12,8 @@ import pytest
 
 import sniroute_kubeconfig
 from sniroute_kubeconfig import (ACCOUNT, CREDENTIAL_MAX, PATHS_MAX, TOKEN_MAX, Context, KubeconfigError, Secret,
-                                 choose_context, find_context, in_cluster, kubeconfig_paths, load_kubeconfig, plugin_info,
+                                 choose_context, find_context, in_cluster, kubeconfig_paths, load_kubeconfig,
+                                 plugin_info,
                                  read_credential, read_token)
 from testbed.clients import kubectl_view
 
@@ -37,7 +38,8 @@ def reader(files: dict[str, Any]) -> Callable[[str], bytes]:
     return read
 
 
-def one(cluster: str = "server: https://192.0.2.1:6443", user: str = "token: t", context: str = "cluster: c, user: u") -> str:
+def one(cluster: str = "server: https://192.0.2.1:6443", user: str = "token: t",
+        context: str = "cluster: c, user: u") -> str:
     """A file with a context `x`; the fields of a cluster and of a user are lines, or one line."""
     def lines(text: str) -> str:
         return "".join(f"    {line}\n" for line in text.split("\n"))
@@ -93,9 +95,11 @@ def test_the_first_file_that_has_a_name_wins_with_all_of_its_entry():
     read = reader({"/1": first, "/2": second, "/3": third})
     config = load_kubeconfig(["/1", "/none", "/2", "/3"], read)
     assert (config.current, config.found, config.files) == ("b", ("/1", "/2", "/3"), ("/1", "/none", "/2", "/3"))
-    assert sorted(config.users) == ["u", "v"] and sorted(config.contexts) == ["a", "b"] and sorted(config.clusters) == ["c"]
+    assert sorted(config.users) == ["u", "v"] and sorted(config.contexts) == ["a",
+                                                                              "b"] and sorted(config.clusters) == ["c"]
     b, a = find_context(config, "", read), find_context(config, "a", read)
-    assert (b.name, b.cluster.server, b.user.authorization, b.user.headers) == ("b", "https://c", Secret(b"Bearer first"), ())
+    assert (b.name, b.cluster.server, b.user.authorization, b.user.headers) == ("b", "https://c",
+                                                                                Secret(b"Bearer first"), ())
     assert (a.name, a.namespace, a.user.name, a.user.authorization) == ("a", "default", "", None)
     assert a.files == ("/1", "/none", "/2", "/3")
 
@@ -116,7 +120,8 @@ def test_paths_are_relative_to_the_file_that_has_them():
 
 def test_json_is_read_too():
     config = {"kind": "Config", "apiVersion": "v1", "current-context": "x",
-              "clusters": [{"name": "c", "cluster": {"server": "https://c", "certificate-authority-data": b64(CERTIFICATE)}}],
+              "clusters": [{"name": "c",
+                            "cluster": {"server": "https://c", "certificate-authority-data": b64(CERTIFICATE)}}],
               "users": [{"name": "u", "user": {"token": SECRET}}],
               "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u", "namespace": "n"}}]}
     for text in (json.dumps(config), json.dumps(config, indent="\t"), "\ufeff" + json.dumps(config, indent=2)):
@@ -142,7 +147,8 @@ def test_no_such_context():
     both = one() + "- name: arn:aws:eks:eu-west-1:123:cluster/main\n  context: {}\n"
     assert str(fault(both, "arn:aws:eks:eu-west-1:123:cluster/mian")) == (
         f"no context 'arn:aws:eks:eu-west-1:123:cluster/mian' in {HOME}; did you mean 'arn:aws:eks:eu-west-1:123:cluster/main'?")
-    assert str(fault(both, "zzz")) == f"no context 'zzz' in {HOME}; there are 'arn:aws:eks:eu-west-1:123:cluster/main', 'x'"
+    assert str(fault(both,
+                     "zzz")) == f"no context 'zzz' in {HOME}; there are 'arn:aws:eks:eu-west-1:123:cluster/main', 'x'"
     many = one() + "".join(f"- name: c{number:02}\n" for number in range(20))
     assert str(fault(many, "zzz")).endswith("'c06', 'c07' and 13 more")
     assert str(fault(one().replace("current-context: x", "current-context: y"))) == (
@@ -150,7 +156,8 @@ def test_no_such_context():
     assert str(fault(one().replace("current-context: x\n", ""))) == (
         f"no context is named, and {HOME} has no current-context; there are 'x'")
     assert str(fault("", "x")) == f"no context 'x' in {HOME}; it has no contexts"
-    assert {fault(text, name).kind for text, name in ((both, "zzz"), ("", ""), (one(context="cluster: d"), ""))} == {"context"}
+    assert {fault(text, name).kind for text,
+            name in ((both, "zzz"), ("", ""), (one(context="cluster: d"), ""))} == {"context"}
 
 
 def test_a_name_from_a_stranger_stays_one_line_of_ascii():
@@ -177,6 +184,14 @@ def test_without_a_file():
     assert str(caught.value) == "no kubeconfig is there (--kubeconfig, KUBECONFIG and HOME are empty), so no context 'x'"
 
 
+def test_secrets_and_entries_are_never_shown():
+    secret = Secret(SECRET.encode())
+    assert f"{secret} {secret!r} {[secret]}" == "<secret> <secret> [<secret>]"
+    assert secret == Secret(SECRET.encode()) != Secret(b"") and len({secret, Secret(SECRET.encode())}) == 1
+    config = load_kubeconfig([HOME], reader({HOME: one(user=f"token: {SECRET}")}))
+    assert repr(config.users) == f"{{'u': <user 'u' of {HOME}>}}" and SECRET not in repr(config)
+
+
 # -- clusters ----------------------------------------------------------------------------------
 
 
@@ -186,7 +201,8 @@ def test_without_a_file():
     ("HTTPS://192.0.2.1:6443", "192.0.2.1", 6443, "192.0.2.1:6443", ""),
     ("'https://[2001:DB8::1]:6443'", "2001:db8::1", 6443, "[2001:DB8::1]:6443", ""),
     ("https://[::1]", "::1", 443, "[::1]", ""),
-    ("https://rancher.example.com/k8s/clusters/c-m-x/", "rancher.example.com", 443, "rancher.example.com", "/k8s/clusters/c-m-x"),
+    ("https://rancher.example.com/k8s/clusters/c-m-x/", "rancher.example.com", 443, "rancher.example.com",
+     "/k8s/clusters/c-m-x"),
     ("http://127.0.0.1:8001", "127.0.0.1", 8001, "127.0.0.1:8001", ""), ("http://a", "a", 80, "a", ""),
 ])
 def test_servers(server, host, port, authority, prefix):
@@ -207,7 +223,8 @@ def test_what_a_cluster_may_say_of_its_tls():
 
 
 @pytest.mark.parametrize("url, scheme, host, port, login", [
-    ("http://p", "http", "p", 80, None), ("https://p/", "https", "p", 443, None), ("socks5://192.0.2.1:9", "socks5", "192.0.2.1", 9, None),
+    ("http://p", "http", "p", 80, None), ("https://p/", "https", "p", 443, None),
+    ("socks5://192.0.2.1:9", "socks5", "192.0.2.1", 9, None),
     ("HTTP://[::1]:3128", "http", "::1", 3128, None), (f"http://u%40x:{SECRET}@p:1", "http", "p", 1, f"u@x:{SECRET}"),
 ])
 def test_proxies(url, scheme, host, port, login):
@@ -226,7 +243,8 @@ def test_proxies(url, scheme, host, port, login):
     ("server: https://c:65536", "server has a port above 65535"), ("server: 'https://[1.2]'", "no IPv6 address"),
     ('server: "https://c\\n"', "server has a control character"),
     ("server: [https]", "server is a list where a text is expected"),
-    ("server: https://c\ninsecure-skip-tls-verify: 'true'", "insecure-skip-tls-verify has to be true or false, without quotes"),
+    ("server: https://c\ninsecure-skip-tls-verify: 'true'",
+     "insecure-skip-tls-verify has to be true or false, without quotes"),
     (f"server: https://c\ninsecure-skip-tls-verify: yes\ncertificate-authority-data: {b64(CERTIFICATE)}",
      "insecure-skip-tls-verify stands beside a certificate-authority"),
     ("server: https://c\ncertificate-authority-data: '***'", "certificate-authority-data is no base64"),
@@ -247,7 +265,8 @@ def test_a_cluster_that_cannot_be(cluster, says):
 
 
 @pytest.mark.parametrize("user, value", [
-    (f"token: {SECRET}", f"Bearer {SECRET}"), ("token: 12e4", "Bearer 12e4"), ("token: yes", "Bearer yes"), ("token: |\n  abc", "Bearer abc"),
+    (f"token: {SECRET}", f"Bearer {SECRET}"), ("token: 12e4", "Bearer 12e4"), ("token: yes", "Bearer yes"),
+    ("token: |\n  abc", "Bearer abc"),
     (f"username: u\npassword: '{SECRET}'", "Basic " + b64(f"u:{SECRET}".encode())),
     ("username: 123\npassword: no", "Basic " + b64(b"123:no")), ("username: é", "Basic " + b64("é:".encode())),
 ])
@@ -290,15 +309,19 @@ def test_for_whom_we_act():
     ("auth-provider: {name: gcp}", "user 'u': auth-provider is gone from Kubernetes since 1.26"),
     (f"client-certificate-data: {b64(CERTIFICATE)}", "user 'u' has a client-certificate without a client-key"),
     (f"client-key-data: {b64(KEY)}", "user 'u' has a client-key without a client-certificate"),
-    (f"client-certificate-data: {b64(CERTIFICATE)}\nclient-key-data: {b64(CERTIFICATE)}", "client-key-data holds no private key"),
+    (f"client-certificate-data: {b64(CERTIFICATE)}\nclient-key-data: {b64(CERTIFICATE)}",
+     "client-key-data holds no private key"),
     ("client-certificate: cert\nclient-key: locked", "has a client key with a passphrase"),
-    ("client-certificate: cert\nclient-key: forbidden", "client-key /home/u/.kube/forbidden cannot be read: Permission denied"),
+    ("client-certificate: cert\nclient-key: forbidden",
+     "client-key /home/u/.kube/forbidden cannot be read: Permission denied"),
     ("as-groups: [a]", "acts for a uid, groups or extras without a user: say `as`, too"),
-    ('as: "a\\r\\nX: y"', "as has a control character"), ('as: a\nas-user-extra: {k: ["a\\n"]}', "as-user-extra has a control"),
+    ('as: "a\\r\\nX: y"', "as has a control character"),
+    ('as: a\nas-user-extra: {k: ["a\\n"]}', "as-user-extra has a control"),
     ("as: a\nas-user-extra: {k: v}", "as-user-extra: k is a text where a list is expected"),
     ("as: a\nas-groups: [{}]", "as-groups has something else than texts"),
     (f"exec: {SECRET}", "user 'u': exec is a text where a map is expected"),
-    ("exec: {command: a}", "exec: apiVersion is ''; there are client.authentication.k8s.io/v1 and client.authentication.k8s.io/v1beta1"),
+    ("exec: {command: a}",
+     "exec: apiVersion is ''; there are client.authentication.k8s.io/v1 and client.authentication.k8s.io/v1beta1"),
     (EXEC.replace("/v1", "/v1alpha1") + "}", "apiVersion is 'client.authentication.k8s.io/v1alpha1'; there are"),
     (EXEC.replace("aws", "''") + "}", "exec: command has no command"),
     (EXEC.replace("interactiveMode: Never, ", "") + "}", "interactiveMode is missing: v1 wants"),
@@ -315,7 +338,8 @@ def test_for_whom_we_act():
 ])
 def test_a_user_that_cannot_be(user, says):
     locked = b"-----BEGIN ENCRYPTED PRIVATE KEY-----\nYQ==\n"
-    said = str(fault(one(user=user), cert=CERTIFICATE, locked=locked, forbidden=PermissionError(13, "Permission denied")))
+    said = str(fault(one(user=user), cert=CERTIFICATE, locked=locked,
+                     forbidden=PermissionError(13, "Permission denied")))
     assert says in said and HOME in said
 
 
@@ -333,7 +357,8 @@ def test_nothing_that_proves_who_we_are_goes_to_a_server_without_tls():
 
 
 def test_entries_that_no_context_leads_to_do_no_harm():
-    text = one().replace("users:\n", f"users:\n- name: broken\n  user: {{exec: {SECRET}}}\n- name: v\n- name: w\n  user:\n")
+    text = one().replace("users:\n",
+                         f"users:\n- name: broken\n  user: {{exec: {SECRET}}}\n- name: v\n- name: w\n  user:\n")
     assert resolve(text).user.authorization == Secret(b"Bearer t")
 
 
@@ -345,15 +370,18 @@ def test_entries_that_no_context_leads_to_do_no_harm():
     ("a: b\n\tc: d\n", f"{HOME}, line 2: a tab as indentation"),
     ("- a\n", f"{HOME}, line 1: all of it is a list where a map is expected"),
     (SECRET, f"{HOME}, line 1: all of it is a text where a map is expected"),
-    ("kind: Secret\n", "kind is 'Secret'; a kubeconfig has Config"), ("apiVersion: v2\n", "apiVersion is 'v2'; a kubeconfig has v1"),
-    ("users: {}\n", "users is a map where a list is expected"), (f"users:\n- {SECRET}\n", "line 2: users is a text where a map"),
+    ("kind: Secret\n", "kind is 'Secret'; a kubeconfig has Config"),
+    ("apiVersion: v2\n", "apiVersion is 'v2'; a kubeconfig has v1"),
+    ("users: {}\n", "users is a map where a list is expected"),
+    (f"users:\n- {SECRET}\n", "line 2: users is a text where a map"),
     ("users:\n- user: {}\n", "users has an entry without a name"), ("users:\n-\n", "users has an entry without a name"),
     ("clusters:\n- name: a\n  cluster: {}\n- name: a\n", "line 4: clusters has 'a' twice, first in line 3"),
     (f"users:\n- name: a\n  user: {SECRET}\n", "line 3: user 'a' is a text where a map is expected"),
     ("current-context: [a]\n", "current-context is a list where a text is expected"),
     (b"a: \xff\n", f"{HOME}, line 1: a byte that is not UTF-8"),
     (PermissionError(13, "Permission denied"), f"{HOME} cannot be read: Permission denied"),
-    (IsADirectoryError(21, "Is a directory"), f"{HOME} cannot be read: Is a directory"), (OSError("x"), "cannot be read: OSError"),
+    (IsADirectoryError(21, "Is a directory"), f"{HOME} cannot be read: Is a directory"),
+    (OSError("x"), "cannot be read: OSError"),
 ])
 def test_a_file_that_cannot_be(text, says):
     error = fault(text)
@@ -368,13 +396,15 @@ def test_mistakes_end_in_a_sentence_without_a_secret():
     assert resolve(whole, cert=CERTIFICATE, key=KEY)
     read = {"/home/u/.kube/cert": CERTIFICATE, "/home/u/.kube/key": KEY}
     dice = random.Random(22)
-    bits = ("\n", " ", "  ", ":", ": ", "- ", " #", "'", '"', "\\", "{", "}", "[", "]", ",", "|", ">", "\t", "&", "*", "!", "~", "@", "é")
+    bits = ("\n", " ", "  ", ":", ": ", "- ", " #", "'", '"', "\\", "{", "}", "[", "]", ",", "|", ">", "\t", "&", "*",
+            "!", "~", "@", "é")
     taken = 0
     for _ in range(3000):
         text = whole
         for _ in range(dice.choice((1, 1, 2, 3))):
             at = dice.randrange(len(text))
-            text = text[:at] + (dice.choice(bits) + text[at:] if dice.random() < 0.7 else text[at + dice.randrange(1, 4):])
+            text = text[:at] + (dice.choice(bits) + text[at:] if dice.random() < 0.7 else text[at + dice.randrange(1,
+                                                                                                                   4):])
         try:
             context = choose_context("", [HOME], {}, reader({HOME: text, **read}))
         except KubeconfigError as error:
@@ -395,8 +425,10 @@ def test_a_token_in_a_file_is_read_when_it_is_wanted():
     assert read_token("/t", reader(files)) == Secret(f"Bearer {SECRET}".encode())
     files["/t"] = "another"
     assert read_token("/t", reader(files)) == Secret(b"Bearer another")
-    for data, says in ((b"", "is empty"), (b"\n", "is empty"), (f"{SECRET} {SECRET}", "has a character"), (b"a" * 70000, "is longer"),
-                       (FileNotFoundError(2, "No such file or directory"), "cannot be read: No such file or directory")):
+    for data, says in ((b"", "is empty"), (b"\n", "is empty"), (f"{SECRET} {SECRET}", "has a character"),
+                       (b"a" * 70000, "is longer"),
+                       (FileNotFoundError(2, "No such file or directory"),
+                        "cannot be read: No such file or directory")):
         with pytest.raises(KubeconfigError, match=f"^tokenFile /t {says}") as caught:
             read_token("/t", reader({"/t": data}))
         assert SECRET[:6] not in str(caught.value)
@@ -419,12 +451,15 @@ def test_the_account_of_a_pod():
 
 
 def test_where_there_is_no_account():
-    assert in_cluster({}, reader(OWN)) is None and in_cluster({**POD, "KUBERNETES_SERVICE_PORT": ""}, reader(OWN)) is None
+    assert in_cluster({}, reader(OWN)) is None and in_cluster({**POD, "KUBERNETES_SERVICE_PORT": ""},
+                                                              reader(OWN)) is None
     assert in_cluster(POD, reader({ACCOUNT + "ca.crt": CERTIFICATE})) is None, "automountServiceAccountToken: false"
     for files, environ, says in (
             ({**OWN, ACCOUNT + "ca.crt": "x"}, POD, "ca.crt holds no certificate in PEM"),
-            ({**OWN, ACCOUNT + "ca.crt": PermissionError(13, "Permission denied")}, POD, "ca.crt cannot be read: Permission denied"),
-            (OWN, {**POD, "KUBERNETES_SERVICE_PORT": "tcp://x"}, "KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT")):
+            ({**OWN, ACCOUNT + "ca.crt": PermissionError(13, "Permission denied")}, POD,
+             "ca.crt cannot be read: Permission denied"),
+            (OWN, {**POD, "KUBERNETES_SERVICE_PORT": "tcp://x"},
+             "KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT")):
         with pytest.raises(KubeconfigError, match=says):
             in_cluster(environ, reader(files))
     unreadable = in_cluster(POD, reader({**OWN, ACCOUNT + "token": PermissionError(13, "Permission denied")}))
@@ -464,7 +499,8 @@ def test_what_a_plugin_is_told():
                "- name: client.authentication.k8s.io/exec\n  extension: {audience: x, n: 7}")
     context = resolve(one(cluster, EXEC + ", provideClusterInfo: true}"))
     assert json.loads(plugin_info(context.user.plugin, context.cluster)) == {
-        "kind": "ExecCredential", "apiVersion": "client.authentication.k8s.io/v1", "spec": {"interactive": False, "cluster": {
+        "kind": "ExecCredential", "apiVersion": "client.authentication.k8s.io/v1",
+        "spec": {"interactive": False, "cluster": {
             "server": "https://[::1]:6443", "tls-server-name": "k", "certificate-authority-data": b64(CERTIFICATE),
             "proxy-url": f"http://u:{SECRET}@p", "disable-compression": True, "config": {"audience": "x", "n": 7}}}}
     plain = resolve(one("server: https://c\ninsecure-skip-tls-verify: true", EXEC + ", provideClusterInfo: true}"))
@@ -491,13 +527,15 @@ def test_when_a_credential_expires(when, seconds):
 def test_a_certificate_of_a_plugin():
     status = {"clientCertificateData": CERTIFICATE.decode(), "clientKeyData": KEY.decode()}
     assert read_credential(plugin(), b"\xef\xbb\xbf" + credential(status)) == (None, CERTIFICATE, Secret(KEY), None)
-    both = read_credential(plugin(version="v1beta1"), credential({**status, "token": "t"}, "client.authentication.k8s.io/v1beta1"))
+    both = read_credential(plugin(version="v1beta1"),
+                           credential({**status, "token": "t"}, "client.authentication.k8s.io/v1beta1"))
     assert both == (Secret(b"Bearer t"), CERTIFICATE, Secret(KEY), None)
 
 
 @pytest.mark.parametrize("printed, says", [
     (b"", "printed nothing"), (b" \n", "printed nothing"), (b"Please log in", "printed no ExecCredential in JSON"),
-    (b"\xff", "printed no ExecCredential"), (b"[" * 100000, "printed no ExecCredential"), (b"[]", "printed no ExecCredential"),
+    (b"\xff", "printed no ExecCredential"), (b"[" * 100000, "printed no ExecCredential"),
+    (b"[]", "printed no ExecCredential"),
     (b" " * CREDENTIAL_MAX + b"{}", "printed more than 1 MiB"), (SECRET.encode(), "printed no ExecCredential in JSON"),
     (credential({"token": SECRET}, kind="Token"), "printed no ExecCredential"),
     (credential({"token": SECRET}, "client.authentication.k8s.io/v1beta1"),
@@ -510,9 +548,11 @@ def test_a_certificate_of_a_plugin():
     (credential({"clientKeyData": SECRET}), "printed a certificate or a key, not both"),
     (credential({"clientCertificateData": CERTIFICATE.decode()}), "printed a certificate or a key, not both"),
     (credential({"clientCertificateData": b64(CERTIFICATE), "clientKeyData": b64(KEY)}), "not in PEM"),
-    (credential({"clientCertificateData": CERTIFICATE.decode(), "clientKeyData": "-----BEGIN ENCRYPTED PRIVATE KEY-----"}), "passphrase"),
+    (credential({"clientCertificateData": CERTIFICATE.decode(),
+                 "clientKeyData": "-----BEGIN ENCRYPTED PRIVATE KEY-----"}), "passphrase"),
     *((credential({"token": SECRET, "expirationTimestamp": when}), "expirationTimestamp") for when in (
-        "tomorrow", "2026-11-29", "2026-11-29T12:00:00", "2026-13-29T12:00:00Z", "2026-11-29T25:00:00Z", "2026-11-29T12:00:00+25:00",
+        "tomorrow", "2026-11-29", "2026-11-29T12:00:00", "2026-13-29T12:00:00Z", "2026-11-29T25:00:00Z",
+        "2026-11-29T12:00:00+25:00",
         "2026-11-29 12:00:00Z", "0000-01-01T00:00:00Z", 1764417600)),
 ])
 def test_an_answer_that_is_none(printed, says):
@@ -532,13 +572,16 @@ def test_kubectl_merges_the_same(tmp_path):
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "ca.pem").write_bytes(CERTIFICATE * 2)
     first, second = tmp_path / "config", tmp_path / "more" / "config"
-    first.write_text(one("server: https://first\ncertificate-authority: ca.pem", "client-certificate: cert.pem\nclient-key: key.pem")
+    first.write_text(one("server: https://first\ncertificate-authority: ca.pem",
+                         "client-certificate: cert.pem\nclient-key: key.pem")
                      .replace("current-context: x\n", ""))
-    second.write_text(one("server: https://second", "token: second", "cluster: d, user: v, namespace: prod").replace("name: c\n", "name: d\n")
+    second.write_text(one("server: https://second", "token: second",
+                          "cluster: d, user: v, namespace: prod").replace("name: c\n", "name: d\n")
                       .replace("current-context: x", "current-context: arn:aws:eks:eu-west-1:123:cluster/x")
                       .replace("clusters:\n", "clusters:\n- name: c\n  cluster: {server: 'https://other'}\n")
                       .replace("users:\n", "users:\n- name: v\n  user: {username: é, password: 'a: b'}\n")
-                      .replace("    server: https://second\n", "    server: https://second\n    certificate-authority: ./ca.pem\n")
+                      .replace("    server: https://second\n",
+                               "    server: https://second\n    certificate-authority: ./ca.pem\n")
                       + "- name: arn:aws:eks:eu-west-1:123:cluster/x\n  context: {cluster: d, user: v, namespace: prod}\n")
     paths = [str(first), str(second)]
 

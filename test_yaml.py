@@ -34,9 +34,11 @@ READ: dict[str, tuple[str, Any]] = {
     "a list further in": ("a:\n    - x\n    - w\nb: z\n", {"a": ["x", "w"], "b": "z"}),
     "maps in a list": ("- a: 1\n  b: 2\n- c: 3\n-\n  d: 4\n", [{"a": 1, "b": 2}, {"c": 3}, {"d": 4}]),
     "lists in a list": ("- - a\n  - b\n- - - c\n", [["a", "b"], [["c"]]]),
-    "nothing as a value": ("a:\nb: ~\nc: null\nd:\n-\n- x\n-\n", {"a": None, "b": None, "c": None, "d": [None, "x", None]}),
+    "nothing as a value": ("a:\nb: ~\nc: null\nd:\n-\n- x\n-\n",
+                           {"a": None, "b": None, "c": None, "d": [None, "x", None]}),
     "comments": ("# one\na: b # two\n  # three\n\n# four\nc: d#e\nf: '#'\n# five\n", {"a": "b", "c": "d#e", "f": "#"}),
-    "a comment behind a key and behind a dash": ("a: # one\n  b: c\nd: # two\n- # three\n  e\n", {"a": {"b": "c"}, "d": ["e"]}),
+    "a comment behind a key and behind a dash": ("a: # one\n  b: c\nd: # two\n- # three\n  e\n",
+                                                 {"a": {"b": "c"}, "d": ["e"]}),
     "colons in names": ("arn:aws:eks:eu-west-1:123:cluster/x: a\nb: ns/host:6443/user\nc: ::1\n",
                         {"arn:aws:eks:eu-west-1:123:cluster/x": "a", "b": "ns/host:6443/user", "c": "::1"}),
     "dashes, and others, in texts": ("a: -b\nc: --d=e\nf: ?g\nh: a-b - c\ni: x@y\n",
@@ -46,7 +48,8 @@ READ: dict[str, tuple[str, Any]] = {
     "quotes within a text": ("a: b'c\nd: e\"f\"\n", {"a": "b'c", "d": 'e"f"'}),
     "escapes": (r'a: "\0\a\b\t\n\v\f\r\e\"\\\N\_\L\P\x41\u00e9\U0001F600"' + "\n",
                 {"a": '\0\a\b\t\n\v\f\r\x1b"\\\x85\xa0\u2028\u2029Aé😀'}),
-    "a plain text of several lines": ("a: Install\n  this  \n\n\n  and that\nb: c\n", {"a": "Install this\n\nand that", "b": "c"}),
+    "a plain text of several lines": ("a: Install\n  this  \n\n\n  and that\nb: c\n",
+                                      {"a": "Install this\n\nand that", "b": "c"}),
     "a plain text in the line behind its key": ("a:\n  b c\n  d\ne:\n- f\n  g\n", {"a": "b c d", "e": ["f g"]}),
     "quoted texts of several lines": ("a: 'b\n  c\n\n  d  \n  '\ne: \"f \\\n   g\\\n   \\  h\n\n   i\"\n",
                                       {"a": "b c\nd ", "e": "f g  h\ni"}),
@@ -61,21 +64,24 @@ READ: dict[str, tuple[str, Any]] = {
     "a literal with a tab in its text": ("a: |\n  b\tc\n  \td\n", {"a": "b\tc\n\td\n"}),
     "literals in a list": ("- |\n x\n- >-\n  y\n  z\n", ["x\n", "y z"]),
     "a folded text": ("a: >\n  b\n  c\n\n  d\n\n\n  e\n", {"a": "b c\nd\n\ne\n"}),
-    "a folded text with lines further in": ("a: >-\n  b\n    c\n    d\n\n    e\n  f\n  g\n", {"a": "b\n  c\n  d\n\n  e\nf g"}),
+    "a folded text with lines further in": ("a: >-\n  b\n    c\n    d\n\n    e\n  f\n  g\n",
+                                            {"a": "b\n  c\n  d\n\n  e\nf g"}),
     "a folded text that begins further in": ("a: >2\n\n    b\n  c\n", {"a": "\n  b\nc\n"}),
     "flow style": ("a: {b: c, 'd': [e, f,], \"g\": {}, h: []}\ni: []\n",
                    {"a": {"b": "c", "d": ["e", "f"], "g": {}, "h": []}, "i": []}),
     "flow style over several lines": ("a: [b, # c\n    d\n    e,\n  'f\n   g']\nh: {i: j\n    k,\n  l: }\n",
                                       {"a": ["b", "d e", "f g"], "h": {"i": "j k", "l": None}}),
     "flow style whose end is not indented": ("a: {\n    b: c\n    }\n", {"a": {"b": "c"}}),
-    "colons in flow style": ("a: {b: http://c, d: 'e:f'}\nh: [a:b, c]\n", {"a": {"b": "http://c", "d": "e:f"}, "h": ["a:b", "c"]}),
+    "colons in flow style": ("a: {b: http://c, d: 'e:f'}\nh: [a:b, c]\n",
+                             {"a": {"b": "http://c", "d": "e:f"}, "h": ["a:b", "c"]}),
     "truth, as in YAML 1.1": ("a: [true, True, TRUE, yes, Yes, on, y]\nb: [false, False, no, NO, off, n, N]\n",
                               {"a": [True] * 7, "b": [False] * 7}),
     "no truth": ("a: [tRue, yEs, 'true', \"no\", t]\n", {"a": ["tRue", "yEs", "true", "no", "t"]}),
     "nulls": ("a: [~, null, Null, NULL, nULL, 'null']\n", {"a": [None, None, None, None, "nULL", "null"]}),
     "numbers": ("a: [0, -1, +5, 1_000, 0x1F, 0o17, 0b11, 0777, 08, 18446744073709551615]\n",
                 {"a": [0, -1, 5, 1000, 31, 15, 3, 511, 8, 18446744073709551615]}),
-    "fractions": ("a: [1.50, 1e3, -.5, .5, 0., 1.e2, 99999999999999999999]\n", {"a": [1.5, 1000.0, -0.5, 0.5, 0, 100, 1e20]}),
+    "fractions": ("a: [1.50, 1e3, -.5, .5, 0., 1.e2, 99999999999999999999]\n",
+                  {"a": [1.5, 1000.0, -0.5, 0.5, 0, 100, 1e20]}),
     "no numbers": ("a: [1e, _1, '1', 1:20, 2001-12-14, 1.2.3, -, .]\n".replace("-, .", "-a, ."),
                    {"a": ["1e", "_1", "1", "1:20", "2001-12-14", "1.2.3", "-a", "."]}),
     "letters of the world": ("ключ: значение\nb: 日本 😀\n", {"ключ": "значение", "b": "日本 😀"}),
@@ -98,6 +104,7 @@ ALSO: dict[str, tuple[str | bytes, Any]] = {
     "no line end, and all of them kept": ("a: |+\n  b\n\n ", {"a": "b\n\n"}),
     "a scalar alone": ("a b\nc\n", "a b c"),
     "a literal alone": ("|\na\n b\n", "a\n b\n"),
+    "a literal alone, and its end": ("|\na\n...\n", "a\n"),
     "what JSON has no number for": ("[.inf, -.INF, .nan, 1e999]", [".inf", "-.INF", ".nan", "1e999"]),
     "a number of many digits": ("9" * 1000, "9" * 1000),
     "a key that means something else": ("yes: a\n1: b\n~: c\n", {"yes": "a", "1": "b", "~": "c"}),
@@ -190,6 +197,9 @@ REFUSED: dict[str, tuple[str | bytes, int, str]] = {
     "a pair in a list": ("[a: b]", 1, "a key in square brackets"),
     "a key without a colon": ("{a, b: c}", 1, "a key without a colon"),
     "a key without a blank": ("{a:b}", 1, "a key without a colon"),
+    "a key without its colon in braces": ("{a\n: b}", 1, "a key whose colon is in another line"),
+    "a colon at the begin of a text in brackets": ("[:a]", 1, "a text in brackets that begins with a colon"),
+    "a tab at the begin of a literal": ("a: |\n  \tb\n", 2, "a tab"),
     "text behind a bracket": ("a: [b] c\n", 1, "text behind a closing bracket"),
     "a literal with an indentation of 0": ("a: |0\n  b\n", 1, "a block scalar begins with"),
     "a literal with text in its line": ("a: | b\n  c\n", 1, "text behind |"),
@@ -225,9 +235,11 @@ def test_what_is_just_not_too_much():
 
 
 @pytest.mark.parametrize("text", [
-    "' " + " " * 10 ** 6 + "'", '"a' + " " * 10 ** 6 + 'b"', "'" + "''" * 10 ** 6, '"' + "\\\\" * 10 ** 6, "a" + " #" * 10 ** 6,
+    "' " + " " * 10 ** 6 + "'", '"a' + " " * 10 ** 6 + 'b"', "'" + "''" * 10 ** 6, '"' + "\\\\" * 10 ** 6,
+    "a" + " #" * 10 ** 6,
     "a: 'b" + " \n" * 10 ** 6, "|\n" + " \n" * 10 ** 6, "a" + "\n\n" * 10 ** 6, "[" + " \n" * 10 ** 6, "a:" * 10 ** 6,
-    "[" + ":" * 10 ** 6, "'" * (10 ** 6 + 1), " " * 10 ** 6 + "\t" * 10 ** 6 + "a", "#" * 10 ** 6 + "\n" + "# \n" * 10 ** 6,
+    "[" + ":" * 10 ** 6, "'" * (10 ** 6 + 1), " " * 10 ** 6 + "\t" * 10 ** 6 + "a",
+    "#" * 10 ** 6 + "\n" + "# \n" * 10 ** 6,
     "a: >\n" + "  b\n\n" * 10 ** 5, "a" + "\n b" * 10 ** 5, "[" + "a\n" * 10 ** 5,
 ], ids=range(17))
 def test_what_is_long_costs_no_more_than_its_length(text):
@@ -240,7 +252,8 @@ def test_what_is_long_costs_no_more_than_its_length(text):
 
 def test_values_that_look_like_something_else_are_kept_as_they_were_written():
     node = parse_yaml(b"name: 1234\ntoken: 12e4\nuser: no\nkeep: 0777\nnone: ~\nempty:\nquoted: '7'\n")
-    assert texts(node) == {"name": "1234", "token": "12e4", "user": "no", "keep": "0777", "none": "~", "empty": "", "quoted": "7"}
+    assert texts(node) == {"name": "1234", "token": "12e4", "user": "no", "keep": "0777", "none": "~", "empty": "",
+                           "quoted": "7"}
 
 
 def test_lines_are_known():
@@ -315,8 +328,10 @@ users:
    h
  i
 """
-BITS = ("\n", " ", "  ", ":", ": ", "- ", "#", " #", "'", '"', "\\", "{", "}", "[", "]", ",", "|", ">", "\t", "---\n", "...\n",
-        "&a", "*a", "!t", "? ", "~", "\n\n", "-", "+", "2", "%", "@", "a", "\u2028", "\\u0041", "<<: x", "\r", "\0", "é")
+BITS = ("\n", " ", "  ", ":", ": ", "- ", "#", " #", "'", '"', "\\", "{", "}", "[", "]", ",", "|", ">", "\t", "---\n",
+        "...\n",
+        "&a", "*a", "!t", "? ", "~", "\n\n", "-", "+", "2", "%", "@", "a", "\u2028", "\\u0041", "<<: x", "\r", "\0",
+        "é")
 
 
 def mutated(dice: random.Random) -> str:
@@ -353,7 +368,8 @@ def test_any_bytes_are_read_or_refused():
     for _ in range(3000):
         source = bytearray(WHOLE.encode())
         for _ in range(dice.randrange(1, 20)):
-            source[dice.randrange(len(source))] = dice.choice((dice.randrange(256), dice.choice(b"\n :-'\"{}[],|>#\\\t")))
+            source[dice.randrange(len(source))] = dice.choice((dice.randrange(256),
+                                                               dice.choice(b"\n :-'\"{}[],|>#\\\t")))
         try:
             parse_yaml(bytes(source[dice.randrange(400):]))
         except YamlError:
