@@ -450,11 +450,12 @@ class _Reader:
         found = EMPTY.match(text, self.at)
         spaces = SPACES.match(text, found.end())
         indent = spaces.end() - spaces.start()
+        longest = max(map(len, found[0].split("\n")))
         if text.startswith("\t", spaces.end()):
             self.fault("a tab as indentation: use spaces", spaces.end())
-        if indent <= parent or spaces.end() == len(text):
-            return parent + 1  # it has no text
-        if any(len(line) > indent for line in found[0].split("\n")):
+        if indent <= max(parent, 0) or spaces.end() == len(text):
+            return max(max(parent, 0) + 1, longest)  # it has no text, and its empty lines are empty
+        if longest > indent:
             self.fault("an empty line with more blanks than the first line of its text has", self.at)
         return indent
 
@@ -467,8 +468,6 @@ class _Reader:
             if line[:indent].strip(" "):  # less indented: it belongs to something else, or is a fault
                 if line.lstrip(" ").startswith("\t") and line.strip(" \t"):
                     self.fault("a tab as indentation: use spaces")
-                break
-            if not indent and MARKER.match(text, self.at):
                 break
             lines.append(line[indent:])
             self.at = end + 1
