@@ -689,7 +689,9 @@ def read_credential(plugin: Plugin, printed: bytes) -> Credential:
 
     def text(key: str) -> str:
         value = status.get(key)
-        return value if isinstance(value, str) else "" if value is None else fault(f"printed a status whose {key} is no text")
+        if value is not None and not isinstance(value, str):
+            fault(f"printed a status whose {key} is no text")
+        return value or ""
 
     if not printed.strip():
         fault("printed nothing")
