@@ -340,6 +340,7 @@ OPTIONS = {
     "web": ("sniroute_web", "sniroute_requests", "sniroute_bodies", "sniroute_spares", "sniroute_gateway",
             "sniroute_answers", "sniroute_tls",
             "sniroute_browsers", "sniroute_certificate", "sniroute_http2", "sniroute_hpack", "sniroute_http"),
+    "kubernetes": ("sniroute_kubernetes", "sniroute_channels", "sniroute_spdy", "sniroute_upgrade", "sniroute_http"),
 }
 
 

@@ -289,7 +289,7 @@ def test_every_form_has_every_command(form, own_edge, echo_server):
         explained = beside.submit(run, "explain", NAME, CARRIED)  # its carrier waits two seconds for the far end's answer
         assert run("check", "--route=a.b=tcp:h:1") == "a.b=tcp:h:1\n"
         assert re.search(r"^(\d+) of \1 went well", run("selftest"), re.MULTILINE)
-        assert run("--version").endswith("; with doctor, admin, carrier, commands, backends, web)\n")
+        assert run("--version").endswith("; with doctor, admin, carrier, commands, backends, web, kubernetes)\n")
         assert run("carrier", "--version").startswith("sniroute_carrier ")
         assert "--route" in run("--help") and "access tcp" in run("carrier", "--help")
     assert explained.result().endswith("\nfar end: it answers\n")
