@@ -90,11 +90,12 @@ class Piece(NamedTuple):
 class MessageReader(FrameReader):
     """Reads the frames of a server, as FrameReader does, and tells where messages begin and end."""
 
-    __slots__ = ("starts",)
+    __slots__ = ("starts", "is_over")
 
     def __init__(self) -> None:
         super().__init__()
         self.starts = True  # whether the next piece is a message's first one
+        self.is_over = False  # a Close has come
 
     def pieces(self, data: memoryview) -> tuple[list[Piece], list[tuple[int, bytes]]]:
         """The pieces of messages in `data`, and the control frames as (opcode, payload), each in order.
@@ -107,7 +108,7 @@ class MessageReader(FrameReader):
             data = memoryview(self.part + bytes(data))
             self.part = b""
         at, end = 0, len(data)
-        while at < end:
+        while at < end and not self.is_over:
             if not self.left:
                 header = self._header(data, at, end)
                 if header is None or header[0] >= CLOSE and header[1] + header[2] > end:
@@ -120,8 +121,7 @@ class MessageReader(FrameReader):
                 if opcode >= CLOSE:
                     at += size
                     controls.append((opcode, bytes(data[start:at])))
-                    if opcode == CLOSE:
-                        break
+                    self.is_over = opcode == CLOSE
                     continue
                 self.left = size
                 self.starts = opcode != CONTINUATION

@@ -186,8 +186,9 @@ class Kind(NamedTuple):
 
 
 ERROR = "error"  # the stream that tells what went wrong; or, of a command, what came of it
-FORWARD = Kind((ERROR, "data"), "data", ("data",), True)
-COMMAND = Kind((ERROR, "stdin", "stdout", "stderr"), "stdin", ("stdout", "stderr"), False)
+FORWARD = Kind(names=(ERROR, "data"), sends="data", hears=("data",), is_ended_by_text=True)
+COMMAND = Kind(names=(ERROR, "stdin", "stdout", "stderr"), sends="stdin", hears=("stdout", "stderr"),
+               is_ended_by_text=False)
 
 # States of a stream, by the words of RFC 9113 section 5.1.  One that both ends have ended is forgotten.
 OPEN, HALF_CLOSED_LOCAL, HALF_CLOSED_REMOTE = "open", "half-closed (local)", "half-closed (remote)"
@@ -275,7 +276,7 @@ class Pong(NamedTuple):
 
 
 class GoneAway(NamedTuple):
-    """The peer takes no new streams, and ends the connection soon."""
+    """The peer takes no new streams, and ends the connection when those that are open are over."""
 
     status: int
 
@@ -306,8 +307,8 @@ class Session:
     a Call that the caller has just reset: throw them away.
     """
 
-    __slots__ = ("out", "part", "left", "ends", "sink", "streams", "number", "theirs", "limit", "pings", "replies", "is_leaving",
-                 "forgotten", "deflater", "inflater")
+    __slots__ = ("out", "part", "left", "ends", "sink", "streams", "number", "theirs", "limit", "pings", "replies",
+                 "is_leaving", "forgotten", "deflater", "inflater")
 
     def __init__(self) -> None:
         self.out = bytearray()
@@ -385,7 +386,11 @@ class Session:
         return True
 
     def reset(self, call: Call, status: int = CANCEL) -> None:
-        """Break a Call off.  What is still in flight is thrown away."""
+        """Break a Call off.  What is still in flight is thrown away.
+
+        The library of Kubernetes' servers (spdystream) does not look at this while it writes: a pod that has much to
+        say goes on until it notices.  Where nothing else uses the session, end the connection instead.
+        """
         for stream in call.streams.values():
             self.out += control_frame(RST_STREAM, _two.pack(stream.number, status))
         self._drop(call)

