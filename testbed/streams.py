@@ -6,10 +6,11 @@
     kubectl_path   where a kubectl is; without it the test is skipped
 
 It is written from the protocols alone: it shares the dictionary with the program, and nothing else, unless a test has
-it use the program's header blocks (`blocks`), to show them to a kubectl.  By hand the program was run against Go's spdystream,
-too, plain and in messages of gorilla/websocket, which are what the API server is made of.  A port says what
-listens there: ECHO sends back what comes, SILENT takes it, REFUSED tells a text and resets both streams, as a kubelet
-does where nothing listens, TALKER sends TALK bytes, then a text.  A command is `cat`, or `exit N`.
+it use the program's header blocks (`blocks`), to show them to a kubectl.  By hand the program was run against Go's
+spdystream, too, plain and in messages of gorilla/websocket: API servers and kubelets are made of these.
+
+A port says what listens there: ECHO sends back what comes, SILENT takes it, REFUSED tells a text and resets both
+streams, as a kubelet does where nothing listens, TALKER sends TALK bytes, then a text.  A command is `cat`, or `exit N`.
 """
 
 from __future__ import annotations
