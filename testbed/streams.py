@@ -10,7 +10,7 @@ it use the program's header blocks (`blocks`), to show them to a kubectl.  By ha
 spdystream, too, plain and in messages of gorilla/websocket: API servers and kubelets are made of these.
 
 A port says what listens there: ECHO sends back what comes, SILENT takes it, REFUSED tells a text and resets both
-streams, as a kubelet does where nothing listens, TALKER sends TALK bytes, then a text.  A command is `cat`, or `exit N`.
+streams, as a kubelet does where nothing listens, TALKER sends TALK bytes, then a text.  A command is `cat` or `exit N`.
 """
 
 from __future__ import annotations
