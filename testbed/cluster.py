@@ -180,7 +180,8 @@ class Cluster:
         return self.order("terminate", name=name, namespace=namespace)
 
     def replace(self, name: str, ports: dict[int, Address] | None = None, *, namespace: str = "default") -> Record:
-        """A pod is gone, and another of its name and labels runs, as a StatefulSet's.  It has its ports if none are given."""
+        """A pod is gone, and another of its name and labels runs, as a StatefulSet's; it has its ports if none are given.
+        """
         return self.order("replace", name=name, ports=None if ports is None else list(ports.items()),
                           namespace=namespace)
 
@@ -274,9 +275,9 @@ class Cluster:
         return self.records("connections", match)
 
     def sessions(self, **match: Any) -> list[Record]:
-        """One row per upgrade: connection, kind ("portforward", "exec"), transport, protocol, namespace, pod, uid, user,
-        container, streams (pairs so far), live and most_live (streams), pings and pongs (the client's), resets (RST_STREAM
-        of the client's), faulty, bytes_up, goaway, ended (None: it is open)."""
+        """One row per upgrade: connection, kind ("portforward", "exec"), transport, protocol, namespace, pod, uid,
+        user, container, streams (pairs so far), live and most_live (streams), pings, pongs, resets and goaway (the
+        client's), faulty (streams that broke the rules), bytes_up, ended (None: it is open)."""
         return self.records("sessions", match)
 
     def streams(self, **match: Any) -> list[Record]:
@@ -323,11 +324,12 @@ class Cluster:
             extensions = self.directory / "client.cnf"
             extensions.write_text("extendedKeyUsage = clientAuth\nkeyUsage = digitalSignature\n"
                                   "basicConstraints = critical, CA:FALSE\n")
-            request = subprocess.run(["openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
-                                      "-subj", subject, "-keyout", paths[1]], capture_output=True, check=True)
-            subprocess.run(["openssl", "x509", "-req", "-CA", self.ca, "-CAkey", self.certificates / "ca.key",
-                            "-days", "2", "-set_serial", str(int.from_bytes(os.urandom(8), "big")), "-extfile", extensions,
-                            "-out", paths[0]], input=request.stdout, capture_output=True, check=True)
+            key = "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", paths[1]
+            request = subprocess.run(["openssl", "req", *key, "-subj", subject], capture_output=True, check=True)
+            issuer = "-CA", self.ca, "-CAkey", self.certificates / "ca.key", "-extfile", extensions
+            subprocess.run(["openssl", "x509", "-req", *issuer, "-days", "2", "-out", paths[0],
+                            "-set_serial", str(int.from_bytes(os.urandom(8), "big"))],
+                           input=request.stdout, capture_output=True, check=True)
         return paths
 
 

@@ -43,6 +43,7 @@ from fake_objects import (ANONYMOUS, CONNECTION, RESOURCES, Faults, PlainRefused
 HEAD_MAX = 65536  # bytes of a request's head
 RECORDS = 20000  # records of a kind that are kept
 CHUNKED = 2048  # an answer that is longer has no Content-Length, as Go's server does it
+LINGER = 1.0  # seconds from our FIN to the close
 GZIPPED = 128 * 1024  # one that is longer is compressed where the client can read that
 
 
@@ -107,6 +108,7 @@ class Connection:
         self.closing = False  # this answer is the last one
         self.thawed = asyncio.Event()
         self.thawed.set()
+        self.held = []  # what has to be sent after a freeze
         self.record = cluster.note("connections", number=number, alpn=None, tls=None, requests=0, ended=None)
 
     async def run(self) -> None:
@@ -144,12 +146,28 @@ class Connection:
         if how == "rst":
             with contextlib.suppress(OSError):
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        if self.writer is None:
-            self.sock.close()
-        elif how == "end":
+        close = self.sock.close if self.writer is None else self.writer.transport.abort
+        if how == "rst":
+            close()
+        elif how == "end" and self.writer is not None:
             self.writer.close()
-        else:
-            self.writer.transport.abort()
+        else:  # the kernel resets what is closed with unread bytes
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_WR)
+            asyncio.get_running_loop().call_later(LINGER, close)
+
+    def write(self, data: bytes) -> None:
+        """Send, in a session.  While all is frozen it waits here; what comes too late is dropped."""
+        if not self.thawed.is_set():
+            self.held.append(data)
+        elif not self.closed:
+            self.writer.write(data)
+
+    def thaw(self) -> None:
+        """Go on."""
+        self.thawed.set()
+        self.write(b"".join(self.held))
+        self.held.clear()
 
     async def handshake(self) -> None:
         """TLS."""
@@ -346,7 +364,8 @@ class Connection:
         upgrade = request.header("upgrade").lower()
         if request.sub and "upgrade" in request.header("connection").lower():
             tunnel = request.sub == "exec" or "SPDY/3.1+portforward.k8s.io" in request.words("sec-websocket-protocol")
-            request.transport = {"spdy/3.1": "spdy", "websocket": "websocket" if tunnel else "channels"}.get(upgrade, "")
+            request.transport = "spdy" if upgrade == "spdy/3.1" else "" if upgrade != "websocket" else (
+                "websocket" if tunnel else "channels")
 
     def authorize(self, request: Request) -> None:
         """RBAC.  Raises Refused."""
@@ -398,7 +417,8 @@ class Connection:
 
     async def send_head(self, lines: list) -> None:
         """Send the head of an answer."""
-        head = "\r\n".join([*lines, time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT", time.gmtime()), "", ""]).encode("latin-1")
+        date = time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+        head = "\r\n".join([*lines, date, "", ""]).encode("latin-1")
         self.writer.write(head[:len(head) // 2])
         await self.point("head")
         self.writer.write(head[len(head) // 2:])
@@ -572,7 +592,7 @@ class Wire:
 
     def __init__(self, conn: Connection):
         self.readexactly = conn.reader.readexactly
-        self.write = conn.writer.write
+        self.write = conn.write
         self.drain = conn.writer.drain
 
 
@@ -767,8 +787,8 @@ class Cluster:
             self.sandboxes[uid] = kubelet.Sandbox(uid, name, ports, path or os.environ.get("PATH", os.defpath))
         node = pod["spec"].get("nodeName") or "node-1"
         number = len(self.sandboxes)
-        states = [{"name": row["name"], "ready": ready, "restartCount": 0, "state": {"running": {"startedAt": now()}}}
-                  for row in pod["spec"]["containers"]]
+        states = [{"name": row["name"], "image": row["image"], "imageID": row["image"], "ready": ready,
+                   "restartCount": 0, "state": {"running": {"startedAt": now()}}} for row in pod["spec"]["containers"]]
         return self.do_change("pods", name, {"spec": {"nodeName": node}, "status": {
             "phase": phase, "hostIP": "10.0.0.1", "podIP": f"10.244.{number // 250}.{number % 250 + 1}",
             "containerStatuses": states, "conditions": conditions(ready)}}, namespace)
@@ -827,7 +847,7 @@ class Cluster:
             if how == "freeze":
                 conn.thawed.clear()
             elif how == "thaw":
-                conn.thawed.set()
+                conn.thaw()
             elif how == "goaway":
                 conn.session.go_away()
             elif how == "ping":

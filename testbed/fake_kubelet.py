@@ -201,8 +201,7 @@ class SpdySession:
 
     def post(self, data: bytes) -> None:
         """Send, and wait for nothing.  Frames leave in the order of these calls."""
-        if not self.conn.closed:
-            self.wire.write(data)
+        self.wire.write(data)
 
     async def send(self, data: bytes) -> None:
         """Send when the client takes something.  Raises OSError where it has left."""
@@ -244,10 +243,10 @@ class SpdySession:
         """Serve the session to its end.  Returns how that came."""
         try:
             while True:
-                await self.conn.thawed.wait()
                 first, second = struct.unpack("!II", await self.wire.readexactly(8))
                 flags, size = second >> 24, second & 0xFFFFFF
                 body = await self.wire.readexactly(size)
+                await self.conn.thawed.wait()
                 if first >> 31 == 0:
                     await self.data(first, body, flags)
                 elif first >> 16 != 0x8003:
@@ -298,7 +297,7 @@ class SpdySession:
             self.record["goaway"] = True
 
     def syn_stream(self, body: bytes, flags: int) -> None:
-        """A new stream.  Its headers are inflated even where it is of no interest: all blocks are one deflate stream."""
+        """A new stream.  Headers are inflated even where they are of no interest: all blocks are one deflate stream."""
         (number,) = struct.unpack_from("!I", body)
         headers = headers_of(self.inflate.decompress(body[10:]))
         if number % 2 == 0 or number <= self.last:
@@ -340,8 +339,8 @@ class WebSocket:
         size = len(payload)
         head = (bytes((0x80 | opcode, size)) if size < 126 else struct.pack("!BBH", 0x80 | opcode, 126, size)
                 if size < 65536 else struct.pack("!BBQ", 0x80 | opcode, 127, size))
-        if not self.conn.closed and not self.said_close:
-            self.conn.writer.write(head + payload)
+        if not self.said_close:
+            self.conn.write(head + payload)
 
     def close(self, code: int = 1000) -> None:
         """Send a Close, once."""
@@ -368,8 +367,8 @@ class WebSocket:
         """The next message; None after a Close.  Raises one of LOST."""
         parts = []
         while True:
-            await self.conn.thawed.wait()
             first, payload = await self.frame()
+            await self.conn.thawed.wait()
             opcode = first & 15
             if opcode == CLOSE:
                 self.close(int.from_bytes(payload[:2], "big") or 1000)
@@ -709,7 +708,7 @@ class Command:
         self.process = None
 
     async def run(self, stdin, out) -> dict:
-        """Run it.  `stdin` has `read`, or is None; `await out(1 or 2, data)` takes what it says.  Returns its status."""
+        """Run it.  `stdin` has `read`, or is None; `await out(1 or 2, data)` takes its words.  Returns its status."""
         program = shutil.which(self.argv[0], path=self.sandbox.path)
         if self.sandbox.gone:
             return internal_error(f'container not found ("{self.sandbox.name}")')
