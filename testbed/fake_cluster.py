@@ -25,20 +25,19 @@ import contextlib
 import gzip
 import hashlib
 import json
+import logging
 import os
-import re
 import socket
 import ssl
 import struct
 import sys
 import time
 import traceback
-import urllib.parse
 import uuid
 
 import fake_kubelet as kubelet
-from fake_objects import (ANONYMOUS, CONNECTION, RESOURCES, Faults, PlainRefused, Refused, Store, User, at_path,
-                          conditions, key_of, may_not, merged, now, selected_by, status)
+from fake_objects import (ANONYMOUS, CONNECTION, RESOURCES, Faults, PlainRefused, Refused, Request, Store, User,
+                          at_path, conditions, key_of, may_not, merged, now, selected_by, status)
 
 HEAD_MAX = 65536  # bytes of a request's head
 RECORDS = 20000  # records of a kind that are kept
@@ -47,9 +46,6 @@ LINGER = 1.0  # seconds from our FIN to the close
 GZIPPED = 128 * 1024  # one that is longer is compressed where the client can read that
 
 
-PATH = re.compile(r"/(?:api/(?P<core>v1)|apis/(?P<group>[^/]+/[^/]+))"
-                  r"(?:/namespaces/(?P<namespace>[^/]+)(?=/[a-z]))?/(?P<resource>[a-z]+)"
-                  r"(?:/(?P<name>[^/]+)(?:/(?P<sub>[a-z]+))?)?")
 PHRASES = {200: "OK", 201: "Created", 302: "Found", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
            404: "Not Found", 405: "Method Not Allowed", 409: "Conflict", 410: "Gone", 422: "Unprocessable Entity",
            429: "Too Many Requests", 500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable",
@@ -66,30 +62,6 @@ MESSAGES = {401: "Unauthorized", 429: "The server has received too many requests
 
 class Ended(Exception):
     """The connection is over.  Argument: how."""
-
-
-class Request:
-    """One request."""
-
-    def __init__(self, method: str, target: str, headers: list, body: bytes):
-        self.method = method
-        self.target = target
-        self.path, _, query = target.partition("?")
-        self.path = urllib.parse.unquote(self.path)
-        self.pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
-        self.query = dict(self.pairs)
-        self.headers = headers
-        self.body = body
-        self.verb = self.resource = self.namespace = self.name = None
-        self.group = self.sub = self.transport = ""
-
-    def header(self, name: str) -> str:
-        """A header's value; several are joined."""
-        return ", ".join(value for other, value in self.headers if other == name)
-
-    def words(self, name: str) -> list:
-        """The words of a header that is a list."""
-        return [word.strip() for word in self.header(name).split(",") if word.strip()]
 
 
 class Connection:
@@ -280,7 +252,7 @@ class Connection:
         if not request.path.startswith(f"{prefix}/"):
             raise PlainRefused(404, "404 page not found\n")
         request.path = request.path.removeprefix(prefix)
-        self.understand(request)
+        request.understand()
         self.facts.update(verb=request.verb, resource=request.resource, namespace=request.namespace,
                           name=request.name, transport=request.transport, user=self.user.name)
         record.update(self.facts)
@@ -345,27 +317,6 @@ class Connection:
         if not user.may("impersonate", "users", None):
             raise Refused(403, may_not(user, "impersonate", "users", "", None, other))
         return users.get(other) or User(other, request.words("impersonate-group"), {}, None)
-
-    def understand(self, request: Request) -> None:
-        """Find the resource and the verb."""
-        found = PATH.fullmatch(request.path)
-        row = RESOURCES.get(found["resource"]) if found else None
-        if row is None or row.group_version != (found["core"] or found["group"]):
-            return
-        request.sub = found["sub"] or ""
-        request.resource = found["resource"] + (f"/{request.sub}" if request.sub else "")
-        request.group, request.namespace, request.name = row.group, found["namespace"], found["name"]
-        verbs = {"GET": "get", "HEAD": "get", "POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
-        request.verb = verbs.get(request.method, request.method.lower())
-        if request.verb == "get" and request.name is None:
-            request.verb = "watch" if request.query.get("watch") in ("true", "1") else "list"
-            only = re.search(r"metadata\.name==?([^,]+)", request.query.get("fieldSelector", ""))
-            request.name = only[1] if only else None
-        upgrade = request.header("upgrade").lower()
-        if request.sub and "upgrade" in request.header("connection").lower():
-            tunnel = request.sub == "exec" or "SPDY/3.1+portforward.k8s.io" in request.words("sec-websocket-protocol")
-            request.transport = "spdy" if upgrade == "spdy/3.1" else "" if upgrade != "websocket" else (
-                "websocket" if tunnel else "channels")
 
     def authorize(self, request: Request) -> None:
         """RBAC.  Raises Refused."""
@@ -558,9 +509,11 @@ class Connection:
         argv = [value for key, value in request.pairs if key == "command"]
         if not argv:
             raise Refused(400, "you must specify at least one command for the container")
-        wanted = {"error", *(word for word in ("stdin", "stdout", "stderr")
+        wanted = {"error", *(word for word in ("stdin", "stdout", "stderr", "tty")
                              if request.query.get(word) in ("true", "1"))}
-        if len(wanted) == 1:
+        if "tty" in wanted:  # pipes all the same
+            wanted = wanted - {"tty"} | {"resize"}
+        if not wanted & {"stdin", "stdout", "stderr"}:
             raise Refused(400, "you must specify at least one of stdin, stdout, stderr")
         record = self.cluster.note("executions", session=session["number"], argv=argv, pid=None, code=None,
                                    stdin_ended=False)
@@ -593,6 +546,7 @@ class Wire:
     def __init__(self, conn: Connection):
         self.readexactly = conn.reader.readexactly
         self.write = conn.write
+        self.writelines = lambda frames: conn.write(b"".join(frames))
         self.drain = conn.writer.drain
 
 
@@ -918,6 +872,7 @@ def main() -> None:
 
 async def bounded(folder: str, certificate: str, h2: bool) -> None:
     """Serve, and leave without waiting for anybody."""
+    logging.getLogger("asyncio").setLevel("ERROR")  # it warns of bytes for a client that has just left
     await serve(folder, certificate, h2)
     sys.stderr.flush()
     os._exit(0)

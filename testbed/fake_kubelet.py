@@ -21,6 +21,7 @@ end, and whether every end is a reset.
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -31,7 +32,8 @@ import struct
 import traceback
 import zlib
 
-CHUNK = 32768  # bytes that are read from a program at a time: what Go's io.Copy does
+CHUNK = 32768  # bytes of a data frame at most: what Go's io.Copy reads at a time
+SPACE = 1 << 18  # bytes that are read at a time here; the frames of them leave in one write
 QUEUED = 20  # frames that a stream holds before its session stops reading: about what the real library has
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 MESSAGE_MAX = 1 << 24  # bytes of a WebSocket message, or of a SPDY frame
@@ -160,7 +162,11 @@ class Stream:
         """Send data.  Returns when the client has taken enough of it.  Raises Reset, or OSError."""
         if self.broken:
             raise Reset
-        await self.session.send(struct.pack("!II", self.number, len(data)) + data)
+        if len(data) <= CHUNK:
+            await self.session.send([struct.pack("!II", self.number, len(data)) + data])
+            return
+        pieces = [data[at:at + CHUNK] for at in range(0, len(data), CHUNK)]
+        await self.session.send([struct.pack("!II", self.number, len(piece)) + piece for piece in pieces])
 
     def finish(self) -> None:
         """Send FIN, once."""
@@ -203,12 +209,12 @@ class SpdySession:
         """Send, and wait for nothing.  Frames leave in the order of these calls."""
         self.wire.write(data)
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, frames: list) -> None:
         """Send when the client takes something.  Raises OSError where it has left."""
         await self.conn.thawed.wait()
         if self.conn.closed:
             raise ConnectionResetError
-        self.wire.write(data)
+        self.wire.writelines(frames)
         await self.wire.drain()
 
     def reply(self, stream: Stream) -> None:
@@ -325,6 +331,12 @@ class SpdySession:
 # -- WebSocket (RFC 6455) ----------------------------------------------------------------------
 
 
+@functools.cache
+def xor_table(key: int) -> bytes:
+    """A table for bytes.translate() that XORs each byte with `key`."""
+    return bytes(byte ^ key for byte in range(256))
+
+
 class WebSocket:
     """The server's half of a WebSocket.  As a carrier of SPDY it has `readexactly`, `write` and `drain`."""
 
@@ -336,11 +348,16 @@ class WebSocket:
 
     def send(self, payload: bytes, opcode: int = BINARY) -> None:
         """Send a message, and wait for nothing."""
+        if not self.said_close:
+            self.conn.write(self.packed(payload, opcode))
+
+    @staticmethod
+    def packed(payload: bytes, opcode: int = BINARY) -> bytes:
+        """A message in one frame."""
         size = len(payload)
         head = (bytes((0x80 | opcode, size)) if size < 126 else struct.pack("!BBH", 0x80 | opcode, 126, size)
                 if size < 65536 else struct.pack("!BBQ", 0x80 | opcode, 127, size))
-        if not self.said_close:
-            self.conn.write(head + payload)
+        return head + payload
 
     def close(self, code: int = 1000) -> None:
         """Send a Close, once."""
@@ -358,9 +375,10 @@ class WebSocket:
             self.close(1002)
             raise EOFError("a frame without a mask, or too long")
         key, payload = await read(4), await read(size)
-        if any(key):
-            whole = key * (size // 4 + 1)
-            payload = (int.from_bytes(payload, "big") ^ int.from_bytes(whole[:size], "big")).to_bytes(size, "big")
+        if any(key):  # each byte of the key is for every fourth byte
+            masked, payload = payload, bytearray(size)
+            for lane in range(4):
+                payload[lane::4] = masked[lane::4].translate(xor_table(key[lane]))
         return first, payload
 
     async def message(self):
@@ -380,7 +398,7 @@ class WebSocket:
             elif opcode in (CONTINUATION, TEXT, BINARY):
                 parts.append(payload)
                 if first & 0x80:
-                    return b"".join(parts)
+                    return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
             else:
                 self.close(1002)
                 raise EOFError("an unknown opcode")
@@ -398,6 +416,11 @@ class WebSocket:
 
     def write(self, data: bytes) -> None:
         self.send(data)
+
+    def writelines(self, frames: list) -> None:
+        """A message for each frame."""
+        if not self.said_close:
+            self.conn.write(b"".join(map(self.packed, frames)))
 
     async def drain(self) -> None:
         await self.conn.writer.drain()
@@ -453,7 +476,7 @@ class Forwarding:
             raise Trouble(self.text(f'failed to find sandbox "{self.sandbox.id}" in store: not found'))
         try:
             host, port = self.sandbox.ports[self.port]
-            self.pod = await asyncio.open_connection(host, port, limit=CHUNK)
+            self.pod = await asyncio.open_connection(host, port, limit=SPACE)
         except (KeyError, OSError):
             raise Trouble(self.text(self.inside(
                 f'failed to connect to localhost:{self.port} inside namespace "{self.sandbox.id}", '
@@ -511,7 +534,7 @@ class Forwarding:
         """From the program to the client."""
         reader = self.pod[0]
         while True:
-            data = await reader.read(CHUNK)
+            data = await reader.read(SPACE)
             if not data:
                 return
             if fault := self.conn.fault("open", self.record["down"] + len(data), **self.record):
@@ -537,7 +560,8 @@ class PortForward(SpdySession):
     def __init__(self, conn, wire, record: dict, sandbox: Sandbox):
         super().__init__(conn, wire, record)
         self.sandbox = sandbox
-        self.pairs = {}
+        self.pairs = {}  # {requestid: {streamtype: stream}}, of one stream each
+        self.timers = {}  # {requestid: when it is too late for the second}
 
     def opened(self, stream: Stream) -> None:
         kind, port = stream.headers.get("streamtype"), stream.headers.get("port", "")
@@ -549,21 +573,21 @@ class PortForward(SpdySession):
         pair = self.pairs.setdefault(request, {})
         pair[kind] = stream
         if len(pair) == 2:
-            del self.pairs[request]
+            self.pairs.pop(request)
+            self.timers.pop(request).cancel()
             self.start(self.serve(pair["error"], pair["data"], stream, int(port)))
         else:
             self.reply(stream)
-            self.start(self.wait_for_second(request, pair))
+            self.timers[request] = asyncio.get_running_loop().call_later(
+                self.conn.cluster.settings["pair_timeout"], self.too_late, request, stream)
 
-    async def wait_for_second(self, request: str, pair: dict) -> None:
-        """A stream that stays alone for too long is told so."""
-        await asyncio.sleep(self.conn.cluster.settings["pair_timeout"])
-        if self.pairs.get(request) is pair:
-            del self.pairs[request]
-            if "error" in pair:
-                await pair["error"].write(f"(conn=0x0, request={request}) timed out waiting for streams".encode())
-            for stream in pair.values():
-                stream.reset()
+    def too_late(self, request: str, stream: Stream) -> None:
+        """A stream has stayed alone for too long."""
+        del self.pairs[request], self.timers[request]
+        if stream.headers["streamtype"] == "error" and not stream.broken:
+            text = f"(conn=0x0, request={request}) timed out waiting for streams".encode()
+            self.post(struct.pack("!II", stream.number, len(text)) + text)
+        stream.reset()
 
     async def serve(self, error: Stream, data: Stream, second: Stream, port: int) -> None:
         """One connection; `second` is the stream that has no SYN_REPLY yet."""

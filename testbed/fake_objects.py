@@ -3,12 +3,14 @@
     Store        objects by resource, namespace and name; what has happened to them, for watches
     User         who asks, and what RBAC lets him do
     Faults       what goes wrong: an action at a point of a connection's life
+    Request      one request, and which resource and verb it means
     Refused      an answer that is an error, in the API server's words
 """
 
 import asyncio
 import re
 import time
+import urllib.parse
 import uuid
 
 
@@ -37,6 +39,10 @@ RESOURCES = {
 REASONS = {400: "BadRequest", 401: "Unauthorized", 403: "Forbidden", 404: "NotFound", 405: "MethodNotAllowed",
            409: "AlreadyExists", 410: "Expired", 422: "Invalid", 429: "TooManyRequests", 500: "InternalError",
            503: "ServiceUnavailable", 504: "Timeout"}
+PATH = re.compile(r"/(?:api/(?P<core>v1)|apis/(?P<group>[^/]+/[^/]+))"
+                  r"(?:/namespaces/(?P<namespace>[^/]+)(?=/[a-z]))?/(?P<resource>[a-z]+)"
+                  r"(?:/(?P<name>[^/]+)(?:/(?P<sub>[a-z]+))?)?")
+
 
 def status(code: int, message: str, name=None, kind=None, reason=None) -> dict:
     """The body of a refusal."""
@@ -342,3 +348,51 @@ class Faults:
                 fault.hits += 1
                 return fault
         return None
+
+
+# -- requests ---------------------------------------------------------------------------------
+
+
+class Request:
+    """One request."""
+
+    def __init__(self, method: str, target: str, headers: list, body: bytes):
+        self.method = method
+        self.target = target
+        self.path, _, query = target.partition("?")
+        self.path = urllib.parse.unquote(self.path)
+        self.pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
+        self.query = dict(self.pairs)
+        self.headers = headers
+        self.body = body
+        self.verb = self.resource = self.namespace = self.name = None
+        self.group = self.sub = self.transport = ""
+
+    def header(self, name: str) -> str:
+        """A header's value; several are joined."""
+        return ", ".join(value for other, value in self.headers if other == name)
+
+    def words(self, name: str) -> list:
+        """The words of a header that is a list."""
+        return [word.strip() for word in self.header(name).split(",") if word.strip()]
+
+    def understand(self) -> None:
+        """Find the resource and the verb."""
+        found = PATH.fullmatch(self.path)
+        row = RESOURCES.get(found["resource"]) if found else None
+        if row is None or row.group_version != (found["core"] or found["group"]):
+            return
+        self.sub = found["sub"] or ""
+        self.resource = found["resource"] + (f"/{self.sub}" if self.sub else "")
+        self.group, self.namespace, self.name = row.group, found["namespace"], found["name"]
+        verbs = {"GET": "get", "HEAD": "get", "POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
+        self.verb = verbs.get(self.method, self.method.lower())
+        if self.verb == "get" and self.name is None:
+            self.verb = "watch" if self.query.get("watch") in ("true", "1") else "list"
+            only = re.search(r"metadata\.name==?([^,]+)", self.query.get("fieldSelector", ""))
+            self.name = only[1] if only else None
+        upgrade = self.header("upgrade").lower()
+        if self.sub and "upgrade" in self.header("connection").lower():
+            tunnel = self.sub == "exec" or "SPDY/3.1+portforward.k8s.io" in self.words("sec-websocket-protocol")
+            self.transport = "spdy" if upgrade == "spdy/3.1" else "" if upgrade != "websocket" else (
+                "websocket" if tunnel else "channels")
