@@ -629,6 +629,26 @@ def test_a_session_goes_away_is_deaf_or_freezes(cluster, pod):
         assert whole(client) == CLEAN
 
 
+def test_a_session_may_begin_and_go_on_badly(cluster, pod):
+    for lacks in ("protocol", "upgrade", "accept"):
+        cluster.fault("bad_upgrade", times=1, message=lacks)
+        with Client(cluster) as client:
+            assert client.upgrade("websocket", FORWARD) == 101
+            assert (client.protocol is None) == (lacks == "protocol")
+    cluster.set(fragment=5)
+    cluster.fault("ping", at="upgraded")
+    cluster.fault("raw", at="stream", times=1, message="8003000600000004 00000008")
+    with Client(cluster) as client:
+        client.upgrade("websocket", FORWARD)
+        assert client.heard() == (2, b"\x80\x03\0\6\0")  # 2: more is to come
+        assert [client.heard() for _ in range(4)] == [(9, b"p"), (0, b"\0\0\4\0\0"), (9, b"p"), (0, b"\0\2")]
+        cluster.set(fragment=0)
+        client.pair(1, 80)
+        assert sorted(frame[:2] for frame in client.frames(3)) == [(SYN_REPLY, 1), (SYN_REPLY, 3), (PING, 8)]
+        assert cluster.end_sessions("close") == 1
+        assert client.heard() == (8, b"\x03\xe9")
+
+
 def test_an_api_server_goes_and_comes_back(cluster, pod):
     with Client(cluster) as client, Client(cluster) as idle:
         client.upgrade("spdy", FORWARD)

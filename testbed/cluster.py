@@ -198,7 +198,7 @@ class Cluster:
 
     def set(self, **settings: Any) -> None:
         """Change settings: version, runtime ("cri-o", "containerd", "resetting"), grace, prefix, pair_timeout,
-        starts_pods, deletion; see SETTINGS in testbed/fake_cluster.py."""
+        starts_pods, fragment, deletion; see SETTINGS in testbed/fake_cluster.py."""
         self.order("set", **settings)
 
     # -- faults --------------------------------------------------------------------------------
@@ -226,11 +226,12 @@ class Cluster:
         self.order("heal")
 
     def end_sessions(self, how: str, **match: Any) -> int:
-        """Do something to the sessions that fit: "rst", "eof", "end", "goaway", "freeze", "thaw", "ping".  How many."""
+        """Do something to the sessions that fit: "rst", "eof", "end", "close" (a WebSocket's Close first), "goaway",
+        "ping", "freeze", "thaw".  Returns how many there were."""
         return self.order("end", how=how, sessions=True, match=match)
 
     def end_connections(self, how: str) -> int:
-        """The same to all connections, watches and idle ones too; "goaway" and "ping" are for sessions."""
+        """The same to all connections, watches and idle ones too: "rst", "eof", "end", "freeze", "thaw"."""
         return self.order("end", how=how, sessions=False, match={})
 
     def compact(self, watches: bool = True) -> None:

@@ -80,6 +80,7 @@ class Connection:
         self.closing = False  # this answer is the last one
         self.thawed = asyncio.Event()
         self.thawed.set()
+        self.lacks = None  # what the 101 lacks
         self.held = []  # what has to be sent after a freeze
         self.record = cluster.note("connections", number=number, alpn=None, tls=None, requests=0, ended=None)
 
@@ -199,8 +200,10 @@ class Connection:
                 f"read tcp4 127.0.0.1:40000->127.0.0.1:{forwarding.port}: read: connection reset by peer")))
         elif action == "rst_stream":
             raise kubelet.Trouble
-        elif action == "goaway":
-            self.session.go_away()
+        elif action in ("ping", "goaway"):
+            getattr(self.session, action)()
+        elif action == "raw":
+            self.session.post(bytes.fromhex(fault.message))
         elif action == "no_pong":
             self.session.answers_pings = False
 
@@ -289,6 +292,8 @@ class Connection:
             request.headers = [pair for pair in request.headers if pair[0] not in ("upgrade", "connection")]
         elif fault.action == "close":
             self.closing = True
+        elif fault.action == "bad_upgrade":
+            self.lacks = fault.message
         elif fault.action == "garbage":
             self.writer.write(b"\x15\x03\x03\x00\x02garbage\r\n\r\n")
             self.cut("end")
@@ -453,13 +458,14 @@ class Connection:
             uid=pod["metadata"]["uid"], container=container, user=self.user.name, streams=0, live=0, most_live=0,
             pings=0, pongs=0, resets=0, faulty=0, bytes_up=0, goaway=False, ended=None)
         work = getattr(self, request.sub)(request, session, sandbox, protocol)
-        lines = ["HTTP/1.1 101 Switching Protocols", "Connection: Upgrade"]
         if request.transport == "spdy":
-            lines += ["Upgrade: SPDY/3.1", f"X-Stream-Protocol-Version: {protocol}"]
+            lines = {"upgrade": "Upgrade: SPDY/3.1", "protocol": f"X-Stream-Protocol-Version: {protocol}"}
         else:
-            proof = base64.b64encode(hashlib.sha1(request.header("sec-websocket-key").encode() + kubelet.GUID).digest())
-            lines += ["Upgrade: websocket", f"Sec-WebSocket-Accept: {proof.decode()}",
-                      f"Sec-WebSocket-Protocol: {protocol}"]
+            proof = request.header("sec-websocket-key").encode() + kubelet.GUID * (self.lacks != "accept")
+            lines = {"upgrade": "Upgrade: websocket", "protocol": f"Sec-WebSocket-Protocol: {protocol}", "proof":
+                     f"Sec-WebSocket-Accept: {base64.b64encode(hashlib.sha1(proof).digest()).decode()}"}
+        lines.pop(self.lacks, None)
+        lines = ["HTTP/1.1 101 Switching Protocols", "Connection: Upgrade", *lines.values()]
         self.session = work
         await self.send_head(lines)
         record["status"] = 101
@@ -559,6 +565,7 @@ SETTINGS = {
     "prefix": "",          # before /api, as Rancher has it
     "pair_timeout": 30.0,  # seconds that a stream may stay alone
     "starts_pods": True,   # pods that a client creates run at once
+    "fragment": 0,         # bytes of a WebSocket frame at most, with Pings between; 0: each message is one frame
     "deletion": 0.0,       # seconds from a client's DELETE of a pod to its end
 }
 
@@ -802,10 +809,11 @@ class Cluster:
                 conn.thawed.clear()
             elif how == "thaw":
                 conn.thaw()
-            elif how == "goaway":
-                conn.session.go_away()
-            elif how == "ping":
-                conn.session.ping()
+            elif how in ("ping", "goaway"):
+                getattr(conn.session, how)()
+            elif how == "close":
+                getattr(conn.session, "socket", conn.session).close(1001)
+                conn.cut("end")
             else:
                 conn.cut(how)
         return len(found)

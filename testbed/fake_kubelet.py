@@ -222,11 +222,16 @@ class SpdySession:
         block = self.deflate.compress(struct.pack("!I", 0)) + self.deflate.flush(zlib.Z_SYNC_FLUSH)
         self.post(control(SYN_REPLY, struct.pack("!I", stream.number) + block))
 
-    def go_away(self) -> None:
+    def goaway(self) -> None:
         """Take no further stream; end when the last one has ended."""
         self.last_taken = self.last
         self.post(control(GOAWAY, struct.pack("!II", self.last, 0)))
         self.end_if_idle()
+
+    def close(self, code: int) -> None:
+        """Where SPDY is in a WebSocket: close that."""
+        if isinstance(self.wire, WebSocket):
+            self.wire.close(code)
 
     def ping(self, number: int = 2) -> None:
         """A PING of the server's; the client has to echo it."""
@@ -351,12 +356,22 @@ class WebSocket:
         if not self.said_close:
             self.conn.write(self.packed(payload, opcode))
 
+    def packed(self, payload: bytes, opcode: int = BINARY) -> bytes:
+        """A message: one frame, or by the setting `fragment` several, with a Ping before each but the first."""
+        size, most = len(payload), self.conn.cluster.settings["fragment"]
+        if most and opcode == BINARY and size > most:
+            parts = [payload[at:at + most] for at in range(0, size, most)]
+            frames = [self.frame_of(part, CONTINUATION if at else BINARY) for at, part in enumerate(parts)]
+            last = bytes((0x80 | frames[-1][0],)) + frames[-1][1:]
+            return self.frame_of(b"p", 0x80 | WS_PING).join([*frames[:-1], last])
+        return self.frame_of(payload, 0x80 | opcode)
+
     @staticmethod
-    def packed(payload: bytes, opcode: int = BINARY) -> bytes:
-        """A message in one frame."""
+    def frame_of(payload: bytes, first: int) -> bytes:
+        """A frame; `first` has FIN and the opcode."""
         size = len(payload)
-        head = (bytes((0x80 | opcode, size)) if size < 126 else struct.pack("!BBH", 0x80 | opcode, 126, size)
-                if size < 65536 else struct.pack("!BBQ", 0x80 | opcode, 127, size))
+        head = (bytes((first, size)) if size < 126 else struct.pack("!BBH", first, 126, size) if size < 65536
+                else struct.pack("!BBQ", first, 127, size))
         return head + payload
 
     def close(self, code: int = 1000) -> None:
@@ -364,7 +379,7 @@ class WebSocket:
         self.send(struct.pack("!H", code), CLOSE)
         self.said_close = True
 
-    async def frame(self) -> tuple:
+    async def read_frame(self) -> tuple:
         """The first byte of the next frame, and its payload.  Raises EOFError for what is not masked."""
         read = self.conn.reader.readexactly
         first, second = await read(2)
@@ -385,7 +400,7 @@ class WebSocket:
         """The next message; None after a Close.  Raises one of LOST."""
         parts = []
         while True:
-            first, payload = await self.frame()
+            first, payload = await self.read_frame()
             await self.conn.thawed.wait()
             opcode = first & 15
             if opcode == CLOSE:

@@ -295,6 +295,9 @@ ACTIONS = {
     "close": ("request", ("request",)),    # the answer says Connection: close
     "garbage": ("request", ("request",)),  # what is no HTTP
     "node": ("request", ("request",)),     # the node does not listen: 500
+    "bad_upgrade": ("request", ("request",)),  # 101 lacks `message`: "accept" (it is wrong), "protocol", "upgrade"
+    "ping": ("upgraded", ("upgraded", "stream", "open")),     # a PING of the server's, or right behind the 101
+    "raw": ("upgraded", ("upgraded", "stream", "open")),      # `message`, bytes in hex, as they are
     "goaway": ("upgraded", ("upgraded", "stream", "open")),   # SPDY's
     "no_pong": ("upgraded", ("upgraded", "stream", "open")),  # PINGs are not answered; all else goes on
     "error": ("stream", ("stream", "open")),       # `message` on the error stream, then RST_STREAM on both
