@@ -38,10 +38,8 @@ QUEUED = 20  # frames that a stream holds before its session stops reading: abou
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 MESSAGE_MAX = 1 << 24  # bytes of a WebSocket message, or of a SPDY frame
 
-SYN_STREAM, SYN_REPLY, RST_STREAM, PING, GOAWAY = 1, 2, 3, 6, 7
-FIN = 1
+SYN_STREAM, SYN_REPLY, RST_STREAM, PING, GOAWAY, FIN = 1, 2, 3, 6, 7, 1
 PROTOCOL_ERROR, CANCEL = 1, 5
-
 CONTINUATION, TEXT, BINARY, CLOSE, WS_PING, WS_PONG = 0, 1, 2, 8, 9, 10
 
 LOST = (OSError, ssl.SSLError, asyncio.IncompleteReadError, EOFError)  # the client has left, or broke the rules
@@ -162,9 +160,6 @@ class Stream:
         """Send data.  Returns when the client has taken enough of it.  Raises Reset, or OSError."""
         if self.broken:
             raise Reset
-        if len(data) <= CHUNK:
-            await self.session.send([struct.pack("!II", self.number, len(data)) + data])
-            return
         pieces = [data[at:at + CHUNK] for at in range(0, len(data), CHUNK)]
         await self.session.send([struct.pack("!II", self.number, len(piece)) + piece for piece in pieces])
 
@@ -457,6 +452,30 @@ class Sandbox:
         self.gone = False
 
 
+class PodReader(asyncio.StreamReader):
+    """What a program in a pod sends.  asyncio's own reader forgets what it has when a reset comes; the kernel does not."""
+
+    reset = None  # the OSError that ended it
+
+    def set_exception(self, exc) -> None:
+        self.reset = exc
+        self.feed_eof()
+
+    async def read(self, n: int = -1) -> bytes:
+        data = await super().read(n)
+        if not data and self.reset:
+            raise self.reset
+        return data
+
+
+async def dial(host: str, port: int) -> tuple:
+    """A connection to a program: its reader and writer.  Raises OSError."""
+    loop, reader = asyncio.get_running_loop(), PodReader(limit=SPACE)
+    protocol = asyncio.StreamReaderProtocol(reader)
+    transport, _ = await loop.create_connection(lambda: protocol, host, port)
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
 class Trouble(Exception):
     """A connection to a pod's port failed.  Argument: the text for the error stream, or none."""
 
@@ -491,7 +510,7 @@ class Forwarding:
             raise Trouble(self.text(f'failed to find sandbox "{self.sandbox.id}" in store: not found'))
         try:
             host, port = self.sandbox.ports[self.port]
-            self.pod = await asyncio.open_connection(host, port, limit=SPACE)
+            self.pod = await dial(host, port)
         except (KeyError, OSError):
             raise Trouble(self.text(self.inside(
                 f'failed to connect to localhost:{self.port} inside namespace "{self.sandbox.id}", '
@@ -499,12 +518,12 @@ class Forwarding:
                 "IPv6 dial tcp6: address localhost: no suitable address found "))) from None
         sock = self.pod[1].get_extra_info("socket")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        near = sock.getsockname()[1]
         self.sandbox.forwardings.add(self)
         tasks = [asyncio.ensure_future(way) for way in (self.up(client), self.down(client), self.killed.wait())]
         try:
             await self.carry(*tasks)
         except OSError:
-            near = sock.getsockname()[1]
             raise Trouble(self.text(self.inside(f"read tcp4 127.0.0.1:{near}->127.0.0.1:{self.port}: "
                                                 "read: connection reset by peer"))) from None
         finally:
