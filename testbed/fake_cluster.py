@@ -1,8 +1,8 @@
 """Stands in for a Kubernetes API server, and for a node behind it (testbed/fake_kubelet.py).  A program for tests.
 
-    a test ---- testbed/cluster.py ---- lines of JSON on a socket (stdin) ---- Control
-                                                                                  |  Store, Users, Faults, settings
-    a client ---- TLS ---- Connection: request, answer, request ... ------------- |
+    a test ---- testbed/cluster.py ---- lines of JSON on a socket (stdin) ---- Cluster: its `do_` methods
+                                                                                  |  Store, users, Faults, settings
+    a client ---- TLS ---- Connection: request, answer, request ... --------------|
                                 \\---- 101: a session of the kubelet's
 
 It runs in one asyncio loop and has no threads.  It serves until the test ends its end of the socket.
@@ -44,7 +44,6 @@ RECORDS = 20000  # records of a kind that are kept
 CHUNKED = 2048  # an answer that is longer has no Content-Length, as Go's server does it
 LINGER = 1.0  # seconds from our FIN to the close
 GZIPPED = 128 * 1024  # one that is longer is compressed where the client can read that
-
 
 PHRASES = {200: "OK", 201: "Created", 302: "Found", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
            404: "Not Found", 405: "Method Not Allowed", 409: "Conflict", 410: "Gone", 422: "Unprocessable Entity",

@@ -281,7 +281,7 @@ def may_not(user: User, verb: str, resource: str, group: str, namespace, name) -
 POINTS = ("accept", "tls", "request", "head", "body", "upgraded", "stream", "open")
 CONNECTION = ("hang", "rst", "eof", "end", "freeze", "delay")  # at each point
 ACTIONS = {
-    # action: (the point where it is meant if none is named, the other points where it can be)
+    # action: (the point that is meant if none is named, all points where it can be)
     "hang": ("request", POINTS),       # nothing more is said; at "stream" and "open": on that stream
     "rst": ("request", POINTS),        # the connection is reset
     "eof": ("request", POINTS),        # it ends without a close_notify
