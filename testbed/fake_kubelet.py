@@ -453,7 +453,7 @@ class Sandbox:
 
 
 class PodReader(asyncio.StreamReader):
-    """What a program in a pod sends.  asyncio's own reader forgets what it has when a reset comes; a kernel does not."""
+    """What a program in a pod sends.  asyncio's own reader drops what it has when a reset comes; a kernel does not."""
 
     reset = None  # the OSError that ended it
 
