@@ -40,7 +40,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 
 from sniroute_flow import READ_MAX
 from sniroute_host import too_little, under_journald
-from sniroute_launchers import Launcher, Reason, TunnelError, TunnelKey, last_words
+from sniroute_launchers import WORDS_MAX, Launcher, Reason, TunnelError, TunnelKey, last_words
 from sniroute_listeners import NO_NAME
 from sniroute_log import LEVELS
 from sniroute_names import CORE, OPTIONS, ascii_advice, describe_version, normalise, printable
@@ -66,6 +66,7 @@ URL = re.compile(r"https?://(?P<name>[^/?#:@]*)(?::[0-9]*)?(?:[/?#]|$)", re.IGNO
 NUMBER_MAX = 1e12  # seconds, connections, a process: more is none of these
 WORD_MAX = 40  # of a phase or a state
 BACKENDS_SHOWN = 100  # of one route: more is for /status
+FAR_END_SHOWN = 20  # lines that a program says of its far end: the pods of a service, for example
 
 
 def show_option(value: Any) -> str:
@@ -211,7 +212,7 @@ def explain_tunnel(settings: Settings, key: TunnelKey) -> str:
     Raises TunnelError where it cannot be had.
     """
     launcher = settings.launchers[key.launcher].row(key)
-    print("runs:   ", shlex.join([launcher.find(), *launcher.argv(key.hostname, settings.ports[0])]))
+    print("runs:   ", shlex.join([launcher.find(), *launcher.argv(launcher.argument(key), settings.ports[0])]))
     if not key.identified:
         print("token:   not shown there: the client may own that domain")
     standing = ask_router(settings.admin) if settings.admin is not None else None
@@ -415,14 +416,16 @@ def try_far_end(launcher: Launcher, key: TunnelKey) -> None:
     if launcher.trial is None:
         return
     try:
-        trial = subprocess.run([launcher.find(), *launcher.trial(key.hostname)], cwd="/", stdin=subprocess.DEVNULL,
-                               env=launcher.environment_for(key.identified), capture_output=True, timeout=TRIAL_TIMEOUT)
+        trial = subprocess.run([launcher.find(), *launcher.trial(launcher.argument(key))], cwd="/",
+                               stdin=subprocess.DEVNULL, env=launcher.environment_for(key.identified), capture_output=True, timeout=TRIAL_TIMEOUT)
     except subprocess.TimeoutExpired:
         raise TunnelError("timeout", f"no answer within {TRIAL_TIMEOUT:g} s") from None
     if trial.returncode:
         reason = launcher.reason(trial.stderr)
         raise TunnelError(reason.kind, reason.text)
-    print("far end: it answers")
+    said = trial.stdout.decode("utf-8", "replace").splitlines()
+    for line in said[:FAR_END_SHOWN] or ["it answers"]:
+        print("far end:", printable(line, WORDS_MAX))
 
 
 # -- selftest ----------------------------------------------------------------------------------

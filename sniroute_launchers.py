@@ -8,7 +8,8 @@
                trial    (hostname) -> words of a run that dials once and ends (`explain`)
 
 Two rows are here: `cloudflared access tcp`, a process for each hostname, and our own carrier
-(sniroute_carrier.py), a process for up to CARRIES hostnames.
+(sniroute_carrier.py), a process for up to CARRIES hostnames.  Options bring their own: sniroute_commands,
+sniroute_clusters.
 
 The carrier is an option: any of its files may be missing.  The import system is asked whether they are there, so the
 answer is the same in a folder and in a .pyz file.  The carrier is started by a short program text that imports it
@@ -51,7 +52,7 @@ class TunnelError(Exception):
     """A tunnel that cannot be had now.
 
     `kind` is one word for counters: `failed`, `denied` (Access wants another identity), `unknown` (no
-    such name), `timeout`, `limit`, `budget` or `stopping`.
+    such name), `timeout`, `limit`, `budget`, `stopping`, or one of a cluster's (sniroute_clusters).
     The message is for people: what happened, and what to do.
     """
 
@@ -63,7 +64,7 @@ class TunnelError(Exception):
 class Reason(NamedTuple):
     """Why a tunnel could not be had, or why a client was not served."""
 
-    kind: str = "failed"  # of a TunnelError: `failed`, `denied` or `unknown`
+    kind: str = "failed"  # of a TunnelError
     text: str = ""  # for people; '' where nothing is known
     final: bool = False  # another try would end the same way
 
@@ -169,6 +170,11 @@ def carrier_reason(tail: bytes) -> Reason:
 # -- the row -----------------------------------------------------------------------------------
 
 
+def hostname_of(key: TunnelKey) -> str:
+    """What most programs are told of a tunnel."""
+    return key.hostname
+
+
 class Launcher(NamedTuple):
     """One kind of tunnel program."""
 
@@ -183,6 +189,7 @@ class Launcher(NamedTuple):
     trial: Callable[[str], list[str]] | None = None  # hostname -> words for a run that dials once and ends
     home: bool = True  # it gets a HOME: a private folder
     made: Callable[[TunnelKey], Launcher] | None = None  # where the key says which program: the row for that key
+    argument: Callable[[TunnelKey], str] = hostname_of  # what the program is told of a tunnel, as `hostname` above
 
     def row(self, key: TunnelKey) -> Launcher:
         """The row for one tunnel."""
@@ -274,10 +281,10 @@ def cloudflared_launcher(program: str, environ: Mapping[str, str]) -> Launcher:
 # -- the carrier -------------------------------------------------------------------------------
 
 CARRIER = "sniroute_carrier"
-# The carrier is imported instead of run as a script, so that Python compiles it only once and finds it in a
+# A program of ours is imported instead of run as a script, so that Python compiles it only once and finds it in a
 # .pyz file, too.  The options -I and -S keep out what a user or a site has installed.
-CARRIER_CODE = ("import sys; sys.path.insert(0, sys.argv[1]); sys.argv[:2] = ['sniroute_carrier']; "
-                "import sniroute_carrier; sys.exit(sniroute_carrier.main())")
+OUR_CODE = ("import sys; sys.path.insert(0, sys.argv[1]); sys.argv[:2] = ['{0}']; "
+            "import {0}; sys.exit({0}.main())")
 
 
 def place() -> str:
@@ -288,20 +295,24 @@ def place() -> str:
     return os.path.dirname(os.path.abspath(__file__))
 
 
-def carrier_words(*words: str) -> list[str]:
-    """The words after Python that run the carrier from `place()`."""
-    return ["-I", "-S", "-c", CARRIER_CODE, place(), *words]
+def our_words(room: str, *words: str) -> list[str]:
+    """The words after Python that run a program of ours from `place()`."""
+    return ["-I", "-S", "-c", OUR_CODE.format(room), place(), *words]
+
+
+def words_by_hand(room: str, *words: str) -> list[str]:
+    """The same for people, as `explain` prints them: a file is named where it is one."""
+    script = os.path.join(place(), f"{room}.py")
+    return [script, *words] if os.path.isfile(script) else our_words(room, *words)
 
 
 def carrier_argv(hostname: str, port: int) -> list[str]:
-    """The words after Python for one tunnel.  `explain` prints them for people, so a file is named where it is one."""
-    script = os.path.join(place(), f"{CARRIER}.py")
-    words = cloudflared_argv(hostname, port)
-    return [script, *words] if os.path.isfile(script) else carrier_words(*words)
+    """The words after Python for one tunnel."""
+    return words_by_hand(CARRIER, *cloudflared_argv(hostname, port))
 
 
 def carrier_launcher(environ: Mapping[str, str]) -> Launcher:
     """The row for sniroute_carrier.py, which does what cloudflared does."""
     return Launcher(sys.executable, carrier_argv, inherited(environ), carrier_reason,
-                    f"{sys.executable} is not there", OPTIONS["carrier"], CARRIES, tuple(carrier_words("forwarders")),
-                    lambda hostname: carrier_words("access", "tcp", "--hostname", hostname), home=False)
+                    f"{sys.executable} is not there", OPTIONS["carrier"], CARRIES, tuple(our_words(CARRIER, "forwarders")),
+                    lambda hostname: our_words(CARRIER, "access", "tcp", "--hostname", hostname), home=False)

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
 from sniroute_names import OPTIONS, is_here, printable
 from sniroute_patterns import parse_pattern, unknown_fields
-from sniroute_routes import PROGRAM_KINDS, Route, parse_port_route, parse_route
+from sniroute_routes import CLUSTER_KINDS, PROGRAM_KINDS, Route, parse_port_route, parse_route
 from sniroute_targets import SCHEMES
-from sniroute_values import (as_text, meant, one_of, parse_count, parse_duration, parse_env, parse_host, parse_names,
-                             parse_networks, parse_off_or_duration, parse_port, parse_share, parse_size,
-                             parse_upgrades, parse_verify)
+from sniroute_values import (as_text, meant, one_of, parse_count, parse_duration, parse_env, parse_globs, parse_host,
+                             parse_label, parse_names, parse_networks, parse_off_or_duration, parse_port, parse_share,
+                             parse_size, parse_upgrades, parse_verify)
 from sniroute_wire import PROXY_WRITERS
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ ROUTE_OPTIONS: dict[str, Callable[[Any], Any]] = {
     "http": one_of(*HTTP_MODES), "verify": parse_verify, "host": parse_host,
     "cross_site": one_of("refuse", "allow"), "upgrades": parse_upgrades,
     "http_reuse": one_of("client", "off", "safe"), "redirect_port": parse_port,
+    "contexts": parse_globs, "namespaces": parse_globs, "container": parse_label,
 }
 FORWARDS = ("forward", "forward-tls")
 HTTP_OPTIONS: dict[str, tuple[str, ...]] = {  # those that say more of a mode, and which modes
@@ -60,7 +61,11 @@ HTTP_OPTIONS: dict[str, tuple[str, ...]] = {  # those that say more of a mode, a
     "http_reuse": FORWARDS, "redirect_port": ("redirect",),
 }
 WHOLE_OPTIONS = frozenset(("env",))  # those whose parser takes the value as TOML has it
-PROGRAM_OPTIONS = frozenset(("env", "env_from"))  # those for targets that run a program
+# Those that are for some kinds of target only.
+KINDS_OF_OPTIONS = {**dict.fromkeys(("env", "env_from"), PROGRAM_KINDS),
+                    **dict.fromkeys(("contexts", "namespaces"), CLUSTER_KINDS), "container": ("jump",)}
+# Those that people look for, and what there is instead.
+NOT_THERE = {"create_pod": "no pod is made: run one that has socat or nc (kubectl run), and let jump: lead to it"}
 
 
 def parse_health(text: str) -> str:
@@ -172,7 +177,9 @@ def read_routes(table: Any, wrong: list[str], kind: str = "routes", parse: Parse
         several = {}
         for name, option in options.items():
             try:
-                if name in SEVERAL_OPTIONS:
+                if name == "balance" and is_one_cluster(texts):
+                    one_of("least")(as_text(option))  # of the ready pods, the one with the fewest connections
+                elif name in SEVERAL_OPTIONS:
                     several[name] = SEVERAL_OPTIONS[name](as_text(option))
                 else:
                     route = route._replace(**{name: read_option(name, option, texts, kind == "ports")})
@@ -187,13 +194,21 @@ def read_routes(table: Any, wrong: list[str], kind: str = "routes", parse: Parse
     return routes
 
 
+def is_one_cluster(targets: Sequence[str]) -> bool:
+    """Whether there is one target, and its backends are the pods of a cluster: their program chooses among them."""
+    return len(targets) == 1 and targets[0].partition(":")[0] in CLUSTER_KINDS
+
+
 def read_option(name: str, value: Any, targets: Sequence[str], is_port: bool = False) -> Any:
     """The value of an option of a route to these targets.  Raises ValueError, also where there is no such option."""
+    if name in NOT_THERE:
+        raise ValueError(NOT_THERE[name])
     if name not in ROUTE_OPTIONS:
         raise ValueError(f"there is no such option{meant(name, ('target', *ROUTE_OPTIONS, *SEVERAL_OPTIONS))}")
     schemes = {target.partition(":")[0] for target in targets}
-    if name in PROGRAM_OPTIONS and schemes.isdisjoint(PROGRAM_KINDS):
-        raise ValueError(f"is for {' and '.join(f'{kind}:' for kind in PROGRAM_KINDS)}")
+    kinds = KINDS_OF_OPTIONS.get(name, schemes)
+    if schemes.isdisjoint(kinds):
+        raise ValueError(f"is for {' and '.join(f'{kind}:' for kind in kinds)}")
     if name == "idle" and not any(row.is_tunnel for scheme, row in SCHEMES.items() if scheme in schemes):
         raise ValueError("is for tunnels; here connection_idle resets what is silent")
     if is_port and (name == "http" or name in HTTP_OPTIONS):

@@ -92,6 +92,11 @@ class Pattern(NamedTuple):
         return tuple(field for label in self.labels if isinstance(label, Label) for field in label.fields)
 
     @property
+    def may_split(self) -> bool:
+        """Whether a name may fit it in several ways."""
+        return any(isinstance(label, Label) and len(label.fields) > 1 for label in self.labels)
+
+    @property
     def literals(self) -> int:
         """How many characters are literal.  Dots between labels do not count."""
         return sum(sum(map(len, label.literals)) if isinstance(label, Label) else len(label) for label in self.labels)

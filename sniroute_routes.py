@@ -23,11 +23,12 @@ What a name is worth: nothing.  SNI is not authentication; `allow` looks at addr
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import TYPE_CHECKING, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 from sniroute_launchers import TunnelKey, Variable
-from sniroute_names import (Network, ascii_advice, has_owner, is_here, normalise, parse_host_port, printable,
+from sniroute_names import (OPTIONS, Network, ascii_advice, has_owner, is_here, normalise, parse_host_port, printable,
                             show_address)
 from sniroute_patterns import (CHOSEN, FIELDS, OF_NAME, STARS, Fielded, Pattern, expand, fields_of, parse_pattern,
                                rank, unknown_fields, written)
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 DECISIONS_MAX = 4096  # routed names remembered: names come from strangers
+SPLITS_MAX = 4  # ways to read one name: a hostile one has thousands
 SHOWN_MAX = 8  # of the targets of one route: a line of the log has room for so many
 
 
@@ -73,6 +75,7 @@ class Decision(NamedTuple):
     members: Sequence[Decision] = ()  # of each of its targets, where the route has several; never changed
     variables: tuple[Variable, ...] = ()  # for its program
     host: str = ""  # the route's `host`, with its fields filled in
+    splits: list[Decision] | tuple[()] = ()  # of each way to read the name, the likely one first; of several only
 
 
 class Route(NamedTuple):
@@ -96,6 +99,11 @@ class Route(NamedTuple):
     upgrades: tuple[str, ...] = ("websocket",)  # protocols that a client may change to, in lower case
     http_reuse: str = "client"  # whose a connection to the backend is: `client`, `off`, `safe`
     redirect_port: int | None = None  # None: 443 where the listener is 80, else the listener's
+    # Of targets in Kubernetes clusters.
+    contexts: tuple[str, ...] = ()  # globs: the contexts that it may lead to; (): what the target says
+    namespaces: tuple[str, ...] = ()  # the same for namespaces
+    container: str = ""  # of the pod, for `jump:`; "": the pod's own choice
+    aliases: tuple[tuple[str, str], ...] = ()  # short names of contexts, of the settings
     members: tuple[str, ...] = ()  # the targets, each `scheme:rest`, where there are several; `target` is for people
     several: Several | None = None  # what is done with those; given where there are any
 
@@ -156,6 +164,8 @@ class Route(NamedTuple):
         `identified`: the router has an Access token, which is not shown to everybody.  `fields`: one of `splits`, by
         default the first.
         """
+        if fields is None and self.tries_splits:
+            return self._decide_splits(name, identified, tally or Tally())
         if fields is None:
             fields = next(self.splits(name))
         if self.several is not None:
@@ -166,15 +176,28 @@ class Route(NamedTuple):
         row.guard(self.target.partition(":")[2], rest)
         target = f"{scheme}:{rest}"
         key, variables, tunnel = f"{self.pattern}={target}", self.env + self.env_from, None
+        argument = rest if row.told is None else row.told(self, rest)
         if row.is_program and self.fields_of_env:
             variables = tuple(each._replace(value=each.value and expand(each.value, fields)) for each in variables)
             key = " ".join([key, *(f"{name}={value}" for name, value in variables)])
         if row.is_program and row.is_tunnel:
-            tunnel = TunnelKey(scheme, rest, variables=variables)
+            tunnel = TunnelKey(scheme, argument, variables=variables)
         elif row.is_tunnel:
-            tunnel = TunnelKey(scheme, rest, not identified or self.is_of_one_domain())
+            tunnel = TunnelKey(scheme, argument, not identified or self.is_of_one_domain())
         return Decision(self, target, row, rest, key, tunnel, tally or Tally(), self.is_plain, variables=variables,
                         host=self._host_for(fields))
+
+    def _decide_splits(self, name: str, identified: bool, tally: Tally) -> Decision:
+        """As `decide`, with the decision of each way to read the name, those that make no target left out."""
+        decided, fault = [], None
+        for fields in itertools.islice(self.splits(name), SPLITS_MAX):
+            try:
+                decided.append(self.decide(name, identified, tally, fields))
+            except Refused as error:
+                fault = fault or error
+        if not decided:
+            raise fault
+        return decided[0]._replace(splits=decided if len(decided) > 1 else ())
 
     def _decide_several(self, name: str, identified: bool, tally: Tally, fields: Mapping[str, str]) -> Decision:
         """As `decide`, with the decision of each target.  Without fields these are the same for each name."""
@@ -201,6 +224,12 @@ class Route(NamedTuple):
         """
         return any(not set(FIELDS.findall(target)) <= set(row.holds) for row, target in zip(self.kinds, self.targets)) \
             or bool(self.fields_of_env)
+
+    @property
+    def tries_splits(self) -> bool:
+        """Whether only the far end knows which split of a name is meant."""
+        return "{" in self.pattern and self.several is None and kind(self.target.partition(":")[0]).tries_splits \
+            and parse_pattern(self.pattern).may_split
 
     @property
     def fields_of_env(self) -> set[str]:
@@ -243,21 +272,29 @@ class Route(NamedTuple):
         return all(map(has_owner, ends))  # each is what stands behind the label that holds the client's last part
 
 
-PROGRAM_KINDS = ("exec", "command")  # kinds of target that are an option
+PROGRAM_KINDS = ("exec", "command")  # kinds of target that are an option: programs, and ...
+CLUSTER_KINDS = ("kubernetes", "jump")  # ... what is in a Kubernetes cluster
 
 
 def kind(scheme: str) -> Scheme:
-    """The row of a kind of target.  Raises ValueError where there is none, or its file is not there."""
+    """The row of a kind of target.  Raises ValueError where there is none, or a file of it is not there."""
     row = SCHEMES.get(scheme)
-    if row is None and scheme in PROGRAM_KINDS:
-        if not is_here("sniroute_commands"):
-            raise ValueError(f"{scheme}: needs sniroute_commands.py, which is not beside sniroute.py: copy it there")
-        from sniroute_commands import COMMAND_SCHEMES  # imported late: an option
-        SCHEMES.update(COMMAND_SCHEMES)
+    if row is None and scheme in PROGRAM_KINDS + CLUSTER_KINDS:
+        option = "commands" if scheme in PROGRAM_KINDS else "kubernetes"
+        missing = [f"{room}.py" for room in OPTIONS[option] if not is_here(room)]
+        if missing:
+            are, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+            raise ValueError(f"{scheme}: needs {', '.join(missing)}, which {are} not beside sniroute.py: copy {them} "
+                             "there")
+        if scheme in PROGRAM_KINDS:
+            from sniroute_commands import COMMAND_SCHEMES as rows  # imported late: an option
+        else:
+            from sniroute_clusters import CLUSTER_SCHEMES as rows
+        SCHEMES.update(rows)
         row = SCHEMES[scheme]
     if row is None:
         raise ValueError(f"{printable(scheme)!r} is no kind of target: there are "
-                         f"{', '.join(sorted({*SCHEMES, *PROGRAM_KINDS}))}")
+                         f"{', '.join(sorted({*SCHEMES, *PROGRAM_KINDS, *CLUSTER_KINDS}))}")
     return row
 
 

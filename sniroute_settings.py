@@ -36,10 +36,11 @@ from sniroute_names import OPTIONS, Network, describe_version, is_here, parse_ip
 from sniroute_options import HTTP_MODES, any_port, any_route, misfits_of_http, read_routes
 from sniroute_patterns import FIELDS
 from sniroute_refusals import SettingsError
-from sniroute_routes import PROGRAM_KINDS, Route, Routes, parse_port_route, parse_route, port_address
+from sniroute_routes import CLUSTER_KINDS, PROGRAM_KINDS, Route, Routes, parse_port_route, parse_route, port_address
 from sniroute_values import (Zones, absolute, as_text, meant, one_of, own_zones, parse_address, parse_admin,
-                             parse_count, parse_duration, parse_listen, parse_networks, parse_none_or_duration,
-                             parse_off_or_duration, parse_ports, parse_program, parse_switch, parse_zones)
+                             parse_aliases, parse_count, parse_duration, parse_listen, parse_networks,
+                             parse_none_or_duration, parse_off_or_duration, parse_paths, parse_ports, parse_program,
+                             parse_switch, parse_zones)
 
 __version__ = "0.1.0"
 
@@ -153,6 +154,15 @@ SETTINGS = (
     Setting("cloudflared", "PATH", parse_program, None,
             "the tunnel program (default: cloudflared on PATH; without one, the carrier beside sniroute.py)",
             fixed=True),
+    Setting("kubeconfig", "PATH[:PATH]", parse_paths, None,
+            "the kubeconfig of kubernetes: and jump: targets, or several, merged as kubectl does it (default: KUBECONFIG, "
+            "then ~/.kube/config, then the pod's own account)", fixed=True),
+    Setting("exec-path", "DIR[:DIR]", parse_paths, None,
+            "folders in which credential plugins are looked for, beside PATH (default: the usual ones)", fixed=True),
+    Setting("kubernetes-ping", "DURATION", parse_duration, "15s",
+            "how often a session to a pod is asked for a sign of life (default 15s)", fixed=True),
+    Setting("kubernetes-contexts", "NAME=CONTEXT,...", parse_aliases, None,
+            "short names of contexts of the kubeconfig, for targets and names (default none)"),
     Setting("zones", "NAME=CIDR,...", parse_zones, None,
             "networks by the name of their zone, a pair for each network: backends in the own zone are preferred "
             "(default none)"),
@@ -209,6 +219,10 @@ class Settings(NamedTuple):
     max_starting: int
     no_name: str
     cloudflared: str | None
+    kubeconfig: str | None  # paths, a colon between two
+    exec_path: str | None  # the same
+    kubernetes_ping: float
+    kubernetes_contexts: dict[str, str] | None  # contexts by their short names
     zones: dict[str, tuple[Network, ...]] | None  # networks by name
     zone: str | None
     own_address: str | None
@@ -232,6 +246,11 @@ class Settings(NamedTuple):
     def serves_http(self) -> bool:
         """Whether plain HTTP is served for a name."""
         return asks_for_web(self.http, False, self.routes.routes)
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether one of its listeners is for this host alone."""
+        return any(is_loopback(host) for host, _ in self.listen)
 
     @property
     def needs_web(self) -> bool:
@@ -261,6 +280,12 @@ def read_settings(path: str, wrong: list[str], again: bool) -> dict[str, Any] | 
     if table is None:
         wrong += [f"{path}: {fault}" for fault in faults]
         return None
+    if isinstance(table.get("kubernetes"), dict):  # another name of a setting: a table reads better
+        for name, value in table.pop("kubernetes").items():
+            if name == "contexts":
+                table["kubernetes_contexts"] = value
+            else:
+                faults.append(f"kubernetes.{printable(name)}: there is no such table; there is kubernetes.contexts")
     found = [(name, parse, table.pop(name)) for name, parse in tables.items()
              if name in table and (name == "routes" or isinstance(table[name], dict))]
     if "ports" in table and "tunnel_ports" in table:
@@ -315,7 +340,8 @@ USAGE = """\
        %(prog)s explain NAME [options]               what would happen to this name, and why
        %(prog)s selftest                             the hard cases, against itself, on loopback
        %(prog)s bundle [-o FILE] [--with OPTION,...] one file, which any Python from 3.11 runs
-       %(prog)s carrier ...                          what `cloudflared access tcp` does"""
+       %(prog)s carrier ...                          what `cloudflared access tcp` does
+       %(prog)s kubernetes ...                       what `kubectl port-forward` does"""
 
 
 class ShowVersion(argparse.Action):
@@ -381,13 +407,14 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], running: Sett
     kept = keep_fixed(values, given, running)
     values["admin_token"] = environ.get(ADMIN_TOKEN, "").strip() or None
     values["open_to_all"] = given["route"].source == "default" and file is not None  # else nobody knows
+    name_contexts(values)
     values["routes"] = configured_routes(values, given["route"].source, environ, wrong)
     cross_checked(values, given, running, wrong)
     wrong += identity_faults(environ)
     if wrong:
         raise SettingsError(*wrong)
     values["launchers"] = running.launchers if running else tunnel_launchers(values["cloudflared"], environ)
-    add_commands(values["launchers"], (*values["route"], *values["port"]))
+    add_programs(values["launchers"], values, environ)
     return Settings(command=asked.command, name=asked.name, quiet=asked.quiet, covered=covered, kept=kept,
                     again=functools.partial(load_settings, argv, environ), **derived(values))
 
@@ -457,6 +484,14 @@ def keep_fixed(values: dict[str, Any], given: Mapping[str, Given], running: Sett
     return kept
 
 
+def name_contexts(values: dict[str, Any]) -> None:
+    """Give the short names of contexts to the routes whose targets may have them."""
+    aliases = tuple(sorted((values["kubernetes_contexts"] or {}).items()))
+    for name in ("route", "port") if aliases else ():
+        values[name] = [route._replace(aliases=aliases) if not kinds_of([route]).isdisjoint(CLUSTER_KINDS) else route
+                        for route in values[name] or ()]
+
+
 def configured_routes(values: Mapping[str, Any], source: str, environ: Mapping[str, str], wrong: list[str]) -> Routes:
     """The routes as they are matched."""
     try:
@@ -470,6 +505,11 @@ def cross_checked(values: Mapping[str, Any], given: Mapping[str, Given], running
                   wrong: list[str]) -> None:
     """Add to `wrong` what each setting alone does not show."""
     cross_checked_http(values, given, wrong)
+    for name in ("route", "port"):
+        routes = values[name] or ()
+        if not kinds_of(routes).isdisjoint(CLUSTER_KINDS):
+            from sniroute_clusters import misfits  # imported late: an option
+            wrong += [f"{given[name].source}: {route.pattern}: {each}" for route in routes for each in misfits(route)]
     if values["watch"]:
         where = values["config"]
         if where is None:
@@ -541,7 +581,7 @@ def overlap(one: str | tuple[str, int] | None, other: str | tuple[str, int] | No
 def derived(values: dict[str, Any]) -> dict[str, Any]:
     """The values, and what depends on the host."""
     _, descriptors = descriptor_limits()
-    programs = any(target.startswith("exec:") for target in targets_of((*values["route"], *values["port"])))
+    programs = "exec" in kinds_of((*values["route"], *values["port"]))
     spare = SPARE_FDS * (1 + programs)  # there may be as many of these as tunnels
     spare += sum(route.several.warm for route in (*values["route"], *values["port"]) if route.several is not None)
     fit = max(1, (descriptors - min(spare, descriptors // 2)) // 2)
@@ -550,6 +590,11 @@ def derived(values: dict[str, Any]) -> dict[str, Any]:
     values["max_connections"] = values["max_connections"] or fit
     values["max_tunnels"] = values["max_tunnels"] or tunnels_that_fit(values)
     return values
+
+
+def kinds_of(routes: Iterable[Route]) -> set[str]:
+    """The kinds of target that these routes have."""
+    return {target.partition(":")[0] for target in targets_of(routes)}
 
 
 def targets_of(routes: Iterable[Route]) -> Iterator[str]:
@@ -561,7 +606,7 @@ def tunnels_that_fit(values: Mapping[str, Any]) -> int:
     """As many as there are ports; where each has a process of its own, as many as fit into the host's memory."""
     first, last = values["ports"]
     memory = memory_allowed()
-    used = {target.partition(":")[0] for target in targets_of((*values["route"], *values["port"]))}
+    used = kinds_of((*values["route"], *values["port"]))
     share = min((row.carries for scheme, row in values["launchers"].items() if scheme in used), default=1)
     if not used.isdisjoint(PROGRAM_KINDS):
         share = 1
@@ -580,11 +625,17 @@ def tunnel_launchers(program: str | None, environ: Mapping[str, str]) -> dict[st
     return {"cloudflared": cloudflared, "carrier": carrier}
 
 
-def add_commands(launchers: dict[str, Launcher], routes: Iterable[Route]) -> None:
-    """Add the row for commands, where a route has one.  The table of a router that runs learns it at a reload."""
-    if "command" not in launchers and any(target.startswith("command:") for target in targets_of(routes)):
+def add_programs(launchers: dict[str, Launcher], values: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+    """Add the rows of options, where a route needs them.  The table of a router that runs learns them at a reload."""
+    used = kinds_of((*values["route"], *values["port"]))
+    if "command" in used and "command" not in launchers:
         from sniroute_commands import COMMAND  # imported late: an option
         launchers["command"] = COMMAND
+    if not used.isdisjoint(CLUSTER_KINDS) and "kubernetes" not in launchers:
+        from sniroute_clusters import cluster_launcher
+        paths = values["kubeconfig"] or environ.get("KUBECONFIG") and parse_paths(environ["KUBECONFIG"])
+        launcher = cluster_launcher(environ, paths, values["exec_path"], values["kubernetes_ping"])
+        launchers["kubernetes"] = launchers["jump"] = launcher  # one object: one process for both
 
 
 def warn_of_programs(settings: Settings) -> None:

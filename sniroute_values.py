@@ -170,6 +170,41 @@ def absolute(text: str) -> str:
                          "give the whole path, from /") from None
 
 
+def parse_paths(text: str) -> str:
+    """`PATH[:PATH ...]`, each as it is from `/`; `~` is the user's home.  Raises ValueError."""
+    paths = [absolute(os.path.expanduser(part)) for part in text.split(":") if part]
+    if not paths:
+        raise ValueError(f"{text!r} names no path")
+    return ":".join(paths)
+
+
+def parse_aliases(text: str) -> dict[str, str]:
+    """`NAME=CONTEXT,...`: short names of contexts of a kubeconfig.  Raises ValueError."""
+    aliases = {}
+    for pair in text.split(","):
+        name, equals, context = (part.strip() for part in pair.partition("="))
+        if not equals or not re.fullmatch(r"[A-Za-z0-9._-]{1,63}", name) or not re.fullmatch(r"[!-~]{1,253}", context):
+            raise ValueError(f"{printable(pair.strip())!r} is not NAME=CONTEXT, as prod=arn:aws:eks:eu-west-1:1:cluster/prod")
+        aliases[name] = context
+    return aliases
+
+
+def parse_globs(text: str) -> tuple[str, ...]:
+    """`GLOB,...`: names in which `*` stands for any characters, and `?` for one.  Raises ValueError."""
+    globs = tuple(part.strip() for part in text.split(","))
+    for glob in globs:
+        if not re.fullmatch(r"[!-~]{1,253}", glob):
+            raise ValueError(f"{printable(glob)!r} is not a name, or a glob as team-*")
+    return globs
+
+
+def parse_label(text: str) -> str:
+    """The name of a container.  Raises ValueError.  Source: RFC 1123 section 2.1."""
+    if not re.fullmatch(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", text):
+        raise ValueError(f"{printable(text)!r} is not a name of letters a-z, digits and -")
+    return text
+
+
 def parse_program(text: str) -> str:
     """The tunnel program: a file that runs, and that only root and this user may change.  Raises ValueError."""
     path = absolute(text)

@@ -138,8 +138,10 @@ class Web:
             # The very objects of MODES and SAFE, not equal ones: they are compared by `is` with each request.
             mode = next(mode for mode in MODES if mode == (route.http or self.settings.http))
             reuse = SAFE if route.http_reuse == SAFE else route.http_reuse
+            guards = route.refuses_cross_site or route.cross_site is None and self.settings.on_loopback \
+                and any(row.guards_pages for row in route.kinds)
             policy = Policy(
-                mode, route.verify, route.refuses_cross_site,
+                mode, route.verify, guards,
                 frozenset(each.encode("ascii") for each in route.upgrades), reuse, route.redirect_port)
             self.policies[route.pattern] = route, policy
         return policy
