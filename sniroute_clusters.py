@@ -4,7 +4,7 @@
     jump:NAMESPACE/svc/NAME/HOST:PORT[@CONTEXT]           HOST:PORT as that pod sees it
 
         loop                                    reaper                             sniroute_kubernetes.py, one process
-        choose, tunnel_ready                    TunnelTable
+        tunnel_ready                            TunnelTable
           Decision.tunnel: a TunnelKey --------->  Launcher.argument: what it is told --->  listen 127.0.0.1:20000 ...
           a TunnelBackend, to that port            reason <------------------------------  failed: one of REASONS
 
@@ -16,76 +16,54 @@ and for no other word: `fits` looks.  A route whose field is the namespace or th
 (`misfits`, at the start), and each name is held against that (`told`).
 
 Splits.  Names of ports have dashes, as those of services do: `{service}-{port}` fits `my-api-http-metrics` in several
-ways.  Only the cluster knows which one is meant.  So where it has no such service or port, the next way is tried
-(`SplitBackend`); the one that has worked is tried first from then on.
+ways.  Only the cluster knows which one is meant.  So the program is told the first few of them, and takes the first
+that is there (`argument_of` of sniroute_objects, Route.decide).
 
-Threads: the loop, and main when settings are read.  `Decision.splits` is the loop's.
+Threads: any; nothing is kept.
 
 Seams: I want to ...
     understand another reason        a row in REASONS; for another kind of refusal one in sniroute_refusals, too
     let a variable through           VARIABLES, PREFIXES
     let a field stand elsewhere      `fits`
 
-This room imports sniroute_pods (`parse_target`), sniroute_targets, sniroute_launchers, sniroute_names, sniroute_refusals
+This room imports sniroute_objects (`parse_target`, `argument_of`), sniroute_targets, sniroute_launchers, sniroute_names, sniroute_refusals
 and the standard library.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import sys
 from typing import TYPE_CHECKING, Iterator, Mapping, Sequence
 
-from sniroute_launchers import (TUNNEL_ENVIRONMENT, TUNNEL_IDENTITY, Launcher, Reason, TunnelKey, last_line,
-                                last_words, our_words, words_by_hand)
+from sniroute_launchers import (TUNNEL_ENVIRONMENT, TUNNEL_IDENTITY, Launcher, Reason, last_line, last_words, our_words,
+                                words_by_hand)
 from sniroute_names import OPTIONS, printable
-from sniroute_pods import parse_target
+from sniroute_objects import argument_of, parse_target
 from sniroute_refusals import Malformed, Refused
-from sniroute_targets import (Another, Backend, NotYet, Scheme, TunnelBackend, Verdict, lease_of, tunnel_prepare,
-                              tunnel_ready)
+from sniroute_targets import Scheme, tunnel_prepare, tunnel_ready
 
 if TYPE_CHECKING:
-    import socket
-
-    from sniroute_connection import Connection
-    from sniroute_routes import Decision, Route
-    from sniroute_targets import Targets
+    from sniroute_routes import Route
 
 __version__ = "0.1.0"
 
 # Limits, each with its reason.
 CARRIES = 500  # targets in one process: more than there are ports for by default; each further one costs it 64 KiB
-TOLD_MAX = 900  # characters: a line of the program's stdin takes 1,024 bytes, with the order and the address
+PING_MAX = 9999.0  # seconds that its --ping takes
 
 # -- targets -----------------------------------------------------------------------------------
 
-JUMP = "jump"
-
-
-def check(kind: str, rest: str) -> str:
-    """Check a target, and return it unchanged.  Raises Malformed, `bad_name`."""
-    if not rest.isascii() or not rest.isprintable() or " " in rest or len(rest) > TOLD_MAX:
-        raise Malformed(f"{printable(rest, 80)!r} has blanks, other letters than ASCII, or over {TOLD_MAX} characters: "
-                        "rename such a context, or give it a short name in [kubernetes.contexts]", kind="bad_name")
-    try:
-        parse_target(f"{JUMP}:{rest}" if kind == JUMP else rest)
-    except Malformed as error:
-        raise Malformed(str(error), kind="bad_name") from None
-    return rest
-
-
-def check_kubernetes(rest: str) -> str:
-    """As `check`, for `kubernetes:`."""
-    return check("kubernetes", rest)
-
-
-def check_jump(rest: str) -> str:
-    """As `check`, for `jump:`."""
-    return check(JUMP, rest)
+def check(jump: bool, rest: str) -> str:
+    """A target with the shortest word for its kind.  Raises Malformed, `bad_name`."""
+    target = parse_target(rest, jump)
+    argument_of([target])  # it is not too long
+    return target.text
 
 
 def parts_of(rest: str) -> tuple[str, str, str]:
-    """The namespace of a target, what stands between, and its context; '' where it names none."""
+    """The namespace of a target, what stands between, and its context; "" where it names none."""
     place, _, context = rest.partition("@")
     namespace, _, middle = place.partition("/")
     return namespace, middle, context
@@ -94,22 +72,15 @@ def parts_of(rest: str) -> tuple[str, str, str]:
 def fits(template: str, rest: str) -> None:
     """Check that each field stands where one may.  Raises Malformed.
 
-    No field has one of `/ : @ , = ?`, so none makes another part: it is enough to look at the target as it was written.
+    No field has one of `/ : @ , =` in it, so none makes another part: it is enough to look at the target as it was
+    written.
     """
     _, middle, _ = parts_of(template)
     word, _, name = middle.partition("/")
-    keys = [pair.partition("=")[0] for pair in name.rpartition(":")[0].split(",") if "=" in pair]
+    keys = [pair.partition("=")[0] for pair in name.split(",") if "=" in pair]
     if "{" in word or any("{" in key for key in keys):
         raise Malformed(f"{printable(template, 80)!r}: a field stands for a namespace, a name, the value of a label, a "
                         "host, a port or a context, and for nothing else", kind="bad_name")
-
-
-def cluster_targets(route: Route) -> Iterator[tuple[str, str]]:
-    """The targets of a route that are in clusters: (kind, rest)."""
-    for target in route.targets:
-        scheme, _, rest = target.partition(":")
-        if scheme in CLUSTER_SCHEMES:
-            yield scheme, rest
 
 
 def misfits(route: Route) -> Iterator[str]:
@@ -118,31 +89,31 @@ def misfits(route: Route) -> Iterator[str]:
     Whoever reaches the listener may ask for any name, and so may a page in a browser of its user.  So a kubeconfig
     with many clusters in it is not open to all of them by one line.
     """
-    for _, rest in cluster_targets(route):
-        namespace, _, context = parts_of(rest)
+    for target in route.targets:
+        scheme, _, rest = target.partition(":")
+        namespace, _, context = parts_of(rest) if scheme in CLUSTER_SCHEMES else ("", "", "")
         for what, text, globs in (("namespace", namespace, route.namespaces), ("context", context, route.contexts)):
             if "{" in text and not globs:
-                yield (f"{printable(text)} lets clients choose the {what}: say which they may reach, in the file, as "
-                       f'{what}s = ["team-*"]')
+                yield (f"{printable(text, 80)} lets clients choose the {what}: say in the file which they may reach, "
+                       f'as {what}s = ["team-*"]')
 
 
-def told(route: Route, rest: str) -> str:
-    """What the program is told of a target: with the real name of its context, and the options of its route.
+def told(jump: bool, route: Route, rests: Sequence[str]) -> str:
+    """What the program is told: these targets, with the real names of their contexts, and the options of their route.
 
-    Raises Refused where the route does not lead to that namespace, or that context.
+    Raises Refused where the route does not lead to such a namespace, or context.
     """
-    namespace, middle, context = parts_of(rest)
-    real = dict(route.aliases).get(context, context)
-    for what, names, globs in (("namespace", (namespace,), route.namespaces), ("context", (context, real), route.contexts)):
-        if globs and not any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs):
-            raise Refused("forbidden", f"{printable(rest)}: {route.pattern} leads to no such {what}")
-    options = f"?container={route.container}" if route.container else ""
-    return f"{namespace}/{middle}{options}" + (f"@{real}" if real else "")
-
-
-def argument(key: TunnelKey) -> str:
-    """The last word of `listen`."""
-    return f"{JUMP}:{key.hostname}" if key.launcher == JUMP else key.hostname
+    aliases = dict(route.aliases)
+    targets = []
+    for rest in rests:
+        target = parse_target(rest, jump)
+        context = aliases.get(target.context, target.context)
+        for what, names, globs in (("namespace", (target.namespace,), route.namespaces),
+                                   ("context", (target.context, context), route.contexts)):
+            if globs and not any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs):
+                raise Refused("forbidden", f"{printable(rest)}: {route.pattern} leads to no such {what}")
+        targets.append(target._replace(context=context, container=route.container, balance=route.balance))
+    return argument_of(targets)
 
 
 # -- the program -------------------------------------------------------------------------------
@@ -153,16 +124,17 @@ def argument(key: TunnelKey) -> str:
 VARIABLES = TUNNEL_ENVIRONMENT - TUNNEL_IDENTITY | {"HOME", "PATH", "USER", "LOGNAME", "TMPDIR", "KUBECONFIG"}
 PREFIXES = ("KUBERNETES_", "AWS_", "AZURE_", "AAD_", "GOOGLE_", "CLOUDSDK_", "OCI_", "TELEPORT_", "VAULT_", "XDG_")
 
-# Its reasons: (kind, final).  A reason that is not here is ("failed", False): the same may go well a moment later.
+# Its reasons: (kind, final).  It has tried other pods, and other ways to them, before it gives one, so most are final.
 REASONS = {
     "config": ("config", True),
     "context": ("absent", True),
     "unknown": ("absent", True),
     "port": ("absent", True),
-    "not_ready": ("not_ready", True),
+    "container": ("absent", True),
+    "elsewhere": ("absent", True),
+    "pods": ("not_ready", True),
     "name": ("unreachable", True),
     "resolver": ("unreachable", True),
-    "refused": ("unreachable", True),
     "unreachable": ("unreachable", True),
     "proxy": ("unreachable", True),
     "busy": ("unreachable", True),
@@ -172,7 +144,11 @@ REASONS = {
     "login": ("login", True),
     "forbidden": ("forbidden", True),
     "timeout": ("timeout", True),
-}
+    "answer": ("failed", True),
+    "refused": ("failed", True),
+    "tool": ("failed", True),
+    "command": ("failed", True),
+}  # any other is ("failed", False): a session that was lost, a pod that has just gone
 
 
 def environment(environ: Mapping[str, str], kubeconfig: str | None) -> dict[str, str]:
@@ -192,73 +168,20 @@ def reason(tail: bytes) -> Reason:
 def cluster_launcher(environ: Mapping[str, str], kubeconfig: str | None, exec_path: str | None,
                      ping: float) -> Launcher:
     """The row for sniroute_kubernetes.py; `ping` in seconds, the paths as the settings have them."""
-    words = ["--ping", f"{ping:g}s", *(("--exec-path", exec_path) if exec_path else ())]
+    words = ["--ping", f"{min(ping, PING_MAX):g}", *(("--exec-path", exec_path) if exec_path else ())]
     room = OPTIONS["kubernetes"][0]
     return Launcher(
         sys.executable,
         lambda hostname, port: words_by_hand(room, "port-forward", hostname, "--listen", f"127.0.0.1:{port}", *words),
         environment(environ, kubeconfig), reason, f"{sys.executable} is not there", OPTIONS["kubernetes"], CARRIES,
         tuple(our_words(room, "forwarders", *words)), lambda hostname: our_words(room, "get", hostname, *words[2:]),
-        home=False, argument=argument)
+        home=False)
 
 
-# -- several ways to read a name ---------------------------------------------------------------
-
-
-class SplitBackend(TunnelBackend):
-    """A leased tunnel to what one split of a name means; where the cluster has no such thing, the next one is tried.
-
-    Where that tunnel has to be started first, there is no lease yet, and `open` says so.
-    """
-
-    __slots__ = ("awaited", "decision", "splits", "at")
-
-    def __init__(self, targets: Targets, decision: Decision, splits: Sequence[Decision], at: int):
-        split, tunnels = splits[at], targets.tunnels
-        leased = lease_of(tunnels, split)
-        self.awaited = split if leased is None else None
-        self.decision = decision
-        self.splits = splits  # in the order in which this client tries them
-        self.at = at
-        if leased is not None:
-            super().__init__(tunnels, split.target, split.route.idle, *leased)
-        else:
-            Backend.__init__(self, split.target, (), True)
-            self.tunnels, self.lease = tunnels, None
-
-    def open(self, why: str = "") -> socket.SocketType:
-        if self.awaited is not None:
-            raise NotYet()
-        return super().open(why)
-
-    def answered(self) -> None:
-        super().answered()
-        splits, split = self.decision.splits, self.splits[self.at]
-        if splits[0] is not split:
-            splits.remove(split)
-            splits.insert(0, split)
-
-    def failed(self, why: str, server: socket.SocketType | None, last: bool) -> Verdict:
-        verdict = super().failed(why, server, last)
-        if last or not isinstance(verdict, Refused) or verdict.kind != "tunnel_absent" \
-                or self.at + 1 == len(self.splits):
-            return verdict
-        self.at += 1
-        return Another()
-
-
-def choose(connection: Connection) -> Backend | None:
-    """A lease on the tunnel; where the name may be read in several ways, on that of the way whose turn it is."""
-    decision, targets, former = connection.decision, connection.router.targets, connection.backend
-    if not decision.splits:
-        return tunnel_ready(targets, decision)
-    if isinstance(former, SplitBackend):
-        return SplitBackend(targets, decision, former.splits, former.at)
-    return SplitBackend(targets, decision, tuple(decision.splits), 0)
-
+# -- the rows -------------------------------------------------------------------------------------
 
 CLUSTER_SCHEMES = {
-    kind: Scheme(look, tunnel_ready, tunnel_prepare, "its tunnel", is_tunnel=True, guard=fits, is_inside=True,
-                 is_program=True, choose=choose, told=told, tries_splits=True, guards_pages=True)
-    for kind, look in (("kubernetes", check_kubernetes), (JUMP, check_jump))
+    scheme: Scheme(functools.partial(check, jump), tunnel_ready, tunnel_prepare, "its tunnel", is_tunnel=True, guard=fits,
+                   is_inside=True, is_program=True, told=functools.partial(told, jump), guards_pages=True)
+    for scheme, jump in (("kubernetes", False), ("jump", True))
 }

@@ -212,7 +212,7 @@ def explain_tunnel(settings: Settings, key: TunnelKey) -> str:
     Raises TunnelError where it cannot be had.
     """
     launcher = settings.launchers[key.launcher].row(key)
-    print("runs:   ", shlex.join([launcher.find(), *launcher.argv(launcher.argument(key), settings.ports[0])]))
+    print("runs:   ", shlex.join([launcher.find(), *launcher.argv(key.hostname, settings.ports[0])]))
     if not key.identified:
         print("token:   not shown there: the client may own that domain")
     standing = ask_router(settings.admin) if settings.admin is not None else None
@@ -416,8 +416,8 @@ def try_far_end(launcher: Launcher, key: TunnelKey) -> None:
     if launcher.trial is None:
         return
     try:
-        trial = subprocess.run([launcher.find(), *launcher.trial(launcher.argument(key))], cwd="/",
-                               stdin=subprocess.DEVNULL, env=launcher.environment_for(key.identified), capture_output=True, timeout=TRIAL_TIMEOUT)
+        trial = subprocess.run([launcher.find(), *launcher.trial(key.hostname)], cwd="/", stdin=subprocess.DEVNULL,
+                               env=launcher.environment_for(key.identified), capture_output=True, timeout=TRIAL_TIMEOUT)
     except subprocess.TimeoutExpired:
         raise TunnelError("timeout", f"no answer within {TRIAL_TIMEOUT:g} s") from None
     if trial.returncode:

@@ -85,12 +85,13 @@ class TunnelKey(NamedTuple):
     """What tells one tunnel from another."""
 
     launcher: str  # the scheme of its program's row
-    hostname: str  # or the words of a command
+    hostname: str  # or the words of a command, or what is in a cluster
     identified: bool = True  # it is given the router's Access token, if there is one
     variables: tuple[Variable, ...] = ()  # of a command, from its route
 
     def __str__(self) -> str:
-        text = f"{'' if self.identified else 'anonymous '}{self.launcher}:{self.hostname}"
+        text = f"{self.launcher}:{self.hostname.removeprefix(self.launcher + ':')}"  # what `jump:` is told begins so
+        text = text if self.identified else f"anonymous {text}"
         if not self.variables and len(text) <= KEY_MAX:
             return text
         # A mark tells it from others.  Of the router's own variables it has the names alone: the values may be secrets.
@@ -170,11 +171,6 @@ def carrier_reason(tail: bytes) -> Reason:
 # -- the row -----------------------------------------------------------------------------------
 
 
-def hostname_of(key: TunnelKey) -> str:
-    """What most programs are told of a tunnel."""
-    return key.hostname
-
-
 class Launcher(NamedTuple):
     """One kind of tunnel program."""
 
@@ -189,7 +185,6 @@ class Launcher(NamedTuple):
     trial: Callable[[str], list[str]] | None = None  # hostname -> words for a run that dials once and ends
     home: bool = True  # it gets a HOME: a private folder
     made: Callable[[TunnelKey], Launcher] | None = None  # where the key says which program: the row for that key
-    argument: Callable[[TunnelKey], str] = hostname_of  # what the program is told of a tunnel, as `hostname` above
 
     def row(self, key: TunnelKey) -> Launcher:
         """The row for one tunnel."""

@@ -55,6 +55,7 @@ ROUTE_OPTIONS: dict[str, Callable[[Any], Any]] = {
     "http_reuse": one_of("client", "off", "safe"), "redirect_port": parse_port,
     "contexts": parse_globs, "namespaces": parse_globs, "container": parse_label,
 }
+POD_BALANCE = one_of("least", "round-robin", "random", "first")  # `balance`, where a cluster's pods are the backends
 FORWARDS = ("forward", "forward-tls")
 HTTP_OPTIONS: dict[str, tuple[str, ...]] = {  # those that say more of a mode, and which modes
     "verify": ("forward-tls",), "host": FORWARDS, "cross_site": FORWARDS, "upgrades": FORWARDS,
@@ -178,7 +179,7 @@ def read_routes(table: Any, wrong: list[str], kind: str = "routes", parse: Parse
         for name, option in options.items():
             try:
                 if name == "balance" and is_one_cluster(texts):
-                    one_of("least")(as_text(option))  # of the ready pods, the one with the fewest connections
+                    route = route._replace(balance=POD_BALANCE(as_text(option)))
                 elif name in SEVERAL_OPTIONS:
                     several[name] = SEVERAL_OPTIONS[name](as_text(option))
                 else:

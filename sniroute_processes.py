@@ -341,10 +341,10 @@ class Process:
         self.children[child.listener] = child
         return child
 
-    def listen(self, child: Child, argument: str) -> None:
+    def listen(self, child: Child, hostname: str) -> None:
         """Tell a shared process to listen for a child.  A process for one tunnel knows that from its command line."""
         if self.shared:
-            self.tell(f"listen {child.listener} {argument}")
+            self.tell(f"listen {child.listener} {hostname}")
 
     def tell(self, words: str) -> None:
         """Write a line to a shared process.  A pipe takes so short a line whole or not at all."""

@@ -75,7 +75,6 @@ class Decision(NamedTuple):
     members: Sequence[Decision] = ()  # of each of its targets, where the route has several; never changed
     variables: tuple[Variable, ...] = ()  # for its program
     host: str = ""  # the route's `host`, with its fields filled in
-    splits: list[Decision] | tuple[()] = ()  # of each way to read the name, the likely one first; of several only
 
 
 class Route(NamedTuple):
@@ -103,6 +102,7 @@ class Route(NamedTuple):
     contexts: tuple[str, ...] = ()  # globs: the contexts that it may lead to; (): what the target says
     namespaces: tuple[str, ...] = ()  # the same for namespaces
     container: str = ""  # of the pod, for `jump:`; "": the pod's own choice
+    balance: str = "least"  # among the pods of a cluster; of several targets Several.balance says it
     aliases: tuple[tuple[str, str], ...] = ()  # short names of contexts, of the settings
     members: tuple[str, ...] = ()  # the targets, each `scheme:rest`, where there are several; `target` is for people
     several: Several | None = None  # what is done with those; given where there are any
@@ -176,7 +176,7 @@ class Route(NamedTuple):
         row.guard(self.target.partition(":")[2], rest)
         target = f"{scheme}:{rest}"
         key, variables, tunnel = f"{self.pattern}={target}", self.env + self.env_from, None
-        argument = rest if row.told is None else row.told(self, rest)
+        argument = rest if row.told is None else row.told(self, [rest])
         if row.is_program and self.fields_of_env:
             variables = tuple(each._replace(value=each.value and expand(each.value, fields)) for each in variables)
             key = " ".join([key, *(f"{name}={value}" for name, value in variables)])
@@ -188,7 +188,7 @@ class Route(NamedTuple):
                         host=self._host_for(fields))
 
     def _decide_splits(self, name: str, identified: bool, tally: Tally) -> Decision:
-        """As `decide`, with the decision of each way to read the name, those that make no target left out."""
+        """As `decide`, for the first split that makes a target; its program is told of the next ones, too."""
         decided, fault = [], None
         for fields in itertools.islice(self.splits(name), SPLITS_MAX):
             try:
@@ -197,7 +197,9 @@ class Route(NamedTuple):
                 fault = fault or error
         if not decided:
             raise fault
-        return decided[0]._replace(splits=decided if len(decided) > 1 else ())
+        first = decided[0]
+        argument = first.scheme.told(self, [each.rest for each in decided])
+        return first._replace(tunnel=first.tunnel._replace(hostname=argument))
 
     def _decide_several(self, name: str, identified: bool, tally: Tally, fields: Mapping[str, str]) -> Decision:
         """As `decide`, with the decision of each target.  Without fields these are the same for each name."""
@@ -228,7 +230,7 @@ class Route(NamedTuple):
     @property
     def tries_splits(self) -> bool:
         """Whether only the far end knows which split of a name is meant."""
-        return "{" in self.pattern and self.several is None and kind(self.target.partition(":")[0]).tries_splits \
+        return "{" in self.pattern and self.several is None and kind(self.target.partition(":")[0]).told is not None \
             and parse_pattern(self.pattern).may_split
 
     @property

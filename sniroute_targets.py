@@ -526,11 +526,10 @@ class Scheme(NamedTuple):
     is_inside: bool = False  # it leads into this host: whoever reaches the listener gets there
     is_program: bool = False  # it runs programs of the operator's, which never get the Access token
     obstacle: Callable[[str], str] = no_obstacle  # why it cannot be run now, as a sentence; '' where it can
-    # Instead of `ready`, where the way depends on the client.
-    choose: Callable[[Connection], Backend | None] | None = None
-    # What the tunnel's program is told of a target of this route, where that is more than the target; raises Refused.
-    told: Callable[[Route, str], str] | None = None
-    tries_splits: bool = False  # only the far end knows which split of a name is meant: Decision.splits has several
+    choose: Callable[[Connection], Backend] | None = None  # instead of `ready`, where the way depends on the client
+    # What the tunnel's program is told, where that is more than a target: of this route, and of each split of a name,
+    # since only the far end knows which one is meant; raises Refused.
+    told: Callable[[Route, Sequence[str]], str] | None = None
     guards_pages: bool = False  # on loopback, pages of other sites may not ask for it: it is more than this host
 
 
@@ -539,8 +538,9 @@ def check_tunnel(rest: str) -> str:
     return normalise_whole(rest.encode())
 
 
-def lease_of(tunnels: TunnelTable, decision: Decision) -> tuple[Tunnel, Child] | None:
-    """A lease on the tunnel, and its child, if it is ready."""
+def tunnel_ready(targets: Targets, decision: Decision) -> Backend | None:
+    """Lease the tunnel, if it is ready."""
+    tunnels = targets.tunnels
     tunnel = tunnels.lease(decision.tunnel)
     if tunnel is None:
         return None
@@ -548,15 +548,7 @@ def lease_of(tunnels: TunnelTable, decision: Decision) -> tuple[Tunnel, Child] |
     if child is None:  # the reaper has just taken it away, and changes the state next
         tunnels.release(tunnel)
         return None
-    return tunnel, child
-
-
-def tunnel_ready(targets: Targets, decision: Decision) -> Backend | None:
-    """Lease the tunnel, if it is ready."""
-    leased = lease_of(targets.tunnels, decision)
-    if leased is None:
-        return None
-    return TunnelBackend(targets.tunnels, decision.target, decision.route.idle, *leased)
+    return TunnelBackend(tunnels, decision.target, decision.route.idle, tunnel, child)
 
 
 def tunnel_prepare(targets: Targets, wait: Wait) -> None:

@@ -545,9 +545,8 @@ class TunnelTable:
 
     def _spawn(self, tunnel: Tunnel, now: float) -> None:
         """Find a port and a process for a tunnel that was claimed (STARTING)."""
-        identified = tunnel.key.identified
-        launcher = self.launchers[tunnel.key.launcher].row(tunnel.key)
-        argument = launcher.argument(tunnel.key)
+        scheme, hostname, identified, _ = tunnel.key
+        launcher = self.launchers[scheme].row(tunnel.key)
         process = self.processes.with_room(launcher, identified)
         port = None
         try:
@@ -559,7 +558,7 @@ class TunnelTable:
                 return
             if process is None:
                 process = self.processes.launch(
-                    launcher, identified, [program, *(launcher.shared or launcher.argv(argument, port))])
+                    launcher, identified, [program, *(launcher.shared or launcher.argv(hostname, port))])
                 self.counters["processes"] += 1
         except (OSError, TunnelError) as error:
             if port is not None:
@@ -575,7 +574,7 @@ class TunnelTable:
         self.counters["starts"] += 1
         with self.lock:
             tunnel.child = child
-        process.listen(child, argument)
+        process.listen(child, hostname)
         log.debug("tunnel %s starts on port %d (pid %d)", tunnel.key, port, process.pid)
 
     def _look(self, child: Child, tunnel: Tunnel, now: float) -> None:
