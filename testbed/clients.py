@@ -99,7 +99,7 @@ def postgres_user() -> dict[str, Any]:
     return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
 
 
-class Cluster:
+class DataFiles:
     """The files of a PostgreSQL that has never run.  Each Database begins with a copy: to make them takes longer."""
 
     def __init__(self) -> None:
@@ -118,16 +118,16 @@ class Cluster:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def initdb() -> Iterator[DataFiles]:
     """What `initdb` makes."""
-    with contextlib.closing(Cluster()) as made:
+    with contextlib.closing(DataFiles()) as made:
         yield made
 
 
 class Database:
     """A PostgreSQL that speaks TLS, on a port that it keeps."""
 
-    def __init__(self, certificate: Certificate, cluster: Cluster):
+    def __init__(self, certificate: Certificate, initdb: DataFiles):
         self.server = program_path("postgres", "postgresql")
         program_path("psql", "postgresql-client")
         # Not below pytest's folder, which is closed to other users; and short, for the socket's sake.
@@ -142,7 +142,7 @@ class Database:
             for path in (self.folder, *self.folder.iterdir()):
                 os.chown(path, self.user["user"], self.user["group"])
         self.data = self.folder / "data"
-        ended = execute("cp", "-a", str(cluster.data), str(self.data))
+        ended = execute("cp", "-a", str(initdb.data), str(self.data))
         assert ended.returncode == 0, ended.stderr
         for _ in range(5):  # somebody may be faster at taking the port
             with socket.create_server((HOST, 0)) as free:
@@ -181,17 +181,17 @@ class Database:
 
 
 @pytest.fixture(scope="module")
-def postgres(certificate: Certificate, cluster: Cluster) -> Iterator[Address]:
+def postgres(certificate: Certificate, initdb: DataFiles) -> Iterator[Address]:
     """The address of a PostgreSQL that speaks TLS."""
-    with contextlib.closing(Database(certificate, cluster)) as database:
+    with contextlib.closing(Database(certificate, initdb)) as database:
         yield database.address
 
 
 @pytest.fixture
-def databases(certificate: Certificate, cluster: Cluster) -> Iterator[list[Database]]:
+def databases(certificate: Certificate, initdb: DataFiles) -> Iterator[list[Database]]:
     """Three of them, for a test that stops and starts them."""
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        made = [pool.submit(Database, certificate, cluster) for _ in range(3)]
+        made = [pool.submit(Database, certificate, initdb) for _ in range(3)]
     with contextlib.ExitStack() as stack:
         for each in made:
             if not each.exception():
