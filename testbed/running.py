@@ -39,7 +39,7 @@ class Running:
     def __init__(self, *argv: str, program: str):
         sniroute_log.log.setLevel("DEBUG")
         settings = sniroute_settings.load_settings(["--listen", f"{HOST}:0", *argv], {})
-        launchers = {scheme: row for scheme, row in settings.launchers.items() if row.made is not None}
+        launchers = {scheme: row for scheme, row in settings.launchers.items() if scheme not in ("cloudflared", "carrier")}
         self.tunnels = TunnelTable({"cloudflared": cloudflared_launcher(program, {}), **launchers}, settings.ports,
                                    idle=settings.idle, start_timeout=settings.start_timeout,
                                    max_tunnels=settings.max_tunnels, max_starting=settings.max_starting)

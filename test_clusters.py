@@ -1,0 +1,434 @@
+"""Tests of sniroute_clusters.py: targets in Kubernetes clusters, as the router sees them.
+
+The program that finds pods is a stand-in here: fake_cloudflared.py in the manner of a shared process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+
+import pytest
+
+import sniroute_clusters
+import sniroute_doctor
+import sniroute_options
+import sniroute_routes
+import sniroute_settings
+from sniroute_launchers import TunnelKey, place
+from sniroute_names import OPTIONS
+from sniroute_objects import ALTERNATIVES_MAX, BALANCES, parse_argument
+from sniroute_refusals import REFUSALS, Refused, SettingsError
+from sniroute_settings import load_settings
+from conftest import HOST, connect
+from testbed.hellos import genuine
+from testbed.running import alert, read_all, read_exactly
+
+NAME = "db.prod.example.com"
+HELLO = genuine(name=NAME)
+DB = "kubernetes:prod/svc/db:5432"
+
+
+@pytest.fixture
+def program(cloudflared, monkeypatch):
+    """The stand-in, in the place of sniroute_kubernetes.py: `far` and `fault` take what a target is told as."""
+    real = sniroute_clusters.cluster_launcher
+    monkeypatch.setattr(sniroute_clusters, "cluster_launcher", lambda *given: real(*given)._replace(
+        program=cloudflared.path, shared=("forwarders",), rooms=()))
+    return cloudflared
+
+
+def told(*options: str, name: str = NAME, **environ: str) -> str:
+    """What the program is told for a name."""
+    return load_settings([*options], environ).routes.decide(name).tunnel.hostname
+
+
+def faults(*options: str) -> list[str]:
+    with pytest.raises(SettingsError) as caught:
+        load_settings([*options], {})
+    return list(caught.value.lines)
+
+
+# -- targets -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target, word", [
+    ("kubernetes:prod/svc/db:5432", "prod/svc/db:5432"),
+    ("kubernetes:prod/service/db:pg@main", "prod/svc/db:pg@main"),
+    ("kubernetes:prod/deployment/db:5432@arn:aws:eks:eu-west-1:1:cluster/x",
+     "prod/deploy/db:5432@arn:aws:eks:eu-west-1:1:cluster/x"),
+    ("kubernetes:prod/pods/app=db,tier=a:5432", "prod/pods/app=db,tier=a:5432"),
+    ("kubernetes:prod/svc/db:5432@a b", "prod/svc/db:5432@a%20b"),
+    ("jump:prod/pod/shell/db.internal:5432", "jump:prod/pod/shell/db.internal:5432"),
+    ("jump:prod/statefulset/shell/[2001:db8::1]:5432@main", "jump:prod/sts/shell/[2001:db8::1]:5432@main"),
+    ("kubernetes:prod/svc/{label}:5432", "prod/svc/db:5432"),
+    ("jump:prod/pod/shell/{name}:5432", f"jump:prod/pod/shell/{NAME}:5432"),
+])
+def test_a_target_is_told_to_the_program_as_one_word(target, word):
+    assert told(f"--route=**.example.com={target}") == word
+
+
+def test_two_spellings_of_a_target_share_a_tunnel():
+    routes = load_settings(["--route=a.example.com=kubernetes:prod/service/db:1",
+                            "--route=b.example.com=kubernetes:prod/svc/db:1"], {}).routes
+    assert routes.decide("a.example.com").tunnel == routes.decide("b.example.com").tunnel
+
+
+@pytest.mark.parametrize("target, sentence", [
+    ("kubernetes:prod/db:5432", "is not NAMESPACE/svc/NAME:PORT[@CONTEXT]"),
+    ("kubernetes:prod/svc/db", "it has no :PORT at its end"),
+    ("kubernetes:prod/svc/db:65536", "is no port"),
+    ("kubernetes:Prod/svc/db:1", "is no namespace"),
+    ("kubernetes:prod/svc/../x:1", "is no name of a service"),
+    ("kubernetes:prod/vm/db:1", "is no kind"),
+    ("kubernetes:prod/svc/db:1@", "is no name of a context"),
+    ("kubernetes:prod/{label}/db:1", "is no kind"),
+    ("kubernetes:prod/pods/{label}=db:1", "and for nothing else"),
+    ("kubernetes:prod/pods/app=db,{label}=db:1", "and for nothing else"),
+    ("jump:prod/pod/shell:5432", "is not NAMESPACE/svc/NAME/HOST:PORT[@CONTEXT]"),
+    ("jump:prod/pod/shell/-x:5432", "not a host name"),
+    ("kubernetes:prod/svc/db:1@" + "x" * 900, "longer than 900"),
+])
+def test_a_target_that_no_name_could_make_good_stops_the_start(target, sentence):
+    (line,) = faults(f"--route=*.example.com={target}")
+    assert line.startswith("--route: ") and sentence in line
+
+
+@pytest.mark.parametrize("name", ["-x.prod.example.com", "x_y.prod.example.com", "x-.prod.example.com"])
+def test_a_name_that_is_none_in_kubernetes_is_refused(name):
+    settings = load_settings(["--route={service}.prod.example.com=kubernetes:prod/svc/{service}:80"], {})
+    with pytest.raises(Refused) as caught:
+        settings.routes.decide(name)
+    assert caught.value.kind == "bad_name"
+
+
+# -- what clients may choose -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target, wanted", [
+    ("kubernetes:{ns}/svc/{a}:80", ["namespace"]),
+    ("kubernetes:team-{ns}/svc/{a}:80", ["namespace"]),
+    ("kubernetes:x/svc/{a}:80@{ns}", ["context"]),
+    ("jump:{ns}/pod/{a}/db:80@{ns}", ["namespace", "context"]),
+])
+def test_a_route_whose_clients_choose_the_namespace_or_the_context_says_which(target, wanted):
+    lines = faults(f"--route={{a}}.{{ns}}.example.com={target}")
+    assert [line.partition(" clients choose the ")[2].partition(":")[0] for line in lines] == wanted
+    assert all("--route: {a}.{ns}.example.com: " in line for line in lines)
+
+
+CHOSEN = """
+[kubernetes.contexts]
+main = "arn:aws:eks:eu-west-1:1:cluster/main"
+secret = "arn:aws:eks:eu-west-1:1:cluster/secret"
+
+[routes."{service}.{namespace}.{context}.k8s.localhost"]
+target = "kubernetes:{namespace}/svc/{service}:80@{context}"
+contexts = ["main", "dev-*"]
+namespaces = ["default", "team-*"]
+"""
+
+
+def test_a_short_name_is_a_context_and_globs_say_which_there_may_be(settings_file):
+    settings = load_settings(["-c", settings_file(CHOSEN)], {})
+    assert settings.kubernetes_contexts["main"].endswith("/main")
+
+    def word(name: str) -> str:
+        return settings.routes.decide(name).tunnel.hostname
+
+    assert word("web.default.main.k8s.localhost") == "default/svc/web:80@arn:aws:eks:eu-west-1:1:cluster/main"
+    assert word("web.team-a.dev-1.k8s.localhost") == "team-a/svc/web:80@dev-1"
+    for name, what in (("web.default.secret.k8s.localhost", "context"), ("web.kube-system.main.k8s.localhost", "namespace"),
+                       ("web.default.xmain.k8s.localhost", "context")):
+        with pytest.raises(Refused) as caught:
+            word(name)
+        assert (caught.value.kind, caught.value.status) == ("forbidden", 403) and f"no such {what}" in str(caught.value)
+
+
+def test_a_glob_may_say_the_real_name_of_a_context(settings_file):
+    text = CHOSEN.replace('"main", "dev-*"', '"arn:*/main"')
+    settings = load_settings(["-c", settings_file(text)], {})
+    settings.routes.decide("web.default.main.k8s.localhost")
+    with pytest.raises(Refused):
+        settings.routes.decide("web.default.secret.k8s.localhost")
+
+
+def test_short_names_are_for_targets_without_fields_too_and_a_reload_changes_them(settings_file):
+    text = '[kubernetes.contexts]\nmain = "{}"\n[ports]\n"127.0.0.1:5433" = "kubernetes:prod/svc/db:5432@main"\n' \
+           '[routes]\n"db.example.com" = ["kubernetes:prod/svc/db:5432@main", "tcp:192.0.2.1:5432"]\n'
+    running = load_settings(["-c", settings_file(text.format("one"))], {})
+
+    def words(settings: sniroute_settings.Settings) -> list[str]:
+        return [settings.port[0].decide("x").tunnel.hostname, settings.routes.decide("db.example.com").members[0].tunnel.hostname]
+
+    assert words(running) == ["prod/svc/db:5432@one"] * 2
+    settings_file(text.format("two"))
+    assert words(running.again(running)) == ["prod/svc/db:5432@two"] * 2
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("[kubernetes]\nping = 3\n", "kubernetes.ping: there is no such table"),
+    ('[kubernetes.contexts]\n"a b" = "x"\n', "kubernetes_contexts: 'a b=x' is not NAME=CONTEXT"),
+    ('kubeconfig = ""\n', "kubeconfig: '' names no path"),
+    ('kubernetes_ping = "0s"\n', "kubernetes_ping: '0s' is not a duration"),
+])
+def test_settings_for_clusters_that_are_wrong_stop_the_start(settings_file, text, sentence):
+    (line,) = faults("-c", settings_file(f'{text}[routes]\n"a.b" = "tcp:h:1"\n'))
+    assert sentence in line
+
+
+@pytest.mark.parametrize("label, splits", [
+    ("api-80", ["prod/svc/api:80"]),
+    ("my-api-http-metrics", ["prod/svc/my-api-http:metrics", "prod/svc/my-api:http-metrics", "prod/svc/my:api-http-metrics"]),
+    ("a--b-80", ["prod/svc/a--b:80"]),
+    ("-x-80", None),
+])
+def test_the_program_is_told_each_way_to_read_a_name_that_makes_a_target(label, splits):
+    """Names of ports have dashes, as those of services do: only the cluster knows which one is meant."""
+    route = "--route={service}-{port}.prod.example.com=kubernetes:prod/svc/{service}:{port}"
+    if splits is None:
+        with pytest.raises(Refused) as caught:
+            told(route, name=f"{label}.prod.example.com")
+        assert caught.value.kind == "bad_name"
+        return
+    word = told(route, name=f"{label}.prod.example.com")
+    assert word == "|".join(splits)
+    assert [each.text for each in parse_argument(word)] == splits
+
+
+def test_a_hostile_name_makes_few_splits():
+    word = told("--route={a}-{b}-{c}.example.com=kubernetes:prod/svc/{a}-{b}:{c}", name=f"{'a-' * 30}a.example.com")
+    assert 1 <= len(word.split("|")) <= ALTERNATIVES_MAX == sniroute_routes.SPLITS_MAX
+
+
+# -- options -----------------------------------------------------------------------------------
+
+
+def test_options_of_the_route_are_told_too(settings_file):
+    settings = load_settings(["-c", settings_file("""
+[routes."a.example.com"]
+target = "jump:prod/pod/shell/db:5432@main"
+container = "tools"
+[routes."b.example.com"]
+target = "kubernetes:prod/svc/db:5432"
+balance = "round-robin"
+[routes."c.example.com"]
+target = "kubernetes:prod/svc/db:5432"
+balance = "least"
+""")], {})
+    words = [settings.routes.decide(f"{label}.example.com").tunnel.hostname for label in "abc"]
+    assert words == ["jump:prod/pod/shell/db:5432?container=tools@main", "prod/svc/db:5432?balance=round-robin",
+                     "prod/svc/db:5432"]
+    assert all(route.several is None for route in settings.routes.routes), "the pods are the program's to balance"
+
+
+def test_the_ways_to_balance_pods_are_the_programs():
+    for way in BALANCES:
+        assert sniroute_options.POD_BALANCE(way) == way
+    with pytest.raises(ValueError):
+        sniroute_options.POD_BALANCE("hash")
+
+
+@pytest.mark.parametrize("options, sentence", [
+    ('target = "kubernetes:a/svc/b:1"\ncontainer = "x"', "container: is for jump:"),
+    ('target = "jump:a/pod/b/c:1"\ncontainer = "X"', "container: 'X' is not a name"),
+    ('target = "tcp:h:1"\nnamespaces = ["x"]', "namespaces: is for kubernetes: and jump:"),
+    ('target = "kubernetes:a/svc/b:1"\ncontexts = []', "contexts: '' is not a name, or a glob"),
+    ('target = "kubernetes:a/svc/b:1"\ncreate_pod = true', "create_pod: no pod is made: run one"),
+    ('target = "kubernetes:a/svc/b:1"\nbalance = "hash"', "balance: 'hash' is none of least"),
+    ('target = "kubernetes:a/svc/b:1"\nenv = { A = "b" }', "env: is for exec: and command:"),
+    ('target = "kubernetes:a/svc/b:1"\nhealth = "connect"', "health: connect is not for"),
+])
+def test_options_that_do_not_fit_are_told(settings_file, options, sentence):
+    (line,) = faults("-c", settings_file(f'[routes."a.example.com"]\n{options}\n'))
+    assert sentence in line
+
+
+# -- the program -------------------------------------------------------------------------------
+
+
+def test_the_program_gets_what_plugins_need_and_no_secret_of_the_router():
+    environ = {"PATH": "/bin", "HOME": "/home/x", "AWS_PROFILE": "dev", "CLOUDSDK_CONFIG": "/c", "HTTPS_PROXY": "http://p:1",
+               "KUBERNETES_SERVICE_HOST": "192.0.2.1", "TUNNEL_SERVICE_TOKEN_ID": "id", "CF_ACCESS_TOKEN": "t",
+               "SNIROUTE_ADMIN_TOKEN": "0123456789abcdef", "NOTIFY_SOCKET": "/run/n", "BASTION_TOKEN": "b", "PYTHONPATH": "/x"}
+    row = load_settings([f"--route=a.b={DB}"], environ).launchers["kubernetes"]
+    kept = ("PATH", "HOME", "AWS_PROFILE", "CLOUDSDK_CONFIG", "HTTPS_PROXY", "KUBERNETES_SERVICE_HOST")
+    assert row.environment == {**{name: environ[name] for name in kept}, "TUNNEL_LOG_OUTPUT": "json"}
+    assert not row.home, "its HOME is the router's: a kubeconfig and the plugins' caches are there"
+
+
+@pytest.mark.parametrize("options, environ, path", [
+    ([], {}, None),
+    (["--kubeconfig=/a:b"], {}, "/a:{}/b"),
+    (["--kubeconfig=~/x"], {}, "{home}/x"),
+    ([], {"KUBECONFIG": "c::/d"}, "{}/c:/d"),
+    (["--kubeconfig=/a"], {"KUBECONFIG": "/b"}, "/a"),
+    ([], {"SNIROUTE_KUBECONFIG": "/a", "KUBECONFIG": "/b"}, "/a"),
+])
+def test_the_kubeconfig_is_found_from_any_folder(options, environ, path):
+    """The program runs in /."""
+    row = load_settings([f"--route=a.b={DB}", *options], environ).launchers["kubernetes"]
+    assert row.environment.get("KUBECONFIG") == (path and path.format(os.getcwd(), home=os.path.expanduser("~")))
+
+
+def test_one_process_is_told_of_both_kinds_and_has_the_settings():
+    launchers = load_settings([f"--route=a.b={DB}", "--exec-path=/opt/plugins:/x", "--kubernetes-ping=1m30s"], {}).launchers
+    row = launchers["kubernetes"]
+    assert row is launchers["jump"] and row.carries >= 101 and row.rooms == OPTIONS["kubernetes"]
+    assert row.shared[-5:] == ("forwarders", "--ping", "90", "--exec-path", "/opt/plugins:/x")
+    words = row.argv("prod/svc/db:5432", 20000)
+    assert words == [f"{place()}/sniroute_kubernetes.py", "port-forward", "prod/svc/db:5432", "--listen",
+                     "127.0.0.1:20000", "--ping", "90", "--exec-path", "/opt/plugins:/x"]
+    assert row.trial("prod/svc/db:5432")[-4:] == ["get", "prod/svc/db:5432", "--exec-path", "/opt/plugins:/x"]
+
+
+def test_a_router_without_clusters_has_no_row_and_no_file_for_them():
+    settings = load_settings(["--route=a.b=tcp:h:1", "--kubeconfig=/x"], {})
+    assert settings.launchers.keys() == {"cloudflared", "carrier"}
+
+
+def test_a_reload_may_bring_the_first_cluster(settings_file):
+    running = load_settings(["-c", settings_file('[routes]\n"a.b" = "tcp:h:1"\n')], {})
+    settings_file(f'[routes]\n"a.b" = "{DB}"\n')
+    assert running.again(running).launchers is running.launchers and "kubernetes" in running.launchers
+
+
+def test_a_file_that_is_missing_is_named(monkeypatch):
+    for scheme in sniroute_routes.CLUSTER_KINDS:
+        monkeypatch.delitem(sniroute_routes.SCHEMES, scheme, raising=False)
+    here = sniroute_routes.is_here
+    monkeypatch.setattr(sniroute_routes, "is_here", lambda room: room not in ("sniroute_links", "sniroute_spdy") and here(room))
+    (line,) = faults(f"--route=a.b={DB}")
+    assert line.endswith("kubernetes: needs sniroute_links.py, sniroute_spdy.py, which are not beside sniroute.py: "
+                         "copy them there")
+
+
+@pytest.mark.parametrize("reason, kind, final", [
+    *((word, kind, final) for word, (kind, final) in sniroute_clusters.REASONS.items()),
+    ("lost", "failed", False), ("gone", "failed", False),
+])
+def test_a_reason_of_the_program(reason, kind, final):
+    line = json.dumps({"event": "failed", "listener": "127.0.0.1:20000", "reason": reason, "message": "prod/svc/db:1: no",
+                       "error": "why"}).encode()
+    assert sniroute_clusters.reason(line) == (kind, "prod/svc/db:1: no: why", final)
+    assert f"tunnel_{kind}" in REFUSALS
+
+
+def test_a_tunnel_is_named_as_its_target_is():
+    assert str(TunnelKey("kubernetes", "prod/svc/db:1")) == "kubernetes:prod/svc/db:1"
+    assert str(TunnelKey("jump", "jump:prod/pod/x/db:1")) == "jump:prod/pod/x/db:1"
+
+
+# -- through the router ------------------------------------------------------------------------
+
+
+def test_clients_by_tls_by_host_and_by_port_share_one_process(run, program, echo_server, free_ports):
+    port = free_ports(1)[0]
+    for word in ("prod/svc/db:5432", "jump:prod/pod/shell/db:1", "prod/svc/x:1"):
+        program.far(word, echo_server.address)
+    running = run(f"--route={NAME}={DB}", "--route=jump.example.com=jump:prod/pod/shell/db:1",
+                  f"--port={HOST}:{port}=kubernetes:prod/svc/x:1", "--http=forward")
+    jump = genuine(name="jump.example.com")
+    for said, address in ((HELLO, running.address), (jump, running.address), (b"anything", (HOST, port))):
+        with connect(address, said) as client:
+            assert read_exactly(client, len(said)) == said
+    assert len({row["pid"] for row in program.starts()}) == 1
+    assert {ending.backend for ending in running.endings} <= {DB, "jump:prod/pod/shell/db:1", "kubernetes:prod/svc/x:1"}
+    assert {str(view.key) for view in running.tunnels.snapshot()} == {
+        DB, "jump:prod/pod/shell/db:1", "kubernetes:prod/svc/x:1"}
+
+
+def refusal(running, name: str = NAME) -> tuple[bytes, bytes]:
+    """What a TLS client gets, and the first line that one in plain HTTP gets."""
+    with running.connect(genuine(name=name)) as client:
+        by_tls = read_all(client)
+    with running.connect(f"GET / HTTP/1.1\r\nHost: {name}\r\nConnection: close\r\n\r\n".encode()) as client:
+        return by_tls, read_all(client).partition(b"\r\n")[0]
+
+
+@pytest.mark.parametrize("reason, kind, description, status", [
+    ("unknown", "tunnel_absent", 112, 404), ("context", "tunnel_absent", 112, 404), ("port", "tunnel_absent", 112, 404),
+    ("pods", "tunnel_not_ready", 80, 503), ("login", "tunnel_login", 49, 502), ("forbidden", "tunnel_forbidden", 49, 502),
+    ("unreachable", "tunnel_unreachable", 80, 504), ("certificate", "tunnel_certificate", 80, 502),
+    ("plugin", "tunnel_plugin", 80, 502), ("config", "tunnel_config", 80, 502), ("timeout", "tunnel_timeout", 80, 504),
+    ("refused", "tunnel_failed", 80, 502),
+])
+def test_each_reason_has_its_own_word_alert_and_status(run, program, reason, kind, description, status):
+    program.fault("prod/svc/db:5432", refuse=True, reason=reason, error="the API server's own words")
+    running = run(f"--route={NAME}={DB}", "--http=forward")
+    by_tls, line = refusal(running)
+    assert by_tls == alert(description) and line.startswith(f"HTTP/1.1 {status} ".encode())
+    for number in (1, 2):
+        ending = running.ending(number)
+        assert ending.reason == kind and "the API server's own words" in ending.detail
+    assert len(program.clients()) == 2, "it is final: the program has tried all that can be tried"
+
+
+def test_a_lost_session_is_tried_once_more(run, program, echo_server):
+    program.far("prod/svc/db:5432", echo_server.address)
+    program.fault("prod/svc/db:5432", refuse=1, reason="lost")
+    running = run(f"--route={NAME}={DB}")
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+    assert running.counter("retries") == 1
+
+
+def test_a_context_that_is_not_allowed_is_refused_before_anything_starts(run, program, settings_file):
+    running = run("-c", settings_file("http = 'forward'\n" + CHOSEN))
+    by_tls, line = refusal(running, "web.default.secret.k8s.localhost")
+    assert by_tls == alert(112) and line.startswith(b"HTTP/1.1 403 ")
+    assert running.ending().reason == "forbidden" and program.starts() == []
+
+
+# -- pages of other sites, and other hosts -----------------------------------------------------
+
+
+@pytest.mark.parametrize("target, listen, option, refused", [
+    (DB, HOST, "", True), ("jump:prod/pod/x/db:1", HOST, "", True), (DB, HOST, 'cross_site = "allow"', False),
+    (DB, "0.0.0.0", "", False), (DB, "0.0.0.0", 'cross_site = "refuse"', True), ("tcp:{}:{}", HOST, "", False),
+])
+def test_a_page_of_another_site_gets_nowhere_on_loopback(run, program, echo_server, settings_file, target, listen, option, refused):
+    target = target.format(*echo_server.address)
+    program.far("*", echo_server.address)
+    path = settings_file(f'listen = ["{listen}:0"]\n[routes."{NAME}"]\ntarget = "{target}"\nhttp = "forward"\n{option}\n')
+    settings = load_settings(["-c", path], {})
+    assert settings.on_loopback is (listen == HOST)
+    running = run("-c", path)
+    done = threading.Event()
+    running.router.call(lambda: (running.router.web.adopt(settings), done.set()))  # `run` listens on loopback
+    assert done.wait(10)
+    with connect(running.address, f"POST / HTTP/1.1\r\nHost: {NAME}\r\nSec-Fetch-Site: cross-site\r\n"
+                                  "Content-Length: 0\r\n\r\n".encode()) as client:
+        client.settimeout(5)
+        said = client.recv(12)
+    assert (said == b"HTTP/1.1 403") is refused
+
+
+def test_a_cluster_that_other_hosts_reach_is_warned_of(caplog, settings_file):
+    def warned(listen: str, more: str = "") -> bool:
+        caplog.clear()
+        sniroute_settings.warn(load_settings(["-c", settings_file(
+            f'listen = ["{listen}:1"]\n[routes."{NAME}"]\ntarget = "{DB}"\n{more}\n')], {}))
+        return any("everybody who reaches" in record.getMessage() for record in caplog.records)
+
+    assert warned("0.0.0.0") and not warned(HOST) and not warned("0.0.0.0", 'allow = ["192.0.2.0/24"]')
+
+
+# -- explain -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, code, out", [
+    ("print('pod db-1 is ready')\nprint('it would be chosen')", 0, ["far end: pod db-1 is ready", "far end: it would be chosen"]),
+    ("import sys\nsys.exit('{\"reason\": \"pods\", \"message\": \"none of 2 pods is ready\"}')", 1,
+     ["refused: none of 2 pods is ready (tunnel_not_ready, TLS alert 80)", f"to do:   {REFUSALS['tunnel_not_ready'].advice}"]),
+])
+def test_explain_asks_the_program_what_it_would_choose(monkeypatch, capsys, text, code, out):
+    real = sniroute_clusters.cluster_launcher
+    monkeypatch.setattr(sniroute_clusters, "cluster_launcher", lambda *given: real(*given)._replace(
+        trial=lambda word: ["-c", text, word]))
+    settings = load_settings(["explain", NAME, f"--route={NAME}={DB}"], {})
+    assert sniroute_doctor.explain(settings) == code
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-len(out):] == out
+    assert any(line.startswith("runs:    ") and " port-forward prod/svc/db:5432 --listen " in line for line in lines)
