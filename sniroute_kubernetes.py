@@ -45,6 +45,7 @@ sniroute starts this program, and never imports it.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import socket
@@ -136,6 +137,17 @@ FINDING, OPEN, HALF, ENDING, CLOSED = "finding", "open", "half", "ending", "clos
 CARRYING = frozenset((OPEN, HALF))
 
 
+def guarded(method: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """A callback of a client that other rooms call for several: a fault of ours ends this client, and not their work."""
+    @functools.wraps(method)
+    def call(client: Client, result: Any) -> None:
+        try:
+            method(client, result)
+        except Exception:
+            client.program.fault(client)
+    return call
+
+
 class Client:
     """One client, and its way to a pod.  All methods run in the loop."""
 
@@ -186,6 +198,7 @@ class Client:
         self.state = FINDING
         self.opening = self.listener.target.pods.ask(self.on_choice, self.deadline)
 
+    @guarded
     def on_choice(self, result: Choice | Failed) -> None:
         """There is a pod, or there is none."""
         self.opening = None
@@ -198,7 +211,7 @@ class Client:
     @property
     def place(self) -> Place:
         """The pod."""
-        return Place(self.listener.target.pods.api, self.choice.podspace, self.choice.pod, self.choice.uid)
+        return Place(self.listener.target.pods.api, self.choice.namespace, self.choice.pod, self.choice.uid)
 
     def errand(self) -> Errand:
         """What is asked of the pod."""
@@ -214,6 +227,7 @@ class Client:
         else:
             self.opening = self.program.links.open(self.place, errand, self.on_link, self.deadline)
 
+    @guarded
     def on_link(self, result: Link | Failed) -> None:
         """There is a session, or there will be none."""
         self.opening = None
