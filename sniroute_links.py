@@ -1,4 +1,719 @@
 """sniroute_links: one session to one pod, for one client; spare ones.
+
+    open(place, errand) ---> Opening ---- upgrade, by one transport after another ---> Link ---> done
+    take(place) -----------------------------------------------------> a spare Link, if there is one
+    prepare(place) ---> Opening ---> a spare Link: the next client pays one stream's set-up, and no upgrade
+
+    client --- begin, send, end, pause ---> Link ---> machine (sniroute_spdy, sniroute_channels) ---> Wire (sniroute_api)
+           <--- on_data, on_ended, ... ----      <---                                           <---
+
+An errand is what is asked of a pod: Forward (a port) or Run (a command).  The kinds of upgrade for it are rows of
+TRANSPORTS.  Servers, roles (RBAC) and proxies on the way differ in which they take, so each is tried where the one
+before was refused, and what has worked is tried first from then on, for each context (`Links.orders`).
+
+The life of a Link is `Link.state`:
+
+    SPARE <---> BUSY        `begin` gives it a client; `release` takes it away, and keeps it if the call is over
+    either ---> CLOSED      the wire has ended, a rule was broken, no sign of life came, or nobody needs it
+
+A Link carries one client at a time, because SPDY has no flow control here: one that does not read would stop all.  So
+backpressure is that of the wire: `pause` stops reading it, and `is_full` says that it takes no more.
+
+Both sides ping.  A wire on which nothing comes, although it was asked MISSES times, is dead.  While we read nothing
+ourselves (`pause`) that means nothing; and a pod that does not read what a client sends keeps its whole session from
+answering, so after a lot was sent there is more patience.
+
+Threads: all runs in the loop.
+
+Seams: I want to ...
+    another kind of upgrade            a row in TRANSPORTS
+    another sign that a pod is gone    sniroute_kubernetes, UNTOUCHED
+    keep more spare links              SPARES
+
+This room imports sniroute_api (Api, Wire, failure), sniroute_channels, sniroute_spdy, sniroute_upgrade, sniroute_dial
+(Failed), sniroute_loop, sniroute_names and sniroute_refusals.
 """
 
+from __future__ import annotations
+
+import functools
+import time
+import urllib.parse
+from typing import Any, Callable, NamedTuple, Protocol
+
+from sniroute_api import ROOM, Api, Job, Reply, Upgraded, Wire, failure
+from sniroute_channels import COMMANDS, PORTS, TUNNEL, Closed, Command, Ports, Tunnel, check_protocol
+from sniroute_dial import Failed
+from sniroute_loop import Loop
+from sniroute_names import printable
+from sniroute_refusals import Malformed
+from sniroute_spdy import (ERROR, HALF_CLOSED_REMOTE, Accepted, Call, Data, Ended, Event, GoneAway, Reset, Session,
+                           Told)
+from sniroute_upgrade import Answer, check_upgrade, new_key
+
 __version__ = "0.1.0"
+
+SPARES = 2  # links to one pod that are kept for the next clients; each costs some 100 KiB
+SPARES_MAX = 64  # spare links of all pods together
+SETTLE = 5.0  # seconds that the node has to end a call which both sides have ended
+SPARE_FOR = 300.0  # seconds for which a spare link waits for a client
+OPEN_AHEAD = 15.0  # seconds that the upgrade of a spare link may take
+MISSES = 2  # pings without a sign of life, after which a wire is dead
+PATIENCE = 8  # the same, after a lot was sent: a pod that does not read it keeps the session from answering
+BULK = 1 << 16  # bytes since the last sign of life that are a lot: less fits into what the far ends keep
+FRESH = 1.0  # seconds: a link of which something was heard since then is alive
+
+PROTOCOL_FORWARD, PROTOCOL_COMMAND = "portforward.k8s.io", "v4.channel.k8s.io"  # over SPDY
+
+Machine = Session | Ports | Command  # a Tunnel is a Session
+
+
+def clock() -> float:
+    """Seconds, which pass while the host sleeps, too (where the system has such a clock)."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+# -- what is asked of a pod --------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """A pod.  Its names have passed the rules for names, so they need no escape in a path."""
+
+    api: Api
+    namespace: str
+    pod: str
+    uid: str
+
+    def path(self, resource: str, query: list[tuple[str, str]]) -> str:
+        """The path of a subresource of this pod."""
+        path = f"/api/v1/namespaces/{self.namespace}/pods/{self.pod}/{resource}"
+        return f"{path}?{urllib.parse.urlencode(query)}" if query else path
+
+
+class Forward(NamedTuple):
+    """A connection to a port of the pod."""
+
+    port: int
+
+    resource = "portforward"
+
+    def query(self) -> list[tuple[str, str]]:
+        """What the path says; of a port only the channels ask there."""
+        return []
+
+
+class Run(NamedTuple):
+    """A command in a container of the pod, with stdin, stdout and stderr; `words` meet no shell."""
+
+    words: tuple[str, ...]
+    container: str  # "" for the pod's own choice
+
+    resource = "exec"
+
+    def query(self) -> list[tuple[str, str]]:
+        """What the path says.  Source: the API's PodExecOptions."""
+        query = [("command", word) for word in self.words]
+        query += [(stream, "true") for stream in ("stdin", "stdout", "stderr")]
+        return query + ([("container", self.container)] if self.container else [])
+
+
+Errand = Forward | Run
+
+
+# -- transports --------------------------------------------------------------------------------
+
+
+class Transport(NamedTuple):
+    """A kind of upgrade."""
+
+    name: str  # for people
+    method: str
+    protocols: tuple[str, ...]  # what we offer, the best one first
+    # A protocol, whether the wire is TLS, and the errand -> what speaks the protocol.
+    machine: Callable[[str, bool, Any], Machine]
+    by_query: bool = False  # the port stands in the path, and the upgrade connects to it
+
+    @property
+    def is_websocket(self) -> bool:
+        """Whether it is an upgrade to WebSocket, and not to SPDY."""
+        return self.method == "GET"
+
+
+TRANSPORTS = {
+    Forward.resource: (
+        # API servers from 1.30 on have the first two, and all have the others.
+        Transport("SPDY in WebSocket", "GET", (TUNNEL,), lambda protocol, private, errand: Tunnel(private)),
+        Transport("SPDY", "POST", (PROTOCOL_FORWARD,), lambda protocol, private, errand: Session()),
+        Transport("channels in WebSocket", "GET", PORTS, lambda protocol, private, errand: Ports(errand.port, private),
+                  by_query=True),
+    ),
+    Run.resource: (
+        Transport("channels in WebSocket", "GET", COMMANDS, lambda protocol, private, errand: Command(protocol, private)),
+        Transport("SPDY", "POST", (PROTOCOL_COMMAND,), lambda protocol, private, errand: Session()),
+    ),
+}
+
+
+def headers_of(transport: Transport, key: str) -> list[tuple[str, str]]:
+    """What a request for this upgrade says; `key` is the Sec-WebSocket-Key."""
+    if transport.is_websocket:
+        return [("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"),
+                ("Sec-WebSocket-Key", key), ("Sec-WebSocket-Protocol", ", ".join(transport.protocols))]
+    return [("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1"), ("Content-Length", "0"),
+            *(("X-Stream-Protocol-Version", protocol) for protocol in transport.protocols)]
+
+
+def protocol_of(transport: Transport, key: str, headers: Any) -> str:
+    """The protocol that a 101 has chosen.  Raises Malformed where it is none that was asked for."""
+    if transport.is_websocket:
+        check_upgrade(Answer(101, dict(headers), 0), key)
+        return check_protocol(headers.get("sec-websocket-protocol", ""), transport.protocols)
+    if headers.get("upgrade", "").lower() != "spdy/3.1":
+        raise Malformed("HTTP 101 that is no upgrade to SPDY/3.1")
+    return check_protocol(headers.get("x-stream-protocol-version", ""), transport.protocols)
+
+
+def is_final(reply: Reply) -> bool:
+    """Whether every other transport would be answered alike: the refusal is about the object, and not the upgrade.
+
+    What has to do with the object is a Status of the API server; a proxy's answer is none.
+    """
+    if reply.status == 429:
+        return True
+    try:
+        about_object = reply.json().get("kind") == "Status"
+    except Failed:
+        return False
+    return about_object and (reply.status == 404 or reply.status >= 500)
+
+
+def refused(reply: Reply, transport: Transport, path: str) -> Failed:
+    """Why there is no session: `gone` is a pod that is not there any more, `node` one that cannot be reached."""
+    why = failure(reply, transport.method, path)
+    if reply.status == 404:
+        return Failed("gone", str(why))
+    if reply.status == 500 and "dialing backend" in str(why):
+        return Failed("node", str(why))
+    return why
+
+
+class Opening:
+    """A link in the making.  `done(Link)` or `done(Failed)` is called once, unless it is cancelled.
+
+    A Link that `done` is given is to be begun at once, or parked.  `deadline` is of time.monotonic.
+    """
+
+    __slots__ = ("links", "place", "errand", "done", "deadline", "todo", "job", "first")
+
+    def __init__(self, links: Links, place: Place, errand: Errand, done: Callable[[Link | Failed], None],
+                 deadline: float):
+        self.links = links
+        self.place = place
+        self.errand = errand
+        self.done = done
+        self.deadline = deadline
+        self.todo = list(links.order(place, errand.resource))
+        self.job: Job | None = None
+        self.first: Failed | None = None  # the first refusal: the others are often only about the transport
+
+    @property
+    def phase(self) -> str:
+        """What it waits for, in words for people."""
+        return f"upgrading, {self.job.phase}" if self.job is not None else "upgrading"
+
+    def start(self) -> None:
+        """Ask for the next transport."""
+        transport = self.todo.pop(0)
+        query = [("ports", str(self.errand.port))] if transport.by_query else self.errand.query()
+        path = self.place.path(self.errand.resource, query)
+        key = new_key() if transport.is_websocket else ""
+        self.job = self.place.api.upgrade(transport.method, path, headers_of(transport, key),
+                                          functools.partial(self.on_answer, transport, path, key), self.deadline)
+
+    def cancel(self) -> None:
+        """Break it off."""
+        if self.job is not None:
+            self.job.cancel()
+
+    def on_answer(self, transport: Transport, path: str, key: str, answer: Upgraded | Reply | Failed) -> None:
+        """The API server has answered, or there is no answer."""
+        self.job = None
+        if isinstance(answer, Upgraded):
+            try:
+                protocol = protocol_of(transport, key, answer.headers)
+            except Malformed as error:
+                answer.wire.reset()
+                why, is_over = Failed("answer", str(error)), False
+            else:
+                self._open(transport, protocol, answer)
+                return
+        elif isinstance(answer, Reply):
+            why, is_over = refused(answer, transport, path), is_final(answer)
+        else:
+            # A proxy on the way may break off what it does not know.
+            why, is_over = answer, answer.reason not in ("reset", "answer", "forbidden")
+        self.first = self.first or why
+        if is_over or not self.todo:
+            self.done(why if is_over else self.first)
+        else:
+            self.start()
+
+    def _open(self, transport: Transport, protocol: str, upgraded: Upgraded) -> None:
+        """There is a session."""
+        context = self.place.api.context
+        machine = transport.machine(protocol, context is not None and context.cluster.is_tls, self.errand)
+        link = Link(self.links, self.place, transport, self.errand, upgraded.wire, machine)
+        self.done(link)
+        if upgraded.rest and link.state is not CLOSED:
+            link.on_data(upgraded.rest)
+
+
+# -- links -------------------------------------------------------------------------------------
+
+
+class User(Protocol):
+    """Whom a Link serves.  Its methods are called in the loop, and may release or break off the link.
+
+    Behind on_told (of a Forward), on_cut and on_over nothing more is called.
+    """
+
+    def on_accepted(self) -> None:
+        """The node has taken the call; whether anybody listens on its port is not known yet."""
+
+    def on_data(self, name: str, pieces: list[memoryview]) -> None:
+        """Bytes came on a stream.  Use them, or copy them: they are not kept."""
+
+    def on_ended(self, name: str) -> None:
+        """Nothing more comes on this stream."""
+
+    def on_told(self, text: str) -> None:
+        """What the error stream says: why a Forward was cut, or what came of a command.  A stranger's words."""
+
+    def on_cut(self, why: Failed) -> None:
+        """The call was reset, or its session is lost."""
+
+    def on_over(self) -> None:
+        """The far end neither sends nor takes anything more."""
+
+    def on_room(self) -> None:
+        """More may be sent: `is_full` was true."""
+
+
+class Nobody:
+    """The user of a link whose client has left, while the node still ends the call."""
+
+    def ignore(self, *_: Any) -> None:
+        """Nobody needs to know."""
+
+    on_accepted = on_data = on_ended = on_told = on_cut = on_over = on_room = ignore
+
+
+NOBODY = Nobody()
+SPARE, BUSY, CLOSED = "spare", "busy", "closed"  # the states of a Link
+
+
+class Link:
+    """One upgraded connection to one pod.  All methods run in the loop."""
+
+    __slots__ = ("links", "place", "transport", "errand", "wire", "machine", "state", "call", "owner", "is_accepted",
+                 "is_used", "is_paused", "heard_at", "missed", "bulk")
+
+    def __init__(self, links: Links, place: Place, transport: Transport, errand: Errand, wire: Wire,
+                 machine: Machine):
+        self.links = links
+        self.place = place
+        self.transport = transport
+        self.errand = errand
+        self.wire = wire
+        self.machine = machine
+        self.state = SPARE
+        self.call: Call | None = None
+        self.owner: User | None = None
+        self.is_accepted = False  # the call
+        self.is_used = False  # it has carried a call before this one
+        self.is_paused = False
+        self.heard_at = clock()
+        self.missed = 0  # pings since then
+        self.bulk = 0  # bytes sent since then
+        wire.on_data, wire.on_end, wire.on_room = self.on_data, self.on_end, self.on_room
+        links.opened(self)
+
+    # -- for its client
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether something was heard a moment ago: what is sent now arrives, as far as one can know."""
+        return clock() - self.heard_at < FRESH
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the wire takes no more for now; `on_room` comes when it does."""
+        return self.wire.unsent > ROOM
+
+    def begin(self, owner: User, errand: Errand) -> None:
+        """Open the call."""
+        self.links.unpark(self)
+        self.state, self.owner, self.is_accepted = BUSY, owner, False
+        if not isinstance(self.machine, Session):
+            self.call = self.machine.call  # the upgrade has opened it
+        elif isinstance(errand, Forward):
+            self.call = self.machine.forward(errand.port)
+        else:
+            self.call = self.machine.command()
+        self.flush()
+
+    def send(self, data: bytes | memoryview) -> None:
+        """Send the client's bytes."""
+        self.bulk += len(data)
+        self.machine.send(self.call, data)
+        self.flush()
+
+    def end(self) -> bool:
+        """The client has ended.  Returns whether the far end is told so; where not, all that is left is to close."""
+        told = self.machine.end(self.call)
+        self.flush()
+        return told
+
+    def pause(self) -> None:
+        """Read nothing for now: the client takes no more."""
+        if not self.is_paused and self.state is not CLOSED:
+            self.is_paused = True
+            self.wire.pause()
+
+    def resume(self) -> None:
+        """Read again."""
+        if self.is_paused and self.state is not CLOSED:
+            self.is_paused = False
+            self.missed = 0
+            self.wire.resume()
+
+    def release(self) -> None:
+        """The client needs it no more.  It serves another one where nothing is left of the call; else it is closed.
+
+        A call that is reset may have much in flight, and the server's library goes on sending until it notices: so the
+        connection ends with it.
+        """
+        self.owner = NOBODY
+        if self.state is CLOSED:
+            return
+        self.resume()
+        if self.call is None or self.call.is_over:
+            self._free()
+        elif self.call.kind.is_ended_by_text and set(self.call.streams) == {ERROR}:
+            self.links.settling.put(self)  # both have ended, and the node says so in a moment
+        else:
+            self.machine.reset(self.call)
+            self.close()
+
+    def _free(self) -> None:
+        """Nothing is left of the call."""
+        self.call = self.owner = None
+        self.is_used = True
+        if not (self.machine.takes_more and self.links.park(self)):
+            self.close()
+
+    # -- from the wire
+
+    def on_data(self, data: bytes) -> None:
+        """Bytes came.  A fault of ours in what they mean ends this client, and no other."""
+        self.heard_at = clock()
+        self.missed = self.bulk = 0
+        try:
+            self._hear(data)
+        except Malformed as error:
+            self.lose(Failed("broken", str(error)))
+        except Exception:
+            self._fault()
+
+    def _fault(self) -> None:
+        """Inside `except`: tell, and end."""
+        self.links.loop.fault(self.owner)
+        self.owner = None
+        self.close()
+
+    def _hear(self, data: bytes) -> None:
+        """Tell the client what the bytes mean: what comes together on one stream, together."""
+        name, pieces = "", []
+        for event in self.machine.receive(data):
+            kind = type(event)
+            if kind is Data:
+                if event.call is not self.call:
+                    continue
+                if event.name != name and pieces:
+                    self.owner.on_data(name, pieces)
+                    pieces = []
+                name = event.name
+                pieces.append(event.data)
+                continue
+            if pieces and self.call is not None:
+                self.owner.on_data(name, pieces)
+            pieces = []
+            act = MEANINGS.get(kind)
+            if act is not None:
+                act(self, event)
+        if pieces and self.call is not None:
+            self.owner.on_data(name, pieces)
+        if self.state is CLOSED:
+            return
+        self.flush()
+        if self.owner is NOBODY:
+            if self.call is None or self.call.is_over:
+                self.links.settling.drop(self)
+                self._free()
+        elif self.call is not None and is_over_there(self.call):
+            self.owner.on_over()
+
+    def on_end(self, error: Failed | None) -> None:
+        """The wire has ended."""
+        try:
+            self.lose(error or Failed("lost", "the API server has ended the connection"))
+        except Exception:
+            self._fault()
+
+    def on_room(self) -> None:
+        """The wire takes more."""
+        try:
+            self.flush()
+            if self.owner is not None and not self.is_full:
+                self.owner.on_room()
+        except Exception:
+            self._fault()
+
+    def flush(self) -> None:
+        """Hand on what is to be sent, unless much waits already: `on_room` comes back here then."""
+        if self.machine.pending and self.wire.unsent <= ROOM and self.state is not CLOSED:
+            self.wire.send(self.machine.take())
+
+    # -- its life
+
+    def on_ping(self) -> None:
+        """It is time to ask whether the other side is there."""
+        if not self.is_paused:
+            if self.missed >= (PATIENCE if self.bulk > BULK else MISSES):
+                self.lose(Failed("dead", f"no sign of life for {clock() - self.heard_at:.0f} s"))
+                return
+            self.missed += 1
+            self.machine.ping()
+            self.flush()
+        self.links.pinging.put(self)
+
+    def lose(self, why: Failed) -> None:
+        """The connection has ended, or has to; the client hears what that means for its call."""
+        call, owner = self.call, self.owner
+        events = self.machine.lost()
+        self.call = self.owner = None
+        self.close(at_once=True)
+        if owner is None or call is None:
+            return
+        told = [event.text for event in events if isinstance(event, Told) and event.call is call]
+        if told:
+            owner.on_told(told[0])
+        else:
+            owner.on_cut(why)
+
+    def close(self, at_once: bool = False) -> None:
+        """End the connection, once.  `at_once`: it is broken."""
+        if self.state is CLOSED:
+            return
+        if not at_once:
+            self.machine.leave()
+            if self.wire.unsent <= ROOM:
+                self.wire.send(self.machine.take())
+        self.state = CLOSED
+        self.links.closed(self)
+        if at_once:
+            self.wire.reset()
+        else:
+            self.wire.close()
+
+
+def is_over_there(call: Call) -> bool:
+    """Whether a Forward is over at its far end: it sends nothing more, and its error stream has ended without a word.
+
+    What we still sent would go nowhere.
+    """
+    data = call.streams.get("data")
+    return call.kind.is_ended_by_text and ERROR not in call.streams and (
+        data is None or data.state == HALF_CLOSED_REMOTE)
+
+
+# What an event means: a function of (link, event).  It is called while the link has been read, so it may close it.
+
+
+def hear_accepted(link: Link, event: Accepted) -> None:
+    """The node has the call."""
+    if event.call is link.call:
+        link.is_accepted = True
+        link.links.prefer(link)
+        link.owner.on_accepted()
+
+
+def hear_ended(link: Link, event: Ended) -> None:
+    """A stream has ended."""
+    if event.call is link.call:
+        link.owner.on_ended(event.name)
+
+
+def hear_told(link: Link, event: Told) -> None:
+    """The error stream has said something."""
+    if event.call is link.call:
+        if event.call.kind.is_ended_by_text:
+            link.call = None
+        link.owner.on_told(event.text)
+
+
+def hear_reset(link: Link, event: Reset) -> None:
+    """The call is over, without a word."""
+    if event.call is link.call:
+        link.call = None
+        link.owner.on_cut(Failed("cut", "the node has reset the stream"))
+
+
+def hear_closed(link: Link, event: Closed) -> None:
+    """The WebSocket ends; what is not over is cut."""
+    call, owner = link.call, link.owner
+    if call is not None and call.is_over:
+        link.call = link.owner = None
+        link.close()
+        owner.on_over()
+    else:
+        reason = printable(event.reason, 200)
+        link.lose(Failed("lost", f"the API server has closed the WebSocket ({event.code}{' ' + reason if reason else ''})"))
+
+
+def hear_goaway(link: Link, event: GoneAway) -> None:
+    """It takes no more calls: a spare one is of no use.  `takes_more` of the machine says so for the others."""
+    if link.state is SPARE:
+        link.close()
+
+
+MEANINGS: dict[type[Event] | type[Closed], Callable[[Link, Any], None]] = {
+    Accepted: hear_accepted, Ended: hear_ended, Told: hear_told, Reset: hear_reset, Closed: hear_closed,
+    GoneAway: hear_goaway}
+
+
+class Links:
+    """All links of one program.
+
+    `ping`: seconds between two questions whether the other side is there.
+    """
+
+    def __init__(self, loop: Loop, ping: float):
+        self.loop = loop
+        self.pinging = loop.queue(ping, Link.on_ping)
+        self.resting = loop.queue(SPARE_FOR, Link.close)
+        self.settling = loop.queue(SETTLE, Link.close)
+        self.all: set[Link] = set()
+        self.spares: dict[Place, list[Link]] = {}  # the one that was heard last at the end
+        self.count = 0  # of spares
+        self.openings: dict[Place, Opening] = {}  # of spares
+        self.orders: dict[tuple[str, str], tuple[Transport, ...]] = {}  # by context and resource
+        self.proven: set[tuple[str, str]] = set()  # those whose first transport has taken a call
+
+    # -- which transport
+
+    def order(self, place: Place, resource: str) -> tuple[Transport, ...]:
+        """The transports in the order in which they are tried."""
+        return self.orders.get((place.api.name, resource), TRANSPORTS[resource])
+
+    def is_proven(self, link: Link) -> bool:
+        """Whether this transport has taken a call before, and was not in doubt since."""
+        key = link.place.api.name, link.errand.resource
+        return key in self.proven and self.order(link.place, link.errand.resource)[0] is link.transport
+
+    def prefer(self, link: Link) -> None:
+        """A call was taken by this transport: try it first from now on."""
+        self.proven.add((link.place.api.name, link.errand.resource))
+        self._move(link, 0)
+
+    def doubt(self, link: Link) -> None:
+        """A new session has ended before it took a call: try its transport last."""
+        self.proven.discard((link.place.api.name, link.errand.resource))
+        self._move(link, len(TRANSPORTS[link.errand.resource]))
+
+    def _move(self, link: Link, place: int) -> None:
+        order = list(self.order(link.place, link.errand.resource))
+        if place < len(order) and order[place] is link.transport:
+            return
+        order.remove(link.transport)
+        order.insert(place, link.transport)
+        self.orders[link.place.api.name, link.errand.resource] = tuple(order)
+
+    # -- which link
+
+    def open(self, place: Place, errand: Errand, done: Callable[[Link | Failed], None], deadline: float) -> Opening:
+        """Begin to make a new link."""
+        opening = Opening(self, place, errand, done, deadline)
+        opening.start()
+        return opening
+
+    def take(self, place: Place) -> Link | None:
+        """A spare link to a pod's ports; `begin` it."""
+        spares = self.spares.get(place)
+        return spares[-1] if spares else None
+
+    def prepare(self, place: Place, errand: Errand) -> None:
+        """See that there is a spare link to this pod."""
+        first = self.order(place, errand.resource)[0]
+        if place in self.spares or place in self.openings or first.by_query or self.count >= SPARES_MAX:
+            return
+        self.openings[place] = opening = Opening(
+            self, place, errand, functools.partial(self._prepared, place), time.monotonic() + OPEN_AHEAD)
+        opening.start()
+
+    def _prepared(self, place: Place, result: Link | Failed) -> None:
+        """There is a spare link, or none: the next client finds out why."""
+        self.openings.pop(place, None)
+        if isinstance(result, Link) and not (result.machine.takes_more and self.park(result)):
+            result.close()
+
+    def park(self, link: Link) -> bool:
+        """Keep a link for the next client.  Returns whether there is room for it."""
+        spares = self.spares.setdefault(link.place, [])
+        if len(spares) >= SPARES or self.count >= SPARES_MAX:
+            if not spares:
+                del self.spares[link.place]
+            return False
+        link.state = SPARE
+        spares.append(link)
+        self.count += 1
+        self.resting.put(link)
+        return True
+
+    def unpark(self, link: Link) -> None:
+        """A link is spare no more."""
+        spares = self.spares.get(link.place)
+        if spares and link in spares:
+            spares.remove(link)
+            self.count -= 1
+            self.resting.drop(link)
+            if not spares:
+                del self.spares[link.place]
+
+    def leave(self, uids: set[str]) -> None:
+        """Close the spare links to these pods: nobody needs them, or they are gone."""
+        for link in [link for spares in self.spares.values() for link in spares if link.place.uid in uids]:
+            link.close()
+        for opening in [opening for place, opening in self.openings.items() if place.uid in uids]:
+            opening.cancel()
+            del self.openings[opening.place]
+
+    def opened(self, link: Link) -> None:
+        """There is one more."""
+        self.all.add(link)
+        self.pinging.put(link)
+
+    def closed(self, link: Link) -> None:
+        """There is one less."""
+        self.all.discard(link)
+        self.unpark(link)
+        self.pinging.drop(link)
+        self.settling.drop(link)
+
+    def close(self) -> None:
+        """The program ends."""
+        for opening in self.openings.values():
+            opening.cancel()
+        self.openings.clear()
+        for link in list(self.all):
+            link.close()

@@ -1,4 +1,642 @@
 """sniroute_pods: from a target to a pod and its port.
+
+    client --- Pods.ask ---> Choice: which pod, which port ---> a connection ---> Pods.ended, failed, gone
+                 ^
+                 | news, end
+               Feed --- GET the object, once, then now and then
+                    --- GET its pods, and watch them
+
+A Feed knows the pods of one target: it asks when the first client comes, keeps that fresh by a watch for as long as
+clients come, and forgets it behind them.  What the JSON means is told by sniroute_objects.  Pods has the clients: it
+chooses for each, counts their connections, and has those wait for whom no pod is ready.  Where a Feed stands is its
+`state`, in words for people:
+
+    EMPTY -> ASKING -> LISTING -> WATCHING        the ordinary life; back to EMPTY when nobody needs it, or it failed
+                       LISTING -> POLLING         the watch is forbidden: listed again now and then
+                       LISTING <- RESTING         the API server was away: listed again, a little later each time
+    any -> CLOSED
+
+    ends of a watch:  after its time: watched again from there; 410 Gone: listed again; else: RESTING
+
+Nothing known: each failure is told to all who wait, at once.  Something known: that is used until there is news, since
+an API server that is away does not end a pod.  A client for whom no pod is ready waits, to its deadline.
+
+An Alarm is a time at which one of them wants to be woken; all of them share one Timer of the loop.
+
+Threads: all runs in the loop; there are no locks.  Clients are told by `done`, at times before `ask` returns.
+
+Seams: I want to ...
+    choose among pods otherwise       a row of CHOOSE, and its word in BALANCES
+    be woken at a time                Alarms.at
+    ask again sooner, or later        the limits below; `Feed.due` says when, `Feed.tend` what
+    try another target                NEXT, and Feed._try_next
+
+This room imports sniroute_objects, sniroute_dial (Failed) and sniroute_loop; sniroute_names (printable) and
+sniroute_api (failure).
+
+Source: kubernetes.io, "Kubernetes API Concepts" (watches, bookmarks, 410 Gone, chunks).
 """
 
+from __future__ import annotations
+
+import collections
+import heapq
+import itertools
+import random
+from typing import Any, Callable, Sequence
+
+from sniroute_api import Api, Job, Reply, failure
+from sniroute_dial import Failed
+from sniroute_loop import NEVER, Loop, monotonic
+from sniroute_names import printable
+from sniroute_objects import (KINDS, REASONS, Choice, KubeTarget, Plan, Pod, choice_of, lacking, none_ready, object_path, part,
+                              rows, word)
+
 __version__ = "0.1.0"
+
+# Limits, each with its reason.  Times in seconds.
+PODS_MAX = 1000  # pods that are known of a target; more would not spread clients any better
+REQUEST_TIME = 30.0  # for one request, where nobody waits for longer: a slow API server answers within ten
+IDLE = 60.0  # without a client: a watch costs a connection, and to begin again 20 ms
+WATCH_TIME = 240, 300  # of one watch; the server ends it.  Balancers in front of it cut silent ones after some minutes
+WATCH_GRACE = 30.0  # after that time the server has gone without a word
+WATCH_LIVES = 1.0  # a watch that has ended sooner is not begun again at once: that would be a loop
+POLL = 10.0  # between two lists where watches are forbidden
+WAITED = 1.0  # between two lists while a client waits, and nothing else would tell
+LOOK = 30.0  # after this time a service is read again when a client comes: its selector may have changed
+LOOK_WAITED = 2.0  # the same while a client waits
+RETRY_FIRST, RETRY_LAST = 0.5, 15.0  # between two tries where the API server is away; there is no last one
+REST = 5.0  # a pod that has failed is the last to be chosen for this long: a restart takes some seconds
+
+# With several targets: what makes the next one worth a try.  403 is what RBAC with resourceNames says of other names.
+NEXT = ("unknown", "port", "forbidden")
+
+
+# -- which one is next -------------------------------------------------------------------------
+
+
+def least(pods: Pods, choices: Sequence[Choice]) -> Choice:
+    """Fewest open connections; of several the one that was chosen longest ago."""
+    return min(choices, key=lambda choice: (pods.open.get(choice.uid, 0), pods.turns.get(choice.uid, 0)))
+
+
+def in_turn(pods: Pods, choices: Sequence[Choice]) -> Choice:
+    """The one that was chosen longest ago."""
+    return min(choices, key=lambda choice: pods.turns.get(choice.uid, 0))
+
+
+def of_two(pods: Pods, choices: Sequence[Choice]) -> Choice:
+    """Of two at random the one with fewer open connections."""
+    return least(pods, random.sample(choices, min(2, len(choices))))
+
+
+# A row for each word of BALANCES.  Choices come ordered by the names of pods.
+CHOOSE: dict[str, Callable[[Pods, Sequence[Choice]], Choice]] = {
+    "least": least, "round-robin": in_turn, "random": of_two, "first": lambda pods, choices: choices[0]}
+
+
+# -- times -------------------------------------------------------------------------------------
+
+
+class Alarm:
+    """One thing to be done at a time."""
+
+    __slots__ = ("when", "act")
+
+    def __init__(self, when: float, act: Callable[[], None] | None):
+        self.when = when
+        self.act = act
+
+    def cancel(self) -> None:
+        """It is not done.  Its place in the heap stays until its time."""
+        self.act = None
+
+
+class Alarms:
+    """Things that are due at times of their own, of objects that come and go: a Timer of the loop is for ever.
+
+    Args:
+        clock: seconds, as `monotonic`; tests have their own, and call `ring`.
+    """
+
+    def __init__(self, loop: Loop, clock: Callable[[], float] = monotonic):
+        self.loop = loop
+        self.clock = clock
+        self.heap: list[tuple[float, int, Alarm]] = []
+        self.numbers = itertools.count()
+        self.timer = loop.timer(self.ring)
+
+    def at(self, when: float, act: Callable[[], None]) -> Alarm:
+        """Do it then."""
+        alarm = Alarm(when, act)
+        heapq.heappush(self.heap, (when, next(self.numbers), alarm))
+        if when < self.timer.when:
+            self.timer.set(when)
+        return alarm
+
+    def ring(self) -> None:
+        """Do what is due."""
+        while self.heap and self.heap[0][0] <= self.clock():
+            _, _, alarm = heapq.heappop(self.heap)
+            act, alarm.act = alarm.act, None
+            if act is not None:
+                try:
+                    act()
+                except Exception:
+                    self.loop.fault(getattr(act, "__self__", None))
+        if self.heap:
+            self.timer.set(self.heap[0][0])
+
+
+# -- what is known of a target -----------------------------------------------------------------
+
+EMPTY, ASKING, LISTING = "nothing is known", "asking for it", "listing pods"
+WATCHING, POLLING, RESTING, CLOSED = "watching pods", "listing pods now and then", "waiting to ask again", "closed"
+
+
+class Feed:
+    """What the API server says of a target and its pods, kept fresh.  Its Pods owns it.
+
+    Args:
+        targets: the one that is meant, and those to be tried, in this order, where it is not there.
+        news: called when pods have changed.
+        end: called with Failed when there is no way to the pods; nothing is known then.
+        latest: the latest deadline of those who wait, or 0.
+    """
+
+    def __init__(self, alarms: Alarms, api: Api, targets: Sequence[KubeTarget], news: Callable[[], None],
+                 end: Callable[[Failed], None], latest: Callable[[], float]):
+        self.clock = alarms.clock
+        self.api = api
+        self.targets = targets
+        self.news, self.end, self.latest = news, end, latest
+        self.state = EMPTY
+        self.at = 0  # index of the target that is in use
+        self.first: Failed | None = None  # why the first of several targets is not it
+        self.plan: Plan | None = None
+        self.items: dict[str, tuple[Pod, ...]] | None = None  # by the uid of a pod or a slice; None: nothing is known
+        self.version = ""  # of the list or the last event: where a watch begins
+        self.page: dict[str, tuple[Pod, ...]] = {}  # of the list that is under way
+        self.trouble: Failed | None = None  # why the last request failed, while what is known is used
+        self.job: Job | None = None
+        self.look: Job | None = None  # reads the object again, beside `job`
+        self.looked = 0.0  # when the object was asked for last
+        self.tried = 0.0  # when pods were asked for last
+        self.pause = 0.0  # of RESTING, which grows
+
+    @property
+    def target(self) -> KubeTarget:
+        """The target that is in use."""
+        return self.targets[self.at]
+
+    @property
+    def pods(self) -> list[Pod]:
+        """All that are known, by name."""
+        known = {pod.uid: pod for pods in (self.items or {}).values() for pod in pods}
+        return sorted(known.values(), key=lambda pod: pod.name)
+
+    def begin(self) -> None:
+        """Ask, from EMPTY: for the object, if its kind has one, then for the pods."""
+        self.at, self.first = 0, None
+        self._begin()
+
+    def forget(self, state: str = EMPTY) -> None:
+        """Stop all requests, and know nothing."""
+        for job in (self.job, self.look):
+            if job is not None:
+                job.cancel()
+        self.job = self.look = self.plan = self.items = self.trouble = None
+        self.state, self.version, self.page, self.pause = state, "", {}, 0.0
+
+    def lose(self, uid: str) -> None:
+        """This pod is not there, whatever is known: list them again."""
+        if self.items is not None and any(pod.uid == uid for pods in self.items.values() for pod in pods):
+            self.items = {key: tuple(pod for pod in pods if pod.uid != uid) for key, pods in self.items.items()}
+            self.news()
+            if self.items is not None and self.state != LISTING:
+                self._list()
+
+    def doubt(self) -> None:
+        """Nothing is known but the plan: list them again."""
+        if self.items is not None:
+            self.items = None
+            self._list()
+            self.news()
+
+    # -- times ---------------------------------------------------------------------------------
+
+    def due(self) -> float:
+        """When there is something to do."""
+        waits = self.latest() > 0
+        pause = {RESTING: self.pause, POLLING: POLL, WATCHING: WATCH_TIME[1] + WATCH_GRACE}.get(self.state, NEVER)
+        if waits and self.state in (RESTING, POLLING):
+            pause = min(pause, WAITED)
+        looks = waits and self.items is not None and self.look is None and object_path(self.target)
+        return min(self.tried + pause, self.looked + LOOK_WAITED if looks else NEVER)
+
+    def tend(self) -> None:
+        """Do what is due."""
+        now, waits = self.clock(), self.latest() > 0
+        if waits and self.items is not None and now >= self.looked + LOOK_WAITED:
+            self.look_again()
+        if self.state in (RESTING, POLLING, WATCHING) and now >= self.due():
+            self._list()
+
+    def look_again(self) -> None:
+        """Read the object again, beside what goes on: its selector may be another."""
+        path = object_path(self.target)
+        self.looked = self.clock()
+        if path and self.look is None:
+            self.look = self.api.get(path, self._seen, self._deadline())
+
+    def _deadline(self) -> float:
+        """Of a request: while somebody waits it goes on."""
+        return max(self.clock() + REQUEST_TIME, self.latest())
+
+    # -- the object ----------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        path = object_path(self.target)
+        self.looked = self.clock()
+        if path:
+            self.state = ASKING
+            self.job = self.api.get(path, self._told, self._deadline())
+        else:
+            self.plan = KINDS[self.target.kind].plan(self.target, {})
+            self._list()
+
+    def _plan(self, answer: Reply | Failed) -> Plan:
+        """What the object says.  Raises Failed."""
+        return KINDS[self.target.kind].plan(self.target, whole(answer, object_path(self.target)))
+
+    def _told(self, answer: Reply | Failed) -> None:
+        """The object is there."""
+        self.job = None
+        try:
+            self.plan = self._plan(answer)
+        except Failed as failed:
+            self._unable(failed)
+        else:
+            self._list()
+
+    def _seen(self, answer: Reply | Failed) -> None:
+        """The object is there again: it may be another, or gone."""
+        self.look = None
+        before = self.plan
+        assert before is not None
+        try:
+            self.plan = self._plan(answer)
+        except Failed as failed:
+            if failed.reason in ("unknown", *REASONS):
+                self._end(failed)
+            return
+        if (self.plan.base, self.plan.query) != (before.base, before.query):
+            self.items = None
+            self._list()
+        self.news()
+
+    def _unable(self, failed: Failed) -> None:
+        """A request has failed."""
+        if self.items is not None:
+            self.trouble = failed
+            self._rest()
+        elif not self._try_next(failed):
+            self._end(failed)
+
+    def _end(self, failed: Failed) -> None:
+        """There is no way."""
+        if failed.reason in NEXT and self.first is not None:
+            failed = self.first
+        self.forget()
+        self.end(failed)
+
+    def _try_next(self, failed: Failed) -> bool:
+        """Go on with the next target where this one is not there.  False: there is none, or that would not help."""
+        if failed.reason not in NEXT or self.at + 1 >= len(self.targets):
+            return False
+        self.first = self.first or failed
+        self.forget()
+        self.at += 1
+        self._begin()
+        return True
+
+    # -- lists ---------------------------------------------------------------------------------
+
+    def _list(self, more: str = "") -> None:
+        """Ask for the pods; `more`: for the next page of them."""
+        assert self.plan is not None
+        if self.job is not None:
+            self.job.cancel()
+        if not more:
+            self.page = {}
+        self.state, self.tried = LISTING, self.clock()
+        self.job = self.api.get(self.plan.list_path(more), self._listed, self._deadline())
+
+    def _listed(self, answer: Reply | Failed) -> None:
+        """The pods, or a page of them."""
+        self.job = None
+        try:
+            more = self._read(answer)
+        except Failed as failed:
+            self._unable(failed)
+            return
+        if more and len(self.page) < PODS_MAX:
+            self._list(more)
+            return
+        is_first, self.items, self.page, self.trouble = self.items is None, self.page, {}, None
+        lack = lacking(self.target, self.plan, self.pods)
+        if not (is_first and lack is not None and self._try_next(lack)):
+            self._watch()
+            self.news()
+
+    def _read(self, answer: Reply | Failed) -> str:
+        """Read a page.  Returns the token for the next one, or "".  Raises Failed."""
+        target, plan = self.target, self.plan
+        assert plan is not None
+        try:
+            thing = whole(answer, plan.list_path())
+        except Failed as failed:
+            # A pod that is being replaced; one that we may not read, but perhaps connect to; a token that was too old
+            # for the next page, and a watch from now on tells of the rest.
+            blind = plan.single and failed.reason == "forbidden" and isinstance(plan.port, int)
+            if blind:
+                self.page = {"": (Pod(target.name, "", "ready"),)}
+            elif not (plan.single and failed.reason == "unknown" and self.items is not None
+                      or self.page and failed.reason == "gone"):
+                raise
+            self.version = ""
+            return ""
+        metadata = part(thing, "metadata")
+        self.version = word(metadata, "resourceVersion")
+        for item in [thing] if plan.single else rows(thing, "items"):
+            self._put(self.page, item)
+        return "" if plan.single else word(metadata, "continue")
+
+    def _put(self, items: dict[str, tuple[Pod, ...]], item: dict[str, Any]) -> None:
+        """Take an object into what is known.  Raises Failed, `answer`."""
+        assert self.plan is not None
+        uid = word(part(item, "metadata"), "uid")
+        if uid in items or len(items) < PODS_MAX:
+            items[uid] = tuple(self.plan.read(item))
+
+    # -- watches -------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Hear of what changes, from what is known on."""
+        assert self.plan is not None
+        path = self.plan.watch_path(self.version, random.randint(*WATCH_TIME))
+        self.state, self.tried = WATCHING, self.clock()
+        self.job = self.api.watch(path, self._heard, self._watch_over)
+
+    def _heard(self, line: dict[str, Any]) -> None:
+        """One event of the watch."""
+        assert self.items is not None and self.job is not None
+        try:
+            what, item = word(line, "type"), part(line, "object")
+            if what == "ERROR":
+                raise Failed("gone" if item.get("code") == 410 else "answer",
+                             f"the watch of {self.target.said} ended: {printable(word(item, 'message'), 200)}")
+            version = word(part(item, "metadata"), "resourceVersion")
+            if what in ("ADDED", "MODIFIED"):
+                self._put(self.items, item)
+            elif what == "DELETED":
+                self.items.pop(word(part(item, "metadata"), "uid"), None)
+        except Failed as failed:
+            self.job.cancel()
+            self._watch_over(failed)
+            return
+        self.version = version or self.version
+        if what != "BOOKMARK":
+            self.news()
+
+    def _watch_over(self, failed: Failed | None) -> None:
+        """The watch has ended: as it has to from time to time, or in trouble."""
+        self.job = None
+        reason = failed.reason if failed is not None else ""
+        has_lived = self.clock() - self.tried >= WATCH_LIVES
+        if has_lived:
+            self.pause = 0.0
+        if reason == "forbidden":
+            self.state = POLLING
+        elif has_lived and not reason:
+            self._watch()
+        elif has_lived and reason == "gone":
+            self._list()
+        else:
+            self._rest()
+        self.news()
+
+    def _rest(self) -> None:
+        """Ask again a little later, and later each time."""
+        self.state, self.tried = RESTING, self.clock()
+        self.pause = min(self.pause * 2, RETRY_LAST) or RETRY_FIRST
+
+
+def whole(answer: Reply | Failed, path: str) -> dict[str, Any]:
+    """The object in an answer.  Raises Failed."""
+    if isinstance(answer, Failed):
+        raise answer
+    if answer.status != 200:
+        raise failure(answer, "GET", path)
+    return answer.json()
+
+
+# -- clients -----------------------------------------------------------------------------------
+
+
+class Asked:
+    """A client that asks for a pod."""
+
+    __slots__ = ("pods", "done", "deadline")
+
+    def __init__(self, pods: Pods, done: Callable[[Choice | Failed], None], deadline: float):
+        self.pods = pods
+        self.done: Callable[[Choice | Failed], None] | None = done
+        self.deadline = deadline
+
+    def cancel(self) -> None:
+        """The client has left: `done` is called no more.  Does nothing where it has been."""
+        if self.done is not None:
+            self.done = None
+            if self in self.pods.waiting:
+                self.pods.waiting.remove(self)
+
+    def tell(self, answer: Choice | Failed) -> None:
+        """The answer, once."""
+        done, self.done = self.done, None
+        if done is not None:
+            done(answer)
+
+
+class Pods:
+    """The pods of one target, and which of them is next.  Loop only.
+
+    Args:
+        targets: that of the route, and those to be tried, in this order, where it is not there.
+
+    `on_out(uid)` is called when a pod takes no more connections: what was made ahead for it is of no use.
+    """
+
+    def __init__(self, alarms: Alarms, api: Api, targets: Sequence[KubeTarget]):
+        self.alarms = alarms
+        self.clock = alarms.clock
+        self.feed = Feed(alarms, api, targets, self._news, self._fail, self._latest)
+        self.on_out: Callable[[str], None] = lambda uid: None
+        self.waiting: collections.deque[Asked] = collections.deque()
+        self.choices: list[Choice] = []  # pods that take connections, by name
+        self.lacks: Failed | None = None  # what all pods that would take connections lack
+        self.open: dict[str, int] = {}  # uid -> connections
+        self.turns: dict[str, int] = {}  # uid -> when it was chosen last, counted in choices
+        self.turn = 0
+        self.rests: dict[str, float] = {}  # uid -> until when it is the last to be chosen
+        self.used = 0.0  # clock time of the last client
+        self.alarm: Alarm | None = None
+
+    @property
+    def target(self) -> KubeTarget:
+        """The target that is in use: the first, or the one that was there."""
+        return self.feed.target
+
+    def ask(self, done: Callable[[Choice | Failed], None], deadline: float) -> Asked:
+        """A client wants a pod: `done(Choice)`, or `done(Failed)` at the deadline at the latest; perhaps at once.
+
+        Each Choice is given back by `ended`.  Failed has a word of REASONS of sniroute_objects, or of sniroute_api.
+        """
+        asked = Asked(self, done, deadline)
+        self.used = now = self.clock()
+        answer = self._choose()
+        if answer is None:
+            self.waiting.append(asked)
+            if self.feed.state == EMPTY:
+                self.feed.begin()
+            self._arm()
+        else:
+            if now >= self.feed.looked + LOOK:
+                self.feed.look_again()
+            asked.tell(answer)
+        return asked
+
+    def ended(self, choice: Choice) -> None:
+        """The connection of a Choice is over, or was not made."""
+        self.used = self.clock()
+        left = self.open.get(choice.uid, 0) - 1
+        if left > 0:
+            self.open[choice.uid] = left
+        else:
+            self.open.pop(choice.uid, None)
+            self._arm()
+
+    def failed(self, choice: Choice) -> None:
+        """A connection to this pod has failed: it is the last to be chosen for a while."""
+        self.rests[choice.uid] = self.clock() + REST
+
+    def gone(self, choice: Choice) -> None:
+        """The API server or the node does not know this pod: it is not chosen before a list has it again."""
+        self.failed(choice)
+        self.feed.lose(choice.uid)
+
+    def doubt(self) -> None:
+        """What is known may be long untrue, as after this host has slept: the next client gets what a new list has."""
+        self.feed.doubt()
+
+    def close(self) -> None:
+        """Nobody wants to know any more.  Those who wait are not told."""
+        for asked in self.waiting:
+            asked.done = None
+        self.waiting.clear()
+        self.feed.forget(CLOSED)
+        self._find()
+        if self.alarm is not None:
+            self.alarm.cancel()
+
+    # -- which one -----------------------------------------------------------------------------
+
+    def _choose(self) -> Choice | Failed | None:
+        """The pod for the next client; None where it has to wait."""
+        if not self.choices:
+            return self.lacks
+        choices: Sequence[Choice] = self.choices
+        if self.rests:
+            now = self.clock()
+            self.rests = {uid: until for uid, until in self.rests.items() if until > now}
+            choices = [choice for choice in choices if choice.uid not in self.rests] \
+                or [min(choices, key=lambda choice: self.rests[choice.uid])]
+        choice = CHOOSE[self.target.balance](self, choices)
+        self.turn += 1
+        self.turns[choice.uid] = self.turn
+        self.open[choice.uid] = self.open.get(choice.uid, 0) + 1
+        return choice
+
+    def _find(self) -> None:
+        """Find out which pods take connections."""
+        before = {choice.uid for choice in self.choices}
+        plan, pods = self.feed.plan, self.feed.pods
+        self.choices, self.lacks = [], None
+        if plan is not None:
+            found = (choice_of(self.target, plan, pod) for pod in pods)
+            self.choices = [choice for choice in found if choice is not None]
+            self.lacks = None if self.choices else lacking(self.target, plan, pods)
+        now = {choice.uid for choice in self.choices}
+        self.turns = {uid: turn for uid, turn in self.turns.items() if uid in now}
+        for uid in before - now:
+            self.on_out(uid)
+
+    # -- what the feed calls -------------------------------------------------------------------
+
+    def _news(self) -> None:
+        """Pods have changed: tell those who wait, if there is something to tell."""
+        self._find()
+        while self.waiting and (answer := self._choose()) is not None:
+            self.waiting.popleft().tell(answer)
+        self._arm()
+
+    def _fail(self, failed: Failed) -> None:
+        """There is no way: tell all who wait.  The next client begins anew."""
+        self._find()
+        waiting, self.waiting = self.waiting, collections.deque()
+        for asked in waiting:
+            if self.feed.state != CLOSED:
+                asked.tell(failed)
+
+    def _latest(self) -> float:
+        return max((asked.deadline for asked in self.waiting), default=0.0)
+
+    # -- times ---------------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        """Be woken when there is something to do.  An alarm that comes too early does no harm."""
+        if self.feed.state in (EMPTY, CLOSED):
+            return
+        when = min([self.feed.due(), *(asked.deadline for asked in self.waiting)])
+        if not self.waiting and not self.open:
+            when = min(when, self.used + IDLE)
+        if when < NEVER and (self.alarm is None or self.alarm.act is None or self.alarm.when > when):
+            if self.alarm is not None:
+                self.alarm.cancel()
+            self.alarm = self.alarms.at(when, self._tend)
+
+    def _tend(self) -> None:
+        """Do what is due."""
+        now = self.clock()
+        for asked in [asked for asked in self.waiting if asked.deadline <= now]:
+            if asked in self.waiting:  # what was told to others may have ended it
+                self.waiting.remove(asked)
+                asked.tell(self._why_late())
+        if self.feed.state in (EMPTY, CLOSED):
+            return
+        if not self.waiting and not self.open and now >= self.used + IDLE:
+            self.feed.forget()
+            self._find()
+        else:
+            self.feed.tend()
+            self._arm()
+
+    def _why_late(self) -> Failed:
+        """What a client has waited for in vain."""
+        feed = self.feed
+        if feed.items is None or feed.plan is None:
+            phase = feed.job.phase if feed.job is not None else feed.state
+            return Failed("timeout", f"{self.target.said}: {phase} took too long")
+        if feed.trouble is not None:
+            return Failed(feed.trouble.reason, str(feed.trouble))
+        return none_ready(self.target, feed.plan, feed.pods)
