@@ -30,6 +30,7 @@ import sniroute_checks
 import sniroute_edge
 import sniroute_groups
 import sniroute_http
+import sniroute_kubernetes
 import sniroute_launchers
 import sniroute_log
 import sniroute_metrics
@@ -130,6 +131,8 @@ def test_command_lines_parse():
             words = words[words[:1] == ["carrier"]:]
             assert words[:2] == ["access", "tcp"]
             sniroute_carrier.parse_words(words[2:], {})
+        elif program == "sniroute_kubernetes.py" or words[:1] == ["kubernetes"]:
+            assert words[words[:1] == ["kubernetes"]] in sniroute_kubernetes.COMMANDS
         elif words[:1] == ["bundle"]:
             assert "bundle" in sniroute.PROGRAMS
         elif words[:1] in (["--help"], ["--version"]):
@@ -306,6 +309,7 @@ def test_the_settings_file_has_every_setting_and_its_default(tmp_path):
         "db.example.com=tcp:192.0.2.10:5432", "*.example.com=cloudflared:cft-{name}",
         "reports.example.com=cloudflared:reports.example.com",
         "shell.example.com=exec:ssh -W db:22 sniroute@bastion.example.net",
+        "{service}.{namespace}.{context}.k8s.example.com=jump:{namespace}/svc/{service}/localhost:8080@{context}",
         "web.example.com=tcp:192.0.2.20:443", "www.example.com=tcp:192.0.2.20:443"]
     assert [str(port) for port in settings.port] == ["port 127.0.0.1:5433=tcp:192.0.2.10:5432"]
     route_options = text.partition('[routes."reports.example.com"]')[2]

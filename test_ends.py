@@ -695,7 +695,8 @@ NO_FAILURE = {*ENDINGS, "cancel", "not_tls", "truncated", "malformed", "bad_requ
               "cross_site", "loop"}
 FAILURES = {"backend", "command_failed", "backend_no_tls", "bad_answer", "unresolved", "busy", "internal", "tunnel_failed",
             "tunnel_timeout", "tunnel_limit", "tunnel_denied", "tunnel_unknown", "queue_full", "queue_timeout", "backend_tls",
-            "late_answer"}
+            "late_answer", "tunnel_absent", "tunnel_not_ready", "tunnel_config", "tunnel_login", "tunnel_forbidden",
+            "tunnel_unreachable", "tunnel_certificate", "tunnel_plugin"}
 
 
 def test_no_alert_is_fired_by_ordinary_ends_and_each_failure_fires_one():

@@ -11,6 +11,7 @@ import re
 
 import pytest
 
+import sniroute_clusters
 import sniroute_launchers
 from sniroute_refusals import (HTTP, INTERNAL_ERROR, NOTHING, POSTGRES, REFUSALS, TELLERS, TLS, Malformed, Refused,
                                postgres_error, tls_alert, told, tunnel_refused)
@@ -45,6 +46,7 @@ def raised_kinds() -> set[str]:
             kinds.add("tunnel_" + node.args[0].value)
     kinds |= {"tunnel_" + kind for kind, _ in sniroute_launchers.CARRIER_REASONS.values()}
     kinds |= {"tunnel_" + kind for _, kind, _ in sniroute_launchers.CLOUDFLARED_REASONS}
+    kinds |= {"tunnel_" + kind for kind, _ in sniroute_clusters.REASONS.values()}
     return kinds
 
 
