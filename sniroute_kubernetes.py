@@ -40,7 +40,9 @@ Seams: I want to ...
     another text of a node          UNTOUCHED
     another reason                  REASONS here, or those of the rooms below
 
-sniroute starts this program, and never imports it.
+sniroute starts this program, and never imports it.  This room imports sniroute_links, sniroute_pods, sniroute_objects
+(targets), sniroute_api, sniroute_kubeconfig, sniroute_channels (what became of a command), sniroute_forwarder,
+sniroute_dial, sniroute_host, sniroute_loop, sniroute_names and sniroute_refusals.
 """
 
 from __future__ import annotations
@@ -63,8 +65,9 @@ from sniroute_kubeconfig import kubeconfig_paths
 from sniroute_links import Errand, Forward, Link, Links, Opening, Place, Run
 from sniroute_loop import READ, WRITE, Watch, monotonic, unsent
 from sniroute_names import printable, show_address
-from sniroute_pods import REASONS as POD_REASONS
-from sniroute_pods import Alarms, Choice, KubeTarget, Pods, none_ready, parse_argument, parse_target, with_option
+from sniroute_objects import REASONS as POD_REASONS
+from sniroute_objects import Choice, KubeTarget, none_ready, parse_argument, parse_target, with_option
+from sniroute_pods import Alarms, Pods
 from sniroute_refusals import Malformed, SettingsError
 
 __version__ = "0.1.0"
@@ -211,7 +214,7 @@ class Client:
     @property
     def place(self) -> Place:
         """The pod."""
-        return Place(self.listener.target.pods.api, self.choice.namespace, self.choice.pod, self.choice.uid)
+        return Place(self.listener.target.pods.feed.api, self.choice.namespace, self.choice.pod, self.choice.uid)
 
     def errand(self) -> Errand:
         """What is asked of the pod."""
@@ -317,7 +320,6 @@ class Client:
         """The client cannot be served: say why, and let it see a failure."""
         self.program.tell(self, "error", "failed", REASONS.get(why.reason, why.reason), reason=why.reason,
                           error=str(why))
-        self.program.failed = True
         self.abort()
 
     # -- what the link tells
@@ -576,7 +578,7 @@ class Client:
 
     def abort(self) -> None:
         """Close everything so that the client sees a reset."""
-        self.broken = True
+        self.broken = self.program.failed = True
         self.close()
 
     def dismiss(self) -> None:
@@ -943,15 +945,15 @@ def get(words: list[str], environ: Mapping[str, str]) -> int:
         answers.append(answer)
         program.loop.stop()
 
+    feed = pods.feed
     pods.ask(told, monotonic() + START)
-    seen: list[str] = []
     while not program.loop.stopping:
         program.loop.turn()
         program.log.flush()
-        if pods.items is not None and not answers:  # it is known, and nobody is ready: that is the answer
-            answers.append(none_ready(pods.target, pods.plan, pods.pods))
+        if feed.items is not None and not answers:  # all is known, and nobody is ready: a client would wait
+            answers.append(none_ready(pods.target, feed.plan, feed.pods))
             program.loop.stop()
-    seen = [f"  {pod}" for pod in pods.pods]
+    seen = [f"  {pod}" for pod in feed.pods]
     program.stop()
     program.loop.close()
     answer = answers[0] if answers else Failed("timeout", "it was stopped")

@@ -30,8 +30,8 @@ Seams: I want to ...
     another sign that a pod is gone    sniroute_kubernetes, UNTOUCHED
     keep more spare links              SPARES
 
-This room imports sniroute_api (Api, Wire, failure), sniroute_channels, sniroute_spdy, sniroute_upgrade, sniroute_dial
-(Failed), sniroute_loop, sniroute_names and sniroute_refusals.
+This room imports sniroute_api (Api, failure), sniroute_layers (Wire), sniroute_channels, sniroute_spdy,
+sniroute_upgrade, sniroute_dial (Failed), sniroute_loop, sniroute_names and sniroute_refusals.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ import time
 import urllib.parse
 from typing import Any, Callable, NamedTuple, Protocol
 
-from sniroute_api import ROOM, Api, Job, Reply, Upgraded, Wire, failure
+from sniroute_api import Api, Job, Reply, Upgraded, failure
 from sniroute_channels import COMMANDS, PORTS, TUNNEL, Closed, Command, Ports, Tunnel, check_protocol
 from sniroute_dial import Failed
+from sniroute_layers import ROOM, Wire
 from sniroute_loop import Loop
 from sniroute_names import printable
 from sniroute_refusals import Malformed
