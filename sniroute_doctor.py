@@ -420,12 +420,12 @@ def try_far_end(launcher: Launcher, key: TunnelKey) -> None:
                                env=launcher.environment_for(key.identified), capture_output=True, timeout=TRIAL_TIMEOUT)
     except subprocess.TimeoutExpired:
         raise TunnelError("timeout", f"no answer within {TRIAL_TIMEOUT:g} s") from None
+    said = trial.stdout.decode("utf-8", "replace").splitlines()
+    for line in said[:FAR_END_SHOWN] or ["it answers"] * (not trial.returncode):
+        print("far end:", printable(line, WORDS_MAX))
     if trial.returncode:
         reason = launcher.reason(trial.stderr)
         raise TunnelError(reason.kind, reason.text)
-    said = trial.stdout.decode("utf-8", "replace").splitlines()
-    for line in said[:FAR_END_SHOWN] or ["it answers"]:
-        print("far end:", printable(line, WORDS_MAX))
 
 
 # -- selftest ----------------------------------------------------------------------------------

@@ -958,6 +958,8 @@ def get(words: list[str], environ: Mapping[str, str]) -> int:
     program.loop.close()
     answer = answers[0] if answers else Failed("timeout", "it was stopped")
     if isinstance(answer, Failed):
+        if settings.log == "json":  # for sniroute's `explain`
+            program.log("error", pods.target.text, reason=answer.reason, error=str(answer))
         lines = [f"{REASONS.get(answer.reason, answer.reason)}: {printable(str(answer), 1000)}"]
     else:
         port = f" port {answer.port}" if answer.port else f" container {answer.container}"

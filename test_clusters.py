@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 
 import pytest
@@ -21,8 +22,10 @@ from sniroute_names import OPTIONS
 from sniroute_objects import ALTERNATIVES_MAX, BALANCES, parse_argument
 from sniroute_refusals import REFUSALS, Refused, SettingsError
 from sniroute_settings import load_settings
-from conftest import HOST, connect
+from conftest import HOST, connect, wait_until
+from testbed.clients import program_path, psql
 from testbed.hellos import genuine
+from testbed.program import execute
 from testbed.running import alert, read_all, read_exactly
 
 NAME = "db.prod.example.com"
@@ -432,3 +435,91 @@ def test_explain_asks_the_program_what_it_would_choose(monkeypatch, capsys, text
     lines = capsys.readouterr().out.splitlines()
     assert lines[-len(out):] == out
     assert any(line.startswith("runs:    ") and " port-forward prod/svc/db:5432 --listen " in line for line in lines)
+
+
+# -- with the program itself, and a cluster ----------------------------------------------------
+
+
+def settings_for(cluster, text: str) -> str:
+    """A file of settings for a router in front of the cluster."""
+    path = cluster.directory / "sniroute.toml"
+    path.write_text(f'kubeconfig = "{cluster.kubeconfig()}"\n{text}')
+    return str(path)
+
+
+ALL_WAYS = """
+http = "forward"
+[ports]
+"127.0.0.1:{port}" = "kubernetes:default/svc/pg:5432"
+[routes]
+"db.example.com" = "kubernetes:default/svc/pg:5432@test"
+"{{port}}.{{service}}.k8s.localhost" = "kubernetes:default/svc/{{service}}:{{port}}"
+"{{service}}-{{port}}.dash.k8s.localhost" = "kubernetes:default/svc/{{service}}:{{port}}"
+"jump.example.com" = {{ target = "jump:default/pod/web-1/localhost:{far}", http = "forward" }}
+"""
+
+
+@pytest.fixture
+def ways(cluster, run, postgres, web, free_ports):
+    """A router in front of a cluster with PostgreSQL and a web server: by TLS, by Host, by a port, and by jump."""
+    cluster.pod("pg-0", {5432: postgres}, labels={"app": "pg"})
+    cluster.service("pg", {5432: 5432}, {"app": "pg"})
+    cluster.pod("web-1", {8080: web.address}, labels={"app": "web"}, names={"http": 8080})
+    cluster.service("my-web", [{"name": "http-main", "port": 80, "targetPort": "http", "protocol": "TCP"}], {"app": "web"})
+    port = free_ports(1)[0]
+    running = run("-c", settings_for(cluster, ALL_WAYS.format(port=port, far=web.address[1])))
+    running.port = HOST, port
+    return running
+
+
+@pytest.fixture
+def web(serve):
+    """A web server that says which Host it was asked for."""
+    def answer(sock: socket.socket) -> None:
+        while data := sock.recv(65536):
+            host = data.partition(b"Host: ")[2].partition(b"\r\n")[0]
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(host) + host)
+    return serve(answer)
+
+
+def curl(running, name: str) -> tuple[int, str]:
+    """What curl is told for a name: the status and the body."""
+    done = execute(program_path("curl", "curl"), "-s", "-w", "\n%{http_code}", "-H", f"Host: {name}",
+                   f"http://{HOST}:{running.address[1]}/", said="", text=True)
+    body, _, status = done.stdout.rpartition("\n")
+    return int(status), body
+
+
+def test_psql_and_curl_reach_services_by_tls_by_host_and_by_port(ways, cluster):
+    for address, options in ((ways.address, "sslmode=require"), (ways.port, "sslmode=require"), (ways.port, "sslmode=disable")):
+        ended = psql(address, ["select repeat('x', 200000)"], options)
+        assert (ended.returncode, ended.stderr, len(ended.stdout)) == (0, b"", 200_001)
+    for name in ("80.my-web.k8s.localhost", "http-main.my-web.k8s.localhost", "my-web-80.dash.k8s.localhost",
+                 "my-web-http-main.dash.k8s.localhost", "jump.example.com"):
+        assert curl(ways, name) == (200, name)
+    assert len(ways.tunnels.processes.running) == 1, "one process for all of them"
+    assert {ending.reason for ending in ways.endings} <= {"client_closed", "client_reset", "backend_closed"}
+
+
+def test_what_the_cluster_does_not_have_or_not_allow_is_the_reason(ways, cluster):
+    cluster.user("nobody", token="nobodys-token", allow={"pods": "get"})
+    assert curl(ways, "80.gone.k8s.localhost")[0] == 404
+    assert curl(ways, "81.my-web.k8s.localhost")[0] == 404
+    assert {access.reason for access in ways.accesses} == {"tunnel_absent"}
+    cluster.kubeconfig(user={"token": "nobodys-token"})
+    wait_until(lambda: curl(ways, "80.other.k8s.localhost")[0] == 502, what="the other kubeconfig")
+    (access,) = (access for access in ways.accesses if access.reason == "tunnel_forbidden")
+    assert "services" in access.detail and "get" in access.detail
+
+
+@pytest.mark.parametrize("name, code, words", [
+    ("80.my-web.k8s.localhost", 0, ["pod default/web-1 port 8080", "web-1 ready"]),
+    ("80.gone.k8s.localhost", 1, ["tunnel_absent", "gone"]),
+])
+def test_explain_says_which_pod_would_be_taken(cluster, capsys, name, code, words):
+    cluster.pod("web-1", {8080: (HOST, 1)}, labels={"app": "web"})
+    cluster.service("my-web", {80: 8080}, {"app": "web"})
+    path = settings_for(cluster, ALL_WAYS.format(port=1, far=1))
+    assert sniroute_doctor.explain(load_settings(["explain", name, "-c", path], {})) == code
+    out = capsys.readouterr().out
+    assert [word for word in words if word not in out] == []

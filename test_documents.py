@@ -27,6 +27,7 @@ import sniroute_balance
 import sniroute_book
 import sniroute_carrier
 import sniroute_checks
+import sniroute_clusters
 import sniroute_edge
 import sniroute_groups
 import sniroute_http
@@ -34,6 +35,7 @@ import sniroute_kubernetes
 import sniroute_launchers
 import sniroute_log
 import sniroute_metrics
+import sniroute_objects
 import sniroute_probes
 import sniroute_refusals
 import sniroute_targets
@@ -157,7 +159,7 @@ def test_options_that_are_named_are_there():
     known = options("sniroute.py") | {"--with", "--help", "--version"}
     # What other programs, or an option that CONTRIBUTING.md adds, have; and the one that is not wanted.
     others = {"--app", "--init", "--sni", "--tls", "--hostname", "--url", "--unix-socket", "--quick",
-              "--half-closed-idle", "--workers"}
+              "--half-closed-idle", "--workers", "--image", "--command"}
     for name, document in DOCUMENTS.items():
         named = {option for span in code(document) for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", span)}
         assert len(named) > 2 and named <= known | others, (name, named - known - others)
@@ -193,8 +195,27 @@ def test_the_routes_of_the_readme_are_routes():
     assert len(rows) > 10
     for route, *_ in rows:
         load_settings(["--route", route.strip("`")], {})
-    for kind, program in (("exec", "ssh"), ("exec", "kubectl"), ("command", "ssh"), ("command", "kubectl")):
-        assert any(f"={kind}:{program} " in route for route, *_ in rows), (kind, program)
+    for kind in ("exec:ssh ", "command:ssh ", "kubernetes:", "jump:"):
+        assert any(f"={kind}" in route for route, *_ in rows), kind
+
+
+def test_the_files_of_settings_about_kubernetes_are_some(settings_file):
+    (readme,) = blocks(section(README, "## Kubernetes"), "toml")
+    for text, name, word in ((readme, "80.web.team-a.k8s.localhost", "team-a/svc/web:80"),
+                             (marked(OPERATING, "laptop"), "80.web.default.k8s.localhost", "default/svc/web:80"),
+                             (marked(OPERATING, "kubernetes ports"), "db.example.com",
+                              "shop/svc/postgres:5432@arn:aws:eks:eu-west-1:1:cluster/prod")):
+        settings = load_settings(["-c", settings_file(text)], {})
+        assert settings.routes.decide(name).tunnel.hostname == word
+    assert len(settings.port) == 2
+
+
+def test_the_environment_of_the_program_for_clusters_is_there():
+    text = section(OPERATING, "## Kubernetes")
+    assert {name for name in (*sniroute_clusters.PREFIXES, "HOME", "PATH", "KUBECONFIG") if name not in text} == set()
+    assert {f"`{word}`" for word in sniroute_objects.BALANCES} <= set(re.findall("`[^`]*`", text))
+    words = {word for row in sniroute_objects.KINDS.values() for word in row.words[:1]}
+    assert {word for word in words if f"`{word}`" not in text and f"`{word}/" not in text} == set()
 
 
 def rows_below(document: str, head: str) -> list[list[str]]:
