@@ -523,3 +523,29 @@ def test_explain_says_which_pod_would_be_taken(cluster, capsys, name, code, word
     assert sniroute_doctor.explain(load_settings(["explain", name, "-c", path], {})) == code
     out = capsys.readouterr().out
     assert [word for word in words if word not in out] == []
+
+
+def test_a_browser_finds_a_service_by_its_name(ways, tmp_path):
+    """`*.localhost` needs no DNS there."""
+    name = "80.my-web.k8s.localhost"
+    shown = execute(program_path("chromium", "chromium"), "--headless=new", "--no-sandbox", "--disable-gpu",
+                    "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
+                    f"--user-data-dir={tmp_path / 'chromium'}", "--dump-dom", f"http://{name}:{ways.address[1]}/",
+                    env={**os.environ, "HOME": str(tmp_path)}).stdout
+    assert name.encode() in shown
+
+
+def test_a_pod_that_is_replaced_is_not_noticed_and_clients_wait_for_one_that_becomes_ready(ways, cluster, web):
+    name = "80.my-web.k8s.localhost"
+    assert curl(ways, name) == (200, name)
+    cluster.replace("web-1")
+    assert curl(ways, name) == (200, name)
+    cluster.terminate("web-1")
+    with connect(ways.address, f"GET / HTTP/1.1\r\nHost: {name}\r\n\r\n".encode()) as client:
+        client.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        cluster.pod("web-2", {8080: web.address}, labels={"app": "web"}, names={"http": 8080})
+        client.settimeout(10)
+        assert client.recv(12) == b"HTTP/1.1 200"
+    assert {access.status for access in ways.accesses} == {200}
