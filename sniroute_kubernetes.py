@@ -48,7 +48,7 @@ from sniroute_loop import monotonic
 from sniroute_names import printable, show_address
 from sniroute_objects import Choice, KubeTarget, none_ready, parse_argument, parse_target, with_option
 from sniroute_passage import (ACCEPT, GRACE, HALF_LAST, LINGER, REASONS, SETTLE, START, Client, Jump, Running, Target,
-                              farewell, linger)
+                              farewell, hurry, linger)
 from sniroute_pods import Alarms, Pods
 from sniroute_refusals import Malformed, SettingsError
 
@@ -87,7 +87,7 @@ class Kubernetes(Forwarder):
         self.code = 0  # of that command
         self.starting = self.loop.queue(START, Client.on_late)
         self.accepting = self.loop.queue(ACCEPT, Client.on_no_accept)
-        self.hurried = self.loop.queue(LINGER, Client.on_hurry)
+        self.hurried = self.loop.queue(LINGER, hurry)
         self.graced = self.loop.queue(GRACE, Client.on_grace)
         self.halved = self.loop.queue(HALF_LAST, Client.on_grace)
         self.lingering = self.loop.queue(LINGER, linger)

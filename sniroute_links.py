@@ -161,7 +161,7 @@ def headers_of(transport: Transport, key: str) -> list[tuple[str, str]]:
     if transport.is_websocket:
         return [("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"),
                 ("Sec-WebSocket-Key", key), ("Sec-WebSocket-Protocol", ", ".join(transport.protocols))]
-    return [("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1"), ("Content-Length", "0"),
+    return [("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1"),
             *(("X-Stream-Protocol-Version", protocol) for protocol in transport.protocols)]
 
 

@@ -318,11 +318,6 @@ class Client:
         """The deadline has come."""
         self.fail(Failed("timeout", f"{START:g} s, {self.way.phase}"))
 
-    def on_hurry(self) -> None:
-        """The client has ended, and what it said cannot be delivered in time."""
-        if self.state is FINDING:
-            self.fail(Failed("timeout", f"{LINGER:g} s after the client's end"))
-
     def fail(self, why: Failed) -> None:
         """The client cannot be served: say why, and let it see a failure."""
         self.program.tell(self, "error", "failed", REASONS.get(why.reason, why.reason), reason=why.reason,
@@ -567,6 +562,12 @@ class Client:
 
 
 # -- the end of a client ------------------------------------------------------------------------
+
+
+def hurry(client: Client) -> None:
+    """The client has ended, and what it said cannot be delivered in time."""
+    if client.state is FINDING or client.waits:
+        client.fail(Failed("timeout", f"{LINGER:g} s after the client's end, {client.way.phase}"))
 
 
 def farewell(client: Client) -> None:
