@@ -49,8 +49,8 @@ from sniroute_api import Api, Job, Reply, failure
 from sniroute_dial import Failed
 from sniroute_loop import NEVER, Loop, monotonic
 from sniroute_names import printable
-from sniroute_objects import (KINDS, REASONS, Choice, KubeTarget, Plan, Pod, choice_of, lacking, none_ready, object_path, part,
-                              rows, word)
+from sniroute_objects import (KINDS, REASONS, Choice, KubeTarget, Plan, Pod, choice_of, lacking, none_ready,
+                              object_path, part, rows, word)
 
 __version__ = "0.1.0"
 
