@@ -159,7 +159,7 @@ class Feed:
 
     Args:
         targets: the one that is meant, and those to be tried, in this order, where it is not there.
-        news: called when pods have changed.
+        news: called when pods have changed, or the time when there is something to do.
         end: called with Failed when there is no way to the pods; nothing is known then.
         latest: the latest deadline of those who wait, or 0.
     """
@@ -289,10 +289,11 @@ class Feed:
         except Failed as failed:
             if failed.reason in ("unknown", *REASONS):
                 self._end(failed)
-            return
-        if (self.plan.base, self.plan.query) != (before.base, before.query):
-            self.items = None
-            self._list()
+                return
+        else:
+            if (self.plan.base, self.plan.query) != (before.base, before.query):
+                self.items = None
+                self._list()
         self.news()
 
     def _unable(self, failed: Failed) -> None:
@@ -300,6 +301,7 @@ class Feed:
         if self.items is not None:
             self.trouble = failed
             self._rest()
+            self.news()
         elif not self._try_next(failed):
             self._end(failed)
 

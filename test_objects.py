@@ -186,7 +186,8 @@ def refused(text: str, thing: Any) -> Failed:
 def test_paths_are_those_of_the_api():
     path = {kind: object_path(WEB._replace(kind=kind)) for kind in KINDS}
     assert path == {
-        "service": "/api/v1/namespaces/prod/services/web", "deployment": "/apis/apps/v1/namespaces/prod/deployments/web",
+        "service": "/api/v1/namespaces/prod/services/web",
+        "deployment": "/apis/apps/v1/namespaces/prod/deployments/web",
         "statefulset": "/apis/apps/v1/namespaces/prod/statefulsets/web",
         "replicaset": "/apis/apps/v1/namespaces/prod/replicasets/web",
         "daemonset": "/apis/apps/v1/namespaces/prod/daemonsets/web", "job": "/apis/batch/v1/namespaces/prod/jobs/web",
@@ -219,7 +220,8 @@ def test_which_port_of_the_pods_it_is(port, ports, inside):
 
 @pytest.mark.parametrize("port, ports, said", [
     (81, [(80, 1, "http"), (53, 1, "dns", "UDP")], "no port 81 of TCP; it has 80 http, 53 dns (UDP)"),
-    (53, [(53, 1, "dns", "UDP")], "no port 53 of TCP"), ("htt", [(80, 1, "http")], "no port htt of TCP; it has 80 http"),
+    (53, [(53, 1, "dns", "UDP")], "no port 53 of TCP"),
+    ("htt", [(80, 1, "http")], "no port htt of TCP; it has 80 http"),
     ("http", [], "it has none")])
 def test_a_port_that_a_service_has_not_is_told_with_those_it_has(port, ports, said):
     failed = refused(f"prod/svc/web:{port}", service(ports))
@@ -279,7 +281,7 @@ def read(thing: Any) -> sniroute_objects.Pod:
     pytest.param(pod("a", phase="Pending", waiting="ImagePullBackOff"), "a starting (ImagePullBackOff)", id="starting"),
     pytest.param(pod("a", ready=False), "a not ready", id="not ready"),
     pytest.param(pod("a", ready=False, waiting="CrashLoopBackOff"), "a not ready (CrashLoopBackOff)", id="crashing"),
-    pytest.param({"metadata": {"name": "a"}, "spec": {"nodeName": "n"}, "status": {}}, "a starting", id="no conditions"),
+    pytest.param({"metadata": {"name": "a"}, "spec": {"nodeName": "n"}}, "a starting", id="no status yet"),
 ])
 def test_what_a_pod_does(thing, said):
     assert str(read(thing)) == said
@@ -321,7 +323,8 @@ def test_addresses_without_pods_are_told():
 
 @pytest.mark.parametrize("thing", [
     {"metadata": 1}, {"spec": []}, {"status": {"conditions": {}}}, {"status": {"conditions": [1]}},
-    {"metadata": {"name": 1}}, {"spec": {"containers": [{"ports": "x"}]}}, {"spec": {"nodeName": {}}}, {"status": {"phase": []}}])
+    {"metadata": {"name": 1}}, {"spec": {"containers": [{"ports": "x"}]}}, {"spec": {"nodeName": {}}},
+    {"status": {"phase": []}}])
 def test_garbage_of_a_cluster_is_an_answer_that_helps_nobody(thing):
     with pytest.raises(Failed) as caught:
         read(thing)

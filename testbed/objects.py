@@ -53,14 +53,14 @@ def service(ports: Any = ((80, 8080),), selector: dict[str, str] | None = None, 
 
 def workload(labels: dict[str, str], expressions: tuple[Thing, ...] = ()) -> Thing:
     """A deployment, a statefulset ..."""
-    return {"metadata": {"name": "web"},
-            "spec": {"selector": {"matchLabels": labels, **({"matchExpressions": list(expressions)} if expressions else {})}}}
+    more = {"matchExpressions": list(expressions)} if expressions else {}
+    return {"metadata": {"name": "web"}, "spec": {"selector": {"matchLabels": labels, **more}}}
 
 
 def endpoints(*rows: Thing, ports: dict[str, int] | None = None, uid: str = "slice-1") -> Thing:
     """An EndpointSlice with these endpoints."""
-    return {"metadata": {"name": uid, "uid": uid, "resourceVersion": "6"}, "addressType": "IPv4", "endpoints": list(rows),
-            "ports": [{"name": name, "port": port, "protocol": "TCP"} for name, port in (ports or {"": 5432}).items()]}
+    return {"metadata": {"name": uid, "uid": uid, "resourceVersion": "6"}, "addressType": "IPv4",
+            "endpoints": list(rows), "ports": [{"name": name, "port": port, "protocol": "TCP"} for name, port in (ports or {"": 5432}).items()]}
 
 
 def endpoint(address: str, name: str = "", *, namespace: str = "prod", **conditions: bool) -> Thing:
