@@ -341,7 +341,8 @@ OPTIONS = {
             "sniroute_answers", "sniroute_tls",
             "sniroute_browsers", "sniroute_certificate", "sniroute_http2", "sniroute_hpack", "sniroute_http"),
     "kubernetes": ("sniroute_kubernetes", "sniroute_links", "sniroute_pods", "sniroute_objects", "sniroute_api",
-                   "sniroute_credentials", "sniroute_kubeconfig", "sniroute_yaml", "sniroute_channels", "sniroute_spdy",
+                   "sniroute_credentials", "sniroute_layers", "sniroute_kubeconfig", "sniroute_yaml",
+                   "sniroute_channels", "sniroute_spdy",
                    "sniroute_forwarder", "sniroute_dial", "sniroute_upgrade", "sniroute_http"),
 }
 
