@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import pytest
 
 import sniroute_pods
 from sniroute_api import Alarms
 from sniroute_dial import Failed
-from sniroute_loop import NEVER
+from sniroute_loop import NEVER, monotonic
 from sniroute_objects import BALANCES, Choice, parse_target, with_option
-from sniroute_pods import (CLOSED, EMPTY, IDLE, LISTING, LOOK, POLL, POLLING, RESTING, REST, RETRY_LAST, WATCH_GRACE,
+from sniroute_pods import (CLOSED, EMPTY, IDLE, LISTING, LOOK, POLL, POLLING, REST, RESTING, RETRY_LAST, WATCH_GRACE,
                            WATCH_TIME, WATCHING, Pods)
+from testbed.cluster import Cluster
 from testbed.objects import endpoint, endpoints, listed, pod, service
 
 SERVICE = "/api/v1/namespaces/prod/services/web"
@@ -471,7 +472,6 @@ def test_slices_are_watched_as_pods_are():
 def test_a_watch_that_ends_in_its_time_goes_on_from_there():
     world = World().begin(pod("a"))
     world.last.line("BOOKMARK", {"metadata": {"resourceVersion": "77"}})
-    world.pods.feed.used = world.now
     world.pass_by(2)
     world.last.answer(None)
     assert "watch=true" in world.last.path and "resourceVersion=77" in world.last.path
@@ -704,3 +704,215 @@ def test_after_a_sleep_nobody_is_sent_to_what_was():
     world.ask()
     world.last.answer(Failed("unreachable", "VPN"))
     assert failed(world.answers[2]) == ("unreachable", "VPN")
+
+
+# -- with a cluster ----------------------------------------------------------------------------
+
+
+class Asking:
+    """Pods of a real cluster, in a loop that the test turns."""
+
+    def __init__(self, caller: Any, *targets: str):
+        self.caller = caller
+        self.answers: list[Choice | Failed] = []
+        self.pods = Pods(caller.apis.alarms, caller.apis.of(""), [parse_target(text) for text in targets])
+
+    def begin(self, seconds: float = 10.0) -> None:
+        self.pods.ask(self.answers.append, monotonic() + seconds)
+
+    def ask(self, seconds: float = 10.0) -> Any:
+        """Ask, and wait for the answer."""
+        count = len(self.answers) + 1
+        self.begin(seconds)
+        return self.caller.until(lambda: self.answers[count - 1:])[0]
+
+    def until_state(self, state: str) -> None:
+        self.caller.until(lambda: self.pods.feed.state == state, what=state)
+
+    def until_pods(self, *names: str) -> None:
+        """Wait until these take connections."""
+        self.caller.until(lambda: [choice.pod for choice in self.pods.choices] == list(names), what=f"{names}")
+
+
+@pytest.fixture
+def web(cluster: Cluster) -> Cluster:
+    """The cluster, with a service of two pods."""
+    cluster.service("web", [{"port": 80, "targetPort": "http", "name": "http", "protocol": "TCP"}], {"app": "web"})
+    for number in (1, 2):
+        cluster.pod(f"web-{number}", names={"http": 8000 + number}, labels={"app": "web"})
+    return cluster
+
+
+@pytest.fixture
+def asking(web: Cluster, call: Any) -> Iterator[Callable[..., Asking]]:
+    """asking("default/svc/web:80", user=...) -> Asking, until the test ends."""
+    made: list[Asking] = []
+
+    def make(*targets: str, **options: Any) -> Asking:
+        made.append(Asking(call(web.kubeconfig(**options)), *(targets or ("default/svc/web:80",))))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.pods.close()
+
+
+def user(cluster: Cluster, **allow: str) -> dict[str, str]:
+    """A user who may do only that, as a kubeconfig has him."""
+    cluster.user("ci", token="ci-token", allow=allow)
+    return {"token": "ci-token"}
+
+
+def asked(cluster: Cluster) -> list[str]:
+    return [f"{row['verb']} {row['resource']}" for row in cluster.requests()]
+
+
+def test_a_service_becomes_a_pod_by_two_requests_and_a_watch(web, asking):
+    client = asking()
+    first, second = client.ask(), client.ask()
+    assert sorted((choice.pod, choice.port) for choice in (first, second)) == [("web-1", 8001), ("web-2", 8002)]
+    assert first.uid == web.get("pods", first.pod)["metadata"]["uid"] and first.container == "main"
+    client.caller.until(lambda: asked(web) == ["get services", "list pods", "watch pods"])
+
+
+def test_a_pod_that_is_replaced_is_known_by_its_new_uid(web, asking):
+    client = asking()
+    client.ask()
+    out: list[str] = []
+    client.pods.on_out = out.append
+    old = web.get("pods", "web-1")["metadata"]["uid"]
+    web.remove("pods", "web-2")
+    web.replace("web-1")
+    new = web.get("pods", "web-1")["metadata"]["uid"]
+    client.caller.until(lambda: [choice.uid for choice in client.pods.choices] == [new])
+    assert client.ask().uid == new and old in out
+
+
+def test_a_client_is_served_when_a_pod_is_ready_at_last(web, asking):
+    client = asking()
+    for name in ("web-1", "web-2"):
+        web.terminate(name)
+    client.begin()
+    client.until_state(WATCHING)
+    web.pod("web-3", names={"http": 1}, labels={"app": "web"}, phase="Pending")
+    client.caller.until(lambda: len(client.pods.feed.pods) == 3)
+    assert not client.answers
+    web.run_pod("web-3")
+    client.caller.until(lambda: client.answers)
+    assert client.answers[0].pod == "web-3"
+
+
+def test_each_pod_that_is_out_is_told(web, asking):
+    web.terminate("web-1")
+    web.ready("web-2", False)
+    assert failed(asking().ask(0.3)) == (
+        "pods", "service web in default: none of 2 pods is ready: web-1 terminating, web-2 not ready")
+
+
+@pytest.mark.parametrize("target, pods", [
+    ("default/deploy/web:http", ["web-1", "web-2"]), ("default/pods/app=web:http", ["web-1", "web-2"]),
+    ("default/pod/web-2:http", ["web-2"])])
+def test_other_kinds_lead_to_pods_too(target, pods, web, asking):
+    web.workload("deployments", "web", {"app": "web"})
+    client = asking(target)
+    assert client.ask().port in (8001, 8002)
+    client.until_pods(*pods)
+    web.replace(pods[-1])
+    uid = web.get("pods", pods[-1])["metadata"]["uid"]
+    client.caller.until(lambda: uid in [choice.uid for choice in client.pods.choices])
+
+
+@pytest.mark.parametrize("target, reason, said", [
+    ("default/svc/wep:80", "unknown", 'services "wep" not found'),
+    ("default/svc/web:81", "port", "it has 80 http"),
+    ("default/pod/web-9:80", "unknown", 'pods "web-9" not found'),
+    ("default/svc/db:5432", "elsewhere", "192.0.2.1")])
+def test_what_is_not_there_is_told(target, reason, said, web, asking):
+    web.service("db", {5432: 5432})
+    web.slice("db", {"192.0.2.1": True}, [{"port": 5432, "protocol": "TCP"}])
+    why, words = failed(asking(target).ask())
+    assert why == reason and said in words
+
+
+def test_the_next_split_of_a_name_is_tried(web, asking):
+    client = asking("default/svc/web-80-x:http", "default/svc/web:80")
+    assert client.ask().port in (8001, 8002)
+
+
+def test_what_rbac_has_to_grant_is_told(web, asking):
+    why, words = failed(asking(user=user(web, pods="get list")).ask())
+    assert why == "forbidden" and "services" in words and "get" in words
+
+
+def test_without_the_right_to_watch_pods_are_listed_again(web, asking):
+    client = asking(user=user(web, services="get", pods="get list"))
+    client.ask()
+    client.until_state(POLLING)
+    for choice in list(client.pods.choices):
+        web.remove("pods", choice.pod)
+        client.pods.gone(choice)
+    client.begin()
+    web.pod("web-3", names={"http": 1}, labels={"app": "web"})
+    client.caller.until(lambda: client.answers[1:])
+    assert client.answers[1].pod == "web-3"
+
+
+def test_without_the_right_to_read_pods_one_is_reached_by_its_name(web, asking):
+    client = asking("default/pod/web-1:8001", user=user(web))
+    assert client.ask() == Choice("default", "web-1", "", 8001, "", "")
+
+
+def test_what_is_too_old_is_listed_again(web, asking, monkeypatch):
+    monkeypatch.setattr(sniroute_pods, "WATCH_LIVES", 0.0)
+    client = asking()
+    client.ask()
+    client.until_state(WATCHING)
+    client.caller.until(lambda: "watch pods" in asked(web))
+    web.compact()
+    client.caller.until(lambda: asked(web).count("list pods") == 2)
+    web.remove("pods", "web-1")
+    client.until_pods("web-2")
+
+
+def test_an_api_server_that_is_away_and_comes_back(web, asking, monkeypatch):
+    monkeypatch.setattr(sniroute_pods, "RETRY_FIRST", 0.05)
+    client = asking()
+    client.ask()
+    client.caller.until(lambda: "watch pods" in asked(web))
+    web.down()
+    client.until_state(RESTING)
+    assert isinstance(client.ask(), Choice), "what is known is used"
+    web.remove("pods", "web-1")
+    web.up()
+    client.until_pods("web-2")
+
+
+@pytest.mark.parametrize("how", ["rst", "eof", "end"])
+def test_a_watch_that_breaks_off_is_made_up_for(how, web, asking, monkeypatch):
+    monkeypatch.setattr(sniroute_pods, "RETRY_FIRST", 0.05)
+    client = asking()
+    client.ask()
+    client.caller.until(lambda: "watch pods" in asked(web))
+    web.end_connections(how)
+    web.remove("pods", "web-2")
+    client.until_pods("web-1")
+
+
+def test_an_api_server_with_too_much_to_do_is_asked_again(web, asking):
+    fault = web.fault("status", code=429, retry_after=1, resource="pods", times=1)
+    assert isinstance(asking().ask(), Choice) and web.hits(fault) == 1
+
+
+@pytest.mark.parametrize("resource", ["services", "pods"])
+def test_an_api_server_that_does_not_answer_costs_a_client_its_own_time_only(resource, web, asking):
+    web.fault("hang", resource=resource, times=1)
+    why, words = failed(asking().ask(0.3))
+    assert why == "timeout" and words.startswith("service web in default: ")
+
+
+def test_nothing_is_left_when_nobody_comes(web, asking, monkeypatch):
+    monkeypatch.setattr(sniroute_pods, "IDLE", 0.2)
+    client = asking()
+    client.pods.ended(client.ask())
+    client.until_state(EMPTY)
+    assert isinstance(client.ask(), Choice) and asked(web).count("get services") == 2

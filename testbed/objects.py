@@ -60,7 +60,8 @@ def workload(labels: dict[str, str], expressions: tuple[Thing, ...] = ()) -> Thi
 def endpoints(*rows: Thing, ports: dict[str, int] | None = None, uid: str = "slice-1") -> Thing:
     """An EndpointSlice with these endpoints."""
     return {"metadata": {"name": uid, "uid": uid, "resourceVersion": "6"}, "addressType": "IPv4",
-            "endpoints": list(rows), "ports": [{"name": name, "port": port, "protocol": "TCP"} for name, port in (ports or {"": 5432}).items()]}
+            "endpoints": list(rows), "ports": [{"name": name, "port": port, "protocol": "TCP"}
+                                               for name, port in (ports or {"": 5432}).items()]}
 
 
 def endpoint(address: str, name: str = "", *, namespace: str = "prod", **conditions: bool) -> Thing:
