@@ -35,7 +35,7 @@ import pytest
 
 pytest.register_assert_rewrite("testbed")  # an assert in a helper shows its values
 pytest_plugins = [f"testbed.{module}" for module in ("standins", "running", "program", "tunnels", "carrier", "admin",
-                                                      "clients", "web", "streams", "cluster")]
+                                                      "clients", "web", "streams", "cluster", "apis", "passage")]
 
 HERE = pathlib.Path(__file__).resolve().parent
 HOST = "127.0.0.1"
@@ -45,9 +45,9 @@ OPTIONS = {  # files that an installation may leave out
     "sniroute_balance.py", "sniroute_warm.py", "sniroute_reuse.py", "sniroute_conversations.py", "sniroute_checks.py",
     "sniroute_probes.py", "sniroute_web.py", "sniroute_requests.py", "sniroute_bodies.py", "sniroute_spares.py", "sniroute_gateway.py", "sniroute_answers.py",
     "sniroute_tls.py", "sniroute_browsers.py", "sniroute_certificate.py", "sniroute_http2.py", "sniroute_hpack.py",
-    "sniroute_http.py", "sniroute_kubernetes.py", "sniroute_links.py", "sniroute_pods.py", "sniroute_objects.py",
-    "sniroute_api.py",
-    "sniroute_credentials.py", "sniroute_layers.py", "sniroute_kubeconfig.py", "sniroute_yaml.py", "sniroute_channels.py", "sniroute_spdy.py",
+    "sniroute_http.py", "sniroute_kubernetes.py", "sniroute_passage.py", "sniroute_links.py", "sniroute_pods.py",
+    "sniroute_objects.py", "sniroute_api.py", "sniroute_credentials.py", "sniroute_layers.py",
+    "sniroute_kubeconfig.py", "sniroute_yaml.py", "sniroute_channels.py", "sniroute_spdy.py",
     "sniroute_clusters.py",
     "sniroute_admin.py", "sniroute_door.py", "sniroute_metrics.py", "sniroute_page.py",
     "sniroute_carrier.py", "sniroute_dial.py", "sniroute_edge.py", "sniroute_forwarder.py", "sniroute_upgrade.py",

@@ -219,7 +219,8 @@ class Alarm:
 class Alarms:
     """Things to be done at times of their own: a job has its owner's deadline, so no Queue of the loop fits."""
 
-    def __init__(self, loop: Loop):
+    def __init__(self, loop: Loop, clock: Callable[[], float] = monotonic):
+        self.clock = clock
         self.timer = loop.timer(self._ring)
         self.heap: list[tuple[float, int, Alarm]] = []  # what was cancelled stays until its time: a deadline is near
         self.numbers = itertools.count()  # alarms cannot be compared
@@ -239,7 +240,7 @@ class Alarms:
 
     def _ring(self) -> None:
         try:
-            while self.heap and (self.heap[0][2].act is None or self.heap[0][0] <= monotonic()):
+            while self.heap and (self.heap[0][2].act is None or self.heap[0][0] <= self.clock()):
                 alarm = heapq.heappop(self.heap)[2]
                 act, alarm.act = alarm.act, None
                 if act is not None:
@@ -769,7 +770,11 @@ class Apis:
         return self.way if place.proxy is None else self.direct
 
     def close(self) -> None:
-        """End all jobs, idle connections and plugins.  Wires that were handed over are their owners'."""
+        """End all jobs, idle connections and plugins.
+
+        Wires that were handed over are their owners', who close them before: sockets of closed wires close now.
+        """
         for api in self.known.values():
             api.close()
         self.plugins.close()
+        self.wires.close()

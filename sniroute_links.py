@@ -4,8 +4,8 @@
     take(place) -----------------------------------------------------> a spare Link, if there is one
     prepare(place) ---> Opening ---> a spare Link: the next client pays one stream's set-up, and no upgrade
 
-    client --- begin, send, end, pause ---> Link ---> machine (sniroute_spdy, sniroute_channels) ---> Wire (sniroute_api)
-           <--- on_data, on_ended, ... ----      <---                                           <---
+    client --- begin, send, end, pause ---> Link ---> machine (sniroute_spdy, _channels) ---> Wire (sniroute_layers)
+           <--- on_data, on_ended, ... ----      <---                                     <---
 
 An errand is what is asked of a pod: Forward (a port) or Run (a command).  The kinds of upgrade for it are rows of
 TRANSPORTS.  Servers, roles (RBAC) and proxies on the way differ in which they take, so each is tried where the one
@@ -149,7 +149,8 @@ TRANSPORTS = {
                   by_query=True),
     ),
     Run.resource: (
-        Transport("channels in WebSocket", "GET", COMMANDS, lambda protocol, private, errand: Command(protocol, private)),
+        Transport("channels in WebSocket", "GET", COMMANDS,
+                  lambda protocol, private, errand: Command(protocol, private)),
         Transport("SPDY", "POST", (PROTOCOL_COMMAND,), lambda protocol, private, errand: Session()),
     ),
 }
@@ -160,7 +161,7 @@ def headers_of(transport: Transport, key: str) -> list[tuple[str, str]]:
     if transport.is_websocket:
         return [("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"),
                 ("Sec-WebSocket-Key", key), ("Sec-WebSocket-Protocol", ", ".join(transport.protocols))]
-    return [("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1"), ("Content-Length", "0"),
+    return [("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1"),
             *(("X-Stream-Protocol-Version", protocol) for protocol in transport.protocols)]
 
 
@@ -578,8 +579,8 @@ def hear_closed(link: Link, event: Closed) -> None:
         link.close()
         owner.on_over()
     else:
-        reason = printable(event.reason, 200)
-        link.lose(Failed("lost", f"the API server has closed the WebSocket ({event.code}{' ' + reason if reason else ''})"))
+        words = f"{event.code} {printable(event.reason, 200)}".strip()
+        link.lose(Failed("lost", f"the API server has closed the WebSocket ({words})"))
 
 
 def hear_goaway(link: Link, event: GoneAway) -> None:

@@ -21,18 +21,15 @@ chooses for each, counts their connections, and has those wait for whom no pod i
 Nothing known: each failure is told to all who wait, at once.  Something known: that is used until there is news, since
 an API server that is away does not end a pod.  A client for whom no pod is ready waits, to its deadline.
 
-An Alarm is a time at which one of them wants to be woken; all of them share one Timer of the loop.
-
 Threads: all runs in the loop; there are no locks.  Clients are told by `done`, at times before `ask` returns.
 
 Seams: I want to ...
     choose among pods otherwise       a row of CHOOSE, and its word in BALANCES
-    be woken at a time                Alarms.at
     ask again sooner, or later        the limits below; `Feed.due` says when, `Feed.tend` what
     try another target                NEXT, and Feed._try_next
 
 This room imports sniroute_objects, sniroute_dial (Failed) and sniroute_loop; sniroute_names (printable) and
-sniroute_api (failure).
+sniroute_api.
 
 Source: kubernetes.io, "Kubernetes API Concepts" (watches, bookmarks, 410 Gone, chunks).
 """
@@ -40,17 +37,15 @@ Source: kubernetes.io, "Kubernetes API Concepts" (watches, bookmarks, 410 Gone, 
 from __future__ import annotations
 
 import collections
-import heapq
-import itertools
 import random
 from typing import Any, Callable, Sequence
 
-from sniroute_api import Api, Job, Reply, failure
+from sniroute_api import Alarm, Alarms, Api, Job, Reply, failure
 from sniroute_dial import Failed
-from sniroute_loop import NEVER, Loop, monotonic
+from sniroute_loop import NEVER
 from sniroute_names import printable
-from sniroute_objects import (KINDS, REASONS, Choice, KubeTarget, Plan, Pod, choice_of, lacking, none_ready, object_path, part,
-                              rows, word)
+from sniroute_objects import (KINDS, REASONS, Choice, KubeTarget, Plan, Pod, choice_of, lacking, none_ready,
+                              object_path, part, rows, word)
 
 __version__ = "0.1.0"
 
@@ -95,59 +90,6 @@ CHOOSE: dict[str, Callable[[Pods, Sequence[Choice]], Choice]] = {
     "least": least, "round-robin": in_turn, "random": of_two, "first": lambda pods, choices: choices[0]}
 
 
-# -- times -------------------------------------------------------------------------------------
-
-
-class Alarm:
-    """One thing to be done at a time."""
-
-    __slots__ = ("when", "act")
-
-    def __init__(self, when: float, act: Callable[[], None] | None):
-        self.when = when
-        self.act = act
-
-    def cancel(self) -> None:
-        """It is not done.  Its place in the heap stays until its time."""
-        self.act = None
-
-
-class Alarms:
-    """Things that are due at times of their own, of objects that come and go: a Timer of the loop is for ever.
-
-    Args:
-        clock: seconds, as `monotonic`; tests have their own, and call `ring`.
-    """
-
-    def __init__(self, loop: Loop, clock: Callable[[], float] = monotonic):
-        self.loop = loop
-        self.clock = clock
-        self.heap: list[tuple[float, int, Alarm]] = []
-        self.numbers = itertools.count()
-        self.timer = loop.timer(self.ring)
-
-    def at(self, when: float, act: Callable[[], None]) -> Alarm:
-        """Do it then."""
-        alarm = Alarm(when, act)
-        heapq.heappush(self.heap, (when, next(self.numbers), alarm))
-        if when < self.timer.when:
-            self.timer.set(when)
-        return alarm
-
-    def ring(self) -> None:
-        """Do what is due."""
-        while self.heap and self.heap[0][0] <= self.clock():
-            _, _, alarm = heapq.heappop(self.heap)
-            act, alarm.act = alarm.act, None
-            if act is not None:
-                try:
-                    act()
-                except Exception:
-                    self.loop.fault(getattr(act, "__self__", None))
-        if self.heap:
-            self.timer.set(self.heap[0][0])
-
-
 # -- what is known of a target -----------------------------------------------------------------
 
 EMPTY, ASKING, LISTING = "nothing is known", "asking for it", "listing pods"
@@ -159,7 +101,7 @@ class Feed:
 
     Args:
         targets: the one that is meant, and those to be tried, in this order, where it is not there.
-        news: called when pods have changed.
+        news: called when pods have changed, or the time when there is something to do.
         end: called with Failed when there is no way to the pods; nothing is known then.
         latest: the latest deadline of those who wait, or 0.
     """
@@ -289,10 +231,11 @@ class Feed:
         except Failed as failed:
             if failed.reason in ("unknown", *REASONS):
                 self._end(failed)
-            return
-        if (self.plan.base, self.plan.query) != (before.base, before.query):
-            self.items = None
-            self._list()
+                return
+        else:
+            if (self.plan.base, self.plan.query) != (before.base, before.query):
+                self.items = None
+                self._list()
         self.news()
 
     def _unable(self, failed: Failed) -> None:
@@ -300,6 +243,7 @@ class Feed:
         if self.items is not None:
             self.trouble = failed
             self._rest()
+            self.news()
         elif not self._try_next(failed):
             self._end(failed)
 
@@ -491,6 +435,7 @@ class Pods:
         self.rests: dict[str, float] = {}  # uid -> until when it is the last to be chosen
         self.used = 0.0  # clock time of the last client
         self.alarm: Alarm | None = None
+        self.woken = NEVER  # when it rings
 
     @property
     def target(self) -> KubeTarget:
@@ -548,6 +493,7 @@ class Pods:
         self._find()
         if self.alarm is not None:
             self.alarm.cancel()
+            self.woken = NEVER
 
     # -- which one -----------------------------------------------------------------------------
 
@@ -610,13 +556,15 @@ class Pods:
         when = min([self.feed.due(), *(asked.deadline for asked in self.waiting)])
         if not self.waiting and not self.open:
             when = min(when, self.used + IDLE)
-        if when < NEVER and (self.alarm is None or self.alarm.act is None or self.alarm.when > when):
+        if when < self.woken:
             if self.alarm is not None:
                 self.alarm.cancel()
+            self.woken = when
             self.alarm = self.alarms.at(when, self._tend)
 
     def _tend(self) -> None:
         """Do what is due."""
+        self.woken = NEVER
         now = self.clock()
         for asked in [asked for asked in self.waiting if asked.deadline <= now]:
             if asked in self.waiting:  # what was told to others may have ended it

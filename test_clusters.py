@@ -535,17 +535,30 @@ def test_a_browser_finds_a_service_by_its_name(ways, tmp_path):
     assert name.encode() in shown
 
 
-def test_a_pod_that_is_replaced_is_not_noticed_and_clients_wait_for_one_that_becomes_ready(ways, cluster, web):
+def test_a_pod_that_is_replaced_is_not_noticed(ways, cluster):
     name = "80.my-web.k8s.localhost"
     assert curl(ways, name) == (200, name)
     cluster.replace("web-1")
     assert curl(ways, name) == (200, name)
-    cluster.terminate("web-1")
+    assert {access.status for access in ways.accesses} == {200}
+
+
+def test_clients_wait_for_a_pod_that_becomes_ready(ways, cluster):
+    cluster.ready("web-1", False)
+    name = "80.my-web.k8s.localhost"
     with connect(ways.address, f"GET / HTTP/1.1\r\nHost: {name}\r\n\r\n".encode()) as client:
-        client.settimeout(0.3)
+        wait_until(lambda: cluster.requests(method="GET", path="/api/v1/namespaces/default/services/my-web"))
+        client.settimeout(0.2)
         with pytest.raises(TimeoutError):
             client.recv(1)
-        cluster.pod("web-2", {8080: web.address}, labels={"app": "web"}, names={"http": 8080})
+        cluster.ready("web-1")
         client.settimeout(10)
         assert client.recv(12) == b"HTTP/1.1 200"
-    assert {access.status for access in ways.accesses} == {200}
+
+
+def test_a_service_without_a_ready_pod_is_refused_with_the_state_of_each(ways, cluster):
+    """The program gives up before the router does, so its words are the reason."""
+    cluster.ready("web-1", False)
+    status, _ = curl(ways, "80.my-web.k8s.localhost")
+    (access,) = ways.accesses
+    assert (status, access.reason) == (503, "tunnel_not_ready") and "web-1 not ready" in access.detail

@@ -155,8 +155,9 @@ class Program(Rows):
     """The real program, as a child."""
 
     def __init__(self, words: list[str], environ: dict[str, str], stdin: Any = subprocess.DEVNULL,
-                 stdout: Any = subprocess.PIPE, prepare: str = "carrier.GRACE = 0.1", **options: Any):
-        code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import sniroute_carrier as carrier; {prepare}\n" \
+                 stdout: Any = subprocess.PIPE, prepare: str = "carrier.GRACE = 0.1", room: str = "sniroute_carrier",
+                 **options: Any):
+        code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import {room} as carrier; {prepare}\n" \
                "sys.exit(carrier.main())"
         coverage = {key: value for key, value in os.environ.items() if key.startswith("COVERAGE")}
         environ = {"TUNNEL_LOG_OUTPUT": "json", **coverage, **environ}

@@ -1,0 +1,714 @@
+"""sniroute_passage: one client's passage to a pod, from accept to close.
+
+    client --- Client ------ Link ----> the pod
+                 |
+                Way ----> which pod (sniroute_pods), which session to it (sniroute_links)
+
+    Client    its bytes go to a port of the pod
+    Jump      they go to a host that the pod can reach, by a command in the pod
+    Running   `exec`: one command, between stdin and stdout
+
+The life of a client is `Client.state`:
+
+    FINDING -> OPEN -> HALF            the client has ended: the far end may still say something
+    OPEN, HALF -> FINDING              the pod was gone, and nothing was lost by that: once more, perhaps elsewhere
+    OPEN, HALF -> ENDING               the far end has ended, or broke off: its last bytes, then the client is told so
+    any -> CLOSED
+
+A pod may be gone although it was ready a moment ago.  So what a client says first is kept (`Client.held`) until an
+answer comes.  If the node says instead that nobody has got it (UNTOUCHED), it goes to the next pod.  What a program in
+a pod may have read is never sent twice.  A spare session may be dead although nobody has noticed: on one that has been
+silent for a moment, nothing is sent before the node has taken the call; and so with the first one of its kind.
+
+A stream that was cut must not look whole.  The client is reset, behind its last bytes, where the pod resets, where the
+session is lost, or a command fails.  Each error text ends its own client only: a pod's reset is routine (PostgreSQL
+makes one at the end of each TLS session).
+
+Threads: all runs in the loop.
+
+Seams: I want to ...
+    another tool that jumps         a row in TOOLS
+    another text of a node          UNTOUCHED
+    another reason                  REASONS here, or those of the rooms below
+
+This room imports sniroute_links, sniroute_pods, sniroute_objects (Choice), sniroute_api, sniroute_channels (what became
+of a command), sniroute_forwarder (Listener, reset), sniroute_dial (Failed), sniroute_loop and sniroute_names.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import socket
+from typing import TYPE_CHECKING, Any, Callable
+
+from sniroute_api import REASONS as API_REASONS
+from sniroute_channels import read_outcome
+from sniroute_dial import Failed, set_options
+from sniroute_forwarder import Listener, reset
+from sniroute_links import Errand, Forward, Link, Opening, Place, Run
+from sniroute_loop import READ, WRITE, Watch, monotonic, unsent
+from sniroute_names import printable, show_address
+from sniroute_objects import REASONS as POD_REASONS
+from sniroute_objects import Choice
+from sniroute_pods import Asked, Pods
+
+if TYPE_CHECKING:
+    from sniroute_kubernetes import Kubernetes
+
+__version__ = "0.1.0"
+
+CHUNK = 32760  # bytes of one read of a client: with SPDY's header two TLS records
+TURN = 8  # reads from one client before the others have their turn
+HELD_MAX = 1 << 16  # bytes of a client that are kept until an answer comes, and before there is a pod
+PIECES_MAX = 64  # buffers in one write: far under the kernel's 1,024
+START = 30.0  # seconds from accept until the node has taken the call: naming to upgrade, the other tries too
+TRIES = 4  # sessions for one client: two pods that have just gone, and two transports
+ACCEPT = 2.0  # seconds that a spare session has to take a call, before it counts as dead
+GRACE = 2.0  # seconds of silence from a far end that cannot be told of the client's end, before we close
+HALF_LAST = 3600.0  # seconds that a client which has ended waits for a far end that says nothing
+LINGER = 5.0  # seconds that a client has to leave after the far end has ended
+SETTLE = 0.05  # seconds between two looks whether a client that is to be reset has got its last bytes
+TOOLS_MAX = 1000  # images of which it is known what they have
+WORDS_MAX = 400  # bytes of stderr that are kept: the last words of a command
+# Why a client could not be served: a word for programs, and a sentence for people.
+REASONS = {
+    **API_REASONS,
+    **POD_REASONS,
+    "gone": "the pod is not there any more",
+    "node": "the node of the pod cannot be reached",
+    "refused": "nobody listens on that port of the pod",
+    "pod": "the node could not connect to the pod",
+    "lost": "the session to the pod was lost",
+    "dead": "the API server gives no sign of life",
+    "cut": "the pod has broken off",
+    "broken": "the API server broke the protocol",
+    "tool": "the container has no tool that could carry the bytes",
+    "command": "the command in the pod failed",
+}
+
+# What the error stream says where nobody in the pod has got a byte: the texts of containerd, CRI-O and the kubelet.
+UNTOUCHED = (
+    ("gone", re.compile(r"failed to find sandbox|[Nn]o such (?:container|pod)|container not found|not running|"
+                        r"(?:sandbox|container|pod) .{0,200}(?:not found|does not exist)", re.ASCII)),
+    ("refused", re.compile(r"connection refused")),
+    ("pod", re.compile(r"failed to connect to|no route to host|i/o timeout|[Tt]imed out waiting for|"
+                       r"unable to do port forwarding")),
+)
+
+
+def untouched(text: str) -> str:
+    """The reason in a text that says that nobody in the pod has got a byte; "" where it does not say so."""
+    return next((reason for reason, pattern in UNTOUCHED if pattern.search(text)), "")
+
+
+# -- targets -----------------------------------------------------------------------------------
+
+
+class Target:
+    """Where a listener leads: what was asked for, and the pods behind it."""
+
+    __slots__ = ("text", "pods")
+
+    def __init__(self, text: str, pods: Pods):
+        self.text = text
+        self.pods = pods
+
+    def __str__(self) -> str:
+        return self.text
+
+
+# -- clients -----------------------------------------------------------------------------------
+
+# The states of a client.
+FINDING, OPEN, HALF, ENDING, CLOSED = "finding", "open", "half", "ending", "closed"
+CARRYING = frozenset((OPEN, HALF))
+
+
+def guarded(method: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """A callback of a client that other rooms call: a fault of ours ends this client, and not what they do."""
+    @functools.wraps(method)
+    def call(client: Client, result: Any) -> None:
+        try:
+            method(client, result)
+        except Exception:
+            client.program.fault(client)
+    return call
+
+
+class Way:
+    """The way of one client: which pod, and which session to it; and another one, where that was none."""
+
+    __slots__ = ("client", "program", "pods", "deadline", "choice", "opening", "link", "tries", "avoid")
+
+    def __init__(self, client: Client):
+        self.client = client
+        self.program = client.program
+        self.pods = client.listener.target.pods
+        self.deadline = monotonic() + START
+        self.choice: Choice | None = None
+        self.opening: Asked | Opening | None = None  # what is waited for: a pod, or a session
+        self.link: Link | None = None
+        self.tries = 0  # sessions so far
+        self.avoid = ""  # the pod that has refused the connection
+
+    @property
+    def phase(self) -> str:
+        """What is waited for, in words for people."""
+        if self.link is not None:
+            return "waiting for the node"
+        return self.opening.phase if isinstance(self.opening, Opening) else "choosing a pod"
+
+    @property
+    def place(self) -> Place:
+        """The pod."""
+        return Place(self.pods.feed.api, self.choice.namespace, self.choice.pod, self.choice.uid)
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether the client has lost nothing yet, and there is a try left."""
+        client = self.client
+        return (not client.is_answered and client.held is not None
+                and self.tries < TRIES and monotonic() < self.deadline)
+
+    def find(self) -> None:
+        """Ask for a pod."""
+        asked = self.pods.ask(self.on_choice, self.deadline)
+        if self.choice is None and self.client.state is FINDING:  # else the answer was there at once
+            self.opening = asked
+
+    @guarded
+    def on_choice(self, result: Choice | Failed) -> None:
+        """There is a pod, or there is none."""
+        self.opening = None
+        if isinstance(result, Failed):
+            self.client.fail(result)
+            return
+        self.choice = result
+        self.connect()
+
+    def connect(self) -> None:
+        """Take a spare session, or make one."""
+        self.tries += 1
+        errand = self.client.errand()
+        link = self.program.links.take(self.place) if isinstance(errand, Forward) else None
+        if link is not None:
+            self.link = link
+            self.client.begin(link, errand)
+        else:
+            self.opening = self.program.links.open(self.place, errand, self.on_link, self.deadline)
+
+    @guarded
+    def on_link(self, result: Link | Failed) -> None:
+        """There is a session, or there will be none."""
+        self.opening = None
+        if isinstance(result, Link):
+            self.link = result
+            self.client.begin(result, result.errand)
+        elif result.reason in ("gone", "node") and self.may_go_on:
+            self.again(result)
+        else:
+            self.client.fail(result)
+
+    def again(self, why: Failed) -> None:
+        """This pod was none: the next one, if there is another."""
+        if why.reason == "gone":
+            self.pods.gone(self.choice)
+            self.program.links.leave({self.choice.uid})
+        else:
+            self.pods.failed(self.choice)
+        self.program.tell(self.client, "info", "again", f"{REASONS[why.reason]}; once more", error=str(why))
+        self.end()
+        self.client.state = FINDING
+        self.find()
+
+    def reconnect(self) -> None:
+        """Another session to the same pod."""
+        self.end_link()
+        self.client.state = FINDING
+        self.connect()
+
+    def end_link(self) -> None:
+        """Release the session."""
+        self.program.accepting.drop(self.client)
+        if self.link is not None:
+            link, self.link = self.link, None
+            link.release()
+
+    def end(self) -> None:
+        """Release all."""
+        if self.opening is not None:
+            self.opening.cancel()
+            self.opening = None
+        self.end_link()
+        if self.choice is not None:
+            choice, self.choice = self.choice, None
+            self.pods.ended(choice)
+
+
+class Client:
+    """One client, and its way to a pod.  All methods run in the loop."""
+
+    __slots__ = ("program", "listener", "client", "address", "watch", "state", "way", "waits", "held", "ended", "deaf",
+                 "is_answered", "far_ended", "rest", "broken", "still_unsent", "up", "down")
+
+    def __init__(self, program: Kubernetes, listener: Listener, client: socket.socket, address: str):
+        self.program = program
+        self.listener = listener
+        self.client = client
+        self.address = address
+        self.watch = Watch(program.loop.poller, client.fileno())
+        self.state = FINDING
+        self.way = Way(self)
+        self.waits = False  # OPEN: nothing is sent before the node has taken the call
+        self.held: bytearray | None = bytearray()  # what the client has said, until an answer comes; None: no more
+        self.ended = False  # the client has ended
+        self.deaf = False  # the client takes no more
+        self.is_answered = False  # bytes have come
+        self.far_ended = False  # the pod says nothing more
+        self.rest = b""  # on its way to the client
+        self.broken = False  # the far end broke off: the client is to see a reset
+        self.still_unsent = 1 << 62  # bytes that the kernel held for the client at the last `linger`
+        self.up = self.down = 0  # bytes
+
+    # -- to a pod
+
+    def start(self) -> None:
+        """Look for a pod at once: where the service speaks first, the client waits for that."""
+        try:
+            set_options(self.client)
+        except OSError:
+            self.close()  # it has left already
+            return
+        self.program.starting.put(self)
+        self.watch.wait_for(READ, self.on_client)
+        self.way.find()
+
+    def errand(self) -> Errand:
+        """What is asked of the pod."""
+        return Forward(self.way.choice.port)
+
+    def begin(self, link: Link, errand: Errand) -> None:
+        """Open the call on a session, and say what the client has said."""
+        self.state = OPEN
+        self.waits = not link.is_fresh or not self.program.links.is_proven(link)
+        if self.waits and link.is_used:
+            self.program.accepting.put(self)
+        link.begin(self, errand)
+        self.program.tell(self, "debug", "open", f"open to {self.way.choice.pod}, by {link.transport.name}")
+        self.say_held()
+
+    def say_held(self) -> None:
+        """Send what was kept; go on reading."""
+        if not self.waits:
+            if self.held:
+                self.way.link.send(bytes(self.held))
+            if self.ended:
+                self._client_ended()
+            else:
+                self.pump_up()
+        self._rewatch()
+
+    def on_no_accept(self) -> None:
+        """A spare session does not answer: it is dead, and nothing was sent on it."""
+        self.way.link.lose(Failed("dead", "a spare session does not answer"))
+
+    def on_late(self) -> None:
+        """The deadline has come."""
+        self.fail(Failed("timeout", f"{START:g} s, {self.way.phase}"))
+
+    def fail(self, why: Failed) -> None:
+        """The client cannot be served: say why, and let it see a failure."""
+        self.program.tell(self, "error", "failed", REASONS.get(why.reason, why.reason), reason=why.reason,
+                          error=str(why))
+        self.abort()
+
+    # -- what the link tells
+
+    def on_accepted(self) -> None:
+        """The node has the call."""
+        self.program.starting.drop(self)
+        if self.waits:
+            self.waits = False
+            self.program.accepting.drop(self)
+            self.say_held()
+
+    def on_data(self, name: str, pieces: list[memoryview]) -> None:
+        """Bytes from the pod."""
+        if not self.is_answered:
+            self.answered()
+        if self.state is HALF:
+            self.program.stay(self)
+        if not self.deaf:
+            self._hand_down(pieces)
+            self._rewatch()
+
+    def answered(self) -> None:
+        """The pod has said something: no other try is made, and the next client may come."""
+        self.is_answered = True
+        self.held = None
+        self.program.starting.drop(self)
+        if isinstance(self.way.link.errand, Forward):
+            self.program.links.prepare(self.way.place, self.way.link.errand)
+
+    def on_ended(self, name: str) -> None:
+        """The pod says nothing more; it may still listen."""
+        self.far_ended = True
+        if not self.rest:
+            self._far_ended()
+
+    def on_over(self) -> None:
+        """The pod neither says nor hears anything more."""
+        self.way.link.end()
+        self.finish(False)
+
+    def on_told(self, text: str) -> None:
+        """Why the connection was cut."""
+        text = printable(text.strip(), WORDS_MAX)
+        reason, choice = untouched(text), self.way.choice
+        if self.is_answered or not reason and self.up:
+            self.cut(Failed("cut", text))
+            return
+        why = Failed(reason or "cut", f"{choice.pod}, port {choice.port}" if reason == "refused" else text)
+        if self.way.may_go_on and choice.uid != self.way.avoid:
+            self.way.avoid = choice.uid
+            self.way.again(why)
+        else:
+            self.fail(why)
+
+    def on_cut(self, why: Failed) -> None:
+        """The session is lost, or the node has reset the call."""
+        link = self.way.link
+        if not link.is_accepted and not link.is_used:
+            self.program.links.doubt(link)
+        if self.way.may_go_on and (self.waits or not self.up):
+            self.way.reconnect()
+        elif self.is_answered or self.ended:
+            self.cut(why)
+        else:
+            self.fail(why)
+
+    def on_room(self) -> None:
+        """More may be sent."""
+        self.pump_up()
+        self._rewatch()
+
+    def cut(self, why: Failed) -> None:
+        """The far end broke off."""
+        self.program.tell(self, "debug" if self.ended else "info", "reset", REASONS[why.reason], reason=why.reason,
+                          error=str(why))
+        self.program.failed = self.program.failed or not self.ended
+        self.finish(True)
+
+    # -- carrying
+
+    def on_client(self, mask: int) -> None:
+        """The client has said something, or takes more; an error or a hang-up may be either."""
+        if self.rest and mask & ~READ:
+            self._hand_down([])
+        if mask & ~WRITE:
+            self.pump_up()
+        self._rewatch()
+
+    def pump_up(self) -> None:
+        """From the client to the pod; or, before there is one, into `held`."""
+        for _ in range(TURN):
+            if self.ended or not self._listens():
+                break
+            data = self._hear()
+            if data is None:
+                break
+            if not data:
+                self._client_ended()
+                break
+            self.up += len(data)
+            if self.held is not None:
+                self.held += data
+                if len(self.held) > HELD_MAX and self.state is OPEN and not self.waits:
+                    self.held = None  # there is no other try from here on
+            if self.state is OPEN and not self.waits:
+                self.way.link.send(data)
+
+    def _listens(self) -> bool:
+        """Whether what the client says can go somewhere."""
+        if self.state is FINDING or self.state is OPEN and self.waits:
+            return len(self.held) < HELD_MAX
+        return self.state is OPEN and not self.way.link.is_full
+
+    def _hear(self) -> bytes | None:
+        """What the client says: None for nothing yet, b'' at its end."""
+        try:
+            return self.client.recv(CHUNK)
+        except BlockingIOError:
+            return None
+        except OSError:
+            self.deaf = True
+            return b""
+
+    def _hand_down(self, pieces: list[memoryview]) -> None:
+        """Write to the client; keep what it does not take now, and read no more meanwhile."""
+        if self.rest:
+            pieces = [memoryview(self.rest), *pieces]
+        elif len(pieces) > PIECES_MAX:
+            pieces = [memoryview(b"".join(pieces))]
+        try:
+            sent = self.client.sendmsg(pieces)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.deaf = True
+            self.rest = b""
+            self.close()  # nobody hears the answer
+            return
+        self.down += sent
+        total = sum(map(len, pieces))
+        self.rest = b"".join(pieces)[sent:] if sent < total else b""
+        if self.way.link is not None:
+            if self.rest:
+                self.way.link.pause()
+            else:
+                self.way.link.resume()
+        if not self.rest:
+            if self.state is ENDING:
+                farewell(self)
+            elif self.far_ended:
+                self._far_ended()
+
+    def _rewatch(self) -> None:
+        """Watch for what can be done now: this is the whole of backpressure."""
+        if self.state in (FINDING, OPEN, HALF):
+            hears = READ if not self.ended and self._listens() else 0
+            self.watch.wait_for(hears | (WRITE if self.rest else 0), self.on_client)
+
+    # -- the end
+
+    def _client_ended(self) -> None:
+        """The client has said all, or has broken off."""
+        self.ended = True
+        if self.deaf:
+            self.close()
+        elif self.state is FINDING or self.waits:
+            if self.listener.sock is None:
+                return  # the end of stdin does not mean that somebody has left
+            if not self.held:
+                self.close()
+                return
+            # It may be a whole upload, or a client that has lost patience: so there is less time.
+            self.program.hurried.put(self)
+        elif self.state is OPEN:
+            self.state = HALF
+            told = self.way.link.end()
+            if self.far_ended and not self.rest:
+                self.finish(False)
+            else:
+                (self.program.halved if told else self.program.graced).put(self)
+
+    def _far_ended(self) -> None:
+        """The pod has ended, and the client has its last bytes."""
+        if self.ended:
+            self.finish(False)
+            return
+        try:
+            self.client.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.close()
+
+    def on_grace(self) -> None:
+        """The client has ended, and the far end has said nothing for a while: for very long, where it knows."""
+        if self.rest:
+            self.program.stay(self)  # the client is slow
+        else:
+            self.close()
+
+    def finish(self, broken: bool) -> None:
+        """Nothing more comes from the pod: the client gets its last bytes, then a reset or an end."""
+        self.broken = broken
+        for queue in (self.program.starting, self.program.hurried):
+            queue.drop(self)
+        self.state = ENDING
+        self.way.end()
+        if self.rest:
+            self.watch.wait_for(WRITE, self.on_client)
+        else:
+            farewell(self)
+
+    def abort(self) -> None:
+        """Close everything so that the client sees a reset."""
+        self.broken = self.program.failed = True
+        self.close()
+
+    def dismiss(self) -> None:
+        """The listener is closing: reset the client, whose stream is cut."""
+        self.broken = self.broken or self.state is not ENDING
+        self.close()
+
+    def close(self) -> None:
+        """Close everything, once."""
+        if self.state is CLOSED:
+            return
+        self.state = CLOSED
+        try:
+            for queue in self.program.queues:
+                queue.drop(self)
+            self.way.end()
+        finally:  # a fault of ours above must not keep the client waiting
+            self.watch.closing()
+            if self.broken:
+                reset(self.client)
+            else:
+                self.client.close()
+            self.program.closed(self)
+
+
+# -- the end of a client ------------------------------------------------------------------------
+
+
+def hurry(client: Client) -> None:
+    """The client has ended, and what it said cannot be delivered in time."""
+    if client.state is FINDING or client.waits:
+        client.fail(Failed("timeout", f"{LINGER:g} s after the client's end, {client.way.phase}"))
+
+
+def farewell(client: Client) -> None:
+    """The kernel has the client's last bytes.  A reset, or a close with unread bytes, would destroy them."""
+    program = client.program
+    if client.broken and unsent(client.client) != 0:  # None, where the kernel does not tell: it waits for LINGER
+        client.watch.wait_for(0)
+        program.settling.put(client)
+        if client not in program.lingering.due:
+            program.lingering.put(client)
+        return
+    if client.broken or client.ended:
+        client.close()
+        return
+    try:
+        client.client.shutdown(socket.SHUT_WR)
+    except OSError:
+        client.close()
+        return
+    program.lingering.put(client)
+    client.watch.wait_for(READ, functools.partial(hear_last, client))
+
+
+def hear_last(client: Client, mask: int) -> None:
+    """Read and forget what the client still says."""
+    try:
+        if client.client.recv(CHUNK):
+            return
+    except BlockingIOError:
+        return
+    except OSError:
+        pass
+    client.close()
+
+
+def linger(client: Client) -> None:
+    """The client does not leave.  While the kernel still gets rid of what it has to send, there is more time."""
+    waiting = unsent(client.client) or 0
+    if 0 < waiting < client.still_unsent:
+        client.still_unsent = waiting
+        client.program.lingering.put(client)
+    else:
+        client.close()
+
+
+# -- jumps -------------------------------------------------------------------------------------
+
+# What bash does without a tool.  Host and port are its arguments, and no part of the line.  It cannot tell the far end
+# that the client has ended: that gets two seconds for the rest of its answer, or it would stay in the pod for ever.
+BASH = ('exec 3<>"/dev/tcp/$1/$2" 4<&0 || exit 1; { cat <&4 >&3; sleep 2; kill $$; } & cat <&3; code=$?; '
+        "kill $! 2>/dev/null; exit $code")
+
+# The tools that carry bytes to HOST:PORT, the best one first: (host, port) -> words.
+TOOLS: tuple[Callable[[str, int], tuple[str, ...]], ...] = (
+    # By default socat leaves half a second after stdin's end, whatever the far end still has to say.
+    lambda host, port: ("socat", "-t", "60", "-", f"TCP:{show_address((host, port))},connect-timeout=10"),
+    lambda host, port: ("nc", host, str(port)),
+    lambda host, port: ("bash", "-c", BASH, "sniroute", host, str(port)),
+)
+NO_TOOL = re.compile(r"executable file not found|no such file or directory", re.ASCII | re.I)
+NOT_FOUND = (126, 127)  # exit codes of what cannot be run, POSIX 2.8.2
+
+
+class Jump(Client):
+    """A client whose bytes are carried by a command in the pod."""
+
+    __slots__ = ("words",)
+
+    def __init__(self, program: Kubernetes, listener: Listener, client: socket.socket, address: str):
+        super().__init__(program, listener, client, address)
+        self.words = b""  # the last ones on stderr
+
+    @property
+    def tool(self) -> int:
+        """The number of the tool that images like this one have, as far as it is known."""
+        return self.program.tools.get(self.way.choice.image or self.way.choice.uid, 0)
+
+    def errand(self) -> Errand:
+        """The tool that this container has, as far as it is known."""
+        target = self.listener.target.pods.target
+        return Run(TOOLS[self.tool](target.host, target.port), self.way.choice.container)
+
+    def on_data(self, name: str, pieces: list[memoryview]) -> None:
+        """Bytes from the far end, or words of the command."""
+        if name == "stdout":
+            super().on_data(name, pieces)
+        else:
+            self.words = (self.words + b"".join(pieces))[-WORDS_MAX:]
+
+    def on_ended(self, name: str) -> None:
+        """How it has ended is not known yet: the status tells."""
+
+    def on_told(self, text: str) -> None:
+        """What came of the command."""
+        outcome = read_outcome(text)
+        if outcome.code == 0:
+            self.finish(False)
+            return
+        words = printable(self.words.decode("utf-8", "replace").strip().rpartition("\n")[2], WORDS_MAX)
+        if self.is_answered:
+            self.cut(Failed("cut", words or outcome.words))
+        elif outcome.code in NOT_FOUND or outcome.code is None and NO_TOOL.search(outcome.words):
+            self.next_tool()
+        else:
+            self.fail(Failed("command", f"{self.way.link.errand.words[0]}: {words or outcome.words}"))
+
+    def next_tool(self) -> None:
+        """This container does not have it: nobody has read what the client has said."""
+        tool = self.tool + 1
+        if tool == len(TOOLS) or self.held is None:
+            self.fail(Failed("tool", "neither socat nor nc nor bash" if tool == len(TOOLS) else "socat"))
+            return
+        tools = self.program.tools
+        tools[self.way.choice.image or self.way.choice.uid] = tool
+        if len(tools) > TOOLS_MAX:
+            del tools[next(iter(tools))]
+        self.way.tries -= 1
+        self.way.reconnect()
+
+
+class Running(Jump):
+    """`exec`: one command between stdin, stdout and stderr."""
+
+    __slots__ = ()
+
+    def errand(self) -> Errand:
+        """The command as it was given."""
+        return Run(self.program.command, self.way.choice.container)
+
+    def on_data(self, name: str, pieces: list[memoryview]) -> None:
+        """What the command says, where it says it."""
+        if name == "stdout":
+            super().on_data(name, pieces)
+        else:
+            os.write(2, b"".join(pieces))
+
+    def on_told(self, text: str) -> None:
+        """What came of the command is what comes of us."""
+        outcome = read_outcome(text)
+        self.program.code = 1 if outcome.code is None else outcome.code
+        if outcome.code is None:
+            self.fail(Failed("command", outcome.words))
+        else:
+            self.finish(False)

@@ -1,0 +1,239 @@
+"""Tests of sessions to pods (sniroute_links): kinds of upgrade, spare sessions, signs of life.
+
+The program runs in a thread of the test, before a stand-in for a cluster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import pytest
+
+from conftest import connect, wait_until
+from sniroute_links import SPARES, TRANSPORTS
+from testbed.carrier import beside, echoed, parallel, receive, receive_all, refused
+
+NOISE = bytes(range(256)) * 4096  # 1 MiB
+
+
+def refuse(kube, *transports: str, **fault) -> None:
+    for transport in transports:
+        kube.fault(**{"action": "refuse", **fault}, transport=transport)
+
+
+# -- kinds of upgrade --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [
+    {"action": "refuse"},
+    {"action": "status", "code": 400, "message": "unable to upgrade"},
+    {"action": "text", "code": 502, "message": "a proxy's words"},
+    {"action": "strip"},
+    {"action": "bad_upgrade", "message": "protocol"},
+    {"action": "bad_upgrade", "message": "upgrade"},
+    {"action": "rst"},
+    {"action": "eof"},
+], ids=lambda fault: "-".join(map(str, fault.values())))
+@pytest.mark.parametrize("broken, served", [
+    ((), "websocket"), (("websocket",), "spdy"), (("websocket", "spdy"), "channels")], ids=["all", "spdy", "channels"])
+def test_where_one_kind_of_upgrade_is_refused_the_next_is_tried(kube, app, forward, echo_server, fault, broken, served):
+    refuse(kube, *broken, **fault)
+    there = app(echo_server.address)
+    assert echoed(forward(there.target)) == b"hello"
+    assert [row["transport"] for row in there.sessions(kind="portforward")][0] == served
+    assert there.upgrades()[:len(broken) + 1] == [*broken, served]
+
+
+def test_the_kind_that_has_worked_is_tried_first_from_then_on(kube, app, forward, echo_server):
+    refuse(kube, "websocket")
+    there, other = app(echo_server.address), app(echo_server.address)
+    run = forward(there.target)
+    assert echoed(run) == b"hello"
+    there.has_spare()
+    assert there.upgrades() == ["websocket", "spdy", "spdy"][:len(there.upgrades())]
+    listener = run.program.parse(other.target)
+    run.program.loop.call(lambda: run.program.listen(listener, ("127.0.0.1", 0)))
+    second, = wait_until(lambda: [each for each in run.program.listeners.values() if each.target is listener])
+    with connect(second.sock.getsockname()) as client:
+        client.sendall(b"x")
+        assert receive(client, 1) == b"x"
+    assert set(other.upgrades()) == {"spdy"}
+
+
+def test_where_all_are_refused_the_first_refusal_is_the_reason(kube, app, forward, echo_server):
+    refuse(kube, "websocket", "spdy", "channels")
+    there = app(echo_server.address)
+    row = refused(forward(there.target))
+    assert row["reason"] == "forbidden" and 'cannot get resource "pods/portforward"' in row["error"]
+    assert there.upgrades() == ["websocket", "spdy", "channels"]
+
+
+@pytest.mark.parametrize("code, reason", [(404, "pods"), (429, "busy"), (500, "answer"), (503, "answer")])
+def test_a_refusal_that_is_about_the_pod_ends_the_search(kube, app, forward, echo_server, code, reason):
+    there = app(echo_server.address)
+    kube.fault("status", code=code, resource="pods/portforward", name=there.pods[0], retry_after=None)
+    row = refused(forward(there.target, TRIES=2, START=1.0))
+    assert len(set(there.upgrades())) == 1
+    assert row["reason"] in (reason, "gone", "timeout"), row
+
+
+def test_a_session_that_ends_before_it_takes_a_call_counts_against_its_kind(kube, app, forward, echo_server):
+    kube.fault("eof", "upgraded", transport="websocket")
+    there = app(echo_server.address)
+    run = forward(there.target)
+    assert echoed(run) == b"hello"
+    assert there.upgrades()[:2] == ["websocket", "spdy"]
+    assert echoed(run) == b"hello" and "websocket" not in there.upgrades()[2:]
+
+
+def test_an_old_cluster_has_no_tunnel(kube, app, forward, echo_server):
+    kube.set(version="1.28")
+    there = app(echo_server.address)
+    assert echoed(forward(there.target)) == b"hello"
+    assert there.sessions()[0]["transport"] == "spdy"
+
+
+# -- bytes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fragment", [0, 1000])
+@pytest.mark.parametrize("broken", [(), ("websocket",), ("websocket", "spdy")], ids=["tunnel", "spdy", "channels"])
+def test_a_mebibyte_both_ways_byte_for_byte(kube, app, forward, echo_server, broken, fragment):
+    refuse(kube, *broken)
+    kube.set(fragment=fragment)
+    assert echoed(forward(app(echo_server.address).target), NOISE) == NOISE
+
+
+def test_100_clients_at_once_have_sessions_of_their_own(app, forward, single_loop_echo):
+    there = app(single_loop_echo)
+    payloads = [number.to_bytes(4, "big") + NOISE[number:number + 20_000] for number in range(100)]
+    answers = parallel(forward(there.target).address, payloads)
+    assert [got == sent for got, sent in zip(answers, payloads)] == [True] * 100
+    assert all(row["most_live"] <= 2 for row in there.sessions()), "two streams are one client"
+
+
+# -- spare sessions ----------------------------------------------------------------------------
+
+
+def test_a_second_client_takes_a_session_that_is_there(app, forward, echo_server):
+    there = app(echo_server.address)
+    run = forward(there.target)
+    assert echoed(run) == b"hello"
+    there.has_spare()
+    with run.connect() as first, run.connect() as second:
+        for client in (first, second):
+            client.sendall(b"x")
+            assert receive(client, 1) == b"x"
+    assert len(there.sessions(ended=None)) <= SPARES + 1
+
+
+def test_sessions_serve_one_client_after_another(kube, app, forward, serve):
+    """Each program ends with a reset, as PostgreSQL does with TLS: that ends its own client only."""
+    kube.set(runtime="resetting")
+    there = app(serve(lambda sock: sock.sendall(sock.recv(100))).address)
+    run = forward(there.target)
+    for _ in range(30):
+        with run.connect() as client:
+            client.sendall(b"hello")
+            assert receive(client, 5) == b"hello"
+    wait_until(lambda: len(run.rows("end")) == 30)
+    assert len(there.sessions()) <= 4 and not run.rows("failed")
+    assert sum(row["streams"] for row in there.sessions()) == 30
+
+
+@pytest.mark.parametrize("how", ["rst", "eof", "end", "close", "goaway"])
+def test_a_spare_session_that_ends_is_no_trouble(kube, app, forward, echo_server, how):
+    there = app(echo_server.address)
+    run = forward(there.target)
+    assert echoed(run) == b"hello"
+    there.has_spare()
+    run.reaches()
+    for pod in there.pods:
+        kube.end_sessions(how, pod=pod)
+    for _ in range(3):
+        assert echoed(run) == b"hello"
+    assert not run.rows("failed")
+
+
+def test_a_spare_session_that_is_silent_is_replaced(kube, app, forward, echo_server):
+    there = app(echo_server.address)
+    run = forward(there.target, FRESH=0.0, ACCEPT=0.2)
+    assert echoed(run) == b"hello"
+    there.has_spare()
+    run.reaches()
+    kube.end_sessions("freeze", pod=there.pods[0])
+    assert echoed(run) == b"hello"
+    kube.end_sessions("thaw", pod=there.pods[0])
+
+
+def test_spare_sessions_are_closed_when_nobody_needs_them(app, forward, echo_server):
+    there = app(echo_server.address)
+    run = forward(there.target)
+    assert echoed(run) == b"hello"
+    there.has_spare()
+    run.reaches()
+    run.program.loop.call(lambda: run.program.unlisten(next(iter(run.program.listeners))))
+    wait_until(lambda: not there.sessions(ended=None), what="the end of all sessions")
+
+
+def test_spare_sessions_end_with_their_pod(kube, app, forward, echo_server):
+    there = app(echo_server.address)
+    run = forward(there.target)
+    assert echoed(run) == b"hello"
+    there.has_spare()
+    run.reaches()
+    kube.terminate(there.pods[0])
+    wait_until(lambda: not there.sessions(ended=None), what="the end of all sessions")
+
+
+# -- signs of life -----------------------------------------------------------------------------
+
+
+def test_sessions_are_pinged(app, forward, echo_server):
+    there = app(echo_server.address)
+    run = forward(there.target, ping=0.05)
+    with run.connect() as client:
+        client.sendall(b"x")
+        receive(client, 1)
+        wait_until(lambda: all(row["pings"] > 5 for row in there.sessions(ended=None)))
+        client.sendall(b"y")
+        assert receive(client, 1) == b"y"
+
+
+@pytest.mark.parametrize("transport", ["websocket", "spdy", "channels"])
+def test_a_session_without_a_sign_of_life_is_dead(kube, app, forward, echo_server, transport):
+    refuse(kube, *[row for row in ("websocket", "spdy", "channels") if row != transport])
+    there = app(echo_server.address)
+    run = forward(there.target, ping=0.05)
+    with run.connect() as client:
+        client.sendall(b"x")
+        receive(client, 1)
+        kube.end_sessions("freeze", pod=there.pods[0])
+        assert receive_all(client) == (b"", "RST")
+    row, = run.rows("reset")
+    assert row["reason"] == "dead"
+    assert echoed(run) == b"hello"
+    kube.end_sessions("thaw", pod=there.pods[0])
+
+
+def test_a_pod_that_does_not_read_is_not_dead(kube, app, forward, serve):
+    """It keeps its session from answering, so there is more patience."""
+    def slow(sock):
+        time.sleep(0.6)
+        while data := sock.recv(1 << 20):
+            del data
+
+    there = app(serve(slow).address)
+    run = forward(there.target, ping=0.1)
+    with run.connect() as client:
+        with beside(lambda: client.sendall(NOISE * 8)):
+            pass
+        client.shutdown(1)
+        assert receive_all(client) == (b"", "FIN")
+    assert not run.rows("reset")
+
+
+def test_every_errand_has_its_kinds_of_upgrade():
+    assert {name: [row.method for row in rows] for name, rows in TRANSPORTS.items()} == {
+        "portforward": ["GET", "POST", "GET"], "exec": ["GET", "POST"]}
