@@ -9,15 +9,18 @@ import json
 import os
 import socket
 import threading
+from typing import Any
 
 import pytest
 
 import sniroute_clusters
 import sniroute_doctor
+import sniroute_kubernetes
 import sniroute_options
 import sniroute_routes
 import sniroute_settings
-from sniroute_launchers import TunnelKey, place
+from sniroute_deadlines import FIRST_BYTE_TIMEOUT, GREETING_TIMEOUT
+from sniroute_launchers import Launcher, TunnelKey, place
 from sniroute_names import OPTIONS
 from sniroute_objects import ALTERNATIVES_MAX, BALANCES, parse_argument
 from sniroute_refusals import REFUSALS, Refused, SettingsError
@@ -556,8 +559,25 @@ def test_clients_wait_for_a_pod_that_becomes_ready(ways, cluster):
         assert client.recv(12) == b"HTTP/1.1 200"
 
 
-def test_a_service_without_a_ready_pod_is_refused_with_the_state_of_each(ways, cluster):
-    """The program gives up before the router does, so its words are the reason."""
+@pytest.fixture
+def hasty(monkeypatch):
+    """The program gives up after a second."""
+    real = sniroute_clusters.cluster_launcher
+
+    def launcher(*given: Any) -> Launcher:
+        row = real(*given)
+        return row._replace(shared=tuple(word.replace("sys.exit(", "import sniroute_passage as p; p.START = sniroute_kubernetes.START = 1.0; sys.exit(")
+                                         for word in row.shared))
+
+    monkeypatch.setattr(sniroute_clusters, "cluster_launcher", launcher)
+
+
+def test_the_program_gives_up_before_the_router_does():
+    """So its words are the reason."""
+    assert sniroute_kubernetes.START < min(FIRST_BYTE_TIMEOUT, GREETING_TIMEOUT)
+
+
+def test_a_service_without_a_ready_pod_is_refused_with_the_state_of_each(hasty, ways, cluster):
     cluster.ready("web-1", False)
     status, _ = curl(ways, "80.my-web.k8s.localhost")
     (access,) = ways.accesses
