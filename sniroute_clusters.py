@@ -8,8 +8,8 @@
           Decision.tunnel: a TunnelKey --------->  Launcher.argument: what it is told --->  listen 127.0.0.1:20000 ...
           a TunnelBackend, to that port            reason <------------------------------  failed: one of REASONS
 
-Both kinds are tunnels of the TunnelTable, and one process carries them all.  It finds the pods, and asks the API server;
-nothing here does.
+Both kinds are tunnels of the TunnelTable, and one process carries them all.  It finds the pods, and asks the API
+server; nothing here does.
 
 What a name may choose.  A field stands for a namespace, a name, the value of a label, a host, a port or a context,
 and for no other word: `fits` looks.  A route whose field is the namespace or the context says which there may be
@@ -26,8 +26,8 @@ Seams: I want to ...
     let a variable through           VARIABLES, PREFIXES
     let a field stand elsewhere      `fits`
 
-This room imports sniroute_objects (`parse_target`, `argument_of`), sniroute_targets, sniroute_launchers, sniroute_names, sniroute_refusals
-and the standard library.
+This room imports sniroute_objects (`parse_target`, `argument_of`), sniroute_targets, sniroute_launchers,
+sniroute_names, sniroute_refusals and the standard library.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def cluster_launcher(environ: Mapping[str, str], kubeconfig: str | None, exec_pa
 # -- the rows -------------------------------------------------------------------------------------
 
 CLUSTER_SCHEMES = {
-    scheme: Scheme(functools.partial(check, jump), tunnel_ready, tunnel_prepare, "its tunnel", is_tunnel=True, guard=fits,
-                   is_inside=True, is_program=True, told=functools.partial(told, jump), guards_pages=True)
+    scheme: Scheme(functools.partial(check, jump), tunnel_ready, tunnel_prepare, "its tunnel", is_tunnel=True,
+                   guard=fits, is_inside=True, is_program=True, told=functools.partial(told, jump), guards_pages=True)
     for scheme, jump in (("kubernetes", False), ("jump", True))
 }

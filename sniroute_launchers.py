@@ -309,5 +309,6 @@ def carrier_argv(hostname: str, port: int) -> list[str]:
 def carrier_launcher(environ: Mapping[str, str]) -> Launcher:
     """The row for sniroute_carrier.py, which does what cloudflared does."""
     return Launcher(sys.executable, carrier_argv, inherited(environ), carrier_reason,
-                    f"{sys.executable} is not there", OPTIONS["carrier"], CARRIES, tuple(our_words(CARRIER, "forwarders")),
+                    f"{sys.executable} is not there", OPTIONS["carrier"], CARRIES,
+                    tuple(our_words(CARRIER, "forwarders")),
                     lambda hostname: our_words(CARRIER, "access", "tcp", "--hostname", hostname), home=False)

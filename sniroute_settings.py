@@ -38,8 +38,8 @@ from sniroute_patterns import FIELDS
 from sniroute_refusals import SettingsError
 from sniroute_routes import CLUSTER_KINDS, PROGRAM_KINDS, Route, Routes, parse_port_route, parse_route, port_address
 from sniroute_values import (Zones, absolute, as_text, meant, one_of, own_zones, parse_address, parse_admin,
-                             parse_aliases, parse_count, parse_duration, parse_listen, parse_networks,
-                             parse_none_or_duration, parse_off_or_duration, parse_paths, parse_ports, parse_program,
+                             parse_aliases, parse_count, parse_duration, parse_kubeconfig, parse_listen,
+                             parse_networks, parse_none_or_duration, parse_off_or_duration, parse_paths, parse_ports, parse_program,
                              parse_switch, parse_zones)
 
 __version__ = "0.1.0"
@@ -154,9 +154,9 @@ SETTINGS = (
     Setting("cloudflared", "PATH", parse_program, None,
             "the tunnel program (default: cloudflared on PATH; without one, the carrier beside sniroute.py)",
             fixed=True),
-    Setting("kubeconfig", "PATH[:PATH]", parse_paths, None,
-            "the kubeconfig of kubernetes: and jump: targets, or several, merged as kubectl does it (default: KUBECONFIG, "
-            "then ~/.kube/config, then the pod's own account)", fixed=True),
+    Setting("kubeconfig", "PATH[:PATH]", parse_kubeconfig, None,
+            "the kubeconfig of kubernetes: and jump: targets, or several, merged as kubectl does it (default: "
+            "KUBECONFIG, then ~/.kube/config, then the pod's own account)", fixed=True),
     Setting("exec-path", "DIR[:DIR]", parse_paths, None,
             "folders in which credential plugins are looked for, beside PATH (default: the usual ones)", fixed=True),
     Setting("kubernetes-ping", "DURATION", parse_duration, "15s",
@@ -730,6 +730,9 @@ def warn(settings: Settings) -> None:
         if route.several is not None and route.several.reuse == "quiet":
             log.warning("%s: reuse = quiet guesses: an answer that is late reaches another client, and so does what "
                         "the backend remembers of the one before", route)
+    paths = "kubernetes" in settings.launchers and settings.launchers["kubernetes"].environment.get("KUBECONFIG")
+    if paths and not any(map(os.path.exists, paths.split(":"))):
+        log.warning("there is no kubeconfig at %s; names that need it are refused until then", paths)
     warn_of_programs(settings)
     warn_of_http(settings)
     for route in settings.routes.routes:

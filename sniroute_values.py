@@ -178,13 +178,23 @@ def parse_paths(text: str) -> str:
     return ":".join(paths)
 
 
+def parse_kubeconfig(text: str) -> str:
+    """As `parse_paths`, for files that nobody else may change: they name programs that are run.  Raises ValueError."""
+    paths = parse_paths(text)
+    for path in paths.split(":"):
+        if os.path.isfile(path) and (fault := changed_by_others(path)):
+            raise ValueError(f"{path!r} is not read, since {printable(fault, PATHS_MAX)}")
+    return paths
+
+
 def parse_aliases(text: str) -> dict[str, str]:
     """`NAME=CONTEXT,...`: short names of contexts of a kubeconfig.  Raises ValueError."""
     aliases = {}
     for pair in text.split(","):
         name, equals, context = (part.strip() for part in pair.partition("="))
         if not equals or not re.fullmatch(r"[A-Za-z0-9._-]{1,63}", name) or not re.fullmatch(r"[!-~]{1,253}", context):
-            raise ValueError(f"{printable(pair.strip())!r} is not NAME=CONTEXT, as prod=arn:aws:eks:eu-west-1:1:cluster/prod")
+            raise ValueError(f"{printable(pair.strip())!r} is not NAME=CONTEXT, as "
+                             "prod=arn:aws:eks:eu-west-1:1:cluster/prod")
         aliases[name] = context
     return aliases
 

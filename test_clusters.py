@@ -145,7 +145,8 @@ def test_a_short_name_is_a_context_and_globs_say_which_there_may_be(settings_fil
 
     assert word("web.default.main.k8s.localhost") == "default/svc/web:80@arn:aws:eks:eu-west-1:1:cluster/main"
     assert word("web.team-a.dev-1.k8s.localhost") == "team-a/svc/web:80@dev-1"
-    for name, what in (("web.default.secret.k8s.localhost", "context"), ("web.kube-system.main.k8s.localhost", "namespace"),
+    for name, what in (("web.default.secret.k8s.localhost", "context"),
+                       ("web.kube-system.main.k8s.localhost", "namespace"),
                        ("web.default.xmain.k8s.localhost", "context")):
         with pytest.raises(Refused) as caught:
             word(name)
@@ -166,7 +167,8 @@ def test_short_names_are_for_targets_without_fields_too_and_a_reload_changes_the
     running = load_settings(["-c", settings_file(text.format("one"))], {})
 
     def words(settings: sniroute_settings.Settings) -> list[str]:
-        return [settings.port[0].decide("x").tunnel.hostname, settings.routes.decide("db.example.com").members[0].tunnel.hostname]
+        decision = settings.routes.decide("db.example.com")
+        return [settings.port[0].decide("x").tunnel.hostname, decision.members[0].tunnel.hostname]
 
     assert words(running) == ["prod/svc/db:5432@one"] * 2
     settings_file(text.format("two"))
@@ -186,7 +188,8 @@ def test_settings_for_clusters_that_are_wrong_stop_the_start(settings_file, text
 
 @pytest.mark.parametrize("label, splits", [
     ("api-80", ["prod/svc/api:80"]),
-    ("my-api-http-metrics", ["prod/svc/my-api-http:metrics", "prod/svc/my-api:http-metrics", "prod/svc/my:api-http-metrics"]),
+    ("my-api-http-metrics",
+     ["prod/svc/my-api-http:metrics", "prod/svc/my-api:http-metrics", "prod/svc/my:api-http-metrics"]),
     ("a--b-80", ["prod/svc/a--b:80"]),
     ("-x-80", None),
 ])
@@ -255,9 +258,10 @@ def test_options_that_do_not_fit_are_told(settings_file, options, sentence):
 
 
 def test_the_program_gets_what_plugins_need_and_no_secret_of_the_router():
-    environ = {"PATH": "/bin", "HOME": "/home/x", "AWS_PROFILE": "dev", "CLOUDSDK_CONFIG": "/c", "HTTPS_PROXY": "http://p:1",
-               "KUBERNETES_SERVICE_HOST": "192.0.2.1", "TUNNEL_SERVICE_TOKEN_ID": "id", "CF_ACCESS_TOKEN": "t",
-               "SNIROUTE_ADMIN_TOKEN": "0123456789abcdef", "NOTIFY_SOCKET": "/run/n", "BASTION_TOKEN": "b", "PYTHONPATH": "/x"}
+    environ = {"PATH": "/bin", "HOME": "/home/x", "AWS_PROFILE": "dev", "CLOUDSDK_CONFIG": "/c",
+               "HTTPS_PROXY": "http://p:1", "KUBERNETES_SERVICE_HOST": "192.0.2.1", "TUNNEL_SERVICE_TOKEN_ID": "id",
+               "CF_ACCESS_TOKEN": "t", "SNIROUTE_ADMIN_TOKEN": "0123456789abcdef", "NOTIFY_SOCKET": "/run/n",
+               "BASTION_TOKEN": "b", "PYTHONPATH": "/x"}
     row = load_settings([f"--route=a.b={DB}"], environ).launchers["kubernetes"]
     kept = ("PATH", "HOME", "AWS_PROFILE", "CLOUDSDK_CONFIG", "HTTPS_PROXY", "KUBERNETES_SERVICE_HOST")
     assert row.environment == {**{name: environ[name] for name in kept}, "TUNNEL_LOG_OUTPUT": "json"}
@@ -278,8 +282,23 @@ def test_the_kubeconfig_is_found_from_any_folder(options, environ, path):
     assert row.environment.get("KUBECONFIG") == (path and path.format(os.getcwd(), home=os.path.expanduser("~")))
 
 
+def test_a_kubeconfig_that_others_may_change_stops_the_start_and_one_that_is_missing_is_said(tmp_path, caplog):
+    path = tmp_path / "config"
+    sniroute_settings.warn(load_settings([f"--route=a.b={DB}", f"--kubeconfig={path}"], {}))
+    assert f"there is no kubeconfig at {path}; names that need it" in caplog.text
+    caplog.clear()
+    path.write_text("{}")
+    path.chmod(0o622)
+    (line,) = faults(f"--route=a.b={DB}", f"--kubeconfig=/nowhere:{path}")
+    assert line.startswith(f"--kubeconfig: '{path}' is not read, since ")
+    path.chmod(0o600)
+    sniroute_settings.warn(load_settings([f"--route=a.b={DB}", f"--kubeconfig=/nowhere:{path}"], {}))
+    assert "kubeconfig" not in caplog.text
+
+
 def test_one_process_is_told_of_both_kinds_and_has_the_settings():
-    launchers = load_settings([f"--route=a.b={DB}", "--exec-path=/opt/plugins:/x", "--kubernetes-ping=1m30s"], {}).launchers
+    options = "--exec-path=/opt/plugins:/x", "--kubernetes-ping=1m30s"
+    launchers = load_settings([f"--route=a.b={DB}", *options], {}).launchers
     row = launchers["kubernetes"]
     assert row is launchers["jump"] and row.carries >= 101 and row.rooms == OPTIONS["kubernetes"]
     assert row.shared[-5:] == ("forwarders", "--ping", "90", "--exec-path", "/opt/plugins:/x")
@@ -304,7 +323,8 @@ def test_a_file_that_is_missing_is_named(monkeypatch):
     for scheme in sniroute_routes.CLUSTER_KINDS:
         monkeypatch.delitem(sniroute_routes.SCHEMES, scheme, raising=False)
     here = sniroute_routes.is_here
-    monkeypatch.setattr(sniroute_routes, "is_here", lambda room: room not in ("sniroute_links", "sniroute_spdy") and here(room))
+    gone = "sniroute_links", "sniroute_spdy"
+    monkeypatch.setattr(sniroute_routes, "is_here", lambda room: room not in gone and here(room))
     (line,) = faults(f"--route=a.b={DB}")
     assert line.endswith("kubernetes: needs sniroute_links.py, sniroute_spdy.py, which are not beside sniroute.py: "
                          "copy them there")
@@ -315,8 +335,8 @@ def test_a_file_that_is_missing_is_named(monkeypatch):
     ("lost", "failed", False), ("gone", "failed", False),
 ])
 def test_a_reason_of_the_program(reason, kind, final):
-    line = json.dumps({"event": "failed", "listener": "127.0.0.1:20000", "reason": reason, "message": "prod/svc/db:1: no",
-                       "error": "why"}).encode()
+    line = json.dumps({"event": "failed", "listener": "127.0.0.1:20000", "reason": reason,
+                       "message": "prod/svc/db:1: no", "error": "why"}).encode()
     assert sniroute_clusters.reason(line) == (kind, "prod/svc/db:1: no: why", final)
     assert f"tunnel_{kind}" in REFUSALS
 
@@ -354,8 +374,9 @@ def refusal(running, name: str = NAME) -> tuple[bytes, bytes]:
 
 
 @pytest.mark.parametrize("reason, kind, description, status", [
-    ("unknown", "tunnel_absent", 112, 404), ("context", "tunnel_absent", 112, 404), ("port", "tunnel_absent", 112, 404),
-    ("pods", "tunnel_not_ready", 80, 503), ("login", "tunnel_login", 49, 502), ("forbidden", "tunnel_forbidden", 49, 502),
+    ("unknown", "tunnel_absent", 112, 404), ("context", "tunnel_absent", 112, 404),
+    ("port", "tunnel_absent", 112, 404), ("pods", "tunnel_not_ready", 80, 503),
+    ("login", "tunnel_login", 49, 502), ("forbidden", "tunnel_forbidden", 49, 502),
     ("unreachable", "tunnel_unreachable", 80, 504), ("certificate", "tunnel_certificate", 80, 502),
     ("plugin", "tunnel_plugin", 80, 502), ("config", "tunnel_config", 80, 502), ("timeout", "tunnel_timeout", 80, 504),
     ("refused", "tunnel_failed", 80, 502),
@@ -394,10 +415,12 @@ def test_a_context_that_is_not_allowed_is_refused_before_anything_starts(run, pr
     (DB, HOST, "", True), ("jump:prod/pod/x/db:1", HOST, "", True), (DB, HOST, 'cross_site = "allow"', False),
     (DB, "0.0.0.0", "", False), (DB, "0.0.0.0", 'cross_site = "refuse"', True), ("tcp:{}:{}", HOST, "", False),
 ])
-def test_a_page_of_another_site_gets_nowhere_on_loopback(run, program, echo_server, settings_file, target, listen, option, refused):
+def test_a_page_of_another_site_gets_nowhere_on_loopback(run, program, echo_server, settings_file, target, listen,
+                                                         option, refused):
     target = target.format(*echo_server.address)
     program.far("*", echo_server.address)
-    path = settings_file(f'listen = ["{listen}:0"]\n[routes."{NAME}"]\ntarget = "{target}"\nhttp = "forward"\n{option}\n')
+    path = settings_file(f'listen = ["{listen}:0"]\n[routes."{NAME}"]\ntarget = "{target}"\nhttp = "forward"\n'
+                         f'{option}\n')
     settings = load_settings(["-c", path], {})
     assert settings.on_loopback is (listen == HOST)
     running = run("-c", path)
@@ -425,9 +448,11 @@ def test_a_cluster_that_other_hosts_reach_is_warned_of(caplog, settings_file):
 
 
 @pytest.mark.parametrize("text, code, out", [
-    ("print('pod db-1 is ready')\nprint('it would be chosen')", 0, ["far end: pod db-1 is ready", "far end: it would be chosen"]),
+    ("print('pod db-1 is ready')\nprint('it would be chosen')", 0,
+     ["far end: pod db-1 is ready", "far end: it would be chosen"]),
     ("import sys\nsys.exit('{\"reason\": \"pods\", \"message\": \"none of 2 pods is ready\"}')", 1,
-     ["refused: none of 2 pods is ready (tunnel_not_ready, TLS alert 80)", f"to do:   {REFUSALS['tunnel_not_ready'].advice}"]),
+     ["refused: none of 2 pods is ready (tunnel_not_ready, TLS alert 80)",
+      f"to do:   {REFUSALS['tunnel_not_ready'].advice}"]),
 ])
 def test_explain_asks_the_program_what_it_would_choose(monkeypatch, capsys, text, code, out):
     real = sniroute_clusters.cluster_launcher
@@ -468,7 +493,8 @@ def ways(cluster, run, postgres, web, free_ports):
     cluster.pod("pg-0", {5432: postgres}, labels={"app": "pg"})
     cluster.service("pg", {5432: 5432}, {"app": "pg"})
     cluster.pod("web-1", {8080: web.address}, labels={"app": "web"}, names={"http": 8080})
-    cluster.service("my-web", [{"name": "http-main", "port": 80, "targetPort": "http", "protocol": "TCP"}], {"app": "web"})
+    ports = [{"name": "http-main", "port": 80, "targetPort": "http", "protocol": "TCP"}]
+    cluster.service("my-web", ports, {"app": "web"})
     port = free_ports(1)[0]
     running = run("-c", settings_for(cluster, ALL_WAYS.format(port=port, far=web.address[1])))
     running.port = HOST, port
@@ -494,8 +520,8 @@ def curl(running, name: str) -> tuple[int, str]:
 
 
 def test_psql_and_curl_reach_services_by_tls_by_host_and_by_port(ways, cluster):
-    for address, options in ((ways.address, "sslmode=require"), (ways.port, "sslmode=require"), (ways.port, "sslmode=disable")):
-        ended = psql(address, ["select repeat('x', 200000)"], options)
+    for address, mode in ((ways.address, "require"), (ways.port, "require"), (ways.port, "disable")):
+        ended = psql(address, ["select repeat('x', 200000)"], f"sslmode={mode}")
         assert (ended.returncode, ended.stderr, len(ended.stdout)) == (0, b"", 200_001)
     for name in ("80.my-web.k8s.localhost", "http-main.my-web.k8s.localhost", "my-web-80.dash.k8s.localhost",
                  "my-web-http-main.dash.k8s.localhost", "jump.example.com"):
@@ -566,8 +592,8 @@ def hasty(monkeypatch):
 
     def launcher(*given: Any) -> Launcher:
         row = real(*given)
-        return row._replace(shared=tuple(word.replace("sys.exit(", "import sniroute_passage as p; p.START = sniroute_kubernetes.START = 1.0; sys.exit(")
-                                         for word in row.shared))
+        hurry = "import sniroute_passage as p; p.START = sniroute_kubernetes.START = 1.0; sys.exit("
+        return row._replace(shared=tuple(word.replace("sys.exit(", hurry) for word in row.shared))
 
     monkeypatch.setattr(sniroute_clusters, "cluster_launcher", launcher)
 
