@@ -59,7 +59,7 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
 
 A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The rows at the end stand
 apart: they are options, most of them of several files; the table in CONTRIBUTING.md says what they import of the rooms
-above.  The carrier is another process.
+above.  The carrier and sniroute_kubernetes are other processes.
 
 The one idea: waiting borrows a thread, moving bytes does not.  All that is ready runs in one loop over epoll; only a
 target that has to wait (a tunnel that starts, a host to resolve) gets a thread, one for each target, its clients

@@ -408,6 +408,17 @@ def test_a_context_that_is_not_allowed_is_refused_before_anything_starts(run, pr
     assert running.ending().reason == "forbidden" and program.starts() == []
 
 
+@pytest.mark.parametrize("reason", ["pods", "unreachable", "unknown", "lost"])
+def test_a_cluster_may_be_one_of_several_backends(run, program, settings_file, echo_server, reason):
+    program.fault("prod/svc/db:5432@a", refuse=True, reason=reason)
+    program.far("prod/svc/db:5432@b", echo_server.address)
+    running = run("-c", settings_file(f'[routes]\n"{NAME}" = ["{DB}@a", "{DB}@b"]\n'))
+    for _ in range(3):
+        with running.connect(HELLO) as client:
+            assert read_exactly(client, len(HELLO)) == HELLO
+    assert {ending.reason for ending in running.endings} <= {"client_closed"}
+
+
 # -- pages of other sites, and other hosts -----------------------------------------------------
 
 
