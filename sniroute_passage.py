@@ -293,7 +293,7 @@ class Client:
         """Open the call on a session, and say what the client has said."""
         self.state = OPEN
         self.waits = not link.is_fresh or not self.program.links.is_proven(link)
-        if self.waits and link.is_used:
+        if not link.is_fresh:
             self.program.accepting.put(self)
         link.begin(self, errand)
         self.program.tell(self, "debug", "open", f"open to {self.way.choice.pod}, by {link.transport.name}")
@@ -311,7 +311,8 @@ class Client:
         self._rewatch()
 
     def on_no_accept(self) -> None:
-        """A spare session does not answer: it is dead, and nothing was sent on it."""
+        """A spare session does not answer: it is dead, and nothing was sent on it.  The others are no better."""
+        self.program.links.leave({self.way.choice.uid})
         self.way.link.lose(Failed("dead", "a spare session does not answer"))
 
     def on_late(self) -> None:
