@@ -84,6 +84,7 @@ def show_route(route: Route, http: str = "refuse") -> str:
         route = route._replace(http=route.http or http)
     options = [f"{name} {show_option(value)}" for name in ROUTE_OPTIONS
                if (value := getattr(route, name)) != Route._field_defaults[name]]
+    options += [f"balance {route.balance}"] * (route.balance != "least")  # of a cluster's pods
     options += route.several.shown() if route.several is not None else []
     return f"{route} ({'; '.join(options)})" if options else str(route)
 

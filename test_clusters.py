@@ -232,6 +232,12 @@ balance = "least"
     assert all(route.several is None for route in settings.routes.routes), "the pods are the program's to balance"
 
 
+def test_check_shows_what_clients_may_choose_and_how_pods_are_chosen(settings_file, capsys):
+    path = settings_file(CHOSEN + 'balance = "random"\n')
+    assert sniroute_doctor.check(load_settings(["check", "-c", path], {})) == 0
+    assert "(contexts main,dev-*; namespaces default,team-*; balance random)" in capsys.readouterr().out
+
+
 def test_the_ways_to_balance_pods_are_the_programs():
     for way in BALANCES:
         assert sniroute_options.POD_BALANCE(way) == way
@@ -539,6 +545,14 @@ def test_psql_and_curl_reach_services_by_tls_by_host_and_by_port(ways, cluster):
         assert curl(ways, name) == (200, name)
     assert len(ways.tunnels.processes.running) == 1, "one process for all of them"
     assert {ending.reason for ending in ways.endings} <= {"client_closed", "client_reset", "backend_closed"}
+
+
+def test_psql_does_not_notice_that_the_node_resets_each_session_at_its_end(ways, cluster):
+    """As containerd does; kubectl ends at the first of these."""
+    cluster.set(runtime="resetting")
+    for _ in range(15):
+        ended = psql(ways.address, ["select 1"], "sslmode=require")
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"1\n", b"")
 
 
 def test_what_the_cluster_does_not_have_or_not_allow_is_the_reason(ways, cluster):
