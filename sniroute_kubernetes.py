@@ -47,8 +47,8 @@ from sniroute_links import Links
 from sniroute_loop import monotonic
 from sniroute_names import printable, show_address
 from sniroute_objects import Choice, KubeTarget, none_ready, parse_argument, parse_target, with_option
-from sniroute_passage import (ACCEPT, GRACE, HALF_LAST, LINGER, REASONS, SETTLE, START, Client, Jump, Running, Target,
-                              farewell, hurry, linger)
+from sniroute_passage import (ACCEPT, GRACE, HALF_LAST, LINGER, PROOF, REASONS, SETTLE, START, Client, Jump, Running,
+                              Target, farewell, hurry, linger)
 from sniroute_pods import Alarms, Pods
 from sniroute_refusals import Malformed, SettingsError
 
@@ -92,8 +92,9 @@ class Kubernetes(Forwarder):
         self.halved = self.loop.queue(HALF_LAST, Client.on_grace)
         self.lingering = self.loop.queue(LINGER, linger)
         self.settling = self.loop.queue(SETTLE, farewell)
+        self.proving = self.loop.queue(PROOF, Jump.on_proven)
         self.queues = (self.starting, self.accepting, self.hurried, self.graced, self.halved, self.lingering,
-                       self.settling)
+                       self.settling, self.proving)
 
     def parse_target(self, text: str) -> Target:
         """A listener's argument.  Raises ValueError."""

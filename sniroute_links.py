@@ -463,6 +463,7 @@ class Link:
                 self.links.settling.drop(self)
                 self._free()
         elif self.call is not None and is_over_there(self.call):
+            self.end()
             self.owner.on_over()
 
     def on_end(self, error: Failed | None) -> None:
@@ -492,6 +493,7 @@ class Link:
         """It is time to ask whether the other side is there."""
         if not self.is_paused:
             if self.missed >= (PATIENCE if self.bulk > BULK else MISSES):
+                self.links.leave({self.place.uid})  # they are no better
                 self.lose(Failed("dead", f"no sign of life for {clock() - self.heard_at:.0f} s"))
                 return
             self.missed += 1

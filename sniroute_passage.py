@@ -70,6 +70,8 @@ GRACE = 2.0  # seconds of silence from a far end that cannot be told of the clie
 HALF_LAST = 3600.0  # seconds that a client which has ended waits for a far end that says nothing
 LINGER = 5.0  # seconds that a client has to leave after the far end has ended
 SETTLE = 0.05  # seconds between two looks whether a client that is to be reset has got its last bytes
+TOOL_GRACE = 0.5  # seconds: socat's default
+PROOF = 1.0  # seconds in which a command fails that cannot be run
 TOOLS_MAX = 1000  # images of which it is known what they have
 WORDS_MAX = 400  # bytes of stderr that are kept: the last words of a command
 # Why a client could not be served: a word for programs, and a sentence for people.
@@ -361,7 +363,6 @@ class Client:
 
     def on_over(self) -> None:
         """The pod neither says nor hears anything more."""
-        self.way.link.end()
         self.finish(False)
 
     def on_told(self, text: str) -> None:
@@ -623,8 +624,9 @@ BASH = ('exec 3<>"/dev/tcp/$1/$2" 4<&0 || exit 1; { cat <&4 >&3; sleep 2; kill $
 
 # The tools that carry bytes to HOST:PORT, the best one first: (host, port) -> words.
 TOOLS: tuple[Callable[[str, int], tuple[str, ...]], ...] = (
-    # By default socat leaves half a second after stdin's end, whatever the far end still has to say.
-    lambda host, port: ("socat", "-t", "60", "-", f"TCP:{show_address((host, port))},connect-timeout=10"),
+    # It leaves when nothing has come for TOOL_GRACE after either end.  A longer time would be the delay of every end that
+    # the far side makes: what socat does then, it does for both.
+    lambda host, port: ("socat", "-", f"TCP:{show_address((host, port))},connect-timeout=10"),
     lambda host, port: ("nc", host, str(port)),
     lambda host, port: ("bash", "-c", BASH, "sniroute", host, str(port)),
 )
@@ -635,28 +637,55 @@ NOT_FOUND = (126, 127)  # exit codes of what cannot be run, POSIX 2.8.2
 class Jump(Client):
     """A client whose bytes are carried by a command in the pod."""
 
-    __slots__ = ("words",)
+    __slots__ = ("words", "tool", "is_known", "heard_at")
 
     def __init__(self, program: Kubernetes, listener: Listener, client: socket.socket, address: str):
         super().__init__(program, listener, client, address)
         self.words = b""  # the last ones on stderr
+        self.tool = 0  # the number of the tool
+        self.is_known = True  # whether this container is known to have it
+        self.heard_at = 0.0  # clock time of the last bytes, or of the client's end
 
     @property
-    def tool(self) -> int:
-        """The number of the tool that images like this one have, as far as it is known."""
-        return self.program.tools.get(self.way.choice.image or self.way.choice.uid, 0)
+    def image(self) -> str:
+        """What is common to all containers that have the same tools."""
+        return self.way.choice.image or self.way.choice.uid
 
     def errand(self) -> Errand:
-        """The tool that this container has, as far as it is known."""
+        """The tool that this container has, or the first that it is not known not to have."""
+        self.is_known = self.image in self.program.tools
+        self.tool = self.program.tools.get(self.image, self.tool)
         target = self.listener.target.pods.target
+        if not self.is_known:
+            self.program.proving.put(self)
         return Run(TOOLS[self.tool](target.host, target.port), self.way.choice.container)
+
+    def on_proven(self) -> None:
+        """The container has the tool: it would have said otherwise by now."""
+        if not self.is_known and self.state in CARRYING:
+            self.is_known = True
+            tools = self.program.tools
+            tools[self.image] = self.tool
+            if len(tools) > TOOLS_MAX:
+                del tools[next(iter(tools))]
+            self.on_room()
+
+    def _listens(self) -> bool:
+        """No more than is kept for the next tool, while this one may not be there."""
+        return super()._listens() and (self.is_known or self.held is None or len(self.held) < HELD_MAX)
 
     def on_data(self, name: str, pieces: list[memoryview]) -> None:
         """Bytes from the far end, or words of the command."""
         if name == "stdout":
+            self.on_proven()
+            self.heard_at = monotonic()
             super().on_data(name, pieces)
         else:
             self.words = (self.words + b"".join(pieces))[-WORDS_MAX:]
+
+    def _client_ended(self) -> None:
+        self.heard_at = monotonic()
+        super()._client_ended()
 
     def on_ended(self, name: str) -> None:
         """How it has ended is not known yet: the status tells."""
@@ -665,7 +694,11 @@ class Jump(Client):
         """What came of the command."""
         outcome = read_outcome(text)
         if outcome.code == 0:
-            self.finish(False)
+            # After the client's end the tool may have left because nothing came for a while: that was no end.
+            if self.ended and monotonic() - self.heard_at > 0.8 * TOOL_GRACE:
+                self.cut(Failed("cut", "the far end had not ended"))
+            else:
+                self.finish(False)
             return
         words = printable(self.words.decode("utf-8", "replace").strip().rpartition("\n")[2], WORDS_MAX)
         if self.is_answered:
@@ -677,14 +710,11 @@ class Jump(Client):
 
     def next_tool(self) -> None:
         """This container does not have it: nobody has read what the client has said."""
-        tool = self.tool + 1
-        if tool == len(TOOLS) or self.held is None:
-            self.fail(Failed("tool", "neither socat nor nc nor bash" if tool == len(TOOLS) else "socat"))
+        if self.is_known or self.tool + 1 == len(TOOLS):
+            self.program.tools.pop(self.image, None)
+            self.fail(Failed("tool", "neither socat nor nc nor bash"))
             return
-        tools = self.program.tools
-        tools[self.way.choice.image or self.way.choice.uid] = tool
-        if len(tools) > TOOLS_MAX:
-            del tools[next(iter(tools))]
+        self.tool += 1
         self.way.tries -= 1
         self.way.reconnect()
 

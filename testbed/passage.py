@@ -22,12 +22,13 @@ import sniroute_api
 import sniroute_kubernetes
 import sniroute_links
 import sniroute_passage
+import sniroute_pods
 from conftest import HOST, Address, wait_until
 from sniroute_kubernetes import Kubernetes, Settings
 from testbed.carrier import Notes, Program, Rows
 from testbed.cluster import Cluster
 
-ROOMS = sniroute_passage, sniroute_links, sniroute_api
+ROOMS = sniroute_passage, sniroute_links, sniroute_pods, sniroute_api
 QUEUES = {  # constants that a program reads once, and where it keeps them
     "START": "starting", "ACCEPT": "accepting", "GRACE": "graced", "HALF_LAST": "halved", "LINGER": "lingering"}
 numbers = itertools.count(1)
@@ -75,8 +76,8 @@ class App:
         return [row["transport"] for row in sorted(rows, key=lambda row: row["time"])]
 
     def has_spare(self) -> None:
-        """Wait until there is a session without a stream."""
-        wait_until(lambda: any(row["live"] == 0 for row in self.sessions(ended=None)), what="a spare session")
+        """Wait until there are two sessions: one that has served, and one that was made ahead."""
+        wait_until(lambda: len(self.sessions(ended=None)) >= 2, what="a spare session")
 
 
 @pytest.fixture
