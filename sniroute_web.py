@@ -109,6 +109,7 @@ class Web:
 
     def __init__(self, router: Router, settings: Settings):
         self.router = router
+        self.settings = settings
         loop = router.loop
         # Deadlines; a client stands in one at most, and `adopt` sets their seconds.  In this order: for a request to
         # begin, for the rest of its head, for more of its body, for an answer, for one whose client has ended.
@@ -122,7 +123,11 @@ class Web:
 
     def adopt(self, settings: Settings) -> None:
         """Go on with other settings."""
-        self.settings = settings
+        former, self.settings = self.settings, settings
+        if settings.forwarded_from != former.forwarded_from:
+            for connection in self.router.connections:
+                if isinstance(connection, HttpConnection):
+                    connection.believes = self.believed(peer_of(connection))
         self.idle.seconds = self.bodies.seconds = settings.http_idle
         self.heads.seconds = settings.http_head_timeout
         self.answers.seconds = settings.http_response_timeout
@@ -278,6 +283,14 @@ def described(request: Request | None) -> tuple[str, str, str]:
     if request is None:
         return "", "", ""
     return request.method, request.name, request.path.partition(b"?")[0].decode("latin-1")
+
+
+def peer_of(connection: HttpConnection) -> str:
+    """The address of a client's connection, whatever a PROXY header says of it."""
+    try:
+        return connection.client.getpeername()[0].removeprefix("::ffff:")
+    except OSError:  # it has broken off
+        return connection.address[0]
 
 
 def late_head(connection: HttpConnection) -> None:

@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import pathlib
-import random
-import select
 import socket
 import ssl
 import sys
@@ -21,11 +17,15 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
-from conftest import HOST, connect, linux, wait_until
+import sniroute_settings
+from conftest import HOST, wait_until
+from sniroute_gateway import Policy, choose_upgrade, hop
+from sniroute_http import Chunked, parse_request, parse_response, pass_request, pass_response
 from sniroute_loop import unsent
+from sniroute_tls import Ciphers
 from testbed.running import Running, reset, route
-from testbed.web import (UPGRADE, WEB, Cut, Message, Talk, Web, answering, call, check_refusal, chunks, reply, request,
-                         saying, shake, table, telling)
+from testbed.web import (UPGRADE, WEB, Talk, answering, call, check_refusal, chunks, reply, request, shake, table,
+                         telling)
 
 FORWARD = "--http=forward"
 
@@ -335,7 +335,6 @@ def test_a_101_that_comes_before_the_request_is_whole_is_no_answer(web):
 
 def reload(running: Running, *argv: str) -> None:
     """As SIGHUP, with these options."""
-    import sniroute_settings
     settings = sniroute_settings.load_settings(["--listen", f"{HOST}:0", *argv], {})
     done = threading.Event()
     running.router.call(lambda: (running.router.adopt(settings), done.set()))
@@ -363,6 +362,16 @@ def test_a_reload_without_http_is_for_clients_that_are_kept_too(run, origin):
         client.say(request("GET", "/later"))
         check_refusal(client.answer(), 421)
     assert b"/later" not in backend.heard
+
+
+def test_a_reload_that_believes_others_is_for_clients_that_are_kept_too(run, origin):
+    backend = origin()
+    running = run(FORWARD, route(backend.address, WEB))
+    with call(running.address) as client:
+        for networks, heard in ([], "127.0.0.1"), (["127.0.0.0/8"], "192.0.2.9, 127.0.0.1"), ([], "127.0.0.1"):
+            reload(running, FORWARD, route(backend.address, WEB), *(f"--forwarded-from={each}" for each in networks))
+            client.say(request("GET", "/", "X-Forwarded-For: 192.0.2.9"))
+            assert f"\r\nX-Forwarded-For: {heard}\r\n".encode() in client.answer().body
 
 
 # -- TLS to backends ---------------------------------------------------------------------------
@@ -402,7 +411,6 @@ def test_a_connection_by_tls_serves_no_client_that_asks_for_another_name(run, se
 
 def test_the_certificate_of_a_backend_with_an_ipv6_address_is_held_against_that(run, settings_file, secure, certificate):
     """Not against a piece of it."""
-    from sniroute_tls import Ciphers
     asked = []
     backend = secure(telling)
     running = run("--config=" + settings_file(f'[routes]\n"{WEB}" = ' + table(
@@ -425,8 +433,6 @@ def test_the_certificate_of_a_backend_with_an_ipv6_address_is_held_against_that(
 @pytest.mark.parametrize("believes", [False, True])
 def test_what_strangers_say_is_not_kept_for_them(believes):
     """A thousand of them would have 60 MiB."""
-    from sniroute_gateway import Policy, choose_upgrade, hop
-    from sniroute_http import parse_request, parse_response, pass_request, pass_response
     tracemalloc.start()
     try:
         for number in range(1100):
@@ -445,7 +451,6 @@ def test_what_strangers_say_is_not_kept_for_them(believes):
 
 def test_a_large_head_is_not_kept_a_second_time():
     """Its client may wait for a long time, and ten thousand may do so."""
-    from sniroute_http import parse_request, pass_request
     asked = parse_request(b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 30_000 + b"\r\n\r\n")
     assert len(pass_request(asked)) > 30_000
     assert not any(isinstance(made, bytes) for made in asked.head.made.values())
@@ -453,7 +458,6 @@ def test_a_large_head_is_not_kept_a_second_time():
 
 def test_tiny_chunks_are_read_little_at_a_time(web, monkeypatch):
     """64 KiB of them take the loop 35 ms, in which nobody else is served."""
-    from sniroute_http import Chunked
     sizes, feed = [], Chunked.feed
     monkeypatch.setattr(Chunked, "feed", lambda body, data: (sizes.append(len(data)), feed(body, data))[1])
     body = [b"x"] * 50_000
