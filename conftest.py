@@ -101,8 +101,9 @@ def own_children() -> set[int]:
     """The children of this process, zombies too; empty without /proc."""
     pids: set[int] = set()
     with contextlib.suppress(FileNotFoundError, ChildProcessError):
+        tasks = os.listdir("/proc/self/task")
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # fails where there is none, which is most often
-        for task in os.listdir("/proc/self/task"):
+        for task in tasks:
             with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/children") as file:
                 pids.update(map(int, file.read().split()))  # the thread may have ended meanwhile
     return pids
@@ -145,7 +146,7 @@ def no_leaks() -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """Let collections of garbage leave out what lives to the end: the tests themselves, some hundred thousand objects."""
+    """Let collections of garbage leave out what lives to the end: the tests themselves, a million objects."""
     gc.collect()
     gc.freeze()
 
@@ -214,7 +215,8 @@ class Server:
     def accept(self) -> None:
         while True:
             sock, _ = self.listener.accept()
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a second write does not wait for an ACK
+            with contextlib.suppress(OSError):  # it has left already
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a second write does not wait for an ACK
             with self.lock:
                 if self.closed:
                     sock.close()

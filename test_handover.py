@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 import sniroute_handover
-import sniroute_loop
 import sniroute_names
 from conftest import HOST, Address, linux, wait_until
 from testbed.hellos import HELLO, genuine

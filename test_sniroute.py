@@ -6,7 +6,6 @@ no crash.  The carrier does without cloudflared.  test_clients.py has the client
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import hashlib
 import os

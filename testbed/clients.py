@@ -16,6 +16,7 @@ The servers stop with the test module: other modules count the children of this 
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import json
@@ -177,8 +178,13 @@ def postgres(certificate: Certificate, cluster: Cluster) -> Iterator[Address]:
 @pytest.fixture
 def databases(certificate: Certificate, cluster: Cluster) -> Iterator[list[Database]]:
     """Three of them, for a test that stops and starts them."""
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        made = [pool.submit(Database, certificate, cluster) for _ in range(3)]
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(contextlib.closing(Database(certificate, cluster))) for _ in range(3)]
+        for each in made:
+            if not each.exception():
+                stack.enter_context(contextlib.closing(each.result()))
+        yield [each.result() for each in made]
 
 
 def psql(address: Address, query: list[str], options: str, said: bytes = b"") -> subprocess.CompletedProcess[bytes]:

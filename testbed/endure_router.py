@@ -222,6 +222,7 @@ class Router:
         self.lines: collections.deque[str] = collections.deque(maxlen=1000)
         self.faults: list[str] = []  # lines with a word of FORBIDDEN, and those behind them
         self.seen = collections.Counter()  # how often each word of `watched` came
+        self.asked = -CACHED  # when its admin was asked last; nobody else asks it
         self.log_is_read = threading.Event()
         self.log_is_read.set()
         command = [sys.executable, str(HERE / "sniroute.py"), "-c", str(folder.settings), *options]
@@ -295,12 +296,13 @@ class Router:
     def metrics(self, fresh: bool = True) -> dict[str, float]:
         """All samples of /metrics, by their text without the value; `fresh`: none that the admin had already."""
         if fresh:
-            time.sleep(CACHED)
+            time.sleep(max(0.0, self.asked + CACHED - time.monotonic()))
         with socket.create_connection(self.folder.admin, PATIENCE) as sock:
             sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             answer = b""
             while data := sock.recv(65536):
                 answer += data
+        self.asked = time.monotonic()
         body = answer.partition(b"\r\n\r\n")[2].decode()
         rows = (line.rpartition(" ") for line in body.splitlines() if line and not line.startswith("#"))
         return {name: float(value) for name, _, value in rows}
@@ -322,7 +324,7 @@ class Baseline:
     """How a quiet router stood before a part.  `check` waits until it stands like this again."""
 
     def __init__(self, router: Router):
-        time.sleep(CACHED)
+        router.metrics()  # what `is_quiet` hears is not older
         wait_for(router.is_quiet, "a router without connections and tunnels")
         # What the admin has for an answer is gone a moment later: twice the same is quiet.
         last = [standing(router.pid)]
@@ -338,7 +340,7 @@ class Baseline:
 
     def check(self, router: Router, problems: list[str], more: float = RESIDENT_MORE) -> Standing:
         """Add to `problems` what is not as it was, and not within a minute.  Returns how it stands now."""
-        time.sleep(CACHED)
+        router.metrics()  # what `is_quiet` hears is not older
         with contextlib.suppress(Problem):
             wait_for(router.is_quiet, "quiet")
 

@@ -39,8 +39,9 @@ For each client, looked up anew each time:
     exit_on_client: true end at the first client, with `code` and `words`
     exit_after_bytes: N  end once N bytes have passed, with `code` and `words`
 
-It imports little and uses one thread, so that it starts fast: a run of all tests starts it a thousand times.  So it uses
-the C modules below `json`, `selectors`, `signal` and `socket`: what those import takes as long as Python itself.
+It imports little and uses one thread, so that it starts fast: all tests together start it a thousand times.  That is
+why it uses the C modules below `json`, `selectors`, `signal` and `socket`: what those import takes as long as Python
+itself.
 """
 
 import _json
@@ -364,7 +365,7 @@ class Fake:
                 signal.alarm(DETACHED_LIFE)
                 while os.getppid() == parent:  # until then it is a descendant of ours
                     time.sleep(0.001)
-                listener = Socket.listening(self.port, 128)  # open until the end of the process
+                self.listener = Socket.listening(self.port, 128)
                 os.write(writer, str(os.getpid()).encode())
                 for fd in (0, 1, 2, writer):
                     os.close(fd)
