@@ -24,7 +24,7 @@ from sniroute_loop import READ, Loop, Poller, Watch
 
 if TYPE_CHECKING:
     from sniroute_targets import Backend
-    from sniroute_tls import Cipher
+    from sniroute_tls import TlsClient
 
 __version__ = "0.1.0"
 
@@ -39,16 +39,16 @@ Key = tuple[str, tuple[str, str | bool] | None]  # Decision.key; by TLS: the nam
 class Spare(Watch):
     """A connection to a backend that nobody uses.  It owns the socket, and its Backend."""
 
-    __slots__ = ("spares", "key", "sock", "backend", "cipher")
+    __slots__ = ("spares", "key", "sock", "backend", "tls")
 
     def __init__(self, spares: Spares, poller: Poller, key: Key, sock: Any, backend: Backend | None,
-                 cipher: Cipher | None):
+                 tls: TlsClient | None):
         super().__init__(poller, sock.fileno())
         self.spares = spares
         self.key = key
         self.sock = sock
         self.backend = backend
-        self.cipher = cipher
+        self.tls = tls
 
     def on_news(self, mask: int) -> None:
         """Its backend has ended it, or says what nobody has asked for."""
@@ -67,11 +67,11 @@ class Spares:
         self.queue = loop.queue(SPARE_IDLE, Spare.expire)
         self.by_key: dict[Key, list[Spare]] = {}  # the longest idle one comes first
 
-    def give(self, key: Key, sock: Any, backend: Backend | None, cipher: Cipher | None) -> None:
+    def give(self, key: Key, sock: Any, backend: Backend | None, tls: TlsClient | None) -> None:
         """Keep a connection: connected, without an unread byte, and watched by nobody.  It is ours from here on."""
         if len(self.queue.due) >= SPARES_MAX:
             self.drop(next(iter(self.queue.due)))
-        spare = Spare(self, self.poller, key, sock, backend, cipher)
+        spare = Spare(self, self.poller, key, sock, backend, tls)
         self.by_key.setdefault(key, []).append(spare)
         self.queue.put(spare)
         spare.wait_for(READ, spare.on_news)

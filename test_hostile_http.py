@@ -22,7 +22,7 @@ from conftest import HOST, wait_until
 from sniroute_gateway import Policy, choose_upgrade, hop
 from sniroute_http import Chunked, parse_request, parse_response, pass_request, pass_response
 from sniroute_loop import unsent
-from sniroute_tls import Ciphers
+from sniroute_tls import TlsClients
 from testbed.running import Running, reset, route
 from testbed.web import (UPGRADE, WEB, Talk, answering, call, check_refusal, chunks, reply, request, shake, table,
                          telling)
@@ -416,9 +416,9 @@ def test_the_certificate_of_a_backend_with_an_ipv6_address_is_held_against_that(
     running = run("--config=" + settings_file(f'[routes]\n"{WEB}" = ' + table(
         "tcp:[::1]:%d" % backend.address[1], http="forward-tls", host="backend", verify=str(certificate.file)) + "\n"))
     router = running.router
-    router.web.ciphers = ciphers = Ciphers()
-    begin = ciphers.begin
-    ciphers.begin = lambda name, verify: asked.append(name) or begin(name, verify)
+    router.web.tls_clients = tls_clients = TlsClients()
+    begin = tls_clients.begin
+    tls_clients.begin = lambda name, verify: asked.append(name) or begin(name, verify)
     with contextlib.closing(socket.create_server(("::1", backend.address[1]), family=socket.AF_INET6)) as listener:
         with call(running.address, request()) as client:
             with listener.accept()[0]:
