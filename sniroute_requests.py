@@ -43,7 +43,6 @@ sniroute_refusals.
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Callable
@@ -61,7 +60,7 @@ from sniroute_log import BACKEND_CLOSED, CLIENT_CLOSED, CLIENT_LEFT, CLIENT_RESE
 from sniroute_loop import READ
 from sniroute_refusals import Malformed, Refused
 from sniroute_resets import RESETTING, pass_on_reset
-from sniroute_spares import has_news
+from sniroute_spares import SAFE, has_news, has_said_more, is_personal, may_give, may_share
 from sniroute_targets import Another
 
 if TYPE_CHECKING:
@@ -82,9 +81,8 @@ CLOSE: tuple[tuple[bytes, bytes], ...] = ((b"Connection", b"close"),)
 KEEP_ALIVE = ((b"Connection", b"keep-alive"),)  # HTTP/1.0 has to be told
 NOTHING_ADDED: tuple[tuple[bytes, bytes], ...] = ()
 EMPTY_BODY = Counted(0, "bad_request", False)  # the body of a message without one: it never changes
-# Values that are compared by `is` (Web.policy sees to that): rows of MODES, and one of `http_reuse`.
+# Values that are compared by `is` (Web.policy sees to that): rows of MODES.
 REFUSE, PASS, FORWARD_TLS = "refuse", "pass", "forward-tls"
-SAFE = "safe"
 
 
 class Exchange:
@@ -715,38 +713,6 @@ def switch(connection: HttpConnection, response: Response, rest: bytes) -> None:
             connection.ended(up)
 
 
-# -- connections that serve another client -----------------------------------------------------
-
-
-def may_share(connection: HttpConnection) -> bool:
-    """Whether a request may go out on a connection that has served another client.
-
-    Never a client's first request: if that connection is dead, only the client can try again, and it does so where it
-    has had an answer before.
-    """
-    request = connection.exchange.request
-    return (connection.answered_once and request.method in ("GET", "HEAD") and connection.up.body is EMPTY_BODY
-            and not connection.exchange.upgrade and not connection.preface.header)
-
-
-def may_give(connection: HttpConnection) -> bool:
-    """Whether the connection to the backend may serve another client."""
-    web, backend, down, route = connection.web, connection.backend, connection.down, connection.decision.route
-    known = web.policies.get(route.pattern)
-    return (known is not None and known[0] is route and known[1].reuse is SAFE  # by the settings of now
-            and not connection.is_private
-            and not connection.preface.header and (backend is None or backend.may_change_hands)
-            and down.step is MessageFlow.hear and down.state is OPEN and connection.up.pending is None
-            and not has_said_more(connection)
-            and connection.router.web is web and not connection.router.deaf.is_set())
-
-
-def is_personal(exchange: Exchange) -> bool:
-    """Whether a backend may take the connection for one user's from here on, as with NTLM (RFC 4559 section 6)."""
-    said = [*exchange.request.head.values(b"authorization"), *exchange.response.head.values(b"www-authenticate")]
-    return any(value[:9].lower().startswith((b"ntlm", b"negotiate")) for value in said)
-
-
 def take_over(heir: Connection, former: Connection, flow: Callable[[Connection, Any], Any]) -> None:
     """Have the heir go on in the place of a former connection, whose slots it has: with the client's socket, in new
     flows that `flow(heir, poller)` makes.  The former one is of no use afterwards.
@@ -767,12 +733,6 @@ def take_over(heir: Connection, former: Connection, flow: Callable[[Connection, 
     former.up.connection = former.down.connection = None  # no cycles: nothing is left to the collector
     former.up.twin = former.down.twin = NO_FLOW
     former.up = former.down = None
-
-
-def has_said_more(connection: HttpConnection) -> bool:
-    """Whether the backend has ended, or says something, behind its answer."""
-    tls = connection.tls
-    return tls is not None and tls.has_more() or has_news(connection.down.source)
 
 
 # -- what becomes of a request -----------------------------------------------------------------

@@ -40,8 +40,8 @@ from sniroute_http2 import refusal as refusal_in_http2
 from sniroute_log import CLIENT_LEFT, IDLE, STOPPED, Access, log_access
 from sniroute_names import parse_host_port, parse_ip
 from sniroute_refusals import HTTP, TELLERS, Malformed, Refused
-from sniroute_requests import FORWARD_TLS, MODES, PASS, SAFE, REFUSE, Exchange, HttpConnection, take_over, target_of
-from sniroute_spares import Spares
+from sniroute_requests import FORWARD_TLS, MODES, PASS, REFUSE, Exchange, HttpConnection, take_over, target_of
+from sniroute_spares import SAFE, Spares
 
 if TYPE_CHECKING:
     from sniroute_router import Router

@@ -745,7 +745,7 @@ def test_nothing_is_left_to_the_collector_and_no_descriptor_is_left(routed, orig
     running.part_early()
     talk_of_all_kinds(running)
     running.router.call(running.router.web.spares.close)
-    wait_until(lambda: a.over == len(a.talks) and b.over == len(b.talks))
+    wait_until(lambda: a.over == len(a.talks) and b.over == len(b.talks) and not running.router.connections)
     gc.collect()
     pipes = running.router.pipes
 
