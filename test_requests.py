@@ -62,8 +62,9 @@ def client_of(running: Running, *said: bytes) -> Talk:
 
 
 def only(running: Running) -> HttpConnection:
-    """The one connection that there is."""
-    connection, = running.router.connections
+    """The one connection that there is, once it has asked."""
+    wait_until(lambda: [type(each) for each in running.router.connections] == [HttpConnection], what="one client that asks")
+    (connection,) = running.router.connections
     return connection
 
 
@@ -294,7 +295,7 @@ def test_what_a_client_asks_ahead_is_bounded_and_answered(routed, origin):
     with client_of(running) as client:
         sender = threading.Thread(target=client.say, args=(said,))
         sender.start()
-        wait_until(lambda: running.router.connections and len(getattr(only(running), "ahead", b"")) >= AHEAD_MAX)
+        wait_until(lambda: len(only(running).ahead) >= AHEAD_MAX)
         assert len(only(running).ahead) < AHEAD_MAX + 4096
         told.set()
         for number in range(200):
@@ -369,7 +370,7 @@ def test_an_upload_to_a_backend_that_does_not_read_is_held_back(routed, origin, 
     with client_of(running) as client:
         sender = threading.Thread(target=client.say, args=(post(b"x" * size),))
         sender.start()
-        wait_until(lambda: running.router.connections and only(running).up.state == "blocked")
+        wait_until(lambda: only(running).up.state == "blocked")
         up, pipes = only(running).up, running.router.pipes
         assert up.total < size and pipes.pending <= 1 << 16
         assert up.lent is not None or len(up.pending) <= 1 << 16
