@@ -233,16 +233,18 @@ def test_an_answer_that_breaks_off_while_its_client_is_slow_is_not_whole(web):
     def script(talk: Talk) -> None:
         talk.request()
         talk.say(b"HTTP/1.1 200 OK\r\n\r\n")
-        talk.sock.settimeout(1)
+        talk.sock.settimeout(0.3)
         with contextlib.suppress(TimeoutError):
             while True:
                 talk.say(b"x" * 100_000)
         talk.reset()
 
-    served = web(script, connection_idle="16s")  # a look each 2 seconds
+    served = web(script)
     client = served.connect(request())
     served.origin.wait_over(1)
-    time.sleep(2.5)
+    looked, router = threading.Event(), served.running.router
+    router.call(lambda: (router._sweep(), looked.set()))
+    assert looked.wait(10)
     client.head()
     client.rest()
     assert client.how == "reset"
@@ -407,6 +409,7 @@ def test_a_connection_by_tls_serves_no_client_that_asks_for_another_name(run, se
             client.say(request(host=name))
             assert client.answer().body == name.encode()
             assert len(backend.talks) - before == (name == "b.example.com")
+    running.router.call(running.router.web.spares.close)  # else its far end waits for them
 
 
 def test_the_certificate_of_a_backend_with_an_ipv6_address_is_held_against_that(run, settings_file, secure, certificate):
