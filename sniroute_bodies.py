@@ -21,8 +21,8 @@ What a MessageFlow tells its connection beside `ended`, `failed` and `broken`: `
 A body of a known length never passes through Python where it is large: `carry` splices what is left of it, or of its
 chunk.
 
-A backend that speaks TLS has its Cipher (sniroute_tls) between: what is read from it is decrypted, what is written to
-it is encrypted, and nothing is spliced.
+A backend that speaks TLS has its TlsClient (sniroute_tls) between: what is read from it is decrypted, what is written
+to it is encrypted, and nothing is spliced.
 
 Threads: the loop only.
 
@@ -68,9 +68,9 @@ class MessageFlow(SpliceFlow):
     def mover(self) -> Callable[[int], None]:
         """What is called when the source can be read."""
         connection = self.connection
-        if connection.cipher is not None and self is connection.down:
+        if connection.tls is not None and self is connection.down:
             return self.open
-        if self.step is MessageFlow.raw and connection.cipher is None:
+        if self.step is MessageFlow.raw and connection.tls is None:
             return super().mover()
         return types.MethodType(self.step, self)
 
@@ -95,9 +95,9 @@ class MessageFlow(SpliceFlow):
 
     def open(self, mask: int) -> None:
         """Decrypt what a backend has said by TLS, and have the step take it."""
-        connection, cipher = self.connection, self.connection.cipher
+        connection, tls = self.connection, self.connection.tls
         try:
-            cipher.fill(self.source)
+            tls.fill(self.source)
         except BlockingIOError:
             return
         except OSError as error:
@@ -106,19 +106,19 @@ class MessageFlow(SpliceFlow):
         self.drain()
 
     def drain(self) -> None:
-        """Have the step take what the Cipher has, and pass on what TLS itself has to say to that."""
+        """Have the step take what the TlsClient has, and pass on what TLS itself has to say to that."""
         connection = self.connection
-        cipher = connection and connection.cipher
-        if cipher is None:
+        tls = connection and connection.tls
+        if tls is None:
             return
-        while not cipher.is_dry and self.state in READING:
+        while not tls.is_dry and self.state in READING:
             self.step(self, READ)
-            if self.connection is None or connection.cipher is not cipher:
+            if self.connection is None or connection.tls is not tls:
                 return
         up = connection.up
-        if cipher.outgoing.pending and up.state is not BLOCKED and not up.write(cipher.outgoing.read()):
+        if tls.outgoing.pending and up.state is not BLOCKED and not up.write(tls.outgoing.read()):
             return
-        if cipher.is_dry and up.state is HELD and connection.has_ended:  # raw: see HttpConnection.ended
+        if tls.is_dry and up.state is HELD and connection.has_ended:  # raw: see HttpConnection.ended
             connection.ended(up)
 
     # -- what comes
@@ -127,8 +127,8 @@ class MessageFlow(SpliceFlow):
         """Bytes of the source; None where there are none now, or where its connection was told of its end."""
         connection = self.connection
         try:
-            if connection.cipher is not None and self is connection.down:
-                data = connection.cipher.read(size)
+            if connection.tls is not None and self is connection.down:
+                data = connection.tls.read(size)
             else:
                 data = os.read(self.fd, size)
         except BlockingIOError:
@@ -187,7 +187,7 @@ class MessageFlow(SpliceFlow):
     def splices(self) -> bool:
         """Whether bytes may pass without being seen here."""
         connection = self.connection
-        return self.pipes.shared is not None and connection.cipher is None and not (
+        return self.pipes.shared is not None and connection.tls is None and not (
             self is connection.up and connection.replayable)
 
     # -- what goes on
@@ -217,10 +217,10 @@ class MessageFlow(SpliceFlow):
 
     def put(self, data: bytes) -> bool:
         """Have the sink take these bytes, now or later; False where it has broken off."""
-        cipher = self.connection.cipher
-        if cipher is not None and self is self.connection.up:
+        tls = self.connection.tls
+        if tls is not None and self is self.connection.up:
             try:
-                data = cipher.seal(data)
+                data = tls.seal(data)
             except OSError:
                 self.connection.broken(self)
                 return False
@@ -240,7 +240,7 @@ class MessageFlow(SpliceFlow):
         return True
 
     def unblock(self, state: str = OPEN) -> None:
-        """As Flow.unblock; the end of a message may have waited for that, or bytes in the Cipher."""
+        """As Flow.unblock; the end of a message may have waited for that, or bytes in the TlsClient."""
         super().unblock(state if self.step is MessageFlow.raw else OPEN)
         connection = self.connection
         if self.body is not None and self.body.is_done:

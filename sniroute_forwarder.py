@@ -206,6 +206,7 @@ class Forwarder:
         self.resuming = self.loop.timer(self._resume)
         self.pause_said = -PAUSE_SAID
         self.failed = False  # a client could not be served, or not to its end
+        self.signalled = False  # it was told to end
         self.finished = False  # the one client between stdin and stdout has ended by itself
         self.napping = self.loop.timer(log.flush)
 
@@ -241,7 +242,12 @@ class Forwarder:
     def leave_at_signals(self) -> None:
         """Have SIGTERM and SIGINT end the program."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.loop.call(self.leave))
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        """It is told to end; where the loop is over already, `bridge` sees that."""
+        self.signalled = True
+        self.loop.call(self.leave)
 
     def fault(self, owner: Any) -> None:
         """A fault of ours ends the client that met it, and no other.  Called inside `except`.
@@ -451,6 +457,6 @@ def bridge(forwarder: Forwarder, target: Any) -> int:
         forwarder.run()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
-        if forwarder.finished:  # else it was told to end, and stdout may never take the rest
+        if forwarder.finished and not forwarder.signalled:  # else stdout may never take the rest
             output.join()
     return 1 if forwarder.failed else 0

@@ -43,7 +43,6 @@ sniroute_refusals.
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Callable
@@ -61,12 +60,12 @@ from sniroute_log import BACKEND_CLOSED, CLIENT_CLOSED, CLIENT_LEFT, CLIENT_RESE
 from sniroute_loop import READ
 from sniroute_refusals import Malformed, Refused
 from sniroute_resets import RESETTING, pass_on_reset
-from sniroute_spares import has_news
+from sniroute_spares import SAFE, has_news, has_said_more, is_personal, may_give, may_share
 from sniroute_targets import Another
 
 if TYPE_CHECKING:
     from sniroute_routes import Decision
-    from sniroute_tls import Cipher
+    from sniroute_tls import TlsClient
     from sniroute_web import Web
 
 __version__ = "0.1.0"
@@ -74,17 +73,16 @@ __version__ = "0.1.0"
 monotonic = time.monotonic
 
 # Limits, each with its reason.
-AHEAD_MAX = 32768  # bytes of later requests that are read while one is answered: one head has room
+AHEAD_MAX = MESSAGE  # bytes of later requests that are read while one is answered; the rest waits in the kernel
 REPLAYED_MAX = WAITING_MAX  # bytes of a request that are kept, to be sent again: a hello may have so many, too
 INTERIM_MAX = 100  # answers with 1xx before the final one: a backend may say that it still works, and not for ever
 
 CLOSE: tuple[tuple[bytes, bytes], ...] = ((b"Connection", b"close"),)
 KEEP_ALIVE = ((b"Connection", b"keep-alive"),)  # HTTP/1.0 has to be told
 NOTHING_ADDED: tuple[tuple[bytes, bytes], ...] = ()
-NOTHING = Counted(0, "bad_request", False)  # the body of a message without one: it never changes
-# Values that are compared by `is` (Web.policy sees to that): rows of MODES, and one of `http_reuse`.
-SILENT, RAW, BY_TLS = "refuse", "pass", "forward-tls"
-SAFE = "safe"
+EMPTY_BODY = Counted(0, "bad_request", False)  # the body of a message without one: it never changes
+# Values that are compared by `is` (Web.policy sees to that): rows of MODES.
+REFUSE, PASS, FORWARD_TLS = "refuse", "pass", "forward-tls"
 
 
 class Exchange:
@@ -116,7 +114,7 @@ class Exchange:
 class HttpConnection(Connection):
     """A client that asks in plain HTTP.  It takes the place of the Connection that read its first request."""
 
-    __slots__ = ("web", "exchange", "ahead", "seen", "stash", "received", "cipher", "believes", "port", "has_ended",
+    __slots__ = ("web", "exchange", "ahead", "seen", "stash", "received", "tls", "believes", "port", "has_ended",
                  "answered_once", "is_private", "since")
 
     greets_by = "the hello of TLS"
@@ -133,7 +131,7 @@ class HttpConnection(Connection):
         self.stash: bytes | bytearray = b""  # a part of the answer's head
         self.since = former.began  # clock time of the first byte of the request that comes
         self.received = b""  # the client's PROXY header as it came: each backend may be told (send_proxy)
-        self.cipher: Cipher | None = None  # where the backend speaks TLS
+        self.tls: TlsClient | None = None  # where the backend speaks TLS
         self.has_ended = False  # the client has ended its side within a request: it asks no more
         self.answered_once = False  # it has had an answer of a backend
         self.is_private = False  # the connection to the backend may be tied to one user, or is not fit for others
@@ -170,12 +168,12 @@ class HttpConnection(Connection):
                             host=self.web.host(decision), believes=self.believes, upgrade=upgrade)
         self.hello = head
         self.replayable = True
-        self.up.body = body = open_body(request) if request.framing is not NO_BODY else NOTHING
+        self.up.body = body = open_body(request) if request.framing is not NO_BODY else EMPTY_BODY
         if self.ahead and not body.is_done:
             rest, self.ahead = self.ahead, b""
             self.keep(*body.feed(rest), rest)
         if decision is self.decision and self.down.source is not None:
-            self.ask_again()
+            self.reuse_backend()
         else:
             self.go(decision)
 
@@ -197,16 +195,16 @@ class HttpConnection(Connection):
         if self.queue is not None:
             self.leave_queue()
         if self.exchange.policy.reuse is SAFE and may_share(self):
-            by_tls = self.web.key(self.exchange) if self.exchange.policy.mode is BY_TLS else None
+            by_tls = self.web.key(self.exchange) if self.exchange.policy.mode is FORWARD_TLS else None
             spare = self.web.spares.take((decision.key, by_tls))
             if spare is not None:
                 self.down.source, self.down.fd = spare.sock, spare.fd
-                self.backend, self.cipher = spare.backend, spare.cipher
+                self.backend, self.tls = spare.backend, spare.tls
                 self.up.state = self.down.state = OPEN
                 self.down.take(MessageFlow.hear)
                 self.down.listen()
                 self.up.listen()
-                self.ask_again()
+                self.reuse_backend()
 
     def pause(self) -> None:
         """There is no backend: what the client says in this turn of the loop is not for the former one.
@@ -222,14 +220,14 @@ class HttpConnection(Connection):
         if down.source is not None and self.state is BETWEEN and may_give(self):
             down.wait_for(0)
             down.discard()
-            by_tls = self.cipher and self.cipher.key
-            self.web.spares.give((self.decision.key, by_tls), down.source, self.backend, self.cipher)
-            down.source = self.cipher = None
+            by_tls = self.tls and self.tls.key
+            self.web.spares.give((self.decision.key, by_tls), down.source, self.backend, self.tls)
+            down.source = self.tls = None
         elif self.backend is not None or down.source is not None:
             self.drop_backend()
         self.backend, self.is_private = None, False
 
-    def ask_again(self) -> None:
+    def reuse_backend(self) -> None:
         """Send the request on the connection to the backend that is there: it has served before."""
         exchange, down = self.exchange, self.down
         self.replayable = may_ask_again(exchange.request) and len(self.hello) <= REPLAYED_MAX
@@ -237,7 +235,7 @@ class HttpConnection(Connection):
             self.ask_elsewhere()
             return
         exchange.is_reused = True
-        said = self.hello if self.cipher is None else self.cipher.seal(self.hello)
+        said = self.hello if self.tls is None else self.tls.seal(self.hello)
         try:
             sent = down.source.send(said)
         except BlockingIOError:
@@ -248,7 +246,7 @@ class HttpConnection(Connection):
         self.state = OPEN
         if self.queue is not None:
             self.leave_queue()
-        if sent == len(said) and self.up.body is NOTHING:  # as `go_on`: both flows are as they have to be
+        if sent == len(said) and self.up.body is EMPTY_BODY:  # as `go_on`: both flows are as they have to be
             if not self.replayable:
                 self.hello = None
             self.message_sent(self.up)
@@ -272,27 +270,27 @@ class HttpConnection(Connection):
     def connect(self, why: str) -> None:
         """As the base; a backend that speaks TLS is sent a ClientHello first."""
         super().connect(why)
-        if self.state is DIALING and self.cipher is None and self.exchange.policy.mode is BY_TLS:
+        if self.state is DIALING and self.tls is None and self.exchange.policy.mode is FORWARD_TLS:
             try:
-                self.cipher = self.web.cipher(self.exchange)
+                self.tls = self.web.tls(self.exchange)
             except Refused as error:
                 self.refuse(error)
             else:
-                self.preface = self.preface._replace(question=self.cipher.hello())
+                self.preface = self.preface._replace(question=self.tls.hello())
 
     def on_ssl_answer(self, mask: int) -> None:
         """What the backend says in the TLS handshake; where that is over, the request goes out."""
         if self.state is not GREETING:
             return
-        server, cipher = self.down.source, self.cipher
+        server, tls = self.down.source, self.tls
         try:
             data = server.recv(MESSAGE)
             if not data:
                 self.backend_failed("it closed the connection in the TLS handshake")
                 return
-            said = cipher.answer(data)
-            if cipher.is_ready:
-                said += cipher.seal(self.hello)
+            said = tls.answer(data)
+            if tls.is_ready:
+                said += tls.seal(self.hello)
                 self._open(said, server.send(said))
                 if self.state is not CLOSED:
                     self.down.drain()  # what came with the end of the handshake: no event tells of it
@@ -463,7 +461,7 @@ class HttpConnection(Connection):
         head = pass_response(response, add, unframed=is_old)
         if response.framing.length == len(rest) and kind in (NONE, COUNTED):  # all of it came with its head
             exchange.down = len(rest)
-            down.body = NOTHING
+            down.body = EMPTY_BODY
             if down.put(head + rest) and down.state is not BLOCKED:
                 self.message_sent(down)
             return
@@ -490,7 +488,7 @@ class HttpConnection(Connection):
             flow.body = None
             self.finish()
             return
-        flow.body = NOTHING  # more that comes is none of it, also where all of it has to be sent again
+        flow.body = EMPTY_BODY  # more that comes is none of it, also where all of it has to be sent again
         self.exchange.is_asked = True
         flow.take(MessageFlow.hear)
         web, is_unanswered = self.web, self.exchange.response is None
@@ -517,8 +515,8 @@ class HttpConnection(Connection):
             self.linger(b"", CLIENT_CLOSED if self.has_ended or not exchange.request.keeps else BACKEND_CLOSED)
             return
         # Where the next request is here, no event has told of what came behind the answer.
-        if exchange.response.keeps and not exchange.is_spoilt and exchange.policy.reuse != "off" and down.state is OPEN \
-                and not (self.ahead and has_said_more(self)):
+        is_fit = exchange.response.keeps and not exchange.is_spoilt and exchange.policy.reuse != "off"
+        if is_fit and down.state is OPEN and not (self.ahead and has_said_more(self)):
             down.take(MessageFlow.hear)
         else:
             self.leave_backend()
@@ -533,7 +531,7 @@ class HttpConnection(Connection):
     def ended(self, flow: MessageFlow) -> None:
         """The source has ended."""
         if flow.step is MessageFlow.raw:
-            if flow is self.down or self.cipher is None or say_end(self):
+            if flow is self.down or self.tls is None or say_end(self):
                 super().ended(flow)
         elif flow is self.down:
             self.backend_ended(None)
@@ -600,7 +598,7 @@ class HttpConnection(Connection):
             # If not, all of the request may be sent again, so none of it is forgotten until then.
             # EPIPE comes where it had ended before, and TLS tells an end from a cut.
             exchange = self.exchange
-            exchange.is_broken = self.cipher is None and not isinstance(sys.exception(), BrokenPipeError)
+            exchange.is_broken = self.tls is None and not isinstance(sys.exception(), BrokenPipeError)
             exchange.is_asked = exchange.keeps = False  # a part of the next request may be forgotten, too
             flow.discard(BROKEN if self.replayable else OPEN)
             flow.take(MessageFlow.forget)
@@ -638,7 +636,7 @@ class HttpConnection(Connection):
         pass_on_reset(self, self.down, read=True)
 
     def _hang_up(self) -> None:
-        self.cipher = None
+        self.tls = None
         super()._hang_up()
 
     def close(self, reason: str) -> None:
@@ -678,9 +676,9 @@ def target_of(connection: HttpConnection, decision: Decision) -> str:
 
 def say_end(connection: HttpConnection) -> bool:
     """Tell a backend that speaks TLS that no more comes; False where it cannot be told yet, or is gone."""
-    up, cipher = connection.up, connection.cipher
-    if cipher.is_dry:
-        return up.write(cipher.close()) and up.state is not BLOCKED
+    up, tls = connection.up, connection.tls
+    if tls.is_dry:
+        return up.write(tls.close()) and up.state is not BLOCKED
     connection.has_ended = True
     up.state = HELD  # `drain` goes on
     up.rewatch()
@@ -715,38 +713,6 @@ def switch(connection: HttpConnection, response: Response, rest: bytes) -> None:
             connection.ended(up)
 
 
-# -- connections that serve another client -----------------------------------------------------
-
-
-def may_share(connection: HttpConnection) -> bool:
-    """Whether a request may go out on a connection that has served another client.
-
-    Never a client's first request: if that connection is dead, only the client can try again, and it does so where it
-    has had an answer before.
-    """
-    request = connection.exchange.request
-    return (connection.answered_once and request.method in ("GET", "HEAD") and connection.up.body is NOTHING
-            and not connection.exchange.upgrade and not connection.preface.header)
-
-
-def may_give(connection: HttpConnection) -> bool:
-    """Whether the connection to the backend may serve another client."""
-    web, backend, down, route = connection.web, connection.backend, connection.down, connection.decision.route
-    known = web.policies.get(route.pattern)
-    return (known is not None and known[0] is route and known[1].reuse is SAFE  # by the settings of now
-            and not connection.is_private
-            and not connection.preface.header and (backend is None or backend.may_change_hands)
-            and down.step is MessageFlow.hear and down.state is OPEN and connection.up.pending is None
-            and not has_said_more(connection)
-            and connection.router.web is web and not connection.router.deaf.is_set())
-
-
-def is_personal(exchange: Exchange) -> bool:
-    """Whether a backend may take the connection for one user's from here on, as with NTLM (RFC 4559 section 6)."""
-    said = [*exchange.request.head.values(b"authorization"), *exchange.response.head.values(b"www-authenticate")]
-    return any(value[:9].lower().startswith((b"ntlm", b"negotiate")) for value in said)
-
-
 def take_over(heir: Connection, former: Connection, flow: Callable[[Connection, Any], Any]) -> None:
     """Have the heir go on in the place of a former connection, whose slots it has: with the client's socket, in new
     flows that `flow(heir, poller)` makes.  The former one is of no use afterwards.
@@ -769,12 +735,6 @@ def take_over(heir: Connection, former: Connection, flow: Callable[[Connection, 
     former.up = former.down = None
 
 
-def has_said_more(connection: HttpConnection) -> bool:
-    """Whether the backend has ended, or says something, behind its answer."""
-    cipher = connection.cipher
-    return cipher is not None and cipher.has_more() or has_news(connection.down.source)
-
-
 # -- what becomes of a request -----------------------------------------------------------------
 
 
@@ -791,6 +751,6 @@ def misdirect(connection: HttpConnection, exchange: Exchange, decision: Decision
 
 # What is done with a request, by the `http` of its route; each may raise Refused.  For people: HTTP_MODES.
 MODES: dict[str, Callable[[HttpConnection, Exchange, Decision], None]] = {
-    "forward": HttpConnection.forward, BY_TLS: HttpConnection.forward, "redirect": answer_redirect,
-    SILENT: misdirect, RAW: misdirect,  # a first request does not come here: Web.serve
+    "forward": HttpConnection.forward, FORWARD_TLS: HttpConnection.forward, "redirect": answer_redirect,
+    REFUSE: misdirect, PASS: misdirect,  # a first request does not come here: Web.serve
 }

@@ -1,14 +1,14 @@
 """sniroute_tls: TLS to a backend, in the loop: the router is the client.
 
-    Ciphers.begin(name, verify) ---> Cipher ---- hello ------> what is sent first
+    TlsClients.begin(name, verify) ---> TlsClient ---- hello ------> what is sent first
                                        |
         what the backend says  --- answer(data) -------------> what is sent next, until `is_ready`
                                --- fill(sock), read(size) ---> what it means
         what the backend is told --- seal(data) -------------> what is sent
 
-A Cipher is one TLS connection (RFC 8446), without its socket: OpenSSL works on two buffers in memory (`ssl.SSLObject`),
-so it never touches a socket, and never waits.  A session that a backend has given is used again, for the same name and
-the same settings: such a handshake needs no certificate.
+A TlsClient is one TLS connection (RFC 8446), without its socket: OpenSSL works on two buffers in memory
+(`ssl.SSLObject`), so it never touches a socket, and never waits. A session that a backend has given is used again, for
+the same name and the same settings: such a handshake needs no certificate.
 
 Threads: the loop only, but for `context`, which opens files: the settings are checked with it, and so it is made before
 the loop asks for it.
@@ -80,14 +80,14 @@ def reason(error: ssl.SSLError) -> str:
     return (error.reason or str(error)).lower().replace("_", " ")
 
 
-class Ciphers:
+class TlsClients:
     """The contexts and sessions of a router, since its settings were read.  Loop only."""
 
     def __init__(self) -> None:
         self.contexts: dict[str | bool, ssl.SSLContext] = {}  # by `verify`: as many as routes have
         self.sessions: collections.OrderedDict[Key, ssl.SSLSession] = collections.OrderedDict()
 
-    def begin(self, name: str, verify: str | bool) -> Cipher:
+    def begin(self, name: str, verify: str | bool) -> TlsClient:
         """A new connection to a backend that is to be `name`, a host name or an address.  Raises Refused."""
         key = name, verify
         made = self.contexts.get(verify)
@@ -96,7 +96,7 @@ class Ciphers:
                 made = self.contexts[verify] = context(verify)
             except OSError as error:
                 raise Refused("backend_tls", f"{verify}: {error.strerror or error}") from None
-        return Cipher(self, key, made, self.sessions.get(key))
+        return TlsClient(self, key, made, self.sessions.get(key))
 
     def keep(self, key: Key, session: ssl.SSLSession) -> None:
         """Use this session the next time."""
@@ -106,13 +106,13 @@ class Ciphers:
             self.sessions.popitem(False)
 
 
-class Cipher:
+class TlsClient:
     """One TLS connection to a backend.  It has no socket; its owner sends what it says."""
 
-    __slots__ = ("ciphers", "key", "incoming", "outgoing", "tls", "is_ready", "is_dry", "taken", "is_new")
+    __slots__ = ("clients", "key", "incoming", "outgoing", "tls", "is_ready", "is_dry", "taken", "is_new")
 
-    def __init__(self, ciphers: Ciphers, key: Key, made: ssl.SSLContext, session: ssl.SSLSession | None):
-        self.ciphers = ciphers
+    def __init__(self, clients: TlsClients, key: Key, made: ssl.SSLContext, session: ssl.SSLSession | None):
+        self.clients = clients
         self.key = key
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls: Any = made.wrap_bio(self.incoming, self.outgoing, server_hostname=key[0], session=session)
@@ -141,6 +141,8 @@ class Cipher:
 
     def fill(self, sock: Any) -> None:
         """Take what the backend's socket has.  Raises BlockingIOError, OSError."""
+        if self.outgoing.pending > FLIGHT_MAX:  # it asks for new keys again and again, and does not hear the answers
+            raise ConnectionResetError(errno.ECONNRESET, "it does not take what TLS has to answer")
         data = sock.recv(RECORDS)
         self.is_dry = False
         if data:
@@ -167,7 +169,7 @@ class Cipher:
         if self.is_new:  # with TLS 1.3 a backend gives its session behind the handshake, mostly before it says anything
             self.is_new = False
             if not self.tls.session_reused and self.tls.session is not None:
-                self.ciphers.keep(self.key, self.tls.session)
+                self.clients.keep(self.key, self.tls.session)
         return data
 
     def has_more(self) -> bool:

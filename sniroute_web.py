@@ -40,14 +40,14 @@ from sniroute_http2 import refusal as refusal_in_http2
 from sniroute_log import CLIENT_LEFT, IDLE, STOPPED, Access, log_access
 from sniroute_names import parse_host_port, parse_ip
 from sniroute_refusals import HTTP, TELLERS, Malformed, Refused
-from sniroute_requests import BY_TLS, MODES, RAW, SAFE, SILENT, Exchange, HttpConnection, take_over, target_of
-from sniroute_spares import Spares
+from sniroute_requests import FORWARD_TLS, MODES, PASS, REFUSE, Exchange, HttpConnection, take_over, target_of
+from sniroute_spares import SAFE, Spares
 
 if TYPE_CHECKING:
     from sniroute_router import Router
     from sniroute_routes import Decision, Route
     from sniroute_settings import Settings
-    from sniroute_tls import Cipher, Ciphers
+    from sniroute_tls import TlsClient, TlsClients
     from sniroute_wire import Prelude
 
 __version__ = "0.1.0"
@@ -109,6 +109,7 @@ class Web:
 
     def __init__(self, router: Router, settings: Settings):
         self.router = router
+        self.settings = settings
         loop = router.loop
         # Deadlines; a client stands in one at most, and `adopt` sets their seconds.  In this order: for a request to
         # begin, for the rest of its head, for more of its body, for an answer, for one whose client has ended.
@@ -122,12 +123,16 @@ class Web:
 
     def adopt(self, settings: Settings) -> None:
         """Go on with other settings."""
-        self.settings = settings
+        former, self.settings = self.settings, settings
+        if settings.forwarded_from != former.forwarded_from:
+            for connection in self.router.connections:
+                if isinstance(connection, HttpConnection):
+                    connection.believes = self.believed(peer_of(connection))
         self.idle.seconds = self.bodies.seconds = settings.http_idle
         self.heads.seconds = settings.http_head_timeout
         self.answers.seconds = settings.http_response_timeout
         self.policies: dict[str, tuple[Route | None, Policy]] = {}  # with their route, by its pattern
-        self.ciphers: Ciphers | None = None
+        self.tls_clients: TlsClients | None = None
         self.spares.close()
 
     def policy(self, decision: Decision) -> Policy:
@@ -152,12 +157,12 @@ class Web:
             return decision.rest.encode("ascii") if decision.target.startswith("tcp:") else b""
         return decision.host.encode("ascii")
 
-    def cipher(self, exchange: Exchange) -> Cipher:
+    def tls(self, exchange: Exchange) -> TlsClient:
         """TLS with the backend of a request, which is asked for by the Host that it gets.  Raises Refused."""
-        if self.ciphers is None:
-            from sniroute_tls import Ciphers  # imported late: only where a route asks for it
-            self.ciphers = Ciphers()
-        return self.ciphers.begin(*self.key(exchange))
+        if self.tls_clients is None:
+            from sniroute_tls import TlsClients  # imported late: only where a route asks for it
+            self.tls_clients = TlsClients()
+        return self.tls_clients.begin(*self.key(exchange))
 
     def key(self, exchange: Exchange) -> tuple[str, str | bool]:
         """Which name a backend has to prove by TLS, to whom."""
@@ -215,7 +220,7 @@ class Web:
         try:
             decision = self.router.decide(asked.name or None)
             mode = self.policy(decision).mode
-            if request is None and mode not in (RAW, SILENT):
+            if request is None and mode not in (PASS, REFUSE):
                 raise Refused("bad_request", f"{asked.name} is not served in HTTP/2", status=505)
         except Refused as error:
             if request is None:
@@ -223,12 +228,12 @@ class Web:
                 error.farewell = refusal_in_http2(error)
                 connection.refuse(error)
                 return
-        if mode is SILENT:
+        if mode is REFUSE:
             connection.prelude = connection.hello = None  # as ever: without a word
             connection.refuse(Malformed(f"not TLS: HTTP, which is not served for {asked.name}", kind="not_tls"))
             return
         prelude = connection.prelude
-        if mode is RAW:
+        if mode is PASS:
             if request is None:
                 del prelude.data[slice(*asked.ack)]  # it acknowledges our GREETING: the backend has sent none
             PassedConnection(connection, request, asked.name).begin(prelude, decision)
@@ -267,8 +272,8 @@ class Web:
 
 
 def prepare_tls(settings: Settings) -> None:
-    """Read the certificates that backends are held against, before `Web.cipher` asks for them.  Raises OSError."""
-    verified = {route.verify for route in settings.routes.routes if (route.http or settings.http) == BY_TLS}
+    """Read the certificates that backends are held against, before `Web.tls` asks for them.  Raises OSError."""
+    verified = {route.verify for route in settings.routes.routes if (route.http or settings.http) == FORWARD_TLS}
     if verified:
         from sniroute_tls import context  # imported late: only where a route asks for it
         for verify in verified:
@@ -280,6 +285,14 @@ def described(request: Request | None) -> tuple[str, str, str]:
     if request is None:
         return "", "", ""
     return request.method, request.name, request.path.partition(b"?")[0].decode("latin-1")
+
+
+def peer_of(connection: HttpConnection) -> str:
+    """The address of a client's connection, whatever a PROXY header says of it."""
+    try:
+        return connection.client.getpeername()[0].removeprefix("::ffff:")
+    except OSError:  # it has broken off
+        return connection.address[0]
 
 
 def late_head(connection: HttpConnection) -> None:

@@ -1,6 +1,6 @@
 """Tests of sniroute_tls.py: TLS to a backend.
 
-First a Cipher against OpenSSL's own server, piece by piece, in the thread of the test; then a router with `forward-tls`
+First a TlsClient against OpenSSL's own server, piece by piece, in the thread of the test; then a router with `forward-tls`
 in front of servers that speak TLS.
 """
 
@@ -26,7 +26,7 @@ from sniroute_gateway import Policy
 from sniroute_requests import Exchange
 from sniroute_routes import parse_route
 from sniroute_settings import load_settings
-from sniroute_tls import Cipher, Ciphers, context
+from sniroute_tls import TlsClient, TlsClients, context
 from sniroute_web import Web
 from testbed.clients import program_path
 from testbed.running import Running, read_all, reset
@@ -82,31 +82,31 @@ class Far:
         return self.outgoing.read()
 
 
-def shaken(cipher: Cipher, far: Far, step: int = 1 << 16) -> None:
+def shaken(client: TlsClient, far: Far, step: int = 1 << 16) -> None:
     """Finish the handshake; what the server says comes in pieces of `step` bytes."""
-    said = far.hear(cipher.hello())
-    while not cipher.is_ready:
+    said = far.hear(client.hello())
+    while not client.is_ready:
         assert said, "both wait"
-        answered = b"".join(cipher.answer(said[at:at + step]) for at in range(0, len(said), step))
+        answered = b"".join(client.answer(said[at:at + step]) for at in range(0, len(said), step))
         said = far.hear(answered)
     if said:  # sessions, with TLS 1.3
-        pour(cipher, said)
+        pour(client, said)
 
 
-def pour(cipher: Cipher, data: bytes) -> None:
-    """Have the Cipher take this from a socket."""
+def pour(client: TlsClient, data: bytes) -> None:
+    """Have the TlsClient take this from a socket."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         for at in range(0, len(data), sniroute_tls.RECORDS):
             theirs.sendall(data[at:at + sniroute_tls.RECORDS])
-            cipher.fill(ours)
+            client.fill(ours)
 
 
-def drained(cipher: Cipher) -> bytes:
+def drained(client: TlsClient) -> bytes:
     """All that can be read now."""
     parts = []
     with contextlib.suppress(BlockingIOError):
-        while part := cipher.read(1 << 16):
+        while part := client.read(1 << 16):
             parts.append(part)
     return b"".join(parts)
 
@@ -119,73 +119,73 @@ def verified(certificates: pathlib.Path) -> str:
 @both_versions
 @pytest.mark.parametrize("step", [1, 100, 1 << 16])
 def test_a_handshake_and_bytes_both_ways(certificates, version, step):
-    far, cipher = Far(server_context(certificates, version=version)), Ciphers().begin(NAME, verified(certificates))
-    shaken(cipher, far, step)
+    far, client = Far(server_context(certificates, version=version)), TlsClients().begin(NAME, verified(certificates))
+    shaken(client, far, step)
     assert far.tls.version() == {TLS12: "TLSv1.2", TLS13: "TLSv1.3"}[version]
-    assert far.read(cipher.seal(b"hello")) == b"hello"
-    pour(cipher, far.say(b"world"))
-    assert drained(cipher) == b"world" and cipher.is_dry
+    assert far.read(client.seal(b"hello")) == b"hello"
+    pour(client, far.say(b"world"))
+    assert drained(client) == b"world" and client.is_dry
 
 
 @both_versions
 @pytest.mark.parametrize("size", [1, 16384, 16385, 65536, 300_000])
 def test_bytes_of_any_number_are_sealed_and_read(certificates, version, size):
     """A record holds 16 KiB; OpenSSL writes one at a time."""
-    far, cipher = Far(server_context(certificates, version=version)), Ciphers().begin(NAME, verified(certificates))
-    shaken(cipher, far)
+    far, client = Far(server_context(certificates, version=version)), TlsClients().begin(NAME, verified(certificates))
+    shaken(client, far)
     data = os.urandom(size)
-    assert far.read(cipher.seal(data)) == data
-    pour(cipher, far.say(data))
-    assert drained(cipher) == data
+    assert far.read(client.seal(data)) == data
+    pour(client, far.say(data))
+    assert drained(client) == data
 
 
 @both_versions
 def test_records_that_came_together_are_read_one_after_another(certificates, version):
     """And so is one that came in pieces: `is_dry` says when the socket has to be asked again."""
-    far, cipher = Far(server_context(certificates, version=version)), Ciphers().begin(NAME, verified(certificates))
-    shaken(cipher, far)
-    drained(cipher)
-    assert cipher.is_dry
+    far, client = Far(server_context(certificates, version=version)), TlsClients().begin(NAME, verified(certificates))
+    shaken(client, far)
+    drained(client)
+    assert client.is_dry
     first, second = far.say(b"one"), far.say(b"two")
-    pour(cipher, first + second[:10])
-    assert not cipher.is_dry
-    assert cipher.read(100) == b"one" and not cipher.is_dry
+    pour(client, first + second[:10])
+    assert not client.is_dry
+    assert client.read(100) == b"one" and not client.is_dry
     with pytest.raises(BlockingIOError):
-        cipher.read(100)
-    assert cipher.is_dry
-    pour(cipher, second[10:])
-    assert cipher.read(2) == b"tw" and not cipher.is_dry and cipher.read(2) == b"o"
+        client.read(100)
+    assert client.is_dry
+    pour(client, second[10:])
+    assert client.read(2) == b"tw" and not client.is_dry and client.read(2) == b"o"
 
 
 @both_versions
 def test_a_session_is_used_again_for_the_same_name_and_settings_only(certificates, version):
-    made, ciphers = server_context(certificates, version=version), Ciphers()
+    made, clients = server_context(certificates, version=version), TlsClients()
 
     def is_reused(name: str, verify: str | bool) -> bool:
-        far, cipher = Far(made), ciphers.begin(name, verify)
-        shaken(cipher, far)
-        pour(cipher, far.say(b"x"))
-        assert drained(cipher) == b"x"
-        assert far.tls.session_reused == cipher.tls.session_reused
+        far, client = Far(made), clients.begin(name, verify)
+        shaken(client, far)
+        pour(client, far.say(b"x"))
+        assert drained(client) == b"x"
+        assert far.tls.session_reused == client.tls.session_reused
         return far.tls.session_reused
 
     right = verified(certificates)
     assert [is_reused(NAME, right), is_reused(NAME, right), is_reused(NAME, right)] == [False, True, True]
     assert not is_reused("other.example.com", right) and not is_reused(NAME, False)
     assert is_reused(NAME, False)
-    ciphers = Ciphers()  # the settings were read again
+    clients = TlsClients()  # the settings were read again
     assert not is_reused(NAME, right)
 
 
 def test_sessions_are_kept_up_to_a_number(certificates, monkeypatch):
     monkeypatch.setattr(sniroute_tls, "SESSIONS_MAX", 2)
-    made, ciphers = server_context(certificates), Ciphers()
+    made, clients = server_context(certificates), TlsClients()
     for name in ("a.example.com", "b.example.com", "c.example.com"):
-        far, cipher = Far(made), ciphers.begin(name, False)
-        shaken(cipher, far)
-        pour(cipher, far.say(b"x"))
-        drained(cipher)
-    assert [name for name, _ in ciphers.sessions] == ["b.example.com", "c.example.com"]
+        far, client = Far(made), clients.begin(name, False)
+        shaken(client, far)
+        pour(client, far.say(b"x"))
+        drained(client)
+    assert [name for name, _ in clients.sessions] == ["b.example.com", "c.example.com"]
 
 
 def test_the_name_is_sent_and_an_address_is_not(certificates):
@@ -193,7 +193,7 @@ def test_the_name_is_sent_and_an_address_is_not(certificates):
     for name, sent in ((NAME, NAME), (HOST, None)):
         made, names = server_context(certificates), []
         made.sni_callback = lambda tls, name, _: names.append(name)
-        shaken(Ciphers().begin(name, verified(certificates)), Far(made))
+        shaken(TlsClients().begin(name, verified(certificates)), Far(made))
         assert names == [sent]
 
 
@@ -201,7 +201,7 @@ def test_http_1_1_is_offered_and_no_other_protocol(certificates):
     made = server_context(certificates)
     made.set_alpn_protocols(["h2", "http/1.1"])
     far = Far(made)
-    shaken(Ciphers().begin(NAME, False), far)
+    shaken(TlsClients().begin(NAME, False), far)
     assert far.tls.selected_alpn_protocol() == "http/1.1"
 
 
@@ -219,9 +219,9 @@ BROKEN = {  # certificate, name, whether the test's authority is trusted: what i
 def test_a_wrong_certificate_is_refused_unless_none_is_verified(certificates, version, certificate, name, trusts, said):
     made = server_context(certificates, certificate, version)
     with pytest.raises(Refused, match=said) as caught:
-        shaken(Ciphers().begin(name, verified(certificates) if trusts else True), Far(made))
+        shaken(TlsClients().begin(name, verified(certificates) if trusts else True), Far(made))
     assert caught.value.kind == "backend_tls" and caught.value.status == 502
-    shaken(Ciphers().begin(name, False), Far(made))
+    shaken(TlsClients().begin(name, False), Far(made))
 
 
 @pytest.mark.parametrize("text, said", [(None, "No such file"), ("", "no certificate or crl found"),
@@ -233,7 +233,7 @@ def test_a_file_of_certificates_that_is_none_is_said(tmp_path, text, said):
     with pytest.raises(OSError):
         context(str(path))
     with pytest.raises(Refused, match=said) as caught:
-        Ciphers().begin(NAME, str(path))
+        TlsClients().begin(NAME, str(path))
     assert caught.value.kind == "backend_tls" and str(path) in str(caught.value)
 
 
@@ -242,83 +242,83 @@ def test_a_file_of_certificates_that_has_changed_is_read_again(certificates, tmp
     path.write_bytes((certificates / "stranger.pem").read_bytes())
     made = server_context(certificates)
     with pytest.raises(Refused):
-        shaken(Ciphers().begin(NAME, str(path)), Far(made))
+        shaken(TlsClients().begin(NAME, str(path)), Far(made))
     assert context(str(path)) is context(str(path))
     path.write_bytes((certificates / "ca.pem").read_bytes())
-    shaken(Ciphers().begin(NAME, str(path)), Far(made))
+    shaken(TlsClients().begin(NAME, str(path)), Far(made))
 
 
 @pytest.mark.parametrize("said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", b"\0" * 100,
                                   b"\x15\x03\x01\0\2\2\x28", b"\x16\x03\x03\xff\xff" + b"x" * 100])
 def test_a_peer_that_speaks_no_tls_is_refused(said):
-    cipher = Ciphers().begin(NAME, False)
-    cipher.hello()
+    client = TlsClients().begin(NAME, False)
+    client.hello()
     with pytest.raises(Refused) as caught:
-        cipher.answer(said)
+        client.answer(said)
     assert caught.value.kind == "backend_tls" and str(caught.value)
 
 
 def test_a_handshake_without_an_end_is_refused(certificates, monkeypatch):
     monkeypatch.setattr(sniroute_tls, "FLIGHT_MAX", 500)
-    far, cipher = Far(server_context(certificates)), Ciphers().begin(NAME, False)
-    said = far.hear(cipher.hello())
+    far, client = Far(server_context(certificates)), TlsClients().begin(NAME, False)
+    said = far.hear(client.hello())
     with pytest.raises(Refused, match="no end"):
         for at in range(0, 600, 10):
-            cipher.answer(said[at:at + 10])
+            client.answer(said[at:at + 10])
 
 
 @both_versions
 def test_an_end_is_one_only_where_tls_says_so(certificates, version):
     """Else somebody between may have cut it."""
     for is_said in (True, False):
-        far, cipher = Far(server_context(certificates, version=version)), Ciphers().begin(NAME, False)
-        shaken(cipher, far)
+        far, client = Far(server_context(certificates, version=version)), TlsClients().begin(NAME, False)
+        shaken(client, far)
         last = far.say(b"last")
         if is_said:
             with contextlib.suppress(ssl.SSLWantReadError):
                 far.tls.unwrap()
             last += far.outgoing.read()
-        pour(cipher, last)
+        pour(client, last)
         ours, theirs = socket.socketpair()
         with ours, theirs:
             theirs.close()
-            cipher.fill(ours)
-        assert cipher.read(100) == b"last"
+            client.fill(ours)
+        assert client.read(100) == b"last"
         if is_said:
-            assert cipher.read(100) == b"" and cipher.is_dry
+            assert client.read(100) == b"" and client.is_dry
         else:
             with pytest.raises(ConnectionResetError):
-                cipher.read(100)
-            assert cipher.is_dry
+                client.read(100)
+            assert client.is_dry
 
 
 @both_versions
 def test_a_record_that_was_changed_on_the_way_is_a_cut(certificates, version):
-    far, cipher = Far(server_context(certificates, version=version)), Ciphers().begin(NAME, False)
-    shaken(cipher, far)
-    drained(cipher)
+    far, client = Far(server_context(certificates, version=version)), TlsClients().begin(NAME, False)
+    shaken(client, far)
+    drained(client)
     said = bytearray(far.say(b"hello"))
     said[-1] ^= 1
-    pour(cipher, said)
+    pour(client, said)
     with pytest.raises(ConnectionResetError, match="decryption failed or bad record mac"):
-        cipher.read(100)
+        client.read(100)
     with pytest.raises(OSError):
-        cipher.seal(b"more")
+        client.seal(b"more")
 
 
 @both_versions
 def test_what_is_said_at_the_end_is_an_end_to_the_server_and_it_may_go_on(certificates, version):
-    far, cipher = Far(server_context(certificates, version=version)), Ciphers().begin(NAME, False)
-    shaken(cipher, far)
-    drained(cipher)
-    far.incoming.write(cipher.seal(b"last") + cipher.close())
+    far, client = Far(server_context(certificates, version=version)), TlsClients().begin(NAME, False)
+    shaken(client, far)
+    drained(client)
+    far.incoming.write(client.seal(b"last") + client.close())
     assert far.tls.read(100) == b"last"
     with contextlib.suppress(ssl.SSLZeroReturnError):
         assert far.tls.read(100) == b""
     said = far.say(b"x" * 40_000)
     for at in range(0, len(said), 9999):
-        pour(cipher, said[at:at + 9999])
-    assert drained(cipher) == b"x" * 40_000
+        pour(client, said[at:at + 9999])
+    assert drained(client) == b"x" * 40_000
 
 
 # -- a router in front -------------------------------------------------------------------------
