@@ -98,7 +98,11 @@ class Kubernetes(Forwarder):
 
     def parse_target(self, text: str) -> Target:
         """A listener's argument.  Raises ValueError."""
-        return self.target_of(text, parse_argument(text))
+        try:
+            targets = parse_argument(text)
+        except Malformed as error:
+            raise ValueError(str(error)) from None
+        return self.target_of(text, targets)
 
     def target_of(self, text: str, targets: Sequence[KubeTarget]) -> Target:
         """A target with the pods behind it, which all listeners of that target share."""
@@ -232,11 +236,11 @@ def make(settings: Settings, environ: Mapping[str, str]) -> Kubernetes:
     return program
 
 
-def target_of(program: Kubernetes, text: str) -> Target:
+def targets_of(text: str) -> tuple[KubeTarget, ...]:
     """A target on the command line.  Raises SettingsError."""
     try:
-        return program.parse_target(text)
-    except ValueError as error:
+        return parse_argument(text)
+    except Malformed as error:
         raise SettingsError(str(error)) from None
 
 
@@ -245,8 +249,9 @@ def port_forward(words: list[str], environ: Mapping[str, str]) -> int:
     arguments, settings, given = parse_words(words, environ, listen=parse_listen)
     if len(arguments) != 1 or "listen" not in given:
         raise SettingsError("port-forward takes one TARGET, and --listen HOST:PORT")
+    targets = targets_of(arguments[0])
     program = make(settings, environ)
-    target = target_of(program, arguments[0])
+    target = program.target_of(arguments[0], targets)
     try:
         program.listen(target, given["listen"])
     except OSError as error:
@@ -282,8 +287,9 @@ def get(words: list[str], environ: Mapping[str, str]) -> int:
     arguments, settings, _ = parse_words(words, environ)
     if len(arguments) != 1:
         raise SettingsError("get takes one TARGET")
+    targets = targets_of(arguments[0])
     program = make(settings, environ)
-    pods = target_of(program, arguments[0]).pods
+    pods = program.target_of(arguments[0], targets).pods
     answers: list[Choice | Failed] = []
 
     def told(answer: Choice | Failed) -> None:

@@ -118,7 +118,7 @@ class Cluster:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def postgres_files() -> Iterator[Cluster]:
     """What `initdb` makes."""
     with contextlib.closing(Cluster()) as made:
         yield made
@@ -181,17 +181,17 @@ class Database:
 
 
 @pytest.fixture(scope="module")
-def postgres(certificate: Certificate, cluster: Cluster) -> Iterator[Address]:
+def postgres(certificate: Certificate, postgres_files: Cluster) -> Iterator[Address]:
     """The address of a PostgreSQL that speaks TLS."""
-    with contextlib.closing(Database(certificate, cluster)) as database:
+    with contextlib.closing(Database(certificate, postgres_files)) as database:
         yield database.address
 
 
 @pytest.fixture
-def databases(certificate: Certificate, cluster: Cluster) -> Iterator[list[Database]]:
+def databases(certificate: Certificate, postgres_files: Cluster) -> Iterator[list[Database]]:
     """Three of them, for a test that stops and starts them."""
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        made = [pool.submit(Database, certificate, cluster) for _ in range(3)]
+        made = [pool.submit(Database, certificate, postgres_files) for _ in range(3)]
     with contextlib.ExitStack() as stack:
         for each in made:
             if not each.exception():
