@@ -45,7 +45,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Mapping, NamedTuple
 
 from sniroute_dial import Failed
 from sniroute_host import Stamp, changed_by_others, interpreter_of, stamp
@@ -526,7 +526,8 @@ class Identity:
         before, self.files = self.files, files
         user = files.context.user
         plugin = user.plugin
-        if before is not None and (before.context.cluster, before.context.user.plugin) != (files.context.cluster, plugin):
+        if before is not None and (before.context.cluster, before.context.user.plugin) != (
+                files.context.cluster, plugin):
             self.credential = self.plugin_tls = None
         if plugin is None or proof_of(user, files.token) is not None:
             self._tell(None)

@@ -1,4 +1,4 @@
-"""Tests of sniroute_api.py, in its order, against the stand-in for a cluster, or a server that says what a test wants."""
+"""Tests of sniroute_api.py, in its order, against the stand-in for a cluster, or a server of the test's own."""
 
 from __future__ import annotations
 
@@ -519,7 +519,8 @@ def test_a_watch_that_is_cancelled_by_what_it_tells(web, caller):
 
 def test_a_watch_may_be_silent_for_longer_than_its_start(web, caller, monkeypatch):
     monkeypatch.setattr(sniroute_api, "WATCH_START", 0.2)
-    watched = caller.watch(f"{PODS}?watch=true&resourceVersion={web.get('pods', 'web-1')['metadata']['resourceVersion']}")
+    version = web.get("pods", "web-1")["metadata"]["resourceVersion"]
+    watched = caller.watch(f"{PODS}?watch=true&resourceVersion={version}")
     caller.until(lambda: watched.job.is_streaming)
     began = monotonic()
     caller.until(lambda: monotonic() > began + 0.3)

@@ -413,7 +413,8 @@ def test_a_plugin_that_is_not_there_is_told_with_how_to_install_it(call, cluster
     assert told(call(path).get(PODS), "plugin") == (
         "the plugin no-such-plugin is not there, neither on PATH nor in --exec-path and the usual folders: "
         "Install it: brew install x")
-    assert told(call(cluster.kubeconfig(user=plugin.user())).get(PODS), "plugin") == f"the plugin {plugin.path} is not there"
+    path = cluster.kubeconfig(user=plugin.user())
+    assert told(call(path).get(PODS), "plugin") == f"the plugin {plugin.path} is not there"
 
 
 def test_a_plugin_that_others_may_change_is_not_run(call, cluster, plugin):
@@ -431,9 +432,10 @@ def test_a_plugin_that_cannot_be_run(call, cluster, plugin):
 
 
 @pytest.mark.parametrize("said, shown", [
-    (b"", ", and said nothing"), (b"\n \n)\n", ", and said nothing"), (b"one\ntwo\n", ": two"), (b"\xff\n", ", and said nothing"),
-    (b"F1129 20:41:44.968653   27251 cred.go:145] print credential failed with error: exit status 1 (err: ERROR: no account\n"
-     b"Please run:\n\n  $ gcloud auth login\n\nto obtain new credentials.\n)\n",
+    (b"", ", and said nothing"), (b"\n \n)\n", ", and said nothing"), (b"one\ntwo\n", ": two"),
+    (b"\xff\n", ", and said nothing"),
+    (b"F1129 20:41:44.968653   27251 cred.go:145] print credential failed with error: exit status 1 (err: ERROR: no "
+     b"account\nPlease run:\n\n  $ gcloud auth login\n\nto obtain new credentials.\n)\n",
      ": print credential failed with error: exit status 1 (err: ERROR: no account"),
     (b"Traceback (most recent call last):\n  File x\nValueError: bad\n", ": ValueError: bad"),
 ])

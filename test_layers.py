@@ -14,7 +14,7 @@ import sniroute_layers
 from conftest import HOST, connect
 from sniroute_dial import OVER, Failed, WayOut
 from sniroute_kubeconfig import Proxy, Secret
-from sniroute_layers import ROOM, Opening, Place, Plain, Secure, Wires
+from sniroute_layers import ROOM, Opening, Place, Plain, Secure
 from testbed.apis import SPDY, Caller
 from testbed.running import read_all, read_exactly, reset
 
