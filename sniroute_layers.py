@@ -40,10 +40,10 @@ import ssl
 import struct
 from typing import Any, Callable, Generator
 
-from sniroute_dial import CONNECTING, NAMING, OVER, Dial, Failed, WayOut
+from sniroute_dial import OVER, Dial, Failed, WayOut
 from sniroute_kubeconfig import Proxy
 from sniroute_loop import READ, WRITE, Loop, Watch
-from sniroute_names import printable, show_address
+from sniroute_names import show_address
 from sniroute_refusals import Malformed
 from sniroute_upgrade import connect_request, parse_answer
 
@@ -329,7 +329,7 @@ class Secure(Wire):
         return self.below.unsent
 
     def shake(self, done: Callable[[Failed | None], None], keep: Callable[[ssl.SSLSession], None]) -> None:
-        """Begin the handshake: `done(None)`, or `done(Failed)` with all closed.  `keep` gets a session, if one comes."""
+        """Begin the handshake: `done(None)`, or `done(Failed)` all closed.  `keep` gets a session, if one comes."""
         self.done, self.keep = done, keep
         self.below.on_data = self._on_shake
         self._on_shake(b"")
