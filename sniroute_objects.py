@@ -20,7 +20,7 @@ Seams: I want to ...
     tell another reason               a word of REASONS, and a row for it where the router reads them
     have another option of a target   a field of KubeTarget; `argument_of` and `with_option`
 
-This room imports sniroute_dial (Failed), sniroute_names and sniroute_refusals.
+This room imports sniroute_names and sniroute_refusals.
 
 Source: kubernetes.io, "Object Names and IDs", "Service", "EndpointSlices", "Pod Lifecycle"; kubectl, folder
 polymorphichelpers, for what a port means.
@@ -33,9 +33,8 @@ import re
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, NoReturn, Sequence
 from urllib.parse import quote, unquote
 
-from sniroute_dial import Failed
 from sniroute_names import HOST, is_number, normalise, parse_host_port, printable, show_address
-from sniroute_refusals import Malformed
+from sniroute_refusals import Failed, Malformed
 
 __version__ = "0.1.0"
 

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 
 import sniroute_objects
-from sniroute_dial import Failed
 from sniroute_forwarder import COMMAND_MAX
 from sniroute_objects import (ALTERNATIVES_MAX, ARGUMENT_MAX, BALANCES, KINDS, LABELS_MAX, READY, RUNNING, Choice,
                               KubeTarget, argument_of, choice_of, lacking, none_ready, object_path, parse_argument,
                               parse_target, with_option)
-from sniroute_refusals import Malformed
+from sniroute_refusals import Failed, Malformed
 from testbed.objects import endpoint, endpoints, pod, service, workload
 
 WEB = parse_target("prod/svc/web:80")
