@@ -770,7 +770,11 @@ class Apis:
         return self.way if place.proxy is None else self.direct
 
     def close(self) -> None:
-        """End all jobs, idle connections and plugins.  Wires that were handed over are their owners'."""
+        """End all jobs, idle connections and plugins.
+
+        Wires that were handed over are their owners', who close them before: sockets of closed wires close now.
+        """
         for api in self.known.values():
             api.close()
         self.plugins.close()
+        self.wires.close()

@@ -55,7 +55,7 @@ RECORD = 16384  # of TLS: what one read of OpenSSL gives at most, RFC 8446 secti
 ROOM = 1 << 16  # `Wire.on_room` is called when `unsent` falls to this, having been above it
 FLIGHT_MAX = 1 << 17  # of a handshake: a chain of certificates is a tenth of that
 WRITES = 64  # pieces in one write; the kernel takes 1,024 (IOV_MAX)
-LINGER = 10.0  # seconds for which a closed wire still sends what is unsent
+LINGER = 10.0  # seconds for which a closed wire still sends what is unsent, and waits for the other side's end
 PROXY_WORDS = 1 << 16  # that a proxy may say before it lets us through: what HTTP's head has at most
 
 
@@ -108,7 +108,10 @@ class Wire:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Send what is unsent, end TLS, and close; no callback is called any more.  More than once does no harm."""
+        """Send what is unsent, end TLS, and close; no callback is called any more.  More than once does no harm.
+
+        The socket itself closes when the other side ends, or LINGER later.
+        """
         raise NotImplementedError
 
     def reset(self) -> None:
@@ -134,7 +137,12 @@ class Wires:
     def __init__(self, loop: Loop):
         self.loop = loop
         self.broken = loop.queue(0.0, Plain.tell_break)
-        self.lingering = loop.queue(LINGER, Plain.drop)
+        self.lingering = loop.queue(LINGER, Plain.drop)  # closed wires
+
+    def close(self) -> None:
+        """Wait no more for those that are closed."""
+        for wire in list(self.lingering.due):
+            wire.drop()
 
 
 class Plain(Wire):
@@ -185,12 +193,23 @@ class Plain(Wire):
 
     def close(self) -> None:
         if self.leave():
+            self.wires.lingering.put(self)
+            self.is_reading = not self.out
             if self.out:
-                self.is_reading = False
                 self._wait()
-                self.wires.lingering.put(self)
             else:
-                self.drop()
+                self._part()
+
+    def _part(self) -> None:
+        """All is sent.  Now wait for the other side's end: the kernel resets what is closed with unread bytes, and
+        with a reset the other side may lose what it has not read yet."""
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.drop()
+            return
+        self.is_reading = True
+        self._wait()
 
     def reset(self) -> None:
         if self.leave():
@@ -217,7 +236,7 @@ class Plain(Wire):
         """The socket takes or has something, or has failed."""
         if self.out and mask & ~READ:
             self._flush()
-        if self.is_open and self.is_reading and mask & ~WRITE:
+        if self.is_reading and mask & ~WRITE and self.sock.fileno() >= 0:
             self._read()
 
     def _read(self) -> None:
@@ -251,7 +270,7 @@ class Plain(Wire):
                 break
             sent -= len(first)
         if not self.is_open and not self.out:
-            self.drop()
+            self._part()
             return
         self._wait()
         if before > ROOM >= self.waiting:
@@ -274,6 +293,7 @@ class Plain(Wire):
         self._end(self.error)
 
     def _end(self, error: Failed | None) -> None:
+        """The other side has ended, or broken off."""
         self.drop()
         self.ended(error)
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import pathlib
 import time
 
 import pytest
 
 import sniroute_api
 from conftest import HOST, wait_until
-from sniroute_api import REASONS, Api, Reply, Upgraded, failure
+from sniroute_api import REASONS, Reply, Upgraded, failure
 from sniroute_dial import Failed
-from sniroute_loop import Loop, monotonic
-from testbed.apis import SPDY, WEBSOCKET, Watched
-from testbed.running import read_all, reset
+from sniroute_loop import monotonic
+from testbed.apis import SPDY, WEBSOCKET
+from testbed.running import read_all
 
 NAMESPACE = "/api/v1/namespaces/default"
 PODS, SERVICE, POD = f"{NAMESPACE}/pods", f"{NAMESPACE}/services/web", f"{NAMESPACE}/pods/web-1"
@@ -219,12 +218,17 @@ def test_an_idle_connection_that_is_closed_meanwhile_is_not_used(web, caller):
     assert caller.get(SERVICE).status == 200
 
 
-def test_an_idle_connection_without_anybody_at_its_other_end_is_given_up(web, caller, monkeypatch):
+@pytest.mark.parametrize("ask", ["get", "upgrade"])
+def test_an_idle_connection_without_anybody_at_its_other_end_is_given_up(plain, monkeypatch, ask):
+    """A laptop has slept, or a balancer has forgotten the connection: what is sent gets no answer at all."""
+    def handler(sock):
+        says(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")(sock)
+        read_all(sock)
+
     monkeypatch.setattr(sniroute_api, "SILENT", 0.1)
-    caller.get(SERVICE)
-    web.end_connections("freeze")
-    assert caller.get(SERVICE).status == 200
-    assert len(web.connections()) == 2
+    caller = plain(handler)
+    assert caller.get("/a").status == 200 and len(caller.apis.of("").idle) == 1
+    assert (caller.get("/b") if ask == "get" else caller.upgrade("POST", "/b")).status == 200
 
 
 def test_few_idle_connections_are_kept_and_not_for_long(web, caller):
@@ -252,7 +256,7 @@ def test_so_many_ask_at_a_time_and_the_others_wait_for_their_turn(web, caller, m
     fault = web.fault("hang")
     jobs = [caller.begin(SERVICE) for _ in range(6)]
     caller.until(lambda: web.hits(fault) == 3)
-    assert sorted(job.phase for job, _ in jobs) == [sniroute_api.ASKING] * 3 + [sniroute_api.QUEUED] * 3
+    assert [job.phase for job, _ in jobs] == [sniroute_api.ASKING] * 3 + [sniroute_api.QUEUED] * 3
     jobs[5][0].cancel()
     web.heal()
     for job, _ in jobs[:3]:
@@ -319,24 +323,29 @@ def test_what_is_forbidden_says_what_would_grant_it(web, call):
 # -- where it may hang, and break off ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("point, phase", [
-    ("accept", "TLS handshake"), ("tls", sniroute_api.ASKING), ("request", sniroute_api.ASKING),
-    ("head", sniroute_api.ASKING), ("body", sniroute_api.ASKING)])
-def test_a_server_that_hangs_is_told_with_what_it_was_asked_for(web, caller, point, phase):
-    web.fault("hang", point)
-    said = told(caller.get(SERVICE, timeout=0.3), "timeout")
-    assert said == f"{phase} ({HOST}:{web.port})"
-    web.heal()
-    assert caller.get(SERVICE).status == 200
-    wait_until(lambda: len(web.connections(ended=None)) == 1)
+POINTS = "accept", "tls", "request", "head", "body"
+
+
+def test_a_server_that_hangs_is_told_with_what_it_was_asked_for(web, caller):
+    for point in POINTS:
+        web.fault("hang", point)
+        said = told(caller.get(SERVICE, timeout=0.2), "timeout")
+        assert said == f"{'TLS handshake' if point == 'accept' else sniroute_api.ASKING} ({HOST}:{web.port})", point
+        web.heal()
+        assert caller.get(SERVICE).status == 200
+        wait_until(lambda: len(web.connections(ended=None)) == 1)
+        web.end_connections("end")
+        caller.until(lambda: not caller.apis.of("").idle)
 
 
 @pytest.mark.parametrize("how", ["rst", "eof", "end"])
-@pytest.mark.parametrize("point", ["accept", "tls", "request", "head", "body"])
-def test_a_server_that_breaks_off_is_a_failure_and_the_next_one_is_served(web, caller, how, point):
-    web.fault(how, point, times=1)
-    told(caller.get(SERVICE), "reset")
-    assert caller.get(SERVICE).status == 200
+def test_a_server_that_breaks_off_is_a_failure_and_the_next_one_is_served(web, caller, how):
+    for point in POINTS:
+        web.fault(how, point, times=1)
+        told(caller.get(SERVICE), "reset")
+        assert caller.get(SERVICE).status == 200
+        web.end_connections("end")
+        caller.until(lambda: not caller.apis.of("").idle)
 
 
 def test_garbage_is_no_answer(web, caller):
@@ -360,7 +369,7 @@ def test_a_certificate_for_another_name_and_none_that_is_checked(make_cluster, c
 
 def test_the_name_that_the_certificate_has_to_have(web, call):
     assert call(web.kubeconfig(cluster={"tls-server-name": "a.example.test"})).get("/version").status == 200
-    told(call(web.kubeconfig(cluster={"tls-server-name": "a.example.com"})).get("/version"), "certificate")
+    told(call(web.kubeconfig(cluster={"tls-server-name": "a.example.net"})).get("/version"), "certificate")
 
 
 def test_a_server_that_is_gone_and_comes_back(web, caller):
@@ -389,22 +398,23 @@ def test_a_process_that_stands_still_and_goes_on(web, caller):
     assert caller.get(SERVICE).status == 200
 
 
-@pytest.mark.parametrize("point", ["accept", "tls", "request", "head", "body"])
 @pytest.mark.parametrize("ask", ["get", "watch", "upgrade"])
-def test_what_is_cancelled_leaves_nothing_and_is_not_told(web, caller, point, ask):
-    fault = web.fault("hang", point)
-    got = []
-    api = caller.apis.of("")
-    job = {"get": lambda: api.get(SERVICE, got.append, monotonic() + 9),
-           "watch": lambda: api.watch(f"{PODS}?watch=true", got.append, got.append),
-           "upgrade": lambda: api.upgrade("POST", f"{POD}x/portforward", SPDY, got.append, monotonic() + 9)}[ask]()
-    caller.until(lambda: web.hits(fault))
-    count = len(got)
-    job.cancel()
-    job.cancel()
-    assert job.phase == sniroute_api.OVER and not api.jobs
-    caller.until(lambda: not web.connections(ended=None))
-    assert len(got) == count
+def test_what_is_cancelled_leaves_nothing_and_is_not_told(web, caller, ask):
+    for point in POINTS:
+        fault = web.fault("hang", point)
+        got = []
+        api = caller.apis.of("")
+        job = {"get": lambda: api.get(SERVICE, got.append, monotonic() + 9),
+               "watch": lambda: api.watch(f"{PODS}?watch=true", got.append, got.append),
+               "upgrade": lambda: api.upgrade("POST", f"{POD}x/portforward", SPDY, got.append, monotonic() + 9)}[ask]()
+        caller.until(lambda: web.hits(fault))
+        count = len(got)
+        job.cancel()
+        job.cancel()
+        assert job.phase == sniroute_api.OVER and not api.jobs
+        caller.until(lambda: not web.connections(ended=None))
+        assert len(got) == count
+        web.heal()
 
 
 def test_what_is_cancelled_before_it_has_begun(web, caller):
@@ -422,7 +432,7 @@ def test_a_watch_tells_what_happens_until_the_server_ends_it(web, caller):
     web.pod("web-2", {}, labels={"app": "web", "x": "\u00fc" * 40000})
     caller.until(lambda: watched.lines[-1]["object"]["metadata"]["name"] == "web-2")
     web.end_connections("end")
-    assert caller.until(lambda: watched.ends) == [None] or watched.ends[0].reason == "reset"
+    told(caller.until(lambda: watched.ends)[0], "reset")
 
 
 def test_a_watch_that_ends_as_it_should(plain):
@@ -437,7 +447,6 @@ def test_a_watch_in_pieces_of_one_byte(plain):
         says(b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n')(sock)
         for byte in b'9\r\n{"a":1}\n{\r\n7\r\n"b":2}\n\r\n0\r\n\r\n':
             sock.sendall(bytes((byte,)))
-    watched = plain(handler).watch
     caller = plain(handler)
     watched = caller.watch("/x?watch=true")
     assert caller.until(lambda: watched.ends) == [None] and watched.lines == [{"a": 1}, {"b": 2}]
@@ -455,10 +464,7 @@ def test_a_watch_from_too_long_ago(web, caller):
     web.compact()
     watched = caller.watch(f"{PODS}?watch=true&resourceVersion=1")
     caller.until(lambda: watched.ends or watched.lines)
-    if watched.ends:
-        told(watched.ends[0], "gone")
-    else:
-        assert watched.lines[0]["type"] == "ERROR" and watched.lines[0]["object"]["code"] == 410
+    assert watched.lines[0]["type"] == "ERROR" and watched.lines[0]["object"]["code"] == 410
 
 
 def test_a_watch_whose_status_says_that_it_is_too_old(web, caller):
@@ -513,7 +519,7 @@ def test_an_upgrade_hands_its_wire_over(web, caller, method, headers):
     upgraded.wire.on_data, upgraded.wire.on_end = heard.append, ends.append
     caller.until(lambda: len(b"".join(heard)) >= 12)
     session, = web.sessions()
-    assert session["transport"] == ("spdy" if method == "POST" else "websocket") or session["transport"]
+    assert session["protocol"] == ("portforward.k8s.io" if method == "POST" else "SPDY/3.1+portforward.k8s.io")
     assert not caller.apis.of("").idle and not caller.apis.of("").jobs
     web.end_sessions("end")
     assert caller.until(lambda: ends) == [None]
@@ -550,11 +556,11 @@ def test_an_upgrade_that_is_answered_with_a_page_without_end(plain, monkeypatch)
 
 
 def test_the_same_name_is_the_same_api(caller, monkeypatch):
-    first = caller.apis.of("a")
-    assert caller.apis.of("a") is first and caller.apis.of("b") is not first
     monkeypatch.setattr(sniroute_api, "APIS_MAX", 2)
+    first = caller.apis.of("a")
+    assert caller.apis.of("b") is not first and caller.apis.of("a") is first
     caller.apis.of("c")
-    assert len(caller.apis.known) == 3 - 1 + 0 or caller.apis.of("b")
+    assert list(caller.apis.known) == ["a", "c"], "names may come from strangers"
 
 
 def test_a_context_that_is_not_there(web, caller):
@@ -572,25 +578,3 @@ def test_the_end_of_all_tells_nobody(web, call):
     caller.apis.close()
     caller.until(lambda: not web.connections(ended=None))
     assert got == watched.ends == []
-
-
-# -- proxies -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind, userinfo, login", [
-    ("http", "", ""), ("http", "me:p%40ss@", "Basic bWU6cEBzcw=="), ("socks5", "", ""), ("socks5", "me:p%40ss@", "me:p@ss"),
-    ("https", "", "")])
-def test_a_proxy_of_the_kubeconfig(web, call, proxy, certificates, kind, userinfo, login, monkeypatch):
-    import ssl
-    context = None
-    if kind == "https":
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificates / "edge.pem", certificates / "edge.key")
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificates / "ca.pem"))
-    between = proxy("socks5" if kind == "socks5" else "http", login=login, context=context)
-    url = f"{kind}://{userinfo}{HOST}:{between.address[1]}"
-    caller = call(web.kubeconfig(cluster={"proxy-url": url}))
-    assert caller.get(SERVICE).status == 200
-    upgraded = caller.upgrade("POST", FORWARD)
-    upgraded.wire.close()
-    assert between.asked == [(HOST, web.port, login)]

@@ -120,7 +120,12 @@ class Proxy:
         with client:
             if self.says is not None:
                 client.recv(4096)
-                client.sendall(self.says)
+                if self.talk == self.socks and len(self.says) > 2:  # to each thing that it is told
+                    client.sendall(self.says[:2])
+                    client.recv(4096)
+                    client.sendall(self.says[2:])
+                else:
+                    client.sendall(self.says)
                 return
             place = self.talk(client)
             if place is not None:
