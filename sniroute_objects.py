@@ -357,7 +357,7 @@ def plan_workload(target: KubeTarget, thing: dict[str, Any]) -> Plan:
     selector = part(part(thing, "spec"), "selector")
     terms = [f"{key}={value}" for key, value in sorted(part(selector, "matchLabels").items())]
     for row in rows(selector, "matchExpressions"):
-        key, values = word(row, "key"), ",".join(map(str, row.get("values") or ()))
+        key, values = word(row, "key"), ",".join(map(str, typed(row.get("values") or [], list, "values")))
         form = EXPRESSIONS.get(word(row, "operator"))
         if form is None:
             raise Failed("answer", f"{target.said} selects pods by {printable(word(row, 'operator'), 40)!r}")
@@ -415,6 +415,8 @@ def read_pod(thing: dict[str, Any]) -> Iterator[Pod]:
     ports.pop("", None)
     default = word(part(metadata, "annotations"), "kubectl.kubernetes.io/default-container")
     state, why = state_of(thing)
+    if not OBJECT.fullmatch(word(metadata, "name")):
+        raise Failed("answer", "the API server's answer has a pod whose name is none")
     yield Pod(word(metadata, "name"), word(metadata, "uid"), state, why, ports, images,
               default if default in images else next(iter(images), ""))
 
@@ -444,13 +446,15 @@ def state_of(thing: dict[str, Any]) -> tuple[str, str]:
 def read_slice(thing: dict[str, Any], namespace: str) -> Iterator[Pod]:
     """The pods of an EndpointSlice; an address without one is a Pod in the state `no pod`.  Raises Failed, `answer`.
 
-    A pod of another namespace is none of ours: the operator has allowed this one.
+    A pod of another namespace is none of ours: the operator has allowed this one.  Users write slices, and the API
+    server does not check the names in them: what is no name would be another path.
     """
     ports = {word(row, "name"): row["port"] for row in rows(thing, "ports")
              if row.get("protocol") in (None, "TCP") and isinstance(row.get("port"), int)}
     for row in rows(thing, "endpoints"):
         conditions, target = part(row, "conditions"), part(row, "targetRef")
-        if word(target, "kind") == "Pod" and word(target, "name") and word(target, "namespace") in ("", namespace):
+        if word(target, "kind") == "Pod" and OBJECT.fullmatch(word(target, "name")) \
+                and word(target, "namespace") in ("", namespace):
             state = ("terminating" if conditions.get("terminating") else
                      "not ready" if conditions.get("ready") is False else "ready")
             yield Pod(word(target, "name"), word(target, "uid"), state, ports=ports)
