@@ -43,7 +43,7 @@ from sniroute_dial import Failed
 from sniroute_forwarder import LEVELS, Control, Forwarder, Listener, Log, bridge, parse_listen
 from sniroute_host import open_standard_streams, raise_descriptor_limit
 from sniroute_kubeconfig import kubeconfig_paths
-from sniroute_links import Links
+from sniroute_links import Links, clock
 from sniroute_loop import monotonic
 from sniroute_names import printable, show_address
 from sniroute_objects import Choice, KubeTarget, none_ready, parse_argument, parse_target, with_option
@@ -53,6 +53,9 @@ from sniroute_pods import Alarms, Pods
 from sniroute_refusals import Malformed, SettingsError
 
 __version__ = "0.1.0"
+
+TICK = 10.0  # seconds between two looks at the clock, which passes while the host sleeps
+AWAY = 30.0  # seconds that are missing then: balancers and API servers have forgotten us
 
 # -- the program -------------------------------------------------------------------------------
 
@@ -83,6 +86,9 @@ class Kubernetes(Forwarder):
         self.alarms = Alarms(self.loop)
         self.pods: dict[str, Pods] = {}  # by target, as text
         self.tools: dict[str, int] = {}  # by image, or where that is not known by the uid of a pod: the tool's number
+        self.ticking = self.loop.timer(self.on_tick)
+        self.ticked = clock()
+        self.ticking.set(monotonic() + TICK)
         self.command: tuple[str, ...] = ()  # of `exec`
         self.code = 0  # of that command
         self.starting = self.loop.queue(START, Client.on_late)
@@ -127,6 +133,17 @@ class Kubernetes(Forwarder):
             self.pods.pop(target.text, None)
             self.links.leave({choice.uid for choice in target.pods.choices})
             target.pods.close()
+
+    def on_tick(self) -> None:
+        """See whether this host has slept, or was stopped: what was known then, and each session, is in doubt."""
+        now, before, self.ticked = clock(), self.ticked, clock()
+        self.ticking.set(monotonic() + TICK)
+        if now - before > TICK + AWAY:
+            self.log("info", f"nothing was done for {now - before:.0f} s: all sessions are probed", event="away")
+            for link in list(self.links.all):
+                link.probe()
+            for pods in self.pods.values():
+                pods.doubt()
 
     def stay(self, client: Client) -> None:
         """A client that has ended still gets an answer."""

@@ -502,6 +502,16 @@ class Link:
             self.flush()
         self.links.pinging.put(self)
 
+    def probe(self) -> None:
+        """Much may have happened meanwhile: be dead at the next ping, unless there is a sign of life before."""
+        if self.state is SPARE:
+            self.close()
+            return
+        self.missed = MISSES
+        self.machine.ping()
+        self.flush()
+        self.links.pinging.put(self)
+
     def lose(self, why: Failed) -> None:
         """The connection has ended, or has to; the client hears what that means for its call."""
         call, owner = self.call, self.owner
