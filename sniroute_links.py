@@ -27,7 +27,7 @@ Threads: all runs in the loop.
 
 Seams: I want to ...
     another kind of upgrade            a row in TRANSPORTS
-    another sign that a pod is gone    sniroute_kubernetes, UNTOUCHED
+    another sign that a pod is gone    sniroute_passage, UNTOUCHED
     keep more spare links              SPARES
 
 This room imports sniroute_api (Api, failure), sniroute_layers (Wire), sniroute_channels, sniroute_spdy,
