@@ -48,7 +48,7 @@ from sniroute_credentials import Access, Identity, Plugins, Settings
 from sniroute_dial import Failed, WayOut, find_proxy
 from sniroute_http import Counted, Response, make_line, open_body, parse_response
 from sniroute_kubeconfig import Context
-from sniroute_layers import ROOM, Opening, Place, Wire, Wires, unheard
+from sniroute_layers import Opening, Place, Wire, Wires, unheard
 from sniroute_loop import Loop, monotonic
 from sniroute_names import printable
 from sniroute_refusals import Malformed
@@ -117,7 +117,7 @@ class Reply(NamedTuple):
 
 
 class Upgraded(NamedTuple):
-    """A connection that speaks another protocol now.  Its owner assigns the callbacks of `wire` before `done` returns."""
+    """A connection that speaks another protocol now.  Its owner sets the callbacks of `wire` before `done` returns."""
 
     headers: Mapping[str, str]  # of the 101
     wire: Wire

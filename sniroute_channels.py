@@ -235,8 +235,8 @@ class Tunnel(Session):
         """What has come of these bytes.  Raises Malformed where the connection cannot be read any further."""
         pieces, others = self.messages.hear(data)
         events: list[Event | Closed] = []
-        if pieces:  # several of a few bytes each come together: Kubernetes sends a frame's head by itself
-            events += super().receive(pieces[0].data if len(pieces) == 1 else b"".join(p.data for p in pieces))
+        for piece in pieces:  # Kubernetes sends the head of a frame by itself, so nothing is gained by joining them
+            events += super().receive(piece.data)
         return events + others
 
 

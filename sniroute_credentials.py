@@ -15,7 +15,7 @@ An Access is what it has found: where to connect, what TLS needs, and the lines 
 Files are looked at once in LOOK_EVERY, since a kubeconfig that was written anew is to be used by the next client.
 
 A plugin is the program that `exec` of a kubeconfig names (kubernetes.io, "Client Authentication (v1)").  It runs in a
-process group of its own, without stdin.  What it prints is a secret; the last line on its stderr is the reason where it
+process group of its own, without stdin.  What it prints is a secret; a line of its stderr is the reason where it
 fails, without what looks like a secret.  A plugin that another user may change is not run.
 
 Threads: the loop's, but for `read_files` (thread `kubeconfig`, one for each identity at a time) and `run_plugin`
@@ -45,7 +45,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Mapping, NamedTuple
 
 from sniroute_dial import Failed
 from sniroute_host import Stamp, changed_by_others, interpreter_of, stamp
@@ -85,6 +85,9 @@ SECRETS = (
     re.compile(r"(?i:(?<=password)|(?<=passwd)|(?<=secret)|(?<=passcode))[\"']?\s*[:=]\s*[^\s,;]+"),
     re.compile(r"(?i:(?<=token)|(?<=bearer)|(?<=key)|(?<=code))[\"']?(?:\s*[:=]\s*|\s+)(?=[^\s,;]*[0-9])[^\s,;]{6,}"),
 )
+
+COMPLAINT = re.compile(r"error|fail|fatal|unable|denied|invalid|expired", re.IGNORECASE)
+GO_PREFIX = re.compile(r"[IWEF][0-9]{4} [0-9:.]+ +[0-9]+ [^ ]+:[0-9]+\] ")  # of a log line of Go's klog
 
 # The phases of looking.
 READING, PLUGIN = "reading the kubeconfig", "waiting for the credential plugin"
@@ -210,6 +213,11 @@ def read_context(settings: Settings, name: str) -> tuple[Context, tuple[tuple[st
     return context, tuple((path, stamps.get(path, 0)) for path in context.files)
 
 
+def needs_of_tls(context: Context) -> tuple[Any, ...]:
+    """All of a context that its contexts of TLS are made of."""
+    return context.cluster, context.user.certificate, context.user.key
+
+
 def read_files(settings: Settings, name: str, before: Files | None, again: bool) -> Files:
     """The files of a context; `before` itself where nothing has changed.  Raises KubeconfigError.  Any thread.
 
@@ -224,12 +232,13 @@ def read_files(settings: Settings, name: str, before: Files | None, again: bool)
                 raise
             time.sleep(SETTLE)
             context, stamps = read_context(settings, name)
-        cluster, user, proxy = context.cluster, context.user, context.cluster.proxy
-        if before is not None and before.context.cluster == cluster and before.context.user == user:
-            before = before._replace(context=context, stamps=stamps)
+        if before is not None and needs_of_tls(before.context) == needs_of_tls(context):
+            tls, proxy_tls = before.tls, before.proxy_tls  # so that connections of before may be used
         else:
-            before = Files(context, stamps, make_tls(cluster, user.certificate, user.key) if cluster.is_tls else None,
-                           make_tls(None) if proxy is not None and proxy.scheme == "https" else None, None, 0, 0.0)
+            cluster, user, proxy = context.cluster, context.user, context.cluster.proxy
+            tls = make_tls(cluster, user.certificate, user.key) if cluster.is_tls else None
+            proxy_tls = make_tls(None) if proxy is not None and proxy.scheme == "https" else None
+        before = Files(context, stamps, tls, proxy_tls, None, 0, 0.0)
     path = before.context.user.token_file
     if path:
         state = stamp(path)
@@ -366,9 +375,16 @@ def hear(running: Running, deadline: float) -> tuple[bytes, bytes, bool]:
 
 
 def last_line(said: bytes, plugin: Plugin) -> str:
-    """The last line of a plugin's stderr, as the end of a sentence."""
-    lines = [line.strip() for line in said.decode("utf-8", "replace").splitlines() if line.strip()]
-    return f": {printable(without_secrets(lines[-1], plugin), WORDS_MAX)}" if lines else ", and said nothing"
+    """The last line of a plugin's stderr that says what is wrong, else the last one; as the end of a sentence.
+
+    That of Google ends with advice of ten lines, and a bracket.
+    """
+    lines = [GO_PREFIX.sub("", line.strip()) for line in said.decode("utf-8", "replace").splitlines()]
+    lines = [line for line in lines if any(map(str.isalpha, line))]
+    if not lines:
+        return ", and said nothing"
+    line = next(filter(COMPLAINT.search, reversed(lines)), lines[-1])
+    return f": {printable(without_secrets(line, plugin), WORDS_MAX)}"
 
 
 def without_secrets(line: str, plugin: Plugin) -> str:
@@ -507,11 +523,12 @@ class Identity:
         if isinstance(files, Failed):
             self._tell(files)
             return
-        if self.files is None or self.files.tls is not files.tls:
-            self.credential = self.plugin_tls = None  # it is of another user, or for another cluster
-        self.files = files
+        before, self.files = self.files, files
         user = files.context.user
         plugin = user.plugin
+        if before is not None and (before.context.cluster, before.context.user.plugin) != (
+                files.context.cluster, plugin):
+            self.credential = self.plugin_tls = None
         if plugin is None or proof_of(user, files.token) is not None:
             self._tell(None)
         elif self.credential is not None and not self.again and not self._has_expired():

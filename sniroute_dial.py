@@ -21,6 +21,15 @@ A dial has no deadline.  Its owner has one for more than this, and cancels it.
 Threads: all runs in the loop, but one thread `name` for each host name that is being resolved; it hands its
 result to the loop by `Loop.call`.  There are no locks.
 
+Where there is no connection, the reason in Failed is a word of these; users of this room may have more:
+
+    name       the host name does not resolve
+    resolver   this host's resolver gives no answer
+    refused    no address took the connection
+    timeout    no address answered before the kernel gave up
+    proxy      HTTPS_PROXY cannot be reached, or refused
+    reset      the proxy closed the connection
+
 Sockets are opened in the second phase of a turn only (`WayOut.soon`).  In the first phase the loop may
 still have an event for a number that was closed in this turn, and a new socket may get that number: such
 an event would be taken for the answer of its connect.
@@ -28,10 +37,10 @@ an event would be taken for the answer of its connect.
 Seams: I want to ...
     another kind of proxy        `parse_proxy`, and a phase beside ASKING
     another order of addresses   `alternate` and Laggards, in sniroute_race
-    another reason to fail       a word in Failed's table, and a sentence for people in each program's table of
+    another reason to fail       a word in the table above, and a sentence for people in each program's table of
                                  reasons (sniroute_edge.REASONS)
 
-This room imports sniroute_upgrade, sniroute_race, sniroute_loop, sniroute_names and sniroute_refusals (SettingsError).
+This room imports sniroute_upgrade, sniroute_race, sniroute_loop, sniroute_names and sniroute_refusals.
 """
 
 from __future__ import annotations
@@ -49,7 +58,7 @@ from typing import Callable, Iterable, Mapping, NamedTuple
 from sniroute_loop import CAPACITY_ERRNOS, READ, WRITE, Loop, monotonic, owner_of
 from sniroute_names import parse_network, printable, show_address, unmapped
 from sniroute_race import ADDRESSES_MAX, STAGGER, Laggards, Row, alternate
-from sniroute_refusals import Malformed, SettingsError
+from sniroute_refusals import Failed, Malformed, SettingsError
 from sniroute_upgrade import HEAD_MAX, connect_request, parse_answer
 
 __version__ = "0.1.0"
@@ -59,24 +68,6 @@ RESOLVED_FOR = 30.0  # seconds for which addresses are used: getaddrinfo does no
 KEEPALIVE = (15, 15, 9)  # idle and interval in seconds, and count: cloudflared's
 
 Addresses = list[Row]
-
-
-class Failed(Exception):
-    """There is no connection: `reason` is a word for programs, the message says more.
-
-    The words of this room; its users may have more:
-
-        name       the host name does not resolve
-        resolver   this host's resolver gives no answer
-        refused    no address took the connection
-        timeout    no address answered before the kernel gave up
-        proxy      HTTPS_PROXY cannot be reached, or refused
-        reset      the proxy closed the connection
-    """
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason = reason
 
 
 # -- the proxy ---------------------------------------------------------------------------------

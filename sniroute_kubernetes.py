@@ -43,7 +43,7 @@ from sniroute_dial import Failed
 from sniroute_forwarder import LEVELS, Control, Forwarder, Listener, Log, bridge, parse_listen
 from sniroute_host import open_standard_streams, raise_descriptor_limit
 from sniroute_kubeconfig import kubeconfig_paths
-from sniroute_links import Links
+from sniroute_links import Links, clock
 from sniroute_loop import monotonic
 from sniroute_names import printable, show_address
 from sniroute_objects import Choice, KubeTarget, none_ready, parse_argument, parse_target, with_option
@@ -53,6 +53,9 @@ from sniroute_pods import Alarms, Pods
 from sniroute_refusals import Malformed, SettingsError
 
 __version__ = "0.1.0"
+
+TICK = 10.0  # seconds between two looks at the clock, which passes while the host sleeps
+AWAY = 30.0  # seconds that are missing then: balancers and API servers have forgotten us
 
 # -- the program -------------------------------------------------------------------------------
 
@@ -83,6 +86,9 @@ class Kubernetes(Forwarder):
         self.alarms = Alarms(self.loop)
         self.pods: dict[str, Pods] = {}  # by target, as text
         self.tools: dict[str, int] = {}  # by image, or where that is not known by the uid of a pod: the tool's number
+        self.ticking = self.loop.timer(self.on_tick)
+        self.ticked = clock()
+        self.ticking.set(monotonic() + TICK)
         self.command: tuple[str, ...] = ()  # of `exec`
         self.code = 0  # of that command
         self.starting = self.loop.queue(START, Client.on_late)
@@ -98,7 +104,11 @@ class Kubernetes(Forwarder):
 
     def parse_target(self, text: str) -> Target:
         """A listener's argument.  Raises ValueError."""
-        return self.target_of(text, parse_argument(text))
+        try:
+            targets = parse_argument(text)
+        except Malformed as error:
+            raise ValueError(str(error)) from None
+        return self.target_of(text, targets)
 
     def target_of(self, text: str, targets: Sequence[KubeTarget]) -> Target:
         """A target with the pods behind it, which all listeners of that target share."""
@@ -123,6 +133,17 @@ class Kubernetes(Forwarder):
             self.pods.pop(target.text, None)
             self.links.leave({choice.uid for choice in target.pods.choices})
             target.pods.close()
+
+    def on_tick(self) -> None:
+        """See whether this host has slept, or was stopped: what was known then, and each session, is in doubt."""
+        now, before, self.ticked = clock(), self.ticked, clock()
+        self.ticking.set(monotonic() + TICK)
+        if now - before > TICK + AWAY:
+            self.log("info", f"nothing was done for {now - before:.0f} s: all sessions are probed", event="away")
+            for link in list(self.links.all):
+                link.probe()
+            for pods in self.pods.values():
+                pods.doubt()
 
     def stay(self, client: Client) -> None:
         """A client that has ended still gets an answer."""
@@ -232,11 +253,11 @@ def make(settings: Settings, environ: Mapping[str, str]) -> Kubernetes:
     return program
 
 
-def target_of(program: Kubernetes, text: str) -> Target:
+def targets_of(text: str) -> tuple[KubeTarget, ...]:
     """A target on the command line.  Raises SettingsError."""
     try:
-        return program.parse_target(text)
-    except ValueError as error:
+        return parse_argument(text)
+    except Malformed as error:
         raise SettingsError(str(error)) from None
 
 
@@ -245,8 +266,9 @@ def port_forward(words: list[str], environ: Mapping[str, str]) -> int:
     arguments, settings, given = parse_words(words, environ, listen=parse_listen)
     if len(arguments) != 1 or "listen" not in given:
         raise SettingsError("port-forward takes one TARGET, and --listen HOST:PORT")
+    targets = targets_of(arguments[0])
     program = make(settings, environ)
-    target = target_of(program, arguments[0])
+    target = program.target_of(arguments[0], targets)
     try:
         program.listen(target, given["listen"])
     except OSError as error:
@@ -282,8 +304,9 @@ def get(words: list[str], environ: Mapping[str, str]) -> int:
     arguments, settings, _ = parse_words(words, environ)
     if len(arguments) != 1:
         raise SettingsError("get takes one TARGET")
+    targets = targets_of(arguments[0])
     program = make(settings, environ)
-    pods = target_of(program, arguments[0]).pods
+    pods = program.target_of(arguments[0], targets).pods
     answers: list[Choice | Failed] = []
 
     def told(answer: Choice | Failed) -> None:

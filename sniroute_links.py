@@ -27,7 +27,7 @@ Threads: all runs in the loop.
 
 Seams: I want to ...
     another kind of upgrade            a row in TRANSPORTS
-    another sign that a pod is gone    sniroute_kubernetes, UNTOUCHED
+    another sign that a pod is gone    sniroute_passage, UNTOUCHED
     keep more spare links              SPARES
 
 This room imports sniroute_api (Api, failure), sniroute_layers (Wire), sniroute_channels, sniroute_spdy,
@@ -44,7 +44,7 @@ from typing import Any, Callable, NamedTuple, Protocol
 from sniroute_api import Api, Job, Reply, Upgraded, failure
 from sniroute_channels import COMMANDS, PORTS, TUNNEL, Closed, Command, Ports, Tunnel, check_protocol
 from sniroute_dial import Failed
-from sniroute_layers import ROOM, Wire
+from sniroute_layers import PIECE, ROOM, Wire
 from sniroute_loop import Loop
 from sniroute_names import printable
 from sniroute_refusals import Malformed
@@ -337,6 +337,7 @@ class Link:
         self.heard_at = clock()
         self.missed = 0  # pings since then
         self.bulk = 0  # bytes sent since then
+        wire.use(links.buffers)
         wire.on_data, wire.on_end, wire.on_room = self.on_data, self.on_end, self.on_room
         links.opened(self)
 
@@ -416,7 +417,7 @@ class Link:
 
     # -- from the wire
 
-    def on_data(self, data: bytes) -> None:
+    def on_data(self, data: bytes | memoryview) -> None:
         """Bytes came.  A fault of ours in what they mean ends this client, and no other."""
         self.heard_at = clock()
         self.missed = self.bulk = 0
@@ -433,7 +434,7 @@ class Link:
         self.owner = None
         self.close()
 
-    def _hear(self, data: bytes) -> None:
+    def _hear(self, data: bytes | memoryview) -> None:
         """Tell the client what the bytes mean: what comes together on one stream, together."""
         name, pieces = "", []
         for event in self.machine.receive(data):
@@ -499,6 +500,16 @@ class Link:
             self.missed += 1
             self.machine.ping()
             self.flush()
+        self.links.pinging.put(self)
+
+    def probe(self) -> None:
+        """Much may have happened meanwhile: be dead at the next ping, unless there is a sign of life before."""
+        if self.state is SPARE:
+            self.close()
+            return
+        self.missed = MISSES
+        self.machine.ping()
+        self.flush()
         self.links.pinging.put(self)
 
     def lose(self, why: Failed) -> None:
@@ -604,6 +615,7 @@ class Links:
 
     def __init__(self, loop: Loop, ping: float):
         self.loop = loop
+        self.buffers = [memoryview(bytearray(PIECE)) for _ in range(2)]  # for what comes in clear text, and in TLS
         self.pinging = loop.queue(ping, Link.on_ping)
         self.resting = loop.queue(SPARE_FOR, Link.close)
         self.settling = loop.queue(SETTLE, Link.close)

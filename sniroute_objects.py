@@ -20,7 +20,7 @@ Seams: I want to ...
     tell another reason               a word of REASONS, and a row for it where the router reads them
     have another option of a target   a field of KubeTarget; `argument_of` and `with_option`
 
-This room imports sniroute_dial (Failed), sniroute_names and sniroute_refusals.
+This room imports sniroute_names and sniroute_refusals.
 
 Source: kubernetes.io, "Object Names and IDs", "Service", "EndpointSlices", "Pod Lifecycle"; kubectl, folder
 polymorphichelpers, for what a port means.
@@ -33,9 +33,8 @@ import re
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, NoReturn, Sequence
 from urllib.parse import quote, unquote
 
-from sniroute_dial import Failed
 from sniroute_names import HOST, is_number, normalise, parse_host_port, printable, show_address
-from sniroute_refusals import Malformed
+from sniroute_refusals import Failed, Malformed
 
 __version__ = "0.1.0"
 
@@ -358,7 +357,7 @@ def plan_workload(target: KubeTarget, thing: dict[str, Any]) -> Plan:
     selector = part(part(thing, "spec"), "selector")
     terms = [f"{key}={value}" for key, value in sorted(part(selector, "matchLabels").items())]
     for row in rows(selector, "matchExpressions"):
-        key, values = word(row, "key"), ",".join(map(str, row.get("values") or ()))
+        key, values = word(row, "key"), ",".join(map(str, typed(row.get("values") or [], list, "values")))
         form = EXPRESSIONS.get(word(row, "operator"))
         if form is None:
             raise Failed("answer", f"{target.said} selects pods by {printable(word(row, 'operator'), 40)!r}")
@@ -416,6 +415,8 @@ def read_pod(thing: dict[str, Any]) -> Iterator[Pod]:
     ports.pop("", None)
     default = word(part(metadata, "annotations"), "kubectl.kubernetes.io/default-container")
     state, why = state_of(thing)
+    if not OBJECT.fullmatch(word(metadata, "name")):
+        raise Failed("answer", "the API server's answer has a pod whose name is none")
     yield Pod(word(metadata, "name"), word(metadata, "uid"), state, why, ports, images,
               default if default in images else next(iter(images), ""))
 
@@ -445,13 +446,15 @@ def state_of(thing: dict[str, Any]) -> tuple[str, str]:
 def read_slice(thing: dict[str, Any], namespace: str) -> Iterator[Pod]:
     """The pods of an EndpointSlice; an address without one is a Pod in the state `no pod`.  Raises Failed, `answer`.
 
-    A pod of another namespace is none of ours: the operator has allowed this one.
+    A pod of another namespace is none of ours: the operator has allowed this one.  Users write slices, and the API
+    server does not check the names in them: what is no name would be another path.
     """
     ports = {word(row, "name"): row["port"] for row in rows(thing, "ports")
              if row.get("protocol") in (None, "TCP") and isinstance(row.get("port"), int)}
     for row in rows(thing, "endpoints"):
         conditions, target = part(row, "conditions"), part(row, "targetRef")
-        if word(target, "kind") == "Pod" and word(target, "name") and word(target, "namespace") in ("", namespace):
+        if word(target, "kind") == "Pod" and OBJECT.fullmatch(word(target, "name")) \
+                and word(target, "namespace") in ("", namespace):
             state = ("terminating" if conditions.get("terminating") else
                      "not ready" if conditions.get("ready") is False else "ready")
             yield Pod(word(target, "name"), word(target, "uid"), state, ports=ports)

@@ -28,8 +28,8 @@ Seams: I want to ...
     ask again sooner, or later        the limits below; `Feed.due` says when, `Feed.tend` what
     try another target                NEXT, and Feed._try_next
 
-This room imports sniroute_objects, sniroute_dial (Failed) and sniroute_loop; sniroute_names (printable) and
-sniroute_api.
+This room imports sniroute_objects, sniroute_api, sniroute_loop, sniroute_names (printable) and sniroute_refusals
+(Failed).
 
 Source: kubernetes.io, "Kubernetes API Concepts" (watches, bookmarks, 410 Gone, chunks).
 """
@@ -41,11 +41,11 @@ import random
 from typing import Any, Callable, Sequence
 
 from sniroute_api import Alarm, Alarms, Api, Job, Reply, failure
-from sniroute_dial import Failed
 from sniroute_loop import NEVER
 from sniroute_names import printable
 from sniroute_objects import (KINDS, REASONS, Choice, KubeTarget, Plan, Pod, choice_of, lacking, none_ready,
                               object_path, part, rows, word)
+from sniroute_refusals import Failed
 
 __version__ = "0.1.0"
 

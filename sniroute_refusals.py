@@ -69,6 +69,17 @@ class Malformed(Refused):
         super().__init__(kind, message, alert, status=status)
 
 
+class Failed(Exception):
+    """A tunnel program has not got where it was to go: `reason` is a word for programs, the message says more.
+
+    The words are those of the room that raises it.
+    """
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+
+
 class Refusal(NamedTuple):
     """One reason for which connections are refused, as a row."""
 

@@ -1,8 +1,9 @@
-"""Tests of sniroute_api.py, in its order, against the stand-in for a cluster, or a server that says what a test wants."""
+"""Tests of sniroute_api.py, in its order, against the stand-in for a cluster, or a server of the test's own."""
 
 from __future__ import annotations
 
 import json
+import threading
 import time
 
 import pytest
@@ -193,16 +194,36 @@ def test_what_is_no_answer(plain, answer, reason):
 # -- its connections -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["rst", "eof", "end"])
 @pytest.mark.parametrize("ask", ["get", "upgrade"])
-def test_an_idle_connection_that_has_just_been_closed_is_no_failure(web, caller, how, ask):
-    caller.get(SERVICE)
-    web.fault(how, times=1)
-    result = caller.get(SERVICE) if ask == "get" else caller.upgrade("POST", FORWARD)
-    assert isinstance(result, Reply if ask == "get" else Upgraded)
-    if ask == "upgrade":
-        result.wire.reset()
-    assert len(web.connections()) == 2
+def test_an_idle_connection_that_has_just_been_closed_is_no_failure(web, caller, ask):
+    for count, how in enumerate(("rst", "eof", "end"), 1):
+        caller.get(SERVICE)
+        web.fault(how, times=1)
+        result = caller.get(SERVICE) if ask == "get" else caller.upgrade("POST", FORWARD)
+        assert isinstance(result, Reply if ask == "get" else Upgraded)
+        if ask == "upgrade":
+            result.wire.reset()
+        assert len(web.connections()) == count * (2 if ask == "upgrade" else 1) + (ask == "get")
+
+
+@pytest.mark.parametrize("more", [b"HTTP/1.1 408 late\r\n\r\n", b"\0"])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_connection_on_which_more_comes_than_was_asked_for_is_not_kept(plain, more, at_once):
+    def handler(sock):
+        says(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}" + (more if at_once else b""))(sock)
+        if not at_once:
+            go.wait(10)
+            sock.sendall(more)
+        read_all(sock)
+
+    go = threading.Event()
+    caller = plain(handler)
+    assert caller.get("/a").status == 200
+    idle = caller.apis.of("").idle
+    assert len(idle) == (not at_once)
+    go.set()
+    caller.until(lambda: not idle)
+    assert caller.get("/b").status == 200
 
 
 def test_a_new_connection_that_is_closed_is_a_failure(web, caller):
@@ -276,21 +297,21 @@ def test_a_watch_has_no_turn_once_it_has_begun(web, caller, monkeypatch):
 # -- answers that ask for more -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("code", [429, 503])
-def test_who_is_told_to_come_back_later_does(web, caller, code, monkeypatch):
-    fault = web.fault("status", code=code, retry_after=0, times=2)
+def test_who_is_told_to_come_back_later_does(web, caller, monkeypatch):
     monkeypatch.setattr(sniroute_api, "AGAIN_LEAST", 0.05)
-    began = time.monotonic()
-    assert caller.get(SERVICE).status == 200
-    assert web.hits(fault) == 2 and time.monotonic() - began >= 0.1
+    for code in (429, 503):
+        fault = web.fault("status", code=code, retry_after=0, times=2)
+        began = time.monotonic()
+        assert caller.get(SERVICE).status == 200
+        assert web.hits(fault) == 2 and time.monotonic() - began >= 0.1
 
 
-@pytest.mark.parametrize("retry_after, timeout", [(None, 10), (5, 1)])
-def test_who_cannot_come_back_in_time_hears_of_it_at_once(web, caller, retry_after, timeout):
-    web.fault("status", code=429, retry_after=retry_after)
-    began = time.monotonic()
-    assert caller.get(SERVICE, timeout=timeout).status == 429
-    assert time.monotonic() - began < 0.9
+def test_who_cannot_come_back_in_time_hears_of_it_at_once(web, caller):
+    for retry_after, timeout in ((None, 10), (5, 1)):
+        web.fault("status", code=429, retry_after=retry_after, times=1)
+        began = time.monotonic()
+        assert caller.get(SERVICE, timeout=timeout).status == 429
+        assert time.monotonic() - began < 0.9
 
 
 @pytest.mark.parametrize("text, seconds", [("1", 1), ("0", 0.2), ("Wed, 21 Oct 2026 07:28:00 GMT", 1), ("\u00b2", 1),
@@ -323,24 +344,30 @@ def test_what_is_forbidden_says_what_would_grant_it(web, call):
 # -- where it may hang, and break off ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("point, phase", [
-    ("accept", "TLS handshake"), ("tls", sniroute_api.ASKING), ("request", sniroute_api.ASKING),
-    ("head", sniroute_api.ASKING), ("body", sniroute_api.ASKING)])
-def test_a_server_that_hangs_is_told_with_what_it_was_asked_for(web, caller, point, phase):
-    web.fault("hang", point)
-    said = told(caller.get(SERVICE, timeout=0.3), "timeout")
-    assert said == f"{phase} ({HOST}:{web.port})"
-    web.heal()
-    assert caller.get(SERVICE).status == 200
-    wait_until(lambda: len(web.connections(ended=None)) == 1)
+POINTS = "accept", "tls", "request", "head", "body"
+
+
+def test_a_server_that_hangs_is_told_with_what_it_was_asked_for(web, caller):
+    for point in POINTS:
+        web.fault("hang", point)
+        said = told(caller.get(SERVICE, timeout=0.2), "timeout")
+        assert said == f"{'TLS handshake' if point == 'accept' else sniroute_api.ASKING} ({HOST}:{web.port})", point
+        web.heal()
+        assert caller.get(SERVICE).status == 200
+        wait_until(lambda: len(web.connections(ended=None)) == 1)
+        web.end_connections("end")
+        caller.until(lambda: not caller.apis.of("").idle)
 
 
 @pytest.mark.parametrize("how", ["rst", "eof", "end"])
-@pytest.mark.parametrize("point", ["accept", "tls", "request", "head", "body"])
-def test_a_server_that_breaks_off_is_a_failure_and_the_next_one_is_served(web, caller, how, point):
-    web.fault(how, point, times=1)
-    told(caller.get(SERVICE), "reset")
-    assert caller.get(SERVICE).status == 200
+def test_a_server_that_breaks_off_is_a_failure_and_the_next_one_is_served(web, caller, how):
+    for point in POINTS:
+        web.fault(how, point, times=1)
+        failed = caller.get(SERVICE)
+        told(failed, "unreachable" if (how, point, failed.reason) == ("rst", "accept", "unreachable") else "reset")
+        assert caller.get(SERVICE).status == 200
+        web.end_connections("end")
+        caller.until(lambda: not caller.apis.of("").idle)
 
 
 def test_garbage_is_no_answer(web, caller):
@@ -393,22 +420,23 @@ def test_a_process_that_stands_still_and_goes_on(web, caller):
     assert caller.get(SERVICE).status == 200
 
 
-@pytest.mark.parametrize("point", ["accept", "tls", "request", "head", "body"])
 @pytest.mark.parametrize("ask", ["get", "watch", "upgrade"])
-def test_what_is_cancelled_leaves_nothing_and_is_not_told(web, caller, point, ask):
-    fault = web.fault("hang", point)
-    got = []
-    api = caller.apis.of("")
-    job = {"get": lambda: api.get(SERVICE, got.append, monotonic() + 9),
-           "watch": lambda: api.watch(f"{PODS}?watch=true", got.append, got.append),
-           "upgrade": lambda: api.upgrade("POST", f"{POD}x/portforward", SPDY, got.append, monotonic() + 9)}[ask]()
-    caller.until(lambda: web.hits(fault))
-    count = len(got)
-    job.cancel()
-    job.cancel()
-    assert job.phase == sniroute_api.OVER and not api.jobs
-    caller.until(lambda: not web.connections(ended=None))
-    assert len(got) == count
+def test_what_is_cancelled_leaves_nothing_and_is_not_told(web, caller, ask):
+    for point in POINTS:
+        fault = web.fault("hang", point)
+        got = []
+        api = caller.apis.of("")
+        job = {"get": lambda: api.get(SERVICE, got.append, monotonic() + 9),
+               "watch": lambda: api.watch(f"{PODS}?watch=true", got.append, got.append),
+               "upgrade": lambda: api.upgrade("POST", f"{POD}x/portforward", SPDY, got.append, monotonic() + 9)}[ask]()
+        caller.until(lambda: web.hits(fault))
+        count = len(got)
+        job.cancel()
+        job.cancel()
+        assert job.phase == sniroute_api.OVER and not api.jobs
+        caller.until(lambda: not web.connections(ended=None))
+        assert len(got) == count
+        web.heal()
 
 
 def test_what_is_cancelled_before_it_has_begun(web, caller):
@@ -491,7 +519,8 @@ def test_a_watch_that_is_cancelled_by_what_it_tells(web, caller):
 
 def test_a_watch_may_be_silent_for_longer_than_its_start(web, caller, monkeypatch):
     monkeypatch.setattr(sniroute_api, "WATCH_START", 0.2)
-    watched = caller.watch(f"{PODS}?watch=true&resourceVersion={web.get('pods', 'web-1')['metadata']['resourceVersion']}")
+    version = web.get("pods", "web-1")["metadata"]["resourceVersion"]
+    watched = caller.watch(f"{PODS}?watch=true&resourceVersion={version}")
     caller.until(lambda: watched.job.is_streaming)
     began = monotonic()
     caller.until(lambda: monotonic() > began + 0.3)
@@ -533,11 +562,11 @@ def test_bytes_behind_the_101_belong_to_the_next_protocol(plain):
     assert got[0].rest == b"first" and got[0].headers["a"] == "b" and ends == [None]
 
 
-@pytest.mark.parametrize("code, body", [(403, None), (404, None), (400, "no"), (500, None)])
-def test_an_upgrade_that_is_refused_is_a_reply_and_the_connection_stays(web, caller, code, body):
-    web.fault(*(("status",) if body is None else ("text",)), code=code, message=body, times=1)
-    assert caller.upgrade("POST", FORWARD).status == code
-    assert caller.upgrade("GET", FORWARD, WEBSOCKET).wire.close() is None
+def test_an_upgrade_that_is_refused_is_a_reply_and_the_connection_stays(web, caller):
+    for action, code in (("status", 403), ("status", 404), ("text", 400), ("text", 403), ("status", 500)):
+        web.fault(action, code=code, times=1)
+        assert caller.upgrade("POST", FORWARD).status == code
+    caller.upgrade("GET", FORWARD, WEBSOCKET).wire.close()
     assert len(web.connections()) == 1
 
 

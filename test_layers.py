@@ -14,7 +14,7 @@ import sniroute_layers
 from conftest import HOST, connect
 from sniroute_dial import OVER, Failed, WayOut
 from sniroute_kubeconfig import Proxy, Secret
-from sniroute_layers import ROOM, Opening, Place, Plain, Secure, Wires
+from sniroute_layers import ROOM, Opening, Place, Plain, Secure
 from testbed.apis import SPDY, Caller
 from testbed.running import read_all, read_exactly, reset
 
@@ -305,11 +305,11 @@ def told(result, reason: str) -> str:
     return str(result)
 
 
-@pytest.mark.parametrize("host", [HOST, "localhost"])
-@pytest.mark.parametrize("kind, userinfo, login", [
-    ("http", "", ""), ("http", "me:p%40ss@", "Basic bWU6cEBzcw=="), ("http", "me@", "Basic bWU6"),
-    ("https", "", ""), ("socks5", "", ""), ("socks5", "me:p%40ss@", "me:p@ss"), ("socks5h", "me@", "me:")])
-def test_a_proxy_of_the_kubeconfig(cluster, call, proxy, certificates, monkeypatch, host, kind, userinfo, login):
+@pytest.mark.parametrize("kind, userinfo, login, host", [
+    ("http", "", "", HOST), ("http", "me:p%40ss@", "Basic bWU6cEBzcw==", "localhost"),
+    ("http", "me@", "Basic bWU6", HOST), ("https", "", "", HOST), ("socks5", "", "", HOST),
+    ("socks5", "me:p%40ss@", "me:p@ss", "localhost"), ("socks5h", "me@", "me:", HOST)])
+def test_a_proxy_of_the_kubeconfig(cluster, call, proxy, certificates, monkeypatch, kind, userinfo, login, host):
     """A list and an upgrade, and with a proxy that is itself reached by TLS one TLS is in another."""
     context = None
     if kind == "https":

@@ -232,6 +232,26 @@ def test_a_pod_that_does_not_read_is_not_dead(kube, app, forward, serve):
     assert not run.rows("reset")
 
 
+def test_after_a_sleep_of_the_host_every_session_is_probed(kube, app, forward, echo_server):
+    there = app(echo_server.address)
+    run = forward(there.target, ping=0.2)
+    with run.connect() as client:
+        client.sendall(b"x")
+        receive(client, 1)
+        there.has_spare()
+        kube.end_sessions("freeze", pod=there.pods[0])
+
+        def wake() -> None:
+            run.program.ticked -= 1000
+            run.program.on_tick()
+
+        run.program.loop.call(wake)
+        assert receive_all(client) == (b"", "RST")
+    assert run.rows("away") and run.rows("reset")[0]["reason"] == "dead"
+    assert echoed(run) == b"hello"
+    kube.end_sessions("thaw", pod=there.pods[0])
+
+
 def test_every_errand_has_its_kinds_of_upgrade():
     assert {name: [row.method for row in rows] for name, rows in TRANSPORTS.items()} == {
         "portforward": ["GET", "POST", "GET"], "exec": ["GET", "POST"]}

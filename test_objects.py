@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 
 import sniroute_objects
-from sniroute_dial import Failed
 from sniroute_forwarder import COMMAND_MAX
 from sniroute_objects import (ALTERNATIVES_MAX, ARGUMENT_MAX, BALANCES, KINDS, LABELS_MAX, READY, RUNNING, Choice,
                               KubeTarget, argument_of, choice_of, lacking, none_ready, object_path, parse_argument,
                               parse_target, with_option)
-from sniroute_refusals import Malformed
+from sniroute_refusals import Failed, Malformed
 from testbed.objects import endpoint, endpoints, pod, service, workload
 
 WEB = parse_target("prod/svc/web:80")
@@ -314,6 +313,14 @@ def test_an_endpoint_slice_names_its_pods():
     assert choice_of(target, made, found[0]).port == 5433
 
 
+@pytest.mark.parametrize("name", ["../../kube-system/pods/x", "..", "a/b", "a?b", "a%2fb", "A", "a b", "x" * 254])
+def test_a_slice_that_names_another_path_leads_nowhere(name):
+    made = KINDS["service"].plan(WEB, service([(80, 1)], {}))
+    assert [each.state for each in made.read(endpoints(endpoint("192.0.2.1", name)))] == ["no pod"]
+    with pytest.raises(Failed):
+        read(pod(name))
+
+
 def test_addresses_without_pods_are_told():
     target = parse_target("prod/svc/db:5432")
     made = KINDS["service"].plan(target, service([(5432, None)], {}))
@@ -329,6 +336,40 @@ def test_garbage_of_a_cluster_is_an_answer_that_helps_nobody(thing):
     with pytest.raises(Failed) as caught:
         read(thing)
     assert caught.value.reason == "answer"
+
+
+def spoiled(thing: Any, dice: random.Random, inside: bool = False) -> Any:
+    """A copy in which one value, anywhere inside, is another."""
+    if inside and (not isinstance(thing, (dict, list)) or not thing or dice.random() < 0.15):
+        return dice.choice([None, True, 0, -1, "", "x", [], [1], {}, {"x": 1}, [[]], [{}], {"name": []}])
+    key = dice.choice(list(thing) if isinstance(thing, dict) else range(len(thing)))
+    copy = thing.copy()
+    copy[key] = spoiled(thing[key], dice, True)
+    return copy
+
+
+@pytest.mark.parametrize("text, thing", [
+    ("prod/svc/web:80", service([(80, "http", "http")])), ("prod/svc/web:http", service([(80, 1, "http")], {})),
+    ("prod/deploy/web:80", workload({"app": "web"}, ({"key": "a", "operator": "In", "values": ["b"]},)))])
+def test_a_spoiled_answer_raises_nothing_else(text, thing):
+    dice = random.Random(19)
+    target = parse_target(text)
+    pods = [pod("a", ports={"http": 1}, sidecar_ports={"x": 2}), pod("b", phase="Pending", node="", waiting="W")]
+    slices = [endpoints(endpoint("192.0.2.1", "db-0"), endpoint("192.0.2.2"))]
+    refusals = 0
+    for _ in range(1000):
+        try:
+            made = KINDS[target.kind].plan(target, spoiled(thing, dice) if dice.random() < 0.5 else thing)
+            items = slices if "slices" in made.base else pods
+            found = [each for item in items for each in made.read(spoiled(item, dice))]
+        except Failed as failed:
+            assert failed.reason in ("answer", "port", "elsewhere")
+            refusals += 1
+            continue
+        assert made.list_path().isascii() and made.watch_path("1", 1).isascii()
+        list(map(str, found))
+        assert lacking(target, made, found) or str(none_ready(target, made, found)).isascii()
+    assert 100 < refusals < 900
 
 
 # -- choices -----------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ import pytest
 
 import sniroute_pods
 from sniroute_api import Alarms
-from sniroute_dial import Failed
 from sniroute_loop import NEVER, monotonic
 from sniroute_objects import BALANCES, Choice, parse_target, with_option
 from sniroute_pods import (CLOSED, EMPTY, IDLE, LISTING, LOOK, POLL, POLLING, REST, RESTING, RETRY_LAST, WATCH_GRACE,
                            WATCH_TIME, WATCHING, Pods)
+from sniroute_refusals import Failed
 from testbed.cluster import Cluster
 from testbed.objects import endpoint, endpoints, listed, pod, service
 

@@ -126,8 +126,6 @@ class Local(Rows):
         assert not self.thread.is_alive() and self.error is None
         assert not self.program.connections and not self.program.listeners and not self.program.links.all
         assert not self.rows("fault"), self.rows("fault")
-        for row in self.log.rows:
-            print(row)  # where the test has failed
 
 
 @pytest.fixture

@@ -1,0 +1,472 @@
+"""Tests of sniroute_credentials.py, in its order, through requests to the stand-in for a cluster."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pathlib
+import sys
+import time
+
+import pytest
+
+import sniroute_credentials
+import sniroute_kubeconfig
+from conftest import HOST, linux, wait_until
+from sniroute_credentials import Access, last_line, without_secrets
+from sniroute_dial import Failed
+from sniroute_kubeconfig import Plugin
+from testbed.cluster import TOKEN
+
+VERSION = "/version"
+PODS = "/api/v1/namespaces/default/pods"
+V1 = "client.authentication.k8s.io/v1"
+
+
+def told(result, reason: str) -> str:
+    """The words of a Failed with this reason."""
+    assert isinstance(result, Failed) and result.reason == reason, (result, getattr(result, "reason", ""))
+    return str(result)
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """Files are looked at for each request."""
+    monkeypatch.setattr(sniroute_credentials, "LOOK_EVERY", 0)
+    monkeypatch.setattr(sniroute_credentials, "REFUSED_EVERY", 0)
+
+
+# -- files -----------------------------------------------------------------------------------
+
+
+def test_a_name_and_a_password(cluster, call):
+    cluster.user("bob", password="secret")
+    assert call(cluster.kubeconfig(user={"username": "bob", "password": "secret"})).get(PODS).status == 200
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_a_client_certificate(cluster, call, inline, monkeypatch):
+    if not inline:
+        monkeypatch.delattr(os, "memfd_create", raising=False)  # as in macOS
+    cluster.user("carol", groups=("team",))
+    paths = cluster.client_certificate("carol", ("team",))
+    user = dict(zip(("client-certificate-data", "client-key-data"),
+                    (base64.b64encode(path.read_bytes()).decode() for path in paths))) if inline else \
+        dict(zip(("client-certificate", "client-key"), map(str, paths)))
+    assert call(cluster.kubeconfig(user=user)).get(PODS).status == 200
+    assert cluster.requests()[-1]["user"] == "carol"
+
+
+def test_a_certificate_and_a_key_that_do_not_belong_together(cluster, call):
+    (one, _), (_, other) = cluster.client_certificate("carol"), cluster.client_certificate("dave")
+    said = told(call(cluster.kubeconfig(user={"client-certificate": str(one), "client-key": str(other)})).get(VERSION),
+                "config")
+    assert said == "the client certificate and its key cannot be used: key values mismatch"
+
+
+def test_authorities_that_are_none(cluster, call):
+    broken = base64.b64encode(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").decode()
+    said = told(call(cluster.kubeconfig(cluster={"certificate-authority-data": broken})).get(VERSION), "config")
+    assert said.startswith("the certificate-authority of cluster 'cluster' cannot be used: ")
+
+
+def test_without_authorities_those_of_the_system_count(cluster, call, monkeypatch):
+    path = cluster.kubeconfig(cluster={"certificate-authority-data": None})
+    told(call(path).get(VERSION), "certificate")
+    monkeypatch.setenv("SSL_CERT_FILE", str(cluster.ca))
+    assert call(path).get(VERSION).status == 200
+
+
+def test_a_kubeconfig_that_is_replaced_is_used_by_the_next_request(cluster, call, soon):
+    cluster.user("bob", token="bob-token")
+    caller = call(cluster.kubeconfig())
+    caller.get(PODS)
+    caller.get(PODS)
+    assert len(cluster.connections()) == 1, "nothing has changed"
+    cluster.kubeconfig(user={"token": "bob-token"})
+    caller.get(PODS)
+    assert [request["user"] for request in cluster.requests()] == ["admin", "admin", "bob"]
+    assert len(cluster.connections()) == 1, "a token is for a request, not for a connection"
+    cluster.kubeconfig(cluster={"insecure-skip-tls-verify": True, "certificate-authority-data": None})
+    assert caller.get(PODS).status == 200
+    assert len(cluster.connections()) == 2
+
+
+def test_files_are_looked_at_now_and_then_only(cluster, call, monkeypatch):
+    caller = call(cluster.kubeconfig())
+    caller.get(PODS)
+    monkeypatch.setattr(sniroute_credentials, "stamp", lambda path: pytest.fail("looked at"))
+    assert caller.get(PODS).status == 200
+
+
+def test_a_kubeconfig_that_is_being_written_is_read_again(cluster, call, soon, monkeypatch):
+    """kubectl empties the file first."""
+    path = cluster.kubeconfig()
+    caller = call(path)
+    caller.get(PODS)
+    text = path.read_text()
+    monkeypatch.setattr(sniroute_credentials.time, "sleep", lambda seconds: path.write_text(text))
+    path.write_text("")
+    assert caller.get(PODS).status == 200
+
+
+@pytest.mark.parametrize("text, reason, words", [
+    ("a: [", "config", "line 1"), ("", "context", "current-context"), (None, "context", "no kubeconfig is there")])
+def test_a_kubeconfig_that_cannot_be_used_and_then_can(cluster, call, tmp_path, text, reason, words, soon):
+    path = tmp_path / "config"
+    if text is not None:
+        path.write_text(text)
+    caller = call(path)
+    assert words in told(caller.get(VERSION), reason)
+    path.write_text(cluster.kubeconfig().read_text())
+    assert caller.get(VERSION).status == 200
+
+
+def test_a_failure_is_not_looked_into_by_each_client(call, tmp_path, monkeypatch):
+    caller = call(tmp_path / "config")
+    told(caller.get(VERSION), "context")
+    monkeypatch.setattr(sniroute_credentials, "read_files", lambda *words: pytest.fail("looked at"))
+    told(caller.get(VERSION), "context")
+
+
+@linux
+def test_a_kubeconfig_that_does_not_come_stops_nobody_else(cluster, call, tmp_path):
+    """One on a network home that hangs: here it is a pipe that nobody writes."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    caller = call(pipe, cluster.kubeconfig())
+    assert told(caller.get(VERSION, timeout=0.1), "timeout") == "reading the kubeconfig"
+    pipe.write_text("")
+    caller.until(lambda: not caller.apis.of("").identity.phase)
+
+
+def test_the_account_of_a_pod(cluster, call, tmp_path, monkeypatch, soon):
+    account = tmp_path / "account"
+    account.mkdir()
+    (account / "token").write_text(f"{TOKEN}\n")
+    (account / "ca.crt").write_bytes(cluster.ca.read_bytes())
+    (account / "namespace").write_text("prod")
+    monkeypatch.setattr(sniroute_kubeconfig, "ACCOUNT", f"{account}/")
+    caller = call(environ={"KUBERNETES_SERVICE_HOST": HOST, "KUBERNETES_SERVICE_PORT": str(cluster.port)})
+    assert caller.get(PODS).status == 200 and caller.apis.of("").context.namespace == "prod"
+    cluster.user("bob", token="bob-token")
+    (account / "token.new").write_text("bob-token")
+    (account / "token.new").replace(account / "token")
+    caller.get(PODS)
+    assert cluster.requests()[-1]["user"] == "bob" and len(cluster.connections()) == 1
+
+
+def test_a_token_file_is_read_again_when_it_changes_and_when_it_is_refused(cluster, call, tmp_path, monkeypatch):
+    path = tmp_path / "token"
+    path.write_text(TOKEN)
+    caller = call(cluster.kubeconfig(user={"tokenFile": str(path)}))
+    assert caller.get(PODS).status == 200
+    cluster.user("admin", token="new-token")
+    path.write_text("new-token")
+    assert caller.get(PODS).status == 200, "refused, and asked again"
+    assert [request["status"] for request in cluster.requests()] == [200, 401, 200]
+    cluster.user("admin", token="newer")
+    assert "Unauthorized" in told(caller.get(PODS), "login")
+    monkeypatch.setattr(sniroute_credentials, "LOOK_EVERY", 0)
+    path.write_text("newer")
+    assert caller.get(PODS).status == 200
+    path.unlink()
+    assert "No such file" in told(caller.get(PODS), "config")
+
+
+def test_a_token_file_is_read_now_and_then_though_it_seems_the_same(cluster, call, tmp_path, monkeypatch, soon):
+    path = tmp_path / "token"
+    path.write_text(TOKEN)
+    caller = call(cluster.kubeconfig(user={"tokenFile": str(path)}))
+    caller.get(PODS)
+    monkeypatch.setattr(sniroute_credentials, "stamp", lambda path: 0)
+    caller.get(PODS)
+    path.write_text("other")
+    assert caller.get(PODS).status == 200
+    monkeypatch.setattr(sniroute_credentials, "TOKEN_FOR", 0)
+    told(caller.get(PODS), "login")
+
+
+# -- plugins ---------------------------------------------------------------------------------
+
+
+class PluginProgram:
+    """A credential plugin: a script in Python.  Each run adds a line to `runs`."""
+
+    def __init__(self, folder: pathlib.Path, name: str = "log-in"):
+        self.path = folder / name
+        self.log = folder / f"{name}.runs"
+
+    def write(self, body: str, mode: int = 0o755) -> None:
+        new = self.path.with_suffix(".new")
+        new.write_text(f"#!{sys.executable} -IS\nimport json, os, sys, time\nlog = {str(self.log)!r}\n"
+                       "open(log, 'a').write(json.dumps([sys.argv[1:], dict(os.environ)]) + '\\n')\n" + body)
+        new.chmod(mode)
+        new.replace(self.path)
+
+    def answers(self, version: str = V1, before: str = "", **status: str) -> None:
+        """It prints a credential; `before` is done before that."""
+        answer = {"apiVersion": version, "kind": "ExecCredential", "status": status}
+        self.write(f"{before}\nprint({json.dumps(json.dumps(answer))})\n")
+
+    @property
+    def runs(self) -> list[tuple[list[str], dict[str, str]]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+
+    def user(self, command: str | None = None, version: str = V1, **more: object) -> dict[str, object]:
+        """The user of a kubeconfig."""
+        return {"exec": {"apiVersion": version, "command": command or str(self.path), "interactiveMode": "Never",
+                         **more}}
+
+
+@pytest.fixture
+def plugin(tmp_path_factory):
+    return PluginProgram(tmp_path_factory.mktemp("bin"))
+
+
+def in_future(seconds: float) -> str:
+    """A time as a plugin says it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
+
+
+@pytest.mark.parametrize("version", [V1, f"{V1}beta1"])
+def test_a_plugin_says_who_we_are_and_is_run_once(cluster, call, plugin, version):
+    plugin.answers(version, "assert sys.stdin.read() == ''", token=TOKEN, expirationTimestamp=in_future(3600))
+    caller = call(cluster.kubeconfig(user=plugin.user(
+        version=version, args=["get", "token"], env=[{"name": "PROFILE", "value": "dev"}], provideClusterInfo=True)),
+        environ={"HOME": "/nowhere"})
+    got = [caller.begin(PODS)[1] for _ in range(50)]
+    caller.until(lambda: all(got))
+    assert all(reply.status == 200 for [reply] in got)
+    (args, environ), = plugin.runs
+    info = json.loads(environ["KUBERNETES_EXEC_INFO"])
+    assert args == ["get", "token"] and environ["PROFILE"] == "dev" and environ["HOME"] == "/nowhere"
+    assert info["apiVersion"] == version and info["spec"]["cluster"]["server"] == cluster.url
+
+
+def test_a_plugins_answer_is_used_until_it_expires(cluster, call, plugin, soon):
+    plugin.answers(token=TOKEN, expirationTimestamp=in_future(3600))
+    caller = call(cluster.kubeconfig(user=plugin.user()))
+    caller.get(PODS)
+    caller.get(PODS)
+    assert len(plugin.runs) == 1
+    caller.apis.of("").identity.wall = lambda: time.time() + 3595
+    assert caller.get(PODS).status == 200 and len(plugin.runs) == 2
+
+
+def test_a_plugin_is_run_again_where_its_answer_is_refused_once_for_all(cluster, call, plugin):
+    plugin.answers(token="old")
+    cluster.user("admin", token="old")
+    caller = call(cluster.kubeconfig(user=plugin.user()))
+    caller.get(PODS)
+    cluster.user("admin", token="new")
+    plugin.answers(token="new")
+    got = [caller.begin(PODS)[1] for _ in range(10)]
+    caller.until(lambda: all(got))
+    assert [reply.status for [reply] in got] == [200] * 10 and len(plugin.runs) == 2
+    cluster.user("admin", token="newer")
+    told(caller.get(PODS), "login")
+    told(caller.get(PODS), "login")
+    assert len(plugin.runs) == 2, "not for each client of a user whom the cluster does not know"
+
+
+def test_a_plugin_may_answer_with_a_certificate(cluster, call, plugin, soon):
+    cluster.user("carol")
+    certificate, key = (path.read_text() for path in cluster.client_certificate("carol"))
+    plugin.answers(clientCertificateData=certificate, clientKeyData=key)
+    caller = call(cluster.kubeconfig(user=plugin.user()))
+    assert caller.get(PODS).status == 200
+    caller.get(PODS)
+    assert cluster.requests()[-1]["user"] == "carol" and len(cluster.connections()) == 1
+    certificate, key = (path.read_text() for path in cluster.client_certificate("dave"))
+    cluster.user("dave")
+    plugin.answers(clientCertificateData=certificate, clientKeyData=key)
+    caller.apis.of("").identity.credential = None
+    assert caller.get(PODS).status == 200
+    assert cluster.requests()[-1]["user"] == "dave" and len(cluster.connections()) == 2, "a new connection"
+
+
+def test_another_user_of_the_kubeconfig_does_not_get_the_credential_of_the_first(cluster, call, plugin, soon):
+    plugin.answers(token=TOKEN)
+    caller = call(cluster.kubeconfig(user=plugin.user()))
+    caller.get(PODS)
+    cluster.user("bob", token="bob-token")
+    plugin.answers(token="bob-token")
+    cluster.kubeconfig(user=plugin.user(args=["--as=bob"]))
+    caller.get(PODS)
+    assert [request["user"] for request in cluster.requests()] == ["admin", "bob"]
+
+
+@pytest.mark.parametrize("body, words", [
+    ("print('first', file=sys.stderr); print('  not logged in \\x1b[0m ', file=sys.stderr); sys.exit(7)",
+     "ended with 7: not logged in ?[0m"),
+    ("sys.exit(1)", "ended with 1, and said nothing"),
+    ("os.kill(os.getpid(), 9)", "was killed by signal 9, and said nothing"),
+    ("pass", "printed nothing"),
+    ("print('x' * (1 << 21))", "printed more than 1 MiB"),
+    ("print('{}')", "printed no ExecCredential in JSON"),
+    ("sys.stderr.write('a' * (1 << 20) + chr(10) + 'password: hunter2'); sys.exit(1)", "ended with 1: password***"),
+])
+def test_a_plugin_that_fails_is_a_reason_with_its_last_words(call, cluster, plugin, body, words):
+    plugin.write(body)
+    caller = call(cluster.kubeconfig(user=plugin.user()))
+    said = told(caller.get(PODS), "plugin")
+    assert said.startswith(f"the plugin {plugin.path} ") and words in said and "hunter2" not in said
+
+
+def test_a_plugin_that_hangs_is_killed_with_all_that_it_has_started(call, cluster, plugin, monkeypatch, tmp_path):
+    """One run for 50 clients, which all hear of it."""
+    monkeypatch.setattr(sniroute_credentials, "PLUGIN_TIME", 0.4)
+    pids = tmp_path / "pids"
+    plugin.write(f"""
+child = os.fork()
+if child:
+    open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child}} ')
+sys.stderr.write('x' * (1 << 20) + chr(10) + 'waiting for a browser')
+sys.stderr.flush()
+time.sleep(60)
+""")
+    caller = call(cluster.kubeconfig(user=plugin.user()))
+    got = [caller.begin(PODS)[1] for _ in range(50)]
+    caller.until(lambda: all(got))
+    assert {told(result, "plugin") for [result] in got} == {
+        f"the plugin {plugin.path} had not ended after 0.4 s, and was killed: waiting for a browser"}
+    assert len(plugin.runs) == 1
+    for pid in map(int, pids.read_text().split()):
+        wait_until(lambda: not os.path.exists(f"/proc/{pid}") or is_zombie(pid), what=f"the end of {pid}")
+
+
+def is_zombie(pid: int) -> bool:
+    """Of a child whose parent was killed: nobody waits for it in a container without an init."""
+    return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_who_cannot_wait_for_a_plugin_hears_so_and_the_next_one_has_its_answer(call, cluster, plugin, tmp_path):
+    go = tmp_path / "go"
+    plugin.answers(before=f"while not os.path.exists({str(go)!r}): time.sleep(0.01)", token=TOKEN)
+    caller = call(cluster.kubeconfig(user=plugin.user()))
+    assert told(caller.get(PODS, timeout=0.2), "timeout") == "waiting for the credential plugin"
+    go.write_text("")
+    assert caller.get(PODS).status == 200 and len(plugin.runs) == 1
+
+
+def test_a_plugin_may_leave_a_child_that_holds_its_pipes(call, cluster, plugin, tmp_path):
+    pid = tmp_path / "pid"
+    plugin.answers(before=f"""
+child = os.fork()
+if not child:
+    time.sleep(60)
+open({str(pid)!r}, 'w').write(str(child))
+""", token=TOKEN)
+    assert call(cluster.kubeconfig(user=plugin.user())).get(PODS, timeout=5).status == 200
+    os.kill(int(pid.read_text()), 9)
+
+
+def test_so_many_plugins_run_at_a_time(call, cluster, plugin, tmp_path):
+    go = tmp_path / "go"
+    plugin.answers(before=f"while not os.path.exists({str(go)!r}): time.sleep(0.01)", token=TOKEN)
+    config = {"current-context": "", "clusters": [{"name": "c", "cluster": {
+        "server": cluster.url, "certificate-authority": str(cluster.ca)}}],
+        "users": [{"name": "u", "user": plugin.user()}],
+        "contexts": [{"name": f"c{number}", "context": {"cluster": "c", "user": "u"}} for number in range(4)]}
+    path = tmp_path / "config"
+    path.write_text(json.dumps(config))
+    caller = call(path)
+    got = [caller.begin(VERSION, f"c{number}")[1] for number in range(4)]
+    caller.until(lambda: len(plugin.runs) == 2)
+    caller.until(lambda: len(caller.apis.plugins.waiting) == 2)
+    go.write_text("")
+    caller.until(lambda: all(got))
+    assert [reply.status for [reply] in got] == [200] * 4 and len(plugin.runs) == 4
+
+
+def test_the_end_of_all_kills_plugins(call, cluster, plugin):
+    plugin.write("time.sleep(60)")
+    caller = call(cluster.kubeconfig(user=plugin.user()))
+    _, got = caller.begin(PODS)
+    caller.until(lambda: plugin.runs)
+    caller.apis.close()
+    caller.until(lambda: not caller.apis.plugins.running)
+    assert not got
+
+
+@pytest.mark.parametrize("place", ["PATH", "exec_path", "home"])
+def test_where_a_plugin_is_found(call, cluster, tmp_path, place):
+    """A service manager's PATH has neither Homebrew's folder nor one of a home."""
+    folder = tmp_path / "google-cloud-sdk" / "bin"
+    folder.mkdir(parents=True)
+    plugin = PluginProgram(folder, "plugin-of-a-test")
+    plugin.answers(token=TOKEN)
+    environ = {"PATH": str(folder) if place == "PATH" else "/usr/bin:relative", "HOME": str(tmp_path)}
+    exec_path = [str(folder)] if place == "exec_path" else []
+    if place != "home":
+        environ["HOME"] = "/nowhere"
+    path = cluster.kubeconfig(user=plugin.user("plugin-of-a-test"))
+    reply = call(path, environ=environ, exec_path=exec_path).get(PODS)
+    assert not isinstance(reply, Failed), reply
+    assert str(folder) in plugin.runs[0][1]["PATH"].split(":"), "it looks for others there, too"
+
+
+def test_a_plugin_that_is_not_there_is_told_with_how_to_install_it(call, cluster, plugin):
+    path = cluster.kubeconfig(user=plugin.user("no-such-plugin", installHint="Install it:\n  brew install x"))
+    assert told(call(path).get(PODS), "plugin") == (
+        "the plugin no-such-plugin is not there, neither on PATH nor in --exec-path and the usual folders: "
+        "Install it: brew install x")
+    path = cluster.kubeconfig(user=plugin.user())
+    assert told(call(path).get(PODS), "plugin") == f"the plugin {plugin.path} is not there"
+
+
+def test_a_plugin_that_others_may_change_is_not_run(call, cluster, plugin):
+    plugin.answers(token=TOKEN)
+    plugin.path.chmod(0o757)
+    said = told(call(cluster.kubeconfig(user=plugin.user())).get(PODS), "plugin")
+    assert said.endswith(f"is not run: {plugin.path} can be changed by other users: chmod o-w {plugin.path}")
+    assert not plugin.runs
+
+
+def test_a_plugin_that_cannot_be_run(call, cluster, plugin):
+    plugin.path.write_text("no program")
+    plugin.path.chmod(0o755)
+    assert "cannot be run: Exec format error" in told(call(cluster.kubeconfig(user=plugin.user())).get(PODS), "plugin")
+
+
+@pytest.mark.parametrize("said, shown", [
+    (b"", ", and said nothing"), (b"\n \n)\n", ", and said nothing"), (b"one\ntwo\n", ": two"),
+    (b"\xff\n", ", and said nothing"),
+    (b"F1129 20:41:44.968653   27251 cred.go:145] print credential failed with error: exit status 1 (err: ERROR: no "
+     b"account\nPlease run:\n\n  $ gcloud auth login\n\nto obtain new credentials.\n)\n",
+     ": print credential failed with error: exit status 1 (err: ERROR: no account"),
+    (b"Traceback (most recent call last):\n  File x\nValueError: bad\n", ": ValueError: bad"),
+])
+def test_the_line_of_a_plugin_that_says_what_is_wrong(said, shown):
+    assert last_line(said, Plugin(V1, "x", (), (), False, "")) == shown
+
+
+@pytest.mark.parametrize("line, shown", [
+    ("oauth2: \"invalid_grant\" Token has been expired or revoked.", None),
+    ("ERROR: failed to refresh token: invalid_grant", None),
+    ("dial tcp: lookup login.example.com on 127.0.0.53:53: no such host", None),
+    ("/home/u/.config/gcloud/credentials.db: permission denied", None),
+    ("got eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJ4In0.c2lnbmF0dXJl here", "got *** here"),
+    ("Authorization: Bearer abc123def456", "Authorization: Bearer***"),
+    ("password=hunter too", "password*** too"),
+    ("client_secret: xyz", "client_secret*** "[:-1]),
+    ("https://me:word@proxy.example.com:3128 refused", "https://***@proxy.example.com:3128 refused"),
+    ("the key 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b", "the key ***"),
+    ("PASSCODE_OF_PLUGIN is wrong", "*** is wrong"),
+])
+def test_a_plugins_last_line_has_no_secret(line, shown):
+    plugin = Plugin(V1, "x", (), (("X", "PASSCODE_OF_PLUGIN"), ("Y", "a")), False, "")
+    assert without_secrets(line, plugin) == (line if shown is None else shown)
+
+
+# -- secrets -----------------------------------------------------------------------------------
+
+
+def test_what_was_found_is_shown_without_a_secret(cluster, call):
+    caller = call(cluster.kubeconfig())
+    caller.get(PODS)
+    found = caller.apis.of("").identity.found
+    assert isinstance(found, Access) and TOKEN.encode() in found.proof
+    assert TOKEN not in f"{found!r} {caller.apis.of('').identity.files!r}"

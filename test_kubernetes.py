@@ -1,0 +1,222 @@
+"""Tests of the Kubernetes program as people and sniroute run it (sniroute_kubernetes): its commands and options.
+
+It is a child of the test, before a stand-in for a cluster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+
+import pytest
+
+import sniroute_kubernetes
+from conftest import HOST, connect, linux, wait_until
+from sniroute_kubernetes import main, parse_words
+from sniroute_refusals import SettingsError
+from testbed.carrier import parallel, receive, receive_all
+from testbed.clients import psql
+
+NOISE = bytes(range(256)) * 4096  # 1 MiB
+
+
+def ask(address, data: bytes = b"hello") -> bytes:
+    with connect(address) as client:
+        client.sendall(data)
+        return receive(client, len(data))
+
+
+# -- port-forward ------------------------------------------------------------------------------
+
+
+def test_port_forward(app, kubernetes, echo_server):
+    there = app(echo_server.address)
+    run = kubernetes("port-forward", there.target, "--listen", f"{HOST}:0")
+    address, = run.listening()
+    assert ask(address, NOISE) == NOISE
+    assert run.end() == 0
+
+
+def test_a_port_that_is_taken(app, kubernetes, echo_server):
+    run = kubernetes("port-forward", app(echo_server.address).target, "--listen", "{}:{}".format(*echo_server.address))
+    assert run.end(None) == 1 and "cannot listen on" in run.all_rows()[0]["message"]
+
+
+def test_psql_through_a_runtime_that_resets(kube, app, kubernetes, postgres):
+    """Each session of PostgreSQL with TLS ends in a reset, which ends its own client only."""
+    kube.set(runtime="resetting")
+    there = app(postgres)
+    run = kubernetes("port-forward", there.target, "--listen", f"{HOST}:0")
+    address, = run.listening()
+    for _ in range(5):
+        answer = psql(address, ["select 1"], "sslmode=require")
+        assert (answer.returncode, answer.stdout) == (0, b"1\n"), answer.stderr
+    assert len(there.sessions()) <= 3 and not run.rows("failed")
+
+
+# -- forwarders, as sniroute starts it ---------------------------------------------------------
+
+
+def test_listeners_come_and_go_as_stdin_says(app, kubernetes, echo_server):
+    first, second = app(echo_server.address), app(echo_server.address)
+    run = kubernetes("forwarders", stdin=subprocess.PIPE)
+    run.tell(f"listen {HOST}:0 {first.target}", f"listen {HOST}:0 {second.target}", f"listen {HOST}:0 nonsense")
+    addresses = run.listening(2)
+    assert [ask(address) for address in addresses] == [b"hello"] * 2
+    row, = wait_until(lambda: run.rows("closed"))
+    assert "'nonsense' is not NAMESPACE/svc/NAME:PORT" in row["error"]
+    run.tell(f"close {HOST}:{addresses[0][1]}")
+    wait_until(lambda: len(run.rows("closed")) == 2)
+    wait_until(lambda: not first.sessions(ended=None))
+    with pytest.raises(ConnectionRefusedError):
+        connect(addresses[0])
+    assert ask(addresses[1]) == b"hello"
+    run.process.stdin.close()
+    assert run.end(None) == 0
+
+
+def test_a_failure_is_an_event_with_a_reason(kube, app, kubernetes, echo_server):
+    there = app(echo_server.address)
+    kube.fault("refuse", resource="pods/portforward", name=there.pods[0])
+    run = kubernetes("forwarders", stdin=subprocess.PIPE)
+    run.tell(f"listen {HOST}:0 {there.target}")
+    address, = run.listening()
+    with connect(address) as client:
+        assert receive_all(client) == (b"", "RST")
+    row = run.failure()
+    assert row["reason"] == "forbidden" and row["listener"] == "{}:{}".format(*address)
+    assert "portforward" in row["error"] and "admin-token" not in run.errors.decode()
+
+
+@linux
+def test_20_targets_fit_into_one_small_process(kube, app, kubernetes, single_loop_echo):
+    there = [app(single_loop_echo) for _ in range(20)]
+    run = kubernetes("forwarders", stdin=subprocess.PIPE)
+    run.tell(*(f"listen {HOST}:0 {each.target}" for each in there))
+    for address in run.listening(20):
+        assert parallel(address, [b"hello"] * 2) == [b"hello"] * 2
+    assert run.memory() < 45 << 10, f"{run.memory()} KiB"
+
+
+# -- exec --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command, said, out, code", [
+    (["cat"], b"hello\n", b"hello\n", 0),
+    (["sh", "-c", "echo out; echo err >&2; exit 3"], b"", b"out\n", 3),
+    (["no-such-program"], b"", b"", 1),
+    (["false"], b"", b"", 1),
+])
+def test_exec(kube, app, kubernetes, command, said, out, code):
+    there = app((HOST, 1))
+    run = kubernetes("exec", f"default/pod/{there.pods[0]}", "--", *command, stdin=subprocess.PIPE)
+    run.process.stdin.write(said)
+    run.process.stdin.close()
+    assert run.process.stdout.read() == out
+    assert run.process.wait(10) == code
+    assert code != 3 or wait_until(lambda: run.errors == b"err\n")
+
+
+def test_exec_in_a_container(kube, app, kubernetes):
+    there = app((HOST, 1), containers=("main", "tools"))
+    run = kubernetes("exec", f"default/pod/{there.pods[0]}", "--container", "tools", "--", "true")
+    assert run.end(None) == 0
+    assert there.sessions()[-1]["container"] == "tools"
+
+
+# -- get ---------------------------------------------------------------------------------------
+
+
+def got(run) -> tuple[int, list[str]]:
+    lines = run.process.stdout.read().decode().splitlines()
+    return run.process.wait(10), lines
+
+
+def test_get_says_what_would_be_chosen(kube, app, kubernetes, echo_server):
+    there = app(echo_server.address, echo_server.address)
+    kube.ready(there.pods[0], False)
+    code, lines = got(kubernetes("get", there.target))
+    assert (code, lines[0]) == (0, f"pod default/{there.pods[1]} port 8080")
+    assert lines[1:] == [f"  {there.pods[0]} not ready", f"  {there.pods[1]} ready"]
+
+
+def test_get_says_why_there_is_none(kube, app, kubernetes, echo_server):
+    there = app(echo_server.address)
+    kube.ready(there.pods[0], False)
+    code, lines = got(kubernetes("get", there.target))
+    assert code == 1 and lines[0].startswith("no pod is ready: ")
+    code, lines = got(kubernetes("get", "default/svc/nobody:80"))
+    assert code == 1 and lines == ['the cluster has no such object (404): HTTP 404: services "nobody" not found']
+
+
+# -- options -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words, said", [
+    (["port-forward"], "port-forward takes one TARGET, and --listen HOST:PORT"),
+    (["port-forward", "x", "--listen", "127.0.0.1:0"], "'x' is not NAMESPACE/svc/NAME:PORT"),
+    (["port-forward", "a/svc/b:1", "--listen", "nowhere"], "--listen: 'nowhere' is not HOST:PORT"),
+    (["forwarders", "x"], "unexpected 'x'"),
+    (["forwarders", "--nonsense", "x"], "unknown option '--nonsense'"),
+    (["forwarders", "--ping"], "--ping: it needs a value"),
+    (["forwarders", "--ping=0"], "--ping: '0' is no number of seconds"),
+    (["forwarders", "--ping", "soon"], "--ping: 'soon' is no number of seconds"),
+    (["forwarders", "--loglevel", "loud"], "--loglevel: 'loud' is none of debug, info"),
+    (["exec", "default/pod/x"], "exec takes one pod, `--`, and the command"),
+    (["exec", "x", "--", "true"], "'x/localhost:1' is not"),
+    (["exec", "default/pod/x", "--container", "-x", "--", "true"], "container = '-x'"),
+    (["get"], "get takes one TARGET"),
+    (["get", "default/svc/-x:1"], "is no name of a service"),
+])
+def test_wrong_words_stop_the_start(words, said, capsys):
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, code, said", [
+    (["--version"], 0, "sniroute_kubernetes "), (["--help"], 0, "usage: "), (["get", "--help"], 0, "usage: "),
+    ([], 2, ""), (["nonsense"], 2, "")])
+def test_words_about_the_program(words, code, said, capsys):
+    assert main(words) == code
+    assert capsys.readouterr().out.startswith(said)
+
+
+def test_options_may_have_their_value_behind_an_equals_sign():
+    arguments, settings, given = parse_words(
+        ["a", "--context=main", "--ping", "2.5s", "--exec-path", "/x:/y", "b"], {"TUNNEL_LOG_OUTPUT": "json"})
+    assert arguments == ["a", "b"] and given["ping"] == 2.5
+    assert settings == ("", "main", "/x:/y", 2.5, "info", "json")
+    with pytest.raises(SettingsError):
+        parse_words(["--context"], {})
+
+
+def test_every_option_is_in_the_help():
+    for name in sniroute_kubernetes.OPTIONS:
+        assert f"--{name} " in sniroute_kubernetes.USAGE
+    for name in sniroute_kubernetes.COMMANDS:
+        assert f"sniroute_kubernetes.py {name} " in sniroute_kubernetes.USAGE
+
+
+def test_a_context_for_targets_that_name_none(kube, app, kubernetes, echo_server):
+    there = app(echo_server.address)
+    config = kube.kubeconfig("other", context_name="arn:aws:eks:eu:1:cluster/x")
+    run = kubernetes("port-forward", there.target, "--listen", f"{HOST}:0", "--kubeconfig", str(config),
+                     "--context", "arn:aws:eks:eu:1:cluster/x")
+    address, = run.listening()
+    assert ask(address) == b"hello"
+    run = kubernetes("get", f"{there.target}@nobody", "--kubeconfig", str(config))
+    code, lines = got(run)
+    assert code == 1 and "nobody" in lines[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_and_resets_its_clients(app, kubernetes, echo_server, number):
+    run = kubernetes("port-forward", app(echo_server.address).target, "--listen", f"{HOST}:0")
+    address, = run.listening()
+    with connect(address) as client:
+        client.sendall(b"x")
+        assert receive(client, 1) == b"x"
+        assert run.end(number) == 0
+        with contextlib.suppress(ConnectionError):
+            assert client.recv(1) == b""
