@@ -434,13 +434,14 @@ def read_outcome(text: str) -> Outcome:
         return Outcome(None, printable(text.strip(), WORDS_MAX))
     if status.get("status") == "Success":
         return Outcome(0, "")
-    words = printable(str(status.get("message") or status.get("reason") or "no reason"), WORDS_MAX)
+    said = [each for each in (status.get("message"), status.get("reason")) if isinstance(each, str) and each]
+    words = printable(said[0] if said else "no reason", WORDS_MAX)
     details = status.get("details")
     causes = details.get("causes") if isinstance(details, dict) else None
     if status.get("reason") == "NonZeroExitCode" and isinstance(causes, list):
         for cause in causes:
             if isinstance(cause, dict) and cause.get("reason") == "ExitCode":
-                code = str(cause.get("message"))
-                if re.fullmatch(r"[0-9]{1,9}", code, re.ASCII):
+                code = cause.get("message")
+                if isinstance(code, str) and re.fullmatch(r"[0-9]{1,9}", code, re.ASCII):
                     return Outcome(int(code), words)
     return Outcome(None, words)

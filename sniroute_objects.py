@@ -237,6 +237,28 @@ def word(thing: Mapping[str, Any], key: str) -> str:
     return typed(value, str, key) if value is not None else ""
 
 
+def words(thing: Mapping[str, Any], key: str) -> list[str]:
+    """A list of texts; [] where it is not there.  Raises Failed, `answer`."""
+    value = thing.get(key)
+    return [typed(each, str, key) for each in typed(value, list, key)] if value is not None else []
+
+
+def terms_of(labels: Mapping[str, Any]) -> list[str]:
+    """The terms of a selector for these labels.  Raises Failed, `answer`."""
+    return [f"{key}={word(labels, key)}" for key in sorted(labels)]
+
+
+def number(thing: Mapping[str, Any], key: str) -> int:
+    """A port; 0 where there is none that is one."""
+    value = thing.get(key)
+    return value if isinstance(value, int) and 0 < value < 65536 else 0
+
+
+def escaped(text: str) -> str:
+    """A text of the API server's as a part of a query.  JSON has halves of characters, which UTF-8 has not."""
+    return quote(text, safe="", errors="replace")
+
+
 def typed(value: Any, kind: type, key: str) -> Any:
     """A value that has to be of a kind.  Raises Failed, `answer`."""
     if not isinstance(value, kind):
@@ -279,13 +301,13 @@ class Plan(NamedTuple):
 
     def list_path(self, more: str = "") -> str:
         """`more`: the token that the page before has given."""
-        page = f"&limit={PAGE}" + f"&continue={quote(more, safe='')}" * bool(more)
+        page = f"&limit={PAGE}" + f"&continue={escaped(more)}" * bool(more)
         return self.single or f"{self.base}?{self.query}{page}"
 
     def watch_path(self, version: str, seconds: int) -> str:
         """`version`: what a list, or the last event, was of; "": from now."""
         return (f"{self.base}?{self.query}&watch=true&allowWatchBookmarks=true&timeoutSeconds={seconds}"
-                + f"&resourceVersion={quote(version, safe='')}" * bool(version))
+                + f"&resourceVersion={escaped(version)}" * bool(version))
 
 
 class Kind(NamedTuple):
@@ -303,7 +325,7 @@ def object_path(target: KubeTarget) -> str:
 
 def selected(target: KubeTarget, selector: str, port: int | str, admits: frozenset[str] = READY) -> Plan:
     """Pods by their labels."""
-    query = f"labelSelector={quote(selector, safe='')}"
+    query = f"labelSelector={escaped(selector)}"
     return Plan(f"/api/v1/namespaces/{target.namespace}/pods", query, port, admits, read_pod, selects=selector)
 
 
@@ -322,7 +344,7 @@ def plan_service(target: KubeTarget, service: dict[str, Any]) -> Plan:
     admits = RUNNING if spec.get("publishNotReadyAddresses") is True else READY
     selector = part(spec, "selector")
     if selector:
-        return selected(target, ",".join(f"{key}={value}" for key, value in sorted(selector.items())), port, admits)
+        return selected(target, ",".join(terms_of(selector)), port, admits)
     namespace = target.namespace
     return Plan(f"/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices",
                 f"labelSelector={quote(f'kubernetes.io/service-name={target.name}', safe='')}",
@@ -346,8 +368,8 @@ def service_port(target: KubeTarget, spec: dict[str, Any]) -> tuple[int | str, s
 
 def ports_said(ports: Sequence[Mapping[str, Any]]) -> str:
     """The ports of a service, for people."""
-    said = [" ".join(filter(None, (str(row.get("port")), str(row.get("name") or ""),
-                                   "" if row.get("protocol") in (None, "TCP") else f"({row['protocol']})")))
+    said = [" ".join(filter(None, (str(number(row, "port")), word(row, "name"),
+                                   "" if row.get("protocol") in (None, "TCP") else f"({word(row, 'protocol')})")))
             for row in ports]
     return printable(", ".join(said), 200) or "none"
 
@@ -355,9 +377,9 @@ def ports_said(ports: Sequence[Mapping[str, Any]]) -> str:
 def plan_workload(target: KubeTarget, thing: dict[str, Any]) -> Plan:
     """The pods that a deployment, a statefulset ... selects.  Raises Failed, `answer`."""
     selector = part(part(thing, "spec"), "selector")
-    terms = [f"{key}={value}" for key, value in sorted(part(selector, "matchLabels").items())]
+    terms = terms_of(part(selector, "matchLabels"))
     for row in rows(selector, "matchExpressions"):
-        key, values = word(row, "key"), ",".join(map(str, typed(row.get("values") or [], list, "values")))
+        key, values = word(row, "key"), ",".join(words(row, "values"))
         form = EXPRESSIONS.get(word(row, "operator"))
         if form is None:
             raise Failed("answer", f"{target.said} selects pods by {printable(word(row, 'operator'), 40)!r}")
@@ -410,7 +432,7 @@ def read_pod(thing: dict[str, Any]) -> Iterator[Pod]:
     sidecars = [row for row in rows(spec, "initContainers") if row.get("restartPolicy") == "Always"]
     ports: dict[str, int] = {}
     for row in (port for container in [*containers, *sidecars] for port in rows(container, "ports")):
-        if row.get("protocol") in (None, "TCP") and isinstance(row.get("containerPort"), int):
+        if row.get("protocol") in (None, "TCP") and number(row, "containerPort"):
             ports.setdefault(word(row, "name"), row["containerPort"])
     ports.pop("", None)
     default = word(part(metadata, "annotations"), "kubectl.kubernetes.io/default-container")
@@ -450,7 +472,7 @@ def read_slice(thing: dict[str, Any], namespace: str) -> Iterator[Pod]:
     server does not check the names in them: what is no name would be another path.
     """
     ports = {word(row, "name"): row["port"] for row in rows(thing, "ports")
-             if row.get("protocol") in (None, "TCP") and isinstance(row.get("port"), int)}
+             if row.get("protocol") in (None, "TCP") and number(row, "port")}
     for row in rows(thing, "endpoints"):
         conditions, target = part(row, "conditions"), part(row, "targetRef")
         if word(target, "kind") == "Pod" and OBJECT.fullmatch(word(target, "name")) \
@@ -459,7 +481,7 @@ def read_slice(thing: dict[str, Any], namespace: str) -> Iterator[Pod]:
                      "not ready" if conditions.get("ready") is False else "ready")
             yield Pod(word(target, "name"), word(target, "uid"), state, ports=ports)
         else:
-            for address in map(str, typed(row.get("addresses") or [], list, "addresses")):
+            for address in words(row, "addresses"):
                 yield Pod(printable(address, 60), address, "no pod")
 
 

@@ -291,6 +291,32 @@ def test_ports_have_names_in_containers_and_sidecars():
     assert made.ports == {"http": 8080, "mesh": 15000}
 
 
+@pytest.mark.parametrize("port", [0, -1, 65536, 10 ** 30, "80", 8.5, None])
+def test_what_is_no_port_is_none(port):
+    """Users write slices, and the API server does not look at all that is in them."""
+    assert read(pod("a", ports={"http": port, "other": 1})).ports == {"other": 1}
+    made = KINDS["service"].plan(WEB, service([(80, 1)], {}))
+    found = list(made.read(endpoints(endpoint("192.0.2.1", "a"), ports={"": port})))
+    assert choice_of(WEB, made, found[0]) is None
+
+
+@pytest.mark.parametrize("value", [1, {}, [[["x"]]], True])
+def test_what_should_be_a_text_and_is_none_is_told(value):
+    assert refused("prod/svc/web:80", service(selector={"app": value})).reason == "answer"
+    assert refused("prod/svc/web:81", service([(80, 1, value)])).reason == "answer"
+    assert refused("prod/deploy/web:80", workload({"app": value})).reason == "answer"
+    made = KINDS["service"].plan(WEB, service([(80, 1)], {}))
+    with pytest.raises(Failed):
+        list(made.read(endpoints({"addresses": [value]})))
+
+
+def test_half_a_character_is_a_part_of_a_query():
+    made = plan("prod/svc/web:80", service(selector={"app": "\ud800"}))
+    assert made.query == "labelSelector=app%3D%3F"
+    assert made.list_path("\udfff").endswith("&continue=%3F")
+    assert made.watch_path("\udfff", 240).endswith("&resourceVersion=%3F")
+
+
 def test_a_command_runs_in_the_default_container():
     assert read(pod("a", containers=("one", "two"))).container == "one"
     assert read(pod("a", containers=("one", "two"), default="two")).container == "two"
