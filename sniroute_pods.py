@@ -279,12 +279,13 @@ class Feed:
     def _listed(self, answer: Reply | Failed) -> None:
         """The pods, or a page of them."""
         self.job = None
+        before = len(self.page)
         try:
             more = self._read(answer)
         except Failed as failed:
             self._unable(failed)
             return
-        if more and len(self.page) < PODS_MAX:
+        if more and before < len(self.page) < PODS_MAX:  # else the pages would have no end
             self._list(more)
             return
         is_first, self.items, self.page, self.trouble = self.items is None, self.page, {}, None
@@ -340,17 +341,18 @@ class Feed:
             if what == "ERROR":
                 raise Failed("gone" if item.get("code") == 410 else "answer",
                              f"the watch of {self.target.said} ended: {printable(word(item, 'message'), 200)}")
-            version = word(part(item, "metadata"), "resourceVersion")
+            version, uid = (word(part(item, "metadata"), key) for key in ("resourceVersion", "uid"))
+            before = self.items.get(uid)
             if what in ("ADDED", "MODIFIED"):
                 self._put(self.items, item)
             elif what == "DELETED":
-                self.items.pop(word(part(item, "metadata"), "uid"), None)
+                self.items.pop(uid, None)
         except Failed as failed:
             self.job.cancel()
             self._watch_over(failed)
             return
         self.version = version or self.version
-        if what != "BOOKMARK":
+        if self.items.get(uid) != before:  # most events are of what means nothing here, and there may be many
             self.news()
 
     def _watch_over(self, failed: Failed | None) -> None:
@@ -402,8 +404,7 @@ class Asked:
         """The client has left: `done` is called no more.  Does nothing where it has been."""
         if self.done is not None:
             self.done = None
-            if self in self.pods.waiting:
-                self.pods.waiting.remove(self)
+            self.pods.waiting.pop(self, None)
 
     def tell(self, answer: Choice | Failed) -> None:
         """The answer, once."""
@@ -426,7 +427,8 @@ class Pods:
         self.clock = alarms.clock
         self.feed = Feed(alarms, api, targets, self._news, self._fail, self._latest)
         self.on_out: Callable[[str], None] = lambda uid: None
-        self.waiting: collections.deque[Asked] = collections.deque()
+        self.waiting: collections.OrderedDict[Asked, None] = collections.OrderedDict()  # a crowd of them may leave
+        self.latest = 0.0  # of all deadlines
         self.choices: list[Choice] = []  # pods that take connections, by name
         self.lacks: Failed | None = None  # what all pods that would take connections lack
         self.open: dict[str, int] = {}  # uid -> connections
@@ -451,10 +453,11 @@ class Pods:
         self.used = now = self.clock()
         answer = self._choose()
         if answer is None:
-            self.waiting.append(asked)
+            self.waiting[asked] = None
+            self.latest = max(self.latest, deadline)
             if self.feed.state == EMPTY:
                 self.feed.begin()
-            self._arm()
+            self._wake(min(self.feed.due(), deadline))  # it does not look at the others: a crowd would be slow
         else:
             if now >= self.feed.looked + LOOK:
                 self.feed.look_again()
@@ -469,7 +472,7 @@ class Pods:
             self.open[choice.uid] = left
         else:
             self.open.pop(choice.uid, None)
-            self._arm()
+            self._wake(NEVER)
 
     def failed(self, choice: Choice) -> None:
         """A connection to this pod has failed: it is the last to be chosen for a while."""
@@ -533,27 +536,30 @@ class Pods:
         """Pods have changed: tell those who wait, if there is something to tell."""
         self._find()
         while self.waiting and (answer := self._choose()) is not None:
-            self.waiting.popleft().tell(answer)
+            self.waiting.popitem(False)[0].tell(answer)
         self._arm()
 
     def _fail(self, failed: Failed) -> None:
         """There is no way: tell all who wait.  The next client begins anew."""
         self._find()
-        waiting, self.waiting = self.waiting, collections.deque()
+        waiting, self.waiting = self.waiting, collections.OrderedDict()
         for asked in waiting:
             if self.feed.state != CLOSED:
                 asked.tell(failed)
 
     def _latest(self) -> float:
-        return max((asked.deadline for asked in self.waiting), default=0.0)
+        return self.latest if self.waiting else 0.0
 
     # -- times ---------------------------------------------------------------------------------
 
     def _arm(self) -> None:
-        """Be woken when there is something to do.  An alarm that comes too early does no harm."""
+        """Be woken when there is something to do."""
+        self._wake(min([self.feed.due(), *(asked.deadline for asked in self.waiting)]))
+
+    def _wake(self, when: float) -> None:
+        """Be woken then, at the latest.  An alarm that comes too early does no harm."""
         if self.feed.state in (EMPTY, CLOSED):
             return
-        when = min([self.feed.due(), *(asked.deadline for asked in self.waiting)])
         if not self.waiting and not self.open:
             when = min(when, self.used + IDLE)
         if when < self.woken:
@@ -568,7 +574,7 @@ class Pods:
         now = self.clock()
         for asked in [asked for asked in self.waiting if asked.deadline <= now]:
             if asked in self.waiting:  # what was told to others may have ended it
-                self.waiting.remove(asked)
+                del self.waiting[asked]
                 asked.tell(self._why_late())
         if self.feed.state in (EMPTY, CLOSED):
             return

@@ -268,6 +268,17 @@ def test_a_client_that_has_left_is_told_nothing():
     assert world.pods.open == {"uid-a": 1}, "it has its pod already"
 
 
+def test_a_crowd_that_waits_is_no_work_for_the_next_one():
+    world = World().begin(pod("a", ready=False))
+    begun = monotonic()
+    crowd = [world.ask() for _ in range(20_000)]
+    for asked in reversed(crowd):
+        asked.cancel()
+    assert monotonic() - begun < 3, "to look at all for each would take a minute"
+    world.last.line("MODIFIED", pod("a"))
+    assert [answer.pod for answer in world.answers] == ["a"] and not world.pods.waiting
+
+
 def test_nobody_is_told_after_the_end():
     world = World()
     world.ask()
@@ -292,6 +303,26 @@ def test_whoever_is_told_may_ask_again_leave_or_end_it_all():
         assert len(told) == 1
         assert len(world.answers) == (1 if act == "ask" else 0)
         assert len(world.under_way) == (1 if act == "ask" else 0)
+
+
+def test_an_event_that_means_nothing_here_is_no_work(monkeypatch):
+    """A server may send them without end."""
+    world = World().begin(pod("a"), pod("b"))
+    monkeypatch.setattr(world.pods, "_find", lambda: pytest.fail("looked through all"))
+    monkeypatch.setattr(world.pods.feed, "news", lambda: pytest.fail("told"))
+    world.last.line("MODIFIED", pod("a", version="8"))
+    world.last.line("BOOKMARK", {"metadata": {"resourceVersion": "9"}})
+    assert world.pods.feed.version == "9"
+
+
+def test_pages_without_anything_new_are_the_last_ones():
+    """Else a server that is broken would be asked for ever."""
+    world = World()
+    world.ask()
+    world.last.answer(service())
+    world.last.answer(listed(pod("a"), more="x"))
+    world.last.answer(listed(pod("a"), more="y"))
+    assert world.answers[0].pod == "a" and "watch=true" in world.last.path
 
 
 # -- several targets ---------------------------------------------------------------------------
