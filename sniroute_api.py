@@ -58,6 +58,7 @@ __version__ = "0.1.0"
 # Limits, each with its reason.  Bytes, or seconds.
 BODY_MAX = 16 << 20  # an answer: a list of a thousand pods has 10 MiB
 LINE_MAX = 4 << 20  # a line of a watch: an object has 1.5 MiB at most (etcd's limit), and its managed fields beside
+INTERIMS_MAX = 100  # answers of 1xx in one piece: nobody sends more than one or two
 REFUSAL_MAX = 1 << 16  # the body of a refused upgrade: a Status, or some words of the node's
 WORDS_MAX = 300  # characters of the server's words in a reason
 IDLE_MAX = 4  # idle connections of an API: a client needs one, and few come at the same moment
@@ -314,7 +315,7 @@ class Line:
 
     def _read_head(self, data: bytes) -> bytes:
         """The head, as soon as it is whole.  Returns what is behind it.  Raises Malformed."""
-        while True:
+        for _ in range(INTERIMS_MAX):
             response = parse_response(data, self.method, PROTOCOLS, self.seen)
             if response is None:
                 self.data, self.seen = data, len(data)
@@ -322,6 +323,8 @@ class Line:
             data, self.data, self.seen = data[response.head.end:], b"", 0
             if not response.is_interim:
                 break
+        else:
+            raise Malformed("interim answers without an end")
         self.response = response
         if response.status == 101:
             job, wire, self.job = self.job, self.wire, None
@@ -371,7 +374,7 @@ class Job:
     body_max = BODY_MAX
 
     __slots__ = ("api", "method", "path", "headers", "done", "deadline", "state", "alarm", "access", "opening", "line",
-                 "silence", "parts", "size", "has_a_turn", "was_refused", "may_ride")
+                 "silence", "body", "has_a_turn", "was_refused", "may_ride")
 
     def __init__(self, api: Api, method: str, path: str, headers: Sequence[tuple[str, str]],
                  done: Callable[[Any], None], deadline: float):
@@ -388,8 +391,7 @@ class Job:
         self.opening: Opening | None = None
         self.line: Line | None = None
         self.silence: Alarm | None = None
-        self.parts: list[bytes] = []  # of the body
-        self.size = 0
+        self.body = bytearray()  # or of a watch the line that is not whole.  A list of pieces could take 20 times that
         self.has_a_turn = False
         self.was_refused = False  # by a 401
         self.may_ride = True  # on an idle connection
@@ -449,7 +451,7 @@ class Job:
     def _ask(self, line: Line) -> None:
         self.state = ASKING
         self.line = line
-        self.parts, self.size = [], 0
+        self.body = bytearray()
         if line.is_used:
             self.silence = self.api.apis.alarms.at(monotonic() + SILENT, self._silent)
         line.ask(self, self.method, self.api.head(self.access, self.method, self.path, self.headers))
@@ -469,10 +471,9 @@ class Job:
 
     def part(self, data: memoryview) -> None:
         """Some of the body came.  Raises Failed, where it is too much."""
-        self.size += len(data)
-        if self.size > self.body_max:
+        self.body += data
+        if len(self.body) > self.body_max:
             raise Failed("answer", f"an answer of more than {self.body_max >> 10} KiB")
-        self.parts.append(bytes(data))
 
     def switched(self, line: Line, upgraded: Upgraded) -> None:
         """The connection speaks another protocol."""
@@ -483,7 +484,7 @@ class Job:
     def answered(self, response: Response) -> None:
         """The answer is whole."""
         line, self.line = self.line, None
-        reply = Reply(response.status, headers_of(response), b"".join(self.parts))
+        reply = Reply(response.status, headers_of(response), bytes(self.body))
         self.api.rest(line)
         self._hush()
         seconds = retry_after(reply)
@@ -550,7 +551,7 @@ class Job:
             self.line.job = None
             self.line.wire.reset()
         self.opening = self.line = None
-        self.parts = []
+        self.body = bytearray()
         self.api.jobs.discard(self)
         self.api.queue.pop(self, None)
         self._give_turn()
@@ -589,13 +590,11 @@ class Watch(Job):
             super().part(data)
             return
         first, *rest = bytes(data).split(b"\n")
-        self.parts.append(first)
-        self.size += len(first)
-        if self.size > LINE_MAX:
+        self.body += first
+        if len(self.body) > LINE_MAX:
             raise Failed("answer", f"a line of more than {LINE_MAX >> 20} MiB")
         for more in rest:
-            line = b"".join(self.parts)
-            self.parts, self.size = [more], len(more)
+            line, self.body = bytes(self.body), bytearray(more)
             if line.strip():
                 self.on_line(parse_object(line))
             if self.state is OVER:  # cancelled by what it has told

@@ -171,6 +171,12 @@ def test_what_is_not_there_is_a_reply(caller):
     assert reply.status == 404 and told(failure(reply, "GET", "/x"), "unknown").endswith('services "other" not found')
 
 
+def test_interim_answers_without_an_end_are_none(plain):
+    many = b"HTTP/1.1 100 Continue\r\n\r\n" * 1000
+    caller = plain(says(many + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"))
+    assert "interim" in told(caller.get(PODS), "answer")
+
+
 def test_an_answer_may_have_interim_ones_before_it_and_end_with_the_connection(plain):
     caller = plain(says(b"HTTP/1.1 103 Early\r\nA: b\r\n\r\nHTTP/1.1 200 OK\r\nX: 1\r\nX: 2\r\n\r\n{}"))
     assert caller.get("/version") == Reply(200, {"x": "1, 2"}, b"{}")
