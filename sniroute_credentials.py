@@ -16,7 +16,8 @@ Files are looked at once in LOOK_EVERY, since a kubeconfig that was written anew
 
 A plugin is the program that `exec` of a kubeconfig names (kubernetes.io, "Client Authentication (v1)").  It runs in a
 process group of its own, without stdin.  What it prints is a secret; a line of its stderr is the reason where it
-fails, without what looks like a secret.  A plugin that another user may change is not run.
+fails, without what looks like a secret.  A plugin that another user may change is not run, nor one of a kubeconfig
+that another user may change.
 
 Threads: the loop's, but for `read_files` (thread `kubeconfig`, one for each identity at a time) and `run_plugin`
 (threads `plugin-<n>`, PLUGINS at a time).  Each gets values and returns values; the result comes by `Loop.call`.  A
@@ -66,6 +67,7 @@ PLUGIN_TIME = 60.0  # of one run: some open a browser, and somebody logs in ther
 PLUGINS = 2  # runs at a time: each may be a Python or a JVM
 TICK = 0.1  # a plugin has ended, and a child of it holds its pipes: noticed so late
 SOON = 0.002  # a plugin has closed its pipes: it ends next
+LEFT = 1.0  # for what a plugin that has ended has left in its pipes: a child of it may fill them for ever
 SETTLE = 0.1  # a kubeconfig that is being written is read again after so long: kubectl empties it first
 FILE_MAX = 16 << 20  # bytes of a file: a kubeconfig of a thousand clusters has 5 MiB
 STDERR_MAX = 4096  # bytes that are kept of a plugin's stderr: the last line is in there
@@ -260,7 +262,7 @@ def folders_of(settings: Settings) -> list[str]:
 
 
 def find_plugin(plugin: Plugin, settings: Settings) -> str:
-    """The path of its program.  Raises KubeconfigError: it is not there, or others may change it."""
+    """The path of its program.  Raises KubeconfigError: it is not there, or others may change it or a kubeconfig."""
     shown = printable(plugin.command)
 
     def fault(message: str) -> KubeconfigError:
@@ -278,9 +280,19 @@ def find_plugin(plugin: Plugin, settings: Settings) -> str:
         why = changed_by_others(path) or (changed_by_others(interpreter) if interpreter else "")
     except OSError as error:
         raise fault(f"cannot be run: {error.strerror}") from None
+    if not why:
+        why = next(filter(None, map(kubeconfig_fault, settings.paths)), "")
     if why:
         raise fault(f"is not run: {printable(why, 1000)}")
     return path
+
+
+def kubeconfig_fault(path: str) -> str:
+    """Why another user may change a kubeconfig, as `changed_by_others` says it: it may name any program as a plugin."""
+    try:
+        return changed_by_others(path)
+    except OSError:  # it is not there
+        return ""
 
 
 class Running:
@@ -361,8 +373,9 @@ def hear(running: Running, deadline: float) -> tuple[bytes, bytes, bool]:
             selector.register(pipe, selectors.EVENT_READ, into)
         while True:
             has_ended = running.ended() is not None  # asked first: what it has said is in the pipes by then
-            if monotonic() >= deadline and not has_ended:
-                return bytes(printed), bytes(said), False
+            deadline = min(deadline, monotonic() + LEFT) if has_ended else deadline
+            if monotonic() >= deadline:
+                return bytes(printed), bytes(said), has_ended
             events = selector.select(0 if has_ended else TICK if selector.get_map() else SOON)
             for key, _ in events:
                 data = os.read(key.fd, 1 << 16)

@@ -315,6 +315,29 @@ def test_a_plugin_that_fails_is_a_reason_with_its_last_words(call, cluster, plug
     assert said.startswith(f"the plugin {plugin.path} ") and words in said and "hunter2" not in said
 
 
+def test_a_plugin_of_a_kubeconfig_that_others_may_change_is_not_run(call, cluster, plugin):
+    """They could name any program there."""
+    plugin.answers(token=TOKEN)
+    path = cluster.kubeconfig(user=plugin.user())
+    path.chmod(0o666)
+    said = told(call(path).get(PODS), "plugin")
+    assert said == f"the plugin {plugin.path} is not run: {path} can be changed by other users: chmod o-w {path}"
+    assert not plugin.runs
+
+
+def test_a_plugin_that_leaves_somebody_behind_who_says_more_and_more(call, cluster, plugin, monkeypatch):
+    monkeypatch.setattr(sniroute_credentials, "LEFT", 0.2)
+    plugin.answers(before="""
+if not os.fork():
+    try:
+        while True:
+            os.write(2, b'x' * 65536)
+    finally:
+        os._exit(0)
+""", token=TOKEN)
+    assert call(cluster.kubeconfig(user=plugin.user())).get(PODS, timeout=5).status == 200
+
+
 def test_a_plugin_that_hangs_is_killed_with_all_that_it_has_started(call, cluster, plugin, monkeypatch, tmp_path):
     """One run for 50 clients, which all hear of it."""
     monkeypatch.setattr(sniroute_credentials, "PLUGIN_TIME", 0.4)
