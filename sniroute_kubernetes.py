@@ -94,8 +94,8 @@ class Kubernetes(Forwarder):
         self.starting = self.loop.queue(START, Client.on_late)
         self.accepting = self.loop.queue(ACCEPT, Client.on_no_accept)
         self.hurried = self.loop.queue(LINGER, hurry)
-        self.graced = self.loop.queue(GRACE, Client.on_grace)
-        self.halved = self.loop.queue(HALF_LAST, Client.on_grace)
+        self.graced = self.loop.queue(GRACE, lambda client: client.on_grace(self.graced))
+        self.halved = self.loop.queue(HALF_LAST, lambda client: client.on_grace(self.halved))
         self.lingering = self.loop.queue(LINGER, linger)
         self.settling = self.loop.queue(SETTLE, farewell)
         self.proving = self.loop.queue(PROOF, Jump.on_proven)
@@ -330,7 +330,7 @@ def get(words: list[str], environ: Mapping[str, str]) -> int:
             program.log("error", pods.target.text, reason=answer.reason, error=str(answer))
         lines = [f"{REASONS.get(answer.reason, answer.reason)}: {printable(str(answer), 1000)}"]
     else:
-        port = f" port {answer.port}" if answer.port else f" container {answer.container}"
+        port = f" port {answer.port}" if answer.port else f" container {printable(answer.container, 80)}"
         lines = [f"pod {answer.namespace}/{answer.pod}{port}"]
     print("\n".join([*lines, *seen]))
     return 1 if isinstance(answer, Failed) else 0

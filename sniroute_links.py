@@ -97,6 +97,7 @@ class Forward(NamedTuple):
     port: int
 
     resource = "portforward"
+    once = False
 
     def query(self) -> list[tuple[str, str]]:
         """What the path says; of a port only the channels ask there."""
@@ -108,6 +109,7 @@ class Run(NamedTuple):
 
     words: tuple[str, ...]
     container: str  # "" for the pod's own choice
+    once: bool = False  # never run it again, where it may have run
 
     resource = "exec"
 
@@ -215,6 +217,10 @@ class Opening:
         self.done = done
         self.deadline = deadline
         self.todo = list(links.order(place, errand.resource))
+        if errand.once:
+            # With SPDY a command begins when we have opened its streams; with WebSocket before its 101, which may be
+            # lost.  And SPDY's can always be told that its input has ended.
+            self.todo.sort(key=lambda transport: transport.is_websocket)
         self.job: Job | None = None
         self.first: Failed | None = None  # the first refusal: the others are often only about the transport
 
@@ -665,8 +671,11 @@ class Links:
 
     def take(self, place: Place) -> Link | None:
         """A spare link to a pod's ports; `begin` it."""
-        spares = self.spares.get(place)
-        return spares[-1] if spares else None
+        for link in self.spares.get(place, ())[::-1]:
+            if link.machine.takes_more:
+                return link
+            link.close()  # the other side has said so since
+        return None
 
     def prepare(self, place: Place, errand: Errand) -> None:
         """See that there is a spare link to this pod."""

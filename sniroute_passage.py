@@ -48,7 +48,7 @@ from sniroute_channels import read_outcome
 from sniroute_dial import Failed, set_options
 from sniroute_forwarder import Listener, reset
 from sniroute_links import Errand, Forward, Link, Opening, Place, Run
-from sniroute_loop import READ, WRITE, Watch, monotonic, unsent
+from sniroute_loop import READ, WRITE, Queue, Watch, monotonic, unsent
 from sniroute_names import printable, show_address
 from sniroute_objects import REASONS as POD_REASONS
 from sniroute_objects import Choice
@@ -94,14 +94,19 @@ REASONS = {
 UNTOUCHED = (
     ("gone", re.compile(r"failed to find sandbox|[Nn]o such (?:container|pod)|container not found|not running|"
                         r"(?:sandbox|container|pod) .{0,200}(?:not found|does not exist)", re.ASCII)),
-    ("refused", re.compile(r"connection refused")),
+    ("refused", re.compile(r"[Cc]onnection refused")),
     ("pod", re.compile(r"failed to connect to|no route to host|i/o timeout|[Tt]imed out waiting for|"
                        r"unable to do port forwarding")),
 )
 
 
+TOUCHED = re.compile(r"\b(?:read|write)(?: tcp|: )")  # Go's words for what went wrong on a connection that there was
+
+
 def untouched(text: str) -> str:
     """The reason in a text that says that nobody in the pod has got a byte; "" where it does not say so."""
+    if TOUCHED.search(text):
+        return ""
     return next((reason for reason, pattern in UNTOUCHED if pattern.search(text)), "")
 
 
@@ -222,14 +227,23 @@ class Way:
             self.pods.failed(self.choice)
         self.program.tell(self.client, "info", "again", f"{REASONS[why.reason]}; once more", error=str(why))
         self.end()
-        self.client.state = FINDING
+        self._begin_again()
         self.find()
 
     def reconnect(self) -> None:
         """Another session to the same pod."""
         self.end_link()
-        self.client.state = FINDING
+        self._begin_again()
         self.connect()
+
+    def _begin_again(self) -> None:
+        """What ended with the call before, or began with it: the wait for the node, and that for the far end."""
+        client, program = self.client, self.program
+        client.state = FINDING
+        program.graced.drop(client)
+        program.halved.drop(client)
+        if client not in program.starting.due:
+            program.starting.put(client)
 
     def end_link(self) -> None:
         """Release the session."""
@@ -254,6 +268,8 @@ class Client:
 
     __slots__ = ("program", "listener", "client", "address", "watch", "state", "way", "waits", "held", "ended", "deaf",
                  "is_answered", "far_ended", "rest", "broken", "still_unsent", "up", "down")
+
+    is_known = True  # whether there is somebody who hears what is sent; a Jump may not know
 
     def __init__(self, program: Kubernetes, listener: Listener, client: socket.socket, address: str):
         self.program = program
@@ -427,7 +443,7 @@ class Client:
             self.up += len(data)
             if self.held is not None:
                 self.held += data
-                if len(self.held) > HELD_MAX and self.state is OPEN and not self.waits:
+                if len(self.held) > HELD_MAX and self.state is OPEN and not self.waits and self.is_known:
                     self.held = None  # there is no other try from here on
             if self.state is OPEN and not self.waits:
                 self.way.link.send(data)
@@ -452,7 +468,7 @@ class Client:
         """Write to the client; keep what it does not take now, and read no more meanwhile."""
         if self.rest:
             pieces = [memoryview(self.rest), *pieces]
-        elif len(pieces) > PIECES_MAX:
+        if len(pieces) > PIECES_MAX:
             pieces = [memoryview(b"".join(pieces))]
         try:
             sent = self.client.sendmsg(pieces)
@@ -516,17 +532,21 @@ class Client:
         except OSError:
             self.close()
 
-    def on_grace(self) -> None:
-        """The client has ended, and the far end has said nothing for a while: for very long, where it knows."""
+    def on_grace(self, queue: Queue) -> None:
+        """The client has ended, and the far end has said nothing for a while: for very long, where it knows.
+
+        It may have had more to say, so this is a cut.  `queue`: where the client has waited.
+        """
         if self.rest:
-            self.program.stay(self)  # the client is slow
+            queue.put(self)  # the client is slow
         else:
-            self.close()
+            self.cut(Failed("cut", "nothing came for a while after the client's end"))
 
     def finish(self, broken: bool) -> None:
         """Nothing more comes from the pod: the client gets its last bytes, then a reset or an end."""
         self.broken = broken
-        for queue in (self.program.starting, self.program.hurried):
+        program = self.program
+        for queue in (program.starting, program.hurried, program.graced, program.halved):
             queue.drop(self)
         self.state = ENDING
         self.way.end()
@@ -720,13 +740,28 @@ class Jump(Client):
 
 
 class Running(Jump):
-    """`exec`: one command between stdin, stdout and stderr."""
+    """`exec`: one command between stdin, stdout and stderr.  It is run once, whatever becomes of its session."""
 
     __slots__ = ()
 
     def errand(self) -> Errand:
         """The command as it was given."""
-        return Run(self.program.command, self.way.choice.container)
+        return Run(self.program.command, self.way.choice.container, once=True)
+
+    def on_cut(self, why: Failed) -> None:
+        """The session is lost.  The command may have run, and what it has said may not be all."""
+        self.program.code = 1
+        if self.is_answered:
+            self.cut(why)
+        else:
+            self.fail(why)
+
+    def on_grace(self, queue: Queue) -> None:
+        """A command may be silent for long, but one that waits for the end of its input would do so for ever."""
+        if queue is self.program.halved:
+            queue.put(self)
+        else:
+            self.on_cut(Failed("command", "this cluster cannot tell a command that its input has ended"))
 
     def on_data(self, name: str, pieces: list[memoryview]) -> None:
         """What the command says, where it says it."""

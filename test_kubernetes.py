@@ -118,6 +118,37 @@ def test_exec(kube, app, kubernetes, command, said, out, code):
     assert code != 3 or wait_until(lambda: run.errors == b"err\n")
 
 
+@pytest.mark.parametrize("says, out", [("", b""), ("echo hello;", b"hello\n")])
+@pytest.mark.parametrize("broken", [(), ("spdy",)], ids=["spdy", "websocket"])
+def test_a_command_whose_session_is_lost_has_failed_and_is_not_run_again(kube, app, kubernetes, tmp_path, says, out,
+                                                                         broken):
+    for transport in broken:
+        kube.fault("refuse", transport=transport)
+    there = app((HOST, 1))
+    runs = tmp_path / "runs"
+    run = kubernetes("exec", f"default/pod/{there.pods[0]}", "--", "sh", "-c", f"echo run >> {runs}; {says} sleep 30")
+    wait_until(lambda: runs.exists() and runs.read_text())
+    if says:
+        assert run.process.stdout.read(len(out)) == out
+    kube.end_sessions("rst", pod=there.pods[0])
+    assert run.process.wait(10) == 1
+    assert runs.read_text() == "run\n"
+    assert len(kube.executions(pid=kube.executions()[-1]["pid"])) == 1
+
+
+def test_a_command_of_an_old_cluster_may_be_silent_though_its_input_has_ended(kube, app, kubernetes):
+    kube.set(version="1.28")
+    there = app((HOST, 1))
+    prepare = "carrier.GRACE = 0.2"
+    words = "exec", f"default/pod/{there.pods[0]}", "--", "sh", "-c", "cat; sleep 1; echo done"
+    run = kubernetes(*words, prepare=prepare)
+    assert run.process.stdout.read() == b"done\n" and run.process.wait(10) == 0
+    kube.fault("refuse", transport="spdy")
+    run = kubernetes(*words, prepare=prepare)
+    assert run.process.stdout.read() == b"" and run.process.wait(10) == 1
+    wait_until(lambda: b"cannot tell a command that its input has ended" in run.errors)
+
+
 def test_exec_in_a_container(kube, app, kubernetes):
     there = app((HOST, 1), containers=("main", "tools"))
     run = kubernetes("exec", f"default/pod/{there.pods[0]}", "--container", "tools", "--", "true")

@@ -114,6 +114,18 @@ def test_100_clients_at_once_have_sessions_of_their_own(app, forward, single_loo
 # -- spare sessions ----------------------------------------------------------------------------
 
 
+def test_a_spare_session_that_takes_no_more_streams_serves_nobody(kube, app, forward, echo_server):
+    """The server has said so meanwhile: SETTINGS, with no stream at a time."""
+    there = app(echo_server.address)
+    run = forward(there.target)
+    assert echoed(run) == b"hello"
+    there.has_spare()
+    for link in list(run.program.links.all):
+        link.machine.limit = 0
+    assert echoed(run) == b"hello"
+    assert not run.rows("fault") and not run.rows("failed")
+
+
 def test_a_second_client_takes_a_session_that_is_there(app, forward, echo_server):
     there = app(echo_server.address)
     run = forward(there.target)

@@ -123,6 +123,17 @@ def test_reasons_of_failures(kube, app, forward, echo_server, fault, reason):
     assert echoed(run) == b"hello"
 
 
+def test_a_second_pod_has_a_deadline_too(kube, app, forward, echo_server):
+    """The first one's node has taken the call, and then nobody listened there."""
+    there = app((HOST, 1), echo_server.address)
+    kube.fault("hang", "stream", pod=there.pods[1])
+    run = forward(there.target, START=0.5)
+    with run.connect() as client:
+        client.sendall(b"hello")
+        assert receive_all(client) == (b"", "RST")
+    assert run.failure()["reason"] == "timeout" and run.rows("again")
+
+
 # -- what is lost ------------------------------------------------------------------------------
 
 
@@ -132,6 +143,9 @@ def test_reasons_of_failures(kube, app, forward, echo_server, fault, reason):
     ('pod not found ("x_y")', "gone"),
     ("dial tcp4 127.0.0.1:1: connect: connection refused", "refused"),
     ("failed to connect to localhost:80 inside namespace: i/o timeout", "pod"),
+    ("socat[7] E connect(5, AF=2 127.0.0.1:80, 16): Connection refused", "refused"),
+    ("read tcp4 127.0.0.1:1->127.0.0.1:2: i/o timeout", ""),
+    ("write tcp4 127.0.0.1:1->127.0.0.1:2: write: no route to host", ""),
     ("read tcp4 127.0.0.1:1->127.0.0.1:2: read: connection reset by peer", ""),
     ("", ""),
     ("x" * 400, ""),
@@ -226,6 +240,28 @@ def test_a_runtime_without_half_close_ends_the_connection(kube, app, forward, ec
     wait_until(lambda: run.rows("end"))
 
 
+def test_a_far_end_that_cannot_be_told_of_the_clients_end_looks_cut(kube, app, forward, serve):
+    """It may have had more to say; and a client that reads late gets all that it has said."""
+    refuse(kube, "websocket", "spdy")
+    go = threading.Event()
+
+    def handler(sock: socket.socket) -> None:
+        sock.sendall(NOISE * 8)
+        go.wait(20)
+
+    there = app(serve(handler).address)
+    run = forward(there.target)
+    with run.connect() as client:
+        assert receive(client, 1) == NOISE[:1]
+        client.shutdown(socket.SHUT_WR)
+        run.reaches("half")
+        wait_until(lambda: not run.program.graced.due or all(
+            each.rest for each in run.program.connections.copy()), what="a client that is slow")
+        data, end = receive_all(client)
+        assert (len(data), end) == (len(NOISE) * 8 - 1, "RST")
+    go.set()
+
+
 def test_channels_have_no_half_close(kube, app, forward, echo_server):
     refuse(kube, "websocket", "spdy")
     there = app(echo_server.address)
@@ -306,6 +342,25 @@ def test_a_client_that_does_not_read_stops_its_pod_and_no_other(kube, app, forwa
     assert size == len(NOISE) * 64 - 1
 
 
+def test_many_small_pieces_for_a_client_that_is_slow(app, forward, serve):
+    """The kernel takes 1,024 buffers in a write."""
+    go = threading.Event()
+    run = forward(app(serve(lambda sock: (sock.sendall(b"x"), go.wait(20))).address).target)
+    with run.connect() as client:
+        receive(client, 1)
+        there, = run.program.connections
+
+        def hand_down() -> None:
+            there.on_data("data", [memoryview(NOISE * 16)])
+            assert there.rest
+            there.on_data("data", [memoryview(b"y")] * 3000)
+            go.set()
+
+        run.program.loop.call(hand_down)
+        data, end = receive_all(client)
+        assert data == NOISE * 16 + b"y" * 3000 and end == "FIN"
+
+
 @TRANSPORTS
 def test_a_pod_that_does_not_read_stops_its_client(kube, app, forward, serve, broken):
     refuse(kube, *broken)
@@ -384,6 +439,20 @@ def test_a_jump_to_a_port_where_nobody_listens(app, forward):
 def test_a_container_without_a_tool(app, forward, tmp_path):
     row = refused(forward(jump(app((HOST, 1), path=str(tmp_path)), (HOST, 1))))
     assert row["reason"] == "tool"
+
+
+def test_what_a_client_says_while_a_tool_turns_out_not_to_be_there_is_kept(app, forward, echo_server, tmp_path):
+    path = tools(tmp_path, "bash", "cat", "sleep")
+    (tmp_path / "socat").write_text("#!/bin/sh\n/bin/sleep 0.5\nexit 127\n")
+    (tmp_path / "socat").chmod(0o755)
+    run = forward(jump(app((HOST, 1), path=path), echo_server.address))
+    run.program.links.proven.add(("", "exec"))  # so it waits for no word of the node
+    with run.connect() as client:
+        client.sendall(NOISE[:1000])
+        run.reaches("open")
+        with beside(lambda: client.sendall(NOISE[1000:400_000])):
+            assert receive(client, 400_000) == NOISE[:400_000]
+    assert not run.rows("failed")
 
 
 def test_the_end_of_a_client_ends_its_command(kube, app, forward, echo_server):
