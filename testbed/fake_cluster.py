@@ -118,7 +118,9 @@ class Connection:
         if how == "rst":
             with contextlib.suppress(OSError):
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        close = self.sock.close if self.writer is None else self.writer.transport.abort
+        # Within the handshake the socket is asyncio's: if it were closed here, its number would be another one's soon.
+        close = self.sock.close if self.reader is None else self.break_off if self.writer is None \
+            else self.writer.transport.abort
         if how == "rst":
             close()
         elif how == "end" and self.writer is not None:
@@ -127,6 +129,11 @@ class Connection:
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_WR)
             asyncio.get_running_loop().call_later(LINGER, close)
+
+    def break_off(self) -> None:
+        """End the handshake: asyncio closes the socket then."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
 
     def write(self, data: bytes) -> None:
         """Send, in a session.  While all is frozen it waits here; what comes too late is dropped."""
