@@ -7,6 +7,7 @@ in front of servers that speak TLS.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import pathlib
@@ -415,6 +416,24 @@ def test_pipelined_requests_over_tls_are_answered_in_order(secure, version):
         for number in range(50):
             assert client.answer().body == b"/%d" % number
     assert len(served.talks) == 1
+
+
+def test_a_kept_connection_that_takes_nothing_more_is_replaced(secure, monkeypatch):
+    """TLS says so before the kernel does: nothing of the request was sent."""
+    served = secure(answering(lambda asked: reply(asked.target.encode())))
+    with served.connect(request("POST", "/one")) as client:
+        assert client.answer().body == b"/one"
+        (connection,) = served.running.router.connections
+
+        def broken(data: bytes) -> bytes:
+            raise ConnectionResetError(errno.ECONNRESET, "bad record mac")
+
+        monkeypatch.setattr(TlsClient, "seal", lambda tls, data, right=TlsClient.seal:
+                            broken(data) if tls is kept else right(tls, data))
+        kept = connection.tls
+        client.say(request("POST", "/two"))
+        assert client.answer().body == b"/two"
+    assert len(served.shakes) == 2 and not served.running.counter("internal")
 
 
 @both_versions
