@@ -15,11 +15,13 @@ import socket
 import ssl
 import subprocess
 import threading
+import types
 from typing import Any, Callable, Iterator
 
 import pytest
 
 import sniroute_deadlines
+import sniroute_edge
 import sniroute_tls
 from conftest import HOST, Address, Server, wait_until
 from sniroute_refusals import Refused
@@ -266,6 +268,26 @@ def test_a_handshake_without_an_end_is_refused(certificates, monkeypatch):
     with pytest.raises(Refused, match="no end"):
         for at in range(0, 600, 10):
             client.answer(said[at:at + 10])
+
+
+@pytest.mark.parametrize("room", [sniroute_tls, sniroute_edge], ids=lambda room: room.__name__)
+def test_an_end_is_one_only_where_tls_says_so_whatever_this_python_thinks(room, monkeypatch):
+    """Some Pythons have OpenSSL take any end for one."""
+    ignoring = getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+
+    class Lax(ssl.SSLContext):
+        def __new__(cls, *words: Any) -> ssl.SSLContext:
+            made = ssl.SSLContext.__new__(cls, *words)
+            made.options |= ignoring
+            return made
+
+    lax = types.SimpleNamespace(**{**vars(ssl), "SSLContext": Lax,
+                                   "create_default_context": lambda: Lax(ssl.PROTOCOL_TLS_CLIENT)})
+    monkeypatch.setattr(room, "ssl", lax)
+    sniroute_tls.made_context.cache_clear()
+    made = context(False) if room is sniroute_tls else sniroute_edge.make_context()
+    sniroute_tls.made_context.cache_clear()
+    assert isinstance(made, Lax) and not made.options & ignoring
 
 
 @both_versions
