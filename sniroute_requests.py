@@ -235,8 +235,10 @@ class HttpConnection(Connection):
             self.ask_elsewhere()
             return
         exchange.is_reused = True
-        said = self.hello if self.tls is None else self.tls.seal(self.hello)
+        said = self.hello
         try:
+            if self.tls is not None:
+                said = self.tls.seal(said)
             sent = down.source.send(said)
         except BlockingIOError:
             sent = 0

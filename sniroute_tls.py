@@ -63,6 +63,8 @@ def made_context(verify: str | bool, state: tuple[int, ...]) -> ssl.SSLContext:
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     made.set_alpn_protocols(["http/1.1"])
     made.options |= ssl.OP_NO_RENEGOTIATION  # TLS 1.2: in the middle of it nothing could be sent
+    # Some Pythons set it, as Debian 12's does (3.11.2): an end without a close_notify would look like one with it.
+    made.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     if verify is False:
         made.check_hostname = False
         made.verify_mode = ssl.CERT_NONE

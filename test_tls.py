@@ -7,6 +7,7 @@ in front of servers that speak TLS.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import pathlib
@@ -14,11 +15,13 @@ import socket
 import ssl
 import subprocess
 import threading
+import types
 from typing import Any, Callable, Iterator
 
 import pytest
 
 import sniroute_deadlines
+import sniroute_edge
 import sniroute_tls
 from conftest import HOST, Address, Server, wait_until
 from sniroute_refusals import Refused
@@ -267,6 +270,26 @@ def test_a_handshake_without_an_end_is_refused(certificates, monkeypatch):
             client.answer(said[at:at + 10])
 
 
+@pytest.mark.parametrize("room", [sniroute_tls, sniroute_edge], ids=lambda room: room.__name__)
+def test_an_end_is_one_only_where_tls_says_so_whatever_this_python_thinks(room, monkeypatch):
+    """Some Pythons have OpenSSL take any end for one."""
+    ignoring = getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+
+    class Lax(ssl.SSLContext):
+        def __new__(cls, *words: Any) -> ssl.SSLContext:
+            made = ssl.SSLContext.__new__(cls, *words)
+            made.options |= ignoring
+            return made
+
+    lax = types.SimpleNamespace(**{**vars(ssl), "SSLContext": Lax,
+                                   "create_default_context": lambda: Lax(ssl.PROTOCOL_TLS_CLIENT)})
+    monkeypatch.setattr(room, "ssl", lax)
+    sniroute_tls.made_context.cache_clear()
+    made = context(False) if room is sniroute_tls else sniroute_edge.make_context()
+    sniroute_tls.made_context.cache_clear()
+    assert isinstance(made, Lax) and not made.options & ignoring
+
+
 @both_versions
 def test_an_end_is_one_only_where_tls_says_so(certificates, version):
     """Else somebody between may have cut it."""
@@ -415,6 +438,24 @@ def test_pipelined_requests_over_tls_are_answered_in_order(secure, version):
         for number in range(50):
             assert client.answer().body == b"/%d" % number
     assert len(served.talks) == 1
+
+
+def test_a_kept_connection_that_takes_nothing_more_is_replaced(secure, monkeypatch):
+    """TLS says so before the kernel does: nothing of the request was sent."""
+    served = secure(answering(lambda asked: reply(asked.target.encode())))
+    with served.connect(request("POST", "/one")) as client:
+        assert client.answer().body == b"/one"
+        (connection,) = served.running.router.connections
+
+        def broken(data: bytes) -> bytes:
+            raise ConnectionResetError(errno.ECONNRESET, "bad record mac")
+
+        monkeypatch.setattr(TlsClient, "seal", lambda tls, data, right=TlsClient.seal:
+                            broken(data) if tls is kept else right(tls, data))
+        kept = connection.tls
+        client.say(request("POST", "/two"))
+        assert client.answer().body == b"/two"
+    assert len(served.shakes) == 2 and not served.running.counter("internal")
 
 
 @both_versions
