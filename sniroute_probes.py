@@ -171,7 +171,7 @@ def tls(question: Question, inner: Talk | None = None) -> Talk:
                     incoming.write(came)
                 else:
                     incoming.write_eof()
-            except ssl.SSLEOFError:
+            except (ssl.SSLEOFError, ssl.SSLZeroReturnError):  # the latter from Debian 12's Python
                 return None
 
     def farewell() -> bytes:
