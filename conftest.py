@@ -43,7 +43,8 @@ DOCTOR = "sniroute_doctor.py"
 OPTIONS = {  # files that an installation may leave out
     DOCTOR, "sniroute_commands.py", "sniroute_backends.py", "sniroute_book.py", "sniroute_groups.py",
     "sniroute_balance.py", "sniroute_warm.py", "sniroute_reuse.py", "sniroute_conversations.py", "sniroute_checks.py",
-    "sniroute_probes.py", "sniroute_web.py", "sniroute_requests.py", "sniroute_bodies.py", "sniroute_spares.py", "sniroute_gateway.py", "sniroute_answers.py",
+    "sniroute_probes.py", "sniroute_web.py", "sniroute_requests.py", "sniroute_bodies.py", "sniroute_spares.py",
+    "sniroute_gateway.py", "sniroute_answers.py",
     "sniroute_tls.py", "sniroute_browsers.py", "sniroute_certificate.py", "sniroute_http2.py", "sniroute_hpack.py",
     "sniroute_http.py", "sniroute_kubernetes.py", "sniroute_passage.py", "sniroute_links.py", "sniroute_pods.py",
     "sniroute_objects.py", "sniroute_api.py", "sniroute_credentials.py", "sniroute_layers.py",

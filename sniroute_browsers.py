@@ -54,7 +54,7 @@ from sniroute_answers import refusal
 from sniroute_certificate import Leafs, Pair, load
 from sniroute_http import parse_request
 from sniroute_names import Address, parse_ip
-from sniroute_refusals import Malformed, Refused
+from sniroute_refusals import REFUSALS, Malformed, Refused
 from sniroute_wire import ALPN, TLS_HANDSHAKE, Hello, HelloReader
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ COURTESY = "courtesy"  # the state of a Connection meanwhile
 # Those of a client that has too much already (client_limit, shed) are not here, as a page is one thing more.
 PAGES = frozenset((
     "no_name", "bad_name", "no_route", "not_allowed", "route_limit", "forbidden", "busy", "unresolved", "backend",
-    "queue_timeout", "queue_full", "tunnel_failed", "tunnel_denied", "tunnel_unknown", "tunnel_timeout", "tunnel_limit",
-    "tunnel_budget", "tunnel_stopping", "command_failed", "internal"))
+    "queue_timeout", "queue_full", "command_failed", "internal",
+    *(kind for kind in REFUSALS if kind.startswith("tunnel_"))))
 
 # -- who is a browser --------------------------------------------------------------------------
 
