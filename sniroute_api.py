@@ -1,8 +1,9 @@
-"""sniroute_api: requests to an API server, in a loop: lists, watches, upgrades.
+"""sniroute_api: requests to an API server, in a loop: lists, watches, upgrades, changes.
 
     Apis.of("prod") ---> Api:  get      a whole answer         ---> Reply
                                watch    lines of JSON, on and on
                                upgrade  another protocol       ---> Upgraded, with its Wire
+                              send     an object, or its end  ---> Reply
 
     a Job (a request):   who are we?       a connection            ask             judge
                          Identity ------- an idle Line, or ------ Line.ask ------ 401: once more, as somebody new
@@ -19,7 +20,7 @@ What a Line reads is HTTP/1.1 as sniroute_http has it; what that refuses is no a
 
     Apis      what the APIs of one loop share: settings, the way out, times that come
     Api       one context: its Identity, and its idle Lines
-    Job       Get, Watch, Upgrade
+    Job       a request for a whole answer; Watch, Upgrade, Change
     Alarms    things to be done at a time
 
 Threads: the loop's only; see sniroute_credentials for those that look for credentials.
@@ -168,6 +169,8 @@ def grant(message: str, method: str, path: str) -> str:
     Source: kubernetes.io, "Using RBAC Authorization"; the message is what its authorizer says.
     """
     said, asked = FORBIDDEN.search(message), API_PATH.fullmatch(path)
+    if said is None and message.partition(" is forbidden: ")[2].strip():  # a quota, or another rule for objects: no role would help
+        return ""
     if said is not None:
         verb, resource, group, namespace = said.group("verb", "resource", "group", "namespace")
     elif asked is not None:
@@ -175,7 +178,7 @@ def grant(message: str, method: str, path: str) -> str:
                                                                    "query")
         resource = f"{resource}/{sub}" if sub else resource
         watches = re.search(r"[?&]watch=(?:true|1)\b", query or "")
-        verb = {"POST": "create"}.get(method, "watch" if watches else "get" if name else "list")
+        verb = {"POST": "create", "DELETE": "delete"}.get(method, "watch" if watches else "get" if name else "list")
     else:
         return ""
     where = f"a Role in the namespace {namespace}" if namespace else "a ClusterRole"
@@ -277,7 +280,7 @@ class Line:
         wire.on_end = self._on_end
 
     def ask(self, job: Job, method: str, head: bytes) -> None:
-        """Send a request without a body, and tell `job` what comes: `begun`, `part`, `answered`, or `broke`."""
+        """Send a request, `head` and what is behind it, and tell `job` what comes: `begun`, `part`, `answered`, or `broke`."""
         self.job, self.method = job, method
         self.response = self.body = None
         self.wire.send(head)
@@ -372,6 +375,7 @@ class Job:
     """A request that is under way.  `phase` says in words what it waits for."""
 
     body_max = BODY_MAX
+    content = b""  # what is sent: JSON
 
     __slots__ = ("api", "method", "path", "headers", "done", "deadline", "state", "alarm", "access", "opening", "line",
                  "silence", "body", "has_a_turn", "was_refused", "may_ride")
@@ -454,7 +458,7 @@ class Job:
         self.body = bytearray()
         if line.is_used:
             self.silence = self.api.apis.alarms.at(monotonic() + SILENT, self._silent)
-        line.ask(self, self.method, self.api.head(self.access, self.method, self.path, self.headers))
+        line.ask(self, self.method, self.api.head(self.access, self.method, self.path, self.headers, self.content))
 
     def _silent(self) -> None:
         """Nothing has come on a connection that was idle: perhaps nobody is there any more."""
@@ -619,6 +623,17 @@ class Upgrade(Job):
         self.finish(failure(reply, self.method, self.path) if reply.status == 401 else reply)
 
 
+class Change(Job):
+    """An object that is to be made, or removed."""
+
+    __slots__ = ("content",)
+
+    def __init__(self, api: Api, method: str, path: str, thing: Mapping[str, Any],
+                 done: Callable[[Reply | Failed], None], deadline: float):
+        super().__init__(api, method, path, (("Content-Type", "application/json"),), done, deadline)
+        self.content = json.dumps(thing).encode("ascii")
+
+
 # -- API servers -------------------------------------------------------------------------------
 
 
@@ -665,6 +680,11 @@ class Api:
         """
         return Upgrade(self, method, path, headers, done, deadline)
 
+    def send(self, method: str, path: str, thing: Mapping[str, Any], done: Callable[[Reply | Failed], None],
+             deadline: float) -> Job:
+        """POST or DELETE, with this object: `done` as with `get`.  It may be done twice: so name what is meant."""
+        return Change(self, method, path, thing, done, deadline)
+
     def close(self) -> None:
         """End its jobs and its idle connections."""
         for job in list(self.jobs):
@@ -682,13 +702,13 @@ class Api:
             for line in self.idle.copy():
                 self.drop(line)
 
-    def head(self, access: Access, method: str, path: str, headers: bytes) -> bytes:
-        """The head of a request.  It has a secret."""
+    def head(self, access: Access, method: str, path: str, headers: bytes, content: bytes) -> bytes:
+        """A request: its head, which has a secret, and its content."""
         cluster = access.context.cluster
-        length = b"" if method == "GET" else b"Content-Length: 0\r\n"
-        return b"%b %b HTTP/1.1\r\nHost: %b\r\nUser-Agent: %b\r\nAccept: application/json\r\n%b%b%b\r\n" % (
+        length = b"" if method == "GET" else b"Content-Length: %d\r\n" % len(content)
+        return b"%b %b HTTP/1.1\r\nHost: %b\r\nUser-Agent: %b\r\nAccept: application/json\r\n%b%b%b\r\n%b" % (
             method.encode("ascii"), (cluster.prefix + path).encode("ascii"), cluster.authority.encode("ascii"),
-            USER_AGENT, access.proof, headers, length)
+            USER_AGENT, access.proof, headers, length, content)
 
     def idle_line(self) -> Line | None:
         """An idle connection, which is the caller's from here on."""
@@ -763,6 +783,11 @@ class Apis:
         if len(self.known) > APIS_MAX:
             self.known.popitem(False)  # whoever has it may use it on
         return api
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether an object is being made or removed: that should not be broken off."""
+        return any(isinstance(job, Change) for api in self.known.values() for job in api.jobs)
 
     def way_to(self, place: Place) -> WayOut:
         """How connections to a place leave this host."""

@@ -84,7 +84,7 @@ def fits(template: str, rest: str) -> None:
 
 
 def misfits(route: Route) -> Iterator[str]:
-    """What a route to clusters lacks, a sentence each.
+    """What a route to clusters lacks, or has too much, a sentence each.
 
     Whoever reaches the listener may ask for any name, and so may a page in a browser of its user.  So a kubeconfig
     with many clusters in it is not open to all of them by one line.
@@ -96,6 +96,12 @@ def misfits(route: Route) -> Iterator[str]:
             if "{" in text and not globs:
                 yield (f"{printable(text, 80)} lets clients choose the {what}: say in the file which they may reach, "
                        f'as {what}s = ["team-*"]')
+        if route.create_pod is not None and scheme == "jump":
+            place, _, _ = rest.partition("@")
+            namespace, kind, *name = place.split("/")[:3]
+            if kind not in ("pod", "po", "pods") or "=" in name[0] or "{" in namespace + name[0]:
+                yield (f"create_pod: is for jump:NAMESPACE/pod/NAME/HOST:PORT, without a field in NAMESPACE and NAME; "
+                       f"this is {printable(target, 80)}")
 
 
 def told(jump: bool, route: Route, rests: Sequence[str]) -> str:
@@ -112,7 +118,8 @@ def told(jump: bool, route: Route, rests: Sequence[str]) -> str:
                                    ("context", (target.context, context), route.contexts)):
             if globs and not any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs):
                 raise Refused("forbidden", f"{printable(rest)}: {route.pattern} leads to no such {what}")
-        targets.append(target._replace(context=context, container=route.container, balance=route.balance))
+        targets.append(target._replace(context=context, container=route.container, balance=route.balance,
+                                       create=route.create_pod if jump else None))
     return argument_of(targets)
 
 

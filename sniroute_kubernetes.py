@@ -55,6 +55,8 @@ from sniroute_refusals import Malformed, SettingsError
 __version__ = "0.1.0"
 
 TICK = 10.0  # seconds between two looks at the clock, which passes while the host sleeps
+LEAVE = 1.5  # seconds at the end, to remove pods: sniroute kills what has not ended after two
+LEAVE_LOOK = 0.02  # seconds between two looks whether they are removed
 AWAY = 30.0  # seconds that are missing then: balancers and API servers have forgotten us
 
 # -- the program -------------------------------------------------------------------------------
@@ -88,6 +90,8 @@ class Kubernetes(Forwarder):
         self.tools: dict[str, int] = {}  # by image, or where that is not known by the uid of a pod: the tool's number
         self.ticking = self.loop.timer(self.on_tick)
         self.ticked = clock()
+        self.leaving = self.loop.timer(self.leave)
+        self.leave_by = 0.0  # clock time; 0: it does not end yet
         self.ticking.set(monotonic() + TICK)
         self.command: tuple[str, ...] = ()  # of `exec`
         self.code = 0  # of that command
@@ -133,6 +137,16 @@ class Kubernetes(Forwarder):
             self.pods.pop(target.text, None)
             self.links.leave({choice.uid for choice in target.pods.choices})
             target.pods.close()
+
+    def leave(self) -> None:
+        """End, as soon as the pods that were made for jumps are removed, or it takes too long."""
+        for pods in self.pods.values():
+            pods.close()
+        self.leave_by = self.leave_by or monotonic() + LEAVE
+        if self.apis.is_changing and monotonic() < self.leave_by:
+            self.leaving.set(monotonic() + LEAVE_LOOK)
+        else:
+            super().leave()
 
     def on_tick(self) -> None:
         """See whether this host has slept, or was stopped: what was known then, and each session, is in doubt."""
@@ -306,7 +320,7 @@ def get(words: list[str], environ: Mapping[str, str]) -> int:
         raise SettingsError("get takes one TARGET")
     targets = targets_of(arguments[0])
     program = make(settings, environ)
-    pods = program.target_of(arguments[0], targets).pods
+    pods = program.target_of(arguments[0], [each._replace(create=None) for each in targets]).pods  # to look makes none
     answers: list[Choice | Failed] = []
 
     def told(answer: Choice | Failed) -> None:
@@ -325,6 +339,9 @@ def get(words: list[str], environ: Mapping[str, str]) -> int:
     program.stop()
     program.loop.close()
     answer = answers[0] if answers else Failed("timeout", "it was stopped")
+    if targets[0].create is not None and isinstance(answer, Failed) and answer.reason == "unknown":
+        print(f"{targets[0].said} is not there: it is made when a client comes")
+        return 0
     if isinstance(answer, Failed):
         if settings.log == "json":  # for sniroute's `explain`
             program.log("error", pods.target.text, reason=answer.reason, error=str(answer))

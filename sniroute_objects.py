@@ -6,6 +6,7 @@
     each pod in JSON --------- Plan.read --------> Pod               its state in words, its ports and containers
     all of them -------------- choice_of --------> Choice            a pod, a port, a container; or what it lacks
                                none_ready, lacking -> Failed         why there is none, for people
+    create_pod of a route --- parse_new_pod --> NewPod --- manifest ---> the JSON of a pod that is to be made
 
 All of it is pure: texts and JSON in, tuples out.  Who asks, and keeps it fresh, is sniroute_pods.  The router reads
 targets by this room, too.
@@ -19,6 +20,7 @@ Seams: I want to ...
     let other pods take connections   Plan.admits, of the states that `state_of` tells
     tell another reason               a word of REASONS, and a row for it where the router reads them
     have another option of a target   a field of KubeTarget; `argument_of` and `with_option`
+    make other pods                   `manifest`, and a field of NewPod
 
 This room imports sniroute_names and sniroute_refusals.
 
@@ -29,6 +31,7 @@ polymorphichelpers, for what a port means.
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, NoReturn, Sequence
 from urllib.parse import quote, unquote
@@ -69,6 +72,15 @@ FORM = "NAMESPACE/svc/NAME:PORT[@CONTEXT]"
 JUMP_FORM = "NAMESPACE/svc/NAME/HOST:PORT[@CONTEXT]"
 
 
+class NewPod(NamedTuple):
+    """A pod that is made where a jump has none: `create_pod` of its route."""
+
+    image: str = "busybox:stable"  # it has nc, and sleep
+    labels: tuple[tuple[str, str], ...] = ()
+    limits: tuple[tuple[str, str], ...] = (("cpu", "100m"), ("memory", "64Mi"))  # some hundred connections by nc
+    ttl: int = 8 * 3600  # seconds until the cluster ends it, whatever has become of us: a working day
+
+
 class KubeTarget(NamedTuple):
     """What a target says."""
 
@@ -81,6 +93,7 @@ class KubeTarget(NamedTuple):
     host: str = ""  # that the pod connects to; "": the pod itself
     container: str = ""  # in which a command runs; "": the pod's default
     balance: str = "least"  # a member of BALANCES
+    create: NewPod | None = None  # the pod is made where it is not there
 
     @property
     def text(self) -> str:
@@ -180,6 +193,8 @@ def argument_of(targets: Sequence[KubeTarget]) -> str:
     for target in targets[:ALTERNATIVES_MAX]:
         options = [f"{key}={value}" for key, value, default in (
             ("container", target.container, ""), ("balance", target.balance, "least")) if value != default]
+        if target.create is not None:
+            options += words_of_new_pod(target.create)
         word = ("jump:" if target.host else "") + target._replace(context="").text + "?" * bool(options) \
             + "&".join(options) + (f"@{quote(target.context, safe=':/@')}" if target.context else "")
         if word not in words and len("|".join([*words, word])) <= ARGUMENT_MAX:
@@ -199,21 +214,105 @@ def parse_argument(text: str) -> tuple[KubeTarget, ...]:
         target = parse_target(place + at + unquote(context), word.startswith("jump:"))
         for option in filter(None, options.split("&")):
             key, _, value = option.partition("=")
-            target = with_option(target, key, value)
+            target = with_option(target, key, unquote(value))
         targets.append(target)
     return tuple(targets)
 
 
 def with_option(target: KubeTarget, key: str, value: str) -> KubeTarget:
-    """A target with an option of its route: `container` or `balance`.  Raises Malformed, `bad_name`."""
+    """A target with an option of its route: `container`, `balance`, `create`.  Raises Malformed, `bad_name`."""
     if key == "container" and NAMESPACE.fullmatch(value):
         return target._replace(container=value)
     if key == "balance" and value in BALANCES:
         return target._replace(balance=value)
+    if key == "create" and target.kind == "pod" and target.host:
+        return target._replace(create=read_new_pod(value))
     known = f"one of {', '.join(BALANCES)}" if key == "balance" else "the name of one"
     raise Malformed(f"{printable(key, 20)} = {printable(value, 80)!r}: it has to be {known}"
                     if key in ("container", "balance") else f"{printable(key, 20)!r} is no option of {target.text}",
                     kind="bad_name")
+
+
+# -- pods that are made ------------------------------------------------------------------------
+
+# Sources: kubernetes.io, "Images" (names), "Resource Management for Pods and Containers", "Quantity".
+IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,255}")
+LIMITS = ("cpu", "memory", "ephemeral-storage")
+QUANTITY = re.compile(r"[0-9]{1,12}(?:\.[0-9]{1,3})?(?:m|[kKMGT]i?)?", re.ASCII)
+TTL = range(60, 366 * 86400)  # seconds.  With less a new pod would be made again and again
+OWNER = "sniroute-owner"  # the label that says who has made a pod
+FIXED_LABELS = {"app.kubernetes.io/managed-by": "sniroute"}
+
+
+def parse_new_pod(value: Any) -> NewPod:
+    """`true`, or a table of what is to be otherwise: image, labels, limits, ttl in seconds.  Raises ValueError."""
+    if value is True:
+        return NewPod()
+    if not isinstance(value, dict):
+        raise ValueError("it is true, false, or a table as { image = \"busybox:stable\", ttl = \"8h\" }")
+    for key in value:
+        if key not in NewPod._fields:
+            raise ValueError(f"{printable(key, 40)!r} is none of {', '.join(NewPod._fields)}")
+    default = NewPod()
+    image, ttl = value.get("image", default.image), value.get("ttl", default.ttl)
+    if not isinstance(image, str) or not IMAGE.fullmatch(image):
+        raise ValueError(f"image: {printable(str(image), 80)!r} is no name of an image")
+    if not isinstance(ttl, (int, float)) or int(ttl) not in TTL:
+        raise ValueError(f"ttl: it is {TTL[0]} seconds or more, and a year at most")
+    labels = read_pairs("labels", value.get("labels", {}), LABEL_KEY.fullmatch, LABEL_VALUE)
+    if OWNER in labels or not FIXED_LABELS.keys().isdisjoint(labels) or len(labels) > LABELS_MAX:
+        raise ValueError(f"labels: there are {LABELS_MAX} at most, and {OWNER} and {', '.join(FIXED_LABELS)} are ours")
+    limits = read_pairs("limits", value.get("limits", dict(default.limits)), LIMITS.__contains__, QUANTITY)
+    return NewPod(image, tuple(labels.items()), tuple(limits.items()), int(ttl))
+
+
+def read_pairs(what: str, table: Any, is_key: Callable[[str], Any], values: re.Pattern[str]) -> dict[str, str]:
+    """A table of words.  Raises ValueError."""
+    if not isinstance(table, dict):
+        raise ValueError(f"{what}: it is a table, as {{ NAME = \"VALUE\" }}")
+    for key, value in table.items():
+        if not is_key(key) or not isinstance(value, str) or not values.fullmatch(value):
+            raise ValueError(f"{what}: {printable(f'{key} = {value}', 120)!r} is none of a pod")
+    return dict(table)
+
+
+def words_of_new_pod(new: NewPod) -> list[str]:
+    """As an option of an argument; a table in JSON."""
+    table = {"image": new.image, "labels": dict(new.labels), "limits": dict(new.limits), "ttl": new.ttl}
+    return [f"create={quote(json.dumps(table, separators=(',', ':')), safe='')}"]
+
+
+def read_new_pod(text: str) -> NewPod:
+    """What `words_of_new_pod` has made, or `true`.  Raises Malformed, `bad_name`."""
+    try:
+        return parse_new_pod(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"create = {printable(text, 80)!r}: {error}", kind="bad_name") from None
+
+
+def manifest(target: KubeTarget, owner: str) -> dict[str, Any]:
+    """The pod that is made for a target; `owner` goes into its label.
+
+    It may do nothing but to connect: no token, no rights, no files; and it ends by itself.  Where the cluster holds
+    pods against the strictest of its standards, this one passes.
+    Source: kubernetes.io, "Pod Security Standards", Restricted.
+    """
+    new = target.create
+    assert new is not None
+    return {
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": target.name, "namespace": target.namespace,
+                     "labels": {**dict(new.labels), **FIXED_LABELS, OWNER: owner}},
+        "spec": {
+            "restartPolicy": "Never", "activeDeadlineSeconds": new.ttl, "terminationGracePeriodSeconds": 1,
+            "automountServiceAccountToken": False, "enableServiceLinks": False,
+            "securityContext": {"runAsNonRoot": True, "runAsUser": 65534, "runAsGroup": 65534,
+                                "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [{
+                "name": target.container or "jump", "image": new.image, "command": ["sleep", str(new.ttl)],
+                "resources": {"limits": dict(new.limits), "requests": dict(new.limits)},
+                "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
+                                    "capabilities": {"drop": ["ALL"]}}}]}}
 
 
 # -- JSON --------------------------------------------------------------------------------------
@@ -279,6 +378,7 @@ class Pod(NamedTuple):
     ports: Mapping[str, int] = {}  # by name, TCP only
     containers: Mapping[str, str] = {}  # name -> image; empty where they are not known
     container: str = ""  # in which commands run by default
+    owner: str = ""  # of a pod that was made by sniroute: by which process
 
     def __str__(self) -> str:
         return printable(f"{self.name} {self.state}" + f" ({self.why})" * bool(self.why), 160)
@@ -440,7 +540,7 @@ def read_pod(thing: dict[str, Any]) -> Iterator[Pod]:
     if not OBJECT.fullmatch(word(metadata, "name")):
         raise Failed("answer", "the API server's answer has a pod whose name is none")
     yield Pod(word(metadata, "name"), word(metadata, "uid"), state, why, ports, images,
-              default if default in images else next(iter(images), ""))
+              default if default in images else next(iter(images), ""), word(part(metadata, "labels"), OWNER))
 
 
 def state_of(thing: dict[str, Any]) -> tuple[str, str]:
@@ -528,6 +628,8 @@ def lacking(target: KubeTarget, plan: Plan, pods: Sequence[Pod]) -> Failed | Non
 
 def none_ready(target: KubeTarget, plan: Plan, pods: Sequence[Pod]) -> Failed:
     """Why there is none: each pod in short."""
+    if not pods and target.create is not None:
+        return Failed("pods", f"{target.said} is being made")
     if not pods:
         why = f": nothing there has the labels {printable(plan.selects, 160)}" if plan.selects else ""
         return Failed("pods", f"{target.said} has no pods{why}" if not target.labels else

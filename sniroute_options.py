@@ -31,6 +31,7 @@ from sniroute_wire import PROXY_WRITERS
 
 if TYPE_CHECKING:
     from sniroute_groups import Several
+    from sniroute_objects import NewPod
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,19 @@ HTTP_MODES = {
     "pass": "to the target; after the first request nothing is looked at",
 }
 
+
+def parse_create_pod(value: Any) -> NewPod | None:
+    """`true`, `false`, or a table of what the pod is to be.  Raises ValueError."""
+    if value is False:
+        return None
+    if not is_here("sniroute_objects"):
+        raise ValueError("needs sniroute_objects.py, which is not beside sniroute.py: copy it there")
+    from sniroute_objects import parse_new_pod  # imported late: an option
+    if isinstance(value, dict) and isinstance(value.get("ttl"), str):
+        value = {**value, "ttl": parse_duration(value["ttl"])}
+    return parse_new_pod(value)
+
+
 # What a route in a file may have beside its target: a field of Route, and its parser.
 ROUTE_OPTIONS: dict[str, Callable[[Any], Any]] = {
     "send_proxy": one_of(*PROXY_WRITERS), "allow": parse_networks, "max_connections": parse_count,
@@ -53,7 +67,7 @@ ROUTE_OPTIONS: dict[str, Callable[[Any], Any]] = {
     "http": one_of(*HTTP_MODES), "verify": parse_verify, "host": parse_host,
     "cross_site": one_of("refuse", "allow"), "upgrades": parse_upgrades,
     "http_reuse": one_of("client", "off", "safe"), "redirect_port": parse_port,
-    "contexts": parse_globs, "namespaces": parse_globs, "container": parse_label,
+    "contexts": parse_globs, "namespaces": parse_globs, "container": parse_label, "create_pod": parse_create_pod,
 }
 POD_BALANCE = one_of("least", "round-robin", "random", "first")  # `balance`, where a cluster's pods are the backends
 FORWARDS = ("forward", "forward-tls")
@@ -61,12 +75,11 @@ HTTP_OPTIONS: dict[str, tuple[str, ...]] = {  # those that say more of a mode, a
     "verify": ("forward-tls",), "host": FORWARDS, "cross_site": FORWARDS, "upgrades": FORWARDS,
     "http_reuse": FORWARDS, "redirect_port": ("redirect",),
 }
-WHOLE_OPTIONS = frozenset(("env",))  # those whose parser takes the value as TOML has it
+WHOLE_OPTIONS = frozenset(("env", "create_pod"))  # those whose parser takes the value as TOML has it
 # Those that are for some kinds of target only.
 KINDS_OF_OPTIONS = {**dict.fromkeys(("env", "env_from"), PROGRAM_KINDS),
-                    **dict.fromkeys(("contexts", "namespaces"), CLUSTER_KINDS), "container": ("jump",)}
-# Those that people look for, and what there is instead.
-NOT_THERE = {"create_pod": "no pod is made: run one that has socat or nc (kubectl run), and let jump: lead to it"}
+                    **dict.fromkeys(("contexts", "namespaces"), CLUSTER_KINDS), "container": ("jump",),
+                    "create_pod": ("jump",)}
 
 
 def parse_health(text: str) -> str:
@@ -202,8 +215,6 @@ def is_one_cluster(targets: Sequence[str]) -> bool:
 
 def read_option(name: str, value: Any, targets: Sequence[str], is_port: bool = False) -> Any:
     """The value of an option of a route to these targets.  Raises ValueError, also where there is no such option."""
-    if name in NOT_THERE:
-        raise ValueError(NOT_THERE[name])
     if name not in ROUTE_OPTIONS:
         raise ValueError(f"there is no such option{meant(name, ('target', *ROUTE_OPTIONS, *SEVERAL_OPTIONS))}")
     schemes = {target.partition(":")[0] for target in targets}

@@ -18,6 +18,9 @@ chooses for each, counts their connections, and has those wait for whom no pod i
 
     ends of a watch:  after its time: watched again from there; 410 Gone: listed again; else: RESTING
 
+A jump may have its pod made (`create_pod`): where a client waits and the pod is not there, or has ended.  It is removed
+when the target is used no more; if we cannot, the cluster ends it after its time.
+
 Nothing known: each failure is told to all who wait, at once.  Something known: that is used until there is news, since
 an API server that is away does not end a pod.  A client for whom no pod is ready waits, to its deadline.
 
@@ -37,13 +40,15 @@ Source: kubernetes.io, "Kubernetes API Concepts" (watches, bookmarks, 410 Gone, 
 from __future__ import annotations
 
 import collections
+import contextlib
+import os
 import random
 from typing import Any, Callable, Sequence
 
 from sniroute_api import Alarm, Alarms, Api, Job, Reply, failure
 from sniroute_loop import NEVER
 from sniroute_names import printable
-from sniroute_objects import (KINDS, REASONS, Choice, KubeTarget, Plan, Pod, choice_of, lacking, none_ready,
+from sniroute_objects import (KINDS, REASONS, Choice, KubeTarget, Plan, Pod, choice_of, lacking, manifest, none_ready,
                               object_path, part, rows, word)
 from sniroute_refusals import Failed
 
@@ -61,7 +66,10 @@ WAITED = 1.0  # between two lists while a client waits, and nothing else would t
 LOOK = 30.0  # after this time a service is read again when a client comes: its selector may have changed
 LOOK_WAITED = 2.0  # the same while a client waits
 RETRY_FIRST, RETRY_LAST = 0.5, 15.0  # between two tries where the API server is away; there is no last one
+MAKE_AGAIN = 5.0  # between two tries to make a pod: one that ends at once, as its image has no sleep, is no loop
 REST = 5.0  # a pod that has failed is the last to be chosen for this long: a restart takes some seconds
+
+OWNER_NAME = os.urandom(8).hex()  # of the pods that this process makes
 
 # With several targets: what makes the next one worth a try.  403 is what RBAC with resourceNames says of other names.
 NEXT = ("unknown", "port", "forbidden")
@@ -122,6 +130,7 @@ class Feed:
         self.trouble: Failed | None = None  # why the last request failed, while what is known is used
         self.job: Job | None = None
         self.look: Job | None = None  # reads the object again, beside `job`
+        self.maker = Maker(self) if targets[0].create is not None else None
         self.looked = 0.0  # when the object was asked for last
         self.tried = 0.0  # when pods were asked for last
         self.pause = 0.0  # of RESTING, which grows
@@ -150,6 +159,12 @@ class Feed:
         self.job = self.look = self.plan = self.items = self.trouble = None
         self.state, self.version, self.page, self.pause = state, "", {}, 0.0
 
+    def close(self) -> None:
+        """Nobody wants to know any more."""
+        self.forget(CLOSED)
+        if self.maker is not None:
+            self.maker.remove()
+
     def lose(self, uid: str) -> None:
         """This pod is not there, whatever is known: list them again."""
         if self.items is not None and any(pod.uid == uid for pods in self.items.values() for pod in pods):
@@ -174,14 +189,17 @@ class Feed:
         if waits and self.state in (RESTING, POLLING):
             pause = min(pause, WAITED)
         looks = waits and self.items is not None and self.look is None and object_path(self.target)
-        return min(self.tried + pause, self.looked + LOOK_WAITED if looks else NEVER)
+        return min(self.tried + pause, self.looked + LOOK_WAITED if looks else NEVER,
+                   self.maker.due() if self.maker is not None else NEVER)
 
     def tend(self) -> None:
         """Do what is due."""
         now, waits = self.clock(), self.latest() > 0
         if waits and self.items is not None and now >= self.looked + LOOK_WAITED:
             self.look_again()
-        if self.state in (RESTING, POLLING, WATCHING) and now >= self.due():
+        if self.maker is not None and now >= self.maker.due():
+            self.maker.make()
+        elif self.state in (RESTING, POLLING, WATCHING) and now >= self.due():
             self._list()
 
     def look_again(self) -> None:
@@ -189,9 +207,9 @@ class Feed:
         path = object_path(self.target)
         self.looked = self.clock()
         if path and self.look is None:
-            self.look = self.api.get(path, self._seen, self._deadline())
+            self.look = self.api.get(path, self._seen, self.deadline())
 
-    def _deadline(self) -> float:
+    def deadline(self) -> float:
         """Of a request: while somebody waits it goes on."""
         return max(self.clock() + REQUEST_TIME, self.latest())
 
@@ -202,7 +220,7 @@ class Feed:
         self.looked = self.clock()
         if path:
             self.state = ASKING
-            self.job = self.api.get(path, self._told, self._deadline())
+            self.job = self.api.get(path, self._told, self.deadline())
         else:
             self.plan = KINDS[self.target.kind].plan(self.target, {})
             self._list()
@@ -230,7 +248,7 @@ class Feed:
             self.plan = self._plan(answer)
         except Failed as failed:
             if failed.reason in ("unknown", *REASONS):
-                self._end(failed)
+                self.lost(failed)
                 return
         else:
             if (self.plan.base, self.plan.query) != (before.base, before.query):
@@ -245,9 +263,9 @@ class Feed:
             self._rest()
             self.news()
         elif not self._try_next(failed):
-            self._end(failed)
+            self.lost(failed)
 
-    def _end(self, failed: Failed) -> None:
+    def lost(self, failed: Failed) -> None:
         """There is no way."""
         if failed.reason in NEXT and self.first is not None:
             failed = self.first
@@ -274,7 +292,7 @@ class Feed:
         if not more:
             self.page = {}
         self.state, self.tried = LISTING, self.clock()
-        self.job = self.api.get(self.plan.list_path(more), self._listed, self._deadline())
+        self.job = self.api.get(self.plan.list_path(more), self._listed, self.deadline())
 
     def _listed(self, answer: Reply | Failed) -> None:
         """The pods, or a page of them."""
@@ -306,7 +324,7 @@ class Feed:
             blind = plan.single and failed.reason == "forbidden" and isinstance(plan.port, int)
             if blind:
                 self.page = {"": (Pod(target.name, "", "ready"),)}
-            elif not (plan.single and failed.reason == "unknown" and self.items is not None
+            elif not (plan.single and failed.reason == "unknown" and (self.items is not None or self.maker is not None)
                       or self.page and failed.reason == "gone"):
                 raise
             self.version = ""
@@ -323,6 +341,8 @@ class Feed:
         uid = word(part(item, "metadata"), "uid")
         if uid in items or len(items) < PODS_MAX:
             items[uid] = tuple(self.plan.read(item))
+            if self.maker is not None:
+                self.maker.see(items[uid])
 
     # -- watches -------------------------------------------------------------------------------
 
@@ -385,6 +405,74 @@ def whole(answer: Reply | Failed, path: str) -> dict[str, Any]:
     if answer.status != 200:
         raise failure(answer, "GET", path)
     return answer.json()
+
+
+# Of what is asked for a pod that is made: answers after which what is watched tells more.  404: it has gone already;
+# 409: another one has made it, or the old one still ends.
+FINE = {"POST": (200, 201, 202, 409), "DELETE": (200, 202, 404, 409)}
+
+
+class Maker:
+    """Has the pod of a jump made where there is none (`create_pod`), and removed in the end.  Its Feed owns it."""
+
+    def __init__(self, feed: Feed):
+        self.feed = feed
+        self.change: Job | None = None  # makes the pod, or removes one that has ended
+        self.tried = -NEVER  # when that was begun last
+        self.own = ""  # uid of the pod that this process has made
+
+    def see(self, pods: Sequence[Pod]) -> None:
+        """Note which pod is ours."""
+        self.own = next((pod.uid for pod in pods if pod.owner == OWNER_NAME), self.own)
+
+    def due(self) -> float:
+        """When there is something to do: a client waits, and there is no pod but some of sniroute's that have ended."""
+        feed = self.feed
+        lacks = (feed.items is not None and self.change is None and feed.latest() > 0
+                 and all(pod.state == "ended" and pod.owner for pod in feed.pods))
+        return self.tried + MAKE_AGAIN if lacks else NEVER
+
+    def make(self) -> None:
+        """Have the pod made; one that has ended has to go first.  What is watched tells when it is ready."""
+        feed = self.feed
+        assert feed.plan is not None
+        if feed.pods:
+            self.tried = -NEVER  # its successor need not wait
+            self.change = self._delete(feed.pods[0].uid, self._changed)
+        else:
+            self.tried = feed.clock()
+            self.change = feed.api.send("POST", feed.plan.base, manifest(feed.target, OWNER_NAME), self._changed,
+                                        feed.deadline())
+
+    def _changed(self, answer: Reply | Failed) -> None:
+        """What has come of it."""
+        job, self.change = self.change, None
+        assert job is not None
+        if not isinstance(answer, Failed) and answer.status not in FINE[job.method]:
+            answer = failure(answer, job.method, job.path)
+        if self.feed.state == CLOSED:
+            with contextlib.suppress(Failed):  # it cannot be read: the pod's time ends it
+                if not isinstance(answer, Failed) and answer.status == 201:
+                    self.own = word(part(answer.json(), "metadata"), "uid")
+            self.remove()
+        elif isinstance(answer, Failed):
+            self.feed.lost(answer)
+        else:
+            self.feed.news()
+
+    def remove(self) -> None:
+        """Have the pod removed that we have made.  What comes of it does not matter any more: its time ends it, too."""
+        if self.own:
+            self._delete(self.own, lambda answer: None)
+            self.own = ""
+
+    def _delete(self, uid: str, done: Callable[[Reply | Failed], None]) -> Job:
+        """Have the pod removed, if it still is this one."""
+        feed = self.feed
+        assert feed.target.create is not None
+        path = f"/api/v1/namespaces/{feed.target.namespace}/pods/{feed.target.name}"
+        return feed.api.send("DELETE", path, {"kind": "DeleteOptions", "apiVersion": "v1",
+                                              "preconditions": {"uid": uid}}, done, feed.clock() + REQUEST_TIME)
 
 
 # -- clients -----------------------------------------------------------------------------------
@@ -492,7 +580,7 @@ class Pods:
         for asked in self.waiting:
             asked.done = None
         self.waiting.clear()
-        self.feed.forget(CLOSED)
+        self.feed.close()
         self._find()
         if self.alarm is not None:
             self.alarm.cancel()

@@ -37,6 +37,7 @@ from sniroute_targets import SCHEMES, Scheme
 
 if TYPE_CHECKING:
     from sniroute_groups import Several
+    from sniroute_objects import NewPod
 
 __version__ = "0.1.0"
 
@@ -102,6 +103,7 @@ class Route(NamedTuple):
     contexts: tuple[str, ...] = ()  # globs: the contexts that it may lead to; (): what the target says
     namespaces: tuple[str, ...] = ()  # the same for namespaces
     container: str = ""  # of the pod, for `jump:`; "": the pod's own choice
+    create_pod: NewPod | None = None  # of `jump:`: the pod is made where it is not there
     balance: str = "least"  # among the pods of a cluster; of several targets Several.balance says it
     aliases: tuple[tuple[str, str], ...] = ()  # short names of contexts, of the settings
     members: tuple[str, ...] = ()  # the targets, each `scheme:rest`, where there are several; `target` is for people

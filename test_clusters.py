@@ -22,7 +22,7 @@ import sniroute_settings
 from sniroute_deadlines import FIRST_BYTE_TIMEOUT, GREETING_TIMEOUT
 from sniroute_launchers import Launcher, TunnelKey, place
 from sniroute_names import OPTIONS
-from sniroute_objects import ALTERNATIVES_MAX, BALANCES, parse_argument
+from sniroute_objects import ALTERNATIVES_MAX, BALANCES, NewPod, parse_argument, parse_target
 from sniroute_refusals import REFUSALS, Refused, SettingsError
 from sniroute_settings import load_settings
 from conftest import HOST, connect, wait_until
@@ -232,6 +232,37 @@ balance = "least"
     assert all(route.several is None for route in settings.routes.routes), "the pods are the program's to balance"
 
 
+def test_a_route_may_have_a_pod_made(settings_file):
+    settings = load_settings(["-c", settings_file("""
+[routes."*.db.example.com"]
+target = "jump:prod/pod/shell/{name}:5432@main"
+create_pod = { image = "registry.example.com/socat:1", labels = { team = "edge" }, ttl = "2h" }
+[routes."a.example.com"]
+target = "jump:prod/pod/shell/db:5432"
+create_pod = true
+[routes."b.example.com"]
+target = "jump:prod/pod/shell/db:5432"
+create_pod = false
+""")], {})
+    word, plain, none = (settings.routes.decide(name).tunnel.hostname
+                         for name in ("x.db.example.com", "a.example.com", "b.example.com"))
+    target, = parse_argument(word)
+    assert target == parse_target("prod/pod/shell/x.db.example.com:5432@main", jump=True)._replace(
+        create=NewPod("registry.example.com/socat:1", (("team", "edge"),), ttl=7200))
+    assert parse_argument(plain)[0].create == NewPod() and "create" not in none
+
+
+@pytest.mark.parametrize("target", ["jump:{a}/pod/x/db:1", "jump:a/pod/{a}/db:1"])
+def test_strangers_do_not_name_pods_that_are_made(settings_file, target):
+    (line,) = faults("-c", settings_file(f"""
+[routes."{{a}}.example.com"]
+target = "{target}"
+namespaces = ["*"]
+create_pod = true
+"""))
+    assert "create_pod: is for jump:NAMESPACE/pod/NAME/HOST:PORT, without a field in NAMESPACE and NAME" in line
+
+
 def test_check_shows_what_clients_may_choose_and_how_pods_are_chosen(settings_file, capsys):
     path = settings_file(CHOSEN + 'balance = "random"\n')
     assert sniroute_doctor.check(load_settings(["check", "-c", path], {})) == 0
@@ -250,7 +281,12 @@ def test_the_ways_to_balance_pods_are_the_programs():
     ('target = "jump:a/pod/b/c:1"\ncontainer = "X"', "container: 'X' is not a name"),
     ('target = "tcp:h:1"\nnamespaces = ["x"]', "namespaces: is for kubernetes: and jump:"),
     ('target = "kubernetes:a/svc/b:1"\ncontexts = []', "contexts: '' is not a name, or a glob"),
-    ('target = "kubernetes:a/svc/b:1"\ncreate_pod = true', "create_pod: no pod is made: run one"),
+    ('target = "kubernetes:a/svc/b:1"\ncreate_pod = true', "create_pod: is for jump:"),
+    ('target = "jump:a/svc/b/c:1"\ncreate_pod = true', "create_pod: is for jump:NAMESPACE/pod/NAME/HOST:PORT, without"),
+    ('target = "jump:a/pods/b=c/c:1"\ncreate_pod = true', "create_pod: is for jump:NAMESPACE/pod/NAME/HOST:PORT"),
+    ('target = "jump:a/pod/b/c:1"\ncreate_pod = "yes"', "create_pod: it is true, false, or a table as {"),
+    ('target = "jump:a/pod/b/c:1"\ncreate_pod = { ttl = "8 h" }', "create_pod: '8 h' is not a duration"),
+    ('target = "jump:a/pod/b/c:1"\ncreate_pod = { image = "-" }', "create_pod: image: '-' is no name of an image"),
     ('target = "kubernetes:a/svc/b:1"\nbalance = "hash"', "balance: 'hash' is none of least"),
     ('target = "kubernetes:a/svc/b:1"\nenv = { A = "b" }', "env: is for exec: and command:"),
     ('target = "kubernetes:a/svc/b:1"\nhealth = "connect"', "health: connect is not for"),

@@ -210,6 +210,14 @@ def test_the_files_of_settings_about_kubernetes_are_some(settings_file):
     assert len(settings.port) == 2
 
 
+def test_the_pods_that_the_document_has_made_are_those_that_are_made(settings_file):
+    settings = load_settings(["-c", settings_file(marked(OPERATING, "create_pod"))], {})
+    plain, whole = (route.create_pod for route in settings.route)
+    assert plain == whole._replace(labels=()) == sniroute_objects.NewPod()
+    assert settings.routes.decide("orders.db.example.com").tunnel.hostname.startswith(
+        "jump:shop/pod/sniroute/orders.internal:5432?create=")
+
+
 def test_the_environment_of_the_program_for_clusters_is_there():
     text = section(OPERATING, "## Kubernetes")
     assert {name for name in (*sniroute_clusters.PREFIXES, "HOME", "PATH", "KUBECONFIG") if name not in text} == set()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import subprocess
+import time
 
 import pytest
 
@@ -53,6 +54,77 @@ def test_psql_through_a_runtime_that_resets(kube, app, kubernetes, postgres):
         answer = psql(address, ["select 1"], "sslmode=require")
         assert (answer.returncode, answer.stdout) == (0, b"1\n"), answer.stderr
     assert len(there.sessions()) <= 3 and not run.rows("failed")
+
+
+# -- pods that are made ------------------------------------------------------------------------
+
+SHELLS = (f"shell-{number}" for number in range(100))
+
+
+def made(kube, since: float) -> list[tuple[str, str]]:
+    """What was asked for pods: verb and name."""
+    return [(row["verb"], row["name"]) for row in kube.requests()
+            if row["verb"] in ("create", "delete") and row["resource"] == "pods" and row["time"] >= since]
+
+
+def test_a_jump_has_its_pod_made_and_removed(kube, kubernetes, echo_server):
+    shell, since = next(SHELLS), time.monotonic()
+    target = "jump:default/pod/{}/{}:{}?create=true".format(shell, *echo_server.address)
+    run = kubernetes("get", target)
+    assert run.end(None) == 0 and made(kube, since) == []
+    run = kubernetes("forwarders", stdin=subprocess.PIPE)
+    run.tell(f"listen {HOST}:0 {target}")
+    address, = run.listening()
+    assert parallel(address, [b"hello"] * 4) == [b"hello"] * 4
+    labels = kube.get("pods", shell)["metadata"]["labels"]
+    assert labels["app.kubernetes.io/managed-by"] == "sniroute"
+    run.tell(f"close {HOST}:{address[1]}")
+    wait_until(lambda: made(kube, since) == [("create", None), ("delete", shell)])
+    run.tell(f"listen {HOST}:0 {target}")
+    wait_until(lambda: len(run.rows("listening")) == 2)
+    assert ask(run.listening(2)[1]) == b"hello"
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, None], ids=["SIGTERM", "the end of stdin"])
+def test_a_pod_that_was_made_does_not_outlive_the_program(kube, kubernetes, echo_server, end):
+    shell = next(SHELLS)
+    run = kubernetes("forwarders", stdin=subprocess.PIPE)
+    run.tell("listen {}:0 jump:default/pod/{}/{}:{}?create=true".format(HOST, shell, *echo_server.address))
+    address, = run.listening()
+    assert ask(address) == b"hello"
+    if end is None:
+        run.process.stdin.close()
+    assert run.end(end) == 0
+    wait_until(lambda: gone(kube, shell))
+
+
+def gone(kube, name: str) -> bool:
+    try:
+        return bool(kube.get("pods", name)["metadata"].get("deletionTimestamp"))
+    except ValueError:
+        return True
+
+
+def test_an_api_server_that_does_not_answer_at_the_end_costs_two_seconds_at_most(kube, kubernetes, echo_server):
+    shell = next(SHELLS)
+    run = kubernetes("forwarders", stdin=subprocess.PIPE, prepare="import sniroute_kubernetes\nsniroute_kubernetes.LEAVE = 0.1")
+    run.tell("listen {}:0 jump:default/pod/{}/{}:{}?create=true".format(HOST, shell, *echo_server.address))
+    address, = run.listening()
+    assert ask(address) == b"hello"
+    kube.fault("hang", verb="delete")
+    assert run.end(signal.SIGTERM) == 0
+
+
+def test_who_may_not_make_a_pod_is_told_what_would_grant_it(kube, kubernetes, echo_server):
+    kube.user("jumper", token="jumper-token", allow={"pods": "get list watch delete", "pods/exec": "get create"})
+    path = kube.kubeconfig("jumper", user={"token": "jumper-token"})
+    run = kubernetes("forwarders", "--kubeconfig", str(path), stdin=subprocess.PIPE)
+    run.tell("listen {}:0 jump:default/pod/{}/{}:{}?create=true".format(HOST, next(SHELLS), *echo_server.address))
+    address, = run.listening()
+    with connect(address) as client:
+        assert receive_all(client) == (b"", "RST")
+    row, = run.rows("failed")
+    assert row["reason"] == "forbidden" and 'resources: ["pods"], verbs: ["create"]' in row["error"]
 
 
 # -- forwarders, as sniroute starts it ---------------------------------------------------------

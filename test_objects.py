@@ -9,9 +9,9 @@ import pytest
 
 import sniroute_objects
 from sniroute_forwarder import COMMAND_MAX
-from sniroute_objects import (ALTERNATIVES_MAX, ARGUMENT_MAX, BALANCES, KINDS, LABELS_MAX, READY, RUNNING, Choice,
-                              KubeTarget, argument_of, choice_of, lacking, none_ready, object_path, parse_argument,
-                              parse_target, with_option)
+from sniroute_objects import (ALTERNATIVES_MAX, ARGUMENT_MAX, BALANCES, KINDS, LABELS_MAX, OWNER, READY, RUNNING, TTL,
+                              Choice, KubeTarget, NewPod, argument_of, choice_of, lacking, manifest, none_ready,
+                              object_path, parse_argument, parse_new_pod, parse_target, with_option)
 from sniroute_refusals import Failed, Malformed
 from testbed.objects import endpoint, endpoints, pod, service, workload
 
@@ -166,6 +166,72 @@ def test_an_argument_fits_in_a_line_and_costs_few_requests():
 def test_an_argument_that_is_none_is_refused(text, why):
     with pytest.raises(Malformed, match=why):
         parse_argument(text)
+
+
+# -- pods that are made ------------------------------------------------------------------------
+
+SHELL = parse_target("prod/pod/shell/db:5432", jump=True)
+DIGEST = "registry.example.com:5000/tools/socat@sha256:" + "0" * 64
+
+
+@pytest.mark.parametrize("value, new", [
+    (True, NewPod()), ({}, NewPod()), ({"image": DIGEST}, NewPod(DIGEST)), ({"ttl": 90.5}, NewPod(ttl=90)),
+    ({"labels": {"example.com/team": "Edge_1", "x": ""}}, NewPod(labels=(("example.com/team", "Edge_1"), ("x", "")))),
+    ({"limits": {"cpu": "0.5", "memory": "1Gi"}}, NewPod(limits=(("cpu", "0.5"), ("memory", "1Gi")))),
+    ({"limits": {}}, NewPod(limits=())),
+])
+def test_what_a_pod_that_is_made_may_be(value, new):
+    assert parse_new_pod(value) == new
+    target = SHELL._replace(create=new, context="a@b/c", container="tools")
+    assert parse_argument(argument_of([target])) == (target,)
+    assert " " not in argument_of([target])
+
+
+@pytest.mark.parametrize("value, sentence", [
+    ("yes", "it is true, false, or a table"), (1, "it is true, false, or a table"), ([], "it is true, false, or"),
+    ({"imgae": "x"}, "'imgae' is none of image, labels, limits, ttl"), ({"image": ""}, "image: '' is no name of an"),
+    ({"image": "-x"}, "image: '-x' is no name"), ({"image": "a b"}, "image: 'a b' is no name"), ({"image": 1}, "image:"),
+    ({"ttl": 59}, "ttl: it is 60 seconds or more"), ({"ttl": 366 * 86400}, "ttl: it is 60"), ({"ttl": "8h"}, "ttl:"),
+    ({"labels": {"a b": "c"}}, "labels: 'a b = c' is none of a pod"), ({"labels": {"a": "b c"}}, "labels: 'a = b c' is"),
+    ({"labels": {"a": 1}}, "labels: 'a = 1' is none"), ({"labels": "a=b"}, "labels: it is a table"),
+    ({"labels": {OWNER: "x"}}, "labels: there are"), ({"labels": {"app.kubernetes.io/managed-by": "x"}}, "are ours"),
+    ({"labels": {f"x{number}": "" for number in range(LABELS_MAX + 1)}}, "labels: there are 16 at most"),
+    ({"limits": {"gpu": "1"}}, "limits: 'gpu = 1' is none"), ({"limits": {"cpu": "-1"}}, "limits: 'cpu = -1' is none"),
+    ({"limits": {"memory": "64 MB"}}, "limits: 'memory = 64 MB' is none"),
+])
+def test_what_it_may_not_be(value, sentence):
+    with pytest.raises(ValueError) as caught:
+        parse_new_pod(value)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "nonsense", "1", "{\"image\":1}"])
+def test_an_argument_with_another_pod_is_refused(text):
+    with pytest.raises(Malformed):
+        with_option(SHELL, "create", text)
+
+
+@pytest.mark.parametrize("text, jump", [("prod/svc/web/db:1", True), ("prod/pods/a=b/db:1", True), ("prod/pod/x:1", False)])
+def test_only_the_pod_of_a_jump_is_made(text, jump):
+    with pytest.raises(Malformed):
+        with_option(parse_target(text, jump), "create", "true")
+
+
+def test_a_pod_that_is_made_may_do_nothing_but_connect():
+    """It is what the strictest of the Pod Security Standards allows, and it ends by itself."""
+    thing = manifest(SHELL._replace(create=NewPod(DIGEST, (("team", "edge"),), ttl=TTL[0])), "me")
+    spec, (container,) = thing["spec"], thing["spec"]["containers"]
+    assert thing["metadata"] == {"name": "shell", "namespace": "prod", "labels": {
+        "team": "edge", "app.kubernetes.io/managed-by": "sniroute", OWNER: "me"}}
+    assert (spec["activeDeadlineSeconds"], spec["restartPolicy"], spec["automountServiceAccountToken"]) == (
+        60, "Never", False)
+    assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] > 0
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
+                                            "capabilities": {"drop": ["ALL"]}}
+    assert container["resources"]["limits"] == container["resources"]["requests"] == dict(NewPod().limits)
+    assert (container["name"], container["image"], container["command"]) == ("jump", DIGEST, ["sleep", "60"])
+    assert manifest(SHELL._replace(create=NewPod(), container="tools"), "me")["spec"]["containers"][0]["name"] == "tools"
 
 
 # -- plans -------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ from typing import Any, Callable, Iterator
 import pytest
 
 import sniroute_pods
-from sniroute_api import Alarms
+from sniroute_api import Alarms, Reply
 from sniroute_loop import NEVER, monotonic
-from sniroute_objects import BALANCES, Choice, parse_target, with_option
-from sniroute_pods import (CLOSED, EMPTY, IDLE, LISTING, LOOK, POLL, POLLING, REST, RESTING, RETRY_LAST, WATCH_GRACE,
-                           WATCH_TIME, WATCHING, Pods)
+from sniroute_objects import BALANCES, OWNER, Choice, parse_target, with_option
+from sniroute_pods import (CLOSED, EMPTY, IDLE, LISTING, LOOK, MAKE_AGAIN, OWNER_NAME, POLL, POLLING, REST, RESTING,
+                           RETRY_LAST, WATCH_GRACE, WATCH_TIME, WATCHING, Pods)
 from sniroute_refusals import Failed
 from testbed.cluster import Cluster
 from testbed.objects import endpoint, endpoints, listed, pod, service
@@ -35,6 +35,8 @@ class Call:
     deadline: float = NEVER
     phase: str = "connecting"
     is_over: bool = False
+    method: str = "GET"
+    thing: Any = None
 
     def cancel(self) -> None:
         self.is_over = True
@@ -43,7 +45,7 @@ class Call:
         """A Failed, a status, or JSON with 200."""
         assert not self.is_over, "it was cancelled"
         self.is_over = True
-        self.done(answer if answer is None or isinstance(answer, Failed) else Answer(answer))
+        self.done(answer if answer is None or isinstance(answer, Failed) else reply(answer))
 
     def line(self, what: str, thing: Any) -> None:
         """An event of a watch."""
@@ -51,16 +53,9 @@ class Call:
         self.on_line({"type": what, "object": thing})
 
 
-class Answer:
-    """As Reply: of JSON, or of a status without."""
-
-    def __init__(self, answer: Any):
-        self.status = answer if isinstance(answer, int) else 200
-        self.headers: dict[str, str] = {}
-        self.body = b"" if isinstance(answer, int) else json.dumps(answer).encode()
-
-    def json(self) -> Any:
-        return json.loads(self.body)
+def reply(answer: Any) -> Reply:
+    """An answer of JSON, or of a status without."""
+    return Reply(answer, {}, b"") if isinstance(answer, int) else Reply(200, {}, json.dumps(answer).encode())
 
 
 class World:
@@ -72,7 +67,8 @@ class World:
         self.answers: list[Choice | Failed] = []
         self.when = NEVER
         self.alarms = Alarms(self, lambda: self.now)  # type: ignore[arg-type]
-        made = [parse_target(text) for text in targets or ("prod/svc/web:80",)]
+        made = [parse_target("prod/pod/shell/db:5432", jump=True) if text == "jump" else parse_target(text)
+                for text in targets or ("prod/svc/web:80",)]
         for key, value in options.items():
             made = [with_option(target, key, value) for target in made]
         self.pods = Pods(self.alarms, self, made)  # type: ignore[arg-type]
@@ -94,6 +90,10 @@ class World:
 
     def watch(self, path: str, on_line: Callable[[dict[str, Any]], None], on_end: Callable[..., None]) -> Call:
         self.calls.append(Call(path, on_end, on_line))
+        return self.calls[-1]
+
+    def send(self, method: str, path: str, thing: Any, done: Callable[..., None], deadline: float) -> Call:
+        self.calls.append(Call(path, done, None, deadline, method=method, thing=thing))
         return self.calls[-1]
 
     # for tests
@@ -703,6 +703,152 @@ def test_who_may_not_read_a_pod_may_still_connect_to_it():
     world.ask()
     world.last.answer(Failed("forbidden", "no"))
     assert failed(world.answers[0])[0] == "forbidden", "a name has to be looked up"
+
+
+# -- a pod that is made ------------------------------------------------------------------------
+
+SHELL = "/api/v1/namespaces/prod/pods/shell"
+
+
+def made(**options: Any) -> Any:
+    """The pod `shell` as this process has made it."""
+    thing = pod("shell", **options)
+    thing["metadata"]["labels"] = {OWNER: OWNER_NAME}
+    return thing
+
+
+class Making(World):
+    """A jump that has its pod made, and what was sent."""
+
+    def __init__(self, answer: Any = Failed("unknown", "pods \"shell\" not found")):
+        super().__init__("jump", create="true")
+        self.ask()
+        self.last.answer(answer)
+
+    @property
+    def sent(self) -> list[tuple[str, str]]:
+        return [(call.method, call.path) for call in self.calls if call.method != "GET"]
+
+    def watched(self, what: str, thing: Any) -> None:
+        """An event of the watch."""
+        next(call for call in self.calls if call.on_line is not None and not call.is_over).line(what, thing)
+
+
+def test_a_pod_that_is_not_there_is_made_and_the_client_waits_for_it():
+    world = Making()
+    world.pass_by(0)
+    call = world.last
+    assert world.sent == [("POST", "/api/v1/namespaces/prod/pods")]
+    assert call.thing["metadata"]["name"] == "shell" and call.thing["metadata"]["labels"][OWNER] == OWNER_NAME
+    world.ask()
+    call.answer(201)
+    world.watched("ADDED", made(phase="Pending", node=""))
+    world.pass_by(5)
+    assert world.answers == [] and len(world.sent) == 1
+    world.watched("MODIFIED", made())
+    assert [answer.pod for answer in world.answers] == ["shell"] * 2
+
+
+def test_a_pod_that_is_there_is_not_made():
+    world = Making(pod("shell"))
+    world.pass_by(20)
+    assert world.answers[0].pod == "shell" and world.sent == []
+    world.pods.close()
+    assert world.sent == [], "who has not made it does not remove it"
+
+
+@pytest.mark.parametrize("how", ["closed", "idle, then closed"])
+def test_a_pod_that_was_made_is_removed_when_its_target_is_used_no_more(how):
+    world = Making(made())
+    choice = world.answers[0]
+    world.pods.ended(choice)
+    if how != "closed":
+        world.pass_by(IDLE + 1)
+        assert world.pods.feed.state == EMPTY and world.sent == [], "the next client may come soon"
+    world.pods.close()
+    world.pods.close()
+    assert world.sent == [("DELETE", SHELL)] and world.last.thing["preconditions"] == {"uid": "uid-shell"}
+
+
+def test_a_pod_that_is_just_being_made_at_the_end_is_removed():
+    world = Making()
+    world.pass_by(0)
+    call = world.last
+    world.pods.close()
+    assert not call.is_over and len(world.sent) == 1
+    call.done(Reply(201, {}, json.dumps(made(uid="new")).encode()))
+    assert world.sent[1:] == [("DELETE", SHELL)] and world.last.thing["preconditions"] == {"uid": "new"}
+    assert world.answers == []
+
+
+@pytest.mark.parametrize("status, reason", [(404, "unknown"), (403, "forbidden"), (422, "answer"), (500, "answer")])
+def test_a_pod_that_cannot_be_made_is_told_to_all_who_wait(status, reason):
+    world = Making()
+    world.ask()
+    world.pass_by(0)
+    world.last.answer(Failed("forbidden", "no") if status == 403 else status)
+    assert [answer.reason for answer in world.answers] == [reason] * 2
+    assert world.pods.feed.state == EMPTY
+    world.ask()
+    world.last.answer(made())
+    assert world.answers[-1].pod == "shell", "the next client begins anew"
+
+
+def test_a_pod_that_another_one_has_made_is_used():
+    world = Making()
+    world.pass_by(0)
+    world.last.answer(409)
+    world.watched("ADDED", made())
+    assert world.answers[0].pod == "shell"
+
+
+def test_a_pod_whose_time_is_over_is_replaced_where_a_client_waits():
+    world = Making(made())
+    world.watched("MODIFIED", made(phase="Failed"))
+    world.pass_by(20)
+    assert world.sent == [], "nobody waits"
+    world.ask()
+    world.pass_by(0)
+    assert world.sent == [("DELETE", SHELL)]
+    world.last.answer(200)
+    world.watched("DELETED", made())
+    world.pass_by(0)
+    assert world.sent[1:] == [("POST", "/api/v1/namespaces/prod/pods")]
+    world.last.answer(201)
+    world.watched("ADDED", made(uid="uid-2"))
+    assert world.answers[1].uid == "uid-2"
+
+
+def test_a_pod_that_ends_at_once_is_made_again_now_and_then_only():
+    world = Making()
+    world.pass_by(0)
+    for count in (1, 2, 3):
+        assert [method for method, _ in world.sent].count("POST") == count
+        world.last.answer(201)
+        world.watched("ADDED", made(phase="Succeeded"))
+        world.pass_by(0)
+        world.last.answer(200)
+        world.watched("DELETED", made())
+        world.ask(60)
+        world.pass_by(MAKE_AGAIN - 0.1)
+        assert [method for method, _ in world.sent].count("POST") == count
+        world.pass_by(0.1)
+
+
+def test_a_pod_of_somebody_else_that_has_ended_is_not_removed():
+    world = Making(pod("shell", phase="Failed"))
+    world.pass_by(16)
+    assert world.sent == [] and failed(world.answers[0])[0] == "pods"
+
+
+def test_a_client_that_waits_in_vain_hears_what_the_pod_does():
+    world = Making()
+    world.pass_by(0)
+    world.last.answer(201)
+    world.watched("ADDED", made(phase="Pending", waiting="ErrImagePull"))
+    world.pass_by(16)
+    assert failed(world.answers[0]) == ("pods", "pod shell in prod: none of 1 pods is ready: shell starting "
+                                                "(ErrImagePull)")
 
 
 # -- nobody, and sleep -------------------------------------------------------------------------
