@@ -47,7 +47,7 @@ OPTIONS = {  # files that an installation may leave out
     "sniroute_gateway.py", "sniroute_answers.py",
     "sniroute_tls.py", "sniroute_browsers.py", "sniroute_certificate.py", "sniroute_http2.py", "sniroute_hpack.py",
     "sniroute_http.py", "sniroute_kubernetes.py", "sniroute_jumps.py", "sniroute_passage.py", "sniroute_links.py", "sniroute_pods.py",
-    "sniroute_objects.py", "sniroute_api.py", "sniroute_credentials.py", "sniroute_layers.py",
+    "sniroute_objects.py", "sniroute_api.py", "sniroute_credentials.py", "sniroute_plugins.py", "sniroute_layers.py",
     "sniroute_kubeconfig.py", "sniroute_yaml.py", "sniroute_channels.py", "sniroute_spdy.py",
     "sniroute_clusters.py",
     "sniroute_admin.py", "sniroute_door.py", "sniroute_metrics.py", "sniroute_page.py",

@@ -17,7 +17,7 @@ and its upgrade on one connection.
 
 What a Line reads is HTTP/1.1 as sniroute_http has it; what that refuses is no answer.
 
-    Apis      what the APIs of one loop share: settings, the way out, times that come
+    Apis      what the APIs of one loop share: where kubeconfigs are, the way out, times that come
     Api       one context: its Identity, and its idle Lines
     Job       Get, Watch, Upgrade
     Alarms    things to be done at a time
@@ -31,8 +31,9 @@ Seams: I want to ...
 
 Sources: kubernetes.io, "Kubernetes API Concepts"; RFC 9110, RFC 9112.
 
-This room imports sniroute_credentials (Identity), sniroute_layers (Wire, Opening), sniroute_kubeconfig (Context),
-sniroute_http (answers), sniroute_dial, sniroute_loop, sniroute_names and sniroute_refusals.
+This room imports sniroute_credentials (Identity), sniroute_plugins (Plugins, Sources), sniroute_layers (Wire, Opening),
+sniroute_kubeconfig (Context), sniroute_http (answers), sniroute_dial, sniroute_loop, sniroute_names and
+sniroute_refusals.
 """
 
 from __future__ import annotations
@@ -44,13 +45,14 @@ import json
 import re
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
-from sniroute_credentials import Access, Identity, Plugins, Settings
+from sniroute_credentials import Access, Identity
 from sniroute_dial import Failed, WayOut, find_proxy
 from sniroute_http import Counted, Response, make_line, open_body, parse_response
 from sniroute_kubeconfig import Context
 from sniroute_layers import Opening, Place, Wire, Wires, unheard
 from sniroute_loop import Loop, monotonic
 from sniroute_names import printable
+from sniroute_plugins import Plugins, Sources
 from sniroute_refusals import Malformed
 
 __version__ = "0.1.0"
@@ -635,7 +637,7 @@ class Api:
         self.apis = apis
         self.name = name  # of the context; "" for the current one
         self.context: Context | None = None  # as it was read last; None before the first request
-        self.identity = Identity(apis.loop, apis.plugins, apis.settings, name)
+        self.identity = Identity(apis.loop, apis.plugins, apis.sources, name)
         self.place: Place | None = None  # where idle lines lead to
         self.idle: list[Line] = []  # the one that was used last comes last
         self.jobs: set[Job] = set()
@@ -744,7 +746,7 @@ class Apis:
     def __init__(self, loop: Loop, paths: Iterable[str], environ: Mapping[str, str], exec_path: Iterable[str] = (),
                  way: WayOut | None = None):
         self.loop = loop
-        self.settings = Settings(tuple(paths), environ, tuple(exec_path))
+        self.sources = Sources(tuple(paths), environ, tuple(exec_path))
         self.way = way or WayOut(loop, *find_proxy(environ))
         self.direct = WayOut(loop, None, "")  # to a proxy that the kubeconfig names
         self.wires = Wires(loop)

@@ -53,8 +53,8 @@ BASH = ('exec 3<>"/dev/tcp/$1/$2" 4<&0 || exit 1; { cat <&4 >&3; sleep 2; kill $
 
 # The tools that carry bytes to HOST:PORT, the best one first: (host, port) -> words.
 TOOLS: tuple[Callable[[str, int], tuple[str, ...]], ...] = (
-    # It leaves when nothing has come for TOOL_GRACE after either end.  A longer time would be the delay of every end that
-    # the far side makes: what socat does then, it does for both.
+    # socat leaves when nothing has come for TOOL_GRACE after either end.  A longer time would delay each end that the
+    # far side makes: what socat does then, it does for both.
     lambda host, port: ("socat", "-", f"TCP:{show_address((host, port))},connect-timeout=10"),
     lambda host, port: ("nc", host, str(port)),
     lambda host, port: ("bash", "-c", BASH, "sniroute", host, str(port)),

@@ -25,8 +25,9 @@ Seams: I want to ...
     another option     OPTIONS, and a field of Settings
 
 sniroute starts this program, and never imports it.  This room imports sniroute_jumps and
-sniroute_passage (clients), sniroute_links, sniroute_pods, sniroute_objects (targets), sniroute_api, sniroute_kubeconfig, sniroute_forwarder,
-sniroute_dial (Failed), sniroute_host, sniroute_loop, sniroute_names and sniroute_refusals.
+sniroute_passage (clients), sniroute_links, sniroute_pods, sniroute_objects (targets), sniroute_api,
+sniroute_kubeconfig, sniroute_forwarder, sniroute_dial (Failed), sniroute_host, sniroute_loop, sniroute_names and
+sniroute_refusals.
 """
 
 from __future__ import annotations
