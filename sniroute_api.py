@@ -19,8 +19,7 @@ What a Line reads is HTTP/1.1 as sniroute_http has it; what that refuses is no a
 
     Apis      what the APIs of one loop share: where kubeconfigs are, the way out, times that come
     Api       one context: its Identity, and its idle Lines
-    Job       Get, Watch, Upgrade
-    Alarms    things to be done at a time
+    Job       one request to its answer: a GET by itself; Watch and Upgrade are kinds of it
 
 Threads: the loop's only; see sniroute_credentials for those that look for credentials.
 
@@ -39,8 +38,6 @@ sniroute_refusals.
 from __future__ import annotations
 
 import collections
-import heapq
-import itertools
 import json
 import re
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
@@ -50,7 +47,7 @@ from sniroute_dial import Failed, WayOut, find_proxy
 from sniroute_http import Counted, Response, make_line, open_body, parse_response
 from sniroute_kubeconfig import Context
 from sniroute_layers import Opening, Place, Wire, Wires, unheard
-from sniroute_loop import Loop, monotonic
+from sniroute_loop import Alarm, Alarms, Loop, monotonic
 from sniroute_names import printable
 from sniroute_plugins import Plugins, Sources
 from sniroute_refusals import Malformed
@@ -201,55 +198,6 @@ def retry_after(reply: Reply) -> float | None:
         return None
     seconds = float(text) if text.isascii() and text.isdigit() and len(text) < 7 else AGAIN_USUAL
     return max(seconds, AGAIN_LEAST)
-
-
-# -- times -------------------------------------------------------------------------------------
-
-
-class Alarm:
-    """Something to be done at a time."""
-
-    __slots__ = ("act",)
-
-    def __init__(self, act: Callable[[], None]):
-        self.act: Callable[[], None] | None = act
-
-    def cancel(self) -> None:
-        """Do it not."""
-        self.act = None
-
-
-class Alarms:
-    """Things to be done at times of their own: a job has its owner's deadline, so no Queue of the loop fits."""
-
-    def __init__(self, loop: Loop, clock: Callable[[], float] = monotonic):
-        self.clock = clock
-        self.timer = loop.timer(self._ring)
-        self.heap: list[tuple[float, int, Alarm]] = []  # what was cancelled stays until its time: a deadline is near
-        self.numbers = itertools.count()  # alarms cannot be compared
-
-    def at(self, when: float, act: Callable[[], None]) -> Alarm:
-        """Do it at this clock time, in a turn of the loop."""
-        alarm = Alarm(act)
-        heapq.heappush(self.heap, (when, next(self.numbers), alarm))
-        self._set()
-        return alarm
-
-    def _set(self) -> None:
-        while self.heap and self.heap[0][2].act is None:
-            heapq.heappop(self.heap)
-        if self.heap:
-            self.timer.set(self.heap[0][0])
-
-    def _ring(self) -> None:
-        try:
-            while self.heap and (self.heap[0][2].act is None or self.heap[0][0] <= self.clock()):
-                alarm = heapq.heappop(self.heap)[2]
-                act, alarm.act = alarm.act, None
-                if act is not None:
-                    act()
-        finally:
-            self._set()
 
 
 # -- a connection that asks --------------------------------------------------------------------

@@ -46,12 +46,12 @@ from sniroute_host import open_standard_streams, raise_descriptor_limit
 from sniroute_jumps import PROOF, Exec, Jump
 from sniroute_kubeconfig import kubeconfig_paths
 from sniroute_links import Links, clock
-from sniroute_loop import monotonic
+from sniroute_loop import Alarms, monotonic
 from sniroute_names import printable, show_address
 from sniroute_objects import Choice, KubeTarget, none_ready, parse_argument, parse_target, with_option
 from sniroute_passage import (ACCEPT, GRACE, HALF_LAST, LINGER, REASONS, SETTLE, START, Client, Target, farewell, hurry,
                               linger)
-from sniroute_pods import Alarms, Pods
+from sniroute_pods import Pods
 from sniroute_refusals import Malformed, SettingsError
 
 __version__ = "0.1.0"

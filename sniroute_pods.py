@@ -40,8 +40,8 @@ import collections
 import random
 from typing import Any, Callable, Sequence
 
-from sniroute_api import Alarm, Alarms, Api, Job, Reply, failure
-from sniroute_loop import NEVER
+from sniroute_api import Api, Job, Reply, failure
+from sniroute_loop import NEVER, Alarm, Alarms
 from sniroute_names import printable
 from sniroute_objects import (KINDS, REASONS, Choice, KubeTarget, Plan, Pod, choice_of, lacking, none_ready,
                               object_path, part, rows, word)

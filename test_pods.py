@@ -9,8 +9,7 @@ from typing import Any, Callable, Iterator
 import pytest
 
 import sniroute_pods
-from sniroute_api import Alarms
-from sniroute_loop import NEVER, monotonic
+from sniroute_loop import NEVER, Alarms, monotonic
 from sniroute_objects import BALANCES, Choice, parse_target, with_option
 from sniroute_pods import (CLOSED, EMPTY, IDLE, LISTING, LOOK, POLL, POLLING, REST, RESTING, RETRY_LAST, WATCH_GRACE,
                            WATCH_TIME, WATCHING, Pods)
