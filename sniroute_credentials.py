@@ -62,7 +62,10 @@ READING, PLUGIN = "reading the kubeconfig", "waiting for the credential plugin"
 
 
 class Access:
-    """What a request to an API server needs.  It never changes; what is new is another one."""
+    """What a request to an API server needs.  It never changes; what is new is another one.
+
+    It has nothing to do with Cloudflare's Access.
+    """
 
     __slots__ = ("context", "place", "proof")
 
@@ -165,38 +168,44 @@ def read_context(sources: Sources, name: str) -> tuple[Context, tuple[tuple[str,
     return context, tuple((path, stamps.get(path, 0)) for path in context.files)
 
 
-def needs_of_tls(context: Context) -> tuple[Any, ...]:
-    """All of a context that its contexts of TLS are made of."""
+def tls_inputs(context: Context) -> tuple[Any, ...]:
+    """What the SSLContexts of a cluster are made of: where it is equal, so are they."""
     return context.cluster, context.user.certificate, context.user.key
 
 
-def read_files(sources: Sources, name: str, before: Files | None, again: bool) -> Files:
+def read_files(sources: Sources, name: str, before: Files | None, forced: bool) -> Files:
     """The files of a context; `before` itself where nothing has changed.  Raises KubeconfigError.  Any thread.
 
-    `again`: read a token file though it seems to be the same.
+    `forced`: read a token file though it seems to be the same.
     """
     now = monotonic()
-    if before is None or any(stamp(path) != known for path, known in before.stamps):
-        try:
-            context, stamps = read_context(sources, name)
-        except KubeconfigError:
-            if before is None:
-                raise
-            time.sleep(SETTLE)
-            context, stamps = read_context(sources, name)
-        if before is not None and needs_of_tls(before.context) == needs_of_tls(context):
-            tls, proxy_tls = before.tls, before.proxy_tls  # so that connections of before may be used
-        else:
-            cluster, user, proxy = context.cluster, context.user, context.cluster.proxy
-            tls = make_tls(cluster, user.certificate, user.key) if cluster.is_tls else None
-            proxy_tls = make_tls(None) if proxy is not None and proxy.scheme == "https" else None
-        before = Files(context, stamps, tls, proxy_tls, None, 0, 0.0)
-    path = before.context.user.token_file
+    files = before
+    if files is None or any(stamp(path) != known for path, known in files.stamps):
+        files = read_anew(sources, name, before)
+    path = files.context.user.token_file
     if path:
         state = stamp(path)
-        if again or before.token is None or state != before.token_stamp or now - before.token_read >= TOKEN_FOR:
-            before = before._replace(token=read_token(path, read_path), token_stamp=state, token_read=now)
-    return before
+        if forced or files.token is None or state != files.token_stamp or now - files.token_read >= TOKEN_FOR:
+            files = files._replace(token=read_token(path, read_path), token_stamp=state, token_read=now)
+    return files
+
+
+def read_anew(sources: Sources, name: str, before: Files | None) -> Files:
+    """The files of a context, without the token of a file.  Raises KubeconfigError."""
+    try:
+        context, stamps = read_context(sources, name)
+    except KubeconfigError:
+        if before is None:
+            raise
+        time.sleep(SETTLE)
+        context, stamps = read_context(sources, name)
+    if before is not None and tls_inputs(before.context) == tls_inputs(context):
+        tls, proxy_tls = before.tls, before.proxy_tls  # so that connections of before may be used
+    else:
+        cluster, user, proxy = context.cluster, context.user, context.cluster.proxy
+        tls = make_tls(cluster, user.certificate, user.key) if cluster.is_tls else None
+        proxy_tls = make_tls(None) if proxy is not None and proxy.scheme == "https" else None
+    return Files(context, stamps, tls, proxy_tls, None, 0, 0.0)
 
 
 # -- an identity -------------------------------------------------------------------------------
@@ -221,15 +230,15 @@ class Identity:
         self.credential: Credential | None = None  # of the plugin
         self.plugin_tls: ssl.SSLContext | None = None  # with the certificate of the plugin
         self.found: Access | Failed | None = None
-        self.looked = 0.0  # clock time
-        self.forced = float("-inf")  # clock time at which a refused one was last looked for anew
+        self.looked_at = 0.0  # clock time of the last look
+        self.forced_at = float("-inf")  # clock time of the last look for another one than the server has refused
         self.phase = ""  # what it waits for; "": nothing
-        self.again = False  # this look is one for something else than the server has refused
+        self.is_forced = False  # this look is one for something else than the server has refused
         self.waiting: list[Callable[[Access | Failed], None]] = []
 
     def ask(self, done: Callable[[Access | Failed], None]) -> None:
         """`done` is called with what there is; perhaps before this returns."""
-        if not self.phase and self.found is not None and monotonic() - self.looked < LOOK_EVERY \
+        if not self.phase and self.found is not None and monotonic() - self.looked_at < LOOK_EVERY \
                 and (isinstance(self.found, Failed) or not self._has_expired()):
             done(self.found)
             return
@@ -244,10 +253,10 @@ class Identity:
             done(result if is_other else None)
 
         if self.phase:  # a look of another kind may find what was refused
-            self.waiting.append(found if self.again else lambda _: self.refused(access, done))
+            self.waiting.append(found if self.is_forced else lambda _: self.refused(access, done))
         elif self.found is not access:
             self.ask(found)
-        elif monotonic() - self.forced < REFUSED_EVERY:
+        elif monotonic() - self.forced_at < REFUSED_EVERY:
             done(None)
         else:
             self.waiting.append(found)
@@ -258,13 +267,14 @@ class Identity:
         expires = self.credential.expires if self.credential else None
         return expires is not None and self.wall() >= expires - EARLY
 
-    def _look(self, again: bool) -> None:
+    def _look(self, forced: bool) -> None:
+        """Read the files, and run the plugin where there is one."""
         self.phase = READING
-        self.again = again
-        if again:
-            self.forced = monotonic()
+        self.is_forced = forced
+        if forced:
+            self.forced_at = monotonic()
         in_thread(self.loop, "kubeconfig", functools.partial(
-            read_files, self.sources, self.name, self.files, again), self._read)
+            read_files, self.sources, self.name, self.files, forced), self._read)
 
     def _read(self, files: Files | Failed) -> None:
         """The files were read."""
@@ -279,7 +289,7 @@ class Identity:
             self.credential = self.plugin_tls = None
         if plugin is None or proof_of(user, files.token) is not None:
             self._tell(None)
-        elif self.credential is not None and not self.again and not self._has_expired():
+        elif self.credential is not None and not self.is_forced and not self._has_expired():
             self._tell(None)
         else:
             self.phase = PLUGIN
@@ -308,7 +318,7 @@ class Identity:
         before = self.found
         self.found = failed or access_of(self.files, self.credential, self.plugin_tls,
                                          before if isinstance(before, Access) else None)
-        self.looked = monotonic()
+        self.looked_at = monotonic()
         self.phase = ""
         waiting, self.waiting = self.waiting, []
         for done in waiting:

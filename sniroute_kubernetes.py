@@ -118,7 +118,7 @@ class Kubernetes(Forwarder):
         pods = self.pods.get(text)
         if pods is None:
             pods = self.pods[text] = Pods(self.alarms, self.apis.of(targets[0].context), targets)
-            pods.on_out = lambda uid: self.links.leave({uid})
+            pods.on_out = lambda uid: self.links.close_spares({uid})
         return Target(text, pods)
 
     def add(self, listener: Listener, client: socket.socket, address: str) -> None:
@@ -133,7 +133,7 @@ class Kubernetes(Forwarder):
         super().unlisten(address)
         if not any(each.target.pods is target.pods for each in self.listeners.values()):
             self.pods.pop(target.text, None)
-            self.links.leave({choice.uid for choice in target.pods.choices})
+            self.links.close_spares({choice.uid for choice in target.pods.choices})
             target.pods.close()
 
     def on_tick(self) -> None:

@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, Any, Callable
 from sniroute_api import REASONS as API_REASONS
 from sniroute_dial import Failed, set_options
 from sniroute_forwarder import Listener, reset
-from sniroute_links import Errand, Forward, Link, Opening, Place
+from sniroute_links import Errand, Forward, Link, Negotiation, PodRef
 from sniroute_loop import READ, WRITE, Queue, Watch, monotonic, unsent
 from sniroute_names import printable
 from sniroute_objects import REASONS as POD_REASONS
@@ -140,7 +140,7 @@ def guarded(method: Callable[[Way, Any], None]) -> Callable[[Way, Any], None]:
 class Way:
     """The way of one client: which pod, and which session to it; and another one, where that was none."""
 
-    __slots__ = ("client", "program", "pods", "deadline", "choice", "opening", "link", "tries", "avoid")
+    __slots__ = ("client", "program", "pods", "deadline", "choice", "awaited", "link", "tries", "avoid")
 
     def __init__(self, client: Client):
         self.client = client
@@ -148,7 +148,7 @@ class Way:
         self.pods = client.listener.target.pods
         self.deadline = monotonic() + START
         self.choice: Choice | None = None
-        self.opening: Asked | Opening | None = None  # what is waited for: a pod, or a session
+        self.awaited: Asked | Negotiation | None = None  # what is waited for: a pod, or a session
         self.link: Link | None = None
         self.tries = 0  # sessions so far
         self.avoid = ""  # the pod that has refused the connection
@@ -158,12 +158,12 @@ class Way:
         """What is waited for, in words for people."""
         if self.link is not None:
             return "waiting for the node"
-        return self.opening.phase if isinstance(self.opening, Opening) else "choosing a pod"
+        return self.awaited.phase if isinstance(self.awaited, Negotiation) else "choosing a pod"
 
     @property
-    def place(self) -> Place:
+    def pod(self) -> PodRef:
         """The pod."""
-        return Place(self.pods.feed.api, self.choice.namespace, self.choice.pod, self.choice.uid)
+        return PodRef(self.pods.feed.api, self.choice.namespace, self.choice.pod, self.choice.uid)
 
     @property
     def may_go_on(self) -> bool:
@@ -176,12 +176,12 @@ class Way:
         """Ask for a pod."""
         asked = self.pods.ask(self.on_choice, self.deadline)
         if self.choice is None and self.client.state is FINDING:  # else the answer was there at once
-            self.opening = asked
+            self.awaited = asked
 
     @guarded
     def on_choice(self, result: Choice | Failed) -> None:
         """There is a pod, or there is none."""
-        self.opening = None
+        self.awaited = None
         if isinstance(result, Failed):
             self.client.fail(result)
             return
@@ -192,17 +192,17 @@ class Way:
         """Take a spare session, or make one."""
         self.tries += 1
         errand = self.client.errand()
-        link = self.program.links.take(self.place) if isinstance(errand, Forward) else None
+        link = self.program.links.take(self.pod) if isinstance(errand, Forward) else None
         if link is not None:
             self.link = link
             self.client.begin(link, errand)
         else:
-            self.opening = self.program.links.open(self.place, errand, self.on_link, self.deadline)
+            self.awaited = self.program.links.open(self.pod, errand, self.on_link, self.deadline)
 
     @guarded
     def on_link(self, result: Link | Failed) -> None:
         """There is a session, or there will be none."""
-        self.opening = None
+        self.awaited = None
         if isinstance(result, Link):
             self.link = result
             self.client.begin(result, result.errand)
@@ -215,7 +215,7 @@ class Way:
         """This pod was none: the next one, if there is another."""
         if why.reason == "gone":
             self.pods.gone(self.choice)
-            self.program.links.leave({self.choice.uid})
+            self.program.links.close_spares({self.choice.uid})
         else:
             self.pods.failed(self.choice)
         self.program.tell(self.client, "info", "again", f"{REASONS[why.reason]}; once more", error=str(why))
@@ -247,9 +247,9 @@ class Way:
 
     def end(self) -> None:
         """Release all."""
-        if self.opening is not None:
-            self.opening.cancel()
-            self.opening = None
+        if self.awaited is not None:
+            self.awaited.cancel()
+            self.awaited = None
         self.end_link()
         if self.choice is not None:
             choice, self.choice = self.choice, None
@@ -323,7 +323,7 @@ class Client:
 
     def on_no_accept(self) -> None:
         """A spare session does not answer: it is dead, and nothing was sent on it.  The others are no better."""
-        self.program.links.leave({self.way.choice.uid})
+        self.program.links.close_spares({self.way.choice.uid})
         self.way.link.lose(Failed("dead", "a spare session does not answer"))
 
     def on_late(self) -> None:
@@ -362,7 +362,7 @@ class Client:
         self.held = None
         self.program.starting.drop(self)
         if isinstance(self.way.link.errand, Forward):
-            self.program.links.prepare(self.way.place, self.way.link.errand)
+            self.program.links.prepare(self.way.pod, self.way.link.errand)
 
     def on_ended(self, name: str) -> None:
         """The pod says nothing more; it may still listen."""

@@ -30,7 +30,7 @@ class Call:
 
     path: str
     done: Callable[..., None]
-    on_line: Callable[[dict[str, Any]], None] | None = None
+    on_event: Callable[[dict[str, Any]], None] | None = None
     deadline: float = NEVER
     phase: str = "connecting"
     is_over: bool = False
@@ -46,8 +46,8 @@ class Call:
 
     def line(self, what: str, thing: Any) -> None:
         """An event of a watch."""
-        assert self.on_line is not None and not self.is_over
-        self.on_line({"type": what, "object": thing})
+        assert self.on_event is not None and not self.is_over
+        self.on_event({"type": what, "object": thing})
 
 
 class Answer:
@@ -91,8 +91,8 @@ class World:
         self.calls.append(Call(path, done, None, deadline))
         return self.calls[-1]
 
-    def watch(self, path: str, on_line: Callable[[dict[str, Any]], None], on_end: Callable[..., None]) -> Call:
-        self.calls.append(Call(path, on_end, on_line))
+    def watch(self, path: str, on_event: Callable[[dict[str, Any]], None], on_end: Callable[..., None]) -> Call:
+        self.calls.append(Call(path, on_end, on_event))
         return self.calls[-1]
 
     # for tests
@@ -196,7 +196,7 @@ def test_a_page_that_came_too_late_is_made_up_for_by_the_watch():
     world.ask()
     world.last.answer(service())
     world.last.answer(listed(pod("a"), more="t"))
-    world.last.answer(Failed("gone", "too old"))
+    world.last.answer(Failed("expired", "too old"))
     assert world.answers[0].pod == "a" and "resourceVersion" not in world.last.path
     world.last.line("ADDED", pod("b"))
     assert [choice.pod for choice in world.pods.choices] == ["a", "b"]
@@ -460,7 +460,7 @@ def test_a_client_waits_while_all_pods_terminate():
     assert not world.answers
     world.pass_by(3)
     assert not world.answers
-    watch = next(call for call in world.calls if call.on_line and not call.is_over)
+    watch = next(call for call in world.calls if call.on_event and not call.is_over)
     watch.line("ADDED", pod("b"))
     assert world.answers[0].pod == "b"
 
@@ -518,7 +518,7 @@ def test_a_watch_that_is_too_old_becomes_a_list(how):
     if how == "an event":
         world.last.line("ERROR", {"code": 410, "message": "too old resource version"})
     else:
-        world.last.answer(Failed("gone", "too old"))
+        world.last.answer(Failed("expired", "too old"))
     assert world.last.path == LIST
     world.chosen()
     world.last.answer(listed(pod("b")))
@@ -558,7 +558,7 @@ def test_a_client_that_waits_while_the_api_server_is_away_hears_of_that():
     world = World().begin(pod("a", ready=False))
     world.pass_by(1.5)
     for call in world.calls:
-        if not call.is_over and call.on_line:
+        if not call.is_over and call.on_event:
             call.answer(Failed("unreachable", "reset"))
     for _ in range(14):
         world.pass_by(1)
