@@ -18,10 +18,9 @@ and its upgrade on one connection.
 
 What a Line reads is HTTP/1.1 as sniroute_http has it; what that refuses is no answer.
 
-    Apis      what the APIs of one loop share: settings, the way out, times that come
+    Apis      what the APIs of one loop share: where kubeconfigs are, the way out, times that come
     Api       one context: its Identity, and its idle Lines
-    Job       a request for a whole answer; Watch, Upgrade, Change
-    Alarms    things to be done at a time
+    Job       one request to its answer: a GET by itself; Watch, Upgrade and Change are kinds of it
 
 Threads: the loop's only; see sniroute_credentials for those that look for credentials.
 
@@ -32,33 +31,33 @@ Seams: I want to ...
 
 Sources: kubernetes.io, "Kubernetes API Concepts"; RFC 9110, RFC 9112.
 
-This room imports sniroute_credentials (Identity), sniroute_layers (Wire, Opening), sniroute_kubeconfig (Context),
-sniroute_http (answers), sniroute_dial, sniroute_loop, sniroute_names and sniroute_refusals.
+This room imports sniroute_credentials (Identity), sniroute_plugins (Plugins, Sources), sniroute_layers (Wire, Opening),
+sniroute_kubeconfig (Context), sniroute_http (answers), sniroute_dial, sniroute_loop, sniroute_names and
+sniroute_refusals.
 """
 
 from __future__ import annotations
 
 import collections
-import heapq
-import itertools
 import json
 import re
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
-from sniroute_credentials import Access, Identity, Plugins, Settings
+from sniroute_credentials import Access, Identity
 from sniroute_dial import Failed, WayOut, find_proxy
 from sniroute_http import Counted, Response, make_line, open_body, parse_response
 from sniroute_kubeconfig import Context
 from sniroute_layers import Opening, Place, Wire, Wires, unheard
-from sniroute_loop import Loop, monotonic
+from sniroute_loop import Alarm, Alarms, Loop, monotonic
 from sniroute_names import printable
+from sniroute_plugins import Plugins, Sources
 from sniroute_refusals import Malformed
 
 __version__ = "0.1.0"
 
 # Limits, each with its reason.  Bytes, or seconds.
 BODY_MAX = 16 << 20  # an answer: a list of a thousand pods has 10 MiB
-LINE_MAX = 4 << 20  # a line of a watch: an object has 1.5 MiB at most (etcd's limit), and its managed fields beside
+EVENT_MAX = 4 << 20  # a line of a watch: an object has 1.5 MiB at most (etcd's limit), and its managed fields beside
 INTERIMS_MAX = 100  # answers of 1xx in one piece: nobody sends more than one or two
 REFUSAL_MAX = 1 << 16  # the body of a refused upgrade: a Status, or some words of the node's
 WORDS_MAX = 300  # characters of the server's words in a reason
@@ -91,15 +90,15 @@ REASONS = {
     "login": "the API server does not know us (401)",
     "forbidden": "the API server does not allow it (403)",
     "unknown": "the cluster has no such object (404)",
-    "gone": "what was asked for is too old (410)",
+    "expired": "what was asked for is too old (410)",
     "busy": "the API server has too much to do (429)",
     "answer": "the API server answered something else",
 }
-STATUS_REASONS = {401: "login", 403: "forbidden", 404: "unknown", 410: "gone", 429: "busy"}
+STATUS_REASONS = {401: "login", 403: "forbidden", 404: "unknown", 410: "expired", 429: "busy"}
 DIAL_REASONS = {"refused": "unreachable", "timeout": "unreachable"}  # as this room calls them
 
 # The phases of a job, beside those of its Identity and its Opening.
-QUEUED, ASKING, RESTING = "waiting for its turn", "waiting for the API server's answer", "told to ask again later"
+QUEUED, ASKING, LATER = "waiting for its turn", "waiting for the API server's answer", "told to ask again later"
 STARTING, OVER = "beginning", "over"
 
 
@@ -202,55 +201,6 @@ def retry_after(reply: Reply) -> float | None:
         return None
     seconds = float(text) if text.isascii() and text.isdigit() and len(text) < 7 else AGAIN_USUAL
     return max(seconds, AGAIN_LEAST)
-
-
-# -- times -------------------------------------------------------------------------------------
-
-
-class Alarm:
-    """Something to be done at a time."""
-
-    __slots__ = ("act",)
-
-    def __init__(self, act: Callable[[], None]):
-        self.act: Callable[[], None] | None = act
-
-    def cancel(self) -> None:
-        """Do it not."""
-        self.act = None
-
-
-class Alarms:
-    """Things to be done at times of their own: a job has its owner's deadline, so no Queue of the loop fits."""
-
-    def __init__(self, loop: Loop, clock: Callable[[], float] = monotonic):
-        self.clock = clock
-        self.timer = loop.timer(self._ring)
-        self.heap: list[tuple[float, int, Alarm]] = []  # what was cancelled stays until its time: a deadline is near
-        self.numbers = itertools.count()  # alarms cannot be compared
-
-    def at(self, when: float, act: Callable[[], None]) -> Alarm:
-        """Do it at this clock time, in a turn of the loop."""
-        alarm = Alarm(act)
-        heapq.heappush(self.heap, (when, next(self.numbers), alarm))
-        self._set()
-        return alarm
-
-    def _set(self) -> None:
-        while self.heap and self.heap[0][2].act is None:
-            heapq.heappop(self.heap)
-        if self.heap:
-            self.timer.set(self.heap[0][0])
-
-    def _ring(self) -> None:
-        try:
-            while self.heap and (self.heap[0][2].act is None or self.heap[0][0] <= self.clock()):
-                alarm = heapq.heappop(self.heap)[2]
-                act, alarm.act = alarm.act, None
-                if act is not None:
-                    act()
-        finally:
-            self._set()
 
 
 # -- a connection that asks --------------------------------------------------------------------
@@ -378,7 +328,7 @@ class Job:
     content = b""  # what is sent: JSON
 
     __slots__ = ("api", "method", "path", "headers", "done", "deadline", "state", "alarm", "access", "opening", "line",
-                 "silence", "body", "has_a_turn", "was_refused", "may_ride")
+                 "silence", "body", "has_a_turn", "was_refused", "may_reuse")
 
     def __init__(self, api: Api, method: str, path: str, headers: Sequence[tuple[str, str]],
                  done: Callable[[Any], None], deadline: float):
@@ -398,7 +348,7 @@ class Job:
         self.body = bytearray()  # or of a watch the line that is not whole.  A list of pieces could take 20 times that
         self.has_a_turn = False
         self.was_refused = False  # by a 401
-        self.may_ride = True  # on an idle connection
+        self.may_reuse = True  # on an idle connection
         self.alarm: Alarm | None = api.apis.alarms.at(deadline, self._late)
         api.jobs.add(self)
         api.apis.soon.put(self)
@@ -436,7 +386,7 @@ class Job:
             return
         self.access = access
         self.api.adopt(access)
-        line = self.api.idle_line() if self.may_ride else None
+        line = self.api.idle_line() if self.may_reuse else None
         if line is not None:
             self._ask(line)
             return
@@ -489,15 +439,15 @@ class Job:
         """The answer is whole."""
         line, self.line = self.line, None
         reply = Reply(response.status, headers_of(response), bytes(self.body))
-        self.api.rest(line)
-        self._hush()
+        self.api.keep(line)
+        self._end_silence()
         seconds = retry_after(reply)
         if reply.status == 401 and not self.was_refused:
             self.was_refused = True
             self.state = STARTING
             self.api.identity.refused(self.access, lambda access: self._renewed(access, reply))
         elif seconds is not None and monotonic() + seconds < self.deadline:
-            self.state = RESTING
+            self.state = LATER
             self._give_turn()
             self.api.apis.alarms.at(monotonic() + seconds, self.begin)
         else:
@@ -515,9 +465,9 @@ class Job:
     def broke(self, line: Line, failed: Failed) -> None:
         """The connection is over, before the end of the answer."""
         self.line = None
-        self._hush()
-        if line.is_used and line.is_silent and self.may_ride:
-            self.may_ride = False  # once more, on a new connection
+        self._end_silence()
+        if line.is_used and line.is_silent and self.may_reuse:
+            self.may_reuse = False  # once more, on a new connection
             self.state = STARTING
             self._known(self.access)
         else:
@@ -548,7 +498,7 @@ class Job:
         self.done = None
         if self.alarm is not None:
             self.alarm.cancel()
-        self._hush()
+        self._end_silence()
         if self.opening is not None:
             self.opening.cancel()
         if self.line is not None:
@@ -560,7 +510,7 @@ class Job:
         self.api.queue.pop(self, None)
         self._give_turn()
 
-    def _hush(self) -> None:
+    def _end_silence(self) -> None:
         if self.silence is not None:
             self.silence.cancel()
             self.silence = None
@@ -574,16 +524,16 @@ class Job:
 class Watch(Job):
     """A stream of JSON lines.  `done` is its `on_end`."""
 
-    __slots__ = ("on_line", "is_streaming")
+    __slots__ = ("on_event", "is_streaming")
 
-    def __init__(self, api: Api, path: str, on_line: Callable[[dict[str, Any]], None],
+    def __init__(self, api: Api, path: str, on_event: Callable[[dict[str, Any]], None],
                  on_end: Callable[[Failed | None], None]):
         super().__init__(api, "GET", path, (), on_end, monotonic() + WATCH_START)
-        self.on_line = on_line
+        self.on_event = on_event
         self.is_streaming = False
 
     def begun(self, response: Response) -> None:
-        self._hush()
+        self._end_silence()
         if response.status == 200:
             self.is_streaming = True
             self.alarm.cancel()
@@ -595,12 +545,12 @@ class Watch(Job):
             return
         first, *rest = bytes(data).split(b"\n")
         self.body += first
-        if len(self.body) > LINE_MAX:
-            raise Failed("answer", f"a line of more than {LINE_MAX >> 20} MiB")
+        if len(self.body) > EVENT_MAX:
+            raise Failed("answer", f"a line of more than {EVENT_MAX >> 20} MiB")
         for more in rest:
             line, self.body = bytes(self.body), bytearray(more)
             if line.strip():
-                self.on_line(parse_object(line))
+                self.on_event(parse_object(line))
             if self.state is OVER:  # cancelled by what it has told
                 return
 
@@ -650,7 +600,7 @@ class Api:
         self.apis = apis
         self.name = name  # of the context; "" for the current one
         self.context: Context | None = None  # as it was read last; None before the first request
-        self.identity = Identity(apis.loop, apis.plugins, apis.settings, name)
+        self.identity = Identity(apis.loop, apis.plugins, apis.sources, name)
         self.place: Place | None = None  # where idle lines lead to
         self.idle: list[Line] = []  # the one that was used last comes last
         self.jobs: set[Job] = set()
@@ -661,15 +611,15 @@ class Api:
         """GET: `done(Reply)` for each status but 401 (Failed, `login`) and 403 (Failed, `forbidden`)."""
         return Job(self, "GET", path, (), done, deadline)
 
-    def watch(self, path: str, on_line: Callable[[dict[str, Any]], None],
+    def watch(self, path: str, on_event: Callable[[dict[str, Any]], None],
               on_end: Callable[[Failed | None], None]) -> Job:
         """GET a stream of JSON lines; `path` has `watch=true`.
 
-        `on_line(object)` for each; `on_end(None)` where the server has ended it, else Failed: also for a status other
-        than 200 (`failure` has made it: 410 is `gone`).  A watch may be silent for ever: put `timeoutSeconds` into
+        `on_event(object)` for each; `on_end(None)` where the server has ended it, else Failed: also for a status other
+        than 200 (`failure` has made it: 410 is `expired`).  A watch may be silent for ever: put `timeoutSeconds` into
         the path.  An event of the type ERROR is a line like others.
         """
-        return Watch(self, path, on_line, on_end)
+        return Watch(self, path, on_event, on_end)
 
     def upgrade(self, method: str, path: str, headers: Sequence[tuple[str, str]],
                 done: Callable[[Upgraded | Reply | Failed], None], deadline: float) -> Job:
@@ -715,16 +665,16 @@ class Api:
         if not self.idle:
             return None
         line = self.idle.pop()
-        self.apis.resting.drop(line)
+        self.apis.idling.drop(line)
         return line
 
-    def rest(self, line: Line) -> None:
+    def keep(self, line: Line) -> None:
         """An answer is whole: the connection waits for the next request, if it may."""
         if not line.keeps or line.place is not self.place or not line.wire.is_open:
             line.close()
             return
         self.idle.append(line)
-        self.apis.resting.put(line)
+        self.apis.idling.put(line)
         if len(self.idle) > IDLE_MAX:
             self.drop(self.idle[0])
 
@@ -732,7 +682,7 @@ class Api:
         """Close an idle connection."""
         if line in self.idle:
             self.idle.remove(line)
-        self.apis.resting.drop(line)
+        self.apis.idling.drop(line)
         line.close()
 
     def take_turn(self, job: Job) -> bool:
@@ -764,14 +714,14 @@ class Apis:
     def __init__(self, loop: Loop, paths: Iterable[str], environ: Mapping[str, str], exec_path: Iterable[str] = (),
                  way: WayOut | None = None):
         self.loop = loop
-        self.settings = Settings(tuple(paths), environ, tuple(exec_path))
+        self.sources = Sources(tuple(paths), environ, tuple(exec_path))
         self.way = way or WayOut(loop, *find_proxy(environ))
         self.direct = WayOut(loop, None, "")  # to a proxy that the kubeconfig names
         self.wires = Wires(loop)
         self.plugins = Plugins(loop)
         self.alarms = Alarms(loop)
         self.soon = loop.queue(0.0, Job.begin)
-        self.resting = loop.queue(IDLE_FOR, lambda line: line.api.drop(line))
+        self.idling = loop.queue(IDLE_FOR, lambda line: line.api.drop(line))
         self.known: collections.OrderedDict[str, Api] = collections.OrderedDict()  # the one that was used last is last
 
     def of(self, context: str) -> Api:

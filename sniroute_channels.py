@@ -138,15 +138,15 @@ class MessageReader(FrameReader):
 class Messages:
     """The client's side of a WebSocket that carries binary messages: what is to be sent, and control frames.
 
-    `is_private`: whether it is inside TLS.
+    `in_tls`: whether it is inside TLS.
     """
 
-    __slots__ = ("reader", "out", "is_private", "is_closed", "pings", "replies")
+    __slots__ = ("reader", "out", "in_tls", "is_closed", "pings", "replies")
 
-    def __init__(self, is_private: bool):
+    def __init__(self, in_tls: bool):
         self.reader = MessageReader()
         self.out = bytearray()
-        self.is_private = is_private
+        self.in_tls = in_tls
         self.is_closed = False  # Close was said or heard: nothing more is sent
         self.pings = 0  # how many were sent
         self.replies = 0  # bytes that the server made us say since the last `take`
@@ -161,7 +161,7 @@ class Messages:
         """Send one message: 65,535 bytes at most."""
         if self.is_closed:
             return
-        if not self.is_private:
+        if not self.in_tls:
             self.out += frame(opcode, data)
             return
         size = len(data)
@@ -206,13 +206,13 @@ class Messages:
 
 
 class Tunnel(Session):
-    """A session of SPDY whose bytes are carried in messages.  `is_private`: whether that is inside TLS."""
+    """A session of SPDY whose bytes are carried in messages.  `in_tls`: whether that is inside TLS."""
 
     __slots__ = ("messages",)
 
-    def __init__(self, is_private: bool):
+    def __init__(self, in_tls: bool):
         super().__init__()
-        self.messages = Messages(is_private)
+        self.messages = Messages(in_tls)
 
     @property
     def pending(self) -> int:
@@ -244,14 +244,14 @@ class Tunnel(Session):
 
 
 class Channels:
-    """One Call whose streams are channels; the base of Ports and Command.  `is_private`: whether it is inside TLS."""
+    """One Call whose streams are channels; the base of Ports and Command.  `in_tls`: whether it is inside TLS."""
 
     __slots__ = ("call", "messages", "channel", "names")
 
     takes_more = False  # a connection carries one Call, which the upgrade has opened
 
-    def __init__(self, kind: Kind, names: dict[int, str], is_private: bool):
-        self.messages = Messages(is_private)
+    def __init__(self, kind: Kind, names: dict[int, str], in_tls: bool):
+        self.messages = Messages(in_tls)
         self.names = names  # of the channels that we hear
         self.channel = -1  # of the message that is being read; -1: its first byte has not come
         self.call = Call(kind)
@@ -347,8 +347,8 @@ class Ports(Channels):
 
     __slots__ = ("port", "prefaces")
 
-    def __init__(self, port: int, is_private: bool):
-        super().__init__(FORWARD, {0: "data", 1: ERROR}, is_private)
+    def __init__(self, port: int, in_tls: bool):
+        super().__init__(FORWARD, {0: "data", 1: ERROR}, in_tls)
         self.port = port.to_bytes(2, "little")  # so it is on the wire
         self.prefaces = {0: b"", 1: b""}  # what has come of the port with which each channel begins
 
@@ -380,8 +380,8 @@ class Command(Channels):
 
     CLOSING = 0xFF  # of version 5: the channel behind it has ended
 
-    def __init__(self, protocol: str, is_private: bool):
-        super().__init__(COMMAND, {1: "stdout", 2: "stderr", 3: ERROR}, is_private)
+    def __init__(self, protocol: str, in_tls: bool):
+        super().__init__(COMMAND, {1: "stdout", 2: "stderr", 3: ERROR}, in_tls)
         self.can_end = VERSIONS[protocol]
         self.closing = b""  # what has come of a message on CLOSING
         self.is_accepted = False

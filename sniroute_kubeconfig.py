@@ -7,8 +7,7 @@
     all of these ------------ choose_context -----> Context       one after another, as a target wants it
 
     Context.user.token_file, read -- read_token ------> Secret       for each API connection: such files change
-    Context.user.plugin, Context --- plugin_info -----> text         what a credential plugin finds in its environment
-    what a plugin has printed ------ read_credential -> Credential   and when that expires
+    Context.user.plugin ------------ (sniroute_plugins)              a program that says who we are
 
 Files are read by the function `read`, which the caller gives: read(path) returns bytes, or raises OSError.  Paths in a
 file are relative to the folder of that file.  `files` of a result has each path that was asked for, also those that
@@ -28,7 +27,7 @@ Threads: any; nothing is kept.
 Seams: I want to ...
     read another field of a cluster, a user     cluster_of, user_of
     take another kind of proof                  a field of User, and user_of
-    speak another version of the plugins' words PLUGIN_VERSIONS
+    take another version of `exec`              PLUGIN_VERSIONS
 
 This room imports sniroute_yaml (the reader) and sniroute_names (printable).  Source: kubernetes.io, "kubeconfig (v1)"
 and "Client Authentication (v1)"; k8s.io/client-go, folders tools/clientcmd and rest.
@@ -38,12 +37,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-import datetime
 import ipaddress
 import json
 import os.path
 import re
-from typing import Any, Callable, Iterable, Mapping, NamedTuple, NoReturn
+from typing import Callable, Iterable, Mapping, NamedTuple, NoReturn
 from urllib.parse import unquote_to_bytes
 
 from sniroute_names import printable
@@ -57,7 +55,6 @@ PATHS_MAX = 32  # of one KUBECONFIG: people have one for each cluster, and each 
 NAMES_SHOWN = 8  # contexts in a message: a line that is still read
 WORD_MAX = 80  # characters of a name or a value in a message
 TOKEN_MAX = 64 << 10  # bytes: API servers take heads of 1 MiB, proxies before them 8 to 64 KiB
-CREDENTIAL_MAX = 1 << 20  # bytes that a plugin prints: a chain of certificates is some 10 KiB
 
 PLUGIN_GROUP = "client.authentication.k8s.io/"
 PLUGIN_VERSIONS = (PLUGIN_GROUP + "v1", PLUGIN_GROUP + "v1beta1")
@@ -72,9 +69,6 @@ PROXY_PORTS = {"http": 80, "https": 443, "socks5": 1080, "socks5h": 1080}  # as 
 TOKEN = re.compile(rb"[!-~]+")  # RFC 6750 section 2.1 allows less, some issuers more
 ENCRYPTED = re.compile(rb"-----BEGIN ENCRYPTED|Proc-Type: 4,ENCRYPTED")  # RFC 7468 section 11, RFC 1421 section 4.6
 HEADER_KEY = re.compile(rb"[!#$&'*+.^_`|~0-9A-Za-z-]")  # RFC 9110 section 5.6.2, without the % that escapes
-# RFC 3339 section 5.6, as Go takes it.
-NO_MOMENT = "0001-01-01T00:00:00"  # Go's time that is none: tools print it for "never"
-MOMENT = re.compile(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d)", re.ASCII)
 
 
 class KubeconfigError(ValueError):
@@ -173,15 +167,6 @@ class Context(NamedTuple):
     cluster: Cluster
     user: User
     files: tuple[str, ...]  # that this was made of, or would be if they were there; not `token_file`
-
-
-class Credential(NamedTuple):
-    """What a plugin has answered."""
-
-    authorization: Secret | None  # the value of the header
-    certificate: bytes  # PEM, or b""
-    key: Secret | None
-    expires: float | None  # seconds since 1970; None: never
 
 
 # -- entries of a file -------------------------------------------------------------------------
@@ -637,7 +622,7 @@ def optional(path: str, read: Read) -> bytes:
 
 
 def plugin_of(user: Entry) -> Plugin | None:
-    """The plugin of a user.  Raises KubeconfigError."""
+    """The plugin of a user, as `exec` names it.  Raises KubeconfigError."""
     entry = user.inner("exec")
     if entry is None:
         return None
@@ -661,77 +646,3 @@ def plugin_of(user: Entry) -> Plugin | None:
         entry.fault("has a NUL", "args")
     return Plugin(version, entry.beside(command) if "/" in command else command, args, env,
                   entry.flag("provideClusterInfo"), printable(" ".join(entry.text("installHint").split()), 1000))
-
-
-def plugin_info(plugin: Plugin, cluster: Cluster) -> str:
-    """What the plugin finds in KUBERNETES_EXEC_INFO.  It may have a proxy's password: for its environment alone."""
-    spec: dict[str, Any] = {"interactive": False}
-    if plugin.wants_cluster:
-        said = {
-            "tls-server-name": cluster.tls_name if cluster.tls_name != cluster.host else "",
-            "insecure-skip-tls-verify": not cluster.verifies,
-            "certificate-authority-data": base64.b64encode(cluster.authorities).decode("ascii"),
-            "proxy-url": cluster.proxy.url.value.decode() if cluster.proxy else "",
-            "disable-compression": not cluster.compresses,
-            "config": json.loads(cluster.extension.value) if cluster.extension.value else None,
-        }
-        spec["cluster"] = {"server": cluster.server, **{key: value for key, value in said.items() if value}}
-    return json.dumps({"kind": "ExecCredential", "apiVersion": plugin.version, "spec": spec})
-
-
-def read_credential(plugin: Plugin, printed: bytes) -> Credential:
-    """What the plugin has printed: an ExecCredential in JSON.  Raises KubeconfigError, `kind="plugin"`.
-
-    Source: kubernetes.io, "Client Authentication (v1)".
-    """
-    def fault(message: str) -> NoReturn:
-        raise KubeconfigError(f"the plugin {printable(plugin.command)} {message}", "plugin")
-
-    def text(key: str) -> str:
-        value = status.get(key)
-        if value is not None and not isinstance(value, str):
-            fault(f"printed a status whose {key} is no text")
-        return value or ""
-
-    if not printed.strip():
-        fault("printed nothing")
-    if len(printed) > CREDENTIAL_MAX:
-        fault(f"printed more than {CREDENTIAL_MAX >> 20} MiB")
-    try:
-        answer = json.loads(printed.decode("utf-8-sig"))
-    except (ValueError, RecursionError):  # ValueError: no UTF-8, or no JSON
-        answer = None
-    if not isinstance(answer, dict) or answer.get("kind") != "ExecCredential":
-        fault("printed no ExecCredential in JSON")
-    if answer.get("apiVersion") != plugin.version:
-        fault(f"answers in {shown(str(answer.get('apiVersion')))}, and the kubeconfig says {plugin.version}")
-    status = answer.get("status")
-    if not isinstance(status, dict):
-        fault("printed no status: has it no right to log in?")
-    token, certificate, key = (text(name) for name in ("token", "clientCertificateData", "clientKeyData"))
-    if bool(certificate) != bool(key):
-        fault("printed a certificate or a key, not both")
-    if not token and not certificate:
-        fault("printed neither a token nor a certificate")
-    if certificate and ("-----BEGIN CERTIFICATE-----" not in certificate or "PRIVATE KEY-----" not in key):
-        fault("printed a certificate or a key that is not in PEM")
-    check_key(key.encode("utf-8", "replace"), fault)
-    authorization = bearer(token.encode("utf-8", "replace"),
-                           lambda message: fault(f"printed a token that {message}")) if token else None
-    expires = text("expirationTimestamp")
-    if expires.startswith(NO_MOMENT):
-        expires = ""
-    return Credential(authorization, certificate.encode("utf-8", "replace"),
-                      Secret(key.encode("utf-8", "replace")) if key else None,
-                      moment(expires, fault) if expires else None)
-
-
-def moment(text: str, fault: Callable[[str], NoReturn]) -> float:
-    """A time of RFC 3339 in seconds since 1970."""
-    found = MOMENT.fullmatch(text)
-    try:
-        day, clock, fraction, zone = found.groups()  # type: ignore[union-attr]
-        whole = datetime.datetime.fromisoformat(f"{day}T{clock}{zone.replace('Z', '+00:00')}")
-        return whole.timestamp() + float(f"0{fraction or ''}")
-    except (AttributeError, ValueError, OverflowError):
-        fault("printed an expirationTimestamp that is no time of RFC 3339")

@@ -15,7 +15,7 @@ It listens on local ports.  For each client it chooses a ready pod behind a serv
 
 A target is the words of sniroute's `kubernetes:`, or behind `jump:` those of its `jump:`.
 
-What becomes of one client is in sniroute_passage.
+What becomes of one client is in sniroute_passage; of one that a command in the pod serves, in sniroute_jumps.
 
 Threads: `main` runs the one loop, which owns every socket.  What blocks has threads of its own: names (sniroute_dial),
 credential plugins (sniroute_credentials).  There are no locks.
@@ -24,9 +24,10 @@ Seams: I want to ...
     another command    COMMANDS, and a function beside `forwarders`
     another option     OPTIONS, and a field of Settings
 
-sniroute starts this program, and never imports it.  This room imports sniroute_passage (clients),
-sniroute_links, sniroute_pods, sniroute_objects (targets), sniroute_api, sniroute_kubeconfig, sniroute_forwarder,
-sniroute_dial (Failed), sniroute_host, sniroute_loop, sniroute_names and sniroute_refusals.
+sniroute starts this program, and never imports it.  This room imports sniroute_jumps and
+sniroute_passage (clients), sniroute_links, sniroute_pods, sniroute_objects (targets), sniroute_api,
+sniroute_kubeconfig, sniroute_forwarder, sniroute_dial (Failed), sniroute_host, sniroute_loop, sniroute_names and
+sniroute_refusals.
 """
 
 from __future__ import annotations
@@ -42,14 +43,15 @@ from sniroute_api import Apis
 from sniroute_dial import Failed
 from sniroute_forwarder import LEVELS, Control, Forwarder, Listener, Log, bridge, parse_listen
 from sniroute_host import open_standard_streams, raise_descriptor_limit
+from sniroute_jumps import PROOF, Exec, Jump
 from sniroute_kubeconfig import kubeconfig_paths
 from sniroute_links import Links, clock
-from sniroute_loop import monotonic
+from sniroute_loop import Alarms, monotonic
 from sniroute_names import printable, show_address
 from sniroute_objects import Choice, KubeTarget, none_ready, parse_argument, parse_target, with_option
-from sniroute_passage import (ACCEPT, GRACE, HALF_LAST, LINGER, PROOF, REASONS, SETTLE, START, Client, Jump, Running,
-                              Target, farewell, hurry, linger)
-from sniroute_pods import Alarms, Pods
+from sniroute_passage import (ACCEPT, GRACE, HALF_LAST, LINGER, REASONS, SETTLE, START, Client, Target, farewell, hurry,
+                              linger)
+from sniroute_pods import Pods
 from sniroute_refusals import Malformed, SettingsError
 
 __version__ = "0.1.0"
@@ -120,14 +122,14 @@ class Kubernetes(Forwarder):
         pods = self.pods.get(text)
         if pods is None:
             pods = self.pods[text] = Pods(self.alarms, self.apis.of(targets[0].context), targets)
-            pods.on_out = lambda uid: self.links.leave({uid})
+            pods.on_out = lambda uid: self.links.close_spares({uid})
         return Target(text, pods)
 
     def add(self, listener: Listener, client: socket.socket, address: str) -> None:
         """Serve one client, as its target wants it."""
-        self.serve = Running if self.command else Jump if listener.target.pods.target.host else Client
+        self.serve = Exec if self.command else Jump if listener.target.pods.target.host else Client
         super().add(listener, client, address)
-        self.serve = Client  # the others are such, too
+        self.serve = Client  # of which Jump and Exec are kinds: `fault` asks so
 
     def unlisten(self, address: str) -> None:
         """Close a listener and its clients; forget its pods, unless another one leads there."""
@@ -135,7 +137,7 @@ class Kubernetes(Forwarder):
         super().unlisten(address)
         if not any(each.target.pods is target.pods for each in self.listeners.values()):
             self.pods.pop(target.text, None)
-            self.links.leave({choice.uid for choice in target.pods.choices})
+            self.links.close_spares({choice.uid for choice in target.pods.choices})
             target.pods.close()
 
     def leave(self) -> None:

@@ -78,8 +78,8 @@ class Wire:
 
     `unsent`: bytes that the kernel has not taken yet.  There is no limit: the owner stops when it grows.
 
-    With `use`, `on_data` gets views of a buffer, which are good until it returns.  That halves the CPU time of a stream:
-    large pieces of memory come from the kernel, page by page, and go back there.
+    With `use`, `on_data` gets views of a buffer, which are good until it returns.  That halves the CPU time of a
+    stream: new memory for each piece would come from the kernel, page by page, and go back there.
     """
 
     __slots__ = ("on_data", "on_end", "on_room", "is_open", "buffer")
@@ -603,7 +603,7 @@ class Opening:
         way: by which its Dial goes; one without a proxy where `place` has one.
     """
 
-    __slots__ = ("wires", "place", "done", "dial", "wire", "steps", "talk", "shaking")
+    __slots__ = ("wires", "place", "done", "dial", "wire", "steps", "talk", "own_phase")
 
     def __init__(self, wires: Wires, way: WayOut, place: Place, done: Callable[[Wire | Failed], None]):
         self.wires = wires
@@ -614,7 +614,7 @@ class Opening:
         self.dial = Dial(way, *start, self._dialled)
         self.wire: Wire | None = None  # as far as it is made
         self.talk: Talk | None = None  # with the proxy
-        self.shaking = ""  # the phase, where it is none of the dial's
+        self.own_phase = ""  # the phase, where it is none of the dial's
         self.steps: list[Callable[[], None]] = []  # still to be done
         if place.proxy_tls is not None:
             self.steps.append(self._secure_proxy)
@@ -626,7 +626,7 @@ class Opening:
     @property
     def phase(self) -> str:
         """What it waits for."""
-        return self.shaking or self.dial.phase
+        return self.own_phase or self.dial.phase
 
     def start(self) -> None:
         """Begin."""
@@ -661,7 +661,7 @@ class Opening:
 
     def _end(self, result: Wire | Failed) -> None:
         done, self.done = self.done, None
-        self.shaking = OVER
+        self.own_phase = OVER
         if done is not None:
             done(result)
 
@@ -674,7 +674,7 @@ class Opening:
     def _shake(self, context: ssl.SSLContext, name: str, session: ssl.SSLSession | None,
                keep: Callable[[ssl.SSLSession], None], reason: str) -> None:
         """Put TLS over what there is.  `reason`: the word for all that may fail, "" where it has its own."""
-        self.shaking = SHAKING
+        self.own_phase = SHAKING
         try:
             secure = Secure(self.wire, context, name, session)
         except ValueError as error:  # a name that TLS cannot ask for
@@ -692,7 +692,7 @@ class Opening:
         secure.shake(done, keep)
 
     def _ask_proxy(self) -> None:
-        self.shaking = PROXYING
+        self.own_phase = PROXYING
         self.talk = TALKS[self.place.proxy.scheme](self.place.proxy, self.place.host, self.place.port)
         self.wire.on_data = self._heard
         self.wire.on_end = self._proxy_ended

@@ -1,11 +1,13 @@
 """sniroute_links: one session to one pod, for one client; spare ones.
 
-    open(place, errand) ---> Opening ---- upgrade, by one transport after another ---> Link ---> done
-    take(place) -----------------------------------------------------> a spare Link, if there is one
-    prepare(place) ---> Opening ---> a spare Link: the next client pays one stream's set-up, and no upgrade
+    open(pod, errand) ---> Negotiation --- one transport after another is asked for ---> Link ---> done
+    take(pod) -------------------------------------------------------------------------> a spare Link, if there is one
+    prepare(pod) --------> Negotiation ---------------------------> a spare Link, for the next client
 
-    client --- begin, send, end, pause ---> Link ---> machine (sniroute_spdy, _channels) ---> Wire (sniroute_layers)
-           <--- on_data, on_ended, ... ----      <---                                     <---
+    A PodRef names the pod.  A spare Link saves its client the upgrade: only the streams are still to be opened.
+
+    owner --- begin, send, end, pause ---> Link ---> machine (sniroute_spdy, _channels) ---> Wire (sniroute_layers)
+          <--- on_data, on_ended, ... ----      <---                                     <---
 
 An errand is what is asked of a pod: Forward (a port) or Run (a command).  The kinds of upgrade for it are rows of
 TRANSPORTS.  Servers, roles (RBAC) and proxies on the way differ in which they take, so each is tried where the one
@@ -77,17 +79,17 @@ def clock() -> float:
 # -- what is asked of a pod --------------------------------------------------------------------
 
 
-class Place(NamedTuple):
+class PodRef(NamedTuple):
     """A pod.  Its names have passed the rules for names, so they need no escape in a path."""
 
     api: Api
     namespace: str
-    pod: str
-    uid: str
+    name: str
+    uid: str  # as Pod of sniroute_objects has it
 
     def path(self, resource: str, query: list[tuple[str, str]]) -> str:
         """The path of a subresource of this pod."""
-        path = f"/api/v1/namespaces/{self.namespace}/pods/{self.pod}/{resource}"
+        path = f"/api/v1/namespaces/{self.namespace}/pods/{self.name}/{resource}"
         return f"{path}?{urllib.parse.urlencode(query)}" if query else path
 
 
@@ -97,10 +99,10 @@ class Forward(NamedTuple):
     port: int
 
     resource = "portforward"
-    once = False
+    once = False  # as Run has it: another session does no harm
 
     def query(self) -> list[tuple[str, str]]:
-        """What the path says; of a port only the channels ask there."""
+        """The query of the path: none.  Where the port stands there, Transport.by_query says so."""
         return []
 
 
@@ -114,7 +116,7 @@ class Run(NamedTuple):
     resource = "exec"
 
     def query(self) -> list[tuple[str, str]]:
-        """What the path says.  Source: the API's PodExecOptions."""
+        """The query of the path.  Source: the API's PodExecOptions."""
         query = [("command", word) for word in self.words]
         query += [(stream, "true") for stream in ("stdin", "stdout", "stderr")]
         return query + ([("container", self.container)] if self.container else [])
@@ -145,15 +147,15 @@ class Transport(NamedTuple):
 TRANSPORTS = {
     Forward.resource: (
         # API servers from 1.30 on have the first two, and all have the others.
-        Transport("SPDY in WebSocket", "GET", (TUNNEL,), lambda protocol, private, errand: Tunnel(private)),
-        Transport("SPDY", "POST", (PROTOCOL_FORWARD,), lambda protocol, private, errand: Session()),
-        Transport("channels in WebSocket", "GET", PORTS, lambda protocol, private, errand: Ports(errand.port, private),
+        Transport("SPDY in WebSocket", "GET", (TUNNEL,), lambda protocol, in_tls, errand: Tunnel(in_tls)),
+        Transport("SPDY", "POST", (PROTOCOL_FORWARD,), lambda protocol, in_tls, errand: Session()),
+        Transport("channels in WebSocket", "GET", PORTS, lambda protocol, in_tls, errand: Ports(errand.port, in_tls),
                   by_query=True),
     ),
     Run.resource: (
         Transport("channels in WebSocket", "GET", COMMANDS,
-                  lambda protocol, private, errand: Command(protocol, private)),
-        Transport("SPDY", "POST", (PROTOCOL_COMMAND,), lambda protocol, private, errand: Session()),
+                  lambda protocol, in_tls, errand: Command(protocol, in_tls)),
+        Transport("SPDY", "POST", (PROTOCOL_COMMAND,), lambda protocol, in_tls, errand: Session()),
     ),
 }
 
@@ -201,22 +203,23 @@ def refused(reply: Reply, transport: Transport, path: str) -> Failed:
     return why
 
 
-class Opening:
-    """A link in the making.  `done(Link)` or `done(Failed)` is called once, unless it is cancelled.
+class Negotiation:
+    """A link in the making: one transport after another is asked for, until one is taken.
 
+    `done(Link)` or `done(Failed)` is called once, unless it is cancelled.
     A Link that `done` is given is to be begun at once, or parked.  `deadline` is of time.monotonic.
     """
 
-    __slots__ = ("links", "place", "errand", "done", "deadline", "todo", "job", "first")
+    __slots__ = ("links", "pod", "errand", "done", "deadline", "todo", "job", "first")
 
-    def __init__(self, links: Links, place: Place, errand: Errand, done: Callable[[Link | Failed], None],
+    def __init__(self, links: Links, pod: PodRef, errand: Errand, done: Callable[[Link | Failed], None],
                  deadline: float):
         self.links = links
-        self.place = place
+        self.pod = pod
         self.errand = errand
         self.done = done
         self.deadline = deadline
-        self.todo = list(links.order(place, errand.resource))
+        self.todo = list(links.order(pod, errand.resource))
         if errand.once:
             # With SPDY a command begins when we have opened its streams; with WebSocket before its 101, which may be
             # lost.  And SPDY's can always be told that its input has ended.
@@ -233,9 +236,9 @@ class Opening:
         """Ask for the next transport."""
         transport = self.todo.pop(0)
         query = [("ports", str(self.errand.port))] if transport.by_query else self.errand.query()
-        path = self.place.path(self.errand.resource, query)
+        path = self.pod.path(self.errand.resource, query)
         key = new_key() if transport.is_websocket else ""
-        self.job = self.place.api.upgrade(transport.method, path, headers_of(transport, key),
+        self.job = self.pod.api.upgrade(transport.method, path, headers_of(transport, key),
                                           functools.partial(self.on_answer, transport, path, key), self.deadline)
 
     def cancel(self) -> None:
@@ -268,9 +271,9 @@ class Opening:
 
     def _open(self, transport: Transport, protocol: str, upgraded: Upgraded) -> None:
         """There is a session."""
-        context = self.place.api.context
+        context = self.pod.api.context
         machine = transport.machine(protocol, context is not None and context.cluster.is_tls, self.errand)
-        link = Link(self.links, self.place, transport, self.errand, upgraded.wire, machine)
+        link = Link(self.links, self.pod, transport, self.errand, upgraded.wire, machine)
         self.done(link)
         if upgraded.rest and link.state is not CLOSED:
             link.on_data(upgraded.rest)
@@ -279,8 +282,8 @@ class Opening:
 # -- links -------------------------------------------------------------------------------------
 
 
-class User(Protocol):
-    """Whom a Link serves.  Its methods are called in the loop, and may release or break off the link.
+class Owner(Protocol):
+    """Whom a Link serves: a client.  Its methods are called in the loop, and may release or break off the link.
 
     Behind on_told (of a Forward), on_cut and on_over nothing more is called.
     """
@@ -308,7 +311,7 @@ class User(Protocol):
 
 
 class Nobody:
-    """The user of a link whose client has left, while the node still ends the call."""
+    """The owner of a link whose client has left, while the node still ends the call."""
 
     def ignore(self, *_: Any) -> None:
         """Nobody needs to know."""
@@ -323,20 +326,20 @@ SPARE, BUSY, CLOSED = "spare", "busy", "closed"  # the states of a Link
 class Link:
     """One upgraded connection to one pod.  All methods run in the loop."""
 
-    __slots__ = ("links", "place", "transport", "errand", "wire", "machine", "state", "call", "owner", "is_accepted",
+    __slots__ = ("links", "pod", "transport", "errand", "wire", "machine", "state", "call", "owner", "is_accepted",
                  "is_used", "is_paused", "heard_at", "missed", "bulk")
 
-    def __init__(self, links: Links, place: Place, transport: Transport, errand: Errand, wire: Wire,
+    def __init__(self, links: Links, pod: PodRef, transport: Transport, errand: Errand, wire: Wire,
                  machine: Machine):
         self.links = links
-        self.place = place
+        self.pod = pod
         self.transport = transport
-        self.errand = errand
+        self.errand = errand  # for which it was made; `begin` may be given another port
         self.wire = wire
         self.machine = machine
         self.state = SPARE
         self.call: Call | None = None
-        self.owner: User | None = None
+        self.owner: Owner | None = None
         self.is_accepted = False  # the call
         self.is_used = False  # it has carried a call before this one
         self.is_paused = False
@@ -359,8 +362,8 @@ class Link:
         """Whether the wire takes no more for now; `on_room` comes when it does."""
         return self.wire.unsent > ROOM
 
-    def begin(self, owner: User, errand: Errand) -> None:
-        """Open the call."""
+    def begin(self, owner: Owner, errand: Errand) -> None:
+        """Open the call for `owner`, on a link that is spare or new."""
         self.links.unpark(self)
         self.state, self.owner, self.is_accepted = BUSY, owner, False
         if not isinstance(self.machine, Session):
@@ -500,7 +503,7 @@ class Link:
         """It is time to ask whether the other side is there."""
         if not self.is_paused:
             if self.missed >= (PATIENCE if self.bulk > BULK else MISSES):
-                self.links.leave({self.place.uid})  # they are no better
+                self.links.close_spares({self.pod.uid})  # they are no better
                 self.lose(Failed("dead", f"no sign of life for {clock() - self.heard_at:.0f} s"))
                 return
             self.missed += 1
@@ -623,113 +626,114 @@ class Links:
         self.loop = loop
         self.buffers = [memoryview(bytearray(PIECE)) for _ in range(2)]  # for what comes in clear text, and in TLS
         self.pinging = loop.queue(ping, Link.on_ping)
-        self.resting = loop.queue(SPARE_FOR, Link.close)
+        self.parked = loop.queue(SPARE_FOR, Link.close)
         self.settling = loop.queue(SETTLE, Link.close)
         self.all: set[Link] = set()
-        self.spares: dict[Place, list[Link]] = {}  # the one that was heard last at the end
+        self.spares: dict[PodRef, list[Link]] = {}  # the one that was heard last at the end
         self.count = 0  # of spares
-        self.openings: dict[Place, Opening] = {}  # of spares
+        self.negotiations: dict[PodRef, Negotiation] = {}  # of spares
         self.orders: dict[tuple[str, str], tuple[Transport, ...]] = {}  # by context and resource
         self.proven: set[tuple[str, str]] = set()  # those whose first transport has taken a call
 
     # -- which transport
 
-    def order(self, place: Place, resource: str) -> tuple[Transport, ...]:
+    def order(self, pod: PodRef, resource: str) -> tuple[Transport, ...]:
         """The transports in the order in which they are tried."""
-        return self.orders.get((place.api.name, resource), TRANSPORTS[resource])
+        return self.orders.get((pod.api.name, resource), TRANSPORTS[resource])
 
     def is_proven(self, link: Link) -> bool:
         """Whether this transport has taken a call before, and was not in doubt since."""
-        key = link.place.api.name, link.errand.resource
-        return key in self.proven and self.order(link.place, link.errand.resource)[0] is link.transport
+        key = link.pod.api.name, link.errand.resource
+        return key in self.proven and self.order(link.pod, link.errand.resource)[0] is link.transport
 
     def prefer(self, link: Link) -> None:
         """A call was taken by this transport: try it first from now on."""
-        self.proven.add((link.place.api.name, link.errand.resource))
+        self.proven.add((link.pod.api.name, link.errand.resource))
         self._move(link, 0)
 
     def doubt(self, link: Link) -> None:
         """A new session has ended before it took a call: try its transport last."""
-        self.proven.discard((link.place.api.name, link.errand.resource))
+        self.proven.discard((link.pod.api.name, link.errand.resource))
         self._move(link, len(TRANSPORTS[link.errand.resource]))
 
-    def _move(self, link: Link, place: int) -> None:
-        order = list(self.order(link.place, link.errand.resource))
-        if place < len(order) and order[place] is link.transport:
+    def _move(self, link: Link, index: int) -> None:
+        """Put the transport of this link at this place of its order."""
+        order = list(self.order(link.pod, link.errand.resource))
+        if index < len(order) and order[index] is link.transport:
             return
         order.remove(link.transport)
-        order.insert(place, link.transport)
-        self.orders[link.place.api.name, link.errand.resource] = tuple(order)
+        order.insert(index, link.transport)
+        self.orders[link.pod.api.name, link.errand.resource] = tuple(order)
 
     # -- which link
 
-    def open(self, place: Place, errand: Errand, done: Callable[[Link | Failed], None], deadline: float) -> Opening:
+    def open(self, pod: PodRef, errand: Errand, done: Callable[[Link | Failed], None], deadline: float) -> Negotiation:
         """Begin to make a new link."""
-        opening = Opening(self, place, errand, done, deadline)
-        opening.start()
-        return opening
+        negotiation = Negotiation(self, pod, errand, done, deadline)
+        negotiation.start()
+        return negotiation
 
-    def take(self, place: Place) -> Link | None:
+    def take(self, pod: PodRef) -> Link | None:
         """A spare link to a pod's ports; `begin` it."""
-        for link in self.spares.get(place, ())[::-1]:
+        for link in self.spares.get(pod, ())[::-1]:
             if link.machine.takes_more:
                 return link
             link.close()  # the other side has said so since
         return None
 
-    def prepare(self, place: Place, errand: Errand) -> None:
+    def prepare(self, pod: PodRef, errand: Errand) -> None:
         """See that there is a spare link to this pod."""
-        first = self.order(place, errand.resource)[0]
-        if place in self.spares or place in self.openings or first.by_query or self.count >= SPARES_MAX:
+        first = self.order(pod, errand.resource)[0]
+        if pod in self.spares or pod in self.negotiations or first.by_query or self.count >= SPARES_MAX:
             return
-        self.openings[place] = opening = Opening(
-            self, place, errand, functools.partial(self._prepared, place), time.monotonic() + OPEN_AHEAD)
-        opening.start()
+        self.negotiations[pod] = negotiation = Negotiation(
+            self, pod, errand, functools.partial(self._prepared, pod), time.monotonic() + OPEN_AHEAD)
+        negotiation.start()
 
-    def _prepared(self, place: Place, result: Link | Failed) -> None:
+    def _prepared(self, pod: PodRef, result: Link | Failed) -> None:
         """There is a spare link, or none: the next client finds out why."""
-        self.openings.pop(place, None)
+        self.negotiations.pop(pod, None)
         if isinstance(result, Link) and not (result.machine.takes_more and self.park(result)):
             result.close()
 
     def park(self, link: Link) -> bool:
         """Keep a link for the next client.  Returns whether there is room for it."""
-        spares = self.spares.setdefault(link.place, [])
+        spares = self.spares.setdefault(link.pod, [])
         if len(spares) >= SPARES or self.count >= SPARES_MAX:
             if not spares:
-                del self.spares[link.place]
+                del self.spares[link.pod]
             return False
         link.state = SPARE
         spares.append(link)
         self.count += 1
-        self.resting.put(link)
+        self.parked.put(link)
         return True
 
     def unpark(self, link: Link) -> None:
         """A link is spare no more."""
-        spares = self.spares.get(link.place)
+        spares = self.spares.get(link.pod)
         if spares and link in spares:
             spares.remove(link)
             self.count -= 1
-            self.resting.drop(link)
+            self.parked.drop(link)
             if not spares:
-                del self.spares[link.place]
+                del self.spares[link.pod]
 
-    def leave(self, uids: set[str]) -> None:
+    def close_spares(self, uids: set[str]) -> None:
         """Close the spare links to these pods: nobody needs them, or they are gone."""
-        for link in [link for spares in self.spares.values() for link in spares if link.place.uid in uids]:
+        for link in [link for spares in self.spares.values() for link in spares if link.pod.uid in uids]:
             link.close()
-        for opening in [opening for place, opening in self.openings.items() if place.uid in uids]:
-            opening.cancel()
-            del self.openings[opening.place]
+        for negotiation in [negotiation for pod, negotiation in self.negotiations.items() if pod.uid in uids]:
+            negotiation.cancel()
+            del self.negotiations[negotiation.pod]
 
     def opened(self, link: Link) -> None:
-        """There is one more."""
+        """A link is there: it is watched for life."""
         self.all.add(link)
         self.pinging.put(link)
 
     def closed(self, link: Link) -> None:
-        """There is one less."""
+        """A link is closed: nothing here knows it any more."""
         self.all.discard(link)
         self.unpark(link)
         self.pinging.drop(link)
@@ -737,8 +741,8 @@ class Links:
 
     def close(self) -> None:
         """The program ends."""
-        for opening in self.openings.values():
-            opening.cancel()
-        self.openings.clear()
+        for negotiation in self.negotiations.values():
+            negotiation.cancel()
+        self.negotiations.clear()
         for link in list(self.all):
             link.close()

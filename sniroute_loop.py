@@ -1,7 +1,8 @@
 """sniroute_loop: one loop over many sockets: what is ready, what is due, what other threads ask for.
 
     a turn    1  poll      ready descriptors are called back    Poller: descriptor -> callback(mask)
-              2  due       times that have come                 Timer: one time; Queue: many that wait equally long
+              2  due       times that have come                 Timer: one time; Queue: many that wait equally long;
+                                                                Alarms: many, each with a time of its own
               3  batches   what several do together             Loop.batch: a list and a step, in order
 
     other threads --- call(act) ---> a deque, and a byte in a pipe (WakePipe) ---> phase 1 of the next turn
@@ -17,7 +18,7 @@ A fault in a callback, a timer, a queue or a step ends with `fault(owner)`, give
 the object that met it, so that one connection ends and not the loop.
 
 Seams: I want to ...
-    do something at a time       Loop.timer; where many items wait equally long, Loop.queue
+    do something at a time       Loop.timer; where many items wait equally long, Loop.queue; else Alarms
     do something once a turn     Loop.batch; its place among the batches is that of its call
     let many end at other times  `jittered`
     wait otherwise               a subclass of Poller, chosen in Loop
@@ -30,6 +31,7 @@ from __future__ import annotations
 import collections
 import errno
 import fcntl
+import heapq
 import itertools
 import os
 import select
@@ -247,6 +249,55 @@ class Queue:
     def drop(self, item: Any) -> None:
         """Wait no more; nothing where the item does not wait."""
         self.due.pop(item, None)
+
+
+class Alarm:
+    """Something to be done at a time, by Alarms."""
+
+    __slots__ = ("act",)
+
+    def __init__(self, act: Callable[[], None]):
+        self.act: Callable[[], None] | None = act
+
+    def cancel(self) -> None:
+        """Do not do it."""
+        self.act = None
+
+
+class Alarms:
+    """Many things to be done, each at a time of its own, where no Queue fits: as requests with their owners' deadlines.
+
+    What is cancelled stays in the heap until its time, so these times should be near.
+    """
+
+    def __init__(self, loop: Loop, clock: Callable[[], float] = monotonic):
+        self.clock = clock
+        self.timer = loop.timer(self._ring)
+        self.heap: list[tuple[float, int, Alarm]] = []
+        self.numbers = itertools.count()  # alarms cannot be compared
+
+    def at(self, when: float, act: Callable[[], None]) -> Alarm:
+        """Do it at this clock time, in a turn of the loop."""
+        alarm = Alarm(act)
+        heapq.heappush(self.heap, (when, next(self.numbers), alarm))
+        self._set()
+        return alarm
+
+    def _set(self) -> None:
+        while self.heap and self.heap[0][2].act is None:
+            heapq.heappop(self.heap)
+        if self.heap:
+            self.timer.set(self.heap[0][0])
+
+    def _ring(self) -> None:
+        try:
+            while self.heap and (self.heap[0][2].act is None or self.heap[0][0] <= self.clock()):
+                alarm = heapq.heappop(self.heap)[2]
+                act, alarm.act = alarm.act, None
+                if act is not None:
+                    act()
+        finally:
+            self._set()
 
 
 class Loop:

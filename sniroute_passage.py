@@ -4,9 +4,7 @@
                  |
                 Way ----> which pod (sniroute_pods), which session to it (sniroute_links)
 
-    Client    its bytes go to a port of the pod
-    Jump      they go to a host that the pod can reach, by a command in the pod
-    Running   `exec`: one command, between stdin and stdout
+A Client's bytes go to a port of the pod.  The kinds of Client that a command in the pod serves are in sniroute_jumps.
 
 The life of a client is `Client.state`:
 
@@ -27,29 +25,27 @@ makes one at the end of each TLS session).
 Threads: all runs in the loop.
 
 Seams: I want to ...
-    another tool that jumps         a row in TOOLS
-    another text of a node          UNTOUCHED
-    another reason                  REASONS here, or those of the rooms below
+    understand another text of a node   a row in UNTOUCHED
+    tell another reason                 REASONS here, or those of the rooms below
+    serve a client in another way       a subclass of Client, as in sniroute_jumps
 
-This room imports sniroute_links, sniroute_pods, sniroute_objects (Choice), sniroute_api, sniroute_channels (what became
-of a command), sniroute_forwarder (Listener, reset), sniroute_dial (Failed), sniroute_loop and sniroute_names.
+This room imports sniroute_links, sniroute_pods, sniroute_objects (Choice), sniroute_api (REASONS), sniroute_forwarder
+(Listener, reset), sniroute_dial (Failed), sniroute_loop and sniroute_names.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 import re
 import socket
 from typing import TYPE_CHECKING, Any, Callable
 
 from sniroute_api import REASONS as API_REASONS
-from sniroute_channels import read_outcome
 from sniroute_dial import Failed, set_options
 from sniroute_forwarder import Listener, reset
-from sniroute_links import Errand, Forward, Link, Opening, Place, Run
+from sniroute_links import Errand, Forward, Link, Negotiation, PodRef
 from sniroute_loop import READ, WRITE, Queue, Watch, monotonic, unsent
-from sniroute_names import printable, show_address
+from sniroute_names import printable
 from sniroute_objects import REASONS as POD_REASONS
 from sniroute_objects import Choice
 from sniroute_pods import Asked, Pods
@@ -70,9 +66,6 @@ GRACE = 2.0  # seconds of silence from a far end that cannot be told of the clie
 HALF_LAST = 3600.0  # seconds that a client which has ended waits for a far end that says nothing
 LINGER = 5.0  # seconds that a client has to leave after the far end has ended
 SETTLE = 0.05  # seconds between two looks whether a client that is to be reset has got its last bytes
-TOOL_GRACE = 0.5  # seconds: socat's default
-PROOF = 1.0  # seconds in which a command fails that cannot be run
-TOOLS_MAX = 1000  # images of which it is known what they have
 WORDS_MAX = 400  # bytes of stderr that are kept: the last words of a command
 # Why a client could not be served: a word for programs, and a sentence for people.
 REASONS = {
@@ -133,21 +126,21 @@ FINDING, OPEN, HALF, ENDING, CLOSED = "finding", "open", "half", "ending", "clos
 CARRYING = frozenset((OPEN, HALF))
 
 
-def guarded(method: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-    """A callback of a client that other rooms call: a fault of ours ends this client, and not what they do."""
+def guarded(method: Callable[[Way, Any], None]) -> Callable[[Way, Any], None]:
+    """A callback of a Way that other rooms call: a fault of ours ends its client, and not what they do."""
     @functools.wraps(method)
-    def call(client: Client, result: Any) -> None:
+    def call(way: Way, result: Any) -> None:
         try:
-            method(client, result)
+            method(way, result)
         except Exception:
-            client.program.fault(client)
+            way.program.fault(way.client)
     return call
 
 
 class Way:
     """The way of one client: which pod, and which session to it; and another one, where that was none."""
 
-    __slots__ = ("client", "program", "pods", "deadline", "choice", "opening", "link", "tries", "avoid")
+    __slots__ = ("client", "program", "pods", "deadline", "choice", "awaited", "link", "tries", "avoid")
 
     def __init__(self, client: Client):
         self.client = client
@@ -155,7 +148,7 @@ class Way:
         self.pods = client.listener.target.pods
         self.deadline = monotonic() + START
         self.choice: Choice | None = None
-        self.opening: Asked | Opening | None = None  # what is waited for: a pod, or a session
+        self.awaited: Asked | Negotiation | None = None  # what is waited for: a pod, or a session
         self.link: Link | None = None
         self.tries = 0  # sessions so far
         self.avoid = ""  # the pod that has refused the connection
@@ -165,12 +158,12 @@ class Way:
         """What is waited for, in words for people."""
         if self.link is not None:
             return "waiting for the node"
-        return self.opening.phase if isinstance(self.opening, Opening) else "choosing a pod"
+        return self.awaited.phase if isinstance(self.awaited, Negotiation) else "choosing a pod"
 
     @property
-    def place(self) -> Place:
+    def pod(self) -> PodRef:
         """The pod."""
-        return Place(self.pods.feed.api, self.choice.namespace, self.choice.pod, self.choice.uid)
+        return PodRef(self.pods.feed.api, self.choice.namespace, self.choice.pod, self.choice.uid)
 
     @property
     def may_go_on(self) -> bool:
@@ -183,12 +176,12 @@ class Way:
         """Ask for a pod."""
         asked = self.pods.ask(self.on_choice, self.deadline)
         if self.choice is None and self.client.state is FINDING:  # else the answer was there at once
-            self.opening = asked
+            self.awaited = asked
 
     @guarded
     def on_choice(self, result: Choice | Failed) -> None:
         """There is a pod, or there is none."""
-        self.opening = None
+        self.awaited = None
         if isinstance(result, Failed):
             self.client.fail(result)
             return
@@ -199,17 +192,17 @@ class Way:
         """Take a spare session, or make one."""
         self.tries += 1
         errand = self.client.errand()
-        link = self.program.links.take(self.place) if isinstance(errand, Forward) else None
+        link = self.program.links.take(self.pod) if isinstance(errand, Forward) else None
         if link is not None:
             self.link = link
             self.client.begin(link, errand)
         else:
-            self.opening = self.program.links.open(self.place, errand, self.on_link, self.deadline)
+            self.awaited = self.program.links.open(self.pod, errand, self.on_link, self.deadline)
 
     @guarded
     def on_link(self, result: Link | Failed) -> None:
         """There is a session, or there will be none."""
-        self.opening = None
+        self.awaited = None
         if isinstance(result, Link):
             self.link = result
             self.client.begin(result, result.errand)
@@ -222,7 +215,7 @@ class Way:
         """This pod was none: the next one, if there is another."""
         if why.reason == "gone":
             self.pods.gone(self.choice)
-            self.program.links.leave({self.choice.uid})
+            self.program.links.close_spares({self.choice.uid})
         else:
             self.pods.failed(self.choice)
         self.program.tell(self.client, "info", "again", f"{REASONS[why.reason]}; once more", error=str(why))
@@ -254,9 +247,9 @@ class Way:
 
     def end(self) -> None:
         """Release all."""
-        if self.opening is not None:
-            self.opening.cancel()
-            self.opening = None
+        if self.awaited is not None:
+            self.awaited.cancel()
+            self.awaited = None
         self.end_link()
         if self.choice is not None:
             choice, self.choice = self.choice, None
@@ -266,15 +259,15 @@ class Way:
 class Client:
     """One client, and its way to a pod.  All methods run in the loop."""
 
-    __slots__ = ("program", "listener", "client", "address", "watch", "state", "way", "waits", "held", "ended", "deaf",
+    __slots__ = ("program", "listener", "sock", "address", "watch", "state", "way", "waits", "held", "ended", "deaf",
                  "is_answered", "far_ended", "rest", "broken", "still_unsent", "up", "down")
 
-    is_known = True  # whether there is somebody who hears what is sent; a Jump may not know
+    is_proven = True  # whether there is somebody who hears what is sent; a Jump may not know
 
     def __init__(self, program: Kubernetes, listener: Listener, client: socket.socket, address: str):
         self.program = program
         self.listener = listener
-        self.client = client
+        self.sock = client
         self.address = address
         self.watch = Watch(program.loop.poller, client.fileno())
         self.state = FINDING
@@ -295,7 +288,7 @@ class Client:
     def start(self) -> None:
         """Look for a pod at once: where the service speaks first, the client waits for that."""
         try:
-            set_options(self.client)
+            set_options(self.sock)
         except OSError:
             self.close()  # it has left already
             return
@@ -330,7 +323,7 @@ class Client:
 
     def on_no_accept(self) -> None:
         """A spare session does not answer: it is dead, and nothing was sent on it.  The others are no better."""
-        self.program.links.leave({self.way.choice.uid})
+        self.program.links.close_spares({self.way.choice.uid})
         self.way.link.lose(Failed("dead", "a spare session does not answer"))
 
     def on_late(self) -> None:
@@ -369,7 +362,7 @@ class Client:
         self.held = None
         self.program.starting.drop(self)
         if isinstance(self.way.link.errand, Forward):
-            self.program.links.prepare(self.way.place, self.way.link.errand)
+            self.program.links.prepare(self.way.pod, self.way.link.errand)
 
     def on_ended(self, name: str) -> None:
         """The pod says nothing more; it may still listen."""
@@ -443,7 +436,7 @@ class Client:
             self.up += len(data)
             if self.held is not None:
                 self.held += data
-                if len(self.held) > HELD_MAX and self.state is OPEN and not self.waits and self.is_known:
+                if len(self.held) > HELD_MAX and self.state is OPEN and not self.waits and self.is_proven:
                     self.held = None  # there is no other try from here on
             if self.state is OPEN and not self.waits:
                 self.way.link.send(data)
@@ -457,7 +450,7 @@ class Client:
     def _hear(self) -> bytes | None:
         """What the client says: None for nothing yet, b'' at its end."""
         try:
-            return self.client.recv(CHUNK)
+            return self.sock.recv(CHUNK)
         except BlockingIOError:
             return None
         except OSError:
@@ -471,7 +464,7 @@ class Client:
         if len(pieces) > PIECES_MAX:
             pieces = [memoryview(b"".join(pieces))]
         try:
-            sent = self.client.sendmsg(pieces)
+            sent = self.sock.sendmsg(pieces)
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -528,7 +521,7 @@ class Client:
             self.finish(False)
             return
         try:
-            self.client.shutdown(socket.SHUT_WR)
+            self.sock.shutdown(socket.SHUT_WR)
         except OSError:
             self.close()
 
@@ -577,9 +570,9 @@ class Client:
         finally:  # a fault of ours above must not keep the client waiting
             self.watch.closing()
             if self.broken:
-                reset(self.client)
+                reset(self.sock)
             else:
-                self.client.close()
+                self.sock.close()
             self.program.closed(self)
 
 
@@ -595,7 +588,7 @@ def hurry(client: Client) -> None:
 def farewell(client: Client) -> None:
     """The kernel has the client's last bytes.  A reset, or a close with unread bytes, would destroy them."""
     program = client.program
-    if client.broken and unsent(client.client) != 0:  # None, where the kernel does not tell: it waits for LINGER
+    if client.broken and unsent(client.sock) != 0:  # None, where the kernel does not tell: it waits for LINGER
         client.watch.wait_for(0)
         program.settling.put(client)
         if client not in program.lingering.due:
@@ -605,7 +598,7 @@ def farewell(client: Client) -> None:
         client.close()
         return
     try:
-        client.client.shutdown(socket.SHUT_WR)
+        client.sock.shutdown(socket.SHUT_WR)
     except OSError:
         client.close()
         return
@@ -616,7 +609,7 @@ def farewell(client: Client) -> None:
 def hear_last(client: Client, mask: int) -> None:
     """Read and forget what the client still says."""
     try:
-        if client.client.recv(CHUNK):
+        if client.sock.recv(CHUNK):
             return
     except BlockingIOError:
         return
@@ -627,154 +620,9 @@ def hear_last(client: Client, mask: int) -> None:
 
 def linger(client: Client) -> None:
     """The client does not leave.  While the kernel still gets rid of what it has to send, there is more time."""
-    waiting = unsent(client.client) or 0
+    waiting = unsent(client.sock) or 0
     if 0 < waiting < client.still_unsent:
         client.still_unsent = waiting
         client.program.lingering.put(client)
     else:
         client.close()
-
-
-# -- jumps -------------------------------------------------------------------------------------
-
-# What bash does without a tool.  Host and port are its arguments, and no part of the line.  It cannot tell the far end
-# that the client has ended: that gets two seconds for the rest of its answer, or it would stay in the pod for ever.
-BASH = ('exec 3<>"/dev/tcp/$1/$2" 4<&0 || exit 1; { cat <&4 >&3; sleep 2; kill $$; } & cat <&3; code=$?; '
-        "kill $! 2>/dev/null; exit $code")
-
-# The tools that carry bytes to HOST:PORT, the best one first: (host, port) -> words.
-TOOLS: tuple[Callable[[str, int], tuple[str, ...]], ...] = (
-    # It leaves when nothing has come for TOOL_GRACE after either end.  A longer time would be the delay of every end that
-    # the far side makes: what socat does then, it does for both.
-    lambda host, port: ("socat", "-", f"TCP:{show_address((host, port))},connect-timeout=10"),
-    lambda host, port: ("nc", host, str(port)),
-    lambda host, port: ("bash", "-c", BASH, "sniroute", host, str(port)),
-)
-NO_TOOL = re.compile(r"executable file not found|no such file or directory", re.ASCII | re.I)
-NOT_FOUND = (126, 127)  # exit codes of what cannot be run, POSIX 2.8.2
-
-
-class Jump(Client):
-    """A client whose bytes are carried by a command in the pod."""
-
-    __slots__ = ("words", "tool", "is_known", "heard_at")
-
-    def __init__(self, program: Kubernetes, listener: Listener, client: socket.socket, address: str):
-        super().__init__(program, listener, client, address)
-        self.words = b""  # the last ones on stderr
-        self.tool = 0  # the number of the tool
-        self.is_known = True  # whether this container is known to have it
-        self.heard_at = 0.0  # clock time of the last bytes, or of the client's end
-
-    @property
-    def image(self) -> str:
-        """What is common to all containers that have the same tools."""
-        return self.way.choice.image or self.way.choice.uid
-
-    def errand(self) -> Errand:
-        """The tool that this container has, or the first that it is not known not to have."""
-        self.is_known = self.image in self.program.tools
-        self.tool = self.program.tools.get(self.image, self.tool)
-        target = self.listener.target.pods.target
-        if not self.is_known:
-            self.program.proving.put(self)
-        return Run(TOOLS[self.tool](target.host, target.port), self.way.choice.container)
-
-    def on_proven(self) -> None:
-        """The container has the tool: it would have said otherwise by now."""
-        if not self.is_known and self.state in CARRYING:
-            self.is_known = True
-            tools = self.program.tools
-            tools[self.image] = self.tool
-            if len(tools) > TOOLS_MAX:
-                del tools[next(iter(tools))]
-            self.on_room()
-
-    def _listens(self) -> bool:
-        """No more than is kept for the next tool, while this one may not be there."""
-        return super()._listens() and (self.is_known or self.held is None or len(self.held) < HELD_MAX)
-
-    def on_data(self, name: str, pieces: list[memoryview]) -> None:
-        """Bytes from the far end, or words of the command."""
-        if name == "stdout":
-            self.on_proven()
-            self.heard_at = monotonic()
-            super().on_data(name, pieces)
-        else:
-            self.words = (self.words + b"".join(pieces))[-WORDS_MAX:]
-
-    def _client_ended(self) -> None:
-        self.heard_at = monotonic()
-        super()._client_ended()
-
-    def on_ended(self, name: str) -> None:
-        """How it has ended is not known yet: the status tells."""
-
-    def on_told(self, text: str) -> None:
-        """What came of the command."""
-        outcome = read_outcome(text)
-        if outcome.code == 0:
-            # After the client's end the tool may have left because nothing came for a while: that was no end.
-            if self.ended and monotonic() - self.heard_at > 0.8 * TOOL_GRACE:
-                self.cut(Failed("cut", "the far end had not ended"))
-            else:
-                self.finish(False)
-            return
-        words = printable(self.words.decode("utf-8", "replace").strip().rpartition("\n")[2], WORDS_MAX)
-        if self.is_answered:
-            self.cut(Failed("cut", words or outcome.words))
-        elif outcome.code in NOT_FOUND or outcome.code is None and NO_TOOL.search(outcome.words):
-            self.next_tool()
-        else:
-            self.fail(Failed("command", f"{self.way.link.errand.words[0]}: {words or outcome.words}"))
-
-    def next_tool(self) -> None:
-        """This container does not have it: nobody has read what the client has said."""
-        if self.is_known or self.tool + 1 == len(TOOLS):
-            self.program.tools.pop(self.image, None)
-            self.fail(Failed("tool", "neither socat nor nc nor bash"))
-            return
-        self.tool += 1
-        self.way.tries -= 1
-        self.way.reconnect()
-
-
-class Running(Jump):
-    """`exec`: one command between stdin, stdout and stderr.  It is run once, whatever becomes of its session."""
-
-    __slots__ = ()
-
-    def errand(self) -> Errand:
-        """The command as it was given."""
-        return Run(self.program.command, self.way.choice.container, once=True)
-
-    def on_cut(self, why: Failed) -> None:
-        """The session is lost.  The command may have run, and what it has said may not be all."""
-        self.program.code = 1
-        if self.is_answered:
-            self.cut(why)
-        else:
-            self.fail(why)
-
-    def on_grace(self, queue: Queue) -> None:
-        """A command may be silent for long, but one that waits for the end of its input would do so for ever."""
-        if queue is self.program.halved:
-            queue.put(self)
-        else:
-            self.on_cut(Failed("command", "this cluster cannot tell a command that its input has ended"))
-
-    def on_data(self, name: str, pieces: list[memoryview]) -> None:
-        """What the command says, where it says it."""
-        if name == "stdout":
-            super().on_data(name, pieces)
-        else:
-            os.write(2, b"".join(pieces))
-
-    def on_told(self, text: str) -> None:
-        """What came of the command is what comes of us."""
-        outcome = read_outcome(text)
-        self.program.code = 1 if outcome.code is None else outcome.code
-        if outcome.code is None:
-            self.fail(Failed("command", outcome.words))
-        else:
-            self.finish(False)

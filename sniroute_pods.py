@@ -45,8 +45,8 @@ import os
 import random
 from typing import Any, Callable, Sequence
 
-from sniroute_api import Alarm, Alarms, Api, Job, Reply, failure
-from sniroute_loop import NEVER
+from sniroute_api import Api, Job, Reply, failure
+from sniroute_loop import NEVER, Alarm, Alarms
 from sniroute_names import printable
 from sniroute_objects import (KINDS, REASONS, Choice, KubeTarget, Plan, Pod, choice_of, lacking, manifest, none_ready,
                               object_path, part, rows, word)
@@ -325,7 +325,7 @@ class Feed:
             if blind:
                 self.page = {"": (Pod(target.name, "", "ready"),)}
             elif not (plan.single and failed.reason == "unknown" and (self.items is not None or self.maker is not None)
-                      or self.page and failed.reason == "gone"):
+                      or self.page and failed.reason == "expired"):
                 raise
             self.version = ""
             return ""
@@ -359,7 +359,7 @@ class Feed:
         try:
             what, item = word(line, "type"), part(line, "object")
             if what == "ERROR":
-                raise Failed("gone" if item.get("code") == 410 else "answer",
+                raise Failed("expired" if item.get("code") == 410 else "answer",
                              f"the watch of {self.target.said} ended: {printable(word(item, 'message'), 200)}")
             version, uid = (word(part(item, "metadata"), key) for key in ("resourceVersion", "uid"))
             before = self.items.get(uid)
@@ -386,7 +386,7 @@ class Feed:
             self.state = POLLING
         elif has_lived and not reason:
             self._watch()
-        elif has_lived and reason == "gone":
+        elif has_lived and reason == "expired":
             self._list()
         else:
             self._rest()

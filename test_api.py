@@ -87,7 +87,7 @@ def test_what_is_no_object(body):
 @pytest.mark.parametrize("status, method, path, message, said", [
     (404, "GET", SERVICE, 'services "web" not found', ("unknown", 'HTTP 404: services "web" not found')),
     (401, "GET", SERVICE, "Unauthorized", ("login", "HTTP 401: Unauthorized")),
-    (410, "GET", PODS, "too old", ("gone", "HTTP 410: too old")),
+    (410, "GET", PODS, "too old", ("expired", "HTTP 410: too old")),
     (429, "GET", PODS, "", ("busy", "HTTP 429")),
     (500, "GET", PODS, "a\x1b[1m\nb", ("answer", "HTTP 500: a?[1m?b")),
     (403, "GET", SERVICE, 'services "web" is forbidden: User "u" cannot get resource "services" in API group "" in the '
@@ -264,7 +264,7 @@ def test_few_idle_connections_are_kept_and_not_for_long(web, caller):
     assert all(reply.status == 200 for [reply] in got)
     idle = caller.apis.of("").idle
     assert len(idle) == sniroute_api.IDLE_MAX
-    caller.apis.resting.seconds = 0.01
+    caller.apis.idling.seconds = 0.01
     for reply in [caller.begin(SERVICE)[1] for _ in range(4)]:
         caller.until(lambda: reply)
     caller.until(lambda: not idle)
@@ -498,12 +498,12 @@ def test_a_watch_from_too_long_ago(web, caller):
 def test_a_watch_whose_status_says_that_it_is_too_old(web, caller):
     web.fault("status", code=410)
     watched = caller.watch(f"{PODS}?watch=true")
-    told(caller.until(lambda: watched.ends)[0], "gone")
+    told(caller.until(lambda: watched.ends)[0], "expired")
 
 
 @pytest.mark.parametrize("line, said", [(b"x\n", "no object in JSON"), (b"x" * 2000, "a line of more than")])
 def test_a_watch_of_nonsense(plain, monkeypatch, line, said):
-    monkeypatch.setattr(sniroute_api, "LINE_MAX", 1000)
+    monkeypatch.setattr(sniroute_api, "EVENT_MAX", 1000)
     caller = plain(says(b"HTTP/1.1 200 OK\r\n\r\n" + line))
     watched = caller.watch("/x?watch=true")
     assert said in told(caller.until(lambda: watched.ends)[0], "answer")
@@ -513,11 +513,11 @@ def test_a_watch_that_is_cancelled_by_what_it_tells(web, caller):
     web.pod("web-2", {})
     got, jobs = [], []
 
-    def on_line(line):
+    def on_event(line):
         got.append(line)
         jobs[0].cancel()
 
-    jobs.append(caller.apis.of("").watch(f"{PODS}?watch=true", on_line, got.append))
+    jobs.append(caller.apis.of("").watch(f"{PODS}?watch=true", on_event, got.append))
     caller.until(lambda: got)
     caller.until(lambda: not web.connections(ended=None))
     assert len(got) == 1

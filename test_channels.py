@@ -27,7 +27,7 @@ from testbed.streams import (ECHO, REFUSAL, REFUSED, SUCCESS, TALK, TALKER, Clie
                              data_frame, kubectl_path, server_message, status)
 
 Machine = Tunnel | Channels
-WAYS = pytest.mark.parametrize("is_private", [True, False], ids=["in TLS", "in clear text"])
+WAYS = pytest.mark.parametrize("in_tls", [True, False], ids=["in TLS", "in clear text"])
 
 
 def joined(events: list) -> list:
@@ -138,16 +138,16 @@ def test_what_is_no_message_of_a_server(data, make):
 
 @WAYS
 @pytest.mark.parametrize("size", [0, 1, 125, 126, 65535])
-def test_what_is_said_is_masked(is_private, size):
+def test_what_is_said_is_masked(in_tls, size):
     """With the key 0 inside TLS; with a random one where somebody between may read it."""
-    socket_ = Messages(is_private)
+    socket_ = Messages(in_tls)
     data = random.Random(size).randbytes(size)
     socket_.say(data)
     socket_.say(memoryview(data), PONG)
     out = bytes(socket_.take())
     assert list(ClientMessages().read(out)) == [(BINARY, data), (PONG, data)] and not socket_.take()
     keys = {out[at:at + 4] for at in (2 if size < 126 else 4, len(out) - size - 4)}
-    assert (keys == {bytes(4)}) is is_private and len(keys) == (1 if is_private else 2)
+    assert (keys == {bytes(4)}) is in_tls and len(keys) == (1 if in_tls else 2)
 
 
 @pytest.mark.parametrize("make", [lambda: Tunnel(True), lambda: Ports(80, True), lambda: Command(V5, True)],
@@ -201,8 +201,8 @@ def test_a_close_is_answered_once(payload, closed):
 class Tunnelled:
     """A Tunnel and its far end, whose bytes come in messages of any size."""
 
-    def __init__(self, size: int, is_private: bool):
-        self.tunnel, self.reader, self.size = Tunnel(is_private), ClientMessages(), size
+    def __init__(self, size: int, in_tls: bool):
+        self.tunnel, self.reader, self.size = Tunnel(in_tls), ClientMessages(), size
         self.said = bytearray()
         self.far = Far(self.say)
         self.dice = random.Random(size)
@@ -230,8 +230,8 @@ class Tunnelled:
 
 @WAYS
 @pytest.mark.parametrize("size", [1, 3, 1000, 1 << 20])
-def test_a_tunnel_carries_a_session(size, is_private):
-    wire = Tunnelled(size, is_private)
+def test_a_tunnel_carries_a_session(size, in_tls):
+    wire = Tunnelled(size, in_tls)
     echo, refused, talker = (wire.tunnel.forward(port) for port in (ECHO, REFUSED, TALKER if size > 3 else REFUSED))
     said = random.Random(size).randbytes(100_000 if size > 3 else 500)
     wire.tunnel.send(echo, said)

@@ -11,10 +11,9 @@ from typing import Any, Callable
 import pytest
 
 import sniroute_kubeconfig
-from sniroute_kubeconfig import (ACCOUNT, CREDENTIAL_MAX, PATHS_MAX, TOKEN_MAX, Context, KubeconfigError, Secret,
-                                 choose_context, find_context, in_cluster, kubeconfig_paths, load_kubeconfig,
-                                 plugin_info,
-                                 read_credential, read_token)
+from sniroute_kubeconfig import (ACCOUNT, PATHS_MAX, TOKEN_MAX, Context, KubeconfigError, Secret, choose_context,
+                                 find_context, in_cluster, kubeconfig_paths, load_kubeconfig, read_token)
+from sniroute_plugins import CREDENTIAL_MAX, plugin_info, read_credential
 from testbed.clients import kubectl_view
 
 CERTIFICATE = b"-----BEGIN CERTIFICATE-----\nYWJj\n-----END CERTIFICATE-----\n"

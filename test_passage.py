@@ -1,4 +1,4 @@
-"""Tests of one client's passage to a pod (sniroute_passage): which pod, the end of each side, what is lost, jumps.
+"""Tests of one client's passage to a pod (sniroute_passage): which pod, the end of each side, what is lost.
 
 The program runs in a thread of the test, before a stand-in for a cluster.
 """
@@ -132,6 +132,23 @@ def test_a_second_pod_has_a_deadline_too(kube, app, forward, echo_server):
         client.sendall(b"hello")
         assert receive_all(client) == (b"", "RST")
     assert run.failure()["reason"] == "timeout" and run.rows("again")
+
+
+def test_a_fault_of_ours_on_the_way_ends_that_client_at_once(app, forward, echo_server):
+    run = forward(app(echo_server.address).target)
+    opens = run.program.links.open
+
+    def fault(*_):
+        run.program.links.open = opens
+        raise ZeroDivisionError
+
+    run.program.links.open = fault
+    with run.connect() as client:
+        assert receive_all(client) == (b"", "RST")  # long before its deadline
+    assert echoed(run) == b"hello"
+    row, = run.rows("fault")
+    assert "ZeroDivisionError" in row["error"] and not run.rows("failed")
+    run.log.rows.remove(row)  # it was wanted
 
 
 # -- what is lost ------------------------------------------------------------------------------
@@ -390,94 +407,3 @@ def test_a_pod_that_does_not_read_stops_its_client(kube, app, forward, serve, br
             assert len(taken) < 30
             go.set()
             assert receive(client, 4) == struct.pack(">I", len(NOISE) * 32)
-
-
-# -- jumps -------------------------------------------------------------------------------------
-
-
-def tools(tmp_path, *names: str) -> str:
-    """A folder with these programs, as a container's PATH."""
-    import shutil
-    for name in names:
-        path = shutil.which(name)
-        if path is None:
-            pytest.skip(f"{name} is not here")
-        (tmp_path / name).symlink_to(path)
-    return str(tmp_path)
-
-
-def jump(there, address) -> str:
-    return f"jump:default/svc/{there.name}/{address[0]}:{address[1]}"
-
-
-@pytest.mark.parametrize("version, broken", [("1.36", ()), ("1.28", ()), ("1.36", ("websocket",))],
-                         ids=["v5", "v4", "spdy"])
-@pytest.mark.parametrize("names", [("socat",), ("bash", "cat", "sleep")], ids=["socat", "bash"])
-def test_a_jump_carries_bytes(kube, app, forward, echo_server, tmp_path, version, broken, names):
-    kube.set(version=version)
-    refuse(kube, *broken)
-    there = app(path=tools(tmp_path, *names))
-    kube.pod(f"{there.name}-1", {}, labels={"app": there.name}, path=str(tmp_path))
-    run = forward(jump(there, echo_server.address))
-    for _ in range(2):
-        assert echoed(run, NOISE[:300_000]) == NOISE[:300_000]
-    argv = [row["argv"][0] for row in kube.executions()][-2:]
-    assert argv == [names[0]] * 2
-
-
-def test_a_jump_ends_as_its_far_end_does(kube, app, forward, serve):
-    there = app((HOST, 1))
-    with forward(jump(there, serve(lambda sock: sock.sendall(NOISE)).address)).connect() as client:
-        assert receive_all(client) == (NOISE, "FIN")
-
-
-def test_a_jump_to_a_port_where_nobody_listens(app, forward):
-    row = refused(forward(jump(app((HOST, 1)), (HOST, 1))))
-    assert row["reason"] == "command" and "refused" in row["error"]
-
-
-def test_a_container_without_a_tool(app, forward, tmp_path):
-    row = refused(forward(jump(app((HOST, 1), path=str(tmp_path)), (HOST, 1))))
-    assert row["reason"] == "tool"
-
-
-def test_what_a_client_says_while_a_tool_turns_out_not_to_be_there_is_kept(app, forward, echo_server, tmp_path):
-    path = tools(tmp_path, "bash", "cat", "sleep")
-    (tmp_path / "socat").write_text("#!/bin/sh\n/bin/sleep 0.5\nexit 127\n")
-    (tmp_path / "socat").chmod(0o755)
-    run = forward(jump(app((HOST, 1), path=path), echo_server.address))
-    run.program.links.proven.add(("", "exec"))  # so it waits for no word of the node
-    with run.connect() as client:
-        client.sendall(NOISE[:1000])
-        run.reaches("open")
-        with beside(lambda: client.sendall(NOISE[1000:400_000])):
-            assert receive(client, 400_000) == NOISE[:400_000]
-    assert not run.rows("failed")
-
-
-def test_the_end_of_a_client_ends_its_command(kube, app, forward, echo_server):
-    there = app((HOST, 1))
-    run = forward(jump(there, echo_server.address))
-    with run.connect() as client:
-        client.sendall(b"hello")
-        assert receive(client, 5) == b"hello"
-    wait_until(lambda: kube.executions()[-1]["code"] is not None)
-    assert not run.rows("failed")
-
-
-@pytest.mark.parametrize("seconds, end", [(0.0, "FIN"), (2.0, "RST")])
-def test_a_far_end_that_the_tool_does_not_wait_for_looks_cut(app, forward, serve, seconds, end):
-    go = threading.Event()
-
-    def handler(sock: socket.socket) -> None:
-        sock.sendall(b"hello")
-        while sock.recv(100):
-            pass
-        go.wait(seconds)
-
-    there = app((HOST, 1))
-    with forward(jump(there, serve(handler).address)).connect() as client:
-        assert receive(client, 5) == b"hello"
-        client.shutdown(socket.SHUT_WR)
-        assert receive_all(client) == (b"", end)
-    go.set()

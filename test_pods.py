@@ -9,8 +9,8 @@ from typing import Any, Callable, Iterator
 import pytest
 
 import sniroute_pods
-from sniroute_api import Alarms, Reply
-from sniroute_loop import NEVER, monotonic
+from sniroute_api import Reply
+from sniroute_loop import NEVER, Alarms, monotonic
 from sniroute_objects import BALANCES, OWNER, Choice, parse_target, with_option
 from sniroute_pods import (CLOSED, EMPTY, IDLE, LISTING, LOOK, MAKE_AGAIN, OWNER_NAME, POLL, POLLING, REST, RESTING,
                            RETRY_LAST, WATCH_GRACE, WATCH_TIME, WATCHING, Pods)
@@ -31,7 +31,7 @@ class Call:
 
     path: str
     done: Callable[..., None]
-    on_line: Callable[[dict[str, Any]], None] | None = None
+    on_event: Callable[[dict[str, Any]], None] | None = None
     deadline: float = NEVER
     phase: str = "connecting"
     is_over: bool = False
@@ -49,8 +49,8 @@ class Call:
 
     def line(self, what: str, thing: Any) -> None:
         """An event of a watch."""
-        assert self.on_line is not None and not self.is_over
-        self.on_line({"type": what, "object": thing})
+        assert self.on_event is not None and not self.is_over
+        self.on_event({"type": what, "object": thing})
 
 
 def reply(answer: Any) -> Reply:
@@ -88,8 +88,8 @@ class World:
         self.calls.append(Call(path, done, None, deadline))
         return self.calls[-1]
 
-    def watch(self, path: str, on_line: Callable[[dict[str, Any]], None], on_end: Callable[..., None]) -> Call:
-        self.calls.append(Call(path, on_end, on_line))
+    def watch(self, path: str, on_event: Callable[[dict[str, Any]], None], on_end: Callable[..., None]) -> Call:
+        self.calls.append(Call(path, on_end, on_event))
         return self.calls[-1]
 
     def send(self, method: str, path: str, thing: Any, done: Callable[..., None], deadline: float) -> Call:
@@ -197,7 +197,7 @@ def test_a_page_that_came_too_late_is_made_up_for_by_the_watch():
     world.ask()
     world.last.answer(service())
     world.last.answer(listed(pod("a"), more="t"))
-    world.last.answer(Failed("gone", "too old"))
+    world.last.answer(Failed("expired", "too old"))
     assert world.answers[0].pod == "a" and "resourceVersion" not in world.last.path
     world.last.line("ADDED", pod("b"))
     assert [choice.pod for choice in world.pods.choices] == ["a", "b"]
@@ -461,7 +461,7 @@ def test_a_client_waits_while_all_pods_terminate():
     assert not world.answers
     world.pass_by(3)
     assert not world.answers
-    watch = next(call for call in world.calls if call.on_line and not call.is_over)
+    watch = next(call for call in world.calls if call.on_event and not call.is_over)
     watch.line("ADDED", pod("b"))
     assert world.answers[0].pod == "b"
 
@@ -519,7 +519,7 @@ def test_a_watch_that_is_too_old_becomes_a_list(how):
     if how == "an event":
         world.last.line("ERROR", {"code": 410, "message": "too old resource version"})
     else:
-        world.last.answer(Failed("gone", "too old"))
+        world.last.answer(Failed("expired", "too old"))
     assert world.last.path == LIST
     world.chosen()
     world.last.answer(listed(pod("b")))
@@ -559,7 +559,7 @@ def test_a_client_that_waits_while_the_api_server_is_away_hears_of_that():
     world = World().begin(pod("a", ready=False))
     world.pass_by(1.5)
     for call in world.calls:
-        if not call.is_over and call.on_line:
+        if not call.is_over and call.on_event:
             call.answer(Failed("unreachable", "reset"))
     for _ in range(14):
         world.pass_by(1)
@@ -731,7 +731,7 @@ class Making(World):
 
     def watched(self, what: str, thing: Any) -> None:
         """An event of the watch."""
-        next(call for call in self.calls if call.on_line is not None and not call.is_over).line(what, thing)
+        next(call for call in self.calls if call.on_event is not None and not call.is_over).line(what, thing)
 
 
 def test_a_pod_that_is_not_there_is_made_and_the_client_waits_for_it():

@@ -2,6 +2,7 @@
 
     call             call(kubeconfig, ...) -> Caller, until the test ends
     proxy            proxy(...) -> Proxy: an HTTP or SOCKS5 proxy, until the test ends
+    soon             files are looked at for each request
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import pytest
 
+import sniroute_credentials
 from conftest import Address, Server
 from sniroute_api import Api, Apis, Job, Reply, Upgraded
 from sniroute_dial import Failed
@@ -28,6 +30,19 @@ SPDY = (("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1"), ("X-Stream-Protocol-
 WEBSOCKET = (("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"),
              ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
              ("Sec-WebSocket-Protocol", "SPDY/3.1+portforward.k8s.io"))
+
+
+def told(result, reason: str) -> str:
+    """The words of a Failed with this reason."""
+    assert isinstance(result, Failed) and result.reason == reason, (result, getattr(result, "reason", ""))
+    return str(result)
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """Files are looked at for each request."""
+    monkeypatch.setattr(sniroute_credentials, "LOOK_EVERY", 0)
+    monkeypatch.setattr(sniroute_credentials, "REFUSED_EVERY", 0)
 
 
 class Watched:

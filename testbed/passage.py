@@ -19,6 +19,7 @@ from typing import Any, Callable, Iterator
 import pytest
 
 import sniroute_api
+import sniroute_jumps
 import sniroute_kubernetes
 import sniroute_links
 import sniroute_passage
@@ -28,7 +29,7 @@ from sniroute_kubernetes import Kubernetes, Settings
 from testbed.carrier import Notes, Program, Rows
 from testbed.cluster import Cluster
 
-ROOMS = sniroute_passage, sniroute_links, sniroute_pods, sniroute_api
+ROOMS = sniroute_passage, sniroute_jumps, sniroute_links, sniroute_pods, sniroute_api
 QUEUES = {  # constants that a program reads once, and where it keeps them
     "START": "starting", "ACCEPT": "accepting", "GRACE": "graced", "HALF_LAST": "halved", "LINGER": "lingering"}
 numbers = itertools.count(1)
