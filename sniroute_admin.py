@@ -59,7 +59,7 @@ import time
 import urllib.parse
 from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple, Sequence
 
-from sniroute_door import Answer, Declined, Door, Gate, Head, Plan, listen
+from sniroute_door import LOOP, THREAD, Answer, Declined, Door, Gate, Head, Plan, listen
 from sniroute_metrics import Collector, Facts, expose, status
 from sniroute_names import printable, show_address
 from sniroute_page import PAGE
@@ -453,7 +453,7 @@ class Admin:
             names = [urllib.parse.unquote(each, errors="strict") for each in quoted]
         except ValueError:
             raise Declined(400, "the name in the path is not UTF-8") from None
-        return Plan(lambda: self.act(endpoint, names), length, endpoint.quick)
+        return Plan(lambda caller: self.act(endpoint, names), length, LOOP if endpoint.quick else THREAD)
 
     # -- any thread ----------------------------------------------------------------------------
 

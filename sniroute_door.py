@@ -1,25 +1,31 @@
-"""sniroute_door: the admin's addresses: clients are accepted, heads read, answers sent, and nobody waits for another.
+"""sniroute_door: addresses for HTTP of our own: clients are accepted, heads read, answers sent; nobody waits for another.
 
-    listener --- accept ---> Caller, a client with one request
+    listener --- accept ---> Caller, a client
                                READING    its head, then its body --- parse_head ---> Head --- Gate.decide ---> Plan
                                WAITING    for one of its gate's threads
                                WORKING    a thread `admin-<n>` or `public-<n>` runs Plan.act, which gives an Answer
+                               PENDING    somebody else has the Caller, and answers it later
                                ANSWERING  the Answer is sent, as fast as the client reads
+                               STREAMING  the Answer has no end: events, as they come
+                               KEPT       the next request may come, where the gate keeps connections
                                LINGERING  the client was declined early: what it still sends is thrown away
 
 A Gate is an address: who may ask for what there (`decide`), its threads, its callers.  A Door has one loop, of
-sniroute_loop, for all its gates.  A Plan that is `quick` skips WAITING and WORKING: the loop itself runs it.  So a
-probe is answered at once, whoever else is slow.
+sniroute_loop, for all its gates.  Who answers is `Plan.by`: the loop itself, so a probe is answered at once, whoever
+else is slow; a thread; or whoever has been given the Caller.
 
-Threads.  `admin` runs the loop, and it alone touches sockets and Callers.  `<gate>-<n>` runs one Plan.act and hands the
-Answer to the loop by `Loop.call`.  `Door.close` is for any other thread.  There is no lock here.
+Threads.  `admin`, or as the Door is named, runs the loop, and it alone touches sockets and Callers.  `<gate>-<n>` runs
+one Plan.act and hands the Answer to the loop by `Loop.call`.  `Door.close` is for any other thread.  There is no lock
+here.
 
-What strangers can do.  Each gate has CALLERS_MAX clients; one more takes the place of the oldest that is still to send
-or to read something.  Who has not sent its request, or read its answer, in time is cut off.  Each gate has threads
-of its own, and WORK_MAX requests that wait for them or are in them: one more gets 503.
+What strangers can do.  Each gate has so many clients; one more takes the place of the oldest that waits for nothing but
+its own next words, or is still to send or to read something.  Who has not sent its request, or read its answer, in time
+is cut off.  Each gate has threads of its own, and WORK_MAX requests that wait for them or are in them: one more gets
+503.  Who does not read events is cut off, too.
 
 Seams: I want to ...
-    answer at another address     a Gate, in sniroute_admin
+    answer at another address     a Gate, as sniroute_admin has two
+    answer by somebody else       a Plan by OWNER: `Caller.answer`, or `stream` and `push`; `Caller.at_end`
     accept other heads            `parse_head`, which does no I/O
     change what all answers say   HEADERS, `render`
 
@@ -53,10 +59,12 @@ __version__ = "0.1.0"
 log = logging.getLogger("sniroute")
 
 # Limits, each with its reason.  Sizes in bytes, times in seconds.
-CALLERS_MAX = 32  # of a gate at once: a browser makes six; a descriptor each, out of SPARE_FDS (sniroute_settings)
+CALLERS_MAX = 32  # of a gate at once, where it does not say otherwise: a browser makes six; a descriptor each, out of SPARE_FDS (sniroute_settings)
 WORK_MAX = 16  # of these, requests that wait for a thread or are in one: others always find a place
 REQUEST_TIME = 5.0  # to send a whole request, however slowly it comes
 WAIT_TIME = 5.0  # for a thread
+KEEP_TIME = 75.0  # for the next request: clients that renew something each twenty seconds need one connection
+STREAM_MAX = 65536  # bytes of events that a client has not read
 ANSWER_TIME = 10.0  # to read a whole answer: Prometheus' own limit for a scrape
 LINGER = 1.0  # a client that was declined while it still sends gets this time to read why ...
 LINGER_READS = 64  # ... and at most so many pieces of its request are thrown away meanwhile
@@ -69,10 +77,11 @@ ACCEPT_PAUSE = 0.1  # until an accept that failed is tried again: else the threa
 BACKLOG = 1024  # connections that wait for accept.  One too many is not told, and tries again after a second
 CLOSE_TIME = 1.0  # for threads to end in Door.close(); one that waits for a tunnel may end later, unheard
 
-READING, WAITING, WORKING, ANSWERING, LINGERING, CLOSED = (
-    "reading", "waiting", "working", "answering", "lingering", "closed")  # states of a Caller
-YIELDING = (READING, LINGERING), (ANSWERING,)  # who makes room for a new one, first to last
-FAULT = "admin: a fault in sniroute: please report it"
+READING, WAITING, WORKING, PENDING, ANSWERING, STREAMING, KEPT, LINGERING, CLOSED = (
+    "reading", "waiting", "working", "pending", "answering", "streaming", "kept", "lingering", "closed")  # of a Caller
+YIELDING = (KEPT,), (READING, LINGERING), (ANSWERING,)  # who makes room for a new one, first to last
+LOOP, THREAD, OWNER = "loop", "thread", "owner"  # who answers: see Plan
+FAULT = "a fault in sniroute: please report it"
 
 REQUEST_LINE = re.compile(rb"([!-~]+) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")  # RFC 9112 section 3
 FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\0\r\n]*?)[ \t]*")  # RFC 9112 section 5
@@ -90,6 +99,7 @@ class Answer(NamedTuple):
     kind: str = "text/plain; charset=utf-8"
     headers: tuple[tuple[str, str], ...] = ()
     said: str = ""  # what the log says of an order that was followed, in front of who gave it
+    has_end: bool = True  # False: `body` is the first of a stream
 
 
 class Declined(Exception):
@@ -110,6 +120,8 @@ class Head(NamedTuple):
     line: str  # the request line
     method: str
     path: str  # without the query; not decoded
+    query: str  # behind the first `?`; not decoded
+    minor: int  # of HTTP/1.x
     fields: dict[str, list[str]]  # by name in lower case
 
     def field(self, name: str) -> str | None:
@@ -121,6 +133,12 @@ class Head(NamedTuple):
         if len(values) > 1:
             raise Declined(400, f"{name.title()} is there twice")
         return values[0] if values else None
+
+    @property
+    def persists(self) -> bool:
+        """Whether the connection may carry another request.  Source: RFC 9112 section 9.3."""
+        words = ",".join(self.fields.get("connection", [])).lower().split(",")
+        return self.minor > 0 and "close" not in (word.strip() for word in words)
 
     def body_length(self) -> int:
         """The bytes of the body.  Raises Declined."""
@@ -159,29 +177,30 @@ def parse_head(data: bytes | bytearray, start: int = 0) -> tuple[Head, int] | No
             raise Declined(400, "the header is malformed")
         fields.setdefault(field[1].decode().lower(), []).append(field[2].decode("latin-1"))
     line, method, target = (text.decode("latin-1") for text in match.group(0, 1, 2))
-    return Head(line, method, target.partition("?")[0], fields), end.end()
+    path, _, query = target.partition("?")
+    return Head(line, method, path, query, int(match[4]), fields), end.end()
 
 
 class Plan(NamedTuple):
     """What is done for a request."""
 
-    act: Callable[[], Answer]  # may raise Declined
-    body: int  # bytes of the request's body, which is read and ignored first
-    quick: bool  # `act` never waits: the loop runs it
+    act: Callable[[Caller], Answer | None]  # may raise Declined; None: the Caller is somebody's, who answers it later
+    body: int  # bytes of the request's body, which is read first: `Caller.body`
+    by: str  # LOOP: `act` never waits; THREAD: it may; OWNER: the loop runs it, and it need not give an Answer
 
 
 # Header fields of every answer.  So a browser keeps no copy, guesses no content type, lets no other page show or
 # load an answer, and runs no script but ours.
 HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-           "X-Frame-Options": "DENY", "Cross-Origin-Resource-Policy": "same-origin", "Cache-Control": "no-store",
-           "Connection": "close"}
+           "X-Frame-Options": "DENY", "Cross-Origin-Resource-Policy": "same-origin", "Cache-Control": "no-store"}
 
 
-def render(answer: Answer) -> bytes:
-    """The head of an answer."""
+def render(answer: Answer, persists: bool) -> bytes:
+    """The head of an answer; `persists`: another one may follow."""
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
-    fields = {**HEADERS, "Date": date, "Content-Type": answer.kind,
-              "Content-Length": str(len(answer.body)), **dict(answer.headers)}
+    length = {"Content-Length": str(len(answer.body))} if answer.has_end else {}
+    fields = {**HEADERS, "Connection": "keep-alive" if persists else "close", "Date": date,
+              "Content-Type": answer.kind, **length, **dict(answer.headers)}
     status = http.HTTPStatus(answer.status)
     shown = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
     return f"HTTP/1.1 {status.value} {status.phrase}\r\n{shown}\r\n".encode()
@@ -191,26 +210,29 @@ def render(answer: Answer) -> bytes:
 
 
 class Caller:
-    """One client, with one request.  Thread `admin`, but for `perform`.
+    """One client, with one request after another.  The Door's thread, but for `perform` of a Plan by THREAD.
 
     `readable` and `writable` may be called for nothing: the number of a descriptor that was closed in this turn of the
     loop may be this one's by now.
     """
 
-    __slots__ = ("gate", "sock", "watch", "state", "data", "head", "plan", "left", "out", "unread", "reads")
+    __slots__ = ("gate", "sock", "watch", "state", "data", "head", "plan", "body", "left", "out", "unread", "reads",
+                 "at_end")
 
     def __init__(self, gate: Gate, sock: socket.socket):
         self.gate = gate
         self.sock = sock
         self.watch = Watch(gate.door.loop.poller, sock.fileno())
         self.state = ""
-        self.data = bytearray()  # what has come of the head
+        self.data = bytearray()  # what has come of the head; behind a request, what has come of the next one
         self.head: Head | None = None  # when it is complete
         self.plan: Plan | None = None  # when the head is right
+        self.body = bytearray()
         self.left = 0  # bytes of the body that are to come
         self.out: list[memoryview] = []  # what is still to be sent
         self.unread = True  # the client may still be sending its request
         self.reads = LINGER_READS
+        self.at_end: list[Callable[[], None]] = []  # called once the connection is over
         gate.callers[self] = None
         self.enter(READING)
 
@@ -220,7 +242,7 @@ class Caller:
         if self.state in late:
             late[self.state].drop(self)
         self.state = state
-        if state in late:
+        if state in late and not (state is KEPT and self.at_end):  # whoever waits for its end wants it kept
             late[state].put(self)
 
     def close(self) -> None:
@@ -231,6 +253,11 @@ class Caller:
         del self.gate.callers[self]
         self.watch.closing()
         self.sock.close()
+        at_end, self.at_end = self.at_end, []
+        for act in at_end:
+            act()
+
+    # -- reading -------------------------------------------------------------------------------
 
     def readable(self, mask: int = 0) -> None:
         """Something may have come.  Closes at its end: whoever asks waits for the answer."""
@@ -243,15 +270,25 @@ class Caller:
             data = b""
         if not data:
             self.close()
-        elif self.state is READING:
-            try:
-                self._read(data)
-            except Declined as declined:
-                self.answer(declined.answer)
-        else:
+        elif self.state in (READING, KEPT):
+            self._take(data)
+        elif self.state is LINGERING:
             self.reads -= 1
             if not self.reads:
                 self.close()
+        else:  # the next request comes already: no more of it than a head is kept
+            self.data += data
+            if len(self.data) > HEAD_MAX:
+                self.watch.wait_for(0)
+
+    def _take(self, data: bytes) -> None:
+        """A piece of a request."""
+        if self.state is KEPT:
+            self.enter(READING)
+        try:
+            self._read(data)
+        except Declined as declined:
+            self.answer(declined.answer)
 
     def _read(self, data: bytes) -> None:
         """A piece of the request.  Raises Declined."""
@@ -270,37 +307,62 @@ class Caller:
             if plan.body > len(data) and (self.head.field("expect") or "").lower() == "100-continue":
                 with contextlib.suppress(OSError):  # RFC 9110 section 10.1.1; a client that is gone shows later
                     self.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.left -= len(data)
+        self.body += data[:self.left]
+        self.data += data[self.left:]
+        self.left -= min(self.left, len(data))
         if self.left > 0:
             self.watch.wait_for(READ, self.readable)
             return
         self.unread = False
-        self.watch.wait_for(0)
-        if self.plan.quick:
-            self.answer(self.perform())
-        else:
+        self.watch.wait_for(READ if self.plan.by is OWNER and len(self.data) <= HEAD_MAX else 0, self.readable)
+        if self.plan.by is THREAD:
             self.gate.work(self)
+            return
+        if self.plan.by is OWNER:
+            self.enter(PENDING)
+        answer = self.perform()
+        if answer is not None:
+            self.answer(answer)
 
-    def perform(self) -> Answer:
-        """Do what is asked.  The thread of the gate, or where it is quick, `admin`."""
+    def perform(self) -> Answer | None:
+        """Do what is asked.  A thread of the gate, or by LOOP and OWNER the Door's."""
         try:
-            return self.plan.act()
+            return self.plan.act(self)
         except Declined as declined:
             return declined.answer
         except Exception:
-            log.exception(FAULT)
+            log.exception("%s: %s", self.gate.door.name, FAULT)
             return Declined(500, "a fault in sniroute: its log says which").answer
 
+    # -- answering -----------------------------------------------------------------------------
+
+    @property
+    def persists(self) -> bool:
+        """Whether another request may follow."""
+        return self.gate.keeps and not self.unread and self.head is not None and self.head.persists
+
     def answer(self, answer: Answer) -> None:
-        """Begin to send an answer."""
+        """Begin to send an answer.  Does nothing where the client has left."""
+        if self.state is CLOSED:
+            return
         log.debug("%s: %s: %d", self.gate.name, printable(self.head.line if self.head else "no request", 200),
                   answer.status)
         if answer.said:
             log.info("%s, by an order of %s", answer.said, asker(self.sock))
         body = b"" if self.head is not None and self.head.method == "HEAD" else answer.body
-        self.out = [memoryview(each) for each in (render(answer), body) if each]
-        self.enter(ANSWERING)
+        persists = answer.has_end and self.persists
+        self.out = [memoryview(each) for each in (render(answer, persists), body) if each]
+        self.enter(ANSWERING if answer.has_end else STREAMING)
         self.writable()
+
+    def push(self, data: bytes) -> None:
+        """More of a stream.  Who has not read what came before is cut off."""
+        if self.state is STREAMING:
+            self.out.append(memoryview(data))
+            if sum(map(len, self.out)) > STREAM_MAX:
+                self.close()
+            else:
+                self.writable()
 
     def writable(self, mask: int = 0) -> None:
         """Send what the client takes.  At the end, let one that was declined early read why.
@@ -315,17 +377,43 @@ class Caller:
                     sent -= len(self.out.pop(0))
                 if sent:
                     self.out[0] = self.out[0][sent:]
+            if self.state is STREAMING:
+                self.watch.wait_for(READ, self.readable)
+                return
             if self.unread:
                 self.sock.shutdown(socket.SHUT_WR)
                 self.enter(LINGERING)
                 self.watch.wait_for(READ, self.readable)
                 return
         except BlockingIOError:
-            self.watch.wait_for(WRITE, self.writable)
+            self.watch.wait_for(WRITE | (READ if self.state is STREAMING else 0), self._either)
             return
         except OSError as error:
             log.debug("%s: %s", self.gate.name, printable(str(error)))
-        self.close()
+            self.close()
+            return
+        if self.persists:
+            self._begin_again()
+        else:
+            self.close()
+
+    def _either(self, mask: int) -> None:
+        if mask & ~READ:
+            self.writable()
+        if mask & READ and self.state is STREAMING:
+            self.readable()
+
+    def _begin_again(self) -> None:
+        """The next request, some of which may be there."""
+        self.head = self.plan = None
+        self.body.clear()
+        self.unread = True
+        self.enter(KEPT)
+        self.watch.wait_for(READ, self.readable)
+        if self.data:
+            data = bytes(self.data)
+            self.data.clear()
+            self.gate.door.soon.put((self, data))
 
 
 def asker(sock: socket.socket) -> str:
@@ -343,13 +431,20 @@ def asker(sock: socket.socket) -> str:
 
 
 class Gate:
-    """An address: its listener, which it owns, its callers, its threads `<name>-<n>`.  Thread `admin`, but for `_run`.
+    """An address: its listener, which it owns, its callers, its threads `<name>-<n>`.  The Door's thread, but for `_run`.
 
-    `decide` says what is done for a request, and never waits; it raises Declined.
+    Args:
+        decide: says what is done for a request, and never waits; it raises Declined.
+        threads: how many there may be for Plans by THREAD.
+        keeps: connections carry one request after another.
+        most: clients at a time.
     """
 
-    def __init__(self, door: Door, name: str, listener: socket.socket, decide: Callable[[Head], Plan], threads: int):
+    def __init__(self, door: Door, name: str, listener: socket.socket, decide: Callable[[Head], Plan], threads: int,
+                 keeps: bool = False, most: int = CALLERS_MAX):
         self.door = door
+        self.keeps = keeps
+        self.most = most
         self.name = name
         self.listener = listener
         self.decide = decide
@@ -378,7 +473,7 @@ class Gate:
                     self.pause.set(time.monotonic() + ACCEPT_PAUSE)
                 return
             sock.setblocking(False)
-            if len(self.callers) >= CALLERS_MAX:
+            if len(self.callers) >= self.most:
                 self._make_room()
             Caller(self, sock).readable()
 
@@ -435,12 +530,13 @@ BUSY = Declined(503, "too many ask at once", Retry_After="1")
 
 
 class Door:
-    """One loop for all gates, in the thread `admin`, from `open` to `close`.
+    """One loop for all gates, in the thread `name`, from `open` to `close`.
 
     `tick` is called each `every` seconds, however many clients there are.
     """
 
-    def __init__(self, tick: Callable[[], None], every: float):
+    def __init__(self, tick: Callable[[], None], every: float, name: str = "admin"):
+        self.name = name
         self.loop = Loop(self._fault)
         self.gates: list[Gate] = []
         self.tick = tick
@@ -448,8 +544,10 @@ class Door:
         self.timer = self.loop.timer(self._tick)
         self.late = {state: self.loop.queue(seconds, act) for state, seconds, act in (
             (READING, REQUEST_TIME, Caller.close), (WAITING, WAIT_TIME, lambda caller: caller.gate.give_up(caller)),
-            (ANSWERING, ANSWER_TIME, Caller.close), (LINGERING, LINGER, Caller.close))}
-        self.thread = threading.Thread(target=self.loop.run, name="admin", daemon=True)
+            (ANSWERING, ANSWER_TIME, Caller.close), (KEPT, KEEP_TIME, Caller.close),
+            (LINGERING, LINGER, Caller.close))}
+        self.soon = self.loop.queue(0.0, lambda each: each[0].state is KEPT and each[0]._take(each[1]))
+        self.thread = threading.Thread(target=self.loop.run, name=name, daemon=True)
 
     def open(self) -> None:
         """Begin to serve the gates."""
@@ -457,7 +555,7 @@ class Door:
         self.thread.start()
 
     def close(self) -> None:
-        """Cut all requests short, and wait up to CLOSE_TIME for their threads.  Any thread but `admin`; once."""
+        """Cut all requests short, and wait up to CLOSE_TIME for their threads.  Any thread but the Door's; once."""
         if self.thread.is_alive():
             self.loop.call(self.loop.stop)
             self.thread.join()
@@ -478,7 +576,7 @@ class Door:
 
     def _fault(self, owner: Any) -> None:
         """Something raised an exception: a caller ends, and all others go on."""
-        log.error(FAULT, exc_info=sys.exc_info())
+        log.error("%s: %s", self.name, FAULT, exc_info=sys.exc_info())
         if isinstance(owner, Caller):
             owner.close()
 
