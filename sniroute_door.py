@@ -437,14 +437,14 @@ class Gate:
         decide: says what is done for a request, and never waits; it raises Declined.
         threads: how many there may be for Plans by THREAD.
         keeps: connections carry one request after another.
-        most: clients at a time.
+        most: clients at a time; 0 for CALLERS_MAX.
     """
 
     def __init__(self, door: Door, name: str, listener: socket.socket, decide: Callable[[Head], Plan], threads: int,
-                 keeps: bool = False, most: int = CALLERS_MAX):
+                 keeps: bool = False, most: int = 0):
         self.door = door
         self.keeps = keeps
-        self.most = most
+        self.most = most or CALLERS_MAX
         self.name = name
         self.listener = listener
         self.decide = decide
