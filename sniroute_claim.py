@@ -1,0 +1,422 @@
+"""sniroute_claim: claim a name, keep it, and give it back at the end: `sniroute.py claim`.
+
+    sniroute.py claim shop tcp:127.0.0.1:8080 -- python3 -m http.server 8080
+                       |                                   |
+          Claimer ---- POST /routes ----> a registry       | a command beside it: it runs while the name is ours,
+             |    ---- POST .../renew     (of a router)    | and its end is the end of the claim
+             |    ---- DELETE                              |
+             +-- prints the name, once it is ours
+
+What becomes of a claim is `Claimer.state`:
+
+    SEEKING -> HELD          claimed; renewed at a third of its time
+    HELD -> SEEKING          the registry was away for too long, or has forgotten the claim: claimed again
+    HELD -> LOST             another client of the same owner has taken it over: we do not take it back
+    SEEKING -> REFUSED       the registry says no, and would say so again
+    any -> OVER              a signal, or the end of the command: released
+
+A registry that is away, or too busy, is asked again, later each time, for ever.  A name that another one holds is asked
+for again, too, once it has been ours: the other may leave.
+
+Threads: `main` does all; one that waits for the command's end wakes it.
+
+Seams: I want to ...
+    another field of a claim    OPTIONS and `wish`
+    another end of a claim      ENDS: what an answer means
+
+The token comes from SNIROUTE_REGISTRY_TOKEN, so that no user of this host reads it on a command line.
+
+This room imports sniroute_names (printable) and the standard library.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+from typing import Any, Callable, NamedTuple
+
+from sniroute_names import printable
+
+__version__ = "0.1.0"
+
+USAGE = """\
+usage: sniroute.py claim NAME TARGET [options] [-- COMMAND ...]
+
+Claims NAME (shop, or shop.tun.example.com; "-" for one at random; tcp:PORT or tcp for a port) in the registry of a
+router, prints it, and keeps it until the end of COMMAND, or of this program.
+
+options:
+  --registry URL       http://HOST:PORT, https://HOST, or unix:PATH (SNIROUTE_REGISTRY_URL, then
+                       http://127.0.0.1:19002)
+  --ttl SECONDS        the name is free again so long after the last sign of life (default: the registry's own)
+  --allow CIDR,...     only these clients
+  --http MODE          what plain HTTP gets: refuse, forward, forward-tls, redirect or pass
+  --meta KEY=VALUE     a note on the claim; repeatable
+  --no-takeover        fail where another client of yours holds the name; by default it is taken over
+
+The token is read from SNIROUTE_REGISTRY_TOKEN.  COMMAND has the name in SNIROUTE_NAME.
+"""
+URL = "http://127.0.0.1:19002"
+
+# Limits, each with its reason.  Seconds.
+ASK_TIME = 10.0  # for one answer: longer than a registry waits for its store
+RETRY_FIRST, RETRY_LAST = 0.5, 15.0  # between two tries where the registry is away; a third of it is left to chance
+SHARE = 3  # renewed at a third of its time: two renewals may be lost
+SHORTEST = 1.0  # between two renewals
+STOP_TIME = 10.0  # for the command to end after SIGTERM; then it is killed
+BODY_MAX = 1 << 20  # of an answer
+
+SEEKING, HELD, LOST, REFUSED, OVER = "seeking", "held", "lost", "refused", "over"
+
+
+class Unable(Exception):
+    """What was asked for is not to be had; in words for people."""
+
+
+class Place(NamedTuple):
+    """Where a registry is."""
+
+    scheme: str  # http, https, unix
+    host: str  # for unix the path
+    port: int
+    prefix: str = ""
+
+    def __str__(self) -> str:
+        return f"unix:{self.host}" if self.scheme == "unix" else f"{self.scheme}://{self.host}:{self.port}{self.prefix}"
+
+
+def parse_place(text: str) -> Place:
+    """`http://HOST:PORT`, `https://HOST`, `unix:PATH`.  Raises Unable."""
+    if text.startswith("unix:") and len(text) > 5:
+        return Place("unix", text[5:], 0)
+    try:
+        url = urllib.parse.urlsplit(text)
+        port = url.port or {"http": 80, "https": 443}[url.scheme]
+        if not url.hostname or url.username or url.query or url.fragment:
+            raise ValueError
+    except (ValueError, KeyError):
+        raise Unable(f"--registry: {printable(text, 120)!r} is not http://HOST:PORT, https://HOST or unix:PATH") from None
+    return Place(url.scheme, url.hostname, port, url.path.rstrip("/"))
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP by a unix socket."""
+
+    def __init__(self, path: str, timeout: float):
+        super().__init__("sniroute", timeout=timeout)
+        self.path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
+
+
+class Answer(NamedTuple):
+    """What a registry says."""
+
+    status: int
+    body: dict[str, Any]
+    retry_after: float
+
+    @property
+    def words(self) -> str:
+        """Its sentence, for people."""
+        said = [self.body.get("detail") or self.body.get("title") or f"HTTP {self.status}"]
+        said += [f"{each.get('field')}: {each.get('detail')}" for each in self.body.get("errors", ())
+                 if isinstance(each, dict)]
+        return printable("; ".join(map(str, said)), 500)
+
+
+class Registry:
+    """The registry, over one connection that is kept.  Raises OSError where it is away."""
+
+    def __init__(self, place: Place, token: str):
+        self.place = place
+        self.token = token
+        self.connection: http.client.HTTPConnection | None = None
+
+    def ask(self, method: str, path: str, body: Any = None, lease: str = "") -> Answer:
+        """One request.  A kept connection that has ended meanwhile is made again, once."""
+        for fresh in (self.connection is None, True):
+            try:
+                return self._ask(method, path, body, lease)
+            except (OSError, http.client.HTTPException) as error:
+                self.close()
+                if fresh:
+                    raise error if isinstance(error, OSError) else OSError(f"it broke off: {error!r}") from None
+        raise AssertionError
+
+    def _ask(self, method: str, path: str, body: Any, lease: str) -> Answer:
+        if self.connection is None:
+            place = self.place
+            self.connection = UnixConnection(place.host, ASK_TIME) if place.scheme == "unix" else \
+                {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}[place.scheme](
+                    place.host, place.port, timeout=ASK_TIME)
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        if lease:
+            headers["Sniroute-Lease"] = lease
+        self.connection.request(method, self.place.prefix + path, None if body is None else json.dumps(body), headers)
+        response = self.connection.getresponse()
+        data = response.read(BODY_MAX)
+        try:
+            found = json.loads(data or b"{}")
+        except ValueError:
+            found = {}
+        after = response.headers.get("Retry-After", "")
+        return Answer(response.status, found if isinstance(found, dict) else {},
+                      float(after) if re.fullmatch(r"[0-9]{1,5}", after) else 0.0)
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+
+
+class Claimer:
+    """One claim, from the first request to its release.  Thread `main`, but for `wake`."""
+
+    def __init__(self, registry: Registry, wish: dict[str, Any], say: Callable[[str], None],
+                 clock: Callable[[], float] = time.monotonic):
+        self.registry = registry
+        self.wish = wish
+        self.say = say
+        self.clock = clock
+        self.state = SEEKING
+        self.name = ""  # as the registry has it, once it was ours
+        self.lease = ""
+        self.ttl = 0.0
+        self.until = 0.0  # clock time: from then on it may be another's
+        self.pause = 0.0  # until the next try
+        self.trouble = ""  # what was said last
+        self.woken = threading.Event()
+
+    @property
+    def path(self) -> str:
+        """Where the claim is."""
+        return f"/routes/{urllib.parse.quote(self.name, safe=':')}"
+
+    def step(self) -> float:
+        """Do what is due.  Returns the seconds until there is something to do again."""
+        try:
+            answer = self._claim() if self.state is SEEKING else self._renew()
+        except OSError as error:
+            return self._later(f"{self.registry.place}: {error.strerror or error}")
+        if answer.status == 429 or answer.status >= 500:
+            return self._later(f"{self.registry.place}: {answer.words}", answer.retry_after)
+        self.pause = 0.0
+        if answer.status in (200, 201):
+            self._held(answer.body)
+            return max(self.ttl / SHARE, SHORTEST)
+        if self.state is HELD and answer.status == 404:
+            self.say(f"{self.name}: the registry does not know the claim any more: claimed again")
+            self.state = SEEKING
+            return 0.0
+        if self.state is HELD and answer.status == 409:
+            self.state = LOST
+            raise Unable(f"{self.name}: another client of this owner has taken it over")
+        if self.name and answer.status == 409 and answer.body.get("class") != "own":
+            return self._later(f"{self.name}: {answer.words}")
+        self.state = REFUSED
+        raise Unable(f"{self.wish.get('name') or self.wish.get('port') or 'a name'}: {answer.words}")
+
+    def _claim(self) -> Answer:
+        wish = self.wish
+        if self.name:  # the same one again; and who has taken it over meanwhile keeps it
+            key = "port" if self.name.startswith("tcp:") else "name"
+            wish = {**wish, key: int(self.name[4:]) if key == "port" else self.name, "takeover": False}
+        return self.registry.ask("POST", "/routes", wish)
+
+    def _renew(self) -> Answer:
+        body = {"ttl": self.wish["ttl"]} if "ttl" in self.wish else {}
+        return self.registry.ask("POST", f"{self.path}/renew", body, self.lease)
+
+    def _held(self, body: dict[str, Any]) -> None:
+        name, lease, ttl = body.get("name"), body.get("lease", self.lease), body.get("ttl")
+        if not isinstance(name, str) or not isinstance(lease, str) or not isinstance(ttl, (int, float)) or ttl <= 0:
+            raise Unable(f"{self.registry.place} is no registry of names: its answer has no name, lease and ttl")
+        first = self.state is SEEKING
+        self.name, self.lease, self.ttl, self.until = name, lease, float(ttl), self.clock() + ttl
+        self.state = HELD
+        if self.trouble:
+            self.say(f"{self.name}: all is well again")
+            self.trouble = ""
+        if first:
+            print(self.name, flush=True)
+
+    def _later(self, trouble: str, after: float = 0.0) -> float:
+        """Try again later; say why, once."""
+        if trouble != self.trouble:
+            self.trouble = trouble
+            self.say(trouble + ": tried again")
+        if self.state is HELD and self.clock() >= self.until:
+            self.state = SEEKING
+        self.pause = min(self.pause * 2, RETRY_LAST) or RETRY_FIRST
+        return max(self.pause * random.uniform(2 / 3, 1), after)
+
+    def release(self) -> None:
+        """Give it back, if it is ours."""
+        if self.state is HELD:
+            try:
+                self.registry.ask("DELETE", self.path, None, self.lease)
+            except OSError as error:
+                self.say(f"{self.name}: not released, since {self.registry.place}: {error.strerror or error}; "
+                         f"it is free in {self.ttl:g} s")
+        self.state = OVER
+        self.registry.close()
+
+
+# -- the command line --------------------------------------------------------------------------
+
+
+def parse_meta(text: str) -> tuple[str, str]:
+    """`KEY=VALUE`."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError("is not KEY=VALUE")
+    return key, value
+
+
+def parse_ttl(text: str) -> float:
+    """Seconds, `60` or `60s`."""
+    if not re.fullmatch(r"[0-9]{1,6}s?", text, re.ASCII):
+        raise ValueError("is no number of seconds")
+    return int(text.rstrip("s"))
+
+
+# Options with a value: what is made of it.  `meta` may be repeated.
+OPTIONS: dict[str, Callable[[str], Any]] = {
+    "registry": str, "ttl": parse_ttl, "allow": lambda text: [each.strip() for each in text.split(",")], "http": str,
+    "meta": parse_meta}
+
+
+def parse_words(words: list[str]) -> tuple[list[str], dict[str, Any], list[str]]:
+    """Arguments, options, and the command behind `--`.  Raises Unable."""
+    arguments: list[str] = []
+    given: dict[str, Any] = {}
+    at = words.index("--") if "--" in words else len(words)
+    rest, command = iter(words[:at]), words[at + 1:]
+    for word in rest:
+        name, equals, value = word[2:].partition("=")
+        if word == "--no-takeover":
+            given["takeover"] = False
+        elif not word.startswith("--"):
+            arguments.append(word)
+        elif name not in OPTIONS:
+            raise Unable(f"unknown option {printable(word, 80)!r}")
+        else:
+            text = value if equals else next(rest, None)
+            try:
+                if text is None:
+                    raise ValueError("needs a value")
+                found = OPTIONS[name](text)
+            except ValueError as error:
+                raise Unable(f"--{name}: {printable(text or '', 80)} {error}") from None
+            if name == "meta":
+                given.setdefault("meta", {})[found[0]] = found[1]
+            else:
+                given[name] = found
+    return arguments, given, command
+
+
+def wish_of(name: str, target: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The body of a claim.  Raises Unable."""
+    port = re.fullmatch(r"tcp(?::([0-9]{1,5}))?", name)
+    wish: dict[str, Any] = {"port": int(port[1]) if port[1] else None} if port else \
+        {"name": None if name == "-" else name}
+    return {**wish, "target": target, **{key: value for key, value in given.items() if key != "registry"}}
+
+
+def say(text: str) -> None:
+    """One line for people."""
+    print(f"sniroute claim: {text}", file=sys.stderr, flush=True)
+
+
+class Beside:
+    """The command that runs while the claim is held; "" of words: none."""
+
+    def __init__(self, words: list[str], woken: threading.Event):
+        self.words = words
+        self.woken = woken
+        self.process: subprocess.Popen[bytes] | None = None
+        self.ended = False
+
+    def begin(self, name: str) -> None:
+        """Start it, once.  Raises Unable."""
+        if not self.words or self.process is not None:
+            return
+        environ = {key: value for key, value in os.environ.items() if key != "SNIROUTE_REGISTRY_TOKEN"}
+        try:
+            self.process = subprocess.Popen(self.words, env={**environ, "SNIROUTE_NAME": name})
+        except OSError as error:
+            raise Unable(f"{printable(self.words[0], 120)}: {(error.strerror or str(error)).lower()}") from None
+        threading.Thread(target=self._wait, name="command", daemon=True).start()
+
+    def _wait(self) -> None:
+        self.process.wait()
+        self.ended = True
+        self.woken.set()
+
+    def end(self, number: int) -> int:
+        """Have it end, as we were told to.  Returns its exit code, as a shell has it; 0 where there is none."""
+        if self.process is None:
+            return 0
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            code = self.process.wait(STOP_TIME)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        return 128 - code if code < 0 else code
+
+
+def main(words: list[str]) -> int:
+    """`claim`.  Returns the exit code: that of the command; else 0 released, 1 not to be had, 2 a wrong command line."""
+    if {"-h", "--help"}.intersection(words[:words.index("--")] if "--" in words else words):
+        print(USAGE, end="")
+        return 0
+    try:
+        arguments, given, command = parse_words(words)
+        if len(arguments) != 2:
+            raise Unable("claim takes a NAME and a TARGET")
+        token = os.environ.get("SNIROUTE_REGISTRY_TOKEN", "").strip()
+        if not re.fullmatch(r"[!-~]+", token):
+            raise Unable("put the token into SNIROUTE_REGISTRY_TOKEN")
+        place = parse_place(given.get("registry") or os.environ.get("SNIROUTE_REGISTRY_URL") or URL)
+        claimer = Claimer(Registry(place, token), wish_of(*arguments, given), say)
+    except Unable as error:
+        say(str(error))
+        return 2
+    signals: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: (signals.append(number), claimer.woken.set()))
+    return keep(claimer, Beside(command, claimer.woken), signals)
+
+
+def keep(claimer: Claimer, beside: Beside, signals: list[int]) -> int:
+    """Keep the claim until a signal, or the end of the command.  Returns the exit code."""
+    code = 0
+    try:
+        while not signals and not beside.ended:
+            pause = claimer.step()
+            if claimer.state is HELD:
+                beside.begin(claimer.name)
+            claimer.woken.wait(pause)
+    except Unable as error:
+        say(str(error))
+        code = 1
+    claimer.release()
+    ended = beside.end(signals[0] if signals else signal.SIGTERM)
+    return code or ended
