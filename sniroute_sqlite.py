@@ -1,12 +1,12 @@
 """sniroute_sqlite: claims and their history in a file that outlives the router.
 
     the registry's loop                                the thread `sqlite`
-    Sqlite.write(changes, done) ---- a queue --------> one transaction for all that wait: claims, history
-      done(None | StoreError) <----- Loop.call -------
+    Sqlite.write(what, claim, done) ---- a queue ----> one transaction for all that wait: claims, history
+      done(Written) <---- Loop.call -----------------
     Sqlite.history(..., done) ------------------------> rows of the last 30 days
 
-What is kept of a claim is a text, by its key; what that means, only its owner knows.  A renewal is not written: after
-a restart each claim has a whole ttl anyway, so nothing is lost by that, and a renewal costs no disk.
+A Store of sniroute_registry.  A renewal is not written: after a restart each claim has a whole ttl anyway, so nothing
+is lost by that, and a renewal costs no disk.  A claim that has ended stays until its name is held no more.
 
 `write` tells `done` once the change is on the disk (WAL, synchronous=FULL: a commit survives a power cut).  All that
 waits goes into one commit: so it takes thousands of claims a second, though a disk has some hundred commits.
@@ -14,27 +14,30 @@ waits goes into one commit: so it takes thousands of claims a second, though a d
 One process has the file (locking_mode=EXCLUSIVE): two registries on one file would each believe to know all claims.
 A file system without locks, as some NFS, is refused by SQLite itself, or not at all: keep it on a local disk.
 
-Threads: `open` and `close` are for the thread that attaches; all else is the loop's, but for what is below "the thread".
+Threads: `load` and `close` are for the thread that attaches; all else is the loop's, but for what is below "the thread".
 The connection belongs to the thread; no lock.
 
 Seams: I want to ...
     keep more of a change     Change, and a column of `history`; FORMAT counts up
     keep it for longer        HISTORY_DAYS
 
-This room imports sniroute_loop.
+This room imports sniroute_registry (claims as texts), sniroute_claims and sniroute_loop.
 
 Sources: sqlite.org: "Write-Ahead Logging", "PRAGMA locking_mode", "PRAGMA synchronous".
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import sqlite3
 import threading
 import time
-from typing import Any, Callable, Iterable, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
+from sniroute_claims import OK, Claim
 from sniroute_loop import Loop
+from sniroute_registry import UNAVAILABLE, Registry, Written, from_text, to_text
 
 __version__ = "0.1.0"
 
@@ -48,7 +51,7 @@ PRUNE_EVERY = 3600.0  # seconds between two looks at what is too old
 ROWS_MAX = 1000  # of one answer about the history
 
 TABLES = """
-CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, record TEXT NOT NULL, held_until REAL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS history (number INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, event TEXT NOT NULL,
                                     key TEXT NOT NULL, owner TEXT NOT NULL, detail TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS history_at ON history (at);
@@ -63,10 +66,11 @@ class Change(NamedTuple):
     """What has become of a key."""
 
     key: str
-    record: str | None  # None: it is gone
-    event: str  # claimed, changed, released, expired ...: for the history
+    record: str
+    held_until: float | None  # seconds since 1970: it has ended, and its name is held until then; None: it lives
+    event: str  # for the history
     owner: str
-    detail: str = ""
+    detail: str
 
 
 class Row(NamedTuple):
@@ -80,7 +84,7 @@ class Row(NamedTuple):
     detail: str
 
 
-Written = tuple[Sequence[Change], Callable[[StoreError | None], None]]  # what is to be written, and who is told
+Order = tuple[Change, Callable[[Written], None]]  # what is to be written, and who is told
 
 
 def said(error: sqlite3.Error) -> str:
@@ -97,15 +101,16 @@ class Sqlite:
         self.clock = clock
         self.fault = ""  # why the last commit failed; "" where it did not
         self.waiting = 0  # changes that are not on the disk yet
-        self.orders: queue.SimpleQueue[Written | Callable[[], Any] | None] = queue.SimpleQueue()  # None: the last
+        self.orders: queue.SimpleQueue[Order | Callable[[], Any] | None] = queue.SimpleQueue()  # None: the last
         self.connection: sqlite3.Connection | None = None
         self.pruned = 0.0
+        self.rows: list[tuple[str, float | None]] = []  # as they were read
         self.thread = threading.Thread(target=self._run, name="sqlite", daemon=True)
 
     # -- the thread that attaches ----------------------------------------------------------------
 
-    def open(self) -> list[tuple[str, str]]:
-        """All claims: key and record.  Raises StoreError."""
+    def load(self) -> None:
+        """Open the file, and read all claims.  Raises StoreError."""
         try:
             self.connection = sqlite3.connect(self.path, timeout=BUSY_TIME, isolation_level=None,
                                               check_same_thread=False)
@@ -121,7 +126,8 @@ class Sqlite:
                 run(statement)
             run(f"PRAGMA user_version={FORMAT}")
             run("COMMIT")
-            rows = run("SELECT key, record FROM claims").fetchall()
+            self._prune(self.clock())
+            self.rows = run("SELECT record, held_until FROM claims").fetchall()
         except sqlite3.Error as error:
             self._close()
             busy = "locked" in str(error)
@@ -130,7 +136,6 @@ class Sqlite:
             self._close()
             raise
         self.thread.start()
-        return rows
 
     def close(self) -> None:
         """Write what waits, and let go of the file."""
@@ -146,13 +151,37 @@ class Sqlite:
 
     # -- the loop --------------------------------------------------------------------------------
 
-    def write(self, changes: Sequence[Change], done: Callable[[StoreError | None], None]) -> None:
-        """Keep these, all or none: `done(None)` once they are on the disk, else `done(StoreError)`; perhaps at once."""
-        if self.waiting + len(changes) > WAITING_MAX:
-            done(StoreError(f"{self.path}: {self.waiting} changes wait for the disk"))
+    def open(self, registry: Registry) -> None:
+        """Each claim that lived has the time of a ttl to be renewed."""
+        table, now, wall = registry.table, registry.table.clock(), self.clock()
+        rows, self.rows = self.rows, []
+        live = []
+        for record, held_until in rows:
+            with contextlib.suppress(ValueError):  # of another hand: it is left alone
+                claim = from_text(record, now)
+                if held_until is None:
+                    live.append(claim)
+                else:
+                    table.put(claim._replace(expires=now + min(held_until - wall - claim.hold, 0.0)))
+        table.freeze()
+        for claim in live:
+            table.put(claim)
+        registry.freeze(False)
+
+    def write(self, what: str, former: Claim | None, claim: Claim | None, done: Callable[[Written], None]) -> None:
+        """See Store.  It is told once the change is on the disk."""
+        if self.waiting >= WAITING_MAX:
+            done(Written(UNAVAILABLE, sentence=f"{self.waiting} changes wait for the disk"))
             return
-        self.waiting += len(changes)
-        self.orders.put((changes, done))
+        now = claim or former
+        assert now is not None
+        self.waiting += 1
+        self.orders.put((Change(now.key, to_text(now), None if claim is not None else self.clock() + now.hold, what,
+                                now.owner, f"{now.target} {now.id}"), done))
+
+    def renew(self, claim: Claim, done: Callable[[Written], None]) -> None:
+        """See Store: there is nothing to be kept."""
+        done(Written(OK))
 
     def history(self, done: Callable[[list[Row] | StoreError], None], key: str = "", before: int = 0,
                 limit: int = 100) -> None:
@@ -172,11 +201,11 @@ class Sqlite:
 
         self.orders.put(look)
 
-    def _written(self, group: Iterable[Written], error: StoreError | None) -> None:
-        self.fault = str(error or "")
-        for changes, done in group:
-            self.waiting -= len(changes)
-            done(error)
+    def _written(self, group: Sequence[Order], fault: str) -> None:
+        self.fault = fault
+        self.waiting -= len(group)
+        for _, done in group:
+            done(Written(UNAVAILABLE, sentence=f"the claim cannot be kept: {fault}") if fault else Written(OK))
 
     # -- the thread ------------------------------------------------------------------------------
 
@@ -185,7 +214,7 @@ class Sqlite:
             orders = [self.orders.get()]
             while len(orders) < BATCH and not self.orders.empty():
                 orders.append(self.orders.get())
-            group: list[Written] = []
+            group: list[Order] = []
             for order in orders:
                 if isinstance(order, tuple):
                     group.append(order)
@@ -197,34 +226,33 @@ class Sqlite:
                 order()
             self._finish(group)
 
-    def _finish(self, group: list[Written]) -> None:
+    def _finish(self, group: list[Order]) -> None:
         """Commit all of these at once."""
         if group:
-            error = self._commit([change for changes, _ in group for change in changes])
-            self.loop.call(lambda: self._written(group, error))
+            fault = self._commit([change for change, _ in group])
+            self.loop.call(lambda: self._written(group, fault))
 
-    def _commit(self, changes: Sequence[Change]) -> StoreError | None:
-        """All of these, or none."""
+    def _commit(self, changes: Sequence[Change]) -> str:
+        """All of these, or none.  Returns why not; "" where they are on the disk."""
         now = self.clock()
         connection = self.connection
         try:
             connection.execute("BEGIN IMMEDIATE")
-            for change in changes:
-                if change.record is None:
-                    connection.execute("DELETE FROM claims WHERE key = ?", (change.key,))
-                else:
-                    connection.execute("INSERT OR REPLACE INTO claims VALUES (?, ?)", (change.key, change.record))
+            connection.executemany("INSERT OR REPLACE INTO claims VALUES (?, ?, ?)", [change[:3] for change in changes])
             connection.executemany("INSERT INTO history (at, event, key, owner, detail) VALUES (?, ?, ?, ?, ?)",
                                    [(now, each.event, each.key, each.owner, each.detail) for each in changes])
-            if now >= self.pruned + PRUNE_EVERY or now < self.pruned:
-                self.pruned = now
-                connection.execute("DELETE FROM history WHERE at < ?", (now - HISTORY_DAYS * 86400,))
+            if not 0 <= now - self.pruned < PRUNE_EVERY:
+                self._prune(now)
             connection.execute("COMMIT")
         except sqlite3.Error as error:
-            if connection.in_transaction:
-                try:
+            with contextlib.suppress(sqlite3.Error):  # the disk may take no journal either; the next BEGIN tells
+                if connection.in_transaction:
                     connection.execute("ROLLBACK")
-                except sqlite3.Error:
-                    pass  # the disk takes no journal either; the next BEGIN tells
-            return StoreError(f"{self.path}: {said(error)}")
-        return None
+            return said(error)
+        return ""
+
+    def _prune(self, now: float) -> None:
+        """Forget what is too old."""
+        self.pruned = now
+        self.connection.execute("DELETE FROM history WHERE at < ?", (now - HISTORY_DAYS * 86400,))
+        self.connection.execute("DELETE FROM claims WHERE held_until < ?", (now,))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import subprocess
 import sys
@@ -13,8 +12,10 @@ import pytest
 
 import sniroute_sqlite
 from conftest import HERE, FakeClock
+from sniroute_claims import OK, Claim, Table
 from sniroute_loop import Loop
-from sniroute_sqlite import FORMAT, HISTORY_DAYS, Change, Sqlite, StoreError
+from sniroute_registry import CLAIMED, EXPIRED, RELEASED, UNAVAILABLE, Memory, Registry, Written
+from sniroute_sqlite import FORMAT, HISTORY_DAYS, Sqlite, StoreError
 
 
 class Caller:
@@ -49,36 +50,94 @@ def caller() -> Iterator[Caller]:
 
 
 @pytest.fixture
-def open_file(caller, tmp_path) -> Callable[..., tuple[Sqlite, dict[str, str]]]:
-    def make(path: str = "", **options: Any) -> tuple[Sqlite, dict[str, str]]:
+def open_file(caller, tmp_path) -> Callable[..., Sqlite]:
+    def make(path: str = "", **options: Any) -> Sqlite:
         store = Sqlite(path or str(tmp_path / "names.db"), caller.loop, **options)
-        rows = dict(store.open())
+        store.load()
         caller.stores.append(store)
-        return store, rows
+        return store
     return make
 
 
-def change(key: str, record: str | None = "{}", event: str = "claimed", owner: str = "alice") -> Change:
-    return Change(key, record, event, owner, "detail")
+def claim(key: str, **fields: Any) -> Claim:
+    return Claim(key, f"id-{key}", "alice", "tcp:192.0.2.1:80", "lease", 1, 60.0, 600.0, 0.0)._replace(**fields)
 
 
-def write(caller: Caller, store: Sqlite, *changes: Change) -> StoreError | None:
-    return caller.ask(lambda done: store.write(changes, done))
+def write(caller: Caller, store: Sqlite, *claims: Claim, what: str = CLAIMED) -> Written:
+    """The last of what it says."""
+    return [caller.ask(lambda done, each=each: store.write(what, None, each, done)) for each in claims][-1]
+
+
+def end(caller: Caller, store: Sqlite, *claims: Claim, what: str = RELEASED) -> None:
+    for each in claims:
+        assert caller.ask(lambda done, each=each: store.write(what, each, None, done)).word == OK
 
 
 def history(caller: Caller, store: Sqlite, **options: Any) -> Any:
     return caller.ask(lambda done: store.history(done, **options))
 
 
-def test_what_is_written_is_there_after_a_restart(caller, open_file):
-    store, rows = open_file()
-    assert rows == {}
-    for number in range(3):
-        assert write(caller, store, change(f"n{number}", f'{{"number": {number}}}')) is None
-    assert write(caller, store, change("n1", None, "released"), change("n2", "new", "changed")) is None
+def table(store: Sqlite, clock: Callable[[], float] = FakeClock()) -> Table:
+    """What a registry knows that begins with this file."""
+    loop = Loop(lambda owner: None)
+    registry = Registry(loop, Table(clock), Memory(), lambda key: None)
+    store.open(registry)
+    loop.close()
+    return registry.table
+
+
+def test_what_is_written_is_there_after_a_restart_with_its_leases(caller, open_file):
+    store = open_file()
+    assert len(table(store)) == 0
+    first, second, third = (claim(name, allow=("192.0.2.0/24",), meta={"x": [1]}, http="forward") for name in "abc")
+    assert write(caller, store, first, second, third) == Written(OK)
+    write(caller, store, second._replace(target="tcp:192.0.2.9:1", generation=2), what="changed")
+    end(caller, store, third)
     store.close()
-    _, rows = open_file()
-    assert rows == {"n0": '{"number": 0}', "n2": "new"}
+    clock = FakeClock()
+    found = table(open_file(), clock)
+    assert list(found.live) == ["a", "b"]
+    assert found.find("a") == first._replace(expires=clock() + 60)
+    assert (found.find("b").target, found.find("b").generation) == ("tcp:192.0.2.9:1", 2)
+    assert found.judge("c", "bob").word == "held" and found.judge("c", "alice").word == "new"
+
+
+def test_each_claim_has_a_ttl_to_be_renewed_at_least_half_a_minute(caller, open_file):
+    store = open_file()
+    write(caller, store, claim("short", ttl=5.0), claim("long", ttl=300.0))
+    store.close()
+    clock = FakeClock()
+    found = table(open_file(), clock)
+    clock.jump(29.9)
+    assert found.expire() == [] and found.find("short")
+    clock.jump(0.2)
+    assert [each.key for each in found.expire()] == ["short"]
+
+
+@pytest.mark.parametrize("passed, word", [(599, "held"), (601, "new")])
+def test_a_name_is_held_over_a_restart_for_what_is_left(caller, open_file, passed, word):
+    wall = FakeClock(1e9)
+    store = open_file(clock=wall)
+    write(caller, store, claim("a"))
+    end(caller, store, claim("a"), what=EXPIRED)
+    store.close()
+    wall.jump(passed)
+    clock = FakeClock()
+    found = table(open_file(clock=wall), clock)
+    assert found.judge("a", "bob").word == word
+    clock.jump(2)
+    assert found.judge("a", "bob").word == "new"
+
+
+@pytest.mark.parametrize("jump", [-3600, 3600])
+def test_a_wall_clock_that_jumps_ends_no_claim(caller, open_file, jump):
+    wall = FakeClock(1e9)
+    store = open_file(clock=wall)
+    write(caller, store, claim("a"))
+    wall.jump(jump)
+    write(caller, store, claim("b"))
+    store.close()
+    assert set(table(open_file(clock=wall)).live) == {"a", "b"}
 
 
 def test_what_was_acknowledged_survives_kill_9(tmp_path):
@@ -87,17 +146,18 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", f"""
 import sys, threading
 sys.path.insert(0, {str(HERE)!r})
+from sniroute_claims import Claim
 from sniroute_loop import Loop
-from sniroute_sqlite import Change, Sqlite
+from sniroute_sqlite import Sqlite
 loop = Loop(lambda owner: None)
 store = Sqlite({path!r}, loop)
-store.open()
+store.load()
 def again(number):
-    def done(error):
+    def done(said):
         sys.stdout.write(f"n{{number}}\\n")
         sys.stdout.flush()
         again(number + 1)
-    store.write([Change(f"n{{number}}", "x", "claimed", "alice")], done)
+    store.write("claimed", None, Claim(f"n{{number}}", "id", "alice", "tcp:x:1", "lease", 1, 60.0, 60.0, 0.0), done)
 loop.call(lambda: again(0))
 loop.run()
 """], stdout=subprocess.PIPE, text=True)
@@ -105,18 +165,20 @@ loop.run()
         said = [child.stdout.readline().strip() for _ in range(50)]
         child.kill()
         said += child.stdout.read().split()
-    rows = {key for (key,) in sqlite3.connect(path).execute("SELECT key FROM claims")}
+    connection = sqlite3.connect(path)
+    rows = {key for (key,) in connection.execute("SELECT key FROM claims")}
+    connection.close()
     assert set(said) <= rows and len(rows) - len(said) <= 1
 
 
 def test_changes_that_come_together_are_one_commit(caller, open_file, monkeypatch):
-    store, _ = open_file()
+    store = open_file()
     commits = []
     commit = store._commit
     monkeypatch.setattr(store, "_commit", lambda changes: (commits.append(len(changes)), commit(changes))[1])
     go, told = threading.Event(), threading.Semaphore(0)
     store.orders.put(go.wait)
-    caller.ask(lambda done: done([store.write([change(f"n{number}")], lambda error: told.release())
+    caller.ask(lambda done: done([store.write(CLAIMED, None, claim(f"n{number}"), lambda said: told.release())
                                   for number in range(500)]))
     go.set()
     for _ in range(500):
@@ -126,54 +188,70 @@ def test_changes_that_come_together_are_one_commit(caller, open_file, monkeypatc
 
 def test_a_disk_that_is_too_slow_is_told_before_memory_is_gone(caller, open_file, monkeypatch):
     monkeypatch.setattr(sniroute_sqlite, "WAITING_MAX", 3)
-    store, _ = open_file()
+    store = open_file()
     go = threading.Event()
     store.orders.put(go.wait)
-    caller.ask(lambda done: done(store.write([change("a"), change("b"), change("c")], lambda error: None)))
-    assert "3 changes wait for the disk" in str(write(caller, store, change("d")))
+    caller.ask(lambda done: done([store.write(CLAIMED, None, claim(key), lambda said: None) for key in "abc"]))
+    said = write(caller, store, claim("d"))
+    assert said.word == UNAVAILABLE and "3 changes wait for the disk" in said.sentence
     go.set()
     assert {row.key for row in history(caller, store)} == {"a", "b", "c"}
-    assert write(caller, store, change("d")) is None
+    assert write(caller, store, claim("d")).word == OK
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
 def test_a_disk_that_is_full_fails_the_write_and_not_the_next_one(caller, open_file):
     """SQLite's own limit of pages is as a disk that is full."""
-    store, _ = open_file()
+    store = open_file()
     pages, = store.connection.execute("PRAGMA page_count").fetchone()
     store.orders.put(lambda: store.connection.execute(f"PRAGMA max_page_count={pages + 2}"))
-    error = write(caller, store, change("big", "x" * 100_000))
-    assert isinstance(error, StoreError) and "full" in str(error) and store.fault == str(error)
+    said = write(caller, store, claim("big", meta={"x": "x" * 100_000}))
+    assert said.word == UNAVAILABLE and "full" in said.sentence and store.fault in said.sentence
     store.orders.put(lambda: store.connection.execute(f"PRAGMA max_page_count={pages + 200}"))
-    assert write(caller, store, change("small")) is None and store.fault == ""
+    assert write(caller, store, claim("small")).word == OK and store.fault == ""
     assert {row.key for row in history(caller, store)} == {"small"}, "all or nothing"
 
 
-def test_two_registries_on_one_file_are_refused(open_file, tmp_path, caller, monkeypatch):
+def test_two_registries_on_one_file_are_refused(open_file, caller, monkeypatch):
     monkeypatch.setattr(sniroute_sqlite, "BUSY_TIME", 0.1)
-    store, _ = open_file()
+    store = open_file()
     with pytest.raises(StoreError, match="another process has it open"):
-        Sqlite(store.path, caller.loop).open()
-    assert write(caller, store, change("a")) is None
+        Sqlite(store.path, caller.loop).load()
+    assert write(caller, store, claim("a")).word == OK
     store.close()
-    assert open_file()[1] == {"a": "{}"}
+    assert list(table(open_file()).live) == ["a"]
+
+
+def newer(path) -> None:
+    connection = sqlite3.connect(path)
+    connection.execute(f"PRAGMA user_version={FORMAT + 1}")
+    connection.close()
 
 
 @pytest.mark.parametrize("make, sentence", [
     (lambda path: path.write_text("x" * 5000), "not a database"), (lambda path: path.mkdir(), "unable to open"),
-    (lambda path: sqlite3.connect(path).execute(f"PRAGMA user_version={FORMAT + 1}").connection.close(), "newer")])
+    (newer, "of a newer sniroute")])
 def test_a_file_that_cannot_be_used_is_told(caller, tmp_path, make, sentence):
     path = tmp_path / "names.db"
     make(path)
     with pytest.raises(StoreError, match=sentence) as caught:
-        Sqlite(str(path), caller.loop).open()
+        Sqlite(str(path), caller.loop).load()
     assert str(path) in str(caught.value)
 
 
+def test_a_row_of_another_hand_is_left_alone(caller, open_file):
+    store = open_file()
+    write(caller, store, claim("a"))
+    store.close()
+    connection = sqlite3.connect(store.path)
+    connection.executemany("INSERT INTO claims VALUES (?, ?, NULL)", [("x", "{}"), ("y", "["), ("z", '{"allow": 1}')])
+    connection.commit()
+    connection.close()
+    assert list(table(open_file()).live) == ["a"]
+
+
 def test_the_history_comes_in_pages_of_one_key_or_all(caller, open_file):
-    store, _ = open_file()
-    for number in range(6):
-        write(caller, store, change(f"n{number % 2}", owner="bob"))
+    store = open_file()
+    write(caller, store, *(claim(f"n{number % 2}", owner="bob") for number in range(6)))
     rows = history(caller, store, limit=4)
     assert [row.key for row in rows] == ["n1", "n0", "n1", "n0"] and rows[0].owner == "bob"
     assert [row.number for row in history(caller, store, before=rows[-1].number)] == [2, 1]
@@ -181,13 +259,15 @@ def test_the_history_comes_in_pages_of_one_key_or_all(caller, open_file):
 
 
 def test_what_is_too_old_is_forgotten(caller, open_file):
-    clock = FakeClock(1e9)
-    store, _ = open_file(clock=clock)
-    write(caller, store, change("old"))
-    clock.jump(HISTORY_DAYS * 86400 - 10)
-    write(caller, store, change("young"))
-    clock.jump(4000)
-    write(caller, store, change("new"))
+    wall = FakeClock(1e9)
+    store = open_file(clock=wall)
+    write(caller, store, claim("old"), claim("gone"))
+    end(caller, store, claim("gone"))
+    wall.jump(HISTORY_DAYS * 86400 - 10)
+    write(caller, store, claim("young"))
+    wall.jump(4000)
+    write(caller, store, claim("new"))
     assert [row.key for row in history(caller, store)] == ["new", "young"]
-    store.close()
-    assert set(open_file()[1]) == {"old", "young", "new"}, "the claims are kept"
+    rows = caller.ask(lambda done: store.orders.put(
+        lambda: done(store.connection.execute("SELECT key FROM claims ORDER BY key").fetchall())))
+    assert rows == [("new",), ("old",), ("young",)], "the claims are kept, but for those that have ended"

@@ -1,0 +1,397 @@
+"""sniroute_registry: names that come and go while the router runs: what is asked for, what is kept, who is told.
+
+    claim, renew, change, release --- Table.judge, Table.permit ---> Store.write ---> Table.put ---> Result
+      (sniroute_rest)                  (sniroute_claims)               |                 |
+                                                    memory, sqlite, redis                +---> Events: those who listen
+                                                                                         +---> `moved`: the router
+
+A Registry decides by its Table, writes to its Store, and believes what that says: a store that several routers share may
+know better (Written, `conflict`).  Requests for one key have turns; those for different keys do not wait for each other.
+
+While the store is away, nothing is claimed and nothing ends: the table is frozen.  When it is back each claim has a time
+to be renewed.
+
+The router reads `Table.live` at each name that no route of the settings has: a claim costs it nothing until somebody
+asks for the name.  It is told which keys have changed (`moved`), so that it decides anew.
+
+Threads: one loop runs all of it; see sniroute_rest for whose that is.
+
+Seams: I want to ...
+    keep claims elsewhere       a Store
+    tell somebody of changes    Registry.listen
+    refuse for another reason   WORDS of sniroute_claims, and `Table.judge`
+
+This room imports sniroute_claims and sniroute_loop.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import time
+from typing import Any, Callable, NamedTuple, Protocol
+
+from sniroute_claims import NEW, OK, TAKEN_OVER, Claim, Table, Verdict
+from sniroute_loop import Loop
+
+__version__ = "0.1.0"
+
+# Limits, each with its reason.  Times in seconds.
+EVENTS_MAX = 1000  # that are remembered, for those who come again: a minute of a busy registry
+TURNS_MAX = 16  # requests for one key that wait for each other: one more is told to come back
+RETRIES = 3  # new names at random, or looks at what the store knows better
+TICK = 0.25  # between two looks at what has ended: so nothing ended is routed for longer
+
+UNAVAILABLE, BUSY, TAKEN = "unavailable", "busy", "taken"  # words of a Result beside those of sniroute_claims
+
+# What may happen to a claim.
+CLAIMED, RENEWED, CHANGED, RELEASED, EXPIRED = "claimed", "renewed", "changed", "released", "expired"
+
+
+# -- what is told --------------------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    """What has come of a request."""
+
+    word: str  # of sniroute_claims.WORDS, or one of those above
+    claim: Claim | None = None  # as it is now; of a refusal, what Verdict has
+    sentence: str = ""
+    free_at: float | None = None  # clock time, as in Verdict
+    retry_after: float = 0.0  # seconds, where it may be asked again
+    name: str = ""  # of a claim that was taken: its key
+
+    @property
+    def passed(self) -> bool:
+        """Whether it was done."""
+        return self.word in (NEW, TAKEN_OVER, OK)
+
+
+def refused(verdict: Verdict) -> Result:
+    """A verdict that is none of those that pass."""
+    return Result(verdict.word, verdict.claim, verdict.sentence, verdict.free_at)
+
+
+class Event(NamedTuple):
+    """Something that has happened to a claim."""
+
+    number: int  # counts up
+    at: float  # seconds since 1970
+    what: str
+    claim: Claim
+
+
+class Events:
+    """The last of what has happened, and those who listen."""
+
+    def __init__(self, wall: Callable[[], float] = time.time):
+        self.wall = wall
+        self.last: collections.deque[Event] = collections.deque(maxlen=EVENTS_MAX)
+        self.number = 0
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.listeners: dict[object, Callable[[Event], None]] = {}
+
+    def add(self, what: str, claim: Claim) -> None:
+        """It has happened."""
+        self.number += 1
+        event = Event(self.number, self.wall(), what, claim)
+        self.last.append(event)
+        self.counts[what] += 1
+        for tell in list(self.listeners.values()):
+            tell(event)
+
+    def since(self, number: int) -> list[Event] | None:
+        """What has happened behind this one; None where that is not known any more, or never was."""
+        if number > self.number or number < self.number - len(self.last):
+            return None
+        return [event for event in self.last if event.number > number]
+
+
+# -- where claims are kept -----------------------------------------------------------------------
+
+
+class Written(NamedTuple):
+    """What a store says to a change."""
+
+    word: str  # OK; TAKEN: the store knows another claim of the key, or none; UNAVAILABLE
+    claim: Claim | None = None  # of TAKEN: what it knows
+    sentence: str = ""  # of UNAVAILABLE
+
+
+DONE = Written(OK)
+
+
+class Store(Protocol):
+    """Where claims are kept.  All methods run in the registry's loop, and so does `done`, perhaps at once."""
+
+    name: str
+
+    def write(self, what: str, former: Claim | None, claim: Claim | None, done: Callable[[Written], None]) -> None:
+        """Put a claim in the place of `former`, both or neither; None: there is none, or there is to be none."""
+
+    def open(self, registry: Registry) -> None:
+        """Give the registry's table what is kept, by `learn`, or once it is known."""
+
+    def renew(self, claim: Claim, done: Callable[[Written], None]) -> None:
+        """A claim has another ttl from now on, and the lease that it had."""
+
+    def close(self) -> None:
+        """Nothing more is asked."""
+
+
+def to_text(claim: Claim) -> str:
+    """A claim as JSON, for a store.  When it ends is the store's to know: clocks differ."""
+    return json.dumps({name: value for name, value in claim._asdict().items() if name != "expires"},
+                      separators=(",", ":"))
+
+
+def from_text(text: str | bytes, expires: float) -> Claim:
+    """A claim of its JSON.  Raises ValueError, where it is none."""
+    try:
+        found = json.loads(text)
+        found["allow"] = None if found["allow"] is None else tuple(found["allow"])
+        return Claim(**found, expires=expires)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"it is no claim: {error}") from None
+
+
+class Memory:
+    """The store of a registry whose claims end with it: the table is all there is."""
+
+    name = "memory"
+
+    def open(self, registry: Registry) -> None:
+        pass
+
+    def write(self, what: str, former: Claim | None, claim: Claim | None, done: Callable[[Written], None]) -> None:
+        done(DONE)
+
+    def renew(self, claim: Claim, done: Callable[[Written], None]) -> None:
+        done(DONE)
+
+    def close(self) -> None:
+        pass
+
+
+# -- the registry --------------------------------------------------------------------------------
+
+Done = Callable[[Result], None]
+
+
+class Registry:
+    """What is asked of a registry, and what comes of it.  Loop only.
+
+    Args:
+        moved: called with each key whose claim has come, changed or gone: where it leads may be another place.
+    """
+
+    def __init__(self, loop: Loop, table: Table, store: Store, moved: Callable[[str], None]):
+        self.loop = loop
+        self.table = table
+        self.store = store
+        self.moved = moved
+        self.events = Events()
+        self.refusals: collections.Counter[str] = collections.Counter()
+        self.turns: dict[str, collections.deque[Callable[[], None]]] = {}  # by key: who waits for the one that has it
+        self.closing = False  # no claim is taken any more
+        self.timer = loop.timer(self.tick)
+        self.timer.set(table.clock())
+
+    # -- what owners ask -------------------------------------------------------------------------
+
+    def claim(self, key: str, owner: str, target: str, ttl: float, hold: float, done: Done, *, takeover: bool = True,
+              limit: float = float("inf"), configured: bool = False, **more: Any) -> None:
+        """An owner wants a key.  `limit`, `configured`: see Table.judge; `more`: see Table.claimed."""
+        self._have_turn(key, done, lambda done: self._claim(key, owner, target, ttl, hold, done, takeover, limit,
+                                                            configured, more, RETRIES))
+
+    def _claim(self, key: str, owner: str, target: str, ttl: float, hold: float, done: Done, takeover: bool,
+               limit: float, configured: bool, more: dict[str, Any], tries: int) -> None:
+        self._end_if_over(key)
+        verdict = self.table.judge(key, owner, takeover, limit, configured)
+        if not verdict.passed:
+            done(refused(verdict))
+            return
+        former = self.table.find(key) or self.table.find_held(key)
+        claim = self.table.claimed(verdict, key, owner, target, ttl, hold, **more)
+
+        def written(said: Written) -> None:
+            if said.word == TAKEN and tries:
+                self.learn(key, said.claim)
+                self._claim(key, owner, target, ttl, hold, done, takeover, limit, configured, more, tries - 1)
+            elif said.word != OK:
+                done(self._unwritten(key, said))
+            else:
+                # The time that the store took is not the claim's: it would end before its owner thinks so.
+                self._put(CLAIMED, claim._replace(expires=self.table.clock() + ttl))
+                done(Result(verdict.word, self.table.live.get(key), name=key))
+
+        self.store.write(CLAIMED, former, claim, written)
+
+    def renew(self, key: str, owner: str, lease: str | None, ttl: float | None, done: Done, admin: bool = False) -> None:
+        """The claim for another ttl."""
+        def act(done: Done) -> None:
+            verdict = self.table.permit(key, owner, lease, admin)
+            if verdict.claim is None or not verdict.passed:
+                done(refused(verdict))
+                return
+            former = verdict.claim
+            claim = self.table.renewed(former, ttl)
+            self.store.renew(claim, lambda said: self._settle(RENEWED, former, claim, said, done))
+        self._have_turn(key, done, act)
+
+    def change(self, key: str, owner: str, lease: str | None, changes: dict[str, Any], done: Done,
+               admin: bool = False) -> None:
+        """Other values of a claim's fields; `ttl` among them, or it is renewed for as long as before."""
+        def act(done: Done) -> None:
+            verdict = self.table.permit(key, owner, lease, admin)
+            if verdict.claim is None or not verdict.passed:
+                done(refused(verdict))
+                return
+            former = verdict.claim
+            fields = {name: value for name, value in changes.items() if name != "ttl"}
+            claim = self.table.renewed(former, changes.get("ttl"), **fields)
+            self.store.write(CHANGED, former, claim, lambda said: self._settle(CHANGED, former, claim, said, done))
+        self._have_turn(key, done, act)
+
+    def suspend(self, key: str, suspended: bool, done: Done) -> None:
+        """An admin takes a claim off the routes, or puts it back; its owner keeps it."""
+        def act(done: Done) -> None:
+            former = self.table.find(key)
+            if former is None:
+                done(Result("gone", sentence=f"there is no claim of {key}"))
+                return
+            claim = former._replace(suspended=suspended)
+            self.store.write(CHANGED, former, claim, lambda said: self._settle(CHANGED, former, claim, said, done))
+        self._have_turn(key, done, act)
+
+    def release(self, key: str, owner: str, lease: str | None, done: Done, admin: bool = False,
+                what: str = RELEASED) -> None:
+        """The claim ends now.  Its name is held for its owner."""
+        def act(done: Done) -> None:
+            verdict = self.table.permit(key, owner, lease, admin)
+            if verdict.claim is None or not verdict.passed:
+                done(refused(verdict))
+                return
+            former = verdict.claim
+
+            def written(said: Written) -> None:
+                if said.word == OK:
+                    self._drop(what, key)
+                    done(Result(OK, former, name=key))
+                else:
+                    self._settle(what, former, former, said, done)
+
+            self.store.write(what, former, None, written)
+        self._have_turn(key, done, act)
+
+    def _settle(self, what: str, former: Claim, claim: Claim, said: Written, done: Done) -> None:
+        """The store has answered to a change of a claim."""
+        key = claim.key
+        now = self.table.live.get(key)
+        if said.word == TAKEN:
+            self.learn(key, said.claim)
+            verdict = self.table.permit(key, former.owner, former.lease)
+            done(refused(verdict) if not verdict.passed else self._unwritten(key, said))
+        elif said.word != OK:
+            done(self._unwritten(key, said))
+        elif now is None or now.lease != former.lease:  # it has ended while the store was asked
+            done(refused(self.table.permit(key, former.owner, former.lease)))
+        else:
+            self._put(what, claim._replace(expires=self.table.clock() + claim.ttl))
+            done(Result(OK, self.table.live.get(key), name=key))
+
+    def _unwritten(self, key: str, said: Written) -> Result:
+        if said.word == TAKEN:
+            return Result(BUSY, sentence=f"{key} changes all the time: try again", retry_after=1.0)
+        return Result(UNAVAILABLE, sentence=said.sentence, retry_after=5.0)
+
+    # -- turns -----------------------------------------------------------------------------------
+
+    def _have_turn(self, key: str, done: Done, act: Callable[[Done], None]) -> None:
+        """Run `act` when no other request is under way for the key."""
+        def begin() -> None:
+            act(over)
+
+        def over(result: Result) -> None:
+            waiting = self.turns[key]
+            if waiting:
+                self.loop.call(waiting.popleft())
+            else:
+                del self.turns[key]
+            if not result.passed:
+                self.refusals[result.word] += 1
+            done(result)
+
+        waiting = self.turns.get(key)
+        if waiting is None:
+            self.turns[key] = collections.deque()
+            begin()
+        elif len(waiting) >= TURNS_MAX:
+            done(Result(BUSY, sentence=f"too many ask for {key} at once", retry_after=1.0))
+        else:
+            waiting.append(begin)
+
+    # -- what has become of claims ---------------------------------------------------------------
+
+    def _put(self, what: str, claim: Claim) -> None:
+        former = self.table.live.get(claim.key)
+        self.table.put(claim)
+        self.events.add(what, claim)
+        if what != RENEWED or former is None:
+            self.moved(claim.key)
+
+    def _drop(self, what: str, key: str) -> None:
+        claim = self.table.drop(key)
+        if claim is not None:
+            self.events.add(what, claim)
+            self.moved(key)
+
+    def learn(self, key: str, claim: Claim | None) -> None:
+        """What the store knows of a key, where others have changed that; None: there is no claim."""
+        former = self.table.live.get(key)
+        if claim is None:
+            self._drop(RELEASED, key)
+        elif former is None or former.lease != claim.lease:
+            self._put(CLAIMED, claim)
+        elif former._replace(expires=0.0) != claim._replace(expires=0.0):
+            self._put(CHANGED, claim)
+        else:
+            self._put(RENEWED, claim)
+
+    def _end_if_over(self, key: str) -> None:
+        """A claim whose time is over has to be told as ended before another one takes its place."""
+        claim = self.table.live.get(key)
+        if claim is not None and self.table.find(key) is None:
+            self.table.drop(key)
+            self._ended(claim)
+
+    def _ended(self, claim: Claim) -> None:
+        self.events.add(EXPIRED, claim)
+        self.moved(claim.key)
+        self.store.write(EXPIRED, claim, None, lambda said: None)
+
+    def tick(self) -> None:
+        """End what has to end: some of it in each turn of the loop, so that a crowd of names holds up nobody."""
+        for claim in self.table.expire():
+            self._ended(claim)
+        self.timer.set(max(self.table.clock(), min(self.table.next_expiry(), self.table.clock() + TICK)))
+
+    def freeze(self, frozen: bool) -> None:
+        """The store is away, or it is back."""
+        if frozen:
+            self.table.freeze()
+        else:
+            for claim in self.table.thaw():
+                self.events.add(RENEWED, claim)
+
+    def leave(self, owner: str) -> int:
+        """An owner is no more: all its claims end, and no name is held.  Returns how many there were."""
+        claims = [claim for key in list(self.table.owned[owner].live.since("")) if (claim := self.table.live.get(key))] \
+            if owner in self.table.owned else []
+        for claim in claims:
+            self.store.write(RELEASED, claim, None, lambda said: None)
+            self.table.drop(claim.key, hold=False)
+            self.events.add(RELEASED, claim)
+            self.moved(claim.key)
+        return len(claims)
