@@ -1,0 +1,113 @@
+"""A registry for tests: its Door, its Rest and its Registry in a thread of the test, without a router.
+
+    registry         registry(store=..., clock=..., **rules) -> Served
+    Served.ask       one request, on a connection of its own -> Said
+    ALICE, BOB, ADMIN    tokens of owners
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+from typing import Any, Callable, Iterator, NamedTuple
+
+import pytest
+
+from conftest import HOST, Address
+from sniroute_claims import Table
+from sniroute_door import Door, Gate, listen
+from sniroute_loop import monotonic
+from sniroute_owners import Owner, Rules, digest_of, read_rules
+from sniroute_registry import Memory, Registry
+from sniroute_rest import Rest
+from testbed.web import Talk, call, request
+
+ALICE, BOB, ADMIN = "alice-token", "bob-token", "admin-token"
+DOMAIN = "tun.example.com"
+
+
+def owner(name: str, token: str, **fields: Any) -> Owner:
+    return Owner(name, (digest_of(token),), **fields)
+
+
+OWNERS = {"alice": owner("alice", ALICE), "bob": owner("bob", BOB), "root": owner("root", ADMIN, admin=True)}
+RULES = {"domains": [DOMAIN], "targets": ["tcp"], "networks": ["192.0.2.0/24"], "ports": "49000-49009",
+         "target_ports": "1-65535"}
+
+
+class Said(NamedTuple):
+    """An answer."""
+
+    status: int
+    headers: Any
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Served:
+    """A registry that serves.  `events`: what the router was told."""
+
+    def __init__(self, store: Any = None, clock: Callable[[], float] = monotonic, owners: Any = None, **rules: Any):
+        self.moved: list[str] = []
+        self.cuts: list[str] = []
+        self.ports: dict[str, str] = {}  # that cannot be opened: why
+        self.door = Door(self.tick, 0.02, "registry")
+        self.rules: Rules = read_rules({**RULES, **rules})
+        self.registry = Registry(self.door.loop, Table(clock), store or Memory(), self.moved.append)
+        if store is not None:
+            store.open(self.registry)
+        self.rest = Rest(self.registry, self.rules, owners or OWNERS, frozenset((HOST, "localhost")),
+                         is_configured=lambda key: key.startswith("configured."), cut=self.cuts.append,
+                         open_port=lambda key, done: done(self.ports.get(key, "")))
+        listener, _ = listen((HOST, 0))
+        self.address: Address = listener.getsockname()
+        self.gate = Gate(self.door, "registry", listener, self.rest.decide, 0, keeps=True, most=500)
+        self.door.gates.append(self.gate)
+        self.door.open()
+
+    def tick(self) -> None:
+        self.rest.tick()
+
+    def close(self) -> None:
+        self.door.close()
+        self.registry.store.close()
+
+    def ask(self, method: str, path: str, body: Any = None, token: str | None = ALICE, **fields: str) -> Said:
+        """`fields`: more of the head, with _ for -."""
+        connection = http.client.HTTPConnection(*self.address, timeout=10)
+        try:
+            headers = {name.replace("_", "-"): value for name, value in fields.items()}
+            if token is not None:
+                headers.setdefault("Authorization", f"Bearer {token}")
+            data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+            connection.request(method, path, data, headers)
+            response = connection.getresponse()
+            return Said(response.status, response.headers, response.read())
+        finally:
+            connection.close()
+
+    def claim(self, name: Any = "shop", target: str = "tcp:192.0.2.1:80", token: str = ALICE, **more: Any) -> Said:
+        """POST /routes."""
+        return self.ask("POST", "/routes", {"name": name, "target": target, **more}, token)
+
+    def talk(self, method: str, path: str, body: Any = None, token: str = ALICE, *fields: str) -> Talk:
+        """A connection that has asked this, and is kept."""
+        data = b"" if body is None else json.dumps(body).encode()
+        return call(self.address, request(method, path, f"Authorization: Bearer {token}", *fields,
+                                          f"Content-Length: {len(data)}", host="localhost") + data)
+
+
+@pytest.fixture
+def registry() -> Iterator[Callable[..., Served]]:
+    made: list[Served] = []
+
+    def make(**options: Any) -> Served:
+        made.append(Served(**options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
