@@ -57,6 +57,8 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
                                                                _api, _credentials, _plugins, _layers, _kubeconfig,
                                                                _yaml, _channels, _spdy, _forwarder, _dial, _upgrade,
                                                                _http and _clusters
+    sniroute_registry *    names that are claimed for a while  with sniroute_claims, _owners, _rest, _sqlite, _door and
+                                                               _page; `claim` is sniroute_claim
 
 A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The rows at the end stand
 apart: they are options, most of them of several files; the table in CONTRIBUTING.md says what they import of the rooms

@@ -288,6 +288,9 @@ class Caller:
         try:
             self._read(data)
         except Declined as declined:
+            with contextlib.suppress(Declined):
+                if self.gate.keeps and self.head is not None and self.head.body_length() == 0:  # so the next request begins here
+                    self.unread = False
             self.answer(declined.answer)
 
     def _read(self, data: bytes) -> None:
@@ -300,10 +303,11 @@ class Caller:
                 self.watch.wait_for(READ, self.readable)
                 return
             self.head, end = found
-            data = bytes(self.data[end:])
-            self.data.clear()
+            del self.data[:end]
             plan = self.gate.decide(self.head)
             self.plan, self.left = plan, plan.body
+            data = bytes(self.data)
+            self.data.clear()
             if plan.body > len(data) and (self.head.field("expect") or "").lower() == "100-continue":
                 with contextlib.suppress(OSError):  # RFC 9110 section 10.1.1; a client that is gone shows later
                     self.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")

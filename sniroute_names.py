@@ -169,15 +169,20 @@ def is_public(ip: Address) -> bool:
     Mapped and compatible addresses, NAT64, 6to4 (RFC 3056) and Teredo (RFC 4380), whose server counts, too.
     """
     ip = unmapped(ip)
-    if ip.version == 6:
-        inside = (ip.sixtofour,) if ip.sixtofour else ip.teredo
-        if ip in _NAT64 or ip in _COMPATIBLE:
-            inside = (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF),)
-        if inside:
-            return all(map(is_public, inside))
-        if ip not in _UNICAST:
-            return False
+    if inside := embedded(ip):
+        return all(map(is_public, inside))
+    if ip.version == 6 and ip not in _UNICAST:
+        return False
     return not any(ip in network for network in _NOT_PUBLIC)
+
+
+def embedded(ip: Address) -> tuple[ipaddress.IPv4Address, ...]:
+    """The IPv4 addresses to which an IPv6 address may lead by a gateway: compatible, NAT64, 6to4, Teredo."""
+    if ip.version == 4:
+        return ()
+    if ip in _NAT64 or ip in _COMPATIBLE and int(ip) > 1:  # :: and ::1 are themselves
+        return (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF),)
+    return (ip.sixtofour,) if ip.sixtofour else ip.teredo or ()
 
 
 def is_number(host: str) -> bool:
@@ -345,6 +350,7 @@ OPTIONS = {
                    "sniroute_kubeconfig", "sniroute_yaml", "sniroute_channels", "sniroute_spdy",
                    "sniroute_forwarder", "sniroute_dial", "sniroute_upgrade", "sniroute_http",
                    "sniroute_clusters"),
+    "registry": ("sniroute_owners", "sniroute_claims"),
 }
 
 
