@@ -57,8 +57,8 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
                                                                _api, _credentials, _plugins, _layers, _kubeconfig,
                                                                _yaml, _channels, _spdy, _forwarder, _dial, _upgrade,
                                                                _http and _clusters
-    sniroute_registry *    names that are claimed for a while  with sniroute_claims, _owners, _rest, _sqlite, _door and
-                                                               _page; `claim` is sniroute_claim
+    sniroute_registrar *   names that are claimed for a while  with sniroute_rest, _registry, _claims, _owners, _sqlite,
+                                                               _door and _page; sniroute_claim is its client
 
 A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The rows at the end stand
 apart: they are options, most of them of several files; the table in CONTRIBUTING.md says what they import of the rooms
@@ -106,6 +106,8 @@ PROGRAMS = {  # command: (room, function of the words behind it); these have no 
     "bundle": ("sniroute_doctor", "bundle"),
     "carrier": ("sniroute_carrier", "main"),
     "kubernetes": ("sniroute_kubernetes", "main"),
+    "claim": ("sniroute_claim", "main"),
+    "token": ("sniroute_claim", "token"),
 }
 
 # They ask a router that runs for something, and would end one whose handlers are not there yet.

@@ -26,7 +26,7 @@ Seams: I want to ...
 
 The token comes from SNIROUTE_REGISTRY_TOKEN, so that no user of this host reads it on a command line.
 
-This room imports sniroute_names (printable) and the standard library.
+This room imports sniroute_names (printable), the standard library, and for `token` late sniroute_owners.
 """
 
 from __future__ import annotations
@@ -403,6 +403,18 @@ def main(words: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: (signals.append(number), claimer.woken.set()))
     return keep(claimer, Beside(command, claimer.woken), signals)
+
+
+def token(words: list[str]) -> int:
+    """`token`: a new token for an owner, and what the file of settings knows it by.  Returns the exit code."""
+    if words:
+        say("token takes no words")
+        return 2
+    from sniroute_owners import new_token  # imported late: much of the router
+    secret, digest = new_token()
+    print(f"for the owner, who keeps it secret:  SNIROUTE_REGISTRY_TOKEN={secret}\n"
+          f"for [registry.owners.NAME]:          token = \"{digest}\"")
+    return 0
 
 
 def keep(claimer: Claimer, beside: Beside, signals: list[int]) -> int:

@@ -77,6 +77,8 @@ monotonic = time.monotonic
 
 GC_THRESHOLD = 20000  # objects between two searches for cycles: connections leave none
 SWITCH_INTERVAL = 0.0005  # seconds that another thread may keep the interpreter while the loop wants it
+REGISTRY_WAIT = 5.0  # seconds that a predecessor has to give the registry's address and store away ...
+REGISTRY_PAUSE = 0.05  # ... and between two looks
 ADOPT_TIMEOUT = 5.0  # seconds for the loop to take over new settings: it does so in its next turn, unless it hangs
 DUMP_MAX = 200  # connections in a dump, and as many tunnels
 WATCH_EVERY = 0.25  # seconds between two looks at the file of settings, with --watch: a stat(2) each
@@ -175,6 +177,7 @@ class Daemon:
         self.supervisor = Supervisor(dict(os.environ))
         self.handover = Handover()
         self.admin: Any = None
+        self.registrar: Any = None
         self.router: Router | None = None
         self.thread: threading.Thread | None = None
         self.stopping = False  # it drains: a signal or a successor has asked for it
@@ -275,6 +278,8 @@ class Daemon:
                         ", ".join(map(show_address, self.unnamed)))
         if asked:
             self._attach(asked[0], {name: sockets[name][0] for name in asked if sockets[name]}, alone=not succeeded)
+        if settings.claims is not None:
+            self._serve_registry(alone=not succeeded)
         self.supervisor.ready(router)
 
     def _attach(self, asked: str, listeners: dict[str, socket.socket], alone: bool) -> None:
@@ -296,10 +301,34 @@ class Daemon:
             if where is not None:
                 log.info("%s on %s", what, where if isinstance(where, str) else show_address(where))
 
+    def _serve_registry(self, alone: bool) -> None:
+        """Serve the registry.  Raises SettingsError if we are `alone`.  A successor goes on without, as above.
+
+        A predecessor gives address and store away a moment after it was told to drain.
+        """
+        from sniroute_registrar import attach
+        deadline = time.monotonic() + REGISTRY_WAIT
+        while True:
+            try:
+                self.registrar = attach(self.router, self.settings.claims)
+                break
+            except (OSError, SettingsError) as error:
+                if alone:
+                    raise SettingsError(str(error)) from None
+                if time.monotonic() > deadline:
+                    log.error("%s: going on without it", error)
+                    return
+            time.sleep(REGISTRY_PAUSE)
+        where = self.registrar.address
+        log.info("registry on %s, below %s", where if isinstance(where, str) else show_address(where),
+                 ", ".join(self.settings.claims.rules.domains))
+
     def _close(self) -> None:
         """End the threads and close everything, also after a start that failed."""
         if self.admin is not None:
             self.admin.close()
+        if self.registrar is not None:
+            self.registrar.close()
         if self.thread is not None:
             self.router.shutdown()
             self.thread.join()
@@ -414,6 +443,8 @@ class Daemon:
             self.handover.withdraw()
             if self.admin is not None:
                 self.admin.close()
+            if self.registrar is not None:
+                self.registrar.close()
 
     # -- thread loop ---------------------------------------------------------------------------
 
@@ -476,6 +507,8 @@ class Daemon:
         done = threading.Event()
         self.router.call(lambda: (self.router.adopt(settings, opened), done.set()))
         done.wait(ADOPT_TIMEOUT)  # the next reload looks at the ports that are open then
+        if self.registrar is not None and settings.claims is not None:
+            self.registrar.adopt(settings.claims)
         announce([listener for listener in self.router.listeners if listener not in before])
         for listener in before:
             if listener not in self.router.listeners:

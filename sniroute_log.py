@@ -62,7 +62,7 @@ VALUE_MAX = 500  # characters of a path, of what a detail says: a longer one end
 # The ways a connection can end, refusals aside: the word in its line, and what it means.
 CLIENT_CLOSED, BACKEND_CLOSED = "client_closed", "backend_closed"
 CLIENT_RESET, BACKEND_RESET, CLIENT_LEFT = "client_reset", "backend_reset", "client_left"
-IDLE, STOPPED, LIFETIME, BACKEND_DOWN = "idle", "stopped", "lifetime", "backend_down"
+IDLE, STOPPED, LIFETIME, BACKEND_DOWN, RELEASED = "idle", "stopped", "lifetime", "backend_down", "released"
 ENDINGS = {
     CLIENT_CLOSED: "the client ended first; the backend then ended, or broke off",
     BACKEND_CLOSED: "the backend ended first; the client then ended, or broke off",
@@ -73,6 +73,7 @@ ENDINGS = {
     STOPPED: "the router stopped",
     LIFETIME: "as old as the route's max_lifetime allows",
     BACKEND_DOWN: "its backend went down, and the route says on_down = cut",
+    RELEASED: "its name was released in the registry, with cut=1",
 }
 # The ways a request can end that is neither refused nor answered in whole.  Where all went well, the word is "".
 CUT = "cut"

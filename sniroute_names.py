@@ -350,7 +350,8 @@ OPTIONS = {
                    "sniroute_kubeconfig", "sniroute_yaml", "sniroute_channels", "sniroute_spdy",
                    "sniroute_forwarder", "sniroute_dial", "sniroute_upgrade", "sniroute_http",
                    "sniroute_clusters"),
-    "registry": ("sniroute_owners", "sniroute_claims"),
+    "registry": ("sniroute_registrar", "sniroute_rest", "sniroute_registry", "sniroute_owners", "sniroute_claims",
+                 "sniroute_sqlite", "sniroute_claim", "sniroute_door", "sniroute_page"),
 }
 
 

@@ -43,7 +43,7 @@ from sniroute_options import HTTP_MODES
 from sniroute_refusals import Malformed, SettingsError
 from sniroute_routes import kind
 from sniroute_targets import reaches
-from sniroute_values import (as_text, meant, parse_count, parse_duration, parse_networks, parse_off_or_duration,
+from sniroute_values import (absolute, as_text, meant, parse_count, parse_duration, parse_networks, parse_off_or_duration,
                              parse_ports, parse_switch)
 
 __version__ = "0.1.0"
@@ -319,6 +319,52 @@ def read_owners(tables: Mapping[str, Any], rules: Rules) -> dict[str, Owner]:
     if lines:
         raise SettingsError(*lines)
     return owners
+
+
+class Where(NamedTuple):
+    """The settings of [registry]."""
+
+    address: str | tuple[str, int]  # the path of a unix socket, or (host, port)
+    store: str
+    rules: Rules
+    owners: dict[str, Owner]
+
+
+STORES = ("memory", "sqlite:PATH")
+
+
+def parse_store(text: str) -> str:
+    """`memory`, or `sqlite:PATH`.  Raises ValueError."""
+    if text == "memory":
+        return text
+    scheme, _, path = text.partition(":")
+    if scheme == "sqlite" and path:
+        return f"sqlite:{absolute(path)}"
+    raise ValueError(f"{printable(text.partition('@')[2] or text, 80)!r} is none of {', '.join(STORES)}")
+
+
+def read_where(address: str | tuple[str, int], table: Mapping[str, Any]) -> Where:
+    """The table [registry].  Raises SettingsError, with a line for each fault."""
+    table = dict(table)
+    owners = table.pop("owners", {})
+    lines: list[str] = []
+    store = "memory"
+    try:
+        store = parse_store(as_text(table.pop("store", store)))
+    except ValueError as error:
+        lines.append(f"registry.store: {error}")
+    try:
+        rules = read_rules(table)
+        if not isinstance(owners, dict) or not owners:
+            lines.append("registry.owners: nobody may claim a name: [registry.owners.NAME] says who, and "
+                         "`python3 sniroute.py token` makes a token")
+        else:
+            owners = read_owners(owners, rules)
+    except SettingsError as error:
+        lines += error.lines
+    if lines:
+        raise SettingsError(*lines)
+    return Where(address, store, rules, owners)
 
 
 # -- who it is ---------------------------------------------------------------------------------

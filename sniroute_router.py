@@ -359,6 +359,7 @@ class Router(socketserver.ThreadingTCPServer):
         # Listeners.
         self.listeners: list[Listener] = []
         self.ports = Ports()
+        self.claimed_ports: dict[str, Route] = {}  # ports that the registry's owners have claimed, by pattern
         self.port_sockets = sockets_of(settings.port, inherited)
         self.inherited = [sock for sock in inherited if sock not in self.port_sockets]
         self.addresses, self.left_out = (
@@ -488,14 +489,15 @@ class Router(socketserver.ThreadingTCPServer):
                 connection.peer.count += 1
                 if connection.state in (PRELUDE, HEADER) and connection.peer.policy == "close":
                     connection.refuse(Refused("proxy", REFUSALS["proxy"].meaning))
-        self._change_ports(settings, opened)
+        self.change_ports(opened)
 
-    def _change_ports(self, settings: Settings, opened: Mapping[str, list[Listener]]) -> None:
+    def change_ports(self, opened: Mapping[str, list[Listener]]) -> None:
         """Close the ports that are gone, and accept from those that are new.  Connections go on."""
         if self.phase not in ACCEPTING:
             self.ports.close_all(opened)
             return
-        new, gone = self.ports.adopt(settings.port, settings.routes.identified, opened)
+        routes = [*self.settings.port, *self.claimed_ports.values()]
+        new, gone = self.ports.adopt(routes, self.routes.identified, opened)
         for connection in [each for each in self.connections if each.state is HEADER]:  # not let in yet
             heirs = self.ports.listeners.get(connection.decision.route.pattern)
             if heirs:

@@ -105,6 +105,7 @@ class Route(NamedTuple):
     container: str = ""  # of the pod, for `jump:`; "": the pod's own choice
     create_pod: NewPod | None = None  # of `jump:`: the pod is made where it is not there
     balance: str = "least"  # among the pods of a cluster; of several targets Several.balance says it
+    reach: Callable[[tuple], bool] | None = None  # of a claim: whether a resolved address may be dialled
     aliases: tuple[tuple[str, str], ...] = ()  # short names of contexts, of the settings
     members: tuple[str, ...] = ()  # the targets, each `scheme:rest`, where there are several; `target` is for people
     several: Several | None = None  # what is done with those; given where there are any

@@ -26,7 +26,7 @@ import logging
 import os
 import re
 import stat
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 from sniroute_host import (PATHS_MAX, TUNNEL_MEMORY, Stamp, changed_by_others, descriptor_limits, local_ports,
                            memory_allowed, stamp, too_little)
@@ -39,8 +39,11 @@ from sniroute_refusals import SettingsError
 from sniroute_routes import CLUSTER_KINDS, PROGRAM_KINDS, Route, Routes, parse_port_route, parse_route, port_address
 from sniroute_values import (Zones, absolute, as_text, meant, one_of, own_zones, parse_address, parse_admin,
                              parse_aliases, parse_count, parse_duration, parse_kubeconfig, parse_listen,
-                             parse_networks, parse_none_or_duration, parse_off_or_duration, parse_paths, parse_ports, parse_program,
-                             parse_switch, parse_zones)
+                             parse_networks, parse_none_or_duration, parse_off_or_duration, parse_paths, parse_ports,
+                             parse_program, parse_registry, parse_switch, parse_zones)
+
+if TYPE_CHECKING:
+    from sniroute_owners import Where
 
 __version__ = "0.1.0"
 
@@ -52,6 +55,8 @@ LOOPBACK = ("127.0.0.1", "[::1]", "localhost")  # as a target may write this hos
 SECRET = re.compile(r"[!-~]{16,}")  # a token: printable, and too long to be guessed
 # Kubernetes sets SNIROUTE_PORT to such a value where a Service is called sniroute: that is no setting of anybody's.
 SERVICE_LINK = re.compile(r"(?:tcp|udp|sctp)://\S+")
+REGISTRY = "127.0.0.1:19002"  # where the registry listens, if [registry] does not say
+REGISTRY_FDS = 1000  # descriptors of its clients
 LOCAL_NETWORKS = "127.0.0.0/8,::1/128,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,fc00::/7"
 
 
@@ -175,6 +180,9 @@ SETTINGS = (
     Setting("admin-public", "ADDRESS", parse_listen, None,
             "metrics and probes alone, for everybody who can connect: HOST:PORT, or :PORT for every address "
             "(default off); needs the same files", fixed=True),
+    Setting("registry", "ADDRESS", parse_registry, None,
+            "names that come and go, by HTTP: HOST:PORT, or unix:PATH (default off); [registry] in the file has the "
+            "rules and owners", fixed=True),
     Setting("log-level", "LEVEL", one_of("debug", "info", "warning", "error"), "info",
             "debug, info, warning or error (default info)"),
     Setting("log-format", "FORMAT", one_of("text", "json"), "text",
@@ -228,6 +236,7 @@ class Settings(NamedTuple):
     own_address: str | None
     admin: str | tuple[str, int] | None  # the path of a unix socket, or (host, port)
     admin_public: tuple[str, int] | None
+    registry: str | tuple[str, int] | None  # the path of a unix socket, or (host, port)
     log_level: str
     log_format: str
     # What follows is no row of SETTINGS.
@@ -236,6 +245,7 @@ class Settings(NamedTuple):
     admin_token: str | None
     launchers: dict[str, Launcher]  # by scheme
     own_zones: Zones | None
+    claims: Where | None  # the rules, owners and store of the registry
     fit: int  # connections that the limit of open files allows
     covered: list[str]  # keys of the file that something else overrides, a line each
     kept: list[str]  # what a reload asked for and cannot change, a line each
@@ -286,6 +296,9 @@ def read_settings(path: str, wrong: list[str], again: bool) -> dict[str, Any] | 
                 table["kubernetes_contexts"] = value
             else:
                 faults.append(f"kubernetes.{printable(name)}: there is no such table; there is kubernetes.contexts")
+    if isinstance(table.get("registry"), dict):
+        values["[registry]"] = table.pop("registry")
+        table["registry"] = values["[registry]"].pop("listen", REGISTRY)
     found = [(name, parse, table.pop(name)) for name, parse in tables.items()
              if name in table and (name == "routes" or isinstance(table[name], dict))]
     if "ports" in table and "tunnel_ports" in table:
@@ -341,7 +354,9 @@ USAGE = """\
        %(prog)s selftest                             the hard cases, against itself, on loopback
        %(prog)s bundle [-o FILE] [--with OPTION,...] one file, which any Python from 3.11 runs
        %(prog)s carrier ...                          what `cloudflared access tcp` does
-       %(prog)s kubernetes ...                       what `kubectl port-forward` does"""
+       %(prog)s kubernetes ...                       what `kubectl port-forward` does
+       %(prog)s claim NAME TARGET ...                a name in a registry
+       %(prog)s token                                a token for an owner of names"""
 
 
 class ShowVersion(argparse.Action):
@@ -408,6 +423,9 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], running: Sett
     values["admin_token"] = environ.get(ADMIN_TOKEN, "").strip() or None
     values["open_to_all"] = given["route"].source == "default" and file is not None  # else nobody knows
     name_contexts(values)
+    values["claims"] = registry_of(values["registry"], (file or {}).get("[registry]"), given["registry"].source, wrong)
+    if values["claims"] is not None and values["open_to_all"]:
+        values["route"], values["open_to_all"] = [], False  # the names that are claimed are those that there are
     values["routes"] = configured_routes(values, given["route"].source, environ, wrong)
     cross_checked(values, given, running, wrong)
     wrong += identity_faults(environ)
@@ -490,6 +508,27 @@ def name_contexts(values: dict[str, Any]) -> None:
     for name in ("route", "port") if aliases else ():
         values[name] = [route._replace(aliases=aliases) if not kinds_of([route]).isdisjoint(CLUSTER_KINDS) else route
                         for route in values[name] or ()]
+
+
+def registry_of(where: str | tuple[str, int] | None, table: Mapping[str, Any] | None, source: str,
+                wrong: list[str]) -> Where | None:
+    """The registry; None without one."""
+    if where is None:
+        return None
+    missing = [f"{room}.py" for room in OPTIONS["registry"] if not is_here(room)]
+    if missing:
+        wrong.append(f"{source}: needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not beside "
+                     "sniroute.py: copy them there")
+        return None
+    if table is None:
+        wrong.append(f"{source}: which names, and whose, is said in a file of settings: [registry], and --config FILE")
+        return None
+    from sniroute_owners import read_where  # imported late: an option
+    try:
+        return read_where(where, table)
+    except SettingsError as error:
+        wrong += error.lines
+        return None
 
 
 def configured_routes(values: Mapping[str, Any], source: str, environ: Mapping[str, str], wrong: list[str]) -> Routes:
@@ -583,6 +622,7 @@ def derived(values: dict[str, Any]) -> dict[str, Any]:
     _, descriptors = descriptor_limits()
     programs = "exec" in kinds_of((*values["route"], *values["port"]))
     spare = SPARE_FDS * (1 + programs)  # there may be as many of these as tunnels
+    spare += REGISTRY_FDS * (values["registry"] is not None)
     spare += sum(route.several.warm for route in (*values["route"], *values["port"]) if route.several is not None)
     fit = max(1, (descriptors - min(spare, descriptors // 2)) // 2)
     values["fit"] = fit

@@ -422,6 +422,7 @@ class Targets:
         self.tunnel_ports = range(0)  # of this host
         self.own_socket: str | None = None  # the path of the admin's
         self.own_admin: list[tuple[str, int]] = []  # its address, where that is no path
+        self.own_registry: list[tuple[str, int]] = []  # the same of the registry, and of its store
         self.resolved: dict[str, Resolved] = {}  # by Decision.key
         self.laggards = Laggards()
         self.zones: Zones | None = None  # of the settings
@@ -475,15 +476,17 @@ class Targets:
 
         Where clients choose the port, never that of a tunnel either: what its route allows is asked on its route only.
         Where a client may own the domain that it is led to, never a private address either: whoever owns a domain can
-        point it at one.
+        point it at one.  A claim says itself where it may lead.
         """
         ip = parse_ip(address[0])
-        for host, port in (*self.own, *self.own_admin):
+        for host, port in (*self.own, *self.own_admin, *self.own_registry):
             own = parse_ip(host)
             if port == address[1] and reaches(ip, own):
                 return False
         if address[1] in self.tunnel_ports and decision.route.chooses_port and is_local(ip):
             return False
+        if decision.route.reach is not None:
+            return decision.route.reach(address)
         return is_public(ip) or decision.route.is_of_one_domain()
 
 

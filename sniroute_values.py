@@ -94,6 +94,11 @@ def parse_share(text: str) -> float:
     return float(text)
 
 
+def parse_registry(text: str) -> str | tuple[str, int]:
+    """`unix:PATH`, which gives the path, or an address to listen on.  Raises ValueError."""
+    return parse_admin(text) if text.startswith("unix:") else parse_listen(text)
+
+
 def parse_listen(text: str) -> tuple[str, int]:
     """An address to listen on; without a host it is every address.  Raises ValueError."""
     return parse_host_port(text, default_host="*")

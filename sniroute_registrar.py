@@ -1,0 +1,268 @@
+"""sniroute_registrar: the registry of a router: what both know of each other.
+
+    a router's loop                          the registry's loop, in the thread `registry`
+    Routes.layers: configured, Claimed       Registrar: a Door with one Gate (sniroute_door), Rest, Registry, a store
+      Claimed.find(name) ------ reads ------> Table.live: one look into a dictionary, and none for a configured name
+      Routes.forget, ports, cuts <-- call --- a claim has come, changed, gone
+
+Claims are a layer of routes behind the configured one, so what the settings say always comes first.  A claim costs the
+router nothing until somebody asks for its name.  Then it is a Route, with `reach`: each address that the target's host
+resolves to is judged again whenever it is dialled, since an owner may point its host elsewhere after the claim.
+
+An option: the daemon imports this file if --registry, or [registry] in the file of settings, says where.
+
+Threads.  `attach` and `close` are for the thread that attaches.  `registry` runs the loop, and owns all that is the
+registry's.  What is below "the router's loop" runs there; `Claimed.find` for any thread that decides.  No locks: the
+tables are read by single look-ups, and their rows never change.
+
+Seams: I want to ...
+    keep claims elsewhere            STORES
+    do more when a claim changes     `Registrar.moved`
+
+This room imports sniroute_rest, sniroute_registry, sniroute_claims, sniroute_owners, sniroute_door, sniroute_listeners,
+sniroute_routes, sniroute_log, sniroute_loop, sniroute_names, sniroute_refusals, and late sniroute_sqlite.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import ipaddress
+import logging
+import os
+import weakref
+from typing import TYPE_CHECKING, Any, Callable
+
+from sniroute_claims import Claim, Table
+from sniroute_door import Door, Gate, listen
+from sniroute_listeners import Listener, Ports
+from sniroute_log import RELEASED as CUT_BY_RELEASE
+from sniroute_loop import monotonic
+from sniroute_names import show_address
+from sniroute_owners import Own, Owner, Where, address_fault, narrowed
+from sniroute_refusals import SettingsError
+from sniroute_registry import RELEASED, Memory, Registry, Store
+from sniroute_rest import Rest
+from sniroute_routes import Route, Tally, parse_port_route, parse_route
+
+if TYPE_CHECKING:
+    from sniroute_router import Router
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("sniroute")
+
+CALLERS_MAX = 1000  # connections of owners, each of which may be kept: REGISTRY_FDS (sniroute_settings) are set aside
+TICK = 1.0  # seconds between two looks at claims that live as long as a connection
+LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "[::1]"))  # names in Host that mean this host
+
+
+# -- what the router sees ------------------------------------------------------------------------
+
+
+class Tallies:
+    """The counts of claims that have connections, or have just been decided: each is kept by those."""
+
+    def __init__(self) -> None:
+        self.known: weakref.WeakValueDictionary[str, Tally] = weakref.WeakValueDictionary()
+
+    def __getitem__(self, key: str) -> Tally:
+        tally = self.known.get(key)
+        if tally is None:
+            tally = self.known[key] = Tally()
+        return tally
+
+
+class Claimed:
+    """The claims of names as a layer of routes.  Any thread that decides; `forget` is the router's loop's."""
+
+    def __init__(self, table: Table, owners: Callable[[], dict[str, Owner]], reach: Callable[[tuple], bool]):
+        self.table = table
+        self.owners = owners
+        self.reach = reach
+        self.tallies = Tallies()
+        self.forget: Callable[[str], None] = lambda pattern: None  # set by Routes
+
+    def find(self, name: str) -> Route | None:
+        """The route for a normalised name."""
+        claim = self.table.find(name)
+        return None if claim is None or claim.suspended else self.route_of(claim)
+
+    def route_of(self, claim: Claim) -> Route | None:
+        """A claim as a route; None where its owner is just going."""
+        owner = self.owners().get(claim.owner)
+        if owner is None:
+            return None
+        is_port = claim.key.startswith("tcp:")
+        route = parse_port_route(f":{claim.key[4:]}={claim.target}") if is_port else \
+            parse_route(f"{claim.key}={claim.target}")
+        return route._replace(allow=narrowed(claim.allow, owner), http=claim.http or None, reach=self.reach)
+
+
+# -- the registry of a router --------------------------------------------------------------------
+
+
+def open_store(where: str, loop: Any) -> Store:
+    """The store that the settings name.  Raises SettingsError."""
+    scheme, _, path = where.partition(":")
+    if scheme == "sqlite":
+        try:
+            from sniroute_sqlite import Sqlite, StoreError  # imported late: two megabytes, for this store only
+        except ImportError as error:
+            raise SettingsError(f"registry.store: {where}: this Python has no SQLite ({error})") from None
+        store = Sqlite(path, loop)
+        try:
+            store.load()
+        except StoreError as error:
+            raise SettingsError(f"registry.store: {error}") from None
+        return store
+    return Memory()
+
+
+class Registrar:
+    """The registry of one router, from `attach` to close()."""
+
+    def __init__(self, router: Router, where: Where):
+        self.router = router
+        self.where = where
+        self.identity: tuple[int, int] | None = None  # (device, inode) of the socket file, if there is one
+        self.door = Door(self.tick, TICK, "registry")
+        self.table = Table(monotonic)
+        self.layer = Claimed(self.table, lambda: self.rest.owners, self.may_reach)
+        self.opened: dict[str, list[Listener]] = {}  # ports that are open for a claim that is not there yet, by key
+        self.store = open_store(where.store, self.door.loop)
+        self.registry = Registry(self.door.loop, self.table, self.store, self.moved)
+        self.store.open(self.registry)
+        self.rest = Rest(self.registry, where.rules, where.owners, None, own=self.own, cut=self.cut,
+                         is_configured=lambda key: router.routes.configured.find(key) is not None,
+                         open_port=self.open_port)
+        self.address: str | tuple[str, int] = where.address
+
+    # -- the thread that attaches ----------------------------------------------------------------
+
+    def open(self) -> None:
+        """Listen, and begin to serve.  Raises OSError."""
+        listener, self.identity = listen(self.where.address)
+        if not isinstance(self.where.address, str):
+            self.address = listener.getsockname()[:2]
+            if ipaddress.ip_address(self.address[0]).is_loopback:
+                self.rest.hosts = LOCAL_HOSTS | {show_address(self.address).rpartition(":")[0]}
+        self.router.targets.own_registry = [] if isinstance(self.address, str) else [self.address]
+        self.door.gates.append(Gate(self.door, "registry", listener, self.rest.decide, 0, keeps=True, most=CALLERS_MAX))
+        self.router.call(functools.partial(self.router.routes.add_layer, self.layer))
+        for key in list(self.table.live):  # of a store that outlives us
+            if key.startswith("tcp:"):
+                self.moved(key)
+        self.door.open()
+
+    def close(self) -> None:
+        """End it; what the store keeps is kept."""
+        if self.identity is not None and isinstance(self.address, str):
+            with contextlib.suppress(OSError):
+                state = os.stat(self.address)
+                if (state.st_dev, state.st_ino) == self.identity:
+                    os.unlink(self.address)
+        self.door.close()
+        self.store.close()
+
+    def adopt(self, where: Where) -> None:
+        """Other rules and owners, after a reload; address and store are for the next start.  Any thread."""
+        def change() -> None:
+            self.where = where
+            self.rest.adopt(where.rules, where.owners)
+            self.router.call(self.router.routes.decisions.clear)
+        self.door.loop.call(change)
+
+    # -- the thread registry ---------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """What recurs."""
+        self.rest.tick()
+
+    def own(self) -> Own:
+        """Where the router listens, and what else no target may lead to."""
+        targets = self.router.targets
+        return Own((*targets.own, *targets.own_admin, *targets.own_registry), targets.tunnel_ports)
+
+    def moved(self, key: str) -> None:
+        """A claim has come, changed or gone: the router decides anew."""
+        if not key.startswith("tcp:"):
+            self.router.call(functools.partial(self.layer.forget, key))
+            return
+        claim = self.table.find(key)
+        route = None if claim is None or claim.suspended else self.layer.route_of(claim)
+        opened = self.opened.pop(key, None)
+        if route is None:
+            self.router.call(functools.partial(close_claimed, self.router, port_pattern(key)))
+        elif opened is not None or key in self.router.claimed_ports:
+            self.router.call(functools.partial(open_claimed, self.router, route, opened or []))
+        else:  # another router has taken the claim
+            try:
+                opened = self._listen(route)
+            except (OSError, SettingsError) as error:
+                log.warning("registry: %s is released: %s", key, error)
+                self.registry.release(key, claim.owner, None, lambda result: None, admin=True, what=RELEASED)
+            else:
+                self.router.call(functools.partial(open_claimed, self.router, route, opened))
+
+    def open_port(self, key: str, done: Callable[[str], None]) -> None:
+        """Listen on a port that is about to be claimed: before that, since another process may have it."""
+        try:
+            if port_pattern(key) not in self.router.claimed_ports and key not in self.opened:
+                self.opened[key] = self._listen(parse_port_route(f":{key[4:]}=tcp:port.invalid:1"))
+        except (OSError, SettingsError) as error:
+            done(str(error))
+        else:
+            done("")
+
+    def _listen(self, route: Route) -> list[Listener]:
+        return Ports().open([route])[route.pattern]
+
+    # -- any thread ------------------------------------------------------------------------------
+
+    def may_reach(self, address: tuple) -> bool:
+        """Whether a claim's target may be dialled at this address.  Where it is dialled."""
+        return not address_fault(address, self.rest.rules, self.own())
+
+    def cut(self, key: str) -> None:
+        """End the connections of a claim."""
+        pattern = port_pattern(key) if key.startswith("tcp:") else key
+        self.router.call(functools.partial(cut_claimed, self.router, pattern))
+
+
+# -- the router's loop ---------------------------------------------------------------------------
+
+
+def open_claimed(router: Router, route: Route, opened: list[Listener]) -> None:
+    """A port is claimed, or leads elsewhere now."""
+    router.claimed_ports[route.pattern] = route
+    router.change_ports({route.pattern: opened} if opened else {})
+
+
+def close_claimed(router: Router, pattern: str) -> None:
+    """A port is claimed no more.  Its connections go on."""
+    if router.claimed_ports.pop(pattern, None) is not None:
+        router.change_ports({})
+
+
+def cut_claimed(router: Router, pattern: str) -> None:
+    """End the connections to what was claimed."""
+    for connection in list(router.connections):
+        if connection.decision is not None and connection.decision.route.pattern == pattern:
+            connection.close(CUT_BY_RELEASE)
+
+
+def port_pattern(key: str) -> str:
+    """The pattern of the route of a claimed port."""
+    return f"port :{key[4:]}"
+
+
+def attach(router: Router, where: Where) -> Registrar:
+    """Serve the registry of a router until Registrar.close().  Raises OSError or SettingsError, with a sentence."""
+    registrar = Registrar(router, where)
+    try:
+        registrar.open()
+    except OSError as error:
+        registrar.close()
+        raise OSError(f"--registry: {error}") from None
+    return registrar
