@@ -320,8 +320,8 @@ class Table:
     def put(self, claim: Claim) -> None:
         """Add a claim, or replace the one of its key, whoever had it.
 
-        One that has ended already is held as long as its `hold` says, unless the table is frozen.  Call `expire` before,
-        where the end of a claim that is replaced has to be told.
+        One that has ended already is held as long as its `hold` says, unless the table is frozen.  Call `expire`
+        before, where the end of a claim that is replaced has to be told.
         """
         key, owner = claim.key, claim.owner
         former = self.live.get(key)
