@@ -320,8 +320,8 @@ class Table:
     def put(self, claim: Claim) -> None:
         """Add a claim, or replace the one of its key, whoever had it.
 
-        One that has ended already, as a store may have it, is held as long as its `hold` says.  Call `expire` before,
-        where the end of a claim that is replaced has to be told.
+        One that has ended already is held as long as its `hold` says, unless the table is frozen.  Call `expire`
+        before, where the end of a claim that is replaced has to be told.
         """
         key, owner = claim.key, claim.owner
         former = self.live.get(key)
@@ -345,6 +345,13 @@ class Table:
             owned.most = max(owned.most, len(owned.live))
         if former is None or claim.expires < former.expires:
             self._due(claim.expires, key)
+
+    def put_held(self, claim: Claim) -> None:
+        """Hold a name for its owner from the end of its claim on, which is past, as a store remembers it.
+
+        It does so while the table is frozen, too, where `put` takes a claim whose time is over for one that lives.
+        """
+        self._end(claim)
 
     def drop(self, key: str, hold: bool = True) -> Claim | None:
         """End the claim of a key now, and hold the name for its owner; or not even that, so that it is free.

@@ -41,7 +41,7 @@ from sniroute_names import (NAME_MAX, Address, Network, ascii_advice, embedded, 
                             parse_host_port, parse_ip, parse_network, printable)
 from sniroute_options import HTTP_MODES
 from sniroute_refusals import Malformed, SettingsError
-from sniroute_routes import kind
+from sniroute_routes import kind, split_target
 from sniroute_targets import reaches
 from sniroute_values import (absolute, as_text, meant, parse_count, parse_duration, parse_networks, parse_off_or_duration,
                              parse_ports, parse_switch)
@@ -228,7 +228,7 @@ OWNERS: dict[str, Callable[[str], Any]] = {
 }
 
 
-EMPTY = ("networks", "reserved", "hosts")  # options that may be an empty list; of another one nobody knows what it means
+EMPTY = ("networks", "reserved", "hosts")  # options that may be an empty list; of others it could mean all or nothing
 
 
 def read_table(where: str, table: Mapping[str, Any], rows: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
@@ -565,6 +565,8 @@ def check_target(text: Any, rules: Rules, owner: Owner, own: Own = Own()) -> str
                         f"{'are' if len(rules.targets) > 1 else 'is'} {', '.join(rules.targets)}", "forbidden")
     if re.search("[{}$]", rest):
         unfit("target", f"{quoted(text)}: nothing is filled in for {{ }} or $ in a claim")
+    if len(split_target(text)) > 1:
+        unfit("target", f"{quoted(text)}: a claim leads to one target")
     try:
         rest = kind(scheme).check(rest)
     except (Malformed, ValueError) as error:
