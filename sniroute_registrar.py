@@ -135,7 +135,8 @@ class Registrar:
         self.store.open(self.registry)
         self.rest = Rest(self.registry, where.rules, where.owners, None, own=self.own, cut=self.cut,
                          is_configured=lambda key: router.routes.configured.find(key) is not None,
-                         open_port=self.open_port)
+                         open_port=self.open_port, close_port=self.close_port,
+                         serves_http=router.settings.serves_http)
         self.address: str | tuple[str, int] = where.address
 
     # -- the thread that attaches ----------------------------------------------------------------
@@ -164,6 +165,8 @@ class Registrar:
                     os.unlink(self.address)
         self.door.close()
         self.store.close()
+        for key in list(self.opened):
+            self.close_port(key)
 
     def adopt(self, where: Where) -> None:
         """Other rules and owners, after a reload; address and store are for the next start.  Any thread."""
@@ -214,6 +217,11 @@ class Registrar:
             done(str(error))
         else:
             done("")
+
+    def close_port(self, key: str) -> None:
+        """The port was not claimed after all."""
+        for listener in self.opened.pop(key, ()):
+            listener.close()
 
     def _listen(self, route: Route) -> list[Listener]:
         return Ports().open([route])[route.pattern]

@@ -49,7 +49,7 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 from sniroute_claims import LINGER, PAGE_MAX, TAKEN_OVER, WORDS, Claim, port_key
 from sniroute_door import OWNER, Answer, Caller, Declined, Head, Plan
 from sniroute_names import printable
-from sniroute_owners import CHANGES, RENEWAL, TTL_MIN, Own, Owner, Rules, Unfit, parse_change, parse_wish, who
+from sniroute_owners import CHANGES, RENEWAL, TTL_MIN, Fault, Own, Owner, Rules, Unfit, Wish, parse_change, parse_wish, who
 from sniroute_registry import BUSY, RENEWED, UNAVAILABLE, Event, Registry, Result
 
 __version__ = "0.1.0"
@@ -58,6 +58,7 @@ log = logging.getLogger("sniroute")
 
 # Limits, each with its reason.  Times in seconds.
 BODY_MAX = 8192  # of a claim: its `meta` has a KiB, its networks another
+PORTS_TRIED = 8  # where any will do, and other processes have some
 STREAMS_MAX = 8  # of events, of one owner: one for each of its hosts, and some for people
 LIMIT = 100  # claims on a page that does not say
 QUIET = 15.0  # between two comments in a stream: proxies cut silent ones after a minute
@@ -173,30 +174,55 @@ class Ask(NamedTuple):
 
 def ask_claim(ask: Ask) -> None:
     """POST /routes"""
-    rest, owner = ask.rest, ask.owner
-    wish = parse_wish(bytes(ask.caller.body), rest.rules, owner, rest.own())
+    rest = ask.rest
+    wish = parse_wish(bytes(ask.caller.body), rest.rules, ask.owner, rest.own())
+    check_http(rest, wish.http)
     registry = rest.registry
-    key = wish.key
-    if key is None:
-        key = registry.table.free_port(range(rest.rules.ports[0], rest.rules.ports[1] + 1)) if wish.is_port \
-            else registry.table.free_name(wish.space)
+    if wish.is_port and (wish.key is None or registry.table.find(wish.key) is None):
+        open_first(ask, wish, PORTS_TRIED if wish.key is None else 1)
+    else:
+        claim_key(ask, wish, wish.key or registry.table.free_name(wish.space))
+
+
+def check_http(rest: Rest, mode: str) -> None:
+    """Whether the router can do with plain HTTP what a claim wants.  Raises Unfit."""
+    if mode not in ("", "refuse") and not rest.serves_http:
+        raise Unfit(Fault("http", "this router serves no plain HTTP: the files for that are not there"))
+
+
+def open_first(ask: Ask, wish: Wish, tries: int) -> None:
+    """Have the router listen on a port before it is claimed: another process may have it."""
+    rest = ask.rest
+    key = wish.key or rest.registry.table.free_port(range(rest.rules.ports[0], rest.rules.ports[1] + 1))
     if key is None:
         raise refuse(409, "all ports that may be claimed are taken", "other")
+
+    def opened(fault: str) -> None:
+        if not fault:
+            claim_key(ask, wish, key)
+        elif tries > 1:
+            open_first(ask, wish, tries - 1)
+        else:
+            ask.caller.answer(problem(409, fault, "configured"))
+
+    rest.open_port(key, opened)
+
+
+def claim_key(ask: Ask, wish: Wish, key: str) -> None:
+    """Claim this name, or this port."""
+    rest, owner = ask.rest, ask.owner
+    registry = rest.registry
 
     def done(result: Result) -> None:
         if result.passed and result.claim is not None and wish.while_connected:
             rest.attach(result.claim, ask.caller)
+        if wish.is_port and not result.passed:
+            rest.close_port(key)
         ask.answer(result)
 
-    def begin() -> None:
-        registry.claim(key, owner.name, wish.target, wish.ttl, rest.rules.hold, done, takeover=wish.takeover,
-                       limit=owner.max_names, configured=not wish.is_port and rest.is_configured(key),
-                       allow=wish.allow, http=wish.http, meta=wish.meta, while_connected=wish.while_connected)
-
-    if wish.is_port and registry.table.find(key) is None:
-        rest.open_port(key, lambda fault: begin() if not fault else ask.caller.answer(problem(409, fault, "configured")))
-    else:
-        begin()
+    registry.claim(key, owner.name, wish.target, wish.ttl, rest.rules.hold, done, takeover=wish.takeover,
+                   limit=owner.max_names, configured=not wish.is_port and rest.is_configured(key), allow=wish.allow,
+                   http=wish.http, meta=wish.meta, while_connected=wish.while_connected)
 
 
 def ask_renew(ask: Ask) -> None:
@@ -211,6 +237,7 @@ def ask_change(ask: Ask) -> None:
     claim = rest.registry.table.find(ask.key)
     owner = rest.owners.get(claim.owner, ask.owner) if claim is not None and ask.owner.admin else ask.owner
     changes = parse_change(bytes(ask.caller.body), CHANGES, rest.rules, owner, rest.own())
+    check_http(rest, changes.get("http", ""))
     rest.registry.change(ask.key, ask.owner.name, ask.lease, changes, ask.answer, ask.owner.admin)
 
 
@@ -394,19 +421,25 @@ class Rest:
         hosts: what Host may say; None: anything, since the address is not of this host alone.
         own: where the router listens, now.
         is_configured: whether a route of the settings has a name.
-        open_port: have the router open a claimed port: (key, done(fault or "")).
+        open_port: have the router listen on a port that is about to be claimed: (key, done(fault or "")).
+        close_port: it was not claimed after all.
         cut: end the connections of a claim.
+        serves_http: whether the router serves plain HTTP at all.
     """
 
     def __init__(self, registry: Registry, rules: Rules, owners: Mapping[str, Owner], hosts: frozenset[str] | None, *,
                  own: Callable[[], Own] = Own, is_configured: Callable[[str], bool] = lambda key: False,
                  open_port: Callable[[str, Callable[[str], None]], None] = lambda key, done: done(""),
-                 cut: Callable[[str], None] = lambda key: None, wall: Callable[[], float] = time.time):
+                 close_port: Callable[[str], None] = lambda key: None,
+                 cut: Callable[[str], None] = lambda key: None, wall: Callable[[], float] = time.time,
+                 serves_http: bool = True):
+        self.serves_http = serves_http
         self.registry = registry
         self.rules = rules
         self.owners = dict(owners)
         self.hosts = hosts
-        self.own, self.is_configured, self.open_port, self.cut = own, is_configured, open_port, cut
+        self.own, self.is_configured, self.cut = own, is_configured, cut
+        self.open_port, self.close_port = open_port, close_port
         self.wall = wall
         self.clock = registry.table.clock
         self.epoch = os.urandom(4).hex()  # of the numbers of events: another process counts anew

@@ -45,7 +45,7 @@ from sniroute_loop import CAPACITY_ERRNOS, CAPACITY_PAUSE, NEVER, READ, Loop
 from sniroute_names import ascii_advice, normalise, parse_ip
 from sniroute_refusals import REFUSALS, Refused
 from sniroute_resets import RESETTING
-from sniroute_routes import Decision, Routes
+from sniroute_routes import Decision, Route, Routes
 from sniroute_targets import Targets
 from sniroute_tunnels import TunnelTable
 from sniroute_wire import PROXY_POLICY, HelloMemory

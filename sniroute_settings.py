@@ -255,7 +255,7 @@ class Settings(NamedTuple):
     @property
     def serves_http(self) -> bool:
         """Whether plain HTTP is served for a name."""
-        return asks_for_web(self.http, False, self.routes.routes)
+        return asks_for_web(self.http, False, self.routes.routes) or self.claims_may_ask_for_web
 
     @property
     def on_loopback(self) -> bool:
@@ -265,7 +265,12 @@ class Settings(NamedTuple):
     @property
     def needs_web(self) -> bool:
         """Whether the files of the option `web` are needed."""
-        return asks_for_web(self.http, self.error_pages, self.routes.routes)
+        return asks_for_web(self.http, self.error_pages, self.routes.routes) or self.claims_may_ask_for_web
+
+    @property
+    def claims_may_ask_for_web(self) -> bool:
+        """Whether the owners of names may have plain HTTP served: where the files for that are there."""
+        return self.claims is not None and all(map(is_here, OPTIONS["web"]))
 
 
 def asks_for_web(http: str | None, error_pages: bool | None, routes: Iterable[Route]) -> bool:
