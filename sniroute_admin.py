@@ -9,6 +9,7 @@
                                      v  the path's row in ENDPOINTS:
 
           GET /                             PAGE of sniroute_page
+          GET /claims/NAME              Registrar.find
           GET /metrics, /status             Cached: sniroute_metrics makes it of Facts          public: /metrics
           GET /healthz                      Pulse: did the router's loop answer in time?        public
           GET /readyz                       Router.phase, Router.paused                         public
@@ -307,6 +308,15 @@ def enable_backend(admin: Admin, pattern: str, address: str) -> Answer:
     return order_drain(admin, pattern, address, False)
 
 
+def show_claim(admin: Admin, key: str) -> Answer:
+    """GET /claims/NAME: what the registry knows of a name, or of `tcp:PORT`."""
+    registrar = admin.router.registrar
+    found = None if registrar is None else registrar.find(key.lower())
+    if found is None:
+        raise Declined(404, f"nobody has claimed {printable(key)}")
+    return json_answer(found)
+
+
 class Endpoint(NamedTuple):
     """A method, a path, and the function that answers them."""
 
@@ -321,6 +331,7 @@ ENDPOINTS = (
     Endpoint("GET", re.compile(r"/()"), page),
     Endpoint("GET", re.compile(r"/metrics()"), metrics, public=True),
     Endpoint("GET", re.compile(r"/status()"), show_status),
+    Endpoint("GET", re.compile(r"/claims/([^/]+)"), show_claim),
     Endpoint("GET", re.compile(r"/healthz()"), health, quick=True, public=True),
     Endpoint("GET", re.compile(r"/readyz()"), readiness, quick=True, public=True),
     Endpoint("POST", re.compile(r"/reload()"), reload),

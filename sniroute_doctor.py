@@ -144,6 +144,8 @@ def explain(settings: Settings) -> int:
                 mode = found[0].http or settings.http
                 if url or mode != "refuse":
                     print(f"http:    {mode}: {HTTP_MODES[mode]}")
+            if found is None and settings.claims is not None and explain_claim(settings, name):
+                return 0
             decision = settings.routes.decide(name)
         print(f"target:  {decision.target}")
         if decision.tunnel is not None:
@@ -162,6 +164,26 @@ def explain(settings: Settings) -> int:
     if advice:
         print("to do:  ", advice)
     return 0
+
+
+def explain_claim(settings: Settings, name: str) -> bool:
+    """Print what the registry of a router that runs knows of a name; whether it leads somewhere."""
+    if settings.admin is None:
+        print("claimed: only a router that runs knows; give it an --admin address, which is asked")
+        return False
+    try:
+        found = ask_admin(settings.admin, f"/claims/{name}")
+        owner, target, left = fields(found, "a claim", owner=str, target=str, left=float)
+        suspended = found.get("suspended") is True
+    except (OSError, ValueError):
+        print("claimed: by nobody, as far as the router's admin address says")
+        return False
+    print(f"claimed: by {printable(owner)}" + (f", for another {left:.0f} s unless it is renewed" if left else
+                                              ", until a short while ago: it is held for that owner")
+          + ", suspended by an admin" * suspended)
+    if left:
+        print(f"target:  {printable(target)}")
+    return bool(left) and not suspended
 
 
 def explain_route(route: Route, name: str) -> None:
@@ -361,8 +383,8 @@ def show_standing(row: dict[str, Any] | None) -> str:
     return TUNNEL_ADVICE.get(state, "see OPERATING.md")
 
 
-def ask_admin(admin: str | tuple[str, int]) -> Any:
-    """GET /status: what the JSON says, whatever that is.  Raises OSError, or ValueError for an answer that is none.
+def ask_admin(admin: str | tuple[str, int], path: str = "/status") -> Any:
+    """GET it: what the JSON says, whatever that is.  Raises OSError, or ValueError for an answer that is none.
 
     Somebody else may have that address.  So all of it has to come within ADMIN_TIMEOUT, and in ADMIN_MAX bytes.
     """
@@ -372,7 +394,7 @@ def ask_admin(admin: str | tuple[str, int]) -> Any:
     with socket.socket(family) as sock:
         sock.settimeout(ADMIN_TIMEOUT)
         sock.connect(admin)
-        sock.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        sock.sendall(b"GET %b HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n" % path.encode())
         while (body := body_of(data)) is None:
             if len(data) > ADMIN_MAX:
                 raise ValueError(f"its answer is over {ADMIN_MAX} bytes")

@@ -57,6 +57,7 @@ REQUEST_ROUTES = 200  # routes whose requests are measured one by one: 4 KB of /
 SAMPLE = 1.0  # between two samples of the rates
 SAMPLES = 120  # kept: two minutes, which is what the page plots
 COPY_TRIES = 100  # of a copy that may fail while the original changes: in CPython the first one succeeds
+CLAIMS_SHOWN = 100  # in /status, in the order of their names
 NAMES_KEPT = 512  # refused names that TopNames counts: strangers choose them, so they need a bound
 NAMES_SHOWN = 20  # rows of the lists in /status, from here on: as many as a person may want to read
 REFUSALS_SHOWN = 50
@@ -355,7 +356,10 @@ class Facts:
         self.routes = router.routes
         self.port_routes: tuple[Any, ...] = router.ports.routes  # those of listeners with one target
         # By pattern: `port ADDRESS` for these, which is no name.
+        # Names and ports that are claimed are none of these: their owners choose them.
         self.tallies: dict[str, Any] = {**router.routes.tallies, **copied(router.ports.layer.tallies, dict)}
+        for pattern in copied(router.claimed_ports):
+            self.tallies.pop(pattern, None)
         self.counters: dict[str, int] = copied(router.counters, dict)
         self.tunnel_counters: dict[str, int] = copied(router.tunnels.counters, dict)
         self.connections: list[Any] = copied(router.connections)
@@ -370,6 +374,8 @@ class Facts:
         # By route and status class; None: no route serves HTTP.
         self.requests: dict[tuple[str, str], Measured] | None = \
             None if router.web is None else copied(collector.requests.rows, dict)
+        # What a registry tells; None: there is none.
+        self.registry: dict[str, Any] | None = None if router.registrar is None else router.registrar.facts()
         self.states = collections.Counter(view.state for view in (*self.tunnels, *self.failed))
         first, last = router.settings.ports
         self.ports = last - first + 1  # local ports that tunnels may have
@@ -444,6 +450,12 @@ def if_warm(value: Callable[[Any], float]) -> Callable[[Any], float | None]:
 def if_checked(value: Callable[[Any], float]) -> Callable[[Any], float | None]:
     """A number of a backend, from its Member; None where it is not checked actively."""
     return lambda member: value(member) if member.is_checked else None
+
+
+def registered(label: str, values: Callable[[dict[str, Any]], dict[str, float]]) -> Callable[[Facts], Iterable[Sample]]:
+    """Read a metric of the registry, with one label, or with none; `values` takes what it tells."""
+    return lambda facts: [] if facts.registry is None else [
+        Sample(float(value), {label: name} if label else {}) for name, value in values(facts.registry).items()]
 
 
 def buckets(bounds: Sequence[float], counts: list[int], total_of_values: float, labels: dict[str, str] = {}
@@ -609,6 +621,18 @@ METRICS = (
     Metric("sniroute_http_requests_total", "counter",
            "Requests in plain HTTP that are over, by route and status class.", requests_counted),
     *(Metric(name, "histogram", row.help, read_requests(name)) for name, row in REQUEST_HISTOGRAMS.items()),
+    Metric("sniroute_registry_claims", "gauge", "Names and ports in the registry: claimed, or held for their owners.",
+           registered("state", lambda facts: {"live": facts["claims"], "held": facts["held"]})),
+    Metric("sniroute_registry_events_total", "counter", "What has happened to claims.",
+           registered("event", lambda facts: facts["events"])),
+    Metric("sniroute_registry_refusals_total", "counter", "Requests of owners that were refused, by why.",
+           registered("reason", lambda facts: facts["refusals"])),
+    Metric("sniroute_registry_store_up", "gauge", "Whether the registry's store can be written to.",
+           registered("", lambda facts: {"": facts["store_up"]})),
+    Metric("sniroute_registry_store_writes_total", "counter", "Writes to the registry's store that are over.",
+           registered("", lambda facts: {"": facts["writes"]})),
+    Metric("sniroute_registry_store_write_seconds_total", "counter", "Seconds that these took together.",
+           registered("", lambda facts: {"": facts["write_seconds"]})),
     Metric("sniroute_reloads_total", "counter", "Reloads of the settings, by how they went.",
            each("result", lambda facts: {result: facts.router.reloads[result] for result in ("ok", "failed")})),
     Metric("sniroute_config_last_reload_successful", "gauge", "Whether the last reload went well.",
@@ -752,6 +776,7 @@ def status(facts: Facts) -> dict[str, Any]:
             "states": collections.Counter(connection.state for connection in facts.connections),
             "results": results, "retries": counters.get("retries", 0)},
         "http": None if facts.requests is None else show_requests(counters),
+        "registry": facts.registry,
         "bytes": {"up": collector.totals.up, "down": collector.totals.down},
         "reloads": {"ok": router.reloads["ok"], "failed": router.reloads["failed"],
                     "last_ok": router.last_reload[0], "last": router.last_reload[1]},
@@ -773,5 +798,6 @@ def status(facts: Facts) -> dict[str, Any]:
                    for route in (*facts.port_routes, *facts.routes.routes)[:ROUTES_SHOWN]
                    if route.pattern in facts.tallies],  # a reload may have taken it out since
         "backends": [show_backend(*row, now) for row in shown_backends(facts.backends)],
+        "claims": [] if facts.registry is None else router.registrar.shown(CLAIMS_SHOWN),
         "oldest_connections": [show_connection(connection, now) for connection in oldest],
     }

@@ -304,6 +304,13 @@ const TABLES = {
     ["Warm", "number", showWarm],
     ["Connect", "number", (row) => row.connect_seconds === null || row.why ? "" : span(row.connect_seconds)],
     ["", "act", (row, cell) => drain(cell, row)] ] },
+  claims: { key: (row) => row.name, columns: [
+    ["State", "state-cell short", (row, cell) => showState(cell, row.suspended ? "suspended" : "claimed",
+      row.suspended ? "warn" : "good")],
+    ["Name", "name", (row) => row.name],
+    ["Owner", "short", (row) => row.owner],
+    ["Target", "long bare", (row) => row.target],
+    ["Left", "number", (row) => row.while_connected ? "while connected" : span(row.left)] ] },
   requests: { key: (row) => row.id, columns: [
     ["At", "short bare", (row) => clock(row.when)],
     ["Client", "short", (row) => row.client],
@@ -493,6 +500,14 @@ function show(now) {
     numbered(now.last_requests, (row) => row.when + row.client + ofRequest(row));
     showTable("requests", now.last_requests);
   }
+  $("claims-card").hidden = now.registry === null;
+  if (now.registry !== null) {
+    const names = now.registry;
+    put($("claims-count"), (now.claims.length < names.claims ? "the first " + now.claims.length + " of " : "")
+      + whole.format(names.claims) + ", " + whole.format(names.held) + " held, in " + names.store
+      + (names.store_up ? "" : ", which is away"));
+    showTable("claims", now.claims);
+  }
   showTable("connections", now.oldest_connections);
   showTable("starts", now.slowest_starts);
   showBars("reasons", Object.entries(now.refusals).sort((a, b) => b[1] - a[1])
@@ -671,6 +686,8 @@ spellcheck="false"><button id="start" disabled>Start</button></form>''')}
 {card("Backends", table("backends", "No route has several."), "all", '<span id="backends-count"></span>')}
 {card("Requests", table("requests", "Nobody has asked in plain HTTP."), "all", '<span id="requests-count"></span>',
       "requests-card")}
+{card("Claimed names", table("claims", "Nobody has claimed one."), "all", '<span id="claims-count"></span>',
+      "claims-card")}
 {card("Connections", table("connections", "None is open."), "all", '<span id="connections-count"></span>')}
 </main>
 <dialog id="ask" aria-labelledby="ask-title"><form method="dialog">

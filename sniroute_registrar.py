@@ -149,6 +149,7 @@ class Registrar:
             if ipaddress.ip_address(self.address[0]).is_loopback:
                 self.rest.hosts = LOCAL_HOSTS | {show_address(self.address).rpartition(":")[0]}
         self.router.targets.own_registry = [] if isinstance(self.address, str) else [self.address]
+        self.router.registrar = self
         self.door.gates.append(Gate(self.door, "registry", listener, self.rest.decide, 0, keeps=True, most=CALLERS_MAX))
         self.router.call(functools.partial(self.router.routes.add_layer, self.layer))
         for key in list(self.table.live):  # of a store that outlives us
@@ -228,6 +229,34 @@ class Registrar:
 
     # -- any thread ------------------------------------------------------------------------------
 
+    def facts(self) -> dict[str, Any]:
+        """The numbers of the registry."""
+        registry, table = self.registry, self.table
+        return {"store": self.store.name, "store_up": table.frozen_since is None and not self.store.fault,
+                "fault": self.store.fault, "claims": len(table.live), "held": len(table.held),
+                "owners": copied(table.counts), "events": copied(lambda: dict(registry.events.counts)),
+                "refusals": copied(lambda: dict(registry.refusals)), "streams": len(self.rest.streams),
+                "writes": registry.writes, "write_seconds": registry.write_seconds}
+
+    def shown(self, limit: int) -> list[dict[str, Any]]:
+        """The first claims in the order of their names, as /status has them."""
+        return [self.show(claim) for claim in copied(lambda: self.table.page(limit=limit))]
+
+    def show(self, claim: Claim) -> dict[str, Any]:
+        """A claim as this host's own users see it: without its lease."""
+        return {"name": claim.key, "owner": claim.owner, "target": claim.target,
+                "left": round(max(claim.expires - self.table.clock(), 0.0), 3), "suspended": claim.suspended,
+                "while_connected": claim.while_connected}
+
+    def find(self, key: str) -> dict[str, Any] | None:
+        """What is known of a name, or of `tcp:PORT`."""
+        claim = self.table.find(key)
+        if claim is not None:
+            return self.show(claim)
+        held = self.table.find_held(key)
+        return None if held is None else {**self.show(held), "left": 0.0, "held": round(
+            max(held.expires + held.hold - self.table.clock(), 0.0), 3)}
+
     def may_reach(self, address: tuple) -> bool:
         """Whether a claim's target may be dialled at this address.  Where it is dialled."""
         return not address_fault(address, self.rest.rules, self.own())
@@ -258,6 +287,19 @@ def cut_claimed(router: Router, pattern: str) -> None:
     for connection in list(router.connections):
         if connection.decision is not None and connection.decision.route.pattern == pattern:
             connection.close(CUT_BY_RELEASE)
+
+
+COPY_TRIES = 100  # of a copy that may fail while the original changes: in CPython the first one succeeds, as a rule
+
+
+def copied(make: Callable[[], Any]) -> Any:
+    """What `make` copies from tables that another thread changes."""
+    for _ in range(COPY_TRIES):
+        try:
+            return make()
+        except (RuntimeError, KeyError, IndexError):
+            continue
+    return make()
 
 
 def port_pattern(key: str) -> str:

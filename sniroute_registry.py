@@ -125,6 +125,7 @@ class Store(Protocol):
     """Where claims are kept.  All methods run in the registry's loop, and so does `done`, perhaps at once."""
 
     name: str
+    fault: str  # why it cannot be written to; "" where it can
 
     def write(self, what: str, former: Claim | None, claim: Claim | None, done: Callable[[Written], None]) -> None:
         """Put a claim in the place of `former`, both or neither; None: there is none, or there is to be none."""
@@ -158,7 +159,7 @@ def from_text(text: str | bytes, expires: float) -> Claim:
 class Memory:
     """The store of a registry whose claims end with it: the table is all there is."""
 
-    name = "memory"
+    name, fault = "memory", ""
 
     def open(self, registry: Registry) -> None:
         pass
@@ -193,7 +194,8 @@ class Registry:
         self.events = Events()
         self.refusals: collections.Counter[str] = collections.Counter()
         self.turns: dict[str, collections.deque[Callable[[], None]]] = {}  # by key: who waits for the one that has it
-        self.closing = False  # no claim is taken any more
+        self.writes = 0  # to the store that are over, and the seconds that they took together
+        self.write_seconds = 0.0
         self.timer = loop.timer(self.tick)
         self.timer.set(table.clock())
 
@@ -226,7 +228,18 @@ class Registry:
                 self._put(CLAIMED, claim._replace(expires=self.table.clock() + ttl))
                 done(Result(verdict.word, self.table.live.get(key), name=key))
 
-        self.store.write(CLAIMED, former, claim, written)
+        self._write(CLAIMED, former, claim, written)
+
+    def _write(self, what: str, former: Claim | None, claim: Claim | None, done: Callable[[Written], None]) -> None:
+        """Have the store write, and see how long that takes."""
+        began = self.table.clock()
+
+        def written(said: Written) -> None:
+            self.writes += 1
+            self.write_seconds += self.table.clock() - began
+            done(said)
+
+        self.store.write(what, former, claim, written)
 
     def renew(self, key: str, owner: str, lease: str | None, ttl: float | None, done: Done, admin: bool = False) -> None:
         """The claim for another ttl."""
@@ -251,7 +264,7 @@ class Registry:
             former = verdict.claim
             fields = {name: value for name, value in changes.items() if name != "ttl"}
             claim = self.table.renewed(former, changes.get("ttl"), **fields)
-            self.store.write(CHANGED, former, claim, lambda said: self._settle(CHANGED, former, claim, said, done))
+            self._write(CHANGED, former, claim, lambda said: self._settle(CHANGED, former, claim, said, done))
         self._have_turn(key, done, act)
 
     def suspend(self, key: str, suspended: bool, done: Done) -> None:
@@ -262,7 +275,7 @@ class Registry:
                 done(Result("gone", sentence=f"there is no claim of {key}"))
                 return
             claim = former._replace(suspended=suspended)
-            self.store.write(CHANGED, former, claim, lambda said: self._settle(CHANGED, former, claim, said, done))
+            self._write(CHANGED, former, claim, lambda said: self._settle(CHANGED, former, claim, said, done))
         self._have_turn(key, done, act)
 
     def release(self, key: str, owner: str, lease: str | None, done: Done, admin: bool = False,
@@ -282,7 +295,7 @@ class Registry:
                 else:
                     self._settle(what, former, former, said, done)
 
-            self.store.write(what, former, None, written)
+            self._write(what, former, None, written)
         self._have_turn(key, done, act)
 
     def _settle(self, what: str, former: Claim, claim: Claim, said: Written, done: Done) -> None:

@@ -359,6 +359,7 @@ class Router(socketserver.ThreadingTCPServer):
         # Listeners.
         self.listeners: list[Listener] = []
         self.ports = Ports()
+        self.registrar: Any = None  # the registry, where there is one: see sniroute_registrar
         self.claimed_ports: dict[str, Route] = {}  # ports that the registry's owners have claimed, by pattern
         self.port_sockets = sockets_of(settings.port, inherited)
         self.inherited = [sock for sock in inherited if sock not in self.port_sockets]

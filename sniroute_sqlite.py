@@ -95,6 +95,8 @@ def said(error: sqlite3.Error) -> str:
 class Sqlite:
     """The file.  See above for who calls what."""
 
+    name = "sqlite"
+
     def __init__(self, path: str, loop: Loop, clock: Callable[[], float] = time.time):
         self.path = path
         self.loop = loop
