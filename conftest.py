@@ -35,7 +35,7 @@ import pytest
 
 pytest.register_assert_rewrite("testbed")  # an assert in a helper shows its values
 pytest_plugins = [f"testbed.{module}" for module in ("standins", "running", "program", "tunnels", "carrier", "admin",
-                                                      "clients", "web", "streams", "cluster", "apis", "passage")]
+                                                      "clients", "web", "streams", "cluster", "apis", "passage", "redis")]
 
 HERE = pathlib.Path(__file__).resolve().parent
 HOST = "127.0.0.1"
@@ -50,6 +50,7 @@ OPTIONS = {  # files that an installation may leave out
     "sniroute_objects.py", "sniroute_api.py", "sniroute_credentials.py", "sniroute_layers.py",
     "sniroute_kubeconfig.py", "sniroute_yaml.py", "sniroute_channels.py", "sniroute_spdy.py",
     "sniroute_clusters.py",
+    "sniroute_redis.py", "sniroute_resp.py",
     "sniroute_admin.py", "sniroute_door.py", "sniroute_metrics.py", "sniroute_page.py",
     "sniroute_carrier.py", "sniroute_dial.py", "sniroute_edge.py", "sniroute_forwarder.py", "sniroute_upgrade.py",
 }

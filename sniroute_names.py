@@ -345,6 +345,8 @@ OPTIONS = {
                    "sniroute_channels", "sniroute_spdy", "sniroute_forwarder", "sniroute_dial", "sniroute_upgrade",
                    "sniroute_http",
                    "sniroute_clusters"),
+    "registry": ("sniroute_redis", "sniroute_resp", "sniroute_layers", "sniroute_dial", "sniroute_upgrade",
+                 "sniroute_http"),
 }
 
 
