@@ -543,6 +543,8 @@ class Redis(Link):
         return told
 
     def _ask(self, ask: Ask) -> None:
+        if self.state is CLOSED:
+            return
         if self.state is UP and not self.line.is_full:
             self.line.ask(ask)
         elif self.state is UP or len(self.waiting) >= ASKED_MAX:

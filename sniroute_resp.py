@@ -228,6 +228,9 @@ GROUPS: dict[bytes, tuple[int, Callable[[list[Value]], Value]]] = {  # values fo
 }
 
 
+KINDS = {*LINES, *SIZED, *GROUPS}
+
+
 class Group:
     """A value whose values are still to come."""
 
@@ -300,19 +303,22 @@ class Reader:
     def _line(self) -> Value | State:
         """The next line: a value, or the beginning of one."""
         end = self.data.find(b"\n", self.seen)
-        self._check_kind()
-        self.seen = len(self.data)
-        if (self.seen if end < 0 else end) - self.at > LINE_MAX:
-            raise Malformed("a line without an end")
         if end < 0:
+            self.seen = end = len(self.data)
+            self._check_kind()
+        if end - self.at > LINE_MAX:
+            raise Malformed("a line without an end")
+        if end == len(self.data):
             return MORE
         line = bytes(self.data[self.at:end])
         if line.find(b"\r") != len(line) - 1:
             raise Malformed("a line that does not end in CRLF")
+        kind, rest = line[:1], line[1:-1]
+        if kind not in KINDS:
+            self._check_kind()
         self.at = self.seen = end + 1
         self.count += 1
         self._grow(len(line) + 1, 0)
-        kind, rest = line[:1], line[1:-1]
         if kind in LINES:
             return LINES[kind](rest)
         if rest == b"-1" and kind in (b"$", b"*"):  # RESP2
@@ -326,7 +332,7 @@ class Reader:
     def _check_kind(self) -> None:
         """Whether the byte that a value begins with is one of ours.  Raises Malformed."""
         kind = bytes(self.data[self.at:self.at + 1])
-        if kind and kind not in LINES and kind not in SIZED and kind not in GROUPS:
+        if kind and kind not in KINDS:
             raise Malformed(f"it does not speak Redis: {bytes(self.data[self.at:self.at + SAMPLE])!r}")
 
     def _grow(self, size: int, need: int) -> None:

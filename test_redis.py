@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import ssl
@@ -187,6 +188,7 @@ def test_nobody_is_called_behind_the_end(server, ask_redis):
             each.tick.set(monotonic())
             each.loop.turn()
     assert got == [[], []] and asker.downs == other.downs == []
+    assert asker.begin("PING", timeout=0) == [] and not asker.redis.waiting
 
 
 def test_a_callback_may_end_it(asker):
@@ -450,6 +452,40 @@ def test_an_answer_that_is_none_ends_the_connection(says, answer, reason):
     asker.up()
     asker.begin("PING", timeout=0.1)
     failed(asker.down(reason), reason)
+
+
+def test_a_server_that_does_not_know_us_any_more_is_greeted_again(says):
+    asker = says(*GREETING, b"-NOAUTH Authentication required.\r\n", stays=True)
+    failed(asker.ask("PING"), "login")
+    failed(asker.down("login"), "login")
+    asker.until(lambda: asker.server.accepted == 2)
+
+
+def test_noise_raises_nothing(serve, ask_redis, monkeypatch):
+    """Whatever comes, and wherever it is cut: the connection ends, and the next one is tried."""
+    monkeypatch.setattr(sniroute_redis, "AGAIN_LAST", 0.01)
+    dice = random.Random(22)
+
+    def handler(sock: socket.socket) -> None:
+        for answer in (*GREETING[:dice.randrange(4)], bytes(dice.choices(b"*$%>|+-:,#_\r\n0123456789\xff", k=40)) + b"\r\n."):
+            sock.recv(65536)
+            for _ in range(2):
+                cut = dice.randrange(len(answer))
+                sock.sendall(answer[:cut])
+                answer = answer[cut:]
+            sock.sendall(answer)
+
+    server = serve(handler)
+    asker = ask_redis(f"redis://{HOST}:{server.address[1]}")
+    heard = Heard(asker, "channel")
+    results: list[object] = []
+    while server.accepted < 60:
+        for _ in range(3):
+            asker.redis.ask("GET", "a", done=results.append, timeout=0.5)
+        asked = len(results)
+        asker.until(lambda: len(results) > asked)
+    assert all(result.reason in REASONS for result in [*asker.downs, *heard.downs])
+    assert heard.messages == []
 
 
 def test_what_a_server_pushes_is_no_answer(says):
