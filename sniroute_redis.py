@@ -13,9 +13,9 @@
            +----------------------------------------------------+
              after a failure: again, 0.1 to 5 s later
 
-A question is asked once.  Where its connection breaks nobody knows whether the server has done it, so `done` gets Failed
-and its owner decides.  A question that comes while the first try is under way, or the first one after a loss, waits for
-it; while the server is known to be away, it fails at once, with the reason of that.
+A question is asked once.  Where its connection breaks nobody knows whether the server has done it, so `done` gets
+Failed, and its owner decides.  A question that comes while the first try is under way, or the first one after a loss,
+waits for it; while the server is known to be away, it fails at once, with the reason of that.
 
 A server that says nothing is lost, too: a question whose time is over ends the connection (an answer that came later
 would be taken for that of the next question), and one that is idle is asked PING.
@@ -64,8 +64,9 @@ SENTINEL_MAX = 1.0  # for one Sentinel: a dead one holds up a failover that take
 IDLE = 5.0  # without a word from the server, until it is asked PING
 CHECK = 10.0  # between questions whether the master is another one
 AGAIN_FIRST, AGAIN_LAST = 0.1, 5.0  # until the next try; each one doubles it
-STEADY = 5.0  # a connection that was up for this long begins with AGAIN_FIRST; else a server that drops us is asked in a loop
+STEADY = 5.0  # a loss after this begins with AGAIN_FIRST; an earlier one does not, or it would be a loop
 ASKED_MAX = 10_000  # questions without an answer: 0.1 s of what a server can do
+PEERS_MAX = 32  # addresses that are remembered, with their TLS session: masters come and go
 UNSENT_MAX = 8 << 20  # bytes of questions that the kernel has not taken: the server does not read any more
 
 # What a link is doing, in words for people.
@@ -118,7 +119,7 @@ class Net:
 
     def peer(self, host: str, port: int) -> Peer:
         """Where connections lead to: the same one each time, for the sake of its TLS session."""
-        if len(self.peers) > 16:  # masters come and go
+        if len(self.peers) >= PEERS_MAX:
             self.peers.popitem(False)
         if (host, port) not in self.peers:
             self.peers[host, port] = Peer(host, port, self.context, host)
@@ -548,7 +549,8 @@ class Redis(Link):
         if self.state is UP and not self.line.is_full:
             self.line.ask(ask)
         elif self.state is UP or len(self.waiting) >= ASKED_MAX:
-            self._fail(ask, Failed("full", f"{len(self.waiting) or len(self.line.asks):,} questions wait for an answer"))
+            count = len(self.waiting) or len(self.line.asks)
+            self._fail(ask, Failed("full", f"{count:,} questions wait for an answer"))
             return
         elif self.failed is not None:
             self._fail(ask, self.failed)
@@ -594,7 +596,10 @@ class Redis(Link):
 
 
 class Subscription(Link):
-    """Hears what is published on a channel.  `on_up` comes when the server has confirmed it: read what is there then."""
+    """Hears what is published on a channel.
+
+    `on_up` comes when the server has confirmed it.  What was published before is not heard: so read what is there then.
+    """
 
     def __init__(self, net: Net, place: Place, channel: str, on_message: Callable[[bytes], None],
                  on_up: Callable[[Server], None], on_down: Callable[[Failed], None]):

@@ -402,8 +402,8 @@ class Scheme(NamedTuple):
 SCHEMES = {
     "redis": Scheme(False, False, "redis://[USER:PASSWORD@]HOST[:PORT][/DATABASE]", REDIS_PORT),
     "rediss": Scheme(True, False, "rediss://[USER:PASSWORD@]HOST[:PORT][/DATABASE]", REDIS_PORT),
-    "redis+sentinel": Scheme(False, True, "redis+sentinel://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]...]/MASTER[/DATABASE]",
-                             SENTINEL_PORT),
+    "redis+sentinel": Scheme(
+        False, True, "redis+sentinel://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]...]/MASTER[/DATABASE]", SENTINEL_PORT),
 }
 
 
@@ -550,7 +550,7 @@ def greet_2(login: Login | None) -> Generator[Words, Value, Server]:
     if login is not None:
         answer = yield ("AUTH", *((login.user,) if login.user else ()), login.password)
         if isinstance(answer, ErrorReply) and "wrong number of arguments" in answer:
-            raise Failed("login", "it is older than 6.0 and knows no users: leave the user out, as in redis://:PASSWORD@HOST")
+            raise Failed("login", "it is older than 6.0 and knows no users: write redis://:PASSWORD@HOST")
         if answer != "OK":
             raise refusal(answer)
     yield ("CLIENT", "SETNAME", CLIENT)  # not each user may
@@ -582,7 +582,9 @@ def find_master(place: Place) -> Generator[Words, Value, tuple[str, int]]:
 
 def refusal(answer: Value) -> Failed:
     """Why a step of a greeting has failed."""
-    return failure(answer) if isinstance(answer, ErrorReply) else Failed("answer", "it answered something else to a greeting")
+    if isinstance(answer, ErrorReply):
+        return failure(answer)
+    return Failed("answer", "it answered something else to a greeting")
 
 
 def raise_if(answer: ErrorReply, *reasons: str) -> None:

@@ -42,12 +42,14 @@ def in_cuts(data: bytes, *, at: list[int]) -> list[bytes]:
     ("DENIED Redis is running in protected mode", "forbidden"),
     ("READONLY You can't write against a read only replica.", "readonly"),
     ("LOADING Redis is loading the dataset in memory", "loading"), ("MASTERDOWN Link with MASTER is down", "loading"),
-    ("OOM command not allowed when used memory > 'maxmemory'.", "oom"), ("MISCONF Errors writing to the AOF file", "disk"),
+    ("OOM command not allowed when used memory > 'maxmemory'.", "oom"),
+    ("MISCONF Errors writing to the AOF file", "disk"),
     ("BUSY Redis is busy running a script.", "busy"), ("NOSCRIPT No matching script.", "script"),
     ("MOVED 3999 127.0.0.1:6381", "moved"), ("ASK 3999 127.0.0.1:6381", "moved"),
     ("CLUSTERDOWN Hash slot not served", "moved"), ("ERR max number of clients reached", "full"),
     ("ERR DB index is out of range", "database"), ("ERR SELECT is not allowed in cluster mode", "database"),
-    ("ERR syntax error", "answer"), ("WRONGTYPE Operation against a key", "answer"), ("", "answer"), ("OOMER", "answer"),
+    ("ERR syntax error", "answer"), ("WRONGTYPE Operation against a key", "answer"), ("", "answer"),
+    ("OOMER", "answer"),
     ("ERR Error running script (call to f_ab): @user_script:1: @user_script: 1: -OOM command not allowed", "oom"),
     ("ERR Error running script (call to f_ab): @user_script:1: -READONLY You can't write", "readonly"),
 ])
@@ -171,12 +173,14 @@ def some_value(dice: random.Random, depth: int = 0) -> bytes:
             kind = "*"
         if kind in "%|":
             values[::2] = [b":%d\r\n" % number for number in range(count)]
-        return b"%b%d\r\n%b%b" % (kind.encode(), count, b"".join(values), some_value(dice, depth) if kind == "|" else b"")
+        behind = some_value(dice, depth) if kind == "|" else b""
+        return b"%b%d\r\n%b%b" % (kind.encode(), count, b"".join(values), behind)
     data = bytes(dice.choices(b"ab\r\n$*:", k=dice.choice((0, 1, 3, 40))))
     if kind in "$!=":
         data = b"txt:" * (kind == "=") + data
         return b"%b%d\r\n%b\r\n" % (kind.encode(), len(data), data)
-    line = {"+": b"OK", "-": b"ERR x", ":": b"%d" % dice.randrange(-9, 99), "_": b"", "#": b"t", ",": b"1.5", "(": b"9" * 30}
+    line = {"+": b"OK", "-": b"ERR x", ":": b"%d" % dice.randrange(-9, 99), "_": b"", "#": b"t", ",": b"1.5",
+            "(": b"9" * 30}
     return kind.encode() + line[kind] + b"\r\n"
 
 
@@ -191,7 +195,8 @@ def test_any_cut_of_the_bytes_gives_the_same_values():
             damaged = bytearray(data)
             for _ in range(dice.randrange(1, 4)):
                 at = dice.randrange(len(damaged) + 1)
-                damaged[at:at + dice.randrange(3)] = bytes(dice.choices(b"*$%~>|+-:,#_(!=\r\n0123456789 ?x\xff", k=dice.randrange(3)))
+                noise = dice.choices(b"*$%~>|+-:,#_(!=\r\n0123456789 ?x\xff", k=dice.randrange(3))
+                damaged[at:at + dice.randrange(3)] = bytes(noise)
             data = bytes(damaged)
         whole = read(data)
         assert number % 2 or len(whole) == count and Malformed not in whole
@@ -213,14 +218,18 @@ def test_noise_is_no_exception():
 
 
 @pytest.mark.parametrize("text, place, shown", [
-    ("redis://redis.example.com", Place("redis", (("redis.example.com", 6379),), "", 0, None), "redis://redis.example.com:6379/0"),
+    ("redis://redis.example.com", Place("redis", (("redis.example.com", 6379),), "", 0, None),
+     "redis://redis.example.com:6379/0"),
     ("REDIS://h:1/2/", Place("redis", (("h", 1),), "", 2, None), "redis://h:1/2"),
-    ("rediss://[2001:db8::1]/15", Place("rediss", (("2001:db8::1", 6379),), "", 15, None), "rediss://[2001:db8::1]:6379/15"),
+    ("rediss://[2001:db8::1]/15", Place("rediss", (("2001:db8::1", 6379),), "", 15, None),
+     "rediss://[2001:db8::1]:6379/15"),
     ("redis://:pass@h", Place("redis", (("h", 6379),), "", 0, Login("", "pass")), "redis://h:6379/0"),
-    (f"redis://app:{SECRET_QUOTED}@h/1", Place("redis", (("h", 6379),), "", 1, Login("app", SECRET)), "redis://h:6379/1"),
+    (f"redis://app:{SECRET_QUOTED}@h/1", Place("redis", (("h", 6379),), "", 1, Login("app", SECRET)),
+     "redis://h:6379/1"),
     ("redis://a:p@ss/w?o#rd@h", Place("redis", (("h", 6379),), "", 0, Login("a", "p@ss/w?o#rd")), "redis://h:6379/0"),
     ("redis://a:b:c@h", Place("redis", (("h", 6379),), "", 0, Login("a", "b:c")), "redis://h:6379/0"),
-    ("redis+sentinel://s1,s2:7,[::1]:8/main", Place("redis+sentinel", (("s1", 26379), ("s2", 7), ("::1", 8)), "main", 0, None),
+    ("redis+sentinel://s1,s2:7,[::1]:8/main",
+     Place("redis+sentinel", (("s1", 26379), ("s2", 7), ("::1", 8)), "main", 0, None),
      "redis+sentinel://s1:26379,s2:7,[::1]:8/main/0"),
     ("redis+sentinel://u:p@s1/main/3", Place("redis+sentinel", (("s1", 26379),), "main", 3, Login("u", "p")),
      "redis+sentinel://s1:26379/main/3"),
@@ -228,22 +237,27 @@ def test_noise_is_no_exception():
 def test_a_url(text, place, shown):
     found = parse_url(text)
     assert found == place and str(found) == shown
-    assert found.is_tls == text.startswith("rediss:")
+    assert hash(found) == hash(place) and found.is_tls == text.startswith("rediss:")
     if found.login is not None:
         assert found.login.password not in f"{found!r}{found}{found.login}{found.login!r}"
 
 
 @pytest.mark.parametrize("text, says", [
-    ("", "begins with none of redis://, rediss://, redis"), ("h:6379", "begins with none of"), ("http://h", "begins with none of"),
+    ("", "begins with none of redis://, rediss://, redis"), ("h:6379", "begins with none of"),
+    ("http://h", "begins with none of"),
     ("redis:h", "begins with none of"), ("unix:///run/redis.sock", "begins with none of"),
-    ("redis://", "a host is"), ("redis://h:x", "a host is"), ("redis://h:70000", "a host is"), ("redis://::1", "a host is"),
-    ("redis://a:1:2", "a host is"), ("redis://h,i", "too many hosts"), ("redis://h/x", "a number"), ("redis://h/1/2", "a number"),
-    ("redis://h/-1", "a number"), ("redis://h/123456", "a number"), ("redis://h?db=1", "it is not"), ("redis://h#1", "it is not"),
+    ("redis://", "a host is"), ("redis://h:x", "a host is"), ("redis://h:70000", "a host is"),
+    ("redis://::1", "a host is"),
+    ("redis://a:1:2", "a host is"), ("redis://h,i", "too many hosts"), ("redis://h/x", "a number"),
+    ("redis://h/1/2", "a number"),
+    ("redis://h/-1", "a number"), ("redis://h/123456", "a number"), ("redis://h?db=1", "it is not"),
+    ("redis://h#1", "it is not"),
     ("redis://h\n", "it is not"), ("redis://h x", "it is not"), ("redis://hé", "it is not"),
     ("redis://SECRET@h", "USER:PASSWORD"), ("redis://SECRET:@h", "USER:PASSWORD"), ("redis://a:SECRET%@h", "%25"),
     ("redis://a:SECRET%zz@h", "%25"), ("redis://a:SECRET%ff@h", "%25"), ("redis://a:SECRET@h:x", "a host is"),
     ("redis://a:SECRET@", "a host is"), ("redis://a:SECRET", "a host is"), ("redis://a:SECRET/x", "a number"),
-    ("redis+sentinel://h", "name the master"), ("redis+sentinel://h/", "name the master"), ("redis+sentinel://h,/m", "a host is"),
+    ("redis+sentinel://h", "name the master"), ("redis+sentinel://h/", "name the master"),
+    ("redis+sentinel://h,/m", "a host is"),
     ("redis+sentinel://h/m/x", "a number"), (f"redis+sentinel://{'h,' * 16}h/m", "too many hosts"),
 ])
 def test_a_url_that_is_wrong_is_explained_without_its_secret(text, says):
@@ -281,7 +295,8 @@ def have(talk, *answers):
     ("redis://h", [HELLO, "PONG", MASTER], [("HELLO", 3, "SETNAME", "sniroute"), ("PING",), ("ROLE",)]),
     ("redis://a:b@h/2", [HELLO, "OK", "PONG", MASTER],
      [("HELLO", 3, "AUTH", "a", "b", "SETNAME", "sniroute"), ("SELECT", 2), ("PING",), ("ROLE",)]),
-    ("redis://:b@h", [HELLO, "PONG", MASTER], [("HELLO", 3, "AUTH", "default", "b", "SETNAME", "sniroute"), ("PING",), ("ROLE",)]),
+    ("redis://:b@h", [HELLO, "PONG", MASTER],
+     [("HELLO", 3, "AUTH", "default", "b", "SETNAME", "sniroute"), ("PING",), ("ROLE",)]),
 ])
 def test_a_greeting_in_resp_3(url, answers, asked):
     assert have(greet(parse_url(url)), *answers) == (asked, Server("7.0.15", 3, "standalone"))
@@ -336,7 +351,8 @@ QUESTION = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "main")
 
 
 @pytest.mark.parametrize("answers, result", [
-    ([[b"192.0.2.1", b"6380"]], ("192.0.2.1", 6380)), ([[b"redis-1.example.com", b"6379"]], ("redis-1.example.com", 6379)),
+    ([[b"192.0.2.1", b"6380"]], ("192.0.2.1", 6380)),
+    ([[b"redis-1.example.com", b"6379"]], ("redis-1.example.com", 6379)),
     ([ErrorReply("NOAUTH Authentication required."), "OK", [b"::1", b"1"]], ("::1", 1)),
 ])
 def test_a_sentinel_knows_the_master(answers, result):
@@ -348,8 +364,9 @@ def test_a_sentinel_knows_the_master(answers, result):
     ([None], "master"), ([ErrorReply("ERR unknown command `SENTINEL`")], "master"),
     ([ErrorReply("IDONTKNOW I have not enough information")], "answer"),
     ([ErrorReply("NOAUTH x"), ErrorReply("WRONGPASS x")], "login"), ([ErrorReply("NOAUTH x"), 7], "answer"),
-    *(([garbage], "answer") for garbage in (7, b"ab", "ab", [], [b"h"], [b"h", b"0x1"], [b"h", b"99999"], [b"", b"1"],
-                                            [b"h\n", b"1"], [b"\xff", b"1"], [b"h", b"1", b"2"], [7, 7], {b"h": 1, b"i": 2})),
+    *(([garbage], "answer") for garbage in (
+        7, b"ab", "ab", [], [b"h"], [b"h", b"0x1"], [b"h", b"99999"], [b"", b"1"], [b"h\n", b"1"], [b"\xff", b"1"],
+        [b"h", b"1", b"2"], [7, 7], {b"h": 1, b"i": 2})),
 ])
 def test_a_sentinel_that_does_not_help_has_a_reason(answers, reason):
     _, failed = have(find_master(parse_url(SENTINEL)), *answers)

@@ -159,7 +159,8 @@ class Asker:
         """Turn until `predicate` is true, and return its value."""
         deadline = monotonic() + timeout
         while not (result := predicate()):
-            assert monotonic() < deadline, f"not within {timeout:g} s: {what or predicate}; {self.redis.state}, {self.downs}"
+            assert monotonic() < deadline, (f"not within {timeout:g} s: {what or predicate}; "
+                                            f"{self.redis.state}, {self.downs}")
             assert self.faults == [], self.faults[0]
             self.tick.set(monotonic() + 0.005)
             self.loop.turn()
@@ -193,7 +194,8 @@ class Heard:
         self.messages: list[bytes] = []
         self.ups: list[Any] = []
         self.downs: list[Failed] = []
-        self.subscription: Subscription = asker.redis.subscribe(channel, self.messages.append, self.ups.append, self.downs.append)
+        self.subscription: Subscription = asker.redis.subscribe(
+            channel, self.messages.append, self.ups.append, self.downs.append)
 
 
 @pytest.fixture
