@@ -58,6 +58,7 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
                                                                _yaml, _channels, _spdy, _forwarder, _dial, _upgrade,
                                                                _http and _clusters
     sniroute_registrar *   names that are claimed for a while  with sniroute_rest, _registry, _claims, _owners, _sqlite,
+                                                               _shared, _redis, _resp, _layers, _dial, _upgrade, _http,
                                                                _door and _page; sniroute_claim is its client
 
 A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The rows at the end stand

@@ -1,4 +1,4 @@
-"""sniroute_layers: a connection to an API server in layers: TCP, what a proxy wants to hear, TLS.
+"""sniroute_layers: a connection to an API server, or to a Redis, in layers: TCP, what a proxy wants to hear, TLS.
 
     Opening:  Dial ---- [TLS to the proxy] ---- [CONNECT, or SOCKS5] ---- [TLS to the server] ----> done(Wire)
               naming,                           sniroute's words to        the server's name,        or done(Failed)
@@ -26,8 +26,8 @@ Seams: I want to ...
     another layer              a subclass of Wire, and a step in `Opening.steps`
     trust otherwise            `make_tls` of sniroute_credentials makes the contexts
 
-This room imports sniroute_dial (Dial, Failed), sniroute_kubeconfig (Proxy), sniroute_loop, sniroute_names,
-sniroute_refusals and sniroute_upgrade (CONNECT).
+This room imports sniroute_dial (Dial, Failed), sniroute_loop, sniroute_names, sniroute_refusals and sniroute_upgrade
+(CONNECT).
 """
 
 from __future__ import annotations
@@ -38,14 +38,16 @@ import ipaddress
 import socket
 import ssl
 import struct
-from typing import Any, Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Generator, Sequence
 
 from sniroute_dial import OVER, Dial, Failed, WayOut
-from sniroute_kubeconfig import Proxy
 from sniroute_loop import READ, WRITE, Loop, Watch
 from sniroute_names import show_address
 from sniroute_refusals import Malformed
 from sniroute_upgrade import connect_request, parse_answer
+
+if TYPE_CHECKING:
+    from sniroute_kubeconfig import Proxy  # registries use this room, too, and have no kubeconfig
 
 __version__ = "0.1.0"
 

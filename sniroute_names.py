@@ -351,7 +351,9 @@ OPTIONS = {
                    "sniroute_forwarder", "sniroute_dial", "sniroute_upgrade", "sniroute_http",
                    "sniroute_clusters"),
     "registry": ("sniroute_registrar", "sniroute_rest", "sniroute_registry", "sniroute_owners", "sniroute_claims",
-                 "sniroute_sqlite", "sniroute_claim", "sniroute_door", "sniroute_page"),
+                 "sniroute_sqlite", "sniroute_shared", "sniroute_redis", "sniroute_resp", "sniroute_layers",
+                 "sniroute_dial", "sniroute_upgrade", "sniroute_http", "sniroute_claim", "sniroute_door",
+                 "sniroute_page"),
 }
 
 

@@ -1,0 +1,336 @@
+"""sniroute_shared: claims that several routers share, in a Redis.
+
+    router A                            Redis                                router B
+    Shared.write --- a script ---> sniroute:claim:KEY = JSON, for ttl + hold
+                                   PUBLISH sniroute:claims -----------------> Shared: Registry.learn
+    Shared: a sweep, again and again: SCAN, MGET, PTTL --- what was missed
+
+A Store of sniroute_registry.  What Redis says is true: each change is one script of one key, which compares the lease
+that is there with the one that is meant.  So of two routers that want a name at once, one gets it.
+
+A key lives for ttl + hold.  While more than `hold` of that is left, its claim lives; after that the name is held for
+its owner.  What is left is asked for as PTTL, so no clock is compared with another host's.
+
+What other routers change is heard on a channel.  Whoever has missed something (a connection was lost, Redis began
+anew, a subscriber was killed) finds it by the sweep: all keys, page by page, again and again.  Nothing depends on
+keyspace notifications, or on CONFIG.
+
+While Redis is away the registry is frozen: what was claimed is routed on, nothing is claimed, nothing ends.  When it
+is back, all is read; a claim that Redis does not know any more has a ttl to be renewed, which puts it there again.
+
+Threads: the registry's loop.
+
+Seams: I want to ...
+    keep more of a claim    a field of Claim (sniroute_claims): the JSON has all of them
+    look more often         SWEEP
+
+This room imports sniroute_redis, sniroute_resp, sniroute_registry, sniroute_claims, sniroute_loop, sniroute_names and
+sniroute_refusals.
+
+Sources: redis.io: "EVAL", "SET", "PTTL", "SCAN", "Pub/Sub", "Key eviction".
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any, Callable
+
+from sniroute_claims import GRACE_MIN, OK, Claim
+from sniroute_loop import NEVER, Loop
+from sniroute_names import printable
+from sniroute_redis import Redis, Script, Subscription
+from sniroute_refusals import Failed
+from sniroute_registry import EXPIRED, TAKEN, UNAVAILABLE, Registry, Written, from_text, to_text
+from sniroute_resp import Place, Server
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("sniroute")
+
+PREFIX = "sniroute:claim:"
+CHANNEL = "sniroute:claims"
+
+# Limits, each with its reason.  Times in seconds.
+ASK_TIME = 2.0  # for an answer: owners wait for it
+SWEEP = 30.0  # from one sweep to the next: so long a change may be missed that the channel has not told
+PAGE = 500  # keys of one page of a sweep: some milliseconds of the loop
+STEP = 0.01  # between two pages: the loop has other things to do
+SWEEP_AGAIN = 1.0  # until a sweep that broke off is begun anew
+
+# KEYS[1]; ARGV: the lease that has to be there ("" for none), whether it may be missing, the new JSON, milliseconds,
+# the channel, what is said there.  Returns 1, or what is there and for how many milliseconds.
+SWAP = Script("""
+local now = redis.call('GET', KEYS[1])
+if now then
+  if cjson.decode(now).lease ~= ARGV[1] then return {now, redis.call('PTTL', KEYS[1])} end
+elseif ARGV[2] ~= '1' then return {false, 0} end
+redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4])
+redis.call('PUBLISH', ARGV[5], ARGV[6])
+return 1
+""")
+# KEYS[1]; ARGV: the lease, milliseconds for which the name is held, the channel, what is said there.
+RELEASE = Script("""
+local now = redis.call('GET', KEYS[1])
+if now then
+  if cjson.decode(now).lease ~= ARGV[1] then return {now, redis.call('PTTL', KEYS[1])} end
+  if tonumber(ARGV[2]) > 0 then redis.call('PEXPIRE', KEYS[1], ARGV[2]) else redis.call('DEL', KEYS[1]) end
+end
+redis.call('PUBLISH', ARGV[3], ARGV[4])
+return 1
+""")
+
+
+def milliseconds(seconds: float) -> int:
+    """For Redis: one at least."""
+    return max(1, round(seconds * 1000))
+
+
+class Shared:
+    """The claims in a Redis.  See Store for what a registry calls."""
+
+    name = "redis"
+
+    def __init__(self, place: Place, loop: Loop, context: Any = None):
+        self.loop = loop
+        self.me = os.urandom(8).hex()  # in what is said on the channel: our own words are no news
+        self.registry: Registry | None = None
+        self.fault = "not reached yet"
+        self.heard_at = 0.0  # wall time of the last good contact
+        self.redis = Redis(loop, place, self.on_up, self.on_down, context)
+        self.subscription: Subscription | None = None
+        self.timer = loop.timer(self.on_timer)
+        self.cursor = ""  # of the sweep; "": none is under way
+        self.seen: set[str] = set()  # keys of the sweep that is under way
+        self.known: set[str] = set()  # keys that were live when it began
+        self.whole = False  # the sweep is the first one since Redis came back: the registry is frozen until its end
+        self.kept_until = 0.0  # clock time: until then a claim that Redis does not know has time to be renewed
+        self.closed = False
+
+    def open(self, registry: Registry) -> None:
+        """Know nothing until Redis has told all."""
+        self.registry = registry
+        registry.table.freeze()
+        self.subscription = self.redis.subscribe(CHANNEL, self.on_message, self.on_subscribed, self.on_unsubscribed)
+
+    def close(self) -> None:
+        """Nothing more is asked."""
+        self.closed = True
+        self.timer.set(NEVER)
+        if self.subscription is not None:
+            self.subscription.close()
+        self.redis.close()
+
+    # -- what the registry writes ----------------------------------------------------------------
+
+    def write(self, what: str, former: Claim | None, claim: Claim | None, done: Callable[[Written], None]) -> None:
+        """See Store."""
+        if what == EXPIRED:  # Redis has counted, too
+            done(Written(OK))
+        elif claim is None:
+            assert former is not None
+            self._run(RELEASE, former.key, done, former.lease, milliseconds(former.hold) if former.hold else 0, CHANNEL,
+                      self._said(former, 0.0))
+        else:
+            self._swap(claim, former.lease if former is not None else "", claim.lease != getattr(former, "lease", ""),
+                       done)
+
+    def renew(self, claim: Claim, done: Callable[[Written], None]) -> None:
+        """See Store.  One that Redis has lost, as at an empty restart, is there again."""
+        self._swap(claim, claim.lease, True, done)
+
+    def _swap(self, claim: Claim, lease: str, may_miss: bool, done: Callable[[Written], None]) -> None:
+        self._run(SWAP, claim.key, done, lease, "1" if may_miss else "0", to_text(claim),
+                  milliseconds(claim.ttl + claim.hold), CHANNEL, self._said(claim, claim.ttl))
+
+    def _said(self, claim: Claim, left: float) -> str:
+        """What is said on the channel: who says it, how long the claim lives, and the claim."""
+        return f"{self.me} {milliseconds(left) if left else 0} {to_text(claim)}"
+
+    def _run(self, script: Script, key: str, done: Callable[[Written], None], *words: Any) -> None:
+        def answered(value: Any) -> None:
+            if isinstance(value, Failed):
+                done(Written(UNAVAILABLE, sentence=f"the store does not answer: {value}"))
+                return
+            self.heard_at = time.time()
+            if not isinstance(value, list):
+                done(Written(OK))
+                return
+            text, left = value
+            done(Written(TAKEN, self._read(text, left)))
+        self.redis.run(script, [PREFIX + key], words, answered, ASK_TIME)
+
+    def _read(self, text: Any, left: Any) -> Claim | None:
+        """A claim as Redis has it, of its JSON and its PTTL; None where there is none that can be read."""
+        if not isinstance(text, bytes) or not isinstance(left, int) or left <= 0:
+            return None
+        assert self.registry is not None
+        try:
+            claim = from_text(text, 0.0)
+        except ValueError as error:
+            log.warning("registry: Redis has something under %s that is no claim: %s", PREFIX, printable(str(error)))
+            return None
+        return claim._replace(expires=self.registry.table.clock() + left / 1000 - claim.hold)
+
+    # -- what others change ----------------------------------------------------------------------
+
+    def on_message(self, message: bytes) -> None:
+        """Another router has changed a claim."""
+        assert self.registry is not None
+        who, _, rest = message.partition(b" ")
+        left, _, text = rest.partition(b" ")
+        if who == self.me.encode() or not left.isdigit():
+            return
+        try:
+            claim = from_text(text, 0.0)
+        except ValueError:
+            return
+        self.heard_at = time.time()
+        clock = self.registry.table.clock()
+        claim = claim._replace(expires=clock + int(left) / 1000)
+        self.registry.learn(claim.key, claim)
+
+    # -- up and down -----------------------------------------------------------------------------
+
+    def on_up(self, server: Server) -> None:
+        """Redis answers."""
+        self.fault = ""
+        self.heard_at = time.time()
+        self.redis.ask("INFO", "memory", done=self.on_memory, timeout=ASK_TIME)
+        if self.subscription is not None and self.subscription.state == "up":
+            self._begin(True)
+
+    def on_down(self, failed: Failed) -> None:
+        """Redis is away: what is known is used on."""
+        if self.closed:
+            return
+        assert self.registry is not None
+        self.fault = str(failed)
+        self.cursor = ""
+        self.registry.freeze(True)
+        log.warning("registry: Redis is away (%s): the names that are claimed are routed on, and none can be claimed",
+                    failed)
+
+    def on_subscribed(self) -> None:
+        """From here on nothing is missed: so all is read now."""
+        if not self.fault:
+            self._begin(True)
+
+    def on_unsubscribed(self, failed: Failed) -> None:
+        """The channel is lost; the sweeps go on."""
+
+    def on_memory(self, answer: Any) -> None:
+        """Warn where Redis may forget claims."""
+        text = answer.decode("latin-1") if isinstance(answer, bytes) else answer if isinstance(answer, str) else ""
+        rows = dict(line.partition(":")[::2] for line in text.split("\r\n"))
+        policy = rows.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction" and rows.get("maxmemory", "0") != "0":
+            log.warning("registry: Redis drops keys when its memory is full (maxmemory-policy %s): claims would be "
+                        "lost; set noeviction", printable(policy, 40))
+
+    # -- the sweep -------------------------------------------------------------------------------
+
+    def _begin(self, whole: bool) -> None:
+        """Look at all keys, from the first page on."""
+        assert self.registry is not None
+        if whole:
+            ttls = (claim.ttl for claim in self.registry.table.live.values())
+            self.kept_until = self.registry.table.clock() + max([GRACE_MIN, *ttls])
+        self.whole = self.whole or whole
+        self.cursor = "0"
+        self.seen = set()
+        self.known = set(self.registry.table.live)
+        self._ask_page()
+
+    def on_timer(self) -> None:
+        """The next page, or the next sweep."""
+        if self.fault:
+            return
+        if self.cursor:
+            self._ask_page()
+        else:
+            self._begin(False)
+
+    def _ask_page(self) -> None:
+        sweep = self.seen
+        self.redis.ask("SCAN", self.cursor, "MATCH", PREFIX + "*", "COUNT", PAGE,
+                       done=lambda answer: sweep is self.seen and self._on_page(answer), timeout=ASK_TIME)
+
+    def _on_page(self, answer: Any) -> None:
+        """Some keys, and where the next ones begin."""
+        if isinstance(answer, Failed) or not isinstance(answer, list) or len(answer) != 2:
+            self.cursor = ""
+            self.timer.set(self._now() + SWEEP_AGAIN)
+            return
+        cursor, keys = answer
+        texts: list[Any] = []
+        if not keys:
+            self._next(cursor)
+            return
+        self.redis.ask("MGET", *keys, done=texts.append, timeout=ASK_TIME)
+        lefts: list[Any] = []
+        sweep = self.seen
+
+        def told(left: Any) -> None:
+            lefts.append(left)
+            if len(lefts) == len(keys) and sweep is self.seen:
+                self._on_claims(keys, texts[0], lefts)
+                self._next(cursor)
+
+        for key in keys:
+            self.redis.ask("PTTL", key, done=told, timeout=ASK_TIME)
+
+    def _on_claims(self, keys: list[bytes], texts: Any, lefts: list[Any]) -> None:
+        """A page of claims."""
+        assert self.registry is not None
+        if isinstance(texts, Failed):
+            return
+        self.heard_at = time.time()
+        table = self.registry.table
+        for name, text, left in zip(keys, texts, lefts):
+            key = name.decode("ascii", "replace").removeprefix(PREFIX)
+            self.seen.add(key)
+            claim = self._read(text, left)
+            if claim is None or claim.key != key:
+                continue
+            former = table.live.get(key)
+            if former is None or former.lease != claim.lease or abs(former.expires - claim.expires) > 1.0 \
+                    or former._replace(expires=0.0) != claim._replace(expires=0.0):
+                self.registry.learn(key, claim)
+
+    def _next(self, cursor: Any) -> None:
+        """The page is done."""
+        self.cursor = cursor.decode("ascii") if isinstance(cursor, bytes) else str(cursor)
+        if self.cursor != "0":
+            self.timer.set(self._now() + (0.0 if self.whole else STEP))
+            return
+        assert self.registry is not None
+        registry, self.cursor = self.registry, ""
+        if self._now() >= self.kept_until:
+            for key in self.known - self.seen:
+                self._ask_again(key)
+        self.timer.set(self._now() + SWEEP)
+        if self.whole:
+            self.whole = False
+            registry.freeze(False)
+            log.info("registry: %d claims are in Redis", len(self.seen))
+
+    def _ask_again(self, key: str) -> None:
+        """A claim that the sweep has not seen: it may have come meanwhile, or is gone."""
+        assert self.registry is not None
+        registry = self.registry
+        former = registry.table.live.get(key)
+
+        def told(answer: Any) -> None:
+            if answer == 0 and registry.table.live.get(key) is former:
+                registry.learn(key, None)
+
+        if former is not None:
+            self.redis.ask("EXISTS", PREFIX + key, done=told, timeout=ASK_TIME)
+
+    def _now(self) -> float:
+        assert self.registry is not None
+        return self.registry.table.clock()
+
+
