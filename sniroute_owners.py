@@ -397,7 +397,7 @@ def who(token: str, owners: Iterable[Owner]) -> Owner | None:
 def fits(name: str, glob: str) -> bool:
     """Whether a normalised name fits a glob of `parse_spaces`.  No regular expression: the name is a stranger's."""
     if glob.startswith("**."):
-        return name.endswith(glob[2:]) and len(name) > len(glob) - 2
+        return name.endswith(glob[2:])
     labels, wanted = name.split("."), glob.split(".")
     return len(labels) == len(wanted) and all(map(_label_fits, labels, wanted))
 
@@ -490,13 +490,11 @@ def punycode_fault(label: str) -> str:
     if not label.startswith("xn--"):
         return ""
     import unicodedata  # imported late: a megabyte, for these names only
-    code = label.removeprefix("xn--").encode()
     try:
-        text = code.decode("punycode")
-        again = text.encode("punycode")
+        text = label.removeprefix("xn--").encode().decode("punycode")
     except (ValueError, OverflowError):  # of ValueError, UnicodeError is one
-        text, again = "", b""
-    if again != code or text.isascii():
+        text = ""
+    if text.isascii():
         return f"{label} does not decode: it is no punycode"
     if any(letter != "-" and unicodedata.category(letter)[0] not in "LMN" for letter in text):
         return f"{label} has characters in it that are neither letters nor digits"
@@ -625,7 +623,7 @@ def narrowed(allow: Sequence[str] | None, owner: Owner) -> tuple[Network, ...] |
     asked = tuple(map(parse_network, allow))
     if owner.allow_clients is None:
         return asked
-    pairs = ((each, limit) for each in asked for limit in owner.allow_clients if each.version == limit.version)
+    pairs = ((each, limit) for each in asked for limit in owner.allow_clients)
     return tuple(dict.fromkeys(min(pair, key=lambda network: network.num_addresses)
                                for pair in pairs if pair[0].overlaps(pair[1])))
 

@@ -131,6 +131,8 @@ def test_a_name_that_is_none_is_refused_in_words(text, kind, said):
 def test_a_name_in_other_letters_may_not_be_taken_for_another_one(text, said):
     found = punycode_fault("xn--" + text.encode("punycode").decode())
     assert said in found and bool(said) == bool(found)
+    assert "does not decode" in punycode_fault("xn--abc-") and "does not decode" in punycode_fault("xn--")
+    assert punycode_fault("abc") == ""
 
 
 def test_a_fault_in_a_whole_name_is_found_in_each_label():
@@ -205,6 +207,7 @@ def test_a_random_name_goes_where_its_owner_may_have_any():
     assert random_space(RULES_HERE, ALICE._replace(names=(f"a.{DOMAIN}", f"**.b.{DOMAIN}"))) == f"b.{DOMAIN}"
     found = fault(random_space, RULES_HERE, ALICE._replace(names=(f"a.{DOMAIN}", f"team-*.{DOMAIN}")))
     assert found.kind == "forbidden" and "say which" in found.sentence
+    assert fault(random_space, RULES_HERE, ALICE._replace(names=(f"*.x-*.{DOMAIN}",))).kind == "forbidden"
 
 
 # -- targets -----------------------------------------------------------------------------------
@@ -270,6 +273,13 @@ def test_nobody_names_the_hosts_of_tunnels_but_who_may():
         assert "of which you have none" in fault(check_target, f"{scheme}:db.example.org", RULES_HERE, ALICE).sentence
 
 
+def test_the_ports_that_a_target_may_have():
+    rules = RULES_HERE._replace(target_ports=(2000, 3000))
+    allowed = [port for port in (1999, 2000, 3000, 3001)
+               if standing(f"a.{DOMAIN}", f"tcp:192.0.2.10:{port}", rules, ALICE) == ""]
+    assert allowed == [2000, 3000]
+
+
 def test_by_default_owners_name_no_address():
     rules = Rules((DOMAIN,))
     assert fault(check_target, "tcp:192.0.2.10:8080", rules, ALICE).sentence.endswith("there is nodepass")
@@ -292,6 +302,7 @@ def test_by_default_owners_name_no_address():
     ("2002:a01:203::1", ["10.0.0.0/8"], True), ("2002:a9fe:a9fe::1", ["2002::/16"], False),
     ("2001:0:a01:203::f5fe:fdfc", ["10.0.0.0/8"], True),
     ("2001:0:a01:203::80ff:fffe", ["2001::/32", "10.0.0.0/8"], False),
+    ("2001:0:a01:203::39cc:9bfe", ["10.0.0.0/8"], False),
     ("::a01:203", ["10.0.0.0/8"], True), ("::7f00:1", ["::/0"], False), ("2001:db8::1", ["0.0.0.0/0"], False),
 ])
 def test_an_address_is_judged_as_what_it_leads_to(address, networks, allowed):
