@@ -74,8 +74,8 @@ HEADER_KEY = re.compile(rb"[!#$&'*+.^_`|~0-9A-Za-z-]")  # RFC 9110 section 5.6.2
 class KubeconfigError(ValueError):
     """What is wrong, for people: without a secret, and in one line.
 
-    `kind`: `file` (it cannot be read, or says what cannot be), `context` (there is none of that name, or what it names
-    is not there), `plugin` (its answer is none).
+    `kind`: `file` (there is none, it cannot be read, or it says what cannot be), `context` (there is none of that name,
+    or what it names is not there), `plugin` (it cannot be run, or its answer is none).
     """
 
     def __init__(self, message: str, kind: str = "file"):
@@ -370,7 +370,7 @@ def choose_context(name: str, paths: Iterable[str], environ: Mapping[str, str], 
     if context is None:
         places = ", ".join(map(printable, config.files)) or "--kubeconfig, KUBECONFIG and HOME are empty"
         raise KubeconfigError(f"no kubeconfig is there ({places})" + (
-            f", so no context {shown(name)}" if name else ", and this is no pod with a service account"), "context")
+            f", so no context {shown(name)}" if name else ", and this is no pod with a service account"))
     return context._replace(files=(*config.files, *context.files))
 
 

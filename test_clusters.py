@@ -293,6 +293,12 @@ def test_a_kubeconfig_that_others_may_change_stops_the_start_and_one_that_is_mis
     sniroute_settings.warn(load_settings([f"--route=a.b={DB}", f"--kubeconfig={path}"], {}))
     assert f"there is no kubeconfig at {path}; names that need it" in caplog.text
     caplog.clear()
+    sniroute_settings.warn(load_settings([f"--route=a.b={DB}"], {"HOME": str(tmp_path)}))
+    assert f"there is no kubeconfig at {tmp_path}/.kube/config; names that need it" in caplog.text
+    caplog.clear()
+    in_pod = {"HOME": str(tmp_path), "KUBERNETES_SERVICE_HOST": "192.0.2.1"}
+    sniroute_settings.warn(load_settings([f"--route=a.b={DB}"], in_pod))
+    assert "kubeconfig" not in caplog.text
     path.write_text("{}")
     path.chmod(0o622)
     (line,) = faults(f"--route=a.b={DB}", f"--kubeconfig=/nowhere:{path}")

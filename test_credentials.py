@@ -96,7 +96,7 @@ def test_a_kubeconfig_that_is_being_written_is_read_again(cluster, call, soon, m
 
 
 @pytest.mark.parametrize("text, reason, words", [
-    ("a: [", "config", "line 1"), ("", "context", "current-context"), (None, "context", "no kubeconfig is there")])
+    ("a: [", "config", "line 1"), ("", "context", "current-context"), (None, "config", "no kubeconfig is there")])
 def test_a_kubeconfig_that_cannot_be_used_and_then_can(cluster, call, tmp_path, text, reason, words, soon):
     path = tmp_path / "config"
     if text is not None:
