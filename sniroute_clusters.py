@@ -35,7 +35,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import sys
-from typing import TYPE_CHECKING, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Iterable, Iterator, Mapping, Sequence
 
 from sniroute_launchers import (TUNNEL_ENVIRONMENT, TUNNEL_IDENTITY, Launcher, Reason, last_line, last_words, our_words,
                                 words_by_hand)
@@ -84,7 +84,7 @@ def fits(template: str, rest: str) -> None:
 
 
 def misfits(route: Route) -> Iterator[str]:
-    """What a route to clusters lacks, a sentence each.
+    """What a route to clusters lacks, or says in vain, a sentence each.
 
     Whoever reaches the listener may ask for any name, and so may a page in a browser of its user.  So a kubeconfig
     with many clusters in it is not open to all of them by one line.
@@ -96,6 +96,15 @@ def misfits(route: Route) -> Iterator[str]:
             if "{" in text and not globs:
                 yield (f"{printable(text, 80)} lets clients choose the {what}: say in the file which they may reach, "
                        f'as {what}s = ["team-*"]')
+            names = {text, dict(route.aliases).get(text, text)} if what == "context" else {text}
+            if "{" not in text and globs and not allows(globs, names):
+                yield (f"its {what} is {printable(text, 80) or 'the current one'}, which {what}s = {', '.join(globs)} "
+                       "leaves out: each client would be refused")
+
+
+def allows(globs: Iterable[str], names: Iterable[str]) -> bool:
+    """Whether one of these names of a namespace, or a context, fits what the route allows."""
+    return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
 
 
 def told(jump: bool, route: Route, rests: Sequence[str]) -> str:
@@ -110,8 +119,9 @@ def told(jump: bool, route: Route, rests: Sequence[str]) -> str:
         context = aliases.get(target.context, target.context)
         for what, names, globs in (("namespace", (target.namespace,), route.namespaces),
                                    ("context", (target.context, context), route.contexts)):
-            if globs and not any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs):
-                raise Refused("forbidden", f"{printable(rest)}: {route.pattern} leads to no such {what}")
+            if globs and not allows(globs, names):
+                raise Refused("forbidden", f"{printable(rest)}: {route.pattern} leads to no such {what}: {what}s has "
+                                           f"{', '.join(globs)}")
         targets.append(target._replace(context=context, container=route.container, balance=route.balance))
     return argument_of(targets)
 

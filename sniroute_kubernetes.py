@@ -176,10 +176,12 @@ usage: sniroute_kubernetes.py port-forward TARGET --listen HOST:PORT [options]
        sniroute_kubernetes.py forwarders [options]        told on stdin what to listen for, as sniroute does
        sniroute_kubernetes.py --version
 
-A TARGET is NAMESPACE/svc/NAME:PORT[@CONTEXT]; instead of svc: service, deploy, sts, rs, pod, or pods/LABEL=VALUE.
+A TARGET is NAMESPACE/svc/NAME:PORT[@CONTEXT]; instead of svc: deploy, sts, rs, ds, job, pod, or pods/LABEL=VALUE.
 jump:NAMESPACE/svc/NAME/HOST:PORT leads from that pod to HOST:PORT, by socat, nc or bash in it.
 
 options:
+  --listen HOST:PORT             of port-forward: an address of this host, or localhost
+  --container NAME               of exec; the pod's default by default
   --kubeconfig PATH[:PATH ...]   instead of KUBECONFIG and ~/.kube/config
   --context NAME                 of targets that name none; the current one by default
   --exec-path DIR[:DIR ...]      where credential plugins are looked for, beside PATH
@@ -194,7 +196,7 @@ Also read: HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE, SSL_CERT_DIR, TUNNEL_LOG_OUTPUT
 def seconds(text: str) -> float:
     """`15`, or `15s`.  Raises ValueError."""
     if not re.fullmatch(r"[0-9]{1,4}(?:\.[0-9]{1,3})?s?", text, re.ASCII) or not float(text.rstrip("s")):
-        raise ValueError(f"{printable(text, 40)!r} is no number of seconds")
+        raise ValueError(f"{printable(text, 40)!r} is no number of seconds above 0")
     return float(text.rstrip("s"))
 
 
@@ -224,10 +226,10 @@ def parse_words(words: list[str], environ: Mapping[str, str], **more: Callable[[
     for word in rest:
         if word == "--":
             break
-        if not word.startswith("--"):
+        if not word.startswith("-"):
             arguments.append(word)
             continue
-        name, equals, value = word[2:].partition("=")
+        name, equals, value = word.removeprefix("--").partition("=")
         if name not in readers:
             wrong.append(f"unknown option {printable(word, 80)!r}")
             continue
@@ -291,6 +293,10 @@ def execute(words: list[str], environ: Mapping[str, str]) -> int:
     place, at, context = arguments[0].partition("@")
     try:
         target = parse_target(f"{place}/localhost:1{at}{context}", jump=True)  # with a host no port of a pod is needed
+    except Malformed as error:
+        why = str(error).partition("[@CONTEXT]: ")[2]  # what is before it speaks of localhost, which nobody has written
+        raise SettingsError(f"{printable(arguments[0], 120)!r} is not NAMESPACE/pod/NAME[@CONTEXT]: {why}") from None
+    try:
         if given.get("container"):
             target = with_option(target, "container", given["container"])
     except Malformed as error:

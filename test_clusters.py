@@ -124,6 +124,28 @@ def test_a_route_whose_clients_choose_the_namespace_or_the_context_says_which(ta
     assert all("--route: {a}.{ns}.example.com: " in line for line in lines)
 
 
+@pytest.mark.parametrize("target, option, said", [
+    ("default/svc/web:80", 'namespaces = ["prod", "team-*"]',
+     "its namespace is default, which namespaces = prod, team-* leaves out"),
+    ("prod/svc/web:80@dev", 'contexts = ["main"]', "its context is dev, which contexts = main leaves out"),
+    ("prod/svc/web:80", 'contexts = ["main"]', "its context is the current one, which contexts = main leaves out"),
+])
+def test_a_route_that_would_refuse_each_client_stops_the_start(settings_file, target, option, said):
+    line, = faults("-c", settings_file(f'[routes."web.example.com"]\ntarget = "kubernetes:{target}"\n{option}\n'))
+    assert said in line and line.endswith("each client would be refused")
+
+
+def test_what_a_route_allows_may_be_what_its_target_says(settings_file):
+    load_settings(["-c", settings_file("""
+[kubernetes.contexts]
+main = "arn:aws:eks:eu-west-1:1:cluster/main"
+[routes."web.example.com"]
+target = "kubernetes:team-a/svc/web:80@main"
+namespaces = ["team-*"]
+contexts = ["arn:*"]
+""")], {})
+
+
 CHOSEN = """
 [kubernetes.contexts]
 main = "arn:aws:eks:eu-west-1:1:cluster/main"
@@ -150,7 +172,7 @@ def test_a_short_name_is_a_context_and_globs_say_which_there_may_be(settings_fil
                        ("web.default.xmain.k8s.localhost", "context")):
         with pytest.raises(Refused) as caught:
             word(name)
-        assert (caught.value.kind, caught.value.status) == ("forbidden", 403) and f"no such {what}" in str(caught.value)
+        assert (caught.value.kind, caught.value.status) == ("forbidden", 403) and f"no such {what}: {what}s has " in str(caught.value)
 
 
 def test_a_glob_may_say_the_real_name_of_a_context(settings_file):

@@ -109,9 +109,9 @@ def test_a_kubeconfig_that_cannot_be_used_and_then_can(cluster, call, tmp_path, 
 
 def test_a_failure_is_not_looked_into_by_each_client(call, tmp_path, monkeypatch):
     caller = call(tmp_path / "config")
-    told(caller.get(VERSION), "context")
+    told(caller.get(VERSION), "config")
     monkeypatch.setattr(sniroute_credentials, "read_files", lambda *words: pytest.fail("looked at"))
-    told(caller.get(VERSION), "context")
+    told(caller.get(VERSION), "config")
 
 
 @linux
