@@ -120,8 +120,8 @@ def told(jump: bool, route: Route, rests: Sequence[str]) -> str:
         for what, names, globs in (("namespace", (target.namespace,), route.namespaces),
                                    ("context", (target.context, context), route.contexts)):
             if globs and not allows(globs, names):
-                raise Refused("forbidden", f"{printable(rest)}: {route.pattern} leads to no such {what}: {what}s has "
-                                           f"{', '.join(globs)}")
+                raise Refused("forbidden", f"{printable(rest)}: {route.pattern} leads to no such {what}: its {what}s "
+                                           f"are {', '.join(globs)}")
         targets.append(target._replace(context=context, container=route.container, balance=route.balance))
     return argument_of(targets)
 

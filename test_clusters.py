@@ -172,7 +172,7 @@ def test_a_short_name_is_a_context_and_globs_say_which_there_may_be(settings_fil
                        ("web.default.xmain.k8s.localhost", "context")):
         with pytest.raises(Refused) as caught:
             word(name)
-        assert (caught.value.kind, caught.value.status) == ("forbidden", 403) and f"no such {what}: {what}s has " in str(caught.value)
+        assert (caught.value.kind, caught.value.status) == ("forbidden", 403) and f"no such {what}: its {what}s are " in str(caught.value)
 
 
 def test_a_glob_may_say_the_real_name_of_a_context(settings_file):
