@@ -127,7 +127,7 @@ class Jump(Client):
         outcome = read_outcome(text)
         if outcome.code == 0:
             # After the client's end the tool may have left because nothing came for a while: that was no end.
-            if self.ended and monotonic() - self.heard_at > 0.8 * TOOL_GRACE:
+            if self.has_ended and monotonic() - self.heard_at > 0.8 * TOOL_GRACE:
                 self.cut(Failed("cut", "the far end had not ended"))
             else:
                 self.finish(False)

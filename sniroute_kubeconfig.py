@@ -384,7 +384,7 @@ def find_context(config: Kubeconfig, name: str, read: Read) -> Context:
     if entry is None:
         raise KubeconfigError(f"no context {shown(wanted)} in {places}{' (its current-context)' * (not name)}"
                               f"{known(config, wanted)}", "context")
-    cluster, user = (find(entry, key, entries) for key, entries in (("cluster", config.clusters),
+    cluster, user = (named_by(entry, key, entries) for key, entries in (("cluster", config.clusters),
                                                                     ("user", config.users)))
     if cluster is None:
         entry.fault("names no cluster", kind="context")
@@ -400,7 +400,7 @@ def find_context(config: Kubeconfig, name: str, read: Read) -> Context:
     return Context(wanted, entry.word("namespace") or "default", leads_to, who, (*config.files, *files))
 
 
-def find(context: Entry, key: str, entries: Mapping[str, Entry]) -> Entry | None:
+def named_by(context: Entry, key: str, entries: Mapping[str, Entry]) -> Entry | None:
     """The cluster or the user that a context names; None where it names none.  Raises KubeconfigError."""
     name = context.word(key)
     if name and name not in entries:
@@ -409,7 +409,7 @@ def find(context: Entry, key: str, entries: Mapping[str, Entry]) -> Entry | None
 
 
 def known(config: Kubeconfig, wanted: str) -> str:
-    """Which contexts there are, as the end of a sentence."""
+    """Which contexts there are, or the one that `wanted` may have meant, as the end of a sentence."""
     import difflib  # imported late: only a mistyped name needs it
     names = sorted(config.contexts)
     close = difflib.get_close_matches(wanted, names, 1) if wanted else []
