@@ -29,8 +29,8 @@ Seams: I want to ...
     tell another reason                 REASONS here, or those of the rooms below
     serve a client in another way       a subclass of Client, as in sniroute_jumps
 
-This room imports sniroute_links, sniroute_pods, sniroute_objects (Choice), sniroute_api (REASONS), sniroute_forwarder
-(Listener, reset), sniroute_dial (Failed), sniroute_loop and sniroute_names.
+This room imports sniroute_links, sniroute_transports (Forward, PodRef), sniroute_pods, sniroute_objects (Choice),
+sniroute_api (REASONS), sniroute_forwarder (Listener, reset), sniroute_dial (Failed), sniroute_loop and sniroute_names.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ from typing import TYPE_CHECKING, Any, Callable
 from sniroute_api import REASONS as API_REASONS
 from sniroute_dial import Failed, set_options
 from sniroute_forwarder import Listener, reset
-from sniroute_links import Errand, Forward, Link, Negotiation, PodRef
+from sniroute_links import Link, Negotiation
 from sniroute_loop import READ, WRITE, Queue, Watch, monotonic, unsent
 from sniroute_names import printable
 from sniroute_objects import REASONS as POD_REASONS
 from sniroute_objects import Choice
 from sniroute_pods import Asked, Pods
+from sniroute_transports import Errand, Forward, PodRef
 
 if TYPE_CHECKING:
     from sniroute_kubernetes import Kubernetes
