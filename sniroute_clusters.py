@@ -170,9 +170,10 @@ def environment(environ: Mapping[str, str], kubeconfig: str | None) -> dict[str,
 
 
 def reason(tail: bytes) -> Reason:
-    """The reason in the program's last line."""
-    kind, final = REASONS.get(str(last_line(tail)[1].get("reason")), ("failed", False))
-    return Reason(kind, last_words(tail), final)
+    """The reason in the program's last line, without the target before it: whoever tells the reason names that."""
+    fields, words = last_line(tail)[1], last_words(tail)
+    kind, final = REASONS.get(str(fields.get("reason")), ("failed", False))
+    return Reason(kind, words.partition(": ")[2] or words if "reason" in fields else words, final)
 
 
 def cluster_launcher(environ: Mapping[str, str], kubeconfig: str | None, exec_path: str | None,

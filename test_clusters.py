@@ -371,7 +371,7 @@ def test_a_file_that_is_missing_is_named(monkeypatch):
 def test_a_reason_of_the_program(reason, kind, final):
     line = json.dumps({"event": "failed", "listener": "127.0.0.1:20000", "reason": reason,
                        "message": "prod/svc/db:1: no", "error": "why"}).encode()
-    assert sniroute_clusters.reason(line) == (kind, "prod/svc/db:1: no: why", final)
+    assert sniroute_clusters.reason(line) == (kind, "no: why", final)
     assert f"tunnel_{kind}" in REFUSALS
 
 
