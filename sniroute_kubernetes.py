@@ -93,14 +93,15 @@ class Kubernetes(Forwarder):
         self.ticking.set(monotonic() + TICK)
         self.command: tuple[str, ...] = ()  # of `exec`
         self.code = 0  # of that command
-        self.starting = self.loop.queue(START, Client.on_late)
-        self.accepting = self.loop.queue(ACCEPT, Client.on_no_accept)
-        self.hurried = self.loop.queue(LINGER, hurry)
-        self.graced = self.loop.queue(GRACE, lambda client: client.on_grace(self.graced))
-        self.halved = self.loop.queue(HALF_LAST, lambda client: client.on_grace(self.halved))
-        self.lingering = self.loop.queue(LINGER, linger)
-        self.settling = self.loop.queue(SETTLE, farewell)
-        self.proving = self.loop.queue(PROOF, Jump.on_proven)
+        # Clients that wait, each for the reason behind its queue; a client may be in several.
+        self.starting = self.loop.queue(START, Client.on_late)  # for the node to take the call
+        self.accepting = self.loop.queue(ACCEPT, Client.on_no_accept)  # the same, on a session that was silent
+        self.hurried = self.loop.queue(LINGER, hurry)  # the same, and the client has ended
+        self.graced = self.loop.queue(GRACE, lambda client: client.on_grace(self.graced))  # a far end that was not told
+        self.halved = self.loop.queue(HALF_LAST, lambda client: client.on_grace(self.halved))  # one that was told
+        self.lingering = self.loop.queue(LINGER, linger)  # for the client to leave, when the far end has ended
+        self.settling = self.loop.queue(SETTLE, farewell)  # for the last bytes of a client that is to be reset
+        self.proving = self.loop.queue(PROOF, Jump.on_proven)  # for a tool to fail, if it is not there
         self.queues = (self.starting, self.accepting, self.hurried, self.graced, self.halved, self.lingering,
                        self.settling, self.proving)
 
