@@ -340,11 +340,11 @@ OPTIONS = {
     "web": ("sniroute_web", "sniroute_requests", "sniroute_bodies", "sniroute_spares", "sniroute_gateway",
             "sniroute_answers", "sniroute_tls",
             "sniroute_browsers", "sniroute_certificate", "sniroute_http2", "sniroute_hpack", "sniroute_http"),
-    "kubernetes": ("sniroute_kubernetes", "sniroute_jumps", "sniroute_passage", "sniroute_links", "sniroute_pods",
-                   "sniroute_objects", "sniroute_api", "sniroute_credentials", "sniroute_plugins", "sniroute_layers",
-                   "sniroute_kubeconfig", "sniroute_yaml", "sniroute_channels", "sniroute_spdy",
-                   "sniroute_forwarder", "sniroute_dial", "sniroute_upgrade", "sniroute_http",
-                   "sniroute_clusters"),
+    "kubernetes": ("sniroute_kubernetes", "sniroute_jumps", "sniroute_passage", "sniroute_links",
+                   "sniroute_transports", "sniroute_pods", "sniroute_objects", "sniroute_api", "sniroute_credentials",
+                   "sniroute_plugins", "sniroute_layers", "sniroute_kubeconfig", "sniroute_yaml",
+                   "sniroute_channels", "sniroute_spdy", "sniroute_forwarder", "sniroute_dial", "sniroute_upgrade",
+                   "sniroute_http", "sniroute_clusters"),
 }
 
 

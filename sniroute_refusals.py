@@ -161,7 +161,8 @@ REFUSALS = {
     "backend_no_tls": Refusal(WARNING, INTERNAL_ERROR, 502, "the PostgreSQL backend does not offer TLS",
                               "set ssl = on there: the client is never downgraded"),
     "tunnel_failed": Refusal(WARNING, INTERNAL_ERROR, 502, "the tunnel did not start, or gave no answer",
-                             "mend what it says; if that is at the far end: does `cloudflared tunnel run` run there?"),
+                             "mend what it says; if that is at the far end, see that the service runs there, and "
+                             "`cloudflared tunnel run` where the route needs it"),
     "tunnel_denied": Refusal(WARNING, ACCESS_DENIED, 502, "Access refuses the router: no token, a wrong one, no right",
                              "check TUNNEL_SERVICE_TOKEN_ID and _SECRET, "
                              "and that the application has a Service Auth policy"),
