@@ -43,7 +43,6 @@ import selectors
 import signal
 import ssl
 import subprocess
-import tempfile
 import threading
 import time
 from typing import Any, Callable, Mapping, NamedTuple
@@ -155,6 +154,7 @@ def load_certificate(made: ssl.SSLContext, certificate: bytes, key: Secret) -> N
             fd = os.memfd_create("certificate", os.MFD_CLOEXEC)
             named = f"/proc/self/fd/{fd}"
         else:
+            import tempfile  # imported late: where there is memfd_create, it would be 0.8 MiB for nothing
             fd, named = tempfile.mkstemp()
             path = named
         try:

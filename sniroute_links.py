@@ -54,7 +54,8 @@ from sniroute_upgrade import Answer, check_upgrade, new_key
 
 __version__ = "0.1.0"
 
-SPARES = 2  # links to one pod that are kept for the next clients; each costs some 100 KiB
+SPARES = 2  # links to one pod that are kept for the next clients; each costs 30 to 70 KiB
+SPARES_MANY = 32  # spare links of all pods together, above which a pod keeps one: so that more pods have one
 SPARES_MAX = 64  # spare links of all pods together
 SETTLE = 5.0  # seconds that the node has to end a call which both sides have ended
 SPARE_FOR = 300.0  # seconds for which a spare link waits for a client
@@ -695,7 +696,7 @@ class Links:
     def park(self, link: Link) -> bool:
         """Keep a link for the next client.  Returns whether there is room for it."""
         spares = self.spares.setdefault(link.place, [])
-        if len(spares) >= SPARES or self.count >= SPARES_MAX:
+        if len(spares) >= (SPARES if self.count < SPARES_MANY else 1) or self.count >= SPARES_MAX:
             if not spares:
                 del self.spares[link.place]
             return False

@@ -38,7 +38,7 @@ from __future__ import annotations
 import collections
 import struct
 import zlib
-from typing import Callable, Iterable, NamedTuple
+from typing import Any, Callable, Iterable, NamedTuple
 
 from sniroute_refusals import Malformed
 
@@ -118,10 +118,12 @@ class Deflater:
     __slots__ = ("stream",)
 
     def __init__(self) -> None:
-        self.stream = zlib.compressobj(1, zlib.DEFLATED, WINDOW_BITS, MEMORY_LEVEL, zdict=DICTIONARY)
+        self.stream: Any = None  # zlib's, from the first block on: a session that waits for its client needs none
 
     def block(self, headers: Iterable[Pair]) -> bytes:
         """A header block; names are in lower case.  Source: section 2.6.10."""
+        if self.stream is None:
+            self.stream = zlib.compressobj(1, zlib.DEFLATED, WINDOW_BITS, MEMORY_LEVEL, zdict=DICTIONARY)
         pairs = list(headers)
         plain = _number.pack(len(pairs)) + b"".join(
             _number.pack(len(text)) + text for pair in pairs for text in pair)
@@ -134,10 +136,12 @@ class Inflater:
     __slots__ = ("stream",)
 
     def __init__(self) -> None:
-        self.stream = zlib.decompressobj(zdict=DICTIONARY)
+        self.stream: Any = None  # likewise
 
     def read(self, block: bytes) -> list[Pair]:
         """The headers of a block.  Raises Malformed; no later block can be read then.  Source: section 2.6.10."""
+        if self.stream is None:
+            self.stream = zlib.decompressobj(zdict=DICTIONARY)
         try:
             plain = self.stream.decompress(block, BLOCK_MAX + 1)
         except zlib.error:
