@@ -73,17 +73,18 @@ class Scale(NamedTuple):
     rounds: int
     kubectls: int
     connections: int
+    transfers: int  # in a round
     streams: int  # times 64 MiB in one transfer
     crowd: int  # bytes each way, of all connections
     sessions: int  # of psql
 
     def __str__(self) -> str:
         return (f"{self.rounds} rounds: {NAMES} cold names, {self.kubectls} kubectls, {self.connections} connections, "
-                f"{self.streams * ROUND // MIB} MiB down and up, {self.crowd // MIB} MiB each way in {CROWD} "
-                f"connections; {self.sessions} sessions of psql")
+                f"{self.transfers} times {self.streams * ROUND // MIB} MiB down and up,\n  {self.crowd // MIB} MiB each "
+                f"way in {CROWD} connections; {self.sessions} sessions of psql")
 
 
-FULL, QUICK = Scale(3, FEW, 300, 4, 1024 * MIB, 80), Scale(1, 3, 50, 1, 64 * MIB, 10)
+FULL, QUICK = Scale(3, FEW, 300, 3, 4, 1024 * MIB, 80), Scale(1, 3, 50, 1, 1, 64 * MIB, 10)
 
 
 class Row(NamedTuple):
@@ -565,7 +566,7 @@ class Results:
                 for way in ways.values():
                     connect_once(way.dial)
                 self.note(measure_warm(ways, scale.connections))
-                for title, way in ways.items():
+                for title, way in [*ways.items()] * scale.transfers:
                     with self.attempt(f"round {number}: down and up, {title}"):
                         self.note({title: measure_streams(way, scale.streams)})
                 for title, way in ways.items():
