@@ -595,7 +595,9 @@ def hurry(client: Client) -> None:
 def farewell(client: Client) -> None:
     """The kernel has the client's last bytes.  A reset, or a close with unread bytes, would destroy them."""
     program = client.program
-    if client.broken and unsent(client.client) != 0:  # None, where the kernel does not tell: it waits for LINGER
+    has_left = client.broken and client.client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    # None, where the kernel does not tell: it waits for LINGER.
+    if client.broken and not has_left and unsent(client.client) != 0:
         client.watch.wait_for(0)
         program.settling.put(client)
         if client not in program.lingering.due:
