@@ -79,7 +79,7 @@ class Scale(NamedTuple):
     sessions: int  # of psql
 
     def __str__(self) -> str:
-        return (f"{self.rounds} rounds: {NAMES} cold names, {self.kubectls} kubectls, {self.connections} connections, "
+        return (f"rounds: {self.rounds}, each with {NAMES} cold names, {self.kubectls} kubectls, {self.connections} connections, "
                 f"{self.transfers} times {self.streams * ROUND // MIB} MiB down and up,\n  {self.crowd // MIB} MiB each "
                 f"way in {CROWD} connections; {self.sessions} sessions of psql")
 
