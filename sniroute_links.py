@@ -44,7 +44,7 @@ from typing import Any, Callable, NamedTuple, Protocol
 from sniroute_api import Api, Job, Reply, Upgraded, failure
 from sniroute_channels import COMMANDS, PORTS, TUNNEL, Closed, Command, Ports, Tunnel, check_protocol
 from sniroute_dial import Failed
-from sniroute_layers import PIECE, ROOM, Wire
+from sniroute_layers import PIECE, RECORD, ROOM, Wire
 from sniroute_loop import Loop
 from sniroute_names import printable
 from sniroute_refusals import Malformed
@@ -622,7 +622,8 @@ class Links:
 
     def __init__(self, loop: Loop, ping: float):
         self.loop = loop
-        self.buffers = [memoryview(bytearray(PIECE)) for _ in range(2)]  # for what comes in clear text, and in TLS
+        # For what comes in clear text, and in TLS: a piece of TLS, and what was left of the one before, is one piece.
+        self.buffers = [memoryview(bytearray(size)) for size in (PIECE + 2 * RECORD, PIECE)]
         self.pinging = loop.queue(ping, Link.on_ping)
         self.resting = loop.queue(SPARE_FOR, Link.close)
         self.settling = loop.queue(SETTLE, Link.close)
