@@ -41,7 +41,7 @@ def main() -> int:
     """The command line.  Returns the exit code."""
     if sys.argv[1:2] and sys.argv[1] in PARTS:
         os.execv(sys.executable, argv_of(*sys.argv[1:]))
-    parser = argparse.ArgumentParser(prog="bench", description="Measures routers, tunnel programs, plain HTTP, and clusters.",
+    parser = argparse.ArgumentParser(prog="bench", description="Measures routers, tunnels, plain HTTP, and clusters.",
                                      epilog=f"One alone, with its own options: bench {'|'.join(PARTS)} --help")
     parser.add_argument("--quick", action="store_true", help="less of everything")
     parser.add_argument("--json", metavar="FILE", help="write all figures there, too")

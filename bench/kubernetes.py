@@ -5,7 +5,7 @@
 
     client --- sniroute --- its program ----+
     (this file)      sniroute_kubernetes.py |--- fake_cluster.py --- far end (tunnels.py --far-end), or PostgreSQL
-           --- kubectl, a process each -----+     TLS, WebSocket, SPDY; the API server and the node, a process of its own
+           --- kubectl, a process each -----+    the API server and the node, a process of its own, by TLS
            --- straight ---------------------------------------------------------- far end
 
 The columns:
@@ -14,8 +14,8 @@ The columns:
     kubectl      `kubectl port-forward`, a process for each service: the program that SNIROUTE_TEST_KUBECTL names, else
                  the one on PATH; without either there is no such column
     straight     neither: the limit of client and far end
-    bar          what sniroute is held against; a figure that misses it is marked.  A bar that is missed is a result: the
-                 exit code is 1 only if something failed or could not be measured
+    bar          what sniroute is held against; a figure that misses it is marked.  That is a result: the exit code is 1
+                 only if something failed or could not be measured
 
 Rounds alternate between the columns, connection by connection where times are small; each figure is the median of the
 rounds.  Times are the client's, CPU is the kernel's CPU clock of the processes, memory is /proc/PID/smaps_rollup.
@@ -64,7 +64,7 @@ INSIDE = 80  # the port of every service and pod
 BATCH = 10  # sessions of psql in a row through one way, before the next way has its turn
 QUIET = 0.1  # seconds without CPU, after which a program has done what was asked of it
 SETTLING = 5.0  # seconds that this may take: the program upgrades a spare session behind each connection
-RESETTING, ORDERLY = "resetting", "cri-o"  # runtimes of the stand-in: every end is an RST, as with containerd; or it is not
+RESETTING = "resetting"  # a runtime of the stand-in: every end is an RST, as with containerd
 
 
 class Scale(NamedTuple):
@@ -79,9 +79,9 @@ class Scale(NamedTuple):
     sessions: int  # of psql
 
     def __str__(self) -> str:
-        return (f"rounds: {self.rounds}, each with {NAMES} cold names, {self.kubectls} kubectls, {self.connections} connections, "
-                f"{self.transfers} times {self.streams * ROUND // MIB} MiB down and up,\n  {self.crowd // MIB} MiB each "
-                f"way in {CROWD} connections; {self.sessions} sessions of psql")
+        return (f"rounds: {self.rounds}, each with {NAMES} cold names, {self.kubectls} kubectls, {self.connections} "
+                f"connections, {self.transfers} times {self.streams * ROUND // MIB} MiB down and up,\n"
+                f"  {self.crowd // MIB} MiB each way in {CROWD} connections; {self.sessions} sessions of psql")
 
 
 FULL, QUICK = Scale(3, FEW, 300, 3, 4, 1024 * MIB, 80), Scale(1, 3, 50, 1, 1, 64 * MIB, 10)
@@ -205,7 +205,8 @@ def find_postgres() -> pathlib.Path | None:
     """The folder of PostgreSQL's programs, which Debian keeps off PATH."""
     if found := shutil.which("initdb"):
         return pathlib.Path(found).parent
-    return max(pathlib.Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name), default=None)
+    installed = pathlib.Path("/usr/lib/postgresql").glob("*/bin")
+    return max(installed, key=lambda path: float(path.parent.name), default=None)
 
 
 def start_postgres(processes: Processes, folder: pathlib.Path, programs: pathlib.Path, port: int) -> tuple[str, int]:
@@ -224,9 +225,10 @@ def start_postgres(processes: Processes, folder: pathlib.Path, programs: pathlib
                            "--no-locale", "-E", "UTF8"], cwd=folder, capture_output=True, text=True, **user)
     if made.returncode:
         raise Failed(f"initdb: {made.stderr.strip()[-300:]}")
-    process = processes.start([str(programs / "postgres"), "-D", str(folder / "data"), "-h", HOST, "-p", str(port), "-k",
-                               str(folder), "-c", "fsync=off", "-c", "ssl=on", "-c", f"ssl_cert_file={certificate}",
-                               "-c", f"ssl_key_file={certificate}"], {"LC_ALL": "C"}, **user)
+    process = processes.start([str(programs / "postgres"), "-D", str(folder / "data"), "-h", HOST, "-p", str(port),
+                               "-k", str(folder), "-c", "fsync=off", "-c", "ssl=on",
+                               "-c", f"ssl_cert_file={certificate}", "-c", f"ssl_key_file={certificate}"],
+                              {"LC_ALL": "C"}, **user)
     wait_for(lambda: psql((HOST, port)) is not None or process.poll() is not None, SILENCE, "PostgreSQL")
     if process.returncode is not None:
         raise Failed(f"PostgreSQL: {processes.words(process)}")
@@ -347,8 +349,8 @@ class Lab:
     def forward(self, way: Way, name: str) -> None:
         """Add a kubectl, and wait until it listens."""
         port = self.port()
-        process = self.processes.start([self.kubectl, "port-forward", f"svc/{name}", f"{port}:{INSIDE}", "--address", HOST,
-                                        "--cache-dir", self.environ["HOME"]], self.environ)
+        process = self.processes.start([self.kubectl, "port-forward", f"svc/{name}", f"{port}:{INSIDE}",
+                                        "--address", HOST, "--cache-dir", self.environ["HOME"]], self.environ)
         way.processes.append(process)
         self.wait_listening(process, port)
         way.addresses.append((HOST, port))
@@ -421,7 +423,7 @@ def measure_streams(way: Way, streams: int) -> Figures:
     figures: Figures = {}
     size = streams * ROUND
     block = os.urandom(ROUND)
-    taken = bytearray(os.urandom(MIB) * (streams * (ROUND + DIGEST) // MIB + 1))  # so that the kernel has given it pages
+    taken = bytearray(os.urandom(MIB) * (streams * (ROUND + DIGEST) // MIB + 1))  # filled: the kernel gives it pages
     for name in ("down", "up"):
         before = way.cpu()
         wire = way.dial()
@@ -648,7 +650,8 @@ def main() -> int:
             processes.stop(*processes.running)
 
     print(f"{facts['date']}, sniroute {facts['sniroute']}, Python {facts['python']}, {facts['openssl']},\n"
-          f"  {facts['cores']} x {facts['cpu']}, Linux {facts['kernel']}, load {facts['load'][0]} at the start\n{scale}")
+          f"  {facts['cores']} x {facts['cpu']}, Linux {facts['kernel']}, load {facts['load'][0]} at the start\n"
+          f"{scale}")
     if columns:
         print(f"\n{show(columns)}")
     print(*missing, *(f"{what}: FAILED: {why}" for what, why in failed.items()), sep="\n", file=sys.stderr)
