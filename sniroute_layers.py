@@ -327,7 +327,11 @@ class Secure(Wire):
         super().__init__()
         self.below = below
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.tls: Any = context.wrap_bio(self.incoming, self.outgoing, server_hostname=name, session=session)
+        # A name in bytes is taken as it is.  For one in letters `ssl` loads the codec of IDNA, half a megabyte, which
+        # also looks at what OpenSSL does not: the length of a label.
+        is_plain = name.isascii() and all(len(label) < 64 for label in name.split("."))
+        asked = name.encode() if is_plain else name
+        self.tls: Any = context.wrap_bio(self.incoming, self.outgoing, server_hostname=asked, session=session)
         self.taken = 0  # bytes of the handshake that have come so far
         self.done: Callable[[Failed | None], None] = unheard  # of `shake`; `unheard` again when the handshake is over
         self.keep: Callable[[ssl.SSLSession], None] | None = None

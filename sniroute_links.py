@@ -45,7 +45,7 @@ from typing import Any, Callable, Protocol
 from sniroute_api import Job, Reply, Upgraded
 from sniroute_channels import Closed
 from sniroute_dial import Failed
-from sniroute_layers import PIECE, ROOM, Wire
+from sniroute_layers import PIECE, RECORD, ROOM, Wire
 from sniroute_loop import Loop
 from sniroute_names import printable
 from sniroute_refusals import Malformed
@@ -57,7 +57,8 @@ from sniroute_upgrade import new_key
 
 __version__ = "0.1.0"
 
-SPARES = 2  # links to one pod that are kept for the next clients; each costs some 100 KiB
+SPARES = 2  # links to one pod that are kept for the next clients; each costs 30 to 70 KiB
+SPARES_MANY = 32  # spare links of all pods together, above which a pod keeps one: so that more pods have one
 SPARES_MAX = 64  # spare links of all pods together
 SETTLE = 5.0  # seconds that the node has to end a call which both sides have ended
 SPARE_FOR = 300.0  # seconds for which a spare link waits for a client
@@ -497,7 +498,8 @@ class Links:
 
     def __init__(self, loop: Loop, ping: float):
         self.loop = loop
-        self.buffers = [memoryview(bytearray(PIECE)) for _ in range(2)]  # for what comes in clear text, and in TLS
+        # For what comes in clear text, and in TLS: a piece of TLS, and what was left of the one before, is one piece.
+        self.buffers = [memoryview(bytearray(size)) for size in (PIECE + 2 * RECORD, PIECE)]
         self.pinging = loop.queue(ping, Link.on_ping)
         self.parked = loop.queue(SPARE_FOR, Link.close)
         self.settling = loop.queue(SETTLE, Link.close)
@@ -572,7 +574,7 @@ class Links:
     def park(self, link: Link) -> bool:
         """Keep a link for the next client.  Returns whether there is room for it."""
         spares = self.spares.setdefault(link.pod, [])
-        if len(spares) >= SPARES or self.count >= SPARES_MAX:
+        if len(spares) >= (SPARES if self.count < SPARES_MANY else 1) or self.count >= SPARES_MAX:
             if not spares:
                 del self.spares[link.pod]
             return False

@@ -592,7 +592,9 @@ def hurry(client: Client) -> None:
 def farewell(client: Client) -> None:
     """The kernel has the client's last bytes.  A reset, or a close with unread bytes, would destroy them."""
     program = client.program
-    if client.is_broken and unsent(client.sock) != 0:  # None, where the kernel does not tell: it waits for LINGER
+    has_left = client.is_broken and client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    # None, where the kernel does not tell: it waits for LINGER.
+    if client.is_broken and not has_left and unsent(client.sock) != 0:
         client.watch.wait_for(0)
         program.settling.put(client)
         if client not in program.lingering.due:

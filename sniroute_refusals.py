@@ -23,7 +23,6 @@ This room imports the standard library only.
 
 from __future__ import annotations
 
-import logging
 import struct
 from typing import Callable, NamedTuple
 
@@ -90,7 +89,8 @@ class Refusal(NamedTuple):
     advice: str  # what the operator, or the client's user, can do about it
 
 
-DEBUG, INFO, WARNING, ERROR = logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR
+# As `logging` has them.  It is not imported here: that takes a tunnel program 0.7 MiB and 5 ms of its start.
+DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40
 REFUSALS = {
     "not_tls": Refusal(DEBUG, None, 400, "the client speaks something else",
                        "nothing, or look at what connects: only TLS and PostgreSQL name a service"),
