@@ -15,7 +15,6 @@ from typing import Iterator
 
 import pytest
 
-import sniroute_spdy
 from conftest import HOST
 from sniroute_refusals import Malformed
 from sniroute_spdy import (CANCEL, CONTROL_MAX, DICTIONARY, FIN, FORGOTTEN_MAX, FRAME_DATA, GOAWAY, HEADERS,

@@ -46,11 +46,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
-from routers import find, lay_out, medians, output_of, version
+from routers import lay_out, medians, output_of, version
 from tunnels import (DIGEST, HERE, HOST, MIB, PROJECT, ROUND, SILENCE, Failed, Figures, Job, Processes, Wire,
-                     connect_once, cpu_seconds, exchange, first_byte, free_port, host_facts, listens, make_certificates,
+                     connect_once, cpu_seconds, exchange, free_port, host_facts, listens, make_certificates,
                      memory, same, wait_for)
 
 KUBECTL = "SNIROUTE_TEST_KUBECTL"
