@@ -53,13 +53,14 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
     sniroute_web      *    clients that ask in plain HTTP      with sniroute_requests, _bodies, _spares, _gateway,
                                                                _answers, _tls, _browsers, _certificate, _http2, _hpack
                                                                and _http
-    sniroute_kubernetes *  services of Kubernetes clusters     with sniroute_jumps, _passage, _links, _pods, _objects,
-                                                               _api, _credentials, _plugins, _layers, _kubeconfig,
-                                                               _yaml, _channels, _spdy, _forwarder, _dial, _upgrade,
-                                                               _http and _clusters
-    sniroute_registrar *   names that are claimed for a while  with sniroute_rest, _registry, _claims, _owners, _sqlite,
-                                                               _shared, _redis, _resp, _layers, _dial, _upgrade, _http,
-                                                               _door and _page; sniroute_claim is its client
+    sniroute_kubernetes *  services of Kubernetes clusters     with sniroute_jumps, _passage, _links, _transports,
+                                                               _pods, _objects, _api, _credentials, _plugins,
+                                                               _layers, _kubeconfig, _yaml, _channels, _spdy,
+                                                               _forwarder, _dial, _upgrade, _http and _clusters
+    sniroute_registry *    names that are claimed for a while  with sniroute_registrar, _rest, _claims, _owners, _sqlite,
+                                                               _shared, _redis, _resp, _layers, _rfc2136, _dns, _dial,
+                                                               _upgrade, _http, _door and _page; its client is
+                                                               sniroute_claim
 
 A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The rows at the end stand
 apart: they are options, most of them of several files; the table in CONTRIBUTING.md says what they import of the rooms

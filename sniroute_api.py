@@ -225,7 +225,7 @@ class Line:
         self.response: Response | None = None
         self.body: Counted | None = None
         self.is_used = False  # it has carried a request before this one
-        self.keeps = False
+        self.keeps = False  # after this answer it may carry another request
         wire.on_data = self._on_data
         wire.on_end = self._on_end
 
@@ -344,7 +344,7 @@ class Job:
         self.access: Access | None = None
         self.opening: Opening | None = None
         self.line: Line | None = None
-        self.silence: Alarm | None = None
+        self.silence: Alarm | None = None  # it rings where nothing comes on a connection that was idle
         self.body = bytearray()  # or of a watch the line that is not whole.  A list of pieces could take 20 times that
         self.has_a_turn = False
         self.was_refused = False  # by a 401
@@ -511,6 +511,7 @@ class Job:
         self._give_turn()
 
     def _end_silence(self) -> None:
+        """Something has come, or nothing is waited for any more."""
         if self.silence is not None:
             self.silence.cancel()
             self.silence = None

@@ -9,13 +9,13 @@ The upgrade chooses by its subprotocol (`check_protocol`) what the messages are:
     bytes that came --- receive ---> events of sniroute_spdy, and Closed
     send, end, reset, ping --> out --- take() ---> bytes to send
 
-All three are used as a Session is: a machine has `call` (Tunnel: many, by `forward`), and the same methods.  What the
-wire cannot say, they say: Ports has no half-close, and Command has one in version 5 only, so `end` returns False there.
+All three are used as a Session is, by the same methods.  Ports and Command have one Call, `call`; a Tunnel makes them
+by `forward`.  Ports has no half-close, and Command has one in version 5 only.  Where there is none `end` returns False.
 
 What becomes of a command is read by `read_outcome`, whichever way it came.
 
-Frames are masked, as the standard asks, with a random key, or in TLS with the key 0, which costs nothing: a mask keeps
-what is between from taking our bytes for HTTP (RFC 6455 section 10.3), and in TLS nothing between sees them.
+Frames are masked, as the standard asks: with a random key, or in TLS with the key 0, which costs nothing.  A mask keeps
+a proxy between from taking our bytes for HTTP (RFC 6455 section 10.3), and in TLS no proxy sees them.
 
 Threads: none.  A machine belongs to one thread.
 

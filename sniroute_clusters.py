@@ -35,7 +35,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import sys
-from typing import TYPE_CHECKING, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Iterable, Iterator, Mapping, Sequence
 
 from sniroute_launchers import (TUNNEL_ENVIRONMENT, TUNNEL_IDENTITY, Launcher, Reason, last_line, last_words, our_words,
                                 words_by_hand)
@@ -84,7 +84,7 @@ def fits(template: str, rest: str) -> None:
 
 
 def misfits(route: Route) -> Iterator[str]:
-    """What a route to clusters lacks, or has too much, a sentence each.
+    """What a route to clusters lacks, says in vain, or may not have, a sentence each.
 
     Whoever reaches the listener may ask for any name, and so may a page in a browser of its user.  So a kubeconfig
     with many clusters in it is not open to all of them by one line.
@@ -96,12 +96,21 @@ def misfits(route: Route) -> Iterator[str]:
             if "{" in text and not globs:
                 yield (f"{printable(text, 80)} lets clients choose the {what}: say in the file which they may reach, "
                        f'as {what}s = ["team-*"]')
+            names = {text, dict(route.aliases).get(text, text)} if what == "context" else {text}
+            if "{" not in text and globs and not allows(globs, names):
+                yield (f"its {what} is {printable(text, 80) or 'the current one'}, which {what}s = {', '.join(globs)} "
+                       "leaves out: each client would be refused")
         if route.create_pod is not None and scheme == "jump":
             place, _, _ = rest.partition("@")
             namespace, kind, *name = place.split("/")[:3]
             if kind not in ("pod", "po", "pods") or "=" in name[0] or "{" in namespace + name[0]:
                 yield (f"create_pod: is for jump:NAMESPACE/pod/NAME/HOST:PORT, without a field in NAMESPACE and NAME; "
                        f"this is {printable(target, 80)}")
+
+
+def allows(globs: Iterable[str], names: Iterable[str]) -> bool:
+    """Whether one of these names of a namespace, or a context, fits what the route allows."""
+    return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
 
 
 def told(jump: bool, route: Route, rests: Sequence[str]) -> str:
@@ -116,8 +125,9 @@ def told(jump: bool, route: Route, rests: Sequence[str]) -> str:
         context = aliases.get(target.context, target.context)
         for what, names, globs in (("namespace", (target.namespace,), route.namespaces),
                                    ("context", (target.context, context), route.contexts)):
-            if globs and not any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs):
-                raise Refused("forbidden", f"{printable(rest)}: {route.pattern} leads to no such {what}")
+            if globs and not allows(globs, names):
+                raise Refused("forbidden", f"{printable(rest)}: {route.pattern} leads to no such {what}: its {what}s "
+                                           f"are {', '.join(globs)}")
         targets.append(target._replace(context=context, container=route.container, balance=route.balance,
                                        create=route.create_pod if jump else None))
     return argument_of(targets)
@@ -167,9 +177,10 @@ def environment(environ: Mapping[str, str], kubeconfig: str | None) -> dict[str,
 
 
 def reason(tail: bytes) -> Reason:
-    """The reason in the program's last line."""
-    kind, final = REASONS.get(str(last_line(tail)[1].get("reason")), ("failed", False))
-    return Reason(kind, last_words(tail), final)
+    """The reason in the program's last line, without the target before it: whoever tells the reason names that."""
+    fields, words = last_line(tail)[1], last_words(tail)
+    kind, final = REASONS.get(str(fields.get("reason")), ("failed", False))
+    return Reason(kind, words.partition(": ")[2] or words if "reason" in fields else words, final)
 
 
 def cluster_launcher(environ: Mapping[str, str], kubeconfig: str | None, exec_path: str | None,

@@ -32,7 +32,6 @@ from __future__ import annotations
 import functools
 import os
 import ssl
-import tempfile
 import time
 from typing import Any, Callable, NamedTuple
 
@@ -116,6 +115,7 @@ def load_certificate(made: ssl.SSLContext, certificate: bytes, key: Secret) -> N
             fd = os.memfd_create("certificate", os.MFD_CLOEXEC)
             named = f"/proc/self/fd/{fd}"
         else:
+            import tempfile  # imported late: where there is memfd_create, it would be 0.8 MiB for nothing
             fd, named = tempfile.mkstemp()
             path = named
         try:

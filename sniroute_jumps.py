@@ -16,7 +16,7 @@ Seams: I want to ...
     another tool that jumps         a row in TOOLS
     another text of a missing tool  NO_TOOL, NOT_FOUND
 
-This room imports sniroute_passage (Client), sniroute_links (Run), sniroute_channels (what became of a command),
+This room imports sniroute_passage (Client), sniroute_transports (Run), sniroute_channels (what became of a command),
 sniroute_forwarder (Listener), sniroute_dial (Failed), sniroute_loop and sniroute_names.
 """
 
@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING, Callable
 from sniroute_channels import read_outcome
 from sniroute_dial import Failed
 from sniroute_forwarder import Listener
-from sniroute_links import Errand, Run
 from sniroute_loop import Queue, monotonic
 from sniroute_names import printable, show_address
 from sniroute_passage import CARRYING, HELD_MAX, WORDS_MAX, Client
+from sniroute_transports import Errand, Run
 
 if TYPE_CHECKING:
     from sniroute_kubernetes import Kubernetes
@@ -127,7 +127,7 @@ class Jump(Client):
         outcome = read_outcome(text)
         if outcome.code == 0:
             # After the client's end the tool may have left because nothing came for a while: that was no end.
-            if self.ended and monotonic() - self.heard_at > 0.8 * TOOL_GRACE:
+            if self.has_ended and monotonic() - self.heard_at > 0.8 * TOOL_GRACE:
                 self.cut(Failed("cut", "the far end had not ended"))
             else:
                 self.finish(False)

@@ -74,8 +74,8 @@ HEADER_KEY = re.compile(rb"[!#$&'*+.^_`|~0-9A-Za-z-]")  # RFC 9110 section 5.6.2
 class KubeconfigError(ValueError):
     """What is wrong, for people: without a secret, and in one line.
 
-    `kind`: `file` (it cannot be read, or says what cannot be), `context` (there is none of that name, or what it names
-    is not there), `plugin` (its answer is none).
+    `kind`: `file` (there is none, it cannot be read, or it says what cannot be), `context` (there is none of that name,
+    or what it names is not there), `plugin` (it cannot be run, or its answer is none).
     """
 
     def __init__(self, message: str, kind: str = "file"):
@@ -370,7 +370,7 @@ def choose_context(name: str, paths: Iterable[str], environ: Mapping[str, str], 
     if context is None:
         places = ", ".join(map(printable, config.files)) or "--kubeconfig, KUBECONFIG and HOME are empty"
         raise KubeconfigError(f"no kubeconfig is there ({places})" + (
-            f", so no context {shown(name)}" if name else ", and this is no pod with a service account"), "context")
+            f", so no context {shown(name)}" if name else ", and this is no pod with a service account"))
     return context._replace(files=(*config.files, *context.files))
 
 
@@ -384,7 +384,7 @@ def find_context(config: Kubeconfig, name: str, read: Read) -> Context:
     if entry is None:
         raise KubeconfigError(f"no context {shown(wanted)} in {places}{' (its current-context)' * (not name)}"
                               f"{known(config, wanted)}", "context")
-    cluster, user = (find(entry, key, entries) for key, entries in (("cluster", config.clusters),
+    cluster, user = (named_by(entry, key, entries) for key, entries in (("cluster", config.clusters),
                                                                     ("user", config.users)))
     if cluster is None:
         entry.fault("names no cluster", kind="context")
@@ -400,7 +400,7 @@ def find_context(config: Kubeconfig, name: str, read: Read) -> Context:
     return Context(wanted, entry.word("namespace") or "default", leads_to, who, (*config.files, *files))
 
 
-def find(context: Entry, key: str, entries: Mapping[str, Entry]) -> Entry | None:
+def named_by(context: Entry, key: str, entries: Mapping[str, Entry]) -> Entry | None:
     """The cluster or the user that a context names; None where it names none.  Raises KubeconfigError."""
     name = context.word(key)
     if name and name not in entries:
@@ -409,7 +409,7 @@ def find(context: Entry, key: str, entries: Mapping[str, Entry]) -> Entry | None
 
 
 def known(config: Kubeconfig, wanted: str) -> str:
-    """Which contexts there are, as the end of a sentence."""
+    """Which contexts there are, or the one that `wanted` may have meant, as the end of a sentence."""
     import difflib  # imported late: only a mistyped name needs it
     names = sorted(config.contexts)
     close = difflib.get_close_matches(wanted, names, 1) if wanted else []

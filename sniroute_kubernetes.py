@@ -97,14 +97,15 @@ class Kubernetes(Forwarder):
         self.ticking.set(monotonic() + TICK)
         self.command: tuple[str, ...] = ()  # of `exec`
         self.code = 0  # of that command
-        self.starting = self.loop.queue(START, Client.on_late)
-        self.accepting = self.loop.queue(ACCEPT, Client.on_no_accept)
-        self.hurried = self.loop.queue(LINGER, hurry)
-        self.graced = self.loop.queue(GRACE, lambda client: client.on_grace(self.graced))
-        self.halved = self.loop.queue(HALF_LAST, lambda client: client.on_grace(self.halved))
-        self.lingering = self.loop.queue(LINGER, linger)
-        self.settling = self.loop.queue(SETTLE, farewell)
-        self.proving = self.loop.queue(PROOF, Jump.on_proven)
+        # Clients that wait, each for the reason behind its queue; a client may be in several.
+        self.starting = self.loop.queue(START, Client.on_late)  # for the node to take the call
+        self.accepting = self.loop.queue(ACCEPT, Client.on_no_accept)  # the same, on a session that was silent
+        self.hurried = self.loop.queue(LINGER, hurry)  # the same, and the client has ended
+        self.graced = self.loop.queue(GRACE, lambda client: client.on_grace(self.graced))  # a far end that was not told
+        self.halved = self.loop.queue(HALF_LAST, lambda client: client.on_grace(self.halved))  # one that was told
+        self.lingering = self.loop.queue(LINGER, linger)  # for the client to leave, when the far end has ended
+        self.settling = self.loop.queue(SETTLE, farewell)  # for the last bytes of a client that is to be reset
+        self.proving = self.loop.queue(PROOF, Jump.on_proven)  # for a tool to fail, if it is not there
         self.queues = (self.starting, self.accepting, self.hurried, self.graced, self.halved, self.lingering,
                        self.settling, self.proving)
 
@@ -190,10 +191,12 @@ usage: sniroute_kubernetes.py port-forward TARGET --listen HOST:PORT [options]
        sniroute_kubernetes.py forwarders [options]        told on stdin what to listen for, as sniroute does
        sniroute_kubernetes.py --version
 
-A TARGET is NAMESPACE/svc/NAME:PORT[@CONTEXT]; instead of svc: service, deploy, sts, rs, pod, or pods/LABEL=VALUE.
+A TARGET is NAMESPACE/svc/NAME:PORT[@CONTEXT]; instead of svc: deploy, sts, rs, ds, job, pod, or pods/LABEL=VALUE.
 jump:NAMESPACE/svc/NAME/HOST:PORT leads from that pod to HOST:PORT, by socat, nc or bash in it.
 
 options:
+  --listen HOST:PORT             of port-forward: an address of this host, or localhost
+  --container NAME               of exec; the pod's default by default
   --kubeconfig PATH[:PATH ...]   instead of KUBECONFIG and ~/.kube/config
   --context NAME                 of targets that name none; the current one by default
   --exec-path DIR[:DIR ...]      where credential plugins are looked for, beside PATH
@@ -208,7 +211,7 @@ Also read: HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE, SSL_CERT_DIR, TUNNEL_LOG_OUTPUT
 def seconds(text: str) -> float:
     """`15`, or `15s`.  Raises ValueError."""
     if not re.fullmatch(r"[0-9]{1,4}(?:\.[0-9]{1,3})?s?", text, re.ASCII) or not float(text.rstrip("s")):
-        raise ValueError(f"{printable(text, 40)!r} is no number of seconds")
+        raise ValueError(f"{printable(text, 40)!r} is no number of seconds above 0")
     return float(text.rstrip("s"))
 
 
@@ -238,10 +241,10 @@ def parse_words(words: list[str], environ: Mapping[str, str], **more: Callable[[
     for word in rest:
         if word == "--":
             break
-        if not word.startswith("--"):
+        if not word.startswith("-"):
             arguments.append(word)
             continue
-        name, equals, value = word[2:].partition("=")
+        name, equals, value = word.removeprefix("--").partition("=")
         if name not in readers:
             wrong.append(f"unknown option {printable(word, 80)!r}")
             continue
@@ -305,6 +308,10 @@ def execute(words: list[str], environ: Mapping[str, str]) -> int:
     place, at, context = arguments[0].partition("@")
     try:
         target = parse_target(f"{place}/localhost:1{at}{context}", jump=True)  # with a host no port of a pod is needed
+    except Malformed as error:
+        why = str(error).partition("[@CONTEXT]: ")[2]  # what is before it speaks of localhost, which nobody has written
+        raise SettingsError(f"{printable(arguments[0], 120)!r} is not NAMESPACE/pod/NAME[@CONTEXT]: {why}") from None
+    try:
         if given.get("container"):
             target = with_option(target, "container", given["container"])
     except Malformed as error:

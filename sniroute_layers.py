@@ -238,7 +238,7 @@ class Plain(Wire):
         self.sock.close()
 
     def _wait(self) -> None:
-        """Wait for what there is to do."""
+        """Watch the socket for what may be done now: read, where the owner reads; write, where something is unsent."""
         if self.sock.fileno() >= 0:
             self.watch.wait_for((READ if self.is_reading else 0) | (WRITE if self.out else 0), self._on_ready)
 
@@ -329,9 +329,13 @@ class Secure(Wire):
         super().__init__()
         self.below = below
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.tls: Any = context.wrap_bio(self.incoming, self.outgoing, server_hostname=name, session=session)
-        self.taken = 0  # bytes of the handshake so far
-        self.done: Callable[[Failed | None], None] = unheard
+        # A name in bytes is taken as it is.  For one in letters `ssl` loads the codec of IDNA, half a megabyte, which
+        # also looks at what OpenSSL does not: the length of a label.
+        is_plain = name.isascii() and all(len(label) < 64 for label in name.split("."))
+        asked = name.encode() if is_plain else name
+        self.tls: Any = context.wrap_bio(self.incoming, self.outgoing, server_hostname=asked, session=session)
+        self.taken = 0  # bytes of the handshake that have come so far
+        self.done: Callable[[Failed | None], None] = unheard  # of `shake`; `unheard` again when the handshake is over
         self.keep: Callable[[ssl.SSLSession], None] | None = None
         below.on_end = self._on_end
         below.on_room = self._on_room
@@ -616,7 +620,7 @@ class Opening:
         self.dial = Dial(way, *start, self._dialled)
         self.wire: Wire | None = None  # as far as it is made
         self.talk: Talk | None = None  # with the proxy
-        self.own_phase = ""  # the phase, where it is none of the dial's
+        self.own_phase = ""  # PROXYING, SHAKING or OVER; "" while the phase is the dial's
         self.steps: list[Callable[[], None]] = []  # still to be done
         if place.proxy_tls is not None:
             self.steps.append(self._secure_proxy)

@@ -9,9 +9,9 @@
     owner --- begin, send, end, pause ---> Link ---> machine (sniroute_spdy, _channels) ---> Wire (sniroute_layers)
           <--- on_data, on_ended, ... ----      <---                                     <---
 
-An errand is what is asked of a pod: Forward (a port) or Run (a command).  The kinds of upgrade for it are rows of
-TRANSPORTS.  Servers, roles (RBAC) and proxies on the way differ in which they take, so each is tried where the one
-before was refused, and what has worked is tried first from then on, for each context (`Links.orders`).
+An errand is what is asked of a pod, and a transport is a kind of upgrade for it (sniroute_transports).  Servers, roles
+(RBAC) and proxies on the way differ in which they take.  So each is tried where the one before was refused; what has
+worked is tried first from then on, for each context (`Links.orders`).
 
 The life of a Link is `Link.state`:
 
@@ -28,35 +28,37 @@ answering, so after a lot was sent there is more patience.
 Threads: all runs in the loop.
 
 Seams: I want to ...
-    another kind of upgrade            a row in TRANSPORTS
+    another kind of upgrade            a row in TRANSPORTS (sniroute_transports)
     another sign that a pod is gone    sniroute_passage, UNTOUCHED
     keep more spare links              SPARES
 
-This room imports sniroute_api (Api, failure), sniroute_layers (Wire), sniroute_channels, sniroute_spdy,
-sniroute_upgrade, sniroute_dial (Failed), sniroute_loop, sniroute_names and sniroute_refusals.
+This room imports sniroute_transports, sniroute_api (Job), sniroute_layers (Wire), sniroute_channels and sniroute_spdy
+(their events), sniroute_upgrade (new_key), sniroute_dial (Failed), sniroute_loop, sniroute_names and sniroute_refusals.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-import urllib.parse
-from typing import Any, Callable, NamedTuple, Protocol
+from typing import Any, Callable, Protocol
 
-from sniroute_api import Api, Job, Reply, Upgraded, failure
-from sniroute_channels import COMMANDS, PORTS, TUNNEL, Closed, Command, Ports, Tunnel, check_protocol
+from sniroute_api import Job, Reply, Upgraded
+from sniroute_channels import Closed
 from sniroute_dial import Failed
-from sniroute_layers import PIECE, ROOM, Wire
+from sniroute_layers import PIECE, RECORD, ROOM, Wire
 from sniroute_loop import Loop
 from sniroute_names import printable
 from sniroute_refusals import Malformed
 from sniroute_spdy import (ERROR, HALF_CLOSED_REMOTE, Accepted, Call, Data, Ended, Event, GoneAway, Reset, Session,
                            Told)
-from sniroute_upgrade import Answer, check_upgrade, new_key
+from sniroute_transports import (TRANSPORTS, Errand, Forward, Machine, PodRef, Transport, headers_of, is_final,
+                                 protocol_of, refused)
+from sniroute_upgrade import new_key
 
 __version__ = "0.1.0"
 
-SPARES = 2  # links to one pod that are kept for the next clients; each costs some 100 KiB
+SPARES = 2  # links to one pod that are kept for the next clients; each costs 30 to 70 KiB
+SPARES_MANY = 32  # spare links of all pods together, above which a pod keeps one: so that more pods have one
 SPARES_MAX = 64  # spare links of all pods together
 SETTLE = 5.0  # seconds that the node has to end a call which both sides have ended
 SPARE_FOR = 300.0  # seconds for which a spare link waits for a client
@@ -66,141 +68,13 @@ PATIENCE = 8  # the same, after a lot was sent: a pod that does not read it keep
 BULK = 1 << 16  # bytes since the last sign of life that are a lot: less fits into what the far ends keep
 FRESH = 1.0  # seconds: a link of which something was heard since then is alive
 
-PROTOCOL_FORWARD, PROTOCOL_COMMAND = "portforward.k8s.io", "v4.channel.k8s.io"  # over SPDY
-
-Machine = Session | Ports | Command  # a Tunnel is a Session
-
 
 def clock() -> float:
     """Seconds, which pass while the host sleeps, too (where the system has such a clock)."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
-# -- what is asked of a pod --------------------------------------------------------------------
-
-
-class PodRef(NamedTuple):
-    """A pod.  Its names have passed the rules for names, so they need no escape in a path."""
-
-    api: Api
-    namespace: str
-    name: str
-    uid: str  # as Pod of sniroute_objects has it
-
-    def path(self, resource: str, query: list[tuple[str, str]]) -> str:
-        """The path of a subresource of this pod."""
-        path = f"/api/v1/namespaces/{self.namespace}/pods/{self.name}/{resource}"
-        return f"{path}?{urllib.parse.urlencode(query)}" if query else path
-
-
-class Forward(NamedTuple):
-    """A connection to a port of the pod."""
-
-    port: int
-
-    resource = "portforward"
-    once = False  # as Run has it: another session does no harm
-
-    def query(self) -> list[tuple[str, str]]:
-        """The query of the path: none.  Where the port stands there, Transport.by_query says so."""
-        return []
-
-
-class Run(NamedTuple):
-    """A command in a container of the pod, with stdin, stdout and stderr; `words` meet no shell."""
-
-    words: tuple[str, ...]
-    container: str  # "" for the pod's own choice
-    once: bool = False  # never run it again, where it may have run
-
-    resource = "exec"
-
-    def query(self) -> list[tuple[str, str]]:
-        """The query of the path.  Source: the API's PodExecOptions."""
-        query = [("command", word) for word in self.words]
-        query += [(stream, "true") for stream in ("stdin", "stdout", "stderr")]
-        return query + ([("container", self.container)] if self.container else [])
-
-
-Errand = Forward | Run
-
-
-# -- transports --------------------------------------------------------------------------------
-
-
-class Transport(NamedTuple):
-    """A kind of upgrade."""
-
-    name: str  # for people
-    method: str
-    protocols: tuple[str, ...]  # what we offer, the best one first
-    # A protocol, whether the wire is TLS, and the errand -> what speaks the protocol.
-    machine: Callable[[str, bool, Any], Machine]
-    by_query: bool = False  # the port stands in the path, and the upgrade connects to it
-
-    @property
-    def is_websocket(self) -> bool:
-        """Whether it is an upgrade to WebSocket, and not to SPDY."""
-        return self.method == "GET"
-
-
-TRANSPORTS = {
-    Forward.resource: (
-        # API servers from 1.30 on have the first two, and all have the others.
-        Transport("SPDY in WebSocket", "GET", (TUNNEL,), lambda protocol, in_tls, errand: Tunnel(in_tls)),
-        Transport("SPDY", "POST", (PROTOCOL_FORWARD,), lambda protocol, in_tls, errand: Session()),
-        Transport("channels in WebSocket", "GET", PORTS, lambda protocol, in_tls, errand: Ports(errand.port, in_tls),
-                  by_query=True),
-    ),
-    Run.resource: (
-        Transport("channels in WebSocket", "GET", COMMANDS,
-                  lambda protocol, in_tls, errand: Command(protocol, in_tls)),
-        Transport("SPDY", "POST", (PROTOCOL_COMMAND,), lambda protocol, in_tls, errand: Session()),
-    ),
-}
-
-
-def headers_of(transport: Transport, key: str) -> list[tuple[str, str]]:
-    """What a request for this upgrade says; `key` is the Sec-WebSocket-Key."""
-    if transport.is_websocket:
-        return [("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"),
-                ("Sec-WebSocket-Key", key), ("Sec-WebSocket-Protocol", ", ".join(transport.protocols))]
-    return [("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1"),
-            *(("X-Stream-Protocol-Version", protocol) for protocol in transport.protocols)]
-
-
-def protocol_of(transport: Transport, key: str, headers: Any) -> str:
-    """The protocol that a 101 has chosen.  Raises Malformed where it is none that was asked for."""
-    if transport.is_websocket:
-        check_upgrade(Answer(101, dict(headers), 0), key)
-        return check_protocol(headers.get("sec-websocket-protocol", ""), transport.protocols)
-    if headers.get("upgrade", "").lower() != "spdy/3.1":
-        raise Malformed("HTTP 101 that is no upgrade to SPDY/3.1")
-    return check_protocol(headers.get("x-stream-protocol-version", ""), transport.protocols)
-
-
-def is_final(reply: Reply) -> bool:
-    """Whether every other transport would be answered alike: the refusal is about the object, and not the upgrade.
-
-    What has to do with the object is a Status of the API server; a proxy's answer is none.
-    """
-    if reply.status == 429:
-        return True
-    try:
-        about_object = reply.json().get("kind") == "Status"
-    except Failed:
-        return False
-    return about_object and (reply.status == 404 or reply.status >= 500)
-
-
-def refused(reply: Reply, transport: Transport, path: str) -> Failed:
-    """Why there is no session: `gone` is a pod that is not there any more, `node` one that cannot be reached."""
-    why = failure(reply, transport.method, path)
-    if reply.status == 404:
-        return Failed("gone", str(why))
-    if reply.status == 500 and "dialing backend" in str(why):
-        return Failed("node", str(why))
-    return why
+# -- a link in the making ----------------------------------------------------------------------
 
 
 class Negotiation:
@@ -624,7 +498,8 @@ class Links:
 
     def __init__(self, loop: Loop, ping: float):
         self.loop = loop
-        self.buffers = [memoryview(bytearray(PIECE)) for _ in range(2)]  # for what comes in clear text, and in TLS
+        # For what comes in clear text, and in TLS: a piece of TLS, and what was left of the one before, is one piece.
+        self.buffers = [memoryview(bytearray(size)) for size in (PIECE + 2 * RECORD, PIECE)]
         self.pinging = loop.queue(ping, Link.on_ping)
         self.parked = loop.queue(SPARE_FOR, Link.close)
         self.settling = loop.queue(SETTLE, Link.close)
@@ -699,7 +574,7 @@ class Links:
     def park(self, link: Link) -> bool:
         """Keep a link for the next client.  Returns whether there is room for it."""
         spares = self.spares.setdefault(link.pod, [])
-        if len(spares) >= SPARES or self.count >= SPARES_MAX:
+        if len(spares) >= (SPARES if self.count < SPARES_MANY else 1) or self.count >= SPARES_MAX:
             if not spares:
                 del self.spares[link.pod]
             return False

@@ -345,15 +345,15 @@ OPTIONS = {
     "web": ("sniroute_web", "sniroute_requests", "sniroute_bodies", "sniroute_spares", "sniroute_gateway",
             "sniroute_answers", "sniroute_tls",
             "sniroute_browsers", "sniroute_certificate", "sniroute_http2", "sniroute_hpack", "sniroute_http"),
-    "kubernetes": ("sniroute_kubernetes", "sniroute_jumps", "sniroute_passage", "sniroute_links", "sniroute_pods",
-                   "sniroute_objects", "sniroute_api", "sniroute_credentials", "sniroute_plugins", "sniroute_layers",
-                   "sniroute_kubeconfig", "sniroute_yaml", "sniroute_channels", "sniroute_spdy",
-                   "sniroute_forwarder", "sniroute_dial", "sniroute_upgrade", "sniroute_http",
-                   "sniroute_clusters"),
-    "registry": ("sniroute_registrar", "sniroute_rest", "sniroute_registry", "sniroute_owners", "sniroute_claims",
+    "kubernetes": ("sniroute_kubernetes", "sniroute_jumps", "sniroute_passage", "sniroute_links",
+                   "sniroute_transports", "sniroute_pods", "sniroute_objects", "sniroute_api", "sniroute_credentials",
+                   "sniroute_plugins", "sniroute_layers", "sniroute_kubeconfig", "sniroute_yaml",
+                   "sniroute_channels", "sniroute_spdy", "sniroute_forwarder", "sniroute_dial", "sniroute_upgrade",
+                   "sniroute_http", "sniroute_clusters"),
+    "registry": ("sniroute_registry", "sniroute_registrar", "sniroute_rest", "sniroute_owners", "sniroute_claims",
                  "sniroute_sqlite", "sniroute_shared", "sniroute_redis", "sniroute_resp", "sniroute_layers",
-                 "sniroute_dial", "sniroute_upgrade", "sniroute_http", "sniroute_claim", "sniroute_door",
-                 "sniroute_page"),
+                 "sniroute_rfc2136", "sniroute_dns", "sniroute_dial", "sniroute_upgrade", "sniroute_http",
+                 "sniroute_claim", "sniroute_door", "sniroute_page"),
 }
 
 

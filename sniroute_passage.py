@@ -29,8 +29,8 @@ Seams: I want to ...
     tell another reason                 REASONS here, or those of the rooms below
     serve a client in another way       a subclass of Client, as in sniroute_jumps
 
-This room imports sniroute_links, sniroute_pods, sniroute_objects (Choice), sniroute_api (REASONS), sniroute_forwarder
-(Listener, reset), sniroute_dial (Failed), sniroute_loop and sniroute_names.
+This room imports sniroute_links, sniroute_transports (Forward, PodRef), sniroute_pods, sniroute_objects (Choice),
+sniroute_api (REASONS), sniroute_forwarder (Listener, reset), sniroute_dial (Failed), sniroute_loop and sniroute_names.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ from typing import TYPE_CHECKING, Any, Callable
 from sniroute_api import REASONS as API_REASONS
 from sniroute_dial import Failed, set_options
 from sniroute_forwarder import Listener, reset
-from sniroute_links import Errand, Forward, Link, Negotiation, PodRef
+from sniroute_links import Link, Negotiation
 from sniroute_loop import READ, WRITE, Queue, Watch, monotonic, unsent
 from sniroute_names import printable
 from sniroute_objects import REASONS as POD_REASONS
 from sniroute_objects import Choice
 from sniroute_pods import Asked, Pods
+from sniroute_transports import Errand, Forward, PodRef
 
 if TYPE_CHECKING:
     from sniroute_kubernetes import Kubernetes
@@ -97,7 +98,7 @@ TOUCHED = re.compile(r"\b(?:read|write)(?: tcp|: )")  # Go's words for what went
 
 
 def untouched(text: str) -> str:
-    """The reason in a text that says that nobody in the pod has got a byte; "" where it does not say so."""
+    """The reason in a text of the node which says that nobody in the pod has got a byte; "" where it does not."""
     if TOUCHED.search(text):
         return ""
     return next((reason for reason, pattern in UNTOUCHED if pattern.search(text)), "")
@@ -230,7 +231,7 @@ class Way:
         self.connect()
 
     def _begin_again(self) -> None:
-        """What ended with the call before, or began with it: the wait for the node, and that for the far end."""
+        """Wait for the node anew, and no more for a far end: those waits belong to the call before."""
         client, program = self.client, self.program
         client.state = FINDING
         program.graced.drop(client)
@@ -259,10 +260,11 @@ class Way:
 class Client:
     """One client, and its way to a pod.  All methods run in the loop."""
 
-    __slots__ = ("program", "listener", "sock", "address", "watch", "state", "way", "waits", "held", "ended", "deaf",
-                 "is_answered", "far_ended", "rest", "broken", "still_unsent", "up", "down")
+    __slots__ = ("program", "listener", "sock", "address", "watch", "state", "way", "has_ended", "is_deaf",
+                 "is_answered", "far_has_ended", "is_broken", "awaits_node", "held", "rest", "still_unsent", "up",
+                 "down")
 
-    is_proven = True  # whether there is somebody who hears what is sent; a Jump may not know
+    is_proven = True  # whether somebody hears what is sent: `held` may be forgotten then; a Jump may not know
 
     def __init__(self, program: Kubernetes, listener: Listener, client: socket.socket, address: str):
         self.program = program
@@ -272,16 +274,18 @@ class Client:
         self.watch = Watch(program.loop.poller, client.fileno())
         self.state = FINDING
         self.way = Way(self)
-        self.waits = False  # OPEN: nothing is sent before the node has taken the call
-        self.held: bytearray | None = bytearray()  # what the client has said, until an answer comes; None: no more
-        self.ended = False  # the client has ended
-        self.deaf = False  # the client takes no more
-        self.is_answered = False  # bytes have come
-        self.far_ended = False  # the pod says nothing more
-        self.rest = b""  # on its way to the client
-        self.broken = False  # the far end broke off: the client is to see a reset
+        # What has happened so far, whatever the state.
+        self.has_ended = False  # the client says nothing more
+        self.is_deaf = False  # the client takes no more
+        self.is_answered = False  # the pod has said something
+        self.far_has_ended = False  # the pod says nothing more
+        self.is_broken = False  # the far end broke off: the client is to see a reset
+        # What is kept.
+        self.awaits_node = False  # OPEN: the client's bytes stay in `held` until the node has taken the call
+        self.held: bytearray | None = bytearray()  # what the client has said, until an answer comes; None: kept no more
+        self.rest = b""  # bytes for the client that its kernel has not taken yet
         self.still_unsent = 1 << 62  # bytes that the kernel held for the client at the last `linger`
-        self.up = self.down = 0  # bytes
+        self.up = self.down = 0  # bytes that came from the client, and that went to it
 
     # -- to a pod
 
@@ -303,7 +307,7 @@ class Client:
     def begin(self, link: Link, errand: Errand) -> None:
         """Open the call on a session, and say what the client has said."""
         self.state = OPEN
-        self.waits = not link.is_fresh or not self.program.links.is_proven(link)
+        self.awaits_node = not link.is_fresh or not self.program.links.is_proven(link)
         if not link.is_fresh:
             self.program.accepting.put(self)
         link.begin(self, errand)
@@ -312,10 +316,10 @@ class Client:
 
     def say_held(self) -> None:
         """Send what was kept; go on reading."""
-        if not self.waits:
+        if not self.awaits_node:
             if self.held:
                 self.way.link.send(bytes(self.held))
-            if self.ended:
+            if self.has_ended:
                 self._client_ended()
             else:
                 self.pump_up()
@@ -341,8 +345,8 @@ class Client:
     def on_accepted(self) -> None:
         """The node has the call."""
         self.program.starting.drop(self)
-        if self.waits:
-            self.waits = False
+        if self.awaits_node:
+            self.awaits_node = False
             self.program.accepting.drop(self)
             self.say_held()
 
@@ -352,7 +356,7 @@ class Client:
             self.answered()
         if self.state is HALF:
             self.program.stay(self)
-        if not self.deaf:
+        if not self.is_deaf:
             self._hand_down(pieces)
             self._rewatch()
 
@@ -366,7 +370,7 @@ class Client:
 
     def on_ended(self, name: str) -> None:
         """The pod says nothing more; it may still listen."""
-        self.far_ended = True
+        self.far_has_ended = True
         if not self.rest:
             self._far_ended()
 
@@ -393,9 +397,9 @@ class Client:
         link = self.way.link
         if not link.is_accepted and not link.is_used:
             self.program.links.doubt(link)
-        if self.way.may_go_on and (self.waits or not self.up):
+        if self.way.may_go_on and (self.awaits_node or not self.up):
             self.way.reconnect()
-        elif self.is_answered or self.ended:
+        elif self.is_answered or self.has_ended:
             self.cut(why)
         else:
             self.fail(why)
@@ -407,9 +411,9 @@ class Client:
 
     def cut(self, why: Failed) -> None:
         """The far end broke off."""
-        self.program.tell(self, "debug" if self.ended else "info", "reset", REASONS[why.reason], reason=why.reason,
+        self.program.tell(self, "debug" if self.has_ended else "info", "reset", REASONS[why.reason], reason=why.reason,
                           error=str(why))
-        self.program.failed = self.program.failed or not self.ended
+        self.program.failed = self.program.failed or not self.has_ended
         self.finish(True)
 
     # -- carrying
@@ -425,7 +429,7 @@ class Client:
     def pump_up(self) -> None:
         """From the client to the pod; or, before there is one, into `held`."""
         for _ in range(TURN):
-            if self.ended or not self._listens():
+            if self.has_ended or not self._listens():
                 break
             data = self._hear()
             if data is None:
@@ -436,14 +440,14 @@ class Client:
             self.up += len(data)
             if self.held is not None:
                 self.held += data
-                if len(self.held) > HELD_MAX and self.state is OPEN and not self.waits and self.is_proven:
+                if len(self.held) > HELD_MAX and self.state is OPEN and not self.awaits_node and self.is_proven:
                     self.held = None  # there is no other try from here on
-            if self.state is OPEN and not self.waits:
+            if self.state is OPEN and not self.awaits_node:
                 self.way.link.send(data)
 
     def _listens(self) -> bool:
         """Whether what the client says can go somewhere."""
-        if self.state is FINDING or self.state is OPEN and self.waits:
+        if self.state is FINDING or self.state is OPEN and self.awaits_node:
             return len(self.held) < HELD_MAX
         return self.state is OPEN and not self.way.link.is_full
 
@@ -454,7 +458,7 @@ class Client:
         except BlockingIOError:
             return None
         except OSError:
-            self.deaf = True
+            self.is_deaf = True
             return b""
 
     def _hand_down(self, pieces: list[memoryview]) -> None:
@@ -468,7 +472,7 @@ class Client:
         except BlockingIOError:
             sent = 0
         except OSError:
-            self.deaf = True
+            self.is_deaf = True
             self.rest = b""
             self.close()  # nobody hears the answer
             return
@@ -483,23 +487,23 @@ class Client:
         if not self.rest:
             if self.state is ENDING:
                 farewell(self)
-            elif self.far_ended:
+            elif self.far_has_ended:
                 self._far_ended()
 
     def _rewatch(self) -> None:
         """Watch for what can be done now: this is the whole of backpressure."""
         if self.state in (FINDING, OPEN, HALF):
-            hears = READ if not self.ended and self._listens() else 0
+            hears = READ if not self.has_ended and self._listens() else 0
             self.watch.wait_for(hears | (WRITE if self.rest else 0), self.on_client)
 
     # -- the end
 
     def _client_ended(self) -> None:
         """The client has said all, or has broken off."""
-        self.ended = True
-        if self.deaf:
+        self.has_ended = True
+        if self.is_deaf:
             self.close()
-        elif self.state is FINDING or self.waits:
+        elif self.state is FINDING or self.awaits_node:
             if self.listener.sock is None:
                 return  # the end of stdin does not mean that somebody has left
             if not self.held:
@@ -510,14 +514,14 @@ class Client:
         elif self.state is OPEN:
             self.state = HALF
             told = self.way.link.end()
-            if self.far_ended and not self.rest:
+            if self.far_has_ended and not self.rest:
                 self.finish(False)
             else:
                 (self.program.halved if told else self.program.graced).put(self)
 
     def _far_ended(self) -> None:
         """The pod has ended, and the client has its last bytes."""
-        if self.ended:
+        if self.has_ended:
             self.finish(False)
             return
         try:
@@ -526,7 +530,7 @@ class Client:
             self.close()
 
     def on_grace(self, queue: Queue) -> None:
-        """The client has ended, and the far end has said nothing for a while: for very long, where it knows.
+        """The client has ended, and the far end says nothing: for HALF_LAST, or for GRACE where it cannot be told.
 
         It may have had more to say, so this is a cut.  `queue`: where the client has waited.
         """
@@ -537,7 +541,7 @@ class Client:
 
     def finish(self, broken: bool) -> None:
         """Nothing more comes from the pod: the client gets its last bytes, then a reset or an end."""
-        self.broken = broken
+        self.is_broken = broken
         program = self.program
         for queue in (program.starting, program.hurried, program.graced, program.halved):
             queue.drop(self)
@@ -550,12 +554,12 @@ class Client:
 
     def abort(self) -> None:
         """Close everything so that the client sees a reset."""
-        self.broken = self.program.failed = True
+        self.is_broken = self.program.failed = True
         self.close()
 
     def dismiss(self) -> None:
         """The listener is closing: reset the client, whose stream is cut."""
-        self.broken = self.broken or self.state is not ENDING
+        self.is_broken = self.is_broken or self.state is not ENDING
         self.close()
 
     def close(self) -> None:
@@ -569,7 +573,7 @@ class Client:
             self.way.end()
         finally:  # a fault of ours above must not keep the client waiting
             self.watch.closing()
-            if self.broken:
+            if self.is_broken:
                 reset(self.sock)
             else:
                 self.sock.close()
@@ -581,20 +585,22 @@ class Client:
 
 def hurry(client: Client) -> None:
     """The client has ended, and what it said cannot be delivered in time."""
-    if client.state is FINDING or client.waits:
+    if client.state is FINDING or client.awaits_node:
         client.fail(Failed("timeout", f"{LINGER:g} s after the client's end, {client.way.phase}"))
 
 
 def farewell(client: Client) -> None:
     """The kernel has the client's last bytes.  A reset, or a close with unread bytes, would destroy them."""
     program = client.program
-    if client.broken and unsent(client.sock) != 0:  # None, where the kernel does not tell: it waits for LINGER
+    has_left = client.is_broken and client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    # None, where the kernel does not tell: it waits for LINGER.
+    if client.is_broken and not has_left and unsent(client.sock) != 0:
         client.watch.wait_for(0)
         program.settling.put(client)
         if client not in program.lingering.due:
             program.lingering.put(client)
         return
-    if client.broken or client.ended:
+    if client.is_broken or client.has_ended:
         client.close()
         return
     try:

@@ -178,7 +178,7 @@ def parse_label(text: str) -> str | Label:
             raise ValueError(f"{{{printable(field)}}} is no name of a field: it has lower-case letters, digits and _, "
                              "and begins with a letter")
         if field in OF_NAME:
-            raise ValueError(f"{{{field}}} is a field of each name: call the one in {text!r} something else")
+            raise ValueError(f"{{{field}}} is a field of each name already: give the one in {text!r} another name")
     if "" in literals[1:-1]:
         raise ValueError(f"{text!r}: between two fields of a label stands literal text, as in {{a}}--{{b}}")
     return Label(literals, fields) if fields else literals[0]

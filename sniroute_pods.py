@@ -21,8 +21,8 @@ chooses for each, counts their connections, and has those wait for whom no pod i
 A jump may have its pod made (`create_pod`): where a client waits and the pod is not there, or has ended.  It is removed
 when the target is used no more; if we cannot, the cluster ends it after its time.
 
-Nothing known: each failure is told to all who wait, at once.  Something known: that is used until there is news, since
-an API server that is away does not end a pod.  A client for whom no pod is ready waits, to its deadline.
+While nothing is known, a failure is told to all who wait, at once.  What is known is used until there is news, since an
+API server that is away does not end a pod.  A client for whom no pod is ready waits, to its deadline.
 
 Threads: all runs in the loop; there are no locks.  Clients are told by `done`, at times before `ask` returns.
 
@@ -122,7 +122,7 @@ class Feed:
         self.news, self.end, self.latest = news, end, latest
         self.state = EMPTY
         self.at = 0  # index of the target that is in use
-        self.first: Failed | None = None  # why the first of several targets is not it
+        self.first: Failed | None = None  # why the first of several targets was not there: told where none is
         self.plan: Plan | None = None
         self.items: dict[str, tuple[Pod, ...]] | None = None  # by the uid of a pod or a slice; None: nothing is known
         self.version = ""  # of the list or the last event: where a watch begins

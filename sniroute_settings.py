@@ -775,9 +775,12 @@ def warn(settings: Settings) -> None:
         if route.several is not None and route.several.reuse == "quiet":
             log.warning("%s: reuse = quiet guesses: an answer that is late reaches another client, and so does what "
                         "the backend remembers of the one before", route)
-    paths = "kubernetes" in settings.launchers and settings.launchers["kubernetes"].environment.get("KUBECONFIG")
-    if paths and not any(map(os.path.exists, paths.split(":"))):
-        log.warning("there is no kubeconfig at %s; names that need it are refused until then", paths)
+    if "kubernetes" in settings.launchers:
+        environ = settings.launchers["kubernetes"].environment
+        home = "" if "KUBERNETES_SERVICE_HOST" in environ else environ.get("HOME", "")  # a pod may need no file
+        paths = environ.get("KUBECONFIG") or (home and f"{home}/.kube/config")
+        if paths and not any(map(os.path.exists, paths.split(":"))):
+            log.warning("there is no kubeconfig at %s; names that need it are refused until then", paths)
     warn_of_programs(settings)
     warn_of_http(settings)
     for route in settings.routes.routes:

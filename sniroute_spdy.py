@@ -11,11 +11,11 @@ A port-forward and a command (`exec`) are each a Call, with a row in the table o
 
 Kubernetes uses SPDY without its flow control: WINDOW_UPDATE means nothing, and a peer sends what it has.  So a session
 that is not read for the sake of one Call stands still for all: use one session for each client, or read on and throw
-away.  All header blocks of one direction are one stream of zlib, so a block is compressed where it is sent, and each
-one that comes is inflated, also where nobody needs it.
+away.  All header blocks of one direction are one stream of zlib, so a block is compressed where it is sent.  What
+comes in such blocks is not read: Kubernetes says nothing in them, and zlib would take 40 KiB for each session.
 
-    Inflater, Deflater   header blocks of one direction
-    Session              the machine; the caller owns socket and clock
+    Deflater   makes header blocks
+    Session    the machine; the caller owns socket and clock
 
 What is kept is bounded: a part of a control frame, TEXT_MAX of each error stream, OPEN_MAX streams, REPLIES_MAX of what
 the peer makes us answer.  A stream that both ends have ended is forgotten.
@@ -38,7 +38,7 @@ from __future__ import annotations
 import collections
 import struct
 import zlib
-from typing import Callable, Iterable, NamedTuple
+from typing import Any, Callable, Iterable, NamedTuple
 
 from sniroute_refusals import Malformed
 
@@ -48,8 +48,6 @@ Pair = tuple[bytes, bytes]  # name and value of a header
 
 # Limits, in bytes where nothing else is said.
 CONTROL_MAX = 16384  # a control frame; the draft asks for 8,192, and Kubernetes sends less than 300
-BLOCK_MAX = 16384  # a header block once it is inflated: zlib makes a thousand bytes of one
-HEADERS_MAX = 100  # of one block
 TEXT_MAX = 16384  # what is kept of an error stream.  A program's last words are in it, and few of them count
 OPEN_MAX = 1000  # streams that are open at a time: a session is for one client, or for few
 REPLIES_MAX = 16384  # what the peer makes us answer between two `take`s: a thousand pings
@@ -90,7 +88,7 @@ def data_head(stream: int, size: int, flags: int = 0) -> bytes:
 
 # -- header blocks -----------------------------------------------------------------------------
 
-# The dictionary with which both streams of zlib begin, section 2.6.10.1: words, each behind its length, and a text.
+# The dictionary with which a stream of zlib begins, section 2.6.10.1: words, each behind its length, and a text.
 _WORDS = (
     "options,head,post,put,delete,trace,accept,accept-charset,accept-encoding,accept-language,accept-ranges,age,allow,"
     "authorization,cache-control,connection,content-base,content-encoding,content-language,content-length,"
@@ -108,69 +106,27 @@ _TEXT = (
     "charset=iso-8859-1,utf-,*,enq=0.")
 DICTIONARY = b"".join(_number.pack(len(word)) + word.encode() for word in _WORDS.split(",")) + _TEXT.encode()
 
-# How we compress: the dictionary fits into a window of 2 KiB, and so zlib takes 13 KiB for a session instead of 270.
-WINDOW_BITS, MEMORY_LEVEL = 11, 1
+# How we compress: with the smallest window zlib takes 9 KiB for a session instead of 270.  Only the end of the dictionary
+# fits into it: a session's first block is 8 bytes longer for that, and the others are as short.
+WINDOW_BITS, MEMORY_LEVEL = 9, 1
 
 
 class Deflater:
-    """Makes header blocks of one direction, in the order in which they are sent."""
+    """Makes our header blocks, in the order in which they are sent."""
 
     __slots__ = ("stream",)
 
     def __init__(self) -> None:
-        self.stream = zlib.compressobj(1, zlib.DEFLATED, WINDOW_BITS, MEMORY_LEVEL, zdict=DICTIONARY)
+        self.stream: Any = None  # zlib's, from the first block on: a session that waits for its client needs none
 
     def block(self, headers: Iterable[Pair]) -> bytes:
         """A header block; names are in lower case.  Source: section 2.6.10."""
+        if self.stream is None:
+            self.stream = zlib.compressobj(1, zlib.DEFLATED, WINDOW_BITS, MEMORY_LEVEL, zdict=DICTIONARY)
         pairs = list(headers)
         plain = _number.pack(len(pairs)) + b"".join(
             _number.pack(len(text)) + text for pair in pairs for text in pair)
         return self.stream.compress(plain) + self.stream.flush(zlib.Z_SYNC_FLUSH)
-
-
-class Inflater:
-    """Reads header blocks of one direction: all of them, in their order."""
-
-    __slots__ = ("stream",)
-
-    def __init__(self) -> None:
-        self.stream = zlib.decompressobj(zdict=DICTIONARY)
-
-    def read(self, block: bytes) -> list[Pair]:
-        """The headers of a block.  Raises Malformed; no later block can be read then.  Source: section 2.6.10."""
-        try:
-            plain = self.stream.decompress(block, BLOCK_MAX + 1)
-        except zlib.error:
-            raise Malformed("SPDY: a header block that zlib does not read") from None
-        if len(plain) > BLOCK_MAX:
-            raise Malformed(f"SPDY: a header block of more than {BLOCK_MAX} bytes")
-        if self.stream.eof:
-            raise Malformed("SPDY: an end in the stream of header blocks")
-        return read_headers(plain)
-
-
-def read_headers(plain: bytes) -> list[Pair]:
-    """The headers of a block that was inflated.  Raises Malformed.
-
-    Source: section 2.6.10: a name is in lower case, has a byte at least, and stands there once.
-    """
-    texts: list[bytes] = []
-    at, count = _number.size, int.from_bytes(plain[:_number.size], "big")
-    if len(plain) < at or count > HEADERS_MAX:
-        raise Malformed(f"SPDY: a header block of {len(plain)} bytes that has {count} headers")
-    for _ in range(2 * count):
-        start = at + _number.size
-        end = start + int.from_bytes(plain[at:start], "big")
-        if max(start, end) > len(plain):
-            raise Malformed("SPDY: a header block that ends within a header")
-        texts.append(plain[start:end])
-        at = end
-    if at != len(plain):
-        raise Malformed("SPDY: bytes behind the headers of a block")
-    names = texts[::2]
-    if not all(names) or len(set(names)) < count or any(name != name.lower() for name in names):
-        raise Malformed("SPDY: a header whose name is empty, doubled or in capitals")
-    return list(zip(names, texts[1::2]))
 
 
 # -- calls -------------------------------------------------------------------------------------
@@ -308,7 +264,7 @@ class Session:
     """
 
     __slots__ = ("out", "part", "left", "ends", "sink", "streams", "number", "theirs", "limit", "pings", "replies",
-                 "is_leaving", "forgotten", "deflater", "inflater")
+                 "is_leaving", "forgotten", "deflater")
 
     def __init__(self) -> None:
         self.out = bytearray()
@@ -324,7 +280,7 @@ class Session:
         self.replies = 0  # bytes that the peer made us say since the last `take`
         self.is_leaving = False  # GOAWAY was said or heard
         self.forgotten: collections.deque[int] = collections.deque(maxlen=FORGOTTEN_MAX)
-        self.deflater, self.inflater = Deflater(), Inflater()
+        self.deflater = Deflater()
 
     # -- what the caller asks
 
@@ -568,7 +524,6 @@ class Session:
 
 def hear_syn_stream(session: Session, flags: int, payload: bytes, events: list[Event]) -> None:
     """A stream that the peer opens: Kubernetes never does so.  It is refused."""
-    session.inflater.read(payload[10:])
     number = _number.unpack_from(payload)[0]
     if number & 1 or not session.theirs < number <= STREAM_LAST:
         raise Malformed(f"SPDY: the peer opens stream {number}, which is none of its own")
@@ -577,8 +532,7 @@ def hear_syn_stream(session: Session, flags: int, payload: bytes, events: list[E
 
 
 def hear_headers(session: Session, flags: int, payload: bytes, events: list[Event]) -> None:
-    """SYN_REPLY and HEADERS: Kubernetes says nothing in them."""
-    session.inflater.read(payload[4:])
+    """SYN_REPLY and HEADERS: Kubernetes says nothing in them, but perhaps that it is the last frame of its stream."""
     stream = session.streams.get(_number.unpack_from(payload)[0])
     if stream is not None and flags & FIN:
         session.end_there(stream, events)

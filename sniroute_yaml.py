@@ -121,7 +121,8 @@ def finite(value: float, text: str) -> float | str:
 
 # -- characters --------------------------------------------------------------------------------
 
-# Section 5.1, but NEL, LS and PS, which end a line to some; and a BOM, which is no text.
+# What no text may have: all but the characters of section 5.1.  NEL, LS and PS are refused, too, since they end a line
+# for some readers; and so is a BOM that is not the first character.
 ODD = re.compile("[^\t\n\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n])")  # section 9.1.2; at the begin of a line
 MARKER_IN_TEXT = re.compile(r"\n(?:---|\.\.\.)[ \t\n]")
@@ -198,7 +199,7 @@ class _Reader:
     __slots__ = ("text", "is_cut", "starts", "at", "column", "nodes", "depth")
 
     def __init__(self, text: str):
-        self.is_cut = not text.endswith("\n")  # the last line has no end, and a block scalar there none, either
+        self.is_cut = not text.endswith("\n")  # the last line has no end: a block scalar there has none, either
         self.text = text + "\n" if self.is_cut else text
         self.starts = [0, *(found.end() for found in re.finditer(r"\n", self.text))]
         self.at = 0

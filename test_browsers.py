@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import zlib
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import pytest
 

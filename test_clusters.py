@@ -124,6 +124,28 @@ def test_a_route_whose_clients_choose_the_namespace_or_the_context_says_which(ta
     assert all("--route: {a}.{ns}.example.com: " in line for line in lines)
 
 
+@pytest.mark.parametrize("target, option, said", [
+    ("default/svc/web:80", 'namespaces = ["prod", "team-*"]',
+     "its namespace is default, which namespaces = prod, team-* leaves out"),
+    ("prod/svc/web:80@dev", 'contexts = ["main"]', "its context is dev, which contexts = main leaves out"),
+    ("prod/svc/web:80", 'contexts = ["main"]', "its context is the current one, which contexts = main leaves out"),
+])
+def test_a_route_that_would_refuse_each_client_stops_the_start(settings_file, target, option, said):
+    line, = faults("-c", settings_file(f'[routes."web.example.com"]\ntarget = "kubernetes:{target}"\n{option}\n'))
+    assert said in line and line.endswith("each client would be refused")
+
+
+def test_what_a_route_allows_may_be_what_its_target_says(settings_file):
+    load_settings(["-c", settings_file("""
+[kubernetes.contexts]
+main = "arn:aws:eks:eu-west-1:1:cluster/main"
+[routes."web.example.com"]
+target = "kubernetes:team-a/svc/web:80@main"
+namespaces = ["team-*"]
+contexts = ["arn:*"]
+""")], {})
+
+
 CHOSEN = """
 [kubernetes.contexts]
 main = "arn:aws:eks:eu-west-1:1:cluster/main"
@@ -150,7 +172,7 @@ def test_a_short_name_is_a_context_and_globs_say_which_there_may_be(settings_fil
                        ("web.default.xmain.k8s.localhost", "context")):
         with pytest.raises(Refused) as caught:
             word(name)
-        assert (caught.value.kind, caught.value.status) == ("forbidden", 403) and f"no such {what}" in str(caught.value)
+        assert (caught.value.kind, caught.value.status) == ("forbidden", 403) and f"no such {what}: its {what}s are " in str(caught.value)
 
 
 def test_a_glob_may_say_the_real_name_of_a_context(settings_file):
@@ -329,6 +351,12 @@ def test_a_kubeconfig_that_others_may_change_stops_the_start_and_one_that_is_mis
     sniroute_settings.warn(load_settings([f"--route=a.b={DB}", f"--kubeconfig={path}"], {}))
     assert f"there is no kubeconfig at {path}; names that need it" in caplog.text
     caplog.clear()
+    sniroute_settings.warn(load_settings([f"--route=a.b={DB}"], {"HOME": str(tmp_path)}))
+    assert f"there is no kubeconfig at {tmp_path}/.kube/config; names that need it" in caplog.text
+    caplog.clear()
+    in_pod = {"HOME": str(tmp_path), "KUBERNETES_SERVICE_HOST": "192.0.2.1"}
+    sniroute_settings.warn(load_settings([f"--route=a.b={DB}"], in_pod))
+    assert "kubeconfig" not in caplog.text
     path.write_text("{}")
     path.chmod(0o622)
     (line,) = faults(f"--route=a.b={DB}", f"--kubeconfig=/nowhere:{path}")
@@ -379,7 +407,7 @@ def test_a_file_that_is_missing_is_named(monkeypatch):
 def test_a_reason_of_the_program(reason, kind, final):
     line = json.dumps({"event": "failed", "listener": "127.0.0.1:20000", "reason": reason,
                        "message": "prod/svc/db:1: no", "error": "why"}).encode()
-    assert sniroute_clusters.reason(line) == (kind, "prod/svc/db:1: no: why", final)
+    assert sniroute_clusters.reason(line) == (kind, "no: why", final)
     assert f"tunnel_{kind}" in REFUSALS
 
 

@@ -96,7 +96,7 @@ def test_a_kubeconfig_that_is_being_written_is_read_again(cluster, call, soon, m
 
 
 @pytest.mark.parametrize("text, reason, words", [
-    ("a: [", "config", "line 1"), ("", "context", "current-context"), (None, "context", "no kubeconfig is there")])
+    ("a: [", "config", "line 1"), ("", "context", "current-context"), (None, "config", "no kubeconfig is there")])
 def test_a_kubeconfig_that_cannot_be_used_and_then_can(cluster, call, tmp_path, text, reason, words, soon):
     path = tmp_path / "config"
     if text is not None:
@@ -109,9 +109,9 @@ def test_a_kubeconfig_that_cannot_be_used_and_then_can(cluster, call, tmp_path, 
 
 def test_a_failure_is_not_looked_into_by_each_client(call, tmp_path, monkeypatch):
     caller = call(tmp_path / "config")
-    told(caller.get(VERSION), "context")
+    told(caller.get(VERSION), "config")
     monkeypatch.setattr(sniroute_credentials, "read_files", lambda *words: pytest.fail("looked at"))
-    told(caller.get(VERSION), "context")
+    told(caller.get(VERSION), "config")
 
 
 @linux

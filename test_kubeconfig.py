@@ -179,7 +179,7 @@ def test_without_a_file():
     assert str(caught.value) == "no kubeconfig is there (/a, /b), and this is no pod with a service account"
     with pytest.raises(KubeconfigError) as caught:
         choose_context("x", [], {"KUBERNETES_SERVICE_HOST": "192.0.2.1", "KUBERNETES_SERVICE_PORT": "443"}, read)
-    assert caught.value.kind == "context"
+    assert caught.value.kind == "file"
     assert str(caught.value) == "no kubeconfig is there (--kubeconfig, KUBECONFIG and HOME are empty), so no context 'x'"
 
 

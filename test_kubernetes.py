@@ -267,9 +267,11 @@ def test_get_says_why_there_is_none(kube, app, kubernetes, echo_server):
     (["forwarders", "--ping", "soon"], "--ping: 'soon' is no number of seconds"),
     (["forwarders", "--loglevel", "loud"], "--loglevel: 'loud' is none of debug, info"),
     (["exec", "default/pod/x"], "exec takes one pod, `--`, and the command"),
-    (["exec", "x", "--", "true"], "'x/localhost:1' is not"),
+    (["exec", "x", "--", "true"], "'x' is not NAMESPACE/pod/NAME[@CONTEXT]: it needs a namespace, a kind and a name"),
+    (["exec", "a/pod/b:80", "--", "true"], "'a/pod/b:80' is not NAMESPACE/pod/NAME[@CONTEXT]: 'b:80' is no name of a pod"),
     (["exec", "default/pod/x", "--container", "-x", "--", "true"], "container = '-x'"),
     (["get"], "get takes one TARGET"),
+    (["get", "svc/web:80", "-n", "default"], "unknown option '-n'"),
     (["get", "default/svc/-x:1"], "is no name of a service"),
 ])
 def test_wrong_words_stop_the_start(words, said, capsys):

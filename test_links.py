@@ -10,7 +10,8 @@ import time
 import pytest
 
 from conftest import connect, wait_until
-from sniroute_links import SPARES, TRANSPORTS
+from sniroute_links import SPARES
+from sniroute_transports import TRANSPORTS
 from testbed.carrier import beside, echoed, parallel, receive, receive_all, refused
 
 NOISE = bytes(range(256)) * 4096  # 1 MiB

@@ -246,6 +246,22 @@ def test_the_clients_end_reaches_the_pod_and_the_answer_the_client(kube, app, fo
         assert receive_all(client) == (b"1048576 bytes", "FIN")
 
 
+def test_a_client_that_has_left_is_not_waited_for(kube, app, forward, serve):
+    """What it never got is unsent for ever, as the kernel counts; here is nobody who could still get it."""
+    kube.set(runtime="resetting")
+
+    def handler(sock: socket.socket) -> None:
+        while sock.recv(1):
+            pass
+        sock.sendall(b"bye")
+
+    run = forward(app(serve(handler).address).target, LINGER=60.0)
+    with run.connect() as client:
+        client.sendall(b"x")
+    run.reaches()
+    assert not run.program.settling.due and not run.program.lingering.due
+
+
 def test_a_runtime_without_half_close_ends_the_connection(kube, app, forward, echo_server):
     kube.set(runtime="containerd", grace=0.2)
     there = app(echo_server.address)

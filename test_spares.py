@@ -6,7 +6,6 @@ clients and backends, which know each connection by its number.
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import threading
 from typing import Any, Callable, Iterator
@@ -21,7 +20,7 @@ from sniroute_spares import SPARE_IDLE, Spares
 from sniroute_targets import Backend
 from testbed.hellos import v1
 from testbed.running import Running
-from testbed.web import UPGRADE, Message, Origin, Talk, answering, reply, request, shake, table
+from testbed.web import UPGRADE, Message, Origin, Talk, reply, request, shake, table
 
 KEY, OTHER = ("a", None), ("b", None)
 

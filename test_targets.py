@@ -11,7 +11,6 @@ from typing import Any, Callable
 
 import pytest
 
-import sniroute_connection
 import sniroute_refusals
 import sniroute_settings
 import sniroute_targets

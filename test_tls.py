@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import pathlib
 import socket
@@ -23,7 +22,7 @@ import pytest
 import sniroute_deadlines
 import sniroute_edge
 import sniroute_tls
-from conftest import HOST, Address, Server, wait_until
+from conftest import HOST, Address, wait_until
 from sniroute_refusals import Refused
 from sniroute_gateway import Policy
 from sniroute_requests import Exchange

@@ -31,7 +31,7 @@ from sniroute_race import Row
 from sniroute_refusals import Refused
 from sniroute_targets import Backend, TunnelBackend, UnixBackend, Unreachable
 from sniroute_warm import DIALS_MAX, GREETING_MAX, PAUSE_SPREAD, PAUSES, RESTING, STEADY, Warm, WarmOptions, WarmPool
-from testbed.tunnels import key, listening, port_of
+from testbed.tunnels import key, listening
 
 OPTIONS = WarmOptions(size=3, max_idle=55.0, max_age=0.0, jitter=0.1, order="lifo", greets=False, connect_timeout=5.0)
 RESET = struct.pack("ii", 1, 0)
