@@ -50,6 +50,8 @@ OPTIONS = {  # files that an installation may leave out
     "sniroute_objects.py", "sniroute_api.py", "sniroute_credentials.py", "sniroute_layers.py",
     "sniroute_kubeconfig.py", "sniroute_yaml.py", "sniroute_channels.py", "sniroute_spdy.py",
     "sniroute_clusters.py",
+    "sniroute_registry.py",
+    "sniroute_rfc2136.py", "sniroute_dns.py",
     "sniroute_admin.py", "sniroute_door.py", "sniroute_metrics.py", "sniroute_page.py",
     "sniroute_carrier.py", "sniroute_dial.py", "sniroute_edge.py", "sniroute_forwarder.py", "sniroute_upgrade.py",
 }

@@ -56,6 +56,8 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
     sniroute_kubernetes *  services of Kubernetes clusters     with sniroute_passage, _links, _pods, _objects, _api,
                                                                _layers, _credentials, _kubeconfig, _yaml, _channels,
                                                                _spdy, _forwarder, _dial, _upgrade, _http and _clusters
+    sniroute_registry *    names that come and go              with sniroute_rfc2136, _dns,
+                                                               _dial, _upgrade and _http
 
 A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The rows at the end stand
 apart: they are options, most of them of several files; the table in CONTRIBUTING.md says what they import of the rooms

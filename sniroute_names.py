@@ -345,6 +345,9 @@ OPTIONS = {
                    "sniroute_channels", "sniroute_spdy", "sniroute_forwarder", "sniroute_dial", "sniroute_upgrade",
                    "sniroute_http",
                    "sniroute_clusters"),
+    "registry": ("sniroute_registry",
+                 "sniroute_rfc2136", "sniroute_dns",
+                 "sniroute_dial", "sniroute_upgrade", "sniroute_http"),
 }
 
 

@@ -287,7 +287,7 @@ def test_every_form_has_every_command(form, own_edge, serve):
     assert run("explain", NAME, CARRIED).endswith("\nfar end: it answers\n")
     assert run("check", "--route=a.b=tcp:h:1") == "a.b=tcp:h:1\n"
     assert re.search(r"^(\d+) of \1 went well", run("selftest"), re.MULTILINE)
-    assert run("--version").endswith("; with doctor, admin, carrier, commands, backends, web, kubernetes)\n")
+    assert run("--version").endswith("; with doctor, admin, carrier, commands, backends, web, kubernetes, registry)\n")
     assert run("carrier", "--version").startswith("sniroute_carrier ")
     assert "--route" in run("--help") and "access tcp" in run("carrier", "--help")
     assert sorted(path.name for path in form.parent.iterdir() if path.name != "__pycache__") == before
