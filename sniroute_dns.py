@@ -450,8 +450,8 @@ def _read_record(data: bytes, at: int) -> tuple[Record, int]:
 
 def _read_signature(data: bytes, record: Record, start: int, end: int) -> Signature:
     algorithm, at = read_name(data[:end], end - len(record.data))
-    if record.group != ANY or at + _tsig.size > end:
-        raise Malformed("a signature that is cut, or has another class")
+    if record.group != ANY or record.ttl or at + _tsig.size > end:
+        raise Malformed("a signature that is cut, or has another class or a TTL")
     high, low, fudge, length = _tsig.unpack_from(data, at)
     at += _tsig.size
     if at + length + _tsig_end.size > end:
