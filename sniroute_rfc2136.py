@@ -21,9 +21,10 @@ What is sent for an entry follows from what is wished and what is there (Entry.p
     no       nothing of ours          none: the entry is forgotten
 
 A mark is ours where it has the id of this name's wish, or of an earlier one that may have been written.  So what is
-there after a restart is ours, if the id is the same.  Not known: after an answer that did not come, and where the
-server says that it is not as we thought.  A name that has others' records only is not touched; it is tried again, in
-case they go away.  What others remove while it is kept is not written again.
+there after a restart is ours, if the id is the same.  Not known: where the server says that it is not as we thought, as
+it does where our request was done and its answer was lost; and where a wish has ended before it came true.  A name
+that has others' records only is not touched; it is tried again, in case they go away.  What others remove while it is
+kept is not written again.
 
 Messages go by UDP and are sent again where no answer comes; by TCP where one is too long, or its answer is.  WINDOW of
 them are under way at a time, one after a failure.  The socket is there as long as something is under way, and has a
@@ -535,16 +536,15 @@ class Updater:
                                        f"({failed}); what waits is tried again")
 
     def _hang_up(self, phase: str) -> None:
-        """Close the socket.  Whether what was under way is done is not known."""
+        """Close the socket.  What was under way may be done: then the next try finds out that it is."""
         self.phase = phase
         self.place = None
         flights, self.flights = self.flights, {}
         for flight in flights.values():
             flight.close()
             flight.entry.where = READY
+            flight.entry.was_asked = False
             self.ready[flight.entry] = None
-            if flight.act is not LOOK_UP:
-                flight.entry.doubt()
         if self.watch is not None:
             self.watch.closing()
             self.watch = None
@@ -567,20 +567,22 @@ class Updater:
             return
         del self.flights[flight.request.number]
         flight.close()
-        self._greet()
         entry = flight.entry
-        if not reason or flight.act is LOOK_UP and reason == "nxdomain":
+        is_otherwise = flight.act is not LOOK_UP and answer.code in (dns.YXDOMAIN, dns.NXRRSET)
+        if not reason or flight.act is LOOK_UP and answer.code == dns.NXDOMAIN:
             self.done[flight.act] += 1
+            self._greet()
             self._done(flight, answer)
-        elif answer.code in (dns.YXDOMAIN, dns.NXRRSET) and not entry.was_asked:
+        elif is_otherwise and not entry.was_asked:
             entry.doubt()
             self._next(entry)
         else:
             self._count(reason)
-            if answer.code in (dns.YXDOMAIN, dns.NXRRSET):
+            if is_otherwise:
                 entry.texts = ()  # the next try begins anew
                 entry.is_known = bool(entry.wish)
             self._fail(entry, Failed(reason, self._describe(answer)))
+        self._hurry()
 
     def _done(self, flight: Flight, answer: Answer) -> None:
         """What was asked for is done."""
@@ -609,20 +611,23 @@ class Updater:
         if self.is_corrected:
             return False
         self.offset, self.is_corrected = told - self.clock(), True
-        self.tell(logging.WARNING, f"the clock of this host and that of the DNS server of {self.zone} differ by "
-                                   f"{abs(self.offset):.0f} s: its updates are signed with the server's time; "
-                                   "set the clock that is wrong")
+        clocks = f"the clock of this host and that of the DNS server of {self.zone}"
+        if abs(self.offset) <= dns.FUDGE:
+            self.offset = 0.0
+            self.tell(logging.INFO, f"{clocks} agree again")
+        else:
+            self.tell(logging.WARNING, f"{clocks} differ by {abs(self.offset):.0f} s: its updates are signed with the "
+                                       "server's time; set the clock that is wrong")
         return True
 
     def _greet(self) -> None:
-        """The server has answered, and knows us."""
+        """The server has done what it was asked for."""
         self.last_contact = self.clock()
         self.is_corrected = False
         self.failure = None
         if self.losses:
             self.losses = 0
             self.tell(logging.INFO, f"DNS records of {self.zone} are written again")
-        self._hurry()
 
     def _count(self, reason: str) -> None:
         self.failures[reason] = self.failures.get(reason, 0) + 1
