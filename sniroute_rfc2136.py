@@ -149,10 +149,6 @@ class Entry:
         if len(self.ids) > IDS_MAX:
             del self.ids[next(iter(self.ids))]
 
-    def doubt(self) -> None:
-        """It may be otherwise than we thought."""
-        self.is_known = False
-
 
 class Flight:
     """A request that is under way."""
@@ -239,16 +235,17 @@ class Updater:
         tell: called with a level of `logging`, and a sentence: when the server is lost or found again, when a name is
             not written, and when the clocks differ.
         clock: seconds since 1970, for what is signed.
+        way: what resolves the server's name, shared with others; it has no proxy.  By default one of its own.
     """
 
     def __init__(self, loop: Loop, zone: Zone, key: Key, tell: Callable[[int, str], None],
-                 clock: Callable[[], float] = time.time):
+                 clock: Callable[[], float] = time.time, way: WayOut | None = None):
         self.loop = loop
         self.zone = zone
         self.key = key
         self.tell = tell
         self.clock = clock
-        self.way = WayOut(loop, None, "")
+        self.way = way or WayOut(loop, None, "")
         self.phase = IDLE
         self.entries: dict[str, Entry] = {}
         self.ready: collections.OrderedDict[Entry, None] = collections.OrderedDict()
@@ -306,14 +303,14 @@ class Updater:
                 return
             entry = self.entries[name] = Entry(name)
             self.ready[entry] = None
-            entry.doubt()
+            entry.is_known = False
         if ident:
             entry.adopt(ident)
         if entry.wish:
             self.wanted -= 1
             entry.wish = ""
             if entry.where is not KEPT:
-                entry.doubt()  # an earlier process may have written it
+                entry.is_known = False  # an earlier process may have written it
         self._renew(entry)
 
     def tell_of(self, name: str) -> str:
@@ -574,13 +571,10 @@ class Updater:
             self._greet()
             self._done(flight, answer)
         elif is_otherwise and not entry.was_asked:
-            entry.doubt()
+            entry.is_known = False
             self._next(entry)
         else:
             self._count(reason)
-            if is_otherwise:
-                entry.texts = ()  # the next try begins anew
-                entry.is_known = bool(entry.wish)
             self._fail(entry, Failed(reason, self._describe(answer)))
         self._hurry()
 
