@@ -60,7 +60,7 @@ RESPONSE, TRUNCATED = 0x8000, 0x0200  # flags
 NOERROR, YXDOMAIN, NXRRSET, NXDOMAIN, NOTAUTH, BADTIME = 0, 6, 8, 3, 9, 18
 
 UDP_MAX = 512  # bytes that every server takes in a datagram, RFC 1035 section 4.2.1
-MESSAGE_MAX = 65535  # what a length of two bytes can say
+MESSAGE_MAX = 65535  # bytes by TCP: what a length of two bytes can say
 NAME_BYTES = 255  # of a name on the wire, section 3.1
 FUDGE = 300  # seconds that two clocks may differ, RFC 8945 section 10
 ADDRESSES_MAX = 8  # of a name: a client tries no more of them before it gives up
@@ -356,8 +356,7 @@ class Writer:
             if name in self.known:
                 self.out += _two.pack(0xC000 | self.known[name])
                 return
-            if len(self.out) < 0x4000:
-                self.known[name] = len(self.out)
+            self.known[name] = len(self.out)  # the zone and one name: a pointer reaches both
             label, _, name = name.partition(".")
             self.out.append(len(label))
             self.out += label.encode("ascii")

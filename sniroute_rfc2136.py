@@ -81,6 +81,7 @@ REASONS = dns.REASONS | {
     "timeout": "the DNS server gave no answer in time",
     "reset": "the DNS server closed the connection",
     "answer": "the DNS server answered nonsense",
+    "long": "the name has more TXT records than a message takes",
     "address": "this host reaches the DNS server from an address that nobody else can use: name one with &address=",
 }
 DIAL_REASONS = {"refused": "unreachable", "timeout": "unreachable"}  # as this room calls them
@@ -252,7 +253,6 @@ class Updater:
         self.flights: dict[int, Flight] = {}  # by the id of the message
         self.resting = [loop.queue(seconds, self._next) for seconds in RESTS]
         self.timer = loop.timer(self._work)
-        self.again = 0.0  # LEFT_ALONE until this clock time
         self.losses = 0  # of the server, without an answer between them
         self.failure: Failed | None = None
         self.sock: socket.socket | None = None
@@ -406,9 +406,6 @@ class Updater:
         """Send what may be sent, and what has had no answer.  In the second phase of a turn, where sockets may open."""
         now = monotonic()
         if self.phase is LEFT_ALONE:
-            if now < self.again:
-                self.timer.set(self.again)
-                return
             self.phase = IDLE
         if self.phase is IDLE and self.ready:
             self.phase = NAMING
@@ -425,7 +422,7 @@ class Updater:
                 return
             self._send(flight)
             if self.phase is not OPEN:
-                break
+                return
         if self.phase is not OPEN:
             return
         if not self.flights and not self.ready:
@@ -478,6 +475,11 @@ class Updater:
             request = dns.look_up(self.key, number, now, entry.name)
         else:
             request = dns.replace(self.zone, self.key, number, now, entry.name, entry.texts, marks, mark)
+        if len(request.wire) > dns.MESSAGE_MAX:
+            self._count("long")
+            entry.is_known = False  # perhaps there are fewer by then
+            self._fail(entry, Failed("long", f"{len(entry.texts)} of them"))
+            return
         entry.where = FLYING
         flight = self.flights[number] = Flight(self, entry, act, marks, mark, self.offset, request)
         if len(request.wire) > dns.UDP_MAX:
@@ -526,8 +528,7 @@ class Updater:
         pause = jittered(AGAIN[min(self.losses, len(AGAIN) - 1)], JITTER, random.randrange(JITTERS))
         self.losses += 1
         self._hang_up(LEFT_ALONE)
-        self.again = monotonic() + pause
-        self.timer.set(self.again)
+        self.timer.set(monotonic() + pause)
         if not is_known:
             self.tell(logging.WARNING, f"DNS records of {self.zone} are not written: {REASONS[failed.reason]} "
                                        f"({failed}); what waits is tried again")

@@ -12,6 +12,7 @@ import random
 import re
 import signal
 import socket
+import struct
 import time
 from typing import Any, Callable, Iterator
 
@@ -97,6 +98,9 @@ def impatient(monkeypatch) -> None:
 # -- a stand-in for a server -------------------------------------------------------------------
 
 
+RESET = b"\1"  # what it says by TCP before it breaks off
+
+
 class Server:
     """A name server in the loop of the test.  Its zone is a dictionary."""
 
@@ -166,7 +170,11 @@ class Server:
         if said is not None:
             with contextlib.suppress(OSError):  # it has left
                 sock.sendall(said)
-                sock.shutdown(socket.SHUT_WR)
+                if said == RESET:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    sock.close()
+                else:
+                    sock.shutdown(socket.SHUT_WR)
 
     def answer(self, message: dns.Message, data: bytes, is_cut: bool) -> bytes:
         """What it says; what was asked for is done."""
@@ -513,9 +521,10 @@ def test_an_answer_that_is_cut_is_asked_for_by_tcp(made, server):
     (lambda answer: dns.frame(answer)[:-1], "reset", "by TCP: before the end of its answer"),
     (lambda answer: dns.frame(answer[:-1]), "answer", "by TCP: a record that is cut"),
     (lambda answer: dns.frame(answer[:-7] + bytes(7)), "answer", "by TCP: "),
+    (lambda answer: RESET, "reset", "by TCP: Connection reset by peer"),
     (lambda answer: b"\0\0", "answer", "by TCP: a DNS message that is cut"),
     (lambda answer: None, "timeout", "claim"),
-], ids=["refused", "closed", "cut", "shorter", "forged", "empty", "silent"])
+], ids=["refused", "closed", "cut", "shorter", "forged", "reset", "empty", "silent"])
 def test_tcp_that_fails_is_tried_again(made, server, impatient, says, reason, detail):
     server.is_cut = True
     if says is not None:
@@ -566,6 +575,23 @@ def test_each_refusal_is_told_and_tried_again(made, server, code):
     assert (updater.state.failure is not None) == (word in SERVER_FAILURES) == (updater.state.failed == 0)
     made.settle(updater)
     assert server.has(FOO, ID) and updater.state.failed == 0 and updater.state.failure is None
+
+
+def test_a_name_with_more_texts_than_a_message_takes_is_told_and_left(made, server):
+    """They can be told in an answer, but not asked for in an update with what is to be removed."""
+    server.listen()
+    updater = made.updater(f"{server.url},2001:db8::1,2001:db8::2")
+    updater.want(FOO, ID)
+    made.settle(updater)
+    his = [(TXT, text_data((b"%03d" % number + b"x" * 252,))) for number in range(243)]
+    server.records[FOO].update(his, [(TXT, text_data((b"y" * 99,)))])
+    server.is_cut = True
+    updater.unwant(FOO)
+    made.turn_until(lambda: updater.state.failed)
+    assert made.lines == [f"the DNS record of {FOO} is not removed: {REASONS['long']} (245 of them)"]
+    server.records[FOO].difference_update(his)
+    made.settle(updater)
+    assert len(server.records[FOO]) == 1 and updater.state.failures.keys() == {"long"}
 
 
 def test_a_server_with_another_view_for_questions_makes_no_endless_talk(made, server):
