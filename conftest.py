@@ -36,7 +36,7 @@ import pytest
 pytest.register_assert_rewrite("testbed")  # an assert in a helper shows its values
 pytest_plugins = [f"testbed.{module}" for module in ("standins", "running", "program", "tunnels", "carrier", "admin",
                                                       "clients", "web", "streams", "cluster", "apis", "passage",
-                                                      "registry", "redis")]
+                                                      "registry", "redis", "named")]
 
 HERE = pathlib.Path(__file__).resolve().parent
 HOST = "127.0.0.1"
@@ -54,6 +54,7 @@ OPTIONS = {  # files that an installation may leave out
     "sniroute_clusters.py",
     "sniroute_registrar.py", "sniroute_rest.py", "sniroute_registry.py", "sniroute_owners.py", "sniroute_claims.py",
     "sniroute_sqlite.py", "sniroute_shared.py", "sniroute_redis.py", "sniroute_resp.py", "sniroute_claim.py",
+    "sniroute_rfc2136.py", "sniroute_dns.py",
     "sniroute_admin.py", "sniroute_door.py", "sniroute_metrics.py", "sniroute_page.py",
     "sniroute_carrier.py", "sniroute_dial.py", "sniroute_edge.py", "sniroute_forwarder.py", "sniroute_upgrade.py",
 }
