@@ -321,50 +321,69 @@ def read_owners(tables: Mapping[str, Any], rules: Rules) -> dict[str, Owner]:
     return owners
 
 
+# -- the registry ------------------------------------------------------------------------------
+
+STORES = ("memory", "sqlite:PATH", "redis://[USER:PASSWORD@]HOST[:PORT][/DB]", "rediss://...", "redis+sentinel://...")
+
+
 class Where(NamedTuple):
-    """The settings of [registry]."""
+    """The settings of [registry].  `store` may have a password in it."""
 
     address: str | tuple[str, int]  # the path of a unix socket, or (host, port)
     store: str
+    stale_max: float  # seconds for which names are routed on while the store is away; 0: for ever
+    dns: str  # where each name gets its records; "": nowhere
     rules: Rules
     owners: dict[str, Owner]
 
-
-STORES = ("memory", "sqlite:PATH")
+    def __repr__(self) -> str:
+        return f"Where({self.address})"
 
 
 def parse_store(text: str) -> str:
-    """`memory`, or `sqlite:PATH`.  Raises ValueError."""
+    """One of STORES.  Raises ValueError, which repeats no password."""
+    scheme, _, rest = text.partition(":")
     if text == "memory":
         return text
-    scheme, _, path = text.partition(":")
-    if scheme == "sqlite" and path:
-        return f"sqlite:{absolute(path)}"
-    raise ValueError(f"{printable(text.partition('@')[2] or text, 80)!r} is none of {', '.join(STORES)}")
+    if scheme == "sqlite" and rest:
+        return f"sqlite:{absolute(rest)}"
+    if scheme in ("redis", "rediss", "redis+sentinel"):
+        from sniroute_resp import parse_url  # imported late: an option
+        parse_url(text)
+        return text
+    raise ValueError(f"{printable(scheme, 40)!r} is none of {', '.join(STORES)}")
+
+
+def parse_dns(text: str) -> str:
+    """`rfc2136://SERVER/ZONE?key=NAME`.  Raises ValueError."""
+    from sniroute_dns import parse_url  # imported late: an option
+    parse_url(text)
+    return text
+
+
+WHERE: dict[str, Callable[[str], Any]] = {"store": parse_store, "stale_max": parse_off_or_duration, "dns": parse_dns}
 
 
 def read_where(address: str | tuple[str, int], table: Mapping[str, Any]) -> Where:
     """The table [registry].  Raises SettingsError, with a line for each fault."""
-    table = dict(table)
-    owners = table.pop("owners", {})
     lines: list[str] = []
-    store = "memory"
+    values: dict[str, Any] = {"store": "memory", "stale_max": 0.0, "dns": ""}
+    for option, parse in WHERE.items():
+        try:
+            if option in table:
+                values[option] = parse(as_text(table[option]))
+        except ValueError as error:
+            lines.append(f"registry.{option}: {error}")
     try:
-        store = parse_store(as_text(table.pop("store", store)))
-    except ValueError as error:
-        lines.append(f"registry.store: {error}")
-    try:
-        rules = read_rules(table)
-        if not isinstance(owners, dict) or not owners:
+        rules, owners = read_registry(table, tuple(WHERE))
+        if not owners:
             lines.append("registry.owners: nobody may claim a name: [registry.owners.NAME] says who, and "
                          "`python3 sniroute.py token` makes a token")
-        else:
-            owners = read_owners(owners, rules)
     except SettingsError as error:
         lines += error.lines
     if lines:
         raise SettingsError(*lines)
-    return Where(address, store, rules, owners)
+    return Where(address, rules=rules, owners=owners, **values)
 
 
 # -- who it is ---------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ Seams: I want to ...
     do more when a claim changes     `Registrar.moved`
 
 This room imports sniroute_rest, sniroute_registry, sniroute_claims, sniroute_owners, sniroute_door, sniroute_listeners,
-sniroute_routes, sniroute_log, sniroute_loop, sniroute_names, sniroute_refusals, and late sniroute_sqlite.
+sniroute_routes, sniroute_log, sniroute_loop, sniroute_names, sniroute_refusals, and late sniroute_sqlite, or sniroute_shared
+with sniroute_resp; and sniroute_rfc2136 with sniroute_dns.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ import ipaddress
 import logging
 import os
 import weakref
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, Mapping
 
 from sniroute_claims import Claim, Table
 from sniroute_door import Door, Gate, listen
 from sniroute_listeners import Listener, Ports
 from sniroute_log import RELEASED as CUT_BY_RELEASE
-from sniroute_loop import monotonic
+from sniroute_loop import Loop, monotonic
 from sniroute_names import show_address
 from sniroute_owners import Own, Owner, Where, address_fault, narrowed
 from sniroute_refusals import SettingsError
@@ -46,6 +47,7 @@ from sniroute_rest import Rest
 from sniroute_routes import Route, Tally, parse_port_route, parse_route
 
 if TYPE_CHECKING:
+    from sniroute_rfc2136 import Updater
     from sniroute_router import Router
 
 __version__ = "0.1.0"
@@ -82,11 +84,12 @@ class Claimed:
         self.reach = reach
         self.tallies = Tallies()
         self.forget: Callable[[str], None] = lambda pattern: None  # set by Routes
+        self.is_stale = False  # the store has been away for too long: nothing is routed
 
     def find(self, name: str) -> Route | None:
         """The route for a normalised name."""
         claim = self.table.find(name)
-        return None if claim is None or claim.suspended else self.route_of(claim)
+        return None if claim is None or claim.suspended or self.is_stale else self.route_of(claim)
 
     def route_of(self, claim: Claim) -> Route | None:
         """A claim as a route; None where its owner is just going."""
@@ -102,7 +105,7 @@ class Claimed:
 # -- the registry of a router --------------------------------------------------------------------
 
 
-def open_store(where: str, loop: Any) -> Store:
+def open_store(where: str, loop: Loop) -> Store:
     """The store that the settings name.  Raises SettingsError."""
     scheme, _, path = where.partition(":")
     if scheme == "sqlite":
@@ -116,7 +119,25 @@ def open_store(where: str, loop: Any) -> Store:
         except StoreError as error:
             raise SettingsError(f"registry.store: {error}") from None
         return store
+    if scheme != "memory":
+        from sniroute_resp import parse_url  # imported late: this store only
+        from sniroute_shared import Shared
+        return Shared(parse_url(where), loop)
     return Memory()
+
+
+def open_dns(where: str, loop: Loop, environ: Mapping[str, str]) -> Updater | None:
+    """What writes a record for each name; None where no `dns` is set.  Raises SettingsError."""
+    if not where:
+        return None
+    from sniroute_dns import KEY_VARIABLE, parse_key, parse_url  # imported late: an option
+    from sniroute_rfc2136 import Updater
+    zone = parse_url(where)
+    try:
+        key = parse_key(zone.key, environ.get(KEY_VARIABLE, ""))
+    except ValueError as error:
+        raise SettingsError(f"registry.dns: {KEY_VARIABLE}: {error}") from None
+    return Updater(loop, zone, key, log.log)
 
 
 class Registrar:
@@ -133,6 +154,9 @@ class Registrar:
         self.store = open_store(where.store, self.door.loop)
         self.registry = Registry(self.door.loop, self.table, self.store, self.moved)
         self.store.open(self.registry)
+        self.dns = open_dns(where.dns, self.door.loop, os.environ)
+        # One for all processes of a registry, so that a successor knows what its predecessor has written.
+        self.mark = "-".join(("sniroute", *where.rules.domains))[:64]
         self.rest = Rest(self.registry, where.rules, where.owners, None, own=self.own, cut=self.cut,
                          is_configured=lambda key: router.routes.configured.find(key) is not None,
                          open_port=self.open_port, close_port=self.close_port,
@@ -164,17 +188,24 @@ class Registrar:
                 state = os.stat(self.address)
                 if (state.st_dev, state.st_ino) == self.identity:
                     os.unlink(self.address)
+        self.door.loop.call(self._end)
         self.door.close()
         self.store.close()
         for key in list(self.opened):
             self.close_port(key)
+
+    def _end(self) -> None:
+        """In the last turn of the loop: what needs it to be closed."""
+        self.store.stop()
+        if self.dns is not None:
+            self.dns.close()
 
     def adopt(self, where: Where) -> None:
         """Other rules and owners, after a reload; address and store are for the next start.  Any thread."""
         def change() -> None:
             self.where = where
             self.rest.adopt(where.rules, where.owners)
-            self.router.call(self.router.routes.decisions.clear)
+            self.router.call(lambda: self.router.routes.decisions.clear())
         self.door.loop.call(change)
 
     # -- the thread registry ---------------------------------------------------------------------
@@ -182,6 +213,12 @@ class Registrar:
     def tick(self) -> None:
         """What recurs."""
         self.rest.tick()
+        since = self.table.frozen_since
+        is_stale = bool(self.where.stale_max and since is not None
+                        and self.table.clock() - since > self.where.stale_max)
+        if is_stale != self.layer.is_stale:
+            self.layer.is_stale = is_stale
+            self.router.call(lambda: self.router.routes.decisions.clear())
 
     def own(self) -> Own:
         """Where the router listens, and what else no target may lead to."""
@@ -192,6 +229,10 @@ class Registrar:
         """A claim has come, changed or gone: the router decides anew."""
         if not key.startswith("tcp:"):
             self.router.call(functools.partial(self.layer.forget, key))
+            if self.dns is not None and self.table.find(key) is not None:
+                self.dns.want(key, self.mark)
+            elif self.dns is not None:
+                self.dns.unwant(key, self.mark)
             return
         claim = self.table.find(key)
         route = None if claim is None or claim.suspended else self.layer.route_of(claim)

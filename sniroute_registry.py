@@ -136,8 +136,11 @@ class Store(Protocol):
     def renew(self, claim: Claim, done: Callable[[Written], None]) -> None:
         """A claim has another ttl from now on, and the lease that it had."""
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Nothing more is asked."""
+
+    def close(self) -> None:
+        """Give back what it has.  The thread that has opened the registry, when its loop has ended."""
 
 
 def to_text(claim: Claim) -> str:
@@ -169,6 +172,9 @@ class Memory:
 
     def renew(self, claim: Claim, done: Callable[[Written], None]) -> None:
         done(DONE)
+
+    def stop(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -365,6 +371,11 @@ class Registry:
         former = self.table.live.get(key)
         if claim is None:
             self._drop(RELEASED, key)
+        elif claim.expires <= self.table.clock():
+            self.table.put_held(claim)
+            if former is not None:
+                self.events.add(RELEASED, former)
+                self.moved(key)
         elif former is None or former.lease != claim.lease:
             self._put(CLAIMED, claim)
         elif former._replace(expires=0.0) != claim._replace(expires=0.0):

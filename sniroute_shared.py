@@ -114,13 +114,16 @@ class Shared:
         registry.table.freeze()
         self.subscription = self.redis.subscribe(CHANNEL, self.on_message, self.on_subscribed, self.on_unsubscribed)
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Nothing more is asked."""
         self.closed = True
         self.timer.set(NEVER)
         if self.subscription is not None:
             self.subscription.close()
         self.redis.close()
+
+    def close(self) -> None:
+        """See Store: the connections are closed by `stop`."""
 
     # -- what the registry writes ----------------------------------------------------------------
 
@@ -212,7 +215,7 @@ class Shared:
         log.warning("registry: Redis is away (%s): the names that are claimed are routed on, and none can be claimed",
                     failed)
 
-    def on_subscribed(self) -> None:
+    def on_subscribed(self, server: Server) -> None:
         """From here on nothing is missed: so all is read now."""
         if not self.fault:
             self._begin(True)

@@ -185,6 +185,9 @@ class Sqlite:
         """See Store: there is nothing to be kept."""
         done(Written(OK))
 
+    def stop(self) -> None:
+        """See Store: `close` writes what waits."""
+
     def history(self, done: Callable[[list[Row] | StoreError], None], key: str = "", before: int = 0,
                 limit: int = 100) -> None:
         """What has happened, the newest first: to one key, or to all; before that number, where it is not 0."""

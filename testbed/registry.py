@@ -48,17 +48,18 @@ class Said(NamedTuple):
 
 
 class Served:
-    """A registry that serves.  `events`: what the router was told."""
+    """A registry that serves.  `moved`: what the router was told; `store` makes one, of the loop."""
 
     def __init__(self, store: Any = None, clock: Callable[[], float] = monotonic, owners: Any = None, **rules: Any):
+        self.closed = False
         self.moved: list[str] = []
         self.cuts: list[str] = []
         self.ports: dict[str, str] = {}  # that cannot be opened: why
         self.door = Door(self.tick, 0.02, "registry")
         self.rules: Rules = read_rules({**RULES, **rules})
-        self.registry = Registry(self.door.loop, Table(clock), store or Memory(), self.moved.append)
-        if store is not None:
-            store.open(self.registry)
+        self.store = store(self.door.loop) if store is not None else Memory()
+        self.registry = Registry(self.door.loop, Table(clock), self.store, self.moved.append)
+        self.store.open(self.registry)
         self.rest = Rest(self.registry, self.rules, owners or OWNERS, frozenset((HOST, "localhost")),
                          is_configured=lambda key: key.startswith("configured."), cut=self.cuts.append,
                          open_port=lambda key, done: done(self.ports.get(key, "")))
@@ -72,8 +73,12 @@ class Served:
         self.rest.tick()
 
     def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self.door.loop.call(self.store.stop)
         self.door.close()
-        self.registry.store.close()
+        self.store.close()
 
     def ask(self, method: str, path: str, body: Any = None, token: str | None = ALICE, **fields: str) -> Said:
         """`fields`: more of the head, with _ for -."""

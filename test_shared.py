@@ -1,0 +1,237 @@
+"""Tests of sniroute_shared.py: registries that share a real Redis."""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import threading
+import time
+from typing import Any, Callable, Iterator
+
+import pytest
+
+import sniroute_shared
+from conftest import wait_until
+from sniroute_loop import Loop
+from sniroute_resp import parse_url
+from sniroute_shared import CHANNEL, PREFIX, Shared
+from testbed.redis import RedisServer
+from testbed.registry import BOB, DOMAIN, Served
+
+SHOP = f"shop.{DOMAIN}"
+
+
+@pytest.fixture
+def redis(shared_redis: RedisServer) -> RedisServer:
+    shared_redis.tell("FLUSHALL")
+    return shared_redis
+
+
+@pytest.fixture
+def shared(registry) -> Callable[..., Served]:
+    """shared(server, **options of Served) -> a registry that has read all."""
+    def make(server: RedisServer, wait: bool = True, **options: Any) -> Served:
+        def store(loop: Loop) -> Shared:
+            return Shared(parse_url(server.url), loop)
+        made = registry(store=store, **options)
+        if wait:
+            wait_until(lambda: made.registry.table.frozen_since is None, what="Redis")
+        return made
+    return make
+
+
+def lease(said: Any) -> dict[str, str]:
+    return {"Sniroute_Lease": said.json["lease"]}
+
+
+def knows(there: Served, key: str = SHOP) -> Any:
+    return there.registry.table.find(key)
+
+
+def test_a_claim_on_one_router_is_a_route_on_the_other_at_once(redis, shared):
+    first, second = shared(redis), shared(redis)
+    times = []
+    for number in range(20):
+        key = f"n{number}.{DOMAIN}"
+        assert first.claim(f"n{number}").status == 201
+        began = time.monotonic()
+        wait_until(lambda: knows(second, key))
+        times.append(time.monotonic() - began)
+    assert statistics.median(times) < 0.1
+    assert second.moved == [f"n{number}.{DOMAIN}" for number in range(20)]
+    assert knows(second, f"n3.{DOMAIN}").lease == knows(first, f"n3.{DOMAIN}").lease
+
+
+def test_all_that_may_be_done_on_one_is_seen_on_the_other(redis, shared):
+    first, second = shared(redis), shared(redis)
+    made = first.claim(ttl=30)
+    wait_until(lambda: knows(second))
+    assert second.ask("PUT", "/routes/shop", {"target": "tcp:192.0.2.9:1"}, **lease(made)).status == 200
+    wait_until(lambda: knows(first).target == "tcp:192.0.2.9:1")
+    before = knows(first).expires
+    assert second.ask("POST", "/routes/shop/renew", {"ttl": 60}, **lease(made)).status == 200
+    wait_until(lambda: knows(first).expires > before + 20)
+    again = second.claim()
+    assert (again.status, again.json["taken_over"]) == (200, True)
+    wait_until(lambda: knows(first).lease == again.json["lease"])
+    assert first.ask("POST", "/routes/shop/renew", **lease(made)).json["class"] == "stale"
+    assert first.ask("DELETE", "/routes/shop", **lease(again)).status == 204
+    wait_until(lambda: knows(second) is None)
+    assert second.claim(token=BOB).json["class"] == "held"
+    assert second.claim().status == 201
+    wait_until(lambda: knows(first))
+
+
+def test_the_last_claim_that_goes_is_gone_everywhere(redis, shared):
+    first, second = shared(redis), shared(redis)
+    made = first.claim()
+    wait_until(lambda: knows(second))
+    first.ask("DELETE", "/routes/shop", **lease(made))
+    wait_until(lambda: not second.registry.table.live)
+
+
+def test_of_many_that_want_one_name_on_several_routers_one_gets_it(redis, shared):
+    routers = [shared(redis) for _ in range(3)]
+    for round_ in range(10):
+        name, statuses = f"n{round_}", []
+        def claim(there: Served, token: str) -> None:
+            statuses.append((there.claim(name, token=token, takeover=False).status, token))
+        threads = [threading.Thread(target=claim, args=(there, token)) for there in routers for token in
+                   ("alice-token", BOB, "admin-token")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(status for status, _ in statuses) == [201] + [409] * 8
+        winner = next(token for status, token in statuses if status == 201).partition("-")[0].replace("admin", "root")
+        wait_until(lambda: [knows(there, f"{name}.{DOMAIN}").owner for there in routers] == [winner] * 3)
+
+
+def test_a_claim_that_is_not_renewed_ends_on_both_and_in_redis(redis, shared):
+    first, second = shared(redis, hold="1ms"), shared(redis, hold="1ms")
+    first.claim(ttl=5)
+    wait_until(lambda: knows(second))
+    left = redis.tell("PTTL", PREFIX + SHOP)
+    assert 4000 < left <= 5001
+    redis.tell("PEXPIRE", PREFIX + SHOP, 1)  # as after that time
+    wait_until(lambda: redis.tell("EXISTS", PREFIX + SHOP) == 0)
+    assert second.claim(token=BOB).status == 409, "by the clock of the router it lives"
+
+
+def test_a_router_that_starts_knows_all_and_for_how_long(redis, shared):
+    first = shared(redis)
+    made = first.claim(ttl=60, allow=["192.0.2.0/24"], meta={"a": [1]})
+    first.ask("DELETE", "/routes/gone", **lease(first.claim("gone")))
+    first.close()
+    second = shared(redis)
+    claim = knows(second)
+    assert (claim.lease, claim.allow, claim.meta) == (made.json["lease"], ("192.0.2.0/24",), {"a": [1]})
+    assert 0 < claim.expires - second.registry.table.clock() <= 60
+    assert second.ask("POST", "/routes/shop/renew", **lease(made)).status == 200
+    assert second.claim("gone", token=BOB).json["class"] == "held"
+
+
+def test_while_redis_is_away_names_are_routed_and_none_is_claimed(redis_server, shared):
+    redis = redis_server("--appendonly", "no")
+    first = shared(redis)
+    made = first.claim(ttl=5)
+    redis.stop()
+    said = wait_until(lambda: (said := first.claim("other")).status == 503 and said)
+    assert said.headers["Retry-After"] and said.json["class"] == "unavailable"
+    wait_until(lambda: first.registry.table.frozen_since is not None)
+    assert knows(first) and first.ask("GET", "/routes/shop").status == 200
+    assert first.ask("POST", "/routes/shop/renew", **lease(made)).status == 503
+    redis.start()  # empty
+    wait_until(lambda: first.registry.table.frozen_since is None)
+    assert knows(first), "it has a time to be renewed"
+    assert first.ask("POST", "/routes/shop/renew", **lease(made)).status == 200
+    assert redis.tell("EXISTS", PREFIX + SHOP) == 1, "and is there again"
+    assert first.claim("other").status == 201
+
+
+def test_a_redis_that_stands_still_is_away(redis_server, shared, monkeypatch):
+    monkeypatch.setattr(sniroute_shared, "ASK_TIME", 0.2)
+    redis = redis_server()
+    first = shared(redis)
+    made = first.claim()
+    redis.process.send_signal(signal.SIGSTOP)
+    assert first.claim("other").status == 503
+    redis.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: first.claim("other").status in (200, 201))
+    wait_until(lambda: first.registry.table.frozen_since is None)
+    assert first.ask("POST", "/routes/shop/renew", **lease(made)).status == 200
+
+
+@pytest.fixture
+def quick(monkeypatch) -> Iterator[None]:
+    """Sweeps that follow each other."""
+    monkeypatch.setattr(sniroute_shared, "SWEEP", 0.05)
+    monkeypatch.setattr(sniroute_shared, "GRACE_MIN", 0.0)
+    yield
+
+
+def test_what_the_channel_has_not_told_the_sweep_finds(redis, shared, quick):
+    first, second = shared(redis), shared(redis)
+    second.door.loop.call(second.store.subscription.close)
+    wait_until(lambda: redis.tell("PUBSUB", "NUMSUB", CHANNEL)[1] == 1)
+    made = first.claim()
+    wait_until(lambda: knows(second))
+    second.store.kept_until = 0.0
+    first.ask("DELETE", "/routes/shop", **lease(made))
+    wait_until(lambda: knows(second) is None)
+
+
+def test_a_subscriber_that_is_killed_hears_again(redis, shared):
+    first, second = shared(redis), shared(redis)
+    redis.tell("CLIENT", "KILL", "TYPE", "pubsub")
+    first.claim()
+    wait_until(lambda: knows(second))
+    wait_until(lambda: redis.tell("PUBSUB", "NUMSUB", CHANNEL)[1] == 2)
+    first.claim("next")
+    wait_until(lambda: knows(second, f"next.{DOMAIN}"))
+
+
+def test_claims_that_somebody_has_flushed_are_gone_by_the_next_sweep_or_renewed(redis, shared, quick):
+    first = shared(redis)
+    kept, lost = first.claim("kept"), first.claim("lost")
+    first.store.kept_until = 0.0
+    redis.tell("FLUSHALL")
+    wait_until(lambda: knows(first, f"lost.{DOMAIN}") is None)
+    assert first.ask("POST", "/routes/lost/renew", **lease(lost)).status == 404
+    assert first.claim("kept").status in (200, 201) and kept.status == 201
+
+
+def test_what_is_no_claim_is_left_alone(redis, shared):
+    redis.tell("SET", PREFIX + SHOP, "nonsense")
+    redis.tell("SET", PREFIX + f"x.{DOMAIN}", '{"allow": null}', "PX", "100000")
+    redis.tell("LPUSH", PREFIX + "list", "x")
+    first = shared(redis)
+    assert not first.registry.table.live
+    redis.tell("PUBLISH", CHANNEL, "nonsense")
+    redis.tell("PUBLISH", CHANNEL, "other 1000 {}")
+    redis.tell("PUBLISH", CHANNEL, "other x y z")
+    assert first.claim("fine").status == 201
+    assert first.claim("x").status in (429, 503)
+
+
+def test_many_claims_are_read_in_pages(redis, shared, monkeypatch):
+    monkeypatch.setattr(sniroute_shared, "PAGE", 10)
+    first = shared(redis)
+    for number in range(60):
+        first.claim(f"n{number}")
+    second = shared(redis)
+    assert len(second.registry.table) == 60
+
+
+def test_a_redis_that_may_forget_claims_is_warned_of(redis_server, shared, caplog):
+    redis = redis_server("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru")
+    shared(redis)
+    wait_until(lambda: any("maxmemory-policy allkeys-lru" in each.message for each in caplog.records))
+
+
+def test_nothing_is_asked_of_redis_that_takes_rights(redis_server, shared):
+    """No CONFIG, no keyspace notifications."""
+    redis = redis_server("--user", "default", "on", "nopass", "~sniroute:*", "&sniroute:*", "+@all", "-config", "-@dangerous",
+                         "+info", "+keys")
+    first = shared(redis)
+    assert first.claim().status == 201
