@@ -47,7 +47,7 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 from sniroute_credentials import Access, Identity, Plugins, Settings
 from sniroute_dial import Failed, WayOut, find_proxy
 from sniroute_http import Counted, Response, make_line, open_body, parse_response
-from sniroute_kubeconfig import Context
+from sniroute_kubeconfig import Cluster, Context
 from sniroute_layers import Opening, Place, Wire, Wires, unheard
 from sniroute_loop import Loop, monotonic
 from sniroute_names import printable
@@ -394,7 +394,7 @@ class Job:
         self.body = bytearray()  # or of a watch the line that is not whole.  A list of pieces could take 20 times that
         self.has_a_turn = False
         self.was_refused = False  # by a 401
-        self.may_ride = True  # on an idle connection
+        self.may_ride = True  # on an idle connection, and once more on a new one where that one was dead
         self.alarm: Alarm | None = api.apis.alarms.at(deadline, self._late)
         api.jobs.add(self)
         api.apis.soon.put(self)
@@ -657,13 +657,16 @@ class Api:
         return Watch(self, path, on_line, on_end)
 
     def upgrade(self, method: str, path: str, headers: Sequence[tuple[str, str]],
-                done: Callable[[Upgraded | Reply | Failed], None], deadline: float) -> Job:
+                done: Callable[[Upgraded | Reply | Failed], None], deadline: float, once: bool = False) -> Job:
         """Ask for another protocol: `done(Upgraded)`, or Reply where the answer is no 101 (403, too; never 401).
 
         `headers` name the protocol: Connection, Upgrade, Sec-WebSocket-*, X-Stream-Protocol-Version ...  What the 101
-        says of it is the caller's to check.
+        says of it is the caller's to check.  `once`: the request may do something, so it is never sent again where
+        no answer has come; it has a connection of its own, which is not dead already.
         """
-        return Upgrade(self, method, path, headers, done, deadline)
+        job = Upgrade(self, method, path, headers, done, deadline)
+        job.may_ride = not once
+        return job
 
     def close(self) -> None:
         """End its jobs and its idle connections."""
@@ -679,6 +682,7 @@ class Api:
         self.context = access.context
         if self.place is not access.place:
             self.place = access.place
+            self.apis.look_at(access.context.cluster)
             for line in self.idle.copy():
                 self.drop(line)
 
@@ -739,6 +743,8 @@ class Apis:
         environ: for the in-cluster account, HTTPS_PROXY, and plugins.
         exec_path: folders in which plugins are looked for, beside PATH.
         way: how connections leave this host; by default, as `environ` has it.  Raises SettingsError then.
+
+    `warn(text)` is called with what an operator has to know.
     """
 
     def __init__(self, loop: Loop, paths: Iterable[str], environ: Mapping[str, str], exec_path: Iterable[str] = (),
@@ -753,6 +759,8 @@ class Apis:
         self.soon = loop.queue(0.0, Job.begin)
         self.resting = loop.queue(IDLE_FOR, lambda line: line.api.drop(line))
         self.known: collections.OrderedDict[str, Api] = collections.OrderedDict()  # the one that was used last is last
+        self.warn: Callable[[str], None] = lambda text: None
+        self.warned: set[str] = set()  # names of clusters; a kubeconfig has so many
 
     def of(self, context: str) -> Api:
         """The Api of a context; "" for the current one.  The same one for a name, as a rule; nothing is read here."""
@@ -763,6 +771,13 @@ class Apis:
         if len(self.known) > APIS_MAX:
             self.known.popitem(False)  # whoever has it may use it on
         return api
+
+    def look_at(self, cluster: Cluster) -> None:
+        """Warn of a cluster that may be anybody, once."""
+        if cluster.is_tls and not cluster.verifies and cluster.name not in self.warned:
+            self.warned.add(cluster.name)
+            self.warn(f"insecure-skip-tls-verify: the certificate of cluster {printable(cluster.name, 60)} is not "
+                      "checked, so whoever is between reads and changes all, and has our credentials")
 
     def way_to(self, place: Place) -> WayOut:
         """How connections to a place leave this host."""

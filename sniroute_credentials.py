@@ -20,8 +20,8 @@ fails, without what looks like a secret.  A plugin that another user may change 
 that another user may change.
 
 Threads: the loop's, but for `read_files` (thread `kubeconfig`, one for each identity at a time) and `run_plugin`
-(threads `plugin-<n>`, PLUGINS at a time).  Each gets values and returns values; the result comes by `Loop.call`.  A
-thread kills its own plugin; `Running.kill` is for any thread.
+(threads `plugin-<n>`, PLUGINS at a time, beside those that are SLOW).  Each gets values and returns values; the result
+comes by `Loop.call`.  A thread kills its own plugin; `Running.kill` is for any thread.
 
 Seams: I want to ...
     find plugins elsewhere          USUAL_FOLDERS
@@ -65,6 +65,8 @@ REFUSED_EVERY = 5.0  # what was refused is looked for anew so often: else each c
 EARLY = 10.0  # a plugin's answer is used until so long before it expires: the request takes time, and clocks differ
 PLUGIN_TIME = 60.0  # of one run: some open a browser, and somebody logs in there
 PLUGINS = 2  # runs at a time: each may be a Python or a JVM
+SLOW = 3.0  # a run that has taken longer does not count: one that hangs, or waits for a login, stops no other cluster
+RUNS_MAX = 16  # with those: a thread and a process each
 TICK = 0.1  # a plugin has ended, and a child of it holds its pipes: noticed so late
 SOON = 0.002  # a plugin has closed its pipes: it ends next
 LEFT = 1.0  # for what a plugin that has ended has left in its pipes: a child of it may fill them for ever
@@ -410,11 +412,12 @@ def without_secrets(line: str, plugin: Plugin) -> str:
 
 
 class Plugins:
-    """The runs of plugins of one loop: PLUGINS at a time, the others wait.  Loop only."""
+    """The runs of plugins of one loop: PLUGINS at a time beside those that are SLOW; the others wait.  Loop only."""
 
     def __init__(self, loop: Loop):
         self.loop = loop
-        self.free = set(range(1, PLUGINS + 1))  # numbers of threads
+        self.free = set(range(1, RUNS_MAX + 1))  # numbers of threads
+        self.fast = loop.queue(SLOW, lambda running: self._next())  # those that count
         self.waiting: collections.deque[tuple[Callable[[Running], Any], Callable[[Any], None]]] = collections.deque()
         self.running: set[Running] = set()
 
@@ -430,7 +433,7 @@ class Plugins:
             running.kill()
 
     def _next(self) -> None:
-        while self.free and self.waiting:
+        while self.free and self.waiting and len(self.fast.due) < PLUGINS:
             number = min(self.free)
             work, done = self.waiting.popleft()
             running = Running()
@@ -439,11 +442,13 @@ class Plugins:
                       done: Callable[[Any], None] = done) -> None:
                 self.free.add(number)
                 self.running.discard(running)
+                self.fast.drop(running)
                 self._next()
                 done(result)
 
             self.free.discard(number)
             self.running.add(running)
+            self.fast.put(running)
             in_thread(self.loop, f"plugin-{number}", functools.partial(work, running), ended)
 
 

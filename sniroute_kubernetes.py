@@ -82,6 +82,7 @@ class Kubernetes(Forwarder):
         self.settings = settings
         self.apis = Apis(self.loop, kubeconfig_paths(settings.kubeconfig, environ), environ,
                          [each for each in settings.exec_path.split(":") if each])
+        self.apis.warn = lambda text: log("warn", text, event="warning")
         self.links = Links(self.loop, settings.ping)
         self.alarms = Alarms(self.loop)
         self.pods: dict[str, Pods] = {}  # by target, as text

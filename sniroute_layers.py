@@ -78,8 +78,8 @@ class Wire:
 
     `unsent`: bytes that the kernel has not taken yet.  There is no limit: the owner stops when it grows.
 
-    With `use`, `on_data` gets views of a buffer, which are good until it returns.  That halves the CPU time of a stream:
-    large pieces of memory come from the kernel, page by page, and go back there.
+    With `use`, `on_data` gets views of a buffer, which are good until it returns.  That halves the CPU time of a
+    stream: large pieces of memory come from the kernel, page by page, and go back there.
     """
 
     __slots__ = ("on_data", "on_end", "on_room", "is_open", "buffer")

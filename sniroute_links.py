@@ -236,7 +236,8 @@ class Opening:
         path = self.place.path(self.errand.resource, query)
         key = new_key() if transport.is_websocket else ""
         self.job = self.place.api.upgrade(transport.method, path, headers_of(transport, key),
-                                          functools.partial(self.on_answer, transport, path, key), self.deadline)
+                                          functools.partial(self.on_answer, transport, path, key), self.deadline,
+                                          once=self.errand.once and transport.is_websocket)
 
     def cancel(self) -> None:
         """Break it off."""

@@ -67,7 +67,8 @@ START = 15.0  # seconds from accept until the node has taken the call, other tri
 TRIES = 4  # sessions for one client: two pods that have just gone, and two transports
 ACCEPT = 2.0  # seconds that a spare session has to take a call, before it counts as dead
 GRACE = 2.0  # seconds of silence from a far end that cannot be told of the client's end, before we close
-HALF_LAST = 3600.0  # seconds that a client which has ended waits for a far end that says nothing
+HALF_LAST = 3600.0  # seconds that a client which has ended waits for a far end that says nothing; and that one which
+#                     does not take its last bytes is waited for
 LINGER = 5.0  # seconds that a client has to leave after the far end has ended
 SETTLE = 0.05  # seconds between two looks whether a client that is to be reset has got its last bytes
 TOOL_GRACE = 0.5  # seconds: socat's default
@@ -267,7 +268,7 @@ class Client:
     """One client, and its way to a pod.  All methods run in the loop."""
 
     __slots__ = ("program", "listener", "client", "address", "watch", "state", "way", "waits", "held", "ended", "deaf",
-                 "is_answered", "far_ended", "rest", "broken", "still_unsent", "up", "down")
+                 "is_answered", "far_ended", "rest", "broken", "still_unsent", "slow", "up", "down")
 
     is_known = True  # whether there is somebody who hears what is sent; a Jump may not know
 
@@ -288,6 +289,7 @@ class Client:
         self.rest = b""  # on its way to the client
         self.broken = False  # the far end broke off: the client is to see a reset
         self.still_unsent = 1 << 62  # bytes that the kernel held for the client at the last `linger`
+        self.slow = (-1, 0.0)  # `down`, and the clock time, when it was first seen that this client is slow
         self.up = self.down = 0  # bytes
 
     # -- to a pod
@@ -537,10 +539,20 @@ class Client:
 
         It may have had more to say, so this is a cut.  `queue`: where the client has waited.
         """
-        if self.rest:
-            queue.put(self)  # the client is slow
+        if self.rest and self._still_takes():
+            queue.put(self)
+        elif self.state is ENDING or self.rest:
+            self.broken = True
+            self.close()
         else:
             self.cut(Failed("cut", "nothing came for a while after the client's end"))
+
+    def _still_takes(self) -> bool:
+        """Whether a client that is slow takes something from time to time."""
+        now = monotonic()
+        if self.down != self.slow[0]:
+            self.slow = self.down, now
+        return now - self.slow[1] < HALF_LAST
 
     def finish(self, broken: bool) -> None:
         """Nothing more comes from the pod: the client gets its last bytes, then a reset or an end."""
@@ -551,6 +563,7 @@ class Client:
         self.state = ENDING
         self.way.end()
         if self.rest:
+            program.halved.put(self)
             self.watch.wait_for(WRITE, self.on_client)
         else:
             farewell(self)
@@ -595,6 +608,7 @@ def hurry(client: Client) -> None:
 def farewell(client: Client) -> None:
     """The kernel has the client's last bytes.  A reset, or a close with unread bytes, would destroy them."""
     program = client.program
+    program.halved.drop(client)
     if client.broken and unsent(client.client) != 0:  # None, where the kernel does not tell: it waits for LINGER
         client.watch.wait_for(0)
         program.settling.put(client)
@@ -644,8 +658,8 @@ BASH = ('exec 3<>"/dev/tcp/$1/$2" 4<&0 || exit 1; { cat <&4 >&3; sleep 2; kill $
 
 # The tools that carry bytes to HOST:PORT, the best one first: (host, port) -> words.
 TOOLS: tuple[Callable[[str, int], tuple[str, ...]], ...] = (
-    # It leaves when nothing has come for TOOL_GRACE after either end.  A longer time would be the delay of every end that
-    # the far side makes: what socat does then, it does for both.
+    # It leaves when nothing has come for TOOL_GRACE after either end.  A longer time would be the delay of every end
+    # that the far side makes: what socat does then, it does for both.
     lambda host, port: ("socat", "-", f"TCP:{show_address((host, port))},connect-timeout=10"),
     lambda host, port: ("nc", host, str(port)),
     lambda host, port: ("bash", "-c", BASH, "sniroute", host, str(port)),

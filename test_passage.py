@@ -14,6 +14,7 @@ import pytest
 from conftest import HOST, wait_until
 from sniroute_passage import untouched
 from testbed.carrier import beside, echoed, receive, receive_all, refused
+from testbed.clients import program_path
 from testbed.running import reset
 
 NOISE = bytes(range(256)) * 4096  # 1 MiB
@@ -397,12 +398,8 @@ def test_a_pod_that_does_not_read_stops_its_client(kube, app, forward, serve, br
 
 def tools(tmp_path, *names: str) -> str:
     """A folder with these programs, as a container's PATH."""
-    import shutil
     for name in names:
-        path = shutil.which(name)
-        if path is None:
-            pytest.skip(f"{name} is not here")
-        (tmp_path / name).symlink_to(path)
+        (tmp_path / name).symlink_to(program_path(name, {"cat": "coreutils", "sleep": "coreutils"}.get(name, name)))
     return str(tmp_path)
 
 
