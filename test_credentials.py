@@ -404,6 +404,24 @@ def test_so_many_plugins_run_at_a_time(call, cluster, plugin, tmp_path):
     assert [reply.status for [reply] in got] == [200] * 4 and len(plugin.runs) == 4
 
 
+def test_plugins_that_hang_stop_no_other_cluster(call, cluster, plugin, tmp_path, monkeypatch):
+    """As those of clusters behind a VPN that is down."""
+    monkeypatch.setattr(sniroute_credentials, "SLOW", 0.2)
+    plugin.answers(before="if sys.argv[1] == 'hang': time.sleep(60)", token=TOKEN)
+    users = [{"name": name, "user": plugin.user(args=[name])} for name in ("hang", "answer")]
+    config = {"current-context": "", "users": users, "clusters": [{"name": "c", "cluster": {
+        "server": cluster.url, "certificate-authority": str(cluster.ca)}}],
+        "contexts": [{"name": f"{user['name']}-{number}", "context": {"cluster": "c", "user": user["name"]}}
+                     for number in range(5) for user in users]}
+    path = tmp_path / "config"
+    path.write_text(json.dumps(config))
+    caller = call(path)
+    hanging = [caller.begin(VERSION, f"hang-{number}")[1] for number in range(5)]
+    caller.until(lambda: len(plugin.runs) == 2)
+    assert caller.get(VERSION, "answer-0", timeout=5).status == 200
+    assert not any(hanging)
+
+
 def test_the_end_of_all_kills_plugins(call, cluster, plugin):
     plugin.write("time.sleep(60)")
     caller = call(cluster.kubeconfig(user=plugin.user()))

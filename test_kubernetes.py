@@ -89,6 +89,18 @@ def test_a_failure_is_an_event_with_a_reason(kube, app, kubernetes, echo_server)
     assert "portforward" in row["error"] and "admin-token" not in run.errors.decode()
 
 
+def test_a_cluster_whose_certificate_is_not_checked_is_warned_of_once(kube, app, kubernetes, echo_server):
+    unchecked = {"insecure-skip-tls-verify": True, "certificate-authority-data": None}
+    there = [app(echo_server.address) for _ in range(2)]
+    run = kubernetes("forwarders", "--kubeconfig", str(kube.kubeconfig("unchecked", cluster=unchecked)),
+                     stdin=subprocess.PIPE)
+    run.tell(*(f"listen {HOST}:0 {each.target}" for each in there))
+    for address in run.listening(2):
+        assert ask(address) == b"hello"
+    row, = run.rows("warning")
+    assert row["level"] == "warn" and "insecure-skip-tls-verify" in row["message"]
+
+
 @linux
 def test_20_targets_fit_into_one_small_process(kube, app, kubernetes, single_loop_echo):
     there = [app(single_loop_echo) for _ in range(20)]
@@ -134,6 +146,21 @@ def test_a_command_whose_session_is_lost_has_failed_and_is_not_run_again(kube, a
     assert run.process.wait(10) == 1
     assert runs.read_text() == "run\n"
     assert len(kube.executions(pid=kube.executions()[-1]["pid"])) == 1
+
+
+def test_a_command_is_asked_for_once_though_nobody_answers(kube, app, kubernetes, tmp_path):
+    """By WebSocket it runs as soon as the API server has heard of it."""
+    kube.fault("refuse", transport="spdy")
+    kube.fault("delay", resource="pods/exec", seconds=0.5, transport="websocket", times=1)
+    there = app((HOST, 1))
+    runs = tmp_path / "runs"
+    run = kubernetes("exec", f"default/pod/{there.pods[0]}", "--", "sh", "-c", f"echo run >> {runs}; cat",
+                     prepare="import sniroute_api; sniroute_api.SILENT = 0.1")
+    assert run.process.stdout.read() == b""
+    run.process.wait(10)
+    wait_until(lambda: runs.exists() and kube.executions()[-1]["code"] is not None)
+    assert runs.read_text() == "run\n"
+    assert len(kube.requests(name=there.pods[0], resource="pods/exec", transport="websocket")) == 1
 
 
 def test_a_command_of_an_old_cluster_may_be_silent_though_its_input_has_ended(kube, app, kubernetes):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 
 import pytest
 
@@ -341,6 +342,33 @@ def test_a_client_that_does_not_read_stops_its_pod_and_no_other(kube, app, forwa
         while data := client.recv(1 << 20):
             size += len(data)
     assert size == len(NOISE) * 64 - 1
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["end", "reset"])
+@pytest.mark.parametrize("reads", [False, True], ids=["reads nothing", "reads slowly"])
+def test_a_client_that_never_takes_its_last_bytes_is_let_go(app, forward, serve, reads, broken):
+    go = threading.Event()
+    run = forward(app(serve(lambda sock: (sock.sendall(b"x"), go.wait(20))).address).target, HALF_LAST=0.15)
+    with run.connect() as client:
+        receive(client, 1)
+        there, = run.program.connections
+
+        def hand_down() -> None:
+            there.on_data("data", [memoryview(NOISE * 16)])
+            there.finish(broken)
+            go.set()
+
+        run.program.loop.call(hand_down)
+        run.reaches("ending")
+        if reads:
+            for _ in range(10):
+                receive(client, len(NOISE))
+                time.sleep(0.05)
+            data, end = receive_all(client)
+            assert (data, end) == ((NOISE * 6), "RST" if broken else "FIN")
+        else:
+            run.reaches()
+    run.reaches()
 
 
 def test_many_small_pieces_for_a_client_that_is_slow(app, forward, serve):
