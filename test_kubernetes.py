@@ -6,8 +6,10 @@ It is a child of the test, before a stand-in for a cluster.
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import subprocess
+import time
 
 import pytest
 
@@ -17,6 +19,7 @@ from sniroute_kubernetes import main, parse_words
 from sniroute_refusals import SettingsError
 from testbed.carrier import parallel, receive, receive_all
 from testbed.clients import psql
+from testbed.cluster import TOKEN
 
 NOISE = bytes(range(256)) * 4096  # 1 MiB
 
@@ -99,6 +102,37 @@ def test_a_cluster_whose_certificate_is_not_checked_is_warned_of_once(kube, app,
         assert ask(address) == b"hello"
     row, = run.rows("warning")
     assert row["level"] == "warn" and "insecure-skip-tls-verify" in row["message"]
+
+
+def test_a_cluster_that_stands_still_stops_no_client_of_another(kube, make_cluster, app, kubernetes, echo_server):
+    """One loop serves all; nothing in it waits for one of them."""
+    there, still = app(echo_server.address), make_cluster()
+    still.pod("web-1", {8080: echo_server.address})
+    config = {"current-context": "", **{f"{what}s": [
+        {"name": name, what: value(each)} for name, each in (("kube", kube), ("still", still))]
+        for what, value in (("cluster", lambda each: {"server": each.url, "certificate-authority": str(each.ca)}),
+                            ("user", lambda each: {"token": TOKEN}))}}
+    config["contexts"] = [{"name": name, "context": {"cluster": name, "user": name}} for name in ("kube", "still")]
+    path = still.directory / "both"
+    path.write_text(json.dumps(config))
+    path.chmod(0o600)
+    run = kubernetes("forwarders", "--kubeconfig", str(path), stdin=subprocess.PIPE)
+    run.tell(f"listen {HOST}:0 {there.target}@kube", f"listen {HOST}:0 default/pod/web-1:8080@still")
+    good, bad = run.listening(2)
+    assert ask(good) == b"hello"
+    still.freeze_process()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(bad)) for _ in range(60)]
+        for client in clients:
+            client.sendall(b"hello")
+        times = []
+        for _ in range(40):
+            began = time.monotonic()
+            assert ask(good) == b"hello"
+            times.append(time.monotonic() - began)
+        assert sorted(times)[20] < 0.05 and max(times) < 1, times
+        still.thaw_process()
+        assert [receive(client, 5) for client in clients] == [b"hello"] * 60
 
 
 @linux

@@ -5,6 +5,10 @@ The program runs in a thread of the test, before a stand-in for a cluster.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import hashlib
+import os
 import socket
 import struct
 import threading
@@ -13,8 +17,8 @@ import time
 import pytest
 
 from conftest import HOST, wait_until
-from sniroute_passage import untouched
-from testbed.carrier import beside, echoed, receive, receive_all, refused
+from sniroute_passage import REASONS, untouched
+from testbed.carrier import beside, digest, echoed, receive, receive_all, refused, send_blocks
 from testbed.clients import program_path
 from testbed.running import reset
 
@@ -104,24 +108,82 @@ def test_one_pod_that_refuses_is_left_out(app, forward, deaf, serve):
             assert receive(client, 1) == b"2"
 
 
-@pytest.mark.parametrize("fault, reason", [
-    ({"action": "refuse", "resource": "services"}, "forbidden"),
-    ({"action": "status", "code": 404, "resource": "services"}, "unknown"),
-    ({"action": "hang", "resource": "services"}, "timeout"),
-    ({"action": "hang", "resource": "pods/portforward"}, "timeout"),
-    ({"action": "hang", "at": "upgraded"}, "timeout"),
-    ({"action": "hang", "at": "stream"}, "timeout"),
-    ({"action": "node", "resource": "pods/portforward"}, "node"),
-], ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value)
-def test_reasons_of_failures(kube, app, forward, echo_server, fault, reason):
+def of(resource: str, action: str = "status", **fault) -> dict:
+    """A fault of the requests for a resource."""
+    return {"action": action, "resource": resource, **fault}
+
+
+FORWARD = "pods/portforward"
+# What goes wrong; the reason, and a part of its words.  Where one kind of upgrade fails another is tried (test_links),
+# what a pod says is above, and what ends in mid-stream is below.
+FAULTS = {
+    "401": (of("services", code=401, message="Unauthorized"), "login", "HTTP 401: Unauthorized"),
+    "401 for the upgrade": (of(FORWARD, code=401, message="Unauthorized"), "login", "HTTP 401: Unauthorized"),
+    "403 for the service": (of("services", "refuse"), "forbidden", 'resources: ["services"], verbs: ["get"]'),
+    "403 for pods": (of("pods", "refuse"), "forbidden", 'resources: ["pods"], verbs: ["list"]'),
+    "403 for all upgrades": (of(FORWARD, "refuse"), "forbidden", 'resources: ["pods/portforward"], verbs: ["get"]'),
+    "404": (of("services", code=404, message="no such thing"), "unknown", "no such thing"),
+    "404 for the upgrade": (of(FORWARD, code=404, message="no such pod"), "gone", "no such pod"),
+    "410": (of("pods", code=410, message="too old"), "gone", "HTTP 410: too old"),
+    "429": (of("services", code=429, message="too many"), "busy", "HTTP 429: too many"),
+    "429 that asks for too much time": (of("services", code=429, retry_after=60), "busy", "HTTP 429"),
+    "429 for the upgrade": (of(FORWARD, code=429, message="too many"), "busy", "HTTP 429: too many"),
+    "500": (of("services", code=500, message="etcd"), "answer", "HTTP 500: etcd"),
+    "500 for the upgrade": (of(FORWARD, code=500, message="etcd"), "answer", "HTTP 500: etcd"),
+    "503": (of("services", code=503, message="starting"), "answer", "HTTP 503: starting"),
+    "a page of a proxy": (of("services", "text", code=502, message="Bad Gateway"), "answer", "HTTP 502: Bad Gateway"),
+    "no HTTP": (of("services", "garbage"), "answer", ""),
+    "a node that is away": (of(FORWARD, "node"), "node", "connection refused"),
+    **{f"{how} {at}": ({"action": how, "at": at}, "reset", words)
+       for how, at, words in (("eof", "accept", "in the TLS handshake"), ("eof", "tls", ": "), ("rst", "request", ": "),
+                              ("end", "request", "before its answer"), ("eof", "head", ": "),
+                              ("end", "body", "before the end of its answer"))},
+    **{f"it hangs: {phase} ({at})": ({"action": "hang", "at": at}, "timeout", phase)
+       for at, phase in (("accept", "TLS handshake"), ("tls", "waiting for the API server's answer"),
+                         ("request", "waiting for the API server's answer"), ("head", "the API server's answer"),
+                         ("body", "the API server's answer"), ("upgraded", "waiting for the node"),
+                         ("stream", "waiting for the node"))},
+    "it hangs: pods": (of("pods", "hang"), "timeout", "waiting for the API server's answer"),
+    "it hangs: upgrading": (of(FORWARD, "hang"), "timeout", "waiting for the API server's answer"),
+}
+
+
+@pytest.mark.parametrize("fault, reason, words", FAULTS.values(), ids=FAULTS)
+def test_each_fault_has_its_reason_and_the_next_client_is_served(kube, app, forward, echo_server, fault, reason, words):
     there = app(echo_server.address)
     kube.fault(**fault)
-    run = forward(there.target, START=0.4, REQUEST_TIME=0.1)
+    run = forward(there.target, START=0.3, REQUEST_TIME=0.1)
     with run.connect() as client:
         client.sendall(b"hello")
         assert receive_all(client) == (b"", "RST")
-    assert run.failure()["reason"] == reason, run.failure()
+    failure = run.failure()
+    assert failure["reason"] == reason and words in failure["error"], failure
+    assert failure["message"].endswith(REASONS[reason])
     kube.heal()
+    assert echoed(run) == b"hello"
+
+
+def test_an_api_server_that_has_too_much_to_do_is_asked_again(kube, app, forward, echo_server):
+    """The client is held meanwhile, whichever request it was."""
+    there = app(echo_server.address)
+    for resource in ("services", "pods", FORWARD):
+        kube.fault("status", code=429, retry_after=0, resource=resource, times=1)
+    run = forward(there.target)
+    assert echoed(run) == b"hello" and not run.rows("failed")
+    assert [row["status"] for row in kube.requests(name=there.pods[0])][:2] == [429, 101]
+
+
+def test_an_api_server_that_is_down_and_comes_back(kube, app, forward, echo_server):
+    there = app(echo_server.address)
+    run = forward(there.target)
+    assert echoed(run) == b"hello"
+    with run.connect() as client:
+        client.sendall(b"x")
+        receive(client, 1)
+        kube.down()
+        assert receive_all(client) == (b"", "RST")
+    assert refused(run)["reason"] == "unreachable"
+    kube.up()
     assert echoed(run) == b"hello"
 
 
@@ -168,6 +230,67 @@ def test_what_a_pod_may_have_read_is_not_sent_twice(kube, app, forward, serve):
         client.sendall(b"INSERT")
         assert receive_all(client) == (b"", "RST")
     assert heard == [b"INSERT"]
+
+
+def test_100_downloads_of_which_half_are_broken_off_and_the_others_are_whole(app, forward, serve):
+    """Two services.  SNIROUTE_TEST_TRANSFER makes them longer: some tools hang where many are broken off."""
+    size = max(2, int(os.environ.get("SNIROUTE_TEST_TRANSFER", "0")) // 32)  # MiB
+    runs = [forward(app(serve(send_blocks(size)).address).target) for _ in range(2)]
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(run.connect()) for run in runs for _ in range(50)]
+        heads = [receive(client, 100_000) for client in clients]
+        for client in clients[::2]:
+            client.close()
+
+        def rest(client: socket.socket, head: bytes) -> tuple[bytes, str]:
+            whole = hashlib.sha256(head)
+            try:
+                while data := client.recv(1 << 18):
+                    whole.update(data)
+            except ConnectionError:
+                return whole.digest(), "RST"
+            return whole.digest(), "FIN"
+
+        with concurrent.futures.ThreadPoolExecutor(50, thread_name_prefix="far-down") as pool:
+            found = list(pool.map(rest, clients[1::2], heads[1::2]))
+        assert found == [(digest(size), "FIN")] * 50
+        for run in runs:
+            with run.connect() as client:
+                assert len(receive(client, 1000)) == 1000
+
+
+def test_an_api_server_that_stands_still_and_goes_on(kube, app, forward, echo_server):
+    """Who is there is told so; who comes meanwhile is served behind it."""
+    there = app(echo_server.address)
+    run = forward(there.target, ping=0.1)
+    with run.connect() as first:
+        first.sendall(b"x")
+        receive(first, 1)
+        there.has_spare()
+        kube.freeze_process()
+        try:
+            assert receive_all(first) == (b"", "RST")
+            assert run.rows("reset")[0]["reason"] == "dead"
+            with run.connect() as second:
+                second.sendall(b"hello")
+                run.reaches("finding")
+                kube.thaw_process()
+                assert receive(second, 5) == b"hello"
+        finally:
+            kube.thaw_process()
+    assert echoed(run) == b"hello" and not run.rows("failed")
+
+
+def test_connections_that_nobody_has_noticed_are_dead_delay_the_next_client_only(kube, app, forward, echo_server):
+    """As after a sleep of the host, or another network: kept ones for requests, watches, and spare sessions."""
+    there = app(echo_server.address)
+    run = forward(there.target, FRESH=0.0, ACCEPT=0.2, SILENT=0.2)
+    assert echoed(run) == b"hello"
+    there.has_spare()
+    run.reaches()
+    kube.end_connections("freeze")
+    assert echoed(run) == b"hello" and not run.rows("failed")
+    kube.end_connections("thaw")
 
 
 def test_an_error_text_behind_bytes_leaves_them_whole(kube, app, forward, serve):
