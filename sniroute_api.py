@@ -679,7 +679,9 @@ class Api:
 
     def adopt(self, access: Access) -> None:
         """What was found now is what the next requests use."""
-        self.context = access.context
+        before, self.context = self.context, access.context
+        if before is not None and before is not access.context and before != access.context:
+            self.apis.moving.put(self)
         if self.place is not access.place:
             self.place = access.place
             self.apis.look_at(access.context.cluster)
@@ -744,7 +746,8 @@ class Apis:
         exec_path: folders in which plugins are looked for, beside PATH.
         way: how connections leave this host; by default, as `environ` has it.  Raises SettingsError then.
 
-    `warn(text)` is called with what an operator has to know.
+    `warn(text)` is called with what an operator has to know, and `moved(api)` when a context is no longer what it was:
+    what the API server has said may be that of another cluster.
     """
 
     def __init__(self, loop: Loop, paths: Iterable[str], environ: Mapping[str, str], exec_path: Iterable[str] = (),
@@ -759,6 +762,8 @@ class Apis:
         self.soon = loop.queue(0.0, Job.begin)
         self.resting = loop.queue(IDLE_FOR, lambda line: line.api.drop(line))
         self.known: collections.OrderedDict[str, Api] = collections.OrderedDict()  # the one that was used last is last
+        self.moved: Callable[[Api], None] = lambda api: None
+        self.moving = loop.queue(0.0, lambda api: self.moved(api))
         self.warn: Callable[[str], None] = lambda text: None
         self.warned: set[str] = set()  # names of clusters; a kubeconfig has so many
 

@@ -11,12 +11,15 @@ import hashlib
 import os
 import socket
 import struct
+import subprocess
 import threading
 import time
 
 import pytest
 
-from conftest import HOST, wait_until
+import sniroute_credentials
+from conftest import HOST, connect, wait_until
+from sniroute_loop import monotonic
 from sniroute_passage import REASONS, untouched
 from testbed.carrier import beside, digest, echoed, receive, receive_all, refused, send_blocks
 from testbed.clients import program_path
@@ -83,15 +86,23 @@ def test_a_client_whose_pod_is_gone_gets_another(kube, app, forward, serve):
     assert not run.rows("failed")
 
 
-def test_a_client_is_held_until_a_pod_is_ready(kube, app, forward, echo_server):
+@pytest.mark.parametrize("state", ["not ready", "terminating"])
+def test_a_client_is_held_until_a_pod_is_ready(kube, app, forward, echo_server, state):
     there = app(echo_server.address)
-    kube.ready(there.pods[0], False)
+    if state == "terminating":
+        kube.terminate(there.pods[0])
+    else:
+        kube.ready(there.pods[0], False)
     run = forward(there.target)
     with run.connect() as client:
         client.sendall(b"hello")
         run.reaches("finding")
-        kube.ready(there.pods[0])
+        if state == "terminating":
+            kube.replace(there.pods[0])
+        else:
+            kube.ready(there.pods[0])
         assert receive(client, 5) == b"hello"
+    assert not run.rows("failed")
 
 
 def test_a_port_where_nobody_listens_is_a_reason(app, forward, echo_server):
@@ -187,6 +198,59 @@ def test_an_api_server_that_is_down_and_comes_back(kube, app, forward, echo_serv
     assert echoed(run) == b"hello"
 
 
+def test_20_names_at_once_are_too_many_for_the_api_server(kube, app, kubernetes, single_loop_echo):
+    """Its priority and fairness lets a few through, and has the others come back."""
+    there = [app(single_loop_echo) for _ in range(20)]
+    for resource in ("services", "pods", FORWARD):
+        kube.fault("status", code=429, retry_after=0, resource=resource, times=30)
+    run = kubernetes("forwarders", stdin=subprocess.PIPE)
+    run.tell(*(f"listen {HOST}:0 {each.target}" for each in there))
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(address)) for address in run.listening(20)]
+        for client in clients:
+            client.sendall(b"hello")
+        assert [receive(client, 5) for client in clients] == [b"hello"] * 20
+    assert not run.rows("failed")
+
+
+@pytest.mark.parametrize("what", ["token", "token file", "cluster"])
+def test_a_login_that_is_renewed_ends_nobody_and_serves_the_next_client(kube, make_cluster, app, forward, serve,
+                                                                        tmp_path, monkeypatch, what):
+    """As `gcloud`, `aws` and `kubectl config use-context` do it: the file is replaced."""
+    monkeypatch.setattr(sniroute_credentials, "LOOK_EVERY", 0)
+    there, token = app(serve(named(b"1")).address), tmp_path / "token"
+    kube.user("jane", token="old")
+    token.write_text("old")
+    user = {"tokenFile": str(token)} if what == "token file" else {"token": "old"}
+    path = kube.kubeconfig("renewed", user=user)
+    run = forward(there.target, kubeconfig=str(path))
+    with run.connect() as first:
+        assert receive(first, 1) == b"1"
+        there.has_spare()
+        if what == "cluster":
+            other = make_cluster()
+            other.pod(there.pods[0], {8080: serve(named(b"2")).address}, labels={"app": "other"})
+            other.service(there.name, {80: 8080}, {"app": "other"})
+            other.kubeconfig().replace(path)
+        elif what == "token":
+            kube.user("john", token="new")
+            kube.kubeconfig("renewed", user={"token": "new"})
+        else:
+            kube.user("john", token="new")
+            token.write_text("new")
+        run.program.loop.call(lambda: run.program.apis.of("").get("/version", lambda reply: None, monotonic() + 5))
+        if what != "token file":
+            wait_until(lambda: not run.program.links.spares, what="the end of what was made ahead")
+        for _ in range(3):
+            with run.connect() as client:
+                assert receive(client, 1) == (b"2" if what == "cluster" else b"1")
+        first.sendall(b"x")
+        assert receive(first, 1) == b"x"
+    if what != "cluster":
+        assert there.sessions()[-1]["user"] == "john"
+    assert not run.rows("failed")
+
+
 def test_a_second_pod_has_a_deadline_too(kube, app, forward, echo_server):
     """The first one's node has taken the call, and then nobody listened there."""
     there = app((HOST, 1), echo_server.address)
@@ -207,6 +271,13 @@ def test_a_second_pod_has_a_deadline_too(kube, app, forward, echo_server):
     ('pod not found ("x_y")', "gone"),
     ("dial tcp4 127.0.0.1:1: connect: connection refused", "refused"),
     ("failed to connect to localhost:80 inside namespace: i/o timeout", "pod"),
+    ('error forwarding port 80 to pod 1a, uid : failed to execute portforward in network namespace "/var/run/netns/cni-2b": '
+     'failed to connect to localhost:80 inside namespace "1a", IPv4: dial tcp4 127.0.0.1:80: connect: connection refused '
+     "IPv6 dial tcp6 [::1]:80: connect: connection refused", "refused"),
+    ('failed to connect to localhost:80 inside namespace "1a", IPv4: dial tcp4 127.0.0.1:80: connect: connection refused '
+     "IPv6 dial tcp6: address localhost: no suitable address found", "refused"),
+    ('failed to connect to localhost:80 inside namespace "1a", IPv4: dial tcp4 127.0.0.1:80: i/o timeout '
+     "IPv6 dial tcp6 [::1]:80: connect: cannot assign requested address", "pod"),
     ("socat[7] E connect(5, AF=2 127.0.0.1:80, 16): Connection refused", "refused"),
     ("read tcp4 127.0.0.1:1->127.0.0.1:2: i/o timeout", ""),
     ("write tcp4 127.0.0.1:1->127.0.0.1:2: write: no route to host", ""),
