@@ -20,7 +20,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
-from conftest import HOST, Address, Server
+from conftest import HOST, Address, Server, wait_until
 from testbed.carrier import Program
 from testbed.cluster import Cluster
 from testbed.streams import kubectl_path
@@ -45,7 +45,7 @@ class Place:
 
     def run(self, *words: str, said: str = "") -> str:
         """What kubectl has said."""
-        done = subprocess.run([*self.kubectl, *words], input=said, capture_output=True, text=True, timeout=START + 20)
+        done = subprocess.run([*self.kubectl, *words], input=said, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -70,7 +70,12 @@ class Place:
                                  ("Service", "web", {"selector": {"app": "echo"}, "ports": services}),
                                  ("Service", "empty", {"selector": {"app": "nobody"}, "ports": services})):
             self.create(kind, name, namespace=self.namespace, spec=spec)
-        self.run("wait", "-n", self.namespace, "--for=condition=Ready", "pod/echo", f"--timeout={START}s")
+        wait_until(self.is_ready, START, "a pod that is ready")
+
+    def is_ready(self) -> bool:
+        """Whether the pod is ready.  `kubectl wait` asks for the end of a list in a watch, which the stand-in lacks."""
+        pod = json.loads(self.run("get", "pod", "echo", "-n", self.namespace, "-o", "json"))
+        return {"Ready": "True"}.items() <= {row["type"]: row["status"] for row in pod["status"]["conditions"]}.items()
 
     def create(self, kind: str, name: str, *, spec: dict[str, Any] | None = None, **about: str) -> None:
         """Make an object."""
