@@ -36,6 +36,7 @@ This room imports sniroute_layers (Place), sniroute_kubeconfig, sniroute_dial (F
 from __future__ import annotations
 
 import collections
+import errno
 import functools
 import os
 import re
@@ -181,7 +182,7 @@ def read_path(path: str) -> bytes:
     with open(path, "rb") as file:
         data = file.read(FILE_MAX + 1)
     if len(data) > FILE_MAX:
-        raise OSError(f"it has more than {FILE_MAX >> 20} MiB")
+        raise OSError(errno.EFBIG, f"it has more than {FILE_MAX >> 20} MiB")
     return data
 
 

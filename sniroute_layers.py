@@ -422,8 +422,6 @@ class Secure(Wire):
             ended = None
         except ssl.SSLWantReadError:
             pass
-        except ssl.SSLZeroReturnError:
-            ended = None
         except ssl.SSLError as error:
             ended = Failed("tls", tls_words(error))
         if self.outgoing.pending:  # a new key, RFC 8446 section 4.6.3

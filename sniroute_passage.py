@@ -135,13 +135,13 @@ CARRYING = frozenset((OPEN, HALF))
 
 
 def guarded(method: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-    """A callback of a client that other rooms call: a fault of ours ends this client, and not what they do."""
+    """A callback of a Way that other rooms call: a fault of ours ends this client, and not what they do."""
     @functools.wraps(method)
-    def call(client: Client, result: Any) -> None:
+    def call(way: Way, result: Any) -> None:
         try:
-            method(client, result)
+            method(way, result)
         except Exception:
-            client.program.fault(client)
+            way.program.fault(way.client)
     return call
 
 

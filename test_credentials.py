@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import sys
+import threading
 import time
 
 import pytest
@@ -14,9 +15,9 @@ import pytest
 import sniroute_credentials
 import sniroute_kubeconfig
 from conftest import HOST, linux, wait_until
-from sniroute_credentials import Access, last_line, without_secrets
+from sniroute_credentials import Access, Running, Settings, last_line, run_plugin, without_secrets
 from sniroute_dial import Failed
-from sniroute_kubeconfig import Plugin
+from sniroute_kubeconfig import KubeconfigError, Plugin
 from testbed.cluster import TOKEN
 
 VERSION = "/version"
@@ -91,6 +92,13 @@ def test_a_kubeconfig_that_is_replaced_is_used_by_the_next_request(cluster, call
     cluster.kubeconfig(cluster={"insecure-skip-tls-verify": True, "certificate-authority-data": None})
     assert caller.get(PODS).status == 200
     assert len(cluster.connections()) == 2
+
+
+def test_a_kubeconfig_without_an_end_is_not_read(cluster, call, monkeypatch):
+    monkeypatch.setattr(sniroute_credentials, "FILE_MAX", 1 << 20)
+    path = cluster.kubeconfig()
+    path.write_bytes(b"#" * ((1 << 20) + 1))
+    assert "it has more than 1 MiB" in told(call(path).get(PODS), "config")
 
 
 def test_files_are_looked_at_now_and_then_only(cluster, call, monkeypatch):
@@ -464,6 +472,31 @@ def test_a_plugin_that_others_may_change_is_not_run(call, cluster, plugin):
     said = told(call(cluster.kubeconfig(user=plugin.user())).get(PODS), "plugin")
     assert said.endswith(f"is not run: {plugin.path} can be changed by other users: chmod o-w {plugin.path}")
     assert not plugin.runs
+
+
+def test_a_kubeconfig_that_is_not_there_is_no_obstacle_for_the_plugin_of_another(cluster, call, plugin, tmp_path):
+    plugin.answers(token=TOKEN)
+    assert call(tmp_path / "missing", cluster.kubeconfig(user=plugin.user())).get(PODS).status == 200
+
+
+def test_a_plugin_is_not_begun_when_the_program_ends(cluster, plugin):
+    running = Running()
+    running.kill()
+    settings = Settings((), {}, ())
+    plugin.answers(token=TOKEN)
+    with pytest.raises(KubeconfigError, match="is not run any more"):
+        run_plugin(running, Plugin(V1, str(plugin.path), (), (), False, ""), None, settings, 0.0)
+    assert not plugin.runs
+
+
+def test_what_goes_wrong_in_a_thread_is_told_without_its_words(call, monkeypatch):
+    caller, got = call(), []
+    sniroute_credentials.in_thread(caller.loop, "x", lambda: {}["secret"], got.append)
+    caller.until(lambda: got)
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: exec("raise RuntimeError('no more threads')"))
+    sniroute_credentials.in_thread(caller.loop, "x", lambda: 1, got.append)
+    caller.until(lambda: got[1:])
+    assert [told(failed, "config") for failed in got] == ["x: KeyError", "no more threads"]
 
 
 def test_a_plugin_that_cannot_be_run(call, cluster, plugin):

@@ -5,12 +5,15 @@ The program runs in a thread of the test, before a stand-in for a cluster.
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
 
 from conftest import connect, wait_until
-from sniroute_links import SPARES, TRANSPORTS
+from sniroute_links import SPARES, TRANSPORTS, protocol_of
+from sniroute_refusals import Malformed
+from sniroute_upgrade import new_key
 from testbed.carrier import beside, echoed, parallel, receive, receive_all, refused
 
 NOISE = bytes(range(256)) * 4096  # 1 MiB
@@ -76,8 +79,13 @@ def test_a_refusal_that_is_about_the_pod_ends_the_search(kube, app, forward, ech
     assert row["reason"] in (reason, "gone", "timeout"), row
 
 
-def test_a_session_that_ends_before_it_takes_a_call_counts_against_its_kind(kube, app, forward, echo_server):
-    kube.fault("eof", "upgraded", transport="websocket")
+@pytest.mark.parametrize("fault", [
+    {"action": "eof", "at": "upgraded"},
+    {"action": "raw", "at": "upgraded", "message": "ff" * 32},
+    {"action": "raw", "at": "stream", "message": "ff" * 32},
+], ids=lambda fault: "-".join(list(fault.values())[:2]))
+def test_a_session_that_ends_before_it_takes_a_call_counts_against_its_kind(kube, app, forward, echo_server, fault):
+    kube.fault(**fault, transport="websocket")
     there = app(echo_server.address)
     run = forward(there.target)
     assert echoed(run) == b"hello"
@@ -90,6 +98,14 @@ def test_an_old_cluster_has_no_tunnel(kube, app, forward, echo_server):
     there = app(echo_server.address)
     assert echoed(forward(there.target)) == b"hello"
     assert there.sessions()[0]["transport"] == "spdy"
+
+
+def test_an_upgrade_to_something_else_is_none():
+    for transport, headers in ((TRANSPORTS["portforward"][1], {"upgrade": "websocket"}),
+                               (TRANSPORTS["portforward"][1], {"upgrade": "SPDY/3.1"}),
+                               (TRANSPORTS["portforward"][0], {"upgrade": "SPDY/3.1"})):
+        with pytest.raises(Malformed):
+            protocol_of(transport, new_key(), headers)
 
 
 # -- bytes -------------------------------------------------------------------------------------
@@ -185,6 +201,33 @@ def test_spare_sessions_are_closed_when_nobody_needs_them(app, forward, echo_ser
     run.reaches()
     run.program.loop.call(lambda: run.program.unlisten(next(iter(run.program.listeners))))
     wait_until(lambda: not there.sessions(ended=None), what="the end of all sessions")
+
+
+@pytest.mark.parametrize("how", ["the pod", "the program"])
+def test_a_spare_session_in_the_making_ends_with(kube, app, forward, serve, how):
+    go = threading.Event()
+    there = app(serve(lambda sock: (go.wait(20), sock.sendall(b"x"), sock.recv(1))).address)
+    run = forward(there.target)
+    with run.connect() as client:
+        wait_until(lambda: there.streams())
+        fault = kube.fault("hang", resource="pods/portforward")
+        go.set()
+        assert receive(client, 1) == b"x"
+        wait_until(lambda: kube.hits(fault) and run.program.links.openings)
+        if how == "the pod":
+            kube.terminate(there.pods[0])
+            wait_until(lambda: not run.program.links.openings)
+        else:
+            run.close()
+            assert not run.program.links.openings
+
+
+def test_no_more_spare_sessions_are_kept_than_may_be(app, forward, echo_server):
+    run = forward(app(echo_server.address).target, SPARES_MAX=0)
+    for _ in range(2):
+        assert echoed(run) == b"hello"
+    run.reaches()
+    assert not run.program.links.spares
 
 
 def test_spare_sessions_end_with_their_pod(kube, app, forward, echo_server):

@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 import sniroute_credentials
 from conftest import HOST, connect, wait_until
 from sniroute_loop import monotonic
-from sniroute_passage import REASONS, untouched
+from sniroute_passage import REASONS, Client, untouched
 from testbed.carrier import beside, digest, echoed, receive, receive_all, refused, send_blocks
 from testbed.clients import program_path
 from testbed.running import reset
@@ -405,6 +406,38 @@ def test_goaway_lets_a_client_go_on(kube, app, forward, echo_server):
     assert echoed(run) == b"hello"
 
 
+def test_a_session_that_is_lost_before_the_answer_is_a_reason(kube, app, forward, serve):
+    """The pod may have read what the client said, so nobody else is asked."""
+    heard, go = [], threading.Event()
+    there = app(serve(lambda sock: (heard.append(sock.recv(100)), go.wait(20))).address)
+    run = forward(there.target)
+    with run.connect() as client:
+        client.sendall(b"INSERT")
+        wait_until(lambda: heard)
+        kube.end_sessions("rst", pod=there.pods[0])
+        assert receive_all(client) == (b"", "RST")
+    assert run.failure()["reason"] == "reset" and heard == [b"INSERT"]
+    go.set()
+
+
+@pytest.mark.parametrize("method", ["on_data", "begin"])
+def test_a_fault_of_ours_ends_one_client(app, forward, echo_server, monkeypatch, method):
+    run = forward(app(echo_server.address).target)
+    with run.connect() as other:
+        other.sendall(b"x")
+        receive(other, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Client, method, lambda *_: 1 // 0)
+            with run.connect() as client:
+                client.sendall(b"hello")
+                assert receive_all(client) == (b"", "RST")
+        run.reaches("open")
+        other.sendall(b"y")
+        assert receive(other, 1) == b"y"
+    assert "ZeroDivisionError" in run.rows("fault")[0]["error"]
+    run.log.rows = [row for row in run.log.rows if row.get("event") != "fault"]
+
+
 # -- the end of each side ----------------------------------------------------------------------
 
 
@@ -474,6 +507,64 @@ def test_the_pods_end_reaches_the_client(kube, app, forward, serve, broken):
     there = app(serve(lambda sock: sock.sendall(NOISE)).address)
     with forward(there.target).connect() as client:
         assert receive_all(client) == (NOISE, "FIN")
+
+
+@pytest.mark.parametrize("leaves", ["stays", "reset"])
+def test_a_client_that_does_not_leave_behind_the_pods_end_is_let_go(app, forward, serve, leaves):
+    run = forward(app(serve(lambda sock: sock.sendall(b"hello")).address).target, LINGER=0.2)
+    with run.connect() as client:
+        assert receive_all(client) == (b"hello", "FIN")
+        run.reaches("ending")
+        client.sendall(b"x")
+        if leaves == "reset":
+            reset(client)
+        run.reaches()
+    assert not run.rows("failed")
+
+
+def test_a_client_that_is_slow_sees_the_pods_end_behind_its_last_byte(app, forward, serve):
+    go = threading.Event()
+    run = forward(app(serve(lambda sock: (sock.sendall(b"x"), go.wait(20))).address).target)
+    with run.connect() as client:
+        receive(client, 1)
+        there, = run.program.connections
+
+        def hand_down() -> None:
+            there.on_data("data", [memoryview(NOISE * 16)])
+            there.on_ended("data")
+
+        run.program.loop.call(hand_down)
+        data, end = receive_all(client)
+        assert (len(data), end) == (len(NOISE) * 16, "FIN")
+        go.set()
+
+
+@pytest.mark.parametrize("said", [b"", b"hello"], ids=["silent", "said something"])
+def test_a_client_that_leaves_before_there_is_a_pod(kube, app, forward, echo_server, said):
+    """What it has said may be all that it wanted to say, so there is a little time for that."""
+    there = app(echo_server.address)
+    kube.ready(there.pods[0], False)
+    run = forward(there.target)
+    run.program.hurried.seconds = 0.2
+    with run.connect() as client:
+        client.sendall(said)
+        run.reaches("finding")
+        client.shutdown(socket.SHUT_WR)
+        assert receive_all(client) == (b"", "RST" if said else "FIN")
+    assert bool(said) == bool(run.rows("failed"))
+    assert not said or run.failure()["error"] == "5 s after the client's end, choosing a pod"
+
+
+def test_a_client_that_has_said_all_before_there_is_a_pod_is_served(kube, app, forward, echo_server):
+    there = app(echo_server.address)
+    kube.ready(there.pods[0], False)
+    run = forward(there.target)
+    with run.connect() as client:
+        client.sendall(b"hello")
+        client.shutdown(socket.SHUT_WR)
+        wait_until(lambda: run.program.hurried.due)
+        kube.ready(there.pods[0])
+        assert receive_all(client) == (b"hello", "FIN")
 
 
 @TRANSPORTS
@@ -653,6 +744,17 @@ def test_a_jump_ends_as_its_far_end_does(kube, app, forward, serve):
 def test_a_jump_to_a_port_where_nobody_listens(app, forward):
     row = refused(forward(jump(app((HOST, 1)), (HOST, 1))))
     assert row["reason"] == "command" and "refused" in row["error"]
+
+
+def test_a_jump_whose_command_is_killed_looks_cut(kube, app, forward, echo_server):
+    run = forward(jump(app((HOST, 1)), echo_server.address), TOOLS_MAX=0)
+    for _ in range(2):
+        with run.connect() as client:
+            client.sendall(b"hello")
+            assert receive(client, 5) == b"hello"
+            os.kill(kube.executions()[-1]["pid"], signal.SIGKILL)
+            assert receive_all(client) == (b"", "RST")
+    assert not run.program.tools and {row["reason"] for row in run.rows("reset")} == {"cut"}
 
 
 def test_a_container_without_a_tool(app, forward, tmp_path):
