@@ -5,16 +5,17 @@ The program runs in a thread of the test, before a stand-in for a cluster.
 
 from __future__ import annotations
 
+import struct
 import threading
 import time
 
 import pytest
 
-from conftest import connect, wait_until
+from conftest import HOST, connect, wait_until
 from sniroute_links import SPARES, TRANSPORTS, protocol_of
 from sniroute_refusals import Malformed
 from sniroute_upgrade import new_key
-from testbed.carrier import beside, echoed, parallel, receive, receive_all, refused
+from testbed.carrier import beside, echoed, parallel, receive, receive_all, refused, server_frame
 
 NOISE = bytes(range(256)) * 4096  # 1 MiB
 
@@ -91,6 +92,45 @@ def test_a_session_that_ends_before_it_takes_a_call_counts_against_its_kind(kube
     assert echoed(run) == b"hello"
     assert there.upgrades()[:2] == ["websocket", "spdy"]
     assert echoed(run) == b"hello" and "websocket" not in there.upgrades()[2:]
+
+
+def test_a_text_counts_though_the_session_is_lost_before_its_end(kube, app, forward, serve):
+    """It says that nobody listens, so the client goes to the next pod, or to this one again."""
+    refuse(kube, "websocket")
+    text = b"dial tcp4 127.0.0.1:8080: connect: connection refused"
+    frame = struct.pack(">II", 1, len(text)) + text  # on the error stream
+    fault = kube.fault("raw", "stream", message=frame.hex(), times=1, transport="spdy")
+    heard, go = [], threading.Event()
+
+    def handler(sock):
+        heard.append(sock.recv(100))
+        if len(heard) == 1:
+            go.wait(20)
+        else:
+            sock.sendall(heard[-1])
+
+    there = app(serve(handler).address)
+    run = forward(there.target)
+    with run.connect() as client:
+        client.sendall(b"hello")
+        wait_until(lambda: kube.hits(fault) and heard)
+        kube.end_sessions("eof", pod=there.pods[0])
+        assert receive(client, 5) == b"hello"
+    go.set()
+    assert run.rows("again")[0]["error"] == f"{there.pods[0]}, port 8080"
+
+
+def test_what_comes_together_is_told_apart(app, forward, echo_server):
+    """Words of a command, and what it carries."""
+    there = app((HOST, 1))
+    run = forward(f"jump:default/svc/{there.name}/{echo_server.address[0]}:{echo_server.address[1]}")
+    with run.connect() as client:
+        client.sendall(b"x")
+        assert receive(client, 1) == b"x"
+        at, = run.program.connections
+        said = b"".join(server_frame(2, data) for data in (b"\1one", b"\1two", b"\2words", b"\1three"))
+        run.program.loop.call(lambda: at.way.link.on_data(said))
+        assert receive(client, 11) == b"onetwothree" and at.words == b"words"
 
 
 def test_an_old_cluster_has_no_tunnel(kube, app, forward, echo_server):

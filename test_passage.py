@@ -420,6 +420,16 @@ def test_a_session_that_is_lost_before_the_answer_is_a_reason(kube, app, forward
     go.set()
 
 
+def test_a_node_that_resets_the_call_cuts_it(kube, app, forward, echo_server):
+    kube.fault("rst_stream", "open", after=1, times=1)
+    run = forward(app(echo_server.address).target)
+    with run.connect() as client:
+        client.sendall(b"hello")
+        assert receive_all(client) == (b"h", "RST")
+    assert {row["reason"] for row in run.rows("reset") + run.rows("failed")} == {"cut"}
+    assert echoed(run) == b"hello"
+
+
 @pytest.mark.parametrize("method", ["on_data", "begin"])
 def test_a_fault_of_ours_ends_one_client(app, forward, echo_server, monkeypatch, method):
     run = forward(app(echo_server.address).target)
