@@ -148,7 +148,7 @@ class Kubernetes(Forwarder):
                 pods.doubt()
 
     def on_moved(self, api: Api) -> None:
-        """The kubeconfig has another cluster, or user, in a context: its pods, and what was made ahead, are of before."""
+        """The kubeconfig has another cluster, or user, in a context: pods, and what was made ahead, are of before."""
         for pods in self.pods.values():
             if pods.feed.api is api:
                 pods.forget()

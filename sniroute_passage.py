@@ -539,20 +539,13 @@ class Client:
 
         It may have had more to say, so this is a cut.  `queue`: where the client has waited.
         """
-        if self.rest and self._still_takes():
+        if self.rest and still_takes(self):
             queue.put(self)
         elif self.state is ENDING or self.rest:
             self.broken = True
             self.close()
         else:
             self.cut(Failed("cut", "nothing came for a while after the client's end"))
-
-    def _still_takes(self) -> bool:
-        """Whether a client that is slow takes something from time to time."""
-        now = monotonic()
-        if self.down != self.slow[0]:
-            self.slow = self.down, now
-        return now - self.slow[1] < HALF_LAST
 
     def finish(self, broken: bool) -> None:
         """Nothing more comes from the pod: the client gets its last bytes, then a reset or an end."""
@@ -603,6 +596,14 @@ def hurry(client: Client) -> None:
     """The client has ended, and what it said cannot be delivered in time."""
     if client.state is FINDING or client.waits:
         client.fail(Failed("timeout", f"{LINGER:g} s after the client's end, {client.way.phase}"))
+
+
+def still_takes(client: Client) -> bool:
+    """Whether a client that is slow takes something from time to time."""
+    now = monotonic()
+    if client.down != client.slow[0]:
+        client.slow = client.down, now
+    return now - client.slow[1] < HALF_LAST
 
 
 def farewell(client: Client) -> None:

@@ -39,7 +39,8 @@ def test_the_end_of_a_client_loses_no_byte(place, launched):
 
 
 @pytest.mark.parametrize("command, said, out, code", [
-    (("cat",), NOISE, NOISE, 0), (("sh", "-c", "echo hello; exit 3"), b"", b"hello\n", 3), (("no-such-word",), b"", b"", 1)],
+    (("cat",), NOISE, NOISE, 0), (("sh", "-c", "echo hello; exit 3"), b"", b"hello\n", 3),
+    (("no-such-word",), b"", b"", 1)],
     ids=["cat", "exit", "nothing"])
 def test_a_command_runs_in_a_pod(place, launched, command, said, out, code):
     run = launched("exec", place.target("pod/echo"), "--", *command, stdin=subprocess.PIPE)
@@ -75,8 +76,8 @@ def test_what_would_be_chosen(place, launched):
     ("svc/web:80", {"as": "sniroute-test-nobody"}, "forbidden", 'resources: ["services"], verbs: ["get"]'),
 ], ids=["service", "port", "pods", "nobody listens", "context", "rights"])
 def test_what_cannot_be_had_is_a_reason(place, launched, target, user, reason, words):
-    run = launched("port-forward", place.target(target), "--listen", f"{HOST}:0", start=3.0 if reason != "pods" else 1.0,
-                   kubeconfig=place.write("other", user))
+    run = launched("port-forward", place.target(target), "--listen", f"{HOST}:0", kubeconfig=place.write("other", user),
+                   start=1.0 if reason == "pods" else 10.0)
     run.listening()
     row = refused(run)
     assert row["reason"] == reason and words in row["error"], row

@@ -272,10 +272,12 @@ def test_a_second_pod_has_a_deadline_too(kube, app, forward, echo_server):
     ('pod not found ("x_y")', "gone"),
     ("dial tcp4 127.0.0.1:1: connect: connection refused", "refused"),
     ("failed to connect to localhost:80 inside namespace: i/o timeout", "pod"),
-    ('error forwarding port 80 to pod 1a, uid : failed to execute portforward in network namespace "/var/run/netns/cni-2b": '
-     'failed to connect to localhost:80 inside namespace "1a", IPv4: dial tcp4 127.0.0.1:80: connect: connection refused '
+    ("error forwarding port 80 to pod 1a, uid : failed to execute portforward in network namespace "
+     '"/var/run/netns/cni-2b": failed to connect to localhost:80 inside namespace "1a", '
+     "IPv4: dial tcp4 127.0.0.1:80: connect: connection refused "
      "IPv6 dial tcp6 [::1]:80: connect: connection refused", "refused"),
-    ('failed to connect to localhost:80 inside namespace "1a", IPv4: dial tcp4 127.0.0.1:80: connect: connection refused '
+    ('failed to connect to localhost:80 inside namespace "1a", '
+     "IPv4: dial tcp4 127.0.0.1:80: connect: connection refused "
      "IPv6 dial tcp6: address localhost: no suitable address found", "refused"),
     ('failed to connect to localhost:80 inside namespace "1a", IPv4: dial tcp4 127.0.0.1:80: i/o timeout '
      "IPv6 dial tcp6 [::1]:80: connect: cannot assign requested address", "pod"),
@@ -446,6 +448,25 @@ def test_a_fault_of_ours_ends_one_client(app, forward, echo_server, monkeypatch,
         assert receive(other, 1) == b"y"
     assert "ZeroDivisionError" in run.rows("fault")[0]["error"]
     run.log.rows = [row for row in run.log.rows if row.get("event") != "fault"]
+
+
+@pytest.mark.parametrize("method", ["on_cut", "on_room"])
+def test_a_fault_of_ours_in_what_a_session_tells_ends_one_client(kube, app, forward, echo_server, monkeypatch, method):
+    there = app(echo_server.address)
+    run = forward(there.target)
+    with run.connect() as client:
+        client.sendall(b"hello")
+        assert receive(client, 5) == b"hello"
+        at, = run.program.connections
+        monkeypatch.setattr(Client, method, lambda *_: 1 // 0)
+        if method == "on_cut":
+            kube.end_sessions("rst", pod=there.pods[0])
+        else:
+            run.program.loop.call(at.way.link.on_room)
+        assert receive_all(client) == (b"", "RST")
+    assert "ZeroDivisionError" in run.rows("fault")[0]["error"]
+    run.log.rows = [row for row in run.log.rows if row.get("event") != "fault"]
+    assert echoed(run) == b"hello"
 
 
 # -- the end of each side ----------------------------------------------------------------------

@@ -79,8 +79,10 @@ class Place:
 
     def create(self, kind: str, name: str, *, spec: dict[str, Any] | None = None, **about: str) -> None:
         """Make an object."""
-        thing = {"apiVersion": "v1", "kind": kind, "metadata": {"name": name, "labels": {"app": name}, **about}}
-        self.run("create", "--validate=false", "-f", "-", said=json.dumps({**thing, **({"spec": spec} if spec else {})}))
+        thing: dict[str, Any] = {"apiVersion": "v1", "kind": kind, "metadata": {"name": name, "labels": {"app": name}, **about}}
+        if spec is not None:
+            thing["spec"] = spec
+        self.run("create", "--validate=false", "-f", "-", said=json.dumps(thing))
 
     def target(self, rest: str) -> str:
         """A target in this namespace."""
