@@ -77,7 +77,7 @@ def test_what_would_be_chosen(place, launched):
 ], ids=["service", "port", "pods", "nobody listens", "context", "rights"])
 def test_what_cannot_be_had_is_a_reason(place, launched, target, user, reason, words):
     run = launched("port-forward", place.target(target), "--listen", f"{HOST}:0", kubeconfig=place.write("other", user),
-                   start=1.0 if reason == "pods" else 10.0)
+                   start=0.5 if reason == "pods" else 10.0)
     run.listening()
     row = refused(run)
     assert row["reason"] == reason and words in row["error"], row

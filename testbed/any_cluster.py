@@ -77,9 +77,10 @@ class Place:
         pod = json.loads(self.run("get", "pod", "echo", "-n", self.namespace, "-o", "json"))
         return {"Ready": "True"}.items() <= {row["type"]: row["status"] for row in pod["status"]["conditions"]}.items()
 
-    def create(self, kind: str, name: str, *, spec: dict[str, Any] | None = None, **about: str) -> None:
+    def create(self, kind: str, name: str, *, spec: dict[str, Any] | None = None, **about: Any) -> None:
         """Make an object."""
-        thing: dict[str, Any] = {"apiVersion": "v1", "kind": kind, "metadata": {"name": name, "labels": {"app": name}, **about}}
+        about = {"name": name, "labels": {"app": name}, **about}
+        thing: dict[str, Any] = {"apiVersion": "v1", "kind": kind, "metadata": about}
         if spec is not None:
             thing["spec"] = spec
         self.run("create", "--validate=false", "-f", "-", said=json.dumps(thing))
