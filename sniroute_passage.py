@@ -67,8 +67,7 @@ START = 15.0  # seconds from accept until the node has taken the call, other tri
 TRIES = 4  # sessions for one client: two pods that have just gone, and two transports
 ACCEPT = 2.0  # seconds that a spare session has to take a call, before it counts as dead
 GRACE = 2.0  # seconds of silence from a far end that cannot be told of the client's end, before we close
-HALF_LAST = 3600.0  # seconds that a client which has ended waits for a far end that says nothing; and that one which
-#                     does not take its last bytes is waited for
+HALF_LAST = 3600.0  # seconds that a client which has ended waits for a far end that says nothing, and we for its reads
 LINGER = 5.0  # seconds that a client has to leave after the far end has ended
 SETTLE = 0.05  # seconds between two looks whether a client that is to be reset has got its last bytes
 TOOL_GRACE = 0.5  # seconds: socat's default
@@ -537,11 +536,12 @@ class Client:
     def on_grace(self, queue: Queue) -> None:
         """The client has ended, and the far end has said nothing for a while: for very long, where it knows.
 
-        It may have had more to say, so this is a cut.  `queue`: where the client has waited.
+        It may have had more to say, so this is a cut.  `queue`: where the client has waited.  Or the client does not
+        take what is left, although it was looked at twice.
         """
         if self.rest and still_takes(self):
             queue.put(self)
-        elif self.state is ENDING or self.rest:
+        elif self.rest:
             self.broken = True
             self.close()
         else:

@@ -7,6 +7,7 @@
     page                an HTTPS server whose page says which name it was asked for
     sshd                a real sshd, and the words of an ssh that may log in there
     with_psycopg        run with_psycopg.py in a Python that has psycopg
+    with_pyyaml         what PyYAML reads in texts, by the same Python
     with_pg             run with_pg.js in a node that has pg
     kubectl_view        what kubectl reads in kubeconfigs
     namespaces          the words that run a program in Linux namespaces of its own
