@@ -590,7 +590,7 @@ def test_what_may_do_something_is_asked_for_once(web, caller, monkeypatch, fault
     caller.get(PODS)
     web.fault(fault, resource="pods/portforward", times=1)
     got = []
-    caller.apis.of("").upgrade("GET", FORWARD, WEBSOCKET, got.append, monotonic() + 0.4, once=once)
+    caller.apis.of("").upgrade("GET", FORWARD, WEBSOCKET, got.append, monotonic() + 0.3, once=once)
     result, = caller.until(lambda: got)
     assert len(web.requests(resource="pods/portforward")) == asked
     if once:

@@ -161,7 +161,7 @@ FAULTS = {
 def test_each_fault_has_its_reason_and_the_next_client_is_served(kube, app, forward, echo_server, fault, reason, words):
     there = app(echo_server.address)
     kube.fault(**fault)
-    soon = 0.3 if "answer" in words else 0.6  # the further it gets
+    soon = 0.25 if "answer" in words else 0.5  # the further it gets
     run = forward(there.target, START=soon if fault["action"] == "hang" else 10.0, REQUEST_TIME=0.1)
     with run.connect() as client:
         client.sendall(b"hello")
@@ -178,7 +178,7 @@ def test_an_api_server_that_has_too_much_to_do_is_asked_again(kube, app, forward
     there = app(echo_server.address)
     for resource in ("services", "pods", FORWARD):
         kube.fault("status", code=429, retry_after=0, resource=resource, times=1)
-    run = forward(there.target)
+    run = forward(there.target, AGAIN_LEAST=0.05)
     assert echoed(run) == b"hello" and not run.rows("failed")
     assert [row["status"] for row in kube.requests(name=there.pods[0])][:2] == [429, 101]
 
@@ -202,7 +202,7 @@ def test_20_names_at_once_are_too_many_for_the_api_server(kube, app, kubernetes,
     there = [app(single_loop_echo) for _ in range(20)]
     for resource in ("services", "pods", FORWARD):
         kube.fault("status", code=429, retry_after=0, resource=resource, times=15)
-    run = kubernetes("forwarders", stdin=subprocess.PIPE)
+    run = kubernetes("forwarders", stdin=subprocess.PIPE, prepare="import sniroute_api; sniroute_api.AGAIN_LEAST = 0.05")
     run.tell(*(f"listen {HOST}:0 {each.target}" for each in there))
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connect(address)) for address in run.listening(20)]
@@ -663,7 +663,7 @@ def test_a_client_that_does_not_read_stops_its_pod_and_no_other(kube, app, forwa
 def test_a_client_that_never_takes_its_last_bytes_is_let_go(app, forward, serve, reads, broken):
     go = threading.Event()
     run = forward(app(serve(lambda sock: (sock.sendall(b"x"), go.wait(20))).address).target,
-                  HALF_LAST=0.5 if reads else 0.1)
+                  HALF_LAST=0.35 if reads else 0.1)
     with run.connect() as client:
         receive(client, 1)
         there, = run.program.connections
