@@ -202,7 +202,8 @@ def test_20_names_at_once_are_too_many_for_the_api_server(kube, app, kubernetes,
     there = [app(single_loop_echo) for _ in range(20)]
     for resource in ("services", "pods", FORWARD):
         kube.fault("status", code=429, retry_after=0, resource=resource, times=15)
-    run = kubernetes("forwarders", stdin=subprocess.PIPE, prepare="import sniroute_api; sniroute_api.AGAIN_LEAST = 0.05")
+    run = kubernetes("forwarders", stdin=subprocess.PIPE,
+                     prepare="import sniroute_api; sniroute_api.AGAIN_LEAST = 0.05")
     run.tell(*(f"listen {HOST}:0 {each.target}" for each in there))
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connect(address)) for address in run.listening(20)]
