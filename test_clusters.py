@@ -30,6 +30,7 @@ from testbed.clients import program_path, psql
 from testbed.hellos import genuine
 from testbed.program import execute
 from testbed.running import alert, read_all, read_exactly
+from testbed.tunnels import events
 
 NAME = "db.prod.example.com"
 HELLO = genuine(name=NAME)
@@ -628,6 +629,14 @@ def test_what_the_cluster_does_not_have_or_not_allow_is_the_reason(ways, cluster
     wait_until(lambda: curl(ways, "80.other.k8s.localhost")[0] == 502, what="the other kubeconfig")
     (access,) = (access for access in ways.accesses if access.reason == "tunnel_forbidden")
     assert "services" in access.detail and "get" in access.detail
+
+
+def test_the_log_has_one_warning_of_a_cluster_whose_certificate_is_not_checked(ways, cluster, caplog):
+    cluster.kubeconfig(cluster={"insecure-skip-tls-verify": True, "certificate-authority-data": None})
+    for name in ("80.my-web.k8s.localhost", "my-web-80.dash.k8s.localhost"):
+        assert curl(ways, name) == (200, name)
+    warning, = [fields for what, fields in events(caplog) if what == "tunnel program warns"]
+    assert warning["text"].startswith("insecure-skip-tls-verify: the certificate of cluster cluster is not checked")
 
 
 @pytest.mark.parametrize("name, code, words", [

