@@ -55,6 +55,7 @@ OPTIONS = {  # files that an installation may leave out
 }
 CORE = sorted({path.name for path in HERE.glob("sniroute*.py")} - OPTIONS)  # the files that serve
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the tests start programs a hundred times: compile them once
+sys.dont_write_bytecode = False  # and the tests themselves, with what pytest writes into them: that takes eight seconds
 Address = tuple[str, int]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 

@@ -722,7 +722,7 @@ def chromium(tmp_path) -> Callable[..., bytes]:
     def visit(url: str, *options: str) -> bytes:
         return execute(program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
                        "--no-first-run", "--disable-background-networking", "--ignore-certificate-errors",
-                       "--hide-scrollbars", "--window-size=800,600", f"--user-data-dir={tmp_path / 'chromium'}",
+                       "--hide-scrollbars", "--window-size=600,400", f"--user-data-dir={tmp_path / 'chromium'}",
                        f"--host-resolver-rules=MAP * {HOST}", *options, url,
                        env={**os.environ, "HOME": str(tmp_path)}).stdout
 
@@ -757,13 +757,15 @@ def colours(path: pathlib.Path) -> set[bytes]:
         how, row = rows[top], bytearray(rows[top + 1:top + stride])
         for x in range(len(row) if how else 0):
             left, above = row[x - step] if x >= step else 0, before[x]
-            corner = before[x - step] if x >= step else 0
-            guess = left + above - corner
-            nearest = min((left, above, corner), key=lambda value: abs(guess - value))
-            row[x] = row[x] + (0, left, above, (left + above) // 2, nearest)[how] & 0xFF
-        found |= {bytes(row[x:x + 3]) for x in range(0, len(row), step)}
+            if how == 4:
+                corner = before[x - step] if x >= step else 0
+                guess = left + above - corner
+                row[x] = row[x] + min((left, above, corner), key=lambda value: abs(guess - value)) & 0xFF
+            else:
+                row[x] = row[x] + (0, left, above, (left + above) // 2)[how] & 0xFF
+        found.update(zip(row[::step], row[1::step], row[2::step]))
         before = row
-    return found
+    return {bytes(colour) for colour in found}
 
 
 def test_chromium_paints_the_page(courteous, chromium, tmp_path):

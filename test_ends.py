@@ -450,7 +450,7 @@ ENDS = [
 
 
 @pytest.fixture
-def talk(request: pytest.FixtureRequest, run, ports, settings_file) -> Iterator[Callable[..., Talk]]:
+def talk(request: pytest.FixtureRequest, run, ports, settings_file, nursery) -> Iterator[Callable[..., Talk]]:
     """talk(via, *options) -> Talk."""
     with contextlib.ExitStack() as stack:
         def make(via: str, *options: str, lifetime: str = "1h") -> Talk:

@@ -348,7 +348,7 @@ class Browser:
         return [event["params"] for event in self.events if event["method"] in methods]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def chromium(tmp_path_factory) -> Iterator[Browser]:
     """A browser without a page; without a Chromium the test is skipped."""
     program = shutil.which("chromium")
