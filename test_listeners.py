@@ -25,7 +25,7 @@ from sniroute_refusals import SettingsError
 from sniroute_settings import load_settings
 from conftest import HOST, Address, connect, linux, wait_until
 from testbed.admin import ask, metrics, run_admin, value  # noqa: F401 - a fixture
-from testbed.clients import certificate, postgres, program_path, psql  # noqa: F401 - fixtures
+from testbed.clients import program_path, psql
 from testbed.hellos import HELLO
 from testbed.program import PROGRAM, Customers, activated, command, environment, ipv6
 from testbed.running import Running, answer, read_all, read_exactly, reset, route
@@ -715,7 +715,7 @@ def test_redis_in_clear_through_a_port(launch, free_ports, tmp_path):
         process.wait()
 
 
-def test_psql_in_clear_through_a_port(launch, free_ports, postgres):  # noqa: F811
+def test_psql_in_clear_through_a_port(launch, free_ports, postgres):
     number = free_ports(1)[0]
     launch(NOWHERE, port(tcp(postgres), number)).wait_for(" leads to ")
     for mode in ("disable", "require"):
