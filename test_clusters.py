@@ -612,12 +612,12 @@ def test_clients_wait_for_a_pod_that_becomes_ready(ways, cluster):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """The program gives up after a second."""
+    """The program gives up soon."""
     real = sniroute_clusters.cluster_launcher
 
     def launcher(*given: Any) -> Launcher:
         row = real(*given)
-        hurry = "import sniroute_passage as p; p.START = sniroute_kubernetes.START = 1.0; sys.exit("
+        hurry = "import sniroute_passage as p; p.START = sniroute_kubernetes.START = 0.6; sys.exit("
         return row._replace(shared=tuple(word.replace("sys.exit(", hurry) for word in row.shared))
 
     monkeypatch.setattr(sniroute_clusters, "cluster_launcher", launcher)

@@ -608,7 +608,7 @@ def test_log_that_cannot_be_written_stops_nothing_and_reaches_no_client(launch, 
 
 def test_log_that_nobody_reads_holds_up_neither_clients_nor_the_end(launch, single_loop_echo):
     """14,000 lines, more than wait, into a pipe that is full after 500."""
-    program = launch(route(single_loop_echo), "--log-level=debug")
+    program = launch(route(single_loop_echo), "--log-level=debug", python=changed("sniroute_log.LAST_WRITE = 0.2"))
     program.log_is_read.clear()
     with contextlib.ExitStack() as stack:
         for _ in range(200):  # each is a line in every dump

@@ -539,7 +539,7 @@ def test_the_self_test_notices_bytes_that_are_wrong(selftest, monkeypatch, chang
             self.request = types.SimpleNamespace(recv=request.recv, sendall=lambda data: request.sendall(change(data)))
             super().handle()
     monkeypatch.setattr(sniroute_doctor, "SelfTestBackend", Backend)
-    monkeypatch.setattr(sniroute_doctor, "SELF_TEST_TIME", 0.5)  # after it, a case that hangs has a tenth of a second
+    monkeypatch.setattr(sniroute_doctor, "SELF_TEST_TIME", 0.2)  # after it, a case that hangs has a tenth of a second
     monkeypatch.setattr(sniroute_doctor, "SELF_TESTS", tuple(
         row for row in sniroute_doctor.SELF_TESTS if row[0] in notices or row[0] == "a broken hello: an alert"))
     code, lines = selftest()

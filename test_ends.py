@@ -54,6 +54,7 @@ class Talk:
     def accept(self, expected: bytes = HELLO) -> None:
         """The far end takes the connection, and reads what it is told first."""
         self.backend, _ = self.far.accept()
+        self.backend.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a second write does not wait for an ACK
         self.backend.settimeout(20)
         assert read_exactly(self.backend, len(expected)) == expected
 
