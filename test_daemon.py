@@ -30,8 +30,8 @@ from sniroute_refusals import SettingsError
 from conftest import HERE, HOST, linux, exit_code, wait_until
 from testbed.admin import TOKEN, Reply, tell
 from testbed.hellos import HELLO, genuine
-from testbed.program import (BARE, BARE_PYTHON, STOP_GRACE, Program, activated, changed, command, counter, environment, execute,
-                             is_pending)
+from testbed.program import (BARE, BARE_PYTHON, STOP_GRACE, Program, activated, changed, command, counter, environment,
+                             execute, is_pending)
 from testbed.running import TUNNEL, alert, answer, read_all, read_exactly, route
 
 

@@ -67,7 +67,8 @@ class Cluster:
         self.socket.settimeout(20)
         self.answers = self.socket.makefile("rb")
         with theirs, open(self.errors, "wb") as errors:
-            self.process = nursery.start("fake_cluster", [str(certificates), certificate, "h2" if h2 else ""], theirs, errors)
+            self.process = nursery.start("fake_cluster", [str(certificates), certificate, "h2" if h2 else ""],
+                                         theirs, errors)
         try:
             self.port: int = self.hear()
         except BaseException:

@@ -1,6 +1,6 @@
 """A process that has imported the stand-ins, and forks one for each test: they are there in milliseconds.
 
-To start Python and to import asyncio and ssl takes a tenth of a second of a processor, and there are some 200 stand-ins.
+To start Python and to import asyncio and ssl takes a tenth of a second of a processor, and there are 200 stand-ins.
 Each is a process of its own all the same, with the modules as they are after their import: nothing is ever run here.
 It reads orders from its standard input, a socket of whole messages: the module and its words in JSON, with the
 descriptors that are to be its standard streams.  It answers with the process, and a descriptor of it (pidfd_open(2)).

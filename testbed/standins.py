@@ -150,7 +150,8 @@ class Nursery:
         self.orders.settimeout(20)
         code = f"import sys; sys.path.insert(0, {str(TESTBED)!r}); import nursery; nursery.main()"
         with theirs:
-            self.process = subprocess.Popen([sys.executable, "-IS", "-c", code], stdin=theirs, stdout=subprocess.DEVNULL)
+            self.process = subprocess.Popen([sys.executable, "-IS", "-c", code], stdin=theirs,
+                                            stdout=subprocess.DEVNULL)
 
     def start(self, module: str, words: list[str], stdin: socket.socket | int, stderr: Any) -> Forked:
         """Fork a stand-in: `module` is its program, `words` are its command line."""
