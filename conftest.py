@@ -124,6 +124,15 @@ def own_fds() -> dict[str, str]:
     return found
 
 
+def fd_numbers() -> set[str]:
+    """The numbers of the open descriptors, without a look at what they are; empty without /proc."""
+    with contextlib.suppress(FileNotFoundError):
+        lowest = os.open("/proc/self/fd", os.O_RDONLY)
+        os.close(lowest)
+        return set(os.listdir("/proc/self/fd")) - {str(lowest)}  # which listdir() has used itself
+    return set()
+
+
 def count_fds() -> int:
     """How many descriptors are open, and the one that counts them; 0 without /proc."""
     with contextlib.suppress(FileNotFoundError):
@@ -137,7 +146,7 @@ def no_leaks() -> Iterator[None]:
     def state() -> tuple[set[threading.Thread], set[int], int]:
         return set(threading.enumerate()), own_children(), count_fds()
 
-    fds, before = own_fds(), state()
+    numbers, before = fd_numbers(), state()
     yield
     if (now := state()) != before:
         gc.collect()  # closes what only a cycle keeps alive; its ResourceWarning fails the test
@@ -147,7 +156,8 @@ def no_leaks() -> Iterator[None]:
     threads, children, count = now
     assert threads == before[0], "threads"
     assert children == before[1], "child processes"
-    assert count == before[2], f"descriptors: {sorted(own_fds().items() ^ fds.items())}"
+    new = {number: what for number, what in own_fds().items() if number not in numbers}
+    assert count == before[2], f"descriptors: {new}, of {count} now and {before[2]} before"
 
 
 def pytest_collection_finish() -> None:
