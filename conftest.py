@@ -102,8 +102,11 @@ class FakeClock:
 # -- leaks -------------------------------------------------------------------------------------
 
 
+lasting: set[int] = set()  # children that all tests have in common: they live to the end of the run
+
+
 def own_children() -> set[int]:
-    """The children of this process, zombies too; empty without /proc."""
+    """The children of this process, zombies too, but for `lasting`; empty without /proc."""
     pids: set[int] = set()
     with contextlib.suppress(FileNotFoundError, ChildProcessError):
         tasks = os.listdir("/proc/self/task")
@@ -111,7 +114,7 @@ def own_children() -> set[int]:
         for task in tasks:
             with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/children") as file:
                 pids.update(map(int, file.read().split()))  # the thread may have ended meanwhile
-    return pids
+    return pids - lasting
 
 
 def own_fds() -> dict[str, str]:

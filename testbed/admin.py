@@ -41,7 +41,7 @@ from sniroute_doctor import sample_hello
 from sniroute_launchers import cloudflared_launcher
 from sniroute_tunnels import TunnelTable
 from sniroute_web import Web
-from conftest import HOST, Address, connect, wait_until
+from conftest import HOST, Address, connect, lasting, wait_until
 from testbed.standins import Cloudflared
 
 TOKEN = "a-token-of-the-tests"  # a request that changes something needs it
@@ -364,6 +364,7 @@ def chromium(tmp_path_factory) -> Iterator[Browser]:
     if program is None:
         pytest.skip("chromium is not here (Debian package chromium)")
     with contextlib.closing(Browser(program, tmp_path_factory.mktemp("browser"))) as found:
+        lasting.add(found.process.pid)
         yield found
 
 

@@ -36,7 +36,7 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 import pytest
 
-from conftest import HERE, HOST, Address, wait_until
+from conftest import HERE, HOST, Address, lasting, wait_until
 from testbed.program import Program, execute
 
 
@@ -184,6 +184,7 @@ class Database:
 def postgres(certificate: Certificate, initdb: DataFiles) -> Iterator[Address]:
     """The address of a PostgreSQL that speaks TLS.  All tests have it in common: what they keep there is temporary."""
     with contextlib.closing(Database(certificate, initdb)) as database:
+        lasting.add(database.process.pid)
         yield database.address
 
 

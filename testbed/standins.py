@@ -23,7 +23,7 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 import pytest
 
-from conftest import HERE, HOST, Address, wait_until
+from conftest import HERE, HOST, Address, lasting, wait_until
 
 TESTBED = HERE / "testbed"
 
@@ -172,6 +172,7 @@ def nursery() -> Iterator[Nursery]:
     if not hasattr(os, "pidfd_open"):
         pytest.skip("needs Linux's pidfd_open(2)")
     with contextlib.closing(Nursery()) as made:
+        lasting.add(made.process.pid)
         yield made
 
 
