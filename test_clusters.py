@@ -652,14 +652,11 @@ def test_explain_says_which_pod_would_be_taken(cluster, capsys, name, code, word
     assert [word for word in words if word not in out] == []
 
 
-def test_a_browser_finds_a_service_by_its_name(ways, tmp_path):
+def test_a_browser_finds_a_service_by_its_name(ways, browser):
     """`*.localhost` needs no DNS there."""
     name = "80.my-web.k8s.localhost"
-    shown = execute(program_path("chromium", "chromium"), "--headless=new", "--no-sandbox", "--disable-gpu",
-                    "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
-                    f"--user-data-dir={tmp_path / 'chromium'}", "--dump-dom", f"http://{name}:{ways.address[1]}/",
-                    env={**os.environ, "HOME": str(tmp_path)}).stdout
-    assert name.encode() in shown
+    shown = browser.visit(f"http://{name}:{ways.address[1]}/")
+    assert name in shown.partition("<body>")[2]
 
 
 def test_a_pod_that_is_replaced_is_not_noticed(ways, cluster):
@@ -685,12 +682,12 @@ def test_clients_wait_for_a_pod_that_becomes_ready(ways, cluster):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """The program gives up after a second."""
+    """The program gives up soon."""
     real = sniroute_clusters.cluster_launcher
 
     def launcher(*given: Any) -> Launcher:
         row = real(*given)
-        hurry = "import sniroute_passage as p; p.START = sniroute_kubernetes.START = 1.0; sys.exit("
+        hurry = "import sniroute_passage as p; p.START = sniroute_kubernetes.START = 0.6; sys.exit("
         return row._replace(shared=tuple(word.replace("sys.exit(", hurry) for word in row.shared))
 
     monkeypatch.setattr(sniroute_clusters, "cluster_launcher", launcher)

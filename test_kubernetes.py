@@ -271,8 +271,8 @@ def test_a_command_is_asked_for_once_though_nobody_answers(kube, app, kubernetes
 def test_a_command_of_an_old_cluster_may_be_silent_though_its_input_has_ended(kube, app, kubernetes):
     kube.set(version="1.28")
     there = app((HOST, 1))
-    prepare = "carrier.GRACE = 0.2; carrier.HALF_LAST = 0.3"
-    words = "exec", f"default/pod/{there.pods[0]}", "--", "sh", "-c", "cat; sleep 1; echo done"
+    prepare = "carrier.GRACE = 0.1; carrier.HALF_LAST = 0.2"
+    words = "exec", f"default/pod/{there.pods[0]}", "--", "sh", "-c", "cat; sleep 0.6; echo done"
     run = kubernetes(*words, prepare=prepare)
     assert run.process.stdout.read() == b"done\n" and run.process.wait(10) == 0
     kube.fault("refuse", transport="spdy")

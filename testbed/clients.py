@@ -37,7 +37,7 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 import pytest
 
-from conftest import HERE, HOST, Address, wait_until
+from conftest import HERE, HOST, Address, lasting, wait_until
 from testbed.program import Program, execute
 from testbed.streams import kubectl_path
 
@@ -76,7 +76,7 @@ class Certificate(NamedTuple):
     key: pathlib.Path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
     folder = tmp_path_factory.mktemp("certificate")
     made = Certificate(folder / "server.crt", folder / "server.key")
@@ -109,7 +109,7 @@ class DataFiles:
         user = postgres_user()
         if user:
             os.chown(self.place.name, user["user"], user["group"])
-        ended = execute(initdb, "-D", str(self.data), "-U", "postgres", "-A", "trust", "--no-sync", "--no-locale",
+        ended = execute(initdb, "-D", str(self.data), "-U", "postgres", "-A", "trust", "--no-sync", "--no-locale", "--wal-segsize=1",
                         "-E", "UTF8", cwd=self.place.name, **user)
         assert ended.returncode == 0, ended.stderr
 
@@ -180,10 +180,11 @@ class Database:
         self.place.cleanup()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def postgres(certificate: Certificate, initdb: DataFiles) -> Iterator[Address]:
-    """The address of a PostgreSQL that speaks TLS."""
+    """The address of a PostgreSQL that speaks TLS.  All tests have it in common: what they keep there is temporary."""
     with contextlib.closing(Database(certificate, initdb)) as database:
+        lasting.add(database.process.pid)
         yield database.address
 
 
