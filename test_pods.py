@@ -781,6 +781,17 @@ def test_a_pod_that_is_just_being_made_at_the_end_is_removed():
     assert world.answers == []
 
 
+def test_a_kubeconfig_that_changes_at_the_end_leaves_no_pod_behind():
+    """The request that removes the pod may be the one that finds another token."""
+    world = Making()
+    world.pass_by(0)
+    call = world.last
+    world.pods.close()
+    world.pods.forget()
+    call.done(Reply(201, {}, json.dumps(made(uid="new")).encode()))
+    assert world.sent[1:] == [("DELETE", SHELL)]
+
+
 @pytest.mark.parametrize("status, reason", [(404, "unknown"), (403, "forbidden"), (422, "answer"), (500, "answer")])
 def test_a_pod_that_cannot_be_made_is_told_to_all_who_wait(status, reason):
     world = Making()
