@@ -732,6 +732,7 @@ def test_many_small_pieces_for_a_client_that_is_slow(app, forward, serve):
             go.set()
 
         run.program.loop.call(hand_down)
+        assert go.wait(10)  # a client that reads meanwhile may be as fast as that
         data, end = receive_all(client)
         assert data == NOISE * 16 + b"y" * 3000 and end == "FIN"
 
