@@ -36,7 +36,7 @@ import pytest
 pytest.register_assert_rewrite("testbed")  # an assert in a helper shows its values
 pytest_plugins = [f"testbed.{module}" for module in ("standins", "running", "program", "tunnels", "carrier", "admin",
                                                       "clients", "web", "streams", "cluster", "apis", "passage",
-                                                      "registry", "redis", "named")]
+                                                      "any_cluster", "registry", "redis", "named")]
 
 HERE = pathlib.Path(__file__).resolve().parent
 HOST = "127.0.0.1"
@@ -60,6 +60,7 @@ OPTIONS = {  # files that an installation may leave out
 }
 CORE = sorted({path.name for path in HERE.glob("sniroute*.py")} - OPTIONS)  # the files that serve
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the tests start programs a hundred times: compile them once
+sys.dont_write_bytecode = False  # and the tests themselves, with what pytest writes into them: that takes eight seconds
 Address = tuple[str, int]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 
@@ -106,8 +107,11 @@ class FakeClock:
 # -- leaks -------------------------------------------------------------------------------------
 
 
+lasting: set[int] = set()  # children that all tests have in common: they live to the end of the run
+
+
 def own_children() -> set[int]:
-    """The children of this process, zombies too; empty without /proc."""
+    """The children of this process, zombies too, but for `lasting`; empty without /proc."""
     pids: set[int] = set()
     with contextlib.suppress(FileNotFoundError, ChildProcessError):
         tasks = os.listdir("/proc/self/task")
@@ -115,7 +119,7 @@ def own_children() -> set[int]:
         for task in tasks:
             with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/children") as file:
                 pids.update(map(int, file.read().split()))  # the thread may have ended meanwhile
-    return pids
+    return pids - lasting
 
 
 def own_fds() -> dict[str, str]:
@@ -126,6 +130,15 @@ def own_fds() -> dict[str, str]:
             with contextlib.suppress(OSError):  # listdir() has closed the descriptor that it used itself
                 found[fd] = os.readlink(f"/proc/self/fd/{fd}")
     return found
+
+
+def fd_numbers() -> set[str]:
+    """The numbers of the open descriptors, without a look at what they are; empty without /proc."""
+    with contextlib.suppress(FileNotFoundError):
+        lowest = os.open("/proc/self/fd", os.O_RDONLY)
+        os.close(lowest)
+        return set(os.listdir("/proc/self/fd")) - {str(lowest)}  # which listdir() has used itself
+    return set()
 
 
 def count_fds() -> int:
@@ -141,7 +154,7 @@ def no_leaks() -> Iterator[None]:
     def state() -> tuple[set[threading.Thread], set[int], int]:
         return set(threading.enumerate()), own_children(), count_fds()
 
-    fds, before = own_fds(), state()
+    numbers, before = fd_numbers(), state()
     yield
     if (now := state()) != before:
         gc.collect()  # closes what only a cycle keeps alive; its ResourceWarning fails the test
@@ -151,7 +164,8 @@ def no_leaks() -> Iterator[None]:
     threads, children, count = now
     assert threads == before[0], "threads"
     assert children == before[1], "child processes"
-    assert count == before[2], f"descriptors: {sorted(own_fds().items() ^ fds.items())}"
+    new = {number: what for number, what in own_fds().items() if number not in numbers}
+    assert count == before[2], f"descriptors: {new}, of {count} now and {before[2]} before"
 
 
 def pytest_collection_finish() -> None:

@@ -46,7 +46,7 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 from sniroute_credentials import Access, Identity
 from sniroute_dial import Failed, WayOut, find_proxy
 from sniroute_http import Counted, Response, make_line, open_body, parse_response
-from sniroute_kubeconfig import Context
+from sniroute_kubeconfig import Cluster, Context
 from sniroute_layers import Opening, Place, Wire, Wires, unheard
 from sniroute_loop import Alarm, Alarms, Loop, monotonic
 from sniroute_names import printable
@@ -348,7 +348,7 @@ class Job:
         self.body = bytearray()  # or of a watch the line that is not whole.  A list of pieces could take 20 times that
         self.has_a_turn = False
         self.was_refused = False  # by a 401
-        self.may_reuse = True  # on an idle connection
+        self.may_reuse = True  # on an idle connection, and once more on a new one where that one was dead
         self.alarm: Alarm | None = api.apis.alarms.at(deadline, self._late)
         api.jobs.add(self)
         api.apis.soon.put(self)
@@ -623,13 +623,16 @@ class Api:
         return Watch(self, path, on_event, on_end)
 
     def upgrade(self, method: str, path: str, headers: Sequence[tuple[str, str]],
-                done: Callable[[Upgraded | Reply | Failed], None], deadline: float) -> Job:
+                done: Callable[[Upgraded | Reply | Failed], None], deadline: float, once: bool = False) -> Job:
         """Ask for another protocol: `done(Upgraded)`, or Reply where the answer is no 101 (403, too; never 401).
 
         `headers` name the protocol: Connection, Upgrade, Sec-WebSocket-*, X-Stream-Protocol-Version ...  What the 101
-        says of it is the caller's to check.
+        says of it is the caller's to check.  `once`: the request may do something, so it is never sent again where
+        no answer has come; it has a connection of its own, which is not dead already.
         """
-        return Upgrade(self, method, path, headers, done, deadline)
+        job = Upgrade(self, method, path, headers, done, deadline)
+        job.may_reuse = not once
+        return job
 
     def send(self, method: str, path: str, thing: Mapping[str, Any], done: Callable[[Reply | Failed], None],
              deadline: float) -> Job:
@@ -647,9 +650,12 @@ class Api:
 
     def adopt(self, access: Access) -> None:
         """What was found now is what the next requests use."""
-        self.context = access.context
+        before, self.context = self.context, access.context
+        if before is not None and before is not access.context and before != access.context:
+            self.apis.moving.put(self)
         if self.place is not access.place:
             self.place = access.place
+            self.apis.look_at(access.context.cluster)
             for line in self.idle.copy():
                 self.drop(line)
 
@@ -710,6 +716,9 @@ class Apis:
         environ: for the in-cluster account, HTTPS_PROXY, and plugins.
         exec_path: folders in which plugins are looked for, beside PATH.
         way: how connections leave this host; by default, as `environ` has it.  Raises SettingsError then.
+
+    `warn(text)` is called with what an operator has to know, and `moved(api)` when a context is no longer what it was:
+    what the API server has said may be that of another cluster.
     """
 
     def __init__(self, loop: Loop, paths: Iterable[str], environ: Mapping[str, str], exec_path: Iterable[str] = (),
@@ -724,6 +733,10 @@ class Apis:
         self.soon = loop.queue(0.0, Job.begin)
         self.idling = loop.queue(IDLE_FOR, lambda line: line.api.drop(line))
         self.known: collections.OrderedDict[str, Api] = collections.OrderedDict()  # the one that was used last is last
+        self.moved: Callable[[Api], None] = lambda api: None
+        self.moving = loop.queue(0.0, lambda api: self.moved(api))
+        self.warn: Callable[[str], None] = lambda text: None
+        self.warned: set[str] = set()  # names of clusters; a kubeconfig has so many
 
     def of(self, context: str) -> Api:
         """The Api of a context; "" for the current one.  The same one for a name, as a rule; nothing is read here."""
@@ -739,6 +752,13 @@ class Apis:
     def is_changing(self) -> bool:
         """Whether an object is being made or removed: that should not be broken off."""
         return any(isinstance(job, Change) for api in self.known.values() for job in api.jobs)
+
+    def look_at(self, cluster: Cluster) -> None:
+        """Warn of a cluster that may be anybody, once."""
+        if cluster.is_tls and not cluster.verifies and cluster.name not in self.warned:
+            self.warned.add(cluster.name)
+            self.warn(f"insecure-skip-tls-verify: the certificate of cluster {printable(cluster.name, 60)} is not "
+                      "checked, so whoever is between reads and changes all, and has our credentials")
 
     def way_to(self, place: Place) -> WayOut:
         """How connections to a place leave this host."""

@@ -29,6 +29,7 @@ sniroute_host (`stamp`) and sniroute_names (printable).
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import ssl
@@ -140,7 +141,7 @@ def read_path(path: str) -> bytes:
     with open(path, "rb") as file:
         data = file.read(FILE_MAX + 1)
     if len(data) > FILE_MAX:
-        raise OSError(f"it has more than {FILE_MAX >> 20} MiB")
+        raise OSError(errno.EFBIG, f"it has more than {FILE_MAX >> 20} MiB")
     return data
 
 

@@ -39,7 +39,7 @@ import ssl
 import sys
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
-from sniroute_api import Apis
+from sniroute_api import Api, Apis
 from sniroute_dial import Failed
 from sniroute_forwarder import LEVELS, Control, Forwarder, Listener, Log, bridge, parse_listen
 from sniroute_host import open_standard_streams, raise_descriptor_limit
@@ -86,6 +86,8 @@ class Kubernetes(Forwarder):
         self.settings = settings
         self.apis = Apis(self.loop, kubeconfig_paths(settings.kubeconfig, environ), environ,
                          [each for each in settings.exec_path.split(":") if each])
+        self.apis.moved = self.on_moved
+        self.apis.warn = lambda text: log("warn", text, event="warning")
         self.links = Links(self.loop, settings.ping)
         self.alarms = Alarms(self.loop)
         self.pods: dict[str, Pods] = {}  # by target, as text
@@ -161,6 +163,12 @@ class Kubernetes(Forwarder):
                 link.probe()
             for pods in self.pods.values():
                 pods.doubt()
+
+    def on_moved(self, api: Api) -> None:
+        """The kubeconfig has another cluster, or user, in a context: pods, and what was made ahead, are of before."""
+        for pods in self.pods.values():
+            if pods.feed.api is api:
+                pods.forget()
 
     def stay(self, client: Client) -> None:
         """A client that has ended still gets an answer."""

@@ -58,7 +58,6 @@ ROOM = 1 << 16  # `Wire.on_room` is called when `unsent` falls to this, having b
 FLIGHT_MAX = 1 << 17  # of a handshake: a chain of certificates is a tenth of that
 WRITES = 64  # pieces in one write; the kernel takes 1,024 (IOV_MAX)
 LINGER = 10.0  # seconds for which a closed wire still sends what is unsent, and waits for the other side's end
-PROXY_WORDS = 1 << 16  # that a proxy may say before it lets us through: what HTTP's head has at most
 
 
 def unheard(*what: Any) -> None:
@@ -428,8 +427,6 @@ class Secure(Wire):
             ended = None
         except ssl.SSLWantReadError:
             pass
-        except ssl.SSLZeroReturnError:
-            ended = None
         except ssl.SSLError as error:
             ended = Failed("tls", tls_words(error))
         if self.outgoing.pending:  # a new key, RFC 8446 section 4.6.3
@@ -490,8 +487,6 @@ def connect_talk(proxy: Proxy, host: str, port: int) -> Talk:
     head = yield connect_request(host, port, login)
     try:
         while (answer := parse_answer(head)) is None:
-            if len(head) > PROXY_WORDS:
-                raise Malformed("an answer without an end")
             head += yield b""
     except Malformed as error:
         raise Failed("proxy", str(error)) from None

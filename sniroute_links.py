@@ -113,7 +113,8 @@ class Negotiation:
         path = self.pod.path(self.errand.resource, query)
         key = new_key() if transport.is_websocket else ""
         self.job = self.pod.api.upgrade(transport.method, path, headers_of(transport, key),
-                                          functools.partial(self.on_answer, transport, path, key), self.deadline)
+                                        functools.partial(self.on_answer, transport, path, key), self.deadline,
+                                        once=self.errand.once and transport.is_websocket)
 
     def cancel(self) -> None:
         """Break it off."""
@@ -352,10 +353,7 @@ class Link:
 
     def on_end(self, error: Failed | None) -> None:
         """The wire has ended."""
-        try:
-            self.lose(error or Failed("lost", "the API server has ended the connection"))
-        except Exception:
-            self._fault()
+        self.lose(error or Failed("lost", "the API server has ended the connection"))
 
     def on_room(self) -> None:
         """The wire takes more."""
@@ -404,10 +402,13 @@ class Link:
         if owner is None or call is None:
             return
         told = [event.text for event in events if isinstance(event, Told) and event.call is call]
-        if told:
-            owner.on_told(told[0])
-        else:
-            owner.on_cut(why)
+        try:
+            if told:
+                owner.on_told(told[0])
+            else:
+                owner.on_cut(why)
+        except Exception:
+            self.links.loop.fault(owner)
 
     def close(self, at_once: bool = False) -> None:
         """End the connection, once.  `at_once`: it is broken."""
@@ -471,7 +472,7 @@ def hear_closed(link: Link, event: Closed) -> None:
     """The WebSocket ends; what is not over is cut."""
     call, owner = link.call, link.owner
     if call is not None and call.is_over:
-        link.call = link.owner = None
+        link.call = None
         link.close()
         owner.on_over()
     else:

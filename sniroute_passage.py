@@ -64,7 +64,7 @@ START = 15.0  # seconds from accept until the node has taken the call, other tri
 TRIES = 4  # sessions for one client: two pods that have just gone, and two transports
 ACCEPT = 2.0  # seconds that a spare session has to take a call, before it counts as dead
 GRACE = 2.0  # seconds of silence from a far end that cannot be told of the client's end, before we close
-HALF_LAST = 3600.0  # seconds that a client which has ended waits for a far end that says nothing
+HALF_LAST = 3600.0  # seconds that a client which has ended waits for a far end that says nothing, and we for its reads
 LINGER = 5.0  # seconds that a client has to leave after the far end has ended
 SETTLE = 0.05  # seconds between two looks whether a client that is to be reset has got its last bytes
 WORDS_MAX = 400  # bytes of stderr that are kept: the last words of a command
@@ -261,8 +261,8 @@ class Client:
     """One client, and its way to a pod.  All methods run in the loop."""
 
     __slots__ = ("program", "listener", "sock", "address", "watch", "state", "way", "has_ended", "is_deaf",
-                 "is_answered", "far_has_ended", "is_broken", "awaits_node", "held", "rest", "still_unsent", "up",
-                 "down")
+                 "is_answered", "far_has_ended", "is_broken", "awaits_node", "held", "rest", "still_unsent", "slow",
+                 "up", "down")
 
     is_proven = True  # whether somebody hears what is sent: `held` may be forgotten then; a Jump may not know
 
@@ -285,6 +285,7 @@ class Client:
         self.held: bytearray | None = bytearray()  # what the client has said, until an answer comes; None: kept no more
         self.rest = b""  # bytes for the client that its kernel has not taken yet
         self.still_unsent = 1 << 62  # bytes that the kernel held for the client at the last `linger`
+        self.slow = (-1, 0.0)  # `down`, and the clock time, when it was first seen that this client is slow
         self.up = self.down = 0  # bytes that came from the client, and that went to it
 
     # -- to a pod
@@ -532,10 +533,14 @@ class Client:
     def on_grace(self, queue: Queue) -> None:
         """The client has ended, and the far end says nothing: for HALF_LAST, or for GRACE where it cannot be told.
 
-        It may have had more to say, so this is a cut.  `queue`: where the client has waited.
+        It may have had more to say, so this is a cut.  `queue`: where the client has waited.  Or the client does not
+        take what is left, although it was looked at twice.
         """
-        if self.rest:
-            queue.put(self)  # the client is slow
+        if self.rest and still_takes(self):
+            queue.put(self)
+        elif self.rest:
+            self.is_broken = True
+            self.close()
         else:
             self.cut(Failed("cut", "nothing came for a while after the client's end"))
 
@@ -548,6 +553,7 @@ class Client:
         self.state = ENDING
         self.way.end()
         if self.rest:
+            program.halved.put(self)
             self.watch.wait_for(WRITE, self.on_client)
         else:
             farewell(self)
@@ -589,9 +595,18 @@ def hurry(client: Client) -> None:
         client.fail(Failed("timeout", f"{LINGER:g} s after the client's end, {client.way.phase}"))
 
 
+def still_takes(client: Client) -> bool:
+    """Whether a client that is slow takes something from time to time."""
+    now = monotonic()
+    if client.down != client.slow[0]:
+        client.slow = client.down, now
+    return now - client.slow[1] < HALF_LAST
+
+
 def farewell(client: Client) -> None:
     """The kernel has the client's last bytes.  A reset, or a close with unread bytes, would destroy them."""
     program = client.program
+    program.halved.drop(client)
     has_left = client.is_broken and client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     # None, where the kernel does not tell: it waits for LINGER.
     if client.is_broken and not has_left and unsent(client.sock) != 0:

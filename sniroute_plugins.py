@@ -11,7 +11,7 @@ of its own, without stdin.  What it prints is a secret; a line of its stderr is 
 looks like a secret.  A plugin that another user may change is not run, nor one of a kubeconfig that another user may
 change.
 
-    Plugins      the runs of one loop: PLUGINS at a time, the others wait
+    Plugins      the runs of one loop: PLUGINS at a time beside those that are SLOW; the others wait
     PluginRun    one run, which any thread may kill
 
 Threads: `Plugins` is the loop's.  `run_plugin` has a thread `plugin-<n>`: it gets values and returns values; the result
@@ -53,6 +53,8 @@ __version__ = "0.1.0"
 # Limits, each with its reason.  Times in seconds.
 PLUGIN_TIME = 60.0  # of one run: some open a browser, and somebody logs in there
 PLUGINS = 2  # runs at a time: each may be a Python or a JVM
+SLOW = 3.0  # a run that has taken longer does not count: one that hangs, or waits for a login, stops no other cluster
+RUNS_MAX = 16  # with those: a thread and a process each
 TICK = 0.1  # a plugin has ended, and a child of it holds its pipes: noticed so late
 SOON = 0.002  # a plugin has closed its pipes: it ends next
 LEFT = 1.0  # for what a plugin that has ended has left in its pipes: a child of it may fill them for ever
@@ -340,11 +342,12 @@ def without_secrets(line: str, plugin: Plugin) -> str:
 
 
 class Plugins:
-    """The runs of plugins of one loop: PLUGINS at a time, the others wait.  Loop only."""
+    """The runs of plugins of one loop: PLUGINS at a time beside those that are SLOW; the others wait.  Loop only."""
 
     def __init__(self, loop: Loop):
         self.loop = loop
-        self.free = set(range(1, PLUGINS + 1))  # numbers of threads
+        self.free = set(range(1, RUNS_MAX + 1))  # numbers of threads
+        self.fast = loop.queue(SLOW, lambda running: self._next())  # those that count
         self.waiting: collections.deque[tuple[Callable[[PluginRun], Any], Callable[[Any], None]]] = collections.deque()
         self.running: set[PluginRun] = set()
 
@@ -360,7 +363,7 @@ class Plugins:
             running.kill()
 
     def _next(self) -> None:
-        while self.free and self.waiting:
+        while self.free and self.waiting and len(self.fast.due) < PLUGINS:
             number = min(self.free)
             work, done = self.waiting.popleft()
             running = PluginRun()
@@ -369,11 +372,13 @@ class Plugins:
                       done: Callable[[Any], None] = done) -> None:
                 self.free.add(number)
                 self.running.discard(running)
+                self.fast.drop(running)
                 self._next()
                 done(result)
 
             self.free.discard(number)
             self.running.add(running)
+            self.fast.put(running)
             in_thread(self.loop, f"plugin-{number}", functools.partial(work, running), ended)
 
 

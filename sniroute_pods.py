@@ -575,6 +575,16 @@ class Pods:
         """What is known may be long untrue, as after this host has slept: the next client gets what a new list has."""
         self.feed.doubt()
 
+    def forget(self) -> None:
+        """What is known is of another cluster, or another user's: ask anew."""
+        if self.feed.state == CLOSED:
+            return
+        self.feed.forget()
+        self._find()
+        if self.waiting:
+            self.feed.begin()
+            self._arm()
+
     def close(self) -> None:
         """Nobody wants to know any more.  Those who wait are not told."""
         for asked in self.waiting:

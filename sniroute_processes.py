@@ -35,6 +35,7 @@ It answers on its output in JSON lines.  Their "listener" is that address, their
     closed      the listener and its connections are gone; with an "error": it never listened
     failed      a client was not served: "client" is its address, "reason" one word, "error" the rest
     paused      (without "listener") it accepts nobody for now, since it has no descriptors left: full, not hung
+    warning     (without "listener") its "message" is for the operator
 
 Other events are ignored.  A line without "listener" is kept as part of its last words.  A process that
 takes no line, or does not answer one in time, hangs: it is killed.  All that it carried ends with it.
@@ -591,6 +592,9 @@ class Processes:
         fields = last_line(line)[1] if b'"event"' in line else {}
         if fields.get("event") == "paused":
             process.paused = self.clock()
+        elif fields.get("event") == "warning":
+            log_event(logging.WARNING, "tunnel program warns", pid=process.pid, text=last_words(line))
+            return  # these are not its last words
         if "listener" not in fields:
             process.tail = (process.tail + line + b"\n")[-TAIL:]
             return

@@ -9,6 +9,7 @@ import time
 import pytest
 
 import sniroute_api
+import sniroute_credentials
 from conftest import HOST, wait_until
 from sniroute_api import REASONS, Reply, Upgraded, failure
 from sniroute_dial import Failed
@@ -581,7 +582,39 @@ def test_an_upgrade_that_is_answered_with_a_page_without_end(plain, monkeypatch)
     told(plain(says(b"HTTP/1.1 502 no\r\n\r\n" + b"x" * 2000)).upgrade("POST", "/x"), "answer")
 
 
+@pytest.mark.parametrize("once, asked", [(False, 2), (True, 1)])
+@pytest.mark.parametrize("fault", ["hang", "rst"])
+def test_what_may_do_something_is_asked_for_once(web, caller, monkeypatch, fault, once, asked):
+    """A kept connection is dead at times, and a request on it is sent again; but it may have arrived."""
+    monkeypatch.setattr(sniroute_api, "SILENT", 0.1)
+    caller.get(PODS)
+    web.fault(fault, resource="pods/portforward", times=1)
+    got = []
+    caller.apis.of("").upgrade("GET", FORWARD, WEBSOCKET, got.append, monotonic() + 0.3, once=once)
+    result, = caller.until(lambda: got)
+    assert len(web.requests(resource="pods/portforward")) == asked
+    if once:
+        told(result, "timeout" if fault == "hang" else "reset")
+    else:
+        result.wire.close()
+
+
 # -- all of them -------------------------------------------------------------------------------
+
+
+def test_a_cluster_whose_certificate_is_not_checked_is_warned_of_once(web, call, monkeypatch):
+    monkeypatch.setattr(sniroute_credentials, "LOOK_EVERY", 0)
+    warnings = []
+    unchecked = {"insecure-skip-tls-verify": True, "certificate-authority-data": None}
+    caller = call(web.kubeconfig())
+    caller.apis.warn = warnings.append
+    assert caller.get(SERVICE).status == 200 and warnings == []
+    for more in ({}, {"tls-server-name": "other.example.test"}):
+        web.kubeconfig(cluster={**unchecked, **more})
+        assert caller.get(SERVICE).status == 200
+    assert caller.get(SERVICE, "test").status == 200
+    assert warnings == ["insecure-skip-tls-verify: the certificate of cluster cluster is not checked, so whoever is "
+                        "between reads and changes all, and has our credentials"]
 
 
 def test_the_same_name_is_the_same_api(caller, monkeypatch):

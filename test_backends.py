@@ -626,7 +626,7 @@ def test_while_one_of_many_works_all_clients_are_served(several_of, serve, deaf,
     closes = serve(lambda sock: read_exactly(sock, len(HELLO)))
     place = refusing()
     running = several_of([deaf, place, refusing(), resets.address, closes.address, good.address], balance=balance,
-                         connect_timeout="100ms", fallback_interval="5s")
+                         connect_timeout="50ms", fallback_interval="5s")
     heads, count = b"", 90
     with contextlib.ExitStack() as there:
         there.enter_context(Server(named(b"c"), place))

@@ -6,9 +6,9 @@ hands in earnest.  Chromium is the real one.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
-import pathlib
 import re
 import shutil
 import socket
@@ -163,9 +163,9 @@ def said_by(sock: socket.socket) -> bytes:
     return data
 
 
-def test_chromium_is_a_browser(serve, chromium):
+def test_chromium_is_a_browser(serve, browser):
     far = serve(said_by)
-    chromium(f"https://{OTHER}:{far.address[1]}/", "--dump-dom")
+    browser.visit(f"https://{OTHER}:{far.address[1]}/")
     said = far.result()
     assert HelloReader().read(said).name == OTHER and is_browser(body_of(said))
 
@@ -714,33 +714,18 @@ def test_each_refusal_with_a_page_has_an_alert_for_the_others():
 # -- the real one ------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def chromium(tmp_path) -> Callable[..., bytes]:
-    """chromium(url, *options) -> its output; it takes any certificate, and each name leads to this host."""
-    program = program_path("chromium", "chromium")
-
-    def visit(url: str, *options: str) -> bytes:
-        return execute(program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                       "--no-first-run", "--disable-background-networking", "--ignore-certificate-errors",
-                       "--hide-scrollbars", "--window-size=800,600", f"--user-data-dir={tmp_path / 'chromium'}",
-                       f"--host-resolver-rules=MAP * {HOST}", *options, url,
-                       env={**os.environ, "HOME": str(tmp_path)}).stdout
-
-    return visit
-
-
-def test_chromium_shows_the_page(courteous, chromium):
+def test_chromium_shows_the_page(courteous, browser):
     running = courteous()
-    shown = chromium(f"https://{OTHER}:{running.address[1]}/", "--dump-dom")
-    assert b"<title>404 Not Found</title>" in shown and b"No route fits the name" in shown
-    assert b"Check the address for a typing error." in shown and OTHER.encode() in shown
+    shown = browser.visit(f"https://{OTHER}:{running.address[1]}/")
+    assert "<title>404 Not Found</title>" in shown and "No route fits the name" in shown
+    assert "Check the address for a typing error." in shown and OTHER in shown
     assert running.counter("error_pages") >= 1
     assert {end.reason for end in running.endings} == {"no_route"}
 
 
-def colours(path: pathlib.Path) -> set[bytes]:
+def colours(data: bytes) -> set[bytes]:
     """The colours of an 8-bit PNG without interlace, three bytes each.  Source: PNG, section 9."""
-    data, at, packed = path.read_bytes(), 8, b""
+    at, packed = 8, b""
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     while at < len(data):
         size, kind = struct.unpack_from(">I4s", data, at)
@@ -757,19 +742,21 @@ def colours(path: pathlib.Path) -> set[bytes]:
         how, row = rows[top], bytearray(rows[top + 1:top + stride])
         for x in range(len(row) if how else 0):
             left, above = row[x - step] if x >= step else 0, before[x]
-            corner = before[x - step] if x >= step else 0
-            guess = left + above - corner
-            nearest = min((left, above, corner), key=lambda value: abs(guess - value))
-            row[x] = row[x] + (0, left, above, (left + above) // 2, nearest)[how] & 0xFF
-        found |= {bytes(row[x:x + 3]) for x in range(0, len(row), step)}
+            if how == 4:
+                corner = before[x - step] if x >= step else 0
+                guess = left + above - corner
+                row[x] = row[x] + min((left, above, corner), key=lambda value: abs(guess - value)) & 0xFF
+            else:
+                row[x] = row[x] + (0, left, above, (left + above) // 2)[how] & 0xFF
+        found.update(zip(row[::step], row[1::step], row[2::step]))
         before = row
-    return found
+    return {bytes(colour) for colour in found}
 
 
-def test_chromium_paints_the_page(courteous, chromium, tmp_path):
+def test_chromium_paints_the_page(courteous, browser):
     """As the style says: a light ground, a white card, and the colour of the line above it."""
     running = courteous()
-    picture = tmp_path / "page.png"
-    chromium(f"https://{OTHER}:{running.address[1]}/", f"--screenshot={picture}")
-    wait_until(picture.exists, what="a picture")
+    browser.call("Emulation.setDeviceMetricsOverride", width=600, height=400, deviceScaleFactor=1, mobile=False)
+    browser.visit(f"https://{OTHER}:{running.address[1]}/")
+    picture = base64.b64decode(browser.call("Page.captureScreenshot")["data"])
     assert {bytes.fromhex(colour) for colour in ("f4f5f7", "ffffff", "2459c4")} <= colours(picture)

@@ -36,7 +36,7 @@ from sniroute_probes import (COM_QUIT, HEAD_MAX, HEARD_MAX, KINDS, LINE_MAX, PAC
 from sniroute_refusals import Refused
 from sniroute_targets import Backend, UnixBackend, Unreachable
 from sniroute_wire import SSL_REQUEST_BYTES
-from testbed.clients import program_path
+from testbed.clients import Database, program_path
 from testbed.program import execute, namespace
 from testbed.running import read_all, read_exactly
 
@@ -753,7 +753,15 @@ def test_another_protocol_than_the_check(asker, web, https):
 # -- databases ---------------------------------------------------------------------------------
 
 
-def test_postgres_is_good_and_its_log_stays_empty(asker, postgres):
+@pytest.fixture
+def own_postgres(certificate, initdb) -> Iterator[Address]:
+    """The address of a PostgreSQL that nobody has used."""
+    with contextlib.closing(Database(certificate, initdb)) as database:
+        yield database.address
+
+
+def test_postgres_is_good_and_its_log_stays_empty(asker, own_postgres):
+    postgres = own_postgres
     log = next(pathlib.Path(place.split(" ")[0]) for place in logs_of(postgres))
     before = log.read_text()
     for health in ("postgres", "connect"):

@@ -30,6 +30,7 @@ from testbed.clients import program_path, psql
 from testbed.hellos import genuine
 from testbed.program import execute
 from testbed.running import alert, read_all, read_exactly
+from testbed.tunnels import events
 
 NAME = "db.prod.example.com"
 HELLO = genuine(name=NAME)
@@ -630,6 +631,14 @@ def test_what_the_cluster_does_not_have_or_not_allow_is_the_reason(ways, cluster
     assert "services" in access.detail and "get" in access.detail
 
 
+def test_the_log_has_one_warning_of_a_cluster_whose_certificate_is_not_checked(ways, cluster, caplog):
+    cluster.kubeconfig(cluster={"insecure-skip-tls-verify": True, "certificate-authority-data": None})
+    for name in ("80.my-web.k8s.localhost", "my-web-80.dash.k8s.localhost"):
+        assert curl(ways, name) == (200, name)
+    warning, = [fields for what, fields in events(caplog) if what == "tunnel program warns"]
+    assert warning["text"].startswith("insecure-skip-tls-verify: the certificate of cluster cluster is not checked")
+
+
 @pytest.mark.parametrize("name, code, words", [
     ("80.my-web.k8s.localhost", 0, ["pod default/web-1 port 8080", "web-1 ready"]),
     ("80.gone.k8s.localhost", 1, ["tunnel_absent", "gone"]),
@@ -643,14 +652,11 @@ def test_explain_says_which_pod_would_be_taken(cluster, capsys, name, code, word
     assert [word for word in words if word not in out] == []
 
 
-def test_a_browser_finds_a_service_by_its_name(ways, tmp_path):
+def test_a_browser_finds_a_service_by_its_name(ways, browser):
     """`*.localhost` needs no DNS there."""
     name = "80.my-web.k8s.localhost"
-    shown = execute(program_path("chromium", "chromium"), "--headless=new", "--no-sandbox", "--disable-gpu",
-                    "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
-                    f"--user-data-dir={tmp_path / 'chromium'}", "--dump-dom", f"http://{name}:{ways.address[1]}/",
-                    env={**os.environ, "HOME": str(tmp_path)}).stdout
-    assert name.encode() in shown
+    shown = browser.visit(f"http://{name}:{ways.address[1]}/")
+    assert name in shown.partition("<body>")[2]
 
 
 def test_a_pod_that_is_replaced_is_not_noticed(ways, cluster):
@@ -676,12 +682,12 @@ def test_clients_wait_for_a_pod_that_becomes_ready(ways, cluster):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """The program gives up after a second."""
+    """The program gives up soon."""
     real = sniroute_clusters.cluster_launcher
 
     def launcher(*given: Any) -> Launcher:
         row = real(*given)
-        hurry = "import sniroute_passage as p; p.START = sniroute_kubernetes.START = 1.0; sys.exit("
+        hurry = "import sniroute_passage as p; p.START = sniroute_kubernetes.START = 0.6; sys.exit("
         return row._replace(shared=tuple(word.replace("sys.exit(", hurry) for word in row.shared))
 
     monkeypatch.setattr(sniroute_clusters, "cluster_launcher", launcher)

@@ -77,6 +77,13 @@ def test_a_kubeconfig_that_is_replaced_is_used_by_the_next_request(cluster, call
     assert len(cluster.connections()) == 2
 
 
+def test_a_kubeconfig_without_an_end_is_not_read(cluster, call, monkeypatch):
+    monkeypatch.setattr(sniroute_credentials, "FILE_MAX", 1 << 20)
+    path = cluster.kubeconfig()
+    path.write_bytes(b"#" * ((1 << 20) + 1))
+    assert "it has more than 1 MiB" in told(call(path).get(PODS), "config")
+
+
 def test_files_are_looked_at_now_and_then_only(cluster, call, monkeypatch):
     caller = call(cluster.kubeconfig())
     caller.get(PODS)

@@ -30,8 +30,8 @@ from sniroute_refusals import SettingsError
 from conftest import HERE, HOST, linux, exit_code, wait_until
 from testbed.admin import TOKEN, Reply, tell
 from testbed.hellos import HELLO, genuine
-from testbed.program import (BARE, BARE_PYTHON, STOP_GRACE, Program, activated, command, counter, environment, execute,
-                             is_pending)
+from testbed.program import (BARE, BARE_PYTHON, STOP_GRACE, Program, activated, changed, command, counter, environment,
+                             execute, is_pending)
 from testbed.running import TUNNEL, alert, answer, read_all, read_exactly, route
 
 
@@ -442,6 +442,10 @@ def config(port: int, *lines: str) -> str:
     return "\n".join(("watch = true", *lines, "[routes]", f'"db.example.com" = "tcp:{HOST}:{port}"', ""))
 
 
+# A file is looked at more often, and need not rest so long.
+QUICK = changed("sniroute_daemon.WATCH_EVERY, sniroute_daemon.WATCH_RESTS = 0.05, 0.1")
+
+
 def written_in_place(path: pathlib.Path, text: str) -> None:
     path.write_text(text)
 
@@ -468,7 +472,7 @@ def with_the_times_and_size_of_the_old(path: pathlib.Path, text: str) -> None:
 def test_a_file_that_is_watched_is_read_when_it_changes(launch, tmp_path, echo_server, serve, change):
     path = tmp_path / "sniroute.toml"
     path.write_text(config(echo_server.address[1], "#" * 20))
-    program = launch("-c", str(path))
+    program = launch("-c", str(path), python=QUICK)
     with program.connect(HELLO) as client:
         assert read_exactly(client, len(HELLO)) == HELLO
         change(path, config(serve(answer(b"new", len(HELLO))).address[1]))
@@ -489,7 +493,7 @@ def test_a_config_map_that_is_watched_is_read_when_its_links_are_swapped(launch,
 
     version("..1", config(echo_server.address[1]))
     os.symlink("..data/sniroute.toml", tmp_path / "sniroute.toml")
-    program = launch("-c", str(tmp_path / "sniroute.toml"))
+    program = launch("-c", str(tmp_path / "sniroute.toml"), python=QUICK)
     assert served(program)
     version("..2", config(serve(answer(b"new", len(HELLO))).address[1]))
     shutil.rmtree(tmp_path / "..1")
@@ -502,7 +506,7 @@ def test_a_watched_file_that_is_gone_empty_or_faulty_changes_nothing_and_says_so
     path = tmp_path / "sniroute.toml"
     good = config(echo_server.address[1])
     path.write_text(good)
-    program = launch("-c", str(path))
+    program = launch("-c", str(path), python=QUICK)
     for number, (text, complaint) in enumerate((
             (None, f"{path}: No such file or directory"), ("", "there are no routes any more: every name would be served"),
             (config(1, "idle = 1"), f"{path}: idle: '1' is not a duration such as 300s, 5m, 1h30m or 500ms"),
@@ -551,14 +555,14 @@ def test_watch_begins_and_ends_with_a_reload(launch, tmp_path, echo_server):
     path = tmp_path / "sniroute.toml"
     plain = config(echo_server.address[1]).replace("watch = true", "watch = false")
     path.write_text(plain)
-    program = launch("-c", str(path))
+    program = launch("-c", str(path), python=QUICK)
     renamed(path, config(echo_server.address[1]))
     program.signal(signal.SIGHUP)
     program.wait_for(" info reload: done, ")
     renamed(path, plain)
     program.wait_for(" info reload: done, ", 2)
     renamed(path, "idle = 1")
-    time.sleep(1.0)  # nothing tells that nothing is done
+    time.sleep(0.4)  # twice as long as a watch would take: nothing tells that nothing is done
     assert " error " not in program.log() and served(program)
 
 
@@ -604,7 +608,7 @@ def test_log_that_cannot_be_written_stops_nothing_and_reaches_no_client(launch, 
 
 def test_log_that_nobody_reads_holds_up_neither_clients_nor_the_end(launch, single_loop_echo):
     """14,000 lines, more than wait, into a pipe that is full after 500."""
-    program = launch(route(single_loop_echo), "--log-level=debug")
+    program = launch(route(single_loop_echo), "--log-level=debug", python=changed("sniroute_log.LAST_WRITE = 0.2"))
     program.log_is_read.clear()
     with contextlib.ExitStack() as stack:
         for _ in range(200):  # each is a line in every dump

@@ -54,6 +54,7 @@ class Talk:
     def accept(self, expected: bytes = HELLO) -> None:
         """The far end takes the connection, and reads what it is told first."""
         self.backend, _ = self.far.accept()
+        self.backend.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a second write does not wait for an ACK
         self.backend.settimeout(20)
         assert read_exactly(self.backend, len(expected)) == expected
 
@@ -450,7 +451,7 @@ ENDS = [
 
 
 @pytest.fixture
-def talk(request: pytest.FixtureRequest, run, ports, settings_file) -> Iterator[Callable[..., Talk]]:
+def talk(request: pytest.FixtureRequest, run, ports, settings_file, nursery) -> Iterator[Callable[..., Talk]]:
     """talk(via, *options) -> Talk."""
     with contextlib.ExitStack() as stack:
         def make(via: str, *options: str, lifetime: str = "1h") -> Talk:

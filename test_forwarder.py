@@ -553,7 +553,7 @@ def test_closed_standard_streams_do_not_become_sockets(edge, hostname, program, 
 
 def test_one_connection_between_stdin_and_stdout(edge, hostname, program, echo_server):
     edge.far(hostname, echo_server.address)
-    run = program("access", "tcp", "--hostname", hostname, stdin=subprocess.PIPE, prepare="carrier.GRACE = 0.5")
+    run = program("access", "tcp", "--hostname", hostname, stdin=subprocess.PIPE, prepare="carrier.GRACE = 0.2")
     with beside(lambda: (run.process.stdin.write(NOISE), run.process.stdin.close())):
         assert run.process.stdout.read() == NOISE
     assert run.end(None) == 0 and run.errors == b""

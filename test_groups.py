@@ -186,24 +186,24 @@ def test_latency_prefers_the_fast_and_leaves_nobody_out():
 
 
 def test_hash_moves_only_the_clients_of_a_backend_that_is_gone():
-    addresses = [f"198.51.{at // 250}.{at % 250}" for at in range(10_000)]
+    addresses = [f"198.51.{at // 250}.{at % 250}" for at in range(5_000)]
     group = a_group(5, balance="hash")
     def led() -> list[str]:
         return picks(group, len(addresses), addresses.__getitem__)
     before = led()
-    assert max(collections.Counter(before).values()) < 2200
+    assert max(collections.Counter(before).values()) < 1100
     for gone in list(group.members.values()):
         go_down(group, gone)
         now = led()
         moved = [old for old, new in zip(before, now) if old != new]
-        assert len(moved) <= 2200 and set(moved) == {gone.target}, "nobody else moves"
+        assert len(moved) <= 1100 and set(moved) == {gone.target}, "nobody else moves"
         gone.until = 0.0
         for _ in range(2):
             group.good_news(gone)
         assert led() == before, "and all are back with it"
     have(group, [*group.members, "tcp:192.0.2.99:1"], balance="hash")
     moved = [new for old, new in zip(before, led()) if old != new]
-    assert len(moved) <= 2200 and set(moved) == {"tcp:192.0.2.99:1"}, "a new one takes only its share"
+    assert len(moved) <= 1100 and set(moved) == {"tcp:192.0.2.99:1"}, "a new one takes only its share"
 
 
 def test_hash_counts_the_64_of_an_ipv6_address():

@@ -612,7 +612,7 @@ def test_a_fault_is_refused_or_makes_no_difference_to_any_reader():
     """What passes on has one framing, however it is read; and nothing but Malformed is raised."""
     chance = random.Random(18)
     taken = 0
-    for _ in range(30000):
+    for _ in range(15000):
         data = mutated(chance)
         wire = Wire()
         error = forwarded(wire, [data])
@@ -627,7 +627,7 @@ def test_a_fault_is_refused_or_makes_no_difference_to_any_reader():
         assert lax_readings(passed) == {tuple(framing)}, data
         assert passed.count(b"\n") == passed.count(b"\r\n") == passed.count(b"\r") and b"\0" not in passed
         assert len(re.findall(rb"(?mi)^host[^a-z:]*:", passed)) == 1, data
-    assert taken > 2000
+    assert taken > 1000
 
 
 def test_pieces_make_no_difference():

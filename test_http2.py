@@ -52,7 +52,7 @@ def split(block: bytes, *sizes: int) -> bytes:
 def cuts(data: bytes) -> Iterator[tuple[bytes, ...]]:
     """The bytes whole, cut in two at every place, and one by one; what is long only at some places."""
     yield (data,)
-    step = 1 + len(data) // 400
+    step = 1 if len(data) < 400 else 1 + len(data) // 150
     for at in range(0, len(data), step):
         yield data[:at], data[at:]
     yield tuple(data[at:at + step] for at in range(0, len(data), step))

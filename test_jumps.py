@@ -5,7 +5,8 @@ The program runs in a thread of the test, before a stand-in for a cluster.  `exe
 
 from __future__ import annotations
 
-import shutil
+import os
+import signal
 import socket
 import threading
 
@@ -13,6 +14,7 @@ import pytest
 
 from conftest import HOST, wait_until
 from testbed.carrier import beside, echoed, receive, receive_all, refused
+from testbed.clients import program_path
 
 NOISE = bytes(range(256)) * 4096  # 1 MiB
 
@@ -20,10 +22,7 @@ NOISE = bytes(range(256)) * 4096  # 1 MiB
 def tools(tmp_path, *names: str) -> str:
     """A folder with these programs, as a container's PATH."""
     for name in names:
-        path = shutil.which(name)
-        if path is None:
-            pytest.skip(f"{name} is not here")
-        (tmp_path / name).symlink_to(path)
+        (tmp_path / name).symlink_to(program_path(name, {"cat": "coreutils", "sleep": "coreutils"}.get(name, name)))
     return str(tmp_path)
 
 
@@ -56,6 +55,17 @@ def test_a_jump_ends_as_its_far_end_does(kube, app, forward, serve):
 def test_a_jump_to_a_port_where_nobody_listens(app, forward):
     row = refused(forward(jump(app((HOST, 1)), (HOST, 1))))
     assert row["reason"] == "command" and "refused" in row["error"]
+
+
+def test_a_jump_whose_command_is_killed_looks_cut(kube, app, forward, echo_server):
+    run = forward(jump(app((HOST, 1)), echo_server.address), TOOLS_MAX=0)
+    for _ in range(2):
+        with run.connect() as client:
+            client.sendall(b"hello")
+            assert receive(client, 5) == b"hello"
+            os.kill(kube.executions()[-1]["pid"], signal.SIGKILL)
+            assert receive_all(client) == (b"", "RST")
+    assert not run.program.tools and {row["reason"] for row in run.rows("reset")} == {"cut"}
 
 
 def test_a_container_without_a_tool(app, forward, tmp_path):

@@ -86,9 +86,11 @@ def test_there_are_not_too_many():
 
 
 def test_the_first_file_that_has_a_name_wins_with_all_of_its_entry():
-    first = "current-context: ''\nusers:\n- name: u\n  user: {token: first}\ncontexts:\n- name: a\n  context: {cluster: c}\n"
+    first = ("current-context: ''\nusers:\n- name: u\n  user: {token: first}\n"
+             "contexts:\n- name: a\n  context: {cluster: c}\n")
     second = ("current-context: b\nusers:\n- name: u\n  user: {token: second, as: x}\n- name: v\n  user: {token: v}\n"
-              "contexts:\n- {name: a, context: {cluster: d, user: u, namespace: z}}\n- {name: b, context: {cluster: c, user: u}}\n"
+              "contexts:\n- {name: a, context: {cluster: d, user: u, namespace: z}}\n"
+              "- {name: b, context: {cluster: c, user: u}}\n"
               "clusters:\n- {name: c, cluster: {server: 'https://c'}}\n")
     third = "current-context: a\nclusters:\n- {name: c, cluster: {server: 'https://third'}}\n"
     read = reader({"/1": first, "/2": second, "/3": third})
@@ -105,7 +107,8 @@ def test_the_first_file_that_has_a_name_wins_with_all_of_its_entry():
 
 def test_paths_are_relative_to_the_file_that_has_them():
     first = one("server: https://c\ncertificate-authority: ca/ca.pem",
-                f"client-certificate: ./c.pem\nclient-key: /abs/key.pem\ntokenFile: ../token\n{EXEC.replace('aws', 'bin/aws')}}}")
+                "client-certificate: ./c.pem\nclient-key: /abs/key.pem\ntokenFile: ../token\n"
+                f"{EXEC.replace('aws', 'bin/aws')}}}")
     second = "users:\n- {name: v, user: {tokenFile: t}}\ncontexts:\n- {name: y, context: {cluster: c, user: v}}\n"
     read = reader({"/1/config": first, "2/config": second, "/1/ca/ca.pem": CERTIFICATE, "/1/./c.pem": CERTIFICATE,
                    "/abs/key.pem": KEY})
@@ -145,7 +148,8 @@ def test_a_context_is_found_by_its_whole_name(name):
 def test_no_such_context():
     both = one() + "- name: arn:aws:eks:eu-west-1:123:cluster/main\n  context: {}\n"
     assert str(fault(both, "arn:aws:eks:eu-west-1:123:cluster/mian")) == (
-        f"no context 'arn:aws:eks:eu-west-1:123:cluster/mian' in {HOME}; did you mean 'arn:aws:eks:eu-west-1:123:cluster/main'?")
+        f"no context 'arn:aws:eks:eu-west-1:123:cluster/mian' in {HOME}; "
+        "did you mean 'arn:aws:eks:eu-west-1:123:cluster/main'?")
     assert str(fault(both,
                      "zzz")) == f"no context 'zzz' in {HOME}; there are 'arn:aws:eks:eu-west-1:123:cluster/main', 'x'"
     many = one() + "".join(f"- name: c{number:02}\n" for number in range(20))
@@ -167,7 +171,8 @@ def test_a_name_from_a_stranger_stays_one_line_of_ascii():
 def test_a_context_that_names_what_is_not_there():
     assert str(fault(one(context="cluster: d, user: u"))) == (
         f"{HOME}, line 14: context 'x': cluster is 'd', and no file has a cluster of that name")
-    assert "context 'x': user is 'v', and no file has a user of that name" in str(fault(one(context="cluster: c, user: v")))
+    said = str(fault(one(context="cluster: c, user: v")))
+    assert "context 'x': user is 'v', and no file has a user of that name" in said
     assert "context 'x' names no cluster" in str(fault(one(context="user: u")))
     assert resolve(one(context="cluster: c")).user == sniroute_kubeconfig.User("")
 
@@ -180,7 +185,8 @@ def test_without_a_file():
     with pytest.raises(KubeconfigError) as caught:
         choose_context("x", [], {"KUBERNETES_SERVICE_HOST": "192.0.2.1", "KUBERNETES_SERVICE_PORT": "443"}, read)
     assert caught.value.kind == "file"
-    assert str(caught.value) == "no kubeconfig is there (--kubeconfig, KUBECONFIG and HOME are empty), so no context 'x'"
+    said = str(caught.value)
+    assert said == "no kubeconfig is there (--kubeconfig, KUBECONFIG and HOME are empty), so no context 'x'"
 
 
 def test_secrets_and_entries_are_never_shown():
@@ -207,15 +213,18 @@ def test_secrets_and_entries_are_never_shown():
 def test_servers(server, host, port, authority, prefix):
     cluster = resolve(one(f"server: {server}")).cluster
     assert (cluster.host, cluster.port, cluster.authority, cluster.prefix) == (host, port, authority, prefix)
-    assert cluster.is_tls == server.lower().lstrip("'").startswith("https") and cluster.tls_name == host and cluster.verifies
+    assert cluster.is_tls == server.lower().lstrip("'").startswith("https")
+    assert cluster.tls_name == host and cluster.verifies
 
 
 def test_what_a_cluster_may_say_of_its_tls():
-    cluster = resolve(one(f"server: https://c\ntls-server-name: k.example.com\ncertificate-authority-data: {b64(CERTIFICATE)}\n"
+    cluster = resolve(one("server: https://c\ntls-server-name: k.example.com\n"
+                          f"certificate-authority-data: {b64(CERTIFICATE)}\n"
                           "certificate-authority: nowhere\ndisable-compression: true")).cluster
     assert (cluster.tls_name, cluster.authorities, cluster.compresses) == ("k.example.com", CERTIFICATE, False)
     folded = b64(CERTIFICATE)[:20] + "\n      " + b64(CERTIFICATE)[20:]
-    assert resolve(one(f"server: https://c\ncertificate-authority-data: |\n      {folded}")).cluster.authorities == CERTIFICATE
+    cluster = resolve(one(f"server: https://c\ncertificate-authority-data: |\n      {folded}")).cluster
+    assert cluster.authorities == CERTIFICATE
     assert not resolve(one("server: https://c\ninsecure-skip-tls-verify: true")).cluster.verifies
     assert resolve(one("server: https://c\ninsecure-skip-tls-verify: false\ncertificate-authority: ca.pem"),
                    ca__pem=CERTIFICATE).cluster.verifies
@@ -272,7 +281,8 @@ def test_a_cluster_that_cannot_be(cluster, says):
 def test_what_the_header_says(user, value):
     context = resolve(one(user=user))
     assert context.user.authorization == Secret(value.encode())
-    assert SECRET not in repr(context) + str(context) + f"{context.user}" and b64(SECRET.encode())[2:10] not in repr(context)
+    shown = repr(context) + str(context) + f"{context.user}"
+    assert SECRET not in shown and b64(SECRET.encode())[2:10] not in shown
 
 
 def test_a_client_certificate():
@@ -388,9 +398,11 @@ def test_a_file_that_cannot_be(text, says):
 
 
 def test_mistakes_end_in_a_sentence_without_a_secret():
-    user = (f"token: {SECRET}\ntokenFile: t\nclient-certificate: cert\nclient-key: key\nas: jane\n{EXEC}, args: [a, '{SECRET}'],\n"
+    user = (f"token: {SECRET}\ntokenFile: t\nclient-certificate: cert\nclient-key: key\nas: jane\n"
+            f"{EXEC}, args: [a, '{SECRET}'],\n"
             f"  env: [{{name: A, value: \"{SECRET}\"}}], provideClusterInfo: true}}")
-    cluster = f"server: https://c:6443/k8s\nproxy-url: http://u:{SECRET}@p\ncertificate-authority-data: {b64(CERTIFICATE)}"
+    cluster = (f"server: https://c:6443/k8s\nproxy-url: http://u:{SECRET}@p\n"
+               f"certificate-authority-data: {b64(CERTIFICATE)}")
     whole = one(cluster, user)
     assert resolve(whole, cert=CERTIFICATE, key=KEY)
     read = {"/home/u/.kube/cert": CERTIFICATE, "/home/u/.kube/key": KEY}
@@ -398,7 +410,7 @@ def test_mistakes_end_in_a_sentence_without_a_secret():
     bits = ("\n", " ", "  ", ":", ": ", "- ", " #", "'", '"', "\\", "{", "}", "[", "]", ",", "|", ">", "\t", "&", "*",
             "!", "~", "@", "é")
     taken = 0
-    for _ in range(3000):
+    for _ in range(1500):
         text = whole
         for _ in range(dice.choice((1, 1, 2, 3))):
             at = dice.randrange(len(text))
@@ -413,7 +425,7 @@ def test_mistakes_end_in_a_sentence_without_a_secret():
             taken += 1
             shown = repr(context)
         assert not any(SECRET[at:at + 6] in shown for at in range(len(SECRET) - 5)), text
-    assert 300 < taken < 2700
+    assert 150 < taken < 1350
 
 
 # -- tokens in files, and the pod's own account ------------------------------------------------
@@ -487,14 +499,16 @@ def test_a_plugin():
     assert (found.command, found.version, found.wants_cluster, found.hint) == (
         "aws", "client.authentication.k8s.io/v1", True, "Install it")
     assert repr(found) == str(found) == "<plugin aws>"
-    bare = resolve(one(user="exec:\n  apiVersion: client.authentication.k8s.io/v1beta1\n  command: a\n  args: null\n  env: null")).user.plugin
-    assert bare == ("client.authentication.k8s.io/v1beta1", "a", (), (), False, "")
+    bare = resolve(one(user="exec:\n  apiVersion: client.authentication.k8s.io/v1beta1\n  command: a\n"
+                            "  args: null\n  env: null"))
+    assert bare.user.plugin == ("client.authentication.k8s.io/v1beta1", "a", (), (), False, "")
     assert plugin(', installHint: "a\\e[31m\\nb"').hint == "a?[31m b"
 
 
 def test_what_a_plugin_is_told():
     cluster = (f"server: https://[::1]:6443\ntls-server-name: k\ncertificate-authority-data: {b64(CERTIFICATE)}\n"
-               f"proxy-url: http://u:{SECRET}@p\ndisable-compression: true\nextensions:\n- name: other\n  extension: {{a: b}}\n"
+               f"proxy-url: http://u:{SECRET}@p\ndisable-compression: true\n"
+               "extensions:\n- name: other\n  extension: {a: b}\n"
                "- name: client.authentication.k8s.io/exec\n  extension: {audience: x, n: 7}")
     context = resolve(one(cluster, EXEC + ", provideClusterInfo: true}"))
     assert json.loads(plugin_info(context.user.plugin, context.cluster)) == {
@@ -558,7 +572,8 @@ def test_an_answer_that_is_none(printed, says):
     with pytest.raises(KubeconfigError) as caught:
         read_credential(plugin(), printed)
     said = str(caught.value)
-    assert said.startswith("the plugin aws ") and says in said and caught.value.kind == "plugin" and SECRET[:6] not in said
+    assert said.startswith("the plugin aws ") and says in said
+    assert caught.value.kind == "plugin" and SECRET[:6] not in said
 
 
 # -- kubectl -----------------------------------------------------------------------------------
@@ -581,7 +596,8 @@ def test_kubectl_merges_the_same(tmp_path):
                       .replace("users:\n", "users:\n- name: v\n  user: {username: é, password: 'a: b'}\n")
                       .replace("    server: https://second\n",
                                "    server: https://second\n    certificate-authority: ./ca.pem\n")
-                      + "- name: arn:aws:eks:eu-west-1:123:cluster/x\n  context: {cluster: d, user: v, namespace: prod}\n")
+                      + "- name: arn:aws:eks:eu-west-1:123:cluster/x\n"
+                        "  context: {cluster: d, user: v, namespace: prod}\n")
     paths = [str(first), str(second)]
 
     def read(path: str) -> bytes:

@@ -6,6 +6,7 @@ It is a child of the test, before a stand-in for a cluster.
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import subprocess
 import time
@@ -18,6 +19,7 @@ from sniroute_kubernetes import main, parse_words
 from sniroute_refusals import SettingsError
 from testbed.carrier import parallel, receive, receive_all
 from testbed.clients import psql
+from testbed.cluster import TOKEN
 
 NOISE = bytes(range(256)) * 4096  # 1 MiB
 
@@ -161,6 +163,49 @@ def test_a_failure_is_an_event_with_a_reason(kube, app, kubernetes, echo_server)
     assert "portforward" in row["error"] and "admin-token" not in run.errors.decode()
 
 
+def test_a_cluster_whose_certificate_is_not_checked_is_warned_of_once(kube, app, kubernetes, echo_server):
+    unchecked = {"insecure-skip-tls-verify": True, "certificate-authority-data": None}
+    there = [app(echo_server.address) for _ in range(2)]
+    run = kubernetes("forwarders", "--kubeconfig", str(kube.kubeconfig("unchecked", cluster=unchecked)),
+                     stdin=subprocess.PIPE)
+    run.tell(*(f"listen {HOST}:0 {each.target}" for each in there))
+    for address in run.listening(2):
+        assert ask(address) == b"hello"
+    row, = run.rows("warning")
+    assert row["level"] == "warn" and "insecure-skip-tls-verify" in row["message"]
+
+
+def test_a_cluster_that_stands_still_stops_no_client_of_another(kube, make_cluster, app, kubernetes, echo_server):
+    """One loop serves all; nothing in it waits for one of them."""
+    there, still = app(echo_server.address), make_cluster()
+    still.pod("web-1", {8080: echo_server.address})
+    config = {"current-context": "", **{f"{what}s": [
+        {"name": name, what: value(each)} for name, each in (("kube", kube), ("still", still))]
+        for what, value in (("cluster", lambda each: {"server": each.url, "certificate-authority": str(each.ca)}),
+                            ("user", lambda each: {"token": TOKEN}))}}
+    config["contexts"] = [{"name": name, "context": {"cluster": name, "user": name}} for name in ("kube", "still")]
+    path = still.directory / "both"
+    path.write_text(json.dumps(config))
+    path.chmod(0o600)
+    run = kubernetes("forwarders", "--kubeconfig", str(path), stdin=subprocess.PIPE)
+    run.tell(f"listen {HOST}:0 {there.target}@kube", f"listen {HOST}:0 default/pod/web-1:8080@still")
+    good, bad = run.listening(2)
+    assert ask(good) == b"hello"
+    still.freeze_process()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(bad)) for _ in range(60)]
+        for client in clients:
+            client.sendall(b"hello")
+        times = []
+        for _ in range(40):
+            began = time.monotonic()
+            assert ask(good) == b"hello"
+            times.append(time.monotonic() - began)
+        assert sorted(times)[20] < 0.05 and max(times) < 1, times
+        still.thaw_process()
+        assert [receive(client, 5) for client in clients] == [b"hello"] * 60
+
+
 @linux
 def test_20_targets_fit_into_one_small_process(kube, app, kubernetes, single_loop_echo):
     there = [app(single_loop_echo) for _ in range(20)]
@@ -208,11 +253,26 @@ def test_a_command_whose_session_is_lost_has_failed_and_is_not_run_again(kube, a
     assert len(kube.executions(pid=kube.executions()[-1]["pid"])) == 1
 
 
+def test_a_command_is_asked_for_once_though_nobody_answers(kube, app, kubernetes, tmp_path):
+    """By WebSocket it runs as soon as the API server has heard of it."""
+    kube.fault("refuse", transport="spdy")
+    kube.fault("delay", resource="pods/exec", seconds=0.5, transport="websocket", times=1)
+    there = app((HOST, 1))
+    runs = tmp_path / "runs"
+    run = kubernetes("exec", f"default/pod/{there.pods[0]}", "--", "sh", "-c", f"echo run >> {runs}; cat",
+                     prepare="import sniroute_api; sniroute_api.SILENT = 0.1")
+    assert run.process.stdout.read() == b""
+    run.process.wait(10)
+    wait_until(lambda: runs.exists() and kube.executions()[-1]["code"] is not None)
+    assert runs.read_text() == "run\n"
+    assert len(kube.requests(name=there.pods[0], resource="pods/exec", transport="websocket")) == 1
+
+
 def test_a_command_of_an_old_cluster_may_be_silent_though_its_input_has_ended(kube, app, kubernetes):
     kube.set(version="1.28")
     there = app((HOST, 1))
-    prepare = "carrier.GRACE = 0.2"
-    words = "exec", f"default/pod/{there.pods[0]}", "--", "sh", "-c", "cat; sleep 1; echo done"
+    prepare = "carrier.GRACE = 0.1; carrier.HALF_LAST = 0.2"
+    words = "exec", f"default/pod/{there.pods[0]}", "--", "sh", "-c", "cat; sleep 0.6; echo done"
     run = kubernetes(*words, prepare=prepare)
     assert run.process.stdout.read() == b"done\n" and run.process.wait(10) == 0
     kube.fault("refuse", transport="spdy")

@@ -177,6 +177,23 @@ def test_a_closed_wire_whose_other_side_takes_nothing_is_closed_in_the_end(own):
     go.set()
 
 
+@pytest.mark.parametrize("state", ["reads", "paused", "closed"])
+def test_a_wire_that_breaks_with_unsent_bytes_keeps_nothing(own, state):
+    go = threading.Event()
+    owner, caller, _ = own(lambda sock: (go.wait(10), reset(sock)))
+    while owner.wire.unsent <= ROOM:
+        owner.wire.send(NOISE)
+    if state == "paused":
+        owner.wire.pause()
+    elif state == "closed":
+        owner.wire.close()
+    go.set()
+    below = getattr(owner.wire, "below", owner.wire)
+    caller.until(lambda: below.sock.fileno() < 0)
+    assert [error.reason for error in owner.ends] == ([] if state == "closed" else ["reset"])
+    assert not owner.wire.unsent
+
+
 def test_a_reset_is_a_reset(own, layer):
     owner, caller, server = own(lambda sock: sock.recv(1))
     owner.wire.reset()
@@ -257,6 +274,19 @@ def test_a_handshake_has_an_end(call, serve):
         read_all(sock)
 
     told(open_place(call(), serve(handler).address, ssl.create_default_context()), "tls")
+
+
+def test_a_handshake_is_no_longer_than_a_chain_of_certificates(call, serve, monkeypatch):
+    """Of pieces that each make sense."""
+    monkeypatch.setattr(sniroute_layers, "FLIGHT_MAX", 100)
+
+    def handler(sock):
+        sock.recv(65536)
+        sock.sendall(b"\x16\x03\x03\x01\x00" + b"\x02\x00\xff\xff" + bytes(252))
+        read_all(sock)
+
+    assert told(open_place(call(), serve(handler).address, ssl.create_default_context()), "tls") \
+        == "its handshake has no end"
 
 
 @pytest.mark.parametrize("name", ["", ".example.com", "a" * 70 + ".example.com"])

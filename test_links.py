@@ -5,14 +5,18 @@ The program runs in a thread of the test, before a stand-in for a cluster.
 
 from __future__ import annotations
 
+import struct
+import threading
 import time
 
 import pytest
 
-from conftest import connect, wait_until
+from conftest import HOST, connect, wait_until
 from sniroute_links import SPARES
-from sniroute_transports import TRANSPORTS
-from testbed.carrier import beside, echoed, parallel, receive, receive_all, refused
+from sniroute_refusals import Malformed
+from sniroute_transports import TRANSPORTS, protocol_of
+from sniroute_upgrade import new_key
+from testbed.carrier import beside, echoed, parallel, receive, receive_all, refused, server_frame
 
 NOISE = bytes(range(256)) * 4096  # 1 MiB
 
@@ -77,8 +81,13 @@ def test_a_refusal_that_is_about_the_pod_ends_the_search(kube, app, forward, ech
     assert row["reason"] in (reason, "gone", "timeout"), row
 
 
-def test_a_session_that_ends_before_it_takes_a_call_counts_against_its_kind(kube, app, forward, echo_server):
-    kube.fault("eof", "upgraded", transport="websocket")
+@pytest.mark.parametrize("fault", [
+    {"action": "eof", "at": "upgraded"},
+    {"action": "raw", "at": "upgraded", "message": "ff" * 32},
+    {"action": "raw", "at": "stream", "message": "ff" * 32},
+], ids=lambda fault: "-".join(list(fault.values())[:2]))
+def test_a_session_that_ends_before_it_takes_a_call_counts_against_its_kind(kube, app, forward, echo_server, fault):
+    kube.fault(**fault, transport="websocket")
     there = app(echo_server.address)
     run = forward(there.target)
     assert echoed(run) == b"hello"
@@ -86,11 +95,58 @@ def test_a_session_that_ends_before_it_takes_a_call_counts_against_its_kind(kube
     assert echoed(run) == b"hello" and "websocket" not in there.upgrades()[2:]
 
 
+def test_a_text_counts_though_the_session_is_lost_before_its_end(kube, app, forward, serve):
+    """It says that nobody listens, so the client goes to the next pod, or to this one again."""
+    refuse(kube, "websocket")
+    text = b"dial tcp4 127.0.0.1:8080: connect: connection refused"
+    frame = struct.pack(">II", 1, len(text)) + text  # on the error stream
+    fault = kube.fault("raw", "stream", message=frame.hex(), times=1, transport="spdy")
+    heard, go = [], threading.Event()
+
+    def handler(sock):
+        heard.append(sock.recv(100))
+        if len(heard) == 1:
+            go.wait(20)
+        else:
+            sock.sendall(heard[-1])
+
+    there = app(serve(handler).address)
+    run = forward(there.target)
+    with run.connect() as client:
+        client.sendall(b"hello")
+        wait_until(lambda: kube.hits(fault) and heard)
+        kube.end_sessions("eof", pod=there.pods[0])
+        assert receive(client, 5) == b"hello"
+    go.set()
+    assert run.rows("again")[0]["error"] == f"{there.pods[0]}, port 8080"
+
+
+def test_what_comes_together_is_told_apart(app, forward, echo_server):
+    """Words of a command, and what it carries."""
+    there = app((HOST, 1))
+    run = forward(f"jump:default/svc/{there.name}/{echo_server.address[0]}:{echo_server.address[1]}")
+    with run.connect() as client:
+        client.sendall(b"x")
+        assert receive(client, 1) == b"x"
+        at, = run.program.connections
+        said = b"".join(server_frame(2, data) for data in (b"\1one", b"\1two", b"\2words", b"\1three"))
+        run.program.loop.call(lambda: at.way.link.on_data(said))
+        assert receive(client, 11) == b"onetwothree" and at.words == b"words"
+
+
 def test_an_old_cluster_has_no_tunnel(kube, app, forward, echo_server):
     kube.set(version="1.28")
     there = app(echo_server.address)
     assert echoed(forward(there.target)) == b"hello"
     assert there.sessions()[0]["transport"] == "spdy"
+
+
+def test_an_upgrade_to_something_else_is_none():
+    for transport, headers in ((TRANSPORTS["portforward"][1], {"upgrade": "websocket"}),
+                               (TRANSPORTS["portforward"][1], {"upgrade": "SPDY/3.1"}),
+                               (TRANSPORTS["portforward"][0], {"upgrade": "SPDY/3.1"})):
+        with pytest.raises(Malformed):
+            protocol_of(transport, new_key(), headers)
 
 
 # -- bytes -------------------------------------------------------------------------------------
@@ -186,6 +242,33 @@ def test_spare_sessions_are_closed_when_nobody_needs_them(app, forward, echo_ser
     run.reaches()
     run.program.loop.call(lambda: run.program.unlisten(next(iter(run.program.listeners))))
     wait_until(lambda: not there.sessions(ended=None), what="the end of all sessions")
+
+
+@pytest.mark.parametrize("how", ["the pod", "the program"])
+def test_a_spare_session_in_the_making_ends_with(kube, app, forward, serve, how):
+    go = threading.Event()
+    there = app(serve(lambda sock: (go.wait(20), sock.sendall(b"x"), sock.recv(1))).address)
+    run = forward(there.target)
+    with run.connect() as client:
+        wait_until(lambda: there.streams())
+        fault = kube.fault("hang", resource="pods/portforward")
+        go.set()
+        assert receive(client, 1) == b"x"
+        wait_until(lambda: kube.hits(fault) and run.program.links.negotiations)
+        if how == "the pod":
+            kube.terminate(there.pods[0])
+            wait_until(lambda: not run.program.links.negotiations)
+        else:
+            run.close()
+            assert not run.program.links.negotiations
+
+
+def test_no_more_spare_sessions_are_kept_than_may_be(app, forward, echo_server):
+    run = forward(app(echo_server.address).target, SPARES_MAX=0)
+    for _ in range(2):
+        assert echoed(run) == b"hello"
+    run.reaches()
+    assert not run.program.links.spares
 
 
 def test_spare_sessions_end_with_their_pod(kube, app, forward, echo_server):

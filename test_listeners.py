@@ -6,6 +6,7 @@ the real program (`launch` of testbed/program.py).
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import re
@@ -25,7 +26,7 @@ from sniroute_refusals import SettingsError
 from sniroute_settings import load_settings
 from conftest import HOST, Address, connect, linux, wait_until
 from testbed.admin import ask, metrics, run_admin, value  # noqa: F401 - a fixture
-from testbed.clients import certificate, postgres, program_path, psql  # noqa: F401 - fixtures
+from testbed.clients import program_path, psql
 from testbed.hellos import HELLO
 from testbed.program import PROGRAM, Customers, activated, command, environment, ipv6
 from testbed.running import Running, answer, read_all, read_exactly, reset, route
@@ -667,10 +668,11 @@ def test_check_and_explain_tell_of_ports():
     told = command("check", *options)
     assert told.stdout.splitlines()[1:] == ["port 127.0.0.1:5433=tcp:192.0.2.10:5432", "port :6380=tcp:192.0.2.10:6379",
                                             "port 192.0.2.1:5433=tcp:192.0.2.11:5432"]
-    for asked, target in (("tcp:5433", "192.0.2.10:5432"), ("127.0.0.1:5433", "192.0.2.10:5432"),
-                          ("192.0.2.1:5433", "192.0.2.11:5432"), (":6380", "192.0.2.10:6379"),
-                          ("tcp:6380", "192.0.2.10:6379")):
-        told = command("explain", asked, *options)
+    rows = (("tcp:5433", "192.0.2.10:5432"), ("127.0.0.1:5433", "192.0.2.10:5432"),
+            ("192.0.2.1:5433", "192.0.2.11:5432"), (":6380", "192.0.2.10:6379"), ("tcp:6380", "192.0.2.10:6379"))
+    with concurrent.futures.ThreadPoolExecutor(len(rows)) as pool:  # each waits for the addresses of its target
+        explained = list(pool.map(lambda row: command("explain", row[0], *options), rows))
+    for (asked, target), told in zip(rows, explained):
         assert told.returncode == 0 and f"\ntarget:  tcp:{target}\n" in told.stdout, told
         assert ("also: " in told.stdout) is (asked == "tcp:5433")
     told = command("explain", "tcp:1", *options)
@@ -715,7 +717,7 @@ def test_redis_in_clear_through_a_port(launch, free_ports, tmp_path):
         process.wait()
 
 
-def test_psql_in_clear_through_a_port(launch, free_ports, postgres):  # noqa: F811
+def test_psql_in_clear_through_a_port(launch, free_ports, postgres):
     number = free_ports(1)[0]
     launch(NOWHERE, port(tcp(postgres), number)).wait_for(" leads to ")
     for mode in ("disable", "require"):

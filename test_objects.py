@@ -357,6 +357,14 @@ def test_ports_have_names_in_containers_and_sidecars():
     assert made.ports == {"http": 8080, "mesh": 15000}
 
 
+def test_a_pod_in_the_network_of_its_node_is_as_any_other():
+    """The node connects to localhost there, too."""
+    made = pod("a", ports={"http": 8080})
+    made["spec"]["hostNetwork"] = True
+    made["spec"]["containers"][0]["ports"][0]["hostPort"] = 8080
+    assert read(made) == read(pod("a", ports={"http": 8080}))
+
+
 @pytest.mark.parametrize("port", [0, -1, 65536, 10 ** 30, "80", 8.5, None])
 def test_what_is_no_port_is_none(port):
     """Users write slices, and the API server does not look at all that is in them."""

@@ -5,15 +5,22 @@ The program runs in a thread of the test, before a stand-in for a cluster.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import hashlib
+import os
 import socket
 import struct
+import subprocess
 import threading
 
 import pytest
 
-from conftest import HOST, wait_until
-from sniroute_passage import untouched
-from testbed.carrier import beside, echoed, receive, receive_all, refused
+import sniroute_credentials
+from conftest import HOST, connect, wait_until
+from sniroute_loop import monotonic
+from sniroute_passage import REASONS, Client, untouched
+from testbed.carrier import beside, digest, echoed, receive, receive_all, refused, send_blocks
 from testbed.running import reset
 
 NOISE = bytes(range(256)) * 4096  # 1 MiB
@@ -77,15 +84,23 @@ def test_a_client_whose_pod_is_gone_gets_another(kube, app, forward, serve):
     assert not run.rows("failed")
 
 
-def test_a_client_is_held_until_a_pod_is_ready(kube, app, forward, echo_server):
+@pytest.mark.parametrize("state", ["not ready", "terminating"])
+def test_a_client_is_held_until_a_pod_is_ready(kube, app, forward, echo_server, state):
     there = app(echo_server.address)
-    kube.ready(there.pods[0], False)
+    if state == "terminating":
+        kube.terminate(there.pods[0])
+    else:
+        kube.ready(there.pods[0], False)
     run = forward(there.target)
     with run.connect() as client:
         client.sendall(b"hello")
         run.reaches("finding")
-        kube.ready(there.pods[0])
+        if state == "terminating":
+            kube.replace(there.pods[0])
+        else:
+            kube.ready(there.pods[0])
         assert receive(client, 5) == b"hello"
+    assert not run.rows("failed")
 
 
 def test_a_port_where_nobody_listens_is_a_reason(app, forward, echo_server):
@@ -102,25 +117,136 @@ def test_one_pod_that_refuses_is_left_out(app, forward, deaf, serve):
             assert receive(client, 1) == b"2"
 
 
-@pytest.mark.parametrize("fault, reason", [
-    ({"action": "refuse", "resource": "services"}, "forbidden"),
-    ({"action": "status", "code": 404, "resource": "services"}, "unknown"),
-    ({"action": "hang", "resource": "services"}, "timeout"),
-    ({"action": "hang", "resource": "pods/portforward"}, "timeout"),
-    ({"action": "hang", "at": "upgraded"}, "timeout"),
-    ({"action": "hang", "at": "stream"}, "timeout"),
-    ({"action": "node", "resource": "pods/portforward"}, "node"),
-], ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value)
-def test_reasons_of_failures(kube, app, forward, echo_server, fault, reason):
+def of(resource: str, action: str = "status", **fault) -> dict:
+    """A fault of the requests for a resource."""
+    return {"action": action, "resource": resource, **fault}
+
+
+FORWARD = "pods/portforward"
+# What goes wrong; the reason, and a part of its words.  Where one kind of upgrade fails another is tried (test_links),
+# what a pod says is above, and what ends in mid-stream is below.
+FAULTS = {
+    "401": (of("services", code=401, message="Unauthorized"), "login", "HTTP 401: Unauthorized"),
+    "401 for the upgrade": (of(FORWARD, code=401, message="Unauthorized"), "login", "HTTP 401: Unauthorized"),
+    "403 for the service": (of("services", "refuse"), "forbidden", 'resources: ["services"], verbs: ["get"]'),
+    "403 for pods": (of("pods", "refuse"), "forbidden", 'resources: ["pods"], verbs: ["list"]'),
+    "403 for all upgrades": (of(FORWARD, "refuse"), "forbidden", 'resources: ["pods/portforward"], verbs: ["get"]'),
+    "404": (of("services", code=404, message="no such thing"), "unknown", "no such thing"),
+    "404 for the upgrade": (of(FORWARD, code=404, message="no such pod"), "gone", "no such pod"),
+    "410": (of("pods", code=410, message="too old"), "expired", "HTTP 410: too old"),
+    "429": (of("services", code=429, message="too many"), "busy", "HTTP 429: too many"),
+    "429 that asks for too much time": (of("services", code=429, retry_after=60), "busy", "HTTP 429"),
+    "429 for the upgrade": (of(FORWARD, code=429, message="too many"), "busy", "HTTP 429: too many"),
+    "500": (of("services", code=500, message="etcd"), "answer", "HTTP 500: etcd"),
+    "500 for the upgrade": (of(FORWARD, code=500, message="etcd"), "answer", "HTTP 500: etcd"),
+    "503": (of("services", code=503, message="starting"), "answer", "HTTP 503: starting"),
+    "a page of a proxy": (of("services", "text", code=502, message="Bad Gateway"), "answer", "HTTP 502: Bad Gateway"),
+    "no HTTP": (of("services", "garbage"), "answer", ""),
+    "a node that is away": (of(FORWARD, "node"), "node", "connection refused"),
+    **{f"{how} {at}": ({"action": how, "at": at}, "reset", words)
+       for how, at, words in (("eof", "accept", "in the TLS handshake"), ("eof", "tls", ": "), ("rst", "request", ": "),
+                              ("end", "request", "before its answer"), ("eof", "head", ": "),
+                              ("end", "body", "before the end of its answer"))},
+    **{f"it hangs: {phase} ({at})": ({"action": "hang", "at": at}, "timeout", phase)
+       for at, phase in (("accept", "TLS handshake"), ("request", "waiting for the API server's answer"),
+                         ("head", "the API server's answer"), ("body", "the API server's answer"),
+                         ("upgraded", "waiting for the node"), ("stream", "waiting for the node"))},
+    "it hangs: upgrading": (of(FORWARD, "hang"), "timeout", "waiting for"),
+}
+
+
+@pytest.mark.parametrize("fault, reason, words", FAULTS.values(), ids=FAULTS)
+def test_each_fault_has_its_reason_and_the_next_client_is_served(kube, app, forward, echo_server, fault, reason, words):
     there = app(echo_server.address)
     kube.fault(**fault)
-    run = forward(there.target, START=0.4, REQUEST_TIME=0.1)
+    soon = 0.25 if "answer" in words else 0.5  # the further it gets
+    run = forward(there.target, START=soon if fault["action"] == "hang" else 10.0, REQUEST_TIME=0.1)
     with run.connect() as client:
         client.sendall(b"hello")
         assert receive_all(client) == (b"", "RST")
-    assert run.failure()["reason"] == reason, run.failure()
+    failure = run.failure()
+    assert failure["reason"] == reason and words in failure["error"], failure
+    assert failure["message"].endswith(REASONS[reason])
     kube.heal()
     assert echoed(run) == b"hello"
+
+
+def test_an_api_server_that_has_too_much_to_do_is_asked_again(kube, app, forward, echo_server):
+    """The client is held meanwhile, whichever request it was."""
+    there = app(echo_server.address)
+    for resource in ("services", "pods", FORWARD):
+        kube.fault("status", code=429, retry_after=0, resource=resource, times=1)
+    run = forward(there.target, AGAIN_LEAST=0.05)
+    assert echoed(run) == b"hello" and not run.rows("failed")
+    assert [row["status"] for row in kube.requests(name=there.pods[0])][:2] == [429, 101]
+
+
+def test_an_api_server_that_is_down_and_comes_back(kube, app, forward, echo_server):
+    there = app(echo_server.address)
+    run = forward(there.target)
+    assert echoed(run) == b"hello"
+    with run.connect() as client:
+        client.sendall(b"x")
+        receive(client, 1)
+        kube.down()
+        assert receive_all(client) == (b"", "RST")
+    assert refused(run)["reason"] == "unreachable"
+    kube.up()
+    assert echoed(run) == b"hello"
+
+
+def test_20_names_at_once_are_too_many_for_the_api_server(kube, app, kubernetes, single_loop_echo):
+    """Its priority and fairness lets a few through, and has the others come back."""
+    there = [app(single_loop_echo) for _ in range(20)]
+    for resource in ("services", "pods", FORWARD):
+        kube.fault("status", code=429, retry_after=0, resource=resource, times=15)
+    run = kubernetes("forwarders", stdin=subprocess.PIPE,
+                     prepare="import sniroute_api; sniroute_api.AGAIN_LEAST = 0.05")
+    run.tell(*(f"listen {HOST}:0 {each.target}" for each in there))
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(address)) for address in run.listening(20)]
+        for client in clients:
+            client.sendall(b"hello")
+        assert [receive(client, 5) for client in clients] == [b"hello"] * 20
+    assert not run.rows("failed")
+
+
+@pytest.mark.parametrize("what", ["token", "token file", "cluster"])
+def test_a_login_that_is_renewed_ends_nobody_and_serves_the_next_client(kube, make_cluster, app, forward, serve,
+                                                                        tmp_path, monkeypatch, what):
+    """As `gcloud`, `aws` and `kubectl config use-context` do it: the file is replaced."""
+    monkeypatch.setattr(sniroute_credentials, "LOOK_EVERY", 0)
+    there, token = app(serve(named(b"1")).address), tmp_path / "token"
+    kube.user("jane", token="old")
+    token.write_text("old")
+    user = {"tokenFile": str(token)} if what == "token file" else {"token": "old"}
+    path = kube.kubeconfig("renewed", user=user)
+    run = forward(there.target, kubeconfig=str(path))
+    with run.connect() as first:
+        assert receive(first, 1) == b"1"
+        there.has_spare()
+        if what == "cluster":
+            other = make_cluster()
+            other.pod(there.pods[0], {8080: serve(named(b"2")).address}, labels={"app": "other"})
+            other.service(there.name, {80: 8080}, {"app": "other"})
+            other.kubeconfig().replace(path)
+        elif what == "token":
+            kube.user("john", token="new")
+            kube.kubeconfig("renewed", user={"token": "new"})
+        else:
+            kube.user("john", token="new")
+            token.write_text("new")
+        run.program.loop.call(lambda: run.program.apis.of("").get("/version", lambda reply: None, monotonic() + 5))
+        if what != "token file":
+            wait_until(lambda: not run.program.links.spares, what="the end of what was made ahead")
+        for _ in range(3):
+            with run.connect() as client:
+                assert receive(client, 1) == (b"2" if what == "cluster" else b"1")
+        first.sendall(b"x")
+        assert receive(first, 1) == b"x"
+    if what != "cluster":
+        assert there.sessions()[-1]["user"] == "john"
+    assert not run.rows("failed")
 
 
 def test_a_second_pod_has_a_deadline_too(kube, app, forward, echo_server):
@@ -160,6 +286,15 @@ def test_a_fault_of_ours_on_the_way_ends_that_client_at_once(app, forward, echo_
     ('pod not found ("x_y")', "gone"),
     ("dial tcp4 127.0.0.1:1: connect: connection refused", "refused"),
     ("failed to connect to localhost:80 inside namespace: i/o timeout", "pod"),
+    ("error forwarding port 80 to pod 1a, uid : failed to execute portforward in network namespace "
+     '"/var/run/netns/cni-2b": failed to connect to localhost:80 inside namespace "1a", '
+     "IPv4: dial tcp4 127.0.0.1:80: connect: connection refused "
+     "IPv6 dial tcp6 [::1]:80: connect: connection refused", "refused"),
+    ('failed to connect to localhost:80 inside namespace "1a", '
+     "IPv4: dial tcp4 127.0.0.1:80: connect: connection refused "
+     "IPv6 dial tcp6: address localhost: no suitable address found", "refused"),
+    ('failed to connect to localhost:80 inside namespace "1a", IPv4: dial tcp4 127.0.0.1:80: i/o timeout '
+     "IPv6 dial tcp6 [::1]:80: connect: cannot assign requested address", "pod"),
     ("socat[7] E connect(5, AF=2 127.0.0.1:80, 16): Connection refused", "refused"),
     ("read tcp4 127.0.0.1:1->127.0.0.1:2: i/o timeout", ""),
     ("write tcp4 127.0.0.1:1->127.0.0.1:2: write: no route to host", ""),
@@ -183,6 +318,67 @@ def test_what_a_pod_may_have_read_is_not_sent_twice(kube, app, forward, serve):
         client.sendall(b"INSERT")
         assert receive_all(client) == (b"", "RST")
     assert heard == [b"INSERT"]
+
+
+def test_100_downloads_of_which_half_are_broken_off_and_the_others_are_whole(app, forward, serve):
+    """Two services.  SNIROUTE_TEST_TRANSFER makes them longer: some tools hang where many are broken off."""
+    size = max(2, int(os.environ.get("SNIROUTE_TEST_TRANSFER", "0")) // 32)  # MiB
+    runs = [forward(app(serve(send_blocks(size)).address).target) for _ in range(2)]
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(run.connect()) for run in runs for _ in range(50)]
+        heads = [receive(client, 100_000) for client in clients]
+        for client in clients[::2]:
+            client.close()
+
+        def rest(client: socket.socket, head: bytes) -> tuple[bytes, str]:
+            whole = hashlib.sha256(head)
+            try:
+                while data := client.recv(1 << 18):
+                    whole.update(data)
+            except ConnectionError:
+                return whole.digest(), "RST"
+            return whole.digest(), "FIN"
+
+        with concurrent.futures.ThreadPoolExecutor(50, thread_name_prefix="far-down") as pool:
+            found = list(pool.map(rest, clients[1::2], heads[1::2]))
+        assert found == [(digest(size), "FIN")] * 50
+        for run in runs:
+            with run.connect() as client:
+                assert len(receive(client, 1000)) == 1000
+
+
+def test_an_api_server_that_stands_still_and_goes_on(kube, app, forward, echo_server):
+    """Who is there is told so; who comes meanwhile is served behind it."""
+    there = app(echo_server.address)
+    run = forward(there.target, ping=0.1)
+    with run.connect() as first:
+        first.sendall(b"x")
+        receive(first, 1)
+        there.has_spare()
+        kube.freeze_process()
+        try:
+            assert receive_all(first) == (b"", "RST")
+            assert run.rows("reset")[0]["reason"] == "dead"
+            with run.connect() as second:
+                second.sendall(b"hello")
+                run.reaches("finding")
+                kube.thaw_process()
+                assert receive(second, 5) == b"hello"
+        finally:
+            kube.thaw_process()
+    assert echoed(run) == b"hello" and not run.rows("failed")
+
+
+def test_connections_that_nobody_has_noticed_are_dead_delay_the_next_client_only(kube, app, forward, echo_server):
+    """As after a sleep of the host, or another network: kept ones for requests, watches, and spare sessions."""
+    there = app(echo_server.address)
+    run = forward(there.target, FRESH=0.0, ACCEPT=0.2, SILENT=0.2)
+    assert echoed(run) == b"hello"
+    there.has_spare()
+    run.reaches()
+    kube.end_connections("freeze")
+    assert echoed(run) == b"hello" and not run.rows("failed")
+    kube.end_connections("thaw")
 
 
 def test_an_error_text_behind_bytes_leaves_them_whole(kube, app, forward, serve):
@@ -223,6 +419,67 @@ def test_goaway_lets_a_client_go_on(kube, app, forward, echo_server):
         kube.end_sessions("goaway", pod=there.pods[0])
         client.sendall(b"y")
         assert receive(client, 1) == b"y"
+    assert echoed(run) == b"hello"
+
+
+def test_a_session_that_is_lost_before_the_answer_is_a_reason(kube, app, forward, serve):
+    """The pod may have read what the client said, so nobody else is asked."""
+    heard, go = [], threading.Event()
+    there = app(serve(lambda sock: (heard.append(sock.recv(100)), go.wait(20))).address)
+    run = forward(there.target)
+    with run.connect() as client:
+        client.sendall(b"INSERT")
+        wait_until(lambda: heard)
+        kube.end_sessions("rst", pod=there.pods[0])
+        assert receive_all(client) == (b"", "RST")
+    assert run.failure()["reason"] == "reset" and heard == [b"INSERT"]
+    go.set()
+
+
+def test_a_node_that_resets_the_call_cuts_it(kube, app, forward, echo_server):
+    kube.fault("rst_stream", "open", after=1, times=1)
+    run = forward(app(echo_server.address).target)
+    with run.connect() as client:
+        client.sendall(b"hello")
+        assert receive_all(client) == (b"h", "RST")
+    assert {row["reason"] for row in run.rows("reset") + run.rows("failed")} == {"cut"}
+    assert echoed(run) == b"hello"
+
+
+@pytest.mark.parametrize("method", ["on_data", "begin"])
+def test_a_fault_of_ours_ends_one_client(app, forward, echo_server, monkeypatch, method):
+    run = forward(app(echo_server.address).target)
+    with run.connect() as other:
+        other.sendall(b"x")
+        receive(other, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Client, method, lambda *_: 1 // 0)
+            with run.connect() as client:
+                client.sendall(b"hello")
+                assert receive_all(client) == (b"", "RST")
+        run.reaches("open")
+        other.sendall(b"y")
+        assert receive(other, 1) == b"y"
+    assert "ZeroDivisionError" in run.rows("fault")[0]["error"]
+    run.log.rows = [row for row in run.log.rows if row.get("event") != "fault"]
+
+
+@pytest.mark.parametrize("method", ["on_cut", "on_room"])
+def test_a_fault_of_ours_in_what_a_session_tells_ends_one_client(kube, app, forward, echo_server, monkeypatch, method):
+    there = app(echo_server.address)
+    run = forward(there.target)
+    with run.connect() as client:
+        client.sendall(b"hello")
+        assert receive(client, 5) == b"hello"
+        at, = run.program.connections
+        monkeypatch.setattr(Client, method, lambda *_: 1 // 0)
+        if method == "on_cut":
+            kube.end_sessions("rst", pod=there.pods[0])
+        else:
+            run.program.loop.call(at.way.link.on_room)
+        assert receive_all(client) == (b"", "RST")
+    assert "ZeroDivisionError" in run.rows("fault")[0]["error"]
+    run.log.rows = [row for row in run.log.rows if row.get("event") != "fault"]
     assert echoed(run) == b"hello"
 
 
@@ -313,6 +570,64 @@ def test_the_pods_end_reaches_the_client(kube, app, forward, serve, broken):
         assert receive_all(client) == (NOISE, "FIN")
 
 
+@pytest.mark.parametrize("leaves", ["stays", "reset"])
+def test_a_client_that_does_not_leave_behind_the_pods_end_is_let_go(app, forward, serve, leaves):
+    run = forward(app(serve(lambda sock: sock.sendall(b"hello")).address).target, LINGER=0.2)
+    with run.connect() as client:
+        assert receive_all(client) == (b"hello", "FIN")
+        run.reaches("ending")
+        client.sendall(b"x")
+        if leaves == "reset":
+            reset(client)
+        run.reaches()
+    assert not run.rows("failed")
+
+
+def test_a_client_that_is_slow_sees_the_pods_end_behind_its_last_byte(app, forward, serve):
+    go = threading.Event()
+    run = forward(app(serve(lambda sock: (sock.sendall(b"x"), go.wait(20))).address).target)
+    with run.connect() as client:
+        receive(client, 1)
+        there, = run.program.connections
+
+        def hand_down() -> None:
+            there.on_data("data", [memoryview(NOISE * 16)])
+            there.on_ended("data")
+
+        run.program.loop.call(hand_down)
+        data, end = receive_all(client)
+        assert (len(data), end) == (len(NOISE) * 16, "FIN")
+        go.set()
+
+
+@pytest.mark.parametrize("said", [b"", b"hello"], ids=["silent", "said something"])
+def test_a_client_that_leaves_before_there_is_a_pod(kube, app, forward, echo_server, said):
+    """What it has said may be all that it wanted to say, so there is a little time for that."""
+    there = app(echo_server.address)
+    kube.ready(there.pods[0], False)
+    run = forward(there.target)
+    run.program.hurried.seconds = 0.2
+    with run.connect() as client:
+        client.sendall(said)
+        run.reaches("finding")
+        client.shutdown(socket.SHUT_WR)
+        assert receive_all(client) == (b"", "RST" if said else "FIN")
+    assert bool(said) == bool(run.rows("failed"))
+    assert not said or run.failure()["error"] == "5 s after the client's end, choosing a pod"
+
+
+def test_a_client_that_has_said_all_before_there_is_a_pod_is_served(kube, app, forward, echo_server):
+    there = app(echo_server.address)
+    kube.ready(there.pods[0], False)
+    run = forward(there.target)
+    with run.connect() as client:
+        client.sendall(b"hello")
+        client.shutdown(socket.SHUT_WR)
+        wait_until(lambda: run.program.hurried.due)
+        kube.ready(there.pods[0])
+        assert receive_all(client) == (b"hello", "FIN")
+
+
 @TRANSPORTS
 def test_a_client_that_breaks_off_ends_its_connection_in_the_pod(kube, app, forward, serve, broken):
     refuse(kube, *broken)
@@ -375,6 +690,33 @@ def test_a_client_that_does_not_read_stops_its_pod_and_no_other(kube, app, forwa
     assert size == len(NOISE) * 64 - 1
 
 
+@pytest.mark.parametrize("reads, broken", [(False, False), (False, True), (True, False)],
+                         ids=["end", "reset", "reads slowly"])
+def test_a_client_that_never_takes_its_last_bytes_is_let_go(app, forward, serve, reads, broken):
+    go = threading.Event()
+    run = forward(app(serve(lambda sock: (sock.sendall(b"x"), go.wait(20))).address).target,
+                  HALF_LAST=0.35 if reads else 0.1)
+    with run.connect() as client:
+        receive(client, 1)
+        there, = run.program.connections
+
+        def hand_down() -> None:
+            there.on_data("data", [memoryview(NOISE * 16)])
+            there.finish(broken)
+            go.set()
+
+        run.program.loop.call(hand_down)
+        run.reaches("ending")
+        if reads:
+            for _ in range(2):
+                receive(client, len(NOISE))
+                wait_until(lambda: there.slow[0] == there.down, what="a look at it")
+            assert receive_all(client) == (NOISE * 14, "FIN")
+        else:
+            run.reaches()
+    run.reaches()
+
+
 def test_many_small_pieces_for_a_client_that_is_slow(app, forward, serve):
     """The kernel takes 1,024 buffers in a write."""
     go = threading.Event()
@@ -390,6 +732,7 @@ def test_many_small_pieces_for_a_client_that_is_slow(app, forward, serve):
             go.set()
 
         run.program.loop.call(hand_down)
+        assert go.wait(10)  # a client that reads meanwhile may be as fast as that
         data, end = receive_all(client)
         assert data == NOISE * 16 + b"y" * 3000 and end == "FIN"
 

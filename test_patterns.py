@@ -216,7 +216,7 @@ def test_of_many_patterns_the_same_one_is_found_as_by_asking_each():
     patterns = list(random_patterns(chance, 400))
     fielded, there = Fielded(), []
     found = 0
-    for _ in range(1500):
+    for _ in range(900):
         pattern = chance.choice(patterns)
         if pattern in there:
             fielded.remove(pattern)
@@ -228,7 +228,7 @@ def test_of_many_patterns_the_same_one_is_found_as_by_asking_each():
         expected = best(there, name)
         assert fielded.find(("",), name) == expected, name
         found += expected is not None
-    assert found > 350
+    assert found > 200
     for pattern in there:
         fielded.remove(pattern)
     assert not (fielded.sizes or fielded.used or fielded.ends or fielded.places), "nothing is left of what was removed"

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import sys
+import threading
 import time
 
 import pytest
@@ -16,8 +17,8 @@ import pytest
 import sniroute_plugins
 from conftest import wait_until
 from sniroute_dial import Failed
-from sniroute_kubeconfig import Plugin
-from sniroute_plugins import last_line, without_secrets
+from sniroute_kubeconfig import KubeconfigError, Plugin
+from sniroute_plugins import PluginRun, Sources, last_line, run_plugin, without_secrets
 from testbed.apis import told
 from testbed.cluster import TOKEN
 
@@ -239,6 +240,24 @@ def test_so_many_plugins_run_at_a_time(call, cluster, plugin, tmp_path):
     assert [reply.status for [reply] in got] == [200] * 4 and len(plugin.runs) == 4
 
 
+def test_plugins_that_hang_stop_no_other_cluster(call, cluster, plugin, tmp_path, monkeypatch):
+    """As those of clusters behind a VPN that is down."""
+    monkeypatch.setattr(sniroute_plugins, "SLOW", 0.2)
+    plugin.answers(before="if sys.argv[1] == 'hang': time.sleep(60)", token=TOKEN)
+    users = [{"name": name, "user": plugin.user(args=[name])} for name in ("hang", "answer")]
+    config = {"current-context": "", "users": users, "clusters": [{"name": "c", "cluster": {
+        "server": cluster.url, "certificate-authority": str(cluster.ca)}}],
+        "contexts": [{"name": f"{user['name']}-{number}", "context": {"cluster": "c", "user": user["name"]}}
+                     for number in range(5) for user in users]}
+    path = tmp_path / "config"
+    path.write_text(json.dumps(config))
+    caller = call(path)
+    hanging = [caller.begin(VERSION, f"hang-{number}")[1] for number in range(5)]
+    caller.until(lambda: len(plugin.runs) == 2)
+    assert caller.get(VERSION, "answer-0", timeout=5).status == 200
+    assert not any(hanging)
+
+
 def test_the_end_of_all_kills_plugins(call, cluster, plugin):
     plugin.write("time.sleep(60)")
     caller = call(cluster.kubeconfig(user=plugin.user()))
@@ -281,6 +300,31 @@ def test_a_plugin_that_others_may_change_is_not_run(call, cluster, plugin):
     said = told(call(cluster.kubeconfig(user=plugin.user())).get(PODS), "plugin")
     assert said.endswith(f"is not run: {plugin.path} can be changed by other users: chmod o-w {plugin.path}")
     assert not plugin.runs
+
+
+def test_a_kubeconfig_that_is_not_there_is_no_obstacle_for_the_plugin_of_another(cluster, call, plugin, tmp_path):
+    plugin.answers(token=TOKEN)
+    assert call(tmp_path / "missing", cluster.kubeconfig(user=plugin.user())).get(PODS).status == 200
+
+
+def test_a_plugin_is_not_begun_when_the_program_ends(cluster, plugin):
+    running = PluginRun()
+    running.kill()
+    sources = Sources((), {}, ())
+    plugin.answers(token=TOKEN)
+    with pytest.raises(KubeconfigError, match="is not run any more"):
+        run_plugin(running, Plugin(V1, str(plugin.path), (), (), False, ""), None, sources)
+    assert not plugin.runs
+
+
+def test_what_goes_wrong_in_a_thread_is_told_without_its_words(call, monkeypatch):
+    caller, got = call(), []
+    sniroute_plugins.in_thread(caller.loop, "x", lambda: {}["secret"], got.append)
+    caller.until(lambda: got)
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: exec("raise RuntimeError('no more threads')"))
+    sniroute_plugins.in_thread(caller.loop, "x", lambda: 1, got.append)
+    caller.until(lambda: got[1:])
+    assert [told(failed, "config") for failed in got] == ["x: KeyError", "no more threads"]
 
 
 def test_a_plugin_that_cannot_be_run(call, cluster, plugin):

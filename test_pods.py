@@ -781,6 +781,17 @@ def test_a_pod_that_is_just_being_made_at_the_end_is_removed():
     assert world.answers == []
 
 
+def test_a_kubeconfig_that_changes_at_the_end_leaves_no_pod_behind():
+    """The request that removes the pod may be the one that finds another token."""
+    world = Making()
+    world.pass_by(0)
+    call = world.last
+    world.pods.close()
+    world.pods.forget()
+    call.done(Reply(201, {}, json.dumps(made(uid="new")).encode()))
+    assert world.sent[1:] == [("DELETE", SHELL)]
+
+
 @pytest.mark.parametrize("status, reason", [(404, "unknown"), (403, "forbidden"), (422, "answer"), (500, "answer")])
 def test_a_pod_that_cannot_be_made_is_told_to_all_who_wait(status, reason):
     world = Making()
@@ -1037,6 +1048,14 @@ def test_without_the_right_to_watch_pods_are_listed_again(web, asking):
 def test_without_the_right_to_read_pods_one_is_reached_by_its_name(web, asking):
     client = asking("default/pod/web-1:8001", user=user(web))
     assert client.ask() == Choice("default", "web-1", "", 8001, "", "")
+
+
+def test_the_right_to_read_one_pod_is_enough_for_its_name(web, asking):
+    """No list, no watch: it is read now and then."""
+    client = asking("default/pod/web-1:8001", user=user(web, pods="get"))
+    choice = client.ask()
+    assert (choice.pod, choice.uid, choice.port) == ("web-1", web.get("pods", "web-1")["metadata"]["uid"], 8001)
+    client.until_state(POLLING)
 
 
 def test_what_is_too_old_is_listed_again(web, asking, monkeypatch):

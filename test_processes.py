@@ -598,6 +598,16 @@ def test_remembered_refusals_are_bounded(bench, monkeypatch):
 
 
 @shared
+def test_a_warning_of_a_program_is_logged_and_is_not_its_last_words(bench, caplog):
+    made = bench()
+    process = made.ready("app.test").child.process
+    tail = process.tail
+    made.table.processes._heard(process, b'{"event": "warning", "message": "this may be anybody"}')
+    assert ("tunnel program warns", {"pid": process.pid, "text": "this may be anybody"}) in events(caplog)
+    assert process.tail == tail
+
+
+@shared
 @pytest.mark.parametrize("size", [7, 65536])
 def test_output_of_any_shape_is_understood_or_kept_in_bounds(size, bench):
     made = bench()

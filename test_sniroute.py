@@ -6,6 +6,7 @@ no crash.  The carrier does without cloudflared.  test_clients.py has the client
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import hashlib
 import os
@@ -284,12 +285,16 @@ def test_every_form_has_every_command(form, own_edge, serve):
         ended = execute(*BARE_PYTHON, "-B", str(form), *words, env={**BARE, **own_edge.environ}, said="", text=True)
         assert (ended.returncode, ended.stderr) == (0, ""), words
         return ended.stdout
-    assert run("explain", NAME, CARRIED).endswith("\nfar end: it answers\n")
-    assert run("check", "--route=a.b=tcp:h:1") == "a.b=tcp:h:1\n"
-    assert re.search(r"^(\d+) of \1 went well", run("selftest"), re.MULTILINE)
-    assert run("--version").endswith("; with doctor, admin, carrier, commands, backends, web, kubernetes, registry)\n")
-    assert run("carrier", "--version").startswith("sniroute_carrier ")
-    assert "--route" in run("--help") and "access tcp" in run("carrier", "--help")
+    orders = (("explain", NAME, CARRIED), ("check", "--route=a.b=tcp:h:1"), ("selftest",), ("--version",),
+              ("carrier", "--version"), ("--help",), ("carrier", "--help"))
+    with concurrent.futures.ThreadPoolExecutor(len(orders)) as pool:  # some wait most of their time
+        explained, checked, tested, version, carrier, usage, access = pool.map(lambda words: run(*words), orders)
+    assert explained.endswith("\nfar end: it answers\n")
+    assert checked == "a.b=tcp:h:1\n"
+    assert re.search(r"^(\d+) of \1 went well", tested, re.MULTILINE)
+    assert version.endswith("; with doctor, admin, carrier, commands, backends, web, kubernetes, registry)\n")
+    assert carrier.startswith("sniroute_carrier ")
+    assert "--route" in usage and "access tcp" in access
     assert sorted(path.name for path in form.parent.iterdir() if path.name != "__pycache__") == before
 
 

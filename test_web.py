@@ -1394,13 +1394,12 @@ def test_no_answer_is_anothers(web, reuse):
                                   request("GET", "/", "X: " + "y" * 20_000).removesuffix(b"\r\n")])
 def test_a_slow_head_has_an_answer_in_time(web, said):
     served = web(telling, "--prelude-timeout=200ms", "--http-head-timeout=200ms")
-    client = served.connect(said)
+    client, second = served.connect(said), served.connect(request())
+    second.answer()
+    second.say(said)
     heard = client.rest()
     if said != b"G":
         check_refusal(parsed(heard), 408)
-    second = served.connect(request())
-    second.answer()
-    second.say(said)
     check_refusal(second.answer(), 408)
     assert second.rest() == b""
 
@@ -1476,7 +1475,7 @@ def test_a_body_that_never_ends_takes_no_memory_while_its_reader_is_slow(launch,
 
     def push(talk: Talk, frame_it: bool) -> int:
         """Send until nobody takes more."""
-        talk.sock.settimeout(0.3)
+        talk.sock.settimeout(0.15)
         sent = 0
         with contextlib.suppress(TimeoutError):
             while sent < most:

@@ -1126,9 +1126,9 @@ def test_mutated_input_is_a_result_or_None_or_a_refusal_for_every_parser():
         + [name.encode() + dot for name in GOOD_NAMES.values() for dot in (b"", b".")]
     bodies = [wire[9:] for wire in HELLO_SEEDS if len(wire) < 600]
     table: list[tuple[Callable[[bytes], Any], type, list[bytes], int]] = [
-        (parse_proxy_v1, ProxyHeader, LINE_SEEDS, 25_000), (parse_proxy_v2, ProxyHeader, BLOCK_SEEDS, 25_000),
-        (parse_startup, int, POSTGRES_SEEDS, 15_000), (parse_server_name, str, entries, 10_000),
-        (normalise, str, names, 15_000), (parse_client_hello, tuple, bodies, 15_000),
+        (parse_proxy_v1, ProxyHeader, LINE_SEEDS, 12_000), (parse_proxy_v2, ProxyHeader, BLOCK_SEEDS, 12_000),
+        (parse_startup, int, POSTGRES_SEEDS, 8_000), (parse_server_name, str, entries, 5_000),
+        (normalise, str, names, 8_000), (parse_client_hello, tuple, bodies, 8_000),
     ]
     tried = 0
     for parse, kind, seeds, count in table:
@@ -1147,7 +1147,7 @@ def test_mutated_input_is_a_result_or_None_or_a_refusal_for_every_parser():
             if isinstance(found, ProxyHeader):
                 assert found.size <= len(data) and 0 <= found.port < 65536
         assert results > count // 50, parse
-    assert tried > 100_000
+    assert tried > 50_000
 
 
 def test_a_mutated_prelude_has_one_verdict_however_it_is_cut():

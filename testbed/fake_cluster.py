@@ -139,7 +139,7 @@ class Connection:
         """Send, in a session.  While all is frozen it waits here; what comes too late is dropped."""
         if not self.thawed.is_set():
             self.held.append(data)
-        elif not self.closed:
+        elif data and not self.closed:
             self.writer.write(data)
 
     def thaw(self) -> None:

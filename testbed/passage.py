@@ -36,8 +36,8 @@ numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="module")
-def module_cluster(tmp_path_factory, certificates) -> Iterator[Cluster]:
-    made = Cluster(tmp_path_factory.mktemp("cluster"), certificates)
+def module_cluster(tmp_path_factory, certificates, nursery) -> Iterator[Cluster]:
+    made = Cluster(tmp_path_factory.mktemp("cluster"), certificates, nursery)
     made.kubeconfig()
     yield made
     made.stop()

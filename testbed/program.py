@@ -2,6 +2,7 @@
 
     namespace        the words that run a program in namespaces of its own
     launch           launch(*options) -> Program that listens, until the test ends
+    changed          the words that run the program with other times
     command          run sniroute to its end
     two_files        the path of sniroute.py in a folder with the files that serve, and the doctor
     three_files      the path of sniroute.py in a folder with those files, and the carrier's
@@ -160,6 +161,17 @@ def launch(tmp_path: pathlib.Path, cloudflared) -> Iterator[Callable[..., Progra
         yield start
     if not any(program.code for program in programs):  # a killed one cannot remove its files
         assert list(scratch.iterdir()) == []
+
+
+def changed(*statements: str) -> tuple[str, ...]:
+    """The words of `launch(python=...)` for a program that runs these statements first: they change its times.
+
+    They may name any room: `sniroute_daemon.WATCH_EVERY = 0.05`.
+    """
+    rooms = sorted(set(re.findall(r"\bsniroute_\w+", " ".join(statements))))
+    lines = (f"import sys; sys.path.insert(0, {str(HERE)!r}); del sys.argv[0]",
+             f"import {', '.join([*rooms, 'sniroute'])}", *statements, "sys.exit(sniroute.main())")
+    return sys.executable, "-c", "\n".join(lines)
 
 
 def execute(*words: str, said: bytes = b"", **more: Any) -> subprocess.CompletedProcess[bytes]:

@@ -3,23 +3,27 @@
     cloudflared      the stand-in for the program (testbed/fake_cloudflared.py), for one test
     own_edge         the stand-in for the edge (testbed/fake_edge.py), for one test
     certificates     the folder with the certificates of edges, for all tests
+    nursery          starts stand-ins for the edge and for a cluster (testbed/nursery.py)
     tunnel_program   a test that takes it runs once with each tunnel program: stand-in, carrier, a real cloudflared
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from typing import Any, Callable, Iterator, NamedTuple
 
 import pytest
 
-from conftest import HERE, HOST, Address, exit_code, wait_until
+from conftest import HERE, HOST, Address, lasting, wait_until
 
 TESTBED = HERE / "testbed"
 
@@ -105,6 +109,73 @@ def cloudflared(tmp_path: pathlib.Path) -> Iterator[Cloudflared]:
             os.kill(pid, signal.SIGKILL)
 
 
+# -- stand-ins that are forked -----------------------------------------------------------------
+
+
+class Forked:
+    """A process that the nursery has forked, as a Popen without an exit code."""
+
+    def __init__(self, pid: int, pidfd: int):
+        self.pid, self.pidfd = pid, pidfd
+
+    def poll(self) -> int | None:
+        """None while it runs."""
+        return 0 if self.pidfd < 0 or select.select([self.pidfd], [], [], 0)[0] else None
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for its end.  Raises subprocess.TimeoutExpired."""
+        if self.pidfd >= 0:
+            if not select.select([self.pidfd], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("a stand-in", timeout or 0)
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.poll() is None:
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Nursery:
+    """The process that forks stand-ins: testbed/nursery.py."""
+
+    def __init__(self) -> None:
+        self.orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.orders.settimeout(20)
+        code = f"import sys; sys.path.insert(0, {str(TESTBED)!r}); import nursery; nursery.main()"
+        with theirs:
+            self.process = subprocess.Popen([sys.executable, "-IS", "-c", code], stdin=theirs,
+                                            stdout=subprocess.DEVNULL)
+
+    def start(self, module: str, words: list[str], stdin: socket.socket | int, stderr: Any) -> Forked:
+        """Fork a stand-in: `module` is its program, `words` are its command line."""
+        with open(os.devnull, "wb") as stdout:
+            fds = [stream if isinstance(stream, int) else stream.fileno() for stream in (stdin, stdout, stderr)]
+            socket.send_fds(self.orders, [json.dumps([module, *words]).encode()], fds)
+        pid, (pidfd,), *_ = socket.recv_fds(self.orders, 64, 1)
+        return Forked(int(pid), pidfd)
+
+    def close(self) -> None:
+        self.orders.close()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """nursery.start(module, words, stdin, stderr) -> Forked."""
+    if not hasattr(os, "pidfd_open"):
+        pytest.skip("needs Linux's pidfd_open(2)")
+    with contextlib.closing(Nursery()) as made:
+        lasting.add(made.process.pid)
+        yield made
+
+
 # -- the stand-in for the edge -----------------------------------------------------------------
 
 
@@ -155,15 +226,14 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 class Edge(StandIn):
     """The stand-in for Cloudflare's edge, running; see fake_edge.py for the switches and the records."""
 
-    def __init__(self, directory: pathlib.Path, certificates: pathlib.Path):
+    def __init__(self, directory: pathlib.Path, certificates: pathlib.Path, nursery: Nursery):
         super().__init__(directory)
         for file in certificates.glob("*.pem"):
             (directory / file.name).symlink_to(file)
         self.errors = directory / "errors"
-        code = f"import sys; sys.path.insert(0, {str(TESTBED)!r}); import fake_edge; fake_edge.main()"
-        with open(self.errors, "wb") as errors:
-            self.process = subprocess.Popen([sys.executable, "-IS", "-c", code, directory],
-                                            stdin=subprocess.PIPE, stderr=errors)
+        reader, self.stdin = os.pipe()
+        with open(reader, "rb") as stdin, open(self.errors, "wb") as errors:
+            self.process = nursery.start("fake_edge", [str(directory)], stdin, errors)
         ready = directory / "edge.json"
         try:
             wait_until(lambda: ready.exists() or self.process.poll() is not None, what="the edge")
@@ -178,8 +248,10 @@ class Edge(StandIn):
     def stop(self) -> None:
         """End it; a second call does nothing.  Fails if it wrote to stderr."""
         self.process.terminate()
-        exit_code(self.process, 10)
-        self.process.stdin.close()
+        self.process.wait(10)
+        if self.stdin >= 0:
+            os.close(self.stdin)
+            self.stdin = -1
         assert self.errors.read_text() == ""
 
     def events(self, event: str, hostname: str | None) -> list[dict[str, Any]]:
@@ -208,13 +280,13 @@ class Edge(StandIn):
 
 
 @pytest.fixture
-def own_edge(tmp_path: pathlib.Path, certificates: pathlib.Path) -> Iterator[Edge]:
+def own_edge(tmp_path: pathlib.Path, certificates: pathlib.Path, nursery: Nursery) -> Iterator[Edge]:
     """An edge for this test alone: .far(hostname, address), .fault(hostname, **switches), .port, .proxy, .environ,
     .requests(), ...
     """
     directory = tmp_path / "edge"
     directory.mkdir()
-    program = Edge(directory, certificates)
+    program = Edge(directory, certificates, nursery)
     yield program
     program.stop()
 
@@ -245,7 +317,7 @@ PROGRAMS = ("stand-in", "carrier", "carrier by its path", *(["cloudflared"] if R
 
 
 @pytest.fixture(params=PROGRAMS)
-def tunnel_program(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> TunnelProgram:
+def tunnel_program(request: pytest.FixtureRequest, tmp_path: pathlib.Path, nursery: Nursery) -> TunnelProgram:
     """The stand-in, the carrier, and a real cloudflared where there is one; `hasty carrier` where a test asks for it."""
     if request.param == "stand-in":
         stand_in = request.getfixturevalue("cloudflared")

@@ -236,6 +236,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """One connection."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a second write does not wait for an ACK
     server: StreamServer
 
     def log_message(self, *words: Any) -> None:
