@@ -32,6 +32,7 @@ import sniroute_checks
 import sniroute_claim
 import sniroute_claims
 import sniroute_clusters
+import sniroute_dns
 import sniroute_edge
 import sniroute_groups
 import sniroute_http
@@ -485,6 +486,17 @@ def test_what_owners_may_name_is_there():
     stores = section(OPERATING, "### Stores")
     for store in sniroute_owners.STORES:
         assert f"`{store.partition(':')[0]}" in stores, store
+
+
+def test_the_zone_of_the_document_is_one_for_bind(tmp_path):
+    check = program_path("named-checkconf", "bind9-utils")
+    text = marked(OPERATING, "bind").replace('"..."', '"MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="')
+    (tmp_path / "named.conf").write_text(text)
+    done = subprocess.run([check, str(tmp_path / "named.conf")], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    (url,) = re.findall(r'^dns = "(.*?)"', marked(OPERATING, "settings file"), re.MULTILINE)
+    zone = sniroute_dns.parse_url(url)
+    assert f'key "{zone.key}"' in text and f'zone "{zone.name}"' in text and sniroute_dns.KEY_VARIABLE in OPERATING
 
 
 def test_what_plain_http_gets_is_there():
