@@ -33,6 +33,7 @@ import sniroute_claim
 import sniroute_claims
 import sniroute_clusters
 import sniroute_dns
+import sniroute_door
 import sniroute_edge
 import sniroute_groups
 import sniroute_http
@@ -46,6 +47,7 @@ import sniroute_refusals
 import sniroute_targets
 import sniroute_options
 import sniroute_owners
+import sniroute_registrar
 import sniroute_registry
 import sniroute_rest
 import sniroute_values
@@ -472,6 +474,8 @@ def test_the_requests_of_a_registry_are_there():
     assert {word for word, status in known.items() if status not in classes[word]} == set()
     told = " ".join(text.split())
     assert f"the last {sniroute_registry.EVENTS_MAX}; else" in told and f"over {sniroute_rest.BODY_MAX >> 10} KiB" in told
+    assert (f"Bounds: {sniroute_registrar.CALLERS_MAX} connections at once, {sniroute_rest.STREAMS_MAX} streams of an "
+            f"owner, and {sniroute_door.STREAM_MAX >> 10} KiB that one does not read") in told
     assert f"from {sniroute_owners.TTL_MIN:g} to `max_ttl`" in told
     assert f"{sniroute_claims.LINGER:g} seconds after that it is gone" in told
     fields = {*sniroute_owners.FIELDS} - {"name", "port", "target"}
