@@ -79,6 +79,8 @@ parked behind it.
     courtesy-<n>  a page for one refused browser (--error-pages), 4 at most   moves a byte to or from a backend
     admin       HTTP, where --admin or --admin-public asks for it;
                 with `admin-<n>`, `public-<n>`                                touches a client's socket
+    registry    claims, with [registry]: HTTP, a store, DNS, in its own loop  touches a client's socket; waits
+    sqlite      writes claims to the disk, if that is the store               reads the table of claims
 
 What it does not do: decrypt what a client says to a backend by TLS, look at anything behind its ClientHello, or treat
 a name as proof of who asks.

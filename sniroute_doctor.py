@@ -36,14 +36,14 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Sequence
 
 from sniroute_flow import READ_MAX
 from sniroute_host import too_little, under_journald
 from sniroute_launchers import WORDS_MAX, Launcher, Reason, TunnelError, TunnelKey, last_words
 from sniroute_listeners import NO_NAME
 from sniroute_log import LEVELS
-from sniroute_names import CORE, OPTIONS, ascii_advice, describe_version, normalise, printable
+from sniroute_names import CORE, OPTIONS, ascii_advice, describe_version, normalise, printable, show_address
 from sniroute_patterns import parse_pattern
 from sniroute_refusals import (DECODE_ERROR, POSTGRES, REFUSALS, UNRECOGNIZED_NAME, Refused, tls_alert, told,
                                tunnel_refused)
@@ -53,6 +53,9 @@ from sniroute_routes import PORT, Decision, Route, port_address
 from sniroute_settings import Settings, load_settings, warn
 from sniroute_tunnels import TunnelTable
 from sniroute_wire import GSSENC_REQUEST, HELLO_MAX, RECORD_MAX, SSL_REQUEST_BYTES, STARTUP, proxy_v1, proxy_v2
+
+if TYPE_CHECKING:
+    from sniroute_owners import Where
 
 __version__ = "0.1.0"
 
@@ -111,7 +114,29 @@ def check(settings: Settings) -> int:
             print("   ", parse_pattern(route.pattern).describe())
     for route in () if settings.quiet else settings.port:
         print(show_route(route))
+    if settings.claims is not None and not settings.quiet:
+        print(show_registry(settings.claims))
     return 0
+
+
+def show_registry(where: Where) -> str:
+    """A registry, for people: where names may be claimed, and where they may lead.  It shows no secret."""
+    rules, count = where.rules, len(where.owners)
+    address = f"unix:{where.address}" if isinstance(where.address, str) else show_address(where.address)
+    facts = [f"names below {', '.join(rules.domains)}", f"{count} owner{'s' * (count > 1)}",
+             f"targets {', '.join(rules.targets)}"]
+    facts += [f"networks {', '.join(map(str, rules.networks))}"] * bool(rules.networks)
+    facts += ["ports %d-%d" % rules.ports] if rules.ports is not None else []
+    facts += [f"store {shown_store(where.store)}"]
+    return f"registry {address} ({'; '.join(facts)})"
+
+
+def shown_store(store: str) -> str:
+    """A store as the settings have it, without its password."""
+    if "://" not in store:
+        return store
+    from sniroute_resp import parse_url  # imported late: an option
+    return str(parse_url(store))
 
 
 def explain(settings: Settings) -> int:

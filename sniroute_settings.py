@@ -55,6 +55,7 @@ LOOPBACK = ("127.0.0.1", "[::1]", "localhost")  # as a target may write this hos
 SECRET = re.compile(r"[!-~]{16,}")  # a token: printable, and too long to be guessed
 # Kubernetes sets SNIROUTE_PORT to such a value where a Service is called sniroute: that is no setting of anybody's.
 SERVICE_LINK = re.compile(r"(?:tcp|udp|sctp)://\S+")
+SOME_NAME = "some-name-that-nobody-routes"  # stands for all the names below a domain
 REGISTRY = "127.0.0.1:19002"  # where the registry listens, if [registry] does not say
 REGISTRY_FDS = 1000  # descriptors of its clients
 LOCAL_NETWORKS = "127.0.0.0/8,::1/128,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,fc00::/7"
@@ -182,7 +183,7 @@ SETTINGS = (
             "(default off); needs the same files", fixed=True),
     Setting("registry", "ADDRESS", parse_registry, None,
             "names that come and go, by HTTP: HOST:PORT, or unix:PATH (default off); [registry] in the file has the "
-            "rules and owners", fixed=True),
+            "rules and owners", fixed=True, key="registry.listen"),
     Setting("log-level", "LEVEL", one_of("debug", "info", "warning", "error"), "info",
             "debug, info, warning or error (default info)"),
     Setting("log-format", "FORMAT", one_of("text", "json"), "text",
@@ -301,9 +302,10 @@ def read_settings(path: str, wrong: list[str], again: bool) -> dict[str, Any] | 
                 table["kubernetes_contexts"] = value
             else:
                 faults.append(f"kubernetes.{printable(name)}: there is no such table; there is kubernetes.contexts")
-    if isinstance(table.get("registry"), dict):
+    if isinstance(table.get("registry"), dict):  # where it listens is a setting; the rest is `registry_of`'s
         values["[registry]"] = table.pop("registry")
-        table["registry"] = values["[registry]"].pop("listen", REGISTRY)
+        if "listen" in values["[registry]"]:
+            table["registry.listen"] = values["[registry]"].pop("listen")
     found = [(name, parse, table.pop(name)) for name, parse in tables.items()
              if name in table and (name == "routes" or isinstance(table[name], dict))]
     if "ports" in table and "tunnel_ports" in table:
@@ -429,6 +431,8 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], running: Sett
     values["open_to_all"] = given["route"].source == "default" and file is not None  # else nobody knows
     name_contexts(values)
     values["claims"] = registry_of(values["registry"], (file or {}).get("[registry]"), given["registry"].source, wrong)
+    if running is not None and running.claims is not None and values["claims"] is not None:
+        values["claims"] = keep_store(values["claims"], running.claims, path, kept)
     if values["claims"] is not None and values["open_to_all"]:
         values["route"], values["open_to_all"] = [], False  # the names that are claimed are those that there are
     values["routes"] = configured_routes(values, given["route"].source, environ, wrong)
@@ -470,6 +474,8 @@ def sources(asked: argparse.Namespace, environ: Mapping[str, str], file: Mapping
             given[row.field] = Given(source, text)
         elif in_file:
             given[row.field] = Given(f"{path}: {row.file_key}", value=file[row.file_key])
+        elif row.name == "registry" and "[registry]" in file:
+            given[row.field] = Given(f"{path}: {row.file_key}", value=row.parse(REGISTRY))
         else:
             given[row.field] = Given("default", [row.default] if row.many and row.default else row.default,
                                      [] if row.many else None)
@@ -536,6 +542,13 @@ def registry_of(where: str | tuple[str, int] | None, table: Mapping[str, Any] | 
         return None
 
 
+def keep_store(asked: Where, running: Where, path: str | None, kept: list[str]) -> Where:
+    """The rules and owners that are asked for, with what a registry that runs cannot change, a line for each."""
+    kept += [f"{path}: registry.{option}: is for the next start; it stays as it is" for option in ("store", "dns")
+             if getattr(asked, option) != getattr(running, option)]
+    return asked._replace(store=running.store, dns=running.dns)
+
+
 def configured_routes(values: Mapping[str, Any], source: str, environ: Mapping[str, str], wrong: list[str]) -> Routes:
     """The routes as they are matched."""
     try:
@@ -566,13 +579,16 @@ def cross_checked(values: Mapping[str, Any], given: Mapping[str, Given], running
                   if not is_here(room)]
     listened = [("--listen", address) for address in values["listen"] or ()]
     for route in values["port"] or ():
-        others = [*listened, ("--admin", values["admin"]), ("--admin-public", values["admin_public"])]
+        others = [*listened, ("--admin", values["admin"]), ("--admin-public", values["admin_public"]),
+                  ("--registry", values["registry"])]
         address = port_address(route)
         wrong += [f"{given['port'].source}: {route.pattern} is a part of {other} {show_address(taken)}, or all of it: "
                   "give it a port of its own" for other, taken in others if overlap(address, taken)]
         listened.append(("port", address))
     listened = [("listen", address) for address in values["listen"] or ()]
-    for name, others in (("admin", listened), ("admin_public", [("admin", values["admin"]), *listened])):
+    admins = [("admin", values["admin"]), ("admin-public", values["admin_public"])]
+    for name, others in (("admin", listened), ("admin_public", [*admins[:1], *listened]),
+                         ("registry", [*admins, *listened])):
         for other, address in others:
             if overlap(values[name], address):
                 wrong.append(f"{given[name].source}: {show_address(values[name])} and --{other} "
@@ -731,6 +747,26 @@ def warn_of_http(settings: Settings) -> None:
                         "forward, or give both the same `allow`", route, other.pattern)
 
 
+def warn_of_registry(settings: Settings, where: Where) -> None:
+    """Say where owners of names reach more than is meant, or nothing, and who may read their tokens."""
+    rules = where.rules
+    if not isinstance(where.address, str) and not is_loopback(where.address[0]):
+        log.warning("registry on %s: tokens go there in plain text: listen on 127.0.0.1 or unix:PATH, and have a proxy "
+                    "that speaks TLS in front for other hosts", show_address(where.address))
+    inside = [str(network) for network in rules.networks if network.is_loopback]
+    if inside:
+        log.warning("registry.networks: %s is this host: the owners of names, and all their clients, reach what listens "
+                    "there from port %d to %d", ", ".join(inside), *rules.target_ports)
+    for domain in rules.domains:
+        taken = settings.routes.configured.find(f"{SOME_NAME}.{domain}")
+        if taken is not None:
+            log.warning("registry.domains: %s goes before each claim below %s, so all are refused as `configured`: "
+                        "give one of them another domain", taken, domain)
+    if rules.ports is not None and rules.ports[0] <= settings.ports[1] and settings.ports[0] <= rules.ports[1]:
+        log.warning("registry.ports %d-%d overlap --ports %d-%d: a tunnel may have a port that is to be claimed",
+                    *rules.ports, *settings.ports)
+
+
 def kept_beside(route: Route, kept: Mapping[str, Mapping[tuple, Route]], fielded: Sequence[str]) -> Route | None:
     """A route with another `allow` that may lead to the same backend, as far as the targets say."""
     for target in map(one_loopback, route.targets):
@@ -783,6 +819,8 @@ def warn(settings: Settings) -> None:
             log.warning("there is no kubeconfig at %s; names that need it are refused until then", paths)
     warn_of_programs(settings)
     warn_of_http(settings)
+    if settings.claims is not None:
+        warn_of_registry(settings, settings.claims)
     for route in settings.routes.routes:
         if any(row.is_tunnel and not row.is_program for row in route.kinds) and settings.routes.identified \
                 and not route.is_of_one_domain():

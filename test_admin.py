@@ -43,13 +43,14 @@ def many_descriptors() -> Iterator[None]:
 
 # -- who may ask -------------------------------------------------------------------------------
 
-PATHS = {"/": "GET", "/metrics": "GET", "/status": "GET", "/healthz": "GET", "/readyz": "GET",
+PATHS = {"/": "GET", "/metrics": "GET", "/status": "GET", "/claims/shop.tun.example.com": "GET", "/healthz": "GET", "/readyz": "GET",
          "/reload": "POST", "/tunnels/db.example.com/stop": "POST", "/tunnels/db.example.com/start": "POST",
          "/routes/db.example.com/backends/192.0.2.1:5432/drain": "POST",
          "/routes/db.example.com/backends/192.0.2.1:5432/enable": "POST",
          "/routes/db.example.com/backends/192.0.2.1:5432": "", "/routes/db.example.com/drain": "",
          "/nothing": "", "/tunnels/db.example.com": "", "/status/": "", "/../status": "", "*": ""}
-RIGHT = dict.fromkeys((path for path in PATHS if path.endswith(("/stop", "/drain", "/enable"))), 404)  # none is there
+RIGHT = dict.fromkeys((path for path in PATHS if path.endswith(("/stop", "/drain", "/enable"))
+                       or path.startswith("/claims/")), 404)  # none is there
 
 
 @pytest.mark.parametrize("token", [TOKEN, None], ids=["with a token", "without a token"])
@@ -65,7 +66,7 @@ def test_table_of_methods_and_paths(token, run_admin, cloudflared, ports, serve)
             found[row] = reply.status, reply.headers.get("Allow")
             fits = method == right or (method, right) == ("HEAD", "GET")
             expected[row] = (404, None) if not right else (405, "POST" if right == "POST" else "GET, HEAD") \
-                if not fits else (200 if right == "GET" else 403 if token is None else RIGHT.get(path, 200), None)
+                if not fits else (403 if right == "POST" and token is None else RIGHT.get(path, 200), None)
             if right == "GET":
                 found[f"{row} in the dark"] = ask(running.admin, path, method, token=None).status
                 expected[f"{row} in the dark"] = expected[row][0]
@@ -221,7 +222,7 @@ def test_head_is_get_without_the_body(run_admin):
     running = run_admin()
     for path in (path for path, method in PATHS.items() if method == "GET"):
         got, head = ask(running.admin, path), ask(running.admin, path, "HEAD")
-        assert head.status == 200
+        assert head.status == RIGHT.get(path, 200)
         with connect(running.admin.address) as sock:
             sock.sendall(request(f"HEAD {path} HTTP/1.1", "Host: localhost").encode())
             assert sock.makefile("rb").read().partition(b"\r\n\r\n")[1:] == (b"\r\n\r\n", b"")
@@ -1021,3 +1022,23 @@ def test_no_route_leads_to_the_admin_itself(run_admin, tmp_path, admin_path):
         unix = run_admin("--route=x.example.com=unix:/nowhere", admin=None, listener=listener)
         assert unix.router.targets.own_socket == str(admin_path)
     os.unlink(admin_path)
+
+
+def test_what_is_known_of_a_claimed_name_is_told_and_no_lease(claiming):
+    there = claiming()
+    admin = there.running.admin
+    lease = there.claim("shop.tun.example.com").claim.lease
+    there.claim(there.port)
+    reply = ask(admin, "/claims/SHOP.tun.example.com")
+    left = reply.json["left"]
+    assert reply.status == 200 and lease.encode() not in reply.body and 3590 < left <= 3600
+    assert {name: value for name, value in reply.json.items() if name != "left"} == {
+        "name": "shop.tun.example.com", "owner": "alice", "target": "tcp:192.0.2.1:80", "suspended": False,
+        "while_connected": False}
+    assert ask(admin, f"/claims/{there.port}").json["name"] == there.port
+    there.release("shop.tun.example.com")
+    held = ask(admin, "/claims/shop.tun.example.com").json
+    assert held["left"] == 0 and 590 < held["held"] <= 600
+    reply = ask(admin, "/claims/other.tun.example.com")
+    assert (reply.status, reply.json) == (404, {"error": "nobody has claimed other.tun.example.com"})
+    assert ask(admin, "/claims/%1b%5b31m").json == {"error": "nobody has claimed ?[31m"}

@@ -26,6 +26,7 @@ import sniroute_tunnels
 from sniroute_launchers import Launcher, Reason, TunnelError, TunnelKey
 from sniroute_refusals import REFUSALS
 from conftest import CORE, HOST, linux
+from testbed.admin import NAMES
 from testbed.hellos import HELLO, NAME, genuine
 from testbed.program import BARE, BARE_PYTHON, PROGRAM, command, environment, execute, installed
 from testbed.running import ROUTES_FILE, TUNNEL, alert, answer, read_all
@@ -68,6 +69,22 @@ def test_check_prints_the_routes_as_they_are_matched(settings_file, capsys):
         "**.example.com=cloudflared:{name}",
         "**.example.org=tcp:{label}.internal:443 (send_proxy v2; max_connections 50; connection_idle off)",
         "*=tcp:192.0.2.1:1"]
+
+
+@pytest.mark.parametrize("store, shown", [
+    ("memory", "memory"), ("sqlite:/var/lib/sniroute/names.db", "sqlite:/var/lib/sniroute/names.db"),
+    ("redis://app:secret@redis.example.com", "redis://redis.example.com:6379/0"),
+    ("redis+sentinel://:secret@192.0.2.1,192.0.2.2/main/1", "redis+sentinel://192.0.2.1:26379,192.0.2.2:26379/main/1"),
+])
+def test_check_says_what_a_registry_is_for_and_no_secret(store, shown, settings_file, capsys, no_variables):
+    path = settings_file(NAMES.replace("targets", f'store = "{store}"\ntargets', 1))
+    assert sniroute.main(["check", "-c", path]) == 0
+    said = f"registry {HOST}:0 (names below tun.example.com; 1 owner; targets tcp; networks 192.0.2.0/24; " \
+           f"ports 49000-49009; store {shown})\n"
+    assert capsys.readouterr() == (said, "")
+    assert sniroute.main(["check", "-q", "-c", path]) == 0 and capsys.readouterr() == ("", "")
+    assert sniroute.main(["check", "-c", path, "--registry=unix:/run/registry"]) == 0
+    assert capsys.readouterr().out == said.replace(f"{HOST}:0", "unix:/run/registry")
 
 
 def test_check_says_how_fields_are_read(settings_file, capsys):
@@ -214,6 +231,68 @@ def test_explain_asks_a_router_that_runs(launch, cloudflared, ports, serve, admi
         assert told.count("to do:") == 1, "one thing"
     program.stop()
     assert "\nrouter:  no answer from its admin address: " in command("explain", NAME, *options).stdout
+
+
+SHOP = "shop.tun.example.com"
+
+
+@pytest.fixture
+def explain(capsys, no_variables) -> Callable[..., tuple[int, list[str]]]:
+    """explain(*words) -> the exit code, and the lines that are said."""
+    def run(*words: str) -> tuple[int, list[str]]:
+        code = sniroute.main(["explain", *words])
+        return code, capsys.readouterr().out.splitlines()
+    return run
+
+
+def test_explain_says_who_has_claimed_a_name(claiming, explain):
+    there = claiming()
+    options = "-c", there.path, "--admin=%s:%d" % there.running.admin.address
+    there.claim(SHOP)
+    code, (name, claimed, target) = explain(SHOP, *options)
+    assert (code, name, target) == (0, f"name:    {SHOP}", "target:  tcp:192.0.2.1:80")
+    assert re.fullmatch(r"claimed: by alice, for another 3(600|59\d) s unless it is renewed", claimed)
+
+    there.suspend(SHOP)
+    code, lines = explain(SHOP, *options)
+    assert code == 1 and lines[1].endswith(" s unless it is renewed, suspended by an admin") and "(no_route, " in lines[3]
+    there.release(SHOP)
+    code, lines = explain(SHOP, *options)
+    assert (code, lines[1]) == (1, "claimed: by alice, until a short while ago: it is held for that owner, suspended by "
+                                   "an admin")
+    code, lines = explain("other.tun.example.com", *options)
+    assert (code, lines[1]) == (1, "claimed: by nobody, as far as the router's admin address says")
+    assert lines[2].startswith("refused: ")
+
+
+def test_explain_without_a_router_says_that_only_that_knows_who_has_claimed_a_name(settings_file, explain):
+    code, lines = explain(SHOP, "-c", settings_file(NAMES))
+    assert (code, lines[1]) == (1, "claimed: only a router that runs knows; give it an --admin address, which is asked")
+
+
+def test_explain_asks_nobody_about_a_name_that_a_route_has(settings_file, explain):
+    code, lines = explain(SHOP, "-c", settings_file(NAMES), f"--route={SHOP}=tcp:192.0.2.1:80")
+    assert (code, lines[1:]) == (0, [f"route:   {SHOP}=tcp:192.0.2.1:80", "target:  tcp:192.0.2.1:80"])
+
+
+@pytest.mark.parametrize("body", [
+    "[]", "{}", '{"owner": 1, "target": "tcp:h:1", "left": 1}', '{"owner": "a", "target": "tcp:h:1", "left": -1}',
+    '{"owner": "a", "target": "tcp:h:1", "left": true}', "x",
+], ids=["list", "empty", "owner", "negative", "truth", "no-json"])
+def test_explain_bears_any_claim_of_an_admin_address(body, serve, settings_file, explain):
+    def far(sock: socket.socket) -> None:
+        sock.recv(65536)
+        sock.sendall(as_json(body))
+    code, lines = explain(SHOP, "-c", settings_file(NAMES), "--admin=%s:%d" % serve(far).address)
+    assert (code, lines[1]) == (1, "claimed: by nobody, as far as the router's admin address says")
+
+
+def test_explain_prints_what_a_claim_says_without_terminal_codes(serve, settings_file, explain):
+    def far(sock: socket.socket) -> None:
+        sock.recv(65536)
+        sock.sendall(as_json(json.dumps({"owner": "\x1b[31m", "target": "tcp:\x9b2J", "left": 1.5})))
+    code, lines = explain(SHOP, "-c", settings_file(NAMES), "--admin=%s:%d" % serve(far).address)
+    assert code == 0 and lines[1:] == ["claimed: by ?[31m, for another 2 s unless it is renewed", "target:  tcp:?2J"]
 
 
 def as_json(text: str | bytes) -> bytes:

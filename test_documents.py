@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import pathlib
 import re
 import shlex
 import shutil
+import signal
 import socket
 import socketserver
 import struct
@@ -27,7 +29,11 @@ import sniroute_balance
 import sniroute_book
 import sniroute_carrier
 import sniroute_checks
+import sniroute_claim
+import sniroute_claims
 import sniroute_clusters
+import sniroute_dns
+import sniroute_door
 import sniroute_edge
 import sniroute_groups
 import sniroute_http
@@ -40,13 +46,18 @@ import sniroute_probes
 import sniroute_refusals
 import sniroute_targets
 import sniroute_options
+import sniroute_owners
+import sniroute_registrar
+import sniroute_registry
+import sniroute_rest
 import sniroute_values
 import sniroute_warm
 from sniroute_doctor import sample_hello
 from sniroute_groups import Several
 from sniroute_names import OPTIONS, parse_host_port
 from sniroute_settings import SETTINGS, load_settings
-from conftest import CORE, DOCTOR, HERE, HOST, Server, wait_until
+from conftest import CORE, DOCTOR, HERE, HOST, Server, linux, wait_until
+from testbed.clients import program_path
 from testbed.hellos import genuine
 from testbed.running import Running, read_exactly
 
@@ -121,12 +132,13 @@ def command_lines() -> Iterator[list[str]]:
                 yield [found[1].rpartition("/")[2], *(word for word in words if word not in ("...", "&"))]
 
 
-def test_command_lines_parse():
+def test_command_lines_parse(settings_file):
+    names = settings_file(marked(OPERATING, "settings file"))
     lines = list(command_lines())
     assert len(lines) > 20
     router = 0
     for program, *words in lines:
-        words = [re.sub(r"^/.*\.toml$", "/dev/null", word) for word in words]
+        words = [re.sub(r"^/.*\.toml$", "/dev/null", word).replace("names.toml", names) for word in words]
         if words and words[-1] == "--route":
             words.pop()  # `--route ...`
         if program == "sniroute_carrier.py" or words[:1] == ["carrier"]:
@@ -135,8 +147,11 @@ def test_command_lines_parse():
             sniroute_carrier.parse_words(words[2:], {})
         elif program == "sniroute_kubernetes.py" or words[:1] == ["kubernetes"]:
             assert words[words[:1] == ["kubernetes"]] in sniroute_kubernetes.COMMANDS
-        elif words[:1] == ["bundle"]:
-            assert "bundle" in sniroute.PROGRAMS
+        elif words[:1] == ["claim"]:
+            arguments, _, _ = sniroute_claim.parse_words(words[1:])
+            assert len(arguments) == 2
+        elif words[:1] in (["bundle"], ["token"]):
+            assert words[0] in sniroute.PROGRAMS
         elif words[:1] in (["--help"], ["--version"]):
             with pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(io.StringIO()):
                 load_settings(words, {})
@@ -156,7 +171,7 @@ def options(program: str, *words: str) -> set[str]:
 
 
 def test_options_that_are_named_are_there():
-    known = options("sniroute.py") | {"--with", "--help", "--version"}
+    known = options("sniroute.py") | options("sniroute.py", "claim") | {"--with", "--help", "--version"}
     # What other programs, or an option that CONTRIBUTING.md adds, have; and the one that is not wanted.
     others = {"--app", "--init", "--sni", "--tls", "--hostname", "--url", "--unix-socket", "--quick",
               "--half-closed-idle", "--workers", "--image", "--command"}
@@ -330,7 +345,8 @@ def test_the_settings_file_has_every_setting_and_its_default(tmp_path):
     settings, default = load_settings(["-c", str(path)], {}), load_settings([], {})
     named = re.findall(r"^#?(\w+) = ", text.partition("\n[ports]")[0], re.MULTILINE)
     named = [name.replace("tunnel_ports", "ports") for name in named]  # its name beside a table of ports
-    assert sorted(named) == sorted(row.field for row in SETTINGS if row.name not in ("config", "route", "port"))
+    tables = "config", "route", "port", "registry"
+    assert sorted(named) == sorted(row.field for row in SETTINGS if row.name not in tables)
     for attribute in named:
         if f"#{attribute} = " not in text:
             assert getattr(settings, attribute) == getattr(default, attribute), attribute
@@ -341,8 +357,150 @@ def test_the_settings_file_has_every_setting_and_its_default(tmp_path):
         "{service}.{namespace}.{context}.k8s.example.com=jump:{namespace}/svc/{service}/localhost:8080@{context}",
         "web.example.com=tcp:192.0.2.20:443", "www.example.com=tcp:192.0.2.20:443"]
     assert [str(port) for port in settings.port] == ["port 127.0.0.1:5433=tcp:192.0.2.10:5432"]
+    rules, owner = re.search(r"\n\[registry\](.*)\n\[registry\.owners\.alice\](.*?)\n\[", text, re.DOTALL).groups()
+    assert set(re.findall(r"^(\w+) = ", rules, re.MULTILINE)) == {
+        "listen", *sniroute_owners.WHERE, *sniroute_owners.RULES}
+    assert set(re.findall(r"^(\w+) = ", owner, re.MULTILINE)) == set(sniroute_owners.OWNERS)
+    where, default = settings.claims, sniroute_owners.Rules(())
+    assert (settings.registry, where.store, where.stale_max) == (("127.0.0.1", 19002), "memory", 0.0)
+    for option in ("ttl", "max_ttl", "hold", "target_ports"):
+        assert getattr(where.rules, option) == getattr(default, option), option
+    plain = sniroute_owners.Owner("alice", ())
+    assert (where.owners["alice"].max_names, where.owners["alice"].admin) == (plain.max_names, plain.admin)
+    assert f"some {len(sniroute_owners.RESERVED) // 10 * 10} such words" in rules
     route_options = text.partition('[routes."reports.example.com"]')[2]
     assert set(re.findall(r"^(\w+) = ", route_options, re.MULTILINE)) == {"target", *sniroute_options.ROUTE_OPTIONS}
+
+
+# -- names that come and go --------------------------------------------------------------------
+
+
+class Shell:
+    """A block of a document in a shell, with ports of the test's instead of its own, in a folder with the program."""
+
+    def __init__(self, text: str, folder: pathlib.Path, ports: dict[str, int], registry: int):
+        for port, number in ports.items():
+            assert port in text
+            text = text.replace(port, str(number))
+        where = f"{HOST}:{registry}"  # as in all of them where they do not say
+        for path in HERE.glob("sniroute*.py"):
+            shutil.copy(path, folder)
+        self.out, self.err = folder / "out", folder / "err"
+        with open(self.out, "wb") as out, open(self.err, "wb") as err:
+            self.process = subprocess.Popen(
+                ["bash", "-c", text.replace("python3 ", f"{sys.executable} ") + "\nwait\n"], cwd=folder, stdout=out,
+                stderr=err, start_new_session=True,
+                env={**os.environ, "SNIROUTE_REGISTRY": where, "SNIROUTE_REGISTRY_URL": f"http://{where}"})
+
+    def end(self) -> None:
+        """Wait for it; what it has started ends with it."""
+        try:
+            self.process.wait(60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.fixture
+def paste_names(tmp_path, free_ports):
+    """paste_names(document, mark, *ports of the example) -> (Shell, {port: the one instead})."""
+    for program in ("curl", "bash"):
+        if shutil.which(program) is None:
+            pytest.skip(f"needs the Debian package {program}")
+    shells: list[Shell] = []
+
+    def start(document: str, mark: str, *ports: str) -> tuple[Shell, dict[str, int]]:
+        first, _ = free_ports(len(ports) + 1)
+        instead = {port: first + number for number, port in enumerate(ports)}
+        shells.append(Shell(marked(document, mark), tmp_path, instead, instead.get("19002", first + len(ports))))
+        return shells[-1], instead
+
+    yield start
+    for shell in shells:
+        if shell.process.poll() is None:
+            os.killpg(shell.process.pid, signal.SIGTERM)
+        shell.end()
+
+
+def test_a_name_is_claimed_and_served_as_pasted(paste_names):
+    shell, _ = paste_names(OPERATING, "one router", "19000", "19002", "8080")
+    shell.end()
+    out, said = shell.out.read_text(), shell.err.read_text()
+    assert '"name": "shop.tun.localhost"' in out and "Hello\n" in out, said
+    assert "host=shop.tun.localhost path=/ status=200" in said and said.count("stopped\n") == 1
+
+
+def test_two_routers_on_one_redis_share_a_name_as_pasted(paste_names):
+    program_path("redis-server", "redis-server")
+    shell, ports = paste_names(OPERATING, "two routers", "19000", "19002", "19100", "19102", "6379", "8080")
+    shell.end()
+    out, said = shell.out.read_text(), shell.err.read_text()
+    assert '"name": "shop.tun.localhost"' in out and "Hello\n" in out, said
+    assert said.count("registry: shop.tun.localhost: claimed by alice, to tcp:127.0.0.1:") == 2
+    assert "path=/ status=200" in said and said.count("stopped\n") == 2
+
+
+@linux
+def test_a_name_of_the_readme_is_claimed_and_served_as_pasted(paste_names):
+    """Until somebody presses Ctrl-C."""
+    shell, ports = paste_names(README, "names", "19000", "8080")
+    ask = ["curl", "-sf", f"http://shop.tun.localhost:{ports['19000']}/names.toml"]
+    wait_until(lambda: subprocess.run(ask, capture_output=True, text=True, timeout=20).stdout.startswith("[registry]"),
+               what="the name", timeout=30)
+    assert shell.out.read_text().startswith("shop.tun.localhost\n")
+    shell_pid = shell.process.pid
+    children = pathlib.Path(f"/proc/{shell_pid}/task/{shell_pid}/children").read_text().split()
+    (client,) = [pid for pid in children if b"\0claim\0" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(client), signal.SIGINT)
+    wait_until(lambda: "shop.tun.localhost: released by me" in shell.err.read_text(), what="the release")
+
+
+def test_the_requests_of_a_registry_are_there():
+    text = section(OPERATING, "### Requests and answers")
+    rows = rows_below(OPERATING, "| request | answer |")
+    named = {(method, path.replace("KEY", "{key}")) for cell, _ in rows for method, path in
+             re.findall(r"(GET|POST|PUT|DELETE) (/[\w/]*)", cell)}
+    named |= {("POST", "/routes/{key}/resume"), ("GET", "/openapi.json")}
+    assert "`/resume`" in text and "`GET /openapi.json`" in text
+    assert named == {(row.method, row.path) for row in sniroute_rest.ENDPOINTS}
+    classes = {}
+    for statuses, words, _ in rows_below(OPERATING, "| status | `class` | why |"):
+        for word in re.findall(r"`(\w+)`", words):
+            classes[word] = set(map(int, statuses.split(", ")))
+    known = {word: row.status for word, row in sniroute_claims.WORDS.items() if row.status >= 400}
+    known |= sniroute_rest.STATUS
+    assert classes.keys() == known.keys()
+    assert {word for word, status in known.items() if status not in classes[word]} == set()
+    told = " ".join(text.split())
+    assert f"the last {sniroute_registry.EVENTS_MAX}; else" in told and f"over {sniroute_rest.BODY_MAX >> 10} KiB" in told
+    assert (f"Bounds: {sniroute_registrar.CALLERS_MAX} connections at once, {sniroute_rest.STREAMS_MAX} streams of an "
+            f"owner, and {sniroute_door.STREAM_MAX >> 10} KiB that one does not read") in told
+    assert f"from {sniroute_owners.TTL_MIN:g} to `max_ttl`" in told
+    assert f"{sniroute_claims.LINGER:g} seconds after that it is gone" in told
+    fields = {*sniroute_owners.FIELDS} - {"name", "port", "target"}
+    assert {name for name in fields if f"`{name}`" not in text} == set()
+    assert (10 + 3 * 5 / sniroute_owners.TTL_MIN) == sniroute_rest.rate_of(sniroute_owners.Owner("a", (), max_names=5))
+
+
+def test_what_owners_may_name_is_there():
+    text = section(OPERATING, "### Owners, and what they may do")
+    for kind in sniroute_owners.KINDS:
+        assert f'`{kind}:`' in text or f'`["{kind}"]`' in text, kind
+    stores = section(OPERATING, "### Stores")
+    for store in sniroute_owners.STORES:
+        assert f"`{store.partition(':')[0]}" in stores, store
+
+
+def test_the_zone_of_the_document_is_one_for_bind(tmp_path):
+    check = program_path("named-checkconf", "bind9-utils")
+    text = marked(OPERATING, "bind").replace('"..."', '"MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="')
+    (tmp_path / "named.conf").write_text(text)
+    done = subprocess.run([check, str(tmp_path / "named.conf")], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    (url,) = re.findall(r'^dns = "(.*?)"', marked(OPERATING, "settings file"), re.MULTILINE)
+    zone = sniroute_dns.parse_url(url)
+    assert f'key "{zone.key}"' in text and f'zone "{zone.name}"' in text and sniroute_dns.KEY_VARIABLE in OPERATING
 
 
 def test_what_plain_http_gets_is_there():
@@ -468,12 +626,18 @@ def test_metrics_and_paths_are_there():
     asked = {re.sub("_bucket$", "", name) for name in re.findall(r"\bsniroute_\w+", alerts)}
     assert len(asked) > 8 and asked <= {metric.name for metric in sniroute_metrics.METRICS}
     table = section(OPERATING, "## Metrics, status, and a page")
-    for word in ("GET /`", "GET /metrics`", "GET /status`", "GET /healthz`", "GET /readyz`", "POST /reload`",
+    for word in ("GET /`", "GET /metrics`", "GET /status`", "GET /claims/NAME`", "GET /healthz`", "GET /readyz`", "POST /reload`",
                  "POST /tunnels/NAME/stop`", "/start`", "POST /routes/PATTERN/backends/ADDRESS/drain`", "/enable`"):
         assert f"`{word}" in table
     rows = [line for line in table.split("\n") if line.startswith("| `sniroute_")]
+    kinds = "sniroute_backend_", "sniroute_http_", "sniroute_registry_"
     assert {word for row in rows for word in re.findall(r"`(sniroute_\w+)`", row)} == {
-        metric.name for metric in sniroute_metrics.METRICS if metric.name.startswith(("sniroute_backend_", "sniroute_http_"))}
+        metric.name for metric in sniroute_metrics.METRICS if metric.name.startswith(kinds)}
+    events = next(row for row in rows if "registry_events" in row)
+    assert re.findall(r"`(\w+)`", events)[2:] == [sniroute_registry.CLAIMED, sniroute_registry.RENEWED,
+                                                  sniroute_registry.CHANGED, sniroute_registry.RELEASED,
+                                                  sniroute_registry.EXPIRED]
+    assert f"the first {sniroute_metrics.CLAIMS_SHOWN} names" in " ".join(table.split())
     told = " ".join(table.split())
     assert f"{sniroute_metrics.REQUEST_ROUTES} routes have rows of their own" in told
     assert f"`last_requests`, {sniroute_metrics.REQUESTS_SHOWN} rows" in told

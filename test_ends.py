@@ -8,7 +8,9 @@ not fit in a row: sinks that are full, readers that are slow, and alerts for wha
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
+import json
 import os
 import pathlib
 import random
@@ -24,10 +26,12 @@ import pytest
 import sniroute_resets
 import sniroute_deadlines
 import sniroute_flow
+import sniroute_registrar
 import sniroute_router
 from sniroute_launchers import carrier_launcher
 from sniroute_log import ENDINGS
 from sniroute_loop import READ, unsent
+from sniroute_owners import new_token
 from sniroute_refusals import REFUSALS
 from conftest import HERE, HOST, wait_until
 from testbed.hellos import ASK_TLS, HELLO, NAME
@@ -312,6 +316,13 @@ def its_backend_goes_down(talk: Talk) -> None:
     talk.running.router.call(down)
 
 
+def its_name_is_released(talk: Talk) -> None:
+    """With cut=1."""
+    talk.say("client")
+    talk.say("backend")
+    assert ask_registry(talk.running, "DELETE", f"/routes/{NAME}?cut=1") == 204
+
+
 def router_stops(talk: Talk) -> None:
     """A second signal, or the end of --drain."""
     talk.running.router.shutdown()
@@ -405,6 +416,9 @@ ENDS = [
     End("group", "open", it_is_too_old, "reset", "reset", "lifetime"),
     End("group", "open", its_backend_goes_down, "reset", "reset", "backend_down"),
     End("group", "open", router_stops, "reset", "reset", "stopped"),
+    End("claim", "open", client_closes, "", "end", "client_closed"),
+    End("claim", "open", backend_resets, "reset", "", "backend_reset"),
+    End("claim", "open", its_name_is_released, "reset", "reset", "released"),
     # Before the backend has answered.
     End("tcp", "prelude", client_leaves, "", "", "truncated"),
     End("tcp", "prelude", client_is_gone, "", "", "truncated"),
@@ -450,6 +464,27 @@ ENDS = [
 ]
 
 
+TOKEN, DIGEST = new_token()
+NAMES = f"""
+[registry]
+listen = "{HOST}:0"
+domains = ["{NAME.partition('.')[2]}"]
+targets = ["tcp"]
+networks = ["127.0.0.0/8"]
+[registry.owners.alice]
+token = "{DIGEST}"
+admin = true
+"""
+
+
+def ask_registry(running: Running, method: str, path: str, body: Any = None) -> int:
+    """Ask the registry of a router; the status."""
+    asking = http.client.HTTPConnection(*running.router.registrar.address, timeout=10)
+    with contextlib.closing(asking):
+        asking.request(method, path, None if body is None else json.dumps(body), {"Authorization": f"Bearer {TOKEN}"})
+        return asking.getresponse().status
+
+
 @pytest.fixture
 def talk(request: pytest.FixtureRequest, run, ports, settings_file, nursery) -> Iterator[Callable[..., Talk]]:
     """talk(via, *options) -> Talk."""
@@ -465,6 +500,11 @@ def talk(request: pytest.FixtureRequest, run, ports, settings_file, nursery) -> 
                 file = settings_file(f'[routes."{NAME}"]\ntarget = "{target}"\nhealth = "passive"\nhealth_fail = 1\n'
                                      f'on_down = "cut"\nmax_lifetime = "{lifetime}"\n')
                 running = run("-c", file, *options)
+            elif via == "claim":
+                running = run("-c", settings_file(NAMES), *options)
+                stack.callback(sniroute_registrar.attach(running.router, running.router.settings.claims).close)
+                target = "tcp:{}:{}".format(*far.getsockname())
+                assert ask_registry(running, "POST", "/routes", {"name": NAME, "target": target}) == 201
             else:
                 stand_in = request.getfixturevalue("cloudflared" if via == "cloudflared" else "own_edge")
                 stand_in.far("*", far.getsockname())

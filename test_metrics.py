@@ -205,6 +205,67 @@ def test_labels_do_not_grow_with_what_clients_say(run_admin):
     assert len(running.admin.collector.names.counts) <= sniroute_metrics.NAMES_KEPT
 
 
+def of_registry(seen: dict[str, Any]) -> dict[str, Any]:
+    """What the metrics of the registry say, by their names without what they have in common."""
+    return {name.removeprefix("sniroute_registry_"): {labels[0][1] if labels else "": number
+                                                      for labels, number in samples.items()}
+            for name, samples in seen.items() if name.startswith("sniroute_registry_")}
+
+
+def test_without_a_registry_nothing_tells_of_names(run_admin):
+    running = run_admin("--route=*.example.com=tcp:192.0.2.1:80")
+    assert of_registry(metrics(running)) == {}
+    status = ask(running.admin, "/status").json
+    assert (status["registry"], status["claims"]) == (None, [])
+
+
+def test_metrics_and_status_tell_of_claimed_names_and_no_label_does(claiming):
+    there = claiming()
+    for name in ("a", "b", "c"):
+        there.claim(f"{name}.tun.example.com")
+    there.claim(there.port)
+    there.release("c.tun.example.com")
+    assert there.claim("a.tun.example.com", owner="bob").word == "other"
+    there.claim("a.tun.example.com", while_connected=True)
+    there.suspend("b.tun.example.com")
+    there.forget()
+    seen = of_registry(metrics(there.running))
+    assert seen.pop("store_write_seconds_total")[""] >= 0
+    assert seen == {"claims": {"live": 3, "held": 1}, "events_total": {"claimed": 5, "released": 1, "changed": 1},
+                    "refusals_total": {"other": 1}, "store_up": {"": 1}, "store_writes_total": {"": 7}}
+    reply = ask(there.running.admin, "/status")
+    registry, claims = reply.json["registry"], reply.json["claims"]
+    assert {name: registry[name] for name in ("store", "store_up", "fault", "claims", "held", "owners", "streams")} == {
+        "store": "memory", "store_up": True, "fault": "", "claims": 3, "held": 1, "owners": {"alice": 3}, "streams": 0}
+    assert [(row["name"], row["suspended"], row["while_connected"]) for row in claims] == [
+        ("a.tun.example.com", False, True), ("b.tun.example.com", True, False), (there.port, False, False)]
+    leases = [claim.lease for claim in there.registrar.table.live.values()]
+    assert len(leases) == 3 and not any(lease.encode() in reply.body for lease in leases)
+    text = ask(there.running.admin, "/metrics").body
+    assert b"tun.example.com" not in text and b"alice" not in text and there.port[4:].encode() not in text
+
+
+def test_a_store_that_is_away_is_told(claiming):
+    there = claiming()
+    there.claim("a.tun.example.com")
+    there.registrar.door.loop.call(lambda: there.registrar.registry.freeze(True))
+    wait_until(lambda: there.registrar.table.frozen_since is not None)
+    there.forget()
+    assert of_registry(metrics(there.running))["store_up"] == {"": 0}
+    assert ask(there.running.admin, "/status").json["registry"]["store_up"] is False
+
+
+def test_the_names_of_status_are_bounded(claiming, monkeypatch):
+    monkeypatch.setattr(sniroute_metrics, "CLAIMS_SHOWN", 2)
+    there = claiming()
+    for name in ("b", "c", "a"):
+        there.claim(f"{name}.tun.example.com")
+    there.forget()
+    status = ask(there.running.admin, "/status").json
+    assert [row["name"] for row in status["claims"]] == ["a.tun.example.com", "b.tun.example.com"]
+    assert status["registry"]["claims"] == 3
+
+
 def test_label_values_are_escaped():
     assert escape_label('a"b\\c\nd') == 'a\\"b\\\\c\\nd'
     assert [show_number(number) for number in (1, 0.25, 1e-07, float("inf"), 12345678901234567890)] \

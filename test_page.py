@@ -199,3 +199,38 @@ def test_requests_in_a_browser(browser, run_admin):
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
     complaints = browser.happened("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
     assert complaints == []
+
+
+def test_claimed_names_in_a_browser(browser, claiming, run_admin):
+    """Where there is no registry nothing of it is there; then the names, as text, whose they are and until when."""
+    card = "document.getElementById('claims-card').offsetHeight > 0"
+    browser.call("Page.navigate", url=f"http://{HOST}:{run_admin().admin.address[1]}/")
+    wait_until(lambda: browser.evaluate("document.getElementById('phase')?.innerText") == "running", what="the page")
+    assert browser.evaluate(card) is False
+
+    there = claiming()
+    there.claim("shop.tun.example.com", owner="<b>alice</b>")
+    there.claim("bad.tun.example.com", "tcp:<img src=x onerror=alert(1)>:80")
+    there.suspend("bad.tun.example.com")
+    there.claim(there.port, while_connected=True)
+    there.claim("gone.tun.example.com")
+    there.release("gone.tun.example.com")
+    browser.call("Page.navigate", url=f"http://{HOST}:{there.running.admin.address[1]}/")
+    wait_until(lambda: len(lines(browser, "claims")) == 3, what="the names")
+    assert browser.evaluate(card) is True and browser.text("claims-count") == "3, 1 held, in memory"
+    rows = lines(browser, "claims")
+    assert [row[:4] for row in rows] == [
+        ["suspended", "bad.tun.example.com", "alice", "tcp:<img src=x onerror=alert(1)>:80"],
+        ["claimed", "shop.tun.example.com", "<b>alice</b>", "tcp:192.0.2.1:80"],
+        ["claimed", there.port, "alice", "tcp:192.0.2.1:80"]]
+    assert re.fullmatch("(59|60) min|1 h", rows[1][4]) and rows[2][4] == "while connected"
+    there.registrar.door.loop.call(lambda: there.registrar.registry.freeze(True))
+    wait_until(lambda: browser.evaluate("refresh()") or browser.text("claims-count").endswith(", which is away"),
+               what="the store's end")
+    for width in (1300, 400):
+        browser.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1,
+                     mobile=width < 500)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate("document.querySelectorAll('main b').length + document.images.length") == 0
+    complaints = browser.happened("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+    assert complaints == []

@@ -208,16 +208,28 @@ SAMPLES: dict[str, tuple[list[str], Any, str, Any]] = {
     "own-address": (["192.0.2.1"], "192.0.2.1", "2001:DB8::1", "2001:db8::1"),
     "admin": (["127.0.0.1:1"], ("127.0.0.1", 1), "unix:/run/admin", "/run/admin"),
     "admin-public": (["192.0.2.1:1"], ("192.0.2.1", 1), ":2", ("*", 2)),
+    "registry": (["127.0.0.1:1"], ("127.0.0.1", 1), "unix:/run/registry", "/run/registry"),
     "log-level": (["debug"], "debug", "error", "error"),
     "log-format": (["json"], "json", "text", "text"),
 }
+
+
+ALONE = [row.name for row in SETTINGS if row.name != "registry"]  # these need no other one
+NAMES = f"""
+[registry]
+domains = ["tun.example.com"]
+targets = ["tcp"]
+networks = ["192.0.2.0/24"]
+[registry.owners.alice]
+token = "sha256:{'0' * 64}"
+"""
 
 
 def variable(name: str) -> str:
     return "SNIROUTE_" + name.upper().replace("-", "_")
 
 
-@pytest.mark.parametrize("name", [row.name for row in SETTINGS])
+@pytest.mark.parametrize("name", ALONE)
 def test_a_setting_comes_from_the_command_line_then_the_environment(name):
     given, on_line, text, in_environment = SAMPLES[name]
     attribute = name.replace("-", "_")
@@ -445,7 +457,7 @@ def test_the_tunnels_that_fit_follow_the_memory_and_the_ports(scheme, memory, tu
 # -- a file of settings ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [row.name for row in SETTINGS if row.name not in ("config", "route", "port")])
+@pytest.mark.parametrize("name", [name for name in ALONE if name not in ("config", "route", "port")])
 def test_a_setting_in_the_file_is_what_it_is_in_the_environment_which_comes_first(name, settings_file):
     _, _, text, value = SAMPLES[name]
     given, on_line = SAMPLES[name][:2]
@@ -507,7 +519,7 @@ db.example.com = "cloudflared:cft-{name}"
         "max_starting: 'true' is not a whole number from 1 to 1000000",
         "idel: there is no such setting; did you mean idle?",
         "colour: there is no such setting; there are " + ", ".join(
-            [row.field for row in SETTINGS if row.name not in ("config", "route", "port")] + ["tunnel_ports", "routes"]),
+            [row.file_key for row in SETTINGS if row.name not in ("config", "route", "port")] + ["tunnel_ports", "routes"]),
         "log_level: '3' is none of debug, info, warning, error",
         "proxy_from: 192.0.2.1/24 has host bits set: a network is 192.0.2.0/24, or one address",
         "config: there is no such setting" + lines[7].removeprefix("config: there is no such setting"),
@@ -624,8 +636,8 @@ def test_a_reload_reads_a_file_again_and_nothing_else(settings_file, tmp_path):
         running.again(running)
 
 
-@pytest.mark.parametrize("row", [row for row in SETTINGS if row.name not in ("config", "route", "port")],
-                         ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [row for row in SETTINGS if row.name in ALONE
+                                 and row.name not in ("config", "route", "port")], ids=lambda row: row.name)
 def test_a_reload_keeps_what_a_router_that_runs_cannot_change_and_says_so(row, settings_file):
     """All else is as the file says."""
     text, routes = SAMPLES[row.name][2], '[routes]\n"a.b" = "tcp:h:1"\n'
@@ -643,6 +655,90 @@ def test_a_reload_keeps_what_a_router_that_runs_cannot_change_and_says_so(row, s
     others = [other.field for other in SETTINGS if other is not row]
     assert [getattr(again, field) for field in others] == [getattr(running, field) for field in others]
     assert again.launchers is running.launchers
+
+
+def test_where_the_registry_listens_comes_from_an_option_a_variable_or_its_table(settings_file, caplog):
+    _, on_line, text, value = SAMPLES["registry"]
+    plain, told = settings_file(NAMES), f"registry.listen = {toml(text)}\n"
+    assert load_settings(["-c", plain], {}).registry == ("127.0.0.1", 19002)
+    assert load_settings(["-c", plain], {"SNIROUTE_REGISTRY": text}).registry == value
+    asked = load_settings(["-c", plain, "--registry", "127.0.0.1:1"], {"SNIROUTE_REGISTRY": text})
+    assert (asked.registry, asked.claims.address, asked.covered) == (on_line, on_line, [])
+    for file in (told + re.sub(r"^(\w+ = )(?=.*\n)", r"registry.\1", NAMES.replace("[registry]\n", ""), 3, re.MULTILINE),
+                 NAMES.replace("domains", f"listen = {toml(text)}\ndomains")):
+        path = settings_file(file)
+        assert load_settings(["-c", path], {}).registry == value
+        assert load_settings(["-c", path, "--registry", "127.0.0.1:1"], {}).covered == [
+            f"{path}: registry.listen is not used: --registry goes first"]
+    assert load_settings([], {}).claims is None
+
+
+@pytest.mark.parametrize("words, file, line", [
+    (["--registry=127.0.0.1:1"], "", "--registry: which names, and whose, is said in a file of settings: [registry], "
+     "and --config FILE"),
+    ([], 'registry = "127.0.0.1:1"\n', "{path}: registry: there is no such setting; did you mean registry.listen?"),
+    (["--listen=127.0.0.1:1", "--registry=127.0.0.1:1"], NAMES,
+     "--registry: 127.0.0.1:1 and --listen 127.0.0.1:1 have an address in common: give it a port of its own"),
+    (["--admin=127.0.0.1:19002"], NAMES, "{path}: registry.listen: 127.0.0.1:19002 and --admin 127.0.0.1:19002 have an "
+     "address in common: give it a port of its own"),
+    (["--admin-public=:19002"], NAMES, "{path}: registry.listen: 127.0.0.1:19002 and --admin-public *:19002 have an "
+     "address in common: give it a port of its own"),
+    (["--port=127.0.0.1:19002=tcp:192.0.2.1:1"], NAMES, "--port: port 127.0.0.1:19002 is a part of --registry "
+     "127.0.0.1:19002, or all of it: give it a port of its own"),
+], ids=["no-file", "a-text", "listen", "admin", "admin-public", "port"])
+def test_a_registry_without_owners_or_with_an_address_that_is_taken_stops_the_start(words, file, line, settings_file):
+    path = settings_file(file)
+    with pytest.raises(SettingsError) as caught:
+        load_settings([*words, *(["-c", path] if file else [])], {})
+    assert caught.value.lines == (line.format(path=path),)
+
+
+def test_where_names_are_claimed_no_other_name_is_served_unless_a_route_says_so(settings_file):
+    settings = load_settings(["-c", settings_file(NAMES)], {})
+    assert settings.routes.routes == () and not settings.open_to_all
+    assert len(load_settings(["-c", settings_file(NAMES), "--route=a.b=tcp:h:1"], {}).routes.routes) == 1
+
+
+def test_a_reload_changes_rules_and_owners_of_a_registry_and_keeps_where_it_listens_and_its_store(settings_file, tmp_path):
+    path = settings_file(NAMES)
+    running = load_settings(["-c", path], {})
+    settings_file(NAMES.replace("domains", f'listen = ":1"\nstore = "sqlite:{tmp_path}/x"\nstale_max = "1m"\n'
+                                'dns = "rfc2136://192.0.2.1/tun.example.com?key=k"\ndomains').replace("alice", "bob"))
+    again = running.again(running)
+    assert (again.registry, again.claims.address, again.claims.store, again.claims.dns) == (
+        running.registry, running.registry, "memory", "")
+    assert list(again.claims.owners) == ["bob"] and again.claims.stale_max == 60.0
+    assert again.kept == [f"{path}: registry.{option}: is for the next start; it stays as it is"
+                          for option in ("listen", "store", "dns")]
+    settings_file("")
+    running = load_settings(["-c", path], {})
+    settings_file(NAMES)
+    again = running.again(running)
+    assert again.claims is None and again.kept == [
+        f"{path}: registry.listen: is for the next start; it stays as it is"]
+
+
+@pytest.mark.parametrize("words, change, says", [
+    (["--registry=:19002"], None, "registry on *:19002: tokens go there in plain text: listen on 127.0.0.1 or unix:PATH"),
+    (["--registry=192.0.2.1:1"], None, "registry on 192.0.2.1:1: tokens go there in plain text"),
+    ([], ("192.0.2.0/24", "127.0.0.1/32"), "registry.networks: 127.0.0.1/32 is this host: the owners of names, and all "
+     "their clients, reach what listens there from port 1024 to 65535"),
+    ([], ("192.0.2.0/24", "::1"), "registry.networks: ::1/128 is this host"),
+    (["--route=*=tcp:192.0.2.1:1"], None, "registry.domains: *=tcp:192.0.2.1:1 goes before each claim below "
+     "tun.example.com, so all are refused as `configured`"),
+    (["--route=**.example.com=tcp:192.0.2.1:1"], None, "registry.domains: **.example.com=tcp"),
+    (["--route={a}.tun.example.com=tcp:192.0.2.1:1"], None, "registry.domains: {a}.tun.example.com=tcp"),
+    (["--ports=20000-20100"], ("targets", 'ports = "20100-20200"\ntargets'),
+     "registry.ports 20100-20200 overlap --ports 20000-20100"),
+    ([], None, ""), (["--registry=unix:/run/registry"], None, ""), (["--registry=[::1]:1"], None, ""),
+    (["--route=*.example.com=tcp:192.0.2.1:1", "--route=a.tun.example.com=tcp:192.0.2.1:1"], None, ""),
+], ids=["everywhere", "beyond-loopback", "loopback", "loopback-6", "star", "wildcard", "fields", "ports", "fine", "unix",
+        "ipv6", "one-name"])
+def test_what_is_likely_not_meant_of_a_registry_is_said(words, change, says, settings_file, caplog):
+    path = settings_file(NAMES.replace(*change) if change else NAMES)
+    sniroute_settings.warn(load_settings(["-c", path, *words], {}))
+    said = [line for line in caplog.messages if line.startswith("registry")]
+    assert [line[:len(says)] for line in said] == [says] * bool(says)
 
 
 @pytest.mark.parametrize("text", ["[routes\n", "idle = \n", "\udcff", "x = " + "[" * 5000], ids=[

@@ -1,6 +1,7 @@
 """What the tests of admin, metrics and page share.
 
     run_admin                    run_admin(*options) -> Running: a router and its admin
+    claiming                     claiming(*options) -> Claiming: the same with a registry, and claims in it
     ask, tell, metrics           send a request to the admin, read the answer
     parse_metrics                a strict reader of Prometheus' text format
     browser                      a headless Chromium with one page
@@ -34,11 +35,13 @@ import pytest
 import sniroute_admin
 import sniroute_log
 import sniroute_metrics
+import sniroute_registrar
 import sniroute_router
 import sniroute_settings
 from sniroute_admin import Admin, attach
 from sniroute_doctor import sample_hello
 from sniroute_launchers import cloudflared_launcher
+from sniroute_registry import Registry, Result
 from sniroute_tunnels import TunnelTable
 from sniroute_web import Web
 from conftest import HOST, Address, connect, lasting, wait_until
@@ -141,6 +144,63 @@ def run_admin(cloudflared: Cloudflared) -> Iterator[Callable[..., Running]]:
     with contextlib.ExitStack() as stack:
         yield lambda *argv, program=cloudflared.path, **more: stack.enter_context(
             Running(*argv, program=program, **more))
+
+
+NAMES = f"""
+[registry]
+listen = "{HOST}:0"
+domains = ["tun.example.com"]
+targets = ["tcp"]
+networks = ["192.0.2.0/24"]
+ports = "49000-49009"
+[registry.owners.alice]
+token = "sha256:{'0' * 64}"
+"""
+
+
+class Claiming:
+    """A router with an admin and a registry."""
+
+    def __init__(self, running: Running, path: str, port: str):
+        self.running = running
+        self.port = port  # the key of one that may be claimed
+        self.path = path  # of its file of settings
+        self.registrar = sniroute_registrar.attach(running.router, running.settings.claims)
+
+    def do(self, act: Callable[[Registry, Callable[[Result], None]], None]) -> Result:
+        """Ask the registry in its thread, and wait for what comes of it."""
+        results: list[Result] = []
+        self.registrar.door.loop.call(lambda: act(self.registrar.registry, results.append))
+        return wait_until(lambda: results, what="the registry")[0]
+
+    def claim(self, key: str, target: str = "tcp:192.0.2.1:80", owner: str = "alice", **more: Any) -> Result:
+        """Claim a name for an hour."""
+        return self.do(lambda registry, done: registry.claim(key, owner, target, 3600.0, 600.0, done, **more))
+
+    def release(self, key: str) -> Result:
+        return self.do(lambda registry, done: registry.release(key, "alice", None, done, admin=True))
+
+    def suspend(self, key: str) -> Result:
+        return self.do(lambda registry, done: registry.suspend(key, True, done))
+
+    def forget(self) -> None:
+        """Drop the admin's cached answers."""
+        self.running.admin.status.forget()
+        self.running.admin.metrics.forget()
+
+
+@pytest.fixture
+def claiming(run_admin: Callable[..., Running], settings_file: Callable[[str], str],
+             free_ports: Callable[..., tuple[int, int]]) -> Iterator[Callable[..., Claiming]]:
+    """claiming(*options) -> Claiming, until the test ends."""
+    with contextlib.ExitStack() as stack:
+        def start(*options: str) -> Claiming:
+            first, last = free_ports(10)
+            path = settings_file(NAMES.replace("49000-49009", f"{first}-{last}"))
+            claiming = Claiming(run_admin("-c", path, *options), path, f"tcp:{first}")
+            stack.callback(claiming.registrar.close)
+            return claiming
+        yield start
 
 
 # -- a client of the admin ---------------------------------------------------------------------
