@@ -428,7 +428,11 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], running: Sett
     values["admin_token"] = environ.get(ADMIN_TOKEN, "").strip() or None
     values["open_to_all"] = given["route"].source == "default" and file is not None  # else nobody knows
     name_contexts(values)
-    values["claims"] = registry_of(values["registry"], (file or {}).get("[registry]"), given["registry"].source, wrong)
+    table = (file or {}).get("[registry]")
+    if table is None and running is not None:
+        values["claims"] = running.claims  # `keep_fixed` has said so
+    else:
+        values["claims"] = registry_of(values["registry"], table, given["registry"].source, wrong)
     if values["claims"] is not None and values["open_to_all"]:
         values["route"], values["open_to_all"] = [], False  # the names that are claimed are those that there are
     values["routes"] = configured_routes(values, given["route"].source, environ, wrong)
