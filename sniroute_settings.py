@@ -506,7 +506,8 @@ def keep_fixed(values: dict[str, Any], given: Mapping[str, Given], running: Sett
     kept = []
     for row in SETTINGS:
         if running is not None and row.fixed and values[row.field] != getattr(running, row.field):
-            kept.append(f"{given[row.field].source}: is for the next start; it stays as it is")
+            source = given[row.field].source
+            kept.append(f"{f'--{row.name}' if source == 'default' else source}: is for the next start; it stays as it is")
             values[row.field] = getattr(running, row.field)
     return kept
 

@@ -235,7 +235,7 @@ def test_what_a_reload_cannot_change_is_said(begin, tmp_path):
             (table_of(listen=f"{HOST}:1", store="redis://app:geheim@127.0.0.1:1"), [
                 "router.toml: registry: is for the next start; it stays as it is",
                 "registry.store: is for the next start; it stays as it is"]),
-            ("", ["default: is for the next start; it stays as it is"])):
+            (f'[routes]\n"x.example.com" = "tcp:{HOST}:1"\n', ["--registry: is for the next start; it stays as it is"])):
         (tmp_path / "router.toml").write_text(text)
         seen = there.program.log().count("reload: done")
         there.program.signal(signal.SIGHUP)
