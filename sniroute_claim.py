@@ -94,7 +94,10 @@ class Place(NamedTuple):
     prefix: str = ""
 
     def __str__(self) -> str:
-        return f"unix:{self.host}" if self.scheme == "unix" else f"{self.scheme}://{self.host}:{self.port}{self.prefix}"
+        if self.scheme == "unix":
+            return f"unix:{self.host}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}{self.prefix}"
 
 
 def parse_place(text: str) -> Place:
