@@ -11,17 +11,21 @@ resolves to is judged again whenever it is dialled, since an owner may point its
 
 An option: the daemon imports this file if --registry, or [registry] in the file of settings, says where.
 
+After a reload, and at the start, claims are held against the settings: what these do not allow is not routed from that
+moment on, and ends soon after (`Registrar.owner_of`, `_look`).
+
 Threads.  `attach` and `close` are for the thread that attaches.  `registry` runs the loop, and owns all that is the
 registry's.  What is below "the router's loop" runs there; `Claimed.find` for any thread that decides.  No locks: the
 tables are read by single look-ups, and their rows never change.
 
 Seams: I want to ...
-    keep claims elsewhere            STORES
+    keep claims elsewhere            `open_store`
     do more when a claim changes     `Registrar.moved`
+    open ports in another way        ClaimedPorts
 
 This room imports sniroute_rest, sniroute_registry, sniroute_claims, sniroute_owners, sniroute_door, sniroute_listeners,
-sniroute_routes, sniroute_log, sniroute_loop, sniroute_names, sniroute_refusals, and late sniroute_sqlite, or sniroute_shared
-with sniroute_resp; and sniroute_rfc2136 with sniroute_dns.
+sniroute_routes, sniroute_log, sniroute_loop, sniroute_names, sniroute_refusals, and late sniroute_sqlite, or
+sniroute_shared with sniroute_resp; and sniroute_rfc2136 with sniroute_dns.
 """
 
 from __future__ import annotations
@@ -445,7 +449,9 @@ def forget_all(router: Router) -> None:
 def cut_claimed(router: Router, pattern: str) -> None:
     """End the connections to what was claimed."""
     for connection in list(router.connections):
-        if connection.decision is not None and connection.decision.route.pattern == pattern:
+        route = None if connection.decision is None else connection.decision.route
+        # A route of the settings may have the same pattern, and has no `reach`.
+        if route is not None and route.pattern == pattern and route.reach is not None:
             connection.close(CUT_BY_RELEASE)
 
 

@@ -464,6 +464,9 @@ class Rest:
             log.warning("registry: owner %s is gone from the settings, and with it %d claims", name, count)
         self.rules, self.owners = rules, dict(owners)
         self.buckets.clear()
+        for caller, stream in list(self.streams.items()):
+            if owners.get(stream.owner.name) != stream.owner:  # whoever may still listen comes again, and misses nothing
+                caller.close()
 
     # -- who asks --------------------------------------------------------------------------------
 

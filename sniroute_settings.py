@@ -507,7 +507,8 @@ def keep_fixed(values: dict[str, Any], given: Mapping[str, Given], running: Sett
     for row in SETTINGS:
         if running is not None and row.fixed and values[row.field] != getattr(running, row.field):
             source = given[row.field].source
-            kept.append(f"{f'--{row.name}' if source == 'default' else source}: is for the next start; it stays as it is")
+            what = f"--{row.name}" if source == "default" else source
+            kept.append(f"{what}: is for the next start; it stays as it is")
             values[row.field] = getattr(running, row.field)
     return kept
 

@@ -33,10 +33,8 @@ class Child:
 
     def __init__(self, url: str, words: tuple[str, ...], token: str | None):
         env = environment(**({"SNIROUTE_REGISTRY_TOKEN": token} if token is not None else {}))
-        self.process = subprocess.Popen((sys.executable, str(PROGRAM), "claim", *words, f"--registry={url}")
-                                        if "--" not in words else
-                                        (sys.executable, str(PROGRAM), "claim", f"--registry={url}", *words),
-                                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+        self.process = subprocess.Popen((sys.executable, str(PROGRAM), "claim", f"--registry={url}", *words), env=env,
+                                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.said: list[str] = []
         self.printed: list[str] = []
         self.threads = [threading.Thread(target=self._read, args=each, name="reader")
@@ -88,8 +86,10 @@ def test_a_name_is_printed_kept_and_given_back(registry, claim, number):
     assert there.registry.table.find(SHOP) is None and child.said == []
 
 
-@pytest.mark.parametrize("words, name", [(("-", TARGET), rf"[a-z0-9]{{10}}\.{DOMAIN}"), (("tcp:49003", TARGET), "tcp:49003"),
-                                         (("tcp", TARGET), r"tcp:490\d\d"), ((f"X.{DOMAIN}.", TARGET), f"x.{DOMAIN}")])
+@pytest.mark.parametrize("words, name", [
+    (("-", TARGET), rf"[a-z0-9]{{10}}\.{DOMAIN}"), (("tcp:49003", TARGET), "tcp:49003"),
+    (("tcp", TARGET), r"tcp:490\d\d"),
+    ((f"X.{DOMAIN}.", TARGET), f"x.{DOMAIN}")])
 def test_what_may_be_claimed(registry, claim, words, name):
     child = claim(registry(), *words)
     wait_until(lambda: child.printed, what="the name")
@@ -109,9 +109,10 @@ def test_a_command_runs_beside_the_claim(registry, claim):
     assert there.registry.table.find(SHOP) is None and there.registry.events.counts["claimed"] == 1
 
 
-@pytest.mark.parametrize("code, ended", [("import signal; print('up', flush=True); signal.pause()", 128 + signal.SIGTERM),
-                                         ("import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\n"
-                                          "print('up', flush=True)\nsignal.pause()", 5)])
+@pytest.mark.parametrize("code, ended", [
+    ("import signal; print('up', flush=True); signal.pause()", 128 + signal.SIGTERM),
+    ("import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\nprint('up', flush=True)\n"
+     "signal.pause()", 5)])
 def test_a_signal_ends_the_command_too(registry, claim, code, ended):
     there = registry()
     child = claim(there, "shop", TARGET, "--", sys.executable, "-c", code)
@@ -224,8 +225,8 @@ class Claiming(Claimer):
     def __init__(self, there: Served, **wish: Any):
         self.time = FakeClock()
         self.lines: list[str] = []
-        super().__init__(Registry(Place("http", HOST, there.address[1]), ALICE), {"name": "shop", "target": TARGET, **wish},
-                         self.lines.append, self.time)
+        super().__init__(Registry(Place("http", HOST, there.address[1]), ALICE),
+                         {"name": "shop", "target": TARGET, **wish}, self.lines.append, self.time)
 
 
 @pytest.fixture
@@ -348,8 +349,8 @@ def test_what_is_no_registry_is_told(serve):
     def handler(sock: Any) -> None:
         sock.recv(65536)
         sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
-    claimer = Claimer(Registry(Place("http", HOST, serve(handler).address[1]), ALICE), {"name": "shop", "target": TARGET},
-                      lambda text: None)
+    registry = Registry(Place("http", HOST, serve(handler).address[1]), ALICE)
+    claimer = Claimer(registry, {"name": "shop", "target": TARGET}, lambda text: None)
     with contextlib.closing(claimer.registry), pytest.raises(Unable, match="is no registry of names"):
         claimer.step()
 

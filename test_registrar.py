@@ -58,7 +58,8 @@ def web(text: bytes) -> Callable[[socket.socket], None]:
             data += more
             while b"\r\n\r\n" in data:
                 data = data.partition(b"\r\n\r\n")[2]
-                sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n" % len(text) + text)
+                sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n"
+                             b"Content-Length: %d\r\n\r\n" % len(text) + text)
     return handler
 
 
@@ -235,7 +236,8 @@ def test_what_a_reload_cannot_change_is_said(begin, tmp_path):
             (table_of(listen=f"{HOST}:1", store="redis://app:geheim@127.0.0.1:1"), [
                 "router.toml: registry: is for the next start; it stays as it is",
                 "registry.store: is for the next start; it stays as it is"]),
-            (f'[routes]\n"x.example.com" = "tcp:{HOST}:1"\n', ["--registry: is for the next start; it stays as it is"])):
+            (f'[routes]\n"x.example.com" = "tcp:{HOST}:1"\n', [
+                "--registry: is for the next start; it stays as it is"])):
         (tmp_path / "router.toml").write_text(text)
         seen = there.program.log().count("reload: done")
         there.program.signal(signal.SIGHUP)
@@ -253,7 +255,8 @@ def test_what_a_reload_cannot_change_is_said(begin, tmp_path):
     ({"domains": None}, "registry.domains: say below which domains names may be claimed"),
     ({"owners": {}}, "registry.owners: nobody may claim a name"),
     ({"owners": {"alice": {"token": "geheim"}}}, "registry.owners.alice.token: is no hash of a token"),
-    ({"owners": {"alice": {"names": ["shop.example.org"]}}}, "registry.owners.alice.names: shop.example.org is not below"),
+    ({"owners": {"alice": {"names": ["shop.example.org"]}}},
+     "registry.owners.alice.names: shop.example.org is not below"),
     ({"store": "postgres:geheim"}, "registry.store: 'postgres' is none of memory, sqlite:PATH"),
     ({"store": "redis://app:geheim@127.0.0.1:99999"}, "registry.store: "),
     ({"store": "redis://app:geheim@127.0.0.1/x"}, "registry.store: "),
@@ -286,7 +289,8 @@ def test_two_routers_with_one_file_are_refused(routed, monkeypatch, tmp_path):
     assert first.claim(target="tcp:127.0.0.1:1").status == 201
 
 
-def test_a_start_that_fails_leaves_the_file_to_the_next_one(run, routed, settings_file, monkeypatch, tmp_path, admin_path):
+def test_a_start_that_fails_leaves_the_file_to_the_next_one(run, routed, settings_file, monkeypatch, tmp_path,
+                                                            admin_path):
     """A successor tries again and again."""
     monkeypatch.setattr(sniroute_sqlite, "BUSY_TIME", 0.1)
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
@@ -403,8 +407,9 @@ def test_a_browser_that_stays_connected_is_refused_once_the_name_is_gone(routed,
 # -- where targets lead --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("found", ["127.0.0.1", "::ffff:127.0.0.1", "::ffff:7f00:1", "64:ff9b::7f00:1", "169.254.169.254",
-                                   "::ffff:169.254.169.254", "0.0.0.0", "::", "::1", "10.0.0.1", "fe80::1"])
+@pytest.mark.parametrize("found", [
+    "127.0.0.1", "::ffff:127.0.0.1", "::ffff:7f00:1", "64:ff9b::7f00:1", "169.254.169.254", "::ffff:169.254.169.254",
+    "0.0.0.0", "::", "::1", "10.0.0.1", "fe80::1"])
 def test_a_host_that_leads_elsewhere_by_now_is_not_dialled(routed, serve, monkeypatch, found):
     far = serve(answer(b"x", 1), ("127.0.0.2", 0))
     there = routed(networks=["127.0.0.2/32"])
@@ -538,7 +543,8 @@ def test_a_port_survives_a_reload_and_the_settings_come_first(routed, serve, por
     assert made.status == 201
 
 
-def test_a_port_is_open_on_every_router_that_may_and_released_where_one_cannot(routed, redis_server, serve, port, caplog):
+def test_a_port_is_open_on_every_router_that_may_and_released_where_one_cannot(routed, redis_server, serve, port,
+                                                                               caplog):
     """Two on one host cannot have the same port."""
     redis, far = redis_server(), serve(answer(b"x", 1))
     first, second = routed(store=redis.url, ports=f"{port}-{port}"), routed(store=redis.url)
@@ -651,6 +657,35 @@ def test_a_route_of_the_settings_comes_first_and_the_claim_comes_back(routed, se
     assert (said.status, said.json["class"]) == (409, "configured")
     there.reload(table_of())
     assert reached(there) == b"c" and "has no route of the settings any more" in caplog.text
+
+
+def test_a_claim_behind_a_route_of_the_settings_does_not_cut_its_clients(routed, serve):
+    there = routed()
+    far, other = serve(answer(b"c", 1)), serve(answer(b"s", 1))
+    made = there.claim(target=there.target(far))
+    with hello(there) as claimed:
+        assert claimed.recv(1) == b"c"
+        there.reload(f"[routes]\n{json.dumps(SHOP)} = {json.dumps(there.target(other))}\n" + table_of())
+        with hello(there) as configured:
+            assert configured.recv(1) == b"s"
+            assert there.ask("DELETE", "/routes/shop?cut=1", **lease(made)).status == 204
+            assert not read_all_of(claimed, b"and more")
+            configured.sendall(b"and more")
+            assert read_all_of(configured, b"and more")
+
+
+def test_who_listens_to_events_does_so_by_the_settings_of_now(routed):
+    there = routed()
+    connections = {token: connect(there.address, f"GET /events HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer "
+                                  f"{token}\r\n\r\n".encode()) for token in (ADMIN, ALICE, BOB)}
+    with contextlib.ExitStack() as stack:
+        for client in connections.values():
+            stack.enter_context(client)
+            assert read_all_of(client, b"the events of")
+        there.reload(table_of(owners={"alice": {}, "root": {"admin": False}}))
+        assert not read_all_of(connections[ADMIN], b"claimed") and not read_all_of(connections[BOB], b"claimed")
+        assert there.claim(target="tcp:127.0.0.1:1").status == 201
+        assert read_all_of(connections[ALICE], b"claimed")
 
 
 # -- stores that are away ------------------------------------------------------------------------
