@@ -15,7 +15,8 @@ import pytest
 
 import sniroute_claim
 from conftest import HOST, FakeClock, exit_code, wait_until
-from sniroute_claim import HELD, LOST, OVER, REFUSED, RETRY_LAST, SEEKING, Claimer, Place, Registry, Unable, parse_place
+from sniroute_claim import (HELD, LOST, OVER, REFUSED, RETRY_LAST, SEEKING, Beside, Claimer, Place, Registry, Unable,
+                            keep, parse_place, say)
 from sniroute_owners import digest_of
 from testbed.program import PROGRAM, command, environment
 from testbed.registry import ALICE, BOB, DOMAIN, Served, table_of
@@ -128,15 +129,27 @@ def test_a_command_that_is_not_there_is_told_and_the_name_given_back(registry, c
     assert there.registry.table.find(SHOP) is None
 
 
-def test_a_name_that_is_taken_over_is_not_taken_back(registry, claim):
+TAKES_IT = """
+import http.client, json, signal, sys
+registry = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]))
+registry.request("POST", "/routes", json.dumps({"name": "shop", "target": sys.argv[2]}),
+                 {"Host": "localhost", "Authorization": "Bearer " + sys.argv[3]})
+assert registry.getresponse().status == 200
+signal.pause()
+"""
+
+
+def test_a_name_that_is_taken_over_is_not_taken_back(registry, monkeypatch, capfd):
+    """The command is ended, and the exit code says that it did not end by itself."""
+    monkeypatch.setattr(sniroute_claim, "SHARE", 10_000)
+    monkeypatch.setattr(sniroute_claim, "SHORTEST", 0.02)
     there = registry()
-    child = claim(there, "shop", TARGET, "--ttl=5", "--", *FOR_EVER)
-    child.prints(SHOP)
-    again = there.claim()
-    assert again.status == 200
-    assert child.wait() == 1
-    assert child.said == [f"sniroute claim: {SHOP}: another client of this owner has taken it over"]
-    assert there.registry.table.find(SHOP).lease == again.json["lease"]
+    claimer = Claimer(Registry(Place("http", HOST, there.address[1]), ALICE), {"name": "shop", "target": TARGET}, say)
+    code = (sys.executable, "-c", TAKES_IT, str(there.address[1]), TARGET, ALICE)
+    assert keep(claimer, Beside(list(code), claimer.woken), []) == 1
+    assert capfd.readouterr() == (f"{SHOP}\n",
+                                  f"sniroute claim: {SHOP}: another client of this owner has taken it over\n")
+    assert there.registry.table.find(SHOP).generation == 2
 
 
 @pytest.mark.parametrize("words, token, said", [
