@@ -31,9 +31,11 @@ This room imports sniroute_names (printable), the standard library, and for `tok
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
+import queue
 import random
 import re
 import signal
@@ -92,7 +94,10 @@ class Place(NamedTuple):
     prefix: str = ""
 
     def __str__(self) -> str:
-        return f"unix:{self.host}" if self.scheme == "unix" else f"{self.scheme}://{self.host}:{self.port}{self.prefix}"
+        if self.scheme == "unix":
+            return f"unix:{self.host}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}{self.prefix}"
 
 
 def parse_place(text: str) -> Place:
@@ -200,7 +205,9 @@ class Claimer:
         self.until = 0.0  # clock time: from then on it may be another's
         self.pause = 0.0  # until the next try
         self.trouble = ""  # what was said last
-        self.woken = threading.Event()
+        # What `keep` is woken by.  Use a SimpleQueue instead of an Event because a handler of a signal puts into it: an
+        # Event's lock may be held by the very code that the signal has interrupted.
+        self.woken: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     @property
     def path(self) -> str:
@@ -346,7 +353,7 @@ def say(text: str) -> None:
 class Beside:
     """The command that runs while the claim is held; "" of words: none."""
 
-    def __init__(self, words: list[str], woken: threading.Event):
+    def __init__(self, words: list[str], woken: queue.SimpleQueue[None]):
         self.words = words
         self.woken = woken
         self.process: subprocess.Popen[bytes] | None = None
@@ -366,7 +373,7 @@ class Beside:
     def _wait(self) -> None:
         self.process.wait()
         self.ended = True
-        self.woken.set()
+        self.woken.put(None)
 
     def end(self, number: int) -> int:
         """Have it end, as we were told to.  Returns its exit code, as a shell has it; 0 where there is none."""
@@ -401,7 +408,7 @@ def main(words: list[str]) -> int:
         return 2
     signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: (signals.append(number), claimer.woken.set()))
+        signal.signal(number, lambda number, frame: (signals.append(number), claimer.woken.put(None)))
     return keep(claimer, Beside(command, claimer.woken), signals)
 
 
@@ -425,7 +432,8 @@ def keep(claimer: Claimer, beside: Beside, signals: list[int]) -> int:
             pause = claimer.step()
             if claimer.state is HELD:
                 beside.begin(claimer.name)
-            claimer.woken.wait(pause)
+            with contextlib.suppress(queue.Empty):
+                claimer.woken.get(timeout=pause)
     except Unable as error:
         say(str(error))
         code = 1

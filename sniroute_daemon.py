@@ -16,10 +16,11 @@ leaves a predecessor as it was; so does a host that allows too little for one of
 
     1  get the listening sockets: systemd's, else those of a predecessor
     2  Router: takes these sockets over, and opens those that are missing
-    3  import the admin's room, if a setting or systemd asks for it; start the thread `reaper` (TunnelTable.start), then
-       `loop`, which accepts clients from here on; warn
+    3  import the admin's room, if a setting or systemd asks for it; start the thread `reaper` (TunnelTable.start), the
+       registry, if there is one and no predecessor has it, then `loop`, which accepts clients from here on; warn
     4  tell the predecessor to drain; listen on its names, and bind those that are missing
-    5  open the admin's addresses (threads `admin`, `admin-<n>`, `public-<n>`), then tell systemd READY=1
+    5  open the admin's addresses (threads `admin`, `admin-<n>`, `public-<n>`), and a predecessor's registry, then tell
+       systemd READY=1
 
 The end.  Where --lameduck asks for it, all but /readyz goes on for so long after the signal.  The main thread has the
 clock, so that it never hands over listeners that the loop just closes: a successor that comes then gets them, and its
@@ -257,6 +258,9 @@ class Daemon:
                 raise SettingsError(f"--{asked[0]}: sniroute_admin.py: {error}") from None
         self.tunnels.start()
         tune_interpreter()
+        succeeds = bool(self.handover.predecessors)
+        if settings.claims is not None and not succeeds:  # what is claimed already is routed for the first client
+            self._serve_registry(alone=True)
         loop = threading.Thread(target=self._loop, name="loop", daemon=True)
         loop.start()
         self.thread = loop  # only now: a thread that could not start cannot be joined
@@ -278,8 +282,8 @@ class Daemon:
                         ", ".join(map(show_address, self.unnamed)))
         if asked:
             self._attach(asked[0], {name: sockets[name][0] for name in asked if sockets[name]}, alone=not succeeded)
-        if settings.claims is not None:
-            self._serve_registry(alone=not succeeded)
+        if settings.claims is not None and succeeds:
+            self._serve_registry(alone=False)
         self.supervisor.ready(router)
 
     def _attach(self, asked: str, listeners: dict[str, socket.socket], alone: bool) -> None:
@@ -418,10 +422,16 @@ class Daemon:
             return
         if self.stopping:  # our listeners are being closed: it gets the names only, and opens the addresses itself
             self.router.deaf.wait(HANDOVER_TIMEOUT)
-        if self.handover.give(channel, () if self.stopping else self.router.listeners):
+        if self.handover.give(channel, () if self.stopping else self._handed_over()):
             for each in self.handover.names:
                 self.selector.unregister(each)
             self.selector.register(channel, selectors.EVENT_READ, self._on_word)
+
+    def _handed_over(self) -> list[Listener]:
+        """The listeners that a successor may get.  It opens the claimed ports anew: there may be any number of them."""
+        claimed = self.router.claimed_ports
+        return [each for each in self.router.listeners
+                if each.decision is None or each.decision.route.pattern not in claimed]
 
     def _on_word(self, channel: socket.socket) -> None:
         """The successor says "drain", since it accepts now; or it has gone, and we serve on."""

@@ -337,6 +337,16 @@ class Link:
         """When the server has said something, by the loop's clock; NEVER, where it has said nothing yet."""
         return self.line.heard if self.line is not None else self.last_heard
 
+    @property
+    def peer(self) -> tuple[str, int] | None:
+        """The IP address and the port of the server; None where there is no connection."""
+        wire: Any = self.line and self.line.wire
+        wire = getattr(wire, "below", wire)  # of TLS
+        try:
+            return wire and wire.sock.getpeername()[:2]
+        except OSError:  # it has just ended
+            return None
+
     def close(self) -> None:
         """End it.  No callback is called any more."""
         self._set(CLOSED)

@@ -11,21 +11,26 @@ resolves to is judged again whenever it is dialled, since an owner may point its
 
 An option: the daemon imports this file if --registry, or [registry] in the file of settings, says where.
 
+After a reload, and at the start, claims are held against the settings: what these do not allow is not routed from that
+moment on, and ends soon after (`Registrar.owner_of`, `_look`).
+
 Threads.  `attach` and `close` are for the thread that attaches.  `registry` runs the loop, and owns all that is the
 registry's.  What is below "the router's loop" runs there; `Claimed.find` for any thread that decides.  No locks: the
 tables are read by single look-ups, and their rows never change.
 
 Seams: I want to ...
-    keep claims elsewhere            STORES
+    keep claims elsewhere            `open_store`
     do more when a claim changes     `Registrar.moved`
+    open ports in another way        ClaimedPorts
 
 This room imports sniroute_rest, sniroute_registry, sniroute_claims, sniroute_owners, sniroute_door, sniroute_listeners,
-sniroute_routes, sniroute_log, sniroute_loop, sniroute_names, sniroute_refusals, and late sniroute_sqlite, or sniroute_shared
-with sniroute_resp; and sniroute_rfc2136 with sniroute_dns.
+sniroute_routes, sniroute_log, sniroute_loop, sniroute_names, sniroute_refusals, and late sniroute_sqlite, or
+sniroute_shared with sniroute_resp; and sniroute_rfc2136 with sniroute_dns.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import ipaddress
@@ -40,7 +45,7 @@ from sniroute_listeners import Listener, Ports
 from sniroute_log import RELEASED as CUT_BY_RELEASE
 from sniroute_loop import Loop, monotonic
 from sniroute_names import show_address
-from sniroute_owners import Own, Owner, Where, address_fault, narrowed
+from sniroute_owners import Own, Owner, Rules, Where, address_fault, narrowed, standing
 from sniroute_refusals import SettingsError
 from sniroute_registry import RELEASED, Memory, Registry, Store
 from sniroute_rest import Rest
@@ -56,6 +61,7 @@ log = logging.getLogger("sniroute")
 
 CALLERS_MAX = 1000  # connections of owners, each of which may be kept: REGISTRY_FDS (sniroute_settings) are set aside
 TICK = 1.0  # seconds between two looks at claims that live as long as a connection
+LOOKED = 200  # claims that are held against the settings in one turn: some milliseconds
 LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "[::1]"))  # names in Host that mean this host
 
 
@@ -78,9 +84,9 @@ class Tallies:
 class Claimed:
     """The claims of names as a layer of routes.  Any thread that decides; `forget` is the router's loop's."""
 
-    def __init__(self, table: Table, owners: Callable[[], dict[str, Owner]], reach: Callable[[tuple], bool]):
+    def __init__(self, table: Table, owner_of: Callable[[Claim], Owner | None], reach: Callable[[tuple], bool]):
         self.table = table
-        self.owners = owners
+        self.owner_of = owner_of
         self.reach = reach
         self.tallies = Tallies()
         self.forget: Callable[[str], None] = lambda pattern: None  # set by Routes
@@ -92,8 +98,8 @@ class Claimed:
         return None if claim is None or claim.suspended or self.is_stale else self.route_of(claim)
 
     def route_of(self, claim: Claim) -> Route | None:
-        """A claim as a route; None where its owner is just going."""
-        owner = self.owners().get(claim.owner)
+        """A claim as a route; None where the settings, which may be others by now, do not let its owner have it."""
+        owner = self.owner_of(claim)
         if owner is None:
             return None
         is_port = claim.key.startswith("tcp:")
@@ -149,18 +155,24 @@ class Registrar:
         self.identity: tuple[int, int] | None = None  # (device, inode) of the socket file, if there is one
         self.door = Door(self.tick, TICK, "registry")
         self.table = Table(monotonic)
-        self.layer = Claimed(self.table, lambda: self.rest.owners, self.may_reach)
-        self.opened: dict[str, list[Listener]] = {}  # ports that are open for a claim that is not there yet, by key
-        self.store = open_store(where.store, self.door.loop)
+        self.layer = Claimed(self.table, self.owner_of, self.may_reach)
+        self.ports = ClaimedPorts(self)
+        self.shadowed: set[str] = set()  # names that are claimed, and have a route of the settings, too
+        self.is_closed = False
+        try:  # the store last: it has the file, and whoever tries again would find it taken
+            self.dns = open_dns(where.dns, self.door.loop, os.environ)
+            self.store = open_store(where.store, self.door.loop)
+        except BaseException:
+            self.door.close()
+            raise
         self.registry = Registry(self.door.loop, self.table, self.store, self.moved)
         self.store.open(self.registry)
-        self.dns = open_dns(where.dns, self.door.loop, os.environ)
         # One for all processes of a registry, so that a successor knows what its predecessor has written.
         self.mark = "-".join(("sniroute", *where.rules.domains))[:64]
         self.rest = Rest(self.registry, where.rules, where.owners, None, own=self.own, cut=self.cut,
                          is_configured=lambda key: router.routes.configured.find(key) is not None,
-                         open_port=self.open_port, close_port=self.close_port,
-                         serves_http=router.settings.serves_http)
+                         open_port=self.ports.open, close_port=self.ports.close,
+                         serves_http=router.settings.serves_http, is_ending=router.deaf.is_set)
         self.address: str | tuple[str, int] = where.address
 
     # -- the thread that attaches ----------------------------------------------------------------
@@ -177,22 +189,28 @@ class Registrar:
         self.door.gates.append(Gate(self.door, "registry", listener, self.rest.decide, 0, keeps=True, most=CALLERS_MAX))
         self.router.call(functools.partial(self.router.routes.add_layer, self.layer))
         for key in list(self.table.live):  # of a store that outlives us
-            if key.startswith("tcp:"):
+            if key.startswith("tcp:") or self.dns is not None:
                 self.moved(key)
         self.door.open()
+        self.door.loop.call(functools.partial(self._look, collections.deque(self.table.live), None))
 
     def close(self) -> None:
-        """End it; what the store keeps is kept."""
+        """End it; what the store keeps is kept.  More than once does no harm."""
+        if self.is_closed:
+            return
+        self.is_closed = True
         if self.identity is not None and isinstance(self.address, str):
             with contextlib.suppress(OSError):
                 state = os.stat(self.address)
                 if (state.st_dev, state.st_ino) == self.identity:
                     os.unlink(self.address)
-        self.door.loop.call(self._end)
+        if self.door.thread.is_alive():
+            self.door.loop.call(self._end)
+        else:
+            self._end()
         self.door.close()
         self.store.close()
-        for key in list(self.opened):
-            self.close_port(key)
+        self.ports.close_all()
 
     def _end(self) -> None:
         """In the last turn of the loop: what needs it to be closed."""
@@ -201,11 +219,15 @@ class Registrar:
             self.dns.close()
 
     def adopt(self, where: Where) -> None:
-        """Other rules and owners, after a reload; address and store are for the next start.  Any thread."""
+        """Other rules and owners, after a reload; the rest is as it was (`keep_store` of the settings).  Any thread."""
         def change() -> None:
-            self.where = where
+            former, self.where = (self.rest.rules, self.rest.owners), where
             self.rest.adopt(where.rules, where.owners)
-            self.router.call(lambda: self.router.routes.decisions.clear())
+            self.router.call(functools.partial(forget_all, self.router))
+            for key in [key for key in self.table.live if key.startswith("tcp:")]:
+                self.moved(key)
+            self._look(collections.deque(self.table.live), former)
+
         self.door.loop.call(change)
 
     # -- the thread registry ---------------------------------------------------------------------
@@ -218,55 +240,71 @@ class Registrar:
                         and self.table.clock() - since > self.where.stale_max)
         if is_stale != self.layer.is_stale:
             self.layer.is_stale = is_stale
-            self.router.call(lambda: self.router.routes.decisions.clear())
+            self.router.call(functools.partial(forget_all, self.router))
 
     def own(self) -> Own:
         """Where the router listens, and what else no target may lead to."""
         targets = self.router.targets
-        return Own((*targets.own, *targets.own_admin, *targets.own_registry), targets.tunnel_ports)
+        return Own((*targets.own, *targets.own_admin, *targets.own_registry, *self.store.addresses),
+                   targets.tunnel_ports)
+
+    def owner_of(self, claim: Claim) -> Owner | None:
+        """The owner of a claim; None where the settings do not let it have that."""
+        rest = self.rest
+        return None if self._fault(claim, rest.rules, rest.owners) else rest.owners.get(claim.owner)
+
+    def _look(self, keys: collections.deque[str], former: tuple[Rules, Mapping[str, Owner]] | None) -> None:
+        """Hold claims against the settings, some in each turn: end those that stand no more, say what is shadowed.
+
+        `former`: rules and owners before a reload.  What did not stand by these either is left alone: another router
+        of the store has let it in, by settings of its own.  None, at the start: all of a file is ours.
+        """
+        is_shared = self.store.name not in ("memory", "sqlite")
+        for _ in range(min(LOOKED, len(keys))):
+            key = keys.popleft()
+            claim = self.table.find(key)
+            if claim is None:
+                continue
+            self._tell_shadow(key)
+            fault = self._fault(claim, self.rest.rules, self.rest.owners)
+            if fault and (not is_shared if former is None else not self._fault(claim, *former)):
+                log.warning("registry: %s of %s ends, since the settings do not allow it any more: %s", key,
+                            claim.owner, fault)
+                self.registry.end(claim)
+        if keys:
+            self.door.loop.call(functools.partial(self._look, keys, former))
+
+    def _tell_shadow(self, key: str) -> None:
+        """Say once that a name has a route of the settings, too, which comes first; and that it has none any more."""
+        route = None if key.startswith("tcp:") else self.router.routes.configured.find(key)
+        if route is not None and key not in self.shadowed:
+            self.shadowed.add(key)
+            log.warning("registry: %s is claimed, and has a route of the settings, too, which comes first: %s", key,
+                        route.pattern)
+        elif route is None and key in self.shadowed:
+            self.shadowed.discard(key)
+            log.info("registry: %s has no route of the settings any more: it leads where its owner says", key)
+
+    def _fault(self, claim: Claim, rules: Rules, owners: Mapping[str, Owner]) -> str:
+        """Why a claim does not stand by these settings; "" where it does."""
+        owner = owners.get(claim.owner)
+        if owner is None:
+            return f"there is no owner {claim.owner}"
+        return standing(claim.key, claim.target, rules, owner, self.own())
 
     def moved(self, key: str) -> None:
         """A claim has come, changed or gone: the router decides anew."""
-        if not key.startswith("tcp:"):
-            self.router.call(functools.partial(self.layer.forget, key))
-            if self.dns is not None and self.table.find(key) is not None:
-                self.dns.want(key, self.mark)
-            elif self.dns is not None:
-                self.dns.unwant(key, self.mark)
+        if key.startswith("tcp:"):
+            self.ports.lead(key)
             return
-        claim = self.table.find(key)
-        route = None if claim is None or claim.suspended else self.layer.route_of(claim)
-        opened = self.opened.pop(key, None)
-        if route is None:
-            self.router.call(functools.partial(close_claimed, self.router, port_pattern(key)))
-        elif opened is not None or key in self.router.claimed_ports:
-            self.router.call(functools.partial(open_claimed, self.router, route, opened or []))
-        else:  # another router has taken the claim
-            try:
-                opened = self._listen(route)
-            except (OSError, SettingsError) as error:
-                log.warning("registry: %s is released: %s", key, error)
-                self.registry.release(key, claim.owner, None, lambda result: None, admin=True, what=RELEASED)
-            else:
-                self.router.call(functools.partial(open_claimed, self.router, route, opened))
-
-    def open_port(self, key: str, done: Callable[[str], None]) -> None:
-        """Listen on a port that is about to be claimed: before that, since another process may have it."""
-        try:
-            if port_pattern(key) not in self.router.claimed_ports and key not in self.opened:
-                self.opened[key] = self._listen(parse_port_route(f":{key[4:]}=tcp:port.invalid:1"))
-        except (OSError, SettingsError) as error:
-            done(str(error))
-        else:
-            done("")
-
-    def close_port(self, key: str) -> None:
-        """The port was not claimed after all."""
-        for listener in self.opened.pop(key, ()):
-            listener.close()
-
-    def _listen(self, route: Route) -> list[Listener]:
-        return Ports().open([route])[route.pattern]
+        self.router.call(functools.partial(self.layer.forget, key))
+        lives = self.table.find(key) is not None
+        if not lives:
+            self.shadowed.discard(key)
+        if self.dns is not None and lives:
+            self.dns.want(key, self.mark)
+        elif self.dns is not None:
+            self.dns.unwant(key, self.mark)
 
     # -- any thread ------------------------------------------------------------------------------
 
@@ -308,6 +346,77 @@ class Registrar:
         self.router.call(functools.partial(cut_claimed, self.router, pattern))
 
 
+class ClaimedPorts:
+    """The ports that are claimed, as far as they are open here.  The thread registry, but for `close_all`.
+
+    One is opened before it is claimed, since another process may have it, and is the router's once it is claimed.  The
+    router's loop closes it; whoever wants it again waits until that is done, and does not find it in use by ourselves.
+    """
+
+    def __init__(self, registrar: Registrar):
+        self.registrar = registrar
+        self.opened: dict[str, list[Listener]] = {}  # for a claim that is not there yet, by key
+        self.given: set[str] = set()  # keys of those that are the router's
+        self.closing: dict[str, list[Callable[[], None]]] = {}  # that the router is closing, and who waits for it
+
+    def open(self, key: str, done: Callable[[str], None]) -> None:
+        """Listen on a port that is about to be claimed; `done` gets why not, or ""."""
+        if key in self.closing:
+            self.closing[key].append(functools.partial(self.open, key, done))
+            return
+        try:
+            self._listen(key)
+        except (OSError, SettingsError) as error:
+            done(str(error))
+        else:
+            done("")
+
+    def close(self, key: str) -> None:
+        """The port was not claimed after all."""
+        for listener in self.opened.pop(key, ()):
+            listener.close()
+
+    def lead(self, key: str) -> None:
+        """A claim has come, changed or gone: have the router lead its port there, or close it."""
+        registrar = self.registrar
+        router = registrar.router
+        if key in self.closing:
+            self.closing[key].append(functools.partial(self.lead, key))
+            return
+        claim = registrar.table.find(key)
+        route = None if claim is None or claim.suspended else registrar.layer.route_of(claim)
+        if route is not None and not router.deaf.is_set():
+            try:
+                self._listen(key)  # where another router has taken the claim, or this one has just begun
+            except (OSError, SettingsError) as error:
+                log.warning("registry: %s is released, since this router cannot open it: %s", key, error)
+                registrar.registry.release(key, claim.owner, None, lambda result: None, admin=True)
+                return
+            self.given.add(key)
+            router.call(functools.partial(open_claimed, router, route, self.opened.pop(key, [])))
+        elif route is None and key in self.given:
+            self.given.remove(key)
+            self.closing[key] = []
+            closed = functools.partial(registrar.door.loop.call, functools.partial(self._closed, key))
+            router.call(functools.partial(close_claimed, router, port_pattern(key), closed))
+
+    def _closed(self, key: str) -> None:
+        """The router has closed it."""
+        for act in self.closing.pop(key):
+            act()
+
+    def _listen(self, key: str) -> None:
+        """Open it, unless it is open.  Raises OSError, SettingsError."""
+        if key not in self.given and key not in self.opened:
+            route = parse_port_route(f":{key[4:]}=tcp:port.invalid:1")
+            self.opened[key] = Ports().open([route])[route.pattern]
+
+    def close_all(self) -> None:
+        """Close what the router has not got."""
+        for key in list(self.opened):
+            self.close(key)
+
+
 # -- the router's loop ---------------------------------------------------------------------------
 
 
@@ -317,16 +426,27 @@ def open_claimed(router: Router, route: Route, opened: list[Listener]) -> None:
     router.change_ports({route.pattern: opened} if opened else {})
 
 
-def close_claimed(router: Router, pattern: str) -> None:
+def close_claimed(router: Router, pattern: str, closed: Callable[[], None]) -> None:
     """A port is claimed no more.  Its connections go on."""
-    if router.claimed_ports.pop(pattern, None) is not None:
-        router.change_ports({})
+    try:
+        if router.claimed_ports.pop(pattern, None) is not None:
+            router.change_ports({})
+    finally:
+        closed()
+
+
+def forget_all(router: Router) -> None:
+    """Claims may lead elsewhere by now, or nowhere: decide all names anew, and look up all hosts."""
+    router.routes.forget("*")
+    router.targets.resolved.clear()
 
 
 def cut_claimed(router: Router, pattern: str) -> None:
     """End the connections to what was claimed."""
     for connection in list(router.connections):
-        if connection.decision is not None and connection.decision.route.pattern == pattern:
+        route = None if connection.decision is None else connection.decision.route
+        # A route of the settings may have the same pattern, and has no `reach`.
+        if route is not None and route.pattern == pattern and route.reach is not None:
             connection.close(CUT_BY_RELEASE)
 
 

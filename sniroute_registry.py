@@ -126,6 +126,7 @@ class Store(Protocol):
 
     name: str
     fault: str  # why it cannot be written to; "" where it can
+    addresses: tuple[tuple[str, int], ...]  # where it is asked, as (IP address, port): no claim leads there
 
     def write(self, what: str, former: Claim | None, claim: Claim | None, done: Callable[[Written], None]) -> None:
         """Put a claim in the place of `former`, both or neither; None: there is none, or there is to be none."""
@@ -162,7 +163,7 @@ def from_text(text: str | bytes, expires: float) -> Claim:
 class Memory:
     """The store of a registry whose claims end with it: the table is all there is."""
 
-    name, fault = "memory", ""
+    name, fault, addresses = "memory", "", ()
 
     def open(self, registry: Registry) -> None:
         pass
@@ -414,8 +415,12 @@ class Registry:
         claims = [claim for key in list(self.table.owned[owner].live.since("")) if (claim := self.table.live.get(key))] \
             if owner in self.table.owned else []
         for claim in claims:
-            self.store.write(RELEASED, claim, None, lambda said: None)
-            self.table.drop(claim.key, hold=False)
-            self.events.add(RELEASED, claim)
-            self.moved(claim.key)
+            self.end(claim)
         return len(claims)
+
+    def end(self, claim: Claim) -> None:
+        """The settings do not let its owner have it any more: it ends at once, and its name is not held."""
+        self.store.write(RELEASED, claim._replace(hold=0.0), None, lambda said: None)
+        self.table.drop(claim.key, hold=False)
+        self.events.add(RELEASED, claim)
+        self.moved(claim.key)

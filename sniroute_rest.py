@@ -175,6 +175,8 @@ class Ask(NamedTuple):
 def ask_claim(ask: Ask) -> None:
     """POST /routes"""
     rest = ask.rest
+    if rest.is_ending():
+        raise refuse(503, "this router is about to end, and serves no new clients", UNAVAILABLE, Retry_After="5")
     wish = parse_wish(bytes(ask.caller.body), rest.rules, ask.owner, rest.own())
     check_http(rest, wish.http)
     registry = rest.registry
@@ -195,7 +197,8 @@ def open_first(ask: Ask, wish: Wish, tries: int) -> None:
     rest = ask.rest
     key = wish.key or rest.registry.table.free_port(range(rest.rules.ports[0], rest.rules.ports[1] + 1))
     if key is None:
-        raise refuse(409, "all ports that may be claimed are taken", "other")
+        ask.caller.answer(problem(409, "all ports that may be claimed are taken", "other"))
+        return
 
     def opened(fault: str) -> None:
         if not fault:
@@ -425,6 +428,7 @@ class Rest:
         close_port: it was not claimed after all.
         cut: end the connections of a claim.
         serves_http: whether the router serves plain HTTP at all.
+        is_ending: whether the router takes no new clients any more.
     """
 
     def __init__(self, registry: Registry, rules: Rules, owners: Mapping[str, Owner], hosts: frozenset[str] | None, *,
@@ -432,8 +436,9 @@ class Rest:
                  open_port: Callable[[str, Callable[[str], None]], None] = lambda key, done: done(""),
                  close_port: Callable[[str], None] = lambda key: None,
                  cut: Callable[[str], None] = lambda key: None, wall: Callable[[], float] = time.time,
-                 serves_http: bool = True):
+                 serves_http: bool = True, is_ending: Callable[[], bool] = lambda: False):
         self.serves_http = serves_http
+        self.is_ending = is_ending
         self.registry = registry
         self.rules = rules
         self.owners = dict(owners)
@@ -459,6 +464,9 @@ class Rest:
             log.warning("registry: owner %s is gone from the settings, and with it %d claims", name, count)
         self.rules, self.owners = rules, dict(owners)
         self.buckets.clear()
+        for caller, stream in list(self.streams.items()):
+            if owners.get(stream.owner.name) != stream.owner:  # whoever may still listen comes again, and misses nothing
+                caller.close()
 
     # -- who asks --------------------------------------------------------------------------------
 

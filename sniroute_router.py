@@ -497,7 +497,9 @@ class Router(socketserver.ThreadingTCPServer):
         if self.phase not in ACCEPTING:
             self.ports.close_all(opened)
             return
-        routes = [*self.settings.port, *self.claimed_ports.values()]
+        configured = {route.pattern for route in self.settings.port}  # these come first, as for names
+        routes = [*self.settings.port,
+                  *(route for pattern, route in self.claimed_ports.items() if pattern not in configured)]
         new, gone = self.ports.adopt(routes, self.routes.identified, opened)
         for connection in [each for each in self.connections if each.state is HEADER]:  # not let in yet
             heirs = self.ports.listeners.get(connection.decision.route.pattern)

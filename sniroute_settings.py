@@ -430,7 +430,11 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], running: Sett
     values["admin_token"] = environ.get(ADMIN_TOKEN, "").strip() or None
     values["open_to_all"] = given["route"].source == "default" and file is not None  # else nobody knows
     name_contexts(values)
-    values["claims"] = registry_of(values["registry"], (file or {}).get("[registry]"), given["registry"].source, wrong)
+    table = (file or {}).get("[registry]")
+    if table is None and running is not None:
+        values["claims"] = running.claims  # `keep_fixed` has said so
+    else:
+        values["claims"] = registry_of(values["registry"], table, given["registry"].source, wrong)
     if running is not None and running.claims is not None and values["claims"] is not None:
         values["claims"] = keep_store(values["claims"], running.claims, path, kept)
     if values["claims"] is not None and values["open_to_all"]:
@@ -508,7 +512,9 @@ def keep_fixed(values: dict[str, Any], given: Mapping[str, Given], running: Sett
     kept = []
     for row in SETTINGS:
         if running is not None and row.fixed and values[row.field] != getattr(running, row.field):
-            kept.append(f"{given[row.field].source}: is for the next start; it stays as it is")
+            source = given[row.field].source
+            what = f"--{row.name}" if source == "default" else source
+            kept.append(f"{what}: is for the next start; it stays as it is")
             values[row.field] = getattr(running, row.field)
     return kept
 

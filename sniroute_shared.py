@@ -39,7 +39,7 @@ from typing import Any, Callable
 
 from sniroute_claims import GRACE_MIN, OK, Claim
 from sniroute_loop import NEVER, Loop
-from sniroute_names import printable
+from sniroute_names import parse_ip, printable
 from sniroute_redis import Redis, Script, Subscription
 from sniroute_refusals import Failed
 from sniroute_registry import EXPIRED, TAKEN, UNAVAILABLE, Registry, Written, from_text, to_text
@@ -57,6 +57,7 @@ ASK_TIME = 2.0  # for an answer: owners wait for it
 SWEEP = 30.0  # from one sweep to the next: so long a change may be missed that the channel has not told
 PAGE = 500  # keys of one page of a sweep: some milliseconds of the loop
 STEP = 0.01  # between two pages: the loop has other things to do
+ADDRESSES_MAX = 16  # of servers where no claim may lead: each dial is held against them
 SWEEP_AGAIN = 1.0  # until a sweep that broke off is begun anew
 
 # KEYS[1]; ARGV: the lease that has to be there ("" for none), whether it may be missing, the new JSON, milliseconds,
@@ -82,6 +83,15 @@ return 1
 """)
 
 
+def is_ip(place: tuple[str, int]) -> bool:
+    """Whether a host is an IP address."""
+    try:
+        parse_ip(place[0])
+    except ValueError:
+        return False
+    return True
+
+
 def milliseconds(seconds: float) -> int:
     """For Redis: one at least."""
     return max(1, round(seconds * 1000))
@@ -97,6 +107,8 @@ class Shared:
         self.me = os.urandom(8).hex()  # in what is said on the channel: our own words are no news
         self.registry: Registry | None = None
         self.fault = "not reached yet"
+        # Of all that were asked: a name may lead to one today, and to another tomorrow.
+        self.addresses: tuple[tuple[str, int], ...] = tuple(filter(is_ip, place.hosts))
         self.heard_at = 0.0  # wall time of the last good contact
         self.redis = Redis(loop, place, self.on_up, self.on_down, context)
         self.subscription: Subscription | None = None
@@ -200,6 +212,9 @@ class Shared:
         """Redis answers."""
         self.fault = ""
         self.heard_at = time.time()
+        peer = self.redis.peer
+        if peer is not None and peer not in self.addresses:
+            self.addresses = (*self.addresses, peer)[-ADDRESSES_MAX:]
         self.redis.ask("INFO", "memory", done=self.on_memory, timeout=ASK_TIME)
         if self.subscription is not None and self.subscription.state == "up":
             self._begin(True)

@@ -95,7 +95,7 @@ def said(error: sqlite3.Error) -> str:
 class Sqlite:
     """The file.  See above for who calls what."""
 
-    name = "sqlite"
+    name, addresses = "sqlite", ()
 
     def __init__(self, path: str, loop: Loop, clock: Callable[[], float] = time.time):
         self.path = path

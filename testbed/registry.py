@@ -1,25 +1,34 @@
-"""A registry for tests: its Door, its Rest and its Registry in a thread of the test, without a router.
+"""Registries for tests: without a router, in a thread of the test; and of a router.
 
-    registry         registry(store=..., clock=..., **rules) -> Served
-    Served.ask       one request, on a connection of its own -> Said
+    registry         registry(store=..., clock=..., **rules) -> Served: its Door, its Rest and its Registry
+    routed           routed(**options of [registry]) -> Routed: a router of this process with a registry
+    table_of         [registry] as TOML
+    Asked.ask        one request, on a connection of its own -> Said
     ALICE, BOB, ADMIN    tokens of owners
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import itertools
 import json
+import pathlib
+import threading
 from typing import Any, Callable, Iterator, NamedTuple
 
 import pytest
 
 from conftest import HOST, Address
+from sniroute_claim import UnixConnection
 from sniroute_claims import Table
 from sniroute_door import Door, Gate, listen
 from sniroute_loop import monotonic
 from sniroute_owners import Owner, Rules, digest_of, read_rules
+from sniroute_registrar import Registrar, attach
 from sniroute_registry import Memory, Registry
 from sniroute_rest import Rest
+from testbed.running import Running, toml
 from testbed.web import Talk, call, request
 
 ALICE, BOB, ADMIN = "alice-token", "bob-token", "admin-token"
@@ -47,7 +56,34 @@ class Said(NamedTuple):
         return json.loads(self.body)
 
 
-class Served:
+class Asked:
+    """A registry that can be asked: at `address`, or at the path of a unix socket."""
+
+    address: Address | str
+
+    def ask(self, method: str, path: str, body: Any = None, token: str | None = ALICE, **fields: str) -> Said:
+        """`fields`: more of the head, with _ for -."""
+        if isinstance(self.address, str):
+            connection: http.client.HTTPConnection = UnixConnection(self.address, 10)
+        else:
+            connection = http.client.HTTPConnection(*self.address, timeout=10)
+        try:
+            headers = {name.replace("_", "-"): value for name, value in fields.items()}
+            if token is not None:
+                headers.setdefault("Authorization", f"Bearer {token}")
+            data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+            connection.request(method, path, data, headers)
+            response = connection.getresponse()
+            return Said(response.status, response.headers, response.read())
+        finally:
+            connection.close()
+
+    def claim(self, name: Any = "shop", target: str = "tcp:192.0.2.1:80", token: str = ALICE, **more: Any) -> Said:
+        """POST /routes."""
+        return self.ask("POST", "/routes", {"name": name, "target": target, **more}, token)
+
+
+class Served(Asked):
     """A registry that serves.  `moved`: what the router was told; `store` makes one, of the loop."""
 
     def __init__(self, store: Any = None, clock: Callable[[], float] = monotonic, owners: Any = None, **rules: Any):
@@ -80,24 +116,6 @@ class Served:
         self.door.close()
         self.store.close()
 
-    def ask(self, method: str, path: str, body: Any = None, token: str | None = ALICE, **fields: str) -> Said:
-        """`fields`: more of the head, with _ for -."""
-        connection = http.client.HTTPConnection(*self.address, timeout=10)
-        try:
-            headers = {name.replace("_", "-"): value for name, value in fields.items()}
-            if token is not None:
-                headers.setdefault("Authorization", f"Bearer {token}")
-            data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-            connection.request(method, path, data, headers)
-            response = connection.getresponse()
-            return Said(response.status, response.headers, response.read())
-        finally:
-            connection.close()
-
-    def claim(self, name: Any = "shop", target: str = "tcp:192.0.2.1:80", token: str = ALICE, **more: Any) -> Said:
-        """POST /routes."""
-        return self.ask("POST", "/routes", {"name": name, "target": target, **more}, token)
-
     def talk(self, method: str, path: str, body: Any = None, token: str = ALICE, *fields: str) -> Talk:
         """A connection that has asked this, and is kept."""
         data = b"" if body is None else json.dumps(body).encode()
@@ -116,3 +134,78 @@ def registry() -> Iterator[Callable[..., Served]]:
     yield make
     for each in made:
         each.close()
+
+
+# -- of a router -------------------------------------------------------------------------------
+
+TOKENS = {"alice": ALICE, "bob": BOB, "root": ADMIN}
+OPTIONS = {"listen": f"{HOST}:0", "domains": [DOMAIN], "targets": ["tcp"], "networks": ["127.0.0.0/8"],
+           "target_ports": "1-65535"}
+
+
+def table_of(owners: Any = None, **options: Any) -> str:
+    """[registry] as TOML; an option that is None is left out.  `owners`: by name, options beside those of OWNERS."""
+    lines = ["[registry]"]
+    lines += [f"{name} = {toml(value)}" for name, value in {**OPTIONS, **options}.items() if value is not None]
+    for name, more in ({"alice": {}, "bob": {}, "root": {}} if owners is None else owners).items():
+        lines.append(f"[registry.owners.{name}]")
+        table = {"token": f"sha256:{digest_of(TOKENS[name]).hex()}", "admin": name == "root", **more}
+        lines += [f"{option} = {toml(value)}" for option, value in table.items()]
+    return "\n".join([*lines, ""])
+
+
+class Routed(Asked):
+    """A router of this process with its registry."""
+
+    def __init__(self, running: Running, write: Callable[[str], str]):
+        self.running = running
+        self.router = running.router
+        self.write = write
+        self.registrar: Registrar = attach(running.router, running.router.settings.claims)
+        self.address = self.registrar.address
+
+    def reload(self, text: str) -> None:
+        """Go on with another file, as the daemon does."""
+        self.write(text)
+        former = self.router.settings
+        settings = former.again(former)
+        opened = self.router.ports.open(settings.port)
+        done = threading.Event()
+        self.router.call(lambda: (self.router.adopt(settings, opened), done.set()))
+        assert done.wait(10)
+        self.registrar.adopt(settings.claims)
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until both loops have done what has been asked of them so far."""
+        for loop in (self.registrar.door.loop, self.router, self.registrar.door.loop, self.router):
+            done = threading.Event()
+            loop.call(done.set)
+            assert done.wait(10)
+
+    def target(self, server: Any) -> str:
+        """A far end as a target."""
+        return f"tcp:{HOST}:{server.address[1]}"
+
+    def close(self) -> None:
+        self.registrar.close()
+
+
+@pytest.fixture
+def routed(run: Callable[..., Running], tmp_path: pathlib.Path) -> Iterator[Callable[..., Routed]]:
+    """routed(*options of the router, owners=..., more=text of the file, **options of [registry]) -> Routed."""
+    with contextlib.ExitStack() as stack:
+        numbers = itertools.count()
+
+        def make(*argv: str, more: str = "", **options: Any) -> Routed:
+            path = tmp_path / f"router-{next(numbers)}.toml"
+
+            def write(text: str) -> str:
+                path.write_text(text)
+                return str(path)
+
+            made = Routed(run("-c", write(more + table_of(**options)), *argv), write)
+            stack.callback(made.close)
+            return made
+
+        yield make
