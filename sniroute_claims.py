@@ -457,8 +457,8 @@ class Table:
             self._forget(key)
             return
         self._due(until, key)
-        if len(owned.held) > owned.most:
-            self._forget(next(iter(owned.held)))
+        if len(owned.held) > owned.most:  # but first those that no admin has taken off the routes: they would be free of that
+            self._forget(next((each for each in owned.held if not self.held[each].suspended), next(iter(owned.held))))
 
     def _forget(self, key: str) -> None:
         """Free a name that is held."""

@@ -218,6 +218,10 @@ def claim_key(ask: Ask, wish: Wish, key: str) -> None:
     registry = rest.registry
 
     def done(result: Result) -> None:
+        if result.passed and owner.name not in rest.owners:  # a reload has taken it away while the store was asked
+            registry.leave(owner.name)
+            ask.caller.answer(refuse(401, "the token is not known any more", **CHALLENGE).answer)
+            return
         if result.passed and result.claim is not None and wish.while_connected:
             rest.attach(result.claim, ask.caller)
         if wish.is_port and not result.passed:

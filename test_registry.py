@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterator
 
 import pytest
 
@@ -14,32 +14,9 @@ from sniroute_claims import OK, Claim, Table
 from sniroute_loop import Loop
 from sniroute_registry import (DONE, EXPIRED, RELEASED, TAKEN, TURNS_MAX, UNAVAILABLE, Memory, Registry, Result, Written,
                                from_text, to_text)
+from testbed.registry import Late, Order
 
 KEY = "shop.tun.example.com"
-
-
-class Order(NamedTuple):
-    """What the store was asked."""
-
-    what: str
-    former: Claim | None
-    claim: Claim | None
-    done: Callable[[Written], None]
-
-
-class Late(Memory):
-    """A store that answers when the test says so."""
-
-    name = "late"
-
-    def __init__(self) -> None:
-        self.orders: list[Order] = []
-
-    def write(self, what: str, former: Claim | None, claim: Claim | None, done: Callable[[Written], None]) -> None:
-        self.orders.append(Order(what, former, claim, done))
-
-    def renew(self, claim: Claim, done: Callable[[Written], None]) -> None:
-        self.write("renewed", claim, claim, done)
 
 
 class Machine:

@@ -5,6 +5,7 @@
     table_of         [registry] as TOML
     Asked.ask        one request, on a connection of its own -> Said
     ALICE, BOB, ADMIN    tokens of owners
+    Late             a store that answers when the test says so
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import pytest
 
 from conftest import HOST, Address
 from sniroute_claim import UnixConnection
-from sniroute_claims import Table
+from sniroute_claims import Claim, Table
 from sniroute_door import Door, Gate, listen
 from sniroute_loop import monotonic
 from sniroute_owners import Owner, Rules, digest_of, read_rules
 from sniroute_registrar import Registrar, attach
-from sniroute_registry import Memory, Registry
+from sniroute_registry import DONE, Memory, Registry, Written
 from sniroute_rest import Rest
 from testbed.running import Running, toml
 from testbed.web import Talk, call, request
