@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import statistics
 import threading
@@ -13,6 +14,8 @@ import pytest
 import sniroute_shared
 from conftest import wait_until
 from sniroute_loop import Loop
+from sniroute_refusals import Failed
+from sniroute_registry import to_text
 from sniroute_resp import parse_url
 from sniroute_shared import CHANNEL, PREFIX, Shared
 from testbed.redis import RedisServer
@@ -235,3 +238,167 @@ def test_nothing_is_asked_of_redis_that_takes_rights(redis_server, shared):
                          "+info", "+keys")
     first = shared(redis)
     assert first.claim().status == 201
+
+
+# -- what comes late, or not at all ------------------------------------------------------------
+
+
+def in_loop(there: Served, act: Callable[[], Any]) -> Any:
+    """Have the registry's loop do this, and wait for what it returns."""
+    done, results = threading.Event(), []
+    there.door.loop.call(lambda: (results.append(act()), done.set()))
+    assert done.wait(5)
+    return results[0]
+
+
+@contextlib.contextmanager
+def standing_still(there: Served) -> Iterator[None]:
+    """Its loop does nothing meanwhile."""
+    go = threading.Event()
+    there.door.loop.call(lambda: go.wait(10))
+    try:
+        yield
+    finally:
+        go.set()
+
+
+def said(claim: Any, left: float) -> bytes:
+    """What another router says of a claim."""
+    return f"another {round(left * 1000)} {to_text(claim)}".encode()
+
+
+def test_a_page_of_before_does_not_undo_what_the_channel_has_told_since(redis, shared):
+    there = shared(redis)
+    there.claim()
+    newer = knows(there)._replace(lease="n" * 32, generation=9)
+
+    def both() -> None:
+        there.store._begin(False)  # what Redis says to that is what it has had before
+        there.store.on_message(said(newer, 50.0))
+    wait_until(lambda: not in_loop(there, lambda: there.store.asked and there.store.asked.clear()))
+    in_loop(there, both)
+    wait_until(lambda: not there.store.cursor)
+    assert knows(there).lease == newer.lease
+    in_loop(there, lambda: (there.store._begin(False), there.store.on_message(said(newer, 0.0))))
+    wait_until(lambda: not there.store.cursor)
+    assert knows(there) is None, "a claim that was just released does not come back"
+
+
+@pytest.mark.parametrize("left", [0.0, 60.0])
+def test_what_was_said_before_our_own_change_does_not_undo_it(redis, shared, left):
+    """The channel is another connection than that of our questions: either may be the first to come."""
+    there = shared(redis)
+    old = there.claim()
+    former = knows(there)
+    new = there.claim(target="tcp:192.0.2.9:80")
+    in_loop(there, lambda: there.store.on_message(said(former, left)))
+    assert knows(there).lease == new.json["lease"] != old.json["lease"]
+    in_loop(there, lambda: there.store.on_message(said(knows(there)._replace(target="tcp:192.0.2.1:80"), 60.0)))
+    in_loop(there, lambda: None)
+    time.sleep(0.05)  # for what Redis is asked now
+    assert knows(there).target == "tcp:192.0.2.9:80"
+    assert there.ask("POST", "/routes/shop/renew", **lease(new)).status == 200
+
+
+def test_what_is_said_behind_our_own_change_counts(redis, shared):
+    first, second = shared(redis), shared(redis)
+    first.claim()
+    wait_until(lambda: knows(second))
+    newer = second.claim(target="tcp:192.0.2.9:80")
+    wait_until(lambda: knows(first).lease == newer.json["lease"])
+    second.ask("DELETE", "/routes/shop", **lease(newer))
+    wait_until(lambda: knows(first) is None)
+
+
+def test_a_lease_that_was_released_elsewhere_is_not_brought_back_by_a_renewal(redis, shared):
+    first, second = shared(redis), shared(redis)
+    made = first.claim()
+    wait_until(lambda: knows(second))
+    in_loop(second, second.store.subscription.close)
+    assert first.ask("DELETE", "/routes/shop", **lease(made)).status == 204
+    assert knows(second), "it has not heard of that"
+    assert second.ask("POST", "/routes/shop/renew", **lease(made)).json["class"] == "gone"
+    assert knows(first) is None and second.claim(token=BOB).json["class"] == "held"
+    assert second.claim().status == 201 and first.claim().status == 200
+
+
+def test_a_claim_whose_time_ran_out_in_an_outage_has_a_ttl_to_be_renewed(redis_server, shared, monkeypatch):
+    """As after a Redis that stood still for longer than the ttl."""
+    monkeypatch.setattr(sniroute_shared, "ASK_TIME", 0.2)
+    monkeypatch.setattr(sniroute_shared, "SWEEP", 0.02)
+    redis = redis_server()
+    there = shared(redis, hold="600s")
+    over, short = there.claim(ttl=60), there.claim("short", ttl=60)
+    redis.tell("PEXPIRE", PREFIX + SHOP, 599_000)
+    redis.tell("PEXPIRE", PREFIX + f"short.{DOMAIN}", 603_000)
+    redis.process.send_signal(signal.SIGSTOP)
+    assert there.claim("other").status == 503
+    wait_until(lambda: there.registry.table.frozen_since is not None)
+    redis.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: there.registry.table.frozen_since is None)
+    sweeps = redis.tell("INFO", "commandstats").count(b"cmdstat_scan")
+    assert sweeps and knows(there)
+    time.sleep(0.2)  # some sweeps
+    for key in (SHOP, f"short.{DOMAIN}"):
+        assert knows(there, key).expires > there.registry.table.clock() + 50, "a sweep does not take the time away"
+    assert there.ask("POST", "/routes/shop/renew", **lease(over)).status == 200
+    assert there.ask("POST", "/routes/short/renew", **lease(short)).status == 200
+    assert redis.tell("PTTL", PREFIX + SHOP) > 650_000
+
+
+def test_what_was_released_or_taken_over_in_an_outage_is_not_kept(redis, shared):
+    first, second = shared(redis), shared(redis)
+    gone, other = first.claim(), first.claim("other")
+    wait_until(lambda: knows(second, f"other.{DOMAIN}"))
+    with standing_still(second):
+        redis.tell("CLIENT", "KILL", "TYPE", "pubsub")
+        redis.tell("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        wait_until(lambda: first.ask("DELETE", "/routes/shop", **lease(gone)).status == 204)
+        taken = wait_until(lambda: (said := first.claim("other")).status == 200 and said)
+    wait_until(lambda: knows(second) is None)
+    wait_until(lambda: knows(second, f"other.{DOMAIN}").lease == taken.json["lease"] != other.json["lease"])
+
+
+def test_a_release_without_a_hold_that_a_killed_subscriber_has_missed_is_found(redis, shared, quick):
+    first, second = shared(redis, hold="off"), shared(redis, hold="off")
+    made = first.claim(ttl=60)
+    wait_until(lambda: knows(second))
+    with standing_still(second):
+        redis.tell("CLIENT", "KILL", "TYPE", "pubsub")
+        assert first.ask("DELETE", "/routes/shop", **lease(made)).status == 204
+    wait_until(lambda: knows(second) is None)
+
+
+def test_a_sweep_that_breaks_off_at_its_last_page_lets_nothing_end(redis, shared):
+    there = shared(redis)
+    there.claim()
+
+    def broken() -> Any:
+        there.store.on_down(Failed("reset", "of the test"))
+        there.store.on_up(None)
+        there.store._on_page([b"0", [(PREFIX + SHOP).encode()]])
+        there.store.redis.drop(Failed("reset", "of the test"))
+        return there.registry.table.frozen_since
+    assert in_loop(there, broken) is not None
+    wait_until(lambda: there.registry.table.frozen_since is None)
+    assert knows(there)
+
+
+@pytest.mark.parametrize("refused, words", [("-subscribe", "does not tell of changes"), ("-scan", "does not tell what")])
+def test_a_redis_that_refuses_to_tell_is_said_in_the_log(redis_server, shared, caplog, refused, words):
+    redis = redis_server("--user", "default", "on", "nopass", "~*", "&*", "+@all", refused)
+    there = shared(redis, wait=refused == "-subscribe")
+    wait_until(lambda: any(words in each.message for each in caplog.records))
+    assert there.claim().status == 201
+    if refused == "-subscribe":
+        assert there.registry.table.frozen_since is None
+
+
+def test_a_claim_with_no_end_and_one_of_another_kind_are_none(redis, shared):
+    """PTTL -1 and -2; a value that a script cannot read."""
+    there = shared(redis)
+    there.claim()
+    redis.tell("PERSIST", PREFIX + SHOP)
+    redis.tell("SET", PREFIX + f"n.{DOMAIN}", "5", "PX", "100000")
+    assert there.claim("n").status in (429, 503)
+    assert there.claim().status == 200 and redis.tell("PTTL", PREFIX + SHOP) > 0
