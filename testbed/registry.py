@@ -57,6 +57,30 @@ class Said(NamedTuple):
         return json.loads(self.body)
 
 
+class Order(NamedTuple):
+    """What the store was asked."""
+
+    what: str
+    former: Claim | None
+    claim: Claim | None
+    done: Callable[[Written], None]
+
+
+class Late(Memory):
+    """A store that answers when the test says so."""
+
+    name = "late"
+
+    def __init__(self) -> None:
+        self.orders: list[Order] = []
+
+    def write(self, what: str, former: Claim | None, claim: Claim | None, done: Callable[[Written], None]) -> None:
+        self.orders.append(Order(what, former, claim, done))
+
+    def renew(self, claim: Claim, done: Callable[[Written], None]) -> None:
+        self.write("renewed", claim, claim, done)
+
+
 class Asked:
     """A registry that can be asked: at `address`, or at the path of a unix socket."""
 
