@@ -162,7 +162,8 @@ def from_text(text: str | bytes, expires: float) -> Claim:
     """A claim of its JSON.  Raises ValueError, where it is none: a store is another program's, too."""
     try:
         found = json.loads(text)
-        wrong = [name for name, kind in TYPES.items() if not isinstance(found[name], kind)]
+        wrong = [name for name, kind in TYPES.items() if not isinstance(found[name], kind)
+                 or kind is str and not found[name].isprintable()]
         wrong += [name for name in NUMBERS if isinstance(found[name], bool) or not 0 <= found[name] <= MOST]
         if wrong or not all(isinstance(each, str) for each in found["allow"] or ()):
             raise TypeError(f"wrong values of {', '.join(wrong or ['allow'])}")

@@ -605,9 +605,12 @@ class Rest:
         caller.answer(Answer(200, "".join(text).encode(), "text/event-stream", has_end=False))
         self.streams[caller] = Stream(owner, caller)
         caller.when_over(lambda: self.streams.pop(caller, None))
-        for claim in self.registry.table.page(owner.name, limit=PAGE_MAX) if lease else ():
-            if claim.lease == lease and claim.while_connected:
-                self.attach(claim, caller)
+        after = ""
+        while lease and (claims := self.registry.table.page(owner.name, after=after, limit=PAGE_MAX)):
+            for claim in claims:
+                if claim.lease == lease and claim.while_connected:
+                    self.attach(claim, caller)
+            after = claims[-1].key
 
     def _may_hear(self, owner: Owner, event: Event) -> bool:
         return owner.admin or event.claim.owner == owner.name

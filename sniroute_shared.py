@@ -66,6 +66,7 @@ ASK_TIME = 2.0  # for an answer: owners wait for it
 SWEEP = 30.0  # from one sweep to the next: so long a change may be missed that the channel has not told
 PAGE = 500  # keys of one page of a sweep: some milliseconds of the loop
 STEP = 0.01  # between two pages: the loop has other things to do
+DIGITS = 15  # of a number of milliseconds
 ADDRESSES_MAX = 16  # of servers where no claim may lead: each dial is held against them
 FRESH = 2 * ASK_TIME  # after we have asked something of a key: its answer comes within ASK_TIME, what is said soon after
 SWEEP_AGAIN = 1.0  # until a sweep that broke off is begun anew
@@ -218,7 +219,7 @@ class Shared:
         assert self.registry is not None
         who, _, rest = message.partition(b" ")
         left, _, text = rest.partition(b" ")
-        if who == self.me.encode() or not left.isdigit():
+        if who == self.me.encode() or not left.isdigit() or len(left) > DIGITS:
             return
         try:
             claim = from_text(text, 0.0)

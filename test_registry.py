@@ -220,7 +220,7 @@ def test_events_are_told_in_order_also_where_one_leads_to_another(machine):
 @pytest.mark.parametrize("field, value", [
     ("ttl", "60"), ("ttl", True), ("key", 5), ("owner", None), ("lease", 1), ("generation", "1"), ("hold", None),
     ("allow", [1]), ("allow", "ab"), ("meta", []), ("suspended", 0), ("target", ["tcp:192.0.2.1:80"]), ("http", 1),
-    ("ttl", -1.0), ("ttl", float("nan")), ("hold", float("inf"))])
+    ("key", "a\nb"), ("target", "tcp:\x1b[31m"), ("ttl", -1.0), ("ttl", float("nan")), ("hold", float("inf"))])
 def test_a_text_that_is_no_claim_is_none(machine, field, value):
     """A store is another program's, too: one wrong row must not break the table."""
     fields = json.loads(to_text(machine.claimed(allow=("192.0.2.0/24",))))

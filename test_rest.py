@@ -593,3 +593,15 @@ def test_a_name_that_is_suspended_cannot_be_washed(registry):
     for number in range(HELD_MIN + 5):
         assert there.ask("DELETE", f"/routes/n{number}", **lease(there.claim(f"n{number}"))).status == 204
     assert there.claim().json["suspended"]
+
+
+def test_a_stream_keeps_a_claim_behind_the_first_page_of_names(registry, monkeypatch):
+    monkeypatch.setattr(sniroute_rest, "PAGE_MAX", 3)
+    there = registry()
+    for number in range(7):
+        there.claim(f"n{number}")
+    with there.talk("POST", "/routes", WHILE) as first:
+        made = json.loads(first.answer().body)
+        with there.talk("GET", "/events", None, ALICE, f"Sniroute-Lease: {made['lease']}") as second:
+            second.head()
+            wait_until(lambda: there.rest.attached[SHOP][1] in there.rest.streams)

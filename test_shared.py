@@ -13,6 +13,7 @@ import pytest
 
 import sniroute_shared
 from conftest import wait_until
+from sniroute_claims import Verdict
 from sniroute_loop import Loop
 from sniroute_refusals import Failed
 from sniroute_registry import to_text
@@ -204,7 +205,7 @@ def test_claims_that_somebody_has_flushed_are_gone_by_the_next_sweep_or_renewed(
     assert first.claim("kept").status in (200, 201) and kept.status == 201
 
 
-def test_what_is_no_claim_is_left_alone(redis, shared):
+def test_what_is_no_claim_is_left_alone(redis, shared, caplog):
     redis.tell("SET", PREFIX + SHOP, "nonsense")
     redis.tell("SET", PREFIX + f"x.{DOMAIN}", '{"allow": null}', "PX", "100000")
     redis.tell("LPUSH", PREFIX + "list", "x")
@@ -213,8 +214,13 @@ def test_what_is_no_claim_is_left_alone(redis, shared):
     redis.tell("PUBLISH", CHANNEL, "nonsense")
     redis.tell("PUBLISH", CHANNEL, "other 1000 {}")
     redis.tell("PUBLISH", CHANNEL, "other x y z")
+    text = to_text(first.registry.table.claimed(Verdict("new"), SHOP, "alice", "tcp:192.0.2.1:80", 60.0, 0.0))
+    redis.tell("PUBLISH", CHANNEL, f"other {'9' * 5000} {text}")
+    redis.tell("PUBLISH", CHANNEL, f"other 1000 {'[' * 100000}")
+    redis.tell("PUBLISH", CHANNEL, b"\xff \xff \xff")
     assert first.claim("fine").status == 201
     assert first.claim("x").status in (429, 503)
+    assert not any("report it" in each.message for each in caplog.records)
 
 
 def test_many_claims_are_read_in_pages(redis, shared, monkeypatch):
