@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import signal
 import statistics
 import threading
@@ -16,7 +17,7 @@ from conftest import wait_until
 from sniroute_claims import Verdict
 from sniroute_loop import Loop
 from sniroute_refusals import Failed
-from sniroute_registry import to_text
+from sniroute_registry import from_text, to_text
 from sniroute_resp import parse_url
 from sniroute_shared import CHANNEL, PREFIX, Shared
 from testbed.redis import RedisServer
@@ -409,3 +410,56 @@ def test_a_claim_with_no_end_and_one_of_another_kind_are_none(redis, shared):
     redis.tell("SET", PREFIX + f"n.{DOMAIN}", "5", "PX", "100000")
     assert there.claim("n").status in (429, 503)
     assert there.claim().status == 200 and redis.tell("PTTL", PREFIX + SHOP) > 0
+
+
+@pytest.mark.parametrize("seed, kills", [(1, 0), (2, 0), (3, 4)])
+def test_routers_that_are_asked_all_at_once_agree_with_redis_in_the_end(redis, shared, seed, kills):
+    """Without a sweep: what the channel tells, what is asked, and what was lost with a connection, is enough."""
+    dice = random.Random(seed)
+    routers = [shared(redis, hold="300s"), shared(redis, hold="300s")]
+    for there, delay in zip(routers, (0.004, 0.02)):  # the channel is the slower one
+        late = there.door.loop.queue(delay, lambda each: each[0](each[1]))
+        subscription, hear = there.store.subscription, there.store.subscription.on_message
+        subscription.on_message = lambda message, late=late, hear=hear: late.put((hear, message))
+    keys = [f"n{number}.{DOMAIN}" for number in range(4)]
+    asked, told = 0, []
+    for round_ in range(60):
+        for _ in range(10):
+            there, key, owner = dice.choice(routers), dice.choice(keys), dice.choice(("alice", "bob"))
+            registry, what, number = there.registry, dice.randrange(5), dice.randrange(100)
+            asked += 1
+
+            def act(registry=registry, key=key, owner=owner, what=what, number=number) -> None:
+                live = registry.table.live.get(key)
+                lease = live.lease if live is not None else "none"
+                if what < 2:
+                    registry.claim(key, owner, f"tcp:192.0.2.1:{number}", 60.0 + number, 300.0, told.append)
+                elif what == 2:
+                    registry.renew(key, owner, lease, 60.0 + number, told.append)
+                elif what == 3:
+                    registry.change(key, owner, lease, {"target": f"tcp:192.0.2.2:{number}"}, told.append)
+                else:
+                    registry.release(key, owner, lease, told.append)
+            there.door.loop.call(act)
+        if kills and round_ % (60 // kills) == 7:
+            redis.tell("CLIENT", "KILL", "TYPE", dice.choice(("pubsub", "normal")), "SKIPME", "yes")
+        wait_until(lambda: len(told) > asked - 30)
+    wait_until(lambda: len(told) == asked)
+    assert sum(result.passed for result in told) > asked / 5
+
+    def differences() -> list[Any]:
+        found = []
+        for key in keys:
+            text = redis.tell("GET", PREFIX + key)
+            left = redis.tell("PTTL", PREFIX + key) / 1000
+            kept = from_text(text, 0.0) if text is not None else None
+            lives = kept is not None and left > kept.hold
+            for there in routers:
+                live = knows(there, key)
+                if lives != (live is not None) or live is not None and (
+                        live._replace(expires=0.0) != kept or
+                        abs(live.expires - there.registry.table.clock() - left + kept.hold) > 1 and not kills):
+                    found.append((routers.index(there), key, live, kept, left))
+        return found
+    wait_until(lambda: all(there.registry.table.frozen_since is None for there in routers))
+    wait_until(lambda: not differences(), what="agreement")
