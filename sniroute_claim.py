@@ -79,6 +79,7 @@ TTL_MAX = 10 * 365 * 86400.0  # of an answer: what is longer, or no number at al
 SHORTEST = 1.0  # between two renewals
 STOP_TIME = 10.0  # for the command to end after SIGTERM; then it is killed
 BODY_MAX = 1 << 20  # of an answer
+ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 WORD = re.compile(r"[!-~]{1,512}")  # a name or a lease, which goes into heads, terminals and the environment
 
 SEEKING, HELD, LOST, REFUSED, OVER = "seeking", "held", "lost", "refused", "over"
@@ -412,9 +413,13 @@ def main(words: list[str]) -> int:
         say(str(error))
         return 2
     signals: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in ENDING:
         signal.signal(number, lambda number, frame: (signals.append(number), claimer.woken.put(None)))
-    return keep(claimer, Beside(command, claimer.woken), signals)
+    try:
+        return keep(claimer, Beside(command, claimer.woken), signals)
+    finally:
+        for number in ENDING:  # Python gives a handler back as it ends: one more signal would change the exit code then
+            signal.signal(number, signal.SIG_IGN)
 
 
 def token(words: list[str]) -> int:

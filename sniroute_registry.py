@@ -437,16 +437,28 @@ class Registry:
         if claim is not None and self.table.find(key) is None:
             self.table.drop(key)
             self._ended(claim)
+            self.store.write(EXPIRED, claim, None, lambda said: None)
 
     def _ended(self, claim: Claim) -> None:
         self._tell(self.events.add, EXPIRED, claim)
         self._tell(self.moved, claim.key)
-        self.store.write(EXPIRED, claim, None, lambda said: None)
+
+    def _keep_end(self, claim: Claim) -> None:
+        """Have the store know of an end; behind what it is asked of that key already, which may be the next claim."""
+        def act(done: Done) -> None:
+            if self.table.find(claim.key) is None:
+                self.store.write(EXPIRED, claim, None, lambda said: None)
+            done(Result(OK))
+        if claim.key in self.turns:
+            self._have_turn(claim.key, lambda result: None, act)
+        else:
+            self.store.write(EXPIRED, claim, None, lambda said: None)
 
     def tick(self) -> None:
         """End what has to end: some of it in each turn of the loop, so that a crowd of names holds up nobody."""
         for claim in self.table.expire():
             self._ended(claim)
+            self._keep_end(claim)
         self.timer.set(max(self.table.clock(), min(self.table.next_expiry(), self.table.clock() + TICK)))
 
     def freeze(self, frozen: bool) -> None:
