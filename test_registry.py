@@ -10,7 +10,7 @@ import pytest
 
 import sniroute_registry
 from conftest import FakeClock
-from sniroute_claims import OK, Claim, Table
+from sniroute_claims import Claim, Table
 from sniroute_loop import Loop
 from sniroute_registry import (DONE, EXPIRED, RELEASED, TAKEN, TURNS_MAX, UNAVAILABLE, Memory, Registry, Result, Written,
                                from_text, to_text)
@@ -109,7 +109,7 @@ def test_a_fault_of_those_who_are_told_takes_no_key_for_ever(machine, where):
     def fault(*words: Any) -> None:
         raise RuntimeError("of the test")
     registry = machine.registry
-    done, tell, write = machine.results.append, None, machine.store.write
+    done, write = machine.results.append, machine.store.write
     if where == "moved":
         registry.moved = fault
     elif where == "event":
@@ -230,15 +230,6 @@ def test_a_store_that_changes_all_the_time_ends_in_words(machine):
     while machine.store.orders:
         machine.answer(Written(TAKEN, None))
     assert machine.words == ["busy"] and machine.registry.turns == {} and not machine.registry.coming
-
-
-def test_events_are_told_in_order_also_where_one_leads_to_another(machine):
-    registry, heard = Registry(machine.loop, Table(machine.clock), Memory(), machine.moved.append), []
-    registry.events.listeners["first"] = lambda event: heard.append(event.number)
-    registry.events.listeners["last"] = lambda event: heard.append(event.number)
-    for number in range(3):
-        registry.claim(f"n{number}.tun.example.com", "alice", "tcp:192.0.2.1:80", 10, 0, machine.results.append)
-    assert heard == [1, 1, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("field, value", [

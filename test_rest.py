@@ -605,3 +605,25 @@ def test_a_stream_keeps_a_claim_behind_the_first_page_of_names(registry, monkeyp
         with there.talk("GET", "/events", None, ALICE, f"Sniroute-Lease: {made['lease']}") as second:
             second.head()
             wait_until(lambda: there.rest.attached[SHOP][1] in there.rest.streams)
+
+
+def test_events_are_told_in_order_also_where_one_ends_a_stream(registry):
+    """The end of a stream that is too slow is the end of a claim that it keeps, which is an event, too."""
+    there = registry()
+    with there.talk("POST", "/routes", WHILE) as first:
+        made = json.loads(first.answer().body)
+        with there.talk("GET", "/events", None, ALICE, f"Sniroute-Lease: {made['lease']}") as slow, \
+                there.talk("GET", "/events") as other:
+            slow.head()
+            wait_until(lambda: there.rest.attached[SHOP][1] in there.rest.streams)
+            other.head()
+            wait_until(lambda: len(there.rest.streams) == 2)
+            caller = there.rest.attached[SHOP][1]
+            done = threading.Event()
+            there.door.loop.call(lambda: (caller.out.extend([memoryview(b"x" * 70000)] * 3), done.set()))
+            assert done.wait(5)
+            there.claim("other")
+            heard = events(other, 2)
+            assert [what for _, what, _ in heard] == ["claimed", "renewed"]
+            numbers = [int(number.partition("-")[2]) for number, _, _ in heard]
+            assert numbers == sorted(numbers)

@@ -27,7 +27,7 @@ from sniroute_door import Door, Gate, listen
 from sniroute_loop import monotonic
 from sniroute_owners import Owner, Rules, digest_of, read_rules
 from sniroute_registrar import Registrar, attach
-from sniroute_registry import DONE, Memory, Registry, Written
+from sniroute_registry import Memory, Registry, Written
 from sniroute_rest import Rest
 from testbed.running import Running, toml
 from testbed.web import Talk, call, request
