@@ -461,12 +461,12 @@ class Registry:
             self._keep_end(claim)
         self.timer.set(max(self.table.clock(), min(self.table.next_expiry(), self.table.clock() + TICK)))
 
-    def freeze(self, frozen: bool) -> None:
-        """The store is away, or it is back."""
+    def freeze(self, frozen: bool, grace: bool = True) -> None:
+        """The store is away, or it is back; with `grace` each claim has a time to be renewed then."""
         if frozen:
             self.table.freeze()
         else:
-            for claim in self.table.thaw():
+            for claim in self.table.thaw(grace):
                 self._tell(self.events.add, RENEWED, claim)
 
     def leave(self, owner: str) -> int:

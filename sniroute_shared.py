@@ -131,6 +131,7 @@ class Shared:
         self.unread = ""  # why the last sweep broke off
         self.known: set[str] = set()  # keys that were live when it began
         self.whole = False  # the sweep is the first one since Redis came back: the registry is frozen until its end
+        self.has_begun = False  # all has been read once
         self.kept_until = 0.0  # clock time: until then a claim that Redis does not know has time to be renewed
         self.closed = False
 
@@ -402,10 +403,11 @@ class Shared:
         self.timer.set(self._now() + SWEEP)
         if self.whole:
             self.whole = False
-            if self._is_frozen():
+            if self._is_frozen() and self.has_begun:
                 ttls = (claim.ttl for claim in registry.table.live.values())
                 self.kept_until = self._now() + max([GRACE_MIN, *ttls])
-            registry.freeze(False)
+            registry.freeze(False, grace=self.has_begun)  # at the start no claim was known, and Redis has told its time
+            self.has_begun = True
             log.info("registry: %d claims are in Redis", len(self.seen))
 
     def _ask_again(self, key: str) -> None:

@@ -12,7 +12,7 @@ import sniroute_registry
 from conftest import FakeClock
 from sniroute_claims import Claim, Table
 from sniroute_loop import Loop
-from sniroute_registry import (DONE, EXPIRED, RELEASED, TAKEN, TURNS_MAX, UNAVAILABLE, Memory, Registry, Result, Written,
+from sniroute_registry import (DONE, EXPIRED, RELEASED, TAKEN, TURNS_MAX, UNAVAILABLE, Registry, Result, Written,
                                from_text, to_text)
 from testbed.registry import Late, Order
 

@@ -353,6 +353,15 @@ def test_a_claim_whose_time_ran_out_in_an_outage_has_a_ttl_to_be_renewed(redis_s
     assert redis.tell("PTTL", PREFIX + SHOP) > 650_000
 
 
+def test_a_router_that_starts_lets_no_claim_live_longer_than_redis_says(redis, shared):
+    """It knows of no outage: those that go on routing them end them at their time."""
+    first = shared(redis, hold="600s")
+    first.claim(ttl=60)
+    redis.tell("PEXPIRE", PREFIX + SHOP, 603_000)
+    second = shared(redis, hold="600s")
+    assert 0 < knows(second).expires - second.registry.table.clock() <= 3
+
+
 def test_what_was_released_or_taken_over_in_an_outage_is_not_kept(redis, shared):
     first, second = shared(redis), shared(redis)
     gone, other = first.claim(), first.claim("other")
