@@ -74,9 +74,13 @@ URL = "http://127.0.0.1:19002"
 ASK_TIME = 10.0  # for one answer: longer than a registry waits for its store
 RETRY_FIRST, RETRY_LAST = 0.5, 15.0  # between two tries where the registry is away; a third of it is left to chance
 SHARE = 3  # renewed at a third of its time: two renewals may be lost
+AFTER_MAX = 60.0  # of what Retry-After asks for: a registry that is back is not waited for till tomorrow
+TTL_MAX = 10 * 365 * 86400.0  # of an answer: what is longer, or no number at all, is of no registry
 SHORTEST = 1.0  # between two renewals
 STOP_TIME = 10.0  # for the command to end after SIGTERM; then it is killed
 BODY_MAX = 1 << 20  # of an answer
+ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+WORD = re.compile(r"[!-~]{1,512}")  # a name or a lease, which goes into heads, terminals and the environment
 
 SEEKING, HELD, LOST, REFUSED, OVER = "seeking", "held", "lost", "refused", "over"
 
@@ -138,8 +142,9 @@ class Answer(NamedTuple):
     def words(self) -> str:
         """Its sentence, for people."""
         said = [self.body.get("detail") or self.body.get("title") or f"HTTP {self.status}"]
-        said += [f"{each.get('field')}: {each.get('detail')}" for each in self.body.get("errors", ())
-                 if isinstance(each, dict)]
+        errors = self.body.get("errors")
+        said += [f"{each.get('field')}: {each.get('detail')}" for each in errors
+                 if isinstance(each, dict)] if isinstance(errors, list) else []
         return printable("; ".join(map(str, said)), 500)
 
 
@@ -176,7 +181,7 @@ class Registry:
         data = response.read(BODY_MAX)
         try:
             found = json.loads(data or b"{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             found = {}
         after = response.headers.get("Retry-After", "")
         return Answer(response.status, found if isinstance(found, dict) else {},
@@ -251,7 +256,8 @@ class Claimer:
 
     def _held(self, body: dict[str, Any]) -> None:
         name, lease, ttl = body.get("name"), body.get("lease", self.lease), body.get("ttl")
-        if not isinstance(name, str) or not isinstance(lease, str) or not isinstance(ttl, (int, float)) or ttl <= 0:
+        texts = all(isinstance(each, str) and WORD.fullmatch(each) for each in (name, lease))
+        if not texts or type(ttl) not in (int, float) or not 0 < ttl <= TTL_MAX:
             raise Unable(f"{self.registry.place} is no registry of names: its answer has no name, lease and ttl")
         first = self.state is SEEKING
         self.name, self.lease, self.ttl, self.until = name, lease, float(ttl), self.clock() + ttl
@@ -270,7 +276,7 @@ class Claimer:
         if self.state is HELD and self.clock() >= self.until:
             self.state = SEEKING
         self.pause = min(self.pause * 2, RETRY_LAST) or RETRY_FIRST
-        return max(self.pause * random.uniform(2 / 3, 1), after)
+        return max(self.pause * random.uniform(2 / 3, 1), min(after, AFTER_MAX))
 
     def release(self) -> None:
         """Give it back, if it is ours."""
@@ -407,9 +413,13 @@ def main(words: list[str]) -> int:
         say(str(error))
         return 2
     signals: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in ENDING:
         signal.signal(number, lambda number, frame: (signals.append(number), claimer.woken.put(None)))
-    return keep(claimer, Beside(command, claimer.woken), signals)
+    try:
+        return keep(claimer, Beside(command, claimer.woken), signals)
+    finally:
+        for number in ENDING:  # Python gives a handler back as it ends: one more signal would change the exit code then
+            signal.signal(number, signal.SIG_IGN)
 
 
 def token(words: list[str]) -> int:

@@ -255,11 +255,11 @@ class Table:
     # -- what may be done ------------------------------------------------------------------
 
     def judge(self, key: str, owner: str, takeover: bool = True, limit: float = math.inf,
-              configured: bool = False) -> Verdict:
+              configured: bool = False, coming: int = 0) -> Verdict:
         """What it would be if an owner claimed a key now.
 
         `takeover`: whether it wants a name that it has already.  `limit`: of its live claims.  `configured`: whether a
-        route of the settings has the name.
+        route of the settings has the name.  `coming`: how many of its claims have been let pass and are not put yet.
         """
         if configured:
             return Verdict("configured", f"{key} is a route of the router's own settings, which always come first")
@@ -276,7 +276,7 @@ class Table:
             return Verdict("held", f"{key} was another owner's until a short while ago, and is held for that one",
                            held.expires + held.hold)
         ending = self.live.get(key)  # its time is over, and `expire` has not seen it yet
-        if self.count(owner) - (ending is not None and ending.owner == owner) >= limit:
+        if self.count(owner) + coming - (ending is not None and ending.owner == owner) >= limit:
             return Verdict("limit", f"you have {limit} names and ports, which is all that you may have: release one")
         return Verdict(NEW, claim=held)
 
@@ -457,8 +457,8 @@ class Table:
             self._forget(key)
             return
         self._due(until, key)
-        if len(owned.held) > owned.most:
-            self._forget(next(iter(owned.held)))
+        if len(owned.held) > owned.most:  # but first those that no admin has taken off the routes: they would be free of that
+            self._forget(next((each for each in owned.held if not self.held[each].suspended), next(iter(owned.held))))
 
     def _forget(self, key: str) -> None:
         """Free a name that is held."""

@@ -19,13 +19,13 @@ one Plan.act and hands the Answer to the loop by `Loop.call`.  `Door.close` is f
 here.
 
 What strangers can do.  Each gate has so many clients; one more takes the place of the oldest that waits for nothing but
-its own next words, or is still to send or to read something.  Who has not sent its request, or read its answer, in time
+its own next words, or is still to send or to read something; but of none whose end is waited for (`when_over`).  Who has not sent its request, or read its answer, in time
 is cut off.  Each gate has threads of its own, and WORK_MAX requests that wait for them or are in them: one more gets
 503.  Who does not read events is cut off, too.
 
 Seams: I want to ...
     answer at another address     a Gate, as sniroute_admin has two
-    answer by somebody else       a Plan by OWNER: `Caller.answer`, or `stream` and `push`; `Caller.at_end`
+    answer by somebody else       a Plan by OWNER: `Caller.answer` and `push`; `Caller.when_over`
     accept other heads            `parse_head`, which does no I/O
     change what all answers say   HEADERS, `render`
 
@@ -198,7 +198,8 @@ HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff
 def render(answer: Answer, persists: bool) -> bytes:
     """The head of an answer; `persists`: another one may follow."""
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
-    length = {"Content-Length": str(len(answer.body))} if answer.has_end else {}
+    # RFC 9110 section 8.6: none where there is no body by definition.
+    length = {"Content-Length": str(len(answer.body))} if answer.has_end and answer.status != 204 else {}
     fields = {**HEADERS, "Connection": "keep-alive" if persists else "close", "Date": date,
               "Content-Type": answer.kind, **length, **dict(answer.headers)}
     status = http.HTTPStatus(answer.status)
@@ -232,7 +233,7 @@ class Caller:
         self.out: list[memoryview] = []  # what is still to be sent
         self.unread = True  # the client may still be sending its request
         self.reads = LINGER_READS
-        self.at_end: list[Callable[[], None]] = []  # called once the connection is over
+        self.at_end: list[Callable[[], None]] = []  # see `when_over`
         gate.callers[self] = None
         self.enter(READING)
 
@@ -257,6 +258,19 @@ class Caller:
         for act in at_end:
             act()
 
+    def when_over(self, act: Callable[[], None]) -> None:
+        """Have `act` called once the connection is over; at once, where it is.  As long as that is wanted, it is kept."""
+        if self.state is CLOSED:
+            act()
+        else:
+            self.at_end.append(act)
+
+    def never_mind(self, act: Callable[[], None]) -> None:
+        """Do not call `act` after all."""
+        self.at_end.remove(act)
+        if self.state is KEPT:
+            self.enter(KEPT)
+
     # -- reading -------------------------------------------------------------------------------
 
     def readable(self, mask: int = 0) -> None:
@@ -272,7 +286,7 @@ class Caller:
             self.close()
         elif self.state in (READING, KEPT):
             self._take(data)
-        elif self.state is LINGERING:
+        elif self.state in (LINGERING, STREAMING):  # it is thrown away: no request can follow
             self.reads -= 1
             if not self.reads:
                 self.close()
@@ -324,8 +338,9 @@ class Caller:
             return
         if self.plan.by is OWNER:
             self.enter(PENDING)
+        state = self.state
         answer = self.perform()
-        if answer is not None:
+        if answer is not None and self.state is state:  # else it has answered already, and failed after that
             self.answer(answer)
 
     def perform(self) -> Answer | None:
@@ -360,10 +375,13 @@ class Caller:
         self.writable()
 
     def push(self, data: bytes) -> None:
-        """More of a stream.  Who has not read what came before is cut off."""
+        """More of a stream.  Who has not read what came before is cut off.
+
+        What it began with does not count, its head and what its client had missed: a slow network takes time for that.
+        """
         if self.state is STREAMING:
             self.out.append(memoryview(data))
-            if sum(map(len, self.out)) > STREAM_MAX:
+            if sum(map(len, self.out[2:])) > STREAM_MAX:
                 self.close()
             else:
                 self.writable()
@@ -485,7 +503,7 @@ class Gate:
         """Cut off the oldest of those that are still to send or to read something; whether there is one."""
         for states in YIELDING:
             for caller in self.callers:
-                if caller.state in states:
+                if caller.state in states and not (caller.state is KEPT and caller.at_end):
                     caller.close()
                     return True
         return False

@@ -88,6 +88,7 @@ BY_NAME: dict[Network, str] = {ipaddress.ip_network(network): what for network, 
     "168.63.129.16/32": "the metadata service of a cloud", "fd00:ec2::254/128": "the metadata service of a cloud",
     "fd20:ce::254/128": "the metadata service of a cloud", "169.254.0.0/16": "link-local", "fe80::/10": "link-local",
     "64:ff9b:1::/48": "behind a translator to IPv4",  # RFC 8215: where the IPv4 stands, only its operator knows
+    "::ffff:0:0:0/96": "behind a translator to IPv4",  # RFC 2765 section 2.1
 }.items()}
 
 
@@ -441,9 +442,10 @@ def claim_name(text: Any, rules: Rules, owner: Owner) -> str:
         unfit("name", f"{quoted(text)} is not one name: nothing stands for others in a claim")
     if is_address(text):
         unfit("name", f"{quoted(text)} is an address, and no name")
-    name = text.lower().removesuffix(".")
+    name = text.lower()
+    label = name.removesuffix(".")
     try:
-        name = normalise((name if "." in name else f"{name}.{home_of(name, rules, owner)}").encode())
+        name = normalise((name if "." in label else f"{label}.{home_of(label, rules, owner)}").encode())
     except Malformed:
         unfit("name", f"{quoted(text)} is not a name: labels of 63 letters, digits, - and _ at most, which neither "
                       "begin nor end with -; 253 with the domain")

@@ -187,7 +187,7 @@ class Registrar:
         self.router.targets.own_registry = [] if isinstance(self.address, str) else [self.address]
         self.router.registrar = self
         self.door.gates.append(Gate(self.door, "registry", listener, self.rest.decide, 0, keeps=True, most=CALLERS_MAX))
-        self.router.call(functools.partial(self.router.routes.add_layer, self.layer))
+        self.router.call(lambda: self.router.routes.add_layer(self.layer))  # to those that are there by then
         for key in list(self.table.live):  # of a store that outlives us
             if key.startswith("tcp:") or self.dns is not None:
                 self.moved(key)

@@ -32,13 +32,14 @@ import time
 from typing import Any, Callable, NamedTuple, Protocol
 
 from sniroute_claims import NEW, OK, TAKEN_OVER, Claim, Table, Verdict
-from sniroute_loop import Loop
+from sniroute_loop import Loop, owner_of
 
 __version__ = "0.1.0"
 
 # Limits, each with its reason.  Times in seconds.
 EVENTS_MAX = 1000  # that are remembered, for those who come again: a minute of a busy registry
 TURNS_MAX = 16  # requests for one key that wait for each other: one more is told to come back
+MOST = 1e9  # seconds of a ttl, or a hold, that a store tells: thirty years
 RETRIES = 3  # new names at random, or looks at what the store knows better
 TICK = 0.25  # between two looks at what has ended: so nothing ended is routed for longer
 
@@ -119,6 +120,7 @@ class Written(NamedTuple):
 
 
 DONE = Written(OK)
+FAULT = Written(UNAVAILABLE, sentence="a fault in sniroute: its log says which")
 
 
 class Store(Protocol):
@@ -150,13 +152,24 @@ def to_text(claim: Claim) -> str:
                       separators=(",", ":"))
 
 
+NUMBERS = ("ttl", "hold")
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "generation": int, "allow": (list, type(None)), "meta": dict, "suspended": bool, "while_connected": bool,
+    **dict.fromkeys(NUMBERS, (int, float)), **dict.fromkeys(("key", "id", "owner", "target", "lease", "http"), str)}
+
+
 def from_text(text: str | bytes, expires: float) -> Claim:
-    """A claim of its JSON.  Raises ValueError, where it is none."""
+    """A claim of its JSON.  Raises ValueError, where it is none: a store is another program's, too."""
     try:
         found = json.loads(text)
+        wrong = [name for name, kind in TYPES.items() if not isinstance(found[name], kind)
+                 or kind is str and not found[name].isprintable()]
+        wrong += [name for name in NUMBERS if isinstance(found[name], bool) or not 0 <= found[name] <= MOST]
+        if wrong or not all(isinstance(each, str) for each in found["allow"] or ()):
+            raise TypeError(f"wrong values of {', '.join(wrong or ['allow'])}")
         found["allow"] = None if found["allow"] is None else tuple(found["allow"])
         return Claim(**found, expires=expires)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"it is no claim: {error}") from None
 
 
@@ -201,6 +214,7 @@ class Registry:
         self.events = Events()
         self.refusals: collections.Counter[str] = collections.Counter()
         self.turns: dict[str, collections.deque[Callable[[], None]]] = {}  # by key: who waits for the one that has it
+        self.coming: dict[str, set[str]] = {}  # by owner: keys that are new, and that the store is asked to add
         self.writes = 0  # to the store that are over, and the seconds that they took together
         self.write_seconds = 0.0
         self.timer = loop.timer(self.tick)
@@ -217,14 +231,21 @@ class Registry:
     def _claim(self, key: str, owner: str, target: str, ttl: float, hold: float, done: Done, takeover: bool,
                limit: float, configured: bool, more: dict[str, Any], tries: int) -> None:
         self._end_if_over(key)
-        verdict = self.table.judge(key, owner, takeover, limit, configured)
+        verdict = self.table.judge(key, owner, takeover, limit, configured,
+                                   len(self.coming.get(owner, ())))
         if not verdict.passed:
             done(refused(verdict))
             return
         former = self.table.find(key) or self.table.find_held(key)
         claim = self.table.claimed(verdict, key, owner, target, ttl, hold, **more)
+        if verdict.word == NEW:
+            self.coming.setdefault(owner, set()).add(key)
 
         def written(said: Written) -> None:
+            coming = self.coming.get(owner, set())
+            coming.discard(key)
+            if not coming:
+                self.coming.pop(owner, None)
             if said.word == TAKEN and tries:
                 self.learn(key, said.claim)
                 self._claim(key, owner, target, ttl, hold, done, takeover, limit, configured, more, tries - 1)
@@ -246,7 +267,11 @@ class Registry:
             self.write_seconds += self.table.clock() - began
             done(said)
 
-        self.store.write(what, former, claim, written)
+        try:
+            self.store.write(what, former, claim, written)
+        except Exception:
+            self.loop.fault(self.store)
+            written(FAULT)
 
     def renew(self, key: str, owner: str, lease: str | None, ttl: float | None, done: Done, admin: bool = False) -> None:
         """The claim for another ttl."""
@@ -315,7 +340,9 @@ class Registry:
             done(refused(verdict) if not verdict.passed else self._unwritten(key, said))
         elif said.word != OK:
             done(self._unwritten(key, said))
-        elif now is None or now.lease != former.lease:  # it has ended while the store was asked
+        elif now is None or now.lease != former.lease:
+            if now is None:  # it has ended while the store was asked, which may believe that it lives
+                self.store.write(RELEASED, claim, None, lambda said: None)
             done(refused(self.table.permit(key, former.owner, former.lease)))
         else:
             self._put(what, claim._replace(expires=self.table.clock() + claim.ttl))
@@ -329,11 +356,24 @@ class Registry:
     # -- turns -----------------------------------------------------------------------------------
 
     def _have_turn(self, key: str, done: Done, act: Callable[[Done], None]) -> None:
-        """Run `act` when no other request is under way for the key."""
+        """Run `act` when no other request is under way for the key.
+
+        Whatever happens in `act`, the turn ends, once: else nobody could have the key ever again.
+        """
+        is_over = False
+
         def begin() -> None:
-            act(over)
+            try:
+                act(over)
+            except Exception:
+                self.loop.fault(self)
+                over(self._unwritten(key, FAULT))
 
         def over(result: Result) -> None:
+            nonlocal is_over
+            if is_over:
+                return
+            is_over = True
             waiting = self.turns[key]
             if waiting:
                 self.loop.call(waiting.popleft())
@@ -341,7 +381,7 @@ class Registry:
                 del self.turns[key]
             if not result.passed:
                 self.refusals[result.word] += 1
-            done(result)
+            self._tell(done, result)
 
         waiting = self.turns.get(key)
         if waiting is None:
@@ -352,20 +392,27 @@ class Registry:
         else:
             waiting.append(begin)
 
+    def _tell(self, listener: Callable[..., None], *words: Any) -> None:
+        """Call back.  A fault there is not the claim's: that stands as it was written, and its turn ends."""
+        try:
+            listener(*words)
+        except Exception:
+            self.loop.fault(owner_of(listener))
+
     # -- what has become of claims ---------------------------------------------------------------
 
     def _put(self, what: str, claim: Claim) -> None:
         former = self.table.live.get(claim.key)
         self.table.put(claim)
-        self.events.add(what, claim)
+        self._tell(self.events.add, what, claim)
         if what != RENEWED or former is None:
-            self.moved(claim.key)
+            self._tell(self.moved, claim.key)
 
     def _drop(self, what: str, key: str) -> None:
         claim = self.table.drop(key)
         if claim is not None:
-            self.events.add(what, claim)
-            self.moved(key)
+            self._tell(self.events.add, what, claim)
+            self._tell(self.moved, key)
 
     def learn(self, key: str, claim: Claim | None) -> None:
         """What the store knows of a key, where others have changed that; None: there is no claim."""
@@ -375,8 +422,8 @@ class Registry:
         elif claim.expires <= self.table.clock():
             self.table.put_held(claim)
             if former is not None:
-                self.events.add(RELEASED, former)
-                self.moved(key)
+                self._tell(self.events.add, RELEASED, former)
+                self._tell(self.moved, key)
         elif former is None or former.lease != claim.lease:
             self._put(CLAIMED, claim)
         elif former._replace(expires=0.0) != claim._replace(expires=0.0):
@@ -390,25 +437,37 @@ class Registry:
         if claim is not None and self.table.find(key) is None:
             self.table.drop(key)
             self._ended(claim)
+            self.store.write(EXPIRED, claim, None, lambda said: None)
 
     def _ended(self, claim: Claim) -> None:
-        self.events.add(EXPIRED, claim)
-        self.moved(claim.key)
-        self.store.write(EXPIRED, claim, None, lambda said: None)
+        self._tell(self.events.add, EXPIRED, claim)
+        self._tell(self.moved, claim.key)
+
+    def _keep_end(self, claim: Claim) -> None:
+        """Have the store know of an end; behind what it is asked of that key already, which may be the next claim."""
+        def act(done: Done) -> None:
+            if self.table.find(claim.key) is None:
+                self.store.write(EXPIRED, claim, None, lambda said: None)
+            done(Result(OK))
+        if claim.key in self.turns:
+            self._have_turn(claim.key, lambda result: None, act)
+        else:
+            self.store.write(EXPIRED, claim, None, lambda said: None)
 
     def tick(self) -> None:
         """End what has to end: some of it in each turn of the loop, so that a crowd of names holds up nobody."""
         for claim in self.table.expire():
             self._ended(claim)
+            self._keep_end(claim)
         self.timer.set(max(self.table.clock(), min(self.table.next_expiry(), self.table.clock() + TICK)))
 
-    def freeze(self, frozen: bool) -> None:
-        """The store is away, or it is back."""
+    def freeze(self, frozen: bool, grace: bool = True) -> None:
+        """The store is away, or it is back; with `grace` each claim has a time to be renewed then."""
         if frozen:
             self.table.freeze()
         else:
-            for claim in self.table.thaw():
-                self.events.add(RENEWED, claim)
+            for claim in self.table.thaw(grace):
+                self._tell(self.events.add, RENEWED, claim)
 
     def leave(self, owner: str) -> int:
         """An owner is no more: all its claims end, and no name is held.  Returns how many there were."""
@@ -422,5 +481,5 @@ class Registry:
         """The settings do not let its owner have it any more: it ends at once, and its name is not held."""
         self.store.write(RELEASED, claim._replace(hold=0.0), None, lambda said: None)
         self.table.drop(claim.key, hold=False)
-        self.events.add(RELEASED, claim)
-        self.moved(claim.key)
+        self._tell(self.events.add, RELEASED, claim)
+        self._tell(self.moved, claim.key)

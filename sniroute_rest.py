@@ -37,6 +37,7 @@ Sources: RFC 6750 (tokens), RFC 9457 (problems), RFC 9110; WHATWG, "Server-sent 
 
 from __future__ import annotations
 
+import functools
 import http
 import json
 import logging
@@ -217,6 +218,10 @@ def claim_key(ask: Ask, wish: Wish, key: str) -> None:
     registry = rest.registry
 
     def done(result: Result) -> None:
+        if result.passed and owner.name not in rest.owners:  # a reload has taken it away while the store was asked
+            registry.leave(owner.name)
+            ask.caller.answer(refuse(401, "the token is not known any more", **CHALLENGE).answer)
+            return
         if result.passed and result.claim is not None and wish.while_connected:
             rest.attach(result.claim, ask.caller)
         if wish.is_port and not result.passed:
@@ -299,7 +304,10 @@ def ask_all(ask: Ask) -> None:
 def ask_events(ask: Ask) -> None:
     """GET /events"""
     ask.query()
-    ask.rest.stream(ask)
+    if ask.head.method == "HEAD":
+        ask.caller.answer(Answer(200, b"", "text/event-stream"))
+    else:
+        ask.rest.stream(ask)
 
 
 def ask_audit(ask: Ask) -> None:
@@ -453,7 +461,8 @@ class Rest:
         self.unknown = 0  # wrong tokens since the last line about them
         self.said = -LOGGED
         self.streams: dict[Caller, Stream] = {}
-        self.attached: dict[str, tuple[str, Caller]] = {}  # by key: the lease, and the connection that keeps it
+        # By key: the lease, the connection that keeps it, and what it does at its end.
+        self.attached: dict[str, tuple[str, Caller, Callable[[], None]]] = {}
         self.quiet_since = self.clock()
         registry.events.listeners[self] = self.tell
 
@@ -477,7 +486,7 @@ class Rest:
         wait = self.buckets.setdefault(owner.name, Bucket(rate_of(owner), self.clock())).take(self.clock())
         if wait:
             raise refuse(429, "you ask too often", Retry_After=seconds(wait))
-        row, key = self._find(head)
+        row, key = self._find(head, owner)
         if row.admin and not owner.admin:
             raise refuse(403, "this is for admins", "forbidden")
         length = head.body_length()
@@ -511,7 +520,7 @@ class Rest:
             raise refuse(429, "too many ask without a token that is known", Retry_After=seconds(wait))
         raise refuse(401, "the token is missing or wrong", **CHALLENGE)
 
-    def _find(self, head: Head) -> tuple[Endpoint, str]:
+    def _find(self, head: Head, owner: Owner) -> tuple[Endpoint, str]:
         """The endpoint, and the key that the path names.  Raises Declined."""
         methods = []
         for pattern, row in PATHS:
@@ -519,21 +528,24 @@ class Rest:
             if match is None:
                 continue
             if row.method == head.method.replace("HEAD", "GET"):
-                return row, self._key(match[1]) if match.groups() else ""
+                return row, self._key(match[1], owner) if match.groups() else ""
             methods.append(row.method)
         if methods:
             raise refuse(405, f"this path is for {', '.join(methods)}", Allow=", ".join(methods))
         raise refuse(404, "there is no such path")
 
-    def _key(self, text: str) -> str:
-        """The key of a claim as a path has it: a name, whole or one label below the first domain, tcp:PORT, uuid:ID."""
+    def _key(self, text: str, owner: Owner) -> str:
+        """The key of a claim as a path has it: a name, whole or one label below the first domain, tcp:PORT, uuid:ID.
+
+        An id of another owner's claim says nothing of its name.
+        """
         try:
             key = urllib.parse.unquote(text, errors="strict").lower()
         except ValueError:
             raise refuse(400, "the name in the path is not UTF-8") from None
         if key.startswith("uuid:"):
             claim = self.registry.table.find_id(key.removeprefix("uuid:"))
-            return claim.key if claim is not None else key
+            return claim.key if claim is not None and (owner.admin or claim.owner == owner.name) else key
         if key.startswith("tcp:"):
             return port_key(int(key[4:])) if re.fullmatch("tcp:[0-9]{1,5}", key, re.ASCII) else key
         key = key.removesuffix(".")
@@ -592,10 +604,13 @@ class Rest:
                 text += [self.line(event) for event in missed if self._may_hear(owner, event)]
         caller.answer(Answer(200, "".join(text).encode(), "text/event-stream", has_end=False))
         self.streams[caller] = Stream(owner, caller)
-        caller.at_end.append(lambda: self.streams.pop(caller, None))
-        for claim in self.registry.table.page(owner.name, limit=PAGE_MAX) if lease else ():
-            if claim.lease == lease and claim.while_connected:
-                self.attach(claim, caller)
+        caller.when_over(lambda: self.streams.pop(caller, None))
+        after = ""
+        while lease and (claims := self.registry.table.page(owner.name, after=after, limit=PAGE_MAX)):
+            for claim in claims:
+                if claim.lease == lease and claim.while_connected:
+                    self.attach(claim, caller)
+            after = claims[-1].key
 
     def _may_hear(self, owner: Owner, event: Event) -> bool:
         return owner.admin or event.claim.owner == owner.name
@@ -620,22 +635,31 @@ class Rest:
 
     def attach(self, claim: Claim, caller: Caller) -> None:
         """Keep a claim as long as this connection lives."""
-        self.attached[claim.key] = claim.lease, caller
-        caller.at_end.append(lambda: self.detach(claim, caller))
+        self.detach(claim.key)
+        left = functools.partial(self.leave, claim, caller)
+        self.attached[claim.key] = claim.lease, caller, left
+        caller.when_over(left)
 
-    def detach(self, claim: Claim, caller: Caller) -> None:
-        """The connection is over: some seconds for another one."""
-        if self.attached.get(claim.key) == (claim.lease, caller):
+    def detach(self, key: str) -> None:
+        """The connection that keeps it does so no more: another one does, or it has ended."""
+        if key in self.attached:
+            _, caller, left = self.attached.pop(key)
+            caller.never_mind(left)
+
+    def leave(self, claim: Claim, caller: Caller) -> None:
+        """The connection is over: some seconds for another one.  In a turn of its own: this one may be telling events."""
+        if self.attached.get(claim.key, ("", None))[:2] == (claim.lease, caller):
             del self.attached[claim.key]
-            self.registry.renew(claim.key, claim.owner, claim.lease, LINGER, lambda result: None)
+            self.registry.loop.call(functools.partial(self.registry.renew, claim.key, claim.owner, claim.lease, LINGER,
+                                                      lambda result: None))
 
     def tick(self) -> None:
         """Now and then: renew what lives as long as a connection; let streams not be silent."""
         now = self.clock()
-        for key, (lease, caller) in list(self.attached.items()):
+        for key, (lease, _, _) in list(self.attached.items()):
             claim = self.registry.table.find(key)
             if claim is None or claim.lease != lease:
-                del self.attached[key]
+                self.detach(key)
             elif claim.expires - now < claim.ttl * 2 / 3:
                 self.registry.renew(key, claim.owner, lease, None, lambda result: None)
         if now - self.quiet_since >= QUIET:

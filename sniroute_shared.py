@@ -18,6 +18,12 @@ keyspace notifications, or on CONFIG.
 While Redis is away the registry is frozen: what was claimed is routed on, nothing is claimed, nothing ends.  When it
 is back, all is read; a claim that Redis does not know any more has a ttl to be renewed, which puts it there again.
 
+What the channel tells and what our questions are answered come by two connections, in any order.  So where we have
+just asked something of a key, what is told of it is not believed: Redis is asked, behind that question.
+
+A release gives the record another lease, which nobody has.  So nobody renews it, and who was away sees that it was
+released, and has not only run out of time meanwhile.
+
 Threads: the registry's loop.
 
 Seams: I want to ...
@@ -32,8 +38,11 @@ Sources: redis.io: "EVAL", "SET", "PTTL", "SCAN", "Pub/Sub", "Key eviction".
 
 from __future__ import annotations
 
+import collections
+import functools
 import logging
 import os
+import secrets
 import time
 from typing import Any, Callable
 
@@ -57,7 +66,9 @@ ASK_TIME = 2.0  # for an answer: owners wait for it
 SWEEP = 30.0  # from one sweep to the next: so long a change may be missed that the channel has not told
 PAGE = 500  # keys of one page of a sweep: some milliseconds of the loop
 STEP = 0.01  # between two pages: the loop has other things to do
+DIGITS = 15  # of a number of milliseconds
 ADDRESSES_MAX = 16  # of servers where no claim may lead: each dial is held against them
+FRESH = 2 * ASK_TIME  # after we have asked something of a key: its answer comes within ASK_TIME, what is said soon after
 SWEEP_AGAIN = 1.0  # until a sweep that broke off is begun anew
 
 # KEYS[1]; ARGV: the lease that has to be there ("" for none), whether it may be missing, the new JSON, milliseconds,
@@ -71,12 +82,12 @@ redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4])
 redis.call('PUBLISH', ARGV[5], ARGV[6])
 return 1
 """)
-# KEYS[1]; ARGV: the lease, milliseconds for which the name is held, the channel, what is said there.
+# KEYS[1]; ARGV: the lease, milliseconds for which the name is held, the channel, what is said there, the new JSON.
 RELEASE = Script("""
 local now = redis.call('GET', KEYS[1])
 if now then
   if cjson.decode(now).lease ~= ARGV[1] then return {now, redis.call('PTTL', KEYS[1])} end
-  if tonumber(ARGV[2]) > 0 then redis.call('PEXPIRE', KEYS[1], ARGV[2]) else redis.call('DEL', KEYS[1]) end
+  if tonumber(ARGV[2]) > 0 then redis.call('SET', KEYS[1], ARGV[5], 'PX', ARGV[2]) else redis.call('DEL', KEYS[1]) end
 end
 redis.call('PUBLISH', ARGV[3], ARGV[4])
 return 1
@@ -115,8 +126,12 @@ class Shared:
         self.timer = loop.timer(self.on_timer)
         self.cursor = ""  # of the sweep; "": none is under way
         self.seen: set[str] = set()  # keys of the sweep that is under way
+        self.heard: set[str] = set()  # keys that the channel has told of since a page was asked for
+        self.asked: collections.OrderedDict[str, float] = collections.OrderedDict()  # when we have asked of a key last
+        self.unread = ""  # why the last sweep broke off
         self.known: set[str] = set()  # keys that were live when it began
         self.whole = False  # the sweep is the first one since Redis came back: the registry is frozen until its end
+        self.has_begun = False  # all has been read once
         self.kept_until = 0.0  # clock time: until then a claim that Redis does not know has time to be renewed
         self.closed = False
 
@@ -145,8 +160,9 @@ class Shared:
             done(Written(OK))
         elif claim is None:
             assert former is not None
+            ended = former._replace(lease=secrets.token_hex(16))
             self._run(RELEASE, former.key, done, former.lease, milliseconds(former.hold) if former.hold else 0, CHANNEL,
-                      self._said(former, 0.0))
+                      self._said(ended, 0.0), to_text(ended))
         else:
             self._swap(claim, former.lease if former is not None else "", claim.lease != getattr(former, "lease", ""),
                        done)
@@ -174,7 +190,16 @@ class Shared:
                 return
             text, left = value
             done(Written(TAKEN, self._read(text, left)))
+        self._mark(key)
         self.redis.run(script, [PREFIX + key], words, answered, ASK_TIME)
+
+    def _mark(self, key: str) -> None:
+        """We ask something of a key: until that is long over, see `on_message`."""
+        now = self._now()
+        self.asked.pop(key, None)
+        self.asked[key] = now
+        while next(iter(self.asked.values())) < now - FRESH:
+            self.asked.popitem(False)
 
     def _read(self, text: Any, left: Any) -> Claim | None:
         """A claim as Redis has it, of its JSON and its PTTL; None where there is none that can be read."""
@@ -195,16 +220,40 @@ class Shared:
         assert self.registry is not None
         who, _, rest = message.partition(b" ")
         left, _, text = rest.partition(b" ")
-        if who == self.me.encode() or not left.isdigit():
+        if who == self.me.encode() or not left.isdigit() or len(left) > DIGITS:
             return
         try:
             claim = from_text(text, 0.0)
         except ValueError:
             return
         self.heard_at = time.time()
-        clock = self.registry.table.clock()
-        claim = claim._replace(expires=clock + int(left) / 1000)
-        self.registry.learn(claim.key, claim)
+        now = self._now()
+        if self.asked.get(claim.key, -FRESH) >= now - FRESH:
+            self._look(claim.key)
+            return
+        if self.cursor:
+            self.heard.add(claim.key)
+        self.registry.learn(claim.key, claim._replace(expires=now + int(left) / 1000))
+
+    def _look(self, key: str) -> None:
+        """Ask what is there, behind what we have asked before."""
+        texts: list[Any] = []
+
+        def told(left: Any) -> None:
+            if not isinstance(left, Failed) and texts and not isinstance(texts[0], Failed):
+                self._believe(key, self._read(texts[0], left))
+
+        self._mark(key)
+        self.redis.ask("GET", PREFIX + key, done=texts.append, timeout=ASK_TIME)
+        self.redis.ask("PTTL", PREFIX + key, done=told, timeout=ASK_TIME)
+
+    def _believe(self, key: str, claim: Claim | None) -> None:
+        """What Redis has, where it is not what is known."""
+        assert self.registry is not None
+        former = self.registry.table.live.get(key)
+        if former is None or claim is None or abs(former.expires - claim.expires) > 1.0 \
+                or former._replace(expires=0.0) != claim._replace(expires=0.0):
+            self.registry.learn(key, claim)
 
     # -- up and down -----------------------------------------------------------------------------
 
@@ -236,7 +285,13 @@ class Shared:
             self._begin(True)
 
     def on_unsubscribed(self, failed: Failed) -> None:
-        """The channel is lost; the sweeps go on."""
+        """The channel is lost, or cannot be had; the sweeps go on."""
+        if self.fault or self.closed:  # Redis is away, which has been said
+            return
+        log.warning("registry: Redis does not tell of changes (%s): those of other routers are seen within %g s", failed,
+                    SWEEP)
+        if self._is_frozen() and not self.cursor:
+            self._begin(True)
 
     def on_memory(self, answer: Any) -> None:
         """Warn where Redis may forget claims."""
@@ -252,9 +307,6 @@ class Shared:
     def _begin(self, whole: bool) -> None:
         """Look at all keys, from the first page on."""
         assert self.registry is not None
-        if whole:
-            ttls = (claim.ttl for claim in self.registry.table.live.values())
-            self.kept_until = self.registry.table.clock() + max([GRACE_MIN, *ttls])
         self.whole = self.whole or whole
         self.cursor = "0"
         self.seen = set()
@@ -272,50 +324,69 @@ class Shared:
 
     def _ask_page(self) -> None:
         sweep = self.seen
+        self.heard.clear()
         self.redis.ask("SCAN", self.cursor, "MATCH", PREFIX + "*", "COUNT", PAGE,
                        done=lambda answer: sweep is self.seen and self._on_page(answer), timeout=ASK_TIME)
 
     def _on_page(self, answer: Any) -> None:
         """Some keys, and where the next ones begin."""
         if isinstance(answer, Failed) or not isinstance(answer, list) or len(answer) != 2:
-            self.cursor = ""
-            self.timer.set(self._now() + SWEEP_AGAIN)
+            self._break_off(answer)
             return
         cursor, keys = answer
-        texts: list[Any] = []
         if not keys:
             self._next(cursor)
             return
-        self.redis.ask("MGET", *keys, done=texts.append, timeout=ASK_TIME)
-        lefts: list[Any] = []
         sweep = self.seen
+        answers: list[Any] = [None] * (1 + len(keys))  # all values, then what is left of each
+        missing = len(answers)
 
-        def told(left: Any) -> None:
-            lefts.append(left)
-            if len(lefts) == len(keys) and sweep is self.seen:
-                self._on_claims(keys, texts[0], lefts)
+        def told(at: int, answer: Any) -> None:
+            nonlocal missing
+            answers[at] = answer
+            missing -= 1
+            if missing or sweep is not self.seen:
+                return
+            failed = next((each for each in answers if isinstance(each, Failed)), None)
+            if failed is not None or self.fault:
+                self._break_off(failed)
+            else:
+                self._on_claims(keys, answers[0], answers[1:])
                 self._next(cursor)
 
-        for key in keys:
-            self.redis.ask("PTTL", key, done=told, timeout=ASK_TIME)
+        self.redis.ask("MGET", *keys, done=functools.partial(told, 0), timeout=ASK_TIME)
+        for at, key in enumerate(keys, 1):
+            self.redis.ask("PTTL", key, done=functools.partial(told, at), timeout=ASK_TIME)
+
+    def _break_off(self, why: Any) -> None:
+        """The sweep cannot be ended: again, from the beginning.  Until then nothing is taken for gone."""
+        self.cursor = ""
+        self.timer.set(self._now() + SWEEP_AGAIN)
+        if not self.fault and str(why) != self.unread:
+            self.unread = str(why)
+            log.warning("registry: Redis does not tell what is in it (%s): changes of other routers may be missed",
+                        printable(self.unread, 200))
 
     def _on_claims(self, keys: list[bytes], texts: Any, lefts: list[Any]) -> None:
-        """A page of claims."""
+        """A page of claims.
+
+        An outage may have been longer than their ttl.  So for a while after it what Redis says of their time does not
+        shorten it; who has the lease may renew it.
+        """
         assert self.registry is not None
-        if isinstance(texts, Failed):
-            return
         self.heard_at = time.time()
         table = self.registry.table
         for name, text, left in zip(keys, texts, lefts):
             key = name.decode("ascii", "replace").removeprefix(PREFIX)
             self.seen.add(key)
             claim = self._read(text, left)
-            if claim is None or claim.key != key:
+            if claim is None or claim.key != key or key in self.heard:  # what was told since is newer
                 continue
             former = table.live.get(key)
-            if former is None or former.lease != claim.lease or abs(former.expires - claim.expires) > 1.0 \
-                    or former._replace(expires=0.0) != claim._replace(expires=0.0):
-                self.registry.learn(key, claim)
+            if former is not None and former.lease == claim.lease and claim.expires < former.expires and self._is_early():
+                claim = claim._replace(expires=former.expires)
+            if former is None or claim.expires > table.clock() or former.lease != claim.lease or not self._is_early():
+                self._believe(key, claim)
 
     def _next(self, cursor: Any) -> None:
         """The page is done."""
@@ -325,13 +396,18 @@ class Shared:
             return
         assert self.registry is not None
         registry, self.cursor = self.registry, ""
-        if self._now() >= self.kept_until:
+        self.unread = ""
+        if not self._is_early():
             for key in self.known - self.seen:
                 self._ask_again(key)
         self.timer.set(self._now() + SWEEP)
         if self.whole:
             self.whole = False
-            registry.freeze(False)
+            if self._is_frozen() and self.has_begun:
+                ttls = (claim.ttl for claim in registry.table.live.values())
+                self.kept_until = self._now() + max([GRACE_MIN, *ttls])
+            registry.freeze(False, grace=self.has_begun)  # at the start no claim was known, and Redis has told its time
+            self.has_begun = True
             log.info("registry: %d claims are in Redis", len(self.seen))
 
     def _ask_again(self, key: str) -> None:
@@ -346,6 +422,14 @@ class Shared:
 
         if former is not None:
             self.redis.ask("EXISTS", PREFIX + key, done=told, timeout=ASK_TIME)
+
+    def _is_early(self) -> bool:
+        """Whether claims have their time to be renewed still, after an outage."""
+        return self._is_frozen() or self._now() < self.kept_until
+
+    def _is_frozen(self) -> bool:
+        assert self.registry is not None
+        return self.registry.table.frozen_since is not None
 
     def _now(self) -> float:
         assert self.registry is not None

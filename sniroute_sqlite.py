@@ -5,8 +5,8 @@
       done(Written) <---- Loop.call -----------------
     Sqlite.history(..., done) ------------------------> rows of the last 30 days
 
-A Store of sniroute_registry.  A renewal is not written: after a restart each claim has a whole ttl anyway, so nothing
-is lost by that, and a renewal costs no disk.  A claim that has ended stays until its name is held no more.
+A Store of sniroute_registry.  A renewal for the same ttl is not written: after a restart each claim has a whole ttl
+anyway, so nothing is lost by that, and a renewal costs no disk.  A claim that has ended stays until its name is held no more.
 
 `write` tells `done` once the change is on the disk (WAL, synchronous=FULL: a commit survives a power cut).  All that
 waits goes into one commit: so it takes thousands of claims a second, though a disk has some hundred commits.
@@ -35,9 +35,9 @@ import threading
 import time
 from typing import Any, Callable, NamedTuple, Sequence
 
-from sniroute_claims import OK, Claim
-from sniroute_loop import Loop
-from sniroute_registry import UNAVAILABLE, Registry, Written, from_text, to_text
+from sniroute_claims import OK, Claim, Table
+from sniroute_loop import Loop, owner_of
+from sniroute_registry import RENEWED, UNAVAILABLE, Registry, Written, from_text, to_text
 
 __version__ = "0.1.0"
 
@@ -107,6 +107,7 @@ class Sqlite:
         self.connection: sqlite3.Connection | None = None
         self.pruned = 0.0
         self.rows: list[tuple[str, float | None]] = []  # as they were read
+        self.table: Table | None = None  # of the registry
         self.thread = threading.Thread(target=self._run, name="sqlite", daemon=True)
 
     # -- the thread that attaches ----------------------------------------------------------------
@@ -156,6 +157,7 @@ class Sqlite:
     def open(self, registry: Registry) -> None:
         """Each claim that lived has the time of a ttl to be renewed."""
         table, now, wall = registry.table, registry.table.clock(), self.clock()
+        self.table = table
         rows, self.rows = self.rows, []
         live = []
         for record, held_until in rows:
@@ -172,7 +174,7 @@ class Sqlite:
 
     def write(self, what: str, former: Claim | None, claim: Claim | None, done: Callable[[Written], None]) -> None:
         """See Store.  It is told once the change is on the disk."""
-        if self.waiting >= WAITING_MAX:
+        if self.waiting >= WAITING_MAX and claim is not None:  # ends are no more than claims, and must not be lost
             done(Written(UNAVAILABLE, sentence=f"{self.waiting} changes wait for the disk"))
             return
         now = claim or former
@@ -182,8 +184,12 @@ class Sqlite:
                                 now.owner, f"{now.target} {now.id}"), done))
 
     def renew(self, claim: Claim, done: Callable[[Written], None]) -> None:
-        """See Store: there is nothing to be kept."""
-        done(Written(OK))
+        """See Store: there is nothing to be kept, but for another ttl, which its owner counts on after a restart."""
+        former = self.table.live.get(claim.key) if self.table is not None else None
+        if former is not None and former.ttl != claim.ttl:
+            self.write(RENEWED, former, claim, done)
+        else:
+            done(Written(OK))
 
     def stop(self) -> None:
         """See Store: `close` writes what waits."""
@@ -209,8 +215,12 @@ class Sqlite:
     def _written(self, group: Sequence[Order], fault: str) -> None:
         self.fault = fault
         self.waiting -= len(group)
+        said = Written(UNAVAILABLE, sentence=f"the claim cannot be kept: {fault}") if fault else Written(OK)
         for _, done in group:
-            done(Written(UNAVAILABLE, sentence=f"the claim cannot be kept: {fault}") if fault else Written(OK))
+            try:
+                done(said)
+            except Exception:  # its own: the others wait to be told, too
+                self.loop.fault(owner_of(done))
 
     # -- the thread ------------------------------------------------------------------------------
 

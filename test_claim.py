@@ -389,3 +389,53 @@ def test_signals_that_come_at_any_moment_end_it(registry, claim):
             child.process.send_signal(signal.SIGTERM)
     assert [child.wait() for child in children] == [0, 0, 0]
     assert not there.registry.table.live
+
+
+GOOD = {"name": SHOP, "lease": "l" * 32, "ttl": 60}
+
+
+@pytest.mark.parametrize("status", ["200 OK", "409 Conflict", "503 Busy", "301 Moved", "999 x"])
+@pytest.mark.parametrize("body", [
+    *(json.dumps({**GOOD, "ttl": value}) for value in (float("nan"), float("inf"), 1e308, True, -1, 0, "60", None, [])),
+    *(json.dumps({**GOOD, "name": value}) for value in ("a\nb", "\x1b[31m", "a\0b", "x" * 5000, "", "a b", "é", None, 5)),
+    *(json.dumps({**GOOD, "lease": value}) for value in ("a\r\nX: y", "", "é", 5)),
+    *(json.dumps({"errors": value, "detail": "\x1b[31m"}) for value in (5, {"a": 1}, [5], None, [{"field": []}])),
+    json.dumps({"detail": {"a": 1}, "title": None}), "[" * 100_000, '{"a":' * 100_000, "1" * 5000, "<html>", "",
+    '{"ttl": 1e999}', "\ufeff{}"])
+def test_a_registry_that_answers_garbage_is_told_and_no_more(serve, status, body):
+    """No traceback, nothing that changes a terminal, and the command beside it is not left behind."""
+    def handler(sock: Any) -> None:
+        sock.recv(65536)
+        data = body.encode()
+        sock.sendall(f"HTTP/1.1 {status}\r\nContent-Length: {len(data)}\r\nRetry-After: 99999\r\n\r\n".encode() + data)
+    lines: list[str] = []
+    claimer = Claimer(Registry(Place("http", HOST, serve(handler).address[1]), ALICE), {"name": "shop", "target": TARGET},
+                      lines.append)
+    with contextlib.closing(claimer.registry):
+        try:
+            pause = claimer.step()
+        except Unable as error:
+            lines.append(str(error))
+        else:
+            assert 0 < pause <= sniroute_claim.AFTER_MAX, "a registry that is back is not waited for till tomorrow"
+    assert lines and all(line.isprintable() and len(line) < 1000 and ALICE not in line for line in lines)
+    assert claimer.state is not HELD
+
+
+@pytest.mark.parametrize("said", [
+    b"", b"\0" * 100, b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n{}", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n{}",
+    b"HTTP/1.1 \r\n\r\n", b"SSH-2.0-x\r\n", b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 500 + b"\r\n", b"HTTP/1.1 " + b"2" * 70000,
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n"])
+def test_what_speaks_no_http_is_tried_again(serve, said):
+    def handler(sock: Any) -> None:
+        sock.recv(65536)
+        sock.sendall(said)
+    lines: list[str] = []
+    claimer = Claimer(Registry(Place("http", HOST, serve(handler).address[1]), ALICE), {"name": "shop", "target": TARGET},
+                      lines.append)
+    with contextlib.closing(claimer.registry):
+        try:
+            assert 0 < claimer.step() <= RETRY_LAST
+        except Unable as error:
+            lines.append(str(error))
+    assert lines and all(line.isprintable() and ALICE not in line for line in lines)

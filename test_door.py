@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 from typing import Any, Callable, Iterator
 
@@ -38,7 +40,7 @@ class Served:
         return Plan(ROUTES[head.path], head.body_length(), THREAD if head.query == "thread" else LOOP)
 
     def later(self, caller: Caller) -> None:
-        caller.at_end.append(lambda: self.ended.append(caller.state))
+        caller.when_over(lambda: self.ended.append(caller.state))
         self.pending.append(caller)
 
     def answer(self, *answers: Answer) -> None:
@@ -200,3 +202,108 @@ def test_a_head_that_never_ends_behind_a_request_that_waits_takes_no_memory(serv
         assert len(caller.data) <= sniroute_door.HEAD_MAX + 65536
         there.answer(Answer(200, b""))
         assert b"414" in read_all(client)
+
+
+def test_what_comes_on_a_stream_is_not_kept(served):
+    """A client that sends while it listens: each event made room for another piece of it."""
+    there = served()
+    with Talk(connect(there.address)) as client:
+        client.say(request("GET", "/later"))
+        caller = wait_until(lambda: there.pending and there.pending[0])
+        there.answer(Answer(200, b"", "text/event-stream", has_end=False))
+        client.head()
+        client.sock.settimeout(0.2)
+        for _ in range(20):
+            try:
+                client.sock.sendall(b"x" * 65536)
+            except OSError:
+                break
+            there.door.loop.call(lambda: caller.push(b"e"))
+        assert len(caller.data) <= sniroute_door.HEAD_MAX + 65536
+    wait_until(lambda: not there.gate.callers)
+
+
+def test_a_stream_that_begins_with_much_is_not_cut_off_by_the_next_event(served):
+    """Who comes again gets all that it has missed, which may be more than the kernel takes at once."""
+    there = served()
+    with Talk(connect(there.address)) as client:
+        client.say(request("GET", "/later"))
+        caller = wait_until(lambda: there.pending and there.pending[0])
+        caller.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+        there.answer(Answer(200, b"x" * (8 << 20), "text/event-stream", has_end=False))
+        wait_until(lambda: caller.state == "streaming")
+        assert caller.out
+        there.door.loop.call(lambda: [caller.push(b"e" * 500) for _ in range(8)])
+        client.head()
+        assert client.exactly((8 << 20) + 4000).endswith(b"xeeee" + b"e" * 3996)
+
+
+def test_the_end_of_a_client_that_is_gone_already_is_told_at_once(served):
+    """Its owner answered something else first, or waits for a store."""
+    there = served()
+    with Talk(connect(there.address)) as client:
+        client.say(post("/later"))
+        caller = wait_until(lambda: there.pending and there.pending[0])
+    wait_until(lambda: there.ended)
+    ended: list[str] = []
+    there.door.loop.call(lambda: caller.when_over(lambda: ended.append("now")))
+    wait_until(lambda: ended == ["now"])
+
+
+def test_a_plan_that_has_answered_and_then_fails_answers_once(served, monkeypatch):
+    there = served()
+
+    def later(caller: Caller) -> None:
+        caller.answer(Answer(200, b"done"))
+        raise Declined(500, "too late")
+    monkeypatch.setattr(there, "later", later)
+    with Talk(connect(there.address)) as client:
+        client.say(post("/later") + post("/echo", b"next"))
+        assert [client.answer().body for _ in range(2)] == [b"done", b"next"]
+
+
+def test_clients_that_are_waited_for_do_not_yield_to_strangers(served):
+    """Those that only say nothing do: else whoever opens many connections ends the claims of others."""
+    there = served(most=3)
+    with Talk(connect(there.address)) as held:
+        held.say(post("/later"))
+        there.answer(Answer(200, b""))
+        held.answer()
+        with contextlib.ExitStack() as strangers:
+            for _ in range(8):
+                strangers.enter_context(connect(there.address))
+            wait_until(lambda: len(there.gate.callers) == 3 and there.states.count("reading") == 2)
+            assert there.ended == []
+            held.say(post("/echo", b"x"))
+            assert held.answer().body == b"x"
+    wait_until(lambda: there.ended == ["closed"])
+
+
+@pytest.mark.parametrize("text, statuses", [
+    (b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", [411]),
+    (b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", [411]),
+    (b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding:\r\nContent-Length: 0\r\n\r\n", [411]),
+    (b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 0\r\n\r\nx", [400]),
+    (b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: +0\r\n\r\n", [400]),
+    (b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 0, 0\r\n\r\n", [400]),
+    (b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length : 0\r\n\r\n", [400]),
+    (b"POST /echo HTTP/1.1\r\nHost: x\r\nA: b\r\n Content-Length: 0\r\n\r\n", [400]),
+    (b"POST /declined HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n", [403]),
+])
+def test_where_the_next_request_begins_is_never_guessed(served, text, statuses):
+    """What is behind a request that is refused for its length is no request."""
+    with connect(served().address) as client:
+        client.sendall(text + post("/echo", b"smuggled"))
+        said = read_all(client)
+    assert b"smuggled" not in said
+    assert [int(line.split()[1]) for line in said.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")] == statuses
+
+
+def test_an_answer_without_a_body_has_no_length(served, monkeypatch):
+    """RFC 9110 section 8.6; and the next one begins where it should."""
+    monkeypatch.setitem(ROUTES, "/none", lambda caller: Answer(204, b""))
+    with connect(served().address) as client:
+        client.sendall(post("/none") + post("/echo", b"next", "Connection: close"))
+        said = read_all(client)
+    head, _, rest = said.partition(b"\r\n\r\n")
+    assert b"204" in head and b"content-length" not in head.lower() and rest.endswith(b"\r\n\r\nnext")

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from typing import Any, Callable
 
@@ -305,6 +306,20 @@ def test_a_start_that_fails_leaves_the_file_to_the_next_one(run, routed, setting
     there.close()
     there.close()
     assert not os.path.exists(admin_path)
+
+
+def test_a_reload_in_the_moment_of_the_start_does_not_lose_the_claims(routed, serve):
+    """Routes are swapped whole: whoever adds a layer has to add it to those that are there by then."""
+    there, far = routed(), serve(answer(b"x", 1))
+    there.registrar.close()
+    go, settings = threading.Event(), there.router.settings.again(there.router.settings)
+    there.router.call(lambda: go.wait(10))
+    there.router.call(lambda: there.router.adopt(settings, {}))
+    there.registrar = attach(there.router, settings.claims)
+    there.address = there.registrar.address
+    go.set()
+    there.claim(target=there.target(far))
+    assert reached(there) == b"x"
 
 
 # -- names ---------------------------------------------------------------------------------------

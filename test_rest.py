@@ -12,9 +12,10 @@ import pytest
 import sniroute_registry
 import sniroute_rest
 from conftest import FakeClock, wait_until
-from sniroute_claims import WORDS
+from sniroute_claims import HELD_MIN, WORDS
+from sniroute_registry import DONE, Written
 from sniroute_rest import ENDPOINTS, Bucket, describe
-from testbed.registry import ADMIN, ALICE, BOB, DOMAIN, OWNERS, owner
+from testbed.registry import ADMIN, ALICE, BOB, DOMAIN, OWNERS, Late, owner
 from testbed.web import Cut, Talk
 
 SHOP = f"shop.{DOMAIN}"
@@ -448,3 +449,181 @@ def test_a_path_for_another_method(registry):
     assert (said.status, said.headers["Allow"]) == (405, "GET, PUT, DELETE")
     assert registry().ask("GET", "/nothing").status == 404
     assert registry().ask("GET", "/audit", token=ADMIN).status == 404
+
+
+# -- a store that is late ----------------------------------------------------------------------
+
+WHILE = {"name": "shop", "target": "tcp:192.0.2.1:80", "ttl": 10, "while_connected": True}
+
+
+def late(there: Any, said: Written = DONE) -> None:
+    """Have the store answer the next one."""
+    order = wait_until(lambda: there.store.orders and there.store.orders.pop(0))
+    there.door.loop.call(lambda: order.done(said))
+
+
+def test_a_claim_whose_client_left_before_it_was_written_is_not_renewed_for_ever(registry):
+    clock = FakeClock()
+    there = registry(store=lambda loop: Late(), clock=clock)
+    with there.talk("POST", "/routes", WHILE):
+        wait_until(lambda: there.store.orders)
+    wait_until(lambda: not there.gate.callers)
+    late(there)  # the claim
+    late(there)  # its last renewal
+    wait_until(lambda: there.registry.table.live[SHOP].ttl == 5)
+    assert there.rest.attached == {}
+    clock.jump(5.1)
+    wait_until(lambda: SHOP not in there.registry.table.live)
+
+
+def test_a_claim_that_is_written_when_its_owner_is_gone_ends(registry):
+    there = registry(store=lambda loop: Late())
+    with there.talk("POST", "/routes", WHILE) as client:
+        wait_until(lambda: there.store.orders)
+        done = threading.Event()
+        there.door.loop.call(lambda: (there.rest.adopt(there.rules, {"bob": OWNERS["bob"]}), done.set()))
+        assert done.wait(5)
+        late(there)
+        client.answer()
+        wait_until(lambda: there.store.orders)
+        assert there.store.orders[0].claim is None and SHOP not in there.registry.table.live
+        assert SHOP not in there.registry.table.held and there.rest.attached == {}
+
+
+def test_so_many_claims_at_once_are_no_more_than_an_owner_may_have(registry):
+    there = registry(store=lambda loop: Late(), owners={"alice": owner("alice", ALICE, max_names=2)})
+    clients = [there.talk("POST", "/routes", {"name": f"n{number}", "target": "tcp:192.0.2.1:80"})
+               for number in range(5)]
+    wait_until(lambda: len(there.store.orders) == 2)
+    late(there), late(there)
+    assert sorted(client.answer().status for client in clients) == [201, 201, 403, 403, 403]
+    for client in clients:
+        client.sock.close()
+
+
+def test_a_client_that_left_before_its_stream_began_takes_no_place(registry):
+    """It has asked for something else first, and closed without reading."""
+    there = registry()
+    go = threading.Event()
+    there.door.loop.call(lambda: go.wait(5))
+    for _ in range(3):
+        client = Talk_of(there)
+        client.say(head("GET", "/routes", ALICE) + head("GET", "/events", ALICE))
+        client.sock.close()
+    go.set()
+    wait_until(lambda: not there.gate.callers)
+    with there.talk("GET", "/events") as client:
+        client.head()
+        wait_until(lambda: len(there.rest.streams) == 1)
+
+
+def test_a_connection_that_keeps_no_claim_any_more_is_as_any_other(registry):
+    there = registry()
+    with there.talk("POST", "/routes", WHILE) as client:
+        for _ in range(5):
+            made = json.loads(client.answer().body)
+            (caller,) = there.gate.callers
+            assert len(caller.at_end) == 1
+            assert there.ask("DELETE", "/routes/shop", Sniroute_Lease=made["lease"]).status == 204
+            client.say(head("GET", "/routes", ALICE))
+            client.answer()
+            wait_until(lambda: not there.rest.attached)
+            wait_until(lambda: caller in there.door.late["kept"].due)
+            assert caller.at_end == []
+            data = json.dumps(WHILE).encode()
+            client.say(head("POST", "/routes", ALICE)[:-2] + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+        client.answer()
+
+
+def test_an_id_of_another_owners_claim_tells_no_name(registry):
+    there = registry()
+    made = there.claim("secret-name")
+    for method, path in (("GET", ""), ("PUT", ""), ("DELETE", ""), ("POST", "/renew")):
+        for key in (made.json["id"], "0" * 32):
+            said = there.ask(method, f"/routes/uuid:{key}{path}", token=BOB, Sniroute_Lease="x")
+            assert (said.status, said.json["class"]) == (404, "gone")
+            assert "secret-name" not in said.body.decode()
+    assert there.ask("GET", f"/routes/uuid:{made.json['id']}", token=ADMIN).json["name"].startswith("secret-name.")
+
+
+def test_a_head_of_the_events_is_a_head(registry):
+    there = registry()
+    with there.talk("HEAD", "/events") as client:
+        answer = client.answer("HEAD")
+        assert (answer.status, answer.get("Content-Type")) == (200, "text/event-stream")
+        there.claim()
+        client.say(head("GET", "/routes/shop", ALICE))
+        assert json.loads(client.answer().body)["name"] == SHOP and there.rest.streams == {}
+
+
+@pytest.mark.parametrize("line", [
+    b"GET http://localhost/routes HTTP/1.1", b"GET //routes HTTP/1.1", b"GET /routes/../routes HTTP/1.1",
+    b"GET /routes/%2e%2e HTTP/1.1", b"GET /routes/a%2fb HTTP/1.1", b"GET /ROUTES HTTP/1.1", b"GET /routes/ HTTP/1.1",
+    b"GET /routes;x HTTP/1.1", b"GET /routes/shop%00 HTTP/1.1", b"GET /routes/shop%0d%0aX:%20y HTTP/1.1"])
+def test_a_path_that_is_spelled_otherwise_is_another_one(registry, line):
+    there = registry()
+    there.claim()
+    with Talk_of(there) as client:
+        client.say(line + head("GET", "", ALICE)[len(b"GET  HTTP/1.1"):])
+        answer = client.answer()
+        assert answer.status == 404 and answer.get("X") is None
+
+
+@pytest.mark.parametrize("fields", [
+    ["Host: localhost", "Host: localhost"], ["Authorization: Bearer " + ALICE, "Authorization: Bearer " + BOB],
+    ["Sniroute-Lease: a", "X-Lease: b"], ["Sniroute-Lease: a", "Sniroute-Lease: b"], ["Host: localhost, localhost"],
+    ["Host: localhost@evil.example"], ["Host:"]])
+def test_what_is_there_twice_is_refused(registry, fields):
+    there = registry()
+    there.claim()
+    rest = [each for each in ("Host: localhost", "Authorization: Bearer " + ALICE)
+            if not any(field.startswith(each[:4]) for field in fields)]
+    with Talk_of(there) as client:
+        client.say("\r\n".join(["DELETE /routes/shop HTTP/1.1", *rest, *fields, "", ""]).encode())
+        assert client.answer().status == 400
+    assert SHOP in there.registry.table.live
+
+
+def test_a_name_that_is_suspended_cannot_be_washed(registry):
+    """Who claims and releases other names, until it is not held any more, has it suspended still."""
+    there = registry(clock=FakeClock(), owners={**OWNERS, "alice": owner("alice", ALICE, max_names=5000)})
+    made = there.claim()
+    assert there.ask("POST", "/routes/shop/suspend", token=ADMIN).status == 200
+    assert there.ask("DELETE", "/routes/shop", **lease(made)).status == 204
+    for number in range(HELD_MIN + 5):
+        assert there.ask("DELETE", f"/routes/n{number}", **lease(there.claim(f"n{number}"))).status == 204
+    assert there.claim().json["suspended"]
+
+
+def test_a_stream_keeps_a_claim_behind_the_first_page_of_names(registry, monkeypatch):
+    monkeypatch.setattr(sniroute_rest, "PAGE_MAX", 3)
+    there = registry()
+    for number in range(7):
+        there.claim(f"n{number}")
+    with there.talk("POST", "/routes", WHILE) as first:
+        made = json.loads(first.answer().body)
+        with there.talk("GET", "/events", None, ALICE, f"Sniroute-Lease: {made['lease']}") as second:
+            second.head()
+            wait_until(lambda: there.rest.attached[SHOP][1] in there.rest.streams)
+
+
+def test_events_are_told_in_order_also_where_one_ends_a_stream(registry):
+    """The end of a stream that is too slow is the end of a claim that it keeps, which is an event, too."""
+    there = registry()
+    with there.talk("POST", "/routes", WHILE) as first:
+        made = json.loads(first.answer().body)
+        with there.talk("GET", "/events", None, ALICE, f"Sniroute-Lease: {made['lease']}") as slow, \
+                there.talk("GET", "/events") as other:
+            slow.head()
+            wait_until(lambda: there.rest.attached[SHOP][1] in there.rest.streams)
+            other.head()
+            wait_until(lambda: len(there.rest.streams) == 2)
+            caller = there.rest.attached[SHOP][1]
+            done = threading.Event()
+            there.door.loop.call(lambda: (caller.out.extend([memoryview(b"x" * 70000)] * 3), done.set()))
+            assert done.wait(5)
+            there.claim("other")
+            heard = events(other, 2)
+            assert [what for _, what, _ in heard] == ["claimed", "renewed"]
+            numbers = [int(number.partition("-")[2]) for number, _, _ in heard]
+            assert numbers == sorted(numbers)

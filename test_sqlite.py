@@ -22,10 +22,14 @@ class Caller:
     """A loop in a thread, and what the file tells it."""
 
     def __init__(self) -> None:
-        self.loop = Loop(lambda owner: None)
+        self.faults = 0
+        self.loop = Loop(self.fault)
         self.stores: list[Sqlite] = []
         self.thread = threading.Thread(target=self.loop.run)
         self.thread.start()
+
+    def fault(self, owner: Any) -> None:
+        self.faults += 1
 
     def ask(self, begin: Callable[[Callable[[Any], None]], None]) -> Any:
         """Begin something in the loop, and wait for what it tells."""
@@ -271,3 +275,65 @@ def test_what_is_too_old_is_forgotten(caller, open_file):
     rows = caller.ask(lambda done: store.orders.put(
         lambda: done(store.connection.execute("SELECT key FROM claims ORDER BY key").fetchall())))
     assert rows == [("new",), ("old",), ("young",)], "the claims are kept, but for those that have ended"
+
+
+# -- at its ends -------------------------------------------------------------------------------
+
+
+def test_a_fault_of_one_who_is_told_keeps_nothing_from_the_others(caller, open_file):
+    store = open_file()
+    go, told = threading.Event(), threading.Event()
+    store.orders.put(go.wait)
+
+    def fault(said: Written) -> None:
+        raise RuntimeError("of the test")
+    caller.ask(lambda done: done([store.write(CLAIMED, None, claim("a"), fault),
+                                  store.write(CLAIMED, None, claim("b"), lambda said: told.set())]))
+    go.set()
+    assert told.wait(10)
+    assert caller.faults == 1 and write(caller, store, claim("c")).word == OK
+
+
+def test_ends_are_written_however_many_wait(caller, open_file, monkeypatch):
+    """Or they would come back at the next start: a crowd that expires at once is larger than what may wait."""
+    monkeypatch.setattr(sniroute_sqlite, "WAITING_MAX", 3)
+    store = open_file()
+    write(caller, store, *map(claim, "abcdef"))
+    go = threading.Event()
+    store.orders.put(go.wait)
+    caller.ask(lambda done: done([store.write(EXPIRED, claim(key), None, lambda said: None) for key in "abcdef"]))
+    assert write(caller, store, claim("g")).word == UNAVAILABLE
+    go.set()
+    assert len(history(caller, store)) == 12
+    store.close()
+    assert list(table(open_file()).live) == []
+
+
+def test_what_waits_when_it_is_closed_is_written(caller, open_file):
+    """Also where the loop that is told has ended before."""
+    store = open_file()
+    go = threading.Event()
+    store.orders.put(go.wait)
+    caller.ask(lambda done: done([store.write(CLAIMED, None, claim(f"n{number}"), lambda said: None)
+                                  for number in range(50)]))
+    loop, store.loop = store.loop, Loop(lambda owner: None)
+    store.loop.close()
+    go.set()
+    store.close()
+    store.close()
+    store.loop = loop
+    assert len(table(open_file()).live) == 50
+
+
+@pytest.mark.parametrize("ttl", [3600.0, 5.0])
+def test_a_renewal_for_another_ttl_survives(caller, open_file, ttl):
+    """Its owner renews at a third of that: after a restart it must live as long."""
+    store, clock = open_file(), FakeClock()
+    registry = caller.ask(lambda done: done(Registry(caller.loop, Table(clock), store, lambda key: None)))
+    caller.ask(lambda done: done(store.open(registry)))
+    made = caller.ask(lambda done: registry.claim("a", "alice", "tcp:192.0.2.1:80", 60.0, 600.0, done)).claim
+    for each in (ttl, None):
+        assert caller.ask(lambda done: registry.renew("a", "alice", made.lease, each, done)).word == OK
+    assert [row.event for row in history(caller, store)] == ["renewed", "claimed"], "the same once more is not written"
+    store.close()
+    assert table(open_file()).live["a"].ttl == ttl

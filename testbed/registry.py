@@ -5,6 +5,7 @@
     table_of         [registry] as TOML
     Asked.ask        one request, on a connection of its own -> Said
     ALICE, BOB, ADMIN    tokens of owners
+    Late             a store that answers when the test says so
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import pytest
 
 from conftest import HOST, Address
 from sniroute_claim import UnixConnection
-from sniroute_claims import Table
+from sniroute_claims import Claim, Table
 from sniroute_door import Door, Gate, listen
 from sniroute_loop import monotonic
 from sniroute_owners import Owner, Rules, digest_of, read_rules
 from sniroute_registrar import Registrar, attach
-from sniroute_registry import Memory, Registry
+from sniroute_registry import Memory, Registry, Written
 from sniroute_rest import Rest
 from testbed.running import Running, toml
 from testbed.web import Talk, call, request
@@ -54,6 +55,30 @@ class Said(NamedTuple):
     @property
     def json(self) -> Any:
         return json.loads(self.body)
+
+
+class Order(NamedTuple):
+    """What the store was asked."""
+
+    what: str
+    former: Claim | None
+    claim: Claim | None
+    done: Callable[[Written], None]
+
+
+class Late(Memory):
+    """A store that answers when the test says so."""
+
+    name = "late"
+
+    def __init__(self) -> None:
+        self.orders: list[Order] = []
+
+    def write(self, what: str, former: Claim | None, claim: Claim | None, done: Callable[[Written], None]) -> None:
+        self.orders.append(Order(what, former, claim, done))
+
+    def renew(self, claim: Claim, done: Callable[[Written], None]) -> None:
+        self.write("renewed", claim, claim, done)
 
 
 class Asked:
