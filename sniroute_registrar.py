@@ -62,6 +62,7 @@ log = logging.getLogger("sniroute")
 CALLERS_MAX = 1000  # connections of owners, each of which may be kept: REGISTRY_FDS (sniroute_settings) are set aside
 TICK = 1.0  # seconds between two looks at claims that live as long as a connection
 LOOKED = 200  # claims that are held against the settings in one turn: some milliseconds
+STORE_PASSWORD = "SNIROUTE_STORE_PASSWORD"  # the variable; it goes before the one in the URL
 LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "[::1]"))  # names in Host that mean this host
 
 
@@ -111,8 +112,8 @@ class Claimed:
 # -- the registry of a router --------------------------------------------------------------------
 
 
-def open_store(where: str, loop: Loop) -> Store:
-    """The store that the settings name.  Raises SettingsError."""
+def open_store(where: str, loop: Loop, environ: Mapping[str, str]) -> Store:
+    """The store that the settings name; in `environ` may be the password of a Redis.  Raises SettingsError."""
     scheme, _, path = where.partition(":")
     if scheme == "sqlite":
         try:
@@ -126,9 +127,14 @@ def open_store(where: str, loop: Loop) -> Store:
             raise SettingsError(f"registry.store: {error}") from None
         return store
     if scheme != "memory":
-        from sniroute_resp import parse_url  # imported late: this store only
+        from sniroute_resp import Login, parse_url  # imported late: this store only
         from sniroute_shared import Shared
-        return Shared(parse_url(where), loop)
+        place, password = parse_url(where), environ.get(STORE_PASSWORD, "").strip()
+        if password:
+            place = place._replace(login=Login(place.login.user if place.login is not None else "", password))
+        if place.login is not None and not place.login.password:  # what stands before the @ may be meant as one
+            raise SettingsError(f"registry.store: a user and no password: put that into {STORE_PASSWORD}")
+        return Shared(place, loop)
     return Memory()
 
 
@@ -161,7 +167,7 @@ class Registrar:
         self.is_closed = False
         try:  # the store last: it has the file, and whoever tries again would find it taken
             self.dns = open_dns(where.dns, self.door.loop, os.environ)
-            self.store = open_store(where.store, self.door.loop)
+            self.store = open_store(where.store, self.door.loop, os.environ)
         except BaseException:
             self.door.close()
             raise
@@ -315,7 +321,8 @@ class Registrar:
                 "fault": self.store.fault, "claims": len(table.live), "held": len(table.held),
                 "owners": copied(table.counts), "events": copied(lambda: dict(registry.events.counts)),
                 "refusals": copied(lambda: dict(registry.refusals)), "streams": len(self.rest.streams),
-                "writes": registry.writes, "write_seconds": registry.write_seconds}
+                "writes": registry.writes, "write_seconds": registry.write_seconds,
+                "heard_at": getattr(self.store, "heard_at", None)}
 
     def shown(self, limit: int) -> list[dict[str, Any]]:
         """The first claims in the order of their names, as /status has them."""

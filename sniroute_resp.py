@@ -486,10 +486,13 @@ def parse_host(text: str, scheme: Scheme) -> tuple[str, int]:
 
 
 def parse_login(userinfo: str) -> Login:
-    """`USER:PASSWORD`, percent-encoded.  Raises ValueError, which does not repeat it."""
+    """`USER:PASSWORD`, percent-encoded.  Raises ValueError, which does not repeat it.
+
+    `USER` alone: whoever asks has the password from elsewhere.
+    """
     user, colon, password = userinfo.partition(":")
-    if not colon or not password:
-        raise ValueError("a login is USER:PASSWORD, or :PASSWORD alone")
+    if colon and not password or not colon and not user:
+        raise ValueError("a login is USER:PASSWORD, or :PASSWORD alone, or USER, whose password is in the environment")
     try:
         if re.search("%(?![0-9A-Fa-f]{2})", userinfo):
             raise ValueError

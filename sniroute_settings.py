@@ -759,6 +759,9 @@ def warn_of_registry(settings: Settings, where: Where) -> None:
     if not isinstance(where.address, str) and not is_loopback(where.address[0]):
         log.warning("registry on %s: tokens go there in plain text: listen on 127.0.0.1 or unix:PATH, and have a proxy "
                     "that speaks TLS in front for other hosts", show_address(where.address))
+    if not any(each in ("tcp", "carrier", "cloudflared") for each in rules.targets):
+        log.warning("registry.targets: %s: there is no such kind of target yet, so nothing can be claimed: name tcp, with "
+                    "networks", ", ".join(rules.targets))
     inside = [str(network) for network in rules.networks if network.is_loopback]
     if inside:
         log.warning("registry.networks: %s is this host: the owners of names, and all their clients, reach what listens "

@@ -23,11 +23,12 @@ from sniroute_dns import KEY_VARIABLE
 from sniroute_doctor import sample_hello
 from sniroute_owners import new_token
 from sniroute_refusals import SettingsError
-from sniroute_registrar import attach
+from sniroute_registrar import STORE_PASSWORD, attach
 from testbed.clients import page, program_path
 from testbed.hellos import v1
 from testbed.named import KEYS, ZONE
 from testbed.program import command, execute
+from testbed.redis import USER
 from testbed.registry import ADMIN, ALICE, BOB, DOMAIN, Asked, Routed, table_of
 from testbed.running import alert, answer, read_all, read_exactly
 
@@ -458,6 +459,18 @@ def test_no_claim_leads_to_the_router_itself_or_to_its_store(routed, redis_serve
         assert there.claim("by-name", f"tcp:localhost:{own}").status in (200, 201)
         there.settle()
         assert refused(there, f"by-name.{DOMAIN}") == "forbidden"
+
+
+def test_the_password_of_a_store_may_be_in_the_environment(routed, redis_server, monkeypatch):
+    redis = redis_server(*USER)
+    monkeypatch.setenv(STORE_PASSWORD, " secret\n")
+    there = routed(store=f"redis://app@{HOST}:{redis.port}")
+    wait_until(lambda: there.claim(target="tcp:127.0.0.1:1").status == 201)
+    assert b"user=app" in redis.tell("CLIENT", "LIST")
+    monkeypatch.delenv(STORE_PASSWORD)
+    with pytest.raises(SettingsError, match=f"put that into {STORE_PASSWORD}") as caught:
+        routed(store=f"redis://perhaps-a-password@{HOST}:{redis.port}")
+    assert "perhaps" not in str(caught.value)
 
 
 # -- ports ---------------------------------------------------------------------------------------

@@ -253,7 +253,7 @@ def test_a_url(text, place, shown):
     ("redis://h/-1", "a number"), ("redis://h/123456", "a number"), ("redis://h?db=1", "it is not"),
     ("redis://h#1", "it is not"),
     ("redis://h\n", "it is not"), ("redis://h x", "it is not"), ("redis://hé", "it is not"),
-    ("redis://SECRET@h", "USER:PASSWORD"), ("redis://SECRET:@h", "USER:PASSWORD"), ("redis://a:SECRET%@h", "%25"),
+    ("redis://@h", "USER:PASSWORD"), ("redis://SECRET:@h", "USER:PASSWORD"), ("redis://a:SECRET%@h", "%25"),
     ("redis://a:SECRET%zz@h", "%25"), ("redis://a:SECRET%ff@h", "%25"), ("redis://a:SECRET@h:x", "a host is"),
     ("redis://a:SECRET@", "a host is"), ("redis://a:SECRET", "a host is"), ("redis://a:SECRET/x", "a number"),
     ("redis+sentinel://h", "name the master"), ("redis+sentinel://h/", "name the master"),
