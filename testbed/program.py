@@ -145,7 +145,8 @@ def session_programs() -> Iterator[Nursery | None]:
     if not hasattr(os, "pidfd_open") or any(name.startswith("COVERAGE") for name in os.environ):
         yield None
         return
-    with nursery_of("sniroute", *(room.removesuffix(".py") for room in CORE), python=(), environ=environment()) as made:
+    with nursery_of("sniroute", *(room.removesuffix(".py") for room in CORE), python=(sys.executable,),
+                    environ=environment()) as made:
         yield made
 
 
@@ -207,8 +208,13 @@ def changed(*statements: str) -> tuple[str, ...]:
 
 def execute(*words: str, said: bytes = b"", **more: Any) -> subprocess.CompletedProcess[bytes]:
     """Run a program to its end, with an environment that has nothing of the user's but PATH."""
-    env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": "/nonexistent", "LC_ALL": "C"}
-    return subprocess.run(words, **{"input": said, "capture_output": True, "timeout": 60, "env": env, **more})
+    return subprocess.run(words, **{"input": said, "capture_output": True, "timeout": 60, "env": plain_environment(),
+                                    **more})
+
+
+def plain_environment() -> dict[str, str]:
+    """Nothing of the user's but PATH."""
+    return {"PATH": os.environ.get("PATH", os.defpath), "HOME": "/nonexistent", "LC_ALL": "C"}
 
 
 def command(*options: str, **more: str) -> subprocess.CompletedProcess[str]:

@@ -200,15 +200,16 @@ def taking_orphans() -> Iterator[None]:
 
 
 class Nursery:
-    """A process that forks programs: testbed/nursery.py.  `python` are its options, `environ` its variables."""
+    """A process that forks programs: testbed/nursery.py.  `python` runs it, `environ` are its variables."""
 
-    def __init__(self, *modules: str, python: tuple[str, ...] = ("-IS",), environ: dict[str, str] | None = None):
+    def __init__(self, *modules: str, python: tuple[str, ...] = (sys.executable, "-IS"),
+                 environ: dict[str, str] | None = None):
         self.environ = environ
         self.orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.orders.settimeout(20)
         code = f"import sys; sys.path[:0] = {[str(HERE), str(TESTBED)]!r}; import nursery; nursery.main(*{modules!r})"
         with theirs:
-            self.process = subprocess.Popen([sys.executable, *python, "-c", code], stdin=theirs,
+            self.process = subprocess.Popen([*python, "-c", code], stdin=theirs,
                                             stdout=subprocess.DEVNULL, env=environ)
 
     def _order(self, fds: list[int], **order: Any) -> tuple[int, int]:
@@ -260,6 +261,7 @@ def nursery_of(*modules: str, **options: Any) -> Iterator[Nursery]:
     with contextlib.closing(Nursery(*modules, **options)) as made:
         lasting.add(made.process.pid)
         yield made
+    lasting.discard(made.process.pid)
 
 
 @pytest.fixture(scope="session")
