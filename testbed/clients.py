@@ -315,14 +315,9 @@ def with_psycopg() -> Iterator[Callable[[str, str], dict[str, Any]]]:
         def run(step: str, conninfo: str) -> dict[str, Any]:
             client = forks.child("with_psycopg", ["with_psycopg.py", step, conninfo], plain_environment(),
                                  stdout=subprocess.PIPE)
-            with client.stdout, client.stderr:
-                try:
-                    client.wait(60)
-                finally:
-                    client.kill()
-                    client.wait()
-                assert client.returncode == 0, client.stderr.read().decode()
-                return json.loads(client.stdout.read())
+            code, stdout, stderr = client.ended()
+            assert code == 0, stderr.decode()
+            return json.loads(stdout)
 
         yield run
 

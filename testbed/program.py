@@ -139,7 +139,10 @@ class Program:
 SAME = ("PYTHON", "LC_", "LANG")  # variables that Python reads at its start
 
 
-@pytest.fixture(scope="session")
+forks: list[Nursery] = []  # the one of `session_programs`, for `command`
+
+
+@pytest.fixture(scope="session", autouse=True)
 def session_programs() -> Iterator[Nursery | None]:
     """What forks routers; None without Linux, and where coverage has to see each of them begin."""
     if not hasattr(os, "pidfd_open") or any(name.startswith("COVERAGE") for name in os.environ):
@@ -147,7 +150,9 @@ def session_programs() -> Iterator[Nursery | None]:
         return
     with nursery_of("sniroute", *(room.removesuffix(".py") for room in CORE), python=(sys.executable,),
                     environ=environment()) as made:
+        forks.append(made)
         yield made
+        forks.clear()
 
 
 @pytest.fixture
@@ -218,8 +223,13 @@ def plain_environment() -> dict[str, str]:
 
 
 def command(*options: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run sniroute to its end."""
-    return execute(sys.executable, str(PROGRAM), *options, env=environment(**more), said="", text=True)
+    """Run sniroute to its end.  It is forked as `launch` does: what a start is, is asked by `execute`."""
+    env = environment(**more)
+    if not forks or not can_fork(forks[0], env):
+        return execute(sys.executable, str(PROGRAM), *options, env=env, said="", text=True)
+    child = forks[0].child("sniroute", [str(PROGRAM), *options], env, stdout=subprocess.PIPE)
+    code, stdout, stderr = child.ended()
+    return subprocess.CompletedProcess([str(PROGRAM), *options], code, stdout.decode(), stderr.decode())
 
 
 def resident(pid: int) -> float:

@@ -20,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from typing import Any, Callable, Iterator, NamedTuple
 
 import pytest
@@ -184,6 +185,19 @@ class Child:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
+    def ended(self, timeout: float = 60) -> tuple[int, bytes, bytes]:
+        """Wait for its end.  Returns its exit code, and what it said, which must fit into its pipes: 64 KiB each.
+
+        Raises subprocess.TimeoutExpired, and has killed it then.
+        """
+        with self.stdout, self.stderr:
+            try:
+                code = self.wait(timeout)
+            finally:
+                self.kill()
+                self.wait()
+            return code, self.stdout.read(), self.stderr.read()
+
 
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
@@ -205,6 +219,7 @@ class Nursery:
     def __init__(self, *modules: str, python: tuple[str, ...] = (sys.executable, "-IS"),
                  environ: dict[str, str] | None = None):
         self.environ = environ
+        self.lock = threading.Lock()
         self.orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.orders.settimeout(20)
         code = f"import sys; sys.path[:0] = {[str(HERE), str(TESTBED)]!r}; import nursery; nursery.main(*{modules!r})"
@@ -213,8 +228,10 @@ class Nursery:
                                             stdout=subprocess.DEVNULL, env=environ)
 
     def _order(self, fds: list[int], **order: Any) -> tuple[int, int]:
-        socket.send_fds(self.orders, [json.dumps(order).encode()], fds)
-        pid, (pidfd,), *_ = socket.recv_fds(self.orders, 64, 1)
+        """One at a time; some tests start programs in several threads."""
+        with self.lock, taking_orphans() if order["child"] else contextlib.nullcontext():
+            socket.send_fds(self.orders, [json.dumps(order).encode()], fds)
+            pid, (pidfd,), *_ = socket.recv_fds(self.orders, 64, 1)
         return int(pid), pidfd
 
     def start(self, module: str, words: list[str], stdin: socket.socket | int, stderr: Any) -> Forked:
@@ -241,9 +258,8 @@ class Nursery:
                     fd = os.open(os.devnull, os.O_RDWR) if kind == subprocess.DEVNULL else os.dup(number)
                 theirs.callback(os.close, fd)
                 fds.append(fd)
-            with taking_orphans():
-                pid, pidfd = self._order(fds, module=module, words=words, prepare=prepare, environ=environ,
-                                         cwd=os.getcwd(), child=True)
+            pid, pidfd = self._order(fds, module=module, words=words, prepare=prepare, environ=environ,
+                                     cwd=os.getcwd(), child=True)
             os.close(pidfd)
             ours.pop_all()
         return Child(pid, **streams)
