@@ -164,12 +164,19 @@ def no_leaks() -> Iterator[None]:
     threads, children, count = now
     assert threads == before[0], "threads"
     assert children == before[1], "child processes"
-    new = {number: what for number, what in own_fds().items() if number not in numbers}
-    assert count == before[2], f"descriptors: {new}, of {count} now and {before[2]} before"
+    if count != before[2]:
+        new = {number: what for number, what in own_fds().items() if number not in numbers}
+        pytest.fail(f"descriptors: {new}, of {count} now and {before[2]} before")
+
+
+def pytest_collection() -> None:
+    """No collection of garbage while the tests are found: they all live to the end."""
+    gc.disable()
 
 
 def pytest_collection_finish() -> None:
     """Let collections of garbage leave out what lives to the end: the tests themselves, a million objects."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 

@@ -28,7 +28,7 @@ import pytest
 import sniroute_deadlines
 from conftest import HERE, HOST, Address, exit_code, deaf_listener, linux, wait_until
 from testbed.clients import (Certificate, backwards, endings, namespaces, page, post, program_path, psql,
-                             version_of, with_pg, with_psycopg)
+                             version_of, with_pg)
 from testbed.hellos import HELLO, NAME
 from testbed.program import Program, environment, execute
 from testbed.running import TUNNEL, read_all, read_exactly, route
@@ -240,14 +240,14 @@ def modern(found: dict) -> dict:
 
 
 @NAMES
-def test_psycopg_connects(launch, postgres, host, name):
+def test_psycopg_connects(with_psycopg, launch, postgres, host, name):
     program = launch(route(postgres, name))
     assert with_psycopg("query", conninfo(program, host))["encrypted"]
     end, = endings(program, 1)
     assert (end["name"], end["route"]) == (name, name)
 
 
-def test_psycopg_copies_megabytes_up_and_down(launch, postgres):
+def test_psycopg_copies_megabytes_up_and_down(with_psycopg, launch, postgres):
     program = launch(route(postgres))
     found = with_psycopg("copy", conninfo(program, "db.example.com."))
     assert (found["rows"], found["same"]) == (4096, True)
@@ -256,7 +256,7 @@ def test_psycopg_copies_megabytes_up_and_down(launch, postgres):
 
 
 @NAMES
-def test_psycopg_cancels_a_query(launch, postgres, host, name):
+def test_psycopg_cancels_a_query(with_psycopg, launch, postgres, host, name):
     """Since PostgreSQL 17 the request for it comes over TLS, with a name that can be routed."""
     program = launch(route(postgres, name))
     assert modern(with_psycopg("cancel", conninfo(program, host))) == {"state": "57014", "still": 7}
@@ -265,7 +265,7 @@ def test_psycopg_cancels_a_query(launch, postgres, host, name):
 
 
 @pytest.mark.parametrize("tunnel_program", ["stand-in", "carrier"], indirect=True)
-def test_psycopg_cancels_a_query_through_a_tunnel(database):
+def test_psycopg_cancels_a_query_through_a_tunnel(with_psycopg, database):
     assert modern(with_psycopg("cancel", conninfo(database, "db.example.com."))) == {"state": "57014", "still": 7}
     assert started(database) == ["cft-db.example.com"]
 
@@ -289,7 +289,7 @@ def unwrapped(certificate: Certificate, address: Address) -> Callable[[socket.so
 
 
 @NAMES
-def test_psycopg_that_begins_with_tls_at_once(launch, serve, postgres, certificate, host, name):
+def test_psycopg_that_begins_with_tls_at_once(with_psycopg, launch, serve, postgres, certificate, host, name):
     program = launch(route(serve(unwrapped(certificate, postgres)).address, name))
     found = modern(with_psycopg("query", conninfo(program, host, sslnegotiation="direct")))
     assert found == {"encrypted": False}, "behind the handler that takes the TLS off"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import errno
 import io
+import itertools
 import os
 import pathlib
 import resource
@@ -291,7 +293,7 @@ def test_what_is_short_is_told_from_other_faults(error, says):
 NO_TMP = " && ".join(f"mount --bind {each} {each} && mount -o remount,bind,ro {each}" for each in ("/tmp", "/var/tmp"))
 READ_ONLY = f"{NO_TMP} && mount --bind / / && cd / && mount -o remount,bind,ro /"
 NO_TMP += " && cd /proc"
-GONE = "mkdir /dev/shm/sniroute-gone && cd /dev/shm/sniroute-gone && rmdir /dev/shm/sniroute-gone"
+GONE = "gone=$(mktemp -d -p /dev/shm) && cd $gone && rmdir $gone"
 
 
 def elsewhere(script: str, *words: str, stop: str | None = None) -> tuple[int, str, str]:
@@ -316,22 +318,37 @@ def elsewhere(script: str, *words: str, stop: str | None = None) -> tuple[int, s
     return code, said, program.log()
 
 
+SCRIPTS = {"no-tmp": NO_TMP, "read-only": READ_ONLY, "folder-is-gone": GONE}
+COMMANDS = "serve", "check", "selftest"
+
+
+@pytest.fixture(scope="module")
+def starts() -> dict[tuple[str, str], tuple[int, str, str]]:
+    """What `elsewhere` returns for each command behind each script.  All at once: they wait most of their time."""
+    def start(row: tuple[str, str]) -> tuple[int, str, str]:
+        command, script = row
+        options = [f"--listen={HOST}:0", "--route=*.example.com=carrier:{name}"] if command != "selftest" else []
+        return elsewhere(SCRIPTS[script], sys.executable, str(PROGRAM), command, *options,
+                         stop=" listening on " if command == "serve" else None)
+
+    rows = list(itertools.product(COMMANDS, SCRIPTS))
+    with concurrent.futures.ThreadPoolExecutor(len(rows)) as pool:
+        return dict(zip(rows, pool.map(start, rows)))
+
+
 @linux
-@pytest.mark.parametrize("script", [NO_TMP, READ_ONLY, GONE], ids=["no-tmp", "read-only", "folder-is-gone"])
-@pytest.mark.parametrize("command", ["serve", "check", "selftest"])
-def test_a_start_without_folders_works_or_says_why(script, command):
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_start_without_folders_works_or_says_why(starts, script, command):
     """Without HOME, too."""
-    tunnels = "--route=*.example.com=carrier:{name}"
-    options = [f"--listen={HOST}:0", tunnels] if command != "selftest" else []
-    code, stdout, stderr = elsewhere(script, sys.executable, str(PROGRAM), command, *options,
-                                     stop=" listening on " if command == "serve" else None)
+    code, stdout, stderr = starts[command, script]
     assert "Traceback" not in stderr + stdout, stderr + stdout
     said = "no folder for temporary files can be written (TMPDIR, /tmp, /var/tmp)" in stderr
     if command == "serve":
         assert code == 0 and " listening on " in stderr and " info stopped" in stderr
     elif command == "check":
         assert code == 0 and stdout == "*.example.com=carrier:{name}\n"
-    if script is GONE:
+    if script == "folder-is-gone":
         assert not said and code == 0
     else:
         assert said and stderr.count("no folder for temporary files") == 1

@@ -42,6 +42,11 @@ from testbed.standins import Edge
 # -- the program -------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def programs() -> None:
+    """No fork: a start as users know it is what these tests are about."""
+
+
 @pytest.mark.parametrize("start", ["symlink", "other name", "-m"])
 def test_program_starts_under_any_name(tmp_path, start):
     installed(tmp_path)

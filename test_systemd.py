@@ -23,6 +23,11 @@ from testbed.program import PROGRAM, Customers, activated, command, cpu_seconds,
 from testbed.running import read_exactly, route
 
 
+@pytest.fixture
+def programs() -> None:
+    """No fork: what systemd says to a start is what these tests are about."""
+
+
 # -- sockets of systemd ------------------------------------------------------------------------
 
 def test_five_restarts_below_systemd_refuse_nobody(launch, held, single_loop_echo):

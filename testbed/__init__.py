@@ -5,7 +5,7 @@
     running             a router in a thread of the test, its clients and far ends, files of settings
     program             the real program as a child process
     standins            starts the two stand-ins below; every tunnel program that a router may run
-    nursery             forks the stand-ins of the edge and of the cluster
+    nursery             forks the stand-ins of the edge and of the cluster, and routers and carriers
     fake_cloudflared    a program that behaves as cloudflared
     fake_edge           a program that behaves as Cloudflare's edge, with cloudflared behind it
     tunnels             a table of tunnels under test

@@ -23,6 +23,7 @@ import pytest
 from conftest import HOST, Address, Server, wait_until
 from testbed.carrier import Program
 from testbed.cluster import Cluster
+from testbed.standins import Nursery
 from testbed.streams import kubectl_path
 
 REAL = os.environ.get("SNIROUTE_TEST_KUBECONFIG", "")
@@ -112,13 +113,14 @@ def place(made_place: Place, echo_server: Server) -> Place:
 
 
 @pytest.fixture
-def launched(place: Place) -> Iterator[Callable[..., Program]]:
+def launched(place: Place, carriers: Nursery | None) -> Iterator[Callable[..., Program]]:
     """launched(*words, kubeconfig=the place's, start=seconds that a client waits, **options of Popen) -> Program."""
     with contextlib.ExitStack() as stack:
         def make(*words: str, kubeconfig: str = "", start: float = 15.0, **options: Any) -> Program:
             prepare = f"import sniroute_passage as p; p.START = carrier.START = {start}"
             environ = {**os.environ, "KUBECONFIG": kubeconfig or place.kubeconfig}
-            made = Program(list(words), environ, prepare=prepare, room="sniroute_kubernetes", **options)
+            made = Program(list(words), environ, prepare=prepare, room="sniroute_kubernetes", carriers=carriers,
+                           **options)
             stack.callback(made.close)
             return made
 

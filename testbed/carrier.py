@@ -38,7 +38,7 @@ from conftest import HERE, HOST, Address, connect, exit_code, wait_until
 from sniroute_carrier import Carrier
 from sniroute_dial import Proxy
 from sniroute_forwarder import Log
-from testbed.standins import Edge
+from testbed.standins import Edge, Nursery, nursery_of
 
 NOISE = random.Random(1).randbytes(1 << 20)  # no two pieces are alike, so a lost or repeated one shows
 ROOMS = sniroute_carrier, sniroute_forwarder, sniroute_dial  # `local` patches times in the room that reads them
@@ -156,14 +156,17 @@ class Program(Rows):
 
     def __init__(self, words: list[str], environ: dict[str, str], stdin: Any = subprocess.DEVNULL,
                  stdout: Any = subprocess.PIPE, prepare: str = "carrier.GRACE = 0.1", room: str = "sniroute_carrier",
-                 **options: Any):
-        code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import {room} as carrier; {prepare}\n" \
-               "sys.exit(carrier.main())"
+                 carriers: Nursery | None = None, **options: Any):
+        prepare = f"import {room} as carrier; {prepare}"
+        code = f"import sys; sys.path.insert(0, {str(HERE)!r}); {prepare}\nsys.exit(carrier.main())"
         coverage = {key: value for key, value in os.environ.items() if key.startswith("COVERAGE")}
         environ = {"TUNNEL_LOG_OUTPUT": "json", **coverage, **environ}
         flags = [] if coverage else ["-IS"]  # as the router runs it; coverage needs `site`, which -S leaves out
-        self.process = subprocess.Popen([sys.executable, *flags, "-c", code, *words], stdin=stdin, stdout=stdout,
-                                        stderr=subprocess.PIPE, env=environ, **options)
+        if carriers is not None and not options and {stdin, stdout} <= {subprocess.PIPE, subprocess.DEVNULL}:
+            self.process = carriers.child(room, ["-c", *words], environ, prepare, stdin, stdout)
+        else:
+            self.process = subprocess.Popen([sys.executable, *flags, "-c", code, *words], stdin=stdin, stdout=stdout,
+                                            stderr=subprocess.PIPE, env=environ, **options)
         self.pid = self.process.pid
         self.errors = b""
         self.drained = threading.Event()
@@ -237,12 +240,22 @@ class Program(Rows):
         return self.process.returncode is not None
 
 
+@pytest.fixture(scope="session")
+def carriers() -> Iterator[Nursery | None]:
+    """What forks carriers of both kinds; None without Linux, and where coverage has to see each of them begin."""
+    if not hasattr(os, "pidfd_open") or any(name.startswith("COVERAGE") for name in os.environ):
+        yield None
+        return
+    with nursery_of("sniroute_carrier", "sniroute_kubernetes") as made:
+        yield made
+
+
 @pytest.fixture
-def program(edge) -> Iterator[Callable[..., Program]]:
+def program(edge, carriers: Nursery | None) -> Iterator[Callable[..., Program]]:
     """program(*words, environ=the edge's, prepare=statements before main(), **options of Popen) -> Program."""
     with contextlib.ExitStack() as stack:
         def make(*words: str, environ: dict[str, str] = edge.environ, **options: Any) -> Program:
-            made = Program(list(words), environ, **options)
+            made = Program(list(words), environ, carriers=carriers, **options)
             stack.callback(made.close)
             return made
 

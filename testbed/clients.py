@@ -38,7 +38,8 @@ from typing import Any, Callable, Iterator, NamedTuple
 import pytest
 
 from conftest import HERE, HOST, Address, lasting, wait_until
-from testbed.program import Program, execute
+from testbed.program import Program, execute, plain_environment
+from testbed.standins import nursery_of
 from testbed.streams import kubectl_path
 
 
@@ -304,14 +305,21 @@ def goes_well(*words: str, **env: str) -> bool:
     return execute(*words, **({"env": env} if env else {})).returncode == 0
 
 
-def with_psycopg(step: str, conninfo: str) -> dict[str, Any]:
-    """Run a step of with_psycopg.py, and return what it found."""
+@pytest.fixture(scope="module")
+def with_psycopg() -> Iterator[Callable[[str, str], dict[str, Any]]]:
+    """with_psycopg(step, conninfo): run a step of with_psycopg.py, and return what it found.  Each is a fork."""
     python = os.environ.get(PSYCOPG, sys.executable)
     if not goes_well(python, "-c", "import psycopg"):
         pytest.skip("psycopg is not here (PyPI package psycopg[binary])")
-    ended = execute(python, str(HERE / "testbed" / "with_psycopg.py"), step, conninfo)
-    assert ended.returncode == 0, ended.stderr.decode()
-    return json.loads(ended.stdout)
+    with nursery_of("with_psycopg", python=(python,), environ=plain_environment()) as forks:
+        def run(step: str, conninfo: str) -> dict[str, Any]:
+            client = forks.child("with_psycopg", ["with_psycopg.py", step, conninfo], plain_environment(),
+                                 stdout=subprocess.PIPE)
+            code, stdout, stderr = client.ended()
+            assert code == 0, stderr.decode()
+            return json.loads(stdout)
+
+        yield run
 
 
 def with_pyyaml(texts: list[str]) -> list[list[Any]]:

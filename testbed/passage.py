@@ -28,6 +28,7 @@ from conftest import HOST, Address, wait_until
 from sniroute_kubernetes import Kubernetes, Settings
 from testbed.carrier import Notes, Program, Rows
 from testbed.cluster import Cluster
+from testbed.standins import Nursery
 
 ROOMS = sniroute_passage, sniroute_jumps, sniroute_links, sniroute_pods, sniroute_api
 QUEUES = {  # constants that a program reads once, and where it keeps them
@@ -149,12 +150,13 @@ def forward(kube: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 
 
 @pytest.fixture
-def kubernetes(kube: Cluster) -> Iterator[Callable[..., Program]]:
+def kubernetes(kube: Cluster, carriers: Nursery | None) -> Iterator[Callable[..., Program]]:
     """kubernetes(*words, prepare=statements before main(), **options of Popen) -> Program."""
     with contextlib.ExitStack() as stack:
         def make(*words: str, prepare: str = "", environ: dict[str, str] | None = None, **options: Any) -> Program:
             environ = {"KUBECONFIG": str(kube.directory / "config"), "PATH": os.environ["PATH"], **(environ or {})}
-            made = Program(list(words), environ, prepare=prepare, room="sniroute_kubernetes", **options)
+            made = Program(list(words), environ, prepare=prepare, room="sniroute_kubernetes", carriers=carriers,
+                           **options)
             stack.callback(made.close)
             return made
 

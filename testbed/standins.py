@@ -3,13 +3,14 @@
     cloudflared      the stand-in for the program (testbed/fake_cloudflared.py), for one test
     own_edge         the stand-in for the edge (testbed/fake_edge.py), for one test
     certificates     the folder with the certificates of edges, for all tests
-    nursery          starts stand-ins for the edge and for a cluster (testbed/nursery.py)
+    nursery          forks stand-ins for the edge and for a cluster (testbed/nursery.py)
     tunnel_program   a test that takes it runs once with each tunnel program: stand-in, carrier, a real cloudflared
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from typing import Any, Callable, Iterator, NamedTuple
 
 import pytest
@@ -142,37 +144,146 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-class Nursery:
-    """The process that forks stand-ins: testbed/nursery.py."""
+class Child:
+    """A process that a nursery has forked and that is a child of this one, as a Popen."""
 
-    def __init__(self) -> None:
+    def __init__(self, pid: int, **streams: Any):
+        self.pid = pid
+        self.returncode: int | None = None
+        self.stdin, self.stdout, self.stderr = (streams.get(name) for name in ("stdin", "stdout", "stderr"))
+
+    def _reap(self, options: int = 0) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self._reap(os.WNOHANG)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end.  Returns the exit code.  Raises subprocess.TimeoutExpired."""
+        if self.returncode is None and timeout is not None:
+            fd = os.pidfd_open(self.pid)
+            try:
+                if not select.select([fd], [], [], timeout)[0]:
+                    raise subprocess.TimeoutExpired("a forked program", timeout)
+            finally:
+                os.close(fd)
+        return self._reap()
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def ended(self, timeout: float = 60) -> tuple[int, bytes, bytes]:
+        """Wait for its end.  Returns its exit code, and what it said, which must fit into its pipes: 64 KiB each.
+
+        Raises subprocess.TimeoutExpired, and has killed it then.
+        """
+        with self.stdout, self.stderr:
+            try:
+                code = self.wait(timeout)
+            finally:
+                self.kill()
+                self.wait()
+            return code, self.stdout.read(), self.stderr.read()
+
+
+PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+
+
+@contextlib.contextmanager
+def taking_orphans() -> Iterator[None]:
+    """Whose parent ends meanwhile becomes a child of this process."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+class Nursery:
+    """A process that forks programs: testbed/nursery.py.  `python` runs it, `environ` are its variables."""
+
+    def __init__(self, *modules: str, python: tuple[str, ...] = (sys.executable, "-IS"),
+                 environ: dict[str, str] | None = None):
+        self.environ = environ
+        self.lock = threading.Lock()
         self.orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.orders.settimeout(20)
-        code = f"import sys; sys.path.insert(0, {str(TESTBED)!r}); import nursery; nursery.main()"
+        code = f"import sys; sys.path[:0] = {[str(HERE), str(TESTBED)]!r}; import nursery; nursery.main(*{modules!r})"
         with theirs:
-            self.process = subprocess.Popen([sys.executable, "-IS", "-c", code], stdin=theirs,
-                                            stdout=subprocess.DEVNULL)
+            self.process = subprocess.Popen([*python, "-c", code], stdin=theirs,
+                                            stdout=subprocess.DEVNULL, env=environ)
+
+    def _order(self, fds: list[int], **order: Any) -> tuple[int, int]:
+        """One at a time; some tests start programs in several threads."""
+        with self.lock, taking_orphans() if order["child"] else contextlib.nullcontext():
+            socket.send_fds(self.orders, [json.dumps(order).encode()], fds)
+            pid, (pidfd,), *_ = socket.recv_fds(self.orders, 64, 1)
+        return int(pid), pidfd
 
     def start(self, module: str, words: list[str], stdin: socket.socket | int, stderr: Any) -> Forked:
         """Fork a stand-in: `module` is its program, `words` are its command line."""
         with open(os.devnull, "wb") as stdout:
             fds = [stream if isinstance(stream, int) else stream.fileno() for stream in (stdin, stdout, stderr)]
-            socket.send_fds(self.orders, [json.dumps([module, *words]).encode()], fds)
-        pid, (pidfd,), *_ = socket.recv_fds(self.orders, 64, 1)
-        return Forked(int(pid), pidfd)
+            return Forked(*self._order(fds, module=module, words=[f"{module}.py", *words], prepare="", environ=None,
+                                       cwd=None, child=False))
+
+    def child(self, module: str, words: list[str], environ: dict[str, str], prepare: str = "",
+              stdin: int = subprocess.DEVNULL, stdout: int | None = None) -> Child:
+        """Fork a program that is a child of this process: `words` are all its command line.
+
+        Its stderr is a pipe; `stdin` and `stdout` may be, as with Popen.
+        """
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+            fds, streams = [], {}
+            for number, (name, kind) in enumerate((("stdin", stdin), ("stdout", stdout), ("stderr", subprocess.PIPE))):
+                if kind == subprocess.PIPE:
+                    ends = os.pipe()
+                    streams[name] = ours.enter_context(open(ends[not number], "rb" if number else "wb"))
+                    fd = ends[bool(number)]
+                else:
+                    fd = os.open(os.devnull, os.O_RDWR) if kind == subprocess.DEVNULL else os.dup(number)
+                theirs.callback(os.close, fd)
+                fds.append(fd)
+            pid, pidfd = self._order(fds, module=module, words=words, prepare=prepare, environ=environ,
+                                     cwd=os.getcwd(), child=True)
+            os.close(pidfd)
+            ours.pop_all()
+        return Child(pid, **streams)
 
     def close(self) -> None:
         self.orders.close()
         self.process.wait()
 
 
+@contextlib.contextmanager
+def nursery_of(*modules: str, **options: Any) -> Iterator[Nursery]:
+    """A nursery to the end of the run."""
+    if not hasattr(os, "pidfd_open"):
+        pytest.skip("needs Linux's pidfd_open(2)")
+    with contextlib.closing(Nursery(*modules, **options)) as made:
+        lasting.add(made.process.pid)
+        yield made
+    lasting.discard(made.process.pid)
+
+
 @pytest.fixture(scope="session")
 def nursery() -> Iterator[Nursery]:
     """nursery.start(module, words, stdin, stderr) -> Forked."""
-    if not hasattr(os, "pidfd_open"):
-        pytest.skip("needs Linux's pidfd_open(2)")
-    with contextlib.closing(Nursery()) as made:
-        lasting.add(made.process.pid)
+    with nursery_of("fake_cluster", "fake_edge") as made:
         yield made
 
 

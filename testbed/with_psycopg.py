@@ -57,6 +57,11 @@ def cancel(conninfo: str) -> dict[str, Any]:
     return {"state": state, "still": still}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
     steps = {"query": query, "copy": copy, "cancel": cancel}
     print(json.dumps({"libpq": psycopg.pq.version(), **steps[sys.argv[1]](sys.argv[2])}))
+
+
+if __name__ == "__main__":
+    main()
