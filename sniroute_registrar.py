@@ -47,7 +47,7 @@ from sniroute_loop import Loop, monotonic
 from sniroute_names import show_address
 from sniroute_owners import Own, Owner, Rules, Where, address_fault, narrowed, standing
 from sniroute_refusals import SettingsError
-from sniroute_registry import RELEASED, Memory, Registry, Store
+from sniroute_registry import Memory, Registry, Store
 from sniroute_rest import Rest
 from sniroute_routes import Route, Tally, parse_port_route, parse_route
 
