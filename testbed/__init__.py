@@ -17,6 +17,7 @@
                         API server), fake_objects (what is in it) and fake_kubelet (its node)
     redis               real Redis servers, and a caller of them in a loop that a test turns
     named               a name server: BIND
+    aside               runs some of the tests in a process beside the others
     objects             objects of Kubernetes in JSON, in short, for tests without a cluster
     endure              the long forms of the tests, a command of its own; endure_router, endure_streams, endure_inputs
                         and endure_nemesis are its parts, and need no pytest

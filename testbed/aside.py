@@ -1,0 +1,102 @@
+"""Some tests in a process beside the others: a whole run takes a minute less on two cores.
+
+    the run --- fork, before the first test ---> a child: the tests of ASIDE, their reports into a file
+        |                                            |
+        all other tests                              ends
+        |                                            |
+        +------ waits, and tells the reports <-------+      as if the tests had run here, behind the others
+
+It is done for a whole run only: not where tests are chosen, not with -x or --pdb, and not where coverage measures, which
+would not see the child.  A child that does not come to its end fails the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from typing import Any, Generator
+
+import pytest
+
+# Files whose tests do not care how busy the host is: they compute, or wait for events only.
+ASIDE = frozenset(f"test_{room}.py" for room in (
+    "wire", "http", "yaml", "kubeconfig", "spdy", "channels", "hpack", "certificate", "claims", "owners", "resp", "dns",
+    "objects", "patterns", "names", "settings", "upgrade", "launchers", "house", "gateway", "refusals", "doctor",
+    "documents", "credentials", "plugins", "layers", "sqlite", "registry", "rest", "door", "claim", "redis", "rfc2136",
+    "shared"))
+END = "end"  # the last line of the file
+MANY = 5000  # tests of a run that is worth a second process
+
+
+class Child:
+    """The process that runs some tests, from its fork to its last report."""
+
+    def __init__(self, session: pytest.Session, items: list[pytest.Item]):
+        self.config = session.config
+        self.file = tempfile.TemporaryFile("w+", encoding="utf-8")
+        self.pid = os.fork()
+        if not self.pid:
+            code = 1
+            try:
+                self._run(session, items)
+                code = 0
+            finally:  # nothing of the run is the child's to end
+                os._exit(code)
+
+    def _run(self, session: pytest.Session, items: list[pytest.Item]) -> None:
+        """The child: run these, and write down what came of each."""
+        manager = self.config.pluginmanager
+        capture = manager.getplugin("capturemanager")
+        capture.stop_global_capturing()  # its files are the other process's
+        capture.start_global_capturing()
+        manager.unregister(manager.getplugin("terminalreporter"))
+        manager.register(self, "aside")
+        session.items = items
+        for item, following in zip(items, [*items[1:], None]):
+            self.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        self.file.write(json.dumps(END) + "\n")
+        self.file.flush()
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """The child: a report."""
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        self.file.write(json.dumps(data) + "\n")
+
+    def end(self) -> None:
+        """Wait for the child, and tell its reports.  Raises pytest.UsageError where it has broken off."""
+        _, status = os.waitpid(self.pid, 0)
+        self.file.seek(0)
+        with self.file:
+            rows = [json.loads(line) for line in self.file if line.endswith("\n")]
+        for data in rows:
+            if data != END:
+                report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
+                self.config.hook.pytest_runtest_logreport(report=report)
+        if status or rows[-1:] != [END]:
+            raise pytest.UsageError(f"the tests that run beside the others broke off (status {status})")
+
+
+def is_whole(session: pytest.Session) -> bool:
+    """Whether this is a run of all tests, of which nobody wants to see single ones."""
+    option = session.config.option
+    return (len(session.items) > MANY and (os.cpu_count() or 1) > 1 and hasattr(os, "fork") and not option.usepdb
+            and not option.maxfail and not option.collectonly
+            and not any(name.startswith("COVERAGE") for name in os.environ))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    """Run the tests of ASIDE beside the others."""
+    from conftest import lasting
+    items = [item for item in session.items if item.path.name in ASIDE]
+    if not items or not is_whole(session):
+        return (yield)
+    session.items = [item for item in session.items if item.path.name not in ASIDE]
+    child = Child(session, items)
+    lasting.add(child.pid)
+    try:
+        return (yield)
+    finally:
+        lasting.discard(child.pid)
+        child.end()
