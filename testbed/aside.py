@@ -12,6 +12,7 @@ would not see the child.  A child that does not come to its end fails the run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -35,8 +36,11 @@ class Child:
     def __init__(self, session: pytest.Session, items: list[pytest.Item]):
         self.config = session.config
         self.file = tempfile.TemporaryFile("w+", encoding="utf-8")
+        self.over, lives = os.pipe()  # it ends with the child.  A test that waits for all its children may reap this one
         self.pid = os.fork()
-        if not self.pid:
+        if self.pid:
+            os.close(lives)
+        else:
             code = 1
             try:
                 self._run(session, items)
@@ -65,7 +69,10 @@ class Child:
 
     def end(self) -> None:
         """Wait for the child, and tell its reports.  Raises pytest.UsageError where it has broken off."""
-        _, status = os.waitpid(self.pid, 0)
+        with open(self.over, "rb") as over:
+            over.read()
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
         self.file.seek(0)
         with self.file:
             rows = [json.loads(line) for line in self.file if line.endswith("\n")]
@@ -73,8 +80,8 @@ class Child:
             if data != END:
                 report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
                 self.config.hook.pytest_runtest_logreport(report=report)
-        if status or rows[-1:] != [END]:
-            raise pytest.UsageError(f"the tests that run beside the others broke off (status {status})")
+        if rows[-1:] != [END]:
+            raise pytest.UsageError("the tests that run beside the others broke off")
 
 
 def is_whole(session: pytest.Session) -> bool:
