@@ -25,7 +25,8 @@ ASIDE = frozenset(f"test_{room}.py" for room in (
     "wire", "http", "yaml", "kubeconfig", "spdy", "channels", "hpack", "certificate", "claims", "owners", "resp", "dns",
     "objects", "patterns", "names", "settings", "upgrade", "launchers", "house", "gateway", "refusals", "doctor",
     "documents", "credentials", "plugins", "layers", "sqlite", "registry", "rest", "door", "claim", "redis", "rfc2136",
-    "shared"))
+    "shared", "api", "pods", "links", "passage", "jumps", "kubernetes", "clusters", "cluster", "any_cluster",
+    "web_clients", "host"))
 END = "end"  # the last line of the file
 MANY = 5000  # tests of a run that is worth a second process
 
