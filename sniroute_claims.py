@@ -294,8 +294,7 @@ class Table:
         if claim is None or claim.owner != owner and not admin:
             return Verdict("gone", f"you have no claim of {key}, or not any more: claim it again")
         if lease is None and not admin:
-            return Verdict("no_lease", f"a change of {key} needs its lease, which came with the answer to the claim: send it "
-                                       "in the header Sniroute-Lease")
+            return Verdict("no_lease", f"a change of {key} needs its lease: send it in the header Sniroute-Lease")
         if lease is not None and not hmac.compare_digest(lease.encode(errors="replace"), claim.lease.encode()):
             return Verdict("stale", f"{key} has another lease now: somebody has claimed it again with your token")
         return Verdict(OK, claim=claim)
