@@ -159,7 +159,7 @@ def open_dns(where: str, loop: Loop, environ: Mapping[str, str]) -> Updater | No
     try:
         key = parse_key(zone.key, environ.get(KEY_VARIABLE, ""))
     except ValueError as error:
-        raise SettingsError(f"registry.dns: {KEY_VARIABLE}: {error}") from None
+        raise SettingsError(f"registry.dns: {error}") from None  # which names the variable
     return Updater(loop, zone, key, log.log)
 
 
