@@ -141,6 +141,9 @@ class Store(Protocol):
     fault: str  # why it cannot be written to; "" where it can
     addresses: tuple[tuple[str, int], ...]  # where it is asked, as (IP address, port): no claim leads there
 
+    def open(self, registry: Registry) -> None:
+        """Fill the registry's table: now; or later, by `Registry.learn`, and freeze the table until then."""
+
     def write(self, what: str, former: Claim | None, claim: Claim | None, done: Callable[[Written], None]) -> None:
         """Put `claim` in the place of `former`, and call `done` once that is kept.
 
@@ -152,9 +155,6 @@ class Store(Protocol):
             former: the claim of the key that is known, live or held; None: there is none.
             claim: what is kept from now on; None: the claim has ended, and its name is held for `former.hold`.
         """
-
-    def open(self, registry: Registry) -> None:
-        """Fill the registry's table: now; or later, by `Registry.learn`, and freeze the table until then."""
 
     def renew(self, claim: Claim, done: Callable[[Written], None]) -> None:
         """A claim has another ttl from now on, and the lease that it had."""
