@@ -18,6 +18,8 @@ What becomes of a claim is `Claimer.state`:
 A registry that is away, or too busy, is asked again, later each time, for ever.  Where the name was ours, and another
 has it by now, we ask for it again, too: the other may leave.
 
+This is a process of its own; sniroute_claims, with an s, is the table of claims in the router.
+
 Threads: `main` does all; the thread `command` waits for the command's end, and wakes it.
 
 Seams: I want to ...

@@ -16,7 +16,8 @@ each claim has the time of one ttl to be renewed.
 
 The order of calls: judge, claimed, then the store, then put.  `judge` only says what is known here, and `claimed` and
 `renewed` change nothing: a store that several routers share may know better.  So a claim is put here once it is
-written there.  All of it is pure: no I/O, a clock that is given.
+written there.  All of it is pure: no I/O, a clock that is given.  (sniroute_claim, without an s, is the client: another
+process.)
 
 Threads: one changes a table.  Others may call `find` and `find_held`, which are single look-ups of rows that never
 change; `page` and `counts` may fail there while the table changes, so they are tried again (`copied` of

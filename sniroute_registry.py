@@ -62,11 +62,10 @@ class Result(NamedTuple):
     """What has come of a request."""
 
     word: str  # of sniroute_claims.WORDS, or UNAVAILABLE, or BUSY
-    claim: Claim | None = None  # as it is now; of a refusal, what Verdict has
+    claim: Claim | None = None  # as it is now, or was when it was released; of a refusal, what Verdict has
     sentence: str = ""  # for people, where it is refused
     free_at: float | None = None  # clock time, as in Verdict
     retry_after: float = 0.0  # seconds, where it may be asked again
-    name: str = ""  # of a claim that was taken: its key
 
     @property
     def passed(self) -> bool:
@@ -289,7 +288,7 @@ class Registry:
             else:
                 # The time that the store took is not the claim's: it would end before its owner thinks so.
                 self._put(CLAIMED, claim._replace(expires=self.table.clock() + ttl))
-                done(Result(verdict.word, self.table.live.get(key), name=key))
+                done(Result(verdict.word, self.table.live.get(key)))
 
         self._write(CLAIMED, former, claim, written)
 
@@ -358,7 +357,7 @@ class Registry:
             def written(said: Written) -> None:
                 if said.word == OK:
                     self._drop(RELEASED, key)
-                    done(Result(OK, former, name=key))
+                    done(Result(OK, former))
                 else:
                     self._settle(RELEASED, former, former, said, done)
 
@@ -381,7 +380,7 @@ class Registry:
             done(refused(self.table.permit(key, former.owner, former.lease)))
         else:
             self._put(what, claim._replace(expires=self.table.clock() + claim.ttl))
-            done(Result(OK, self.table.live.get(key), name=key))
+            done(Result(OK, self.table.live.get(key)))
 
     def _unwritten(self, key: str, said: Written) -> Result:
         """The refusal where the store has not written a change."""
