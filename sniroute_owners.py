@@ -247,7 +247,7 @@ def read_table(where: str, table: Mapping[str, Any], rows: Mapping[str, Callable
             continue
         try:
             if isinstance(value, dict):
-                raise ValueError("has a text or a list, and no table")
+                raise ValueError("has to be a text or a list, and is a table")
             if value == [] and option not in EMPTY:
                 raise ValueError("is an empty list: leave it out, and the default counts")
             values[option] = () if value == [] else rows[option](as_text(value))
@@ -308,13 +308,13 @@ def read_owner(name: str, table: Mapping[str, Any], rules: Rules) -> Owner:
 def read_owners(tables: Mapping[str, Any], rules: Rules) -> dict[str, Owner]:
     """The owners of [registry.owners], by name.  Raises SettingsError, also where two have one token."""
     if not isinstance(tables, dict):
-        raise SettingsError("registry.owners: is a table for each owner, [registry.owners.NAME]")
+        raise SettingsError("registry.owners: has to be a table for each owner, [registry.owners.NAME]")
     owners: dict[str, Owner] = {}
     lines: list[str] = []
     for name, table in tables.items():
         try:
             if not isinstance(table, dict):
-                raise SettingsError(f"registry.owners.{printable(name)}: is a table, [registry.owners.NAME]")
+                raise SettingsError(f"registry.owners.{printable(name)}: has to be a table, [registry.owners.NAME]")
             owners[name] = read_owner(name, table, rules)
         except SettingsError as error:
             lines += error.lines
@@ -442,7 +442,7 @@ def claim_name(text: Any, rules: Rules, owner: Owner) -> str:
     `text` is one label, which is put in front of a domain, or a whole name.
     """
     if not isinstance(text, str) or not text:
-        unfit("name", "is a text, as \"shop\", or null for a random name")
+        unfit("name", "has to be a text, as \"shop\", or null for a random name")
     if not text.isascii():
         unfit("name", f"{quoted(text)} has other letters than a-z{ascii_advice(text)}")
     if "*" in text:
@@ -583,7 +583,7 @@ def check_target(text: Any, rules: Rules, owner: Owner, own: Own = Own()) -> str
     A host that is a name is judged when it is dialled, by `address_fault`: what it means may change.
     """
     if not isinstance(text, str):
-        unfit("target", "is a text, as \"tcp:192.0.2.10:8080\"")
+        unfit("target", "has to be a text, as \"tcp:192.0.2.10:8080\"")
     scheme, colon, rest = text.partition(":")
     if not colon or not re.fullmatch(r"[!-~]+", text) or len(text) > TARGET_MAX:
         unfit("target", f"{quoted(text)} is not SCHEME:REST, as tcp:192.0.2.10:8080: {TARGET_MAX} characters at most")
@@ -683,7 +683,7 @@ def read_ttl(value: Any, rules: Rules, owner: Owner, own: Own) -> float:
 
 def read_port(value: Any, rules: Rules, owner: Owner, own: Own) -> str | None:
     if rules.ports is None:
-        unfit("port", "no ports may be claimed here: the setting `ports` says which", "forbidden")
+        unfit("port", "no ports may be claimed here: the operator has not named any (`ports` of [registry])", "forbidden")
     first, last = rules.ports
     if value is not None and (type(value) is not int or not first <= value <= last):
         unfit("port", f"{quoted(value)} is not a port from {first} to {last}, or null for any")
@@ -699,7 +699,7 @@ def read_allow(value: Any, rules: Rules, owner: Owner, own: Own) -> tuple[str, .
         return None
     texts = value if isinstance(value, list) else [value]
     if not 0 < len(texts) <= ALLOW_MAX or not all(isinstance(each, str) and "," not in each for each in texts):
-        unfit("allow", f"is a list of networks, as [\"192.0.2.0/24\"]: from 1 to {ALLOW_MAX}")
+        unfit("allow", f"has to be a list of networks, as [\"192.0.2.0/24\"]: from 1 to {ALLOW_MAX}")
     try:
         allow = tuple(dict.fromkeys(str(network) for each in texts for network in parse_networks(each)))
     except ValueError as error:
@@ -719,7 +719,7 @@ def read_http(value: Any, rules: Rules, owner: Owner, own: Own) -> str:
 
 def read_meta(value: Any, rules: Rules, owner: Owner, own: Own) -> dict[str, Any]:
     if not isinstance(value, dict):
-        unfit("meta", "is an object of your own words, as {\"version\": \"1.2\"}")
+        unfit("meta", "has to be an object of your own words, as {\"version\": \"1.2\"}")
     size = len(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
     if size > META_MAX:
         unfit("meta", f"has {size} bytes as JSON: {META_MAX} at most")
