@@ -683,7 +683,7 @@ def read_ttl(value: Any, rules: Rules, owner: Owner, own: Own) -> float:
 
 def read_port(value: Any, rules: Rules, owner: Owner, own: Own) -> str | None:
     if rules.ports is None:
-        unfit("port", "no ports may be claimed here: the operator has not named any (`ports` of [registry])", "forbidden")
+        unfit("port", "no ports may be claimed here: the operator names none (`ports` of [registry])", "forbidden")
     first, last = rules.ports
     if value is not None and (type(value) is not int or not first <= value <= last):
         unfit("port", f"{quoted(value)} is not a port from {first} to {last}, or null for any")

@@ -255,8 +255,8 @@ def test_a_target_in_a_network_that_is_allowed(text):
     ("TCP:192.0.2.10:8080", "forbidden", "kind"), ("http://192.0.2.10:8080", "forbidden", "kind"),
     ("192.0.2.10:8080", "forbidden", "kind"), ("192.0.2.10", "fault", "SCHEME:REST"), ("", "fault", "SCHEME:REST"),
     ("tcp:192.0.2.10:8080\n", "fault", "SCHEME:REST"), ("tcp:\u0430:8080", "fault", "SCHEME:REST"),
-    ("tcp:" + "a" * TARGET_MAX, "fault", "512 characters"), (None, "fault", "has to be a text"), (8080, "fault", "has to be a text"),
-    (["tcp:192.0.2.10:8080"], "fault", "has to be a text"),
+    ("tcp:" + "a" * TARGET_MAX, "fault", "512 characters"), (None, "fault", "has to be a text"),
+    (8080, "fault", "has to be a text"), (["tcp:192.0.2.10:8080"], "fault", "has to be a text"),
 ])
 def test_a_target_that_an_owner_may_not_have(text, kind, said):
     found = fault(check_target, text, RULES_HERE, ALICE, OWN)
@@ -531,7 +531,8 @@ def test_each_option_is_a_field():
     ({"reserved": ["a.b"]}, "registry.reserved: 'a.b' is not one label"),
     ({"domain": [DOMAIN]}, "registry.domain: no such option; did you mean domains?"),
     ({"x\n": 1}, "registry.x?: no such"),
-    ({"owners": []}, "registry.owners: has to be a table"), ({"owners": {"a": 1}}, "registry.owners.a: has to be a table"),
+    ({"owners": []}, "registry.owners: has to be a table"),
+    ({"owners": {"a": 1}}, "registry.owners.a: has to be a table"),
     ({"owners": {"a b": {"token": HASH}}}, "registry.owners.a b: a name of an owner has"),
     ({"owners": {"": {"token": HASH}}}, "registry.owners.: a name of an owner has"),
     ({"owners": {"a": {}}}, "registry.owners.a.token: has to be there"),
