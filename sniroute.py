@@ -57,10 +57,10 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
                                                                _pods, _objects, _api, _credentials, _plugins,
                                                                _layers, _kubeconfig, _yaml, _channels, _spdy,
                                                                _forwarder, _dial, _upgrade, _http and _clusters
-    sniroute_registry *    names that are claimed for a while  with sniroute_registrar, _rest, _claims, _owners, _sqlite,
-                                                               _shared, _redis, _resp, _layers, _rfc2136, _dns, _dial,
-                                                               _upgrade, _http, _door and _page; its client is
-                                                               sniroute_claim
+    sniroute_registry *    names that are claimed for a while  with sniroute_registrar, _rest, _claims, _owners,
+                                                               _sqlite, _shared, _redis, _resp, _layers, _rfc2136,
+                                                               _dns, _dial, _upgrade, _http, _door and _page; its
+                                                               client is sniroute_claim
 
 A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The rows at the end stand
 apart: they are options, most of them of several files; the table in CONTRIBUTING.md says what they import of the rooms
@@ -81,6 +81,7 @@ parked behind it.
                 with `admin-<n>`, `public-<n>`                                touches a client's socket
     registry    claims, with [registry]: HTTP, a store, DNS, in its own loop  touches a client's socket; waits
     sqlite      writes claims to the disk, if that is the store               reads the table of claims
+    name        one for each host of a Redis or a DNS server to resolve       touches a socket
 
 What it does not do: decrypt what a client says to a backend by TLS, look at anything behind its ClientHello, or treat
 a name as proof of who asks.

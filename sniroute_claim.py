@@ -5,24 +5,26 @@
           Claimer ---- POST /routes ----> a registry       | a command beside it: it runs while the name is ours,
              |    ---- POST .../renew     (of a router)    | and its end is the end of the claim
              |    ---- DELETE                              |
-             +-- prints the name, once it is ours
+             +-- prints the name, each time that it has become ours
 
 What becomes of a claim is `Claimer.state`:
 
-    SEEKING -> HELD          claimed; renewed at a third of its time
-    HELD -> SEEKING          the registry was away for too long, or has forgotten the claim: claimed again
-    HELD -> LOST             another client of the same owner has taken it over: we do not take it back
+    SEEKING -> OURS          claimed; renewed at a third of its ttl
+    OURS -> SEEKING          the registry was away for too long, or has forgotten the claim: claimed again
+    OURS -> LOST             another client of the same owner has taken it over: we do not take it back
     SEEKING -> REFUSED       the registry says no, and would say so again
     any -> OVER              a signal, or the end of the command: released
 
-A registry that is away, or too busy, is asked again, later each time, for ever.  A name that another one holds is asked
-for again, too, once it has been ours: the other may leave.
+A registry that is away, or too busy, is asked again, later each time, for ever.  Where the name was ours, and another
+has it by now, we ask for it again, too: the other may leave.
 
-Threads: `main` does all; one that waits for the command's end wakes it.
+This is a process of its own; sniroute_claims, with an s, is the table of claims in the router.
+
+Threads: `main` does all; the thread `command` waits for the command's end, and wakes it.
 
 Seams: I want to ...
-    another field of a claim    OPTIONS and `wish`
-    another end of a claim      ENDS: what an answer means
+    give a claim another field         OPTIONS and USAGE; `wish_of` where it is not called as in the body of a POST
+    do otherwise at some answer        `Claimer.step`
 
 The token comes from SNIROUTE_REGISTRY_TOKEN, so that no user of this host reads it on a command line.
 
@@ -54,48 +56,54 @@ __version__ = "0.1.0"
 USAGE = """\
 usage: sniroute.py claim NAME TARGET [options] [-- COMMAND ...]
 
-Claims NAME (shop, or shop.tun.example.com; "-" for one at random; tcp:PORT or tcp for a port) in the registry of a
-router, prints it, and keeps it until the end of COMMAND, or of this program.
+Claims NAME in the registry of a router, so that the router leads it to TARGET.  Prints the name, and keeps it until
+COMMAND ends, or this program does.
+
+  NAME      shop, or shop.tun.example.com; "-" for one at random; tcp:PORT for a port, tcp for any port
+  TARGET    where the name leads, as tcp:192.0.2.10:8080
+  COMMAND   is started once the name is claimed, and has it in SNIROUTE_NAME
 
 options:
-  --registry URL       http://HOST:PORT, https://HOST, or unix:PATH (SNIROUTE_REGISTRY_URL, then
-                       http://127.0.0.1:19002)
-  --ttl SECONDS        the name is free again so long after the last sign of life (default: the registry's own)
-  --allow CIDR,...     only these clients
+  --registry URL       where the registry is: http://HOST:PORT, https://HOST, or unix:PATH (default:
+                       SNIROUTE_REGISTRY_URL, else http://127.0.0.1:19002)
+  --ttl SECONDS        the claim ends so long after its last renewal (default: what the registry says)
+  --allow CIDR,...     only these clients may use the name
   --http MODE          what plain HTTP gets: refuse, forward, forward-tls, redirect or pass
   --meta KEY=VALUE     a note on the claim; repeatable
-  --no-takeover        fail where another client of yours holds the name; by default it is taken over
+  --no-takeover        fail where another client of yours has the name; by default it is taken over
 
-The token is read from SNIROUTE_REGISTRY_TOKEN.  COMMAND has the name in SNIROUTE_NAME.
+The token is read from SNIROUTE_REGISTRY_TOKEN; the operator of the router gives it to you.
+
+exit code: that of COMMAND; else 0 released, 1 the name is not to be had, 2 a wrong command line
 """
 URL = "http://127.0.0.1:19002"
 
 # Limits, each with its reason.  Seconds.
 ASK_TIME = 10.0  # for one answer: longer than a registry waits for its store
 RETRY_FIRST, RETRY_LAST = 0.5, 15.0  # between two tries where the registry is away; a third of it is left to chance
-SHARE = 3  # renewed at a third of its time: two renewals may be lost
-AFTER_MAX = 60.0  # of what Retry-After asks for: a registry that is back is not waited for till tomorrow
-TTL_MAX = 10 * 365 * 86400.0  # of an answer: what is longer, or no number at all, is of no registry
-SHORTEST = 1.0  # between two renewals
+SHARE = 3  # renewed at a third of its ttl: two renewals may be lost
+AFTER_MAX = 60.0  # of what Retry-After asks for: else a registry that is back would not be asked before tomorrow
+TTL_MAX = 10 * 365 * 86400.0  # in an answer: what says more is no registry
+SHORTEST = 1.0  # between two renewals: else a ttl that is very short would have us ask without a pause
 STOP_TIME = 10.0  # for the command to end after SIGTERM; then it is killed
-BODY_MAX = 1 << 20  # of an answer
-ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+BODY_MAX = 1 << 20  # bytes of an answer
+ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP  # release the name, and end
 WORD = re.compile(r"[!-~]{1,512}")  # a name or a lease, which goes into heads, terminals and the environment
 
-SEEKING, HELD, LOST, REFUSED, OVER = "seeking", "held", "lost", "refused", "over"
+SEEKING, OURS, LOST, REFUSED, OVER = "seeking", "ours", "lost", "refused", "over"
 
 
 class Unable(Exception):
-    """What was asked for is not to be had; in words for people."""
+    """The name is not to be had, or the command line is wrong; in words for people."""
 
 
 class Place(NamedTuple):
     """Where a registry is."""
 
     scheme: str  # http, https, unix
-    host: str  # for unix the path
-    port: int
-    prefix: str = ""
+    host: str  # for unix the path of the socket
+    port: int  # for unix 0
+    prefix: str = ""  # in front of the registry's paths, where a proxy has the registry below a path
 
     def __str__(self) -> str:
         if self.scheme == "unix":
@@ -114,7 +122,8 @@ def parse_place(text: str) -> Place:
         if not url.hostname or url.username or url.query or url.fragment:
             raise ValueError
     except (ValueError, KeyError):
-        raise Unable(f"--registry: {printable(text, 120)!r} is not http://HOST:PORT, https://HOST or unix:PATH") from None
+        raise Unable(f"--registry: {printable(text, 120)!r} is not http://HOST:PORT, https://HOST or "
+                     "unix:PATH") from None
     return Place(url.scheme, url.hostname, port, url.path.rstrip("/"))
 
 
@@ -135,17 +144,13 @@ class Answer(NamedTuple):
     """What a registry says."""
 
     status: int
-    body: dict[str, Any]
-    retry_after: float
+    body: dict[str, Any]  # {} where it is no JSON object
+    retry_after: float  # seconds; 0: it does not say
 
     @property
     def words(self) -> str:
-        """Its sentence, for people."""
-        said = [self.body.get("detail") or self.body.get("title") or f"HTTP {self.status}"]
-        errors = self.body.get("errors")
-        said += [f"{each.get('field')}: {each.get('detail')}" for each in errors
-                 if isinstance(each, dict)] if isinstance(errors, list) else []
-        return printable("; ".join(map(str, said)), 500)
+        """Its sentence, for people.  `detail` has all faults in it, so `errors` would only say them again."""
+        return printable(str(self.body.get("detail") or self.body.get("title") or f"HTTP {self.status}"), 500)
 
 
 class Registry:
@@ -157,7 +162,7 @@ class Registry:
         self.connection: http.client.HTTPConnection | None = None
 
     def ask(self, method: str, path: str, body: Any = None, lease: str = "") -> Answer:
-        """One request.  A kept connection that has ended meanwhile is made again, once."""
+        """One request.  Where a connection that was kept has ended meanwhile, it is made anew, once."""
         for fresh in (self.connection is None, True):
             try:
                 return self._ask(method, path, body, lease)
@@ -204,12 +209,12 @@ class Claimer:
         self.say = say
         self.clock = clock
         self.state = SEEKING
-        self.name = ""  # as the registry has it, once it was ours
+        self.name = ""  # whole, or tcp:PORT, as the registry has it; "" until it was ours once
         self.lease = ""
-        self.ttl = 0.0
+        self.ttl = 0.0  # seconds
         self.until = 0.0  # clock time: from then on it may be another's
-        self.pause = 0.0  # until the next try
-        self.trouble = ""  # what was said last
+        self.pause = 0.0  # seconds until the next try, where the last one failed
+        self.trouble = ""  # what was said last of such a failure: each is said once
         # What `keep` is woken by.  Use a SimpleQueue instead of an Event because a handler of a signal puts into it: an
         # Event's lock may be held by the very code that the signal has interrupted.
         self.woken: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -220,7 +225,10 @@ class Claimer:
         return f"/routes/{urllib.parse.quote(self.name, safe=':')}"
 
     def step(self) -> float:
-        """Do what is due.  Returns the seconds until there is something to do again."""
+        """Claim, or renew.  Returns the seconds until there is something to do again.
+
+        Raises Unable where the name is not to be had (REFUSED), or another client has it now (LOST).
+        """
         try:
             answer = self._claim() if self.state is SEEKING else self._renew()
         except OSError as error:
@@ -229,13 +237,13 @@ class Claimer:
             return self._later(f"{self.registry.place}: {answer.words}", answer.retry_after)
         self.pause = 0.0
         if answer.status in (200, 201):
-            self._held(answer.body)
+            self._have(answer.body)
             return max(self.ttl / SHARE, SHORTEST)
-        if self.state is HELD and answer.status == 404:
-            self.say(f"{self.name}: the registry does not know the claim any more: claimed again")
+        if self.state is OURS and answer.status == 404:
+            self.say(f"{self.name}: the registry does not know the claim any more: claiming it again")
             self.state = SEEKING
             return 0.0
-        if self.state is HELD and answer.status == 409:
+        if self.state is OURS and answer.status == 409:
             self.state = LOST
             raise Unable(f"{self.name}: another client of this owner has taken it over")
         if self.name and answer.status == 409 and answer.body.get("class") != "own":
@@ -245,7 +253,7 @@ class Claimer:
 
     def _claim(self) -> Answer:
         wish = self.wish
-        if self.name:  # the same one again; and who has taken it over meanwhile keeps it
+        if self.name:  # the same one again; another client of ours that has it by now keeps it
             key = "port" if self.name.startswith("tcp:") else "name"
             wish = {**wish, key: int(self.name[4:]) if key == "port" else self.name, "takeover": False}
         return self.registry.ask("POST", "/routes", wish)
@@ -254,33 +262,34 @@ class Claimer:
         body = {"ttl": self.wish["ttl"]} if "ttl" in self.wish else {}
         return self.registry.ask("POST", f"{self.path}/renew", body, self.lease)
 
-    def _held(self, body: dict[str, Any]) -> None:
+    def _have(self, body: dict[str, Any]) -> None:
+        """The registry has answered with the claim: it is ours, or still ours.  Raises Unable for anything else."""
         name, lease, ttl = body.get("name"), body.get("lease", self.lease), body.get("ttl")
         texts = all(isinstance(each, str) and WORD.fullmatch(each) for each in (name, lease))
         if not texts or type(ttl) not in (int, float) or not 0 < ttl <= TTL_MAX:
             raise Unable(f"{self.registry.place} is no registry of names: its answer has no name, lease and ttl")
-        first = self.state is SEEKING
+        is_new = self.state is SEEKING
         self.name, self.lease, self.ttl, self.until = name, lease, float(ttl), self.clock() + ttl
-        self.state = HELD
+        self.state = OURS
         if self.trouble:
             self.say(f"{self.name}: all is well again")
             self.trouble = ""
-        if first:
+        if is_new:
             print(self.name, flush=True)
 
     def _later(self, trouble: str, after: float = 0.0) -> float:
-        """Try again later; say why, once."""
+        """Try again later, not before `after` seconds; say why, once.  Returns the seconds until then."""
         if trouble != self.trouble:
             self.trouble = trouble
-            self.say(trouble + ": tried again")
-        if self.state is HELD and self.clock() >= self.until:
+            self.say(trouble + ": trying again")
+        if self.state is OURS and self.clock() >= self.until:
             self.state = SEEKING
         self.pause = min(self.pause * 2, RETRY_LAST) or RETRY_FIRST
         return max(self.pause * random.uniform(2 / 3, 1), min(after, AFTER_MAX))
 
     def release(self) -> None:
         """Give it back, if it is ours."""
-        if self.state is HELD:
+        if self.state is OURS:
             try:
                 self.registry.ask("DELETE", self.path, None, self.lease)
             except OSError as error:
@@ -294,15 +303,15 @@ class Claimer:
 
 
 def parse_meta(text: str) -> tuple[str, str]:
-    """`KEY=VALUE`."""
+    """`KEY=VALUE`.  Raises ValueError."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ValueError("is not KEY=VALUE")
     return key, value
 
 
-def parse_ttl(text: str) -> float:
-    """Seconds, `60` or `60s`."""
+def parse_ttl(text: str) -> int:
+    """Seconds, `60` or `60s`: the registry takes whole ones only.  Raises ValueError."""
     if not re.fullmatch(r"[0-9]{1,6}s?", text, re.ASCII):
         raise ValueError("is no number of seconds")
     return int(text.rstrip("s"))
@@ -344,7 +353,7 @@ def parse_words(words: list[str]) -> tuple[list[str], dict[str, Any], list[str]]
 
 
 def wish_of(name: str, target: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The body of a claim.  Raises Unable."""
+    """The body of a POST: NAME, TARGET and the options that are given."""
     port = re.fullmatch(r"tcp(?::([0-9]{1,5}))?", name)
     wish: dict[str, Any] = {"port": int(port[1]) if port[1] else None} if port else \
         {"name": None if name == "-" else name}
@@ -357,7 +366,7 @@ def say(text: str) -> None:
 
 
 class Beside:
-    """The command that runs while the claim is held; "" of words: none."""
+    """The command that runs while the name is ours.  `words` are its own; without any there is none."""
 
     def __init__(self, words: list[str], woken: queue.SimpleQueue[None]):
         self.words = words
@@ -373,16 +382,18 @@ class Beside:
         try:
             self.process = subprocess.Popen(self.words, env={**environ, "SNIROUTE_NAME": name})
         except OSError as error:
-            raise Unable(f"{printable(self.words[0], 120)}: {(error.strerror or str(error)).lower()}") from None
+            raise Unable(f"the command {printable(self.words[0], 120)} cannot be started: "
+                         f"{(error.strerror or str(error)).lower()}") from None
         threading.Thread(target=self._wait, name="command", daemon=True).start()
 
     def _wait(self) -> None:
+        """What the thread `command` runs."""
         self.process.wait()
         self.ended = True
         self.woken.put(None)
 
     def end(self, number: int) -> int:
-        """Have it end, as we were told to.  Returns its exit code, as a shell has it; 0 where there is none."""
+        """Send it this signal, and wait for its end.  Returns its exit code, as a shell has it; 0 without a command."""
         if self.process is None:
             return 0
         if self.process.poll() is None:
@@ -396,17 +407,17 @@ class Beside:
 
 
 def main(words: list[str]) -> int:
-    """`claim`.  Returns the exit code: that of the command; else 0 released, 1 not to be had, 2 a wrong command line."""
+    """`claim`.  Returns the exit code, as USAGE has it."""
     if {"-h", "--help"}.intersection(words[:words.index("--")] if "--" in words else words):
         print(USAGE, end="")
         return 0
     try:
         arguments, given, command = parse_words(words)
         if len(arguments) != 2:
-            raise Unable("claim takes a NAME and a TARGET")
+            raise Unable("claim takes a NAME and a TARGET: `sniroute.py claim --help` says more")
         token = os.environ.get("SNIROUTE_REGISTRY_TOKEN", "").strip()
         if not re.fullmatch(r"[!-~]+", token):
-            raise Unable("put the token into SNIROUTE_REGISTRY_TOKEN")
+            raise Unable("put the token into SNIROUTE_REGISTRY_TOKEN: the operator of the router gives it to you")
         place = parse_place(given.get("registry") or os.environ.get("SNIROUTE_REGISTRY_URL") or URL)
         claimer = Claimer(Registry(place, token), wish_of(*arguments, given), say)
     except Unable as error:
@@ -423,9 +434,9 @@ def main(words: list[str]) -> int:
 
 
 def token(words: list[str]) -> int:
-    """`token`: a new token for an owner, and what the file of settings knows it by.  Returns the exit code."""
+    """`token`: prints a new token for an owner, and its hash for the file of settings.  Returns the exit code."""
     if words:
-        say("token takes no words")
+        say("`sniroute.py token` takes nothing behind it: it prints a new token, and its hash for the settings")
         return 2
     from sniroute_owners import new_token  # imported late: much of the router
     secret, digest = new_token()
@@ -440,7 +451,7 @@ def keep(claimer: Claimer, beside: Beside, signals: list[int]) -> int:
     try:
         while not signals and not beside.ended:
             pause = claimer.step()
-            if claimer.state is HELD:
+            if claimer.state is OURS:
                 beside.begin(claimer.name)
             with contextlib.suppress(queue.Empty):
                 claimer.woken.get(timeout=pause)

@@ -14,13 +14,17 @@ A key is a whole name (`foo.tun.example.com`), or a port (`tcp:49000`).  What be
 Nothing is decided by a wall clock.  While the table is frozen, as in an outage of its store, nothing ends; after it
 each claim has the time of one ttl to be renewed.
 
-Whoever holds a store in common with others writes there first, and puts here what was written: `judge` only says what
-is known here.  All of it is pure: no I/O, a clock that is given.
+The order of calls: judge, claimed, then the store, then put.  `judge` only says what is known here, and `claimed` and
+`renewed` change nothing: a store that several routers share may know better.  So a claim is put here once it is
+written there.  All of it is pure: no I/O, a clock that is given.  (sniroute_claim, without an s, is the client: another
+process.)
 
-Threads: one owns a table, and all that is in it.
+Threads: one changes a table.  Others may call `find` and `find_held`, which are single look-ups of rows that never
+change; `page` and `counts` may fail there while the table changes, so they are tried again (`copied` of
+sniroute_registrar).
 
 Seams: I want to ...
-    keep more of a claim         a field of Claim, with a default; what its owner may change goes into `Table.renewed`
+    keep more of a claim         a field of Claim, with a default; CONTRIBUTING.md names the other places
     refuse for another reason    a row of WORDS, and a line of `judge` or `permit`
     keep names longer            HELD_MIN; `hold` of each claim
 
@@ -56,13 +60,13 @@ RANDOM_LENGTH = 10  # of them: 50 bits, so nobody guesses a name
 
 
 class Word(NamedTuple):
-    """A verdict, or a fault of what was asked for."""
+    """What a word of WORDS means."""
 
     status: int  # of HTTP, RFC 9110 section 15
     meaning: str  # for people
 
 
-# What may be said of a claim.  The first are verdicts that let it pass.
+# What may be said of a claim, or of a request for one.  The first three let it pass.
 NEW, TAKEN_OVER, OK = "new", "taken_over", "ok"
 WORDS = {
     NEW: Word(201, "the name is the owner's now"),
@@ -103,12 +107,12 @@ class Claim(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a claim, or a change of one, would be."""
+    """What `judge` says to a claim, or `permit` to a change of one."""
 
     word: str  # a key of WORDS
     sentence: str = ""  # for people, where it is refused
     free_at: float | None = None  # clock time at which the name is free, if nobody renews it; None: not by waiting
-    claim: Claim | None = None  # that is there, or was: for who asks by right, never to be shown to others
+    claim: Claim | None = None  # that is there, or is held: only for its owner, or an admin
 
     @property
     def passed(self) -> bool:
@@ -151,7 +155,7 @@ class Ordered:
             self.starts[0] = ""
 
     def since(self, name: str) -> Iterator[str]:
-        """From this name on.  Nothing may change meanwhile."""
+        """The names from this one on.  Nothing may be added or removed meanwhile."""
         at = bisect_right(self.starts, name) - 1
         row = self.rows[at]
         yield from row[bisect_left(row, name):]
@@ -171,7 +175,7 @@ class Owned:
 
 
 class Table:
-    """The claims that are known here.  `clock` gives seconds, and need not be that of a wall."""
+    """The claims that are known here.  `clock` gives seconds that never go back; it need not be a wall's."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
@@ -179,12 +183,13 @@ class Table:
         self.held: dict[str, Claim] = {}  # that have ended, by key: only their owner may claim them
         self.keys: dict[str, str] = {}  # of those that live, by id
         self.ordered = Ordered()  # the keys of those that live
-        self.owned: dict[str, Owned] = {}
-        # A heap.  For each key, live or held, it has a time that is not behind the one at which something is to be
-        # done: so a renewal need not touch it, and whoever finds the time too early puts the right one there.
+        self.owned: dict[str, Owned] = {}  # by owner; those that have no key are not here
+        # A heap: when `expire` looks at a key.  Each key, live or held, has an entry that is not later than its end.  A
+        # renewal, which makes the end later, leaves that as it is; where `expire` comes too early, it puts the right
+        # time there.
         self.due: list[tuple[float, str]] = []
         self.frozen_since: float | None = None  # clock time; None: time goes on
-        self.floor = 0  # no key that is not known has had a larger generation
+        self.floor = 0  # the largest generation of all keys that were forgotten: a key that is new here begins above it
 
     def __len__(self) -> int:
         return len(self.live)
@@ -201,13 +206,14 @@ class Table:
         return self.find(self.keys.get(id, ""))
 
     def find_held(self, key: str) -> Claim | None:
-        """The claim of a key that has ended, as long as it is held for its owner."""
+        """The claim of a key that has ended, as long as its name is held for its owner."""
         claim = self.held.get(key) or self.live.get(key)
         if claim is None or self._lives(claim):
             return None
         return claim if self.frozen_since is not None or claim.expires + claim.hold > self.clock() else None
 
     def _lives(self, claim: Claim) -> bool:
+        """Whether a claim of the table has not ended; it may be that `expire` has not seen its end yet."""
         return claim.key in self.live and (self.frozen_since is not None or claim.expires > self.clock())
 
     def count(self, owner: str) -> int:
@@ -289,16 +295,18 @@ class Table:
         if claim is None or claim.owner != owner and not admin:
             return Verdict("gone", f"you have no claim of {key}, or not any more: claim it again")
         if lease is None and not admin:
-            return Verdict("no_lease", f"a change of {key} needs its lease")
+            return Verdict("no_lease", f"a change of {key} needs its lease: send it in the header Sniroute-Lease")
         if lease is not None and not hmac.compare_digest(lease.encode(errors="replace"), claim.lease.encode()):
             return Verdict("stale", f"{key} has another lease now: somebody has claimed it again with your token")
         return Verdict(OK, claim=claim)
 
     def claimed(self, verdict: Verdict, key: str, owner: str, target: str, ttl: float, hold: float,
                 **more: Any) -> Claim:
-        """The claim that `judge` has let pass, with a lease of its own.  `more`: the fields of Claim from `allow` on.
+        """The claim that `judge` has let pass, with a lease of its own.  The table is not changed: `put` does that.
 
-        It has to be put here.
+        Args:
+            ttl, hold: seconds.
+            more: the fields of Claim from `allow` on, without `suspended`.
         """
         former = verdict.claim
         return Claim(key, former.id if former is not None and verdict.word == TAKEN_OVER else secrets.token_hex(16),
@@ -306,12 +314,12 @@ class Table:
                      suspended=former is not None and former.suspended, **more)
 
     def next_generation(self, key: str) -> int:
-        """What the next lease of a key has: more than each before, without a memory of all of them."""
+        """The generation of the next lease of a key: larger than all before, without a memory of all keys."""
         known = self.live.get(key) or self.held.get(key)
         return 1 + (self.floor if known is None else known.generation)
 
     def renewed(self, claim: Claim, ttl: float | None = None, **changes: Any) -> Claim:
-        """The claim for another ttl from now on, by default as long as the last one.  It has to be put here."""
+        """The claim for another ttl from now on, in seconds; None: for as long as before.  `put` changes the table."""
         ttl = claim.ttl if ttl is None else ttl
         return claim._replace(ttl=ttl, expires=self.clock() + ttl, **changes)
 
@@ -354,9 +362,9 @@ class Table:
         self._end(claim)
 
     def drop(self, key: str, hold: bool = True) -> Claim | None:
-        """End the claim of a key now, and hold the name for its owner; or not even that, so that it is free.
+        """End the claim of a key now, and hold its name for the owner; without `hold` the name is free at once.
 
-        The claim that has ended; None where none was live.
+        Returns the claim that has ended; None where none was live.
         """
         claim = self.live.get(key)
         if claim is not None:
@@ -367,7 +375,7 @@ class Table:
         return claim
 
     def expire(self, most: int = EXPIRED_MAX) -> list[Claim]:
-        """End the claims whose time is over; free the names that were held long enough.  Those that have ended.
+        """End the claims whose time is over; free the names that were held long enough.  Returns those that have ended.
 
         At most `most` keys are looked at: where that is not enough, `next_expiry` is not in the future.
         """
@@ -401,7 +409,7 @@ class Table:
             self.frozen_since = self.clock()
 
     def thaw(self, grace: bool = True) -> list[Claim]:
-        """Let time go on.  The claims that have got another end.
+        """Let time go on.  Returns the claims that have got another end.
 
         With `grace` no claim ends before another ttl, at least GRACE_MIN, has passed; without it what is over ends at
         the next `expire`.  For the names that are held, time stood still.  It takes a time that grows with the number
@@ -424,6 +432,7 @@ class Table:
     # -- inside ----------------------------------------------------------------------------
 
     def _of(self, owner: str) -> Owned:
+        """The keys of an owner, who has some from now on."""
         owned = self.owned.get(owner)
         if owned is None:
             owned = self.owned[owner] = Owned()
@@ -437,10 +446,11 @@ class Table:
             del self.owned[claim.owner]
 
     def _end(self, claim: Claim) -> None:
-        """A claim has ended, at its `expires`: hold its name, as long as that is to be.
+        """A claim has ended, at its `expires`: hold its name for its `hold`.
 
         An owner that claims and releases in a circle does not fill the name space: of its names no more are held than
-        it ever had at once, or HELD_MIN; those that ended first are let go.
+        it ever had at once, or HELD_MIN.  Those that ended first are let go.  Suspended ones go last: where one is
+        forgotten, its owner claims it anew, and it is not suspended any more.
         """
         key, until = claim.key, claim.expires + claim.hold
         if key in self.held:
@@ -457,7 +467,7 @@ class Table:
             self._forget(key)
             return
         self._due(until, key)
-        if len(owned.held) > owned.most:  # but first those that no admin has taken off the routes: they would be free of that
+        if len(owned.held) > owned.most:
             self._forget(next((each for each in owned.held if not self.held[each].suspended), next(iter(owned.held))))
 
     def _forget(self, key: str) -> None:
@@ -470,7 +480,7 @@ class Table:
             del self.owned[claim.owner]
 
     def _due(self, at: float, key: str) -> None:
-        """Have `expire` look at a key at this time.  What is out of date in the heap is thrown away now and then."""
+        """Have `expire` look at a key at this clock time.  The heap is made anew where most of it is out of date."""
         heappush(self.due, (at, key))
         if len(self.due) > 64 + 2 * (len(self.live) + len(self.held)):
             self.due = [(claim.expires, key) for key, claim in self.live.items()]
@@ -479,7 +489,7 @@ class Table:
 
 
 def port_key(port: int) -> str:
-    """The key of a TCP port."""
+    """The key of a claim of a TCP port: `tcp:49000`."""
     return f"tcp:{port}"
 
 

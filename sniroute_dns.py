@@ -7,7 +7,8 @@
     what came ---- read_answer --------> Answer     or Malformed: not an answer to this request, or not a proven one
     TCP: frame, unframe                             a length in front; None for "need more"
 
-Each name that is ours has addresses, and one TXT record that says whose they are, and which ones they are (a Mark):
+Each name that is ours has addresses, and one TXT record, a Mark: it says whose the name is, and which addresses were
+written for it:
 
     foo.tun.example.com.  60  A    192.0.2.1
     foo.tun.example.com.  60  TXT  "sniroute=<id>" "192.0.2.1"
@@ -66,7 +67,7 @@ FUDGE = 300  # seconds that two clocks may differ, RFC 8945 section 10
 ADDRESSES_MAX = 8  # of a name: a client tries no more of them before it gives up
 TTL_DEFAULT, TTL_MAX = 60, 86400  # seconds.  Names come and go, so nobody is to remember them for long
 SECRET_LEAST = 16  # bytes: a shorter one can be guessed from what is on the wire
-ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")  # that a mark may have
+ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")  # of a mark: whose a name is
 
 _header = struct.Struct(">6H")
 _question = struct.Struct(">HH")
@@ -99,7 +100,7 @@ REASONS = {
 # Sources: RFC 1035 section 4.1.1, RFC 2136 section 2.2, RFC 8945 section 5.3.
 RCODES = {1: "FORMERR", 2: "SERVFAIL", 3: "NXDOMAIN", 4: "NOTIMP", 5: "REFUSED", 6: "YXDOMAIN", 7: "YXRRSET",
           8: "NXRRSET", 9: "NOTAUTH", 10: "NOTZONE", 16: "BADSIG", 17: "BADKEY", 18: "BADTIME", 22: "BADTRUNC"}
-MEANINGS = {"YXDOMAIN": "taken", "NXRRSET": "changed"}  # here; the others have their own name
+MEANINGS = {"YXDOMAIN": "taken", "NXRRSET": "changed"}  # the words of REASONS for these; any other is its own, in small
 
 
 # -- what an operator writes -------------------------------------------------------------------
@@ -110,9 +111,9 @@ class Zone(NamedTuple):
 
     host: str  # of the primary server
     port: int
-    name: str
+    name: str  # of the zone
     key: str  # the name of the key
-    ttl: int  # seconds
+    ttl: int  # of the records, in seconds
     addresses: tuple[Address, ...]  # (): the one from which this host reaches the server
 
     def __str__(self) -> str:
@@ -230,9 +231,9 @@ class Record(NamedTuple):
     """One resource record.  Source: RFC 1035 section 4.1.3."""
 
     name: str  # as `read_name` has it
-    kind: int
+    kind: int  # its type
     group: int  # its class
-    ttl: int
+    ttl: int  # seconds
     data: bytes
 
 
@@ -300,7 +301,7 @@ def read_text(data: bytes) -> tuple[bytes, ...]:
 class Mark(NamedTuple):
     """Whose a name is, and what was written for it."""
 
-    id: str
+    id: str  # of ID; whoever has the same one is the same owner
     addresses: tuple[Address, ...]
 
     @property
@@ -315,7 +316,7 @@ class Mark(NamedTuple):
 
 
 def read_mark(data: bytes) -> Mark | None:
-    """What a TXT record says; None for somebody else's."""
+    """The mark that the data of a TXT record has; None where it is somebody else's record."""
     try:
         first, *rest = [string.decode("ascii") for string in read_text(data)]
         addresses = tuple(map(ipaddress.ip_address, rest))
@@ -342,7 +343,13 @@ def removal(record: Record) -> Record:
 
 
 class Writer:
-    """A message in the making.  A name that was written before, or the end of one, becomes a pointer."""
+    """A message in the making.  A name that was written before, or the end of one, becomes a pointer.
+
+    Args:
+        number: the message's id.
+        flags: with the opcode.
+        counts: of the records in its four sections.
+    """
 
     __slots__ = ("out", "known")
 
@@ -376,14 +383,14 @@ class Writer:
 class Signature(NamedTuple):
     """A TSIG record.  Source: RFC 8945 section 4.2."""
 
-    key: str
+    key: str  # its name
     algorithm: str
-    time: int
-    fudge: int
+    time: int  # seconds since 1970
+    fudge: int  # seconds
     mac: bytes
     number: int  # the id that the message had when it was signed
     error: int
-    other: bytes
+    other: bytes  # with BADTIME the server's time
     at: int  # where it begins in the message
 
 
@@ -406,7 +413,7 @@ class Message(NamedTuple):
 
 
 def parse(data: bytes) -> Message:
-    """A whole message.  Raises Malformed.  Source: RFC 1035 section 4.1."""
+    """Take a whole message to pieces.  Raises Malformed.  Source: RFC 1035 section 4.1."""
     if len(data) < _header.size:
         raise Malformed("a DNS message that is cut")
     number, flags, questions, *counts = _header.unpack_from(data)
@@ -511,7 +518,7 @@ class Request(NamedTuple):
 
     number: int  # its id: the answer has the same
     wire: bytes
-    mac: bytes
+    mac: bytes  # by which its answer is proven
 
 
 def update(zone: Zone, key: Key, number: int, now: float, prerequisites: Sequence[Record], changes: Sequence[Record],
@@ -574,7 +581,7 @@ def number_of(data: bytes) -> int:
 
 
 def read_answer(data: bytes, request: Request, key: Key) -> Answer:
-    """The answer to a request.  Raises Malformed for what is none, or proves nothing though it says that all is well.
+    """The answer to a request.  Raises Malformed for what is none, or says without proof that all is well.
 
     The time in it is not compared with the clock: the MAC holds the request's, so an old answer cannot be sent again.
     """

@@ -1,4 +1,4 @@
-"""sniroute_door: addresses for HTTP of our own: clients are accepted, heads read, answers sent; nobody waits for another.
+"""sniroute_door: HTTP of our own, for the admin and the registry: accepts clients, reads requests, sends answers.
 
     listener --- accept ---> Caller, a client
                                READING    its head, then its body --- parse_head ---> Head --- Gate.decide ---> Plan
@@ -11,25 +11,33 @@
                                LINGERING  the client was declined early: what it still sends is thrown away
 
 A Gate is an address: who may ask for what there (`decide`), its threads, its callers.  A Door has one loop, of
-sniroute_loop, for all its gates.  Who answers is `Plan.by`: the loop itself, so a probe is answered at once, whoever
-else is slow; a thread; or whoever has been given the Caller.
+sniroute_loop, for all its gates.  Who answers is `Plan.by`:
+
+    LOOP      the loop, at once: a probe waits for nobody who is slow
+    THREAD    a thread of the gate: `act` may wait
+    OWNER     whoever has been given the Caller: it calls `Caller.answer` once, in this turn of the loop or later.
+              Where that is a stream, `Caller.push` sends more of it
+
+Connections.  Where the gate keeps them, the next request may come behind an answer.  Whoever wants to know when a
+connection ends asks by `Caller.when_over`; as long as somebody does, the connection has no deadline between requests,
+and makes no room for another.
 
 Threads.  `admin`, or as the Door is named, runs the loop, and it alone touches sockets and Callers.  `<gate>-<n>` runs
 one Plan.act and hands the Answer to the loop by `Loop.call`.  `Door.close` is for any other thread.  There is no lock
 here.
 
-What strangers can do.  Each gate has so many clients; one more takes the place of the oldest that waits for nothing but
-its own next words, or is still to send or to read something; but of none whose end is waited for (`when_over`).  Who has not sent its request, or read its answer, in time
-is cut off.  Each gate has threads of its own, and WORK_MAX requests that wait for them or are in them: one more gets
-503.  Who does not read events is cut off, too.
+What strangers can do.  Each gate has a limit of clients.  One more takes the place of another: first of the oldest that
+is KEPT, then of the oldest that is still to send something, then of one that is still to read something.  Who has not
+sent its request, or read its answer, in time is cut off.  Each gate has threads of its own, and WORK_MAX requests that
+wait for them or are in them: one more gets 503.  Who does not read events is cut off, too.
 
 Seams: I want to ...
     answer at another address     a Gate, as sniroute_admin has two
-    answer by somebody else       a Plan by OWNER: `Caller.answer` and `push`; `Caller.when_over`
+    answer later, or in a stream  a Plan by OWNER
     accept other heads            `parse_head`, which does no I/O
     change what all answers say   HEADERS, `render`
 
-It imports sniroute_loop, sniroute_page (the policy for browsers) and sniroute_names.
+This room imports sniroute_loop, sniroute_page (the policy for browsers) and sniroute_names.
 """
 
 from __future__ import annotations
@@ -59,7 +67,8 @@ __version__ = "0.1.0"
 log = logging.getLogger("sniroute")
 
 # Limits, each with its reason.  Sizes in bytes, times in seconds.
-CALLERS_MAX = 32  # of a gate at once, where it does not say otherwise: a browser makes six; a descriptor each, out of SPARE_FDS (sniroute_settings)
+CALLERS_MAX = 32  # clients of a gate at once, where it does not say otherwise: a browser makes six connections; each
+# takes a descriptor, out of SPARE_FDS (sniroute_settings)
 WORK_MAX = 16  # of these, requests that wait for a thread or are in one: others always find a place
 REQUEST_TIME = 5.0  # to send a whole request, however slowly it comes
 WAIT_TIME = 5.0  # for a thread
@@ -72,9 +81,9 @@ HEAD_MAX = 32768  # request line and header fields: a browser adds the cookies o
 FIELDS_MAX = 100  # header fields: browsers send twenty
 BODY_MAX = 65536  # no request needs a body, but some clients send one
 PIECE = 65536  # read at once
-ACCEPT_MAX = 64  # in a row: then those who are here already have their turn
+ACCEPT_MAX = 64  # clients in a row: then those who are here already have their turn
 ACCEPT_PAUSE = 0.1  # until an accept that failed is tried again: else the thread would spin where descriptors are short
-BACKLOG = 1024  # connections that wait for accept.  One too many is not told, and tries again after a second
+BACKLOG = 1024  # connections that wait for accept: the SYN of one more is dropped, and sent again after a second
 CLOSE_TIME = 1.0  # for threads to end in Door.close(); one that waits for a tunnel may end later, unheard
 
 READING, WAITING, WORKING, PENDING, ANSWERING, STREAMING, KEPT, LINGERING, CLOSED = (
@@ -98,12 +107,12 @@ class Answer(NamedTuple):
     body: bytes
     kind: str = "text/plain; charset=utf-8"
     headers: tuple[tuple[str, str], ...] = ()
-    said: str = ""  # what the log says of an order that was followed, in front of who gave it
-    has_end: bool = True  # False: `body` is the first of a stream
+    said: str = ""  # an order that was followed, in words: the log adds who gave it.  "": nothing is logged
+    has_end: bool = True  # False: `body` is the beginning of a stream, and `Caller.push` sends the rest
 
 
 class Declined(Exception):
-    """A request that is not done.  `answer` tells its client why, as {"error": sentence}.
+    """A request that is refused.  `answer` tells its client why, as {"error": sentence}.
 
     `headers` are further header fields of the answer, with `_` for `-`.
     """
@@ -141,7 +150,7 @@ class Head(NamedTuple):
         return self.minor > 0 and "close" not in (word.strip() for word in words)
 
     def body_length(self) -> int:
-        """The bytes of the body.  Raises Declined."""
+        """The size of the body in bytes.  Raises Declined."""
         if self.field("transfer-encoding") is not None:
             raise Declined(411, "a body wants a Content-Length")
         length = self.field("content-length") or "0"
@@ -155,7 +164,8 @@ class Head(NamedTuple):
 def parse_head(data: bytes | bytearray, start: int = 0) -> tuple[Head, int] | None:
     """The head of an HTTP/1 request (RFC 9112), and where its body begins; None for "need more".
 
-    Before `start` it was looked for its end already.  Raises Declined for what can never be right.
+    The first `start` bytes have no end of a head in them: they were looked through before.  Raises Declined for what
+    can never be right.
     """
     end = HEAD_END.search(data, max(0, start - 2))
     if (end.end() if end else len(data)) > HEAD_MAX:
@@ -184,9 +194,9 @@ def parse_head(data: bytes | bytearray, start: int = 0) -> tuple[Head, int] | No
 class Plan(NamedTuple):
     """What is done for a request."""
 
-    act: Callable[[Caller], Answer | None]  # may raise Declined; None: the Caller is somebody's, who answers it later
+    act: Callable[[Caller], Answer | None]  # may raise Declined; None, by OWNER only: the answer comes later
     body: int  # bytes of the request's body, which is read first: `Caller.body`
-    by: str  # LOOP: `act` never waits; THREAD: it may; OWNER: the loop runs it, and it need not give an Answer
+    by: str  # LOOP: `act` never waits; THREAD: it may; OWNER: the loop runs it, and it may keep the Caller
 
 
 # Header fields of every answer.  So a browser keeps no copy, guesses no content type, lets no other page show or
@@ -196,7 +206,7 @@ HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff
 
 
 def render(answer: Answer, persists: bool) -> bytes:
-    """The head of an answer; `persists`: another one may follow."""
+    """The head of an answer; `persists`: the connection may carry another one."""
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
     # RFC 9110 section 8.6: none where there is no body by definition.
     length = {"Content-Length": str(len(answer.body))} if answer.has_end and answer.status != 204 else {}
@@ -232,7 +242,7 @@ class Caller:
         self.left = 0  # bytes of the body that are to come
         self.out: list[memoryview] = []  # what is still to be sent
         self.unread = True  # the client may still be sending its request
-        self.reads = LINGER_READS
+        self.reads = LINGER_READS  # how many more pieces are thrown away
         self.at_end: list[Callable[[], None]] = []  # see `when_over`
         gate.callers[self] = None
         self.enter(READING)
@@ -247,7 +257,7 @@ class Caller:
             late[state].put(self)
 
     def close(self) -> None:
-        """It is over.  A second call does nothing."""
+        """End the connection.  A second call does nothing."""
         if self.state is CLOSED:
             return
         self.enter(CLOSED)
@@ -259,7 +269,10 @@ class Caller:
             act()
 
     def when_over(self, act: Callable[[], None]) -> None:
-        """Have `act` called once the connection is over; at once, where it is.  As long as that is wanted, it is kept."""
+        """Have `act` called once the connection is over; at once, where it is.
+
+        Until then, or `never_mind`, it is kept without a deadline between requests.
+        """
         if self.state is CLOSED:
             act()
         else:
@@ -274,7 +287,7 @@ class Caller:
     # -- reading -------------------------------------------------------------------------------
 
     def readable(self, mask: int = 0) -> None:
-        """Something may have come.  Closes at its end: whoever asks waits for the answer."""
+        """Something may have come.  A client that ends its side has left: who asks waits for the answer."""
         try:
             data = self.sock.recv(PIECE)
         except BlockingIOError:
@@ -296,14 +309,15 @@ class Caller:
                 self.watch.wait_for(0)
 
     def _take(self, data: bytes) -> None:
-        """A piece of a request."""
+        """A piece of a request; where the request is declined, answer so."""
         if self.state is KEPT:
             self.enter(READING)
         try:
             self._read(data)
         except Declined as declined:
             with contextlib.suppress(Declined):
-                if self.gate.keeps and self.head is not None and self.head.body_length() == 0:  # so the next request begins here
+                # Without a body the next request begins here, so the connection may go on.
+                if self.gate.keeps and self.head is not None and self.head.body_length() == 0:
                     self.unread = False
             self.answer(declined.answer)
 
@@ -344,7 +358,7 @@ class Caller:
             self.answer(answer)
 
     def perform(self) -> Answer | None:
-        """Do what is asked.  A thread of the gate, or by LOOP and OWNER the Door's."""
+        """Do what is asked.  Runs in a thread of the gate (by THREAD), or in the Door's (by LOOP and OWNER)."""
         try:
             return self.plan.act(self)
         except Declined as declined:
@@ -361,7 +375,7 @@ class Caller:
         return self.gate.keeps and not self.unread and self.head is not None and self.head.persists
 
     def answer(self, answer: Answer) -> None:
-        """Begin to send an answer.  Does nothing where the client has left."""
+        """Begin to send an answer; once for each request.  Does nothing where the client has left."""
         if self.state is CLOSED:
             return
         log.debug("%s: %s: %d", self.gate.name, printable(self.head.line if self.head else "no request", 200),
@@ -375,9 +389,10 @@ class Caller:
         self.writable()
 
     def push(self, data: bytes) -> None:
-        """More of a stream.  Who has not read what came before is cut off.
+        """Send more of a stream.  A client that has STREAM_MAX bytes still to read is cut off.
 
-        What it began with does not count, its head and what its client had missed: a slow network takes time for that.
+        What the stream began with does not count, its head and what its client had missed: a slow network takes time
+        for that.
         """
         if self.state is STREAMING:
             self.out.append(memoryview(data))
@@ -420,13 +435,14 @@ class Caller:
             self.close()
 
     def _either(self, mask: int) -> None:
+        """A stream whose client does not take all: it may be ready for more, or have ended."""
         if mask & ~READ:
             self.writable()
         if mask & READ and self.state is STREAMING:
             self.readable()
 
     def _begin_again(self) -> None:
-        """The next request, some of which may be there."""
+        """Wait for the next request, some of which may be there already."""
         self.head = self.plan = None
         self.body.clear()
         self.unread = True
@@ -453,7 +469,9 @@ def asker(sock: socket.socket) -> str:
 
 
 class Gate:
-    """An address: its listener, which it owns, its callers, its threads `<name>-<n>`.  The Door's thread, but for `_run`.
+    """An address: its listener, which it owns, its callers, its threads `<name>-<n>`.
+
+    All runs in the Door's thread, but for `_run`.
 
     Args:
         decide: says what is done for a request, and never waits; it raises Declined.
@@ -500,7 +518,7 @@ class Gate:
             Caller(self, sock).readable()
 
     def _make_room(self) -> bool:
-        """Cut off the oldest of those that are still to send or to read something; whether there is one."""
+        """Close the connection of one client, in the order of YIELDING, the oldest first; whether there is one."""
         for states in YIELDING:
             for caller in self.callers:
                 if caller.state in states and not (caller.state is KEPT and caller.at_end):
@@ -577,7 +595,7 @@ class Door:
         self.thread.start()
 
     def close(self) -> None:
-        """Cut all requests short, and wait up to CLOSE_TIME for their threads.  Any thread but the Door's; once."""
+        """Cut all requests short, and wait up to CLOSE_TIME for their threads.  Any thread but the Door's, and once."""
         if self.thread.is_alive():
             self.loop.call(self.loop.stop)
             self.thread.join()

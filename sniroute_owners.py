@@ -1,14 +1,16 @@
 """sniroute_owners: who may claim names, which ones, and where they may lead.
 
-    "Bearer ..." --- who ----------> Owner              by the hash of its token, in constant time
-    a body ------- parse_wish ----> Wish                with `claim_name`, `check_target` and the rest of FIELDS;
-                   parse_change     the fields given    or Unfit, with a fault for each field that is not right
-    an address --- address_fault -> "" or why not       at the claim, and again at each dial
-    [registry] --- read_registry -> Rules, and the owners by name; or SettingsError, with a line for each fault
+    a token ------ who ----------> Owner               by the hash of the token, in constant time
+    a body ------- parse_wish ---> Wish                with `claim_name`, `check_target` and the rest of FIELDS;
+                   parse_change    the fields given    or Unfit, with a fault for each field that is not right
+    an address --- address_fault -> "" or why not      at the claim, and again at each dial
+    a claim ------ standing -----> "" or why not       after a reload: whether the settings still allow it
+    [registry] --- read_where ---> Where               Rules for all, each Owner, the store; or SettingsError, with a
+                                                       line for each fault
 
-An owner is not a stranger, and is not trusted either: a name is one label below a domain, unless its `names` say more;
-a target is of a kind and in a network that the operator has named.  What an owner writes is never filled in: no field
-of a pattern, no variable of the environment.
+An owner is not a stranger, and is not trusted either.  A name is one label below a domain, unless the owner's `names`
+say more; a target is of a kind and in a network that the operator has named.  What an owner writes is never filled in:
+no field of a pattern, no variable of the environment.
 
 No I/O, but for one question to the kernel: whether an address is this host's own (`is_local` of sniroute_names).
 
@@ -17,10 +19,12 @@ Threads: any; nothing is kept.
 Seams: I want to ...
     take another field of a body    a row of FIELDS, a field of Wish, and its name in CHANGES where a PUT takes it, too
     let owners name another kind    a row of KINDS: what is asked beside `Scheme.check`
-    have another setting            a row of RULES and a field of Rules; of an owner: OWNERS and Owner
+    have another setting            a row of RULES, a field of Rules; of an owner: OWNERS and Owner; one that a reload
+                                    does not change: WHERE and Where
     refuse another address          ALWAYS, or BY_NAME
 
-It imports options, routes, targets, values, names and refusals.
+This room imports sniroute_options, sniroute_routes, sniroute_targets, sniroute_values, sniroute_names and
+sniroute_refusals, and late sniroute_resp and sniroute_dns, for the URL of a store and of a DNS server.
 
 Source: RFC 6750 for the token; RFC 5890 section 2.3 for names in other letters; OWASP, "Server Side Request Forgery
 Prevention Cheat Sheet", and RFC 6890 for addresses.
@@ -43,8 +47,8 @@ from sniroute_options import HTTP_MODES
 from sniroute_refusals import Malformed, SettingsError
 from sniroute_routes import kind, split_target
 from sniroute_targets import reaches
-from sniroute_values import (absolute, as_text, meant, parse_count, parse_duration, parse_networks, parse_off_or_duration,
-                             parse_ports, parse_switch)
+from sniroute_values import (absolute, as_text, meant, parse_count, parse_duration, parse_networks,
+                             parse_off_or_duration, parse_ports, parse_switch)
 
 __version__ = "0.1.0"
 
@@ -58,10 +62,10 @@ TOKENS_MAX = 4  # of an owner: two while one is rotated
 SHOWN_MAX = 80  # characters of what somebody wrote, in a sentence
 FAULTS_MAX = 16  # of one body: unknown fields are as many as its writer likes
 
-TOKEN = re.compile(r"sha256:[0-9a-f]{64}")
-OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-WORD = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
-SPACE = re.compile(r"(?:\*\*\.)?(?:(?!\.)[a-z0-9_-]*\*?[a-z0-9_-]*\.)+[a-z0-9_-]+")
+TOKEN = re.compile(r"sha256:[0-9a-f]{64}")  # the hash of a token, as the settings have it
+OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # the name of an owner
+WORD = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")  # one label of a name
+SPACE = re.compile(r"(?:\*\*\.)?(?:(?!\.)[a-z0-9_-]*\*?[a-z0-9_-]*\.)+[a-z0-9_-]+")  # a glob of `parse_spaces`
 
 # Nobody may claim these directly below a domain: users, mail programs, browsers and certificate authorities take them
 # for the operator's.  A label that begins with `_` is reserved, too (RFC 8552).
@@ -77,10 +81,10 @@ LOOKALIKES = str.maketrans("асеорхуіјѕһԁԛԝӏ" "οανρυικχϳ"
                            "aceopxyijshdqwl" "oavpuikxj" "ounh" "iag")
 APART = frozenset(("CYRILLIC", "GREEK", "ARMENIAN", "COPTIC", "CHEROKEE"))  # alphabets that names do not mix with ASCII
 
-# Where no target leads, whatever `networks` say: no host is meant, but this one, all, or a group.
+# Where no target leads, whatever `networks` say: these addresses mean this host, all hosts, or a group, never one host.
 ALWAYS = tuple(map(ipaddress.ip_network, ("0.0.0.0/8", "224.0.0.0/4", "240.0.0.0/4", "::/128", "ff00::/8")))
-# Where one leads only by a network that is inside of them: whoever writes 0.0.0.0/0 does not mean this.  What a cloud
-# tells its machines of themselves is full of passwords.
+# A target leads there only where `networks` has a network that is inside of the one here: whoever writes 0.0.0.0/0 does
+# not mean these.  The metadata service of a cloud tells a machine its passwords.
 BY_NAME: dict[Network, str] = {ipaddress.ip_network(network): what for network, what in {
     "127.0.0.0/8": "this host's own", "::1/128": "this host's own",
     "169.254.169.254/32": "the metadata service of a cloud", "169.254.170.2/32": "the metadata service of a cloud",
@@ -161,9 +165,9 @@ class Owner(NamedTuple):
 
 
 class Own(NamedTuple):
-    """Where the router itself listens, and its stores: no target leads there."""
+    """The router's own addresses, and those of its store: no target leads there."""
 
-    addresses: tuple[tuple[str, int], ...] = ()  # "::" for each address
+    addresses: tuple[tuple[str, int], ...] = ()  # (IP address, port); "::" is each address of this host
     tunnel_ports: range = range(0)  # of this host
 
 
@@ -218,6 +222,7 @@ def parse_tokens(text: str) -> tuple[bytes, ...]:
     return tuple(bytes.fromhex(each.removeprefix("sha256:")) for each in hashes)
 
 
+# Options of [registry], and of [registry.owners.NAME], as fields of Rules and Owner: each reader raises ValueError.
 RULES: dict[str, Callable[[str], Any]] = {
     "domains": parse_domains, "ttl": parse_duration, "max_ttl": parse_duration, "hold": parse_off_or_duration,
     "targets": parse_kinds, "networks": parse_networks, "target_ports": parse_ports, "ports": parse_ports,
@@ -229,7 +234,8 @@ OWNERS: dict[str, Callable[[str], Any]] = {
 }
 
 
-EMPTY = ("networks", "reserved", "hosts")  # options that may be an empty list; of others it could mean all or nothing
+# Options that may be an empty list: nothing.  Of any other it could also mean all.
+EMPTY = ("networks", "reserved", "hosts")
 
 
 def read_table(where: str, table: Mapping[str, Any], rows: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
@@ -241,7 +247,7 @@ def read_table(where: str, table: Mapping[str, Any], rows: Mapping[str, Callable
             continue
         try:
             if isinstance(value, dict):
-                raise ValueError("has a text or a list, and no table")
+                raise ValueError("has to be a text or a list, and is a table")
             if value == [] and option not in EMPTY:
                 raise ValueError("is an empty list: leave it out, and the default counts")
             values[option] = () if value == [] else rows[option](as_text(value))
@@ -302,13 +308,13 @@ def read_owner(name: str, table: Mapping[str, Any], rules: Rules) -> Owner:
 def read_owners(tables: Mapping[str, Any], rules: Rules) -> dict[str, Owner]:
     """The owners of [registry.owners], by name.  Raises SettingsError, also where two have one token."""
     if not isinstance(tables, dict):
-        raise SettingsError("registry.owners: is a table for each owner, [registry.owners.NAME]")
+        raise SettingsError("registry.owners: has to be a table for each owner, [registry.owners.NAME]")
     owners: dict[str, Owner] = {}
     lines: list[str] = []
     for name, table in tables.items():
         try:
             if not isinstance(table, dict):
-                raise SettingsError(f"registry.owners.{printable(name)}: is a table, [registry.owners.NAME]")
+                raise SettingsError(f"registry.owners.{printable(name)}: has to be a table, [registry.owners.NAME]")
             owners[name] = read_owner(name, table, rules)
         except SettingsError as error:
             lines += error.lines
@@ -328,12 +334,12 @@ STORES = ("memory", "sqlite:PATH", "redis://[USER:PASSWORD@]HOST[:PORT][/DB]", "
 
 
 class Where(NamedTuple):
-    """The settings of [registry].  `store` may have a password in it."""
+    """The settings of [registry], all of them.  `store` may have a password in it, so `repr` does not show it."""
 
     address: str | tuple[str, int]  # the path of a unix socket, or (host, port)
     store: str
     stale_max: float  # seconds for which names are routed on while the store is away; 0: for ever
-    dns: str  # where each name gets its records; "": nowhere
+    dns: str  # the URL of the DNS server that gets records for each name; "": none
     rules: Rules
     owners: dict[str, Owner]
 
@@ -362,6 +368,7 @@ def parse_dns(text: str) -> str:
     return text
 
 
+# Options of [registry] that count from the start on: a reload does not change them.
 WHERE: dict[str, Callable[[str], Any]] = {"store": parse_store, "stale_max": parse_off_or_duration, "dns": parse_dns}
 
 
@@ -435,7 +442,7 @@ def claim_name(text: Any, rules: Rules, owner: Owner) -> str:
     `text` is one label, which is put in front of a domain, or a whole name.
     """
     if not isinstance(text, str) or not text:
-        unfit("name", "is a text, as \"shop\", or null for a random name")
+        unfit("name", "has to be a text, as \"shop\", or null for a random name")
     if not text.isascii():
         unfit("name", f"{quoted(text)} has other letters than a-z{ascii_advice(text)}")
     if "*" in text:
@@ -466,7 +473,7 @@ def claim_name(text: Any, rules: Rules, owner: Owner) -> str:
 
 
 def home_of(label: str, rules: Rules, owner: Owner) -> str:
-    """The domain that a label is meant in: the first where its owner may have it."""
+    """The domain that one label is put in front of: the first in which the owner may have it; else the first of all."""
     for domain in rules.domains:
         if any(fits(f"{label}.{domain}", glob) for glob in owner.names):
             return domain
@@ -534,10 +541,11 @@ def punycode_fault(label: str) -> str:
 
 
 def address_fault(address: tuple, rules: Rules, own: Own = Own()) -> str:
-    """Why an owner's target may not lead to a socket address, as the end of a sentence; '' where it may.
+    """Why an owner's target may not lead to a socket address, as a sentence; '' where it may.
 
-    IPv4 inside IPv6 is judged as IPv4; where a gateway may lead to IPv4, both are.  Asked for each address of a host,
-    at each dial.
+    IPv4 that is mapped into IPv6 is judged as IPv4.  An address that a gateway may turn into IPv4 (`embedded`) is
+    judged as both: neither may be refused, and `networks` have to hold one of the two.  This is asked for each address
+    of a host, at each dial.
     """
     ip, port = parse_ip(address[0]), address[1]
     inside = embedded(ip)
@@ -550,7 +558,7 @@ def address_fault(address: tuple, rules: Rules, own: Own = Own()) -> str:
 
 
 def _place_fault(ip: Address, port: int, rules: Rules, own: Own) -> str:
-    """What speaks against an address, whatever networks hold it."""
+    """Why an address is refused though `networks` may hold it; '' where it is not."""
     if within(ip, ALWAYS):
         return f"{ip} is no address of a host"
     for network, what in BY_NAME.items():
@@ -575,7 +583,7 @@ def check_target(text: Any, rules: Rules, owner: Owner, own: Own = Own()) -> str
     A host that is a name is judged when it is dialled, by `address_fault`: what it means may change.
     """
     if not isinstance(text, str):
-        unfit("target", "is a text, as \"tcp:192.0.2.10:8080\"")
+        unfit("target", "has to be a text, as \"tcp:192.0.2.10:8080\"")
     scheme, colon, rest = text.partition(":")
     if not colon or not re.fullmatch(r"[!-~]+", text) or len(text) > TARGET_MAX:
         unfit("target", f"{quoted(text)} is not SCHEME:REST, as tcp:192.0.2.10:8080: {TARGET_MAX} characters at most")
@@ -622,7 +630,7 @@ KINDS: dict[str, Callable[[str, Rules, Owner, Own], None]] = {
 
 
 def standing(key: str, target: str, rules: Rules, owner: Owner, own: Own = Own()) -> str:
-    """Why a claim that is there could not be made any more, as a sentence; '' where it could: after a reload."""
+    """Why the settings do not allow a claim that was made before a reload, as a sentence; '' where they do."""
     try:
         if key.startswith("tcp:"):
             read_port(int(key.removeprefix("tcp:")), rules, owner, own)
@@ -653,13 +661,13 @@ def narrowed(allow: Sequence[str] | None, owner: Owner) -> tuple[Network, ...] |
 
 
 class Wish(NamedTuple):
-    """A claim that is asked for, and may be granted as far as it alone goes."""
+    """A claim that is asked for, and that its owner may have; whether the name is free is not known here."""
 
     key: str | None  # of the Claim; None: any that is free
     is_port: bool
-    space: str  # a random name goes below it
+    space: str  # where `key` is None: a random label goes in front of it; "" for ports
     target: str
-    ttl: float
+    ttl: float  # seconds
     allow: tuple[str, ...] | None = None
     http: str = ""
     meta: Mapping[str, Any] = {}
@@ -675,7 +683,7 @@ def read_ttl(value: Any, rules: Rules, owner: Owner, own: Own) -> float:
 
 def read_port(value: Any, rules: Rules, owner: Owner, own: Own) -> str | None:
     if rules.ports is None:
-        unfit("port", "no ports may be claimed here: the setting `ports` says which", "forbidden")
+        unfit("port", "no ports may be claimed here: the operator names none (`ports` of [registry])", "forbidden")
     first, last = rules.ports
     if value is not None and (type(value) is not int or not first <= value <= last):
         unfit("port", f"{quoted(value)} is not a port from {first} to {last}, or null for any")
@@ -691,7 +699,7 @@ def read_allow(value: Any, rules: Rules, owner: Owner, own: Own) -> tuple[str, .
         return None
     texts = value if isinstance(value, list) else [value]
     if not 0 < len(texts) <= ALLOW_MAX or not all(isinstance(each, str) and "," not in each for each in texts):
-        unfit("allow", f"is a list of networks, as [\"192.0.2.0/24\"]: from 1 to {ALLOW_MAX}")
+        unfit("allow", f"has to be a list of networks, as [\"192.0.2.0/24\"]: from 1 to {ALLOW_MAX}")
     try:
         allow = tuple(dict.fromkeys(str(network) for each in texts for network in parse_networks(each)))
     except ValueError as error:
@@ -711,7 +719,7 @@ def read_http(value: Any, rules: Rules, owner: Owner, own: Own) -> str:
 
 def read_meta(value: Any, rules: Rules, owner: Owner, own: Own) -> dict[str, Any]:
     if not isinstance(value, dict):
-        unfit("meta", "is an object of your own words, as {\"version\": \"1.2\"}")
+        unfit("meta", "has to be an object of your own words, as {\"version\": \"1.2\"}")
     size = len(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
     if size > META_MAX:
         unfit("meta", f"has {size} bytes as JSON: {META_MAX} at most")
@@ -738,8 +746,8 @@ FIELDS: dict[str, Callable[[Any, Rules, Owner, Own], Any]] = {
     "name": read_name, "port": read_port, "target": check_target, "ttl": read_ttl, "allow": read_allow,
     "http": read_http, "meta": read_meta, "while_connected": flag("while_connected"), "takeover": flag("takeover"),
 }
-CHANGES = ("target", "ttl", "allow", "http", "meta")  # those of PUT
-RENEWAL = ("ttl",)
+CHANGES = ("target", "ttl", "allow", "http", "meta")  # those that a PUT may have
+RENEWAL = ("ttl",)  # those that a renewal may have
 
 
 def parse_wish(body: bytes, rules: Rules, owner: Owner, own: Own = Own()) -> Wish:
@@ -766,9 +774,9 @@ def parse_wish(body: bytes, rules: Rules, owner: Owner, own: Own = Own()) -> Wis
 
 
 def parse_change(body: bytes, fields: Sequence[str], rules: Rules, owner: Owner, own: Own = Own()) -> dict[str, Any]:
-    """The body of a PUT (CHANGES) or of a renewal (RENEWAL): fields of Claim that are given; an empty one has none.
+    """The body of a PUT (`fields` are CHANGES), or of a renewal (RENEWAL): the fields of Claim that are given.
 
-    Raises Unfit with all its faults.
+    An empty body gives none.  Raises Unfit with all its faults.
     """
     values, faults = read_fields(read_object(body) if body.strip() else {}, fields, rules, owner, own)
     if faults:

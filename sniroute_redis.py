@@ -14,21 +14,21 @@
              after a failure: again, 0.1 to 5 s later
 
 A question is asked once.  Where its connection breaks nobody knows whether the server has done it, so `done` gets
-Failed, and its owner decides.  A question that comes while the first try is under way, or the first one after a loss,
-waits for it; while the server is known to be away, it fails at once, with the reason of that.
+Failed, and its owner decides.  A question that comes during the first try of all, or the first one after a loss, waits
+for that try; while the server is known to be away, it fails at once, with the reason of that.
 
-A server that says nothing is lost, too: a question whose time is over ends the connection (an answer that came later
-would be taken for that of the next question), and one that is idle is asked PING.
+A server that says nothing is lost, too.  A question whose time is over ends the connection: an answer that came later
+would be taken for that of the next question.  A server that is idle is asked PING.
 
 With Sentinels each try asks them, one after another, the one that answered last first; the server has to say itself
 that it is the master.  While a link is up they are asked again now and then: a master that a failover has left behind
 a broken network may go on to answer us.
 
-Failures are Failed with a word of sniroute_resp.REASONS; its sentence is for people, the words of the server come
-with it.  It knows nothing of what is kept in Redis.
+Failures are Failed with a word of sniroute_resp.REASONS, and the server's own words.  This room knows nothing of what
+is kept in Redis.
 
-Threads: the loop's only, beside those of the resolver (sniroute_dial).  No callback is called before the method returns
-that it was given to.
+Threads: the loop's only, beside those of the resolver (sniroute_dial).  A callback is never called before the method
+that it was given to has returned.
 
 Seams: I want to ...
     ask otherwise              `Redis.ask`; a Script, where it has to be done in one step
@@ -78,7 +78,7 @@ Done = Callable[[Any], None]  # gets a Value, or Failed
 
 
 def ignore(*what: Any) -> None:
-    """The callback of what nobody waits for."""
+    """The callback where nobody waits for an answer."""
 
 
 class Script:
@@ -92,7 +92,7 @@ class Script:
 
 
 class Ask:
-    """A question."""
+    """A question: the bytes to send, who gets the answer, and until when (by the loop's clock)."""
 
     __slots__ = ("data", "done", "deadline")
 
@@ -113,8 +113,8 @@ class Net:
         self.way = way or WayOut(loop, None, "")  # HTTPS_PROXY is for the web
         self.wires = Wires(loop)
         self.context = (context or ssl.create_default_context()) if place.is_tls else None
-        self.sending = loop.batch(Line.flush)
-        self.soon = loop.queue(0.0, lambda told: told())
+        self.sending = loop.batch(Line.flush)  # lines that have something to send in this turn
+        self.soon = loop.queue(0.0, lambda act: act())  # what is called in the next turn
         self.peers: collections.OrderedDict[tuple[str, int], Peer] = collections.OrderedDict()
 
     def peer(self, host: str, port: int) -> Peer:
@@ -146,10 +146,10 @@ class Line:
         self.net = net
         self.wire = wire
         self.reader = Reader()
-        self.asks: collections.deque[Ask] = collections.deque()
-        self.out: list[bytes] = []
-        self.heard = monotonic()  # when something came
-        self.pinged = 0.0  # when it was asked for a sign of life
+        self.asks: collections.deque[Ask] = collections.deque()  # without an answer, the oldest first
+        self.out: list[bytes] = []  # what is sent at the end of this turn
+        self.heard = monotonic()  # when something came last
+        self.pinged = 0.0  # when it was asked for a sign of life last
         self.unasked = unasked
         self.lost = lost
         wire.on_data = self._on_data
@@ -178,13 +178,13 @@ class Line:
         self.wire.send(data)
 
     def close(self) -> None:
-        """It is of no more use; what was asked is sent still."""
+        """End it; what was asked before is still sent."""
         if self.out:
             self.flush()
         self.wire.close()
 
     def reset(self) -> None:
-        """Break it off."""
+        """Break it off; nothing more is sent."""
         self.wire.reset()
 
     def _on_data(self, data: bytes) -> None:
@@ -213,7 +213,7 @@ class Line:
 
 
 def talk(line: Line, steps: Generator[Words, Value, Any], done: Done) -> None:
-    """Have a talk of sniroute_resp over a line, to its end: `done` gets what it returns, or Failed."""
+    """Have a talk of sniroute_resp (`greet`, `find_master`) over a line: `done` gets what it returns, or Failed."""
     def step(answer: Value) -> None:
         try:
             words = steps.send(answer)
@@ -283,6 +283,7 @@ class Search:
         talk(self.line, find_master(self.place), self._answered)
 
     def _late(self) -> None:
+        """The time of this Sentinel is over."""
         self._answered(Failed("timeout", f"no answer within {SENTINEL_MAX:g} s"))
 
     def _answered(self, result: tuple[str, int] | Failed) -> None:
@@ -309,7 +310,7 @@ class Link:
     """A connection to the server of a Place, kept up for ever.
 
         on_up(server)    it is up
-        on_down(Failed)  it is lost, or cannot be had; again where the reason of that changes
+        on_down(Failed)  it is lost, or cannot be had; again only where the reason changes
     """
 
     def __init__(self, net: Net, place: Place, on_up: Callable[[Server], None], on_down: Callable[[Failed], None]):
@@ -318,18 +319,18 @@ class Link:
         self.on_up = on_up
         self.on_down = on_down
         self.state = RESTING
-        self.since = monotonic()  # when that has begun
-        self.failed: Failed | None = None  # why there was no connection the last time; None while nothing has failed
-        self.told = ""  # the reason that `on_down` has heard last
-        self.server: Server | None = None  # while it is up
+        self.since = monotonic()  # when that state has begun
+        self.failed: Failed | None = None  # why the last try failed; None: none has failed since the link was up
+        self.told = ""  # the reason that `on_down` has heard last; "" since the link was up
+        self.server: Server | None = None  # once it has greeted, until the link is lost
         self.master = place.hosts[0]  # the address that is used
-        self.delay = AGAIN_FIRST
+        self.delay = AGAIN_FIRST  # seconds until the next try, if this one fails
         self.opening: Opening | None = None
         self.line: Line | None = None
         self.search = Search(net, place, self._found) if place.master else None
-        self.check_at = NEVER
-        self.last_heard = NEVER
-        self.timer = net.loop.timer(self._ring)
+        self.check_at = NEVER  # when the Sentinels are asked again
+        self.last_heard = NEVER  # of the line before this one: see `heard`
+        self.timer = net.loop.timer(self._ring)  # of the state: the next try, its deadline, or `_watch`
         self.timer.set(self.since)
 
     @property
@@ -356,7 +357,7 @@ class Link:
     # -- what the kinds of link do otherwise -----------------------------------------------------
 
     def greeted(self) -> None:
-        """The server has greeted: the kind does what it needs, and says `up`."""
+        """The server has greeted: the kind does what it needs, and calls `up`."""
         raise NotImplementedError
 
     def unasked(self, value: Value) -> None:
@@ -364,7 +365,7 @@ class Link:
         raise NotImplementedError
 
     def lost(self, asks: Sequence[Ask], failed: Failed) -> None:
-        """The connection is over, or the try; these had no answer."""
+        """The connection, or the try, is over; `asks` had no answer."""
 
     # -- a try -----------------------------------------------------------------------------------
 
@@ -381,10 +382,11 @@ class Link:
             self._broke(Failed("timeout", self.state))
 
     def _begin(self) -> None:
+        """Begin a try."""
         if self.search is None:
             self._open()
         else:
-            self._set(LOOKING)  # which has times of its own
+            self._set(LOOKING)  # Search has a timer of its own
             self.search.start()
 
     def _found(self, result: tuple[str, int] | Failed) -> None:
@@ -414,7 +416,7 @@ class Link:
         talk(self.line, greet(self.place), self._greeted)
 
     def _broke(self, failed: Failed) -> None:
-        """The server does not help."""
+        """The try, or the connection, has failed at this server."""
         self.drop(failed_at(self.master, failed))
 
     def _greeted(self, result: Server | Failed) -> None:
@@ -427,7 +429,7 @@ class Link:
     # -- up, and down ----------------------------------------------------------------------------
 
     def up(self) -> None:
-        """It can be used."""
+        """The link can be used: the kind calls this once it has done what it needs."""
         self._set(UP)
         self.failed = None
         self.told = ""
@@ -436,7 +438,7 @@ class Link:
         self.net.tell(self.on_up, self.server)
 
     def _watch(self) -> None:
-        """See that somebody is there, and that it is the right one."""
+        """While the link is up: see that the server is there, and that it is still the master."""
         now = monotonic()
         line = self.line
         if now >= self.check_at:
@@ -501,31 +503,32 @@ class Redis(Link):
     def __init__(self, loop: Loop, place: Place, on_up: Callable[[Server], None] = ignore,
                  on_down: Callable[[Failed], None] = ignore, context: ssl.SSLContext | None = None,
                  way: WayOut | None = None):
-        self.waiting: collections.deque[Ask] = collections.deque()  # for a connection
-        self.deadlines = loop.timer(self._late)
+        self.waiting: collections.deque[Ask] = collections.deque()  # questions that wait for a connection
+        self.deadlines = loop.timer(self._late)  # at the earliest deadline of a question
         self.subscriptions: list[Subscription] = []
         super().__init__(Net(loop, place, context, way), place, on_up, on_down)
 
     def ask(self, *words: Word, done: Done, timeout: float = ANSWER_MAX) -> None:
         """Have one command done: `done(value)`, or `done(Failed)`.  An error of the server is Failed, too.
 
-        What was asked together is sent together, and done in this order.
+        What was asked together is sent together, and done in this order.  `timeout`: seconds until an answer has to be
+        there.
         """
-        self._ask(Ask(encode(*words), self._told(done), monotonic() + timeout))
+        self._ask(Ask(encode(*words), self._with_failures(done), monotonic() + timeout))
 
     def run(self, script: Script, keys: Sequence[Word], words: Sequence[Word], done: Done,
             timeout: float = ANSWER_MAX) -> None:
-        """Have a script done, as `ask`."""
+        """Have a script done, as `ask`; its text is sent only where the server does not know it yet."""
         deadline = monotonic() + timeout
         rest = len(keys), *keys, *words
 
         def known(answer: Any) -> None:
             if isinstance(answer, Failed) and answer.reason == "script":
-                self._ask(Ask(encode("EVAL", script.text, *rest), self._told(done), deadline))
+                self._ask(Ask(encode("EVAL", script.text, *rest), self._with_failures(done), deadline))
             else:
                 done(answer)
 
-        self._ask(Ask(encode("EVALSHA", script.digest, *rest), self._told(known), deadline))
+        self._ask(Ask(encode("EVALSHA", script.digest, *rest), self._with_failures(known), deadline))
 
     def subscribe(self, channel: str, on_message: Callable[[bytes], None], on_up: Callable[[Server], None] = ignore,
                   on_down: Callable[[Failed], None] = ignore) -> Subscription:
@@ -543,17 +546,18 @@ class Redis(Link):
         self.net.soon.due.clear()
         self.net.wires.close()
 
-    def _told(self, done: Done) -> Done:
-        """Tell an answer; an error as why."""
-        def told(answer: Value) -> None:
+    def _with_failures(self, done: Done) -> Done:
+        """What calls `done` with an answer, and with Failed instead of an ErrorReply."""
+        def answered(answer: Value) -> None:
             if isinstance(answer, ErrorReply):
                 answer = failure(answer)
             done(answer)
             if isinstance(answer, Failed) and answer.reason in ("readonly", "login") and self.state is UP:
                 self.drop(answer)  # the name, or the Sentinels, may lead to another server by now
-        return told
+        return answered
 
     def _ask(self, ask: Ask) -> None:
+        """Send a question; or have it wait for a connection, or fail, as the room's docstring says."""
         if self.state is CLOSED:
             return
         if self.state is UP and not self.line.is_full:
@@ -571,11 +575,11 @@ class Redis(Link):
             self.deadlines.set(ask.deadline)
 
     def _fail(self, ask: Ask, failed: Failed) -> None:
-        """Tell soon that it will not be done."""
+        """Tell that it will not be done: in the next turn, since no callback comes before `ask` returns."""
         self.net.soon.put(lambda: self.net.tell(ask.done, failed))
 
     def _late(self) -> None:
-        """The time of a question is over, perhaps."""
+        """The time of a question may be over: where it was sent, the connection ends."""
         now = monotonic()
         late = [ask for ask in self.waiting if ask.deadline <= now]
         self.waiting = collections.deque(ask for ask in self.waiting if ask.deadline > now)
@@ -608,7 +612,8 @@ class Redis(Link):
 class Subscription(Link):
     """Hears what is published on a channel.
 
-    `on_up` comes when the server has confirmed it.  What was published before is not heard: so read what is there then.
+    `on_up` comes when the server has confirmed that.  What was published before is not heard, so whoever needs it reads
+    then what is there.
     """
 
     def __init__(self, net: Net, place: Place, channel: str, on_message: Callable[[bytes], None],

@@ -1,9 +1,9 @@
-"""sniroute_registrar: the registry of a router: what both know of each other.
+"""sniroute_registrar: joins a router and its registry: claims as routes, claimed ports, records in DNS, reloads.
 
     a router's loop                          the registry's loop, in the thread `registry`
     Routes.layers: configured, Claimed       Registrar: a Door with one Gate (sniroute_door), Rest, Registry, a store
       Claimed.find(name) ------ reads ------> Table.live: one look into a dictionary, and none for a configured name
-      Routes.forget, ports, cuts <-- call --- a claim has come, changed, gone
+      Routes.forget, ports, cuts <-- call --- `moved`: a claim has come, changed, gone ---> Updater: a record in DNS
 
 Claims are a layer of routes behind the configured one, so what the settings say always comes first.  A claim costs the
 router nothing until somebody asks for its name.  Then it is a Route, with `reach`: each address that the target's host
@@ -12,11 +12,11 @@ resolves to is judged again whenever it is dialled, since an owner may point its
 An option: the daemon imports this file if --registry, or [registry] in the file of settings, says where.
 
 After a reload, and at the start, claims are held against the settings: what these do not allow is not routed from that
-moment on, and ends soon after (`Registrar.owner_of`, `_look`).
+moment on (`Registrar.owner_of`), and ends soon after (`_review`).
 
-Threads.  `attach` and `close` are for the thread that attaches.  `registry` runs the loop, and owns all that is the
-registry's.  What is below "the router's loop" runs there; `Claimed.find` for any thread that decides.  No locks: the
-tables are read by single look-ups, and their rows never change.
+Threads.  `attach` and `close` are for the thread that attaches, which is `main`.  `registry` runs the loop, and owns
+all that is the registry's.  What is below "the router's loop" runs there; `Claimed.find` runs in any thread that
+decides where a name leads.  No locks: the tables are read by single look-ups, and their rows never change.
 
 Seams: I want to ...
     keep claims elsewhere            `open_store`
@@ -59,10 +59,12 @@ __version__ = "0.1.0"
 
 log = logging.getLogger("sniroute")
 
+# Limits, each with its reason.
 CALLERS_MAX = 1000  # connections of owners, each of which may be kept: REGISTRY_FDS (sniroute_settings) are set aside
-TICK = 1.0  # seconds between two looks at claims that live as long as a connection
-LOOKED = 200  # claims that are held against the settings in one turn: some milliseconds
-STORE_PASSWORD = "SNIROUTE_STORE_PASSWORD"  # the variable; it goes before the one in the URL
+TICK = 1.0  # seconds between two looks at claims that live as long as a connection, and at how long the store is away
+REVIEWED = 200  # claims that are held against the settings in one turn: some milliseconds
+
+STORE_PASSWORD = "SNIROUTE_STORE_PASSWORD"  # the variable; its password counts, not the one in the URL
 LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "[::1]"))  # names in Host that mean this host
 
 
@@ -70,7 +72,11 @@ LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "[::1]"))  # names in Host th
 
 
 class Tallies:
-    """The counts of claims that have connections, or have just been decided: each is kept by those."""
+    """The counts of claimed names, by pattern, as Layer has them for routes.
+
+    A Tally is here as long as somebody else holds it: a connection, or a Decision that is remembered.  So names that
+    come and go leave nothing behind.
+    """
 
     def __init__(self) -> None:
         self.known: weakref.WeakValueDictionary[str, Tally] = weakref.WeakValueDictionary()
@@ -83,7 +89,12 @@ class Tallies:
 
 
 class Claimed:
-    """The claims of names as a layer of routes.  Any thread that decides; `forget` is the router's loop's."""
+    """The claims of names as a layer of routes.  Any thread that decides; `forget` is for the router's loop.
+
+    Args:
+        owner_of: the owner of a claim; None where the settings do not let it have that any more.
+        reach: the routes' `reach`: whether a socket address may be dialled.
+    """
 
     def __init__(self, table: Table, owner_of: Callable[[Claim], Owner | None], reach: Callable[[tuple], bool]):
         self.table = table
@@ -94,7 +105,7 @@ class Claimed:
         self.is_stale = False  # the store has been away for too long: nothing is routed
 
     def find(self, name: str) -> Route | None:
-        """The route for a normalised name."""
+        """The route for a normalised name; None where it is not claimed, is suspended, or may not be routed."""
         claim = self.table.find(name)
         return None if claim is None or claim.suspended or self.is_stale else self.route_of(claim)
 
@@ -113,7 +124,7 @@ class Claimed:
 
 
 def open_store(where: str, loop: Loop, environ: Mapping[str, str]) -> Store:
-    """The store that the settings name; in `environ` may be the password of a Redis.  Raises SettingsError."""
+    """The store that the settings name.  The password of a Redis may be in `environ`.  Raises SettingsError."""
     scheme, _, path = where.partition(":")
     if scheme == "sqlite":
         try:
@@ -133,7 +144,7 @@ def open_store(where: str, loop: Loop, environ: Mapping[str, str]) -> Store:
         if password:
             place = place._replace(login=Login(place.login.user if place.login is not None else "", password))
         if place.login is not None and not place.login.password:  # what stands before the @ may be meant as one
-            raise SettingsError(f"registry.store: a user and no password: put that into {STORE_PASSWORD}")
+            raise SettingsError(f"registry.store: it has a user and no password: put that into {STORE_PASSWORD}")
         return Shared(place, loop)
     return Memory()
 
@@ -148,12 +159,16 @@ def open_dns(where: str, loop: Loop, environ: Mapping[str, str]) -> Updater | No
     try:
         key = parse_key(zone.key, environ.get(KEY_VARIABLE, ""))
     except ValueError as error:
-        raise SettingsError(f"registry.dns: {KEY_VARIABLE}: {error}") from None
+        raise SettingsError(f"registry.dns: {error}") from None  # which names the variable
     return Updater(loop, zone, key, log.log)
 
 
 class Registrar:
-    """The registry of one router, from `attach` to close()."""
+    """The registry of one router, from `attach` to close().
+
+    The order of calls: the maker opens store and DNS, `open` listens and starts the thread, `adopt` comes with each
+    reload, `close` ends all.  Raises SettingsError.
+    """
 
     def __init__(self, router: Router, where: Where):
         self.router = router
@@ -173,7 +188,8 @@ class Registrar:
             raise
         self.registry = Registry(self.door.loop, self.table, self.store, self.moved)
         self.store.open(self.registry)
-        # One for all processes of a registry, so that a successor knows what its predecessor has written.
+        # The id of our records in DNS (see Updater.want): the same in all processes of a registry, so that a successor
+        # knows what its predecessor has written.
         self.mark = "-".join(("sniroute", *where.rules.domains))[:64]
         self.rest = Rest(self.registry, where.rules, where.owners, None, own=self.own, cut=self.cut,
                          is_configured=lambda key: router.routes.configured.find(key) is not None,
@@ -198,10 +214,10 @@ class Registrar:
             if key.startswith("tcp:") or self.dns is not None:
                 self.moved(key)
         self.door.open()
-        self.door.loop.call(functools.partial(self._look, collections.deque(self.table.live), None))
+        self.door.loop.call(functools.partial(self._review, collections.deque(self.table.live), None))
 
     def close(self) -> None:
-        """End it; what the store keeps is kept.  More than once does no harm."""
+        """End the registry; what the store keeps is kept.  More than once does no harm."""
         if self.is_closed:
             return
         self.is_closed = True
@@ -219,27 +235,27 @@ class Registrar:
         self.ports.close_all()
 
     def _end(self) -> None:
-        """In the last turn of the loop: what needs it to be closed."""
+        """End what has sockets and timers in the loop: in its last turn, or where it has never run."""
         self.store.stop()
         if self.dns is not None:
             self.dns.close()
 
     def adopt(self, where: Where) -> None:
-        """Other rules and owners, after a reload; the rest is as it was (`keep_store` of the settings).  Any thread."""
+        """Take other rules and owners, after a reload; `store` and `dns` stay (see `keep_store`).  Any thread."""
         def change() -> None:
             former, self.where = (self.rest.rules, self.rest.owners), where
             self.rest.adopt(where.rules, where.owners)
             self.router.call(functools.partial(forget_all, self.router))
             for key in [key for key in self.table.live if key.startswith("tcp:")]:
                 self.moved(key)
-            self._look(collections.deque(self.table.live), former)
+            self._review(collections.deque(self.table.live), former)
 
         self.door.loop.call(change)
 
     # -- the thread registry ---------------------------------------------------------------------
 
     def tick(self) -> None:
-        """What recurs."""
+        """Once in TICK: what `Rest.tick` does, and `stale_max`: a store that is away for too long stops the routing."""
         self.rest.tick()
         since = self.table.frozen_since
         is_stale = bool(self.where.stale_max and since is not None
@@ -249,24 +265,27 @@ class Registrar:
             self.router.call(functools.partial(forget_all, self.router))
 
     def own(self) -> Own:
-        """Where the router listens, and what else no target may lead to."""
+        """Where the router and its registry listen, the store, and the ports of tunnels: no target leads there."""
         targets = self.router.targets
         return Own((*targets.own, *targets.own_admin, *targets.own_registry, *self.store.addresses),
                    targets.tunnel_ports)
 
     def owner_of(self, claim: Claim) -> Owner | None:
-        """The owner of a claim; None where the settings do not let it have that."""
+        """The owner of a claim; None where the settings, as they are now, do not let it have the claim."""
         rest = self.rest
         return None if self._fault(claim, rest.rules, rest.owners) else rest.owners.get(claim.owner)
 
-    def _look(self, keys: collections.deque[str], former: tuple[Rules, Mapping[str, Owner]] | None) -> None:
+    def _review(self, keys: collections.deque[str], former: tuple[Rules, Mapping[str, Owner]] | None) -> None:
         """Hold claims against the settings, some in each turn: end those that stand no more, say what is shadowed.
 
-        `former`: rules and owners before a reload.  What did not stand by these either is left alone: another router
-        of the store has let it in, by settings of its own.  None, at the start: all of a file is ours.
+        Args:
+            keys: of the claims that are still to be looked at.
+            former: rules and owners before a reload.  A claim that did not stand by these either is left alone: another
+                router of the store has let it in, by settings of its own.  None, at the start: claims in a file are
+                our own, so they end; those in a Redis are left alone.
         """
         is_shared = self.store.name not in ("memory", "sqlite")
-        for _ in range(min(LOOKED, len(keys))):
+        for _ in range(min(REVIEWED, len(keys))):
             key = keys.popleft()
             claim = self.table.find(key)
             if claim is None:
@@ -278,7 +297,7 @@ class Registrar:
                             claim.owner, fault)
                 self.registry.end(claim)
         if keys:
-            self.door.loop.call(functools.partial(self._look, keys, former))
+            self.door.loop.call(functools.partial(self._review, keys, former))
 
     def _tell_shadow(self, key: str) -> None:
         """Say once that a name has a route of the settings, too, which comes first; and that it has none any more."""
@@ -315,7 +334,7 @@ class Registrar:
     # -- any thread ------------------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
-        """The numbers of the registry."""
+        """The registry's numbers, for metrics and /status; `heard_at`: seconds since 1970; None without a Redis."""
         registry, table = self.registry, self.table
         return {"store": self.store.name, "store_up": table.frozen_since is None and not self.store.fault,
                 "fault": self.store.fault, "claims": len(table.live), "held": len(table.held),
@@ -335,7 +354,7 @@ class Registrar:
                 "while_connected": claim.while_connected}
 
     def find(self, key: str) -> dict[str, Any] | None:
-        """What is known of a name, or of `tcp:PORT`."""
+        """What is known of a name, or of `tcp:PORT`, as `show` has it, with `held` where it is held; None: nothing."""
         claim = self.table.find(key)
         if claim is not None:
             return self.show(claim)
@@ -344,7 +363,7 @@ class Registrar:
             max(held.expires + held.hold - self.table.clock(), 0.0), 3)}
 
     def may_reach(self, address: tuple) -> bool:
-        """Whether a claim's target may be dialled at this address.  Where it is dialled."""
+        """Whether a claim's target may be dialled at this socket address.  Asked by whoever dials, before each dial."""
         return not address_fault(address, self.rest.rules, self.own())
 
     def cut(self, key: str) -> None:
@@ -354,17 +373,18 @@ class Registrar:
 
 
 class ClaimedPorts:
-    """The ports that are claimed, as far as they are open here.  The thread registry, but for `close_all`.
+    """The listeners of claimed ports.  The thread registry, but for `close_all`.
 
-    One is opened before it is claimed, since another process may have it, and is the router's once it is claimed.  The
-    router's loop closes it; whoever wants it again waits until that is done, and does not find it in use by ourselves.
+    A port is opened before it is claimed, since another process may have it (`open`, and `close` where the claim is
+    refused).  Once it is claimed, the listener is given to the router (`lead`), whose loop closes it at the end.
+    Whoever wants the port again waits until that is done: else it would be in use by ourselves.
     """
 
     def __init__(self, registrar: Registrar):
         self.registrar = registrar
         self.opened: dict[str, list[Listener]] = {}  # for a claim that is not there yet, by key
-        self.given: set[str] = set()  # keys of those that are the router's
-        self.closing: dict[str, list[Callable[[], None]]] = {}  # that the router is closing, and who waits for it
+        self.given: set[str] = set()  # keys of ports whose listeners are the router's
+        self.closing: dict[str, list[Callable[[], None]]] = {}  # keys that the router is closing; who waits for that
 
     def open(self, key: str, done: Callable[[str], None]) -> None:
         """Listen on a port that is about to be claimed; `done` gets why not, or ""."""
@@ -413,8 +433,9 @@ class ClaimedPorts:
             act()
 
     def _listen(self, key: str) -> None:
-        """Open it, unless it is open.  Raises OSError, SettingsError."""
+        """Open a port, unless it is open.  Raises OSError, SettingsError."""
         if key not in self.given and key not in self.opened:
+            # Any target will do: the router says where its listeners lead (`Ports.adopt`).
             route = parse_port_route(f":{key[4:]}=tcp:port.invalid:1")
             self.opened[key] = Ports().open([route])[route.pattern]
 
@@ -457,7 +478,7 @@ def cut_claimed(router: Router, pattern: str) -> None:
             connection.close(CUT_BY_RELEASE)
 
 
-COPY_TRIES = 100  # of a copy that may fail while the original changes: in CPython the first one succeeds, as a rule
+COPY_TRIES = 100  # of a copy that fails where the original changes: in CPython the first one succeeds, as a rule
 
 
 def copied(make: Callable[[], Any]) -> Any:
@@ -471,7 +492,7 @@ def copied(make: Callable[[], Any]) -> Any:
 
 
 def port_pattern(key: str) -> str:
-    """The pattern of the route of a claimed port."""
+    """The pattern that the route of a claimed port has (`parse_port_route`)."""
     return f"port :{key[4:]}"
 
 

@@ -5,20 +5,25 @@
                                                     memory, sqlite, redis                +---> Events: those who listen
                                                                                          +---> `moved`: the router
 
-A Registry decides by its Table, writes to its Store, and believes what that says: a store that several routers share may
-know better (Written, `conflict`).  Requests for one key have turns; those for different keys do not wait for each other.
+A Registry decides by its Table, writes to its Store, and believes what that says: a store that several routers share
+may know better (TAKEN of Written; then `learn`).  Requests for one key take turns; those for different keys do not wait
+for each other.
 
-While the store is away, nothing is claimed and nothing ends: the table is frozen.  When it is back each claim has a time
-to be renewed.
+The table is changed behind the store's answer, never before it.  Some ends do not wait for that, whatever the store
+says: the time of a claim is over (`tick`), or the settings do not allow it any more (`end`).
+
+While the store is away, nothing is claimed and nothing ends: the table is frozen.  When it is back, each claim has some
+time to be renewed (`Table.thaw`).
 
 The router reads `Table.live` at each name that no route of the settings has: a claim costs it nothing until somebody
 asks for the name.  It is told which keys have changed (`moved`), so that it decides anew.
 
-Threads: one loop runs all of it; see sniroute_rest for whose that is.
+Threads: one loop runs all of it, that of the Door which serves the registry (sniroute_door).  `Store.open` is called
+before that loop runs, `Store.close` after it.
 
 Seams: I want to ...
-    keep claims elsewhere       a Store
-    tell somebody of changes    Registry.listen
+    keep claims elsewhere       a Store, as Memory; sniroute_registrar opens it (`open_store`)
+    tell somebody of changes    `Events.listeners`
     refuse for another reason   WORDS of sniroute_claims, and `Table.judge`
 
 This room imports sniroute_claims and sniroute_loop.
@@ -39,13 +44,14 @@ __version__ = "0.1.0"
 # Limits, each with its reason.  Times in seconds.
 EVENTS_MAX = 1000  # that are remembered, for those who come again: a minute of a busy registry
 TURNS_MAX = 16  # requests for one key that wait for each other: one more is told to come back
-MOST = 1e9  # seconds of a ttl, or a hold, that a store tells: thirty years
-RETRIES = 3  # new names at random, or looks at what the store knows better
-TICK = 0.25  # between two looks at what has ended: so nothing ended is routed for longer
+SECONDS_MAX = 1e9  # of a ttl, or a hold, that a store tells: thirty years
+RETRIES = 3  # how often a claim is judged anew, where the store knew better; then its owner is told to come back
+TICK = 0.25  # between two looks at what has ended: the router may lead clients to a name for so long after its end
 
-UNAVAILABLE, BUSY, TAKEN = "unavailable", "busy", "taken"  # words of a Result beside those of sniroute_claims
+# Words beside those of sniroute_claims: UNAVAILABLE of Result and Written, BUSY of Result, TAKEN of Written.
+UNAVAILABLE, BUSY, TAKEN = "unavailable", "busy", "taken"
 
-# What may happen to a claim.
+# What may happen to a claim: the word of an Event, and of what a store is told.
 CLAIMED, RENEWED, CHANGED, RELEASED, EXPIRED = "claimed", "renewed", "changed", "released", "expired"
 
 
@@ -55,12 +61,11 @@ CLAIMED, RENEWED, CHANGED, RELEASED, EXPIRED = "claimed", "renewed", "changed", 
 class Result(NamedTuple):
     """What has come of a request."""
 
-    word: str  # of sniroute_claims.WORDS, or one of those above
-    claim: Claim | None = None  # as it is now; of a refusal, what Verdict has
-    sentence: str = ""
+    word: str  # of sniroute_claims.WORDS, or UNAVAILABLE, or BUSY
+    claim: Claim | None = None  # as it is now, or was when it was released; of a refusal, what Verdict has
+    sentence: str = ""  # for people, where it is refused
     free_at: float | None = None  # clock time, as in Verdict
     retry_after: float = 0.0  # seconds, where it may be asked again
-    name: str = ""  # of a claim that was taken: its key
 
     @property
     def passed(self) -> bool:
@@ -69,7 +74,7 @@ class Result(NamedTuple):
 
 
 def refused(verdict: Verdict) -> Result:
-    """A verdict that is none of those that pass."""
+    """The Result of a verdict that does not pass."""
     return Result(verdict.word, verdict.claim, verdict.sentence, verdict.free_at)
 
 
@@ -78,12 +83,12 @@ class Event(NamedTuple):
 
     number: int  # counts up
     at: float  # seconds since 1970
-    what: str
+    what: str  # CLAIMED ... EXPIRED
     claim: Claim
 
 
 class Events:
-    """The last of what has happened, and those who listen."""
+    """The last EVENTS_MAX that have happened, and those who listen: `listeners`, by whoever it is that listens."""
 
     def __init__(self, wall: Callable[[], float] = time.time):
         self.wall = wall
@@ -102,7 +107,7 @@ class Events:
             tell(event)
 
     def since(self, number: int) -> list[Event] | None:
-        """What has happened behind this one; None where that is not known any more, or never was."""
+        """The events after the one with this number; None where they are not known any more, or never were."""
         if number > self.number or number < self.number - len(self.last):
             return None
         return [event for event in self.last if event.number > number]
@@ -124,47 +129,65 @@ FAULT = Written(UNAVAILABLE, sentence="a fault in sniroute: its log says which")
 
 
 class Store(Protocol):
-    """Where claims are kept.  All methods run in the registry's loop, and so does `done`, perhaps at once."""
+    """Where claims are kept.
+
+    `open` comes first and once, before the registry's loop runs.  `write`, `renew` and `stop` run in that loop, and so
+    does `done`, perhaps before they return.  A store may have more, which is asked for with `getattr`: `history`, as
+    Sqlite, and `heard_at`, as Shared.
+    """
 
     name: str
     fault: str  # why it cannot be written to; "" where it can
     addresses: tuple[tuple[str, int], ...]  # where it is asked, as (IP address, port): no claim leads there
 
-    def write(self, what: str, former: Claim | None, claim: Claim | None, done: Callable[[Written], None]) -> None:
-        """Put a claim in the place of `former`, both or neither; None: there is none, or there is to be none."""
-
     def open(self, registry: Registry) -> None:
-        """Give the registry's table what is kept, by `learn`, or once it is known."""
+        """Fill the registry's table: now; or later, by `Registry.learn`, and freeze the table until then."""
+
+    def write(self, what: str, former: Claim | None, claim: Claim | None, done: Callable[[Written], None]) -> None:
+        """Put `claim` in the place of `former`, and call `done` once that is kept.
+
+        A store to which others write, too, compares the lease that is there with that of `former`, in one step with the
+        write; where they differ, `done` gets TAKEN.
+
+        Args:
+            what: why: CLAIMED ... EXPIRED.
+            former: the claim of the key that is known, live or held; None: there is none.
+            claim: what is kept from now on; None: the claim has ended, and its name is held for `former.hold`.
+        """
 
     def renew(self, claim: Claim, done: Callable[[Written], None]) -> None:
         """A claim has another ttl from now on, and the lease that it had."""
 
     def stop(self) -> None:
-        """Nothing more is asked."""
+        """Ask nothing more of wherever it is.  In the last turn of the loop."""
 
     def close(self) -> None:
         """Give back what it has.  The thread that has opened the registry, when its loop has ended."""
 
 
 def to_text(claim: Claim) -> str:
-    """A claim as JSON, for a store.  When it ends is the store's to know: clocks differ."""
+    """A claim as JSON, for a store, without `expires`: the store keeps that in its own way, since clocks differ."""
     return json.dumps({name: value for name, value in claim._asdict().items() if name != "expires"},
                       separators=(",", ":"))
 
 
-NUMBERS = ("ttl", "hold")
+NUMBERS = ("ttl", "hold")  # seconds
+# What has to be in the JSON of a claim, and its type; `from_text` takes other fields of Claim as they are.
 TYPES: dict[str, type | tuple[type, ...]] = {
     "generation": int, "allow": (list, type(None)), "meta": dict, "suspended": bool, "while_connected": bool,
     **dict.fromkeys(NUMBERS, (int, float)), **dict.fromkeys(("key", "id", "owner", "target", "lease", "http"), str)}
 
 
 def from_text(text: str | bytes, expires: float) -> Claim:
-    """A claim of its JSON.  Raises ValueError, where it is none: a store is another program's, too."""
+    """The claim in a text of `to_text`; `expires` is a time of the table's clock.
+
+    Raises ValueError for any other text: another program may have written to the store.
+    """
     try:
         found = json.loads(text)
         wrong = [name for name, kind in TYPES.items() if not isinstance(found[name], kind)
                  or kind is str and not found[name].isprintable()]
-        wrong += [name for name in NUMBERS if isinstance(found[name], bool) or not 0 <= found[name] <= MOST]
+        wrong += [name for name in NUMBERS if isinstance(found[name], bool) or not 0 <= found[name] <= SECONDS_MAX]
         if wrong or not all(isinstance(each, str) for each in found["allow"] or ()):
             raise TypeError(f"wrong values of {', '.join(wrong or ['allow'])}")
         found["allow"] = None if found["allow"] is None else tuple(found["allow"])
@@ -174,7 +197,7 @@ def from_text(text: str | bytes, expires: float) -> Claim:
 
 
 class Memory:
-    """The store of a registry whose claims end with it: the table is all there is."""
+    """The store of a registry whose claims end with the process: nothing is kept beside the table."""
 
     name, fault, addresses = "memory", "", ()
 
@@ -202,7 +225,11 @@ Done = Callable[[Result], None]
 class Registry:
     """What is asked of a registry, and what comes of it.  Loop only.
 
+    Each request has a `done`, which is called once, perhaps before the method returns.
+
     Args:
+        table: what is known here of all claims.
+        store: where they are kept; whoever makes the Registry calls `store.open`.
         moved: called with each key whose claim has come, changed or gone: where it leads may be another place.
     """
 
@@ -215,8 +242,8 @@ class Registry:
         self.refusals: collections.Counter[str] = collections.Counter()
         self.turns: dict[str, collections.deque[Callable[[], None]]] = {}  # by key: who waits for the one that has it
         self.coming: dict[str, set[str]] = {}  # by owner: keys that are new, and that the store is asked to add
-        self.writes = 0  # to the store that are over, and the seconds that they took together
-        self.write_seconds = 0.0
+        self.writes = 0  # claims, changes and releases that the store has answered to ...
+        self.write_seconds = 0.0  # ... and the seconds that these took together
         self.timer = loop.timer(self.tick)
         self.timer.set(table.clock())
 
@@ -224,12 +251,19 @@ class Registry:
 
     def claim(self, key: str, owner: str, target: str, ttl: float, hold: float, done: Done, *, takeover: bool = True,
               limit: float = float("inf"), configured: bool = False, **more: Any) -> None:
-        """An owner wants a key.  `limit`, `configured`: see Table.judge; `more`: see Table.claimed."""
+        """An owner wants a key.
+
+        Args:
+            target, ttl, hold: of the Claim; times in seconds.
+            takeover, limit, configured: see Table.judge.
+            more: see Table.claimed.
+        """
         self._have_turn(key, done, lambda done: self._claim(key, owner, target, ttl, hold, done, takeover, limit,
                                                             configured, more, RETRIES))
 
     def _claim(self, key: str, owner: str, target: str, ttl: float, hold: float, done: Done, takeover: bool,
                limit: float, configured: bool, more: dict[str, Any], tries: int) -> None:
+        """The same in its turn; `tries` are left where the store knows better."""
         self._end_if_over(key)
         verdict = self.table.judge(key, owner, takeover, limit, configured,
                                    len(self.coming.get(owner, ())))
@@ -254,7 +288,7 @@ class Registry:
             else:
                 # The time that the store took is not the claim's: it would end before its owner thinks so.
                 self._put(CLAIMED, claim._replace(expires=self.table.clock() + ttl))
-                done(Result(verdict.word, self.table.live.get(key), name=key))
+                done(Result(verdict.word, self.table.live.get(key)))
 
         self._write(CLAIMED, former, claim, written)
 
@@ -273,8 +307,9 @@ class Registry:
             self.loop.fault(self.store)
             written(FAULT)
 
-    def renew(self, key: str, owner: str, lease: str | None, ttl: float | None, done: Done, admin: bool = False) -> None:
-        """The claim for another ttl."""
+    def renew(self, key: str, owner: str, lease: str | None, ttl: float | None, done: Done,
+              admin: bool = False) -> None:
+        """The claim for another ttl, in seconds; None: for as long as before."""
         def act(done: Done) -> None:
             verdict = self.table.permit(key, owner, lease, admin)
             if verdict.claim is None or not verdict.passed:
@@ -310,8 +345,7 @@ class Registry:
             self._write(CHANGED, former, claim, lambda said: self._settle(CHANGED, former, claim, said, done))
         self._have_turn(key, done, act)
 
-    def release(self, key: str, owner: str, lease: str | None, done: Done, admin: bool = False,
-                what: str = RELEASED) -> None:
+    def release(self, key: str, owner: str, lease: str | None, done: Done, admin: bool = False) -> None:
         """The claim ends now.  Its name is held for its owner."""
         def act(done: Done) -> None:
             verdict = self.table.permit(key, owner, lease, admin)
@@ -322,16 +356,16 @@ class Registry:
 
             def written(said: Written) -> None:
                 if said.word == OK:
-                    self._drop(what, key)
-                    done(Result(OK, former, name=key))
+                    self._drop(RELEASED, key)
+                    done(Result(OK, former))
                 else:
-                    self._settle(what, former, former, said, done)
+                    self._settle(RELEASED, former, former, said, done)
 
-            self._write(what, former, None, written)
+            self._write(RELEASED, former, None, written)
         self._have_turn(key, done, act)
 
     def _settle(self, what: str, former: Claim, claim: Claim, said: Written, done: Done) -> None:
-        """The store has answered to a change of a claim."""
+        """The store has answered to a change of a claim: put `claim` in the place of `former`, or say why not."""
         key = claim.key
         now = self.table.live.get(key)
         if said.word == TAKEN:
@@ -346,9 +380,10 @@ class Registry:
             done(refused(self.table.permit(key, former.owner, former.lease)))
         else:
             self._put(what, claim._replace(expires=self.table.clock() + claim.ttl))
-            done(Result(OK, self.table.live.get(key), name=key))
+            done(Result(OK, self.table.live.get(key)))
 
     def _unwritten(self, key: str, said: Written) -> Result:
+        """The refusal where the store has not written a change."""
         if said.word == TAKEN:
             return Result(BUSY, sentence=f"{key} changes all the time: try again", retry_after=1.0)
         return Result(UNAVAILABLE, sentence=said.sentence, retry_after=5.0)
@@ -402,6 +437,7 @@ class Registry:
     # -- what has become of claims ---------------------------------------------------------------
 
     def _put(self, what: str, claim: Claim) -> None:
+        """The claim is kept: put it into the table, and tell.  A renewal leads nowhere else."""
         former = self.table.live.get(claim.key)
         self.table.put(claim)
         self._tell(self.events.add, what, claim)
@@ -409,13 +445,17 @@ class Registry:
             self._tell(self.moved, claim.key)
 
     def _drop(self, what: str, key: str) -> None:
+        """The claim of a key, if there is one, has ended now: tell."""
         claim = self.table.drop(key)
         if claim is not None:
             self._tell(self.events.add, what, claim)
             self._tell(self.moved, key)
 
     def learn(self, key: str, claim: Claim | None) -> None:
-        """What the store knows of a key, where others have changed that; None: there is no claim."""
+        """Believe what the store knows of a key, where another router has changed it.
+
+        None: there is no claim of it.  A claim whose time is over: its name is held.
+        """
         former = self.table.live.get(key)
         if claim is None:
             self._drop(RELEASED, key)
@@ -440,11 +480,12 @@ class Registry:
             self.store.write(EXPIRED, claim, None, lambda said: None)
 
     def _ended(self, claim: Claim) -> None:
+        """Tell that the time of a claim was over, behind its end in the table."""
         self._tell(self.events.add, EXPIRED, claim)
         self._tell(self.moved, claim.key)
 
     def _keep_end(self, claim: Claim) -> None:
-        """Have the store know of an end; behind what it is asked of that key already, which may be the next claim."""
+        """Tell the store of an end; behind a request for the key that is under way, which may be the next claim."""
         def act(done: Done) -> None:
             if self.table.find(claim.key) is None:
                 self.store.write(EXPIRED, claim, None, lambda said: None)
@@ -462,7 +503,7 @@ class Registry:
         self.timer.set(max(self.table.clock(), min(self.table.next_expiry(), self.table.clock() + TICK)))
 
     def freeze(self, frozen: bool, grace: bool = True) -> None:
-        """The store is away, or it is back; with `grace` each claim has a time to be renewed then."""
+        """True: the store is away, so nothing ends.  False: it is back; `grace`: each claim has time to be renewed."""
         if frozen:
             self.table.freeze()
         else:
@@ -470,15 +511,16 @@ class Registry:
                 self._tell(self.events.add, RENEWED, claim)
 
     def leave(self, owner: str) -> int:
-        """An owner is no more: all its claims end, and no name is held.  Returns how many there were."""
-        claims = [claim for key in list(self.table.owned[owner].live.since("")) if (claim := self.table.live.get(key))] \
-            if owner in self.table.owned else []
+        """An owner is no more: all its claims end, and no name is held.  Returns how many claims there were."""
+        owned = self.table.owned.get(owner)
+        keys = [] if owned is None else list(owned.live.since(""))
+        claims = [claim for key in keys if (claim := self.table.live.get(key))]
         for claim in claims:
             self.end(claim)
         return len(claims)
 
     def end(self, claim: Claim) -> None:
-        """The settings do not let its owner have it any more: it ends at once, and its name is not held."""
+        """The settings do not let its owner have a claim any more: it ends at once, and its name is not held."""
         self.store.write(RELEASED, claim._replace(hold=0.0), None, lambda said: None)
         self.table.drop(claim.key, hold=False)
         self._tell(self.events.add, RELEASED, claim)

@@ -52,7 +52,7 @@ DEPTH_MAX = 16  # values in values: COMMAND, which nests most, has 7
 DIGITS_MAX = 1000  # of a number: Python itself refuses 4,300
 HOSTS_MAX = 16  # Sentinels in a URL: there are three or five
 SAMPLE = 40  # bytes that are repeated in a fault
-WORDS_SHOWN = 200  # characters of a server's words in a reason
+WORDS_SHOWN = 200  # characters of a server's words that are shown to people
 
 # Why a Redis could not be asked, or did not do it: a word for programs, and a sentence for people.
 REASONS = {
@@ -78,13 +78,13 @@ REASONS = {
     "script": "the Redis does not know the script",
     "answer": "the Redis answered something else",
 }
-CODES = {  # the first word of an error -> why
+CODES = {  # the first word of an error -> a key of REASONS
     "NOAUTH": "login", "WRONGPASS": "login", "NOPERM": "forbidden", "DENIED": "forbidden",  # DENIED: protected mode
     "READONLY": "readonly", "LOADING": "loading", "MASTERDOWN": "loading", "NOREPLICAS": "disk", "MISCONF": "disk",
     "BUSY": "busy", "OOM": "oom", "MOVED": "moved", "ASK": "moved", "CLUSTERDOWN": "moved", "CROSSSLOT": "moved",
     "TRYAGAIN": "moved", "NOSCRIPT": "script", "UNBLOCKED": "readonly", "NOMASTERLINK": "master",
 }
-TEXTS = {  # how a text begins whose code says nothing (ERR) -> why
+TEXTS = {  # how an error begins whose first word says nothing (ERR), without that word -> a key of REASONS
     "max number of clients": "full", "max number of clients + cluster": "full",
     "invalid password": "login", "AUTH ": "login", "Client sent AUTH": "login",
     "DB index": "database", "invalid DB index": "database", "SELECT is not allowed": "database",
@@ -187,7 +187,7 @@ def nothing(line: bytes) -> None:
 
 
 def parse_size(line: bytes, largest: int) -> int:
-    """Of a text or a group.  Raises Malformed."""
+    """The size of a text, or the count of a group: `largest` at most.  Raises Malformed."""
     if not SIZE.fullmatch(line):
         raise Malformed(f"no size: {line[:SAMPLE]!r}")
     if int(line) > largest:
@@ -255,8 +255,8 @@ class Reader:
     __slots__ = ("data", "at", "seen", "groups", "kind", "need", "size", "count", "fault")
 
     def __init__(self) -> None:
-        self.data = bytearray()
-        self.at = 0  # bytes of it that are read
+        self.data = bytearray()  # what has come, and is not read yet; behind `at`
+        self.at = 0  # bytes of `data` that are read
         self.seen = 0  # from where the end of a line is looked for
         self.groups: list[Group] = []  # that are open: the outermost first
         self.kind = b""  # of a text that is on its way
@@ -301,7 +301,7 @@ class Reader:
                     return found
 
     def _line(self) -> Value | State:
-        """The next line: a value, or the beginning of one."""
+        """The next line: a value; BEGUN where it begins one; or MORE."""
         end = self.data.find(b"\n", self.seen)
         if end < 0:
             self.seen = end = len(self.data)
@@ -344,7 +344,7 @@ class Reader:
             raise Malformed(f"a value of more than {COUNT_MAX:,} values")
 
     def _text(self) -> Value | State:
-        """A text, as soon as all of it is there."""
+        """A text, as soon as all of it is there; else MORE."""
         end = self.at + self.need
         if len(self.data) < end + 2:
             return MORE
@@ -357,7 +357,7 @@ class Reader:
         return SIZED[kind](data)
 
     def _open(self, kind: bytes, rest: bytes) -> Value | State:
-        """A group begins."""
+        """A group begins: BEGUN, or the value where it is empty."""
         each, make = GROUPS[kind]
         left = parse_size(rest, COUNT_MAX) * each
         if kind == b">" and self.groups:
@@ -370,7 +370,10 @@ class Reader:
         return BEGUN
 
     def _close(self, found: Value) -> Value | State:
-        """A value is whole: it belongs to the group around it, which may be whole with it."""
+        """A value is whole: it belongs to the group around it, which may be whole with it.
+
+        Returns the outermost value; BEGUN where that is not whole yet.
+        """
         while self.groups:
             group = self.groups[-1]
             group.items.append(found)
@@ -427,11 +430,11 @@ class Login:
 
 
 class Place(NamedTuple):
-    """Where a Redis is, and as whom it is asked."""
+    """Where a Redis is, and who asks it."""
 
     scheme: str  # a key of SCHEMES
     hosts: tuple[tuple[str, int], ...]  # one; or the Sentinels
-    master: str  # its name, where Sentinels are asked for it; else ""
+    master: str  # the master's name, where Sentinels are asked for it; else ""
     database: int
     login: Login | None
 
@@ -549,7 +552,7 @@ def greet(place: Place) -> Generator[Words, Value, Server]:
 
 
 def greet_2(login: Login | None) -> Generator[Words, Value, Server]:
-    """The same in RESP2, as far as the login."""
+    """Log in by RESP2, as `greet` does by RESP3."""
     if login is not None:
         answer = yield ("AUTH", *((login.user,) if login.user else ()), login.password)
         if isinstance(answer, ErrorReply) and "wrong number of arguments" in answer:
@@ -591,14 +594,14 @@ def refusal(answer: Value) -> Failed:
 
 
 def raise_if(answer: ErrorReply, *reasons: str) -> None:
-    """Raise Failed, where it is for one of these reasons."""
+    """Raise the Failed of an error whose reason is one of these."""
     failed = failure(answer)
     if failed.reason in reasons:
         raise failed
 
 
 def raise_unless(answer: Value, reason: str) -> None:
-    """Raise Failed, where it is not for this reason."""
+    """Raise the Failed of an answer, unless its reason is this one."""
     failed = refusal(answer)
     if failed.reason != reason:
         raise failed

@@ -17,11 +17,14 @@
 
 KEY is a name, `tcp:PORT`, or `uuid:ID`.
 
-Who has no token learns nothing: not which paths there are, nor which names.  Another owner's claim is as one that is
-not there.  No page of a browser asks here: there is no CORS, and a foreign Host or Origin is refused.
+Who has no token learns nothing: not which paths there are, nor which names.  Another owner's claim is answered as one
+that is not there.  No page of a browser asks here: there is no CORS, and a foreign Host or Origin is refused.
 
-A claim that is made `while_connected` is renewed here, as long as the connection lives that has made it, or a stream of
-events that was opened with its lease.  When that has ended, it has some seconds left.
+A claim that is made `while_connected` is renewed here (`Rest.tick`) as long as one connection lives: the one that made
+it, or a stream of events that was opened with its lease.  When that has ended, the claim has LINGER seconds left.
+
+A port is opened before it is claimed (`open_first`), since another process may have it.  Where the claim is refused
+then, it is closed again.
 
 Threads: the Door's loop runs all of it.
 
@@ -50,7 +53,8 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 from sniroute_claims import LINGER, PAGE_MAX, TAKEN_OVER, WORDS, Claim, port_key
 from sniroute_door import OWNER, Answer, Caller, Declined, Head, Plan
 from sniroute_names import printable
-from sniroute_owners import CHANGES, RENEWAL, TTL_MIN, Fault, Own, Owner, Rules, Unfit, Wish, parse_change, parse_wish, who
+from sniroute_owners import (CHANGES, RENEWAL, TTL_MIN, Fault, Own, Owner, Rules, Unfit, Wish, parse_change, parse_wish,
+                             who)
 from sniroute_registry import BUSY, RENEWED, UNAVAILABLE, Event, Registry, Result
 
 __version__ = "0.1.0"
@@ -59,23 +63,23 @@ log = logging.getLogger("sniroute")
 
 # Limits, each with its reason.  Times in seconds.
 BODY_MAX = 8192  # of a claim: its `meta` has a KiB, its networks another
-PORTS_TRIED = 8  # where any will do, and other processes have some
+PORTS_TRIED = 8  # where the owner takes any port: other processes may have some
 STREAMS_MAX = 8  # of events, of one owner: one for each of its hosts, and some for people
-LIMIT = 100  # claims on a page that does not say
+LIMIT = 100  # rows of a page, where the request does not say
 QUIET = 15.0  # between two comments in a stream: proxies cut silent ones after a minute
 RETRY = 2000  # milliseconds after which a browser opens a stream again
 STRANGERS = 20.0  # wrong tokens in a second that are answered 401; beyond that 429, and the log is silent
-LOGGED = 10.0  # between two lines about them
+LOGGED = 10.0  # between two lines of the log about them
 
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(?::[0-9]{1,5})?")  # RFC 9110 section 7.2, in lower case
 BEARER = re.compile(r"bearer +([!-~]+)", re.IGNORECASE)  # RFC 6750 section 2.1
-LEASES = ("sniroute-lease", "x-lease")
-STATUS = {UNAVAILABLE: 503, BUSY: 429}  # of words that are the registry's own; the others are in WORDS
-CHALLENGE = {"WWW_Authenticate": 'Bearer realm="sniroute registry"'}
+LEASES = ("sniroute-lease", "x-lease")  # header fields for a lease, either of them
+STATUS = {UNAVAILABLE: 503, BUSY: 429}  # of HTTP, for the words of sniroute_registry; the others are in WORDS
+CHALLENGE = {"WWW_Authenticate": 'Bearer realm="sniroute registry"'}  # RFC 6750 section 3
 
 
 class Bucket:
-    """How often something may be done: so often in a second, and as a burst twice of that."""
+    """How often something may be done: `rate` times in a second, and as a burst twice of that.  `now`: clock time."""
 
     __slots__ = ("rate", "left", "at")
 
@@ -104,7 +108,15 @@ def rate_of(owner: Owner) -> float:
 
 def problem(status: int, detail: str, word: str = "", *, errors: Sequence[Mapping[str, str]] = (),
             free_at: str | None = None, headers: Mapping[str, str] = {}) -> Answer:
-    """A refusal.  `word` says which, for programs.  Source: RFC 9457 section 3."""
+    """The answer that refuses a request.  Source: RFC 9457 section 3.
+
+    Args:
+        detail: for people: why, and what to do.
+        word: for programs: the key of WORDS that says why; "" where there is none.
+        errors: for each field that is wrong its `field` and `detail`.
+        free_at: when the name may be free, as ISO 8601.
+        headers: further header fields, with `_` for `-`.
+    """
     fields: dict[str, Any] = {"type": "about:blank", "title": http.HTTPStatus(status).phrase, "status": status,
                               "detail": detail}
     if word:
@@ -118,7 +130,7 @@ def problem(status: int, detail: str, word: str = "", *, errors: Sequence[Mappin
 
 
 class Refusal(Declined):
-    """A request that is refused before its body is read."""
+    """A request that is refused, with a `problem` instead of the answer that Declined would make."""
 
     def __init__(self, answer: Answer):
         Exception.__init__(self, answer.status)
@@ -126,7 +138,7 @@ class Refusal(Declined):
 
 
 def refuse(status: int, detail: str, word: str = "", **headers: str) -> Refusal:
-    """To be raised."""
+    """The Refusal of a `problem`: whoever calls raises it."""
     return Refusal(problem(status, detail, word, headers=headers))
 
 
@@ -136,7 +148,7 @@ def found(value: Mapping[str, Any], status: int = 200) -> Answer:
 
 
 def seconds(value: float) -> str:
-    """For Retry-After: whole seconds, one at least."""
+    """A time as Retry-After has it: whole seconds, never less than it is, and one at least."""
     return str(max(1, round(value + 0.5)))
 
 
@@ -154,7 +166,7 @@ class Ask(NamedTuple):
 
     @property
     def lease(self) -> str | None:
-        """That it shows; None without."""
+        """The lease that the request shows; None without one.  Raises Declined for two different ones."""
         values = [value for name in LEASES for value in self.head.fields.get(name, [])]
         if len(set(values)) > 1:
             raise refuse(400, "there are two leases in the head")
@@ -174,7 +186,7 @@ class Ask(NamedTuple):
 
 
 def ask_claim(ask: Ask) -> None:
-    """POST /routes"""
+    """POST /routes.  A name is claimed at once; a port that nobody has is opened first."""
     rest = ask.rest
     if rest.is_ending():
         raise refuse(503, "this router is about to end, and serves no new clients", UNAVAILABLE, Retry_After="5")
@@ -218,7 +230,7 @@ def claim_key(ask: Ask, wish: Wish, key: str) -> None:
     registry = rest.registry
 
     def done(result: Result) -> None:
-        if result.passed and owner.name not in rest.owners:  # a reload has taken it away while the store was asked
+        if result.passed and owner.name not in rest.owners:  # a reload took the owner away while the store was asked
             registry.leave(owner.name)
             ask.caller.answer(refuse(401, "the token is not known any more", **CHALLENGE).answer)
             return
@@ -243,6 +255,7 @@ def ask_change(ask: Ask) -> None:
     """PUT /routes/KEY"""
     rest = ask.rest
     claim = rest.registry.table.find(ask.key)
+    # What an admin changes is held against what the claim's owner may have, not the admin.
     owner = rest.owners.get(claim.owner, ask.owner) if claim is not None and ask.owner.admin else ask.owner
     changes = parse_change(bytes(ask.caller.body), CHANGES, rest.rules, owner, rest.own())
     check_http(rest, changes.get("http", ""))
@@ -340,7 +353,7 @@ class Endpoint(NamedTuple):
 
     method: str
     path: str  # {key} stands for a name
-    act: Callable[[Ask], None]  # may raise Unfit, Declined
+    act: Callable[[Ask], None]  # answers, at once or later; may raise Unfit, Declined
     says: str  # what it does, for the description
     statuses: tuple[int, ...]  # beside those of all: 401, 403, 429
     admin: bool = False
@@ -419,7 +432,7 @@ def stamp(at: float) -> str:
 
 
 class Stream(NamedTuple):
-    """Somebody who listens to events."""
+    """A connection that gets the events of its owner; all, where that is an admin."""
 
     owner: Owner
     caller: Caller
@@ -429,12 +442,14 @@ class Rest:
     """Answers for one registry.  The Door's loop.
 
     Args:
+        rules, owners: of the settings; `adopt` changes them.
         hosts: what Host may say; None: anything, since the address is not of this host alone.
         own: where the router listens, now.
         is_configured: whether a route of the settings has a name.
         open_port: have the router listen on a port that is about to be claimed: (key, done(fault or "")).
         close_port: it was not claimed after all.
         cut: end the connections of a claim.
+        wall: seconds since 1970, for people; nothing is decided by it.
         serves_http: whether the router serves plain HTTP at all.
         is_ending: whether the router takes no new clients any more.
     """
@@ -458,12 +473,12 @@ class Rest:
         self.epoch = os.urandom(4).hex()  # of the numbers of events: another process counts anew
         self.buckets: dict[str, Bucket] = {}
         self.strangers = Bucket(STRANGERS, self.clock())
-        self.unknown = 0  # wrong tokens since the last line about them
-        self.said = -LOGGED
+        self.unknown = 0  # requests without a known token since the last line about them
+        self.said = -LOGGED  # clock time of that line
         self.streams: dict[Caller, Stream] = {}
-        # By key: the lease, the connection that keeps it, and what it does at its end.
+        # Of claims that live as long as a connection, by key: the lease, the connection, and what is done at its end.
         self.attached: dict[str, tuple[str, Caller, Callable[[], None]]] = {}
-        self.quiet_since = self.clock()
+        self.quiet_since = self.clock()  # when all streams got a comment last
         registry.events.listeners[self] = self.tell
 
     def adopt(self, rules: Rules, owners: Mapping[str, Owner]) -> None:
@@ -474,13 +489,13 @@ class Rest:
         self.rules, self.owners = rules, dict(owners)
         self.buckets.clear()
         for caller, stream in list(self.streams.items()):
-            if owners.get(stream.owner.name) != stream.owner:  # whoever may still listen comes again, and misses nothing
+            if owners.get(stream.owner.name) != stream.owner:  # who may still listen comes again, and misses nothing
                 caller.close()
 
     # -- who asks --------------------------------------------------------------------------------
 
     def decide(self, head: Head) -> Plan:
-        """What is done for a request.  Raises Declined."""
+        """What is done for a request: see Gate.  Raises Declined."""
         self._check_origin(head)
         owner = self._who(head)
         wait = self.buckets.setdefault(owner.name, Bucket(rate_of(owner), self.clock())).take(self.clock())
@@ -535,9 +550,9 @@ class Rest:
         raise refuse(404, "there is no such path")
 
     def _key(self, text: str, owner: Owner) -> str:
-        """The key of a claim as a path has it: a name, whole or one label below the first domain, tcp:PORT, uuid:ID.
+        """The key that a path means: a name, whole or one label of the first domain, tcp:PORT, or uuid:ID.
 
-        An id of another owner's claim says nothing of its name.
+        The id of another owner's claim stays as it is, so that no refusal tells its name.
         """
         try:
             key = urllib.parse.unquote(text, errors="strict").lower()
@@ -552,6 +567,7 @@ class Rest:
         return key if "." in key else f"{key}.{self.rules.domains[0]}"
 
     def _act(self, row: Endpoint, ask: Ask) -> None:
+        """Do what is asked; where a field is wrong, say so."""
         try:
             row.act(ask)
         except Unfit as error:
@@ -561,7 +577,7 @@ class Rest:
     # -- what is shown ---------------------------------------------------------------------------
 
     def show(self, claim: Claim, lease: bool = False) -> dict[str, Any]:
-        """A claim as its owner sees it."""
+        """A claim as its owner sees it; `lease`: with this secret, too."""
         return {"id": claim.id, "name": claim.key, "target": claim.target, "owner": claim.owner,
                 "expires_at": self.when(claim.expires), "ttl": claim.ttl, "generation": claim.generation,
                 "allow": None if claim.allow is None else list(claim.allow), "http": claim.http, "meta": claim.meta,
@@ -573,7 +589,7 @@ class Rest:
         return stamp(self.wall() + at - self.clock())
 
     def answer_of(self, result: Result, owner: Owner) -> Answer:
-        """What has come of a claim, as an answer."""
+        """A Result as an answer; the lease is only for the claim's own owner, not for an admin."""
         if result.passed and result.claim is not None:
             shown = self.show(result.claim, lease=result.claim.owner == owner.name)
             if result.word == TAKEN_OVER:
@@ -587,7 +603,10 @@ class Rest:
     # -- events ----------------------------------------------------------------------------------
 
     def stream(self, ask: Ask) -> None:
-        """Begin to tell an owner what happens, from where it has left off."""
+        """Begin to tell an owner what happens, from where it has left off (Last-Event-ID).
+
+        With a lease, the claims that have it live as long as this stream.
+        """
         owner, caller = ask.owner, ask.caller
         if sum(each.owner.name == owner.name for each in self.streams.values()) >= STREAMS_MAX:
             raise refuse(429, f"you have {STREAMS_MAX} streams open already", Retry_After="5")
@@ -636,25 +655,29 @@ class Rest:
     def attach(self, claim: Claim, caller: Caller) -> None:
         """Keep a claim as long as this connection lives."""
         self.detach(claim.key)
-        left = functools.partial(self.leave, claim, caller)
-        self.attached[claim.key] = claim.lease, caller, left
-        caller.when_over(left)
+        over = functools.partial(self.linger, claim, caller)
+        self.attached[claim.key] = claim.lease, caller, over
+        caller.when_over(over)
 
     def detach(self, key: str) -> None:
         """The connection that keeps it does so no more: another one does, or it has ended."""
         if key in self.attached:
-            _, caller, left = self.attached.pop(key)
-            caller.never_mind(left)
+            _, caller, over = self.attached.pop(key)
+            caller.never_mind(over)
 
-    def leave(self, claim: Claim, caller: Caller) -> None:
-        """The connection is over: some seconds for another one.  In a turn of its own: this one may be telling events."""
+    def linger(self, claim: Claim, caller: Caller) -> None:
+        """The connection is over: the claim has LINGER seconds left, in which another one may keep it.
+
+        That is done in the next turn of the loop: in this one an event may just be told to all streams, `caller` among
+        them.
+        """
         if self.attached.get(claim.key, ("", None))[:2] == (claim.lease, caller):
             del self.attached[claim.key]
             self.registry.loop.call(functools.partial(self.registry.renew, claim.key, claim.owner, claim.lease, LINGER,
                                                       lambda result: None))
 
     def tick(self) -> None:
-        """Now and then: renew what lives as long as a connection; let streams not be silent."""
+        """Once a second: renew what lives as long as a connection, and let no stream be silent for long."""
         now = self.clock()
         for key, (lease, _, _) in list(self.attached.items()):
             claim = self.registry.table.find(key)

@@ -2,14 +2,14 @@
 
     want(name, id), unwant(name) ---> Entry, one for each name: what is wished, and what is there
                                         |
-        ready ---- send ---> flying ---- the answer ---> kept, or forgotten
+        READY ---- send ---> FLYING ---- the answer ---> KEPT, or GONE and forgotten
           ^                    |
-          |                    +-- it is not as we thought ---> ready: ask what is there, then decide anew
-          +------ RESTS -------+-- the server does not do it -> resting: each time longer
-          +------ AGAIN -------+-- the server is not there ---> ready, all of them; the server is left alone for a while
+          |                    +-- it is not as we thought ---> READY: ask what is there, then decide anew
+          +------ RESTS -------+-- the server does not do it -> RESTING: each time longer
+          +------ AGAIN -------+-- the server is not there ---> READY, all of them; the server is LEFT_ALONE for a while
 
-Nobody waits for this room.  A wish is written down, and the newest one of a name is the one that counts: so the queue
-has as many entries as there are names.  Each is tried for ever.
+Nobody waits for this room.  A wish is written down, and of a name only the newest one counts: so the queue has as many
+entries as there are names.  Each is tried for ever.
 
 What is sent for an entry follows from what is wished and what is there (Entry.plan):
 
@@ -21,23 +21,23 @@ What is sent for an entry follows from what is wished and what is there (Entry.p
     no       nothing of ours          none: the entry is forgotten
 
 A mark is ours where it has the id of this name's wish, or of an earlier one that may have been written.  So what is
-there after a restart is ours, if the id is the same.  Not known: where the server says that it is not as we thought, as
-it does where our request was done and its answer was lost; and where a wish has ended before it came true.  A name
-that has others' records only is not touched; it is tried again, in case they go away.  What others remove while it is
-kept is not written again.
+there after a restart is ours, if the id is the same.  What is there is not known where the server says that it is not
+as we thought, as it does where our request was done and its answer was lost; and where a wish has ended before it came
+true.  A name that has only records of others is not touched; it is tried again, in case they go away.  What others
+remove while a name is KEPT is not written again.
 
 Messages go by UDP and are sent again where no answer comes; by TCP where one is too long, or its answer is.  WINDOW of
-them are under way at a time, one after a failure.  The socket is there as long as something is under way, and has a
-random port each time.
+them are under way at a time; after a failure of the server only one, until it answers.  The UDP socket is there as long
+as something is under way, and has a random port each time.
 
 Where the server says that the clocks differ (BADTIME), its time is taken for what is signed from then on.
 
-Threads: all methods run in the loop; a thread `name` of sniroute_dial resolves the server's name.
+Threads: all methods run in the loop, or before it runs; a thread `name` of sniroute_dial resolves the server's name.
 
 Seams: I want to ...
     write other records         sniroute_dns: Mark
     react to another failure    SERVER_FAILURES, and REASONS here or in sniroute_dns
-    see what it does            State, `tell_of`
+    see how it stands           State; of one name: `tell_of`
 
 This room imports sniroute_dns, sniroute_dial (Names, dials), sniroute_loop, sniroute_names and sniroute_refusals.
 """
@@ -90,18 +90,18 @@ SERVER_FAILURES = frozenset((
     "name", "resolver", "unreachable", "timeout", "reset", "answer", "address", "notauth", "badsig", "badkey",
     "badtime", "badtrunc"))
 
-# Where an entry is; one that is FLYING has a Flight.
+# Where an entry is, as the end of a sentence about its record; one that is FLYING has a Flight.
 READY, FLYING, RESTING = "waits for its turn", "is under way", "waits to be tried again"
 KEPT, GONE = "is there", "is gone"
-CLAIM, REPLACE, REMOVE, LOOK_UP = "claim", "replace", "remove", "look up"
+CLAIM, REPLACE, REMOVE, LOOK_UP = "claim", "replace", "remove", "look up"  # requests: see the table above
 
-# What the updater does.
+# The phase of an Updater.
 IDLE, NAMING, OPEN = "idle", "resolving the server's name", "open"
 LEFT_ALONE, CLOSED = "left alone for a while", "closed"
 
 
 class State(NamedTuple):
-    """What the metrics tell."""
+    """How an Updater stands, in numbers."""
 
     wanted: int  # names that are to be there
     kept: int  # of these: are there, as wished
@@ -114,7 +114,7 @@ class State(NamedTuple):
 
 
 class Entry:
-    """One name."""
+    """One name: what is wished, what is there, and where it stands in between."""
 
     __slots__ = ("name", "wish", "ids", "texts", "is_known", "was_asked", "where", "rests", "failed")
 
@@ -123,10 +123,10 @@ class Entry:
         self.wish = ""  # the id that is to be there; "": nothing is
         self.ids: dict[str, None] = {}  # of marks that are ours; the newest is last
         self.texts: tuple[bytes, ...] = ()  # TXT records that are there
-        self.is_known = True  # whether `texts` is so, as far as we know
+        self.is_known = True  # whether `texts` is what the server has, as far as we know
         self.was_asked = False  # the server was asked for `texts`, and nothing has failed since
         self.where = READY
-        self.rests = 0  # how often it has rested
+        self.rests = 0  # how often it has rested since the wish was new: each time longer
         self.failed: Failed | None = None  # why the last try has failed
 
     @property
@@ -152,7 +152,14 @@ class Entry:
 
 
 class Flight:
-    """A request that is under way."""
+    """A request that is under way.
+
+    Args:
+        act: CLAIM, REPLACE, REMOVE or LOOK_UP.
+        old: our marks that are not there any more, once it is done.
+        mark: our mark that is there then; None: none.
+        offset: of the clock by which it was signed, see Updater.
+    """
 
     __slots__ = ("updater", "entry", "act", "old", "mark", "offset", "request", "sends", "due", "is_tcp", "dial",
                  "sock", "watch", "out", "heard")
@@ -162,18 +169,19 @@ class Flight:
         self.updater = updater
         self.entry = entry
         self.act = act
-        self.old = old  # marks that are not there any more, once it is done
-        self.mark = mark  # that is there then
-        self.offset = offset  # of the clock that has signed it
+        self.old = old
+        self.mark = mark
+        self.offset = offset
         self.request = request
-        self.sends = 0
-        self.due = NEVER  # when it is sent again, or given up
+        self.sends = 0  # how often it was sent by UDP
+        self.due = NEVER  # when it is sent again, or given up, by the loop's clock
         self.is_tcp = False
-        self.dial: Dial | None = None  # what follows is for TCP
+        # What follows is for TCP.
+        self.dial: Dial | None = None  # until it is connected
         self.sock: socket.socket | None = None
         self.watch: Watch | None = None
-        self.out = b""
-        self.heard = bytearray()
+        self.out = b""  # what is still to be sent
+        self.heard = bytearray()  # what has come of the answer
 
     def call(self, host: str, port: int) -> None:
         """Ask by TCP."""
@@ -248,20 +256,20 @@ class Updater:
         self.clock = clock
         self.way = way or WayOut(loop, None, "")
         self.phase = IDLE
-        self.entries: dict[str, Entry] = {}
-        self.ready: collections.OrderedDict[Entry, None] = collections.OrderedDict()
+        self.entries: dict[str, Entry] = {}  # by name
+        self.ready: collections.OrderedDict[Entry, None] = collections.OrderedDict()  # the oldest first
         self.flights: dict[int, Flight] = {}  # by the id of the message
         self.resting = [loop.queue(seconds, self._next) for seconds in RESTS]
         self.timer = loop.timer(self._work)
-        self.losses = 0  # of the server, without an answer between them
-        self.failure: Failed | None = None
+        self.losses = 0  # how often the server was lost, without an answer between them
+        self.failure: Failed | None = None  # why it was lost last; None: it has answered since
         self.sock: socket.socket | None = None
         self.watch: Watch | None = None
         self.place: tuple | None = None  # the server's address, as a socket has it
-        self.addresses: tuple[Address, ...] = zone.addresses
-        self.offset = 0.0  # the server's clock, less ours
+        self.addresses: tuple[Address, ...] = zone.addresses  # that are written for each name
+        self.offset = 0.0  # the server's clock, less ours: seconds that are added to `clock`
         self.is_corrected = False  # the last answer has told its time: it cannot be wrong twice
-        self.last_contact: float | None = None
+        self.last_contact: float | None = None  # see State; so are those that follow
         self.kept = self.failing = self.wanted = 0
         self.done = dict.fromkeys((CLAIM, REPLACE, REMOVE, LOOK_UP), 0)
         self.failures: dict[str, int] = {}
@@ -289,7 +297,7 @@ class Updater:
         self.wanted += not entry.wish
         entry.wish = ident
         entry.adopt(ident)
-        self._renew(entry)
+        self._change(entry)
         return True
 
     def unwant(self, name: str, ident: str = "") -> None:
@@ -311,10 +319,10 @@ class Updater:
             entry.wish = ""
             if entry.where is not KEPT:
                 entry.is_known = False  # an earlier process may have written it
-        self._renew(entry)
+        self._change(entry)
 
     def tell_of(self, name: str) -> str:
-        """How a name stands, in words; "" for one that is neither wished nor there."""
+        """How a name stands, as a sentence for people; "" for one that is neither wished nor there."""
         entry = self.entries.get(name)
         if entry is None:
             return ""
@@ -324,7 +332,7 @@ class Updater:
 
     @property
     def state(self) -> State:
-        """What the metrics tell; costs the same for any number of names."""
+        """How this stands; it costs the same for any number of names."""
         return State(self.wanted, self.kept, len(self.entries) - self.kept, self.failing, self.last_contact,
                      self.failure, dict(self.done), dict(self.failures))
 
@@ -342,8 +350,8 @@ class Updater:
 
     # -- entries -------------------------------------------------------------------------------
 
-    def _renew(self, entry: Entry) -> None:
-        """Something else is wished: now, where nothing of it is under way."""
+    def _change(self, entry: Entry) -> None:
+        """Something else is wished: begin with that now, unless a request of the entry is under way."""
         if entry.where is FLYING:
             return  # `_next` comes when its answer does
         if entry.where is KEPT:
@@ -354,7 +362,7 @@ class Updater:
         self._next(entry)
 
     def _next(self, entry: Entry) -> None:
-        """What is to be done for an entry that is nowhere at the moment."""
+        """Put an entry that is in no queue at the moment where its plan has it: to the READY ones, or away."""
         if not entry.plan():
             entry.where = GONE
             self._mend(entry)
@@ -366,6 +374,7 @@ class Updater:
         self._hurry()
 
     def _keep(self, entry: Entry) -> None:
+        """All is as wished."""
         entry.where = KEPT
         entry.rests = 0
         entry.was_asked = False
@@ -373,6 +382,7 @@ class Updater:
         self.kept += 1
 
     def _mend(self, entry: Entry) -> None:
+        """Its last try has not failed."""
         if entry.failed is not None:
             self.failing -= 1
             entry.failed = None
@@ -392,7 +402,7 @@ class Updater:
                       f"the DNS record of {entry.name} is not {verb}: {REASONS[failed.reason]} ({failed})")
 
     def _rest_of(self, entry: Entry) -> Queue:
-        """Where it rests: each time longer."""
+        """The queue in which an entry rests: each time a longer one."""
         return self.resting[min(entry.rests, len(self.resting)) - 1]
 
     # -- the server ----------------------------------------------------------------------------
@@ -444,6 +454,7 @@ class Updater:
         self.timer.set(SOON)
 
     def _open(self) -> None:
+        """Open the UDP socket, and see which address the server sees us by."""
         family, address = self.place
         try:
             self.sock = socket.socket(family, socket.SOCK_DGRAM)
@@ -569,7 +580,7 @@ class Updater:
         is_otherwise = flight.act is not LOOK_UP and answer.code in (dns.YXDOMAIN, dns.NXRRSET)
         if not reason or flight.act is LOOK_UP and answer.code == dns.NXDOMAIN:
             self.done[flight.act] += 1
-            self._greet()
+            self._contacted()
             self._done(flight, answer)
         elif is_otherwise and not entry.was_asked:
             entry.is_known = False
@@ -580,7 +591,7 @@ class Updater:
         self._hurry()
 
     def _done(self, flight: Flight, answer: Answer) -> None:
-        """What was asked for is done."""
+        """What was asked for is done: note what is there now, and go on with the entry."""
         entry = flight.entry
         if flight.act is LOOK_UP:
             entry.texts = dns.texts_of(answer, entry.name)
@@ -600,7 +611,7 @@ class Updater:
             self._next(entry)
 
     def _set_clock(self, flight: Flight, told: int) -> bool:
-        """Take the server's time from now on; whether that helps."""
+        """Sign by the server's time from now on.  Returns whether another try may help."""
         if flight.offset != self.offset:
             return True  # it was signed before another answer has told the time
         if self.is_corrected:
@@ -615,8 +626,8 @@ class Updater:
                                        "server's time; set the clock that is wrong")
         return True
 
-    def _greet(self) -> None:
-        """The server has done what it was asked for."""
+    def _contacted(self) -> None:
+        """The server has done what it was asked for, so it is not lost any more."""
         self.last_contact = self.clock()
         self.is_corrected = False
         self.failure = None
@@ -625,7 +636,9 @@ class Updater:
             self.tell(logging.INFO, f"DNS records of {self.zone} are written again")
 
     def _count(self, reason: str) -> None:
+        """Count a failure for `State.failures`."""
         self.failures[reason] = self.failures.get(reason, 0) + 1
 
     def _describe(self, answer: Answer) -> str:
+        """Which server has answered what."""
         return f"{show_address(self.place[1])}: {dns.RCODES.get(answer.code, f'RCODE {answer.code}')}"

@@ -5,26 +5,29 @@
                                    PUBLISH sniroute:claims -----------------> Shared: Registry.learn
     Shared: a sweep, again and again: SCAN, MGET, PTTL --- what was missed
 
-A Store of sniroute_registry.  What Redis says is true: each change is one script of one key, which compares the lease
+A Store of sniroute_registry.  What Redis says is true: each change is one script on one key, which compares the lease
 that is there with the one that is meant.  So of two routers that want a name at once, one gets it.
 
 A key lives for ttl + hold.  While more than `hold` of that is left, its claim lives; after that the name is held for
 its owner.  What is left is asked for as PTTL, so no clock is compared with another host's.
 
 What other routers change is heard on a channel.  Whoever has missed something (a connection was lost, Redis began
-anew, a subscriber was killed) finds it by the sweep: all keys, page by page, again and again.  Nothing depends on
-keyspace notifications, or on CONFIG.
+anew, a subscriber was killed) finds it by the sweep: all keys, page by page, again and again.  A claim that a whole
+sweep has not seen is asked for once more (`_ask_again`), and ends where Redis has none.  Nothing depends on keyspace
+notifications, or on CONFIG.
 
 While Redis is away the registry is frozen: what was claimed is routed on, nothing is claimed, nothing ends.  When it
-is back, all is read; a claim that Redis does not know any more has a ttl to be renewed, which puts it there again.
+is back, a sweep reads all, and then time goes on.  A claim that Redis does not know any more has a ttl to be renewed,
+which puts it there again.
 
-What the channel tells and what our questions are answered come by two connections, in any order.  So where we have
-just asked something of a key, what is told of it is not believed: Redis is asked, behind that question.
+The channel and our own questions have two connections, so a message may come before an older answer, or after a newer
+one.  Where we have asked something of a key in the last seconds (FRESH), a message about it is not believed: Redis is
+asked what is there (`_look`), behind that question.
 
-A release gives the record another lease, which nobody has.  So nobody renews it, and who was away sees that it was
-released, and has not only run out of time meanwhile.
+A release gives the record another lease, which nobody has.  So nobody renews it; and a router that was away sees that
+it was released, and did not just run out of time.
 
-Threads: the registry's loop.
+Threads: the registry's loop; `open` runs before that does.
 
 Seams: I want to ...
     keep more of a claim    a field of Claim (sniroute_claims): the JSON has all of them
@@ -44,7 +47,7 @@ import logging
 import os
 import secrets
 import time
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 from sniroute_claims import GRACE_MIN, OK, Claim
 from sniroute_loop import NEVER, Loop
@@ -53,6 +56,9 @@ from sniroute_redis import Redis, Script, Subscription
 from sniroute_refusals import Failed
 from sniroute_registry import EXPIRED, TAKEN, UNAVAILABLE, Registry, Written, from_text, to_text
 from sniroute_resp import Place, Server
+
+if TYPE_CHECKING:
+    import ssl
 
 __version__ = "0.1.0"
 
@@ -63,16 +69,19 @@ CHANNEL = "sniroute:claims"
 
 # Limits, each with its reason.  Times in seconds.
 ASK_TIME = 2.0  # for an answer: owners wait for it
-SWEEP = 30.0  # from one sweep to the next: so long a change may be missed that the channel has not told
+SWEEP = 30.0  # from one sweep to the next: a change that the channel has not told may be missed for so long
+SWEEP_AGAIN = 1.0  # until a sweep that broke off is begun anew
 PAGE = 500  # keys of one page of a sweep: some milliseconds of the loop
 STEP = 0.01  # between two pages: the loop has other things to do
-DIGITS = 15  # of a number of milliseconds
+DIGITS = 15  # of milliseconds in a message
 ADDRESSES_MAX = 16  # of servers where no claim may lead: each dial is held against them
-FRESH = 2 * ASK_TIME  # after we have asked something of a key: its answer comes within ASK_TIME, what is said soon after
-SWEEP_AGAIN = 1.0  # until a sweep that broke off is begun anew
+# For so long after we have asked something of a key, messages about it are not believed: the answer comes within
+# ASK_TIME, and what is published then soon after.
+FRESH = 2 * ASK_TIME
 
-# KEYS[1]; ARGV: the lease that has to be there ("" for none), whether it may be missing, the new JSON, milliseconds,
-# the channel, what is said there.  Returns 1, or what is there and for how many milliseconds.
+# Puts a claim in the place of another.  KEYS[1]; ARGV: the lease that has to be there ("": none fits), "1" where the
+# key may also be missing, the new JSON, milliseconds until the key ends, the channel, what is said there.  Returns 1;
+# or, where it has done nothing, what is there (false for nothing), and for how many milliseconds.
 SWAP = Script("""
 local now = redis.call('GET', KEYS[1])
 if now then
@@ -82,7 +91,8 @@ redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4])
 redis.call('PUBLISH', ARGV[5], ARGV[6])
 return 1
 """)
-# KEYS[1]; ARGV: the lease, milliseconds for which the name is held, the channel, what is said there, the new JSON.
+# Ends a claim.  KEYS[1]; ARGV: the lease that has to be there, unless the key is missing; milliseconds for which the
+# name is held, 0 for not at all; the channel, what is said there, the JSON of what is held.  Returns as SWAP.
 RELEASE = Script("""
 local now = redis.call('GET', KEYS[1])
 if now then
@@ -94,46 +104,54 @@ return 1
 """)
 
 
-def is_ip(place: tuple[str, int]) -> bool:
-    """Whether a host is an IP address."""
+def is_ip(address: tuple[str, int]) -> bool:
+    """Whether the host of a (host, port) is an IP address."""
     try:
-        parse_ip(place[0])
+        parse_ip(address[0])
     except ValueError:
         return False
     return True
 
 
 def milliseconds(seconds: float) -> int:
-    """For Redis: one at least."""
+    """A time as Redis takes it: one millisecond at least."""
     return max(1, round(seconds * 1000))
 
 
 class Shared:
-    """The claims in a Redis.  See Store for what a registry calls."""
+    """The claims in a Redis.  See Store for what a registry calls.
+
+    Args:
+        place: where the Redis is, of `parse_url`.
+        loop: of the registry.
+        context: of TLS, as in Redis.
+    """
 
     name = "redis"
 
-    def __init__(self, place: Place, loop: Loop, context: Any = None):
+    def __init__(self, place: Place, loop: Loop, context: ssl.SSLContext | None = None):
         self.loop = loop
         self.me = os.urandom(8).hex()  # in what is said on the channel: our own words are no news
         self.registry: Registry | None = None
-        self.fault = "not reached yet"
-        # Of all that were asked: a name may lead to one today, and to another tomorrow.
+        self.fault = "not reached yet"  # why Redis does not answer; "" where it does
+        # Of all servers that were asked: a name may lead to one today, and to another tomorrow.
         self.addresses: tuple[tuple[str, int], ...] = tuple(filter(is_ip, place.hosts))
         self.heard_at = 0.0  # wall time of the last good contact
         self.redis = Redis(loop, place, self.on_up, self.on_down, context)
         self.subscription: Subscription | None = None
-        self.timer = loop.timer(self.on_timer)
-        self.cursor = ""  # of the sweep; "": none is under way
-        self.seen: set[str] = set()  # keys of the sweep that is under way
-        self.heard: set[str] = set()  # keys that the channel has told of since a page was asked for
-        self.asked: collections.OrderedDict[str, float] = collections.OrderedDict()  # when we have asked of a key last
-        self.unread = ""  # why the last sweep broke off
-        self.known: set[str] = set()  # keys that were live when it began
-        self.whole = False  # the sweep is the first one since Redis came back: the registry is frozen until its end
-        self.has_begun = False  # all has been read once
+        # By key: the clock time at which we have asked something of it last; those that are not FRESH go.
+        self.asked: collections.OrderedDict[str, float] = collections.OrderedDict()
         self.kept_until = 0.0  # clock time: until then a claim that Redis does not know has time to be renewed
+        self.has_begun = False  # all has been read once
         self.closed = False
+        # The sweep.
+        self.timer = loop.timer(self.on_timer)  # of the next page, or of the next sweep
+        self.cursor = ""  # where the next page begins; "": no sweep is under way
+        self.known: set[str] = set()  # keys that were live when it began
+        self.seen: set[str] = set()  # keys that it has seen; a new set for each sweep, by which an answer knows its own
+        self.heard: set[str] = set()  # keys that the channel has told of since its last page was asked for
+        self.whole = False  # it is the first one since Redis came back: the registry is frozen until its end
+        self.unread = ""  # why the last one broke off
 
     def open(self, registry: Registry) -> None:
         """Know nothing until Redis has told all."""
@@ -172,6 +190,7 @@ class Shared:
         self._swap(claim, claim.lease, True, done)
 
     def _swap(self, claim: Claim, lease: str, may_miss: bool, done: Callable[[Written], None]) -> None:
+        """Put a claim where Redis has this lease; with `may_miss` also where it has nothing."""
         self._run(SWAP, claim.key, done, lease, "1" if may_miss else "0", to_text(claim),
                   milliseconds(claim.ttl + claim.hold), CHANNEL, self._said(claim, claim.ttl))
 
@@ -180,6 +199,7 @@ class Shared:
         return f"{self.me} {milliseconds(left) if left else 0} {to_text(claim)}"
 
     def _run(self, script: Script, key: str, done: Callable[[Written], None], *words: Any) -> None:
+        """Have SWAP or RELEASE done; `words` are its ARGV."""
         def answered(value: Any) -> None:
             if isinstance(value, Failed):
                 done(Written(UNAVAILABLE, sentence=f"the store does not answer: {value}"))
@@ -194,7 +214,7 @@ class Shared:
         self.redis.run(script, [PREFIX + key], words, answered, ASK_TIME)
 
     def _mark(self, key: str) -> None:
-        """We ask something of a key: until that is long over, see `on_message`."""
+        """Note that we ask something of a key: for FRESH seconds `on_message` does not believe what is told of it."""
         now = self._now()
         self.asked.pop(key, None)
         self.asked[key] = now
@@ -236,7 +256,7 @@ class Shared:
         self.registry.learn(claim.key, claim._replace(expires=now + int(left) / 1000))
 
     def _look(self, key: str) -> None:
-        """Ask what is there, behind what we have asked before."""
+        """Ask Redis what it has under a key, behind what we have asked of that before."""
         texts: list[Any] = []
 
         def told(left: Any) -> None:
@@ -248,7 +268,7 @@ class Shared:
         self.redis.ask("PTTL", PREFIX + key, done=told, timeout=ASK_TIME)
 
     def _believe(self, key: str, claim: Claim | None) -> None:
-        """What Redis has, where it is not what is known."""
+        """Learn what Redis has, unless it is known: then there is nothing to tell."""
         assert self.registry is not None
         former = self.registry.table.live.get(key)
         if former is None or claim is None or abs(former.expires - claim.expires) > 1.0 \
@@ -288,8 +308,8 @@ class Shared:
         """The channel is lost, or cannot be had; the sweeps go on."""
         if self.fault or self.closed:  # Redis is away, which has been said
             return
-        log.warning("registry: Redis does not tell of changes (%s): those of other routers are seen within %g s", failed,
-                    SWEEP)
+        log.warning("registry: Redis does not tell of changes (%s): those of other routers are seen within %g s",
+                    failed, SWEEP)
         if self._is_frozen() and not self.cursor:
             self._begin(True)
 
@@ -305,7 +325,7 @@ class Shared:
     # -- the sweep -------------------------------------------------------------------------------
 
     def _begin(self, whole: bool) -> None:
-        """Look at all keys, from the first page on."""
+        """Begin a sweep.  `whole`: the registry is frozen until its end."""
         assert self.registry is not None
         self.whole = self.whole or whole
         self.cursor = "0"
@@ -323,6 +343,7 @@ class Shared:
             self._begin(False)
 
     def _ask_page(self) -> None:
+        """Ask for the keys of the next page.  An answer for a sweep that is over by then is not looked at."""
         sweep = self.seen
         self.heard.clear()
         self.redis.ask("SCAN", self.cursor, "MATCH", PREFIX + "*", "COUNT", PAGE,
@@ -368,7 +389,7 @@ class Shared:
                         printable(self.unread, 200))
 
     def _on_claims(self, keys: list[bytes], texts: Any, lefts: list[Any]) -> None:
-        """A page of claims.
+        """A page of claims: the keys, their JSON, and their PTTL.
 
         An outage may have been longer than their ttl.  So for a while after it what Redis says of their time does not
         shorten it; who has the lease may renew it.
@@ -383,13 +404,14 @@ class Shared:
             if claim is None or claim.key != key or key in self.heard:  # what was told since is newer
                 continue
             former = table.live.get(key)
-            if former is not None and former.lease == claim.lease and claim.expires < former.expires and self._is_early():
+            if former is not None and former.lease == claim.lease and claim.expires < former.expires \
+                    and self._is_early():
                 claim = claim._replace(expires=former.expires)
             if former is None or claim.expires > table.clock() or former.lease != claim.lease or not self._is_early():
                 self._believe(key, claim)
 
     def _next(self, cursor: Any) -> None:
-        """The page is done."""
+        """A page is done: on to the next one; behind the last, end the sweep."""
         self.cursor = cursor.decode("ascii") if isinstance(cursor, bytes) else str(cursor)
         if self.cursor != "0":
             self.timer.set(self._now() + (0.0 if self.whole else STEP))
@@ -408,7 +430,7 @@ class Shared:
                 self.kept_until = self._now() + max([GRACE_MIN, *ttls])
             registry.freeze(False, grace=self.has_begun)  # at the start no claim was known, and Redis has told its time
             self.has_begun = True
-            log.info("registry: %d claims are in Redis", len(self.seen))
+            log.info("registry: Redis is here, with %d names", len(self.seen))
 
     def _ask_again(self, key: str) -> None:
         """A claim that the sweep has not seen: it may have come meanwhile, or is gone."""

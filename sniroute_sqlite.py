@@ -1,27 +1,30 @@
 """sniroute_sqlite: claims and their history in a file that outlives the router.
 
     the registry's loop                                the thread `sqlite`
-    Sqlite.write(what, claim, done) ---- a queue ----> one transaction for all that wait: claims, history
-      done(Written) <---- Loop.call -----------------
-    Sqlite.history(..., done) ------------------------> rows of the last 30 days
+    Sqlite.write(what, former, claim, done) -- orders --> one transaction for all that wait: claims, history
+      done(Written) <------- Loop.call ----------------
+    Sqlite.history(done, ...) ------------ orders ------> rows of the last 30 days
 
 A Store of sniroute_registry.  A renewal for the same ttl is not written: after a restart each claim has a whole ttl
-anyway, so nothing is lost by that, and a renewal costs no disk.  A claim that has ended stays until its name is held no more.
+anyway, so nothing is lost by that, and a renewal costs no disk.  A claim that has ended stays in the file until its
+name is held no more.
 
 `write` tells `done` once the change is on the disk (WAL, synchronous=FULL: a commit survives a power cut).  All that
-waits goes into one commit: so it takes thousands of claims a second, though a disk has some hundred commits.
+waits goes into one commit: so it takes thousands of claims a second, though a disk does some hundred commits in that
+time.
 
 One process has the file (locking_mode=EXCLUSIVE): two registries on one file would each believe to know all claims.
 A file system without locks, as some NFS, is refused by SQLite itself, or not at all: keep it on a local disk.
 
-Threads: `load` and `close` are for the thread that attaches; all else is the loop's, but for what is below "the thread".
-The connection belongs to the thread; no lock.
+Threads: `load`, `open` and `close` are for the thread that attaches: the first two before the loop runs, `close` after
+it.  What is below "the thread" is for the thread `sqlite`; all else is the loop's.  The connection belongs to that
+thread from the end of `load` to its own end.  No lock: orders go by a queue, answers by `Loop.call`.
 
 Seams: I want to ...
     keep more of a change     Change, and a column of `history`; FORMAT counts up
     keep it for longer        HISTORY_DAYS
 
-This room imports sniroute_registry (claims as texts), sniroute_claims and sniroute_loop.
+This room imports sniroute_registry (Written, claims as texts), sniroute_claims and sniroute_loop.
 
 Sources: sqlite.org: "Write-Ahead Logging", "PRAGMA locking_mode", "PRAGMA synchronous".
 """
@@ -42,11 +45,11 @@ from sniroute_registry import RENEWED, UNAVAILABLE, Registry, Written, from_text
 __version__ = "0.1.0"
 
 # Limits, each with its reason.
-FORMAT = 1  # of the file: `user_version`
+FORMAT = 1  # of the file, in `user_version`: a file of a larger one is refused
 BUSY_TIME = 5.0  # seconds that a predecessor has to let go of the file
 WAITING_MAX = 10000  # changes that wait for the disk: some seconds of a slow one; one more is refused
 BATCH = 2000  # orders of one commit: some tens of milliseconds for those that wait
-HISTORY_DAYS = 30
+HISTORY_DAYS = 30  # for which changes are kept: somebody may ask weeks later who had a name
 PRUNE_EVERY = 3600.0  # seconds between two looks at what is too old
 ROWS_MAX = 1000  # of one answer about the history
 
@@ -63,10 +66,10 @@ class StoreError(Exception):
 
 
 class Change(NamedTuple):
-    """What has become of a key."""
+    """What has become of a key: the row of `claims`, then what `history` has beside its key."""
 
     key: str
-    record: str
+    record: str  # the claim, as `to_text` has it
     held_until: float | None  # seconds since 1970: it has ended, and its name is held until then; None: it lives
     event: str  # for the history
     owner: str
@@ -74,9 +77,9 @@ class Change(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What has happened."""
+    """A row of `history`: what has happened to a claim."""
 
-    number: int
+    number: int  # counts up
     at: float  # seconds since 1970
     event: str
     key: str
@@ -93,7 +96,13 @@ def said(error: sqlite3.Error) -> str:
 
 
 class Sqlite:
-    """The file.  See above for who calls what."""
+    """The file.  See above for who calls what.
+
+    Args:
+        path: of the file, which is made where there is none.
+        loop: of the registry: `done` is called there.
+        clock: seconds since 1970, for the history and for names that are held.
+    """
 
     name, addresses = "sqlite", ()
 
@@ -103,17 +112,18 @@ class Sqlite:
         self.clock = clock
         self.fault = ""  # why the last commit failed; "" where it did not
         self.waiting = 0  # changes that are not on the disk yet
-        self.orders: queue.SimpleQueue[Order | Callable[[], Any] | None] = queue.SimpleQueue()  # None: the last
+        # Changes, and what looks into the history; None: the last.
+        self.orders: queue.SimpleQueue[Order | Callable[[], Any] | None] = queue.SimpleQueue()
         self.connection: sqlite3.Connection | None = None
-        self.pruned = 0.0
-        self.rows: list[tuple[str, float | None]] = []  # as they were read
+        self.pruned = 0.0  # when old rows were removed last, in seconds since 1970
+        self.rows: list[tuple[str, float | None]] = []  # records and `held_until`, from `load` to `open`
         self.table: Table | None = None  # of the registry
         self.thread = threading.Thread(target=self._run, name="sqlite", daemon=True)
 
     # -- the thread that attaches ----------------------------------------------------------------
 
     def load(self) -> None:
-        """Open the file, and read all claims.  Raises StoreError."""
+        """Open the file, read all claims, and start the thread.  Raises StoreError."""
         try:
             self.connection = sqlite3.connect(self.path, timeout=BUSY_TIME, isolation_level=None,
                                               check_same_thread=False)
@@ -152,16 +162,14 @@ class Sqlite:
             connection, self.connection = self.connection, None
             connection.close()
 
-    # -- the loop --------------------------------------------------------------------------------
-
     def open(self, registry: Registry) -> None:
-        """Each claim that lived has the time of a ttl to be renewed."""
+        """See Store: all is known since `load`.  Each claim that lived has the time of a ttl to be renewed."""
         table, now, wall = registry.table, registry.table.clock(), self.clock()
         self.table = table
         rows, self.rows = self.rows, []
         live = []
         for record, held_until in rows:
-            with contextlib.suppress(ValueError):  # of another hand: it is left alone
+            with contextlib.suppress(ValueError):  # another program has written it: it stays in the file
                 claim = from_text(record, now)
                 if held_until is None:
                     live.append(claim)
@@ -172,9 +180,12 @@ class Sqlite:
             table.put(claim)
         registry.freeze(False)
 
+    # -- the loop --------------------------------------------------------------------------------
+
     def write(self, what: str, former: Claim | None, claim: Claim | None, done: Callable[[Written], None]) -> None:
         """See Store.  It is told once the change is on the disk."""
-        if self.waiting >= WAITING_MAX and claim is not None:  # ends are no more than claims, and must not be lost
+        # An end is never refused: it must not be lost, and there are no more ends than claims.
+        if self.waiting >= WAITING_MAX and claim is not None:
             done(Written(UNAVAILABLE, sentence=f"{self.waiting} changes wait for the disk"))
             return
         now = claim or former
@@ -184,7 +195,7 @@ class Sqlite:
                                 now.owner, f"{now.target} {now.id}"), done))
 
     def renew(self, claim: Claim, done: Callable[[Written], None]) -> None:
-        """See Store: there is nothing to be kept, but for another ttl, which its owner counts on after a restart."""
+        """See Store.  Only another ttl than before is written: the owner counts on it after a restart."""
         former = self.table.live.get(claim.key) if self.table is not None else None
         if former is not None and former.ttl != claim.ttl:
             self.write(RENEWED, former, claim, done)
@@ -196,7 +207,13 @@ class Sqlite:
 
     def history(self, done: Callable[[list[Row] | StoreError], None], key: str = "", before: int = 0,
                 limit: int = 100) -> None:
-        """What has happened, the newest first: to one key, or to all; before that number, where it is not 0."""
+        """Have `done` get what has happened, the newest first, or why that is not to be had.
+
+        Args:
+            key: what has happened to this one; "": to all.
+            before: only rows with a smaller number; 0: all.
+            limit: rows at most; ROWS_MAX is the most.
+        """
         where = [("key = ?", key)] * bool(key) + [("number < ?", before)] * bool(before)
         text = f"SELECT * FROM history {'WHERE ' * bool(where)}{' AND '.join(each for each, _ in where)} " \
                "ORDER BY number DESC LIMIT ?"
@@ -213,18 +230,20 @@ class Sqlite:
         self.orders.put(look)
 
     def _written(self, group: Sequence[Order], fault: str) -> None:
+        """The thread has committed these, or not."""
         self.fault = fault
         self.waiting -= len(group)
-        said = Written(UNAVAILABLE, sentence=f"the claim cannot be kept: {fault}") if fault else Written(OK)
+        written = Written(UNAVAILABLE, sentence=f"the claim cannot be kept: {fault}") if fault else Written(OK)
         for _, done in group:
             try:
-                done(said)
+                done(written)
             except Exception:  # its own: the others wait to be told, too
                 self.loop.fault(owner_of(done))
 
     # -- the thread ------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        """Do orders, as many in one commit as wait, until the last one."""
         while True:
             orders = [self.orders.get()]
             while len(orders) < BATCH and not self.orders.empty():
@@ -242,7 +261,7 @@ class Sqlite:
             self._finish(group)
 
     def _finish(self, group: list[Order]) -> None:
-        """Commit all of these at once."""
+        """Commit all of these at once, and have the loop tell."""
         if group:
             fault = self._commit([change for change, _ in group])
             self.loop.call(lambda: self._written(group, fault))
@@ -267,7 +286,7 @@ class Sqlite:
         return ""
 
     def _prune(self, now: float) -> None:
-        """Forget what is too old."""
+        """Remove changes that are too old, and names that are held no more."""
         self.pruned = now
         self.connection.execute("DELETE FROM history WHERE at < ?", (now - HISTORY_DAYS * 86400,))
         self.connection.execute("DELETE FROM claims WHERE held_until < ?", (now,))

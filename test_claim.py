@@ -15,7 +15,7 @@ import pytest
 
 import sniroute_claim
 from conftest import HOST, FakeClock, exit_code, wait_until
-from sniroute_claim import (HELD, LOST, OVER, REFUSED, RETRY_LAST, SEEKING, Beside, Claimer, Place, Registry, Unable,
+from sniroute_claim import (LOST, OURS, OVER, REFUSED, RETRY_LAST, SEEKING, Beside, Claimer, Place, Registry, Unable,
                             keep, parse_place, say)
 from sniroute_owners import digest_of
 from testbed.program import PROGRAM, command, environment
@@ -125,7 +125,8 @@ def test_a_signal_ends_the_command_too(registry, claim, code, ended):
 def test_a_command_that_is_not_there_is_told_and_the_name_given_back(registry, claim):
     there = registry()
     child = claim(there, "shop", TARGET, "--", "/nonexistent/program")
-    assert child.wait() == 1 and child.said == ["sniroute claim: /nonexistent/program: no such file or directory"]
+    assert child.wait() == 1 and child.said == [
+        "sniroute claim: the command /nonexistent/program cannot be started: no such file or directory"]
     assert there.registry.table.find(SHOP) is None
 
 
@@ -216,7 +217,7 @@ def test_a_router_that_has_begun_anew_gets_the_name_again(launch, claim, free_po
     path = tmp_path / "sniroute.toml"
     path.write_text(table_of(listen=f"{HOST}:{port}"))
     child = claim(f"http://{HOST}:{port}", "shop", "tcp:127.0.0.1:1", "--ttl=5", "--", *FOR_EVER)
-    wait_until(lambda: child.said == [f"sniroute claim: http://{HOST}:{port}: Connection refused: tried again"])
+    wait_until(lambda: child.said == [f"sniroute claim: http://{HOST}:{port}: Connection refused: trying again"])
     for count in (1, 2):
         router = launch("-c", str(path))
         child.prints(SHOP, count)
@@ -259,7 +260,7 @@ class Closed:
 def test_it_renews_at_a_third_of_the_time(registry, claiming):
     there = registry()
     claimer = claiming(there, ttl=60)
-    assert claimer.step() == 20 and claimer.state is HELD
+    assert claimer.step() == 20 and claimer.state is OURS
     for count in range(1, 4):
         assert claimer.step() == 20
         assert there.registry.events.counts["renewed"] == count
@@ -274,8 +275,8 @@ def test_what_the_registry_has_forgotten_is_claimed_again(registry, claiming, ca
     claimer.step()
     there.registry.table.drop(SHOP)
     assert claimer.step() == 0.0 and claimer.state is SEEKING
-    assert claimer.step() > 0 and claimer.state is HELD and there.registry.table.find(SHOP).lease == claimer.lease
-    assert claimer.lines == [f"{SHOP}: the registry does not know the claim any more: claimed again"]
+    assert claimer.step() > 0 and claimer.state is OURS and there.registry.table.find(SHOP).lease == claimer.lease
+    assert claimer.lines == [f"{SHOP}: the registry does not know the claim any more: claiming it again"]
     assert capsys.readouterr().out == f"{SHOP}\n" * 2
 
 
@@ -315,7 +316,7 @@ def test_a_name_that_another_owner_has_meanwhile_is_waited_for(registry, claimin
     assert claimer.step() > 0 and claimer.state is SEEKING and f"{SHOP} is another owner's" in claimer.lines[-1]
     assert there.ask("DELETE", "/routes/shop", token=BOB, Sniroute_Lease=other.json["lease"]).status == 204
     claimer.step()
-    assert claimer.state is HELD and claimer.lines[-1] == f"{SHOP}: all is well again"
+    assert claimer.state is OURS and claimer.lines[-1] == f"{SHOP}: all is well again"
 
 
 def test_a_registry_that_is_away_is_asked_later_each_time(registry, claiming):
@@ -324,11 +325,11 @@ def test_a_registry_that_is_away_is_asked_later_each_time(registry, claiming):
     claimer.step()
     there.close()
     pauses = [claimer.step() for _ in range(8)]
-    assert claimer.state is HELD and pauses[0] <= 0.5 and pauses[4] > pauses[1] and max(pauses) <= RETRY_LAST
+    assert claimer.state is OURS and pauses[0] <= 0.5 and pauses[4] > pauses[1] and max(pauses) <= RETRY_LAST
     claimer.time.jump(61)
     claimer.step()
     assert claimer.state is SEEKING, "it may be another's by now"
-    assert len(claimer.lines) == 1 and claimer.lines[0].endswith(": tried again"), "it is said once"
+    assert len(claimer.lines) == 1 and claimer.lines[0].endswith(": trying again"), "it is said once"
     claimer.release()
     assert claimer.state is OVER
 
@@ -343,7 +344,7 @@ def test_a_registry_that_is_too_busy_says_when(registry, claiming):
     assert claimer.step() >= 5 and claimer.state is SEEKING and "about to end" in claimer.lines[-1]
     there.rest.is_ending = lambda: False
     claimer.step()
-    assert claimer.state is HELD
+    assert claimer.state is OURS
 
 
 def test_a_lease_that_is_void_is_lost(registry, claiming):
@@ -419,7 +420,7 @@ def test_a_registry_that_answers_garbage_is_told_and_no_more(serve, status, body
         else:
             assert 0 < pause <= sniroute_claim.AFTER_MAX, "a registry that is back is not waited for till tomorrow"
     assert lines and all(line.isprintable() and len(line) < 1000 and ALICE not in line for line in lines)
-    assert claimer.state is not HELD
+    assert claimer.state is not OURS
 
 
 @pytest.mark.parametrize("said", [

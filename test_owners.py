@@ -95,8 +95,8 @@ def test_a_name_is_one_label_below_the_domain_and_has_one_form(text, name):
     (".", "fault", "is not a name"), ("..", "fault", "is not a name"), ("a\n", "fault", "is not a name"),
     ("a\0", "fault", "is not a name"), ("a" * 10000, "fault", "is not a name"), ("a@b", "fault", "is not a name"),
     (f"a:443", "fault", "is not a name"), ("%61", "fault", "is not a name"), ("{name}", "fault", "is not a name"),
-    ("", "fault", "null for a random name"), (12, "fault", "is a text"), (True, "fault", "is a text"),
-    (["a"], "fault", "is a text"), ({}, "fault", "is a text"), (None, "fault", "is a text"),
+    ("", "fault", "null for a random name"), (12, "fault", "has to be a text"), (True, "fault", "has to be a text"),
+    (["a"], "fault", "has to be a text"), ({}, "fault", "has to be a text"), (None, "fault", "has to be a text"),
     ("*", "fault", "is not one name"), (f"*.{DOMAIN}", "fault", "is not one name"), ("a*", "fault", "is not one name"),
     ("192.0.2.1", "fault", "an address"), ("::1", "fault", "an address"), ("[::1]", "fault", "an address"),
     ("::ffff:192.0.2.1", "fault", "an address"), ("1.2.3", "fault", "is not a name"),
@@ -255,8 +255,8 @@ def test_a_target_in_a_network_that_is_allowed(text):
     ("TCP:192.0.2.10:8080", "forbidden", "kind"), ("http://192.0.2.10:8080", "forbidden", "kind"),
     ("192.0.2.10:8080", "forbidden", "kind"), ("192.0.2.10", "fault", "SCHEME:REST"), ("", "fault", "SCHEME:REST"),
     ("tcp:192.0.2.10:8080\n", "fault", "SCHEME:REST"), ("tcp:\u0430:8080", "fault", "SCHEME:REST"),
-    ("tcp:" + "a" * TARGET_MAX, "fault", "512 characters"), (None, "fault", "is a text"), (8080, "fault", "is a text"),
-    (["tcp:192.0.2.10:8080"], "fault", "is a text"),
+    ("tcp:" + "a" * TARGET_MAX, "fault", "512 characters"), (None, "fault", "has to be a text"),
+    (8080, "fault", "has to be a text"), (["tcp:192.0.2.10:8080"], "fault", "has to be a text"),
 ])
 def test_a_target_that_an_owner_may_not_have(text, kind, said):
     found = fault(check_target, text, RULES_HERE, ALICE, OWN)
@@ -531,7 +531,8 @@ def test_each_option_is_a_field():
     ({"reserved": ["a.b"]}, "registry.reserved: 'a.b' is not one label"),
     ({"domain": [DOMAIN]}, "registry.domain: no such option; did you mean domains?"),
     ({"x\n": 1}, "registry.x?: no such"),
-    ({"owners": []}, "registry.owners: is a table"), ({"owners": {"a": 1}}, "registry.owners.a: is a table"),
+    ({"owners": []}, "registry.owners: has to be a table"),
+    ({"owners": {"a": 1}}, "registry.owners.a: has to be a table"),
     ({"owners": {"a b": {"token": HASH}}}, "registry.owners.a b: a name of an owner has"),
     ({"owners": {"": {"token": HASH}}}, "registry.owners.: a name of an owner has"),
     ({"owners": {"a": {}}}, "registry.owners.a.token: has to be there"),
