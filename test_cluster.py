@@ -567,7 +567,8 @@ def alive(pid: int) -> bool:
 # -- faults ------------------------------------------------------------------------------------
 
 
-ENDS = (ConnectionResetError, ssl.SSLEOFError, EOFError)  # Python's ssl takes a reset for an end, too
+# Of these SSLZeroReturnError is Debian 12's Python.
+ENDS = (ConnectionResetError, ssl.SSLEOFError, ssl.SSLZeroReturnError, EOFError)  # Python's ssl takes a reset for an end, too
 RESET, ENDED = 7, 8  # TCP_CLOSE and TCP_CLOSE_WAIT of Linux's tcp_states.h
 
 

@@ -790,6 +790,9 @@ class Command:
             self.cluster.commands.discard(self)
             if feeding is not None:
                 feeding.cancel()
+                with contextlib.suppress(OSError):  # what could not be written to a command that has ended
+                    self.process.stdin.close()
+                    await self.process.stdin.wait_closed()
         self.record["code"] = code = code if code >= 0 else 128 - code
         return SUCCESS if code == 0 else failure(self.argv, code)
 
