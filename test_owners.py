@@ -522,7 +522,7 @@ def test_each_option_is_a_field():
     ({"ttl": 60}, "registry.ttl: '60' is not"),
     ({"max_ttl": "30s"}, "registry.ttl: 60 s is not between"),
     ({"max_ttl": "1s"}, "registry.max_ttl: 1 s is less than"),
-    ({"hold": "x"}, "registry.hold: 'x' is not a duration"), ({"hold": {"a": 1}}, "registry.hold: has a text"),
+    ({"hold": "x"}, "registry.hold: 'x' is not a duration"), ({"hold": {"a": 1}}, "registry.hold: has to be a text"),
     ({"targets": ["exec"]}, "registry.targets: 'exec' is not for owners"),
     ({"targets": []}, "registry.targets: is an empty"),
     ({"targets": ["tcp"], "networks": []}, '"tcp" leads nowhere without networks'),
