@@ -36,6 +36,7 @@ class Client:
 
     def __init__(self, cluster: Cluster, who: str | None = ADMIN, certificate: tuple[Any, Any] | None = None):
         context = ssl.create_default_context(cafile=cluster.ca)
+        context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)  # Debian 12's Python sets it
         if certificate:
             context.load_cert_chain(*certificate)
         self.who = who
@@ -567,8 +568,7 @@ def alive(pid: int) -> bool:
 # -- faults ------------------------------------------------------------------------------------
 
 
-# Of these SSLZeroReturnError is Debian 12's Python.
-ENDS = (ConnectionResetError, ssl.SSLEOFError, ssl.SSLZeroReturnError, EOFError)  # Python's ssl takes a reset for an end, too
+ENDS = (ConnectionResetError, ssl.SSLEOFError, EOFError)  # Python's ssl takes a reset for an end, too
 RESET, ENDED = 7, 8  # TCP_CLOSE and TCP_CLOSE_WAIT of Linux's tcp_states.h
 
 

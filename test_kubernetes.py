@@ -125,7 +125,7 @@ def test_who_may_not_make_a_pod_is_told_what_would_grant_it(kube, kubernetes, ec
     address, = run.listening()
     with connect(address) as client:
         assert receive_all(client) == (b"", "RST")
-    row, = run.rows("failed")
+    row, = wait_until(lambda: run.rows("failed"))
     assert row["reason"] == "forbidden" and 'resources: ["pods"], verbs: ["create"]' in row["error"]
 
 
