@@ -40,8 +40,9 @@ PID = "import os\ndef test_where():\n    print('said in', os.getpid(), os.getppi
 
 
 def test_what_is_aside_runs_in_a_child_and_counts(run):
-    code, text = run(PID.format("0, 'there'") + "def test_b(): pass\ndef test_c(): pass\n")
-    assert code == 1 and "2 failed, 3 passed, 1 skipped" in text
+    code, text = run(PID.format("0, 'there'") + "def test_b(): pass\ndef test_c(): pass\n"
+                     "import pytest\ndef test_d(): pytest.skip('a reason')\n", "-rs")
+    assert code == 1 and "2 failed, 3 passed, 2 skipped" in text and "a reason" in text
     assert "here" in text and "there" in text and re.search(r"said in \d+ \d+", text)
 
 

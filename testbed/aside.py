@@ -80,6 +80,8 @@ class Child:
         for data in rows:
             if data != END:
                 report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
+                if isinstance(report.longrepr, list):  # of a skip: JSON has no tuples
+                    report.longrepr = tuple(report.longrepr)
                 self.config.hook.pytest_runtest_logreport(report=report)
         if rows[-1:] != [END]:
             raise pytest.UsageError("the tests that run beside the others broke off")
