@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import socket
 import threading
 from typing import Any, Callable, Iterator
 
@@ -20,7 +19,6 @@ import pytest
 
 import sniroute_api
 import sniroute_jumps
-import sniroute_kubernetes
 import sniroute_links
 import sniroute_passage
 import sniroute_pods
