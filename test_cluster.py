@@ -568,7 +568,7 @@ def alive(pid: int) -> bool:
 # -- faults ------------------------------------------------------------------------------------
 
 
-ENDS = (ConnectionResetError, ssl.SSLError, EOFError)  # Python's ssl takes a reset for an end, too
+ENDS = (ConnectionError, ssl.SSLError, EOFError)  # Python's ssl takes a reset for an end, too
 RESET, ENDED = 7, 8  # TCP_CLOSE and TCP_CLOSE_WAIT of Linux's tcp_states.h
 
 

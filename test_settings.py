@@ -664,7 +664,8 @@ def test_where_the_registry_listens_comes_from_an_option_a_variable_or_its_table
     assert load_settings(["-c", plain], {"SNIROUTE_REGISTRY": text}).registry == value
     asked = load_settings(["-c", plain, "--registry", "127.0.0.1:1"], {"SNIROUTE_REGISTRY": text})
     assert (asked.registry, asked.claims.address, asked.covered) == (on_line, on_line, [])
-    for file in (told + re.sub(r"^(\w+ = )(?=.*\n)", r"registry.\1", NAMES.replace("[registry]\n", ""), 3, re.MULTILINE),
+    for file in (told + re.sub(r"^(\w+ = )(?=.*\n)", r"registry.\1", NAMES.replace("[registry]\n", ""), count=3,
+                               flags=re.MULTILINE),
                  NAMES.replace("domains", f"listen = {toml(text)}\ndomains")):
         path = settings_file(file)
         assert load_settings(["-c", path], {}).registry == value
