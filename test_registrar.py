@@ -123,11 +123,17 @@ def test_a_service_claims_on_one_router_and_a_browser_comes_through_the_other(be
         assert ended.returncode == 0, ended.stderr
         return json.loads(ended.stdout)
 
+    def is_known(name: str) -> None:
+        """Wait until the other router has heard of it."""
+        wait_until(lambda: second.ask("GET", f"/routes/{name}").status == 200, what=name)
+
     wait_until(lambda: claim("shop", serve(web(b"<p id=p>all is sold</p>")).address).get("lease"))
+    is_known("shop")
     host, port = second.program.address
     browser.call("Page.navigate", url=f"http://shop.tun.localhost:{port}/")
     wait_until(lambda: browser.evaluate("document.getElementById('p')?.innerText") == "all is sold", what="the page")
     claim("tls", serve(page(certificate)).address)
+    is_known("tls")
     ended = execute(openssl, "s_client", "-connect", f"{host}:{port}", "-servername", "tls.tun.localhost", "-quiet",
                     said=b"GET / HTTP/1.0\r\n\r\n")
     assert b"This is tls.tun.localhost indeed" in ended.stdout
