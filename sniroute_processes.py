@@ -465,10 +465,12 @@ class Processes:
         environment = launcher.environment_for(identified)
         if launcher.home and "HOME" not in environment:
             environment["HOME"] = self.home.get()
-        popen = subprocess.Popen(
-            [*self.guard, *words], stdin=stream or (subprocess.PIPE if launcher.shared else subprocess.DEVNULL),
-            stdout=stream or subprocess.PIPE, stderr=subprocess.PIPE if stream else subprocess.STDOUT, bufsize=0,
-            cwd="/", process_group=0, env=environment)
+        # Use this instead of DEVNULL, because Popen opens that first, and leaves it open where there is no pipe to be had.
+        with open(os.devnull, "rb") as nothing:
+            popen = subprocess.Popen(
+                [*self.guard, *words], stdin=stream or (subprocess.PIPE if launcher.shared else nothing),
+                stdout=stream or subprocess.PIPE, stderr=subprocess.PIPE if stream else subprocess.STDOUT, bufsize=0,
+                cwd="/", process_group=0, env=environment)
         process = Process(launcher, identified, popen, owner)
         self.running.append(process)
         try:
