@@ -695,6 +695,7 @@ def read_name(value: Any, rules: Rules, owner: Owner, own: Own) -> str | None:
 
 
 def read_allow(value: Any, rules: Rules, owner: Owner, own: Own) -> tuple[str, ...] | None:
+    """The networks whose clients a claim allows; None: all of its owner's.  Raises Unfit."""
     if value is None:
         return None
     texts = value if isinstance(value, list) else [value]
@@ -718,6 +719,7 @@ def read_http(value: Any, rules: Rules, owner: Owner, own: Own) -> str:
 
 
 def read_meta(value: Any, rules: Rules, owner: Owner, own: Own) -> dict[str, Any]:
+    """The owner's own words: META_MAX bytes as JSON, and META_DEPTH deep, at most.  Raises Unfit."""
     if not isinstance(value, dict):
         unfit("meta", "has to be an object of your own words, as {\"version\": \"1.2\"}")
     size = len(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())

@@ -310,29 +310,19 @@ class Registry:
     def renew(self, key: str, owner: str, lease: str | None, ttl: float | None, done: Done,
               admin: bool = False) -> None:
         """The claim for another ttl, in seconds; None: for as long as before."""
-        def act(done: Done) -> None:
-            verdict = self.table.permit(key, owner, lease, admin)
-            if verdict.claim is None or not verdict.passed:
-                done(refused(verdict))
-                return
-            former = verdict.claim
+        def act(former: Claim, done: Done) -> None:
             claim = self.table.renewed(former, ttl)
             self.store.renew(claim, lambda said: self._settle(RENEWED, former, claim, said, done))
-        self._have_turn(key, done, act)
+        self._permitted(key, owner, lease, admin, done, act)
 
     def change(self, key: str, owner: str, lease: str | None, changes: dict[str, Any], done: Done,
                admin: bool = False) -> None:
         """Other values of a claim's fields; `ttl` among them, or it is renewed for as long as before."""
-        def act(done: Done) -> None:
-            verdict = self.table.permit(key, owner, lease, admin)
-            if verdict.claim is None or not verdict.passed:
-                done(refused(verdict))
-                return
-            former = verdict.claim
+        def act(former: Claim, done: Done) -> None:
             fields = {name: value for name, value in changes.items() if name != "ttl"}
             claim = self.table.renewed(former, changes.get("ttl"), **fields)
             self._write(CHANGED, former, claim, lambda said: self._settle(CHANGED, former, claim, said, done))
-        self._have_turn(key, done, act)
+        self._permitted(key, owner, lease, admin, done, act)
 
     def suspend(self, key: str, suspended: bool, done: Done) -> None:
         """An admin takes a claim off the routes, or puts it back; its owner keeps it."""
@@ -347,13 +337,7 @@ class Registry:
 
     def release(self, key: str, owner: str, lease: str | None, done: Done, admin: bool = False) -> None:
         """The claim ends now.  Its name is held for its owner."""
-        def act(done: Done) -> None:
-            verdict = self.table.permit(key, owner, lease, admin)
-            if verdict.claim is None or not verdict.passed:
-                done(refused(verdict))
-                return
-            former = verdict.claim
-
+        def act(former: Claim, done: Done) -> None:
             def written(said: Written) -> None:
                 if said.word == OK:
                     self._drop(RELEASED, key)
@@ -362,7 +346,18 @@ class Registry:
                     self._settle(RELEASED, former, former, said, done)
 
             self._write(RELEASED, former, None, written)
-        self._have_turn(key, done, act)
+        self._permitted(key, owner, lease, admin, done, act)
+
+    def _permitted(self, key: str, owner: str, lease: str | None, admin: bool, done: Done,
+                   act: Callable[[Claim, Done], None]) -> None:
+        """Run `act` with the claim of a key in its turn, where who asks may change it."""
+        def turn(done: Done) -> None:
+            verdict = self.table.permit(key, owner, lease, admin)
+            if verdict.claim is None or not verdict.passed:
+                done(refused(verdict))
+            else:
+                act(verdict.claim, done)
+        self._have_turn(key, done, turn)
 
     def _settle(self, what: str, former: Claim, claim: Claim, said: Written, done: Done) -> None:
         """The store has answered to a change of a claim: put `claim` in the place of `former`, or say why not."""
