@@ -432,7 +432,7 @@ def test_a_program_that_the_kernel_cannot_run_is_no_failure_of_the_name(bench, t
 
 
 @both
-@pytest.mark.parametrize("left", range(6))
+@pytest.mark.parametrize("left", range(4))
 def test_too_few_descriptors_are_no_failure_of_the_name_and_none_is_lost(bench, left):
     """Popen of Debian 12's Python opens /dev/null first, and leaves it open where there is no pipe to be had."""
     made = bench()
