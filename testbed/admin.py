@@ -332,6 +332,10 @@ ON_3_AND_4 = ("import fcntl, os, sys; "
               "os.dup2(reader, 3); os.dup2(writer, 4); os.execv(sys.argv[3], sys.argv[3:])")
 
 
+SILENCE = 40  # seconds in which a browser has to say something
+STARTS = 3  # of a browser
+
+
 class Browser:
     """A headless Chromium with one page, driven by the DevTools protocol over pipes.  *.example.com is this host."""
 
@@ -351,6 +355,14 @@ class Browser:
         self.number = 0
         self.session: str | None = None
         self.events: list[dict[str, Any]] = []
+
+    def starts(self) -> bool:
+        """Whether it answers at all.  One Chromium in many hangs while it starts, on a host that is busy."""
+        try:
+            self.call("Browser.getVersion")
+        except AssertionError:
+            return False
+        return True
 
     @contextlib.contextmanager
     def page(self) -> Iterator[Browser]:
@@ -375,7 +387,7 @@ class Browser:
     def read(self) -> dict[str, Any]:
         """The next message."""
         while b"\0" not in self.said:
-            assert select.select([self.reader], [], [], 20)[0], "the browser says nothing"
+            assert select.select([self.reader], [], [], SILENCE)[0], "the browser says nothing"
             data = os.read(self.reader, 1 << 20)
             assert data, "the browser has ended"
             self.said += data
@@ -423,9 +435,13 @@ def chromium(tmp_path_factory) -> Iterator[Browser]:
     program = shutil.which("chromium")
     if program is None:
         pytest.skip("chromium is not here (Debian package chromium)")
-    with contextlib.closing(Browser(program, tmp_path_factory.mktemp("browser"))) as found:
-        lasting.add(found.process.pid)
-        yield found
+    for _ in range(STARTS):
+        with contextlib.closing(Browser(program, tmp_path_factory.mktemp("browser"))) as found:
+            if found.starts():
+                lasting.add(found.process.pid)
+                yield found
+                return
+    pytest.fail(f"{program} has not started in {STARTS} tries")
 
 
 @pytest.fixture
