@@ -341,7 +341,7 @@ def test_the_version(capsys):
     with pytest.raises(SystemExit) as caught:
         load_settings(["-V"], {})
     assert caught.value.code == 0
-    assert re.fullmatch(r"sniroute \d+\.\d+\.\d+ \(Python 3\.\d+\.\S+, \w+; with doctor, admin, carrier, commands, backends, web, kubernetes, registry\)\n",
+    assert re.fullmatch(r"sniroute \d+\.\d+\.\d+ \(Python 3\.\d+\.\S+, \w+; with doctor, admin, carrier, commands, backends, web, kubernetes, registry, nodepass\)\n",
                         capsys.readouterr().out)
 
 

@@ -297,7 +297,7 @@ def test_every_form_has_every_command(form, own_edge, serve):
     assert explained.endswith("\nfar end: it answers\n")
     assert checked == "a.b=tcp:h:1\n"
     assert re.search(r"^(\d+) of \1 went well", tested, re.MULTILINE)
-    assert version.endswith("; with doctor, admin, carrier, commands, backends, web, kubernetes, registry)\n")
+    assert version.endswith("; with doctor, admin, carrier, commands, backends, web, kubernetes, registry, nodepass)\n")
     assert carrier.startswith("sniroute_carrier ")
     assert "--route" in usage and "access tcp" in access
     assert sorted(path.name for path in form.parent.iterdir() if path.name != "__pycache__") == before
