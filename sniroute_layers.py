@@ -35,6 +35,7 @@ from __future__ import annotations
 import base64
 import collections
 import ipaddress
+import operator
 import socket
 import ssl
 import struct
@@ -146,7 +147,7 @@ class Wires:
     def __init__(self, loop: Loop):
         self.loop = loop
         self.broken = loop.queue(0.0, Plain.tell_break)
-        self.lingering = loop.queue(LINGER, Plain.drop)  # closed wires
+        self.lingering = loop.queue(LINGER, operator.methodcaller("late"))  # closed wires
 
     def close(self) -> None:
         """Wait no more for those that are closed."""
@@ -227,6 +228,10 @@ class Plain(Wire):
             except OSError:
                 pass  # it is over already
             self.drop()
+
+    def late(self) -> None:
+        """Closed LINGER ago, and the other side has not ended."""
+        self.drop()
 
     def drop(self) -> None:
         """Close the socket."""
@@ -606,6 +611,9 @@ class Opening:
 
     __slots__ = ("wires", "place", "done", "dial", "wire", "steps", "talk", "own_phase")
 
+    plain: type[Plain] = Plain  # what the wires are made of
+    secure: type[Secure] = Secure
+
     def __init__(self, wires: Wires, way: WayOut, place: Place, done: Callable[[Wire | Failed], None]):
         self.wires = wires
         self.place = place
@@ -648,7 +656,7 @@ class Opening:
                 result = Failed("proxy", f"{where}: {result}")
             self._end(result)
             return
-        self.wire = Plain(self.wires, result)
+        self.wire = self.plain(self.wires, result)
         self._next()
 
     def _next(self) -> None:
@@ -677,7 +685,7 @@ class Opening:
         """Put TLS over what there is.  `reason`: the word for all that may fail, "" where it has its own."""
         self.own_phase = SHAKING
         try:
-            secure = Secure(self.wire, context, name, session)
+            secure = self.secure(self.wire, context, name, session)
         except ValueError as error:  # a name that TLS cannot ask for
             self.wire.reset()
             self._end(Failed(reason or "tls", str(error)))
