@@ -81,6 +81,8 @@ class Log:
     Until then it waits here.
     """
 
+    fd = 2  # where lines go
+
     def __init__(self, level: str, as_json: bool):
         self.level = LEVELS[level]
         self.as_json = as_json
@@ -108,8 +110,8 @@ class Log:
     def flush(self) -> None:
         """Write what can be written now."""
         try:
-            while self.lines and select.select((), (2,), (), 0)[1]:
-                os.write(2, self.lines.popleft())
+            while self.lines and select.select((), (self.fd,), (), 0)[1]:
+                os.write(self.fd, self.lines.popleft())
                 if self.lost and not self.lines:
                     lost, self.lost = self.lost, 0
                     self("warn", f"{lost} lines were lost: nobody read the log")
