@@ -285,6 +285,7 @@ REFUSED = {
     401: refusal(401, "Unauthorized"),
     404: refusal(404, "Not Found"),
     405: refusal(405, "Method Not Allowed"),
+    409: refusal(409, "Conflict"),
 }
 CONNECT_REFUSED = refusal(401, "Unauthorized", 'WWW-Authenticate: Basic realm="Restricted"\r\n')
 
@@ -292,6 +293,7 @@ FAULTS = {  # the status of an answer -> what it means
     401: "the key is wrong: it is not the server's",
     404: "the server has no tunnel there: something else answers",
     405: "the server has no tunnel there: something else answers",
+    409: "another client has dialled in to the server",
 }
 
 
