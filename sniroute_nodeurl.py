@@ -23,7 +23,7 @@ Seams: I want to ...
 Sources: runs of the original, its docs/usage.md, docs/cli.md and docs/configuration.md at
 https://github.com/NodePassProject/nodepass-core, and RFC 3986; for durations the package `time` of Go.
 
-It imports signals (key_of_port), names and refusals (SettingsError).
+This room imports signals (key_of_port), names and refusals (SettingsError).
 """
 
 from __future__ import annotations

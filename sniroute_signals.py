@@ -28,7 +28,7 @@ Seams: I want to ...
 Sources: runs of the original, and its documents at https://github.com/NodePassProject/nodepass-core; RFC 9112 for the
 handshake; HAProxy's specification of the PROXY protocol.
 
-It imports http (heads, bodies), names (HOST:PORT), refusals (Malformed) and wire (PROXY headers).
+This room imports http (heads, bodies), names (HOST:PORT), refusals (Malformed) and wire (PROXY headers).
 """
 
 from __future__ import annotations
