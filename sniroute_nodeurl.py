@@ -23,12 +23,12 @@ Seams: I want to ...
 Sources: runs of the original, its docs/usage.md, docs/cli.md and docs/configuration.md at
 https://github.com/NodePassProject/nodepass-core, and RFC 3986; for durations the package `time` of Go.
 
-This room imports signals (key_of_port), names and refusals (SettingsError).
+This room imports sniroute_signals (key_of_port), sniroute_names (hosts, addresses) and sniroute_refusals
+(SettingsError).
 """
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import urllib.parse
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
@@ -40,6 +40,7 @@ from sniroute_signals import key_of_port
 __version__ = "0.1.0"
 
 # Limits, each with its reason.
+URL_MAX = 65536  # characters: TARGETS_MAX targets with the longest names have about as many
 TARGETS_MAX = 256  # of one end: with lbs=1 each is dialled at each report interval
 DURATION_MAX = 366 * 86400.0  # seconds: a year is as good as for ever
 POOL_MAX = 65536  # connections: each takes a port of the client's address
@@ -271,16 +272,16 @@ def parse_place(text: str) -> tuple[str, int]:
 
 
 def is_loop(tunnel: tuple[str, int], target: tuple[str, int]) -> bool:
-    """Whether a target would be the tunnel itself, by the original's rule: the same port, and a loopback target or a
-    tunnel on all addresses.  Names are not resolved: `localhost` is one of loopback."""
-    def is_one(host: str, kind: str) -> bool:
-        if not is_address(host):
-            return False
-        return bool(getattr(ipaddress.ip_address(str(parse_ip(host))), kind))
+    """Whether a target would be the tunnel itself.
+
+    The original's rule: the same port, and a target on loopback or a tunnel on all addresses; and what is the same
+    letter by letter.  Names are not resolved: `localhost` is one of loopback.
+    """
     if tunnel[1] != target[1]:
         return False
-    return (target[0].lower().removesuffix(".") == "localhost" or is_one(target[0], "is_loopback")
-            or not tunnel[0] or is_one(tunnel[0], "is_unspecified"))
+    here, there = (host.lower().removesuffix(".") for host, _ in (tunnel, target))
+    return (not here or here == there or is_address(here) and parse_ip(here).is_unspecified
+            or there == "localhost" or is_address(there) and parse_ip(there).is_loopback)
 
 
 # -- URLs and flags ----------------------------------------------------------------------------
@@ -309,12 +310,15 @@ class Faults(list[str]):
         self.shy = shy
 
     def add(self, name: str, text: str, sentence: str) -> None:
-        """A parameter whose value `text` is wrong."""
-        self.append(f"{name}: {'what is given' if self.shy else repr(printable(text, SHOWN))} {sentence}")
+        """A parameter whose value `text` is wrong.  With an @ in it, it may be a key that stands in a wrong place."""
+        hides = self.shy or "@" in text
+        self.append(f"{name}: {'what is given' if hides else repr(printable(text, SHOWN))} {sentence}")
 
 
 def parse_url(text: str) -> Options:
     """What a URL says.  Raises SettingsError, with a line for each fault."""
+    if len(text) > URL_MAX:
+        raise SettingsError(f"URL: it has more than {URL_MAX} characters")
     found = URL.fullmatch(text)
     if not found or re.search(r"[\0-\x1f\x7f]", text):
         raise SettingsError("URL: it is not server://, client:// or master:// and HOST:PORT, in printable characters")
@@ -346,15 +350,16 @@ def parse_flags(scheme: str, words: Sequence[str]) -> Options:
     faults: list[str] = []
     rest = iter(words)
     for word in rest:
-        name, equals, value = word.partition("=")
+        name, equals, behind = word.partition("=")
+        value: str | None = behind
         name = name.removeprefix("-").removeprefix("-")
         if not word.startswith("-") or name not in names:  # a word without dashes may be a key
             shown = repr(printable(word.partition("=")[0], SHOWN)) if word.startswith("-") else "a word without --"
             faults.append(f"{scheme}: {shown} is no flag of it; there are {', '.join(f'--{name}' for name in names)}")
             break
         if not equals:
-            value = next(rest, "\0")
-        if value == "\0":
+            value = next(rest, None)
+        if value is None:
             faults.append(f"{name}: it has no value")
         elif name in given:
             faults.append(f"{name}: it is there twice")
@@ -500,7 +505,8 @@ def show(options: Options, full: bool, secret: bool) -> str:
         user = (urllib.parse.quote(options.key, safe="$&+,;=") if secret else HIDDEN) + "@"
     path = options.prefix if options.scheme == "master" else "/" + ",".join(map(show_address, options.targets))
     behind = f"?{urllib.parse.urlencode(query)}" if query else ""
-    return f"{options.scheme}://{user}{show_address((options.host, options.port))}{path}{behind}"
+    place = show_address((options.host, options.port)) + path
+    return f"{options.scheme}://{user}{place.replace('%', '%25')}{behind}"  # % begins the scope of an IPv6 address
 
 
 # -- variables ---------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ Seams: I want to ...
 Sources: runs of the original, and its documents at https://github.com/NodePassProject/nodepass-core; RFC 9112 for the
 handshake; HAProxy's specification of the PROXY protocol.
 
-This room imports http (heads, bodies), names (HOST:PORT), refusals (Malformed) and wire (PROXY headers).
+This room imports sniroute_http (heads, bodies), sniroute_names (HOST:PORT), sniroute_refusals (Malformed) and
+sniroute_wire (PROXY headers).
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ import json
 import re
 from typing import Any, Callable, NamedTuple
 
-from sniroute_http import check_beginning, find_end, open_body, parse_request_line, parse_response, read_lines
+from sniroute_http import (Response, check_beginning, find_end, open_body, parse_request_line, parse_response,
+                           read_lines)
 from sniroute_names import parse_host_port
 from sniroute_refusals import Malformed
 from sniroute_wire import proxy_v1, proxy_v2
@@ -194,7 +196,7 @@ class Ask(NamedTuple):
     path: str  # without what is behind `?`
     token: str  # of `Authorization: Bearer`; "": none
     proxy_target: tuple[str, int] | None  # where a CONNECT leads
-    proxy_key: str  # of `Proxy-Authorization: Basic`: KEY:ANYTHING; "": none.  See `knows_key`
+    proxy_key: str  # the user of `Proxy-Authorization: Basic`; "": none
     ours: bool  # it knows proofs
     end: int  # the request's size in bytes: what follows begins there
 
@@ -241,17 +243,12 @@ def read_ask(method: str, target: str, block: bytes, end: int) -> Ask:
 
 
 def read_basic(value: str) -> str:
-    """USER:PASSWORD of `Basic ...` (RFC 7617); "" where it is something else."""
+    """The user of `Basic ...` (RFC 7617); "" where it is something else."""
     try:
-        return base64.b64decode(value.removeprefix("Basic "), validate=True).decode()
+        user, colon, _ = base64.b64decode(value.removeprefix("Basic "), validate=True).decode().partition(":")
     except ValueError:
         return ""
-
-
-def knows_key(request: Ask, key: str) -> bool:
-    """Whether a CONNECT shows the key, as the user of `Proxy-Authorization`; its password may be anything."""
-    expected = f"{key}:"
-    return same_token(request.proxy_key[:len(expected)], expected)
+    return user if colon else ""
 
 
 class Terms(NamedTuple):
@@ -284,16 +281,27 @@ def refusal(status: int, words: str, more: str = "") -> bytes:
 REFUSED = {
     401: refusal(401, "Unauthorized"),
     404: refusal(404, "Not Found"),
+<<<<<<< HEAD
     405: refusal(405, "Method Not Allowed"),
     409: refusal(409, "Conflict"),
+=======
+    405: refusal(405, "Method Not Allowed", "Allow: GET\r\n"),
+    407: refusal(401, "Unauthorized", 'WWW-Authenticate: Basic realm="Restricted"\r\n'),  # what a CONNECT gets
+    409: refusal(409, "Conflict"),  # ours: one client has the tunnel
+>>>>>>> np-pure
 }
-CONNECT_REFUSED = refusal(401, "Unauthorized", 'WWW-Authenticate: Basic realm="Restricted"\r\n')
 
 FAULTS = {  # the status of an answer -> what it means
     401: "the key is wrong: it is not the server's",
+<<<<<<< HEAD
     404: "the server has no tunnel there: something else answers",
     405: "the server has no tunnel there: something else answers",
     409: "another client has dialled in to the server",
+=======
+    404: "there is no tunnel: something else answers",
+    405: "there is no tunnel: something else answers",
+    409: "another client has the tunnel",
+>>>>>>> np-pure
 }
 
 
@@ -304,28 +312,34 @@ def parse_terms(data: bytes | bytearray, ended: bool) -> Terms | None:
     """
     if not data and ended:
         raise Malformed("the server closed the connection without an answer")
-    response = parse_response(data, "GET")
+    try:
+        response = parse_response(data, "GET")
+        whole = None if response is None else read_body(response, bytes(data[response.head.end:]), ended)
+    except Malformed as error:
+        raise Malformed(f"the server's answer is broken: {error}") from None
     if response is not None and response.status != 200:
         raise Malformed(FAULTS.get(response.status) or meaning_of(response.status), status=response.status)
-    if response is not None:
-        body = open_body(response, unframed=True)
-        parts, _ = body.feed(bytes(data[response.head.end:]))
-        if ended:
-            body.end()
-        if body.is_done:
-            return read_terms(b"".join(parts))
-    elif ended:
+    if whole is not None:
+        return read_terms(whole)
+    if ended:
         raise Malformed("the server closed the connection in the middle of its answer")
     if len(data) > TERMS_MAX:
         raise Malformed(f"an answer of more than {TERMS_MAX} bytes")
     return None
 
 
+def read_body(response: Response, data: bytes, ended: bool) -> bytes | None:
+    """The body of an answer, without its chunks; None: it is not whole.  Raises Malformed for chunks that are none."""
+    body = open_body(response, unframed=True)
+    parts, _ = body.feed(data)
+    return b"".join(parts) if body.is_done or ended and body.left is None else None
+
+
 def meaning_of(status: int) -> str:
     """What a status means that no NodePass server sends."""
     if 300 <= status < 400:
-        return f"the server answers with HTTP {status}, which leads elsewhere: that is not followed"
-    return f"the server answers with HTTP {status}"
+        return f"something answers with HTTP {status}, which leads elsewhere: that is not followed"
+    return f"something answers with HTTP {status}"
 
 
 def read_terms(body: bytes) -> Terms:
