@@ -17,8 +17,8 @@ Names are resolved in a thread each (KeptNames), and kept for `dns` seconds.  Wh
 none within PATIENCE, the old addresses are used.  The addresses of one host are tried beside each other, as any Dial
 does it.  With `dial` all of this leaves from one address of ours (TargetWay); addresses of the other family are refused.
 
-UDP has no connect that could fail, so it has no failover: a datagram socket is connected to the first target whose name
-resolves, in the same order and with the same turns.
+UDP has no connect that could fail: a datagram socket is connected to the first target whose name resolves, in the same
+order and with the same turns.  Its owner tells where that target refuses datagrams (`Attempt.refused`).
 
 Threads: the loop's only, but for the resolver's (sniroute_dial).
 
@@ -266,10 +266,10 @@ class Upstreams:
             self.left_at = self.clock()
 
     @property
-    def ping(self) -> int:
-        """Milliseconds of a connect to the fastest target, as measured last; 0 where nothing was."""
+    def ping(self) -> float:
+        """Seconds of a connect to the fastest target, as measured last; 0 where nothing was."""
         seconds = min((target.latency for target in self.targets), default=NEVER)
-        return 0 if seconds == NEVER else round(seconds * 1000)
+        return 0.0 if seconds == NEVER else seconds
 
     def status(self) -> str:
         """The targets, and how each was met last, for people."""
@@ -318,7 +318,7 @@ class Attempt:
         self.todo = todo
         self.done = done
         self.udp = udp
-        self.target: Target | None = None  # that is tried now
+        self.target: Target | None = None  # that is tried now, or was the last
         self.dial: Dial | None = None
         self.began: float | None = None  # clock time; None where a name is resolved on the way
         self.reasons: list[Failed] = []  # of those that were tried
@@ -374,7 +374,7 @@ class Attempt:
 
     def _connect_udp(self, target: Target, found: Addresses | OSError) -> None:
         """Connect a datagram socket to the first address that has a route."""
-        if self.target is not target:
+        if self.target is not target or self not in self.upstreams.attempts:
             return  # cancelled, or expired, meanwhile
         if isinstance(found, OSError):
             self._fail(name_failure(found, None), False)
@@ -406,6 +406,11 @@ class Attempt:
             self.upstreams.failed(self.target, str(why), silent)
         self.next()
 
+    def refused(self) -> None:
+        """The target of the datagram socket that `done` got has refused a datagram."""
+        if self.target is not None:
+            self.upstreams.failed(self.target, os.strerror(errno.ECONNREFUSED), False)
+
     def _stop(self) -> None:
         """Leave the target that is tried."""
         self.upstreams.late[self.udp].drop(self)
@@ -415,6 +420,5 @@ class Attempt:
 
     def _end(self) -> None:
         self._stop()
-        self.target = None
         self.todo = []
         self.upstreams.attempts.discard(self)

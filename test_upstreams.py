@@ -227,7 +227,7 @@ def test_the_fastest_is_chosen_also_below_a_millisecond(make, three):
     assert made.port() == b
     made.upstreams.targets[1].latency = 0.0007
     assert made.port() == c
-    assert made.upstreams.ping == 0 and "0.9 ms" in made.upstreams.status()
+    assert made.upstreams.ping < 0.001 and "0.9 ms" in made.upstreams.status()
 
 
 def test_all_targets_are_probed_and_one_that_is_dead_is_not_chosen(make, three):
@@ -461,6 +461,15 @@ def test_udp_is_not_led_to_another_target_by_a_dead_one(make, three):
     made = make(places(three))
     three[1].close()
     assert [made.port(True) for _ in range(3)] == [a, b, c]
+
+
+def test_a_target_that_refuses_datagrams_is_left_as_one_that_refuses_connections(make, three):
+    a, b, c = ports_of(three)
+    made = make(places(three), lbs=2)
+    attempt = made.upstreams.dial(made.kept.append, True)
+    assert made.kept[0].getpeername()[1] == a
+    attempt.refused()
+    assert [made.port(True), made.port()] == [b, b]
 
 
 def test_udp_skips_a_name_that_does_not_resolve(make, three, monkeypatch):
