@@ -52,7 +52,7 @@ from sniroute_names import show_address
 from sniroute_nodeurl import Options, Times
 from sniroute_peering import CONTROL, Link
 from sniroute_pool import Asker, Pool, Sizer, Slot
-from sniroute_signals import (CONNECT_REFUSED, PROOF_SIZE, REFUSED, Ask, Signal, Terms, answer, knows_key, proof,
+from sniroute_signals import (PROOF_SIZE, REFUSED, Ask, Signal, Terms, answer, proof,
                               same_token, token_of)
 from sniroute_upstreams import Upstreams
 
@@ -374,7 +374,7 @@ class Server(End):
         self.accepts = accepts
         self.pool.picks = accepts
         self.terms = Terms("-" if accepts else "+", options.max, options.tls, options.type)
-        self.certificates = Certificates(options, times)
+        self.certificates = Certificates((options.crt, options.key_file) if options.tls == 2 else None, options.server_name)
         self.listener: socket.socket | None = None
         self.watch: Watch | None = None
         self.reception: Reception | None = None
@@ -448,7 +448,7 @@ class Server(End):
         asked for that here.
         """
         if ask.method == "CONNECT":
-            return REFUSED[405] if knows_key(ask, self.key) else CONNECT_REFUSED
+            return REFUSED[405] if same_token(ask.proxy_key, self.key) else REFUSED[407]
         if ask.path != "/":
             return REFUSED[404]
         if not same_token(ask.token, token_of(self.key)):

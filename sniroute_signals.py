@@ -281,27 +281,16 @@ def refusal(status: int, words: str, more: str = "") -> bytes:
 REFUSED = {
     401: refusal(401, "Unauthorized"),
     404: refusal(404, "Not Found"),
-<<<<<<< HEAD
-    405: refusal(405, "Method Not Allowed"),
-    409: refusal(409, "Conflict"),
-=======
     405: refusal(405, "Method Not Allowed", "Allow: GET\r\n"),
     407: refusal(401, "Unauthorized", 'WWW-Authenticate: Basic realm="Restricted"\r\n'),  # what a CONNECT gets
     409: refusal(409, "Conflict"),  # ours: one client has the tunnel
->>>>>>> np-pure
 }
 
 FAULTS = {  # the status of an answer -> what it means
     401: "the key is wrong: it is not the server's",
-<<<<<<< HEAD
-    404: "the server has no tunnel there: something else answers",
-    405: "the server has no tunnel there: something else answers",
-    409: "another client has dialled in to the server",
-=======
     404: "there is no tunnel: something else answers",
     405: "there is no tunnel: something else answers",
     409: "another client has the tunnel",
->>>>>>> np-pure
 }
 
 
