@@ -52,14 +52,14 @@ from sniroute_names import show_address
 from sniroute_nodeurl import Options, Times
 from sniroute_peering import CONTROL, Link
 from sniroute_pool import Asker, Pool, Sizer, Slot
-from sniroute_signals import REFUSED, Ask, Signal, Terms, answer, proof, same_token, token_of
+from sniroute_signals import (PROOF_SIZE, REFUSED, Ask, Signal, Terms, answer, proof,
+                              same_token, token_of)
 from sniroute_upstreams import Upstreams
 
 __version__ = "0.1.0"
 
 # Limits, each with its reason.  Times in seconds.
 ID = 4  # bytes of an id on the wire
-PROOF = 16  # bytes of a proof
 DIALS_MAX = 128  # connections of the pool that are made at a time: a backlog holds no more on many hosts
 FIRST_TRIES = (0.05, 0.2, 0.4, 0.8, 1.5)  # after a failure: the original's server often fails the first handshake
 RETRY_LATER = 0.1  # before a connection of the pool is dialled again where one has failed
@@ -94,7 +94,7 @@ class End:
         self.relays = Relays(self.loop, program.pipes, program.wires, program.alarms, self.counts, options.byte_rate,
                              options.read)
         self.upstreams = Upstreams(self.loop, program.way, options, times, monotonic)
-        self.pool = self._make_pool()
+        self.pool = Pool(self.loop, False, times.pool_get, self.on_stranger, self.on_used)
         self.datagrams: Datagrams | None = None
         self.link: Link | None = None
         self.peer = ""  # the address of the other end
@@ -117,8 +117,20 @@ class End:
         """For people."""
         return f"{self.options.scheme}://{self.address}"
 
-    def _make_pool(self) -> Pool:
-        return Pool(self.loop, self.accepts, self.times.pool_get, self.on_stranger, self.on_used)
+    @property
+    def mode(self) -> int:
+        """As the status line has it: 1 where callers come in at a server."""
+        return 1 if self.accepts and self.options.scheme == "server" else 2
+
+    @property
+    def idle(self) -> int:
+        """Connections that are ready for callers."""
+        return len(self.pool.idle)
+
+    @property
+    def ping(self) -> float:
+        """Seconds to the other end and back."""
+        return self.link.ping if self.link is not None else 0.0
 
     # -- times
 
@@ -358,12 +370,11 @@ class Server(End):
     """
 
     def __init__(self, program: Any, options: Options, times: Times, accepts: bool):
-        self.takes_callers = accepts
         super().__init__(program, options, times)
         self.accepts = accepts
         self.pool.picks = accepts
         self.terms = Terms("-" if accepts else "+", options.max, options.tls, options.type)
-        self.certificates = Certificates(options, times)
+        self.certificates = Certificates((options.crt, options.key_file) if options.tls == 2 else None, options.server_name)
         self.listener: socket.socket | None = None
         self.watch: Watch | None = None
         self.reception: Reception | None = None
@@ -423,38 +434,39 @@ class Server(End):
 
     def on_ask(self, ask: Ask, wire: Wire) -> None:
         """Somebody asks for the terms."""
-        status, terms = self._judge(ask, wire)
-        if terms is not None:
-            wire.send(answer(terms, formatdate(usegmt=True)))
-        else:
-            wire.send(REFUSED[status])
+        refused = self._judge(ask, wire)
+        wire.send(refused or answer(self.terms, formatdate(usegmt=True)))
         wire.finish()
         wire.on_data = lambda data: None
         wire.on_end = lambda error: None
         self.program.alarms.at(monotonic() + ASKED_LAST, wire.close)
 
-    def _judge(self, ask: Ask, wire: Wire) -> tuple[int, Terms | None]:
-        """The answer: a status, and the terms with 200."""
+    def _judge(self, ask: Ask, wire: Wire) -> bytes:
+        """A refusal, or nothing, and then a link is expected.
+
+        CONNECT: for whoever has the key the original is a proxy to anywhere, as long as it waits for a client.  Nobody
+        asked for that here.
+        """
         if ask.method == "CONNECT":
-            return (405 if same_token(ask.proxy_key, self.key) else 407), None
+            return REFUSED[405] if same_token(ask.proxy_key, self.key) else REFUSED[407]
         if ask.path != "/":
-            return 404, None
+            return REFUSED[404]
         if not same_token(ask.token, token_of(self.key)):
-            self.nuisance("token", f"{wire.peer} has asked with a wrong key")
-            return 401, None
+            self.nuisance("token", f"{show_address(wire.peer)} has asked with a wrong key")
+            return REFUSED[401]
         if ask.method != "GET":
-            return 405, None
+            return REFUSED[405]
         if self.state is LINKED:
-            self.nuisance("second", f"{wire.peer} asks for a link, but {self.peer} has one")
+            self.nuisance("second", f"{show_address(wire.peer)} asks for a link, but {self.peer} has it")
             self.link.say_ping()
-            return 409, None
-        self.peer = wire.peer[0] if isinstance(wire.peer, tuple) else str(wire.peer)
+            return REFUSED[409]
+        self.peer = wire.peer[0]
         self.nonce = secrets.token_hex(16) if ask.ours else ""
         self.zero_given = False
         self.terms = self.terms._replace(nonce=self.nonce)
         self.state = EXPECTING
         self.later("expect", self.times.handshake, lambda: self.fail("the client has made no connection in time"))
-        return 200, self.terms
+        return b""
 
     # -- connections of the pool
 
@@ -482,15 +494,15 @@ class Server(End):
 
         def on_data(data: bytes | memoryview) -> None:
             said.extend(data)
-            if len(said) < PROOF:
+            if len(said) < PROOF_SIZE:
                 return
-            if not hmac.compare_digest(bytes(said[:PROOF]), wanted):
+            if not hmac.compare_digest(bytes(said[:PROOF_SIZE]), wanted):
                 self.nuisance("proof", f"a connection from {show_address(address)} has not proven the key")
                 over()
                 return
             alarm.cancel()
             self.ids.discard(number)
-            self._admit(number, wire, bytes(said[PROOF:]))
+            self._admit(number, wire, bytes(said[PROOF_SIZE:]))
 
         alarm = self.program.alarms.at(monotonic() + self.times.handshake, over)
         wire.on_data = on_data

@@ -93,9 +93,6 @@ class Log:
         """One line: `message`, and the fields that are not empty."""
         if LEVELS[level] < self.level:
             return
-        if len(self.lines) >= LINES_MAX:
-            self.lost += 1
-            return
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         message = printable(message, TEXT_MAX)
         fields = {key: printable(value, TEXT_MAX) for key, value in fields.items() if value}
@@ -104,6 +101,13 @@ class Log:
         else:
             line = f"{now} {level[:3].upper()} {message}"
             line += "".join(f" {key}={json.dumps(value)}" for key, value in fields.items() if key != "event")
+        self.write(line)
+
+    def write(self, line: str) -> None:
+        """Have a line written as soon as somebody reads."""
+        if len(self.lines) >= LINES_MAX:
+            self.lost += 1
+            return
         self.lines.append(line.encode()[:LINE_MAX] + b"\n")
         self.flush()
 
@@ -283,6 +287,10 @@ class Forwarder:
         except OSError:
             sock.close()
             raise
+        return self.take_listener(target, sock)
+
+    def take_listener(self, target: Any, sock: socket.socket) -> Listener:
+        """Accept clients on a socket that listens already."""
         listener = Listener(target, sock, show_address(sock.getsockname()), Watch(self.loop.poller, sock.fileno()))
         self.listeners[listener.address] = listener
         if not self.paused:

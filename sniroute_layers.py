@@ -319,6 +319,16 @@ def broke_off(error: OSError) -> Failed:
     return Failed("reset", error.strerror or type(error).__name__)
 
 
+def asked_name(name: str) -> str | bytes:
+    """A name as `ssl` is to be told it: one in bytes is taken as it is.
+
+    For one in letters `ssl` loads the codec of IDNA, half a megabyte, which also looks at what OpenSSL does not: the
+    length of a label.
+    """
+    is_plain = name.isascii() and all(len(label) < 64 for label in name.split("."))
+    return name.encode() if is_plain else name
+
+
 class Secure(Wire):
     """TLS over another wire, which it owns.  Its owner waits for `shake` before it sends.
 
@@ -333,11 +343,8 @@ class Secure(Wire):
         super().__init__()
         self.below = below
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        # A name in bytes is taken as it is.  For one in letters `ssl` loads the codec of IDNA, half a megabyte, which
-        # also looks at what OpenSSL does not: the length of a label.
-        is_plain = name.isascii() and all(len(label) < 64 for label in name.split("."))
-        asked = name.encode() if is_plain else name
-        self.tls: Any = context.wrap_bio(self.incoming, self.outgoing, server_hostname=asked, session=session)
+        self.tls: Any = context.wrap_bio(self.incoming, self.outgoing, server_hostname=asked_name(name),
+                                         session=session)
         self.taken = 0  # bytes of the handshake that have come so far
         self.done: Callable[[Failed | None], None] = unheard  # of `shake`; `unheard` again when the handshake is over
         self.keep: Callable[[ssl.SSLSession], None] | None = None

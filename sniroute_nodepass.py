@@ -46,7 +46,7 @@ from sniroute_datagrams import Datagrams
 from sniroute_dial import WayOut
 from sniroute_ends import Arrival, Client, End, Server, listen
 from sniroute_flow import Pipes
-from sniroute_forwarder import LINE_MAX, TEXT_MAX, Control, Forwarder, Listener, Log
+from sniroute_forwarder import TEXT_MAX, Control, Forwarder, Listener, Log
 from sniroute_host import open_standard_streams, raise_descriptor_limit
 from sniroute_layers import Wires
 from sniroute_loop import Alarms
@@ -87,7 +87,7 @@ class StatusLog(Log):
         word = level.upper()
         if self.is_coloured:
             word = f"\33[{COLOURS[level]}m{word}\33[0m"
-        self.write(f"{stamp}  {word}  {printable(message, TEXT_MAX)}".encode()[:LINE_MAX] + b"\n")
+        self.write(f"{stamp}  {word}  {printable(message, TEXT_MAX)}")
 
 
 # -- the program -------------------------------------------------------------------------------
