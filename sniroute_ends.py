@@ -42,7 +42,7 @@ from email.utils import formatdate
 from typing import Any, Callable
 
 from sniroute_callers import PEEK_LAST, Callee, Caller, Counts, Relays
-from sniroute_datagrams import Datagrams, ServedDatagrams
+from sniroute_datagrams import Datagrams
 from sniroute_dial import Failed
 from sniroute_duplex import Certificates, Wire
 from sniroute_guards import Slots
@@ -52,7 +52,7 @@ from sniroute_names import show_address
 from sniroute_nodeurl import Options, Times
 from sniroute_peering import CONTROL, Link
 from sniroute_pool import Asker, Pool, Sizer, Slot
-from sniroute_signals import (PROOF_SIZE, REFUSED, Ask, Signal, Terms, answer, proof,
+from sniroute_signals import (DATAGRAM_MAX, PROOF_SIZE, REFUSED, Ask, Signal, Terms, answer, proof,
                               same_token, token_of)
 from sniroute_upstreams import Upstreams
 
@@ -95,7 +95,7 @@ class End:
                              options.read)
         self.upstreams = Upstreams(self.loop, program.way, options, times, monotonic)
         self.pool = Pool(self.loop, False, times.pool_get, self.on_stranger, self.on_used)
-        self.datagrams: Datagrams | None = None
+        self.datagrams = Datagrams(self, self.relays.buckets)
         self.link: Link | None = None
         self.peer = ""  # the address of the other end
         self.fingerprint = ""  # of the server's certificate, as this end sees it
@@ -212,7 +212,7 @@ class End:
             if slot is None:
                 self.lost(signal)
             else:
-                ServedDatagrams(slot, self).start()
+                self.datagrams.serve(slot, signal.remote)
 
         self.pool.find(signal.id, found)
 
@@ -242,6 +242,7 @@ class End:
         self.said_verify = False
         self.link = Link(self.loop, wire, self.key.encode(), self.on_signal, self.on_unlinked, self.program.flushing)
         self.link.start()
+        self.datagrams.largest = DATAGRAM_MAX if self.terms.nonce else self.times.udp_buffer
         self.errors = 0
         self.later("report", self.times.report, self.report)
         self.program.linked(self)
@@ -345,8 +346,7 @@ class End:
             link.end("closed")
         for callee in list(self.callees):
             callee.abort()
-        if self.datagrams is not None:
-            self.datagrams.close()
+        self.datagrams.close()
         self.relays.close()
         self.pool.close()
         self.upstreams.close()

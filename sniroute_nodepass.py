@@ -42,7 +42,6 @@ import time
 from typing import Any, Callable, Mapping
 
 from sniroute_callers import Caller
-from sniroute_datagrams import Datagrams
 from sniroute_dial import WayOut
 from sniroute_ends import Arrival, Client, End, Server, listen
 from sniroute_flow import Pipes
@@ -146,7 +145,7 @@ class NodePass(Forwarder):
 
     def open_callers(self, end: End) -> bool:
         """Open the addresses where an end's callers come in, TCP and UDP; whether they are open."""
-        if end.datagrams is not None or any(listener.target is end for listener in self.listeners.values()):
+        if end.datagrams.port is not None or any(listener.target is end for listener in self.listeners.values()):
             return True
         host, port = end.options.targets[0]
         try:
@@ -154,7 +153,7 @@ class NodePass(Forwarder):
                 sock = listen(host, port)
                 self.take_listener(end, sock)
             if not end.options.noudp:
-                end.datagrams = Datagrams(end, listen(host, port, socket.SOCK_DGRAM))
+                end.datagrams.listen(listen(host, port, socket.SOCK_DGRAM))
         except OSError as error:
             self.log("error", f"cannot listen on {show_address((host or '0.0.0.0', port))}: "
                               f"{(error.strerror or str(error)).lower()}")
@@ -166,9 +165,7 @@ class NodePass(Forwarder):
         """Close them again."""
         for address in [address for address, each in self.listeners.items() if each.target is end]:
             super().unlisten(address)
-        if end.datagrams is not None:
-            end.datagrams.close()
-            end.datagrams = None
+        end.datagrams.unlisten()
 
     def stop(self) -> None:
         for end in self.ends:
