@@ -1,7 +1,9 @@
-"""sniroute_duplex: connections of which each direction ends by itself: TCP.
+"""sniroute_duplex: connections of which each direction ends by itself: TCP, TLS, WebSocket.
 
-    owner --- send, finish -----------> TcpWire --- bytes, then FIN -----> peer
-          <-- on_data, on_end(None) ---         <-- bytes, then FIN ------
+    owner --- send, finish --------> WebSocketWire ------> TlsWire ---------> TcpWire --- bytes, then FIN ---> peer
+          <-- on_data, on_end(None)  messages, and Close   close_notify               <-- bytes, then FIN ----
+
+Any of the three may be what the owner has: plain TCP, TLS, `ws://`, `wss://`.  Each serves a client, and a server.
 
 A wire of this room is a Wire of sniroute_layers whose two directions are two things:
 
@@ -17,9 +19,11 @@ An owner that wants the socket, to move bytes in the kernel, asks for it by `raw
 Threads: the loop's only.
 
 Seams: I want to ...
-    another kind of wire     a subclass of Wire and Duplex, as TcpWire
+    another kind of wire     a subclass of Duplex, as WebSocketWire
+    trust otherwise          client_context; who we are: Certificates
 
-This room imports sniroute_layers (Wire), sniroute_certificate, sniroute_loop, sniroute_names and sniroute_refusals.
+This room imports sniroute_layers (Wire), sniroute_upgrade (frames), sniroute_certificate, sniroute_loop, sniroute_names
+and sniroute_refusals.
 """
 
 from __future__ import annotations
@@ -31,13 +35,14 @@ import socket
 import ssl
 import sys
 import time
-from typing import Callable, Iterable
+from typing import Callable, Iterable, Sequence
 
 from sniroute_certificate import Pair, load, self_signed
-from sniroute_layers import RECORD, Opening, Plain, Secure, Wire, Wires, asked_name, tls_words, unheard
+from sniroute_layers import RECORD, ROOM, Opening, Plain, Secure, Wire, Wires, asked_name, tls_words, unheard
 from sniroute_loop import monotonic, unsent
 from sniroute_names import printable
 from sniroute_refusals import Failed, Malformed, SettingsError
+from sniroute_upgrade import BINARY, CHUNK, CLOSE, PING, PONG, ZERO, EitherReader, frame
 
 __version__ = "0.1.0"
 
@@ -169,7 +174,7 @@ class TlsWire(Secure, Duplex):
     Args:
         below: a wire that nobody else uses; a Duplex.
         name: that the server's certificate has to have, on the client's side; "" asks for none.
-        session: not used.  A pool's connections are made ahead: what a resumed one saves nobody waits for.
+        session: not used.  A pool's connections are made ahead: nobody waits for what a resumed one saves.
         server_side: whether we are the server.
     """
 
@@ -334,6 +339,159 @@ def accept_tls(wires: Wires, sock: socket.socket, context: ssl.SSLContext, done:
 def fingerprint(certificate: bytes) -> str:
     """How NodePass names a certificate, DER: `sha256:` and lower hex."""
     return "sha256:" + hashlib.sha256(certificate).hexdigest()
+
+
+# -- WebSocket ---------------------------------------------------------------------------------
+
+NORMAL, GOING_AWAY, NO_CODE = 1000, 1001, 1005  # RFC 6455 section 7.4.1
+
+
+class WebSocketWire(Duplex):
+    """Binary messages over another wire, which it owns, once the upgrade is done: where they end means nothing.
+
+    Our end is a Close, and so is the peer's; it is not answered before our side ends, too, so that a peer of our kind
+    may hear us out.  A peer that follows RFC 6455 to the letter closes the connection.  Source: RFC 6455 section 5.
+
+    A client in TLS masks with the key 0, which costs nothing: a mask keeps proxies from taking our bytes for HTTP
+    (section 10.3), and in TLS no proxy sees them.
+
+    Args:
+        below: a wire that nobody else uses; a Duplex.
+        is_client: whether we are the client.
+    """
+
+    __slots__ = ("below", "is_client", "reader", "hears", "says")
+
+    def __init__(self, below: Wire, is_client: bool):
+        super().__init__()
+        self.below = below
+        self.is_client = is_client
+        self.reader = EitherReader(not is_client)
+        self.hears = True  # as in TcpWire
+        self.says = OPEN
+        below.on_data = self._on_bytes
+        below.on_end = self._on_end
+        below.on_room = self._on_room
+
+    @property
+    def peer(self) -> Peer:  # type: ignore[override]
+        return self.below.peer  # type: ignore[attr-defined]
+
+    def fingerprint(self) -> str:
+        return self.below.fingerprint()  # type: ignore[attr-defined]
+
+    @property
+    def unsent(self) -> int:
+        return self.below.unsent
+
+    def use(self, buffers: Sequence[memoryview]) -> None:
+        super().use(buffers)
+        if buffers[1:]:
+            self.below.use(buffers[1:])
+
+    def pause(self) -> None:
+        self.below.pause()
+
+    def resume(self) -> None:
+        self.below.resume()
+
+    def send(self, data: bytes | bytearray | memoryview) -> None:
+        if self.is_open and self.says is OPEN and data:
+            self.below.send(self._framed(BINARY, data))
+
+    def _framed(self, opcode: int, data: bytes | bytearray | memoryview) -> bytes:
+        """`data` in as many messages as it takes."""
+        parts: list[bytes | memoryview] = []
+        view = memoryview(data)
+        for at in range(0, len(view) or 1, CHUNK):
+            piece = view[at:at + CHUNK]
+            size = len(piece)
+            if self.is_client and not isinstance(self.below, TlsWire):
+                parts.append(frame(opcode, piece))
+                continue
+            bit = 0x80 if self.is_client else 0
+            if size < 126:
+                parts.append(bytes((0x80 | opcode, bit | size)))
+            else:
+                parts.append(bytes((0x80 | opcode, bit | 126, size >> 8, size & 0xFF)))
+            if self.is_client:
+                parts.append(ZERO)
+            parts.append(piece)
+        return b"".join(parts)
+
+    def finish(self) -> None:
+        if self.is_open and self.says is OPEN:
+            self._say_close(NORMAL)
+            if not self.hears and self.leave():
+                self.below.close()
+
+    def close(self) -> None:
+        if self.leave():
+            self._say_close(NORMAL)
+            self.below.close()
+
+    def reset(self) -> None:
+        if self.leave():
+            self.below.reset()
+
+    def _say_close(self, code: int) -> None:
+        """Say Close, once."""
+        if self.says is OPEN:
+            self.says = OVER
+            self.below.send(self._framed(CLOSE, code.to_bytes(2, "big")))
+
+    def _on_bytes(self, data: bytes | memoryview) -> None:
+        try:
+            pieces, controls = self.reader.read(memoryview(data))
+        except Malformed as error:
+            self._break(self.reader.code, Failed("reset", str(error)))
+            return
+        for opcode, payload in controls:  # a ping means nothing for the data around it
+            if opcode == PING and self.says is OPEN and self.below.unsent <= ROOM:  # not for one that takes no answers
+                self.below.send(self._framed(PONG, payload))
+        if len(pieces) == 1:
+            self.on_data(pieces[0])  # type: ignore[arg-type]
+        elif pieces:
+            self.on_data(self._joined(pieces))  # type: ignore[arg-type]
+        if controls and controls[-1][0] == CLOSE and self.is_open:
+            self._heard_close(int.from_bytes(controls[-1][1][:2], "big") or NO_CODE)
+
+    def _joined(self, pieces: list[bytes | memoryview]) -> bytes | memoryview:
+        """Several pieces as one."""
+        buffer, at = self.buffer, 0
+        if buffer is None:
+            return b"".join(pieces)
+        for piece in pieces:
+            buffer[at:at + len(piece)] = piece
+            at += len(piece)
+        return buffer[:at]
+
+    def _heard_close(self, code: int) -> None:
+        """The peer says that it has ended; most codes say that something is wrong."""
+        self.hears = False
+        self.below.on_data = unheard
+        if code not in (NORMAL, GOING_AWAY, NO_CODE):
+            self._break(NORMAL, Failed("reset", f"the other end has closed the WebSocket with {code}"))
+        elif self.says is OPEN:
+            self.on_end(None)
+        else:
+            self.below.close()
+            self.ended(None)
+
+    def _break(self, code: int, failed: Failed) -> None:
+        """It is over: a rule was broken, here or there."""
+        self._say_close(code)
+        self.below.close()
+        self.ended(failed)
+
+    def _on_room(self) -> None:
+        self.on_room()
+
+    def _on_end(self, error: Failed | None) -> None:
+        if error is None and not self.hears:
+            return  # it was said by a Close before
+        self.below.close()
+        self.ended(error or Failed("reset", "it ended without a Close"))
 
 
 # -- contexts, and who we are ------------------------------------------------------------------
