@@ -72,6 +72,7 @@ class Single:
         self.carried: dict[str, Caller] = {}  # as a Caller wants it: nobody refuses one later
         self.told: dict[str, float] = {}  # when a kind of refusal was last told
         self.alarms: list[Alarm] = []
+        self.is_closed = False
         self.certificates = self._certificates()
         loop = program.loop
         self.relays = Relays(loop, program.pipes, program.wires, program.alarms, self.counts, options.byte_rate,
@@ -171,7 +172,10 @@ class Single:
             self.program.tell(caller, "warn", "failed", f"{caller.address}: {text}", reason=reason, error=text)
 
     def close(self) -> None:
-        """End everything."""
+        """End everything.  More than once does no harm."""
+        if self.is_closed:
+            return
+        self.is_closed = True
         self._unbind()
         for alarm in self.alarms:
             alarm.cancel()
