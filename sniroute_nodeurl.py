@@ -84,6 +84,9 @@ class Options(NamedTuple):
     noudp: bool = False
     pin: str = ""  # sha256: and 64 hex digits, of the certificate that the server has to have
 
+    def __repr__(self) -> str:
+        return f"Options({show(self, full=False, secret=False)!r})"
+
     @property
     def secret(self) -> str:
         """The key that counts: the one that is given, else one made of the port."""

@@ -51,8 +51,9 @@ def test_a_protocol_that_is_not_blocked_passes(kind, name, data, enough):
 
 
 @pytest.mark.parametrize("data", [
-    b"\x04\x03", b"\x04\0", b"\x05\0", b"\x03", b"get / HTTP/1.1", b"SSH-2.0-x\r\n", b"EHLO\r\n", b"*1\r\n$4\r\nPING\r\n",
-    b"\0\0\0\x08\x04\xd2\x16\x2f", b"\x17\x03\x03", b"-GET /", b" GET /", b"A" * (METHOD_MAX + 1), b"GET\t/", b"\xc7ET /",
+    b"\x04\x03", b"\x04\0", b"\x05\0", b"\x03", b"get / HTTP/1.1", b"SSH-2.0-x\r\n", b"EHLO\r\n",
+    b"*1\r\n$4\r\nPING\r\n", b"\0\0\0\x08\x04\xd2\x16\x2f", b"\x17\x03\x03", b"-GET /", b" GET /",
+    b"A" * (METHOD_MAX + 1), b"GET\t/", b"\xc7ET /",
 ])
 def test_what_cannot_become_a_blocked_protocol_passes_at_once(data):
     assert protocol_of(data, ALL, whole=False) == protocol_of(data, ALL, whole=True) == ""
