@@ -84,12 +84,12 @@ class Relays:
         self.settling = loop.queue(SETTLE, lambda relay: relay.settle())
         self.idling = loop.queue(idle, lambda relay: relay.look_idle()) if idle else None
 
-    def join(self, near: socket.socket, far: Wire, early: bytes, ended: bool, over: Callable[[Relay], None]) -> Relay:
+    def join(self, near: socket.socket | Wire, far: Wire, early: bytes, ended: bool, over: Callable[[Relay], None]) -> Relay:
         """Carry between a caller, or a target, and a wire of the pool; `over` is told of the end.
 
         `early`: what the wire has given before; `ended`: the other end has ended behind that.
         """
-        raw = None if self.buckets else far.raw()
+        raw = far.raw() if isinstance(near, socket.socket) and not self.buckets else None
         relay = Joined(self, near, far, over) if raw is None else Spliced(self, near, raw, over)
         self.open.add(relay)
         self.counts.tcps += 1
@@ -296,9 +296,9 @@ class Joined(Relay):
 
     __slots__ = ("near", "far", "full")
 
-    def __init__(self, relays: Relays, near: socket.socket, far: Wire, over: Callable[[Relay], None]):
+    def __init__(self, relays: Relays, near: socket.socket | Wire, far: Wire, over: Callable[[Relay], None]):
         super().__init__(relays, over)
-        self.near = Side(TcpWire(relays.wires, near))
+        self.near = Side(TcpWire(relays.wires, near) if isinstance(near, socket.socket) else near)
         self.far = Side(far)
         self.full: set[Side] = set()  # sides that are held since the other one is full
 

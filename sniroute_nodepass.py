@@ -237,6 +237,7 @@ def run_client(program: NodePass, options: Options) -> None:
         if options.mode == 1 or single.can_listen():
             program.add_end(single)
             return
+        single.close()
     program.add_end(Client(program, options, program.times))
 
 
