@@ -150,6 +150,12 @@ class Tunnel:
         wait_until(self.is_linked, what="a link")
         return self
 
+    def linked_again(self, times: int = 2) -> Tunnel:
+        """Wait for a further link: so many since the beginning."""
+        for each in (self.server, self.client):
+            wait_until(lambda: sum("linked with" in line for line in each.messages) >= times, what=f"link {times}")
+        return self.linked()
+
     def call(self, said: bytes = b"", timeout: float = 20.0) -> socket.socket:
         """A caller that has sent something."""
         return connect(self.address, said, timeout)
