@@ -30,13 +30,14 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Any, Callable
 
-from sniroute_dial import Failed, set_options
+from sniroute_dial import set_options
 from sniroute_duplex import TcpWire, Wire
 from sniroute_flow import DONE, NO_FLOW, OPEN, Flow
 from sniroute_flow import BROKEN as SINK_BROKEN
 from sniroute_forwarder import Listener, reset
 from sniroute_guards import Bucket, protocol_of
 from sniroute_loop import READ, Loop, Watch, monotonic, unsent
+from sniroute_refusals import Failed
 from sniroute_signals import Signal, proxy_header
 
 if TYPE_CHECKING:

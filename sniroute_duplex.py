@@ -205,6 +205,11 @@ class TlsWire(Secure, Duplex):
         """What both have agreed to speak (ALPN); "": nothing."""
         return self.tls.selected_alpn_protocol() or ""
 
+    @property
+    def has_more(self) -> bool:
+        """In `done` of `shake`: whether the peer has said something behind its handshake, which comes next."""
+        return self.incoming.pending > 0
+
     def fingerprint(self) -> str:
         return self.print
 
@@ -369,7 +374,7 @@ class WebSocketWire(Duplex):
         self.reader = EitherReader(not is_client)
         self.hears = True  # as in TcpWire
         self.says = OPEN
-        below.on_data = self._on_bytes
+        below.on_data = self.hear
         below.on_end = self._on_end
         below.on_room = self._on_room
 
@@ -440,7 +445,8 @@ class WebSocketWire(Duplex):
             self.says = OVER
             self.below.send(self._framed(CLOSE, code.to_bytes(2, "big")))
 
-    def _on_bytes(self, data: bytes | memoryview) -> None:
+    def hear(self, data: bytes | memoryview) -> None:
+        """Bytes of the wire below; from whoever made the upgrade those that came behind it, once there is an owner."""
         try:
             pieces, controls = self.reader.read(memoryview(data))
         except Malformed as error:
@@ -558,17 +564,16 @@ class Certificates:
     Args:
         files: the paths of the certificate and of its key, PEM; None: one is made now.
         name: for which one is made, where it can be for it; nobody checks that.
-        protocols: as in `server_context`.
         tell: told in words that the files were read again, or why the ones before are still in use.
         clock: seconds that never go back.
 
     Raises SettingsError where the files cannot be used now.
     """
 
-    def __init__(self, files: tuple[str, str] | None, name: str = "", protocols: Iterable[str] = (),
-                 tell: Callable[[str], None] = unheard, clock: Callable[[], float] = monotonic):
+    def __init__(self, files: tuple[str, str] | None, name: str = "", tell: Callable[[str], None] = unheard,
+                 clock: Callable[[], float] = monotonic):
         self.files = files
-        self.protocols = tuple(protocols)
+        self.protocols: tuple[str, ...] = ()
         self.tell = tell
         self.clock = clock
         self.stamp: list[tuple[int, ...]] = []  # of the files as they were when they were read
@@ -583,6 +588,12 @@ class Certificates:
             self._read(self._stamp())
         except (OSError, ValueError) as error:
             raise SettingsError(f"crt, key: {self._words(error)}") from None
+
+    def speak(self, protocols: Iterable[str]) -> None:
+        """Have connections agree on these from now on (ALPN), the best first."""
+        self.protocols = tuple(protocols)
+        if self.protocols:
+            self.made.set_alpn_protocols(list(self.protocols))
 
     @property
     def context(self) -> ssl.SSLContext:

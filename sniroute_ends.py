@@ -43,7 +43,6 @@ from typing import Any, Callable
 
 from sniroute_callers import PEEK_LAST, Callee, Caller, Counts, Relays
 from sniroute_datagrams import Datagrams
-from sniroute_dial import Failed
 from sniroute_duplex import Certificates, Wire
 from sniroute_guards import Slots
 from sniroute_lanes import LANES, Lanes, Reception, shake
@@ -52,6 +51,7 @@ from sniroute_names import show_address
 from sniroute_nodeurl import Options, Times
 from sniroute_peering import CONTROL, Link
 from sniroute_pool import Asker, Pool, Sizer, Slot
+from sniroute_refusals import Failed
 from sniroute_signals import (DATAGRAM_MAX, PROOF_SIZE, REFUSED, Ask, Signal, Terms, answer, proof,
                               same_token, token_of)
 from sniroute_upstreams import Upstreams
@@ -100,6 +100,7 @@ class End:
         self.peer = ""  # the address of the other end
         self.fingerprint = ""  # of the server's certificate, as this end sees it
         self.said_verify = False  # in this link
+        self.spent = ""  # the id of a connection that was used for that, and had not come
         self.verified = False  # the other end sees the same certificate; or there is nothing to verify
         self.carried: dict[str, Caller] = {}  # of this end's callers, by the id of their connection
         self.callees: set[Any] = set()  # of the other end's
@@ -240,6 +241,7 @@ class End:
         self.never("expect")
         self.verified = self.terms.tls != 1
         self.said_verify = False
+        self.spent = ""
         self.link = Link(self.loop, wire, self.key.encode(), self.on_signal, self.on_unlinked, self.program.flushing)
         self.link.start()
         self.datagrams.largest = DATAGRAM_MAX if self.terms.nonce else self.times.udp_buffer
@@ -314,6 +316,8 @@ class End:
         slot = self.pool.pick(signal.id)
         if slot is not None:
             slot.wire.close()
+        else:
+            self.spent = signal.id  # it may come yet, and has ended already
         if not self.fingerprint or not hmac.compare_digest(self.fingerprint, signal.fp):
             self.log("error", "the certificates differ: somebody is between the two ends")
             self.link.end("the certificates differ")
@@ -510,7 +514,7 @@ class Server(End):
 
     def _admit(self, number: str, wire: Wire, early: bytes = b"") -> None:
         """A connection may be used."""
-        if not self.expects_pool:
+        if not self.expects_pool or number == self.spent:
             wire.reset()
         elif number == CONTROL:
             self.fingerprint = self.certificates.fingerprint
@@ -529,6 +533,8 @@ class Server(End):
         self.state = LISTENING
 
     def close(self) -> None:
+        if self.state is CLOSED:
+            return
         if self.watch is not None:
             self.watch.closing()
             self.listener.close()

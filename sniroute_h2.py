@@ -43,10 +43,10 @@ from time import monotonic
 from typing import Any, Callable, NamedTuple
 
 from sniroute_hpack import Decoder, Pair, encode
-from sniroute_http2 import (ACK, COMPRESSION_ERROR, CONTINUATION, CONTINUATIONS_MAX, DATA, END_HEADERS, ENHANCE_YOUR_CALM,
-                            FLOW_CONTROL_ERROR, FRAME_SIZE_ERROR, GOAWAY, HEADER_SIZE, HEADERS, PADDED,
-                            PING, PREFACE, PRIORITY, PROTOCOL_ERROR, REFUSED_STREAM, RST_STREAM, SETTINGS,
-                            WINDOW_UPDATE, Broken, Frame, check_settings, find_fragment, make_frame)
+from sniroute_http2 import (ACK, COMPRESSION_ERROR, CONTINUATION, CONTINUATIONS_MAX, DATA, END_HEADERS,
+                            ENHANCE_YOUR_CALM, FLOW_CONTROL_ERROR, FRAME_SIZE_ERROR, GOAWAY, HEADER_SIZE, HEADERS,
+                            PADDED, PING, PREFACE, PRIORITY, PROTOCOL_ERROR, PUSH_PROMISE, REFUSED_STREAM, RST_STREAM,
+                            SETTINGS, WINDOW_UPDATE, Broken, Frame, check_settings, find_fragment, make_frame)
 from sniroute_refusals import Malformed
 
 __version__ = "0.1.0"
@@ -63,9 +63,9 @@ WINDOW_MAX = (1 << 31) - 1  # section 6.9.1
 WINDOW_START = 65535  # section 6.9.2
 ID_MAX = (1 << 31) - 1
 
-# What a peer may do so often within FLOOD_SECONDS.  Each costs it a few bytes, and us an answer, or work.  An original's
-# client ends each stream with RST_STREAM, so those count only where nothing was answered yet.  WINDOW_UPDATE is not
-# here: Go sends one for every 4 KiB.
+# What a peer may do so often within FLOOD_SECONDS.  Each costs it a few bytes, and us an answer, or work.  The
+# original's client ends every stream with RST_STREAM, so those count only where nothing was answered yet.
+# WINDOW_UPDATE is not here: Go sends one for every 4 KiB that it reads.
 FLOOD_SECONDS = 10.0
 FLOODS = {
     "SETTINGS": 100, "PING": 1000, "PRIORITY": 1000, "empty DATA": 1000, "RST_STREAM": 1000, "refused streams": 1000,
@@ -73,12 +73,10 @@ FLOODS = {
 }
 
 END_STREAM = 0x1  # a flag of DATA and HEADERS
-PUSH_PROMISE = 5
 NO_ERROR, INTERNAL_ERROR, STREAM_CLOSED, CANCEL = 0x0, 0x2, 0x5, 0x8  # codes, section 7
 # Settings, section 6.5.2; the last one is of RFC 9218.
-HEADER_TABLE_SIZE, ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE, MAX_HEADER_LIST_SIZE = range(
-    1, 7)
-NO_RFC7540_PRIORITIES = 9
+HEADER_TABLE_SIZE, ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE = 1, 2, 3, 4
+MAX_FRAME_SIZE, MAX_HEADER_LIST_SIZE, NO_RFC7540_PRIORITIES = 5, 6, 9
 
 _header = struct.Struct(">HBBBI")  # section 4.1: the length has three bytes
 _unpack, _pack = _header.unpack_from, _header.pack
@@ -269,16 +267,17 @@ class H2:
     """
 
     __slots__ = ("role", "streams_max", "floods", "streams", "out", "awaited", "partial", "need", "frame", "stream",
-                 "left", "padding", "ends", "block", "block_id", "block_flags", "continuations", "decoder", "sendable", "window",
-                 "used", "held", "peer_max", "peer_window", "peer_frame_max", "is_settled", "peer_last", "next_id",
-                 "resets", "is_over", "is_leaving")
+                 "left", "padding", "ends", "block", "block_id", "block_flags", "continuations", "decoder", "sendable",
+                 "window", "used", "held", "peer_max", "peer_window", "peer_frame_max", "is_settled", "peer_last",
+                 "next_id", "resets", "is_over", "is_leaving")
 
     def __init__(self, client: bool, streams_max: int = STREAMS_MAX, clock: Callable[[], float] = monotonic):
         role = self.role = CLIENT if client else SERVER
         self.streams_max = streams_max
         self.floods = Floods(clock)
         self.streams: dict[int, Stream] = {}  # those that are not closed
-        settings = b"".join(_setting.pack(number, streams_max if value < 0 else value) for number, value in role.settings)
+        settings = b"".join(_setting.pack(number, streams_max if value < 0 else value)
+                            for number, value in role.settings)
         self.out = bytearray(role.first + make_frame(SETTINGS, settings) + make_frame(
             WINDOW_UPDATE, struct.pack(">I", role.connection - WINDOW_START)))
         self.awaited = b"" if client else PREFACE  # what has to come before any frame

@@ -34,6 +34,7 @@ sniroute_master where it is asked for.
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import ssl
@@ -109,6 +110,12 @@ class NodePass(Forwarder):
         self.flushing = self.loop.batch(Link.flush)
         self.ends: list[End] = []
 
+    @functools.cached_property
+    def streams(self) -> Any:
+        """What all HTTP/2 connections share, where there is one: a megabyte."""
+        from sniroute_streams import Streams
+        return Streams(self.loop)
+
     # -- ends
 
     def parse_target(self, text: str) -> Server:
@@ -134,7 +141,7 @@ class NodePass(Forwarder):
     def unlisten(self, address: str) -> None:
         end = self.listeners[address].target
         super().unlisten(address)
-        if not any(listener.target is end for listener in self.listeners.values()):
+        if end in self.ends and not self.listener_of(end):
             self.ends.remove(end)
             end.close()
 
@@ -168,9 +175,9 @@ class NodePass(Forwarder):
         end.datagrams.unlisten()
 
     def stop(self) -> None:
+        super().stop()
         for end in self.ends:
             end.close()
-        super().stop()
         self.wires.close()
         self.pipes.close()
 

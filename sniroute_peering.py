@@ -20,10 +20,9 @@ from __future__ import annotations
 
 from typing import Any, Callable
 
-from sniroute_dial import Failed
 from sniroute_duplex import Wire
 from sniroute_loop import monotonic
-from sniroute_refusals import Malformed
+from sniroute_refusals import Failed, Malformed
 from sniroute_signals import Signal, SignalReader, encode
 
 __version__ = "0.1.0"

@@ -31,9 +31,9 @@ import collections
 import functools
 from typing import Any, Callable
 
-from sniroute_dial import Failed
 from sniroute_duplex import Wire
 from sniroute_loop import Loop
+from sniroute_refusals import Failed
 
 __version__ = "0.1.0"
 

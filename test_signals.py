@@ -10,10 +10,11 @@ from typing import Any, Callable
 import pytest
 
 from sniroute_refusals import Malformed
-from sniroute_signals import (ASK_MAX, DATAGRAM_MAX, LINE_MAX, PROOF_SIZE, REFUSED, TERMS_MAX, Ask, DatagramReader, Signal,
-                              SignalReader, Terms, answer, ask, checkpoint, decode, disguise, encode, frame_datagram,
-                              key_of_port, parse_ask, parse_checkpoint, parse_terms, proof, proxy_header, same_token,
-                              token_of)
+from sniroute_signals import (
+    ASK_MAX, DATAGRAM_MAX, LINE_MAX, PROOF_SIZE, REFUSED, TERMS_MAX, Ask, DatagramReader, Signal, SignalReader, Terms,
+    answer, ask, checkpoint, decode, disguise, encode, frame_datagram, key_of_port, parse_ask, parse_checkpoint,
+    parse_terms, proof, proxy_header, same_token, token_of,
+)
 
 KEY = b"capkey"
 NONCE = "0123456789abcdef" * 2
@@ -116,8 +117,8 @@ def test_a_line_may_end_in_crlf():
 
 
 @pytest.mark.parametrize("line, words", [
-    (b"\n", "no JSON"), (b"?\n", "no base64"), (b"GEMRCBEQDA9SUUcJCg8XSRg\n", "no base64"),
-    (line_of("{"), "no JSON"), (line_of('{"action":"ping"} x'), "no JSON"), (line_of("[" * 3000), "no JSON"),
+    (b"\n", "no JSON"), (b"?\n", "no base64"), (b"GEMRCBEQDA9SUUcJCg8XSRg\n", "no base64"), (line_of("{"), "no JSON"),
+    (line_of('{"action":"ping"} x'), "no JSON"), (line_of("[" * 3000), "no JSON"),
     (line_of('{"action":"ping"}', b"other"), "another key"), (line_of(b"\xff\xfe"), "no JSON"),
     (line_of("[]"), "no object"), (line_of('"ping"'), "no object"), (line_of("null"), "no object"),
     (line_of("{}"), "action"), (line_of('{"action":7}'), "action"), (line_of('{"action":"pi\\nng"}'), "action"),
@@ -125,10 +126,12 @@ def test_a_line_may_end_in_crlf():
     (line_of('{"action":"tcp","id":"1C0A8B10"}'), "id"), (line_of('{"action":"tcp","id":"1c0a8b1"}'), "id"),
     (line_of('{"action":"tcp","id":"1c0a8b100"}'), "id"), (line_of('{"action":"tcp","id":"1c0a8b1g"}'), "id"),
     (line_of('{"action":"tcp","id":"1c0a8b1\\n"}'), "id"), (line_of('{"action":"tcp","id":1}'), "id"),
-    (line_of('{"action":"tcp","remote":"a\\u0000b"}'), "remote"), (line_of('{"action":"tcp","remote":"\\u001b[2J"}'), "remote"),
+    (line_of('{"action":"tcp","remote":"a\\u0000b"}'), "remote"),
+    (line_of('{"action":"tcp","remote":"\\u001b[2J"}'), "remote"),
     (line_of('{"action":"tcp","remote":"\\ud800"}'), "remote"), (line_of('{"action":"tcp","remote":"a\\n"}'), "remote"),
-    (line_of('{"action":"tcp","remote":"' + "1" * 257 + '"}'), "remote"), (line_of('{"action":"tcp","remote":{}}'), "remote"),
-    (line_of('{"action":"verify","fp":"a b"}'), "fp"), (line_of('{"action":"verify","fp":"' + "f" * 129 + '"}'), "fp"),
+    (line_of('{"action":"tcp","remote":"' + "1" * 257 + '"}'), "remote"),
+    (line_of('{"action":"tcp","remote":{}}'), "remote"), (line_of('{"action":"verify","fp":"a b"}'), "fp"),
+    (line_of('{"action":"verify","fp":"' + "f" * 129 + '"}'), "fp"),
 ])
 def test_a_line_that_is_no_signal_is_one_fault_and_the_link_goes_on(line, words):
     found = SignalReader(KEY).feed(line + encode(Signal("ping"), KEY))
@@ -137,7 +140,8 @@ def test_a_line_that_is_no_signal_is_one_fault_and_the_link_goes_on(line, words)
 
 
 def test_the_longest_remote_is_read():
-    assert SignalReader(KEY).feed(line_of('{"action":"tcp","remote":"' + "1" * 256 + '"}')) == [Signal("tcp", "1" * 256)]
+    remote = "1" * 256
+    assert SignalReader(KEY).feed(line_of(f'{{"action":"tcp","remote":"{remote}"}}')) == [Signal("tcp", remote)]
 
 
 @pytest.mark.parametrize("pieces", [
@@ -205,19 +209,22 @@ def test_a_request_is_read_by_the_other_end(ours):
      Ask("CONNECT", "example.com:443", "", ("example.com", 443), "capkey", False, 0)),
     (b"CONNECT [2001:db8::1]:443 HTTP/1.1\r\n\r\n",
      Ask("CONNECT", "[2001:db8::1]:443", "", ("2001:db8::1", 443), "", False, 0)),
-    (b"CONNECT a:1 HTTP/1.1\r\nProxy-Authorization: Basic !\r\n\r\n", Ask("CONNECT", "a:1", "", ("a", 1), "", False, 0)),
-    (b"CONNECT a:1 HTTP/1.1\r\nProxy-Authorization: Basic Y2Fw\r\n\r\n", Ask("CONNECT", "a:1", "", ("a", 1), "", False, 0)),
-    (b"CONNECT a:1 HTTP/1.1\r\nProxy-Authorization: Basic /w==\r\n\r\n", Ask("CONNECT", "a:1", "", ("a", 1), "", False, 0)),
+    (b"CONNECT a:1 HTTP/1.1\r\nProxy-Authorization: Basic !\r\n\r\n",
+     Ask("CONNECT", "a:1", "", ("a", 1), "", False, 0)),
+    (b"CONNECT a:1 HTTP/1.1\r\nProxy-Authorization: Basic Y2Fw\r\n\r\n",
+     Ask("CONNECT", "a:1", "", ("a", 1), "", False, 0)),
+    (b"CONNECT a:1 HTTP/1.1\r\nProxy-Authorization: Basic /w==\r\n\r\n",
+     Ask("CONNECT", "a:1", "", ("a", 1), "", False, 0)),
 ])
 def test_what_is_asked_is_read(data, found):
     assert parse_ask(data + b"behind") == found._replace(end=len(data))
 
 
 @pytest.mark.parametrize("data", [
-    b"\0", b"get / HTTP/1.1\r\n", b"GET / HTTP/2.0\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET /\n", b"GET / HTTP/1.1\n",
-    b"CONNECT example.com HTTP/1.1\r\n\r\n", b"CONNECT : HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
-    b"GET / HTTP/1.1\r\na: b\n\r\n\r\n", b"GET /" + b"a" * ASK_MAX, b"GET / HTTP/1.1\r\na: " + b"a" * ASK_MAX,
-    b"\x16\x03\x01\x02\0", b"SSH-2.0-x\r\n",
+    b"\0", b"get / HTTP/1.1\r\n", b"GET / HTTP/2.0\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET /\n",
+    b"GET / HTTP/1.1\n", b"CONNECT example.com HTTP/1.1\r\n\r\n", b"CONNECT : HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nno colon\r\n\r\n", b"GET / HTTP/1.1\r\na: b\n\r\n\r\n", b"GET /" + b"a" * ASK_MAX,
+    b"GET / HTTP/1.1\r\na: " + b"a" * ASK_MAX, b"\x16\x03\x01\x02\0", b"SSH-2.0-x\r\n",
 ])
 def test_what_is_no_request_is_refused(data):
     assert isinstance(fault(parse_ask, data), Malformed)
@@ -332,7 +339,9 @@ def test_a_checkpoint_is_the_originals_and_is_read_again():
         "mode": 1, "ping": 2, "pool": 5, "tcps": 2, "udps": 0, "tcprx": 28, "tcptx": 14, "udprx": 0, "udptx": 0}
 
 
-@pytest.mark.parametrize("text", ["", "CHECK_POINT", "CHECK_POINT|MODE=1|PING=2|POOL=5", "CHECK_POINT|MODE=-1|PING=2ms"])
+@pytest.mark.parametrize("text", [
+    "", "CHECK_POINT", "CHECK_POINT|MODE=1|PING=2|POOL=5", "CHECK_POINT|MODE=-1|PING=2ms",
+])
 def test_what_is_no_checkpoint_says_nothing(text):
     assert parse_checkpoint(text) is None
 
