@@ -10,8 +10,8 @@ what it has read: all that there was in one turn, BATCH at most.  So a connectio
 datagrams.  On the wire each is its length in two bytes, and itself (sniroute_signals).
 
 A flow begins with a datagram from a new address (Port), or with the other end's signal (`Datagrams.serve`).  It ends
-where nothing has moved in either direction for NP_UDP_READ_TIMEOUT, where its connection ends, or REFUSED_LAST after its
-target has refused a datagram: the caller's next one then begins another flow, perhaps with another target.
+where nothing has moved in either direction for NP_UDP_READ_TIMEOUT, where its connection ends, or REFUSED_LAST after
+its target has refused a datagram: the caller's next one then begins another flow, perhaps with another target.
 
 UDP promises nothing, so nothing is kept for long.  A datagram is dropped, and counted, where a socket is full, where a
 wire has more than UNSENT_MAX unsent, and where there is no room for another flow.  Who floods us from many addresses
@@ -52,7 +52,7 @@ __version__ = "0.1.0"
 BATCH = 64  # datagrams read from one socket in a turn: half a millisecond, so that the others have their turn
 FLOWS_MAX = 8192  # flows of an end: each has a descriptor here and one there, and half of them is for TCP
 WAITING_MAX = 64  # flows that wait for a connection or a name: whoever needs one for TCP waits behind them
-EARLY_MAX = 1 << 16  # kept for a flow that waits; and for each datagram SMALL, since small ones cost more than they have
+EARLY_MAX = 1 << 16  # kept for a flow that waits; each datagram counts SMALL more, since it costs more than its bytes
 SMALL = 128
 UNSENT_MAX = 1 << 20  # in a wire: what comes later than that is of no use
 RECEIVE = 1 << 21  # asked for as a socket's buffer; the kernel gives what net.core.rmem_max allows

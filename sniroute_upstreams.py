@@ -15,7 +15,8 @@ one takes no connection within NP_TCP_DIAL_TIMEOUT, the next is tried.  `lbs` sa
 
 Names are resolved in a thread each (KeptNames), and kept for `dns` seconds.  Where the resolver has no answer then, or
 none within PATIENCE, the old addresses are used.  The addresses of one host are tried beside each other, as any Dial
-does it.  With `dial` all of this leaves from one address of ours (TargetWay); addresses of the other family are refused.
+does it.  With `dial` all of this leaves from one address of ours (TargetWay); addresses of the other family are left
+out.
 
 UDP has no connect that could fail: a datagram socket is connected to the first target whose name resolves, in the same
 order and with the same turns.  Its owner tells where that target refuses datagrams (`Attempt.refused`).
@@ -137,7 +138,7 @@ class TargetWay(WayOut):
         self.family = socket.AF_INET6 if ":" in source else socket.AF_INET
 
     def open(self, family: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
-        """A socket that leaves from the source.  Raises OSError: it is no address of this host, or of another family."""
+        """A socket that leaves from the source.  Raises OSError: it is none of ours, or of another family."""
         if self.source and family != self.family:
             raise OSError(errno.EADDRNOTAVAIL, f"this target has no address that {self.source} can reach")
         sock = socket.socket(family, kind)

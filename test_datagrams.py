@@ -503,7 +503,8 @@ def test_without_a_connection_the_flow_ends(make, udp):
     for _ in range(3):
         caller.send(b"x")
     made.turn_until(lambda: made.near.dropped.total() or made.accepting.lines)
-    made.turn_until(lambda: made.accepting.lines[-1] == ("debug", f"UDP: a flow of {HOST}:{caller.getsockname()[1]} ends"))
+    line = "debug", f"UDP: a flow of {HOST}:{caller.getsockname()[1]} ends"
+    made.turn_until(lambda: made.accepting.lines[-1] == line)
     assert made.flows() == (0, 0)
 
 
