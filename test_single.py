@@ -41,10 +41,10 @@ class Lines:
 class Forward:
     """A Single in a thread of its own."""
 
-    def __init__(self, port: int, targets: list[Address], query: str = "", **environ: str):
+    def __init__(self, port: int, targets: list[Address], query: str = "", host: str = HOST, **environ: str):
         self.log = Lines()
         places = ",".join(f"{host}:{number}" for host, number in targets)
-        options = parse_url(f"client://{HOST}:{port}/{places}?mode=1{query}")
+        options = parse_url(f"client://{host}:{port}/{places}?mode=1{query}")
         times, _ = read_times(environ)
         self.program = NodePass(self.log, times, {})
         self.single = Single(self.program, options, times)
@@ -193,6 +193,28 @@ def test_datagrams_come_and_go(forward):
             assert sock.recv(100) == b"hello there"
         counts = made.single.counts
         assert (counts.udps, counts.udprx, counts.udptx) == (1, 5, 11)
+
+
+@pytest.mark.parametrize("host", [HOST, "::1"])
+def test_without_a_host_callers_of_both_families_come(forward, host):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as far:
+        far.bind((HOST, 0))
+        far.settimeout(10)
+        made = forward([far.getsockname()], "&notcp=1", "")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            try:
+                sock.connect((host, made.address[1]))
+            except OSError:
+                pytest.skip("needs IPv6 on loopback")
+            sock.settimeout(10)
+            wait_until(lambda: made.single.datagrams.port)
+            sock.send(b"hello")
+            data, address = far.recvfrom(100)
+            far.sendto(data, address)
+            assert sock.recv(100) == b"hello"
+            shown = f"[{host}]" if ":" in host else host
+            assert f"UDP: a flow of {shown}:{sock.getsockname()[1]} begins" in made.log.of("debug")
 
 
 # -- TLS -------------------------------------------------------------------------------------------
