@@ -115,12 +115,13 @@ PEER_ENDS = {OPEN: PEER_ENDED, LOCAL_ENDED: CLOSED}
 class Stream:
     """One stream, as both H2 and its owner see it.  `owner` is the owner's."""
 
-    __slots__ = ("id", "state", "sendable", "window", "used", "has_head", "was_answered", "owner")
+    __slots__ = ("id", "state", "sendable", "credit", "window", "used", "has_head", "was_answered", "owner")
 
     def __init__(self, number: int, sendable: int, window: int):
         self.id = number
         self.state = OPEN
         self.sendable = sendable  # bytes that the peer lets us send; less than 0 where it has taken a part back
+        self.credit = 0  # bytes that the peer has given back in all
         self.window = window  # bytes that we let the peer send
         self.used = 0  # consumed, and not yet given back
         self.has_head = False  # whether the peer's head has come
@@ -751,6 +752,7 @@ def on_window(h2: H2, flags: int, number: int, payload: bytes, events: list[Even
         elif not more:
             h2.fault(stream, PROTOCOL_ERROR, events)
         else:
+            stream.credit += more
             h2.open_window(stream, more, events)
         return
     if not more:

@@ -343,8 +343,8 @@ BAD_AT_SERVER = {
                                   ENHANCE_YOUR_CALM),
     "a block that is too large": (head(flags=0) + make_frame(CONTINUATION, bytes(CONTROL_MAX), 0, 1) * (
         BLOCK_MAX // CONTROL_MAX + 1), ENHANCE_YOUR_CALM),
-    "more fields than there is room": (head(block=b"\x3f\xe1\x1f" + HEAD[1:] + b"\x40\1a" + write_string(bytes(4000)) + b"\xbe" * 20),
-                                       ENHANCE_YOUR_CALM),
+    "more fields than there is room": (head(block=b"\x3f\xe1\x1f" + HEAD[1:] + b"\x40\1a" + write_string(
+        bytes(4000)) + b"\xbe" * 20), ENHANCE_YOUR_CALM),
     "a block that is none": (head(block=b"\xff\xff\xff\xff\xff\xff"), COMPRESSION_ERROR),
     "padding in a head beyond its frame": (head(flags=4 | PADDED, block=b"\xff" + HEAD), PROTOCOL_ERROR),
     "SETTINGS on a stream": (make_frame(SETTINGS, b"", 0, 1), PROTOCOL_ERROR),
@@ -594,7 +594,8 @@ def conversation() -> tuple[bytes, bytes]:
     run()
     extra = (make_frame(HEADERS, b"\2" + bytes(5) + HEAD[:5] + bytes(2), PADDED | HAS_PRIORITY, 15) +
              make_frame(CONTINUATION, HEAD[5:], END_HEADERS, 15) +
-             make_frame(DATA, b"\4text" + bytes(4), PADDED | END, 15) + make_frame(PRIORITY, bytes(5), 0, 3) + make_frame(99, b"what") + setting(4, 100000))
+             make_frame(DATA, b"\4text" + bytes(4), PADDED | END, 15) +
+             make_frame(PRIORITY, bytes(5), 0, 3) + make_frame(99, b"what") + setting(4, 100000))
     return bytes(said[both.client]) + extra, bytes(said[both.server])
 
 
