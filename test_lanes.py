@@ -515,9 +515,9 @@ def test_one_address_has_less_room_than_all_and_the_client_of_the_tunnel_its_own
 
 
 def test_a_whole_pool_that_is_opened_at_once_gets_in(program, serve_ends):
-    server = serve_ends(0, 1, most=200)
+    server = serve_ends(0, 1, most=100)
     client = Client(program, server.port)
-    owners = client.open(client.lanes(client.shake()), 200)
+    owners = client.open(client.lanes(client.shake()), 100)
     program.until(lambda: all(len(owner.heard) == 4 for owner in owners))
     assert not server.told
     for owner in owners:
@@ -565,19 +565,24 @@ def test_what_a_request_for_websocket_is():
     assert upgrade_key(PLAIN_GET) is None
 
 
-def test_a_server_has_so_many_http2_connections(program, serve_ends, monkeypatch):
+def test_a_server_has_so_many_http2_connections_and_keeps_those_that_carry(program, serve_ends, monkeypatch):
     monkeypatch.setattr(sniroute_lanes, "SESSIONS_MAX", 3)
     server = serve_ends(3, 1)
     client = Client(program, server.port)
     terms = client.shake()
     all_lanes = []
-    for _ in range(5):
+    for count in range(6):
         all_lanes.append(client.lanes(terms))
         owner = client.open(all_lanes[-1])[0]
         program.until(lambda: owner.heard)
         assert isinstance(owner.wire, StreamWire)
-    assert len(server.reception.sessions) == 3
-    program.until(lambda: len(client.lost) == 2)
+        if count:
+            owner.wire.reset()
+            program.until(lambda: sum(bool(each.h2.streams) for each in server.reception.sessions) == 1)
+        else:
+            first = owner
+    assert len(server.reception.sessions) == 3 and not first.ends
+    program.until(lambda: len(client.lost) == 3)
     for lanes in all_lanes:
         lanes.close()
     program.until(lambda: not server.reception.sessions)
