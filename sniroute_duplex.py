@@ -465,7 +465,7 @@ class WebSocketWire(Duplex):
     def _joined(self, pieces: list[bytes | memoryview]) -> bytes | memoryview:
         """Several pieces as one."""
         buffer, at = self.buffer, 0
-        if buffer is None:
+        if buffer is None or sum(map(len, pieces)) > len(buffer):  # TLS without a buffer may give a record more
             return b"".join(pieces)
         for piece in pieces:
             buffer[at:at + len(piece)] = piece
@@ -633,7 +633,7 @@ class Certificates:
     def _words(self, error: OSError | ValueError) -> str:
         """What is wrong with the files."""
         if isinstance(error, ssl.SSLError):
-            why = tls_words(error)
+            why = tls_words(error) if error.reason else "it is no PEM"
         else:
             why = (error.strerror or str(error)).lower() if isinstance(error, OSError) else "it is no certificate"
         path = getattr(error, "filename", None)
