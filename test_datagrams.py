@@ -22,6 +22,7 @@ from sniroute_layers import Wires
 from sniroute_loop import Loop, ignore
 from sniroute_signals import DatagramReader, frame_datagram
 from sniroute_upstreams import Upstreams
+from testbed.carrier import resolve_as
 
 
 class End:
@@ -304,6 +305,26 @@ def test_what_came_before_the_signal_and_an_end_is_for_the_target(make):
     assert made.flows() == (0, 0)
 
 
+@pytest.mark.parametrize("how", ["finish", "reset"])
+def test_a_connection_may_end_before_the_target_is_known(lead, udp, monkeypatch, how):
+    """What has come is for the target all the same, unless it was cut."""
+    release, target = threading.Event(), udp()
+    resolve_as(monkeypatch, lambda: [target.getsockname()] if release.wait(10) else [])
+    made = lead(("dns.example.com", 53))
+    ours, theirs = made.pair()
+    made.far.serve(SimpleNamespace(wire=theirs, early=frame_datagram(b"one"), ended=False), "192.0.2.1:1")
+    ours.send(frame_datagram(b"two"))
+    getattr(ours, how)()
+    theirs.resume()  # as where a piece is on its way when it is paused
+    made.turn_until(lambda: not made.far.flows or next(iter(made.far.flows)).far.ended)
+    release.set()
+    if how == "finish":
+        assert [made.receive(target), made.receive(target)] == [b"one", b"two"]
+    made.turn_until(lambda: not made.far.flows and not made.dialling.upstreams.names.waiting)
+    with pytest.raises(BlockingIOError):
+        target.recv(1)
+
+
 # -- how flows end -----------------------------------------------------------------------------------
 
 
@@ -363,12 +384,13 @@ def test_a_dead_target_is_another_flows_turn(lead, udp, monkeypatch):
     dead.close()
     made = lead(place, good.getsockname())
     caller = udp(made.address)
-    caller.send(b"lost")
+    for _ in range(3):  # the second is told that the first was refused
+        caller.send(b"lost")
     made.turn_until(lambda: made.flows() == (1, 1))
     made.turn_until(lambda: made.flows() == (0, 0))
     caller.send(b"hello")
     assert made.receive(good) == b"hello"
-    assert made.far.dropped[sniroute_datagrams.REFUSED] == 1
+    assert made.far.dropped[sniroute_datagrams.REFUSED] >= 2
 
 
 def test_a_target_that_restarts_within_a_moment_keeps_its_flow(lead, udp):
