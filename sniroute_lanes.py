@@ -537,7 +537,7 @@ class Reception:
         sessions, self.sessions = self.sessions, {}
         for session in sessions:
             session.close()
-        self.end.program.loop.queues.remove(self.late)
+        self.end.program.loop.retire(self.late)
 
 
 class Guest:
