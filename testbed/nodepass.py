@@ -137,8 +137,7 @@ class Tunnel:
     @property
     def udp(self) -> Address:
         """Where UDP callers come in."""
-        port, = self.accepting.end.datagrams.ports
-        return port.sock.getsockname()
+        return wait_until(lambda: self.accepting.end.datagrams.port).sock.getsockname()
 
     def is_linked(self) -> bool:
         """Whether both ends think so, and callers may come."""
