@@ -17,7 +17,7 @@ Seams: I want to ...
     offer another tool             a row of TOOLS
     let one set another parameter  PARAMETERS, and the row of SETTERS
 
-This room imports sniroute_instances.
+This room imports sniroute_instances and sniroute_children.
 
 Sources: JSON-RPC 2.0 Specification; Model Context Protocol, revision 2025-11-25; docs/mcp.md of NodePass.
 """
@@ -28,8 +28,8 @@ import functools
 import json
 from typing import Any, Callable, Mapping, NamedTuple, Protocol, Sequence
 
-from sniroute_instances import (ACTIONS, KEY_ID, VALUE_MAX, Change, Instance, Instances, NotDone, changed, parameters,
-                                parse_change, split)
+from sniroute_children import VALUE_MAX, Change, Instance, NotDone, changed, parameters, parse_change, split
+from sniroute_instances import ACTIONS, KEY_ID, Instances, bring_in, export, export_path
 
 __version__ = "0.1.0"
 
@@ -336,9 +336,9 @@ def transfer(call: Call, verb: str, preposition: str) -> None:
         if isinstance(result, str):
             call.failed(result)
         else:
-            call.say(f"{verb} {result} instances {preposition} {instances.export_path}")
+            call.say(f"{verb} {result} instances {preposition} {export_path(instances)}")
 
-    (instances.export if verb == "Exported" else instances.bring_in)(done)
+    (export if verb == "Exported" else bring_in)(instances, done)
 
 
 def ping(call: Call) -> None:
