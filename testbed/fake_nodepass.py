@@ -5,6 +5,7 @@ The user part of the URL, a key elsewhere, is what it does:
     good        a CHECK_POINT line each 20 ms; the number of bytes that it has received grows by 10 each time
     listens     the same, and it listens on its tunnel's port until it ends
     once        one such line, then none
+    waits       no such line
     fails       a line of an error, and exit 3
     ends        exit 0
     sick        an error of its server in a line; a CHECK_POINT line once the file beside the state, `well`, is there
@@ -50,8 +51,9 @@ if DOES == "ends":
     sys.exit(0)
 if DOES == "listens":
     listener = socket.create_server((URL.hostname, URL.port))
-if DOES == "once":
-    check()
+if DOES in ("once", "waits"):
+    if DOES == "once":
+        check()
     while True:
         time.sleep(60)
 if DOES == "sick":

@@ -113,6 +113,12 @@ class Served:
         assert said.status == 201, said.body
         return said.json["id"]
 
+    def ended(self) -> str:
+        """A new instance whose process has ended well; its id."""
+        ident = self.create("ends")
+        wait_until(lambda: self.instance(ident).wish == "stop")
+        return ident
+
     def show(self, ident: str) -> dict[str, Any]:
         return self.ask("GET", f"/instances/{ident}").json
 
