@@ -98,9 +98,7 @@ def split(url: str) -> urllib.parse.SplitResult:
     if not url.isprintable() or len(url) > URL_MAX:  # urlsplit would leave control characters out
         raise NotDone(400, "Invalid URL format")
     try:
-        parts = urllib.parse.urlsplit(url)
-        parts.port  # which it looks at only when it is asked
-        return parts
+        return urllib.parse.urlsplit(url)
     except ValueError:
         raise NotDone(400, "Invalid URL format") from None
 

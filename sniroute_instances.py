@@ -248,8 +248,8 @@ class Instances:
         while self.due:
             instance = self.due.popleft()
             if instance.wish is RUN and instance.child is None and self.all_gone is None:
-                self.next_start = monotonic() + START_GAP
                 self._launch(instance)
+                self.next_start = monotonic() + START_GAP
                 break
         if self.due:
             self.starter.set(self.next_start)

@@ -466,13 +466,9 @@ class TlsSocket:
 
     def __init__(self, sock: ssl.SSLSocket):
         self.sock = sock
-        for name in ("fileno", "close", "shutdown", "getpeername", "getsockopt"):
-            setattr(self, name, getattr(sock, name))
-        self.family = sock.family
 
-    def setblocking(self, flag: bool) -> None:
-        """As of a socket."""
-        self.sock.setblocking(flag)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sock, name)
 
     def recv(self, size: int) -> bytes:
         """As of a socket: raises BlockingIOError where nothing is there, OSError where it is no TLS.
@@ -506,9 +502,11 @@ class TlsListener:
         self.listener = listener
         self.options = options
         self.log = log
-        self.fileno, self.close, self.setblocking = listener.fileno, listener.close, listener.setblocking
         self.stamps = self._stamps()
         self.context = self._context()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.listener, name)
 
     def accept(self) -> tuple[TlsSocket, Any]:
         """As of a listener."""
@@ -570,7 +568,6 @@ class Output:
         self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.omitted = 0
         self.thread = threading.Thread(target=self._run, name="output", daemon=True)
-        self.thread.start()
 
     def say(self, line: str) -> None:
         """Write a line; where too many wait, leave it out."""
@@ -587,7 +584,7 @@ class Output:
                 print(line, flush=True)
 
     def close(self) -> None:
-        """Write what waits, for a moment."""
+        """Write what waits, for a moment.  After `thread` has been started."""
         self.lines.put(None)
         self.thread.join(LAST_LINES)
 
@@ -643,6 +640,7 @@ class Master:
     def open(self) -> None:
         """Listen, and start what is to run.  Raises SettingsError, and leaves nothing behind then."""
         raise_descriptor_limit()  # each instance takes two
+        self.output.thread.start()
         try:
             self._listen()
             was_there = self.instances.load()
@@ -653,8 +651,7 @@ class Master:
             self.output.close()
             raise
         self.door.gates.append(Gate(self.door, "master", self.listener, self.decide, 0, True, CALLERS_MAX, STREAM_MAX))
-        at = self.listener.listener.getsockname() if self.options.tls else self.listener.getsockname()
-        self.log.info("Master started: %s%s%s", show_address(at[:2]), self.base, V1)
+        self.log.info("Master started: %s%s%s", show_address(self.listener.getsockname()[:2]), self.base, V1)
         if was_there:
             self.log.info("API Key loaded: it is in %s", self.state_path)
         else:  # the one secret that is ever printed, once: nobody could ask without it
@@ -760,7 +757,7 @@ class Master:
     def _spread(self) -> None:
         """Send what has happened in this turn."""
         data, self.news = b"".join(self.news), []
-        for caller in list(self.streams):
+        for caller in list(self.streams) if data else ():
             caller.push(data)
 
     def end_streams(self) -> None:

@@ -232,10 +232,8 @@ def test_what_is_in_error_is_started_again_at_each_reload_interval(master):
     ident = there.create("fails")
     there.ask("PATCH", f"/instances/{ident}", {"restart": False})
     with there.events() as events:
-        seen = []
-        events.until(lambda event: event["type"] == "update" and event["instance"]["status"] == "running"
-                     and not event["instance"]["restart"] and (event["time"] in seen or seen.append(event["time"])
-                                                               or len(seen) > 2))
+        while sum(event["type"] == "update" and event["instance"]["status"] == "running" for event in events.all) < 3:
+            assert events.read()
 
 
 def test_one_that_ends_well_is_stopped(master, caplog):
@@ -328,7 +326,7 @@ def test_no_two_processes_begin_at_once(master, monkeypatch):
     there = master()
     idents = [there.create() for _ in range(3)]
     began = [wait_until(lambda: there.instance(ident).child).began for ident in idents]
-    assert all(later - earlier > 0.14 for earlier, later in zip(began, began[1:]))
+    assert all(later - earlier >= 0.15 for earlier, later in zip(began, began[1:]))
 
 
 def test_there_are_no_more_than_so_many(master, monkeypatch):

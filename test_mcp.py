@@ -23,15 +23,15 @@ NAMES = ["list_instances", "get_instance", "create_instance", "update_instance",
          "update_master_info"]
 
 
-def test_a_client_begins(master):
-    said = master().mcp("initialize", {"protocolVersion": "2025-11-25", "capabilities": {}})
+def test_a_client_begins(shared_master):
+    said = shared_master.mcp("initialize", {"protocolVersion": "2025-11-25", "capabilities": {}})
     assert said == {"jsonrpc": "2.0", "id": 1, "result": {
         "protocolVersion": "2025-11-25", "capabilities": {"tools": {}},
         "serverInfo": {"name": "NodePass Master", "version": "0.1.0"}}}
 
 
-def test_the_tools_are_the_originals_and_each_says_what_it_takes(master):
-    tools = master().mcp("tools/list")["result"]["tools"]
+def test_the_tools_are_the_originals_and_each_says_what_it_takes(shared_master):
+    tools = shared_master.mcp("tools/list")["result"]["tools"]
     assert [tool["name"] for tool in tools] == NAMES
     for tool in tools:
         schema = tool["inputSchema"]
@@ -52,19 +52,19 @@ def test_the_tools_are_the_originals_and_each_says_what_it_takes(master):
     ({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": ["x"]}}, -32602, "unknown tool"),
     ({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "x", "arguments": {}}}, -32602,
      "unknown tool")])
-def test_what_cannot_be_done_is_an_error_of_json_rpc(master, body, code, data):
-    said = master().ask("POST", "/api/v2", body)
+def test_what_cannot_be_done_is_an_error_of_json_rpc(shared_master, body, code, data):
+    said = shared_master.ask("POST", "/api/v2", body)
     assert (said.status, said.json["error"]["code"]) == (200, code) and data in said.json["error"]["data"]
     assert said.headers["Access-Control-Allow-Origin"] == "*"
 
 
 @pytest.mark.parametrize("ident, shown", [(0, 0), ("a", "a"), (1.5, 1.5), (None, ...), ([1], ...), (True, ...)])
-def test_a_response_has_the_id_of_its_request(master, ident, shown):
-    assert master().mcp("initialize", ident=ident).get("id", ...) == shown
+def test_a_response_has_the_id_of_its_request(shared_master, ident, shown):
+    assert shared_master.mcp("initialize", ident=ident).get("id", ...) == shown
 
 
-def test_a_notification_gets_no_response(master):
-    said = master().ask("POST", "/api/v2", {"jsonrpc": "2.0", "method": "notifications/initialized"})
+def test_a_notification_gets_no_response(shared_master):
+    said = shared_master.ask("POST", "/api/v2", {"jsonrpc": "2.0", "method": "notifications/initialized"})
     assert (said.status, said.body) == (202, b"")
 
 
@@ -135,13 +135,12 @@ def test_a_tool_changes_its_part_of_the_url(master, tool, arguments, changes):
     ("update_instance", {"id": "ID", "peer": {"sid": "x" * 257}}, "maximum length 256"),
     ("update_master_info", {}, "alias is required"), ("update_master_info", {"alias": "x" * 257}, "max length 256"),
     ("tcping_target", {}, "target is required")])
-def test_what_a_tool_refuses_changes_nothing(master, tool, arguments, data):
-    there = master()
-    ident = there.ended()
-    before = there.show(ident)
-    said = there.tool(tool, **{name: ident if value == "ID" else value for name, value in arguments.items()})
+def test_what_a_tool_refuses_changes_nothing(shared_master, tool, arguments, data):
+    ident = shared_master.still
+    before = shared_master.show(ident)
+    said = shared_master.tool(tool, **{name: ident if value == "ID" else value for name, value in arguments.items()})
     assert isinstance(said, str) and data in said
-    assert there.show(ident) == before and len(there.master.instances.table) == 1
+    assert shared_master.show(ident) == before and list(shared_master.master.instances.table) == [ident]
 
 
 def test_what_is_noted_of_an_instance_is_changed_field_by_field(master):
@@ -209,6 +208,6 @@ def test_the_master_and_its_targets(master, serve):
     assert there.tool("get_master_info")["info"]["mid"] == there.master.instances.key.config
 
 
-def test_without_the_key_there_is_nothing(master):
-    said = master().ask("POST", "/api/v2", {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}, key=None)
+def test_without_the_key_there_is_nothing(shared_master):
+    said = shared_master.ask("POST", "/api/v2", {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}, key=None)
     assert said.status == 401 and set(TOOLS) == set(NAMES)

@@ -1,6 +1,7 @@
 """Masters of NodePass for tests, in a thread of the test; their instances are stand-ins.
 
     master           master(tls=0, ...) -> Served: a Master that is open until the test ends
+    shared_master    a Served that the tests of a module share, for what changes nothing; `still` is its instance
     Served.ask       one request with the key -> Said;  Served.events: a stream
     url              url("good") -> a URL of an instance; testbed/fake_nodepass.py says what the word does
     TIMES            short ones
@@ -73,9 +74,9 @@ class Served:
         self.master = Master(self.options, times, {**os.environ, "WELL": str(state.parent / "well"), **environ}, LOG,
                              str(state), FAKE)
         self.master.open()
-        listener = self.master.listener
-        self.address = getattr(listener, "listener", listener).getsockname()[:2]
+        self.address = self.master.listener.getsockname()[:2]
         self.is_closed = False
+        self.still = ""  # an instance that has ended, of `shared_master`
 
     def close(self) -> None:
         if not self.is_closed:
@@ -159,6 +160,16 @@ class Served:
         """The result of a tool, or the `data` of its error."""
         said = self.mcp("tools/call", {"name": name, "arguments": arguments})
         return said["result"] if "result" in said else said["error"]["data"]
+
+
+@pytest.fixture(scope="module")
+def shared_master(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sniroute_master, "TICK", 0.02)
+        there = Served(tmp_path_factory.mktemp("master") / "shared.sqlite", TIMES, {})
+    there.still = there.ended()
+    yield there
+    there.close()
 
 
 @pytest.fixture
