@@ -55,6 +55,7 @@ import sniroute_warm
 from sniroute_doctor import sample_hello
 from sniroute_groups import Several
 from sniroute_names import OPTIONS, parse_host_port
+from sniroute_nodeurl import parse_url
 from sniroute_settings import SETTINGS, load_settings
 from conftest import CORE, DOCTOR, HERE, HOST, Server, linux, wait_until
 from testbed.clients import program_path
@@ -147,6 +148,8 @@ def test_command_lines_parse(settings_file):
             sniroute_carrier.parse_words(words[2:], {})
         elif program == "sniroute_kubernetes.py" or words[:1] == ["kubernetes"]:
             assert words[words[:1] == ["kubernetes"]] in sniroute_kubernetes.COMMANDS
+        elif program == "sniroute_nodepass.py" or words[:1] == ["nodepass"]:
+            assert parse_url(words[words[:1] == ["nodepass"]])
         elif words[:1] == ["claim"]:
             arguments, _, _ = sniroute_claim.parse_words(words[1:])
             assert len(arguments) == 2

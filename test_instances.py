@@ -467,7 +467,8 @@ class Running:
 
     def ask(self, key, *words):
         done = subprocess.run([program_path("curl", "curl"), "-sS", "-H", f"X-API-Key: {key}", *words[1:],
-                               f"http://{HOST}:{self.port}/np/v1{words[0]}"], capture_output=True, text=True, timeout=10)
+                               f"http://{HOST}:{self.port}/np/v1{words[0]}"], capture_output=True, text=True,
+                              timeout=10)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -486,7 +487,8 @@ def test_no_process_outlives_its_master(tmp_path, free_ports, number):
     there = Running(tmp_path / "state", ports[0])
     try:
         key = there.until("API Key created: ([0-9a-f]{32})$")
-        made = there.ask(key, "/instances", "-d", json.dumps({"url": url("good" if number == signal.SIGTERM else "deaf")}))
+        does = "good" if number == signal.SIGTERM else "deaf"
+        made = there.ask(key, "/instances", "-d", json.dumps({"url": url(does)}))
         pid = int(there.until(rf"pid=(\d+) argv=1 \[{made['id']}\]"))
     finally:
         code = there.end(number)

@@ -113,8 +113,8 @@ def test_the_description_is_what_is_answered(master):
              ("PATCH", "/instances/x", {}), ("PATCH", f"/instances/{ident}", {"action": "x"}),
              ("PUT", f"/instances/{ident}", {"url": ready}), ("PUT", f"/instances/{ident}", {"url": ready}),
              ("PUT", "/instances/x", {}), ("PUT", f"/instances/{ident}", {}), ("PUT", f"/instances/{KEY_ID}", {}),
-             ("DELETE", "/instances/x", None), ("DELETE", "/instances/", None), ("DELETE", f"/instances/{KEY_ID}", None),
-             ("DELETE", f"/instances/{ident}", None), ("GET", "/info", None), ("POST", "/info", {"alias": "a"}),
+             ("DELETE", "/instances/x", None), ("DELETE", "/instances/", None),
+             ("DELETE", f"/instances/{KEY_ID}", None), ("DELETE", f"/instances/{ident}", None), ("GET", "/info", None), ("POST", "/info", {"alias": "a"}),
              ("POST", "/info", b"x"), ("GET", "/tcping?target=x", None), ("GET", "/tcping", None),
              ("GET", "/openapi.json", None), ("GET", "/docs", None)]
     seen = {("/events", "get", "200"), ("/events", "get", "503"), ("/instances", "post", "409")}  # tests of their own
@@ -132,8 +132,9 @@ def test_the_description_is_what_is_answered(master):
             stranger = there.ask(method.upper(), path.replace("{id}", ident), key=None)
             if stranger.status == 401:
                 seen |= {(path, method, "401"), (path, method, "405")}  # 405: the next test
-    assert seen == {(path, method, status) for path, methods in told["paths"].items() for method, entry in methods.items()
-                    if method != "parameters" for status in entry["responses"]}
+    assert seen == {(path, method, status) for path, methods in told["paths"].items()
+                    for method, entry in methods.items() if method != "parameters"
+                    for status in entry["responses"]}
     for path, methods in told["paths"].items():
         for method, entry in methods.items():
             for answer in entry["responses"].values() if method != "parameters" else ():

@@ -144,7 +144,8 @@ class Served:
     def events(self, key: str = "") -> Iterator[Events]:
         """A stream of events, whose head has been read."""
         with contextlib.closing(self.connect()) as sock:
-            sock.sendall(b"GET /api/v1/events HTTP/1.1\r\nHost: x\r\nX-API-Key: %b\r\n\r\n" % (key or self.key).encode())
+            head = f"GET /api/v1/events HTTP/1.1\r\nHost: x\r\nX-API-Key: {key or self.key}\r\n\r\n"
+            sock.sendall(head.encode())
             stream = Events(sock)
             while b"\r\n\r\n" not in stream.text:
                 assert stream.read()
@@ -178,7 +179,8 @@ def master(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     monkeypatch.setattr(sniroute_master, "TICK", 0.02)
     made: list[Served] = []
 
-    def make(times: Times = TIMES, environ: dict[str, str] = {}, state: str = "master.sqlite", **options: Any) -> Served:
+    def make(times: Times = TIMES, environ: dict[str, str] = {}, state: str = "master.sqlite",
+             **options: Any) -> Served:
         made.append(Served(tmp_path / state, times, environ, **options))
         return made[-1]
 
