@@ -354,13 +354,14 @@ OPTIONS = {
                  "sniroute_sqlite", "sniroute_shared", "sniroute_redis", "sniroute_resp", "sniroute_layers",
                  "sniroute_rfc2136", "sniroute_dns", "sniroute_dial", "sniroute_upgrade", "sniroute_http",
                  "sniroute_claim", "sniroute_door", "sniroute_page"),
-    "nodepass": ("sniroute_nodepass", "sniroute_master", "sniroute_mcp", "sniroute_instances", "sniroute_ends",
+    "nodepass": ("sniroute_nodepass", "sniroute_master", "sniroute_panel", "sniroute_mcp",
+                 "sniroute_instances", "sniroute_children", "sniroute_ends",
                  "sniroute_single", "sniroute_callers", "sniroute_datagrams", "sniroute_peering",
                  "sniroute_lanes", "sniroute_streams", "sniroute_h2", "sniroute_pool",
                  "sniroute_upstreams", "sniroute_duplex", "sniroute_guards", "sniroute_signals",
                  "sniroute_nodeurl", "sniroute_nat", "sniroute_forwarder", "sniroute_layers",
                  "sniroute_dial", "sniroute_upgrade", "sniroute_http", "sniroute_hpack",
-                 "sniroute_http2", "sniroute_certificate", "sniroute_door"),
+                 "sniroute_http2", "sniroute_certificate", "sniroute_door", "sniroute_page"),
 }
 
 
