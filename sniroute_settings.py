@@ -32,7 +32,7 @@ from sniroute_host import (PATHS_MAX, TUNNEL_MEMORY, Stamp, changed_by_others, d
                            memory_allowed, stamp, too_little)
 from sniroute_launchers import (SERVICE_TOKEN, TUNNEL_IDENTITY, Launcher, carrier_launcher, cloudflared_launcher,
                                 identity_faults, inherited)
-from sniroute_names import OPTIONS, Network, describe_version, is_here, parse_ip, printable, show_address
+from sniroute_names import OPTIONS, Network, describe_version, is_here, overlap, parse_ip, printable, show_address
 from sniroute_options import HTTP_MODES, any_port, any_route, misfits_of_http, read_routes
 from sniroute_patterns import FIELDS
 from sniroute_refusals import SettingsError
@@ -634,14 +634,6 @@ def cross_checked_http(values: Mapping[str, Any], given: Mapping[str, Given], wr
 def leads_back(route: Route, address: str) -> bool:
     """Whether a target of the route is an address of this router's."""
     return any(row.leads_back(target.partition(":")[2], address) for row, target in zip(route.kinds, route.targets))
-
-
-def overlap(one: str | tuple[str, int] | None, other: str | tuple[str, int] | None) -> bool:
-    """Whether two places to listen have a TCP address in common; for names only where they are the same name."""
-    if not isinstance(one, tuple) or not isinstance(other, tuple) or one[1] != other[1] or not one[1]:
-        return False
-    hosts = ["127.0.0.1" if host == "localhost" else host.lower() for host, _ in (one, other)]
-    return any(a == b or a in ("*", "::") or a == "0.0.0.0" and ":" not in b for a, b in (hosts, reversed(hosts)))
 
 
 def derived(values: dict[str, Any]) -> dict[str, Any]:
