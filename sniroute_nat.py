@@ -24,7 +24,7 @@ Seams: I want to ...
     refuse one in other words           ELSEWHERE
     understand another reason           a row in REASONS; for another kind of refusal one in sniroute_refusals, too
 
-This room imports sniroute_targets, sniroute_launchers, sniroute_nodeurl (`parse_url`), sniroute_names and
+This room imports sniroute_targets, sniroute_launchers, sniroute_nodeurl (`parse_url`, `is_address`), sniroute_names and
 sniroute_refusals.
 
 Source: NodePass, version 2, "Usage" (the URL of a server), and "Connection Pool" for what a key is for.
@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Iterable, Iterator, Mapping, NamedTuple, NoRet
 from sniroute_launchers import (TUNNEL_ENVIRONMENT, TUNNEL_IDENTITY, Launcher, Reason, TunnelKey, last_line, last_words,
                                 our_words, words_by_hand)
 from sniroute_names import HIDDEN, HOST, OPTIONS, overlap, parse_host_port, printable, show_address
-from sniroute_nodeurl import parse_url
+from sniroute_nodeurl import is_address, parse_url
 from sniroute_refusals import Malformed, SettingsError
 from sniroute_targets import Scheme, tunnel_prepare, tunnel_ready
 
@@ -108,6 +108,10 @@ def parse_server(rest: str) -> Server:
     if at and not (key == HIDDEN or VARIABLE.fullmatch(key) or KEY.fullmatch(key) and len(key) <= KEY_MAX):
         bad(f"the key has 1 to {KEY_MAX} letters, digits, and - . _ ~; anything else is escaped as in a URL, as %40 "
             "for @")
+    try:
+        urllib.parse.unquote(key, errors="strict")
+    except UnicodeDecodeError:
+        bad("the key is no UTF-8")
     if re.search("%[01]|%7F", key, re.IGNORECASE):
         bad("the key has control characters")
     try:
@@ -119,17 +123,21 @@ def parse_server(rest: str) -> Server:
     return Server(key, host, port, query)
 
 
+def read_query(query: str) -> list[tuple[str, str]]:
+    """The parameters of a query: their names and values."""
+    return urllib.parse.parse_qsl(query, keep_blank_values=True)
+
+
 def check(rest: str) -> str:
     """A target in the form that is used, with its key, if it has one.  Raises Malformed, `bad_name`."""
     server = parse_server(rest)
-    for name, value in urllib.parse.parse_qsl(server.query, keep_blank_values=True):
+    for name, value in read_query(server.query):
         if name in ELSEWHERE:
             bad(f"{name}: {ELSEWHERE[name]}")
         if name in ("crt", "key") and not value.startswith("/"):
             bad(f"{name}: write its whole path: the program runs in another folder")
-    host = "" if server.host == "*" else server.place.rpartition(":")[0]
-    try:
-        parse_url(f"server://{host}:{server.port}/127.0.0.1:1?{server.query}")
+    try:  # any target will do that has another port
+        parse_url(f"server://{server.place}/127.0.0.1:{1 if server.port > 1 else 2}?{server.query}")
     except SettingsError as error:
         bad("; ".join(error.lines))
     return str(server)
@@ -139,6 +147,11 @@ def guard(template: str, rest: str) -> None:
     """Check that no name chooses a part of it.  Raises Malformed."""
     if "{" in template:
         bad(f"{printable(template, 80)!r}: nothing is filled in: a client would choose among the ports of this host")
+
+
+def secret_of(server: Server) -> str:
+    """The key that stands in a target, unescaped."""
+    return urllib.parse.unquote(server.key)
 
 
 def put_aside(rest: str) -> tuple[str, str]:
@@ -151,7 +164,7 @@ def put_aside(rest: str) -> tuple[str, str]:
         raise ValueError(f"nodepass: {HIDDEN} is how a key is shown, and no key: write the key itself, or $NAME")
     if not server.key or server.key.startswith("$"):
         return str(server), ""
-    return str(server._replace(key=HIDDEN)), urllib.parse.unquote(server.key)
+    return str(server._replace(key=HIDDEN)), secret_of(server)
 
 
 def servers_of(routes: Iterable[Route]) -> Iterator[tuple[Route, str, Server]]:
@@ -160,6 +173,13 @@ def servers_of(routes: Iterable[Route]) -> Iterator[tuple[Route, str, Server]]:
         for target in route.targets:
             if target.startswith("nodepass:"):
                 yield route, target, parse_server(target.removeprefix("nodepass:"))
+
+
+def addresses_of(routes: Iterable[Route]) -> tuple[tuple[str, int], ...]:
+    """Where these servers listen, each (IP address, port); names of hosts are left out."""
+    names = {"*": "::", "localhost": "127.0.0.1"}
+    found = {(names.get(server.host, server.host), server.port): None for _, _, server in servers_of(routes)}
+    return tuple(address for address in found if is_address(address[0]))
 
 
 Taken = Sequence[tuple[str, tuple[str, int]]]  # what has an address, and the address
