@@ -52,7 +52,7 @@ def printable(text: str, limit: int = NAME_MAX) -> str:
     return line if len(line) <= limit else line[:limit - 3] + "..."
 
 
-KEY_OF_NODEPASS = re.compile(r"\bnodepass:(?!\$[A-Za-z_][A-Za-z0-9_]*@).*@", re.DOTALL)
+KEY_OF_NODEPASS = re.compile(r"nodepass:(?!\$[A-Za-z_][A-Za-z0-9_]*@).*@", re.DOTALL)
 HIDDEN = "********"  # stands for it
 
 

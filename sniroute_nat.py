@@ -114,6 +114,8 @@ def parse_server(rest: str) -> Server:
         bad("the key is no UTF-8")
     if re.search("%[01]|%7F", key, re.IGNORECASE):
         bad("the key has control characters")
+    if "{" in place + query:
+        bad("nothing is filled in for { }: a client would choose among the ports of this host")
     try:
         host, port = parse_host_port(place, default_host="*")
     except ValueError:
@@ -141,12 +143,6 @@ def check(rest: str) -> str:
     except SettingsError as error:
         bad("; ".join(error.lines))
     return str(server)
-
-
-def guard(template: str, rest: str) -> None:
-    """Check that no name chooses a part of it.  Raises Malformed."""
-    if "{" in template:
-        bad(f"{printable(template, 80)!r}: nothing is filled in: a client would choose among the ports of this host")
 
 
 def secret_of(server: Server) -> str:
@@ -311,6 +307,6 @@ def nodepass_launcher(environ: Mapping[str, str]) -> Launcher:
 # -- the row -----------------------------------------------------------------------------------
 
 NODEPASS_SCHEMES = {
-    "nodepass": Scheme(check, tunnel_ready, tunnel_prepare, "its tunnel", is_tunnel=True, guard=guard, is_program=True,
+    "nodepass": Scheme(check, tunnel_ready, tunnel_prepare, "its tunnel", is_tunnel=True, is_program=True,
                        put_aside=put_aside),
 }

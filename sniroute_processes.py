@@ -382,7 +382,6 @@ class Link(NamedTuple):
 
     client: str  # its address
     kind: str  # how it came, for people
-    since: float  # clock time
     pool: int = 0  # connections that wait for use
     ping: float = 0.0  # milliseconds
 
@@ -647,7 +646,7 @@ class Processes:
                 child.refusals.popitem(last=False)
         elif event == "linked":
             kind = f"type {printable(str(fields.get('type', '?')), 8)}, tls {printable(str(fields.get('tls', '?')), 8)}"
-            child.link = Link(printable(str(fields.get("client", "?")), 64), kind, self.clock())
+            child.link = Link(printable(str(fields.get("client", "?")), 64), kind)
             self.owner.linked(child, "")
         elif event == "unlinked" and child.link is not None:
             child.link = None
