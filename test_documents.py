@@ -41,6 +41,7 @@ import sniroute_kubernetes
 import sniroute_launchers
 import sniroute_log
 import sniroute_metrics
+import sniroute_nodeurl
 import sniroute_objects
 import sniroute_probes
 import sniroute_refusals
@@ -147,6 +148,8 @@ def test_command_lines_parse(settings_file):
             sniroute_carrier.parse_words(words[2:], {})
         elif program == "sniroute_kubernetes.py" or words[:1] == ["kubernetes"]:
             assert words[words[:1] == ["kubernetes"]] in sniroute_kubernetes.COMMANDS
+        elif program == "sniroute_nodepass.py" or words[:1] == ["nodepass"]:
+            sniroute_nodeurl.parse_url(words[words[:1] == ["nodepass"]].replace("$SHOP_KEY", "KEY"))
         elif words[:1] == ["claim"]:
             arguments, _, _ = sniroute_claim.parse_words(words[1:])
             assert len(arguments) == 2

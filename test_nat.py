@@ -19,10 +19,10 @@ import pytest
 
 import sniroute_doctor
 import sniroute_nat
-import sniroute_sqlite
 import sniroute_tunnels
-from conftest import HERE, HOST, Address, connect, wait_until
+from conftest import HERE, HOST, Address, wait_until
 from sniroute_admin import attach
+from sniroute_claim import Unable, with_key
 from sniroute_doctor import sample_hello
 from sniroute_launchers import Secret, TunnelKey
 from sniroute_names import HIDDEN, without_key
@@ -30,8 +30,9 @@ from sniroute_processes import Link, number_of
 from sniroute_refusals import REFUSALS, SettingsError
 from sniroute_settings import load_settings, warn
 from sniroute_tunnels import READY, in_use, stand
-from testbed.registry import ADMIN, ALICE, BOB, DOMAIN, OWNERS, Routed
-from testbed.running import Running, alert, read_all, read_exactly, route
+from test_documents import marked
+from testbed.registry import ADMIN, BOB, DOMAIN, Routed
+from testbed.running import Running, alert, read_all, read_exactly
 from testbed.tunnels import events, runs, shared
 
 NAME = "db.example.com"
@@ -644,6 +645,20 @@ def test_a_claim_of_a_port_has_a_server_too(owned, place, dial_in, free_ports):
     with wait_until(lambda: try_connect((HOST, first))) as client:
         client.sendall(b"?")
         assert read_exactly(client, 5) == b"hello"
+
+
+def test_a_claim_is_given_the_key_by_the_environment(monkeypatch):
+    assert with_key("nodepass:$K@:10103?tls=1", {"K": "a b@c\n"}) == "nodepass:a%20b%40c@:10103?tls=1"
+    assert with_key(f"nodepass:{SECRET}@:1", {}) == f"nodepass:{SECRET}@:1"
+    with pytest.raises(Unable, match="^\\$K is not in the environment"):
+        with_key("nodepass:$K@:10103", {"K": ""})
+
+
+def test_the_file_of_the_document_has_two_servers(settings_file):
+    path = settings_file(marked((HERE / "OPERATING.md").read_text(), "nodepass"))
+    settings = load_settings(["-c", path], {"SHOP_KEY": "one", "DB_KEY": "two"})
+    assert [route.target for route in (*settings.routes.routes, *settings.port)] == [
+        "nodepass:$SHOP_KEY@0.0.0.0:10101?tls=1", "nodepass:$DB_KEY@0.0.0.0:10102?tls=1"]
 
 
 def test_the_start_says_what_owners_lack(caplog, monkeypatch, settings_file):
