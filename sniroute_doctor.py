@@ -208,6 +208,8 @@ def explain_claim(settings: Settings, name: str) -> bool:
           + ", suspended by an admin" * suspended)
     if left:
         print(f"target:  {printable(target)}")
+        if target.startswith("nodepass:") and (standing := ask_router(settings.admin)) is not None:
+            show_standing(standing.tunnels.get(target))
     return bool(left) and not suspended
 
 

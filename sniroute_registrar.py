@@ -47,7 +47,7 @@ from sniroute_log import RELEASED as CUT_BY_RELEASE
 from sniroute_loop import Loop, monotonic
 from sniroute_names import show_address, without_key
 from sniroute_owners import Own, Owner, Rules, Where, address_fault, narrowed, standing
-from sniroute_refusals import SettingsError
+from sniroute_refusals import Malformed, SettingsError
 from sniroute_registry import Memory, Registry, Store
 from sniroute_rest import Rest
 from sniroute_routes import Route, Tally, parse_port_route, parse_route
@@ -346,11 +346,10 @@ class Registrar:
         for port, claims in list(self.servers.items()):
             if claims.pop(key, None) is not None and not claims:
                 del self.servers[port]
-        route = None
-        if claim is not None and claim.target.startswith(SERVER):
+        route, tunnels = None, self.router.tunnels
+        if claim is not None and claim.target.startswith(SERVER) and "nodepass" in tunnels.launchers:
             self.servers.setdefault(port_of_server(claim.target), {})[key] = claim.owner, claim.target
             route = None if claim.suspended else self.layer.route_of(claim)
-        tunnels = self.router.tunnels
         stand(tunnels, f"claim {key}", standing_tunnels([route] if route is not None else [], tunnels.launchers))
 
     def rival(self, key: str, owner: str, target: str) -> str:
@@ -520,9 +519,12 @@ def cut_claimed(router: Router, pattern: str) -> None:
 
 
 def port_of_server(target: str) -> int:
-    """The port of a claim's NodePass server."""
+    """The port of a claim's NodePass server; 0 where it is none: another router of the store may have let it in."""
     from sniroute_nat import parse_server  # imported late: an option
-    return parse_server(target.removeprefix(SERVER)).port
+    try:
+        return parse_server(target.removeprefix(SERVER)).port
+    except Malformed:
+        return 0
 
 
 COPY_TRIES = 100  # of a copy that fails where the original changes: in CPython the first one succeeds, as a rule

@@ -385,7 +385,7 @@ def parse_port_route(text: str, listed: Sequence[str] = ()) -> Route:
     host, port = parse_host_port(address, default_host="*")
     named = [field for field in ("{name}", "{label}", "{domain}") if any(field in each for each in listed or [target])]
     if named:
-        raise ValueError(f"{target!r}: a port has no name, so nothing can stand for {', '.join(named)}")
+        raise ValueError(f"{without_key(target)!r}: a port has no name, so nothing can stand for {', '.join(named)}")
     shown = f":{port}" if host == "*" else show_address((host, port))
     return parse_route(f"port.invalid={target}", listed)._replace(pattern=PORT + shown)
 

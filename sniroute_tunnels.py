@@ -475,7 +475,8 @@ class TunnelTable:
             raise_standing(self, now)
             for tunnel in list(self.tunnels.values()):
                 state = tunnel.state
-                if self.closing and state in (QUEUED, BACKOFF) or state is QUEUED and not is_wanted(self, tunnel):
+                if self.closing and state in (QUEUED, BACKOFF) or not is_wanted(self, tunnel) and (
+                        state is QUEUED or state is BACKOFF and self.launchers[tunnel.key.launcher].stands):
                     del self.tunnels[tunnel.key]  # nobody waits for it any more
                 elif self.closing and state is not STOPPING:
                     self._enter(tunnel, STOPPING)
@@ -714,17 +715,14 @@ class TunnelTable:
 
 def stand(table: TunnelTable, source: str, keys: Sequence[TunnelKey]) -> None:
     """Keep these tunnels up from now on, instead of those that `source` wanted before.  Any thread."""
+    if not keys and source not in table.wanted:
+        return  # as for most claims: they need not wait for the lock
     with table.lock:
-        if not keys and source not in table.wanted:
-            return
         table.wanted[source] = keys
         if not keys:
             del table.wanted[source]
         every = dict.fromkeys(itertools.chain.from_iterable(table.wanted.values()))
         table.standing = dict.fromkeys(itertools.islice(every, table.max_tunnels))
-        for tunnel in list(table.tunnels.values()):
-            if tunnel.state is BACKOFF and table.launchers[tunnel.key.launcher].stands and not is_wanted(table, tunnel):
-                table._remove(tunnel)
     table.wake()
 
 

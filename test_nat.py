@@ -182,6 +182,11 @@ def test_a_key_in_an_option_that_is_no_route_is_not_repeated(text):
     assert SECRET not in line and "is not PATTERN=TARGET" in line
 
 
+def test_a_port_has_no_fields_and_its_key_is_not_repeated():
+    (line,) = faults(f"--port={HOST}:5432=nodepass:{SECRET}@{{name}}:1")
+    assert "a port has no name" in line and SECRET not in line
+
+
 def test_a_variable_that_is_not_there_stops_the_start_and_is_named():
     (line,) = faults(f"--route={NAME}=nodepass:$TUNNEL_KEY@:10101", TUNNEL_KEY=" ")
     assert line == f"--route: {NAME}=nodepass:$TUNNEL_KEY@:10101: $TUNNEL_KEY is not in the environment: set it to the " \
@@ -331,6 +336,22 @@ def test_a_client_of_a_name_whose_far_end_is_away_is_told_so(run, place, ports):
     assert page.startswith(b"HTTP/1.1 503 ") and b"No NodePass client has dialled in" in page
     assert SECRET.encode() not in page and place.encode() not in page
     assert tunnel(running).state == READY and tunnel(running).crashes == 0
+
+
+def test_another_backend_is_used_while_the_far_end_is_away(run, place, ports, dial_in, serve, settings_file):
+    def answer(sock: socket.socket) -> None:
+        sock.recv(65536)
+        sock.sendall(b"other")
+    path = settings_file(f"""
+[routes]
+"{NAME}" = {{ target = ["nodepass:{SECRET}@{place}", "tcp:{HOST}:{serve(answer).address[1]}"], balance = "first", fallback_interval = "100ms" }}
+""")
+    running = run("-c", path, ports)
+    tunnel(running)
+    assert reached(running) == b"other"
+    dial_in(place)
+    wait_until(lambda: reached(running) == b"hello")
+    assert SECRET not in str([ending for ending in running.endings])
 
 
 def test_a_server_is_neither_idled_nor_evicted(run, place, ports, dial_in, echo_server):
@@ -605,6 +626,33 @@ def test_owners_do_not_get_the_servers_of_others(owned, place, dial_in):
     assert made.ask("DELETE", "/routes/shop", **change).status == 204
     wait_until(lambda: not made.running.tunnels.snapshot())
     assert made.claim("other", f"nodepass:a-guess@{place}", BOB).status == 201
+
+
+@pytest.mark.usefixtures("hurry")
+def test_explain_shows_the_server_of_a_claim(owned, place, dial_in, capsys):
+    made = owned(f"--route={NAME}=tcp:{HOST}:1")
+    assert made.claim("shop", f"nodepass:{SECRET}@{place}").status == 201
+    client = dial_in(place)
+    admin = attach(made.router, made.router.settings._replace(admin=(HOST, 0)), {})
+    with contextlib.closing(admin):
+        settings = load_settings(["explain", SHOP, "-c", made.router.settings.config, f"--admin={HOST}:{admin.address[1]}"], {})
+        assert sniroute_doctor.explain(settings) == 0
+    said = capsys.readouterr().out
+    assert f"target:  nodepass:{HIDDEN}@{place}\n" in said and SECRET not in said
+    assert "client:  {}:{}, type 0, tls 1, 64 connections in its pool, ping 2 ms\n".format(*client.getsockname()) in said
+
+
+def test_a_claim_that_another_router_has_let_in_and_that_is_none_leads_nowhere(owned):
+    made = owned(f"--route={NAME}=tcp:{HOST}:1")
+    registry = made.registrar.registry
+    done = threading.Event()
+    made.registrar.door.loop.call(lambda: registry.claim(
+        SHOP, "alice", f"nodepass:{SECRET}/@nowhere", 60.0, 60.0, lambda result: done.set()))
+    assert done.wait(10)
+    made.settle()
+    with made.running.connect(sample_hello(SHOP)) as client:
+        assert read_all(client) == alert(REFUSALS["no_route"].alert)
+    assert not made.running.tunnels.snapshot()
 
 
 def test_events_and_the_audit_show_no_key(owned, place, tmp_path):
