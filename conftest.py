@@ -36,7 +36,7 @@ import pytest
 pytest.register_assert_rewrite("testbed")  # an assert in a helper shows its values
 pytest_plugins = [f"testbed.{module}" for module in ("standins", "running", "program", "tunnels", "carrier", "admin",
                                                       "clients", "web", "streams", "cluster", "apis", "passage",
-                                                      "any_cluster", "registry", "redis", "named", "aside")]
+                                                      "any_cluster", "registry", "redis", "named", "nodepass", "aside")]
 
 HERE = pathlib.Path(__file__).resolve().parent
 HOST = "127.0.0.1"

@@ -35,6 +35,7 @@ from __future__ import annotations
 import base64
 import collections
 import ipaddress
+import operator
 import socket
 import ssl
 import struct
@@ -146,7 +147,7 @@ class Wires:
     def __init__(self, loop: Loop):
         self.loop = loop
         self.broken = loop.queue(0.0, Plain.tell_break)
-        self.lingering = loop.queue(LINGER, Plain.drop)  # closed wires
+        self.lingering = loop.queue(LINGER, operator.methodcaller("late"))  # closed wires
 
     def close(self) -> None:
         """Wait no more for those that are closed."""
@@ -227,6 +228,10 @@ class Plain(Wire):
             except OSError:
                 pass  # it is over already
             self.drop()
+
+    def late(self) -> None:
+        """Closed LINGER ago, and the other side has not ended."""
+        self.drop()
 
     def drop(self) -> None:
         """Close the socket."""
@@ -314,6 +319,16 @@ def broke_off(error: OSError) -> Failed:
     return Failed("reset", error.strerror or type(error).__name__)
 
 
+def asked_name(name: str) -> str | bytes:
+    """A name as `ssl` is to be told it: one in bytes is taken as it is.
+
+    For one in letters `ssl` loads the codec of IDNA, half a megabyte, which also looks at what OpenSSL does not: the
+    length of a label.
+    """
+    is_plain = name.isascii() and all(len(label) < 64 for label in name.split("."))
+    return name.encode() if is_plain else name
+
+
 class Secure(Wire):
     """TLS over another wire, which it owns.  Its owner waits for `shake` before it sends.
 
@@ -328,11 +343,8 @@ class Secure(Wire):
         super().__init__()
         self.below = below
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        # A name in bytes is taken as it is.  For one in letters `ssl` loads the codec of IDNA, half a megabyte, which
-        # also looks at what OpenSSL does not: the length of a label.
-        is_plain = name.isascii() and all(len(label) < 64 for label in name.split("."))
-        asked = name.encode() if is_plain else name
-        self.tls: Any = context.wrap_bio(self.incoming, self.outgoing, server_hostname=asked, session=session)
+        self.tls: Any = context.wrap_bio(self.incoming, self.outgoing, server_hostname=asked_name(name),
+                                         session=session)
         self.taken = 0  # bytes of the handshake that have come so far
         self.done: Callable[[Failed | None], None] = unheard  # of `shake`; `unheard` again when the handshake is over
         self.keep: Callable[[ssl.SSLSession], None] | None = None
@@ -606,6 +618,9 @@ class Opening:
 
     __slots__ = ("wires", "place", "done", "dial", "wire", "steps", "talk", "own_phase")
 
+    plain: type[Plain] = Plain  # what the wires are made of
+    secure: type[Secure] = Secure
+
     def __init__(self, wires: Wires, way: WayOut, place: Place, done: Callable[[Wire | Failed], None]):
         self.wires = wires
         self.place = place
@@ -648,7 +663,7 @@ class Opening:
                 result = Failed("proxy", f"{where}: {result}")
             self._end(result)
             return
-        self.wire = Plain(self.wires, result)
+        self.wire = self.plain(self.wires, result)
         self._next()
 
     def _next(self) -> None:
@@ -677,7 +692,7 @@ class Opening:
         """Put TLS over what there is.  `reason`: the word for all that may fail, "" where it has its own."""
         self.own_phase = SHAKING
         try:
-            secure = Secure(self.wire, context, name, session)
+            secure = self.secure(self.wire, context, name, session)
         except ValueError as error:  # a name that TLS cannot ask for
             self.wire.reset()
             self._end(Failed(reason or "tls", str(error)))
