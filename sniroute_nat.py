@@ -229,7 +229,7 @@ PREFIX = "NP_"  # of the variables that NodePass itself knows
 OUR_VARIABLE = "NODEPASS_KEY_"  # begins the names of those that have a key
 
 # Its reasons: (kind, final).  Any other is ("failed", False): a connection to the client that was lost.
-AWAY = "no NodePass client has dialled in"
+AWAY = "no NodePass client has dialled in"  # in the program's own words it is "no client"
 REASONS = {"away": ("away", True), "refused": ("failed", True)}
 
 
@@ -238,7 +238,9 @@ def reason(tail: bytes) -> Reason:
     fields = last_line(tail)[1]
     kind, final = REASONS.get(str(fields.get("reason")), ("failed", False))
     words = printable(str(fields["error"]), 200) if fields.get("error") else last_words(tail)
-    return Reason(kind, words if kind != "away" or AWAY in words else AWAY, final)
+    if kind == "away":
+        words = words.replace("no client has", "no NodePass client has") if "has dialled in" in words else AWAY
+    return Reason(kind, words, final)
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -257,7 +259,7 @@ def variable_of(key: TunnelKey) -> str:
 def argument_of(key: TunnelKey) -> str:
     """What the program is told to listen for: the target, with the name of a variable for its key."""
     server, name = parse_server(key.hostname), variable_of(key)
-    return str(server._replace(key=f"${name}" if name else ""))
+    return str(server._replace(key=f"${name}" if name else "", query=server.query.replace("@", "%40")))
 
 
 class Programs:

@@ -11,6 +11,7 @@ import json
 import logging
 import pathlib
 import socket
+import subprocess
 import sys
 import threading
 from typing import Any, Callable, Iterator
@@ -31,6 +32,7 @@ from sniroute_refusals import REFUSALS, SettingsError
 from sniroute_settings import load_settings, warn
 from sniroute_tunnels import READY, in_use, stand
 from test_documents import marked
+from testbed.program import environment
 from testbed.registry import ADMIN, BOB, DOMAIN, Routed
 from testbed.running import Running, alert, read_all, read_exactly
 from testbed.tunnels import events, runs, shared
@@ -128,7 +130,7 @@ def reached(running: Running, name: str = NAME) -> bytes:
     (f"{SECRET}@:10101", f"{HIDDEN}@:10101", "$NODEPASS_KEY__10101@:10101"),
     ("a%40b@192.0.2.1:10101?tls=2&crt=/etc/a@b.crt&key=/etc/a.key",
      f"{HIDDEN}@192.0.2.1:10101?tls=2&crt=/etc/a@b.crt&key=/etc/a.key",
-     "$NODEPASS_KEY_192_0_2_1_10101@192.0.2.1:10101?tls=2&crt=/etc/a@b.crt&key=/etc/a.key"),
+     "$NODEPASS_KEY_192_0_2_1_10101@192.0.2.1:10101?tls=2&crt=/etc/a%40b.crt&key=/etc/a.key"),
 ])
 def test_a_target_is_told_to_the_program_without_its_key(target, shown, argument):
     settings = load_settings([f"--route={NAME}=nodepass:{target}"], {"KEY": f" {SECRET}\n"})
@@ -251,7 +253,7 @@ def test_a_target_is_shown_without_its_key(text, shown):
 
 
 @pytest.mark.parametrize("fields, reason", [
-    ({"reason": "away", "error": "no NodePass client has dialled in to :1", "message": "x"},
+    ({"reason": "away", "error": "no client has dialled in to :1", "message": "x"},
      ("away", "no NodePass client has dialled in to :1", True)),
     ({"reason": "away", "message": "x"}, ("away", "no NodePass client has dialled in", True)),
     ({"reason": "refused", "error": "slot"}, ("failed", "slot", True)),
@@ -485,6 +487,61 @@ def test_as_many_servers_stand_as_there_may_be_tunnels(bench):
 @pytest.mark.parametrize("said", ["x", "-1", "nan", "1e99", None, [1], 10 ** 400])
 def test_a_number_that_is_none_is_zero(said):
     assert number_of(said) == 0.0
+
+
+# -- the program itself ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def client_of(place: str, service: Address, key: str = SECRET) -> Iterator[subprocess.Popen]:
+    """The other end: our program as a client of NodePass."""
+    url = "client://{}@{}/{}:{}?mode=2".format(key, place, *service)
+    process = subprocess.Popen([sys.executable, str(HERE / "sniroute_nodepass.py"), url], stdout=subprocess.DEVNULL,
+                               env=environment(NP_SERVICE_COOLDOWN="200ms"))
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.parametrize("query", ["", "?tls=1", "?type=2", "?type=3"])
+def test_a_name_leads_to_what_has_dialled_in(launch, place, ports, echo_server, query):
+    variables = {"NP_POOL_GET_TIMEOUT": "100ms", "NP_REPORT_INTERVAL": "200ms", "NP_SERVICE_COOLDOWN": "200ms"}
+    router = launch(f"--route={NAME}=nodepass:$TEST_KEY@{place}{query}", ports,
+                    env=environment(TEST_KEY=SECRET, **variables))
+    router.wait_for("tunnel ready")
+    with router.connect(HELLO) as client:
+        assert read_all(client) == alert(REFUSALS["tunnel_away"].alert)
+    router.wait_for(f"no NodePass client has dialled in to {place}")
+    for count in (1, 2):  # the other end comes, goes, and comes again
+        with client_of(place, echo_server.address):
+            router.wait_for("far end has dialled in", count)
+            with router.connect(HELLO) as client:
+                assert read_exactly(client, len(HELLO)) == HELLO
+        router.wait_for("far end has gone", count)
+    with client_of(place, echo_server.address, "a-guess"):
+        with router.connect(HELLO) as client:
+            assert read_all(client) == alert(REFUSALS["tunnel_away"].alert)
+    assert SECRET not in router.log()
+
+
+def test_a_successor_has_the_server_once_its_predecessor_has_no_connection_there(launch, place, free_ports, echo_server):
+    options = f"--route={NAME}=nodepass:$TEST_KEY@{place}", "--drain=20s"
+    env = environment(TEST_KEY=SECRET, NP_SERVICE_COOLDOWN="200ms", NP_POOL_GET_TIMEOUT="100ms")
+    first = launch(*options, "--ports={}-{}".format(*free_ports()), env=env)
+    with client_of(place, echo_server.address):
+        first.wait_for("far end has dialled in")
+        with first.connect(HELLO) as client:
+            assert read_exactly(client, len(HELLO)) == HELLO
+            second = launch(*options, "--ports={}-{}".format(*free_ports()), "--listen={}:{}".format(*first.address), env=env)
+            first.wait_for("draining: 1 connections")
+            client.sendall(b"more")
+            assert read_exactly(client, 4) == b"more"
+        assert first.wait() == 0
+        second.wait_for("far end has dialled in")
+        with second.connect(HELLO) as client:
+            assert read_exactly(client, len(HELLO)) == HELLO
 
 
 # -- what people see ---------------------------------------------------------------------------
