@@ -20,8 +20,8 @@ Seams: I want to ...
     refuse callers otherwise    `Caller.refuse`
     carry over other wires      nothing to do: a wire of sniroute_duplex that has no `raw` socket is joined
 
-This room imports sniroute_forwarder (Listener), sniroute_upstreams, sniroute_duplex, sniroute_dial (Failed,
-set_options), sniroute_guards, sniroute_signals, sniroute_flow and sniroute_loop.
+This room imports sniroute_forwarder (Listener), sniroute_duplex, sniroute_guards, sniroute_signals (PROXY headers),
+sniroute_dial (`set_options`), sniroute_flow, sniroute_loop and sniroute_refusals (Failed).
 """
 
 from __future__ import annotations
@@ -122,9 +122,7 @@ class Relays:
         """End all of them."""
         for relay in list(self.open):
             relay.cut()
-        self.loop.queues.remove(self.settling)
-        if self.idling is not None:
-            self.loop.queues.remove(self.idling)
+        self.loop.retire(self.settling, *([self.idling] if self.idling is not None else []))
 
 
 class Relay:

@@ -205,12 +205,7 @@ class Datagrams:
         self.unlisten()
         for flow in list(self.flows):
             flow.end()
-        self.loop.call(self._leave)
-
-    def _leave(self) -> None:
-        """Take the times from the loop: not while it goes through them."""
-        self.loop.queues.remove(self.refused)
-        self.loop.timers.remove(self.alarms.timer)
+        self.loop.retire(self.refused, self.alarms.timer)
 
 
 class Flow:

@@ -28,8 +28,8 @@ Seams: I want to ...
     carry something else           as sniroute_datagrams
 
 This room imports sniroute_callers, sniroute_datagrams, sniroute_peering, sniroute_lanes, sniroute_pool,
-sniroute_upstreams, sniroute_duplex, sniroute_guards, sniroute_signals, sniroute_nodeurl, sniroute_dial (Failed),
-sniroute_loop and sniroute_names.
+sniroute_upstreams, sniroute_duplex, sniroute_guards, sniroute_signals, sniroute_nodeurl, sniroute_loop, sniroute_names
+and sniroute_refusals (Failed).
 """
 
 from __future__ import annotations
@@ -354,7 +354,7 @@ class End:
         self.relays.close()
         self.pool.close()
         self.upstreams.close()
-        self.loop.queues.remove(self.peeking)
+        self.loop.retire(self.peeking)
 
 
 ACTIONS: dict[str, Callable[[Any, Signal], None]] = {

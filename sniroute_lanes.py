@@ -66,7 +66,7 @@ __version__ = "0.1.0"
 STRANGERS_MAX = 256  # connections that are not told apart yet: 256 TLS handshakes are half a second of one core
 SOURCE_MAX = 32  # of them from one address, or from one /64 of IPv6
 FRIENDS_MAX = 1024  # of the client that has the tunnel: as many as a pool has at most by itself
-SESSIONS_MAX = 64  # HTTP/2 connections of a server: a client of ours, or of the original, has one
+SESSIONS_MAX = 64  # HTTP/2 connections of a server: a client has one, and another while it comes back
 ANSWER_MAX = 8192  # bytes of an answer to the upgrade: the original's has 130
 
 TLS_HELLO = 0x16  # the first byte of TLS: a handshake record, RFC 8446 section 5.1
@@ -525,10 +525,10 @@ class Reception:
         session = H2Server(self.end.program.streams, wire, arrived, lambda failed: self.sessions.pop(session, None),
                            self.end.options.max + 1)
         self.sessions[session] = None
-        if len(self.sessions) > SESSIONS_MAX:
-            oldest = next(iter(self.sessions))
-            del self.sessions[oldest]
-            oldest.close()
+        if len(self.sessions) > SESSIONS_MAX:  # the oldest that carries nothing goes, and perhaps that is the new one
+            idle = next((each for each in self.sessions if not each.h2.streams), session)
+            del self.sessions[idle]
+            idle.close()
 
     def close(self) -> None:
         """Close all that is not told apart."""
@@ -537,7 +537,7 @@ class Reception:
         sessions, self.sessions = self.sessions, {}
         for session in sessions:
             session.close()
-        self.end.program.loop.queues.remove(self.late)
+        self.end.program.loop.retire(self.late)
 
 
 class Guest:

@@ -13,7 +13,7 @@ Threads: the loop's only.
 Seams: I want to ...
     say another thing    a Signal, and a row in ACTIONS of sniroute_ends; a peer that does not know it skips it
 
-This room imports sniroute_signals, sniroute_duplex (Wire), sniroute_dial (Failed), sniroute_loop and sniroute_refusals.
+This room imports sniroute_signals, sniroute_duplex (Wire), sniroute_loop and sniroute_refusals.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ Seams: I want to ...
     grow, or shrink, otherwise   Sizer
     pick otherwise               `Pool.take`
 
-This room imports sniroute_dial (Failed), sniroute_duplex (Wire) and sniroute_loop.
+This room imports sniroute_duplex (Wire), sniroute_loop and sniroute_refusals (Failed).
 """
 
 from __future__ import annotations
@@ -268,8 +268,7 @@ class Pool:
             asker.answer(None)
         self.askers.clear()
         self.wanted.clear()
-        for queue in (self.keeping, self.patience):
-            self.loop.queues.remove(queue)
+        self.loop.retire(self.keeping, self.patience)
 
 
 class Sizer:
