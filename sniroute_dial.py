@@ -159,8 +159,9 @@ def _means(word: str, host: str, address: ipaddress.IPv4Address | ipaddress.IPv6
 class Names:
     """Resolves host names, one thread for each at a time, and remembers their addresses, and which were worse."""
 
-    def __init__(self, loop: Loop):
+    def __init__(self, loop: Loop, clock: Callable[[], float] = monotonic):
         self.loop = loop
+        self.clock = clock
         self.known: dict[tuple[str, int], tuple[Addresses, float]] = {}  # and until when
         self.waiting: dict[tuple[str, int], list[Callable[[Addresses | OSError], None]]] = {}
         self.laggards = Laggards()
@@ -168,7 +169,7 @@ class Names:
     def ask(self, host: str, port: int, found: Callable[[Addresses | OSError], None]) -> None:
         """Call `found` with the addresses, or with why there are none; perhaps before this returns.  Loop's thread."""
         addresses, until = self.known.get((host, port), ([], 0.0))
-        if until > monotonic():
+        if until > self.clock():
             found(addresses)
             return
         waiting = self.waiting.get((host, port))
@@ -203,7 +204,7 @@ class Names:
 
     def _resolved(self, host: str, port: int, result: Addresses | OSError) -> None:
         """Tell everybody who waits for this name.  Loop's thread."""
-        now = monotonic()
+        now = self.clock()
         self.known = {place: row for place, row in self.known.items() if row[1] > now}
         if not isinstance(result, OSError):
             self.known[host, port] = result, now + RESOLVED_FOR
@@ -267,6 +268,10 @@ class WayOut:
         self.short = loop.queue(SHORT_OF_FDS, Dial.connect)
         self.queues = self.soon, self.staggered, self.short
 
+    def open(self, family: int) -> socket.socket:
+        """A socket for one connect; a subclass may choose where it leaves from.  Raises OSError."""
+        return socket.socket(family, socket.SOCK_STREAM)
+
     def proxy_for(self, host: str, port: int) -> Proxy | None:
         """The proxy on the way to this host, if there is one."""
         if self.proxy is None or goes_direct(host, port, self.no_proxy):
@@ -329,7 +334,7 @@ class Dial:
         while self.todo:
             row = family, address = self.todo[0]
             try:
-                sock = socket.socket(family, socket.SOCK_STREAM)
+                sock = self.way.open(family)
             except OSError as error:
                 if error.errno in CAPACITY_ERRNOS:
                     self.way.short.put(self)

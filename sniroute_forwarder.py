@@ -81,6 +81,8 @@ class Log:
     Until then it waits here.
     """
 
+    fd = 2  # where lines go
+
     def __init__(self, level: str, as_json: bool):
         self.level = LEVELS[level]
         self.as_json = as_json
@@ -91,9 +93,6 @@ class Log:
         """One line: `message`, and the fields that are not empty."""
         if LEVELS[level] < self.level:
             return
-        if len(self.lines) >= LINES_MAX:
-            self.lost += 1
-            return
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         message = printable(message, TEXT_MAX)
         fields = {key: printable(value, TEXT_MAX) for key, value in fields.items() if value}
@@ -102,14 +101,21 @@ class Log:
         else:
             line = f"{now} {level[:3].upper()} {message}"
             line += "".join(f" {key}={json.dumps(value)}" for key, value in fields.items() if key != "event")
+        self.write(line)
+
+    def write(self, line: str) -> None:
+        """Have a line written as soon as somebody reads."""
+        if len(self.lines) >= LINES_MAX:
+            self.lost += 1
+            return
         self.lines.append(line.encode()[:LINE_MAX] + b"\n")
         self.flush()
 
     def flush(self) -> None:
         """Write what can be written now."""
         try:
-            while self.lines and select.select((), (2,), (), 0)[1]:
-                os.write(2, self.lines.popleft())
+            while self.lines and select.select((), (self.fd,), (), 0)[1]:
+                os.write(self.fd, self.lines.popleft())
                 if self.lost and not self.lines:
                     lost, self.lost = self.lost, 0
                     self("warn", f"{lost} lines were lost: nobody read the log")
@@ -281,6 +287,10 @@ class Forwarder:
         except OSError:
             sock.close()
             raise
+        return self.take_listener(target, sock)
+
+    def take_listener(self, target: Any, sock: socket.socket) -> Listener:
+        """Accept clients on a socket that listens already."""
         listener = Listener(target, sock, show_address(sock.getsockname()), Watch(self.loop.poller, sock.fileno()))
         self.listeners[listener.address] = listener
         if not self.paused:

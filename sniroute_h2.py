@@ -64,12 +64,12 @@ WINDOW_START = 65535  # section 6.9.2
 ID_MAX = (1 << 31) - 1
 
 # What a peer may do so often within FLOOD_SECONDS.  Each costs it a few bytes, and us an answer, or work.  The
-# original's client ends every stream with RST_STREAM, so those count only where nothing was answered yet.
+# original's client ends every stream with RST_STREAM, so it may do that 5,000 times a second where it was answered.
 # WINDOW_UPDATE is not here: Go sends one for every 4 KiB that it reads.
 FLOOD_SECONDS = 10.0
 FLOODS = {
-    "SETTINGS": 100, "PING": 1000, "PRIORITY": 1000, "empty DATA": 1000, "RST_STREAM": 1000, "refused streams": 1000,
-    "stream errors": 200, "unknown frames": 1000, "GOAWAY": 10, "answers of 1xx": 100,
+    "SETTINGS": 100, "PING": 1000, "PRIORITY": 1000, "empty DATA": 1000, "early resets": 1000, "refused streams": 1000,
+    "resets": 50000, "stream errors": 200, "unknown frames": 1000, "GOAWAY": 10, "answers of 1xx": 100,
 }
 
 END_STREAM = 0x1  # a flag of DATA and HEADERS
@@ -115,12 +115,13 @@ PEER_ENDS = {OPEN: PEER_ENDED, LOCAL_ENDED: CLOSED}
 class Stream:
     """One stream, as both H2 and its owner see it.  `owner` is the owner's."""
 
-    __slots__ = ("id", "state", "sendable", "window", "used", "has_head", "was_answered", "owner")
+    __slots__ = ("id", "state", "sendable", "credit", "window", "used", "has_head", "was_answered", "owner")
 
     def __init__(self, number: int, sendable: int, window: int):
         self.id = number
         self.state = OPEN
         self.sendable = sendable  # bytes that the peer lets us send; less than 0 where it has taken a part back
+        self.credit = 0  # bytes that the peer has given back in all
         self.window = window  # bytes that we let the peer send
         self.used = 0  # consumed, and not yet given back
         self.has_head = False  # whether the peer's head has come
@@ -693,8 +694,7 @@ def on_reset(h2: H2, flags: int, number: int, payload: bytes, events: list[Event
         if h2.is_idle(number):
             raise Broken(f"a reset of stream {number}, which nobody has opened")
         return
-    if not stream.was_answered:
-        h2.floods.count("RST_STREAM")
+    h2.floods.count("resets" if stream.was_answered else "early resets")
     h2.become(stream, CLOSED)
     events.append(Reset(stream, int.from_bytes(payload, "big")))
 
@@ -751,6 +751,7 @@ def on_window(h2: H2, flags: int, number: int, payload: bytes, events: list[Even
         elif not more:
             h2.fault(stream, PROTOCOL_ERROR, events)
         else:
+            stream.credit += more
             h2.open_window(stream, more, events)
         return
     if not more:

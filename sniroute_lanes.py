@@ -533,7 +533,7 @@ class Reception:
         for session in sessions:
             session.close()
         for queue in (self.late, self.silent):
-            self.end.program.loop.queues.remove(queue)
+            self.end.program.loop.retire(queue)
 
 
 class Guest:

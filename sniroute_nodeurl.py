@@ -84,6 +84,9 @@ class Options(NamedTuple):
     noudp: bool = False
     pin: str = ""  # sha256: and 64 hex digits, of the certificate that the server has to have
 
+    def __repr__(self) -> str:
+        return f"Options({show(self, full=False, secret=False)!r})"
+
     @property
     def secret(self) -> str:
         """The key that counts: the one that is given, else one made of the port."""
@@ -289,6 +292,7 @@ def is_loop(tunnel: tuple[str, int], target: tuple[str, int]) -> bool:
 # RFC 3986 appendix B, for what has a scheme and an authority.
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^?#]*)(?:\?([^#]*))?(#.*)?", re.DOTALL)
 USER = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%@-]*")  # RFC 3986 section 3.2.1, and @ as in the original
+NOT_UTF8 = "key: it is not UTF-8"
 
 
 class Parts(NamedTuple):
@@ -334,8 +338,8 @@ def parse_url(text: str) -> Options:
     try:
         key = urllib.parse.unquote(user, errors="strict")
     except ValueError:
-        raise SettingsError("key: it is not UTF-8") from None
-    pairs = urllib.parse.parse_qsl(query or "", keep_blank_values=True, errors="replace", max_num_fields=None)
+        raise SettingsError(NOT_UTF8) from None
+    pairs = urllib.parse.parse_qsl(query or "", keep_blank_values=True, errors="surrogateescape")  # a path is bytes
     return build(Parts(scheme.lower(), key, urllib.parse.unquote(place), urllib.parse.unquote(path), pairs, shy))
 
 
@@ -382,6 +386,8 @@ def join_place(host: str, port: str) -> str:
 def build(parts: Parts) -> Options:
     """The options of a URL's parts.  Raises SettingsError."""
     faults = Faults(parts.shy)
+    if re.search("[\ud800-\udfff]", parts.key):  # what argv has instead of bytes that are none
+        raise SettingsError(NOT_UTF8)
     if parts.scheme not in SCHEMES:
         raise SettingsError(f"URL: its scheme is none of {', '.join(f'{scheme}://' for scheme in SCHEMES)}")
     values = read_query(parts.query, faults)
@@ -504,7 +510,7 @@ def show(options: Options, full: bool, secret: bool) -> str:
         # What Go leaves as it is in a user.
         user = (urllib.parse.quote(options.key, safe="$&+,;=") if secret else HIDDEN) + "@"
     path = options.prefix if options.scheme == "master" else "/" + ",".join(map(show_address, options.targets))
-    behind = f"?{urllib.parse.urlencode(query)}" if query else ""
+    behind = f"?{urllib.parse.urlencode(query, errors='surrogateescape')}" if query else ""
     place = show_address((options.host, options.port)) + path
     return f"{options.scheme}://{user}{place.replace('%', '%25')}{behind}"  # % begins the scope of an IPv6 address
 

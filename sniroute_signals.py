@@ -303,7 +303,9 @@ def parse_terms(data: bytes | bytearray, ended: bool) -> Terms | None:
         raise Malformed("the server closed the connection without an answer")
     try:
         response = parse_response(data, "GET")
-        whole = None if response is None else read_body(response, bytes(data[response.head.end:]), ended)
+        whole = None
+        if response is not None and response.status == 200:
+            whole = read_body(response, bytes(data[response.head.end:]), ended)
     except Malformed as error:
         raise Malformed(f"the server's answer is broken: {error}") from None
     if response is not None and response.status != 200:

@@ -1,5 +1,312 @@
-"""sniroute_single: a client that forwards by itself, without a server."""
+"""sniroute_single: a client that forwards by itself, without a server: `client://HOST:PORT/TARGET,TARGET?mode=1`.
+
+    caller --- HOST:PORT, TCP --- [TLS] --- `block` --- a slot --- dial --- [PROXY header] --- Relay --- target
+               HOST:PORT, UDP ----------------------------- a Flow of sniroute_datagrams ------------- target
+
+    Direct    a caller whose bytes go on as they come: two sockets, spliced
+    Secured   one whose TLS ends here (tls=1 or 2).  Its handshake has a deadline, and the target is dialled after it
+
+A Direct is a Caller (sniroute_callers) that asks for a connection to a target, where others ask for one of a pool.
+
+Single has the callers of one address, and is made as an end is: `start` opens the address, and tries again each
+NP_SERVICE_COOLDOWN where somebody else has it.
+
+Threads: the loop's only.
+
+Seams: I want to ...
+    do something with callers first   a subclass of Direct, and a row in SERVING
+
+This room imports sniroute_ends (listen), sniroute_callers, sniroute_datagrams, sniroute_upstreams, sniroute_duplex,
+sniroute_guards, sniroute_signals, sniroute_dial (Failed, set_options), sniroute_loop and sniroute_names.
+"""
 
 from __future__ import annotations
 
+import socket
+from typing import TYPE_CHECKING, Any, Callable
+
+from sniroute_callers import CARRYING, OVER, PEEK_LAST, PEEKED, PEEKING, Caller, Counts, Relays
+from sniroute_datagrams import Datagrams
+from sniroute_dial import Failed, set_options
+from sniroute_duplex import Certificates, TcpWire, TlsWire, accept_tls
+from sniroute_ends import listen
+from sniroute_guards import Slots, protocol_of
+from sniroute_loop import Alarm, monotonic
+from sniroute_names import show_address
+from sniroute_signals import proxy_header
+from sniroute_upstreams import Attempt, Upstreams
+
+if TYPE_CHECKING:
+    from sniroute_forwarder import Listener
+    from sniroute_nodeurl import Options, Times
+
 __version__ = "0.1.0"
+
+# Limits, each with its reason.  Times in seconds.
+TOLD = 10.0  # between two lines of the log about the same kind of refusal
+
+SHAKING = "shaking"  # a state of a Secured
+
+
+class Single:
+    """A forwarder at one address.
+
+    Args:
+        program: what all ends of a process share; see sniroute_nodepass.
+
+    Raises SettingsError where the files of a certificate cannot be used.
+    """
+
+    mode = 1
+    idle = 0  # there is no pool
+
+    def __init__(self, program: Any, options: Options, times: Times):
+        self.program = program
+        self.loop = program.loop
+        self.log: Callable[..., None] = program.log
+        self.options = options
+        self.times = times
+        self.counts = Counts()
+        self.slots = Slots(options.slot)
+        self.sockets: list[socket.socket] = []  # that are open already, for `start`
+        self.carried: dict[str, Caller] = {}  # as a Caller wants it: nobody refuses one later
+        self.told: dict[str, float] = {}  # when a kind of refusal was last told
+        self.alarms: list[Alarm] = []
+        self.is_closed = False
+        self.certificates = self._certificates()
+        loop = program.loop
+        self.relays = Relays(loop, program.pipes, program.wires, program.alarms, self.counts, options.byte_rate,
+                             options.read)
+        self.upstreams = Upstreams(loop, program.way, options, times)
+        self.datagrams = Datagrams(self, self.relays.buckets)
+        self.peeking = loop.queue(PEEK_LAST, lambda caller: caller.on_silence())
+        self.shaking = loop.queue(times.handshake, Secured.on_late)
+
+    def __str__(self) -> str:
+        """Where it leads, for people."""
+        return ",".join(map(show_address, self.options.targets))
+
+    def _certificates(self) -> Certificates | None:
+        """Who we are to callers; None: they speak as they like."""
+        options = self.options
+        if not options.tls:
+            return None
+        files = (options.crt, options.key_file) if options.tls == 2 else None
+        return Certificates(files, options.server_name, tell=lambda text: self.log("info", text))
+
+    # -- the address
+
+    def can_listen(self) -> bool:
+        """Whether the address can be had: a client without a `mode` is alone then."""
+        try:
+            self._bind()
+        except OSError:
+            return False
+        return True
+
+    def _bind(self) -> None:
+        """Open it.  Raises OSError."""
+        host, port = self.options.host, self.options.port
+        kinds = [kind for kind, is_off in ((socket.SOCK_STREAM, self.options.notcp),
+                                           (socket.SOCK_DGRAM, self.options.noudp)) if not is_off]
+        try:
+            for kind in kinds[len(self.sockets):]:
+                self.sockets.append(listen(host, port, kind))
+        except OSError:
+            self._unbind()
+            raise
+
+    def _unbind(self) -> None:
+        for sock in self.sockets:
+            sock.close()
+        self.sockets.clear()
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self.program.serve = SERVING[self.certificates is not None]
+        self._open()
+        self._report()
+
+    def _open(self) -> None:
+        """Open the address, or try again later."""
+        try:
+            self._bind()
+        except OSError as error:
+            where = show_address((self.options.host or "0.0.0.0", self.options.port))
+            self.log("error", f"cannot listen on {where}: {(error.strerror or str(error)).lower()}; "
+                              f"next try in {self.times.cooldown:g} s")
+            self._later(self.times.cooldown, self._open)
+            return
+        sockets, self.sockets = self.sockets, []
+        for sock in sockets:
+            if sock.type == socket.SOCK_STREAM:
+                self.program.take_listener(self, sock)
+            else:
+                self.datagrams.listen(sock, direct=True)
+
+    def _report(self) -> None:
+        """Write the status line."""
+        self.program.checkpoint(self)
+        self._later(self.times.report, self._report)
+
+    def _later(self, seconds: float, act: Callable[[], None]) -> None:
+        self.alarms = [alarm for alarm in self.alarms if alarm.act is not None]
+        self.alarms.append(self.program.alarms.at(monotonic() + seconds, act))
+
+    @property
+    def ping(self) -> float:
+        """Seconds to the nearest target, as callers' connects have measured."""
+        return self.upstreams.ping
+
+    # -- callers
+
+    def take(self, action: str, remote: str, done: Callable[[socket.socket | Failed], None]) -> Attempt:
+        """What a Caller goes on with: here a connection to a target."""
+        return self.upstreams.dial(done)
+
+    def refused(self, caller: Caller, reason: str, text: str) -> None:
+        """A caller cannot be served."""
+        now = monotonic()
+        if now - self.told.get(reason, -TOLD) >= TOLD:
+            self.told[reason] = now
+            self.program.tell(caller, "warn", "failed", f"{caller.address}: {text}", reason=reason, error=text)
+
+    def close(self) -> None:
+        """End everything.  More than once does no harm."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self._unbind()
+        for alarm in self.alarms:
+            alarm.cancel()
+        self.datagrams.close()
+        self.relays.close()
+        self.upstreams.close()
+        self.loop.retire(self.peeking, self.shaking)
+
+
+class Direct(Caller):
+    """A caller of this address."""
+
+    __slots__ = ()
+
+    end: Any  # a Single
+
+    def got(self, result: socket.socket | Failed) -> None:  # type: ignore[override]
+        """A target, or why there is none."""
+        self.asker = None
+        if isinstance(result, Failed):
+            self.refuse("target", f"no target: {result}")
+            return
+        try:
+            self.introduce(result)
+        except OSError as error:
+            result.close()
+            self.refuse("left", error.strerror or str(error))
+            return
+        self.state = CARRYING
+        self.join(TcpWire(self.program.wires, result))
+
+    def introduce(self, target: socket.socket) -> None:
+        """Say to the target who the caller is, where it wants to know.  Raises OSError: one of them has left."""
+        version = self.end.options.proxy
+        if version:
+            header = proxy_header(version, self.client.getpeername()[:2], target.getpeername()[:2])
+            target.send(header)  # into an empty buffer: it takes a hundred bytes
+
+    def join(self, target: TcpWire) -> None:
+        """Carry."""
+        self.relay = self.end.relays.join(self.client, target, b"", False, self.on_over)
+
+
+class Secured(Direct):
+    """One whose TLS ends here."""
+
+    __slots__ = ("wire", "said", "ended")
+
+    def __init__(self, program: Any, listener: Listener, client: socket.socket, address: str):
+        super().__init__(program, listener, client, address)
+        self.wire: TlsWire | None = None
+        self.said = bytearray()  # before its target is there
+        self.ended = False  # it has ended its direction
+
+    def start(self) -> None:
+        try:
+            set_options(self.client)
+        except OSError:
+            self.close()  # it has left already
+            return
+        self.state = SHAKING
+        self.end.shaking.put(self)
+        self.wire = accept_tls(self.program.wires, self.client, self.end.certificates.context, self.shaken)
+
+    def on_late(self) -> None:
+        """The handshake has had its time."""
+        self.refuse("tls", f"no TLS handshake in {self.end.times.handshake:g} s")
+
+    def shaken(self, result: TlsWire | Failed) -> None:
+        """The handshake is over."""
+        self.end.shaking.drop(self)
+        if isinstance(result, Failed):
+            self.end.refused(self, "tls", f"TLS: {result}")
+            self.wire = None  # it closes by itself, behind an alert
+            self._gone()
+            return
+        result.on_data, result.on_end = self.on_said, self.on_end
+        if self.end.options.block:
+            self.state = PEEKING
+            self.end.peeking.put(self)
+        else:
+            result.pause()
+            self.admit()
+
+    def on_said(self, data: bytes | memoryview) -> None:
+        """It speaks before its target is there: once it has passed, one piece more is what may come."""
+        self.said += data
+        if self.state is PEEKING:
+            self.look(len(self.said) >= PEEKED)
+
+    def on_end(self, error: Failed | None) -> None:
+        self.ended = True
+        if error is not None:
+            self.abort()
+        elif self.state is PEEKING:
+            self.look(True)
+
+    def on_silence(self) -> None:
+        self.look(True)
+
+    def look(self, whole: bool) -> None:
+        """Whether what it says may pass."""
+        protocol = protocol_of(bytes(self.said[:PEEKED]), self.end.options.block, whole)
+        if protocol is None:
+            return
+        self.end.peeking.drop(self)
+        if protocol:
+            self.refuse("blocked", f"it speaks {protocol}, which block= refuses")
+        else:
+            assert self.wire is not None
+            self.wire.pause()
+            self.admit()
+
+    def join(self, target: TcpWire) -> None:
+        wire, said = self.wire, bytes(self.said)
+        assert wire is not None
+        self.said.clear()
+        relay = self.relay = self.end.relays.join(wire, target, b"", False, self.on_over)
+        if said:
+            relay.pass_on(said, 0, relay.near, relay.far)
+        if self.ended:
+            relay.on_end(None, relay.near, relay.far)
+        elif relay.state is not OVER and not relay.near.holds:
+            wire.resume()
+
+    def _leave(self) -> None:
+        super()._leave()
+        self.end.shaking.drop(self)
+        self.end.peeking.drop(self)
+        if self.wire is not None:
+            self.wire.reset()
+
+
+SERVING: dict[bool, type[Direct]] = {False: Direct, True: Secured}  # by whether callers speak TLS

@@ -21,7 +21,8 @@ connection itself is always read.
 The original program ends its streams otherwise, and this copes with it:
     its client    never says END_STREAM, but RST_STREAM with CANCEL.  That is an end where nothing of ours was unsent,
                   for what had come before it is whole, and a break where something was
-    its server    never ends a stream at all.  `ends=False` says so: GRACE behind our own end the stream is over
+    its server    never ends a stream at all.  `ends=False` says so: GRACE behind our own end the stream is over.  Where
+                  we have not ended, what we send shows that nobody reads it any more: see `H2Client._find_left`
 
 Threads: the loop's only.
 
@@ -59,9 +60,11 @@ GREETING = 10.0  # seconds from the head of a stream to its first byte
 CLOSING = 10.0  # seconds in which a closed stream has to get rid of something of what is unsent
 LINGER = 1.0  # seconds for which a closed stream waits for the peer's end; what comes meanwhile resets it
 GRACE = 1.0  # seconds from our end to that of a peer which never says it: what is on its way
+LEFT = 1 << 16  # sent on a stream whose reader has left: more than updates of windows that are on their way
 ASKS_MAX = 4096  # openings that wait until the peer takes more streams: four times NodePass's usual `max`
 
 REQUEST = ((b":method", b"POST"), (b":path", b"/stream"), (b":scheme", b"https"))
+ITS_WINDOW = 1 << 20  # of the original's server, for all streams
 HELLO = b"\0"  # a client's first byte: Go sends no head before there is a body
 TEXTS = {403: b"unauthorized\n", 404: b"not found\n"}  # as the original's
 GENTLE = (CANCEL, NO_ERROR)  # codes of a reset that may be an end
@@ -435,6 +438,9 @@ class Carrier:
                 getattr(self, HANDLERS[event.__class__])(event)
         except Malformed as error:
             self._lost(Failed("broken", f"HTTP/2: {error}"))
+        except Exception:
+            self._lost(Failed("internal", "a fault in sniroute"))  # the events behind it are lost
+            raise
         finally:
             self.is_busy = False
         self.flush()
@@ -532,6 +538,7 @@ class H2Client(Carrier):
         self.asks: collections.deque[Ask] = collections.deque()
         self.request = [(b":authority", authority.encode("ascii", "replace")), *REQUEST,
                         (b"accept-encoding", b"gzip"), (b"user-agent", b"Go-http-client/2.0")]
+        self.credits: dict[Stream, int] = {}  # of streams, at the last look at those whose reader seems to have left
         super().__init__(streams, wire, H2(True, clock=streams.clock), ended)
         streams.pinging.put(self)
 
@@ -592,6 +599,25 @@ class H2Client(Carrier):
         self.streams.pinging.put(self)
         if self not in self.streams.silent.due:
             self.streams.silent.put(self)
+        if not self.ends:
+            self._find_left()
+
+    def _find_left(self) -> None:
+        """Break off streams that the original's server has left without a word.
+
+        Where nobody reads a stream any more, it gives back the connection's window, and not the stream's; where one is
+        only slow to read, neither.  So a stream that has more on its way than the whole connection was left.  That is
+        looked at twice, since it says the one before the other.  Source: golang.org/x/net/http2, processData.
+        """
+        before, self.credits = self.credits, {}
+        on_way = ITS_WINDOW - self.h2.sendable
+        for stream in list(self.h2.streams.values()):
+            if self.h2.peer_window - stream.sendable > on_way + LEFT:
+                self.credits[stream] = stream.credit
+                if before.get(stream) == stream.credit:
+                    self.h2.reset(stream)
+                    stream.owner.take_reset(Failed("reset", "the other side has left"), False)
+        self.touch()
 
     def unanswered(self) -> None:
         """It has not said so for PING_LAST."""

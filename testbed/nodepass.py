@@ -1,0 +1,248 @@
+"""NodePass tunnels for tests: both ends in threads of the test, as child processes, or one of them the original.
+
+    tunnel      tunnel(target, flow="-", server="...", client="...") -> Tunnel: two ends of ours, in threads, linked
+    local       local(url, **times) -> Local: one end of ours, in a thread
+    processes   processes(url) -> Program: sniroute_nodepass.py as a child
+    original    original(url) -> Program: the original program, of SNIROUTE_TEST_NODEPASS, as a child
+
+Ports of an end may be 0 in `local` and `tunnel`: then each end has free ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import threading
+from typing import Any, Callable, Iterator
+
+import pytest
+
+from conftest import HERE, HOST, Address, connect, wait_until
+from sniroute_ends import LINKED, Client, End, Server
+from sniroute_nodepass import Forwarders, NodePass, run_client, run_server
+from sniroute_nodeurl import Times, parse_url
+from testbed.carrier import Notes
+
+ORIGINAL = os.environ.get("SNIROUTE_TEST_NODEPASS", "")
+QUICK = Times(cooldown=0.2, handshake=5.0, pool_get=5.0, report=5.0)  # a test waits for nothing of it in vain
+
+
+def free_port(kind: int = socket.SOCK_STREAM) -> int:
+    """A port that is free now, for a program that has to be told one."""
+    with socket.socket(type=kind) as sock:
+        sock.bind((HOST, 0))
+        return sock.getsockname()[1]
+
+
+class Local:
+    """A program in a thread of the test."""
+
+    def __init__(self, times: Times = QUICK, kind: type[NodePass] = NodePass, environ: dict[str, str] | None = None):
+        self.log = Notes()
+        self.program = kind(self.log, times, environ or {})
+        self.error: BaseException | None = None
+        self.thread: threading.Thread | None = None
+
+    def begin(self, url: str, **changes: Any) -> Local:
+        """Run what a URL says; its ports are the ones given, or by `changes` of Options others."""
+        options = parse_url(url)._replace(**changes)
+        {"server": run_server, "client": run_client}[options.scheme](self.program, options)
+        return self.start()
+
+    def start(self) -> Local:
+        """Turn the loop, in a thread."""
+        self.thread = threading.Thread(target=self.run, name="nodepass")
+        self.thread.start()
+        return self
+
+    def run(self) -> None:
+        try:
+            self.program.run()
+        except BaseException as error:
+            self.error = error
+            raise
+
+    @property
+    def end(self) -> Any:
+        """Its one end."""
+        return self.program.ends[0]
+
+    @property
+    def callers(self) -> Address:
+        """Where TCP callers come in."""
+        listener, = self.program.listeners.values()
+        return listener.sock.getsockname()
+
+    @property
+    def messages(self) -> list[str]:
+        """All lines of its log."""
+        return [row["message"] for row in self.log.rows.copy()]
+
+    def has_said(self, words: str) -> str:
+        """Wait for a line with these words."""
+        return wait_until(lambda: next((line for line in self.messages if words in line), ""), what=words)
+
+    def call(self, act: Callable[[], Any]) -> Any:
+        """What `act` returns, called in the loop."""
+        done: list[Any] = []
+        event = threading.Event()
+
+        def run() -> None:
+            done.append(act())
+            event.set()
+
+        self.program.loop.call(run)
+        assert event.wait(10)
+        return done[0]
+
+    def close(self) -> None:
+        if self.thread is None:
+            self.program.stop()
+            self.program.loop.close()
+            return
+        self.program.loop.call(self.program.loop.stop)
+        self.thread.join(10)
+        assert not self.thread.is_alive() and self.error is None
+        assert not self.program.connections and not self.program.listeners
+        faults = [row for row in self.log.rows if row.get("event") == "fault"]
+        assert not faults, faults
+
+
+class Tunnel:
+    """Two ends in threads of the test."""
+
+    def __init__(self, server: Local, client: Local):
+        self.server, self.client = server, client
+
+    @property
+    def accepting(self) -> Local:
+        """The one at which callers come in."""
+        return self.server if self.server.end.accepts else self.client
+
+    @property
+    def dialling(self) -> Local:
+        """The other one."""
+        return self.client if self.server.end.accepts else self.server
+
+    @property
+    def address(self) -> Address:
+        """Where TCP callers come in."""
+        return wait_until(lambda: self.accepting.program.listeners and self.accepting.callers)
+
+    @property
+    def udp(self) -> Address:
+        """Where UDP callers come in."""
+        return wait_until(lambda: self.accepting.end.datagrams.port).sock.getsockname()
+
+    def is_linked(self) -> bool:
+        """Whether both ends think so, and callers may come."""
+        ends = self.server.end, self.client.end
+        return all(end.state == LINKED and end.verified for end in ends) and self.accepting.end.idle > 0
+
+    def linked(self) -> Tunnel:
+        """Wait for that."""
+        wait_until(self.is_linked, what="a link")
+        return self
+
+    def linked_again(self, times: int = 2) -> Tunnel:
+        """Wait for a further link: so many since the beginning."""
+        for each in (self.server, self.client):
+            wait_until(lambda: sum("linked with" in line for line in each.messages) >= times, what=f"link {times}")
+        return self.linked()
+
+    def call(self, said: bytes = b"", timeout: float = 20.0) -> socket.socket:
+        """A caller that has sent something."""
+        return connect(self.address, said, timeout)
+
+
+def show(address: Address) -> str:
+    return f"{address[0]}:{address[1]}"
+
+
+@pytest.fixture
+def local() -> Iterator[Callable[..., Local]]:
+    """local(times=QUICK, kind=NodePass, environ={}) -> Local, not begun."""
+    with contextlib.ExitStack() as stack:
+        def make(**options: Any) -> Local:
+            made = Local(**options)
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+@pytest.fixture
+def tunnel(local: Callable[..., Local]) -> Callable[..., Tunnel]:
+    """tunnel(target address, flow="-", server=query, client=query, times=QUICK, waits=True) -> Tunnel."""
+    def make(target: Address, flow: str = "-", server: str = "", client: str = "", times: Times = QUICK,
+             waits: bool = True, host: str = HOST) -> Tunnel:
+        behind, callers = (target,), ((HOST, 0),)
+        mode = 1 if flow == "-" else 2
+        one = local(times=times).begin(f"server://key@{host}:1/{HOST}:2?mode={mode}&{server}", port=0,
+                                       targets=callers if flow == "-" else behind)
+        port = wait_until(lambda: one.program.ends and one.end.listener).getsockname()[1]
+        other = local(times=times).begin(f"client://key@{host}:1/{HOST}:2?mode=2&{client}", port=port,
+                                         targets=behind if flow == "-" else callers)
+        made = Tunnel(one, other)
+        return made.linked() if waits else made
+
+    return make
+
+
+class Program:
+    """A child process: sniroute_nodepass.py, or the original.  What it prints is in `path`."""
+
+    def __init__(self, words: list[str], path: pathlib.Path, **options: Any):
+        self.path = path
+        with open(path, "wb") as output:
+            self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                                            **options)
+
+    @property
+    def said(self) -> str:
+        return self.path.read_text(errors="replace")
+
+    def has_said(self, words: str, timeout: float = 20.0) -> str:
+        """Wait for a line in which these words are."""
+        return wait_until(lambda: next((line for line in self.said.split("\n") if re.search(words, line)), ""), timeout,
+                          words)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def processes(tmp_path: pathlib.Path) -> Iterator[Callable[..., Program]]:
+    """processes(*words, **options of Popen) -> Program: sniroute_nodepass.py."""
+    with contextlib.ExitStack() as stack:
+        def make(*words: str, **options: Any) -> Program:
+            path = tmp_path / f"nodepass-{len(list(tmp_path.glob('nodepass-*')))}"
+            made = Program([sys.executable, str(HERE / "sniroute_nodepass.py"), *words], path, **options)
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+@pytest.fixture
+def original(tmp_path: pathlib.Path) -> Iterator[Callable[..., Program]]:
+    """original(*words) -> Program: the original program."""
+    if not ORIGINAL:
+        pytest.skip("SNIROUTE_TEST_NODEPASS does not name the original program (NodePass, version 2)")
+    with contextlib.ExitStack() as stack:
+        def make(*words: str, **options: Any) -> Program:
+            path = tmp_path / f"original-{len(list(tmp_path.glob('original-*')))}"
+            made = Program([ORIGINAL, *words], path, cwd=tmp_path, **options)
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+__all__ = ["Client", "End", "Forwarders", "Local", "Program", "QUICK", "Server", "Tunnel", "free_port", "show"]
