@@ -141,10 +141,10 @@ def test_sniroute_tells_it_what_to_open(echo_server):
         assert exit_code(program, 10) == 0
 
 
-def test_a_caller_is_told_by_a_line_that_sniroute_reads(local):
+def test_a_caller_is_told_by_a_line_that_sniroute_reads(lone):
     """Where no client has dialled in."""
     from testbed.nodepass import QUICK
-    made = local(kind=Forwarders, times=QUICK._replace(pool_get=0.05), environ={"KEY": "secret"})
+    made = lone(kind=Forwarders, times=QUICK._replace(pool_get=0.05), environ={"KEY": "secret"})
     listener = made.program.listen(made.program.parse(f"$KEY@{HOST}:{free_port()}"), (HOST, 0))
     made.start()
     with pytest.raises(ConnectionError), connect(listener.sock.getsockname(), b"hello") as caller:
@@ -154,8 +154,8 @@ def test_a_caller_is_told_by_a_line_that_sniroute_reads(local):
     assert not any("secret" in text for row in made.log.rows for text in row.values())
 
 
-def test_the_end_of_a_listener_is_the_end_of_its_server(local):
-    made = local(kind=Forwarders)
+def test_the_end_of_a_listener_is_the_end_of_its_server(lone):
+    made = lone(kind=Forwarders)
     loop = made.program.loop
     before = len(loop.queues), len(loop.timers)
     for _ in range(20):
