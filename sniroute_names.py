@@ -144,6 +144,14 @@ def overlap(one: str | tuple[str, int] | None, other: str | tuple[str, int] | No
     return any(a == b or a in ("*", "::") or a == "0.0.0.0" and ":" not in b for a, b in (hosts, reversed(hosts)))
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this host reaches a listener on it."""
+    try:
+        return host == "localhost" or parse_ip(host).is_loopback
+    except ValueError:
+        return False
+
+
 def show_address(address: tuple) -> str:
     """HOST:PORT, an IPv6 host in brackets."""
     host, port = address[:2]

@@ -32,7 +32,7 @@ from sniroute_host import (PATHS_MAX, TUNNEL_MEMORY, Stamp, changed_by_others, d
                            memory_allowed, stamp, too_little)
 from sniroute_launchers import (SERVICE_TOKEN, TUNNEL_IDENTITY, Launcher, carrier_launcher, cloudflared_launcher,
                                 identity_faults, inherited)
-from sniroute_names import OPTIONS, Network, describe_version, is_here, overlap, parse_ip, printable, show_address
+from sniroute_names import OPTIONS, Network, describe_version, is_here, is_loopback, overlap, printable, show_address
 from sniroute_options import HTTP_MODES, any_port, any_route, misfits_of_http, read_routes
 from sniroute_patterns import FIELDS
 from sniroute_refusals import SettingsError
@@ -756,14 +756,6 @@ def warn_of_programs(settings: Settings) -> None:
         if outside and any(row.is_inside for row in route.kinds) and route.allow is None:
             log.warning("%s: everybody who reaches %s gets there: name its clients in `allow`, "
                         "or listen on 127.0.0.1", route, ", ".join(outside))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this host reaches a listener on it."""
-    try:
-        return host == "localhost" or parse_ip(host).is_loopback
-    except ValueError:
-        return False
 
 
 def warn_of_http(settings: Settings) -> None:
