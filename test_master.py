@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import html.parser
 import json
-import logging
 import os
 import re
 import socket
@@ -23,7 +22,7 @@ from sniroute_nodeurl import Options
 from sniroute_panel import SCHEMAS, describe
 from sniroute_refusals import SettingsError
 from testbed.clients import program_path
-from testbed.masters import FAKE, LOG, TIMES, url
+from testbed.masters import FAKE, TIMES, Lines, url
 from testbed.web import Talk
 
 PROTECTED = [(row.method, row.path) for row in ENDPOINTS if not row.is_public]
@@ -84,18 +83,17 @@ def test_the_entry_of_the_key_is_no_instance(shared_master):
     assert shared_master.ask("PATCH", f"/instances/{KEY_ID}", {"action": "stop", "alias": "x"}).json == entry
 
 
-def test_the_key_is_printed_once(master, capfd, caplog):
-    caplog.set_level(logging.DEBUG)
+def test_the_key_is_printed_once(master):
     there = master()
     key = there.key
     there.ask("PATCH", f"/instances/{KEY_ID}", {"action": "restart"})
     again = there.key
-    there.close()
     assert re.search(rf"^20\d\d-\d\d-\d\d \d\d:\d\d:\d\d\.\d{{3}}  INFO  API Key created: {key}$",
-                     capfd.readouterr().out, re.MULTILINE)
-    master().close()
-    said = capfd.readouterr().out + caplog.text
-    assert key not in said and again not in said and "API Key loaded: it is in " in said
+                     there.log, re.MULTILINE)
+    there.close()
+    second = master()
+    assert there.log.count(key) == 1 and again not in there.log
+    assert key not in second.log and again not in second.log and "info: API Key loaded: it is in /" in second.log
 
 
 # -- the description ---------------------------------------------------------------------------
@@ -180,7 +178,7 @@ def test_a_path_that_is_not_there_is_as_in_the_original(shared_master, path):
 
 @pytest.mark.parametrize("prefix, base", [("", "/api"), ("/", "/api"), ("/np", "/np"), ("/a/b/", "/a/b")])
 def test_the_prefix_of_the_url_is_in_front_of_all_paths(tmp_path, prefix, base):
-    there = Master(Options("master", host=HOST, prefix=prefix), TIMES, {}, LOG, str(tmp_path / "state"), FAKE)
+    there = Master(Options("master", host=HOST, prefix=prefix), TIMES, {}, Lines(), str(tmp_path / "state"), FAKE)
     there.door.close()
     assert there.base == base and describe(there.base, ENDPOINTS)["servers"] == [{"url": f"{base}/v1"}]
 
@@ -444,7 +442,7 @@ def test_who_speaks_no_tls_is_dropped_and_the_next_one_is_served(master):
         assert there.ask("GET", "/info").status == 200, "one that says nothing holds up nobody"
 
 
-def test_with_tls_2_the_files_are_read_again_when_they_change(master, tmp_path, certificates, caplog):
+def test_with_tls_2_the_files_are_read_again_when_they_change(master, tmp_path, certificates):
     crt, key = tmp_path / "c.pem", tmp_path / "k.pem"
     certificates(crt, key)
     there = master(tls=2, crt=str(crt), key_file=str(key))
@@ -456,7 +454,7 @@ def test_with_tls_2_the_files_are_read_again_when_they_change(master, tmp_path, 
     first = shown()
     assert first == ssl.PEM_cert_to_DER_cert(crt.read_text())
     key.write_text("garbage")
-    wait_until(lambda: "the old one stays" in caplog.text)
+    wait_until(lambda: "the old one stays" in there.log)
     assert shown() == first
     certificates(crt, key)
     wait_until(lambda: shown() != first)
