@@ -557,6 +557,11 @@ def name_for(host: str) -> Any:
 # -- the master --------------------------------------------------------------------------------
 
 
+def beside(ours: str) -> str:
+    """Where the state is by default: in the folder of our files, or of the .pyz file that holds them."""
+    return os.path.join(os.path.dirname(ours) if os.path.isfile(ours) else ours, STATE_FILE)
+
+
 class Master:
     """A master.  `open`, `close` and `run` are for the main thread; all else runs in the Door's loop.
 
@@ -576,7 +581,7 @@ class Master:
         self.times = times
         self.base = f"/{options.prefix.strip('/')}" if options.prefix.strip("/") else PREFIX
         self.door = Door(self.tick, TICK, "master")
-        self.state_path = state or os.path.join(place(), STATE_FILE)
+        self.state_path = state or beside(place())
         given = Inherited(options.log, str(options.tls), options.crt, options.key_file)
         kept = State(self.state_path, lambda why: self.door.loop.call(lambda: log("error", why)))
         self.instances = Instances(self.door.loop, kept, words or [sys.executable, *our_words(PROGRAM)], environ, times,

@@ -186,6 +186,13 @@ def test_another_url_is_answered_once_the_old_process_is_gone(master, free_ports
     assert (said.status, said.json) == (409, {"error": "Instance URL conflict"})
 
 
+def test_one_that_does_not_run_is_started_with_another_url(master):
+    there = master()
+    ident = there.ended()
+    assert there.ask("PUT", f"/instances/{ident}", {"url": url("good")}).json["status"] == "stopped"
+    there.until(ident, status="running", ping=3)
+
+
 @pytest.mark.parametrize("orders, status", [
     (["restart", "stop"], "stopped"), (["stop", "start"], "running"), (["stop", "restart", "restart"], "running"),
     (["stop", "stop", "start", "stop"], "stopped")])
@@ -431,6 +438,29 @@ def test_a_disk_that_refuses_is_tried_until_it_takes_it(tmp_path, monkeypatch):
         state.close()
     (line,) = said
     assert "is not kept" in line and "readonly" in line
+
+
+def test_counters_are_kept_while_a_process_runs(master, monkeypatch, tmp_path):
+    monkeypatch.setattr(sniroute_instances, "SAVE_EVERY", 0.01)
+    there = master()
+    ident = there.create()
+    there.until(ident, ping=3)
+    kept = tmp_path / "copy"
+
+    def received() -> int:
+        """What a copy of the file says, as it would be found after a power cut."""
+        for suffix in ("", "-wal"):
+            (tmp_path / f"copy{suffix}").write_bytes((tmp_path / f"master.sqlite{suffix}").read_bytes())
+        connection = sqlite3.connect(kept)
+        try:
+            (record,) = connection.execute("SELECT record FROM instances WHERE id = ?", (ident,)).fetchone()
+            return json.loads(record)["tcprx"]
+        except (sqlite3.Error, TypeError):  # it was copied in the middle of a write
+            return 0
+        finally:
+            connection.close()
+
+    wait_until(lambda: received() > 20)
 
 
 # -- the master as a process -------------------------------------------------------------------

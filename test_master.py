@@ -17,7 +17,7 @@ import pytest
 import sniroute_master
 from conftest import HOST, wait_until
 from sniroute_instances import KEY_ID
-from sniroute_master import ENDPOINTS, Host, Master
+from sniroute_master import ENDPOINTS, Host, Master, beside
 from sniroute_nodeurl import Options
 from sniroute_panel import SCHEMAS, describe
 from sniroute_refusals import SettingsError
@@ -181,6 +181,12 @@ def test_the_prefix_of_the_url_is_in_front_of_all_paths(tmp_path, prefix, base):
     there = Master(Options("master", host=HOST, prefix=prefix), TIMES, {}, Lines(), str(tmp_path / "state"), FAKE)
     there.door.close()
     assert there.base == base and describe(there.base, ENDPOINTS)["servers"] == [{"url": f"{base}/v1"}]
+
+
+def test_the_state_is_beside_the_program_also_where_that_is_one_file(tmp_path):
+    bundle = tmp_path / "sniroute.pyz"
+    bundle.touch()
+    assert beside(str(tmp_path)) == beside(str(bundle)) == str(tmp_path / "nodepass.sqlite")
 
 
 # -- instances ---------------------------------------------------------------------------------
@@ -430,6 +436,26 @@ def test_with_tls_1_a_certificate_is_made_on_the_spot(master):
     done = subprocess.run([program_path("curl", "curl"), "-sSk", "-H", f"X-API-Key: {there.key}",
                            f"https://{HOST}:{there.address[1]}/api/v1/instances"], capture_output=True, timeout=10)
     assert len(json.loads(done.stdout)) == 2, done.stderr
+
+
+def test_inside_tls_a_slow_reader_gets_all_of_its_answer(master):
+    there = master(tls=1)
+    there.master.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    ident = there.ended()
+    there.ask("PATCH", f"/instances/{ident}", {"meta": {"tags": {f"{n}".ljust(256, "k"): "v" * 256 for n in range(90)}}})
+    with contextlib.closing(socket.socket()) as plain:
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        plain.settimeout(10)
+        plain.connect(there.address)
+        with ssl._create_unverified_context().wrap_socket(plain) as sock:
+            sock.sendall(f"GET /api/v1/instances HTTP/1.1\r\nHost: x\r\nX-API-Key: {there.key}\r\n"
+                         "Connection: close\r\n\r\n".encode())
+            wait_until(lambda: [caller for caller in list(there.master.door.gates[0].callers)
+                                if caller.state == "answering"])
+            data = b""
+            while more := sock.recv(65536):
+                data += more
+    assert len(json.loads(data.partition(b"\r\n\r\n")[2])) == 2 and len(data) > 40000
 
 
 def test_who_speaks_no_tls_is_dropped_and_the_next_one_is_served(master):
