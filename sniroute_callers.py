@@ -122,9 +122,7 @@ class Relays:
         """End all of them."""
         for relay in list(self.open):
             relay.cut()
-        self.loop.queues.remove(self.settling)
-        if self.idling is not None:
-            self.loop.queues.remove(self.idling)
+        self.loop.retire(self.settling, *([self.idling] if self.idling is not None else []))
 
 
 class Relay:

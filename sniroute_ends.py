@@ -354,7 +354,7 @@ class End:
         self.relays.close()
         self.pool.close()
         self.upstreams.close()
-        self.loop.queues.remove(self.peeking)
+        self.loop.retire(self.peeking)
 
 
 ACTIONS: dict[str, Callable[[Any, Signal], None]] = {

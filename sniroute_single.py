@@ -182,12 +182,7 @@ class Single:
         self.datagrams.close()
         self.relays.close()
         self.upstreams.close()
-        self.loop.call(self._leave)
-
-    def _leave(self) -> None:
-        """Take the times from the loop: not while it goes through them."""
-        for queue in (self.peeking, self.shaking):
-            self.loop.queues.remove(queue)
+        self.loop.retire(self.peeking, self.shaking)
 
 
 class Direct(Caller):

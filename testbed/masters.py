@@ -3,7 +3,7 @@
     master           master(tls=0, ...) -> Served: a Master that is open until the test ends
     shared_master    a Served that the tests of a module share, for what changes nothing; `still` is its instance
     Served.ask       one request with the key -> Said;  Served.events: a stream
-    url              url("good") -> a URL of an instance; testbed/fake_nodepass.py says what the word does
+    url              url("good") -> a URL of an instance; testbed/fake_instance.py says what the word does
     TIMES            short ones
 """
 
@@ -30,7 +30,7 @@ from sniroute_nodeurl import Options, Times
 from testbed.registry import Said
 
 TIMES = Times(report=30.0, cooldown=0.05, shutdown=0.3)
-FAKE = [sys.executable, "-I", "-S", str(HERE / "testbed" / "fake_nodepass.py")]
+FAKE = [sys.executable, "-I", "-S", str(HERE / "testbed" / "fake_instance.py")]
 
 
 def url(does: str = "good", role: str = "server", port: int = 10101, query: str = "") -> str:
