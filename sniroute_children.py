@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -421,12 +420,13 @@ def apply(instance: Instance, change: Change) -> bool:
 class State:
     """A file of records by their ids, in the order in which they were made.  See above for who calls what.
 
-    What is put is on the disk some milliseconds later.  Where the disk refuses, it is tried again until it takes it.
+    What is put is on the disk some milliseconds later.  Where the disk refuses, it is tried again until it takes it;
+    `complain` is told why, once, in the thread `state`.
     """
 
-    def __init__(self, path: str, log: logging.Logger):
+    def __init__(self, path: str, complain: Callable[[str], None]):
         self.path = path
-        self.log = log
+        self.complain = complain
         self.lock = threading.Condition()  # guards `pending`, `jobs` and `is_over`; held for single steps
         self.pending: dict[str, str | None] = {}  # records by their ids; None: it goes
         self.jobs: list[Callable[[], None]] = []  # what else touches the disk
@@ -514,7 +514,7 @@ class State:
                 with self.lock:
                     self.pending = pending | self.pending
                 if fault != said:
-                    self.log.error("the state is not kept: %s: %s", self.path, fault)
+                    self.complain(f"the state is not kept: {self.path}: {fault}")
             for job in jobs:
                 job()
             if is_over:

@@ -3,7 +3,7 @@
     REST, MCP --> Instances -----> Instance: a row             Child: its process, behind the death guard
                   create, change,   URL, alias, counters  <---  CHECK_POINT lines
                   set_url, order    running|stopped|error <---  that it has begun, failed, ended
-                      |                                         all other lines ---> `tell`, `say`
+                      |                                         all other lines ---> `tell`, the log
                       +--- State: rows of a file                (all three: sniroute_children)
 
 The process of an Instance is `sniroute_nodepass.py` without a word on the command
@@ -35,15 +35,14 @@ from __future__ import annotations
 
 import collections
 import json
-import logging
 import os
 import secrets
 import signal
 import subprocess
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 
-from sniroute_children import (DEFAULTS, ERROR, GONE, LINE, LINES_RATE, RUN, RUNNING, STOP, STOPPED, TRAFFIC, URL_MAX,
-                               Change, Child, Inherited, Instance, NotDone, State, apply, check_value, filled, hidden,
+from sniroute_children import (DEFAULTS, ERROR, GONE, LINE, LINES_RATE, RUN, RUNNING, STOP, STOPPED, TRAFFIC, Change,
+                               Child, Inherited, Instance, NotDone, State, apply, check_value, filled, hidden,
                                instance_of, parse_change, record_of, role_of, split)
 from sniroute_loop import Alarms, Loop, monotonic
 from sniroute_names import printable
@@ -51,6 +50,7 @@ from sniroute_processes import death_guard
 from sniroute_signals import parse_checkpoint
 
 if TYPE_CHECKING:
+    from sniroute_forwarder import Log
     from sniroute_nodeurl import Times
 
 __version__ = "0.1.0"
@@ -70,7 +70,7 @@ EXPORT = "nodepass.json"  # the original's name for it, beside the state
 
 ACTIONS = ("start", "stop", "restart", "reset")
 CREATE, UPDATE, DELETE, LOG = "create", "update", "delete", "log"  # events
-FAULTS = b"Server error:", b"Client error:"  # in a line that says that an end has failed, and begins again
+FAULT = b"  ERROR  "  # in a line of a child: its end does not work, and begins again
 
 
 class Instances:
@@ -81,12 +81,11 @@ class Instances:
         environ: of a child, beside URL_VARIABLE.
         given: what their URLs get from the master's.
         tell: an event: (what, Instance, line of its log).
-        say: a line of a child, for the master's own output.
+        log: the master's own, which never waits: lines of children go there, too.
     """
 
     def __init__(self, loop: Loop, state: State, words: Sequence[str], environ: Mapping[str, str], times: Times,
-                 given: Inherited, tell: Callable[[str, Instance, str], None], say: Callable[[str], None],
-                 log: logging.Logger):
+                 given: Inherited, tell: Callable[[str, Instance, str], None], log: Log):
         self.loop = loop
         self.state = state
         self.words = list(words)
@@ -94,7 +93,6 @@ class Instances:
         self.times = times
         self.given = given
         self.tell = tell
-        self.say = say
         self.log = log
         self.key = Instance(KEY_ID, "", "", "")
         self.table: dict[str, Instance] = {}  # without the key
@@ -117,7 +115,7 @@ class Instances:
             try:
                 instance = instance_of(ident, record)
             except (ValueError, KeyError, TypeError):
-                self.log.error("the state has an instance that cannot be read, and is left alone: %s", printable(ident))
+                self.log("error", f"the state has an instance that cannot be read, and is left alone: {ident}")
                 continue
             if ident == KEY_ID:
                 self.key = instance
@@ -256,7 +254,7 @@ class Instances:
 
     def _launch(self, instance: Instance) -> None:
         """Start its process."""
-        self.log.info("Instance starting: %s [%s]", printable(hidden(instance.url), URL_MAX), instance.id)
+        self.log("info", f"Instance starting: {hidden(instance.url)} [{instance.id}]")
         instance.checked = 0.0
         try:
             # Use this instead of DEVNULL, because Popen opens that first, and leaves it open where there is no pipe.
@@ -265,7 +263,7 @@ class Instances:
                                          stderr=subprocess.STDOUT, bufsize=0, process_group=0,
                                          env={**self.environ, URL_VARIABLE: instance.url})
         except OSError as error:
-            self.log.error("Instance does not start: %s [%s]", error.strerror, instance.id)
+            self.log("error", f"Instance does not start: {error.strerror} [{instance.id}]")
             self._failed(instance)
             return
         instance.child = Child(popen, self.loop, lambda line: self.heard(instance, line),
@@ -293,7 +291,7 @@ class Instances:
         """It has not ended in time."""
         if instance.child is child:
             child.signal(signal.SIGKILL)
-            self.log.warning("Instance force killed [%s]", instance.id)
+            self.log("warn", f"Instance force killed [{instance.id}]")
 
     def _after(self, instance: Instance, wish: str, act: Callable[[], None]) -> None:
         """Have its process end, do this then, and what has been asked for last."""
@@ -313,14 +311,14 @@ class Instances:
         self._confess(instance, child)
         instance.settle()
         if child.asked or not code:
-            self.log.info("Instance stopped [%s]", instance.id)
+            self.log("info", f"Instance stopped [{instance.id}]")
             instance.failures = 0
             self._set(instance, STOPPED)
             if not child.asked:
                 instance.wish = STOP
         else:
-            self.log.error("Instance error: %s [%s]", f"signal {-code}" if code < 0 else f"exit status {code}",
-                           instance.id)
+            how = f"signal {-code}" if code < 0 else f"exit status {code}"
+            self.log("error", f"Instance error: {how} [{instance.id}]")
             if monotonic() - child.began > STEADY:
                 instance.failures = 0
             self._failed(instance)
@@ -361,7 +359,7 @@ class Instances:
             if not instance.child.asked:  # one that is to end may say how it was, and still counts
                 self._set(instance, RUNNING)
             return
-        if any(fault in line for fault in FAULTS) and instance.status == RUNNING:
+        if FAULT in line and instance.status == RUNNING:
             instance.rest()
             self._set(instance, ERROR)
         if instance.child.may_say():
@@ -369,7 +367,7 @@ class Instances:
 
     def _pass_on(self, instance: Instance, line: str) -> None:
         """A line of its log, for whoever listens."""
-        self.say(f"{printable(line, LINE)} [{instance.id}]")
+        self.log.write(f"{printable(line, LINE)} [{instance.id}]")
         if instance.wish is not GONE:
             self.tell(LOG, instance, line)
 
@@ -484,6 +482,6 @@ def _bring(instances: Instances, row: Any) -> bool:
         instances.create(row["url"], alias if isinstance(alias, str) else "",
                          parse_change({"restart": restart, "meta": row.get("meta")}), restart, traffic)
     except NotDone as error:
-        instances.log.warning("an instance of %s is left out: %s", export_path(instances), printable(str(error)))
+        instances.log("warn", f"an instance of {export_path(instances)} is left out: {error}")
         return False
     return True

@@ -28,8 +28,8 @@ a page without it gets nothing, also where its name resolves to this host.  With
 plain text: that is for loopback.
 
 Threads.  `main` waits for signals (`Master.run`).  `master` runs the Door's loop: HTTP, instances, their processes,
-which it forks.  `state` writes to the disk (sniroute_children).  `ping-<n>` tries one target.  `output` writes the
-lines of children to stdout, which may be slow.  There are no locks here.
+which it forks.  `state` writes to the disk (sniroute_children).  `ping-<n>` tries one target.  The log is the
+loop's while that runs; it never waits for its reader.  There are no locks here.
 
 Seams: I want to ...
     answer on another path          a function, and its row in ENDPOINTS
@@ -53,7 +53,6 @@ import hmac
 import ipaddress
 import json
 import os
-import queue
 import re
 import signal
 import socket
@@ -77,8 +76,7 @@ from sniroute_panel import DOCS_POLICY, PAGE, PAGE_POLICY, V1, Endpoint, describ
 from sniroute_refusals import Malformed, SettingsError
 
 if TYPE_CHECKING:
-    import logging
-
+    from sniroute_forwarder import Log
     from sniroute_nodeurl import Options, Times
 
 __version__ = "0.1.0"
@@ -96,8 +94,6 @@ TICK = 1.0  # between two looks at what has become late
 PINGS_MAX = 10  # targets that are tried at once: the original's
 PING_WAIT = 1.0  # for a place among these: the original's
 PING_TIME = 5.0  # for a target to answer, and its name to be found
-LINES_MAX = 5000  # of children that wait to be written to stdout: some hundred KB
-LAST_LINES = 1.0  # for those that are left at the end
 STOP_SPARE = 7.0  # beyond NP_SHUTDOWN_TIMEOUT, for children that were killed
 CPU_SPAN = 0.1  # a share of the processor over less than that says nothing: /proc counts in hundredths
 
@@ -198,7 +194,7 @@ def patch(ask: Ask) -> None:
         instances.change(one, change)
     elif change.action == "restart":
         instances.new_key()
-        ask.master.log.info("API Key regenerated")
+        ask.master.log("info", "API Key regenerated")
         ask.master.tell(UPDATE, one, "")
         ask.master.end_streams()
     ask.answer(found(one.show()))
@@ -498,7 +494,7 @@ class TlsListener:
     With tls=2 the files are read again when they have changed, and kept as they were where that fails.
     """
 
-    def __init__(self, listener: socket.socket, options: Options, log: logging.Logger):
+    def __init__(self, listener: socket.socket, options: Options, log: Log):
         self.listener = listener
         self.options = options
         self.log = log
@@ -546,9 +542,9 @@ class TlsListener:
         self.stamps = stamps
         try:
             self.context = self._context()
-            self.log.info("TLS cert reloaded: %s", self.options.crt)
+            self.log("info", f"TLS cert reloaded: {self.options.crt}")
         except OSError as error:
-            self.log.error("Certificate reload failed: %s: %s: the old one stays", self.options.crt, error)
+            self.log("error", f"Certificate reload failed: {self.options.crt}: {error}: the old one stays")
 
 
 def name_for(host: str) -> Any:
@@ -561,32 +557,9 @@ def name_for(host: str) -> Any:
 # -- the master --------------------------------------------------------------------------------
 
 
-class Output:
-    """Lines of children, to stdout, by the thread `output`.  Any thread may call `say`, and never waits."""
-
-    def __init__(self) -> None:
-        self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self.omitted = 0
-        self.thread = threading.Thread(target=self._run, name="output", daemon=True)
-
-    def say(self, line: str) -> None:
-        """Write a line; where too many wait, leave it out."""
-        if self.lines.qsize() < LINES_MAX:
-            self.lines.put(line)
-        else:
-            self.omitted += 1
-
-    def _run(self) -> None:
-        while (line := self.lines.get()) is not None:
-            if self.omitted:
-                line, self.omitted = f"{line}\n{self.omitted} lines were left out: stdout is slow", 0
-            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
-                print(line, flush=True)
-
-    def close(self) -> None:
-        """Write what waits, for a moment.  After `thread` has been started."""
-        self.lines.put(None)
-        self.thread.join(LAST_LINES)
+def beside(ours: str) -> str:
+    """Where the state is by default: in the folder of our files, or of the .pyz file that holds them."""
+    return os.path.join(os.path.dirname(ours) if os.path.isfile(ours) else ours, STATE_FILE)
 
 
 class Master:
@@ -594,25 +567,25 @@ class Master:
 
     Args:
         environ: of its instances.
+        log: on stdout.
         state: the file of its instances; "": STATE_FILE beside ours.
         words: the command line of an instance, where it is another program than ours.
     """
 
     version = __version__
 
-    def __init__(self, options: Options, times: Times, environ: Mapping[str, str], log: logging.Logger, state: str = "",
+    def __init__(self, options: Options, times: Times, environ: Mapping[str, str], log: Log, state: str = "",
                  words: Sequence[str] = ()):
         self.options = options
         self.log = log
         self.times = times
         self.base = f"/{options.prefix.strip('/')}" if options.prefix.strip("/") else PREFIX
         self.door = Door(self.tick, TICK, "master")
-        self.state_path = state or os.path.join(place(), STATE_FILE)
+        self.state_path = state or beside(place())
         given = Inherited(options.log, str(options.tls), options.crt, options.key_file)
-        self.output = Output()
-        self.instances = Instances(self.door.loop, State(self.state_path, log),
-                                   words or [sys.executable, *our_words(PROGRAM)], environ, times, given, self.tell,
-                                   self.output.say, log)
+        kept = State(self.state_path, lambda why: self.door.loop.call(lambda: log("error", why)))
+        self.instances = Instances(self.door.loop, kept, words or [sys.executable, *our_words(PROGRAM)], environ, times,
+                                   given, self.tell, log)
         self.pings = Pings(self.door.loop)
         self.host = Host()
         self.began = self.quiet_since = monotonic()
@@ -640,7 +613,6 @@ class Master:
     def open(self) -> None:
         """Listen, and start what is to run.  Raises SettingsError, and leaves nothing behind then."""
         raise_descriptor_limit()  # each instance takes two
-        self.output.thread.start()
         try:
             self._listen()
             was_there = self.instances.load()
@@ -648,15 +620,14 @@ class Master:
             if self.listener is not None:
                 self.listener.close()
             self.door.close()
-            self.output.close()
             raise
         self.door.gates.append(Gate(self.door, "master", self.listener, self.decide, 0, True, CALLERS_MAX, STREAM_MAX))
-        self.log.info("Master started: %s%s%s", show_address(self.listener.getsockname()[:2]), self.base, V1)
+        self.log("info", f"Master started: {show_address(self.listener.getsockname()[:2])}{self.base}{V1}")
         if was_there:
-            self.log.info("API Key loaded: it is in %s", self.state_path)
+            self.log("info", f"API Key loaded: it is in {self.state_path}")
         else:  # the one secret that is ever printed, once: nobody could ask without it
             stamp = datetime.datetime.now().isoformat(" ", "milliseconds")
-            self.output.say(f"{stamp}  INFO  API Key created: {self.instances.key.url}")
+            self.log.write(f"{stamp}  INFO  API Key created: {self.instances.key.url}")
         self.door.open()
 
     def _listen(self) -> None:
@@ -680,8 +651,7 @@ class Master:
         gone.wait(self.times.shutdown + STOP_SPARE)
         self.door.close()
         self.instances.close()
-        self.log.info("Master shutdown complete")
-        self.output.close()
+        self.log("info", "Master shutdown complete")
 
     # -- who asks --------------------------------------------------------------------------------
 
@@ -770,6 +740,7 @@ class Master:
     def tick(self) -> None:
         """Once a second."""
         self.instances.tick()
+        self.log.flush()  # what its reader had no room for
         now = monotonic()
         if now - self.quiet_since >= QUIET:
             self.quiet_since = now

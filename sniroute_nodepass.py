@@ -248,15 +248,17 @@ def run_client(program: NodePass, options: Options) -> None:
     program.add_end(Client(program, options, program.times))
 
 
-def run(options: Options, environ: Mapping[str, str]) -> int:
-    """Run what a URL says.  Returns the exit code."""
+def run(options: Options, environ: Mapping[str, str], state: str = "") -> int:
+    """Run what a URL says.  Returns the exit code.  `state` is the file of a master; "": its default."""
+    if state and options.scheme != "master":
+        raise SettingsError("--state: it is for a master:// only, which keeps its instances there")
     times, warnings = read_times(environ)
     log = StatusLog(options.log)
     for line in warnings:
         log("warn", line)
     if options.scheme == "master":
         from sniroute_master import Master
-        return Master(options, times, environ, log).run()
+        return Master(options, times, environ, log, state).run()
     raise_descriptor_limit()
     program = NodePass(log, times, environ)
     program.leave_at_signals()
@@ -281,7 +283,7 @@ def forwarders(words: list[str], environ: Mapping[str, str]) -> int:
 USAGE = """\
 usage: sniroute_nodepass.py server://[KEY@]HOST:PORT/TARGET[,TARGET ...][?PARAMETER=VALUE&...]
        sniroute_nodepass.py client://[KEY@]HOST:PORT/TARGET[,TARGET ...][?PARAMETER=VALUE&...]
-       sniroute_nodepass.py master://HOST:PORT[/PREFIX][?PARAMETER=VALUE&...]
+       sniroute_nodepass.py master://HOST:PORT[/PREFIX][?PARAMETER=VALUE&...] [--state FILE]
        sniroute_nodepass.py server|client|master --FLAG VALUE ...     the same as flags: --help tells them
        sniroute_nodepass.py forwarders                                for sniroute
 
@@ -291,6 +293,20 @@ parameters of all: log=info, tls=0|1|2, crt=FILE, key=FILE
            of a server: type=0|2|3 (TCP, WebSocket, HTTP/2), max=1024
            of a client: min=64, sni=NAME, pin=SHA256 of the server's certificate
 """
+
+
+def take_state(words: list[str]) -> tuple[list[str], str]:
+    """The words without `--state FILE`, and the file; "" without one.  Raises SettingsError."""
+    for at, word in enumerate(words):
+        name, equals, path = word.partition("=")
+        if name == "--state":
+            rest = words[at + 1:]
+            if not equals:
+                path, rest = "".join(rest[:1]), rest[1:]
+            if not path:
+                raise SettingsError("--state: it has no value")
+            return words[:at] + rest, path
+    return words, ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -308,11 +324,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if words[0] == "forwarders":
             return forwarders(words[1:], os.environ)
-        if "://" in words[0]:
+        words, state = take_state(words)
+        if words and "://" in words[0]:
             if words[1:]:
                 raise SettingsError(f"unexpected {printable(words[1])!r}: a URL says all")
-            return run(parse_url(words[0]), os.environ)
-        return run(parse_flags(words[0], words[1:]), os.environ)
+            return run(parse_url(words[0]), os.environ, state)
+        return run(parse_flags("".join(words[:1]), words[1:]), os.environ, state)
     except SettingsError as error:
         for line in error.lines:
             print(f"sniroute_nodepass: {line}", file=sys.stderr)

@@ -166,7 +166,7 @@ const COLUMNS = [
     cell.append(state);
   }],
   ["Alias", "name", (row) => row.alias || row.id],
-  ["URL", "long bare", (row) => row.url.replace(/\/\/[^\/?#]*@/, "//")],
+  ["URL", "name", (row) => row.url.replace(/\/\/[^\/?#]*@/, "//")],
   ["Ping", "number", (row) => row.ping + " ms"],
   ["Pool", "number", (row) => whole.format(row.pool)],
   ["TCP", "number", (row) => whole.format(row.tcps)],

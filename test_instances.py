@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import signal
@@ -18,13 +17,13 @@ import pytest
 
 import sniroute_children
 import sniroute_instances
-from conftest import HERE, HOST, exit_code, linux, wait_until
+from conftest import HERE, HOST, connect, exit_code, linux, wait_until
 from sniroute_children import DEFAULTS, Inherited, Instance, NotDone, State, changed, filled, hidden, role_of
 from sniroute_instances import INSTANCES_MAX, KEY_ID, URL_VARIABLE
 from sniroute_nodeurl import parse_url
 from sniroute_refusals import SettingsError
 from testbed.clients import program_path
-from testbed.masters import FAKE, LOG, TIMES, url
+from testbed.masters import FAKE, TIMES, url
 
 AT = "127.0.0.1:18480/127.0.0.1:18481"
 
@@ -135,8 +134,7 @@ def test_an_instance_runs_says_how_it_is_and_stops(master):
 
 
 @linux
-def test_the_key_of_an_instance_is_in_no_command_line_and_no_log(master, caplog, capfd):
-    caplog.set_level(logging.DEBUG)
+def test_the_key_of_an_instance_is_in_no_command_line_and_no_log(master):
     there = master()
     said = there.ask("POST", "/instances", {"url": url("good").replace("good", "s3cret")})
     ident = said.json["id"]
@@ -147,9 +145,8 @@ def test_the_key_of_an_instance_is_in_no_command_line_and_no_log(master, caplog,
     with open(f"/proc/{pid}/environ", "rb") as file:
         assert f"{URL_VARIABLE}=server://s3cret@".encode() in file.read()
     there.close()
-    assert "Instance starting" in caplog.text and "s3cret" not in caplog.text
-    out = capfd.readouterr().out
-    assert f"[{ident}]" in out and "argv=1" in out and "s3cret" not in out
+    assert f"info: Instance starting: server://{HOST}:10101/" in there.log and "s3cret" not in there.log
+    assert re.search(rf"^begun: pid={pid} argv=1 \[{ident}\]$", there.log, re.MULTILINE)
 
 
 def test_one_that_does_not_end_is_killed(master):
@@ -189,6 +186,13 @@ def test_another_url_is_answered_once_the_old_process_is_gone(master, free_ports
     assert (said.status, said.json) == (409, {"error": "Instance URL conflict"})
 
 
+def test_one_that_does_not_run_is_started_with_another_url(master):
+    there = master()
+    ident = there.ended()
+    assert there.ask("PUT", f"/instances/{ident}", {"url": url("good")}).json["status"] == "stopped"
+    there.until(ident, status="running", ping=3)
+
+
 @pytest.mark.parametrize("orders, status", [
     (["restart", "stop"], "stopped"), (["stop", "start"], "running"), (["stop", "restart", "restart"], "running"),
     (["stop", "stop", "start", "stop"], "stopped")])
@@ -204,12 +208,12 @@ def test_what_was_asked_for_last_is_done(master, orders, status):
     assert (there.instance(ident).child is not None) == (status == "running")
 
 
-def test_one_that_fails_is_started_again_more_and_more_seldom(master, caplog):
+def test_one_that_fails_is_started_again_more_and_more_seldom(master):
     there = master()
     ident = there.create("fails")
     wait_until(lambda: there.instance(ident).failures >= 3)
     assert there.show(ident)["status"] in ("error", "running")
-    assert "Instance error: exit status 3" in caplog.text
+    assert "error: Instance error: exit status 3 [" in there.log
     there.ask("PATCH", f"/instances/{ident}", {"restart": False})
     there.until(ident, status="error")
     there.ask("PATCH", f"/instances/{ident}", {"action": "stop"})
@@ -236,11 +240,10 @@ def test_what_is_in_error_is_started_again_at_each_reload_interval(master):
             assert events.read()
 
 
-def test_one_that_ends_well_is_stopped(master, caplog):
+def test_one_that_ends_well_is_stopped(master):
     there = master()
-    caplog.set_level(logging.INFO)
     ident = there.ended()
-    assert there.show(ident)["status"] == "stopped" and f"Instance stopped [{ident}]" in caplog.text
+    assert there.show(ident)["status"] == "stopped" and f"Instance stopped [{ident}]" in there.log
 
 
 def test_one_that_says_nothing_for_three_reports_is_in_error(master):
@@ -266,7 +269,7 @@ def test_an_end_that_failed_is_in_error_until_it_works_again(master, tmp_path):
     there.until(ident, status="running", ping=3)
 
 
-def test_a_flood_of_lines_stalls_nobody_and_is_bounded(master, capfd):
+def test_a_flood_of_lines_stalls_nobody_and_is_bounded(master):
     there = master()
     ident, other = there.create("floods"), there.create()
     there.until(ident, ping=3)
@@ -281,11 +284,10 @@ def test_a_flood_of_lines_stalls_nobody_and_is_bounded(master, capfd):
     assert len(logs) < 500
     there.ask("PATCH", f"/instances/{ident}", {"action": "stop"})
     there.until(ident, status="stopped")
-    there.close()
-    assert capfd.readouterr().out.count("word [") < 1000
+    assert there.log.count("word [") < 500
 
 
-def test_a_hostile_line_is_passed_on_as_text(master, capfd):
+def test_a_hostile_line_is_passed_on_as_text(master):
     there = master()
     ident = there.create("hostile")
     there.until(ident, ping=3)
@@ -294,8 +296,7 @@ def test_a_hostile_line_is_passed_on_as_text(master, capfd):
         event = events.until(lambda event: "script" in event["logs"])
         assert event["logs"] == "\x1b[31m<script>alert(1)</script>\x00\ufffd" and event["instance"]["id"] == ident
         assert b"<script" not in events.text and b"\x1b" not in events.text
-    there.close()
-    assert f"?[31m<script>alert(1)</script>?? [{ident}]\n" in capfd.readouterr().out
+    assert f"?[31m<script>alert(1)</script>?? [{ident}]\n" in there.log
 
 
 @linux
@@ -339,12 +340,12 @@ def test_there_are_no_more_than_so_many(master, monkeypatch):
     assert (said.status, said.json) == (409, {"error": "There are 2 instances already"})
 
 
-def test_a_program_that_is_not_there_is_an_error(master, caplog):
+def test_a_program_that_is_not_there_is_an_error(master):
     there = master()
     there.master.instances.guard, there.master.instances.words = [], ["/nonexistent/program"]
     ident = there.create()
     there.until(ident, status="error")
-    assert "Instance does not start: No such file or directory" in caplog.text
+    assert "Instance does not start: No such file or directory" in there.log
 
 
 # -- what is kept ------------------------------------------------------------------------------
@@ -406,7 +407,7 @@ def test_a_state_that_cannot_be_used_is_refused_in_one_line(master, tmp_path, ki
     assert len(caught.value.lines) == 1 and str(path) in caught.value.lines[0]
 
 
-def test_a_row_that_cannot_be_read_is_left_alone(master, tmp_path, caplog):
+def test_a_row_that_cannot_be_read_is_left_alone(master, tmp_path):
     there = master()
     ident = there.create()
     there.close()
@@ -414,18 +415,20 @@ def test_a_row_that_cannot_be_read_is_left_alone(master, tmp_path, caplog):
     connection.execute("INSERT INTO instances VALUES ('bad', '{}')")
     connection.commit()
     connection.close()
-    assert [each["id"] for each in master().ask("GET", "/instances").json] == [KEY_ID, ident]
-    assert "cannot be read" in caplog.text
+    again = master()
+    assert [each["id"] for each in again.ask("GET", "/instances").json] == [KEY_ID, ident]
+    assert "cannot be read" in again.log
 
 
-def test_a_disk_that_refuses_is_tried_until_it_takes_it(tmp_path, monkeypatch, caplog):
+def test_a_disk_that_refuses_is_tried_until_it_takes_it(tmp_path, monkeypatch):
     monkeypatch.setattr(sniroute_children, "WRITE_PAUSE", 0.02)
-    state = State(str(tmp_path / "state"), LOG)
+    said: list[str] = []
+    state = State(str(tmp_path / "state"), said.append)
     state.load()
     try:
         state.connection.execute("PRAGMA query_only=1")
         state.put("a", "1")
-        wait_until(lambda: "is not kept" in caplog.text)
+        wait_until(lambda: said)
         state.put("a", "2")
         state.put("b", "3")
         state.put("b", None)
@@ -433,28 +436,50 @@ def test_a_disk_that_refuses_is_tried_until_it_takes_it(tmp_path, monkeypatch, c
         wait_until(lambda: state.connection.execute("SELECT * FROM instances").fetchall() == [("a", "2")])
     finally:
         state.close()
-    assert caplog.text.count("is not kept") == 1
+    (line,) = said
+    assert "is not kept" in line and "readonly" in line
+
+
+def test_counters_are_kept_while_a_process_runs(master, monkeypatch, tmp_path):
+    monkeypatch.setattr(sniroute_instances, "SAVE_EVERY", 0.01)
+    there = master()
+    ident = there.create()
+    there.until(ident, ping=3)
+    kept = tmp_path / "copy"
+
+    def received() -> int:
+        """What a copy of the file says, as it would be found after a power cut."""
+        for suffix in ("", "-wal"):
+            (tmp_path / f"copy{suffix}").write_bytes((tmp_path / f"master.sqlite{suffix}").read_bytes())
+        connection = sqlite3.connect(kept)
+        try:
+            (record,) = connection.execute("SELECT record FROM instances WHERE id = ?", (ident,)).fetchone()
+            return json.loads(record)["tcprx"]
+        except (sqlite3.Error, TypeError):  # it was copied in the middle of a write
+            return 0
+        finally:
+            connection.close()
+
+    wait_until(lambda: received() > 20)
 
 
 # -- the master as a process -------------------------------------------------------------------
 
 PROGRAM = f"""
-import logging, os, sys
+import os, sys
 sys.path.insert(0, {str(HERE)!r})
 from sniroute_master import Master
+from sniroute_nodepass import StatusLog
 from sniroute_nodeurl import Times, parse_url
-logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-sys.exit(Master(parse_url(sys.argv[1]), Times(shutdown=0.3), os.environ, logging.getLogger("master"), sys.argv[2],
-                {FAKE!r}).run())
+sys.exit(Master(parse_url(sys.argv[1]), Times(shutdown=0.3), os.environ, StatusLog("info"), sys.argv[2], {FAKE!r}).run())
 """
 
 
 class Running:
     """A master in a process of its own."""
 
-    def __init__(self, state, port):
-        self.popen = subprocess.Popen([sys.executable, "-c", PROGRAM, f"master://{HOST}:{port}/np?tls=0", str(state)],
-                                      stdout=subprocess.PIPE, text=True)
+    def __init__(self, popen, port):
+        self.popen = popen
         self.lines = []
         self.port = port
 
@@ -480,11 +505,17 @@ class Running:
         return code
 
 
+def start(state, port):
+    """A master in a process of its own, whose instances are stand-ins."""
+    return Running(subprocess.Popen([sys.executable, "-c", PROGRAM, f"master://{HOST}:{port}/np?tls=0", str(state)],
+                                    stdout=subprocess.PIPE, text=True), port)
+
+
 @linux
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_its_master(tmp_path, free_ports, number):
     ports = free_ports(2)
-    there = Running(tmp_path / "state", ports[0])
+    there = start(tmp_path / "state", ports[0])
     try:
         key = there.until("API Key created: ([0-9a-f]{32})$")
         does = "good" if number == signal.SIGTERM else "deaf"
@@ -495,11 +526,50 @@ def test_no_process_outlives_its_master(tmp_path, free_ports, number):
     assert code == (0 if number == signal.SIGTERM else -signal.SIGKILL)
     wait_until(lambda: not os.path.exists(f"/proc/{pid}/exe"))
     if number == signal.SIGTERM:
-        assert there.lines[-1] == "Master shutdown complete"
-    again = Running(tmp_path / "state", ports[1])
+        assert there.lines[-1].endswith("  INFO  Master shutdown complete")
+    again = start(tmp_path / "state", ports[1])
     try:
         again.until("(API Key loaded)")
         assert [each["id"] for each in again.ask(key, "/instances")] == [KEY_ID, made["id"]]
     finally:
         again.end(signal.SIGTERM)
     assert key not in "\n".join(again.lines), "it is printed once"
+
+
+def test_a_master_runs_a_tunnel_of_our_own_program(tmp_path, free_ports, serve):
+    """The program as it is started: a server and a client, and a caller that is answered through them."""
+    port, tunnel, callers = free_ports(3)[0], *free_ports(2)
+    far = serve(lambda sock: sock.sendall(sock.recv(100)))
+    popen = subprocess.Popen([sys.executable, str(HERE / "sniroute_nodepass.py"), f"master://{HOST}:{port}/np",
+                              "--state", str(tmp_path / "state")], stdout=subprocess.PIPE, text=True,
+                             env={**os.environ, "NP_REPORT_INTERVAL": "100ms"})
+    there = Running(popen, port)
+    try:
+        key = there.until("API Key created: ([0-9a-f]{32})$")
+        idents = [there.ask(key, "/instances", "-d", json.dumps({"url": each}))["id"] for each in (
+            f"server://s3cret@{HOST}:{tunnel}/{HOST}:{callers}?mode=1",
+            f"client://s3cret@{HOST}:{tunnel}/{HOST}:{far.address[1]}?mode=2&min=2")]
+        there.until("(linked)")
+        with connect((HOST, callers)) as sock:
+            sock.sendall(b"hello")
+            assert sock.recv(100) == b"hello"
+
+        def counted() -> bool:
+            shown = [there.ask(key, f"/instances/{ident}") for ident in idents]
+            return all(each["tcprx"] == each["tcptx"] == 5 and each["status"] == "running" for each in shown)
+
+        wait_until(counted)
+    finally:
+        code = there.end(signal.SIGTERM)
+    assert code == 0 and "s3cret" not in "\n".join(there.lines)
+    assert stat.S_IMODE(os.stat(tmp_path / "state").st_mode) == 0o600
+
+
+@pytest.mark.parametrize("words, told", [
+    ([f"master://{HOST}:1", "--state"], "--state: it has no value"), (["--state=x"], "URL"),
+    ([url("x"), "--state=x"], "--state: it is for a master:// only"),
+    (["master", "--tunnel-addr", HOST, "--tunnel-port", "1", "--state", "/nonexistent/x"], "--state: /nonexistent/x")])
+def test_a_state_that_cannot_be_is_refused_before_anything_begins(words, told):
+    ended = subprocess.run([sys.executable, str(HERE / "sniroute_nodepass.py"), *words], capture_output=True, text=True,
+                           timeout=10)
+    assert ended.returncode == 1 and told in ended.stderr and "Traceback" not in ended.stderr

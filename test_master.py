@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import html.parser
 import json
-import logging
 import os
 import re
 import socket
@@ -18,12 +17,12 @@ import pytest
 import sniroute_master
 from conftest import HOST, wait_until
 from sniroute_instances import KEY_ID
-from sniroute_master import ENDPOINTS, Host, Master
+from sniroute_master import ENDPOINTS, Host, Master, beside
 from sniroute_nodeurl import Options
 from sniroute_panel import SCHEMAS, describe
 from sniroute_refusals import SettingsError
 from testbed.clients import program_path
-from testbed.masters import FAKE, LOG, TIMES, url
+from testbed.masters import FAKE, TIMES, Lines, url
 from testbed.web import Talk
 
 PROTECTED = [(row.method, row.path) for row in ENDPOINTS if not row.is_public]
@@ -84,18 +83,17 @@ def test_the_entry_of_the_key_is_no_instance(shared_master):
     assert shared_master.ask("PATCH", f"/instances/{KEY_ID}", {"action": "stop", "alias": "x"}).json == entry
 
 
-def test_the_key_is_printed_once(master, capfd, caplog):
-    caplog.set_level(logging.DEBUG)
+def test_the_key_is_printed_once(master):
     there = master()
     key = there.key
     there.ask("PATCH", f"/instances/{KEY_ID}", {"action": "restart"})
     again = there.key
-    there.close()
     assert re.search(rf"^20\d\d-\d\d-\d\d \d\d:\d\d:\d\d\.\d{{3}}  INFO  API Key created: {key}$",
-                     capfd.readouterr().out, re.MULTILINE)
-    master().close()
-    said = capfd.readouterr().out + caplog.text
-    assert key not in said and again not in said and "API Key loaded: it is in " in said
+                     there.log, re.MULTILINE)
+    there.close()
+    second = master()
+    assert there.log.count(key) == 1 and again not in there.log
+    assert key not in second.log and again not in second.log and "info: API Key loaded: it is in /" in second.log
 
 
 # -- the description ---------------------------------------------------------------------------
@@ -180,9 +178,15 @@ def test_a_path_that_is_not_there_is_as_in_the_original(shared_master, path):
 
 @pytest.mark.parametrize("prefix, base", [("", "/api"), ("/", "/api"), ("/np", "/np"), ("/a/b/", "/a/b")])
 def test_the_prefix_of_the_url_is_in_front_of_all_paths(tmp_path, prefix, base):
-    there = Master(Options("master", host=HOST, prefix=prefix), TIMES, {}, LOG, str(tmp_path / "state"), FAKE)
+    there = Master(Options("master", host=HOST, prefix=prefix), TIMES, {}, Lines(), str(tmp_path / "state"), FAKE)
     there.door.close()
     assert there.base == base and describe(there.base, ENDPOINTS)["servers"] == [{"url": f"{base}/v1"}]
+
+
+def test_the_state_is_beside_the_program_also_where_that_is_one_file(tmp_path):
+    bundle = tmp_path / "sniroute.pyz"
+    bundle.touch()
+    assert beside(str(tmp_path)) == beside(str(bundle)) == str(tmp_path / "nodepass.sqlite")
 
 
 # -- instances ---------------------------------------------------------------------------------
@@ -434,6 +438,26 @@ def test_with_tls_1_a_certificate_is_made_on_the_spot(master):
     assert len(json.loads(done.stdout)) == 2, done.stderr
 
 
+def test_inside_tls_a_slow_reader_gets_all_of_its_answer(master):
+    there = master(tls=1)
+    there.master.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    ident = there.ended()
+    there.ask("PATCH", f"/instances/{ident}", {"meta": {"tags": {f"{n}".ljust(256, "k"): "v" * 256 for n in range(90)}}})
+    with contextlib.closing(socket.socket()) as plain:
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        plain.settimeout(10)
+        plain.connect(there.address)
+        with ssl._create_unverified_context().wrap_socket(plain) as sock:
+            sock.sendall(f"GET /api/v1/instances HTTP/1.1\r\nHost: x\r\nX-API-Key: {there.key}\r\n"
+                         "Connection: close\r\n\r\n".encode())
+            wait_until(lambda: [caller for caller in list(there.master.door.gates[0].callers)
+                                if caller.state == "answering"])
+            data = b""
+            while more := sock.recv(65536):
+                data += more
+    assert len(json.loads(data.partition(b"\r\n\r\n")[2])) == 2 and len(data) > 40000
+
+
 def test_who_speaks_no_tls_is_dropped_and_the_next_one_is_served(master):
     there = master(tls=1)
     with socket.create_connection(there.address, 10) as sock:
@@ -444,7 +468,7 @@ def test_who_speaks_no_tls_is_dropped_and_the_next_one_is_served(master):
         assert there.ask("GET", "/info").status == 200, "one that says nothing holds up nobody"
 
 
-def test_with_tls_2_the_files_are_read_again_when_they_change(master, tmp_path, certificates, caplog):
+def test_with_tls_2_the_files_are_read_again_when_they_change(master, tmp_path, certificates):
     crt, key = tmp_path / "c.pem", tmp_path / "k.pem"
     certificates(crt, key)
     there = master(tls=2, crt=str(crt), key_file=str(key))
@@ -456,7 +480,7 @@ def test_with_tls_2_the_files_are_read_again_when_they_change(master, tmp_path, 
     first = shown()
     assert first == ssl.PEM_cert_to_DER_cert(crt.read_text())
     key.write_text("garbage")
-    wait_until(lambda: "the old one stays" in caplog.text)
+    wait_until(lambda: "the old one stays" in there.log)
     assert shown() == first
     certificates(crt, key)
     wait_until(lambda: shown() != first)

@@ -88,6 +88,12 @@ def test_an_instance_from_its_beginning_to_its_end(master):
     assert there.tool("get_instance", id=ident) == "instance not found"
 
 
+def test_an_instance_with_several_targets(master):
+    said = master().tool("create_instance", role="client", tunnel_port="9", target_port="1",
+                         targets="a.example.com:1,b.example.com:2", mode="1")
+    assert said["instance"]["url"] == "client://:9/a.example.com:1,b.example.com:2?log=info&mode=1"
+
+
 @pytest.mark.parametrize("tool, arguments, changes", [
     ("set_instance_basic", {"role": "client", "tunnel_port": "7", "log": ""}, {"scheme": "client", "port": 7}),
     ("set_instance_basic", {"targets": "a.example.com:1,b.example.com:2"}, {
@@ -194,6 +200,13 @@ def test_a_file_that_cannot_be_read_is_an_error(master, tmp_path, text):
         (tmp_path / "nodepass.json").write_bytes(text)
     said = master().mcp("tools/call", {"name": "import_instances"})
     assert said["error"]["code"] == -32603 and str(tmp_path / "nodepass.json") in said["error"]["data"]
+
+
+def test_a_file_that_cannot_be_written_is_an_error(master, tmp_path):
+    (tmp_path / "nodepass.json").mkdir()
+    said = master().mcp("tools/call", {"name": "export_instances"})
+    assert said["error"] == {"code": -32603, "message": "Internal error",
+                             "data": f"{tmp_path / 'nodepass.json'}: Is a directory"}
 
 
 def test_the_master_and_its_targets(master, serve):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import logging
 import os
 import pathlib
 import socket
@@ -24,12 +23,12 @@ import pytest
 
 import sniroute_master
 from conftest import HERE, HOST, wait_until
-from sniroute_instances import Instance
+from sniroute_children import Instance
+from sniroute_forwarder import Log
 from sniroute_master import Master
 from sniroute_nodeurl import Options, Times
 from testbed.registry import Said
 
-LOG = logging.getLogger("sniroute")
 TIMES = Times(report=30.0, cooldown=0.05, shutdown=0.3)
 FAKE = [sys.executable, "-I", "-S", str(HERE / "testbed" / "fake_instance.py")]
 
@@ -37,6 +36,20 @@ FAKE = [sys.executable, "-I", "-S", str(HERE / "testbed" / "fake_instance.py")]
 def url(does: str = "good", role: str = "server", port: int = 10101, query: str = "") -> str:
     """A URL of an instance."""
     return f"{role}://{does}@{HOST}:{port}/{HOST}:10102{'?' * bool(query)}{query}"
+
+
+class Lines(Log):
+    """A log that keeps its lines instead of writing them."""
+
+    def __init__(self) -> None:
+        super().__init__("debug", as_json=False)
+        self.text = ""
+
+    def __call__(self, level: str, message: str, **fields: str) -> None:
+        self.write(f"{level}: {message}")
+
+    def write(self, line: str) -> None:
+        self.text += line + "\n"
 
 
 class Events:
@@ -71,8 +84,8 @@ class Served:
     def __init__(self, state: pathlib.Path, times: Times, environ: dict[str, str], **options: Any):
         self.state = state
         self.options = Options("master", **{"host": HOST, **options})
-        self.master = Master(self.options, times, {**os.environ, "WELL": str(state.parent / "well"), **environ}, LOG,
-                             str(state), FAKE)
+        self.master = Master(self.options, times, {**os.environ, "WELL": str(state.parent / "well"), **environ},
+                             Lines(), str(state), FAKE)
         self.master.open()
         self.address = self.master.listener.getsockname()[:2]
         self.is_closed = False
@@ -82,6 +95,11 @@ class Served:
         if not self.is_closed:
             self.is_closed = True
             self.master.close()
+
+    @property
+    def log(self) -> str:
+        """All that it has logged."""
+        return self.master.log.text
 
     @property
     def key(self) -> str:
