@@ -48,7 +48,7 @@ from sniroute_ends import Arrival, Client, End, Server, listen
 from sniroute_flow import Pipes
 from sniroute_forwarder import TEXT_MAX, Control, Forwarder, Listener, Log
 from sniroute_host import open_standard_streams, raise_descriptor_limit
-from sniroute_layers import Wires
+from sniroute_layers import PIECE, RECORD, Wires
 from sniroute_loop import Alarms
 from sniroute_names import printable, show_address
 from sniroute_nodeurl import Options, Times, parse_flags, parse_url, read_times
@@ -58,6 +58,7 @@ from sniroute_signals import checkpoint
 
 __version__ = "0.1.0"
 
+LAYERS = 3  # of a wire at most: WebSocket in TLS over TCP
 URL_VARIABLE = "SNIROUTE_NODEPASS_URL"  # a URL that is not for everybody's eyes: words of a command line are
 
 # -- the log -----------------------------------------------------------------------------------
@@ -106,6 +107,7 @@ class NodePass(Forwarder):
         self.wires = Wires(self.loop)
         self.way = WayOut(self.loop, None, "")
         self.pipes = Pipes(self.loop.poller)
+        self.buffers = tuple(memoryview(bytearray(PIECE + RECORD)) for _ in range(LAYERS))
         self.arriving = self.loop.queue(times.handshake, Arrival.on_late)
         self.flushing = self.loop.batch(Link.flush)
         self.ends: list[End] = []
