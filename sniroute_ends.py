@@ -97,7 +97,7 @@ class End:
         self.counts = Counts()
         self.slots = Slots(options.slot)
         self.relays = Relays(self.loop, program.pipes, program.wires, program.alarms, self.counts, options.byte_rate,
-                             options.read)
+                             options.read, program.buffers)
         self.upstreams = Upstreams(self.loop, program.way, options, times, monotonic)
         self.pool = Pool(self.loop, False, times.pool_get, self.on_stranger, self.on_fewer)
         self.datagrams = Datagrams(self, self.relays.buckets)
@@ -358,7 +358,7 @@ class End:
         self.relays.close()
         self.pool.close()
         self.upstreams.close()
-        self.loop.queues.remove(self.peeking)
+        self.loop.retire(self.peeking)
 
 
 ACTIONS: dict[str, Callable[[Any, Signal], None]] = {
@@ -382,7 +382,8 @@ class Server(End):
         self.accepts = accepts
         self.pool.picks = accepts
         self.terms = Terms("-" if accepts else "+", options.max, options.tls, options.type)
-        self.certificates = Certificates((options.crt, options.key_file) if options.tls == 2 else None, options.server_name)
+        files = (options.crt, options.key_file) if options.tls == 2 else None
+        self.certificates = Certificates(files, options.server_name, tell=lambda words: self.log("info", words))
         self.listener: socket.socket | None = None
         self.watch: Watch | None = None
         self.reception: Reception | None = None
@@ -398,7 +399,8 @@ class Server(End):
             self.listener = listen(self.options.host, self.options.port)
         except OSError as error:
             self.log("error", f"cannot listen on {self.address}: "
-                              f"{(error.strerror or str(error)).lower()}: trying again")
+                              f"{(error.strerror or str(error)).lower()}: trying again",
+                     event="warning")
             self.later("start", self.times.cooldown, self.start)
             return
         self.reception = Reception(self, self.certificates, self.on_ask, self.on_arrival)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import ssl
 import threading
 
 import pytest
@@ -230,36 +229,11 @@ def test_a_handshake_is_told_from_the_pool_while_there_is_a_link(program, serve_
     client = Client(program, server.port)
     lanes = client.lanes(client.shake())
     client.open(lanes, 2)
-    if (kind, tls) == (0, 0):  # who says hello to TLS at once
-        server.program.loop.poller.forget(server.listener.fileno())
-        result = []
-        shake(client, result.append)
-        program.turn(20)
-        server.accept(0)
-        server.program.loop.poller.watch(server.listener.fileno(), READ, server.accept)
-        assert program.until(lambda: result) == [server.terms]
-    elif kind:
-        assert client.shake() == server.terms
-    else:  # who says its request along with the end of the handshake
-        sock = server.connect()
-        sock.setblocking(False)
-        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        tls_ = client_context(False).wrap_bio(incoming, outgoing)
-        with pytest.raises(ssl.SSLWantReadError):
-            tls_.do_handshake()
-        sock.send(outgoing.read())
-        while True:
-            program.turn()
-            try:
-                incoming.write(sock.recv(65536))
-                tls_.do_handshake()
-                break
-            except (BlockingIOError, ssl.SSLWantReadError):
-                pass
-        tls_.write(PLAIN_GET)
-        sock.send(outgoing.read())
-        assert until_closed(program, sock)
+    program.until(lambda: len(server.arrived) == 2)
+    assert client.shake() == server.terms
     assert len(server.asks) == 2 and len(server.arrived) == 2
+    client.open(lanes, 1)  # and the pool goes on
+    program.until(lambda: len(server.arrived) == 3)
     lanes.close()
 
 
