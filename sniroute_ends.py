@@ -563,8 +563,7 @@ class Server(End):
             newcomer.end()
         for wire in list(self.answered.due):
             wire.close()
-        for queue in (self.proving, self.answered):
-            self.loop.queues.remove(queue)
+        self.loop.retire(self.proving, self.answered)
         super().close()
 
 
