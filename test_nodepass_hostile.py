@@ -34,7 +34,7 @@ from testbed.foreign import Client, Served, call_from, read_exactly, upgrade
 from testbed.nodepass import QUICK, Local, Tunnel, free_port, trip
 
 STRANGER = "127.0.0.2"
-HASTY = QUICK._replace(handshake=0.6)  # who is not ready by then goes
+HASTY = QUICK._replace(handshake=0.5)  # who is not ready by then goes
 DATE = "Sun, 29 Nov 2026 00:00:00 GMT"
 SLOWEST = 2.0  # seconds that a caller waits, on a host that does other things, too
 LINES_MAX = 12  # of the log that an attack may cost
@@ -122,24 +122,23 @@ def forgotten(server: Local, sessions: int = 0) -> None:
 # -- handshakes --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ours", [True, False], ids=["as ours", "as the original"])
-@pytest.mark.parametrize("key, status, words", [("wrong", b"401", "wrong key"), ("key", b"409", "asks for a link")],
-                         ids=["a wrong key", "replayed"])
+@pytest.mark.parametrize("key, ours, status, words", [
+    ("wrong", True, b"401", "wrong key"), ("key", True, b"409", "asks for a link"),
+    ("key", False, b"409", "asks for a link")], ids=["a wrong key", "replayed", "replayed as the original's"])
 @pytest.mark.parametrize("source, query", [(STRANGER, "tls=1"), (HOST, "type=2&tls=1")], ids=["a stranger", "a neighbour"])
-def test_handshakes_while_there_is_a_link(key, status, words, ours, source, query, tunnel, echo_server):
+def test_handshakes_while_there_is_a_link(key, ours, status, words, source, query, tunnel, echo_server):
     """With a wrong key; or replayed, which is with the right token, since that never changes.  The client keeps the link."""
     made = tunnel(echo_server.address, server=query, client="min=8", times=HASTY)
     address = made.server.end.listener.getsockname()
     with Calm(made):
-        for _ in range(15):
+        for _ in range(8):
             with Client(address, key, ours, source) as client:
                 assert client.shake().startswith(b"HTTP/1.1 %s " % status)
     assert sum(words in line for line in made.server.messages) == 1
     forgotten(made.server)
 
 
-@pytest.mark.parametrize("source", [STRANGER, HOST], ids=["a stranger", "a neighbour of the client"])
-@pytest.mark.parametrize("query", ["", "tls=1", "type=2"])
+@pytest.mark.parametrize("query, source", [("", HOST), ("tls=1", HOST), ("tls=1", STRANGER), ("type=2", STRANGER)])
 def test_replayed_handshakes_do_not_keep_a_client_out(query, source, tunnel, echo_server):
     """Somebody asks again and again with a token that it has heard, and joins the pool, without the key."""
     made = tunnel(echo_server.address, server=query, client="min=8", times=HASTY)
@@ -182,8 +181,7 @@ def half_request(sock: socket.socket, number: int) -> None:
 
 
 HALVES = {
-    "silence": ("", lambda sock, number: None), "half a hello": ("", half_hello),
-    "half a hello, tls=1": ("tls=1", half_hello), "half an upgrade": ("type=2", half_request),
+    "silence": ("", lambda sock, number: None), "half a hello": ("tls=1", half_hello), "half an upgrade": ("type=2", half_request),
     "half a hello, type=3": ("type=3&tls=1", half_hello),
 }
 
@@ -195,7 +193,7 @@ def test_half_handshakes_in_thousands(half, tunnel, single_loop_echo):
     made = tunnel(single_loop_echo, server=query, client="min=8", times=HASTY)
     address = made.server.end.listener.getsockname()
     with Calm(made), crowd() as socks:
-        for number in range(1500):
+        for number in range(1000):
             socks.append(call_from((STRANGER, HOST)[number % 2], address))
             with contextlib.suppress(ConnectionError):
                 say(socks[-1], number)
@@ -340,6 +338,7 @@ def test_signals_in_thousands_cost_no_lines(action, words, link):
 def test_a_peer_that_does_not_read_its_control_channel_is_dropped(link):
     """It asks, and takes no answer: a megabyte of those is enough."""
     server, client = link("-")
+    client.channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     ping = encode(Signal("ping"), b"key") * 5000
     with pytest.raises(ConnectionError):
         for _ in range(400):
@@ -431,14 +430,13 @@ def upgraded(address: Any) -> socket.socket:
     return sock
 
 
-@pytest.mark.parametrize("wrong", WRONG_FRAMES)
-def test_websocket_frames_out_of_order(wrong, tunnel, echo_server):
+def test_websocket_frames_out_of_order(tunnel, echo_server):
     made = tunnel(echo_server.address, server="type=2", client="min=4", times=HASTY)
     address = made.server.end.listener.getsockname()
     with Calm(made):
-        for _ in range(3):
+        for wrong in WRONG_FRAMES.values():
             with upgraded(address) as sock, contextlib.suppress(ConnectionError):
-                sock.sendall(WRONG_FRAMES[wrong])
+                sock.sendall(wrong)
                 while sock.recv(4096):
                     pass
     forgotten(made.server)
@@ -640,8 +638,8 @@ def test_a_server_that_ends_connections_is_dialled_more_and_more_slowly(when, lo
     server = served(Wicked, then=then)
     client = led_astray(lone, server)
     wait_until(lambda: client.end.link is not None)
-    time.sleep(1.5)
-    assert server.count < 120, server.count
+    time.sleep(0.8)
+    assert server.count < 100, server.count
     assert len(client.messages) < 10
 
 
@@ -743,7 +741,7 @@ def test_what_was_tls_does_not_wait_for_the_collector_of_garbage(act, query, tun
 
 
 def test_what_an_attacker_sees_of_memory_descriptors_and_the_log(processes, single_loop_echo, tmp_path):
-    """Three thousand strangers, at a server that runs as a process; and as many again: what it has learned it keeps."""
+    """1,500 strangers, at a server that runs as a process; and as many again: what it has got by then is enough."""
     port, callers = free_port(), free_port()
     server = processes(f"server://key@{HOST}:{port}/{HOST}:{callers}?mode=1", env=os.environ | {"NP_HANDSHAKE_TIMEOUT": "1s"})
     server.has_said("listening for a client")
@@ -757,13 +755,13 @@ def test_what_an_attacker_sees_of_memory_descriptors_and_the_log(processes, sing
     def barrage() -> tuple[int, float]:
         before = stands()
         with crowd() as socks:
-            for number in range(3000):
+            for number in range(1500):
                 sock = call_from((STRANGER, HOST)[number % 2], (HOST, port))
                 socks.append(sock)
                 with contextlib.suppress(ConnectionError):
                     (half_hello if number % 3 else half_request)(sock, number)
             assert trip((HOST, callers)) == b"hello"
-            assert stands()[0] < 1500
+            assert stands()[0] < sum(LIMITS.values())
         wait_until(lambda: stands()[0] <= before[0] + 2, what="its descriptors")
         return stands()
 
