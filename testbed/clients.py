@@ -304,7 +304,22 @@ def page(certificate: Certificate) -> Callable[[socket.socket], None]:
 
 # -- clients that are libraries ----------------------------------------------------------------
 
-PSYCOPG = "SNIROUTE_TEST_PSYCOPG"  # the variable that names a Python with psycopg and PyYAML, if not that of the tests
+PSYCOPG = "SNIROUTE_TEST_PSYCOPG"  # the variable that names a Python with psycopg, PyYAML and h2, if not that of the tests
+
+
+@contextlib.contextmanager
+def paths_of(package: str) -> Iterator[None]:
+    """While the block runs, a package in nothing but Python can be imported from where PSYCOPG has it, too."""
+    before = list(sys.path)
+    if PSYCOPG in os.environ:
+        code = f"import importlib.util as u; s = u.find_spec({package!r}); print(s.submodule_search_locations[0] if s else '')"
+        found = execute(os.environ[PSYCOPG], "-c", code).stdout.decode().strip()
+        if found:
+            sys.path.append(os.path.dirname(found))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 @functools.cache
