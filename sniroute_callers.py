@@ -555,19 +555,24 @@ class Callee:
         self.wire.on_data = self._on_early
         self.wire.on_end = self._on_end
         if not self.end.slots.acquire(False):
-            self.end.log("warn", f"no room for {self.signal.remote}: {self.end.options.slot} connections are open (slot=)")
+            self.end.nuisance("slots", f"no room for {self.signal.remote}: {self.end.options.slot} connections are open "
+                                       "(slot=)")
             self.wire.reset()
             self._gone()
             return
         self.state = DIALLING
+        self.end.pool.hold(len(slot.early))
+        if self.end.pool.is_tight:
+            self.wire.pause()
         dial = self.end.upstreams.dial(self.dialled)
         if self.state is DIALLING:
             self.dial = dial
 
     def _on_early(self, data: bytes | memoryview) -> None:
         """The caller speaks before the target is there."""
-        self.slot.early += data
         self.wire.pause()
+        self.slot.early += data
+        self.end.pool.hold(len(data))
 
     def _on_end(self, error: Failed | None) -> None:
         self.slot.ended = True
@@ -596,6 +601,7 @@ class Callee:
                 return
         self.state = CARRYING
         slot = self.slot
+        self.end.pool.hold(-len(slot.early))
         self.wire.on_data = self.wire.on_end = lambda *what: None
         self.relay = self.end.relays.join(result, self.wire, slot.early, slot.ended, self.on_over)
 
@@ -619,6 +625,7 @@ class Callee:
         if self.wire is not None:
             self.wire.reset()
         if self.state is DIALLING:
+            self.end.pool.hold(-len(self.slot.early))
             self.end.slots.release(False)
         self._gone()
 

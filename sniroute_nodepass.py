@@ -98,6 +98,7 @@ class NodePass(Forwarder):
     """What all ends of a process share."""
 
     called = "the NodePass program"
+    tells_each = False  # who is refused is told of once in a while: strangers can be refused as often as they like
 
     def __init__(self, log: Log, times: Times, environ: Mapping[str, str]):
         super().__init__(log, Caller, self.parse_target)
@@ -208,7 +209,9 @@ class NodePass(Forwarder):
 
 
 class Forwarders(NodePass):
-    """The same for sniroute, which reads JSON."""
+    """The same for sniroute, which reads JSON, and asks why a client of its own was refused."""
+
+    tells_each = True
 
     def checkpoint(self, end: Any) -> None:
         self.log("info", f"{end}: {end.idle} connections are ready", event="state", listener=self.listener_of(end),
