@@ -34,11 +34,10 @@ and sniroute_refusals (Failed).
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
-import secrets
+import os
 import socket
-from email.utils import formatdate
+import time
 from typing import Any, Callable
 
 from sniroute_callers import PEEK_LAST, Callee, Caller, Counts, Relays
@@ -49,11 +48,12 @@ from sniroute_lanes import LANES, Lanes, Reception, shake
 from sniroute_loop import READ, Alarm, Watch, monotonic
 from sniroute_names import show_address
 from sniroute_nodeurl import Options, Times
+from sniroute_offload import is_worth_it
 from sniroute_peering import CONTROL, Link
 from sniroute_pool import Asker, Pool, Sizer, Slot
 from sniroute_refusals import Failed
-from sniroute_signals import (DATAGRAM_MAX, PROOF_SIZE, REFUSED, Ask, Signal, Terms, answer, proof,
-                              same_token, token_of)
+from sniroute_signals import (DATAGRAM_MAX, PROOF_SIZE, REFUSED, Ask, Signal, Terms, answer, http_date, proof,
+                              same_secret, same_token, token_of)
 from sniroute_upstreams import Upstreams
 
 __version__ = "0.1.0"
@@ -318,7 +318,7 @@ class End:
             slot.wire.close()
         else:
             self.spent = signal.id  # it may come yet, and has ended already
-        if not self.fingerprint or not hmac.compare_digest(self.fingerprint, signal.fp):
+        if not self.fingerprint or self.fingerprint != signal.fp:
             self.log("error", "the certificates differ: somebody is between the two ends")
             self.link.end("the certificates differ")
         elif not self.verified:
@@ -378,7 +378,10 @@ class Server(End):
         self.accepts = accepts
         self.pool.picks = accepts
         self.terms = Terms("-" if accepts else "+", options.max, options.tls, options.type)
-        self.certificates = Certificates((options.crt, options.key_file) if options.tls == 2 else None, options.server_name)
+        self.certificates: Certificates | None = None  # a helper does what TLS there is
+        if options.tls or options.type or not is_worth_it():
+            files = (options.crt, options.key_file) if options.tls == 2 else None
+            self.certificates = Certificates(files, options.server_name)
         self.listener: socket.socket | None = None
         self.watch: Watch | None = None
         self.reception: Reception | None = None
@@ -397,6 +400,8 @@ class Server(End):
                               f"{(error.strerror or str(error)).lower()}: trying again")
             self.later("start", self.times.cooldown, self.start)
             return
+        if self.certificates is None:
+            self.program.offload.prepare()
         self.reception = Reception(self, self.certificates, self.on_ask, self.on_arrival)
         self.watch = Watch(self.loop.poller, self.listener.fileno())
         self._accept_again()
@@ -439,7 +444,7 @@ class Server(End):
     def on_ask(self, ask: Ask, wire: Wire) -> None:
         """Somebody asks for the terms."""
         refused = self._judge(ask, wire)
-        wire.send(refused or answer(self.terms, formatdate(usegmt=True)))
+        wire.send(refused or answer(self.terms, http_date(time.time())))
         wire.finish()
         wire.on_data = lambda data: None
         wire.on_end = lambda error: None
@@ -465,7 +470,7 @@ class Server(End):
             self.link.say_ping()
             return REFUSED[409]
         self.peer = wire.peer[0]
-        self.nonce = secrets.token_hex(16) if ask.ours else ""
+        self.nonce = os.urandom(16).hex() if ask.ours else ""
         self.zero_given = False
         self.terms = self.terms._replace(nonce=self.nonce)
         self.state = EXPECTING
@@ -479,7 +484,7 @@ class Server(End):
         if not self.expects_pool or not self.may_join(address) or self.is_full:
             wire.reset()
             return
-        number = CONTROL if not self.zero_given else secrets.token_hex(ID)
+        number = CONTROL if not self.zero_given else os.urandom(ID).hex()
         self.zero_given = True
         wire.send(bytes.fromhex(number))
         if not self.nonce:
@@ -500,7 +505,7 @@ class Server(End):
             said.extend(data)
             if len(said) < PROOF_SIZE:
                 return
-            if not hmac.compare_digest(bytes(said[:PROOF_SIZE]), wanted):
+            if not same_secret(bytes(said[:PROOF_SIZE]), wanted):
                 self.nuisance("proof", f"a connection from {show_address(address)} has not proven the key")
                 over()
                 return
@@ -517,7 +522,7 @@ class Server(End):
         if not self.expects_pool or number == self.spent:
             wire.reset()
         elif number == CONTROL:
-            self.fingerprint = self.certificates.fingerprint
+            self.fingerprint = self.certificates.fingerprint if self.certificates is not None else ""
             self.begin_link(wire)
             if early:
                 wire.on_data(early)

@@ -37,7 +37,6 @@ import collections
 import ipaddress
 import operator
 import socket
-import ssl
 import struct
 from typing import TYPE_CHECKING, Any, Callable, Generator, Sequence
 
@@ -48,6 +47,8 @@ from sniroute_refusals import Malformed
 from sniroute_upgrade import connect_request, parse_answer
 
 if TYPE_CHECKING:
+    import ssl
+
     from sniroute_kubeconfig import Proxy  # registries use this room, too, and have no kubeconfig
 
 __version__ = "0.1.0"
@@ -319,6 +320,12 @@ def broke_off(error: OSError) -> Failed:
     return Failed("reset", error.strerror or type(error).__name__)
 
 
+def load_ssl() -> None:
+    """Have `ssl` here.  It takes 4.3 MB, which a connection without TLS does not need."""
+    global ssl
+    import ssl
+
+
 def asked_name(name: str) -> str | bytes:
     """A name as `ssl` is to be told it: one in bytes is taken as it is.
 
@@ -341,6 +348,7 @@ class Secure(Wire):
 
     def __init__(self, below: Wire, context: ssl.SSLContext, name: str, session: ssl.SSLSession | None = None):
         super().__init__()
+        load_ssl()
         self.below = below
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls: Any = context.wrap_bio(self.incoming, self.outgoing, server_hostname=asked_name(name),

@@ -37,7 +37,6 @@ from __future__ import annotations
 import functools
 import os
 import socket
-import ssl
 import sys
 import time
 from typing import Any, Callable, Mapping
@@ -52,6 +51,7 @@ from sniroute_layers import Wires
 from sniroute_loop import Alarms
 from sniroute_names import printable, show_address
 from sniroute_nodeurl import Options, Times, parse_flags, parse_url, read_times
+from sniroute_offload import Offload
 from sniroute_peering import Link
 from sniroute_refusals import SettingsError
 from sniroute_signals import checkpoint
@@ -104,6 +104,7 @@ class NodePass(Forwarder):
         self.environ = environ
         self.alarms = Alarms(self.loop)
         self.wires = Wires(self.loop)
+        self.offload = Offload(self.wires)
         self.way = WayOut(self.loop, None, "")
         self.pipes = Pipes(self.loop.poller)
         self.arriving = self.loop.queue(times.handshake, Arrival.on_late)
@@ -178,6 +179,7 @@ class NodePass(Forwarder):
         super().stop()
         for end in self.ends:
             end.close()
+        self.offload.close()
         self.wires.close()
         self.pipes.close()
 
@@ -298,6 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     open_standard_streams()
     words = sys.argv[1:] if argv is None else argv
     if words in (["--version"], ["-v"], ["version"]):
+        import ssl
         print(f"sniroute_nodepass {__version__} (Python {sys.version.split()[0]}, {ssl.OPENSSL_VERSION})")
         return 0
     if not words and URL_VARIABLE in os.environ:
