@@ -591,9 +591,9 @@ class Callee:
                 self.abort()
                 return
         self.state = CARRYING
-        slot = self.slot
-        self.wire.on_data = self.wire.on_end = lambda *what: None
-        self.relay = self.end.relays.join(result, self.wire, slot.early, slot.ended, self.on_over)
+        slot, wire, self.slot, self.wire = self.slot, self.wire, None, None  # the relay's from here on
+        wire.on_data = wire.on_end = lambda *what: None
+        self.relay = self.end.relays.join(result, wire, slot.early, slot.ended, self.on_over)
 
     def on_over(self, relay: Relay) -> None:
         self.relay = None

@@ -279,6 +279,10 @@ class WayOut:
         return self.proxy
 
 
+def unheard(result: socket.socket | Failed) -> None:
+    """The callback of a Dial that is over."""
+
+
 class Dial:
     """One connection to HOST:PORT in the making.  All methods run in the loop.
 
@@ -300,7 +304,7 @@ class Dial:
         self.todo: Addresses = []  # still to be tried
         self.attempts: dict[socket.socket, Row] = {}  # connects under way; while ASKING, the one to the proxy
         self.lost: list[Row] = []  # addresses that took no connect
-        self.error = OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))  # of the last connect
+        self.error: OSError | None = None  # of the last connect
         self.out = b""  # what is still to be sent to the proxy
         self.head = bytearray()  # what the proxy has answered
 
@@ -356,7 +360,8 @@ class Dial:
             self.lost.append(row)
             sock.close()
         if not self.attempts:
-            self._fail(connect_failure(self.error, self.proxy))
+            error = self.error or OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))  # there is no address
+            self._fail(connect_failure(error, self.proxy))
 
     def _on_connected(self, sock: socket.socket, mask: int) -> None:
         """One of the connects has an answer."""
@@ -369,8 +374,7 @@ class Dial:
             return
         self._learn(sock)
         if self.proxy is None:
-            self._end(sock)
-            self.done(sock)
+            self._tell(sock, sock)
         else:
             self.phase = ASKING
             self._stop(sock)
@@ -412,12 +416,16 @@ class Dial:
         elif len(self.head) > answer.end:  # it would be lost; a TLS server does not speak first
             self._fail(Failed("proxy", "it said more than its answer"))
         else:
-            self._end(sock)
-            self.done(sock)
+            self._tell(sock, sock)
 
     def _fail(self, why: Failed) -> None:
-        self._end(None)
-        self.done(why)
+        self._tell(None, why)
+
+    def _tell(self, kept: socket.socket | None, result: socket.socket | Failed) -> None:
+        """It is over: tell the owner, and let go of it: the two would keep each other."""
+        self._end(kept)
+        done, self.done = self.done, unheard
+        done(result)
 
     def _end(self, kept: socket.socket | None) -> None:
         """The dial is over: close everything but `kept`, which the loop watches no more."""

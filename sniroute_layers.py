@@ -62,6 +62,9 @@ WRITES = 64  # pieces in one write; the kernel takes 1,024 (IOV_MAX)
 LINGER = 10.0  # seconds for which a closed wire still sends what is unsent, and waits for the other side's end
 
 
+NOTHING = ()  # `Plain.out` of a wire that was never congested
+
+
 def unheard(*what: Any) -> None:
     """The callback of a wire without an owner."""
 
@@ -167,7 +170,7 @@ class Plain(Wire):
         self.sock = sock
         self.watch = Watch(wires.loop.poller, sock.fileno())
         self.is_reading = True
-        self.out: collections.deque[memoryview] = collections.deque()  # what the kernel has not taken
+        self.out: collections.deque[memoryview] | tuple[()] = NOTHING  # what the kernel has not taken
         self.waiting = 0  # its bytes
         self.error: Failed | None = None  # why sending has failed
         self._wait()
@@ -190,6 +193,8 @@ class Plain(Wire):
                 return
             if sent == len(data):
                 return
+        if self.out is NOTHING:
+            self.out = collections.deque()  # late: it is 0.7 KB, and most connections never need one
         self.out.append(memoryview(data if isinstance(data, bytes) else bytes(data))[sent:])
         self.waiting += len(data) - sent
         self._wait()
@@ -236,7 +241,7 @@ class Plain(Wire):
 
     def drop(self) -> None:
         """Close the socket."""
-        self.out.clear()
+        self.out = NOTHING
         self.wires.broken.drop(self)
         self.wires.lingering.drop(self)
         self.watch.closing()
@@ -296,7 +301,7 @@ class Plain(Wire):
     def _break(self, error: OSError) -> None:
         """Nothing can be sent any more.  What the other side has said before is read first, where anybody reads."""
         self.error = broke_off(error)
-        self.out.clear()
+        self.out = NOTHING
         self.waiting = 0
         if not self.is_open:
             self.drop()
