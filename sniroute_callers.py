@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 from sniroute_dial import set_options
 from sniroute_duplex import TcpWire, Wire
@@ -72,15 +72,19 @@ class Relays:
     Args:
         rate: bytes in a second each way, for all together; 0: as many as there are.
         idle: seconds without a byte after which a connection is cut; 0: never.
+        buffers: for what comes from a wire, and from the layers below it (`Wire.use`); all wires of the loop use them,
+            since what is in them is sent on before another one reads.
     """
 
-    def __init__(self, loop: Loop, pipes: Any, wires: Any, alarms: Any, counts: Counts, rate: float, idle: float):
+    def __init__(self, loop: Loop, pipes: Any, wires: Any, alarms: Any, counts: Counts, rate: float, idle: float,
+                 buffers: Sequence[memoryview] = ()):
         self.loop = loop
         self.pipes = pipes  # as Flow asks for it
         self.wires = wires
         self.alarms = alarms
         self.counts = counts
         self.buckets = (Bucket(rate, monotonic), Bucket(rate, monotonic)) if rate else None
+        self.buffers = buffers
         self.open: set[Relay] = set()
         self.settling = loop.queue(SETTLE, lambda relay: relay.settle())
         self.idling = loop.queue(idle, lambda relay: relay.look_idle()) if idle else None
@@ -122,9 +126,7 @@ class Relays:
         """End all of them."""
         for relay in list(self.open):
             relay.cut()
-        self.loop.queues.remove(self.settling)
-        if self.idling is not None:
-            self.loop.queues.remove(self.idling)
+        self.loop.retire(self.settling, *([self.idling] if self.idling is not None else []))
 
 
 class Relay:
@@ -312,6 +314,8 @@ class Joined(Relay):
             wire.on_data = lambda data, at=at, here=here, there=there: self.pass_on(data, at, here, there)
             wire.on_end = lambda error, here=here, there=there: self.on_end(error, here, there)
             wire.on_room = lambda here=here, there=there: self.on_room(there)
+            if self.router.buffers:
+                wire.use(self.router.buffers)
         if early:
             self.pass_on(early, 1, self.far, self.near)
         if ended:

@@ -11,7 +11,8 @@ datagrams.  On the wire each is its length in two bytes, and itself (sniroute_si
 
 A flow begins with a datagram from a new address (Port), or with the other end's signal (`Datagrams.serve`).  It ends
 where nothing has moved in either direction for NP_UDP_READ_TIMEOUT, where its connection ends, or REFUSED_LAST after
-its target has refused a datagram: the caller's next one then begins another flow, perhaps with another target.
+its target, or the other end, has refused it: the caller's next datagram then begins another flow, perhaps with another
+target.
 
 UDP promises nothing, so nothing is kept for long.  A datagram is dropped, and counted, where a socket is full, where a
 wire has more than UNSENT_MAX unsent, and where there is no room for another flow.  Who floods us from many addresses
@@ -56,7 +57,7 @@ EARLY_MAX = 1 << 16  # kept for a flow that waits; each datagram counts SMALL mo
 SMALL = 128
 UNSENT_MAX = 1 << 20  # in a wire: what comes later than that is of no use
 RECEIVE = 1 << 21  # asked for as a socket's buffer; the kernel gives what net.core.rmem_max allows
-REFUSED_LAST = 1.0  # for which a flow outlives a refusal, or each datagram to a dead target would use up a connection
+REFUSED_LAST = 1.0  # for which a flow outlives a refusal, or each datagram that nobody wants would cost a connection
 TOLD = 10.0  # between two lines of the log about the same loss
 
 # Why datagrams are dropped.
@@ -70,6 +71,7 @@ FULL_WIRE = "the connection to the other end is too slow"
 FULL_SOCKET = "a socket is full"
 TOO_LARGE = "they were too large for the way"
 REFUSED = "the target has refused them"
+UNWANTED = "the other end has refused their flow"
 
 
 class Datagrams:
@@ -203,12 +205,7 @@ class Datagrams:
         self.unlisten()
         for flow in list(self.flows):
             flow.end()
-        self.loop.call(self._leave)
-
-    def _leave(self) -> None:
-        """Take the times from the loop: not while it goes through them."""
-        self.loop.queues.remove(self.refused)
-        self.loop.timers.remove(self.alarms.timer)
+        self.loop.retire(self.refused, self.alarms.timer)
 
 
 class Flow:
@@ -506,7 +503,7 @@ class Framed(Side):
     `early`: bytes that have come already; `ended`: whether the other end has ended behind them.
     """
 
-    __slots__ = ("wire", "reader", "early", "ended")
+    __slots__ = ("wire", "reader", "early", "ended", "is_heard")
 
     def __init__(self, flow: Flow, wire: Wire, early: bytes = b"", ended: bool = False):
         super().__init__(flow)
@@ -514,6 +511,7 @@ class Framed(Side):
         self.reader = DatagramReader(DATAGRAM_MAX)
         self.early = early
         self.ended = ended
+        self.is_heard = False  # a datagram has come
         wire.on_data = self.on_early
         wire.on_end = self.on_early_end
         wire.pause()
@@ -546,14 +544,22 @@ class Framed(Side):
         """Datagrams from the other end."""
         found = self.reader.feed(data)
         if found:
+            self.is_heard = True
             self.flow.pass_on(found, self)
 
     def on_end(self, error: Failed | None) -> None:
-        """The other end has ended the flow."""
-        self.flow.end()
+        """The other end has ended the flow: at once, where it does not want it."""
+        self.wire.close()
+        if self.is_heard or isinstance(self.flow.near, Outlet):
+            self.flow.end()
+        else:
+            self.flow.datagrams.refused.put(self.flow)
 
     def send(self, batch: list[bytes]) -> None:
         wire, datagrams = self.wire, self.flow.datagrams
+        if not wire.is_open:
+            datagrams.drop(UNWANTED, len(batch))
+            return
         if wire.unsent > UNSENT_MAX:
             datagrams.drop(FULL_WIRE, len(batch))
             return

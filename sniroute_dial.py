@@ -51,7 +51,6 @@ import functools
 import ipaddress
 import os
 import socket
-import threading
 import urllib.parse
 from typing import Callable, Iterable, Mapping, NamedTuple
 
@@ -178,6 +177,7 @@ class Names:
             return
         self.waiting[host, port] = [found]
         try:
+            import threading  # 0.2 MB, where there is a name to resolve
             threading.Thread(target=self._resolve, args=(host, port), name="name", daemon=True).start()
         except RuntimeError as error:  # there are too many threads
             self._resolved(host, port, OSError(str(error)))

@@ -28,8 +28,8 @@ Seams: I want to ...
     carry something else           as sniroute_datagrams
 
 This room imports sniroute_callers, sniroute_datagrams, sniroute_peering, sniroute_lanes, sniroute_pool,
-sniroute_upstreams, sniroute_duplex, sniroute_guards, sniroute_signals, sniroute_nodeurl, sniroute_loop, sniroute_names
-and sniroute_refusals (Failed).
+sniroute_upstreams, sniroute_offload, sniroute_duplex, sniroute_guards, sniroute_signals, sniroute_nodeurl,
+sniroute_loop, sniroute_names and sniroute_refusals (Failed).
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class End:
         self.counts = Counts()
         self.slots = Slots(options.slot)
         self.relays = Relays(self.loop, program.pipes, program.wires, program.alarms, self.counts, options.byte_rate,
-                             options.read)
+                             options.read, program.buffers)
         self.upstreams = Upstreams(self.loop, program.way, options, times, monotonic)
         self.pool = Pool(self.loop, False, times.pool_get, self.on_stranger, self.on_used)
         self.datagrams = Datagrams(self, self.relays.buckets)
@@ -354,7 +354,7 @@ class End:
         self.relays.close()
         self.pool.close()
         self.upstreams.close()
-        self.loop.queues.remove(self.peeking)
+        self.loop.retire(self.peeking)
 
 
 ACTIONS: dict[str, Callable[[Any, Signal], None]] = {
@@ -381,7 +381,7 @@ class Server(End):
         self.certificates: Certificates | None = None  # a helper does what TLS there is
         if options.tls or options.type or not is_worth_it():
             files = (options.crt, options.key_file) if options.tls == 2 else None
-            self.certificates = Certificates(files, options.server_name)
+            self.certificates = Certificates(files, options.server_name, tell=lambda words: self.log("info", words))
         self.listener: socket.socket | None = None
         self.watch: Watch | None = None
         self.reception: Reception | None = None
@@ -397,7 +397,8 @@ class Server(End):
             self.listener = listen(self.options.host, self.options.port)
         except OSError as error:
             self.log("error", f"cannot listen on {self.address}: "
-                              f"{(error.strerror or str(error)).lower()}: trying again")
+                              f"{(error.strerror or str(error)).lower()}: trying again",
+                     event="warning")
             self.later("start", self.times.cooldown, self.start)
             return
         if self.certificates is None:

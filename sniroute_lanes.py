@@ -4,20 +4,19 @@
              Lanes.open --> TCP [TLS] | [TLS] upgrade to WebSocket | a stream in TLS, HTTP/2 --> done(wire)
 
     server   Reception.receive(socket)
-                 |-- silence is expected (type 0, no TLS) --------------------------------> arrived(wire, address)
-                 `-- Guest: its first byte
-                        TLS ----> what it speaks ---- silence is expected (type 0) --------> arrived
-                         |                      `---- HTTP/2 (type 3): its streams ---------> arrived, each
-                         `-------> a request ---+---- it asks for WebSocket (type 2) -------> arrived
-                        [type 2, no TLS] -------'`--- anything else is the handshake ------> asked(Ask, wire)
+                 Guest: its first byte, or silence (type 0, no TLS) -----------------------> arrived(wire, address)
+                   TLS ----> what it speaks, or silence (type 0) --------------------------> arrived
+                    |    `-> HTTP/2 (type 3): its streams ---------------------------------> arrived, each
+                    `------> a request ---+- it asks for WebSocket (type 2) ---------------> arrived
+                   [type 2, no TLS] ------'`- anything else is the handshake --------------> asked(Ask, wire)
 
 A wire that has arrived is at the point where the server says the 4 bytes of its id; one that was opened is where they
 come.  Both have no owner yet.
 
 A server has one listener for its whole life, so handshakes and connections of the pool come in at one place, and are
-told apart by what they say first.  Where a connection of the pool says nothing (type 0) it is the state of the server
-that tells: `expects_pool`.  Whoever says hello to TLS at once is taken for a client that has come back; the hello that
-comes later its owner sees as data.
+told apart by what they say first.  Where a connection of the pool says nothing before it has its id (type 0), and the
+pool is expected, GRACE of silence makes it one.  A client that has come back, or a second one, speaks at once: its
+hello travels right behind its connect, and its request right behind TLS.  What comes later the owner sees as data.
 
 Who is not done within the time for a handshake is closed, whatever it was doing.  There is room for STRANGERS_MAX, and
 for SOURCE_MAX of one address; beyond that the one goes that has waited longest.  The client that has the tunnel has
@@ -34,7 +33,7 @@ Seams: I want to ...
     admit more at a time        a limit below
 
 This room imports sniroute_duplex (wires, certificates), sniroute_signals (the handshake), sniroute_nodeurl,
-sniroute_layers (Place), sniroute_upgrade, sniroute_dial, sniroute_http, sniroute_loop, sniroute_names and
+sniroute_layers (Place), sniroute_offload, sniroute_upgrade, sniroute_dial, sniroute_http, sniroute_loop, sniroute_names and
 sniroute_refusals; sniroute_streams where a pool is HTTP/2.
 """
 
@@ -70,7 +69,8 @@ __version__ = "0.1.0"
 STRANGERS_MAX = 256  # connections that are not told apart yet: 256 TLS handshakes are half a second of one core
 SOURCE_MAX = 32  # of them from one address, or from one /64 of IPv6
 FRIENDS_MAX = 1024  # of the client that has the tunnel: as many as a pool has at most by itself
-SESSIONS_MAX = 64  # HTTP/2 connections of a server: a client of ours, or of the original, has one
+GRACE = 0.002  # seconds: twenty times what a program needs from its connect to its first words, and no caller notices
+SESSIONS_MAX = 64  # HTTP/2 connections of a server: a client has one, and another while it comes back
 ANSWER_MAX = 8192  # bytes of an answer to the upgrade: the original's has 130
 
 TLS_HELLO = 0x16  # the first byte of TLS: a handshake record, RFC 8446 section 5.1
@@ -458,14 +458,6 @@ def source_of(host: str) -> str:
     return str(ip) if ip.version == 4 else str(int(ip) >> 64)
 
 
-def has_hello(sock: socket.socket) -> bool:
-    """Whether TLS has come on this connection already."""
-    try:
-        return sock.recv(1, socket.MSG_PEEK) == bytes((TLS_HELLO,))
-    except OSError:  # nothing has come, or it is gone, which its owner hears
-        return False
-
-
 class Reception:
     """Where all connections of a server come in, for the life of the server.
 
@@ -489,6 +481,7 @@ class Reception:
         if certificates is not None:
             certificates.speak(LANES[end.terms.type].protocols)
         self.late = end.program.loop.queue(end.times.handshake, Guest.on_late)
+        self.silent = end.program.loop.queue(GRACE, Guest.arrive)
         # Those that are not told apart yet, in the order in which they came.
         self.strangers: dict[Guest, None] = {}
         self.sources: dict[str, dict[Guest, None]] = {}  # the same, by where they come from
@@ -502,18 +495,19 @@ class Reception:
         except OSError:
             sock.close()
             return
-        wire = TcpWire(self.end.program.wires, sock, address[:2])
-        if self.kind.is_silent and not self.end.terms.tls and self.may_join(address) and not has_hello(sock):
-            self.arrived(wire, address)
-            return
-        guest = Guest(self, wire, address)
+        guest = Guest(self, TcpWire(self.end.program.wires, sock, address[:2]), address)
         self._admit(guest)
-        wire.on_data = guest.on_first
-        wire.on_end = guest.on_end
+        if not self.end.terms.tls:
+            self.expect(guest)
 
     def may_join(self, address: Any) -> bool:
         """Whether a connection of the pool may come from there now."""
         return self.end.expects_pool and self.end.may_join(address)
+
+    def expect(self, guest: Guest) -> None:
+        """Its layers are up: what says nothing from here on is a connection of the pool, where that may be one."""
+        if self.kind.is_silent and self.may_join(guest.address):
+            self.silent.put(guest)
 
     def _admit(self, guest: Guest) -> None:
         """Count a guest, and see to it that there are not too many."""
@@ -533,6 +527,7 @@ class Reception:
     def leave(self, guest: Guest) -> None:
         """A guest is told apart, or gone."""
         self.late.drop(guest)
+        self.silent.drop(guest)
         if guest in self.friends:
             del self.friends[guest]
         elif guest in self.strangers:
@@ -557,10 +552,10 @@ class Reception:
         session = H2Server(self.end.program.streams, wire, arrived, lambda failed: self.sessions.pop(session, None),
                            self.end.options.max + 1)
         self.sessions[session] = None
-        if len(self.sessions) > SESSIONS_MAX:
-            oldest = next(iter(self.sessions))
-            del self.sessions[oldest]
-            oldest.close()
+        if len(self.sessions) > SESSIONS_MAX:  # the oldest that carries nothing goes, and perhaps that is the new one
+            idle = next((each for each in self.sessions if not each.h2.streams), session)
+            del self.sessions[idle]
+            idle.close()
 
     def close(self) -> None:
         """Close all that is not told apart."""
@@ -569,7 +564,8 @@ class Reception:
         sessions, self.sessions = self.sessions, {}
         for session in sessions:
             session.close()
-        self.end.program.loop.queues.remove(self.late)
+        for queue in (self.late, self.silent):
+            self.end.program.loop.retire(queue)
 
 
 class Guest:
@@ -583,6 +579,8 @@ class Guest:
         self.address = address
         self.source = source_of(address[0])
         self.said = b""  # of a request
+        wire.on_data = self.on_first
+        wire.on_end = self.on_end
 
     def drop(self, why: str) -> None:
         """Close it, and say why, where that is something to be told."""
@@ -603,6 +601,7 @@ class Guest:
 
     def on_first(self, data: bytes | memoryview) -> None:
         """The first bytes: TLS, or plain words."""
+        self.reception.silent.drop(self)
         if data[0] == TLS_HELLO:
             if self.reception.certificates is None:
                 order = Order(True, self.reception.end.options.server_name, early=base64.b64encode(data).decode())
@@ -629,10 +628,14 @@ class Guest:
             return
         self.wire.on_data = self.on_request
         self.wire.on_end = self.on_end
-        self.reception.kind.shaken(self)
+        if self.wire.protocol == H2_PROTOCOL:  # only a server of type 3 agrees to that
+            self.reception.begin_session(self._hand_over(), self.address)
+        elif self.reception.end.terms.tls:
+            self.reception.expect(self)
 
     def on_request(self, data: bytes | memoryview) -> None:
         """Bytes of a request."""
+        self.reception.silent.drop(self)
         self.said += data
         try:
             asked = parse_ask(self.said)
@@ -664,14 +667,9 @@ class Guest:
         self._hand_over().close()
         self.reception.end.nuisance("guest", f"{show_address(self.address[:2])} was refused: {why}")
 
-    def arrive(self, wire: Wire | None = None) -> None:
-        """It is a connection of the pool."""
-        below = self._hand_over()
-        self.reception.arrived(wire or below, self.address)
-
-    def begin_session(self) -> None:
-        """It speaks HTTP/2."""
-        self.reception.begin_session(self._hand_over(), self.address)
+    def arrive(self) -> None:
+        """It has said nothing: it is a connection of the pool."""
+        self.reception.arrived(self._hand_over(), self.address)
 
     def _upgrade(self, key: str, rest: bytes) -> None:
         """It asks for a WebSocket.  `key`: "" for a request that is none of RFC 6455."""
@@ -704,32 +702,11 @@ def upgrade_key(head: bytes) -> str | None:
     return key if said.get(b"sec-websocket-version") == "13" and key.isascii() else ""
 
 
-# -- kinds of pool, as a server meets them -----------------------------------------------------
-
-
-def shaken_silent(guest: Guest) -> None:
-    """Type 0: a connection of the pool says nothing; a handshake says its request along with the end of TLS's own."""
-    if guest.reception.end.terms.tls and guest.reception.may_join(guest.address) and not guest.wire.has_more:
-        guest.arrive()
-
-
-def shaken_request(guest: Guest) -> None:
-    """Type 2: there is a request in any case."""
-
-
-def shaken_session(guest: Guest) -> None:
-    """Type 3: the two have agreed on HTTP/2, or there is a request."""
-    if guest.wire.protocol == H2_PROTOCOL:
-        guest.begin_session()
-
-
 class Kind(NamedTuple):
-    """A kind of pool."""
+    """A kind of pool, as a server meets it."""
 
     is_silent: bool  # a connection says nothing before it has its id
     upgrades: bool  # it begins with an upgrade
-    shaken: Callable[[Guest], None]  # TLS is up: what it may be beside a request
 
 
-KINDS = {0: Kind(True, False, shaken_silent), 2: Kind(False, True, shaken_request),
-         3: Kind(False, False, shaken_session)}
+KINDS = {0: Kind(True, False), 2: Kind(False, True), 3: Kind(False, False)}

@@ -5,6 +5,7 @@
     "192.0.2.0/24"                           --- parse_network ---> what an address can be in
     "example.com", "co.uk"                   --- has_owner ---> whether it is one owner's, or everybody's
     anything that others said                --- printable ---> one line of printable ASCII
+    a target as somebody wrote it            --- without_key ---> one that others may see
 
 Every name that is routed passes `normalise`, and every tunnel's (`normalise_whole`): it is the only thing that stands
 between a stranger's bytes and a program's command line.  IPv4 inside IPv6 is IPv4 from the parser on.  All functions
@@ -49,6 +50,18 @@ def printable(text: str, limit: int = NAME_MAX) -> str:
     """`text` as one line of printable ASCII, at most `limit` characters: fit for a log."""
     line = "".join(c if " " <= c <= "~" else "?" for c in text[:limit + 1])
     return line if len(line) <= limit else line[:limit - 3] + "..."
+
+
+KEY_OF_NODEPASS = re.compile(r"nodepass:(?!\$[A-Za-z_][A-Za-z0-9_]*@).*@", re.DOTALL)
+HIDDEN = "********"  # stands for it
+
+
+def without_key(text: str) -> str:
+    """What has targets in it, without the key of one to NodePass, `nodepass:KEY@HOST:PORT`; `$NAME` is none.
+
+    All up to the last `@` goes: where the text is no target, nobody knows where a key ends.
+    """
+    return KEY_OF_NODEPASS.sub(f"nodepass:{HIDDEN}@", text) if "nodepass:" in text else text
 
 
 def normalise(raw: bytes) -> str:
@@ -121,6 +134,22 @@ def parse_host_port(text: str, default_host: str | None = None) -> tuple[str, in
     if not colon or not host or not host.isascii() or number < 0:
         raise ValueError(f"{text!r} is not HOST:PORT{ascii_advice(text)}")
     return host, number
+
+
+def overlap(one: str | tuple[str, int] | None, other: str | tuple[str, int] | None) -> bool:
+    """Whether two places to listen have a TCP address in common; for names only where they are the same name."""
+    if not isinstance(one, tuple) or not isinstance(other, tuple) or one[1] != other[1] or not one[1]:
+        return False
+    hosts = ["127.0.0.1" if host == "localhost" else host.lower() for host, _ in (one, other)]
+    return any(a == b or a in ("*", "::") or a == "0.0.0.0" and ":" not in b for a, b in (hosts, reversed(hosts)))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this host reaches a listener on it."""
+    try:
+        return host == "localhost" or parse_ip(host).is_loopback
+    except ValueError:
+        return False
 
 
 def show_address(address: tuple) -> str:
@@ -354,13 +383,14 @@ OPTIONS = {
                  "sniroute_sqlite", "sniroute_shared", "sniroute_redis", "sniroute_resp", "sniroute_layers",
                  "sniroute_rfc2136", "sniroute_dns", "sniroute_dial", "sniroute_upgrade", "sniroute_http",
                  "sniroute_claim", "sniroute_door", "sniroute_page"),
-    "nodepass": ("sniroute_nodepass", "sniroute_master", "sniroute_mcp", "sniroute_instances", "sniroute_ends",
+    "nodepass": ("sniroute_nodepass", "sniroute_master", "sniroute_panel", "sniroute_mcp",
+                 "sniroute_instances", "sniroute_children", "sniroute_ends",
                  "sniroute_single", "sniroute_callers", "sniroute_datagrams", "sniroute_peering",
                  "sniroute_lanes", "sniroute_streams", "sniroute_h2", "sniroute_pool",
-                 "sniroute_upstreams", "sniroute_duplex", "sniroute_guards", "sniroute_signals",
+                 "sniroute_upstreams", "sniroute_offload", "sniroute_duplex", "sniroute_guards", "sniroute_signals",
                  "sniroute_nodeurl", "sniroute_nat", "sniroute_forwarder", "sniroute_layers",
                  "sniroute_dial", "sniroute_upgrade", "sniroute_http", "sniroute_hpack",
-                 "sniroute_http2", "sniroute_certificate", "sniroute_door"),
+                 "sniroute_http2", "sniroute_certificate", "sniroute_door", "sniroute_page"),
 }
 
 

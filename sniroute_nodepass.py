@@ -27,9 +27,9 @@ Seams: I want to ...
     another line         StatusLog
 
 sniroute starts this program, and never imports it.  This room imports sniroute_ends, sniroute_single, sniroute_callers,
-sniroute_datagrams, sniroute_peering, sniroute_signals (the status line), sniroute_nodeurl, sniroute_forwarder,
-sniroute_layers, sniroute_dial, sniroute_flow, sniroute_host, sniroute_loop, sniroute_names and sniroute_refusals; and
-sniroute_master where it is asked for.
+sniroute_datagrams, sniroute_peering, sniroute_offload, sniroute_signals (the status line), sniroute_nodeurl,
+sniroute_forwarder, sniroute_layers, sniroute_dial, sniroute_flow, sniroute_host, sniroute_loop, sniroute_names and
+sniroute_refusals; and sniroute_master where it is asked for.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from sniroute_ends import Arrival, Client, End, Server, listen
 from sniroute_flow import Pipes
 from sniroute_forwarder import TEXT_MAX, Control, Forwarder, Listener, Log
 from sniroute_host import open_standard_streams, raise_descriptor_limit
-from sniroute_layers import Wires
+from sniroute_layers import PIECE, RECORD, Wires
 from sniroute_loop import Alarms
 from sniroute_names import printable, show_address
 from sniroute_nodeurl import Options, Times, parse_flags, parse_url, read_times
@@ -58,6 +58,7 @@ from sniroute_signals import checkpoint
 
 __version__ = "0.1.0"
 
+LAYERS = 3  # of a wire at most: WebSocket in TLS over TCP
 URL_VARIABLE = "SNIROUTE_NODEPASS_URL"  # a URL that is not for everybody's eyes: words of a command line are
 
 # -- the log -----------------------------------------------------------------------------------
@@ -107,6 +108,7 @@ class NodePass(Forwarder):
         self.offload = Offload(self.wires)
         self.way = WayOut(self.loop, None, "")
         self.pipes = Pipes(self.loop.poller)
+        self.buffers = tuple(memoryview(bytearray(PIECE + RECORD)) for _ in range(LAYERS))
         self.arriving = self.loop.queue(times.handshake, Arrival.on_late)
         self.flushing = self.loop.batch(Link.flush)
         self.ends: list[End] = []
@@ -250,15 +252,17 @@ def run_client(program: NodePass, options: Options) -> None:
     program.add_end(Client(program, options, program.times))
 
 
-def run(options: Options, environ: Mapping[str, str]) -> int:
-    """Run what a URL says.  Returns the exit code."""
+def run(options: Options, environ: Mapping[str, str], state: str = "") -> int:
+    """Run what a URL says.  Returns the exit code.  `state` is the file of a master; "": its default."""
+    if state and options.scheme != "master":
+        raise SettingsError("--state: it is for a master:// only, which keeps its instances there")
     times, warnings = read_times(environ)
     log = StatusLog(options.log)
     for line in warnings:
         log("warn", line)
     if options.scheme == "master":
         from sniroute_master import Master
-        return Master(options, times, environ, log).run()
+        return Master(options, times, environ, log, state).run()
     raise_descriptor_limit()
     program = NodePass(log, times, environ)
     program.leave_at_signals()
@@ -283,7 +287,7 @@ def forwarders(words: list[str], environ: Mapping[str, str]) -> int:
 USAGE = """\
 usage: sniroute_nodepass.py server://[KEY@]HOST:PORT/TARGET[,TARGET ...][?PARAMETER=VALUE&...]
        sniroute_nodepass.py client://[KEY@]HOST:PORT/TARGET[,TARGET ...][?PARAMETER=VALUE&...]
-       sniroute_nodepass.py master://HOST:PORT[/PREFIX][?PARAMETER=VALUE&...]
+       sniroute_nodepass.py master://HOST:PORT[/PREFIX][?PARAMETER=VALUE&...] [--state FILE]
        sniroute_nodepass.py server|client|master --FLAG VALUE ...     the same as flags: --help tells them
        sniroute_nodepass.py forwarders                                for sniroute
 
@@ -293,6 +297,20 @@ parameters of all: log=info, tls=0|1|2, crt=FILE, key=FILE
            of a server: type=0|2|3 (TCP, WebSocket, HTTP/2), max=1024
            of a client: min=64, sni=NAME, pin=SHA256 of the server's certificate
 """
+
+
+def take_state(words: list[str]) -> tuple[list[str], str]:
+    """The words without `--state FILE`, and the file; "" without one.  Raises SettingsError."""
+    for at, word in enumerate(words):
+        name, equals, path = word.partition("=")
+        if name == "--state":
+            rest = words[at + 1:]
+            if not equals:
+                path, rest = "".join(rest[:1]), rest[1:]
+            if not path:
+                raise SettingsError("--state: it has no value")
+            return words[:at] + rest, path
+    return words, ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -311,11 +329,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if words[0] == "forwarders":
             return forwarders(words[1:], os.environ)
-        if "://" in words[0]:
+        words, state = take_state(words)
+        if words and "://" in words[0]:
             if words[1:]:
                 raise SettingsError(f"unexpected {printable(words[1])!r}: a URL says all")
-            return run(parse_url(words[0]), os.environ)
-        return run(parse_flags(words[0], words[1:]), os.environ)
+            return run(parse_url(words[0]), os.environ, state)
+        return run(parse_flags("".join(words[:1]), words[1:]), os.environ, state)
     except SettingsError as error:
         for line in error.lines:
             print(f"sniroute_nodepass: {line}", file=sys.stderr)

@@ -314,5 +314,5 @@ def help_parent() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     control = socket.socket(fileno=0)
     control.setblocking(False)
-    desk = Desk(control)
-    desk.loop.run()
+    Desk(control).loop.run()
+    os._exit(0)  # at once: its parent waits for it from the moment that `control` is closed

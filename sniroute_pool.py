@@ -268,8 +268,7 @@ class Pool:
             asker.answer(None)
         self.askers.clear()
         self.wanted.clear()
-        for queue in (self.keeping, self.patience):
-            self.loop.queues.remove(queue)
+        self.loop.retire(self.keeping, self.patience)
 
 
 class Sizer:

@@ -76,7 +76,7 @@ class Single:
         self.certificates = self._certificates()
         loop = program.loop
         self.relays = Relays(loop, program.pipes, program.wires, program.alarms, self.counts, options.byte_rate,
-                             options.read)
+                             options.read, program.buffers)
         self.upstreams = Upstreams(loop, program.way, options, times)
         self.datagrams = Datagrams(self, self.relays.buckets)
         self.peeking = loop.queue(PEEK_LAST, lambda caller: caller.on_silence())
@@ -182,12 +182,7 @@ class Single:
         self.datagrams.close()
         self.relays.close()
         self.upstreams.close()
-        self.loop.call(self._leave)
-
-    def _leave(self) -> None:
-        """Take the times from the loop: not while it goes through them."""
-        for queue in (self.peeking, self.shaking):
-            self.loop.queues.remove(queue)
+        self.loop.retire(self.peeking, self.shaking)
 
 
 class Direct(Caller):

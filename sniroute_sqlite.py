@@ -24,7 +24,8 @@ Seams: I want to ...
     keep more of a change     Change, and a column of `history`; FORMAT counts up
     keep it for longer        HISTORY_DAYS
 
-This room imports sniroute_registry (Written, claims as texts), sniroute_claims and sniroute_loop.
+This room imports sniroute_registry (Written, claims as texts), sniroute_claims, sniroute_loop and
+sniroute_names.
 
 Sources: sqlite.org: "Write-Ahead Logging", "PRAGMA locking_mode", "PRAGMA synchronous".
 """
@@ -40,6 +41,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 
 from sniroute_claims import OK, Claim, Table
 from sniroute_loop import Loop, owner_of
+from sniroute_names import without_key
 from sniroute_registry import RENEWED, UNAVAILABLE, Registry, Written, from_text, to_text
 
 __version__ = "0.1.0"
@@ -192,7 +194,7 @@ class Sqlite:
         assert now is not None
         self.waiting += 1
         self.orders.put((Change(now.key, to_text(now), None if claim is not None else self.clock() + now.hold, what,
-                                now.owner, f"{now.target} {now.id}"), done))
+                                now.owner, f"{without_key(now.target)} {now.id}"), done))
 
     def renew(self, claim: Claim, done: Callable[[Written], None]) -> None:
         """See Store.  Only another ttl than before is written: the owner counts on it after a restart."""

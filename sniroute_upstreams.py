@@ -298,14 +298,7 @@ class Upstreams:
         """Cancel what is under way."""
         for attempt in list(self.attempts):
             attempt.cancel()
-        self.probing.when = NEVER
-        self.loop.call(self._leave)
-
-    def _leave(self) -> None:
-        """Take the times from the loop: not while it goes through them."""
-        self.loop.timers.remove(self.probing)
-        for queue in (*self.late, self.names.patience):
-            self.loop.queues.remove(queue)
+        self.loop.retire(self.probing, *self.late, self.names.patience)
 
 
 class Attempt:

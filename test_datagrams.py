@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator
@@ -21,6 +22,7 @@ from sniroute_layers import Wires
 from sniroute_loop import Loop, ignore
 from sniroute_signals import DatagramReader, frame_datagram
 from sniroute_upstreams import Upstreams
+from testbed.carrier import resolve_as
 
 
 class End:
@@ -303,6 +305,26 @@ def test_what_came_before_the_signal_and_an_end_is_for_the_target(make):
     assert made.flows() == (0, 0)
 
 
+@pytest.mark.parametrize("how", ["finish", "reset"])
+def test_a_connection_may_end_before_the_target_is_known(lead, udp, monkeypatch, how):
+    """What has come is for the target all the same, unless it was cut."""
+    release, target = threading.Event(), udp()
+    resolve_as(monkeypatch, lambda: [target.getsockname()] if release.wait(10) else [])
+    made = lead(("dns.example.com", 53))
+    ours, theirs = made.pair()
+    made.far.serve(SimpleNamespace(wire=theirs, early=frame_datagram(b"one"), ended=False), "192.0.2.1:1")
+    ours.send(frame_datagram(b"two"))
+    getattr(ours, how)()
+    theirs.resume()  # as where a piece is on its way when it is paused
+    made.turn_until(lambda: not made.far.flows or next(iter(made.far.flows)).far.ended)
+    release.set()
+    if how == "finish":
+        assert [made.receive(target), made.receive(target)] == [b"one", b"two"]
+    made.turn_until(lambda: not made.far.flows and not made.dialling.upstreams.names.waiting)
+    with pytest.raises(BlockingIOError):
+        target.recv(1)
+
+
 # -- how flows end -----------------------------------------------------------------------------------
 
 
@@ -362,12 +384,13 @@ def test_a_dead_target_is_another_flows_turn(lead, udp, monkeypatch):
     dead.close()
     made = lead(place, good.getsockname())
     caller = udp(made.address)
-    caller.send(b"lost")
+    for _ in range(3):  # the second is told that the first was refused
+        caller.send(b"lost")
     made.turn_until(lambda: made.flows() == (1, 1))
     made.turn_until(lambda: made.flows() == (0, 0))
     caller.send(b"hello")
     assert made.receive(good) == b"hello"
-    assert made.far.dropped[sniroute_datagrams.REFUSED] == 1
+    assert made.far.dropped[sniroute_datagrams.REFUSED] >= 2
 
 
 def test_a_target_that_restarts_within_a_moment_keeps_its_flow(lead, udp):
@@ -408,7 +431,8 @@ def test_with_a_backup_the_first_is_left_when_it_refuses_datagrams(lead, udp, mo
 
 
 @DIRECT
-def test_where_no_target_can_be_had_the_flow_ends_and_says_so_once(lead, udp, direct):
+def test_where_no_target_can_be_had_the_flow_ends_and_says_so_once(lead, udp, monkeypatch, direct):
+    monkeypatch.setattr(sniroute_datagrams, "REFUSED_LAST", 0.02)
     made = lead(("::1%nowhere", 1), direct=direct)
     for _ in range(3):
         caller = udp(made.address)
@@ -461,7 +485,8 @@ def test_new_callers_do_not_all_wait_for_connections(make, udp, monkeypatch):
     assert [made.receive(caller) for caller in callers[:3]] == [b"hello"] * 3 and made.near.waiting == 0
 
 
-def test_an_other_end_that_is_full_ends_the_connection(make, udp):
+def test_an_other_end_that_is_full_ends_the_connection(make, udp, monkeypatch):
+    monkeypatch.setattr(sniroute_datagrams, "REFUSED_LAST", 0.02)
     made = make()
     made.dialling.slots.limit = 1
     one, two = udp(made.address), udp(made.address)
@@ -594,6 +619,64 @@ def test_a_flow_that_ends_while_its_rate_holds_it_is_over(make, udp):
     made.turn()
     made.turn()
     assert made.flows()[0] == 0
+
+
+# -- between two ends --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def echoing(udp) -> Iterator[Address]:
+    """The address of a UDP echo, in a thread."""
+    sock = udp()
+    sock.setblocking(True)
+
+    def serve() -> None:
+        while True:
+            data, address = sock.recvfrom(65535)
+            if data == b"stop":
+                return
+            sock.sendto(data, address)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield sock.getsockname()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as last:
+        last.sendto(b"stop", sock.getsockname())
+    thread.join(10)
+
+
+@pytest.mark.parametrize("flow", ["-", "+"], ids=["server accepts", "client accepts"])
+@pytest.mark.parametrize("query", ["type=0", "type=0&tls=1", "type=2", "type=2&tls=1", "type=3"])
+def test_each_kind_of_pool_carries_datagrams(tunnel, echoing, udp, query, flow):
+    made = tunnel(echoing, flow, query)
+    callers = [udp(made.udp) for _ in range(3)]
+    for size in (0, 1, 512, 16384, 16385, 65507):
+        for number, sock in enumerate(callers):
+            sock.setblocking(True)
+            sock.settimeout(10)
+            data = bytes((number,)) * size
+            sock.send(data)
+            assert sock.recv(65535) == data
+    counts = [end.end.counts for end in (made.accepting, made.dialling)]
+    assert [count.udps for count in counts] == [3, 3]
+    size = 3 * (1 + 512 + 16384 + 16385 + 65507)
+    assert {count.udprx for count in counts} == {count.udptx for count in counts} == {size}
+    made.accepting.call(made.accepting.end.datagrams.unlisten)
+    wait_until(lambda: [end.end.slots.udp for end in (made.accepting, made.dialling)] == [0, 0])
+
+
+def test_an_end_that_serves_no_udp_costs_a_connection_now_and_then(tunnel, echoing, udp, monkeypatch):
+    monkeypatch.setattr(sniroute_datagrams, "REFUSED_LAST", 0.3)
+    made = tunnel(echoing, "-", "type=0", "noudp=1")
+    caller = udp(made.udp)
+    dropped = made.accepting.end.datagrams.dropped
+    caller.send(b"x")
+    wait_until(lambda: made.accepting.end.datagrams.refused.due)
+    for _ in range(5):  # that may cost a connection only now and then
+        caller.send(b"x")
+    wait_until(lambda: dropped[sniroute_datagrams.UNWANTED] == 5)
+    wait_until(lambda: not made.accepting.end.slots.udp)
+    assert not made.dialling.end.counts.udptx
 
 
 # -- words -------------------------------------------------------------------------------------------

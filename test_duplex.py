@@ -14,7 +14,7 @@ import pytest
 
 import sniroute_duplex
 from conftest import FakeClock, connect
-from sniroute_duplex import (OPEN, STEP, Certificates, DuplexOpening, TcpWire, TlsWire, WebSocketWire, accept_tls,
+from sniroute_duplex import (STEP, Certificates, DuplexOpening, TcpWire, TlsWire, WebSocketWire, accept_tls,
                              client_context, fingerprint, make_pair, server_context)
 from sniroute_layers import PIECE, Place, Wires
 from sniroute_loop import Loop, monotonic

@@ -154,28 +154,28 @@ def test_running_connections_outlive_the_link(flow, tunnel, echo_server):
         assert trip(made.address) == b"hello"
 
 
-def test_callers_wait_for_a_client(tunnel, echo_server, local):
+def test_callers_wait_for_a_client(tunnel, echo_server, lone):
     """As long as for a connection; and a client that comes meanwhile serves them."""
-    server = local().begin(f"server://key@{HOST}:1/{HOST}:2?mode=1", port=0, targets=((HOST, 0),))
+    server = lone().begin(f"server://key@{HOST}:1/{HOST}:2?mode=1", port=0, targets=((HOST, 0),))
     with connect(server.callers, b"early") as caller:
         wait_until(lambda: server.end.pool.waiting)
-        client = local().begin(f"client://key@{HOST}:1/{HOST}:2?mode=2", port=server.end.listener.getsockname()[1],
+        client = lone().begin(f"client://key@{HOST}:1/{HOST}:2?mode=2", port=server.end.listener.getsockname()[1],
                                targets=(echo_server.address,))
         assert caller.recv(10) == b"early"
     assert client.end.link is not None
 
 
-def test_a_caller_without_a_client_is_told(local):
-    server = local(times=QUICK._replace(pool_get=0.05)).begin(f"server://key@{HOST}:1/{HOST}:2?mode=1", port=0,
+def test_a_caller_without_a_client_is_told(lone):
+    server = lone(times=QUICK._replace(pool_get=0.05)).begin(f"server://key@{HOST}:1/{HOST}:2?mode=1", port=0,
                                                               targets=((HOST, 0),))
     assert is_refused(server.callers)
     row, = [row for row in server.log.rows if row.get("event") == "failed"]
     assert row["reason"] == "away" and "no client has dialled in to 127.0.0.1:" in row["message"]
 
 
-def test_a_wrong_key_gets_no_link(local):
-    server = local().begin(f"server://right@{HOST}:1/{HOST}:2?mode=1", port=0, targets=((HOST, 0),))
-    client = local().begin(f"client://wrong@{HOST}:1/{HOST}:2?mode=2", port=server.end.listener.getsockname()[1])
+def test_a_wrong_key_gets_no_link(lone):
+    server = lone().begin(f"server://right@{HOST}:1/{HOST}:2?mode=1", port=0, targets=((HOST, 0),))
+    client = lone().begin(f"client://wrong@{HOST}:1/{HOST}:2?mode=2", port=server.end.listener.getsockname()[1])
     assert "the key is wrong" in client.has_said("the handshake has failed")
     assert "has asked with a wrong key" in server.has_said("wrong key")
     wait_until(lambda: client.end.failures >= 3)
@@ -184,17 +184,17 @@ def test_a_wrong_key_gets_no_link(local):
                    for word in ("right", token_of("right"), token_of("wrong")))
 
 
-def test_a_second_client_gets_no_link(tunnel, echo_server, local):
+def test_a_second_client_gets_no_link(tunnel, echo_server, lone):
     """It is told so, and the first one does not notice."""
     made = tunnel(echo_server.address, server="tls=1")
-    other = local().begin(f"client://key@{HOST}:1/{HOST}:2?mode=2", port=made.server.end.listener.getsockname()[1])
+    other = lone().begin(f"client://key@{HOST}:1/{HOST}:2?mode=2", port=made.server.end.listener.getsockname()[1])
     wait_until(lambda: other.end.failures >= 2)
     assert other.end.link is None
     assert [trip(made.address) for _ in range(5)] == [b"hello"] * 5
     assert made.server.end.link is not None
 
 
-def test_a_client_that_has_gone_without_a_word_makes_room(tunnel, echo_server, local):
+def test_a_client_that_has_gone_without_a_word_makes_room(tunnel, echo_server, lone):
     """A second client that knocks has the first one asked for a sign of life."""
     made = tunnel(echo_server.address, server="tls=1", times=QUICK._replace(report=0.1))
     made.client.call(lambda: setattr(made.client.end.link, "due", []))  # it says nothing any more
@@ -223,8 +223,8 @@ def test_strangers_of_the_same_address_do_not_join_the_pool(tunnel, echo_server)
         sock.close()
 
 
-def test_the_server_lets_nobody_in_before_a_handshake(local):
-    server = local().begin(f"server://key@{HOST}:1/{HOST}:2?mode=1", port=0, targets=((HOST, 0),))
+def test_the_server_lets_nobody_in_before_a_handshake(lone):
+    server = lone().begin(f"server://key@{HOST}:1/{HOST}:2?mode=1", port=0, targets=((HOST, 0),))
     with connect(server.end.listener.getsockname()) as sock:
         sock.settimeout(0.2)
         with pytest.raises((TimeoutError, ConnectionError)):
@@ -335,9 +335,9 @@ def test_a_flush_renews_the_pool(tunnel, echo_server):
     assert trip(made.address) == b"hello"
 
 
-def test_the_terms_are_the_originals(local):
+def test_the_terms_are_the_originals(lone):
     """Byte for byte, for a client that does not say that it is ours."""
-    server = local().begin(f"server://capkey@{HOST}:1/{HOST}:2?mode=1&max=7", port=0, targets=((HOST, 0),))
+    server = lone().begin(f"server://capkey@{HOST}:1/{HOST}:2?mode=1&max=7", port=0, targets=((HOST, 0),))
     import ssl
     context = ssl.create_default_context()
     context.check_hostname = False
@@ -354,19 +354,19 @@ def test_a_site_is_one_ipv4_address_or_a_64_of_ipv6():
     assert network_of("2001:db8::1") == network_of("2001:db8::2") != network_of("2001:db8:0:1::1")
 
 
-def test_a_port_that_is_taken_is_tried_again(local, echo_server):
+def test_a_port_that_is_taken_is_tried_again(lone, echo_server):
     """The tunnel's and the callers'."""
     with socket.create_server((HOST, 0)) as taken:
         port = taken.getsockname()[1]
-        server = local().begin(f"server://key@{HOST}:{port}/{HOST}:2?mode=1", targets=((HOST, 0),))
+        server = lone().begin(f"server://key@{HOST}:{port}/{HOST}:2?mode=1", targets=((HOST, 0),))
         server.has_said(f"cannot listen on 127.0.0.1:{port}")
     server.has_said(f"listening for a client on 127.0.0.1:{port}")
 
 
-def test_mode_0_of_a_server_dials_a_target_whose_address_is_taken(local, echo_server):
-    server = local().begin(f"server://key@{HOST}:1/{show(echo_server.address)}", port=0)
+def test_mode_0_of_a_server_dials_a_target_whose_address_is_taken(lone, echo_server):
+    server = lone().begin(f"server://key@{HOST}:1/{show(echo_server.address)}", port=0)
     wait_until(lambda: server.program.ends and server.end.listener)
-    client = local().begin(f"client://key@{HOST}:1/{HOST}:2?mode=2", port=server.end.listener.getsockname()[1],
+    client = lone().begin(f"client://key@{HOST}:1/{HOST}:2?mode=2", port=server.end.listener.getsockname()[1],
                            targets=((HOST, 0),))
     made = Tunnel(server, client).linked()
     assert made.accepting is client

@@ -481,6 +481,23 @@ def test_udp_skips_a_name_that_does_not_resolve(make, three, monkeypatch):
     assert made.port(True) == three[0].getsockname()[1]
 
 
+def test_udp_without_a_way_there_is_told(make):
+    result = make([("255.255.255.255", 9)]).dial(True)  # broadcast, which nobody has asked for
+    assert isinstance(result, Failed) and str(result) == "255.255.255.255:9: Permission denied"
+
+
+def test_a_fault_of_one_caller_is_not_the_next_ones(make, three, monkeypatch):
+    resolve_as(monkeypatch, lambda: [three[0].getsockname()])
+    made = make([("db.example.com", 1)])
+    made.upstreams.dial(lambda result: result.close() or 1 // 0, True)
+    attempt = made.upstreams.dial(made.results.append, True)
+    made.turn_until(lambda: made.results)
+    assert len(made.faults) == 1
+    made.kept.append(made.results.pop())
+    made.faults.clear()
+    assert attempt not in made.upstreams.attempts
+
+
 def test_a_silent_resolver_is_a_timeout_for_udp(make, monkeypatch):
     release = threading.Event()
     resolve_as(monkeypatch, lambda: [] if release.wait(10) else [])

@@ -1,11 +1,11 @@
 """NodePass tunnels for tests: both ends in threads of the test, as child processes, or one of them the original.
 
     tunnel      tunnel(target, flow="-", server="...", client="...") -> Tunnel: two ends of ours, in threads, linked
-    local       local(url, **times) -> Local: one end of ours, in a thread
+    local       lone(url, **times) -> Local: one end of ours, in a thread
     processes   processes(url) -> Program: sniroute_nodepass.py as a child
     original    original(url) -> Program: the original program, of SNIROUTE_TEST_NODEPASS, as a child
 
-Ports of an end may be 0 in `local` and `tunnel`: then each end has free ones.
+Ports of an end may be 0 in `lone` and `tunnel`: then each end has free ones.
 """
 
 from __future__ import annotations
@@ -137,8 +137,7 @@ class Tunnel:
     @property
     def udp(self) -> Address:
         """Where UDP callers come in."""
-        port, = self.accepting.end.datagrams.ports
-        return port.sock.getsockname()
+        return wait_until(lambda: self.accepting.end.datagrams.port).sock.getsockname()
 
     def is_linked(self) -> bool:
         """Whether both ends think so, and callers may come."""
@@ -166,8 +165,8 @@ def show(address: Address) -> str:
 
 
 @pytest.fixture
-def local() -> Iterator[Callable[..., Local]]:
-    """local(times=QUICK, kind=NodePass, environ={}) -> Local, not begun."""
+def lone() -> Iterator[Callable[..., Local]]:
+    """lone(times=QUICK, kind=NodePass, environ={}) -> Local, not begun."""
     with contextlib.ExitStack() as stack:
         def make(**options: Any) -> Local:
             made = Local(**options)
@@ -178,16 +177,16 @@ def local() -> Iterator[Callable[..., Local]]:
 
 
 @pytest.fixture
-def tunnel(local: Callable[..., Local]) -> Callable[..., Tunnel]:
+def tunnel(lone: Callable[..., Local]) -> Callable[..., Tunnel]:
     """tunnel(target address, flow="-", server=query, client=query, times=QUICK, waits=True) -> Tunnel."""
     def make(target: Address, flow: str = "-", server: str = "", client: str = "", times: Times = QUICK,
              waits: bool = True, host: str = HOST) -> Tunnel:
         behind, callers = (target,), ((HOST, 0),)
         mode = 1 if flow == "-" else 2
-        one = local(times=times).begin(f"server://key@{host}:1/{HOST}:2?mode={mode}&{server}", port=0,
+        one = lone(times=times).begin(f"server://key@{host}:1/{HOST}:2?mode={mode}&{server}", port=0,
                                        targets=callers if flow == "-" else behind)
         port = wait_until(lambda: one.program.ends and one.end.listener).getsockname()[1]
-        other = local(times=times).begin(f"client://key@{host}:1/{HOST}:2?mode=2&{client}", port=port,
+        other = lone(times=times).begin(f"client://key@{host}:1/{HOST}:2?mode=2&{client}", port=port,
                                          targets=behind if flow == "-" else callers)
         made = Tunnel(one, other)
         return made.linked() if waits else made
