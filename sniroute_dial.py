@@ -155,6 +155,17 @@ def _means(word: str, host: str, address: ipaddress.IPv4Address | ipaddress.IPv6
 # -- names -------------------------------------------------------------------------------------
 
 
+def numeric(host: str, port: int) -> Addresses:
+    """What a host is that is an address: there is nothing to resolve, and no thread to wait for; else nothing."""
+    try:
+        ipaddress.ip_address(host)
+        # In bytes: for a name in letters `socket` loads the codec of IDNA, half a megabyte.
+        rows = socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except (ValueError, OSError):
+        return []
+    return [(rows[0][0], rows[0][4])]
+
+
 class Names:
     """Resolves host names, one thread for each at a time, and remembers their addresses, and which were worse."""
 
@@ -169,6 +180,11 @@ class Names:
         """Call `found` with the addresses, or with why there are none; perhaps before this returns.  Loop's thread."""
         addresses, until = self.known.get((host, port), ([], 0.0))
         if until > self.clock():
+            found(addresses)
+            return
+        addresses = numeric(host, port)
+        if addresses:
+            self.known[host, port] = addresses, self.clock() + RESOLVED_FOR
             found(addresses)
             return
         waiting = self.waiting.get((host, port))

@@ -92,7 +92,7 @@ class End:
         self.counts = Counts()
         self.slots = Slots(options.slot)
         self.relays = Relays(self.loop, program.pipes, program.wires, program.alarms, self.counts, options.byte_rate,
-                             options.read, program.buffers)
+                             options.read, lambda: program.buffers)
         self.upstreams = Upstreams(self.loop, program.way, options, times, monotonic)
         self.pool = Pool(self.loop, False, times.pool_get, self.on_stranger, self.on_used)
         self.datagrams = Datagrams(self, self.relays.buckets)
@@ -759,7 +759,7 @@ class Arrival:
 
 def listen(host: str, port: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
     """A listener, non-blocking; without a host on all addresses of both families.  Raises OSError."""
-    found = socket.getaddrinfo(host or None, port, type=kind, flags=socket.AI_PASSIVE)
+    found = socket.getaddrinfo(host.encode() or None, port, type=kind, flags=socket.AI_PASSIVE)
     rows = sorted(found, key=lambda row: row[0] != (socket.AF_INET if host else socket.AF_INET6))
     error = OSError("no address")
     for family, _, _, _, address in rows:
