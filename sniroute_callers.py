@@ -72,12 +72,12 @@ class Relays:
     Args:
         rate: bytes in a second each way, for all together; 0: as many as there are.
         idle: seconds without a byte after which a connection is cut; 0: never.
-        buffers: for what comes from a wire, and from the layers below it (`Wire.use`); all wires of the loop use them,
-            since what is in them is sent on before another one reads.
+        buffers: gives those for what comes from a wire, and from the layers below it (`Wire.use`); all wires of the
+            loop use the same, since what is in them is sent on before another one reads.  Asked once there is a wire.
     """
 
     def __init__(self, loop: Loop, pipes: Any, wires: Any, alarms: Any, counts: Counts, rate: float, idle: float,
-                 buffers: Sequence[memoryview] = ()):
+                 buffers: Callable[[], Sequence[memoryview]]):
         self.loop = loop
         self.pipes = pipes  # as Flow asks for it
         self.wires = wires
@@ -314,8 +314,7 @@ class Joined(Relay):
             wire.on_data = lambda data, at=at, here=here, there=there: self.pass_on(data, at, here, there)
             wire.on_end = lambda error, here=here, there=there: self.on_end(error, here, there)
             wire.on_room = lambda here=here, there=there: self.on_room(there)
-            if self.router.buffers:
-                wire.use(self.router.buffers)
+            wire.use(self.router.buffers())
         if early:
             self.pass_on(early, 1, self.far, self.near)
         if ended:
@@ -600,10 +599,16 @@ class Callee:
                 self.abort()
                 return
         self.state = CARRYING
+<<<<<<< HEAD
         slot = self.slot
         self.end.pool.hold(-len(slot.early))
         self.wire.on_data = self.wire.on_end = lambda *what: None
         self.relay = self.end.relays.join(result, self.wire, slot.early, slot.ended, self.on_over)
+=======
+        slot, wire, self.slot, self.wire = self.slot, self.wire, None, None  # the relay's from here on
+        wire.on_data = wire.on_end = lambda *what: None
+        self.relay = self.end.relays.join(result, wire, slot.early, slot.ended, self.on_over)
+>>>>>>> np-bench
 
     def on_over(self, relay: Relay) -> None:
         self.relay = None

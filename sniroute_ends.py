@@ -28,16 +28,21 @@ Seams: I want to ...
     carry something else           as sniroute_datagrams
 
 This room imports sniroute_callers, sniroute_datagrams, sniroute_peering, sniroute_lanes, sniroute_pool,
-sniroute_upstreams, sniroute_duplex, sniroute_guards, sniroute_signals, sniroute_nodeurl, sniroute_loop, sniroute_names
-and sniroute_refusals (Failed).
+sniroute_upstreams, sniroute_offload, sniroute_duplex, sniroute_guards, sniroute_signals, sniroute_nodeurl,
+sniroute_loop, sniroute_names and sniroute_refusals (Failed).
 """
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import hmac
 import secrets
+=======
+import ipaddress
+import os
+>>>>>>> np-bench
 import socket
-from email.utils import formatdate
+import time
 from typing import Any, Callable
 
 from sniroute_callers import PEEK_LAST, Callee, Caller, Counts, Relays
@@ -48,11 +53,20 @@ from sniroute_lanes import LANES, Lanes, Reception, shake
 from sniroute_loop import READ, Alarm, Watch, monotonic
 from sniroute_names import show_address
 from sniroute_nodeurl import Options, Times
+<<<<<<< HEAD
 from sniroute_peering import CONTROL, Candidate, Link, Newcomer, News, network_of
 from sniroute_pool import Asker, Pool, Sizer, Slot
 from sniroute_refusals import Failed
 from sniroute_signals import (DATAGRAM_MAX, REFUSED, Ask, Signal, Terms, answer, proof,
                               same_token, token_of)
+=======
+from sniroute_offload import is_worth_it
+from sniroute_peering import CONTROL, Link
+from sniroute_pool import Asker, Pool, Sizer, Slot
+from sniroute_refusals import Failed
+from sniroute_signals import (DATAGRAM_MAX, PROOF_SIZE, REFUSED, Ask, Signal, Terms, answer, http_date, proof,
+                              same_secret, same_token, token_of)
+>>>>>>> np-bench
 from sniroute_upstreams import Upstreams
 
 __version__ = "0.1.0"
@@ -97,7 +111,7 @@ class End:
         self.counts = Counts()
         self.slots = Slots(options.slot)
         self.relays = Relays(self.loop, program.pipes, program.wires, program.alarms, self.counts, options.byte_rate,
-                             options.read, program.buffers)
+                             options.read, lambda: program.buffers)
         self.upstreams = Upstreams(self.loop, program.way, options, times, monotonic)
         self.pool = Pool(self.loop, False, times.pool_get, self.on_stranger, self.on_fewer)
         self.datagrams = Datagrams(self, self.relays.buckets)
@@ -322,7 +336,7 @@ class End:
             slot.wire.close()
         else:
             self.spent = signal.id  # it may come yet, and has ended already
-        if not self.fingerprint or not hmac.compare_digest(self.fingerprint, signal.fp):
+        if not self.fingerprint or self.fingerprint != signal.fp:
             self.log("error", "the certificates differ: somebody is between the two ends")
             self.link.end("the certificates differ")
         elif not self.verified:
@@ -382,8 +396,10 @@ class Server(End):
         self.accepts = accepts
         self.pool.picks = accepts
         self.terms = Terms("-" if accepts else "+", options.max, options.tls, options.type)
-        files = (options.crt, options.key_file) if options.tls == 2 else None
-        self.certificates = Certificates(files, options.server_name, tell=lambda words: self.log("info", words))
+        self.certificates: Certificates | None = None  # a helper does what TLS there is
+        if options.tls or options.type or not is_worth_it():
+            files = (options.crt, options.key_file) if options.tls == 2 else None
+            self.certificates = Certificates(files, options.server_name, tell=lambda words: self.log("info", words))
         self.listener: socket.socket | None = None
         self.watch: Watch | None = None
         self.reception: Reception | None = None
@@ -403,6 +419,8 @@ class Server(End):
                      event="warning")
             self.later("start", self.times.cooldown, self.start)
             return
+        if self.certificates is None:
+            self.program.offload.prepare()
         self.reception = Reception(self, self.certificates, self.on_ask, self.on_arrival)
         self.watch = Watch(self.loop.poller, self.listener.fileno())
         self._accept_again()
@@ -453,6 +471,11 @@ class Server(End):
     def on_ask(self, ask: Ask, wire: Wire) -> None:
         """Somebody asks for the terms."""
         refused = self._judge(ask, wire)
+<<<<<<< HEAD
+=======
+        wire.send(refused or answer(self.terms, http_date(time.time())))
+        wire.finish()
+>>>>>>> np-bench
         wire.on_data = lambda data: None
         wire.on_end = lambda error: self.answered.drop(wire)
         self.answered.put(wire)
@@ -480,11 +503,18 @@ class Server(End):
             self.nuisance("second", f"{show_address(wire.peer)} asks for a link, but {self.peer} has it")
             self.link.prod()
             return REFUSED[409]
+<<<<<<< HEAD
         candidate = Candidate(wire.peer[0], secrets.token_hex(16) if ask.ours else "")
         same = [each for each in self.candidates if each.network == candidate.network]
         for surplus in (same[:1] if len(same) >= SITE_MAX else self.candidates[:len(self.candidates) + 1 - CANDIDATES_MAX]):
             self.candidates.remove(surplus)
         self.candidates.append(candidate)
+=======
+        self.peer = wire.peer[0]
+        self.nonce = os.urandom(16).hex() if ask.ours else ""
+        self.zero_given = False
+        self.terms = self.terms._replace(nonce=self.nonce)
+>>>>>>> np-bench
         self.state = EXPECTING
         self.later("expect", self.times.handshake, lambda: self.fail("the client has made no connection in time"))
         return b""
@@ -498,11 +528,16 @@ class Server(End):
         if not candidates or self.is_full:
             wire.reset()
             return
+<<<<<<< HEAD
         last = candidates[-1]
         number = CONTROL
         if self.state is not EXPECTING or not last.gives_zero():
             while number == CONTROL or number in self.pool.idle:
                 number = secrets.token_hex(ID)
+=======
+        number = CONTROL if not self.zero_given else os.urandom(ID).hex()
+        self.zero_given = True
+>>>>>>> np-bench
         wire.send(bytes.fromhex(number))
         if not last.nonce:
             self.admit(last, number, wire, b"")
@@ -519,6 +554,7 @@ class Server(End):
             if self.is_full:
                 wire.reset()
                 return
+<<<<<<< HEAD
             if self.state is EXPECTING:
                 candidate.ids.add(number)
             self.pool.add(Slot(number, wire, early))
@@ -527,6 +563,26 @@ class Server(End):
             wire.reset()
         else:
             self._choose(candidate)
+=======
+            if not same_secret(bytes(said[:PROOF_SIZE]), wanted):
+                self.nuisance("proof", f"a connection from {show_address(address)} has not proven the key")
+                over()
+                return
+            alarm.cancel()
+            self.ids.discard(number)
+            self._admit(number, wire, bytes(said[PROOF_SIZE:]))
+
+        alarm = self.program.alarms.at(monotonic() + self.times.handshake, over)
+        wire.on_data = on_data
+        wire.on_end = over
+
+    def _admit(self, number: str, wire: Wire, early: bytes = b"") -> None:
+        """A connection may be used."""
+        if not self.expects_pool or number == self.spent:
+            wire.reset()
+        elif number == CONTROL:
+            self.fingerprint = self.certificates.fingerprint if self.certificates is not None else ""
+>>>>>>> np-bench
             self.begin_link(wire)
             if early:
                 wire.on_data(early)
@@ -801,7 +857,7 @@ class Arrival:
 
 def listen(host: str, port: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
     """A listener, non-blocking; without a host on all addresses of both families.  Raises OSError."""
-    found = socket.getaddrinfo(host or None, port, type=kind, flags=socket.AI_PASSIVE)
+    found = socket.getaddrinfo(host.encode() or None, port, type=kind, flags=socket.AI_PASSIVE)
     rows = sorted(found, key=lambda row: row[0] != (socket.AF_INET if host else socket.AF_INET6))
     error = OSError("no address")
     for family, _, _, _, address in rows:

@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import socket
+import ssl  # noqa: F401: with it, ends in threads of the test do their TLS themselves: see sniroute_offload
 import subprocess
 import sys
 import threading
