@@ -599,16 +599,10 @@ class Callee:
                 self.abort()
                 return
         self.state = CARRYING
-<<<<<<< HEAD
-        slot = self.slot
-        self.end.pool.hold(-len(slot.early))
-        self.wire.on_data = self.wire.on_end = lambda *what: None
-        self.relay = self.end.relays.join(result, self.wire, slot.early, slot.ended, self.on_over)
-=======
         slot, wire, self.slot, self.wire = self.slot, self.wire, None, None  # the relay's from here on
+        self.end.pool.hold(-len(slot.early))
         wire.on_data = wire.on_end = lambda *what: None
         self.relay = self.end.relays.join(result, wire, slot.early, slot.ended, self.on_over)
->>>>>>> np-bench
 
     def on_over(self, relay: Relay) -> None:
         self.relay = None

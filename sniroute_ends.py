@@ -34,13 +34,7 @@ sniroute_loop, sniroute_names and sniroute_refusals (Failed).
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-import hmac
-import secrets
-=======
-import ipaddress
 import os
->>>>>>> np-bench
 import socket
 import time
 from typing import Any, Callable
@@ -53,20 +47,11 @@ from sniroute_lanes import LANES, Lanes, Reception, shake
 from sniroute_loop import READ, Alarm, Watch, monotonic
 from sniroute_names import show_address
 from sniroute_nodeurl import Options, Times
-<<<<<<< HEAD
+from sniroute_offload import is_worth_it
 from sniroute_peering import CONTROL, Candidate, Link, Newcomer, News, network_of
 from sniroute_pool import Asker, Pool, Sizer, Slot
 from sniroute_refusals import Failed
-from sniroute_signals import (DATAGRAM_MAX, REFUSED, Ask, Signal, Terms, answer, proof,
-                              same_token, token_of)
-=======
-from sniroute_offload import is_worth_it
-from sniroute_peering import CONTROL, Link
-from sniroute_pool import Asker, Pool, Sizer, Slot
-from sniroute_refusals import Failed
-from sniroute_signals import (DATAGRAM_MAX, PROOF_SIZE, REFUSED, Ask, Signal, Terms, answer, http_date, proof,
-                              same_secret, same_token, token_of)
->>>>>>> np-bench
+from sniroute_signals import (DATAGRAM_MAX, REFUSED, Ask, Signal, Terms, answer, http_date, proof, same_token, token_of)
 from sniroute_upstreams import Upstreams
 
 __version__ = "0.1.0"
@@ -471,17 +456,12 @@ class Server(End):
     def on_ask(self, ask: Ask, wire: Wire) -> None:
         """Somebody asks for the terms."""
         refused = self._judge(ask, wire)
-<<<<<<< HEAD
-=======
-        wire.send(refused or answer(self.terms, http_date(time.time())))
-        wire.finish()
->>>>>>> np-bench
         wire.on_data = lambda data: None
         wire.on_end = lambda error: self.answered.drop(wire)
         self.answered.put(wire)
         if len(self.answered.due) > ANSWERED_MAX:
             self.answered.due.popitem(last=False)[0].close()
-        wire.send(refused or answer(self.terms._replace(nonce=self.candidates[-1].nonce), formatdate(usegmt=True)))
+        wire.send(refused or answer(self.terms._replace(nonce=self.candidates[-1].nonce), http_date(time.time())))
         wire.finish()
 
     def _judge(self, ask: Ask, wire: Wire) -> bytes:
@@ -503,18 +483,11 @@ class Server(End):
             self.nuisance("second", f"{show_address(wire.peer)} asks for a link, but {self.peer} has it")
             self.link.prod()
             return REFUSED[409]
-<<<<<<< HEAD
-        candidate = Candidate(wire.peer[0], secrets.token_hex(16) if ask.ours else "")
+        candidate = Candidate(wire.peer[0], os.urandom(16).hex() if ask.ours else "")
         same = [each for each in self.candidates if each.network == candidate.network]
         for surplus in (same[:1] if len(same) >= SITE_MAX else self.candidates[:len(self.candidates) + 1 - CANDIDATES_MAX]):
             self.candidates.remove(surplus)
         self.candidates.append(candidate)
-=======
-        self.peer = wire.peer[0]
-        self.nonce = os.urandom(16).hex() if ask.ours else ""
-        self.zero_given = False
-        self.terms = self.terms._replace(nonce=self.nonce)
->>>>>>> np-bench
         self.state = EXPECTING
         self.later("expect", self.times.handshake, lambda: self.fail("the client has made no connection in time"))
         return b""
@@ -528,16 +501,11 @@ class Server(End):
         if not candidates or self.is_full:
             wire.reset()
             return
-<<<<<<< HEAD
         last = candidates[-1]
         number = CONTROL
         if self.state is not EXPECTING or not last.gives_zero():
             while number == CONTROL or number in self.pool.idle:
-                number = secrets.token_hex(ID)
-=======
-        number = CONTROL if not self.zero_given else os.urandom(ID).hex()
-        self.zero_given = True
->>>>>>> np-bench
+                number = os.urandom(ID).hex()
         wire.send(bytes.fromhex(number))
         if not last.nonce:
             self.admit(last, number, wire, b"")
@@ -554,7 +522,6 @@ class Server(End):
             if self.is_full:
                 wire.reset()
                 return
-<<<<<<< HEAD
             if self.state is EXPECTING:
                 candidate.ids.add(number)
             self.pool.add(Slot(number, wire, early))
@@ -563,26 +530,6 @@ class Server(End):
             wire.reset()
         else:
             self._choose(candidate)
-=======
-            if not same_secret(bytes(said[:PROOF_SIZE]), wanted):
-                self.nuisance("proof", f"a connection from {show_address(address)} has not proven the key")
-                over()
-                return
-            alarm.cancel()
-            self.ids.discard(number)
-            self._admit(number, wire, bytes(said[PROOF_SIZE:]))
-
-        alarm = self.program.alarms.at(monotonic() + self.times.handshake, over)
-        wire.on_data = on_data
-        wire.on_end = over
-
-    def _admit(self, number: str, wire: Wire, early: bytes = b"") -> None:
-        """A connection may be used."""
-        if not self.expects_pool or number == self.spent:
-            wire.reset()
-        elif number == CONTROL:
-            self.fingerprint = self.certificates.fingerprint if self.certificates is not None else ""
->>>>>>> np-bench
             self.begin_link(wire)
             if early:
                 wire.on_data(early)
@@ -592,7 +539,7 @@ class Server(End):
         self.candidates = [candidate]
         self.peer = candidate.peer
         self.terms = self.terms._replace(nonce=candidate.nonce)
-        self.fingerprint = self.certificates.fingerprint
+        self.fingerprint = self.certificates.fingerprint if self.certificates is not None else ""
         for number in self.pool.idle.keys() - candidate.ids:
             self.pool.pick(number).wire.reset()
         candidate.ids.clear()

@@ -463,17 +463,10 @@ class Reception:
 
     Args:
         end: the server.  What it is asked, each time: `terms` (type, tls), `expects_pool` (whether a client has the
-<<<<<<< HEAD
             terms, or a link), `may_join(address)` (whether the pool takes connections from there), `knows(address)`
             (whether such a client has that address), `is_full`; `nuisance(kind, words)` is told what strangers do;
             `program` has wires, and streams for type 3.
-        certificates: who the server is.
-=======
-            terms, or a link), `may_join(address)` (whether the pool takes connections from there), `is_full`, `peer`
-            (the address of the client that has the tunnel, "" for none); `nuisance(kind, words)` is told what strangers
-            do; `program` has wires, and streams for type 3.
         certificates: who the server is; None: TLS is for handshakes only, and a helper does it.
->>>>>>> np-bench
         asked: told of each handshake, with a wire that has no owner yet, and is to be answered.
         arrived: told of each connection that may be one of the pool's.  Its id is what is to be sent next.
     """

@@ -39,7 +39,7 @@ import os
 import socket
 import sys
 import time
-from typing import Any, Callable, Mapping
+from typing import Any, Mapping
 
 from sniroute_callers import Caller
 from sniroute_dial import WayOut
