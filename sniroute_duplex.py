@@ -68,6 +68,7 @@ class Duplex(Wire):
 
     __slots__ = ()
 
+    protocol = ""  # what both have agreed to speak (ALPN)
     half = True  # whether a peer that knows how may go on sending when it has heard our end
     peer: Peer  # the address of the other side
 

@@ -83,6 +83,8 @@ class StatusLog(Log):
     def __call__(self, level: str, message: str, **fields: str) -> None:
         if STATUS_LEVELS[level] < self.level:
             return
+        if fields.get("event") == "fault":
+            message = f"{message}: {fields['error']}"
         now = time.time()
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)) + f".{int(now * 1000) % 1000:03d}"
         word = level.upper()

@@ -271,6 +271,7 @@ class Program:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+        assert "a fault in" not in self.said and "Traceback" not in self.said, self.said
 
 
 @pytest.fixture
