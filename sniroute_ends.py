@@ -62,7 +62,7 @@ DIALS_MAX = 128  # connections of the pool that are made at a time: a backlog ho
 FIRST_TRIES = (0.05, 0.2, 0.4, 0.8, 1.5)  # after a failure: the original's server often fails the first handshake
 RETRY_LATER = 0.1  # before connections of the pool are dialled again where one has failed, or has ended unused
 RETRY_MAX = 3.2  # the same after many times: each doubles it
-KNOCK = 1.0  # after which a client without a control channel makes one connection more, for a stranger may have that
+KNOCKS = 5  # connections more that a client without a control channel makes in its time, for a stranger may have that
 ASKED_LAST = 2.0  # for the client of a handshake to read its answer
 ANSWERED_MAX = 256  # clients that are reading it
 CANDIDATES_MAX = 16  # clients that have the terms, and no link yet
@@ -612,7 +612,7 @@ class Client(End):
         self.later("expect", self.times.handshake, lambda: self.fail("the server has given no control channel in time"))
         self.lanes = LANES[result.type](self, result, self.on_lost_lanes)
         if result.nonce:
-            self.later("knock", KNOCK, self.knock)
+            self.later("knock", self.times.handshake / KNOCKS, self.knock)
         self.fill()
 
     def on_lost_lanes(self, why: str) -> None:
@@ -642,7 +642,7 @@ class Client(End):
         """There is no control channel yet: a server that has given its id to a stranger gives it to the next one."""
         if self.state is FILLING:
             Arrival(self).start()
-            self.later("knock", KNOCK, self.knock)
+            self.later("knock", self.times.handshake / KNOCKS, self.knock)
 
     def fill(self) -> None:
         """Dial as many as there should be."""
@@ -671,6 +671,7 @@ class Client(End):
         elif number != CONTROL:
             if not self.pool.add(Slot(number, wire)):
                 self.nuisance("twice", f"the server has given two connections the same id ({number})")
+                self.set_back()
             self.say_verify()
         else:
             self.failures = 0
@@ -795,6 +796,7 @@ class Arrival:
         self._over()
 
     def _over(self) -> None:
+        self.wire = None
         self.client.dials.discard(self)
         self.client.program.arriving.drop(self)
 

@@ -148,7 +148,10 @@ class Link:
         if over is None:
             return
         self.wire.on_data = self.wire.on_end = self.wire.on_room = lambda *what: None
-        self.wire.close()
+        if self.wire.unsent > UNREAD_MAX:
+            self.wire.reset()
+        else:
+            self.wire.close()
         over(why)
 
 
@@ -212,6 +215,8 @@ class Newcomer:
                 server.admit(candidate, self.id, wire, self.said[PROOF_SIZE:])
                 return
         server.nuisance("proof", f"a connection from {show_address(self.address[:2])} has not proven the key")
+        if server.link is not None:  # it may be the handshake of the same client, which has come back
+            server.link.prod()
         self.end()
 
     def end(self, error: Failed | None = None) -> None:

@@ -75,7 +75,7 @@ def client_of(lone: Callable[..., Local], server: Original, behind: Any = (HOST,
 @pytest.mark.parametrize("query", TLS_KINDS)
 def test_each_start_is_quick(query, tunnel, echo_server):
     """The first handshake gets its answer each time, and no end waits for a clock of the other."""
-    for _ in range(4):
+    for _ in range(3):
         began = time.monotonic()
         made = tunnel(echo_server.address, server=query, client="min=8")
         assert trip(made.address) == b"hello" and made.client.end.failures == 0
@@ -85,10 +85,9 @@ def test_each_start_is_quick(query, tunnel, echo_server):
         made.server.call(made.server.end.close)
 
 
-@pytest.mark.parametrize("loses", [1, 2])
-def test_an_answer_that_never_comes_costs_a_moment(loses, lone, served, echo_server):
+def test_an_answer_that_never_comes_costs_a_moment(lone, served, echo_server):
     """The original's server loses it, and then takes the next handshake for its control channel."""
-    server = served(Original, loses=loses)
+    server = served(Original, loses=1)
     began = time.monotonic()
     client = client_of(lone, server, echo_server.address)
     assert server.ready.wait(10) and time.monotonic() - began < 4

@@ -10,6 +10,7 @@ Everything blocks, with a time-out.
 from __future__ import annotations
 
 import contextlib
+import functools
 import secrets
 import socket
 import ssl
@@ -25,6 +26,8 @@ from sniroute_refusals import Malformed
 from sniroute_signals import Signal, SignalReader, Terms, answer, ask, encode, parse_terms, proof, token_of
 
 KEY = "key"
+UPGRADE = (b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+           b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n")
 PATIENCE = 10.0  # seconds for whatever has to come
 
 
@@ -36,6 +39,12 @@ def call_from(source: str, address: Address, said: bytes = b"") -> socket.socket
     return sock
 
 
+@functools.cache
+def context_of(protocols: tuple[str, ...]) -> ssl.SSLContext:
+    """The context of a client that checks nothing."""
+    return client_context(False, protocols)
+
+
 def read_exactly(sock: socket.socket, count: int) -> bytes:
     """So many bytes.  Raises ConnectionError where it ends before."""
     got = b""
@@ -45,6 +54,17 @@ def read_exactly(sock: socket.socket, count: int) -> bytes:
             raise ConnectionError(f"an end after {len(got)} bytes of {count}")
         got += data
     return got
+
+
+def upgrade(sock: socket.socket) -> None:
+    """Ask for a WebSocket, and read up to the id."""
+    sock.sendall(UPGRADE)
+    said = b""
+    while not said.endswith(b"\r\n\r\n"):
+        said += read_exactly(sock, 1)
+    if not said.startswith(b"HTTP/1.1 101 "):
+        raise ConnectionError(said.decode("latin-1"))
+    read_exactly(sock, 2)  # the head of its frame
 
 
 class Channel:
@@ -101,7 +121,7 @@ class Client:
         """A connection to the tunnel's port."""
         sock: Any = call_from(self.source, self.address)
         if is_tls:
-            sock = client_context(False, protocols).wrap_socket(sock)
+            sock = context_of(protocols).wrap_socket(sock)
         self.socks.append(sock)
         return sock
 
@@ -124,6 +144,8 @@ class Client:
     def dial(self, proves: bool | None = None) -> tuple[str, socket.socket]:
         """A connection of the pool: its id, and itself."""
         sock = self.open(is_tls=self.terms.tls == 1)
+        if self.terms.type == 2:
+            upgrade(sock)
         number = read_exactly(sock, 4)
         if self.ours if proves is None else proves:
             sock.sendall(proof(self.key, self.terms.nonce, number))
