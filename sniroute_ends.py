@@ -29,11 +29,12 @@ Seams: I want to ...
 
 This room imports sniroute_callers, sniroute_datagrams, sniroute_peering, sniroute_lanes, sniroute_pool,
 sniroute_upstreams, sniroute_offload, sniroute_duplex, sniroute_guards, sniroute_signals, sniroute_nodeurl,
-sniroute_loop, sniroute_names and sniroute_refusals (Failed).
+sniroute_dial (set_options), sniroute_loop, sniroute_names and sniroute_refusals (Failed).
 """
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 import socket
@@ -42,6 +43,7 @@ from typing import Any, Callable
 
 from sniroute_callers import PEEK_LAST, Callee, Caller, Counts, Relays
 from sniroute_datagrams import Datagrams
+from sniroute_dial import set_options
 from sniroute_duplex import Certificates, Wire
 from sniroute_guards import Slots
 from sniroute_lanes import LANES, Lanes, Reception, shake
@@ -66,6 +68,7 @@ RETRY_LATER = 0.1  # before a connection of the pool is dialled again where one 
 TOLD = 10.0  # between two lines of the log about the same nuisance of strangers
 ASKED_LAST = 2.0  # for the client of a handshake to read its answer
 ACCEPTS = 64  # connections taken in one go
+SITES_KEPT = 256  # addresses whose network is remembered: to find it costs more than all else at a connection's start
 
 IDLE, LISTENING, EXPECTING, LINKED, COOLING, CLOSED = (
     "idle", "listening", "expecting", "linked", "cooling", "closed")
@@ -757,6 +760,22 @@ class Arrival:
 # -- addresses ---------------------------------------------------------------------------------
 
 
+class Listening(socket.socket):
+    """A listening socket.  What it accepts has its options (`set_options`): the kernel passes them on, but O_NONBLOCK."""
+
+    def accept(self) -> tuple[Any, Any]:
+        """The next connection, as the interpreter's own kind of socket, which costs less, and its address."""
+        fd, address = self._accept()  # type: ignore[attr-defined]
+        sock = socket.SocketType(self.kind, socket.SOCK_STREAM, 0, fd)
+        sock.setblocking(False)
+        return sock, address
+
+    @functools.cached_property
+    def kind(self) -> int:
+        """Its family.  `socket.family` makes an enumeration of it each time."""
+        return int(self.family)
+
+
 def listen(host: str, port: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
     """A listener, non-blocking; without a host on all addresses of both families.  Raises OSError."""
     found = socket.getaddrinfo(host.encode() or None, port, type=kind, flags=socket.AI_PASSIVE)
@@ -764,7 +783,7 @@ def listen(host: str, port: int, kind: int = socket.SOCK_STREAM) -> socket.socke
     error = OSError("no address")
     for family, _, _, _, address in rows:
         try:
-            sock = socket.socket(family, kind)
+            sock = Listening(family, kind) if kind == socket.SOCK_STREAM else socket.socket(family, kind)
         except OSError as failed:
             error = failed  # this host has no IPv6
             continue
@@ -776,6 +795,7 @@ def listen(host: str, port: int, kind: int = socket.SOCK_STREAM) -> socket.socke
             sock.bind(address)
             if kind == socket.SOCK_STREAM:
                 sock.listen(4096)
+                set_options(sock)
             sock.setblocking(False)
             return sock
         except OSError as failed:
@@ -786,6 +806,7 @@ def listen(host: str, port: int, kind: int = socket.SOCK_STREAM) -> socket.socke
     raise error
 
 
+@functools.lru_cache(SITES_KEPT)
 def network_of(host: str) -> Any:
     """What of an address tells one site from another: an IPv4 address, or the /64 of an IPv6 one."""
     try:
