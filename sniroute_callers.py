@@ -21,7 +21,7 @@ Seams: I want to ...
     carry over other wires      nothing to do: a wire of sniroute_duplex that has no `raw` socket is joined
 
 This room imports sniroute_forwarder (Listener), sniroute_duplex, sniroute_guards, sniroute_signals (PROXY headers),
-sniroute_dial (`set_options`), sniroute_flow, sniroute_loop and sniroute_refusals (Failed).
+sniroute_flow, sniroute_loop and sniroute_refusals (Failed).
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Any, Callable, Sequence
 
-from sniroute_dial import set_options
 from sniroute_duplex import TcpWire, Wire
 from sniroute_flow import DONE, NO_FLOW, OPEN, Flow
 from sniroute_flow import BROKEN as SINK_BROKEN
@@ -94,7 +93,7 @@ class Relays:
 
         `early`: what the wire has given before; `ended`: the other end has ended behind that.
         """
-        raw = far.raw() if isinstance(near, socket.socket) and not self.buckets else None
+        raw = far.raw() if isinstance(near, socket.SocketType) and not self.buckets else None
         relay = Joined(self, near, far, over) if raw is None else Spliced(self, near, raw, over)
         self.open.add(relay)
         self.counts.tcps += 1
@@ -301,7 +300,7 @@ class Joined(Relay):
 
     def __init__(self, relays: Relays, near: socket.socket | Wire, far: Wire, over: Callable[[Relay], None]):
         super().__init__(relays, over)
-        self.near = Side(TcpWire(relays.wires, near) if isinstance(near, socket.socket) else near)
+        self.near = Side(TcpWire(relays.wires, near) if isinstance(near, socket.SocketType) else near)
         self.far = Side(far)
         self.full: set[Side] = set()  # sides that are held since the other one is full
 
@@ -402,11 +401,6 @@ class Caller:
 
     def start(self) -> None:
         """Begin: look what it speaks, where that matters."""
-        try:
-            set_options(self.client)
-        except OSError:
-            self.close()  # it has left already
-            return
         if self.end.options.block:
             self.state = PEEKING
             self.watch = Watch(self.program.loop.poller, self.client.fileno())

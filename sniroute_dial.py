@@ -237,19 +237,20 @@ class Names:
 NAMING, CONNECTING, ASKING, OVER = "resolving the name", "connecting", "asking the proxy", "over"
 
 
+OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+           *((socket.IPPROTO_TCP, getattr(socket, name), value)
+             for name, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), KEEPALIVE) if hasattr(socket, name))]
+
+
 def set_options(sock: socket.socket) -> None:
     """Never wait; no delay for small messages; notice a peer that has gone without a word.
 
     Raises OSError on macOS, where the peer has left already.
     """
     sock.setblocking(False)
-    if sock.family == socket.AF_UNIX:
-        return
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), KEEPALIVE):
-        if hasattr(socket, option):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    if sock.family != socket.AF_UNIX:
+        for level, option, value in OPTIONS:
+            sock.setsockopt(level, option, value)
 
 
 def name_failure(error: OSError, proxy: Proxy | None) -> Failed:
@@ -440,8 +441,8 @@ class Dial:
     def _tell(self, kept: socket.socket | None, result: socket.socket | Failed) -> None:
         """It is over: tell the owner, and let go of it: the two would keep each other."""
         self._end(kept)
-        done, self.done = self.done, unheard
-        done(result)
+        self.done(result)  # where this raises, `fault` asks whose it is
+        self.done = unheard
 
     def _end(self, kept: socket.socket | None) -> None:
         """The dial is over: close everything but `kept`, which the loop watches no more."""

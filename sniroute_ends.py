@@ -29,11 +29,16 @@ Seams: I want to ...
 
 This room imports sniroute_callers, sniroute_datagrams, sniroute_peering, sniroute_lanes, sniroute_pool,
 sniroute_upstreams, sniroute_offload, sniroute_duplex, sniroute_guards, sniroute_signals, sniroute_nodeurl,
-sniroute_loop, sniroute_names and sniroute_refusals (Failed).
+sniroute_dial (set_options), sniroute_loop, sniroute_names and sniroute_refusals (Failed).
 """
 
 from __future__ import annotations
 
+<<<<<<< HEAD
+=======
+import functools
+import ipaddress
+>>>>>>> np-bench
 import os
 import socket
 import time
@@ -41,6 +46,7 @@ from typing import Any, Callable
 
 from sniroute_callers import PEEK_LAST, Callee, Caller, Counts, Relays
 from sniroute_datagrams import Datagrams
+from sniroute_dial import set_options
 from sniroute_duplex import Certificates, Wire
 from sniroute_guards import Slots
 from sniroute_lanes import LANES, Lanes, Reception, shake
@@ -70,6 +76,7 @@ SITE_MAX = 4  # of them from one address: who hears a token can ask again and ag
 UNPROVEN_MAX = 1024  # connections of the pool that have not proven the key yet: as many as a pool has by default
 CAPACITY_MAX = 8192  # idle connections of a client, whatever its server says; or `min`, or half of the descriptors
 ACCEPTS = 64  # connections taken in one go
+SITES_KEPT = 256  # addresses whose network is remembered: to find it costs more than all else at a connection's start
 
 IDLE, LISTENING, EXPECTING, LINKED, COOLING, CLOSED = (
     "idle", "listening", "expecting", "linked", "cooling", "closed")
@@ -804,6 +811,22 @@ class Arrival:
 # -- addresses ---------------------------------------------------------------------------------
 
 
+class Listening(socket.socket):
+    """A listening socket.  What it accepts has its options (`set_options`): the kernel passes them on, but O_NONBLOCK."""
+
+    def accept(self) -> tuple[Any, Any]:
+        """The next connection, as the interpreter's own kind of socket, which costs less, and its address."""
+        fd, address = self._accept()  # type: ignore[attr-defined]
+        sock = socket.SocketType(self.kind, socket.SOCK_STREAM, 0, fd)
+        sock.setblocking(False)
+        return sock, address
+
+    @functools.cached_property
+    def kind(self) -> int:
+        """Its family.  `socket.family` makes an enumeration of it each time."""
+        return int(self.family)
+
+
 def listen(host: str, port: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
     """A listener, non-blocking; without a host on all addresses of both families.  Raises OSError."""
     found = socket.getaddrinfo(host.encode() or None, port, type=kind, flags=socket.AI_PASSIVE)
@@ -811,7 +834,7 @@ def listen(host: str, port: int, kind: int = socket.SOCK_STREAM) -> socket.socke
     error = OSError("no address")
     for family, _, _, _, address in rows:
         try:
-            sock = socket.socket(family, kind)
+            sock = Listening(family, kind) if kind == socket.SOCK_STREAM else socket.socket(family, kind)
         except OSError as failed:
             error = failed  # this host has no IPv6
             continue
@@ -823,6 +846,7 @@ def listen(host: str, port: int, kind: int = socket.SOCK_STREAM) -> socket.socke
             sock.bind(address)
             if kind == socket.SOCK_STREAM:
                 sock.listen(4096)
+                set_options(sock)
             sock.setblocking(False)
             return sock
         except OSError as failed:
@@ -831,3 +855,19 @@ def listen(host: str, port: int, kind: int = socket.SOCK_STREAM) -> socket.socke
             if host or family == socket.AF_INET:
                 raise
     raise error
+<<<<<<< HEAD
+=======
+
+
+@functools.lru_cache(SITES_KEPT)
+def network_of(host: str) -> Any:
+    """What of an address tells one site from another: an IPv4 address, or the /64 of an IPv6 one."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    mapped = getattr(address, "ipv4_mapped", None)
+    if mapped is not None:
+        return mapped
+    return ipaddress.ip_network((address, 64), strict=False) if address.version == 6 else address
+>>>>>>> np-bench

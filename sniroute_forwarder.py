@@ -274,10 +274,10 @@ class Forwarder:
 
     # -- listeners -----------------------------------------------------------------------------
 
-    def listen(self, target: Any, address: tuple[str, int]) -> Listener:
-        """Open a listener; once this returns, clients can connect.  Raises OSError."""
+    def listen(self, target: Any, address: tuple[str, int], kind: type[socket.socket] = socket.socket) -> Listener:
+        """Open a listener, a socket of this kind; once this returns, clients can connect.  Raises OSError."""
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock = kind(family, socket.SOCK_STREAM)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)

@@ -33,7 +33,7 @@ Seams: I want to ...
     admit more at a time        a limit below
 
 This room imports sniroute_duplex (wires, certificates), sniroute_signals (the handshake), sniroute_nodeurl,
-sniroute_layers (Place), sniroute_offload, sniroute_upgrade, sniroute_dial, sniroute_http, sniroute_loop, sniroute_names and
+sniroute_layers (Place), sniroute_offload, sniroute_upgrade, sniroute_http, sniroute_loop, sniroute_names and
 sniroute_refusals; sniroute_streams where a pool is HTTP/2.
 """
 
@@ -46,7 +46,6 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
-from sniroute_dial import set_options
 from sniroute_duplex import (Certificates, Duplex, DuplexOpening, TcpWire, TlsWire, WebSocketWire, client_context)
 from sniroute_http import read_lines
 from sniroute_layers import Place, Wire, unheard
@@ -70,6 +69,7 @@ STRANGERS_MAX = 256  # connections that are not told apart yet: 256 TLS handshak
 SOURCE_MAX = 32  # of them from one address, or from one /64 of IPv6
 FRIENDS_MAX = 1024  # of the client that has the tunnel: as many as a pool has at most by itself
 GRACE = 0.002  # seconds: twenty times what a program needs from its connect to its first words, and no caller notices
+SOURCES_KEPT = 1024  # addresses whose source is remembered: more than there are guests
 SESSIONS_MAX = 64  # HTTP/2 connections of a server: a client has one, and another while it comes back
 ANSWER_MAX = 8192  # bytes of an answer to the upgrade: the original's has 130
 
@@ -462,6 +462,7 @@ LANES: dict[int, type[Lanes]] = {0: TcpLanes, 2: WebSocketLanes, 3: H2Lanes}
 # -- the server's side -------------------------------------------------------------------------
 
 
+@functools.lru_cache(SOURCES_KEPT)
 def source_of(host: str) -> str:
     """Whom an address stands for: itself, and for IPv6 the /64, which is what one host has."""
     ip = unmapped(ipaddress.ip_address(host.partition("%")[0]))
@@ -499,12 +500,7 @@ class Reception:
         self.sessions: dict[H2Server, Any] = {}  # the addresses of their clients
 
     def receive(self, sock: socket.socket, address: Any) -> None:
-        """Take an accepted connection."""
-        try:
-            set_options(sock)
-        except OSError:
-            sock.close()
-            return
+        """Take an accepted connection; its listener has set its options."""
         guest = Guest(self, TcpWire(self.end.program.wires, sock, address[:2]), address)
         self._admit(guest)
         if not self.end.terms.tls:
@@ -632,7 +628,11 @@ class Guest:
             self._say_goodbye("it speaks no TLS")
 
     def _unwrapped(self, result: TcpWire | Failed, fingerprint: str) -> None:
-        self._on_shaken(result if isinstance(result, Failed) else None)
+        if isinstance(result, Failed):
+            self._on_shaken(result)
+        else:  # a request: the pool's connections have no TLS
+            self.wire.on_data = self.on_request
+            self.wire.on_end = self.on_end
 
     def _on_shaken(self, failed: Failed | None) -> None:
         if failed is not None:

@@ -42,8 +42,8 @@ import time
 from typing import Any, Mapping
 
 from sniroute_callers import Caller
-from sniroute_dial import WayOut
-from sniroute_ends import Arrival, Client, End, Server, listen
+from sniroute_dial import WayOut, set_options
+from sniroute_ends import Arrival, Client, End, Listening, Server, listen
 from sniroute_flow import Pipes
 from sniroute_forwarder import TEXT_MAX, Control, Forwarder, Listener, Log
 from sniroute_host import open_standard_streams, raise_descriptor_limit
@@ -142,7 +142,8 @@ class NodePass(Forwarder):
         return Server(self, options._replace(key=key, noudp=True), self.times, accepts=True)
 
     def listen(self, target: Any, address: tuple[str, int]) -> Listener:
-        listener = super().listen(target, address)
+        listener = super().listen(target, address, Listening)
+        set_options(listener.sock)
         if target not in self.ends:
             self.ends.append(target)
             target.start()

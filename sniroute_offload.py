@@ -180,13 +180,15 @@ class Offload:
 
         found.on_data = on_data
         found.on_end = on_end
-        with theirs:
+        try:
             if sock is not None:
-                with sock:
-                    try:
-                        self._ready().send(order, [sock.fileno(), theirs.fileno()])
-                    except OSError:
-                        pass  # `theirs` closes, and `on_end` hears of it
+                self._ready().send(order, [sock.fileno(), theirs.fileno()])
+        except OSError:
+            pass  # `theirs` closes, and `on_end` hears of it
+        finally:
+            theirs.close()
+            if sock is not None:
+                sock.close()
         return found
 
     def _dismiss(self) -> None:

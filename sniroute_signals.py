@@ -140,6 +140,9 @@ class Signal(NamedTuple):
     fp: str = ""  # a certificate's fingerprint, sha256: and hex digits
 
 
+to_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def disguise(data: bytes, key: bytes) -> bytes:
     """`data` XOR the key, repeated from its start; twice is the data again."""
     stream = (key * (len(data) // len(key) + 1))[:len(data)]
@@ -148,7 +151,7 @@ def disguise(data: bytes, key: bytes) -> bytes:
 
 def encode(signal: Signal, key: bytes) -> bytes:
     """A signal as its line: base64 (RFC 4648 section 4) of JSON in disguise, and LF."""
-    text = json.dumps({name: value for name, value in zip(Signal._fields, signal) if value}, separators=(",", ":"))
+    text = to_json({name: value for name, value in zip(Signal._fields, signal) if value})
     return base64.b64encode(disguise(text.encode(), key)) + b"\n"
 
 
