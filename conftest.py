@@ -61,7 +61,8 @@ OPTIONS = {  # files that an installation may leave out
     "sniroute_children.py", "sniroute_ends.py",
     "sniroute_single.py", "sniroute_callers.py", "sniroute_datagrams.py", "sniroute_peering.py",
     "sniroute_lanes.py", "sniroute_streams.py", "sniroute_h2.py", "sniroute_pool.py", "sniroute_upstreams.py",
-    "sniroute_duplex.py", "sniroute_guards.py", "sniroute_signals.py", "sniroute_nodeurl.py", "sniroute_nat.py",
+    "sniroute_offload.py", "sniroute_duplex.py", "sniroute_guards.py", "sniroute_signals.py", "sniroute_nodeurl.py",
+    "sniroute_nat.py",
     "sniroute_admin.py", "sniroute_door.py", "sniroute_metrics.py", "sniroute_page.py",
     "sniroute_carrier.py", "sniroute_dial.py", "sniroute_edge.py", "sniroute_forwarder.py", "sniroute_upgrade.py",
 }

@@ -63,10 +63,10 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
                                                                client is sniroute_claim
     sniroute_nodepass *    services behind NAT                with sniroute_ends, _peering, _pool, _lanes, _duplex,
                                                                _callers, _datagrams, _single, _upstreams, _guards,
-                                                               _signals, _nodeurl, _streams, _h2, _master, _panel,
-                                                               _mcp, _instances, _children, _nat, _forwarder, _layers,
-                                                               _dial, _upgrade, _http, _hpack, _http2, _certificate,
-                                                               _door and _page
+                                                               _offload, _signals, _nodeurl, _streams, _h2, _master,
+                                                               _panel, _mcp, _instances, _children, _nat, _forwarder,
+                                                               _layers, _dial, _upgrade, _http, _hpack, _http2,
+                                                               _certificate, _door and _page
 
 A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The rows at the end stand
 apart: they are options, most of them of several files; the table in CONTRIBUTING.md says what they import of the rooms

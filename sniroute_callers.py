@@ -21,7 +21,7 @@ Seams: I want to ...
     carry over other wires      nothing to do: a wire of sniroute_duplex that has no `raw` socket is joined
 
 This room imports sniroute_forwarder (Listener), sniroute_duplex, sniroute_guards, sniroute_signals (PROXY headers),
-sniroute_dial (`set_options`), sniroute_flow, sniroute_loop and sniroute_refusals (Failed).
+sniroute_flow, sniroute_loop and sniroute_refusals (Failed).
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Any, Callable, Sequence
 
-from sniroute_dial import set_options
 from sniroute_duplex import TcpWire, Wire
 from sniroute_flow import DONE, NO_FLOW, OPEN, Flow
 from sniroute_flow import BROKEN as SINK_BROKEN
@@ -72,12 +71,12 @@ class Relays:
     Args:
         rate: bytes in a second each way, for all together; 0: as many as there are.
         idle: seconds without a byte after which a connection is cut; 0: never.
-        buffers: for what comes from a wire, and from the layers below it (`Wire.use`); all wires of the loop use them,
-            since what is in them is sent on before another one reads.
+        buffers: gives those for what comes from a wire, and from the layers below it (`Wire.use`); all wires of the
+            loop use the same, since what is in them is sent on before another one reads.  Asked once there is a wire.
     """
 
     def __init__(self, loop: Loop, pipes: Any, wires: Any, alarms: Any, counts: Counts, rate: float, idle: float,
-                 buffers: Sequence[memoryview] = ()):
+                 buffers: Callable[[], Sequence[memoryview]]):
         self.loop = loop
         self.pipes = pipes  # as Flow asks for it
         self.wires = wires
@@ -94,7 +93,7 @@ class Relays:
 
         `early`: what the wire has given before; `ended`: the other end has ended behind that.
         """
-        raw = far.raw() if isinstance(near, socket.socket) and not self.buckets else None
+        raw = far.raw() if isinstance(near, socket.SocketType) and not self.buckets else None
         relay = Joined(self, near, far, over) if raw is None else Spliced(self, near, raw, over)
         self.open.add(relay)
         self.counts.tcps += 1
@@ -301,7 +300,7 @@ class Joined(Relay):
 
     def __init__(self, relays: Relays, near: socket.socket | Wire, far: Wire, over: Callable[[Relay], None]):
         super().__init__(relays, over)
-        self.near = Side(TcpWire(relays.wires, near) if isinstance(near, socket.socket) else near)
+        self.near = Side(TcpWire(relays.wires, near) if isinstance(near, socket.SocketType) else near)
         self.far = Side(far)
         self.full: set[Side] = set()  # sides that are held since the other one is full
 
@@ -314,8 +313,7 @@ class Joined(Relay):
             wire.on_data = lambda data, at=at, here=here, there=there: self.pass_on(data, at, here, there)
             wire.on_end = lambda error, here=here, there=there: self.on_end(error, here, there)
             wire.on_room = lambda here=here, there=there: self.on_room(there)
-            if self.router.buffers:
-                wire.use(self.router.buffers)
+            wire.use(self.router.buffers())
         if early:
             self.pass_on(early, 1, self.far, self.near)
         if ended:
@@ -403,11 +401,6 @@ class Caller:
 
     def start(self) -> None:
         """Begin: look what it speaks, where that matters."""
-        try:
-            set_options(self.client)
-        except OSError:
-            self.close()  # it has left already
-            return
         if self.end.options.block:
             self.state = PEEKING
             self.watch = Watch(self.program.loop.poller, self.client.fileno())
@@ -600,10 +593,10 @@ class Callee:
                 self.abort()
                 return
         self.state = CARRYING
-        slot = self.slot
+        slot, wire, self.slot, self.wire = self.slot, self.wire, None, None  # the relay's from here on
         self.end.pool.hold(-len(slot.early))
-        self.wire.on_data = self.wire.on_end = lambda *what: None
-        self.relay = self.end.relays.join(result, self.wire, slot.early, slot.ended, self.on_over)
+        wire.on_data = wire.on_end = lambda *what: None
+        self.relay = self.end.relays.join(result, wire, slot.early, slot.ended, self.on_over)
 
     def on_over(self, relay: Relay) -> None:
         self.relay = None

@@ -22,27 +22,29 @@ Seams: I want to ...
     another kind of wire     a subclass of Duplex, as WebSocketWire
     trust otherwise          client_context; who we are: Certificates
 
-This room imports sniroute_layers (Wire), sniroute_upgrade (frames), sniroute_certificate, sniroute_loop, sniroute_names
-and sniroute_refusals.
+This room imports sniroute_layers (Wire), sniroute_upgrade (frames), sniroute_loop, sniroute_names and
+sniroute_refusals; and sniroute_certificate where it makes a certificate.
 """
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import os
 import socket
-import ssl
 import sys
 import time
-from typing import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Callable, Iterable, Sequence
 
-from sniroute_certificate import Pair, load, self_signed
-from sniroute_layers import RECORD, ROOM, Opening, Plain, Secure, Wire, Wires, asked_name, tls_words, unheard
+from sniroute_layers import RECORD, ROOM, Opening, Plain, Secure, Wire, Wires, asked_name, load_ssl, tls_words, unheard
 from sniroute_loop import monotonic, unsent
 from sniroute_names import printable
 from sniroute_refusals import Failed, Malformed, SettingsError
 from sniroute_upgrade import BINARY, CHUNK, CLOSE, PING, PONG, ZERO, EitherReader, frame
+
+if TYPE_CHECKING:
+    import ssl
+
+    from sniroute_certificate import Pair
 
 __version__ = "0.1.0"
 
@@ -56,7 +58,6 @@ LOOK_EVERY = 1.0  # seconds between two looks at whether a certificate's files h
 PEM_BEGIN, PEM_END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"  # RFC 7468 section 5
 CERTIFICATE_MAX = 1 << 20  # bytes of a file with certificates that are read
 LIFE = 3650 * 86400  # seconds for which a certificate made on the spot is valid: it is compared, not checked
-OP_IGNORE_UNEXPECTED_EOF = getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)  # Debian's Python sets it
 
 # What a direction may be.
 OPEN, ENDING, OVER = "open", "ending", "over"
@@ -67,6 +68,7 @@ class Duplex(Wire):
 
     __slots__ = ()
 
+    protocol = ""  # what both have agreed to speak (ALPN)
     half = True  # whether a peer that knows how may go on sending when it has heard our end
     peer: Peer  # the address of the other side
 
@@ -163,6 +165,16 @@ class TcpWire(Plain, Duplex):
 # -- TLS ---------------------------------------------------------------------------------------
 
 
+def load_tls() -> None:
+    """Have `ssl` here, and `hashlib`, which brings the same library.  They take 5 MB, which an end without TLS does not
+    need."""
+    global hashlib, ssl
+    import hashlib
+    import ssl
+    load_ssl()  # for Secure
+
+
+
 class TlsWire(Secure, Duplex):
     """TLS over another wire, which it owns, on either side.  Its owner waits for `shake` before it sends.
 
@@ -183,6 +195,7 @@ class TlsWire(Secure, Duplex):
     def __init__(self, below: Wire, context: ssl.SSLContext, name: str = "", session: ssl.SSLSession | None = None,
                  server_side: bool = False):
         Wire.__init__(self)
+        load_tls()
         self.below = below
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side, asked_name(name) if name else None)
@@ -510,7 +523,7 @@ class WebSocketWire(Duplex):
 def _modern(context: ssl.SSLContext, protocols: Iterable[str]) -> ssl.SSLContext:
     """TLS 1.3, and no cut that passes for an end."""
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.options &= ~OP_IGNORE_UNEXPECTED_EOF
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)  # Debian's Python sets it
     if protocols:
         context.set_alpn_protocols(list(protocols))
     return context
@@ -526,6 +539,7 @@ def client_context(is_checked: bool, protocols: Iterable[str] = (), authorities:
 
     Raises OSError, also ssl.SSLError, for that file.
     """
+    load_tls()
     if is_checked:
         context = ssl.create_default_context(cafile=authorities)
     else:
@@ -544,16 +558,18 @@ def server_context(certificate: Pair | tuple[str, str], protocols: Iterable[str]
 
     Raises OSError, also ssl.SSLError.
     """
+    load_tls()
     context = _modern(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), protocols)
     # No tickets: nobody resumes, they would be 500 bytes for each connection, and a client that closes before it has
     # read them resets the connection.
     context.num_tickets = 0
     # The client knows what its machine does fast: Go puts AES-128 first, OpenSSL AES-256.
     context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
-    if isinstance(certificate, Pair):
-        load(context, certificate)
-    else:
+    if len(certificate) == 2:
         context.load_cert_chain(*certificate, password=no_password)
+    else:
+        from sniroute_certificate import load  # as in `make_pair`
+        load(context, certificate)
     return context
 
 
@@ -576,6 +592,7 @@ class Certificates:
 
     def __init__(self, files: tuple[str, str] | None, name: str = "", tell: Callable[[str], None] = unheard,
                  clock: Callable[[], float] = monotonic):
+        load_tls()
         self.files = files
         self.protocols: tuple[str, ...] = ()
         self.tell = tell
@@ -646,6 +663,7 @@ class Certificates:
 
 def make_pair(name: str) -> Pair:
     """A new certificate for a name or an address, or, where one cannot be for it, for another."""
+    from sniroute_certificate import self_signed  # 0.4 MB, for who makes one
     now = time.time()
     try:
         return self_signed(ipaddress.ip_address(name), now, LIFE)

@@ -28,31 +28,36 @@ Seams: I want to ...
     carry something else           as sniroute_datagrams
 
 This room imports sniroute_callers, sniroute_datagrams, sniroute_peering, sniroute_lanes, sniroute_pool,
-sniroute_upstreams, sniroute_duplex, sniroute_guards, sniroute_signals, sniroute_nodeurl, sniroute_loop, sniroute_names
-and sniroute_refusals (Failed).
+sniroute_upstreams, sniroute_offload, sniroute_duplex, sniroute_guards, sniroute_signals, sniroute_nodeurl,
+sniroute_dial (set_options), sniroute_loop, sniroute_names and sniroute_refusals (Failed).
 """
 
 from __future__ import annotations
 
-import hmac
-import secrets
+<<<<<<< HEAD
+=======
+import functools
+import ipaddress
+>>>>>>> np-bench
+import os
 import socket
-from email.utils import formatdate
+import time
 from typing import Any, Callable
 
 from sniroute_callers import PEEK_LAST, Callee, Caller, Counts, Relays
 from sniroute_datagrams import Datagrams
+from sniroute_dial import set_options
 from sniroute_duplex import Certificates, Wire
 from sniroute_guards import Slots
 from sniroute_lanes import LANES, Lanes, Reception, shake
 from sniroute_loop import READ, Alarm, Watch, monotonic
 from sniroute_names import show_address
 from sniroute_nodeurl import Options, Times
+from sniroute_offload import is_worth_it
 from sniroute_peering import CONTROL, Candidate, Link, Newcomer, News, network_of
 from sniroute_pool import Asker, Pool, Sizer, Slot
 from sniroute_refusals import Failed
-from sniroute_signals import (DATAGRAM_MAX, REFUSED, Ask, Signal, Terms, answer, proof,
-                              same_token, token_of)
+from sniroute_signals import (DATAGRAM_MAX, REFUSED, Ask, Signal, Terms, answer, http_date, proof, same_token, token_of)
 from sniroute_upstreams import Upstreams
 
 __version__ = "0.1.0"
@@ -71,6 +76,7 @@ SITE_MAX = 4  # of them from one address: who hears a token can ask again and ag
 UNPROVEN_MAX = 1024  # connections of the pool that have not proven the key yet: as many as a pool has by default
 CAPACITY_MAX = 8192  # idle connections of a client, whatever its server says; or `min`, or half of the descriptors
 ACCEPTS = 64  # connections taken in one go
+SITES_KEPT = 256  # addresses whose network is remembered: to find it costs more than all else at a connection's start
 
 IDLE, LISTENING, EXPECTING, LINKED, COOLING, CLOSED = (
     "idle", "listening", "expecting", "linked", "cooling", "closed")
@@ -97,7 +103,7 @@ class End:
         self.counts = Counts()
         self.slots = Slots(options.slot)
         self.relays = Relays(self.loop, program.pipes, program.wires, program.alarms, self.counts, options.byte_rate,
-                             options.read, program.buffers)
+                             options.read, lambda: program.buffers)
         self.upstreams = Upstreams(self.loop, program.way, options, times, monotonic)
         self.pool = Pool(self.loop, False, times.pool_get, self.on_stranger, self.on_fewer)
         self.datagrams = Datagrams(self, self.relays.buckets)
@@ -322,7 +328,7 @@ class End:
             slot.wire.close()
         else:
             self.spent = signal.id  # it may come yet, and has ended already
-        if not self.fingerprint or not hmac.compare_digest(self.fingerprint, signal.fp):
+        if not self.fingerprint or self.fingerprint != signal.fp:
             self.log("error", "the certificates differ: somebody is between the two ends")
             self.link.end("the certificates differ")
         elif not self.verified:
@@ -382,8 +388,10 @@ class Server(End):
         self.accepts = accepts
         self.pool.picks = accepts
         self.terms = Terms("-" if accepts else "+", options.max, options.tls, options.type)
-        files = (options.crt, options.key_file) if options.tls == 2 else None
-        self.certificates = Certificates(files, options.server_name, tell=lambda words: self.log("info", words))
+        self.certificates: Certificates | None = None  # a helper does what TLS there is
+        if options.tls or options.type or not is_worth_it():
+            files = (options.crt, options.key_file) if options.tls == 2 else None
+            self.certificates = Certificates(files, options.server_name, tell=lambda words: self.log("info", words))
         self.listener: socket.socket | None = None
         self.watch: Watch | None = None
         self.reception: Reception | None = None
@@ -403,6 +411,8 @@ class Server(End):
                      event="warning")
             self.later("start", self.times.cooldown, self.start)
             return
+        if self.certificates is None:
+            self.program.offload.prepare()
         self.reception = Reception(self, self.certificates, self.on_ask, self.on_arrival)
         self.watch = Watch(self.loop.poller, self.listener.fileno())
         self._accept_again()
@@ -458,7 +468,7 @@ class Server(End):
         self.answered.put(wire)
         if len(self.answered.due) > ANSWERED_MAX:
             self.answered.due.popitem(last=False)[0].close()
-        wire.send(refused or answer(self.terms._replace(nonce=self.candidates[-1].nonce), formatdate(usegmt=True)))
+        wire.send(refused or answer(self.terms._replace(nonce=self.candidates[-1].nonce), http_date(time.time())))
         wire.finish()
 
     def _judge(self, ask: Ask, wire: Wire) -> bytes:
@@ -480,7 +490,7 @@ class Server(End):
             self.nuisance("second", f"{show_address(wire.peer)} asks for a link, but {self.peer} has it")
             self.link.prod()
             return REFUSED[409]
-        candidate = Candidate(wire.peer[0], secrets.token_hex(16) if ask.ours else "")
+        candidate = Candidate(wire.peer[0], os.urandom(16).hex() if ask.ours else "")
         same = [each for each in self.candidates if each.network == candidate.network]
         for surplus in (same[:1] if len(same) >= SITE_MAX else self.candidates[:len(self.candidates) + 1 - CANDIDATES_MAX]):
             self.candidates.remove(surplus)
@@ -502,7 +512,7 @@ class Server(End):
         number = CONTROL
         if self.state is not EXPECTING or not last.gives_zero():
             while number == CONTROL or number in self.pool.idle:
-                number = secrets.token_hex(ID)
+                number = os.urandom(ID).hex()
         wire.send(bytes.fromhex(number))
         if not last.nonce:
             self.admit(last, number, wire, b"")
@@ -536,7 +546,7 @@ class Server(End):
         self.candidates = [candidate]
         self.peer = candidate.peer
         self.terms = self.terms._replace(nonce=candidate.nonce)
-        self.fingerprint = self.certificates.fingerprint
+        self.fingerprint = self.certificates.fingerprint if self.certificates is not None else ""
         for number in self.pool.idle.keys() - candidate.ids:
             self.pool.pick(number).wire.reset()
         candidate.ids.clear()
@@ -801,14 +811,30 @@ class Arrival:
 # -- addresses ---------------------------------------------------------------------------------
 
 
+class Listening(socket.socket):
+    """A listening socket.  What it accepts has its options (`set_options`): the kernel passes them on, but O_NONBLOCK."""
+
+    def accept(self) -> tuple[Any, Any]:
+        """The next connection, as the interpreter's own kind of socket, which costs less, and its address."""
+        fd, address = self._accept()  # type: ignore[attr-defined]
+        sock = socket.SocketType(self.kind, socket.SOCK_STREAM, 0, fd)
+        sock.setblocking(False)
+        return sock, address
+
+    @functools.cached_property
+    def kind(self) -> int:
+        """Its family.  `socket.family` makes an enumeration of it each time."""
+        return int(self.family)
+
+
 def listen(host: str, port: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
     """A listener, non-blocking; without a host on all addresses of both families.  Raises OSError."""
-    found = socket.getaddrinfo(host or None, port, type=kind, flags=socket.AI_PASSIVE)
+    found = socket.getaddrinfo(host.encode() or None, port, type=kind, flags=socket.AI_PASSIVE)
     rows = sorted(found, key=lambda row: row[0] != (socket.AF_INET if host else socket.AF_INET6))
     error = OSError("no address")
     for family, _, _, _, address in rows:
         try:
-            sock = socket.socket(family, kind)
+            sock = Listening(family, kind) if kind == socket.SOCK_STREAM else socket.socket(family, kind)
         except OSError as failed:
             error = failed  # this host has no IPv6
             continue
@@ -820,6 +846,7 @@ def listen(host: str, port: int, kind: int = socket.SOCK_STREAM) -> socket.socke
             sock.bind(address)
             if kind == socket.SOCK_STREAM:
                 sock.listen(4096)
+                set_options(sock)
             sock.setblocking(False)
             return sock
         except OSError as failed:
@@ -828,3 +855,19 @@ def listen(host: str, port: int, kind: int = socket.SOCK_STREAM) -> socket.socke
             if host or family == socket.AF_INET:
                 raise
     raise error
+<<<<<<< HEAD
+=======
+
+
+@functools.lru_cache(SITES_KEPT)
+def network_of(host: str) -> Any:
+    """What of an address tells one site from another: an IPv4 address, or the /64 of an IPv6 one."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    mapped = getattr(address, "ipv4_mapped", None)
+    if mapped is not None:
+        return mapped
+    return ipaddress.ip_network((address, 64), strict=False) if address.version == 6 else address
+>>>>>>> np-bench

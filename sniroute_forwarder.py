@@ -45,7 +45,6 @@ import signal
 import socket
 import struct
 import sys
-import threading
 import time
 import urllib.parse
 from typing import Any, Callable, Protocol
@@ -275,10 +274,10 @@ class Forwarder:
 
     # -- listeners -----------------------------------------------------------------------------
 
-    def listen(self, target: Any, address: tuple[str, int]) -> Listener:
-        """Open a listener; once this returns, clients can connect.  Raises OSError."""
+    def listen(self, target: Any, address: tuple[str, int], kind: type[socket.socket] = socket.socket) -> Listener:
+        """Open a listener, a socket of this kind; once this returns, clients can connect.  Raises OSError."""
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock = kind(family, socket.SOCK_STREAM)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
@@ -456,6 +455,7 @@ def bridge(forwarder: Forwarder, target: Any) -> int:
 
     A pipe cannot be reset, so the code is all that tells a stream that was cut from a whole one.
     """
+    import threading  # 0.2 MB, for who has no sockets
     ours, theirs = socket.socketpair()
     with theirs:
         threading.Thread(target=copy, args=(lambda size: os.read(0, size), theirs.sendall,

@@ -33,30 +33,33 @@ Seams: I want to ...
     admit more at a time        a limit below
 
 This room imports sniroute_duplex (wires, certificates), sniroute_signals (the handshake), sniroute_nodeurl,
-sniroute_layers (Place), sniroute_upgrade, sniroute_dial, sniroute_http, sniroute_loop, sniroute_names and
+sniroute_layers (Place), sniroute_offload, sniroute_upgrade, sniroute_http, sniroute_loop, sniroute_names and
 sniroute_refusals; sniroute_streams where a pool is HTTP/2.
 """
 
 from __future__ import annotations
 
+import base64
+import functools
 import ipaddress
 import socket
-import ssl
-from email.utils import formatdate
+import time
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
-from sniroute_dial import set_options
 from sniroute_duplex import (Certificates, Duplex, DuplexOpening, TcpWire, TlsWire, WebSocketWire, client_context)
 from sniroute_http import read_lines
 from sniroute_layers import Place, Wire, unheard
 from sniroute_loop import Alarm, monotonic
 from sniroute_names import printable, show_address, unmapped
 from sniroute_nodeurl import NO_NAME, Options
+from sniroute_offload import Offload, Order, is_worth_it
 from sniroute_refusals import Failed, Malformed
-from sniroute_signals import Ask, Terms, ask, parse_ask, parse_terms, refusal, token_of
+from sniroute_signals import Ask, Terms, ask, http_date, parse_ask, parse_terms, refusal, token_of
 from sniroute_upgrade import check_upgrade, new_key, parse_answer, upgrade_answer
 
 if TYPE_CHECKING:
+    import ssl
+
     from sniroute_streams import H2Client, H2Server, StreamWire
 
 __version__ = "0.1.0"
@@ -66,6 +69,7 @@ STRANGERS_MAX = 256  # connections that are not told apart yet: 256 TLS handshak
 SOURCE_MAX = 32  # of them from one address, or from one /64 of IPv6
 FRIENDS_MAX = 1024  # of the client that has the tunnel: as many as a pool has at most by itself
 GRACE = 0.002  # seconds: twenty times what a program needs from its connect to its first words, and no caller notices
+SOURCES_KEPT = 1024  # addresses whose source is remembered: more than there are guests
 SESSIONS_MAX = 64  # HTTP/2 connections of a server: a client has one, and another while it comes back
 ANSWER_MAX = 8192  # bytes of an answer to the upgrade: the original's has 130
 
@@ -100,6 +104,15 @@ def name_of(options: Options) -> str:
     return options.server_name if options.server_name != NO_NAME else options.host or "127.0.0.1"
 
 
+def pinned(wire: Duplex, pin: str, seen: str) -> Duplex | Failed:
+    """A connection on which the certificate `seen` was shown: it is given back where that is the one of `pin`."""
+    if not pin or seen == pin:
+        return wire
+    wire.reset()
+    return Failed("certificate", f"the server's certificate is {seen}, and not the one of pin=" if seen else
+                  "pin= is set, and the connection has no TLS")
+
+
 class Approach:
     """A connection to the server in the making: dialled, in TLS where there is a context, and with the right pin.
 
@@ -114,6 +127,11 @@ class Approach:
         place = Place(end.options.host or "127.0.0.1", end.options.port, tls, name)
         self.opening = DuplexOpening(end.program.wires, end.program.way, place, self._opened)
 
+    @property
+    def phase(self) -> str:
+        """What it waits for."""
+        return self.opening.phase
+
     def start(self) -> None:
         """Begin."""
         self.opening.start()
@@ -124,6 +142,9 @@ class Approach:
         self.opening.cancel()
 
     def _opened(self, result: Duplex | Failed) -> None:
+<<<<<<< HEAD
+        self.done(result if isinstance(result, Failed) else pinned(result, self.pin, result.fingerprint()))
+=======
         if not isinstance(result, Failed) and self.pin and result.fingerprint() != self.pin:
             seen = result.fingerprint()
             result.reset()
@@ -131,6 +152,7 @@ class Approach:
                             "pin= is set, and the connection has no TLS")
         done, self.done = self.done, unheard  # else a wire with its TLS waits for the collector of garbage
         done(result)
+>>>>>>> np-hostile
 
 
 class Handshake:
@@ -140,7 +162,7 @@ class Handshake:
     hears it once has it for ever.
     """
 
-    __slots__ = ("options", "done", "wire", "said", "alarm", "approach")
+    __slots__ = ("options", "done", "wire", "said", "alarm", "approach", "offload")
 
     def __init__(self, end: Any, done: Done):
         self.options: Options = end.options
@@ -148,10 +170,19 @@ class Handshake:
         self.wire: Duplex | None = None
         self.said = bytearray()
         self.alarm: Alarm = end.program.alarms.at(monotonic() + end.times.tcp_dial + end.times.handshake, self._on_late)
-        tls, name = trust(self.options, max(self.options.tls, 1), name_of(self.options))
+        code = max(self.options.tls, 1)
+        name = name_of(self.options) if code == 2 else ""
         if not name and self.options.server_name != NO_NAME:
             name = self.options.server_name  # nobody checks it, but who stands between may route by it
-        self.approach = Approach(end, tls, name, self._opened)
+        self.approach: Approach | DuplexOpening
+        self.offload: Offload | None = end.program.offload if is_worth_it() else None
+        if self.offload is None:
+            self.approach = Approach(end, trust(self.options, code, name)[0], name, self._opened)
+            return
+        self.offload.prepare()
+        order = Order(False, name, code == 2 and not self.options.pin)
+        place = Place(self.options.host or "127.0.0.1", self.options.port, None, "")
+        self.approach = DuplexOpening(end.program.wires, end.program.way, place, functools.partial(self._dialled, order))
 
     def cancel(self) -> None:
         """Close everything, and never call `done`."""
@@ -170,8 +201,17 @@ class Handshake:
         done(result)
 
     def _on_late(self) -> None:
-        what = self.approach.opening.phase if self.wire is None else "waiting for the terms"
+        what = self.approach.phase if self.wire is None else "waiting for the terms"
         self._end(Failed("timeout", f"no answer in time: {what}"))
+
+    def _dialled(self, order: Order, result: TcpWire | Failed) -> None:
+        if isinstance(result, Failed):
+            self._end(result)
+        else:
+            self.wire = self.offload.open(result, order, self._unwrapped)
+
+    def _unwrapped(self, result: TcpWire | Failed, fingerprint: str) -> None:
+        self._opened(result if isinstance(result, Failed) else pinned(result, self.options.pin, fingerprint))
 
     def _opened(self, result: Duplex | Failed) -> None:
         if isinstance(result, Failed):
@@ -422,6 +462,7 @@ LANES: dict[int, type[Lanes]] = {0: TcpLanes, 2: WebSocketLanes, 3: H2Lanes}
 # -- the server's side -------------------------------------------------------------------------
 
 
+@functools.lru_cache(SOURCES_KEPT)
 def source_of(host: str) -> str:
     """Whom an address stands for: itself, and for IPv6 the /64, which is what one host has."""
     ip = unmapped(ipaddress.ip_address(host.partition("%")[0]))
@@ -436,19 +477,20 @@ class Reception:
             terms, or a link), `may_join(address)` (whether the pool takes connections from there), `knows(address)`
             (whether such a client has that address), `is_full`; `nuisance(kind, words)` is told what strangers do;
             `program` has wires, and streams for type 3.
-        certificates: who the server is.
+        certificates: who the server is; None: TLS is for handshakes only, and a helper does it.
         asked: told of each handshake, with a wire that has no owner yet, and is to be answered.
         arrived: told of each connection that may be one of the pool's.  Its id is what is to be sent next.
     """
 
-    def __init__(self, end: Any, certificates: Certificates, asked: Callable[[Ask, Duplex], None],
+    def __init__(self, end: Any, certificates: Certificates | None, asked: Callable[[Ask, Duplex], None],
                  arrived: Callable[[Wire, Any], None]):
         self.end = end
         self.certificates = certificates
         self.asked = asked
         self.arrived = arrived
         self.kind = KINDS[end.terms.type]
-        certificates.speak(LANES[end.terms.type].protocols)
+        if certificates is not None:
+            certificates.speak(LANES[end.terms.type].protocols)
         self.late = end.program.loop.queue(end.times.handshake, Guest.on_late)
         self.silent = end.program.loop.queue(GRACE, Guest.arrive)
         # Those that are not told apart yet, in the order in which they came.
@@ -458,12 +500,7 @@ class Reception:
         self.sessions: dict[H2Server, Any] = {}  # the addresses of their clients
 
     def receive(self, sock: socket.socket, address: Any) -> None:
-        """Take an accepted connection."""
-        try:
-            set_options(sock)
-        except OSError:
-            sock.close()
-            return
+        """Take an accepted connection; its listener has set its options."""
         guest = Guest(self, TcpWire(self.end.program.wires, sock, address[:2]), address)
         self._admit(guest)
         if not self.end.terms.tls:
@@ -575,6 +612,10 @@ class Guest:
         """The first bytes: TLS, or plain words."""
         self.reception.silent.drop(self)
         if data[0] == TLS_HELLO:
+            if self.reception.certificates is None:
+                order = Order(True, self.reception.end.options.server_name, early=base64.b64encode(data).decode())
+                self.wire = self.reception.end.program.offload.open(self.wire, order, self._unwrapped)
+                return
             wire = TlsWire(self.wire, self.reception.certificates.context, server_side=True)
             self.wire = wire
             wire.shake(self._on_shaken, early=bytes(data))
@@ -585,6 +626,13 @@ class Guest:
             if bytes(data[:1]).isalpha():
                 self.wire.send(NOT_PLAIN)
             self._say_goodbye("it speaks no TLS")
+
+    def _unwrapped(self, result: TcpWire | Failed, fingerprint: str) -> None:
+        if isinstance(result, Failed):
+            self._on_shaken(result)
+        else:  # a request: the pool's connections have no TLS
+            self.wire.on_data = self.on_request
+            self.wire.on_end = self.on_end
 
     def _on_shaken(self, failed: Failed | None) -> None:
         if failed is not None:
@@ -646,7 +694,7 @@ class Guest:
             self.wire.send(FULL)
             self._hand_over().close()
         else:
-            self.wire.send(upgrade_answer(key, formatdate(usegmt=True)))
+            self.wire.send(upgrade_answer(key, http_date(time.time())))
             below = self._hand_over()
             wire = WebSocketWire(below, False)
             self.reception.arrived(wire, self.address)

@@ -37,7 +37,6 @@ import collections
 import ipaddress
 import operator
 import socket
-import ssl
 import struct
 from typing import TYPE_CHECKING, Any, Callable, Generator, Sequence
 
@@ -48,6 +47,8 @@ from sniroute_refusals import Malformed
 from sniroute_upgrade import connect_request, parse_answer
 
 if TYPE_CHECKING:
+    import ssl
+
     from sniroute_kubeconfig import Proxy  # registries use this room, too, and have no kubeconfig
 
 __version__ = "0.1.0"
@@ -59,6 +60,9 @@ ROOM = 1 << 16  # `Wire.on_room` is called when `unsent` falls to this, having b
 FLIGHT_MAX = 1 << 17  # of a handshake: a chain of certificates is a tenth of that
 WRITES = 64  # pieces in one write; the kernel takes 1,024 (IOV_MAX)
 LINGER = 10.0  # seconds for which a closed wire still sends what is unsent, and waits for the other side's end
+
+
+NOTHING = ()  # `Plain.out` of a wire that was never congested
 
 
 def unheard(*what: Any) -> None:
@@ -166,7 +170,7 @@ class Plain(Wire):
         self.sock = sock
         self.watch = Watch(wires.loop.poller, sock.fileno())
         self.is_reading = True
-        self.out: collections.deque[memoryview] = collections.deque()  # what the kernel has not taken
+        self.out: collections.deque[memoryview] | tuple[()] = NOTHING  # what the kernel has not taken
         self.waiting = 0  # its bytes
         self.error: Failed | None = None  # why sending has failed
         self._wait()
@@ -189,6 +193,8 @@ class Plain(Wire):
                 return
             if sent == len(data):
                 return
+        if self.out is NOTHING:
+            self.out = collections.deque()  # late: it is 0.7 KB, and most connections never need one
         self.out.append(memoryview(data if isinstance(data, bytes) else bytes(data))[sent:])
         self.waiting += len(data) - sent
         self._wait()
@@ -235,7 +241,7 @@ class Plain(Wire):
 
     def drop(self) -> None:
         """Close the socket."""
-        self.out.clear()
+        self.out = NOTHING
         self.wires.broken.drop(self)
         self.wires.lingering.drop(self)
         self.watch.closing()
@@ -295,7 +301,7 @@ class Plain(Wire):
     def _break(self, error: OSError) -> None:
         """Nothing can be sent any more.  What the other side has said before is read first, where anybody reads."""
         self.error = broke_off(error)
-        self.out.clear()
+        self.out = NOTHING
         self.waiting = 0
         if not self.is_open:
             self.drop()
@@ -317,6 +323,12 @@ class Plain(Wire):
 def broke_off(error: OSError) -> Failed:
     """Why a connection is over."""
     return Failed("reset", error.strerror or type(error).__name__)
+
+
+def load_ssl() -> None:
+    """Have `ssl` here.  It takes 4.3 MB, which a connection without TLS does not need."""
+    global ssl
+    import ssl
 
 
 def asked_name(name: str) -> str | bytes:
@@ -341,6 +353,7 @@ class Secure(Wire):
 
     def __init__(self, below: Wire, context: ssl.SSLContext, name: str, session: ssl.SSLSession | None = None):
         super().__init__()
+        load_ssl()
         self.below = below
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls: Any = context.wrap_bio(self.incoming, self.outgoing, server_hostname=asked_name(name),

@@ -387,7 +387,7 @@ OPTIONS = {
                  "sniroute_instances", "sniroute_children", "sniroute_ends",
                  "sniroute_single", "sniroute_callers", "sniroute_datagrams", "sniroute_peering",
                  "sniroute_lanes", "sniroute_streams", "sniroute_h2", "sniroute_pool",
-                 "sniroute_upstreams", "sniroute_duplex", "sniroute_guards", "sniroute_signals",
+                 "sniroute_upstreams", "sniroute_offload", "sniroute_duplex", "sniroute_guards", "sniroute_signals",
                  "sniroute_nodeurl", "sniroute_nat", "sniroute_forwarder", "sniroute_layers",
                  "sniroute_dial", "sniroute_upgrade", "sniroute_http", "sniroute_hpack",
                  "sniroute_http2", "sniroute_certificate", "sniroute_door", "sniroute_page"),

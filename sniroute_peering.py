@@ -22,7 +22,6 @@ This room imports sniroute_signals, sniroute_duplex (Wire), sniroute_loop, sniro
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 from typing import TYPE_CHECKING, Any, Callable
 
@@ -30,7 +29,7 @@ from sniroute_duplex import Wire
 from sniroute_loop import monotonic
 from sniroute_names import show_address
 from sniroute_refusals import Failed, Malformed
-from sniroute_signals import PROOF_SIZE, Signal, SignalReader, encode, proof
+from sniroute_signals import PROOF_SIZE, Signal, SignalReader, encode, proof, same_secret
 
 if TYPE_CHECKING:
     from sniroute_ends import Server
@@ -211,7 +210,7 @@ class Newcomer:
         server, wire = self.server, self.wire
         said, number = self.said[:PROOF_SIZE], bytes.fromhex(self.id)
         for candidate in self.candidates:
-            if hmac.compare_digest(said, proof(server.key, candidate.nonce, number)):
+            if same_secret(bytes(said), proof(server.key, candidate.nonce, number)):
                 server.proving.drop(self)
                 server.admit(candidate, self.id, wire, self.said[PROOF_SIZE:])
                 return

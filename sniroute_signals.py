@@ -28,25 +28,33 @@ Seams: I want to ...
 Sources: runs of the original, and its documents at https://github.com/NodePassProject/nodepass-core; RFC 9112 for the
 handshake; HAProxy's specification of the PROXY protocol.
 
-This room imports sniroute_http (heads, bodies), sniroute_names (HOST:PORT), sniroute_refusals (Malformed) and
-sniroute_wire (PROXY headers).
+This room imports sniroute_http (heads, bodies), sniroute_names (HOST:PORT) and sniroute_refusals (Malformed); and
+sniroute_wire where there are PROXY headers.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
-import hmac
 import json
+import os
 import re
+import time
 from typing import Any, Callable, NamedTuple
 
 from sniroute_http import (Response, check_beginning, find_end, open_body, parse_request_line, parse_response,
                            read_lines)
 from sniroute_names import parse_host_port
 from sniroute_refusals import Malformed
-from sniroute_wire import proxy_v1, proxy_v2
+
+# `hashlib` and `hmac` bring OpenSSL, 3.6 MB of an end that speaks no TLS otherwise.  The interpreter has its own.
+try:
+    from _sha2 import sha256
+except ImportError:
+    try:
+        from _sha256 import sha256  # before Python 3.12
+    except ImportError:
+        from hashlib import sha256
 
 __version__ = "0.1.0"
 
@@ -62,6 +70,12 @@ DATAGRAM_MAX = 65535  # bytes: the length of a frame has 16 bits
 
 PROOF_SIZE = 16  # bytes of HMAC-SHA256: 128 bits that nobody guesses
 OURS = "Sniroute"  # the header by which our client says that it knows proofs
+
+INNER, OUTER = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5C))  # tables of `authenticate`
+NOBODYS = os.urandom(32)  # a key: see `same_token`
+
+DAYS = "Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"
+MONTHS = "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"
 
 ID = re.compile(r"[0-9a-f]{8}")
 NONCE = re.compile(r"[0-9a-f]{16,128}")
@@ -81,14 +95,28 @@ def key_of_port(port: int | str) -> str:
     return f"{hashed:08x}"
 
 
+def authenticate(key: bytes, message: bytes) -> bytes:
+    """HMAC-SHA256, 32 bytes.  Source: RFC 2104 section 2."""
+    key = (sha256(key).digest() if len(key) > 64 else key).ljust(64, b"\0")
+    return sha256(key.translate(OUTER) + sha256(key.translate(INNER) + message).digest()).digest()
+
+
 def token_of(key: str) -> str:
     """What the handshake shows instead of the key: HMAC-SHA256 of nothing, in hex."""
-    return hmac.new(key.encode(), b"", hashlib.sha256).hexdigest()
+    return authenticate(key.encode(), b"").hex()
+
+
+def same_secret(a: bytes, b: bytes) -> bool:
+    """Whether two secrets are equal, in a time that does not say where they differ.
+
+    What is compared is their HMACs under a key that nobody knows: where those differ says nothing of the secrets.
+    """
+    return authenticate(NOBODYS, a) == authenticate(NOBODYS, b)
 
 
 def same_token(a: str, b: str) -> bool:
-    """Whether two tokens are equal, in a time that does not say where they differ."""
-    return hmac.compare_digest(a.encode("utf-8", "replace"), b.encode("utf-8", "replace"))
+    """The same for text."""
+    return same_secret(a.encode("utf-8", "replace"), b.encode("utf-8", "replace"))
 
 
 def proof(key: str, nonce: str, id: bytes) -> bytes:
@@ -97,7 +125,7 @@ def proof(key: str, nonce: str, id: bytes) -> bytes:
     `nonce` is the server's, new with each handshake, so a proof is good for one connection of one link.
     """
     message = b"sniroute pool " + nonce.encode() + b" " + id
-    return hmac.new(key.encode(), message, hashlib.sha256).digest()[:PROOF_SIZE]
+    return authenticate(key.encode(), message)[:PROOF_SIZE]
 
 
 # -- the control channel -----------------------------------------------------------------------
@@ -112,6 +140,9 @@ class Signal(NamedTuple):
     fp: str = ""  # a certificate's fingerprint, sha256: and hex digits
 
 
+to_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def disguise(data: bytes, key: bytes) -> bytes:
     """`data` XOR the key, repeated from its start; twice is the data again."""
     stream = (key * (len(data) // len(key) + 1))[:len(data)]
@@ -120,7 +151,7 @@ def disguise(data: bytes, key: bytes) -> bytes:
 
 def encode(signal: Signal, key: bytes) -> bytes:
     """A signal as its line: base64 (RFC 4648 section 4) of JSON in disguise, and LF."""
-    text = json.dumps({name: value for name, value in zip(Signal._fields, signal) if value}, separators=(",", ":"))
+    text = to_json({name: value for name, value in zip(Signal._fields, signal) if value})
     return base64.b64encode(disguise(text.encode(), key)) + b"\n"
 
 
@@ -259,6 +290,13 @@ class Terms(NamedTuple):
     tls: int  # 0, 1 or 2, of the pool
     type: int  # of the pool: 0 TCP, 1 QUIC, 2 WebSocket, 3 HTTP/2
     nonce: str = ""  # hex digits, where a proof is asked for
+
+
+def http_date(now: float) -> str:
+    """A Unix time as HTTP writes it (RFC 9110 section 5.6.7).  `email.utils` has that, too, and takes 0.8 MB."""
+    at = time.gmtime(now)
+    return (f"{DAYS[at.tm_wday]}, {at.tm_mday:02} {MONTHS[at.tm_mon - 1]} {at.tm_year} "
+            f"{at.tm_hour:02}:{at.tm_min:02}:{at.tm_sec:02} GMT")
 
 
 def answer(terms: Terms, date: str) -> bytes:
@@ -416,4 +454,5 @@ def parse_checkpoint(text: str) -> dict[str, int] | None:
 
 def proxy_header(version: int, source: tuple[str, int] | None, destination: tuple[str, int]) -> bytes:
     """A PROXY header, version 1 or 2, for a target at `destination`.  Raises ValueError where a host is no address."""
+    from sniroute_wire import proxy_v1, proxy_v2  # 0.3 MB, for who writes such headers
     return {1: proxy_v1, 2: proxy_v2}[version](source, destination)

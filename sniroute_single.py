@@ -76,7 +76,7 @@ class Single:
         self.certificates = self._certificates()
         loop = program.loop
         self.relays = Relays(loop, program.pipes, program.wires, program.alarms, self.counts, options.byte_rate,
-                             options.read, program.buffers)
+                             options.read, lambda: program.buffers)
         self.upstreams = Upstreams(loop, program.way, options, times)
         self.datagrams = Datagrams(self, self.relays.buckets)
         self.peeking = loop.queue(PEEK_LAST, lambda caller: caller.on_silence())

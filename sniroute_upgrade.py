@@ -24,7 +24,6 @@ This room imports sniroute_http (the grammar of heads), sniroute_names (addresse
 from __future__ import annotations
 
 import base64
-import hashlib
 import os
 import struct
 from typing import Iterable, NamedTuple
@@ -114,6 +113,7 @@ def upgrade_request(host: str, port: int, path: str, key: str, headers: Iterable
 
 def accept_of(key: str) -> str:
     """The Sec-WebSocket-Accept that answers a Sec-WebSocket-Key.  Source: RFC 6455 section 4.2.2."""
+    import hashlib  # it brings OpenSSL, 3.6 MB: for who speaks WebSocket
     digest = hashlib.sha1((key + ACCEPT_GUID).encode(), usedforsecurity=False).digest()
     return base64.b64encode(digest).decode()
 

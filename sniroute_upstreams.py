@@ -32,16 +32,14 @@ This room imports sniroute_dial, sniroute_loop, sniroute_names, sniroute_race an
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
-import ipaddress
 import os
 import socket
 import sys
 from typing import TYPE_CHECKING, Callable
 
-from sniroute_dial import Addresses, Dial, Names, WayOut, name_failure
+from sniroute_dial import Addresses, Dial, Names, WayOut, name_failure, numeric
 from sniroute_loop import NEVER, Loop, monotonic, owner_of
 from sniroute_names import show_address
 from sniroute_race import alternate
@@ -76,10 +74,8 @@ class KeptNames(Names):
 
     def keep_address(self, host: str, port: int) -> None:
         """Note a host that is an address: there is nothing to resolve."""
-        with contextlib.suppress(ValueError, OSError):
-            ipaddress.ip_address(host)
-            rows = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-            self.known[host, port] = [(rows[0][0], rows[0][4])], NEVER
+        if addresses := numeric(host, port):
+            self.known[host, port] = addresses, NEVER
 
     def has(self, host: str, port: int) -> bool:
         """Whether the addresses are at hand."""

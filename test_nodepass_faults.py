@@ -38,13 +38,12 @@ from typing import Any, Callable
 import pytest
 
 import sniroute_lanes
-from conftest import HOST, connect, echo, wait_until
+from conftest import HOST, connect, wait_until
 from sniroute_h2 import CANCEL
-from sniroute_nodeurl import Times
 from sniroute_signals import Signal, ask, frame_datagram
 from sniroute_streams import H2Client, H2Server
 from testbed.foreign import Original, read_exactly
-from testbed.nodepass import KINDS, QUICK, Local, Program, Tunnel, free_port, is_refused, read_all, send_all, trip
+from testbed.nodepass import KINDS, QUICK, Local, free_port, read_all, send_all, trip
 
 TLS_KINDS = [query for query, _ in KINDS if "tls=2" not in query]
 

@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import socket
+import ssl  # noqa: F401: with it, ends in threads of the test do their TLS themselves: see sniroute_offload
 import subprocess
 import sys
 import threading
@@ -270,6 +271,7 @@ class Program:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+        assert "a fault in" not in self.said and "Traceback" not in self.said, self.said
 
 
 @pytest.fixture
