@@ -34,11 +34,7 @@ sniroute_dial (set_options), sniroute_loop, sniroute_names and sniroute_refusals
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-=======
 import functools
-import ipaddress
->>>>>>> np-bench
 import os
 import socket
 import time
@@ -76,7 +72,6 @@ SITE_MAX = 4  # of them from one address: who hears a token can ask again and ag
 UNPROVEN_MAX = 1024  # connections of the pool that have not proven the key yet: as many as a pool has by default
 CAPACITY_MAX = 8192  # idle connections of a client, whatever its server says; or `min`, or half of the descriptors
 ACCEPTS = 64  # connections taken in one go
-SITES_KEPT = 256  # addresses whose network is remembered: to find it costs more than all else at a connection's start
 
 IDLE, LISTENING, EXPECTING, LINKED, COOLING, CLOSED = (
     "idle", "listening", "expecting", "linked", "cooling", "closed")
@@ -855,19 +850,3 @@ def listen(host: str, port: int, kind: int = socket.SOCK_STREAM) -> socket.socke
             if host or family == socket.AF_INET:
                 raise
     raise error
-<<<<<<< HEAD
-=======
-
-
-@functools.lru_cache(SITES_KEPT)
-def network_of(host: str) -> Any:
-    """What of an address tells one site from another: an IPv4 address, or the /64 of an IPv6 one."""
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host
-    mapped = getattr(address, "ipv4_mapped", None)
-    if mapped is not None:
-        return mapped
-    return ipaddress.ip_network((address, 64), strict=False) if address.version == 6 else address
->>>>>>> np-bench

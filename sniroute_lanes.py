@@ -142,17 +142,8 @@ class Approach:
         self.opening.cancel()
 
     def _opened(self, result: Duplex | Failed) -> None:
-<<<<<<< HEAD
-        self.done(result if isinstance(result, Failed) else pinned(result, self.pin, result.fingerprint()))
-=======
-        if not isinstance(result, Failed) and self.pin and result.fingerprint() != self.pin:
-            seen = result.fingerprint()
-            result.reset()
-            result = Failed("certificate", f"the server's certificate is {seen}, and not the one of pin=" if seen else
-                            "pin= is set, and the connection has no TLS")
         done, self.done = self.done, unheard  # else a wire with its TLS waits for the collector of garbage
-        done(result)
->>>>>>> np-hostile
+        done(result if isinstance(result, Failed) else pinned(result, self.pin, result.fingerprint()))
 
 
 class Handshake:

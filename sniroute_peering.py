@@ -22,6 +22,7 @@ This room imports sniroute_signals, sniroute_duplex (Wire), sniroute_loop, sniro
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from typing import TYPE_CHECKING, Any, Callable
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+SITES_KEPT = 256  # addresses whose network is remembered: to find it costs more than all else at a connection's start
 CONTROL = "00000000"  # the id of the control channel
 ZERO_LAST = 0.3  # for one to prove it that has the id of the control channel; then all have it, until one does
 TOLD = 10.0  # between two lines of the log about the same nuisance of strangers
@@ -225,6 +227,7 @@ class Newcomer:
         self.wire.reset()
 
 
+@functools.lru_cache(SITES_KEPT)
 def network_of(host: str) -> Any:
     """What of an address tells one site from another: an IPv4 address, or the /64 of an IPv6 one."""
     try:
