@@ -29,7 +29,7 @@ from sniroute_http2 import CONTINUATION, HEADERS, PING, PREFACE, RST_STREAM, SET
 from sniroute_pool import EARLY_MAX, WANTED_MAX
 from sniroute_refusals import Malformed
 from sniroute_signals import Signal, Terms, answer, encode
-from testbed.endure_router import resident
+from testbed.endure_router import children, descriptors, resident
 from testbed.foreign import Client, Served, call_from, read_exactly, upgrade
 from testbed.nodepass import QUICK, Local, Tunnel, free_port, trip
 
@@ -738,6 +738,21 @@ def test_what_was_tls_does_not_wait_for_the_collector_of_garbage(act, query, tun
 
 
 # -- all of it, to a program as users run it ---------------------------------------------------
+
+
+def test_a_helper_for_tls_keeps_no_handshake_that_is_given_up(processes, single_loop_echo):
+    """Where only the handshake has TLS a child does it, and has no deadlines: strangers who stay must not fill it."""
+    port = free_port()
+    server = processes(f"server://key@{HOST}:{port}/{HOST}:{free_port()}?mode=1", env=os.environ | {"NP_HANDSHAKE_TIMEOUT": "1s"})
+    server.has_said("listening for a client")
+    with crowd() as socks:
+        for number in range(600):
+            socks.append(call_from(f"127.0.0.{2 + number % 100}", (HOST, port)))
+            with contextlib.suppress(ConnectionError):
+                half_hello(socks[-1], number)
+        helper, = wait_until(lambda: children(server.process.pid))
+        wait_until(lambda: len(descriptors(server.process.pid)) < 40, what="a server without a stranger")
+        wait_until(lambda: len(descriptors(helper)) < 20, 3, "a helper without a stranger")
 
 
 def test_what_an_attacker_sees_of_memory_descriptors_and_the_log(processes, single_loop_echo, tmp_path):
