@@ -26,11 +26,12 @@ from sniroute_duplex import TlsWire
 from sniroute_ends import ANSWERED_MAX, CANDIDATES_MAX, CAPACITY_MAX, UNPROVEN_MAX
 from sniroute_hpack import encode as encode_head
 from sniroute_http2 import CONTINUATION, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, make_frame
+from sniroute_nodepass import Forwarders, NodePass
 from sniroute_pool import EARLY_MAX, WANTED_MAX
 from sniroute_refusals import Malformed
 from sniroute_signals import Signal, Terms, answer, encode
 from testbed.endure_router import children, descriptors, resident
-from testbed.foreign import Client, Served, call_from, read_exactly, upgrade
+from testbed.foreign import UPGRADE, Client, Served, call_from, read_exactly, upgrade
 from testbed.nodepass import QUICK, Local, Tunnel, free_port, trip
 
 STRANGER = "127.0.0.2"
@@ -204,6 +205,19 @@ def test_half_handshakes_in_thousands(half, tunnel, single_loop_echo):
     wait_until(lambda: made.server.end.idle >= 8)
 
 
+@pytest.mark.parametrize("query", ["tls=1", "type=2&tls=1"])
+def test_who_says_nothing_inside_tls_has_the_same_deadline(query, tunnel, echo_server):
+    """Neither nothing, nor half a request, nor a WebSocket without a proof of the key; of strangers, and of neighbours."""
+    made = tunnel(echo_server.address, server=query, client="min=4", times=HASTY)
+    address = made.server.end.listener.getsockname()
+    with Calm(made), Client(address, source=STRANGER) as stranger, Client(address) as neighbour:
+        for client in (stranger, neighbour):
+            for said in (b"", b"GET / HTTP/1.1\r\nHost", UPGRADE, UPGRADE + frame(2, b"x" * 15)) * 3:
+                client.open(True).sendall(said)
+        forgotten(made.server)
+    wait_until(lambda: made.server.end.idle >= 4)
+
+
 def test_bytes_that_drip_have_the_same_deadline(tunnel, echo_server):
     """A byte now and then does not make more time."""
     made = tunnel(echo_server.address, server="type=2", client="min=4", times=HASTY)
@@ -344,6 +358,17 @@ def test_a_peer_that_does_not_read_its_control_channel_is_dropped(link):
         for _ in range(400):
             client.channel.sock.sendall(ping)
     assert "takes no signals" in server.has_said("the link is over")
+
+
+@pytest.mark.parametrize("kind, lines", [(NodePass, 1), (Forwarders, 20)], ids=["a program", "for sniroute"])
+def test_callers_who_are_refused_cost_a_line_once_in_a_while(kind, lines, lone):
+    """sniroute hears of each: it has a client of its own to tell."""
+    server = lone(times=QUICK._replace(pool_get=0.3), kind=kind).begin(f"server://key@{HOST}:1/{HOST}:2?mode=1", port=0,
+                                                                        targets=((HOST, 0),))
+    with crowd(*(connect(server.callers) for _ in range(20))):
+        wait_until(lambda: len(server.program.connections) == 20)
+        wait_until(lambda: not server.program.connections)
+    assert sum(row.get("event") == "failed" for row in server.log.rows) == lines
 
 
 # -- idle connections --------------------------------------------------------------------------
