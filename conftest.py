@@ -36,7 +36,8 @@ import pytest
 pytest.register_assert_rewrite("testbed")  # an assert in a helper shows its values
 pytest_plugins = [f"testbed.{module}" for module in ("standins", "running", "program", "tunnels", "carrier", "admin",
                                                       "clients", "web", "streams", "cluster", "apis", "passage",
-                                                      "any_cluster", "registry", "redis", "named", "nodepass", "aside",
+                                                      "any_cluster", "registry", "redis", "named", "nodepass",
+                                                      "foreign", "aside",
                                                       "masters")]
 
 HERE = pathlib.Path(__file__).resolve().parent

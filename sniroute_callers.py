@@ -548,19 +548,24 @@ class Callee:
         self.wire.on_data = self._on_early
         self.wire.on_end = self._on_end
         if not self.end.slots.acquire(False):
-            self.end.log("warn", f"no room for {self.signal.remote}: {self.end.options.slot} connections are open (slot=)")
+            self.end.nuisance("slots", f"no room for {self.signal.remote}: {self.end.options.slot} connections are open "
+                                       "(slot=)")
             self.wire.reset()
             self._gone()
             return
         self.state = DIALLING
+        self.end.pool.hold(len(slot.early))
+        if self.end.pool.is_tight:
+            self.wire.pause()
         dial = self.end.upstreams.dial(self.dialled)
         if self.state is DIALLING:
             self.dial = dial
 
     def _on_early(self, data: bytes | memoryview) -> None:
         """The caller speaks before the target is there."""
-        self.slot.early += data
         self.wire.pause()
+        self.slot.early += data
+        self.end.pool.hold(len(data))
 
     def _on_end(self, error: Failed | None) -> None:
         self.slot.ended = True
@@ -589,6 +594,7 @@ class Callee:
                 return
         self.state = CARRYING
         slot, wire, self.slot, self.wire = self.slot, self.wire, None, None  # the relay's from here on
+        self.end.pool.hold(-len(slot.early))
         wire.on_data = wire.on_end = lambda *what: None
         self.relay = self.end.relays.join(result, wire, slot.early, slot.ended, self.on_over)
 
@@ -612,6 +618,7 @@ class Callee:
         if self.wire is not None:
             self.wire.reset()
         if self.state is DIALLING:
+            self.end.pool.hold(-len(self.slot.early))
             self.end.slots.release(False)
         self._gone()
 

@@ -68,6 +68,7 @@ class Duplex(Wire):
 
     __slots__ = ()
 
+    protocol = ""  # what both have agreed to speak (ALPN)
     half = True  # whether a peer that knows how may go on sending when it has heard our end
     peer: Peer  # the address of the other side
 
@@ -225,6 +226,7 @@ class TlsWire(Secure, Duplex):
         """As Secure's.  `early`: what the peer has said already, where it began."""
 
         def shaken(failed: Failed | None) -> None:
+            self.done = unheard
             if failed is None and (certificate := self.tls.getpeercert(True)):  # later, in an error, it is not told
                 self.print = sys.intern(fingerprint(certificate))  # one string for a thousand connections
             done(failed)
@@ -247,6 +249,14 @@ class TlsWire(Secure, Duplex):
                 self.below.send(self.outgoing.read())
         except ssl.SSLError:
             return  # it has broken: `on_end` says so
+
+    def close(self) -> None:
+        super().close()
+        self.done = unheard  # which knows this wire: 30 KiB would wait for the collector of garbage, each
+
+    def reset(self) -> None:
+        super().reset()
+        self.done = unheard
 
     def finish(self) -> None:
         if self.is_open and self.says is OPEN:

@@ -35,7 +35,6 @@ sniroute_dial (set_options), sniroute_loop, sniroute_names and sniroute_refusals
 from __future__ import annotations
 
 import functools
-import ipaddress
 import os
 import socket
 import time
@@ -51,11 +50,10 @@ from sniroute_loop import READ, Alarm, Watch, monotonic
 from sniroute_names import show_address
 from sniroute_nodeurl import Options, Times
 from sniroute_offload import is_worth_it
-from sniroute_peering import CONTROL, Link
+from sniroute_peering import CONTROL, Candidate, Link, Newcomer, News, network_of
 from sniroute_pool import Asker, Pool, Sizer, Slot
 from sniroute_refusals import Failed
-from sniroute_signals import (DATAGRAM_MAX, PROOF_SIZE, REFUSED, Ask, Signal, Terms, answer, http_date, proof,
-                              same_secret, same_token, token_of)
+from sniroute_signals import (DATAGRAM_MAX, REFUSED, Ask, Signal, Terms, answer, http_date, proof, same_token, token_of)
 from sniroute_upstreams import Upstreams
 
 __version__ = "0.1.0"
@@ -64,11 +62,16 @@ __version__ = "0.1.0"
 ID = 4  # bytes of an id on the wire
 DIALS_MAX = 128  # connections of the pool that are made at a time: a backlog holds no more on many hosts
 FIRST_TRIES = (0.05, 0.2, 0.4, 0.8, 1.5)  # after a failure: the original's server often fails the first handshake
-RETRY_LATER = 0.1  # before a connection of the pool is dialled again where one has failed
-TOLD = 10.0  # between two lines of the log about the same nuisance of strangers
+RETRY_LATER = 0.1  # before connections of the pool are dialled again where one has failed, or has ended unused
+RETRY_MAX = 3.2  # the same after many times: each doubles it
+KNOCKS = 5  # connections more that a client without a control channel makes in its time, for a stranger may have that
 ASKED_LAST = 2.0  # for the client of a handshake to read its answer
+ANSWERED_MAX = 256  # clients that are reading it
+CANDIDATES_MAX = 16  # clients that have the terms, and no link yet
+SITE_MAX = 4  # of them from one address: who hears a token can ask again and again
+UNPROVEN_MAX = 1024  # connections of the pool that have not proven the key yet: as many as a pool has by default
+CAPACITY_MAX = 8192  # idle connections of a client, whatever its server says; or `min`, or half of the descriptors
 ACCEPTS = 64  # connections taken in one go
-SITES_KEPT = 256  # addresses whose network is remembered: to find it costs more than all else at a connection's start
 
 IDLE, LISTENING, EXPECTING, LINKED, COOLING, CLOSED = (
     "idle", "listening", "expecting", "linked", "cooling", "closed")
@@ -97,7 +100,7 @@ class End:
         self.relays = Relays(self.loop, program.pipes, program.wires, program.alarms, self.counts, options.byte_rate,
                              options.read, lambda: program.buffers)
         self.upstreams = Upstreams(self.loop, program.way, options, times, monotonic)
-        self.pool = Pool(self.loop, False, times.pool_get, self.on_stranger, self.on_used)
+        self.pool = Pool(self.loop, False, times.pool_get, self.on_stranger, self.on_fewer)
         self.datagrams = Datagrams(self, self.relays.buckets)
         self.link: Link | None = None
         self.peer = ""  # the address of the other end
@@ -108,7 +111,7 @@ class End:
         self.carried: dict[str, Caller] = {}  # of this end's callers, by the id of their connection
         self.callees: set[Any] = set()  # of the other end's
         self.errors = 0  # since the last report
-        self.told: dict[str, float] = {}  # when a nuisance was last told
+        self.news = News()
         self.alarms: dict[str, Alarm] = {}
         self.peeking = self.loop.queue(PEEK_LAST, Caller.on_silence)
 
@@ -151,9 +154,7 @@ class End:
 
     def nuisance(self, what: str, text: str, level: str = "warn") -> None:
         """Tell of something that strangers can do as often as they like: once in a while."""
-        now = monotonic()
-        if now - self.told.get(what, -TOLD) >= TOLD:
-            self.told[what] = now
+        if self.news.has(what):
             self.log(level, text)
 
     # -- callers of this end
@@ -184,7 +185,8 @@ class End:
 
     def refused(self, caller: Caller, reason: str, text: str) -> None:
         """A caller cannot be served."""
-        self.program.tell(caller, "warn", "failed", text, reason=reason, error=text)
+        if self.program.tells_each or self.news.has(f"caller {reason}"):
+            self.program.tell(caller, "warn", "failed", text, reason=reason, error=text)
 
     # -- callers of the other end
 
@@ -267,7 +269,7 @@ class End:
 
     def on_flush(self, signal: Signal) -> None:
         """Its pool is no good: all idle connections go."""
-        self.log("warn", "the other end has flushed the pool")
+        self.nuisance("flush", "the other end has flushed the pool")
         self.errors = 0
         self.pool.flush()
 
@@ -335,10 +337,10 @@ class End:
         self.nuisance("stranger", f"a connection from {slot.wire.peer} has spoken without being asked: another client, "
                                   "perhaps with the same key")
         if self.link is not None:
-            self.link.say_ping()
+            self.link.prod()
 
-    def on_used(self) -> None:
-        """There are fewer idle connections than before."""
+    def on_fewer(self, is_use: bool) -> None:
+        """There are fewer idle connections than before: one was used, or wanted; or it has ended."""
 
     def close(self) -> None:
         """End everything."""
@@ -388,9 +390,9 @@ class Server(End):
         self.listener: socket.socket | None = None
         self.watch: Watch | None = None
         self.reception: Reception | None = None
-        self.nonce = ""  # of this link; "": the client is the original
-        self.zero_given = False  # the control channel is there, or on its way
-        self.ids: set[str] = set()  # of connections that are not proven yet
+        self.candidates: list[Candidate] = []  # clients that have the terms, the last one last; or the one with the link
+        self.answered = self.loop.queue(ASKED_LAST, lambda wire: wire.close())
+        self.proving = self.loop.queue(times.handshake, Newcomer.end)  # connections that have not proven the key
 
     def start(self) -> None:
         """Listen for a client; where that fails, again and again."""
@@ -432,27 +434,37 @@ class Server(End):
     @property
     def expects_pool(self) -> bool:
         """Whether what comes in is a connection of the pool, and not a handshake: for Reception."""
-        return self.state in (EXPECTING, LINKED)
+        return bool(self.candidates)
+
+    def knows(self, address: Any) -> bool:
+        """Whether a client that has the terms, or the link, has that address: for Reception.
+
+        An IPv6 host has many addresses: its /64 counts.
+        """
+        network = network_of(address[0])
+        return any(each.network == network for each in self.candidates)
 
     def may_join(self, address: Any) -> bool:
-        """Whether a connection from there may be one of the pool's.  An IPv6 host has many addresses: its /64 counts."""
-        return self.terms.type == 2 or network_of(address[0]) == network_of(self.peer)
+        """Whether a connection from there may be one of the pool's."""
+        return self.terms.type == 2 or self.knows(address)
 
     @property
     def is_full(self) -> bool:
-        """Whether the pool has all the connections that it may have."""
-        return len(self.pool.idle) + len(self.ids) >= self.options.max + 1
+        """Whether the pool has all the connections that it may have.  Those that are not proven are a stranger's."""
+        return len(self.pool.idle) >= self.options.max
 
     # -- the handshake
 
     def on_ask(self, ask: Ask, wire: Wire) -> None:
         """Somebody asks for the terms."""
         refused = self._judge(ask, wire)
-        wire.send(refused or answer(self.terms, http_date(time.time())))
-        wire.finish()
         wire.on_data = lambda data: None
-        wire.on_end = lambda error: None
-        self.program.alarms.at(monotonic() + ASKED_LAST, wire.close)
+        wire.on_end = lambda error: self.answered.drop(wire)
+        self.answered.put(wire)
+        if len(self.answered.due) > ANSWERED_MAX:
+            self.answered.due.popitem(last=False)[0].close()
+        wire.send(refused or answer(self.terms._replace(nonce=self.candidates[-1].nonce), http_date(time.time())))
+        wire.finish()
 
     def _judge(self, ask: Ask, wire: Wire) -> bytes:
         """A refusal, or nothing, and then a link is expected.
@@ -471,12 +483,13 @@ class Server(End):
             return REFUSED[405]
         if self.state is LINKED:
             self.nuisance("second", f"{show_address(wire.peer)} asks for a link, but {self.peer} has it")
-            self.link.say_ping()
+            self.link.prod()
             return REFUSED[409]
-        self.peer = wire.peer[0]
-        self.nonce = os.urandom(16).hex() if ask.ours else ""
-        self.zero_given = False
-        self.terms = self.terms._replace(nonce=self.nonce)
+        candidate = Candidate(wire.peer[0], os.urandom(16).hex() if ask.ours else "")
+        same = [each for each in self.candidates if each.network == candidate.network]
+        for surplus in (same[:1] if len(same) >= SITE_MAX else self.candidates[:len(self.candidates) + 1 - CANDIDATES_MAX]):
+            self.candidates.remove(surplus)
+        self.candidates.append(candidate)
         self.state = EXPECTING
         self.later("expect", self.times.handshake, lambda: self.fail("the client has made no connection in time"))
         return b""
@@ -485,59 +498,61 @@ class Server(End):
 
     def on_arrival(self, wire: Wire, address: Any) -> None:
         """A connection of the pool has come: it is given its id."""
-        if not self.expects_pool or not self.may_join(address) or self.is_full:
+        network = network_of(address[0])
+        candidates = [each for each in self.candidates if each.network == network or self.terms.type == 2]
+        if not candidates or self.is_full:
             wire.reset()
             return
-        number = CONTROL if not self.zero_given else os.urandom(ID).hex()
-        self.zero_given = True
+        last = candidates[-1]
+        number = CONTROL
+        if self.state is not EXPECTING or not last.gives_zero():
+            while number == CONTROL or number in self.pool.idle:
+                number = os.urandom(ID).hex()
         wire.send(bytes.fromhex(number))
-        if not self.nonce:
-            self._admit(number, wire)
+        if not last.nonce:
+            self.admit(last, number, wire, b"")
             return
-        self.ids.add(number)
-        wanted = proof(self.key, self.nonce, bytes.fromhex(number))
-        said = bytearray()
+        Newcomer(self, candidates, number, wire, address)
+        if len(self.proving.due) > UNPROVEN_MAX:
+            next(iter(self.proving.due)).end()
 
-        def over(error: Failed | None = None) -> None:
-            alarm.cancel()
-            self.ids.discard(number)
+    def admit(self, candidate: Candidate, number: str, wire: Wire, early: bytes) -> None:
+        """A connection is the client's: it may be used."""
+        if candidate not in self.candidates or number == self.spent or early and self.accepts and number != CONTROL:
             wire.reset()
-            if number == CONTROL and self.state is EXPECTING:
-                self.zero_given = False
-
-        def on_data(data: bytes | memoryview) -> None:
-            said.extend(data)
-            if len(said) < PROOF_SIZE:
+        elif number != CONTROL:
+            if self.is_full:
+                wire.reset()
                 return
-            if not same_secret(bytes(said[:PROOF_SIZE]), wanted):
-                self.nuisance("proof", f"a connection from {show_address(address)} has not proven the key")
-                over()
-                return
-            alarm.cancel()
-            self.ids.discard(number)
-            self._admit(number, wire, bytes(said[PROOF_SIZE:]))
-
-        alarm = self.program.alarms.at(monotonic() + self.times.handshake, over)
-        wire.on_data = on_data
-        wire.on_end = over
-
-    def _admit(self, number: str, wire: Wire, early: bytes = b"") -> None:
-        """A connection may be used."""
-        if not self.expects_pool or number == self.spent:
+            if self.state is EXPECTING:
+                candidate.ids.add(number)
+            self.pool.add(Slot(number, wire, early))
+            self.say_verify()
+        elif self.state is LINKED:
             wire.reset()
-        elif number == CONTROL:
-            self.fingerprint = self.certificates.fingerprint if self.certificates is not None else ""
+        else:
+            self._choose(candidate)
             self.begin_link(wire)
             if early:
                 wire.on_data(early)
-        else:
-            self.pool.add(Slot(number, wire, early))
-            self.say_verify()
+
+    def _choose(self, candidate: Candidate) -> None:
+        """The link is this one's: forget the others, and what is theirs."""
+        self.candidates = [candidate]
+        self.peer = candidate.peer
+        self.terms = self.terms._replace(nonce=candidate.nonce)
+        self.fingerprint = self.certificates.fingerprint if self.certificates is not None else ""
+        for number in self.pool.idle.keys() - candidate.ids:
+            self.pool.pick(number).wire.reset()
+        candidate.ids.clear()
 
     def fail(self, why: str) -> None:
         if self.state in (CLOSED, COOLING):
             return
         self.log("warn", f"{why}: waiting for a client")
+        self.candidates = []
+        for newcomer in list(self.proving.due):
+            newcomer.end()
         self.pool.shut()
         self.state = LISTENING
 
@@ -549,6 +564,11 @@ class Server(End):
             self.listener.close()
         if self.reception is not None:
             self.reception.close()
+        for newcomer in list(self.proving.due):
+            newcomer.end()
+        for wire in list(self.answered.due):
+            wire.close()
+        self.loop.retire(self.proving, self.answered)
         super().close()
 
 
@@ -565,6 +585,7 @@ class Client(End):
         self.dials: set[Any] = set()  # connections of the pool in the making
         self.sizer = Sizer(options.min, options.max)
         self.failures = 0  # in a row
+        self.setbacks = 0  # the same, of the pool: connections that were not made, or have ended unused
         self.tried_at = 0.0
         self.fingerprint = ""
 
@@ -587,10 +608,13 @@ class Client(End):
         if self.accepts and not self.program.open_callers(self):
             self.fail("the address for callers cannot be had")
             return
-        self.sizer = Sizer(self.options.min, result.max)
+        room = max(self.options.min, min(CAPACITY_MAX, self.program.room // 2))
+        self.sizer = Sizer(self.options.min, min(result.max, room))
         self.state = FILLING
         self.later("expect", self.times.handshake, lambda: self.fail("the server has given no control channel in time"))
         self.lanes = LANES[result.type](self, result, self.on_lost_lanes)
+        if result.nonce:
+            self.later("knock", self.times.handshake / KNOCKS, self.knock)
         self.fill()
 
     def on_lost_lanes(self, why: str) -> None:
@@ -602,9 +626,25 @@ class Client(End):
 
     # -- the pool
 
-    def on_used(self) -> None:
-        self.sizer.used(len(self.pool.idle))
-        self.fill()
+    def on_fewer(self, is_use: bool) -> None:
+        if is_use:
+            self.setbacks = 0
+            self.sizer.used(len(self.pool.idle))
+            self.fill()
+        else:
+            self.set_back()
+
+    def set_back(self) -> None:
+        """A connection was not made, or has ended unused: dial no more for a while, which grows."""
+        if self.state in (FILLING, LINKED) and "later" not in self.alarms:
+            self.later("later", min(RETRY_LATER * 2 ** self.setbacks, RETRY_MAX), self.resume_fill)
+            self.setbacks = min(self.setbacks + 1, 8)
+
+    def knock(self) -> None:
+        """There is no control channel yet: a server that has given its id to a stranger gives it to the next one."""
+        if self.state is FILLING:
+            Arrival(self).start()
+            self.later("knock", self.times.handshake / KNOCKS, self.knock)
 
     def fill(self) -> None:
         """Dial as many as there should be."""
@@ -631,10 +671,10 @@ class Client(End):
             self.nuisance("certificate", "the server has shown two certificates: somebody is between the two ends")
             wire.reset()
         elif number != CONTROL:
-            self.pool.add(Slot(number, wire))
+            if not self.pool.add(Slot(number, wire)):
+                self.nuisance("twice", f"the server has given two connections the same id ({number})")
+                self.set_back()
             self.say_verify()
-        elif self.link is not None:
-            wire.reset()
         else:
             self.failures = 0
             self.begin_link(wire)
@@ -644,6 +684,8 @@ class Client(End):
     def look(self) -> None:
         """A period of the pool is over."""
         self.sizer.look(self.pool.least)
+        if "later" not in self.alarms:
+            self.setbacks = 0
         self.pool.least = len(self.pool.idle)
         self.later("size", self.times.max_interval, self.look)
         self.fill()
@@ -652,7 +694,7 @@ class Client(End):
         if self.state in (CLOSED, COOLING):
             return
         self.state = COOLING
-        for name in ("expect", "size", "later"):
+        for name in ("expect", "size", "later", "knock"):
             self.never(name)
         for dial in list(self.dials):
             dial.cancel()
@@ -722,6 +764,10 @@ class Arrival:
         number, rest = self.said[:ID], self.said[ID:]
         wire, client = self.wire, self.client
         self._over()
+        if client.link is not None and number == bytes(ID):  # a second control channel: nothing is proven on that
+            wire.reset()
+            client.fill()
+            return
         if client.terms.nonce:
             wire.send(proof(client.key, client.terms.nonce, number))
         client.arrived(number.hex(), wire)
@@ -741,8 +787,7 @@ class Arrival:
         self._over()
         if client.state is LINKED:
             client.nuisance("pool", f"a connection of the pool could not be made: {why}")
-        if client.state in (FILLING, LINKED):
-            client.later("later", RETRY_LATER, client.resume_fill)
+        client.set_back()
 
     def cancel(self) -> None:
         """Make it no more."""
@@ -753,6 +798,7 @@ class Arrival:
         self._over()
 
     def _over(self) -> None:
+        self.wire = None
         self.client.dials.discard(self)
         self.client.program.arriving.drop(self)
 
@@ -804,16 +850,3 @@ def listen(host: str, port: int, kind: int = socket.SOCK_STREAM) -> socket.socke
             if host or family == socket.AF_INET:
                 raise
     raise error
-
-
-@functools.lru_cache(SITES_KEPT)
-def network_of(host: str) -> Any:
-    """What of an address tells one site from another: an IPv4 address, or the /64 of an IPv6 one."""
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host
-    mapped = getattr(address, "ipv4_mapped", None)
-    if mapped is not None:
-        return mapped
-    return ipaddress.ip_network((address, 64), strict=False) if address.version == 6 else address

@@ -142,7 +142,8 @@ class Approach:
         self.opening.cancel()
 
     def _opened(self, result: Duplex | Failed) -> None:
-        self.done(result if isinstance(result, Failed) else pinned(result, self.pin, result.fingerprint()))
+        done, self.done = self.done, unheard  # else a wire with its TLS waits for the collector of garbage
+        done(result if isinstance(result, Failed) else pinned(result, self.pin, result.fingerprint()))
 
 
 class Handshake:
@@ -464,9 +465,9 @@ class Reception:
 
     Args:
         end: the server.  What it is asked, each time: `terms` (type, tls), `expects_pool` (whether a client has the
-            terms, or a link), `may_join(address)` (whether the pool takes connections from there), `is_full`, `peer`
-            (the address of the client that has the tunnel, "" for none); `nuisance(kind, words)` is told what strangers
-            do; `program` has wires, and streams for type 3.
+            terms, or a link), `may_join(address)` (whether the pool takes connections from there), `knows(address)`
+            (whether such a client has that address), `is_full`; `nuisance(kind, words)` is told what strangers do;
+            `program` has wires, and streams for type 3.
         certificates: who the server is; None: TLS is for handshakes only, and a helper does it.
         asked: told of each handshake, with a wire that has no owner yet, and is to be answered.
         arrived: told of each connection that may be one of the pool's.  Its id is what is to be sent next.
@@ -487,7 +488,7 @@ class Reception:
         self.strangers: dict[Guest, None] = {}
         self.sources: dict[str, dict[Guest, None]] = {}  # the same, by where they come from
         self.friends: dict[Guest, None] = {}  # of the client that has the tunnel
-        self.sessions: dict[H2Server, None] = {}
+        self.sessions: dict[H2Server, Any] = {}  # the addresses of their clients
 
     def receive(self, sock: socket.socket, address: Any) -> None:
         """Take an accepted connection; its listener has set its options."""
@@ -507,7 +508,7 @@ class Reception:
 
     def _admit(self, guest: Guest) -> None:
         """Count a guest, and see to it that there are not too many."""
-        if self.end.expects_pool and self.end.peer and source_of(self.end.peer) == guest.source:
+        if self.end.knows(guest.address):
             self.friends[guest] = None
             if len(self.friends) > FRIENDS_MAX:
                 next(iter(self.friends)).drop("there are too many connections that are not ready")
@@ -547,11 +548,14 @@ class Reception:
 
         session = H2Server(self.end.program.streams, wire, arrived, lambda failed: self.sessions.pop(session, None),
                            self.end.options.max + 1)
-        self.sessions[session] = None
-        if len(self.sessions) > SESSIONS_MAX:  # the oldest that carries nothing goes, and perhaps that is the new one
-            idle = next((each for each in self.sessions if not each.h2.streams), session)
-            del self.sessions[idle]
-            idle.close()
+        self.sessions[session] = address
+        if len(self.sessions) > SESSIONS_MAX:
+            # A stranger's goes, or one that carries nothing; of those the oldest, and perhaps that is the new one.
+            surplus = min(self.sessions, key=lambda each: (self.end.knows(self.sessions[each]), bool(each.h2.streams)))
+            if self.end.knows(self.sessions[surplus]) and surplus.h2.streams:
+                surplus = session
+            del self.sessions[surplus]
+            surplus.close()
 
     def close(self) -> None:
         """Close all that is not told apart."""

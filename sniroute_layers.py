@@ -666,8 +666,9 @@ class Opening:
         if self.done is not None:
             self.done = None
             self.dial.cancel()
-            if self.wire is not None:
-                self.wire.reset()
+            wire, self.wire = self.wire, None  # a dial and this know each other: only what is small waits with them
+            if wire is not None:
+                wire.reset()
 
     def _dialled(self, result: socket.socket | Failed) -> None:
         if isinstance(result, Failed):

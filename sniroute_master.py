@@ -64,7 +64,7 @@ import urllib.parse
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 from sniroute_certificate import load, self_signed
-from sniroute_door import BODY_MAX, OWNER, Answer, Caller, Declined, Door, Gate, Head, Plan, listen
+from sniroute_door import OWNER, Answer, Caller, Declined, Door, Gate, Head, Plan, listen
 from sniroute_host import raise_descriptor_limit
 from sniroute_children import Inherited, Instance, NotDone, State, check_value, parse_change
 from sniroute_instances import KEY_ID, UPDATE, Instances

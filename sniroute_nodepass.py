@@ -39,7 +39,7 @@ import os
 import socket
 import sys
 import time
-from typing import Any, Callable, Mapping
+from typing import Any, Mapping
 
 from sniroute_callers import Caller
 from sniroute_dial import WayOut, set_options
@@ -83,6 +83,8 @@ class StatusLog(Log):
     def __call__(self, level: str, message: str, **fields: str) -> None:
         if STATUS_LEVELS[level] < self.level:
             return
+        if fields.get("event") == "fault":
+            message = f"{message}: {fields['error']}"
         now = time.time()
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)) + f".{int(now * 1000) % 1000:03d}"
         word = level.upper()
@@ -98,6 +100,7 @@ class NodePass(Forwarder):
     """What all ends of a process share."""
 
     called = "the NodePass program"
+    tells_each = False  # who is refused is told of once in a while: strangers can be refused as often as they like
 
     def __init__(self, log: Log, times: Times, environ: Mapping[str, str]):
         super().__init__(log, Caller, self.parse_target)
@@ -215,7 +218,9 @@ class NodePass(Forwarder):
 
 
 class Forwarders(NodePass):
-    """The same for sniroute, which reads JSON."""
+    """The same for sniroute, which reads JSON, and asks why a client of its own was refused."""
+
+    tells_each = True
 
     def checkpoint(self, end: Any) -> None:
         self.log("info", f"{end}: {end.idle} connections are ready", event="state", listener=self.listener_of(end),

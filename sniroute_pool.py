@@ -40,6 +40,8 @@ __version__ = "0.1.0"
 # Limits, each with its reason.  Times in seconds.
 KEPT = 5.0  # for which a connection that has ended can be found: its signal may still be on its way
 ENDED_MAX = 4096  # of those; more than there are connections in a pool by default
+WANTED_MAX = 4096  # ids that are waited for: the other end can name as many as it likes
+EARLY_MAX = 16 << 20  # bytes kept with connections whose target is not there yet: then no idle one is read any more
 GROW_AT = 0.5  # of the capacity: with fewer idle ones a use doubles it, so that a burst is dialled ahead of
 SHRINK_AT = 0.8  # of it: where more than so many were idle for a whole period, it shrinks
 SHRINK_BY = 0.25  # of what it has above its least, in a period
@@ -100,15 +102,16 @@ class Pool:
         picks: this is the accepting end.
         patience: seconds that somebody waits for a connection (NP_POOL_GET_TIMEOUT).
         spoke: called with a slot, and with what a stranger has said on it; only where this end `picks`.
-        changed: called when there are fewer idle connections than before.
+        fewer: called when there are fewer idle connections than before, or too few: whether that is since they are
+            used, and not since they have ended.
     """
 
     def __init__(self, loop: Loop, picks: bool, patience: float, spoke: Callable[[Slot, bytes], None],
-                 changed: Callable[[], None]):
+                 fewer: Callable[[bool], None]):
         self.loop = loop
         self.picks = picks
         self.spoke = spoke
-        self.changed = changed
+        self.fewer = fewer
         self.idle: collections.OrderedDict[str, Slot] = collections.OrderedDict()
         self.ended: collections.OrderedDict[str, Slot] = collections.OrderedDict()
         self.askers: collections.deque[Asker] = collections.deque()  # for any; may be over
@@ -117,23 +120,31 @@ class Pool:
         self.patience = loop.queue(patience, self._tell_none)
         self.is_open = False  # to those who ask for any: there is a link, and it is verified
         self.least = 0  # idle connections since the last look of the Sizer
+        self.held = 0  # bytes that came early: with connections here, and with those whose target is dialled
+        self.is_tight = False  # those are too many
 
-    def add(self, slot: Slot) -> None:
-        """One more connection."""
+    def add(self, slot: Slot) -> bool:
+        """One more connection.  False: there is one with its id, and this one was reset."""
+        if slot.id in self.idle or slot.id in self.ended:
+            slot.use().reset()
+            return False
         wanted = self.wanted.pop(slot.id, None)
         if wanted is not None and wanted.done is not None:
             slot.state = USED
             wanted.answer(slot)
-            return
+            return True
         while self.askers and self.is_open:
             asker = self.askers.popleft()
             if asker.done is not None:
                 slot.state = USED
                 asker.answer(slot)
-                return
+                return True
         self.idle[slot.id] = slot
         slot.wire.on_data = functools.partial(self._on_data, slot)
         slot.wire.on_end = functools.partial(self._on_end, slot)
+        if self.is_tight:
+            slot.wire.pause()
+        return True
 
     def open(self) -> None:
         """Serve those who wait for any connection."""
@@ -152,10 +163,31 @@ class Pool:
         return slot
 
     def _used(self, slot: Slot) -> None:
-        slot.use()
+        self._let_go(slot)
         if len(self.idle) < self.least:
             self.least = len(self.idle)
-        self.changed()
+        self.fewer(True)
+
+    def _let_go(self, slot: Slot) -> Wire:
+        """A connection is not the pool's any more."""
+        if slot.early:
+            self.hold(-len(slot.early))
+        return slot.use()
+
+    def hold(self, more: int) -> None:
+        """So many bytes more are kept, or less.  While they are too many no idle connection is read.
+
+        Else callers that speak first, and a target that takes its time, fill the memory.
+        """
+        self.held += more
+        if self.is_tight is (self.held > (EARLY_MAX // 2 if self.is_tight else EARLY_MAX)):
+            return
+        self.is_tight = not self.is_tight
+        for slot in self.idle.values():
+            if self.is_tight:
+                slot.wire.pause()
+            elif not slot.early:
+                slot.wire.resume()
 
     def ask(self, done: Callable[[Slot | None], None]) -> Asker:
         """Any connection, now or as soon as there is one; None when the patience is over."""
@@ -167,7 +199,7 @@ class Pool:
             self.askers.append(asker)
             self.patience.put(asker)
             self.least = 0
-            self.changed()
+            self.fewer(True)
         return asker
 
     def find(self, number: str, done: Callable[[Slot | None], None]) -> Asker:
@@ -178,10 +210,10 @@ class Pool:
             asker.answer(slot)
         elif (slot := self.ended.pop(number, None)) is not None:
             self.keeping.drop(slot)
-            slot.use()
+            self._let_go(slot)
             asker.answer(slot)
-        elif number in self.wanted:
-            asker.answer(None)  # it is named twice
+        elif number in self.wanted or len(self.wanted) >= WANTED_MAX:
+            asker.answer(None)  # it is named twice, or the other end names whatever it likes
         else:
             self.wanted[number] = asker
             self.patience.put(asker)
@@ -208,8 +240,9 @@ class Pool:
             slot.use().reset()
             self.spoke(slot, bytes(data))
             return
-        slot.early += data
         slot.wire.pause()  # one piece is all that is kept
+        slot.early += data
+        self.hold(len(data))
 
     def _on_end(self, slot: Slot, error: Failed | None) -> None:
         """It has ended before it was used.  On the dialling end its signal may still be on its way."""
@@ -222,7 +255,7 @@ class Pool:
     def _leave(self, slot: Slot) -> None:
         if self.idle.pop(slot.id, None) is not None:
             self.least = min(self.least, len(self.idle))
-            self.changed()
+            self.fewer(False)
 
     def _keep(self, slot: Slot) -> None:
         slot.ended = True
@@ -232,12 +265,12 @@ class Pool:
         self.keeping.put(slot)
         if len(self.ended) > ENDED_MAX:
             self.keeping.drop(oldest := self.ended.popitem(last=False)[1])
-            oldest.wire.reset()
+            self._let_go(oldest).reset()
 
     def _forget(self, slot: Slot) -> None:
         """Nobody has asked for a connection that has ended."""
         if self.ended.pop(slot.id, None) is not None:
-            slot.wire.reset()
+            self._let_go(slot).reset()
 
     def pick(self, number: str) -> Slot | None:
         """The idle connection with this id."""
@@ -253,8 +286,8 @@ class Pool:
         self.ended.clear()
         for slot in slots:
             self.keeping.drop(slot)
-            slot.use().reset()
-        self.changed()
+            self._let_go(slot).reset()
+        self.fewer(False)
 
     def shut(self) -> None:
         """The link is over: close all connections.  Callers wait for the next link."""

@@ -355,6 +355,7 @@ class Carrier:
 
     def close(self) -> None:
         """Say GOAWAY, and close.  The streams break off."""
+        self.ended = unheard
         self.h2.go_away()
         self._part(Failed("closed", "the connection was closed"))
 
@@ -451,7 +452,8 @@ class Carrier:
     def _lost(self, failed: Failed) -> None:
         if self.is_open:
             self._part(failed)
-            self.ended(failed)
+            ended, self.ended = self.ended, unheard  # who hears it may know us: else both wait to be collected
+            ended(failed)
 
     def _part(self, failed: Failed) -> None:
         """The connection is over: tell its wires."""
@@ -466,6 +468,7 @@ class Carrier:
             self.h2.reset(stream)
             if stream.owner is not None:
                 stream.owner.take_reset(failed, False)
+                stream.owner = None
         self.h2.out.clear()
 
     def on_data(self, event: Data) -> None:

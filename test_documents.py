@@ -57,8 +57,8 @@ from sniroute_groups import Several
 from sniroute_names import OPTIONS, parse_host_port
 from sniroute_nodeurl import parse_url
 from sniroute_settings import SETTINGS, load_settings
-from conftest import CORE, DOCTOR, HERE, HOST, Server, linux, wait_until
-from testbed.clients import program_path
+from conftest import CORE, DOCTOR, HERE, HOST, Server, exit_code, linux, wait_until
+from testbed.clients import namespaces, program_path
 from testbed.hellos import genuine
 from testbed.running import Running, read_exactly
 
@@ -212,8 +212,8 @@ def test_the_routes_of_the_readme_are_routes():
     rows = rows_below(README, "| route | what it does |")
     assert len(rows) > 10
     for route, *_ in rows:
-        load_settings(["--route", route.strip("`")], {})
-    for kind in ("exec:ssh ", "command:ssh ", "kubernetes:", "jump:"):
+        load_settings(["--route", route.strip("`")], {"KEY": "s3cret"})
+    for kind in ("exec:ssh ", "command:ssh ", "kubernetes:", "jump:", "nodepass:"):
         assert any(f"={kind}" in route for route, *_ in rows), kind
 
 
@@ -442,6 +442,24 @@ def test_two_routers_on_one_redis_share_a_name_as_pasted(paste_names):
     assert '"name": "shop.tun.localhost"' in out and "Hello\n" in out, said
     assert said.count("registry: shop.tun.localhost: claimed by alice, to tcp:127.0.0.1:") == 2
     assert "path=/ status=200" in said and said.count("stopped\n") == 2
+
+
+@linux
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for network namespaces")
+def test_a_service_behind_nat_is_reached_as_pasted(tmp_path):
+    """In a network, and with a /run, of its own: two runs do not meet."""
+    for program, package in (("curl", "curl"), ("ip", "iproute2")):
+        program_path(program, package)
+    words = (*namespaces("--net", "--mount"), "bash", "-c")
+    for path in (*HERE.glob("sniroute*.py"), HERE / "README.md"):
+        shutil.copy(path, tmp_path)
+    block = marked(README, "behind nat").replace("python3 ", f"{sys.executable} ")
+    with open(tmp_path / "out", "wb") as out, open(tmp_path / "err", "wb") as err:
+        with subprocess.Popen([*words, f"mount -t tmpfs tmpfs /run && ip link set lo up\n{block}\nwait"], cwd=tmp_path,
+                              stdout=out, stderr=err) as shell:
+            exit_code(shell, 60)
+    assert README in (tmp_path / "out").read_text(), (tmp_path / "err").read_text()
+    assert "far end has dialled in" in (tmp_path / "err").read_text()
 
 
 @linux

@@ -2,69 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
-import threading
-from typing import Any, Callable
 
 import pytest
 
-from conftest import HOST, Address, Server, connect, echo, wait_until
+from conftest import HOST, connect, echo, wait_until
 from sniroute_ends import network_of
 from sniroute_peering import CONTROL
 from sniroute_signals import Signal, ask, parse_terms, token_of
-from testbed.nodepass import QUICK, Tunnel, free_port, show
-
-KINDS = [("", "plain"), ("tls=1", "tls=1"), ("tls=2", "tls=2"), ("type=2", "type=2"), ("type=2&tls=1", "type=2, tls=1"),
-         ("type=2&tls=2", "type=2, tls=2"), ("type=3&tls=1", "type=3"), ("type=3&tls=2", "type=3, tls=2")]
-
-
-def trip(address: Address, said: bytes = b"hello") -> bytes:
-    """What comes back for some bytes."""
-    with connect(address, said) as caller:
-        got = b""
-        while len(got) < len(said):
-            data = caller.recv(65536)
-            assert data, f"{len(got)} bytes of {len(said)}"
-            got += data
-    return got
-
-
-def is_refused(address: Address, said: bytes = b"hello") -> bool:
-    """Whether a caller sees a failure, at whatever moment, and not a byte."""
-    try:
-        with connect(address, said) as caller:
-            assert caller.recv(1) == b"x", "an end"
-    except ConnectionError:
-        return True
-    return False
-
-
-def send_all(sock: socket.socket, data: bytes) -> threading.Thread:
-    """Send from a thread, and end."""
-    def send() -> None:
-        with contextlib.suppress(OSError):
-            sock.sendall(data)
-            sock.shutdown(socket.SHUT_WR)
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    return thread
-
-
-def read_all(sock: socket.socket) -> bytes:
-    parts = []
-    while data := sock.recv(1 << 20):
-        parts.append(data)
-    return b"".join(parts)
-
-
-def files_of(query: str, certificates: Any) -> str:
-    """The parameters of tls=2."""
-    if "tls=2" not in query:
-        return query
-    return f"{query}&crt={certificates / 'server.pem'}&key={certificates / 'server.key'}"
-
+from testbed.nodepass import KINDS, QUICK, Tunnel, free_port, is_refused, read_all, send_all, show, trip
 
 @pytest.mark.parametrize("flow", ["-", "+"], ids=["server accepts", "client accepts"])
 @pytest.mark.parametrize("query", [query for query, _ in KINDS], ids=[name for _, name in KINDS])
@@ -81,18 +27,6 @@ def test_each_kind_of_pool_carries_both_ways(query, flow, tunnel, echo_server, t
     wait_until(lambda: not made.server.program.connections and not made.client.program.connections
                and not made.dialling.end.callees)
     assert made.accepting.end.slots.tcp == made.dialling.end.slots.tcp == 0
-
-
-@pytest.fixture
-def tls_files(certificates, monkeypatch) -> Callable[[str], tuple[str, str, str]]:
-    """tls_files(server query) -> its query, the client's, and the host of the tunnel."""
-    def make(query: str) -> tuple[str, str, str]:
-        if "tls=2" not in query:
-            return query, "", HOST
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificates / "ca.pem"))
-        return f"{query}&crt={certificates / 'edge.pem'}&key={certificates / 'edge.key'}", "sni=localhost", "localhost"
-
-    return make
 
 
 def test_a_hundred_callers_at_once(tunnel, echo_server):

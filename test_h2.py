@@ -18,15 +18,17 @@ from sniroute_http2 import (ACK, COMPRESSION_ERROR, CONTINUATION, CONTINUATIONS_
                             ENHANCE_YOUR_CALM, FLOW_CONTROL_ERROR, FRAME_SIZE_ERROR, GOAWAY, HAS_PRIORITY, HEADERS,
                             PADDED, PING, PREFACE, PRIORITY, PROTOCOL_ERROR, PUSH_PROMISE, REFUSED_STREAM, RST_STREAM,
                             SETTINGS, WINDOW_UPDATE, Broken, make_frame)
+from testbed.clients import PSYCOPG, paths_of
 
-try:
-    import h2.config
-    import h2.connection
-    import h2.events
-    import h2.settings
-except ImportError:
-    h2 = None  # type: ignore[assignment]
-needs_h2 = pytest.mark.skipif(h2 is None, reason="h2 is not here (PyPI package h2)")
+with paths_of("h2"):
+    try:
+        import h2.config
+        import h2.connection
+        import h2.events
+        import h2.settings
+    except ImportError:
+        h2 = None  # type: ignore[assignment]
+needs_h2 = pytest.mark.skipif(h2 is None, reason=f"h2 is not here (PyPI package h2; {PSYCOPG} names a Python with it)")
 
 POST = [(b":authority", b"none"), (b":method", b"POST"), (b":path", b"/stream"), (b":scheme", b"https"),
         (b"accept-encoding", b"gzip"), (b"user-agent", b"Go-http-client/2.0")]

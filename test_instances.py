@@ -471,7 +471,8 @@ sys.path.insert(0, {str(HERE)!r})
 from sniroute_master import Master
 from sniroute_nodepass import StatusLog
 from sniroute_nodeurl import Times, parse_url
-sys.exit(Master(parse_url(sys.argv[1]), Times(shutdown=0.3), os.environ, StatusLog("info"), sys.argv[2], {FAKE!r}).run())
+sys.exit(Master(parse_url(sys.argv[1]), Times(shutdown=0.3), os.environ, StatusLog("info"), sys.argv[2],
+                {FAKE!r}).run())
 """
 
 

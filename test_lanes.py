@@ -70,6 +70,9 @@ class Server:
     def may_join(self, address):
         return self.joins
 
+    def knows(self, address):
+        return self.expects_pool and address[0] == self.peer
+
     def nuisance(self, kind, words):
         self.told.append(words)
 

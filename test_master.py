@@ -112,7 +112,8 @@ def test_the_description_is_what_is_answered(master):
              ("PUT", f"/instances/{ident}", {"url": ready}), ("PUT", f"/instances/{ident}", {"url": ready}),
              ("PUT", "/instances/x", {}), ("PUT", f"/instances/{ident}", {}), ("PUT", f"/instances/{KEY_ID}", {}),
              ("DELETE", "/instances/x", None), ("DELETE", "/instances/", None),
-             ("DELETE", f"/instances/{KEY_ID}", None), ("DELETE", f"/instances/{ident}", None), ("GET", "/info", None), ("POST", "/info", {"alias": "a"}),
+             ("DELETE", f"/instances/{KEY_ID}", None), ("DELETE", f"/instances/{ident}", None),
+             ("GET", "/info", None), ("POST", "/info", {"alias": "a"}),
              ("POST", "/info", b"x"), ("GET", "/tcping?target=x", None), ("GET", "/tcping", None),
              ("GET", "/openapi.json", None), ("GET", "/docs", None)]
     seen = {("/events", "get", "200"), ("/events", "get", "503"), ("/instances", "post", "409")}  # tests of their own
@@ -442,7 +443,8 @@ def test_inside_tls_a_slow_reader_gets_all_of_its_answer(master):
     there = master(tls=1)
     there.master.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     ident = there.ended()
-    there.ask("PATCH", f"/instances/{ident}", {"meta": {"tags": {f"{n}".ljust(256, "k"): "v" * 256 for n in range(90)}}})
+    there.ask("PATCH", f"/instances/{ident}", {"meta": {"tags": {
+        f"{n}".ljust(256, "k"): "v" * 256 for n in range(90)}}})
     with contextlib.closing(socket.socket()) as plain:
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         plain.settimeout(10)

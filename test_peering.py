@@ -36,6 +36,8 @@ class Wire:
     def close(self) -> None:
         self.closed = True
 
+    reset = close
+
 
 class Said:
     """A link, and all that it has told."""

@@ -42,7 +42,7 @@ def pool(loop) -> Callable[..., Pool]:
         strangers: list[tuple[str, bytes]] = []
         changes: list[int] = []
         made: Any = Pool(loop, picks, patience, lambda slot, data: strangers.append((slot.id, data)),
-                         lambda: changes.append(len(made.idle)))
+                         lambda used: changes.append(len(made.idle)))
         made.strangers, made.changes = strangers, changes
         made.open()
         return made
@@ -122,7 +122,7 @@ def test_what_comes_early_is_kept_with_it(pool):
 
 
 def test_one_that_ends_is_found_for_a_while(pool, loop):
-    made, got = pool(picks=False), []
+    made = pool(picks=False)
     ended = slot(7)
     made.keeping.seconds = 0.0
     made.add(ended)

@@ -3,6 +3,7 @@
     tunnel      tunnel(target, flow="-", server="...", client="...") -> Tunnel: two ends of ours, in threads, linked
     local       lone(url, **times) -> Local: one end of ours, in a thread
     processes   processes(url) -> Program: sniroute_nodepass.py as a child
+    tls_files   tls_files(query) -> the parameters of both ends, with certificates where it has tls=2
     original    original(url) -> Program: the original program, of SNIROUTE_TEST_NODEPASS, as a child
 
 Ports of an end may be 0 in `lone` and `tunnel`: then each end has free ones.
@@ -29,6 +30,8 @@ from sniroute_nodepass import Forwarders, NodePass, run_client, run_server
 from sniroute_nodeurl import Times, parse_url
 from testbed.carrier import Notes
 
+KINDS = [("", "plain"), ("tls=1", "tls=1"), ("tls=2", "tls=2"), ("type=2", "type=2"), ("type=2&tls=1", "type=2, tls=1"),
+         ("type=2&tls=2", "type=2, tls=2"), ("type=3&tls=1", "type=3"), ("type=3&tls=2", "type=3, tls=2")]
 ORIGINAL = os.environ.get("SNIROUTE_TEST_NODEPASS", "")
 QUICK = Times(cooldown=0.2, handshake=5.0, pool_get=5.0, report=5.0)  # a test waits for nothing of it in vain
 
@@ -161,6 +164,46 @@ class Tunnel:
         return connect(self.address, said, timeout)
 
 
+def trip(address: Address, said: bytes = b"hello") -> bytes:
+    """What comes back for some bytes."""
+    with connect(address, said) as caller:
+        got = b""
+        while len(got) < len(said):
+            data = caller.recv(65536)
+            assert data, f"{len(got)} bytes of {len(said)}"
+            got += data
+    return got
+
+
+def is_refused(address: Address, said: bytes = b"hello") -> bool:
+    """Whether a caller sees a failure, at whatever moment, and not a byte."""
+    try:
+        with connect(address, said) as caller:
+            assert caller.recv(1) == b"x", "an end"
+    except ConnectionError:
+        return True
+    return False
+
+
+def send_all(sock: socket.socket, data: bytes) -> threading.Thread:
+    """Send from a thread, and end."""
+    def send() -> None:
+        with contextlib.suppress(OSError):
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+def read_all(sock: socket.socket) -> bytes:
+    parts = []
+    while data := sock.recv(1 << 20):
+        parts.append(data)
+    return b"".join(parts)
+
+
 def show(address: Address) -> str:
     return f"{address[0]}:{address[1]}"
 
@@ -195,6 +238,18 @@ def tunnel(lone: Callable[..., Local]) -> Callable[..., Tunnel]:
     return make
 
 
+@pytest.fixture
+def tls_files(certificates, monkeypatch) -> Callable[[str], tuple[str, str, str]]:
+    """tls_files(server query) -> its query, the client's, and the host of the tunnel."""
+    def make(query: str) -> tuple[str, str, str]:
+        if "tls=2" not in query:
+            return query, "", HOST
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificates / "ca.pem"))
+        return f"{query}&crt={certificates / 'edge.pem'}&key={certificates / 'edge.key'}", "sni=localhost", "localhost"
+
+    return make
+
+
 class Program:
     """A child process: sniroute_nodepass.py, or the original.  What it prints is in `path`."""
 
@@ -216,6 +271,7 @@ class Program:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+        assert "a fault in" not in self.said and "Traceback" not in self.said, self.said
 
 
 @pytest.fixture
@@ -246,4 +302,5 @@ def original(tmp_path: pathlib.Path) -> Iterator[Callable[..., Program]]:
         yield make
 
 
-__all__ = ["Client", "End", "Forwarders", "Local", "Program", "QUICK", "Server", "Tunnel", "free_port", "show"]
+__all__ = ["KINDS", "Client", "End", "Forwarders", "Local", "Program", "QUICK", "Server", "Tunnel", "free_port", "is_refused",
+           "read_all", "send_all", "show", "trip"]
