@@ -23,7 +23,8 @@ import sniroute_lanes
 import sniroute_pool
 from conftest import HOST, connect, wait_until
 from sniroute_duplex import TlsWire
-from sniroute_ends import ANSWERED_MAX, CANDIDATES_MAX, CAPACITY_MAX, UNPROVEN_MAX
+from sniroute_dialin import ANSWERED_MAX, CANDIDATES_MAX, UNPROVEN_MAX
+from sniroute_dialout import CAPACITY_MAX
 from sniroute_hpack import encode as encode_head
 from sniroute_http2 import CONTINUATION, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, make_frame
 from sniroute_nodepass import Forwarders, NodePass
