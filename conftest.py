@@ -58,7 +58,7 @@ OPTIONS = {  # files that an installation may leave out
     "sniroute_sqlite.py", "sniroute_shared.py", "sniroute_redis.py", "sniroute_resp.py", "sniroute_claim.py",
     "sniroute_rfc2136.py", "sniroute_dns.py",
     "sniroute_nodepass.py", "sniroute_master.py", "sniroute_panel.py", "sniroute_mcp.py", "sniroute_instances.py",
-    "sniroute_children.py", "sniroute_ends.py",
+    "sniroute_children.py", "sniroute_dialin.py", "sniroute_dialout.py", "sniroute_ends.py",
     "sniroute_single.py", "sniroute_callers.py", "sniroute_datagrams.py", "sniroute_peering.py",
     "sniroute_lanes.py", "sniroute_streams.py", "sniroute_h2.py", "sniroute_pool.py", "sniroute_upstreams.py",
     "sniroute_offload.py", "sniroute_duplex.py", "sniroute_guards.py", "sniroute_signals.py", "sniroute_nodeurl.py",

@@ -61,7 +61,7 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
                                                                _sqlite, _shared, _redis, _resp, _layers, _rfc2136,
                                                                _dns, _dial, _upgrade, _http, _door and _page; its
                                                                client is sniroute_claim
-    sniroute_nodepass *    services behind NAT                with sniroute_ends, _peering, _pool, _lanes, _duplex,
+    sniroute_nodepass *    services behind NAT                with sniroute_dialin, _dialout, _ends, _peering, _pool, _lanes, _duplex,
                                                                _callers, _datagrams, _single, _upstreams, _guards,
                                                                _offload, _signals, _nodeurl, _streams, _h2, _master,
                                                                _panel, _mcp, _instances, _children, _nat, _forwarder,

@@ -384,7 +384,7 @@ OPTIONS = {
                  "sniroute_rfc2136", "sniroute_dns", "sniroute_dial", "sniroute_upgrade", "sniroute_http",
                  "sniroute_claim", "sniroute_door", "sniroute_page"),
     "nodepass": ("sniroute_nodepass", "sniroute_master", "sniroute_panel", "sniroute_mcp",
-                 "sniroute_instances", "sniroute_children", "sniroute_ends",
+                 "sniroute_instances", "sniroute_children", "sniroute_dialin", "sniroute_dialout", "sniroute_ends",
                  "sniroute_single", "sniroute_callers", "sniroute_datagrams", "sniroute_peering",
                  "sniroute_lanes", "sniroute_streams", "sniroute_h2", "sniroute_pool",
                  "sniroute_upstreams", "sniroute_offload", "sniroute_duplex", "sniroute_guards", "sniroute_signals",

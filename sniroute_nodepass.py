@@ -15,7 +15,7 @@
 The URL grammar, the parameters, the variables and the wire are the original's, so either end may be the original
 program.  What it has and this one has not is QUIC (type=1), which Python's standard library cannot speak.
 
-What becomes of an end is in sniroute_ends; of a client that forwards by itself in sniroute_single; of one caller in
+What becomes of an end is in sniroute_dialin, sniroute_dialout and sniroute_ends; of a client that forwards by itself in sniroute_single; of one caller in
 sniroute_callers, or sniroute_datagrams; the master is sniroute_master.
 
 Threads: `main` runs the one loop, which owns every socket.  What blocks has threads of its own: names (sniroute_dial).
@@ -26,7 +26,7 @@ Seams: I want to ...
     another parameter    sniroute_nodeurl, and whoever reads it
     another line         StatusLog
 
-sniroute starts this program, and never imports it.  This room imports sniroute_ends, sniroute_single, sniroute_callers,
+sniroute starts this program, and never imports it.  This room imports sniroute_dialin, sniroute_dialout, sniroute_ends, sniroute_single, sniroute_callers,
 sniroute_datagrams, sniroute_peering, sniroute_offload, sniroute_signals (the status line), sniroute_nodeurl,
 sniroute_forwarder, sniroute_layers, sniroute_dial, sniroute_flow, sniroute_host, sniroute_loop, sniroute_names and
 sniroute_refusals; and sniroute_master where it is asked for.
@@ -43,7 +43,9 @@ from typing import Any, Mapping
 
 from sniroute_callers import Caller
 from sniroute_dial import WayOut, set_options
-from sniroute_ends import Arrival, Client, End, Listening, Server, listen
+from sniroute_dialin import Listening, Server, listen
+from sniroute_dialout import Arrival, Client
+from sniroute_ends import End
 from sniroute_flow import Pipes
 from sniroute_forwarder import TEXT_MAX, Control, Forwarder, Listener, Log
 from sniroute_host import open_standard_streams, raise_descriptor_limit

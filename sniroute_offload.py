@@ -150,7 +150,13 @@ class Offload:
 
         Returns the wire that there will be; to `reset` it is to give up.  The caller has a deadline.
         """
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:  # descriptors are short
+            wire.reset()
+            failed = Failed("tls", error.strerror or str(error))
+            self.wires.loop.call(lambda: done(failed, ""))
+            return wire
         ours.setblocking(False)
         peer, sock = wire.peer, wire.raw()
         found = TcpWire(self.wires, ours, peer)
@@ -222,13 +228,19 @@ class Errand:
 
     def __init__(self, desk: Desk, order: Order, sock: socket.socket, near: socket.socket):
         self.desk = desk
-        self.near = TcpWire(desk.wires, near)
-        self.near.pause()
+        self.near = TcpWire(desk.wires, near)  # on which nothing comes before our line, but the end
+        self.near.on_end = self._given_up
         self.tls = TlsWire(TcpWire(desk.wires, sock), desk.context(order), "" if order.server_side else order.name,
                            server_side=order.server_side)
         self.carried = {self.near: 0, self.tls: 0}
         desk.errands.add(self)
         self.tls.shake(self._shaken, early=base64.b64decode(order.early))
+
+    def _given_up(self, error: Failed | None) -> None:
+        """Whoever has given the order wants it no more: nobody else has a deadline for a handshake."""
+        self.near.close()
+        self.tls.reset()
+        self.desk.done(self)
 
     def _shaken(self, failed: Failed | None) -> None:
         line = json.dumps(["", self.tls.fingerprint()] if failed is None else [failed.reason, str(failed)])
@@ -240,7 +252,6 @@ class Errand:
         for here, there in ((self.near, self.tls), (self.tls, self.near)):
             here.on_data = lambda data, here=here, there=there: self._carry(data, here, there)
             here.on_end = lambda error, there=there: self._end(error, there)
-        self.near.resume()
 
     def _carry(self, data: bytes | memoryview, here: Any, there: Any) -> None:
         self.carried[here] += len(data)

@@ -33,7 +33,7 @@ from sniroute_refusals import Failed, Malformed
 from sniroute_signals import PROOF_SIZE, Signal, SignalReader, encode, proof, same_secret
 
 if TYPE_CHECKING:
-    from sniroute_ends import Server
+    from sniroute_dialin import Server
 
 __version__ = "0.1.0"
 

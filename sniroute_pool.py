@@ -308,7 +308,8 @@ class Sizer:
     """How many idle connections a client should have.
 
     The original dials by a clock, at most once in 100 ms, so a burst of callers waits for it.  This one dials as soon
-    as a connection is used, and doubles the capacity where the idle ones run short.
+    as a connection is used, and doubles the capacity where the idle ones run short, and so many were used since it did
+    that before: while a pool is being filled they are short, too, and a few callers must not make it a large one.
 
     Args:
         least, most: of idle connections (`min` of the client, `max` of the server; swapped where they are the wrong
@@ -318,6 +319,7 @@ class Sizer:
     def __init__(self, least: int, most: int):
         self.least, self.most = min(least, most), max(least, most)
         self.capacity = self.least
+        self.uses = 0  # since it has grown, or a period ago
 
     def wanted(self, idle: int, dialling: int) -> int:
         """How many to dial now."""
@@ -325,10 +327,13 @@ class Sizer:
 
     def used(self, idle: int) -> None:
         """One was used, and so many are left."""
-        if idle < self.capacity * GROW_AT / 2:
+        self.uses += 1
+        if idle < self.capacity * GROW_AT / 2 and self.uses >= self.capacity * GROW_AT / 2:
             self.capacity = min(self.most, max(self.capacity * 2, 1))
+            self.uses = 0
 
     def look(self, idle_at_least: int) -> None:
         """A period is over, in which there were always so many idle ones."""
+        self.uses = 0
         if idle_at_least > self.capacity * SHRINK_AT:
             self.capacity -= min(self.capacity - self.least, max(1, int((self.capacity - self.least) * SHRINK_BY)))

@@ -68,6 +68,7 @@ TERMS_MAX = 16384  # bytes of its answer, head and body: the original's has 180
 POOL_MAX = 1 << 20  # connections: what a server may ask a client to keep ready
 DATAGRAM_MAX = 65535  # bytes: the length of a frame has 16 bits
 
+ID_SIZE = 4  # bytes of a connection's id on the wire
 PROOF_SIZE = 16  # bytes of HMAC-SHA256: 128 bits that nobody guesses
 OURS = "Sniroute"  # the header by which our client says that it knows proofs
 

@@ -16,7 +16,7 @@ Threads: the loop's only.
 Seams: I want to ...
     do something with callers first   a subclass of Direct, and a row in SERVING
 
-This room imports sniroute_ends (listen), sniroute_callers, sniroute_datagrams, sniroute_upstreams, sniroute_duplex,
+This room imports sniroute_dialin (`listen`), sniroute_callers, sniroute_datagrams, sniroute_upstreams, sniroute_duplex,
 sniroute_guards, sniroute_signals, sniroute_dial (Failed, set_options), sniroute_loop and sniroute_names.
 """
 
@@ -29,7 +29,7 @@ from sniroute_callers import CARRYING, OVER, PEEK_LAST, PEEKED, PEEKING, Caller,
 from sniroute_datagrams import Datagrams
 from sniroute_dial import Failed, set_options
 from sniroute_duplex import Certificates, TcpWire, TlsWire, accept_tls
-from sniroute_ends import listen
+from sniroute_dialin import listen
 from sniroute_guards import Slots, protocol_of
 from sniroute_loop import Alarm, monotonic
 from sniroute_names import show_address

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from conftest import HOST, connect, echo, wait_until
-from sniroute_ends import network_of
+from sniroute_peering import network_of
 from sniroute_peering import CONTROL
 from sniroute_signals import Signal, ask, parse_terms, token_of
 from testbed.nodepass import KINDS, QUICK, Tunnel, free_port, is_refused, read_all, send_all, show, trip

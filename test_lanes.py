@@ -230,7 +230,9 @@ def test_a_handshake_is_told_from_the_pool_while_there_is_a_link(program, serve_
     lanes = client.lanes(client.shake())
     client.open(lanes, 2)
     program.until(lambda: len(server.arrived) == 2)
+    silence, server.reception.silent.seconds = server.reception.silent.seconds, 5.0  # its hello comes late on a busy host
     assert client.shake() == server.terms
+    server.reception.silent.seconds = silence
     assert len(server.asks) == 2 and len(server.arrived) == 2
     client.open(lanes, 1)  # and the pool goes on
     program.until(lambda: len(server.arrived) == 3)

@@ -23,14 +23,16 @@ import sniroute_lanes
 import sniroute_pool
 from conftest import HOST, connect, wait_until
 from sniroute_duplex import TlsWire
-from sniroute_ends import ANSWERED_MAX, CANDIDATES_MAX, CAPACITY_MAX, UNPROVEN_MAX
+from sniroute_dialin import ANSWERED_MAX, CANDIDATES_MAX, UNPROVEN_MAX
+from sniroute_dialout import CAPACITY_MAX
 from sniroute_hpack import encode as encode_head
 from sniroute_http2 import CONTINUATION, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, make_frame
+from sniroute_nodepass import Forwarders, NodePass
 from sniroute_pool import EARLY_MAX, WANTED_MAX
 from sniroute_refusals import Malformed
 from sniroute_signals import Signal, Terms, answer, encode
-from testbed.endure_router import resident
-from testbed.foreign import Client, Served, call_from, read_exactly, upgrade
+from testbed.endure_router import children, descriptors, resident
+from testbed.foreign import UPGRADE, Client, Served, call_from, read_exactly, upgrade
 from testbed.nodepass import QUICK, Local, Tunnel, free_port, trip
 
 STRANGER = "127.0.0.2"
@@ -204,6 +206,20 @@ def test_half_handshakes_in_thousands(half, tunnel, single_loop_echo):
     wait_until(lambda: made.server.end.idle >= 8)
 
 
+@pytest.mark.parametrize("query, halves", [
+    ("tls=1", (b"", b"GET / HTTP/1.1\r\nHost")), ("type=2&tls=1", (b"", UPGRADE[:50], UPGRADE, UPGRADE + bytes(15)))])
+def test_who_says_nothing_inside_tls_has_the_same_deadline(query, halves, tunnel, echo_server):
+    """Neither nothing, nor half a request, nor a WebSocket without a proof of the key; of strangers, and of neighbours."""
+    made = tunnel(echo_server.address, server=query, client="min=4", times=HASTY)
+    address = made.server.end.listener.getsockname()
+    with Calm(made), Client(address, source=STRANGER) as stranger, Client(address) as neighbour:
+        for client in (stranger, neighbour):
+            for said in halves * 3:
+                client.open(True).sendall(said)
+        forgotten(made.server)
+    wait_until(lambda: made.server.end.idle >= 4)
+
+
 def test_bytes_that_drip_have_the_same_deadline(tunnel, echo_server):
     """A byte now and then does not make more time."""
     made = tunnel(echo_server.address, server="type=2", client="min=4", times=HASTY)
@@ -344,6 +360,17 @@ def test_a_peer_that_does_not_read_its_control_channel_is_dropped(link):
         for _ in range(400):
             client.channel.sock.sendall(ping)
     assert "takes no signals" in server.has_said("the link is over")
+
+
+@pytest.mark.parametrize("kind, lines", [(NodePass, 1), (Forwarders, 20)], ids=["a program", "for sniroute"])
+def test_callers_who_are_refused_cost_a_line_once_in_a_while(kind, lines, lone):
+    """sniroute hears of each: it has a client of its own to tell."""
+    server = lone(times=QUICK._replace(pool_get=0.3), kind=kind).begin(f"server://key@{HOST}:1/{HOST}:2?mode=1", port=0,
+                                                                        targets=((HOST, 0),))
+    with crowd(*(connect(server.callers) for _ in range(20))):
+        wait_until(lambda: len(server.program.connections) == 20)
+        wait_until(lambda: not server.program.connections)
+    assert sum(row.get("event") == "failed" for row in server.log.rows) == lines
 
 
 # -- idle connections --------------------------------------------------------------------------
@@ -530,7 +557,7 @@ def test_udp_floods_from_many_sources(tunnel, echo_server, monkeypatch):
         target.bind((HOST, echo_server.address[1]))
         target.settimeout(0.5)
         good.settimeout(5)
-        made = tunnel(echo_server.address, client="min=8", times=QUICK._replace(udp_read=1.0))
+        made = tunnel(echo_server.address, client="min=8", times=QUICK._replace(udp_read=0.6))
         address, end = made.udp, made.server.end
         stopping = threading.Event()
 
@@ -638,8 +665,8 @@ def test_a_server_that_ends_connections_is_dialled_more_and_more_slowly(when, lo
     server = served(Wicked, then=then)
     client = led_astray(lone, server)
     wait_until(lambda: client.end.link is not None)
-    time.sleep(0.8)
-    assert server.count < 100, server.count
+    time.sleep(0.6)
+    assert server.count < 90, server.count
     assert len(client.messages) < 10
 
 
@@ -738,6 +765,21 @@ def test_what_was_tls_does_not_wait_for_the_collector_of_garbage(act, query, tun
 
 
 # -- all of it, to a program as users run it ---------------------------------------------------
+
+
+def test_a_helper_for_tls_keeps_no_handshake_that_is_given_up(processes, single_loop_echo):
+    """Where only the handshake has TLS a child does it, and has no deadlines: strangers who stay must not fill it."""
+    port = free_port()
+    server = processes(f"server://key@{HOST}:{port}/{HOST}:{free_port()}?mode=1", env=os.environ | {"NP_HANDSHAKE_TIMEOUT": "1s"})
+    server.has_said("listening for a client")
+    with crowd() as socks:
+        for number in range(600):
+            socks.append(call_from(f"127.0.0.{2 + number % 100}", (HOST, port)))
+            with contextlib.suppress(ConnectionError):
+                half_hello(socks[-1], number)
+        helper, = wait_until(lambda: children(server.process.pid))
+        wait_until(lambda: len(descriptors(server.process.pid)) < 40, what="a server without a stranger")
+        wait_until(lambda: len(descriptors(helper)) < 20, 3, "a helper without a stranger")
 
 
 def test_what_an_attacker_sees_of_memory_descriptors_and_the_log(processes, single_loop_echo, tmp_path):

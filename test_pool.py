@@ -251,12 +251,22 @@ def test_each_use_is_replaced_at_once():
 
 def test_a_burst_doubles_it_to_its_most():
     sizer = Sizer(8, 100)
-    seen = []
-    for _ in range(6):
+    seen = {}
+    for use in range(1, 60):
         sizer.used(1)
-        seen.append(sizer.capacity)
-    assert seen == [16, 32, 64, 100, 100, 100]
+        seen.setdefault(sizer.capacity, use)
+    assert seen == {8: 1, 16: 2, 32: 6, 64: 14, 100: 30}, "a quarter of it was used each time"
     assert sizer.wanted(0, 90) == 10
+
+
+def test_a_few_uses_while_it_is_being_filled_are_no_burst():
+    """With TLS that takes a while, in which there are few idle ones."""
+    sizer = Sizer(64, 1024)
+    for period in range(20):
+        for _ in range(10):
+            sizer.used(0)
+        sizer.look(0)
+    assert sizer.capacity == 64
 
 
 def test_it_shrinks_slowly_to_its_least_where_nobody_uses_it():

@@ -25,7 +25,9 @@ from typing import Any, Callable, Iterator
 import pytest
 
 from conftest import HERE, HOST, Address, connect, wait_until
-from sniroute_ends import LINKED, Client, End, Server
+from sniroute_dialin import Server
+from sniroute_dialout import Client
+from sniroute_ends import LINKED, End
 from sniroute_nodepass import Forwarders, NodePass, run_client, run_server
 from sniroute_nodeurl import Times, parse_url
 from testbed.carrier import Notes
