@@ -308,7 +308,7 @@ def test_mode_0_of_a_server_dials_a_target_whose_address_is_taken(lone, echo_ser
 
 
 def test_nothing_of_a_link_stays_behind(tunnel, echo_server):
-    """Fifty links, one after another: connections, timers and tables are as before."""
+    """Twenty links, one after another: connections, timers and tables are as before."""
     made = tunnel(echo_server.address, client="min=4", times=QUICK._replace(cooldown=0.01))
 
     def state() -> tuple[int, ...]:
@@ -317,7 +317,7 @@ def test_nothing_of_a_link_stays_behind(tunnel, echo_server):
             len(each.end.pool.wanted), len(each.end.callees), len(each.end.carried)))
 
     before = state()
-    for count in range(50):
+    for count in range(20):
         made.server.call(lambda: made.server.end.link.end("a test"))
         made.linked_again(count + 2)
         assert trip(made.address) == b"hello"

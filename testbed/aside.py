@@ -1,6 +1,6 @@
-"""Some tests in a process beside the others: a whole run takes a minute less on two cores.
+"""Some tests in two processes beside the others: a whole run takes minutes less on two cores, since many tests wait.
 
-    the run --- fork, before the first test ---> a child: the tests of ASIDE, their reports into a file
+    the run --- fork, before the first test ---> a child for each row of ASIDE: its tests, their reports into a file
         |                                            |
         all other tests                              ends
         |                                            |
@@ -21,14 +21,17 @@ from typing import Any, Generator
 import pytest
 
 # Files whose tests do not care how busy the host is: they compute, or wait for events only.
-ASIDE = frozenset(f"test_{room}.py" for room in (
+ASIDE = tuple(frozenset(f"test_{room}.py" for room in rooms) for rooms in ((
     "wire", "http", "yaml", "kubeconfig", "spdy", "channels", "hpack", "certificate", "claims", "owners", "resp", "dns",
     "objects", "patterns", "names", "settings", "upgrade", "launchers", "house", "gateway", "refusals", "doctor",
     "documents", "credentials", "plugins", "layers", "sqlite", "registry", "rest", "door", "claim", "redis", "rfc2136",
     "shared", "api", "pods", "links", "passage", "jumps", "kubernetes", "clusters", "cluster", "any_cluster",
-    "web_clients", "host"))
+    "web_clients", "host"), (
+    "nodeurl", "signals", "guards", "h2", "streams", "lanes", "duplex", "upstreams", "datagrams", "single", "master",
+    "mcp", "instances", "nat", "peering", "pool", "callers", "nodepass", "ends", "nodepass_faults", "nodepass_hostile",
+    "offload", "behind_nat")))
 END = "end"  # the last line of the file
-MANY = 5000  # tests of a run that is worth a second process
+MANY = 5000  # tests of a run that is worth further processes
 
 
 class Child:
@@ -99,14 +102,19 @@ def is_whole(session: pytest.Session) -> bool:
 def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
     """Run the tests of ASIDE beside the others."""
     from conftest import lasting
-    items = [item for item in session.items if item.path.name in ASIDE]
-    if not items or not is_whole(session):
+    if not is_whole(session):
         return (yield)
-    session.items = [item for item in session.items if item.path.name not in ASIDE]
-    child = Child(session, items)
-    lasting.add(child.pid)
+    children = []
+    for names in ASIDE:
+        items = [item for item in session.items if item.path.name in names]
+        session.items = [item for item in session.items if item.path.name not in names]
+        if items:
+            children.append(Child(session, items))
+    pids = {child.pid for child in children}
+    lasting.update(pids)
     try:
         return (yield)
     finally:
-        lasting.discard(child.pid)
-        child.end()
+        lasting.difference_update(pids)
+        for child in children:
+            child.end()
