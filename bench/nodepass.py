@@ -13,12 +13,12 @@ The columns:
     the original the program that SNIROUTE_TEST_NODEPASS names, at both ends; without it its figures as they were
                  measured on another day (ORIGINAL)
     times        sniroute's figure by the original's
-    bar          what that is held against; a figure that misses it is marked.  That is a result: the exit code is 1 only
-                 if something failed or could not be measured
+    bar          what that is held against; a figure that misses it is marked.  That is a result: the exit code is 1
+                 only if something failed or could not be measured
 
 Each figure is the median of the rounds.  CPU is the kernel's CPU clock of both ends together, memory is resident
-(/proc/PID/smaps_rollup) of both.  Needs Linux.  Everything stays on 127.0.0.1, and everything that was started is stopped,
-also after Ctrl-C.
+(/proc/PID/smaps_rollup) of both.  Needs Linux.  Everything stays on 127.0.0.1, and everything that was started is
+stopped, also after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ import time
 from typing import Any, Callable, Iterator, NamedTuple
 
 from routers import lay_out, medians, output_of, version
-from tunnels import (HOST, MIB, PROJECT, Failed, Figures, Processes, cpu_seconds, free_port, host_facts, listens, memory,
-                     wait_for)
+from tunnels import (HOST, MIB, PROJECT, Failed, Figures, Processes, cpu_seconds, free_port, host_facts, listens,
+                     memory, wait_for)
 
 HERE = pathlib.Path(__file__).resolve()
 ORIGINAL_PROGRAM = "SNIROUTE_TEST_NODEPASS"
@@ -111,8 +111,8 @@ class Row(NamedTuple):
 
 
 ROWS = (
-    *(Row(f"{case.key}_down_mb_s", f"{case.label}: down, MB/s", 0, {"plain": 1.5, "tls": 0.9}.get(case.key)) if not cpu else
-      Row(f"{case.key}_down_cpu_s", "  CPU for a GB, s", 2) for case in CASES for cpu in (False, True)),
+    *(Row(f"{case.key}_down_mb_s", f"{case.label}: down, MB/s", 0, {"plain": 1.5, "tls": 0.9}.get(case.key)) if not cpu
+      else Row(f"{case.key}_down_cpu_s", "  CPU for a GB, s", 2) for case in CASES for cpu in (False, True)),
     *(Row(f"{case.key}_up_mb_s", f"{case.label}: up, MB/s", 0, {"plain": 1.5, "tls": 0.9}[case.key]) if not cpu else
       Row(f"{case.key}_up_cpu_s", "  CPU for a GB, s", 2) for case in (PLAIN, TLS) for cpu in (False, True)),
     Row("plain_conn_s", f"TCP: new connections a second, {AT_ONCE} at a time", 0, 2.0),
@@ -419,7 +419,8 @@ class Lab:
             for url in urls:
                 started.append(self.processes.start([*argv, url], {"PATH": os.defpath}))
                 if url.startswith("server:"):  # the original's client waits for 3 s where it comes too early
-                    wait_for(lambda: listens(started[0].pid, pool) or started[0].poll() is not None, PATIENCE, "a server")
+                    server = started[0]
+                    wait_for(lambda: listens(server.pid, pool) or server.poll() is not None, PATIENCE, "a server")
             while not served(address):
                 if time.perf_counter() - began > PATIENCE:
                     raise Failed(f"not up within {PATIENCE:g} s")
@@ -595,11 +596,13 @@ def main() -> int:
         if figures.get("failed"):
             failed[f"connections: {title}"] = f"{figures['failed']:.0f} of {scale.connections} failed"
     print(f"{facts['date']}, sniroute {facts['sniroute']}, Python {facts['python']}, {facts['openssl']},\n"
-          f"  {facts['cores']} x {facts['cpu']}, Linux {facts['kernel']}, load {facts['load'][0]} at the start\n{scale}")
+          f"  {facts['cores']} x {facts['cpu']}, Linux {facts['kernel']}, load {facts['load'][0]} at the start\n"
+          f"{scale}")
     if len(columns) == 2:
         print(f"\n{show(columns, scale.starts)}")
     if not path:
-        print(f"the original is not here ({ORIGINAL_PROGRAM} names it): its figures are of another day", file=sys.stderr)
+        print(f"the original is not here ({ORIGINAL_PROGRAM} names it): its figures are of another day",
+              file=sys.stderr)
     print(*(f"{what}: FAILED: {why}" for what, why in failed.items()), sep="\n", file=sys.stderr)
     if given.json:
         with open(given.json, "w") as file:
