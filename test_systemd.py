@@ -68,7 +68,7 @@ def test_in_a_network_of_its_own_no_other_user_of_the_host_reaches_a_tunnel(laun
                      "--log-level=debug", **made)
     with program.connect(HELLO) as client:
         assert read_exactly(client, len(HELLO)) == HELLO
-        assert f"127.0.0.1:{first}" in program.log(), "its port"
+        program.wait_for(f"127.0.0.1:{first}")  # its port
         with pytest.raises(ConnectionRefusedError):
             program.connect(address=(HOST, first))
 
