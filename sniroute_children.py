@@ -16,7 +16,8 @@ Seams: I want to ...
     let people change another field       Change, `parse_change`
     give a URL another default            DEFAULTS
 
-This room imports sniroute_nodeurl (whether a URL is one), sniroute_loop and sniroute_refusals.
+This room imports sniroute_nodeurl (whether a URL is one), sniroute_loop, sniroute_host (`make_private`) and
+sniroute_refusals.
 
 Sources: docs/api.md of NodePass, and what the program was seen to do; sqlite.org: "Write-Ahead Logging".
 """
@@ -32,6 +33,7 @@ import threading
 import urllib.parse
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
+from sniroute_host import make_private
 from sniroute_loop import READ, Loop, Watch, monotonic
 from sniroute_nodeurl import parse_url
 from sniroute_refusals import SettingsError
@@ -445,9 +447,7 @@ class State:
             raise SettingsError(f"master://: this Python has no SQLite, where a master keeps its instances ({error})"
                                 ) from None
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            os.fchmod(descriptor, 0o600)  # the API key is in it; what SQLite puts beside it gets the same mode
-            os.close(descriptor)
+            make_private(self.path)  # the API key is in it
             self.connection = sqlite3.connect(self.path, timeout=BUSY_TIME, isolation_level=None,
                                               check_same_thread=False)
             run = self.connection.execute

@@ -783,7 +783,9 @@ def write_bundle(path: str, sources: dict[str, str]) -> None:
     files |= {f"{name}c": bytes.fromhex(code) for name, code in json.loads(done.stdout).items()}
     part = f"{path}.part"
     try:
-        with open(part, "wb") as file:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)  # in /tmp another user may have made it: the program would be that user's
+        with open(part, "xb") as file:
             file.write(BUNDLE_START)
             with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
                 for name in sorted(files):

@@ -25,8 +25,8 @@ Seams: I want to ...
     start something else                  the words that Instances is given
     tell of something else                an event, and `tell`
 
-This room imports sniroute_children, sniroute_signals, sniroute_processes (the death guard), sniroute_loop and
-sniroute_names.
+This room imports sniroute_children, sniroute_signals, sniroute_processes (the death guard), sniroute_loop,
+sniroute_host (`changed_by_others`) and sniroute_names.
 
 Sources: docs/api.md of NodePass, and what the program was seen to do.
 """
@@ -34,6 +34,8 @@ Sources: docs/api.md of NodePass, and what the program was seen to do.
 from __future__ import annotations
 
 import collections
+import contextlib
+import errno
 import json
 import os
 import secrets
@@ -44,6 +46,7 @@ from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 from sniroute_children import (DEFAULTS, ERROR, GONE, LINE, LINES_RATE, RUN, RUNNING, STOP, STOPPED, TRAFFIC, Change,
                                Child, Inherited, Instance, NotDone, State, apply, check_value, filled, hidden,
                                instance_of, parse_change, record_of, role_of, split)
+from sniroute_host import changed_by_others
 from sniroute_loop import Alarms, Loop, monotonic
 from sniroute_names import printable
 from sniroute_processes import death_guard
@@ -442,7 +445,9 @@ def export(instances: Instances, done: Callable[[int | str], None]) -> None:
         result: int | str = len(rows)
         early = f"{path}.{os.getpid()}"
         try:
-            with open(os.open(early, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(early)  # in /tmp another user may have made it, to read what is written to it
+            with open(os.open(early, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(text)
             os.replace(early, path)
         except OSError as error:
@@ -453,11 +458,16 @@ def export(instances: Instances, done: Callable[[int | str], None]) -> None:
 
 
 def bring_in(instances: Instances, done: Callable[[int | str], None]) -> None:
-    """Create what `export_path` has; `done` gets how many, or why not.  What cannot be read is passed over."""
+    """Create what `export_path` has; `done` gets how many, or why not.  What cannot be read is passed over.
+
+    A file that another user may change is not read: in /tmp it may be anybody's.
+    """
     path = export_path(instances)
 
     def read() -> None:
         try:
+            if fault := changed_by_others(path):
+                raise PermissionError(errno.EPERM, fault)
             with open(path, "rb") as file:
                 rows = json.loads(file.read(IMPORT_MAX))
         except OSError as error:

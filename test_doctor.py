@@ -691,6 +691,14 @@ def test_a_bundle_that_cannot_be_written_is_one_sentence(words, code, says, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_bundle_is_no_file_that_another_user_has_made(tmp_path):
+    """Who has made it may change it later: in /tmp that is anybody."""
+    with open(tmp_path / "sniroute.pyz.part", "w+b") as theirs:
+        ended = execute(sys.executable, str(PROGRAM), "bundle", "--with=none", cwd=tmp_path, said="", text=True)
+        assert ended.returncode == 0, ended.stderr
+        assert theirs.read() == b"" and (tmp_path / "sniroute.pyz").stat().st_ino != os.fstat(theirs.fileno()).st_ino
+
+
 @pytest.mark.parametrize("said, says", [
     (b"def x(:\n", "SyntaxError: invalid syntax"), (b"# \xff\n", "sniroute.pyz: "),
 ], ids=["no Python", "no text"])

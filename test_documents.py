@@ -1,11 +1,13 @@
-"""Tests of README.md, OPERATING.md and CONTRIBUTING.md: what they promise is what the code does.
+"""Tests of README.md, OPERATING.md, CONTRIBUTING.md and SECURITY.md: what they promise is what the code does.
 
 Marks in the documents (`<!-- quick start -->` and so on) name the blocks that are read here.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import errno
 import io
 import os
 import pathlib
@@ -62,9 +64,9 @@ from testbed.clients import namespaces, program_path
 from testbed.hellos import genuine
 from testbed.running import Running, read_exactly
 
-README, OPERATING, CONTRIBUTING = (
-    (HERE / name).read_text() for name in ("README.md", "OPERATING.md", "CONTRIBUTING.md"))
-DOCUMENTS = {"README.md": README, "OPERATING.md": OPERATING, "CONTRIBUTING.md": CONTRIBUTING}
+README, OPERATING, CONTRIBUTING, SECURITY = (
+    (HERE / name).read_text() for name in ("README.md", "OPERATING.md", "CONTRIBUTING.md", "SECURITY.md"))
+DOCUMENTS = {"README.md": README, "OPERATING.md": OPERATING, "CONTRIBUTING.md": CONTRIBUTING, "SECURITY.md": SECURITY}
 
 
 def marked(document: str, mark: str) -> str:
@@ -460,6 +462,42 @@ def test_a_service_behind_nat_is_reached_as_pasted(tmp_path):
             exit_code(shell, 60)
     assert README in (tmp_path / "out").read_text(), (tmp_path / "err").read_text()
     assert "far end has dialled in" in (tmp_path / "err").read_text()
+
+
+def test_each_threat_is_held_by_a_test_that_is_there():
+    """Rows of three columns, none of them empty and no threat twice; the last one is a test, by its file and its name."""
+    _, _, *rows = [line for line in section(SECURITY, "## Threats").splitlines() if line.startswith("|")]
+    found = [re.fullmatch(r"\| (\S[^|]*) \| (\S[^|]*) \| `(test_\w+\.py)::(test_\w+)` \|", row) for row in rows]
+    assert len(rows) > 50 and [row for row, match in zip(rows, found) if match is None] == []
+    threats, _, files, tests = zip(*(match.groups() for match in found))
+    assert len(set(threats)) == len(threats)
+    there = {file: {node.name for node in ast.parse((HERE / file).read_bytes()).body if isinstance(node, ast.FunctionDef)}
+             for file in set(files)}
+    assert [test for file, test in zip(files, tests) if test not in there[file]] == []
+
+
+@linux
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a network namespace")
+def test_users_of_the_host_are_kept_from_tunnels_as_pasted():
+    """In a network of its own: root and the router's user connect to a port of a tunnel, and nobody else does."""
+    program_path("nft", "nftables")
+    router, other = 65_000, 65_534
+    block = marked(SECURITY, "local users").replace("$(id -u sniroute)", str(router))
+    probe = f"""
+import os, socket
+with socket.create_server(("127.0.0.1", 20000)), socket.create_server(("127.0.0.1", 19999)):
+    for port, user in ((20000, 0), (20000, {router}), (20000, {other}), (19999, {other})):
+        if not (child := os.fork()):
+            os.setuid(user)
+            with socket.socket() as sock:
+                os._exit(sock.connect_ex(("127.0.0.1", port)))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    if subprocess.run([*namespaces("--net"), "nft", "add", "table", "inet", "x"], capture_output=True).returncode:
+        pytest.skip("this kernel has no nftables")
+    words = (*namespaces("--net"), "sh", "-c", f'ip link set lo up\n{block}\nexec "$@"', "sh", sys.executable, "-c", probe)
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert ended.stdout.split() == ["0", "0", str(errno.ECONNREFUSED), "0"], ended
 
 
 @linux

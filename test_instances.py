@@ -391,13 +391,19 @@ def test_a_state_that_another_master_has_is_refused(master, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, words", [("newer", "newer sniroute"), ("garbage", "not a database"),
-                                         ("folder", "Is a directory")])
+                                         ("folder", "Is a directory"), ("anybody's", "can be changed by other users"),
+                                         ("a link to nothing", "No such file")])
 def test_a_state_that_cannot_be_used_is_refused_in_one_line(master, tmp_path, kind, words):
     path = tmp_path / "master.sqlite"
     if kind == "folder":
         path.mkdir()
     elif kind == "garbage":
         path.write_bytes(b"x" * 4096)
+    elif kind == "anybody's":
+        path.touch()
+        path.chmod(0o666)
+    elif kind == "a link to nothing":
+        path.symlink_to("nothing")
     else:
         connection = sqlite3.connect(path)
         connection.execute("PRAGMA user_version=99")

@@ -194,6 +194,23 @@ def test_all_instances_go_to_a_file_and_come_back(master, tmp_path):
     assert after["id"] != ident and {**after, "id": ident, "mode": 2} == {**before, "status": "stopped"}
 
 
+def test_files_in_a_folder_of_everybodys_are_neither_read_by_others_nor_theirs(master, tmp_path):
+    """The folder is as /tmp: there others may make the files first."""
+    there = master()
+    there.create()
+    tmp_path.chmod(0o1777)
+    path, early = tmp_path / "nodepass.json", tmp_path / f"nodepass.json.{os.getpid()}"
+    early.touch()
+    early.chmod(0o666)
+    with open(early) as theirs:
+        assert "Exported 1" in there.tool("export_instances")["content"][0]["text"]
+        assert theirs.read() == "", "keys for whoever has made it"
+    path.chmod(0o666)
+    said = there.mcp("tools/call", {"name": "import_instances"})
+    assert "can be changed by other users: chmod o-w" in said["error"]["data"]
+    assert len(there.tool("list_instances")["instances"]) == 1
+
+
 @pytest.mark.parametrize("text", [None, b"{", b"[" * 100000, b"\xff"])
 def test_a_file_that_cannot_be_read_is_an_error(master, tmp_path, text):
     if text is not None:
