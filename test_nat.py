@@ -72,10 +72,8 @@ def dial_in(serve: Callable[..., Any]) -> Iterator[Callable[..., socket.socket]]
                 sock.sendall(says)
             host, port = service or serve(answer).address
             address = place.rpartition(":")[0] or HOST, int(place.rpartition(":")[2])
-            sock = stack.enter_context(wait_until(lambda: try_connect(address)))
-            sock.sendall(f"{key} {host}:{port}\n".encode())
-            assert sock.recv(3) == b"in\n"
-            return sock
+            said = f"{key} {host}:{port}\n".encode()
+            return stack.enter_context(wait_until(lambda: try_link(address, said)))
         yield dial
 
 
@@ -84,6 +82,21 @@ def try_connect(address: Address) -> socket.socket | None:
         return socket.create_connection(address, 5)
     except OSError:
         return None
+
+
+def try_link(address: Address, said: bytes) -> socket.socket | None:
+    """A connection that is linked; None where nobody listens, or where a server that is ending has taken it."""
+    sock = try_connect(address)
+    if sock is None:
+        return None
+    try:
+        sock.sendall(said)
+        if sock.recv(3) == b"in\n":
+            return sock
+    except OSError:
+        pass
+    sock.close()
+    return None
 
 
 def faults(*options: str, **environ: str) -> list[str]:
