@@ -42,12 +42,12 @@ from sniroute_nodeurl import Options, Times
 from sniroute_peering import Link, News
 from sniroute_pool import Asker, Pool, Slot
 from sniroute_refusals import Failed
-from sniroute_signals import (DATAGRAM_MAX, Signal, Terms)
+from sniroute_signals import DATAGRAM_MAX, Signal, Terms
 from sniroute_upstreams import Upstreams
 
 __version__ = "0.1.0"
 
-IDLE, LINKED, COOLING, CLOSED = "idle", "linked", "cooling", "closed"  # states; each kind of end has more
+IDLE, LINKED, CLOSED = "idle", "linked", "closed"  # states; each kind of end has more
 
 
 class End:
@@ -90,7 +90,8 @@ class End:
     @property
     def address(self) -> str:
         """The tunnel's, for people."""
-        return f":{self.options.port}" if not self.options.host else show_address((self.options.host, self.options.port))
+        host, port = self.options.host, self.options.port
+        return show_address((host, port)) if host else f":{port}"
 
     def __str__(self) -> str:
         """For people."""

@@ -14,7 +14,7 @@ The lines are no secret: base64 of JSON under XOR with the key.  With tls=1 or 2
 Threads: the loop's only.
 
 Seams: I want to ...
-    let another client in   Server._judge of sniroute_ends
+    let another client in   Server._judge of sniroute_dialin
     say another thing       a Signal, and a row in ACTIONS of sniroute_ends; a peer that does not know it skips it
 
 This room imports sniroute_signals, sniroute_duplex (Wire), sniroute_loop, sniroute_names and sniroute_refusals.
@@ -55,8 +55,8 @@ class Link:
         over: called once, with why it has ended.
     """
 
-    __slots__ = ("loop", "wire", "key", "reader", "heard", "over", "last", "pinged", "ping", "prodded", "out", "nonsense",
-                 "due")
+    __slots__ = ("loop", "wire", "key", "reader", "heard", "over", "last", "pinged", "ping", "prodded", "out",
+                 "nonsense", "due")
 
     def __init__(self, loop: Any, wire: Wire, key: bytes, heard: Callable[[Signal], None], over: Callable[[str], None],
                  due: list[Any]):

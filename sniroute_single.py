@@ -302,11 +302,11 @@ class Secured(Direct):
             wire.resume()
 
     def _leave(self) -> None:
-        super()._leave()
         self.end.shaking.drop(self)
         self.end.peeking.drop(self)
         if self.wire is not None:
-            self.wire.reset()
+            self.wire.reset()  # before the socket below it is closed
+        super()._leave()
 
 
 SERVING: dict[bool, type[Direct]] = {False: Direct, True: Secured}  # by whether callers speak TLS
