@@ -4,10 +4,17 @@
     Caller   PEEKING   what may it speak? (`block`)      Callee   FINDING   the connection of this id
              WAITING   for a connection of the pool               DIALLING  the target; a PROXY header first
              CARRYING  ------------ Relay                         CARRYING  ------------ Relay
+             OVER                                                 OVER
 
-    Relay    Spliced   two sockets: the kernel moves the bytes (sniroute_flow)
-             Joined    two wires of any kind, one of which may be TLS, WebSocket or a stream of HTTP/2; and where
-                       there is a `rate`
+    Relay    CARRYING  both ways, or one that has not ended yet
+             RESETTING one side has broken off: the other gets what came before, and then a reset
+             OVER      both sides are closed
+      Spliced   two sockets: the kernel moves the bytes (sniroute_flow)
+      Joined    two wires of any kind, one of which may be TLS, WebSocket or a stream of HTTP/2; and where there is a
+                `rate`
+
+A Caller owns its socket, and a Callee the wire that it has found, until a Relay has both sides: that closes them, and
+tells them so (`on_over`).  Caller and Callee are Parties: what ends one of them is `Party.abort`.
 
 Each direction of a relay ends by itself: an end is passed on, and the other direction goes on.  A stream that was cut
 must not look whole: what has broken off is passed on as a reset, behind the bytes that came before it.
@@ -88,10 +95,14 @@ class Relays:
         self.settling = loop.queue(SETTLE, lambda relay: relay.settle())
         self.idling = loop.queue(idle, lambda relay: relay.look_idle()) if idle else None
 
-    def join(self, near: socket.socket | Wire, far: Wire, early: bytes, ended: bool, over: Callable[[Relay], None]) -> Relay:
-        """Carry between a caller, or a target, and a wire of the pool; `over` is told of the end.
+    def join(self, near: socket.socket | Wire, far: Wire, early: bytes, ended: bool,
+             over: Callable[[Relay], None]) -> Relay:
+        """Carry between a caller, or a target, and a wire of the pool.  Both are the Relay's from here on.
 
-        `early`: what the wire has given before; `ended`: the other end has ended behind that.
+        Args:
+            early: what the wire has given before.
+            ended: the other end has ended behind that.
+            over: is told once, when both sides are closed; before this returns where one is broken already.
         """
         raw = far.raw() if isinstance(near, socket.SocketType) and not self.buckets else None
         relay = Joined(self, near, far, over) if raw is None else Spliced(self, near, raw, over)
@@ -129,7 +140,7 @@ class Relays:
 
 
 class Relay:
-    """One connection that carries.  `near` is the caller's, or the target's, side; `far` the tunnel's."""
+    """One connection that carries.  `near` is the caller's, or the target's, side; `far` the tunnel's.  Owns both."""
 
     __slots__ = ("router", "state", "over", "seen", "since")
 
@@ -377,26 +388,60 @@ class Joined(Relay):
         self.end()
 
 
+class Party:
+    """A caller, at the end where it comes in, or at the end where its target is."""
+
+    __slots__ = ("end", "state", "asker", "relay")
+
+    def __init__(self, end: End, state: str):
+        self.end = end
+        self.state = state
+        self.asker: Asker | None = None  # its place among those who wait for a connection
+        self.relay: Relay | None = None  # that carries
+
+    def abort(self) -> None:
+        """End it, so that the other side of it sees a failure.  More than once does no harm."""
+        if self.state is OVER:
+            return
+        if self.relay is not None:
+            self.relay.cut()  # which calls `on_over`
+            return
+        if self.asker is not None:
+            self.asker.cancel()
+            self.asker = None
+        self._leave()
+        self._gone()
+
+    def on_over(self, relay: Relay) -> None:
+        """The relay has ended, and has closed both sides."""
+        self.relay = None
+        self._gone()
+
+    def _leave(self) -> None:
+        """Wait for nothing more, and reset what is ours.  There is no relay."""
+        raise NotImplementedError
+
+    def _gone(self) -> None:
+        """Nothing is ours any more: tell those who count us, once."""
+        raise NotImplementedError
+
+
 # -- the accepting end -------------------------------------------------------------------------
 
 
-class Caller:
+class Caller(Party):
     """One caller.  As sniroute_forwarder's `Served` says; `listener.target` is the End that it has come to."""
 
-    __slots__ = ("program", "listener", "end", "client", "address", "state", "watch", "asker", "relay", "has_slot",
-                 "id")
+    __slots__ = ("program", "listener", "client", "address", "watch", "is_counted", "id")
 
     def __init__(self, program: Any, listener: Listener, client: socket.socket, address: str):
+        super().__init__(listener.target, WAITING)
         self.program = program
         self.listener = listener
-        self.end: End = listener.target
         self.client = client
         self.address = address
-        self.state = WAITING
         self.watch: Watch | None = None
-        self.asker: Asker | None = None
-        self.relay: Relay | None = None
-        self.has_slot = False
+        self.is_counted = False  # among those of `slot=`
         self.id = ""  # of its connection
 
     def start(self) -> None:
@@ -452,7 +497,7 @@ class Caller:
         if not self.end.slots.acquire(False):
             self.refuse("slots", f"{self.end.options.slot} connections are open (slot=)")
             return
-        self.has_slot = True
+        self.is_counted = True
         self.state = WAITING
         asker = self.end.take("tcp", self.address, self.got)
         if self.state is WAITING:
@@ -469,26 +514,10 @@ class Caller:
         self.end.carried[slot.id] = self
         self.relay = self.end.relays.join(self.client, slot.wire, b"", False, self.on_over)
 
-    def on_over(self, relay: Relay) -> None:
-        """It has ended; its sockets are closed."""
-        self.end.carried.pop(self.id, None)
-        self.relay = None
-        self._gone()
-
     def refuse(self, reason: str, text: str) -> None:
         """It cannot be served: it sees a failure."""
         self.end.refused(self, reason, text)
         self.abort()
-
-    def abort(self) -> None:
-        if self.state is OVER:
-            return
-        if self.relay is not None:
-            self.relay.cut()
-            return
-        self._leave()
-        reset(self.client)
-        self._gone()
 
     def close(self) -> None:
         self.abort()
@@ -497,18 +526,15 @@ class Caller:
         self.abort()
 
     def _leave(self) -> None:
-        """Wait for nothing more."""
-        if self.asker is not None:
-            self.asker.cancel()
-            self.asker = None
         if self.watch is not None:
             self.end.peeking.drop(self)
             self.watch.closing()
+        reset(self.client)
 
     def _gone(self) -> None:
         self.state = OVER
-        if self.has_slot:
-            self.has_slot = False
+        self.end.carried.pop(self.id, None)
+        if self.is_counted:
             self.end.slots.release(False)
         self.program.closed(self)
 
@@ -516,20 +542,17 @@ class Caller:
 # -- the dialling end --------------------------------------------------------------------------
 
 
-class Callee:
+class Callee(Party):
     """A caller of the other end, here: the connection that a signal names, and the target that it is for."""
 
-    __slots__ = ("end", "signal", "state", "asker", "dial", "wire", "slot", "relay")
+    __slots__ = ("signal", "dial", "wire", "slot")
 
     def __init__(self, end: End, signal: Signal):
-        self.end = end
+        super().__init__(end, FINDING)
         self.signal = signal
-        self.state = FINDING
-        self.asker: Asker | None = None
         self.dial: Any = None
-        self.slot: Slot | None = None
+        self.slot: Slot | None = None  # DIALLING: the connection, and its wire, which are ours
         self.wire: Wire | None = None
-        self.relay: Relay | None = None
 
     def start(self) -> None:
         """Find the connection."""
@@ -539,6 +562,7 @@ class Callee:
             self.asker = asker
 
     def found(self, slot: Slot | None) -> None:
+        """The connection, or None: it has not come in time."""
         self.asker = None
         if slot is None:
             self.end.lost(self.signal)
@@ -548,8 +572,8 @@ class Callee:
         self.wire.on_data = self._on_early
         self.wire.on_end = self._on_end
         if not self.end.slots.acquire(False):
-            self.end.nuisance("slots", f"no room for {self.signal.remote}: {self.end.options.slot} connections are open "
-                                       "(slot=)")
+            self.end.nuisance("slots", f"no room for {self.signal.remote}: {self.end.options.slot} connections are "
+                                       "open (slot=)")
             self.wire.reset()
             self._gone()
             return
@@ -598,20 +622,7 @@ class Callee:
         wire.on_data = wire.on_end = lambda *what: None
         self.relay = self.end.relays.join(result, wire, slot.early, slot.ended, self.on_over)
 
-    def on_over(self, relay: Relay) -> None:
-        self.relay = None
-        self.end.slots.release(False)
-        self._gone()
-
-    def abort(self) -> None:
-        """End it: the caller sees a failure."""
-        if self.state is OVER:
-            return
-        if self.relay is not None:
-            self.relay.cut()
-            return
-        if self.asker is not None:
-            self.asker.cancel()
+    def _leave(self) -> None:
         if self.dial is not None:
             self.dial.cancel()
             self.dial = None
@@ -619,10 +630,10 @@ class Callee:
             self.wire.reset()
         if self.state is DIALLING:
             self.end.pool.hold(-len(self.slot.early))
-            self.end.slots.release(False)
-        self._gone()
 
     def _gone(self) -> None:
+        if self.state is not FINDING:
+            self.end.slots.release(False)
         self.state = OVER
         self.end.callees.discard(self)
 

@@ -26,8 +26,8 @@ Seams: I want to ...
     another kind of side     a subclass of Side
     end flows otherwise      `Datagrams._sweep`
 
-This room imports sniroute_signals, sniroute_layers (Wire), sniroute_dial (Failed), sniroute_loop and
-sniroute_names.
+This room imports sniroute_guards (News), sniroute_signals, sniroute_layers (Wire), sniroute_dial (Failed),
+sniroute_loop and sniroute_names.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ import socket
 from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 from sniroute_dial import Failed
+from sniroute_guards import News
 from sniroute_layers import PIECE, Wire
 from sniroute_loop import READ, Alarms, Watch, monotonic
 from sniroute_names import show_address, unmapped
@@ -58,7 +59,6 @@ SMALL = 128
 UNSENT_MAX = 1 << 20  # in a wire: what comes later than that is of no use
 RECEIVE = 1 << 21  # asked for as a socket's buffer; the kernel gives what net.core.rmem_max allows
 REFUSED_LAST = 1.0  # for which a flow outlives a refusal, or each datagram that nobody wants would cost a connection
-TOLD = 10.0  # between two lines of the log about the same loss
 
 # Why datagrams are dropped.
 NO_SLOT = "the end has as many connections as slot= allows"
@@ -97,7 +97,7 @@ class Datagrams:
         self.flows: collections.OrderedDict[Flow, float] = collections.OrderedDict()  # the quietest first; since when
         self.waiting = 0  # flows that wait for a connection or a name
         self.dropped: collections.Counter[str] = collections.Counter()  # datagrams, by why
-        self.told: dict[str, float] = {}  # when a nuisance was last told
+        self.news = News(clock)
         self.alarms = Alarms(self.loop, clock)
         self.is_sweeping = False  # an alarm is set for the quietest flow
         self.refused = self.loop.queue(REFUSED_LAST, Flow.end)
@@ -195,9 +195,7 @@ class Datagrams:
 
     def tell(self, level: str, what: str, text: str, *fields: Any) -> None:
         """Log what strangers can bring about as often as they like: once in a while."""
-        now = self.clock()
-        if now - self.told.get(what, -TOLD) >= TOLD:
-            self.told[what] = now
+        if self.news.has(what):
             self.end.log(level, text.format(*fields) if fields else text)
 
     def close(self) -> None:

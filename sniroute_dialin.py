@@ -1,10 +1,14 @@
 """sniroute_dialin: a server, the end of a NodePass tunnel with a public address: clients dial in to it.
 
+    IDLE        its address cannot be had yet    start: it tries again each NP_SERVICE_COOLDOWN
     LISTENING   for the handshake of a client    on_ask: the key is right: a Candidate has the terms
     EXPECTING   its first connections            on_arrival: each is given its id, and proves the key; 00000000 first
     LINKED      the control channel is there     as End; further connections join the pool
-                the link is over: LISTENING again
+                the link is over: LISTENING again, at once
     CLOSED
+
+A connection passes four owners: Guest (sniroute_lanes), which tells it from a handshake; Newcomer (sniroute_peering),
+until the key is proven; Slot of the Pool (sniroute_pool), while it waits; and who uses it: Link, Caller, Callee or Flow.
 
 One listener for its whole life tells handshakes and connections of the pool apart (Reception of sniroute_lanes).  The
 original closes its listener after the handshake and opens another, and loses the answer in one start of twenty.
@@ -32,7 +36,7 @@ from typing import Any
 
 from sniroute_dial import set_options
 from sniroute_duplex import Certificates, Wire
-from sniroute_ends import CLOSED, COOLING, LINKED, End
+from sniroute_ends import CLOSED, LINKED, End
 from sniroute_lanes import Reception
 from sniroute_loop import READ, Watch
 from sniroute_names import show_address
@@ -56,10 +60,9 @@ LISTENING, EXPECTING = "listening", "expecting"  # states of a server, beside th
 
 
 class Server(End):
-    """The end with a public address.
+    """The end with a public address.  `accepts`: whether it is the accepting end, too (the flow is "-").
 
-    One listener for its whole life tells handshakes and connections of the pool apart.  The original closes its
-    listener after the handshake and opens another, and loses the answer in one start of twenty.
+    Raises SettingsError where the files of its certificate cannot be used.
     """
 
     def __init__(self, program: Any, options: Options, times: Times, accepts: bool):
@@ -74,7 +77,7 @@ class Server(End):
         self.listener: socket.socket | None = None
         self.watch: Watch | None = None
         self.reception: Reception | None = None
-        self.candidates: list[Candidate] = []  # clients that have the terms, the last one last; or the one with the link
+        self.candidates: list[Candidate] = []  # clients with the terms, the newest last; or the one with the link
         self.answered = self.loop.queue(ASKED_LAST, lambda wire: wire.close())
         self.proving = self.loop.queue(times.handshake, Newcomer.end)  # connections that have not proven the key
 
@@ -171,8 +174,10 @@ class Server(End):
             return REFUSED[409]
         candidate = Candidate(wire.peer[0], os.urandom(16).hex() if ask.ours else "")
         same = [each for each in self.candidates if each.network == candidate.network]
-        for surplus in (same[:1] if len(same) >= SITE_MAX else self.candidates[:len(self.candidates) + 1 - CANDIDATES_MAX]):
-            self.candidates.remove(surplus)
+        if len(same) >= SITE_MAX:
+            self.candidates.remove(same[0])
+        elif len(self.candidates) >= CANDIDATES_MAX:
+            del self.candidates[0]
         self.candidates.append(candidate)
         self.state = EXPECTING
         self.later("expect", self.times.handshake, lambda: self.fail("the client has made no connection in time"))
@@ -231,7 +236,8 @@ class Server(End):
         candidate.ids.clear()
 
     def fail(self, why: str) -> None:
-        if self.state in (CLOSED, COOLING):
+        """There is no link, or no more: wait for the next client, at once."""
+        if self.state is CLOSED:
             return
         self.log("warn", f"{why}: waiting for a client")
         self.candidates = []
@@ -260,7 +266,7 @@ class Server(End):
 
 
 class Listening(socket.socket):
-    """A listening socket.  What it accepts has its options (`set_options`): the kernel passes them on, but O_NONBLOCK."""
+    """A listening socket.  What it accepts has its options (`set_options`): the kernel passes all on but O_NONBLOCK."""
 
     def accept(self) -> tuple[Any, Any]:
         """The next connection, as the interpreter's own kind of socket, which costs less, and its address."""

@@ -1,10 +1,14 @@
 """sniroute_dialout: a client, the end of a NodePass tunnel behind NAT: it dials out to a server.
 
+    IDLE        it has not been started
     ASKING      the handshake: key, flow, pool type, TLS     on_terms
     FILLING     the first connections of the pool            Arrival: dialled, given its id; the first is 00000000
     LINKED      the control channel is there                 as End; used connections are replaced at once (Sizer)
-    COOLING     something failed: begin again in a while
+    COOLING     something failed, or the link is over        start again in a while: FIRST_TRIES
     CLOSED
+
+A connection passes four owners: what a Lanes opens it with (sniroute_lanes), until it can carry bytes; Arrival, until
+it has its id; Slot of the Pool (sniroute_pool), while it waits; and who uses it: Link, Caller, Callee or Flow.
 
 Threads: the loop's only.
 
@@ -22,7 +26,7 @@ from __future__ import annotations
 from typing import Any
 
 from sniroute_duplex import Wire
-from sniroute_ends import CLOSED, COOLING, LINKED, End
+from sniroute_ends import CLOSED, LINKED, End
 from sniroute_lanes import LANES, Lanes, shake
 from sniroute_nodeurl import Options, Times
 from sniroute_peering import CONTROL
@@ -40,11 +44,15 @@ RETRY_MAX = 3.2  # the same after many times: each doubles it
 KNOCKS = 5  # connections more that a client without a control channel makes in its time, for a stranger may have that
 CAPACITY_MAX = 8192  # idle connections of a client, whatever its server says; or `min`, or half of the descriptors
 
-ASKING, FILLING = "asking", "filling"  # states of a client, beside those of each End
+ASKING, FILLING, COOLING = "asking", "filling", "cooling"  # states of a client, beside those of each End
 
 
 class Client(End):
-    """The end behind NAT."""
+    """The end behind NAT.
+
+    Its alarms (`End.later`): "start" again; "expect" a control channel in time; "knock" for one; "refill" the pool
+    after a set-back; "size" it each period; and "report" of each End.
+    """
 
     def __init__(self, program: Any, options: Options, times: Times):
         super().__init__(program, options, times)
@@ -54,8 +62,6 @@ class Client(End):
         self.sizer = Sizer(options.min, options.max)
         self.failures = 0  # in a row
         self.setbacks = 0  # the same, of the pool: connections that were not made, or have ended unused
-        self.tried_at = 0.0
-        self.fingerprint = ""
 
     def start(self) -> None:
         """Ask for the terms."""
@@ -104,8 +110,8 @@ class Client(End):
 
     def set_back(self) -> None:
         """A connection was not made, or has ended unused: dial no more for a while, which grows."""
-        if self.state in (FILLING, LINKED) and "later" not in self.alarms:
-            self.later("later", min(RETRY_LATER * 2 ** self.setbacks, RETRY_MAX), self.resume_fill)
+        if self.state in (FILLING, LINKED) and "refill" not in self.alarms:
+            self.later("refill", min(RETRY_LATER * 2 ** self.setbacks, RETRY_MAX), self.resume_fill)
             self.setbacks = min(self.setbacks + 1, 8)
 
     def knock(self) -> None:
@@ -116,15 +122,15 @@ class Client(End):
 
     def fill(self) -> None:
         """Dial as many as there should be."""
-        if self.state not in (FILLING, LINKED) or "later" in self.alarms:
+        if self.state not in (FILLING, LINKED) or "refill" in self.alarms:
             return
         count = self.sizer.wanted(len(self.pool.idle), len(self.dials))
         for _ in range(min(count, DIALS_MAX - len(self.dials))):
             Arrival(self).start()
 
     def resume_fill(self) -> None:
-        """A while after a connection could not be made."""
-        self.never("later")
+        """The while after a set-back is over."""
+        self.never("refill")
         self.fill()
 
     def arrived(self, number: str, wire: Wire) -> None:
@@ -152,17 +158,18 @@ class Client(End):
     def look(self) -> None:
         """A period of the pool is over."""
         self.sizer.look(self.pool.least)
-        if "later" not in self.alarms:
+        if "refill" not in self.alarms:
             self.setbacks = 0
         self.pool.least = len(self.pool.idle)
         self.later("size", self.times.max_interval, self.look)
         self.fill()
 
     def fail(self, why: str) -> None:
+        """There is no link, or no more: let go of everything, and begin again in a while."""
         if self.state in (CLOSED, COOLING):
             return
         self.state = COOLING
-        for name in ("expect", "size", "later", "knock"):
+        for name in ("expect", "size", "refill", "knock"):
             self.never(name)
         for dial in list(self.dials):
             dial.cancel()

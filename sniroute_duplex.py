@@ -174,7 +174,6 @@ def load_tls() -> None:
     load_ssl()  # for Secure
 
 
-
 class TlsWire(Secure, Duplex):
     """TLS over another wire, which it owns, on either side.  Its owner waits for `shake` before it sends.
 

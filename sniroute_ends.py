@@ -6,6 +6,9 @@
                  |                       |
                End: the link, once it is there: signals, `verify`, callers of this end, callers of the other
 
+    AnyEnd   what carries callers: of both, and of a client that forwards by itself (sniroute_single)
+      End    and the link with another end; what to do when that is over is `fail`, of a Server or a Client
+
 The client dials everything: the handshake, and then the connections of the pool.  The server gives each of those an
 id.  Which end accepts callers is the `flow` that the server decides: "-", the server; "+", the client.  The accepting
 end names a connection to the other (`take`); that one dials the target (`Callee`).
@@ -35,23 +38,23 @@ from typing import Any, Callable
 from sniroute_callers import PEEK_LAST, Callee, Caller, Counts, Relays
 from sniroute_datagrams import Datagrams
 from sniroute_duplex import Wire
-from sniroute_guards import Slots
+from sniroute_guards import News, Slots
 from sniroute_loop import Alarm, monotonic
 from sniroute_names import show_address
 from sniroute_nodeurl import Options, Times
-from sniroute_peering import Link, News
+from sniroute_peering import Link
 from sniroute_pool import Asker, Pool, Slot
 from sniroute_refusals import Failed
-from sniroute_signals import (DATAGRAM_MAX, Signal, Terms)
+from sniroute_signals import DATAGRAM_MAX, Signal, Terms
 from sniroute_upstreams import Upstreams
 
 __version__ = "0.1.0"
 
-IDLE, LINKED, COOLING, CLOSED = "idle", "linked", "cooling", "closed"  # states; each kind of end has more
+IDLE, LINKED, CLOSED = "idle", "linked", "closed"  # states; each kind of end has more
 
 
-class End:
-    """What both ends have.
+class AnyEnd:
+    """What carries callers, and what all that do so have.
 
     Args:
         program: what all ends of a process share: loop, alarms, wires, way, pipes, log, listen, connections, closed.
@@ -63,34 +66,79 @@ class End:
         self.log: Callable[..., None] = program.log
         self.options = options
         self.times = times
-        self.key = options.secret
         self.state = IDLE
-        self.accepts = False  # callers come in here
-        self.terms = Terms("-", options.max, options.tls, options.type)
         self.counts = Counts()
         self.slots = Slots(options.slot)
         self.relays = Relays(self.loop, program.pipes, program.wires, program.alarms, self.counts, options.byte_rate,
                              options.read, lambda: program.buffers)
-        self.upstreams = Upstreams(self.loop, program.way, options, times, monotonic)
-        self.pool = Pool(self.loop, False, times.pool_get, self.on_stranger, self.on_fewer)
+        self.upstreams = Upstreams(self.loop, program.way, options, times)
         self.datagrams = Datagrams(self, self.relays.buckets)
-        self.link: Link | None = None
+        self.carried: dict[str, Caller] = {}  # of this end's callers, by the id of their connection
+        self.peeking = self.loop.queue(PEEK_LAST, lambda caller: caller.on_silence())
+        self.news = News()
+        self.alarms: dict[str, Alarm] = {}  # by what is to be done; one that has rung stays until it is set again
+
+    # -- times
+
+    def later(self, name: str, seconds: float, act: Callable[[], None]) -> None:
+        """Do something later, instead of what was to be done under that name."""
+        self.never(name)
+        self.alarms[name] = self.program.alarms.at(monotonic() + seconds, act)
+
+    def never(self, name: str) -> None:
+        """Do not do what was to be done under that name."""
+        alarm = self.alarms.pop(name, None)
+        if alarm is not None:
+            alarm.cancel()
+
+    # -- what is told
+
+    def nuisance(self, what: str, text: str, level: str = "warn") -> None:
+        """Tell of something that strangers can do as often as they like: once in a while."""
+        if self.news.has(what):
+            self.log(level, text)
+
+    def refused(self, caller: Caller, reason: str, text: str) -> None:
+        """A caller cannot be served.  `reason` is a word for programs, `text` a sentence for people."""
+        if self.program.tells_each or self.news.has(f"caller {reason}"):
+            self.program.tell(caller, "warn", "failed", text, reason=reason, error=text)
+
+    def close(self) -> None:
+        """End all that is carried, and wait for nothing more."""
+        for name in list(self.alarms):
+            self.never(name)
+        self.datagrams.close()
+        self.relays.close()
+        self.upstreams.close()
+        self.loop.retire(self.peeking)
+
+
+class End(AnyEnd):
+    """One of two ends, which have a link.
+
+    Its alarms are "report", each NP_REPORT_INTERVAL of a link, and those of its kind.
+    """
+
+    def __init__(self, program: Any, options: Options, times: Times):
+        super().__init__(program, options, times)
+        self.key = options.secret
+        self.accepts = False  # callers come in here
+        self.terms = Terms("-", options.max, options.tls, options.type)
+        self.pool = Pool(self.loop, False, times.pool_get, self.on_stranger, self.on_fewer)
+        self.link: Link | None = None  # LINKED
         self.peer = ""  # the address of the other end
         self.fingerprint = ""  # of the server's certificate, as this end sees it
         self.said_verify = False  # in this link
         self.spent = ""  # the id of a connection that was used for that, and had not come
         self.verified = False  # the other end sees the same certificate; or there is nothing to verify
-        self.carried: dict[str, Caller] = {}  # of this end's callers, by the id of their connection
         self.callees: set[Any] = set()  # of the other end's
         self.errors = 0  # since the last report
-        self.news = News()
-        self.alarms: dict[str, Alarm] = {}
-        self.peeking = self.loop.queue(PEEK_LAST, Caller.on_silence)
 
     @property
     def address(self) -> str:
         """The tunnel's, for people."""
-        return f":{self.options.port}" if not self.options.host else show_address((self.options.host, self.options.port))
+        host, port = self.options.host, self.options.port
+        return show_address((host, port)) if host else f":{port}"
 
     def __str__(self) -> str:
         """For people."""
@@ -110,24 +158,6 @@ class End:
     def ping(self) -> float:
         """Seconds to the other end and back."""
         return self.link.ping if self.link is not None else 0.0
-
-    # -- times
-
-    def later(self, name: str, seconds: float, act: Callable[[], None]) -> None:
-        """Do something later, instead of what was to be done under that name."""
-        self.never(name)
-        self.alarms[name] = self.program.alarms.at(monotonic() + seconds, act)
-
-    def never(self, name: str) -> None:
-        """Do not do what was to be done under that name."""
-        alarm = self.alarms.pop(name, None)
-        if alarm is not None:
-            alarm.cancel()
-
-    def nuisance(self, what: str, text: str, level: str = "warn") -> None:
-        """Tell of something that strangers can do as often as they like: once in a while."""
-        if self.news.has(what):
-            self.log(level, text)
 
     # -- callers of this end
 
@@ -154,11 +184,6 @@ class End:
         if self.state is not LINKED:
             return "away", f"no client has dialled in to {self.address}"
         return "pool", f"the pool was empty for {self.times.pool_get:g} s"
-
-    def refused(self, caller: Caller, reason: str, text: str) -> None:
-        """A caller cannot be served."""
-        if self.program.tells_each or self.news.has(f"caller {reason}"):
-            self.program.tell(caller, "warn", "failed", text, reason=reason, error=text)
 
     # -- callers of the other end
 
@@ -315,23 +340,18 @@ class End:
         """There are fewer idle connections than before: one was used, or wanted; or it has ended."""
 
     def close(self) -> None:
-        """End everything."""
+        """End everything.  More than once does no harm."""
         if self.state is CLOSED:
             return
         link, self.link = self.link, None
         self.state = CLOSED
-        for name in list(self.alarms):
-            self.never(name)
         if link is not None:
             link.over = lambda why: None
             link.end("closed")
         for callee in list(self.callees):
             callee.abort()
-        self.datagrams.close()
-        self.relays.close()
+        super().close()
         self.pool.close()
-        self.upstreams.close()
-        self.loop.retire(self.peeking)
 
 
 ACTIONS: dict[str, Callable[[Any, Signal], None]] = {

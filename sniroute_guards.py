@@ -1,8 +1,11 @@
 """sniroute_guards: what callers of a NodePass tunnel may: which protocols, how fast, how many at once; without I/O.
 
+The last one, News, is against strangers who would fill the log.
+
     a caller's first bytes  --- protocol_of ---> "SOCKS5", "TLS", ...: closed;  "": passes;  None: need more
     bytes that moved        --- Bucket.take ---> seconds for which the connection is not read
     a caller                --- Slots.acquire -> whether there is room; Slots.release when it has gone
+    what strangers do       --- News.has ------> whether a line of the log tells it
 
 `protocol_of` says None only as long as the bytes so far may be the beginning of what is blocked, so a short greeting is
 judged at once.  A caller that says nothing gets `whole` after a deadline, which is its owner's: in some protocols it is
@@ -32,6 +35,7 @@ from typing import Callable
 __version__ = "0.1.0"
 
 METHOD_MAX = 16  # letters of a method: the longest that is used is BASELINE-CONTROL
+TOLD = 10.0  # seconds between two lines of the log about the same nuisance of strangers
 
 
 # -- protocols ---------------------------------------------------------------------------------
@@ -118,3 +122,24 @@ class Slots:
             self.udp -= 1
         else:
             self.tcp -= 1
+
+
+# -- what is told ------------------------------------------------------------------------------
+
+
+class News:
+    """What strangers can bring about as often as they like: which of it is to be told, once in TOLD seconds each."""
+
+    __slots__ = ("clock", "told")
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self.clock = clock
+        self.told: dict[str, float] = {}  # when each kind was told; the kinds are ours, so they are few
+
+    def has(self, what: str) -> bool:
+        """Whether this kind is to be told now; then it is taken for told."""
+        now = self.clock()
+        if now - self.told.get(what, -TOLD) < TOLD:
+            return False
+        self.told[what] = now
+        return True

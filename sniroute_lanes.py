@@ -173,7 +173,8 @@ class Handshake:
         self.offload.prepare()
         order = Order(False, name, code == 2 and not self.options.pin)
         place = Place(self.options.host or "127.0.0.1", self.options.port, None, "")
-        self.approach = DuplexOpening(end.program.wires, end.program.way, place, functools.partial(self._dialled, order))
+        self.approach = DuplexOpening(end.program.wires, end.program.way, place,
+                                      functools.partial(self._dialled, order))
 
     def cancel(self) -> None:
         """Close everything, and never call `done`."""
@@ -239,7 +240,7 @@ class Handshake:
 
 
 def shake(end: Any, done: Done) -> Handshake:
-    """Ask the server for its terms: `done(Terms)`, or `done(Failed)`, in time.  The result is to be cancelled by."""
+    """Ask the server for its terms: `done(Terms)`, or `done(Failed)`, in time.  What is returned has `cancel`."""
     handshake = Handshake(end, done)
     handshake.approach.start()
     return handshake

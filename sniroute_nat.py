@@ -218,7 +218,8 @@ def cautions(routes: Sequence[Route], most: int) -> Iterator[str]:
                    "set the variable")
         targets.add(target)
     if len(targets) > most:
-        yield f"{len(targets)} nodepass targets, and only {most} tunnels: the last of them are not up: raise --max-tunnels"
+        yield (f"{len(targets)} nodepass targets, and only {most} tunnels: the last of them are not up: "
+               "raise --max-tunnels")
 
 
 # -- the program -------------------------------------------------------------------------------

@@ -15,21 +15,24 @@
 The URL grammar, the parameters, the variables and the wire are the original's, so either end may be the original
 program.  What it has and this one has not is QUIC (type=1), which Python's standard library cannot speak.
 
-What becomes of an end is in sniroute_dialin, sniroute_dialout and sniroute_ends; of a client that forwards by itself in sniroute_single; of one caller in
-sniroute_callers, or sniroute_datagrams; the master is sniroute_master.
+The picture has the case of `-`, where the server is the accepting end; with `+` the client is.  A client that forwards
+by itself has no other end.
 
-Threads: `main` runs the one loop, which owns every socket.  What blocks has threads of its own: names (sniroute_dial).
-There are no locks.
+What becomes of an end is in sniroute_dialin, sniroute_dialout and sniroute_ends; of a client that forwards by itself in
+sniroute_single; of one caller in sniroute_callers, or sniroute_datagrams; the master is sniroute_master.
+
+Threads: `main` runs the one loop, which owns every socket.  Names block: each is resolved in a thread `name`
+(sniroute_dial).  There are no locks.
 
 Seams: I want to ...
     another command      COMMANDS
     another parameter    sniroute_nodeurl, and whoever reads it
     another line         StatusLog
 
-sniroute starts this program, and never imports it.  This room imports sniroute_dialin, sniroute_dialout, sniroute_ends, sniroute_single, sniroute_callers,
-sniroute_datagrams, sniroute_peering, sniroute_offload, sniroute_signals (the status line), sniroute_nodeurl,
+sniroute starts this program, and never imports it.  This room imports sniroute_dialin, sniroute_dialout, sniroute_ends,
+sniroute_callers, sniroute_peering, sniroute_offload, sniroute_signals (the status line), sniroute_nodeurl,
 sniroute_forwarder, sniroute_layers, sniroute_dial, sniroute_flow, sniroute_host, sniroute_loop, sniroute_names and
-sniroute_refusals; and sniroute_master where it is asked for.
+sniroute_refusals; and where it is asked for sniroute_single, sniroute_master, sniroute_streams.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ The lines are no secret: base64 of JSON under XOR with the key.  With tls=1 or 2
 Threads: the loop's only.
 
 Seams: I want to ...
-    let another client in   Server._judge of sniroute_ends
+    let another client in   Server._judge of sniroute_dialin
     say another thing       a Signal, and a row in ACTIONS of sniroute_ends; a peer that does not know it skips it
 
 This room imports sniroute_signals, sniroute_duplex (Wire), sniroute_loop, sniroute_names and sniroute_refusals.
@@ -40,7 +40,6 @@ __version__ = "0.1.0"
 SITES_KEPT = 256  # addresses whose network is remembered: to find it costs more than all else at a connection's start
 CONTROL = "00000000"  # the id of the control channel
 ZERO_LAST = 0.3  # for one to prove it that has the id of the control channel; then all have it, until one does
-TOLD = 10.0  # between two lines of the log about the same nuisance of strangers
 SILENCES = 3  # report intervals without a line after which the other end is gone: 15 s, as in the original
 UNREAD_MAX = 1 << 20  # bytes of signals that the other end has not taken: it hangs
 NONSENSE_MAX = 100  # lines in a link that are no signal; more is no accident
@@ -55,8 +54,8 @@ class Link:
         over: called once, with why it has ended.
     """
 
-    __slots__ = ("loop", "wire", "key", "reader", "heard", "over", "last", "pinged", "ping", "prodded", "out", "nonsense",
-                 "due")
+    __slots__ = ("loop", "wire", "key", "reader", "heard", "over", "last", "pinged", "ping", "prodded", "out",
+                 "nonsense", "due")
 
     def __init__(self, loop: Any, wire: Wire, key: bytes, heard: Callable[[Signal], None], over: Callable[[str], None],
                  due: list[Any]):
@@ -238,23 +237,3 @@ def network_of(host: str) -> Any:
     if mapped is not None:
         return mapped
     return ipaddress.ip_network((address, 64), strict=False) if address.version == 6 else address
-
-
-# -- what is told ---------------------------------------------------------------------------------
-
-
-class News:
-    """What strangers can bring about as often as they like: which of it is to be told, once in a while."""
-
-    __slots__ = ("told",)
-
-    def __init__(self) -> None:
-        self.told: dict[str, float] = {}  # when each was told
-
-    def has(self, what: str) -> bool:
-        """Whether it is to be told now; then it is taken for told."""
-        now = monotonic()
-        if now - self.told.get(what, -TOLD) < TOLD:
-            return False
-        self.told[what] = now
-        return True

@@ -1,14 +1,14 @@
 """sniroute_pool: connections that wait to be used: which is next, how many there should be, and one by its id.
 
-    dialled, or accepted --- add ---> IDLE ----- take, ask -----> a caller of this end     (the accepting end)
-                                       |  ------ find(id) ------> a caller of the other    (the dialling end)
-                                       v
-                       it has ended: on the dialling end findable by its id for KEPT seconds more
+    dialled, or accepted --- add ---> Pool.idle --- take, ask ---> a caller of this end     (the accepting end)
+                                          |  ------ find(id) ----> a caller of the other    (the dialling end)
+                                          v
+                                      Pool.ended: on the dialling end `find` has it for KEPT seconds more
 
-A connection is used once.  The accepting end picks any of them, first in, first out, and tells the other end its id.  So
-the dialling end may get the first bytes, and even the end, of a connection before the signal that names it: they are
-kept with it (`Slot.early`).  On the accepting end nobody may speak on an idle connection: one that does is a stranger's,
-and is reset.
+A connection is used once.  The accepting end picks any of them, first in, first out, and tells the other end its id.
+So the dialling end may get the first bytes, and even the end, of a connection before the signal that names it: they are
+kept with it (`Slot.early`).  On the accepting end nobody may speak on an idle connection: one that does is a
+stranger's, and is reset.
 
 An end that has no connection left makes its callers wait, in their order (`ask`).
 
@@ -46,28 +46,29 @@ GROW_AT = 0.5  # of the capacity: with fewer idle ones a use doubles it, so that
 SHRINK_AT = 0.8  # of it: where more than so many were idle for a whole period, it shrinks
 SHRINK_BY = 0.25  # of what it has above its least, in a period
 
-IDLE, USED, ENDED = "idle", "used", "ended"  # states of a Slot
-
 
 def unheard(*what: Any) -> None:
     """The callback of a wire without an owner."""
 
 
 class Slot:
-    """One connection of a pool.  Its owner is the pool, until it is used."""
+    """One connection of a pool.  Its owner is the pool, while `Pool.idle` or `Pool.ended` has it; then who uses it.
 
-    __slots__ = ("id", "wire", "state", "early", "ended")
+    Args:
+        number: its id, eight hex digits.
+        early: what the other end has sent behind its id.
+    """
+
+    __slots__ = ("id", "wire", "early", "ended")
 
     def __init__(self, number: str, wire: Wire, early: bytes = b""):
         self.id = number
         self.wire = wire
-        self.state = IDLE
         self.early = early  # what the other end has sent before the connection was used here
         self.ended = False  # the other end has ended its direction
 
     def use(self) -> Wire:
         """Take the wire.  The callbacks are the taker's to set; it is to look at `early` and `ended` first."""
-        self.state = USED
         self.wire.on_data = self.wire.on_end = self.wire.on_room = unheard
         return self.wire
 
@@ -130,13 +131,11 @@ class Pool:
             return False
         wanted = self.wanted.pop(slot.id, None)
         if wanted is not None and wanted.done is not None:
-            slot.state = USED
             wanted.answer(slot)
             return True
         while self.askers and self.is_open:
             asker = self.askers.popleft()
             if asker.done is not None:
-                slot.state = USED
                 asker.answer(slot)
                 return True
         self.idle[slot.id] = slot
@@ -259,7 +258,6 @@ class Pool:
 
     def _keep(self, slot: Slot) -> None:
         slot.ended = True
-        slot.state = ENDED
         slot.wire.on_data = slot.wire.on_end = slot.wire.on_room = unheard
         self.ended[slot.id] = slot
         self.keeping.put(slot)

@@ -8,16 +8,18 @@
 
 A Direct is a Caller (sniroute_callers) that asks for a connection to a target, where others ask for one of a pool.
 
-Single has the callers of one address, and is made as an end is: `start` opens the address, and tries again each
+Single is an AnyEnd without a link, so its states are IDLE and CLOSED: `start` opens the address, and tries again each
 NP_SERVICE_COOLDOWN where somebody else has it.
+
+    Secured   SHAKING   the TLS of the caller           then as a Caller: PEEKING, WAITING, CARRYING, OVER
 
 Threads: the loop's only.
 
 Seams: I want to ...
     do something with callers first   a subclass of Direct, and a row in SERVING
 
-This room imports sniroute_dialin (`listen`), sniroute_callers, sniroute_datagrams, sniroute_upstreams, sniroute_duplex,
-sniroute_guards, sniroute_signals, sniroute_dial (Failed, set_options), sniroute_loop and sniroute_names.
+This room imports sniroute_dialin (`listen`), sniroute_ends (AnyEnd), sniroute_callers, sniroute_upstreams,
+sniroute_duplex, sniroute_guards, sniroute_signals, sniroute_dial (Failed, set_options) and sniroute_names.
 """
 
 from __future__ import annotations
@@ -25,16 +27,15 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING, Any, Callable
 
-from sniroute_callers import CARRYING, OVER, PEEK_LAST, PEEKED, PEEKING, Caller, Counts, Relays
-from sniroute_datagrams import Datagrams
+from sniroute_callers import CARRYING, OVER, PEEKED, PEEKING, Caller
 from sniroute_dial import Failed, set_options
-from sniroute_duplex import Certificates, TcpWire, TlsWire, accept_tls
 from sniroute_dialin import listen
-from sniroute_guards import Slots, protocol_of
-from sniroute_loop import Alarm, monotonic
+from sniroute_duplex import Certificates, TcpWire, TlsWire, accept_tls
+from sniroute_ends import CLOSED, AnyEnd
+from sniroute_guards import protocol_of
 from sniroute_names import show_address
 from sniroute_signals import proxy_header
-from sniroute_upstreams import Attempt, Upstreams
+from sniroute_upstreams import Attempt
 
 if TYPE_CHECKING:
     from sniroute_forwarder import Listener
@@ -42,17 +43,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Limits, each with its reason.  Times in seconds.
-TOLD = 10.0  # between two lines of the log about the same kind of refusal
-
 SHAKING = "shaking"  # a state of a Secured
 
 
-class Single:
-    """A forwarder at one address.
-
-    Args:
-        program: what all ends of a process share; see sniroute_nodepass.
+class Single(AnyEnd):
+    """A forwarder at one address.  Its alarms: "open" the address again; "report" the status line.
 
     Raises SettingsError where the files of a certificate cannot be used.
     """
@@ -61,26 +56,10 @@ class Single:
     idle = 0  # there is no pool
 
     def __init__(self, program: Any, options: Options, times: Times):
-        self.program = program
-        self.loop = program.loop
-        self.log: Callable[..., None] = program.log
-        self.options = options
-        self.times = times
-        self.counts = Counts()
-        self.slots = Slots(options.slot)
+        super().__init__(program, options, times)
         self.sockets: list[socket.socket] = []  # that are open already, for `start`
-        self.carried: dict[str, Caller] = {}  # as a Caller wants it: nobody refuses one later
-        self.told: dict[str, float] = {}  # when a kind of refusal was last told
-        self.alarms: list[Alarm] = []
-        self.is_closed = False
         self.certificates = self._certificates()
-        loop = program.loop
-        self.relays = Relays(loop, program.pipes, program.wires, program.alarms, self.counts, options.byte_rate,
-                             options.read, lambda: program.buffers)
-        self.upstreams = Upstreams(loop, program.way, options, times)
-        self.datagrams = Datagrams(self, self.relays.buckets)
-        self.peeking = loop.queue(PEEK_LAST, lambda caller: caller.on_silence())
-        self.shaking = loop.queue(times.handshake, Secured.on_late)
+        self.shaking = self.loop.queue(times.handshake, Secured.on_late)
 
     def __str__(self) -> str:
         """Where it leads, for people."""
@@ -135,7 +114,7 @@ class Single:
             where = show_address((self.options.host or "0.0.0.0", self.options.port))
             self.log("error", f"cannot listen on {where}: {(error.strerror or str(error)).lower()}; "
                               f"next try in {self.times.cooldown:g} s")
-            self._later(self.times.cooldown, self._open)
+            self.later("open", self.times.cooldown, self._open)
             return
         sockets, self.sockets = self.sockets, []
         for sock in sockets:
@@ -147,11 +126,7 @@ class Single:
     def _report(self) -> None:
         """Write the status line."""
         self.program.checkpoint(self)
-        self._later(self.times.report, self._report)
-
-    def _later(self, seconds: float, act: Callable[[], None]) -> None:
-        self.alarms = [alarm for alarm in self.alarms if alarm.act is not None]
-        self.alarms.append(self.program.alarms.at(monotonic() + seconds, act))
+        self.later("report", self.times.report, self._report)
 
     @property
     def ping(self) -> float:
@@ -165,24 +140,17 @@ class Single:
         return self.upstreams.dial(done)
 
     def refused(self, caller: Caller, reason: str, text: str) -> None:
-        """A caller cannot be served."""
-        now = monotonic()
-        if now - self.told.get(reason, -TOLD) >= TOLD:
-            self.told[reason] = now
-            self.program.tell(caller, "warn", "failed", f"{caller.address}: {text}", reason=reason, error=text)
+        """As of each end, with the address of the caller in the line."""
+        super().refused(caller, reason, f"{caller.address}: {text}")
 
     def close(self) -> None:
         """End everything.  More than once does no harm."""
-        if self.is_closed:
+        if self.state is CLOSED:
             return
-        self.is_closed = True
+        self.state = CLOSED
         self._unbind()
-        for alarm in self.alarms:
-            alarm.cancel()
-        self.datagrams.close()
-        self.relays.close()
-        self.upstreams.close()
-        self.loop.retire(self.peeking, self.shaking)
+        super().close()
+        self.loop.retire(self.shaking)
 
 
 class Direct(Caller):
@@ -302,11 +270,11 @@ class Secured(Direct):
             wire.resume()
 
     def _leave(self) -> None:
-        super()._leave()
         self.end.shaking.drop(self)
         self.end.peeking.drop(self)
         if self.wire is not None:
-            self.wire.reset()
+            self.wire.reset()  # before the socket below it is closed
+        super()._leave()
 
 
 SERVING: dict[bool, type[Direct]] = {False: Direct, True: Secured}  # by whether callers speak TLS

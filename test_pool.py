@@ -8,7 +8,7 @@ from typing import Any, Callable, Iterator
 import pytest
 
 from sniroute_loop import Loop
-from sniroute_pool import ENDED, ENDED_MAX, IDLE, USED, Pool, Sizer, Slot
+from sniroute_pool import ENDED_MAX, Pool, Sizer, Slot
 from sniroute_refusals import Failed
 
 
@@ -60,7 +60,7 @@ def test_first_in_first_out(pool):
     for each in slots:
         made.add(each)
     assert [made.take() for _ in range(6)] == [*slots, None]
-    assert {each.state for each in slots} == {USED}
+    assert not made.idle and not made.ended
     assert made.changes == [4, 3, 2, 1, 0]
 
 
@@ -116,7 +116,7 @@ def test_what_comes_early_is_kept_with_it(pool):
     early.wire.on_data(b"early")
     assert early.wire.done == ["pause"]
     early.wire.on_end(None)
-    assert early.state == ENDED and not made.idle
+    assert early.id in made.ended and not made.idle
     made.find(early.id, got.append)
     assert got == [early] and (early.early, early.ended) == (b"early", True)
 
@@ -203,7 +203,7 @@ def test_a_pool_as_a_model_of_it(pool):
     numbers = iter(range(1, 20_000))
 
     def got(asker: int, slot: Slot) -> None:
-        assert slot.id not in used and slot.state == USED
+        assert slot.id not in used and slot.id not in made.idle and slot.id not in made.ended
         used.add(slot.id)
         served.append(asker)
 
@@ -227,7 +227,7 @@ def test_a_pool_as_a_model_of_it(pool):
             made.idle[gone].wire.on_end(None)
             idle.remove(gone)
         assert list(made.idle) == idle and made.waiting == len(waiting)
-        assert all(each.state == IDLE for each in made.idle.values())
+        assert used.isdisjoint(made.idle) and used.isdisjoint(made.ended)
 
 
 # -- how many ----------------------------------------------------------------------------------

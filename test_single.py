@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
-import sniroute_single
+import sniroute_ends
 from conftest import HOST, Address, wait_until
 from sniroute_nodepass import NodePass
 from sniroute_nodeurl import parse_url, read_times
@@ -310,7 +310,7 @@ def test_a_blocked_protocol_is_refused_at_once(forward, echo_server, tls, block,
 @PLAIN_OR_TLS
 @pytest.mark.parametrize("first", [b"hi", b"G", b"\5", b"hello, is anybody there?\r\n"])
 def test_what_is_not_blocked_passes_however_short_it_is(forward, echo_server, monkeypatch, tls, first):
-    monkeypatch.setattr(sniroute_single, "PEEK_LAST", 0.05)
+    monkeypatch.setattr(sniroute_ends, "PEEK_LAST", 0.05)
     made = forward([echo_server.address], f"&block=123{tls}")
     with caller(made, tls) as sock:
         sock.sendall(first)
@@ -319,7 +319,7 @@ def test_what_is_not_blocked_passes_however_short_it_is(forward, echo_server, mo
 
 @PLAIN_OR_TLS
 def test_a_server_that_speaks_first_is_heard_in_spite_of_block(forward, serve, monkeypatch, tls):
-    monkeypatch.setattr(sniroute_single, "PEEK_LAST", 0.05)
+    monkeypatch.setattr(sniroute_ends, "PEEK_LAST", 0.05)
     far = serve(lambda sock: sock.sendall(b"SSH-2.0-x\r\n"))
     made = forward([far.address], f"&block=123{tls}")
     with caller(made, tls) as sock:
