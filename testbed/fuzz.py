@@ -3,7 +3,7 @@
     python3 -m testbed.fuzz                                all targets, 1,000 inputs each
     python3 -m testbed.fuzz hello,yaml --runs 1000000 --seed 7   two of them at full length
     python3 -m testbed.fuzz request --input FILE           one input again
-    python3 -m testbed.fuzz h2-server --atheris --runs 100000 [--corpus DIR]   guided by coverage
+    python3 -m testbed.fuzz h2-server --atheris --seconds 60 [--corpus DIR]   guided by coverage
 
     seeds ---> mutations, in plain Python  --+
     seeds ---> Atheris, or what you have   --+--> TARGETS[name].run(bytes) ---> nothing, or an exception
@@ -21,7 +21,9 @@ NO_TARGET, with the reason.  test_fuzz.py holds both to the table in CONTRIBUTIN
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
+import json
 import pathlib
 import random
 import sys
@@ -64,6 +66,7 @@ TARGETS = {
     "pattern": Row("patterns", "preludes.pattern", "PATTERNS"),
     "route": Row("routes targets names", "preludes.route", "ROUTES"),
     "settings": Row("settings options values owners", "preludes.settings", "SETTINGS_FILES", "TOML_WORDS"),
+    "settings-tree": Row("settings options values owners", "preludes.settings_tree", "settings_trees"),
     "options": Row("settings values", "preludes.options", "option_seeds"),
     "request": Row("http gateway answers", "web.request", "REQUESTS FULL", "HTTP_WORDS"),
     "response": Row("http upgrade", "web.response", "RESPONSES", "HTTP_WORDS"),
@@ -144,6 +147,50 @@ def made(target: Target, rng: random.Random) -> bytes:
     return data[:SIZE_MAX]
 
 
+VALUES: tuple[Any, ...] = (None, True, False, 0, -1, 1, 65536, 1 << 70, 0.5, 1e300, "", "a", "0", "\u00e9", "\x00", "\ud800",
+                          "x" * 300, "192.0.2.1", "*", "{name}", [], {}, [[]], {"": None}, ["a", "a"])
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Each place in a tree of JSON: what is around it, and its key or number there."""
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    return [place for key in keys for place in ((value, key), *places(value[key]))]
+
+
+def grown(target: Target, rng: random.Random) -> bytes:
+    """JSON of a seed with a few other values in it: what reads it does not fail at its commas."""
+    trees = [json.loads(seed) for seed in target.seeds]
+    tree = copy.deepcopy(rng.choice(trees))
+    others = places(rng.choice(trees))
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        found = places(tree)
+        if not found:
+            break
+        around, key = rng.choice(found)
+        what = rng.randrange(6)
+        if what == 0:
+            del around[key]
+        elif what == 1 and isinstance(around, dict):
+            around[rng.choice(VALUES[10:18])] = around.pop(key)
+        elif what == 2 and others:
+            near, there = rng.choice(others)
+            around[key] = copy.deepcopy(near[there])
+        elif what == 3 and isinstance(around[key], str):
+            text = made(target._replace(seeds=[around[key].encode("utf-8", "surrogatepass")], words=()), rng)
+            around[key] = text.decode("utf-8", "replace")
+        else:
+            around[key] = copy.deepcopy(rng.choice(VALUES))
+    return json.dumps(tree).encode()
+
+
+def is_json(data: bytes) -> bool:
+    """Whether it is an object."""
+    try:
+        return isinstance(json.loads(data), dict)
+    except ValueError:
+        return False
+
+
 class Report(NamedTuple):
     """What came of a target."""
 
@@ -160,12 +207,17 @@ def told(error: Exception) -> str:
 
 def run(target: Target, runs: int, seed: int) -> Report:
     """So many inputs: the seeds, then mutations."""
+    trees = target._replace(seeds=[seed for seed in target.seeds if is_json(seed)])
+    has_trees = len(trees.seeds) * 2 > len(target.seeds)
     rng = random.Random(f"{seed} {target.name}")
     faults: list[tuple[bytes, str]] = []
     slowest = 0.0, b""
     began = time.monotonic()
     for number in range(runs):
-        data = target.seeds[number] if number < len(target.seeds) else made(target, rng)
+        if number < len(target.seeds):
+            data = target.seeds[number]
+        else:
+            data = grown(trees, rng) if has_trees and rng.randrange(3) else made(target, rng)
         start = time.monotonic()
         try:
             target.run(data)
@@ -201,7 +253,7 @@ def smaller(target: Target, data: bytes) -> bytes:
 # -- a fuzzer that is guided by coverage -------------------------------------------------------
 
 
-def guided(name: str, runs: int, seed: int, corpus: str | None) -> None:
+def guided(name: str, runs: int, seconds: int, seed: int, corpus: str | None) -> None:
     """Give a target to Atheris, which ends the process."""
     try:
         import atheris
@@ -221,7 +273,7 @@ def guided(name: str, runs: int, seed: int, corpus: str | None) -> None:
         words = folder.with_name(folder.name + ".dict")
         words.write_text("".join('"%s"\n' % "".join(f"\\x{byte:02x}" for byte in word) for word in target.words))
         more = [f"-dict={words}"]
-    atheris.Setup([sys.argv[0], f"-runs={runs}", f"-seed={seed}", f"-max_len={SIZE_MAX}", f"-artifact_prefix={folder}/",
+    atheris.Setup([sys.argv[0], f"-runs={runs}", f"-max_total_time={seconds}", f"-seed={seed}", f"-max_len={SIZE_MAX}", f"-artifact_prefix={folder}/",
                    "-timeout=10", *more, str(folder)], target.run)
     atheris.Fuzz()
 
@@ -233,11 +285,12 @@ def main(words: Sequence[str]) -> int:
     """The command line; 1 where there was a fault."""
     parser = argparse.ArgumentParser(prog="python3 -m testbed.fuzz", description="Parsers on inputs that nobody wrote.")
     parser.add_argument("names", nargs="?", default=",".join(TARGETS), help="targets, with commas: " + ", ".join(TARGETS))
-    parser.add_argument("--runs", type=int, default=1000, help="inputs for each (1000; the long form has 1000000)")
+    parser.add_argument("--runs", type=int, default=0, help="inputs for each (1000; the long form has 1000000)")
     parser.add_argument("--seed", type=int, default=1, help="other inputs")
     parser.add_argument("--input", help="a file: one input, once")
     parser.add_argument("--atheris", action="store_true", help="let Atheris choose the inputs of one target")
     parser.add_argument("--corpus", help="a folder where Atheris keeps what it finds")
+    parser.add_argument("--seconds", type=int, default=60, help="how long Atheris takes (60)")
     asked = parser.parse_args(words)
     names = asked.names.split(",")
     if unknown := [name for name in names if name not in TARGETS]:
@@ -245,7 +298,7 @@ def main(words: Sequence[str]) -> int:
     if asked.atheris:
         if len(names) != 1:
             parser.error("--atheris takes one target")
-        guided(names[0], asked.runs, asked.seed, asked.corpus)
+        guided(names[0], asked.runs or -1, asked.seconds, asked.seed, asked.corpus)
         return 0
     found = 0
     for name in names:
@@ -253,7 +306,7 @@ def main(words: Sequence[str]) -> int:
         if asked.input:
             target.run(pathlib.Path(asked.input).read_bytes())
             continue
-        report = run(target, asked.runs, asked.seed)
+        report = run(target, asked.runs or 1000, asked.seed)
         found += len(report.faults)
         print(f"{name:16} {report.runs:9,} inputs, {report.runs / report.seconds:7,.0f} a second, the slowest "
               f"{report.slowest[0] * 1000:.1f} ms of {len(report.slowest[1]):,} bytes, {len(report.faults)} faults", flush=True)

@@ -34,7 +34,6 @@ from testbed import objects as things
 from testbed.endure_inputs import pieces, server_frame
 from testbed.fuzz_oracles import No, Told, choice_of, dice_of, expect, measured, outcome, prefixes, same, sliced
 from testbed.fuzz_preludes import text_of
-from testbed.streams import Blocks, data_frame, frame, server_message, status
 
 SECRET = "pa55w0rd-9f8e7d6c5b4a"
 
@@ -553,20 +552,35 @@ def mcp_body(data: bytes) -> None:
 
 # -- seeds -------------------------------------------------------------------------------------
 
+frame = spdy.control_frame
+
+
+def data_frame(stream: int, data: bytes = b"", flags: int = 0) -> bytes:
+    """A data frame of SPDY."""
+    return spdy.data_head(stream, len(data), flags) + data
+
+
+def server_message(data: bytes, opcode: int = upgrade.BINARY, final: bool = True) -> bytes:
+    """A message, or a part of one, as a server sends it."""
+    return server_frame(0x80 * final | opcode, data)
+
+
+SUCCESS = b'{"metadata":{},"status":"Success"}'
+
 
 def spdy_frames() -> list[bytes]:
     """What a node may say."""
-    blocks = Blocks()
-    replies = b"".join(frame(spdy.SYN_REPLY, struct.pack(">I", number) + blocks.make({})) for number in (1, 3, 5, 7, 9))
+    deflater = spdy.Deflater()
+    replies = b"".join(frame(spdy.SYN_REPLY, struct.pack(">I", number) + deflater.block([])) for number in (1, 3, 5, 7, 9))
     rst = frame(spdy.RST_STREAM, struct.pack(">II", 3, 5))
     ends = data_frame(1, b"no such port") + data_frame(1, b"", 1) + data_frame(3, b"", 1)
     others = (frame(spdy.SETTINGS, struct.pack(">III", 1, 4, 100)) + frame(spdy.PING, struct.pack(">I", 1))
               + frame(spdy.PING, struct.pack(">I", 2)) + frame(spdy.WINDOW_UPDATE, struct.pack(">II", 3, 9))
-              + frame(spdy.SYN_STREAM, struct.pack(">IIH", 2, 0, 0) + blocks.make({"a": "b"})) + data_frame(2, b"x"))
+              + frame(spdy.SYN_STREAM, struct.pack(">IIH", 2, 0, 0) + deflater.block([(b"a", b"b")])) + data_frame(2, b"x"))
     return [replies + data_frame(3, b"hello") + ends, replies + data_frame(7, b"a" * 40, 1) + rst + data_frame(3, b"late"),
             others + replies + frame(spdy.GOAWAY, struct.pack(">II", 0, 0)) + data_frame(13, b"out") + data_frame(15, b"err"),
-            replies + data_frame(9, status(None).encode(), 1) + data_frame(13, b"", 1) + data_frame(15, b"", 1),
-            frame(spdy.HEADERS, struct.pack(">I", 3) + blocks.make({}), 1) + data_frame(99, b"none"), rst]
+            replies + data_frame(9, SUCCESS, 1) + data_frame(13, b"", 1) + data_frame(15, b"", 1),
+            frame(spdy.HEADERS, struct.pack(">I", 3) + deflater.block([]), 1) + data_frame(99, b"none"), rst]
 
 
 def tunnel_frames() -> list[bytes]:
@@ -582,10 +596,10 @@ PORT_SEEDS = [PREFACES + server_message(b"\0hello") + server_message(b"\3\xe8", 
               PREFACES + server_message(b"\1no such port"), PREFACES + server_message(b"1", upgrade.PONG),
               server_message(b"\0" + PORT_BYTES + b"hello", 2, False) + server_message(b"more", 0)]
 COMMAND_SEEDS = [server_message(b"\1") + server_message(b"\1out") + server_message(b"\2err")
-                 + server_message(b"\3" + status(None).encode()) + server_message(b"\xff\1")
+                 + server_message(b"\3" + SUCCESS) + server_message(b"\xff\1")
                  + server_message(b"\3\xe8", upgrade.CLOSE),
                  server_message(b"\1a", 2, False) + server_message(b"", upgrade.PING) + server_message(b"b", 0)]
-STATUS_SEEDS = [status(None).encode(), status(["false"]).encode(), b"command terminated",
+STATUS_SEEDS = [SUCCESS, b"command terminated",
                 b'{"status":"Failure","reason":"NonZeroExitCode","message":"m","details":{"causes":[{"reason":"ExitCode",'
                 b'"message":"7"}]}}']
 

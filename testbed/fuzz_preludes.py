@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import os
 import shutil
 import tempfile
+import tomllib
 from typing import Any, Callable
 
 import sniroute_wire as wire
@@ -138,6 +140,25 @@ def settings(data: bytes) -> None:
             same(getattr(again, row.field, None), getattr(found, row.field, None), f"{row.field}, read again")
 
 
+def toml(value: Any) -> str:
+    """A value of JSON as TOML has it in one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return '""' if value is None else json.dumps(value)
+
+
+def settings_tree(data: bytes) -> None:
+    """The same from JSON, so that what is read is TOML more often than not."""
+    try:
+        table = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(table, dict):
+        settings("".join(f"{json.dumps(key)} = {toml(value)}\n" for key, value in table.items()).encode("utf-8", "replace"))
+
+
 def options(data: bytes) -> None:
     """Settings in the environment: the first byte says which, the rest is its value."""
     if not data:
@@ -162,18 +183,23 @@ PATTERNS = (b"db.example.com", b"*.example.com", b"**.a.b.example.com.", b"*", b
 SETTINGS_FILES = (
     b'listen = "127.0.0.1:8443"\nidle = "5m"\nmax_connections = 100\n[routes]\n"db.example.com" = "tcp:192.0.2.10:5432"\n'
     b'"*.example.com" = { target = "tcp:{label}.internal:80", allow = ["192.0.2.0/24"], http = "forward" }\n',
-    b'proxy_from = ["192.0.2.0/24", "::1/128"]\nproxy_protocol = "auto"\nports = "20000-20100"\nlog = "json"\n[routes]\n'
+    b'proxy_from = ["192.0.2.0/24", "::1/128"]\nproxy_protocol = "auto"\ntunnel_ports = "20000-20100"\nlog_format = "json"\n[routes]\n'
     b'"a.example.com" = { target = ["tcp:192.0.2.1:80", "tcp:192.0.2.2:80"], balance = "least", health = "tls", warm = 2,'
     b' tries = 2, max_lifetime = "1h" }\n[ports]\n"127.0.0.1:5432" = "tcp:192.0.2.10:5432"\n',
     b'admin = "127.0.0.1:9000"\n[registry]\nlisten = "127.0.0.1:7000"\ndomains = ["tun.example.com"]\n'
-    b'targets = ["tcp"]\nnetworks = ["192.0.2.0/24"]\nttl = 60\n[registry.owners.alice]\n'
-    b'tokens = ["sha256:' + b"0a" * 32 + b'"]\nnames = ["*.alice.tun.example.com"]\n[routes]\n',
+    b'targets = ["tcp"]\nnetworks = ["192.0.2.0/24"]\nttl = "60s"\n[registry.owners.alice]\n'
+    b'tokens = ["sha256:' + b"0a" * 32 + b'"]\nnames = ["*.alice.tun.example.com"]\n[routes]\n"a.example.com" = "tcp:192.0.2.1:1"\n',
     b'[kubernetes.contexts]\nmain = "prod"\n[routes]\n"k.example.com" = "kubernetes:prod/svc/web:80@main"\n'
     b'"n.example.com" = "nodepass:key@192.0.2.9:10101"\n"*" = "cloudflared:{name}"\n',
-    b"prelude_timeout = 5\ntunnel_ports = [1, 2]\nquiet = true\nx = 1979-05-27T07:32:00Z\n[[a]]\nb = nan\n")
+    b"prelude_timeout = 5\nports = [1, 2]\nquiet = true\nx = 1979-05-27T07:32:00Z\n[[a]]\nb = nan\n")
 TOML_WORDS = tuple(row.file_key.encode() + b" = " for row in SETTINGS if row.file_key) + (
     b'""', b"[routes]\n", b"[registry]\n", b"[registry.owners.a]\n", b"true", b"1e999", b"nan", b"{}", b"[]", b"''", b'"""',
     b'"\\u0000"', b'"\\ud800"', b"0x", b"-1", b'"off"', b'"\\n"', b'"192.0.2.0/24"', b"99999999999999999999", b"{name}")
+
+
+def settings_trees() -> list[bytes]:
+    """The files as JSON; dates are texts there."""
+    return [json.dumps(tomllib.loads(text.decode()), default=str).encode() for text in SETTINGS_FILES]
 
 
 def option_seeds() -> list[bytes]:
