@@ -68,9 +68,10 @@ KNOWN = {
     "h2: stricter: no SETTINGS at the beginning": "RFC 9113 section 3.4; h2 takes any frame",
     "h2: stricter: a frame of type N on stream N, which is closed": "section 5.1; h2 forgets streams that it has refused",
     "h2: stricter: (a push|a reset of stream|more padding)": "section 6.6, 6.4 and 6.2",
+    "h2: stricter: a setting N of N": "a value that is none, and then a good one: h2 looks at the last one only",
     "h2: stricter: more than N": "floods: limits of our own",
     "h2: laxer: (FrameDataMissingError|InvalidSettingsValueError)": "frames and settings that are none of RFC 9113",
-    "h2: laxer: ProtocolError (Connection-specific|Received header value surr|Invalid content-length|Request header block has)":
+    "h2: laxer: ProtocolError (Connection-specific|Received header value surr|Invalid content-length|Request header block)":
         "fields that nobody here asks for, or passes on",
     "h2: laxer: ProtocolError (Stream N may not depend|Received frame with non-compliant)": "priorities: they mean nothing",
     "h2: laxer: ProtocolError Invalid input ConnectionInputs.RECV_HEADERS": "a client may go on behind its own GOAWAY",
@@ -79,6 +80,7 @@ KNOWN = {
     "pyyaml: laxer: found character that cannot start any token": "a tab as a blank between words, section 6.1",
     "pyyaml: laxer: did not find expected node content": "nothing before `...` is nothing",
     "pyyaml: laxer: (found unexpected ':'|did not find expected ',')": "a line end before a colon: JSON has it",
+    "(pyyaml|kubectl): laxer: found a tab character where an indentation": "a line of tabs behind a block scalar is empty",
     "kubectl: laxer: found character that cannot start": "a tab as a blank",
     "kubectl: laxer: found invalid Unicode": "JSON's pairs of surrogates",
     "kubectl: laxer: json: unsupported value": "infinities are texts",
