@@ -295,9 +295,9 @@ def read_settings(path: str, wrong: list[str], again: bool) -> dict[str, Any] | 
     tables = {"routes": parse_route, "ports": parse_port_route}
     rows = {row.file_key: row for row in SETTINGS if row.file_key and row.file_key not in ("routes", "[ports]")}
     rows["tunnel_ports"] = rows["ports"]  # the name of `ports` where there is a table of that name
-    table = read_toml(path, faults, again)
+    table, shown = read_toml(path, faults, again), printable(path, PATHS_MAX)
     if table is None:
-        wrong += [f"{path}: {fault}" for fault in faults]
+        wrong += [f"{shown}: {fault}" for fault in faults]
         return None
     if isinstance(table.get("kubernetes"), dict):  # another name of a setting: a table reads better
         for name, value in table.pop("kubernetes").items():
@@ -323,7 +323,7 @@ def read_settings(path: str, wrong: list[str], again: bool) -> dict[str, Any] | 
             faults.append(f"{key}: {error}")
     for name, parse, value in found:
         values["[ports]" if name == "ports" else name] = read_routes(value, faults, name, parse)
-    wrong += [f"{path}: {fault}" for fault in faults]
+    wrong += [f"{shown}: {fault}" for fault in faults]
     return values
 
 
@@ -426,7 +426,8 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], running: Sett
     path = running.config if running else config_path(asked.config, environ, wrong)
     seen = stamp(path) if path else 0  # before it is read: a change that comes meanwhile is one
     file = read_settings(path, wrong, running is not None) if path else {}
-    given, covered = sources(asked, environ, file or {}, path)
+    shown = printable(path, PATHS_MAX) if path else None
+    given, covered = sources(asked, environ, file or {}, shown)
     values = parsed(given, running, wrong)
     values["config"], values["stamp"] = path, seen
     kept = keep_fixed(values, given, running)
@@ -439,7 +440,7 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], running: Sett
     else:
         values["claims"] = registry_of(values["registry"], table, given["registry"].source, wrong)
     if running is not None and running.claims is not None and values["claims"] is not None:
-        values["claims"] = keep_store(values["claims"], running.claims, path, kept)
+        values["claims"] = keep_store(values["claims"], running.claims, shown, kept)
     if values["claims"] is not None and values["open_to_all"]:
         values["route"], values["open_to_all"] = [], False  # the names that are claimed are those that there are
     values["routes"] = configured_routes(values, given["route"].source, environ, wrong)
