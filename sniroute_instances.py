@@ -6,8 +6,12 @@
                       |                                         all other lines ---> `tell`, the log
                       +--- State: rows of a file                (all three: sniroute_children)
 
-The process of an Instance is `sniroute_nodepass.py` without a word on the command
-line: the URL, which has the key in it, is in the environment (URL_VARIABLE), where no other user reads it.
+The process of an Instance is `sniroute_nodepass.py` without a word on the command line: the URL, which has the key in
+it, is in the environment (URL_VARIABLE), where no other user reads it.
+
+    Instance.status   STOPPED   its process has ended, or was never started
+                      RUNNING   it has one, which says how it is
+                      ERROR     it has one that fails, or is silent; or its process has ended with a fault
 
 What has been asked for last is its `wish`.  A process that is to end gets TERM, and KILL after NP_SHUTDOWN_TIMEOUT.
 What waits for its end (a new URL, the removal) is done then, before the next process begins.  One that ends by itself
