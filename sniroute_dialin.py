@@ -3,12 +3,11 @@
     IDLE        its address cannot be had yet    start: it tries again each NP_SERVICE_COOLDOWN
     LISTENING   for the handshake of a client    on_ask: the key is right: a Candidate has the terms
     EXPECTING   its first connections            on_arrival: each is given its id, and proves the key; 00000000 first
-    LINKED      the control channel is there     as End; further connections join the pool
-                the link is over: LISTENING again, at once
+    LINKED      the control channel is there     as End; further connections join the pool.  Then LISTENING, at once
     CLOSED
 
 A connection passes four owners: Guest (sniroute_lanes), which tells it from a handshake; Newcomer (sniroute_peering),
-until the key is proven; Slot of the Pool (sniroute_pool), while it waits; and who uses it: Link, Caller, Callee or Flow.
+until the key is proven; Slot of the Pool (sniroute_pool), while it waits; and its user: Link, Caller, Callee or Flow.
 
 One listener for its whole life tells handshakes and connections of the pool apart (Reception of sniroute_lanes).  The
 original closes its listener after the handshake and opens another, and loses the answer in one start of twenty.

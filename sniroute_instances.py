@@ -29,8 +29,8 @@ Seams: I want to ...
     start something else                  the words that Instances is given
     tell of something else                an event, and `tell`
 
-This room imports sniroute_children, sniroute_signals, sniroute_processes (the death guard), sniroute_loop and
-sniroute_names.
+This room imports sniroute_children, sniroute_nodeurl (URL_VARIABLE), sniroute_signals, sniroute_processes (the death
+guard), sniroute_loop and sniroute_names.
 
 Sources: docs/api.md of NodePass, and what the program was seen to do.
 """
@@ -50,6 +50,7 @@ from sniroute_children import (DEFAULTS, ERROR, GONE, LINE, LINES_RATE, RUN, RUN
                                instance_of, parse_change, record_of, role_of, split)
 from sniroute_loop import Alarms, Loop, monotonic
 from sniroute_names import printable
+from sniroute_nodeurl import URL_VARIABLE
 from sniroute_processes import death_guard
 from sniroute_signals import parse_checkpoint
 
@@ -69,7 +70,6 @@ SAVE_EVERY = 60.0  # between two looks at counters that have changed: so many se
 IMPORT_MAX = 8 << 20  # of a file of instances: a thousand with all their tags
 
 KEY_ID = "*" * 8  # of the entry that has the API key: the original's
-URL_VARIABLE = "SNIROUTE_NODEPASS_URL"  # where a child finds its URL
 EXPORT = "nodepass.json"  # the original's name for it, beside the state
 
 ACTIONS = ("start", "stop", "restart", "reset")
