@@ -79,8 +79,8 @@ class Datagrams:
 
     Args:
         end: has `loop`, `times` (udp_read), `log`, `slots`, `counts` (udps, udprx, udptx), `upstreams`, and for an
-            accepting end take("udp", remote, done): `done` gets a wire of the pool of which the other end was told, or
-            None.
+            accepting end take("udp", remote, done): `done` gets what has `wire`, a connection of the pool of which the
+            other end was told; or None.
         buckets: of an end with a rate: for what comes from the near side, and for what comes from the far side.
 
     `largest`: bytes of a datagram that the other end takes whole; larger ones are dropped.
@@ -379,7 +379,7 @@ class Port:
         if self.direct:
             datagrams.dial(flow, flow.ready)
         else:
-            datagrams.end.take("udp", flow.remote, lambda wire: wired(flow, wire))
+            datagrams.end.take("udp", flow.remote, lambda slot: wired(flow, None if slot is None else slot.wire))
         return flow if flow.is_open else None
 
     def wait(self, step: int) -> None:

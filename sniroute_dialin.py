@@ -3,12 +3,11 @@
     IDLE        its address cannot be had yet    start: it tries again each NP_SERVICE_COOLDOWN
     LISTENING   for the handshake of a client    on_ask: the key is right: a Candidate has the terms
     EXPECTING   its first connections            on_arrival: each is given its id, and proves the key; 00000000 first
-    LINKED      the control channel is there     as End; further connections join the pool
-                the link is over: LISTENING again, at once
+    LINKED      the control channel is there     as End; further connections join the pool.  Then LISTENING, at once
     CLOSED
 
 A connection passes four owners: Guest (sniroute_lanes), which tells it from a handshake; Newcomer (sniroute_peering),
-until the key is proven; Slot of the Pool (sniroute_pool), while it waits; and who uses it: Link, Caller, Callee or Flow.
+until the key is proven; Slot of the Pool (sniroute_pool), while it waits; and its user: Link, Caller, Callee or Flow.
 
 One listener for its whole life tells handshakes and connections of the pool apart (Reception of sniroute_lanes).  The
 original closes its listener after the handshake and opens another, and loses the answer in one start of twenty.
@@ -39,10 +38,10 @@ from sniroute_duplex import Certificates, Wire
 from sniroute_ends import CLOSED, LINKED, End
 from sniroute_lanes import Reception
 from sniroute_loop import READ, Watch
-from sniroute_names import show_address
+from sniroute_names import show_address, site_of
 from sniroute_nodeurl import Options, Times
 from sniroute_offload import is_worth_it
-from sniroute_peering import CONTROL, Candidate, Newcomer, network_of
+from sniroute_peering import CONTROL, Candidate, Newcomer
 from sniroute_pool import Slot
 from sniroute_signals import ID_SIZE, REFUSED, Ask, Terms, answer, http_date, same_token, token_of
 
@@ -52,7 +51,7 @@ __version__ = "0.1.0"
 ASKED_LAST = 2.0  # for the client of a handshake to read its answer
 ANSWERED_MAX = 256  # clients that are reading it
 CANDIDATES_MAX = 16  # clients that have the terms, and no link yet
-SITE_MAX = 4  # of them from one address: who hears a token can ask again and again
+SITE_MAX = 4  # of them from one site: who hears a token can ask again and again
 UNPROVEN_MAX = 1024  # connections of the pool that have not proven the key yet: as many as a pool has by default
 ACCEPTS = 64  # connections taken in one go
 
@@ -124,12 +123,9 @@ class Server(End):
         return bool(self.candidates)
 
     def knows(self, address: Any) -> bool:
-        """Whether a client that has the terms, or the link, has that address: for Reception.
-
-        An IPv6 host has many addresses: its /64 counts.
-        """
-        network = network_of(address[0])
-        return any(each.network == network for each in self.candidates)
+        """Whether a client that has the terms, or the link, is at the site of that address: for Reception."""
+        site = site_of(address[0])
+        return any(each.site == site for each in self.candidates)
 
     def may_join(self, address: Any) -> bool:
         """Whether a connection from there may be one of the pool's."""
@@ -173,7 +169,7 @@ class Server(End):
             self.link.prod()
             return REFUSED[409]
         candidate = Candidate(wire.peer[0], os.urandom(16).hex() if ask.ours else "")
-        same = [each for each in self.candidates if each.network == candidate.network]
+        same = [each for each in self.candidates if each.site == candidate.site]
         if len(same) >= SITE_MAX:
             self.candidates.remove(same[0])
         elif len(self.candidates) >= CANDIDATES_MAX:
@@ -187,8 +183,8 @@ class Server(End):
 
     def on_arrival(self, wire: Wire, address: Any) -> None:
         """A connection of the pool has come: it is given its id."""
-        network = network_of(address[0])
-        candidates = [each for each in self.candidates if each.network == network or self.terms.type == 2]
+        site = site_of(address[0])
+        candidates = [each for each in self.candidates if each.site == site or self.terms.type == 2]
         if not candidates or self.is_full:
             wire.reset()
             return

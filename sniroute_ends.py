@@ -161,10 +161,13 @@ class End(AnyEnd):
 
     # -- callers of this end
 
-    def take(self, action: str, remote: str, done: Callable[[Any], None]) -> Asker:
-        """A connection of the pool for a caller, whom the other end is told of.  `done` gets a Slot, or None.
+    def take(self, action: str, remote: str, done: Callable[[Slot | None], None]) -> Asker:
+        """A connection of the pool for a caller, whom the other end is told of.
 
-        For "udp" it gets the wire itself.
+        Args:
+            action: "tcp" or "udp", for the Signal.
+            remote: the caller's address, HOST:PORT.
+            done: gets a Slot, whose wire is its own; or None, when nobody could be had in NP_POOL_GET_TIMEOUT.
         """
 
         def got(slot: Slot | None) -> None:
@@ -175,7 +178,7 @@ class End(AnyEnd):
                     slot = None
                 else:
                     self.link.send(Signal(action, remote, slot.id))
-            done(slot.wire if slot is not None and action == "udp" else slot)
+            done(slot)
 
         return self.pool.ask(got)
 

@@ -383,6 +383,7 @@ class H2:
         self.out += make_frame(GOAWAY, struct.pack(">II", self.peer_last, code) + words)
 
     def give_back(self, stream: Stream, count: int) -> None:
+        """So many bytes of a stream are used: give its window back, once that is half of it."""
         stream.used += count
         if stream.used * 2 >= self.role.window and stream.state in PEER_ENDS:
             self.out += make_frame(WINDOW_UPDATE, struct.pack(">I", stream.used), 0, stream.id)
@@ -390,12 +391,14 @@ class H2:
             stream.used = 0
 
     def say_reset(self, number: int, code: int) -> None:
+        """Say RST_STREAM, and remember that: what the peer has sent before it heard of it is skipped."""
         self.out += make_frame(RST_STREAM, struct.pack(">I", code), 0, number)
         self.resets[number] = None
         if len(self.resets) > RESETS_KEPT:
             self.resets.popitem(last=False)
 
     def become(self, stream: Stream, state: str) -> None:
+        """A stream is in another state; when it is CLOSED it is forgotten."""
         stream.state = state
         if state is CLOSED:
             del self.streams[stream.id]
@@ -564,6 +567,7 @@ class H2:
             self.peer_ends(stream, events)
 
     def peer_ends(self, stream: Stream, events: list[Event]) -> None:
+        """END_STREAM has come."""
         self.become(stream, PEER_ENDS[stream.state])
         events.append(Ended(stream))
 
@@ -598,6 +602,7 @@ class H2:
 
 
 def on_headers(h2: H2, flags: int, number: int, payload: bytes, events: list[Event]) -> None:
+    """The beginning of a head, or all of it.  Section 6.2."""
     start, end = find_fragment(payload, Frame(HEADERS, flags, number, 0, len(payload)))
     h2.block_id, h2.block_flags, h2.continuations = number, flags, 0
     h2.block += payload[start:end]
@@ -606,6 +611,7 @@ def on_headers(h2: H2, flags: int, number: int, payload: bytes, events: list[Eve
 
 
 def on_continuation(h2: H2, flags: int, number: int, payload: bytes, events: list[Event]) -> None:
+    """More of a head.  Section 6.10."""
     if not h2.block_id:
         raise Broken("a CONTINUATION of nothing")
     h2.continuations += 1
@@ -639,6 +645,7 @@ def on_block(h2: H2, events: list[Event]) -> None:
 
 
 def on_request(h2: H2, number: int, fields: list[Pair], ends: bool, events: list[Event]) -> None:
+    """A head that opens a stream.  Section 8.3.1."""
     if len(h2.streams) >= h2.streams_max:
         h2.floods.count("refused streams")
         h2.say_reset(number, REFUSED_STREAM)
@@ -685,10 +692,12 @@ def on_more(h2: H2, stream: Stream, fields: list[Pair], ends: bool, events: list
 
 
 def on_priority(h2: H2, flags: int, number: int, payload: bytes, events: list[Event]) -> None:
+    """It means nothing any more, and is counted.  Section 5.3.2."""
     h2.floods.count("PRIORITY")
 
 
 def on_reset(h2: H2, flags: int, number: int, payload: bytes, events: list[Event]) -> None:
+    """The peer has broken a stream off.  Section 6.4."""
     stream = h2.streams.get(number)
     if stream is None:
         if h2.is_idle(number):
@@ -700,6 +709,7 @@ def on_reset(h2: H2, flags: int, number: int, payload: bytes, events: list[Event
 
 
 def on_settings(h2: H2, flags: int, number: int, payload: bytes, events: list[Event]) -> None:
+    """What the peer wants, or that it has heard what we want.  Section 6.5."""
     h2.floods.count("SETTINGS")
     if flags & ACK:
         if payload:
@@ -723,6 +733,7 @@ def on_settings(h2: H2, flags: int, number: int, payload: bytes, events: list[Ev
 
 
 def on_ping(h2: H2, flags: int, number: int, payload: bytes, events: list[Event]) -> None:
+    """A sign of life, or the wish for one.  Section 6.7."""
     h2.floods.count("PING")
     if flags & ACK:
         events.append(Pong(payload))
@@ -731,6 +742,7 @@ def on_ping(h2: H2, flags: int, number: int, payload: bytes, events: list[Event]
 
 
 def on_go_away(h2: H2, flags: int, number: int, payload: bytes, events: list[Event]) -> None:
+    """The peer takes no stream behind the last one that it names.  Section 6.8."""
     last, code = struct.unpack_from(">II", payload)
     last &= ID_MAX
     h2.is_leaving = True
@@ -742,6 +754,7 @@ def on_go_away(h2: H2, flags: int, number: int, payload: bytes, events: list[Eve
 
 
 def on_window(h2: H2, flags: int, number: int, payload: bytes, events: list[Event]) -> None:
+    """The peer takes more, on one stream or on all together.  Section 6.9."""
     more = int.from_bytes(payload, "big") & ID_MAX
     if number:
         stream = h2.streams.get(number)

@@ -6,8 +6,12 @@
                       |                                         all other lines ---> `tell`, the log
                       +--- State: rows of a file                (all three: sniroute_children)
 
-The process of an Instance is `sniroute_nodepass.py` without a word on the command
-line: the URL, which has the key in it, is in the environment (URL_VARIABLE), where no other user reads it.
+The process of an Instance is `sniroute_nodepass.py` without a word on the command line: the URL, which has the key in
+it, is in the environment (URL_VARIABLE), where no other user reads it.
+
+    Instance.status   STOPPED   its process has ended, or was never started
+                      RUNNING   it has one, which says how it is
+                      ERROR     it has one that fails, or is silent; or its process has ended with a fault
 
 What has been asked for last is its `wish`.  A process that is to end gets TERM, and KILL after NP_SHUTDOWN_TIMEOUT.
 What waits for its end (a new URL, the removal) is done then, before the next process begins.  One that ends by itself
@@ -25,8 +29,13 @@ Seams: I want to ...
     start something else                  the words that Instances is given
     tell of something else                an event, and `tell`
 
+<<<<<<< HEAD
 This room imports sniroute_children, sniroute_signals, sniroute_processes (the death guard), sniroute_loop,
 sniroute_host (`changed_by_others`) and sniroute_names.
+=======
+This room imports sniroute_children, sniroute_nodeurl (URL_VARIABLE), sniroute_signals, sniroute_processes (the death
+guard), sniroute_loop and sniroute_names.
+>>>>>>> np-new
 
 Sources: docs/api.md of NodePass, and what the program was seen to do.
 """
@@ -49,6 +58,7 @@ from sniroute_children import (DEFAULTS, ERROR, GONE, LINE, LINES_RATE, RUN, RUN
 from sniroute_host import changed_by_others
 from sniroute_loop import Alarms, Loop, monotonic
 from sniroute_names import printable
+from sniroute_nodeurl import URL_VARIABLE
 from sniroute_processes import death_guard
 from sniroute_signals import parse_checkpoint
 
@@ -68,7 +78,6 @@ SAVE_EVERY = 60.0  # between two looks at counters that have changed: so many se
 IMPORT_MAX = 8 << 20  # of a file of instances: a thousand with all their tags
 
 KEY_ID = "*" * 8  # of the entry that has the API key: the original's
-URL_VARIABLE = "SNIROUTE_NODEPASS_URL"  # where a child finds its URL
 EXPORT = "nodepass.json"  # the original's name for it, beside the state
 
 ACTIONS = ("start", "stop", "restart", "reset")

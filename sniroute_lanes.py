@@ -19,7 +19,7 @@ pool is expected, GRACE of silence makes it one.  A client that has come back, o
 hello travels right behind its connect, and its request right behind TLS.  What comes later the owner sees as data.
 
 Who is not done within the time for a handshake is closed, whatever it was doing.  There is room for STRANGERS_MAX, and
-for SOURCE_MAX of one address; beyond that the one goes that has waited longest.  The client that has the tunnel has
+for SITE_MAX of one site; beyond that the one goes that has waited longest.  The client that has the tunnel has
 room of its own, since it opens a whole pool at once.
 
 What a client trusts is a row of a table, by `tls` of the terms.  `pin` stands above it: the certificate of every
@@ -41,7 +41,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import ipaddress
 import socket
 import time
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple
@@ -50,7 +49,7 @@ from sniroute_duplex import (Certificates, Duplex, DuplexOpening, TcpWire, TlsWi
 from sniroute_http import read_lines
 from sniroute_layers import Place, Wire, unheard
 from sniroute_loop import Alarm, monotonic
-from sniroute_names import printable, show_address, unmapped
+from sniroute_names import printable, show_address, site_of
 from sniroute_nodeurl import NO_NAME, Options
 from sniroute_offload import Offload, Order, is_worth_it
 from sniroute_refusals import Failed, Malformed
@@ -66,10 +65,9 @@ __version__ = "0.1.0"
 
 # Limits, each with its reason.
 STRANGERS_MAX = 256  # connections that are not told apart yet: 256 TLS handshakes are half a second of one core
-SOURCE_MAX = 32  # of them from one address, or from one /64 of IPv6
+SITE_MAX = 32  # of them from one site: an address, or a /64 of IPv6
 FRIENDS_MAX = 1024  # of the client that has the tunnel: as many as a pool has at most by itself
 GRACE = 0.002  # seconds: twenty times what a program needs from its connect to its first words, and no caller notices
-SOURCES_KEPT = 1024  # addresses whose source is remembered: more than there are guests
 SESSIONS_MAX = 64  # HTTP/2 connections of a server: a client has one, and another while it comes back
 ANSWER_MAX = 8192  # bytes of an answer to the upgrade: the original's has 130
 
@@ -454,13 +452,6 @@ LANES: dict[int, type[Lanes]] = {0: TcpLanes, 2: WebSocketLanes, 3: H2Lanes}
 # -- the server's side -------------------------------------------------------------------------
 
 
-@functools.lru_cache(SOURCES_KEPT)
-def source_of(host: str) -> str:
-    """Whom an address stands for: itself, and for IPv6 the /64, which is what one host has."""
-    ip = unmapped(ipaddress.ip_address(host.partition("%")[0]))
-    return str(ip) if ip.version == 4 else str(int(ip) >> 64)
-
-
 class Reception:
     """Where all connections of a server come in, for the life of the server.
 
@@ -487,7 +478,7 @@ class Reception:
         self.silent = end.program.loop.queue(GRACE, Guest.arrive)
         # Those that are not told apart yet, in the order in which they came.
         self.strangers: dict[Guest, None] = {}
-        self.sources: dict[str, dict[Guest, None]] = {}  # the same, by where they come from
+        self.sites: dict[str, dict[Guest, None]] = {}  # the same, by where they come from
         self.friends: dict[Guest, None] = {}  # of the client that has the tunnel
         self.sessions: dict[H2Server, Any] = {}  # the addresses of their clients
 
@@ -514,10 +505,10 @@ class Reception:
             if len(self.friends) > FRIENDS_MAX:
                 next(iter(self.friends)).drop("there are too many connections that are not ready")
         else:
-            ours = self.sources.setdefault(guest.source, {})
+            ours = self.sites.setdefault(guest.site, {})
             self.strangers[guest] = ours[guest] = None
-            if len(ours) > SOURCE_MAX:
-                next(iter(ours)).drop(f"there are more than {SOURCE_MAX} from this address that are not ready")
+            if len(ours) > SITE_MAX:
+                next(iter(ours)).drop(f"there are more than {SITE_MAX} from this address that are not ready")
             elif len(self.strangers) > STRANGERS_MAX:
                 next(iter(self.strangers)).drop("there are too many connections that are not ready")
         self.late.put(guest)
@@ -530,10 +521,10 @@ class Reception:
             del self.friends[guest]
         elif guest in self.strangers:
             del self.strangers[guest]
-            ours = self.sources[guest.source]
+            ours = self.sites[guest.site]
             del ours[guest]
             if not ours:
-                del self.sources[guest.source]
+                del self.sites[guest.site]
 
     def begin_session(self, wire: TlsWire, address: Any) -> None:
         """A connection speaks HTTP/2: its streams arrive."""
@@ -572,13 +563,13 @@ class Reception:
 class Guest:
     """A connection that is not told apart yet.  It owns `wire`, of which there is more and more."""
 
-    __slots__ = ("reception", "wire", "address", "source", "said")
+    __slots__ = ("reception", "wire", "address", "site", "said")
 
     def __init__(self, reception: Reception, wire: Duplex, address: Any):
         self.reception = reception
         self.wire = wire
         self.address = address
-        self.source = source_of(address[0])
+        self.site = site_of(address[0])
         self.said = b""  # of a request
         wire.on_data = self.on_first
         wire.on_end = self.on_end

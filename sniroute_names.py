@@ -43,6 +43,7 @@ _LABEL = rb"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 NAME = re.compile(rb"(?:%b\.)*(?![0-9]+\Z|0x[0-9a-f]*\Z)%b" % (_LABEL, _LABEL))
 HOST = re.compile(r"[A-Za-z0-9_.:-]{1,253}")  # a configured host may be an address or one label
 PORT = re.compile(r"0|[1-9][0-9]{0,4}", re.ASCII)
+SITES_KEPT = 1024  # addresses whose site is remembered: more than there are strangers in a server at a time
 HEADER_VALUE = re.compile(r"[\t -~]*")  # what we send as the value of a header, RFC 9110 section 5.5
 
 
@@ -166,6 +167,19 @@ def parse_ip(host: str) -> Address:
 def unmapped(address: Address) -> Address:
     """IPv4 inside IPv6 (RFC 4291 section 2.5.5.2) as IPv4; any other address as it is."""
     return getattr(address, "ipv4_mapped", None) or address
+
+
+@functools.lru_cache(SITES_KEPT)  # else it costs more than all else at the start of a pool's connection
+def site_of(host: str) -> str:
+    """What of an address tells one site from another: itself, and for IPv6 the /64, which is what one host has.
+
+    IPv4 inside IPv6 is IPv4.  What is no address is a site of its own.
+    """
+    try:
+        ip = parse_ip(host)
+    except ValueError:
+        return host
+    return str(ip) if ip.version == 4 else str(int(ip) >> 64)
 
 
 def parse_network(text: str, strict: bool = True) -> Network:

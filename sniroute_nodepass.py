@@ -55,7 +55,7 @@ from sniroute_host import open_standard_streams, raise_descriptor_limit
 from sniroute_layers import PIECE, RECORD, Wires
 from sniroute_loop import Alarms
 from sniroute_names import printable, show_address
-from sniroute_nodeurl import Options, Times, parse_flags, parse_url, read_times
+from sniroute_nodeurl import URL_VARIABLE, Options, Times, parse_flags, parse_url, read_times
 from sniroute_offload import Offload
 from sniroute_peering import Link
 from sniroute_refusals import SettingsError
@@ -64,7 +64,6 @@ from sniroute_signals import checkpoint
 __version__ = "0.1.0"
 
 LAYERS = 3  # of a wire at most: WebSocket in TLS over TCP
-URL_VARIABLE = "SNIROUTE_NODEPASS_URL"  # a URL that is not for everybody's eyes: words of a command line are
 
 # -- the log -----------------------------------------------------------------------------------
 

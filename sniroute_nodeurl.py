@@ -39,6 +39,8 @@ from sniroute_signals import key_of_port
 
 __version__ = "0.1.0"
 
+URL_VARIABLE = "SNIROUTE_NODEPASS_URL"  # a URL that is not for everybody's eyes: words of a command line are
+
 # Limits, each with its reason.
 URL_MAX = 65536  # characters: TARGETS_MAX targets with the longest names have about as many
 TARGETS_MAX = 256  # of one end: with lbs=1 each is dialled at each report interval

@@ -22,13 +22,11 @@ This room imports sniroute_signals, sniroute_duplex (Wire), sniroute_loop, sniro
 
 from __future__ import annotations
 
-import functools
-import ipaddress
 from typing import TYPE_CHECKING, Any, Callable
 
 from sniroute_duplex import Wire
 from sniroute_loop import monotonic
-from sniroute_names import show_address
+from sniroute_names import show_address, site_of
 from sniroute_refusals import Failed, Malformed
 from sniroute_signals import PROOF_SIZE, Signal, SignalReader, encode, proof, same_secret
 
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-SITES_KEPT = 256  # addresses whose network is remembered: to find it costs more than all else at a connection's start
 CONTROL = "00000000"  # the id of the control channel
 ZERO_LAST = 0.3  # for one to prove it that has the id of the control channel; then all have it, until one does
 SILENCES = 3  # report intervals without a line after which the other end is gone: 15 s, as in the original
@@ -166,11 +163,11 @@ class Candidate:
     the client that knows the key.  The first one with a control channel has the link.
     """
 
-    __slots__ = ("peer", "network", "nonce", "zero_at", "ids")
+    __slots__ = ("peer", "site", "nonce", "zero_at", "ids")
 
     def __init__(self, peer: str, nonce: str):
         self.peer = peer
-        self.network = network_of(peer)
+        self.site = site_of(peer)
         self.nonce = nonce  # "": it is the original
         self.zero_at = 0.0  # when a connection has got the id of the control channel
         self.ids: set[str] = set()  # of its connections before there is a link
@@ -224,16 +221,3 @@ class Newcomer:
         """It has gone, or is a stranger's, or too late."""
         self.server.proving.drop(self)
         self.wire.reset()
-
-
-@functools.lru_cache(SITES_KEPT)
-def network_of(host: str) -> Any:
-    """What of an address tells one site from another: an IPv4 address, or the /64 of an IPv6 one."""
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host
-    mapped = getattr(address, "ipv4_mapped", None)
-    if mapped is not None:
-        return mapped
-    return ipaddress.ip_network((address, 64), strict=False) if address.version == 6 else address

@@ -12,7 +12,7 @@ stranger's, and is reset.
 
 An end that has no connection left makes its callers wait, in their order (`ask`).
 
-    Slot    one connection, its id, and what came early
+    Slot    one connection, its id, and what came early (`slot=` counts callers: that is Slots of sniroute_guards)
     Pool    all that are idle, and all that wait for one
     Sizer   how many a client should have, from what was used: without I/O, and without a clock of its own
 

@@ -93,7 +93,7 @@ class Tunnel:
 
         def act() -> None:
             ours, theirs = self.pair()
-            done(ours)
+            done(SimpleNamespace(wire=ours))
             if self.served:
                 self.far.serve(SimpleNamespace(wire=theirs, early=b"", ended=False), remote)
 

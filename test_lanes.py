@@ -11,7 +11,7 @@ import pytest
 import sniroute_lanes
 from sniroute_dial import WayOut
 from sniroute_duplex import Certificates, WebSocketWire, client_context, make_pair
-from sniroute_lanes import KINDS, LANES, Reception, shake, source_of, upgrade_key
+from sniroute_lanes import KINDS, LANES, Reception, shake, upgrade_key
 from sniroute_loop import READ, Alarms
 from sniroute_nodeurl import Options, Times
 from sniroute_refusals import Failed
@@ -458,7 +458,7 @@ def test_a_request_that_is_none_is_refused(program, serve_ends, kind):
 
 
 def test_half_handshakes_in_thousands_are_bounded_and_the_pool_goes_on(program, serve_ends, monkeypatch):
-    monkeypatch.setattr(sniroute_lanes, "SOURCE_MAX", 10_000)
+    monkeypatch.setattr(sniroute_lanes, "SITE_MAX", 10_000)
     server = serve_ends(0, 1)
     client = Client(program, server.port)
     terms = client.shake()
@@ -476,14 +476,14 @@ def test_half_handshakes_in_thousands_are_bounded_and_the_pool_goes_on(program, 
     for sock in socks:
         sock.close()
     program.until(lambda: not server.guests)
-    assert not server.reception.sources
+    assert not server.reception.sites
 
 
 def test_one_address_has_less_room_than_all_and_the_client_of_the_tunnel_its_own(program, serve_ends):
     server = serve_ends(0, 1)
     strangers = [server.connect() for _ in range(40)]
     program.until(lambda: len(server.told) == 8)
-    assert server.guests == sniroute_lanes.SOURCE_MAX and "more than 32 from this address" in server.told[0]
+    assert server.guests == sniroute_lanes.SITE_MAX and "more than 32 from this address" in server.told[0]
     server.expects_pool, server.peer = True, "127.0.0.1"
     friends = [server.connect() for _ in range(100)]
     program.until(lambda: len(server.reception.friends) == 100)
@@ -565,11 +565,6 @@ def test_a_server_has_so_many_http2_connections_and_keeps_those_that_carry(progr
     for lanes in all_lanes:
         lanes.close()
     program.until(lambda: not server.reception.sessions)
-
-
-def test_addresses_that_stand_for_one_host():
-    assert source_of("192.0.2.1") == source_of("::ffff:192.0.2.1") != source_of("192.0.2.2")
-    assert source_of("2001:db8::1") == source_of("2001:db8::2%eth0") != source_of("2001:db8:0:1::1")
 
 
 def test_each_kind_of_pool_has_both_sides():
