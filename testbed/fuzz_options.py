@@ -12,6 +12,7 @@ from typing import Any, Callable, Iterable
 
 import sniroute_channels as channels
 import sniroute_children as children
+import sniroute_claims as claims
 import sniroute_conversations as conversations
 import sniroute_dns as dns
 import sniroute_kubeconfig as kubeconfig
@@ -29,7 +30,9 @@ import sniroute_spdy as spdy
 import sniroute_upgrade as upgrade
 import sniroute_yaml as yaml
 from sniroute_names import normalise, parse_network
-from sniroute_refusals import Failed, Malformed, Refused, SettingsError
+from sniroute_options import HTTP_MODES
+from sniroute_refusals import Failed, Malformed, SettingsError
+from sniroute_registrar import Claimed
 from testbed import objects as things
 from testbed.endure_inputs import pieces, server_frame
 from testbed.fuzz_oracles import No, Told, choice_of, dice_of, expect, measured, outcome, prefixes, same, sliced
@@ -262,8 +265,7 @@ def urls(data: bytes) -> None:
     if isinstance(place, No):
         expect(SECRET[-12:] not in place.words or "@" not in text, f"a secret: {place.words}")
     else:
-        expect(place.login is None or not place.login.password or place.login.password not in repr(place)
-               or len(place.login.password) < 4, "a secret in a repr")
+        same((str(place), repr(place.login) in ("None", "<login>")), (str(place._replace(login=None)), True), "the login is shown")
     zone = outcome(dns.parse_url, text, allowed=(ValueError,))
     if not isinstance(zone, No):
         expect(1 <= zone.ttl <= dns.TTL_MAX and 0 < zone.port < 65536, f"{zone!r}")
@@ -384,8 +386,17 @@ def claim_body(data: bytes) -> None:
 def claim_text(data: bytes) -> None:
     """A claim as a store has it."""
     found = outcome(registry.from_text, data, 5.0, allowed=(ValueError,))
-    if not isinstance(found, No):
-        same(registry.from_text(registry.to_text(found), 5.0), found, "kept again")
+    if isinstance(found, No):
+        return
+    same(registry.from_text(registry.to_text(found), 5.0), found, "kept again")
+    table = claims.Table(lambda: 0.0)
+    table.put(found)
+    expect(table.find(found.key) == found and (not found.key or table.page(found.owner) == [found]), "it is not in the table")
+    for owner in (ALICE, BOB):
+        fault = owners.standing(found, RULES, owner)
+        expect(fault.isprintable(), f"words that nobody can print: {fault!r}")
+        route = Claimed(table, lambda claim: None if fault else owner, lambda address: True).route_of(found)
+        expect(route is None or route.http in (None, *HTTP_MODES), f"a route {route!r}")
 
 
 def owner_table(data: bytes) -> None:
