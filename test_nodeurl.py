@@ -204,6 +204,7 @@ def test_addresses_are_read(url, tunnel, targets):
     "", "127.0.0.1", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:x", "127.0.0.1:080", "127.0.0.1:-1",
     "::1:80", "[::1]", "[::1", "[::g]:80", "[127.0.0.1]:80", "*:80", "a b:80", "b\u00fccher.example.com:80", "127.1:80",
     "0x7f000001:80", "2130706433:80", "a%2Fb:80", "a'b:80", "a:80:80", "a;b:80", "%00:80",
+    ".:80", "a..b:80", "-a:80", "a-.b:80", "x" * 64 + ":80",
 ])
 def test_an_address_that_is_none_stops_the_start(place):
     assert fault(parse_url, f"server://{place}/127.0.0.1:8080").startswith("tunnel address: ")
