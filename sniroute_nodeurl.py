@@ -339,7 +339,7 @@ def parse_url(text: str) -> Options:
         raise SettingsError("key: it has a colon, and the original uses nothing behind it: write %3A")
     if not USER.fullmatch(user):
         raise SettingsError("key: it has a character that a URL has only as %XX, as %20 for a space")
-    shy = "@" not in authority and "@" in text  # a key with / or ? in it is cut there
+    shy = "@" in text[found.end(2):]  # a key with / or ? in it is cut there
     try:
         key = urllib.parse.unquote(user, errors="strict")
     except ValueError:

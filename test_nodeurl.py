@@ -213,6 +213,14 @@ def test_an_address_that_is_none_stops_the_start(place):
     assert fault(parse_url, f"master://{place}").startswith("tunnel address: ")
 
 
+@pytest.mark.parametrize("between", ["?", "/", "@?", "?@", "@/", "/@", "?=", "&?", "@x?y@", "#", "@#", ":", "@:"])
+def test_a_key_that_is_cut_by_what_a_url_has_elsewhere_is_in_no_fault(between):
+    """Whatever part of it stands where: in the address, a target, the name of a parameter or its value."""
+    key = f"hunter{between}secret{between}passed"
+    for said in faults(parse_url, f"client://{key}@nat.example.com:10101/127.0.0.1:8080?min=x"):
+        assert not any(part in said for part in ("hunter", "secret", "passed")), said
+
+
 def test_a_name_with_other_letters_is_shown_as_dns_has_it():
     assert "xn--bcher-kva.example.com" in fault(parse_url, "client://127.0.0.1:1/b\u00fccher.example.com:80")
 
