@@ -77,7 +77,7 @@ KNOWN = {
         "fields that nobody here asks for, or passes on",
     "h2: laxer: ProtocolError (Stream N may not depend|Received frame with non-compliant)":
         "priorities: they mean nothing",
-    "h2: laxer: ProtocolError Invalid input ConnectionInputs.RECV_HEADERS": "a client may go on behind its own GOAWAY",
+    "h2: laxer: ProtocolError Invalid input ConnectionInputs.RECV_": "a client may go on behind its own GOAWAY",
     "pyyaml: stricter: ": "sniroute_yaml.py says what is refused on purpose",
     "pyyaml: laxer: found invalid Unicode character escape code": "JSON's pairs of surrogates",
     "pyyaml: laxer: found character that cannot start any token": "a tab as a blank between words, section 6.1",
