@@ -83,8 +83,8 @@ KNOWN = {
     "pyyaml: laxer: found character that cannot start any token": "a tab as a blank between words, section 6.1",
     "pyyaml: laxer: did not find expected node content": "nothing before `...` is nothing",
     "pyyaml: laxer: (found unexpected ':'|did not find expected ',')": "a line end before a colon: JSON has it",
-    "(pyyaml|kubectl): laxer: found a tab character where an indentation":
-        "a line of tabs behind a block scalar is empty",
+    "(pyyaml|kubectl): laxer: found a tab character (where an|that violates) indentation":
+        "a line of tabs, or a tab behind the spaces of one, is a blank where nothing depends on it",
     "kubectl: laxer: found character that cannot start": "a tab as a blank",
     "kubectl: laxer: found invalid Unicode": "JSON's pairs of surrogates",
     "kubectl: laxer: json: unsupported value": "infinities are texts",
