@@ -256,13 +256,21 @@ def record_of(instance: Instance) -> str:
 
 def instance_of(ident: str, record: str) -> Instance:
     """The same as an Instance.  Raises ValueError, KeyError, TypeError for what `record_of` never writes."""
-    fields = json.loads(record)
+    try:
+        fields = json.loads(record)
+    except RecursionError:
+        raise ValueError("brackets in brackets, by the thousand") from None
+    texts = [fields[name] for name in ("type", "url", "config", "alias")]
+    texts += [each for table in (fields["meta"]["peer"], fields["meta"]["tags"]) for pair in dict(table).items()
+              for each in pair]
+    if not all(isinstance(text, str) for text in texts) or not all(type(fields[name]) is int for name in TRAFFIC):
+        raise ValueError("a text, or a number, that is none")
     made = Instance(ident, fields["type"], fields["url"], fields["config"])
-    made.alias, made.restart = str(fields["alias"]), bool(fields["restart"])
+    made.alias, made.restart = fields["alias"], bool(fields["restart"])
     made.peer |= fields["meta"]["peer"]
     made.tags = dict(fields["meta"]["tags"])
     for name in TRAFFIC:
-        made.figures[name] = int(fields[name])
+        made.figures[name] = fields[name]
     made.settle()
     return made
 

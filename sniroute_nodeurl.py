@@ -33,7 +33,7 @@ import re
 import urllib.parse
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
-from sniroute_names import HOST, ascii_advice, is_number, normalise, parse_host_port, parse_ip, printable, show_address
+from sniroute_names import HOST, ascii_advice, normalise, parse_host_port, parse_ip, printable, show_address
 from sniroute_refusals import Refused, SettingsError
 from sniroute_signals import key_of_port
 
@@ -271,8 +271,13 @@ def parse_place(text: str) -> tuple[str, int]:
         raise ValueError("has port 0: ports are from 1 to 65535")
     if host == "*" and not text.startswith("*"):
         return "", port
-    if not HOST.fullmatch(host.partition("%")[0]) or is_number(host):
-        raise ValueError("has a host that is neither a name nor an IP address")
+    try:
+        if not HOST.fullmatch(host.partition("%")[0]):
+            raise ValueError
+        if not is_address(host):
+            normalise(host.encode("ascii"))
+    except (Refused, ValueError):
+        raise ValueError("has a host that is neither a name nor an IP address") from None
     return host, port
 
 
@@ -336,7 +341,7 @@ def parse_url(text: str) -> Options:
         raise SettingsError("key: it has a colon, and the original uses nothing behind it: write %3A")
     if not USER.fullmatch(user):
         raise SettingsError("key: it has a character that a URL has only as %XX, as %20 for a space")
-    shy = "@" not in authority and "@" in text  # a key with / or ? in it is cut there
+    shy = "@" in text[found.end(2):]  # a key with / or ? in it is cut there
     try:
         key = urllib.parse.unquote(user, errors="strict")
     except ValueError:

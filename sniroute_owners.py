@@ -40,7 +40,7 @@ import json
 import math
 import re
 import secrets
-from typing import Any, Callable, Iterable, Mapping, NamedTuple, NoReturn, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, NamedTuple, NoReturn, Sequence
 
 from sniroute_names import (HIDDEN, NAME_MAX, Address, Network, ascii_advice, embedded, is_local, normalise,
                             normalise_whole, overlap, parse_host_port, parse_ip, parse_network, printable, without_key)
@@ -50,6 +50,9 @@ from sniroute_routes import kind, split_target
 from sniroute_targets import reaches
 from sniroute_values import (absolute, as_text, meant, parse_count, parse_duration, parse_networks,
                              parse_off_or_duration, parse_ports, parse_switch)
+
+if TYPE_CHECKING:
+    from sniroute_claims import Claim
 
 __version__ = "0.1.0"
 
@@ -651,16 +654,24 @@ KINDS: dict[str, Callable[[str, Rules, Owner, Own], None]] = {
 }
 
 
-def standing(key: str, target: str, rules: Rules, owner: Owner, own: Own = Own()) -> str:
-    """Why the settings do not allow a claim that was made before a reload, as a sentence; '' where they do."""
+def standing(claim: Claim, rules: Rules, owner: Owner, own: Own = Own()) -> str:
+    """Why the settings do not allow a claim that was made before a reload, as a sentence; '' where they do.
+
+    A store is another program's, too, so what `parse_wish` has checked is checked again.
+    """
     try:
-        if key.startswith("tcp:"):
-            read_port(int(key.removeprefix("tcp:")), rules, owner, own)
+        if claim.key.startswith("tcp:"):
+            port = claim.key.removeprefix("tcp:")
+            read_port(int(port) if re.fullmatch("[1-9][0-9]{0,4}", port) else port, rules, owner, own)
         else:
-            claim_name(key, rules, owner)
-        check_target(target, rules, owner, own)
+            claim_name(claim.key, rules, owner)
+        check_target(claim.target, rules, owner, own)
+        read_http(claim.http or None, rules, owner, own)
+        narrowed(claim.allow, owner)  # whom that leaves is asked for each client
     except Unfit as error:
         return str(error)
+    except ValueError as error:
+        return f"allow: {printable(str(error), SHOWN_MAX)}"
     return ""
 
 

@@ -320,7 +320,7 @@ class Registrar:
         owner = owners.get(claim.owner)
         if owner is None:
             return f"there is no owner {claim.owner}"
-        return standing(claim.key, claim.target, rules, owner, self.own())
+        return standing(claim, rules, owner, self.own())
 
     def moved(self, key: str) -> None:
         """A claim has come, changed or gone: the router decides anew."""

@@ -179,7 +179,7 @@ def test_options_that_are_named_are_there():
     known = options("sniroute.py") | options("sniroute.py", "claim") | {"--with", "--help", "--version"}
     # What other programs, or an option that CONTRIBUTING.md adds, have; and the one that is not wanted.
     others = {"--app", "--init", "--sni", "--tls", "--hostname", "--url", "--unix-socket", "--quick",
-              "--half-closed-idle", "--workers", "--image", "--command", "--state"}
+              "--half-closed-idle", "--workers", "--image", "--command", "--state", "--runs", "--atheris"}
     for name, document in DOCUMENTS.items():
         named = {option for span in code(document) for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", span)}
         assert len(named) > 2 and named <= known | others, (name, named - known - others)

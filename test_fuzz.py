@@ -54,7 +54,8 @@ FAULTS = {  # what a target finds: where, what stands there instead, the target,
     "an exception that nobody documents": (sniroute_resp, "SIZE", re.compile(rb".*"), "redis", "ValueError"),
     "a table that grows": (sniroute_hpack.Decoder, "evict", lambda *_: None, "hpack", "the table's size"),
     "a path that is another behind us": (sniroute_http, "pass_request", elsewhere, "request", "passed on"),
-    "a secret in a message": (sniroute_kubeconfig, "check_key", lambda key, fault: fault(key.decode()), "kubeconfig", ""),
+    "a secret in a message": (sniroute_kubeconfig, "check_key", lambda key, fault: fault(key.decode()), "kubeconfig",
+                              ""),
     "too many steps for few bytes": (sniroute_dns, "read_name", twice, "dns", "lines of Python"),
 }
 load = functools.cache(fuzz.load)

@@ -18,7 +18,8 @@ import pytest
 import sniroute_children
 import sniroute_instances
 from conftest import HERE, HOST, connect, exit_code, linux, wait_until
-from sniroute_children import DEFAULTS, Inherited, Instance, NotDone, State, changed, filled, hidden, role_of
+from sniroute_children import (DEFAULTS, Inherited, Instance, NotDone, State, changed, filled, hidden, instance_of,
+                               record_of, role_of)
 from sniroute_instances import INSTANCES_MAX, KEY_ID, URL_VARIABLE
 from sniroute_nodeurl import parse_url
 from sniroute_refusals import SettingsError
@@ -580,3 +581,16 @@ def test_a_state_that_cannot_be_is_refused_before_anything_begins(words, told):
     ended = subprocess.run([sys.executable, str(HERE / "sniroute_nodepass.py"), *words], capture_output=True, text=True,
                            timeout=10)
     assert ended.returncode == 1 and told in ended.stderr and "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("changes", [
+    {"tcprx": float("inf")}, {"udptx": "1"}, {"tcptx": True}, {"url": 5}, {"config": None}, {"alias": 1}, {"type": []},
+    {"meta": {"peer": {"sid": 1}, "tags": {}}}, {"meta": {"peer": {}, "tags": {"a": None}}}, {"meta": {"peer": {}}},
+    {"meta": 5}], ids=str)
+def test_a_record_that_a_master_never_wrote_is_none(changes):
+    """One that cannot be read is passed over at the start, so nothing else may be raised for it."""
+    made = Instance("1a2b3c4d", "server", url(), url())
+    assert record_of(instance_of("1a2b3c4d", record_of(made))) == record_of(made)
+    for record in (json.dumps({**json.loads(record_of(made)), **changes}), "[" * 100_000, "5", "[]", "{}"):
+        with pytest.raises((ValueError, KeyError, TypeError)):
+            instance_of("1a2b3c4d", record)

@@ -204,12 +204,21 @@ def test_addresses_are_read(url, tunnel, targets):
     "", "127.0.0.1", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:x", "127.0.0.1:080", "127.0.0.1:-1",
     "::1:80", "[::1]", "[::1", "[::g]:80", "[127.0.0.1]:80", "*:80", "a b:80", "b\u00fccher.example.com:80", "127.1:80",
     "0x7f000001:80", "2130706433:80", "a%2Fb:80", "a'b:80", "a:80:80", "a;b:80", "%00:80",
+    ".:80", "a..b:80", "-a:80", "a-.b:80", "x" * 64 + ":80",
 ])
 def test_an_address_that_is_none_stops_the_start(place):
     assert fault(parse_url, f"server://{place}/127.0.0.1:8080").startswith("tunnel address: ")
     if place:
         assert fault(parse_url, f"server://127.0.0.1:10101/127.0.0.1:8080,{place}").startswith("target: ")
     assert fault(parse_url, f"master://{place}").startswith("tunnel address: ")
+
+
+@pytest.mark.parametrize("between", ["?", "/", "@?", "?@", "@/", "/@", "?=", "&?", "@x?y@", "#", "@#", ":", "@:"])
+def test_a_key_that_is_cut_by_what_a_url_has_elsewhere_is_in_no_fault(between):
+    """Whatever part of it stands where: in the address, a target, the name of a parameter or its value."""
+    key = f"hunter{between}secret{between}passed"
+    for said in faults(parse_url, f"client://{key}@nat.example.com:10101/127.0.0.1:8080?min=x"):
+        assert not any(part in said for part in ("hunter", "secret", "passed")), said
 
 
 def test_a_name_with_other_letters_is_shown_as_dns_has_it():

@@ -8,9 +8,9 @@
     seeds ---> mutations, in plain Python  --+
     seeds ---> Atheris, or what you have   --+--> TARGETS[name].run(bytes) ---> nothing, or an exception
 
-A target is a function of bytes.  It raises for what the parser must not do: an exception that is not documented, another
-answer in pieces, a result out of bounds, what is written and then read as something else, too many lines of Python for
-so few bytes.  testbed/fuzz_oracles.py has these questions.  The same bytes give the same result.
+A target is a function of bytes.  It raises for what the parser must not do: an exception that is not documented,
+another answer in pieces, a result out of bounds, what is written and then read as something else, too many lines of
+Python for so few bytes.  testbed/fuzz_oracles.py has these questions.  The same bytes give the same result.
 
 Atheris (PyPI) is no dependency: it is imported where it is asked for.  An input that it finds is named in its output.
 
@@ -147,7 +147,8 @@ def made(target: Target, rng: random.Random) -> bytes:
     return data[:SIZE_MAX]
 
 
-VALUES: tuple[Any, ...] = (None, True, False, 0, -1, 1, 65536, 1 << 70, 0.5, 1e300, "", "a", "0", "\u00e9", "\x00", "\ud800",
+VALUES: tuple[Any, ...] = (None, True, False, 0, -1, 1, 65536, 1 << 70, 0.5, 1e300, "", "a", "0", "\u00e9", "\x00",
+                           "\ud800",
                           "x" * 300, "192.0.2.1", "*", "{name}", [], {}, [[]], {"": None}, ["a", "a"])
 
 
@@ -273,7 +274,8 @@ def guided(name: str, runs: int, seconds: int, seed: int, corpus: str | None) ->
         words = folder.with_name(folder.name + ".dict")
         words.write_text("".join('"%s"\n' % "".join(f"\\x{byte:02x}" for byte in word) for word in target.words))
         more = [f"-dict={words}"]
-    atheris.Setup([sys.argv[0], f"-runs={runs}", f"-max_total_time={seconds}", f"-seed={seed}", f"-max_len={SIZE_MAX}", f"-artifact_prefix={folder}/",
+    atheris.Setup([sys.argv[0], f"-runs={runs}", f"-max_total_time={seconds}", f"-seed={seed}", f"-max_len={SIZE_MAX}",
+                   f"-artifact_prefix={folder}/",
                    "-timeout=10", *more, str(folder)], target.run)
     atheris.Fuzz()
 
@@ -284,7 +286,8 @@ def guided(name: str, runs: int, seconds: int, seed: int, corpus: str | None) ->
 def main(words: Sequence[str]) -> int:
     """The command line; 1 where there was a fault."""
     parser = argparse.ArgumentParser(prog="python3 -m testbed.fuzz", description="Parsers on inputs that nobody wrote.")
-    parser.add_argument("names", nargs="?", default=",".join(TARGETS), help="targets, with commas: " + ", ".join(TARGETS))
+    parser.add_argument("names", nargs="?", default=",".join(TARGETS), help="targets, with commas: "
+                        + ", ".join(TARGETS))
     parser.add_argument("--runs", type=int, default=0, help="inputs for each (1000; the long form has 1000000)")
     parser.add_argument("--seed", type=int, default=1, help="other inputs")
     parser.add_argument("--input", help="a file: one input, once")
@@ -309,7 +312,8 @@ def main(words: Sequence[str]) -> int:
         report = run(target, asked.runs or 1000, asked.seed)
         found += len(report.faults)
         print(f"{name:16} {report.runs:9,} inputs, {report.runs / report.seconds:7,.0f} a second, the slowest "
-              f"{report.slowest[0] * 1000:.1f} ms of {len(report.slowest[1]):,} bytes, {len(report.faults)} faults", flush=True)
+              f"{report.slowest[0] * 1000:.1f} ms of {len(report.slowest[1]):,} bytes, {len(report.faults)} faults",
+              flush=True)
         for data, what in report.faults[:3]:
             print(f"    fault: {what.strip()}\n    input: {smaller(target, data)!r}", flush=True)
     return 1 if found else 0

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import struct
 from typing import Any, Callable, Iterable
 
 import sniroute_channels as channels
 import sniroute_children as children
+import sniroute_claims as claims
 import sniroute_conversations as conversations
 import sniroute_dns as dns
 import sniroute_kubeconfig as kubeconfig
@@ -29,7 +31,9 @@ import sniroute_spdy as spdy
 import sniroute_upgrade as upgrade
 import sniroute_yaml as yaml
 from sniroute_names import normalise, parse_network
-from sniroute_refusals import Failed, Malformed, Refused, SettingsError
+from sniroute_options import HTTP_MODES
+from sniroute_refusals import Failed, Malformed, SettingsError
+from sniroute_registrar import Claimed
 from testbed import objects as things
 from testbed.endure_inputs import pieces, server_frame
 from testbed.fuzz_oracles import No, Told, choice_of, dice_of, expect, measured, outcome, prefixes, same, sliced
@@ -44,7 +48,8 @@ def shown(events: Iterable[Any], calls: list[spdy.Call]) -> list[Any]:
     """Events as they are compared: calls by their place, neighbouring data joined."""
     found: list[Any] = []
     for event in events:
-        parts = [calls.index(part) if isinstance(part, spdy.Call) else bytes(part) if isinstance(part, memoryview) else part
+        parts = [calls.index(part) if isinstance(part, spdy.Call) else bytes(part) if isinstance(part, memoryview)
+                 else part
                  for part in event]
         kind = type(event).__name__
         if kind == "Data" and found and found[-1][:3] == (kind, *parts[:2]):
@@ -70,11 +75,13 @@ def hear_machine(machine: Any, calls: list[spdy.Call], parts: Iterable[bytes]) -
         expect(len(kept) <= spdy.CONTROL_MAX + spdy.HEADER, f"{len(kept)} bytes are kept")
     is_spdy = type(machine) is spdy.Session
     plain = [event for event in heard if is_spdy or not isinstance(event, CONTROLS)]
-    told = shown(plain, calls), [] if is_spdy else shown((event for event in heard if isinstance(event, CONTROLS)), calls)
+    told = shown(plain, calls), [] if is_spdy else shown((event for event in heard if isinstance(event, CONTROLS)),
+                                                         calls)
     stands = [sorted((stream.name, stream.state) for stream in call.streams.values()) for call in calls]
     out = bytes(machine.take())
     expect(len(out) <= 2 * spdy.REPLIES_MAX + 4096, f"{len(out)} bytes are to be sent")
-    return Told((told, shown(machine.lost(), calls), out if is_spdy or not isinstance(machine, channels.Tunnel) else b""), stands)
+    return Told((told, shown(machine.lost(), calls), out if is_spdy or not isinstance(machine, channels.Tunnel)
+                 else b""), stands)
 
 
 def hear_spdy(parts: Iterable[bytes]) -> Told:
@@ -168,20 +175,26 @@ def no_file(path: str) -> bytes:
     raise FileNotFoundError(2, "No such file or directory")
 
 
+SECRETS = re.compile(rb"^ +(?:token: |password: |proxy-url: \w+://u:)%b(?:@|$)" % SECRET.encode(), re.MULTILINE)
+
+
 def kubeconfig_file(data: bytes) -> None:
     """A kubeconfig, and each of its contexts."""
     def read(path: str) -> bytes:
         return data if path == "/k" else no_file(path)
+    is_secret = data.count(SECRET[-12:].encode()) == len(SECRETS.findall(data)) == 1
     config = measured(data, lambda: outcome(kubeconfig.load_kubeconfig, ["/k"], read,
                                             allowed=(kubeconfig.KubeconfigError,)))
     if isinstance(config, No):
-        expect(SECRET[-12:] not in config.words or SECRET.encode() not in data, f"a secret: {config.words}")
+        expect(not is_secret or SECRET[-12:] not in config.words, f"a secret: {config.words}")
         return
     for name in ("", *list(config.contexts)[:8]):
         found = outcome(kubeconfig.find_context, config, name, read, allowed=(kubeconfig.KubeconfigError,))
         if not isinstance(found, No):
             expect(0 < found.cluster.port < 65536 and found.cluster.host, f"{found.cluster.host}:{found.cluster.port}")
-            expect(SECRET not in repr(found.user), "a secret in a repr")
+            expect(SECRET not in repr(found.user) or not is_secret, "a secret in a repr")
+        else:
+            expect(not is_secret or SECRET[-12:] not in found.words, f"a secret: {found.words}")
 
 
 def plugin_answer(data: bytes) -> None:
@@ -210,7 +223,8 @@ def kube_target(data: bytes) -> None:
 
 TARGETS = tuple(objects.parse_target(text) for text in (
     "prod/svc/web:80", "prod/svc/web:http", "prod/deploy/web:http", "prod/pod/web:80", "prod/pods/app=web:http"))
-JUMPS = tuple(objects.parse_target(text, True) for text in ("prod/svc/web/db.internal:5432", "prod/pod/web/192.0.2.1:80"))
+JUMPS = tuple(objects.parse_target(text, True) for text in ("prod/svc/web/db.internal:5432",
+                                                            "prod/pod/web/192.0.2.1:80"))
 
 
 def kube_object(data: bytes) -> None:
@@ -262,8 +276,8 @@ def urls(data: bytes) -> None:
     if isinstance(place, No):
         expect(SECRET[-12:] not in place.words or "@" not in text, f"a secret: {place.words}")
     else:
-        expect(place.login is None or not place.login.password or place.login.password not in repr(place)
-               or len(place.login.password) < 4, "a secret in a repr")
+        same((str(place), repr(place.login) in ("None", "<login>")), (str(place._replace(login=None)), True),
+             "the login is shown")
     zone = outcome(dns.parse_url, text, allowed=(ValueError,))
     if not isinstance(zone, No):
         expect(1 <= zone.ttl <= dns.TTL_MAX and 0 < zone.port < 65536, f"{zone!r}")
@@ -332,7 +346,7 @@ ASKED = dns.claim(ZONE, KEY, 77, 1_700_000_000.0, HERE, MARK)
 
 
 def dns_message(data: bytes) -> None:
-    """A message, and whether it is the answer to one of ours; what is in it is read again where it is written plainly."""
+    """A message, and whether it is the answer to one of ours; written plainly it says the same."""
     found = measured(data, lambda: outcome(dns.parse, data))
     answer = outcome(dns.read_answer, data, ASKED, KEY)
     if not isinstance(answer, No):
@@ -341,7 +355,8 @@ def dns_message(data: bytes) -> None:
     if isinstance(found, dns.Message):
         records = *found.answers, *found.others
         if found.signature is None and not any("\\" in record.name for record in records):
-            plain = struct.pack(">6H", found.number, found.flags, 0, len(found.answers), len(found.others), 0) + b"".join(
+            plain = struct.pack(">6H", found.number, found.flags, 0, len(found.answers), len(found.others),
+                                0) + b"".join(
                 (dns.write_name(record.name) if record.name else b"\0")
                 + struct.pack(">HHIH", record.kind, record.group, record.ttl, len(record.data)) + record.data
                 for record in records)
@@ -384,8 +399,18 @@ def claim_body(data: bytes) -> None:
 def claim_text(data: bytes) -> None:
     """A claim as a store has it."""
     found = outcome(registry.from_text, data, 5.0, allowed=(ValueError,))
-    if not isinstance(found, No):
-        same(registry.from_text(registry.to_text(found), 5.0), found, "kept again")
+    if isinstance(found, No):
+        return
+    same(registry.from_text(registry.to_text(found), 5.0), found, "kept again")
+    table = claims.Table(lambda: 0.0)
+    table.put(found)
+    expect(table.find(found.key) == found and (not found.key or table.page(found.owner) == [found]),
+           "it is not in the table")
+    for owner in (ALICE, BOB):
+        fault = owners.standing(found, RULES, owner)
+        expect(fault.isprintable(), f"words that nobody can print: {fault!r}")
+        route = Claimed(table, lambda claim: None if fault else owner, lambda address: True).route_of(found)
+        expect(route is None or route.http in (None, *HTTP_MODES), f"a route {route!r}")
 
 
 def owner_table(data: bytes) -> None:
@@ -438,7 +463,8 @@ def handshake(data: bytes) -> None:
         same(ended, terms, "at the end, and before")
     if isinstance(ended, signals.Terms):
         expect(1 <= ended.max <= signals.POOL_MAX, f"a pool of {ended.max}")
-        same(signals.parse_terms(signals.answer(ended, "Sun, 29 Nov 2026 12:00:00 GMT"), False), ended, "answered again")
+        same(signals.parse_terms(signals.answer(ended, "Sun, 29 Nov 2026 12:00:00 GMT"), False), ended,
+             "answered again")
     line = data.decode("utf-8", "replace")
     point = signals.parse_checkpoint(line)
     if point is not None:
@@ -571,14 +597,19 @@ SUCCESS = b'{"metadata":{},"status":"Success"}'
 def spdy_frames() -> list[bytes]:
     """What a node may say."""
     deflater = spdy.Deflater()
-    replies = b"".join(frame(spdy.SYN_REPLY, struct.pack(">I", number) + deflater.block([])) for number in (1, 3, 5, 7, 9))
+    replies = b"".join(frame(spdy.SYN_REPLY, struct.pack(">I", number) + deflater.block([]))
+                       for number in (1, 3, 5, 7, 9))
     rst = frame(spdy.RST_STREAM, struct.pack(">II", 3, 5))
     ends = data_frame(1, b"no such port") + data_frame(1, b"", 1) + data_frame(3, b"", 1)
-    others = (frame(spdy.SETTINGS, struct.pack(">III", 1, 4, 100)) + frame(spdy.PING, struct.pack(">I", 1))
+    others = (
+        frame(spdy.SETTINGS, struct.pack(">III", 1, 4, 100)) + frame(spdy.PING, struct.pack(">I", 1))
               + frame(spdy.PING, struct.pack(">I", 2)) + frame(spdy.WINDOW_UPDATE, struct.pack(">II", 3, 9))
-              + frame(spdy.SYN_STREAM, struct.pack(">IIH", 2, 0, 0) + deflater.block([(b"a", b"b")])) + data_frame(2, b"x"))
-    return [replies + data_frame(3, b"hello") + ends, replies + data_frame(7, b"a" * 40, 1) + rst + data_frame(3, b"late"),
-            others + replies + frame(spdy.GOAWAY, struct.pack(">II", 0, 0)) + data_frame(13, b"out") + data_frame(15, b"err"),
+              + frame(spdy.SYN_STREAM, struct.pack(">IIH", 2, 0, 0) + deflater.block([(b"a", b"b")]))
+        + data_frame(2, b"x"))
+    return [replies + data_frame(3, b"hello") + ends, replies + data_frame(7, b"a" * 40, 1) + rst
+            + data_frame(3, b"late"),
+            others + replies + frame(spdy.GOAWAY, struct.pack(">II", 0, 0)) + data_frame(13, b"out")
+            + data_frame(15, b"err"),
             replies + data_frame(9, SUCCESS, 1) + data_frame(13, b"", 1) + data_frame(15, b"", 1),
             frame(spdy.HEADERS, struct.pack(">I", 3) + deflater.block([]), 1) + data_frame(99, b"none"), rst]
 
@@ -600,7 +631,8 @@ COMMAND_SEEDS = [server_message(b"\1") + server_message(b"\1out") + server_messa
                  + server_message(b"\3\xe8", upgrade.CLOSE),
                  server_message(b"\1a", 2, False) + server_message(b"", upgrade.PING) + server_message(b"b", 0)]
 STATUS_SEEDS = [SUCCESS, b"command terminated",
-                b'{"status":"Failure","reason":"NonZeroExitCode","message":"m","details":{"causes":[{"reason":"ExitCode",'
+                b'{"status":"Failure","reason":"NonZeroExitCode","message":"m",'
+                b'"details":{"causes":[{"reason":"ExitCode",'
                 b'"message":"7"}]}}']
 
 YAML_SEEDS = [f"""apiVersion: v1
@@ -621,18 +653,23 @@ users:
       a
         b
 
-""".encode(), b'{"a": [1, 2, {"b": null}], "c": "d"}', b"- a\n- - b\n  - c: d\n    e:\n    - f\n-\n  g: |2-\n      x\n    y\n",
+""".encode(), b'{"a": [1, 2, {"b": null}], "c": "d"}', b"- a\n- - b\n  - c: d\n    e:\n    - f\n-\n  g: |2-\n      x\n"
+                                                       b"    y\n",
     b'---\n"multi\n  line \\\n  text \\x41"\n...\n', b"a: b c\n  d\n\n  e\nf: 'g\n\n  h'\n? x\n", b"1.5", b"",
     b"a: &x 1\nb: *x\n<<: y\n", b"[a, b: c, {d, e: }, 'f': g]"]
-YAML_WORDS = (b": ", b"- ", b"\n", b"\n  ", b"#", b" #", b"'", b'"', b"\\", b"{", b"}", b"[", b"]", b", ", b"|", b">", b"|-",
-              b"|+\n", b">2\n", b"\t", b"---\n", b"...\n", b"&a ", b"*a", b"!t ", b"? ", b"~", b"\\u0041", b"<<: ", b"\r\n",
-              b"0x", b"1_0", b".5", b"e9", b"null", b"true", b"\xc2\x85", b"\xe2\x80\xa8", b"\xef\xbb\xbf", b"@", b"`", b"%")
+YAML_WORDS = (b": ", b"- ", b"\n", b"\n  ", b"#", b" #", b"'", b'"', b"\\", b"{", b"}", b"[", b"]", b", ", b"|", b">",
+              b"|-",
+              b"|+\n", b">2\n", b"\t", b"---\n", b"...\n", b"&a ", b"*a", b"!t ", b"? ", b"~", b"\\u0041", b"<<: ",
+              b"\r\n",
+              b"0x", b"1_0", b".5", b"e9", b"null", b"true", b"\xc2\x85", b"\xe2\x80\xa8", b"\xef\xbb\xbf", b"@", b"`",
+              b"%")
 
 
 def one(cluster: str, user: str) -> bytes:
     """A kubeconfig with one context."""
     return (f"apiVersion: v1\nkind: Config\ncurrent-context: x\nclusters:\n- name: c\n  cluster:\n    {cluster}\n"
-            f"users:\n- name: u\n  user:\n    {user}\ncontexts:\n- name: x\n  context: {{cluster: c, user: u}}\n").encode()
+            f"users:\n- name: u\n  user:\n    {user}\ncontexts:\n- name: x\n  context: {{cluster: c, user: u}}\n"
+            ).encode()
 
 
 def b64(data: bytes) -> str:
@@ -644,15 +681,19 @@ PEM = b64(b"-----BEGIN CERTIFICATE-----\nYWJj\n-----END CERTIFICATE-----\n")
 PRIVATE = b64(b"-----BEGIN EC PRIVATE KEY-----\nc2VjcmV0LWtleQ==\n-----END EC PRIVATE KEY-----\n")
 KUBECONFIG_SEEDS = [
     one("server: https://192.0.2.1:6443", f"token: {SECRET}"),
-    one(f"server: https://api.example.com/k8s/x/\n    certificate-authority-data: {PEM}\n    tls-server-name: a.example.com\n"
-        f"    proxy-url: socks5://u:{SECRET}@192.0.2.9:1080", f"client-certificate-data: {PEM}\n    client-key-data: {PRIVATE}"),
+    one(f"server: https://api.example.com/k8s/x/\n    certificate-authority-data: {PEM}\n    tls-server-name: "
+        f"a.example.com\n"
+        f"    proxy-url: socks5://u:{SECRET}@192.0.2.9:1080",
+        f"client-certificate-data: {PEM}\n    client-key-data: {PRIVATE}"),
     one("server: http://[::1]:8080\n    insecure-skip-tls-verify: true\n    disable-compression: true",
         f"username: a\n    password: {SECRET}"),
     one("server: https://192.0.2.1", "exec: {apiVersion: client.authentication.k8s.io/v1, interactiveMode: Never, "
-        "command: aws, args: [a, b], env: [{name: A, value: b}], provideClusterInfo: true}\n    as: me\n    as-groups: [a]"),
+        "command: aws, args: [a, b], env: [{name: A, value: b}], provideClusterInfo: true}\n    as: me\n    "
+        "as-groups: [a]"),
     one("server: https://192.0.2.1", "tokenFile: /t"), b"{}", b""]
 PLUGIN = kubeconfig.find_context(kubeconfig.parse_kubeconfig("/k", KUBECONFIG_SEEDS[3]), "", no_file).user.plugin
-PLUGIN_SEEDS = [json.dumps({"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": each}).encode()
+PLUGIN_SEEDS = [json.dumps({"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential",
+                            "status": each}).encode()
                 for each in ({"token": SECRET, "expirationTimestamp": "2026-11-29T12:00:00Z"},
                              {"clientCertificateData": "-----BEGIN CERTIFICATE-----", "clientKeyData": "x"}, {})]
 
@@ -660,27 +701,36 @@ TARGET_SEEDS = [b"prod/svc/web:80", b"prod/pods/app=web,tier=api:http@main", b"p
                 b"jump:prod/deploy/web/[2001:db8::1]:80?container=tools&balance=least@main", b"a/sts/b.c:65535",
                 b"prod/svc/web:80|prod/svc/web:81@arn:aws:eks:eu-west-1:123:cluster/x"]
 OBJECT_SEEDS = [json.dumps(each).encode() for each in (
-    things.pod("web", ports={"http": 8080}, sidecar_ports={"x": 1}, default="main"), things.pod("web", ready=False, waiting="x"),
-    things.service(((80, "http", "http", "TCP"), (81, None))), things.service(selector={}, type="ExternalName", externalName="x"),
+    things.pod("web", ports={"http": 8080}, sidecar_ports={"x": 1}, default="main"),
+    things.pod("web", ready=False, waiting="x"),
+    things.service(((80, "http", "http", "TCP"), (81, None))),
+    things.service(selector={}, type="ExternalName", externalName="x"),
     things.workload({"app": "web"}, ({"key": "a", "operator": "In", "values": ["b"]},)))]
-REDIS_SEEDS = [b"+OK\r\n:12\r\n$5\r\nhello\r\n$-1\r\n*-1\r\n*2\r\n:1\r\n$0\r\n\r\n", b"-ERR no\r\n-READONLY x\r\n!7\r\nSYN err\r\n",
+REDIS_SEEDS = [b"+OK\r\n:12\r\n$5\r\nhello\r\n$-1\r\n*-1\r\n*2\r\n:1\r\n$0\r\n\r\n",
+               b"-ERR no\r\n-READONLY x\r\n!7\r\nSYN err\r\n",
                b"%1\r\n+a\r\n~2\r\n#t\r\n,1.5\r\n_\r\n(123456789012345678901\r\n=8\r\ntxt:some\r\n>2\r\n+m\r\n+x\r\n",
                b"|1\r\n+ttl\r\n:3\r\n*1\r\n*1\r\n*0\r\n,inf\r\n,nan\r\n", resp.encode("SET", "a", b"\r\n"),
                b"%1\r\n*0\r\n+a\r\n", b"*" + b"9" * 12 + b"\r\n"]
-URL_SEEDS = [b"redis://user:" + SECRET.encode() + b"@redis.example.com:6380/3", b"rediss://[2001:db8::1]", b"redis://:a%40b@h",
-             b"redis+sentinel://:x@a:1,b:2,[::1]:3/main/1", b"rfc2136://ns.example.com:5353/tun.example.com?key=router&ttl=60",
+URL_SEEDS = [b"redis://user:" + SECRET.encode() + b"@redis.example.com:6380/3", b"rediss://[2001:db8::1]",
+             b"redis://:a%40b@h",
+             b"redis+sentinel://:x@a:1,b:2,[::1]:3/main/1", b"rfc2136://ns.example.com:5353/tun.example.com?key=rout"
+                                                            b"er&ttl=60",
              b"rfc2136://[::1]/z.example.com?key=k&address=192.0.2.1,2001:db8::1", base64.b64encode(bytes(32))]
-WATCHED_SEEDS = [resp.encode("GET", "a") + resp.encode("MGET", "a", "b") + MARKER + b"$1\r\nx\r\n*2\r\n$1\r\na\r\n$-1\r\n",
+WATCHED_SEEDS = [resp.encode("GET", "a") + resp.encode("MGET", "a", "b") + MARKER
+                 + b"$1\r\nx\r\n*2\r\n$1\r\na\r\n$-1\r\n",
                  b"PING\r\n" + MARKER + b"+PONG\r\n",
                  b"GET / HTTP/1.1\r\nHost: a\r\n\r\nPOST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nok" + MARKER
                  + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 204 X\r\n\r\n",
                  b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n" + MARKER
                  + b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nA: b\r\n\r\n"]
-PROBE_SEEDS = [b"N", b"S", b"E\0\0\0\x0aSFATAL\0\0", b"+PONG\r\n", b"-NOAUTH x\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
-               b"HTTP/1.0 503 X\r\n\r\n", b"\x4a\0\0\0\x0a8.0.36\0" + bytes(8) + b"12345678\0\xff\xff\xff\2\0\xff\xdf\x15"
+PROBE_SEEDS = [b"N", b"S", b"E\0\0\0\x0aSFATAL\0\0", b"+PONG\r\n", b"-NOAUTH x\r\n",
+               b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+               b"HTTP/1.0 503 X\r\n\r\n", b"\x4a\0\0\0\x0a8.0.36\0" + bytes(8)
+               + b"12345678\0\xff\xff\xff\2\0\xff\xdf\x15"
                + bytes(10) + b"123456789012\0caching_sha2_password\0", b"\x07\0\0\2\0\0\0\2\0\0\0",
                b"\x10\0\0\0\xff\x15\4#08S01too many", b"R\0\0\0\x08\0\0\0\0Z\0\0\0\5I"]
-PROXY_SEEDS = [b"HTTP/1.1 200 Connection established\r\n\r\n", b"HTTP/1.0 407 X\r\nA: b\r\n\r\n", b"\5\0\5\0\0\1\1\2\3\4\0\x50",
+PROXY_SEEDS = [b"HTTP/1.1 200 Connection established\r\n\r\n", b"HTTP/1.0 407 X\r\nA: b\r\n\r\n",
+               b"\5\0\5\0\0\1\1\2\3\4\0\x50",
                b"\5\2\1\0\5\0\0\3\4abcd\0\x50", b"\5\xff", b"\5\0\5\5\0\1", b"\5\0\5\0\0\4" + bytes(18)]
 
 
@@ -696,7 +746,8 @@ def dns_seeds() -> list[bytes]:
     signed = [dns.sign(reply(code), KEY, 1_700_000_000, asked=ASKED.mac)[0] for code in (0, 6)]
     late = dns.sign(reply(9), KEY, 1_700_000_000, error=18, other=bytes(6), asked=ASKED.mac)[0]
     return [ASKED.wire, dns.frame(ASKED.wire), reply(5), reply(0, text), *signed, late, MARK.data,
-            dns.sign(reply(0, text, dns.address_record(HERE, ZONE.addresses[0], 60)), KEY, 1_700_000_000, asked=ASKED.mac)[0],
+            dns.sign(reply(0, text, dns.address_record(HERE, ZONE.addresses[0], 60)), KEY, 1_700_000_000,
+                     asked=ASKED.mac)[0],
             dns.look_up(KEY, 7, 1_700_000_000.0, HERE).wire]
 
 
@@ -707,19 +758,24 @@ CLAIM_SEEDS = [json.dumps(each).encode() for each in (
     {"name": None, "target": "cloudflared:db.example.com"}, {"name": "x.bob.tun.example.com.", "target": "tcp:db:5432"},
     {"name": "xn--mnchen-3ya", "target": "nodepass:key@192.0.2.1:10101"}, {"name": "shop", "port": 1, "x": 1e5})]
 CLAIM_TEXTS = [registry.to_text(registry.Claim(
-    key="shop.tun.example.com", id="1", owner="alice", target="tcp:192.0.2.1:80", lease="l", generation=3, ttl=60.0, hold=600.0,
+    key="shop.tun.example.com", id="1", owner="alice", target="tcp:192.0.2.1:80", lease="l", generation=3, ttl=60.0,
+    hold=600.0,
     expires=0.0, allow=("192.0.2.0/24",), meta={"a": 1})).encode()]
-OWNER_SEEDS = [json.dumps({"domains": ["tun.example.com"], "targets": ["tcp"], "networks": ["192.0.2.0/24"], "ttl": "60s",
-                           "ports": "20000-20010", "store": "memory", "owners": {"alice": {
-                               "tokens": ["sha256:" + "0a" * 32], "names": ["*.alice.tun.example.com"], "max_routes": 5}}}).encode()]
+OWNER_SEEDS = [json.dumps({"domains": ["tun.example.com"], "targets": ["tcp"], "networks": ["192.0.2.0/24"],
+                           "ttl": "60s",
+                           "ports": "20000-20010", "owners": {"alice": {
+                               "token": "sha256:" + "0a" * 32, "names": ["*.alice.tun.example.com"],
+                               "max_names": "5"}}}).encode()]
 
 SIGNAL_SEEDS = [signals.encode(signals.Signal("tcp", "192.0.2.1:5000", "0a1b2c3d"), SIGNAL_KEY)
                 + signals.encode(signals.Signal("ping"), SIGNAL_KEY), signals.encode(signals.Signal(
                     "verify", "", "0a1b2c3d", "sha256:" + "ab" * 32), SIGNAL_KEY), b"\r\n", b"e30=\n"]
-SIGNAL_JSON = [b'{"action":"tcp","remote":"192.0.2.1:5000","id":"0a1b2c3d"}', b'{"Action":"udp","ID":"","fp":null,"x":[1]}',
+SIGNAL_JSON = [b'{"action":"tcp","remote":"192.0.2.1:5000","id":"0a1b2c3d"}',
+               b'{"Action":"udp","ID":"","fp":null,"x":[1]}',
                b'{"action":"verify","action":"ping"}', b"[]", b"null", b'{"action":"\\u0131\\u212a"}']
 TERMS = signals.Terms("-", 1024, 1, 0, "0123456789abcdef")
-HANDSHAKE_SEEDS = [signals.ask("db.example.com", signals.token_of("key"), True), signals.answer(TERMS, "Sun, 29 Nov 2026 12:00:00 GMT"),
+HANDSHAKE_SEEDS = [signals.ask("db.example.com", signals.token_of("key"), True),
+                   signals.answer(TERMS, "Sun, 29 Nov 2026 12:00:00 GMT"),
                    b"CONNECT 192.0.2.1:80 HTTP/1.1\r\nHost: a\r\nProxy-Authorization: Basic a2V5Og==\r\n\r\n",
                    *signals.REFUSED.values(), signals.checkpoint(1, 20, 3, 4, 5, 6, 7, 8, 9).encode(),
                    b'HTTP/1.1 200 OK\r\n\r\n{"flow":"+","max":0,"tls":"2","type":"3"}\n',
@@ -727,31 +783,38 @@ HANDSHAKE_SEEDS = [signals.ask("db.example.com", signals.token_of("key"), True),
                    b'{"flow":"+","max":1,"tls":"0","type":"0"}   \r\n0\r\n\r\n']
 DATAGRAM_SEEDS = [b"".join(map(signals.frame_datagram, (b"", b"hello", bytes(60)))), b"\0\1", b"\xff\xff" + bytes(100)]
 NODE_URL_SEEDS = [b"server://" + SECRET.encode() + b"@:10101/127.0.0.1:8080?max=10&tls=1&log=debug&type=2&proxy=1",
-                  b"client://k%40y@nat.example.com:10101/[::1]:8080,192.0.2.1:81?min=4&mode=1&dns=1m30s&read=0&rate=10&slot=5",
-                  b"master://0.0.0.0:9090/api?tls=2&crt=/a&key=/b", b"server://[2001:db8::1]:1/x.example.com:2?block=12&notcp=1",
+                  b"client://k%40y@nat.example.com:10101/[::1]:8080,192.0.2.1:81?min=4&mode=1&dns=1m30s&read=0&"
+                  b"rate=10&slot=5",
+                  b"master://0.0.0.0:9090/api?tls=2&crt=/a&key=/b",
+                  b"server://[2001:db8::1]:1/x.example.com:2?block=12&notcp=1",
                   b"client://h:1/h:2?pin=sha256:" + b"ab" * 32 + b"&sni=a.example.com&dial=192.0.2.1&lbs=1&type=3",
-                  b"--tunnel-addr\n192.0.2.1\n--tunnel-port=1\n--target-addr=::1\n--target-port\n2\n--password=" + SECRET.encode()]
+                  b"--tunnel-addr\n192.0.2.1\n--tunnel-port=1\n--target-addr=::1\n--target-port\n2\n--password="
+                  + SECRET.encode()]
 TIME_SEEDS = [bytes((number,)) + value for number in range(len(nodeurl.VARIABLES))
               for value in (b"5s", b"1m30.5s", b"100ms", b"8192", b"0", b"1h2m3s4us", "1.5\u00b5s".encode())]
 
 
 def record_seeds() -> list[bytes]:
     """Instances as a file has them, and changes."""
-    made = children.Instance("1a2b3c4d", "server", "server://k@192.0.2.1:1/192.0.2.2:2", "server://k@192.0.2.1:1/192.0.2.2:2?log=info")
+    made = children.Instance("1a2b3c4d", "server", "server://k@192.0.2.1:1/192.0.2.2:2",
+                             "server://k@192.0.2.1:1/192.0.2.2:2?log=info")
     made.alias, made.tags = "a", {"b": "c"}
-    return [children.record_of(made).encode(), b'{"alias":"x","action":"start","restart":true,"meta":{"peer":{"sid":"1","type":"2",'
+    return [children.record_of(made).encode(), b'{"alias":"x","action":"start","restart":true,'
+                                               b'"meta":{"peer":{"sid":"1","type":"2",'
             b'"alias":"3"},"tags":{"a":"b","c":null}}}', b'{"alias":null}']
 
 
 def mcp_seeds() -> list[bytes]:
     """Each tool, once."""
     calls = [{"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": {"name": name, "arguments": {
-        "id": "1a2b3c4d", "alias": "a", "url": "server://:1/:2", "action": "start", "target": "192.0.2.1:80", "tags": {"a": "b"},
+        "id": "1a2b3c4d", "alias": "a", "url": "server://:1/:2", "action": "start", "target": "192.0.2.1:80",
+        "tags": {"a": "b"},
         "tunnel_address": "192.0.2.1", "log": "info"}}} for number, name in enumerate(mcp.TOOLS)]
     return [json.dumps(each).encode() for each in (*calls, {"jsonrpc": "2.0", "id": 1, "method": "initialize"},
                                                    {"jsonrpc": "2.0", "method": "notifications/x"},
                                                    {"jsonrpc": "2.0", "id": "a", "method": "tools/list"})]
 
 
-JSON_WORDS = (b'"', b"{}", b"[]", b"null", b"true", b"1e999", b"-0", b"NaN", b'"\\ud800"', b'"\\u0000"', b": ", b", ", b"[[",
+JSON_WORDS = (b'"', b"{}", b"[]", b"null", b"true", b"1e999", b"-0", b"NaN", b'"\\ud800"', b'"\\u0000"', b": ", b", ",
+              b"[[",
               b"1.5", b"99999999999999999999999", b'""', b'{"a":', b'"\\u202e"', b"\xed\xa0\x80", b"0.1e-999")

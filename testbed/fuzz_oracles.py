@@ -3,7 +3,7 @@
     outcome     what a call gives: its result, or a No where it refuses in a documented way; any other exception passes
     prefixes    a parser that is given all bytes so far: each prefix gives None, or what the whole gives
     sliced      a machine that is fed: in pieces it hears what it hears of the whole
-    counted     a call may take so many lines of Python for its input: an algorithm that is too slow is found on any host
+    counted     a call may take so many lines of Python for its input: what is too slow is found on any host
 
 How an input is cut is made of the input itself, so a target is a function of its bytes alone.
 """

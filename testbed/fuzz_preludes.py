@@ -156,7 +156,8 @@ def settings_tree(data: bytes) -> None:
     except (ValueError, RecursionError):
         return
     if isinstance(table, dict):
-        settings("".join(f"{json.dumps(key)} = {toml(value)}\n" for key, value in table.items()).encode("utf-8", "replace"))
+        text = "".join(f"{json.dumps(key)} = {toml(value)}\n" for key, value in table.items())
+        settings(text.encode("utf-8", "replace"))
 
 
 def options(data: bytes) -> None:
@@ -172,28 +173,35 @@ def options(data: bytes) -> None:
 # -- seeds -------------------------------------------------------------------------------------
 
 ROUTES = (
-    b"db.example.com=tcp:192.0.2.10:5432", b"*.example.com=tcp:{label}.internal:80", b"**.example.com=cloudflared:{name}",
+    b"db.example.com=tcp:192.0.2.10:5432", b"*.example.com=tcp:{label}.internal:80",
+    b"**.example.com=cloudflared:{name}",
     b"{shop}--{env}.example.com=tcp:[2001:db8::1]:443", b"*=carrier:{name}", b"a.example.com=unix:/run/{label}.sock",
     b"a.example.com=tcp:192.0.2.1:1,192.0.2.2:2", b"A.Example.com.=kubernetes:prod/svc/web:80@main",
     b"{pod}.k.example.com=jump:prod/pod/{pod}/db.internal:5432", b"x.example.com=nodepass:key@nat.example.com:10101",
-    b"192.0.2.1:5432=tcp:[::1]:5432", b"x.example.com=exec:ssh -W {name}:22 jump", b"e.example.com=command:nc {address}",
+    b"192.0.2.1:5432=tcp:[::1]:5432", b"x.example.com=exec:ssh -W {name}:22 jump",
+    b"e.example.com=command:nc {address}",
     b"[2001:db8::1]:443", b"*:8080", b"192.0.2.1:65535", b"example.com:0", b"127.0.0.1:5000=cloudflared:db.example.com")
 PATTERNS = (b"db.example.com", b"*.example.com", b"**.a.b.example.com.", b"*", b"{a}.example.com",
             b"{service}--{env}.shop-1.example.com", b"x-{a}-y.{b}.example.com", b"**.{a}.example.com", b"A{x}B.c")
 SETTINGS_FILES = (
-    b'listen = "127.0.0.1:8443"\nidle = "5m"\nmax_connections = 100\n[routes]\n"db.example.com" = "tcp:192.0.2.10:5432"\n'
+    b'listen = "127.0.0.1:8443"\nidle = "5m"\nmax_connections = 100\n[routes]\n"db.example.com" = '
+    b'"tcp:192.0.2.10:5432"\n'
     b'"*.example.com" = { target = "tcp:{label}.internal:80", allow = ["192.0.2.0/24"], http = "forward" }\n',
-    b'proxy_from = ["192.0.2.0/24", "::1/128"]\nproxy_protocol = "auto"\ntunnel_ports = "20000-20100"\nlog_format = "json"\n[routes]\n'
-    b'"a.example.com" = { target = ["tcp:192.0.2.1:80", "tcp:192.0.2.2:80"], balance = "least", health = "tls", warm = 2,'
+    b'proxy_from = ["192.0.2.0/24", "::1/128"]\nproxy_protocol = "auto"\ntunnel_ports = "20000-20100"\nlog_format = '
+    b'"json"\n[routes]\n'
+    b'"a.example.com" = { target = ["tcp:192.0.2.1:80", "tcp:192.0.2.2:80"], balance = "least", health = "tls", warm '
+    b'= 2,'
     b' tries = 2, max_lifetime = "1h" }\n[ports]\n"127.0.0.1:5432" = "tcp:192.0.2.10:5432"\n',
     b'admin = "127.0.0.1:9000"\n[registry]\nlisten = "127.0.0.1:7000"\ndomains = ["tun.example.com"]\n'
     b'targets = ["tcp"]\nnetworks = ["192.0.2.0/24"]\nttl = "60s"\n[registry.owners.alice]\n'
-    b'tokens = ["sha256:' + b"0a" * 32 + b'"]\nnames = ["*.alice.tun.example.com"]\n[routes]\n"a.example.com" = "tcp:192.0.2.1:1"\n',
+    b'token = "sha256:' + b"0a" * 32 + b'"\nnames = ["*.alice.tun.example.com"]\n[routes]\n"a.example.com" = '
+                                         b'"tcp:192.0.2.1:1"\n',
     b'[kubernetes.contexts]\nmain = "prod"\n[routes]\n"k.example.com" = "kubernetes:prod/svc/web:80@main"\n'
     b'"n.example.com" = "nodepass:key@192.0.2.9:10101"\n"*" = "cloudflared:{name}"\n',
     b"prelude_timeout = 5\nports = [1, 2]\nquiet = true\nx = 1979-05-27T07:32:00Z\n[[a]]\nb = nan\n")
 TOML_WORDS = tuple(row.file_key.encode() + b" = " for row in SETTINGS if row.file_key) + (
-    b'""', b"[routes]\n", b"[registry]\n", b"[registry.owners.a]\n", b"true", b"1e999", b"nan", b"{}", b"[]", b"''", b'"""',
+    b'""', b"[routes]\n", b"[registry]\n", b"[registry.owners.a]\n", b"true", b"1e999", b"nan", b"{}", b"[]", b"''",
+    b'"""',
     b'"\\u0000"', b'"\\ud800"', b"0x", b"-1", b'"off"', b'"\\n"', b'"192.0.2.0/24"', b"99999999999999999999", b"{name}")
 
 

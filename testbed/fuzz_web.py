@@ -16,11 +16,10 @@ import sniroute_hpack as hpack
 import sniroute_http as http
 import sniroute_http2 as http2
 import sniroute_upgrade as upgrade
-from sniroute_refusals import Malformed, Refused
+from sniroute_refusals import Refused
 from testbed import endure_inputs, smuggling
-from testbed.endure_inputs import Fault, pieces, server_frame
-from testbed.fuzz_oracles import (No, Told, choice_of, counted, dice_of, expect, measured, outcome, prefixes, same,
-                                  sliced)
+from testbed.endure_inputs import pieces, server_frame
+from testbed.fuzz_oracles import No, Told, choice_of, dice_of, expect, measured, outcome, same, sliced
 from testbed.smuggling import Wire
 
 # -- HTTP/1 ------------------------------------------------------------------------------------
@@ -62,7 +61,8 @@ def messages(data: bytes, make: Any) -> Wire:
 
 
 POLICY = gateway.Policy("forward", cross_site=True, upgrades=frozenset((b"websocket", b"irc")))
-FORGED = (b"x-forwarded-for", b"x-real-ip", b"x-forwarded-host", b"forwarded", b"x-forwarded-proto", b"x-forwarded-port")
+FORGED = (b"x-forwarded-for", b"x-real-ip", b"x-forwarded-host", b"forwarded", b"x-forwarded-proto",
+          b"x-forwarded-port")
 
 
 def request(data: bytes) -> None:
@@ -80,7 +80,8 @@ def request(data: bytes) -> None:
             said = gateway.hop(message, "192.0.2.7", 8080, believes)
             if not message.name:
                 continue
-            passed = http.pass_request(message, said, believes=believes, upgrade=gateway.choose_upgrade(message, POLICY))
+            passed = http.pass_request(message, said, believes=believes,
+                                       upgrade=gateway.choose_upgrade(message, POLICY))
             again = http.parse_request(passed)
             expect(again is not None and again.head.end == len(passed), "a head that is passed on is not whole")
             same((*head_of(again), again.framing.kind), (*head_of(message), message.framing.kind), "passed on")
@@ -90,7 +91,8 @@ def request(data: bytes) -> None:
                 fors = again.head.values(b"x-forwarded-for")
                 same(fors, [b"192.0.2.7"], "who asks")
         if message.name:
-            expect(b"\r\n\r\n" in sniroute_answers.redirect(message, message.name, 80, None), "an answer without an end")
+            expect(b"\r\n\r\n" in sniroute_answers.redirect(message, message.name, 80, None),
+                   "an answer without an end")
 
 
 def response(data: bytes) -> None:
@@ -236,7 +238,8 @@ def header_blocks(data: bytes) -> None:
         found = measured(data, lambda: outcome(decoder.decode, block))
         if isinstance(found, No):
             break
-        expect(decoder.size == sum(map(hpack.cost, decoder.table)) <= decoder.most <= hpack.TABLE_MAX, "the table's size")
+        expect(decoder.size == sum(map(hpack.cost, decoder.table)) <= decoder.most <= hpack.TABLE_MAX,
+               "the table's size")
         expect(sum(map(hpack.cost, found)) <= hpack.LIST_MAX, "a list that is too large")
         same(hpack.Decoder().decode(hpack.encode(found)), found, "written and read")
     whole = outcome(hpack.decode_huffman, data)
@@ -263,7 +266,8 @@ def prior_knowledge(data: bytes) -> None:
     if data:
         same(found, whole, "in pieces, and whole")
     if isinstance(whole, http2.Authority):
-        expect(len(http2.PREFACE) < whole.end <= min(len(data), http.HEAD_MAX) and 0 <= whole.port < 65536, f"{whole!r}")
+        expect(len(http2.PREFACE) < whole.end <= min(len(data), http.HEAD_MAX) and 0 <= whole.port < 65536,
+               f"{whole!r}")
 
 
 def shown(events: Iterable[Any]) -> list[Any]:
@@ -396,19 +400,24 @@ def h2_pair(data: bytes) -> None:
 
 REQUESTS = tuple(row.data for row in smuggling.REQUESTS if len(row.data) < 600)
 RESPONSES = tuple(row.data for row in smuggling.RESPONSES if len(row.data) < 600)
-FULL = (b"POST /a?b HTTP/1.1\r\nHost: a.example.com:8080\r\nConnection: upgrade, x-a\r\nUpgrade: websocket\r\nX-A: 1\r\n"
+FULL = (b"POST /a?b HTTP/1.1\r\nHost: a.example.com:8080\r\nConnection: upgrade, x-a\r\nUpgrade: websocket\r\nX-A: "
+        b"1\r\n"
         b"X-Forwarded-For: 192.0.2.1, 192.0.2.2\r\nX_Real_IP: 192.0.2.3\r\nForwarded: for=a\r\nVia: 1.1 x\r\n"
         b"Origin: http://b\r\nSec-Fetch-Site: cross-site\r\nContent-Length: 3\r\n\r\nabc",
         b"OPTIONS * HTTP/1.1\r\nHost: a\r\nMax-Forwards: 7\r\n\r\n", b"GET http://a.example.com:80/x HTTP/1.0\r\n\r\n")
 HTTP_WORDS = (b"Host: ", b"Content-Length: ", b"Transfer-Encoding: ", b"chunked", b"\r\n\r\n", b"\r\n", b"HTTP/1.1",
-              b"HTTP/1.0", b"Connection: ", b"close", b"Upgrade: ", b"websocket", b"Expect: 100-continue\r\n", b"0\r\n\r\n",
-              b"X-Forwarded-For: ", b"Via: ", b"Max-Forwards: ", b"GET ", b"HEAD ", b"CONNECT ", b"OPTIONS ", b"http://",
+              b"HTTP/1.0", b"Connection: ", b"close", b"Upgrade: ", b"websocket", b"Expect: 100-continue\r\n",
+              b"0\r\n\r\n",
+              b"X-Forwarded-For: ", b"Via: ", b"Max-Forwards: ", b"GET ", b"HEAD ", b"CONNECT ", b"OPTIONS ",
+              b"http://",
               b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", b"0", b"ffffffff", b"%00", b"\t", b"*", b",")
-CHUNK_SEEDS = (b"5\r\nhello\r\n0\r\n\r\n", b"5;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n", b"1\r\nh\r\n04\r\nello\r\n000\r\n\r\nmore",
+CHUNK_SEEDS = (b"5\r\nhello\r\n0\r\n\r\n", b"5;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n",
+               b"1\r\nh\r\n04\r\nello\r\n000\r\n\r\nmore",
                b'5;a="b;c"\r\nhello\r\nA\r\n0123456789\r\n0\r\n\r\n', b"0\r\n\r\n",
                *(row.data.partition(b"\r\n\r\n")[2] for row in smuggling.REQUESTS
                  if row.data.startswith(smuggling.CHUNKS) and len(row.data) < 600))
-HEAD_SEEDS = (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"POST /routes?x=y HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}",
+HEAD_SEEDS = (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"POST /routes?x=y HTTP/1.1\r\nHost: a\r\nContent-Length: "
+                                                            b"2\r\n\r\n{}",
               b"PUT /a HTTP/1.0\nHost: a\nConnection: close, x\n\n", b"GET / HTTP/2.0\r\n\r\n",
               b"DELETE /routes/a HTTP/1.1\r\nAuthorization: Bearer x\r\nTransfer-Encoding: chunked\r\n\r\n", *FULL)
 
@@ -456,12 +465,15 @@ PRIOR_SEEDS = (START + head(BLOCK), http2.PREFACE + settings() + SOME + head(BLO
 SERVER_SEEDS = (START + head(BLOCK) + DATA_FRAMES, START + SOME + head(BLOCK, 1, 5) + head(C4[0], 3) + head(C4[1], 5)
                 + http2.make_frame(http2.RST_STREAM, b"\0\0\0\x08", 0, 3) + DATA_FRAMES,
                 START + head(BLOCK[:4], 1, 0) + http2.make_frame(http2.CONTINUATION, BLOCK[4:], 4, 1) + DATA_FRAMES
-                + head(hpack.encode([(b"x-trailer", b"y")]), 1, 5), START + http2.make_frame(http2.GOAWAY, bytes(8) + b"bye"),
+                + head(hpack.encode([(b"x-trailer", b"y")]), 1, 5), START
+                + http2.make_frame(http2.GOAWAY, bytes(8) + b"bye"),
                 START + b"".join(head(BLOCK, number) for number in range(1, 15, 2)) + ACKED)
-CLIENT_SEEDS = (settings((3, 100)) + head(ANSWER) + DATA_FRAMES, settings() + ACKED + head(hpack.encode([(b":status", b"103")]))
+CLIENT_SEEDS = (settings((3, 100)) + head(ANSWER) + DATA_FRAMES, settings() + ACKED
+                + head(hpack.encode([(b":status", b"103")]))
                 + head(ANSWER, 3, 5) + SOME + http2.make_frame(http2.RST_STREAM, b"\0\0\0\0", 0, 5),
                 settings((4, 0)) + http2.make_frame(http2.GOAWAY, struct.pack(">II", 1, 0) + b"bye") + head(ANSWER),
                 settings((3, 1), (5, 16384), (1, 4096)) + http2.make_frame(http2.PING, b"12345678", 1) + DATA_FRAMES)
 PAIR_SEEDS = (bytes((0, 0, 0x0E, 0, 0x02, 9, 0x0E, 0, 0x03, 200, 0x0E, 0, 0x0A, 0, 0x0B, 0, 6, 0, 7, 0)),
-              bytes((0, 0, 0, 0, 0, 0, 0x0E, 0, 0x12, 250, 0x14, 250, 0x15, 255, 0x14, 255, 0x1A, 0, 0x1B, 0, 0x1E, 0, 0x16, 0)),
+              bytes((0, 0, 0, 0, 0, 0, 0x0E, 0, 0x12, 250, 0x14, 250, 0x15, 255, 0x14, 255, 0x1A, 0, 0x1B, 0, 0x1E, 0,
+                     0x16, 0)),
               bytes((0, 0, 0x0E, 0, *(0x04, 255) * 40, 0x0E, 0, 0x0B, 0, *(0x04, 255) * 30, 0x0E, 0, 0x08, 1)))

@@ -66,21 +66,25 @@ KNOWN = {
     "hpack: laxer: their list is shorter": "the same",
     "h2: stricter: a stream that we reset": "fields and states of one stream: h2 lets more of them pass",
     "h2: stricter: no SETTINGS at the beginning": "RFC 9113 section 3.4; h2 takes any frame",
-    "h2: stricter: a frame of type N on stream N, which is closed": "section 5.1; h2 forgets streams that it has refused",
+    "h2: stricter: a frame of type N on stream N, which is closed":
+        "section 5.1; h2 forgets streams that it has refused",
     "h2: stricter: (a push|a reset of stream|more padding)": "section 6.6, 6.4 and 6.2",
     "h2: stricter: a setting N of N": "a value that is none, and then a good one: h2 looks at the last one only",
     "h2: stricter: more than N": "floods: limits of our own",
     "h2: laxer: (FrameDataMissingError|InvalidSettingsValueError)": "frames and settings that are none of RFC 9113",
-    "h2: laxer: ProtocolError (Connection-specific|Received header value surr|Invalid content-length|Request header block)":
+    "h2: laxer: ProtocolError (Connection-specific|Received header value surr|Invalid content-length|Request header "
+    "block)":
         "fields that nobody here asks for, or passes on",
-    "h2: laxer: ProtocolError (Stream N may not depend|Received frame with non-compliant)": "priorities: they mean nothing",
-    "h2: laxer: ProtocolError Invalid input ConnectionInputs.RECV_HEADERS": "a client may go on behind its own GOAWAY",
+    "h2: laxer: ProtocolError (Stream N may not depend|Received frame with non-compliant)":
+        "priorities: they mean nothing",
+    "h2: laxer: ProtocolError Invalid input ConnectionInputs.RECV_": "a client may go on behind its own GOAWAY",
     "pyyaml: stricter: ": "sniroute_yaml.py says what is refused on purpose",
     "pyyaml: laxer: found invalid Unicode character escape code": "JSON's pairs of surrogates",
     "pyyaml: laxer: found character that cannot start any token": "a tab as a blank between words, section 6.1",
     "pyyaml: laxer: did not find expected node content": "nothing before `...` is nothing",
     "pyyaml: laxer: (found unexpected ':'|did not find expected ',')": "a line end before a colon: JSON has it",
-    "(pyyaml|kubectl): laxer: found a tab character where an indentation": "a line of tabs behind a block scalar is empty",
+    "(pyyaml|kubectl): laxer: found a tab character (where an|that violates) indentation":
+        "a line of tabs, or a tab behind the spaces of one, is a blank where nothing depends on it",
     "kubectl: laxer: found character that cannot start": "a tab as a blank",
     "kubectl: laxer: found invalid Unicode": "JSON's pairs of surrogates",
     "kubectl: laxer: json: unsupported value": "infinities are texts",
@@ -276,8 +280,10 @@ def of_server(port: int) -> Judge:
                 while more := sock.recv(65536):
                     answer += more
         heard = HEARD.findall(answer)
-        wanted = [b"%b %b " % (request.method.encode(), bytes(request.path)) for request in requests] + [b"GET /the-last "]
-        places = [{request.name.encode(), b"%b:%d" % (request.name.encode(), request.port or 80)} for request in requests]
+        wanted = [b"%b %b " % (request.method.encode(), bytes(request.path))
+                  for request in requests] + [b"GET /the-last "]
+        places = [{request.name.encode(), b"%b:%d" % (request.name.encode(), request.port or 80)}
+                  for request in requests]
         for said, want, place in zip(heard, wanted, [*places, {b"last"}]):
             if not said.startswith(want):
                 break
@@ -306,7 +312,8 @@ def haproxy() -> Iterator[Judge]:
     """HAProxy, and nginx behind it."""
     far, port = free_port(), free_port()
     with started("nginx", NGINX.replace("{host}", HOST).replace("{port}", str(far)), far, "-c"), \
-            started("haproxy", HAPROXY.replace("{host}", HOST).replace("{port}", str(port)).replace("{far}", str(far)), port,
+            started("haproxy", HAPROXY.replace("{host}", HOST).replace("{port}", str(port)).replace("{far}", str(far)),
+                    port,
                     "-db", "-f"):
         yield of_server(port)
 
@@ -335,7 +342,8 @@ def pyyaml() -> Iterator[Judge]:
         try:
             theirs = yaml.load(data, loader)
         except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:  # TypeError: a key that is a list
-            return SAME if isinstance(ours, No) else Verdict("laxer", getattr(error, "problem", "") or type(error).__name__)
+            return SAME if isinstance(ours, No) else Verdict("laxer", getattr(error, "problem", "")
+                                                             or type(error).__name__)
         if isinstance(ours, No):
             return Verdict("stricter", ours.words.partition(": ")[2])
         said = texts(ours)
@@ -447,7 +455,8 @@ def h2_of_pypi() -> Iterator[Judge]:
             return f"{type(error).__name__} {error}"
         for event in events:
             if isinstance(event, h2.events.RequestReceived):
-                found.append(("Opened", event.stream_id, [(bytes(name), bytes(value)) for name, value in event.headers]))
+                found.append(("Opened", event.stream_id, [(bytes(name), bytes(value)) for name,
+                                                          value in event.headers]))
             elif isinstance(event, h2.events.DataReceived) and event.data:
                 found.append(("Data", event.stream_id, bytes(event.data)))
             elif isinstance(event, h2.events.StreamEnded):
