@@ -29,13 +29,8 @@ Seams: I want to ...
     start something else                  the words that Instances is given
     tell of something else                an event, and `tell`
 
-<<<<<<< HEAD
-This room imports sniroute_children, sniroute_signals, sniroute_processes (the death guard), sniroute_loop,
-sniroute_host (`changed_by_others`) and sniroute_names.
-=======
 This room imports sniroute_children, sniroute_nodeurl (URL_VARIABLE), sniroute_signals, sniroute_processes (the death
-guard), sniroute_loop and sniroute_names.
->>>>>>> np-new
+guard), sniroute_loop, sniroute_host (`changed_by_others`) and sniroute_names.
 
 Sources: docs/api.md of NodePass, and what the program was seen to do.
 """
