@@ -36,7 +36,9 @@ import pytest
 pytest.register_assert_rewrite("testbed")  # an assert in a helper shows its values
 pytest_plugins = [f"testbed.{module}" for module in ("standins", "running", "program", "tunnels", "carrier", "admin",
                                                       "clients", "web", "streams", "cluster", "apis", "passage",
-                                                      "any_cluster", "registry", "redis", "named", "aside")]
+                                                      "any_cluster", "registry", "redis", "named", "nodepass",
+                                                      "foreign", "aside",
+                                                      "masters")]
 
 HERE = pathlib.Path(__file__).resolve().parent
 HOST = "127.0.0.1"
@@ -55,6 +57,12 @@ OPTIONS = {  # files that an installation may leave out
     "sniroute_registrar.py", "sniroute_rest.py", "sniroute_registry.py", "sniroute_owners.py", "sniroute_claims.py",
     "sniroute_sqlite.py", "sniroute_shared.py", "sniroute_redis.py", "sniroute_resp.py", "sniroute_claim.py",
     "sniroute_rfc2136.py", "sniroute_dns.py",
+    "sniroute_nodepass.py", "sniroute_master.py", "sniroute_panel.py", "sniroute_mcp.py", "sniroute_instances.py",
+    "sniroute_children.py", "sniroute_dialin.py", "sniroute_dialout.py", "sniroute_ends.py",
+    "sniroute_single.py", "sniroute_callers.py", "sniroute_datagrams.py", "sniroute_peering.py",
+    "sniroute_lanes.py", "sniroute_streams.py", "sniroute_h2.py", "sniroute_pool.py", "sniroute_upstreams.py",
+    "sniroute_offload.py", "sniroute_duplex.py", "sniroute_guards.py", "sniroute_signals.py", "sniroute_nodeurl.py",
+    "sniroute_nat.py",
     "sniroute_admin.py", "sniroute_door.py", "sniroute_metrics.py", "sniroute_page.py",
     "sniroute_carrier.py", "sniroute_dial.py", "sniroute_edge.py", "sniroute_forwarder.py", "sniroute_upgrade.py",
 }

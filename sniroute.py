@@ -61,10 +61,16 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
                                                                _sqlite, _shared, _redis, _resp, _layers, _rfc2136,
                                                                _dns, _dial, _upgrade, _http, _door and _page; its
                                                                client is sniroute_claim
+    sniroute_nodepass *    services behind NAT                with sniroute_dialin, _dialout, _ends, _peering, _pool, _lanes, _duplex,
+                                                               _callers, _datagrams, _single, _upstreams, _guards,
+                                                               _offload, _signals, _nodeurl, _streams, _h2, _master,
+                                                               _panel, _mcp, _instances, _children, _nat, _forwarder,
+                                                               _layers, _dial, _upgrade, _http, _hpack, _http2,
+                                                               _certificate, _door and _page
 
 A room with a * is an option: leave it out, and one sentence says so where it is asked for.  The rows at the end stand
 apart: they are options, most of them of several files; the table in CONTRIBUTING.md says what they import of the rooms
-above.  The carrier and sniroute_kubernetes are other processes.
+above.  The carrier, sniroute_kubernetes and sniroute_nodepass are other processes.
 
 The one idea: waiting borrows a thread, moving bytes does not.  All that is ready runs in one loop over epoll; only a
 target that has to wait (a tunnel that starts, a host to resolve) gets a thread, one for each target, its clients
@@ -111,6 +117,7 @@ PROGRAMS = {  # command: (room, function of the words behind it); these have no 
     "bundle": ("sniroute_doctor", "bundle"),
     "carrier": ("sniroute_carrier", "main"),
     "kubernetes": ("sniroute_kubernetes", "main"),
+    "nodepass": ("sniroute_nodepass", "main"),
     "claim": ("sniroute_claim", "main"),
     "token": ("sniroute_claim", "token"),
 }

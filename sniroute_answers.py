@@ -114,6 +114,7 @@ WORDS = {
     "tunnel_unreachable": Words("destination_unavailable", SOON),
     "tunnel_certificate": Words("destination_unavailable", MENDED),
     "tunnel_plugin": Words("destination_unavailable", MENDED),
+    "tunnel_away": Words("destination_unavailable", SOON),
     "command_failed": Words("destination_unavailable", MENDED),
     "internal": Words("proxy_internal_error", SOON),
 }

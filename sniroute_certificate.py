@@ -44,7 +44,6 @@ import hmac
 import ipaddress
 import os
 import secrets
-import tempfile
 import threading
 import time
 from typing import TYPE_CHECKING, Callable, Iterator, NamedTuple
@@ -477,7 +476,11 @@ def load(context: ssl.SSLContext, pair: Pair) -> None:
 def _private_file(content: bytes) -> Iterator[str]:
     """The path of a file that has this content, and that no other user can open, until the block ends."""
     unnamed = _memory_file()
-    descriptor, path = unnamed or tempfile.mkstemp(prefix="sniroute-")  # made with mode 0600, whatever the umask
+    if unnamed:
+        descriptor, path = unnamed
+    else:
+        import tempfile  # half a megabyte, where it is needed
+        descriptor, path = tempfile.mkstemp(prefix="sniroute-")  # made with mode 0600, whatever the umask
     try:
         with open(descriptor, "wb") as file:
             file.write(content)

@@ -26,7 +26,8 @@ Seams: I want to ...
     give a claim another field         OPTIONS and USAGE; `wish_of` where it is not called as in the body of a POST
     do otherwise at some answer        `Claimer.step`
 
-The token comes from SNIROUTE_REGISTRY_TOKEN, so that no user of this host reads it on a command line.
+The token comes from SNIROUTE_REGISTRY_TOKEN, and the key of a NodePass server from a variable that its target names, so
+that no user of this host reads them on a command line.
 
 This room imports sniroute_names (printable), the standard library, and for `token` late sniroute_owners.
 """
@@ -47,7 +48,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Mapping, NamedTuple
 
 from sniroute_names import printable
 
@@ -352,6 +353,17 @@ def parse_words(words: list[str]) -> tuple[list[str], dict[str, Any], list[str]]
     return arguments, given, command
 
 
+def with_key(target: str, environ: Mapping[str, str]) -> str:
+    """A target as the registry gets it: `$NAME` in `nodepass:$NAME@HOST:PORT` is filled in.  Raises Unable."""
+    found = re.fullmatch(r"nodepass:\$(\w+)@(.*)", target, re.ASCII | re.DOTALL)
+    if found is None:
+        return target
+    key = environ.get(found[1], "").strip()
+    if not key:
+        raise Unable(f"${found[1]} is not in the environment: set it to the key of the server")
+    return f"nodepass:{urllib.parse.quote(key, safe='')}@{found[2]}"
+
+
 def wish_of(name: str, target: str, given: dict[str, Any]) -> dict[str, Any]:
     """The body of a POST: NAME, TARGET and the options that are given."""
     port = re.fullmatch(r"tcp(?::([0-9]{1,5}))?", name)
@@ -419,6 +431,7 @@ def main(words: list[str]) -> int:
         if not re.fullmatch(r"[!-~]+", token):
             raise Unable("put the token into SNIROUTE_REGISTRY_TOKEN: the operator of the router gives it to you")
         place = parse_place(given.get("registry") or os.environ.get("SNIROUTE_REGISTRY_URL") or URL)
+        arguments[1] = with_key(arguments[1], os.environ)
         claimer = Claimer(Registry(place, token), wish_of(*arguments, given), say)
     except Unable as error:
         say(str(error))

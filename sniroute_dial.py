@@ -51,7 +51,6 @@ import functools
 import ipaddress
 import os
 import socket
-import threading
 import urllib.parse
 from typing import Callable, Iterable, Mapping, NamedTuple
 
@@ -156,11 +155,23 @@ def _means(word: str, host: str, address: ipaddress.IPv4Address | ipaddress.IPv6
 # -- names -------------------------------------------------------------------------------------
 
 
+def numeric(host: str, port: int) -> Addresses:
+    """What a host is that is an address: there is nothing to resolve, and no thread to wait for; else nothing."""
+    try:
+        ipaddress.ip_address(host)
+        # In bytes: for a name in letters `socket` loads the codec of IDNA, half a megabyte.
+        rows = socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except (ValueError, OSError):
+        return []
+    return [(rows[0][0], rows[0][4])]
+
+
 class Names:
     """Resolves host names, one thread for each at a time, and remembers their addresses, and which were worse."""
 
-    def __init__(self, loop: Loop):
+    def __init__(self, loop: Loop, clock: Callable[[], float] = monotonic):
         self.loop = loop
+        self.clock = clock
         self.known: dict[tuple[str, int], tuple[Addresses, float]] = {}  # and until when
         self.waiting: dict[tuple[str, int], list[Callable[[Addresses | OSError], None]]] = {}
         self.laggards = Laggards()
@@ -168,7 +179,12 @@ class Names:
     def ask(self, host: str, port: int, found: Callable[[Addresses | OSError], None]) -> None:
         """Call `found` with the addresses, or with why there are none; perhaps before this returns.  Loop's thread."""
         addresses, until = self.known.get((host, port), ([], 0.0))
-        if until > monotonic():
+        if until > self.clock():
+            found(addresses)
+            return
+        addresses = numeric(host, port)
+        if addresses:
+            self.known[host, port] = addresses, self.clock() + RESOLVED_FOR
             found(addresses)
             return
         waiting = self.waiting.get((host, port))
@@ -177,6 +193,7 @@ class Names:
             return
         self.waiting[host, port] = [found]
         try:
+            import threading  # 0.2 MB, where there is a name to resolve
             threading.Thread(target=self._resolve, args=(host, port), name="name", daemon=True).start()
         except RuntimeError as error:  # there are too many threads
             self._resolved(host, port, OSError(str(error)))
@@ -203,7 +220,7 @@ class Names:
 
     def _resolved(self, host: str, port: int, result: Addresses | OSError) -> None:
         """Tell everybody who waits for this name.  Loop's thread."""
-        now = monotonic()
+        now = self.clock()
         self.known = {place: row for place, row in self.known.items() if row[1] > now}
         if not isinstance(result, OSError):
             self.known[host, port] = result, now + RESOLVED_FOR
@@ -220,19 +237,20 @@ class Names:
 NAMING, CONNECTING, ASKING, OVER = "resolving the name", "connecting", "asking the proxy", "over"
 
 
+OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+           *((socket.IPPROTO_TCP, getattr(socket, name), value)
+             for name, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), KEEPALIVE) if hasattr(socket, name))]
+
+
 def set_options(sock: socket.socket) -> None:
     """Never wait; no delay for small messages; notice a peer that has gone without a word.
 
     Raises OSError on macOS, where the peer has left already.
     """
     sock.setblocking(False)
-    if sock.family == socket.AF_UNIX:
-        return
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), KEEPALIVE):
-        if hasattr(socket, option):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    if sock.family != socket.AF_UNIX:
+        for level, option, value in OPTIONS:
+            sock.setsockopt(level, option, value)
 
 
 def name_failure(error: OSError, proxy: Proxy | None) -> Failed:
@@ -267,11 +285,19 @@ class WayOut:
         self.short = loop.queue(SHORT_OF_FDS, Dial.connect)
         self.queues = self.soon, self.staggered, self.short
 
+    def open(self, family: int) -> socket.socket:
+        """A socket for one connect; a subclass may choose where it leaves from.  Raises OSError."""
+        return socket.socket(family, socket.SOCK_STREAM)
+
     def proxy_for(self, host: str, port: int) -> Proxy | None:
         """The proxy on the way to this host, if there is one."""
         if self.proxy is None or goes_direct(host, port, self.no_proxy):
             return None
         return self.proxy
+
+
+def unheard(result: socket.socket | Failed) -> None:
+    """The callback of a Dial that is over."""
 
 
 class Dial:
@@ -295,7 +321,7 @@ class Dial:
         self.todo: Addresses = []  # still to be tried
         self.attempts: dict[socket.socket, Row] = {}  # connects under way; while ASKING, the one to the proxy
         self.lost: list[Row] = []  # addresses that took no connect
-        self.error = OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))  # of the last connect
+        self.error: OSError | None = None  # of the last connect
         self.out = b""  # what is still to be sent to the proxy
         self.head = bytearray()  # what the proxy has answered
 
@@ -329,7 +355,7 @@ class Dial:
         while self.todo:
             row = family, address = self.todo[0]
             try:
-                sock = socket.socket(family, socket.SOCK_STREAM)
+                sock = self.way.open(family)
             except OSError as error:
                 if error.errno in CAPACITY_ERRNOS:
                     self.way.short.put(self)
@@ -351,7 +377,8 @@ class Dial:
             self.lost.append(row)
             sock.close()
         if not self.attempts:
-            self._fail(connect_failure(self.error, self.proxy))
+            error = self.error or OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))  # there is no address
+            self._fail(connect_failure(error, self.proxy))
 
     def _on_connected(self, sock: socket.socket, mask: int) -> None:
         """One of the connects has an answer."""
@@ -364,8 +391,7 @@ class Dial:
             return
         self._learn(sock)
         if self.proxy is None:
-            self._end(sock)
-            self.done(sock)
+            self._tell(sock, sock)
         else:
             self.phase = ASKING
             self._stop(sock)
@@ -407,12 +433,16 @@ class Dial:
         elif len(self.head) > answer.end:  # it would be lost; a TLS server does not speak first
             self._fail(Failed("proxy", "it said more than its answer"))
         else:
-            self._end(sock)
-            self.done(sock)
+            self._tell(sock, sock)
 
     def _fail(self, why: Failed) -> None:
-        self._end(None)
-        self.done(why)
+        self._tell(None, why)
+
+    def _tell(self, kept: socket.socket | None, result: socket.socket | Failed) -> None:
+        """It is over: tell the owner, and let go of it: the two would keep each other."""
+        self._end(kept)
+        self.done(result)  # where this raises, `fault` asks whose it is
+        self.done = unheard
 
     def _end(self, kept: socket.socket | None) -> None:
         """The dial is over: close everything but `kept`, which the loop watches no more."""

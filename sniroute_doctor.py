@@ -208,6 +208,8 @@ def explain_claim(settings: Settings, name: str) -> bool:
           + ", suspended by an admin" * suspended)
     if left:
         print(f"target:  {printable(target)}")
+        if target.startswith("nodepass:") and (standing := ask_router(settings.admin)) is not None:
+            show_standing(standing.tunnels.get(target))
     return bool(left) and not suspended
 
 
@@ -372,7 +374,8 @@ def ask_router(admin: str | tuple[str, int]) -> Standing | None:
             backends[pattern, target] = {**row, "limit": limit, "checks": row.get("checks") is not None}
         for row in rows:
             key, *_ = fields(row, "a tunnel", key=str, state=str, age=float, leases=int, next=float, words=str)
-            tunnels[key] = row
+            link = row.get("link")
+            tunnels[key] = {**row, "link": link and fields(link, "a link", client=str, kind=str, pool=int, ping=float)}
     except (OSError, ValueError) as error:
         print(f"router:  no answer from its admin address: {printable(str(error))}")
     else:
@@ -398,14 +401,26 @@ def fields(row: Any, what: str, **kinds: type) -> list[Any]:
 
 def show_standing(row: dict[str, Any] | None) -> str:
     """Print how a tunnel stands, by its row in the status of a router.  Returns what to do about it."""
-    row = row or {"state": "absent", "age": 0, "leases": 0, "next": 0, "words": ""}
+    row = row or {"state": "absent", "age": 0, "leases": 0, "next": 0, "words": "", "link": None}
     state = printable(row["state"], WORD_MAX)
     facts = [f"for {row['age']:.0f} s"] * (row["age"] > 0) + [f"{row['leases']} connections"] * (row["leases"] > 0)
     facts += [f"next in {row['next']:.0f} s"] * (row["next"] > 0)
     print("tunnel: ", ", ".join([LOCAL_ONLY.get(state, state), *facts]))
     if row["words"]:
         print("said:   ", printable(row["words"], 500))
+    if row.get("stands") is True and state == "ready":
+        return show_link(row["link"])
     return TUNNEL_ADVICE.get(state, "see OPERATING.md")
+
+
+def show_link(link: Any) -> str:
+    """Print the far end of a tunnel, where that has to dial in, by its row.  Returns what to do about it."""
+    if link is None:
+        print("client:  none has dialled in")
+        return REFUSALS["tunnel_away"].advice.partition(";")[0]
+    client, how, pool, ping = link
+    print(f"client:  {printable(client, 64)}, {printable(how, WORD_MAX)}, {pool} connections in its pool, ping {ping:g} ms")
+    return TUNNEL_ADVICE["ready"]
 
 
 def ask_admin(admin: str | tuple[str, int], path: str = "/status") -> Any:
@@ -768,7 +783,9 @@ def write_bundle(path: str, sources: dict[str, str]) -> None:
     files |= {f"{name}c": bytes.fromhex(code) for name, code in json.loads(done.stdout).items()}
     part = f"{path}.part"
     try:
-        with open(part, "wb") as file:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)  # in /tmp another user may have made it: the program would be that user's
+        with open(part, "xb") as file:
             file.write(BUNDLE_START)
             with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
                 for name in sorted(files):

@@ -1,4 +1,4 @@
-"""sniroute_door: HTTP of our own, for the admin and the registry: accepts clients, reads requests, sends answers.
+"""sniroute_door: HTTP of our own, for the admin, the registry, NodePass: accepts clients, reads requests, answers.
 
     listener --- accept ---> Caller, a client
                                READING    its head, then its body --- parse_head ---> Head --- Gate.decide ---> Plan
@@ -389,14 +389,14 @@ class Caller:
         self.writable()
 
     def push(self, data: bytes) -> None:
-        """Send more of a stream.  A client that has STREAM_MAX bytes still to read is cut off.
+        """Send more of a stream.  A client that has STREAM_MAX bytes, or its gate's own limit, to read is cut off.
 
         What the stream began with does not count, its head and what its client had missed: a slow network takes time
         for that.
         """
         if self.state is STREAMING:
             self.out.append(memoryview(data))
-            if sum(map(len, self.out[2:])) > STREAM_MAX:
+            if sum(map(len, self.out[2:])) > self.gate.unread_max:
                 self.close()
             else:
                 self.writable()
@@ -478,13 +478,15 @@ class Gate:
         threads: how many there may be for Plans by THREAD.
         keeps: connections carry one request after another.
         most: clients at a time; 0 for CALLERS_MAX.
+        unread_max: bytes of a stream that a client may leave unread; 0 for STREAM_MAX.
     """
 
     def __init__(self, door: Door, name: str, listener: socket.socket, decide: Callable[[Head], Plan], threads: int,
-                 keeps: bool = False, most: int = 0):
+                 keeps: bool = False, most: int = 0, unread_max: int = 0):
         self.door = door
         self.keeps = keeps
         self.most = most or CALLERS_MAX
+        self.unread_max = unread_max or STREAM_MAX
         self.name = name
         self.listener = listener
         self.decide = decide

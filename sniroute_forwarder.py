@@ -45,7 +45,6 @@ import signal
 import socket
 import struct
 import sys
-import threading
 import time
 import urllib.parse
 from typing import Any, Callable, Protocol
@@ -81,6 +80,8 @@ class Log:
     Until then it waits here.
     """
 
+    fd = 2  # where lines go
+
     def __init__(self, level: str, as_json: bool):
         self.level = LEVELS[level]
         self.as_json = as_json
@@ -91,9 +92,6 @@ class Log:
         """One line: `message`, and the fields that are not empty."""
         if LEVELS[level] < self.level:
             return
-        if len(self.lines) >= LINES_MAX:
-            self.lost += 1
-            return
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         message = printable(message, TEXT_MAX)
         fields = {key: printable(value, TEXT_MAX) for key, value in fields.items() if value}
@@ -102,14 +100,21 @@ class Log:
         else:
             line = f"{now} {level[:3].upper()} {message}"
             line += "".join(f" {key}={json.dumps(value)}" for key, value in fields.items() if key != "event")
+        self.write(line)
+
+    def write(self, line: str) -> None:
+        """Have a line written as soon as somebody reads."""
+        if len(self.lines) >= LINES_MAX:
+            self.lost += 1
+            return
         self.lines.append(line.encode()[:LINE_MAX] + b"\n")
         self.flush()
 
     def flush(self) -> None:
         """Write what can be written now."""
         try:
-            while self.lines and select.select((), (2,), (), 0)[1]:
-                os.write(2, self.lines.popleft())
+            while self.lines and select.select((), (self.fd,), (), 0)[1]:
+                os.write(self.fd, self.lines.popleft())
                 if self.lost and not self.lines:
                     lost, self.lost = self.lost, 0
                     self("warn", f"{lost} lines were lost: nobody read the log")
@@ -269,10 +274,10 @@ class Forwarder:
 
     # -- listeners -----------------------------------------------------------------------------
 
-    def listen(self, target: Any, address: tuple[str, int]) -> Listener:
-        """Open a listener; once this returns, clients can connect.  Raises OSError."""
+    def listen(self, target: Any, address: tuple[str, int], kind: type[socket.socket] = socket.socket) -> Listener:
+        """Open a listener, a socket of this kind; once this returns, clients can connect.  Raises OSError."""
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock = kind(family, socket.SOCK_STREAM)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
@@ -281,6 +286,10 @@ class Forwarder:
         except OSError:
             sock.close()
             raise
+        return self.take_listener(target, sock)
+
+    def take_listener(self, target: Any, sock: socket.socket) -> Listener:
+        """Accept clients on a socket that listens already."""
         listener = Listener(target, sock, show_address(sock.getsockname()), Watch(self.loop.poller, sock.fileno()))
         self.listeners[listener.address] = listener
         if not self.paused:
@@ -446,6 +455,7 @@ def bridge(forwarder: Forwarder, target: Any) -> int:
 
     A pipe cannot be reset, so the code is all that tells a stream that was cut from a whole one.
     """
+    import threading  # 0.2 MB, for who has no sockets
     ours, theirs = socket.socketpair()
     with theirs:
         threading.Thread(target=copy, args=(lambda size: os.read(0, size), theirs.sendall,

@@ -6,6 +6,7 @@
     /proc/sys ---------------------+      which ports the kernel gives away     local_ports
 
     owners and modes of files --------->  who else may change one that we use   changed_by_others
+                                          a database that is ours alone         make_private
     a file's state ------------------->  whether it is another than before      stamp
     JOURNAL_STREAM -------------------->  whether journald reads stderr         under_journald
 
@@ -16,7 +17,7 @@ them other files.
 A task is a thread or a process: RLIMIT_NPROC and pids.max count both.
 
 Threads: main, at the start and at a reload; `changed_by_others` also the reaper, before it starts a program; `stamp`
-any that reloads.
+any that reloads; `make_private` the one that opens the database.
 
 Seams: I want to ...
     derive a setting from the host     a function here, and `derived` of sniroute_settings
@@ -328,6 +329,31 @@ def changed_by_others(path: str) -> str:
         else:
             here = step
     return fault
+
+
+def make_private(path: str) -> None:
+    """Have a database that is this user's alone, before SQLite opens it: it is made, empty, where there is none.
+
+    One that others may change is not used, nor one in a folder of theirs; one that they may only read is theirs to read
+    no more.  The same holds for what SQLite has left beside it, and what it makes there gets the database's mode.
+    A file that is there is not opened: the end of any descriptor of it gives up the locks that this process has on it
+    (fcntl(2)).
+    Raises OSError; its `strerror` says what is wrong, and what to do.
+    """
+    if not os.path.lexists(path):
+        if fault := changed_by_others(os.path.dirname(path) or "."):
+            raise PermissionError(errno.EPERM, fault)
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    for each in (path, f"{path}-wal", f"{path}-journal"):
+        if not os.path.lexists(each):
+            continue
+        if fault := changed_by_others(each):
+            raise PermissionError(errno.EPERM, fault)
+        mode = os.stat(each).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else f"{each} is no file")
+        if mode & 0o077:
+            os.chmod(each, 0o600)
 
 
 def fault_of(path: str, state: os.stat_result, trusted: set[int]) -> str:

@@ -815,7 +815,8 @@ def pass_request(request: Request, add: More = (), *, host: bytes = b"", believe
         if len(head.block) <= REMEMBERED_MAX:  # else nobody finds it again, and it stays as long as the request does
             remember(head.made, key, lines)
     if not request.version and not head.values(b"host"):
-        add = ((b"Host", host or request.name.encode("ascii")), *add)
+        place = request.name.encode("ascii") + (b":%d" % request.port if request.port else b"")
+        add = ((b"Host", host or place), *add)
     make = make_lines if believes or upgrade else remembered_additions
     return b"%b %b HTTP/1.1\r\n%b%b" % (request.method.encode("ascii"), request.path or request.target, lines,
                                         make((*add, *switch_to(upgrade))))

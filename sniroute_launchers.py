@@ -81,21 +81,26 @@ class Variable(NamedTuple):
     __repr__ = __str__
 
 
+class Secret(Variable):
+    """One that no mark of it may be shown of, either: a key that a person may have chosen can be guessed by it."""
+
+
 class TunnelKey(NamedTuple):
     """What tells one tunnel from another."""
 
     launcher: str  # the scheme of its program's row
     hostname: str  # or the words of a command, or what is in a cluster
     identified: bool = True  # it is given the router's Access token, if there is one
-    variables: tuple[Variable, ...] = ()  # of a command, from its route
+    variables: tuple[Variable, ...] = ()  # of a command, from its route; or the key of a server
 
     def __str__(self) -> str:
         text = f"{self.launcher}:{self.hostname.removeprefix(self.launcher + ':')}"  # what `jump:` is told begins so
         text = text if self.identified else f"anonymous {text}"
-        if not self.variables and len(text) <= KEY_MAX:
+        marked = [each for each in self.variables if not isinstance(each, Secret)]
+        if not marked and len(text) <= KEY_MAX:
             return text
         # A mark tells it from others.  Of the router's own variables it has the names alone: the values may be secrets.
-        mark = zlib.crc32("\0".join((self.hostname, *(f"{name}={value}" for name, value in self.variables))).encode())
+        mark = zlib.crc32("\0".join((self.hostname, *(f"{name}={value}" for name, value in marked))).encode())
         return f"{text if len(text) <= KEY_SHOWN else text[:KEY_SHOWN] + '...'} [{mark:08x}]"
 
 
@@ -185,6 +190,8 @@ class Launcher(NamedTuple):
     trial: Callable[[str], list[str]] | None = None  # hostname -> words for a run that dials once and ends
     home: bool = True  # it gets a HOME: a private folder
     made: Callable[[TunnelKey], Launcher] | None = None  # where the key says which program: the row for that key
+    told: Callable[[TunnelKey], str] = lambda key: key.hostname  # what a shared process is told to listen for
+    stands: bool = False  # its tunnels are kept up before a client wants one: "Standing" in sniroute_tunnels
 
     def row(self, key: TunnelKey) -> Launcher:
         """The row for one tunnel."""

@@ -35,8 +35,8 @@ from __future__ import annotations
 import base64
 import collections
 import ipaddress
+import operator
 import socket
-import ssl
 import struct
 from typing import TYPE_CHECKING, Any, Callable, Generator, Sequence
 
@@ -47,6 +47,8 @@ from sniroute_refusals import Malformed
 from sniroute_upgrade import connect_request, parse_answer
 
 if TYPE_CHECKING:
+    import ssl
+
     from sniroute_kubeconfig import Proxy  # registries use this room, too, and have no kubeconfig
 
 __version__ = "0.1.0"
@@ -58,6 +60,9 @@ ROOM = 1 << 16  # `Wire.on_room` is called when `unsent` falls to this, having b
 FLIGHT_MAX = 1 << 17  # of a handshake: a chain of certificates is a tenth of that
 WRITES = 64  # pieces in one write; the kernel takes 1,024 (IOV_MAX)
 LINGER = 10.0  # seconds for which a closed wire still sends what is unsent, and waits for the other side's end
+
+
+NOTHING = ()  # `Plain.out` of a wire that was never congested
 
 
 def unheard(*what: Any) -> None:
@@ -146,7 +151,7 @@ class Wires:
     def __init__(self, loop: Loop):
         self.loop = loop
         self.broken = loop.queue(0.0, Plain.tell_break)
-        self.lingering = loop.queue(LINGER, Plain.drop)  # closed wires
+        self.lingering = loop.queue(LINGER, operator.methodcaller("late"))  # closed wires
 
     def close(self) -> None:
         """Wait no more for those that are closed."""
@@ -165,7 +170,7 @@ class Plain(Wire):
         self.sock = sock
         self.watch = Watch(wires.loop.poller, sock.fileno())
         self.is_reading = True
-        self.out: collections.deque[memoryview] = collections.deque()  # what the kernel has not taken
+        self.out: collections.deque[memoryview] | tuple[()] = NOTHING  # what the kernel has not taken
         self.waiting = 0  # its bytes
         self.error: Failed | None = None  # why sending has failed
         self._wait()
@@ -188,6 +193,8 @@ class Plain(Wire):
                 return
             if sent == len(data):
                 return
+        if self.out is NOTHING:
+            self.out = collections.deque()  # late: it is 0.7 KB, and most connections never need one
         self.out.append(memoryview(data if isinstance(data, bytes) else bytes(data))[sent:])
         self.waiting += len(data) - sent
         self._wait()
@@ -228,9 +235,13 @@ class Plain(Wire):
                 pass  # it is over already
             self.drop()
 
+    def late(self) -> None:
+        """Closed LINGER ago, and the other side has not ended."""
+        self.drop()
+
     def drop(self) -> None:
         """Close the socket."""
-        self.out.clear()
+        self.out = NOTHING
         self.wires.broken.drop(self)
         self.wires.lingering.drop(self)
         self.watch.closing()
@@ -290,7 +301,7 @@ class Plain(Wire):
     def _break(self, error: OSError) -> None:
         """Nothing can be sent any more.  What the other side has said before is read first, where anybody reads."""
         self.error = broke_off(error)
-        self.out.clear()
+        self.out = NOTHING
         self.waiting = 0
         if not self.is_open:
             self.drop()
@@ -314,6 +325,22 @@ def broke_off(error: OSError) -> Failed:
     return Failed("reset", error.strerror or type(error).__name__)
 
 
+def load_ssl() -> None:
+    """Have `ssl` here.  It takes 4.3 MB, which a connection without TLS does not need."""
+    global ssl
+    import ssl
+
+
+def asked_name(name: str) -> str | bytes:
+    """A name as `ssl` is to be told it: one in bytes is taken as it is.
+
+    For one in letters `ssl` loads the codec of IDNA, half a megabyte, which also looks at what OpenSSL does not: the
+    length of a label.
+    """
+    is_plain = name.isascii() and all(len(label) < 64 for label in name.split("."))
+    return name.encode() if is_plain else name
+
+
 class Secure(Wire):
     """TLS over another wire, which it owns.  Its owner waits for `shake` before it sends.
 
@@ -326,13 +353,11 @@ class Secure(Wire):
 
     def __init__(self, below: Wire, context: ssl.SSLContext, name: str, session: ssl.SSLSession | None = None):
         super().__init__()
+        load_ssl()
         self.below = below
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        # A name in bytes is taken as it is.  For one in letters `ssl` loads the codec of IDNA, half a megabyte, which
-        # also looks at what OpenSSL does not: the length of a label.
-        is_plain = name.isascii() and all(len(label) < 64 for label in name.split("."))
-        asked = name.encode() if is_plain else name
-        self.tls: Any = context.wrap_bio(self.incoming, self.outgoing, server_hostname=asked, session=session)
+        self.tls: Any = context.wrap_bio(self.incoming, self.outgoing, server_hostname=asked_name(name),
+                                         session=session)
         self.taken = 0  # bytes of the handshake that have come so far
         self.done: Callable[[Failed | None], None] = unheard  # of `shake`; `unheard` again when the handshake is over
         self.keep: Callable[[ssl.SSLSession], None] | None = None
@@ -606,6 +631,9 @@ class Opening:
 
     __slots__ = ("wires", "place", "done", "dial", "wire", "steps", "talk", "own_phase")
 
+    plain: type[Plain] = Plain  # what the wires are made of
+    secure: type[Secure] = Secure
+
     def __init__(self, wires: Wires, way: WayOut, place: Place, done: Callable[[Wire | Failed], None]):
         self.wires = wires
         self.place = place
@@ -638,8 +666,9 @@ class Opening:
         if self.done is not None:
             self.done = None
             self.dial.cancel()
-            if self.wire is not None:
-                self.wire.reset()
+            wire, self.wire = self.wire, None  # a dial and this know each other: only what is small waits with them
+            if wire is not None:
+                wire.reset()
 
     def _dialled(self, result: socket.socket | Failed) -> None:
         if isinstance(result, Failed):
@@ -648,7 +677,7 @@ class Opening:
                 result = Failed("proxy", f"{where}: {result}")
             self._end(result)
             return
-        self.wire = Plain(self.wires, result)
+        self.wire = self.plain(self.wires, result)
         self._next()
 
     def _next(self) -> None:
@@ -677,7 +706,7 @@ class Opening:
         """Put TLS over what there is.  `reason`: the word for all that may fail, "" where it has its own."""
         self.own_phase = SHAKING
         try:
-            secure = Secure(self.wire, context, name, session)
+            secure = self.secure(self.wire, context, name, session)
         except ValueError as error:  # a name that TLS cannot ask for
             self.wire.reset()
             self._end(Failed(reason or "tls", str(error)))

@@ -31,6 +31,7 @@ from __future__ import annotations
 import collections
 import errno
 import fcntl
+import functools
 import heapq
 import itertools
 import os
@@ -333,6 +334,16 @@ class Loop:
         """A new Queue."""
         self.queues.append(Queue(self, seconds, act))
         return self.queues[-1]
+
+    def retire(self, *waits: Timer | Queue) -> None:
+        """Take timers and queues from the loop: what they belong to is over.  Done while it goes through neither."""
+        for wait in waits:
+            if isinstance(wait, Timer):
+                wait.when = NEVER
+                self.call(functools.partial(self.timers.remove, wait))
+            else:
+                wait.due.clear()
+                self.call(functools.partial(self.queues.remove, wait))
 
     def batch(self, step: Callable[[Any], Any]) -> list[Any]:
         """A new batch: `step` is called for what has been appended to it, once a turn, after the batches before it."""

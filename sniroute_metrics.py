@@ -615,6 +615,10 @@ METRICS = (
     Metric("sniroute_tunnel_stops_total", "counter", "Tunnels stopped for want of use, or to make room.",
            each("reason", lambda facts: {"idle": facts.tunnel_counters.get("idle_stops", 0),
                                          "evicted": facts.tunnel_counters.get("evictions", 0)})),
+    Metric("sniroute_tunnels_linked", "gauge", "Tunnels whose far end has dialled in: NodePass clients.",
+           one(lambda facts: sum(view.link is not None for view in facts.tunnels))),
+    Metric("sniroute_tunnel_links_total", "counter", "Times that the far end of a tunnel has dialled in.",
+           tunnels_counted("links")),
     Metric("sniroute_port_pool_size", "gauge", "Local ports for tunnels (--ports).", one(lambda facts: facts.ports)),
     Metric("sniroute_port_pool_used", "gauge", "Local ports that tunnels have.", one(lambda facts: facts.ports_used)),
     *(Metric(name, "histogram", row.help, read_histogram(name)) for name, row in HISTOGRAMS.items()),
@@ -695,7 +699,8 @@ def show_tunnel(view: Any) -> dict[str, Any]:
     """A row of `tunnels`: the fields of a View."""
     row = view._asdict()
     return {**row, "key": printable(str(view.key)), "words": printable(view.words, 300),
-            "age": round(view.age, 3), "next": round(view.next, 3)}
+            "age": round(view.age, 3), "next": round(view.next, 3),
+            "link": None if view.link is None else view.link._asdict()}
 
 
 def show_refusal(ending: Any) -> dict[str, Any]:

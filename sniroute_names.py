@@ -5,6 +5,7 @@
     "192.0.2.0/24"                           --- parse_network ---> what an address can be in
     "example.com", "co.uk"                   --- has_owner ---> whether it is one owner's, or everybody's
     anything that others said                --- printable ---> one line of printable ASCII
+    a target as somebody wrote it            --- without_key ---> one that others may see
 
 Every name that is routed passes `normalise`, and every tunnel's (`normalise_whole`): it is the only thing that stands
 between a stranger's bytes and a program's command line.  IPv4 inside IPv6 is IPv4 from the parser on.  All functions
@@ -42,6 +43,7 @@ _LABEL = rb"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 NAME = re.compile(rb"(?:%b\.)*(?![0-9]+\Z|0x[0-9a-f]*\Z)%b" % (_LABEL, _LABEL))
 HOST = re.compile(r"[A-Za-z0-9_.:-]{1,253}")  # a configured host may be an address or one label
 PORT = re.compile(r"0|[1-9][0-9]{0,4}", re.ASCII)
+SITES_KEPT = 1024  # addresses whose site is remembered: more than there are strangers in a server at a time
 HEADER_VALUE = re.compile(r"[\t -~]*")  # what we send as the value of a header, RFC 9110 section 5.5
 
 
@@ -49,6 +51,18 @@ def printable(text: str, limit: int = NAME_MAX) -> str:
     """`text` as one line of printable ASCII, at most `limit` characters: fit for a log."""
     line = "".join(c if " " <= c <= "~" else "?" for c in text[:limit + 1])
     return line if len(line) <= limit else line[:limit - 3] + "..."
+
+
+KEY_OF_NODEPASS = re.compile(r"nodepass:(?!\$[A-Za-z_][A-Za-z0-9_]*@).*@", re.DOTALL)
+HIDDEN = "********"  # stands for it
+
+
+def without_key(text: str) -> str:
+    """What has targets in it, without the key of one to NodePass, `nodepass:KEY@HOST:PORT`; `$NAME` is none.
+
+    All up to the last `@` goes: where the text is no target, nobody knows where a key ends.
+    """
+    return KEY_OF_NODEPASS.sub(f"nodepass:{HIDDEN}@", text) if "nodepass:" in text else text
 
 
 def normalise(raw: bytes) -> str:
@@ -123,6 +137,22 @@ def parse_host_port(text: str, default_host: str | None = None) -> tuple[str, in
     return host, number
 
 
+def overlap(one: str | tuple[str, int] | None, other: str | tuple[str, int] | None) -> bool:
+    """Whether two places to listen have a TCP address in common; for names only where they are the same name."""
+    if not isinstance(one, tuple) or not isinstance(other, tuple) or one[1] != other[1] or not one[1]:
+        return False
+    hosts = ["127.0.0.1" if host == "localhost" else host.lower() for host, _ in (one, other)]
+    return any(a == b or a in ("*", "::") or a == "0.0.0.0" and ":" not in b for a, b in (hosts, reversed(hosts)))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this host reaches a listener on it."""
+    try:
+        return host == "localhost" or parse_ip(host).is_loopback
+    except ValueError:
+        return False
+
+
 def show_address(address: tuple) -> str:
     """HOST:PORT, an IPv6 host in brackets."""
     host, port = address[:2]
@@ -137,6 +167,19 @@ def parse_ip(host: str) -> Address:
 def unmapped(address: Address) -> Address:
     """IPv4 inside IPv6 (RFC 4291 section 2.5.5.2) as IPv4; any other address as it is."""
     return getattr(address, "ipv4_mapped", None) or address
+
+
+@functools.lru_cache(SITES_KEPT)  # else it costs more than all else at the start of a pool's connection
+def site_of(host: str) -> str:
+    """What of an address tells one site from another: itself, and for IPv6 the /64, which is what one host has.
+
+    IPv4 inside IPv6 is IPv4.  What is no address is a site of its own.
+    """
+    try:
+        ip = parse_ip(host)
+    except ValueError:
+        return host
+    return str(ip) if ip.version == 4 else str(int(ip) >> 64)
 
 
 def parse_network(text: str, strict: bool = True) -> Network:
@@ -354,6 +397,14 @@ OPTIONS = {
                  "sniroute_sqlite", "sniroute_shared", "sniroute_redis", "sniroute_resp", "sniroute_layers",
                  "sniroute_rfc2136", "sniroute_dns", "sniroute_dial", "sniroute_upgrade", "sniroute_http",
                  "sniroute_claim", "sniroute_door", "sniroute_page"),
+    "nodepass": ("sniroute_nodepass", "sniroute_master", "sniroute_panel", "sniroute_mcp",
+                 "sniroute_instances", "sniroute_children", "sniroute_dialin", "sniroute_dialout", "sniroute_ends",
+                 "sniroute_single", "sniroute_callers", "sniroute_datagrams", "sniroute_peering",
+                 "sniroute_lanes", "sniroute_streams", "sniroute_h2", "sniroute_pool",
+                 "sniroute_upstreams", "sniroute_offload", "sniroute_duplex", "sniroute_guards", "sniroute_signals",
+                 "sniroute_nodeurl", "sniroute_nat", "sniroute_forwarder", "sniroute_layers",
+                 "sniroute_dial", "sniroute_upgrade", "sniroute_http", "sniroute_hpack",
+                 "sniroute_http2", "sniroute_certificate", "sniroute_door", "sniroute_page"),
 }
 
 

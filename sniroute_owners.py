@@ -24,7 +24,8 @@ Seams: I want to ...
     refuse another address          ALWAYS, or BY_NAME
 
 This room imports sniroute_options, sniroute_routes, sniroute_targets, sniroute_values, sniroute_names and
-sniroute_refusals, and late sniroute_resp and sniroute_dns, for the URL of a store and of a DNS server.
+sniroute_refusals, and late sniroute_resp and sniroute_dns, for the URL of a store and of a DNS server, and
+sniroute_nat, for the parts of a target.
 
 Source: RFC 6750 for the token; RFC 5890 section 2.3 for names in other letters; OWASP, "Server Side Request Forgery
 Prevention Cheat Sheet", and RFC 6890 for addresses.
@@ -39,16 +40,19 @@ import json
 import math
 import re
 import secrets
-from typing import Any, Callable, Iterable, Mapping, NamedTuple, NoReturn, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, NamedTuple, NoReturn, Sequence
 
-from sniroute_names import (NAME_MAX, Address, Network, ascii_advice, embedded, is_local, normalise, normalise_whole,
-                            parse_host_port, parse_ip, parse_network, printable)
+from sniroute_names import (HIDDEN, NAME_MAX, Address, Network, ascii_advice, embedded, is_local, normalise,
+                            normalise_whole, overlap, parse_host_port, parse_ip, parse_network, printable, without_key)
 from sniroute_options import HTTP_MODES
 from sniroute_refusals import Malformed, SettingsError
 from sniroute_routes import kind, split_target
 from sniroute_targets import reaches
 from sniroute_values import (absolute, as_text, meant, parse_count, parse_duration, parse_networks,
                              parse_off_or_duration, parse_ports, parse_switch)
+
+if TYPE_CHECKING:
+    from sniroute_claims import Claim
 
 __version__ = "0.1.0"
 
@@ -586,12 +590,12 @@ def check_target(text: Any, rules: Rules, owner: Owner, own: Own = Own()) -> str
         unfit("target", "has to be a text, as \"tcp:192.0.2.10:8080\"")
     scheme, colon, rest = text.partition(":")
     if not colon or not re.fullmatch(r"[!-~]+", text) or len(text) > TARGET_MAX:
-        unfit("target", f"{quoted(text)} is not SCHEME:REST, as tcp:192.0.2.10:8080: {TARGET_MAX} characters at most")
+        unfit("target", f"{quoted(without_key(text))} is not SCHEME:REST, as tcp:192.0.2.10:8080: {TARGET_MAX} characters at most")
     if scheme not in rules.targets:
         unfit("target", f"{quoted(scheme)} is no kind of target that you may name: there "
                         f"{'are' if len(rules.targets) > 1 else 'is'} {', '.join(rules.targets)}", "forbidden")
     if re.search("[{}$]", rest):
-        unfit("target", f"{quoted(text)}: nothing is filled in for {{ }} or $ in a claim")
+        unfit("target", f"{quoted(without_key(text))}: nothing is filled in for {{ }} or $ in a claim")
     if len(split_target(text)) > 1:
         unfit("target", f"{quoted(text)}: a claim leads to one target")
     try:
@@ -619,26 +623,55 @@ def check_owners_host(rest: str, rules: Rules, owner: Owner, own: Own) -> None:
               "forbidden")
 
 
-def is_enough(rest: str, rules: Rules, owner: Owner, own: Own) -> None:
-    """For a kind whose `Scheme.check` is enough."""
+def check_owners_server(rest: str, rules: Rules, owner: Owner, own: Own) -> None:
+    """Whether an owner may have a NodePass server there.  Raises Unfit, which repeats no key."""
+    from sniroute_nat import OWNERS_PARAMETERS, parse_server, read_query  # imported late: an option
+    server = parse_server(rest)
+    first, last = rules.target_ports
+    if server.key in ("", HIDDEN):
+        unfit("target", "has to have your key, as nodepass:KEY@:10101: without one anybody could dial in" if not server.key
+              else f"{HIDDEN} is how a key is shown, and no key: write the key itself")
+    if not first <= server.port <= last:
+        unfit("target", f"port {server.port} is not between {first} and {last}", "forbidden")
+    if server.host not in ("*", "localhost") and not (is_address(server.host) and is_local(parse_ip(server.host))):
+        unfit("target", f"{printable(server.host, SHOWN_MAX)} is no address of this router's: leave it out, as "
+                        f":{server.port}, or write one", "forbidden")
+    if any(overlap((server.host, server.port), address) for address in own.addresses):
+        unfit("target", f"port {server.port} is the router's own", "forbidden")
+    if server.port in own.tunnel_ports:
+        unfit("target", f"port {server.port} is for the router's tunnels", "forbidden")
+    if rules.ports is not None and rules.ports[0] <= server.port <= rules.ports[1]:
+        unfit("target", f"port {server.port} is one of those that may be claimed", "forbidden")
+    for name, value in read_query(server.query):
+        if name not in OWNERS_PARAMETERS or name == "tls" and value == "2":
+            unfit("target", f"{name}{'=2' * (name == 'tls')} is not for owners, who may write "
+                            f"{', '.join(OWNERS_PARAMETERS)}, and tls=1: no files of the router's host", "forbidden")
 
 
 # The kinds of target that owners may name at all, and what is asked beside `Scheme.check`; each may raise Unfit.
 KINDS: dict[str, Callable[[str, Rules, Owner, Own], None]] = {
-    "nodepass": is_enough, "tcp": check_owners_tcp, "carrier": check_owners_host, "cloudflared": check_owners_host,
+    "nodepass": check_owners_server, "tcp": check_owners_tcp, "carrier": check_owners_host, "cloudflared": check_owners_host,
 }
 
 
-def standing(key: str, target: str, rules: Rules, owner: Owner, own: Own = Own()) -> str:
-    """Why the settings do not allow a claim that was made before a reload, as a sentence; '' where they do."""
+def standing(claim: Claim, rules: Rules, owner: Owner, own: Own = Own()) -> str:
+    """Why the settings do not allow a claim that was made before a reload, as a sentence; '' where they do.
+
+    A store is another program's, too, so what `parse_wish` has checked is checked again.
+    """
     try:
-        if key.startswith("tcp:"):
-            read_port(int(key.removeprefix("tcp:")), rules, owner, own)
+        if claim.key.startswith("tcp:"):
+            port = claim.key.removeprefix("tcp:")
+            read_port(int(port) if re.fullmatch("[1-9][0-9]{0,4}", port) else port, rules, owner, own)
         else:
-            claim_name(key, rules, owner)
-        check_target(target, rules, owner, own)
+            claim_name(claim.key, rules, owner)
+        check_target(claim.target, rules, owner, own)
+        read_http(claim.http or None, rules, owner, own)
+        narrowed(claim.allow, owner)  # whom that leaves is asked for each client
     except Unfit as error:
         return str(error)
+    except ValueError as error:
+        return f"allow: {printable(str(error), SHOWN_MAX)}"
     return ""
 
 

@@ -198,6 +198,11 @@ function showWithWords(cell, text, words, kind) {
   cell.lastChild.className = "words " + kind;
   cell.lastChild.hidden = !words;
 }
+function ofLink(row) {  // the far end of a tunnel, where that has to dial in
+  if (!row.link) return row.stands ? "no client has dialled in" : "";
+  return "client " + row.link.client + ", pool " + whole.format(row.link.pool) + ", ping " + whole.format(row.link.ping)
+    + " ms";
+}
 function whatNext(row) {
   if (row.state === "backoff") return "next try in " + span(row.next);
   if (row.state === "failed") return "refused for " + span(row.next);
@@ -261,7 +266,8 @@ function act(cell, row) {
       row.key + " is tried again now.", "Start")
     : command("/tunnels/" + encodeURIComponent(row.key) + "/stop", "Stop this tunnel?",
       row.key + (row.leases ? " carries " + count(row.leases, "connection, which ends.", "connections, which end.")
-        : " carries no connection.") + " The next client starts it again.", "Stop");
+        : " carries no connection.") + (row.stands ? " It is started again at once." : " The next client starts it again."),
+    "Stop");
 }
 function ofRequest(row) { return row.method ? row.method + " " + row.host + row.path : "could not be read"; }
 function whyNot(row) { return [plain(row.reason), row.detail].filter(Boolean).join(": "); }
@@ -274,7 +280,8 @@ const TABLES = {
   tunnels: { key: (row) => row.key, columns: [
     ["State", "state-cell short", (row, cell) => showState(cell, row.state, KINDS[row.state] || "quiet")],
     ["Tunnel", "name", (row, cell) => {
-      showWithWords(cell, row.key, row.state === "ready" ? "" : ownWords(row), KINDS[row.state]);
+      const ready = row.state === "ready";
+      showWithWords(cell, row.key, ready ? ofLink(row) : ownWords(row), ready ? row.link ? "" : "warn" : KINDS[row.state]);
       cell.title = row.words;
     }],
     ["Clients", "number", (row) => row.state === "failed" ? "" : whole.format(row.leases)],

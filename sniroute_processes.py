@@ -36,6 +36,9 @@ It answers on its output in JSON lines.  Their "listener" is that address, their
     failed      a client was not served: "client" is its address, "reason" one word, "error" the rest
     paused      (without "listener") it accepts nobody for now, since it has no descriptors left: full, not hung
     warning     (without "listener") its "message" is for the operator
+    linked      the far end has dialled in: "client" is its address, "type" and "tls" say how
+    state       how it is with it: "pool" counts the connections that wait for use, "ping" has milliseconds
+    unlinked    it has gone; "error" says why
 
 Other events are ignored.  A line without "listener" is kept as part of its last words.  A process that
 takes no line, or does not answer one in time, hangs: it is killed.  All that it carried ends with it.
@@ -50,7 +53,8 @@ Seams: I want to ...
     understand another event        `Processes._heard`
     start them in another way       `death_guard`; `Home` is their HOME
 
-This room imports sniroute_launchers, sniroute_log, WakePipe of sniroute_loop, and the standard library.
+This room imports sniroute_launchers, sniroute_log, WakePipe of sniroute_loop, `printable` of sniroute_names, and the
+standard library.
 """
 
 from __future__ import annotations
@@ -70,11 +74,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Callable, Iterator, Protocol
+from typing import Callable, Iterator, NamedTuple, Protocol
 
-from sniroute_launchers import TAKEN, Launcher, Reason, last_line, last_words
+from sniroute_launchers import TAKEN, WORDS_MAX, Launcher, Reason, last_line, last_words
 from sniroute_log import log, log_event
 from sniroute_loop import WakePipe
+from sniroute_names import printable
 
 __version__ = "0.1.0"
 
@@ -87,6 +92,7 @@ PAUSED = 30.0  # a shared process that accepts nobody says so every 10 s, and is
 TAIL = 4096  # bytes kept of a process's output: its last words
 DRAIN = 65536  # bytes read from a process's output at a time: what a pipe holds
 LINE = 8192  # bytes of one line of a shared process; its lines are shorter, and a longer one is cut
+NUMBER_MAX = 1e9  # that a program may say: no pool and no ping is larger
 REFUSALS_KEPT = 256  # clients not served, for each child, oldest out: the router asks at once
 ORPHANS_LOOK = 2.0  # between two looks at processes that nobody waits for, as the first process of a container
 ORPHANS_MAX = 256  # reaped in one look: a storm of them must not keep the reaper from its own processes
@@ -371,6 +377,15 @@ class Process:
                 os.close(fd)
 
 
+class Link(NamedTuple):
+    """The far end of a tunnel whose far end has to dial in, since it did so."""
+
+    client: str  # its address
+    kind: str  # how it came, for people
+    pool: int = 0  # connections that wait for use
+    ping: float = 0.0  # milliseconds
+
+
 class Child:
     """The port on which a process listens for one tunnel.
 
@@ -378,7 +393,7 @@ class Child:
     """
 
     __slots__ = ("process", "address", "listener", "started", "look_at", "pause", "ready", "close_at", "verdict",
-                 "proven", "refusals")
+                 "proven", "refusals", "link")
 
     def __init__(self, process: Process, port: int, now: float):
         self.process = process
@@ -394,6 +409,7 @@ class Child:
         self.verdict = Reason()  # why the reaper stopped it, where that was a failure; later, why it ended
         self.proven = False  # written by the loop: a first byte has come through it
         self.refusals: collections.OrderedDict[str, tuple[float, Reason]] = collections.OrderedDict()  # by client
+        self.link: Link | None = None  # where the far end dials in: while it is there
 
     @property
     def names_clients(self) -> bool:
@@ -409,6 +425,15 @@ class Child:
         return not self.close_at and self.process.alive()
 
 
+def number_of(value: object) -> float:
+    """A number that a program has said, as text or as it is; 0 for what is none, or too large to be one."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+    return number if 0 <= number < NUMBER_MAX else 0.0
+
+
 # How a child ended, as its owner has to know it.
 OWN_FAULT = "own fault"  # it failed by itself
 NO_FAULT = "no fault"  # its port was taken, or its process died while it served others
@@ -422,6 +447,9 @@ class Owner(Protocol):
 
     def closed(self, child: Child, reason: Reason) -> None:
         """A listener of a shared process is gone, or there never was one."""
+
+    def linked(self, child: Child, error: str) -> None:
+        """The far end of a child has dialled in, or has gone: see `Child.link`; with an `error`, perhaps."""
 
     def exited(self, process: Process, ends: Ends) -> None:
         """A process has ended or is given up; `ends` has each child it still had, and OWN_FAULT, NO_FAULT or LOST.
@@ -616,6 +644,15 @@ class Processes:
             child.refusals.move_to_end(client)
             if len(child.refusals) > REFUSALS_KEPT:
                 child.refusals.popitem(last=False)
+        elif event == "linked":
+            kind = f"type {printable(str(fields.get('type', '?')), 8)}, tls {printable(str(fields.get('tls', '?')), 8)}"
+            child.link = Link(printable(str(fields.get("client", "?")), 64), kind)
+            self.owner.linked(child, "")
+        elif event == "unlinked" and child.link is not None:
+            child.link = None
+            self.owner.linked(child, printable(str(fields.get("error", "")), WORDS_MAX))
+        elif event == "state" and child.link is not None:
+            child.link = child.link._replace(pool=int(number_of(fields.get("pool"))), ping=number_of(fields.get("ping")))
 
     def _exited(self, process: Process) -> None:
         """A process has ended.  Whatever its code: if nobody asked for it, that is a failure."""

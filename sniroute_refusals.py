@@ -195,6 +195,9 @@ REFUSALS = {
                                   "check certificate-authority-data and tls-server-name in the kubeconfig"),
     "tunnel_plugin": Refusal(WARNING, INTERNAL_ERROR, 502, "the credential plugin of the kubeconfig failed",
                              "run it by hand, as the router's user; --exec-path says where plugins are"),
+    "tunnel_away": Refusal(WARNING, INTERNAL_ERROR, 503, "no NodePass client has dialled in",
+                           "start the client behind NAT, with the key and the address of the server in the target; "
+                           "`explain NAME` shows both ends"),
     "command_failed": Refusal(WARNING, INTERNAL_ERROR, 502, "the program did not start, or ended without a byte",
                               "run it by hand, as the router's user and with its environment alone; "
                               "what it needs goes into the route's env and env_from"),

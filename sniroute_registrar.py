@@ -20,12 +20,13 @@ decides where a name leads.  No locks: the tables are read by single look-ups, a
 
 Seams: I want to ...
     keep claims elsewhere            `open_store`
+    keep something up for a claim    `_lead_server`
     do more when a claim changes     `Registrar.moved`
     open ports in another way        ClaimedPorts
 
 This room imports sniroute_rest, sniroute_registry, sniroute_claims, sniroute_owners, sniroute_door, sniroute_listeners,
-sniroute_routes, sniroute_log, sniroute_loop, sniroute_names, sniroute_refusals, and late sniroute_sqlite, or
-sniroute_shared with sniroute_resp; and sniroute_rfc2136 with sniroute_dns.
+sniroute_routes, sniroute_targets, sniroute_tunnels, sniroute_log, sniroute_loop, sniroute_names, sniroute_refusals, and
+late sniroute_sqlite, or sniroute_shared with sniroute_resp; sniroute_rfc2136 with sniroute_dns; and sniroute_nat.
 """
 
 from __future__ import annotations
@@ -44,12 +45,14 @@ from sniroute_door import Door, Gate, listen
 from sniroute_listeners import Listener, Ports
 from sniroute_log import RELEASED as CUT_BY_RELEASE
 from sniroute_loop import Loop, monotonic
-from sniroute_names import show_address
+from sniroute_names import show_address, without_key
 from sniroute_owners import Own, Owner, Rules, Where, address_fault, narrowed, standing
-from sniroute_refusals import SettingsError
+from sniroute_refusals import Malformed, SettingsError
 from sniroute_registry import Memory, Registry, Store
 from sniroute_rest import Rest
 from sniroute_routes import Route, Tally, parse_port_route, parse_route
+from sniroute_targets import standing_tunnels
+from sniroute_tunnels import stand
 
 if TYPE_CHECKING:
     from sniroute_rfc2136 import Updater
@@ -65,6 +68,7 @@ TICK = 1.0  # seconds between two looks at claims that live as long as a connect
 REVIEWED = 200  # claims that are held against the settings in one turn: some milliseconds
 
 STORE_PASSWORD = "SNIROUTE_STORE_PASSWORD"  # the variable; its password counts, not the one in the URL
+SERVER = "nodepass:"  # begins the target of a claim whose NodePass server is kept up
 LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "[::1]"))  # names in Host that mean this host
 
 
@@ -178,6 +182,7 @@ class Registrar:
         self.table = Table(monotonic)
         self.layer = Claimed(self.table, self.owner_of, self.may_reach)
         self.ports = ClaimedPorts(self)
+        self.servers: dict[int, dict[str, tuple[str, str]]] = {}  # see `_lead_server`
         self.shadowed: set[str] = set()  # names that are claimed, and have a route of the settings, too
         self.is_closed = False
         try:  # the store last: it has the file, and whoever tries again would find it taken
@@ -193,7 +198,7 @@ class Registrar:
         self.mark = "-".join(("sniroute", *where.rules.domains))[:64]
         self.rest = Rest(self.registry, where.rules, where.owners, None, own=self.own, cut=self.cut,
                          is_configured=lambda key: router.routes.configured.find(key) is not None,
-                         open_port=self.ports.open, close_port=self.ports.close,
+                         open_port=self.ports.open, close_port=self.ports.close, rival=self.rival,
                          serves_http=router.settings.serves_http, is_ending=router.deaf.is_set)
         self.address: str | tuple[str, int] = where.address
 
@@ -211,7 +216,7 @@ class Registrar:
         self.door.gates.append(Gate(self.door, "registry", listener, self.rest.decide, 0, keeps=True, most=CALLERS_MAX))
         self.router.call(lambda: self.router.routes.add_layer(self.layer))  # to those that are there by then
         for key in list(self.table.live):  # of a store that outlives us
-            if key.startswith("tcp:") or self.dns is not None:
+            if key.startswith("tcp:") or self.dns is not None or self.table.live[key].target.startswith(SERVER):
                 self.moved(key)
         self.door.open()
         self.door.loop.call(functools.partial(self._review, collections.deque(self.table.live), None))
@@ -267,8 +272,8 @@ class Registrar:
     def own(self) -> Own:
         """Where the router and its registry listen, the store, and the ports of tunnels: no target leads there."""
         targets = self.router.targets
-        return Own((*targets.own, *targets.own_admin, *targets.own_registry, *self.store.addresses),
-                   targets.tunnel_ports)
+        return Own((*targets.own, *targets.own_admin, *targets.own_registry, *self.store.addresses,
+                    *self.router.settings.servers), targets.tunnel_ports)
 
     def owner_of(self, claim: Claim) -> Owner | None:
         """The owner of a claim; None where the settings, as they are now, do not let it have the claim."""
@@ -315,10 +320,11 @@ class Registrar:
         owner = owners.get(claim.owner)
         if owner is None:
             return f"there is no owner {claim.owner}"
-        return standing(claim.key, claim.target, rules, owner, self.own())
+        return standing(claim, rules, owner, self.own())
 
     def moved(self, key: str) -> None:
         """A claim has come, changed or gone: the router decides anew."""
+        self._lead_server(key)
         if key.startswith("tcp:"):
             self.ports.lead(key)
             return
@@ -330,6 +336,40 @@ class Registrar:
             self.dns.want(key, self.mark)
         elif self.dns is not None:
             self.dns.unwant(key, self.mark)
+
+    def _lead_server(self, key: str) -> None:
+        """A claim has come, changed or gone: keep the NodePass server up that it leads to, and no longer than that.
+
+        `servers` has these claims by the port of their server: (owner, target), by the claim's key.
+        """
+        claim = self.table.find(key)
+        for port, claims in list(self.servers.items()):
+            if claims.pop(key, None) is not None and not claims:
+                del self.servers[port]
+        route, tunnels = None, self.router.tunnels
+        if claim is not None and claim.target.startswith(SERVER) and "nodepass" in tunnels.launchers:
+            self.servers.setdefault(port_of_server(claim.target), {})[key] = claim.owner, claim.target
+            route = None if claim.suspended else self.layer.route_of(claim)
+        stand(tunnels, f"claim {key}", standing_tunnels([route] if route is not None else [], tunnels.launchers))
+
+    def rival(self, key: str, owner: str, target: str) -> str:
+        """Why a claim may not lead to a target, since another claim has a NodePass server there; "" where it may.
+
+        A server has one key, and one owner: else an owner could keep another one's client out, or find its key.
+        """
+        if not target.startswith(SERVER):
+            return ""
+        port = port_of_server(target)
+        others = [each for other, each in self.servers.get(port, {}).items() if other != key]
+        if any(each[0] != owner for each in others):
+            return f"port {port} is that of another owner's server: take another port"
+        if any(each != (owner, target) for each in others):
+            return f"port {port} is that of a server of yours with another key or other parameters: take another port, " \
+                "or write the same"
+        most = self.router.tunnels.max_tunnels
+        if port not in self.servers and len(self.servers) + len(self.router.settings.servers) >= most:
+            return f"there are {most} servers already: the operator has --max-tunnels"
+        return ""
 
     # -- any thread ------------------------------------------------------------------------------
 
@@ -349,7 +389,7 @@ class Registrar:
 
     def show(self, claim: Claim) -> dict[str, Any]:
         """A claim as this host's own users see it: without its lease."""
-        return {"name": claim.key, "owner": claim.owner, "target": claim.target,
+        return {"name": claim.key, "owner": claim.owner, "target": without_key(claim.target),
                 "left": round(max(claim.expires - self.table.clock(), 0.0), 3), "suspended": claim.suspended,
                 "while_connected": claim.while_connected}
 
@@ -476,6 +516,15 @@ def cut_claimed(router: Router, pattern: str) -> None:
         # A route of the settings may have the same pattern, and has no `reach`.
         if route is not None and route.pattern == pattern and route.reach is not None:
             connection.close(CUT_BY_RELEASE)
+
+
+def port_of_server(target: str) -> int:
+    """The port of a claim's NodePass server; 0 where it is none: another router of the store may have let it in."""
+    from sniroute_nat import parse_server  # imported late: an option
+    try:
+        return parse_server(target.removeprefix(SERVER)).port
+    except Malformed:
+        return 0
 
 
 COPY_TRIES = 100  # of a copy that fails where the original changes: in CPython the first one succeeds, as a rule

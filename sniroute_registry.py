@@ -190,6 +190,8 @@ def from_text(text: str | bytes, expires: float) -> Claim:
         wrong += [name for name in NUMBERS if isinstance(found[name], bool) or not 0 <= found[name] <= SECONDS_MAX]
         if wrong or not all(isinstance(each, str) for each in found["allow"] or ()):
             raise TypeError(f"wrong values of {', '.join(wrong or ['allow'])}")
+        if not found.keys() < set(Claim._fields):  # all but `expires`
+            raise TypeError("fields that no claim has")
         found["allow"] = None if found["allow"] is None else tuple(found["allow"])
         return Claim(**found, expires=expires)
     except (TypeError, KeyError, RecursionError) as error:

@@ -52,7 +52,7 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 from sniroute_claims import LINGER, PAGE_MAX, TAKEN_OVER, WORDS, Claim, port_key
 from sniroute_door import OWNER, Answer, Caller, Declined, Head, Plan
-from sniroute_names import printable
+from sniroute_names import printable, without_key
 from sniroute_owners import (CHANGES, RENEWAL, TTL_MIN, Fault, Own, Owner, Rules, Unfit, Wish, parse_change, parse_wish,
                              who)
 from sniroute_registry import BUSY, RENEWED, UNAVAILABLE, Event, Registry, Result
@@ -228,6 +228,11 @@ def claim_key(ask: Ask, wish: Wish, key: str) -> None:
     """Claim this name, or this port."""
     rest, owner = ask.rest, ask.owner
     registry = rest.registry
+    if fault := rest.rival(key, owner.name, wish.target):
+        if wish.is_port:
+            rest.close_port(key)
+        ask.caller.answer(problem(409, fault, "other"))
+        return
 
     def done(result: Result) -> None:
         if result.passed and owner.name not in rest.owners:  # a reload took the owner away while the store was asked
@@ -259,6 +264,9 @@ def ask_change(ask: Ask) -> None:
     owner = rest.owners.get(claim.owner, ask.owner) if claim is not None and ask.owner.admin else ask.owner
     changes = parse_change(bytes(ask.caller.body), CHANGES, rest.rules, owner, rest.own())
     check_http(rest, changes.get("http", ""))
+    if fault := rest.rival(ask.key, owner.name, changes.get("target", "")):
+        ask.caller.answer(problem(409, fault, "other"))
+        return
     rest.registry.change(ask.key, ask.owner.name, ask.lease, changes, ask.answer, ask.owner.admin)
 
 
@@ -448,6 +456,8 @@ class Rest:
         is_configured: whether a route of the settings has a name.
         open_port: have the router listen on a port that is about to be claimed: (key, done(fault or "")).
         close_port: it was not claimed after all.
+        rival: why (the claim of this key, for this owner) may not lead to a target, as a sentence, since another claim
+            does; "" where it may.
         cut: end the connections of a claim.
         wall: seconds since 1970, for people; nothing is decided by it.
         serves_http: whether the router serves plain HTTP at all.
@@ -458,6 +468,7 @@ class Rest:
                  own: Callable[[], Own] = Own, is_configured: Callable[[str], bool] = lambda key: False,
                  open_port: Callable[[str, Callable[[str], None]], None] = lambda key, done: done(""),
                  close_port: Callable[[str], None] = lambda key: None,
+                 rival: Callable[[str, str, str], str] = lambda key, owner, target: "",
                  cut: Callable[[str], None] = lambda key: None, wall: Callable[[], float] = time.time,
                  serves_http: bool = True, is_ending: Callable[[], bool] = lambda: False):
         self.serves_http = serves_http
@@ -467,7 +478,7 @@ class Rest:
         self.owners = dict(owners)
         self.hosts = hosts
         self.own, self.is_configured, self.cut = own, is_configured, cut
-        self.open_port, self.close_port = open_port, close_port
+        self.open_port, self.close_port, self.rival = open_port, close_port, rival
         self.wall = wall
         self.clock = registry.table.clock
         self.epoch = os.urandom(4).hex()  # of the numbers of events: another process counts anew
@@ -577,8 +588,8 @@ class Rest:
     # -- what is shown ---------------------------------------------------------------------------
 
     def show(self, claim: Claim, lease: bool = False) -> dict[str, Any]:
-        """A claim as its owner sees it; `lease`: with this secret, too."""
-        return {"id": claim.id, "name": claim.key, "target": claim.target, "owner": claim.owner,
+        """A claim as its owner sees it; `lease`: with this secret, too.  The key of its target is shown to nobody."""
+        return {"id": claim.id, "name": claim.key, "target": without_key(claim.target), "owner": claim.owner,
                 "expires_at": self.when(claim.expires), "ttl": claim.ttl, "generation": claim.generation,
                 "allow": None if claim.allow is None else list(claim.allow), "http": claim.http, "meta": claim.meta,
                 "suspended": claim.suspended, "while_connected": claim.while_connected,
@@ -648,7 +659,7 @@ class Rest:
                     each.caller.push(data)
         if event.what != RENEWED:
             log.info("registry: %s: %s by %s, to %s", event.claim.key, event.what, event.claim.owner,
-                     event.claim.target)
+                     without_key(event.claim.target))
 
     # -- claims that live as long as a connection ------------------------------------------------
 

@@ -27,9 +27,9 @@ import itertools
 import weakref
 from typing import TYPE_CHECKING, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
-from sniroute_launchers import TunnelKey, Variable
+from sniroute_launchers import Secret, TunnelKey, Variable
 from sniroute_names import (OPTIONS, Network, ascii_advice, has_owner, is_here, normalise, parse_host_port, printable,
-                            show_address)
+                            show_address, without_key)
 from sniroute_patterns import (CHOSEN, FIELDS, OF_NAME, STARS, Fielded, Pattern, expand, fields_of, parse_pattern,
                                rank, unknown_fields, written)
 from sniroute_refusals import Malformed, Refused
@@ -107,6 +107,7 @@ class Route(NamedTuple):
     balance: str = "least"  # among the pods of a cluster; of several targets Several.balance says it
     reach: Callable[[tuple], bool] | None = None  # of a claim: whether a resolved address may be dialled
     aliases: tuple[tuple[str, str], ...] = ()  # short names of contexts, of the settings
+    secrets: tuple[Secret, ...] = ()  # those of its targets, each by its target as it is shown
     members: tuple[str, ...] = ()  # the targets, each `scheme:rest`, where there are several; `target` is for people
     several: Several | None = None  # what is done with those; given where there are any
 
@@ -183,6 +184,8 @@ class Route(NamedTuple):
         if row.is_program and self.fields_of_env:
             variables = tuple(each._replace(value=each.value and expand(each.value, fields)) for each in variables)
             key = " ".join([key, *(f"{name}={value}" for name, value in variables)])
+        if self.secrets:
+            variables += tuple(each for each in self.secrets if each.name == target)
         if row.is_program and row.is_tunnel:
             tunnel = TunnelKey(scheme, argument, variables=variables)
         elif row.is_tunnel:
@@ -278,14 +281,15 @@ class Route(NamedTuple):
 
 
 PROGRAM_KINDS = ("exec", "command")  # kinds of target that are an option: programs, and ...
-CLUSTER_KINDS = ("kubernetes", "jump")  # ... what is in a Kubernetes cluster
+CLUSTER_KINDS = ("kubernetes", "jump")  # ... what is in a Kubernetes cluster, and ...
+NODEPASS_KINDS = ("nodepass",)  # ... what has dialled in
 
 
 def kind(scheme: str) -> Scheme:
     """The row of a kind of target.  Raises ValueError where there is none, or a file of it is not there."""
     row = SCHEMES.get(scheme)
-    if row is None and scheme in PROGRAM_KINDS + CLUSTER_KINDS:
-        option = "commands" if scheme in PROGRAM_KINDS else "kubernetes"
+    if row is None and scheme in PROGRAM_KINDS + CLUSTER_KINDS + NODEPASS_KINDS:
+        option = "commands" if scheme in PROGRAM_KINDS else "kubernetes" if scheme in CLUSTER_KINDS else "nodepass"
         missing = [f"{room}.py" for room in OPTIONS[option] if not is_here(room)]
         if missing:
             are, them = ("is", "it") if len(missing) == 1 else ("are", "them")
@@ -293,13 +297,15 @@ def kind(scheme: str) -> Scheme:
                              "there")
         if scheme in PROGRAM_KINDS:
             from sniroute_commands import COMMAND_SCHEMES as rows  # imported late: an option
-        else:
+        elif scheme in CLUSTER_KINDS:
             from sniroute_clusters import CLUSTER_SCHEMES as rows
+        else:
+            from sniroute_nat import NODEPASS_SCHEMES as rows
         SCHEMES.update(rows)
         row = SCHEMES[scheme]
     if row is None:
         raise ValueError(f"{printable(scheme)!r} is no kind of target: there are "
-                         f"{', '.join(sorted({*SCHEMES, *PROGRAM_KINDS, *CLUSTER_KINDS}))}")
+                         f"{', '.join(sorted({*SCHEMES, *PROGRAM_KINDS, *CLUSTER_KINDS, *NODEPASS_KINDS}))}")
     return row
 
 
@@ -307,14 +313,27 @@ def parse_route(text: str, listed: Sequence[str] = ()) -> Route:
     """`PATTERN=TARGET`; or `PATTERN=`, and the targets as a list.  Raises ValueError with a sentence for people."""
     pattern, equals, target = text.partition("=")
     if not equals or not listed and ":" not in target:
-        raise ValueError(f"{text!r} is not PATTERN=TARGET, as db.example.com=tcp:192.0.2.10:5432")
+        raise ValueError(f"{without_key(text)!r} is not PATTERN=TARGET, as db.example.com=tcp:192.0.2.10:5432")
     read = parse_pattern(pattern)
-    targets = [each for text in listed or [target] for each in split_target(text)]
-    for each in targets:
+    targets, secrets = [], []
+    for each in (each for text in listed or [target] for each in split_target(text)):
+        each, secret = put_aside(each)
         check_target(read, each)
+        targets.append(each)
+        secrets += [Secret(each, secret)] if secret else []
     if len(targets) == 1:
-        return Route(written(read), targets[0])
-    return Route(written(read), shown(targets), members=tuple(targets))
+        return Route(written(read), targets[0], secrets=tuple(secrets))
+    return Route(written(read), shown(targets), members=tuple(targets), secrets=tuple(secrets))
+
+
+def put_aside(target: str) -> tuple[str, str]:
+    """A target as people may see it, and its secret; "" where it has none.  Raises ValueError."""
+    scheme, colon, rest = target.partition(":")
+    row = kind(scheme) if colon else None
+    if row is None or row.put_aside is None:
+        return target, ""
+    shown, secret = row.put_aside(rest)
+    return f"{scheme}:{shown}", secret
 
 
 def split_target(target: str) -> list[str]:
@@ -362,11 +381,11 @@ def parse_port_route(text: str, listed: Sequence[str] = ()) -> Route:
     """
     address, equals, target = text.partition("=")
     if not equals or not listed and ":" not in target:
-        raise ValueError(f"{text!r} is not ADDRESS=TARGET, as 127.0.0.1:5433=tcp:192.0.2.10:5432")
+        raise ValueError(f"{without_key(text)!r} is not ADDRESS=TARGET, as 127.0.0.1:5433=tcp:192.0.2.10:5432")
     host, port = parse_host_port(address, default_host="*")
     named = [field for field in ("{name}", "{label}", "{domain}") if any(field in each for each in listed or [target])]
     if named:
-        raise ValueError(f"{target!r}: a port has no name, so nothing can stand for {', '.join(named)}")
+        raise ValueError(f"{without_key(target)!r}: a port has no name, so nothing can stand for {', '.join(named)}")
     shown = f":{port}" if host == "*" else show_address((host, port))
     return parse_route(f"port.invalid={target}", listed)._replace(pattern=PORT + shown)
 

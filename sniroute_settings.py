@@ -32,11 +32,13 @@ from sniroute_host import (PATHS_MAX, TUNNEL_MEMORY, Stamp, changed_by_others, d
                            memory_allowed, stamp, too_little)
 from sniroute_launchers import (SERVICE_TOKEN, TUNNEL_IDENTITY, Launcher, carrier_launcher, cloudflared_launcher,
                                 identity_faults, inherited)
-from sniroute_names import OPTIONS, Network, describe_version, is_here, parse_ip, printable, show_address
+from sniroute_names import OPTIONS, Network, describe_version, is_here, is_loopback, overlap, printable, show_address
 from sniroute_options import HTTP_MODES, any_port, any_route, misfits_of_http, read_routes
 from sniroute_patterns import FIELDS
 from sniroute_refusals import SettingsError
-from sniroute_routes import CLUSTER_KINDS, PROGRAM_KINDS, Route, Routes, parse_port_route, parse_route, port_address
+from sniroute_routes import (CLUSTER_KINDS, NODEPASS_KINDS, PROGRAM_KINDS, Route, Routes, parse_port_route, parse_route,
+                             port_address)
+from sniroute_targets import standing_tunnels
 from sniroute_values import (Zones, absolute, as_text, meant, one_of, own_zones, parse_address, parse_admin,
                              parse_aliases, parse_count, parse_duration, parse_kubeconfig, parse_listen,
                              parse_networks, parse_none_or_duration, parse_off_or_duration, parse_paths, parse_ports,
@@ -246,6 +248,7 @@ class Settings(NamedTuple):
     admin_token: str | None
     launchers: dict[str, Launcher]  # by scheme
     own_zones: Zones | None
+    servers: tuple[tuple[str, int], ...]  # where NodePass clients dial in, by their routes
     claims: Where | None  # the rules, owners and store of the registry
     fit: int  # connections that the limit of open files allows
     covered: list[str]  # keys of the file that something else overrides, a line each
@@ -292,9 +295,9 @@ def read_settings(path: str, wrong: list[str], again: bool) -> dict[str, Any] | 
     tables = {"routes": parse_route, "ports": parse_port_route}
     rows = {row.file_key: row for row in SETTINGS if row.file_key and row.file_key not in ("routes", "[ports]")}
     rows["tunnel_ports"] = rows["ports"]  # the name of `ports` where there is a table of that name
-    table = read_toml(path, faults, again)
+    table, shown = read_toml(path, faults, again), printable(path, PATHS_MAX)
     if table is None:
-        wrong += [f"{path}: {fault}" for fault in faults]
+        wrong += [f"{shown}: {fault}" for fault in faults]
         return None
     if isinstance(table.get("kubernetes"), dict):  # another name of a setting: a table reads better
         for name, value in table.pop("kubernetes").items():
@@ -320,7 +323,7 @@ def read_settings(path: str, wrong: list[str], again: bool) -> dict[str, Any] | 
             faults.append(f"{key}: {error}")
     for name, parse, value in found:
         values["[ports]" if name == "ports" else name] = read_routes(value, faults, name, parse)
-    wrong += [f"{path}: {fault}" for fault in faults]
+    wrong += [f"{shown}: {fault}" for fault in faults]
     return values
 
 
@@ -423,7 +426,8 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], running: Sett
     path = running.config if running else config_path(asked.config, environ, wrong)
     seen = stamp(path) if path else 0  # before it is read: a change that comes meanwhile is one
     file = read_settings(path, wrong, running is not None) if path else {}
-    given, covered = sources(asked, environ, file or {}, path)
+    shown = printable(path, PATHS_MAX) if path else None
+    given, covered = sources(asked, environ, file or {}, shown)
     values = parsed(given, running, wrong)
     values["config"], values["stamp"] = path, seen
     kept = keep_fixed(values, given, running)
@@ -436,11 +440,12 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], running: Sett
     else:
         values["claims"] = registry_of(values["registry"], table, given["registry"].source, wrong)
     if running is not None and running.claims is not None and values["claims"] is not None:
-        values["claims"] = keep_store(values["claims"], running.claims, path, kept)
+        values["claims"] = keep_store(values["claims"], running.claims, shown, kept)
     if values["claims"] is not None and values["open_to_all"]:
         values["route"], values["open_to_all"] = [], False  # the names that are claimed are those that there are
     values["routes"] = configured_routes(values, given["route"].source, environ, wrong)
     cross_checked(values, given, running, wrong)
+    cross_checked_servers(values, given, environ, wrong)
     wrong += identity_faults(environ)
     if wrong:
         raise SettingsError(*wrong)
@@ -631,17 +636,25 @@ def cross_checked_http(values: Mapping[str, Any], given: Mapping[str, Given], wr
         wrong.append(f"{asking}: {' and '.join(missing)} {are} not beside sniroute.py: copy {them} there")
 
 
+def cross_checked_servers(values: Mapping[str, Any], given: Mapping[str, Given], environ: Mapping[str, str],
+                          wrong: list[str]) -> None:
+    """The same for servers that NodePass clients dial in to: their keys and addresses."""
+    routes = {name: values[name] or () for name in ("route", "port")}
+    if kinds_of((*routes["route"], *routes["port"])).isdisjoint(NODEPASS_KINDS):
+        return
+    from sniroute_nat import misfits  # imported late: an option
+    own = {"--listen": values["listen"], "port": map(port_address, routes["port"]), "--admin": [values["admin"]],
+           "--admin-public": [values["admin_public"]], "--registry": [values["registry"]]}
+    taken = [(what, each) for what, found in own.items() for each in found or () if isinstance(each, tuple)]
+    first, last = values["ports"] or (0, -1)
+    source = " and ".join(given[name].source for name in routes if not kinds_of(routes[name]).isdisjoint(NODEPASS_KINDS))
+    wrong += [f"{source}: {each}" for each in misfits((*routes["route"], *routes["port"]), environ, taken,
+                                                     range(first, last + 1))]
+
+
 def leads_back(route: Route, address: str) -> bool:
     """Whether a target of the route is an address of this router's."""
     return any(row.leads_back(target.partition(":")[2], address) for row, target in zip(route.kinds, route.targets))
-
-
-def overlap(one: str | tuple[str, int] | None, other: str | tuple[str, int] | None) -> bool:
-    """Whether two places to listen have a TCP address in common; for names only where they are the same name."""
-    if not isinstance(one, tuple) or not isinstance(other, tuple) or one[1] != other[1] or not one[1]:
-        return False
-    hosts = ["127.0.0.1" if host == "localhost" else host.lower() for host, _ in (one, other)]
-    return any(a == b or a in ("*", "::") or a == "0.0.0.0" and ":" not in b for a, b in (hosts, reversed(hosts)))
 
 
 def derived(values: dict[str, Any]) -> dict[str, Any]:
@@ -654,6 +667,7 @@ def derived(values: dict[str, Any]) -> dict[str, Any]:
     fit = max(1, (descriptors - min(spare, descriptors // 2)) // 2)
     values["fit"] = fit
     values["own_zones"] = own_zones(values["zones"], values["zone"], values["own_address"])
+    values["servers"] = server_addresses((*values["route"], *values["port"]))
     values["max_connections"] = values["max_connections"] or fit
     values["max_tunnels"] = values["max_tunnels"] or tunnels_that_fit(values)
     return values
@@ -675,8 +689,8 @@ def tunnels_that_fit(values: Mapping[str, Any]) -> int:
     memory = memory_allowed()
     used = kinds_of((*values["route"], *values["port"]))
     share = min((row.carries for scheme, row in values["launchers"].items() if scheme in used), default=1)
-    if not used.isdisjoint(PROGRAM_KINDS):
-        share = 1
+    if not used.isdisjoint(PROGRAM_KINDS) or lets_owners_serve(values["claims"]):
+        share = 1  # the key of each claim may begin another process
     return max(1, min(last - first + 1, memory * share // TUNNEL_MEMORY))
 
 
@@ -692,6 +706,19 @@ def tunnel_launchers(program: str | None, environ: Mapping[str, str]) -> dict[st
     return {"cloudflared": cloudflared, "carrier": carrier}
 
 
+def server_addresses(routes: Sequence[Route]) -> tuple[tuple[str, int], ...]:
+    """Where NodePass clients dial in."""
+    if kinds_of(routes).isdisjoint(NODEPASS_KINDS):
+        return ()
+    from sniroute_nat import addresses_of  # imported late: an option
+    return addresses_of(routes)
+
+
+def lets_owners_serve(claims: Where | None) -> bool:
+    """Whether owners of names may have NodePass servers."""
+    return claims is not None and "nodepass" in claims.rules.targets and all(map(is_here, OPTIONS["nodepass"]))
+
+
 def add_programs(launchers: dict[str, Launcher], values: Mapping[str, Any], environ: Mapping[str, str]) -> None:
     """Add the rows of options, where a route needs them.  The table of a router that runs learns them at a reload."""
     used = kinds_of((*values["route"], *values["port"]))
@@ -703,6 +730,10 @@ def add_programs(launchers: dict[str, Launcher], values: Mapping[str, Any], envi
         paths = values["kubeconfig"] or environ.get("KUBECONFIG") and parse_paths(environ["KUBECONFIG"])
         launcher = cluster_launcher(environ, paths, values["exec_path"], values["kubernetes_ping"])
         launchers["kubernetes"] = launchers["jump"] = launcher  # one object: one process for both
+    if "nodepass" in used or lets_owners_serve(values["claims"]):
+        from sniroute_nat import nodepass_launcher
+        launcher = launchers.setdefault("nodepass", nodepass_launcher(environ))
+        launcher.made.learn(standing_tunnels((*values["route"], *values["port"]), {"nodepass": launcher}))
 
 
 def warn_of_programs(settings: Settings) -> None:
@@ -728,14 +759,6 @@ def warn_of_programs(settings: Settings) -> None:
                         "or listen on 127.0.0.1", route, ", ".join(outside))
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this host reaches a listener on it."""
-    try:
-        return host == "localhost" or parse_ip(host).is_loopback
-    except ValueError:
-        return False
-
-
 def warn_of_http(settings: Settings) -> None:
     """Say where plain HTTP opens more than it seems to."""
     kept: dict[str, dict[tuple, Route]] = {}  # by target and `allow`: the first route of those
@@ -759,9 +782,9 @@ def warn_of_registry(settings: Settings, where: Where) -> None:
     if not isinstance(where.address, str) and not is_loopback(where.address[0]):
         log.warning("registry on %s: tokens go there in plain text: listen on 127.0.0.1 or unix:PATH, and have a proxy "
                     "that speaks TLS in front for other hosts", show_address(where.address))
-    if not any(each in ("tcp", "carrier", "cloudflared") for each in rules.targets):
-        log.warning("registry.targets: %s: there is no such kind of target yet, so nothing can be claimed: name tcp, with "
-                    "networks", ", ".join(rules.targets))
+    if rules.targets == ("nodepass",) and not lets_owners_serve(where):
+        log.warning("registry.targets: nothing can be claimed: nodepass needs %s beside sniroute.py",
+                    ", ".join(f"{room}.py" for room in OPTIONS["nodepass"] if not is_here(room)))
     inside = [str(network) for network in rules.networks if network.is_loopback]
     if inside:
         log.warning("registry.networks: %s is this host: the owners of names, and all their clients, reach what listens "
@@ -807,7 +830,7 @@ def warn(settings: Settings) -> None:
         log.warning("no --route: every name is served, each by a tunnel of its own (%s)", settings.routes.routes[0])
     routes = (*settings.routes.routes, *settings.port)
     for scheme, launcher in settings.launchers.items():
-        if launcher.made is None and any(target.startswith(f"{scheme}:") for target in targets_of(routes)):
+        if launcher.program and any(target.startswith(f"{scheme}:") for target in targets_of(routes)):
             if scheme == "cloudflared" and launcher is settings.launchers["carrier"]:
                 log.info("cloudflared is not on PATH: the carrier beside sniroute.py does its work")
             elif obstacle := launcher.obstacle:
@@ -826,6 +849,10 @@ def warn(settings: Settings) -> None:
         paths = environ.get("KUBECONFIG") or (home and f"{home}/.kube/config")
         if paths and not any(map(os.path.exists, paths.split(":"))):
             log.warning("there is no kubeconfig at %s; names that need it are refused until then", paths)
+    if not kinds_of(routes).isdisjoint(NODEPASS_KINDS):
+        from sniroute_nat import cautions  # imported late: an option
+        for line in cautions(routes, settings.max_tunnels):
+            log.warning("%s", line)
     warn_of_programs(settings)
     warn_of_http(settings)
     if settings.claims is not None:

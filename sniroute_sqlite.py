@@ -24,7 +24,8 @@ Seams: I want to ...
     keep more of a change     Change, and a column of `history`; FORMAT counts up
     keep it for longer        HISTORY_DAYS
 
-This room imports sniroute_registry (Written, claims as texts), sniroute_claims and sniroute_loop.
+This room imports sniroute_registry (Written, claims as texts), sniroute_claims, sniroute_loop, sniroute_host
+(`make_private`) and sniroute_names.
 
 Sources: sqlite.org: "Write-Ahead Logging", "PRAGMA locking_mode", "PRAGMA synchronous".
 """
@@ -39,7 +40,9 @@ import time
 from typing import Any, Callable, NamedTuple, Sequence
 
 from sniroute_claims import OK, Claim, Table
+from sniroute_host import make_private
 from sniroute_loop import Loop, owner_of
+from sniroute_names import without_key
 from sniroute_registry import RENEWED, UNAVAILABLE, Registry, Written, from_text, to_text
 
 __version__ = "0.1.0"
@@ -125,6 +128,7 @@ class Sqlite:
     def load(self) -> None:
         """Open the file, read all claims, and start the thread.  Raises StoreError."""
         try:
+            make_private(self.path)  # leases are in it, and keys of NodePass
             self.connection = sqlite3.connect(self.path, timeout=BUSY_TIME, isolation_level=None,
                                               check_same_thread=False)
             run = self.connection.execute
@@ -141,6 +145,8 @@ class Sqlite:
             run("COMMIT")
             self._prune(self.clock())
             self.rows = run("SELECT record, held_until FROM claims").fetchall()
+        except OSError as error:
+            raise StoreError(f"{self.path}: {error.strerror or error}") from None
         except sqlite3.Error as error:
             self._close()
             busy = "locked" in str(error)
@@ -192,7 +198,7 @@ class Sqlite:
         assert now is not None
         self.waiting += 1
         self.orders.put((Change(now.key, to_text(now), None if claim is not None else self.clock() + now.hold, what,
-                                now.owner, f"{now.target} {now.id}"), done))
+                                now.owner, f"{without_key(now.target)} {now.id}"), done))
 
     def renew(self, claim: Claim, done: Callable[[Written], None]) -> None:
         """See Store.  Only another ttl than before is written: the owner counts on it after a restart."""

@@ -28,16 +28,16 @@ import re
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING, Callable, Iterable, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Callable, Iterable, Mapping, NamedTuple, Sequence
 
-from sniroute_launchers import TunnelError
+from sniroute_launchers import Launcher, TunnelError, TunnelKey
 from sniroute_loop import CAPACITY_ERRNOS, NEVER, Loop, Queue
 from sniroute_names import (HOST, Address, is_local, is_number, is_public, normalise_whole, parse_host_port, parse_ip,
                             printable, show_address)
 from sniroute_processes import Child
 from sniroute_race import ADDRESSES_MAX, Laggards, Race, Row, alternate
 from sniroute_refusals import Malformed, Refused, tunnel_refused
-from sniroute_tunnels import Tunnel, TunnelTable
+from sniroute_tunnels import Tunnel, TunnelTable, stand
 
 if TYPE_CHECKING:
     from sniroute_book import Book
@@ -53,6 +53,7 @@ monotonic = time.monotonic
 # Limits, each with its reason.  Times in seconds.
 RESOLVED_MAX = 1024  # resolved hosts kept: names may come from strangers
 UNIX_PATH_MAX = 100  # sun_path of unix(7) has 108 bytes, 104 on macOS
+NOBODY = "port.invalid"  # a name for targets that depend on none
 BACKLOG_PATIENCE = 5.0  # a unix socket whose backlog is full: as long as an address of a host has for its connect
 KEEPALIVE = (60, 15, 4)  # idle, interval, count: a dead peer is found in two minutes
 
@@ -440,6 +441,7 @@ class Targets:
         Main calls it before the loop runs, then the loop does.
         """
         self.make_room(sum(len(route.targets) for route in routes))
+        stand(self.tunnels, "the settings", standing_tunnels(routes, self.tunnels.launchers))
         several = [route for route in routes if route.several is not None]
         if several and self.book is None:
             self.book = several[0].several.book(self, loop)
@@ -490,6 +492,15 @@ class Targets:
         return is_public(ip) or decision.route.is_of_one_domain()
 
 
+def standing_tunnels(routes: Iterable[Route], launchers: Mapping[str, Launcher]) -> list[TunnelKey]:
+    """The tunnels of these routes that are to be up before a client asks for them.  No name chooses those."""
+    schemes = tuple(f"{scheme}:" for scheme, launcher in launchers.items() if launcher.stands)
+    found = [each._replace(pattern=NOBODY).decide(NOBODY).tunnel for route in routes if schemes
+             and any(target.startswith(schemes) for target in route.targets)
+             for each in route.each() if each.target.startswith(schemes)]
+    return list(dict.fromkeys(filter(None, found)))
+
+
 def ask_nobody(decision: Decision) -> None:
     """`Targets.ask` where there is no router."""
 
@@ -534,6 +545,9 @@ class Scheme(NamedTuple):
     # since only the far end knows which one is meant; raises Refused.
     told: Callable[[Route, Sequence[str]], str] | None = None
     guards_pages: bool = False  # on loopback, pages of other sites may not ask for it: it is more than this host
+    # The part behind `scheme:` as people may see it, and its secret, "" where it has none; raises ValueError, which
+    # repeats nothing of it.  Called before anything else is.
+    put_aside: Callable[[str], tuple[str, str]] | None = None
 
 
 def check_tunnel(rest: str) -> str:

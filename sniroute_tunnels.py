@@ -45,6 +45,11 @@ other side sets `state`, then reads `leases`.  Whatever the order, at least one 
 takes its own step back.  Where both step back, the tunnel is READY again and the loop's client has no lease: it
 goes to `wait`, which returns at once.  Only the loop writes `leases`.
 
+Standing.  Where the far end of a tunnel has to dial in (a Launcher that `stands`), its process has to listen before a
+client comes.  Such tunnels are named by `stand`, and started by the reaper: at first, and each time they are gone.  As
+long as they are named they are neither idle nor evicted; afterwards they go with their last lease, whoever is dialled
+in.  max_tunnels holds for them, too: the first of them stand.
+
 Seams: I want to ...
     run another tunnel program     a Launcher row (sniroute_launchers): this room knows nothing of cloudflared
     wait, retry or forget later    a constant below
@@ -58,18 +63,19 @@ sniroute_loop, and the standard library.  It knows nothing of routes or TLS.
 from __future__ import annotations
 
 import collections
+import itertools
 import logging
 import os
 import random
 import threading
 import time
-from typing import Callable, Mapping, NamedTuple, Protocol
+from typing import Callable, Mapping, NamedTuple, Protocol, Sequence
 
 from sniroute_launchers import TAKEN, Launcher, Reason, TunnelError, TunnelKey
 from sniroute_log import log, log_event
 from sniroute_loop import WAIT_LAST, WakePipe
 from sniroute_ports import PortPool, leaves_waiting, listens
-from sniroute_processes import LOST, NO_FAULT, OWN_FAULT, POLL, STOP_GRACE, Child, Ends, Process, Processes
+from sniroute_processes import LOST, NO_FAULT, OWN_FAULT, POLL, STOP_GRACE, Child, Ends, Link, Process, Processes
 
 __version__ = "0.1.0"
 
@@ -91,6 +97,7 @@ STARTS_KEPT = 1024  # starts remembered, so that the metrics can tell how long t
 QUEUED, STARTING, READY = "queued", "starting", "ready"
 STOPPING, BACKOFF, FAILED = "stopping", "backoff", "failed"
 MAKE_ROOM = "to make room"
+FOR_EVER = float("inf")
 LIVE = frozenset((STARTING, READY, STOPPING))  # the states that have, or are given, a process
 
 
@@ -144,6 +151,8 @@ class View(NamedTuple):
     next: float  # until it is started again (BACKOFF), may be (FAILED), or is stopped (READY and unused); else 0
     crashes: int  # deaths in a row; FAILED: starts in a row that failed
     words: str  # FAILED: why; else the last words of its process, or of the one before
+    link: Link | None = None  # its far end, where that has dialled in
+    stands: bool = False  # it is one whose far end has to dial in
 
 
 class Tunnel:
@@ -173,7 +182,7 @@ class Tunnel:
         """Seconds until it is started again or stopped, 0 where neither is due; `idle`: how long it may be unused."""
         if self.state is BACKOFF:
             return max(0.0, self.until - now)
-        if self.state is READY and not self.leases:
+        if self.state is READY and not self.leases and idle < FOR_EVER:
             return max(0.0, self.last_used + idle - now)
         return 0.0
 
@@ -219,6 +228,9 @@ class TunnelTable:
         self.proc = proc
         self.lock = threading.RLock()  # see "The lock" at the top
         self.crowded = False  # names wait for their turn to start; reaper only
+        # What is to stand, by who wants it; under the lock.  Of it as many as may, in order: replaced as a whole.
+        self.wanted: dict[str, Sequence[TunnelKey]] = {}
+        self.standing: dict[TunnelKey, None] = {}
         self.tunnels: dict[TunnelKey, Tunnel] = {}
         self.failures: collections.OrderedDict[TunnelKey, Failure] = collections.OrderedDict()
         self.budget = StartBudget(clock)
@@ -325,11 +337,12 @@ class TunnelTable:
             raise TunnelError(failure.reason.kind, f"{failure.reason.text}; next try in {failure.until - now:.0f} s")
         rows = self.tunnels.values()
         full = len(rows) >= self.max_tunnels
-        if full and sum(t.state is STARTING or t.state is READY and t.leases > 0 for t in rows) >= self.max_tunnels:
+        if full and in_use(self) >= self.max_tunnels:
             raise TunnelError("limit", f"all {self.max_tunnels} tunnels are in use: raise --max-tunnels")
         if not self.budget.spend(client):
             raise TunnelError("budget", f"{client} asked for too many cold tunnels: wait a few seconds")
-        unwanted = [t for t in rows if t.state is BACKOFF and not t.waiters] if full else []
+        unwanted = [t for t in rows if t.state is BACKOFF and not t.waiters and t.key not in self.standing] \
+            if full else []
         if unwanted:  # else those that nobody waits for would pile up
             self._retire(min(unwanted, key=lambda t: t.since), MAKE_ROOM, "evictions")
         tunnel = self.tunnels[key] = Tunnel(key, now, self.lock)
@@ -355,7 +368,8 @@ class TunnelTable:
         age = DOUBT_LAST if child.proven else min(DOUBT_LAST, DOUBT_FIRST * 2 ** min(tunnel.doubts, 16))
         hung = not child.process.is_full(self.clock()) and leaves_waiting(
             child.address[1], lambda seconds: tunnel.changed.wait_for(lambda: self.closing, seconds))
-        if hung or not tunnel.leases and self.clock() - child.ready >= age:
+        # One whose far end is there works: a fresh start would part them.
+        if hung or not tunnel.leases and child.link is None and self.clock() - child.ready >= age:
             if tunnel.child is child and tunnel.state is READY and self.budget.spend(client):
                 self._enter(tunnel, STOPPING)
                 if tunnel.leases and not hung:  # the loop was first: see "Leases"
@@ -373,7 +387,8 @@ class TunnelTable:
         with self.lock:
             now = self.clock()
             rows = [(t.child, View(t.key, t.state, t.leases, 0, 0, t.waiters, now - t.since,
-                                   t.next(now, self._may_idle(t)), t.crashes, t.reason.text))
+                                   t.next(now, may_idle(self, t)), t.crashes, t.reason.text,
+                                   t.child and t.child.link, self.launchers[t.key.launcher].stands))
                     for t in self.tunnels.values()]
         views = []
         for child, view in rows:
@@ -388,7 +403,8 @@ class TunnelTable:
         """Every start that failed and is refused from memory."""
         with self.lock:
             now = self.clock()
-            return [View(key, FAILED, 0, 0, 0, 0, 0.0, failure.until - now, failure.count, failure.reason.text)
+            return [View(key, FAILED, 0, 0, 0, 0, 0.0, failure.until - now, failure.count, failure.reason.text,
+                         stands=self.launchers[key.launcher].stands)
                     for key, failure in self.failures.items() if failure.until > now]
 
     def stop(self, key: TunnelKey) -> bool:
@@ -456,15 +472,18 @@ class TunnelTable:
         spawn: Tunnel | None = None
         stop: list[tuple[Tunnel, str]] = []
         with self.lock:
+            raise_standing(self, now)
             for tunnel in list(self.tunnels.values()):
                 state = tunnel.state
-                if self.closing and state in (QUEUED, BACKOFF) or state is QUEUED and not tunnel.waiters:
+                if self.closing and state in (QUEUED, BACKOFF) or not is_wanted(self, tunnel) and (
+                        state is QUEUED or state is BACKOFF and self.launchers[tunnel.key.launcher].stands):
                     del self.tunnels[tunnel.key]  # nobody waits for it any more
                 elif self.closing and state is not STOPPING:
                     self._enter(tunnel, STOPPING)
                 elif state is READY and not tunnel.leases and not tunnel.waiters \
-                        and now - tunnel.last_used >= self._may_idle(tunnel):
-                    self._retire(tunnel, f"idle for {self._may_idle(tunnel):g} s", "idle_stops")
+                        and now - tunnel.last_used >= (idle := may_idle(self, tunnel)):
+                    self._retire(tunnel, f"idle for {idle:g} s" if idle or self.retiring
+                                 else "nothing leads there any more", "idle_stops")
                 elif state is STARTING and tunnel.child and now - tunnel.child.started >= self.start_timeout:
                     stop.append((tunnel, f"it did not listen within {self.start_timeout:g} s"))
                 if tunnel.state is STOPPING and tunnel.child:
@@ -477,7 +496,7 @@ class TunnelTable:
                     # one; the next in the next turn: many that start in one instant stop everything else
                     spawn = min(due, key=lambda t: (not t.waiters, t.since))
                     self._enter(spawn, STARTING)
-                elif any(t.waiters for t in due):
+                elif any(is_wanted(self, t) for t in due):
                     stop += self._evict(now)
             self.crowded = len(due) > 1
         return spawn, stop
@@ -487,18 +506,12 @@ class TunnelTable:
         rows = self.tunnels.values()
         if any(t.state is STOPPING for t in rows):
             return []  # it will make room
-        idle = [t for t in rows if t.state is READY and not t.leases and not t.waiters
+        idle = [t for t in rows if t.state is READY and not t.leases and not is_wanted(self, t)
                 and now - t.last_used >= EVICT_AGE]
         for tunnel in sorted(idle, key=lambda t: t.last_used):
             if self._retire(tunnel, MAKE_ROOM, "evictions"):
                 return [(tunnel, "")]
         return []
-
-    def _may_idle(self, tunnel: Tunnel) -> float:
-        """Seconds that a tunnel may be unused."""
-        if self.retiring:
-            return 0.0
-        return self.idle if tunnel.idle is None else tunnel.idle
 
     def _retire(self, tunnel: Tunnel, why: str, counter: str) -> bool:
         """Stop a tunnel that has no process, or no lease, unless the loop takes one at this instant."""
@@ -525,20 +538,22 @@ class TunnelTable:
         due = self.processes.due(now) + (self.guest.due(now) if self.guest is not None else [])
         with self.lock:
             rows = list(self.tunnels.values())
+            due += [self.failures[key].until for key in self.standing
+                    if key in self.failures and self.failures[key].until > now]
         wanted = False
         for tunnel in rows:
             if tunnel.state is STARTING and tunnel.child and not tunnel.child.close_at:
                 due += [now + max(0.0, tunnel.child.look_at - time.monotonic()),
                         tunnel.child.started + self.start_timeout]
             elif tunnel.state is READY and not tunnel.leases and not tunnel.waiters:
-                due.append(tunnel.last_used + self._may_idle(tunnel))
+                due.append(tunnel.last_used + may_idle(self, tunnel))
             elif tunnel.state is READY:
-                due.append(now + max(POLL_LAST, self._may_idle(tunnel)))  # releases do not wake the reaper: look again
+                due.append(now + max(POLL_LAST, may_idle(self, tunnel)))  # releases do not wake the reaper: look again
             elif tunnel.state is BACKOFF and tunnel.until > now:
                 due.append(tunnel.until)
             elif tunnel.state in (QUEUED, BACKOFF):
                 due.append(now + EVICT_AGE)  # it waits for its turn, for an eviction, or for its waiters to give up
-                wanted = wanted or tunnel.waiters > 0
+                wanted = wanted or is_wanted(self, tunnel)
         if wanted:  # perhaps for a port
             due.append(max(self.pool.next_free(), now + POLL))
         return min(max(0.0, min(due) - now), WAIT_LAST) if due else None
@@ -574,7 +589,7 @@ class TunnelTable:
         self.counters["starts"] += 1
         with self.lock:
             tunnel.child = child
-        process.listen(child, hostname)
+        process.listen(child, launcher.told(tunnel.key))
         log.debug("tunnel %s starts on port %d (pid %d)", tunnel.key, port, process.pid)
 
     def _look(self, child: Child, tunnel: Tunnel, now: float) -> None:
@@ -604,6 +619,15 @@ class TunnelTable:
         """A listener of a shared process is gone, or there never was one."""
         tunnel, state = self._vacate(child)
         self._settle(child, tunnel, state, NO_FAULT if TAKEN in reason.text else OWN_FAULT)
+
+    def linked(self, child: Child, error: str) -> None:
+        """The far end of a tunnel has dialled in, or has gone."""
+        tunnel = str(self.children[child].key)
+        if child.link is not None:
+            self.counters["links"] += 1
+            log_event(logging.INFO, "far end has dialled in", tunnel=tunnel, client=child.link.client)
+        else:
+            log_event(logging.INFO, "far end has gone", tunnel=tunnel, **({"reason": error} if error else {}))
 
     def exited(self, process: Process, ends: Ends) -> None:
         """A process has ended, or does not die and is given up."""
@@ -649,6 +673,7 @@ class TunnelTable:
         tunnel.reason = reason._replace(text=f"{tunnel.key} did not start: {reason.text}")
         self.counters["failures"] += 1
         with self.lock:
+            remember = remember or tunnel.key in self.standing  # else it would be started again at once
             if remember:
                 count = tunnel.failures + 1
                 wait = min(FAILURE_LAST, FAILURE_FIRST * 2 ** min(tunnel.failures, 16)) * (0.5 + self.jitter() / 2)
@@ -676,13 +701,63 @@ class TunnelTable:
         wait = min(BACKOFF_LAST, BACKOFF_FIRST * 2 ** min(tunnel.crashes, 16)) * self.jitter()
         tunnel.crashes += 1
         with self.lock:
-            if tunnel.leases or tunnel.waiters:
+            if tunnel.leases or is_wanted(self, tunnel):
                 tunnel.until = self.clock() + wait
                 fate = f"starting it again in {wait:.1f} s"
             else:
                 self._remove(tunnel)
                 fate = "the next client starts it again"
         log_event(logging.WARNING, "tunnel ended", tunnel=str(tunnel.key), reason=child.verdict.text, then=fate)
+
+
+# -- what is kept up ---------------------------------------------------------------------------
+
+
+def stand(table: TunnelTable, source: str, keys: Sequence[TunnelKey]) -> None:
+    """Keep these tunnels up from now on, instead of those that `source` wanted before.  Any thread."""
+    if not keys and source not in table.wanted:
+        return  # as for most claims: they need not wait for the lock
+    with table.lock:
+        table.wanted[source] = keys
+        if not keys:
+            del table.wanted[source]
+        every = dict.fromkeys(itertools.chain.from_iterable(table.wanted.values()))
+        table.standing = dict.fromkeys(itertools.islice(every, table.max_tunnels))
+    table.wake()
+
+
+def raise_standing(table: TunnelTable, now: float) -> None:
+    """Have each tunnel started that is to stand, is not there, and has not just failed.  Reaper, under the lock."""
+    for key in table.standing if not table.closing and not table.retiring else ():
+        if key in table.tunnels:
+            continue
+        failure = table.failures.get(key)
+        if failure and failure.until > now or len(table.tunnels) >= table.max_tunnels <= in_use(table):
+            continue
+        tunnel = table.tunnels[key] = Tunnel(key, now, table.lock)
+        tunnel.failures = failure.count if failure else 0
+
+
+def is_wanted(table: TunnelTable, tunnel: Tunnel) -> bool:
+    """Whether somebody waits for a tunnel, or it is to stand."""
+    return tunnel.waiters > 0 or tunnel.key in table.standing and not table.retiring
+
+
+def in_use(table: TunnelTable) -> int:
+    """How many tunnels do not make room for others."""
+    return sum(t.state is STARTING or t.state is READY and t.leases > 0 or t.key in table.standing
+               for t in table.tunnels.values())
+
+
+def may_idle(table: TunnelTable, tunnel: Tunnel) -> float:
+    """Seconds that a tunnel may be unused."""
+    if table.retiring:
+        return 0.0
+    if tunnel.key in table.standing:
+        return FOR_EVER
+    if table.launchers[tunnel.key.launcher].stands:
+        return 0.0
+    return table.idle if tunnel.idle is None else tunnel.idle
 
 
 def reap(table: TunnelTable) -> None:

@@ -1,15 +1,17 @@
-"""sniroute_upgrade: the upgrade to WebSocket, and its frames, as bytes, seen from the client's side.
+"""sniroute_upgrade: the upgrade to WebSocket, and its frames, as bytes: a client's side, and what a server adds.
 
     connect_request, upgrade_request -----------------------> bytes to send
     bytes that came   --- parse_answer ---> Answer --- check_upgrade ---> the connection speaks WebSocket
     data              --- frame ----------> one masked message to send
     bytes that came   --- FrameReader ----> the payload, and the control frames
+                          EitherReader      the same, at a server, too
+    upgrade_answer -----------------------> bytes to send
 
 Nothing here reads or writes a socket.  A parser returns its result, or None when it needs more bytes,
 or raises Malformed.  That exception is the router's (sniroute_refusals): broken bytes are one kind of
 fault for all parsers, whoever sent them.
 
-Threads: none.  Only a FrameReader has a state.
+Threads: none.  Only a reader has a state.
 
 Seams: I want to ...
     send another request     a function beside `connect_request`: it lists the lines of a head
@@ -22,7 +24,6 @@ This room imports sniroute_http (the grammar of heads), sniroute_names (addresse
 from __future__ import annotations
 
 import base64
-import hashlib
 import os
 import struct
 from typing import Iterable, NamedTuple
@@ -110,17 +111,32 @@ def upgrade_request(host: str, port: int, path: str, key: str, headers: Iterable
     return "\r\n".join([*lines, "", ""]).encode("ascii")
 
 
+def accept_of(key: str) -> str:
+    """The Sec-WebSocket-Accept that answers a Sec-WebSocket-Key.  Source: RFC 6455 section 4.2.2."""
+    import hashlib  # it brings OpenSSL, 3.6 MB: for who speaks WebSocket
+    digest = hashlib.sha1((key + ACCEPT_GUID).encode(), usedforsecurity=False).digest()
+    return base64.b64encode(digest).decode()
+
+
+def upgrade_answer(key: str, date: str) -> bytes:
+    """The answer of a server that takes the upgrade, without a subprotocol.  Source: RFC 6455 section 4.2.2.
+
+    `date` is for its header (RFC 9110 section 5.6.7).
+    """
+    return (f"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nDate: {date}\r\n"
+            f"Sec-WebSocket-Accept: {accept_of(key)}\r\nUpgrade: websocket\r\n\r\n").encode("ascii")
+
+
 def check_upgrade(answer: Answer, key: str) -> None:
     """Raise Malformed, unless this answer with status 101 is the upgrade that was asked for with `key`.
 
     Source: RFC 6455 section 4.1.
     """
     headers = answer.headers
-    digest = hashlib.sha1((key + ACCEPT_GUID).encode(), usedforsecurity=False).digest()
     words = [word.strip() for word in headers.get("connection", "").lower().split(",")]
     if headers.get("upgrade", "").lower() != "websocket" or "upgrade" not in words:
         raise Malformed("HTTP 101 that is no upgrade to websocket")
-    if headers.get("sec-websocket-accept") != base64.b64encode(digest).decode():
+    if headers.get("sec-websocket-accept") != accept_of(key):
         raise Malformed("HTTP 101 with a wrong Sec-WebSocket-Accept")
     if headers.get("sec-websocket-extensions"):
         raise Malformed("HTTP 101 with an extension that was not asked for")
@@ -133,6 +149,8 @@ def check_upgrade(answer: Answer, key: str) -> None:
 CHUNK = 16376
 CONTROL_MAX = 125  # bytes of a control frame's payload, RFC 6455 section 5.5
 
+PROTOCOL_FAULT, UNACCEPTABLE = 1002, 1003  # codes of a Close, RFC 6455 section 7.4.1
+ZERO = bytes(4)  # the key that masks nothing
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA  # RFC 6455 section 5.2
 FULL_REPEAT = int.from_bytes(b"\1\0\0\0" * (CHUNK // 4), "little")
 
@@ -251,3 +269,103 @@ class FrameReader:
             raise Malformed("a data frame out of turn" if opcode <= BINARY else f"a frame with opcode {opcode}")
         self.fragmented = not first & 0x80
         return opcode, start, size
+
+
+class EitherReader:
+    """Reads frames from bytes in any portions: a server's, or a client's, which are masked.
+
+    Payload is handed out as it comes; only a header or a control frame is kept until it is whole.
+
+    Attributes:
+        code: with which the connection is to be closed where Malformed was raised.
+    """
+
+    __slots__ = ("is_masked", "left", "part", "is_fragmented", "key", "code")
+
+    def __init__(self, is_masked: bool):
+        self.is_masked = is_masked  # the frames are a client's
+        self.left = 0  # bytes of the current data frame that are still to come
+        self.part = b""  # the beginning of a header or of a control frame
+        self.is_fragmented = False  # a message goes on in the next data frame
+        self.key = ZERO  # of the current data frame, from its next byte on
+        self.code = PROTOCOL_FAULT
+
+    def read(self, data: memoryview) -> tuple[list[bytes | memoryview], list[tuple[int, bytes]]]:
+        """The pieces of payload in `data`, and the control frames as (opcode, payload), each in order.
+
+        What follows a Close is ignored.  Raises Malformed.  Source: RFC 6455 section 5.
+        """
+        pieces: list[bytes | memoryview] = []
+        controls: list[tuple[int, bytes]] = []
+        if self.part:
+            data = memoryview(self.part + bytes(data))
+            self.part = b""
+        at, end = 0, len(data)
+        while at < end:
+            if self.left:
+                piece = data[at:at + self.left]
+                at += len(piece)
+                self.left -= len(piece)
+                if self.key != ZERO:
+                    pieces.append(mask(piece, self.key))
+                    turn = len(piece) % 4
+                    self.key = self.key[turn:] + self.key[:turn]
+                else:
+                    pieces.append(piece)
+                continue
+            header = self._header(data, at, end)
+            if header is None:
+                self.part = bytes(data[at:])
+                break
+            opcode, key, at, self.left = header
+            if opcode < CLOSE:
+                self.key = key
+                continue
+            controls.append((opcode, mask(data[at:at + self.left], key)))
+            at += self.left
+            self.left = 0
+            if opcode == CLOSE:
+                break
+        return pieces, controls
+
+    def _header(self, data: memoryview, at: int, end: int) -> tuple[int, bytes, int, int] | None:
+        """The frame at `at`: opcode, key, where its payload starts, its size; None: need more.
+
+        A control frame is needed as a whole.
+        """
+        if end - at < 2:
+            return None
+        first, second = data[at], data[at + 1]
+        opcode, size, start = first & 0x0F, second & 0x7F, at + 2
+        if first & 0x70:
+            raise Malformed("a frame with a reserved bit")
+        if bool(second & 0x80) is not self.is_masked:
+            raise Malformed("a frame that is not masked" if self.is_masked else "a masked frame from a server")
+        if opcode > PONG or BINARY < opcode < CLOSE:
+            raise Malformed(f"a frame with opcode {opcode}")
+        if opcode == TEXT:
+            self.code = UNACCEPTABLE
+            raise Malformed("a message of text")
+        if opcode >= CLOSE:
+            if not first & 0x80 or size > CONTROL_MAX:
+                raise Malformed("a control frame that is fragmented or too long")
+            if opcode == CLOSE and size == 1:
+                raise Malformed("a Close with half a code")
+        elif (opcode == CONTINUATION) is not self.is_fragmented:
+            raise Malformed("a data frame out of turn")
+        for mark, width in ((126, 2), (127, 8)):
+            if size == mark:
+                if end - start < width:
+                    return None
+                size, start = int.from_bytes(data[start:start + width], "big"), start + width
+                break
+        if size >> 63:
+            raise Malformed("a frame of more than 2**63 bytes")
+        key = ZERO
+        if self.is_masked:
+            key, start = bytes(data[start:start + 4]), start + 4
+        if end < start or opcode >= CLOSE and end - start < size:
+            return None
+        if opcode < CLOSE:
+            self.is_fragmented = not first & 0x80
+        return opcode, key, start, size

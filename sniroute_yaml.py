@@ -11,8 +11,10 @@ flow style.  Plain scalars mean what they mean to kubectl, whose library takes t
 
 Two programs that read one file in two ways are a trap, and a file with secrets is no place for programs in it.  So
 what kubectl never writes is refused in words, with its line: anchors, aliases, tags, merge keys, directives, keys that
-are no plain text, a key that stands twice, several documents, tabs as indentation, line ends other than LF and CRLF.
-What kubectl does not read is refused, too; one thing more is read: JSON's pairs of surrogates (`\\ud83d\\ude00`).
+are no plain text or mean another one (`yes`, `1.0`), a key that stands twice, several documents, tabs as indentation,
+line ends other than LF and CRLF.
+What kubectl does not read is refused, too; two things more are read, both of JSON: pairs of surrogates
+(`\\ud83d\\ude00`), and a line end before a colon.
 
 No message has a byte of a value: a file with a mistake in it has secrets, too.
 
@@ -134,7 +136,7 @@ EMPTY = re.compile(r"(?: *\n)*")  # lines
 BREAK = re.compile(r"\n((?:[ \t]*\n)*)( *)[ \t]*")  # from the end of a line to the text of another
 DASH = re.compile(r"-(?=[ \t\n])")
 PLAIN_END = re.compile(r":(?=[ \t\n])|[ \t]#|\n")
-FLOW_END = re.compile(r"[,\[\]{}\n]|:(?=[ \t\n,\[\]{}])|[ \t]#")
+FLOW_END = re.compile(r"[,\[\]{}\n?]|:(?=[ \t\n,\[\]{}])|[ \t]#")
 FLOW_BLANKS = re.compile(r"(?:[ \t\n]+(?:#[^\n]*)?)*")
 SINGLE = re.compile(r"'((?:[^']|'')*+)'")
 DOUBLE = re.compile(r'"((?:[^"\\]|\\.)*+)"', re.DOTALL)
@@ -349,6 +351,10 @@ class _Reader:
         """Refuse a key that is none; `lines` has the lines of those before it, and gets this one's."""
         if key == "<<":
             self.fault("a merge key: write the values themselves", at)
+        if self.text[at] not in "'\"":
+            value = meaning(key)  # kubectl's keys are texts, made of what is meant: 1.0 and 01 are "1", `yes` is "true"
+            if value is None or isinstance(value, float) or not isinstance(value, str) and str(value).lower() != key:
+                self.fault("a key that means a number, a truth value or nothing: put it in quotes", at)
         if len(key) > KEY_MAX:
             self.fault(f"a key of more than {KEY_MAX} characters", at)
         if key in lines:
@@ -546,6 +552,10 @@ class _Reader:
             found = FLOW_END.search(text, self.at)
             said += text[self.at:found.start()].rstrip(" \t")
             self.at = found.start()
+            if found[0] == "?":  # for kubectl it ends a text in brackets, and begins a key
+                self.fault("a question mark within brackets: put the text in quotes")
+            if found[0] == ":" and text[self.at + 1] in ",[]{}":  # for kubectl the colon is a part of the text
+                self.fault("a colon with a comma or a bracket behind it: put a blank between, or the text in quotes")
             if found[0] != "\n":
                 return said
             folded = BREAK.match(text, self.at)

@@ -104,7 +104,7 @@ def test_a_refusal_says_what_happened_and_what_to_do(kind):
         for said in (str(row.status), PHRASES[row.status], reason[1:], NAME, words.visitor):
             assert said in text
         assert ("For whoever runs this router: " in text) == (row.advice.rstrip(".") in text) == words.for_operator
-        assert "10.1.2.3" not in answer.text and "dial" not in answer.text
+        assert "10.1.2.3" not in answer.text and "dial tcp" not in answer.text
         assert sniroute_names.__version__ not in answer.text + str(answer.fields)
     assert answer.text.count("\n") == 1 and answer.text.endswith("\n"), "one line"
 

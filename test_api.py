@@ -577,6 +577,18 @@ def test_an_upgrade_that_is_refused_is_a_reply_and_the_connection_stays(web, cal
     assert len(web.connections()) == 1
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("upgrades", [False, True])
+def test_a_redirect_is_not_followed(plain, serve, status, upgrades):
+    """A request to an API server, with what proves who we are, goes to that server."""
+    elsewhere = serve(read_all)
+    to = f"http://{HOST}:{elsewhere.address[1]}/"
+    there = plain(says(f"HTTP/1.1 {status} Found\r\nLocation: {to}\r\nContent-Length: 0\r\n\r\n".encode()))
+    result = there.upgrade("POST", FORWARD) if upgrades else there.get(PODS)
+    assert isinstance(result, Reply) and result.status == status, result
+    assert elsewhere.accepted == 0
+
+
 def test_an_upgrade_that_is_answered_with_a_page_without_end(plain, monkeypatch):
     monkeypatch.setattr(sniroute_api.Upgrade, "body_max", 1000)
     told(plain(says(b"HTTP/1.1 502 no\r\n\r\n" + b"x" * 2000)).upgrade("POST", "/x"), "answer")

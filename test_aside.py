@@ -16,7 +16,7 @@ import sys
 sys.path.insert(0, {here!r})
 lasting = set()
 import testbed.aside as aside
-aside.MANY, aside.ASIDE = 3, frozenset(("test_b.py",))
+aside.MANY, aside.ASIDE = 3, (frozenset(("test_b.py",)), frozenset(("test_c.py",)))
 from testbed.aside import pytest_runtestloop
 """
 FIRST = "import pytest\ndef test_one(): pass\ndef test_two(): assert 0, 'here'\n@pytest.mark.skip\ndef test_three(): pass\n"

@@ -525,6 +525,16 @@ def test_env_is_for_programs_alone(settings_file):
         ": is for exec: and command:", "_from: is for exec: and command:"]
 
 
+@linux
+def test_a_program_has_no_descriptor_of_the_routers(run, echo_server):
+    """No client's, no listener's, no other program's."""
+    running = run("--route=*.example.com=exec:/bin/ls /proc/self/fd", f"--route=other.test=tcp:{HOST}:{echo_server.address[1]}")
+    with running.connect(genuine(name="other.test")) as other:
+        assert other.recv(1)
+        with running.connect(HELLO) as client:
+            assert read_all(client).split() == [b"0", b"1", b"2", b"3"], "3 is the folder that ls reads"
+
+
 # -- command: ----------------------------------------------------------------------------------
 
 LISTENER = """

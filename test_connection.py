@@ -35,8 +35,9 @@ from sniroute_names import show_address
 from sniroute_refusals import Refused, told
 from sniroute_targets import Resolved
 from conftest import HOST, wait_until
-from testbed.hellos import (ASK_GSS, ASK_TLS, HELLO, INET, INET6, NAME, V1, V2, V2_LOCAL, genuine, hello_of, records,
-                            v1, v2)
+from testbed.hellos import (ASK_GSS, ASK_TLS, HELLO, INET, INET6, NAME, V1, V2, V2_LOCAL, genuine, hello, hello_of,
+                            named, records, v1, v2)
+from testbed.program import counter
 from testbed.running import DB, TUNNEL, Running, alert, answer, read_all, read_exactly, reset, route
 
 
@@ -297,6 +298,66 @@ def test_refusals_are_readable_and_counted(run, echo_server, said, heard, reason
     assert running.ending().level == sniroute_refusals.REFUSALS[reason].level
     assert running.counter(reason) == 1
     assert echo_server.accepted == 0
+
+
+def test_names_that_no_route_fits_cost_no_process_no_question_and_no_dial(run, serve, cloudflared, ports, monkeypatch):
+    """Nobody uses the router as an open proxy, or to have processes started."""
+    far, asked, look = serve(read_all), [], socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *words, **more: (
+        None if host == HOST else asked.append(host)) or look(host, *words, **more))
+    running = run("--route=*.example.com=cloudflared:cft-{name}", route(far.address, "*.tcp.example.com"),
+                  "--route=*.dns.example.com=tcp:{name}:443", "--route={port}.port.example.com=tcp:127.0.0.1:{port}", ports)
+    for number in range(500):
+        name = (f"n{number:04}.test.org", f"a.{number:04}.xmpl.de", f"x{number:05}.example")[number % 3]
+        assert len(name) == len(NAME)
+        with running.connect(HELLO.replace(NAME.encode(), name.encode())) as client:
+            assert read_all(client) == alert(112)
+    for name in ("example.com", "a.b.example.com", "a.b.tcp.example.com", "tcp.example.org", "x.port.example.com",
+                 "70000.port.example.com", "localhost", "db"):
+        with running.connect(genuine(name=name)) as client:
+            assert read_all(client) == alert(112), name
+    assert running.counter("no_route") >= 500
+    assert (cloudflared.starts(), asked, far.accepted) == ([], [], 0)
+    assert not running.router.waits.by_key and not running.tunnels.snapshot()
+
+
+WORDS = (b"--url=x", b"-T", b"-rf.example.com", b"a@b.example.com", b"a/b.example.com", b"..", b"a:1.example.com",
+         b"a#b.example.com", b"a?b.example.com", b"$(id).example.com", b"`id`.example.com", b"a;id.example.com",
+         b"a%00.example.com", b"a b.example.com", b"a\0b.example.com", b"a\tb.example.com", b"a,b.example.com",
+         b"{name}.example.com", b"http://a.example.com")
+
+
+def test_no_name_makes_a_word_of_a_command_line(run, serve, cloudflared, ports):
+    """Neither by TLS nor by Host."""
+    cloudflared.far("*", serve(answer(b"x")).address)
+    running = run(TUNNEL, ports, "--http=forward")
+    for raw in WORDS:
+        with running.connect(hello(named(raw))) as client:
+            assert read_all(client) == alert(112), raw
+        with running.connect(b"GET / HTTP/1.1\r\nHost: " + raw + b"\r\n\r\n") as client:
+            assert read_all(client)[:10] == b"HTTP/1.1 4", raw
+    assert cloudflared.starts() == []
+    with running.connect(HELLO) as client:
+        assert client.recv(1) == b"x"
+    (start,) = cloudflared.starts()
+    assert start["argv"][3:5] == ["--hostname", NAME]
+
+
+def test_a_scan_of_ports_writes_no_line(launch, echo_server):
+    """Nor do probes of a balancer, or what is no TLS: counters have them."""
+    program = launch(route(echo_server.address))
+    for number in range(100):
+        with program.connect() as probe:
+            reset(probe) if number % 2 else None
+    for said in (b"SSH-2.0-OpenSSH\r\n", b"\0" * 100, HELLO[:50]):
+        with program.connect(said) as probe:
+            probe.shutdown(socket.SHUT_WR)
+            read_all(probe)
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+    program.wait_for("reason=client_closed")
+    assert program.log().count("client=") == 1
+    assert (counter(program, "accepted"), counter(program, "not_tls")) == (104, 2)
 
 
 def test_oversized_record_is_refused_at_its_header(run, echo_server):
@@ -763,6 +824,32 @@ def test_client_that_leaves_while_it_waits_is_noticed(run, cloudflared, ports):
         assert len(running.router.waits.by_key["*=" + DB].connections) == 1
         reset(second)
         assert running.ending(2).reason == "client_left"
+
+
+def test_clients_that_leave_give_a_tunnel_no_bad_name(run, serve, cloudflared, ports):
+    """They reset while it starts, and once it is up with their hello on its way: it serves the next one as ever."""
+    cloudflared.far("*", serve(answer(b"x")).address)
+    cloudflared.fault("*", listen_delay=200)
+    running = run(TUNNEL, ports)
+    for number in range(200):
+        reset(running.connect(HELLO))
+    for number in range(100):
+        with running.connect(HELLO) as client:
+            assert client.recv(1) == b"x"
+        reset(running.connect(HELLO if number % 2 else HELLO + b"more"))
+    running.ending(400)
+    wait_until(lambda: not running.router.waits.by_key)
+    assert len(cloudflared.starts()) == 1
+    assert not running.tunnels.failures and running.tunnels.counters["crashes"] == 0
+
+
+def test_a_client_that_is_silent_does_not_keep_its_tunnel_for_ever(run, serve, cloudflared, ports):
+    cloudflared.far("*", serve(answer(b"x")).address)
+    running = run(TUNNEL, ports, "--connection-idle=150ms", "--idle=50ms")
+    with running.connect(HELLO) as client:
+        assert client.recv(1) == b"x"
+        assert running.ending().reason == "idle"
+        wait_until(lambda: not running.tunnels.snapshot(), what="the idle stop")
 
 
 def test_client_that_goes_on_talking_while_it_waits_loses_nothing(run, serve, cloudflared, ports):

@@ -38,13 +38,16 @@ from testbed.running import TUNNEL, alert, answer, read_all, read_exactly, route
 # -- signals -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_first_signal_lets_connections_end_and_stops_the_tunnels_last(launch, cloudflared, ports, echo_server, number):
+@pytest.mark.parametrize("number, whole_group", [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)],
+                         ids=["TERM", "INT", "Ctrl-C, which a terminal sends to the whole group"])
+def test_first_signal_lets_connections_end_and_stops_the_tunnels_last(launch, cloudflared, ports, echo_server, number,
+                                                                      whole_group):
     cloudflared.far("*", echo_server.address)
-    program = launch(TUNNEL, ports, f"--cloudflared={cloudflared.path}")
+    program = launch(TUNNEL, ports, f"--cloudflared={cloudflared.path}",
+                     **({"start_new_session": True} if whole_group else {}))
     with program.connect(HELLO) as client:
         assert read_exactly(client, len(HELLO)) == HELLO
-        program.signal(number)
+        os.killpg(program.pid, number) if whole_group else program.signal(number)
         program.wait_for("draining: 1 connections")
         with pytest.raises(ConnectionRefusedError):
             program.connect()

@@ -256,7 +256,7 @@ def test_a_refusal_beside_a_silence_waits_for_the_silent_one(dials, monkeypatch,
     resolve_as(monkeypatch, lambda: [deaf, (HOST, free_ports(1)[0])])
     made = dials()
     dial = made.dial("app.example.test", 443)
-    made.turn_until(lambda: dial.error.errno == errno.ECONNREFUSED)
+    made.turn_until(lambda: dial.error is not None and dial.error.errno == errno.ECONNREFUSED)
     made.turn()
     assert dial.phase == "connecting" and len(dial.attempts) == 1 and not made.results
     dial.cancel()

@@ -660,7 +660,7 @@ def test_the_same_sources_give_the_same_bytes(one_file, tmp_path):
         ended = execute(sys.executable, str(how), "bundle", f"--output={path}", "--with=all", cwd="/",
                         env={"PYTHONHASHSEED": seed}, said="", text=True)
         assert (ended.returncode, ended.stderr) == (0, "")
-        assert ended.stdout == f"{path}: sniroute 0.1.0 with doctor, admin, carrier, commands, backends, web, kubernetes, registry, {path.stat().st_size >> 10} KiB\n"
+        assert ended.stdout == f"{path}: sniroute 0.1.0 with doctor, admin, carrier, commands, backends, web, kubernetes, registry, nodepass, {path.stat().st_size >> 10} KiB\n"
     with concurrent.futures.ThreadPoolExecutor(2) as two:
         list(two.map(bundled, (PROGRAM, one_file), (first, inside), "12"))
     assert first.read_bytes() == inside.read_bytes() == one_file.read_bytes()
@@ -682,13 +682,21 @@ def test_a_bundle_has_what_it_was_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("words, code, says", [
-    (["--with", "everything"], 2, "'everything' is none of doctor, admin, carrier, commands, backends, web, kubernetes, registry, all and none"),
+    (["--with", "everything"], 2, "'everything' is none of doctor, admin, carrier, commands, backends, web, kubernetes, registry, nodepass, all and none"),
     (["-o", "/nonexistent/sniroute.pyz"], 1, "sniroute: /nonexistent/sniroute.pyz: No such file or directory"),
 ], ids=["option", "folder"])
 def test_a_bundle_that_cannot_be_written_is_one_sentence(words, code, says, tmp_path):
     ended = execute(sys.executable, str(PROGRAM), "bundle", *words, cwd=tmp_path, said="", text=True)
     assert ended.returncode == code and says in ended.stderr and "Traceback" not in ended.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_is_no_file_that_another_user_has_made(tmp_path):
+    """Who has made it may change it later: in /tmp that is anybody."""
+    with open(tmp_path / "sniroute.pyz.part", "w+b") as theirs:
+        ended = execute(sys.executable, str(PROGRAM), "bundle", "--with=none", cwd=tmp_path, said="", text=True)
+        assert ended.returncode == 0, ended.stderr
+        assert theirs.read() == b"" and (tmp_path / "sniroute.pyz").stat().st_ino != os.fstat(theirs.fileno()).st_ino
 
 
 @pytest.mark.parametrize("said, says", [

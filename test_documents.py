@@ -1,11 +1,13 @@
-"""Tests of README.md, OPERATING.md and CONTRIBUTING.md: what they promise is what the code does.
+"""Tests of README.md, OPERATING.md, CONTRIBUTING.md and SECURITY.md: what they promise is what the code does.
 
 Marks in the documents (`<!-- quick start -->` and so on) name the blocks that are read here.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import errno
 import io
 import os
 import pathlib
@@ -55,15 +57,16 @@ import sniroute_warm
 from sniroute_doctor import sample_hello
 from sniroute_groups import Several
 from sniroute_names import OPTIONS, parse_host_port
+from sniroute_nodeurl import parse_url
 from sniroute_settings import SETTINGS, load_settings
-from conftest import CORE, DOCTOR, HERE, HOST, Server, linux, wait_until
-from testbed.clients import program_path
+from conftest import CORE, DOCTOR, HERE, HOST, Server, exit_code, linux, wait_until
+from testbed.clients import namespaces, program_path
 from testbed.hellos import genuine
 from testbed.running import Running, read_exactly
 
-README, OPERATING, CONTRIBUTING = (
-    (HERE / name).read_text() for name in ("README.md", "OPERATING.md", "CONTRIBUTING.md"))
-DOCUMENTS = {"README.md": README, "OPERATING.md": OPERATING, "CONTRIBUTING.md": CONTRIBUTING}
+README, OPERATING, CONTRIBUTING, SECURITY = (
+    (HERE / name).read_text() for name in ("README.md", "OPERATING.md", "CONTRIBUTING.md", "SECURITY.md"))
+DOCUMENTS = {"README.md": README, "OPERATING.md": OPERATING, "CONTRIBUTING.md": CONTRIBUTING, "SECURITY.md": SECURITY}
 
 
 def marked(document: str, mark: str) -> str:
@@ -147,6 +150,8 @@ def test_command_lines_parse(settings_file):
             sniroute_carrier.parse_words(words[2:], {})
         elif program == "sniroute_kubernetes.py" or words[:1] == ["kubernetes"]:
             assert words[words[:1] == ["kubernetes"]] in sniroute_kubernetes.COMMANDS
+        elif program == "sniroute_nodepass.py" or words[:1] == ["nodepass"]:
+            assert parse_url(words[words[:1] == ["nodepass"]].replace("$", ""))
         elif words[:1] == ["claim"]:
             arguments, _, _ = sniroute_claim.parse_words(words[1:])
             assert len(arguments) == 2
@@ -174,7 +179,7 @@ def test_options_that_are_named_are_there():
     known = options("sniroute.py") | options("sniroute.py", "claim") | {"--with", "--help", "--version"}
     # What other programs, or an option that CONTRIBUTING.md adds, have; and the one that is not wanted.
     others = {"--app", "--init", "--sni", "--tls", "--hostname", "--url", "--unix-socket", "--quick",
-              "--half-closed-idle", "--workers", "--image", "--command"}
+              "--half-closed-idle", "--workers", "--image", "--command", "--state", "--runs", "--atheris"}
     for name, document in DOCUMENTS.items():
         named = {option for span in code(document) for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", span)}
         assert len(named) > 2 and named <= known | others, (name, named - known - others)
@@ -209,8 +214,8 @@ def test_the_routes_of_the_readme_are_routes():
     rows = rows_below(README, "| route | what it does |")
     assert len(rows) > 10
     for route, *_ in rows:
-        load_settings(["--route", route.strip("`")], {})
-    for kind in ("exec:ssh ", "command:ssh ", "kubernetes:", "jump:"):
+        load_settings(["--route", route.strip("`")], {"KEY": "s3cret"})
+    for kind in ("exec:ssh ", "command:ssh ", "kubernetes:", "jump:", "nodepass:"):
         assert any(f"={kind}" in route for route, *_ in rows), kind
 
 
@@ -439,6 +444,60 @@ def test_two_routers_on_one_redis_share_a_name_as_pasted(paste_names):
     assert '"name": "shop.tun.localhost"' in out and "Hello\n" in out, said
     assert said.count("registry: shop.tun.localhost: claimed by alice, to tcp:127.0.0.1:") == 2
     assert "path=/ status=200" in said and said.count("stopped\n") == 2
+
+
+@linux
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for network namespaces")
+def test_a_service_behind_nat_is_reached_as_pasted(tmp_path):
+    """In a network, and with a /run, of its own: two runs do not meet."""
+    for program, package in (("curl", "curl"), ("ip", "iproute2")):
+        program_path(program, package)
+    words = (*namespaces("--net", "--mount"), "bash", "-c")
+    for path in (*HERE.glob("sniroute*.py"), HERE / "README.md"):
+        shutil.copy(path, tmp_path)
+    block = marked(README, "behind nat").replace("python3 ", f"{sys.executable} ")
+    with open(tmp_path / "out", "wb") as out, open(tmp_path / "err", "wb") as err:
+        with subprocess.Popen([*words, f"mount -t tmpfs tmpfs /run && ip link set lo up\n{block}\nwait"], cwd=tmp_path,
+                              stdout=out, stderr=err) as shell:
+            exit_code(shell, 60)
+    assert README in (tmp_path / "out").read_text(), (tmp_path / "err").read_text()
+    assert "far end has dialled in" in (tmp_path / "err").read_text()
+
+
+def test_each_threat_is_held_by_a_test_that_is_there():
+    """Rows of three columns, none of them empty and no threat twice; the last one is a test, by its file and its name."""
+    _, _, *rows = [line for line in section(SECURITY, "## Threats").splitlines() if line.startswith("|")]
+    found = [re.fullmatch(r"\| (\S[^|]*) \| (\S[^|]*) \| `(test_\w+\.py)::(test_\w+)` \|", row) for row in rows]
+    assert len(rows) > 50 and [row for row, match in zip(rows, found) if match is None] == []
+    threats, _, files, tests = zip(*(match.groups() for match in found))
+    assert len(set(threats)) == len(threats)
+    there = {file: {node.name for node in ast.parse((HERE / file).read_bytes()).body if isinstance(node, ast.FunctionDef)}
+             for file in set(files)}
+    assert [test for file, test in zip(files, tests) if test not in there[file]] == []
+
+
+@linux
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a network namespace")
+def test_users_of_the_host_are_kept_from_tunnels_as_pasted():
+    """In a network of its own: root and the router's user connect to a port of a tunnel, and nobody else does."""
+    program_path("nft", "nftables")
+    router, other = 65_000, 65_534
+    block = marked(SECURITY, "local users").replace("$(id -u sniroute)", str(router))
+    probe = f"""
+import os, socket
+with socket.create_server(("127.0.0.1", 20000)), socket.create_server(("127.0.0.1", 19999)):
+    for port, user in ((20000, 0), (20000, {router}), (20000, {other}), (19999, {other})):
+        if not (child := os.fork()):
+            os.setuid(user)
+            with socket.socket() as sock:
+                os._exit(sock.connect_ex(("127.0.0.1", port)))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    if subprocess.run([*namespaces("--net"), "nft", "add", "table", "inet", "x"], capture_output=True).returncode:
+        pytest.skip("this kernel has no nftables")
+    words = (*namespaces("--net"), "sh", "-c", f'ip link set lo up\n{block}\nexec "$@"', "sh", sys.executable, "-c", probe)
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert ended.stdout.split() == ["0", "0", str(errno.ECONNREFUSED), "0"], ended
 
 
 @linux

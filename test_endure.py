@@ -26,6 +26,7 @@ SCALES = {  # so that each part takes a few seconds
     "carrier": "0.003",  # 6 MB
     "kills": "0.04",  # 2
     "handovers": "0.1",  # 1
+    "nodepass": "0.015",  # 4.5 seconds: some 6 faults
 }
 FAULTS = {  # what a part would find: file, right text, wrong text, part, what the part says then
     "a hello that is not compared": (
@@ -79,8 +80,8 @@ def test_the_router_stands_after_each_part_as_before(ended, part):
     line, = ended.stdout.splitlines()
     assert line.startswith(part) and line.endswith("ok")
     for what in ("descriptors", "threads", "children"):
-        before, after = re.search(rf"{what} (\d+) -> (\d+)", line).groups()
-        assert before == after
+        before, after = map(int, re.search(rf"{what} (\d+) -> (\d+)", line).groups())
+        assert after <= before if part == "nodepass" else after == before
 
 
 @pytest.mark.parametrize("fault", FAULTS)

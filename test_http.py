@@ -492,7 +492,8 @@ def test_host_stays_where_it_stands(host, passed):
 
 
 @pytest.mark.parametrize("target, host, passed", [
-    (b"/x", b"", b"Host: "), (b"/x", b"web.internal", b"Host: web.internal"), (b"http://A/x", b"", b"Host: a")])
+    (b"/x", b"", b"Host: "), (b"/x", b"web.internal", b"Host: web.internal"), (b"http://A/x", b"", b"Host: a"),
+    (b"http://a:8080/x", b"", b"Host: a:8080")])
 def test_a_host_is_added_where_an_old_client_names_none(target, host, passed):
     request = parse_request(b"GET " + target + b" HTTP/1.0\r\nX: 1\r\n\r\n")
     assert pass_request(request, [(b"Y", b"2")], host=host) == (

@@ -509,13 +509,13 @@ def test_what_a_plugin_is_told():
     cluster = (f"server: https://[::1]:6443\ntls-server-name: k\ncertificate-authority-data: {b64(CERTIFICATE)}\n"
                f"proxy-url: http://u:{SECRET}@p\ndisable-compression: true\n"
                "extensions:\n- name: other\n  extension: {a: b}\n"
-               "- name: client.authentication.k8s.io/exec\n  extension: {audience: x, n: 7}")
+               "- name: client.authentication.k8s.io/exec\n  extension: {audience: x, count: 7}")
     context = resolve(one(cluster, EXEC + ", provideClusterInfo: true}"))
     assert json.loads(plugin_info(context.user.plugin, context.cluster)) == {
         "kind": "ExecCredential", "apiVersion": "client.authentication.k8s.io/v1",
         "spec": {"interactive": False, "cluster": {
             "server": "https://[::1]:6443", "tls-server-name": "k", "certificate-authority-data": b64(CERTIFICATE),
-            "proxy-url": f"http://u:{SECRET}@p", "disable-compression": True, "config": {"audience": "x", "n": 7}}}}
+            "proxy-url": f"http://u:{SECRET}@p", "disable-compression": True, "config": {"audience": "x", "count": 7}}}}
     plain = resolve(one("server: https://c\ninsecure-skip-tls-verify: true", EXEC + ", provideClusterInfo: true}"))
     assert json.loads(plugin_info(plain.user.plugin, plain.cluster))["spec"]["cluster"] == {
         "server": "https://c", "insecure-skip-tls-verify": True}

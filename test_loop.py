@@ -506,3 +506,19 @@ def test_fault_in_a_step_or_after_a_wait_ends_that_connection_only(run, serve, c
         assert client.recv(1) == b"x"
     wait_until(lambda: not running.router.connections)
     assert caplog.text.count("ZeroDivisionError: planted") == 5
+
+
+def test_what_is_retired_within_its_own_turn_costs_nobody_else_a_turn(bench):
+    """A queue that left the list while the loop went through it would hide the next one, until it looks again."""
+    loop = bench.loop
+    told: list[str] = []
+    first = loop.queue(0.0, lambda item: loop.retire(first))
+    second = loop.queue(0.0, told.append)
+    timer = loop.timer(lambda: loop.retire(timer))
+    for queue in (first, second):
+        queue.put("x")
+    timer.set(0.0)
+    for _ in range(2):
+        loop.hurry()
+        loop.turn()
+    assert told == ["x"] and loop.queues == [second] and timer not in loop.timers

@@ -10,7 +10,7 @@ import pytest
 
 import sniroute_names
 from sniroute_names import (ascii_advice, has_owner, is_number, is_public, normalise, normalise_whole, parse_host_port,
-                            parse_network, printable, show_address)
+                            parse_network, printable, show_address, site_of)
 from sniroute_refusals import Malformed
 from testbed.hellos import BAD_NAMES, GOOD_NAMES, Bad, verdict
 
@@ -244,3 +244,9 @@ def test_no_text_is_too_strange_for_advice():
 ])
 def test_printable(text, limit, line):
     assert printable(text, limit) == line
+
+
+def test_a_site_is_one_ipv4_address_or_a_64_of_ipv6():
+    assert site_of("192.0.2.1") == site_of("::ffff:192.0.2.1") != site_of("192.0.2.2")
+    assert site_of("2001:db8::1") == site_of("2001:db8::2%eth0") != site_of("2001:db8:0:1::1")
+    assert site_of("") == ""  # of a socket that is gone already

@@ -29,6 +29,11 @@ ALICE = Owner("alice", (b"a" * 32,))
 LIMITED = ALICE._replace(names=(f"*.alice.{DOMAIN}", f"shop.{DOMAIN}", f"team-*.{DOMAIN}", f"**.deep.{DOMAIN}"))
 
 
+def kept(key: str, target: str = "tcp:192.0.2.10:8080") -> Claim:
+    """A claim of alice as a store has it."""
+    return Claim(key, "1", "alice", target, "2", 1, 60.0, 600.0, 0.0)
+
+
 def fault(call: Any, *words: Any) -> Fault:
     """The one fault that a call finds."""
     with pytest.raises(Unfit) as raised:
@@ -277,7 +282,7 @@ def test_nobody_names_the_hosts_of_tunnels_but_who_may():
 def test_the_ports_that_a_target_may_have():
     rules = RULES_HERE._replace(target_ports=(2000, 3000))
     allowed = [port for port in (1999, 2000, 3000, 3001)
-               if standing(f"a.{DOMAIN}", f"tcp:192.0.2.10:{port}", rules, ALICE) == ""]
+               if standing(kept(f"a.{DOMAIN}", f"tcp:192.0.2.10:{port}"), rules, ALICE) == ""]
     assert allowed == [2000, 3000]
 
 
@@ -580,10 +585,21 @@ def test_a_token_in_the_place_of_its_hash_is_never_shown():
 
 def test_after_a_reload_claims_are_held_against_the_new_settings():
     key = f"shop.{DOMAIN}"
-    assert standing(key, TARGET, RULES_HERE, ALICE) == standing("tcp:49000", TARGET, RULES_HERE, ALICE) == ""
-    assert "name space" in standing(key, TARGET, RULES_HERE, ALICE._replace(names=(f"a.{DOMAIN}",)))
-    assert "not below" in standing(key, TARGET, RULES_HERE._replace(domains=("other.example.com",)), ALICE)
-    assert "networks" in standing(key, TARGET, RULES_HERE._replace(networks=()), ALICE)
-    assert "kind" in standing(key, TARGET, RULES_HERE._replace(targets=("nodepass",)), ALICE)
-    assert "ports" in standing("tcp:49000", TARGET, RULES_HERE._replace(ports=None), ALICE)
-    assert "49001" in standing("tcp:49000", TARGET, RULES_HERE._replace(ports=(49001, 49002)), ALICE)
+    assert standing(kept(key), RULES_HERE, ALICE) == standing(kept("tcp:49000"), RULES_HERE, ALICE) == ""
+    assert "name space" in standing(kept(key), RULES_HERE, ALICE._replace(names=(f"a.{DOMAIN}",)))
+    assert "not below" in standing(kept(key), RULES_HERE._replace(domains=("other.example.com",)), ALICE)
+    assert "networks" in standing(kept(key), RULES_HERE._replace(networks=()), ALICE)
+    assert "kind" in standing(kept(key), RULES_HERE._replace(targets=("nodepass",)), ALICE)
+    assert "ports" in standing(kept("tcp:49000"), RULES_HERE._replace(ports=None), ALICE)
+    assert "49001" in standing(kept("tcp:49000"), RULES_HERE._replace(ports=(49001, 49002)), ALICE)
+
+
+@pytest.mark.parametrize("key, more, what", [
+    ("tcp:x", {}, "port: 'x' is not a port"), ("tcp:", {}, "port: '' is not a port"), ("tcp:\u0662", {}, "port: "),
+    ("tcp:049000", {}, "port: "), (f"shop.{DOMAIN}", {"allow": ("x\x1b",)}, "allow: 'x"),
+    (f"shop.{DOMAIN}", {"allow": ("192.0.2.1/24",)}, "allow: "), (f"shop.{DOMAIN}", {"http": "sing"}, "http: 'sing' is none"),
+    ("shop\u00e9", {}, "name: "), (f"shop.{DOMAIN}", {"target": "tcp"}, "target: ")])
+def test_a_claim_that_another_program_has_kept_does_not_stand_and_breaks_nothing(key, more, what):
+    """A store is another program's, too.  What stands has a route."""
+    said = standing(kept(key)._replace(**more), RULES_HERE, ALICE)
+    assert said.startswith(what) and said.isprintable()

@@ -13,6 +13,7 @@ import pytest
 
 import sniroute_clusters
 import sniroute_launchers
+import sniroute_nat
 from sniroute_refusals import (HTTP, INTERNAL_ERROR, NOTHING, POSTGRES, REFUSALS, TELLERS, TLS, Malformed, Refused,
                                postgres_error, tls_alert, told, tunnel_refused)
 from conftest import CORE, HERE
@@ -47,6 +48,7 @@ def raised_kinds() -> set[str]:
     kinds |= {"tunnel_" + kind for kind, _ in sniroute_launchers.CARRIER_REASONS.values()}
     kinds |= {"tunnel_" + kind for _, kind, _ in sniroute_launchers.CLOUDFLARED_REASONS}
     kinds |= {"tunnel_" + kind for kind, _ in sniroute_clusters.REASONS.values()}
+    kinds |= {"tunnel_" + kind for kind, _ in sniroute_nat.REASONS.values()}
     return kinds
 
 

@@ -268,7 +268,7 @@ def test_what_a_reload_cannot_change_is_said(begin, tmp_path):
     ({"store": "postgres:geheim"}, "registry.store: 'postgres' is none of memory, sqlite:PATH"),
     ({"store": "redis://app:geheim@127.0.0.1:99999"}, "registry.store: "),
     ({"store": "redis://app:geheim@127.0.0.1/x"}, "registry.store: "),
-    ({"store": "sqlite:/nonexistent/names.db"}, "registry.store: /nonexistent/names.db: unable to open database file"),
+    ({"store": "sqlite:/nonexistent/names.db"}, "registry.store: /nonexistent/names.db: No such file or directory"),
     ({"ttl": "1s"}, "registry.ttl: 1 s is not between 5 s and max_ttl"),
     ({"networks": None}, 'registry.targets: "tcp" leads nowhere without networks'),
     ({"dns": f"rfc2136://127.0.0.1/{ZONE}?key=router"}, f"registry.dns: {KEY_VARIABLE}: "),

@@ -235,14 +235,16 @@ def test_a_store_that_changes_all_the_time_ends_in_words(machine):
 @pytest.mark.parametrize("field, value", [
     ("ttl", "60"), ("ttl", True), ("key", 5), ("owner", None), ("lease", 1), ("generation", "1"), ("hold", None),
     ("allow", [1]), ("allow", "ab"), ("meta", []), ("suspended", 0), ("target", ["tcp:192.0.2.1:80"]), ("http", 1),
-    ("key", "a\nb"), ("target", "tcp:\x1b[31m"), ("ttl", -1.0), ("ttl", float("nan")), ("hold", float("inf"))])
+    ("key", "a\nb"), ("target", "tcp:\x1b[31m"), ("ttl", -1.0), ("ttl", float("nan")), ("hold", float("inf")),
+    ("more", 1), ("\ud800", 1), ("expires", 5.0)])
 def test_a_text_that_is_no_claim_is_none(machine, field, value):
     """A store is another program's, too: one wrong row must not break the table."""
     fields = json.loads(to_text(machine.claimed(allow=("192.0.2.0/24",))))
     assert from_text(json.dumps(fields), 5.0).allow == ("192.0.2.0/24",)
     for text in (json.dumps({**fields, field: value}), json.dumps([fields]), "[" * 100000, "5", b"\xff"):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError) as raised:
             from_text(text, 5.0)
+        assert str(raised.value).isprintable()
 
 
 # -- a model -----------------------------------------------------------------------------------

@@ -584,6 +584,18 @@ def test_what_is_there_twice_is_refused(registry, fields):
     assert SHOP in there.registry.table.live
 
 
+@pytest.mark.parametrize("spelling", [
+    "shop", "SHOP", "shop.", SHOP, f"{SHOP.upper()}.", "*", "**", f"*.{DOMAIN}", "{x}", "*.shop", f"x.{SHOP}", DOMAIN,
+    "shop ", "shop\n", "shop\0", "sh\u043ep", "s\u212aop", "%73hop", "shop:443", "..shop", f"shop.{DOMAIN}.{DOMAIN}"])
+def test_a_name_of_another_is_taken_in_no_spelling(registry, spelling):
+    """Nor what would fit it, nor what is below or above it."""
+    there = registry()
+    there.claim()
+    assert there.claim(spelling, token=BOB).status in (400, 403, 409, 422)
+    assert [(claim.key, claim.owner) for claim in there.registry.table.page()] == [(SHOP, "alice")]
+    assert there.claim("bobs", token=BOB).status == 201
+
+
 def test_a_name_that_is_suspended_cannot_be_washed(registry):
     """Who claims and releases other names, until it is not held any more, has it suspended still."""
     there = registry(clock=FakeClock(), owners={**OWNERS, "alice": owner("alice", ALICE, max_names=5000)})

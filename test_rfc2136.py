@@ -736,7 +736,7 @@ def test_it_may_be_closed_at_any_moment(made, server, impatient, moment):
     server.tcp_says = lambda answer: None
     server.is_cut = moment == "by TCP"
     server.lost = lambda: moment in ("under way", "left alone")
-    updater = made.updater(server.url)
+    updater = made.updater(server.url.replace(HOST, "localhost") if moment == "while it resolves" else server.url)
     updater.want(FOO, ID)
     made.turn_until({"at once": lambda: True, "while it resolves": lambda: updater.phase != "idle",
                      "under way": lambda: updater.flights, "by TCP": lambda: server.by_tcp,

@@ -72,7 +72,7 @@ def test_a_route_is_read(text, pattern, target):
     ("***.example.com=tcp:h:1", "two labels"), ("a.*.example.com=tcp:h:1", "two labels"),
     ("*a.example.com=tcp:h:1", "two labels"),
     ("**=tcp:h:1", "two labels"), ("a.b..=tcp:h:1", "two labels"), ("10.0.0.1=tcp:h:1", "two labels"),
-    ("a.b=http:h:1", "cloudflared, command, exec, jump, kubernetes, tcp, unix"), ("a.b=tcp:{host}:1", "{name}, {label}, {domain}"),
+    ("a.b=http:h:1", "cloudflared, command, exec, jump, kubernetes, nodepass, tcp, unix"), ("a.b=tcp:{host}:1", "{name}, {label}, {domain}"),
     ("a.b=tcp:{name:1", "field"),
     ("a.b=tcp:name}:1", "field"), ("a.b=tcp:{}:1", "field"), ("a.b=tcp:h", "HOST:PORT"), ("a.b=tcp:h:0", "HOST:PORT"),
     ("a.b=tcp:h:65536", "HOST:PORT"), ("a.b=tcp:h h:1", "HOST:PORT"), ("a.b=cloudflared:", "host name"),
@@ -82,7 +82,7 @@ def test_a_route_is_read(text, pattern, target):
     ("{a}.b.c=tcp:{b}:1", "{name}, {label}, {domain}, {a}"), ("{a}{b}.c.d=tcp:h:1", "stands literal text"),
     ("{a}.b.c=cloudflared:{a}", "two labels"), ("{a}.b.c=cloudflared:-{a}.d.e", "not a host name"),
     ("{a}.b.c=tcp:h:{a}x", "HOST:PORT"), ("{a}.b.c=tcp:{a}.0.0.1:{a}", "HOST:PORT"), ("{a}.b.c=tcp:h:0{a}", "HOST:PORT"),
-    ("a.b=tcp:h:{label}", "HOST:PORT"), ("{a}.b.c=http:{a}", "cloudflared, command, exec, jump, kubernetes, tcp, unix"),
+    ("a.b=tcp:h:{label}", "HOST:PORT"), ("{a}.b.c=http:{a}", "cloudflared, command, exec, jump, kubernetes, nodepass, tcp, unix"),
     ("\udcff.b=tcp:h:1", "is not a name"), ("fa\u00df.example=tcp:h:1", "is not a name"),
 ])
 def test_a_route_that_cannot_work_is_refused_at_the_start(text, complaint):

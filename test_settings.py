@@ -125,6 +125,22 @@ def test_a_network_of_ipv4_in_ipv6_is_ipv4_in_every_setting(settings_file):
     assert settings.routes.routes[0].allow == (ipaddress.ip_network("127.0.0.0/8"),)
 
 
+@pytest.mark.parametrize("name", ["\x1b[31mred", "a\nb", "\udcff", "\u202e"])
+def test_the_path_of_a_file_says_nothing_to_a_terminal(tmp_path, name):
+    """Whatever is wrong: that the file is not there, or what is in it."""
+    path = tmp_path / name
+    for environ, argv in (({}, ["-c", str(path)]), ({"SNIROUTE_CONFIG": str(path)}, [])):
+        path.unlink(missing_ok=True)
+        for _ in range(2):
+            with pytest.raises(SettingsError) as caught:
+                load_settings(argv, environ)
+            assert all(line.isprintable() and line.isascii() for line in caught.value.lines)
+            path.write_text('idle = "x"\nlistne = 1\n')
+    path.write_text('listen = "127.0.0.1:1"\n')
+    covered = load_settings(["-c", str(path), "--listen", "127.0.0.1:2"], {}).covered
+    assert len(covered) == 1 and covered[0].isprintable()
+
+
 @pytest.mark.parametrize("option, written", [
     ("--listen=m\u00fcnchen.example:443", "xn--mnchen-3ya.example:443"),
     ("--admin=m\u00fcnchen.example:443", "xn--mnchen-3ya.example:443"),
@@ -341,7 +357,7 @@ def test_the_version(capsys):
     with pytest.raises(SystemExit) as caught:
         load_settings(["-V"], {})
     assert caught.value.code == 0
-    assert re.fullmatch(r"sniroute \d+\.\d+\.\d+ \(Python 3\.\d+\.\S+, \w+; with doctor, admin, carrier, commands, backends, web, kubernetes, registry\)\n",
+    assert re.fullmatch(r"sniroute \d+\.\d+\.\d+ \(Python 3\.\d+\.\S+, \w+; with doctor, admin, carrier, commands, backends, web, kubernetes, registry, nodepass\)\n",
                         capsys.readouterr().out)
 
 

@@ -65,6 +65,51 @@ def test_program_starts_under_any_name(tmp_path, start):
     assert "tcp:tcp.example.com:443" in done.stdout
 
 
+SECRETS = {"TUNNEL_SERVICE_TOKEN_ID": "s3cret-id.access", "TUNNEL_SERVICE_TOKEN_SECRET": "s3cret-of-access",
+           "SNIROUTE_ADMIN_TOKEN": "s3cret-of-the-admin", "BASTION_TOKEN": "s3cret-of-a-program", "KEY": "s3cret-key"}
+
+
+@linux
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_no_secret_is_in_the_log_or_on_a_command_line(launch, cloudflared, ports, echo_server, settings_file, free_ports,
+                                                      style):
+    """Whatever is logged, asked for, or goes wrong; any user of the host may read a command line."""
+    cloudflared.far("*", echo_server.address)
+    cloudflared.fault("broken.test", exit=1, words="bad luck")
+    path = settings_file(f"""[routes]
+"*.example.com" = "cloudflared:{{name}}"
+"broken.example.net" = "cloudflared:broken.test"
+"shop.example.net" = "nodepass:$KEY@{HOST}:{free_ports(1)[0]}"
+[routes."exec.example.net"]
+target = "exec:/bin/cat"
+env_from = ["BASTION_TOKEN"]
+""")
+    program = launch("-c", path, ports, f"--cloudflared={cloudflared.path}", "--log-level=debug", f"--log-format={style}",
+                     f"--admin={HOST}:0", env=environment(**SECRETS), listeners=0)
+    address = wait_until(lambda: re.search(r"listening on (127.0.0.1):(\d+)\b(?!.*admin)", program.log()))
+    address = address[1], int(address[2])
+    words: set[bytes] = set()
+
+    def look() -> set[bytes]:
+        for task in pathlib.Path(f"/proc/{program.pid}/task").iterdir():
+            with contextlib.suppress(OSError):  # it ends meanwhile
+                for pid in (task / "children").read_text().split():
+                    words.add(pathlib.Path(f"/proc/{pid}/cmdline").read_bytes())
+        return words
+
+    for name in (NAME, "exec.example.net", "broken.example.net", "shop.example.net"):
+        with program.connect(genuine(name=name), address) as client:
+            if name != "shop.example.net":  # whose server has nobody to lead it to, for seconds
+                client.recv(1)
+            look()
+    wait_until(lambda: all(any(word in each for each in look()) for word in (b"--hostname", b"nodepass")))
+    program.signal(signal.SIGHUP)
+    program.wait_for("reload")
+    counter(program, "accepted")
+    said = [program.log(), *(command(*way, "-c", path, **SECRETS) for way in (["check"], ["explain", "shop.example.net"]))]
+    assert "s3cret" not in f"{said}{words}"
+
+
 def test_a_tunnel_program_that_others_may_change_is_refused_and_named(launch, cloudflared, ports):
     """By the start, `check`, `explain`, and to its clients; another one, or the carrier, does not take its place."""
     cloudflared.directory.chmod(0o777)
@@ -297,7 +342,7 @@ def test_every_form_has_every_command(form, own_edge, serve):
     assert explained.endswith("\nfar end: it answers\n")
     assert checked == "a.b=tcp:h:1\n"
     assert re.search(r"^(\d+) of \1 went well", tested, re.MULTILINE)
-    assert version.endswith("; with doctor, admin, carrier, commands, backends, web, kubernetes, registry)\n")
+    assert version.endswith("; with doctor, admin, carrier, commands, backends, web, kubernetes, registry, nodepass)\n")
     assert carrier.startswith("sniroute_carrier ")
     assert "--route" in usage and "access tcp" in access
     assert sorted(path.name for path in form.parent.iterdir() if path.name != "__pycache__") == before

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
@@ -16,6 +18,8 @@ from sniroute_claims import OK, Claim, Table
 from sniroute_loop import Loop
 from sniroute_registry import CLAIMED, EXPIRED, RELEASED, UNAVAILABLE, Memory, Registry, Written
 from sniroute_sqlite import FORMAT, HISTORY_DAYS, Sqlite, StoreError
+
+root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, who may give files away")
 
 
 class Caller:
@@ -232,11 +236,42 @@ def newer(path) -> None:
 
 
 @pytest.mark.parametrize("make, sentence", [
-    (lambda path: path.write_text("x" * 5000), "not a database"), (lambda path: path.mkdir(), "unable to open"),
+    (lambda path: path.write_text("x" * 5000), "not a database"), (lambda path: path.mkdir(), "Is a directory"),
     (newer, "of a newer sniroute")])
 def test_a_file_that_cannot_be_used_is_told(caller, tmp_path, make, sentence):
     path = tmp_path / "names.db"
     make(path)
+    with pytest.raises(StoreError, match=sentence) as caught:
+        Sqlite(str(path), caller.loop).load()
+    assert str(path) in str(caught.value)
+
+
+def test_the_file_is_for_its_user_alone(caller, open_file, tmp_path):
+    """Also one that an earlier version has made, and what SQLite keeps beside it: leases and keys are in them."""
+    path = tmp_path / "names.db"
+    path.touch()
+    path.chmod(0o644)
+    write(caller, open_file(), claim("a.example.com"))
+    found = {each.name: stat.S_IMODE(each.stat().st_mode) for each in tmp_path.glob("names.db*")}
+    assert found == {"names.db": 0o600, "names.db-wal": 0o600}
+
+
+@pytest.mark.parametrize("spoil, sentence", [
+    (lambda path: path.chmod(0o666), "can be changed by other users: chmod o-w"),
+    (lambda path: path.parent.chmod(0o777), "can be changed by other users: chmod o-w"),
+    (lambda path: (path.unlink(), os.mkfifo(path, 0o600)), "is no file"),
+    (lambda path: (path.unlink(), path.symlink_to("/nonexistent/x")), "No such file"),
+    pytest.param(lambda path: os.chown(path, 4321, -1), "belongs to another user", marks=root),
+    pytest.param(lambda path: (path.unlink(), path.symlink_to("x"), os.chown(path, 4321, -1, follow_symlinks=False)),
+                 "belongs to another user", marks=root),
+    pytest.param(lambda path: (path.with_name("names.db-wal").touch(0o600), os.chown(f"{path}-wal", 4321, -1)),
+                 "names.db-wal belongs to another user", marks=root)])
+def test_a_file_that_another_user_may_have_written_is_refused(caller, tmp_path, spoil, sentence):
+    """It would claim names, and hold others.  A FIFO would keep the start waiting."""
+    path = tmp_path / "folder" / "names.db"
+    path.parent.mkdir()
+    path.touch(0o600)
+    spoil(path)
     with pytest.raises(StoreError, match=sentence) as caught:
         Sqlite(str(path), caller.loop).load()
     assert str(path) in str(caught.value)

@@ -18,8 +18,8 @@ import pytest
 import sniroute_router
 import sniroute_systemd
 from conftest import HERE, HOST, linux, wait_until
-from testbed.hellos import HELLO
-from testbed.program import PROGRAM, Customers, activated, command, cpu_seconds, environment, execute
+from testbed.hellos import HELLO, NAME
+from testbed.program import PROGRAM, Customers, activated, command, cpu_seconds, environment, execute, namespace
 from testbed.running import read_exactly, route
 
 
@@ -44,6 +44,33 @@ def test_five_restarts_below_systemd_refuse_nobody(launch, held, single_loop_ech
         program = launch(route(single_loop_echo), **activated(("sniroute", held)))
         customers.stop.set()
     assert customers.failures == [] and customers.served >= 200
+
+
+LISTENER = """
+import socket, sys
+listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+while True:
+    sock, _ = listener.accept()
+    with sock:
+        while data := sock.recv(65536):
+            sock.sendall(data)
+"""
+
+
+@linux
+def test_in_a_network_of_its_own_no_other_user_of_the_host_reaches_a_tunnel(launch, held, tmp_path, free_ports):
+    """Clients come by the socket, which is in the host's network; the port of a tunnel is in the router's own."""
+    (tmp_path / "listener.py").write_text(LISTENER)
+    first, last = free_ports()
+    made = activated(("sniroute", held))
+    made["python"] = (*namespace("--net", "ip link set lo up"), *made["python"])
+    program = launch(f"--route={NAME}=command:{sys.executable} -S {tmp_path}/listener.py {{port}}", f"--ports={first}-{last}",
+                     "--log-level=debug", **made)
+    with program.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO)) == HELLO
+        program.wait_for(f"127.0.0.1:{first}")  # its port
+        with pytest.raises(ConnectionRefusedError):
+            program.connect(address=(HOST, first))
 
 
 @linux

@@ -10,7 +10,8 @@ import pytest
 import sniroute_names
 import sniroute_upgrade
 from sniroute_refusals import Malformed
-from sniroute_upgrade import BINARY, CHUNK, CLOSE, CONTINUATION, HEAD_MAX, PING, PONG, TEXT, Answer, FrameReader
+from sniroute_upgrade import (BINARY, CHUNK, CLOSE, CONTINUATION, HEAD_MAX, PING, PONG, TEXT, Answer, EitherReader,
+                              FrameReader, check_upgrade, frame, parse_answer, upgrade_answer)
 from testbed.carrier import NOISE, masked, server_frame
 
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # RFC 6455 section 1.3
@@ -226,3 +227,50 @@ def test_only_malformed_is_ever_raised():
     for _ in range(5000):
         with contextlib.suppress(Malformed):
             read_all(*(chance.randbytes(chance.randrange(12)) for _ in range(4)))
+
+
+# -- at a server -------------------------------------------------------------------------------
+
+
+def test_the_answer_to_an_upgrade():
+    said = upgrade_answer(KEY, "Mon, 30 Nov 2026 00:00:00 GMT")
+    answer = parse_answer(said)
+    assert answer.status == 101 and answer.end == len(said)
+    assert answer.headers["sec-websocket-accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 section 1.3
+    check_upgrade(answer, KEY)
+
+
+@pytest.mark.parametrize("is_masked", [True, False])
+@pytest.mark.parametrize("seed", range(20))
+def test_frames_in_any_portions_are_read_at_either_side(is_masked, seed):
+    chance = random.Random(seed)
+    write = frame if is_masked else server_frame
+    data, payload, controls = b"", b"", []
+    for _ in range(30):
+        size = chance.choice((0, 1, 5, 125, 126, 1000, CHUNK, 65535))
+        piece = NOISE[:size]
+        data += write(BINARY, piece)
+        payload += piece
+        if chance.random() < 0.3:
+            data += write(PING, piece[:125])
+            controls.append((PING, piece[:125]))
+    data += write(CLOSE, b"\x03\xe8") + b"ignored"
+    reader, read, heard = EitherReader(is_masked), b"", []
+    at = 0
+    while at < len(data) - len(b"ignored"):
+        size = chance.choice((1, 2, 7, 1000, 100000))
+        pieces, found = reader.read(memoryview(data[at:at + size]))
+        read += b"".join(pieces)
+        heard += found
+        at += size
+    assert read == payload and heard == [*controls, (CLOSE, b"\x03\xe8")]
+
+
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_either_reader_raises_only_malformed(is_masked):
+    chance = random.Random(4)
+    for _ in range(5000):
+        reader = EitherReader(is_masked)
+        with contextlib.suppress(Malformed):
+            for _ in range(4):
+                reader.read(memoryview(chance.randbytes(chance.randrange(12))))

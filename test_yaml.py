@@ -108,7 +108,8 @@ ALSO: dict[str, tuple[str | bytes, Any]] = {
     "a literal alone, and its end": ("--- # a\n>\n a\n...\n", "a\n"),
     "what JSON has no number for": ("[.inf, -.INF, .nan, 1e999]", [".inf", "-.INF", ".nan", "1e999"]),
     "a number of many digits": ("9" * 1000, "9" * 1000),
-    "a key that means something else": ("yes: a\n1: b\n~: c\n", {"yes": "a", "1": "b", "~": "c"}),
+    "keys that mean themselves": ("true: a\n1: b\n-5: c\n.inf: d\n'yes': e\n\"1.0\": f\n2001-01-01: g\n", {
+        "true": "a", "1": "b", "-5": "c", ".inf": "d", "yes": "e", "1.0": "f", "2001-01-01": "g"}),
     "markers that are none": ("a: '---'\n---b: c\n", {"a": "---", "---b": "c"}),
 }
 
@@ -197,6 +198,16 @@ REFUSED: dict[str, tuple[str | bytes, int, str]] = {
     "no comma": ("a: {b: 'c' d: e}\n", 1, "neither a comma nor a }"),
     "two commas": ("[a,,b]", 1, "a comma where a value"),
     "a pair in a list": ("[a: b]", 1, "a key in square brackets"),
+    **{f"the key {key}": (f"a: b\n{key}: c", 2, "a key that means a number, a truth value or nothing")
+       for key in ("yes", "True", "y", "null", "~", "01", "+1", "-0", "0x10", "1_0", "1.0", ".5", "1.", "1e3", "9" * 20)},
+    "a key that is a number, in braces": ("{1.0: a}", 1, "a key that means a number, a truth value or nothing"),
+    "a colon at a bracket": ("{user:}", 1, "a colon with a comma or a bracket behind it"),  # for kubectl the key is user:
+    "a colon at a comma": ("{a:, b: c}", 1, "a colon with a comma or a bracket behind it"),
+    "a colon before a list": ("{a:[b]}", 1, "a colon with a comma or a bracket behind it"),
+    "a text with a colon at its end, in a list": ("[a, b:]", 1, "a colon with a comma or a bracket behind it"),
+    "a question mark first, in brackets": ("[?a]", 1, "a question mark within brackets"),  # for kubectl a is a key
+    "a question mark in brackets": ("{url: http://h/x?y}", 1, "a question mark within brackets"),
+    "a question mark in a key in brackets": ("{a?: b}", 1, "a question mark within brackets"),
     "a key without a colon": ("{a, b: c}", 1, "a key without a colon"),
     "a key without a blank": ("{a:b}", 1, "a key without a colon"),
     "a key without its colon in braces": ("{a\n: b}", 1, "a key whose colon is in another line"),
@@ -269,7 +280,7 @@ def test_lines_are_known():
 
 
 def test_no_value_is_shown():
-    node = parse_yaml(b"token: hunter2\nlist: [hunter2]\n1: 2\nyes: yes\n~:\n")
+    node = parse_yaml(b"token: hunter2\nlist: [hunter2]\n1: 2\ntrue: yes\nnone:\n")
     assert repr(node) == str(node) == "<a map in line 1>" and repr(node.value["token"]) == "<a text in line 1>"
     assert str([*node.value.values()]) == ("[<a text in line 1>, <a list in line 2>, <a number in line 3>, "
                                            "<a truth value in line 4>, <nothing in line 5>]")

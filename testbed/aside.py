@@ -1,6 +1,6 @@
-"""Some tests in a process beside the others: a whole run takes a minute less on two cores.
+"""Some tests in two processes beside the others: a whole run takes minutes less on two cores, since many tests wait.
 
-    the run --- fork, before the first test ---> a child: the tests of ASIDE, their reports into a file
+    the run --- fork, before the first test ---> a child for each row of ASIDE: its tests, their reports into a file
         |                                            |
         all other tests                              ends
         |                                            |
@@ -12,45 +12,57 @@ would not see the child.  A child that does not come to its end fails the run.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import select
 import tempfile
 from typing import Any, Generator
 
 import pytest
 
 # Files whose tests do not care how busy the host is: they compute, or wait for events only.
-ASIDE = frozenset(f"test_{room}.py" for room in (
+ASIDE = tuple(frozenset(f"test_{room}.py" for room in rooms) for rooms in ((
     "wire", "http", "yaml", "kubeconfig", "spdy", "channels", "hpack", "certificate", "claims", "owners", "resp", "dns",
     "objects", "patterns", "names", "settings", "upgrade", "launchers", "house", "gateway", "refusals", "doctor",
     "documents", "credentials", "plugins", "layers", "sqlite", "registry", "rest", "door", "claim", "redis", "rfc2136",
     "shared", "api", "pods", "links", "passage", "jumps", "kubernetes", "clusters", "cluster", "any_cluster",
-    "web_clients", "host"))
+    "web_clients", "host"), (
+    "nodeurl", "signals", "guards", "h2", "streams", "lanes", "duplex", "upstreams", "datagrams", "single", "master",
+    "mcp", "instances", "nat", "peering", "pool", "callers", "nodepass", "ends", "nodepass_faults", "nodepass_hostile",
+    "offload", "behind_nat")))
 END = "end"  # the last line of the file
-MANY = 5000  # tests of a run that is worth a second process
+MANY = 5000  # tests of a run that is worth further processes
 
 
 class Child:
     """The process that runs some tests, from its fork to its last report."""
 
-    def __init__(self, session: pytest.Session, items: list[pytest.Item]):
+    def __init__(self, session: pytest.Session, items: list[pytest.Item], others: list[Child]):
         self.config = session.config
         self.file = tempfile.TemporaryFile("w+", encoding="utf-8")
-        self.over, lives = os.pipe()  # it ends with the child.  A test that waits for all its children may reap this one
-        self.pid = os.fork()
-        if self.pid:
+        self.over, lives = os.pipe()  # it ends with the child
+        watched, self.alive = os.pipe()  # it ends with the run
+        run = os.fork()
+        if run:
             os.close(lives)
-        else:
-            code = 1
-            try:
-                self._run(session, items)
-                code = 0
-            finally:  # nothing of the run is the child's to end
-                os._exit(code)
+            os.close(watched)
+            os.waitpid(run, 0)
+            return
+        # The child is nobody's: what its tests leave without a parent must not become a child of the run, some of whose
+        # tests take such processes in (PR_SET_CHILD_SUBREAPER).
+        if os.fork():
+            os._exit(0)
+        code = 1
+        try:
+            for other in (*others, self):
+                os.close(other.alive)
+            self._run(session, items, watched)
+            code = 0
+        finally:  # nothing of the run is the child's to end
+            os._exit(code)
 
-    def _run(self, session: pytest.Session, items: list[pytest.Item]) -> None:
-        """The child: run these, and write down what came of each."""
+    def _run(self, session: pytest.Session, items: list[pytest.Item], watched: int) -> None:
+        """The child: run these as long as there is a run, and write down what came of each."""
         manager = self.config.pluginmanager
         capture = manager.getplugin("capturemanager")
         capture.stop_global_capturing()  # its files are the other process's
@@ -59,6 +71,8 @@ class Child:
         manager.register(self, "aside")
         session.items = items
         for item, following in zip(items, [*items[1:], None]):
+            if select.select([watched], [], [], 0)[0]:
+                return
             self.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         self.file.write(json.dumps(END) + "\n")
         self.file.flush()
@@ -72,8 +86,7 @@ class Child:
         """Wait for the child, and tell its reports.  Raises pytest.UsageError where it has broken off."""
         with open(self.over, "rb") as over:
             over.read()
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
+        os.close(self.alive)
         self.file.seek(0)
         with self.file:
             rows = [json.loads(line) for line in self.file if line.endswith("\n")]
@@ -98,15 +111,16 @@ def is_whole(session: pytest.Session) -> bool:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
     """Run the tests of ASIDE beside the others."""
-    from conftest import lasting
-    items = [item for item in session.items if item.path.name in ASIDE]
-    if not items or not is_whole(session):
+    if not is_whole(session):
         return (yield)
-    session.items = [item for item in session.items if item.path.name not in ASIDE]
-    child = Child(session, items)
-    lasting.add(child.pid)
+    children: list[Child] = []
+    for names in ASIDE:
+        items = [item for item in session.items if item.path.name in names]
+        session.items = [item for item in session.items if item.path.name not in names]
+        if items:
+            children.append(Child(session, items, children))
     try:
         return (yield)
     finally:
-        lasting.discard(child.pid)
-        child.end()
+        for child in children:
+            child.end()

@@ -408,7 +408,7 @@ def resolve_as(monkeypatch: pytest.MonkeyPatch, found: Callable[[], list[Address
     asked, resolve = [], socket.getaddrinfo
 
     def getaddrinfo(host: str, *rest: Any, **options: Any) -> Any:
-        if host == HOST:
+        if host in (HOST, HOST.encode()):
             return resolve(host, *rest, **options)
         asked.append(host)
         return [(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM, 6, "", address)

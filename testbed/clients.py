@@ -126,9 +126,13 @@ def initdb() -> Iterator[DataFiles]:
 
 
 class Database:
-    """A PostgreSQL that speaks TLS, on a port that it keeps."""
+    """A PostgreSQL that speaks TLS, on a port that it keeps.
 
-    def __init__(self, certificate: Certificate, initdb: DataFiles):
+    `within`: words in front of its command that run it in a network of its own, as root.
+    """
+
+    def __init__(self, certificate: Certificate, initdb: DataFiles, within: tuple[str, ...] = ()):
+        self.within = within
         self.server = program_path("postgres", "postgresql")
         program_path("psql", "postgresql-client")
         # Not below pytest's folder, which is closed to other users; and short, for the socket's sake.
@@ -155,12 +159,16 @@ class Database:
     def start(self) -> bool:
         """Run it; whether it is ready."""
         status = self.data / "postmaster.pid"
+        user = {} if self.within else self.user
+        within = [*self.within, "setpriv", f"--reuid={self.user['user']}", f"--regid={self.user['group']}",
+                  "--clear-groups"] if self.within else []
         with open(self.folder / "log", "ab") as log:
             self.process = process = subprocess.Popen(
-                [self.server, "-D", str(self.data), "-h", HOST, "-p", str(self.address[1]), "-k", str(self.folder),
+                [*within, self.server, "-D", str(self.data), "-h", HOST, "-p", str(self.address[1]), "-k", str(self.folder),
                  "-c", "fsync=off", "-c", "ssl=on", "-c", f"ssl_cert_file={self.folder}/server.crt",
                  "-c", f"ssl_key_file={self.folder}/server.key"],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder, env={"LC_ALL": "C"}, **self.user)
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder,
+                env={"LC_ALL": "C", "PATH": os.environ["PATH"]} if within else {"LC_ALL": "C"}, **user)
 
         def ready() -> bool:  # the eighth line of that file says it
             with contextlib.suppress(FileNotFoundError):
@@ -296,7 +304,22 @@ def page(certificate: Certificate) -> Callable[[socket.socket], None]:
 
 # -- clients that are libraries ----------------------------------------------------------------
 
-PSYCOPG = "SNIROUTE_TEST_PSYCOPG"  # the variable that names a Python with psycopg and PyYAML, if not that of the tests
+PSYCOPG = "SNIROUTE_TEST_PSYCOPG"  # the variable that names a Python with psycopg, PyYAML and h2, if not that of the tests
+
+
+@contextlib.contextmanager
+def paths_of(package: str) -> Iterator[None]:
+    """While the block runs, a package in nothing but Python can be imported from where PSYCOPG has it, too."""
+    before = list(sys.path)
+    if PSYCOPG in os.environ:
+        code = f"import importlib.util as u; s = u.find_spec({package!r}); print(s.submodule_search_locations[0] if s else '')"
+        found = execute(os.environ[PSYCOPG], "-c", code).stdout.decode().strip()
+        if found:
+            sys.path.append(os.path.dirname(found))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """endure: the long forms of the tests, against the real program; with figures for bench/README.md.
 
-    python3 -m testbed.endure                                   everything at full length: five minutes
+    python3 -m testbed.endure                                   everything at full length: ten minutes
     python3 -m testbed.endure --only data,carrier --scale 0.01  two parts, a hundredth of the length
     python3 -m testbed.endure --only inputs --seed 7            other inputs
 
@@ -10,6 +10,8 @@
     carrier     2 GB through the carrier, to the stand-in for the edge          endure_streams, fake_edge
     kills       50 times SIGKILL to the router under load
     handovers   10 successors under a load of new connections
+    nodepass    four NodePass tunnels for five minutes, a day of theirs: ends,  endure_nodepass
+                targets and the link between fail, one after another
 
 The router is a process of its own, as users run it (endure_router).  A line for each part says what was done and how
 the router stood before and after it: descriptors, threads and children have to be the same, memory up to RESIDENT_MORE,
@@ -37,7 +39,7 @@ import time
 from typing import Any, Callable, Iterator, NamedTuple
 
 from sniroute_wire import SSL_REQUEST_BYTES
-from testbed import endure_inputs, endure_nemesis
+from testbed import endure_inputs, endure_nemesis, endure_nodepass
 from testbed.endure_nemesis import Load, Nemesis
 from testbed.endure_router import (HERE, HOST, PIPES_MAX, RESIDENT_MORE_DATA, TESTBED, Backend, Baseline, Folder,
                                    Problem, Router, Standing, children, clients, environment, raise_descriptors,
@@ -422,10 +424,19 @@ def handovers(size: Size) -> Result:
     return Result(words, problems, baseline.before, after)
 
 
+# -- NodePass ----------------------------------------------------------------------------------
+
+
+def nodepass(size: Size) -> Result:
+    """Tunnels of which everything fails."""
+    return Result(*endure_nodepass.run(300 * size.scale, size.seed))
+
+
 # -- the command -------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[Size], Result]] = {
     "nemesis": nemesis, "inputs": inputs, "data": data, "carrier": carrier, "kills": kills, "handovers": handovers,
+    "nodepass": nodepass,
 }
 
 
