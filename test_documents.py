@@ -186,6 +186,11 @@ def test_options_that_are_named_are_there():
     assert {"--hostname", "--url"} <= options("sniroute_carrier.py", "access", "tcp")
 
 
+def with_ports(text: str, ports: dict[str, int]) -> str:
+    """A text with other ports, all at once: one that is put in may look like the next one (18080, of 8080)."""
+    return re.sub("|".join(map(re.escape, ports)), lambda match: str(ports[match[0]]), text)
+
+
 # -- README.md ---------------------------------------------------------------------------------
 
 
@@ -200,7 +205,7 @@ def test_quick_start_of_the_readme_works_as_pasted(tmp_path, free_ports):
             pytest.skip(f"needs the Debian package {program}")
     block = marked(README, "quick start")
     first, *_ = free_ports(3)
-    script = block.replace("19000", str(first)).replace("8443", str(first + 1)).replace("8080", str(first + 2)).replace(
+    script = with_ports(block, {"19000": first, "8443": first + 1, "8080": first + 2}).replace(
         "python3 ", f"{sys.executable} ") + "\nwait\n"
     for name in (*CORE, DOCTOR, *(f"{room}.py" for room in OPTIONS["web"]), "README.md"):
         shutil.copy(HERE / name, tmp_path)
@@ -384,9 +389,8 @@ class Shell:
     """A block of a document in a shell, with ports of the test's instead of its own, in a folder with the program."""
 
     def __init__(self, text: str, folder: pathlib.Path, ports: dict[str, int], registry: int):
-        for port, number in ports.items():
-            assert port in text
-            text = text.replace(port, str(number))
+        assert all(port in text for port in ports)
+        text = with_ports(text, ports)
         where = f"{HOST}:{registry}"  # as in all of them where they do not say
         for path in HERE.glob("sniroute*.py"):
             shutil.copy(path, folder)
