@@ -14,7 +14,7 @@ from typing import Any, Iterator
 
 import pytest
 
-from conftest import HOST
+from conftest import HOST, wait_until
 from sniroute_channels import (COMMANDS, MESSAGE_MAX, NO_CODE, NORMAL, PORTS, TUNNEL, V4, V5, WORDS_MAX, Channels,
                                Closed, Command, MessageReader, Messages, Outcome, Piece, Ports, Tunnel, check_protocol,
                                read_outcome)
@@ -540,10 +540,12 @@ def test_kubectl_forwards_through_a_tunnel(kubectl, stream_server):
                     client.sendall(said)
                     client.shutdown(socket.SHUT_WR)
                     assert file.read() == said
+            ((protocol, far),) = stream_server.upgrades
+            assert protocol == TUNNEL
+            wait_until(lambda: "data" not in [headers["streamtype"] for headers in list(far.streams.values())],
+                       what="the end of the last stream, which kubectl says when its client has gone")
         finally:
             child.kill()
-    ((protocol, far),) = stream_server.upgrades
-    assert protocol == TUNNEL and [headers for headers in far.streams.values() if headers["streamtype"] == "data"] == []
 
 
 def test_kubectl_runs_a_command_in_channels(kubectl, stream_server):
