@@ -538,7 +538,7 @@ class State:
                 if record is None:
                     run("DELETE FROM instances WHERE id = ?", (ident,))
                 else:
-                    run("INSERT INTO instances VALUES (?1, ?2) ON CONFLICT (id) DO UPDATE SET record = ?2",
+                    run("INSERT INTO instances VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET record = excluded.record",
                         (ident, record))
             run("COMMIT")
         except sqlite3.Error as error:
