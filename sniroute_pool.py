@@ -218,11 +218,6 @@ class Pool:
             self.patience.put(asker)
         return asker
 
-    @property
-    def waiting(self) -> int:
-        """How many wait for any connection."""
-        return sum(asker.done is not None for asker in self.askers)
-
     def _tell_none(self, asker: Asker) -> None:
         """The patience of somebody is over."""
         if asker.id and self.wanted.get(asker.id) is asker:

@@ -9,7 +9,7 @@ import pytest
 from conftest import HOST, connect, echo, wait_until
 from sniroute_peering import CONTROL
 from sniroute_signals import Signal, ask, parse_terms, token_of
-from testbed.nodepass import KINDS, QUICK, Tunnel, free_port, is_refused, read_all, send_all, show, trip
+from testbed.nodepass import KINDS, QUICK, Tunnel, free_port, how_many_wait, is_refused, read_all, send_all, show, trip
 
 @pytest.mark.parametrize("flow", ["-", "+"], ids=["server accepts", "client accepts"])
 @pytest.mark.parametrize("query", [query for query, _ in KINDS], ids=[name for _, name in KINDS])
@@ -91,7 +91,7 @@ def test_callers_wait_for_a_client(tunnel, echo_server, lone):
     """As long as for a connection; and a client that comes meanwhile serves them."""
     server = lone().begin(f"server://key@{HOST}:1/{HOST}:2?mode=1", port=0, targets=((HOST, 0),))
     with connect(server.callers, b"early") as caller:
-        wait_until(lambda: server.end.pool.waiting)
+        wait_until(lambda: how_many_wait(server.end.pool))
         client = lone().begin(f"client://key@{HOST}:1/{HOST}:2?mode=2", port=server.end.listener.getsockname()[1],
                                targets=(echo_server.address,))
         assert caller.recv(10) == b"early"

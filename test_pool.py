@@ -10,6 +10,7 @@ import pytest
 from sniroute_loop import Loop
 from sniroute_pool import ENDED_MAX, Pool, Sizer, Slot
 from sniroute_refusals import Failed
+from testbed.nodepass import how_many_wait
 
 
 class Wire:
@@ -68,7 +69,7 @@ def test_those_who_wait_are_served_in_their_order(pool):
     made, got = pool(), []
     askers = [made.ask(lambda slot, name=name: got.append((name, slot.id))) for name in "abc"]
     askers[1].cancel()
-    assert made.waiting == 2
+    assert how_many_wait(made) == 2
     for number in range(3):
         made.add(slot(number))
     assert got == [("a", "00000000"), ("c", "00000001")]
@@ -226,7 +227,7 @@ def test_a_pool_as_a_model_of_it(pool):
             gone = rng.choice(idle)
             made.idle[gone].wire.on_end(None)
             idle.remove(gone)
-        assert list(made.idle) == idle and made.waiting == len(waiting)
+        assert list(made.idle) == idle and how_many_wait(made) == len(waiting)
         assert used.isdisjoint(made.idle) and used.isdisjoint(made.ended)
 
 

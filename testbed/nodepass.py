@@ -30,6 +30,7 @@ from sniroute_dialout import Client
 from sniroute_ends import LINKED, End
 from sniroute_nodepass import Forwarders, NodePass, run_client, run_server
 from sniroute_nodeurl import Times, parse_url
+from sniroute_pool import Pool
 from testbed.carrier import Notes
 
 KINDS = [("", "plain"), ("tls=1", "tls=1"), ("tls=2", "tls=2"), ("type=2", "type=2"), ("type=2&tls=1", "type=2, tls=1"),
@@ -43,6 +44,11 @@ def free_port(kind: int = socket.SOCK_STREAM) -> int:
     with socket.socket(type=kind) as sock:
         sock.bind((HOST, 0))
         return sock.getsockname()[1]
+
+
+def how_many_wait(pool: Pool) -> int:
+    """How many wait for any connection of a pool."""
+    return sum(asker.done is not None for asker in list(pool.askers))
 
 
 class Local:
