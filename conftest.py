@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
 import os
 import pathlib
 import queue
@@ -34,6 +33,9 @@ from typing import Any, Callable, Iterator
 import pytest
 
 pytest.register_assert_rewrite("testbed")  # an assert in a helper shows its values
+
+from testbed.ports import free_block  # noqa: E402: its asserts too
+
 pytest_plugins = [f"testbed.{module}" for module in ("standins", "running", "program", "tunnels", "carrier", "admin",
                                                       "clients", "web", "streams", "cluster", "apis", "passage",
                                                       "any_cluster", "registry", "redis", "named", "nodepass",
@@ -321,39 +323,11 @@ def deaf() -> Iterator[Address]:
 
 # -- ports -------------------------------------------------------------------------------------
 
-BLOCK = 32  # ports per block
-BLOCKS_FIRST, BLOCKS_COUNT = 10016, 680  # blocks from port 10016 to 31775: below the ephemeral range
-block_numbers = itertools.count(os.getpid() * 37)
-
-
 @pytest.fixture
 def free_ports() -> Iterator[Callable[..., tuple[int, int]]]:
-    """free_ports(count=20) -> (first, last): consecutive TCP ports that nobody holds.
-
-    Each call gets blocks of its own, also where several test runs go on at once: a UDP socket on a block's first port
-    marks it as taken until the test ends.
-    """
+    """free_ports(count=20) -> (first, last): consecutive ports that nobody holds, of this test alone until it ends."""
     with contextlib.ExitStack() as stack:
-        def reserve(count: int = 20) -> tuple[int, int]:
-            blocks = -(-count // BLOCK)
-            for number in itertools.islice(block_numbers, 0, BLOCKS_COUNT, blocks):
-                first = BLOCKS_FIRST + BLOCK * (number % (BLOCKS_COUNT - blocks))
-                with contextlib.ExitStack() as marks:
-                    try:
-                        for port in range(first, first + blocks * BLOCK):
-                            if (port - first) % BLOCK == 0:
-                                mark = marks.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-                                mark.bind((HOST, port))
-                            with socket.socket() as probe:
-                                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                                probe.bind((HOST, port))
-                    except OSError:
-                        continue
-                    stack.enter_context(marks.pop_all())
-                    return first, first + count - 1
-            raise AssertionError("no free block of ports")
-
-        yield reserve
+        yield lambda count=20: stack.enter_context(free_block(count))
 
 
 @pytest.fixture

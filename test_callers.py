@@ -14,7 +14,8 @@ import sniroute_callers
 from conftest import HOST, connect, deaf_listener, wait_until
 from sniroute_callers import DIALLING, PEEKING, WAITING, parse_remote
 from test_ends import is_refused, read_all, send_all, trip
-from testbed.nodepass import QUICK, free_port
+from testbed.nodepass import QUICK
+from testbed.ports import free_port
 
 # A pool whose connections are sockets, which are spliced; one whose are wires; and sockets that a rate makes wires.
 KINDS = pytest.mark.parametrize("query", ["", "tls=1", "rate=100000"])

@@ -30,6 +30,7 @@ from conftest import HERE, HOST, Address, exit_code, deaf_listener, linux, wait_
 from testbed.clients import (Certificate, backwards, endings, namespaces, page, post, program_path, psql,
                              version_of, with_pg)
 from testbed.hellos import HELLO, NAME
+from testbed.ports import free_port
 from testbed.program import Program, environment, execute
 from testbed.running import TUNNEL, read_all, read_exactly, route
 
@@ -425,8 +426,8 @@ def saying(word: bytes) -> Callable[[socket.socket], None]:
 @pytest.mark.parametrize("dead", [("127.0.0.2",), ("127.0.0.2", "127.0.0.3")], ids=["one", "two"])
 def test_a_black_holed_address_costs_the_first_client_a_moment_and_the_next_nothing(launch, serve, tmp_path, dead):
     """A name with several addresses in /etc/hosts, which only the router sees; the first ones swallow each SYN."""
-    good = serve(saying(b"good"), (GOOD, 0))
-    port = good.address[1]
+    port = free_port()  # at each of these addresses
+    serve(saying(b"good"), (GOOD, port))
     hosts = tmp_path / "hosts"
     hosts.write_text("".join(f"{address} service.example.com\n" for address in (*dead, GOOD)))
     python = (*namespaces("--mount"), "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', str(hosts),

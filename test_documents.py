@@ -16,11 +16,9 @@ import shlex
 import shutil
 import signal
 import socket
-import socketserver
 import struct
 import subprocess
 import sys
-import threading
 from typing import Callable, Iterator
 
 import pytest
@@ -62,6 +60,7 @@ from sniroute_settings import SETTINGS, load_settings
 from conftest import CORE, DOCTOR, HERE, HOST, Server, exit_code, linux, wait_until
 from testbed.clients import namespaces, program_path
 from testbed.hellos import genuine
+from testbed.ports import free_port
 from testbed.running import Running, read_exactly
 
 README, OPERATING, CONTRIBUTING, SECURITY = (
@@ -823,14 +822,6 @@ def changed(folder: pathlib.Path) -> None:
     apply_examples(folder)
 
 
-class Echo(socketserver.BaseRequestHandler):
-    """Sends everything back."""
-
-    def handle(self) -> None:
-        while data := self.request.recv(65536):
-            self.request.sendall(data)
-
-
 def exchange(port: int, *steps: tuple[bytes, bytes]) -> None:
     """Say and hear each step, as a client of the router."""
     with socket.create_connection((HOST, port), timeout=10) as client:
@@ -852,9 +843,9 @@ def acme_hello() -> bytes:
     return hello[:at] + alpn + struct.pack("!HH", 21, pad) + bytes(pad)
 
 
-def test_the_examples_can_be_followed(tmp_path, free_ports):
+def test_the_examples_can_be_followed(tmp_path, echo_server):
     changed(tmp_path)
-    port, far = free_ports(2)
+    port, far = free_port(), echo_server.address[1]
     route = ["--route", f"db.example.com=local:{far}"]
     program = [sys.executable, "-S", "-E", str(tmp_path / "sniroute.py")]
 
@@ -869,10 +860,7 @@ def test_the_examples_can_be_followed(tmp_path, free_ports):
     done = run("check", "-c", str(file))
     assert (done.returncode, done.stdout) == (0, "a.example.com=socat:b.example.com\n")
     log = tmp_path / "log"
-    with socketserver.ThreadingTCPServer((HOST, far), Echo) as echo, open(log, "wb") as stderr:
-        echo.daemon_threads = True
-        thread = threading.Thread(target=echo.serve_forever, args=(0.05,))
-        thread.start()
+    with open(log, "wb") as stderr:
         router = subprocess.Popen([*program, "--listen", f"{HOST}:{port}", "--half-closed-idle", "2m", *route],
                                   stderr=stderr)
         try:
@@ -885,8 +873,6 @@ def test_the_examples_can_be_followed(tmp_path, free_ports):
         finally:
             router.terminate()
             router.wait()
-            echo.shutdown()
-            thread.join()
     assert log.read_text().count(f"backend=local:{far} ") == 2 and "reason=acme" in log.read_text()
 
 

@@ -9,7 +9,8 @@ import pytest
 from conftest import HOST, connect, echo, wait_until
 from sniroute_peering import CONTROL
 from sniroute_signals import Signal, ask, parse_terms, token_of
-from testbed.nodepass import KINDS, QUICK, Tunnel, free_port, how_many_wait, is_refused, read_all, send_all, show, trip
+from testbed.nodepass import KINDS, QUICK, Tunnel, how_many_wait, is_refused, read_all, send_all, show, trip
+from testbed.ports import free_port
 
 @pytest.mark.parametrize("flow", ["-", "+"], ids=["server accepts", "client accepts"])
 @pytest.mark.parametrize("query", [query for query, _ in KINDS], ids=[name for _, name in KINDS])

@@ -15,7 +15,8 @@ import pytest
 from conftest import HERE, HOST, connect, exit_code, wait_until
 from sniroute_nodepass import USAGE, StatusLog, main
 from sniroute_nodeurl import PARAMETERS
-from testbed.nodepass import Forwarders, free_port, show
+from testbed.nodepass import QUICK, Forwarders, show
+from testbed.ports import free_port
 
 PROGRAM = [sys.executable, str(HERE / "sniroute_nodepass.py")]
 
@@ -143,7 +144,6 @@ def test_sniroute_tells_it_what_to_open(echo_server):
 
 def test_a_caller_is_told_by_a_line_that_sniroute_reads(lone):
     """Where no client has dialled in."""
-    from testbed.nodepass import QUICK
     made = lone(kind=Forwarders, times=QUICK._replace(pool_get=0.05), environ={"KEY": "secret"})
     listener = made.program.listen(made.program.parse(f"$KEY@{HOST}:{free_port()}"), (HOST, 0))
     made.start()

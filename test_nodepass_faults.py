@@ -43,7 +43,8 @@ from sniroute_h2 import CANCEL
 from sniroute_signals import Signal, ask, frame_datagram
 from sniroute_streams import H2Client, H2Server
 from testbed.foreign import Original, read_exactly
-from testbed.nodepass import KINDS, QUICK, Local, free_port, read_all, send_all, trip
+from testbed.nodepass import KINDS, QUICK, Local, read_all, send_all, trip
+from testbed.ports import free_port
 
 TLS_KINDS = [query for query, _ in KINDS if "tls=2" not in query]
 

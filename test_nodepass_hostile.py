@@ -33,7 +33,8 @@ from sniroute_refusals import Malformed
 from sniroute_signals import Signal, Terms, answer, encode
 from testbed.endure_router import children, descriptors, resident
 from testbed.foreign import UPGRADE, Client, Served, call_from, read_exactly, upgrade
-from testbed.nodepass import QUICK, Local, Tunnel, free_port, trip
+from testbed.nodepass import QUICK, Local, Tunnel, trip
+from testbed.ports import free_port
 
 STRANGER = "127.0.0.2"
 HASTY = QUICK._replace(handshake=0.5)  # who is not ready by then goes

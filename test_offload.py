@@ -23,7 +23,7 @@ from sniroute_layers import Wires
 from sniroute_loop import Loop, monotonic
 from sniroute_offload import Offload, Order
 from sniroute_refusals import Failed
-from testbed.nodepass import free_port
+from testbed.ports import free_port
 
 
 class Bench:

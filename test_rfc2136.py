@@ -7,7 +7,6 @@ import contextlib
 import functools
 import ipaddress
 import logging
-import os
 import random
 import re
 import signal
@@ -21,12 +20,12 @@ import pytest
 import sniroute_dns as dns
 import sniroute_rfc2136
 from conftest import HOST
-from sniroute_dial import find_proxy
-from sniroute_dns import A, IN, KEY_VARIABLE, NONE, TXT, Key, Mark, Record, parse_url, text_data
+from sniroute_dns import A, IN, NONE, TXT, Key, Mark, Record, parse_url, text_data
 from sniroute_loop import NEVER, READ, Loop, Watch, monotonic
 from sniroute_rfc2136 import REASONS, SERVER_FAILURES, Updater
 from testbed.carrier import resolve_as
-from testbed.named import KEYS, ZONE, Named, free_port
+from testbed.named import KEYS, ZONE
+from testbed.ports import free_port
 
 KEY, HUMAN = KEYS["router"], KEYS["human"]
 ID, OTHER = "7f" * 16, "5e" * 16

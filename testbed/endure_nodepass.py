@@ -32,9 +32,10 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Callable, NamedTuple
 
 from testbed.endure_router import FORBIDDEN, HERE, Problem, Standing, standing, wait_for
+from testbed.ports import free_port
 
 LOOPBACK = "127.0.0.1"
 NETWORK, NEAR, FAR = "198.51.100.0/24", "198.51.100.1", "198.51.100.2"  # the link's, servers' and targets', clients'
@@ -115,14 +116,6 @@ class Network:
 # -- tunnels -----------------------------------------------------------------------------------
 
 
-def free_port(host: str) -> int:
-    """A port that is free for TCP and UDP now."""
-    with socket.socket() as sock, socket.socket(type=socket.SOCK_DGRAM) as other:
-        sock.bind((host, 0))
-        other.bind(sock.getsockname())
-        return sock.getsockname()[1]
-
-
 class Tunnel:
     """Two ends, and a target, which are processes."""
 
@@ -130,11 +123,11 @@ class Tunnel:
         self.kind = kind
         self.network = network
         self.path = folder / str(number)  # `.server`, `.client`, `.target`: their logs
-        port, self.target_port = free_port(network.near), free_port(network.near)
+        port, self.target_port = free_port(), free_port()
         is_near = kind.flow == "-"
-        self.callers = (network.near, free_port(network.near)) if is_near else (network.far, 20000 + number)
+        self.callers = (network.near, free_port()) if is_near else (network.far, 20000 + number)
         if not is_near and not network.is_real:
-            self.callers = (LOOPBACK, free_port(LOOPBACK))
+            self.callers = (LOOPBACK, free_port())
         places = (f"{self.callers[0]}:{self.callers[1]}", f"{network.near}:{self.target_port}")
         first, second = places if is_near else places[::-1]
         program = [sys.executable, str(HERE / "sniroute_nodepass.py")]

@@ -28,6 +28,8 @@ import threading
 import time
 from typing import Any, Callable, Iterator, NamedTuple
 
+from testbed.ports import BLOCK, free_block
+
 TESTBED = pathlib.Path(__file__).resolve().parent
 HERE = TESTBED.parent
 HOST = "127.0.0.1"
@@ -130,10 +132,6 @@ def show(before: Standing, now: Standing) -> str:
 
 # -- a place -----------------------------------------------------------------------------------
 
-BLOCK = 32  # ports; the blocks are those of conftest.py, so that tests may run meanwhile
-BLOCKS_FIRST, BLOCKS_COUNT = 10016, 680
-
-
 class Folder:
     """A place for one part: files below `path`, and a block of 32 ports.  Used with `with`."""
 
@@ -149,38 +147,22 @@ class Folder:
                                     "import fake_cloudflared\nsys.exit(fake_cloudflared.main())\n")
         self.cloudflared.chmod(0o700)
         self.tables: dict[str, dict[str, Any]] = {"far.json": {}, "faults.json": {}}
-        self.mark, self.first_port = self.reserve()
-        self.listen: Address = HOST, self.first_port
-        self.admin: Address = HOST, self.first_port + 1
-        self.ports = self.first_port + 2, self.first_port + BLOCK - 1
+        self.reserved = contextlib.ExitStack()
+        first, last = self.reserved.enter_context(free_block(BLOCK))
+        self.listen: Address = HOST, first
+        self.admin: Address = HOST, first + 1
+        self.ports = first + 2, last
         self.settings = self.path / "sniroute.toml"
 
     def __enter__(self) -> Folder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.mark.close()
+        self.reserved.close()
         for pid in running(str(self.tunnels)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.path, ignore_errors=True)
-
-    @staticmethod
-    def reserve() -> tuple[socket.socket, int]:
-        """A block of ports that nobody holds: the UDP socket that marks it as taken, and its first port."""
-        for number in range(os.getpid() * 37, os.getpid() * 37 + BLOCKS_COUNT):
-            first = BLOCKS_FIRST + BLOCK * (number % BLOCKS_COUNT)
-            mark = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            try:
-                mark.bind((HOST, first))
-                for port in range(first, first + BLOCK):
-                    with socket.socket() as probe:
-                        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                        probe.bind((HOST, port))
-                return mark, first
-            except OSError:
-                mark.close()
-        raise Problem("no free block of ports")
 
     def set(self, table: str, hostname: str, value: Any) -> None:
         """Change an entry of far.json or faults.json.  The file is replaced: the stand-in never reads half of one."""

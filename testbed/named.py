@@ -23,6 +23,7 @@ import pytest
 import sniroute_dns as dns
 from conftest import HOST, exit_code, wait_until
 from sniroute_dns import Key, Record, Zone
+from testbed.ports import free_port
 
 ZONE = "tun.example.com"
 KEYS = {  # by name: each has its secret, and each but `guest` may change the zone
@@ -127,16 +128,6 @@ class Named:
                 assert data, "it ended"
                 heard += data
             return found
-
-
-def free_port() -> int:
-    """A port that nobody has at the moment, neither in TCP nor in UDP."""
-    while True:
-        with socket.socket() as tcp, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
-            tcp.bind((HOST, 0))
-            with contextlib.suppress(OSError):
-                udp.bind(tcp.getsockname())
-                return tcp.getsockname()[1]
 
 
 def named_path() -> str:

@@ -39,13 +39,6 @@ ORIGINAL = os.environ.get("SNIROUTE_TEST_NODEPASS", "")
 QUICK = Times(cooldown=0.2, handshake=5.0, pool_get=5.0, report=5.0)  # a test waits for nothing of it in vain
 
 
-def free_port(kind: int = socket.SOCK_STREAM) -> int:
-    """A port that is free now, for a program that has to be told one."""
-    with socket.socket(type=kind) as sock:
-        sock.bind((HOST, 0))
-        return sock.getsockname()[1]
-
-
 def how_many_wait(pool: Pool) -> int:
     """How many wait for any connection of a pool."""
     return sum(asker.done is not None for asker in list(pool.askers))
@@ -310,5 +303,5 @@ def original(tmp_path: pathlib.Path) -> Iterator[Callable[..., Program]]:
         yield make
 
 
-__all__ = ["KINDS", "Client", "End", "Forwarders", "Local", "Program", "QUICK", "Server", "Tunnel", "free_port", "is_refused",
+__all__ = ["KINDS", "Client", "End", "Forwarders", "Local", "Program", "QUICK", "Server", "Tunnel", "is_refused",
            "read_all", "send_all", "show", "trip"]

@@ -47,6 +47,7 @@ from sniroute_wire import Hello, HelloReader
 from testbed import fuzz, fuzz_web
 from testbed.fuzz_oracles import No, outcome
 from testbed.openssl import blinded, openssl
+from testbed.ports import free_port
 from testbed.smuggling import Wire
 
 HOST = "127.0.0.1"
@@ -232,12 +233,6 @@ backend out
 """
 LAST = b"GET /the-last HTTP/1.1\r\nHost: last\r\nConnection: close\r\n\r\n"
 HEARD = re.compile(rb"^X-Heard: <(.*)>\r$", re.MULTILINE | re.IGNORECASE)
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.create_server((HOST, 0)) as sock:
-        return sock.getsockname()[1]
 
 
 @contextlib.contextmanager
