@@ -12,6 +12,7 @@
     handovers   10 successors under a load of new connections
     nodepass    four NodePass tunnels for five minutes, a day of theirs: ends,  endure_nodepass
                 targets and the link between fail, one after another
+    house       all kinds of clients for an hour, while all that they use fails endure_house
 
 The router is a process of its own, as users run it (endure_router).  A line for each part says what was done and how
 the router stood before and after it: descriptors, threads and children have to be the same, memory up to RESIDENT_MORE,
@@ -39,7 +40,7 @@ import time
 from typing import Any, Callable, Iterator, NamedTuple
 
 from sniroute_wire import SSL_REQUEST_BYTES
-from testbed import endure_inputs, endure_nemesis, endure_nodepass
+from testbed import endure_house, endure_inputs, endure_nemesis, endure_nodepass
 from testbed.endure_nemesis import Load, Nemesis
 from testbed.endure_router import (HERE, HOST, PIPES_MAX, RESIDENT_MORE_DATA, TESTBED, Backend, Baseline, Folder,
                                    Problem, Router, Standing, children, clients, environment, raise_descriptors,
@@ -432,11 +433,19 @@ def nodepass(size: Size) -> Result:
     return Result(*endure_nodepass.run(300 * size.scale, size.seed))
 
 
+# -- the whole ---------------------------------------------------------------------------------
+
+
+def house(size: Size) -> Result:
+    """The main job under fault."""
+    return Result(*endure_house.run(3600 * size.scale, size.seed))
+
+
 # -- the command -------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[Size], Result]] = {
     "nemesis": nemesis, "inputs": inputs, "data": data, "carrier": carrier, "kills": kills, "handovers": handovers,
-    "nodepass": nodepass,
+    "nodepass": nodepass, "house": house,
 }
 
 
