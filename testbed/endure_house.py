@@ -317,13 +317,14 @@ class Outcome(NamedTuple):
 def served(house: House) -> None:
     """Run the load until each lane was served: what comes once is there."""
     before = {lane: lane.served for lane in house.load.lanes}
-    house.load.start()
+    everything = frozenset().union(*(lane.parts for lane in house.load.lanes))
     try:
-        wait_for(lambda: all(lane.served > before[lane] for lane in house.load.lanes) or house.load.problems,
-                 "a first client of each kind that is served: "
-                 + ", ".join(str(lane) for lane in house.load.lanes if lane.served == before[lane]), 90)
+        with house.ledger.broken("set-up", *everything):
+            house.load.start()
+            wait_for(lambda: all(lane.served > before[lane] for lane in house.load.lanes)
+                     or house.load.problems, "a first client of each kind", 90)
     except Problem:
-        raise Problem("never served: " + ", ".join(str(lane) for lane in house.load.lanes
+        raise Problem("never served: " + "; ".join(f"{lane}: {lane.said}" for lane in house.load.lanes
                                                    if lane.served == before[lane])) from None
     finally:
         house.load.stop()
@@ -370,26 +371,34 @@ def left_behind(house: House, met: set[str]) -> list[str]:
 def run(seconds: float, seed: int) -> Outcome:
     """So many seconds of it."""
     problems: list[str] = []
+    t0 = time.monotonic()
+    def mark(w): print(f"{time.monotonic()-t0:.1f} {w}", file=sys.stderr)
     with House(seed) as house:
         load, nemesis = house.load, Nemesis(house, seed)
         problems = load.problems
+        mark("up")
         served(house)
+        mark("served")
         begun = [Baseline(router) for router in house.routers]
+        mark("baseline")
         began = time.monotonic()
         load.start()
         try:
             nemesis.strike(seconds * 2 / 3)
         finally:
             load.stop()
+        mark("struck")
         middle_one = Baseline(house.routers[0])
         load.start()
         try:
             nemesis.strike(seconds / 3, ends_router=False)
         finally:
             load.stop()
+        mark("struck 2")
         took = time.monotonic() - began
         after = [middle_one.check(house.routers[0], problems, RESIDENT_MORE_HOUSE),
                  begun[1].check(house.routers[1], problems, RESIDENT_MORE_HOUSE)]
+        mark("checked")
         nemesis.note_children()
         there = kept(house, problems)
         for number in range(2):

@@ -105,9 +105,10 @@ class Lane:
         self.load = load
         self.name = name  # the name that it asks for now
         self.place = place
-        self.parts = frozenset((f"router {place.word}" if place.word else "", *parts))
+        self.parts = frozenset([f"router {place.word}", *parts] if place.word else parts)
         self.well = -FOR_EVER  # when the last attempt began that was served
         self.failed = -FOR_EVER  # when one ended last that was not
+        self.said = ""  # how the last one ended that was not
         self.served = 0
 
     def attempt(self, rng: random.Random) -> str:
@@ -119,8 +120,9 @@ class Lane:
 
     def run(self, rng: random.Random) -> None:
         """Come again and again.  An item is tried until it is served; once the load is stopped, for BACK at most."""
-        load, until = self.load, FOR_EVER
-        while not load.stopping.wait(self.pause * rng.uniform(0.5, 1.5)):
+        load, until, pause = self.load, FOR_EVER, 0.0
+        while not load.stopping.wait(pause):
+            pause = self.pause * rng.uniform(0.5, 1.5)
             self.begin(rng)
             while not self.tried(rng):
                 if load.stopping.is_set():
@@ -152,7 +154,7 @@ class Lane:
         load.count(f"{self.kind} {said.partition(':')[0]}")
         if began > last + CALM and (self.well > last or ended > last + BACK):
             load.problem(f"{self}: {said} after {ended - began:.1f} s; faults there: {load.ledger.told(self.parts)}")
-        self.failed = ended
+        self.failed, self.said = ended, said
         return False
 
     def __str__(self) -> str:

@@ -69,20 +69,16 @@ class Keep(Lane):
         self.owner = owner
         self.label = label
         self.lease = ""
-        self.at = owner.places[0]
-
-    def begin(self, rng: random.Random) -> None:
-        self.at = rng.choice(self.owner.places)
 
     def attempt(self, rng: random.Random) -> str:
-        owner = self.owner
+        owner, place = self.owner, rng.choice(self.owner.places)
         if not self.lease:
-            said = owner.tell(self.at, "POST", "/routes", {"name": self.label, "target": owner.target, "ttl": KEPT})
+            said = owner.tell(place, "POST", "/routes", {"name": self.label, "target": owner.target, "ttl": KEPT})
             if said.status in (200, 201):
                 self.lease = said.body["lease"]
                 self.load.count("claims")
         else:
-            said = owner.tell(self.at, "POST", f"/routes/{self.label}/renew", {"ttl": KEPT}, self.lease)
+            said = owner.tell(place, "POST", f"/routes/{self.label}/renew", {"ttl": KEPT}, self.lease)
             if said.status in (403, 404, 409):
                 self.load.problem(f"{self}: the claim is lost: {said}; faults there: {self.load.ledger.told(self.parts)}")
         return "" if said.status in (200, 201) else f"refused: {said.status} {said.body}"
