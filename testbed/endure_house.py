@@ -25,27 +25,27 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import json
 import os
 import pathlib
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from typing import Any, NamedTuple
+from typing import Any, Iterator, NamedTuple
 
 from sniroute_owners import digest_of
 from testbed.endure_clock import Clock
-from testbed.endure_house_ends import (Cluster, Database, Edge, Process, Redis, Web, found, listens, make_certificate)
+from testbed.endure_house_ends import (Cluster, Database, Disk, Edge, Process, Redis, Web, found, listens,
+                                       make_certificate)
 from testbed.endure_house_load import (Download, Lane, Ledger, Load, Page, Place, Psql, Reach, Streams, Upload)
-from testbed.endure_house_names import DOMAIN, Contest, Keep, Owner
+from testbed.endure_house_names import DELAY, DOMAIN, Contest, Keep, Owner
 from testbed.endure_house_nemesis import Nemesis, born
 from testbed.endure_nodepass import TIMES, Network, middle
 from testbed.endure_router import (HERE, HOST, TESTBED, Backend, Baseline, Folder, Problem, Router, Standing, children,
                                    environment, running, wait_for)
-from testbed.ports import free_port, is_free
+from testbed.ports import free_port
 
 SHELVES = 5
 STREAMS_ONE, STREAMS_TWO, POD, TUNNEL, FORWARD = range(SHELVES)  # of the backend
@@ -54,16 +54,40 @@ PROGRAMS = {"postgres": "PostgreSQL", "psql": "psql", "curl": "curl", "chromium"
 TOKENS = {"alice": "token-of-alice", "bob": "token-of-bob"}
 KEY = "house-key"  # of NodePass
 POD_PORT = 8080
+CLAIMED = "program"  # a name that `sniroute.py claim` keeps
+PHASE = 600.0  # seconds between two rests, in which the load is over, and the routers are looked at
 RESIDENT_MORE_HOUSE = 12.0  # MiB: RESIDENT_MORE, and as much again for what a registry, HTTP and four kinds of tunnels keep
 
 
 class HouseRouter(Router):
-    """A router with a wall clock that can be put.  `stands`: tunnels that are never idle."""
+    """A router with a wall clock that can be put.
 
-    def __init__(self, folder: Folder, clock: Clock, stands: int, **variables: str):
-        self.program = [sys.executable, str(TESTBED / "endure_clock.py"), str(clock.path), str(HERE / "sniroute.py")]
+    `stands`: tunnels that are never idle.  `log`: a file that its log goes to; else it is a pipe, as everywhere.
+    """
+
+    def __init__(self, folder: Folder, clock: Clock, stands: int, log: pathlib.Path | None, **variables: str):
+        into = ["sh", "-c", f'exec "$0" "$@" 2>>"{log}"'] if log else []
+        self.program = [*into, sys.executable, str(TESTBED / "endure_clock.py"), str(clock.path), str(HERE / "sniroute.py")]
         self.stands = stands
+        self.log = log
         super().__init__(folder, **variables)
+
+    def said(self) -> Iterator[str]:
+        """The lines of its log.  A file is emptied as it is read: its disk is small."""
+        if self.log is None:
+            yield from super().said()
+            return
+        part = b""
+        while True:
+            is_over = self.process.poll() is not None  # before the last look
+            data = self.log.read_bytes() if self.log.exists() else b""
+            if data:
+                os.truncate(self.log, 0)
+            *lines, part = (part + data).split(b"\n")
+            yield from (f"{line.decode(errors='replace')}\n" for line in lines)
+            if is_over and not data:
+                return
+            time.sleep(0.02)
 
     def is_quiet(self) -> bool:
         """Whether there is no connection, and no tunnel but those that stand."""
@@ -84,12 +108,11 @@ class House:
         self.stack = contextlib.ExitStack()
         self.ledger = Ledger()
         self.generation = 0
-        self.is_full = False
 
     def may(self, need: str) -> bool:
         """Whether a program is here, or a right."""
         if need in ("root", "netns"):
-            return self.has_disk if need == "root" else self.network.is_real
+            return self.log_disk.is_there if need == "root" else self.network.is_real
         return not need or PROGRAMS[need] not in self.missing
 
     # -- set-up
@@ -108,7 +131,11 @@ class House:
         make_certificate(self.path)
         self.clock = Clock(self.path / "clock")
         self.folders = [stack.enter_context(Folder()) for _ in range(2)]
-        self.has_disk = self.mount(stack)
+        log = self.path / "log"
+        log.mkdir()
+        self.scratch, self.log_disk = Disk(self.folders[0].scratch, "size=1m,nr_inodes=400"), Disk(log, "size=16m")
+        for disk in (self.scratch, self.log_disk):
+            stack.callback(disk.close)
         self.backend = stack.enter_context(Backend(SHELVES))
         self.network = stack.enter_context(Network())
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -138,53 +165,38 @@ class House:
         for router in self.routers:
             router.wait_until_up()
         # Where the NodePass client lives, what it leads to lives, too.
-        self.far = Process(self.path / "far.log", self.network.there(sys.executable, "-m", "testbed.endure_streams", "backend", "1"))
-        self.far.start()
-        stack.callback(self.far.close)
-        port = wait_for(lambda: self.far.log.read_text().partition("\n")[0], "a backend in the namespace")
-        self.dialled = Process(
-            self.path / "nodepass.log", self.network.there(
-                sys.executable, str(HERE / "sniroute_nodepass.py"),
-                f"client://{KEY}@{self.network.near}:{self.dialled_port}/{HOST}:{eval(port)[0]}?mode=2&min=2"),
-            environment(**TIMES))
-        self.dialled.start()
-        stack.callback(self.dialled.close)
+        python, there = sys.executable, self.network.there
+        self.far = self.begun(stack, "far", there(python, "-m", "testbed.endure_streams", "backend", "1"))
+        port, _ = json.loads(wait_for(lambda: self.far.log.read_text().partition("\n")[0], "a backend in the namespace"))
+        self.dialled = self.begun(stack, "nodepass", there(
+            python, str(HERE / "sniroute_nodepass.py"),
+            f"client://{KEY}@{self.network.near}:{self.dialled_port}/{HOST}:{port}?mode=2&min=2"), **TIMES)
         self.forward_port = free_port()
-        self.forward = Process(
-            self.path / "forward.log", [sys.executable, str(HERE / "sniroute_kubernetes.py"), "port-forward",
-                                        "default/svc/web:80", "--listen", f"{HOST}:{self.forward_port}",
-                                        "--kubeconfig", str(self.cluster.kubeconfig)])
-        self.forward.start()
-        stack.callback(self.forward.close)
+        self.forward = self.begun(stack, "forward", [
+            python, str(HERE / "sniroute_kubernetes.py"), "port-forward", "default/svc/web:80", "--listen",
+            f"{HOST}:{self.forward_port}", "--kubeconfig", str(self.cluster.kubeconfig)])
+        self.others = [self.far, self.dialled, self.forward]
+        if self.redis:
+            host, registry = self.places[1].registry
+            self.claim = self.begun(stack, "claim", [
+                python, str(HERE / "sniroute.py"), "claim", CLAIMED, f"tcp:{HOST}:{self.web.ports['alice']}", "--registry",
+                f"http://{host}:{registry}", "--ttl", "10s"], SNIROUTE_REGISTRY_TOKEN=TOKENS["alice"])
+            self.others.append(self.claim)
         self.load = Load(self.path, self.ledger, self.seed)
         self.load.lanes = self.lanes()
 
-    def mount(self, stack: contextlib.ExitStack) -> bool:
-        """Give router one's files a small disk of their own.  Returns whether that may be."""
-        scratch = self.folders[0].scratch
-        if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=400,mode=0700", "house", scratch],
-                                          capture_output=True).returncode:
-            return False
-        stack.callback(subprocess.run, ["umount", "-l", str(scratch)], capture_output=True)
-        return True
-
-    def fill(self, is_full: bool) -> None:
-        """Fill that disk, or empty it."""
-        filler = self.folders[0].scratch / "filler"
-        if not is_full:
-            shutil.rmtree(filler, ignore_errors=True)
-            return
-        filler.mkdir()
-        with contextlib.suppress(OSError):
-            (filler / "bytes").write_bytes(bytes(2 << 20))
-        with contextlib.suppress(OSError):
-            for number in range(1000):
-                (filler / str(number)).touch()
+    def begun(self, stack: contextlib.ExitStack, name: str, words: list[str], **variables: str) -> Process:
+        """Start a process, with its log in a file."""
+        process = Process(self.path / f"{name}.log", words, environment(**variables))
+        process.start()
+        stack.callback(process.close)
+        return process
 
     def router(self, number: int) -> HouseRouter:
         """Start a router."""
         variables = {**self.edge.variables, "HOUSE_KEY": KEY, **TIMES} if number == 0 else self.edge.variables
-        return HouseRouter(self.folders[number], self.clock, 1 - number, **variables)
+        log = self.path / "log" / "two" if number else None
+        return HouseRouter(self.folders[number], self.clock, 1 - number, log, **variables)
 
     # -- settings and names
 
@@ -201,7 +213,7 @@ class House:
                 del table[next(iter(table))]
             folder.set("far.json", "last.example.test", [HOST, 1])
         place = self.path / "edge"
-        (place / "far.new").write_text(__import__("json").dumps(
+        (place / "far.new").write_text(json.dumps(
             {f"{name}{at}.edge.example.test": [HOST, far[f"{name}{number}"]] for name in ("db", "web", "stream")
              for at in (number - 1, number)}))
         (place / "far.new").replace(place / "far.json")
@@ -253,20 +265,21 @@ class House:
                       Psql(load, named("db{}.tunnels.example.test"), two, "tunnels two", "postgres"),
                       Psql(load, named("db{}.edge.example.test"), one, "carrier one", "edge", "postgres")]
         if self.may("curl"):
-            lanes += [Download(load, named("web.example.test"), one), Download(load, named("plain.example.test"), two, scheme="http"),
-                      Download(load, named("web{}.tunnels.example.test"), one, "tunnels one"),
-                      Upload(load, named("plain.example.test"), one, scheme="http"),
-                      Upload(load, named("web{}.edge.example.test"), two, "carrier two", "edge")]
+            lanes += [Download(load, named("web.example.test"), one, "web"), Download(load, named("plain.example.test"), two, "web", scheme="http"),
+                      Download(load, named("web{}.tunnels.example.test"), one, "tunnels one", "web"),
+                      Upload(load, named("plain.example.test"), one, "web", scheme="http"),
+                      Upload(load, named("web{}.edge.example.test"), two, "carrier two", "edge", "web")]
         if self.may("chromium"):
-            lanes.append(Page(load, named("web.example.test"), one))
+            lanes.append(Page(load, named("web.example.test"), one, "web"))
         if self.redis:
             parts = "redis", "router one", "router two", "registry one", "registry two"
             owners = [Owner(load, name, token, self.web.ports[name], self.places, *parts) for name, token in TOKENS.items()]
             self.keeps = [Keep(owner, f"keep-{owner.owner}", *parts) for owner in owners]
-            lanes += [*self.keeps, Contest(owners, *parts)]
-            for keep in self.keeps:
-                lanes += [Reach(load, keep.name, one, "registry one", owner=keep.owner.owner),
-                          Reach(load, keep.name, two, owner=keep.owner.owner)]
+            lanes += [*self.keeps, Contest(owners, *parts, "web")]
+            for name, owner, *more in (*((keep.name, keep.owner.owner) for keep in self.keeps),
+                                       (named(f"{CLAIMED}.{DOMAIN}"), "alice", "claim", "redis")):
+                lanes += [Reach(load, name, one, "registry one", "web", *more, owner=owner),
+                          Reach(load, name, two, "web", *more, owner=owner)]
         return lanes
 
     # -- router one
@@ -351,8 +364,30 @@ def kept(house: House, problems: list[str]) -> str:
     return ", ".join(words)
 
 
+def claims_agree(house: House, problems: list[str]) -> None:
+    """Whether both routers have the same claims, and all that were kept."""
+    def known() -> list[dict[str, Any]]:
+        rows = []
+        for place in house.places:
+            found: dict[str, Any] = {}
+            for keep in house.keeps:
+                said = keep.owner.tell(place, "GET", "/routes?limit=1000")
+                found.update({row["name"]: row["generation"] for row in said.body["routes"]})
+            rows.append(found)
+        return rows
+
+    with contextlib.suppress(Problem):
+        wait_for(lambda: len({json.dumps(rows, sort_keys=True) for rows in known()}) == 1, "the same claims", DELAY)
+    one, two = known()
+    if one != two:
+        problems.append(f"claims that differ: {one} at router one, {two} at router two")
+    problems += [f"a claim that is lost: {keep.name()}" for keep in house.keeps if one.get(keep.name()) != keep.generation]
+    problems += [f"a claim that is not in Redis: {keep.name()}" for keep in house.keeps
+                 if house.redis.ask("EXISTS", f"sniroute:claim:{keep.name()}") != ["1"]]
+
+
 def left_behind(house: House, met: set[str]) -> list[str]:
-    """Processes, ports and folders that are still there."""
+    """Processes, ports, folders, disks and networks that are still there."""
     def alive(row: str) -> bool:
         pid, began = row.split()
         with contextlib.suppress(OSError):
@@ -361,65 +396,71 @@ def left_behind(house: House, met: set[str]) -> list[str]:
 
     with contextlib.suppress(Problem):
         wait_for(lambda: not any(map(alive, met)), "the end of all children", 10)
+    places = [house.path, *(folder.path for folder in house.folders)]
+    mounts = pathlib.Path("/proc/mounts").read_text() + subprocess.run(
+        ["ip", "netns"], capture_output=True, text=True).stdout if house.network.is_real else ""
     found = [f"a process: {row}" for row in met if alive(row)]
-    found += [f"a process with {house.path}: {pid}" for pid in running(str(house.path)) if pid != os.getpid()]
-    for place in house.places:
-        found += [f"a port: {port}" for port in (place.listen[1], place.registry[1]) if not is_free(port)]
+    found += [f"a process with {place}: {pid}" for place in places for pid in running(str(place)) if pid != os.getpid()]
+    found += [f"a folder: {place}" for place in (*places, house.database and house.database.place) if place and place.exists()]
+    found += [f"a disk or a network: {word}" for word in (*map(str, places), house.network.name) if word in mounts]
+    found += [f"a port: {address}" for place in house.places for address in (place.listen, place.registry)
+              if listens(address)]
     return found
 
 
 def run(seconds: float, seed: int) -> Outcome:
     """So many seconds of it."""
-    problems: list[str] = []
-    t0 = time.monotonic()
-    def mark(w): print(f"{time.monotonic()-t0:.1f} {w}", file=sys.stderr)
+    phases = max(2, round(seconds / PHASE))
+    with_ends = -(-phases * 2 // 3)  # in the first of them, router one is killed, and handed over
     with House(seed) as house:
-        load, nemesis = house.load, Nemesis(house, seed)
-        problems = load.problems
-        mark("up")
+        load, nemesis, problems = house.load, Nemesis(house, seed), house.load.problems
         served(house)
-        mark("served")
-        begun = [Baseline(router) for router in house.routers]
-        mark("baseline")
+        stood = [Baseline(router) for router in house.routers]
+        memory = [[base.before.resident for base in stood]]
         began = time.monotonic()
-        load.start()
-        try:
-            nemesis.strike(seconds * 2 / 3)
-        finally:
-            load.stop()
-        mark("struck")
-        middle_one = Baseline(house.routers[0])
-        load.start()
-        try:
-            nemesis.strike(seconds / 3, ends_router=False)
-        finally:
-            load.stop()
-        mark("struck 2")
+        for phase in range(phases):
+            load.start()
+            try:
+                nemesis.strike(seconds / phases, min(4.0, seconds / 100), ends_router=phase < with_ends)
+            finally:
+                load.stop()
+            if phase < with_ends:
+                stood[0] = Baseline(house.routers[0])  # it is another process
+            after = [base.check(router, problems, RESIDENT_MORE_HOUSE) for base, router in zip(stood, house.routers)]
+            memory.append([each.resident for each in after])
         took = time.monotonic() - began
-        after = [middle_one.check(house.routers[0], problems, RESIDENT_MORE_HOUSE),
-                 begun[1].check(house.routers[1], problems, RESIDENT_MORE_HOUSE)]
-        mark("checked")
         nemesis.note_children()
         there = kept(house, problems)
-        for number in range(2):
-            if (code := house.routers[number].end()) != 0:
+        if house.redis:
+            claims_agree(house, problems)
+        for number, router in enumerate(house.routers):
+            if (code := router.end()) != 0:
                 problems.append(f"router {house.places[number].word} ended with {code}")
-            house.look_at(house.routers[number])
-        for end in (house.dialled, house.forward, house.web, house.far):
-            end.kill(signal.SIGTERM)
-            problems += end.faults()
+            house.look_at(router)
+        problems += [f"a folder of a tunnel: {home}" for folder in house.folders for home in folder.homes()]
+        for other in (*house.others, house.web):
+            other.kill(signal.SIGTERM)
+            problems += other.faults()
         problems += [line for line in house.far.log.read_text().splitlines() if line.startswith("wrong")]
         problems += house.backend.faults()
     problems += left_behind(house, nemesis.met)
+    return Outcome(told(house, nemesis, took, there, memory), problems, stood[1].before, after[1])
+
+
+def told(house: House, nemesis: Nemesis, took: float, there: str, memory: list[list[float]]) -> str:
+    """All figures."""
+    load = house.load
     kinds = sorted({lane.kind for lane in load.lanes})
     faults = ", ".join(f"{count} {what}" for what, count in sorted(nemesis.counts.items()))
     clients = ", ".join(f"{load.counts[f'{kind} served']:,} {kind}" for kind in kinds)
-    ended = {how: sum(load.counts[f"{kind} {how}"] for kind in kinds) for how in ("cut", "refused")}
+    cut, refused = (sum(load.counts[f"{kind} {how}"] for kind in kinds) for how in ("cut", "refused"))
     waits = [wait for rows in load.waits.values() for wait in rows]
     slowest = ", ".join(f"{kind} {middle(rows):.1f}/{max(rows):.1f}" for kind, rows in sorted(load.waits.items()))
-    missing = f"; without {', '.join(house.missing)}" if house.missing else ""
-    words = f"{took:.0f} s, {sum(nemesis.counts.values())} faults ({faults}); served: {clients}; {ended['cut']} cut and " \
-            f"{ended['refused']} refused, all served in another try; {there}, all there; back after {middle(waits):.1f} s " \
-            f"(the median), {max(waits, default=0):.1f} s at most ({slowest or 'nobody was cut'}){missing}; router one " \
-            f"{begun[0].before.resident:.1f} -> {after[0].resident:.1f} MiB; router two"
-    return Outcome(words, problems, begun[1].before, after[1])
+    quiet = "; ".join(f"router {place.word} {', '.join(f'{value:.1f}' for value in column)}"
+                      for place, column in zip(house.places, zip(*memory)))
+    left_out = [*house.missing, *(["disks"] if not house.log_disk.is_there else []),
+                *(["a network namespace"] if not house.network.is_real else [])]
+    return f"{took:.0f} s, {sum(nemesis.counts.values()):,} faults ({faults}); served: {clients}; {cut:,} cut and " \
+           f"{refused:,} refused, who came again; acknowledged: {there}; back after {middle(waits):.1f} s (the median), " \
+           f"{max(waits, default=0.0):.1f} s at most ({slowest or 'nobody was cut'}); MiB at rests: {quiet}" \
+           f"{'; without ' + ', '.join(left_out) if left_out else ''}; router two"

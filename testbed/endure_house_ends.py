@@ -6,9 +6,10 @@
     Redis          a real redis-server, which has on its disk what it has acknowledged
     Cluster        fake_cluster.py: an API server and a node
     Edge           fake_edge.py
-    Process        any other one, with its log in a file: the NodePass client, and what `kubectl port-forward` would be
+    Process        any other one, with its log in a file: the NodePass client, what `kubectl port-forward` would be, a claim
+    Disk           a small one of its own for a folder, which can be filled; for root
 
-Each has `start`, `kill`, and `close`, which leaves nothing behind.  They are asked for by their ports, which they keep.
+Each Process has `start`, `kill`, and `close`, which leaves nothing behind.  They are asked for by their ports, which they keep.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import tempfile
 import threading
 from typing import Any
 
+from testbed.endure_house_web import OWNERS
 from testbed.endure_router import FORBIDDEN, HERE, HOST, TESTBED, Problem, environment, wait_for
 from testbed.ports import free_port
 
@@ -63,6 +65,33 @@ def listens(address: tuple[str, int]) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(address, 1):
         return True
     return False
+
+
+class Disk:
+    """A small disk for a folder."""
+
+    def __init__(self, folder: pathlib.Path, options: str):
+        self.folder = folder
+        self.is_there = os.geteuid() == 0 and subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"mode=0700,{options}", "house", folder], capture_output=True).returncode == 0
+
+    def fill(self, is_full: bool) -> None:
+        """Leave no room, or room."""
+        filler = self.folder / "filler"
+        if not is_full:
+            shutil.rmtree(filler, ignore_errors=True)
+            return
+        filler.mkdir()
+        with contextlib.suppress(OSError), open(filler / "bytes", "wb", buffering=0) as file:
+            while file.write(bytes(1 << 16)):
+                pass
+        with contextlib.suppress(OSError):
+            for number in range(1000):
+                (filler / str(number)).touch()
+
+    def close(self) -> None:
+        if self.is_there:
+            subprocess.run(["umount", "-l", self.folder], capture_output=True)
 
 
 class Process:
@@ -114,10 +143,14 @@ class Web(Process):
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
+        self.ports = {name: free_port() for name in ("tls", "plain", *OWNERS)}
+        (folder / "ports.json").write_text(json.dumps(self.ports))
         super().__init__(folder / "web.log", [sys.executable, "-m", "testbed.endure_house_web", str(folder)])
         self.start()
-        wait_for((folder / "ports.json").exists, "the web server")
-        self.ports: dict[str, int] = json.loads((folder / "ports.json").read_text())
+
+    def start(self) -> None:
+        super().start()
+        wait_for(lambda: all(listens((HOST, port)) for port in self.ports.values()), "the web server")
 
     def uploads(self) -> list[list[str]]:
         """Rows of ID and SHA-256, as it took them."""
@@ -184,11 +217,16 @@ class Redis(Process):
     def __init__(self, folder: pathlib.Path):
         place = folder / "redis"
         place.mkdir()
+        self.disk = Disk(place, "size=32m")
         self.port = free_port()
         super().__init__(folder / "redis.log", [
             found("redis-server"), "--port", str(self.port), "--bind", HOST, "--dir", str(place), "--save", "",
             "--appendonly", "yes", "--appendfsync", "always"])
         self.start()
+
+    def close(self) -> None:
+        super().close()
+        self.disk.close()
 
     def start(self) -> None:
         super().start()

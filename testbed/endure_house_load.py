@@ -41,6 +41,7 @@ CALM = 4.0  # seconds behind a fault, for what was on its way: a connection that
 BACK = 30.0  # seconds behind a fault within which each lane is served again
 SILENCE = 15  # seconds without a byte after which an attempt has failed
 LARGEST = 1 << 19  # bytes of a direction of a stream
+PROBLEMS_MAX = 200  # that are kept: a lane that is broken for an hour says the same again and again
 ALERT = b"\x15"  # the first byte of what a refused client reads
 FOR_EVER = float("inf")
 
@@ -145,9 +146,10 @@ class Lane:
         ended = time.monotonic()
         last = load.ledger.last(self.parts, ended)
         if not said:
-            if self.well < last <= began:
-                if self.failed > self.well:
-                    load.recovered(self.kind, ended - last)
+            if self.failed > self.well and self.well < last <= began:
+                load.recovered(self.kind, ended - last)
+                if began > last + BACK:
+                    load.problem(f"{self}: served again {began - last:.1f} s after: {load.ledger.told(self.parts)}")
             self.well, self.served = began, self.served + 1
             load.count(f"{self.kind} served")
             return True
@@ -379,7 +381,8 @@ class Load:
 
     def problem(self, what: str) -> None:
         with self.lock:
-            self.problems.append(what)
+            if len(self.problems) < PROBLEMS_MAX:
+                self.problems.append(what)
 
     def recovered(self, kind: str, seconds: float) -> None:
         with self.lock:

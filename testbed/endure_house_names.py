@@ -11,6 +11,7 @@ routed on, and once it is back each claim has GRACE (OPERATING.md, "Stores").
 
 from __future__ import annotations
 
+import concurrent.futures
 import http.client
 import json
 import random
@@ -23,7 +24,7 @@ DOMAIN = "tun.example.test"
 DELAY = 5.0  # seconds until the other router has heard of a change: it takes milliseconds
 GRACE = 30.0  # seconds that each claim has once Redis is back
 SHORT, LONG = 5, 60  # ttl of claims that are to end by themselves, and of others; seconds
-KEPT = 20  # ttl of what is kept: much more than a fault lasts
+KEPT, RESTING = 20, 300  # ttl of what is kept, much more than a fault lasts; and while the load is over
 
 
 class Said(NamedTuple):
@@ -69,16 +70,26 @@ class Keep(Lane):
         self.owner = owner
         self.label = label
         self.lease = ""
+        self.generation = 0
+        self.ttl = KEPT
+
+    def run(self, rng: random.Random) -> None:
+        """The last renewal is for longer: nobody renews until the load begins again."""
+        self.ttl = KEPT
+        super().run(rng)
+        self.ttl, until = RESTING, time.monotonic() + BACK
+        while not self.tried(rng) and time.monotonic() < until:
+            time.sleep(0.1)
 
     def attempt(self, rng: random.Random) -> str:
         owner, place = self.owner, rng.choice(self.owner.places)
         if not self.lease:
-            said = owner.tell(place, "POST", "/routes", {"name": self.label, "target": owner.target, "ttl": KEPT})
+            said = owner.tell(place, "POST", "/routes", {"name": self.label, "target": owner.target, "ttl": self.ttl})
             if said.status in (200, 201):
-                self.lease = said.body["lease"]
+                self.lease, self.generation = said.body["lease"], said.body["generation"]
                 self.load.count("claims")
         else:
-            said = owner.tell(place, "POST", f"/routes/{self.label}/renew", {"ttl": KEPT}, self.lease)
+            said = owner.tell(place, "POST", f"/routes/{self.label}/renew", {"ttl": self.ttl}, self.lease)
             if said.status in (403, 404, 409):
                 self.load.problem(f"{self}: the claim is lost: {said}; faults there: {self.load.ledger.told(self.parts)}")
         return "" if said.status in (200, 201) else f"refused: {said.status} {said.body}"
@@ -144,7 +155,6 @@ class Contest(Lane):
 
     def both(self, asks: list[tuple[Owner, Callable[[], Said]]]) -> list[tuple[Owner, Said]]:
         """Ask at the same time."""
-        import concurrent.futures
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             futures = [(owner, pool.submit(ask)) for owner, ask in asks]
             return [(owner, future.result()) for owner, future in futures]

@@ -23,10 +23,11 @@ import signal
 import time
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
-from testbed.endure_router import Problem, Router, children, descriptors, wait_for
+from testbed.endure_router import Problem, children, descriptors, wait_for
 
 if TYPE_CHECKING:
     from testbed.endure_house import House
+    from testbed.endure_house_ends import Disk
 
 YEAR = 365 * 86400.0
 PROGRAMS = {"cloudflared": "tunnels", "sniroute_carrier": "carrier", "sniroute_kubernetes": "kubernetes",
@@ -43,18 +44,17 @@ class Nemesis:
         self.rng = random.Random(f"nemesis {seed}")
         self.counts: collections.Counter[str] = collections.Counter()
         self.struck: dict[str, float] = {}  # when each was struck last
+        self.first = self.rng.sample(list(FAULTS), len(FAULTS))  # each of them once, from the end
         self.met: set[str] = set()  # the processes of children so far: "PID START"
 
-    def strike(self, seconds: float, ends_router: bool = True) -> None:
-        """Faults for so long: each of the table once, then by chance, as its weight says."""
+    def strike(self, seconds: float, pause: float, ends_router: bool = True) -> None:
+        """Faults for so long: each of the table once, then by chance, as its weight says.  `pause`: between two, at most."""
         rows = {what: row for what, row in FAULTS.items()
                 if self.house.may(row.needs) and (ends_router or not row.ends_router)}
-        order = list(rows)
-        self.rng.shuffle(order)
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            what = order.pop() if order else self.rng.choices(list(rows), [row.weight for row in rows.values()])[0]
-            if time.monotonic() < self.struck.get(what, -REST) + REST * rows[what].rests:
+            what = self.first.pop() if self.first else self.rng.choices(list(rows), [row.weight for row in rows.values()])[0]
+            if what not in rows or time.monotonic() < self.struck.get(what, -REST) + REST * rows[what].rests:
                 continue
             self.note_children()
             self.struck[what] = time.monotonic()
@@ -63,7 +63,7 @@ class Nemesis:
             for router in self.house.routers:
                 if router.process.poll() is not None:
                     raise Problem(f"a router ended after {what!r}: {''.join(router.lines)}")
-            time.sleep(self.rng.uniform(0.05, min(4.0, seconds / 30)))
+            time.sleep(self.rng.uniform(0.05, pause))
 
     def note_children(self) -> None:
         """Remember who lives below the routers: none of them may live at the end."""
@@ -184,8 +184,8 @@ class Nemesis:
             self.house.write_settings()
 
     def log_stops(self) -> None:
-        """Nobody reads the log of a router for a while; its pipe fills up.  Nobody notices."""
-        router = self.rng.choice(self.house.routers)
+        """Nobody reads the log of router one for a while; its pipe fills up.  Nobody notices."""
+        router = self.house.routers[0]
         with self.broken("log stops"):
             router.log_is_read.clear()
             for _ in range(20):
@@ -212,13 +212,24 @@ class Nemesis:
             finally:
                 resource.prlimit(router.pid, resource.RLIMIT_NOFILE, limits)
 
-    def disk_full(self) -> None:
-        """There is no room for the files of router one."""
-        with self.broken("disk full", "tunnels one"):
-            self.house.fill(True)
+    def disk_full(self, disk: Disk, *parts: str) -> None:
+        """There is no room on a disk."""
+        with self.broken("disk full", *parts):
+            disk.fill(True)
             self.pause(0.3, 1.5)
-            self.house.fill(False)
+            disk.fill(False)
             self.house.new_names()
+
+    def redis_full(self) -> None:
+        """There is no room for what Redis acknowledges: it ends then, by itself, and starts again."""
+        redis = self.house.redis
+        with self.broken("Redis's disk full", "redis"):
+            redis.disk.fill(True)
+            self.pause(0.3, 1.5)
+            redis.disk.fill(False)
+            if not redis.is_alive():
+                redis.kill()
+                redis.start()
 
     def router_hangs(self) -> None:
         """A router hangs for a moment."""
@@ -281,7 +292,12 @@ FAULTS = {
     "log stops": Fault(Nemesis.log_stops),
     "clock jumps": Fault(Nemesis.clock, 4),
     "few descriptors": Fault(Nemesis.few_descriptors, 3),
-    "disk full": Fault(Nemesis.disk_full, needs="root"),
+    "disk full": Fault(lambda self: self.disk_full(self.house.scratch, "tunnels one"), needs="root"),
+    "log's disk full": Fault(lambda self: self.disk_full(self.house.log_disk), needs="root"),
+    "Redis's disk full": Fault(Nemesis.redis_full, 1, needs="root"),
+    "web server killed": Fault(lambda self: self.again("web server killed", self.house.web, "web")),
+    "claim killed": Fault(lambda self: self.again("claim killed", self.house.claim, "claim", signal.SIGKILL, signal.SIGTERM),
+                          needs="redis-server"),
     "router hangs": Fault(Nemesis.router_hangs),
     "router SIGKILL": Fault(lambda self: self.killed(signal.SIGKILL), 2, ends_router=True),
     "router SIGTERM": Fault(lambda self: self.killed(signal.SIGTERM), 1, ends_router=True),

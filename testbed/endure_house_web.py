@@ -6,8 +6,8 @@
     GET /page               a page with three scripts, each of which writes a word of WORDS
     POST /up/ID             the SHA-256 of what was uploaded; before that it is in FOLDER/uploads, a line for each
 
-FOLDER has server.pem (certificate and key).  Once it listens, ports.json says where: tls, plain, and one port for each
-of OWNERS, which answers a ClientHello with its owner's word and the checksum of what it was told.
+FOLDER has server.pem (certificate and key), and ports.json, which says where it is to listen: tls, plain, and one port
+for each of OWNERS, which answers a ClientHello with its owner's word and the checksum of what it was told.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 1024
 
-    def __init__(self, uploads: int, context: ssl.SSLContext | None):
-        super().__init__((HOST, 0), Handler)
+    def __init__(self, port: int, uploads: int, context: ssl.SSLContext | None):
+        super().__init__((HOST, port), Handler)
         self.uploads = uploads
         if context is not None:
             self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
@@ -128,17 +128,13 @@ def main(folder: str) -> int:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(place / "server.pem")
     uploads = os.open(place / "uploads", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    servers = {"tls": Server(uploads, context), "plain": Server(uploads, None)}
-    ports = {name: server.server_address[1] for name, server in servers.items()}
-    for server in servers.values():
+    ports = json.loads((place / "ports.json").read_text())
+    for name, secured in (("tls", context), ("plain", None)):
+        server = Server(ports[name], uploads, secured)
         threading.Thread(target=server.serve_forever, daemon=True).start()
     for owner in OWNERS:
-        listener = socket.create_server((HOST, 0), backlog=1024)
-        ports[owner] = listener.getsockname()[1]
+        listener = socket.create_server((HOST, ports[owner]), backlog=1024)
         threading.Thread(target=attend, args=(listener, owner), daemon=True).start()
-    new = place / "ports.new"
-    new.write_text(json.dumps(ports))
-    new.replace(place / "ports.json")
     sys.stdin.read()
     return 0
 

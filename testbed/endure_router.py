@@ -219,8 +219,12 @@ class Router:
     watched = (" listening on ", " admin on ", "tunnel ready", "reload: done", "reload: nothing has changed",
                "counters: ", "lines dropped", "not accepting for now")
 
+    def said(self) -> Iterator[str]:
+        """The lines of its log, as they come."""
+        yield from self.process.stderr
+
     def _read(self) -> None:
-        for line in self.process.stderr:
+        for line in self.said():
             self.lines.append(line)
             if any(word in line for word in FORBIDDEN) or 0 < len(self.faults) < 60:
                 self.faults.append(line.rstrip())
