@@ -101,6 +101,7 @@ class Lane:
 
     kind = ""
     pause = 0.1  # seconds between two attempts: the host has two cores
+    is_measured = True  # whether it says how soon a way is open again
 
     def __init__(self, load: Load, name: Callable[[], str], place: Place, *parts: str):
         self.load = load
@@ -122,8 +123,8 @@ class Lane:
     def run(self, rng: random.Random) -> None:
         """Come again and again.  An item is tried until it is served; once the load is stopped, for BACK at most."""
         load, until, pause = self.load, FOR_EVER, 0.0
-        while not load.stopping.wait(pause):
-            pause = self.pause * rng.uniform(0.5, 1.5)
+        while not load.stopping.wait(pause if load.turns == 1 or pause else self.pause * rng.random()):
+            pause = self.pause * load.pace * rng.uniform(0.5, 1.5)
             self.begin(rng)
             while not self.tried(rng):
                 if load.stopping.is_set():
@@ -147,7 +148,8 @@ class Lane:
         last = load.ledger.last(self.parts, ended)
         if not said:
             if self.failed > self.well and self.well < last <= began:
-                load.recovered(self.kind, ended - last)
+                if self.is_measured:
+                    load.recovered(self.kind, ended - last)
                 if began > last + BACK:
                     load.problem(f"{self}: served again {began - last:.1f} s after: {load.ledger.told(self.parts)}")
             self.well, self.served = began, self.served + 1
@@ -356,12 +358,13 @@ class Reach(Lane):
 
 
 class Load:
-    """All lanes.  What they keep is guarded by `lock`."""
+    """All lanes.  What they keep is guarded by `lock`.  `pace`: their pauses are so many times as long."""
 
-    def __init__(self, folder: pathlib.Path, ledger: Ledger, seed: int):
+    def __init__(self, folder: pathlib.Path, ledger: Ledger, seed: int, pace: float):
         self.folder = folder
         self.ledger = ledger
         self.seed = seed
+        self.pace = pace
         self.environ = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "HOME": str(folder)}
         self.lanes: list[Lane] = []
         self.stopping = threading.Event()
