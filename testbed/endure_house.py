@@ -126,6 +126,9 @@ class House:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if error[0] or self.load.problems and os.environ.get("KEEP"):
+            import shutil
+            shutil.copytree(self.path, "/tmp/wt-tmp/kept", dirs_exist_ok=True, ignore=lambda d, n: [x for x in n if not x.endswith(".log")])
         self.stack.__exit__(*error)
 
     def set_up(self, stack: contextlib.ExitStack) -> None:
@@ -177,14 +180,15 @@ class House:
         self.forward = self.begun(stack, "forward", [
             python, str(HERE / "sniroute_kubernetes.py"), "port-forward", "default/svc/web:80", "--listen",
             f"{HOST}:{self.forward_port}", "--kubeconfig", str(self.cluster.kubeconfig)])
-        self.others = [self.far, self.dialled, self.forward]
+        self.others = [self.web, self.cluster, self.edge, self.far, self.dialled, self.forward]
         if self.redis:
             host, registry = self.places[1].registry
             self.claim = self.begun(stack, "claim", [
                 python, str(HERE / "sniroute.py"), "claim", CLAIMED, f"tcp:{HOST}:{self.web.ports['alice']}", "--registry",
                 f"http://{host}:{registry}", "--ttl", "10s"], SNIROUTE_REGISTRY_TOKEN=TOKENS["alice"])
-            self.others.append(self.claim)
+            self.others += [self.redis, self.claim]
         self.load = Load(self.path, self.ledger, self.seed, self.pace)
+        self.load.log_of = self.log_of
         self.load.lanes = self.lanes()
 
     def begun(self, stack: contextlib.ExitStack, name: str, words: list[str], **variables: str) -> Process:
@@ -314,6 +318,13 @@ class House:
             former.__exit__()
         self.look_at(former)
 
+    def log_of(self, word: str, name: str) -> str:
+        """What the log of a router said last of a name; it comes a little later than the client's end."""
+        time.sleep(0.3)
+        lines = [line.strip() for router, place in zip(self.routers, self.places) if place.word == word
+                 for line in list(router.lines) if name in line]
+        return " / ".join(lines[-3:])
+
     def look_at(self, router: Router) -> None:
         """What the log says of a fault of ours."""
         if router.faults:
@@ -442,7 +453,8 @@ def run(seconds: float, seed: int) -> Outcome:
                 problems.append(f"router {house.places[number].word} ended with {code}")
             house.look_at(router)
         problems += [f"a folder of a tunnel: {home}" for folder in house.folders for home in folder.homes()]
-        for other in (*house.others, house.web):
+        for other in house.others:
+            other.must_live()
             other.kill(signal.SIGTERM)
             problems += other.faults()
         problems += [line for line in house.far.log.read_text().splitlines() if line.startswith("wrong")]

@@ -128,6 +128,12 @@ class Process:
     def is_alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
+    def must_live(self) -> None:
+        """Raises Problem where it has ended by itself."""
+        if not self.is_alive():
+            raise Problem(f"{self.log.stem} ended by itself, with {self.process and self.process.returncode}: "
+                          f"{''.join(self.log.read_text(errors='replace').splitlines(True)[-20:])}")
+
     def close(self) -> None:
         self.kill()
 

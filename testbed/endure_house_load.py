@@ -157,7 +157,8 @@ class Lane:
             return True
         load.count(f"{self.kind} {said.partition(':')[0]}")
         if began > last + CALM and (self.well > last or ended > last + BACK):
-            load.problem(f"{self}: {said} after {ended - began:.1f} s; faults there: {load.ledger.told(self.parts)}")
+            load.problem(f"{self}: {said} after {ended - began:.1f} s; faults there: {load.ledger.told(self.parts)}; "
+                         f"the log: {load.log_of(self.place.word, self.name())}")
         self.failed, self.said = ended, said
         return False
 
@@ -367,6 +368,7 @@ class Load:
         self.pace = pace
         self.environ = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "HOME": str(folder)}
         self.lanes: list[Lane] = []
+        self.log_of: Callable[[str, str], str] = lambda place, name: ""  # what a router's log said last of a name
         self.stopping = threading.Event()
         self.threads: list[threading.Thread] = []
         self.turns = 0

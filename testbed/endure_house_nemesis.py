@@ -63,6 +63,8 @@ class Nemesis:
             for router in self.house.routers:
                 if router.process.poll() is not None:
                     raise Problem(f"a router ended after {what!r}: {''.join(router.lines)}")
+            for other in self.house.others:
+                other.must_live()
             time.sleep(self.rng.uniform(0.05, pause))
 
     def note_children(self) -> None:
