@@ -38,7 +38,7 @@ from testbed.endure_router import FORBIDDEN, HERE, Problem, Standing, standing, 
 from testbed.ports import free_port
 
 LOOPBACK = "127.0.0.1"
-NETWORK, NEAR, FAR = "198.51.100.0/24", "198.51.100.1", "198.51.100.2"  # the link's, servers' and targets', clients'
+PREFIX = "198.51.100"  # of the link's network: servers and targets have .1, clients .2
 TIMES = {
     "NP_REPORT_INTERVAL": "150ms", "NP_SERVICE_COOLDOWN": "100ms", "NP_HANDSHAKE_TIMEOUT": "1s", "NP_TCP_DIAL_TIMEOUT": "1s",
     "NP_POOL_GET_TIMEOUT": "2s", "NP_UDP_READ_TIMEOUT": "500ms", "NP_MIN_POOL_INTERVAL": "10ms",
@@ -66,9 +66,10 @@ KINDS = [Kind("", "-", "server"), Kind("tls=1", "+", "client"), Kind("type=2", "
 
 
 class Network:
-    """Where clients live, and what leads there.  Used with `with`."""
+    """Where clients live, and what leads there.  Used with `with`.  `prefix`: that of its addresses, a network of 24 bits."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = PREFIX) -> None:
+        self.network, self.ours, self.theirs = f"{prefix}.0/24", f"{prefix}.1", f"{prefix}.2"
         self.name = f"np{os.getpid()}"
         self.link = f"npv{os.getpid()}"[:15]
         self.is_real = False
@@ -80,29 +81,29 @@ class Network:
     def __enter__(self) -> Network:
         if os.geteuid() == 0 and shutil.which("ip") and self.ip("netns", "add", self.name):
             steps = (("link", "add", self.link, "type", "veth", "peer", "name", "far", "netns", self.name),
-                     ("addr", "add", f"{NEAR}/24", "dev", self.link), ("link", "set", self.link, "up"),
-                     ("-n", self.name, "addr", "add", f"{FAR}/24", "dev", "far"),
+                     ("addr", "add", f"{self.ours}/24", "dev", self.link), ("link", "set", self.link, "up"),
+                     ("-n", self.name, "addr", "add", f"{self.theirs}/24", "dev", "far"),
                      ("-n", self.name, "link", "set", "far", "up"), ("-n", self.name, "link", "set", "lo", "up"),
                      # While the link is down its addresses must not be looked for elsewhere.
-                     ("route", "add", "unreachable", NETWORK, "metric", "9999"))
+                     ("route", "add", "unreachable", self.network, "metric", "9999"))
             self.is_real = all(self.ip(*step) for step in steps)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.is_real:
-            self.ip("route", "del", "unreachable", NETWORK, "metric", "9999")
+            self.ip("route", "del", "unreachable", self.network, "metric", "9999")
         self.ip("link", "del", self.link)
         self.ip("netns", "del", self.name)
 
     @property
     def near(self) -> str:
         """The address of servers and targets."""
-        return NEAR if self.is_real else LOOPBACK
+        return self.ours if self.is_real else LOOPBACK
 
     @property
     def far(self) -> str:
         """That of clients."""
-        return FAR if self.is_real else LOOPBACK
+        return self.theirs if self.is_real else LOOPBACK
 
     def there(self, *words: str) -> list[str]:
         """A command line that runs where clients live."""
