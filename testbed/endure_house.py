@@ -42,7 +42,7 @@ from testbed.endure_house_ends import (Cluster, Database, Disk, Edge, Process, R
 from testbed.endure_house_load import (Download, Lane, Ledger, Load, Page, Place, Psql, Reach, Streams, Upload)
 from testbed.endure_house_names import DELAY, DOMAIN, Contest, Keep, Owner
 from testbed.endure_house_nemesis import Nemesis, born
-from testbed.endure_nodepass import TIMES, Network, middle
+from testbed.endure_nodepass import Network, middle
 from testbed.endure_router import (HERE, HOST, TESTBED, Backend, Baseline, Folder, Problem, Router, Standing, children,
                                    environment, running, wait_for)
 from testbed.ports import free_port
@@ -53,6 +53,8 @@ PROGRAMS = {"postgres": "PostgreSQL", "psql": "psql", "curl": "curl", "chromium"
             "redis-server": "Redis", "openssl": "openssl"}
 TOKENS = {"alice": "token-of-alice", "bob": "token-of-bob"}
 KEY = "house-key"  # of NodePass
+TIMES = {"NP_REPORT_INTERVAL": "500ms", "NP_SERVICE_COOLDOWN": "100ms", "NP_HANDSHAKE_TIMEOUT": "5s", "NP_TCP_DIAL_TIMEOUT": "5s",
+         "NP_POOL_GET_TIMEOUT": "8s", "NP_MIN_POOL_INTERVAL": "10ms", "NP_MAX_POOL_INTERVAL": "100ms"}
 PREFIX = "203.0.113"  # of the network namespace: the part `nodepass` has another one, at the same time
 POD_PORT = 8080
 CLAIMED = "program"  # a name that `sniroute.py claim` keeps
@@ -111,6 +113,7 @@ class House:
         self.stack = contextlib.ExitStack()
         self.ledger = Ledger()
         self.generation = 0
+        self.claimed = f"{CLAIMED}.{DOMAIN}"
 
     def may(self, need: str) -> bool:
         """Whether a program is here, or a right."""
@@ -243,8 +246,7 @@ class House:
                 rows.append(f'[registry]\nlisten = "{HOST}:{self.places[number].registry[1]}"\ndomains = ["{DOMAIN}"]\n'
                             f'store = "redis://{HOST}:{self.redis.port}"\ntargets = ["tcp"]\nnetworks = ["127.0.0.0/8"]\n'
                             f'target_ports = "1-65535"\nhold = "off"\n{owners}')
-            folder.write_settings("\n".join(rows), f'cloudflared = "{folder.cloudflared}"', 'start_timeout = "5s"',
-                                  f'kubeconfig = "{self.cluster.kubeconfig}"', 'kubernetes_ping = "1s"', *more)
+            folder.write_settings("\n".join(rows), f'cloudflared = "{folder.cloudflared}"', f'kubeconfig = "{self.cluster.kubeconfig}"', 'kubernetes_ping = "1s"', *more)
 
     def lanes(self) -> list[Lane]:
         """All clients."""
@@ -281,7 +283,7 @@ class House:
             self.keeps = [Keep(owner, f"keep-{owner.owner}", *parts) for owner in owners]
             lanes += [*self.keeps, Contest(owners, *parts, "web")]
             for name, owner, *more in (*((keep.name, keep.owner.owner) for keep in self.keeps),
-                                       (named(f"{CLAIMED}.{DOMAIN}"), "alice", "claim", "redis")):
+                                       (named(self.claimed), "alice", "claim", "redis")):
                 lanes += [Reach(load, name, one, "registry one", "web", *more, owner=owner),
                           Reach(load, name, two, "web", *more, owner=owner)]
         return lanes
@@ -321,7 +323,7 @@ class House:
         time.sleep(0.3)
         lines = [line.strip() for router, place in zip(self.routers, self.places) if place.word == word
                  for line in list(router.lines) if name in line]
-        if name.startswith(f"{CLAIMED}."):
+        if name == self.claimed:
             lines += self.claim.log.read_text(errors="replace").splitlines()
         return " / ".join(lines[-6:])
 

@@ -136,7 +136,7 @@ class Lane:
 
     def tried(self, rng: random.Random) -> bool:
         """One attempt, and what it means.  Returns whether it was served."""
-        load, began = self.load, time.monotonic()
+        load, name, began = self.load, self.name(), time.monotonic()
         try:
             said = self.attempt(rng)
         except Wrong as wrong:
@@ -158,7 +158,7 @@ class Lane:
         load.count(f"{self.kind} {said.partition(':')[0]}")
         if began > last + CALM and (self.well > last or ended > last + BACK):
             load.problem(f"{self}: {said} after {ended - began:.1f} s; faults there: {load.ledger.told(self.parts)}; "
-                         f"the log: {load.log_of(self.place.word, self.name())}")
+                         f"the log: {load.log_of(self.place.word, name)}")
         self.failed, self.said = ended, said
         return False
 

@@ -141,7 +141,9 @@ class Contest(Lane):
                 return f"refused: {answer}"
             if rng.random() < 0.5:
                 self.everywhere("refused", rng)
-        answer = self.claim(other, rng.choice(self.places))
+        where, since = rng.choice(self.places), time.monotonic()
+        while (answer := self.claim(other, where)).status == 409 and time.monotonic() < since + DELAY:
+            time.sleep(0.05)  # that router has not heard of the release
         if answer.status != 201:
             return f"refused: {answer}, after it was free"
         self.load.count("claims")

@@ -118,6 +118,16 @@ class Nemesis:
             self.pause(0.0, 0.0, 0.5, 1.5)
             end.start()
 
+    def claim_again(self) -> None:
+        """What keeps a claim is killed, and starts again; it is over once that has claimed."""
+        claim = self.house.claim
+        with self.broken("claim killed", "claim"):
+            said = claim.log.read_text()
+            claim.kill(self.rng.choice((signal.SIGKILL, signal.SIGTERM)))
+            self.pause(0.0, 1.5, 11.0)  # the last one is longer than the claim's ttl
+            claim.start()
+            wait_for(lambda: f"\n{self.house.claimed}\n" in claim.log.read_text()[len(said) - 1:], "a claim that is made again")
+
     def hang(self, what: str, end: object, part: str) -> None:
         """A process hangs for a moment."""
         with self.broken(what, part):
@@ -298,8 +308,7 @@ FAULTS = {
     "log's disk full": Fault(lambda self: self.disk_full(self.house.log_disk), needs="root"),
     "Redis's disk full": Fault(Nemesis.redis_full, 1, needs="root"),
     "web server killed": Fault(lambda self: self.again("web server killed", self.house.web, "web")),
-    "claim killed": Fault(lambda self: self.again("claim killed", self.house.claim, "claim", signal.SIGKILL, signal.SIGTERM),
-                          needs="redis-server"),
+    "claim killed": Fault(Nemesis.claim_again, needs="redis-server"),
     "router hangs": Fault(Nemesis.router_hangs),
     "router SIGKILL": Fault(lambda self: self.killed(signal.SIGKILL), 2, ends_router=True),
     "router SIGTERM": Fault(lambda self: self.killed(signal.SIGTERM), 1, ends_router=True),

@@ -72,7 +72,7 @@ class Network:
         self.network, self.ours, self.theirs = f"{prefix}.0/24", f"{prefix}.1", f"{prefix}.2"
         self.name = f"np{os.getpid()}"
         self.link = f"npv{os.getpid()}"[:15]
-        self.is_real = False
+        self.is_real = self.has_route = False
 
     def ip(self, *words: str) -> bool:
         """Run ip; whether it went well."""
@@ -83,14 +83,15 @@ class Network:
             steps = (("link", "add", self.link, "type", "veth", "peer", "name", "far", "netns", self.name),
                      ("addr", "add", f"{self.ours}/24", "dev", self.link), ("link", "set", self.link, "up"),
                      ("-n", self.name, "addr", "add", f"{self.theirs}/24", "dev", "far"),
-                     ("-n", self.name, "link", "set", "far", "up"), ("-n", self.name, "link", "set", "lo", "up"),
-                     # While the link is down its addresses must not be looked for elsewhere.
-                     ("route", "add", "unreachable", self.network, "metric", "9999"))
-            self.is_real = all(self.ip(*step) for step in steps)
+                     ("-n", self.name, "link", "set", "far", "up"), ("-n", self.name, "link", "set", "lo", "up"))
+            # While the link is down its addresses must not be looked for elsewhere.  This comes first: who runs at the same
+            # time has them, and then this one has no network.
+            self.has_route = self.ip("route", "add", "unreachable", self.network, "metric", "9999")
+            self.is_real = self.has_route and all(self.ip(*step) for step in steps)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.is_real:
+        if self.has_route:
             self.ip("route", "del", "unreachable", self.network, "metric", "9999")
         self.ip("link", "del", self.link)
         self.ip("netns", "del", self.name)
