@@ -59,6 +59,7 @@ PREFIX = "203.0.113"  # of the network namespace: the part `nodepass` has anothe
 POD_PORT = 8080
 CLAIMED = "program"  # a name that `sniroute.py claim` keeps
 SHORT = 30.0  # seconds; who has less is in the suite, beside much else, and its clients come less often
+GENERATIONS = 10  # former names that still lead somewhere: who has asked for one is on the way, and faults come thick
 PHASE = 600.0  # seconds between two rests, in which the load is over, and the routers are looked at
 RESIDENT_MORE_HOUSE = 12.0  # MiB: RESIDENT_MORE, and as much again for what a registry, HTTP and four kinds of tunnels keep
 
@@ -210,20 +211,13 @@ class House:
     def new_names(self) -> None:
         """Clients ask for new names of tunnels from now on; the former ones lead where they led."""
         number = self.generation + 1
-        far = {f"db{number}": self.database.port if self.database else 0, f"web{number}": self.web.ports["tls"],
-               f"stream{number}": self.backend.shelves[TUNNEL]}
-        for folder in self.folders:
-            rows = {f"{name}.tunnels.example.test": [HOST, port] for name, port in far.items()}
-            table = folder.tables["far.json"]
-            table.update(rows)
-            while len(table) > 3 * len(rows):
-                del table[next(iter(table))]
-            folder.set("far.json", "last.example.test", [HOST, 1])
-        place = self.path / "edge"
-        (place / "far.new").write_text(json.dumps(
-            {f"{name}{at}.edge.example.test": [HOST, far[f"{name}{number}"]] for name in ("db", "web", "stream")
-             for at in (number - 1, number)}))
-        (place / "far.new").replace(place / "far.json")
+        far = {"db": self.database.port if self.database else 0, "web": self.web.ports["tls"],
+               "stream": self.backend.shelves[TUNNEL]}
+        rows = {f"{name}{at}.{{}}.example.test": [HOST, port] for name, port in far.items()
+                for at in range(max(1, number - GENERATIONS), number + 1)}
+        places = [("tunnels", folder.tunnels) for folder in self.folders] + [("edge", self.path / "edge")]
+        for word, place in places:
+            self.folders[0].replace(place / "far.json", json.dumps({name.format(word): row for name, row in rows.items()}))
         self.cluster.service(f"s{number}")
         self.generation = number
 
