@@ -350,7 +350,7 @@ def test_a_registry_that_stood_still_ends_no_claim_before_it_could_be_renewed(ro
     monkeypatch.setattr(sniroute_loop, "STOOD_STILL", 0.5)
     there, far = routed(), serve(answer(b"x", 1))
     made = there.claim(target=there.target(far), ttl=1)
-    there.registrar.door.loop.call(lambda: time.sleep(2.0))  # the loop stands still, and no more than that
+    there.registrar.door.loop.call(lambda: time.sleep(1.4))  # the loop stands still, and no more than that
     there.settle()
     assert reached(there) == b"x"
     assert there.ask("POST", "/routes/shop/renew", **lease(made)).status == 200

@@ -33,8 +33,8 @@ from sniroute_settings import load_settings
 from conftest import HOST, linux, wait_until
 from testbed.clients import backwards, post, program_path, psql
 from testbed.hellos import HELLO, NAME, genuine
-from testbed.program import (BARE, BARE_PYTHON, Program, command, counter, cpu_seconds, environment, execute,
-                             installed, resident)
+from testbed.program import (BARE, BARE_PYTHON, Program, activated, command, counter, cpu_seconds, environment, execute,
+                             installed, namespace, resident)
 from testbed.running import TUNNEL, alert, read_all, read_exactly, route
 from testbed.standins import Edge
 
@@ -215,6 +215,49 @@ def test_few_descriptors_and_many_clients(launch, single_loop_echo, options, say
             return read_exactly(client, len(HELLO)) == HELLO
         return False
     wait_until(served, timeout=5)
+
+
+LISTENER = """
+import socket, sys, threading
+def serve(sock):
+    with sock:
+        while data := sock.recv(65536):
+            sock.sendall(data)
+listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+while True:
+    threading.Thread(target=serve, args=listener.accept()[:1], daemon=True).start()
+"""
+
+
+@linux
+def test_local_ports_that_run_out_blame_nobody_and_are_told(launch, held, tmp_path, free_ports):
+    """Four ports to dial from, in a network of its own: the fifth client is refused in words, or is led elsewhere.
+
+    The tunnel is not started again, and no backend rests: it is this host that is short.
+    """
+    (tmp_path / "listener.py").write_text(LISTENER)
+    port, _ = free_ports()
+    (tmp_path / "routes.toml").write_text(f"""
+[routes]
+"{NAME}" = "command:{sys.executable} -S {tmp_path}/listener.py {{port}}"
+"b.example.com" = {{ target = ["tcp:127.0.0.1:{port}", "command:{sys.executable} -S {tmp_path}/listener.py {{port}} other"], balance = "first" }}
+""")
+    made = activated(("sniroute", held))
+    made["python"] = (*namespace("--net", "ip link set lo up && echo 61000 61003 > /proc/sys/net/ipv4/ip_local_port_range"),
+                      *made["python"])
+    program = launch("-c", f"{tmp_path}/routes.toml", f"--ports={port}-{port + 1}", **made)
+    with contextlib.ExitStack() as stack:
+        def ask(name: str = NAME) -> bytes:
+            hello = genuine(name=name)
+            client = stack.enter_context(program.connect(hello))
+            said = client.recv(len(hello))
+            return b"" if said == hello else said
+        assert [ask() for _ in range(4)] == [b""] * 4
+        assert [ask()[:1] for _ in range(4)] == [b"\x15"] * 4, "alerts"
+        assert [ask("b.example.com") for _ in range(4)] == [b""] * 4, "the fifth way is another backend's"
+        assert counter(program, "busy") == 4
+    assert program.log().count("tunnel ready") == 2 and " is down" not in program.log()
+    assert "no local port left to dial it from" in program.log()
 
 
 @pytest.fixture
