@@ -244,7 +244,9 @@ class Backend:
         `server` is the socket, where there is one still.  None: the reason is on its way; ask again after WORDS_TIMEOUT
         (sniroute_deadlines).
         """
-        return Refused("busy" if self.is_ours() else "backend", f"{self.target}: {why}")
+        if self.is_ours():
+            return Refused("busy", f"{self.target}: {why}")
+        return Refused("backend", f"{self.target}: {why}")
 
     def abandon(self, server: socket.SocketType) -> None:
         """The client has left before the backend answered; the socket is closed next."""
