@@ -274,7 +274,7 @@ def serve(sock):
     with sock:
         while data := sock.recv(65536):
             sock.sendall(data)
-listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+listener = socket.create_server(("0.0.0.0", int(sys.argv[1])))
 while True:
     threading.Thread(target=serve, args=listener.accept()[:1], daemon=True).start()
 """
@@ -312,6 +312,29 @@ def test_local_ports_that_run_out_blame_nobody_and_are_told(launch, held, tmp_pa
         wait_until(lambda: counter(program, "busy") == 4)
     assert program.log().count("tunnel ready") == 2 and " is down" not in program.log()
     assert "no local port left to dial it from" in program.log()
+
+
+@linux
+def test_a_backend_whose_host_has_gone_without_a_word_is_found_out(launch, held, tmp_path, free_ports):
+    """A firewall that drops all is as a cable that is pulled: nothing comes back, and nothing says so."""
+    nft = program_path("nft", "nftables")
+    (tmp_path / "listener.py").write_text(LISTENER)
+    port, _ = free_ports(1)
+    made = activated(("sniroute", held))
+    made["python"] = (*namespace("--net", "ip link set lo up && ip addr add 198.51.100.1/32 dev lo"), *made["python"][:-1],
+                      *changed("sniroute_targets.KEEPALIVE = (1, 1, 1)"))
+    program = launch(f"--route=t.example.com=command:{sys.executable} -S {tmp_path}/listener.py {{port}}",
+                     f"--route={NAME}=tcp:198.51.100.1:{port}", f"--ports={port}-{port}", **made)
+    with program.connect(hello := genuine(name="t.example.com")) as client:
+        assert read_exactly(client, len(hello)) == hello  # so the listener is up
+        with program.connect(HELLO) as idle:
+            assert read_exactly(idle, len(HELLO)) == HELLO
+            subprocess.run(["nsenter", f"--net=/proc/{program.pid}/ns/net", nft, "-f", "-"], check=True, input=b"""
+                table ip test { chain input { type filter hook input priority 0; ip daddr 198.51.100.1 drop; }; }""")
+            with pytest.raises(ConnectionResetError):  # no end, which would look whole
+                idle.recv(1)
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
 
 
 @pytest.fixture
