@@ -516,7 +516,9 @@ class Gate:
             except OSError as error:
                 if accepted and error.errno in CAPACITY_ERRNOS:
                     return  # accept(2) looks for a descriptor first: perhaps nobody else is there
-                if error.errno not in CAPACITY_ERRNOS or not (self.spend() or self._make_room()):
+                if error.errno in CAPACITY_ERRNOS and self.spend():
+                    continue  # at once: else a client of the router might have it
+                if error.errno not in CAPACITY_ERRNOS or not self._make_room():
                     self.watch.wait_for(0)
                     self.pause.set(time.monotonic() + ACCEPT_PAUSE)
                 return
