@@ -507,7 +507,7 @@ def test_times_of_what_goes_are_those_of_the_code():
              f"{several.health_pass} checks pass"),
             ("a tunnel in use", f"after {sniroute_tunnels.BACKOFF_FIRST:g} s;", f"up to {sniroute_tunnels.BACKOFF_LAST:g} s"),
             ("a tunnel that hangs", f"after {sniroute_deadlines.FIRST_BYTE_TIMEOUT:g} s"),
-            ("a tunnel's start", f"`start_timeout`, {settings['start-timeout']}",
+            ("a tunnel's start", f"`--start-timeout`, {settings['start-timeout']}",
              f"after {sniroute_tunnels.FAILURE_FIRST:g} s;", f"up to {sniroute_tunnels.FAILURE_LAST:g} s"),
             ("descriptors, threads, ports", f"each {sniroute_loop.CAPACITY_PAUSE:g} s"),
             ("the router", f"`RestartSec`, {restart} s"),
