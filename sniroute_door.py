@@ -28,7 +28,8 @@ here.
 
 What strangers can do.  Each gate has a limit of clients.  One more takes the place of another: first of the oldest that
 is KEPT, then of the oldest that is still to send something, then of one that is still to read something.  Who has not
-sent its request, or read its answer, in time is cut off.  Each gate has threads of its own, and WORK_MAX requests that
+sent its request, or read its answer, in time is cut off.  Each gate keeps a descriptor in reserve, so that it can hear
+somebody where clients of the router have taken all others.  Each gate has threads of its own, and WORK_MAX requests that
 wait for them or are in them: one more gets 503.  Who does not read events is cut off, too.
 
 Seams: I want to ...
@@ -264,6 +265,7 @@ class Caller:
         del self.gate.callers[self]
         self.watch.closing()
         self.sock.close()
+        self.gate.save()
         at_end, self.at_end = self.at_end, []
         for act in at_end:
             act()
@@ -494,6 +496,8 @@ class Gate:
         self.free = collections.deque(range(threads, 0, -1))  # the numbers n of threads that are not running
         self.live: dict[int, threading.Thread] = {}  # those that are; their keys are not in `free`
         self.waiting: collections.deque[Caller] = collections.deque()  # for a thread
+        self.reserve = -1  # a descriptor that is given up for a caller where there is no other
+        self.save()
         listener.setblocking(False)  # another process on this listener may accept a client that we were told of
         self.watch = Watch(door.loop.poller, listener.fileno())
         self.pause = door.loop.timer(self._resume)
@@ -504,12 +508,16 @@ class Gate:
 
     def accept(self, mask: int) -> None:
         """Accept who is there, and read what they have sent."""
-        for _ in range(ACCEPT_MAX):
+        for accepted in range(ACCEPT_MAX):
             try:
                 sock, _ = self.listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
+                if accepted and error.errno in CAPACITY_ERRNOS:
+                    return  # accept(2) looks for a descriptor first: perhaps nobody else is there
+                if error.errno in CAPACITY_ERRNOS and self.spend():
+                    continue  # at once: else a client of the router might have it
                 if error.errno not in CAPACITY_ERRNOS or not self._make_room():
                     self.watch.wait_for(0)
                     self.pause.set(time.monotonic() + ACCEPT_PAUSE)
@@ -518,6 +526,19 @@ class Gate:
             if len(self.callers) >= self.most:
                 self._make_room()
             Caller(self, sock).readable()
+
+    def save(self) -> None:
+        """Have a descriptor in reserve, if there is one."""
+        if self.reserve < 0:
+            with contextlib.suppress(OSError):
+                self.reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def spend(self) -> bool:
+        """Give it up; whether there was one."""
+        kept, self.reserve = self.reserve, -1
+        if kept >= 0:
+            os.close(kept)
+        return kept >= 0
 
     def _make_room(self) -> bool:
         """Close the connection of one client, in the order of YIELDING, the oldest first; whether there is one."""
@@ -605,6 +626,7 @@ class Door:
             gate.listener.close()
             for caller in list(gate.callers):
                 caller.close()
+            gate.spend()
         self.loop.close()
         deadline = time.monotonic() + CLOSE_TIME
         for gate in self.gates:

@@ -14,11 +14,15 @@ speak.  That saves a fifth of the CPU of a connection.
 Threads: `call` and `WakePipe.wake` are for any thread; all else is for the thread that runs the loop.
 No locks: a deque's append and popleft are each one step of the interpreter.
 
+Where the process, or its host, stood still, all that was due meanwhile would be due at once, before what has come
+meanwhile is read.  So nothing is due in the second behind that: peers that have spoken are not taken for silent.
+
 A fault in a callback, a timer, a queue or a step ends with `fault(owner)`, given to Loop(): the owner is
 the object that met it, so that one connection ends and not the loop.
 
 Seams: I want to ...
     do something at a time       Loop.timer; where many items wait equally long, Loop.queue; else Alarms
+    know that it stood still     Loop.woken
     do something once a turn     Loop.batch; its place among the batches is that of its call
     let many end at other times  `jittered`
     wait otherwise               a subclass of Poller, chosen in Loop
@@ -49,6 +53,8 @@ monotonic = time.monotonic
 EVENTS = 256  # ready descriptors in a turn, so that a turn ends soon (epoll only)
 WAIT_LAST = 3600.0  # seconds of one wait: epoll takes no more than 24 days
 NEVER = float("inf")
+STOOD_STILL = 2.0  # seconds by which a turn is late where this process did not run: it, or its host, was stopped
+WAKING = 1.0  # seconds behind that in which nothing is due: what came meanwhile is heard first
 CAPACITY_PAUSE = 0.1  # seconds until an accept is tried again when descriptors are short; else the loop would spin
 JITTERS = 16  # different times where one has jitter, since each is a queue: see `jittered`
 
@@ -312,6 +318,8 @@ class Loop:
         self.queues: list[Queue] = []
         self.batches: list[tuple[list[Any], Callable[[Any], Any]]] = []
         self.next_check = 0.0  # no timer and no queue is due before this clock time
+        self.awake = 0.0  # clock time before which nothing is due, since the process stood still; 0: it did not
+        self.woken: list[Callable[[], None]] = []  # what is done then, at once
         self.stopping = False
         self.pipe = WakePipe()
         self.poller.watch(self.pipe.reader, READ, self._woken)
@@ -357,7 +365,7 @@ class Loop:
         for _ in turns:
             if self.stopping:
                 return
-            timeout = self.next_check - now  # read in the last turn: a deadline may be late by what that took
+            before, timeout = now, self.next_check - now  # read in the last turn: a deadline may be late by what it took
             for fd, mask in poll(timeout if timeout > 0.0 else 0.0):
                 # A descriptor closed earlier in this turn maps to `ignore`; its number is not watched again
                 # before the batches below.
@@ -368,7 +376,7 @@ class Loop:
                     fault(owner_of(callback))
             now = monotonic()
             if now >= self.next_check:
-                self._check(now)
+                self._check(now, now - before - max(0.0, timeout))
             for batch, step in batches:
                 if not batch:
                     continue
@@ -391,8 +399,15 @@ class Loop:
         """Let `run` return after this turn."""
         self.stopping = True
 
-    def _check(self, now: float) -> None:
-        """Do what is due, and find out when to look again."""
+    def _check(self, now: float, late: float) -> None:
+        """Do what is due, and find out when to look again.  The turn is late by so many seconds."""
+        if late > STOOD_STILL:
+            self.awake = now + WAKING
+            for act in self.woken:
+                self.call(act)
+        if now < self.awake:
+            self.next_check = self.awake
+            return
         self.next_check = now + WAIT_LAST  # what is set or put from here on lowers it
         for timer in self.timers:
             if now >= timer.when:

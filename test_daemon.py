@@ -27,6 +27,7 @@ import sniroute_daemon
 import sniroute_doctor
 from sniroute_host import stamp
 from sniroute_refusals import SettingsError
+from sniroute_settings import load_settings
 from conftest import HERE, HOST, linux, exit_code, wait_until
 from testbed.admin import TOKEN, Reply, tell
 from testbed.hellos import HELLO, genuine
@@ -373,6 +374,40 @@ def test_a_bad_file_changes_nothing_and_says_why(launch, settings_file, echo_ser
     settings_file(good)
     program.signal(signal.SIGHUP)
     program.wait_for(" info reload: done, routes: 1\n")
+
+
+def test_every_beginning_of_a_file_is_taken_whole_or_not_at_all(launch, settings_file, echo_server):
+    """As an editor may leave it, when its disk is full: the routes are those of one file, never of two."""
+    names = ["a.example.com", "b.example.com", "c.example.com"]
+    lines = [f'"{name}" = "tcp:{HOST}:{echo_server.address[1]}"\n' for name in names]
+    path = settings_file("".join(["[routes]\n", *lines]))
+    program, served = launch("-c", path), names
+
+    def answers(name: str) -> bool:
+        with program.connect(hello := genuine(name=name)) as client:
+            return client.recv(len(hello)) == hello
+
+    whole = "".join(["# a comment\n[routes]\n", *reversed(lines)])
+    failed = taken = 0
+    for end in sorted({*range(0, len(whole), 3), *(at.end() for at in re.finditer("\n", whole))}):
+        path = settings_file(whole[:end])
+        try:
+            routes = load_settings(["-c", path], {}).routes.routes
+            expected = [name for name in names if name in {route.pattern for route in routes}]
+        except SettingsError:
+            expected = []
+        if not expected:  # without routes every name would be served: that is no reload
+            expected = served
+        program.signal(signal.SIGHUP)
+        if expected is served:
+            failed += 1
+            program.wait_for(" error reload: nothing has changed\n", failed)
+        else:
+            taken += 1
+            program.wait_for(" info reload: done, ", taken)
+        served = expected
+        assert [name for name in names if answers(name)] == served
+    assert taken >= 3 and failed > 30
 
 
 def test_a_reload_finds_a_file_whose_path_was_relative_and_whose_folder_comes_and_goes(launch, tmp_path, echo_server):

@@ -187,6 +187,25 @@ def test_no_class_has_too_many_methods_without_a_reason():
     assert large == LARGE_CLASSES.keys()
 
 
+# What the wall clock is for: it may jump, so nothing waits, ends or is decided by it.
+WALL_CLOCK = {
+    "shown": ("daemon", "registry", "rest", "router", "shared", "tunnels", "web", "metrics"),
+    "the log": ("log", "nodepass", "master", "forwarder"), "the Date of an answer": ("dialin", "lanes", "door", "streams"),
+    "certificates, tokens and signatures, which others date": ("certificate", "duplex", "credentials", "rfc2136", "master"),
+    "how long a claim outlives its process": ("sqlite",),
+}
+
+
+WALL_CLOCK_IS_READ = re.compile(r"\btime\.time(_ns)?\b|\btime\.(gmtime|localtime|ctime|strftime)\((\"[^\"]*\")?\)"
+                                r"|\bdatetime\.(\w+\.)?(now|utcnow|today)\(|^\s*from time import (?!monotonic$)", re.MULTILINE)
+
+
+def test_nothing_is_decided_by_the_wall_clock():
+    found = {path.stem.removeprefix("sniroute_") for path in HERE.glob("sniroute*.py")
+             if WALL_CLOCK_IS_READ.search(path.read_text())}
+    assert found == {room for rooms in WALL_CLOCK.values() for room in rooms}
+
+
 # -- versions ----------------------------------------------------------------------------------
 
 

@@ -217,6 +217,32 @@ def fail(*_: Any) -> None:
     raise ZeroDivisionError("planted")
 
 
+def test_where_it_stood_still_what_has_come_is_heard_before_anything_is_due(bench, monkeypatch):
+    """More has come than one turn reads."""
+    monkeypatch.setattr(sniroute_loop, "EVENTS", 4)
+    late: list[int] = []
+    woken: list[float] = []
+    queue = bench.loop.queue(5.0, late.append)
+    bench.loop.woken.append(lambda: woken.append(bench.clock()))
+    with contextlib.ExitStack() as stack:
+        pairs = [tuple(map(stack.enter_context, socket.socketpair())) for _ in range(20)]
+        for number, (ours, theirs) in enumerate(pairs):
+            def heard(mask: int, number: int = number, ours: socket.socket = ours) -> None:
+                queue.drop(number)
+                ours.recv(1)
+            queue.put(number)
+            if number:
+                bench.loop.poller.watch(ours.fileno(), READ, heard)
+                theirs.sendall(b"x")
+        bench.loop.call(lambda: bench.clock.jump(60))
+        for _ in range(8):
+            bench.turn()
+        assert (late, list(queue.due), woken) == ([], [0], [1060.0])
+        bench.turn(sniroute_loop.WAKING)
+    assert late == [0], "who has said nothing has its deadline a moment later"
+
+
+
 @pytest.mark.parametrize("place", ["descriptor", "call", "timer"])
 @pytest.mark.parametrize("how", ["method", "partial", "partial of a partial", "function", "lambda"])
 def test_a_fault_names_its_owner(bench, place, how):

@@ -16,6 +16,8 @@ from typing import Any, Callable
 
 import pytest
 
+import sniroute_loop
+import sniroute_owners
 import sniroute_registrar
 import sniroute_sqlite
 from conftest import HOST, Address, connect, linux, wait_until
@@ -340,6 +342,18 @@ def test_a_claim_is_routed_from_its_answer_on_until_its_end(routed, serve):
     assert there.ask("DELETE", "/routes/shop", **lease(made)).status == 204
     there.settle()
     assert refused(there) == "no_route"
+
+
+def test_a_registry_that_stood_still_ends_no_claim_before_it_could_be_renewed(routed, serve, monkeypatch):
+    """As where its host is suspended: longer than a ttl, and than what is renewed late."""
+    monkeypatch.setattr(sniroute_owners, "TTL_MIN", 1.0)
+    monkeypatch.setattr(sniroute_loop, "STOOD_STILL", 0.5)
+    there, far = routed(), serve(answer(b"x", 1))
+    made = there.claim(target=there.target(far), ttl=1)
+    there.registrar.door.loop.call(lambda: time.sleep(1.4))  # the loop stands still, and no more than that
+    there.settle()
+    assert reached(there) == b"x"
+    assert there.ask("POST", "/routes/shop/renew", **lease(made)).status == 200
 
 
 def test_connections_go_on_when_a_claim_ends_unless_they_are_cut(routed, serve):

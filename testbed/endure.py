@@ -1,4 +1,4 @@
-"""endure: the long forms of the tests, against the real program; with figures for bench/README.md.
+"""endure: the long forms of the tests, against the real program; with figures for RELIABILITY.md.
 
     python3 -m testbed.endure                                   everything at full length: ten minutes
     python3 -m testbed.endure --only data,carrier --scale 0.01  two parts, a hundredth of the length
