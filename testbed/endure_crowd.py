@@ -18,8 +18,8 @@ from typing import Callable, Sequence
 
 from sniroute_wire import SSL_REQUEST_BYTES
 from testbed.endure_router import HOST, Backend, Folder
-from testbed.endure_streams import (ENDS_FIRST, PERIOD, Cut, Opening, Wrong, bounded, hello_for, log_uniform,
-                                    open_stream, pass_stream)
+from testbed.endure_streams import (ENDS_FIRST, PERIOD, Cut, Opening, Refused, Wrong, bounded, hello_for,
+                                    log_uniform, open_stream, pass_stream)
 
 
 class Crowd:
@@ -36,7 +36,7 @@ class Crowd:
         self.folder = folder
         self.names = names
         self.shelves = range(len(names)) if shelves is None else shelves
-        self.may_be_refused: Callable[[str], bool] = lambda name: False  # what comes then is an alert
+        self.may_be_refused: Callable[[str], bool] = lambda name: False
         self.pause = pause  # seconds between two clients of a thread
         self.stopping = threading.Event()
         self.going = threading.Event()  # cleared: nobody comes for now
@@ -73,7 +73,7 @@ class Crowd:
             try:
                 stream(self.folder, name, shelf, rng)
             except Wrong as error:
-                fault, wrong = f"{name}: {error}", not self.may_be_refused(name)
+                fault, wrong = f"{name}: {error}", not (isinstance(error, Refused) and self.may_be_refused(name))
             except (Cut, OSError) as error:
                 fault = f"{name}: {type(error).__name__} {error}"
             with self.lock:
