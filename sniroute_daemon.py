@@ -261,6 +261,7 @@ class Daemon:
         succeeds = bool(self.handover.predecessors)
         if settings.claims is not None and not succeeds:  # what is claimed already is routed for the first client
             self._serve_registry(alone=True)
+            self.registrar.wait_for_store()
         loop = threading.Thread(target=self._loop, name="loop", daemon=True)
         loop.start()
         self.thread = loop  # only now: a thread that could not start cannot be joined

@@ -9,6 +9,7 @@
                                           a database that is ours alone         make_private
     a file's state ------------------->  whether it is another than before      stamp
     JOURNAL_STREAM -------------------->  whether journald reads stderr         under_journald
+    prctl(2), by setpriv or Python ---->  children that end with their parent   death_guard
 
 A cgroup has the limits of all cgroups above it, too, and a container sees its own as the root, so every folder from
 the process's own up to the root is asked.  Functions that read files take the folder `root`, so that tests can give
@@ -17,7 +18,7 @@ them other files.
 A task is a thread or a process: RLIMIT_NPROC and pids.max count both.
 
 Threads: main, at the start and at a reload; `changed_by_others` also the reaper, before it starts a program; `stamp`
-any that reloads; `make_private` the one that opens the database.
+any that reloads; `make_private` the one that opens the database; `death_guard` any that starts a program.
 
 Seams: I want to ...
     derive a setting from the host     a function here, and `derived` of sniroute_settings
@@ -55,6 +56,45 @@ START_MEMORY = 128 << 20  # bytes of address space: the stacks of threads are mo
 TUNNEL_MEMORY = 64 << 20  # bytes of the host for each process of a tunnel program: cloudflared takes about 28 MB
 LINUX_PORTS = 32768, 60999  # net.ipv4.ip_local_port_range, where nobody has changed it (ip(7))
 MIB = 1 << 20
+
+
+# -- the death guard ---------------------------------------------------------------------------
+
+PR_SET_PDEATHSIG, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 1, 47, 4  # prctl(2)
+SIGKILL = 9  # signal(7); the room `signal` brings `enum`, and those who start nothing can do without
+# The guard runs between fork and exec, in a process of its own, since preexec_fn is unsafe beside threads.
+# Both forms ask again who the parent is: it may have died before prctl took hold.
+# Both give up the ambient capabilities, which is how a service may bind port 443 without being root: a tunnel program
+# needs none.  The inheritable ones may stay: alone they mean nothing to a program (capabilities(7)), and a sandbox
+# may forbid capset(2).
+PYTHON_GUARD = (
+    "import ctypes, os, sys\n"
+    "prctl = ctypes.CDLL(None).prctl\n"
+    f"prctl({PR_CAP_AMBIENT}, {PR_CAP_AMBIENT_CLEAR_ALL}, 0, 0, 0)\n"
+    f"prctl({PR_SET_PDEATHSIG}, {SIGKILL})\n"
+    "if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[2:])\n"
+)
+SHELL_GUARD = '[ "$PPID" = "$0" ] && exec "$@"'
+
+
+def death_guard() -> list[str]:
+    """Words to put before a process's argv so that it runs without capabilities, and ends with this one.
+
+    The kernel kills it when the thread that has started it ends, so that thread has to wait for it.  util-linux's
+    setpriv takes 3 ms and Python itself 24 ms, so setpriv is preferred where it works (busybox's has no --pdeathsig).
+    Empty where there is no PR_SET_PDEATHSIG.  Raises OSError.
+    """
+    if sys.platform != "linux":
+        return []
+    import shutil  # these are imported late: the carrier, which starts nothing, can do without
+    import subprocess
+    setpriv = [shutil.which("setpriv", path="/usr/bin:/bin") or "", "--ambient-caps", "-all", "--pdeathsig", "KILL",
+               "--"]
+    if setpriv[0] and os.access("/bin/sh", os.X_OK):
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        if subprocess.run([*setpriv, "/bin/sh", "-c", ":"], **quiet).returncode == 0:
+            return [*setpriv, "/bin/sh", "-c", SHELL_GUARD, str(os.getpid())]
+    return [sys.executable, "-I", "-S", "-c", PYTHON_GUARD, str(os.getpid())]
 
 
 # -- standard streams --------------------------------------------------------------------------

@@ -7,9 +7,9 @@
     its stderr -------- last_line --------> why it failed, without secrets
 
 A plugin is the program that `exec` of a kubeconfig names (`Plugin` of sniroute_kubeconfig).  It runs in a process group
-of its own, without stdin.  What it prints is a secret; a line of its stderr is the reason where it fails, without what
-looks like a secret.  A plugin that another user may change is not run, nor one of a kubeconfig that another user may
-change.
+of its own, without stdin, and behind the death guard: it ends with this process, however that ends.  What it prints is a
+secret; a line of its stderr is the reason where it fails, without what looks like a secret.  A plugin that another user
+may change is not run, nor one of a kubeconfig that another user may change.
 
     Plugins      the runs of one loop: PLUGINS at a time beside those that are SLOW; the others wait
     PluginRun    one run, which any thread may kill
@@ -23,7 +23,7 @@ Seams: I want to ...
     read more of an answer          `read_credential`, and a field of Credential
 
 This room imports sniroute_kubeconfig (Plugin, Cluster), sniroute_dial (Failed), sniroute_loop, sniroute_host
-(`changed_by_others`) and sniroute_names (printable).
+(`changed_by_others`, `death_guard`) and sniroute_names (printable).
 
 Source: kubernetes.io, "Client Authentication (v1)"; k8s.io/client-go, folder plugin/pkg/client/auth/exec.
 """
@@ -43,7 +43,7 @@ import threading
 from typing import Any, Callable, Mapping, NamedTuple, NoReturn
 
 from sniroute_dial import Failed
-from sniroute_host import changed_by_others, interpreter_of
+from sniroute_host import changed_by_others, death_guard, interpreter_of
 from sniroute_kubeconfig import Cluster, KubeconfigError, Plugin, Secret, bearer, check_key, shown
 from sniroute_loop import Loop, monotonic
 from sniroute_names import printable
@@ -261,11 +261,12 @@ def run_plugin(run: PluginRun, plugin: Plugin, cluster: Cluster, sources: Source
     environ = {**sources.environ, "PATH": os.pathsep.join(folders_of(sources)), **dict(plugin.env),
                "KUBERNETES_EXEC_INFO": plugin_info(plugin, cluster)}
     try:
+        guard = death_guard()
         with run.lock:
             if run.is_over:
                 raise plugin_fault(plugin, "is not run any more: the program ends")
             run.process = process = subprocess.Popen(
-                [path, *plugin.args], env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                [*guard, path, *plugin.args], env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, start_new_session=True)
     except OSError as error:
         raise plugin_fault(plugin, f"cannot be run: {error.strerror}") from None

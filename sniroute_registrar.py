@@ -64,6 +64,7 @@ log = logging.getLogger("sniroute")
 
 # Limits, each with its reason.
 CALLERS_MAX = 1000  # connections of owners, each of which may be kept: REGISTRY_FDS (sniroute_settings) are set aside
+TOLD = 2.0  # seconds that a start waits for what a store has kept: one that hangs must not hold up all other names
 TICK = 1.0  # seconds between two looks at claims that live as long as a connection, and at how long the store is away
 REVIEWED = 200  # claims that are held against the settings in one turn: some milliseconds
 
@@ -220,6 +221,13 @@ class Registrar:
                 self.moved(key)
         self.door.open()
         self.door.loop.call(functools.partial(self._review, collections.deque(self.table.live), None))
+
+    def wait_for_store(self) -> None:
+        """Wait until the store has told all claims, or is found to be away; TOLD seconds at most."""
+        told = getattr(self.store, "told", None)
+        if told is not None and not told.wait(TOLD):
+            log.warning("registry: the store has not told within %g s what is claimed: until then claimed names are "
+                        "refused", TOLD)
 
     def close(self) -> None:
         """End the registry; what the store keeps is kept.  More than once does no harm."""

@@ -133,7 +133,7 @@ class Store(Protocol):
 
     `open` comes first and once, before the registry's loop runs.  `write`, `renew` and `stop` run in that loop, and so
     does `done`, perhaps before they return.  A store may have more, which is asked for with `getattr`: `history`, as
-    Sqlite, and `heard_at`, as Shared.
+    Sqlite, and `heard_at` and `told`, as Shared.
     """
 
     name: str

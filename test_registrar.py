@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import contextlib
 import json
 import logging
 import os
 import re
+import select
 import signal
 import socket
 import threading
@@ -220,6 +222,47 @@ def test_what_a_file_has_kept_is_routed_for_the_first_client(begin, serve, tmp_p
     with connect(again.program.address, sample_hello(SHOP)) as client:
         assert client.recv(1) == b"x"
     assert re.search(r" registry on .*\n(.*\n)*?.* listening on ", again.program.log())
+
+
+@linux
+def test_what_redis_has_kept_is_routed_for_the_first_client(begin, redis_server, serve, free_ports):
+    """It comes before Redis has told anything: the port is open, and nobody is taken yet."""
+    redis, far, port = redis_server(), serve(answer(b"x", 1)), free_ports(1)[0]
+    first = begin(store=redis.url)
+    wait_until(lambda: first.claim(target=f"tcp:{HOST}:{far.address[1]}").status == 201)
+    first.kill()
+    redis.process.send_signal(signal.SIGSTOP)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        again = pool.submit(begin, f"--listen={HOST}:{port}", store=redis.url)
+        client = wait_until(lambda: dialled((HOST, port)))
+        with client:
+            client.sendall(sample_hello(SHOP))
+            is_taken = select.select([client], [], [], 0.3)[0]
+            redis.process.send_signal(signal.SIGCONT)
+            assert not is_taken and client.recv(1) == b"x"
+        again.result()
+
+
+def dialled(address: Address) -> socket.socket | None:
+    """A connection, where somebody listens."""
+    try:
+        return connect(address)
+    except ConnectionRefusedError:
+        return None
+
+
+@linux
+@pytest.mark.parametrize("store", ["away", "silent"])
+def test_a_store_that_tells_nothing_holds_nobody_up_for_long(begin, redis_server, serve, store):
+    redis, far = redis_server(), serve(answer(b"x", 1))
+    if store == "away":
+        redis.stop()
+    else:
+        redis.process.send_signal(signal.SIGSTOP)
+    router = begin(f"--route=a.test=tcp:{HOST}:{far.address[1]}", store=redis.url)
+    assert ("has not told within 2 s what is claimed" in router.program.log()) == (store == "silent")
+    with connect(router.program.address, sample_hello("a.test")) as client:
+        assert client.recv(1) == b"x"
 
 
 @linux

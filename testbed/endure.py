@@ -8,7 +8,7 @@
     inputs      1,000,000 mutated inputs for the parsers, 5,000 for the router  endure_inputs
     data        20 GB of checked bytes through `tcp:`, a fifth to slow readers  endure_streams
     carrier     2 GB through the carrier, to the stand-in for the edge          endure_streams, fake_edge
-    kills       50 times SIGKILL to the router under load
+    kills       100 times SIGKILL to the router, with 20 children, under load   endure_kills, endure_claims
     handovers   10 successors under a load of new connections
     nodepass    four NodePass tunnels for five minutes, a day of theirs: ends,  endure_nodepass
                 targets and the link between fail, one after another
@@ -30,22 +30,20 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, NamedTuple
 
-from sniroute_wire import SSL_REQUEST_BYTES
-from testbed import endure_inputs, endure_nemesis, endure_nodepass
+from testbed import endure_inputs, endure_kills, endure_nemesis, endure_nodepass
+from testbed.endure_crowd import CROWD, Crowd, prepare_crowd
+from testbed.endure_far import edge
 from testbed.endure_nemesis import Load, Nemesis
-from testbed.endure_router import (HERE, HOST, PIPES_MAX, RESIDENT_MORE_DATA, TESTBED, Backend, Baseline, Folder,
-                                   Problem, Router, Standing, children, clients, environment, raise_descriptors,
-                                   running, show, wait_for)
-from testbed.endure_streams import (ENDS_FIRST, PERIOD, Cut, Opening, Wrong, bounded, hello_for, log_uniform,
-                                    open_stream, pass_stream)
+from testbed.endure_router import (HERE, HOST, PIPES_MAX, RESIDENT_MORE_DATA, Backend, Baseline, Folder, Problem, Router,
+                                   Standing, clients, environment, raise_descriptors, show, wait_for)
+from testbed.endure_streams import bounded
 
 GIGABYTE = 10 ** 9
 
@@ -246,34 +244,6 @@ def data(size: Size) -> Result:
             return carry(size, router, backend, size.of(20 * GIGABYTE), names=names, ends_first=True)
 
 
-@contextlib.contextmanager
-def edge(folder: Folder, names: list[str], ports: list[int]) -> Iterator[dict[str, str]]:
-    """The stand-in for the edge; `names` lead to `ports`.  Yields the variables that a router needs for it."""
-    if shutil.which("openssl") is None:
-        raise Problem("openssl is not here (Debian package openssl)")
-    place = folder.path / "edge"
-    place.mkdir()
-    (place / "far.json").write_text(json.dumps({name: [HOST, port] for name, port in zip(names, ports)}))
-    made = subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", "/CN=edge", "-addext", "subjectAltName=DNS:*.example.test", "-addext",
-         "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=critical,keyCertSign,digitalSignature",
-         "-keyout", place / "key.pem", "-out", place / "ca.pem"], capture_output=True, text=True)
-    if made.returncode:
-        raise Problem(f"openssl: {made.stderr}")
-    (place / "edge.pem").write_text((place / "ca.pem").read_text() + (place / "key.pem").read_text())
-    process = subprocess.Popen([sys.executable, "-I", "-S", str(TESTBED / "fake_edge.py"), str(place)],
-                               stdin=subprocess.PIPE)
-    try:
-        wait_for((place / "edge.json").exists, "the edge")
-        proxy = json.loads((place / "edge.json").read_text())["proxy"]
-        yield {"HTTPS_PROXY": f"http://{HOST}:{proxy}", "SSL_CERT_FILE": str(place / "ca.pem")}
-    finally:
-        process.kill()
-        process.wait()
-        process.stdin.close()
-
-
 def carrier(size: Size) -> Result:
     """Checked bytes through the carrier.  It has no half-close, as WebSocket has none."""
     names = ["a.example.test", "b.example.test", "c.example.test"]
@@ -286,113 +256,9 @@ def carrier(size: Size) -> Result:
 # -- kills and hand-overs ----------------------------------------------------------------------
 
 
-class Crowd:
-    """Clients that come again and again, each with a small checked stream; `names` are shelves in this order.
-
-    Only behind `tcp:` a client may end first: a tunnel has no half-close, and who ends before a backend has answered
-    SSLRequest has left, for the router (`client_left`).
-    """
-
-    def __init__(self, folder: Folder, names: list[str], seed: int, at_once: int = 6):
-        self.folder = folder
-        self.names = names
-        self.stopping = threading.Event()
-        self.lock = threading.Lock()  # guards what follows
-        self.served = 0
-        self.problems: list[str] = []  # wrong bytes: never allowed
-        self.broken: collections.Counter[str] = collections.Counter()  # streams that ended early, and how
-        self.threads = [threading.Thread(target=self.come_again, args=(random.Random(f"{seed} {number}"),),
-                                         name="crowd") for number in range(at_once)]
-
-    def __enter__(self) -> Crowd:
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """End, and wait for it.  A second call does nothing."""
-        self.stopping.set()
-        for thread in self.threads:
-            thread.join()
-
-    def come_again(self, rng: random.Random) -> None:
-        """A thread's clients."""
-        while not self.stopping.is_set():
-            shelf = rng.randrange(len(self.names))
-            name = self.names[shelf]
-            flags = ENDS_FIRST if name == "tcp.example.test" and rng.random() < 0.5 else 0
-            opening = Opening(flags=flags, shelf=shelf, seed=rng.randrange(1 << 32),
-                              start_up=rng.randrange(PERIOD), size_up=log_uniform(rng, 1 << 16),
-                              start_down=rng.randrange(PERIOD), size_down=log_uniform(rng, 1 << 16))
-            fault, wrong = "", False
-            try:
-                with socket.create_connection(self.folder.listen) as sock:
-                    bounded(sock)
-                    open_stream(sock, hello_for(name, rng), opening, SSL_REQUEST_BYTES if "pg" in name else b"")
-                    pass_stream(sock, opening, at_once=False)
-            except Wrong as error:
-                fault, wrong = f"{name}: {error}", True
-            except (Cut, OSError) as error:
-                fault = f"{name}: {type(error).__name__} {error}"
-            with self.lock:
-                self.served += not fault
-                if wrong:
-                    self.problems.append(f"a client of {fault}")
-                elif fault:
-                    self.broken[fault] += 1
-            time.sleep(0.005 if not fault else 0.05)
-
-
-CROWD = ["tcp.example.test", "tcp-pg.example.test", "t1.example.test", "t2.example.test", "t3.example.test"]
-
-
-def prepare_crowd(folder: Folder, backend: Backend) -> None:
-    """Write settings by which the names of CROWD lead to their shelves: two at once, three through tunnels."""
-    rows = [f'"{name}" = "tcp:{HOST}:{port}"' for name, port in zip(CROWD, backend.shelves[:2])]
-    folder.write_settings("\n".join([*rows, '"*.example.test" = "cloudflared:{name}"']),
-                          f'cloudflared = "{folder.cloudflared}"')
-    for name, port in zip(CROWD[2:], backend.shelves[2:]):
-        folder.set("far.json", name, [HOST, port])
-
-
 def kills(size: Size) -> Result:
-    """SIGKILL to the router under load: its children end, the next one listens at once, and clears what was left."""
-    problems: list[str] = []
-    slowest, seen_children, cleared = 0.0, 0, 0
-    rng = random.Random(size.seed)
-    with Folder() as folder, Backend(len(CROWD)) as backend, contextlib.ExitStack() as stack:
-        prepare_crowd(folder, backend)
-        crowd = stack.enter_context(Crowd(folder, CROWD, size.seed))
-        for number in range(size.of(50) + 1):
-            left = folder.homes()
-            router = stack.enter_context(Router(folder))
-            goal = crowd.served + 20
-            wait_for(lambda: crowd.served >= goal and len(children(router.pid)) == 3, "a load on three tunnels")
-            wait_for(lambda: not left & folder.homes(), f"the end of {left}, which killed routers have left")
-            cleared += len(left)
-            if number == size.of(50):
-                break  # the last one ends well
-            seen_children += len(running(str(folder.tunnels)))
-            time.sleep(rng.uniform(0, 0.1))
-            router.process.kill()
-            router.process.wait()
-            began = time.monotonic()
-            wait_for(lambda: not running(str(folder.tunnels)), "the end of its children", 10)
-            slowest = max(slowest, time.monotonic() - began)
-            said_wrong(router, problems)
-        crowd.stop()
-        before = Baseline(router).before
-        end_well(router, problems)
-        problems += crowd.problems
-        if left := sorted(path.name for path in folder.scratch.iterdir()):
-            problems.append(f"files that are left: {left}")
-        problems += backend.faults()
-    words = f"{size.of(50)} kills, {count(crowd.served)} streams served, {seen_children} children, the last one gone " \
-            f"within {1000 * slowest:.0f} ms; {cleared} home folders cleared by the next start"
-    return Result(words, problems, before, before)
+    """SIGKILL to the router: its children end, the next one serves at once, claims are as they were."""
+    return Result(*endure_kills.run(size.of(100), size.scale < 0.1, size.seed))
 
 
 def handovers(size: Size) -> Result:

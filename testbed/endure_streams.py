@@ -78,6 +78,10 @@ class Wrong(Exception):
     """Bytes that nobody has sent: a fault of the product.  The message says which."""
 
 
+class Refused(Wrong):
+    """An alert instead of the first byte: the router has refused the client."""
+
+
 class Cut(Exception):
     """The stream ended early.  The message says where."""
 
@@ -126,6 +130,8 @@ def read_pattern(sock: socket.socket, start: int, size: int, slow: bool) -> None
         if not count:
             raise Cut(f"after {taken} of {size} bytes")
         if not PATTERN.startswith(space[:count], (start + taken) % PERIOD):
+            if not taken and space[:2] == b"\x15\x03":  # RFC 8446, section 5.1
+                raise Refused("an alert")
             raise Wrong(f"a wrong byte within {count} behind {taken} of {size} that began at {start}")
         taken += count
         if slow:
