@@ -166,8 +166,11 @@ class Backend:
         return None
 
     def is_ours(self) -> bool:
-        """Whether this host could not dial one of its addresses: that is no fault of the backend."""
-        return self.told is not None and NO_PORT in self.told.values()
+        """Whether this host could dial none of its addresses: that is no fault of the backend.
+
+        All of them: where IPv6 is switched off, ::1 is never dialled, and 127.0.0.1 may refuse all the same.
+        """
+        return bool(self.told) and all(what == NO_PORT for what in self.told.values())
 
     def tell(self, row: Row, what: str) -> None:
         """What became of an address, for people."""
