@@ -37,7 +37,7 @@ Seams: I want to ...
     accept other heads            `parse_head`, which does no I/O
     change what all answers say   HEADERS, `render`
 
-This room imports sniroute_loop, sniroute_page (the policy for browsers) and sniroute_names.
+This room imports sniroute_loop, sniroute_scarcity, sniroute_page (the policy for browsers) and sniroute_names.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ from typing import Any, Callable, NamedTuple
 from sniroute_loop import CAPACITY_ERRNOS, READ, WRITE, Loop, Watch
 from sniroute_names import printable, show_address
 from sniroute_page import POLICY
+from sniroute_scarcity import SHORT_OF_MEMORY, begin_thread, ran_out
 
 __version__ = "0.1.0"
 
@@ -82,6 +83,7 @@ FIELDS_MAX = 100  # header fields: browsers send twenty
 BODY_MAX = 65536  # no request needs a body, but some clients send one
 PIECE = 65536  # read at once
 ACCEPT_MAX = 64  # clients in a row: then those who are here already have their turn
+SHORT_SAID = 10.0  # between two log lines about what this host is short of
 ACCEPT_PAUSE = 0.1  # until an accept that failed is tried again: else the thread would spin where descriptors are short
 BACKLOG = 1024  # connections that wait for accept: the SYN of one more is dropped, and sent again after a second
 CLOSE_TIME = 1.0  # for threads to end in Door.close(); one that waits for a tunnel may end later, unheard
@@ -363,7 +365,10 @@ class Caller:
             return self.plan.act(self)
         except Declined as declined:
             return declined.answer
-        except Exception:
+        except Exception as error:
+            if ran_out(error):
+                self.gate.door.is_short(SHORT_OF_MEMORY)
+                return Declined(503, SHORT_OF_MEMORY, Retry_After="1").answer
             log.exception("%s: %s", self.gate.door.name, FAULT)
             return Declined(500, "a fault in sniroute: its log says which").answer
 
@@ -511,13 +516,17 @@ class Gate:
                 return
             except OSError as error:
                 if error.errno not in CAPACITY_ERRNOS or not self._make_room():
-                    self.watch.wait_for(0)
-                    self.pause.set(time.monotonic() + ACCEPT_PAUSE)
+                    self.rest()
                 return
             sock.setblocking(False)
             if len(self.callers) >= self.most:
                 self._make_room()
             Caller(self, sock).readable()
+
+    def rest(self) -> None:
+        """Accept nobody for a moment."""
+        self.watch.wait_for(0)
+        self.pause.set(time.monotonic() + ACCEPT_PAUSE)
 
     def _make_room(self) -> bool:
         """Close the connection of one client, in the order of YIELDING, the oldest first; whether there is one."""
@@ -548,12 +557,12 @@ class Gate:
             caller = self.waiting.popleft()
             number = self.free.pop()
             caller.enter(WORKING)
-            self.live[number] = threading.Thread(target=self._run, args=(number, caller), daemon=True,
-                                                 name=f"{self.name}-{number}")
             try:
-                self.live[number].start()
-            except RuntimeError:  # the system has no thread to spare
-                self._end(number, caller, BUSY.answer)
+                self.live[number] = begin_thread(functools.partial(self._run, number, caller), f"{self.name}-{number}")
+            except RuntimeError as error:  # the system has no thread to spare
+                self.door.is_short(str(error))
+                self.free.append(number)
+                caller.answer(Declined(503, str(error), Retry_After="1").answer)
 
     def _run(self, number: int, caller: Caller) -> None:
         """What a thread runs."""
@@ -581,6 +590,7 @@ class Door:
         self.name = name
         self.loop = Loop(self._fault)
         self.gates: list[Gate] = []
+        self.short_said = -SHORT_SAID  # when the log was told that this host is short of something
         self.tick = tick
         self.every = every
         self.timer = self.loop.timer(self._tick)
@@ -612,15 +622,27 @@ class Door:
                 if thread is not threading.current_thread():
                     thread.join(max(0.0, deadline - time.monotonic()))
 
+    def is_short(self, why: str) -> None:
+        """This host is short of something: say so, now and then.  Any thread."""
+        now = time.monotonic()
+        if now - self.short_said >= SHORT_SAID:
+            self.short_said = now
+            log.warning("%s: %s", self.name, why)
+
     def _tick(self) -> None:
         self.timer.set(time.monotonic() + self.every)
         self.tick()
 
     def _fault(self, owner: Any) -> None:
-        """Something raised an exception: a caller ends, and all others go on."""
-        log.error("%s: %s", self.name, FAULT, exc_info=sys.exc_info())
+        """Something raised an exception: a caller ends, and all others go on.  Where memory is short, that is no fault."""
+        if ran_out(sys.exc_info()[1]):
+            self.is_short(SHORT_OF_MEMORY)
+        else:
+            log.error("%s: %s", self.name, FAULT, exc_info=sys.exc_info())
         if isinstance(owner, Caller):
             owner.close()
+        elif isinstance(owner, Gate):
+            owner.rest()
 
 
 # -- listening ---------------------------------------------------------------------------------

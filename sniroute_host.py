@@ -25,7 +25,7 @@ Seams: I want to ...
     explain another failed start       a branch in `shortage`
     trust somebody else, too           `changed_by_others`, ROOTS_GROUPS
 
-This room imports the standard library only.
+It imports scarcity.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ import resource
 import stat
 import sys
 from typing import Any, Iterator, NamedTuple
+
+from sniroute_scarcity import SHORT_OF_MEMORY, ran_out
 
 __version__ = "0.1.0"
 
@@ -55,6 +57,7 @@ START_MEMORY = 128 << 20  # bytes of address space: the stacks of threads are mo
 TUNNEL_MEMORY = 64 << 20  # bytes of the host for each process of a tunnel program: cloudflared takes about 28 MB
 LINUX_PORTS = 32768, 60999  # net.ipv4.ip_local_port_range, where nobody has changed it (ip(7))
 MIB = 1 << 20
+MEMORY_LIMITS = ("RLIMIT_AS", "ulimit -v, LimitAS"), ("RLIMIT_DATA", "ulimit -d, LimitDATA")
 
 
 # -- standard streams --------------------------------------------------------------------------
@@ -239,7 +242,7 @@ def has_temporary_folder() -> bool:
 
 
 def shortage(error: BaseException, root: str = "/") -> str:
-    """Why a start failed, in one sentence, where the host allows too little; "" where it is anything else."""
+    """Why a start failed, of the router or of what it starts, in one sentence, where the host allows too little; "" where it is anything else."""
     number = getattr(error, "errno", None)
     if isinstance(error, TooLittle):
         return str(error)
@@ -247,16 +250,21 @@ def shortage(error: BaseException, root: str = "/") -> str:
         return few_descriptors(START_DESCRIPTORS + LISTENER_DESCRIPTORS + CLIENT_DESCRIPTORS)
     if number == errno.ENFILE:
         return "this host has no descriptor left (sysctl fs.file-max)"
-    space, _ = resource.getrlimit(resource.RLIMIT_AS)
-    limits = [] if space == resource.RLIM_INFINITY else [f"RLIMIT_AS is {space // MIB} MiB (ulimit -v, LimitAS)"]
+    limits = [f"{name} is {space // MIB} MiB ({how})" for name, how in MEMORY_LIMITS
+              if (space := resource.getrlimit(getattr(resource, name))[0]) != resource.RLIM_INFINITY]
+    if isinstance(error, RuntimeError) and SHORT_OF_MEMORY in str(error):  # of `begin_thread`, while we run
+        return f"no thread can be started: {SHORT_OF_MEMORY} ({', '.join(limits) or 'the host has none left'})"
     if isinstance(error, RuntimeError) and "new thread" in str(error):
         needed = f"{START_TASKS + 1} threads and processes are needed at least"
         needed += f", and {START_MEMORY // MIB} MiB of address space" if limits else ""
         limits += [f"{name} is {allowed}" for name, allowed in task_limits(root)]
         return f"no thread can be started ({', '.join(limits) or 'the host is full'}): {needed}"
-    if isinstance(error, MemoryError) or number == errno.ENOMEM \
+    if number == errno.EAGAIN:
+        limits += [f"{name} is {allowed}" for name, allowed in task_limits(root)]
+        return f"no process can be started ({', '.join(limits) or 'the host is full'})"
+    if ran_out(error) or number == errno.ENOMEM \
             or isinstance(error, ImportError) and "failed to map" in str(error):  # what dlopen(3) says
-        return (f"memory is short ({', '.join(limits) or 'the host, or its cgroup, has none left'}): "
+        return (f"{SHORT_OF_MEMORY} ({', '.join(limits) or 'the host, or its cgroup, has none left'}): "
                 f"{START_MEMORY // MIB} MiB of address space are needed at least")
     return ""
 

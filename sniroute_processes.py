@@ -128,8 +128,9 @@ def death_guard() -> list[str]:
     setpriv = [shutil.which("setpriv", path="/usr/bin:/bin") or "", "--ambient-caps", "-all", "--pdeathsig", "KILL",
                "--"]
     if setpriv[0] and os.access("/bin/sh", os.X_OK):
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        if subprocess.run([*setpriv, "/bin/sh", "-c", ":"], **quiet).returncode == 0:
+        with open(os.devnull, "r+b", buffering=0) as nothing:  # see `launch`
+            works = subprocess.run([*setpriv, "/bin/sh", "-c", ":"], stdin=nothing, stdout=nothing, stderr=nothing)
+        if works.returncode == 0:
             return [*setpriv, "/bin/sh", "-c", SHELL_GUARD, str(os.getpid())]
     return [sys.executable, "-I", "-S", "-c", PYTHON_GUARD, str(os.getpid())]
 
