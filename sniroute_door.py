@@ -61,7 +61,7 @@ from typing import Any, Callable, NamedTuple
 from sniroute_loop import CAPACITY_ERRNOS, READ, WRITE, Loop, Watch
 from sniroute_names import printable, show_address
 from sniroute_page import POLICY
-from sniroute_scarcity import SHORT_OF_MEMORY, begin_thread, ran_out
+from sniroute_scarcity import SHORT_OF_MEMORY, Paced, begin_thread, ran_out
 
 __version__ = "0.1.0"
 
@@ -83,7 +83,6 @@ FIELDS_MAX = 100  # header fields: browsers send twenty
 BODY_MAX = 65536  # no request needs a body, but some clients send one
 PIECE = 65536  # read at once
 ACCEPT_MAX = 64  # clients in a row: then those who are here already have their turn
-SHORT_SAID = 10.0  # between two log lines about what this host is short of
 ACCEPT_PAUSE = 0.1  # until an accept that failed is tried again: else the thread would spin where descriptors are short
 BACKLOG = 1024  # connections that wait for accept: the SYN of one more is dropped, and sent again after a second
 CLOSE_TIME = 1.0  # for threads to end in Door.close(); one that waits for a tunnel may end later, unheard
@@ -590,7 +589,7 @@ class Door:
         self.name = name
         self.loop = Loop(self._fault)
         self.gates: list[Gate] = []
-        self.short_said = -SHORT_SAID  # when the log was told that this host is short of something
+        self.short_said = Paced()  # that this host is short of something
         self.tick = tick
         self.every = every
         self.timer = self.loop.timer(self._tick)
@@ -624,9 +623,7 @@ class Door:
 
     def is_short(self, why: str) -> None:
         """This host is short of something: say so, now and then.  Any thread."""
-        now = time.monotonic()
-        if now - self.short_said >= SHORT_SAID:
-            self.short_said = now
+        if self.short_said.is_due(why):
             log.warning("%s: %s", self.name, why)
 
     def _tick(self) -> None:

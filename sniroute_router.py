@@ -48,7 +48,7 @@ from sniroute_names import ascii_advice, normalise, parse_ip
 from sniroute_refusals import REFUSALS, Refused
 from sniroute_resets import RESETTING
 from sniroute_routes import Decision, Route, Routes
-from sniroute_scarcity import SHORT_OF_MEMORY, begin_thread, ran_out
+from sniroute_scarcity import SHORT_OF_MEMORY, Paced, begin_thread, ran_out
 from sniroute_targets import Targets
 from sniroute_tunnels import TunnelTable
 from sniroute_wire import PROXY_POLICY, HelloMemory
@@ -67,7 +67,6 @@ monotonic = time.monotonic
 
 # Limits, each with its reason.  Times in seconds.
 ACCEPTS = 16  # connections taken from a listener in one turn, so that the rest is served too; more is no cheaper
-PAUSE_SAID = 10.0  # between two log lines about a pause in accepting, however often it happens
 PEERS_MAX = 4096  # client addresses in memory before those without a connection are dropped
 WAIT_THREADS = 32  # targets that wait on a thread at once; --max-starting lets even fewer start
 WAITS_PER_CLIENT = 8  # targets of one client address that still wait for a thread
@@ -147,7 +146,7 @@ class Waits:
         self.queued: collections.deque[Wait] = collections.deque()  # those that wait for a thread
         self.threads = 0
         self.thread_wanted = False  # `_start` is called in the next turn
-        self.said = -PAUSE_SAID  # when the log was told that there is no thread
+        self.said = Paced()  # that there is no thread
 
     def join(self, connection: Connection, doubted: Child | None) -> None:
         """Have a connection wait with those that want the same; the first brings a thread.
@@ -222,9 +221,7 @@ class Waits:
         except RuntimeError as error:  # no more threads to be had
             wait.error = Refused("busy", str(error))
             self.router.call(functools.partial(self.hand_back, wait))
-            now = monotonic()
-            if now - self.said >= PAUSE_SAID:
-                self.said = now
+            if self.said.is_due(str(error)):
                 log.warning("names that have to wait are refused for now: %s", shortage(error) or error)
         self._want_thread()
 
@@ -370,7 +367,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.targets.follow((*settings.routes.routes, *settings.port), self.routes.identified, self.loop)
         # Timers of the loop.
         self.paused = False  # accepting is paused
-        self.pause_said = -PAUSE_SAID
+        self.pause_said = Paced()
         self.resumption = self.loop.timer(self._resume)  # paused, and NEVER: when connections have ended, see `closed`
         self.drain_end = self.loop.timer(self._stop)
         self.heartbeat = self.loop.timer(self._beat)
@@ -617,9 +614,7 @@ class Router(socketserver.ThreadingTCPServer):
         """Stop accepting until a clock time: a listener that stays readable would spin the loop."""
         if self.paused or self.phase not in ACCEPTING:
             return
-        now = monotonic()
-        if now - self.pause_said >= PAUSE_SAID:
-            self.pause_said = now
+        if self.pause_said.is_due(why):
             log.warning("not accepting for now: %s", why)
         self.paused = True
         for listener in self.listeners:

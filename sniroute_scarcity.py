@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import mmap
+import time
 from typing import TYPE_CHECKING, Callable
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ SHORT_OF_MEMORY = "memory is short"
 RESERVE = 256 << 10  # bytes: what it takes to end some connections, and to log them
 THREAD_ROOM = 1 << 20  # bytes that have to be free for a thread: it is to do something, too
 BEGINS = 0.5  # seconds in which a thread begins, or is given up: the loop waits meanwhile
+SAID_AGAIN = 10.0  # seconds between two log lines that say the same
+SAID_MAX = 16  # things that are remembered: there are fewer
 CAUSES_MAX = 10  # exceptions that led to one another, and are looked at
 
 
@@ -63,6 +66,25 @@ class Reserve:
                 self.kept = bytearray(RESERVE)
             except MemoryError:
                 return False
+        return True
+
+
+class Paced:
+    """When something is to be said that goes on: each thing once in SAID_AGAIN seconds."""
+
+    __slots__ = ("said",)
+
+    def __init__(self) -> None:
+        self.said: dict[str, float] = {}  # clock times
+
+    def is_due(self, what: str) -> bool:
+        """Whether to say this now."""
+        now = time.monotonic()
+        if now - self.said.get(what, -SAID_AGAIN) < SAID_AGAIN:
+            return False
+        if len(self.said) >= SAID_MAX:
+            self.said.clear()
+        self.said[what] = now
         return True
 
 

@@ -80,13 +80,12 @@ from sniroute_log import log, log_event
 from sniroute_loop import CAPACITY_ERRNOS, WAIT_LAST, WakePipe
 from sniroute_ports import PortPool, leaves_waiting, listens
 from sniroute_processes import LOST, NO_FAULT, OWN_FAULT, POLL, STOP_GRACE, Child, Ends, Link, Process, Processes
-from sniroute_scarcity import SHORT_OF_MEMORY, ran_out
+from sniroute_scarcity import SHORT_OF_MEMORY, Paced, ran_out
 
 __version__ = "0.1.0"
 
 # Limits and times (seconds), each with its reason.
 RETRY = 0.1  # after a fault of the reaper: it must not spin
-SHORT_SAID = 10.0  # between two log lines about what the reaper is short of
 SHORT_RETRY = 0.5  # until a tunnel that is to stand is tried again where this host was short of something
 REAPER_NAP = 0.005  # between two turns while names queue: each costs as much as there are tunnels
 POLL_LAST = 0.2  # between two looks at a child that takes long to start: a look may read /proc/net, up to 7 ms
@@ -781,7 +780,7 @@ def may_idle(table: TunnelTable, tunnel: Tunnel) -> float:
 
 def reap(table: TunnelTable) -> None:
     """The thread `reaper`: turn until the table is closed and no process is left."""
-    said = -SHORT_SAID
+    paced = Paced()
     while not (table.closing and not table.processes.running):
         try:
             table.step(None)
@@ -791,9 +790,8 @@ def reap(table: TunnelTable) -> None:
             with contextlib.suppress(MemoryError):
                 if not isinstance(error, OSError) and not ran_out(error):
                     log.exception("a fault in the reaper: please report it")
-                elif time.monotonic() - said >= SHORT_SAID:
+                elif paced.is_due(SHORT_OF_MEMORY if ran_out(error) else error.strerror or ""):
                     # No descriptors left, most likely, or no memory; what was claimed is tried again.
-                    said = time.monotonic()
                     log.error("tunnels: %s", SHORT_OF_MEMORY if ran_out(error) else error)
             time.sleep(RETRY)
     if table.guest is not None:

@@ -9,8 +9,8 @@ import time
 import pytest
 
 import sniroute_scarcity
-from sniroute_scarcity import RESERVE, Reserve, begin_thread, ran_out
-from conftest import linux, wait_until
+from sniroute_scarcity import RESERVE, Paced, Reserve, begin_thread, ran_out
+from conftest import FakeClock, linux, wait_until
 
 
 def test_a_thread_does_what_it_is_for():
@@ -74,6 +74,17 @@ def test_what_came_of_a_lack_of_memory_is_none_of_our_faults():
     first.__context__ = KeyError()
     first.__context__.__context__ = first
     assert not ran_out(first), "a circle has an end"
+
+
+def test_what_goes_on_is_said_once_in_a_while(monkeypatch):
+    paced, clock = Paced(), FakeClock()
+    monkeypatch.setattr(sniroute_scarcity.time, "monotonic", clock)
+    assert [paced.is_due(what) for what in ("a", "a", "b", "a", "b")] == [True, False, True, False, False]
+    clock.jump(sniroute_scarcity.SAID_AGAIN)
+    assert paced.is_due("a") and not paced.is_due("a")
+    for number in range(100):
+        assert paced.is_due(f"what a stranger says {number}")
+    assert len(paced.said) <= sniroute_scarcity.SAID_MAX
 
 
 def test_a_reserve_comes_back_when_there_is_memory(monkeypatch):
