@@ -63,7 +63,7 @@ from sniroute_handover import HANDOVER_MAX, HANDOVER_TIMEOUT, OFFER_AGAIN, Hando
 from sniroute_host import Stamp, raise_descriptor_limit, require_descriptors, shortage, stamp
 from sniroute_listeners import Listener, arrange, sockets_of, wanted_addresses
 from sniroute_log import Journal
-from sniroute_loop import WAIT_LAST, WakePipe
+from sniroute_loop import CAPACITY_ERRNOS, WAIT_LAST, WakePipe
 from sniroute_names import show_address
 from sniroute_refusals import SettingsError
 from sniroute_router import Hooks, Router, prepare
@@ -84,7 +84,7 @@ REGISTRY_WAIT = 5.0  # seconds that a predecessor has to give the registry's add
 REGISTRY_PAUSE = 0.05  # ... and between two looks
 ADOPT_TIMEOUT = 5.0  # seconds for the loop to take over new settings: it does so in its next turn, unless it hangs
 DUMP_MAX = 200  # connections in a dump, and as many tunnels
-MEMORY_PAUSE = 0.1  # seconds until the main thread goes on where it found no memory
+MEMORY_PAUSE = 0.1  # seconds until the main thread goes on where it found no memory, or no descriptor
 WATCH_EVERY = 0.25  # seconds between two looks at the file of settings, with --watch: a stat(2) each
 WATCH_RESTS = 0.5  # seconds without a change until it is read: an editor, or a copy, may write it in pieces
 LOOK_AGAIN = b"\xff"  # in the pipe, where no signal has this number: a reload may have changed how long we wait
@@ -223,9 +223,11 @@ class Daemon:
             while self.thread.is_alive():
                 try:
                     self._turn()
-                except MemoryError:
+                except Exception as error:
+                    if not ran_out(error) and getattr(error, "errno", None) not in CAPACITY_ERRNOS:
+                        raise
                     with contextlib.suppress(MemoryError):
-                        log.error("%s", SHORT_OF_MEMORY)
+                        log.error("%s", SHORT_OF_MEMORY if ran_out(error) else error)
                     time.sleep(MEMORY_PAUSE)
             return 1 if self.failed else 0
         finally:
@@ -372,7 +374,7 @@ class Daemon:
                     self.stop()
                 elif number == signal.SIGUSR1:
                     self.router.call(functools.partial(dump, self.router))
-        except MemoryError:
+        except Exception:
             self.pipe.wake(numbers)  # none is lost: one that comes twice at worst hurries the end
             raise
         if signal.SIGHUP in numbers:  # last, and once for many: a reload may take a while
@@ -516,7 +518,13 @@ class Daemon:
             for fault in faults if faults != said else ():
                 log.error("reload: %s", fault)
             if not faults:
-                self._adopt(settings, opened)
+                try:
+                    self._adopt(settings, opened)
+                except Exception as error:
+                    if not ran_out(error):
+                        raise
+                    faults = [f"{SHORT_OF_MEMORY}: not all of it is in use: reload again"]
+                    log.error("reload: %s", faults[0])
             elif faults != said:
                 log.error("reload: nothing has changed")
             self.faults = faults

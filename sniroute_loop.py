@@ -361,7 +361,9 @@ class Loop:
         while True:
             try:
                 return self._turn(turns)
-            except MemoryError:
+            except Exception as error:
+                if not ran_out(error):
+                    raise
                 self._starve()
 
     def _turn(self, turns: Iterable[Any]) -> None:
@@ -400,8 +402,10 @@ class Loop:
             self.next_check = 0.0  # soon it is taken back
         try:
             self.fault(find(by))
-        except MemoryError:
-            pass  # what waits has a deadline yet
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            # Else what waits has a deadline yet.
 
     def _starve(self) -> None:
         """There is not even memory for the loop's own work: other threads may give some back meanwhile."""

@@ -813,7 +813,10 @@ def test_a_lack_of_memory_in_the_main_thread_loses_no_signal(monkeypatch):
     def stop() -> None:
         if left:
             left.pop()
-            raise MemoryError
+            try:
+                raise MemoryError
+            finally:
+                raise AttributeError("came of it")
         done.append("stop")
     daemon = types.SimpleNamespace(pipe=pipe, stop=stop)
     def turn() -> None:

@@ -438,12 +438,12 @@ def suffer(stage: Stage, name: str, seconds: float) -> Suffered:
             counts = pace.counts.copy()
             if router.process.poll() is not None:
                 raise Problem(f"it ended with {router.process.returncode}")
-        said = collections.Counter(map(words_of, itertools.islice(router.lines, seen, None)))
+        said = collections.Counter(map(words_of, list(router.lines)[seen:]))
         pace.all_served()
     if share > CPU_MOST:
         problems.append(f"{share:.1%} of a core")
     told = [line for line in said if shortage.says in line and "reason=" not in line]
-    if not told and not any(shortage.says in line and "reason=" not in line for line in router.lines):
+    if not told and not any(shortage.says in line and "reason=" not in line for line in list(router.lines)):
         # It is said once in ten seconds, so perhaps before this shortage.
         problems.append(f"{shortage.says!r} is not in the log")
     flood = {line: said[line] for line in told if said[line] > LINES_MOST + counts["reload", "nothing has changed"]}
