@@ -38,7 +38,7 @@ Seams: I want to ...
     accept other heads            `parse_head`, which does no I/O
     change what all answers say   HEADERS, `render`
 
-This room imports sniroute_loop, sniroute_page (the policy for browsers) and sniroute_names.
+This room imports sniroute_loop, sniroute_scarcity, sniroute_page (the policy for browsers) and sniroute_names.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ from typing import Any, Callable, NamedTuple
 from sniroute_loop import CAPACITY_ERRNOS, READ, WRITE, Loop, Watch
 from sniroute_names import printable, show_address
 from sniroute_page import POLICY
+from sniroute_scarcity import SHORT_OF_MEMORY, Paced, begin_thread, ran_out
 
 __version__ = "0.1.0"
 
@@ -365,7 +366,10 @@ class Caller:
             return self.plan.act(self)
         except Declined as declined:
             return declined.answer
-        except Exception:
+        except Exception as error:
+            if ran_out(error):
+                self.gate.door.is_short(SHORT_OF_MEMORY)
+                return Declined(503, SHORT_OF_MEMORY, Retry_After="1").answer
             log.exception("%s: %s", self.gate.door.name, FAULT)
             return Declined(500, "a fault in sniroute: its log says which").answer
 
@@ -519,8 +523,7 @@ class Gate:
                 if error.errno in CAPACITY_ERRNOS and self.spend():
                     continue  # at once: else a client of the router might have it
                 if error.errno not in CAPACITY_ERRNOS or not self._make_room():
-                    self.watch.wait_for(0)
-                    self.pause.set(time.monotonic() + ACCEPT_PAUSE)
+                    self.rest()
                 return
             sock.setblocking(False)
             if len(self.callers) >= self.most:
@@ -539,6 +542,11 @@ class Gate:
         if kept >= 0:
             os.close(kept)
         return kept >= 0
+
+    def rest(self) -> None:
+        """Accept nobody for a moment."""
+        self.watch.wait_for(0)
+        self.pause.set(time.monotonic() + ACCEPT_PAUSE)
 
     def _make_room(self) -> bool:
         """Close the connection of one client, in the order of YIELDING, the oldest first; whether there is one."""
@@ -569,12 +577,12 @@ class Gate:
             caller = self.waiting.popleft()
             number = self.free.pop()
             caller.enter(WORKING)
-            self.live[number] = threading.Thread(target=self._run, args=(number, caller), daemon=True,
-                                                 name=f"{self.name}-{number}")
             try:
-                self.live[number].start()
-            except RuntimeError:  # the system has no thread to spare
-                self._end(number, caller, BUSY.answer)
+                self.live[number] = begin_thread(functools.partial(self._run, number, caller), f"{self.name}-{number}")
+            except RuntimeError as error:  # the system has no thread to spare
+                self.door.is_short(str(error))
+                self.free.append(number)
+                caller.answer(Declined(503, str(error), Retry_After="1").answer)
 
     def _run(self, number: int, caller: Caller) -> None:
         """What a thread runs."""
@@ -602,6 +610,7 @@ class Door:
         self.name = name
         self.loop = Loop(self._fault)
         self.gates: list[Gate] = []
+        self.short_said = Paced()  # that this host is short of something
         self.tick = tick
         self.every = every
         self.timer = self.loop.timer(self._tick)
@@ -634,15 +643,25 @@ class Door:
                 if thread is not threading.current_thread():
                     thread.join(max(0.0, deadline - time.monotonic()))
 
+    def is_short(self, why: str) -> None:
+        """This host is short of something: say so, now and then.  Any thread."""
+        if self.short_said.is_due(why):
+            log.warning("%s: %s", self.name, why)
+
     def _tick(self) -> None:
         self.timer.set(time.monotonic() + self.every)
         self.tick()
 
     def _fault(self, owner: Any) -> None:
-        """Something raised an exception: a caller ends, and all others go on."""
-        log.error("%s: %s", self.name, FAULT, exc_info=sys.exc_info())
+        """Something raised an exception: a caller ends, and all others go on.  Where memory is short, that is no fault."""
+        if ran_out(sys.exc_info()[1]):
+            self.is_short(SHORT_OF_MEMORY)
+        else:
+            log.error("%s: %s", self.name, FAULT, exc_info=sys.exc_info())
         if isinstance(owner, Caller):
             owner.close()
+        elif isinstance(owner, Gate):
+            owner.rest()
 
 
 # -- listening ---------------------------------------------------------------------------------

@@ -37,7 +37,8 @@ Seams: I want to ...
     describe it, show it to people  sniroute_panel
 
 This room imports sniroute_panel, sniroute_mcp, sniroute_instances, sniroute_children, sniroute_door, sniroute_launchers
-(our own words), sniroute_duplex (certificates), sniroute_loop, sniroute_host, sniroute_names and sniroute_refusals.
+(our own words), sniroute_duplex (certificates), sniroute_loop, sniroute_host, sniroute_scarcity, sniroute_names and
+sniroute_refusals.
 
 Sources: docs/api.md of NodePass, and what the program was seen to answer; OpenAPI Specification 3.1.1; WHATWG,
 "Server-sent events", "Fetch".
@@ -72,6 +73,7 @@ from sniroute_mcp import answer as answer_mcp
 from sniroute_names import show_address
 from sniroute_panel import DOCS_POLICY, PAGE, PAGE_POLICY, V1, Endpoint, describe, docs
 from sniroute_refusals import SettingsError
+from sniroute_scarcity import begin_thread
 
 if TYPE_CHECKING:
     from sniroute_forwarder import Log
@@ -440,7 +442,11 @@ class Pings:
             self.late.drop(asked)
             self.alarms.at(monotonic() + PING_TIME + PING_WAIT, lambda asked=asked: asked.tell(  # the resolver is slow
                 pinged(asked.target, error=f"dial tcp {asked.target}: i/o timeout")))
-            threading.Thread(target=self._run, args=(asked, number), name=f"ping-{number}", daemon=True).start()
+            try:
+                begin_thread(functools.partial(self._run, asked, number), f"ping-{number}")
+            except RuntimeError as error:
+                self.free.append(number)
+                asked.tell(pinged(asked.target, error=str(error)))
 
     def _run(self, asked: Ping, number: int) -> None:
         row = try_target(asked.target)

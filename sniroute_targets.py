@@ -659,6 +659,8 @@ def tcp_prepare(targets: Targets, wait: Wait) -> None:
         rows = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         known = targets.resolved.get(decision.key)
+        if known is None and (error.errno if isinstance(error, OSError) else 0) in (*CAPACITY_ERRNOS, socket.EAI_MEMORY):
+            raise Refused("busy", f"{host} cannot be looked up: {error.strerror}") from None  # our trouble, not the name's
         if known is None:
             raise Refused("unresolved", f"{host} does not resolve: {error}") from None
         targets.remember(decision, known._replace(until=until))

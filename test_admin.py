@@ -792,8 +792,10 @@ def test_a_request_that_no_thread_can_be_had_for_is_told_so(run_admin, monkeypat
 
     with monkeypatch.context() as patched:
         patched.setattr(threading, "Thread", Short)
-        assert ask(running.admin, "/status").status == 503
+        said = ask(running.admin, "/status")
+        assert said.status == 503 and said.json == {"error": "can't start new thread"}
         assert ask(running.admin, "/healthz").status == 200
+    assert not running.admin.door.gates[0].live
     assert ask(running.admin, "/status").status == 200
 
 

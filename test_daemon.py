@@ -824,6 +824,44 @@ def test_a_successor_whose_admin_is_broken_goes_on_without_it(launch, free_ports
         assert read_exactly(client, len(HELLO)) == HELLO
 
 
+def test_a_lack_of_memory_in_a_reload_changes_nothing_and_is_told_in_words(caplog):
+    """Also where another fault came of it, as in argparse."""
+    def again(running: Any) -> Any:
+        try:
+            raise MemoryError
+        finally:
+            raise AttributeError("save_required")
+    settings = types.SimpleNamespace(again=again, config=None)
+    router = types.SimpleNamespace(reloads=collections.Counter(), last_reload=(True, 0.0))
+    daemon = types.SimpleNamespace(reloading=threading.Lock(), settings=settings, router=router,
+                                   supervisor=types.SimpleNamespace(tell=lambda *_: None, ready=lambda _: None))
+    said, = sniroute_daemon.Daemon.reload(daemon)
+    assert said.startswith("memory is short (") and daemon.settings is settings and router.reloads == {"failed": 1}
+    assert "report it" not in caplog.text and "Traceback" not in caplog.text
+
+
+def test_a_lack_of_memory_in_the_main_thread_loses_no_signal(monkeypatch):
+    """It goes on, and what it was about to do is done then."""
+    monkeypatch.setattr(sniroute_daemon, "MEMORY_PAUSE", 0.0)
+    left, done = [1, 1], []
+    pipe = sniroute_daemon.WakePipe()
+    def stop() -> None:
+        if left:
+            left.pop()
+            try:
+                raise MemoryError
+            finally:
+                raise AttributeError("came of it")
+        done.append("stop")
+    daemon = types.SimpleNamespace(pipe=pipe, stop=stop)
+    def turn() -> None:
+        sniroute_daemon.Daemon._on_signals(daemon, pipe.reader)
+    daemon._start, daemon._close, daemon._turn, daemon.failed = lambda: None, pipe.close, turn, False
+    daemon.thread = types.SimpleNamespace(is_alive=lambda: not done)
+    pipe.wake(bytes((sniroute_daemon.signal.SIGTERM,)))
+    assert sniroute_daemon.Daemon.run(daemon) == 0 and done == ["stop"] and not left
+
+
 def test_a_fault_of_ours_in_a_reload_changes_nothing(caplog):
     """It is no reason to end."""
     def again(running: Any) -> Any:

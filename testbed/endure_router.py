@@ -199,7 +199,8 @@ def environment(**more: str) -> dict[str, str]:
 class Router:
     """A router that is a process of its own.  A thread reads its log, unless `log_is_read` is cleared."""
 
-    def __init__(self, folder: Folder, *options: str, **variables: str):
+    def __init__(self, folder: Folder, *options: str, before: tuple[str, ...] = (),
+                 python: str = sys.executable, **variables: str):
         self.folder = folder
         self.lines: collections.deque[str] = collections.deque(maxlen=1000)
         self.faults: list[str] = []  # lines with a word of FORBIDDEN, and those behind them
@@ -207,7 +208,7 @@ class Router:
         self.asked = -CACHED  # when its admin was asked last; nobody else asks it
         self.log_is_read = threading.Event()
         self.log_is_read.set()
-        command = [sys.executable, str(HERE / "sniroute.py"), "-c", str(folder.settings), *options]
+        command = [*before, python, str(HERE / "sniroute.py"), "-c", str(folder.settings), *options]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                         errors="replace", env=environment(TMPDIR=str(folder.scratch), **variables))
         self.pid = self.process.pid
