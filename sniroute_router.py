@@ -310,6 +310,11 @@ def courtesy_of(router: Router, courtesy: Courtesy | None) -> Courtesy | None:
     return courtesy or Courtesy(router)
 
 
+def process_request(router: Router, wait: Wait, number: int) -> None:
+    """ThreadingMixIn's, by a thread whose start cannot take for ever.  Raises RuntimeError where there is none."""
+    begin_thread(functools.partial(router.process_request_thread, wait, number), f"wait-{number}")
+
+
 class Router(socketserver.ThreadingTCPServer):
     """The server: listeners, the loop, and what all connections share.
 
@@ -321,6 +326,7 @@ class Router(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True  # a resolver that hangs must not keep the process
     block_on_close = False
+    process_request = process_request
 
     def __init__(self, settings: Settings, tunnels: TunnelTable, hooks: Hooks = Hooks(),
                  inherited: Sequence[socket.socket] = (), activated: bool = False):
@@ -540,10 +546,6 @@ class Router(socketserver.ThreadingTCPServer):
         self.listeners = [listener for listener in self.listeners if listener not in left] + new
         self.targets.own = [listener.getsockname()[:2] for listener in self.listeners]
         self.targets.resolved.clear()  # an address that was remembered may be our own now
-
-    def process_request(self, wait: Wait, number: int) -> None:
-        """ThreadingMixIn's, by a thread whose start cannot take for ever.  Raises RuntimeError where there is none."""
-        begin_thread(functools.partial(self.process_request_thread, wait, number), f"wait-{number}")
 
     def fault(self, owner: Any) -> None:
         """A fault of ours: log it whole, and end only the connection that met it.  Or memory is short: no fault."""
