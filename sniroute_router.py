@@ -258,10 +258,13 @@ def end_sink(sink: socket.SocketType) -> None:
 
 
 def prepare(settings: Settings) -> None:
-    """Open the files that serving with these settings needs: the loop waits for no disk.
+    """Do before the loop has these settings what would hold it up: open the files that are needed, decide targets.
 
     Main, or whoever reads the settings again.  Raises OSError.
     """
+    for route in (*settings.routes.routes, *settings.port):
+        if route.several is not None and not route.has_fields:
+            route.decide("", settings.routes.identified, fields={})  # it remembers what its backends are
     if settings.serves_http:
         from sniroute_web import prepare_tls  # imported late: an option
         prepare_tls(settings)
