@@ -1,4 +1,4 @@
-"""Tests of README.md, OPERATING.md, CONTRIBUTING.md and SECURITY.md: what they promise is what the code does.
+"""Tests of README.md, OPERATING.md, CONTRIBUTING.md, SECURITY.md and SCALING.md: what they promise is what the code does.
 
 Marks in the documents (`<!-- quick start -->` and so on) name the blocks that are read here.
 """
@@ -63,9 +63,10 @@ from testbed.hellos import genuine
 from testbed.ports import free_port
 from testbed.running import Running, read_exactly
 
-README, OPERATING, CONTRIBUTING, SECURITY = (
-    (HERE / name).read_text() for name in ("README.md", "OPERATING.md", "CONTRIBUTING.md", "SECURITY.md"))
-DOCUMENTS = {"README.md": README, "OPERATING.md": OPERATING, "CONTRIBUTING.md": CONTRIBUTING, "SECURITY.md": SECURITY}
+README, OPERATING, CONTRIBUTING, SECURITY, SCALING = ((HERE / name).read_text() for name in (
+    "README.md", "OPERATING.md", "CONTRIBUTING.md", "SECURITY.md", "SCALING.md"))
+DOCUMENTS = {"README.md": README, "OPERATING.md": OPERATING, "CONTRIBUTING.md": CONTRIBUTING, "SECURITY.md": SECURITY,
+             "SCALING.md": SCALING}
 
 
 def marked(document: str, mark: str) -> str:
