@@ -499,14 +499,14 @@ class ClaimedPorts:
 def open_claimed(router: Router, route: Route, opened: list[Listener]) -> None:
     """A port is claimed, or leads elsewhere now."""
     router.claimed_ports[route.pattern] = route
-    router.change_ports({route.pattern: opened} if opened else {})
+    router.change_ports({route.pattern: opened} if opened else {}, route.pattern)
 
 
 def close_claimed(router: Router, pattern: str, closed: Callable[[], None]) -> None:
     """A port is claimed no more.  Its connections go on."""
     try:
         if router.claimed_ports.pop(pattern, None) is not None:
-            router.change_ports({})
+            router.change_ports({}, pattern)
     finally:
         closed()
 

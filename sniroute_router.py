@@ -263,10 +263,13 @@ def end_sink(sink: socket.SocketType) -> None:
 
 
 def prepare(settings: Settings) -> None:
-    """Open the files that serving with these settings needs: the loop waits for no disk.
+    """Do before the loop has these settings what would hold it up: open the files that are needed, decide targets.
 
     Main, or whoever reads the settings again.  Raises OSError.
     """
+    for route in (*settings.routes.routes, *settings.port):
+        if route.several is not None and not route.has_fields:
+            route.decide("", settings.routes.identified, fields={})  # it remembers what its backends are
     if settings.serves_http:
         from sniroute_web import prepare_tls  # imported late: an option
         prepare_tls(settings)
@@ -518,15 +521,21 @@ class Router(socketserver.ThreadingTCPServer):
                     connection.refuse(Refused("proxy", REFUSALS["proxy"].meaning))
         self.change_ports(opened)
 
-    def change_ports(self, opened: Mapping[str, list[Listener]]) -> None:
-        """Close the ports that are gone, and accept from those that are new.  Connections go on."""
+    def change_ports(self, opened: Mapping[str, list[Listener]], pattern: str | None = None) -> None:
+        """Close the ports that are gone, and accept from those that are new.  Connections go on.
+
+        `pattern`: of the only one that has changed, so that one more does not cost more where there are many.
+        """
         if self.phase not in ACCEPTING:
             self.ports.close_all(opened)
             return
-        configured = {route.pattern for route in self.settings.port}  # these come first, as for names
-        routes = [*self.settings.port,
-                  *(route for pattern, route in self.claimed_ports.items() if pattern not in configured)]
-        new, gone = self.ports.adopt(routes, self.routes.identified, opened)
+        configured = {route.pattern: route for route in self.settings.port}  # these come first, as for names
+        if pattern is None:
+            routes = list({**configured, **self.claimed_ports, **configured}.values())
+            new, gone = self.ports.adopt(routes, self.routes.identified, opened)
+        else:
+            route = configured.get(pattern) or self.claimed_ports.get(pattern)
+            new, gone = self.ports.adopt_one(pattern, route, self.routes.identified, opened)
         for connection in [each for each in self.connections if each.state is HEADER]:  # not let in yet
             heirs = self.ports.listeners.get(connection.decision.route.pattern)
             if heirs:
@@ -541,10 +550,13 @@ class Router(socketserver.ThreadingTCPServer):
                 self.loop.poller.forget(listener.fileno())
             for listener in new:
                 self._hear(listener)
-        self.ports.close_all(gone)
-        # One assignment: other threads read the list.
+        # One assignment each: other threads read the lists.
         self.listeners = [listener for listener in self.listeners if listener not in left] + new
-        self.targets.own = [listener.getsockname()[:2] for listener in self.listeners]
+        own = [*self.targets.own, *(listener.getsockname()[:2] for listener in new)]
+        for listener in left:
+            own.remove(listener.getsockname()[:2])
+        self.targets.own = own
+        self.ports.close_all(gone)
         self.targets.resolved.clear()  # an address that was remembered may be our own now
 
     def fault(self, owner: Any) -> None:

@@ -1,4 +1,4 @@
-"""Tests of README.md, OPERATING.md, CONTRIBUTING.md, SECURITY.md and RELIABILITY.md: what they promise is what the code does.
+"""Tests of the documents beside this file: what they promise is what the code does.
 
 Marks in the documents (`<!-- quick start -->` and so on) name the blocks that are read here.
 """
@@ -74,8 +74,8 @@ from testbed.ports import free_port
 from testbed.running import Running, read_exactly
 
 DOCUMENTS = {name: (HERE / name).read_text() for name in (
-    "README.md", "OPERATING.md", "CONTRIBUTING.md", "SECURITY.md", "RELIABILITY.md")}
-README, OPERATING, CONTRIBUTING, SECURITY, RELIABILITY = DOCUMENTS.values()
+    "README.md", "OPERATING.md", "CONTRIBUTING.md", "SECURITY.md", "RELIABILITY.md", "SCALING.md")}
+README, OPERATING, CONTRIBUTING, SECURITY, RELIABILITY, SCALING = DOCUMENTS.values()
 
 
 def marked(document: str, mark: str) -> str:
