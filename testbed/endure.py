@@ -39,7 +39,7 @@ import time
 from typing import Any, Callable, Iterator, NamedTuple
 
 from sniroute_wire import SSL_REQUEST_BYTES
-from testbed import endure_inputs, endure_nemesis, endure_nodepass
+from testbed import endure_connections, endure_inputs, endure_nemesis, endure_nodepass
 from testbed.endure_nemesis import Load, Nemesis
 from testbed.endure_router import (HERE, HOST, PIPES_MAX, RESIDENT_MORE_DATA, TESTBED, Backend, Baseline, Folder,
                                    Problem, Router, Standing, children, clients, environment, raise_descriptors,
@@ -432,11 +432,16 @@ def nodepass(size: Size) -> Result:
     return Result(*endure_nodepass.run(300 * size.scale, size.seed))
 
 
+def connections(size: Size) -> Result:
+    """Many small connections, and exact counters."""
+    return Result(*endure_connections.run(size.of(500_000), size.seed))
+
+
 # -- the command -------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[Size], Result]] = {
     "nemesis": nemesis, "inputs": inputs, "data": data, "carrier": carrier, "kills": kills, "handovers": handovers,
-    "nodepass": nodepass,
+    "nodepass": nodepass, "connections": connections,
 }
 
 
