@@ -40,7 +40,7 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 from sniroute_wire import SSL_REQUEST_BYTES
 from testbed import endure_connections, endure_inputs, endure_nemesis, endure_nodepass
-from testbed.endure_nemesis import Load, Nemesis
+from testbed.endure_nemesis import Events, Load, Nemesis
 from testbed.endure_router import (HERE, HOST, PIPES_MAX, RESIDENT_MORE_DATA, TESTBED, Backend, Baseline, Folder,
                                    Problem, Router, Standing, children, clients, environment, raise_descriptors,
                                    running, show, wait_for)
@@ -98,21 +98,24 @@ def nemesis(size: Size) -> Result:
         evil = Nemesis(folder, load, backend, size.seed)
         evil.write_settings()
         problems = load.problems
-        with Router(folder) as router:
+        with Router(folder, apart=evil.apart) as router:
             evil.router = router
             try:
                 load.start()
-                for kind in (*endure_nemesis.KINDS, "tunnel"):  # what comes once is there
-                    wait_for(lambda: load.counts[f"{kind} served"] > 3, f"clients of {kind} that are served")
+                for kind in endure_nemesis.AT_ONCE:  # what comes once is there
+                    wait_for(lambda: load.counts[f"{kind} served"] > 3 or problems, f"clients of {kind} that are served")
                 load.stop()
                 baseline = Baseline(router)
+                events = Events(evil)
                 load.start()
-                evil.strike(size.of(500))
+                evil.strike(size.of(2000))
+                load.stop()
                 endure_nemesis.served_again(load, random.Random(size.seed))
             finally:
                 evil.close()
                 load.stop()
             after = baseline.check(router, problems)
+            events.compare(problems)
             end_well(router, problems)
             problems += backend.faults()
             kinds = collections.Counter()
