@@ -1,10 +1,10 @@
 """endure: the long forms of the tests, against the real program; with figures for bench/README.md.
 
-    python3 -m testbed.endure                                   everything at full length: ten minutes
+    python3 -m testbed.endure                                   everything at full length: half an hour
     python3 -m testbed.endure --only data,carrier --scale 0.01  two parts, a hundredth of the length
     python3 -m testbed.endure --only inputs --seed 7            other inputs
 
-    nemesis     500 faults, one after another, under a mixed load               endure_nemesis
+    nemesis     2,000 faults, one after another, under a mixed load             endure_nemesis, endure_inside
     inputs      1,000,000 mutated inputs for the parsers, 5,000 for the router  endure_inputs
     data        20 GB of checked bytes through `tcp:`, a fifth to slow readers  endure_streams
     carrier     2 GB through the carrier, to the stand-in for the edge          endure_streams, fake_edge
@@ -12,6 +12,7 @@
     handovers   10 successors under a load of new connections
     nodepass    four NodePass tunnels for five minutes, a day of theirs: ends,  endure_nodepass
                 targets and the link between fail, one after another
+    connections 500,000 small checked connections: memory, and exact counters   endure_connections
 
 The router is a process of its own, as users run it (endure_router).  A line for each part says what was done and how
 the router stood before and after it: descriptors, threads and children have to be the same, memory up to RESIDENT_MORE,
@@ -205,6 +206,14 @@ def inputs(size: Size) -> Result:
 # -- data and carrier --------------------------------------------------------------------------
 
 
+COUNTED = {  # what clients report, and the metrics that have to say the same
+    "connections": ["sniroute_accepted_total"],
+    "served": ['sniroute_connections_total{result="client_closed"}', 'sniroute_connections_total{result="backend_closed"}'],
+    "bytes up": ['sniroute_bytes_total{direction="up"}'],
+    "bytes down": ['sniroute_bytes_total{direction="down"}'],
+}
+
+
 def carry(size: Size, router: Router, backend: Backend, total: int, **orders: Any) -> Result:
     """Carry `total` bytes through the router, and check each.  What comes once has come before.
 
@@ -217,7 +226,7 @@ def carry(size: Size, router: Router, backend: Backend, total: int, **orders: An
         for helper in warm_up:
             problems += json.loads(helper.process.stdout.readline())["wrong"]
     baseline = Baseline(router)
-    accepted = router.metrics()["sniroute_accepted_total"]
+    counted = router.metrics()
     began = time.monotonic()
     report: collections.Counter[str] = collections.Counter()
     with clients(2, **orders, bytes=total - total // 5, at_once=6, all_slow=False, seed=size.seed) as helpers, \
@@ -228,9 +237,11 @@ def carry(size: Size, router: Router, backend: Backend, total: int, **orders: An
             report.update(found)
     seconds = time.monotonic() - began
     after = baseline.check(router, problems, RESIDENT_MORE_DATA)
-    taken = router.metrics(fresh=False)["sniroute_accepted_total"] - accepted  # `check` has asked when all was over
-    if taken != report["connections"] and not problems:
-        problems.append(f"{report['connections']} connections were made, and {taken:g} counted")
+    now = router.metrics(fresh=False)  # `check` has asked when all was over
+    for what, names in COUNTED.items():
+        taken = sum(now[name] - counted[name] for name in names)
+        if taken != report[what] and not problems:
+            problems.append(f"{what}: {report[what]} were made, and {taken:g} counted")
     end_well(router, problems)
     problems += backend.faults()
     words = f"{report['up'] / GIGABYTE:.2f} GB up, {report['down'] / GIGABYTE:.2f} GB down, " \

@@ -340,7 +340,8 @@ class Share:
         self.rng = random.Random(orders["seed"])
         self.lock = threading.Lock()  # guards what follows
         self.left: int = orders["bytes"]
-        self.report = {"connections": 0, "up": 0, "down": 0, "wrong": []}
+        # "bytes": as the router counts them, with what goes before and behind those of the pattern.
+        self.report = {"connections": 0, "served": 0, "up": 0, "down": 0, "bytes up": 0, "bytes down": 0, "wrong": []}
 
     def next(self) -> tuple[Opening, str, bytes] | None:
         """What the next client does: its Opening, its name, and its hello."""
@@ -379,6 +380,9 @@ class Share:
                 self.report["connections"] += 1
                 self.report["up"] += opening.size_up
                 self.report["down"] += opening.size_down
+                self.report["served"] += 1
+                self.report["bytes up"] += len(wire) + len(opening.packed()) + opening.size_up
+                self.report["bytes down"] += opening.size_down + TRAILER.size
 
 
 def run_clients(orders: dict[str, Any]) -> int:
