@@ -124,7 +124,9 @@ def nemesis(size: Size) -> Result:
                 kinds[what.rpartition(" ")[2]] += number
             words = f"{count(sum(evil.counts.values()))} faults of {len(evil.counts)} kinds, " \
                     f"{count(kinds['served'])} streams served, {count(kinds['cut'])} cut, " \
-                    f"{count(kinds['refused'])} refused; {count(load.made)} names, {evil.binds} ports stolen"
+                    f"{count(kinds['refused'])} refused; {count(load.made)} names, {evil.binds} ports stolen, " \
+                    f"{count(kinds['201'])} claims" \
+                    f"{'' if evil.apart.is_real else ' (the router has no user and no disk of its own here)'}"
             return Result(words, problems, baseline.before, after)
 
 

@@ -629,6 +629,8 @@ class Events:
             ("claims", total('sniroute_registry_events_total{event="claimed"}'), seen["claims 201"], seen["claims 201"]),
             ("releases", total('sniroute_registry_events_total{event="released"}'), seen["releases 204"],
              seen["releases 204"]),
+            ("claims that a full disk refused", total('sniroute_registry_refusals_total{reason="unavailable"}'),
+             seen["claims 503"] + seen["releases 503"], seen["claims 503"] + seen["releases 503"]),
             *((f"connections of {kind}", total(f'sniroute_route_connections_total{{route="{KINDS[kind][0]}"}}'),
                seen[f"{kind} served"], made(kind)) for kind in ("postgres",)),
         ]

@@ -218,8 +218,8 @@ class Apart:
         """What stands before a command line of the router's.  The mounts are gone when the router is."""
         mounts = f'mount -t tmpfs -o size={self.DISK},mode=700,uid={self.user} tmpfs "$0/scratch" && ' \
                  'mount --bind "$1" "$0/python" && mount --bind "$2" "$0/home" && shift 2 && exec "$@"'
-        return ["unshare", "--mount", "--", "/bin/sh", "-c", mounts, str(self.folder.path), sys.base_prefix, str(HERE),
-                *self.as_user]
+        return ["unshare", "--mount", "--propagation=private", "--", "/bin/sh", "-c", mounts, str(self.folder.path),
+                sys.base_prefix, str(HERE), *self.as_user]
 
     def command(self, program: str) -> list[str]:
         """The command line for a file of this project."""
@@ -235,7 +235,8 @@ class Apart:
             (path / name).mkdir()
         python = path / "python" / os.path.relpath(os.path.realpath(sys.executable), os.path.realpath(sys.base_prefix))
         self.folder.write_cloudflared(str(python), path / "home/testbed")
-        py_compile.compile(str(TESTBED / "fake_cloudflared.py"))  # this user cannot keep what it has compiled
+        with contextlib.suppress(OSError):
+            py_compile.compile(str(TESTBED / "fake_cloudflared.py"))  # this user cannot keep what it has compiled
         self._own(self.user)
         if not subprocess.run([*self.words(), str(python), "-c", "import subprocess, sys; sys.path[:0] = sys.argv[1:2]; "
                                "import sniroute; subprocess.run(sys.argv[2:], check=True)", str(path / "home"),
