@@ -104,7 +104,8 @@ def nemesis(size: Size) -> Result:
             try:
                 load.start()
                 for kind in endure_nemesis.AT_ONCE:  # what comes once is there
-                    wait_for(lambda: load.counts[f"{kind} served"] > 3 or problems, f"clients of {kind} that are served")
+                    wait_for(lambda: load.counts[f"{kind} served"] > 3 or problems,
+                             f"clients of {kind} that are served")
                 load.stop()
                 baseline = Baseline(router)
                 events = Events(evil)
@@ -210,7 +211,8 @@ def inputs(size: Size) -> Result:
 
 COUNTED = {  # what clients report, and the metrics that have to say the same
     "connections": ["sniroute_accepted_total"],
-    "served": ['sniroute_connections_total{result="client_closed"}', 'sniroute_connections_total{result="backend_closed"}'],
+    "served": ['sniroute_connections_total{result="client_closed"}',
+               'sniroute_connections_total{result="backend_closed"}'],
     "bytes up": ['sniroute_bytes_total{direction="up"}'],
     "bytes down": ['sniroute_bytes_total{direction="down"}'],
 }

@@ -4,9 +4,9 @@
     python3 -m testbed.endure_connections clients ORDERS        reads a number from stdin, makes so many connections,
                                                                 says in a line of JSON what came of them, and so on
 
-KINDS are the kinds of clients, a row each.  A client says all it has to say at once, as far as its kind allows, and reads
-to the end: what it hears has to be, byte for byte, what its backend was asked for.  A backend, in turn, checks the hello
-and each byte, and on which address it is asked.  The languages are those of endure_streams.
+KINDS are the kinds of clients, a row each.  A client says all it has to say at once, as far as its kind allows, and
+reads to the end: what it hears has to be, byte for byte, what its backend was asked for.  A backend, in turn, checks
+the hello and each byte, and on which address it is asked.  The language is that of endure_streams.
 
 It goes in rounds.  After each one, when the router is quiet and its tunnels are gone, the counters have to be exactly
 what was made: accepted, ended and how, bytes, clients and processes of tunnels.  None is refused, none is lost.  The
@@ -14,8 +14,8 @@ memory is looked at then: from SETTLED connections on it may grow by SLOPE for e
 
 Times are compressed: a tunnel is idle after half a second, so each round starts and stops all anew.
 
-Ports.  A connection that has ended keeps its pair of addresses for a minute.  So clients come from SOURCES addresses, and
-backends listen on several; each pair of addresses has 28,000 ports.
+Ports.  A connection that has ended keeps its pair of addresses for a minute.  So clients come from SOURCES addresses,
+and backends listen on several; each pair of addresses has 28,000 ports.
 """
 
 from __future__ import annotations
@@ -285,8 +285,8 @@ class Helper:
     """A process of this module.  Used with `with`; leaving the block ends it."""
 
     def __init__(self, *words: str):
-        self.process = subprocess.Popen([sys.executable, "-m", "testbed.endure_connections", *words], cwd=HERE, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment())
+        self.process = subprocess.Popen([sys.executable, "-m", "testbed.endure_connections", *words], cwd=HERE,
+                                        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment())
 
     def __enter__(self) -> Helper:
         if self.process.stdout.readline() != "ready\n":
@@ -352,24 +352,22 @@ class Books:
             "sniroute_tunnel_launches_total": starts,
             'sniroute_tunnel_starts_total{result="ready"}': starts,
             'sniroute_tunnel_stops_total{reason="idle"}': starts,
-            **{f'sniroute_route_connections_total{{route="*.{kind}.example.test"}}':
-               sum(made[f"{each} {end}"] for each in KINDS if each.rstrip("12") == kind for end in ("client", "backend"))
-               for kind in ("tunnel",)},
+            'sniroute_route_connections_total{route="*.tunnel.example.test"}': made["tunnel backend"],
         }
         rows |= {name: 0 for name in counts if "refused" in name or name.startswith("sniroute_connections_total")
                  and name not in rows}
         problems += [f"{name} has grown by {counts.get(name, 0):,.0f}, where {wanted:,} happened"
                      for name, wanted in rows.items() if counts.get(name, 0) != wanted]
-        through = sum(made[f"tunnel {end}"] for end in ("client", "backend"))
-        if (heard := lines_of(self.folder, "clients.jsonl") - self.clients) != through:
-            problems.append(f"tunnels had {heard} clients, and {through} were made")
+        if (heard := lines_of(self.folder, "clients.jsonl") - self.clients) != made["tunnel backend"]:
+            problems.append(f"tunnels had {heard} clients, and {made['tunnel backend']} were made")
 
 
 def slope(points: list[tuple[int, float]]) -> float:
     """How much MiB grow for SETTLED connections, by the line through the points that has the least squares."""
     middle_x = sum(x for x, _ in points) / len(points)
     middle_y = sum(y for _, y in points) / len(points)
-    return SETTLED * sum((x - middle_x) * (y - middle_y) for x, y in points) / sum((x - middle_x) ** 2 for x, _ in points)
+    return SETTLED * sum((x - middle_x) * (y - middle_y) for x, y in points) \
+        / sum((x - middle_x) ** 2 for x, _ in points)
 
 
 def run(count: int, seed: int) -> Outcome:
@@ -430,8 +428,7 @@ def run(count: int, seed: int) -> Outcome:
         for backend in backends:
             backend.process.stdin.close()
             problems += backend.process.stdout.read().splitlines()[:10]
-        kinds = ", ".join(f"{sum(number for what, number in books.made.items() if what.startswith(kind + ' ')):,} {kind}"
-                          for kind in KINDS)
+        kinds = ", ".join(f"{books.made[f'{kind} client'] + books.made[f'{kind} backend']:,} {kind}" for kind in KINDS)
         words = f"{done:,} connections ({kinds}), {done / seconds:,.0f}/s, counters equal" \
                 f"{'' if grown is None else f'; {grown:+.2f} MiB for {SETTLED:,} more'}"
         return Outcome(words, problems, baseline.before, after)

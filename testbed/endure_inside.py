@@ -1,4 +1,4 @@
-"""endure_inside: runs a program with a hand inside, which turns its wall clock and its log; for testbed/endure_nemesis.py.
+"""endure_inside: runs a program with a hand inside, which turns its wall clock and its log; for testbed/endure.py.
 
     python3 testbed/endure_inside.py sniroute.py -c FILE ...       its stdin has orders, a line each, until it ends:
 

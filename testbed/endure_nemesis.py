@@ -145,7 +145,7 @@ class Load:
             return f"cut: {error or type(error).__name__}"
 
     def has_to(self, kind: str, wanted: str, do: Callable[[], str]) -> str:
-        """Note a problem if `do` does not return `wanted`, unless something was short meanwhile.  Returns what it did."""
+        """Note a problem if `do` does not return `wanted`, unless something was short meanwhile.  Returns that."""
         short, excused = self.short, self.is_short
         ended = do()
         with self.lock:
@@ -609,11 +609,8 @@ class Events:
             return sum(value - self.counted.get(each, 0) for each, value in now.items()
                        if each == name or each.startswith(name + "{"))
 
-        def made(kind: str) -> int:
-            """The clients of this kind, whatever became of them."""
-            return sum(seen[f"{kind} {how}"] for how in ("served", "cut", "refused", "wrong"))
-
-        whole = sum(total(f'sniroute_connections_total{{result="{how}"}}') for how in ("client_closed", "backend_closed"))
+        postgres = sum(seen[f"postgres {how}"] for how in ("served", "cut", "refused", "wrong"))
+        whole = sum(total(f'sniroute_connections_total{{result="{how}_closed"}}') for how in ("client", "backend"))
         served = sum(number for what, number in seen.items() if what.endswith(" served"))
         rows = [  # what, as the router has counted; the least and the most that it can be
             ("connections accepted", total("sniroute_accepted_total"), seen["connects"], seen["connects"]),
@@ -623,16 +620,16 @@ class Events:
             # A program that is killed at once has not said that it has begun.
             ("tunnel processes", total("sniroute_tunnel_processes_total"), seen["processes"],
              seen["processes"] + seen["kills"]),
-            # While descriptors are short, a client may be refused for that.
             ("refusals of a dead backend", total('sniroute_route_refused_total{route="dead.example.test"}'),
-             seen["dead refused"] - seen["dead while short"], seen["dead refused"]),
-            ("claims", total('sniroute_registry_events_total{event="claimed"}'), seen["claims 201"], seen["claims 201"]),
+             seen["dead refused"], seen["dead refused"]),
+            ("claims", total('sniroute_registry_events_total{event="claimed"}'), seen["claims 201"],
+             seen["claims 201"]),
             ("releases", total('sniroute_registry_events_total{event="released"}'), seen["releases 204"],
              seen["releases 204"]),
             ("claims that a full disk refused", total('sniroute_registry_refusals_total{reason="unavailable"}'),
              seen["claims 503"] + seen["releases 503"], seen["claims 503"] + seen["releases 503"]),
-            *((f"connections of {kind}", total(f'sniroute_route_connections_total{{route="{KINDS[kind][0]}"}}'),
-               seen[f"{kind} served"], made(kind)) for kind in ("postgres",)),
+            ("connections of PostgreSQL", total('sniroute_route_connections_total{route="pg.example.test"}'),
+             seen["postgres served"], postgres),
         ]
         problems += [f"the counters: {counted:g} {what}, and there were {least} to {most}"
                      for what, counted, least, most in rows if not least <= counted <= most]

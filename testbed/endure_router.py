@@ -238,9 +238,10 @@ class Apart:
         with contextlib.suppress(OSError):
             py_compile.compile(str(TESTBED / "fake_cloudflared.py"))  # this user cannot keep what it has compiled
         self._own(self.user)
-        if not subprocess.run([*self.words(), str(python), "-c", "import subprocess, sys; sys.path[:0] = sys.argv[1:2]; "
-                               "import sniroute; subprocess.run(sys.argv[2:], check=True)", str(path / "home"),
-                               str(self.folder.cloudflared), "--version"], capture_output=True).returncode:
+        look = "import subprocess, sys; sys.path[:0] = sys.argv[1:2]; import sniroute; " \
+               "subprocess.run(sys.argv[2:], check=True)"
+        if not subprocess.run([*self.words(), str(python), "-c", look, str(path / "home"), str(self.folder.cloudflared),
+                               "--version"], capture_output=True).returncode:
             self.python, self.home = str(python), path / "home"
             return True
         self._own(0)

@@ -118,7 +118,7 @@ def log_uniform(rng: random.Random, most: int) -> int:
 
 
 def send_pattern(sock: socket.socket, start: int, size: int, rng: random.Random, flags: int = 0, sent: int = 0) -> None:
-    """Send `size` bytes of the pattern from position `start` on, in writes of 1 byte to 1 MiB; `sent` are sent already."""
+    """Send `size` bytes of the pattern from position `start` on, in writes of 1 byte to 1 MiB; so many are `sent`."""
     while sent < size:
         at = (start + sent) % PERIOD
         count = rng.randint(1, SLICE_MAX) if flags & SLICED and sent < SLICED_MAX else log_uniform(rng, WRITE_MAX)
