@@ -1,10 +1,10 @@
 """endure: the long forms of the tests, against the real program; with figures for RELIABILITY.md.
 
-    python3 -m testbed.endure                                   everything at full length: ten minutes
+    python3 -m testbed.endure                                   everything at full length: half an hour
     python3 -m testbed.endure --only data,carrier --scale 0.01  two parts, a hundredth of the length
     python3 -m testbed.endure --only inputs --seed 7            other inputs
 
-    nemesis     500 faults, one after another, under a mixed load               endure_nemesis
+    nemesis     2,000 faults, one after another, under a mixed load             endure_nemesis, endure_inside
     inputs      1,000,000 mutated inputs for the parsers, 5,000 for the router  endure_inputs
     data        20 GB of checked bytes through `tcp:`, a fifth to slow readers  endure_streams
     carrier     2 GB through the carrier, to the stand-in for the edge          endure_streams, fake_edge
@@ -12,6 +12,7 @@
     handovers   10 successors under a load of new connections
     nodepass    four NodePass tunnels for five minutes, a day of theirs: ends,  endure_nodepass
                 targets and the link between fail, one after another
+    connections 500,000 small checked connections: memory, and exact counters   endure_connections
 
 The router is a process of its own, as users run it (endure_router).  A line for each part says what was done and how
 the router stood before and after it: descriptors, threads and children have to be the same, memory up to RESIDENT_MORE,
@@ -37,10 +38,10 @@ import threading
 import time
 from typing import Any, Callable, NamedTuple
 
-from testbed import endure_inputs, endure_kills, endure_nemesis, endure_nodepass
+from testbed import endure_connections, endure_inputs, endure_kills, endure_nemesis, endure_nodepass
 from testbed.endure_crowd import CROWD, Crowd, prepare_crowd
 from testbed.endure_far import edge
-from testbed.endure_nemesis import Load, Nemesis
+from testbed.endure_nemesis import Events, Load, Nemesis
 from testbed.endure_router import (HERE, HOST, PIPES_MAX, RESIDENT_MORE_DATA, Backend, Baseline, Folder, Problem, Router,
                                    Standing, clients, environment, raise_descriptors, show, wait_for)
 from testbed.endure_streams import bounded
@@ -96,21 +97,25 @@ def nemesis(size: Size) -> Result:
         evil = Nemesis(folder, load, backend, size.seed)
         evil.write_settings()
         problems = load.problems
-        with Router(folder) as router:
+        with Router(folder, apart=evil.apart) as router:
             evil.router = router
             try:
                 load.start()
-                for kind in (*endure_nemesis.KINDS, "tunnel"):  # what comes once is there
-                    wait_for(lambda: load.counts[f"{kind} served"] > 3, f"clients of {kind} that are served")
+                for kind in endure_nemesis.AT_ONCE:  # what comes once is there
+                    wait_for(lambda: load.counts[f"{kind} served"] > 3 or problems,
+                             f"clients of {kind} that are served")
                 load.stop()
                 baseline = Baseline(router)
+                events = Events(evil)
                 load.start()
-                evil.strike(size.of(500))
+                evil.strike(size.of(2000))
+                load.stop()
                 endure_nemesis.served_again(load, random.Random(size.seed))
             finally:
                 evil.close()
                 load.stop()
             after = baseline.check(router, problems)
+            events.compare(problems)
             end_well(router, problems)
             problems += backend.faults()
             kinds = collections.Counter()
@@ -118,7 +123,9 @@ def nemesis(size: Size) -> Result:
                 kinds[what.rpartition(" ")[2]] += number
             words = f"{count(sum(evil.counts.values()))} faults of {len(evil.counts)} kinds, " \
                     f"{count(kinds['served'])} streams served, {count(kinds['cut'])} cut, " \
-                    f"{count(kinds['refused'])} refused; {count(load.made)} names, {evil.binds} ports stolen"
+                    f"{count(kinds['refused'])} refused; {count(load.made)} names, {evil.binds} ports stolen, " \
+                    f"{count(kinds['201'])} claims" \
+                    f"{'' if evil.apart.is_real else ' (the router has no user and no disk of its own here)'}"
             return Result(words, problems, baseline.before, after)
 
 
@@ -200,6 +207,15 @@ def inputs(size: Size) -> Result:
 # -- data and carrier --------------------------------------------------------------------------
 
 
+COUNTED = {  # what clients report, and the metrics that have to say the same
+    "connections": ["sniroute_accepted_total"],
+    "served": ['sniroute_connections_total{result="client_closed"}',
+               'sniroute_connections_total{result="backend_closed"}'],
+    "bytes up": ['sniroute_bytes_total{direction="up"}'],
+    "bytes down": ['sniroute_bytes_total{direction="down"}'],
+}
+
+
 def carry(size: Size, router: Router, backend: Backend, total: int, **orders: Any) -> Result:
     """Carry `total` bytes through the router, and check each.  What comes once has come before.
 
@@ -212,7 +228,7 @@ def carry(size: Size, router: Router, backend: Backend, total: int, **orders: An
         for helper in warm_up:
             problems += json.loads(helper.process.stdout.readline())["wrong"]
     baseline = Baseline(router)
-    accepted = router.metrics()["sniroute_accepted_total"]
+    counted = router.metrics()
     began = time.monotonic()
     report: collections.Counter[str] = collections.Counter()
     with clients(2, **orders, bytes=total - total // 5, at_once=6, all_slow=False, seed=size.seed) as helpers, \
@@ -223,9 +239,11 @@ def carry(size: Size, router: Router, backend: Backend, total: int, **orders: An
             report.update(found)
     seconds = time.monotonic() - began
     after = baseline.check(router, problems, RESIDENT_MORE_DATA)
-    taken = router.metrics(fresh=False)["sniroute_accepted_total"] - accepted  # `check` has asked when all was over
-    if taken != report["connections"] and not problems:
-        problems.append(f"{report['connections']} connections were made, and {taken:g} counted")
+    now = router.metrics(fresh=False)  # `check` has asked when all was over
+    for what, names in COUNTED.items():
+        taken = sum(now[name] - counted[name] for name in names)
+        if taken != report[what] and not problems:
+            problems.append(f"{what}: {report[what]} were made, and {taken:g} counted")
     end_well(router, problems)
     problems += backend.faults()
     words = f"{report['up'] / GIGABYTE:.2f} GB up, {report['down'] / GIGABYTE:.2f} GB down, " \
@@ -298,11 +316,16 @@ def nodepass(size: Size) -> Result:
     return Result(*endure_nodepass.run(300 * size.scale, size.seed))
 
 
+def connections(size: Size) -> Result:
+    """Many small connections, and exact counters."""
+    return Result(*endure_connections.run(size.of(500_000), size.seed))
+
+
 # -- the command -------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[Size], Result]] = {
     "nemesis": nemesis, "inputs": inputs, "data": data, "carrier": carrier, "kills": kills, "handovers": handovers,
-    "nodepass": nodepass,
+    "nodepass": nodepass, "connections": connections,
 }
 
 
