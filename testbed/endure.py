@@ -43,7 +43,8 @@ from testbed.endure_crowd import CROWD, Crowd, prepare_crowd
 from testbed.endure_far import edge
 from testbed.endure_nemesis import Events, Load, Nemesis
 from testbed.endure_router import (HERE, HOST, PIPES_MAX, RESIDENT_MORE_DATA, Backend, Baseline, Folder, Problem, Router,
-                                   Standing, clients, environment, raise_descriptors, show, wait_for)
+                                   Standing, bytes_total, clients, environment, raise_descriptors, show,
+                                   wait_for)
 from testbed.endure_streams import bounded
 
 GIGABYTE = 10 ** 9
@@ -207,12 +208,12 @@ def inputs(size: Size) -> Result:
 # -- data and carrier --------------------------------------------------------------------------
 
 
-COUNTED = {  # what clients report, and the metrics that have to say the same
-    "connections": ["sniroute_accepted_total"],
-    "served": ['sniroute_connections_total{result="client_closed"}',
-               'sniroute_connections_total{result="backend_closed"}'],
-    "bytes up": ['sniroute_bytes_total{direction="up"}'],
-    "bytes down": ['sniroute_bytes_total{direction="down"}'],
+COUNTED: dict[str, Callable[[dict[str, float]], float]] = {  # what clients report, and where /metrics says the same
+    "connections": lambda found: found["sniroute_accepted_total"],
+    "served": lambda found: sum(found[f'sniroute_connections_total{{result="{who}_closed"}}']
+                                for who in ("client", "backend")),
+    "bytes up": lambda found: bytes_total(found, "up"),
+    "bytes down": lambda found: bytes_total(found, "down"),
 }
 
 
@@ -240,8 +241,8 @@ def carry(size: Size, router: Router, backend: Backend, total: int, **orders: An
     seconds = time.monotonic() - began
     after = baseline.check(router, problems, RESIDENT_MORE_DATA)
     now = router.metrics(fresh=False)  # `check` has asked when all was over
-    for what, names in COUNTED.items():
-        taken = sum(now[name] - counted[name] for name in names)
+    for what, read in COUNTED.items():
+        taken = read(now) - read(counted)
         if taken != report[what] and not problems:
             problems.append(f"{what}: {report[what]} were made, and {taken:g} counted")
     end_well(router, problems)

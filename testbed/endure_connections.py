@@ -33,7 +33,8 @@ import zlib
 from typing import Any, NamedTuple
 
 from sniroute_wire import SSL_REQUEST_BYTES
-from testbed.endure_router import HERE, Baseline, Folder, Problem, Router, Standing, environment, standing, wait_for
+from testbed.endure_router import (HERE, Baseline, Folder, Problem, Router, Standing, bytes_total, environment,
+                                   standing, wait_for)
 from testbed.endure_streams import (DONE, ENDS_FIRST, MAGIC, OPENING, PATTERN, PERIOD, TRAILER, Opening, Wrong, bounded,
                                     hello_for, log_uniform)
 from testbed.hellos import V1, V2
@@ -336,7 +337,13 @@ class Books:
         return {name: value - self.counted.get(name, 0) for name, value in now.items()}
 
     def compare(self, problems: list[str]) -> None:
-        """Add what differs."""
+        """Add what differs.  The histograms are made by another thread of the router, which may be late."""
+        with contextlib.suppress(Problem):
+            wait_for(lambda: not self.differences(), "counters that are equal", 10)
+        problems += self.differences()
+
+    def differences(self) -> list[str]:
+        """What differs now."""
         made, counts = self.made, self.counts()
         total = sum(number for what, number in made.items() if " " in what and not what.startswith("bytes"))
         starts = lines_of(self.folder, "starts.jsonl") - self.starts
@@ -344,8 +351,6 @@ class Books:
             "sniroute_accepted_total": total,
             'sniroute_connections_total{result="client_closed"}': sum(made[f"{kind} client"] for kind in KINDS),
             'sniroute_connections_total{result="backend_closed"}': sum(made[f"{kind} backend"] for kind in KINDS),
-            'sniroute_bytes_total{direction="up"}': made["bytes up"],
-            'sniroute_bytes_total{direction="down"}': made["bytes down"],
             "sniroute_connection_duration_seconds_count": total,
             "sniroute_route_wait_seconds_count": total,
             "sniroute_tunnel_processes_total": starts,
@@ -356,10 +361,15 @@ class Books:
         }
         rows |= {name: 0 for name in counts if "refused" in name or name.startswith("sniroute_connections_total")
                  and name not in rows}
-        problems += [f"{name} has grown by {counts.get(name, 0):,.0f}, where {wanted:,} happened"
-                     for name, wanted in rows.items() if counts.get(name, 0) != wanted]
+        problems = [f"{name} has grown by {counts.get(name, 0):,.0f}, where {wanted:,} happened"
+                    for name, wanted in rows.items() if counts.get(name, 0) != wanted]
+        for way in ("up", "down"):
+            passed = bytes_total(self.router.metrics(fresh=False), way) - bytes_total(self.counted, way)
+            if passed != made[f"bytes {way}"]:
+                problems.append(f"{passed:,.0f} bytes {way} are counted, and {made[f'bytes {way}']:,} were sent")
         if (heard := lines_of(self.folder, "clients.jsonl") - self.clients) != made["tunnel backend"]:
             problems.append(f"tunnels had {heard} clients, and {made['tunnel backend']} were made")
+        return problems
 
 
 def slope(points: list[tuple[int, float]]) -> float:

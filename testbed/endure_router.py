@@ -423,6 +423,15 @@ class Router:
         return not found["sniroute_connections_active"] and not live and not children(self.pid)
 
 
+def bytes_total(found: dict[str, float], direction: str) -> float:
+    """The bytes "up" or "down" of the connections that are over, of all routes, in an answer of `Router.metrics`.
+
+    `sniroute_bytes_total` has those of open ones, too, and is a second old.
+    """
+    return sum(value for name, value in found.items()
+               if name.startswith("sniroute_route_bytes_total{") and f'direction="{direction}"' in name)
+
+
 def ended_total(found: dict[str, float]) -> float:
     """The connections that are over, in an answer of `Router.metrics`."""
     return sum(value for name, value in found.items() if name.startswith("sniroute_connections_total{"))
