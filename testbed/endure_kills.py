@@ -39,10 +39,10 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 from testbed import endure_claims
-from testbed.endure_claims import DOMAIN, Owners, Registry
+from testbed.endure_claims import DOMAIN, Owners, Registry, end_of
 from testbed.endure_crowd import Crowd, stream
 from testbed.endure_far import cluster, edge
 from testbed.endure_nodepass import TIMES
@@ -594,18 +594,19 @@ class Half:
         shelves = {target: each.shelf for target, each in zip(self.place.targets(), self.place.claimed)}
         rows = [row for row in found.values() if row["target"] in shelves and not row["name"].startswith("tcp:")]
         for row in self.rng.sample(sorted(rows, key=lambda row: row["name"]), min(3, len(rows))):
-            self.come_through(row["name"], shelves[row["target"]])
+            self.come_through(row, shelves[row["target"]])
         self.owners.resume()
         with contextlib.suppress(OSError), socket.create_connection((HOST, self.place.claimable[0])):
             return
         self.problems.append("the claimed port is not open again")
 
-    def come_through(self, name: str, shelf: int) -> None:
-        """A client of a claimed name."""
+    def come_through(self, row: Mapping[str, Any], shelf: int) -> None:
+        """A client of a claimed name; it may be refused where the claim has just ended."""
         try:
-            stream(self.folder, name, shelf, random.Random(self.rng.random()), 1000)
+            stream(self.folder, row["name"], shelf, random.Random(self.rng.random()), 1000)
         except (Wrong, Cut, OSError) as error:
-            self.problems.append(f"a client of {name}, which is claimed: {type(error).__name__} {error}")
+            if not isinstance(error, Refused) or time.time() < end_of(row):
+                self.problems.append(f"a client of a claimed name: {type(error).__name__} {error}: {row}")
 
     def end_survivors(self) -> None:
         """End what the script has left."""
