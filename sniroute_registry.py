@@ -50,6 +50,9 @@ TICK = 0.25  # between two looks at what has ended: the router may lead clients 
 
 # Words beside those of sniroute_claims: UNAVAILABLE of Result and Written, BUSY of Result, TAKEN of Written.
 UNAVAILABLE, BUSY, TAKEN = "unavailable", "busy", "taken"
+# Refusals that say who has a name, or who has not.  A table that is frozen does not know: it may not have been filled
+# yet, and others have changed since what it was told before.
+UNSURE = frozenset(("other", "held", "own", "gone", "stale"))
 
 # What may happen to a claim: the word of an Event, and of what a store is told.
 CLAIMED, RENEWED, CHANGED, RELEASED, EXPIRED = "claimed", "renewed", "changed", "released", "expired"
@@ -133,7 +136,7 @@ class Store(Protocol):
 
     `open` comes first and once, before the registry's loop runs.  `write`, `renew` and `stop` run in that loop, and so
     does `done`, perhaps before they return.  A store may have more, which is asked for with `getattr`: `history`, as
-    Sqlite, and `heard_at` and `told`, as Shared.
+    Sqlite, and `heard_at`, `has_begun` and `told`, as Shared.
     """
 
     name: str
@@ -271,7 +274,7 @@ class Registry:
         verdict = self.table.judge(key, owner, takeover, limit, configured,
                                    len(self.coming.get(owner, ())))
         if not verdict.passed:
-            done(refused(verdict))
+            done(self.refused(key, verdict) if tries == RETRIES else refused(verdict))  # else the store has just told
             return
         former = self.table.find(key) or self.table.find_held(key)
         claim = self.table.claimed(verdict, key, owner, target, ttl, hold, **more)
@@ -332,7 +335,7 @@ class Registry:
         def act(done: Done) -> None:
             former = self.table.find(key)
             if former is None:
-                done(Result("gone", sentence=f"there is no claim of {key}"))
+                done(self.refused(key, Verdict("gone", f"there is no claim of {key}")))
                 return
             claim = former._replace(suspended=suspended)
             self._write(CHANGED, former, claim, lambda said: self._settle(CHANGED, former, claim, said, done))
@@ -357,10 +360,17 @@ class Registry:
         def turn(done: Done) -> None:
             verdict = self.table.permit(key, owner, lease, admin)
             if verdict.claim is None or not verdict.passed:
-                done(refused(verdict))
+                done(self.refused(key, verdict))
             else:
                 act(verdict.claim, done)
         self._have_turn(key, done, turn)
+
+    def refused(self, key: str, verdict: Verdict) -> Result:
+        """The refusal by what the table knows; `unavailable` where it does not know that now."""
+        if verdict.word in UNSURE and self.table.frozen_since is not None:
+            return Result(UNAVAILABLE, sentence=f"the store has to be asked who has {key}, and does not answer yet: "
+                                                f"try again", retry_after=1.0)
+        return refused(verdict)
 
     def _settle(self, what: str, former: Claim, claim: Claim, said: Written, done: Done) -> None:
         """The store has answered to a change of a claim: put `claim` in the place of `former`, or say why not."""

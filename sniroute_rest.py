@@ -50,7 +50,7 @@ import time
 import urllib.parse
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
-from sniroute_claims import LINGER, PAGE_MAX, TAKEN_OVER, WORDS, Claim, port_key
+from sniroute_claims import LINGER, PAGE_MAX, TAKEN_OVER, WORDS, Claim, Verdict, port_key
 from sniroute_door import OWNER, Answer, Caller, Declined, Head, Plan
 from sniroute_names import printable, without_key
 from sniroute_owners import (CHANGES, RENEWAL, TTL_MIN, Fault, Own, Owner, Rules, Unfit, Wish, parse_change, parse_wish,
@@ -301,7 +301,9 @@ def ask_one(ask: Ask) -> None:
     """GET /routes/KEY"""
     claim = ask.rest.registry.table.find(ask.key)
     if claim is None or claim.owner != ask.owner.name and not ask.owner.admin:
-        raise refuse(404, f"there is no claim of {printable(ask.key, 300)} that is yours", "gone")
+        sentence = f"there is no claim of {printable(ask.key, 300)} that is yours"
+        ask.answer(ask.rest.registry.refused(ask.key, Verdict("gone", sentence)))
+        return
     ask.caller.answer(found(ask.rest.show(claim)))
 
 
@@ -316,6 +318,8 @@ def ask_all(ask: Ask) -> None:
         if owner not in (None, ask.owner.name):
             raise refuse(403, "only an admin sees the claims of others", "forbidden")
         owner = ask.owner.name
+    if not getattr(ask.rest.registry.store, "has_begun", True):
+        raise refuse(503, "the store has not been read yet: try again", UNAVAILABLE, Retry_After="1")
     claims = ask.rest.registry.table.page(owner, query.get("prefix", "").lower(), query.get("after", "").lower(),
                                           int(limit))
     rows = [ask.rest.show(claim) for claim in claims]

@@ -28,6 +28,7 @@ SCALES = {  # so that each part takes a few seconds
     "handovers": "0.1",  # 1
     "nodepass": "0.015",  # 4.5 seconds: some 6 faults
     "connections": "0.003",  # 1,500
+    "house": "0.0012",  # 4.3 seconds: some 10 faults
 }
 FAULTS = {  # what a part would find: file, right text, wrong text, part, what the part says then
     "a hello that is not compared": (

@@ -21,7 +21,7 @@ from sniroute_registry import from_text, to_text
 from sniroute_resp import parse_url
 from sniroute_shared import CHANNEL, PREFIX, Shared
 from testbed.redis import RedisServer
-from testbed.registry import BOB, DOMAIN, Served
+from testbed.registry import ADMIN, BOB, DOMAIN, Served
 
 SHOP = f"shop.{DOMAIN}"
 
@@ -152,6 +152,43 @@ def test_while_redis_is_away_names_are_routed_and_none_is_claimed(redis_server, 
     assert first.ask("POST", "/routes/shop/renew", **lease(made)).status == 200
     assert redis.tell("EXISTS", PREFIX + SHOP) == 1, "and is there again"
     assert first.claim("other").status == 201
+
+
+def test_until_redis_is_read_nobody_hears_that_a_claim_is_gone(redis_server, shared):
+    """A router that has just started: an owner that believed it would claim anew, and void the lease that it has."""
+    redis = redis_server("--appendonly", "yes", "--appendfsync", "always")
+    made = shared(redis).claim(ttl=600)
+    redis.process.send_signal(signal.SIGSTOP)
+    try:
+        second = shared(redis, wait=False)
+        asked = [("GET", "/routes/shop"), ("GET", "/routes"), ("POST", "/routes/shop/renew"), ("DELETE", "/routes/shop")]
+        said = [second.ask(*each, **lease(made)) for each in asked]
+        said += [second.ask("POST", "/routes/shop/suspend", token=ADMIN)]
+        said += [second.ask("PUT", "/routes/shop", {"target": "tcp:192.0.2.2:80"}, **lease(made))]
+        assert [(each.status, each.json["class"], bool(each.headers["Retry-After"])) for each in said] \
+            == [(503, "unavailable", True)] * 6
+    finally:
+        redis.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: second.registry.table.frozen_since is None)
+    assert second.ask("GET", "/routes").json["routes"][0]["name"] == SHOP
+    assert second.ask("POST", "/routes/shop/renew", **lease(made)).status == 200
+    assert second.ask("GET", "/routes/other").status == 404, "now it is known"
+
+
+def test_who_has_a_name_is_not_said_while_redis_is_away(redis_server, shared):
+    redis = redis_server("--appendonly", "yes", "--appendfsync", "always")
+    first, second = shared(redis), shared(redis)
+    made = first.claim(ttl=600)
+    wait_until(lambda: knows(second))
+    redis.stop()
+    wait_until(lambda: second.registry.table.frozen_since is not None)
+    for said in (second.claim(token=BOB), second.claim(takeover=False), second.ask("GET", "/routes/other"),
+                 second.ask("POST", "/routes/shop/renew", Sniroute_Lease="0" * 32)):
+        assert (said.status, said.json["class"]) == (503, "unavailable")
+    redis.start()
+    wait_until(lambda: second.registry.table.frozen_since is None)
+    assert second.claim(token=BOB).json["class"] == "other"
+    assert second.ask("POST", "/routes/shop/renew", **lease(made)).status == 200
 
 
 def test_a_redis_that_stands_still_is_away(redis_server, shared, monkeypatch):

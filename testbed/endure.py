@@ -13,6 +13,7 @@
     nodepass    four NodePass tunnels for five minutes, a day of theirs: ends,  endure_nodepass
                 targets and the link between fail, one after another
     connections 500,000 small checked connections: memory, and exact counters   endure_connections
+    house       all kinds of clients for an hour, while all that they use fails endure_house
 
 The router is a process of its own, as users run it (endure_router).  A line for each part says what was done and how
 the router stood before and after it: descriptors, threads and children have to be the same, memory up to RESIDENT_MORE,
@@ -38,7 +39,7 @@ import threading
 import time
 from typing import Any, Callable, NamedTuple
 
-from testbed import endure_connections, endure_inputs, endure_kills, endure_nemesis, endure_nodepass
+from testbed import endure_connections, endure_house, endure_inputs, endure_kills, endure_nemesis, endure_nodepass
 from testbed.endure_crowd import CROWD, Crowd, prepare_crowd
 from testbed.endure_far import edge
 from testbed.endure_nemesis import Events, Load, Nemesis
@@ -322,11 +323,19 @@ def connections(size: Size) -> Result:
     return Result(*endure_connections.run(size.of(500_000), size.seed))
 
 
+# -- the whole ---------------------------------------------------------------------------------
+
+
+def house(size: Size) -> Result:
+    """The main job under fault."""
+    return Result(*endure_house.run(3600 * size.scale, size.seed))
+
+
 # -- the command -------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[Size], Result]] = {
     "nemesis": nemesis, "inputs": inputs, "data": data, "carrier": carrier, "kills": kills, "handovers": handovers,
-    "nodepass": nodepass, "connections": connections,
+    "nodepass": nodepass, "connections": connections, "house": house,
 }
 
 

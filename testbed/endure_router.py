@@ -312,6 +312,8 @@ def environment(**more: str) -> dict[str, str]:
 class Router:
     """A router that is a process of its own.  A thread reads its log, unless `log_is_read` is cleared."""
 
+    program: list[str] = []  # else than `sniroute.py` of this folder
+
     def __init__(self, folder: Folder, *options: str, before: tuple[str, ...] = (), python: str = sys.executable,
                  apart: Apart | None = None, **variables: str):
         self.folder = folder
@@ -321,7 +323,7 @@ class Router:
         self.asked = -CACHED  # when its admin was asked last; nobody else asks it
         self.log_is_read = threading.Event()
         self.log_is_read.set()
-        command = [*before, python, str(HERE / "sniroute.py"), "-c", str(folder.settings), *options]
+        command = [*before, *(self.program or [python, str(HERE / "sniroute.py")]), "-c", str(folder.settings), *options]
         if apart is not None:
             command = [*apart.command("testbed/endure_inside.py"), str(apart.home / "sniroute.py"), "-c",
                        str(folder.settings), *options]
@@ -335,8 +337,12 @@ class Router:
     watched = (" listening on ", " admin on ", "tunnel ready", "reload: done", "reload: nothing has changed",
                "counters: ", "lines dropped", "not accepting for now")
 
+    def said(self) -> Iterator[str]:
+        """The lines of its log, as they come."""
+        yield from self.process.stderr
+
     def _read(self) -> None:
-        for line in self.process.stderr:
+        for line in self.said():
             self.lines.append(line)
             if any(word in line for word in FORBIDDEN) or 0 < len(self.faults) < 60:
                 self.faults.append(line.rstrip())

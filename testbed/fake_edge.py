@@ -20,7 +20,7 @@ read anew for each connection.  The hostname is the SNI, or without one the host
 
 It writes:
 
-    edge.json          once both ports listen: tls, proxy, pid
+    edge.json          once both ports listen: tls, proxy, pid; the ports in one that is there already are taken again
     proxy.jsonl        event "request" for each CONNECT: hostname, target, headers;
                        event "end" for a client that did not get through to the edge: how
     connections.jsonl  each line with the connection's number, and its hostname once that is known:
@@ -934,11 +934,14 @@ class Edge:
     def run(self) -> None:
         """Serve until the standard input ends."""
         serving = {}
+        path = os.path.join(self.directory, "edge.json")
+        wanted = {}
+        with contextlib.suppress(FileNotFoundError), open(path) as file:
+            wanted = json.load(file)
         for name, serve in (("tls", self.connect), ("proxy", lambda sock: Proxied(self, sock).run())):
-            listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
+            listener = socket.create_server(("127.0.0.1", wanted.get(name, 0)), backlog=4096)
             serving[listener.fileno()] = name, listener, serve
         ports = {name: listener.getsockname()[1] for name, listener, _ in serving.values()}
-        path = os.path.join(self.directory, "edge.json")
         with open(f"{path}.new", "w") as file:
             json.dump({**ports, "pid": os.getpid()}, file)
         os.replace(f"{path}.new", path)
