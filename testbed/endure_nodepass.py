@@ -38,7 +38,7 @@ from testbed.endure_router import FORBIDDEN, HERE, Problem, Standing, standing, 
 from testbed.ports import free_port
 
 LOOPBACK = "127.0.0.1"
-NETWORK, NEAR, FAR = "198.51.100.0/24", "198.51.100.1", "198.51.100.2"  # the link's, servers' and targets', clients'
+LINKS = "198.51.100."  # the network of all links: each has four addresses of it, and another run has others
 TIMES = {
     "NP_REPORT_INTERVAL": "150ms", "NP_SERVICE_COOLDOWN": "100ms", "NP_HANDSHAKE_TIMEOUT": "1s", "NP_TCP_DIAL_TIMEOUT": "1s",
     "NP_POOL_GET_TIMEOUT": "2s", "NP_UDP_READ_TIMEOUT": "500ms", "NP_MIN_POOL_INTERVAL": "10ms",
@@ -71,6 +71,7 @@ class Network:
     def __init__(self) -> None:
         self.name = f"np{os.getpid()}"
         self.link = f"npv{os.getpid()}"[:15]
+        self.first = -1  # of its addresses
         self.is_real = False
 
     def ip(self, *words: str) -> bool:
@@ -79,30 +80,33 @@ class Network:
 
     def __enter__(self) -> Network:
         if os.geteuid() == 0 and shutil.which("ip") and self.ip("netns", "add", self.name):
+            # The route is this run's alone, which `ip` sees to.  While the link is down its addresses must not be looked
+            # for elsewhere.
+            mine = (first for first in range(0, 256, 4)
+                    if self.ip("route", "add", "unreachable", f"{LINKS}{first}/30", "metric", "9999"))
+            self.first = next(mine, -1)
             steps = (("link", "add", self.link, "type", "veth", "peer", "name", "far", "netns", self.name),
-                     ("addr", "add", f"{NEAR}/24", "dev", self.link), ("link", "set", self.link, "up"),
-                     ("-n", self.name, "addr", "add", f"{FAR}/24", "dev", "far"),
-                     ("-n", self.name, "link", "set", "far", "up"), ("-n", self.name, "link", "set", "lo", "up"),
-                     # While the link is down its addresses must not be looked for elsewhere.
-                     ("route", "add", "unreachable", NETWORK, "metric", "9999"))
-            self.is_real = all(self.ip(*step) for step in steps)
+                     ("addr", "add", f"{LINKS}{self.first + 1}/30", "dev", self.link), ("link", "set", self.link, "up"),
+                     ("-n", self.name, "addr", "add", f"{LINKS}{self.first + 2}/30", "dev", "far"),
+                     ("-n", self.name, "link", "set", "far", "up"), ("-n", self.name, "link", "set", "lo", "up"))
+            self.is_real = self.first >= 0 and all(self.ip(*step) for step in steps)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.is_real:
-            self.ip("route", "del", "unreachable", NETWORK, "metric", "9999")
+        if self.first >= 0:
+            self.ip("route", "del", "unreachable", f"{LINKS}{self.first}/30", "metric", "9999")
         self.ip("link", "del", self.link)
         self.ip("netns", "del", self.name)
 
     @property
     def near(self) -> str:
         """The address of servers and targets."""
-        return NEAR if self.is_real else LOOPBACK
+        return f"{LINKS}{self.first + 1}" if self.is_real else LOOPBACK
 
     @property
     def far(self) -> str:
         """That of clients."""
-        return FAR if self.is_real else LOOPBACK
+        return f"{LINKS}{self.first + 2}" if self.is_real else LOOPBACK
 
     def there(self, *words: str) -> list[str]:
         """A command line that runs where clients live."""
