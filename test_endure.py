@@ -24,7 +24,7 @@ SCALES = {  # so that each part takes a few seconds
     "inputs": "0.01",  # 10,000 inputs, and 50 for the router
     "data": "0.0015",  # 30 MB
     "carrier": "0.003",  # 6 MB
-    "kills": "0.02",  # 2
+    "kills": "0.01",  # 1
     "handovers": "0.1",  # 1
     "nodepass": "0.015",  # 4.5 seconds: some 6 faults
     "connections": "0.003",  # 1,500

@@ -57,6 +57,7 @@ POD_PORT = 8080
 CLAIMED = "program"  # a name that `sniroute.py claim` keeps
 SHORT = 30.0  # seconds; who has less is in the suite, beside much else, and its clients come less often
 PHASE = 600.0  # seconds between two rests, in which the load is over, and the routers are looked at
+LEFT = ("sniroute_registry_claims",)  # a contest that is broken off leaves one, which ends by itself: see `claims_agree`
 RESIDENT_MORE_HOUSE = 12.0  # MiB: RESIDENT_MORE, and as much again for what a registry, HTTP and four kinds of tunnels keep
 
 
@@ -429,7 +430,7 @@ def run(seconds: float, seed: int) -> Outcome:
     with House(seed, 1.0 if seconds > SHORT else 3.0) as house:
         load, nemesis, problems = house.load, Nemesis(house, seed), house.load.problems
         served(house)
-        stood = [Baseline(router) for router in house.routers]
+        stood = [Baseline(router, LEFT) for router in house.routers]
         memory = [[base.before.resident for base in stood]]
         began = time.monotonic()
         for phase in range(phases):
@@ -439,7 +440,7 @@ def run(seconds: float, seed: int) -> Outcome:
             finally:
                 load.stop()
             if phase < with_ends:
-                stood[0] = Baseline(house.routers[0])  # it is another process
+                stood[0] = Baseline(house.routers[0], LEFT)  # it is another process
             after = [base.check(router, problems, RESIDENT_MORE_HOUSE) for base, router in zip(stood, house.routers)]
             memory.append([each.resident for each in after])
         took = time.monotonic() - began

@@ -444,9 +444,12 @@ def ended_total(found: dict[str, float]) -> float:
 
 
 class Baseline:
-    """How a quiet router stood before a part.  `check` waits until it stands like this again."""
+    """How a quiet router stood before a part.  `check` waits until it stands like this again.
 
-    def __init__(self, router: Router):
+    `but`: what of HELD may be another then.
+    """
+
+    def __init__(self, router: Router, but: tuple[str, ...] = ()):
         router.metrics()  # what `is_quiet` hears is not older
         wait_for(router.is_quiet, "a router without connections and tunnels")
         # What the admin has for an answer is gone a moment later: twice the same is quiet.
@@ -460,7 +463,8 @@ class Baseline:
         wait_for(same, "a router that stands still")
         self.before = last[0]
         self.opened = collections.Counter(descriptors(router.pid))
-        self.held = {name: value for name, value in router.metrics().items() if name.startswith(HELD)}
+        self.held = {name: value for name, value in router.metrics().items() if name.startswith(HELD)
+                     and not name.startswith(but)}
 
     def check(self, router: Router, problems: list[str], more: float = RESIDENT_MORE) -> Standing:
         """Add to `problems` what is not as it was, and not within a minute.  Returns how it stands now."""
