@@ -41,6 +41,7 @@ this one (or with it in one sniroute.pyz).  Imports run down this table only:
     sniroute_log           the journal
     sniroute_loop          what is ready, due, asked for       epoll, timers, queues
     sniroute_host          what this host allows               descriptors, tasks, memory; files that others may change
+    sniroute_scarcity      what this host does not have        memory and threads, while we run
     sniroute_wire          TLS, PROXY, PostgreSQL preludes     pure parsers
     sniroute_names         names and addresses; the version
     sniroute_refusals      why a client is refused             and how it is told

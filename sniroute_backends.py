@@ -136,7 +136,7 @@ class GroupBackend(Backend):
             try:
                 return self.way.open(why)
             except Unreachable as error:
-                self.lose(str(error), is_suspect=self.connection.state is GREETING)
+                self.lose(str(error), is_fault=not self.way.is_ours(), is_suspect=self.connection.state is GREETING)
         if self.awaited is not None:  # it was prepared meanwhile
             self.waited()
             self.awaited = None
@@ -149,10 +149,13 @@ class GroupBackend(Backend):
                 self.way.longest = self.group.options.connect_timeout
                 raise
             except Unreachable as error:
-                self.lose(str(error))
+                self.lose(str(error), is_fault=not self.way.is_ours())
             except Refused as error:
                 self.lose(str(error), is_fault=error.kind not in NO_FAULT)
         raise NotYet(self.group.book.soon)
+
+    def is_ours(self) -> bool:
+        return False  # `way` knows
 
     def choose(self) -> None:
         """Use the next member.  Raises Unreachable where none is left, NotYet where none has room, Refused."""
@@ -405,7 +408,7 @@ class GroupBackend(Backend):
             self.awaited = member.decision
             self.connection.router.waits.doubt(self.connection, verdict.doubted)
             self.awaited = None
-        self.lose(str(refusal), is_suspect=is_suspect, member=member)
+        self.lose(str(refusal), is_fault=not way.is_ours(), is_suspect=is_suspect, member=member)
         if others:
             return Another()
         if len(self.told_of) > 1:

@@ -32,7 +32,7 @@ Seams: I want to ...
     know another browser                BROWSERS
     let more of them in                 THREADS, WAITING, VISITS; VISIT_TIME, WAIT_TIME
 
-This room imports sniroute_answers (the page), sniroute_certificate (leafs), sniroute_http (the request),
+This room imports sniroute_answers (the page), sniroute_certificate (leafs), sniroute_http (the request), sniroute_scarcity,
 sniroute_names (addresses), sniroute_refusals and sniroute_wire (hellos).
 """
 
@@ -46,7 +46,6 @@ import os
 import socket
 import ssl
 import struct
-import threading
 import time
 from typing import TYPE_CHECKING, Any, Callable
 
@@ -55,6 +54,7 @@ from sniroute_certificate import Leafs, Pair, load
 from sniroute_http import parse_request
 from sniroute_names import Address, parse_ip
 from sniroute_refusals import REFUSALS, Malformed, Refused
+from sniroute_scarcity import begin_thread, ran_out
 from sniroute_wire import ALPN, TLS_HANDSHAKE, Hello, HelloReader
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ class Visit:
             return False
         try:
             self.sock = socket.socket(fileno=os.dup(self.connection.up.fd))
-            threading.Thread(target=self.serve, name=f"courtesy-{len(served) + 1}", daemon=True).start()
+            begin_thread(self.serve, f"courtesy-{len(served) + 1}")
         except (OSError, RuntimeError):  # descriptors, threads
             if self.sock is not None:
                 self.sock.close()
@@ -248,8 +248,9 @@ class Visit:
                 self.answer(pair)
         except OSError as error:  # TimeoutError, ssl.SSLError: mostly a browser that does not trust the certificate
             log.debug("%s:%d, no page for %s: %s", *self.connection.address, self.name, error)
-        except Exception:
-            log.exception("a fault in sniroute: please report it")
+        except Exception as error:
+            if not ran_out(error):
+                log.exception("a fault in sniroute: please report it")
         finally:
             self.sock.close()
             self.courtesy.router.call(self.over)

@@ -109,7 +109,7 @@ class Check(Watch):
             self.shared.full.put(self)
             return
         except Unreachable as error:
-            self.end(str(error))
+            self.end(None if self.way.is_ours() else str(error))
             return
         except OSError:
             self.end(None)
@@ -132,7 +132,7 @@ class Check(Watch):
             self.sock, self.fd = result.sock, result.fd
             self.guarded(self.connected)
         else:
-            self.end(None if isinstance(result, OSError) else self.way.give_up())
+            self.end(None if isinstance(result, OSError) or self.way.is_ours() else self.way.give_up())
 
     def on_connect(self, mask: int) -> None:
         """The connect is over."""

@@ -541,8 +541,8 @@ class State:
                     run("INSERT INTO instances VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET record = excluded.record",
                         (ident, record))
             run("COMMIT")
-        except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):
+        except (sqlite3.Error, MemoryError) as error:
+            with contextlib.suppress(sqlite3.Error, MemoryError):
                 if self.connection.in_transaction:
                     run("ROLLBACK")
             return str(error) or type(error).__name__

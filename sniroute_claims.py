@@ -35,6 +35,7 @@ Source: Kleppmann, "How to do distributed locking" (2016), for the generation, w
 
 from __future__ import annotations
 
+import collections
 import hmac
 import math
 import random
@@ -166,11 +167,14 @@ class Ordered:
 class Owned:
     """The keys of one owner."""
 
-    __slots__ = ("live", "held", "most")
+    __slots__ = ("live", "held", "suspended", "most")
 
     def __init__(self) -> None:
         self.live = Ordered()
-        self.held: dict[str, None] = {}  # in the order in which they ended
+        # Those that are held, in the order in which they ended.  An OrderedDict: a dict whose first row goes again and
+        # again looks for the next one behind all that have gone.
+        self.held: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self.suspended: collections.OrderedDict[str, None] = collections.OrderedDict()  # likewise; they are let go last
         self.most = HELD_MIN  # so many may be held: as many as it ever had at once
 
 
@@ -442,8 +446,13 @@ class Table:
         """Take a live claim from its owner."""
         owned = self.owned[claim.owner]
         owned.live.remove(claim.key)
-        if not owned.live and not owned.held:
-            del self.owned[claim.owner]
+        self._tidy(claim.owner)
+
+    def _tidy(self, owner: str) -> None:
+        """Forget an owner that has nothing any more."""
+        owned = self.owned[owner]
+        if not owned.live and not owned.held and not owned.suspended:
+            del self.owned[owner]
 
     def _end(self, claim: Claim) -> None:
         """A claim has ended, at its `expires`: hold its name for its `hold`.
@@ -456,7 +465,7 @@ class Table:
         if key in self.held:
             self._forget(key)
         owned = self._of(claim.owner)
-        owned.held[key] = None
+        (owned.suspended if claim.suspended else owned.held)[key] = None
         self.held[key] = claim
         former = self.live.pop(key, None)
         if former is not None:
@@ -467,17 +476,16 @@ class Table:
             self._forget(key)
             return
         self._due(until, key)
-        if len(owned.held) > owned.most:
-            self._forget(next((each for each in owned.held if not self.held[each].suspended), next(iter(owned.held))))
+        if len(owned.held) + len(owned.suspended) > owned.most:
+            self._forget(next(iter(owned.held or owned.suspended)))
 
     def _forget(self, key: str) -> None:
         """Free a name that is held."""
         claim = self.held.pop(key)
         self.floor = max(self.floor, claim.generation)
         owned = self.owned[claim.owner]
-        del owned.held[key]
-        if not owned.live and not owned.held:
-            del self.owned[claim.owner]
+        del (owned.suspended if claim.suspended else owned.held)[key]
+        self._tidy(claim.owner)
 
     def _due(self, at: float, key: str) -> None:
         """Have `expire` look at a key at this clock time.  The heap is made anew where most of it is out of date."""

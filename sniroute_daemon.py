@@ -38,7 +38,8 @@ Seams: I want to ...
     show more in a dump              `dump`
     start something else             Daemon._start, and in the opposite order Daemon._close
 
-It imports the router, listeners, routes, tunnels, settings, systemd, handover, log, host, loop, names and refusals;
+It imports the router, listeners, routes, tunnels, settings, systemd, handover, log, host, loop, scarcity, names
+and refusals;
 sniroute_admin only where a setting or systemd asks for it.
 """
 
@@ -62,11 +63,12 @@ from sniroute_handover import HANDOVER_MAX, HANDOVER_TIMEOUT, OFFER_AGAIN, Hando
 from sniroute_host import Stamp, raise_descriptor_limit, require_descriptors, shortage, stamp
 from sniroute_listeners import Listener, arrange, sockets_of, wanted_addresses
 from sniroute_log import Journal
-from sniroute_loop import WAIT_LAST, WakePipe
+from sniroute_loop import CAPACITY_ERRNOS, WAIT_LAST, WakePipe
 from sniroute_names import show_address
 from sniroute_refusals import SettingsError
 from sniroute_router import Hooks, Router, prepare
 from sniroute_routes import port_address
+from sniroute_scarcity import SHORT_OF_MEMORY, ran_out
 from sniroute_settings import Settings, warn
 from sniroute_systemd import Supervisor, activated_sockets
 from sniroute_tunnels import TunnelTable
@@ -82,6 +84,7 @@ REGISTRY_WAIT = 5.0  # seconds that a predecessor has to give the registry's add
 REGISTRY_PAUSE = 0.05  # ... and between two looks
 ADOPT_TIMEOUT = 5.0  # seconds for the loop to take over new settings: it does so in its next turn, unless it hangs
 DUMP_MAX = 200  # connections in a dump, and as many tunnels
+MEMORY_PAUSE = 0.1  # seconds until the main thread goes on where it found no memory, or no descriptor
 WATCH_EVERY = 0.25  # seconds between two looks at the file of settings, with --watch: a stat(2) each
 WATCH_RESTS = 0.5  # seconds without a change until it is read: an editor, or a copy, may write it in pieces
 LOOK_AGAIN = b"\xff"  # in the pipe, where no signal has this number: a reload may have changed how long we wait
@@ -218,18 +221,29 @@ class Daemon:
                 log.error("%s", shortage(error))
                 return 1
             while self.thread.is_alive():
-                for key, _ in self.selector.select(self._patience()):
-                    if self.selector.get_map().get(key.fd) is key:  # an earlier event may have unregistered it
-                        key.data(key.fileobj)
-                if self._lameduck_left() == 0.0:
-                    self._drain()
-                if self.unnamed and self.handover.successor is None:
-                    self._offer()
-                if self._watches() and self.watch.is_due(stamp(self.settings.config), monotonic()):
-                    self.reload(said=self.faults)
+                try:
+                    self._turn()
+                except Exception as error:
+                    if not ran_out(error) and getattr(error, "errno", None) not in CAPACITY_ERRNOS:
+                        raise
+                    with contextlib.suppress(MemoryError):
+                        log.error("%s", SHORT_OF_MEMORY if ran_out(error) else error)
+                    time.sleep(MEMORY_PAUSE)
             return 1 if self.failed else 0
         finally:
             self._close()
+
+    def _turn(self) -> None:
+        """Wait for an event, and act on what there is."""
+        for key, _ in self.selector.select(self._patience()):
+            if self.selector.get_map().get(key.fd) is key:  # an earlier event may have unregistered it
+                key.data(key.fileobj)
+        if self._lameduck_left() == 0.0:
+            self._drain()
+        if self.unnamed and self.handover.successor is None:
+            self._offer()
+        if self._watches() and self.watch.is_due(stamp(self.settings.config), monotonic()):
+            self.reload(said=self.faults)
 
     def _start(self) -> None:
         """Listen, start the threads, and replace a predecessor.  Raises SettingsError."""
@@ -261,6 +275,7 @@ class Daemon:
         succeeds = bool(self.handover.predecessors)
         if settings.claims is not None and not succeeds:  # what is claimed already is routed for the first client
             self._serve_registry(alone=True)
+            self.registrar.wait_for_store()
         loop = threading.Thread(target=self._loop, name="loop", daemon=True)
         loop.start()
         self.thread = loop  # only now: a thread that could not start cannot be joined
@@ -354,11 +369,15 @@ class Daemon:
     def _on_signals(self, reader: int) -> None:
         """Act on the bytes in the pipe: numbers of signals, 0 for the end of the loop; LOOK_AGAIN only wakes us."""
         numbers = os.read(reader, 64)
-        for number in numbers:
-            if number in (signal.SIGTERM, signal.SIGINT):
-                self.stop()
-            elif number == signal.SIGUSR1:
-                self.router.call(functools.partial(dump, self.router))
+        try:
+            for number in numbers:
+                if number in (signal.SIGTERM, signal.SIGINT):
+                    self.stop()
+                elif number == signal.SIGUSR1:
+                    self.router.call(functools.partial(dump, self.router))
+        except Exception:
+            self.pipe.wake(numbers)  # none is lost: one that comes twice at worst hurries the end
+            raise
         if signal.SIGHUP in numbers:  # last, and once for many: a reload may take a while
             self.reload()
         if 0 in numbers:  # the last act of `_loop`, so this does not wait
@@ -492,12 +511,21 @@ class Daemon:
             except OSError as error:
                 faults = [shortage(error) or str(error)]
             except Exception as error:  # a fault in our own code must not end a router that serves
-                log.exception("while reading the settings again: please report it")
-                faults = [repr(error)]
+                if ran_out(error):
+                    faults = [shortage(error)]
+                else:
+                    log.exception("while reading the settings again: please report it")
+                    faults = [repr(error)]
             for fault in faults if faults != said else ():
                 log.error("reload: %s", fault)
             if not faults:
-                self._adopt(settings, opened)
+                try:
+                    self._adopt(settings, opened)
+                except Exception as error:
+                    if not ran_out(error):
+                        raise
+                    faults = [f"{SHORT_OF_MEMORY}: not all of it is in use: reload again"]
+                    log.error("reload: %s", faults[0])
             elif faults != said:
                 log.error("reload: nothing has changed")
             self.faults = faults

@@ -140,7 +140,7 @@ def race_over(connection: Connection, result: Attempt | OSError | None) -> None:
 
 def out_of_descriptors(connection: Connection, error: OSError) -> None:
     """There is none for the backend: our own trouble, neither the backend's fault nor its tunnel's."""
-    connection.router.run_short(error)
+    connection.router.run_short(error.strerror)
     connection.refuse(Refused("busy", error.strerror))
 
 

@@ -40,7 +40,7 @@ Seams: I want to ...
     another reason to fail       a word in the table above, and a sentence for people in each program's table of
                                  reasons (sniroute_edge.REASONS)
 
-This room imports sniroute_upgrade, sniroute_race, sniroute_loop, sniroute_names and sniroute_refusals.
+This room imports sniroute_upgrade, sniroute_race, sniroute_loop, sniroute_scarcity, sniroute_names and sniroute_refusals.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ from sniroute_loop import CAPACITY_ERRNOS, READ, WRITE, Loop, monotonic, owner_o
 from sniroute_names import parse_network, printable, show_address, unmapped
 from sniroute_race import ADDRESSES_MAX, STAGGER, Laggards, Row, alternate
 from sniroute_refusals import Failed, Malformed, SettingsError
+from sniroute_scarcity import begin_thread
 from sniroute_upgrade import HEAD_MAX, connect_request, parse_answer
 
 __version__ = "0.1.0"
@@ -193,8 +194,7 @@ class Names:
             return
         self.waiting[host, port] = [found]
         try:
-            import threading  # 0.2 MB, where there is a name to resolve
-            threading.Thread(target=self._resolve, args=(host, port), name="name", daemon=True).start()
+            begin_thread(functools.partial(self._resolve, host, port), "name")
         except RuntimeError as error:  # there are too many threads
             self._resolved(host, port, OSError(str(error)))
 

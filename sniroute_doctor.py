@@ -479,8 +479,10 @@ def try_far_end(launcher: Launcher, key: TunnelKey) -> None:
     if launcher.trial is None:
         return
     try:
-        trial = subprocess.run([launcher.find(), *launcher.trial(key.hostname)], cwd="/", stdin=subprocess.DEVNULL,
-                               env=launcher.environment_for(key.identified), capture_output=True, timeout=TRIAL_TIMEOUT)
+        with open(os.devnull, "rb") as nothing:  # DEVNULL stays open where Popen finds no descriptor for a pipe
+            trial = subprocess.run([launcher.find(), *launcher.trial(key.hostname)], cwd="/", stdin=nothing,
+                                   env=launcher.environment_for(key.identified), capture_output=True,
+                                   timeout=TRIAL_TIMEOUT)
     except subprocess.TimeoutExpired:
         raise TunnelError("timeout", f"no answer within {TRIAL_TIMEOUT:g} s") from None
     said = trial.stdout.decode("utf-8", "replace").splitlines()

@@ -28,7 +28,8 @@ here.
 
 What strangers can do.  Each gate has a limit of clients.  One more takes the place of another: first of the oldest that
 is KEPT, then of the oldest that is still to send something, then of one that is still to read something.  Who has not
-sent its request, or read its answer, in time is cut off.  Each gate has threads of its own, and WORK_MAX requests that
+sent its request, or read its answer, in time is cut off.  Each gate keeps a descriptor in reserve, so that it can hear
+somebody where clients of the router have taken all others.  Each gate has threads of its own, and WORK_MAX requests that
 wait for them or are in them: one more gets 503.  Who does not read events is cut off, too.
 
 Seams: I want to ...
@@ -37,7 +38,7 @@ Seams: I want to ...
     accept other heads            `parse_head`, which does no I/O
     change what all answers say   HEADERS, `render`
 
-This room imports sniroute_loop, sniroute_page (the policy for browsers) and sniroute_names.
+This room imports sniroute_loop, sniroute_scarcity, sniroute_page (the policy for browsers) and sniroute_names.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ from typing import Any, Callable, NamedTuple
 from sniroute_loop import CAPACITY_ERRNOS, READ, WRITE, Loop, Watch
 from sniroute_names import printable, show_address
 from sniroute_page import POLICY
+from sniroute_scarcity import SHORT_OF_MEMORY, Paced, begin_thread, ran_out
 
 __version__ = "0.1.0"
 
@@ -264,6 +266,7 @@ class Caller:
         del self.gate.callers[self]
         self.watch.closing()
         self.sock.close()
+        self.gate.save()
         at_end, self.at_end = self.at_end, []
         for act in at_end:
             act()
@@ -363,7 +366,10 @@ class Caller:
             return self.plan.act(self)
         except Declined as declined:
             return declined.answer
-        except Exception:
+        except Exception as error:
+            if ran_out(error):
+                self.gate.door.is_short(SHORT_OF_MEMORY)
+                return Declined(503, SHORT_OF_MEMORY, Retry_After="1").answer
             log.exception("%s: %s", self.gate.door.name, FAULT)
             return Declined(500, "a fault in sniroute: its log says which").answer
 
@@ -494,6 +500,8 @@ class Gate:
         self.free = collections.deque(range(threads, 0, -1))  # the numbers n of threads that are not running
         self.live: dict[int, threading.Thread] = {}  # those that are; their keys are not in `free`
         self.waiting: collections.deque[Caller] = collections.deque()  # for a thread
+        self.reserve = -1  # a descriptor that is given up for a caller where there is no other
+        self.save()
         listener.setblocking(False)  # another process on this listener may accept a client that we were told of
         self.watch = Watch(door.loop.poller, listener.fileno())
         self.pause = door.loop.timer(self._resume)
@@ -504,20 +512,41 @@ class Gate:
 
     def accept(self, mask: int) -> None:
         """Accept who is there, and read what they have sent."""
-        for _ in range(ACCEPT_MAX):
+        for accepted in range(ACCEPT_MAX):
             try:
                 sock, _ = self.listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
+                if accepted and error.errno in CAPACITY_ERRNOS:
+                    return  # accept(2) looks for a descriptor first: perhaps nobody else is there
+                if error.errno in CAPACITY_ERRNOS and self.spend():
+                    continue  # at once: else a client of the router might have it
                 if error.errno not in CAPACITY_ERRNOS or not self._make_room():
-                    self.watch.wait_for(0)
-                    self.pause.set(time.monotonic() + ACCEPT_PAUSE)
+                    self.rest()
                 return
             sock.setblocking(False)
             if len(self.callers) >= self.most:
                 self._make_room()
             Caller(self, sock).readable()
+
+    def save(self) -> None:
+        """Have a descriptor in reserve, if there is one."""
+        if self.reserve < 0:
+            with contextlib.suppress(OSError):
+                self.reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def spend(self) -> bool:
+        """Give it up; whether there was one."""
+        kept, self.reserve = self.reserve, -1
+        if kept >= 0:
+            os.close(kept)
+        return kept >= 0
+
+    def rest(self) -> None:
+        """Accept nobody for a moment."""
+        self.watch.wait_for(0)
+        self.pause.set(time.monotonic() + ACCEPT_PAUSE)
 
     def _make_room(self) -> bool:
         """Close the connection of one client, in the order of YIELDING, the oldest first; whether there is one."""
@@ -548,12 +577,12 @@ class Gate:
             caller = self.waiting.popleft()
             number = self.free.pop()
             caller.enter(WORKING)
-            self.live[number] = threading.Thread(target=self._run, args=(number, caller), daemon=True,
-                                                 name=f"{self.name}-{number}")
             try:
-                self.live[number].start()
-            except RuntimeError:  # the system has no thread to spare
-                self._end(number, caller, BUSY.answer)
+                self.live[number] = begin_thread(functools.partial(self._run, number, caller), f"{self.name}-{number}")
+            except RuntimeError as error:  # the system has no thread to spare
+                self.door.is_short(str(error))
+                self.free.append(number)
+                caller.answer(Declined(503, str(error), Retry_After="1").answer)
 
     def _run(self, number: int, caller: Caller) -> None:
         """What a thread runs."""
@@ -581,6 +610,7 @@ class Door:
         self.name = name
         self.loop = Loop(self._fault)
         self.gates: list[Gate] = []
+        self.short_said = Paced()  # that this host is short of something
         self.tick = tick
         self.every = every
         self.timer = self.loop.timer(self._tick)
@@ -605,6 +635,7 @@ class Door:
             gate.listener.close()
             for caller in list(gate.callers):
                 caller.close()
+            gate.spend()
         self.loop.close()
         deadline = time.monotonic() + CLOSE_TIME
         for gate in self.gates:
@@ -612,15 +643,25 @@ class Door:
                 if thread is not threading.current_thread():
                     thread.join(max(0.0, deadline - time.monotonic()))
 
+    def is_short(self, why: str) -> None:
+        """This host is short of something: say so, now and then.  Any thread."""
+        if self.short_said.is_due(why):
+            log.warning("%s: %s", self.name, why)
+
     def _tick(self) -> None:
         self.timer.set(time.monotonic() + self.every)
         self.tick()
 
     def _fault(self, owner: Any) -> None:
-        """Something raised an exception: a caller ends, and all others go on."""
-        log.error("%s: %s", self.name, FAULT, exc_info=sys.exc_info())
+        """Something raised an exception: a caller ends, and all others go on.  Where memory is short, that is no fault."""
+        if ran_out(sys.exc_info()[1]):
+            self.is_short(SHORT_OF_MEMORY)
+        else:
+            log.error("%s: %s", self.name, FAULT, exc_info=sys.exc_info())
         if isinstance(owner, Caller):
             owner.close()
+        elif isinstance(owner, Gate):
+            owner.rest()
 
 
 # -- listening ---------------------------------------------------------------------------------

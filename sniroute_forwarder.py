@@ -29,7 +29,7 @@ Seams: I want to ...
     tell sniroute another thing    an event here, and a branch in `Processes._heard` of sniroute_processes
     take another command           `Control.obey`
 
-This room imports sniroute_host, sniroute_loop, sniroute_names and sniroute_refusals (SettingsError).
+This room imports sniroute_host, sniroute_loop, sniroute_scarcity, sniroute_names and sniroute_refusals (SettingsError).
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from sniroute_host import descriptor_limits
 from sniroute_loop import CAPACITY_ERRNOS, READ, Loop, Watch, monotonic, owner_of
 from sniroute_names import printable, show_address, unmapped
 from sniroute_refusals import SettingsError
+from sniroute_scarcity import SHORT_OF_MEMORY, ran_out
 
 __version__ = "0.1.0"
 
@@ -255,18 +256,21 @@ class Forwarder:
         self.loop.call(self.leave)
 
     def fault(self, owner: Any) -> None:
-        """A fault of ours ends the client that met it, and no other.  Called inside `except`.
+        """A fault of ours ends the client that met it, and no other; so does a lack of memory.  Called inside `except`.
 
         `owner` is the object that met it.  It may work for another object, as a Dial does: then the method that
         it calls at its end, `done`, is that object's.
         """
-        places = []
-        trace = sys.exc_info()[2]
-        while trace is not None:
-            places.append(f"{trace.tb_frame.f_code.co_name}:{trace.tb_lineno}")
-            trace = trace.tb_next
-        self.log("error", f"a fault in {self.called}: please report it", event="fault",
-                 error=f"{sys.exc_info()[1]!r} in {' > '.join(places[-5:])}")
+        if ran_out(sys.exc_info()[1]):
+            self._pause(SHORT_OF_MEMORY)
+        else:
+            places = []
+            trace = sys.exc_info()[2]
+            while trace is not None:
+                places.append(f"{trace.tb_frame.f_code.co_name}:{trace.tb_lineno}")
+                trace = trace.tb_next
+            self.log("error", f"a fault in {self.called}: please report it", event="fault",
+                     error=f"{sys.exc_info()[1]!r} in {' > '.join(places[-5:])}")
         while hasattr(owner, "done"):
             owner = owner_of(owner.done)
         if isinstance(owner, self.serve):

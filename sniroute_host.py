@@ -9,6 +9,7 @@
                                           a database that is ours alone         make_private
     a file's state ------------------->  whether it is another than before      stamp
     JOURNAL_STREAM -------------------->  whether journald reads stderr         under_journald
+    prctl(2), by setpriv or Python ---->  children that end with their parent   death_guard
 
 A cgroup has the limits of all cgroups above it, too, and a container sees its own as the root, so every folder from
 the process's own up to the root is asked.  Functions that read files take the folder `root`, so that tests can give
@@ -17,7 +18,7 @@ them other files.
 A task is a thread or a process: RLIMIT_NPROC and pids.max count both.
 
 Threads: main, at the start and at a reload; `changed_by_others` also the reaper, before it starts a program; `stamp`
-any that reloads; `make_private` the one that opens the database.
+any that reloads; `make_private` the one that opens the database; `death_guard` any that starts a program.
 
 Seams: I want to ...
     derive a setting from the host     a function here, and `derived` of sniroute_settings
@@ -25,7 +26,7 @@ Seams: I want to ...
     explain another failed start       a branch in `shortage`
     trust somebody else, too           `changed_by_others`, ROOTS_GROUPS
 
-This room imports the standard library only.
+It imports scarcity.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ import resource
 import stat
 import sys
 from typing import Any, Iterator, NamedTuple
+
+from sniroute_scarcity import SHORT_OF_MEMORY, ran_out
 
 __version__ = "0.1.0"
 
@@ -55,6 +58,48 @@ START_MEMORY = 128 << 20  # bytes of address space: the stacks of threads are mo
 TUNNEL_MEMORY = 64 << 20  # bytes of the host for each process of a tunnel program: cloudflared takes about 28 MB
 LINUX_PORTS = 32768, 60999  # net.ipv4.ip_local_port_range, where nobody has changed it (ip(7))
 MIB = 1 << 20
+MEMORY_LIMITS = ("RLIMIT_AS", "ulimit -v, LimitAS"), ("RLIMIT_DATA", "ulimit -d, LimitDATA")
+
+
+# -- the death guard ---------------------------------------------------------------------------
+
+PR_SET_PDEATHSIG, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 1, 47, 4  # prctl(2)
+SIGKILL = 9  # signal(7); the room `signal` brings `enum`, and those who start nothing can do without
+# The guard runs between fork and exec, in a process of its own, since preexec_fn is unsafe beside threads.
+# Both forms ask again who the parent is: it may have died before prctl took hold.
+# Both give up the ambient capabilities, which is how a service may bind port 443 without being root: a tunnel program
+# needs none.  The inheritable ones may stay: alone they mean nothing to a program (capabilities(7)), and a sandbox
+# may forbid capset(2).
+PYTHON_GUARD = (
+    "import ctypes, os, sys\n"
+    "prctl = ctypes.CDLL(None).prctl\n"
+    f"prctl({PR_CAP_AMBIENT}, {PR_CAP_AMBIENT_CLEAR_ALL}, 0, 0, 0)\n"
+    f"prctl({PR_SET_PDEATHSIG}, {SIGKILL})\n"
+    "if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[2:])\n"
+)
+SHELL_GUARD = '[ "$PPID" = "$0" ] && exec "$@"'
+
+
+def death_guard() -> list[str]:
+    """Words to put before a process's argv so that it runs without capabilities, and ends with this one.
+
+    The kernel kills it when the thread that has started it ends, so that thread has to wait for it.  util-linux's
+    setpriv takes 3 ms and Python itself 24 ms, so setpriv is preferred where it works (busybox's has no --pdeathsig).
+    Empty where there is no PR_SET_PDEATHSIG.  Raises OSError.
+    """
+    if sys.platform != "linux":
+        return []
+    import shutil  # these are imported late: the carrier, which starts nothing, can do without
+    import subprocess
+    setpriv = [shutil.which("setpriv", path="/usr/bin:/bin") or "", "--ambient-caps", "-all", "--pdeathsig", "KILL",
+               "--"]
+    if setpriv[0] and os.access("/bin/sh", os.X_OK):
+        # Use this instead of DEVNULL, because Popen opens that first, and leaves it open where there is no pipe.
+        with open(os.devnull, "r+b", buffering=0) as nothing:
+            works = subprocess.run([*setpriv, "/bin/sh", "-c", ":"], stdin=nothing, stdout=nothing, stderr=nothing)
+        if works.returncode == 0:
+            return [*setpriv, "/bin/sh", "-c", SHELL_GUARD, str(os.getpid())]
+    return [sys.executable, "-I", "-S", "-c", PYTHON_GUARD, str(os.getpid())]
 
 
 # -- standard streams --------------------------------------------------------------------------
@@ -239,7 +284,7 @@ def has_temporary_folder() -> bool:
 
 
 def shortage(error: BaseException, root: str = "/") -> str:
-    """Why a start failed, in one sentence, where the host allows too little; "" where it is anything else."""
+    """Why a start failed, of the router or of what it starts, in one sentence, where the host allows too little; "" where it is anything else."""
     number = getattr(error, "errno", None)
     if isinstance(error, TooLittle):
         return str(error)
@@ -247,16 +292,21 @@ def shortage(error: BaseException, root: str = "/") -> str:
         return few_descriptors(START_DESCRIPTORS + LISTENER_DESCRIPTORS + CLIENT_DESCRIPTORS)
     if number == errno.ENFILE:
         return "this host has no descriptor left (sysctl fs.file-max)"
-    space, _ = resource.getrlimit(resource.RLIMIT_AS)
-    limits = [] if space == resource.RLIM_INFINITY else [f"RLIMIT_AS is {space // MIB} MiB (ulimit -v, LimitAS)"]
+    limits = [f"{name} is {space // MIB} MiB ({how})" for name, how in MEMORY_LIMITS
+              if (space := resource.getrlimit(getattr(resource, name))[0]) != resource.RLIM_INFINITY]
+    if isinstance(error, RuntimeError) and SHORT_OF_MEMORY in str(error):  # of `begin_thread`, while we run
+        return f"no thread can be started: {SHORT_OF_MEMORY} ({', '.join(limits) or 'the host has none left'})"
     if isinstance(error, RuntimeError) and "new thread" in str(error):
         needed = f"{START_TASKS + 1} threads and processes are needed at least"
         needed += f", and {START_MEMORY // MIB} MiB of address space" if limits else ""
         limits += [f"{name} is {allowed}" for name, allowed in task_limits(root)]
         return f"no thread can be started ({', '.join(limits) or 'the host is full'}): {needed}"
-    if isinstance(error, MemoryError) or number == errno.ENOMEM \
+    if number == errno.EAGAIN:
+        limits += [f"{name} is {allowed}" for name, allowed in task_limits(root)]
+        return f"no process can be started ({', '.join(limits) or 'the host is full'})"
+    if ran_out(error) or number == errno.ENOMEM \
             or isinstance(error, ImportError) and "failed to map" in str(error):  # what dlopen(3) says
-        return (f"memory is short ({', '.join(limits) or 'the host, or its cgroup, has none left'}): "
+        return (f"{SHORT_OF_MEMORY} ({', '.join(limits) or 'the host, or its cgroup, has none left'}): "
                 f"{START_MEMORY // MIB} MiB of address space are needed at least")
     return ""
 

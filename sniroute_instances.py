@@ -29,8 +29,8 @@ Seams: I want to ...
     start something else                  the words that Instances is given
     tell of something else                an event, and `tell`
 
-This room imports sniroute_children, sniroute_nodeurl (URL_VARIABLE), sniroute_signals, sniroute_processes (the death
-guard), sniroute_loop, sniroute_host (`changed_by_others`) and sniroute_names.
+This room imports sniroute_children, sniroute_nodeurl (URL_VARIABLE), sniroute_signals, sniroute_loop, sniroute_host
+(`changed_by_others`, `death_guard`) and sniroute_names.
 
 Sources: docs/api.md of NodePass, and what the program was seen to do.
 """
@@ -50,11 +50,10 @@ from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 from sniroute_children import (DEFAULTS, ERROR, GONE, LINE, LINES_RATE, RUN, RUNNING, STOP, STOPPED, TRAFFIC, Change,
                                Child, Inherited, Instance, NotDone, State, apply, check_value, filled, hidden,
                                instance_of, parse_change, record_of, role_of, split)
-from sniroute_host import changed_by_others
+from sniroute_host import changed_by_others, death_guard
 from sniroute_loop import Alarms, Loop, monotonic
 from sniroute_names import printable
 from sniroute_nodeurl import URL_VARIABLE
-from sniroute_processes import death_guard
 from sniroute_signals import parse_checkpoint
 
 if TYPE_CHECKING:

@@ -287,9 +287,28 @@ class Ports:
         for pattern in gone:
             self.layer.drop(pattern)
         for route in routes:
-            self.layer.put(route)
-            decision = route.decide(NO_NAME, identified, self.layer.tallies[route.pattern])
-            for listener in self.listeners[route.pattern]:
-                listener.decision = decision
+            self._lead(route, identified)
         self.routes = tuple(routes)
         return new, gone
+
+    def adopt_one(self, pattern: str, route: Route | None, identified: bool,
+                  opened: dict[str, list[Listener]]) -> tuple[list[Listener], dict[str, list[Listener]]]:
+        """As `adopt`, where all other ports stay as they are; without a `route` this one is gone."""
+        self.listeners |= opened
+        self.routes = tuple(each for each in self.routes if each.pattern != pattern)
+        if route is None:
+            listeners = self.listeners.pop(pattern, None)
+            if listeners is None:
+                return [], {}
+            self.layer.drop(pattern)
+            return [], {pattern: listeners}
+        self._lead(route, identified)
+        self.routes += route,
+        return opened.get(pattern, []), {}
+
+    def _lead(self, route: Route, identified: bool) -> None:
+        """Have the listeners of a port lead where its route does."""
+        self.layer.put(route)
+        decision = route.decide(NO_NAME, identified, self.layer.tallies[route.pattern])
+        for listener in self.listeners[route.pattern]:
+            listener.decision = decision

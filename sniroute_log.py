@@ -204,8 +204,8 @@ class Journal(logging.Handler):
                 return self._serve()
             except Exception as error:
                 # Straight to stderr, instead of through what has just failed.
-                said = f"{'<3>' if self.journald else ''}sniroute: the log goes on after a fault, please report it: "
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, MemoryError):
+                    said = f"{'<3>' if self.journald else ''}sniroute: the log goes on after a fault, please report it: "
                     os.write(2, f"{said}{printable(repr(error), 500)}\n".encode())
                 if last:
                     return

@@ -14,16 +14,21 @@ speak.  That saves a fifth of the CPU of a connection.
 Threads: `call` and `WakePipe.wake` are for any thread; all else is for the thread that runs the loop.
 No locks: a deque's append and popleft are each one step of the interpreter.
 
+Where the process, or its host, stood still, all that was due meanwhile would be due at once, before what has come
+meanwhile is read.  So nothing is due in the second behind that: peers that have spoken are not taken for silent.
+
 A fault in a callback, a timer, a queue or a step ends with `fault(owner)`, given to Loop(): the owner is
-the object that met it, so that one connection ends and not the loop.
+the object that met it, so that one connection ends and not the loop.  So does a MemoryError, and the loop's reserve is
+given back first, so that `fault` has some memory; one that the loop meets by itself makes it rest for a moment.
 
 Seams: I want to ...
     do something at a time       Loop.timer; where many items wait equally long, Loop.queue; else Alarms
+    know that it stood still     Loop.woken
     do something once a turn     Loop.batch; its place among the batches is that of its call
     let many end at other times  `jittered`
     wait otherwise               a subclass of Poller, chosen in Loop
 
-This room imports the standard library only, and knows nothing of connections.
+It imports scarcity, and knows nothing of connections.
 """
 
 from __future__ import annotations
@@ -38,9 +43,12 @@ import os
 import select
 import selectors
 import struct
+import sys
 import termios
 import time
 from typing import Any, Callable, Iterable
+
+from sniroute_scarcity import Reserve, ran_out
 
 __version__ = "0.1.0"
 
@@ -49,6 +57,8 @@ monotonic = time.monotonic
 EVENTS = 256  # ready descriptors in a turn, so that a turn ends soon (epoll only)
 WAIT_LAST = 3600.0  # seconds of one wait: epoll takes no more than 24 days
 NEVER = float("inf")
+STOOD_STILL = 2.0  # seconds by which a turn is late where this process did not run: it, or its host, was stopped
+WAKING = 1.0  # seconds behind that in which nothing is due: what came meanwhile is heard first
 CAPACITY_PAUSE = 0.1  # seconds until an accept is tried again when descriptors are short; else the loop would spin
 JITTERS = 16  # different times where one has jitter, since each is a queue: see `jittered`
 
@@ -312,7 +322,10 @@ class Loop:
         self.queues: list[Queue] = []
         self.batches: list[tuple[list[Any], Callable[[Any], Any]]] = []
         self.next_check = 0.0  # no timer and no queue is due before this clock time
+        self.awake = 0.0  # clock time before which nothing is due, since the process stood still; 0: it did not
+        self.woken: list[Callable[[], None]] = []  # what is done then, at once
         self.stopping = False
+        self.reserve = Reserve()
         self.pipe = WakePipe()
         self.poller.watch(self.pipe.reader, READ, self._woken)
 
@@ -352,12 +365,23 @@ class Loop:
 
     def run(self, turns: Iterable[Any] = itertools.repeat(None)) -> None:
         """Turn until `stop` is called: wait for something to do, and do it; one turn for each item of `turns`."""
-        poll, callbacks, batches, fault = self.poller.poll, self.poller.callbacks, self.batches, self.fault
+        turns = iter(turns)
+        while True:
+            try:
+                return self._turn(turns)
+            except Exception as error:
+                if not ran_out(error):
+                    raise
+                self._starve()
+
+    def _turn(self, turns: Iterable[Any]) -> None:
+        """One turn for each item of `turns`, until `stop`.  Raises MemoryError, and may be called again then."""
+        poll, callbacks, batches, met = self.poller.poll, self.poller.callbacks, self.batches, self._met
         now = monotonic()
         for _ in turns:
             if self.stopping:
                 return
-            timeout = self.next_check - now  # read in the last turn: a deadline may be late by what that took
+            before, timeout = now, self.next_check - now  # read in the last turn: a deadline may be late by what it took
             for fd, mask in poll(timeout if timeout > 0.0 else 0.0):
                 # A descriptor closed earlier in this turn maps to `ignore`; its number is not watched again
                 # before the batches below.
@@ -365,10 +389,10 @@ class Loop:
                 try:
                     callback(mask)
                 except Exception:
-                    fault(owner_of(callback))
+                    met(owner_of, callback)
             now = monotonic()
             if now >= self.next_check:
-                self._check(now)
+                self._check(now, now - before - max(0.0, timeout))
             for batch, step in batches:
                 if not batch:
                     continue
@@ -376,8 +400,26 @@ class Loop:
                     try:
                         step(item)
                     except Exception:
-                        fault(item)
+                        met(itself, item)
                 batch.clear()
+
+    def _met(self, find: Callable[[Any], Any], by: Any) -> None:
+        """Inside `except`: something has failed, and `find(by)` is the object that met it."""
+        if ran_out(sys.exc_info()[1]):
+            self.reserve.spend()
+            self.next_check = 0.0  # soon it is taken back
+        try:
+            self.fault(find(by))
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            # Else what waits has a deadline yet.
+
+    def _starve(self) -> None:
+        """There is not even memory for the loop's own work: other threads may give some back meanwhile."""
+        self.reserve.spend()
+        time.sleep(CAPACITY_PAUSE)
+        self.next_check = 0.0
 
     def hurry(self) -> None:
         """Do not wait before the next turn: a later batch may have put something into one that was done before it."""
@@ -391,16 +433,25 @@ class Loop:
         """Let `run` return after this turn."""
         self.stopping = True
 
-    def _check(self, now: float) -> None:
-        """Do what is due, and find out when to look again."""
+    def _check(self, now: float, late: float) -> None:
+        """Do what is due, and find out when to look again.  The turn is late by so many seconds."""
+        if late > STOOD_STILL:
+            self.awake = now + WAKING
+            for act in self.woken:
+                self.call(act)
+        if now < self.awake:
+            self.next_check = self.awake
+            return
         self.next_check = now + WAIT_LAST  # what is set or put from here on lowers it
+        if not self.reserve.restore():
+            self.next_check = now + CAPACITY_PAUSE
         for timer in self.timers:
             if now >= timer.when:
                 timer.when = NEVER
                 try:
                     timer.act()
                 except Exception:
-                    self.fault(owner_of(timer.act))
+                    self._met(owner_of, timer.act)
         for queue in self.queues:
             due = queue.due
             while due:
@@ -412,7 +463,7 @@ class Loop:
                 try:
                     queue.act(item)
                 except Exception:
-                    self.fault(item)
+                    self._met(itself, item)
         # The timers come last: the steps above may have changed them.
         self.next_check = min(self.next_check, *(timer.when for timer in self.timers), NEVER)
 
@@ -424,7 +475,7 @@ class Loop:
             try:
                 act()
             except Exception:
-                self.fault(owner_of(act))
+                self._met(owner_of, act)
 
     def close(self) -> None:
         """Close the selector and the pipe.  After `run` has returned, or instead of it."""
@@ -446,6 +497,11 @@ def unsent(sock: Any) -> int | None:
         return struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0]
     except OSError:
         return None
+
+
+def itself(item: Any) -> Any:
+    """The item."""
+    return item
 
 
 def owner_of(callback: Any) -> Any:

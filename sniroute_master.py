@@ -37,7 +37,8 @@ Seams: I want to ...
     describe it, show it to people  sniroute_panel
 
 This room imports sniroute_panel, sniroute_mcp, sniroute_instances, sniroute_children, sniroute_door, sniroute_launchers
-(our own words), sniroute_certificate, sniroute_loop, sniroute_host, sniroute_names and sniroute_refusals.
+(our own words), sniroute_duplex (certificates), sniroute_loop, sniroute_host, sniroute_scarcity, sniroute_names and
+sniroute_refusals.
 
 Sources: docs/api.md of NodePass, and what the program was seen to answer; OpenAPI Specification 3.1.1; WHATWG,
 "Server-sent events", "Fetch".
@@ -50,7 +51,6 @@ import contextlib
 import datetime
 import functools
 import hmac
-import ipaddress
 import json
 import os
 import re
@@ -59,12 +59,11 @@ import socket
 import ssl
 import sys
 import threading
-import time
 import urllib.parse
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
-from sniroute_certificate import load, self_signed
 from sniroute_door import OWNER, Answer, Caller, Declined, Door, Gate, Head, Plan, listen
+from sniroute_duplex import Certificates
 from sniroute_host import raise_descriptor_limit
 from sniroute_children import Inherited, Instance, NotDone, State, check_value, parse_change
 from sniroute_instances import KEY_ID, UPDATE, Instances
@@ -73,7 +72,8 @@ from sniroute_loop import Alarms, Loop, monotonic
 from sniroute_mcp import answer as answer_mcp
 from sniroute_names import show_address
 from sniroute_panel import DOCS_POLICY, PAGE, PAGE_POLICY, V1, Endpoint, describe, docs
-from sniroute_refusals import Malformed, SettingsError
+from sniroute_refusals import SettingsError
+from sniroute_scarcity import begin_thread
 
 if TYPE_CHECKING:
     from sniroute_forwarder import Log
@@ -442,7 +442,11 @@ class Pings:
             self.late.drop(asked)
             self.alarms.at(monotonic() + PING_TIME + PING_WAIT, lambda asked=asked: asked.tell(  # the resolver is slow
                 pinged(asked.target, error=f"dial tcp {asked.target}: i/o timeout")))
-            threading.Thread(target=self._run, args=(asked, number), name=f"ping-{number}", daemon=True).start()
+            try:
+                begin_thread(functools.partial(self._run, asked, number), f"ping-{number}")
+            except RuntimeError as error:
+                self.free.append(number)
+                asked.tell(pinged(asked.target, error=str(error)))
 
     def _run(self, asked: Ping, number: int) -> None:
         row = try_target(asked.target)
@@ -489,17 +493,11 @@ class TlsSocket:
 
 
 class TlsListener:
-    """A listener whose connections speak TLS 1.3, with what a Gate asks of one.
+    """A listener whose connections speak TLS 1.3, with what a Gate asks of one."""
 
-    With tls=2 the files are read again when they have changed, and kept as they were where that fails.
-    """
-
-    def __init__(self, listener: socket.socket, options: Options, log: Log):
+    def __init__(self, listener: socket.socket, certificates: Certificates):
         self.listener = listener
-        self.options = options
-        self.log = log
-        self.stamps = self._stamps()
-        self.context = self._context()
+        self.certificates = certificates
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.listener, name)
@@ -509,49 +507,11 @@ class TlsListener:
         sock, address = self.listener.accept()
         try:
             sock.setblocking(False)
-            wrapped = self.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            wrapped = self.certificates.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
         except OSError:
             sock.close()
             raise BlockingIOError from None  # it has left already: the next one is asked for in the next turn
         return TlsSocket(wrapped), address
-
-    def _stamps(self) -> list[tuple[int, int]]:
-        """What changes when the files do."""
-        found = []
-        for path in (self.options.crt, self.options.key_file) if self.options.tls == 2 else ():
-            with contextlib.suppress(OSError):
-                state = os.stat(path)
-                found.append((state.st_mtime_ns, state.st_ino))
-        return found
-
-    def _context(self) -> ssl.SSLContext:
-        """The certificate, and TLS 1.3.  Raises OSError, ssl.SSLError among them."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        if self.options.tls == 2:
-            context.load_cert_chain(self.options.crt, self.options.key_file)
-        else:
-            load(context, self_signed(name_for(self.options.host), time.time()))
-        return context
-
-    def look(self) -> None:
-        """Read the files again, where they have changed."""
-        stamps = self._stamps()
-        if stamps == self.stamps:
-            return
-        self.stamps = stamps
-        try:
-            self.context = self._context()
-            self.log("info", f"TLS cert reloaded: {self.options.crt}")
-        except OSError as error:
-            self.log("error", f"Certificate reload failed: {self.options.crt}: {error}: the old one stays")
-
-
-def name_for(host: str) -> Any:
-    """What a certificate for a master at this host is for."""
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host)
-    return host or "localhost"
 
 
 # -- the master --------------------------------------------------------------------------------
@@ -638,11 +598,13 @@ class Master:
         except OSError as error:
             raise SettingsError(f"master://: {error}") from None
         if options.tls:
+            files = (options.crt, options.key_file) if options.tls == 2 else None
             try:
-                self.listener = TlsListener(self.listener, options, self.log)
-            except (OSError, Malformed) as error:
+                certificates = Certificates(files, options.host or "localhost", functools.partial(self.log, "info"))
+            except SettingsError as error:
                 self.listener.close()
-                raise SettingsError(f"tls={options.tls}: {options.crt or options.host}: {error}") from None
+                raise SettingsError(f"tls={options.tls}: {error}") from None
+            self.listener = TlsListener(self.listener, certificates)
 
     def close(self) -> None:
         """Tell all streams, end all instances, keep what is known of them."""
@@ -746,5 +708,3 @@ class Master:
             self.quiet_since = now
             for caller in list(self.streams):
                 caller.push(b":\n\n")
-        if self.options.tls == 2:
-            self.listener.look()

@@ -374,8 +374,8 @@ CORE = (
     "sniroute_settings", "sniroute_options", "sniroute_values", "sniroute_connection", "sniroute_header",
     "sniroute_deadlines", "sniroute_resets", "sniroute_routes", "sniroute_patterns", "sniroute_targets",
     "sniroute_tunnels", "sniroute_processes", "sniroute_ports", "sniroute_launchers", "sniroute_flow",
-    "sniroute_race", "sniroute_log", "sniroute_loop", "sniroute_host", "sniroute_wire", "sniroute_names",
-    "sniroute_refusals",
+    "sniroute_race", "sniroute_log", "sniroute_loop", "sniroute_host", "sniroute_scarcity", "sniroute_wire",
+    "sniroute_names", "sniroute_refusals",
 )
 OPTIONS = {
     "doctor": ("sniroute_doctor",),

@@ -7,9 +7,9 @@
     its stderr -------- last_line --------> why it failed, without secrets
 
 A plugin is the program that `exec` of a kubeconfig names (`Plugin` of sniroute_kubeconfig).  It runs in a process group
-of its own, without stdin.  What it prints is a secret; a line of its stderr is the reason where it fails, without what
-looks like a secret.  A plugin that another user may change is not run, nor one of a kubeconfig that another user may
-change.
+of its own, without stdin, and behind the death guard: it ends with this process, however that ends.  What it prints is a
+secret; a line of its stderr is the reason where it fails, without what looks like a secret.  A plugin that another user
+may change is not run, nor one of a kubeconfig that another user may change.
 
     Plugins      the runs of one loop: PLUGINS at a time beside those that are SLOW; the others wait
     PluginRun    one run, which any thread may kill
@@ -22,8 +22,8 @@ Seams: I want to ...
     hide another kind of secret     SECRETS
     read more of an answer          `read_credential`, and a field of Credential
 
-This room imports sniroute_kubeconfig (Plugin, Cluster), sniroute_dial (Failed), sniroute_loop, sniroute_host
-(`changed_by_others`) and sniroute_names (printable).
+This room imports sniroute_kubeconfig (Plugin, Cluster), sniroute_dial (Failed), sniroute_loop, sniroute_scarcity,
+sniroute_host (`changed_by_others`, `death_guard`) and sniroute_names (printable).
 
 Source: kubernetes.io, "Client Authentication (v1)"; k8s.io/client-go, folder plugin/pkg/client/auth/exec.
 """
@@ -43,10 +43,11 @@ import threading
 from typing import Any, Callable, Mapping, NamedTuple, NoReturn
 
 from sniroute_dial import Failed
-from sniroute_host import changed_by_others, interpreter_of
+from sniroute_host import changed_by_others, death_guard, interpreter_of
 from sniroute_kubeconfig import Cluster, KubeconfigError, Plugin, Secret, bearer, check_key, shown
 from sniroute_loop import Loop, monotonic
 from sniroute_names import printable
+from sniroute_scarcity import begin_thread
 
 __version__ = "0.1.0"
 
@@ -261,12 +262,15 @@ def run_plugin(run: PluginRun, plugin: Plugin, cluster: Cluster, sources: Source
     environ = {**sources.environ, "PATH": os.pathsep.join(folders_of(sources)), **dict(plugin.env),
                "KUBERNETES_EXEC_INFO": plugin_info(plugin, cluster)}
     try:
+        guard = death_guard()
         with run.lock:
             if run.is_over:
                 raise plugin_fault(plugin, "is not run any more: the program ends")
-            run.process = process = subprocess.Popen(
-                [path, *plugin.args], env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE, start_new_session=True)
+            # Use this instead of DEVNULL, because Popen opens that first, and leaves it open where there is no pipe.
+            with open(os.devnull, "rb") as nothing:
+                run.process = process = subprocess.Popen(
+                    [*guard, path, *plugin.args], env=environ, stdin=nothing, stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE, start_new_session=True)
     except OSError as error:
         raise plugin_fault(plugin, f"cannot be run: {error.strerror}") from None
     with process.stdout, process.stderr:
@@ -399,6 +403,6 @@ def in_thread(loop: Loop, name: str, work: Callable[[], Any], done: Callable[[An
         loop.call(functools.partial(done, result))
 
     try:
-        threading.Thread(target=run, name=name, daemon=True).start()
+        begin_thread(run, name)
     except RuntimeError as error:  # there are too many threads
         loop.call(functools.partial(done, Failed("config", str(error))))

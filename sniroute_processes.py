@@ -51,10 +51,10 @@ or write say so.
 Seams: I want to ...
     stop more patiently             STOP_GRACE, KILL_GRACE
     understand another event        `Processes._heard`
-    start them in another way       `death_guard`; `Home` is their HOME
+    start them in another way       `death_guard` of sniroute_host; `Home` is their HOME
 
-This room imports sniroute_launchers, sniroute_log, WakePipe of sniroute_loop, `printable` of sniroute_names, and the
-standard library.
+This room imports sniroute_launchers, sniroute_log, WakePipe of sniroute_loop, `death_guard` of sniroute_host,
+`printable` of sniroute_names, and the standard library.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ import signal
 import socket
 import stat
 import subprocess
-import sys
 import tempfile
 import time
 from typing import Callable, Iterator, NamedTuple, Protocol
 
+from sniroute_host import death_guard
 from sniroute_launchers import TAKEN, WORDS_MAX, Launcher, Reason, last_line, last_words
 from sniroute_log import log, log_event
 from sniroute_loop import WakePipe
@@ -98,41 +98,6 @@ ORPHANS_LOOK = 2.0  # between two looks at processes that nobody waits for, as t
 ORPHANS_MAX = 256  # reaped in one look: a storm of them must not keep the reaper from its own processes
 HOME_TRIES = 3  # folders: another router that starts in the same instant may look at one just then
 ENTRIES_MAX = 10_000  # of the folder for temporary files that one look for left homes goes through: some 10 ms
-
-# -- the death guard ---------------------------------------------------------------------------
-
-PR_SET_PDEATHSIG, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 1, 47, 4  # prctl(2)
-# The guard runs between fork and exec, in a process of its own, since preexec_fn is unsafe beside threads.
-# Both forms ask again who the parent is: it may have died before prctl took hold.
-# Both give up the ambient capabilities, which is how a service may bind port 443 without being root: a tunnel program
-# needs none.  The inheritable ones may stay: alone they mean nothing to a program (capabilities(7)), and a sandbox
-# may forbid capset(2).
-PYTHON_GUARD = (
-    "import ctypes, os, sys\n"
-    "prctl = ctypes.CDLL(None).prctl\n"
-    f"prctl({PR_CAP_AMBIENT}, {PR_CAP_AMBIENT_CLEAR_ALL}, 0, 0, 0)\n"
-    f"prctl({PR_SET_PDEATHSIG}, {int(signal.SIGKILL)})\n"
-    "if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[2:])\n"
-)
-SHELL_GUARD = '[ "$PPID" = "$0" ] && exec "$@"'
-
-
-def death_guard() -> list[str]:
-    """Words to put before a process's argv so that it runs without capabilities, and ends with the router.
-
-    The kernel kills it when the router dies.  util-linux's setpriv takes 3 ms and Python itself 24 ms, so setpriv is
-    preferred where it works (busybox's has no --pdeathsig).  Empty where there is no PR_SET_PDEATHSIG.
-    """
-    if sys.platform != "linux":
-        return []
-    setpriv = [shutil.which("setpriv", path="/usr/bin:/bin") or "", "--ambient-caps", "-all", "--pdeathsig", "KILL",
-               "--"]
-    if setpriv[0] and os.access("/bin/sh", os.X_OK):
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        if subprocess.run([*setpriv, "/bin/sh", "-c", ":"], **quiet).returncode == 0:
-            return [*setpriv, "/bin/sh", "-c", SHELL_GUARD, str(os.getpid())]
-    return [sys.executable, "-I", "-S", "-c", PYTHON_GUARD, str(os.getpid())]
-
 
 # -- their home --------------------------------------------------------------------------------
 

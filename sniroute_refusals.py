@@ -131,7 +131,7 @@ REFUSALS = {
     "client_limit": Refusal(WARNING, INTERNAL_ERROR, 429, "the client address has --max-per-client connections",
                             "raise --max-per-client, or name a balancer in --proxy-from"),
     "busy": Refusal(WARNING, INTERNAL_ERROR, 503,
-                    "too many names wait or programs run already, or descriptors or threads are short",
+                    "too many names wait or programs run already, or descriptors, threads or ports are short",
                     "raise LimitNOFILE or --max-tunnels, or look for who asks for so many names"),
     "unresolved": Refusal(WARNING, INTERNAL_ERROR, 502, "the target's host does not resolve",
                           "check the target, and the resolver of this host"),

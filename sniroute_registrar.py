@@ -64,6 +64,7 @@ log = logging.getLogger("sniroute")
 
 # Limits, each with its reason.
 CALLERS_MAX = 1000  # connections of owners, each of which may be kept: REGISTRY_FDS (sniroute_settings) are set aside
+TOLD = 2.0  # seconds that a start waits for what a store has kept: one that hangs must not hold up all other names
 TICK = 1.0  # seconds between two looks at claims that live as long as a connection, and at how long the store is away
 REVIEWED = 200  # claims that are held against the settings in one turn: some milliseconds
 
@@ -220,6 +221,13 @@ class Registrar:
                 self.moved(key)
         self.door.open()
         self.door.loop.call(functools.partial(self._review, collections.deque(self.table.live), None))
+
+    def wait_for_store(self) -> None:
+        """Wait until the store has told all claims, or is found to be away; TOLD seconds at most."""
+        told = getattr(self.store, "told", None)
+        if told is not None and not told.wait(TOLD):
+            log.warning("registry: the store has not told within %g s what is claimed: until then claimed names are "
+                        "refused", TOLD)
 
     def close(self) -> None:
         """End the registry; what the store keeps is kept.  More than once does no harm."""
@@ -491,14 +499,14 @@ class ClaimedPorts:
 def open_claimed(router: Router, route: Route, opened: list[Listener]) -> None:
     """A port is claimed, or leads elsewhere now."""
     router.claimed_ports[route.pattern] = route
-    router.change_ports({route.pattern: opened} if opened else {})
+    router.change_ports({route.pattern: opened} if opened else {}, route.pattern)
 
 
 def close_claimed(router: Router, pattern: str, closed: Callable[[], None]) -> None:
     """A port is claimed no more.  Its connections go on."""
     try:
         if router.claimed_ports.pop(pattern, None) is not None:
-            router.change_ports({})
+            router.change_ports({}, pattern)
     finally:
         closed()
 

@@ -136,7 +136,7 @@ class Store(Protocol):
 
     `open` comes first and once, before the registry's loop runs.  `write`, `renew` and `stop` run in that loop, and so
     does `done`, perhaps before they return.  A store may have more, which is asked for with `getattr`: `history`, as
-    Sqlite, and `heard_at` and `has_begun`, as Shared.
+    Sqlite, and `heard_at`, `has_begun` and `told`, as Shared.
     """
 
     name: str
@@ -251,6 +251,7 @@ class Registry:
         self.write_seconds = 0.0  # ... and the seconds that these took together
         self.timer = loop.timer(self.tick)
         self.timer.set(table.clock())
+        loop.woken.append(self.stood_still)
 
     # -- what owners ask -------------------------------------------------------------------------
 
@@ -516,6 +517,15 @@ class Registry:
         else:
             for claim in self.table.thaw(grace):
                 self._tell(self.events.add, RENEWED, claim)
+
+    def stood_still(self) -> None:
+        """This process did not run for a while, so nobody could renew here: as after an outage, each claim has time to be.
+
+        Not where several routers have the claims: they were renewed elsewhere, and have ended there if they were not.
+        """
+        if self.table.frozen_since is None and not hasattr(self.store, "heard_at"):
+            self.table.freeze()
+            self.freeze(False)
 
     def leave(self, owner: str) -> int:
         """An owner is no more: all its claims end, and no name is held.  Returns how many claims there were."""

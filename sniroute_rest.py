@@ -435,6 +435,11 @@ def describe() -> dict[str, Any]:
             "security": [{"token": []}]}
 
 
+def as_asked(ttl: float) -> float:
+    """A ttl as it may be said back: whole seconds are an integer."""
+    return int(ttl) if ttl.is_integer() else ttl
+
+
 def stamp(at: float) -> str:
     """Seconds since 1970 as ISO 8601, in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at)) + f".{int(at % 1 * 1000):03}Z"
@@ -594,7 +599,7 @@ class Rest:
     def show(self, claim: Claim, lease: bool = False) -> dict[str, Any]:
         """A claim as its owner sees it; `lease`: with this secret, too.  The key of its target is shown to nobody."""
         return {"id": claim.id, "name": claim.key, "target": without_key(claim.target), "owner": claim.owner,
-                "expires_at": self.when(claim.expires), "ttl": claim.ttl, "generation": claim.generation,
+                "expires_at": self.when(claim.expires), "ttl": as_asked(claim.ttl), "generation": claim.generation,
                 "allow": None if claim.allow is None else list(claim.allow), "http": claim.http, "meta": claim.meta,
                 "suspended": claim.suspended, "while_connected": claim.while_connected,
                 **({"lease": claim.lease} if lease else {})}

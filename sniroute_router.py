@@ -31,6 +31,7 @@ import logging
 import os
 import socket
 import socketserver
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple, Sequence
@@ -39,6 +40,7 @@ from sniroute_connection import PRELUDE, WAITING_FOR_BACKEND, Connection, holds_
 from sniroute_deadlines import Deadlines, awaited_by, cannot_wait
 from sniroute_flow import DONE, Flow, Pipes
 from sniroute_header import HEADER, read_header
+from sniroute_host import shortage
 from sniroute_listeners import Listener, Ports, arrange, bind, listen, sockets_of
 from sniroute_log import CLIENT_LEFT, IDLE, STOPPED, Access, Ending
 from sniroute_loop import CAPACITY_ERRNOS, CAPACITY_PAUSE, NEVER, READ, Loop
@@ -46,6 +48,7 @@ from sniroute_names import ascii_advice, normalise, parse_ip
 from sniroute_refusals import REFUSALS, Refused
 from sniroute_resets import RESETTING
 from sniroute_routes import Decision, Route, Routes
+from sniroute_scarcity import SHORT_OF_MEMORY, Paced, begin_thread, ran_out
 from sniroute_targets import Targets
 from sniroute_tunnels import TunnelTable
 from sniroute_wire import PROXY_POLICY, HelloMemory
@@ -64,7 +67,6 @@ monotonic = time.monotonic
 
 # Limits, each with its reason.  Times in seconds.
 ACCEPTS = 16  # connections taken from a listener in one turn, so that the rest is served too; more is no cheaper
-PAUSE_SAID = 10.0  # between two log lines about a pause in accepting, however often it happens
 PEERS_MAX = 4096  # client addresses in memory before those without a connection are dropped
 WAIT_THREADS = 32  # targets that wait on a thread at once; --max-starting lets even fewer start
 WAITS_PER_CLIENT = 8  # targets of one client address that still wait for a thread
@@ -144,6 +146,7 @@ class Waits:
         self.queued: collections.deque[Wait] = collections.deque()  # those that wait for a thread
         self.threads = 0
         self.thread_wanted = False  # `_start` is called in the next turn
+        self.said = Paced()  # that there is no thread
 
     def join(self, connection: Connection, doubted: Child | None) -> None:
         """Have a connection wait with those that want the same; the first brings a thread.
@@ -218,6 +221,8 @@ class Waits:
         except RuntimeError as error:  # no more threads to be had
             wait.error = Refused("busy", str(error))
             self.router.call(functools.partial(self.hand_back, wait))
+            if self.said.is_due(str(error)):
+                log.warning("names that have to wait are refused for now: %s", shortage(error) or error)
         self._want_thread()
 
     def hand_back(self, wait: Wait) -> None:
@@ -258,10 +263,13 @@ def end_sink(sink: socket.SocketType) -> None:
 
 
 def prepare(settings: Settings) -> None:
-    """Open the files that serving with these settings needs: the loop waits for no disk.
+    """Do before the loop has these settings what would hold it up: open the files that are needed, decide targets.
 
     Main, or whoever reads the settings again.  Raises OSError.
     """
+    for route in (*settings.routes.routes, *settings.port):
+        if route.several is not None and not route.has_fields:
+            route.decide("", settings.routes.identified, fields={})  # it remembers what its backends are
     if settings.serves_http:
         from sniroute_web import prepare_tls  # imported late: an option
         prepare_tls(settings)
@@ -274,6 +282,19 @@ def serve_web(router: Router, settings: Settings) -> None:
     elif settings.serves_http:
         from sniroute_web import Web  # imported late: an option
         router.web = Web(router, settings)
+
+
+def starved(connection: Connection) -> None:
+    """There is no memory for it: refuse it, or cut it where it passes bytes."""
+    error = Refused("busy", SHORT_OF_MEMORY)
+    try:
+        if holds_hello(connection):
+            connection.refuse(error)
+            return
+    except MemoryError:
+        pass
+    connection.refusal = error
+    connection.close(error.kind)
 
 
 def unheard_reset(up: Flow, down: Flow) -> Flow | None:
@@ -292,6 +313,11 @@ def courtesy_of(router: Router, courtesy: Courtesy | None) -> Courtesy | None:
     return courtesy or Courtesy(router)
 
 
+def process_request(router: Router, wait: Wait, number: int) -> None:
+    """ThreadingMixIn's, by a thread whose start cannot take for ever.  Raises RuntimeError where there is none."""
+    begin_thread(functools.partial(router.process_request_thread, wait, number), f"wait-{number}")
+
+
 class Router(socketserver.ThreadingTCPServer):
     """The server: listeners, the loop, and what all connections share.
 
@@ -303,6 +329,7 @@ class Router(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True  # a resolver that hangs must not keep the process
     block_on_close = False
+    process_request = process_request
 
     def __init__(self, settings: Settings, tunnels: TunnelTable, hooks: Hooks = Hooks(),
                  inherited: Sequence[socket.socket] = (), activated: bool = False):
@@ -349,7 +376,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.targets.follow((*settings.routes.routes, *settings.port), self.routes.identified, self.loop)
         # Timers of the loop.
         self.paused = False  # accepting is paused
-        self.pause_said = -PAUSE_SAID
+        self.pause_said = Paced()
         self.resumption = self.loop.timer(self._resume)  # paused, and NEVER: when connections have ended, see `closed`
         self.drain_end = self.loop.timer(self._stop)
         self.heartbeat = self.loop.timer(self._beat)
@@ -439,12 +466,14 @@ class Router(socketserver.ThreadingTCPServer):
 
     def finish_request(self, wait: Wait, number: int) -> None:
         """Wait until the target may be ready."""
-        threading.current_thread().name = f"wait-{number}"
         try:
             wait.decision.scheme.prepare(self.targets, wait)
         except Refused as error:
             wait.error = error
-        except Exception:
+        except Exception as error:
+            if ran_out(error):
+                wait.error = Refused("busy", SHORT_OF_MEMORY)
+                return
             log.exception("while waiting for %s", wait.decision.target)
             wait.error = Refused("internal", "a fault in sniroute")
 
@@ -492,15 +521,21 @@ class Router(socketserver.ThreadingTCPServer):
                     connection.refuse(Refused("proxy", REFUSALS["proxy"].meaning))
         self.change_ports(opened)
 
-    def change_ports(self, opened: Mapping[str, list[Listener]]) -> None:
-        """Close the ports that are gone, and accept from those that are new.  Connections go on."""
+    def change_ports(self, opened: Mapping[str, list[Listener]], pattern: str | None = None) -> None:
+        """Close the ports that are gone, and accept from those that are new.  Connections go on.
+
+        `pattern`: of the only one that has changed, so that one more does not cost more where there are many.
+        """
         if self.phase not in ACCEPTING:
             self.ports.close_all(opened)
             return
-        configured = {route.pattern for route in self.settings.port}  # these come first, as for names
-        routes = [*self.settings.port,
-                  *(route for pattern, route in self.claimed_ports.items() if pattern not in configured)]
-        new, gone = self.ports.adopt(routes, self.routes.identified, opened)
+        configured = {route.pattern: route for route in self.settings.port}  # these come first, as for names
+        if pattern is None:
+            routes = list({**configured, **self.claimed_ports, **configured}.values())
+            new, gone = self.ports.adopt(routes, self.routes.identified, opened)
+        else:
+            route = configured.get(pattern) or self.claimed_ports.get(pattern)
+            new, gone = self.ports.adopt_one(pattern, route, self.routes.identified, opened)
         for connection in [each for each in self.connections if each.state is HEADER]:  # not let in yet
             heirs = self.ports.listeners.get(connection.decision.route.pattern)
             if heirs:
@@ -515,16 +550,24 @@ class Router(socketserver.ThreadingTCPServer):
                 self.loop.poller.forget(listener.fileno())
             for listener in new:
                 self._hear(listener)
-        self.ports.close_all(gone)
-        # One assignment: other threads read the list.
+        # One assignment each: other threads read the lists.
         self.listeners = [listener for listener in self.listeners if listener not in left] + new
-        self.targets.own = [listener.getsockname()[:2] for listener in self.listeners]
+        own = [*self.targets.own, *(listener.getsockname()[:2] for listener in new)]
+        for listener in left:
+            own.remove(listener.getsockname()[:2])
+        self.targets.own = own
+        self.ports.close_all(gone)
         self.targets.resolved.clear()  # an address that was remembered may be our own now
 
     def fault(self, owner: Any) -> None:
-        """A fault of ours: log it whole, and end only the connection that met it."""
-        log.exception("a fault in sniroute: please report it")
+        """A fault of ours: log it whole, and end only the connection that met it.  Or memory is short: no fault."""
         connection = getattr(owner, "connection", owner)  # a Flow has one, and a Race
+        if ran_out(sys.exc_info()[1]):
+            self.run_short(SHORT_OF_MEMORY)
+            if isinstance(connection, Connection):
+                starved(connection)
+            return
+        log.exception("a fault in sniroute: please report it")
         if isinstance(connection, Connection):
             connection.close("internal")
 
@@ -553,7 +596,7 @@ class Router(socketserver.ThreadingTCPServer):
                 return
             except OSError as error:
                 if error.errno in CAPACITY_ERRNOS:
-                    self.run_short(error)
+                    self.run_short(error.strerror)
                     return
                 continue  # that client is gone (ECONNABORTED), or a firewall took it (EPERM)
             client.setblocking(False)
@@ -585,22 +628,23 @@ class Router(socketserver.ThreadingTCPServer):
         """Stop accepting until a clock time: a listener that stays readable would spin the loop."""
         if self.paused or self.phase not in ACCEPTING:
             return
-        now = monotonic()
-        if now - self.pause_said >= PAUSE_SAID:
-            self.pause_said = now
+        if self.pause_said.is_due(why):
             log.warning("not accepting for now: %s", why)
         self.paused = True
         for listener in self.listeners:
             self.loop.poller.forget(listener.fileno())
         self.resumption.set(until)
 
-    def run_short(self, error: OSError) -> None:
-        """This host has no descriptors left: accept none for a moment, and keep fewer connections ready."""
-        self.pause(error.strerror, monotonic() + CAPACITY_PAUSE)
+    def run_short(self, why: str) -> None:
+        """This host has no descriptors left, or no memory: accept none for a moment, and keep fewer connections ready."""
+        self.pause(why, monotonic() + CAPACITY_PAUSE)
         self.targets.give_way()
 
     def _resume(self) -> None:
-        """Accept again."""
+        """Accept again, where there is memory for it."""
+        if not self.loop.reserve.restore():
+            self.resumption.set(monotonic() + CAPACITY_PAUSE)
+            return
         self.paused = False
         for listener in self.listeners:
             self._hear(listener)

@@ -46,6 +46,7 @@ import functools
 import logging
 import os
 import secrets
+import threading
 import time
 from typing import TYPE_CHECKING, Any, Callable
 
@@ -143,6 +144,7 @@ class Shared:
         self.asked: collections.OrderedDict[str, float] = collections.OrderedDict()
         self.kept_until = 0.0  # clock time: until then a claim that Redis does not know has time to be renewed
         self.has_begun = False  # all has been read once
+        self.told = threading.Event()  # that, or it was found to be away
         self.closed = False
         # The sweep.
         self.timer = loop.timer(self.on_timer)  # of the next page, or of the next sweep
@@ -294,6 +296,7 @@ class Shared:
             return
         assert self.registry is not None
         self.fault = str(failed)
+        self.told.set()
         self.cursor = ""
         self.registry.freeze(True)
         log.warning("registry: Redis is away (%s): the names that are claimed are routed on, and none can be claimed",
@@ -430,6 +433,7 @@ class Shared:
                 self.kept_until = self._now() + max([GRACE_MIN, *ttls])
             registry.freeze(False, grace=self.has_begun)  # at the start no claim was known, and Redis has told its time
             self.has_begun = True
+            self.told.set()
             log.info("registry: Redis is here, with %d names", len(self.seen))
 
     def _ask_again(self, key: str) -> None:

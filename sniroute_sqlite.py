@@ -24,7 +24,8 @@ Seams: I want to ...
     keep more of a change     Change, and a column of `history`; FORMAT counts up
     keep it for longer        HISTORY_DAYS
 
-This room imports sniroute_registry (Written, claims as texts), sniroute_claims, sniroute_loop, sniroute_host
+This room imports sniroute_registry (Written, claims as texts), sniroute_claims, sniroute_loop,
+sniroute_scarcity, sniroute_host
 (`make_private`) and sniroute_names.
 
 Sources: sqlite.org: "Write-Ahead Logging", "PRAGMA locking_mode", "PRAGMA synchronous".
@@ -44,6 +45,7 @@ from sniroute_host import make_private
 from sniroute_loop import Loop, owner_of
 from sniroute_names import without_key
 from sniroute_registry import RENEWED, UNAVAILABLE, Registry, Written, from_text, to_text
+from sniroute_scarcity import SHORT_OF_MEMORY
 
 __version__ = "0.1.0"
 
@@ -93,9 +95,9 @@ class Row(NamedTuple):
 Order = tuple[Change, Callable[[Written], None]]  # what is to be written, and who is told
 
 
-def said(error: sqlite3.Error) -> str:
+def said(error: sqlite3.Error | MemoryError) -> str:
     """What SQLite says, for people."""
-    return str(error) or type(error).__name__
+    return SHORT_OF_MEMORY if isinstance(error, MemoryError) else str(error) or type(error).__name__
 
 
 class Sqlite:
@@ -229,7 +231,7 @@ class Sqlite:
             result: list[Row] | StoreError
             try:
                 result = [Row(*row) for row in self.connection.execute(text, values)]
-            except sqlite3.Error as error:
+            except (sqlite3.Error, MemoryError) as error:
                 result = StoreError(f"{self.path}: {said(error)}")
             self.loop.call(lambda: done(result))
 
@@ -284,8 +286,9 @@ class Sqlite:
             if not 0 <= now - self.pruned < PRUNE_EVERY:
                 self._prune(now)
             connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):  # the disk may take no journal either; the next BEGIN tells
+        except (sqlite3.Error, MemoryError) as error:
+            # The disk may take no journal either; the next BEGIN tells.
+            with contextlib.suppress(sqlite3.Error, MemoryError):
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
             return said(error)

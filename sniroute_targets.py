@@ -60,6 +60,7 @@ KEEPALIVE = (60, 15, 4)  # idle, interval, count: a dead peer is found in two mi
 # socket.SocketType is the class that socket.socket is written around: it is made without a call into Python.
 STREAM = int(socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0))  # born non-blocking: a system call less
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST
+NO_PORT = "this host has no local port left to dial it from (net.ipv4.ip_local_port_range), or no address of its family"
 
 
 # -- backends ----------------------------------------------------------------------------------
@@ -160,9 +161,16 @@ class Backend:
             error = server.connect_ex(address)
             if error in (0, errno.EINPROGRESS):
                 return server
-            self.tell(row, os.strerror(error))
+            self.tell(row, NO_PORT if error == errno.EADDRNOTAVAIL else os.strerror(error))
             server.close()
         return None
+
+    def is_ours(self) -> bool:
+        """Whether this host could dial none of its addresses: that is no fault of the backend.
+
+        All of them: where IPv6 is switched off, ::1 is never dialled, and 127.0.0.1 may refuse all the same.
+        """
+        return bool(self.told) and all(what == NO_PORT for what in self.told.values())
 
     def tell(self, row: Row, what: str) -> None:
         """What became of an address, for people."""
@@ -239,6 +247,8 @@ class Backend:
         `server` is the socket, where there is one still.  None: the reason is on its way; ask again after WORDS_TIMEOUT
         (sniroute_deadlines).
         """
+        if self.is_ours():
+            return Refused("busy", f"{self.target}: {why}")
         return Refused("backend", f"{self.target}: {why}")
 
     def abandon(self, server: socket.SocketType) -> None:
@@ -361,6 +371,8 @@ class TunnelBackend(Backend):
 
         Where the program has not said why yet, None.  The second call decides by what it has said until then.
         """
+        if self.is_ours():
+            return super().failed(why, server, last)
         child = self.child
         asked_before = self.failure is not None
         if not asked_before:
@@ -647,6 +659,8 @@ def tcp_prepare(targets: Targets, wait: Wait) -> None:
         rows = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         known = targets.resolved.get(decision.key)
+        if known is None and (error.errno if isinstance(error, OSError) else 0) in (*CAPACITY_ERRNOS, socket.EAI_MEMORY):
+            raise Refused("busy", f"{host} cannot be looked up: {error.strerror}") from None  # our trouble, not the name's
         if known is None:
             raise Refused("unresolved", f"{host} does not resolve: {error}") from None
         targets.remember(decision, known._replace(until=until))

@@ -56,13 +56,16 @@ Seams: I want to ...
     run processes of another kind  a Guest: sniroute_commands has one
     test without waiting           `clock` and `jitter` are arguments; `step()` is one turn of the reaper
 
-This room imports sniroute_launchers, sniroute_processes, sniroute_ports, sniroute_log, WakePipe and WAIT_LAST of
+This room imports sniroute_launchers, sniroute_processes, sniroute_ports, sniroute_host, sniroute_scarcity,
+sniroute_log, WakePipe and WAIT_LAST of
 sniroute_loop, and the standard library.  It knows nothing of routes or TLS.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -71,16 +74,19 @@ import threading
 import time
 from typing import Callable, Mapping, NamedTuple, Protocol, Sequence
 
+from sniroute_host import shortage
 from sniroute_launchers import TAKEN, Launcher, Reason, TunnelError, TunnelKey
 from sniroute_log import log, log_event
-from sniroute_loop import WAIT_LAST, WakePipe
+from sniroute_loop import CAPACITY_ERRNOS, WAIT_LAST, WakePipe
 from sniroute_ports import PortPool, leaves_waiting, listens
 from sniroute_processes import LOST, NO_FAULT, OWN_FAULT, POLL, STOP_GRACE, Child, Ends, Link, Process, Processes
+from sniroute_scarcity import SHORT_OF_MEMORY, Paced, ran_out
 
 __version__ = "0.1.0"
 
 # Limits and times (seconds), each with its reason.
 RETRY = 0.1  # after a fault of the reaper: it must not spin
+SHORT_RETRY = 0.5  # until a tunnel that is to stand is tried again where this host was short of something
 REAPER_NAP = 0.005  # between two turns while names queue: each costs as much as there are tunnels
 POLL_LAST = 0.2  # between two looks at a child that takes long to start: a look may read /proc/net, up to 7 ms
 PORT_TRIES = 5  # starts on another port after "address already in use"
@@ -578,7 +584,10 @@ class TunnelTable:
         except (OSError, TunnelError) as error:
             if port is not None:
                 self.pool.give(port)
-            self._failed(tunnel, Reason(text=str(error)), remember=False)  # the host's fault, not the name's
+            number = getattr(error, "errno", None)
+            # The host's fault, not the name's.  EAGAIN: fork(2) found no task for it.
+            self._failed(tunnel, Reason(text=shortage(error) if number == errno.EAGAIN else str(error)), remember=False,
+                         soon=number == errno.EAGAIN or number in CAPACITY_ERRNOS)
             return
         except BaseException:
             if port is not None:
@@ -668,20 +677,29 @@ class TunnelTable:
                 else:
                     self._remove(tunnel)
 
-    def _failed(self, tunnel: Tunnel, reason: Reason, remember: bool = True) -> None:
-        """A start failed: those who wait are told, and the name is refused for a while (`remember`)."""
+    def _failed(self, tunnel: Tunnel, reason: Reason, remember: bool = True, soon: bool = False) -> None:
+        """A start failed: those who wait are told, and the name is refused for a while (`remember`).
+
+        `soon`: this host was short of something, so one that is to stand is tried again soon, however often that fails.
+        """
+        known = self.failures.get(tunnel.key)
         tunnel.reason = reason._replace(text=f"{tunnel.key} did not start: {reason.text}")
         self.counters["failures"] += 1
         with self.lock:
             remember = remember or tunnel.key in self.standing  # else it would be started again at once
-            if remember:
+            if remember and soon:
+                wait, count = SHORT_RETRY, tunnel.failures
+            elif remember:
                 count = tunnel.failures + 1
                 wait = min(FAILURE_LAST, FAILURE_FIRST * 2 ** min(tunnel.failures, 16)) * (0.5 + self.jitter() / 2)
+            if remember:
                 self.failures[tunnel.key] = Failure(self.clock() + wait, count, tunnel.reason)
                 self.failures.move_to_end(tunnel.key)
                 if len(self.failures) > FAILURES_KEPT:
                     self.failures.popitem(last=False)
             self._remove(tunnel)
+        if soon and known is not None and known.reason == tunnel.reason:
+            return  # it has been said
         log_event(logging.WARNING, "tunnel did not start", tunnel=str(tunnel.key), reason=reason.text,
                   **({"next": round(wait)} if remember else {}))
 
@@ -762,16 +780,19 @@ def may_idle(table: TunnelTable, tunnel: Tunnel) -> float:
 
 def reap(table: TunnelTable) -> None:
     """The thread `reaper`: turn until the table is closed and no process is left."""
+    paced = Paced()
     while not (table.closing and not table.processes.running):
         try:
             table.step(None)
             if table.crowded:
                 time.sleep(REAPER_NAP)
-        except OSError as error:  # no descriptors left, most likely; what was claimed is tried again
-            log.error("tunnels: %s", error)
-            time.sleep(RETRY)
-        except Exception:  # if this thread ended, every child would end with it
-            log.exception("a fault in the reaper: please report it")
+        except Exception as error:  # if this thread ended, every child would end with it
+            with contextlib.suppress(MemoryError):
+                if not isinstance(error, OSError) and not ran_out(error):
+                    log.exception("a fault in the reaper: please report it")
+                elif paced.is_due(SHORT_OF_MEMORY if ran_out(error) else error.strerror or ""):
+                    # No descriptors left, most likely, or no memory; what was claimed is tried again.
+                    log.error("tunnels: %s", SHORT_OF_MEMORY if ran_out(error) else error)
             time.sleep(RETRY)
     if table.guest is not None:
         table.guest.step(table.clock(), table.closing)  # what came since the last turn

@@ -118,7 +118,10 @@ class Warm(Watch):
         try:
             self.sock = self.way.open(self.why)
         except (Unreachable, Refused) as error:
-            pool.failed(self, str(error))
+            if self.way.is_ours():
+                pool.has_no_room(self)
+            else:
+                pool.failed(self, str(error))
         except BlockingIOError:
             pool.dialling[self] = None
             self.stand_in(pool.backlog)
@@ -436,7 +439,7 @@ class WarmPool:
         self.told(why)
 
     def has_no_room(self, warm: Warm) -> None:
-        """This host has no descriptors: nobody's fault, and clients need them more."""
+        """This host has no descriptors, or no ports: nobody's fault, and clients need them more."""
         self.dialling.pop(warm, None)
         warm.discard()
         self._rest(PAUSES[0])

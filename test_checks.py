@@ -34,7 +34,7 @@ from sniroute_loop import Loop
 from sniroute_probes import (COM_QUIT, HEAD_MAX, HEARD_MAX, KINDS, LINE_MAX, PACKET_MAX, PING, Dialogue, Health,
                              Question, Verdict, framed, parse_health)
 from sniroute_refusals import Refused
-from sniroute_targets import Backend, UnixBackend, Unreachable
+from sniroute_targets import NO_PORT, Backend, UnixBackend, Unreachable
 from sniroute_wire import SSL_REQUEST_BYTES
 from testbed.clients import Database, program_path
 from testbed.program import execute, namespace
@@ -569,6 +569,13 @@ def test_nothing_is_known_where_this_host_has_no_descriptor(asker):
     class Way(Backend):
         def begin(self) -> None:
             raise OSError(errno.EMFILE, "Too many open files")
+    assert asker.ask(Way("tcp:x", (), True), "connect") is None
+
+
+def test_nothing_is_known_where_this_host_has_no_port_to_dial_from(asker):
+    class Way(Backend):
+        def begin(self) -> None:
+            self.tell((socket.AF_INET, ("192.0.2.1", 1)), NO_PORT)
     assert asker.ask(Way("tcp:x", (), True), "connect") is None
 
 

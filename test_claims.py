@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import random
 import tracemalloc
@@ -296,6 +297,46 @@ def test_who_claims_and_releases_in_a_circle_does_not_fill_the_name_space(table,
     assert len(table.held) == HELD_MIN and table.count("alice") == 0
     assert table.judge("n49.tun.example.com", "bob").word == NEW  # what ended first is let go first
     assert table.judge("n50.tun.example.com", "bob").word == "held"
+
+
+class Counted(dict):
+    """A dict that counts its look-ups."""
+
+    looks = 0
+
+    def __getitem__(self, key):
+        self.looks += 1
+        return super().__getitem__(key)
+
+
+def test_to_let_a_name_go_does_not_take_longer_where_many_are_held(table, clock):
+    table.held = Counted()
+    for number in range(HELD_MIN - 10):
+        made = claim(table, f"off{number}.tun.example.com")
+        table.put(made._replace(suspended=True))
+        table.drop(made.key)
+    for number in range(110):
+        table.drop(claim(table, f"n{number}.tun.example.com").key)
+    assert len(table.held) == HELD_MIN and table.held.looks < 10 * 110, "each end would look at all suspended ones"
+    # With a dict, to find the first one is to pass the places of all that went before it.
+    assert isinstance(table.owned["alice"].held, collections.OrderedDict)
+    for number in range(100, 110):
+        assert table.judge(f"n{number}.tun.example.com", "bob").word == "held"
+    clock.jump(10_000)
+    table.expire()
+    assert not table.held and not table.owned
+
+
+def test_suspended_names_are_let_go_last_and_those_that_ended_first_before_others(table):
+    for number in range(HELD_MIN + 5):
+        made = claim(table, f"off{number}.tun.example.com")
+        table.put(made._replace(suspended=True))
+        table.drop(made.key)
+    assert table.judge("off4.tun.example.com", "bob").word == NEW
+    assert table.judge("off5.tun.example.com", "bob").word == "held"
+    table.drop(claim(table, "plain.tun.example.com").key)
+    assert table.judge("plain.tun.example.com", "bob").word == NEW
+    assert table.judge("off5.tun.example.com", "bob").word == "held"
 
 
 def test_an_owner_with_many_names_has_all_of_them_held(table, clock):

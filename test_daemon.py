@@ -27,6 +27,7 @@ import sniroute_daemon
 import sniroute_doctor
 from sniroute_host import stamp
 from sniroute_refusals import SettingsError
+from sniroute_settings import load_settings
 from conftest import HERE, HOST, linux, exit_code, wait_until
 from testbed.admin import TOKEN, Reply, tell
 from testbed.hellos import HELLO, genuine
@@ -373,6 +374,40 @@ def test_a_bad_file_changes_nothing_and_says_why(launch, settings_file, echo_ser
     settings_file(good)
     program.signal(signal.SIGHUP)
     program.wait_for(" info reload: done, routes: 1\n")
+
+
+def test_every_beginning_of_a_file_is_taken_whole_or_not_at_all(launch, settings_file, echo_server):
+    """As an editor may leave it, when its disk is full: the routes are those of one file, never of two."""
+    names = ["a.example.com", "b.example.com", "c.example.com"]
+    lines = [f'"{name}" = "tcp:{HOST}:{echo_server.address[1]}"\n' for name in names]
+    path = settings_file("".join(["[routes]\n", *lines]))
+    program, served = launch("-c", path), names
+
+    def answers(name: str) -> bool:
+        with program.connect(hello := genuine(name=name)) as client:
+            return client.recv(len(hello)) == hello
+
+    whole = "".join(["# a comment\n[routes]\n", *reversed(lines)])
+    failed = taken = 0
+    for end in sorted({*range(0, len(whole), 3), *(at.end() for at in re.finditer("\n", whole))}):
+        path = settings_file(whole[:end])
+        try:
+            routes = load_settings(["-c", path], {}).routes.routes
+            expected = [name for name in names if name in {route.pattern for route in routes}]
+        except SettingsError:
+            expected = []
+        if not expected:  # without routes every name would be served: that is no reload
+            expected = served
+        program.signal(signal.SIGHUP)
+        if expected is served:
+            failed += 1
+            program.wait_for(" error reload: nothing has changed\n", failed)
+        else:
+            taken += 1
+            program.wait_for(" info reload: done, ", taken)
+        served = expected
+        assert [name for name in names if answers(name)] == served
+    assert taken >= 3 and failed > 30
 
 
 def test_a_reload_finds_a_file_whose_path_was_relative_and_whose_folder_comes_and_goes(launch, tmp_path, echo_server):
@@ -787,6 +822,44 @@ def test_a_successor_whose_admin_is_broken_goes_on_without_it(launch, free_ports
     assert first.wait() == 0
     with second.connect(HELLO) as client:
         assert read_exactly(client, len(HELLO)) == HELLO
+
+
+def test_a_lack_of_memory_in_a_reload_changes_nothing_and_is_told_in_words(caplog):
+    """Also where another fault came of it, as in argparse."""
+    def again(running: Any) -> Any:
+        try:
+            raise MemoryError
+        finally:
+            raise AttributeError("save_required")
+    settings = types.SimpleNamespace(again=again, config=None)
+    router = types.SimpleNamespace(reloads=collections.Counter(), last_reload=(True, 0.0))
+    daemon = types.SimpleNamespace(reloading=threading.Lock(), settings=settings, router=router,
+                                   supervisor=types.SimpleNamespace(tell=lambda *_: None, ready=lambda _: None))
+    said, = sniroute_daemon.Daemon.reload(daemon)
+    assert said.startswith("memory is short (") and daemon.settings is settings and router.reloads == {"failed": 1}
+    assert "report it" not in caplog.text and "Traceback" not in caplog.text
+
+
+def test_a_lack_of_memory_in_the_main_thread_loses_no_signal(monkeypatch):
+    """It goes on, and what it was about to do is done then."""
+    monkeypatch.setattr(sniroute_daemon, "MEMORY_PAUSE", 0.0)
+    left, done = [1, 1], []
+    pipe = sniroute_daemon.WakePipe()
+    def stop() -> None:
+        if left:
+            left.pop()
+            try:
+                raise MemoryError
+            finally:
+                raise AttributeError("came of it")
+        done.append("stop")
+    daemon = types.SimpleNamespace(pipe=pipe, stop=stop)
+    def turn() -> None:
+        sniroute_daemon.Daemon._on_signals(daemon, pipe.reader)
+    daemon._start, daemon._close, daemon._turn, daemon.failed = lambda: None, pipe.close, turn, False
+    daemon.thread = types.SimpleNamespace(is_alive=lambda: not done)
+    pipe.wake(bytes((sniroute_daemon.signal.SIGTERM,)))
+    assert sniroute_daemon.Daemon.run(daemon) == 0 and done == ["stop"] and not left
 
 
 def test_a_fault_of_ours_in_a_reload_changes_nothing(caplog):

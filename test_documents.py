@@ -1,4 +1,4 @@
-"""Tests of README.md, OPERATING.md, CONTRIBUTING.md and SECURITY.md: what they promise is what the code does.
+"""Tests of the documents beside this file: what they promise is what the code does.
 
 Marks in the documents (`<!-- quick start -->` and so on) name the blocks that are read here.
 """
@@ -32,6 +32,8 @@ import sniroute_checks
 import sniroute_claim
 import sniroute_claims
 import sniroute_clusters
+import sniroute_deadlines
+import sniroute_dialout
 import sniroute_dns
 import sniroute_door
 import sniroute_edge
@@ -39,10 +41,17 @@ import sniroute_groups
 import sniroute_http
 import sniroute_kubernetes
 import sniroute_launchers
+import sniroute_links
 import sniroute_log
+import sniroute_loop
 import sniroute_metrics
+import sniroute_nodeurl
 import sniroute_objects
+import sniroute_peering
+import sniroute_pods
 import sniroute_probes
+import sniroute_race
+import sniroute_redis
 import sniroute_refusals
 import sniroute_targets
 import sniroute_options
@@ -50,6 +59,7 @@ import sniroute_owners
 import sniroute_registrar
 import sniroute_registry
 import sniroute_rest
+import sniroute_tunnels
 import sniroute_values
 import sniroute_warm
 from sniroute_doctor import sample_hello
@@ -63,9 +73,9 @@ from testbed.hellos import genuine
 from testbed.ports import free_port
 from testbed.running import Running, read_exactly
 
-README, OPERATING, CONTRIBUTING, SECURITY = (
-    (HERE / name).read_text() for name in ("README.md", "OPERATING.md", "CONTRIBUTING.md", "SECURITY.md"))
-DOCUMENTS = {"README.md": README, "OPERATING.md": OPERATING, "CONTRIBUTING.md": CONTRIBUTING, "SECURITY.md": SECURITY}
+DOCUMENTS = {name: (HERE / name).read_text() for name in (
+    "README.md", "OPERATING.md", "CONTRIBUTING.md", "SECURITY.md", "RELIABILITY.md", "SCALING.md")}
+README, OPERATING, CONTRIBUTING, SECURITY, RELIABILITY, SCALING = DOCUMENTS.values()
 
 
 def marked(document: str, mark: str) -> str:
@@ -467,16 +477,51 @@ def test_a_service_behind_nat_is_reached_as_pasted(tmp_path):
     assert "far end has dialled in" in (tmp_path / "err").read_text()
 
 
-def test_each_threat_is_held_by_a_test_that_is_there():
-    """Rows of three columns, none of them empty and no threat twice; the last one is a test, by its file and its name."""
-    _, _, *rows = [line for line in section(SECURITY, "## Threats").splitlines() if line.startswith("|")]
+@pytest.mark.parametrize("document, heading, least", [(SECURITY, "## Threats", 51),
+                                                      (RELIABILITY, "## What is promised under fault", 60)],
+                         ids=["threats", "promises"])
+def test_each_threat_and_each_promise_is_held_by_a_test_that_is_there(document, heading, least):
+    """Rows of three columns, none of them empty and none twice; the last one is a test, by its file and its name."""
+    _, _, *rows = [line for line in section(document, heading).splitlines() if line.startswith("|")]
     found = [re.fullmatch(r"\| (\S[^|]*) \| (\S[^|]*) \| `(test_\w+\.py)::(test_\w+)` \|", row) for row in rows]
-    assert len(rows) > 50 and [row for row, match in zip(rows, found) if match is None] == []
-    threats, _, files, tests = zip(*(match.groups() for match in found))
-    assert len(set(threats)) == len(threats)
+    assert len(rows) >= least and [row for row, match in zip(rows, found) if match is None] == []
+    whats, _, files, tests = zip(*(match.groups() for match in found))
+    assert len(set(whats)) == len(whats)
     there = {file: {node.name for node in ast.parse((HERE / file).read_bytes()).body if isinstance(node, ast.FunctionDef)}
              for file in set(files)}
     assert [test for file, test in zip(files, tests) if test not in there[file]] == []
+
+
+def test_times_of_what_goes_are_those_of_the_code():
+    rows = {row.split(" | ")[0].removeprefix("| "): row for row in
+            section(RELIABILITY, "## What happens when something goes").splitlines() if row.startswith("| ")}
+    several, rules, times = Several(None, None, []), sniroute_owners.Rules([]), sniroute_nodeurl.Times()
+    settings = {setting.name: str(setting.default).replace("s", " s") for setting in SETTINGS}
+    idle, interval, count = sniroute_targets.KEEPALIVE
+    restart, = re.findall(r"^RestartSec=(.*)$", (HERE / "sniroute.service").read_text(), re.MULTILINE)
+    for what, *said in (
+            ("a client", f"{idle + interval * count} s"),
+            ("a backend", f"{sniroute_race.CONNECT_TIMEOUT:g} s for each", f"{sniroute_race.CONNECT_BUDGET:g} s in all"),
+            ("one of several backends", f"after {several.health_fail} failures", f"each {several.health_interval:g} s",
+             f"{several.health_timeout:g} s for", f"rests for {several.fallback_interval:g} s",
+             f"{several.health_pass} checks pass"),
+            ("a tunnel in use", f"after {sniroute_tunnels.BACKOFF_FIRST:g} s;", f"up to {sniroute_tunnels.BACKOFF_LAST:g} s"),
+            ("a tunnel that hangs", f"after {sniroute_deadlines.FIRST_BYTE_TIMEOUT:g} s"),
+            ("a tunnel's start", f"`--start-timeout`, {settings['start-timeout']}",
+             f"after {sniroute_tunnels.FAILURE_FIRST:g} s;", f"up to {sniroute_tunnels.FAILURE_LAST:g} s"),
+            ("descriptors, threads, ports", f"each {sniroute_loop.CAPACITY_PAUSE:g} s"),
+            ("the router", f"`RestartSec`, {restart} s"),
+            ("an owner of a claim", f"`ttl`, {rules.ttl:g} s", f"`hold`, {rules.hold:g} s"),
+            ("Redis", f"after {sniroute_redis.IDLE:g} s and {sniroute_redis.ANSWER_MAX:g} s",
+             f"after {sniroute_redis.AGAIN_FIRST:g} s", f"up to {sniroute_redis.AGAIN_LAST:g} s"),
+            ("an API server", f"each {settings['kubernetes-ping']}", f"after {sniroute_links.MISSES} without",
+             f"after {sniroute_pods.RETRY_FIRST:g} s", f"up to {sniroute_pods.RETRY_LAST:g} s"),
+            ("a pod", f"for {sniroute_pods.REST:g} s"),
+            ("the other end of NodePass", f"after {sniroute_peering.SILENCES * times.report:g} s",
+             f"after {sniroute_dialout.FIRST_TRIES[0]:g} s", f"up to {times.cooldown:g} s")):
+        assert [word for word in said if word not in rows[what]] == [], rows[what]
+    for said in (f"{sniroute_claims.GRACE_MIN:g} s at least", f"beside it after {sniroute_race.STAGGER:g} s"):
+        assert said in RELIABILITY
 
 
 @linux

@@ -20,13 +20,14 @@ from testbed import endure_inputs, endure_streams
 from testbed.endure import PARTS, fits
 
 SCALES = {  # so that each part takes a few seconds
-    "nemesis": "0.024",  # 12 faults
+    "nemesis": "0.006",  # 12 faults
     "inputs": "0.01",  # 10,000 inputs, and 50 for the router
     "data": "0.0015",  # 30 MB
     "carrier": "0.003",  # 6 MB
-    "kills": "0.04",  # 2
+    "kills": "0.01",  # 1
     "handovers": "0.1",  # 1
     "nodepass": "0.015",  # 4.5 seconds: some 6 faults
+    "connections": "0.003",  # 1,500
     "house": "0.0012",  # 4.3 seconds: some 10 faults
 }
 FAULTS = {  # what a part would find: file, right text, wrong text, part, what the part says then

@@ -175,6 +175,13 @@ def test_the_face_has_a_map_of_all_rooms_in_the_same_order():
 # -- sizes -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("room", SOURCES)
+def test_no_room_has_popen_open_dev_null(room):
+    """It opens that first, and in CPython up to 3.11.2 leaves it open where it finds no descriptor for a pipe."""
+    assert not [node.lineno for node in ast.walk(TREES[room])
+                if isinstance(node, ast.Attribute) and node.attr == "DEVNULL"]
+
+
 def test_no_file_is_too_long_without_a_reason():
     long = {room for room, source in SOURCES.items() if source.count("\n") > FILE_MAX}
     assert long == LARGE_FILES.keys()
@@ -185,6 +192,25 @@ def test_no_class_has_too_many_methods_without_a_reason():
              if isinstance(node, ast.ClassDef)
              and sum(isinstance(child, ast.FunctionDef) for child in node.body) > CLASS_MAX}
     assert large == LARGE_CLASSES.keys()
+
+
+# What the wall clock is for: it may jump, so nothing waits, ends or is decided by it.
+WALL_CLOCK = {
+    "shown": ("daemon", "registry", "rest", "router", "shared", "tunnels", "web", "metrics"),
+    "the log": ("log", "nodepass", "master", "forwarder"), "the Date of an answer": ("dialin", "lanes", "door", "streams"),
+    "certificates, tokens and signatures, which others date": ("certificate", "duplex", "credentials", "rfc2136", "master"),
+    "how long a claim outlives its process": ("sqlite",),
+}
+
+
+WALL_CLOCK_IS_READ = re.compile(r"\btime\.time(_ns)?\b|\btime\.(gmtime|localtime|ctime|strftime)\((\"[^\"]*\")?\)"
+                                r"|\bdatetime\.(\w+\.)?(now|utcnow|today)\(|^\s*from time import (?!monotonic$)", re.MULTILINE)
+
+
+def test_nothing_is_decided_by_the_wall_clock():
+    found = {path.stem.removeprefix("sniroute_") for path in HERE.glob("sniroute*.py")
+             if WALL_CLOCK_IS_READ.search(path.read_text())}
+    assert found == {room for rooms in WALL_CLOCK.values() for room in rooms}
 
 
 # -- versions ----------------------------------------------------------------------------------

@@ -22,7 +22,10 @@ import pytest
 
 import sniroute_header
 import sniroute_deadlines
+from sniroute_listeners import Ports
 from sniroute_refusals import SettingsError
+from sniroute_registrar import close_claimed, open_claimed
+from sniroute_routes import Route, parse_port_route
 from sniroute_settings import load_settings
 from conftest import HOST, Address, connect, linux, wait_until
 from testbed.admin import ask, metrics, run_admin, value  # noqa: F401 - a fixture
@@ -512,6 +515,40 @@ def test_a_port_counts_on_after_a_reload_and_is_no_target_of_ours(run, serve, fr
         assert tally.active == 1, "a limit still counts those that came before"
     wait_until(lambda: tally.total == 1)
     assert tally.active == 0
+
+
+def test_one_more_port_that_is_claimed_leaves_the_others_as_they_are(run, monkeypatch, free_ports):
+    """What it costs does not grow with their number: only its own route is decided."""
+    first, last = free_ports(8)
+    router = run("--route=x.example.com=tcp:192.0.2.1:1").router
+    routes = [parse_port_route(f"{HOST}:{number}=tcp:192.0.2.1:{number}") for number in range(first, last + 1)]
+    own, decided, done = list(router.targets.own), [], threading.Event()
+    decide = Route.decide
+
+    def counted(route, *words, **more):
+        decided.append(route.pattern)
+        return decide(route, *words, **more)
+
+    monkeypatch.setattr(Route, "decide", counted)
+
+    def change(act) -> None:
+        done.clear()
+        router.call(lambda: (act(), done.set()))
+        assert done.wait(10)
+
+    for route in routes:
+        opened = Ports().open([route])
+        change(lambda: open_claimed(router, route, opened[route.pattern]))
+    assert decided == [route.pattern for route in routes]
+    assert router.targets.own == own + [(HOST, number) for number in range(first, last + 1)]
+    other = routes[0]._replace(target="tcp:192.0.2.2:2")
+    change(lambda: open_claimed(router, other, []))
+    assert decided[len(routes):] == [other.pattern] and other in router.ports.routes
+    assert router.ports.listeners[other.pattern][0].decision.target == "tcp:192.0.2.2:2"
+    for route in routes[::-1]:
+        change(lambda: close_claimed(router, route.pattern, lambda: None))
+    assert len(decided) == len(routes) + 1 and router.targets.own == own
+    assert router.ports.routes == () and not router.ports.listeners and not router.ports.layer.tallies
 
 
 @pytest.mark.parametrize("after, reason", [

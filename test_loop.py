@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import socket
 import threading
@@ -15,6 +16,7 @@ import pytest
 import sniroute_connection
 import sniroute_flow
 import sniroute_loop
+import sniroute_router
 from sniroute_loop import NEVER, READ, WRITE, Loop, WakePipe, Watch
 from conftest import HOST, FakeClock, wait_until
 from testbed.hellos import HELLO, genuine
@@ -217,6 +219,32 @@ def fail(*_: Any) -> None:
     raise ZeroDivisionError("planted")
 
 
+def test_where_it_stood_still_what_has_come_is_heard_before_anything_is_due(bench, monkeypatch):
+    """More has come than one turn reads."""
+    monkeypatch.setattr(sniroute_loop, "EVENTS", 4)
+    late: list[int] = []
+    woken: list[float] = []
+    queue = bench.loop.queue(5.0, late.append)
+    bench.loop.woken.append(lambda: woken.append(bench.clock()))
+    with contextlib.ExitStack() as stack:
+        pairs = [tuple(map(stack.enter_context, socket.socketpair())) for _ in range(20)]
+        for number, (ours, theirs) in enumerate(pairs):
+            def heard(mask: int, number: int = number, ours: socket.socket = ours) -> None:
+                queue.drop(number)
+                ours.recv(1)
+            queue.put(number)
+            if number:
+                bench.loop.poller.watch(ours.fileno(), READ, heard)
+                theirs.sendall(b"x")
+        bench.loop.call(lambda: bench.clock.jump(60))
+        for _ in range(8):
+            bench.turn()
+        assert (late, list(queue.due), woken) == ([], [0], [1060.0])
+        bench.turn(sniroute_loop.WAKING)
+    assert late == [0], "who has said nothing has its deadline a moment later"
+
+
+
 @pytest.mark.parametrize("place", ["descriptor", "call", "timer"])
 @pytest.mark.parametrize("how", ["method", "partial", "partial of a partial", "function", "lambda"])
 def test_a_fault_names_its_owner(bench, place, how):
@@ -254,6 +282,34 @@ def test_a_fault_of_a_queue_or_a_batch_is_its_items(bench):
     bench.turn(5)
     assert bench.faults == ["bad", "worse"] and other == ["good", "better"]
     assert not queue.due and not batch
+
+
+def test_a_lack_of_memory_ends_nothing(bench, monkeypatch):
+    """In a callback its owner is told, with the reserve at hand; where the loop has none for itself, it rests."""
+    loop, owner, rested = bench.loop, Owner(), []
+    monkeypatch.setattr(sniroute_loop.time, "sleep", rested.append)
+    def starve(*_: Any) -> None:
+        raise MemoryError
+    reserves = []
+    loop.fault = lambda owner: (reserves.append(loop.reserve.kept), bench.faults.append(owner), starve())
+    owner.fail = starve
+    loop.call(functools.partial(starve, owner))
+    bench.turn()
+    assert bench.faults == [owner] and reserves == [None], "what `fault` meets itself is no reason to end"
+    bench.turn()
+    assert loop.reserve.kept is not None and not rested, "it is taken back"
+    real, failing = loop.poller.poll, [1, 1]
+    def poll(timeout: float) -> list[tuple[int, int]]:
+        if failing:
+            failing.pop()
+            starve()
+        return real(timeout)
+    monkeypatch.setattr(loop.poller, "poll", poll)
+    done: list[int] = []
+    for number in range(5):
+        loop.call(functools.partial(done.append, number))
+        loop.turn()
+    assert done == list(range(5)) and rested == [sniroute_loop.CAPACITY_PAUSE] * 2
 
 
 # -- batches -----------------------------------------------------------------------------------
@@ -449,6 +505,42 @@ def test_callback_bears_being_called_for_nothing(run, serve, caplog):
     assert [callbacks[flow.fd] for flow in flows] == [sniroute_loop.ignore] * 2
     running.router.call(lambda: (call_all(connection, flows), done.set()))
     assert done.wait(20) and "please report it" not in caplog.text and len(running.endings) == 1
+
+
+@pytest.mark.parametrize("where", ["_accept", "on_prelude", "pump"])
+def test_a_lack_of_memory_refuses_or_cuts_one_client_and_pauses(run, serve, monkeypatch, caplog, where):
+    """One line says it, and no traceback; then new clients are served again."""
+    far = serve(answer(b"x"))
+    running = run(route(far.address))
+    room, name = {"_accept": (sniroute_router.Router, "_accept"), "on_prelude": (sniroute_connection.Connection, where),
+                  "pump": (sniroute_flow.Flow, where)}[where]
+    real, left = getattr(room, name), [1, 1, 1]
+    def starve(self: Any, *words: Any) -> Any:
+        if left:
+            left.pop()
+            raise MemoryError
+        return real(self, *words)
+    with running.connect(HELLO) as other:
+        assert other.recv(1) == b"x"
+        monkeypatch.setattr(room, name, starve)
+        if where == "on_prelude":  # a batch has the function itself
+            running.router.call(lambda: running.router.loop.batches.__setitem__(
+                slice(None), [(batch, starve if step is real else step) for batch, step in running.router.loop.batches]))
+        elif where == "_accept":
+            running.router.call(lambda: (running.router.loop.poller.forget(running.router.listeners[0].fileno()),
+                                         running.router._resume()))
+        served = 0
+        while served < 2:
+            with contextlib.suppress(ConnectionError), running.connect(HELLO) as client:
+                data = client.recv(1)
+                assert data in (b"x", b"\x15", b"")
+                served += data == b"x"
+        assert not left
+    assert "report it" not in caplog.text
+    assert [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING] == [
+        "not accepting for now: memory is short"]
+    assert running.router.counters["busy"] == (0 if where == "_accept" else 3)
+    assert running.router.loop.reserve.kept is not None
 
 
 def test_fault_in_the_loop_ends_only_the_connection_that_met_it(run, serve, monkeypatch, caplog):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
+import subprocess
 import sys
 import threading
 import time
@@ -15,12 +17,13 @@ import time
 import pytest
 
 import sniroute_plugins
-from conftest import wait_until
+from conftest import HERE, linux, wait_until
 from sniroute_dial import Failed
 from sniroute_kubeconfig import KubeconfigError, Plugin
 from sniroute_plugins import PluginRun, Sources, last_line, run_plugin, without_secrets
 from testbed.apis import told
 from testbed.cluster import TOKEN
+from testbed.tunnels import runs
 
 VERSION = "/version"
 PODS = "/api/v1/namespaces/default/pods"
@@ -328,9 +331,30 @@ def test_what_goes_wrong_in_a_thread_is_told_without_its_words(call, monkeypatch
 
 
 def test_a_plugin_that_cannot_be_run(call, cluster, plugin):
-    plugin.path.write_text("no program")
+    plugin.path.write_text("#!/nowhere/python3\n")
     plugin.path.chmod(0o755)
-    assert "cannot be run: Exec format error" in told(call(cluster.kubeconfig(user=plugin.user())).get(PODS), "plugin")
+    said = told(call(cluster.kubeconfig(user=plugin.user())).get(PODS), "plugin")
+    assert re.search(r"(cannot be run|ended with 12[67]): .*(not found|No such file)", said), said
+
+
+PROGRAM = """
+import sys
+from sniroute_kubeconfig import Plugin
+from sniroute_plugins import PluginRun, Sources, run_plugin
+run_plugin(PluginRun(), Plugin(sys.argv[1], sys.argv[2], (), (), False, ""), None, Sources((), {}, ()))
+"""
+
+
+@linux
+def test_a_plugin_ends_with_its_program_however_that_ends(plugin):
+    """One that waits for a login would stay, with the port for its browser, and so would that of each next program."""
+    plugin.write("open(log + '.pid', 'w').write(str(os.getpid()))\ntime.sleep(60)\n")
+    with subprocess.Popen([sys.executable, "-c", PROGRAM, V1, str(plugin.path)], cwd=HERE) as program:
+        file = pathlib.Path(f"{plugin.log}.pid")
+        pid = int(wait_until(lambda: file.exists() and file.read_text()))
+        assert runs(pid)
+        program.kill()
+    wait_until(lambda: not runs(pid), timeout=2)
 
 
 @pytest.mark.parametrize("said, shown", [

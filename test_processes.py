@@ -642,7 +642,7 @@ def test_output_of_any_shape_is_understood_or_kept_in_bounds(size, bench):
 @both
 def test_a_chatty_child_does_not_block_and_only_its_end_is_kept(bench, cloudflared, echo_server, caplog):
     caplog.set_level(logging.DEBUG, "sniroute")
-    cloudflared.fault("app.test", flood=20)
+    cloudflared.fault("app.test", flood=100)
     cloudflared.far("app.test", echo_server.address)
     tunnel = bench(live=True).ready("app.test")
     assert ask(tunnel.child.address) == b"hello"  # it serves only when all is written

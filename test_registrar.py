@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import contextlib
 import json
 import logging
 import os
 import re
+import select
 import signal
 import socket
 import threading
@@ -16,6 +18,8 @@ from typing import Any, Callable
 
 import pytest
 
+import sniroute_loop
+import sniroute_owners
 import sniroute_registrar
 import sniroute_sqlite
 from conftest import HOST, Address, connect, linux, wait_until
@@ -221,6 +225,47 @@ def test_what_a_file_has_kept_is_routed_for_the_first_client(begin, serve, tmp_p
 
 
 @linux
+def test_what_redis_has_kept_is_routed_for_the_first_client(begin, redis_server, serve, free_ports):
+    """It comes before Redis has told anything: the port is open, and nobody is taken yet."""
+    redis, far, port = redis_server(), serve(answer(b"x", 1)), free_ports(1)[0]
+    first = begin(store=redis.url)
+    wait_until(lambda: first.claim(target=f"tcp:{HOST}:{far.address[1]}").status == 201)
+    first.kill()
+    redis.process.send_signal(signal.SIGSTOP)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        again = pool.submit(begin, f"--listen={HOST}:{port}", store=redis.url)
+        client = wait_until(lambda: dialled((HOST, port)))
+        with client:
+            client.sendall(sample_hello(SHOP))
+            is_taken = select.select([client], [], [], 0.3)[0]
+            redis.process.send_signal(signal.SIGCONT)
+            assert not is_taken and client.recv(1) == b"x"
+        again.result()
+
+
+def dialled(address: Address) -> socket.socket | None:
+    """A connection, where somebody listens."""
+    try:
+        return connect(address)
+    except ConnectionRefusedError:
+        return None
+
+
+@linux
+@pytest.mark.parametrize("store", ["away", "silent"])
+def test_a_store_that_tells_nothing_holds_nobody_up_for_long(begin, redis_server, serve, store):
+    redis, far = redis_server(), serve(answer(b"x", 1))
+    if store == "away":
+        redis.stop()
+    else:
+        redis.process.send_signal(signal.SIGSTOP)
+    router = begin(f"--route=a.test=tcp:{HOST}:{far.address[1]}", store=redis.url)
+    assert ("has not told within 2 s what is claimed" in router.program.log()) == (store == "silent")
+    with connect(router.program.address, sample_hello("a.test")) as client:
+        assert client.recv(1) == b"x"
+
+
+@linux
 def test_while_it_drains_nothing_is_claimed_and_what_is_may_be_renewed(begin, serve):
     far = serve(lambda sock: (sock.sendall(b"x"), read_all(sock)))
     there = begin("--drain=30s")
@@ -340,6 +385,18 @@ def test_a_claim_is_routed_from_its_answer_on_until_its_end(routed, serve):
     assert there.ask("DELETE", "/routes/shop", **lease(made)).status == 204
     there.settle()
     assert refused(there) == "no_route"
+
+
+def test_a_registry_that_stood_still_ends_no_claim_before_it_could_be_renewed(routed, serve, monkeypatch):
+    """As where its host is suspended: longer than a ttl, and than what is renewed late."""
+    monkeypatch.setattr(sniroute_owners, "TTL_MIN", 1.0)
+    monkeypatch.setattr(sniroute_loop, "STOOD_STILL", 0.5)
+    there, far = routed(), serve(answer(b"x", 1))
+    made = there.claim(target=there.target(far), ttl=1)
+    there.registrar.door.loop.call(lambda: time.sleep(1.4))  # the loop stands still, and no more than that
+    there.settle()
+    assert reached(there) == b"x"
+    assert there.ask("POST", "/routes/shop/renew", **lease(made)).status == 200
 
 
 def test_connections_go_on_when_a_claim_ends_unless_they_are_cut(routed, serve):

@@ -81,6 +81,11 @@ def test_a_preflight_is_refused(registry):
 # -- claims ------------------------------------------------------------------------------------
 
 
+def test_a_ttl_may_be_said_back_as_it_was_shown(registry):
+    there = registry()
+    assert there.claim(ttl=there.claim().json["ttl"]).status == 200
+
+
 def test_a_claim_has_all_that_its_owner_needs(registry):
     there = registry()
     said = there.claim(ttl=30, allow=["192.0.2.7"], http="forward", meta={"version": "1"})

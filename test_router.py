@@ -25,6 +25,7 @@ import sniroute_deadlines
 import sniroute_loop
 import sniroute_listeners
 import sniroute_router
+import sniroute_targets
 from sniroute_refusals import SettingsError
 from sniroute_routes import Decision, parse_route
 from sniroute_settings import load_settings
@@ -824,3 +825,17 @@ def test_more_connections_are_taken_at_once_when_more_may_be(run, echo_server):
             wait_until(lambda: running.router.paused, what="the pause")
             adopted(running, route(echo_server.address), "--max-connections=2")
             assert read_exactly(waiting, len(HELLO)) == HELLO
+
+
+def test_what_a_reload_decides_for_several_backends_is_done_before_the_loop_has_it(run, settings_file, monkeypatch):
+    text = '[routes]\n' + "".join(f'"r{n}.example.com" = "tcp:192.0.2.1:{n},192.0.2.2:{n}"\n' for n in range(1, 20))
+    running = run("--route=x.example.com=tcp:192.0.2.1:1")
+    settings = load_settings(["-c", settings_file(text)], {})
+    sniroute_router.prepare(settings)
+    tcp, checked = sniroute_targets.SCHEMES["tcp"], []
+    monkeypatch.setitem(sniroute_targets.SCHEMES, "tcp", tcp._replace(
+        check=lambda rest: checked.append(rest) or tcp.check(rest)))
+    done = threading.Event()
+    running.router.call(lambda: (running.router.adopt(settings), done.set()))
+    assert done.wait(10) and len(running.router.targets.book.groups) == 19
+    assert checked == []

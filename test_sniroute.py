@@ -31,10 +31,11 @@ import sniroute_routes
 from sniroute_refusals import REFUSALS
 from sniroute_settings import load_settings
 from conftest import HOST, linux, wait_until
+from testbed.admin import tell
 from testbed.clients import backwards, post, program_path, psql
 from testbed.hellos import HELLO, NAME, genuine
-from testbed.program import (BARE, BARE_PYTHON, Program, command, counter, cpu_seconds, environment, execute,
-                             installed, resident)
+from testbed.program import (BARE, BARE_PYTHON, Program, activated, changed, command, counter, cpu_seconds, environment,
+                             execute, installed, namespace, resident)
 from testbed.running import TUNNEL, alert, read_all, read_exactly, route
 from testbed.standins import Edge
 
@@ -215,6 +216,125 @@ def test_few_descriptors_and_many_clients(launch, single_loop_echo, options, say
             return read_exactly(client, len(HELLO)) == HELLO
         return False
     wait_until(served, timeout=5)
+
+
+@linux
+@pytest.mark.parametrize("options, says", [([], " are open"), (["--max-connections=1000"], "Too many open files")],
+                         ids=["limit that fits", "limit that does not"])
+def test_the_admin_answers_while_clients_take_all_that_there_is(launch, single_loop_echo, admin_path, options, says):
+    """64 descriptors, 200 clients: half of them say half a hello, the others stay.  One is kept for the admin."""
+    program = launch(route(single_loop_echo), f"--admin=unix:{admin_path}", "--prelude-timeout=60s", *options,
+                     python=("/bin/sh", "-c", 'ulimit -n 64 && exec "$@"', "sh", sys.executable))
+    with contextlib.ExitStack() as stack:
+        for number in range(200):
+            stack.enter_context(program.connect(HELLO[:100] if number % 2 else HELLO))
+        program.wait_for(says)
+        for path in ("/healthz", "/metrics", "/status") * 3:
+            reply = tell(admin_path, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert reply.status == 200, path
+
+
+@linux
+def test_a_router_that_stood_still_takes_nobody_for_silent(launch, single_loop_echo):
+    """SIGSTOP for longer than the deadline of a prelude, as where a host is suspended; more speak than a turn reads."""
+    program = launch(route(single_loop_echo), "--prelude-timeout=500ms",
+                     python=changed("sniroute_loop.STOOD_STILL = 0.4", "sniroute_loop.EVENTS = 4"))
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(program.connect(HELLO[:100])) for _ in range(40)]
+        wait_until(lambda: counter(program, "accepted") == 40)
+        program.signal(signal.SIGSTOP)
+        for client in clients:
+            client.sendall(HELLO[100:])
+        time.sleep(1.0)  # which is what is tested
+        program.signal(signal.SIGCONT)
+        for client in clients:
+            assert read_exactly(client, len(HELLO)) == HELLO
+
+
+def test_a_wall_clock_that_jumps_ends_nothing(launch, single_loop_echo):
+    """Each look at the wall clock is a day later or earlier than the one before: the log has that, and nobody else."""
+    program = launch(route(single_loop_echo), "--connection-idle=1h", "--prelude-timeout=1h", "--log-level=debug",
+                     python=changed("import itertools, time", "days, real = itertools.cycle((0, 1, -1)), time.time",
+                                    "time.time = lambda: real() + 86400 * next(days)"))
+    with program.connect(HELLO) as early, program.connect(HELLO[:100]) as half:
+        assert read_exactly(early, len(HELLO)) == HELLO
+        for _ in range(20):
+            with program.connect(HELLO) as client:
+                assert read_exactly(client, len(HELLO)) == HELLO
+            early.sendall(b"x")
+            assert early.recv(1) == b"x"
+        half.sendall(HELLO[100:])
+        assert read_exactly(half, len(HELLO)) == HELLO
+        wait_until(lambda: len(set(re.findall(r"^(\d+-\d+-\d+)T", program.log(), re.MULTILINE))) >= 3, what="three days")
+
+
+LISTENER = """
+import socket, sys, threading
+def serve(sock):
+    with sock:
+        while data := sock.recv(65536):
+            sock.sendall(data)
+listener = socket.create_server(("0.0.0.0", int(sys.argv[1])))
+while True:
+    threading.Thread(target=serve, args=listener.accept()[:1], daemon=True).start()
+"""
+
+
+@linux
+def test_local_ports_that_run_out_blame_nobody_and_are_told(launch, held, tmp_path, free_ports):
+    """Four ports to dial from, in a network of its own: the fifth client is refused in words, or is led elsewhere.
+
+    The tunnel is not started again, and no backend rests: it is this host that is short.
+    """
+    (tmp_path / "listener.py").write_text(LISTENER)
+    port, _ = free_ports()
+    listener = f"command:{sys.executable} -S {tmp_path}/listener.py {{port}}"
+    (tmp_path / "routes.toml").write_text(f"""
+[routes]
+"{NAME}" = "{listener}"
+"b.example.com" = {{ target = ["tcp:127.0.0.1:{port}", "{listener} other"], balance = "first" }}
+""")
+    made = activated(("sniroute", held))
+    made["python"] = (*namespace("--net", "ip link set lo up && echo 61000 61003 > "
+                                           "/proc/sys/net/ipv4/ip_local_port_range"), *made["python"])
+    program = launch("-c", f"{tmp_path}/routes.toml", f"--ports={port}-{port + 1}", **made)
+    with contextlib.ExitStack() as stack:
+        def ask(name: str = NAME) -> bytes:
+            hello = genuine(name=name)
+            client = stack.enter_context(program.connect(hello))
+            said = client.recv(len(hello))
+            if said != hello:
+                client.close()
+            return b"served" if said == hello else said
+        assert [ask() for _ in range(4)] == [b"served"] * 4
+        assert [ask()[:1] for _ in range(4)] == [b"\x15"] * 4, "alerts"
+        assert [ask("b.example.com") for _ in range(4)] == [b"served"] * 4, "the fifth way is another backend's"
+        wait_until(lambda: counter(program, "busy") == 4)
+    assert program.log().count("tunnel ready") == 2 and " is down" not in program.log()
+    assert "no local port left to dial it from" in program.log()
+
+
+@linux
+def test_a_backend_whose_host_has_gone_without_a_word_is_found_out(launch, held, tmp_path, free_ports):
+    """A firewall that drops all is as a cable that is pulled: nothing comes back, and nothing says so."""
+    nft = program_path("nft", "nftables")
+    (tmp_path / "listener.py").write_text(LISTENER)
+    port, _ = free_ports(1)
+    made = activated(("sniroute", held))
+    made["python"] = (*namespace("--net", "ip link set lo up && ip addr add 198.51.100.1/32 dev lo"), *made["python"][:-1],
+                      *changed("sniroute_targets.KEEPALIVE = (1, 1, 1)"))
+    program = launch(f"--route=t.example.com=command:{sys.executable} -S {tmp_path}/listener.py {{port}}",
+                     f"--route={NAME}=tcp:198.51.100.1:{port}", f"--ports={port}-{port}", **made)
+    with program.connect(hello := genuine(name="t.example.com")) as client:
+        assert read_exactly(client, len(hello)) == hello  # so the listener is up
+        with program.connect(HELLO) as idle:
+            assert read_exactly(idle, len(HELLO)) == HELLO
+            subprocess.run(["nsenter", f"--net=/proc/{program.pid}/ns/net", nft, "-f", "-"], check=True, input=b"""
+                table ip test { chain input { type filter hook input priority 0; ip daddr 198.51.100.1 drop; }; }""")
+            with pytest.raises(ConnectionResetError):  # no end, which would look whole
+                idle.recv(1)
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
 
 
 @pytest.fixture

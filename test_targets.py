@@ -18,7 +18,7 @@ from sniroute_launchers import Reason
 from sniroute_names import parse_host_port
 from sniroute_refusals import Refused
 from sniroute_routes import Route, Routes, parse_route
-from sniroute_targets import (Backend, Doubt, Retry, Targets, TcpBackend, TunnelBackend, Unreachable, check_tcp,
+from sniroute_targets import (NO_PORT, Backend, Doubt, Retry, Targets, TcpBackend, TunnelBackend, Unreachable, check_tcp,
                               check_tunnel)
 from conftest import HOST, Address, wait_until
 from testbed.hellos import (HELLO, Bad, genuine, verdict)
@@ -211,6 +211,17 @@ def test_addresses_that_cannot_be_reached_are_forgotten():
         with pytest.raises(Unreachable):
             TcpBackend(targets, decision.key, decision.target, found).open()
         assert not targets.resolved
+
+
+@pytest.mark.parametrize("told, reason", [
+    ((NO_PORT,), "busy"), ((NO_PORT, NO_PORT), "busy"), ((NO_PORT, "Connection refused"), "backend"),
+    (("Connection refused", NO_PORT), "backend"), ((), "backend")], ids=str)
+def test_a_host_is_to_blame_where_it_could_dial_no_address(told, reason):
+    """Where IPv6 is switched off ::1 cannot be dialled either, and localhost is down all the same."""
+    way = Backend("tcp:localhost:1", [(socket.AF_INET6, ("::1", 1, 0, 0)), (socket.AF_INET, (HOST, 1))], True)
+    for row, what in zip(way.addresses, told):
+        way.tell(row, what)
+    assert (way.is_ours(), way.failed("why", None, True).kind) == (reason == "busy", reason)
 
 
 @pytest.mark.parametrize("last", [False, True])

@@ -462,7 +462,43 @@ def test_the_reaper_outlives_an_operating_system_error(bench, monkeypatch, caplo
     monkeypatch.setattr(sniroute_tunnels, "listens", listens)
     bench(live=True).ready("app.test")
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR] == [
-        "tunnels: [Errno 24] Too many open files"] * 2
+        "tunnels: [Errno 24] Too many open files"], "said once, however often it is met"
+
+
+def test_the_reaper_outlives_a_lack_of_memory_and_loses_no_name(bench, monkeypatch, caplog):
+    real, faults = sniroute_processes.Processes.launch, [MemoryError()] * 2
+
+    def launch(*words: Any, **more: Any) -> Any:
+        if faults:
+            raise faults.pop()
+        return real(*words, **more)
+
+    monkeypatch.setattr(sniroute_processes.Processes, "launch", launch)
+    bench(live=True).ready("app.test")
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR] == [
+        "tunnels: memory is short"], "no traceback"
+
+
+@pytest.mark.parametrize("number, says", [(errno.EMFILE, "Too many open files"), (errno.ENOMEM, "Cannot allocate"),
+                                          (errno.EAGAIN, "no process can be started (")])
+def test_what_is_to_stand_is_tried_again_soon_while_this_host_is_short(bench, monkeypatch, caplog, number, says):
+    """However long that lasts: the pause does not grow, as it does for a far end; and it is said once."""
+    caplog.set_level(logging.INFO)
+    table = (made := bench()).table
+    def launch(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(sniroute_processes.Processes, "launch", launch)
+    sniroute_tunnels.stand(table, "settings", [key("app.test")])
+    for _ in range(20):
+        table.step()
+        table.step()
+        assert table.failures[key("app.test")].until - made.clock() <= sniroute_tunnels.SHORT_RETRY
+        made.clock.jump(sniroute_tunnels.SHORT_RETRY)
+    said, = [fields["reason"] for what, fields in events(caplog) if what == "tunnel did not start"]
+    assert says in said
+    monkeypatch.undo()
+    table.step()
+    assert table.children, "it starts"
 
 
 def test_the_reaper_outlives_a_fault_of_ours_and_loses_no_name(bench, monkeypatch, caplog):

@@ -29,7 +29,7 @@ from conftest import HOST, Address, FakeClock, echo, linux, own_fds, wait_until
 from sniroute_loop import NEVER, Loop, Queue
 from sniroute_race import Row
 from sniroute_refusals import Refused
-from sniroute_targets import Backend, TunnelBackend, UnixBackend, Unreachable
+from sniroute_targets import NO_PORT, Backend, TunnelBackend, UnixBackend, Unreachable
 from sniroute_warm import DIALS_MAX, GREETING_MAX, PAUSE_SPREAD, PAUSES, RESTING, STEADY, Warm, WarmOptions, WarmPool
 from testbed.tunnels import key, listening
 
@@ -760,6 +760,18 @@ def test_where_descriptors_are_short_it_waits_and_blames_nobody(lab, echo_server
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
         for fd in (*taken, *spare):
             os.close(fd)
+    lab.pass_by(1.0)
+    lab.until(lambda: len(pool.idle) == 1)
+
+
+def test_where_ports_to_dial_from_are_short_it_waits_and_blames_nobody(lab, echo_server, monkeypatch):
+    pool = lab.full(echo_server.address, size=1)
+    with monkeypatch.context() as short:
+        short.setattr(Backend, "begin", lambda way: way.tell(way.addresses[0], NO_PORT))
+        drop(pool.take())
+        lab.settle()
+        lab.pass_by(0.75)
+        assert pool.state is RESTING and not pool.idle and not lab.told and pool.setbacks == 0
     lab.pass_by(1.0)
     lab.until(lambda: len(pool.idle) == 1)
 

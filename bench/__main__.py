@@ -6,6 +6,7 @@
     python3 bench web ...        bench/web.py alone
     python3 bench kubernetes ... bench/kubernetes.py alone
     python3 bench nodepass ...   bench/nodepass.py alone
+    python3 bench scale ...      bench/scale.py alone
 
 The exit code is 0, or 1 if a part could not measure something.
 """
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 
-PARTS = ("routers", "tunnels", "web", "kubernetes", "nodepass")  # in this order
+PARTS = ("routers", "tunnels", "web", "kubernetes", "nodepass", "scale")  # in this order
 
 
 def argv_of(part: str, *options: str) -> list[str]:
@@ -42,7 +43,7 @@ def main() -> int:
     """The command line.  Returns the exit code."""
     if sys.argv[1:2] and sys.argv[1] in PARTS:
         os.execv(sys.executable, argv_of(*sys.argv[1:]))
-    parser = argparse.ArgumentParser(prog="bench", description="Measures routers, tunnels, plain HTTP, clusters, NodePass.",
+    parser = argparse.ArgumentParser(prog="bench", description="Measures routers, tunnels, HTTP, clusters, NodePass, scale.",
                                      epilog=f"One alone, with its own options: bench {'|'.join(PARTS)} --help")
     parser.add_argument("--quick", action="store_true", help="less of everything")
     parser.add_argument("--json", metavar="FILE", help="write all figures there, too")

@@ -19,8 +19,8 @@
     named               a name server: BIND
     aside               runs some of the tests in a process beside the others
     objects             objects of Kubernetes in JSON, in short, for tests without a cluster
-    endure              the long forms of the tests, a command of its own; endure_router, endure_streams, endure_inputs
-                        and endure_nemesis are its parts, and need no pytest
+    endure              the long forms of the tests, a command of its own; the files endure_* are its parts, and need no
+                        pytest
     fuzz                each parser without I/O on mutated inputs, a command of its own, for any fuzzer; fuzz_oracles,
                         fuzz_preludes, fuzz_web and fuzz_options are its parts, and need no pytest
     referees            programs that read the same languages, on the same inputs: a command of its own

@@ -26,7 +26,7 @@ ASIDE = tuple(frozenset(f"test_{room}.py" for room in rooms) for rooms in ((
     "objects", "patterns", "names", "settings", "upgrade", "launchers", "house", "gateway", "refusals", "doctor",
     "documents", "credentials", "plugins", "layers", "sqlite", "registry", "rest", "door", "claim", "redis", "rfc2136",
     "shared", "api", "pods", "links", "passage", "jumps", "kubernetes", "clusters", "cluster", "any_cluster",
-    "web_clients", "host"), (
+    "web_clients", "host", "scarcity"), (
     "nodeurl", "signals", "guards", "h2", "streams", "lanes", "duplex", "upstreams", "datagrams", "single", "master",
     "mcp", "instances", "nat", "peering", "pool", "callers", "nodepass", "ends", "nodepass_faults", "nodepass_hostile",
     "offload", "behind_nat")))

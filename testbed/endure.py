@@ -1,17 +1,18 @@
-"""endure: the long forms of the tests, against the real program; with figures for bench/README.md.
+"""endure: the long forms of the tests, against the real program; with figures for RELIABILITY.md.
 
-    python3 -m testbed.endure                                   everything at full length: ten minutes
+    python3 -m testbed.endure                                   everything at full length: half an hour
     python3 -m testbed.endure --only data,carrier --scale 0.01  two parts, a hundredth of the length
     python3 -m testbed.endure --only inputs --seed 7            other inputs
 
-    nemesis     500 faults, one after another, under a mixed load               endure_nemesis
+    nemesis     2,000 faults, one after another, under a mixed load             endure_nemesis, endure_inside
     inputs      1,000,000 mutated inputs for the parsers, 5,000 for the router  endure_inputs
     data        20 GB of checked bytes through `tcp:`, a fifth to slow readers  endure_streams
     carrier     2 GB through the carrier, to the stand-in for the edge          endure_streams, fake_edge
-    kills       50 times SIGKILL to the router under load
+    kills       100 times SIGKILL to the router, with 20 children, under load   endure_kills, endure_claims
     handovers   10 successors under a load of new connections
     nodepass    four NodePass tunnels for five minutes, a day of theirs: ends,  endure_nodepass
                 targets and the link between fail, one after another
+    connections 500,000 small checked connections: memory, and exact counters   endure_connections
     house       all kinds of clients for an hour, while all that they use fails endure_house
 
 The router is a process of its own, as users run it (endure_router).  A line for each part says what was done and how
@@ -31,22 +32,21 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, NamedTuple
 
-from sniroute_wire import SSL_REQUEST_BYTES
-from testbed import endure_house, endure_inputs, endure_nemesis, endure_nodepass
-from testbed.endure_nemesis import Load, Nemesis
-from testbed.endure_router import (HERE, HOST, PIPES_MAX, RESIDENT_MORE_DATA, TESTBED, Backend, Baseline, Folder,
-                                   Problem, Router, Standing, children, clients, environment, raise_descriptors,
-                                   running, show, wait_for)
-from testbed.endure_streams import (ENDS_FIRST, PERIOD, Cut, Opening, Wrong, bounded, hello_for, log_uniform,
-                                    open_stream, pass_stream)
+from testbed import endure_connections, endure_house, endure_inputs, endure_kills, endure_nemesis, endure_nodepass
+from testbed.endure_crowd import CROWD, Crowd, prepare_crowd
+from testbed.endure_far import edge
+from testbed.endure_nemesis import Events, Load, Nemesis
+from testbed.endure_router import (HERE, HOST, PIPES_MAX, RESIDENT_MORE_DATA, Backend, Baseline, Folder, Problem, Router,
+                                   Standing, bytes_total, clients, environment, raise_descriptors, show,
+                                   wait_for)
+from testbed.endure_streams import bounded
 
 GIGABYTE = 10 ** 9
 
@@ -99,21 +99,25 @@ def nemesis(size: Size) -> Result:
         evil = Nemesis(folder, load, backend, size.seed)
         evil.write_settings()
         problems = load.problems
-        with Router(folder) as router:
+        with Router(folder, apart=evil.apart) as router:
             evil.router = router
             try:
                 load.start()
-                for kind in (*endure_nemesis.KINDS, "tunnel"):  # what comes once is there
-                    wait_for(lambda: load.counts[f"{kind} served"] > 3, f"clients of {kind} that are served")
+                for kind in endure_nemesis.AT_ONCE:  # what comes once is there
+                    wait_for(lambda: load.counts[f"{kind} served"] > 3 or problems,
+                             f"clients of {kind} that are served")
                 load.stop()
                 baseline = Baseline(router)
+                events = Events(evil)
                 load.start()
-                evil.strike(size.of(500))
+                evil.strike(size.of(2000))
+                load.stop()
                 endure_nemesis.served_again(load, random.Random(size.seed))
             finally:
                 evil.close()
                 load.stop()
             after = baseline.check(router, problems)
+            events.compare(problems)
             end_well(router, problems)
             problems += backend.faults()
             kinds = collections.Counter()
@@ -121,7 +125,9 @@ def nemesis(size: Size) -> Result:
                 kinds[what.rpartition(" ")[2]] += number
             words = f"{count(sum(evil.counts.values()))} faults of {len(evil.counts)} kinds, " \
                     f"{count(kinds['served'])} streams served, {count(kinds['cut'])} cut, " \
-                    f"{count(kinds['refused'])} refused; {count(load.made)} names, {evil.binds} ports stolen"
+                    f"{count(kinds['refused'])} refused; {count(load.made)} names, {evil.binds} ports stolen, " \
+                    f"{count(kinds['201'])} claims" \
+                    f"{'' if evil.apart.is_real else ' (the router has no user and no disk of its own here)'}"
             return Result(words, problems, baseline.before, after)
 
 
@@ -203,6 +209,15 @@ def inputs(size: Size) -> Result:
 # -- data and carrier --------------------------------------------------------------------------
 
 
+COUNTED: dict[str, Callable[[dict[str, float]], float]] = {  # what clients report, and where /metrics says the same
+    "connections": lambda found: found["sniroute_accepted_total"],
+    "served": lambda found: sum(found[f'sniroute_connections_total{{result="{who}_closed"}}']
+                                for who in ("client", "backend")),
+    "bytes up": lambda found: bytes_total(found, "up"),
+    "bytes down": lambda found: bytes_total(found, "down"),
+}
+
+
 def carry(size: Size, router: Router, backend: Backend, total: int, **orders: Any) -> Result:
     """Carry `total` bytes through the router, and check each.  What comes once has come before.
 
@@ -215,7 +230,7 @@ def carry(size: Size, router: Router, backend: Backend, total: int, **orders: An
         for helper in warm_up:
             problems += json.loads(helper.process.stdout.readline())["wrong"]
     baseline = Baseline(router)
-    accepted = router.metrics()["sniroute_accepted_total"]
+    counted = router.metrics()
     began = time.monotonic()
     report: collections.Counter[str] = collections.Counter()
     with clients(2, **orders, bytes=total - total // 5, at_once=6, all_slow=False, seed=size.seed) as helpers, \
@@ -226,9 +241,11 @@ def carry(size: Size, router: Router, backend: Backend, total: int, **orders: An
             report.update(found)
     seconds = time.monotonic() - began
     after = baseline.check(router, problems, RESIDENT_MORE_DATA)
-    taken = router.metrics(fresh=False)["sniroute_accepted_total"] - accepted  # `check` has asked when all was over
-    if taken != report["connections"] and not problems:
-        problems.append(f"{report['connections']} connections were made, and {taken:g} counted")
+    now = router.metrics(fresh=False)  # `check` has asked when all was over
+    for what, read in COUNTED.items():
+        taken = read(now) - read(counted)
+        if taken != report[what] and not problems:
+            problems.append(f"{what}: {report[what]} were made, and {taken:g} counted")
     end_well(router, problems)
     problems += backend.faults()
     words = f"{report['up'] / GIGABYTE:.2f} GB up, {report['down'] / GIGABYTE:.2f} GB down, " \
@@ -247,34 +264,6 @@ def data(size: Size) -> Result:
             return carry(size, router, backend, size.of(20 * GIGABYTE), names=names, ends_first=True)
 
 
-@contextlib.contextmanager
-def edge(folder: Folder, names: list[str], ports: list[int]) -> Iterator[dict[str, str]]:
-    """The stand-in for the edge; `names` lead to `ports`.  Yields the variables that a router needs for it."""
-    if shutil.which("openssl") is None:
-        raise Problem("openssl is not here (Debian package openssl)")
-    place = folder.path / "edge"
-    place.mkdir()
-    (place / "far.json").write_text(json.dumps({name: [HOST, port] for name, port in zip(names, ports)}))
-    made = subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", "/CN=edge", "-addext", "subjectAltName=DNS:*.example.test", "-addext",
-         "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=critical,keyCertSign,digitalSignature",
-         "-keyout", place / "key.pem", "-out", place / "ca.pem"], capture_output=True, text=True)
-    if made.returncode:
-        raise Problem(f"openssl: {made.stderr}")
-    (place / "edge.pem").write_text((place / "ca.pem").read_text() + (place / "key.pem").read_text())
-    process = subprocess.Popen([sys.executable, "-I", "-S", str(TESTBED / "fake_edge.py"), str(place)],
-                               stdin=subprocess.PIPE)
-    try:
-        wait_for((place / "edge.json").exists, "the edge")
-        proxy = json.loads((place / "edge.json").read_text())["proxy"]
-        yield {"HTTPS_PROXY": f"http://{HOST}:{proxy}", "SSL_CERT_FILE": str(place / "ca.pem")}
-    finally:
-        process.kill()
-        process.wait()
-        process.stdin.close()
-
-
 def carrier(size: Size) -> Result:
     """Checked bytes through the carrier.  It has no half-close, as WebSocket has none."""
     names = ["a.example.test", "b.example.test", "c.example.test"]
@@ -287,113 +276,9 @@ def carrier(size: Size) -> Result:
 # -- kills and hand-overs ----------------------------------------------------------------------
 
 
-class Crowd:
-    """Clients that come again and again, each with a small checked stream; `names` are shelves in this order.
-
-    Only behind `tcp:` a client may end first: a tunnel has no half-close, and who ends before a backend has answered
-    SSLRequest has left, for the router (`client_left`).
-    """
-
-    def __init__(self, folder: Folder, names: list[str], seed: int, at_once: int = 6):
-        self.folder = folder
-        self.names = names
-        self.stopping = threading.Event()
-        self.lock = threading.Lock()  # guards what follows
-        self.served = 0
-        self.problems: list[str] = []  # wrong bytes: never allowed
-        self.broken: collections.Counter[str] = collections.Counter()  # streams that ended early, and how
-        self.threads = [threading.Thread(target=self.come_again, args=(random.Random(f"{seed} {number}"),),
-                                         name="crowd") for number in range(at_once)]
-
-    def __enter__(self) -> Crowd:
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """End, and wait for it.  A second call does nothing."""
-        self.stopping.set()
-        for thread in self.threads:
-            thread.join()
-
-    def come_again(self, rng: random.Random) -> None:
-        """A thread's clients."""
-        while not self.stopping.is_set():
-            shelf = rng.randrange(len(self.names))
-            name = self.names[shelf]
-            flags = ENDS_FIRST if name == "tcp.example.test" and rng.random() < 0.5 else 0
-            opening = Opening(flags=flags, shelf=shelf, seed=rng.randrange(1 << 32),
-                              start_up=rng.randrange(PERIOD), size_up=log_uniform(rng, 1 << 16),
-                              start_down=rng.randrange(PERIOD), size_down=log_uniform(rng, 1 << 16))
-            fault, wrong = "", False
-            try:
-                with socket.create_connection(self.folder.listen) as sock:
-                    bounded(sock)
-                    open_stream(sock, hello_for(name, rng), opening, SSL_REQUEST_BYTES if "pg" in name else b"")
-                    pass_stream(sock, opening, at_once=False)
-            except Wrong as error:
-                fault, wrong = f"{name}: {error}", True
-            except (Cut, OSError) as error:
-                fault = f"{name}: {type(error).__name__} {error}"
-            with self.lock:
-                self.served += not fault
-                if wrong:
-                    self.problems.append(f"a client of {fault}")
-                elif fault:
-                    self.broken[fault] += 1
-            time.sleep(0.005 if not fault else 0.05)
-
-
-CROWD = ["tcp.example.test", "tcp-pg.example.test", "t1.example.test", "t2.example.test", "t3.example.test"]
-
-
-def prepare_crowd(folder: Folder, backend: Backend) -> None:
-    """Write settings by which the names of CROWD lead to their shelves: two at once, three through tunnels."""
-    rows = [f'"{name}" = "tcp:{HOST}:{port}"' for name, port in zip(CROWD, backend.shelves[:2])]
-    folder.write_settings("\n".join([*rows, '"*.example.test" = "cloudflared:{name}"']),
-                          f'cloudflared = "{folder.cloudflared}"')
-    for name, port in zip(CROWD[2:], backend.shelves[2:]):
-        folder.set("far.json", name, [HOST, port])
-
-
 def kills(size: Size) -> Result:
-    """SIGKILL to the router under load: its children end, the next one listens at once, and clears what was left."""
-    problems: list[str] = []
-    slowest, seen_children, cleared = 0.0, 0, 0
-    rng = random.Random(size.seed)
-    with Folder() as folder, Backend(len(CROWD)) as backend, contextlib.ExitStack() as stack:
-        prepare_crowd(folder, backend)
-        crowd = stack.enter_context(Crowd(folder, CROWD, size.seed))
-        for number in range(size.of(50) + 1):
-            left = folder.homes()
-            router = stack.enter_context(Router(folder))
-            goal = crowd.served + 20
-            wait_for(lambda: crowd.served >= goal and len(children(router.pid)) == 3, "a load on three tunnels")
-            wait_for(lambda: not left & folder.homes(), f"the end of {left}, which killed routers have left")
-            cleared += len(left)
-            if number == size.of(50):
-                break  # the last one ends well
-            seen_children += len(running(str(folder.tunnels)))
-            time.sleep(rng.uniform(0, 0.1))
-            router.process.kill()
-            router.process.wait()
-            began = time.monotonic()
-            wait_for(lambda: not running(str(folder.tunnels)), "the end of its children", 10)
-            slowest = max(slowest, time.monotonic() - began)
-            said_wrong(router, problems)
-        crowd.stop()
-        before = Baseline(router).before
-        end_well(router, problems)
-        problems += crowd.problems
-        if left := sorted(path.name for path in folder.scratch.iterdir()):
-            problems.append(f"files that are left: {left}")
-        problems += backend.faults()
-    words = f"{size.of(50)} kills, {count(crowd.served)} streams served, {seen_children} children, the last one gone " \
-            f"within {1000 * slowest:.0f} ms; {cleared} home folders cleared by the next start"
-    return Result(words, problems, before, before)
+    """SIGKILL to the router: its children end, the next one serves at once, claims are as they were."""
+    return Result(*endure_kills.run(size.of(100), size.scale < 0.1, size.seed))
 
 
 def handovers(size: Size) -> Result:
@@ -433,6 +318,11 @@ def nodepass(size: Size) -> Result:
     return Result(*endure_nodepass.run(300 * size.scale, size.seed))
 
 
+def connections(size: Size) -> Result:
+    """Many small connections, and exact counters."""
+    return Result(*endure_connections.run(size.of(500_000), size.seed))
+
+
 # -- the whole ---------------------------------------------------------------------------------
 
 
@@ -445,7 +335,7 @@ def house(size: Size) -> Result:
 
 PARTS: dict[str, Callable[[Size], Result]] = {
     "nemesis": nemesis, "inputs": inputs, "data": data, "carrier": carrier, "kills": kills, "handovers": handovers,
-    "nodepass": nodepass, "house": house,
+    "nodepass": nodepass, "connections": connections, "house": house,
 }
 
 

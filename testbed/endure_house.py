@@ -55,12 +55,12 @@ TOKENS = {"alice": "token-of-alice", "bob": "token-of-bob"}
 KEY = "house-key"  # of NodePass
 TIMES = {"NP_REPORT_INTERVAL": "500ms", "NP_SERVICE_COOLDOWN": "100ms", "NP_HANDSHAKE_TIMEOUT": "5s", "NP_TCP_DIAL_TIMEOUT": "5s",
          "NP_POOL_GET_TIMEOUT": "8s", "NP_MIN_POOL_INTERVAL": "10ms", "NP_MAX_POOL_INTERVAL": "100ms"}
-PREFIX = "203.0.113"  # of the network namespace: the part `nodepass` has another one, at the same time
 POD_PORT = 8080
 CLAIMED = "program"  # a name that `sniroute.py claim` keeps
 SHORT = 30.0  # seconds; who has less is in the suite, beside much else, and its clients come less often
 GENERATIONS = 10  # former names that still lead somewhere: who has asked for one is on the way, and faults come thick
 PHASE = 600.0  # seconds between two rests, in which the load is over, and the routers are looked at
+LEFT = ("sniroute_registry_claims",)  # a contest that is broken off leaves one, which ends by itself: see `claims_agree`
 RESIDENT_MORE_HOUSE = 12.0  # MiB: RESIDENT_MORE, and as much again for what a registry, HTTP and four kinds of tunnels keep
 
 
@@ -144,7 +144,7 @@ class House:
         for disk in (self.scratch, self.log_disk):
             stack.callback(disk.close)
         self.backend = stack.enter_context(Backend(SHELVES))
-        self.network = stack.enter_context(Network(PREFIX))
+        self.network = stack.enter_context(Network())
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             waiting = [pool.submit(Database, self.path) if self.may("postgres") else None,
                        pool.submit(Redis, self.path) if self.may("redis-server") else None]
@@ -426,7 +426,7 @@ def run(seconds: float, seed: int) -> Outcome:
     with House(seed, 1.0 if seconds > SHORT else 3.0) as house:
         load, nemesis, problems = house.load, Nemesis(house, seed), house.load.problems
         served(house)
-        stood = [Baseline(router) for router in house.routers]
+        stood = [Baseline(router, LEFT) for router in house.routers]
         memory = [[base.before.resident for base in stood]]
         began = time.monotonic()
         for phase in range(phases):
@@ -436,7 +436,7 @@ def run(seconds: float, seed: int) -> Outcome:
             finally:
                 load.stop()
             if phase < with_ends:
-                stood[0] = Baseline(house.routers[0])  # it is another process
+                stood[0] = Baseline(house.routers[0], LEFT)  # it is another process
             after = [base.check(router, problems, RESIDENT_MORE_HOUSE) for base, router in zip(stood, house.routers)]
             memory.append([each.resident for each in after])
         took = time.monotonic() - began

@@ -38,7 +38,7 @@ from testbed.endure_router import FORBIDDEN, HERE, Problem, Standing, standing, 
 from testbed.ports import free_port
 
 LOOPBACK = "127.0.0.1"
-PREFIX = "198.51.100"  # of the link's network: servers and targets have .1, clients .2
+LINKS = "198.51.100."  # the network of all links: each has four addresses of it, and another run has others
 TIMES = {
     "NP_REPORT_INTERVAL": "150ms", "NP_SERVICE_COOLDOWN": "100ms", "NP_HANDSHAKE_TIMEOUT": "1s", "NP_TCP_DIAL_TIMEOUT": "1s",
     "NP_POOL_GET_TIMEOUT": "2s", "NP_UDP_READ_TIMEOUT": "500ms", "NP_MIN_POOL_INTERVAL": "10ms",
@@ -66,13 +66,13 @@ KINDS = [Kind("", "-", "server"), Kind("tls=1", "+", "client"), Kind("type=2", "
 
 
 class Network:
-    """Where clients live, and what leads there.  Used with `with`.  `prefix`: that of its addresses, a network of 24 bits."""
+    """Where clients live, and what leads there.  Used with `with`."""
 
-    def __init__(self, prefix: str = PREFIX) -> None:
-        self.network, self.ours, self.theirs = f"{prefix}.0/24", f"{prefix}.1", f"{prefix}.2"
+    def __init__(self) -> None:
         self.name = f"np{os.getpid()}"
         self.link = f"npv{os.getpid()}"[:15]
-        self.is_real = self.has_route = False
+        self.first = -1  # of its addresses
+        self.is_real = False
 
     def ip(self, *words: str) -> bool:
         """Run ip; whether it went well."""
@@ -80,31 +80,33 @@ class Network:
 
     def __enter__(self) -> Network:
         if os.geteuid() == 0 and shutil.which("ip") and self.ip("netns", "add", self.name):
+            # The route is this run's alone, which `ip` sees to.  While the link is down its addresses must not be looked
+            # for elsewhere.
+            mine = (first for first in range(0, 256, 4)
+                    if self.ip("route", "add", "unreachable", f"{LINKS}{first}/30", "metric", "9999"))
+            self.first = next(mine, -1)
             steps = (("link", "add", self.link, "type", "veth", "peer", "name", "far", "netns", self.name),
-                     ("addr", "add", f"{self.ours}/24", "dev", self.link), ("link", "set", self.link, "up"),
-                     ("-n", self.name, "addr", "add", f"{self.theirs}/24", "dev", "far"),
+                     ("addr", "add", f"{LINKS}{self.first + 1}/30", "dev", self.link), ("link", "set", self.link, "up"),
+                     ("-n", self.name, "addr", "add", f"{LINKS}{self.first + 2}/30", "dev", "far"),
                      ("-n", self.name, "link", "set", "far", "up"), ("-n", self.name, "link", "set", "lo", "up"))
-            # While the link is down its addresses must not be looked for elsewhere.  This comes first: who runs at the same
-            # time has them, and then this one has no network.
-            self.has_route = self.ip("route", "add", "unreachable", self.network, "metric", "9999")
-            self.is_real = self.has_route and all(self.ip(*step) for step in steps)
+            self.is_real = self.first >= 0 and all(self.ip(*step) for step in steps)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.has_route:
-            self.ip("route", "del", "unreachable", self.network, "metric", "9999")
+        if self.first >= 0:
+            self.ip("route", "del", "unreachable", f"{LINKS}{self.first}/30", "metric", "9999")
         self.ip("link", "del", self.link)
         self.ip("netns", "del", self.name)
 
     @property
     def near(self) -> str:
         """The address of servers and targets."""
-        return self.ours if self.is_real else LOOPBACK
+        return f"{LINKS}{self.first + 1}" if self.is_real else LOOPBACK
 
     @property
     def far(self) -> str:
         """That of clients."""
-        return self.theirs if self.is_real else LOOPBACK
+        return f"{LINKS}{self.first + 2}" if self.is_real else LOOPBACK
 
     def there(self, *words: str) -> list[str]:
         """A command line that runs where clients live."""

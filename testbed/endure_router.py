@@ -2,6 +2,7 @@
 
     Folder          a place for a part: a settings file, the stand-in for cloudflared, TMPDIR; ports that nobody has
     Router          `python3 sniroute.py -c FILE`: its log, its /metrics, its descriptors, threads, children, memory
+    Apart           a user and a small disk for a router, where this process may give them
     Baseline        how it stood before a part, and what has to be the same afterwards
     Helper          the backend, or clients, of testbed/endure_streams.py as a child
     Problem         what fails a part
@@ -16,6 +17,7 @@ import contextlib
 import json
 import os
 import pathlib
+import py_compile
 import re
 import resource
 import shutil
@@ -51,6 +53,13 @@ RESIDENT_MORE = 8.0  # MiB
 # and no more after six times the bytes.
 RESIDENT_MORE_DATA = 12.0  # MiB
 FORBIDDEN = ("Traceback", "report it", "ResourceWarning", "Fatal Python")  # words of a fault of ours, in the log
+
+
+HELD = (  # gauges of what is held for somebody, and of what the router cannot do for now: the same before and after
+    "sniroute_connections_active", "sniroute_route_connections_active", "sniroute_paused", "sniroute_draining",
+    "sniroute_port_pool_used", "sniroute_tunnels_linked", "sniroute_backend_queue_length", "sniroute_registry_claims",
+    "sniroute_registry_store_up",
+    *(f'sniroute_tunnels{{state="{state}"' for state in ("queued", "starting", "ready", "stopping", "backoff")))
 
 
 class Problem(Exception):
@@ -142,20 +151,24 @@ class Folder:
         self.tunnels = self.path / "cloudflared-folder"
         self.tunnels.mkdir()
         self.cloudflared = self.tunnels / "cloudflared"
-        # A wrapper: importing the compiled file is faster than running the source.
-        self.cloudflared.write_text(f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(TESTBED)!r})\n"
-                                    "import fake_cloudflared\nsys.exit(fake_cloudflared.main())\n")
-        self.cloudflared.chmod(0o700)
+        self.write_cloudflared(sys.executable, TESTBED)
         self.tables: dict[str, dict[str, Any]] = {"far.json": {}, "faults.json": {}}
         self.reserved = contextlib.ExitStack()
         first, last = self.reserved.enter_context(free_block(BLOCK))
         self.listen: Address = HOST, first
         self.admin: Address = HOST, first + 1
-        self.ports = first + 2, last
+        self.registry: Address = HOST, first + 2  # where a part has one
+        self.ports = first + 3, last
         self.settings = self.path / "sniroute.toml"
 
     def __enter__(self) -> Folder:
         return self
+
+    def write_cloudflared(self, python: str, testbed: pathlib.Path) -> None:
+        """The stand-in.  It is a wrapper: importing the compiled file is faster than running the source."""
+        self.cloudflared.write_text(f"#!{python} -IS\nimport sys\nsys.path.insert(0, {str(testbed)!r})\n"
+                                    "import fake_cloudflared\nsys.exit(fake_cloudflared.main())\n")
+        self.cloudflared.chmod(0o700)
 
     def __exit__(self, *_: object) -> None:
         self.reserved.close()
@@ -186,6 +199,106 @@ class Folder:
         return {path.name for path in self.scratch.glob("sniroute-*")}
 
 
+class Apart:
+    """What a router has for itself, where this process may give it that: a user, and a small disk for its TMPDIR.
+
+    A user: a limit of processes binds nobody who is root, and counts all that a user has.  A disk: it can be full.
+    """
+
+    DISK = 8 << 20  # bytes
+
+    def __init__(self, folder: Folder):
+        self.folder = folder
+        self.user = 61000 + os.getpid() % 3000  # nobody's, on any usual host
+        self.as_user = ["setpriv", f"--reuid={self.user}", f"--regid={self.user}", "--clear-groups", "--"]
+        self.python, self.home = sys.executable, HERE
+        self.is_real = not os.geteuid() and all(map(shutil.which, ("unshare", "setpriv", "prlimit"))) and self._begin()
+
+    def words(self) -> list[str]:
+        """What stands before a command line of the router's.  The mounts are gone when the router is."""
+        mounts = f'mount -t tmpfs -o size={self.DISK},mode=700,uid={self.user} tmpfs "$0/scratch" && ' \
+                 'mount --bind "$1" "$0/python" && mount --bind "$2" "$0/home" && shift 2 && exec "$@"'
+        return ["unshare", "--mount", "--propagation=private", "--", "/bin/sh", "-c", mounts, str(self.folder.path),
+                sys.base_prefix, str(HERE), *self.as_user]
+
+    def command(self, program: str) -> list[str]:
+        """The command line for a file of this project."""
+        return [*(self.words() if self.is_real else []), self.python, str(self.home / program)]
+
+    def _begin(self) -> bool:
+        """Give the folder to the user.  Whether that user may read all it needs.
+
+        Python, and the checkout, are mounted below the folder: they may be in root's home.
+        """
+        path = self.folder.path
+        for name in ("python", "home"):
+            (path / name).mkdir()
+        python = path / "python" / os.path.relpath(os.path.realpath(sys.executable), os.path.realpath(sys.base_prefix))
+        self.folder.write_cloudflared(str(python), path / "home/testbed")
+        with contextlib.suppress(OSError):
+            py_compile.compile(str(TESTBED / "fake_cloudflared.py"))  # this user cannot keep what it has compiled
+        self._own(self.user)
+        look = "import subprocess, sys; sys.path[:0] = sys.argv[1:2]; import sniroute; " \
+               "subprocess.run(sys.argv[2:], check=True)"
+        if not subprocess.run([*self.words(), str(python), "-c", look, str(path / "home"), str(self.folder.cloudflared),
+                               "--version"], capture_output=True).returncode:
+            self.python, self.home = str(python), path / "home"
+            return True
+        self._own(0)
+        self.folder.write_cloudflared(sys.executable, TESTBED)
+        return False
+
+    def _own(self, user: int) -> None:
+        """Give the folder to a user."""
+        for path in (self.folder.path, *self.folder.path.rglob("*")):
+            os.chown(path, user, user)
+
+    def tasks(self) -> int:
+        """How many threads and processes the user has; 1 where it is the user of all this."""
+        found = 0
+        for task in pathlib.Path("/proc").glob("[0-9]*/task/[0-9]*"):
+            with contextlib.suppress(OSError):
+                found += task.stat().st_uid == self.user
+        return found or 1
+
+    @contextlib.contextmanager
+    def limited(self, pid: int, what: str, allowed: int) -> Iterator[None]:
+        """The process has this limit for a while; `what` is "nofile", or another word of prlimit(1)."""
+        if self.is_real:  # only who has that user may do it, be it root or not
+            words = [*self.as_user, "prlimit", f"--pid={pid}"]
+            most, = subprocess.run([*words, f"--{what}", "--output=HARD", "--noheadings", "--raw"], check=True,
+                                   capture_output=True, text=True).stdout.split()
+            subprocess.run([*words, f"--{what}={allowed}:{most}"], check=True)
+            try:
+                yield
+            finally:
+                subprocess.run([*words, f"--{what}={most}:{most}"], check=True)
+            return
+        number = getattr(resource, f"RLIMIT_{what.upper()}")
+        limits = resource.prlimit(pid, number)
+        resource.prlimit(pid, number, (allowed, limits[1]))
+        try:
+            yield
+        finally:
+            resource.prlimit(pid, number, limits)
+
+    @contextlib.contextmanager
+    def full(self, pid: int) -> Iterator[None]:
+        """The disk is full for the router; without one of its own, none of its files may grow."""
+        if not self.is_real:
+            with self.limited(pid, "fsize", 0):
+                yield
+            return
+        filler = pathlib.Path(f"/proc/{pid}/root{self.folder.scratch}/filler")
+        try:
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:  # ENOSPC
+                for _ in range(self.DISK // 1024):
+                    file.write(bytes(1024))
+            yield
+        finally:
+            filler.unlink()
+
+
 # -- the router --------------------------------------------------------------------------------
 
 
@@ -199,9 +312,10 @@ def environment(**more: str) -> dict[str, str]:
 class Router:
     """A router that is a process of its own.  A thread reads its log, unless `log_is_read` is cleared."""
 
-    program = [sys.executable, str(HERE / "sniroute.py")]
+    program: list[str] = []  # else than `sniroute.py` of this folder
 
-    def __init__(self, folder: Folder, *options: str, **variables: str):
+    def __init__(self, folder: Folder, *options: str, before: tuple[str, ...] = (), python: str = sys.executable,
+                 apart: Apart | None = None, **variables: str):
         self.folder = folder
         self.lines: collections.deque[str] = collections.deque(maxlen=1000)
         self.faults: list[str] = []  # lines with a word of FORBIDDEN, and those behind them
@@ -209,9 +323,13 @@ class Router:
         self.asked = -CACHED  # when its admin was asked last; nobody else asks it
         self.log_is_read = threading.Event()
         self.log_is_read.set()
-        command = [*self.program, "-c", str(folder.settings), *options]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                                        errors="replace", env=environment(TMPDIR=str(folder.scratch), **variables))
+        command = [*before, *(self.program or [python, str(HERE / "sniroute.py")]), "-c", str(folder.settings), *options]
+        if apart is not None:
+            command = [*apart.command("testbed/endure_inside.py"), str(apart.home / "sniroute.py"), "-c",
+                       str(folder.settings), *options]
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL if apart is None else subprocess.PIPE,
+                                        stderr=subprocess.PIPE, text=True, errors="replace",
+                                        env=environment(TMPDIR=str(folder.scratch), **variables))
         self.pid = self.process.pid
         self.reader = threading.Thread(target=self._read, name="log-reader")
         self.reader.start()
@@ -248,6 +366,9 @@ class Router:
         self.process.wait()
         self.reader.join()
         self.process.stderr.close()
+        if self.process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
         if kind is Problem:
             print("".join(f"    log: {line}" for line in list(self.lines)[-LAST_LINES:]), end="", flush=True)
 
@@ -265,6 +386,11 @@ class Router:
     def signal(self, number: int) -> None:
         """Send it a signal."""
         self.process.send_signal(number)
+
+    def order(self, line: str) -> None:
+        """Tell endure_inside to do this; only with `apart`."""
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
 
     def end(self) -> int:
         """SIGTERM, and wait for the end.  Returns the exit code."""
@@ -303,15 +429,27 @@ class Router:
         return not found["sniroute_connections_active"] and not live and not children(self.pid)
 
 
+def bytes_total(found: dict[str, float], direction: str) -> float:
+    """The bytes "up" or "down" of the connections that are over, of all routes, in an answer of `Router.metrics`.
+
+    `sniroute_bytes_total` has those of open ones, too, and is a second old.
+    """
+    return sum(value for name, value in found.items()
+               if name.startswith("sniroute_route_bytes_total{") and f'direction="{direction}"' in name)
+
+
 def ended_total(found: dict[str, float]) -> float:
     """The connections that are over, in an answer of `Router.metrics`."""
     return sum(value for name, value in found.items() if name.startswith("sniroute_connections_total{"))
 
 
 class Baseline:
-    """How a quiet router stood before a part.  `check` waits until it stands like this again."""
+    """How a quiet router stood before a part.  `check` waits until it stands like this again.
 
-    def __init__(self, router: Router):
+    `but`: what of HELD may be another then.
+    """
+
+    def __init__(self, router: Router, but: tuple[str, ...] = ()):
         router.metrics()  # what `is_quiet` hears is not older
         wait_for(router.is_quiet, "a router without connections and tunnels")
         # What the admin has for an answer is gone a moment later: twice the same is quiet.
@@ -325,6 +463,8 @@ class Baseline:
         wait_for(same, "a router that stands still")
         self.before = last[0]
         self.opened = collections.Counter(descriptors(router.pid))
+        self.held = {name: value for name, value in router.metrics().items() if name.startswith(HELD)
+                     and not name.startswith(but)}
 
     def check(self, router: Router, problems: list[str], more: float = RESIDENT_MORE) -> Standing:
         """Add to `problems` what is not as it was, and not within a minute.  Returns how it stands now."""
@@ -354,6 +494,8 @@ class Baseline:
                                   ended_total(found))
         if accepted != active + over:
             problems.append(f"counters: {accepted:g} accepted, {over:g} over, {active:g} open")
+        problems += [f"{name}: {was:g} before, {found.get(name)} now" for name, was in self.held.items()
+                     if found.get(name) != was]
         return now
 
 

@@ -49,6 +49,16 @@ MAGIC, DONE = b"flow", b"done"
 SERVE, RESET, STALL, LEAVE = range(4)  # serve it; after some bytes down: break off, fall silent, end without reading
 ENDS_FIRST = 1  # flag: the client ends its direction when it has sent all; else only when all has come
 SLOW_BACKEND, SLOW_CLIENT = 2, 4  # flags: this side reads slowly
+# Flag: the backend sends all at once, and ends its direction; only then the client sends.  Not through a tunnel, which
+# has no half-close.  The client does not hear whether its bytes have come: a backend that lacks some says it is wrong.
+BACKEND_ENDS_FIRST = 8
+SLICED = 16  # flag: both sides write 1 to SLICE_MAX bytes at a time, as far as SLICED_MAX
+EARLY = 32  # flag: the client's first bytes, EARLY_MAX at most, are in one write with the hello
+SHUT_BACKEND, SHUT_CLIENT = 64, 128  # flags: this side has a window of zero for SHUT_TIME; `SHUT_SIZE` bytes fill it
+SLICE_MAX, SLICED_MAX = 1400, 1 << 18
+EARLY_MAX = 1 << 15
+SHUT_TIME = 0.3  # seconds: TCP asks again after 0.2
+SHUT_SIZE = 1 << 23  # bytes of a direction, so that it stops: more than the kernel keeps for both sockets on the way
 
 
 class Opening(NamedTuple):
@@ -76,6 +86,10 @@ TRAILER = struct.Struct("!4sQ")
 
 class Wrong(Exception):
     """Bytes that nobody has sent: a fault of the product.  The message says which."""
+
+
+class Refused(Wrong):
+    """An alert instead of the first byte: the router has refused the client."""
 
 
 class Cut(Exception):
@@ -107,18 +121,20 @@ def log_uniform(rng: random.Random, most: int) -> int:
     return int(2 ** rng.uniform(0, most.bit_length() - 1))
 
 
-def send_pattern(sock: socket.socket, start: int, size: int, rng: random.Random) -> None:
-    """Send `size` bytes of the pattern from position `start` on, in writes of 1 byte to 1 MiB."""
-    sent = 0
+def send_pattern(sock: socket.socket, start: int, size: int, rng: random.Random, flags: int = 0, sent: int = 0) -> None:
+    """Send `size` bytes of the pattern from position `start` on, in writes of 1 byte to 1 MiB; so many are `sent`."""
     while sent < size:
         at = (start + sent) % PERIOD
-        count = min(log_uniform(rng, WRITE_MAX), size - sent)
+        count = rng.randint(1, SLICE_MAX) if flags & SLICED and sent < SLICED_MAX else log_uniform(rng, WRITE_MAX)
+        count = min(count, size - sent)
         sock.sendall(VIEW[at:at + count])
         sent += count
 
 
-def read_pattern(sock: socket.socket, start: int, size: int, slow: bool) -> None:
+def read_pattern(sock: socket.socket, start: int, size: int, slow: bool, shut: bool = False) -> None:
     """Read `size` bytes, and check each.  Raises Wrong or Cut."""
+    if shut:
+        time.sleep(SHUT_TIME)  # who reads nothing has a small buffer, which is full soon
     space = memoryview(bytearray(SLOW_READ if slow else READ_MAX))
     taken = 0
     while taken < size:
@@ -126,6 +142,8 @@ def read_pattern(sock: socket.socket, start: int, size: int, slow: bool) -> None
         if not count:
             raise Cut(f"after {taken} of {size} bytes")
         if not PATTERN.startswith(space[:count], (start + taken) % PERIOD):
+            if not taken and space[:2] == b"\x15\x03":  # RFC 8446, section 5.1
+                raise Refused("an alert")
             raise Wrong(f"a wrong byte within {count} behind {taken} of {size} that began at {start}")
         taken += count
         if slow:
@@ -166,9 +184,11 @@ def send_down(sock: socket.socket, opening: Opening, heard: threading.Event) -> 
     rng = random.Random(opening.seed ^ 1)
     size = opening.size_down if opening.manner == SERVE else min(opening.cut, opening.size_down)
     with contextlib.suppress(OSError):
-        send_pattern(sock, opening.start_down, size, rng)
-        if opening.manner == SERVE and heard.wait(SILENCE):
+        send_pattern(sock, opening.start_down, size, rng, opening.flags)
+        if opening.manner == SERVE and (opening.flags & BACKEND_ENDS_FIRST or heard.wait(SILENCE)):
             sock.sendall(TRAILER.pack(DONE, opening.size_up))
+        if opening.flags & BACKEND_ENDS_FIRST:
+            sock.shutdown(socket.SHUT_WR)
 
 
 def serve_stream(sock: socket.socket, shelf: int) -> None:
@@ -189,10 +209,15 @@ def serve_stream(sock: socket.socket, shelf: int) -> None:
     sender = threading.Thread(target=send_down, args=(sock, opening, heard), daemon=True)
     sender.start()
     try:
-        read_pattern(sock, opening.start_up, opening.size_up, bool(opening.flags & SLOW_BACKEND))
+        read_pattern(sock, opening.start_up, opening.size_up, bool(opening.flags & SLOW_BACKEND),
+                     bool(opening.flags & SHUT_BACKEND))
         heard.set()
-        if opening.flags & ENDS_FIRST and sock.recv(1):
+        if opening.flags & (ENDS_FIRST | BACKEND_ENDS_FIRST) and sock.recv(1):
             raise Wrong(f"a byte too many behind {opening.size_up}")
+    except (Cut, OSError) as fault:
+        if opening.flags & BACKEND_ENDS_FIRST:
+            raise Wrong(f"a stream that was cut {fault}, behind an end of its own: {opening}") from None
+        raise
     finally:
         if not heard.is_set():
             with contextlib.suppress(OSError):
@@ -252,9 +277,18 @@ def hello_for(name: str, rng: random.Random) -> bytes:
     return genuine(name=name) if rng.random() < 0.5 else hello(named(name.encode()))
 
 
+def early_of(opening: Opening) -> int:
+    """How many bytes up are in the write of the hello."""
+    return min(EARLY_MAX, opening.size_up) if opening.flags & EARLY else 0
+
+
 def open_stream(sock: socket.socket, wire: bytes, opening: Opening, preface: bytes = b"") -> None:
-    """Say the preface, the hello and the Opening.  Raises Cut where SSLRequest, as a preface, is not answered S."""
+    """Say the preface, the hello and the Opening, and with EARLY what fits behind it.
+
+    Raises Cut where SSLRequest, as a preface, is not answered S.
+    """
     words = wire + opening._replace(hello=zlib.crc32(wire)).packed()
+    words += VIEW[opening.start_up:opening.start_up + early_of(opening)]
     if preface == SSL_REQUEST_BYTES:
         sock.sendall(preface)
         if (said := exactly(sock, 1)) != b"S":
@@ -267,18 +301,22 @@ def pass_stream(sock: socket.socket, opening: Opening, at_once: bool = True) -> 
     """Both directions of a stream that was opened, `at_once` or one after the other.  Raises Wrong, Cut, OSError."""
     def send_up() -> None:
         with contextlib.suppress(OSError):  # the reader sees it, too
-            send_pattern(sock, opening.start_up, opening.size_up, random.Random(opening.seed))
-            if opening.flags & ENDS_FIRST:
+            send_pattern(sock, opening.start_up, opening.size_up, random.Random(opening.seed), opening.flags,
+                         early_of(opening))
+            if opening.flags & (ENDS_FIRST | BACKEND_ENDS_FIRST):
                 sock.shutdown(socket.SHUT_WR)
 
     sender = None
-    if at_once:
+    if opening.flags & BACKEND_ENDS_FIRST:
+        pass  # its turn comes behind the backend's end
+    elif at_once:
         sender = threading.Thread(target=send_up, daemon=True)
         sender.start()
     else:
         send_up()
     try:
-        read_pattern(sock, opening.start_down, opening.size_down, bool(opening.flags & SLOW_CLIENT))
+        read_pattern(sock, opening.start_down, opening.size_down, bool(opening.flags & SLOW_CLIENT),
+                     bool(opening.flags & SHUT_CLIENT))
         trailer = exactly(sock, TRAILER.size)
         if len(trailer) < TRAILER.size:
             raise Cut(f"behind {opening.size_down} bytes")
@@ -291,11 +329,13 @@ def pass_stream(sock: socket.socket, opening: Opening, at_once: bool = True) -> 
     finally:
         if sender is not None:
             sender.join()
-    if not opening.flags & ENDS_FIRST:
+    if not opening.flags & (ENDS_FIRST | BACKEND_ENDS_FIRST):
         with contextlib.suppress(OSError):  # a tunnel has no half-close: it has ended both directions
             sock.shutdown(socket.SHUT_WR)
     if sock.recv(1):
         raise Wrong(f"a byte too many behind {opening.size_down}")
+    if opening.flags & BACKEND_ENDS_FIRST:
+        send_up()
 
 
 class Share:
@@ -306,7 +346,8 @@ class Share:
         self.rng = random.Random(orders["seed"])
         self.lock = threading.Lock()  # guards what follows
         self.left: int = orders["bytes"]
-        self.report = {"connections": 0, "up": 0, "down": 0, "wrong": []}
+        # "bytes": as the router counts them, with what goes before and behind those of the pattern.
+        self.report = {"connections": 0, "served": 0, "up": 0, "down": 0, "bytes up": 0, "bytes down": 0, "wrong": []}
 
     def next(self) -> tuple[Opening, str, bytes] | None:
         """What the next client does: its Opening, its name, and its hello."""
@@ -314,7 +355,8 @@ class Share:
         with self.lock:
             if self.left <= 0 or self.report["wrong"]:
                 return None
-            flags = ENDS_FIRST if orders["ends_first"] and rng.random() < 0.5 else 0
+            flags = rng.choice((0, ENDS_FIRST, ENDS_FIRST, BACKEND_ENDS_FIRST)) if orders["ends_first"] else 0
+            flags |= rng.choice((0, 0, 0, SLICED, EARLY, SLICED | EARLY))
             slow = rng.choice((0, 0, 0, 0, 0, 0, SLOW_BACKEND, SLOW_CLIENT)) if not orders["all_slow"] \
                 else SLOW_BACKEND | SLOW_CLIENT
             flags |= slow
@@ -344,13 +386,16 @@ class Share:
                 self.report["connections"] += 1
                 self.report["up"] += opening.size_up
                 self.report["down"] += opening.size_down
+                self.report["served"] += 1
+                self.report["bytes up"] += len(wire) + len(opening.packed()) + opening.size_up
+                self.report["bytes down"] += opening.size_down + TRAILER.size
 
 
 def run_clients(orders: dict[str, Any]) -> int:
     """Carry so many bytes, and check each.
 
     Orders: address, of the router; names, one for each shelf; bytes, both directions added; largest, of a direction;
-    at_once, connections; ends_first, whether half of the clients may end their direction first; all_slow, whether all
+    at_once, connections; ends_first, whether one side may end its direction first; all_slow, whether all
     of them read slowly, on both sides, and carry an eighth of `largest` each way; seed.
     """
     share = Share(orders)

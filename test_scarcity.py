@@ -1,0 +1,97 @@
+"""Tests of sniroute_scarcity.py: threads that do not begin, and memory that is not there."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import time
+
+import pytest
+
+import sniroute_scarcity
+from sniroute_scarcity import RESERVE, Paced, Reserve, begin_thread, ran_out
+from conftest import FakeClock, linux, wait_until
+
+
+def test_a_thread_does_what_it_is_for():
+    done = threading.Event()
+    names: list[str] = []
+    thread = begin_thread(lambda: (names.append(threading.current_thread().name), done.set()), "worker")
+    assert done.wait(10) and names == ["worker"] and thread.daemon
+    thread.join()
+
+
+def test_a_thread_that_ends_before_its_first_step_is_not_waited_for(monkeypatch):
+    """As one does that finds no memory for its stack of frames: Thread.start would wait for ever."""
+    monkeypatch.setattr(sniroute_scarcity, "BEGINS", 0.05)
+    monkeypatch.setattr(threading.Thread, "_bootstrap", lambda self: None)
+    with pytest.raises(RuntimeError, match="can't start new thread: it did not begin within 0.05 s"):
+        begin_thread(lambda: None, "lost")
+    for thread in [each for each in threading._limbo if each.name == "lost"]:
+        del threading._limbo[thread]  # Thread.start has left it there
+
+
+def test_a_thread_that_begins_too_late_does_nothing(monkeypatch):
+    """Its owner was told that there is none, and has gone on without."""
+    monkeypatch.setattr(sniroute_scarcity, "BEGINS", 0.05)
+    real, go, over, done = threading.Thread._bootstrap, threading.Event(), threading.Event(), []
+
+    def late(self: threading.Thread) -> None:
+        go.wait(10)
+        real(self)
+        over.set()
+
+    monkeypatch.setattr(threading.Thread, "_bootstrap", late)
+    with pytest.raises(RuntimeError):
+        begin_thread(lambda: done.append(1), "late")
+    go.set()
+    assert over.wait(10) and not done
+    wait_until(lambda: not any(each.name == "late" for each in threading.enumerate()))
+
+
+@linux
+def test_no_thread_is_tried_where_there_is_no_memory_for_one(monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+    monkeypatch.setattr(mmap, "mmap", full)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="can't start new thread: memory is short"):
+        begin_thread(lambda: None, "none")
+    assert time.monotonic() - began < sniroute_scarcity.BEGINS, "nobody waited"
+
+
+def test_what_came_of_a_lack_of_memory_is_none_of_our_faults():
+    def caught(*errors: Exception) -> Exception:
+        error = None
+        for each in errors:
+            each.__context__ = error
+            error = each
+        return error
+
+    assert ran_out(MemoryError()) and ran_out(caught(MemoryError(), AttributeError()))
+    assert not ran_out(AttributeError()) and not ran_out(None) and not ran_out(caught(KeyError(), ValueError()))
+    first = ValueError()
+    first.__context__ = KeyError()
+    first.__context__.__context__ = first
+    assert not ran_out(first), "a circle has an end"
+
+
+def test_what_goes_on_is_said_once_in_a_while(monkeypatch):
+    paced, clock = Paced(), FakeClock()
+    monkeypatch.setattr(sniroute_scarcity.time, "monotonic", clock)
+    assert [paced.is_due(what) for what in ("a", "a", "b", "a", "b")] == [True, False, True, False, False]
+    clock.jump(sniroute_scarcity.SAID_AGAIN)
+    assert paced.is_due("a") and not paced.is_due("a")
+    for number in range(100):
+        assert paced.is_due(f"what a stranger says {number}")
+    assert len(paced.said) <= sniroute_scarcity.SAID_MAX
+
+
+def test_a_reserve_comes_back_when_there_is_memory(monkeypatch):
+    reserve = Reserve()
+    assert len(reserve.kept) == RESERVE
+    reserve.spend()
+    monkeypatch.setattr(sniroute_scarcity, "RESERVE", 1 << 62)
+    assert not reserve.restore() and reserve.kept is None
+    monkeypatch.undo()
+    assert reserve.restore() and len(reserve.kept) == RESERVE
