@@ -53,8 +53,8 @@ PROGRAMS = {"postgres": "PostgreSQL", "psql": "psql", "curl": "curl", "chromium"
             "redis-server": "Redis", "openssl": "openssl"}
 TOKENS = {"alice": "token-of-alice", "bob": "token-of-bob"}
 KEY = "house-key"  # of NodePass
-TIMES = {"NP_REPORT_INTERVAL": "500ms", "NP_SERVICE_COOLDOWN": "100ms", "NP_HANDSHAKE_TIMEOUT": "5s", "NP_TCP_DIAL_TIMEOUT": "5s",
-         "NP_POOL_GET_TIMEOUT": "8s", "NP_MIN_POOL_INTERVAL": "10ms", "NP_MAX_POOL_INTERVAL": "100ms"}
+TIMES = {"NP_REPORT_INTERVAL": "500ms", "NP_SERVICE_COOLDOWN": "100ms", "NP_HANDSHAKE_TIMEOUT": "5s",
+         "NP_TCP_DIAL_TIMEOUT": "5s", "NP_POOL_GET_TIMEOUT": "8s", "NP_MIN_POOL_INTERVAL": "10ms", "NP_MAX_POOL_INTERVAL": "100ms"}
 POD_PORT = 8080
 CLAIMED = "program"  # a name that `sniroute.py claim` keeps
 SHORT = 30.0  # seconds; who has less is in the suite, beside much else, and its clients come less often
@@ -240,7 +240,8 @@ class House:
                 rows.append(f'[registry]\nlisten = "{HOST}:{self.places[number].registry[1]}"\ndomains = ["{DOMAIN}"]\n'
                             f'store = "redis://{HOST}:{self.redis.port}"\ntargets = ["tcp"]\nnetworks = ["127.0.0.0/8"]\n'
                             f'target_ports = "1-65535"\nhold = "off"\n{owners}')
-            folder.write_settings("\n".join(rows), f'cloudflared = "{folder.cloudflared}"', f'kubeconfig = "{self.cluster.kubeconfig}"', 'kubernetes_ping = "1s"', *more)
+            folder.write_settings("\n".join(rows), f'cloudflared = "{folder.cloudflared}"',
+                                  f'kubeconfig = "{self.cluster.kubeconfig}"', 'kubernetes_ping = "1s"', *more)
 
     def lanes(self) -> list[Lane]:
         """All clients."""
@@ -265,7 +266,8 @@ class House:
                       Psql(load, named("db{}.tunnels.example.test"), two, "tunnels two", "postgres"),
                       Psql(load, named("db{}.edge.example.test"), one, "carrier one", "edge", "postgres")]
         if self.may("curl"):
-            lanes += [Download(load, named("web.example.test"), one, "web"), Download(load, named("plain.example.test"), two, "web", scheme="http"),
+            lanes += [Download(load, named("web.example.test"), one, "web"),
+                      Download(load, named("plain.example.test"), two, "web", scheme="http"),
                       Download(load, named("web{}.tunnels.example.test"), one, "tunnels one", "web"),
                       Upload(load, named("plain.example.test"), one, "web", scheme="http"),
                       Upload(load, named("web{}.edge.example.test"), two, "carrier two", "edge", "web")]
