@@ -1157,7 +1157,8 @@ def test_the_words_may_be_given_by_another_program(capsys):
 
 def test_it_runs_inside_a_zip_file(tmp_path):
     """These are all the files that it needs."""
-    rooms = "carrier", "edge", "forwarder", "dial", "upgrade", "http", "race", "host", "loop", "names", "refusals"
+    rooms = ("carrier", "edge", "forwarder", "dial", "upgrade", "http", "race", "host", "loop", "scarcity", "names",
+             "refusals")
     with zipfile.ZipFile(tmp_path / "sniroute.pyz", "w") as archive:
         for room in rooms:
             archive.write(HERE / f"sniroute_{room}.py", f"sniroute_{room}.py")

@@ -423,7 +423,7 @@ while True:
 @pytest.mark.parametrize("leave", [socket.socket.close, reset], ids=["close", "reset"])
 def test_a_program_and_all_that_it_started_end_with_the_connection(run, tmp_path, manners, leave, monkeypatch):
     monkeypatch.setattr("sniroute_processes.STOP_GRACE", 0.15)
-    running = run(f"--route=*.example.com=exec:{script(tmp_path, CHILD)} {manners}", "--connection-idle=200ms")
+    running = run(f"--route=*.example.com=exec:{script(tmp_path, CHILD)} {manners}", "--connection-idle=1s")
     client = running.connect(HELLO)
     said = b""
     while not said.endswith(b"\n"):

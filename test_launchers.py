@@ -296,5 +296,6 @@ def test_the_carrier_is_started_from_inside_a_zip_file(tmp_path):
 
 
 def test_a_zip_file_without_the_carrier_has_none(tmp_path):
-    place, there, _ = look_into(tmp_path, ["sniroute_launchers.py", "sniroute_host.py", "sniroute_names.py", "sniroute_refusals.py"])
+    place, there, _ = look_into(tmp_path, ["sniroute_launchers.py", "sniroute_host.py", "sniroute_scarcity.py",
+                                              "sniroute_names.py", "sniroute_refusals.py"])
     assert place == str(tmp_path / "our.pyz") and not there

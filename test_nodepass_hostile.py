@@ -308,7 +308,7 @@ def test_a_line_that_is_too_long_ends_the_link(said, link):
 
 def test_a_peer_that_names_whatever_it_likes(link):
     """Ids that are not there, by the ten thousand: so many are waited for, and the rest is told at once."""
-    server, client = link("+", pool_get=0.5)
+    server, client = link("+", pool_get=0.5, report=60.0)  # a report would flush the pool, for so many errors
     lines = [encode(Signal("tcp", "192.0.2.1:5", f"{number:08x}"), b"key") for number in range(1, 10_001)]
     for at in range(0, len(lines), 500):
         client.channel.sock.sendall(b"".join(lines[at:at + 500]))

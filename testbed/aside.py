@@ -29,7 +29,8 @@ ASIDE = tuple(frozenset(f"test_{room}.py" for room in rooms) for rooms in ((
     "web_clients", "host", "scarcity"), (
     "nodeurl", "signals", "guards", "h2", "streams", "lanes", "duplex", "upstreams", "datagrams", "single", "master",
     "mcp", "instances", "nat", "peering", "pool", "callers", "nodepass", "ends", "nodepass_faults", "nodepass_hostile",
-    "offload", "behind_nat")))
+    "offload", "behind_nat", "checks", "browsers", "forwarder", "carrier", "edge", "dial", "race", "tls", "routes", "reuse",
+    "http2", "hostile_http", "fuzz", "exhaustion")))
 END = "end"  # the last line of the file
 MANY = 5000  # tests of a run that is worth further processes
 

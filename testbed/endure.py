@@ -1,6 +1,6 @@
 """endure: the long forms of the tests, against the real program; with figures for RELIABILITY.md.
 
-    python3 -m testbed.endure                                   everything at full length: half an hour
+    python3 -m testbed.endure                                   everything at full length: an hour and a half
     python3 -m testbed.endure --only data,carrier --scale 0.01  two parts, a hundredth of the length
     python3 -m testbed.endure --only inputs --seed 7            other inputs
 
