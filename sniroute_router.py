@@ -5,11 +5,11 @@
                                                +-- target not ready: Waits.join
                                                         |  one thread for each target, not for each client
                                                         v
-                                               ThreadingMixIn.process_request --> Scheme.prepare --> back to the loop
+                                               a thread: process_request_thread, Scheme.prepare --> back to the loop
 
 The one idea: waiting borrows a thread, moving bytes does not.  Router is a `socketserver.ThreadingTCPServer`, but all
 that is ready runs in one Loop.  Only a target that has to wait (a tunnel that starts, a host to resolve) gets a thread
-from ThreadingMixIn; its clients park behind it, cost no thread, and are handed back to the loop with it.
+that does what ThreadingMixIn's do; its clients park behind it, cost no thread, and are handed back to the loop with it.
 
 Threads.  Each group of methods says which thread runs it.  Other threads ask the loop by `call`; what they read
 (counters, connections, phase) is copied by them, or changed by single assignments.  `counters` is written by the loop
@@ -217,7 +217,7 @@ class Waits:
         self.threads += 1
         wait.number = self.threads
         try:
-            self.router.process_request(wait, wait.number)
+            begin_thread(functools.partial(self.router.process_request_thread, wait, wait.number), f"wait-{wait.number}")
         except RuntimeError as error:  # no more threads to be had
             wait.error = Refused("busy", str(error))
             self.router.call(functools.partial(self.hand_back, wait))
@@ -313,11 +313,6 @@ def courtesy_of(router: Router, courtesy: Courtesy | None) -> Courtesy | None:
     return courtesy or Courtesy(router)
 
 
-def process_request(router: Router, wait: Wait, number: int) -> None:
-    """ThreadingMixIn's, by a thread whose start cannot take for ever.  Raises RuntimeError where there is none."""
-    begin_thread(functools.partial(router.process_request_thread, wait, number), f"wait-{number}")
-
-
 class Router(socketserver.ThreadingTCPServer):
     """The server: listeners, the loop, and what all connections share.
 
@@ -329,7 +324,6 @@ class Router(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True  # a resolver that hangs must not keep the process
     block_on_close = False
-    process_request = process_request
 
     def __init__(self, settings: Settings, tunnels: TunnelTable, hooks: Hooks = Hooks(),
                  inherited: Sequence[socket.socket] = (), activated: bool = False):

@@ -492,8 +492,8 @@ def test_threads_for_names_that_wait_are_started_one_in_a_turn(run, monkeypatch)
     monkeypatch.setattr(sniroute_loop.EpollPoller, "poll", lambda self, timeout: turns.append(1) or real(self, timeout))
     running = run("--route=*.example.com=tcp:{name}:443", "--max-per-client=100")
     monkeypatch.setattr(socket, "getaddrinfo", unresolved(go))
-    process = running.router.process_request
-    running.router.process_request = lambda *wait: starts.append(len(turns)) or process(*wait)
+    begin = sniroute_router.begin_thread
+    monkeypatch.setattr(sniroute_router, "begin_thread", lambda *wait: starts.append(len(turns)) or begin(*wait))
     running.part_early()
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(running.connect()) for _ in range(20)]
@@ -635,7 +635,7 @@ def test_thread_that_cannot_start_refuses_and_leaves_nothing_behind(run, cloudfl
     running = run(TUNNEL, ports)
     def no_thread(*_: Any) -> None:
         raise RuntimeError("can't start new thread")
-    monkeypatch.setattr(running.router, "process_request", no_thread)
+    monkeypatch.setattr(sniroute_router, "begin_thread", no_thread)
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
     assert running.ending().reason == "busy"
