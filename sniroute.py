@@ -183,7 +183,7 @@ def run(words: list[str]) -> int:
         mark_errors()
         try:
             return command(words)
-        except (OSError, RuntimeError, MemoryError, ImportError) as error:
+        except (OSError, RuntimeError, MemoryError, ImportError, SystemError) as error:
             if not shortage(error):
                 raise
             print(f"sniroute: {shortage(error)}", file=sys.stderr)

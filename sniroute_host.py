@@ -305,7 +305,9 @@ def shortage(error: BaseException, root: str = "/") -> str:
         limits += [f"{name} is {allowed}" for name, allowed in task_limits(root)]
         return f"no process can be started ({', '.join(limits) or 'the host is full'})"
     if ran_out(error) or number == errno.ENOMEM \
-            or isinstance(error, ImportError) and "failed to map" in str(error):  # what dlopen(3) says
+            or isinstance(error, ImportError) and "failed to map" in str(error) \
+            or isinstance(error, SystemError) and limits:
+        # What dlopen(3) says; and where CPython 3.13 finds no memory in compile() it has a SystemError without a reason.
         return (f"{SHORT_OF_MEMORY} ({', '.join(limits) or 'the host, or its cgroup, has none left'}): "
                 f"{START_MEMORY // MIB} MiB of address space are needed at least")
     return ""

@@ -287,6 +287,17 @@ def test_what_is_short_is_told_from_other_faults(error, says):
     assert shortage(error).startswith(says) if says else shortage(error) == ""
 
 
+def test_an_error_without_a_reason_is_a_shortage_where_memory_is_limited(monkeypatch):
+    """CPython 3.13 loses a MemoryError of compile()."""
+    error = SystemError("error return without exception set")
+    limits = dict.fromkeys(("RLIMIT_AS", "RLIMIT_DATA"), resource.RLIM_INFINITY)
+    numbers = {getattr(resource, name): name for name in limits}
+    monkeypatch.setattr(resource, "getrlimit", lambda number: (limits[numbers[number]],) * 2)
+    assert shortage(error) == ""
+    limits["RLIMIT_AS"] = 40 << 20
+    assert shortage(error).startswith("memory is short (RLIMIT_AS is 40 MiB")
+
+
 # -- folders -----------------------------------------------------------------------------------
 
 # In a mount namespace of its own, so that nothing changes for anybody else.
