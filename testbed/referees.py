@@ -78,6 +78,8 @@ KNOWN = {
         "fields that nobody here asks for, or passes on",
     "h2: laxer: ProtocolError (Stream N may not depend|Received frame with non-compliant)":
         "priorities: they mean nothing",
+    "h2: laxer: ProtocolError Received frame with invalid padding":
+        "padding that leaves nothing of a block: section 6.2 forbids only more than that",
     "h2: laxer: ProtocolError Invalid input ConnectionInputs.RECV_": "a client may go on behind its own GOAWAY",
     "pyyaml: stricter: ": "sniroute_yaml.py says what is refused on purpose",
     "pyyaml: laxer: found invalid Unicode character escape code": "JSON's pairs of surrogates",
@@ -89,6 +91,7 @@ KNOWN = {
     "kubectl: laxer: found character that cannot start": "a tab as a blank",
     "kubectl: laxer: found invalid Unicode": "JSON's pairs of surrogates",
     "kubectl: laxer: json: unsupported value": "infinities are texts",
+    "kubectl: stricter: a number of many digits": "it is a text: no number here has so many",
     "kubectl: laxer: did not find expected ','": "a line end before a colon: JSON has it",
 }
 
@@ -382,6 +385,8 @@ def kubectl() -> Iterator[Judge]:
             told = theirs["clusters"][0]["cluster"]["extensions"][0]["extension"]["v"]
         except (KeyError, IndexError, TypeError):
             return NOTHING
+        if isinstance(said, str) and len(said) > sniroute_yaml.DIGITS_MAX and isinstance(told, (int, float)):
+            return Verdict("stricter", "a number of many digits")
         return SAME if said == told else Verdict("differs", f"{said!r}, and kubectl {told!r}")
 
     with tempfile.TemporaryDirectory(prefix="referee-") as folder:
