@@ -26,15 +26,13 @@ import json
 import random
 import select
 import socket
-import subprocess
 import sys
 import time
 import zlib
 from typing import Any, NamedTuple
 
 from sniroute_wire import SSL_REQUEST_BYTES
-from testbed.endure_router import (HERE, Baseline, Folder, Problem, Router, Standing, bytes_total, environment,
-                                   standing, wait_for)
+from testbed.endure_router import Baseline, Folder, Helper, Problem, Router, Standing, bytes_total, standing, wait_for
 from testbed.endure_streams import (DONE, ENDS_FIRST, MAGIC, OPENING, PATTERN, PERIOD, TRAILER, Opening, Wrong, bounded,
                                     hello_for, log_uniform)
 from testbed.hellos import V1, V2
@@ -282,25 +280,16 @@ class Outcome(NamedTuple):
     after: Standing
 
 
-class Helper:
-    """A process of this module.  Used with `with`; leaving the block ends it."""
+class Part(Helper):
+    """A process of this module."""
 
-    def __init__(self, *words: str):
-        self.process = subprocess.Popen([sys.executable, "-m", "testbed.endure_connections", *words], cwd=HERE,
-                                        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment())
+    module = "endure_connections"
 
-    def __enter__(self) -> Helper:
+    def __enter__(self) -> Part:
         if self.process.stdout.readline() != "ready\n":
             self.__exit__()
             raise Problem("a process of connections does not begin")
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(OSError):
-                pipe.close()
 
     def begin(self, count: int) -> None:
         """Have clients make so many connections."""
@@ -385,7 +374,7 @@ def run(count: int, seed: int) -> Outcome:
     problems: list[str] = []
     with Folder() as folder, contextlib.ExitStack() as stack:
         port = free_port()
-        backends = [stack.enter_context(Helper("backend", str(first), str(port)))
+        backends = [stack.enter_context(Part("backend", str(first), str(port)))
                     for first in range(0, SHELVES, SHELVES_OF_ONE)]
         routes = [f'"{name_of(kind, shelf)}" = {{ target = "tcp:{address_of(shelf)}:{port}", send_proxy = "none" }}'
                   for kind in ("plain", "postgres", "proxied") for shelf in range(SHELVES)]
@@ -395,7 +384,7 @@ def run(count: int, seed: int) -> Outcome:
         for shelf in range(TUNNELS):
             folder.set("far.json", name_of("tunnel", shelf), [address_of(shelf), port])
         router = stack.enter_context(Router(folder))
-        helpers = [stack.enter_context(Helper("clients", json.dumps(
+        helpers = [stack.enter_context(Part("clients", json.dumps(
             {"address": folder.listen, "number": number, "seed": seed * 100 + number}))) for number in range(CLIENTS)]
 
         def go(number: int) -> collections.Counter[str]:

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
 import os
 import pathlib
 import random
@@ -47,11 +46,10 @@ from testbed.endure_crowd import Crowd, stream
 from testbed.endure_far import cluster, edge
 from testbed.endure_nodepass import TIMES
 from testbed.endure_router import (HERE, HOST, Backend, Folder, Problem, Router, Standing, children, descriptors,
-                                   standing, wait_for)
+                                   standing, taking_orphans, wait_for)
 from testbed.endure_streams import STALL, Cut, Opening, Refused, Wrong, bounded, hello_for, open_stream, read_pattern
 from testbed.ports import free_block, free_port
 
-PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 GONE = 30.0  # seconds within which children have to be gone: a busy host is slow
 SOON = 1.0  # what the line counts: a restart that took less
 PROCESSES, PROCESSES_SHORT = 20, 11  # children at a kill, at least; at full length, and else one or two of each kind
@@ -273,17 +271,6 @@ def descendants(pid: int) -> set[Seen]:
 def is_of_a_script(seen: Seen) -> bool:
     """Whether this is what the script `grand` has started, which nobody ends with the router."""
     return "--hostname grand" in seen.words()
-
-
-@contextlib.contextmanager
-def taking_orphans() -> Iterator[None]:
-    """Whoever has lost its parent meanwhile is a child of this process."""
-    prctl = ctypes.CDLL(None).prctl
-    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    try:
-        yield
-    finally:
-        prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 def bury(pids: set[int]) -> None:

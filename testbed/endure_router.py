@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import json
 import os
 import pathlib
@@ -60,6 +61,7 @@ HELD = (  # gauges of what is held for somebody, and of what the router cannot d
     "sniroute_port_pool_used", "sniroute_tunnels_linked", "sniroute_backend_queue_length", "sniroute_registry_claims",
     "sniroute_registry_store_up",
     *(f'sniroute_tunnels{{state="{state}"' for state in ("queued", "starting", "ready", "stopping", "backoff")))
+PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
 class Problem(Exception):
@@ -111,6 +113,17 @@ def running(word: str) -> set[int]:
             if word.encode() in file.read_bytes():
                 found.add(int(file.parent.name))
     return found
+
+
+@contextlib.contextmanager
+def taking_orphans() -> Iterator[None]:
+    """Whose parent ends meanwhile becomes a child of this process."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 class Standing(NamedTuple):
@@ -505,8 +518,10 @@ class Baseline:
 class Helper:
     """A backend or clients in a process of their own.  Used with `with`; leaving the block ends it."""
 
+    module = "endure_streams"  # of testbed/
+
     def __init__(self, *words: str):
-        self.process = subprocess.Popen([sys.executable, "-m", "testbed.endure_streams", *words], cwd=HERE, text=True,
+        self.process = subprocess.Popen([sys.executable, "-m", f"testbed.{self.module}", *words], cwd=HERE, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment())
 
     def __enter__(self) -> Helper:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import pathlib
@@ -26,6 +25,7 @@ from typing import Any, Callable, Iterator, NamedTuple
 import pytest
 
 from conftest import HERE, HOST, Address, lasting, wait_until
+from testbed.endure_router import taking_orphans
 
 TESTBED = HERE / "testbed"
 
@@ -197,20 +197,6 @@ class Child:
                 self.kill()
                 self.wait()
             return code, self.stdout.read(), self.stderr.read()
-
-
-PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
-
-
-@contextlib.contextmanager
-def taking_orphans() -> Iterator[None]:
-    """Whose parent ends meanwhile becomes a child of this process."""
-    prctl = ctypes.CDLL(None).prctl
-    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    try:
-        yield
-    finally:
-        prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 class Nursery:
