@@ -38,9 +38,8 @@ Seams: I want to ...
     show more in a dump              `dump`
     start something else             Daemon._start, and in the opposite order Daemon._close
 
-It imports the router, listeners, routes, tunnels, settings, systemd, handover, log, host, loop, scarcity, names
-and refusals;
-sniroute_admin only where a setting or systemd asks for it.
+It imports the router, listeners, routes, tunnels, settings, systemd, handover, log, host, loop, scarcity, names and
+refusals; sniroute_admin and sniroute_registrar only where they are asked for.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ from sniroute_names import show_address
 from sniroute_refusals import SettingsError
 from sniroute_router import Hooks, Router, prepare
 from sniroute_routes import port_address
-from sniroute_scarcity import SHORT_OF_MEMORY, ran_out
+from sniroute_scarcity import SHORT_OF_MEMORY, Paced, ran_out
 from sniroute_settings import Settings, warn
 from sniroute_systemd import Supervisor, activated_sockets
 from sniroute_tunnels import TunnelTable
@@ -220,6 +219,7 @@ class Daemon:
                     raise
                 log.error("%s", shortage(error))
                 return 1
+            said = Paced()
             while self.thread.is_alive():
                 try:
                     self._turn()
@@ -227,7 +227,9 @@ class Daemon:
                     if not ran_out(error) and getattr(error, "errno", None) not in CAPACITY_ERRNOS:
                         raise
                     with contextlib.suppress(MemoryError):
-                        log.error("%s", SHORT_OF_MEMORY if ran_out(error) else error)
+                        why = SHORT_OF_MEMORY if ran_out(error) else str(error)
+                        if said.is_due(why):
+                            log.error("%s", why)
                     time.sleep(MEMORY_PAUSE)
             return 1 if self.failed else 0
         finally:

@@ -284,7 +284,10 @@ def has_temporary_folder() -> bool:
 
 
 def shortage(error: BaseException, root: str = "/") -> str:
-    """Why a start failed, of the router or of what it starts, in one sentence, where the host allows too little; "" where it is anything else."""
+    """Why a start failed, of the router or of what it starts, in one sentence, where the host allows too little.
+
+    "" where it is anything else.
+    """
     number = getattr(error, "errno", None)
     if isinstance(error, TooLittle):
         return str(error)

@@ -217,7 +217,8 @@ class Waits:
         self.threads += 1
         wait.number = self.threads
         try:
-            begin_thread(functools.partial(self.router.process_request_thread, wait, wait.number), f"wait-{wait.number}")
+            begin_thread(functools.partial(self.router.process_request_thread, wait, wait.number),
+                         f"wait-{wait.number}")
         except RuntimeError as error:  # no more threads to be had
             wait.error = Refused("busy", str(error))
             self.router.call(functools.partial(self.hand_back, wait))
@@ -525,7 +526,8 @@ class Router(socketserver.ThreadingTCPServer):
             return
         configured = {route.pattern: route for route in self.settings.port}  # these come first, as for names
         if pattern is None:
-            routes = list({**configured, **self.claimed_ports, **configured}.values())
+            claimed = {key: route for key, route in self.claimed_ports.items() if key not in configured}
+            routes = [*configured.values(), *claimed.values()]
             new, gone = self.ports.adopt(routes, self.routes.identified, opened)
         else:
             route = configured.get(pattern) or self.claimed_ports.get(pattern)
@@ -630,7 +632,7 @@ class Router(socketserver.ThreadingTCPServer):
         self.resumption.set(until)
 
     def run_short(self, why: str) -> None:
-        """This host has no descriptors left, or no memory: accept none for a moment, and keep fewer connections ready."""
+        """This host has no descriptors or no memory left: accept none for a moment, keep fewer connections ready."""
         self.pause(why, monotonic() + CAPACITY_PAUSE)
         self.targets.give_way()
 

@@ -7,7 +7,7 @@
 What is too little at the start is sniroute_host's.  Descriptors are not here: what opens one gets an OSError with one of
 the loop's CAPACITY_ERRNOS, and tries again later.
 
-Threads: each function runs in its caller's.
+Threads: a Reserve is its loop's; all else is for any thread (of a Paced, a line comes twice at worst).
 
 Seams: I want to ...
     start a thread while we serve    `begin_thread`, instead of threading.Thread.start
@@ -33,7 +33,7 @@ RESERVE = 256 << 10  # bytes: what it takes to end some connections, and to log 
 THREAD_ROOM = 1 << 20  # bytes that have to be free for a thread: it is to do something, too
 BEGINS = 0.5  # seconds in which a thread begins, or is given up: the loop waits meanwhile
 SAID_AGAIN = 10.0  # seconds between two log lines that say the same
-SAID_MAX = 16  # things that are remembered: there are fewer
+SAID_MAX = 16  # things that are remembered: what a host may be short of are a handful
 CAUSES_MAX = 10  # exceptions that led to one another, and are looked at
 
 
@@ -52,7 +52,7 @@ class Reserve:
     __slots__ = ("kept",)
 
     def __init__(self) -> None:
-        self.kept: bytearray | None = None
+        self.kept: bytes | None = None  # not a bytearray: CPython writes its zeros
         self.restore()
 
     def spend(self) -> None:
@@ -63,7 +63,7 @@ class Reserve:
         """Take it back; whether it is there: then memory is short no more."""
         if self.kept is None:
             try:
-                self.kept = bytearray(RESERVE)
+                self.kept = bytes(RESERVE)
             except MemoryError:
                 return False
         return True
@@ -120,5 +120,6 @@ def begin_thread(act: Callable[[], None], name: str) -> threading.Thread:
             left.pop()
         except IndexError:  # just now
             return thread
+        # `threading` remembers it until its first step, which may come yet: a kilobyte, for each BEGINS seconds at most.
         raise RuntimeError(f"can't start new thread: it did not begin within {BEGINS:g} s")
     return thread

@@ -624,9 +624,10 @@ def test_what_the_cluster_does_not_have_or_not_allow_is_the_reason(ways, cluster
     cluster.user("nobody", token="nobodys-token", allow={"pods": "get"})
     assert curl(ways, "80.gone.k8s.localhost")[0] == 404
     assert curl(ways, "81.my-web.k8s.localhost")[0] == 404
-    assert {access.reason for access in ways.accesses} == {"tunnel_absent"}
+    wait_until(lambda: [access.reason for access in ways.accesses] == ["tunnel_absent"] * 2)
     cluster.kubeconfig(user={"token": "nobodys-token"})
     wait_until(lambda: curl(ways, "80.other.k8s.localhost")[0] == 502, what="the other kubeconfig")
+    wait_until(lambda: "tunnel_forbidden" in [access.reason for access in ways.accesses])  # behind the client's answer
     (access,) = (access for access in ways.accesses if access.reason == "tunnel_forbidden")
     assert "services" in access.detail and "get" in access.detail
 

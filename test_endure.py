@@ -82,6 +82,8 @@ def test_the_router_stands_after_each_part_as_before(ended, part):
     line, = ended.stdout.splitlines()
     assert line.startswith(part) and line.endswith("ok")
     for what in ("descriptors", "threads", "children"):
+        if part == "kills":
+            break  # of no router there is a before and an after
         before, after = map(int, re.search(rf"{what} (\d+) -> (\d+)", line).groups())
         assert after <= before if part == "nodepass" else after == before
 

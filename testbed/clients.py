@@ -38,6 +38,7 @@ from typing import Any, Callable, Iterator, NamedTuple
 import pytest
 
 from conftest import HERE, HOST, Address, lasting, wait_until
+from testbed.ports import free_port
 from testbed.program import Program, execute, plain_environment
 from testbed.standins import nursery_of
 from testbed.streams import kubectl_path
@@ -150,8 +151,7 @@ class Database:
         ended = execute("cp", "-a", str(initdb.data), str(self.data))
         assert ended.returncode == 0, ended.stderr
         for _ in range(5):  # somebody may be faster at taking the port
-            with socket.create_server((HOST, 0)) as free:
-                self.address: Address = free.getsockname()
+            self.address: Address = HOST, free_port()
             if self.start():
                 return
         raise AssertionError((self.folder / "log").read_text())
@@ -232,8 +232,7 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         os.makedirs("/run/sshd", 0o755, exist_ok=True)  # the package has it made when the host starts
     log = folder / "log"
     for _ in range(5):  # somebody may be faster at taking the port
-        with socket.create_server((HOST, 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         options = [f"Port={port}", f"ListenAddress={HOST}", f"HostKey={folder}/host", "PidFile=none", "UsePAM=no",
                    f"AuthorizedKeysFile={folder}/user.pub", "StrictModes=no", "PasswordAuthentication=no", "KbdInteractiveAuthentication=no",
                    "PermitRootLogin=prohibit-password", "AllowTcpForwarding=yes", "MaxStartups=100"]

@@ -61,7 +61,7 @@ SHORT = 30.0  # seconds; who has less is in the suite, beside much else, and its
 GENERATIONS = 10  # former names that still lead somewhere: who has asked for one is on the way, and faults come thick
 PHASE = 600.0  # seconds between two rests, in which the load is over, and the routers are looked at
 LEFT = ("sniroute_registry_claims",)  # a contest that is broken off leaves one, which ends by itself: see `claims_agree`
-RESIDENT_MORE_HOUSE = 12.0  # MiB: RESIDENT_MORE, and as much again for what a registry, HTTP and four kinds of tunnels keep
+RESIDENT_MORE_HOUSE = 12.0  # MiB: RESIDENT_MORE, and half as much for what a registry, HTTP and four kinds of tunnels keep
 
 
 class HouseRouter(Router):
@@ -117,10 +117,9 @@ class House:
         self.claimed = f"{CLAIMED}.{DOMAIN}"
 
     def may(self, need: str) -> bool:
-        """Whether a program is here, or a right."""
-        if need in ("root", "netns"):
-            return self.log_disk.is_there if need == "root" else self.network.is_real
-        return not need or PROGRAMS[need] not in self.missing
+        """Whether all of these words are here: programs, "root" for disks, "netns"."""
+        rights = {"root": self.log_disk.is_there, "netns": self.network.is_real}
+        return all(rights[word] if word in rights else PROGRAMS[word] not in self.missing for word in need.split())
 
     # -- set-up
 
@@ -424,7 +423,7 @@ def left_behind(house: House, met: set[str]) -> list[str]:
 def run(seconds: float, seed: int) -> Outcome:
     """So many seconds of it."""
     phases = max(2, round(seconds / PHASE))
-    with_ends = -(-phases * 2 // 3)  # in the first of them, router one is killed, and handed over
+    with_ends = phases * 2 // 3  # in the first of them, router one is killed, and handed over
     with House(seed, 1.0 if seconds > SHORT else 3.0) as house:
         load, nemesis, problems = house.load, Nemesis(house, seed), house.load.problems
         served(house)

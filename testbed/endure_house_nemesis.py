@@ -271,7 +271,7 @@ class Fault(NamedTuple):
     strike: Callable[[Nemesis], None]
     weight: int = 2  # how often it comes, beside the others
     ends_router: bool = False  # router one's process is another one then
-    needs: str = ""  # what has to be here: a program, "root"
+    needs: str = ""  # what has to be here: words of `House.may`
     rests: int = 0  # whether it waits for REST until it strikes again
 
 
@@ -306,7 +306,7 @@ FAULTS = {
     "few descriptors": Fault(Nemesis.few_descriptors, 3),
     "disk full": Fault(lambda self: self.disk_full(self.house.scratch, "tunnels one"), needs="root"),
     "log's disk full": Fault(lambda self: self.disk_full(self.house.log_disk), needs="root"),
-    "Redis's disk full": Fault(Nemesis.redis_full, 1, needs="root"),
+    "Redis's disk full": Fault(Nemesis.redis_full, 1, needs="root redis-server"),
     "web server killed": Fault(lambda self: self.again("web server killed", self.house.web, "web")),
     "claim killed": Fault(Nemesis.claim_again, needs="redis-server"),
     "router hangs": Fault(Nemesis.router_hangs),

@@ -6,7 +6,7 @@
 
 Half of the kills meet a router whose names are in a sqlite file, half one with a redis-server that keeps all
 (appendonly, appendfsync always).  A kill comes at one of three moments, by chance, with a seed: under the load, when
-nobody says anything, or while the children start; then and again one of the children is stopped (SIGSTOP) just before.
+nobody says anything, or while the children start; now and then one of the children is stopped (SIGSTOP) just before.
 
 After each kill:
 
@@ -45,8 +45,8 @@ from testbed.endure_claims import DOMAIN, NEAR, Owners, Registry, end_of
 from testbed.endure_crowd import Crowd, stream
 from testbed.endure_far import cluster, edge
 from testbed.endure_nodepass import TIMES
-from testbed.endure_router import (HERE, HOST, Backend, Folder, Problem, Router, Standing, children, descriptors,
-                                   standing, taking_orphans, wait_for)
+from testbed.endure_router import (HERE, HOST, Backend, Folder, Problem, Router, children, descriptors, taking_orphans,
+                                   wait_for)
 from testbed.endure_streams import STALL, Cut, Opening, Refused, Wrong, bounded, hello_for, open_stream, read_pattern
 from testbed.ports import free_block, free_port
 
@@ -302,7 +302,7 @@ class Holders:
     Those of a kind that does not serve wait to be served.
     """
 
-    def __init__(self, folder: Folder, names: Sequence[Name], seed: int, may_be_refused: Callable[[str], bool]):
+    def __init__(self, folder: Folder, names: Sequence[Name], seed: str, may_be_refused: Callable[[str], bool]):
         self.folder = folder
         self.may_be_refused = may_be_refused
         self.stopping = threading.Event()
@@ -400,7 +400,7 @@ class Figures:
 class Half:
     """A store, and so many kills."""
 
-    def __init__(self, figures: Figures, place: Place, is_short: bool, seed: int):
+    def __init__(self, figures: Figures, place: Place, is_short: bool, seed: str):
         self.figures = figures
         self.problems = figures.problems
         self.place = place
@@ -419,8 +419,8 @@ class Half:
         self.left: set[str] = set()  # home folders of killed routers
         self.router: Router | None = None
 
-    def run(self, kills: int, last: str) -> Standing:
-        """Kill so many routers; then one ends well, in the moment `last`.  Returns how that one stood."""
+    def run(self, kills: int, last: str) -> None:
+        """Kill so many routers; then one ends well, in the moment `last`."""
         self.own = children(os.getpid())
         with contextlib.ExitStack() as stack:
             self.start(stack)
@@ -440,7 +440,6 @@ class Half:
             self.crowd.stop()
             self.owners.stop()
             self.holders.stop()
-            stood = standing(self.router.pid)
             self.end_well()
         self.figures.streams += self.crowd.served
         self.figures.claims += self.owners.acknowledged
@@ -448,7 +447,6 @@ class Half:
         self.figures.open += self.owners.open
         for each in (self.crowd, self.holders, self.owners):
             self.problems += each.problems
-        return stood
 
     def may_be_refused(self, name: str) -> bool:
         """Whether it is no fault that a client of this name is refused.
@@ -622,8 +620,8 @@ def within_soon(times: list[float]) -> str:
            f"{sum(each <= SOON for each in times)} of {len(times)} within a second)"
 
 
-def run(kills: int, is_short: bool, seed: int) -> tuple[str, list[str], Standing, Standing]:
-    """All of it: words, problems, and how the last router stood, twice."""
+def run(kills: int, is_short: bool, seed: int) -> tuple[str, list[str]]:
+    """All of it: words, and problems."""
     figures = Figures()
     halves = {"sqlite": kills - kills // 2, "Redis": kills // 2}
     if not halves["Redis"] or not shutil.which("redis-server"):
@@ -637,7 +635,7 @@ def run(kills: int, is_short: bool, seed: int) -> tuple[str, list[str], Standing
                     place.write_settings(sqlite if store == "sqlite" else stores.enter_context(redis(folder.path)))
                     # All children again: that takes seconds.
                     last = "start" if is_short and len(halves) > 1 and store == "sqlite" else "load"
-                    stood = Half(figures, place, is_short, seed + len(store)).run(number, last)
+                    Half(figures, place, is_short, f"{seed} {store}").run(number, last)
             figures.problems += place.backend.faults()
     without = "" if shutil.which("redis-server") else ", since redis-server is not here (Debian package redis-server)"
     moments = ", ".join(f"{number} {words}" for words, number in
@@ -651,4 +649,4 @@ def run(kills: int, is_short: bool, seed: int) -> tuple[str, list[str], Standing
             f"{figures.streams:,} streams served; {figures.claims:,} changes of claims acknowledged, " \
             f"{figures.checked:,} claims found as they were, {figures.open:,} times it was open; " \
             f"{figures.cleared} home folders cleared"
-    return words, figures.problems, stood, stood
+    return words, figures.problems

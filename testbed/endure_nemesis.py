@@ -36,6 +36,7 @@ from testbed.endure_streams import (BACKEND_ENDS_FIRST, EARLY, ENDS_FIRST, LEAVE
                                     SHUT_BACKEND, SHUT_CLIENT, SHUT_SIZE, SLICED, STALL, Cut, Opening, Wrong, bounded,
                                     broken_off, exactly, hello_for, log_uniform, open_stream, pass_stream)
 from testbed.hellos import V1, V2
+from testbed.ports import free_port
 
 SHELVES = 4
 LARGEST, LARGEST_TUNNEL = 1 << 18, 1 << 22  # bytes of a direction; through a tunnel more, so that faults meet them
@@ -237,9 +238,7 @@ class Nemesis:
         self.threads: list[threading.Thread] = []  # clients of a fault
         self.binds = 0
         self.kills = 0  # signals to tunnels, any of which may have come before a program has said that it has begun
-        self.dead = socket.create_server((HOST, 0))  # its port, for a backend that refuses
-        self.dead_port = self.dead.getsockname()[1]
-        self.dead.close()
+        self.dead_port = free_port()  # for a backend that refuses
 
     # -- the flow
 
