@@ -178,6 +178,11 @@ class Owned:
         self.most = HELD_MIN  # so many may be held: as many as it ever had at once
 
 
+def is_over(table: Table, at: float) -> bool:
+    """Whether what ends at this clock time has ended."""
+    return table.frozen_since is None and max(at, table.spared) <= table.clock()
+
+
 class Table:
     """The claims that are known here.  `clock` gives seconds that never go back; it need not be a wall's."""
 
@@ -193,6 +198,9 @@ class Table:
         # time there.
         self.due: list[tuple[float, str]] = []
         self.frozen_since: float | None = None  # clock time; None: time goes on
+        # Clock time before which nothing ends: nobody could renew for a while.  It is not a ttl away, as after an outage: a
+        # host that is stopped for a moment again and again must not keep what nobody renews.
+        self.spared = 0.0
         self.floor = 0  # the largest generation of all keys that were forgotten: a key that is new here begins above it
 
     def __len__(self) -> int:
@@ -214,11 +222,11 @@ class Table:
         claim = self.held.get(key) or self.live.get(key)
         if claim is None or self._lives(claim):
             return None
-        return claim if self.frozen_since is not None or claim.expires + claim.hold > self.clock() else None
+        return None if is_over(self, claim.expires + claim.hold) else claim
 
     def _lives(self, claim: Claim) -> bool:
         """Whether a claim of the table has not ended; it may be that `expire` has not seen its end yet."""
-        return claim.key in self.live and (self.frozen_since is not None or claim.expires > self.clock())
+        return claim.key in self.live and not is_over(self, claim.expires)
 
     def count(self, owner: str) -> int:
         """How many claims of an owner live, or have just ended."""
@@ -337,7 +345,7 @@ class Table:
         """
         key, owner = claim.key, claim.owner
         former = self.live.get(key)
-        if self.frozen_since is None and claim.expires <= self.clock():
+        if is_over(self, claim.expires):
             self._end(claim)
             return
         if key in self.held:
@@ -385,7 +393,7 @@ class Table:
         """
         now, ended = self.clock(), []
         for _ in range(most if self.frozen_since is None else 0):
-            if not self.due or self.due[0][0] > now:
+            if not self.due or max(self.due[0][0], self.spared) > now:
                 break
             key = self.due[0][1]
             claim, held = self.live.get(key), self.held.get(key)
@@ -403,7 +411,7 @@ class Table:
 
     def next_expiry(self) -> float:
         """The clock time at which `expire` may have something to do; infinity where nothing is due."""
-        return self.due[0][0] if self.due and self.frozen_since is None else math.inf
+        return max(self.due[0][0], self.spared) if self.due and self.frozen_since is None else math.inf
 
     # -- outages ---------------------------------------------------------------------------
 
@@ -472,7 +480,7 @@ class Table:
             self.ordered.remove(key)
             del self.keys[former.id]
             self._disown(former)
-        if not claim.hold or self.frozen_since is None and until <= self.clock():
+        if not claim.hold or is_over(self, until):
             self._forget(key)
             return
         self._due(until, key)

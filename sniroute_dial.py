@@ -195,7 +195,7 @@ class Names:
         self.waiting[host, port] = [found]
         try:
             begin_thread(functools.partial(self._resolve, host, port), "name")
-        except RuntimeError as error:  # there are too many threads
+        except (RuntimeError, MemoryError) as error:  # there are too many threads
             self._resolved(host, port, OSError(str(error)))
 
     def _resolve(self, host: str, port: int) -> None:

@@ -508,6 +508,7 @@ class Gate:
         self._resume()
 
     def _resume(self) -> None:
+        self.save()
         self.watch.wait_for(READ, self.accept)
 
     def accept(self, mask: int) -> None:
@@ -516,6 +517,7 @@ class Gate:
             try:
                 sock, _ = self.listener.accept()
             except BlockingIOError:
+                self.save()  # it may have been spent for one who had left
                 return
             except OSError as error:
                 if accepted and error.errno in CAPACITY_ERRNOS:
@@ -579,7 +581,7 @@ class Gate:
             caller.enter(WORKING)
             try:
                 self.live[number] = begin_thread(functools.partial(self._run, number, caller), f"{self.name}-{number}")
-            except RuntimeError as error:  # the system has no thread to spare
+            except (RuntimeError, MemoryError) as error:  # the system has no thread to spare
                 self.door.is_short(str(error))
                 self.free.append(number)
                 caller.answer(Declined(503, str(error), Retry_After="1").answer)

@@ -59,6 +59,7 @@ WAIT_LAST = 3600.0  # seconds of one wait: epoll takes no more than 24 days
 NEVER = float("inf")
 STOOD_STILL = 2.0  # seconds by which a turn is late where this process did not run: it, or its host, was stopped
 WAKING = 1.0  # seconds behind that in which nothing is due: what came meanwhile is heard first
+WAKING_AGAIN = 10.0  # seconds behind these until it may be so again: a loop that is always late has deadlines, too
 CAPACITY_PAUSE = 0.1  # seconds until an accept is tried again when descriptors are short; else the loop would spin
 JITTERS = 16  # different times where one has jitter, since each is a queue: see `jittered`
 
@@ -322,7 +323,7 @@ class Loop:
         self.queues: list[Queue] = []
         self.batches: list[tuple[list[Any], Callable[[Any], Any]]] = []
         self.next_check = 0.0  # no timer and no queue is due before this clock time
-        self.awake = 0.0  # clock time before which nothing is due, since the process stood still; 0: it did not
+        self.awake = -WAKING_AGAIN  # clock time before which nothing is due, since the process stood still
         self.woken: list[Callable[[], None]] = []  # what is done then, at once
         self.stopping = False
         self.reserve = Reserve()
@@ -435,7 +436,7 @@ class Loop:
 
     def _check(self, now: float, late: float) -> None:
         """Do what is due, and find out when to look again.  The turn is late by so many seconds."""
-        if late > STOOD_STILL:
+        if late > STOOD_STILL and now >= self.awake + WAKING_AGAIN:
             self.awake = now + WAKING
             for act in self.woken:
                 self.call(act)

@@ -444,7 +444,7 @@ class Pings:
                 pinged(asked.target, error=f"dial tcp {asked.target}: i/o timeout")))
             try:
                 begin_thread(functools.partial(self._run, asked, number), f"ping-{number}")
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 self.free.append(number)
                 asked.tell(pinged(asked.target, error=str(error)))
 

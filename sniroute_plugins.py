@@ -404,5 +404,5 @@ def in_thread(loop: Loop, name: str, work: Callable[[], Any], done: Callable[[An
 
     try:
         begin_thread(run, name)
-    except RuntimeError as error:  # there are too many threads
+    except (RuntimeError, MemoryError) as error:  # there are too many threads
         loop.call(functools.partial(done, Failed("config", str(error))))

@@ -36,7 +36,7 @@ import json
 import time
 from typing import Any, Callable, NamedTuple, Protocol
 
-from sniroute_claims import NEW, OK, TAKEN_OVER, Claim, Table, Verdict
+from sniroute_claims import GRACE_MIN, NEW, OK, TAKEN_OVER, Claim, Table, Verdict
 from sniroute_loop import Loop, owner_of
 
 __version__ = "0.1.0"
@@ -519,13 +519,12 @@ class Registry:
                 self._tell(self.events.add, RENEWED, claim)
 
     def stood_still(self) -> None:
-        """This process did not run for a while, so nobody could renew here: as after an outage, each claim has time to be.
+        """This process did not run for a while, so nobody could renew here: each claim has time to be.
 
         Not where several routers have the claims: they were renewed elsewhere, and have ended there if they were not.
         """
-        if self.table.frozen_since is None and not hasattr(self.store, "heard_at"):
-            self.table.freeze()
-            self.freeze(False)
+        if not hasattr(self.store, "heard_at"):
+            self.table.spared = self.table.clock() + GRACE_MIN
 
     def leave(self, owner: str) -> int:
         """An owner is no more: all its claims end, and no name is held.  Returns how many claims there were."""

@@ -219,8 +219,8 @@ class Waits:
         try:
             begin_thread(functools.partial(self.router.process_request_thread, wait, wait.number),
                          f"wait-{wait.number}")
-        except RuntimeError as error:  # no more threads to be had
-            wait.error = Refused("busy", str(error))
+        except (RuntimeError, MemoryError) as error:  # no more threads to be had
+            wait.error = Refused("busy", str(error) or SHORT_OF_MEMORY)
             self.router.call(functools.partial(self.hand_back, wait))
             if self.said.is_due(str(error)):
                 log.warning("names that have to wait are refused for now: %s", shortage(error) or error)
@@ -296,6 +296,13 @@ def starved(connection: Connection) -> None:
         pass
     connection.refusal = error
     connection.close(error.kind)
+
+
+def unhear(router: Router) -> None:
+    """Accept from no listener; some may not have been heard."""
+    for listener in router.listeners:
+        with contextlib.suppress(KeyError, OSError):
+            router.loop.poller.forget(listener.fileno())
 
 
 def unheard_reset(up: Flow, down: Flow) -> Flow | None:
@@ -568,8 +575,11 @@ class Router(socketserver.ThreadingTCPServer):
             connection.close("internal")
 
     def handle_error(self, request: Wait, client_address: Any) -> None:
-        """socketserver's hook, for what `finish_request` could not catch."""
-        self.fault(request)
+        """socketserver's hook, for what `finish_request` could not catch.  The thread of the wait."""
+        if ran_out(sys.exc_info()[1]):
+            self.call(functools.partial(self.run_short, SHORT_OF_MEMORY))
+        else:
+            log.exception("a fault in sniroute: please report it")
 
     def _hear(self, listener: Listener) -> None:
         """Have the loop accept from a listener."""
@@ -627,9 +637,8 @@ class Router(socketserver.ThreadingTCPServer):
         if self.pause_said.is_due(why):
             log.warning("not accepting for now: %s", why)
         self.paused = True
-        for listener in self.listeners:
-            self.loop.poller.forget(listener.fileno())
-        self.resumption.set(until)
+        self.resumption.set(until)  # first: whatever fails below, it is tried again
+        unhear(self)
 
     def run_short(self, why: str) -> None:
         """This host has no descriptors or no memory left: accept none for a moment, keep fewer connections ready."""
@@ -641,9 +650,14 @@ class Router(socketserver.ThreadingTCPServer):
         if not self.loop.reserve.restore():
             self.resumption.set(monotonic() + CAPACITY_PAUSE)
             return
+        try:
+            for listener in self.listeners:
+                self._hear(listener)
+        except (OSError, MemoryError):  # epoll(7) takes kernel memory, too
+            unhear(self)
+            self.resumption.set(monotonic() + CAPACITY_PAUSE)
+            return
         self.paused = False
-        for listener in self.listeners:
-            self._hear(listener)
 
     def decide(self, name: str | None) -> Decision:
         """What becomes of a name.  Raises Refused."""

@@ -32,6 +32,7 @@ SHORT_OF_MEMORY = "memory is short"
 RESERVE = 256 << 10  # bytes: what it takes to end some connections, and to log them
 THREAD_ROOM = 1 << 20  # bytes that have to be free for a thread: it is to do something, too
 BEGINS = 0.5  # seconds in which a thread begins, or is given up: the loop waits meanwhile
+RESTS = 1.0  # seconds behind one that did not begin in which none is tried: each try holds the loop up
 SAID_AGAIN = 10.0  # seconds between two log lines that say the same
 SAID_MAX = 16  # things that are remembered: what a host may be short of are a handful
 CAUSES_MAX = 10  # exceptions that led to one another, and are looked at
@@ -88,6 +89,9 @@ class Paced:
         return True
 
 
+rests_until = 0.0  # clock time; see RESTS.  Any thread: one that reads an old one tries once more
+
+
 def begin_thread(act: Callable[[], None], name: str) -> threading.Thread:
     """Start a daemon thread that does `act`.  Raises RuntimeError where this host has none: then `act` is never done.
 
@@ -95,18 +99,21 @@ def begin_thread(act: Callable[[], None], name: str) -> threading.Thread:
     thread may end before its first step, and the one that waits, the loop, waits for ever.  Seen with CPython 3.11
     (the stack of a new thread's frames is a mapping of its own) as "Exception ignored in thread started by".
     """
-    import threading  # late: 0.2 MB, which the carrier does without
-
-    left = [act]  # whoever takes it out, the thread or the one who gives it up
-
-    def run() -> None:
-        try:
-            wanted = left.pop()
-        except IndexError:  # it has begun too late
-            return
-        wanted()
-
+    global rests_until
+    if time.monotonic() < rests_until:
+        raise RuntimeError(f"can't start new thread: {SHORT_OF_MEMORY}")
     try:
+        import threading  # late: 0.2 MB, which the carrier does without
+
+        left = [act]  # whoever takes it out, the thread or the one who gives it up
+
+        def run() -> None:
+            try:
+                wanted = left.pop()
+            except IndexError:  # it has begun too late
+                return
+            wanted()
+
         with mmap.mmap(-1, THREAD_ROOM, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS):
             pass
         thread = threading.Thread(target=run, name=name, daemon=True)
@@ -120,6 +127,7 @@ def begin_thread(act: Callable[[], None], name: str) -> threading.Thread:
             left.pop()
         except IndexError:  # just now
             return thread
-        # `threading` remembers it until its first step, which may come yet: a kilobyte, for each BEGINS seconds at most.
+        # `threading` remembers it until its first step, which may come yet: a kilobyte, for each RESTS seconds at most.
+        rests_until = time.monotonic() + RESTS
         raise RuntimeError(f"can't start new thread: it did not begin within {BEGINS:g} s")
     return thread

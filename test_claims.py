@@ -246,6 +246,21 @@ def test_renewals_need_no_memory(table, clock):
 # -- expiry ------------------------------------------------------------------------------------
 
 
+def test_where_nobody_could_renew_for_a_while_nothing_ends_for_a_moment(table, clock):
+    """However long its ttl is; and the next renewal counts."""
+    made = claim(table, ttl=60, hold=100)
+    day = claim(table, "day.tun.example.com", ttl=86400)
+    clock.jump(59)
+    table.spared = clock() + GRACE_MIN
+    clock.jump(GRACE_MIN - 1)
+    assert table.find(SHOP) == made and table.expire() == [] and table.find_held(SHOP) is None
+    assert table.next_expiry() == clock() + 1
+    clock.jump(1)
+    assert table.find(SHOP) is None and table.find_held(SHOP) == made
+    assert [ended.key for ended in table.expire()] == [SHOP]
+    assert table.find("day.tun.example.com") == day and day.expires == clock() - 59 - GRACE_MIN + 86400
+
+
 def test_next_expiry_is_when_there_is_something_to_do(table, clock):
     assert table.next_expiry() == math.inf
     claim(table, "a.tun.example.com", ttl=60, hold=600)

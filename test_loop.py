@@ -244,6 +244,16 @@ def test_where_it_stood_still_what_has_come_is_heard_before_anything_is_due(benc
     assert late == [0], "who has said nothing has its deadline a moment later"
 
 
+def test_a_loop_that_is_always_late_has_deadlines_all_the_same(bench):
+    """Each turn takes longer than a standstill, as where the host swaps: what is due is done, a second later at most."""
+    acted: list[float] = []
+    timer = bench.loop.timer(lambda: acted.append(bench.clock()))
+    timer.set(bench.clock() + 1)
+    for _ in range(3):
+        bench.loop.call(lambda: bench.clock.jump(4))
+        bench.turn()
+    assert acted == [bench.clock() - 4], "not in the first late turn, and in the next one"
+
 
 @pytest.mark.parametrize("place", ["descriptor", "call", "timer"])
 @pytest.mark.parametrize("how", ["method", "partial", "partial of a partial", "function", "lambda"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import ipaddress
 import os
 import re
@@ -29,7 +30,7 @@ import sniroute_targets
 from sniroute_refusals import SettingsError
 from sniroute_routes import Decision, parse_route
 from sniroute_settings import load_settings
-from conftest import HOST, wait_until
+from conftest import HOST, connect, wait_until
 from testbed.hellos import HELLO, ROUTED_HEADER, V1, genuine
 from testbed.program import command, has_ipv6, ipv6
 from testbed.running import DB, TUNNEL, Running, alert, answer, read_all, read_exactly, reset, route
@@ -380,6 +381,28 @@ def test_accepting_goes_on_when_a_deadline_made_the_room(run, serve):
         late = stack.enter_context(running.connect(HELLO))
         wait_until(lambda: running.router.paused)
         assert late.recv(1) == b"x"
+
+
+@pytest.mark.parametrize("method", ["watch", "forget"])
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")], ids=repr)
+def test_a_pause_that_fails_in_part_is_over_all_the_same(run, serve, monkeypatch, method, error):
+    """epoll(7) finds no memory: for one of two listeners, as the router stops accepting, or goes on."""
+    running = run(route(serve(answer(b"x")).address), f"--listen={HOST}:0")
+    router, failed = running.router, []
+    real = getattr(sniroute_loop.EpollPoller, method)
+
+    def fails_once(poller, fd: int, *more: Any) -> None:
+        if not failed and fd == router.listeners[-1].fileno():
+            failed.append(fd)
+            raise error
+        real(poller, fd, *more)
+
+    monkeypatch.setattr(sniroute_loop.EpollPoller, method, fails_once)
+    router.call(functools.partial(router.run_short, "a test"))
+    wait_until(lambda: failed and not router.paused)
+    for listener in router.listeners:
+        with connect(listener.getsockname()[:2], HELLO) as client:
+            assert client.recv(1) == b"x"
 
 
 def test_descriptors_that_run_out_pause_accepting_and_do_not_spin(run, serve, caplog, monkeypatch):

@@ -24,6 +24,7 @@ def test_a_thread_does_what_it_is_for():
 def test_a_thread_that_ends_before_its_first_step_is_not_waited_for(monkeypatch):
     """As one does that finds no memory for its stack of frames: Thread.start would wait for ever."""
     monkeypatch.setattr(sniroute_scarcity, "BEGINS", 0.05)
+    monkeypatch.setattr(sniroute_scarcity, "RESTS", 0.0)
     monkeypatch.setattr(threading.Thread, "_bootstrap", lambda self: None)
     with pytest.raises(RuntimeError, match="can't start new thread: it did not begin within 0.05 s"):
         begin_thread(lambda: None, "lost")
@@ -31,9 +32,25 @@ def test_a_thread_that_ends_before_its_first_step_is_not_waited_for(monkeypatch)
         del threading._limbo[thread]  # Thread.start has left it there
 
 
+def test_after_a_thread_that_did_not_begin_none_is_tried_for_a_moment(monkeypatch):
+    """Each try holds the loop up."""
+    monkeypatch.setattr(sniroute_scarcity, "rests_until", time.monotonic() + 60)
+    with pytest.raises(RuntimeError, match="can't start new thread: memory is short"):
+        begin_thread(lambda: None, "none")
+
+
+def test_a_lack_of_memory_before_the_thread_is_a_thread_too_few(monkeypatch):
+    def none(*words: object, **more: object) -> None:
+        raise MemoryError
+    monkeypatch.setattr(threading, "Thread", none)
+    with pytest.raises(RuntimeError, match="can't start new thread: memory is short"):
+        begin_thread(lambda: None, "none")
+
+
 def test_a_thread_that_begins_too_late_does_nothing(monkeypatch):
     """Its owner was told that there is none, and has gone on without."""
     monkeypatch.setattr(sniroute_scarcity, "BEGINS", 0.05)
+    monkeypatch.setattr(sniroute_scarcity, "RESTS", 0.0)
     real, go, over, done = threading.Thread._bootstrap, threading.Event(), threading.Event(), []
 
     def late(self: threading.Thread) -> None:
