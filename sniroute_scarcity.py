@@ -31,7 +31,8 @@ __version__ = "0.1.0"
 SHORT_OF_MEMORY = "memory is short"
 RESERVE = 256 << 10  # bytes: what it takes to end some connections, and to log them
 THREAD_ROOM = 1 << 20  # bytes that have to be free for a thread: it is to do something, too
-BEGINS = 0.5  # seconds in which a thread begins, or is given up: the loop waits meanwhile
+BEGINS = 2.0  # seconds in which a thread begins, or is given up: the loop waits meanwhile.  0.5 is too little: with 20
+# processes for each core one took longer, in an hour of them
 RESTS = 1.0  # seconds behind one that did not begin in which none is tried: each try holds the loop up
 SAID_AGAIN = 10.0  # seconds between two log lines that say the same
 SAID_MAX = 16  # things that are remembered: what a host may be short of are a handful

@@ -73,7 +73,7 @@ def test_after_all_shortages_the_router_stands_as_before(suffered):
 
 def test_every_pause_in_a_shortage_is_a_second_at_most():
     """Where clients come: each is looked at again that soon; a busy host may take longer for it."""
-    for pause in (sniroute_daemon.MEMORY_PAUSE, sniroute_scarcity.BEGINS, sniroute_loop.CAPACITY_PAUSE,
+    for pause in (sniroute_daemon.MEMORY_PAUSE, sniroute_scarcity.RESTS, sniroute_loop.CAPACITY_PAUSE,
                   sniroute_door.ACCEPT_PAUSE, sniroute_forwarder.PAUSE, sniroute_tunnels.RETRY,
                   sniroute_tunnels.SHORT_RETRY):
         assert pause <= 1.0
