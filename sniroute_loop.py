@@ -414,7 +414,7 @@ class Loop:
         except Exception as error:
             if not ran_out(error):
                 raise
-            # Else what waits has a deadline yet.
+            self._starve()  # its owner stays, and ends by its deadline; what woke it may be ready all the while
 
     def _starve(self) -> None:
         """There is not even memory for the loop's own work: other threads may give some back meanwhile."""
