@@ -508,7 +508,6 @@ class Gate:
         self._resume()
 
     def _resume(self) -> None:
-        self.save()
         self.watch.wait_for(READ, self.accept)
 
     def accept(self, mask: int) -> None:

@@ -77,3 +77,4 @@ def test_every_pause_in_a_shortage_is_a_second_at_most():
                   sniroute_door.ACCEPT_PAUSE, sniroute_forwarder.PAUSE, sniroute_tunnels.RETRY,
                   sniroute_tunnels.SHORT_RETRY):
         assert pause <= 1.0
+    assert sniroute_scarcity.BEGINS <= 2.0, "the loop waits so long for a thread that never begins"

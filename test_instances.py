@@ -279,7 +279,7 @@ def test_a_flood_of_lines_stalls_nobody_and_is_bounded(master):
         for _ in range(20):
             began = time.monotonic()
             there.show(other)
-            assert time.monotonic() - began < 5  # the flood goes on for ever
+            assert time.monotonic() - began < 1
         events.until(lambda event: "lines were left out" in event["logs"])
         logs = [event for event in events.all if event["type"] == "log"]
     assert len(logs) < 500
