@@ -54,7 +54,7 @@ from sniroute_certificate import Leafs, Pair, load
 from sniroute_http import parse_request
 from sniroute_names import Address, parse_ip
 from sniroute_refusals import REFUSALS, Malformed, Refused
-from sniroute_scarcity import begin_thread, ran_out
+from sniroute_scarcity import begin_errand, ran_out
 from sniroute_wire import ALPN, TLS_HANDSHAKE, Hello, HelloReader
 
 if TYPE_CHECKING:
@@ -221,15 +221,15 @@ class Visit:
             return False
         try:
             self.sock = socket.socket(fileno=os.dup(self.connection.up.fd))
-            begin_thread(self.serve, f"courtesy-{len(served) + 1}")
-        except (OSError, RuntimeError):  # descriptors, threads
+            begin_errand(self.serve, self.over, self.courtesy.router.call, f"courtesy-{len(served) + 1}")
+        except (OSError, RuntimeError, MemoryError):  # descriptors, threads
             if self.sock is not None:
                 self.sock.close()
             return False
         served.add(self)
         return True
 
-    def over(self) -> None:
+    def over(self, _: object) -> None:
         """The thread has done what it could: end the connection, and let the next one in."""
         courtesy, connection = self.courtesy, self.connection
         courtesy.served.discard(self)
@@ -253,7 +253,6 @@ class Visit:
                 log.exception("a fault in sniroute: please report it")
         finally:
             self.sock.close()
-            self.courtesy.router.call(self.over)
 
     def answer(self, pair: Pair) -> None:
         """Shake hands, read the head of a request, send the page.  Raises OSError."""

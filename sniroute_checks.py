@@ -244,7 +244,7 @@ class Check(Watch):
             data = self.sock.recv(READ_SIZE)
         except BlockingIOError:
             return
-        except OSError:
+        except (OSError, MemoryError):
             data = b""
         self.surplus += len(data)
         if not data or self.surplus > HEARD_MAX:

@@ -67,7 +67,7 @@ from sniroute_names import show_address
 from sniroute_refusals import SettingsError
 from sniroute_router import Hooks, Router, prepare
 from sniroute_routes import port_address
-from sniroute_scarcity import SHORT_OF_MEMORY, Paced, ran_out
+from sniroute_scarcity import SHORT_OF_MEMORY, Paced, outlast, ran_out
 from sniroute_settings import Settings, warn
 from sniroute_systemd import Supervisor, activated_sockets
 from sniroute_tunnels import TunnelTable
@@ -219,21 +219,22 @@ class Daemon:
                     raise
                 log.error("%s", shortage(error))
                 return 1
-            said = Paced()
-            while self.thread.is_alive():
-                try:
-                    self._turn()
-                except Exception as error:
-                    if not ran_out(error) and getattr(error, "errno", None) not in CAPACITY_ERRNOS:
-                        raise
-                    with contextlib.suppress(MemoryError):
-                        why = SHORT_OF_MEMORY if ran_out(error) else str(error)
-                        if said.is_due(why):
-                            log.error("%s", why)
-                    time.sleep(MEMORY_PAUSE)
+            outlast(self._serve, functools.partial(self._short, Paced()), MEMORY_PAUSE)
             return 1 if self.failed else 0
         finally:
             self._close()
+
+    def _serve(self) -> None:
+        while self.thread.is_alive():
+            self._turn()
+
+    def _short(self, said: Paced, error: Exception) -> None:
+        """Inside `except`: say that this host has no descriptor or no memory; anything else is raised again."""
+        if not ran_out(error) and getattr(error, "errno", None) not in CAPACITY_ERRNOS:
+            raise
+        why = SHORT_OF_MEMORY if ran_out(error) else str(error)
+        if said.is_due(why):
+            log.error("%s", why)
 
     def _turn(self) -> None:
         """Wait for an event, and act on what there is."""

@@ -58,7 +58,7 @@ from sniroute_loop import CAPACITY_ERRNOS, READ, WRITE, Loop, monotonic, owner_o
 from sniroute_names import parse_network, printable, show_address, unmapped
 from sniroute_race import ADDRESSES_MAX, STAGGER, Laggards, Row, alternate
 from sniroute_refusals import Failed, Malformed, SettingsError
-from sniroute_scarcity import begin_thread
+from sniroute_scarcity import SHORT_OF_MEMORY, begin_errand, ran_out
 from sniroute_upgrade import HEAD_MAX, connect_request, parse_answer
 
 __version__ = "0.1.0"
@@ -194,22 +194,19 @@ class Names:
             return
         self.waiting[host, port] = [found]
         try:
-            begin_thread(functools.partial(self._resolve, host, port), "name")
+            begin_errand(functools.partial(self._resolve, host, port), functools.partial(self._resolved, host, port),
+                         self.loop.call, "name")
         except (RuntimeError, MemoryError) as error:  # there are too many threads
             self._resolved(host, port, OSError(str(error)))
 
-    def _resolve(self, host: str, port: int) -> None:
-        """Ask the resolver, which may take long.  Thread `name`."""
-        result: Addresses | OSError
+    def _resolve(self, host: str, port: int) -> Addresses:
+        """Ask the resolver, which may take long.  Thread `name`.  Raises OSError."""
         try:
             rows = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            found = alternate(dict.fromkeys((row[0], row[4]) for row in rows))
-            result = list(self.laggards.last(found)[:ADDRESSES_MAX])
         except UnicodeError:  # of a label that is too long
-            result = OSError(socket.EAI_NONAME, "it is no name")
-        except OSError as error:
-            result = error
-        self.loop.call(functools.partial(self._resolved, host, port, result))
+            raise OSError(socket.EAI_NONAME, "it is no name") from None
+        found = alternate(dict.fromkeys((row[0], row[4]) for row in rows))
+        return list(self.laggards.last(found)[:ADDRESSES_MAX])
 
     def learn(self, place: tuple[str, int], lost: Iterable[Row], won: Row) -> None:
         """One address of a host took the connect where others did not: try those last.  Loop's thread."""
@@ -218,8 +215,10 @@ class Names:
             addresses, until = self.known[place]
             self.known[place] = list(self.laggards.last(addresses)), until
 
-    def _resolved(self, host: str, port: int, result: Addresses | OSError) -> None:
+    def _resolved(self, host: str, port: int, result: Addresses | Exception) -> None:
         """Tell everybody who waits for this name.  Loop's thread."""
+        if isinstance(result, Exception) and not isinstance(result, OSError):
+            result = OSError(SHORT_OF_MEMORY if ran_out(result) else repr(result))
         now = self.clock()
         self.known = {place: row for place, row in self.known.items() if row[1] > now}
         if not isinstance(result, OSError):

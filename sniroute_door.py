@@ -62,7 +62,7 @@ from typing import Any, Callable, NamedTuple
 from sniroute_loop import CAPACITY_ERRNOS, READ, WRITE, Loop, Watch
 from sniroute_names import printable, show_address
 from sniroute_page import POLICY
-from sniroute_scarcity import SHORT_OF_MEMORY, Paced, begin_thread, ran_out
+from sniroute_scarcity import SHORT_OF_MEMORY, Paced, begin_errand, ran_out
 
 __version__ = "0.1.0"
 
@@ -369,7 +369,7 @@ class Caller:
         except Exception as error:
             if ran_out(error):
                 self.gate.door.is_short(SHORT_OF_MEMORY)
-                return Declined(503, SHORT_OF_MEMORY, Retry_After="1").answer
+                return SHORT.answer
             log.exception("%s: %s", self.gate.door.name, FAULT)
             return Declined(500, "a fault in sniroute: its log says which").answer
 
@@ -579,26 +579,24 @@ class Gate:
             number = self.free.pop()
             caller.enter(WORKING)
             try:
-                self.live[number] = begin_thread(functools.partial(self._run, number, caller), f"{self.name}-{number}")
+                self.live[number] = begin_errand(caller.perform, functools.partial(self._end, number, caller),
+                                                 self.door.loop.call, f"{self.name}-{number}")
             except (RuntimeError, MemoryError) as error:  # the system has no thread to spare
                 self.door.is_short(str(error))
                 self.free.append(number)
                 caller.answer(Declined(503, str(error), Retry_After="1").answer)
 
-    def _run(self, number: int, caller: Caller) -> None:
-        """What a thread runs."""
-        self.door.loop.call(functools.partial(self._end, number, caller, caller.perform()))
-
-    def _end(self, number: int, caller: Caller, answer: Answer) -> None:
-        """A thread has an answer, and ends."""
+    def _end(self, number: int, caller: Caller, answer: Answer | Exception) -> None:
+        """A thread has an answer, or had no memory for one, and ends."""
         del self.live[number]
         self.free.append(number)
         if caller.state is WORKING:
-            caller.answer(answer)
+            caller.answer(SHORT.answer if isinstance(answer, Exception) else answer)
         self._begin()
 
 
 BUSY = Declined(503, "too many ask at once", Retry_After="1")
+SHORT = Declined(503, SHORT_OF_MEMORY, Retry_After="1")
 
 
 class Door:

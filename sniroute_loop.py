@@ -48,7 +48,7 @@ import termios
 import time
 from typing import Any, Callable, Iterable
 
-from sniroute_scarcity import Reserve, ran_out
+from sniroute_scarcity import Reserve, outlast, ran_out
 
 __version__ = "0.1.0"
 
@@ -120,8 +120,8 @@ class Poller:
 
     def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
         """Begin to wait for READ, WRITE or both."""
+        self.callbacks[fd] = callback  # first: an event without a callback would end the loop
         self.selector.register(fd, AS_SELECTORS[events])
-        self.callbacks[fd] = callback
 
     def change(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
         """Wait for something else."""
@@ -163,8 +163,8 @@ class EpollPoller(Poller):
         self.epoll = select.epoll()
 
     def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
-        self.epoll.register(fd, events)
         self.callbacks[fd] = callback
+        self.epoll.register(fd, events)
 
     def change(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
         self.epoll.modify(fd, events)
@@ -326,6 +326,7 @@ class Loop:
         self.awake = -WAKING_AGAIN  # clock time before which nothing is due, since the process stood still
         self.woken: list[Callable[[], None]] = []  # what is done then, at once
         self.stopping = False
+        self.rests = False  # something has failed, and may fail again at once: the next check begins with a pause
         self.reserve = Reserve()
         self.pipe = WakePipe()
         self.poller.watch(self.pipe.reader, READ, self._woken)
@@ -366,14 +367,7 @@ class Loop:
 
     def run(self, turns: Iterable[Any] = itertools.repeat(None)) -> None:
         """Turn until `stop` is called: wait for something to do, and do it; one turn for each item of `turns`."""
-        turns = iter(turns)
-        while True:
-            try:
-                return self._turn(turns)
-            except Exception as error:
-                if not ran_out(error):
-                    raise
-                self._starve()
+        outlast(functools.partial(self._turn, iter(turns)), self._starved, CAPACITY_PAUSE)
 
     def _turn(self, turns: Iterable[Any]) -> None:
         """One turn for each item of `turns`, until `stop`.  Raises MemoryError, and may be called again then."""
@@ -390,7 +384,7 @@ class Loop:
                 try:
                     callback(mask)
                 except Exception:
-                    met(owner_of, callback)
+                    met(owner_of, callback, fd)
             now = monotonic()
             if now >= self.next_check:
                 self._check(now, now - before - max(0.0, timeout))
@@ -404,23 +398,26 @@ class Loop:
                         met(itself, item)
                 batch.clear()
 
-    def _met(self, find: Callable[[Any], Any], by: Any) -> None:
-        """Inside `except`: something has failed, and `find(by)` is the object that met it."""
-        if ran_out(sys.exc_info()[1]):
-            self.reserve.spend()
-            self.next_check = 0.0  # soon it is taken back
+    def _met(self, find: Callable[[Any], Any], by: Any, fd: int = -1) -> None:
+        """Inside `except`: `find(by)` is the object that something has failed for; `by` may be the callback of `fd`."""
         try:
+            if ran_out(sys.exc_info()[1]):
+                self._starved(None)
             self.fault(find(by))
         except Exception as error:
-            if not ran_out(error):
-                raise
-            self._starve()  # its owner stays, and ends by its deadline; what woke it may be ready all the while
+            self._starved(error)
+            self.rests = True
+        # Its owner has not ended, and is as ready in the next turn.
+        self.rests = self.rests or self.poller.callbacks.get(fd) is by
+        if self.rests:
+            self.next_check = 0.0
 
-    def _starve(self) -> None:
-        """There is not even memory for the loop's own work: other threads may give some back meanwhile."""
+    def _starved(self, error: Exception | None) -> None:
+        """Memory is short, so spend the reserve; or, inside `except`, it was something else, and is raised again."""
+        if error is not None and not ran_out(error):
+            raise
         self.reserve.spend()
-        time.sleep(CAPACITY_PAUSE)
-        self.next_check = 0.0
+        self.next_check = 0.0  # soon it is taken back
 
     def hurry(self) -> None:
         """Do not wait before the next turn: a later batch may have put something into one that was done before it."""
@@ -436,6 +433,9 @@ class Loop:
 
     def _check(self, now: float, late: float) -> None:
         """Do what is due, and find out when to look again.  The turn is late by so many seconds."""
+        if self.rests:
+            self.rests = False
+            time.sleep(CAPACITY_PAUSE)
         if late > STOOD_STILL and now >= self.awake + WAKING_AGAIN:
             self.awake = now + WAKING
             for act in self.woken:
@@ -471,12 +471,16 @@ class Loop:
     def _woken(self, mask: int) -> None:
         """Run what other threads asked for."""
         self.pipe.clear()
-        for _ in range(len(self.calls)):  # calls that these add wait for the next turn
-            act = self.calls.popleft()
-            try:
-                act()
-            except Exception:
-                self._met(owner_of, act)
+        try:
+            for _ in range(len(self.calls)):  # calls that these add wait for the next turn
+                act = self.calls.popleft()
+                try:
+                    act()
+                except Exception:
+                    self._met(owner_of, act)
+        except Exception:
+            self.pipe.wake()  # for those that are left
+            raise
 
     def close(self) -> None:
         """Close the selector and the pipe.  After `run` has returned, or instead of it."""

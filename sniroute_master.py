@@ -73,7 +73,7 @@ from sniroute_mcp import answer as answer_mcp
 from sniroute_names import show_address
 from sniroute_panel import DOCS_POLICY, PAGE, PAGE_POLICY, V1, Endpoint, describe, docs
 from sniroute_refusals import SettingsError
-from sniroute_scarcity import begin_thread
+from sniroute_scarcity import SHORT_OF_MEMORY, begin_errand, ran_out
 
 if TYPE_CHECKING:
     from sniroute_forwarder import Log
@@ -443,17 +443,16 @@ class Pings:
             self.alarms.at(monotonic() + PING_TIME + PING_WAIT, lambda asked=asked: asked.tell(  # the resolver is slow
                 pinged(asked.target, error=f"dial tcp {asked.target}: i/o timeout")))
             try:
-                begin_thread(functools.partial(self._run, asked, number), f"ping-{number}")
+                begin_errand(functools.partial(try_target, asked.target), functools.partial(self._end, asked, number),
+                             self.loop.call, f"ping-{number}")
             except (RuntimeError, MemoryError) as error:
                 self.free.append(number)
                 asked.tell(pinged(asked.target, error=str(error)))
 
-    def _run(self, asked: Ping, number: int) -> None:
-        row = try_target(asked.target)
-        self.loop.call(functools.partial(self._end, asked, number, row))
-
-    def _end(self, asked: Ping, number: int, row: Row) -> None:
+    def _end(self, asked: Ping, number: int, row: Row | Exception) -> None:
         self.free.append(number)
+        if isinstance(row, Exception):
+            row = pinged(asked.target, error=SHORT_OF_MEMORY if ran_out(row) else type(row).__name__)
         asked.tell(row)
         self._begin()
 

@@ -47,7 +47,7 @@ from sniroute_host import changed_by_others, death_guard, interpreter_of
 from sniroute_kubeconfig import Cluster, KubeconfigError, Plugin, Secret, bearer, check_key, shown
 from sniroute_loop import Loop, monotonic
 from sniroute_names import printable
-from sniroute_scarcity import begin_thread
+from sniroute_scarcity import SHORT_OF_MEMORY, begin_errand, ran_out
 
 __version__ = "0.1.0"
 
@@ -393,16 +393,14 @@ def failed_by(error: KubeconfigError) -> Failed:
 
 def in_thread(loop: Loop, name: str, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
     """Do what may wait in a thread; then call `done` in the loop, with what came of it, or with Failed."""
-    def run() -> None:
-        try:
-            result = work()
-        except KubeconfigError as error:
-            result = failed_by(error)
-        except Exception as error:  # whoever waits hears of it; what it says may have a secret
-            result = Failed("config", f"{name}: {type(error).__name__}")
-        loop.call(functools.partial(done, result))
+    def told(result: Any) -> None:
+        if isinstance(result, KubeconfigError):
+            result = failed_by(result)
+        elif isinstance(result, Exception):  # whoever waits hears of it; what it says may have a secret
+            result = Failed("config", SHORT_OF_MEMORY if ran_out(result) else f"{name}: {type(result).__name__}")
+        done(result)
 
     try:
-        begin_thread(run, name)
+        begin_errand(work, told, loop.call, name)
     except (RuntimeError, MemoryError) as error:  # there are too many threads
         loop.call(functools.partial(done, Failed("config", str(error))))

@@ -48,7 +48,7 @@ from sniroute_names import ascii_advice, normalise, parse_ip
 from sniroute_refusals import REFUSALS, Refused
 from sniroute_resets import RESETTING
 from sniroute_routes import Decision, Route, Routes
-from sniroute_scarcity import SHORT_OF_MEMORY, Paced, begin_thread, ran_out
+from sniroute_scarcity import SHORT_OF_MEMORY, Paced, begin_errand, ran_out
 from sniroute_targets import Targets
 from sniroute_tunnels import TunnelTable
 from sniroute_wire import PROXY_POLICY, HelloMemory
@@ -206,8 +206,8 @@ class Waits:
     def _want_thread(self) -> None:
         """Have a thread started in the next turn, one in a turn: each takes a while."""
         if self.queued and self.threads < WAIT_THREADS and not self.thread_wanted:
-            self.thread_wanted = True
             self.router.call(self._start)
+            self.thread_wanted = True  # only now: without memory there is no call
 
     def _start(self) -> None:
         self.thread_wanted = False
@@ -217,14 +217,25 @@ class Waits:
         self.threads += 1
         wait.number = self.threads
         try:
-            begin_thread(functools.partial(self.router.process_request_thread, wait, wait.number),
-                         f"wait-{wait.number}")
+            begin_errand(functools.partial(self.router.process_request_thread, wait, wait.number),
+                         functools.partial(self._over, wait), self.router.call, f"wait-{wait.number}")
         except (RuntimeError, MemoryError) as error:  # no more threads to be had
+            self.router.loop.reserve.spend()
             wait.error = Refused("busy", str(error) or SHORT_OF_MEMORY)
             self.router.call(functools.partial(self.hand_back, wait))
             if self.said.is_due(str(error)):
                 log.warning("names that have to wait are refused for now: %s", shortage(error) or error)
         self._want_thread()
+
+    def _over(self, wait: Wait, error: Exception | None) -> None:
+        """Its thread ends, by an exception or with what it notes in the wait."""
+        if ran_out(error):
+            wait.error = Refused("busy", SHORT_OF_MEMORY)
+            self.router.run_short(SHORT_OF_MEMORY)
+        elif error is not None:
+            log.error("while waiting for %s", wait.decision.target, exc_info=error)
+            wait.error = Refused("internal", "a fault in sniroute")
+        self.hand_back(wait)
 
     def hand_back(self, wait: Wait) -> None:
         """A wait is over: go on with its connections."""
@@ -472,16 +483,13 @@ class Router(socketserver.ThreadingTCPServer):
             wait.decision.scheme.prepare(self.targets, wait)
         except Refused as error:
             wait.error = error
-        except Exception as error:
-            if ran_out(error):
-                wait.error = Refused("busy", SHORT_OF_MEMORY)
-                return
-            log.exception("while waiting for %s", wait.decision.target)
-            wait.error = Refused("internal", "a fault in sniroute")
+
+    def handle_error(self, request: Wait, client_address: Any) -> None:
+        """Inside `except`: it is the loop that tells of it, as the thread may have no memory for that."""
+        raise
 
     def shutdown_request(self, wait: Wait) -> None:
-        """Hand the connections back to the loop."""
-        self.call(functools.partial(self.waits.hand_back, wait))
+        """Nothing: the loop hands the connections back (Waits)."""
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -573,13 +581,6 @@ class Router(socketserver.ThreadingTCPServer):
         log.exception("a fault in sniroute: please report it")
         if isinstance(connection, Connection):
             connection.close("internal")
-
-    def handle_error(self, request: Wait, client_address: Any) -> None:
-        """socketserver's hook, for what `finish_request` could not catch.  The thread of the wait."""
-        if ran_out(sys.exc_info()[1]):
-            self.call(functools.partial(self.run_short, SHORT_OF_MEMORY))
-        else:
-            log.exception("a fault in sniroute: please report it")
 
     def _hear(self, listener: Listener) -> None:
         """Have the loop accept from a listener."""

@@ -3,6 +3,8 @@
     a MemoryError, anywhere ---> ran_out: not a fault of ours ---> the word of it is SHORT_OF_MEMORY, without a traceback
     Loop --- Reserve: some memory that is given back then, so that what met it can be ended, told and logged
     begin_thread(act, name) ---> a thread that does `act`; or RuntimeError, soon, where there is none
+    begin_errand(work, done, call, name) ---> the same, and the loop is told what came of it, whatever that is
+    outlast(act, met) ---> what goes on for as long as we do, or has to be done: tried again until it returns
 
 What is too little at the start is sniroute_host's.  Descriptors are not here: what opens one gets an OSError with one of
 the loop's CAPACITY_ERRNOS, and tries again later.
@@ -10,7 +12,8 @@ the loop's CAPACITY_ERRNOS, and tries again later.
 Threads: a Reserve is its loop's; all else is for any thread (of a Paced, a line comes twice at worst).
 
 Seams: I want to ...
-    start a thread while we serve    `begin_thread`, instead of threading.Thread.start
+    start a thread while we serve    `begin_errand`, or `begin_thread`, instead of threading.Thread.start
+    go on for ever, in a thread      `outlast`, instead of `while True` around a `try`
     tell scarcity from a fault       `ran_out`, in an `except Exception`
 
 This room imports the standard library only.
@@ -21,7 +24,7 @@ from __future__ import annotations
 import functools
 import mmap
 import time
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 if TYPE_CHECKING:
     import threading
@@ -37,6 +40,7 @@ RESTS = 1.0  # seconds behind one that did not begin in which none is tried: eac
 SAID_AGAIN = 10.0  # seconds between two log lines that say the same
 SAID_MAX = 16  # things that are remembered: what a host may be short of are a handful
 CAUSES_MAX = 10  # exceptions that led to one another, and are looked at
+PAUSE = 0.1  # seconds until what failed is tried again: other threads may give some memory back meanwhile
 
 
 def ran_out(error: BaseException | None) -> bool:
@@ -46,6 +50,37 @@ def ran_out(error: BaseException | None) -> bool:
             break
         error = error.__context__
     return isinstance(error, MemoryError)
+
+
+def only_shortage(error: BaseException) -> None:
+    """Inside `except`: raise what is being handled, unless it has come of a lack of memory."""
+    if not ran_out(error):
+        raise
+
+
+def outlast(act: Callable[[], Any], met: Callable[[Exception], object] = only_shortage, pause: float = PAUSE) -> Any:
+    """Do `act` until it returns; then return what it has returned.
+
+    Args:
+        act: where it raises an exception it is called again, a `pause` (seconds) later.
+        met: is called with each exception, inside `except`.  What it raises ends this; but not a MemoryError, since
+            there may be no memory for telling what there is none for.
+
+    Each step here stands inside a `try`: even to call a function may take memory (CPython has the frames of a thread's
+    functions in pieces), and time.sleep runs the handlers of signals.
+    """
+    failed = False
+    while True:
+        try:
+            if failed:
+                time.sleep(pause)
+            failed = True
+            return act()
+        except Exception as error:
+            try:
+                met(error)
+            except MemoryError:
+                pass
 
 
 class Reserve:
@@ -132,3 +167,37 @@ def begin_thread(act: Callable[[], None], name: str) -> threading.Thread:
         rests_until = time.monotonic() + RESTS
         raise RuntimeError(f"can't start new thread: it did not begin within {BEGINS:g} s")
     return thread
+
+
+class Errand:
+    """What a thread does for a loop.  To call it, in the loop, tells what came of it."""
+
+    __slots__ = ("work", "func", "result")
+
+    def __init__(self, work: Callable[[], Any], done: Callable[[Any], object]):
+        self.work = work
+        self.func = done  # by this name, as a functools.partial has it: owner_of finds whose errand it is
+        self.result: Any = None
+
+    def __call__(self) -> None:
+        self.func(self.result)
+
+    def run(self, tell: Callable[[], object]) -> None:
+        """The thread."""
+        try:
+            self.result = self.work()
+        except Exception as error:
+            self.result = error
+        outlast(tell)
+
+
+def begin_errand(work: Callable[[], Any], done: Callable[[Any], object],
+                 call: Callable[[Callable[[], None]], object], name: str) -> threading.Thread:
+    """Start a daemon thread that does `work`, and have the loop call `done` with what came of it.
+
+    `done` gets what `work` has returned, or the exception that it raised.  `call` is the Loop.call of that loop.  All
+    that telling takes is there before the thread begins: whoever waits for it hears of it, also where memory is short.
+    Raises RuntimeError and MemoryError where there is no thread: then neither is called.
+    """
+    errand = Errand(work, done)
+    return begin_thread(functools.partial(errand.run, functools.partial(call, errand)), name)

@@ -33,7 +33,10 @@ Sources: sqlite.org: "Write-Ahead Logging", "PRAGMA locking_mode", "PRAGMA synch
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import functools
+import itertools
 import queue
 import sqlite3
 import threading
@@ -45,7 +48,7 @@ from sniroute_host import make_private
 from sniroute_loop import Loop, owner_of
 from sniroute_names import without_key
 from sniroute_registry import RENEWED, UNAVAILABLE, Registry, Written, from_text, to_text
-from sniroute_scarcity import SHORT_OF_MEMORY
+from sniroute_scarcity import SHORT_OF_MEMORY, outlast
 
 __version__ = "0.1.0"
 
@@ -237,9 +240,9 @@ class Sqlite:
 
         self.orders.put(look)
 
-    def _written(self, group: Sequence[Order], fault: str) -> None:
+    def _written(self, group: Sequence[Order], faults: Sequence[str]) -> None:
         """The thread has committed these, or not."""
-        self.fault = fault
+        self.fault = fault = faults[0]
         self.waiting -= len(group)
         written = Written(UNAVAILABLE, sentence=f"the claim cannot be kept: {fault}") if fault else Written(OK)
         for _, done in group:
@@ -251,28 +254,32 @@ class Sqlite:
     # -- the thread ------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        """Do orders, as many in one commit as wait, until the last one."""
+        """Do orders, as many in one commit as wait, until the last one.  None is lost where memory is short."""
+        outlast(functools.partial(self._serve, collections.deque()))
+
+    def _serve(self, taken: collections.deque[Order | Callable[[], None] | None]) -> None:
+        """Do orders until the last one; `taken` are those that have been begun.  Raises MemoryError: go on then."""
         while True:
-            orders = [self.orders.get()]
-            while len(orders) < BATCH and not self.orders.empty():
-                orders.append(self.orders.get())
-            group: list[Order] = []
-            for order in orders:
-                if isinstance(order, tuple):
-                    group.append(order)
-                    continue
+            if not taken:
+                taken.append(self.orders.get())
+            while len(taken) < BATCH and not self.orders.empty():
+                taken.append(self.orders.get())
+            if taken[0] is None:
+                return
+            group = list(itertools.takewhile(lambda order: isinstance(order, tuple), taken))
+            if group:
                 self._finish(group)
-                group = []
-                if order is None:
-                    return
-                order()
-            self._finish(group)
+            else:
+                taken[0]()
+            for _ in range(len(group) or 1):
+                taken.popleft()
 
     def _finish(self, group: list[Order]) -> None:
         """Commit all of these at once, and have the loop tell."""
-        if group:
-            fault = self._commit([change for change, _ in group])
-            self.loop.call(lambda: self._written(group, fault))
+        faults: list[str] = []
+        told = functools.partial(self.loop.call, functools.partial(self._written, group, faults))
+        faults.append(self._commit([change for change, _ in group]))
+        outlast(told)  # it cannot be taken back
 
     def _commit(self, changes: Sequence[Change]) -> str:
         """All of these, or none.  Returns why not; "" where they are on the disk."""

@@ -80,7 +80,7 @@ from sniroute_log import log, log_event
 from sniroute_loop import CAPACITY_ERRNOS, WAIT_LAST, WakePipe
 from sniroute_ports import PortPool, leaves_waiting, listens
 from sniroute_processes import LOST, NO_FAULT, OWN_FAULT, POLL, STOP_GRACE, Child, Ends, Link, Process, Processes
-from sniroute_scarcity import SHORT_OF_MEMORY, Paced, ran_out
+from sniroute_scarcity import SHORT_OF_MEMORY, Paced, outlast, ran_out
 
 __version__ = "0.1.0"
 
@@ -781,19 +781,21 @@ def may_idle(table: TunnelTable, tunnel: Tunnel) -> float:
 def reap(table: TunnelTable) -> None:
     """The thread `reaper`: turn until the table is closed and no process is left."""
     paced = Paced()
-    while not (table.closing and not table.processes.running):
-        try:
+
+    def step() -> None:
+        while not (table.closing and not table.processes.running):
             table.step(None)
             if table.crowded:
                 time.sleep(REAPER_NAP)
-        except Exception as error:  # if this thread ended, every child would end with it
-            with contextlib.suppress(MemoryError):
-                if not isinstance(error, OSError) and not ran_out(error):
-                    log.exception("a fault in the reaper: please report it")
-                elif paced.is_due(SHORT_OF_MEMORY if ran_out(error) else error.strerror or ""):
-                    # No descriptors left, most likely, or no memory; what was claimed is tried again.
-                    log.error("tunnels: %s", SHORT_OF_MEMORY if ran_out(error) else error)
-            time.sleep(RETRY)
+
+    def tell(error: Exception) -> None:
+        if not isinstance(error, OSError) and not ran_out(error):
+            log.exception("a fault in the reaper: please report it")
+        elif paced.is_due(SHORT_OF_MEMORY if ran_out(error) else error.strerror or ""):
+            # No descriptors left, most likely, or no memory; what was claimed is tried again.
+            log.error("tunnels: %s", SHORT_OF_MEMORY if ran_out(error) else error)
+
+    outlast(step, tell, RETRY)  # if this thread ended, every child would end with it
     if table.guest is not None:
         table.guest.step(table.clock(), table.closing)  # what came since the last turn
     table.processes.close()

@@ -193,7 +193,7 @@ class Warm(Watch):
                     return False
         except BlockingIOError:
             return True  # alive, and silent
-        except (OSError, Unreachable):
+        except (OSError, Unreachable, MemoryError):
             return False
 
     def too_old(self) -> None:

@@ -799,6 +799,27 @@ def test_a_request_that_no_thread_can_be_had_for_is_told_so(run_admin, monkeypat
     assert ask(running.admin, "/status").status == 200
 
 
+def test_a_thread_without_memory_is_told_of_and_its_place_is_free_again(run_admin):
+    """Also where it finds none for saying so.  A place that was lost would be missed until a restart."""
+    running = run_admin()
+    (gate,), call, left = running.admin.door.gates, running.admin.door.loop.call, [1]
+    places, decide = len(gate.free), gate.decide
+    def starve(caller: Any) -> Any:
+        raise MemoryError
+    def no_call(act: Any) -> None:
+        if left:
+            left.pop()
+            raise MemoryError
+        call(act)
+    gate.decide = lambda head: decide(head)._replace(act=starve)
+    running.admin.door.loop.call = no_call
+    said = ask(running.admin, "/status")
+    assert said.status == 503 and said.json == {"error": "memory is short"} and not left
+    gate.decide = decide
+    assert ask(running.admin, "/status").status == 200
+    wait_until(lambda: len(gate.free) == places and not gate.live)
+
+
 def test_a_fault_of_ours_ends_one_connection_and_not_the_admin(run_admin, caplog):
     running = run_admin()
     (gate,) = running.admin.door.gates

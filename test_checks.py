@@ -331,6 +331,30 @@ def test_a_backend_that_is_deaf(asker, deaf, health):
     assert asker.ask(deaf, health, timeout=0.1) == "no answer in 0.1 s"
 
 
+class Starving:
+    """A socket that finds no memory for what it reads."""
+
+    def __init__(self, sock: socket.SocketType):
+        self.sock = sock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sock, name)
+
+    def recv(self, *_: int) -> bytes:
+        raise MemoryError
+
+
+def test_a_good_backend_whose_end_cannot_be_read_for_lack_of_memory_is_good(asker, serve):
+    """The check ends: it would be woken for that end all the while."""
+    check, told = asker.begin(serve(lambda sock: None).address, "connect")
+    while check.state != sniroute_checks.LEAVING:
+        asker.loop.turn()
+    check.sock = Starving(check.sock)
+    while not told:
+        asker.loop.turn()
+    assert told == [""] and check.sock is None
+
+
 @pytest.mark.parametrize("health", TALKING)
 def test_a_backend_that_is_silent(asker, serve, health):
     server = serve(hears)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import os
 import pathlib
 import re
@@ -840,7 +841,12 @@ def test_a_lack_of_memory_in_a_reload_changes_nothing_and_is_told_in_words(caplo
     assert "report it" not in caplog.text and "Traceback" not in caplog.text
 
 
-def test_a_lack_of_memory_in_the_main_thread_loses_no_signal(monkeypatch):
+def no_memory(*_: Any) -> Any:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("mute", [None, no_memory], ids=["told", "no memory for telling"])
+def test_a_lack_of_memory_in_the_main_thread_loses_no_signal(monkeypatch, mute):
     """It goes on, and what it was about to do is done then."""
     monkeypatch.setattr(sniroute_daemon, "MEMORY_PAUSE", 0.0)
     left, done = [1, 1], []
@@ -857,7 +863,11 @@ def test_a_lack_of_memory_in_the_main_thread_loses_no_signal(monkeypatch):
     def turn() -> None:
         sniroute_daemon.Daemon._on_signals(daemon, pipe.reader)
     daemon._start, daemon._close, daemon._turn, daemon.failed = lambda: None, pipe.close, turn, False
+    daemon._serve = functools.partial(sniroute_daemon.Daemon._serve, daemon)
+    daemon._short = functools.partial(sniroute_daemon.Daemon._short, daemon)
     daemon.thread = types.SimpleNamespace(is_alive=lambda: not done)
+    if mute:
+        monkeypatch.setattr(sniroute_daemon, "Paced", lambda: types.SimpleNamespace(is_due=mute))
     pipe.wake(bytes((sniroute_daemon.signal.SIGTERM,)))
     assert sniroute_daemon.Daemon.run(daemon) == 0 and done == ["stop"] and not left
 

@@ -308,7 +308,7 @@ def test_a_lack_of_memory_ends_nothing(bench, monkeypatch):
     assert bench.faults == [owner] and reserves == [None], "what `fault` meets itself is no reason to end"
     bench.turn()
     assert loop.reserve.kept is not None, "it is taken back"
-    assert rested == [sniroute_loop.CAPACITY_PAUSE], "what woke its owner may be ready all the while: no spinning"
+    assert rested == [sniroute_loop.CAPACITY_PAUSE], "no spinning"
     rested.clear()
     real, failing = loop.poller.poll, [1, 1]
     def poll(timeout: float) -> list[tuple[int, int]]:
@@ -322,6 +322,64 @@ def test_a_lack_of_memory_ends_nothing(bench, monkeypatch):
         loop.call(functools.partial(done.append, number))
         loop.turn()
     assert done == list(range(5)) and rested == [sniroute_loop.CAPACITY_PAUSE] * 2
+
+
+@pytest.mark.parametrize("error", [MemoryError, ZeroDivisionError])
+def test_what_fails_and_stays_ready_is_tried_ten_times_a_second(bench, monkeypatch, error):
+    """Its owner may have no way to end: 75 % of a core, while a check waited for its backend's end without memory."""
+    rested: list[float] = []
+    monkeypatch.setattr(sniroute_loop.time, "sleep", rested.append)
+    tried: list[int] = []
+
+    def starve(mask: int) -> None:
+        tried.append(mask)
+        raise error
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.send(b"x")
+        watch = Watch(bench.loop.poller, ours.fileno())
+        watch.wait_for(READ, starve)
+        for _ in range(20):
+            bench.loop.turn()
+        assert len(tried) == len(rested) >= 10 and set(rested) == {sniroute_loop.CAPACITY_PAUSE}
+        bench.loop.fault = lambda owner: watch.wait_for(0)
+        rested.clear()
+        for _ in range(20):
+            bench.turn()
+        assert len(rested) <= 1, "its owner has ended it"
+
+
+@pytest.mark.parametrize("poller", [sniroute_loop.Poller, sniroute_loop.EpollPoller])
+def test_a_descriptor_that_cannot_be_watched_for_lack_of_memory_wakes_nobody(poller):
+    """An event that finds no callback would end the loop."""
+    class Full(dict):
+        def __setitem__(self, key: int, value: Any) -> None:
+            raise MemoryError
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        made = poller()
+        theirs.send(b"x")
+        made.callbacks = Full()
+        with pytest.raises(MemoryError):
+            made.watch(ours.fileno(), READ, lambda mask: None)
+        assert not made.poll(0.0)
+        made.close()
+
+
+def test_calls_of_other_threads_are_not_lost_in_a_turn_that_ends_early(bench):
+    """Each is done, though the loop has no memory even for the fault."""
+    def worse(owner: Any) -> None:
+        raise KeyError
+    done: list[int] = []
+    bench.loop.fault = worse
+    bench.loop.call(fail)
+    bench.loop.call(lambda: done.append(1))
+    with pytest.raises(KeyError):
+        bench.loop.turn()
+    bench.loop.turn()
+    assert done == [1]
 
 
 # -- batches -----------------------------------------------------------------------------------

@@ -515,8 +515,8 @@ def test_threads_for_names_that_wait_are_started_one_in_a_turn(run, monkeypatch)
     monkeypatch.setattr(sniroute_loop.EpollPoller, "poll", lambda self, timeout: turns.append(1) or real(self, timeout))
     running = run("--route=*.example.com=tcp:{name}:443", "--max-per-client=100")
     monkeypatch.setattr(socket, "getaddrinfo", unresolved(go))
-    begin = sniroute_router.begin_thread
-    monkeypatch.setattr(sniroute_router, "begin_thread", lambda *wait: starts.append(len(turns)) or begin(*wait))
+    begin = sniroute_router.begin_errand
+    monkeypatch.setattr(sniroute_router, "begin_errand", lambda *wait: starts.append(len(turns)) or begin(*wait))
     running.part_early()
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(running.connect()) for _ in range(20)]
@@ -658,7 +658,7 @@ def test_thread_that_cannot_start_refuses_and_leaves_nothing_behind(run, cloudfl
     running = run(TUNNEL, ports)
     def no_thread(*_: Any) -> None:
         raise RuntimeError("can't start new thread")
-    monkeypatch.setattr(sniroute_router, "begin_thread", no_thread)
+    monkeypatch.setattr(sniroute_router, "begin_errand", no_thread)
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
     assert running.ending().reason == "busy"
@@ -677,6 +677,28 @@ def test_fault_in_a_waiting_thread_ends_its_clients_only(run, cloudflared, ports
     with running.connect(genuine(name="ok.example.com")) as client:
         assert client.recv(1) == b"x"
     assert "planted" in caplog.text
+
+
+def test_a_waiting_thread_without_memory_hands_its_clients_back(run, cloudflared, ports, monkeypatch):
+    """Also where it finds none for saying so; then the same name is served."""
+    running = run(TUNNEL, ports)
+    real, call, left = running.tunnels.wait, running.router.call, [1, 1]
+    def starve(*words: Any) -> Any:
+        running.tunnels.wait = real
+        raise MemoryError
+    def no_call(act: Any) -> None:
+        if left and threading.current_thread().name.startswith("wait-"):
+            left.pop()
+            raise MemoryError
+        call(act)
+    running.tunnels.wait = starve
+    running.router.call = no_call
+    with running.connect(HELLO) as client:
+        assert read_all(client) == alert(80)
+    assert running.ending().reason == "busy"
+    assert running.router.waits.threads == 0 and not running.router.waits.by_key and not left
+    with running.connect(HELLO) as client:
+        assert client.recv(1)
 
 
 # -- sweeps ------------------------------------------------------------------------------------

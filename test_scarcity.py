@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import mmap
+import queue
 import threading
 import time
+from typing import Any, Callable
 
 import pytest
 
 import sniroute_scarcity
-from sniroute_scarcity import RESERVE, Paced, Reserve, begin_thread, ran_out
+from sniroute_loop import owner_of
+from sniroute_scarcity import RESERVE, Paced, Reserve, begin_errand, begin_thread, outlast, ran_out
 from conftest import FakeClock, linux, wait_until
 
 
@@ -112,3 +115,58 @@ def test_a_reserve_comes_back_when_there_is_memory(monkeypatch):
     assert not reserve.restore() and reserve.kept is None
     monkeypatch.undo()
     assert reserve.restore() and len(reserve.kept) == RESERVE
+
+
+def starving(*then: Any) -> Callable[..., Any]:
+    """A function that finds no memory twice, and then returns each of these, or raises it."""
+    left = [MemoryError(), MemoryError(), *then]
+
+    def act(*_: Any) -> Any:
+        came = left.pop(0)
+        if isinstance(came, BaseException):
+            raise came
+        return came
+
+    return act
+
+
+def test_what_has_to_be_done_is_tried_until_there_is_memory(monkeypatch):
+    """Also where there is none for telling, or for the handler of a signal that comes in the pause."""
+    rested: list[float] = []
+    monkeypatch.setattr(sniroute_scarcity.time, "sleep", rested.append)
+    assert outlast(starving("done")) == "done" and rested == [sniroute_scarcity.PAUSE] * 2
+    assert outlast(starving("done"), met=starving(), pause=3.0) == "done" and rested[2:] == [3.0] * 2
+    monkeypatch.setattr(sniroute_scarcity.time, "sleep", starving(None, None))
+    assert outlast(starving("done")) == "done"
+
+
+def test_a_fault_ends_what_has_to_be_done_unless_it_is_met():
+    with pytest.raises(ZeroDivisionError):
+        outlast(starving(ZeroDivisionError()), pause=0.0)
+    assert outlast(starving(ZeroDivisionError(), "done"), met=lambda error: None, pause=0.0) == "done"
+    with pytest.raises(KeyError):
+        outlast(starving(), met=starving(KeyError()), pause=0.0)
+
+
+@pytest.mark.parametrize("came", ["a result", MemoryError(), ZeroDivisionError("planted")], ids=repr)
+def test_who_waits_for_an_errand_hears_of_it_whatever_became_of_it(monkeypatch, came):
+    """Also where the thread finds no memory for telling."""
+    monkeypatch.setattr(sniroute_scarcity, "PAUSE", 0.0)
+    calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+    none, told = starving(None), []
+
+    def work() -> Any:
+        if isinstance(came, Exception):
+            raise came
+        return came
+
+    def call(act: Callable[[], None]) -> None:
+        none()
+        calls.put(act)
+
+    thread = begin_errand(work, told.append, call, "errand")
+    act = calls.get(timeout=10)
+    act()
+    assert told == [came] and calls.empty()
+    assert owner_of(act) is told, "a fault in `append` would be its"
+    thread.join()

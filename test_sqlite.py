@@ -94,6 +94,22 @@ def table(store: Sqlite, clock: Callable[[], float] = FakeClock()) -> Table:
     return registry.table
 
 
+def test_who_waits_for_the_disk_is_told_though_memory_is_short(caller, open_file, monkeypatch):
+    """And what is written is written once."""
+    store = open_file()
+    call, left = caller.loop.call, [1, 1, 1]
+    def no_call(act: Any) -> None:
+        if left and threading.current_thread() is store.thread:
+            left.pop()
+            raise MemoryError
+        call(act)
+    caller.loop.call = no_call
+    assert write(caller, store, claim("a")) == Written(OK) and not left
+    left.append(1)
+    assert [row.key for row in history(caller, store)] == ["a"] and not left
+    assert write(caller, store, claim("b")) == Written(OK) and store.thread.is_alive()
+
+
 def test_what_is_written_is_there_after_a_restart_with_its_leases(caller, open_file):
     store = open_file()
     assert len(table(store)) == 0

@@ -472,6 +472,28 @@ def test_a_greeting_that_was_not_heard_yet_comes_too(lab, site):
     drop(warm)
 
 
+def test_a_connection_whose_news_cannot_be_read_for_lack_of_memory_is_given_up(lab, site):
+    """It would wake the loop all the while."""
+    far = site()
+    pool = lab.full(far.address, size=1)
+    warm = next(iter(pool.idle))
+
+    class Starving:
+        def __init__(self, sock: Any):
+            self.sock = sock
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.sock, name)
+
+        def recv(self, *_: int) -> bytes:
+            raise MemoryError
+
+    warm.sock = Starving(warm.sock)
+    far.of(warm).sendall(b"news")
+    lab.until(lambda: warm.way.released)
+    assert warm not in pool.idle
+
+
 def test_a_server_that_says_goodbye_has_ended(lab, site):
     """Some say so before they close: a greeting does not make an end alive."""
     far = site(b"421 too many connections\r\n")
