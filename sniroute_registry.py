@@ -76,7 +76,7 @@ class Result(NamedTuple):
         return self.word in (NEW, TAKEN_OVER, OK)
 
 
-def refused(verdict: Verdict) -> Result:
+def result_of(verdict: Verdict) -> Result:
     """The Result of a verdict that does not pass."""
     return Result(verdict.word, verdict.claim, verdict.sentence, verdict.free_at)
 
@@ -140,6 +140,7 @@ class Store(Protocol):
     """
 
     name: str
+    is_shared: bool  # other routers write to it, too
     fault: str  # why it cannot be written to; "" where it can
     addresses: tuple[tuple[str, int], ...]  # where it is asked, as (IP address, port): no claim leads there
 
@@ -204,7 +205,7 @@ def from_text(text: str | bytes, expires: float) -> Claim:
 class Memory:
     """The store of a registry whose claims end with the process: nothing is kept beside the table."""
 
-    name, fault, addresses = "memory", "", ()
+    name, is_shared, fault, addresses = "memory", False, "", ()
 
     def open(self, registry: Registry) -> None:
         pass
@@ -274,7 +275,7 @@ class Registry:
         verdict = self.table.judge(key, owner, takeover, limit, configured,
                                    len(self.coming.get(owner, ())))
         if not verdict.passed:
-            done(self.refused(key, verdict) if tries == RETRIES else refused(verdict))  # else the store has just told
+            done(self.refused(key, verdict) if tries == RETRIES else result_of(verdict))  # else the store has just told
             return
         former = self.table.find(key) or self.table.find_held(key)
         claim = self.table.claimed(verdict, key, owner, target, ttl, hold, **more)
@@ -370,7 +371,7 @@ class Registry:
         if verdict.word in UNSURE and self.table.frozen_since is not None:
             return Result(UNAVAILABLE, sentence=f"the store has to be asked who has {key}, and does not answer yet: "
                                                 f"try again", retry_after=1.0)
-        return refused(verdict)
+        return result_of(verdict)
 
     def _settle(self, what: str, former: Claim, claim: Claim, said: Written, done: Done) -> None:
         """The store has answered to a change of a claim: put `claim` in the place of `former`, or say why not."""
@@ -379,13 +380,13 @@ class Registry:
         if said.word == TAKEN:
             self.learn(key, said.claim)
             verdict = self.table.permit(key, former.owner, former.lease)
-            done(refused(verdict) if not verdict.passed else self._unwritten(key, said))
+            done(result_of(verdict) if not verdict.passed else self._unwritten(key, said))
         elif said.word != OK:
             done(self._unwritten(key, said))
         elif now is None or now.lease != former.lease:
             if now is None:  # it has ended while the store was asked, which may believe that it lives
                 self.store.write(RELEASED, claim, None, lambda said: None)
-            done(refused(self.table.permit(key, former.owner, former.lease)))
+            done(result_of(self.table.permit(key, former.owner, former.lease)))
         else:
             self._put(what, claim._replace(expires=self.table.clock() + claim.ttl))
             done(Result(OK, self.table.live.get(key)))
@@ -523,7 +524,7 @@ class Registry:
 
         Not where several routers have the claims: they were renewed elsewhere, and have ended there if they were not.
         """
-        if not hasattr(self.store, "heard_at"):
+        if not self.store.is_shared:
             self.table.spared = self.table.clock() + GRACE_MIN
 
     def leave(self, owner: str) -> int:

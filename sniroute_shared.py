@@ -128,7 +128,7 @@ class Shared:
         context: of TLS, as in Redis.
     """
 
-    name = "redis"
+    name, is_shared = "redis", True
 
     def __init__(self, place: Place, loop: Loop, context: ssl.SSLContext | None = None):
         self.loop = loop

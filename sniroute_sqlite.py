@@ -112,7 +112,7 @@ class Sqlite:
         clock: seconds since 1970, for the history and for names that are held.
     """
 
-    name, addresses = "sqlite", ()
+    name, is_shared, addresses = "sqlite", False, ()
 
     def __init__(self, path: str, loop: Loop, clock: Callable[[], float] = time.time):
         self.path = path
