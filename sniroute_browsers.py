@@ -220,7 +220,12 @@ class Visit:
         if self.deadline - monotonic() < VISIT_TIME - WAIT_TIME:
             return False
         try:
-            self.sock = socket.socket(fileno=os.dup(self.connection.up.fd))
+            fd = os.dup(self.connection.up.fd)
+            try:
+                self.sock = socket.socket(fileno=fd)
+            except Exception:
+                os.close(fd)
+                raise
             begin_errand(self.serve, self.over, self.courtesy.router.call, f"courtesy-{len(served) + 1}")
         except (OSError, RuntimeError, MemoryError):  # descriptors, threads
             if self.sock is not None:

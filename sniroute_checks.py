@@ -244,7 +244,7 @@ class Check(Watch):
             data = self.sock.recv(READ_SIZE)
         except BlockingIOError:
             return
-        except (OSError, MemoryError):
+        except (OSError, MemoryError):  # without memory it would stay readable, and nobody would end it
             data = b""
         self.surplus += len(data)
         if not data or self.surplus > HEARD_MAX:
@@ -256,6 +256,10 @@ class Check(Watch):
 
     def expire(self) -> None:
         """It has had its time."""
+        self.guarded(self.too_late)
+
+    def too_late(self) -> None:
+        """Say what it has been waiting for."""
         no_answer = f"no answer in {self.timeout:g} s"
         if self.state == TALKING:
             no_answer = f"it took the connect, but gave {no_answer}"

@@ -326,7 +326,7 @@ class Identity:
             try:
                 done(self.found)
             except Exception:
-                self.loop.fault(owner_of(done))
+                self.loop.met(owner_of, done)
 
 
 def proof_of(user: User, token: Secret | None) -> Secret | None:

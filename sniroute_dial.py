@@ -217,17 +217,19 @@ class Names:
 
     def _resolved(self, host: str, port: int, result: Addresses | Exception) -> None:
         """Tell everybody who waits for this name.  Loop's thread."""
+        waiting = self.waiting.pop((host, port))
         if isinstance(result, Exception) and not isinstance(result, OSError):
-            result = OSError(SHORT_OF_MEMORY if ran_out(result) else repr(result))
+            self.loop.failed(result)
+            result = OSError(SHORT_OF_MEMORY if ran_out(result) else "a fault in sniroute: its log says which")
         now = self.clock()
         self.known = {place: row for place, row in self.known.items() if row[1] > now}
         if not isinstance(result, OSError):
             self.known[host, port] = result, now + RESOLVED_FOR
-        for found in self.waiting.pop((host, port)):
+        for found in waiting:
             try:
                 found(result)
             except Exception:
-                self.loop.fault(owner_of(found))
+                self.loop.met(owner_of, found)
 
 
 # -- connections -------------------------------------------------------------------------------

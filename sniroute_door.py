@@ -477,7 +477,7 @@ def asker(sock: socket.socket) -> str:
 class Gate:
     """An address: its listener, which it owns, its callers, its threads `<name>-<n>`.
 
-    All runs in the Door's thread, but for `_run`.
+    All runs in the Door's thread.  Its own threads run Caller.perform.
 
     Args:
         decide: says what is done for a request, and never waits; it raises Declined.
@@ -590,9 +590,17 @@ class Gate:
         """A thread has an answer, or had no memory for one, and ends."""
         del self.live[number]
         self.free.append(number)
-        if caller.state is WORKING:
-            caller.answer(SHORT.answer if isinstance(answer, Exception) else answer)
-        self._begin()
+        try:
+            if isinstance(answer, Exception):
+                self.door.loop.failed(answer)
+                answer = SHORT.answer
+            if caller.state is WORKING:
+                caller.answer(answer)
+        except Exception:
+            caller.close()
+            raise
+        finally:
+            self._begin()
 
 
 BUSY = Declined(503, "too many ask at once", Retry_After="1")

@@ -20,6 +20,7 @@ meanwhile is read.  So nothing is due in the second behind that: peers that have
 A fault in a callback, a timer, a queue or a step ends with `fault(owner)`, given to Loop(): the owner is
 the object that met it, so that one connection ends and not the loop.  So does a MemoryError, and the loop's reserve is
 given back first, so that `fault` has some memory; one that the loop meets by itself makes it rest for a moment.
+Where what failed stays ready, the next turn begins 0.1 s later.
 
 Seams: I want to ...
     do something at a time       Loop.timer; where many items wait equally long, Loop.queue; else Alarms
@@ -61,6 +62,7 @@ STOOD_STILL = 2.0  # seconds by which a turn is late where this process did not 
 WAKING = 1.0  # seconds behind that in which nothing is due: what came meanwhile is heard first
 WAKING_AGAIN = 10.0  # seconds behind these until it may be so again: a loop that is always late has deadlines, too
 CAPACITY_PAUSE = 0.1  # seconds until an accept is tried again when descriptors are short; else the loop would spin
+SPINS = 0.01  # seconds between two faults of a callback that stays ready: so soon it spins, and nobody has tried again
 JITTERS = 16  # different times where one has jitter, since each is a queue: see `jittered`
 
 # errno values that mean "not now": descriptors or memory are short on this host.
@@ -326,7 +328,8 @@ class Loop:
         self.awake = -WAKING_AGAIN  # clock time before which nothing is due, since the process stood still
         self.woken: list[Callable[[], None]] = []  # what is done then, at once
         self.stopping = False
-        self.rests = False  # something has failed, and may fail again at once: the next check begins with a pause
+        self.rests = False  # something that failed is still ready: `_check` pauses first
+        self.failed: tuple[Any, float] = None, 0.0  # the callback that stayed ready behind a fault of ours, and when
         self.reserve = Reserve()
         self.pipe = WakePipe()
         self.poller.watch(self.pipe.reader, READ, self._woken)
@@ -367,11 +370,11 @@ class Loop:
 
     def run(self, turns: Iterable[Any] = itertools.repeat(None)) -> None:
         """Turn until `stop` is called: wait for something to do, and do it; one turn for each item of `turns`."""
-        outlast(functools.partial(self._turn, iter(turns)), self._starved, CAPACITY_PAUSE)
+        outlast(functools.partial(self._turn, iter(turns)), self._outlasts, CAPACITY_PAUSE)
 
     def _turn(self, turns: Iterable[Any]) -> None:
         """One turn for each item of `turns`, until `stop`.  Raises MemoryError, and may be called again then."""
-        poll, callbacks, batches, met = self.poller.poll, self.poller.callbacks, self.batches, self._met
+        poll, callbacks, batches, met = self.poller.poll, self.poller.callbacks, self.batches, self.met
         now = monotonic()
         for _ in turns:
             if self.stopping:
@@ -398,26 +401,49 @@ class Loop:
                         met(itself, item)
                 batch.clear()
 
-    def _met(self, find: Callable[[Any], Any], by: Any, fd: int = -1) -> None:
-        """Inside `except`: `find(by)` is the object that something has failed for; `by` may be the callback of `fd`."""
-        try:
-            if ran_out(sys.exc_info()[1]):
-                self._starved(None)
-            self.fault(find(by))
-        except Exception as error:
-            self._starved(error)
-            self.rests = True
-        # Its owner has not ended, and is as ready in the next turn.
-        self.rests = self.rests or self.poller.callbacks.get(fd) is by
-        if self.rests:
-            self.next_check = 0.0
+    def met(self, find: Callable[[Any], Any], by: Any, fd: int = -1) -> None:
+        """Inside `except`: something has failed, for the object `find(by)`.
 
-    def _starved(self, error: Exception | None) -> None:
-        """Memory is short, so spend the reserve; or, inside `except`, it was something else, and is raised again."""
-        if error is not None and not ran_out(error):
+        Where an event of `fd` was the cause, `by` is its callback.
+        """
+        try:
+            is_short = ran_out(sys.exc_info()[1])
+            if is_short:
+                self._spend()
+            self.fault(find(by))
+            # If its callback is still there, its owner has not ended, and the event comes again in the next turn.
+            if self.poller.callbacks.get(fd) == by and (is_short or self._spins(by)):
+                self._rest()
+        except Exception as error:
+            self._outlasts(error)
+            self._rest()
+
+    def failed(self, error: Exception, owner: Any = None) -> None:
+        """Something has failed in another thread, for this object: tell it as a fault of our own."""
+        try:
+            raise error
+        except Exception:
+            self.met(itself, owner)
+
+    def _spins(self, by: Any) -> bool:
+        """Whether this callback, which stays ready behind a fault of ours, has just been there: each rest is all's."""
+        now = monotonic()
+        before, self.failed = self.failed, (by, now)
+        return before[0] == by and now - before[1] < SPINS
+
+    def _outlasts(self, error: Exception) -> None:
+        """Inside `except`: raise it again, unless memory is short; then spend the reserve."""
+        if not ran_out(error):
             raise
+        self._spend()
+
+    def _spend(self) -> None:
         self.reserve.spend()
         self.next_check = 0.0  # soon it is taken back
+
+    def _rest(self) -> None:
+        self.rests = True
+        self.next_check = 0.0
 
     def hurry(self) -> None:
         """Do not wait before the next turn: a later batch may have put something into one that was done before it."""
@@ -448,11 +474,14 @@ class Loop:
             self.next_check = now + CAPACITY_PAUSE
         for timer in self.timers:
             if now >= timer.when:
-                timer.when = NEVER
+                due, timer.when = timer.when, NEVER
                 try:
                     timer.act()
-                except Exception:
-                    self._met(owner_of, timer.act)
+                except Exception as error:
+                    if timer.when == NEVER and ran_out(error):
+                        timer.when = due  # it is tried again, behind a rest: nobody else would set it
+                        self._rest()
+                    self.met(owner_of, timer.act)
         for queue in self.queues:
             due = queue.due
             while due:
@@ -464,7 +493,7 @@ class Loop:
                 try:
                     queue.act(item)
                 except Exception:
-                    self._met(itself, item)
+                    self.met(itself, item)
         # The timers come last: the steps above may have changed them.
         self.next_check = min(self.next_check, *(timer.when for timer in self.timers), NEVER)
 
@@ -477,7 +506,7 @@ class Loop:
                 try:
                     act()
                 except Exception:
-                    self._met(owner_of, act)
+                    self.met(owner_of, act)
         except Exception:
             self.pipe.wake()  # for those that are left
             raise
@@ -510,6 +539,10 @@ def itself(item: Any) -> Any:
 
 
 def owner_of(callback: Any) -> Any:
-    """The object whose method this is, also inside a functools.partial; else what a partial gives first; else None."""
-    owner = getattr(getattr(callback, "func", callback), "__self__", None)
-    return owner if owner is not None else next(iter(getattr(callback, "args", ())), None)
+    """The object whose method this is, also as the `func` of another; else what a functools.partial gives first; else None."""
+    first = None
+    while hasattr(callback, "func"):
+        first = next(iter(getattr(callback, "args", ())), None) if first is None else first
+        callback = callback.func
+    owner = getattr(callback, "__self__", None)
+    return first if owner is None else owner

@@ -416,7 +416,7 @@ class Ping:
 
 
 class Pings:
-    """Targets that are tried, PINGS_MAX at once.  The master's loop, but for `_run`, in threads `ping-<n>`."""
+    """Targets that are tried, PINGS_MAX at once.  The master's loop, but for `try_target`, in threads `ping-<n>`."""
 
     def __init__(self, loop: Loop):
         self.loop = loop
@@ -452,7 +452,8 @@ class Pings:
     def _end(self, asked: Ping, number: int, row: Row | Exception) -> None:
         self.free.append(number)
         if isinstance(row, Exception):
-            row = pinged(asked.target, error=SHORT_OF_MEMORY if ran_out(row) else type(row).__name__)
+            self.loop.failed(row)
+            row = pinged(asked.target, error=SHORT_OF_MEMORY if ran_out(row) else "a fault in sniroute: its log says which")
         asked.tell(row)
         self._begin()
 

@@ -393,11 +393,16 @@ def failed_by(error: KubeconfigError) -> Failed:
 
 def in_thread(loop: Loop, name: str, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
     """Do what may wait in a thread; then call `done` in the loop, with what came of it, or with Failed."""
+    short = Failed("config", SHORT_OF_MEMORY)  # now: later there may be no memory for it
+
     def told(result: Any) -> None:
-        if isinstance(result, KubeconfigError):
-            result = failed_by(result)
-        elif isinstance(result, Exception):  # whoever waits hears of it; what it says may have a secret
-            result = Failed("config", SHORT_OF_MEMORY if ran_out(result) else f"{name}: {type(result).__name__}")
+        try:
+            if isinstance(result, KubeconfigError):
+                result = failed_by(result)
+            elif isinstance(result, Exception):  # whoever waits hears of it; what it says may have a secret
+                result = short if ran_out(result) else Failed("config", f"{name}: {type(result).__name__}")
+        except MemoryError:
+            result = short
         done(result)
 
     try:

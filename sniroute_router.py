@@ -5,11 +5,11 @@
                                                +-- target not ready: Waits.join
                                                         |  one thread for each target, not for each client
                                                         v
-                                               a thread: process_request_thread, Scheme.prepare --> back to the loop
+                                               a thread: finish_request, Scheme.prepare --> back to the loop
 
 The one idea: waiting borrows a thread, moving bytes does not.  Router is a `socketserver.ThreadingTCPServer`, but all
-that is ready runs in one Loop.  Only a target that has to wait (a tunnel that starts, a host to resolve) gets a thread
-that does what ThreadingMixIn's do; its clients park behind it, cost no thread, and are handed back to the loop with it.
+that is ready runs in one Loop.  Only a target that has to wait (a tunnel that starts, a host to resolve) gets a thread, as
+ThreadingMixIn gives one to each request; its clients park behind it, cost no thread, and the loop has them back with it.
 
 Threads.  Each group of methods says which thread runs it.  Other threads ask the loop by `call`; what they read
 (counters, connections, phase) is copied by them, or changed by single assignments.  `counters` is written by the loop
@@ -43,7 +43,7 @@ from sniroute_header import HEADER, read_header
 from sniroute_host import shortage
 from sniroute_listeners import Listener, Ports, arrange, bind, listen, sockets_of
 from sniroute_log import CLIENT_LEFT, IDLE, STOPPED, Access, Ending
-from sniroute_loop import CAPACITY_ERRNOS, CAPACITY_PAUSE, NEVER, READ, Loop
+from sniroute_loop import CAPACITY_ERRNOS, CAPACITY_PAUSE, NEVER, READ, Loop, itself
 from sniroute_names import ascii_advice, normalise, parse_ip
 from sniroute_refusals import REFUSALS, Refused
 from sniroute_resets import RESETTING
@@ -207,7 +207,7 @@ class Waits:
         """Have a thread started in the next turn, one in a turn: each takes a while."""
         if self.queued and self.threads < WAIT_THREADS and not self.thread_wanted:
             self.router.call(self._start)
-            self.thread_wanted = True  # only now: without memory there is no call
+            self.thread_wanted = True  # set after the call: if that raises, no `_start` is on its way
 
     def _start(self) -> None:
         self.thread_wanted = False
@@ -217,31 +217,33 @@ class Waits:
         self.threads += 1
         wait.number = self.threads
         try:
-            begin_errand(functools.partial(self.router.process_request_thread, wait, wait.number),
+            begin_errand(functools.partial(self.router.finish_request, wait, wait.number),
                          functools.partial(self._over, wait), self.router.call, f"wait-{wait.number}")
         except (RuntimeError, MemoryError) as error:  # no more threads to be had
             self.router.loop.reserve.spend()
             wait.error = Refused("busy", str(error) or SHORT_OF_MEMORY)
-            self.router.call(functools.partial(self.hand_back, wait))
+            self.router.call(functools.partial(self._over, wait, None))
             if self.said.is_due(str(error)):
                 log.warning("names that have to wait are refused for now: %s", shortage(error) or error)
         self._want_thread()
 
     def _over(self, wait: Wait, error: Exception | None) -> None:
-        """Its thread ends, by an exception or with what it notes in the wait."""
-        if ran_out(error):
-            wait.error = Refused("busy", SHORT_OF_MEMORY)
-            self.router.run_short(SHORT_OF_MEMORY)
-        elif error is not None:
-            log.error("while waiting for %s", wait.decision.target, exc_info=error)
-            wait.error = Refused("internal", "a fault in sniroute")
-        self.hand_back(wait)
-
-    def hand_back(self, wait: Wait) -> None:
-        """A wait is over: go on with its connections."""
+        """A wait is over: its thread has noted there how, or has failed with an exception."""
         self.threads -= 1
         del self.by_key[wait.decision.key]
-        self._want_thread()
+        try:
+            if ran_out(error):
+                self.router.loop.reserve.spend()
+                wait.error = Refused("busy", SHORT_OF_MEMORY)
+            elif error is not None:
+                log.error("while waiting for %s", wait.decision.target, exc_info=error)
+                wait.error = Refused("internal", "a fault in sniroute")
+            self._hand_back(wait)
+        finally:
+            self._want_thread()
+
+    def _hand_back(self, wait: Wait) -> None:
+        """Go on with the connections of a wait."""
         for connection in list(wait.connections):
             if connection.wait is not wait:
                 continue  # a connection earlier in this list has ended it
@@ -251,7 +253,7 @@ class Waits:
                 else:
                     cannot_wait(connection, wait.error)
             except Exception:
-                self.router.fault(connection)
+                self.router.loop.met(itself, connection)
 
 
 # -- the server --------------------------------------------------------------------------------
@@ -475,7 +477,7 @@ class Router(socketserver.ThreadingTCPServer):
         ready = sum(tunnel.state == "ready" for tunnel in list(self.tunnels.tunnels.values()))
         return f"{self.phase}: {len(self.connections)} connections, {ready} tunnels"
 
-    # -- threads wait-<n>: ThreadingMixIn's hooks, its `request` is a Wait ----------------------
+    # -- threads wait-<n>: socketserver's hook, its `request` is a Wait -------------------------
 
     def finish_request(self, wait: Wait, number: int) -> None:
         """Wait until the target may be ready."""
@@ -483,13 +485,6 @@ class Router(socketserver.ThreadingTCPServer):
             wait.decision.scheme.prepare(self.targets, wait)
         except Refused as error:
             wait.error = error
-
-    def handle_error(self, request: Wait, client_address: Any) -> None:
-        """Inside `except`: it is the loop that tells of it, as the thread may have no memory for that."""
-        raise
-
-    def shutdown_request(self, wait: Wait) -> None:
-        """Nothing: the loop hands the connections back (Waits)."""
 
     # -- the loop ------------------------------------------------------------------------------
 

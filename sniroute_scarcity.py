@@ -4,7 +4,7 @@
     Loop --- Reserve: some memory that is given back then, so that what met it can be ended, told and logged
     begin_thread(act, name) ---> a thread that does `act`; or RuntimeError, soon, where there is none
     begin_errand(work, done, call, name) ---> the same, and the loop is told what came of it, whatever that is
-    outlast(act, met) ---> what goes on for as long as we do, or has to be done: tried again until it returns
+    outlast(act, tell) ---> what goes on for as long as we do, or has to be done: tried again until it returns
 
 What is too little at the start is sniroute_host's.  Descriptors are not here: what opens one gets an OSError with one of
 the loop's CAPACITY_ERRNOS, and tries again later.
@@ -58,27 +58,27 @@ def only_shortage(error: BaseException) -> None:
         raise
 
 
-def outlast(act: Callable[[], Any], met: Callable[[Exception], object] = only_shortage, pause: float = PAUSE) -> Any:
-    """Do `act` until it returns; then return what it has returned.
+def outlast(act: Callable[[], Any], tell: Callable[[Exception], object] = only_shortage, pause: float = PAUSE) -> Any:
+    """Call `act` again and again until it returns; then return what it has returned.
 
     Args:
         act: where it raises an exception it is called again, a `pause` (seconds) later.
-        met: is called with each exception, inside `except`.  What it raises ends this; but not a MemoryError, since
-            there may be no memory for telling what there is none for.
+        tell: gets each exception, inside `except`.  What it raises ends this, except a MemoryError: there may be no
+            memory even to tell.
 
     Each step here stands inside a `try`: even to call a function may take memory (CPython has the frames of a thread's
     functions in pieces), and time.sleep runs the handlers of signals.
     """
-    failed = False
+    again = False
     while True:
         try:
-            if failed:
+            if again:
                 time.sleep(pause)
-            failed = True
+            again = True
             return act()
         except Exception as error:
             try:
-                met(error)
+                tell(error)
             except MemoryError:
                 pass
 
@@ -138,10 +138,9 @@ def begin_thread(act: Callable[[], None], name: str) -> threading.Thread:
     global rests_until
     if time.monotonic() < rests_until:
         raise RuntimeError(f"can't start new thread: {SHORT_OF_MEMORY}")
+    left = [act]  # whoever takes it out, the thread or the one who gives it up
     try:
         import threading  # late: 0.2 MB, which the carrier does without
-
-        left = [act]  # whoever takes it out, the thread or the one who gives it up
 
         def run() -> None:
             try:
@@ -156,7 +155,13 @@ def begin_thread(act: Callable[[], None], name: str) -> threading.Thread:
         began = thread._started  # the event that `start` waits for
         began.wait = functools.partial(began.wait, BEGINS)
         thread.start()
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, RuntimeError) as error:
+        try:
+            left.pop()
+        except IndexError:  # it has begun, and only the wait for that has failed
+            return thread
+        if isinstance(error, RuntimeError):
+            raise
         raise RuntimeError(f"can't start new thread: {SHORT_OF_MEMORY}") from None
     if not began.is_set():
         try:
@@ -169,8 +174,8 @@ def begin_thread(act: Callable[[], None], name: str) -> threading.Thread:
     return thread
 
 
-class Errand:
-    """What a thread does for a loop.  To call it, in the loop, tells what came of it."""
+class Report:
+    """What a thread does for a loop, and what came of it: to call it, in the loop, tells."""
 
     __slots__ = ("work", "func", "result")
 
@@ -180,7 +185,8 @@ class Errand:
         self.result: Any = None
 
     def __call__(self) -> None:
-        self.func(self.result)
+        result, self.result = self.result, None  # an exception has this in its frames: no cycle stays
+        self.func(result)
 
     def run(self, tell: Callable[[], object]) -> None:
         """The thread."""
@@ -195,9 +201,10 @@ def begin_errand(work: Callable[[], Any], done: Callable[[Any], object],
                  call: Callable[[Callable[[], None]], object], name: str) -> threading.Thread:
     """Start a daemon thread that does `work`, and have the loop call `done` with what came of it.
 
-    `done` gets what `work` has returned, or the exception that it raised.  `call` is the Loop.call of that loop.  All
-    that telling takes is there before the thread begins: whoever waits for it hears of it, also where memory is short.
-    Raises RuntimeError and MemoryError where there is no thread: then neither is called.
+    `done` gets what `work` has returned, or the exception that it raised.  `call` is the Loop.call of that loop.  The
+    report is made before the thread starts, so telling needs next to no memory.  Where memory is short in the loop,
+    too, `done` may fail: it has to set right first what must not stay as it was, and to tell then.
+    Raises RuntimeError and MemoryError where there is no thread: then neither `work` nor `done` is called.
     """
-    errand = Errand(work, done)
-    return begin_thread(functools.partial(errand.run, functools.partial(call, errand)), name)
+    report = Report(work, done)
+    return begin_thread(functools.partial(report.run, functools.partial(call, report)), name)

@@ -33,7 +33,6 @@ Sources: sqlite.org: "Write-Ahead Logging", "PRAGMA locking_mode", "PRAGMA synch
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import itertools
@@ -60,6 +59,8 @@ BATCH = 2000  # orders of one commit: some tens of milliseconds for those that w
 HISTORY_DAYS = 30  # for which changes are kept: somebody may ask weeks later who had a name
 PRUNE_EVERY = 3600.0  # seconds between two looks at what is too old
 ROWS_MAX = 1000  # of one answer about the history
+
+NOTHING = object()  # no order; None is one
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, record TEXT NOT NULL, held_until REAL) WITHOUT ROWID;
@@ -122,6 +123,9 @@ class Sqlite:
         self.waiting = 0  # changes that are not on the disk yet
         # Changes, and what looks into the history; None: the last.
         self.orders: queue.SimpleQueue[Order | Callable[[], Any] | None] = queue.SimpleQueue()
+        # Orders that are not done yet, as the thread has them: a list, as slices of it are taken.
+        self.taken: list[Order | Callable[[], Any] | None] = []
+        self.hand: Any = NOTHING  # one that is in neither
         self.connection: sqlite3.Connection | None = None
         self.pruned = 0.0  # when old rows were removed last, in seconds since 1970
         self.rows: list[tuple[str, float | None]] = []  # records and `held_until`, from `load` to `open`
@@ -240,46 +244,54 @@ class Sqlite:
 
         self.orders.put(look)
 
-    def _written(self, group: Sequence[Order], faults: Sequence[str]) -> None:
-        """The thread has committed these, or not."""
-        self.fault = fault = faults[0]
+    def _written(self, group: Sequence[Order], said: Sequence[str]) -> None:
+        """The thread has committed these, or not: `said` has why not, or ""."""
+        self.fault = fault = said[0]
         self.waiting -= len(group)
         written = Written(UNAVAILABLE, sentence=f"the claim cannot be kept: {fault}") if fault else Written(OK)
         for _, done in group:
             try:
                 done(written)
             except Exception:  # its own: the others wait to be told, too
-                self.loop.fault(owner_of(done))
+                self.loop.met(owner_of, done)
 
     # -- the thread ------------------------------------------------------------------------------
 
     def _run(self) -> None:
         """Do orders, as many in one commit as wait, until the last one.  None is lost where memory is short."""
-        outlast(functools.partial(self._serve, collections.deque()))
+        outlast(self._serve)
 
-    def _serve(self, taken: collections.deque[Order | Callable[[], None] | None]) -> None:
-        """Do orders until the last one; `taken` are those that have been begun.  Raises MemoryError: go on then."""
+    def _serve(self) -> None:
+        """Do orders until the last one.  Raises MemoryError: called again, it goes on where it was."""
         while True:
-            if not taken:
-                taken.append(self.orders.get())
-            while len(taken) < BATCH and not self.orders.empty():
-                taken.append(self.orders.get())
-            if taken[0] is None:
+            if not self.taken:
+                self._take()
+            while len(self.taken) < BATCH and not self.orders.empty():
+                self._take()
+            if self.taken[0] is None:
                 return
-            group = list(itertools.takewhile(lambda order: isinstance(order, tuple), taken))
+            group = list(itertools.takewhile(lambda order: isinstance(order, tuple), self.taken))
             if group:
                 self._finish(group)
             else:
-                taken[0]()
-            for _ in range(len(group) or 1):
-                taken.popleft()
+                self.taken[0]()
+                del self.taken[0]
+
+    def _take(self) -> None:
+        """Take an order; it is in `hand` until it is in `taken`, which may need memory."""
+        if self.hand is NOTHING:
+            self.hand = self.orders.get()
+        self.taken.append(self.hand)
+        self.hand = NOTHING
 
     def _finish(self, group: list[Order]) -> None:
-        """Commit all of these at once, and have the loop tell."""
-        faults: list[str] = []
-        told = functools.partial(self.loop.call, functools.partial(self._written, group, faults))
-        faults.append(self._commit([change for change, _ in group]))
-        outlast(told)  # it cannot be taken back
+        """Commit all of these at once, and have the loop tell.  What needs memory comes before the commit."""
+        left = self.taken[len(group):]
+        said = [""]  # what `_written` is told: a list, since the report is made before the commit
+        tell = functools.partial(self.loop.call, functools.partial(self._written, group, said))
+        said[0] = self._commit([change for change, _ in group])
+        self.taken = left
+        outlast(tell)  # the commit stands, so it has to be told
 
     def _commit(self, changes: Sequence[Change]) -> str:
         """All of these, or none.  Returns why not; "" where they are on the disk."""

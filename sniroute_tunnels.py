@@ -64,7 +64,6 @@ sniroute_loop, and the standard library.  It knows nothing of routes or TLS.
 from __future__ import annotations
 
 import collections
-import contextlib
 import errno
 import itertools
 import logging

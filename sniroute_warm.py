@@ -193,7 +193,7 @@ class Warm(Watch):
                     return False
         except BlockingIOError:
             return True  # alive, and silent
-        except (OSError, Unreachable, MemoryError):
+        except (OSError, Unreachable, MemoryError):  # without memory it would stay readable, and wake us all the while
             return False
 
     def too_old(self) -> None:

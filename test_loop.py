@@ -331,23 +331,62 @@ def test_what_fails_and_stays_ready_is_tried_ten_times_a_second(bench, monkeypat
     monkeypatch.setattr(sniroute_loop.time, "sleep", rested.append)
     tried: list[int] = []
 
-    def starve(mask: int) -> None:
-        tried.append(mask)
-        raise error
+    class Owner:
+        def on_ready(self, mask: int) -> None:
+            tried.append(mask)
+            watch.wait_for(READ, self.on_ready)  # the same, and another object
+            raise error
 
+    owner = Owner()
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.send(b"x")
         watch = Watch(bench.loop.poller, ours.fileno())
-        watch.wait_for(READ, starve)
+        watch.wait_for(READ, owner.on_ready)
         for _ in range(20):
             bench.loop.turn()
-        assert len(tried) == len(rested) >= 10 and set(rested) == {sniroute_loop.CAPACITY_PAUSE}
+        assert len(tried) >= 10 and set(rested) == {sniroute_loop.CAPACITY_PAUSE}
+        assert len(rested) >= len(tried) - 1, "the first of our own faults may be one of many clients'"
         bench.loop.fault = lambda owner: watch.wait_for(0)
         rested.clear()
         for _ in range(20):
             bench.turn()
         assert len(rested) <= 1, "its owner has ended it"
+
+
+def test_a_fault_of_ours_that_each_client_meets_holds_up_nobody_else(bench, monkeypatch):
+    """A listener stays ready behind it, as is right; what a stranger can lead to must not make all others wait."""
+    rested: list[float] = []
+    monkeypatch.setattr(sniroute_loop.time, "sleep", rested.append)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        watch = Watch(bench.loop.poller, ours.fileno())
+        watch.wait_for(READ, lambda mask: ours.recv(1) and fail())
+        for _ in range(20):
+            theirs.send(b"x")
+            bench.turn(0.02)
+        assert len(bench.faults) == 20 and not rested
+        watch.wait_for(0)
+
+
+def test_a_timer_that_found_no_memory_acts_as_soon_as_there_is_some(bench, monkeypatch):
+    """Most set themselves again last: a registry's claims would never end, and systemd would miss our beat."""
+    rested: list[float] = []
+    monkeypatch.setattr(sniroute_loop.time, "sleep", rested.append)
+    left, acted = [1, 1], []
+    def act() -> None:
+        if left:
+            left.pop()
+            raise MemoryError
+        acted.append(bench.clock())
+    timer = bench.loop.timer(act)
+    timer.set(bench.clock() + 5)
+    bench.turn(5)
+    assert not acted and len(left) == 1 and not rested
+    bench.turn()
+    bench.turn()
+    bench.turn()
+    assert len(acted) == 1 and timer.when == NEVER and rested == [sniroute_loop.CAPACITY_PAUSE] * 2
 
 
 @pytest.mark.parametrize("poller", [sniroute_loop.Poller, sniroute_loop.EpollPoller])

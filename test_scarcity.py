@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import mmap
 import queue
 import threading
 import time
+import weakref
 from typing import Any, Callable
 
 import pytest
@@ -135,7 +138,7 @@ def test_what_has_to_be_done_is_tried_until_there_is_memory(monkeypatch):
     rested: list[float] = []
     monkeypatch.setattr(sniroute_scarcity.time, "sleep", rested.append)
     assert outlast(starving("done")) == "done" and rested == [sniroute_scarcity.PAUSE] * 2
-    assert outlast(starving("done"), met=starving(), pause=3.0) == "done" and rested[2:] == [3.0] * 2
+    assert outlast(starving("done"), tell=starving(), pause=3.0) == "done" and rested[2:] == [3.0] * 2
     monkeypatch.setattr(sniroute_scarcity.time, "sleep", starving(None, None))
     assert outlast(starving("done")) == "done"
 
@@ -143,9 +146,9 @@ def test_what_has_to_be_done_is_tried_until_there_is_memory(monkeypatch):
 def test_a_fault_ends_what_has_to_be_done_unless_it_is_met():
     with pytest.raises(ZeroDivisionError):
         outlast(starving(ZeroDivisionError()), pause=0.0)
-    assert outlast(starving(ZeroDivisionError(), "done"), met=lambda error: None, pause=0.0) == "done"
+    assert outlast(starving(ZeroDivisionError(), "done"), tell=lambda error: None, pause=0.0) == "done"
     with pytest.raises(KeyError):
-        outlast(starving(), met=starving(KeyError()), pause=0.0)
+        outlast(starving(), tell=starving(KeyError()), pause=0.0)
 
 
 @pytest.mark.parametrize("came", ["a result", MemoryError(), ZeroDivisionError("planted")], ids=repr)
@@ -170,3 +173,51 @@ def test_who_waits_for_an_errand_hears_of_it_whatever_became_of_it(monkeypatch, 
     assert told == [came] and calls.empty()
     assert owner_of(act) is told, "a fault in `append` would be its"
     thread.join()
+
+
+def test_a_report_has_an_owner_and_leaves_no_cycle():
+    """What a failed work had in its hands is given back at once: that is when memory is short."""
+    class Owner:
+        def done(self, number: int, result: Any) -> None:
+            self.result = result
+
+    class Large:
+        pass
+
+    def work() -> None:
+        large = Large()
+        alive.append(weakref.ref(large))
+        raise MemoryError
+
+    owner, alive = Owner(), []
+    calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+    gc.collect()
+    gc.disable()
+    try:
+        thread = begin_errand(work, functools.partial(owner.done, 1), calls.put, "errand")
+        act = calls.get(timeout=10)
+        thread.join()
+        assert owner_of(act) is owner
+        act()
+        assert ran_out(owner.result) and alive[0]() is not None
+        del owner.result
+        assert alive[0]() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
+def test_a_thread_that_has_begun_is_one_though_the_wait_for_that_has_failed(monkeypatch, error):
+    """Else its owner would be told twice: that there is no thread, and what came of it."""
+    real, done = threading.Event.wait, threading.Event()
+
+    def fail(self: threading.Event, timeout: float | None = None) -> bool:
+        assert real(self, timeout)
+        real(done, 10)
+        raise error
+
+    monkeypatch.setattr(threading.Event, "wait", fail)
+    thread = begin_thread(done.set, "begun")
+    monkeypatch.undo()
+    thread.join()
+    assert done.is_set()

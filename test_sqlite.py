@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterator
 import pytest
 
 import sniroute_sqlite
-from conftest import HERE, FakeClock
+from conftest import HERE, FakeClock, wait_until
 from sniroute_claims import OK, Claim, Table
 from sniroute_loop import Loop
 from sniroute_registry import CLAIMED, EXPIRED, RELEASED, UNAVAILABLE, Memory, Registry, Written
@@ -108,6 +108,31 @@ def test_who_waits_for_the_disk_is_told_though_memory_is_short(caller, open_file
     left.append(1)
     assert [row.key for row in history(caller, store)] == ["a"] and not left
     assert write(caller, store, claim("b")) == Written(OK) and store.thread.is_alive()
+
+
+class Narrow(list):
+    """A list for which there is no memory now and then."""
+
+    left = 3
+
+    def append(self, item: Any) -> None:
+        if self.left:
+            self.left -= 1
+            raise MemoryError
+        super().append(item)
+
+
+def test_no_order_is_lost_where_memory_is_short_and_the_last_one_ends_the_thread(caller, open_file):
+    store = open_file()
+    assert write(caller, store, claim("a")) == Written(OK)
+    wait_until(lambda: not store.taken)
+    store.taken = Narrow()
+    assert write(caller, store, claim("b")) == Written(OK)
+    assert [row.key for row in history(caller, store)] == ["b", "a"]
+    wait_until(lambda: not store.taken)
+    store.taken = Narrow()
+    store.close()
+    assert not store.thread.is_alive()
 
 
 def test_what_is_written_is_there_after_a_restart_with_its_leases(caller, open_file):
