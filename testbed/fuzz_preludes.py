@@ -6,7 +6,9 @@ write is read again as it was, in PROXY headers, names, patterns, routes and tar
 
 from __future__ import annotations
 
+import argparse
 import atexit
+import copy
 import functools
 import json
 import os
@@ -15,13 +17,14 @@ import tempfile
 import tomllib
 from typing import Any, Callable
 
+import sniroute_settings
 import sniroute_wire as wire
 from sniroute_guards import PROTOCOLS, protocol_of
 from sniroute_names import parse_host_port, show_address
 from sniroute_patterns import Fielded, fields_of, parse_pattern, written
 from sniroute_refusals import SettingsError
 from sniroute_routes import parse_port_route, parse_route
-from sniroute_settings import SETTINGS, load_settings
+from sniroute_settings import SETTINGS, Settings, load_settings, parse_command_line
 from testbed import endure_inputs
 from testbed.fuzz_oracles import No, choice_of, dice_of, expect, measured, outcome, prefixes, same
 
@@ -123,18 +126,33 @@ def folder() -> str:
     return made
 
 
+@functools.cache
+def given(words: tuple[str, ...]) -> argparse.Namespace:
+    """A command line as the program understands it."""
+    return parse_command_line(words)
+
+
+def load(*words: str, environ: dict[str, str] | None = None, running: Settings | None = None) -> Settings:
+    """Settings as a router has them.  The command line is the same each time, and half of the time: it is kept."""
+    sniroute_settings.parse_command_line = lambda argv: copy.copy(given(tuple(argv)))
+    try:
+        return load_settings(words, environ or {}, running)
+    finally:
+        sniroute_settings.parse_command_line = parse_command_line
+
+
 def settings(data: bytes) -> None:
     """A file of settings: all of them, or a line for each fault, which names the file."""
     path = os.path.join(folder(), f"{os.getpid()}.toml")
     with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         file.write(data)
-    found = measured(data, lambda: outcome(load_settings, ["-c", path], {}, allowed=(SettingsError,)))
+    found = measured(data, lambda: outcome(load, "-c", path, allowed=(SettingsError,)))
     if isinstance(found, No):
         expect(found.words and all(line.strip() for line in found.words.split("\n")), "a fault without a word")
         return
     if not data:
         return  # an empty file is none of a router that runs
-    again = load_settings(["-c", path], {}, found)
+    again = load("-c", path, running=found)
     for row in SETTINGS:
         if row.field != "routes":
             same(getattr(again, row.field, None), getattr(found, row.field, None), f"{row.field}, read again")
@@ -167,7 +185,7 @@ def options(data: bytes) -> None:
     row = SETTINGS[data[0] % len(SETTINGS)]
     if row.variable:
         text = text_of(data[1:]).replace("\0", "")  # no variable has one
-        outcome(load_settings, [], {row.variable: text}, allowed=(SettingsError,))
+        outcome(functools.partial(load, environ={row.variable: text}), allowed=(SettingsError,))
 
 
 # -- seeds -------------------------------------------------------------------------------------
