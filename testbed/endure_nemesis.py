@@ -83,7 +83,7 @@ class Load:
         self.made = 0  # names of tunnels so far
         self.names: list[str] = []  # those in use
         self.connects = 0  # connections to the router, whatever became of them
-        self.short = 0  # how often descriptors, threads or the disk were made short
+        self.shortages = 0  # how often descriptors, threads or the disk were made short
         self.is_short = False
 
     # -- names of tunnels
@@ -147,11 +147,11 @@ class Load:
 
     def has_to(self, kind: str, wanted: str, do: Callable[[], str]) -> str:
         """Note a problem if `do` does not return `wanted`, unless something was short meanwhile.  Returns that."""
-        short, excused = self.short, self.is_short
+        shortages, excused = self.shortages, self.is_short
         ended = do()
         with self.lock:
             self.counts[f"{kind} {ended.partition(':')[0]}"] += 1
-            if ended != wanted and not (excused or self.is_short or short != self.short):
+            if ended != wanted and not (excused or self.is_short or shortages != self.shortages):
                 self.problems.append(f"a client of {kind}, which nothing was done to, was {ended}, not {wanted}")
         return ended
 
@@ -480,7 +480,7 @@ class Nemesis:
         try:
             yield
         finally:
-            self.load.short += 1
+            self.load.shortages += 1
             self.load.is_short = False
 
     def few_descriptors(self) -> None:
