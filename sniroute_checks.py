@@ -348,11 +348,14 @@ class Round:
 
     def wait(self, seconds: float) -> None:
         """The next beat is in so many seconds."""
-        self.queue = self.checks.shared.queue(seconds, Round.beat)
+        before, self.queue = self.queue, self.checks.shared.queue(seconds, Round.beat)
         self.queue.put(self)
+        if before is not None and before is not self.queue:
+            before.drop(self)
 
     def beat(self) -> None:
         """Its time has come.  Where the last check is not over, or still waits for its turn, this one is left out."""
+        self.queue.put(self)  # first, so that it comes again where memory is short below
         self.wait(jittered(self.subjects[0].interval, JITTER, self.checks.dice()))
         self.ask()
 

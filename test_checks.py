@@ -1066,6 +1066,23 @@ def test_a_member_is_asked_at_its_interval_and_told(timetable, echo_server):
     assert all(9.0 <= gap <= 11.3 for gap in gaps)
 
 
+def test_a_beat_that_finds_no_memory_is_not_the_last_one(timetable, echo_server, monkeypatch):
+    member, left = Member(echo_server.address), [1]
+    timetable.checks.adopt([member])
+    def chance() -> float:
+        if left:
+            left.pop()
+            raise MemoryError
+        return 0.5
+    monkeypatch.setattr(timetable.checks, "chance", chance)
+    monkeypatch.setattr(sniroute_loop.time, "sleep", lambda seconds: None)
+    timetable.pass_by(5)
+    assert not left and timetable.faults == [*timetable.checks.rounds.values()]
+    timetable.faults.clear()
+    timetable.pass_by(20)
+    assert len(member.asked) >= 2
+
+
 def test_first_checks_are_spread_and_intervals_differ(timetable, echo_server):
     members = [Member(echo_server.address, "connect", preface=b"%d" % number) for number in range(JITTERS)]
     for number, member in enumerate(members):  # the dice fall in order
