@@ -69,7 +69,8 @@ FAULTS_MAX = 16  # of one body: unknown fields are as many as its writer likes
 TOKEN = re.compile(r"sha256:[0-9a-f]{64}")  # the hash of a token, as the settings have it
 OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # the name of an owner
 WORD = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")  # one label of a name
-SPACE = re.compile(r"(?:\*\*\.)?(?:(?!\.)[a-z0-9_-]*\*?[a-z0-9_-]*\.)+[a-z0-9_-]+")  # a glob of `parse_spaces`
+# A glob of `parse_spaces`.  There is one way to read each label: two would be tried for each, and 2**60 for sixty.
+SPACE = re.compile(r"(?:\*\*\.)?(?:(?:[a-z0-9_-]+|[a-z0-9_-]*\*[a-z0-9_-]*)\.)+[a-z0-9_-]+")
 
 # Nobody may claim these directly below a domain: users, mail programs, browsers and certificate authorities take them
 # for the operator's.  A label that begins with `_` is reserved, too (RFC 8552).

@@ -137,7 +137,7 @@ BREAK = re.compile(r"\n((?:[ \t]*\n)*)( *)[ \t]*")  # from the end of a line to 
 DASH = re.compile(r"-(?=[ \t\n])")
 PLAIN_END = re.compile(r":(?=[ \t\n])|[ \t]#|\n")
 FLOW_END = re.compile(r"[,\[\]{}\n?]|:(?=[ \t\n,\[\]{}])|[ \t]#")
-FLOW_BLANKS = re.compile(r"(?:[ \t\n]+(?:#[^\n]*)?)*")
+FLOW_BLANKS = re.compile(r"(?:[ \t\n]+(?:#[^\n]*)?)*+")
 SINGLE = re.compile(r"'((?:[^']|'')*+)'")
 DOUBLE = re.compile(r'"((?:[^"\\]|\\.)*+)"', re.DOTALL)
 COLON = re.compile(r"[ \t]*:(?=[ \t\n])")

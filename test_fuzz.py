@@ -124,6 +124,14 @@ def test_an_input_with_a_fault_is_made_smaller():
     assert what == "found" and fuzz.smaller(target, data) == b"\r\n"
 
 
+def test_an_input_that_takes_for_ever_is_a_fault(monkeypatch):
+    monkeypatch.setattr(fuzz, "ENDS", 0.2)
+    pattern = re.compile(r"(?:a*a*\.)+b")
+    target = load("hello")._replace(seeds=[b"a." * 40], run=lambda data: pattern.fullmatch(data.decode()))
+    (data, what), *_ = fuzz.run(target, 1, 1).faults
+    assert data == b"a." * 40 and "it takes more than 0.2 s of CPU" in what
+
+
 def test_lines_are_counted_and_whoever_counted_before_goes_on():
     def lines(count: int) -> int:
         for _ in range(count):

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import ast
 import concurrent.futures
+import contextlib
+import importlib
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -180,6 +184,54 @@ def test_no_room_has_popen_open_dev_null(room):
     """It opens that first, and in CPython up to 3.11.2 leaves it open where it finds no descriptor for a pipe."""
     assert not [node.lineno for node in ast.walk(TREES[room])
                 if isinstance(node, ast.Attribute) and node.attr == "DEVNULL"]
+
+
+# What patterns are held against: each of these 30 times, behind a head, before a tail.
+ONES = "aA0.-_*/= :,;\"'{}[]()%@\\\t\n<>?&#+!\u00e9"
+PIECES = [*ONES, *("".join(pair) for pair in itertools.permutations("a0.-_*/= :,\"'#\n", 2))]
+HEADS, TAILS = ("", "a", "*.", '"'), ("!", "\n!")
+MOST = 10.0  # seconds of CPU for one pattern: all of these take a tenth of one
+
+
+def patterns(room: str) -> Iterator[re.Pattern[Any]]:
+    """Each regular expression of a room: those with a name, and those inside a call of `re`."""
+    module = importlib.import_module(room)
+    for value in vars(module).values():
+        rows = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        for row in rows:
+            yield from (each for each in (row if isinstance(row, tuple) else [row]) if isinstance(each, re.Pattern))
+    for node in ast.walk(TREES[room]):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("re.") and node.args:
+            with contextlib.suppress(NameError):  # it is made of what a function knows
+                text = eval(ast.unparse(node.args[0]), vars(module))
+                if ast.unparse(node.func) not in ("re.escape",) and isinstance(text, (str, bytes)):
+                    yield re.compile(text)
+
+
+@pytest.mark.parametrize("room", TREES)
+def test_no_regular_expression_takes_for_ever(room, monkeypatch):
+    """Where a text can be read in two ways, piece by piece, 30 pieces are a thousand million ways.
+
+    Found by the long form of testbed.fuzz: `names` of an owner, as a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a!
+    """
+    def over(*_: object) -> None:
+        raise TimeoutError
+    before = signal.signal(signal.SIGVTALRM, over)
+    try:
+        for pattern in set(patterns(room)):
+            signal.setitimer(signal.ITIMER_VIRTUAL, MOST)
+            for head, piece, tail in itertools.product(HEADS, PIECES, TAILS):
+                text = head + piece * 30 + tail
+                said = text.encode() if isinstance(pattern.pattern, bytes) else text
+                try:
+                    pattern.fullmatch(said)
+                    pattern.search(said)
+                except TimeoutError:
+                    pytest.fail(f"{pattern.pattern!r} takes for ever with {said!r}")
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def test_no_file_is_too_long_without_a_reason():

@@ -21,19 +21,22 @@ NO_TARGET, with the reason.  test_fuzz.py holds both to the table in CONTRIBUTIN
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import importlib
 import json
 import pathlib
 import random
+import signal
 import sys
 import tempfile
 import time
 import traceback
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 PARTS = "fuzz_preludes", "fuzz_web", "fuzz_options"
 SHOWN = 20  # faults of a target that are told
+ENDS = 20.0  # seconds of CPU for one input: the slowest takes a thousandth of it
 SIZE_MAX = 4096  # bytes of an input, which most parsers take for far too much
 
 
@@ -206,6 +209,20 @@ def told(error: Exception) -> str:
     return str(error) if type(error).__name__ == "Fault" else traceback.format_exc(limit=-4)
 
 
+@contextlib.contextmanager
+def in_time() -> Iterator[None]:
+    """What takes more CPU than ENDS is a fault: a regular expression may take for ever.  Main thread only."""
+    def over(*_: object) -> None:
+        raise TimeoutError(f"it takes more than {ENDS:g} s of CPU")
+    before = signal.signal(signal.SIGVTALRM, over)
+    signal.setitimer(signal.ITIMER_VIRTUAL, ENDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
 def run(target: Target, runs: int, seed: int) -> Report:
     """So many inputs: the seeds, then mutations."""
     trees = target._replace(seeds=[seed for seed in target.seeds if is_json(seed)])
@@ -221,7 +238,8 @@ def run(target: Target, runs: int, seed: int) -> Report:
             data = grown(trees, rng) if has_trees and rng.randrange(3) else made(target, rng)
         start = time.monotonic()
         try:
-            target.run(data)
+            with in_time():
+                target.run(data)
         except Exception as error:
             faults.append((data, told(error)))
             if len(faults) >= SHOWN:
@@ -234,7 +252,8 @@ def smaller(target: Target, data: bytes) -> bytes:
     """An input with the same fault, from which nothing can be left out."""
     def fails(each: bytes) -> str:
         try:
-            target.run(each)
+            with in_time():
+                target.run(each)
         except Exception as error:
             return type(error).__name__
         return ""
