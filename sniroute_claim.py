@@ -279,14 +279,18 @@ class Claimer:
             print(self.name, flush=True)
 
     def _later(self, trouble: str, after: float = 0.0) -> float:
-        """Try again later, not before `after` seconds; say why, once.  Returns the seconds until then."""
+        """Try again later, not before `after` seconds; say why, once.  Returns the seconds until then.
+
+        While the name is ours, sooner: a registry asks to be spared for seconds, which may be all that is left of it.
+        """
         if trouble != self.trouble:
             self.trouble = trouble
             self.say(trouble + ": trying again")
         if self.state is OURS and self.clock() >= self.until:
             self.state = SEEKING
         self.pause = min(self.pause * 2, RETRY_LAST) or RETRY_FIRST
-        return max(self.pause * random.uniform(2 / 3, 1), min(after, AFTER_MAX))
+        pause = max(self.pause * random.uniform(2 / 3, 1), min(after, AFTER_MAX))
+        return min(pause, max((self.until - self.clock()) / SHARE, RETRY_FIRST)) if self.state is OURS else pause
 
     def release(self) -> None:
         """Give it back, if it is ours."""

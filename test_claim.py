@@ -347,6 +347,22 @@ def test_a_registry_that_is_too_busy_says_when(registry, claiming):
     assert claimer.state is OURS
 
 
+@pytest.mark.parametrize("after", [5.0, 0.0], ids=["with Retry-After", "silent"])
+def test_a_name_that_is_ours_is_renewed_in_time_though_the_registry_has_asked_for_patience(registry, claiming, monkeypatch, after):
+    """A store that is away says 5 seconds; two of these, and ten seconds are over."""
+    there = registry()
+    claimer = claiming(there, ttl=10)
+    claimer.time.jump(claimer.step())
+    busy = sniroute_claim.Answer(503, {"error": "the store does not answer"}, after)
+    monkeypatch.setattr(claimer.registry, "ask", lambda *_: busy)
+    tries = []
+    while claimer.time() < claimer.until:
+        claimer.time.jump(claimer.step())
+        tries.append(claimer.until - claimer.time())
+    assert len([left for left in tries if 0 < left]) >= 4, tries
+    assert claimer.step() >= after, "it is nobody's now: no hurry"
+
+
 def test_a_lease_that_is_void_is_lost(registry, claiming):
     there = registry()
     claimer = claiming(there)
