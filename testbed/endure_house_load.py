@@ -311,14 +311,15 @@ class Page(Lane):
         profile = self.load.folder / "browser"
         ended = self.program(
             "chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-            "--disable-extensions", "--disable-background-networking", "--ignore-certificate-errors",
+            "--disable-extensions", "--disable-background-networking", "--ignore-certificate-errors", "--enable-logging=stderr",
             f"--user-data-dir={profile}", f"--host-resolver-rules=MAP *.example.test {HOST}", "--dump-dom",
             f"https://{self.name()}:{self.place.listen[1]}/page", patience=40)
         shutil.rmtree(profile, ignore_errors=True)
         text = ended.stdout.decode(errors="replace")
         shown = re.search(r'<p id="said">(.*?)</p>', text)
         if ended.returncode or shown is None or shown[1].split() != list(WORDS):
-            return f"cut: {ended.returncode}, a page of {len(text)} bytes that says {shown and shown[1]!r}"
+            errors = ended.stderr.decode(errors="replace").strip().splitlines()[-3:]
+            return f"cut: {ended.returncode}, a page of {len(text)} bytes that says {shown and shown[1]!r}, {errors}"
         return ""
 
 
