@@ -80,7 +80,8 @@ monotonic = time.monotonic
 GC_THRESHOLD = 20000  # objects between two searches for cycles: connections leave none
 SWITCH_INTERVAL = 0.0005  # seconds that another thread may keep the interpreter while the loop wants it
 REGISTRY_WAIT = 5.0  # seconds that a predecessor has to give the registry's address and store away ...
-REGISTRY_PAUSE = 0.05  # ... and between two looks
+REGISTRY_PAUSE = 0.02  # ... and between two looks
+REGISTRY_HOLD = 2.0  # seconds in which a successor that does not know yet what is claimed accepts nobody, for any name
 ADOPT_TIMEOUT = 5.0  # seconds for the loop to take over new settings: it does so in its next turn, unless it hangs
 DUMP_MAX = 200  # connections in a dump, and as many tunnels
 MEMORY_PAUSE = 0.1  # seconds until the main thread goes on where it found no memory, or no descriptor
@@ -278,7 +279,8 @@ class Daemon:
         succeeds = bool(self.handover.predecessors)
         if settings.claims is not None and not succeeds:  # what is claimed already is routed for the first client
             self._serve_registry(alone=True)
-            self.registrar.wait_for_store()
+        if settings.claims is not None and succeeds:  # its predecessor has what is claimed: nobody is refused meanwhile
+            router.hold(REGISTRY_HOLD)
         loop = threading.Thread(target=self._loop, name="loop", daemon=True)
         loop.start()
         self.thread = loop  # only now: a thread that could not start cannot be joined
@@ -302,6 +304,7 @@ class Daemon:
             self._attach(asked[0], {name: sockets[name][0] for name in asked if sockets[name]}, alone=not succeeded)
         if settings.claims is not None and succeeds:
             self._serve_registry(alone=False)
+            router.call(router.admit)
         self.supervisor.ready(router)
 
     def _attach(self, asked: str, listeners: dict[str, socket.socket], alone: bool) -> None:
@@ -326,7 +329,7 @@ class Daemon:
     def _serve_registry(self, alone: bool) -> None:
         """Serve the registry.  Raises SettingsError if we are `alone`.  A successor goes on without, as above.
 
-        A predecessor gives address and store away a moment after it was told to drain.
+        A predecessor gives address and store away a moment after it was told to drain.  Waits for what the store tells.
         """
         from sniroute_registrar import attach
         deadline = time.monotonic() + REGISTRY_WAIT
@@ -344,6 +347,7 @@ class Daemon:
         where = self.registrar.address
         log.info("registry on %s, below %s", where if isinstance(where, str) else show_address(where),
                  ", ".join(self.settings.claims.rules.domains))
+        self.registrar.wait_for_store()
 
     def _close(self) -> None:
         """End the threads and close everything, also after a start that failed."""

@@ -636,6 +636,17 @@ class Router(socketserver.ThreadingTCPServer):
         self.resumption.set(until)  # first: whatever fails below, it is tried again
         unhear(self)
 
+    def hold(self, seconds: float) -> None:
+        """Accept nobody yet, until `admit`, or for so long: clients wait in the backlog.  Before the loop runs."""
+        self.paused = True
+        self.resumption.set(monotonic() + seconds)
+        unhear(self)
+
+    def admit(self) -> None:
+        """Accept those that were held."""
+        if self.paused:
+            self.resumption.set(0.0)
+
     def run_short(self, why: str) -> None:
         """This host has no descriptors or no memory left: accept none for a moment, keep fewer connections ready."""
         self.pause(why, monotonic() + CAPACITY_PAUSE)

@@ -25,16 +25,17 @@ import sniroute_sqlite
 from conftest import HOST, Address, connect, linux, wait_until
 from sniroute_dns import KEY_VARIABLE
 from sniroute_doctor import sample_hello
+from sniroute_names import show_address
 from sniroute_owners import new_token
 from sniroute_refusals import SettingsError
 from sniroute_registrar import STORE_PASSWORD, attach
 from testbed.clients import page, program_path
-from testbed.hellos import v1
+from testbed.hellos import HELLO, v1
 from testbed.named import KEYS, ZONE
-from testbed.program import command, execute
+from testbed.program import Customers, command, execute
 from testbed.redis import USER
 from testbed.registry import ADMIN, ALICE, BOB, DOMAIN, Asked, Routed, table_of
-from testbed.running import alert, answer, read_all, read_exactly
+from testbed.running import alert, answer, read_all, read_exactly, route
 
 SHOP = f"shop.{DOMAIN}"
 KEPT = "--appendonly", "yes", "--appendfsync", "always"  # what Redis has said is on its disk
@@ -209,6 +210,46 @@ def test_a_successor_takes_address_file_and_ports(begin, free_ports, serve, tmp_
             assert client.recv(1) == b"x"
     assert second.ask("POST", "/routes/shop/renew", **lease(made)).status == 200
     assert second.ask("POST", f"/routes/tcp:{claimed}/renew", **lease(other)).status == 200
+
+
+@linux
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+def test_restarts_refuse_nobody_who_asks_for_a_claimed_name(begin, free_ports, redis_server, single_loop_echo, tmp_path, kind):
+    """A successor accepts once it knows what is claimed, which its predecessor has to give away first."""
+    port, own = free_ports(1)[0], free_ports(1)[0]
+    store = f"sqlite:{tmp_path}/names.db" if kind == "sqlite" else redis_server().url
+    options = {"store": store, "listen": f"{HOST}:{own}"}
+    words = f"--listen={HOST}:{port}", "--drain=60s"
+    started = [begin(*words, **options)]
+    target = f"tcp:{show_address(single_loop_echo)}"
+    wait_until(lambda: started[0].claim(target=target).status == 201)
+    with Customers((HOST, port), said=sample_hello(SHOP)) as customers:
+        for _ in range(5):
+            started.append(begin(*words, **options))
+            goal = customers.served + 100
+            wait_until(lambda: customers.served >= goal or customers.failures, timeout=20, what="a hundred customers")
+    assert customers.failures == []
+    for each in started[:-1]:
+        assert each.program.wait() == 0
+
+
+@linux
+def test_a_successor_that_cannot_know_what_is_claimed_serves_all_other_names(begin, free_ports, redis_server, echo_server,
+                                                                          launch, tmp_path):
+    redis, port, own = redis_server(), free_ports(1)[0], free_ports(1)[0]
+    options = {"store": redis.url, "listen": f"{HOST}:{own}"}
+    words = f"--listen={HOST}:{port}", route(echo_server.address)
+    first = begin(*words, **options)
+    redis.process.send_signal(signal.SIGSTOP)
+    try:
+        second = launch("-c", str(tmp_path / "router.toml"), *words)
+        second.wait_for(" info another sniroute listened there: it drains, and ends\n")
+        with connect((HOST, port), HELLO) as client:
+            assert read_exactly(client, len(HELLO)) == HELLO
+        second.wait_for("until then claimed names are refused\n")
+    finally:
+        redis.process.send_signal(signal.SIGCONT)
+    assert first.program.wait() == 0
 
 
 @linux

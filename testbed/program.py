@@ -355,8 +355,9 @@ def held() -> Iterator[socket.socket]:
 class Customers:
     """Clients that come one after the other, in several threads, and note who was refused or cut."""
 
-    def __init__(self, address: Address, threads: int = 4):
+    def __init__(self, address: Address, threads: int = 4, said: bytes = HELLO):
         self.address = address
+        self.said = said  # they want it back
         self.served = 0
         self.failures: list[str] = []
         self.stop = threading.Event()
@@ -375,8 +376,8 @@ class Customers:
     def _come(self) -> None:
         while not self.stop.is_set():
             try:
-                with connect(self.address, HELLO) as client:
-                    assert read_exactly(client, len(HELLO)) == HELLO
+                with connect(self.address, self.said) as client:
+                    assert read_exactly(client, len(self.said)) == self.said
                 self.served += 1
             except (OSError, AssertionError) as error:
                 self.failures.append(repr(error))
