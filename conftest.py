@@ -23,6 +23,7 @@ import pathlib
 import queue
 import select
 import selectors
+import signal
 import socket
 import subprocess
 import sys
@@ -177,6 +178,12 @@ def no_leaks() -> Iterator[None]:
     if count != before[2]:
         new = {number: what for number, what in own_fds().items() if number not in numbers}
         pytest.fail(f"descriptors: {new}, of {count} now and {before[2]} before")
+
+
+def pytest_configure() -> None:
+    """Let the programs of the tests hear SIGINT, which a shell has ignored by what it starts in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection() -> None:
