@@ -162,9 +162,10 @@ class Stage:
                        'target_ports = "1-65535"', "[registry.owners.alice]",
                        f'token = "sha256:{digest_of(TOKEN).hex()}"')),
             f'cloudflared = "{folder.cloudflared}"', 'start_timeout = "5s"', 'max_per_client = 100000', 'log_level = "info"')
-        # A tunnel program has none of READS: the router gives its children no capability.  So the stand-in is a copy.
+        # A tunnel program has none of READS: the router gives its children no capability.  So the stand-in is a copy,
+        # run by a Python that everybody may read.
         shutil.copy(endure_router.TESTBED / "fake_cloudflared.py", folder.tunnels)
-        folder.write_cloudflared(python(), folder.tunnels)
+        folder.write_cloudflared(os.path.realpath(python()), folder.tunnels)  # a venv's is a link, in a folder of root's
         for path in (folder.path, *folder.path.rglob("*")):
             os.chown(path, USER, USER)
         self.router = self.stack.enter_context(Router(folder, f"--port={HOST}:{self.port[1]}={far}", python=python(), before=AS_USER))
