@@ -45,11 +45,14 @@ def relays_of(made: Any) -> list[Any]:
 def test_a_sink_that_takes_nothing_holds_its_source(query, tunnel, serve):
     """What is kept meanwhile has a bound; and all of it arrives when the sink reads on."""
     go_on = threading.Event()
-    data = bytes(48 << 20)  # more than the kernel's buffers of four sockets
+    data = bytes(160 << 20)  # more than the kernel's buffers of four sockets: tcp_rmem has 32 MiB for each that is read
 
     def slow(sock: socket.socket) -> None:
         assert go_on.wait(20)
-        sock.sendall(b"%d" % len(read_all(sock)))
+        count = 0
+        while more := sock.recv(1 << 20):
+            count += len(more)
+        sock.sendall(b"%d" % count)
 
     made = tunnel(serve(slow).address, server=query)
     with made.call() as caller:
