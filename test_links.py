@@ -12,7 +12,7 @@ import time
 import pytest
 
 from conftest import HOST, connect, wait_until
-from sniroute_links import SPARES
+from sniroute_links import SPARE, SPARES
 from sniroute_refusals import Malformed
 from sniroute_transports import TRANSPORTS, protocol_of
 from sniroute_upgrade import new_key
@@ -240,6 +240,8 @@ def test_spare_sessions_are_closed_when_nobody_needs_them(app, forward, echo_ser
     assert echoed(run) == b"hello"
     there.has_spare()
     run.reaches()
+    links = run.program.links
+    wait_until(lambda: {link.state for link in links.all.copy()} == {SPARE}, what="the end of the clients")
     run.program.loop.call(lambda: run.program.unlisten(next(iter(run.program.listeners))))
     wait_until(lambda: not there.sessions(ended=None), what="the end of all sessions")
 

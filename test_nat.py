@@ -324,6 +324,7 @@ def test_a_server_is_up_before_a_client_comes_and_clients_get_what_has_dialled_i
         assert running.tunnels.counters["links"] == 1
         client.close()
         wait_until(lambda: tunnel(running).link is None)
+        wait_until(lambda: any(line == "far end has gone" for line, _ in events(caplog)))
     said = events(caplog)
     assert ("far end has dialled in", {"tunnel": f"nodepass:{HIDDEN}@{place}?tls=1",
                                        "client": "{}:{}".format(*view_address(said))}) in said
