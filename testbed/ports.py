@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 SINGLE_FIRST, SINGLE_COUNT = 7000, 3000  # behind those which chromium refuses, and before the blocks
 BLOCK = 32  # ports per block
+TUNNELS = range(20000, 20101)  # the default of --ports: settings that name one of these for something else are refused
 BLOCKS_FIRST, BLOCKS_COUNT = 10112, 677  # blocks from port 10112 to 31775
 _counts: dict[int, itertools.count[int]] = {}  # by process: a fork goes its own way
 
@@ -52,7 +53,8 @@ def free_block(count: int = 20) -> Iterator[tuple[int, int]]:
     for number in itertools.islice(_numbers(), BLOCKS_COUNT):
         first = BLOCKS_FIRST + BLOCK * (number % (BLOCKS_COUNT - blocks))
         with contextlib.ExitStack() as marks:
-            if not all(map(is_free, range(first, first + blocks * BLOCK))):
+            whole = range(first, first + blocks * BLOCK)
+            if set(whole) & set(TUNNELS) or not all(map(is_free, whole)):
                 continue
             try:
                 for port in range(first, first + blocks * BLOCK, BLOCK):
