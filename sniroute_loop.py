@@ -329,7 +329,7 @@ class Loop:
         self.woken: list[Callable[[], None]] = []  # what is done then, at once
         self.stopping = False
         self.rests = False  # something that failed is still ready: `_check` pauses first
-        self.failed: tuple[Any, float] = None, 0.0  # the callback that stayed ready behind a fault of ours, and when
+        self.stayed: tuple[Any, float] = None, 0.0  # the callback that stayed ready behind a fault of ours, and when
         self.reserve = Reserve()
         self.pipe = WakePipe()
         self.poller.watch(self.pipe.reader, READ, self._woken)
@@ -428,7 +428,7 @@ class Loop:
     def _spins(self, by: Any) -> bool:
         """Whether this callback, which stays ready behind a fault of ours, has just been there: each rest is all's."""
         now = monotonic()
-        before, self.failed = self.failed, (by, now)
+        before, self.stayed = self.stayed, (by, now)
         return before[0] == by and now - before[1] < SPINS
 
     def _outlasts(self, error: Exception) -> None:

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from typing import Any, Callable, Iterator
@@ -352,6 +353,14 @@ def test_what_fails_and_stays_ready_is_tried_ten_times_a_second(bench, monkeypat
         for _ in range(20):
             bench.turn()
         assert len(rested) <= 1, "its owner has ended it"
+
+
+def test_what_has_failed_in_another_thread_is_told_as_a_fault_of_our_own(bench):
+    told: list[Any] = []
+    bench.loop.fault = lambda owner: told.append((owner, sys.exc_info()[1]))
+    owner, error = Owner(), ZeroDivisionError("planted")
+    bench.loop.failed(error, owner)
+    assert told == [(owner, error)]
 
 
 def test_a_fault_of_ours_that_each_client_meets_holds_up_nobody_else(bench, monkeypatch):
