@@ -578,18 +578,14 @@ class Callee(Party):
             self._gone()
             return
         self.state = DIALLING
-        self.end.pool.hold(len(slot.early))
-        if self.end.pool.is_tight:
-            self.wire.pause()
+        self.end.pool.hold(slot)
         dial = self.end.upstreams.dial(self.dialled)
         if self.state is DIALLING:
             self.dial = dial
 
     def _on_early(self, data: bytes | memoryview) -> None:
         """The caller speaks before the target is there."""
-        self.wire.pause()
-        self.slot.early += data
-        self.end.pool.hold(len(data))
+        self.end.pool.came(self.slot, data)
 
     def _on_end(self, error: Failed | None) -> None:
         self.slot.ended = True
@@ -618,7 +614,7 @@ class Callee(Party):
                 return
         self.state = CARRYING
         slot, wire, self.slot, self.wire = self.slot, self.wire, None, None  # the relay's from here on
-        self.end.pool.hold(-len(slot.early))
+        self.end.pool.release(slot)
         wire.on_data = wire.on_end = lambda *what: None
         self.relay = self.end.relays.join(result, wire, slot.early, slot.ended, self.on_over)
 
@@ -629,7 +625,7 @@ class Callee(Party):
         if self.wire is not None:
             self.wire.reset()
         if self.state is DIALLING:
-            self.end.pool.hold(-len(self.slot.early))
+            self.end.pool.release(self.slot)
 
     def _gone(self) -> None:
         if self.state is not FINDING:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 from typing import Any, Callable
 
 from sniroute_duplex import Wire
@@ -41,7 +42,7 @@ __version__ = "0.1.0"
 KEPT = 5.0  # for which a connection that has ended can be found: its signal may still be on its way
 ENDED_MAX = 4096  # of those; more than there are connections in a pool by default
 WANTED_MAX = 4096  # ids that are waited for: the other end can name as many as it likes
-EARLY_MAX = 16 << 20  # bytes kept with connections whose target is not there yet: then no idle one is read any more
+EARLY_MAX = 16 << 20  # bytes kept with connections whose target is not there yet: then none of those is read any more
 GROW_AT = 0.5  # of the capacity: with fewer idle ones a use doubles it, so that a burst is dialled ahead of
 SHRINK_AT = 0.8  # of it: where more than so many were idle for a whole period, it shrinks
 SHRINK_BY = 0.25  # of what it has above its least, in a period
@@ -121,7 +122,8 @@ class Pool:
         self.patience = loop.queue(patience, self._tell_none)
         self.is_open = False  # to those who ask for any: there is a link, and it is verified
         self.least = 0  # idle connections since the last look of the Sizer
-        self.held = 0  # bytes that came early: with connections here, and with those whose target is dialled
+        self.dialling: set[Slot] = set()  # in use, and their target is dialled: see `hold`
+        self.held = 0  # bytes that came early: with connections here, and with those
         self.is_tight = False  # those are too many
 
     def add(self, slot: Slot) -> bool:
@@ -170,11 +172,29 @@ class Pool:
     def _let_go(self, slot: Slot) -> Wire:
         """A connection is not the pool's any more."""
         if slot.early:
-            self.hold(-len(slot.early))
+            self._count(-len(slot.early))
         return slot.use()
 
-    def hold(self, more: int) -> None:
-        """So many bytes more are kept, or less.  While they are too many no idle connection is read.
+    def hold(self, slot: Slot) -> None:
+        """Have what came early on a connection in use counted, until `release`: its target is dialled."""
+        self.dialling.add(slot)
+        self._count(len(slot.early))
+        if self.is_tight:
+            slot.wire.pause()
+
+    def release(self, slot: Slot) -> None:
+        """Its target is there, or nobody waits for it."""
+        self.dialling.discard(slot)
+        self._count(-len(slot.early))
+
+    def came(self, slot: Slot, data: bytes | memoryview) -> None:
+        """A piece came early, on an idle connection, or on one that is held.  It is all that is kept of each."""
+        slot.wire.pause()
+        slot.early += data
+        self._count(len(data))
+
+    def _count(self, more: int) -> None:
+        """So many bytes more are kept, or less.  While they are too many none of these connections is read.
 
         Else callers that speak first, and a target that takes its time, fill the memory.
         """
@@ -182,10 +202,10 @@ class Pool:
         if self.is_tight is (self.held > (EARLY_MAX // 2 if self.is_tight else EARLY_MAX)):
             return
         self.is_tight = not self.is_tight
-        for slot in self.idle.values():
+        for slot in itertools.chain(self.idle.values(), self.dialling):
             if self.is_tight:
                 slot.wire.pause()
-            elif not slot.early:
+            elif not slot.early and not slot.ended:
                 slot.wire.resume()
 
     def ask(self, done: Callable[[Slot | None], None]) -> Asker:
@@ -234,9 +254,7 @@ class Pool:
             slot.use().reset()
             self.spoke(slot, bytes(data))
             return
-        slot.wire.pause()  # one piece is all that is kept
-        slot.early += data
-        self.hold(len(data))
+        self.came(slot, data)
 
     def _on_end(self, slot: Slot, error: Failed | None) -> None:
         """It has ended before it was used.  On the dialling end its signal may still be on its way."""

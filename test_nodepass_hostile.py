@@ -389,18 +389,23 @@ def test_megabytes_on_idle_connections_of_an_accepting_end_reset_them(ours, link
     assert sum("spoken without being asked" in line for line in server.messages) == 1
 
 
-@pytest.mark.parametrize("named", [False, True], ids=["idle", "named, and the target hangs"])
+@pytest.mark.parametrize("named", ["", "before", "behind"], ids=["idle", "named, and the target hangs",
+                                                                  "named behind what it says"])
 def test_megabytes_on_idle_connections_of_a_dialling_end_stay_with_the_sender(named, link, deaf, monkeypatch):
     """They may be a caller's, whose signal is on its way: a bound for all together."""
     monkeypatch.setattr(sniroute_pool, "EARLY_MAX", 1 << 20)
     server, client = link("+", 60, target=deaf, pool_get=2.0)
     end = server.end
+    if named == "before":
+        for number in client.slots:
+            client.channel.say("tcp", "192.0.2.1:5", number)
+        wait_until(lambda: len(end.pool.dialling) == len(client.slots))
     for number, sock in client.slots.items():
         sock.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while True:
                 sock.send(bytes(1 << 20))
-        if named:
+        if named == "behind":
             client.channel.say("tcp", "192.0.2.1:5", number)
     wait_until(lambda: end.pool.is_tight)
     time.sleep(0.1)
@@ -411,7 +416,7 @@ def test_megabytes_on_idle_connections_of_a_dialling_end_stay_with_the_sender(na
     server.call(lambda: end.link.end("a test"))
     for callee in server.call(lambda: list(end.callees)):
         server.call(callee.abort)
-    wait_until(lambda: end.pool.held == 0 and not end.pool.is_tight)
+    wait_until(lambda: end.pool.held == 0 and not end.pool.is_tight and not end.pool.dialling)
 
 
 def test_what_was_held_is_passed_on_when_there_is_room_again(link, monkeypatch):
