@@ -103,9 +103,13 @@ def exit_code(process: subprocess.Popen[Any], timeout: float) -> int:
 
 
 class FakeClock:
-    """A clock that moves only by `jump`."""
+    """A clock that moves only by `jump`.
 
-    def __init__(self, now: float = 1000.0):
+    It begins as on a host that has just been started: no time of the past is long ago there, and 0 is not.  A real loop
+    has reached these times already, where a test sets its timers by this clock.
+    """
+
+    def __init__(self, now: float = 3.0):
         self.now = now
 
     def __call__(self) -> float:

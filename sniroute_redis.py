@@ -149,7 +149,7 @@ class Line:
         self.asks: collections.deque[Ask] = collections.deque()  # without an answer, the oldest first
         self.out: list[bytes] = []  # what is sent at the end of this turn
         self.heard = monotonic()  # when something came last
-        self.pinged = 0.0  # when it was asked for a sign of life last
+        self.pinged = -NEVER  # when it was asked for a sign of life last
         self.unasked = unasked
         self.lost = lost
         wire.on_data = self._on_data

@@ -336,11 +336,12 @@ def test_orphans_are_reaped_and_the_router_s_own_processes_are_not():
 def test_only_process_1_looks_for_orphans(owner, monkeypatch):
     assert owner.processes.due(0.0) == []
     monkeypatch.setattr(os, "getpid", lambda: 1)
-    processes = Processes(owner, owner.pipe, FakeClock())
+    clock = FakeClock()
+    processes = Processes(owner, owner.pipe, clock)
     try:
-        assert processes.due(1000.0) == [1000.0]
+        assert processes.due(clock()) == [clock()]
         processes.turn(0.0)
-        assert processes.due(1000.0) == [1000.0 + sniroute_processes.ORPHANS_LOOK]
+        assert processes.due(clock()) == [clock() + sniroute_processes.ORPHANS_LOOK]
     finally:
         processes.close()
 

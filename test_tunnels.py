@@ -779,8 +779,8 @@ def stopper(table: TunnelTable, tunnel: Tunnel, way: str) -> Callable[[], object
                 table._evict(table.clock())
         return evict
     process = types.SimpleNamespace(is_full=lambda now: True)  # nobody looks at its backlog
-    child = types.SimpleNamespace(process=process, alive=lambda: True, proven=True, ready=0.0, address=(HOST, 1),
-                                  link=None)
+    child = types.SimpleNamespace(process=process, alive=lambda: True, proven=True, address=(HOST, 1), link=None,
+                                  ready=table.clock() - 1000)
     object.__setattr__(tunnel, "child", child)
 
     def doubt() -> None:
