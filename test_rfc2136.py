@@ -438,7 +438,8 @@ def test_a_host_that_nobody_else_can_reach_by_the_address_in_use_needs_one_named
 # -- with the stand-in -------------------------------------------------------------------------
 
 
-def test_what_is_lost_is_sent_again(made, server, impatient):
+def test_what_is_lost_is_sent_again(made, server, monkeypatch):
+    monkeypatch.setattr(sniroute_rfc2136, "SENDS", (0.05, 0.05, 5.0))  # the last one gets its answer
     lost = iter([True, True])
     server.lost = lambda: next(lost, False)
     updater = made.updater(server.url)
@@ -524,7 +525,9 @@ def test_an_answer_that_is_cut_is_asked_for_by_tcp(made, server):
     (lambda answer: b"\0\0", "answer", "by TCP: a DNS message that is cut"),
     (lambda answer: None, "timeout", "claim"),
 ], ids=["refused", "closed", "cut", "shorter", "forged", "reset", "empty", "silent"])
-def test_tcp_that_fails_is_tried_again(made, server, impatient, says, reason, detail):
+def test_tcp_that_fails_is_tried_again(made, server, impatient, monkeypatch, says, reason, detail):
+    if reason != "timeout":
+        monkeypatch.setattr(sniroute_rfc2136, "TCP_LAST", 10.0)
     server.is_cut = True
     if says is not None:
         server.listen()
