@@ -292,12 +292,13 @@ def test_whatever_is_asked_the_answer_is_the_refusal(courteous, all_browsers, re
 
 
 def test_a_backend_that_is_gone_is_told_by_a_page(courteous, all_browsers):
-    with socket.create_server((HOST, 0)) as nobody:
+    with socket.socket() as nobody:
+        nobody.bind((HOST, 0))  # and does not listen: nobody else gets the port
         gone = nobody.getsockname()
-    running = courteous(route(gone, OTHER))
-    said = ask(running.address)
-    assert said.startswith(b"HTTP/1.1 502 Bad Gateway\r\n") and HOST.encode() not in said
-    assert str(gone[1]) in is_over(running, "backend").detail
+        running = courteous(route(gone, OTHER))
+        said = ask(running.address)
+        assert said.startswith(b"HTTP/1.1 502 Bad Gateway\r\n") and HOST.encode() not in said
+        assert str(gone[1]) in is_over(running, "backend").detail
 
 
 def test_a_tunnel_that_fails_is_told_by_a_page(courteous, cloudflared, ports, all_browsers):
@@ -476,9 +477,9 @@ def test_early_data_that_came_with_the_hello_is_no_hindrance(courteous, tmp_path
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> float:
     """A visit may take so many seconds."""
-    monkeypatch.setattr(sniroute_browsers, "VISIT_TIME", 0.3)
-    monkeypatch.setattr(sniroute_browsers, "WAIT_TIME", 0.3)
-    return 0.3
+    monkeypatch.setattr(sniroute_browsers, "VISIT_TIME", 1.5)  # time for a hello in answer, also where the host is busy
+    monkeypatch.setattr(sniroute_browsers, "WAIT_TIME", 1.5)
+    return 1.5
 
 
 def test_a_hello_that_tls_refuses_gets_tlss_alert(courteous):
@@ -516,7 +517,7 @@ def test_a_client_that_leaves_is_let_go(courteous, all_browsers):
 
 def test_who_waits_too_long_for_a_thread_gets_the_alert(courteous, hasty, monkeypatch):
     monkeypatch.setattr(sniroute_browsers, "THREADS", 1)
-    monkeypatch.setattr(sniroute_browsers, "WAIT_TIME", 0.1)
+    monkeypatch.setattr(sniroute_browsers, "WAIT_TIME", hasty / 2)
     running = courteous()
     with running.connect(chrome()) as slow, running.connect(chrome()) as next_:
         assert read_all(next_) == UNKNOWN
@@ -528,6 +529,7 @@ def test_who_waits_too_long_for_a_thread_gets_the_alert(courteous, hasty, monkey
 def test_beyond_its_limits_there_is_the_alert_at_once(courteous, monkeypatch, limit, served):
     monkeypatch.setattr(sniroute_browsers, "THREADS", 4 if limit == "WAITING" else 1)
     monkeypatch.setattr(sniroute_browsers, limit, served - 4 if limit == "WAITING" else served)
+    monkeypatch.setattr(sniroute_browsers, "monotonic", FakeClock())  # all come in one second
     running = courteous()
     with contextlib.ExitStack() as stack:
         first = []
@@ -719,7 +721,8 @@ def test_chromium_shows_the_page(courteous, browser):
     shown = browser.visit(f"https://{OTHER}:{running.address[1]}/")
     assert "<title>404 Not Found</title>" in shown and "No route fits the name" in shown
     assert "Check the address for a typing error." in shown and OTHER in shown
-    assert running.counter("error_pages") >= 1
+    wait_until(lambda: running.counter("error_pages") >= 1, what="a page that is counted")  # behind the last byte of it
+    running.ending()
     assert {end.reason for end in running.endings} == {"no_route"}
 
 

@@ -636,7 +636,12 @@ def test_the_log_has_one_warning_of_a_cluster_whose_certificate_is_not_checked(w
     cluster.kubeconfig(cluster={"insecure-skip-tls-verify": True, "certificate-authority-data": None})
     for name in ("80.my-web.k8s.localhost", "my-web-80.dash.k8s.localhost"):
         assert curl(ways, name) == (200, name)
-    warning, = [fields for what, fields in events(caplog) if what == "tunnel program warns"]
+
+    def warnings() -> list[dict[str, Any]]:
+        return [fields for what, fields in events(caplog) if what == "tunnel program warns"]
+
+    wait_until(warnings, what="the program's line")  # by its stderr, beside the answers
+    warning, = warnings()
     assert warning["text"].startswith("insecure-skip-tls-verify: the certificate of cluster cluster is not checked")
 
 
@@ -688,7 +693,7 @@ def hasty(monkeypatch):
 
     def launcher(*given: Any) -> Launcher:
         row = real(*given)
-        hurry = "import sniroute_passage as p; p.START = sniroute_kubernetes.START = 0.6; sys.exit("
+        hurry = "import sniroute_passage as p; p.START = sniroute_kubernetes.START = 2.0; sys.exit("
         return row._replace(shared=tuple(word.replace("sys.exit(", hurry) for word in row.shared))
 
     monkeypatch.setattr(sniroute_clusters, "cluster_launcher", launcher)
@@ -702,5 +707,6 @@ def test_the_program_gives_up_before_the_router_does():
 def test_a_service_without_a_ready_pod_is_refused_with_the_state_of_each(hasty, ways, cluster):
     cluster.ready("web-1", False)
     status, _ = curl(ways, "80.my-web.k8s.localhost")
+    wait_until(lambda: ways.accesses)  # behind the client's answer
     (access,) = ways.accesses
     assert (status, access.reason) == (503, "tunnel_not_ready") and "web-1 not ready" in access.detail

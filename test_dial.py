@@ -215,11 +215,11 @@ def test_silence_brings_the_next_address_after_a_while_and_the_first_answer_wins
     resolve_as(monkeypatch, lambda: [deaf, echo_server.address])
     made = dials()
     dial = made.dial("app.example.test", 443)
-    made.turn_until(lambda: dial.attempts)
-    began = time.monotonic()
+    began: list[float] = []  # before each turn: the last one is the one in which it connects
+    made.turn_until(lambda: dial.attempts or began.append(time.monotonic()))
     first, = dial.attempts
     assert made.result().getpeername() == echo_server.address
-    assert time.monotonic() - began >= 0.1 and first.fileno() == -1, "the others are closed"
+    assert time.monotonic() - began[-1] >= 0.1 and first.fileno() == -1, "the others are closed"
 
 
 @linux
@@ -462,7 +462,9 @@ def test_answers_that_no_proxy_may_give(local, serve, answer, reason, error):
 
 @linux
 def test_timeout_of_the_connect(local, deaf):
-    row = refused(local(f"localhost:{deaf[1]}", proxy=False, DIAL_TIMEOUT=0.15))
+    run = local(f"localhost:{deaf[1]}", proxy=False, DIAL_TIMEOUT=0.15)
+    run.carrier.way.names.known["localhost", deaf[1]] = [(socket.AF_INET, deaf)], time.monotonic() + 60  # at once
+    row = refused(run)
     assert (row["reason"], row["error"]) == ("timeout", "0.15 s, connecting")
 
 

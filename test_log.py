@@ -56,6 +56,12 @@ def written(style: str, *rows: Any, stream: Any = None) -> str:
     return stream.getvalue()
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy host may stop the thread that writes for longer than a router waits for it at its end."""
+    monkeypatch.setattr(sniroute_log, "LAST_WRITE", 10.0)
+
+
 @pytest.fixture
 def journald(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A stream that looks like journald's."""

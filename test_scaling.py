@@ -97,6 +97,7 @@ def cluster(launch, settings_file, redis_server, serve, tmp_path) -> Iterator[Cl
     port = free_port()
     balancer = with_ports(marked(SCALING, "haproxy"), {
         ":443": f"{HOST}:{port}", "maxconn 20000": "maxconn 200", "inter 1s": "inter 200ms",
+        "timeout connect 2s": "timeout connect 2s\n    timeout check 5s",  # else that of `inter`: a busy host would be down
         **{f"192.0.2.1{number}:19000 check port 9100": f"{HOST}:{host.port} check port {host.probes}"
            for number, host in enumerate(hosts, 1)}})
     (tmp_path / "haproxy.cfg").write_text(balancer)
