@@ -23,8 +23,9 @@ What is sent for an entry follows from what is wished and what is there (Entry.p
 A mark is ours where it has the id of this name's wish, or of an earlier one that may have been written.  So what is
 there after a restart is ours, if the id is the same.  What is there is not known where the server says that it is not
 as we thought, as it does where our request was done and its answer was lost; and where a wish has ended before it came
-true.  A name that has only records of others is not touched; it is tried again, in case they go away.  What others
-remove while a name is KEPT is not written again.
+true.  Where an update had no answer, that nothing is there is believed when it is found twice, RESTS[0] apart.  A name
+that has only records of others is not touched; it is tried again, in case they go away.  What others remove while a name
+is KEPT is not written again.
 
 Messages go by UDP and are sent again where no answer comes; by TCP where one is too long, or its answer is.  WINDOW of
 them are under way at a time; after a failure of the server only one, until it answers.  The UDP socket is there as long
@@ -116,7 +117,7 @@ class State(NamedTuple):
 class Entry:
     """One name: what is wished, what is there, and where it stands in between."""
 
-    __slots__ = ("name", "wish", "ids", "texts", "is_known", "was_asked", "where", "rests", "failed")
+    __slots__ = ("name", "wish", "ids", "texts", "is_known", "is_late", "was_asked", "where", "rests", "failed")
 
     def __init__(self, name: str):
         self.name = name
@@ -124,6 +125,7 @@ class Entry:
         self.ids: dict[str, None] = {}  # of marks that are ours; the newest is last
         self.texts: tuple[bytes, ...] = ()  # TXT records that are there
         self.is_known = True  # whether `texts` is what the server has, as far as we know
+        self.is_late = False  # an update had no answer, so the server may do it yet
         self.was_asked = False  # the server was asked for `texts`, and nothing has failed since
         self.where = READY
         self.rests = 0  # how often it has rested since the wish was new: each time longer
@@ -363,6 +365,12 @@ class Updater:
 
     def _next(self, entry: Entry) -> None:
         """Put an entry that is in no queue at the moment where its plan has it: to the READY ones, or away."""
+        if not entry.plan() and entry.is_late:  # a server that has stood still may answer first, and do its updates then
+            entry.is_late = entry.is_known = False
+            entry.where = RESTING
+            entry.rests = 1
+            self._rest_of(entry).put(entry)
+            return
         if not entry.plan():
             entry.where = GONE
             self._mend(entry)
@@ -553,6 +561,7 @@ class Updater:
             flight.close()
             flight.entry.where = READY
             flight.entry.was_asked = False
+            flight.entry.is_late |= flight.act is not LOOK_UP
             self.ready[flight.entry] = None
         if self.watch is not None:
             self.watch.closing()
@@ -602,7 +611,7 @@ class Updater:
         gone = {mark.data for mark in flight.old}.union(new)
         entry.texts = new if flight.act is CLAIM else (*(text for text in entry.texts if text not in gone), *new)
         entry.is_known = True
-        entry.was_asked = False
+        entry.was_asked = entry.is_late = False  # a server does updates in the order in which they come
         entry.ids = dict.fromkeys(filter(None, (flight.mark and flight.mark.id, entry.wish)))
         if flight.mark is not None and flight.mark.id == entry.wish:
             self._keep(entry)

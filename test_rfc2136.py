@@ -117,6 +117,8 @@ class Server:
         self.lost = self.answer_lost = lambda: False  # whether a datagram, and its answer, is lost
         self.forge: Callable[[bytes, dns.Message], list[bytes]] = lambda answer, message: [answer]
         self.code: Callable[[], int] = lambda: dns.NOERROR  # instead of what was asked for
+        self.is_slow = False  # it answers what it is asked, and does updates later: those of `late`
+        self.late: list[dns.Message] = []
         self.is_cut = False
         self.tcp_says: Callable[[bytes], bytes | None] = dns.frame  # of an answer; None: nothing, and it stays open
         self.clients: list[tuple[socket.socket, Watch]] = []
@@ -146,6 +148,9 @@ class Server:
         if self.lost():
             return
         message = dns.parse(data)
+        if self.is_slow and message.opcode == dns.UPDATE:
+            self.late.append(message)
+            return
         answer = self.answer(message, data, self.is_cut)
         if self.answer_lost():
             return
@@ -367,7 +372,9 @@ def test_a_server_that_is_away_holds_nobody_up_and_gets_the_newest_wishes(made, 
         f"DNS records of {ZONE} at {HOST}:{server.port} are written again"]
 
 
-def test_a_server_that_stands_still_does_later_what_it_has_in_its_queue(made, new_named, impatient):
+def test_a_server_that_stands_still_does_later_what_it_has_in_its_queue(made, new_named, impatient, monkeypatch):
+    """BIND answers queries at once when it goes on, and does updates then."""
+    monkeypatch.setattr(sniroute_rfc2136, "RESTS", (1.0, 1.0))
     server = new_named()
     server.start()
     updater = made.updater(server.url)
@@ -376,6 +383,7 @@ def test_a_server_that_stands_still_does_later_what_it_has_in_its_queue(made, ne
     made.turn_until(lambda: updater.state.failures.get("timeout"))
     updater.unwant(FOO)
     updater.want(f"bar.{ZONE}", ID)
+    made.turn_until(lambda: any(flight.act == "look up" for flight in updater.flights.values()))
     server.process.send_signal(signal.SIGCONT)
     made.settle(updater)
     assert not server.texts(FOO) and server.addresses(f"bar.{ZONE}") == {str(V4)}
@@ -437,6 +445,22 @@ def test_a_host_that_nobody_else_can_reach_by_the_address_in_use_needs_one_named
 
 
 # -- with the stand-in -------------------------------------------------------------------------
+
+
+def test_a_name_that_is_released_is_gone_though_its_claim_was_late(made, server, impatient):
+    """A slow server says that nothing is there, and writes it then."""
+    server.is_slow = True
+    updater = made.updater(server.url)
+    updater.want(FOO, ID)
+    made.turn_until(lambda: updater.state.failures.get("timeout"))
+    updater.unwant(FOO)
+    made.turn_until(lambda: updater.state.done["look up"])
+    server.is_slow = False
+    for message in server.late:
+        server.update(message)
+    assert server.has(FOO, ID) and updater.state.pending == 1
+    made.settle(updater)
+    assert not server.records[FOO] and updater.state.done["remove"] == 1
 
 
 def test_what_is_lost_is_sent_again(made, server, monkeypatch):
