@@ -303,7 +303,7 @@ def test_each_connection_has_a_process_whose_stdin_and_stdout_it_is(run, tmp_pat
         assert two.recv(1) == b"", "the end of the client was the end of stdin"
     assert {running.ending(2).reason, running.ending(1).reason} == {"client_closed"}
     wait_until(lambda: not running.tunnels.processes.running)
-    assert not running.tunnels.guest.live and not running.tunnels.guest.by_child
+    wait_until(lambda: not running.tunnels.guest.live and not running.tunnels.guest.by_child)  # told a moment later
     tally = running.router.routes.tallies["*.example.com"]
     assert (tally.total, tally.refused, tally.active) == (2, 0, 0)
 
@@ -339,7 +339,7 @@ def test_a_program_that_is_not_there_is_a_refusal_that_says_so(run, words, sente
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
     assert running.ending().reason == "command_failed" and running.ending().detail.endswith(sentence)
-    assert not running.tunnels.guest.live
+    wait_until(lambda: not running.tunnels.guest.live)
 
 
 def test_a_program_that_another_user_may_change_is_not_run(run, tmp_path):
@@ -423,7 +423,8 @@ while True:
 @pytest.mark.parametrize("leave", [socket.socket.close, reset], ids=["close", "reset"])
 def test_a_program_and_all_that_it_started_end_with_the_connection(run, tmp_path, manners, leave, monkeypatch):
     monkeypatch.setattr("sniroute_processes.STOP_GRACE", 0.15)
-    running = run(f"--route=*.example.com=exec:{script(tmp_path, CHILD)} {manners}", "--connection-idle=1s")
+    monkeypatch.setattr("sniroute_router.HALF_CLOSED_IDLE", 1.0)  # and it may take longer than that to begin
+    running = run(f"--route=*.example.com=exec:{script(tmp_path, CHILD)} {manners}")
     client = running.connect(HELLO)
     said = b""
     while not said.endswith(b"\n"):
@@ -444,7 +445,7 @@ def test_a_router_that_is_stopped_leaves_no_program(launch, tmp_path):
         program.stop()
         with pytest.raises(ConnectionResetError):
             client.recv(1)
-    assert not any(runs(int(word)) for word in said.split())
+    wait_until(lambda: not any(runs(int(word)) for word in said.split()))  # both were told, and the one waited for
 
 
 def test_a_client_that_leaves_early_leaves_no_process(run, tmp_path):
