@@ -510,9 +510,9 @@ def test_early_data_into_a_tunnel_that_hangs_is_refused_in_time(run, cloudflared
 
     A process that leaves its clients waiting is replaced.  One that takes them and is silent may wait for its far end.
     """
-    monkeypatch.setattr(sniroute_deadlines, "FIRST_BYTE_TIMEOUT", 0.3)
     cloudflared.far("*", early)
     running = run(TUNNEL, ports)
+    first_byte = running.router.deadlines.first_byte
     session, data = tmp_path / "session", tmp_path / "data"
     data.write_bytes(b"early\n" * (size // 6))
     resumed = "-sess_in", str(session), "-early_data", str(data)
@@ -520,6 +520,9 @@ def test_early_data_into_a_tunnel_that_hangs_is_refused_in_time(run, cloudflared
              "-sess_out", str(session))
     running.ending()
 
+    patience = first_byte.seconds
+    monkeypatch.setattr(sniroute_deadlines, "FIRST_BYTE_TIMEOUT", 0.3)
+    first_byte.seconds = 0.3
     pid = cloudflared.starts()[0]["pid"]
     os.kill(pid, signal.SIGSTOP) if stopped else cloudflared.fault("*", hang=True)
     said = s_client(running.address, lambda said: False, *resumed)
@@ -527,6 +530,7 @@ def test_early_data_into_a_tunnel_that_hangs_is_refused_in_time(run, cloudflared
     refused = running.ending(2)
     assert refused.reason == "tunnel_failed" and "no answer within 0.3 s" in refused.detail
 
+    first_byte.seconds = patience
     cloudflared.fault("*")
     wait_until(lambda: not (stopped and cloudflared.runs(pid)), what="the end of the process that hung")
     said = s_client(running.address, lambda said: b"Early data was" in said, *resumed)
