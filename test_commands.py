@@ -587,7 +587,7 @@ while True:
 @pytest.mark.parametrize("words", ["{address}", "127.0.0.1:{port}"])
 def test_a_command_runs_once_for_all_its_clients_and_stops_when_idle(run, tmp_path, ports, words):
     running = run(f"--route=*.example.com=command:{script(tmp_path, LISTENER)} {words} {{label}}", ports,
-                  "--idle=150ms")
+                  "--idle=1s")
     with running.connect(HELLO) as one, running.connect(HELLO) as two:
         with running.connect(genuine(name="other.example.com")) as other:
             for client in (one, two, other):

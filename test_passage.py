@@ -530,7 +530,7 @@ def test_a_client_that_has_left_is_not_waited_for(kube, app, forward, serve):
 
 
 def test_a_runtime_without_half_close_ends_the_connection(kube, app, forward, echo_server):
-    kube.set(runtime="containerd", grace=0.2)
+    kube.set(runtime="containerd", grace=1.0)
     there = app(echo_server.address)
     run = forward(there.target)
     with run.connect() as client:
@@ -565,7 +565,7 @@ def test_a_far_end_that_cannot_be_told_of_the_clients_end_looks_cut(kube, app, f
 def test_channels_have_no_half_close(kube, app, forward, echo_server):
     refuse(kube, "websocket", "spdy")
     there = app(echo_server.address)
-    with forward(there.target).connect() as client:
+    with forward(there.target, GRACE=1.0).connect() as client:
         client.sendall(b"hello")
         client.shutdown(socket.SHUT_WR)
         assert receive_all(client)[0] == b"hello"

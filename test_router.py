@@ -741,7 +741,8 @@ def test_half_closed_connection_that_is_silent_does_not_stay_for_ever(run, serve
     done = threading.Event()
     far = serve(lambda sock: done.wait(20))
     running = run(route(far.address))
-    running.connect(HELLO).close()
+    with running.connect(HELLO):  # who leaves while its backend is dialled is not waited for
+        wait_until(lambda: [each.state for each in list(running.router.connections)] == ["open"])
     assert running.ending().reason == "idle"
     done.set()
 
