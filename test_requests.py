@@ -685,7 +685,7 @@ def test_a_body_that_trickles_is_not_late(routed, origin):
             if at < 7:
                 wait_until(lambda: only(running).exchange.up == at + 1)
                 running.router.call(expire)
-                wait_until(lambda: next(iter(queue.due.values()), 0.0) > before)
+                wait_until(lambda: max(list(queue.due.values()), default=0.0) > before)
         assert client.answer().status == 200
 
 
