@@ -31,7 +31,7 @@ from testbed.clients import (Certificate, backwards, endings, namespaces, page, 
                              version_of, with_pg)
 from testbed.hellos import HELLO, NAME
 from testbed.ports import free_port
-from testbed.program import Program, environment, execute
+from testbed.program import Program, changed, environment, execute
 from testbed.running import TUNNEL, read_all, read_exactly, route
 
 
@@ -41,11 +41,14 @@ from testbed.running import TUNNEL, read_all, read_exactly, route
 @pytest.fixture(params=["exec", "command"])
 def through_ssh(request, launch, ports, sshd) -> Callable[..., Program]:
     """through_ssh(address, *options): a router that leads each name to an address by way of a real sshd."""
-    def start(address: Address, *options: str, ssh: str = sshd) -> Program:
+    def start(address: Address, *options: str, ssh: str = sshd, python: tuple[str, ...] = ()) -> Program:
         far = f"{address[0]}:{address[1]}"
         way = {"exec": f"exec:{ssh} -W {far}", "command": f"command:{ssh} -N -L {{address}}:{far}"}[request.param]
-        return launch(ports, f"--route=*.example.com={way}", *options, env=environment())
+        return launch(ports, f"--route=*.example.com={way}", *options, env=environment(), python=python)
     return start
+
+
+PATIENT = changed("sniroute_deadlines.WORDS_TIMEOUT = 1.0")  # the last words of ssh may come later on a busy host
 
 
 def test_curl_goes_through_a_real_sshd_and_back(through_ssh, serve, certificate):
@@ -67,7 +70,7 @@ def test_psql_goes_through_a_real_sshd(through_ssh, postgres):
 
 def test_what_ssh_says_is_the_reason_of_the_refusal(through_ssh, free_ports, sshd):
     nobody = HOST, free_ports(1)[0]
-    wrong = through_ssh(nobody, ssh=sshd.replace("/user ", "/host "))  # a key that sshd does not know
+    wrong = through_ssh(nobody, ssh=sshd.replace("/user ", "/host "), python=PATIENT)  # a key that sshd does not know
     with wrong.connect(HELLO) as client:
         assert read_all(client)[:2] == b"\x15\3"
     (end,) = endings(wrong, 1)
@@ -76,7 +79,7 @@ def test_what_ssh_says_is_the_reason_of_the_refusal(through_ssh, free_ports, ssh
 
 @pytest.mark.parametrize("through_ssh", ["exec"], indirect=True)
 def test_ssh_that_finds_nobody_at_the_far_end_says_so(through_ssh, free_ports):
-    program = through_ssh((HOST, free_ports(1)[0]))
+    program = through_ssh((HOST, free_ports(1)[0]), python=PATIENT)
     with program.connect(HELLO) as client:
         assert read_all(client)[:2] == b"\x15\3"
     (end,) = endings(program, 1)
@@ -510,9 +513,9 @@ def test_early_data_into_a_tunnel_that_hangs_is_refused_in_time(run, cloudflared
 
     A process that leaves its clients waiting is replaced.  One that takes them and is silent may wait for its far end.
     """
-    monkeypatch.setattr(sniroute_deadlines, "FIRST_BYTE_TIMEOUT", 0.3)
     cloudflared.far("*", early)
     running = run(TUNNEL, ports)
+    first_byte = running.router.deadlines.first_byte
     session, data = tmp_path / "session", tmp_path / "data"
     data.write_bytes(b"early\n" * (size // 6))
     resumed = "-sess_in", str(session), "-early_data", str(data)
@@ -520,6 +523,9 @@ def test_early_data_into_a_tunnel_that_hangs_is_refused_in_time(run, cloudflared
              "-sess_out", str(session))
     running.ending()
 
+    patience = first_byte.seconds
+    monkeypatch.setattr(sniroute_deadlines, "FIRST_BYTE_TIMEOUT", 0.3)
+    first_byte.seconds = 0.3
     pid = cloudflared.starts()[0]["pid"]
     os.kill(pid, signal.SIGSTOP) if stopped else cloudflared.fault("*", hang=True)
     said = s_client(running.address, lambda said: False, *resumed)
@@ -527,6 +533,7 @@ def test_early_data_into_a_tunnel_that_hangs_is_refused_in_time(run, cloudflared
     refused = running.ending(2)
     assert refused.reason == "tunnel_failed" and "no answer within 0.3 s" in refused.detail
 
+    first_byte.seconds = patience
     cloudflared.fault("*")
     wait_until(lambda: not (stopped and cloudflared.runs(pid)), what="the end of the process that hung")
     said = s_client(running.address, lambda said: b"Early data was" in said, *resumed)

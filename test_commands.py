@@ -23,7 +23,7 @@ from sniroute_wire import SSL_REQUEST_BYTES
 from conftest import HOST, linux, wait_until
 from testbed.hellos import HELLO, genuine
 from testbed.program import command
-from testbed.running import alert, read_all, read_exactly, reset, toml
+from testbed.running import Running, alert, read_all, read_exactly, reset, toml
 from testbed.tunnels import runs
 
 PYTHON = sys.executable
@@ -303,14 +303,31 @@ def test_each_connection_has_a_process_whose_stdin_and_stdout_it_is(run, tmp_pat
         assert two.recv(1) == b"", "the end of the client was the end of stdin"
     assert {running.ending(2).reason, running.ending(1).reason} == {"client_closed"}
     wait_until(lambda: not running.tunnels.processes.running)
-    assert not running.tunnels.guest.live and not running.tunnels.guest.by_child
+    wait_until(lambda: not running.tunnels.guest.live and not running.tunnels.guest.by_child)  # told a moment later
     tally = running.router.routes.tallies["*.example.com"]
     assert (tally.total, tally.refused, tally.active) == (2, 0, 0)
 
 
-def test_a_program_that_ends_without_a_byte_is_a_refusal_with_its_words(run, tmp_path):
+def hear_out(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have clients of a program that has ended wait until the reaper has told how, instead of for 50 ms."""
+    words, exited = running.router.deadlines.words, sniroute_commands.Runs.exited
+    words.seconds = 60.0
+
+    def expire() -> None:
+        for connection in words.due:
+            words.due[connection] = running.router.loop.next_check = 0.0
+
+    def tell(*ended: Any) -> None:
+        exited(*ended)
+        running.router.call(expire)
+
+    monkeypatch.setattr(sniroute_commands.Runs, "exited", tell)
+
+
+def test_a_program_that_ends_without_a_byte_is_a_refusal_with_its_words(run, tmp_path, monkeypatch):
     program = script(tmp_path, "import sys\nprint('first', file=sys.stderr)\nsys.exit('no such \\x1b[31mbastion')")
     running = run(f"--route=*.example.com=exec:{program} {{label}}")
+    hear_out(running, monkeypatch)
     for _ in range(3):
         with running.connect(HELLO) as client:
             assert read_all(client) == alert(80)
@@ -339,7 +356,7 @@ def test_a_program_that_is_not_there_is_a_refusal_that_says_so(run, words, sente
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
     assert running.ending().reason == "command_failed" and running.ending().detail.endswith(sentence)
-    assert not running.tunnels.guest.live
+    wait_until(lambda: not running.tunnels.guest.live)
 
 
 def test_a_program_that_another_user_may_change_is_not_run(run, tmp_path):
@@ -355,8 +372,16 @@ def test_a_program_that_another_user_may_change_is_not_run(run, tmp_path):
 def test_a_program_that_is_silent_is_refused_in_time(run, tmp_path):
     program = script(tmp_path, "import sys, time\nprint('dialling', file=sys.stderr)\ntime.sleep(100)")
     running = run(f"--route=*.example.com=exec:{program}")
-    running.router.deadlines.first_byte.seconds = 0.2
+    first_byte, processes = running.router.deadlines.first_byte, running.tunnels.processes
+    first_byte.seconds = 60.0
+
+    def expire() -> None:
+        for connection in first_byte.due:
+            first_byte.due[connection] = running.router.loop.next_check = 0.0
+
     with running.connect(HELLO) as client:
+        wait_until(lambda: [each for each in list(processes.running) if each.tail == b"dialling\n"], what="its word")
+        running.router.call(expire)
         assert read_all(client) == alert(80)
     assert running.ending().detail.endswith("no answer within 20 s: dialling")
     wait_until(lambda: not running.tunnels.processes.running)
@@ -395,11 +420,12 @@ def test_a_client_that_still_speaks_when_its_program_ends_is_reset_at_once(run, 
     wait_until(lambda: not running.tunnels.guest.live)
 
 
-def test_psql_is_refused_when_the_program_ends_before_it_says_yes(run, tmp_path):
+def test_psql_is_refused_when_the_program_ends_before_it_says_yes(run, tmp_path, monkeypatch):
     """PostgreSQL's question for TLS goes to the program first."""
     text = "import os, sys\nassert os.read(0, 100) == bytes((0, 0, 0, 8, 4, 210, 22, 47))\nsys.exit('no route')"
     program = script(tmp_path, text)
     running = run(f"--route=*.example.com=exec:{program}")
+    hear_out(running, monkeypatch)
     with running.connect(SSL_REQUEST_BYTES) as client:
         assert client.recv(1) == b"S"
         client.sendall(HELLO)
@@ -423,7 +449,8 @@ while True:
 @pytest.mark.parametrize("leave", [socket.socket.close, reset], ids=["close", "reset"])
 def test_a_program_and_all_that_it_started_end_with_the_connection(run, tmp_path, manners, leave, monkeypatch):
     monkeypatch.setattr("sniroute_processes.STOP_GRACE", 0.15)
-    running = run(f"--route=*.example.com=exec:{script(tmp_path, CHILD)} {manners}", "--connection-idle=1s")
+    monkeypatch.setattr("sniroute_router.HALF_CLOSED_IDLE", 1.0)  # and it may take longer than that to begin
+    running = run(f"--route=*.example.com=exec:{script(tmp_path, CHILD)} {manners}")
     client = running.connect(HELLO)
     said = b""
     while not said.endswith(b"\n"):
@@ -444,7 +471,7 @@ def test_a_router_that_is_stopped_leaves_no_program(launch, tmp_path):
         program.stop()
         with pytest.raises(ConnectionResetError):
             client.recv(1)
-    assert not any(runs(int(word)) for word in said.split())
+    wait_until(lambda: not any(runs(int(word)) for word in said.split()))  # both were told, and the one waited for
 
 
 def test_a_client_that_leaves_early_leaves_no_process(run, tmp_path):
@@ -560,7 +587,7 @@ while True:
 @pytest.mark.parametrize("words", ["{address}", "127.0.0.1:{port}"])
 def test_a_command_runs_once_for_all_its_clients_and_stops_when_idle(run, tmp_path, ports, words):
     running = run(f"--route=*.example.com=command:{script(tmp_path, LISTENER)} {words} {{label}}", ports,
-                  "--idle=150ms")
+                  "--idle=1s")
     with running.connect(HELLO) as one, running.connect(HELLO) as two:
         with running.connect(genuine(name="other.example.com")) as other:
             for client in (one, two, other):

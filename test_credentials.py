@@ -85,6 +85,7 @@ def test_a_kubeconfig_without_an_end_is_not_read(cluster, call, monkeypatch):
 
 
 def test_files_are_looked_at_now_and_then_only(cluster, call, monkeypatch):
+    monkeypatch.setattr(sniroute_credentials, "LOOK_EVERY", 60)
     caller = call(cluster.kubeconfig())
     caller.get(PODS)
     monkeypatch.setattr(sniroute_credentials, "stamp", lambda path: pytest.fail("looked at"))
@@ -115,6 +116,7 @@ def test_a_kubeconfig_that_cannot_be_used_and_then_can(cluster, call, tmp_path, 
 
 
 def test_a_failure_is_not_looked_into_by_each_client(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(sniroute_credentials, "LOOK_EVERY", 60)
     caller = call(tmp_path / "config")
     told(caller.get(VERSION), "config")
     monkeypatch.setattr(sniroute_credentials, "read_files", lambda *words: pytest.fail("looked at"))
@@ -149,6 +151,7 @@ def test_the_account_of_a_pod(cluster, call, tmp_path, monkeypatch, soon):
 
 
 def test_a_token_file_is_read_again_when_it_changes_and_when_it_is_refused(cluster, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(sniroute_credentials, "LOOK_EVERY", 60)
     path = tmp_path / "token"
     path.write_text(TOKEN)
     caller = call(cluster.kubeconfig(user={"tokenFile": str(path)}))

@@ -79,6 +79,7 @@ def test_what_a_client_says_while_a_tool_turns_out_not_to_be_there_is_kept(app, 
     (tmp_path / "socat").chmod(0o755)
     run = forward(jump(app((HOST, 1), path=path), echo_server.address))
     run.program.links.proven.add(("", "exec"))  # so it waits for no word of the node
+    run.program.proving.seconds = 20.0  # a busy host may take longer than a second to find out
     with run.connect() as client:
         client.sendall(NOISE[:1000])
         run.reaches("open")

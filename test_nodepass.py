@@ -41,7 +41,7 @@ def test_two_processes_carry(processes, echo_server):
     server.has_said("INFO  listening for a client on")
     client = processes(f"client://key@{HOST}:{tunnel}/{show(echo_server.address)}?mode=2", env=quick)
     wait_until(lambda: trips(callers))
-    line = server.has_said(r"CHECK_POINT\|MODE=1\|.*TCPRX=1[5-9]")
+    line = server.has_said(r"CHECK_POINT\|MODE=1\|.*TCPS=0\|.*TCPRX=1[5-9]")  # the last of them has ended, too
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}  EVENT  CHECK_POINT\|MODE=1\|PING=\d+ms\|POOL=\d+\|"
                         r"TCPS=0\|UDPS=0\|TCPRX=15\|TCPTX=15\|UDPRX=0\|UDPTX=0", line)
     client.has_said(r"CHECK_POINT\|MODE=2\|.*TCPRX=15\|TCPTX=15")

@@ -63,7 +63,8 @@ def client_of(running: Running, *said: bytes) -> Talk:
 
 def only(running: Running) -> HttpConnection:
     """The one connection that there is, once it has asked."""
-    wait_until(lambda: [type(each) for each in running.router.connections] == [HttpConnection], what="one client that asks")
+    wait_until(lambda: [type(each) for each in running.router.connections.copy()] == [HttpConnection],
+               what="one client that asks")
     (connection,) = running.router.connections
     return connection
 
@@ -276,7 +277,8 @@ def test_a_client_that_has_ended_while_it_waited_is_not_waited_for_for_ever_eith
     with client_of(running, get()) as client:
         client.finish()
         assert client.rest() == b""
-    assert running.ending().reason == "client_left" and b"GET" in a.heard
+    assert running.ending().reason == "client_left"
+    a.wait_heard(b"GET")
 
 
 # -- bounds ------------------------------------------------------------------------------------
@@ -305,7 +307,7 @@ def test_what_a_client_asks_ahead_is_bounded_and_answered(routed, origin):
 
 def held_back(running: Running) -> HttpConnection | None:
     """The one connection, where its backend is not there, and its client is not read any more."""
-    for connection in running.router.connections:
+    for connection in running.router.connections.copy():
         if isinstance(connection, HttpConnection) and connection.state == "dialing" and not connection.up.events:
             return connection
     return None
@@ -575,12 +577,15 @@ def test_a_cold_name_waits_for_its_tunnel_and_is_answered(routed, cloudflared, o
     cloudflared.far("*", a.address)
     cloudflared.fault("*", listen_delay=200)
     running = routed({"*.example.com": ("cloudflared:{name}", {})}, ports)
+    held, wait = threading.Event(), running.tunnels.wait
+    running.tunnels.wait = lambda *words: held.wait(20) and wait(*words)  # until all that is asked is asked
     said = post(b"hello" * 1000)
     with client_of(running, said[:300]) as client, client_of(running, get("/one") + get("/two")) as second, \
             client_of(running, get("/half")) as half:
         half.finish()
         wait_until(lambda: len(running.router.connections) == 3 and running.router.waits.by_key)
         client.say(said[300:], get("/next"))
+        held.set()
         assert client.answer().body.endswith(b"hello" * 1000)
         assert client.answer().body.startswith(b"GET /next")
         assert second.answer().body.startswith(b"GET /one") and second.answer().body.startswith(b"GET /two")
@@ -637,6 +642,7 @@ def test_a_body_that_stops_is_late_also_behind_other_requests(routed, origin):
     """While the router looks for idle connections, too: each has a memory of its own."""
     a = origin()
     running = routed({A: (a, {"connection_idle": "2s"})}, "--http-idle=300ms")
+    running.router.web.idle.seconds = 60.0  # between the two requests
     with client_of(running, get()) as client:
         client.answer()
         client.say(post(b"x" * 100)[:-1])
@@ -651,6 +657,7 @@ def test_an_upload_may_pause_once_its_answer_has_begun(routed, origin):
         talk.say(chunks(talk.body(head)))
 
     running = routed({A: (origin(script), {})}, "--http-idle=100ms")
+    running.router.web.bodies.seconds = 60.0  # until then
     said = post(b"hello")
     with client_of(running, said[:-2]) as client:
         client.until(b"begun\r\n")
@@ -662,16 +669,23 @@ def test_an_upload_may_pause_once_its_answer_has_begun(routed, origin):
 
 def test_a_body_that_trickles_is_not_late(routed, origin):
     a = origin()
-    running = routed({A: (a, {})}, "--http-idle=50ms")
+    running = routed({A: (a, {})}, "--http-idle=50s")
     queue = running.router.web.bodies
     said = post(b"x" * 8)
+
+    def expire() -> None:
+        for connection in queue.due:
+            queue.due[connection] = running.router.loop.next_check = 0.0
+
     with client_of(running, said[:-8]) as client:
         for at in range(8):
             wait_until(lambda: queue.due)
             before = next(iter(queue.due.values()))
             client.say(b"x")
             if at < 7:
-                wait_until(lambda: queue.due and next(iter(queue.due.values())) != before)
+                wait_until(lambda: only(running).exchange.up == at + 1)
+                running.router.call(expire)
+                wait_until(lambda: max(list(queue.due.values()), default=0.0) > before)
         assert client.answer().status == 200
 
 

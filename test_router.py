@@ -352,7 +352,7 @@ def test_oldest_prelude_goes_when_there_are_too_many(run, echo_server, monkeypat
             wait_until(lambda: running.counter("accepted") == number + 1)
         for client in silent[:3]:
             assert client.recv(1) == b""
-        assert running.counter("shed") == 3
+        wait_until(lambda: running.counter("shed") == 3)  # it is counted behind the close
         silent[-1].sendall(HELLO)
         assert read_exactly(silent[-1], len(HELLO)) == HELLO
 
@@ -373,6 +373,11 @@ def test_accepting_stops_at_max_connections_and_goes_on(run, serve, caplog):
 def test_accepting_goes_on_when_a_deadline_made_the_room(run, serve):
     """Refused clients linger and are closed by the clock: nothing else would wake the listener."""
     running = run(route(serve(answer(b"x")).address), "--max-connections=3")
+    linger = running.router.deadlines.linger
+    linger.seconds = 60.0
+    def expire() -> None:
+        for connection in linger.due:
+            linger.due[connection] = running.router.loop.next_check = 0.0
     with contextlib.ExitStack() as stack:
         for _ in range(2):
             assert stack.enter_context(running.connect(HELLO)).recv(1) == b"x"
@@ -380,6 +385,7 @@ def test_accepting_goes_on_when_a_deadline_made_the_room(run, serve):
         assert read_exactly(refused, 7) == alert(112)
         late = stack.enter_context(running.connect(HELLO))
         wait_until(lambda: running.router.paused)
+        running.router.call(expire)
         assert late.recv(1) == b"x"
 
 
@@ -586,6 +592,8 @@ def test_names_that_wait_are_bounded(run, cloudflared, ports, monkeypatch):
     cloudflared.fault("*", listen_delay=250)
     cloudflared.fault("n3.example.com", exit=1)
     running = run(TUNNEL, ports)
+    held, wait = threading.Event(), running.tunnels.wait
+    running.tunnels.wait = lambda *words: held.wait(20) and wait(*words)  # none is ready before the fourth has come
     with contextlib.ExitStack() as stack:
         for number in range(3):
             stack.enter_context(running.connect(genuine(name=f"n{number}.example.com")))
@@ -594,6 +602,7 @@ def test_names_that_wait_are_bounded(run, cloudflared, ports, monkeypatch):
         with running.connect(genuine(name="n3.example.com")) as client:
             assert read_all(client) == alert(80)
         assert running.ending().reason == "busy"
+        held.set()
         wait_until(lambda: not running.router.waits.by_key)
 
 
@@ -705,7 +714,7 @@ def test_a_waiting_thread_without_memory_hands_its_clients_back(run, cloudflared
 
 
 def test_idle_connections_are_closed_and_busy_ones_are_not(run, echo_server):
-    running = run(route(echo_server.address), "--connection-idle=200ms")
+    running = run(route(echo_server.address), "--connection-idle=1s")  # a busy host stops this thread for a moment
     with running.connect(HELLO) as idle, running.connect(HELLO) as busy:
         for client in (idle, busy):
             assert read_exactly(client, len(HELLO)) == HELLO
@@ -732,7 +741,8 @@ def test_half_closed_connection_that_is_silent_does_not_stay_for_ever(run, serve
     done = threading.Event()
     far = serve(lambda sock: done.wait(20))
     running = run(route(far.address))
-    running.connect(HELLO).close()
+    with running.connect(HELLO):  # who leaves while its backend is dialled is not waited for
+        wait_until(lambda: [each.state for each in list(running.router.connections)] == ["open"])
     assert running.ending().reason == "idle"
     done.set()
 
@@ -745,11 +755,12 @@ def test_client_that_resets_while_nobody_reads_it_is_found(run, serve, flow, mon
     running = run(route(serve(lambda sock: done.wait(20)).address))
     client = running.connect(HELLO)
     client.settimeout(0.15)
-    with contextlib.suppress(TimeoutError):
-        while True:
-            client.send(bytes(1 << 20))
-    connection, = running.router.connections
-    assert connection.up.state == "blocked"
+    def is_blocked() -> bool:
+        with contextlib.suppress(TimeoutError):
+            while True:
+                client.send(bytes(1 << 20))
+        return [each.up.state for each in list(running.router.connections)] == ["blocked"]
+    wait_until(is_blocked)  # a loop that stands still for a moment takes no more, either
     reset(client)
     assert running.ending().reason == "client_reset"
     done.set()
@@ -759,10 +770,15 @@ def test_client_that_resets_while_nobody_reads_it_is_found(run, serve, flow, mon
 
 
 def test_drain_ends_when_a_deadline_ends_the_last_connection(run, echo_server):
-    running = run(route(echo_server.address), "--prelude-timeout=200ms")
+    running = run(route(echo_server.address), "--prelude-timeout=60s")
+    prelude = running.router.deadlines.prelude
+    def expire() -> None:
+        for connection in prelude.due:
+            prelude.due[connection] = running.router.loop.next_check = 0.0
     with running.connect():
-        wait_until(lambda: running.router.connections)
+        wait_until(lambda: prelude.due)
         running.router.drain(3600)
+        running.router.call(expire)  # behind the drain
         running.thread.join(10)
         assert not running.thread.is_alive()
 

@@ -620,6 +620,7 @@ def test_a_route_has_as_many_connections_as_it_may_have(run_file, echo_server):
 def test_who_is_not_allowed_takes_no_place_on_the_route(run_file, echo_server):
     running = run_file(echo_server.address, 'allow = ["192.0.2.1"]', "max_connections = 1")
     tally = running.router.routes.tallies["db.example.com"]
+    running.router.deadlines.linger.seconds = 20.0
     with running.connect(HELLO) as stranger:  # it does not close: its connection lingers
         wait_until(lambda: running.counter("accepted") == 1 and any(
             c.state == "lingering" for c in list(running.router.connections)))

@@ -1394,7 +1394,8 @@ def test_no_answer_is_anothers(web, reuse):
                                   request("GET", "/", "X: " + "y" * 20_000).removesuffix(b"\r\n")])
 def test_a_slow_head_has_an_answer_in_time(web, said):
     served = web(telling, "--prelude-timeout=200ms", "--http-head-timeout=200ms")
-    client, second = served.connect(said), served.connect(request())
+    with one_turn(served.running):  # what they say first is there before their time begins
+        client, second = served.connect(said), served.connect(request())
     second.answer()
     second.say(said)
     heard = client.rest()
