@@ -58,6 +58,7 @@ __version__ = "0.1.0"
 
 # Limits, each with its reason.
 COMMAND_MAX = 1000  # characters of a command, filled in: a line of the log takes 2,000
+EXIT_LOOKS = 100  # for the exit code of a process that exits, EXIT_TIMEOUT apart: 5 s, as a kernel that swaps takes
 COMMANDS_KEPT = 1024  # texts whose words are remembered, least recent out: names come from strangers
 
 # -- words -------------------------------------------------------------------------------------
@@ -201,6 +202,11 @@ class Run:
                     code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
         return code if self.exit is None else self.exit
 
+    def is_exiting(self) -> bool:
+        """Whether it has begun to exit.  Between the end of its stream and its exit code the kernel may let it wait."""
+        child = self.child
+        return self.exit is None and child is not None and not child.process.alive()
+
     def account(self, why: str) -> str:
         """Why it gave no answer: how it ended, where it did so by itself, else `why`; and its last words."""
         child = self.child
@@ -317,7 +323,7 @@ class ExecBackend(Backend):
         self.variables = decision.variables
         self.run: Run | None = None
         self.why = ""  # why it failed
-        self.asked = False  # `is_lost` has said None once
+        self.asked = 0  # how often `is_lost` has said None
 
     def begin(self) -> socket.SocketType | None:
         """The near end; the process is on its way.  None at the second call: nothing is tried again."""
@@ -335,13 +341,17 @@ class ExecBackend(Backend):
     def is_lost(self) -> bool | None:
         """Whether it ended with another exit code than 0.
 
-        None at the first call while it still runs: the end of its stream comes shortly before its own.
+        The end of its stream comes shortly before its own.  So None at the first call while it still runs, and as long
+        as it exits, but not for ever: then it is lost.
         """
         code = self.run.code()
-        if code is None and not self.asked:
-            self.asked = True
-            return None
-        return bool(code)
+        if code is not None:
+            return bool(code)
+        is_exiting = self.run.is_exiting()
+        if self.asked and not is_exiting or self.asked >= EXIT_LOOKS:
+            return is_exiting
+        self.asked += 1
+        return None
 
     def failed(self, why: str, server: socket.SocketType | None, last: bool) -> Retry | Doubt | Refused | None:
         """It gave no answer: refuse, with its last words.  It had bytes of the client, so it is not tried again."""

@@ -407,6 +407,36 @@ def test_a_stream_whose_program_died_does_not_look_whole(run, tmp_path, flow, en
         assert running.ending(number).reason == reason
 
 
+@pytest.mark.parametrize("end, looks, reason", [
+    ("sys.exit(0)", 5, "backend_closed"),
+    ("sys.exit(3)", 5, "backend_reset"),
+    ("os.kill(os.getpid(), 9)", 5, "backend_reset"),
+    ("sys.exit(0)", 1000, "backend_reset"),  # how it ended is never found out
+])
+def test_a_process_that_is_long_in_exiting_is_waited_for(run, tmp_path, flow, monkeypatch, end, looks, reason):
+    """A busy kernel closes its descriptors, and has its exit code some time later."""
+    monkeypatch.setattr(sniroute_commands, "EXIT_LOOKS", 10)
+    left, code = [looks], sniroute_commands.Run.code
+
+    def late(exec_run: Any) -> int | None:
+        found = code(exec_run)
+        left[0] -= found is not None
+        return None if left[0] >= 0 else found
+
+    monkeypatch.setattr(sniroute_commands.Run, "code", late)
+    monkeypatch.setattr(sniroute_commands.Run, "is_exiting", lambda exec_run: code(exec_run) is not None)
+    program = script(tmp_path, f"import os, sys\ndata = os.read(0, 65536)\nos.write(1, data + b'end')\n{end}")
+    running = run(f"--route=*.example.com=exec:{program}")
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO) + 3) == HELLO + b"end"
+        if reason == "backend_closed":
+            assert client.recv(1) == b""
+        else:
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+    assert running.ending().reason == reason
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_client_that_still_speaks_when_its_program_ends_is_reset_at_once(run, tmp_path, flow, code):
     program = script(tmp_path, f"import os\nos.write(1, os.read(0, 65536))\nos.read(0, 1)\nos._exit({code})")
