@@ -392,7 +392,7 @@ def test_a_rate_slows_a_stream_and_does_not_stop_it(forward, echo_server):
 
 
 def test_a_connection_that_is_silent_for_too_long_is_cut(forward, echo_server):
-    made = forward([echo_server.address], "&read=100ms")
+    made = forward([echo_server.address], "&read=1s")
     with made.connect() as sock:
         sock.sendall(b"x")
         assert sock.recv(1) == b"x"

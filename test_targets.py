@@ -422,7 +422,15 @@ def test_a_name_in_use_is_resolved_again_beside_its_clients(run, serve, settings
         wait_until(lambda: any(each.up.total > len(HELLO) for each in list(running.router.connections)))
 
 
-def test_host_that_does_not_resolve_is_refused_with_its_reason(run):
+def test_host_that_does_not_resolve_is_refused_with_its_reason(run, monkeypatch):
+    genuine_look = socket.getaddrinfo
+
+    def look(host: str, *words: Any, **more: Any) -> Any:
+        if host == "nothing.invalid":  # a resolver that cannot be reached would take its time
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return genuine_look(host, *words, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look)
     running = run("--route=db.example.com=tcp:nothing.invalid:1")
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
