@@ -262,6 +262,7 @@ def test_timeout(edge, hostname, local, switches, phase):
         assert receive_all(client) == (b"", "RST")
     row = run.failure()
     assert (row["reason"], row["error"]) == ("timeout", f"0.15 s, {phase}") and time.monotonic() - began >= 0.15
+    wait_until(lambda: edge.proxied(hostname))
     wait_until(lambda: edge.ends(hostname) or edge.lines("proxy.jsonl", hostname)[-1]["event"] == "end")
 
 

@@ -659,7 +659,8 @@ def test_two_clients_at_once_have_two_connections(start, pool, far):
 
 def test_a_client_that_says_nothing_uses_nothing_up(start, pool, far):
     running = start("redis", far.address)
-    come(running).close()
+    with come(running):
+        wait_until(lambda: [each for each in list(running.router.connections) if each.state == "open"])
     assert running.ending().reason == "client_closed"
     exchange(running, ask("SET", "a", "1"), b"+OK\r\n")
     assert (far.count(), pool.given) == (1, 2)

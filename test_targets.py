@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import time
 import types
@@ -370,6 +371,7 @@ def test_tunnels_backend_tells_a_connect_that_is_not_over_from_one_that_failed(d
     with socket.socket() as server:
         server.setblocking(False)
         server.connect_ex(nobody)
+        assert select.select([], [server], [], 10)[1], "its answer has come"
         with pytest.raises(ConnectionRefusedError):
             backend(nobody).connected(server)
 
