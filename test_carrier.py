@@ -7,6 +7,7 @@ import errno
 import functools
 import hashlib
 import os
+import pathlib
 import select
 import signal
 import socket
@@ -29,7 +30,7 @@ from sniroute_dial import Dial
 from sniroute_edge import Target, was_reset
 from sniroute_forwarder import Listener
 from sniroute_loop import READ, WRITE, Watch
-from sniroute_upgrade import BINARY, CHUNK, CLOSE, PING, PONG
+from sniroute_upgrade import BINARY, CHUNK, CLOSE, PING, PONG, frame
 from testbed.carrier import (NOISE, PHASES, Local, Notes, beside, blocks, digest, digest_upload, echoed, end_of,
                              parallel, read_frames, receive, receive_all, send_blocks, server_frame,
                              wait_for_end, with_buffers)
@@ -106,13 +107,16 @@ def test_pings_are_answered_between_whole_frames(edge, hostname, local, echo_ser
     assert end["bytes_up"] == len(data) + 4 and end["frames_up"] == end["messages_up"] + end["pongs"] + 1
 
 
-def test_an_idle_connection_answers_each_ping(edge, hostname, local, echo_server):
-    edge.fault(hostname, ping=4, ping_every=20)
+def test_an_idle_connection_answers_each_ping(edge, hostname, local, echo_server, monkeypatch):
+    """One at a time: of several that a busy host hands over at once, the last is answered."""
+    edge.fault(hostname, ping=4, ping_every=20, ping_waits=True)
     edge.far(hostname, echo_server.address)
+    made: list[int] = []
+    monkeypatch.setattr(sniroute_carrier, "frame", lambda opcode, data: made.append(opcode) or frame(opcode, data))
     with local(hostname).connect() as client:
         client.sendall(b"x")
         receive(client, 1)
-        time.sleep(0.2)  # some pings
+        wait_until(lambda: made.count(PONG) >= 8, what="some pings")
         client.sendall(b"y")
         receive(client, 1)
     end = end_of(edge, hostname)
@@ -184,13 +188,22 @@ def test_what_is_set_on_both_legs(edge, hostname, local, echo_server):
 # -- backpressure ----------------------------------------------------------------------------
 
 
-def settled(count: Callable[[], int]) -> int:
-    """A count, once it has not moved for a while."""
-    deadline, last, since = time.monotonic() + 20, -1, 0.0
-    while last != (now := count()) or time.monotonic() - since < 0.2:
+def sleeps(pid: int) -> bool:
+    """Whether no thread of a process wants a processor.  One that a busy host lets wait does."""
+    with contextlib.suppress(OSError):  # one of them has just ended
+        return {pathlib.Path(f"/proc/{pid}/task/{task}/stat").read_text().rpartition(") ")[2][0]
+                for task in os.listdir(f"/proc/{pid}/task")} == {"S"}
+    return False
+
+
+def settled(count: Callable[[], int], *pids: int) -> int:
+    """A count, once it has not moved for a while, in which these processes had nothing to do."""
+    deadline, last, looks = time.monotonic() + 20, -1, 0
+    while looks < 11:
         assert time.monotonic() < deadline
-        if now != last:
-            last, since = now, time.monotonic()
+        now = count()
+        looks = looks + 1 if now == last and all(map(sleeps, pids)) else 0
+        last = now
         time.sleep(0.02)
     return last
 
@@ -215,7 +228,7 @@ def test_an_edge_that_does_not_read_stops_the_client_and_costs_nothing(edge, hos
                         sent += client.send(NOISE)
             return sent
 
-        assert settled(push) > 4 << 16
+        assert settled(push, run.pid) > 4 << 16
         cpu = run.cpu()
         assert settled(push) == sent
         assert run.cpu() - cpu <= 0.05, "it spins"
@@ -237,7 +250,7 @@ def test_a_client_that_does_not_read_stops_the_service_and_loses_nothing(edge, h
     with run.connect() as client:
         assert receive(client, 8) == bytes(8)
         memory = run.memory()
-        assert settled(lambda: sent) < 100 << 20
+        assert settled(lambda: sent, edge.process.pid, run.pid) < 100 << 20
         cpu = run.cpu()
         time.sleep(0.3)
         assert run.cpu() - cpu <= 0.05, "it spins"
@@ -274,8 +287,10 @@ def test_clients_that_leave_take_their_descriptors_along(edge, hostname, carrier
     edge.far(hostname, edge.proxy)
     run = carrier(hostname)
     edge.fault(hostname, hang="tls")
-    with run.connect():
+    with run.connect() as client:
         wait_until(lambda: edge.accepted(hostname))
+        client.shutdown(socket.SHUT_WR)
+        assert receive_all(client) == (b"", "FIN"), "it closes the client's socket behind the edge's"
     edge.fault(hostname, hang="upgrade")
     wait_until(lambda: edge.ends(hostname))
     before = run.fds()
@@ -302,9 +317,9 @@ def test_a_port_probe_costs_no_upgrade(edge, hostname, local, echo_server):
     assert len(edge.requests(hostname)) == echo_server.accepted == 1
 
 
-def test_a_client_that_has_gone_before_it_is_accepted(local):
+def test_a_client_that_has_gone_before_it_is_accepted(local, deaf):
     """The kernel hands out such a socket; whatever is done with it fails."""
-    run = local("nothing.invalid", proxy=False)
+    run = local("{}:{}".format(*deaf), proxy=False)
     for _ in range(20):
         with contextlib.suppress(ConnectionResetError):  # the carrier was faster
             reset(run.connect())
@@ -322,15 +337,22 @@ def test_an_upload_that_ends_while_we_dial_is_delivered(edge, hostname, local, e
 
 
 def test_a_large_upload_waits_in_the_kernel_while_we_dial(edge, hostname, local, serve):
-    edge.far(hostname, serve(digest_upload).address)
-    edge.fault(hostname, delay=100)
+    def far(sock: socket.socket) -> None:
+        looked.wait(10)
+        sock.sendall(b"!")  # the edge's answer waits for that
+        digest_upload(sock)
+
+    looked = threading.Event()
+    edge.far(hostname, serve(far).address)
+    edge.fault(hostname, together=True)
     run = local(hostname)
     with run.connect() as client:
         with beside(lambda: client.sendall((4 << 20).to_bytes(8, "big") + b"".join(blocks(4)))):
             run.reaches("upgrade")
             connection, = run.carrier.connections
             assert len(connection.early) <= sniroute_carrier.EARLY_MAX
-            assert receive(client, 32) == digest(4)
+            looked.set()
+            assert receive(client, 33) == b"!" + digest(4)
 
 
 def test_an_upload_that_cannot_be_delivered_is_a_failure(edge, hostname, local):
@@ -338,9 +360,9 @@ def test_an_upload_that_cannot_be_delivered_is_a_failure(edge, hostname, local):
     edge.fault(hostname, hang="upgrade")
     with local(hostname, LINGER=0.15).connect() as client:
         client.sendall(b"hello")
+        wait_until(lambda: edge.requests(hostname))  # it may take longer than we linger
         client.shutdown(socket.SHUT_WR)
         assert receive_all(client) == (b"", "RST")
-    assert edge.requests(hostname)
 
 
 def test_the_log_of_an_upload_that_cannot_be_delivered(edge, hostname, local):
@@ -348,6 +370,7 @@ def test_the_log_of_an_upload_that_cannot_be_delivered(edge, hostname, local):
     run = local(hostname, LINGER=0.15)
     with run.connect() as client:
         client.sendall(b"hello")
+        run.reaches("upgrade")
         client.shutdown(socket.SHUT_WR)
         row = run.failure()
     assert (row["reason"], row["error"]) == ("timeout", "0.15 s after the client's end, upgrade")
@@ -380,7 +403,7 @@ def test_an_upload_arrives_whole_while_data_comes_down(edge, hostname, local, se
     far = serve(backend)
     edge.far(hostname, far.address)
     edge.fault(hostname, frame=1000)
-    run = local(hostname, GRACE=0.5)  # what a busy host may make the far end pause is no silence
+    run = local(hostname, GRACE=20.0)  # what a busy host may make the far end pause is no silence
     data = NOISE * 4
     expected = hashlib.sha256(data).digest()
     down = b"".join(blocks(2))
@@ -392,7 +415,10 @@ def test_an_upload_arrives_whole_while_data_comes_down(edge, hostname, local, se
                 client.shutdown(socket.SHUT_WR)
 
             with beside(send):
-                assert receive_all(client) == (down, "FIN")
+                assert receive(client, len(down)) == down
+            run.reaches("half")
+            run.carrier.loop.call(lambda: [connection.on_grace() for connection in run.carrier.connections.copy()])
+            assert receive_all(client) == (b"", "FIN")
 
     for _ in range(6):
         upload()
@@ -422,28 +448,55 @@ def test_a_request_and_its_end_get_their_answer(edge, hostname, local, serve):
     def far(sock: socket.socket) -> None:
         assert receive(sock, 7) == b"request"
         for at in range(0, len(NOISE), 1 << 18):
+            go.acquire(timeout=10)
             sock.sendall(NOISE[at:at + (1 << 18)])
-            time.sleep(0.1)  # longer in all than the grace, which begins anew with each part
         assert receive_all(sock)[0] == b""
         done.set()
 
-    done = threading.Event()
+    def note_end() -> None:
+        """When the grace is over, unless more comes."""
+        ends.append(next(iter(run.carrier.graced.due.values())))
+
+    go, done, ends = threading.Semaphore(0), threading.Event(), []
     edge.far(hostname, serve(far).address)
-    with local(hostname, GRACE=0.3).connect() as client:
+    run = local(hostname, GRACE=20.0)
+    with run.connect() as client:
         client.sendall(b"request")
         client.shutdown(socket.SHUT_WR)
-        assert receive_all(client) == (NOISE, "FIN")
+        run.reaches("half")
+        for at in range(0, len(NOISE), 1 << 18):
+            run.carrier.loop.call(note_end)
+            wait_until(lambda: len(ends) == 1 + at // (1 << 18))
+            go.release()
+            assert receive(client, 1 << 18) == NOISE[at:at + (1 << 18)]
+        run.carrier.loop.call(lambda: (note_end(), next(iter(run.carrier.connections)).on_grace()))
+        assert receive_all(client) == (b"", "FIN")
+    assert len(ends) == 5 and ends == sorted(set(ends)), "the grace begins anew with each part"
     assert done.wait(5) and end_of(edge, hostname)["close"] == 1000
 
 
 def test_a_client_that_has_ended_and_reads_slowly_gets_everything(edge, hostname, local, serve):
     edge.far(hostname, serve(send_blocks(16)).address)
-    run = local(hostname, GRACE=0.2, LINGER=0.1)  # what a busy host may make the far end pause is no silence
+    run = local(hostname, GRACE=20.0, LINGER=0.1)  # what a busy host may make the far end pause is no silence
+    graces: list[bool] = []
+    run.carrier.graced.act = lambda connection: (graces.append(bool(connection.rest)), connection.on_grace())
+
+    def last(seconds: float) -> None:
+        """Let the grace be so long from now on."""
+        run.carrier.graced.seconds = seconds
+        run.carrier.graced.put(connection)
+
     with run.connect() as client:
         assert receive(client, 8) == bytes(8)
         client.shutdown(socket.SHUT_WR)
         run.reaches("half")
-        time.sleep(0.5)  # several graces
+        connection, = run.carrier.connections
+        wait_until(lambda: connection.rest and settled(lambda: connection.down) and connection.rest)
+        run.carrier.loop.call(lambda: last(0.05))
+        wait_until(lambda: len(graces) >= 3)
+        run.carrier.loop.call(lambda: last(20.0))
+        wait_until(lambda: run.carrier.graced.seconds == 20.0)
+        assert all(graces) and run.states() == ["half"]
         whole = hashlib.sha256(bytes(8))
         while data := client.recv(1 << 18):
             whole.update(data)
@@ -637,12 +690,12 @@ def test_a_client_that_resets_while_its_answer_comes(local, raw_edge):
 
     def script(tls: ssl.SSLSocket) -> None:
         go.wait(10)
-        for _ in range(5):
+        while run.states() == ["half"]:
             tls.sendall(server_frame(BINARY, b"answer"))
             time.sleep(0.01)
-        read_frames(tls, frames)
+        read_frames(tls, frames, last=CLOSE)
 
-    run = local(raw_edge(script), proxy=False, GRACE=60.0, LINGER=0.15)
+    run = local(raw_edge(script), proxy=False, GRACE=60.0, LINGER=60.0)
     client = run.connect()
     client.shutdown(socket.SHUT_WR) if run.reaches("open") is None else None
     run.reaches("half")
@@ -746,6 +799,7 @@ def test_last_bytes_that_the_client_does_not_take_at_once(local, raw_edge, monke
     def script(tls: ssl.SSLSocket) -> None:
         holding.wait(10)
         tls.sendall(server_frame(BINARY, data) + server_frame(CLOSE, b""))
+        wait_until(lambda: not sniroute_carrier.unsent(tls), what="it has arrived")
         sent.set()
         tls.recv(99)
 
@@ -850,7 +904,7 @@ def test_a_client_of_an_edge_that_takes_nothing(edge, hostname, local, leaves, e
 def test_an_edge_that_takes_nothing_more(act):
     with bare("open") as (connection, client):
         client.sendall(b"hello")
-        wait_until(lambda: connection.early or connection.client.recv(9, socket.MSG_PEEK))
+        assert select.select([connection.client], [], [], 10)[0]
         act(connection)
         assert connection.state == "draining" and connection in connection.carrier.lingering.due
         assert not connection.out and connection.pong is None and not connection.carrier.graced.due

@@ -103,16 +103,16 @@ def served(program: Program) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_lame_duck_serves_new_clients_for_its_time_and_then_drains(launch, echo_server, admin_path, number):
-    program = launch(route(echo_server.address), "--lameduck=400ms", f"--admin=unix:{admin_path}")
+    program = launch(route(echo_server.address), "--lameduck=1200ms", f"--admin=unix:{admin_path}")
     program.wait_for(" info admin on ")
     with program.connect(HELLO) as client:
         assert read_exactly(client, len(HELLO)) == HELLO
         began = time.monotonic()
         program.signal(number)
-        program.wait_for(" info lameduck: new clients are served for 0.4 s yet, while /readyz says 503\n")
+        program.wait_for(" info lameduck: new clients are served for 1.2 s yet, while /readyz says 503\n")
         assert " draining: " not in program.log() and served(program)
         program.wait_for(" info draining: 1 connections have 30 s to end\n")
-        assert time.monotonic() - began >= 0.4
+        assert time.monotonic() - began >= 1.2
         with pytest.raises(ConnectionRefusedError):
             program.connect()
         client.sendall(b"still")

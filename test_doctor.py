@@ -221,8 +221,8 @@ def test_explain_asks_a_router_that_runs(launch, cloudflared, ports, serve, admi
     program.wait_for(f" info admin on {admin_path}\n")
     with program.connect(HELLO) as client, program.connect(genuine(name="evil.example.com")) as other:
         assert client.recv(1) == b"x" and read_all(other) == alert(80)
-        ready, failed, absent = (command("explain", name, *options).stdout
-                                 for name in (NAME, "evil.example.com", "cold.example.com"))
+        failed, ready, absent = (command("explain", name, *options).stdout  # it is remembered for 2.5 s at least
+                                 for name in ("evil.example.com", NAME, "cold.example.com"))
     assert re.search(rf"\nrouter:  running, pid {program.pid}, \d connections\n"
                      r"tunnel:  ready \(its local port is open\), for \d+ s, 1 connections\n", ready)
     assert re.search(r"\ntunnel:  failed, next in \d s\nsaid:    .*goroutine panic.*\nto do:   mend what it says", failed)
@@ -619,8 +619,14 @@ def test_the_self_test_notices_bytes_that_are_wrong(selftest, monkeypatch, chang
             super().handle()
     monkeypatch.setattr(sniroute_doctor, "SelfTestBackend", Backend)
     monkeypatch.setattr(sniroute_doctor, "SELF_TEST_TIME", 0.2)  # after it, a case that hangs has a tenth of a second
-    monkeypatch.setattr(sniroute_doctor, "SELF_TESTS", tuple(
-        row for row in sniroute_doctor.SELF_TESTS if row[0] in notices or row[0] == "a broken hello: an alert"))
+    said, healthy = next(row for row in sniroute_doctor.SELF_TESTS if row[0] == "a broken hello: an alert")
+
+    def patient(test: sniroute_doctor.SelfTest) -> None:
+        """The one that does not hang may take longer than a tenth of a second, where this host is busy."""
+        test.deadline = time.monotonic() + 9
+        healthy(test)
+    monkeypatch.setattr(sniroute_doctor, "SELF_TESTS", (
+        *(row for row in sniroute_doctor.SELF_TESTS if row[0] in notices), (said, patient)))
     code, lines = selftest()
     failed = {line.partition(" s  ")[2].partition(": ")[0] for line in lines if line.startswith("FAIL")}
     assert code == 1 and failed == {title.partition(": ")[0] for title in notices}

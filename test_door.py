@@ -198,6 +198,7 @@ def test_a_head_that_never_ends_behind_a_request_that_waits_takes_no_memory(serv
         with pytest.raises((TimeoutError, OSError)):
             while True:
                 client.sendall(b"x" * 65536)
+        client.settimeout(10)
         (caller,) = there.gate.callers
         assert len(caller.data) <= sniroute_door.HEAD_MAX + 65536
         there.answer(Answer(200, b""))

@@ -252,16 +252,33 @@ def test_what_speaks_no_tls(local, serve):
 def test_timeout(edge, hostname, local, switches, phase):
     edge.far(hostname, edge.proxy)
     edge.fault(hostname, **switches)
-    began = time.monotonic()
-    row = refused(local(hostname, DIAL_TIMEOUT=0.15))
+    run = local(hostname, DIAL_TIMEOUT=0.15)
+    run.carrier.dialling.seconds = 60.0  # on a busy host it takes a while to come so far
+    with run.connect() as client:
+        run.reaches(phase)
+        connection, = run.carrier.connections
+        began, run.carrier.dialling.seconds = time.monotonic(), 0.15
+        run.carrier.loop.call(lambda: run.carrier.dialling.put(connection))
+        assert receive_all(client) == (b"", "RST")
+    row = run.failure()
     assert (row["reason"], row["error"]) == ("timeout", f"0.15 s, {phase}") and time.monotonic() - began >= 0.15
+    wait_until(lambda: edge.proxied(hostname))
     wait_until(lambda: edge.ends(hostname) or edge.lines("proxy.jsonl", hostname)[-1]["event"] == "end")
 
 
 def test_timeout_of_an_error_page_tells_what_is_known(edge, hostname, local):
     """The status has come, and only the words behind it have not."""
-    edge.fault(hostname, status=530, body="error code: 1033", split_body=400)
-    row = refused(local(hostname, DIAL_TIMEOUT=0.15))
+    edge.fault(hostname, status=530, body="error code: 1033", split_body=20_000)
+    run = local(hostname, DIAL_TIMEOUT=0.15)
+    run.carrier.dialling.seconds = 60.0  # on a busy host it takes a while until the status has come
+    with run.connect() as client:
+        run.reaches("upgrade")
+        connection, = run.carrier.connections
+        wait_until(lambda: connection.dial.answer)
+        run.carrier.dialling.seconds = 0.15
+        run.carrier.loop.call(lambda: run.carrier.dialling.put(connection))
+        assert receive_all(client) == (b"", "RST")
+    row = run.failure()
     assert (row["reason"], row["error"]) == ("down", "HTTP 530")
 
 

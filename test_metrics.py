@@ -377,17 +377,16 @@ def test_status_shows_the_last_requests_and_how_many_there_were(run_admin, monke
 
 
 @pytest.fixture
-def backends(run_admin, settings_file, serve) -> Iterator[tuple[Running, str, str]]:
+def backends(run_admin, settings_file, serve, free_ports) -> Iterator[tuple[Running, str, str]]:
     """A router with three routes to several backends, and the targets of those of `db`: the first is down."""
-    with socket.create_server((HOST, 0)) as sock:
-        bad = f"tcp:{HOST}:{sock.getsockname()[1]}"
+    bad = f"tcp:{HOST}:{free_ports(1)[0]}"
     good = f"tcp:{HOST}:{serve(echo).address[1]}"
     one = f"tcp:{HOST}:{serve(echo).address[1]}"
     path = settings_file(f"""
         [routes]
         "*.example.org" = "tcp:{{label}}.invalid:1,{{label}}.invalid:2"
         "x.example.com" = "tcp:192.0.2.1:1"
-        "q.example.com" = {{ target = ["{one}"], max_backend_connections = 1, queue = "300ms" }}
+        "q.example.com" = {{ target = ["{one}"], max_backend_connections = 1, queue = "1500ms" }}
         [routes."db.example.com"]
         target = ["{bad}", "{good}"]
         health = "connect"
@@ -433,7 +432,7 @@ def test_metrics_tell_of_each_backend_of_the_configuration(backends):
         assert value(seen, "sniroute_backend_connect_seconds_count", **place) == 0, "their connects were ahead of them"
     assert value(seen, "sniroute_backend_queue_length", route="q.example.com") == 0
     assert value(seen, "sniroute_backend_queue_seconds_count", route="q.example.com") == 1
-    assert 0.25 < value(seen, "sniroute_backend_queue_seconds_sum", route="q.example.com") < 10
+    assert 1.25 < value(seen, "sniroute_backend_queue_seconds_sum", route="q.example.com") < 10
     assert value(seen, "sniroute_backend_queue_seconds_count", route="db.example.com") == 0
     several = {name: {dict(labels)["route"] for labels in samples} for name, samples in seen.items()
                if name.startswith("sniroute_backend_")}

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+import sniroute_tunnels
 from conftest import HOST, echo, wait_until
 from testbed.admin import DB, HOSTILE, TOKEN, TUNNEL, Browser, ask, hostile_ending, hostile_request, request
 from testbed.running import read_all
@@ -27,8 +28,9 @@ def test_policy_names_what_the_page_has(run_admin):
     assert re.findall(r"""(?:src|href)=["'](?!data:)""", text) == []
 
 
-def test_page_in_a_browser(browser, run_admin, serve, cloudflared, ports):
+def test_page_in_a_browser(browser, run_admin, serve, cloudflared, ports, monkeypatch):
     """It shows what is there, as text; its orders are followed; it asks nobody else, and complains of nothing."""
+    monkeypatch.setattr(sniroute_tunnels, "FAILURE_FIRST", 300.0)  # what failed is shown for as long as this takes
     cloudflared.far("*", serve(echo).address)
     cloudflared.fault("bad.example.com", exit=1, words="lookup bad.example.com: no such host")
     running = run_admin(TUNNEL, ports)

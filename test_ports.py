@@ -74,7 +74,7 @@ def test_listeners_counts_who_waits_to_be_accepted_beside_many_connections(echo_
         listener = stack.enter_context(listening())
         for number in range(1, 4):
             stack.enter_context(socket.create_connection(listener.getsockname()))
-            assert list(sniroute_ports.listeners(port_of(listener)).values()) == [number]
+            wait_until(lambda: list(sniroute_ports.listeners(port_of(listener)).values()) == [number])
 
 
 @linux

@@ -659,7 +659,8 @@ def test_two_clients_at_once_have_two_connections(start, pool, far):
 
 def test_a_client_that_says_nothing_uses_nothing_up(start, pool, far):
     running = start("redis", far.address)
-    come(running).close()
+    with come(running):
+        wait_until(lambda: [each for each in list(running.router.connections) if each.state == "open"])
     assert running.ending().reason == "client_closed"
     exchange(running, ask("SET", "a", "1"), b"+OK\r\n")
     assert (far.count(), pool.given) == (1, 2)
@@ -1410,11 +1411,22 @@ def test_what_keeps_state_is_not_handed_on(port_of, serve):
 
 
 def test_a_quiet_connection_rests_before_the_next_client(port_of, serve, monkeypatch, caplog):
-    monkeypatch.setattr(sniroute_reuse, "REUSES", {"quiet": REUSES["quiet"]._replace(rest=0.1)})
+    monkeypatch.setattr(sniroute_reuse, "REUSES", {"quiet": REUSES["quiet"]._replace(rest=600.0)})
     far = serve(Redislike())
     running = port_of(far, reuse="quiet")
     assert ask_at(running, b"hello") == b":1\r\n"
+    running.ending(1)
     assert ask_at(running, b"hello") == b":2\r\n", "the first one is not silent for long enough"
+    running.ending(2)
+    group, = running.router.targets.book.groups.values()
+
+    def pass_time() -> None:
+        """They have rested."""
+        for aside in group.warmth.asides:
+            aside.queue.due[aside] = 0.0
+        running.router.loop.hurry()
+
+    in_the_loop(running, pass_time)
     rests(running, 2)
     assert ask_at(running, b"hello") in (b":1\r\n", b":2\r\n")
     assert far.accepted == 2

@@ -237,7 +237,7 @@ def test_the_admin_answers_while_clients_take_all_that_there_is(launch, single_l
 @linux
 def test_a_router_that_stood_still_takes_nobody_for_silent(launch, single_loop_echo):
     """SIGSTOP for longer than the deadline of a prelude, as where a host is suspended; more speak than a turn reads."""
-    program = launch(route(single_loop_echo), "--prelude-timeout=500ms",
+    program = launch(route(single_loop_echo), "--prelude-timeout=1500ms",
                      python=changed("sniroute_loop.STOOD_STILL = 0.4", "sniroute_loop.EVENTS = 4"))
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(program.connect(HELLO[:100])) for _ in range(40)]
@@ -245,7 +245,7 @@ def test_a_router_that_stood_still_takes_nobody_for_silent(launch, single_loop_e
         program.signal(signal.SIGSTOP)
         for client in clients:
             client.sendall(HELLO[100:])
-        time.sleep(1.0)  # which is what is tested
+        time.sleep(2.0)  # which is what is tested
         program.signal(signal.SIGCONT)
         for client in clients:
             assert read_exactly(client, len(HELLO)) == HELLO

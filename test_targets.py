@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import time
 import types
@@ -370,6 +371,7 @@ def test_tunnels_backend_tells_a_connect_that_is_not_over_from_one_that_failed(d
     with socket.socket() as server:
         server.setblocking(False)
         server.connect_ex(nobody)
+        assert select.select([], [server], [], 10)[1], "its answer has come"
         with pytest.raises(ConnectionRefusedError):
             backend(nobody).connected(server)
 
@@ -422,7 +424,15 @@ def test_a_name_in_use_is_resolved_again_beside_its_clients(run, serve, settings
         wait_until(lambda: any(each.up.total > len(HELLO) for each in list(running.router.connections)))
 
 
-def test_host_that_does_not_resolve_is_refused_with_its_reason(run):
+def test_host_that_does_not_resolve_is_refused_with_its_reason(run, monkeypatch):
+    genuine_look = socket.getaddrinfo
+
+    def look(host: str, *words: Any, **more: Any) -> Any:
+        if host == "nothing.invalid":  # a resolver that cannot be reached would take its time
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return genuine_look(host, *words, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look)
     running = run("--route=db.example.com=tcp:nothing.invalid:1")
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)

@@ -484,8 +484,8 @@ def wait_for_end(tls: ssl.SSLSocket) -> None:
         pass
 
 
-def read_frames(tls: ssl.SSLSocket, frames: list[tuple[int, bytes]]) -> None:
-    """Append the client's frames to `frames`, as (opcode, payload), until it has left."""
+def read_frames(tls: ssl.SSLSocket, frames: list[tuple[int, bytes]], last: int | None = None) -> None:
+    """Append the client's frames to `frames`, as (opcode, payload), until it has left, or one has the opcode `last`."""
     data = b""
     while more := tls.recv(65536):
         data += more
@@ -497,3 +497,5 @@ def read_frames(tls: ssl.SSLSocket, frames: list[tuple[int, bytes]]) -> None:
                 break
             frames.append((data[0] & 0x0F, masked(data[start + 4:start + 4 + size], data[start:start + 4])))
             data = data[start + 4 + size:]
+        if frames and frames[-1][0] == last:
+            return

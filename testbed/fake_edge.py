@@ -71,6 +71,7 @@ Frames down:
     fragment: N          send messages in frames of up to N bytes
     ping: N              send a Ping with N bytes after every message, and between its frames
     ping_every: MS       send a Ping that often, with `ping` bytes (default 0), and none after messages
+    ping_waits: true     the same, but none while one has no Pong yet
     bad_frame: KIND      send this after `bad_after` bytes down (default 0): "rsv", "masked", "opcode",
                          "long_control", "fragmented_control", "continuation" or "close_1"
     close: CODE          send a Close after `close_after` bytes down, with `close_reason`; 0: without a code
@@ -789,7 +790,8 @@ class Connection:
             if self.gathered and not target and flushed:
                 self.say_gathered(len(self.gathered))
             if every and flushed and time.monotonic() >= ping_at:
-                self.ping(faults.get("ping", 0))
+                if not (self.expected and faults.get("ping_waits")):
+                    self.ping(faults.get("ping", 0))
                 ping_at = time.monotonic() + every
 
     def part(self, how: str) -> None:
