@@ -11,7 +11,6 @@ import contextlib
 import os
 import pathlib
 import signal
-import socket
 import ssl
 import subprocess
 import tempfile
@@ -26,6 +25,7 @@ from sniroute_redis import Redis, Subscription
 from sniroute_refusals import Failed
 from sniroute_resp import ErrorReply, Reader, Word, encode, parse_url
 from testbed.clients import program_path
+from testbed.ports import free_block
 
 USER = "--user", "app", "on", ">secret", "~*", "&*", "+@all"
 
@@ -125,10 +125,8 @@ def redis_server(free_ports) -> Iterator[Callable[..., RedisServer]]:
 @pytest.fixture(scope="module")
 def shared_redis() -> Iterator[RedisServer]:
     """One for all tests of a module: with no password, and a user `app`, whose password is `secret`."""
-    with tempfile.TemporaryDirectory(prefix="sniroute-redis-") as folder, socket.socket() as probe:
-        probe.bind((HOST, 0))
-        server = RedisServer(pathlib.Path(folder), probe.getsockname()[1], *USER)
-        probe.close()
+    with tempfile.TemporaryDirectory(prefix="sniroute-redis-") as folder, free_block(1) as (port, _):
+        server = RedisServer(pathlib.Path(folder), port, *USER)
         server.start()
         yield server
         server.stop()
