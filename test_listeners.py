@@ -286,7 +286,10 @@ def test_a_client_that_spoke_before_the_tunnel_was_up_has_a_deadline(run, serve,
     monkeypatch.setattr(sniroute_deadlines, "FIRST_BYTE_TIMEOUT", 0.2)
     cloudflared.far("*", serve(read_all).address)
     running = run(NOWHERE, port("cloudflared:redis.example.com"), ports)
+    running.tunnels.max_starting = 0  # none, until it has spoken
     with pytest.raises(ConnectionResetError), come(running, b"PING\r\n") as client:
+        running.tunnels.max_starting = 1
+        running.tunnels.wake()
         client.recv(1)
     assert running.ending().reason.startswith("tunnel_")
 
