@@ -381,11 +381,11 @@ def test_sixteen_names_in_one_process(edge, forwarders, echo_server):
     assert forwarders.end(None) == 0
 
 
-def test_closing_one_name_leaves_the_others(edge, hostname, forwarders, echo_server):
+def test_closing_one_name_leaves_the_others(edge, hostname, forwarders, echo_server, free_ports):
     other = f"other-{hostname}"
     for each in (hostname, other):
         edge.far(each, echo_server.address)
-    forwarders.tell(f"listen {HOST}:0 {hostname}", f"listen [::1]:0 {other}")
+    forwarders.tell(f"listen {HOST}:{free_ports(1)[0]} {hostname}", f"listen [::1]:0 {other}")
     first, (_, port) = forwarders.listening(2)
     with socket.create_connection(first) as one, socket.create_connection(("::1", port)) as two:
         for client in (one, two):
@@ -553,7 +553,7 @@ def test_closed_standard_streams_do_not_become_sockets(edge, hostname, program, 
 
 def test_one_connection_between_stdin_and_stdout(edge, hostname, program, echo_server):
     edge.far(hostname, echo_server.address)
-    run = program("access", "tcp", "--hostname", hostname, stdin=subprocess.PIPE, prepare="carrier.GRACE = 0.2")
+    run = program("access", "tcp", "--hostname", hostname, stdin=subprocess.PIPE, prepare="carrier.GRACE = 1.0")
     with beside(lambda: (run.process.stdin.write(NOISE), run.process.stdin.close())):
         assert run.process.stdout.read() == NOISE
     assert run.end(None) == 0 and run.errors == b""

@@ -428,7 +428,7 @@ def test_what_speaks_something_else_is_closed_in_time(program, serve_ends, data,
 
 @pytest.mark.parametrize("kind, tls", [(2, 0), (0, 1), (2, 1), (3, 1)])
 def test_a_request_that_drips_ends_at_the_deadline(program, serve_ends, kind, tls):
-    server = serve_ends(kind, tls, handshake=0.3)
+    server = serve_ends(kind, tls, handshake=1.0)
     client = Client(program, server.port)
     done = []
     sniroute_lanes.Approach(client, client_context(False) if tls else None, "", done.append).start()

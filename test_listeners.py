@@ -225,12 +225,14 @@ def test_allow_asks_for_the_address_in_the_header_and_waits_a_moment_for_it(run,
     far = serve(banner)
     path = settings_file(with_options(f'target = "{tcp(far.address)}", allow = ["192.0.2.7"]'))
     running = run("-c", path, TRUSTED)
+    grace, running.router.deadlines.header.seconds = running.router.deadlines.header.seconds, 10.0  # on a busy host
     with come(running, V1) as client:
         assert read_exactly(client, 11) == BANNER
     with come(running) as client:  # the header comes behind the connect
         wait_for_state(running, "header")
         client.sendall(V1)
         assert read_exactly(client, 11) == BANNER
+    running.router.deadlines.header.seconds = grace
     for said in (b"", b"hello", V1.replace(b"2.7", b"2.8")):
         with pytest.raises(ConnectionResetError), come(running, said) as client:
             client.recv(1)
@@ -244,6 +246,7 @@ def test_allow_asks_for_the_address_in_the_header_and_waits_a_moment_for_it(run,
 def test_send_proxy_says_who_the_client_is_and_takes_away_what_it_said(run, serve, settings_file, kind, said, expected):
     far = serve(read_all)
     running = run("-c", settings_file(with_options(f'target = "{tcp(far.address)}", send_proxy = "{kind}"')), TRUSTED)
+    running.router.deadlines.header.seconds = 10.0  # on a busy host it may come late behind the connect
     with come(running, said) as client:
         client.shutdown(socket.SHUT_WR)
         read_all(client)
@@ -283,7 +286,10 @@ def test_a_client_that_spoke_before_the_tunnel_was_up_has_a_deadline(run, serve,
     monkeypatch.setattr(sniroute_deadlines, "FIRST_BYTE_TIMEOUT", 0.2)
     cloudflared.far("*", serve(read_all).address)
     running = run(NOWHERE, port("cloudflared:redis.example.com"), ports)
+    running.tunnels.max_starting = 0  # none, until it has spoken
     with pytest.raises(ConnectionResetError), come(running, b"PING\r\n") as client:
+        running.tunnels.max_starting = 1
+        running.tunnels.wake()
         client.recv(1)
     assert running.ending().reason.startswith("tunnel_")
 

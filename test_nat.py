@@ -521,7 +521,7 @@ def client_of(place: str, service: Address, key: str = SECRET) -> Iterator[subpr
 
 @pytest.mark.parametrize("query", ["", "?tls=1", "?type=2", "?type=3"])
 def test_a_name_leads_to_what_has_dialled_in(launch, place, ports, echo_server, query):
-    variables = {"NP_POOL_GET_TIMEOUT": "100ms", "NP_REPORT_INTERVAL": "200ms", "NP_SERVICE_COOLDOWN": "200ms"}
+    variables = {"NP_POOL_GET_TIMEOUT": "1s", "NP_REPORT_INTERVAL": "200ms", "NP_SERVICE_COOLDOWN": "200ms"}
     router = launch(f"--route={NAME}=nodepass:$TEST_KEY@{place}{query}", ports,
                     env=environment(TEST_KEY=SECRET, **variables))
     router.wait_for("tunnel ready")
@@ -542,7 +542,7 @@ def test_a_name_leads_to_what_has_dialled_in(launch, place, ports, echo_server, 
 
 def test_a_successor_has_the_server_once_its_predecessor_has_no_connection_there(launch, place, free_ports, echo_server):
     options = f"--route={NAME}=nodepass:$TEST_KEY@{place}", "--drain=20s"
-    env = environment(TEST_KEY=SECRET, NP_SERVICE_COOLDOWN="200ms", NP_POOL_GET_TIMEOUT="100ms")
+    env = environment(TEST_KEY=SECRET, NP_SERVICE_COOLDOWN="200ms")
     first = launch(*options, "--ports={}-{}".format(*free_ports()), env=env)
     with client_of(place, echo_server.address):
         first.wait_for("far end has dialled in")
@@ -704,6 +704,7 @@ def test_explain_shows_the_server_of_a_claim(owned, place, dial_in, capsys):
     made = owned(f"--route={NAME}=tcp:{HOST}:1")
     assert made.claim("shop", f"nodepass:{SECRET}@{place}").status == 201
     client = dial_in(place)
+    linked(made.running)
     admin = attach(made.router, made.router.settings._replace(admin=(HOST, 0)), {})
     with contextlib.closing(admin):
         settings = load_settings(["explain", SHOP, "-c", made.router.settings.config, f"--admin={HOST}:{admin.address[1]}"], {})

@@ -179,7 +179,7 @@ if not os.fork():
 
 def test_a_plugin_that_hangs_is_killed_with_all_that_it_has_started(call, cluster, plugin, monkeypatch, tmp_path):
     """One run for 50 clients, which all hear of it."""
-    monkeypatch.setattr(sniroute_plugins, "PLUGIN_TIME", 0.4)
+    monkeypatch.setattr(sniroute_plugins, "PLUGIN_TIME", 1.5)  # a start, on a busy host, too
     pids = tmp_path / "pids"
     plugin.write(f"""
 child = os.fork()
@@ -193,7 +193,7 @@ time.sleep(60)
     got = [caller.begin(PODS)[1] for _ in range(50)]
     caller.until(lambda: all(got))
     assert {told(result, "plugin") for [result] in got} == {
-        f"the plugin {plugin.path} had not ended after 0.4 s, and was killed: waiting for a browser"}
+        f"the plugin {plugin.path} had not ended after 1.5 s, and was killed: waiting for a browser"}
     assert len(plugin.runs) == 1
     for pid in map(int, pids.read_text().split()):
         wait_until(lambda: not os.path.exists(f"/proc/{pid}") or is_zombie(pid), what=f"the end of {pid}")
@@ -208,7 +208,7 @@ def test_who_cannot_wait_for_a_plugin_hears_so_and_the_next_one_has_its_answer(c
     go = tmp_path / "go"
     plugin.answers(before=f"while not os.path.exists({str(go)!r}): time.sleep(0.01)", token=TOKEN)
     caller = call(cluster.kubeconfig(user=plugin.user()))
-    assert told(caller.get(PODS, timeout=0.2), "timeout") == "waiting for the credential plugin"
+    assert told(caller.get(PODS, timeout=1.0), "timeout") == "waiting for the credential plugin"
     go.write_text("")
     assert caller.get(PODS).status == 200 and len(plugin.runs) == 1
 
@@ -256,7 +256,7 @@ def test_plugins_that_hang_stop_no_other_cluster(call, cluster, plugin, tmp_path
     path.write_text(json.dumps(config))
     caller = call(path)
     hanging = [caller.begin(VERSION, f"hang-{number}")[1] for number in range(5)]
-    caller.until(lambda: len(plugin.runs) == 2)
+    caller.until(lambda: len(plugin.runs) >= 2)  # on a busy host the next ones may be seen with them
     assert caller.get(VERSION, "answer-0", timeout=5).status == 200
     assert not any(hanging)
 

@@ -159,6 +159,7 @@ def test_what_was_acknowledged_survives_kill_9(begin, redis_server, serve, kille
         first.kill()
     if killed != "router":
         redis.start()
+    wait_until(lambda: len(second.ask("GET", "/routes?limit=100").json.get("routes", ())) > len(made), what="what it was told")
     for number in made:
         name = f"n{number}.{DOMAIN}"
         with connect(second.program.address, sample_hello(name)) as client:
@@ -826,12 +827,13 @@ def test_who_listens_to_events_does_so_by_the_settings_of_now(routed):
 def test_while_redis_is_away_names_are_routed_for_as_long_as_the_settings_say(routed, redis_server, serve, monkeypatch):
     monkeypatch.setattr(sniroute_registrar, "TICK", 0.05)
     redis, far = redis_server(*KEPT), serve(answer(b"x", 1))
-    there = routed(store=redis.url, stale_max="500ms")
+    there = routed(store=redis.url, stale_max="1h")
     wait_until(lambda: there.claim(target=there.target(far)).status in (200, 201))
     redis.stop()
     wait_until(lambda: there.registrar.table.frozen_since is not None)
     assert reached(there) == b"x"
     assert there.claim("other", "tcp:127.0.0.1:1").status == 503
+    there.reload(table_of(store=redis.url, stale_max="500ms"))  # only now: this thread may have been stopped for that long
     wait_until(lambda: there.registrar.layer.is_stale)
     there.settle()
     assert refused(there) == "no_route"

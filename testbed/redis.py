@@ -25,7 +25,7 @@ from sniroute_redis import Redis, Subscription
 from sniroute_refusals import Failed
 from sniroute_resp import ErrorReply, Reader, Word, encode, parse_url
 from testbed.clients import program_path
-from testbed.ports import free_port
+from testbed.ports import free_block
 
 USER = "--user", "app", "on", ">secret", "~*", "&*", "+@all"
 
@@ -125,8 +125,8 @@ def redis_server(free_ports) -> Iterator[Callable[..., RedisServer]]:
 @pytest.fixture(scope="module")
 def shared_redis() -> Iterator[RedisServer]:
     """One for all tests of a module: with no password, and a user `app`, whose password is `secret`."""
-    with tempfile.TemporaryDirectory(prefix="sniroute-redis-") as folder:
-        server = RedisServer(pathlib.Path(folder), free_port(), *USER)
+    with tempfile.TemporaryDirectory(prefix="sniroute-redis-") as folder, free_block(1) as (port, _):
+        server = RedisServer(pathlib.Path(folder), port, *USER)
         server.start()
         yield server
         server.stop()
