@@ -20,7 +20,7 @@ import struct
 import threading
 import time
 import types
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import pytest
 
@@ -45,7 +45,7 @@ from testbed.running import DB, TUNNEL, Running, alert, answer, read_all, read_e
 
 
 def test_connection_outlives_the_prelude_deadline(run, echo_server):
-    running = run(route(echo_server.address), "--prelude-timeout=100ms")
+    running = run(route(echo_server.address), "--prelude-timeout=1s")
     with running.connect(HELLO) as client:
         assert read_exactly(client, len(HELLO)) == HELLO
         wait_until(lambda: not running.router.deadlines.prelude.due)
@@ -451,7 +451,8 @@ def test_client_that_never_reads_its_alert_is_let_go(run, echo_server, monkeypat
 def test_stall_after_any_part_of_the_prelude_ends_at_the_one_deadline(run, echo_server, prefix):
     """PROXY header, SSLRequest, hello: the deadline runs from accept, whatever is answered."""
     whole = V1 + ASK_TLS + HELLO
-    running = run(route(echo_server.address), "--prelude-timeout=120ms")
+    seconds = 1.0 if prefix > len(V1) + 8 else 0.12  # in which the client says all that it is to say
+    running = run(route(echo_server.address), f"--prelude-timeout={seconds * 1000:g}ms")
     with running.connect(whole[:min(prefix, len(V1) + 8)]) as client:
         if prefix > len(V1) + 8:
             assert read_exactly(client, 1) == b"S"
@@ -459,7 +460,7 @@ def test_stall_after_any_part_of_the_prelude_ends_at_the_one_deadline(run, echo_
         assert read_all(client) in (b"", b"S", alert(50))
     end = running.ending()
     assert end.reason == "prelude_timeout"
-    assert 0.11 < end.seconds < 5
+    assert seconds - 0.01 < end.seconds < 5
 
 
 def test_drip_does_not_renew_the_deadline(run, echo_server):
@@ -523,8 +524,10 @@ def test_backend_with_nagle_does_not_wait_between_two_small_writes(run, serve, e
         sock.sendall(b"b")
         read_all(sock)
     running = run(route(serve(server).address))
-    took = []
-    for number in range(5):
+    took = [5.0]
+    for number in range(10):  # a busy host may hold up some of them; an ACK that is delayed, each
+        if min(took) < 0.04:
+            break
         began = time.monotonic()
         with running.connect(HELLO) as client:
             if early:
@@ -536,15 +539,17 @@ def test_backend_with_nagle_does_not_wait_between_two_small_writes(run, serve, e
     assert min(took) < 0.04  # Linux delays an ACK for so long at least
 
 
-def closed_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server((HOST, 0)) as listener:
-        return listener.getsockname()[1]
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port that is held, and that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind((HOST, 0))
+        yield sock.getsockname()[1]
 
 
-def test_next_address_is_tried_and_the_last_failure_is_told(run, serve, monkeypatch):
+def test_next_address_is_tried_and_the_last_failure_is_told(run, serve, monkeypatch, closed_port):
     far = serve(answer(b"x"))
-    shut = closed_port()
+    shut = closed_port
     running = run(route((HOST, shut)), route(far.address, "two.example.com"))
     good = (socket.AF_INET, far.address)
     bad = (socket.AF_INET, (HOST, shut))
@@ -562,8 +567,9 @@ def test_connect_without_an_answer_times_out(run, monkeypatch, deaf):
     running = run(route(deaf))
     with running.connect(HELLO) as client:
         assert read_all(client) == alert(80)
-    assert "no answer in 0.2 s" in running.ending().detail
-    assert running.ending().waited < 0.2, "what it waited for is the time until its last dial"
+    end = running.ending()
+    assert "no answer in 0.2 s" in end.detail
+    assert end.seconds - end.waited >= 0.2, "what it waited for is the time until its last dial"
 
 
 def test_next_address_is_tried_when_the_first_does_not_answer(run, serve, monkeypatch, deaf):
@@ -607,10 +613,13 @@ def test_descriptors_for_the_backend_that_run_out_are_not_the_tunnels_fault(run,
 def test_cold_name_starts_its_tunnel_and_idle_stops_it(run, serve, cloudflared, ports):
     cloudflared.far("*", serve(answer(b"x")).address)
     running = run(TUNNEL, ports, "--idle=300ms")
+    idle, running.tunnels.idle = running.tunnels.idle, 60.0  # until the second has come
     for _ in range(2):
         with running.connect(HELLO) as client:
             assert client.recv(1) == b"x"
     assert len(cloudflared.starts()) == 1
+    running.tunnels.idle = idle
+    running.tunnels.wake()
     wait_until(lambda: not running.tunnels.snapshot(), what="the idle stop")
     with running.connect(HELLO) as client:
         assert client.recv(1) == b"x"
@@ -721,7 +730,7 @@ def test_postgres_through_a_tunnel_is_retried_too(run, serve, cloudflared, ports
 
 def test_hung_tunnel_is_found_out_and_restarted(run, serve, cloudflared, ports, monkeypatch):
     """SIGSTOP: its backlog still takes connections, and nobody answers."""
-    monkeypatch.setattr(sniroute_deadlines, "FIRST_BYTE_TIMEOUT", 0.3)
+    monkeypatch.setattr(sniroute_deadlines, "FIRST_BYTE_TIMEOUT", 1.0)
     cloudflared.far("*", serve(answer(b"x")).address)
     running = run(TUNNEL, ports)
     with running.connect(HELLO) as client:
@@ -750,8 +759,11 @@ def test_hung_tunnel_is_found_out_by_clients_that_say_more_than_the_hello_too(ru
     monkeypatch.setattr(sniroute_deadlines, "FIRST_BYTE_TIMEOUT", 0.3)
     cloudflared.far("*", serve(answer(b"x")).address)
     running = run(TUNNEL, ports)
+    patience = running.router.deadlines.first_byte
+    patience.seconds = 20.0  # for those that are answered
     served_once(running)
     running.ending()
+    patience.seconds = 0.3
     os.kill(cloudflared.starts()[0]["pid"], signal.SIGSTOP)
     with running.connect(HELLO + early) as client:
         wait_until(lambda: [c for c in list(running.router.connections) if c.state in ("unanswered", "early")])
@@ -763,6 +775,7 @@ def test_hung_tunnel_is_found_out_by_clients_that_say_more_than_the_hello_too(ru
     assert (end.reason, end.detail) == ("tunnel_failed", f"{DB}: no answer within 0.3 s")
     assert 0.3 <= end.seconds < 5
     wait_until(lambda: len(cloudflared.starts()) == 2, what="another process")
+    patience.seconds = 20.0
     served_once(running)
     assert running.counter("retries") == 0
     wait_until(lambda: not running.router.waits.by_key and not running.router.waits.threads)
@@ -784,13 +797,13 @@ def test_good_tunnel_is_not_restarted_because_a_client_that_said_more_was_refuse
 
 
 def test_backend_that_has_spoken_may_be_silent_for_as_long_as_it_likes(run, serve, cloudflared, ports, monkeypatch):
-    monkeypatch.setattr(sniroute_deadlines, "FIRST_BYTE_TIMEOUT", 0.2)
+    monkeypatch.setattr(sniroute_deadlines, "FIRST_BYTE_TIMEOUT", 1.0)
     cloudflared.far("*", serve(answer(b"x", len(HELLO + b"0-RTT"))).address)
     running = run(TUNNEL, ports)
     with running.connect(HELLO) as client:
         client.sendall(b"0-RTT")
         assert client.recv(1) == b"x"
-        time.sleep(0.3)  # nothing happens then
+        time.sleep(1.1)  # nothing happens then
         client.sendall(b"more")
         assert read_exactly(client, 4) == b"more"
 
@@ -818,7 +831,8 @@ def test_client_that_leaves_while_it_waits_is_noticed(run, cloudflared, ports):
     running = run(TUNNEL, ports)
     first = running.connect(HELLO)
     with running.connect(HELLO) as second:
-        wait_until(lambda: len(running.router.connections) == 2 and cloudflared.starts())
+        wait_until(lambda: [len(wait.connections) for wait in list(running.router.waits.by_key.values())] == [2]
+                   and cloudflared.starts())
         first.close()
         assert running.ending().reason == "client_left"
         assert len(running.router.waits.by_key["*=" + DB].connections) == 1
@@ -845,25 +859,27 @@ def test_clients_that_leave_give_a_tunnel_no_bad_name(run, serve, cloudflared, p
 
 def test_a_client_that_is_silent_does_not_keep_its_tunnel_for_ever(run, serve, cloudflared, ports):
     cloudflared.far("*", serve(answer(b"x")).address)
-    running = run(TUNNEL, ports, "--connection-idle=150ms", "--idle=50ms")
+    running = run(TUNNEL, ports, "--connection-idle=1s", "--idle=50ms")
     with running.connect(HELLO) as client:
         assert client.recv(1) == b"x"
         assert running.ending().reason == "idle"
         wait_until(lambda: not running.tunnels.snapshot(), what="the idle stop")
 
 
-def test_client_that_goes_on_talking_while_it_waits_loses_nothing(run, serve, cloudflared, ports):
+def test_client_that_goes_on_talking_while_it_waits_loses_nothing(run, serve, cloudflared, ports, monkeypatch):
     """What does not fit waits in the kernel, not in memory."""
     far = serve(read_all)
     cloudflared.far("*", far.address)
-    cloudflared.fault("*", listen_delay=250)
     running = run(TUNNEL, ports)
+    go, wait = threading.Event(), running.tunnels.wait
+    monkeypatch.setattr(running.tunnels, "wait", lambda *words: (go.wait(10), wait(*words)))
     more = random.Random(3).randbytes(200_000)
     with running.connect(HELLO) as client:
         wait_until(lambda: running.router.waits.by_key)
         client.sendall(more)
         wait_until(lambda: [c for c in list(running.router.connections) if not c.up.events])
         assert max(len(c.hello) for c in running.router.connections) <= sniroute_connection.WAITING_MAX + 4096
+        go.set()
     assert far.result() == HELLO + more
 
 

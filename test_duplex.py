@@ -20,6 +20,7 @@ from sniroute_layers import PIECE, Place, Wires
 from sniroute_loop import Loop, monotonic
 from sniroute_refusals import Failed, SettingsError
 from sniroute_upgrade import frame
+from testbed.ports import free_port
 from testbed.running import read_all, reset
 
 NOISE = random.Random(7).randbytes(1 << 20)
@@ -498,8 +499,7 @@ def test_openssl_as_a_server_hears_the_end_of_tls(turned, openssl, tmp_path):
     made = make_pair("nodepass.example.com")
     path = tmp_path / "both.pem"
     path.write_bytes(made.certificate_pem + made.key_pem)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     server = openssl("s_server", "-accept", f"127.0.0.1:{port}", "-cert", str(path), "-quiet", "-naccept", "1",
                      "-tls1_3", "-rev")
     deadline = monotonic() + 10

@@ -151,7 +151,7 @@ def test_the_key_of_an_instance_is_in_no_command_line_and_no_log(master):
 
 
 def test_one_that_does_not_end_is_killed(master):
-    there = master()
+    there = master(times=TIMES._replace(shutdown=1.0))
     ident = there.create("deaf")
     there.until(ident, status="running", ping=3)
     pid = there.pid(ident)

@@ -171,6 +171,7 @@ def test_a_cluster_whose_certificate_is_not_checked_is_warned_of_once(kube, app,
     run.tell(*(f"listen {HOST}:0 {each.target}" for each in there))
     for address in run.listening(2):
         assert ask(address) == b"hello"
+    assert run.end() == 0  # its last line has been read
     row, = run.rows("warning")
     assert row["level"] == "warn" and "insecure-skip-tls-verify" in row["message"]
 

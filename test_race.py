@@ -182,10 +182,16 @@ def site(run, monkeypatch) -> Callable[..., Site]:
     return make
 
 
-def shut_port() -> Address:
-    """An address that refuses."""
-    with socket.create_server((HOST, 0)) as listener:
-        return listener.getsockname()
+@pytest.fixture
+def shut_port() -> Iterator[Callable[[], Address]]:
+    """shut_port() -> an address that refuses: it is held until the test ends, and nobody listens there."""
+    with contextlib.ExitStack() as stack:
+        def make() -> Address:
+            held = stack.enter_context(socket.socket())
+            held.bind((HOST, 0))
+            return held.getsockname()
+
+        yield make
 
 
 @pytest.fixture
@@ -267,7 +273,7 @@ def test_a_dead_address_that_comes_back_serves_when_the_other_dies(site, black_h
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_a_refused_address_is_no_reason_to_wait(site, good, again):
+def test_a_refused_address_is_no_reason_to_wait(site, good, shut_port, again):
     """Nor is one that cannot be reached; and neither is tried first again."""
     refused, unreachable = shut_port(), ("255.255.255.255", 1)
     there = site(refused, unreachable, good)
@@ -281,7 +287,7 @@ def test_a_refused_address_is_no_reason_to_wait(site, good, again):
     assert there.client() == b"x" and there.detail is None
 
 
-def test_refused_then_silent_then_good(site, black_hole, good):
+def test_refused_then_silent_then_good(site, black_hole, good, shut_port):
     addresses = [shut_port(), black_hole().address, shut_port(), good]
     there = site(*addresses)
     there.stagger(0.05)
@@ -291,7 +297,7 @@ def test_refused_then_silent_then_good(site, black_hole, good):
     assert said[0].endswith("refused") and "no answer in 0." in said[1] and said[2].endswith("refused")
 
 
-def test_a_failure_in_a_race_brings_the_next_address_at_once(site, black_hole, good):
+def test_a_failure_in_a_race_brings_the_next_address_at_once(site, black_hole, good, shut_port):
     silent, refused = black_hole(), shut_port()
     there = site(silent.address, refused, good)
     there.set("stagger", 0.01)
@@ -299,7 +305,7 @@ def test_a_failure_in_a_race_brings_the_next_address_at_once(site, black_hole, g
     assert there.client() == b"x"
 
 
-def test_all_addresses_dead_are_named_with_what_became_of_them(site, black_hole, monkeypatch):
+def test_all_addresses_dead_are_named_with_what_became_of_them(site, black_hole, shut_port, monkeypatch):
     monkeypatch.setattr(sniroute_race, "CONNECT_TIMEOUT", 0.2)
     addresses = [black_hole().address, shut_port(), black_hole("127.0.0.3").address]
     there = site(*addresses)
@@ -314,7 +320,7 @@ def test_all_addresses_dead_are_named_with_what_became_of_them(site, black_hole,
     assert not there.router.targets.resolved, "perhaps it has moved"
 
 
-def test_all_addresses_refuse_and_are_named(site):
+def test_all_addresses_refuse_and_are_named(site, shut_port):
     addresses = [shut_port(), shut_port()]
     there = site(*addresses)
     with there.running.connect(HELLO) as client:
@@ -323,7 +329,7 @@ def test_all_addresses_refuse_and_are_named(site):
         told(address, "Connection refused") for address in addresses)
 
 
-def test_one_address_is_named_where_the_target_does_not_say_it(site, run):
+def test_one_address_is_named_where_the_target_does_not_say_it(site, run, shut_port):
     address = shut_port()
     for there, says in ((site(address).running, "tcp:backend.test:5432: " + told(address, "Connection refused")),
                         (run("--route=db.example.com=tcp:" + show_address(address)),
@@ -336,8 +342,12 @@ def test_one_address_is_named_where_the_target_does_not_say_it(site, run):
 def test_all_addresses_together_have_a_bound(site, black_hole):
     there = site(*(black_hole(f"127.0.0.{number}").address for number in range(2, 6)))
     there.stagger(0.02)
-    there.set("budget", 0.2)
+    there.set("budget", FOR_EVER)
+    budget = there.router.deadlines.budget
     with there.running.connect(HELLO) as client:
+        there.is_racing(4)
+        there.set("budget", 0.1)  # it begins when all are tried: else it might be over before
+        there.router.call(lambda: [budget.put(connection) for connection in list(budget.due)])
         assert read_all(client) == alert(80)
     assert there.running.ending().detail.count("no answer in 0.") == 4 and there.running.ending().reason == "backend"
 
