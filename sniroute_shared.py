@@ -72,6 +72,7 @@ CHANNEL = "sniroute:claims"
 ASK_TIME = 2.0  # for an answer: owners wait for it
 SWEEP = 30.0  # from one sweep to the next: a change that the channel has not told may be missed for so long
 SWEEP_AGAIN = 1.0  # until a sweep that broke off is begun anew
+HEAR_FIRST = 1.0  # for which the channel is waited for, before all is read without it: else it would be read twice
 PAGE = 500  # keys of one page of a sweep: some milliseconds of the loop
 STEP = 0.01  # between two pages: the loop has other things to do
 DIGITS = 15  # of milliseconds in a message
@@ -289,6 +290,8 @@ class Shared:
         self.redis.ask("INFO", "memory", done=self.on_memory, timeout=ASK_TIME)
         if self.subscription is not None and self.subscription.state == "up":
             self._begin(True)
+        else:  # it comes, or was refused before Redis was known to be there
+            self.timer.set(self._now() + HEAR_FIRST)
 
     def on_down(self, failed: Failed) -> None:
         """Redis is away: what is known is used on."""
@@ -342,6 +345,8 @@ class Shared:
             return
         if self.cursor:
             self._ask_page()
+        elif self._is_frozen() and not self.whole:  # nobody has begun to read since Redis is here
+            self.on_unsubscribed(self.subscription.failed or Failed("timeout", "no answer yet"))
         else:
             self._begin(False)
 

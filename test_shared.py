@@ -451,6 +451,22 @@ def test_a_redis_that_refuses_to_tell_is_said_in_the_log(redis_server, shared, c
         assert there.registry.table.frozen_since is None
 
 
+def test_a_refusal_to_tell_may_come_before_redis_is_known_to_be_there(redis_server, shared, caplog, monkeypatch):
+    """Two connections: the one for the channel may be the quicker one."""
+    on_up = Shared.on_up
+
+    def late(store: Shared, server: Any) -> None:
+        if store.subscription.failed is None:
+            store.loop.call(lambda: late(store, server))
+        else:
+            on_up(store, server)
+
+    monkeypatch.setattr(Shared, "on_up", late)
+    there = shared(redis_server("--user", "default", "on", "nopass", "~*", "&*", "+@all", "-subscribe"))
+    assert there.claim().status == 201
+    assert sum("does not tell of changes" in each.message for each in caplog.records) == 1
+
+
 def test_a_claim_with_no_end_and_one_of_another_kind_are_none(redis, shared):
     """PTTL -1 and -2; a value that a script cannot read."""
     there = shared(redis)
