@@ -150,7 +150,7 @@ class Lab:
 
 @pytest.fixture
 def lab(monkeypatch) -> Iterator[Lab]:
-    clock = FakeClock()
+    clock = FakeClock(1000.0)
     monkeypatch.setattr(sniroute_loop, "monotonic", clock)
     made = Lab(clock)
     yield made
