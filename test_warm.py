@@ -31,6 +31,7 @@ from sniroute_race import Row
 from sniroute_refusals import Refused
 from sniroute_targets import NO_PORT, Backend, TunnelBackend, UnixBackend, Unreachable
 from sniroute_warm import DIALS_MAX, GREETING_MAX, PAUSE_SPREAD, PAUSES, RESTING, STEADY, Warm, WarmOptions, WarmPool
+from testbed.ports import free_port
 from testbed.tunnels import key, listening
 
 OPTIONS = WarmOptions(size=3, max_idle=55.0, max_age=0.0, jitter=0.1, order="lifo", greets=False, connect_timeout=5.0)
@@ -181,7 +182,7 @@ class Site:
     """A far end whose connections the test holds in its hands."""
 
     def __init__(self, first: bytes = b""):
-        self.listener = listening(backlog=128)
+        self.listener = listening(free_port(), backlog=128)  # of nobody else between its end and its return
         self.address: Address = self.listener.getsockname()
         self.first = first
         self.clients: list[socket.socket] = []  # as they came
@@ -768,6 +769,7 @@ def test_where_descriptors_are_short_it_waits_and_blames_nobody(lab, echo_server
     free = os.open(os.devnull, os.O_RDONLY)
     os.close(free)
     drop(pool.take())
+    wait_until(lambda: not echo_server.live, what="its end is closed, too: later it would make room for a dial")
     spare = [os.open(os.devnull, os.O_RDONLY) for _ in range(4)]  # what has just become free
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, own_fds())) + 1, limit[1]))
     taken = []
