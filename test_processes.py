@@ -767,7 +767,7 @@ def test_a_fault_of_the_owner_leaves_no_process_half_watched(owner):
     pytest.param(False, "bind: address already in use", NO_FAULT, id="its port was taken"),
 ])
 def test_the_owner_is_told_whose_fault_an_end_was(ready, words, fault, owner):
-    launcher = plain("sh")._replace(shared=("-c", f"read line; echo {words}"))
+    launcher = plain("sh")._replace(shared=("-c", f"read line; read line; echo {words}"))  # it takes both orders
     first, second = owner.start(launcher, "/bin/sh", "", "", first=1)
     first.ready = 1.0 if ready else 0.0
     owner.turn_until(lambda: owner.heard)
