@@ -14,7 +14,7 @@ import struct
 import sys
 import threading
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import pytest
 
@@ -30,7 +30,7 @@ from sniroute_wire import SSL_REQUEST_BYTES
 from conftest import HERE, HOST, Address, FakeClock, Server, deaf_listener, linux, wait_until
 from testbed.clients import Database, certificate, psql
 from testbed.hellos import HELLO, NAME, genuine, v2
-from testbed.ports import free_port
+from testbed.ports import free_block
 from testbed.program import Program, command, execute
 from testbed.running import Running, alert, read_all, read_exactly, reset
 
@@ -49,9 +49,18 @@ def named(text: bytes) -> Callable[[socket.socket], None]:
     return handler
 
 
+marks = contextlib.ExitStack()  # of the ports of `refusing`
+
+
+@pytest.fixture(autouse=True)
+def unmarked() -> Iterator[None]:
+    yield
+    marks.close()
+
+
 def refusing() -> Address:
-    """An address at which nobody listens."""
-    return HOST, free_port()
+    """An address at which nobody listens, of this test alone until it ends."""
+    return HOST, marks.enter_context(free_block(1))[0]
 
 
 def listed(*addresses: Address) -> str:

@@ -23,7 +23,6 @@ from sniroute_loop import Loop, ignore
 from sniroute_signals import DatagramReader, frame_datagram
 from sniroute_upstreams import Upstreams
 from testbed.carrier import resolve_as
-from testbed.ports import free_port
 
 
 class End:
@@ -378,9 +377,9 @@ def test_a_flow_ends_with_its_connection(make, udp, side, how):
         assert made.ask(caller, b"again") == b"again"
 
 
-def test_a_dead_target_is_another_flows_turn(lead, udp, monkeypatch):
+def test_a_dead_target_is_another_flows_turn(lead, udp, monkeypatch, free_ports):
     monkeypatch.setattr(sniroute_datagrams, "REFUSED_LAST", 0.02)
-    place, good = (HOST, free_port()), udp()
+    place, good = (HOST, free_ports(2)[1]), udp()
     made = lead(place, good.getsockname())
     caller = udp(made.address)
     for _ in range(3):  # the second is told that the first was refused
@@ -415,9 +414,9 @@ def test_a_target_that_restarts_within_a_moment_keeps_its_flow(lead, udp, monkey
 
 
 @linux
-def test_with_a_backup_the_first_is_left_when_it_refuses_datagrams(lead, udp, monkeypatch):
+def test_with_a_backup_the_first_is_left_when_it_refuses_datagrams(lead, udp, monkeypatch, free_ports):
     monkeypatch.setattr(sniroute_datagrams, "REFUSED_LAST", 0.02)
-    place, good = (HOST, free_port()), udp()
+    place, good = (HOST, free_ports(2)[1]), udp()  # the first of them is marked by a socket, which is none that refuses
     made = lead(place, good.getsockname(), lbs=2)
     caller = udp(made.address)
     caller.send(b"lost")

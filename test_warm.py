@@ -31,7 +31,6 @@ from sniroute_race import Row
 from sniroute_refusals import Refused
 from sniroute_targets import NO_PORT, Backend, TunnelBackend, UnixBackend, Unreachable
 from sniroute_warm import DIALS_MAX, GREETING_MAX, PAUSE_SPREAD, PAUSES, RESTING, STEADY, Warm, WarmOptions, WarmPool
-from testbed.ports import free_port
 from testbed.tunnels import key, listening
 
 OPTIONS = WarmOptions(size=3, max_idle=55.0, max_age=0.0, jitter=0.1, order="lifo", greets=False, connect_timeout=5.0)
@@ -181,8 +180,8 @@ def drop(warm: Warm | None) -> None:
 class Site:
     """A far end whose connections the test holds in its hands."""
 
-    def __init__(self, first: bytes = b""):
-        self.listener = listening(free_port(), backlog=128)  # of nobody else between its end and its return
+    def __init__(self, port: int, first: bytes = b""):
+        self.listener = listening(port, backlog=128)
         self.address: Address = self.listener.getsockname()
         self.first = first
         self.clients: list[socket.socket] = []  # as they came
@@ -217,11 +216,11 @@ def peer(sock: socket.socket) -> Any:
 
 
 @pytest.fixture
-def site() -> Iterator[Callable[..., Site]]:
-    """site(first=b"") -> Site, which says `first` to each client at once."""
+def site(free_ports) -> Iterator[Callable[..., Site]]:
+    """site(first=b"") -> Site, which says `first` to each client at once.  Its port is the test's, also when it is gone."""
     with contextlib.ExitStack() as stack:
         def make(*words: Any) -> Site:
-            made = Site(*words)
+            made = Site(free_ports(1)[0], *words)
             stack.callback(made.stop)
             return made
 
