@@ -460,14 +460,14 @@ def test_a_process_is_alive_until_it_ends_however_that_is_told(told_by, monkeypa
 @both
 def test_without_pidfd_children_are_polled(bench, monkeypatch):
     monkeypatch.delattr(os, "pidfd_open", raising=False)
-    made = bench(live=True, idle=0.2, jitter=lambda: 0.0)
+    made = bench(live=True, jitter=lambda: 0.0)
     tunnel = made.leased("app.test")
     child = tunnel.child
     assert child.process.pidfd == -1 and child.alive()
     os.kill(child.process.pid, signal.SIGKILL)
     wait_until(lambda: tunnel.state is READY and tunnel.child is not child)
     assert not child.alive()
-    made.table.release(tunnel)
+    made.table.release(tunnel, 0.2)  # not before: it would be idle between its start and its lease
     wait_until(lambda: not made.table.tunnels)
 
 
