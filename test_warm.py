@@ -217,7 +217,7 @@ def peer(sock: socket.socket) -> Any:
 
 @pytest.fixture
 def site(free_ports) -> Iterator[Callable[..., Site]]:
-    """site(first=b"") -> Site, which says `first` to each client at once.  Its port is the test's, also when it is gone."""
+    """site(first=b"") -> Site, which says `first` to each client at once, on a port that is the test's to its end."""
     with contextlib.ExitStack() as stack:
         def make(*words: Any) -> Site:
             made = Site(free_ports(1)[0], *words)
