@@ -14,20 +14,23 @@ import struct
 import sys
 import threading
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import pytest
 
+import sniroute_loop
 import sniroute_options
 import sniroute_settings
 import sniroute_warm
 from sniroute_balance import slot_of
 from sniroute_groups import Group, Several
+from sniroute_loop import Queue
 from sniroute_refusals import SettingsError
 from sniroute_wire import SSL_REQUEST_BYTES
-from conftest import HERE, HOST, Address, Server, deaf_listener, linux, wait_until
+from conftest import HERE, HOST, Address, FakeClock, Server, deaf_listener, linux, wait_until
 from testbed.clients import Database, certificate, psql
 from testbed.hellos import HELLO, NAME, genuine, v2
+from testbed.ports import free_block
 from testbed.program import Program, command, execute
 from testbed.running import Running, alert, read_all, read_exactly, reset
 
@@ -46,10 +49,18 @@ def named(text: bytes) -> Callable[[socket.socket], None]:
     return handler
 
 
+marks = contextlib.ExitStack()  # of the ports of `refusing`
+
+
+@pytest.fixture(autouse=True)
+def unmarked() -> Iterator[None]:
+    yield
+    marks.close()
+
+
 def refusing() -> Address:
-    """An address at which nobody listens."""
-    with socket.create_server((HOST, 0)) as sock:
-        return sock.getsockname()
+    """An address at which nobody listens, of this test alone until it ends."""
+    return HOST, marks.enter_context(free_block(1))[0]
 
 
 def listed(*addresses: Address) -> str:
@@ -86,6 +97,16 @@ def on_loop(running: Running, act: Callable[[], Any]) -> Any:
     running.router.call(lambda: found.append(act()))
     wait_until(lambda: found)
     return found[0]
+
+
+def hurry(running: Running, seconds: float, *queues: Queue) -> None:
+    """Let who waits in these queues of the loop wait for so long from now on."""
+    def put() -> None:
+        for queue in queues:
+            queue.seconds = seconds
+            for item in list(queue.due):
+                queue.put(item)
+    on_loop(running, put)
 
 
 # -- settings ----------------------------------------------------------------------------------
@@ -273,11 +294,13 @@ def test_a_client_that_is_on_its_way_during_a_reload_finds_the_backend_that_work
         several_of, serve, settings_file, deaf):
     """Those that have failed it before are not in the list any more: they do not count."""
     good, gone = serve(named(b"g")), [refusing(), refusing()]
-    running = several_of([*gone, deaf, good.address], balance="first", connect_timeout="300ms")
+    running = several_of([*gone, deaf, good.address], balance="first", connect_timeout="10s")
+    patience = group_of(running).patience
     with running.connect(HELLO) as client:
         wait_until(lambda: [member.failures for member in group_of(running).members.values()] == [1, 1, 0, 0])
         settings_file(table([deaf, good.address], balance="first", connect_timeout="300ms"))
         reload(running)
+        hurry(running, 0.15, *patience)
         assert read_exactly(client, 1) == b"g"
 
 
@@ -297,11 +320,13 @@ def test_a_backend_that_a_reload_takes_out_keeps_its_connections(several_of, ser
 def test_first_moves_no_session(several_of, serve):
     two = serve(named(b"2"))
     place = refusing()
-    running = several_of([place, two.address], balance="first", health_fail=1, fallback_interval="200ms")
+    running = several_of([place, two.address], balance="first", health_fail=1, fallback_interval="1m")
     with running.connect(HELLO) as held:
         assert read_exactly(held, 1) == b"2"
         with Server(named(b"1"), place):
             assert said_by(running) == b"2", "it rests"
+            member = group_of(running).members[f"tcp:{HOST}:{place[1]}"]
+            on_loop(running, lambda: setattr(member, "until", 0.0))
             wait_until(lambda: said_by(running) == b"1")
             wait_until(lambda: said_by(running) == b"1" and not group_of(running).members[f"tcp:{HOST}:{place[1]}"].why)
         assert said_by(running) == b"2", "nobody is refused"
@@ -359,7 +384,7 @@ def test_who_waits_for_room_is_served_in_order_and_who_leaves_is_never_dialled(s
 
 def test_who_waits_too_long_and_who_is_one_too_many_are_told_so(several_of, serve):
     far = serve(named(b"y"))
-    running = several_of([far.address], max_backend_connections=1, queue="300ms", queue_length=1)
+    running = several_of([far.address], max_backend_connections=1, queue="10s", queue_length=1)
     running.part_early()
     with running.connect(HELLO) as first, running.connect(HELLO) as second:
         assert read_exactly(first, 1) == b"y"
@@ -367,6 +392,7 @@ def test_who_waits_too_long_and_who_is_one_too_many_are_told_so(several_of, serv
         with running.connect(HELLO) as third:
             assert read_all(third) == alert(80)
         assert running.ending(1).reason == "queue_full"
+        hurry(running, 0.3, group_of(running).turns)  # not before: the second has to wait still when the third comes
         assert read_all(second) == alert(80)
         assert running.ending(2).reason == "queue_timeout"
     assert far.accepted == 1
@@ -463,16 +489,24 @@ def test_on_down_cut_ends_the_connections_of_a_backend(several_of, serve):
     wait_until(lambda: any(ending.reason == "backend_down" for ending in running.endings))
 
 
-def test_equal_lifetimes_do_not_end_together(several_of, serve):
-    far = serve(named(b"g"))
+def test_equal_lifetimes_do_not_end_together(several_of, serve, monkeypatch):
+    """The loop's clock is moved by the test: where the host is busy, all of them end late, and together."""
+    far, clock = serve(named(b"g")), FakeClock(time.monotonic())
+    monkeypatch.setattr(sniroute_loop, "monotonic", clock)
     running = several_of([far.address], max_lifetime="400ms")
+    seconds: list[float] = []  # of each, by that clock
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(running.connect(HELLO)) for _ in range(40)]
         for client in clients:
             assert read_exactly(client, 1) == b"g"
-        wait_until(lambda: len(running.endings) == 40)
+        began = clock()
+        while len(seconds) < 40:
+            clock.jump(0.005)
+            for _ in range(2):  # the second one comes behind the turn in which they end
+                on_loop(running, lambda: None)
+            seconds += [clock() - began] * (len(running.endings) - len(seconds))
+            assert clock() - began < 0.9
     assert {ending.reason for ending in running.endings} == {"lifetime"}
-    seconds = [ending.seconds for ending in running.endings]
     assert 0.34 < min(seconds) and max(seconds) < 0.9 and max(seconds) - min(seconds) > 0.03
 
 
@@ -495,15 +529,21 @@ def test_a_tunnel_serves_where_the_host_is_down(run, settings_file, serve, cloud
         assert said_by(running) == b"t"
 
 
-def test_names_of_a_list_are_resolved_and_one_that_does_not_is_passed_over(run, settings_file, serve, monkeypatch):
-    good, genuine_look = serve(named(b"g")), socket.getaddrinfo
+def none_is_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no name in `invalid`, which is known at once: a host without a network takes seconds to know of none."""
+    genuine_look = socket.getaddrinfo
 
-    def look(host: str, *words: Any, **more: Any) -> Any:  # a host without a network takes seconds to know of none
-        if host == "does-not-exist.invalid":
+    def look(host: str, *words: Any, **more: Any) -> Any:
+        if str(host).endswith(".invalid"):
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return genuine_look(host, *words, **more)
 
     monkeypatch.setattr(socket, "getaddrinfo", look)
+
+
+def test_names_of_a_list_are_resolved_and_one_that_does_not_is_passed_over(run, settings_file, serve, monkeypatch):
+    good = serve(named(b"g"))
+    none_is_invalid(monkeypatch)
     path = settings_file(f'[routes."{NAME}"]\ntarget = "tcp:does-not-exist.invalid:1,localhost:{good.address[1]}"\n')
     running = run("-c", path)
     for _ in range(4):
@@ -579,8 +619,9 @@ def test_backends_that_fail_at_once_leave_a_turn_to_others(several_of, serve):
     assert said_by(running) == b"g"
 
 
-def test_names_that_clients_choose_have_groups_of_their_own_and_not_too_many(run, settings_file, serve):
+def test_names_that_clients_choose_have_groups_of_their_own_and_not_too_many(run, settings_file, serve, monkeypatch):
     good = serve(named(b"g"))
+    none_is_invalid(monkeypatch)
     path = settings_file(f'[routes."*.example.com"]\ntarget = ["tcp:{{label}}.invalid:1", "{listed(good.address)}"]\n')
     running = run("-c", path)
     book = running.router.targets.book
@@ -715,6 +756,7 @@ def test_a_list_of_all_kinds_serves_and_each_takes_over_for_the_one_before(
         assert said_by(running) == head, good[at]
     settings_file(text([*bad, good[0]]))
     reload(running)
+    running.ending(len(heads))
     assert said_by(running) == b"t"
     detail = running.ending(len(heads) + 1).detail
     assert all(target.removeprefix("tcp:").split(" ")[0] in detail for target in bad), detail
@@ -971,16 +1013,30 @@ def test_a_silent_client_of_a_port_does_not_notice_that_its_warm_connection_ends
 
 
 def test_200_clients_in_a_row_do_not_notice_that_a_backend_ends_idle_connections(several_of, serve, hasty):
-    """It ends each after 5 to 50 ms: so a hundred ends fall in the time of this test, some while a client comes."""
+    """It ends each after 5 to 50 ms: so a hundred ends fall in the time of this test, some while a client comes.
+
+    One that was dialled for a client is not idle: it does not end where a busy host lets its hello come late.
+    """
     dice = random.Random(3)
+    pools: list[Any] = []
+    def is_idle(place: Address) -> bool:
+        with contextlib.suppress(OSError, AttributeError):  # one is closed meanwhile
+            return any(warm.sock.getsockname() == place for pool in pools for warm in list(pool.idle))
+        return False
     def impatient(sock: socket.socket) -> None:
         sock.settimeout(dice.uniform(0.005, 0.05))
-        with contextlib.suppress(TimeoutError):
-            sock.recv(1, socket.MSG_PEEK)
-            sock.settimeout(20)
-            named(b"g")(sock)
+        place = sock.getpeername()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                sock.recv(1, socket.MSG_PEEK)
+                break
+            if is_idle(place):
+                return
+        sock.settimeout(20)
+        named(b"g")(sock)
     far = serve(impatient)
     running = several_of([far.address], warm=10)
+    pools.append(pool_of(running))
     for _ in range(200):
         with running.connect(HELLO) as client:
             assert read_exactly(client, 1) == b"g"
@@ -995,19 +1051,19 @@ def test_200_clients_in_a_row_do_not_notice_that_a_backend_ends_idle_connections
 
 def test_what_a_backend_needs_until_it_serves_is_over_when_the_client_comes(several_of, serve):
     """A stand-in for a connect that takes 50 ms, as to another continent: here it is the backend's accept that does."""
+    ready: list[int] = []
     def slow(sock: socket.socket) -> None:
         threading.Event().wait(0.05)
+        ready.append(1)
         named(b"g")(sock)
     far = serve(slow)
     medians = []
     for warm in (0, 8):
         running = several_of([far.address], warm=warm, max_lifetime="1h")
         times = []
-        for _ in range(3):
+        for number in range(3):
             if warm:
-                wait_until(lambda: idle(running) == warm)
-                oldest = next(iter(pool_of(running).idle))
-                wait_until(lambda: time.monotonic() - list(pool_of(running).idle)[-1].since > 0.06, what=repr(oldest))
+                wait_until(lambda: idle(running) == warm and len(ready) == 3 + warm + number, what="all are accepted")
             began = time.monotonic()
             assert said_by(running) == b"g"
             times.append(time.monotonic() - began)
@@ -1018,8 +1074,10 @@ def test_what_a_backend_needs_until_it_serves_is_over_when_the_client_comes(seve
 @pytest.mark.parametrize("asks", [HELLO, bytes.fromhex("0000000804d2162f")], ids=["TLS", "PostgreSQL"])
 def test_a_backend_that_hangs_behind_a_warm_connection_is_not_asked_twice(several_of, serve, asks):
     """It would cost the client the time-out twice."""
+    asked = threading.Event()
     def hangs(sock: socket.socket) -> bytes:
         data = sock.recv(10000)
+        asked.set()
         sock.recv(1)
         return data
     far, good = serve(hangs), serve(EndsTheFirst("end", asks))
@@ -1027,10 +1085,15 @@ def test_a_backend_that_hangs_behind_a_warm_connection_is_not_asked_twice(severa
     running = several_of([far.address, good.address], warm=1, balance="first", connect_timeout="150ms")
     running.router.deadlines.first_byte.seconds = 0.15
     wait_until(lambda: idle(running) == 1)
+    def be_patient() -> None:
+        """With the next one, which answers: it may be late where the host is busy."""
+        running.router.deadlines.first_byte.seconds = group_of(running).patience[1].seconds = 20.0
     with running.connect(asks) as client:
         if asks is not HELLO:
             assert read_exactly(client, 1) == b"S"
             client.sendall(HELLO)
+        assert asked.wait(10)
+        on_loop(running, be_patient)
         assert read_exactly(client, 1) == b"g"
     assert far.result() == asks and far.results.empty(), "one connection was asked"
     member = next(iter(group_of(running).members.values()))

@@ -13,6 +13,7 @@ import pytest
 import sniroute_callers
 from conftest import HOST, connect, deaf_listener, wait_until
 from sniroute_callers import DIALLING, PEEKING, WAITING, parse_remote
+from sniroute_loop import unsent
 from test_ends import is_refused, read_all, send_all, trip
 from testbed.nodepass import QUICK
 from testbed.ports import free_port
@@ -48,14 +49,14 @@ def test_a_sink_that_takes_nothing_holds_its_source(query, tunnel, serve):
     data = bytes(160 << 20)  # more than the kernel's buffers of four sockets: tcp_rmem has 32 MiB for each that is read
 
     def slow(sock: socket.socket) -> None:
-        assert go_on.wait(20)
+        assert go_on.wait(90)
         count = 0
         while more := sock.recv(1 << 20):
             count += len(more)
         sock.sendall(b"%d" % count)
 
     made = tunnel(serve(slow).address, server=query)
-    with made.call() as caller:
+    with made.call(timeout=120.0) as caller:  # which is for all of it: 160 MiB inside TLS take a busy host a while
         thread = send_all(caller, data)
         wait_until(lambda: relays_of(made), what="relays")
         seen = [-1]
@@ -65,7 +66,7 @@ def test_a_sink_that_takes_nothing_holds_its_source(query, tunnel, serve):
             time.sleep(0.05)
             return before == seen[0] > 0
 
-        wait_until(stands_still)
+        wait_until(stands_still, timeout=60)
         is_held = thread.is_alive()
         go_on.set()
         assert is_held, "it has taken all of it"
@@ -102,8 +103,14 @@ def test_a_reset_is_passed_on_behind_what_came_before(query, who, tunnel, serve)
 @KINDS
 def test_the_bytes_before_a_reset_arrive_though_their_reader_is_slow(query, tunnel, serve):
     """A reset at once would throw away what the kernel has not delivered."""
-    made = tunnel(serve(lambda sock: (sock.recv(5), sock.sendall(b"x" * 3_000_000), time.sleep(0.2), resets(sock))).address,
-                  server=query)
+    def server(sock: socket.socket) -> None:
+        sock.recv(5)
+        sock.sendall(b"x" * 3_000_000)
+        wait_until(lambda: (unsent(sock) or 0) <= 1_000_000)  # what is in this socket still is lost with it
+        time.sleep(0.2)
+        resets(sock)
+
+    made = tunnel(serve(server).address, server=query)
     with made.call(b"hello") as caller:
         time.sleep(0.3)
         got = 0
@@ -146,6 +153,7 @@ def test_the_end_of_an_end_cuts_what_it_carries(tunnel, echo_server):
 def test_callers_who_have_nothing_yet_end_with_the_program(state, lone):
     made = lone().begin(f"server://key@{HOST}:1/{HOST}:2?mode=1{'&block=1' if state == PEEKING else ''}", port=0,
                         targets=((HOST, 0),))
+    made.end.peeking.seconds = 60.0
     with connect(made.callers) as caller:
         wait_until(lambda: {each.state for each in made.program.connections.copy()} == {state})
         made.program.loop.call(made.program.loop.stop)
@@ -155,6 +163,7 @@ def test_callers_who_have_nothing_yet_end_with_the_program(state, lone):
 
 def test_a_caller_who_leaves_while_he_is_looked_at_is_forgotten(lone):
     made = lone().begin(f"server://key@{HOST}:1/{HOST}:2?mode=1&block=1", port=0, targets=((HOST, 0),))
+    made.end.peeking.seconds = 60.0
     with connect(made.callers) as caller:
         wait_until(lambda: {each.state for each in made.program.connections.copy()} == {PEEKING})
         resets(caller)
@@ -227,12 +236,22 @@ def test_a_proxy_header_for_a_caller_without_an_address(tunnel, serve):
 
 
 def test_an_idle_relay_that_moves_is_not_cut(tunnel, echo_server):
-    made = tunnel(echo_server.address, server="read=300ms", client="read=300ms")
+    """The looks come when the test says so: by a clock, a host that is busy for 0.3 s moves nothing between two."""
+    made = tunnel(echo_server.address, server="read=1h", client="read=1h")
+
+    def look(end: Any) -> bool:
+        relay, = end.relays.open
+        waited = end.relays.idling.due.pop(relay)
+        relay.look_idle()
+        return end.relays.idling.due.get(relay, 0.0) > waited
+
     with made.call() as caller:
         for _ in range(6):
             caller.sendall(b"x")
             assert caller.recv(1) == b"x"
-            time.sleep(0.1)
+            assert [each.call(lambda: look(each.end)) for each in (made.server, made.client)] == [True] * 2, "and again"
+        made.server.call(lambda: look(made.server.end))
+        assert is_reset(caller), "since the last look nothing has moved"
 
 
 def test_a_port_that_nobody_listens_on(tunnel):

@@ -377,11 +377,9 @@ def test_a_flow_ends_with_its_connection(make, udp, side, how):
         assert made.ask(caller, b"again") == b"again"
 
 
-def test_a_dead_target_is_another_flows_turn(lead, udp, monkeypatch):
+def test_a_dead_target_is_another_flows_turn(lead, udp, monkeypatch, free_ports):
     monkeypatch.setattr(sniroute_datagrams, "REFUSED_LAST", 0.02)
-    dead, good = udp(), udp()
-    place = dead.getsockname()
-    dead.close()
+    place, good = (HOST, free_ports(2)[1]), udp()
     made = lead(place, good.getsockname())
     caller = udp(made.address)
     for _ in range(3):  # the second is told that the first was refused
@@ -393,7 +391,8 @@ def test_a_dead_target_is_another_flows_turn(lead, udp, monkeypatch):
     assert made.far.dropped[sniroute_datagrams.REFUSED] >= 2
 
 
-def test_a_target_that_restarts_within_a_moment_keeps_its_flow(lead, udp):
+def test_a_target_that_restarts_within_a_moment_keeps_its_flow(lead, udp, monkeypatch):
+    monkeypatch.setattr(sniroute_datagrams, "REFUSED_LAST", 60.0)
     target = udp()
     place = target.getsockname()
     made = lead(place)
@@ -415,11 +414,9 @@ def test_a_target_that_restarts_within_a_moment_keeps_its_flow(lead, udp):
 
 
 @linux
-def test_with_a_backup_the_first_is_left_when_it_refuses_datagrams(lead, udp, monkeypatch):
+def test_with_a_backup_the_first_is_left_when_it_refuses_datagrams(lead, udp, monkeypatch, free_ports):
     monkeypatch.setattr(sniroute_datagrams, "REFUSED_LAST", 0.02)
-    dead, good = udp(), udp()
-    place = dead.getsockname()
-    dead.close()
+    place, good = (HOST, free_ports(2)[1]), udp()  # the first of them is marked by a socket, which is none that refuses
     made = lead(place, good.getsockname(), lbs=2)
     caller = udp(made.address)
     caller.send(b"lost")
@@ -666,15 +663,22 @@ def test_each_kind_of_pool_carries_datagrams(tunnel, echoing, udp, query, flow):
 
 
 def test_an_end_that_serves_no_udp_costs_a_connection_now_and_then(tunnel, echoing, udp, monkeypatch):
-    monkeypatch.setattr(sniroute_datagrams, "REFUSED_LAST", 0.3)
+    monkeypatch.setattr(sniroute_datagrams, "REFUSED_LAST", 60.0)
     made = tunnel(echoing, "-", "type=0", "noudp=1")
     caller = udp(made.udp)
-    dropped = made.accepting.end.datagrams.dropped
+    dropped, refused = made.accepting.end.datagrams.dropped, made.accepting.end.datagrams.refused
+
+    def hurry() -> None:
+        refused.seconds = 0.3
+        for flow in list(refused.due):
+            refused.put(flow)
+
     caller.send(b"x")
-    wait_until(lambda: made.accepting.end.datagrams.refused.due)
+    wait_until(lambda: refused.due)
     for _ in range(5):  # that may cost a connection only now and then
         caller.send(b"x")
     wait_until(lambda: dropped[sniroute_datagrams.UNWANTED] == 5)
+    made.accepting.call(hurry)  # not before: then the five had to come within that time
     wait_until(lambda: not made.accepting.end.slots.udp)
     assert not made.dialling.end.counts.udptx
 

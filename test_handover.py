@@ -250,7 +250,7 @@ def test_sockets_are_neither_given_to_nor_taken_from_another_user(giver_sees, ta
         assert giver.offer([address]) == [] and taker.offer([address]) == [address], "the name has one owner"
         monkeypatch.setattr(giver, "is_ours", lambda peer: not giver_sees)
         monkeypatch.setattr(taker, "is_ours", lambda peer: not taker_sees)
-        monkeypatch.setattr(sniroute_handover, "HANDOVER_TIMEOUT", 0.3)
+        monkeypatch.setattr(sniroute_handover, "HANDOVER_TIMEOUT", 10.0 if taken else 0.3)
         thread = threading.Thread(target=lambda: found.extend(taker.take([address])))
         thread.start()
         while thread.is_alive():

@@ -84,12 +84,13 @@ def test_answers_with_1xx_come_through_in_order_though_the_client_is_slow(web):
 
 def test_a_body_that_comes_while_its_backend_is_dialled_is_its_body(run, origin):
     """The request waited behind another one, and leads to another backend."""
-    goes = threading.Event()
+    goes, answered = threading.Event(), threading.Event()
 
     def first(talk: Talk) -> None:
         talk.request()
         goes.wait(10)
         talk.say(reply(b"first"))
+        answered.set()
 
     one, two = origin(first), origin(telling)
     running = run(FORWARD, route(one.address, "a.example.com"), route(two.address, "b.example.com"))
@@ -99,7 +100,7 @@ def test_a_body_that_comes_while_its_backend_is_dialled_is_its_body(run, origin)
         settle()
         with held(running):
             goes.set()
-            settle()
+            assert answered.wait(10)
             client.say(b"GET /evil HTTP/1.1\r\nHost: b.example")
             settle()
         assert client.answer().body == b"first"
@@ -122,8 +123,9 @@ def test_a_body_that_comes_while_a_kept_connection_has_just_died_goes_to_the_new
         told.set()
         goes.wait(10)
         talk.sock.close()
+        gone.set()
 
-    told, goes = threading.Event(), threading.Event()
+    told, goes, gone = (threading.Event() for _ in range(3))
     served = web(script)
     client = served.connect(request())
     assert client.answer().body == b"first"
@@ -133,7 +135,7 @@ def test_a_body_that_comes_while_a_kept_connection_has_just_died_goes_to_the_new
     stranger = None
     with held(served.running):
         goes.set()
-        settle()
+        assert gone.wait(10)
         if is_clients:
             stranger = served.connect()
             settle()
@@ -223,7 +225,7 @@ def test_an_answer_that_breaks_off_during_an_upload_is_not_whole(web, version):
         client.say(b"x" * 1000)
         settle()
         told.set()
-        settle()
+        served.origin.wait_over(1)
     client.rest()
     assert client.how == "reset"
 

@@ -461,14 +461,14 @@ def test_a_process_is_alive_until_it_ends_however_that_is_told(told_by, monkeypa
 @both
 def test_without_pidfd_children_are_polled(bench, monkeypatch):
     monkeypatch.delattr(os, "pidfd_open", raising=False)
-    made = bench(live=True, idle=0.2, jitter=lambda: 0.0)
+    made = bench(live=True, jitter=lambda: 0.0)
     tunnel = made.leased("app.test")
     child = tunnel.child
     assert child.process.pidfd == -1 and child.alive()
     os.kill(child.process.pid, signal.SIGKILL)
     wait_until(lambda: tunnel.state is READY and tunnel.child is not child)
     assert not child.alive()
-    made.table.release(tunnel)
+    made.table.release(tunnel, 0.2)  # not before: it would be idle between its start and its lease
     wait_until(lambda: not made.table.tunnels)
 
 
@@ -768,7 +768,7 @@ def test_a_fault_of_the_owner_leaves_no_process_half_watched(owner):
     pytest.param(False, "bind: address already in use", NO_FAULT, id="its port was taken"),
 ])
 def test_the_owner_is_told_whose_fault_an_end_was(ready, words, fault, owner):
-    launcher = plain("sh")._replace(shared=("-c", f"read line; echo {words}"))
+    launcher = plain("sh")._replace(shared=("-c", f"read line; read line; echo {words}"))  # it takes both orders
     first, second = owner.start(launcher, "/bin/sh", "", "", first=1)
     first.ready = 1.0 if ready else 0.0
     owner.turn_until(lambda: owner.heard)

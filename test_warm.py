@@ -180,8 +180,8 @@ def drop(warm: Warm | None) -> None:
 class Site:
     """A far end whose connections the test holds in its hands."""
 
-    def __init__(self, first: bytes = b""):
-        self.listener = listening(backlog=128)
+    def __init__(self, port: int, first: bytes = b""):
+        self.listener = listening(port, backlog=128)
         self.address: Address = self.listener.getsockname()
         self.first = first
         self.clients: list[socket.socket] = []  # as they came
@@ -216,11 +216,11 @@ def peer(sock: socket.socket) -> Any:
 
 
 @pytest.fixture
-def site() -> Iterator[Callable[..., Site]]:
-    """site(first=b"") -> Site, which says `first` to each client at once."""
+def site(free_ports) -> Iterator[Callable[..., Site]]:
+    """site(first=b"") -> Site, which says `first` to each client at once, on a port that is the test's to its end."""
     with contextlib.ExitStack() as stack:
         def make(*words: Any) -> Site:
-            made = Site(*words)
+            made = Site(free_ports(1)[0], *words)
             stack.callback(made.stop)
             return made
 
@@ -768,6 +768,7 @@ def test_where_descriptors_are_short_it_waits_and_blames_nobody(lab, echo_server
     free = os.open(os.devnull, os.O_RDONLY)
     os.close(free)
     drop(pool.take())
+    wait_until(lambda: not echo_server.live, what="its end is closed, too: later it would make room for a dial")
     spare = [os.open(os.devnull, os.O_RDONLY) for _ in range(4)]  # what has just become free
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, own_fds())) + 1, limit[1]))
     taken = []
