@@ -494,6 +494,8 @@ class Job:
 
     def _leave(self) -> None:
         """It is over: nothing of it is left, and the next one has its turn."""
+        if self.state is QUEUED and self not in self.api.queue:
+            self.api.call_next()  # its own turn has come, and it does not take it
         self.state = OVER
         self.done = None
         if self.alarm is not None:
@@ -704,6 +706,10 @@ class Api:
     def give_turn(self) -> None:
         """A job needs its turn no more: the next one begins."""
         self.turns += 1
+        self.call_next()
+
+    def call_next(self) -> None:
+        """There is a turn that nobody has taken."""
         if self.queue:
             self.apis.soon.put(self.queue.popitem(False)[0])
 

@@ -32,6 +32,7 @@ sniroute_refusals.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import socket
@@ -51,7 +52,7 @@ from sniroute_names import printable, show_address
 from sniroute_objects import Choice, KubeTarget, none_ready, parse_argument, parse_target, with_option
 from sniroute_passage import (ACCEPT, GRACE, HALF_LAST, LINGER, REASONS, SETTLE, START, Client, Target, farewell, hurry,
                               linger)
-from sniroute_pods import Pods
+from sniroute_pods import CLOSED, Maker, Pods
 from sniroute_refusals import Malformed, SettingsError
 
 __version__ = "0.1.0"
@@ -126,7 +127,14 @@ class Kubernetes(Forwarder):
         if pods is None:
             pods = self.pods[text] = Pods(self.alarms, self.apis.of(targets[0].context), targets)
             pods.on_out = lambda uid: self.links.close_spares({uid})
+            if pods.feed.maker is not None:
+                pods.feed.maker.heir = functools.partial(self.heir_of, pods.feed.maker)
         return Target(text, pods)
+
+    def heir_of(self, maker: Maker) -> Maker | None:
+        """Another one with the same pod, whose target is still used."""
+        makers = (pods.feed.maker for pods in self.pods.values() if pods.feed.state != CLOSED)
+        return next((each for each in makers if each is not None and each is not maker and each.pod == maker.pod), None)
 
     def add(self, listener: Listener, client: socket.socket, address: str) -> None:
         """Serve one client, as its target wants it."""

@@ -19,7 +19,7 @@ chooses for each, counts their connections, and has those wait for whom no pod i
     ends of a watch:  after its time: watched again from there; 410 Gone: listed again; else: RESTING
 
 A jump may have its pod made (`create_pod`): where a client waits and the pod is not there, or has ended.  It is removed
-when the target is used no more; if we cannot, the cluster ends it after its time.
+when the last target with this pod is used no more; if we cannot, the cluster ends it after its time.
 
 While nothing is known, a failure is told to all who wait, at once.  What is known is used until there is news, since an
 API server that is away does not end a pod.  A client for whom no pod is ready waits, to its deadline.
@@ -419,7 +419,15 @@ class Maker:
         self.feed = feed
         self.change: Job | None = None  # makes the pod, or removes one that has ended
         self.tried = -NEVER  # when that was begun last
+        self.removed = ""  # uid of the pod that has ended, and that was removed last: what is watched tells it later
         self.own = ""  # uid of the pod that this process has made
+        self.heir: Callable[[], Maker | None] = lambda: None  # finds the Maker of another target with the same pod
+
+    @property
+    def pod(self) -> tuple[Api, str, str]:
+        """The pod that it makes."""
+        target = self.feed.targets[0]
+        return self.feed.api, target.namespace, target.name
 
     def see(self, pods: Sequence[Pod]) -> None:
         """Note which pod is ours."""
@@ -430,17 +438,20 @@ class Maker:
         feed = self.feed
         lacks = (feed.items is not None and self.change is None and feed.latest() > 0
                  and all(pod.state == "ended" and pod.owner for pod in feed.pods))
+        if lacks and self.removed and all(pod.uid != self.removed for pod in feed.pods):
+            return -NEVER  # its successor need not wait
         return self.tried + MAKE_AGAIN if lacks else NEVER
 
     def make(self) -> None:
         """Have the pod made; one that has ended has to go first.  What is watched tells when it is ready."""
         feed = self.feed
         assert feed.plan is not None
+        self.tried = feed.clock()
         if feed.pods:
-            self.tried = -NEVER  # its successor need not wait
-            self.change = self._delete(feed.pods[0].uid, self._changed)
+            self.removed = feed.pods[0].uid
+            self.change = self._delete(self.removed, self._changed)
         else:
-            self.tried = feed.clock()
+            self.removed = ""
             self.change = feed.api.send("POST", feed.plan.base, manifest(feed.target, OWNER_NAME), self._changed,
                                         feed.deadline())
 
@@ -450,21 +461,33 @@ class Maker:
         assert job is not None
         if not isinstance(answer, Failed) and answer.status not in FINE[job.method]:
             answer = failure(answer, job.method, job.path)
+        with contextlib.suppress(Failed):  # it cannot be read: what is watched tells, or the pod's time ends it
+            if not isinstance(answer, Failed) and answer.status == 201:  # the end may come before it is watched
+                self.own = word(part(answer.json(), "metadata"), "uid")
         if self.feed.state == CLOSED:
-            with contextlib.suppress(Failed):  # it cannot be read: the pod's time ends it
-                if not isinstance(answer, Failed) and answer.status == 201:
-                    self.own = word(part(answer.json(), "metadata"), "uid")
             self.remove()
         elif isinstance(answer, Failed):
             self.feed.lost(answer)
         else:
             self.feed.news()
 
+    def forget(self) -> None:
+        """The cluster, or the user, is another one: what is under way is no answer for those who wait now."""
+        if self.change is not None:
+            self.change.cancel()
+        self.change, self.tried, self.removed = None, -NEVER, ""
+
     def remove(self) -> None:
-        """Have the pod removed that we have made.  What comes of it does not matter any more: its time ends it, too."""
-        if self.own:
-            self._delete(self.own, lambda answer: None)
-            self.own = ""
+        """Have the pod removed that we have made, or leave that to another target that has it, too.
+
+        What comes of it does not matter any more: its time ends it, too.
+        """
+        own, self.own = self.own, ""
+        heir = self.heir() if own else None
+        if heir is not None:
+            heir.own = heir.own or own
+        elif own:
+            self._delete(own, lambda answer: None)
 
     def _delete(self, uid: str, done: Callable[[Reply | Failed], None]) -> Job:
         """Have the pod removed, if it still is this one."""
@@ -580,6 +603,8 @@ class Pods:
         if self.feed.state == CLOSED:
             return
         self.feed.forget()
+        if self.feed.maker is not None:
+            self.feed.maker.forget()
         self._find()
         if self.waiting:
             self.feed.begin()

@@ -295,6 +295,20 @@ def test_so_many_ask_at_a_time_and_the_others_wait_for_their_turn(web, caller, m
     assert jobs[3][1][0].status == 200 and api.turns == 3 and not api.queue and jobs[5][1] == []
 
 
+def test_a_turn_that_is_given_to_who_has_left_is_the_next_ones(web, caller, monkeypatch):
+    """All that ask, and all whose turn comes by that, leave at once, as the clients of a listener that closes."""
+    monkeypatch.setattr(sniroute_api, "ASKING_MAX", 3)
+    fault = web.fault("hang")
+    jobs = [caller.begin(SERVICE) for _ in range(7)]
+    caller.until(lambda: web.hits(fault) == 3)
+    web.heal()
+    for job, _ in jobs[:6]:
+        job.cancel()
+    caller.until(lambda: jobs[6][1])
+    assert jobs[6][1][0].status == 200, jobs[6][1]
+    assert caller.apis.of("").turns == 3
+
+
 def test_a_watch_has_no_turn_once_it_has_begun(web, caller, monkeypatch):
     monkeypatch.setattr(sniroute_api, "ASKING_MAX", 1)
     watched = [caller.watch(f"{PODS}?watch=true") for _ in range(3)]

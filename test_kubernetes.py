@@ -14,7 +14,7 @@ import time
 import pytest
 
 import sniroute_kubernetes
-from conftest import HOST, connect, linux, wait_until
+from conftest import HOST, connect, echo, linux, wait_until
 from sniroute_kubernetes import main, parse_words
 from sniroute_refusals import SettingsError
 from testbed.carrier import parallel, receive, receive_all
@@ -85,6 +85,27 @@ def test_a_jump_has_its_pod_made_and_removed(kube, kubernetes, echo_server):
     run.tell(f"listen {HOST}:0 {target}")
     wait_until(lambda: len(run.rows("listening")) == 2)
     assert ask(run.listening(2)[1]) == b"hello"
+
+
+def test_a_pod_that_was_made_for_several_targets_is_removed_with_the_last_of_them(kube, kubernetes, echo_server, serve):
+    shell, since = next(SHELLS), time.monotonic()
+    run = kubernetes("forwarders", stdin=subprocess.PIPE)
+    for at, far in enumerate((echo_server, serve(echo)), 1):
+        run.tell("listen {}:0 jump:default/pod/{}/{}:{}?create=true".format(HOST, shell, *far.address))
+        wait_until(lambda: len(run.rows("listening")) == at)
+    first, second = run.listening(2)
+    assert ask(first) == ask(second) == b"hello"
+    with connect(second) as client:
+        client.sendall(b"one")
+        assert receive(client, 3) == b"one"
+        run.tell("close {}:{}".format(*first))
+        wait_until(lambda: run.rows("closed"))
+        assert ask(second) == b"hello"
+        client.sendall(b"two")
+        assert receive(client, 3) == b"two"
+        assert made(kube, since) == [("create", None)], "the other target uses it"
+    run.tell("close {}:{}".format(*second))
+    wait_until(lambda: made(kube, since) == [("create", None), ("delete", shell)])
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, None], ids=["SIGTERM", "the end of stdin"])

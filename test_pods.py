@@ -729,6 +729,10 @@ class Making(World):
     def sent(self) -> list[tuple[str, str]]:
         return [(call.method, call.path) for call in self.calls if call.method != "GET"]
 
+    @property
+    def sent_last(self) -> Call:
+        return [call for call in self.calls if call.method != "GET"][-1]
+
     def watched(self, what: str, thing: Any) -> None:
         """An event of the watch."""
         next(call for call in self.calls if call.on_event is not None and not call.is_over).line(what, thing)
@@ -792,6 +796,31 @@ def test_a_kubeconfig_that_changes_at_the_end_leaves_no_pod_behind():
     assert world.sent[1:] == [("DELETE", SHELL)]
 
 
+def test_a_pod_that_was_just_made_is_removed_though_nothing_has_told_of_it_yet():
+    """The answer to the request comes before what is watched tells of the pod."""
+    world = Making()
+    world.pass_by(0)
+    world.last.done(Reply(201, {}, json.dumps(made(uid="new")).encode()))
+    world.pods.close()
+    assert world.sent[1:] == [("DELETE", SHELL)] and world.last.thing["preconditions"] == {"uid": "new"}
+
+
+def test_an_old_cluster_that_still_makes_a_pod_is_no_matter_of_the_new_one():
+    world = Making()
+    world.pass_by(0)
+    old = world.last
+    world.pods.forget()
+    world.last.answer(Failed("unknown", "pods \"shell\" not found"))
+    world.pass_by(0)
+    assert world.sent == [("POST", "/api/v1/namespaces/prod/pods")] * 2
+    if not old.is_over:
+        old.answer(500)
+    assert world.answers == []
+    world.last.answer(201)
+    world.watched("ADDED", made(uid="new"))
+    assert world.answers[0].uid == "new"
+
+
 @pytest.mark.parametrize("status, reason", [(404, "unknown"), (403, "forbidden"), (422, "answer"), (500, "answer")])
 def test_a_pod_that_cannot_be_made_is_told_to_all_who_wait(status, reason):
     world = Making()
@@ -844,6 +873,21 @@ def test_a_pod_that_ends_at_once_is_made_again_now_and_then_only():
         assert world.sent[-1] == ("DELETE", SHELL)
         world.last.answer(200)
         world.watched("DELETED", made())
+
+
+def test_a_pod_that_has_ended_is_not_removed_again_before_it_can_have_been_told():
+    world = Making(made(phase="Failed"))
+    world.pass_by(0)
+    for count in (1, 2):
+        assert world.sent == [("DELETE", SHELL)] * count
+        world.sent_last.answer(200)
+        world.pass_by(MAKE_AGAIN - 1)
+        assert len(world.sent) == count
+        world.pass_by(1)
+    world.sent_last.answer(404)
+    world.watched("DELETED", made())
+    world.pass_by(0)
+    assert world.sent[3:] == [("POST", "/api/v1/namespaces/prod/pods")], "its successor need not wait"
 
 
 def test_a_pod_of_somebody_else_that_has_ended_is_not_removed():
