@@ -469,7 +469,7 @@ class Job:
         if line.is_used and line.is_silent and self.may_reuse:
             self.may_reuse = False  # once more, on a new connection
             self.state = STARTING
-            self._known(self.access)
+            self.api.identity.ask(self._known)  # anew: others may know of another cluster by now
         else:
             self.finish(Failed(failed.reason, f"{self.access.context.cluster.authority}: {failed}"))
 

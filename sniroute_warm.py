@@ -334,6 +334,9 @@ class WarmPool:
         for warm in [warm for warm in self.idle if warm.way.row not in rows]:
             del self.idle[warm]
             warm.discard()
+        for warm in [warm for warm in self.dialling if not all(row in rows for row in warm.way.addresses)]:
+            del self.dialling[warm]
+            warm.discard()
         self.schedule()
 
     def trim(self, most: int) -> None:

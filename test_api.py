@@ -41,14 +41,18 @@ def caller(web, call):
 def plain(serve, call, tmp_path):
     """plain(handler) -> a Caller of an API server without TLS, which is a handler of the test's."""
     def make(handler):
-        server = serve(handler)
         path = tmp_path / "plain"
-        path.write_text(json.dumps({
-            "current-context": "a", "clusters": [{"name": "c", "cluster": {
-                "server": f"http://{HOST}:{server.address[1]}"}}],
-            "contexts": [{"name": "a", "context": {"cluster": "c"}}]}))
+        point(path, serve(handler))
         return call(path)
     return make
+
+
+def point(path, server):
+    """Write a kubeconfig that leads to an API server without TLS."""
+    path.write_text(json.dumps({
+        "current-context": "a", "clusters": [{"name": "c", "cluster": {
+            "server": f"http://{HOST}:{server.address[1]}"}}],
+        "contexts": [{"name": "a", "context": {"cluster": "c"}}]}))
 
 
 def says(*answers: bytes):
@@ -245,6 +249,35 @@ def test_an_idle_connection_that_is_closed_meanwhile_is_not_used(web, caller):
     web.end_connections("end")
     caller.until(lambda: not caller.apis.of("").idle)
     assert caller.get(SERVICE).status == 200
+
+
+def test_a_connection_of_before_that_turns_out_dead_does_not_bring_its_cluster_back(serve, call, tmp_path, soon):
+    """The kubeconfig has changed, and another request has found that, before the old connection breaks."""
+    hang_up, asked = threading.Event(), threading.Event()
+
+    def old(sock):
+        says(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nold")(sock)
+        asked.set()
+        hang_up.wait(10)
+
+    def new(sock):
+        says(*[b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nnew"] * 3)(sock)
+
+    path, moved = tmp_path / "kubeconfig", []
+    old_server, new_server = serve(old), serve(new)
+    point(path, old_server)
+    caller = call(path)
+    caller.apis.moved = moved.append
+    assert caller.get("/a").body == b"old"
+    _, got = caller.begin("/b")
+    caller.until(asked.is_set)
+    caller.until(lambda: caller.apis.of("").jobs and not caller.apis.of("").idle)
+    point(path, new_server)
+    assert caller.get("/c").body == b"new" and len(moved) == 1
+    hang_up.set()
+    assert caller.until(lambda: got)[0].body == b"new"
+    assert caller.get("/d").body == b"new"
+    assert len(moved) == 1 and old_server.accepted == 1
 
 
 @pytest.mark.parametrize("ask", ["get", "upgrade"])

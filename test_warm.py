@@ -670,6 +670,18 @@ def test_addresses_are_tried_one_after_another(lab, deaf, echo_server, free_port
     assert use(warm) == b"hello"
 
 
+def test_a_dial_to_an_address_that_the_backend_no_longer_has_is_given_up(lab, echo_server, serve):
+    """A connect is under way while the name is resolved anew: what comes of it would be kept for as long as any."""
+    lab.local = False
+    other = serve(echo)
+    pool = lab.pool(lambda: lab.way((other if lab.ways else echo_server).address)(), size=1)
+    lab.turn()
+    assert len(pool.dialling) == 1
+    pool.keep_only([(socket.AF_INET, other.address)])
+    lab.until(lambda: pool.idle and not pool.dialling)
+    assert [warm.way.row for warm in pool.idle] == [(socket.AF_INET, other.address)]
+
+
 @pytest.mark.parametrize("local", [True, False], ids=["this host", "another host"])
 def test_where_no_address_answers_health_hears_why(lab, deaf, free_ports, local):
     lab.local = local
