@@ -87,10 +87,15 @@ class Jump(Client):
         """The tool that this container has, or the first that it is not known not to have."""
         self.is_proven = self.image in self.program.tools
         self.tool = self.program.tools.get(self.image, self.tool)
+        self.program.proving.drop(self)  # that was for another call
         target = self.listener.target.pods.target
+        return Run(TOOLS[self.tool](target.host, target.port), self.way.choice.container)
+
+    def on_accepted(self) -> None:
+        """The node begins to run the tool: only from here on it can fail."""
         if not self.is_proven:
             self.program.proving.put(self)
-        return Run(TOOLS[self.tool](target.host, target.port), self.way.choice.container)
+        super().on_accepted()
 
     def on_proven(self) -> None:
         """The container has the tool: it would have said otherwise by now."""

@@ -15,6 +15,7 @@ import pytest
 from conftest import HOST, wait_until
 from testbed.carrier import beside, echoed, receive, receive_all, refused
 from testbed.clients import program_path
+from testbed.running import read_exactly
 
 NOISE = bytes(range(256)) * 4096  # 1 MiB
 
@@ -86,6 +87,21 @@ def test_what_a_client_says_while_a_tool_turns_out_not_to_be_there_is_kept(app, 
         with beside(lambda: client.sendall(NOISE[1000:400_000])):
             assert receive(client, 400_000) == NOISE[:400_000]
     assert not run.rows("failed")
+
+
+def test_an_upgrade_that_takes_longer_than_a_tool_to_fail_stops_no_upload(kube, app, forward, serve):
+    """The far end answers when it has all, and more of it comes than is kept for the next tool."""
+    def handler(sock: socket.socket) -> None:
+        read_exactly(sock, len(NOISE))
+        sock.sendall(b"thanks")
+
+    run = forward(jump(app((HOST, 1)), serve(handler).address))
+    run.program.proving.seconds = 0.1
+    fault = kube.fault("freeze", resource="pods/exec", times=1)
+    with run.connect() as client, beside(lambda: client.sendall(NOISE)):
+        wait_until(lambda: kube.hits(fault) and not run.program.proving.due)
+        kube.end_connections("thaw")
+        assert receive(client, 6) == b"thanks"
 
 
 def test_the_end_of_a_client_ends_its_command(kube, app, forward, echo_server):
