@@ -344,10 +344,10 @@ class ExecBackend(Backend):
         The end of its stream comes shortly before its own.  So None at the first call while it still runs, and as long
         as it exits, but not for ever: then it is lost.
         """
+        is_exiting = self.run.is_exiting()  # asked first: where it ends in between, its code is there by then
         code = self.run.code()
         if code is not None:
             return bool(code)
-        is_exiting = self.run.is_exiting()
         if self.asked and not is_exiting or self.asked >= EXIT_LOOKS:
             return is_exiting
         self.asked += 1

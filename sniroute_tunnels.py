@@ -455,7 +455,7 @@ class TunnelTable:
                 self._spawn(spawn, now)
         except BaseException:
             with self.lock:
-                if spawn.state is STARTING and spawn.child is None:
+                if spawn.state in (STARTING, STOPPING) and spawn.child is None:  # an operator may have stopped it
                     self._enter(spawn, QUEUED)  # the fault must not lose a tunnel that was claimed
             raise
         for tunnel, why in stop:

@@ -437,6 +437,28 @@ def test_a_process_that_is_long_in_exiting_is_waited_for(run, tmp_path, flow, mo
     assert running.ending().reason == reason
 
 
+def test_an_end_between_two_questions_about_a_process_is_not_missed(run, tmp_path, flow, monkeypatch):
+    """It ends, and the reaper notes how, when it has just been asked for its exit code."""
+    is_exiting, asked = sniroute_commands.Run.is_exiting, []
+
+    def late(exec_run: Any) -> bool:
+        asked.append(exec_run)
+        if len(asked) == 2:
+            os.kill(exec_run.child.process.pid, signal.SIGTERM)
+            wait_until(lambda: exec_run.exit is not None)
+        return is_exiting(exec_run)
+
+    monkeypatch.setattr(sniroute_commands.Run, "is_exiting", late)
+    program = script(tmp_path, "import os, signal\ndata = os.read(0, 65536)\nos.write(1, data + b'end')\n"
+                               "os.close(0)\nos.close(1)\nsignal.pause()")
+    running = run(f"--route=*.example.com=exec:{program}")
+    with running.connect(HELLO) as client:
+        assert read_exactly(client, len(HELLO) + 3) == HELLO + b"end"
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+    assert running.ending().reason == "backend_reset"
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_client_that_still_speaks_when_its_program_ends_is_reset_at_once(run, tmp_path, flow, code):
     program = script(tmp_path, f"import os\nos.write(1, os.read(0, 65536))\nos.read(0, 1)\nos._exit({code})")

@@ -480,6 +480,25 @@ def test_the_reaper_outlives_a_lack_of_memory_and_loses_no_name(bench, monkeypat
         "tunnels: memory is short"], "no traceback"
 
 
+def test_a_start_that_an_operator_stops_while_memory_is_short_loses_no_name(bench, monkeypatch):
+    """The row is STOPPING then, and has no process whose end would take it out."""
+    made = bench()
+    real, stopped = sniroute_processes.Processes.launch, []
+
+    def launch(*words: Any, **more: Any) -> Any:
+        if not stopped:
+            stopped.append(made.table.stop(key("app.test")))
+            raise MemoryError
+        return real(*words, **more)
+
+    monkeypatch.setattr(sniroute_processes.Processes, "launch", launch)
+    future = made.ask("app.test")
+    wait_until(lambda: made.table.tunnels and made.table.tunnels[key("app.test")].waiters)
+    with pytest.raises(MemoryError):
+        made.table.step()
+    assert stopped == [True] and made.outcome(future) is None
+
+
 @pytest.mark.parametrize("number, says", [(errno.EMFILE, "Too many open files"), (errno.ENOMEM, "Cannot allocate"),
                                           (errno.EAGAIN, "no process can be started (")])
 def test_what_is_to_stand_is_tried_again_soon_while_this_host_is_short(bench, monkeypatch, caplog, number, says):
