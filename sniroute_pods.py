@@ -466,9 +466,9 @@ class Maker:
                 self.own = word(part(answer.json(), "metadata"), "uid")
         if self.feed.state == CLOSED:
             self.remove()
-        elif isinstance(answer, Failed):
+        elif isinstance(answer, Failed) and not (job.method == "POST" and self.feed.pods):
             self.feed.lost(answer)
-        else:
+        else:  # also where a pod is there by now, whoever has made it
             self.feed.news()
 
     def forget(self) -> None:

@@ -834,6 +834,17 @@ def test_a_pod_that_cannot_be_made_is_told_to_all_who_wait(status, reason):
     assert world.answers[-1].pod == "shell", "the next client begins anew"
 
 
+def test_a_pod_that_is_there_is_waited_for_though_the_request_for_it_has_failed():
+    """A proxy has broken off, or another program was faster: what is watched tells of the pod before."""
+    world = Making()
+    world.pass_by(0)
+    world.watched("ADDED", made(phase="Pending", node=""))
+    world.sent_last.answer(Failed("reset", "before its answer"))
+    assert world.answers == []
+    world.watched("MODIFIED", made())
+    assert world.answers[0].pod == "shell"
+
+
 def test_a_pod_that_another_one_has_made_is_used():
     world = Making()
     world.pass_by(0)
