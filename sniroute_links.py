@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import Any, Callable, Protocol
+from typing import TYPE_CHECKING, Any, Callable, Protocol
 
 from sniroute_api import Job, Reply, Upgraded
 from sniroute_channels import Closed
@@ -54,6 +54,9 @@ from sniroute_spdy import (ERROR, HALF_CLOSED_REMOTE, Accepted, Call, Data, Ende
 from sniroute_transports import (TRANSPORTS, Errand, Forward, Machine, PodRef, Transport, headers_of, is_final,
                                  protocol_of, refused)
 from sniroute_upgrade import new_key
+
+if TYPE_CHECKING:
+    from sniroute_kubeconfig import Context
 
 __version__ = "0.1.0"
 
@@ -123,7 +126,7 @@ class Negotiation:
 
     def on_answer(self, transport: Transport, path: str, key: str, answer: Upgraded | Reply | Failed) -> None:
         """The API server has answered, or there is no answer."""
-        self.job = None
+        access, self.job = self.job.access, None
         if isinstance(answer, Upgraded):
             try:
                 protocol = protocol_of(transport, key, answer.headers)
@@ -131,7 +134,7 @@ class Negotiation:
                 answer.wire.reset()
                 why, is_over = Failed("answer", str(error)), False
             else:
-                self._open(transport, protocol, answer)
+                self._open(transport, protocol, answer, access.context)
                 return
         elif isinstance(answer, Reply):
             why, is_over = refused(answer, transport, path), is_final(answer)
@@ -144,11 +147,10 @@ class Negotiation:
         else:
             self.start()
 
-    def _open(self, transport: Transport, protocol: str, upgraded: Upgraded) -> None:
-        """There is a session."""
-        context = self.pod.api.context
-        machine = transport.machine(protocol, context is not None and context.cluster.is_tls, self.errand)
-        link = Link(self.links, self.pod, transport, self.errand, upgraded.wire, machine)
+    def _open(self, transport: Transport, protocol: str, upgraded: Upgraded, context: Context) -> None:
+        """There is a session; `context`: as whom we have asked for it."""
+        machine = transport.machine(protocol, context.cluster.is_tls, self.errand)
+        link = Link(self.links, self.pod, transport, self.errand, upgraded.wire, machine, context)
         self.done(link)
         if upgraded.rest and link.state is not CLOSED:
             link.on_data(upgraded.rest)
@@ -201,17 +203,18 @@ SPARE, BUSY, CLOSED = "spare", "busy", "closed"  # the states of a Link
 class Link:
     """One upgraded connection to one pod.  All methods run in the loop."""
 
-    __slots__ = ("links", "pod", "transport", "errand", "wire", "machine", "state", "call", "owner", "is_accepted",
-                 "is_used", "is_paused", "heard_at", "missed", "bulk")
+    __slots__ = ("links", "pod", "transport", "errand", "wire", "machine", "context", "state", "call", "owner",
+                 "is_accepted", "is_used", "is_paused", "heard_at", "missed", "bulk")
 
     def __init__(self, links: Links, pod: PodRef, transport: Transport, errand: Errand, wire: Wire,
-                 machine: Machine):
+                 machine: Machine, context: Context):
         self.links = links
         self.pod = pod
         self.transport = transport
         self.errand = errand  # for which it was made; `begin` may be given another port
         self.wire = wire
         self.machine = machine
+        self.context = context
         self.state = SPARE
         self.call: Call | None = None
         self.owner: Owner | None = None
@@ -573,7 +576,13 @@ class Links:
             result.close()
 
     def park(self, link: Link) -> bool:
-        """Keep a link for the next client.  Returns whether there is room for it."""
+        """Keep a link for the next client.  Returns whether there is room for it.
+
+        None for one that was made as somebody else, or in another cluster, than the kubeconfig names now.
+        """
+        context = link.pod.api.context
+        if link.context is not context and link.context != context:
+            return False
         spares = self.spares.setdefault(link.pod, [])
         if len(spares) >= (SPARES if self.count < SPARES_MANY else 1) or self.count >= SPARES_MAX:
             if not spares:

@@ -250,6 +250,27 @@ def test_a_login_that_is_renewed_ends_nobody_and_serves_the_next_client(kube, ma
     assert not run.rows("failed")
 
 
+def test_a_session_that_outlives_its_login_serves_nobody_after_its_client(kube, app, forward, serve, monkeypatch):
+    """The kubeconfig names another user while a client has the session; then it leaves, and leaves nothing of its call."""
+    monkeypatch.setattr(sniroute_credentials, "LOOK_EVERY", 0)
+    there = app(serve(named(b"1")).address)
+    kube.user("jane", token="old")
+    run = forward(there.target, kubeconfig=str(kube.kubeconfig("outlived", user={"token": "old"})))
+    with run.connect() as first:
+        assert receive(first, 1) == b"1"
+        there.has_spare()
+        kube.user("john", token="new")
+        kube.kubeconfig("outlived", user={"token": "new"})
+        run.program.loop.call(lambda: run.program.apis.of("").get("/version", lambda reply: None, monotonic() + 5))
+        wait_until(lambda: not run.program.links.spares, what="the end of what was made ahead")
+        first.shutdown(socket.SHUT_WR)
+        assert receive_all(first) == (b"", "FIN")
+    wait_until(lambda: not run.program.connections and all(link.state == "spare" for link in run.program.links.all))
+    with run.connect() as client:
+        assert receive(client, 1) == b"1"
+        assert [row["user"] for row in there.sessions() if row["streams"]] == ["jane", "john"]
+
+
 def test_a_second_pod_has_a_deadline_too(kube, app, forward, echo_server):
     """The first one's node has taken the call, and then nobody listened there."""
     there = app((HOST, 1), echo_server.address)
