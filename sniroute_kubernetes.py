@@ -174,6 +174,7 @@ class Kubernetes(Forwarder):
 
     def on_moved(self, api: Api) -> None:
         """The kubeconfig has another cluster, or user, in a context: pods, and what was made ahead, are of before."""
+        self.links.forget(api)
         for pods in self.pods.values():
             if pods.feed.api is api:
                 pods.forget()

@@ -32,8 +32,9 @@ Seams: I want to ...
     another sign that a pod is gone    sniroute_passage, UNTOUCHED
     keep more spare links              SPARES
 
-This room imports sniroute_transports, sniroute_api (Job), sniroute_layers (Wire), sniroute_channels and sniroute_spdy
-(their events), sniroute_upgrade (new_key), sniroute_dial (Failed), sniroute_loop, sniroute_names and sniroute_refusals.
+This room imports sniroute_transports, sniroute_api (Api, Job), sniroute_layers (Wire), sniroute_channels and
+sniroute_spdy (their events), sniroute_upgrade (new_key), sniroute_dial (Failed), sniroute_loop, sniroute_names and
+sniroute_refusals.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ import functools
 import time
 from typing import TYPE_CHECKING, Any, Callable, Protocol
 
-from sniroute_api import Job, Reply, Upgraded
+from sniroute_api import Api, Job, Reply, Upgraded
 from sniroute_channels import Closed
 from sniroute_dial import Failed
 from sniroute_layers import PIECE, RECORD, ROOM, Wire
@@ -534,6 +535,12 @@ class Links:
         """A new session has ended before it took a call: try its transport last."""
         self.proven.discard((link.pod.api.name, link.errand.resource))
         self._move(link, len(TRANSPORTS[link.errand.resource]))
+
+    def forget(self, api: Api) -> None:
+        """Its context is another cluster, or user: which transports that takes is not known."""
+        for resource in TRANSPORTS:
+            self.orders.pop((api.name, resource), None)
+            self.proven.discard((api.name, resource))
 
     def _move(self, link: Link, index: int) -> None:
         """Put the transport of this link at this place of its order."""

@@ -11,9 +11,11 @@ import time
 
 import pytest
 
+import sniroute_credentials
 import sniroute_links
 from conftest import HOST, connect, wait_until
 from sniroute_links import MISSES, SPARE, SPARES
+from sniroute_loop import monotonic
 from sniroute_refusals import Malformed
 from sniroute_transports import TRANSPORTS, protocol_of
 from sniroute_upgrade import new_key
@@ -94,6 +96,26 @@ def test_a_session_that_ends_before_it_takes_a_call_counts_against_its_kind(kube
     assert echoed(run) == b"hello"
     assert there.upgrades()[:2] == ["websocket", "spdy"]
     assert echoed(run) == b"hello" and "websocket" not in there.upgrades()[2:]
+
+
+def test_what_one_cluster_has_taken_is_not_known_of_the_next_one(
+        kube, make_cluster, app, forward, echo_server, monkeypatch):
+    """The kubeconfig leads to another cluster, with a proxy before it that breaks off WebSockets."""
+    monkeypatch.setattr(sniroute_credentials, "LOOK_EVERY", 0)
+    there, other, moved = app(echo_server.address), make_cluster(), []
+    path = kube.kubeconfig("next")
+    run = forward(there.target, kubeconfig=str(path))
+    assert echoed(run) == b"hello" and there.upgrades()[0] == "websocket"
+    other.pod("web-1", {8080: echo_server.address}, labels={"app": "other"})
+    other.service(there.name, {80: 8080}, {"app": "other"})
+    other.fault("eof", "upgraded", transport="websocket")
+    other.kubeconfig().replace(path)
+    on_moved = run.program.apis.moved
+    run.program.apis.moved = lambda api: moved.append(on_moved(api))
+    run.program.loop.call(lambda: run.program.apis.of("").get("/version", lambda reply: None, monotonic() + 5))
+    wait_until(lambda: moved)
+    assert echoed(run) == b"hello"
+    assert not run.rows("failed")
 
 
 def test_a_text_counts_though_the_session_is_lost_before_its_end(kube, app, forward, serve):

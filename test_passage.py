@@ -251,7 +251,7 @@ def test_a_login_that_is_renewed_ends_nobody_and_serves_the_next_client(kube, ma
 
 
 def test_a_session_that_outlives_its_login_serves_nobody_after_its_client(kube, app, forward, serve, monkeypatch):
-    """The kubeconfig names another user while a client has the session; then it leaves, and leaves nothing of its call."""
+    """The kubeconfig names another user while a client has the session; then it leaves, with nothing left."""
     monkeypatch.setattr(sniroute_credentials, "LOOK_EVERY", 0)
     there = app(serve(named(b"1")).address)
     kube.user("jane", token="old")
