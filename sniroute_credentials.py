@@ -250,12 +250,14 @@ class Identity:
     def refused(self, access: Access, done: Callable[[Access | Failed | None], None]) -> None:
         """The API server did not take `access`: `done` is called with another one, or None where there is none."""
         def found(result: Access | Failed) -> None:
-            is_other = isinstance(result, Failed) or (result.proof, result.place) != (access.proof, access.place)
-            done(result if is_other else None)
+            done(result if is_other(result) else None)
+
+        def is_other(result: Access | Failed | None) -> bool:
+            return not isinstance(result, Access) or (result.proof, result.place) != (access.proof, access.place)
 
         if self.phase:  # a look of another kind may find what was refused
             self.waiting.append(found if self.is_forced else lambda _: self.refused(access, done))
-        elif self.found is not access:
+        elif is_other(self.found):
             self.ask(found)
         elif monotonic() - self.forced_at < REFUSED_EVERY:
             done(None)

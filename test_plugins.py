@@ -385,3 +385,18 @@ def test_the_line_of_a_plugin_that_says_what_is_wrong(said, shown):
 def test_a_plugins_last_line_has_no_secret(line, shown):
     plugin = Plugin(V1, "x", (), (("X", "PASSCODE_OF_PLUGIN"), ("Y", "a")), False, "")
     assert without_secrets(line, plugin) == (line if shown is None else shown)
+
+
+def test_a_refusal_that_comes_when_the_kubeconfig_was_read_anew_has_the_plugin_run(cluster, call, plugin, soon):
+    """Another request has found the same proof again meanwhile, in a context of which something else has changed."""
+    plugin.answers(token=TOKEN)
+    caller = call(cluster.kubeconfig(user=plugin.user()))
+    assert caller.get(PODS).status == 200
+    identity, answers = caller.apis.of("").identity, []
+    refused = identity.found
+    cluster.kubeconfig(user=plugin.user(), context={"namespace": "other"})
+    assert caller.get(PODS).status == 200 and identity.found is not refused and len(plugin.runs) == 1
+    plugin.answers(token="newer")
+    identity.refused(refused, answers.append)
+    caller.until(lambda: answers)
+    assert answers[0] is not None and b"newer" in answers[0].proof
