@@ -463,6 +463,28 @@ def test_a_name_that_is_released_is_gone_though_its_claim_was_late(made, server,
     assert not server.records[FOO] and updater.state.done["remove"] == 1
 
 
+@pytest.mark.parametrize("wishes", ["unwant", "want, unwant"])
+def test_a_claim_that_was_late_is_looked_for_again_though_the_name_is_released_twice(made, server, impatient, monkeypatch,
+                                                                                     wishes):
+    """Between the look that has found nothing and the second one, which is still to be had then."""
+    monkeypatch.setattr(sniroute_rfc2136, "RESTS", (0.3, 0.3))
+    server.is_slow = True
+    updater = made.updater(server.url)
+    updater.want(FOO, ID)
+    made.turn_until(lambda: updater.state.failures.get("timeout"))
+    updater.unwant(FOO, ID)
+    made.turn_until(lambda: updater.state.done["look up"])
+    if wishes != "unwant":
+        updater.want(FOO, ID)
+    updater.unwant(FOO, ID)
+    made.turn_until(lambda: not updater.ready and not updater.flights)
+    server.is_slow = False
+    for message in server.late:
+        server.update(message)
+    made.settle(updater)
+    assert not server.records[FOO] and updater.state.done["remove"] == 1
+
+
 def test_what_is_lost_is_sent_again(made, server, monkeypatch):
     monkeypatch.setattr(sniroute_rfc2136, "SENDS", (0.05, 0.05, 5.0))  # the last one gets its answer
     lost = iter([True, True])
