@@ -399,8 +399,8 @@ class Registry:
 
     # -- turns -----------------------------------------------------------------------------------
 
-    def _have_turn(self, key: str, done: Done, act: Callable[[Done], None]) -> None:
-        """Run `act` when no other request is under way for the key.
+    def _have_turn(self, key: str, done: Done, act: Callable[[Done], None], most: float = TURNS_MAX) -> None:
+        """Run `act` when no other request is under way for the key; not at all where `most` wait already.
 
         Whatever happens in `act`, the turn ends, once: else nobody could have the key ever again.
         """
@@ -431,7 +431,7 @@ class Registry:
         if waiting is None:
             self.turns[key] = collections.deque()
             begin()
-        elif len(waiting) >= TURNS_MAX:
+        elif len(waiting) >= most:
             done(Result(BUSY, sentence=f"too many ask for {key} at once", retry_after=1.0))
         else:
             waiting.append(begin)
@@ -493,22 +493,25 @@ class Registry:
         self._tell(self.events.add, EXPIRED, claim)
         self._tell(self.moved, claim.key)
 
-    def _keep_end(self, claim: Claim) -> None:
-        """Tell the store of an end; behind a request for the key that is under way, which may be the next claim."""
+    def _keep_end(self, what: str, claim: Claim) -> None:
+        """Tell the store of an end; behind a request for the key that is under way, which may be the next claim.
+
+        A store that compares leases does not take the one for the other.
+        """
         def act(done: Done) -> None:
             if self.table.find(claim.key) is None:
-                self.store.write(EXPIRED, claim, None, lambda said: None)
+                self.store.write(what, claim, None, lambda said: None)
             done(Result(OK))
-        if claim.key in self.turns:
-            self._have_turn(claim.key, lambda result: None, act)
+        if claim.key in self.turns and not self.store.is_shared:
+            self._have_turn(claim.key, lambda result: None, act, float("inf"))  # an end must not be lost
         else:
-            self.store.write(EXPIRED, claim, None, lambda said: None)
+            self.store.write(what, claim, None, lambda said: None)
 
     def tick(self) -> None:
         """End what has to end: some of it in each turn of the loop, so that a crowd of names holds up nobody."""
         for claim in self.table.expire():
             self._ended(claim)
-            self._keep_end(claim)
+            self._keep_end(EXPIRED, claim)
         self.timer.set(max(self.table.clock(), min(self.table.next_expiry(), self.table.clock() + TICK)))
 
     def freeze(self, frozen: bool, grace: bool = True) -> None:
@@ -538,7 +541,7 @@ class Registry:
 
     def end(self, claim: Claim) -> None:
         """The settings do not let its owner have a claim any more: it ends at once, and its name is not held."""
-        self.store.write(RELEASED, claim._replace(hold=0.0), None, lambda said: None)
+        self._keep_end(RELEASED, claim._replace(hold=0.0))
         self.table.drop(claim.key, hold=False)
         self._tell(self.events.add, RELEASED, claim)
         self._tell(self.moved, claim.key)
