@@ -46,7 +46,7 @@ from sniroute_listeners import Listener, Ports
 from sniroute_log import RELEASED as CUT_BY_RELEASE
 from sniroute_loop import Loop, monotonic
 from sniroute_names import show_address, without_key
-from sniroute_owners import Own, Owner, Rules, Where, address_fault, narrowed, standing
+from sniroute_owners import Own, Owner, Rules, Where, address_fault, narrowed
 from sniroute_refusals import Malformed, SettingsError
 from sniroute_registry import Memory, Registry, Store
 from sniroute_rest import Rest
@@ -286,7 +286,7 @@ class Registrar:
     def owner_of(self, claim: Claim) -> Owner | None:
         """The owner of a claim; None where the settings, as they are now, do not let it have the claim."""
         rest = self.rest
-        return None if self._fault(claim, rest.rules, rest.owners) else rest.owners.get(claim.owner)
+        return None if rest.fault(claim, rest.rules, rest.owners) else rest.owners.get(claim.owner)
 
     def _review(self, keys: collections.deque[str], former: tuple[Rules, Mapping[str, Owner]] | None) -> None:
         """Hold claims against the settings, some in each turn: end those that stand no more, say what is shadowed.
@@ -304,8 +304,8 @@ class Registrar:
             if claim is None:
                 continue
             self._tell_shadow(key)
-            fault = self._fault(claim, self.rest.rules, self.rest.owners)
-            if fault and (not is_shared if former is None else not self._fault(claim, *former)):
+            fault = self.rest.fault(claim, self.rest.rules, self.rest.owners)
+            if fault and (not is_shared if former is None else not self.rest.fault(claim, *former)):
                 log.warning("registry: %s of %s ends, since the settings do not allow it any more: %s", key,
                             claim.owner, fault)
                 self.registry.end(claim)
@@ -322,13 +322,6 @@ class Registrar:
         elif route is None and key in self.shadowed:
             self.shadowed.discard(key)
             log.info("registry: %s has no route of the settings any more: it leads where its owner says", key)
-
-    def _fault(self, claim: Claim, rules: Rules, owners: Mapping[str, Owner]) -> str:
-        """Why a claim does not stand by these settings; "" where it does."""
-        owner = owners.get(claim.owner)
-        if owner is None:
-            return f"there is no owner {claim.owner}"
-        return standing(claim, rules, owner, self.own())
 
     def moved(self, key: str) -> None:
         """A claim has come, changed or gone: the router decides anew."""

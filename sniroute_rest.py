@@ -54,7 +54,7 @@ from sniroute_claims import LINGER, PAGE_MAX, TAKEN_OVER, WORDS, Claim, Verdict,
 from sniroute_door import OWNER, Answer, Caller, Declined, Head, Plan
 from sniroute_names import printable, without_key
 from sniroute_owners import (CHANGES, RENEWAL, TTL_MIN, Fault, Own, Owner, Rules, Unfit, Wish, parse_change, parse_wish,
-                             who)
+                             standing, who)
 from sniroute_registry import BUSY, RENEWED, UNAVAILABLE, Event, Registry, Result
 
 __version__ = "0.1.0"
@@ -163,6 +163,7 @@ class Ask(NamedTuple):
     head: Head
     key: str  # that the path names; "" without one
     caller: Caller
+    settings: tuple[Rules, Mapping[str, Owner]]  # by which it is judged
 
     @property
     def lease(self) -> str | None:
@@ -183,6 +184,24 @@ class Ask(NamedTuple):
     def answer(self, result: Result) -> None:
         """Answer with what has come of a claim, or of a change of one."""
         self.caller.answer(self.rest.answer_of(result, self.owner))
+
+    def is_outdated(self, result: Result) -> bool:
+        """Whether a reload has come since, and does not allow the claim: then it has ended, and that is answered.
+
+        One that did not stand before either is left alone, as by the reload itself.
+        """
+        rest, claim = self.rest, result.claim
+        settings = rest.rules, rest.owners
+        if not result.passed or claim is None or settings[1] is self.settings[1]:
+            return False
+        fault = rest.fault(claim, *settings)
+        if not fault or rest.fault(claim, *self.settings):
+            return False
+        log.warning("registry: %s of %s ends, since the settings do not allow it any more: %s", claim.key, claim.owner,
+                    fault)
+        rest.registry.end(claim)
+        self.caller.answer(problem(403, fault, "forbidden"))
+        return True
 
 
 def ask_claim(ask: Ask) -> None:
@@ -239,6 +258,8 @@ def claim_key(ask: Ask, wish: Wish, key: str) -> None:
             registry.leave(owner.name)
             ask.caller.answer(refuse(401, "the token is not known any more", **CHALLENGE).answer)
             return
+        if ask.is_outdated(result):
+            return
         if result.passed and result.claim is not None and wish.while_connected:
             rest.attach(result.claim, ask.caller)
         if wish.is_port and not result.passed:
@@ -267,7 +288,12 @@ def ask_change(ask: Ask) -> None:
     if fault := rest.rival(ask.key, owner.name, changes.get("target", "")):
         ask.caller.answer(problem(409, fault, "other"))
         return
-    rest.registry.change(ask.key, ask.owner.name, ask.lease, changes, ask.answer, ask.owner.admin)
+
+    def done(result: Result) -> None:
+        if not ask.is_outdated(result):
+            ask.answer(result)
+
+    rest.registry.change(ask.key, ask.owner.name, ask.lease, changes, done, ask.owner.admin)
 
 
 def ask_release(ask: Ask) -> None:
@@ -512,6 +538,13 @@ class Rest:
             if owners.get(stream.owner.name) != stream.owner:  # who may still listen comes again, and misses nothing
                 caller.close()
 
+    def fault(self, claim: Claim, rules: Rules, owners: Mapping[str, Owner]) -> str:
+        """Why a claim does not stand by these settings; "" where it does."""
+        owner = owners.get(claim.owner)
+        if owner is None:
+            return f"there is no owner {claim.owner}"
+        return standing(claim, rules, owner, self.own())
+
     # -- who asks --------------------------------------------------------------------------------
 
     def decide(self, head: Head) -> Plan:
@@ -527,7 +560,8 @@ class Rest:
         length = head.body_length()
         if length > (BODY_MAX if row.body else 0):
             raise refuse(413, f"the body has {length} bytes: {BODY_MAX if row.body else 0} at most")
-        return Plan(lambda caller: self._act(row, Ask(self, owner, head, key, caller)), length, OWNER)
+        return Plan(lambda caller: self._act(row, Ask(self, self._still(owner, head), head, key, caller,
+                                                      (self.rules, self.owners))), length, OWNER)
 
     def _check_origin(self, head: Head) -> None:
         """Decline what a page of a browser asks, also one whose name resolves to this host."""
@@ -554,6 +588,10 @@ class Rest:
         if wait:
             raise refuse(429, "too many ask without a token that is known", Retry_After=seconds(wait))
         raise refuse(401, "the token is missing or wrong", **CHALLENGE)
+
+    def _still(self, owner: Owner, head: Head) -> Owner:
+        """The same owner, as the settings are now: a reload may come between a head and its body.  Raises Declined."""
+        return owner if self.owners.get(owner.name) is owner else self._who(head)
 
     def _find(self, head: Head, owner: Owner) -> tuple[Endpoint, str]:
         """The endpoint, and the key that the path names.  Raises Declined."""
