@@ -361,14 +361,19 @@ class Registrar:
         if not target.startswith(SERVER):
             return ""
         port = port_of_server(target)
+        # Those that the store is asked to keep count as if they were there: it may take a while.
+        coming = [(port_of_server(each), other, (whose, each)) for other, whose, each in self.rest.coming.values()
+                  if each.startswith(SERVER)]
         others = [each for other, each in self.servers.get(port, {}).items() if other != key]
+        others += [each for at, other, each in coming if at == port and other != key]
         if any(each[0] != owner for each in others):
             return f"port {port} is that of another owner's server: take another port"
         if any(each != (owner, target) for each in others):
             return f"port {port} is that of a server of yours with another key or other parameters: take another port, " \
                 "or write the same"
         most = self.router.tunnels.max_tunnels
-        if port not in self.servers and len(self.servers) + len(self.router.settings.servers) >= most:
+        ports = {*self.servers, *(at for at, *_ in coming)}
+        if port not in ports and len(ports) + len(self.router.settings.servers) >= most:
             return f"there are {most} servers already: the operator has --max-tunnels"
         return ""
 

@@ -254,6 +254,7 @@ def claim_key(ask: Ask, wish: Wish, key: str) -> None:
         return
 
     def done(result: Result) -> None:
+        del rest.coming[ask.caller]
         if result.passed and owner.name not in rest.owners:  # a reload took the owner away while the store was asked
             registry.leave(owner.name)
             ask.caller.answer(refuse(401, "the token is not known any more", **CHALLENGE).answer)
@@ -266,6 +267,7 @@ def claim_key(ask: Ask, wish: Wish, key: str) -> None:
             rest.close_port(key)
         ask.answer(result)
 
+    rest.coming[ask.caller] = key, owner.name, wish.target
     registry.claim(key, owner.name, wish.target, wish.ttl, rest.rules.hold, done, takeover=wish.takeover,
                    limit=owner.max_names, configured=not wish.is_port and rest.is_configured(key), allow=wish.allow,
                    http=wish.http, meta=wish.meta, while_connected=wish.while_connected)
@@ -290,9 +292,11 @@ def ask_change(ask: Ask) -> None:
         return
 
     def done(result: Result) -> None:
+        del rest.coming[ask.caller]
         if not ask.is_outdated(result):
             ask.answer(result)
 
+    rest.coming[ask.caller] = ask.key, owner.name, changes.get("target", "")
     rest.registry.change(ask.key, ask.owner.name, ask.lease, changes, done, ask.owner.admin)
 
 
@@ -492,7 +496,7 @@ class Rest:
         open_port: have the router listen on a port that is about to be claimed: (key, done(fault or "")).
         close_port: it was not claimed after all.
         rival: why (the claim of this key, for this owner) may not lead to a target, as a sentence, since another claim
-            does; "" where it may.
+            does, or is about to (`coming`); "" where it may.
         cut: end the connections of a claim.
         wall: seconds since 1970, for people; nothing is decided by it.
         serves_http: whether the router serves plain HTTP at all.
@@ -521,6 +525,8 @@ class Rest:
         self.strangers = Bucket(STRANGERS, self.clock())
         self.unknown = 0  # requests without a known token since the last line about them
         self.said = -LOGGED  # clock time of that line
+        # What has passed `rival` and has no answer of the store yet: key, owner and target, by who has asked for it.
+        self.coming: dict[Caller, tuple[str, str, str]] = {}
         self.streams: dict[Caller, Stream] = {}
         # Of claims that live as long as a connection, by key: the lease, the connection, and what is done at its end.
         self.attached: dict[str, tuple[str, Caller, Callable[[], None]]] = {}

@@ -5,6 +5,7 @@ The program that speaks NodePass is a stand-in here, testbed/fake_nodepass.py: i
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import http.client
 import json
@@ -697,6 +698,35 @@ def test_owners_do_not_get_the_servers_of_others(owned, place, dial_in):
     assert made.ask("DELETE", "/routes/shop", **change).status == 204
     wait_until(lambda: not made.running.tunnels.snapshot())
     assert made.claim("other", f"nodepass:a-guess@{place}", BOB).status == 201
+
+
+@pytest.mark.parametrize("most, target, sentence", [
+    (10, "nodepass:a-guess@{place}", "another owner's server"),
+    (1, f"nodepass:a-guess@{HOST}:{{other}}", "there are 1 servers already")], ids=["another owner's", "one too many"])
+@pytest.mark.parametrize("how", ["claim", "change"])
+def test_of_two_that_want_a_server_at_once_one_gets_it(owned, place, monkeypatch, how, most, target, sentence):
+    """The store has not answered to the first when the second asks."""
+    made = owned(f"--route={NAME}=tcp:{HOST}:1", f"--max-tunnels={most}", targets=["nodepass", "tcp"],
+                 networks=["192.0.2.0/24"])
+    orders: list[Callable[[], None]] = []
+    write = made.registrar.store.write
+    target = target.format(place=place, other=int(place.rpartition(":")[2]) + 1)
+    first = made.claim("shop", "tcp:192.0.2.1:1024") if how == "change" else None
+    monkeypatch.setattr(made.registrar.store, "write", lambda *words: orders.append(lambda: write(*words)))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        if first is not None:
+            asked = pool.submit(made.ask, "PUT", "/routes/shop", {"target": f"nodepass:{SECRET}@{place}"},
+                                Sniroute_Lease=first.json["lease"])
+        else:
+            asked = pool.submit(made.claim, "shop", f"nodepass:{SECRET}@{place}")
+        wait_until(lambda: len(orders) == 1)
+        other = pool.submit(made.claim, "other", target, BOB)
+        wait_until(lambda: other.done() or len(orders) == 2)
+        for order in orders:
+            made.registrar.door.loop.call(order)
+        assert asked.result(10).status in (200, 201) and other.result(10).status == 409
+    assert sentence in other.result().json["detail"] and SECRET not in other.result().body.decode()
+    assert len(made.registrar.servers) == 1 and not made.registrar.rest.coming
 
 
 @pytest.mark.usefixtures("hurry")
