@@ -259,8 +259,9 @@ class Registrar:
             former, self.where = (self.rest.rules, self.rest.owners), where
             self.rest.adopt(where.rules, where.owners)
             self.router.call(functools.partial(forget_all, self.router))
-            for key in [key for key in self.table.live if key.startswith("tcp:")]:
-                self.moved(key)
+            for key, claim in list(self.table.live.items()):  # they stand open, whether somebody asks for them or not
+                if key.startswith("tcp:") or claim.target.startswith(SERVER):
+                    self.moved(key)
             self._review(collections.deque(self.table.live), former)
 
         self.door.loop.call(change)

@@ -25,8 +25,10 @@ import sniroute_tunnels
 from conftest import HERE, HOST, Address, wait_until
 from sniroute_admin import attach
 from sniroute_claim import Unable, with_key
+from sniroute_claims import Claim
 from sniroute_doctor import sample_hello
 from sniroute_launchers import Secret, TunnelKey
+from sniroute_loop import monotonic
 from sniroute_names import HIDDEN, without_key
 from sniroute_processes import Link, number_of
 from sniroute_refusals import REFUSALS, SettingsError
@@ -34,7 +36,7 @@ from sniroute_settings import load_settings, warn
 from sniroute_tunnels import READY, in_use, stand
 from test_documents import marked
 from testbed.program import environment
-from testbed.registry import ADMIN, BOB, DOMAIN, Routed
+from testbed.registry import ADMIN, BOB, DOMAIN, Routed, table_of
 from testbed.running import Running, alert, read_all, read_exactly
 from testbed.tunnels import events, runs, shared
 
@@ -755,6 +757,22 @@ def test_a_claim_that_another_router_has_let_in_and_that_is_none_leads_nowhere(o
     with made.running.connect(sample_hello(SHOP)) as client:
         assert read_all(client) == alert(REFUSALS["no_route"].alert)
     assert not made.running.tunnels.snapshot()
+
+
+def test_a_claim_that_a_reload_lets_in_has_its_server_at_once(owned, place, dial_in):
+    """Another router of the store has let it in before: no claim comes, changes or goes."""
+    options: dict[str, Any] = {"targets": ["nodepass"], "networks": None}
+    made = owned(f"--route={NAME}=tcp:{HOST}:1", owners={"bob": {}})
+    registry, done = made.registrar.registry, threading.Event()
+    claim = Claim(SHOP, "0" * 32, "alice", f"nodepass:{SECRET}@{place}", "1" * 32, 1, 600.0, 600.0, monotonic() + 600)
+    made.registrar.door.loop.call(lambda: (registry.learn(SHOP, claim), done.set()))
+    assert done.wait(10)
+    made.settle()
+    assert not made.running.tunnels.standing
+    made.reload(table_of(owners={"alice": {}, "bob": {}}, **options))
+    assert made.running.tunnels.standing
+    dial_in(place)
+    assert reached(made.running, SHOP) == b"hello"
 
 
 def test_events_and_the_audit_show_no_key(owned, place, tmp_path):
