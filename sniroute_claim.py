@@ -250,7 +250,7 @@ class Claimer:
             raise Unable(f"{self.name}: another client of this owner has taken it over")
         if self.name and answer.status == 409 and answer.body.get("class") != "own":
             return self._later(f"{self.name}: {answer.words}")
-        if self.lease and answer.status == 409:  # a registry that was away gives each claim more time: it may be our own
+        if self.lease and answer.status == 409:  # a registry that was away gives claims more time: it may be ours
             self.state = OURS
             return 0.0
         self.state = REFUSED

@@ -345,7 +345,7 @@ class Daemon:
                     log.error("%s: going on without it", error)
                     return
             time.sleep(REGISTRY_PAUSE)
-        if self.settings.claims not in (claims, None):  # a reload by the admin has come meanwhile, and found no registry
+        if self.settings.claims not in (claims, None):  # the admin has reloaded meanwhile, and found no registry
             self.registrar.adopt(self.settings.claims)
         where = self.registrar.address
         log.info("registry on %s, below %s", where if isinstance(where, str) else show_address(where),

@@ -254,6 +254,23 @@ def test_a_conflict_is_looked_at_again_and_the_store_is_right(machine):
     assert machine.results[0].free_at == machine.clock() + 5 + theirs.hold
 
 
+@pytest.mark.parametrize("ask, field, value", [
+    (lambda r, lease, done: r.renew(KEY, "alice", lease, 30.0, done), "ttl", 30.0),
+    (lambda r, lease, done: r.change(KEY, "alice", lease, {"http": "forward"}, done), "http", "forward"),
+    (lambda r, lease, done: r.suspend(KEY, True, done), "suspended", True)], ids=["renew", "change", "suspend"])
+def test_what_another_router_has_changed_is_what_is_changed(machine, ask, field, value):
+    claim = machine.claimed(ttl=10)
+    ask(machine.registry, claim.lease, machine.results.append)
+    machine.answer(Written(TAKEN, claim._replace(target="tcp:192.0.2.9:1")))
+    assert machine.answer().claim.target == "tcp:192.0.2.9:1"
+    found = machine.table.find(KEY)
+    assert machine.words == ["new", "ok"] and (found.target, getattr(found, field)) == ("tcp:192.0.2.9:1", value)
+    ask(machine.registry, claim.lease, machine.results.append)
+    while machine.store.orders:
+        machine.answer(Written(TAKEN, found))
+    assert machine.words[-1] == "busy" and machine.registry.turns == {}
+
+
 def test_a_store_that_changes_all_the_time_ends_in_words(machine):
     machine.claim()
     while machine.store.orders:

@@ -464,8 +464,7 @@ def test_a_name_that_is_released_is_gone_though_its_claim_was_late(made, server,
 
 
 @pytest.mark.parametrize("wishes", ["unwant", "want, unwant"])
-def test_a_claim_that_was_late_is_looked_for_again_though_the_name_is_released_twice(made, server, impatient, monkeypatch,
-                                                                                     wishes):
+def test_a_late_claim_is_looked_for_again_whatever_is_wished_meanwhile(made, server, impatient, monkeypatch, wishes):
     """Between the look that has found nothing and the second one, which is still to be had then."""
     monkeypatch.setattr(sniroute_rfc2136, "RESTS", (0.3, 0.3))
     server.is_slow = True
