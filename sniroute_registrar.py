@@ -464,7 +464,7 @@ class ClaimedPorts:
                 self._listen(key)  # where another router has taken the claim, or this one has just begun
             except (OSError, SettingsError) as error:
                 log.warning("registry: %s is released, since this router cannot open it: %s", key, error)
-                registrar.registry.release(key, claim.owner, None, lambda result: None, admin=True)
+                registrar.registry.release(key, claim.owner, claim.lease, lambda result: None)
                 return
             self.given.add(key)
             router.call(functools.partial(open_claimed, router, route, self.opened.pop(key, [])))
