@@ -530,6 +530,7 @@ class Rest:
         self.streams: dict[Caller, Stream] = {}
         # Of claims that live as long as a connection, by key: the lease, the connection, and what is done at its end.
         self.attached: dict[str, tuple[str, Caller, Callable[[], None]]] = {}
+        self.lingering: dict[str, Claim] = {}  # by lease: their connection is over, and the store has not heard of it
         self.quiet_since = self.clock()  # when all streams got a comment last
         registry.events.listeners[self] = self.tell
 
@@ -737,11 +738,18 @@ class Rest:
         """
         if self.attached.get(claim.key, ("", None))[:2] == (claim.lease, caller):
             del self.attached[claim.key]
-            self.registry.loop.call(functools.partial(self.registry.renew, claim.key, claim.owner, claim.lease, LINGER,
-                                                      lambda result: None))
+            self.registry.loop.call(functools.partial(self._leave_time, claim))
+
+    def _leave_time(self, claim: Claim) -> None:
+        """Have a claim end in LINGER seconds; where the store does not answer, `tick` tries again."""
+        def done(result: Result) -> None:
+            if result.word in STATUS:
+                self.lingering[claim.lease] = claim
+
+        self.registry.renew(claim.key, claim.owner, claim.lease, LINGER, done)
 
     def tick(self) -> None:
-        """Once a second: renew what lives as long as a connection, and let no stream be silent for long."""
+        """Once a second: renew what lives as long as a connection, or end it, and let no stream be silent for long."""
         now = self.clock()
         for key, (lease, _, _) in list(self.attached.items()):
             claim = self.registry.table.find(key)
@@ -749,6 +757,10 @@ class Rest:
                 self.detach(key)
             elif claim.expires - now < claim.ttl * 2 / 3:
                 self.registry.renew(key, claim.owner, lease, None, lambda result: None)
+        lingering, self.lingering = self.lingering, {}
+        for claim in lingering.values():
+            if claim.key not in self.attached:  # else another connection keeps it
+                self._leave_time(claim)
         if now - self.quiet_since >= QUIET:
             self.quiet_since = now
             for each in list(self.streams.values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
@@ -12,8 +13,8 @@ import pytest
 import sniroute_registry
 import sniroute_rest
 from conftest import FakeClock, wait_until
-from sniroute_claims import HELD_MIN, WORDS
-from sniroute_registry import DONE, Written
+from sniroute_claims import HELD_MIN, LINGER, WORDS
+from sniroute_registry import DONE, UNAVAILABLE, Written
 from sniroute_rest import ENDPOINTS, Bucket, describe
 from testbed.registry import ADMIN, ALICE, BOB, DOMAIN, OWNERS, Late, owner
 from testbed.web import Cut, Talk, request
@@ -317,6 +318,30 @@ def test_a_stream_with_the_lease_keeps_a_claim_too(registry):
             wait_until(lambda: len(there.gate.callers) == 1)
             assert there.registry.table.live[SHOP].ttl == 60
         wait_until(lambda: there.registry.table.live[SHOP].ttl == 5)
+
+
+@pytest.mark.parametrize("comes_again", [False, True])
+def test_a_claim_whose_connection_ends_while_the_store_is_away_does_not_live_for_its_ttl(registry, comes_again):
+    there = registry(store=lambda loop: Late())
+    body = {"name": "shop", "target": "tcp:192.0.2.1:80", "ttl": 3600, "while_connected": True}
+    with there.talk("POST", "/routes", body) as client:
+        wait_until(lambda: there.store.orders)
+        in_loop(there, lambda: there.store.orders.pop().done(DONE))
+        made = json.loads(client.answer().body)
+    wait_until(lambda: there.store.orders)
+    with there.talk("GET", "/events", None, ALICE, f"Sniroute-Lease: {made['lease']}") if comes_again else \
+            contextlib.nullcontext():
+        wait_until(lambda: not comes_again or there.rest.attached)
+        in_loop(there, lambda: there.store.orders.pop().done(Written(UNAVAILABLE)))
+        if comes_again:
+            in_loop(there, there.rest.tick)
+            assert not there.store.orders and there.registry.table.live[SHOP].ttl == 3600, "another one keeps it"
+            return
+        order = wait_until(lambda: there.store.orders)[0]
+    assert order.claim.ttl == LINGER
+    in_loop(there, lambda: order.done(DONE))
+    in_loop(there, there.rest.tick)
+    assert len(there.store.orders) == 1 and there.registry.table.live[SHOP].ttl == LINGER
 
 
 def test_an_owner_that_is_gone_loses_its_claims(registry, caplog):
