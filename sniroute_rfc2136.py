@@ -554,6 +554,7 @@ class Updater:
         self.failure = failed
         pause = jittered(AGAIN[min(self.losses, len(AGAIN) - 1)], JITTER, random.randrange(JITTERS))
         self.losses += 1
+        self.is_corrected = False  # until the next try either clock may be set
         self._hang_up(LEFT_ALONE)
         self.timer.set(monotonic() + pause)
         if not is_known:
@@ -588,6 +589,8 @@ class Updater:
             flight.close()
             self._next(flight.entry)  # nothing was done: it is signed anew
             return
+        if answer.code != dns.BADTIME:
+            self.is_corrected = False
         if reason in SERVER_FAILURES:
             self.lose(Failed(reason, self._describe(answer)))
             return
@@ -633,12 +636,14 @@ class Updater:
             return True  # it was signed before another answer has told the time
         if self.is_corrected:
             return False
-        self.offset, self.is_corrected = told - self.clock(), True
+        before, self.offset, self.is_corrected = self.offset, told - self.clock(), True
+        is_news = abs(self.offset - before) > dns.FUDGE  # else it was told, and did not help
         clocks = f"the clock of this host and that of the DNS server of {self.zone}"
         if abs(self.offset) <= dns.FUDGE:
             self.offset = 0.0
-            self.tell(logging.INFO, f"{clocks} agree again")
-        else:
+            if is_news:
+                self.tell(logging.INFO, f"{clocks} agree again")
+        elif is_news:
             self.tell(logging.WARNING, f"{clocks} differ by {abs(self.offset):.0f} s: its updates are signed with the "
                                        "server's time; set the clock that is wrong")
         return True
@@ -646,7 +651,6 @@ class Updater:
     def _contacted(self) -> None:
         """The server has done what it was asked for, so it is not lost any more."""
         self.last_contact = self.clock()
-        self.is_corrected = False
         self.failure = None
         if self.losses:
             self.losses = 0

@@ -680,6 +680,27 @@ def test_a_clock_that_is_set_is_found_out_again(made, server):
     assert updater.offset == 0
 
 
+@pytest.mark.parametrize("between", ["lost", "an answer"])
+def test_a_clock_that_is_set_before_the_server_has_done_anything_is_found_out_too(made, server, impatient, between):
+    """The server told its time; then it was away, or said something else, while the host's clock was set."""
+    wrong, told = 5000.0, []
+    updater = made.updater(server.url, clock=lambda: time.time() + wrong)
+
+    def lost() -> bool:
+        return bool(updater.offset) and not told
+
+    def code() -> int:
+        return 5 if updater.offset and not told else dns.NOERROR  # REFUSED
+
+    server.lost, server.code = (lost, server.code) if between == "lost" else (server.lost, code)
+    updater.want(FOO, ID)
+    made.turn_until(lambda: updater.state.failures.get("timeout" if between == "lost" else "refused"))
+    told.append(True)
+    wrong = 0.0
+    made.settle(updater)
+    assert server.has(FOO, ID) and updater.offset == 0
+
+
 def test_a_server_that_never_agrees_about_the_time_is_left_alone(made, server):
     times = iter(range(10**9, 10**10, 1000))
     server.clock = lambda: next(times)
