@@ -472,7 +472,7 @@ def keep(claimer: Claimer, beside: Beside, signals: list[int]) -> int:
     try:
         while not signals and not beside.ended:
             pause = claimer.step()
-            if claimer.state is OURS:
+            if claimer.state is OURS and not signals:  # one may have come while the registry was asked
                 beside.begin(claimer.name)
             with contextlib.suppress(queue.Empty):
                 claimer.woken.get(timeout=pause)

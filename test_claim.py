@@ -349,6 +349,16 @@ def test_a_name_that_another_owner_has_meanwhile_is_waited_for(registry, claimin
     assert claimer.state is OURS and claimer.lines[-1] == f"{SHOP}: all is well again"
 
 
+def test_a_signal_while_the_registry_is_asked_starts_no_command(registry, claiming):
+    there, signals = registry(), []
+    claimer = claiming(there)
+    ask = claimer.registry.ask
+    claimer.registry.ask = lambda *words: (signals.append(signal.SIGTERM), claimer.woken.put(None), ask(*words))[2]
+    beside = Beside(list(FOR_EVER), claimer.woken)
+    assert keep(claimer, beside, signals) == 0
+    assert beside.process is None and there.registry.table.find(SHOP) is None and claimer.state is OVER
+
+
 def test_a_registry_that_is_away_is_asked_later_each_time(registry, claiming):
     there = registry()
     claimer = claiming(there, ttl=60)
