@@ -219,6 +219,9 @@ class Registrar:
         for key in list(self.table.live):  # of a store that outlives us
             if key.startswith("tcp:") or self.dns is not None or self.table.live[key].target.startswith(SERVER):
                 self.moved(key)
+        for key in self.table.held if self.dns is not None else ():  # its record may be there still
+            if not key.startswith("tcp:"):
+                self.dns.unwant(key, self.mark)
         self.door.open()
         self.door.loop.call(functools.partial(self._review, collections.deque(self.table.live), None))
 

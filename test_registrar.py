@@ -888,3 +888,22 @@ def test_each_name_has_its_record_and_a_server_that_is_away_holds_nothing_up(rou
         named.start()
     routed(store=store, dns=named.url)
     wait_until(lambda: named.addresses(f"late.{DOMAIN}") == {"192.0.2.1"}, what="what a restart has to catch up with")
+
+
+def test_a_name_that_was_released_while_the_server_was_away_has_no_record_after_a_restart(routed, new_named, monkeypatch,
+                                                                                          tmp_path):
+    named = new_named()
+    named.start()
+    monkeypatch.setenv(KEY_VARIABLE, base64.b64encode(KEYS["router"].secret).decode())
+    store = f"sqlite:{tmp_path}/names.db"
+    there = routed(store=store, dns=named.url)
+    made = there.claim(target="tcp:127.0.0.1:1")
+    wait_until(lambda: named.addresses(SHOP) == {"192.0.2.1"})
+    named.stop()
+    try:
+        assert there.ask("DELETE", "/routes/shop", **lease(made)).status == 204
+        there.close()
+    finally:
+        named.start()
+    routed(store=store, dns=named.url)
+    wait_until(lambda: not named.addresses(SHOP), what="what a restart has to catch up with")
