@@ -11,6 +11,7 @@ What becomes of a claim is `Claimer.state`:
 
     SEEKING -> OURS          claimed; renewed at a third of its ttl
     OURS -> SEEKING          the registry was away for too long, or has forgotten the claim: claimed again
+    SEEKING -> OURS          the registry has kept the claim all the same: whose it is tells the next renewal
     OURS -> LOST             another client of the same owner has taken it over: we do not take it back
     SEEKING -> REFUSED       the registry says no, and would say so again
     any -> OVER              a signal, or the end of the command: released
@@ -211,7 +212,7 @@ class Claimer:
         self.clock = clock
         self.state = SEEKING
         self.name = ""  # whole, or tcp:PORT, as the registry has it; "" until it was ours once
-        self.lease = ""
+        self.lease = ""  # of the claim; "" where the registry does not know it any more
         self.ttl = 0.0  # seconds
         self.until = 0.0  # clock time: from then on it may be another's
         self.pause = 0.0  # seconds until the next try, where the last one failed
@@ -242,13 +243,16 @@ class Claimer:
             return max(self.ttl / SHARE, SHORTEST)
         if self.state is OURS and answer.status == 404:
             self.say(f"{self.name}: the registry does not know the claim any more: claiming it again")
-            self.state = SEEKING
+            self.state, self.lease = SEEKING, ""
             return 0.0
         if self.state is OURS and answer.status == 409:
             self.state = LOST
             raise Unable(f"{self.name}: another client of this owner has taken it over")
         if self.name and answer.status == 409 and answer.body.get("class") != "own":
             return self._later(f"{self.name}: {answer.words}")
+        if self.lease and answer.status == 409:  # a registry that was away gives claims more time: it may be ours
+            self.state = OURS
+            return 0.0
         self.state = REFUSED
         raise Unable(f"{self.wish.get('name') or self.wish.get('port') or 'a name'}: {answer.words}")
 
@@ -468,7 +472,7 @@ def keep(claimer: Claimer, beside: Beside, signals: list[int]) -> int:
     try:
         while not signals and not beside.ended:
             pause = claimer.step()
-            if claimer.state is OURS:
+            if claimer.state is OURS and not signals:  # one may have come while the registry was asked
                 beside.begin(claimer.name)
             with contextlib.suppress(queue.Empty):
                 claimer.woken.get(timeout=pause)

@@ -334,8 +334,9 @@ class Daemon:
         from sniroute_registrar import attach
         deadline = time.monotonic() + REGISTRY_WAIT
         while True:
+            claims = self.settings.claims
             try:
-                self.registrar = attach(self.router, self.settings.claims)
+                self.registrar = attach(self.router, claims)
                 break
             except (OSError, SettingsError) as error:
                 if alone:
@@ -344,6 +345,8 @@ class Daemon:
                     log.error("%s: going on without it", error)
                     return
             time.sleep(REGISTRY_PAUSE)
+        if self.settings.claims not in (claims, None):  # the admin has reloaded meanwhile, and found no registry
+            self.registrar.adopt(self.settings.claims)
         where = self.registrar.address
         log.info("registry on %s, below %s", where if isinstance(where, str) else show_address(where),
                  ", ".join(self.settings.claims.rules.domains))

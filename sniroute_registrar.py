@@ -46,7 +46,7 @@ from sniroute_listeners import Listener, Ports
 from sniroute_log import RELEASED as CUT_BY_RELEASE
 from sniroute_loop import Loop, monotonic
 from sniroute_names import show_address, without_key
-from sniroute_owners import Own, Owner, Rules, Where, address_fault, narrowed, standing
+from sniroute_owners import Own, Owner, Rules, Where, address_fault, narrowed
 from sniroute_refusals import Malformed, SettingsError
 from sniroute_registry import Memory, Registry, Store
 from sniroute_rest import Rest
@@ -219,6 +219,9 @@ class Registrar:
         for key in list(self.table.live):  # of a store that outlives us
             if key.startswith("tcp:") or self.dns is not None or self.table.live[key].target.startswith(SERVER):
                 self.moved(key)
+        for key in self.table.held if self.dns is not None else ():  # its record may be there still
+            if not key.startswith("tcp:"):
+                self.dns.unwant(key, self.mark)
         self.door.open()
         self.door.loop.call(functools.partial(self._review, collections.deque(self.table.live), None))
 
@@ -259,8 +262,9 @@ class Registrar:
             former, self.where = (self.rest.rules, self.rest.owners), where
             self.rest.adopt(where.rules, where.owners)
             self.router.call(functools.partial(forget_all, self.router))
-            for key in [key for key in self.table.live if key.startswith("tcp:")]:
-                self.moved(key)
+            for key, claim in list(self.table.live.items()):  # they stand open, whether somebody asks for them or not
+                if key.startswith("tcp:") or claim.target.startswith(SERVER):
+                    self.moved(key)
             self._review(collections.deque(self.table.live), former)
 
         self.door.loop.call(change)
@@ -286,7 +290,7 @@ class Registrar:
     def owner_of(self, claim: Claim) -> Owner | None:
         """The owner of a claim; None where the settings, as they are now, do not let it have the claim."""
         rest = self.rest
-        return None if self._fault(claim, rest.rules, rest.owners) else rest.owners.get(claim.owner)
+        return None if rest.fault(claim, rest.rules, rest.owners) else rest.owners.get(claim.owner)
 
     def _review(self, keys: collections.deque[str], former: tuple[Rules, Mapping[str, Owner]] | None) -> None:
         """Hold claims against the settings, some in each turn: end those that stand no more, say what is shadowed.
@@ -304,8 +308,8 @@ class Registrar:
             if claim is None:
                 continue
             self._tell_shadow(key)
-            fault = self._fault(claim, self.rest.rules, self.rest.owners)
-            if fault and (not is_shared if former is None else not self._fault(claim, *former)):
+            fault = self.rest.fault(claim, self.rest.rules, self.rest.owners)
+            if fault and (not is_shared if former is None else not self.rest.fault(claim, *former)):
                 log.warning("registry: %s of %s ends, since the settings do not allow it any more: %s", key,
                             claim.owner, fault)
                 self.registry.end(claim)
@@ -322,13 +326,6 @@ class Registrar:
         elif route is None and key in self.shadowed:
             self.shadowed.discard(key)
             log.info("registry: %s has no route of the settings any more: it leads where its owner says", key)
-
-    def _fault(self, claim: Claim, rules: Rules, owners: Mapping[str, Owner]) -> str:
-        """Why a claim does not stand by these settings; "" where it does."""
-        owner = owners.get(claim.owner)
-        if owner is None:
-            return f"there is no owner {claim.owner}"
-        return standing(claim, rules, owner, self.own())
 
     def moved(self, key: str) -> None:
         """A claim has come, changed or gone: the router decides anew."""
@@ -368,14 +365,19 @@ class Registrar:
         if not target.startswith(SERVER):
             return ""
         port = port_of_server(target)
+        # Those that the store is asked to keep count as if they were there: it may take a while.
+        coming = [(port_of_server(each), other, (whose, each)) for other, whose, each in self.rest.coming.values()
+                  if each.startswith(SERVER)]
         others = [each for other, each in self.servers.get(port, {}).items() if other != key]
+        others += [each for at, other, each in coming if at == port and other != key]
         if any(each[0] != owner for each in others):
             return f"port {port} is that of another owner's server: take another port"
         if any(each != (owner, target) for each in others):
             return f"port {port} is that of a server of yours with another key or other parameters: take another port, " \
                 "or write the same"
         most = self.router.tunnels.max_tunnels
-        if port not in self.servers and len(self.servers) + len(self.router.settings.servers) >= most:
+        ports = {*self.servers, *(at for at, *_ in coming)}
+        if port not in ports and len(ports) + len(self.router.settings.servers) >= most:
             return f"there are {most} servers already: the operator has --max-tunnels"
         return ""
 
@@ -465,7 +467,7 @@ class ClaimedPorts:
                 self._listen(key)  # where another router has taken the claim, or this one has just begun
             except (OSError, SettingsError) as error:
                 log.warning("registry: %s is released, since this router cannot open it: %s", key, error)
-                registrar.registry.release(key, claim.owner, None, lambda result: None, admin=True)
+                registrar.registry.release(key, claim.owner, claim.lease, lambda result: None)
                 return
             self.given.add(key)
             router.call(functools.partial(open_claimed, router, route, self.opened.pop(key, [])))

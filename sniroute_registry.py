@@ -45,7 +45,7 @@ __version__ = "0.1.0"
 EVENTS_MAX = 1000  # that are remembered, for those who come again: a minute of a busy registry
 TURNS_MAX = 16  # requests for one key that wait for each other: one more is told to come back
 SECONDS_MAX = 1e9  # of a ttl, or a hold, that a store tells: thirty years
-RETRIES = 3  # how often a claim is judged anew, where the store knew better; then its owner is told to come back
+RETRIES = 3  # how often a request is judged anew, where the store knew better; then its owner is told to come back
 TICK = 0.25  # between two looks at what has ended: the router may lead clients to a name for so long after its end
 
 # Words beside those of sniroute_claims: UNAVAILABLE of Result and Written, BUSY of Result, TAKEN of Written.
@@ -150,8 +150,8 @@ class Store(Protocol):
     def write(self, what: str, former: Claim | None, claim: Claim | None, done: Callable[[Written], None]) -> None:
         """Put `claim` in the place of `former`, and call `done` once that is kept.
 
-        A store to which others write, too, compares the lease that is there with that of `former`, in one step with the
-        write; where they differ, `done` gets TAKEN.
+        A store to which others write, too, compares the claim that is there with `former`, in one step with the write;
+        where they differ, `done` gets TAKEN.  An end needs the same lease only.
 
         Args:
             what: why: CLAIMED ... EXPIRED.
@@ -317,40 +317,45 @@ class Registry:
     def renew(self, key: str, owner: str, lease: str | None, ttl: float | None, done: Done,
               admin: bool = False) -> None:
         """The claim for another ttl, in seconds; None: for as long as before."""
-        def act(former: Claim, done: Done) -> None:
+        def act(former: Claim, done: Done, tries: int = RETRIES) -> None:
             claim = self.table.renewed(former, ttl)
-            self.store.renew(claim, lambda said: self._settle(RENEWED, former, claim, said, done))
+            self.store.renew(claim, lambda said: self._settle(RENEWED, former, claim, said, done, act, tries))
         self._permitted(key, owner, lease, admin, done, act)
 
     def change(self, key: str, owner: str, lease: str | None, changes: dict[str, Any], done: Done,
                admin: bool = False) -> None:
         """Other values of a claim's fields; `ttl` among them, or it is renewed for as long as before."""
-        def act(former: Claim, done: Done) -> None:
+        def act(former: Claim, done: Done, tries: int = RETRIES) -> None:
             fields = {name: value for name, value in changes.items() if name != "ttl"}
             claim = self.table.renewed(former, changes.get("ttl"), **fields)
-            self._write(CHANGED, former, claim, lambda said: self._settle(CHANGED, former, claim, said, done))
+            self._write(CHANGED, former, claim,
+                        lambda said: self._settle(CHANGED, former, claim, said, done, act, tries))
         self._permitted(key, owner, lease, admin, done, act)
 
     def suspend(self, key: str, suspended: bool, done: Done) -> None:
         """An admin takes a claim off the routes, or puts it back; its owner keeps it."""
-        def act(done: Done) -> None:
+        def act(former: Claim, done: Done, tries: int = RETRIES) -> None:
+            claim = former._replace(suspended=suspended)
+            self._write(CHANGED, former, claim,
+                        lambda said: self._settle(CHANGED, former, claim, said, done, act, tries))
+
+        def turn(done: Done) -> None:
             former = self.table.find(key)
             if former is None:
                 done(self.refused(key, Verdict("gone", f"there is no claim of {key}")))
-                return
-            claim = former._replace(suspended=suspended)
-            self._write(CHANGED, former, claim, lambda said: self._settle(CHANGED, former, claim, said, done))
-        self._have_turn(key, done, act)
+            else:
+                act(former, done)
+        self._have_turn(key, done, turn)
 
     def release(self, key: str, owner: str, lease: str | None, done: Done, admin: bool = False) -> None:
         """The claim ends now.  Its name is held for its owner."""
-        def act(former: Claim, done: Done) -> None:
+        def act(former: Claim, done: Done, tries: int = 0) -> None:
             def written(said: Written) -> None:
                 if said.word == OK:
                     self._drop(RELEASED, key)
                     done(Result(OK, former))
                 else:
-                    self._settle(RELEASED, former, former, said, done)
+                    self._settle(RELEASED, former, former, said, done, act, tries)
 
             self._write(RELEASED, former, None, written)
         self._permitted(key, owner, lease, admin, done, act)
@@ -373,14 +378,23 @@ class Registry:
                                                 f"try again", retry_after=1.0)
         return result_of(verdict)
 
-    def _settle(self, what: str, former: Claim, claim: Claim, said: Written, done: Done) -> None:
-        """The store has answered to a change of a claim: put `claim` in the place of `former`, or say why not."""
+    def _settle(self, what: str, former: Claim, claim: Claim, said: Written, done: Done,
+                again: Callable[[Claim, Done, int], None], tries: int) -> None:
+        """The store has answered to a change of a claim: put `claim` in the place of `former`, or say why not.
+
+        Where another router has changed it, and it has the same lease, that one is changed: `again`, `tries` times.
+        """
         key = claim.key
         now = self.table.live.get(key)
         if said.word == TAKEN:
             self.learn(key, said.claim)
             verdict = self.table.permit(key, former.owner, former.lease)
-            done(result_of(verdict) if not verdict.passed else self._unwritten(key, said))
+            if verdict.claim is None or not verdict.passed:
+                done(result_of(verdict))
+            elif tries:
+                again(verdict.claim, done, tries - 1)
+            else:
+                done(self._unwritten(key, said))
         elif said.word != OK:
             done(self._unwritten(key, said))
         elif now is None or now.lease != former.lease:
@@ -399,8 +413,8 @@ class Registry:
 
     # -- turns -----------------------------------------------------------------------------------
 
-    def _have_turn(self, key: str, done: Done, act: Callable[[Done], None]) -> None:
-        """Run `act` when no other request is under way for the key.
+    def _have_turn(self, key: str, done: Done, act: Callable[[Done], None], most: float = TURNS_MAX) -> None:
+        """Run `act` when no other request is under way for the key; not at all where `most` wait already.
 
         Whatever happens in `act`, the turn ends, once: else nobody could have the key ever again.
         """
@@ -431,7 +445,7 @@ class Registry:
         if waiting is None:
             self.turns[key] = collections.deque()
             begin()
-        elif len(waiting) >= TURNS_MAX:
+        elif len(waiting) >= most:
             done(Result(BUSY, sentence=f"too many ask for {key} at once", retry_after=1.0))
         else:
             waiting.append(begin)
@@ -493,22 +507,25 @@ class Registry:
         self._tell(self.events.add, EXPIRED, claim)
         self._tell(self.moved, claim.key)
 
-    def _keep_end(self, claim: Claim) -> None:
-        """Tell the store of an end; behind a request for the key that is under way, which may be the next claim."""
+    def _keep_end(self, what: str, claim: Claim) -> None:
+        """Tell the store of an end; behind a request for the key that is under way, which may be the next claim.
+
+        A store that compares leases does not take the one for the other.
+        """
         def act(done: Done) -> None:
             if self.table.find(claim.key) is None:
-                self.store.write(EXPIRED, claim, None, lambda said: None)
+                self.store.write(what, claim, None, lambda said: None)
             done(Result(OK))
-        if claim.key in self.turns:
-            self._have_turn(claim.key, lambda result: None, act)
+        if claim.key in self.turns and not self.store.is_shared:
+            self._have_turn(claim.key, lambda result: None, act, float("inf"))  # an end must not be lost
         else:
-            self.store.write(EXPIRED, claim, None, lambda said: None)
+            self.store.write(what, claim, None, lambda said: None)
 
     def tick(self) -> None:
         """End what has to end: some of it in each turn of the loop, so that a crowd of names holds up nobody."""
         for claim in self.table.expire():
             self._ended(claim)
-            self._keep_end(claim)
+            self._keep_end(EXPIRED, claim)
         self.timer.set(max(self.table.clock(), min(self.table.next_expiry(), self.table.clock() + TICK)))
 
     def freeze(self, frozen: bool, grace: bool = True) -> None:
@@ -538,7 +555,7 @@ class Registry:
 
     def end(self, claim: Claim) -> None:
         """The settings do not let its owner have a claim any more: it ends at once, and its name is not held."""
-        self.store.write(RELEASED, claim._replace(hold=0.0), None, lambda said: None)
+        self._keep_end(RELEASED, claim._replace(hold=0.0))
         self.table.drop(claim.key, hold=False)
         self._tell(self.events.add, RELEASED, claim)
         self._tell(self.moved, claim.key)

@@ -54,7 +54,7 @@ from sniroute_claims import LINGER, PAGE_MAX, TAKEN_OVER, WORDS, Claim, Verdict,
 from sniroute_door import OWNER, Answer, Caller, Declined, Head, Plan
 from sniroute_names import printable, without_key
 from sniroute_owners import (CHANGES, RENEWAL, TTL_MIN, Fault, Own, Owner, Rules, Unfit, Wish, parse_change, parse_wish,
-                             who)
+                             standing, who)
 from sniroute_registry import BUSY, RENEWED, UNAVAILABLE, Event, Registry, Result
 
 __version__ = "0.1.0"
@@ -163,6 +163,7 @@ class Ask(NamedTuple):
     head: Head
     key: str  # that the path names; "" without one
     caller: Caller
+    settings: tuple[Rules, Mapping[str, Owner]]  # by which it is judged
 
     @property
     def lease(self) -> str | None:
@@ -183,6 +184,24 @@ class Ask(NamedTuple):
     def answer(self, result: Result) -> None:
         """Answer with what has come of a claim, or of a change of one."""
         self.caller.answer(self.rest.answer_of(result, self.owner))
+
+    def is_outdated(self, result: Result) -> bool:
+        """Whether a reload has come since, and does not allow the claim: then it has ended, and that is answered.
+
+        One that did not stand before either is left alone, as by the reload itself.
+        """
+        rest, claim = self.rest, result.claim
+        settings = rest.rules, rest.owners
+        if not result.passed or claim is None or settings[1] is self.settings[1]:
+            return False
+        fault = rest.fault(claim, *settings)
+        if not fault or rest.fault(claim, *self.settings):
+            return False
+        log.warning("registry: %s of %s ends, since the settings do not allow it any more: %s", claim.key, claim.owner,
+                    fault)
+        rest.registry.end(claim)
+        self.caller.answer(problem(403, fault, "forbidden"))
+        return True
 
 
 def ask_claim(ask: Ask) -> None:
@@ -235,9 +254,12 @@ def claim_key(ask: Ask, wish: Wish, key: str) -> None:
         return
 
     def done(result: Result) -> None:
+        del rest.coming[ask.caller]
         if result.passed and owner.name not in rest.owners:  # a reload took the owner away while the store was asked
             registry.leave(owner.name)
             ask.caller.answer(refuse(401, "the token is not known any more", **CHALLENGE).answer)
+            return
+        if ask.is_outdated(result):
             return
         if result.passed and result.claim is not None and wish.while_connected:
             rest.attach(result.claim, ask.caller)
@@ -245,6 +267,7 @@ def claim_key(ask: Ask, wish: Wish, key: str) -> None:
             rest.close_port(key)
         ask.answer(result)
 
+    rest.coming[ask.caller] = key, owner.name, wish.target
     registry.claim(key, owner.name, wish.target, wish.ttl, rest.rules.hold, done, takeover=wish.takeover,
                    limit=owner.max_names, configured=not wish.is_port and rest.is_configured(key), allow=wish.allow,
                    http=wish.http, meta=wish.meta, while_connected=wish.while_connected)
@@ -267,7 +290,14 @@ def ask_change(ask: Ask) -> None:
     if fault := rest.rival(ask.key, owner.name, changes.get("target", "")):
         ask.caller.answer(problem(409, fault, "other"))
         return
-    rest.registry.change(ask.key, ask.owner.name, ask.lease, changes, ask.answer, ask.owner.admin)
+
+    def done(result: Result) -> None:
+        del rest.coming[ask.caller]
+        if not ask.is_outdated(result):
+            ask.answer(result)
+
+    rest.coming[ask.caller] = ask.key, owner.name, changes.get("target", "")
+    rest.registry.change(ask.key, ask.owner.name, ask.lease, changes, done, ask.owner.admin)
 
 
 def ask_release(ask: Ask) -> None:
@@ -466,7 +496,7 @@ class Rest:
         open_port: have the router listen on a port that is about to be claimed: (key, done(fault or "")).
         close_port: it was not claimed after all.
         rival: why (the claim of this key, for this owner) may not lead to a target, as a sentence, since another claim
-            does; "" where it may.
+            does, or is about to (`coming`); "" where it may.
         cut: end the connections of a claim.
         wall: seconds since 1970, for people; nothing is decided by it.
         serves_http: whether the router serves plain HTTP at all.
@@ -495,9 +525,12 @@ class Rest:
         self.strangers = Bucket(STRANGERS, self.clock())
         self.unknown = 0  # requests without a known token since the last line about them
         self.said = -LOGGED  # clock time of that line
+        # What has passed `rival` and has no answer of the store yet: key, owner and target, by who has asked for it.
+        self.coming: dict[Caller, tuple[str, str, str]] = {}
         self.streams: dict[Caller, Stream] = {}
         # Of claims that live as long as a connection, by key: the lease, the connection, and what is done at its end.
         self.attached: dict[str, tuple[str, Caller, Callable[[], None]]] = {}
+        self.lingering: dict[str, Claim] = {}  # by lease: their connection is over, and the store has not heard of it
         self.quiet_since = self.clock()  # when all streams got a comment last
         registry.events.listeners[self] = self.tell
 
@@ -511,6 +544,13 @@ class Rest:
         for caller, stream in list(self.streams.items()):
             if owners.get(stream.owner.name) != stream.owner:  # who may still listen comes again, and misses nothing
                 caller.close()
+
+    def fault(self, claim: Claim, rules: Rules, owners: Mapping[str, Owner]) -> str:
+        """Why a claim does not stand by these settings; "" where it does."""
+        owner = owners.get(claim.owner)
+        if owner is None:
+            return f"there is no owner {claim.owner}"
+        return standing(claim, rules, owner, self.own())
 
     # -- who asks --------------------------------------------------------------------------------
 
@@ -527,7 +567,8 @@ class Rest:
         length = head.body_length()
         if length > (BODY_MAX if row.body else 0):
             raise refuse(413, f"the body has {length} bytes: {BODY_MAX if row.body else 0} at most")
-        return Plan(lambda caller: self._act(row, Ask(self, owner, head, key, caller)), length, OWNER)
+        return Plan(lambda caller: self._act(row, Ask(self, self._still(owner, head), head, key, caller,
+                                                      (self.rules, self.owners))), length, OWNER)
 
     def _check_origin(self, head: Head) -> None:
         """Decline what a page of a browser asks, also one whose name resolves to this host."""
@@ -554,6 +595,10 @@ class Rest:
         if wait:
             raise refuse(429, "too many ask without a token that is known", Retry_After=seconds(wait))
         raise refuse(401, "the token is missing or wrong", **CHALLENGE)
+
+    def _still(self, owner: Owner, head: Head) -> Owner:
+        """The same owner, as the settings are now: a reload may come between a head and its body.  Raises Declined."""
+        return owner if self.owners.get(owner.name) is owner else self._who(head)
 
     def _find(self, head: Head, owner: Owner) -> tuple[Endpoint, str]:
         """The endpoint, and the key that the path names.  Raises Declined."""
@@ -693,11 +738,18 @@ class Rest:
         """
         if self.attached.get(claim.key, ("", None))[:2] == (claim.lease, caller):
             del self.attached[claim.key]
-            self.registry.loop.call(functools.partial(self.registry.renew, claim.key, claim.owner, claim.lease, LINGER,
-                                                      lambda result: None))
+            self.registry.loop.call(functools.partial(self._leave_time, claim))
+
+    def _leave_time(self, claim: Claim) -> None:
+        """Have a claim end in LINGER seconds; where the store does not answer, `tick` tries again."""
+        def done(result: Result) -> None:
+            if result.word in STATUS:
+                self.lingering[claim.lease] = claim
+
+        self.registry.renew(claim.key, claim.owner, claim.lease, LINGER, done)
 
     def tick(self) -> None:
-        """Once a second: renew what lives as long as a connection, and let no stream be silent for long."""
+        """Once a second: renew what lives as long as a connection, or end it, and let no stream be silent for long."""
         now = self.clock()
         for key, (lease, _, _) in list(self.attached.items()):
             claim = self.registry.table.find(key)
@@ -705,6 +757,10 @@ class Rest:
                 self.detach(key)
             elif claim.expires - now < claim.ttl * 2 / 3:
                 self.registry.renew(key, claim.owner, lease, None, lambda result: None)
+        lingering, self.lingering = self.lingering, {}
+        for claim in lingering.values():
+            if claim.key not in self.attached:  # else another connection keeps it
+                self._leave_time(claim)
         if now - self.quiet_since >= QUIET:
             self.quiet_since = now
             for each in list(self.streams.values()):

@@ -6,6 +6,7 @@
           ^                    |
           |                    +-- it is not as we thought ---> READY: ask what is there, then decide anew
           +------ RESTS -------+-- the server does not do it -> RESTING: each time longer
+          +------ RESTS[0] ----+-- an update may yet be done -> DOUBTED: nothing is there, and we look once more
           +------ AGAIN -------+-- the server is not there ---> READY, all of them; the server is LEFT_ALONE for a while
 
 Nobody waits for this room.  A wish is written down, and of a name only the newest one counts: so the queue has as many
@@ -93,6 +94,7 @@ SERVER_FAILURES = frozenset((
 
 # Where an entry is, as the end of a sentence about its record; one that is FLYING has a Flight.
 READY, FLYING, RESTING = "waits for its turn", "is under way", "waits to be tried again"
+DOUBTED = "waits for a second look"
 KEPT, GONE = "is there", "is gone"
 CLAIM, REPLACE, REMOVE, LOOK_UP = "claim", "replace", "remove", "look up"  # requests: see the table above
 
@@ -262,6 +264,7 @@ class Updater:
         self.ready: collections.OrderedDict[Entry, None] = collections.OrderedDict()  # the oldest first
         self.flights: dict[int, Flight] = {}  # by the id of the message
         self.resting = [loop.queue(seconds, self._next) for seconds in RESTS]
+        self.doubted = loop.queue(RESTS[0], self._look_again)
         self.timer = loop.timer(self._work)
         self.losses = 0  # how often the server was lost, without an answer between them
         self.failure: Failed | None = None  # why it was lost last; None: it has answered since
@@ -343,7 +346,7 @@ class Updater:
         if self.phase is CLOSED:
             return
         self._hang_up(CLOSED)
-        for queue in self.resting:
+        for queue in (*self.resting, self.doubted):
             queue.due.clear()
         self.entries.clear()
         self.ready.clear()
@@ -360,16 +363,16 @@ class Updater:
             self.kept -= 1
         elif entry.where is RESTING:
             self._rest_of(entry).drop(entry)
+        elif entry.where is DOUBTED:
+            self.doubted.drop(entry)
         entry.rests = 0
         self._next(entry)
 
     def _next(self, entry: Entry) -> None:
         """Put an entry that is in no queue at the moment where its plan has it: to the READY ones, or away."""
         if not entry.plan() and entry.is_late:  # a server that has stood still may answer first, and do its updates then
-            entry.is_late = entry.is_known = False
-            entry.where = RESTING
-            entry.rests = 1
-            self._rest_of(entry).put(entry)
+            entry.where = DOUBTED
+            self.doubted.put(entry)
             return
         if not entry.plan():
             entry.where = GONE
@@ -380,6 +383,11 @@ class Updater:
         entry.where = READY
         self.ready[entry] = None
         self._hurry()
+
+    def _look_again(self, entry: Entry) -> None:
+        """Nothing was there, and the time for a late update is over: only now, since a new wish may end that rest."""
+        entry.is_late = entry.is_known = False
+        self._next(entry)
 
     def _keep(self, entry: Entry) -> None:
         """All is as wished."""
@@ -546,6 +554,7 @@ class Updater:
         self.failure = failed
         pause = jittered(AGAIN[min(self.losses, len(AGAIN) - 1)], JITTER, random.randrange(JITTERS))
         self.losses += 1
+        self.is_corrected = False  # until the next try either clock may be set
         self._hang_up(LEFT_ALONE)
         self.timer.set(monotonic() + pause)
         if not is_known:
@@ -580,6 +589,8 @@ class Updater:
             flight.close()
             self._next(flight.entry)  # nothing was done: it is signed anew
             return
+        if answer.code != dns.BADTIME:
+            self.is_corrected = False
         if reason in SERVER_FAILURES:
             self.lose(Failed(reason, self._describe(answer)))
             return
@@ -625,12 +636,14 @@ class Updater:
             return True  # it was signed before another answer has told the time
         if self.is_corrected:
             return False
-        self.offset, self.is_corrected = told - self.clock(), True
+        before, self.offset, self.is_corrected = self.offset, told - self.clock(), True
+        is_news = abs(self.offset - before) > dns.FUDGE  # else it was told, and did not help
         clocks = f"the clock of this host and that of the DNS server of {self.zone}"
         if abs(self.offset) <= dns.FUDGE:
             self.offset = 0.0
-            self.tell(logging.INFO, f"{clocks} agree again")
-        else:
+            if is_news:
+                self.tell(logging.INFO, f"{clocks} agree again")
+        elif is_news:
             self.tell(logging.WARNING, f"{clocks} differ by {abs(self.offset):.0f} s: its updates are signed with the "
                                        "server's time; set the clock that is wrong")
         return True
@@ -638,7 +651,6 @@ class Updater:
     def _contacted(self) -> None:
         """The server has done what it was asked for, so it is not lost any more."""
         self.last_contact = self.clock()
-        self.is_corrected = False
         self.failure = None
         if self.losses:
             self.losses = 0

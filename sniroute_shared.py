@@ -5,8 +5,9 @@
                                    PUBLISH sniroute:claims -----------------> Shared: Registry.learn
     Shared: a sweep, again and again: SCAN, MGET, PTTL --- what was missed
 
-A Store of sniroute_registry.  What Redis says is true: each change is one script on one key, which compares the lease
-that is there with the one that is meant.  So of two routers that want a name at once, one gets it.
+A Store of sniroute_registry.  What Redis says is true: each change is one script on one key, which compares the claim
+that is there with the one that is meant.  So of two routers that want a name at once, one gets it, and none undoes what
+another one has changed.
 
 A key lives for ttl + hold.  While more than `hold` of that is left, its claim lives; after that the name is held for
 its owner.  What is left is asked for as PTTL, so no clock is compared with another host's.
@@ -82,12 +83,24 @@ ADDRESSES_MAX = 16  # of servers where no claim may lead: each dial is held agai
 FRESH = 2 * ASK_TIME
 
 # Puts a claim in the place of another.  KEYS[1]; ARGV: the lease that has to be there ("": none fits), "1" where the
-# key may also be missing, the new JSON, milliseconds until the key ends, the channel, what is said there.  Returns 1;
-# or, where it has done nothing, what is there (false for nothing), and for how many milliseconds.
+# key may also be missing, the new JSON, milliseconds until the key ends, the channel, what is said there, the JSON that
+# has to be there, else a change by another router would be undone that we have not heard of yet.  Returns 1; or, where
+# it has done nothing, what is there (false for nothing), and for how many milliseconds.  Values are compared, and not
+# the texts; a field that is not there has its default.
 SWAP = Script("""
+local function same(one, other)
+  if type(one) ~= 'table' or type(other) ~= 'table' then return one == other end
+  for key, value in pairs(one) do if not same(value, other[key]) then return false end end
+  for key in pairs(other) do if one[key] == nil then return false end end
+  return true
+end
 local now = redis.call('GET', KEYS[1])
 if now then
-  if cjson.decode(now).lease ~= ARGV[1] then return {now, redis.call('PTTL', KEYS[1])} end
+  local there = cjson.decode(now)
+  local fits = there.lease == ARGV[1]
+  local known = fits and cjson.decode(ARGV[7])
+  for key, value in pairs(fits and there or {}) do fits = fits and same(value, known[key]) end
+  if not fits then return {now, redis.call('PTTL', KEYS[1])} end
 elseif ARGV[2] ~= '1' then return {false, 0} end
 redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4])
 redis.call('PUBLISH', ARGV[5], ARGV[6])
@@ -185,17 +198,18 @@ class Shared:
             self._run(RELEASE, former.key, done, former.lease, milliseconds(former.hold) if former.hold else 0, CHANNEL,
                       self._said(ended, 0.0), to_text(ended))
         else:
-            self._swap(claim, former.lease if former is not None else "", claim.lease != getattr(former, "lease", ""),
-                       done)
+            self._swap(claim, former, claim.lease != getattr(former, "lease", ""), done)
 
     def renew(self, claim: Claim, done: Callable[[Written], None]) -> None:
         """See Store.  One that Redis has lost, as at an empty restart, is there again."""
-        self._swap(claim, claim.lease, True, done)
+        assert self.registry is not None
+        self._swap(claim, self.registry.table.live.get(claim.key), True, done)
 
-    def _swap(self, claim: Claim, lease: str, may_miss: bool, done: Callable[[Written], None]) -> None:
-        """Put a claim where Redis has this lease; with `may_miss` also where it has nothing."""
+    def _swap(self, claim: Claim, former: Claim | None, may_miss: bool, done: Callable[[Written], None]) -> None:
+        """Put a claim where Redis has `former`; with `may_miss` also where it has nothing."""
+        lease, known = ("", "") if former is None else (former.lease, to_text(former))
         self._run(SWAP, claim.key, done, lease, "1" if may_miss else "0", to_text(claim),
-                  milliseconds(claim.ttl + claim.hold), CHANNEL, self._said(claim, claim.ttl))
+                  milliseconds(claim.ttl + claim.hold), CHANNEL, self._said(claim, claim.ttl), known)
 
     def _said(self, claim: Claim, left: float) -> str:
         """What is said on the channel: who says it, how long the claim lives, and the claim."""

@@ -305,6 +305,36 @@ def test_who_has_taken_it_over_while_the_registry_was_away_keeps_it(registry, cl
     assert there.registry.table.find(SHOP).lease == again.json["lease"]
 
 
+def test_a_claim_that_has_outlived_a_long_absence_is_still_ours(registry, claiming):
+    """As of a file that is read again, or behind an outage of the store: the registry gives each claim another ttl."""
+    there = registry()
+    claimer = claiming(there, ttl=60)
+    claimer.step()
+    made, ask = there.registry.table.find(SHOP), claimer.registry.ask
+    claimer.registry.ask = lambda *_: sniroute_claim.Answer(503, {}, 0.0)
+    claimer.time.jump(61)
+    claimer.step()
+    assert claimer.state is SEEKING
+    claimer.registry.ask = ask
+    assert claimer.step() == 0.0
+    assert claimer.step() == 20 and claimer.state is OURS
+    assert there.registry.table.find(SHOP).lease == made.lease == claimer.lease
+    claimer.release()
+    assert there.registry.table.find(SHOP) is None
+
+
+def test_who_has_taken_it_over_in_a_long_absence_keeps_it(registry, claiming):
+    there = registry()
+    claimer = claiming(there, ttl=60)
+    claimer.step()
+    again = there.claim()
+    claimer.state = SEEKING
+    assert claimer.step() == 0.0
+    with pytest.raises(Unable, match="another client of this owner has taken it over"):
+        claimer.step()
+    assert claimer.state is LOST and there.registry.table.find(SHOP).lease == again.json["lease"]
+
+
 def test_a_name_that_another_owner_has_meanwhile_is_waited_for(registry, claiming):
     there = registry(hold="off")
     claimer = claiming(there)
@@ -317,6 +347,16 @@ def test_a_name_that_another_owner_has_meanwhile_is_waited_for(registry, claimin
     assert there.ask("DELETE", "/routes/shop", token=BOB, Sniroute_Lease=other.json["lease"]).status == 204
     claimer.step()
     assert claimer.state is OURS and claimer.lines[-1] == f"{SHOP}: all is well again"
+
+
+def test_a_signal_while_the_registry_is_asked_starts_no_command(registry, claiming):
+    there, signals = registry(), []
+    claimer = claiming(there)
+    ask = claimer.registry.ask
+    claimer.registry.ask = lambda *words: (signals.append(signal.SIGTERM), claimer.woken.put(None), ask(*words))[2]
+    beside = Beside(list(FOR_EVER), claimer.woken)
+    assert keep(claimer, beside, signals) == 0
+    assert beside.process is None and there.registry.table.find(SHOP) is None and claimer.state is OVER
 
 
 def test_a_registry_that_is_away_is_asked_later_each_time(registry, claiming):

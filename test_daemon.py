@@ -26,7 +26,9 @@ import pytest
 
 import sniroute_daemon
 import sniroute_doctor
+import sniroute_registrar
 from sniroute_host import stamp
+from sniroute_owners import Rules, Where
 from sniroute_refusals import SettingsError
 from sniroute_settings import load_settings
 from conftest import HERE, HOST, linux, exit_code, wait_until
@@ -588,6 +590,30 @@ def test_a_reload_by_hand_is_not_done_again(tmp_path):
     sniroute_daemon.Daemon.reload(daemon)
     found = stamp(str(path))
     assert not daemon.watch.is_due(found, 10.0) and not daemon.watch.is_due(found, 20.0)
+
+
+def test_a_reload_while_the_registry_waits_for_its_store_is_not_lost(monkeypatch):
+    """A successor's admin takes orders before that, and a predecessor's file is let go of later."""
+    where = {name: Where((HOST, 1), "memory", 0.0, "", Rules((f"{name}.example.com",)), {}) for name in ("old", "new")}
+    adopted: list[Where] = []
+    registrar = types.SimpleNamespace(adopt=adopted.append, address=(HOST, 1), wait_for_store=lambda: None)
+    routes = types.SimpleNamespace(routes=())
+    settings = {name: types.SimpleNamespace(claims=claims, kept=(), log_level="info", config="x", routes=routes)
+                for name, claims in where.items()}
+    daemon = types.SimpleNamespace(
+        settings=settings["old"], registrar=None, tunnels=types.SimpleNamespace(adopt=lambda settings: None),
+        pipe=types.SimpleNamespace(wake=lambda what: None),
+        router=types.SimpleNamespace(listeners=[], call=lambda act: act(), adopt=lambda settings, opened: None))
+    monkeypatch.setattr(sniroute_daemon, "warn", lambda settings: None)
+
+    def attach(router: Any, claims: Where) -> Any:
+        assert claims is where["old"]
+        sniroute_daemon.Daemon._adopt(daemon, settings["new"], {})  # in a thread of the admin
+        return registrar
+
+    monkeypatch.setattr(sniroute_registrar, "attach", attach)
+    sniroute_daemon.Daemon._serve_registry(daemon, alone=False)
+    assert daemon.registrar is registrar and adopted == [where["new"]]
 
 
 def test_watch_begins_and_ends_with_a_reload(launch, tmp_path, echo_server):

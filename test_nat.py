@@ -5,6 +5,7 @@ The program that speaks NodePass is a stand-in here, testbed/fake_nodepass.py: i
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import http.client
 import json
@@ -24,8 +25,10 @@ import sniroute_tunnels
 from conftest import HERE, HOST, Address, wait_until
 from sniroute_admin import attach
 from sniroute_claim import Unable, with_key
+from sniroute_claims import Claim
 from sniroute_doctor import sample_hello
 from sniroute_launchers import Secret, TunnelKey
+from sniroute_loop import monotonic
 from sniroute_names import HIDDEN, without_key
 from sniroute_processes import Link, number_of
 from sniroute_refusals import REFUSALS, SettingsError
@@ -33,7 +36,7 @@ from sniroute_settings import load_settings, warn
 from sniroute_tunnels import READY, in_use, stand
 from test_documents import marked
 from testbed.program import environment
-from testbed.registry import ADMIN, BOB, DOMAIN, Routed
+from testbed.registry import ADMIN, BOB, DOMAIN, Routed, table_of
 from testbed.running import Running, alert, read_all, read_exactly
 from testbed.tunnels import events, runs, shared
 
@@ -699,6 +702,35 @@ def test_owners_do_not_get_the_servers_of_others(owned, place, dial_in):
     assert made.claim("other", f"nodepass:a-guess@{place}", BOB).status == 201
 
 
+@pytest.mark.parametrize("most, target, sentence", [
+    (10, "nodepass:a-guess@{place}", "another owner's server"),
+    (1, f"nodepass:a-guess@{HOST}:{{other}}", "there are 1 servers already")], ids=["another owner's", "one too many"])
+@pytest.mark.parametrize("how", ["claim", "change"])
+def test_of_two_that_want_a_server_at_once_one_gets_it(owned, place, monkeypatch, how, most, target, sentence):
+    """The store has not answered to the first when the second asks."""
+    made = owned(f"--route={NAME}=tcp:{HOST}:1", f"--max-tunnels={most}", targets=["nodepass", "tcp"],
+                 networks=["192.0.2.0/24"])
+    orders: list[Callable[[], None]] = []
+    write = made.registrar.store.write
+    target = target.format(place=place, other=int(place.rpartition(":")[2]) + 1)
+    first = made.claim("shop", "tcp:192.0.2.1:1024") if how == "change" else None
+    monkeypatch.setattr(made.registrar.store, "write", lambda *words: orders.append(lambda: write(*words)))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        if first is not None:
+            asked = pool.submit(made.ask, "PUT", "/routes/shop", {"target": f"nodepass:{SECRET}@{place}"},
+                                Sniroute_Lease=first.json["lease"])
+        else:
+            asked = pool.submit(made.claim, "shop", f"nodepass:{SECRET}@{place}")
+        wait_until(lambda: len(orders) == 1)
+        other = pool.submit(made.claim, "other", target, BOB)
+        wait_until(lambda: other.done() or len(orders) == 2)
+        for order in orders:
+            made.registrar.door.loop.call(order)
+        assert asked.result(10).status in (200, 201) and other.result(10).status == 409
+    assert sentence in other.result().json["detail"] and SECRET not in other.result().body.decode()
+    assert len(made.registrar.servers) == 1 and not made.registrar.rest.coming
+
+
 @pytest.mark.usefixtures("hurry")
 def test_explain_shows_the_server_of_a_claim(owned, place, dial_in, capsys):
     made = owned(f"--route={NAME}=tcp:{HOST}:1")
@@ -725,6 +757,22 @@ def test_a_claim_that_another_router_has_let_in_and_that_is_none_leads_nowhere(o
     with made.running.connect(sample_hello(SHOP)) as client:
         assert read_all(client) == alert(REFUSALS["no_route"].alert)
     assert not made.running.tunnels.snapshot()
+
+
+def test_a_claim_that_a_reload_lets_in_has_its_server_at_once(owned, place, dial_in):
+    """Another router of the store has let it in before: no claim comes, changes or goes."""
+    options: dict[str, Any] = {"targets": ["nodepass"], "networks": None}
+    made = owned(f"--route={NAME}=tcp:{HOST}:1", owners={"bob": {}})
+    registry, done = made.registrar.registry, threading.Event()
+    claim = Claim(SHOP, "0" * 32, "alice", f"nodepass:{SECRET}@{place}", "1" * 32, 1, 600.0, 600.0, monotonic() + 600)
+    made.registrar.door.loop.call(lambda: (registry.learn(SHOP, claim), done.set()))
+    assert done.wait(10)
+    made.settle()
+    assert not made.running.tunnels.standing
+    made.reload(table_of(owners={"alice": {}, "bob": {}}, **options))
+    assert made.running.tunnels.standing
+    dial_in(place)
+    assert reached(made.running, SHOP) == b"hello"
 
 
 def test_events_and_the_audit_show_no_key(owned, place, tmp_path):

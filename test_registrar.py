@@ -694,6 +694,28 @@ def test_a_port_is_open_on_every_router_that_may_and_released_where_one_cannot(r
     wait_until(lambda: not is_open(port))
 
 
+def test_a_port_that_could_not_be_opened_for_the_claim_before_is_not_released_for_that(routed, serve, port, monkeypatch):
+    """The owner has it again, and it is free by now, when the release has its turn."""
+    there, far = routed(ports=f"{port}-{port}"), serve(answer(b"x", 1))
+    registrar, orders, key = there.registrar, [], f"tcp:{port}"
+    write = registrar.store.write
+    with monkeypatch.context() as patch, socket.create_server((HOST, port)):
+        patch.setattr(registrar.store, "write", lambda *words: orders.append(lambda: write(*words)))
+        for _ in range(2):  # as if another router had let them in: nobody opens the port first
+            registrar.door.loop.call(lambda: registrar.registry.claim(
+                key, "alice", there.target(far), 60.0, 60.0, lambda result: None))
+        wait_until(lambda: orders)
+        registrar.door.loop.call(orders.pop())
+        wait_until(lambda: orders)
+        before = registrar.table.find(key)
+    registrar.door.loop.call(orders.pop())
+    wait_until(lambda: key not in registrar.registry.turns)
+    there.settle()
+    assert registrar.table.find(key).lease != before.lease
+    with connect((HOST, port), b"?") as client:
+        assert client.recv(1) == b"x"
+
+
 @linux
 def test_a_successor_does_not_get_claimed_ports(begin, free_ports):
     """There may be more of them than can be handed over at once."""
@@ -866,3 +888,22 @@ def test_each_name_has_its_record_and_a_server_that_is_away_holds_nothing_up(rou
         named.start()
     routed(store=store, dns=named.url)
     wait_until(lambda: named.addresses(f"late.{DOMAIN}") == {"192.0.2.1"}, what="what a restart has to catch up with")
+
+
+def test_a_name_that_was_released_while_the_server_was_away_has_no_record_after_a_restart(routed, new_named, monkeypatch,
+                                                                                          tmp_path):
+    named = new_named()
+    named.start()
+    monkeypatch.setenv(KEY_VARIABLE, base64.b64encode(KEYS["router"].secret).decode())
+    store = f"sqlite:{tmp_path}/names.db"
+    there = routed(store=store, dns=named.url)
+    made = there.claim(target="tcp:127.0.0.1:1")
+    wait_until(lambda: named.addresses(SHOP) == {"192.0.2.1"})
+    named.stop()
+    try:
+        assert there.ask("DELETE", "/routes/shop", **lease(made)).status == 204
+        there.close()
+    finally:
+        named.start()
+    routed(store=store, dns=named.url)
+    wait_until(lambda: not named.addresses(SHOP), what="what a restart has to catch up with")

@@ -200,6 +200,35 @@ def test_what_ends_while_the_store_is_asked_has_ended_in_the_store_too(machine, 
     assert KEY not in machine.table.live and machine.happened == ["claimed", "expired"]
 
 
+def test_the_end_by_other_settings_is_not_written_over_the_next_claim(machine):
+    """Its owner has the name again, for a target that the settings allow: what a file keeps last is what counts."""
+    former = machine.claimed()
+    machine.claim()
+    machine.registry.end(former)
+    assert machine.table.find(KEY) is None, "it is not routed any more"
+    kept = machine.answer()
+    assert machine.words == ["new", "taken_over"] and machine.table.find(KEY).lease == kept.claim.lease
+    assert machine.store.orders == [], "nothing is written behind it"
+    machine.claim()
+    machine.registry.end(machine.table.find(KEY))
+    machine.answer(Written(UNAVAILABLE))
+    ((what, ended, claim, _),) = machine.store.orders
+    assert (what, ended.lease, ended.hold, claim) == (RELEASED, kept.claim.lease, 0.0, None), "now it has ended"
+    assert machine.registry.turns == {}
+
+
+def test_an_end_is_written_however_many_wait_for_the_name(machine):
+    claim = machine.claimed(ttl=10)
+    machine.registry.renew(KEY, "alice", claim.lease, None, machine.results.append)
+    for _ in range(TURNS_MAX):
+        machine.claim(owner="bob")
+    machine.clock.jump(11)
+    machine.registry.tick()
+    machine.answer(Written(UNAVAILABLE))
+    assert machine.words == ["new", "unavailable", *["held"] * TURNS_MAX]
+    assert [(order.what, order.claim) for order in machine.store.orders] == [(EXPIRED, None)]
+
+
 def test_the_end_of_a_claim_that_another_one_finds_is_written_too(machine):
     machine.claimed(ttl=10)
     machine.clock.jump(11)
@@ -223,6 +252,23 @@ def test_a_conflict_is_looked_at_again_and_the_store_is_right(machine):
     machine.answer(Written(TAKEN, theirs._replace(expires=machine.clock() + 5)))
     assert machine.words == ["other"] and machine.table.find(KEY).owner == "bob" and machine.moved == [KEY]
     assert machine.results[0].free_at == machine.clock() + 5 + theirs.hold
+
+
+@pytest.mark.parametrize("ask, field, value", [
+    (lambda r, lease, done: r.renew(KEY, "alice", lease, 30.0, done), "ttl", 30.0),
+    (lambda r, lease, done: r.change(KEY, "alice", lease, {"http": "forward"}, done), "http", "forward"),
+    (lambda r, lease, done: r.suspend(KEY, True, done), "suspended", True)], ids=["renew", "change", "suspend"])
+def test_what_another_router_has_changed_is_what_is_changed(machine, ask, field, value):
+    claim = machine.claimed(ttl=10)
+    ask(machine.registry, claim.lease, machine.results.append)
+    machine.answer(Written(TAKEN, claim._replace(target="tcp:192.0.2.9:1")))
+    assert machine.answer().claim.target == "tcp:192.0.2.9:1"
+    found = machine.table.find(KEY)
+    assert machine.words == ["new", "ok"] and (found.target, getattr(found, field)) == ("tcp:192.0.2.9:1", value)
+    ask(machine.registry, claim.lease, machine.results.append)
+    while machine.store.orders:
+        machine.answer(Written(TAKEN, found))
+    assert machine.words[-1] == "busy" and machine.registry.turns == {}
 
 
 def test_a_store_that_changes_all_the_time_ends_in_words(machine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
@@ -12,11 +13,11 @@ import pytest
 import sniroute_registry
 import sniroute_rest
 from conftest import FakeClock, wait_until
-from sniroute_claims import HELD_MIN, WORDS
-from sniroute_registry import DONE, Written
+from sniroute_claims import HELD_MIN, LINGER, WORDS
+from sniroute_registry import DONE, UNAVAILABLE, Written
 from sniroute_rest import ENDPOINTS, Bucket, describe
 from testbed.registry import ADMIN, ALICE, BOB, DOMAIN, OWNERS, Late, owner
-from testbed.web import Cut, Talk
+from testbed.web import Cut, Talk, request
 
 SHOP = f"shop.{DOMAIN}"
 PATHS = [(row.method, row.path.replace("{key}", "shop")) for row in ENDPOINTS]
@@ -319,6 +320,30 @@ def test_a_stream_with_the_lease_keeps_a_claim_too(registry):
         wait_until(lambda: there.registry.table.live[SHOP].ttl == 5)
 
 
+@pytest.mark.parametrize("comes_again", [False, True])
+def test_a_claim_whose_connection_ends_while_the_store_is_away_does_not_live_for_its_ttl(registry, comes_again):
+    there = registry(store=lambda loop: Late())
+    body = {"name": "shop", "target": "tcp:192.0.2.1:80", "ttl": 3600, "while_connected": True}
+    with there.talk("POST", "/routes", body) as client:
+        wait_until(lambda: there.store.orders)
+        in_loop(there, lambda: there.store.orders.pop().done(DONE))
+        made = json.loads(client.answer().body)
+    wait_until(lambda: there.store.orders)
+    with there.talk("GET", "/events", None, ALICE, f"Sniroute-Lease: {made['lease']}") if comes_again else \
+            contextlib.nullcontext():
+        wait_until(lambda: not comes_again or there.rest.attached)
+        in_loop(there, lambda: there.store.orders.pop().done(Written(UNAVAILABLE)))
+        if comes_again:
+            in_loop(there, there.rest.tick)
+            assert not there.store.orders and there.registry.table.live[SHOP].ttl == 3600, "another one keeps it"
+            return
+        order = wait_until(lambda: there.store.orders)[0]
+    assert order.claim.ttl == LINGER
+    in_loop(there, lambda: order.done(DONE))
+    in_loop(there, there.rest.tick)
+    assert len(there.store.orders) == 1 and there.registry.table.live[SHOP].ttl == LINGER
+
+
 def test_an_owner_that_is_gone_loses_its_claims(registry, caplog):
     there = registry()
     made, other = there.claim(), there.claim("x", token=BOB)
@@ -329,6 +354,59 @@ def test_an_owner_that_is_gone_loses_its_claims(registry, caplog):
     assert there.ask("POST", "/routes/x/renew", token=BOB, **lease(other)).status == 200
     assert there.claim(token=BOB).status == 201, "its names are free at once"
     assert any("owner alice is gone from the settings, and with it 1 claims" in each.message for each in caplog.records)
+
+
+def in_loop(there: Any, act: Any) -> None:
+    """Have the registry's loop do this, and wait for it."""
+    done = threading.Event()
+    there.door.loop.call(lambda: (act(), done.set()))
+    assert done.wait(5)
+
+
+NARROWER = {"other": {"alice": owner("alice", ALICE, names=(f"other.{DOMAIN}",))}, "gone": {"bob": OWNERS["bob"]}}
+
+
+@pytest.mark.parametrize("settings, status", [("other", 403), ("gone", 401), ("the same", 201)])
+def test_what_a_reload_does_not_allow_is_not_claimed_while_the_store_is_asked(registry, settings, status):
+    there = registry(store=lambda loop: Late())
+    with there.talk("POST", "/routes", {"name": "shop", "target": "tcp:192.0.2.1:80"}) as client:
+        wait_until(lambda: there.store.orders)
+        in_loop(there, lambda: there.rest.adopt(there.rules._replace(ttl=9.0), NARROWER.get(settings, OWNERS)))
+        in_loop(there, lambda: there.store.orders.pop().done(DONE))
+        assert client.answer().status == status
+    assert (there.registry.table.find(SHOP) is not None) == (status == 201)
+    assert [order.what for order in there.store.orders] == ["released"] * (status != 201), "the store has it no more"
+
+
+@pytest.mark.parametrize("narrower, status", [(True, 403), (False, 200)])
+def test_what_a_reload_does_not_allow_is_not_changed_while_the_store_is_asked(registry, narrower, status):
+    there = registry(store=lambda loop: Late())
+    with there.talk("POST", "/routes", {"name": "shop", "target": "tcp:192.0.2.1:80"}) as client:
+        wait_until(lambda: there.store.orders)
+        in_loop(there, lambda: there.store.orders.pop().done(DONE))
+        made = json.loads(client.answer().body)
+    with there.talk("PUT", "/routes/shop", {"target": "tcp:192.0.2.1:90"}, ALICE,
+                    f"Sniroute-Lease: {made['lease']}") as client:
+        wait_until(lambda: there.store.orders)
+        rules = there.rules._replace(target_ports=(80, 80 if narrower else 90))
+        in_loop(there, lambda: there.rest.adopt(rules, OWNERS))
+        in_loop(there, lambda: there.store.orders.pop().done(DONE))
+        assert client.answer().status == status
+    assert (there.registry.table.find(SHOP) is None) == narrower
+
+
+@pytest.mark.parametrize("settings, status", [("other", 403), ("gone", 401), ("the same", 201)])
+def test_a_body_that_comes_behind_a_reload_is_held_against_the_settings_of_then(registry, settings, status):
+    there = registry()
+    body = json.dumps({"name": "shop", "target": "tcp:192.0.2.1:80"}).encode()
+    with Talk_of(there) as client:
+        client.say(request("POST", "/routes", f"Authorization: Bearer {ALICE}", f"Content-Length: {len(body)}",
+                           host="localhost"))
+        wait_until(lambda: any(caller.plan for caller in list(there.gate.callers)))
+        in_loop(there, lambda: there.rest.adopt(there.rules._replace(ttl=9.0), NARROWER.get(settings, OWNERS)))
+        client.say(body)
+        assert client.answer().status == status
+    assert (SHOP in there.registry.table.live) == (status == 201) and len(there.moved) == (status == 201)
 
 
 # -- events ------------------------------------------------------------------------------------

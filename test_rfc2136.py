@@ -463,6 +463,27 @@ def test_a_name_that_is_released_is_gone_though_its_claim_was_late(made, server,
     assert not server.records[FOO] and updater.state.done["remove"] == 1
 
 
+@pytest.mark.parametrize("wishes", ["unwant", "want, unwant"])
+def test_a_late_claim_is_looked_for_again_whatever_is_wished_meanwhile(made, server, impatient, monkeypatch, wishes):
+    """Between the look that has found nothing and the second one, which is still to be had then."""
+    monkeypatch.setattr(sniroute_rfc2136, "RESTS", (0.3, 0.3))
+    server.is_slow = True
+    updater = made.updater(server.url)
+    updater.want(FOO, ID)
+    made.turn_until(lambda: updater.state.failures.get("timeout"))
+    updater.unwant(FOO, ID)
+    made.turn_until(lambda: updater.state.done["look up"])
+    if wishes != "unwant":
+        updater.want(FOO, ID)
+    updater.unwant(FOO, ID)
+    made.turn_until(lambda: not updater.ready and not updater.flights)
+    server.is_slow = False
+    for message in server.late:
+        server.update(message)
+    made.settle(updater)
+    assert not server.records[FOO] and updater.state.done["remove"] == 1
+
+
 def test_what_is_lost_is_sent_again(made, server, monkeypatch):
     monkeypatch.setattr(sniroute_rfc2136, "SENDS", (0.05, 0.05, 5.0))  # the last one gets its answer
     lost = iter([True, True])
@@ -657,6 +678,27 @@ def test_a_clock_that_is_set_is_found_out_again(made, server):
     assert made.lines[1] == (f"the clock of this host and that of the DNS server of {ZONE} at {HOST}:{server.port} "
                              "agree again")
     assert updater.offset == 0
+
+
+@pytest.mark.parametrize("between", ["lost", "an answer"])
+def test_a_clock_that_is_set_before_the_server_has_done_anything_is_found_out_too(made, server, impatient, between):
+    """The server told its time; then it was away, or said something else, while the host's clock was set."""
+    wrong, told = 5000.0, []
+    updater = made.updater(server.url, clock=lambda: time.time() + wrong)
+
+    def lost() -> bool:
+        return bool(updater.offset) and not told
+
+    def code() -> int:
+        return 5 if updater.offset and not told else dns.NOERROR  # REFUSED
+
+    server.lost, server.code = (lost, server.code) if between == "lost" else (server.lost, code)
+    updater.want(FOO, ID)
+    made.turn_until(lambda: updater.state.failures.get("timeout" if between == "lost" else "refused"))
+    told.append(True)
+    wrong = 0.0
+    made.settle(updater)
+    assert server.has(FOO, ID) and updater.offset == 0
 
 
 def test_a_server_that_never_agrees_about_the_time_is_left_alone(made, server):

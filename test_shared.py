@@ -368,6 +368,25 @@ def test_a_lease_that_was_released_elsewhere_is_not_brought_back_by_a_renewal(re
     assert second.claim().status == 201 and first.claim().status == 200
 
 
+@pytest.mark.parametrize("ask", [
+    lambda there, made: there.ask("POST", "/routes/shop/renew", **lease(made)),
+    lambda there, made: there.ask("POST", "/routes/shop/renew", {"ttl": 30}, **lease(made)),
+    lambda there, made: there.ask("PUT", "/routes/shop", {"meta": {"a": 1}}, **lease(made)),
+    lambda there, made: there.claim(target="tcp:192.0.2.9:80")], ids=["renewed", "another ttl", "changed", "claimed"])
+def test_what_another_router_has_changed_is_not_undone_before_it_is_heard_of(redis, shared, ask):
+    """The lease is the same, and the rest of the claim is not."""
+    first, second = shared(redis), shared(redis)
+    made = first.claim()
+    wait_until(lambda: knows(second))
+    in_loop(second, second.store.subscription.close)
+    assert first.ask("PUT", "/routes/shop", {"target": "tcp:192.0.2.9:80"}, **lease(made)).status == 200
+    assert first.ask("POST", "/routes/shop/suspend", token=ADMIN).status == 200
+    assert not knows(second).suspended, "it has not heard of that"
+    assert ask(second, made).status == 200
+    assert knows(second).suspended and knows(second).target == "tcp:192.0.2.9:80"
+    wait_until(lambda: knows(first)._replace(expires=0.0) == knows(second)._replace(expires=0.0))
+
+
 def test_a_claim_whose_time_ran_out_in_an_outage_has_a_ttl_to_be_renewed(redis_server, shared, monkeypatch):
     """As after a Redis that stood still for longer than the ttl."""
     redis = redis_server()
