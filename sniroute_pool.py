@@ -57,15 +57,14 @@ class Slot:
 
     Args:
         number: its id, eight hex digits.
-        early: what the other end has sent behind its id.
     """
 
     __slots__ = ("id", "wire", "early", "ended")
 
-    def __init__(self, number: str, wire: Wire, early: bytes = b""):
+    def __init__(self, number: str, wire: Wire):
         self.id = number
         self.wire = wire
-        self.early = early  # what the other end has sent before the connection was used here
+        self.early = b""  # what the other end has sent before the connection was used here
         self.ended = False  # the other end has ended its direction
 
     def use(self) -> Wire:
