@@ -22,15 +22,15 @@ import sniroute_datagrams
 import sniroute_lanes
 import sniroute_pool
 from conftest import HOST, connect, wait_until
-from sniroute_duplex import TlsWire
+from sniroute_duplex import TcpWire, TlsWire, WebSocketWire
 from sniroute_dialin import ANSWERED_MAX, CANDIDATES_MAX, UNPROVEN_MAX
 from sniroute_dialout import CAPACITY_MAX
 from sniroute_hpack import encode as encode_head
 from sniroute_http2 import CONTINUATION, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, make_frame
 from sniroute_nodepass import Forwarders, NodePass
-from sniroute_pool import EARLY_MAX, WANTED_MAX
+from sniroute_pool import EARLY_MAX, WANTED_MAX, Slot
 from sniroute_refusals import Malformed
-from sniroute_signals import Signal, Terms, answer, encode
+from sniroute_signals import Signal, Terms, answer, encode, proof
 from testbed.endure_router import children, descriptors, resident
 from testbed.foreign import UPGRADE, Client, Served, call_from, read_exactly, upgrade
 from testbed.nodepass import QUICK, Local, Tunnel, trip
@@ -434,6 +434,21 @@ def test_what_was_held_is_passed_on_when_there_is_room_again(link, monkeypatch):
     assert server.end.pool.held == 0 and not server.end.pool.is_tight
 
 
+def test_what_comes_right_behind_a_proof_is_held_like_what_comes_later(link, monkeypatch):
+    """The first caller's bytes, where a pool is empty: they are counted, and no more than one piece is read."""
+    monkeypatch.setattr(sniroute_pool, "EARLY_MAX", 1000)
+    server, client = link("+", 0)
+    data = bytes(range(256)) * 16
+    number, sock = client.dial(proves=False)
+    sock.sendall(proof(client.key, client.terms.nonce, bytes.fromhex(number)) + data)
+    wait_until(lambda: number in server.end.pool.idle)
+    assert server.end.pool.held == len(data) and server.end.pool.is_tight
+    client.channel.say("tcp", "192.0.2.1:5", number)
+    assert read_exactly(sock, len(data)) == data
+    wait_until(lambda: not server.end.pool.dialling)
+    assert server.end.pool.held == 0 and not server.end.pool.is_tight
+
+
 # -- WebSocket ---------------------------------------------------------------------------------
 
 MASK = b"\1\2\3\4"
@@ -446,6 +461,26 @@ def frame(opcode: int, data: bytes, final: bool = True, masked: bool = True, siz
     head = struct.pack(">BB", first, bit | size) if size < 126 else struct.pack(">BBQ", first, bit | 127, size)
     body = bytes(byte ^ MASK[at % 4] for at, byte in enumerate(data)) if masked else data
     return head + (MASK if masked else b"") + body
+
+
+@pytest.mark.parametrize("said", [frame(2, b"half") + frame(8, b"\3\xf3"), frame(8, b"\3\xe8")],
+                         ids=["by its last word", "behind its end"])
+def test_what_has_broken_off_before_it_is_named_does_not_look_whole(said, link, serve):
+    """Its target would get what came before, and then an end; and nobody would hear what the target says."""
+    target = serve(lambda sock: sock.recv(10))
+    server, client = link("+", 0, target=target.address)
+    with socket.create_server((HOST, 0)) as listener, connect(listener.getsockname()) as far:
+        near, _ = listener.accept()
+        near.setblocking(False)
+        wire = server.call(lambda: WebSocketWire(TcpWire(server.program.wires, near), False))
+        server.call(lambda: server.end.pool.add(Slot("0badcafe", wire)))
+        far.sendall(said)
+        wait_until(lambda: "0badcafe" in server.end.pool.ended)
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wait_until(lambda: not wire.is_open)
+    client.channel.say("tcp", "192.0.2.1:5", "0badcafe")
+    wait_until(lambda: not server.end.pool.ended and not server.end.callees)
+    assert not target.accepted and server.end.slots.tcp == 0
 
 
 WRONG_FRAMES = {
