@@ -300,17 +300,24 @@ class Pool:
         self.fewer(False)
 
     def shut(self) -> None:
-        """The link is over: close all connections.  Callers wait for the next link."""
+        """The link is over: close all connections.  Callers wait for the next link; what was named in this one is lost."""
         self.is_open = False
         self.flush()
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """No connection that was named comes any more."""
+        wanted, self.wanted = self.wanted, {}
+        for asker in wanted.values():
+            asker.answer(None)
 
     def close(self) -> None:
         """As `flush`, and nobody waits any more."""
         self.flush()
-        for asker in [*self.askers, *self.wanted.values()]:
+        self._give_up()
+        for asker in list(self.askers):
             asker.answer(None)
         self.askers.clear()
-        self.wanted.clear()
         self.loop.retire(self.keeping, self.patience)
 
 

@@ -325,6 +325,20 @@ def test_a_peer_that_names_whatever_it_likes(link):
     assert read_exactly(sock, 5) == b"hello"
 
 
+def test_what_was_named_in_a_link_is_not_waited_for_in_the_next_one(link):
+    """It cannot come; and the next one would be blamed for it: so many errors flush its pool."""
+    server, client = link("+", pool_get=2.0)
+    for number in ("0badcafe", "1badcafe", "2badcafe", "3badcafe"):
+        client.channel.say("tcp", "192.0.2.1:5", number)
+    wait_until(lambda: len(server.end.pool.wanted) == 4)
+    server.call(lambda: server.end.link.end("a test"))
+    with Client(server.end.listener.getsockname(), ours=True) as successor:
+        successor.begin().fill(4)
+        wait_until(lambda: server.end.link is not None and server.end.idle == 4)
+        wait_until(lambda: not server.end.pool.wanted and not server.end.callees)
+        assert server.end.errors == 0
+
+
 def test_a_connection_that_is_named_twice_is_one(link):
     """Also for UDP; and the second one harms nobody."""
     server, client = link("+", pool_get=0.2)
