@@ -568,6 +568,9 @@ class Callee(Party):
             self.end.lost(self.signal)
             self._gone()
             return
+        if not slot.wire.is_open:  # it has broken off behind what came: its target would take that for whole
+            self._gone()
+            return
         self.slot, self.wire = slot, slot.wire
         self.wire.on_data = self._on_early
         self.wire.on_end = self._on_end

@@ -34,7 +34,7 @@ import urllib.parse
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 from sniroute_host import make_private
-from sniroute_loop import READ, Loop, Watch, monotonic
+from sniroute_loop import READ, Alarm, Loop, Watch, monotonic
 from sniroute_nodeurl import parse_url
 from sniroute_refusals import SettingsError
 
@@ -192,7 +192,7 @@ class Instance:
     """A server or a client, whether it runs or not; or the entry with the API key.  The master's loop."""
 
     __slots__ = ("id", "alias", "type", "status", "url", "config", "restart", "peer", "tags", "figures", "base", "own",
-                 "child", "wish", "waiting", "failures", "checked", "dirty")
+                 "child", "wish", "waiting", "failures", "retry", "checked", "dirty")
 
     def __init__(self, ident: str, kind: str, url: str, config: str):
         self.id = ident
@@ -211,6 +211,7 @@ class Instance:
         self.wish = STOP
         self.waiting: list[Callable[[], None]] = []  # what is done once its process has ended
         self.failures = 0  # ends in a row that nobody asked for
+        self.retry: Alarm | None = None  # what starts it again after the last one
         self.checked = 0.0  # when its process said last how it is; 0: it has not yet
         self.dirty = False  # its counters are not in the file
 

@@ -546,12 +546,14 @@ class Framed(Side):
             self.flow.pass_on(found, self)
 
     def on_end(self, error: Failed | None) -> None:
-        """The other end has ended the flow: at once, where it does not want it."""
+        """The other end has ended the flow: at once, where it does not want it; later, it was quiet for too long there."""
         self.wire.close()
-        if self.is_heard or isinstance(self.flow.near, Outlet):
+        datagrams = self.flow.datagrams
+        quiet = datagrams.clock() - datagrams.flows[self.flow]
+        if self.is_heard or isinstance(self.flow.near, Outlet) or quiet >= REFUSED_LAST:
             self.flow.end()
         else:
-            self.flow.datagrams.refused.put(self.flow)
+            datagrams.refused.put(self.flow)
 
     def send(self, batch: list[bytes]) -> None:
         wire, datagrams = self.wire, self.flow.datagrams

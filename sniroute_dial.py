@@ -215,12 +215,17 @@ class Names:
             addresses, until = self.known[place]
             self.known[place] = list(self.laggards.last(addresses)), until
 
+    def _in_words(self, result: Addresses | Exception) -> Addresses | OSError:
+        """What a thread has found, or met, as those who wait can take it; a fault of ours is told."""
+        if not isinstance(result, Exception) or isinstance(result, OSError):
+            return result
+        self.loop.failed(result)
+        return OSError(SHORT_OF_MEMORY if ran_out(result) else "a fault in sniroute: its log says which")
+
     def _resolved(self, host: str, port: int, result: Addresses | Exception) -> None:
         """Tell everybody who waits for this name.  Loop's thread."""
         waiting = self.waiting.pop((host, port))
-        if isinstance(result, Exception) and not isinstance(result, OSError):
-            self.loop.failed(result)
-            result = OSError(SHORT_OF_MEMORY if ran_out(result) else "a fault in sniroute: its log says which")
+        result = self._in_words(result)
         now = self.clock()
         self.known = {place: row for place, row in self.known.items() if row[1] > now}
         if not isinstance(result, OSError):

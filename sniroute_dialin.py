@@ -211,7 +211,9 @@ class Server(End):
                 return
             if self.state is EXPECTING:
                 candidate.ids.add(number)
-            self.pool.add(Slot(number, wire, early))
+            self.pool.add(Slot(number, wire))
+            if early and wire.is_open:
+                wire.on_data(early)
             self.say_verify()
         elif self.state is LINKED:
             wire.reset()

@@ -79,7 +79,9 @@ class Client(End):
         self.terms = result
         self.accepts = result.flow == "+"
         self.pool.picks = self.accepts
-        if self.accepts and not self.program.open_callers(self):
+        if not self.accepts:
+            self.program.close_callers(self)  # the server has the other flow than in the link before
+        elif not self.program.open_callers(self):
             self.fail("the address for callers cannot be had")
             return
         room = max(self.options.min, min(CAPACITY_MAX, self.program.room // 2))

@@ -192,10 +192,11 @@ class End(AnyEnd):
 
     def lost(self, signal: Signal) -> None:
         """A signal names a connection that has not come."""
+        if self.link is None:
+            return  # it would have come in the link that is over
         self.errors += 1
         self.nuisance("lost", f"the other end has named a connection that is not there ({signal.id})")
-        if self.link is not None:
-            self.link.send(Signal("refused", "", signal.id))
+        self.link.send(Signal("refused", "", signal.id))
 
     def unreachable(self, signal: Signal, failed: Failed) -> None:
         """The target of a caller cannot be had."""

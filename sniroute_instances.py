@@ -203,7 +203,8 @@ class Instances:
         Raises NotDone.
         """
         role_of(url)
-        if filled(url, self.given.for_role(split(url).scheme)) == instance.url:
+        is_same = filled(url, self.given.for_role(split(url).scheme)) == instance.url
+        if is_same and not instance.waiting:  # else it is about to have another one
             raise NotDone(409, "Instance URL conflict")
 
         def then() -> None:
@@ -262,6 +263,9 @@ class Instances:
         """Start its process."""
         self.log("info", f"Instance starting: {hidden(instance.url)} [{instance.id}]")
         instance.checked = 0.0
+        if instance.retry is not None:  # somebody was faster, and a failure of this process has its own
+            instance.retry.cancel()
+            instance.retry = None
         try:
             # Use this instead of DEVNULL, because Popen opens that first, and leaves it open where there is no pipe.
             with open(os.devnull, "rb") as nothing:
@@ -346,7 +350,7 @@ class Instances:
         if instance.wish is RUN and instance.restart:
             wait = min(RETRY_MAX, self.times.cooldown * 2 ** min(instance.failures, 20))
             instance.failures += 1
-            self.alarms.at(monotonic() + wait, lambda: self._retry(instance))
+            instance.retry = self.alarms.at(monotonic() + wait, lambda: self._retry(instance))
 
     def _retry(self, instance: Instance) -> None:
         if instance.wish is RUN and instance.status == ERROR and instance.restart:
@@ -402,8 +406,8 @@ class Instances:
             self._save(now)
         if now - self.revived >= self.times.reload:
             self.revived = now
-            for instance in [each for each in self.table.values() if each.status == ERROR]:
-                self.order(instance, "restart")
+            for instance in [each for each in self.table.values() if each.status == ERROR and each.wish is RUN]:
+                self.order(instance, "restart")  # not one that is being stopped
 
     def _save(self, now: float) -> None:
         """Write the counters that have changed."""

@@ -69,6 +69,7 @@ SITE_MAX = 32  # of them from one site: an address, or a /64 of IPv6
 FRIENDS_MAX = 1024  # of the client that has the tunnel: as many as a pool has at most by itself
 GRACE = 0.002  # seconds: twenty times what a program needs from its connect to its first words, and no caller notices
 SESSIONS_MAX = 64  # HTTP/2 connections of a server: a client has one, and another while it comes back
+CARRIERS_MAX = 8  # HTTP/2 connections of a client, of which all but one take no more: a peer can say so of each
 ANSWER_MAX = 8192  # bytes of an answer to the upgrade: the original's has 130
 
 TLS_HELLO = 0x16  # the first byte of TLS: a handshake record, RFC 8446 section 5.1
@@ -389,14 +390,18 @@ class Wish:
 
 
 class H2Lanes(Lanes):
-    """Type 3: streams of one HTTP/2 connection, which is made for the first of them."""
+    """Type 3: streams of an HTTP/2 connection, which is made for the first of them.
+
+    Where the peer takes no more on it (GOAWAY) further ones have another: those that there are go on, and the control
+    channel, which is among them, as long as the link.
+    """
 
     protocols = (H2_PROTOCOL,)
 
     def __init__(self, end: Any, terms: Terms, lost: Callable[[str], None]):
         super().__init__(end, terms, lost)
         self.approach: Approach | None = None
-        self.client: H2Client | None = None
+        self.clients: list[H2Client] = []  # all but the last are leaving; the first has the control channel
         self.wishes: list[Wish] = []  # that wait for the connection
 
     @staticmethod
@@ -405,8 +410,8 @@ class H2Lanes(Lanes):
 
     def open(self, done: Callable[[Wire | Failed], None]) -> Wish:
         wish = Wish(done)
-        if self.client is not None:
-            wish.asked = self.client.open(done)
+        if self.clients and (len(self.clients) >= CARRIERS_MAX or not self.clients[-1].h2.is_leaving):
+            wish.asked = self.clients[-1].open(done)
             return wish
         self.wishes.append(wish)
         if self.approach is None:
@@ -427,13 +432,17 @@ class H2Lanes(Lanes):
                 wish.done(result)
             return
         # A server of ours gives a nonce, since we have asked for one; the original's never ends a stream.
-        self.client = H2Client(self.end.program.streams, result, self.end.options.server_name, self._ended,
-                               ends=bool(self.terms.nonce))
+        client = H2Client(self.end.program.streams, result, self.end.options.server_name,
+                          lambda failed: self._ended(client, failed), ends=bool(self.terms.nonce))
+        self.clients.append(client)
         for wish in wishes:
             if wish.done is not unheard:
-                wish.asked = self.client.open(wish.done)
+                wish.asked = client.open(wish.done)
 
-    def _ended(self, failed: Failed) -> None:
+    def _ended(self, client: H2Client, failed: Failed) -> None:
+        if client is not self.clients[0]:
+            self.clients.remove(client)
+            return
         lost, self.lost = self.lost, unheard
         lost(str(failed))
 
@@ -442,8 +451,8 @@ class H2Lanes(Lanes):
         if self.approach is not None:
             self.approach.cancel()
             self.approach = None
-        if self.client is not None:
-            self.client.close()
+        for client in self.clients:
+            client.close()
 
 
 LANES: dict[int, type[Lanes]] = {0: TcpLanes, 2: WebSocketLanes, 3: H2Lanes}

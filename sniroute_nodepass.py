@@ -146,7 +146,12 @@ class NodePass(Forwarder):
         return Server(self, options._replace(key=key, noudp=True), self.times, accepts=True)
 
     def listen(self, target: Any, address: tuple[str, int]) -> Listener:
-        listener = super().listen(target, address, Listening)
+        try:
+            listener = super().listen(target, address, Listening)
+        except OSError:
+            if target not in self.ends:  # nobody else knows it
+                target.close()
+            raise
         set_options(listener.sock)
         if target not in self.ends:
             self.ends.append(target)

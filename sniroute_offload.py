@@ -26,6 +26,7 @@ sniroute_refusals.
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import signal
@@ -92,9 +93,9 @@ class Helper:
         self.watch = Watch(wires.loop.poller, self.control.fileno())
         self.watch.wait_for(READ, self._on_end)
 
-    def send(self, order: Order, descriptors: list[int]) -> None:
+    def send(self, order: bytes, descriptors: list[int]) -> None:
         """Give it an errand.  Raises OSError."""
-        socket.send_fds(self.control, [json.dumps(order).encode()], descriptors)
+        socket.send_fds(self.control, [order], descriptors)
 
     def dismiss(self) -> None:
         """Have it end when its errands are done."""
@@ -105,6 +106,12 @@ class Helper:
 
     def _on_end(self, mask: int) -> None:
         """It has ended: it says nothing else here."""
+        try:
+            self.control.recv(1)
+        except BlockingIOError:
+            return  # another socket, which was closed in this turn, had its number: to wait for it would stop the loop
+        except OSError:
+            pass  # it has left orders unread
         self.close()
         self.gone(self)
 
@@ -150,9 +157,12 @@ class Offload:
 
         Returns the wire that there will be; to `reset` it is to give up.  The caller has a deadline.
         """
+        text = json.dumps(order).encode()
         try:
+            if len(text) > ORDER_MAX:  # it would be cut, which ends a helper, and all its errands
+                raise OSError(errno.EMSGSIZE, "it says more than a hello")
             ours, theirs = socket.socketpair()
-        except OSError as error:  # descriptors are short
+        except OSError as error:  # that, or descriptors are short
             wire.reset()
             failed = Failed("tls", error.strerror or str(error))
             self.wires.loop.call(lambda: done(failed, ""))
@@ -188,7 +198,7 @@ class Offload:
         found.on_end = on_end
         try:
             if sock is not None:
-                self._ready().send(order, [sock.fileno(), theirs.fileno()])
+                self._ready().send(text, [sock.fileno(), theirs.fileno()])
         except OSError:
             pass  # `theirs` closes, and `on_end` hears of it
         finally:

@@ -57,15 +57,14 @@ class Slot:
 
     Args:
         number: its id, eight hex digits.
-        early: what the other end has sent behind its id.
     """
 
     __slots__ = ("id", "wire", "early", "ended")
 
-    def __init__(self, number: str, wire: Wire, early: bytes = b""):
+    def __init__(self, number: str, wire: Wire):
         self.id = number
         self.wire = wire
-        self.early = early  # what the other end has sent before the connection was used here
+        self.early = b""  # what the other end has sent before the connection was used here
         self.ended = False  # the other end has ended its direction
 
     def use(self) -> Wire:
@@ -301,17 +300,24 @@ class Pool:
         self.fewer(False)
 
     def shut(self) -> None:
-        """The link is over: close all connections.  Callers wait for the next link."""
+        """The link is over: close all connections.  Callers wait for the next link; what was named in this one is lost."""
         self.is_open = False
         self.flush()
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """No connection that was named comes any more."""
+        wanted, self.wanted = self.wanted, {}
+        for asker in wanted.values():
+            asker.answer(None)
 
     def close(self) -> None:
         """As `flush`, and nobody waits any more."""
         self.flush()
-        for asker in [*self.askers, *self.wanted.values()]:
+        self._give_up()
+        for asker in list(self.askers):
             asker.answer(None)
         self.askers.clear()
-        self.wanted.clear()
         self.loop.retire(self.keeping, self.patience)
 
 

@@ -96,8 +96,9 @@ class KeptNames(Names):
         waiting, self.waiting[place] = self.waiting[place], []
         self._tell(waiting, self.known[place][0])
 
-    def _resolved(self, host: str, port: int, result: Addresses | OSError) -> None:
+    def _resolved(self, host: str, port: int, result: Addresses | Exception) -> None:
         place = host, port
+        result = self._in_words(result)
         self.patience.drop(place)
         self.silent.discard(place)
         if not isinstance(result, OSError):

@@ -414,6 +414,22 @@ def test_a_target_that_restarts_within_a_moment_keeps_its_flow(lead, udp, monkey
 
 
 @linux
+def test_a_flow_that_was_quiet_for_too_long_for_the_other_end_is_no_refused_one(lead, udp):
+    """Where datagrams go one way only, and the times of the two ends differ: the next one begins another flow."""
+    target = udp()
+    made = lead(target.getsockname())
+    made.near.refused.seconds = 60.0
+    caller = udp(made.address)
+    caller.send(b"one")
+    assert made.receive(target) == b"one"
+    made.clock.jump(sniroute_datagrams.REFUSED_LAST)
+    flow, = made.far.flows
+    flow.end()  # as `_sweep` does it
+    made.turn_until(lambda: not made.pairs[0][0].is_open)
+    caller.send(b"two")
+    assert made.receive(target) == b"two" and len(made.pairs) == 2 and not made.near.dropped
+
+
 def test_with_a_backup_the_first_is_left_when_it_refuses_datagrams(lead, udp, monkeypatch, free_ports):
     monkeypatch.setattr(sniroute_datagrams, "REFUSED_LAST", 0.02)
     place, good = (HOST, free_ports(2)[1]), udp()  # the first of them is marked by a socket, which is none that refuses

@@ -302,6 +302,23 @@ def test_mode_0_of_a_server_dials_a_target_whose_address_is_taken(lone, echo_ser
     assert trip(made.address) == b"hello"
 
 
+def test_a_server_that_comes_back_with_the_other_flow_finds_no_callers_at_the_client(lone, echo_server):
+    """A client that goes on listening at its target's address would keep that from the service, and dial itself."""
+    service = HOST, free_port()
+    server = lone().begin(f"server://key@{HOST}:1/{HOST}:2?mode=2", port=0, targets=(echo_server.address,))
+    port = wait_until(lambda: server.program.ends and server.end.listener).getsockname()[1]
+    client = lone().begin(f"client://key@{HOST}:1/{show(service)}?mode=2", port=port)
+    made = Tunnel(server, client).linked()
+    assert made.accepting is client and trip(service) == b"hello"
+    server.call(server.end.close)
+    other = lone().begin(f"server://key@{HOST}:1/{HOST}:2?mode=1", port=port, targets=((HOST, 0),))
+    made = Tunnel(other, client)
+    wait_until(lambda: other.program.ends and made.is_linked())
+    assert not client.program.listeners and client.end.datagrams.port is None
+    with socket.create_server(service) as listener, made.call(b"hello"), listener.accept()[0] as target:
+        assert target.recv(10) == b"hello"
+
+
 def test_nothing_of_a_link_stays_behind(tunnel, echo_server):
     """Twenty links, one after another: connections, timers and tables are as before."""
     made = tunnel(echo_server.address, client="min=4", times=QUICK._replace(cooldown=0.01))

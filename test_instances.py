@@ -11,6 +11,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -187,6 +188,31 @@ def test_another_url_is_answered_once_the_old_process_is_gone(master, free_ports
     assert (said.status, said.json) == (409, {"error": "Instance URL conflict"})
 
 
+def test_the_url_that_was_asked_for_last_is_the_one_that_it_has(master):
+    """Also where that is the URL which it still has, since the process before the other one has not ended."""
+    there = master(times=TIMES._replace(shutdown=60.0))
+    ident = there.create()
+    there.until(ident, ping=3)
+    pid = there.pid(ident)
+    os.kill(pid, signal.SIGSTOP)
+    said: list[int] = []
+
+    def put(port: int) -> threading.Thread:
+        thread = threading.Thread(target=lambda: said.append(
+            there.ask("PUT", f"/instances/{ident}", {"url": url("good", port=port)}).status))
+        thread.start()
+        return thread
+
+    threads = [put(10103)]
+    wait_until(lambda: there.instance(ident).waiting)
+    threads.append(put(10101))
+    wait_until(lambda: said or len(there.instance(ident).waiting) == 2)
+    os.kill(pid, signal.SIGCONT)
+    for thread in threads:
+        thread.join()
+    assert said == [200, 200] and ":10101/" in there.show(ident)["url"]
+
+
 def test_one_that_does_not_run_is_started_with_another_url(master):
     there = master()
     ident = there.ended()
@@ -239,6 +265,35 @@ def test_what_is_in_error_is_started_again_at_each_reload_interval(master):
     with there.events() as events:
         while sum(event["type"] == "update" and event["instance"]["status"] == "running" for event in events.all) < 3:
             assert events.read()
+
+
+def test_one_that_is_being_stopped_is_not_started_again_by_the_reload(master):
+    """It is in error, and the reload interval ends between the stop and the end of its process."""
+    there = master(times=TIMES._replace(report=0.05, shutdown=60.0))
+    ident = there.create()
+    there.until(ident, status="running", ping=3)
+    pid = there.pid(ident)
+    os.kill(pid, signal.SIGSTOP)
+    there.until(ident, status="error")
+    there.ask("PATCH", f"/instances/{ident}", {"action": "stop"})
+    instances = there.master.instances
+    instances.revived -= instances.times.reload
+    before = instances.revived
+    wait_until(lambda: instances.revived > before)
+    os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: not os.path.exists(f"/proc/{pid}"))
+    there.until(ident, status="stopped")
+    assert there.instance(ident).wish == "stop" and there.instance(ident).child is None
+
+
+def test_of_failures_only_the_last_one_is_followed_by_a_retry(master):
+    """Else each start by hand of one that fails would begin a row of retries of its own, which never ends."""
+    there = master(times=TIMES._replace(cooldown=60.0))
+    ident = there.create("fails")
+    for failures in (1, 2, 3):
+        wait_until(lambda: there.instance(ident).failures == failures and there.show(ident)["status"] == "error")
+        assert sum(alarm.act is not None for *_, alarm in there.master.instances.alarms.heap) == 1
+        there.ask("PATCH", f"/instances/{ident}", {"action": "start"})
 
 
 def test_one_that_ends_well_is_stopped(master):

@@ -380,6 +380,31 @@ def test_a_broken_http2_connection_is_told_once_and_all_its_streams_fail(program
     lanes.close()
 
 
+def test_an_http2_connection_that_takes_no_more_streams_has_a_successor(program, serve_ends, monkeypatch):
+    """A proxy on the way lets go of it, and waits for the streams that there are, the control channel among them."""
+    monkeypatch.setattr(sniroute_lanes, "CARRIERS_MAX", 3)
+    server = serve_ends(3, 1)
+    client = Client(program, server.port)
+    lanes = client.lanes(client.shake())
+    owners = []
+    for count in range(3):
+        owners += client.open(lanes)
+        assert isinstance(owners[-1], Owner) and len(server.reception.sessions) == count + 1
+        session = list(server.reception.sessions)[-1]
+        session.h2.go_away()
+        session.touch()
+        program.until(lambda: lanes.clients[-1].h2.is_leaving)
+    assert "no more streams" in str(client.open(lanes)[0]) and len(server.reception.sessions) == 3
+    second = list(server.reception.sessions)[1]  # not the one with the control channel
+    del server.reception.sessions[second]
+    second.wire.reset()
+    program.until(lambda: owners[1].ends and len(lanes.clients) == 2)
+    owners += client.open(lanes)
+    assert isinstance(owners[-1], Owner) and not client.lost and not owners[0].ends and not owners[2].ends
+    lanes.close()
+    program.until(lambda: not server.reception.sessions)
+
+
 @pytest.mark.parametrize("said, words", [
     (b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 10\r\n\r\npool full\n", "HTTP 503 pool full"),
     (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"

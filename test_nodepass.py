@@ -164,3 +164,17 @@ def test_the_end_of_a_listener_is_the_end_of_its_server(lone):
         loop.hurry()
         loop.turn()
     assert (len(loop.queues), len(loop.timers)) == before and not made.program.ends
+
+
+def test_a_listener_that_cannot_be_opened_leaves_no_server(lone):
+    """Its server is made first, of the argument."""
+    made = lone(kind=Forwarders)
+    loop = made.program.loop
+    before = len(loop.queues), len(loop.timers)
+    with socket.create_server((HOST, 0)) as taken:
+        for _ in range(3):
+            with pytest.raises(OSError):
+                made.program.listen(made.program.parse(f"{HOST}:{free_port()}"), taken.getsockname())
+            loop.hurry()
+            loop.turn()
+    assert (len(loop.queues), len(loop.timers)) == before and not made.program.ends

@@ -22,15 +22,15 @@ import sniroute_datagrams
 import sniroute_lanes
 import sniroute_pool
 from conftest import HOST, connect, wait_until
-from sniroute_duplex import TlsWire
+from sniroute_duplex import TcpWire, TlsWire, WebSocketWire
 from sniroute_dialin import ANSWERED_MAX, CANDIDATES_MAX, UNPROVEN_MAX
 from sniroute_dialout import CAPACITY_MAX
 from sniroute_hpack import encode as encode_head
 from sniroute_http2 import CONTINUATION, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, make_frame
 from sniroute_nodepass import Forwarders, NodePass
-from sniroute_pool import EARLY_MAX, WANTED_MAX
+from sniroute_pool import EARLY_MAX, WANTED_MAX, Slot
 from sniroute_refusals import Malformed
-from sniroute_signals import Signal, Terms, answer, encode
+from sniroute_signals import Signal, Terms, answer, encode, proof
 from testbed.endure_router import children, descriptors, resident
 from testbed.foreign import UPGRADE, Client, Served, call_from, read_exactly, upgrade
 from testbed.nodepass import QUICK, Local, Tunnel, trip
@@ -325,6 +325,20 @@ def test_a_peer_that_names_whatever_it_likes(link):
     assert read_exactly(sock, 5) == b"hello"
 
 
+def test_what_was_named_in_a_link_is_not_waited_for_in_the_next_one(link):
+    """It cannot come; and the next one would be blamed for it: so many errors flush its pool."""
+    server, client = link("+", pool_get=2.0)
+    for number in ("0badcafe", "1badcafe", "2badcafe", "3badcafe"):
+        client.channel.say("tcp", "192.0.2.1:5", number)
+    wait_until(lambda: len(server.end.pool.wanted) == 4)
+    server.call(lambda: server.end.link.end("a test"))
+    with Client(server.end.listener.getsockname(), ours=True) as successor:
+        successor.begin().fill(4)
+        wait_until(lambda: server.end.link is not None and server.end.idle == 4)
+        wait_until(lambda: not server.end.pool.wanted and not server.end.callees)
+        assert server.end.errors == 0
+
+
 def test_a_connection_that_is_named_twice_is_one(link):
     """Also for UDP; and the second one harms nobody."""
     server, client = link("+", pool_get=0.2)
@@ -434,6 +448,21 @@ def test_what_was_held_is_passed_on_when_there_is_room_again(link, monkeypatch):
     assert server.end.pool.held == 0 and not server.end.pool.is_tight
 
 
+def test_what_comes_right_behind_a_proof_is_held_like_what_comes_later(link, monkeypatch):
+    """The first caller's bytes, where a pool is empty: they are counted, and no more than one piece is read."""
+    monkeypatch.setattr(sniroute_pool, "EARLY_MAX", 1000)
+    server, client = link("+", 0)
+    data = bytes(range(256)) * 16
+    number, sock = client.dial(proves=False)
+    sock.sendall(proof(client.key, client.terms.nonce, bytes.fromhex(number)) + data)
+    wait_until(lambda: number in server.end.pool.idle)
+    assert server.end.pool.held == len(data) and server.end.pool.is_tight
+    client.channel.say("tcp", "192.0.2.1:5", number)
+    assert read_exactly(sock, len(data)) == data
+    wait_until(lambda: not server.end.pool.dialling)
+    assert server.end.pool.held == 0 and not server.end.pool.is_tight
+
+
 # -- WebSocket ---------------------------------------------------------------------------------
 
 MASK = b"\1\2\3\4"
@@ -446,6 +475,26 @@ def frame(opcode: int, data: bytes, final: bool = True, masked: bool = True, siz
     head = struct.pack(">BB", first, bit | size) if size < 126 else struct.pack(">BBQ", first, bit | 127, size)
     body = bytes(byte ^ MASK[at % 4] for at, byte in enumerate(data)) if masked else data
     return head + (MASK if masked else b"") + body
+
+
+@pytest.mark.parametrize("said", [frame(2, b"half") + frame(8, b"\3\xf3"), frame(8, b"\3\xe8")],
+                         ids=["by its last word", "behind its end"])
+def test_what_has_broken_off_before_it_is_named_does_not_look_whole(said, link, serve):
+    """Its target would get what came before, and then an end; and nobody would hear what the target says."""
+    target = serve(lambda sock: sock.recv(10))
+    server, client = link("+", 0, target=target.address)
+    with socket.create_server((HOST, 0)) as listener, connect(listener.getsockname()) as far:
+        near, _ = listener.accept()
+        near.setblocking(False)
+        wire = server.call(lambda: WebSocketWire(TcpWire(server.program.wires, near), False))
+        server.call(lambda: server.end.pool.add(Slot("0badcafe", wire)))
+        far.sendall(said)
+        wait_until(lambda: "0badcafe" in server.end.pool.ended)
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wait_until(lambda: not wire.is_open)
+    client.channel.say("tcp", "192.0.2.1:5", "0badcafe")
+    wait_until(lambda: not server.end.pool.ended and not server.end.callees)
+    assert not target.accepted and server.end.slots.tcp == 0
 
 
 WRONG_FRAMES = {

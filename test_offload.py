@@ -20,7 +20,7 @@ import sniroute_offload
 from conftest import HERE, HOST, connect, echo, linux, wait_until
 from sniroute_duplex import TcpWire, client_context, fingerprint, make_pair, server_context
 from sniroute_layers import Wires
-from sniroute_loop import Loop, monotonic
+from sniroute_loop import READ, Loop, monotonic
 from sniroute_offload import Offload, Order
 from sniroute_refusals import Failed
 from testbed.ports import free_port
@@ -168,6 +168,54 @@ def test_a_helper_that_dies_takes_its_errand_along_and_the_next_one_has_another(
     wire, seen = bench.result()
     assert seen and bench.offload.helper.pid != first
     wire.reset()
+
+
+def test_a_first_piece_that_is_no_hello_harms_no_other_errand(bench, serve_tls):
+    """A stranger's, who says a lot before anybody has read of it: its order would be cut, and end the helper."""
+    with contextlib.ExitStack() as stack:
+        (silent, ours), (stranger, theirs) = socket.socketpair(), socket.socketpair()
+        for sock in (silent, stranger):
+            stack.enter_context(sock)
+        waiting = bench.open(ours, Order(True))
+        pid = bench.offload.helper.pid
+        bench.open(theirs, Order(True, early=base64.b64encode(b"\x16\3\1" * 30_000).decode()))
+        assert isinstance(bench.result()[0], Failed)
+        bench.open(connect(serve_tls(shout).address), Order(False))
+        wire, _ = bench.result()
+        assert isinstance(wire, TcpWire) and waiting.is_open and bench.offload.helper.pid == pid
+        wire.reset()
+        waiting.reset()
+
+
+def test_an_event_of_a_socket_that_had_its_number_before_ends_no_helper(bench, serve_tls):
+    """Two sockets have something in one turn; what is done for the first closes the second, and needs a helper."""
+    with contextlib.ExitStack() as stack:
+        (one, its_peer), (other, others_peer) = socket.socketpair(), socket.socketpair()
+        for sock in (one, its_peer, other, others_peer):
+            stack.callback(sock.close)
+        number = other.fileno()
+
+        def on_one(mask: int) -> None:
+            bench.loop.poller.forget(one.fileno())
+            while (spare := os.dup(one.fileno())) < number:  # the lowest number is the next one's
+                stack.callback(os.close, spare)
+            os.close(spare)
+            bench.loop.poller.closing(number)
+            other.close()
+            bench.offload.prepare()
+            helpers.append(bench.offload.helper)
+
+        helpers: list[Any] = []
+        bench.loop.poller.watch(one.fileno(), READ, on_one)
+        bench.loop.poller.watch(number, READ, lambda mask: None)
+        its_peer.send(b"x")
+        others_peer.send(b"x")
+        bench.until(lambda: helpers)
+        assert helpers[0].control.fileno() == number and bench.offload.helper is helpers[0]
+        bench.open(connect(serve_tls(shout).address), Order(False))
+        wire, _ = bench.result()
+        assert isinstance(wire, TcpWire) and bench.offload.helper is helpers[0]
+        wire.reset()
 
 
 def test_a_helper_that_cannot_be_started_is_a_failure(bench, serve_tls, monkeypatch):

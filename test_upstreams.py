@@ -368,6 +368,29 @@ def test_old_addresses_are_used_where_the_resolver_has_none(make, three, monkeyp
     assert made.port() == a and len(asked) == 4
 
 
+def test_a_resolver_for_which_memory_is_short_leaves_no_trace(make, three, monkeypatch):
+    """What it has met is no address, to be kept for five minutes."""
+    a = ports_of(three)[0]
+    short = [True]
+
+    def found() -> list[Address]:
+        if short:
+            raise MemoryError
+        return [(HOST, a)]
+
+    resolve_as(monkeypatch, found)
+    made = make([("db.example.com", 1)])
+    result = made.dial()
+    assert isinstance(result, Failed) and result.reason == "resolver"
+    made.faults.clear()
+    short.clear()
+    assert made.port() == a
+    short.append(True)
+    made.clock.jump(1000)
+    assert made.port() == a
+    made.faults.clear()
+
+
 def test_old_addresses_are_used_where_the_resolver_is_silent(make, three, monkeypatch):
     a, b, c = ports_of(three)
     monkeypatch.setattr(sniroute_upstreams, "PATIENCE", 0.02)
