@@ -109,9 +109,9 @@ def test_what_one_cluster_has_taken_is_not_known_of_the_next_one(
     other.pod("web-1", {8080: echo_server.address}, labels={"app": "other"})
     other.service(there.name, {80: 8080}, {"app": "other"})
     other.fault("eof", "upgraded", transport="websocket")
-    other.kubeconfig().replace(path)
     on_moved = run.program.apis.moved
     run.program.apis.moved = lambda api: moved.append(on_moved(api))
+    other.kubeconfig().replace(path)
     run.program.loop.call(lambda: run.program.apis.of("").get("/version", lambda reply: None, monotonic() + 5))
     wait_until(lambda: moved)
     assert echoed(run) == b"hello"
