@@ -868,14 +868,26 @@ def test_while_redis_is_away_names_are_routed_for_as_long_as_the_settings_say(ro
 # -- DNS -----------------------------------------------------------------------------------------
 
 
-def test_each_name_has_its_record_and_a_server_that_is_away_holds_nothing_up(routed, new_named, monkeypatch, tmp_path):
+class Recorded:
+    """A name server, and a registry that writes to it; SHOP is claimed there, and its record is written."""
+
+    def __init__(self, named: Any, begin: Callable[[], Any]):
+        self.named, self.begin = named, begin
+        named.start()
+        self.there = begin()
+        self.made = self.there.claim(target="tcp:127.0.0.1:1")
+        wait_until(lambda: named.addresses(SHOP) == {"192.0.2.1"})
+
+
+@pytest.fixture
+def recorded(routed, new_named, monkeypatch, tmp_path) -> Recorded:
     named = new_named()
-    named.start()
     monkeypatch.setenv(KEY_VARIABLE, base64.b64encode(KEYS["router"].secret).decode())
-    store = f"sqlite:{tmp_path}/names.db"
-    there = routed(store=store, dns=named.url)
-    made = there.claim(target="tcp:127.0.0.1:1")
-    wait_until(lambda: named.addresses(SHOP) == {"192.0.2.1"})
+    return Recorded(named, lambda: routed(store=f"sqlite:{tmp_path}/names.db", dns=named.url))
+
+
+def test_each_name_has_its_record_and_a_server_that_is_away_holds_nothing_up(recorded):
+    named, there, made = recorded.named, recorded.there, recorded.made
     assert there.ask("DELETE", "/routes/shop", **lease(made)).status == 204
     wait_until(lambda: not named.addresses(SHOP))
     named.stop()
@@ -886,24 +898,17 @@ def test_each_name_has_its_record_and_a_server_that_is_away_holds_nothing_up(rou
         there.close()
     finally:
         named.start()
-    routed(store=store, dns=named.url)
+    recorded.begin()
     wait_until(lambda: named.addresses(f"late.{DOMAIN}") == {"192.0.2.1"}, what="what a restart has to catch up with")
 
 
-def test_a_name_that_was_released_while_the_server_was_away_has_no_record_after_a_restart(routed, new_named, monkeypatch,
-                                                                                          tmp_path):
-    named = new_named()
-    named.start()
-    monkeypatch.setenv(KEY_VARIABLE, base64.b64encode(KEYS["router"].secret).decode())
-    store = f"sqlite:{tmp_path}/names.db"
-    there = routed(store=store, dns=named.url)
-    made = there.claim(target="tcp:127.0.0.1:1")
-    wait_until(lambda: named.addresses(SHOP) == {"192.0.2.1"})
+def test_a_name_that_was_released_while_the_server_was_away_has_no_record_after_a_restart(recorded):
+    named, there = recorded.named, recorded.there
     named.stop()
     try:
-        assert there.ask("DELETE", "/routes/shop", **lease(made)).status == 204
+        assert there.ask("DELETE", "/routes/shop", **lease(recorded.made)).status == 204
         there.close()
     finally:
         named.start()
-    routed(store=store, dns=named.url)
+    recorded.begin()
     wait_until(lambda: not named.addresses(SHOP), what="what a restart has to catch up with")
