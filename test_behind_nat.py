@@ -71,7 +71,7 @@ def networks(tmp_path: pathlib.Path) -> Iterator[tuple[Network, Network]]:
     ip = program_path("ip", "iproute2")
     with contextlib.ExitStack() as stack:
         outside, behind = (Network(tmp_path, name) for name in ("outside", "behind"))
-        for each in (outside, behind):
+        for each in (behind, outside):  # outside ends first: it waits for what is on its way from behind
             stack.callback(each.close)
         commands = [(outside, f"link add link0 type veth peer name link0 netns {behind.holder.pid}")]
         for each, address in ((outside, OUTSIDE), (behind, BEHIND)):
