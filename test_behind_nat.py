@@ -60,9 +60,11 @@ class Network:
         return process, path
 
     def close(self) -> None:
-        self.stack.close()
-        self.holder.kill()
-        self.holder.wait()
+        try:
+            self.stack.close()
+        finally:
+            self.holder.kill()
+            self.holder.wait()
 
 
 @pytest.fixture
