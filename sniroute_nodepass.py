@@ -146,6 +146,7 @@ class NodePass(Forwarder):
         return Server(self, options._replace(key=key, noudp=True), self.times, accepts=True)
 
     def listen(self, target: Any, address: tuple[str, int]) -> Listener:
+        """Listen for the callers of an end.  Raises OSError; an end that was made for this alone is closed then."""
         try:
             listener = super().listen(target, address, Listening)
         except OSError:

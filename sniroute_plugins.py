@@ -396,6 +396,7 @@ def in_thread(loop: Loop, name: str, work: Callable[[], Any], done: Callable[[An
     short = Failed("config", SHORT_OF_MEMORY)  # now: later there may be no memory for it
 
     def told(result: Any) -> None:
+        """In the loop: put what came of it in words that who waits may read."""
         try:
             if isinstance(result, KubeconfigError):
                 result = failed_by(result)
